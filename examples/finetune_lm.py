@@ -1,0 +1,292 @@
+"""Fine-tune SmolLM2-135M-Instruct with LoRA on every dense layer.
+
+    python examples/finetune_lm.py                               # on examples/definitions.jsonl
+    python examples/finetune_lm.py --data FILE --length 128 --steps 200
+    python examples/finetune_lm.py --wordnet /usr/share/wordnet  # Debian package wordnet-base
+    python examples/finetune_lm.py --resume                      # go on from the last checkpoint
+
+Each line of FILE is a JSON object, {"prompt": "...", "answer": "..."}. The loss counts the tokens
+of the answers only. A run that is stopped and resumed computes the same losses, bit for bit, as one
+that was not: the checkpoint holds the adapter, the optimizer's state and the step, and which pairs
+a step sees follows from the seed and the step alone.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import pathlib
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.tree_util import Partial
+from models import llama
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import jlora
+
+RANK = 8
+ALPHA = 16.0
+LEARNING_RATE = 1e-3
+WARMUP = 5
+STEPS = 40
+BATCH = 8
+LENGTH = 64  # the most tokens of a prompt and its answer together
+HELD_OUT = 24
+SHOWN = 3  # of the held-out prompts, answered before and after
+SEED = 0
+SAVE_EVERY = 10
+DATA = pathlib.Path(__file__).parent / "definitions.jsonl"
+WORDNET = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}  # data.* files
+OUT = pathlib.Path("out/finetune_lm")
+
+# --------------------------------------------------------------------------- data
+
+
+class Pair(NamedTuple):
+    """A question and the answer to learn."""
+
+    prompt: str
+    answer: str
+
+
+class Rows(NamedTuple):
+    """Pairs as tokens, padded on the right; causal attention needs no mask for that."""
+
+    ids: np.ndarray  # (rows, length) int32
+    counts: np.ndarray  # (rows, length) float32: 1 where the token belongs to an answer
+
+
+def read_jsonl(path: pathlib.Path) -> list[Pair]:
+    """The pairs of a JSON-lines file."""
+    pairs = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            item = json.loads(line)
+            if not isinstance(item, dict) or item.keys() != {"prompt", "answer"}:
+                expected = '{"prompt": …, "answer": …}'
+                raise ValueError(f"{path}, line {number}: expected {expected}, got {line.strip()}")
+            pairs.append(Pair(**item))
+    return pairs
+
+
+def read_wordnet(folder: pathlib.Path) -> list[Pair]:
+    """A pair for each of WordNet's 117,659 meanings: its first word, and the gloss."""
+    pairs = []
+    for suffix, kind in WORDNET.items():
+        with (folder / f"data.{suffix}").open(encoding="latin-1") as lines:
+            for line in lines:
+                if line.startswith("  "):  # the license
+                    continue
+                fields, gloss = line.split(" | ", 1)
+                word = fields.split()[4].replace("_", " ").split("(")[0]  # as in `galore(ip)`
+                meaning = gloss.split(";")[0].strip()  # examples follow
+                pairs.append(Pair(f'Define the {kind} "{word}".', meaning))
+    return pairs
+
+
+def encode(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> Rows:
+    """Tokenizes the pairs as chats; those of more than `length` tokens are left out."""
+    prompts = tokenizer.encode_batch([llama.chat(pair.prompt) for pair in pairs])
+    answers = tokenizer.encode_batch([pair.answer for pair in pairs])
+    chats = [(p.ids, [*a.ids, llama.STOP]) for p, a in zip(prompts, answers, strict=True)]
+    chats = [(p, a) for p, a in chats if len(p) + len(a) <= length]
+    if not chats:
+        raise ValueError(f"none of {len(pairs)} pairs fits in `length` = {length} tokens")
+    shape = len(chats), max(len(p) + len(a) for p, a in chats)
+    rows = Rows(np.full(shape, llama.STOP, np.int32), np.zeros(shape, np.float32))
+    for ids, counts, (p, a) in zip(*rows, chats, strict=True):
+        ids[: len(p) + len(a)] = p + a
+        counts[len(p) : len(p) + len(a)] = 1
+    return rows
+
+
+def take(rows: Rows, index: Any) -> Rows:
+    """The rows at `index`."""
+    return Rows(rows.ids[index], rows.counts[index])
+
+
+@functools.lru_cache(maxsize=2)
+def order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order in which an epoch visits the rows."""
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def batch_index(seed: int, step: int, batch: int, size: int) -> np.ndarray:
+    """Which rows a step sees, (batch,): a function of the seed and the step, with no state."""
+    visits = range(step * batch, (step + 1) * batch)
+    return np.array([order(seed, visit // size, size)[visit % size] for visit in visits])
+
+
+# --------------------------------------------------------------------------- training
+
+
+class State(NamedTuple):
+    """What training changes."""
+
+    adapter: Any
+    optimizer: Any
+
+
+def answer_nll(logits_fn: Partial, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """The negative log-likelihood of the answers in nats, and their number of tokens."""
+    logits = logits_fn(rows.ids[:, :-1])  # (batch, length - 1, vocab)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, rows.ids[:, 1:])
+    counts = rows.counts[:, 1:]  # (batch, length - 1)
+    return (nll * counts).sum(), counts.sum()
+
+
+def evaluate(logits_fn: Partial, rows: Rows, batch: int) -> float:
+    """The mean negative log-likelihood per answer token."""
+    starts = range(0, len(rows.ids), batch)
+    nll = jax.jit(answer_nll)
+    total, count = np.sum([nll(logits_fn, take(rows, slice(s, s + batch))) for s in starts], axis=0)
+    return float(total / count)
+
+
+def make_step(lora: Any, tx: optax.GradientTransformation) -> Any:
+    """The compiled training step: (state, base, rows) to (state, loss)."""
+
+    def loss_fn(adapter, base, rows):
+        total, count = answer_nll(Partial(lora.apply, base, adapter), rows)
+        return total / count
+
+    @jax.jit
+    def step(state, base, rows):
+        loss, grads = jax.value_and_grad(loss_fn)(state.adapter, base, rows)
+        updates, optimizer = tx.update(grads, state.optimizer, state.adapter)
+        return State(optax.apply_updates(state.adapter, updates), optimizer), loss
+
+    return step
+
+
+def restore(manager: ocp.CheckpointManager, like: State, run: dict[str, Any]) -> tuple[int, State]:
+    """The step and state of the last checkpoint; step 0 and `like` where there is none.
+
+    Raises:
+        ValueError: if the checkpoint belongs to a run with other settings or data.
+    """
+    if (step := manager.latest_step()) is None:
+        return 0, like
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+    # The settings first: with another rank, say, the state would not fit its template.
+    saved = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+    if changed := [f"{k} was {saved.get(k)}, is {v}" for k, v in run.items() if saved.get(k) != v]:
+        raise ValueError(f"cannot resume from {manager.directory}: " + "; ".join(changed))
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    return step, State(**manager.restore(step, args=args).state)
+
+
+def train(
+    state: State, base: Any, rows: Rows, step_fn: Any, args: argparse.Namespace, run: dict[str, Any]
+) -> tuple[State, dict[int, float]]:
+    """Trains from the last checkpoint in `args.out`, if any, to step `args.steps`."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
+    losses = {}
+    with ocp.CheckpointManager(args.out.absolute(), options=options) as manager:
+        start, state = restore(manager, state, run)
+        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
+        for step in bar:
+            index = batch_index(args.seed, step, args.batch, len(rows.ids))
+            state, loss = step_fn(state, base, take(rows, index))
+            losses[step] = float(loss)
+            bar.set_postfix(loss=f"{losses[step]:.3f}")
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state._asdict()), run=ocp.args.JsonSave(run)
+            )
+            manager.save(step + 1, args=items, force=step + 1 == args.steps)
+    return state, losses
+
+
+# --------------------------------------------------------------------------- main
+
+
+class Result(NamedTuple):
+    """The negative log-likelihood of held-out answers per token, and the training losses."""
+
+    before: float
+    after: float
+    losses: dict[int, float]  # by step, for the steps that this run took
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    """Fine-tunes, and answers some held-out prompts before and after."""
+    args = parse(argv)
+    pairs = read_wordnet(args.wordnet) if args.wordnet else read_jsonl(args.data)
+    random.Random(args.seed).shuffle(pairs)
+    config, variables, tokenizer = llama.load_gguf(args.gguf or data.smollm2())
+    held_out = encode(pairs[:HELD_OUT], tokenizer, args.length)
+    rows = encode(pairs[HELD_OUT:], tokenizer, args.length)
+    left_out = len(pairs) - len(rows.ids) - len(held_out.ids)
+    tqdm.write(f"pairs: {len(rows.ids)} train, {len(held_out.ids)} held out, {left_out} too long")
+
+    model = llama.Llama(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
+    lora = jlora.transform(model.apply, jlora.LoRA(rank=args.rank, alpha=args.alpha))
+    base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, WARMUP, args.steps)
+    tx = jlora.optimizer(optax.adamw(schedule))
+    tqdm.write(f"parameters: {jlora.count(adapter):,} train, {jlora.count(base):,} frozen")
+
+    prompts = [tokenizer.encode(llama.chat(pair.prompt)).ids for pair in pairs[:SHOWN]]
+
+    def measure(adapter):
+        logits_fn = Partial(lora.apply, base, adapter)
+        answers = llama.generate(logits_fn, prompts, stop=llama.STOP)
+        return evaluate(logits_fn, held_out, args.batch), tokenizer.decode_batch(answers)
+
+    before, first = measure(adapter)  # B is zero: the model as it came
+    tqdm.write(f"held-out NLL per token of the answers, before: {before:.3f}")
+    state = State(adapter, tx.init(adapter))
+    state, losses = train(state, base, rows, make_step(lora, tx), args, fingerprint(args, pairs))
+    after, then = measure(state.adapter)
+    tqdm.write(f"held-out NLL per token of the answers, after: {after:.3f}")
+    for pair, old, new in zip(pairs, first, then, strict=False):
+        tqdm.write(f"\n{pair.prompt}\n  given:  {pair.answer}\n  before: {old}\n  after:  {new}")
+    return Result(before, after, losses)
+
+
+def fingerprint(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """All that the losses depend on; a run with another one is another run."""
+    names = ("seed", "steps", "batch", "length", "rank", "alpha", "learning_rate", "dtype", "remat")
+    digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
+    return {name: getattr(args, name) for name in names} | {"gguf": str(args.gguf), "data": digest}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a Llama with LoRA.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=pathlib.Path, default=DATA, help="JSON lines of prompt and answer")
+    add("--wordnet", type=pathlib.Path, help="folder of WordNet's data.*, in place of --data")
+    add("--gguf", type=pathlib.Path, help="a Llama other than SmolLM2-135M-Instruct")
+    add("--out", type=pathlib.Path, default=OUT, help="folder for checkpoints")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
+    add("--save-every", type=int, default=SAVE_EVERY, help="steps from checkpoint to checkpoint")
+    add("--steps", type=int, default=STEPS, help="training steps")
+    add("--batch", type=int, default=BATCH, help="pairs a step")
+    add("--length", type=int, default=LENGTH, help="the most tokens of a pair")
+    add("--rank", type=int, default=RANK, help="rank r of the adapter")
+    add("--alpha", type=float, default=ALPHA, help="the adapter is scaled by alpha / r")
+    add("--learning-rate", type=float, default=LEARNING_RATE, help="at the end of the warmup")
+    add("--seed", type=int, default=SEED, help="of the adapter, the split and the order")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add("--remat", action="store_true", help="recompute the layers in the backward pass")
+    args = parser.parse_args(argv)
+    if not args.resume and args.out.exists():
+        parser.error(f"{args.out} exists: pass --resume to go on from there, or another --out")
+    return args
+
+
+if __name__ == "__main__":
+    main()

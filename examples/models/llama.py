@@ -1,0 +1,339 @@
+"""Llama in Flax linen with scanned layers; weights and tokenizer from a GGUF file.
+
+    from jax.tree_util import Partial
+
+    config, variables, tokenizer = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
+    model = Llama(config)
+    prompt = tokenizer.encode(chat("What is the capital of France?")).ids
+    [answer] = generate(Partial(model.apply, variables), [prompt], stop=STOP)
+    tokenizer.decode(answer)
+
+Every kernel is (inputs, outputs), and those of the layers are stacked on axis 0, one leaf for all:
+`layers/attention/query/kernel` of SmolLM2-135M is (30, 576, 576).
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+STOP = 2  # <|im_end|>, which ends a chat message and serves as padding
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+# --------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a checkpoint says about its model; the defaults are SmolLM2-135M."""
+
+    vocab: int = 49152
+    layers: int = 30
+    dim: int = 576
+    hidden: int = 1536
+    heads: int = 9
+    kv_heads: int = 3
+    rope_base: float = 100_000.0
+    norm_eps: float = 1e-5
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one attention head."""
+        return self.dim // self.heads
+
+
+def rope_frequencies(head_dim: int, base: float) -> jax.Array:
+    """The angle in radians by which each pair of a head turns per position, (head_dim / 2,)."""
+    return base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+
+def rope(x: jax.Array, base: float) -> jax.Array:
+    """Turns the pairs (x[i], x[i + head_dim / 2]) of every head by their position's angles."""
+    position = jnp.arange(x.shape[1], dtype=jnp.float32)
+    angle = jnp.outer(position, rope_frequencies(x.shape[-1], base))
+    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
+    # (1, length, 1, head_dim / 2)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which `heads / kv_heads` query heads share a key and a value."""
+
+    config: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (batch, length, dim)
+        """Attends from every position to itself and those before it."""
+        c = self.config
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+
+        def project(name: str, heads: int) -> jax.Array:
+            return dense(heads * c.head_dim, name=name)(x).reshape(*x.shape[:2], heads, c.head_dim)
+
+        query = rope(project("query", c.heads), c.rope_base)  # (batch, length, heads, head_dim)
+        key = rope(project("key", c.kv_heads), c.rope_base)  # (batch, length, kv_heads, head_dim)
+        value = project("value", c.kv_heads)  # (batch, length, kv_heads, head_dim)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return dense(c.dim, name="out")(mixed.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """The gated feed-forward layer, down(silu(gate(x)) * up(x))."""
+
+    config: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # (batch, length, dim)
+        """Applies the layer to every position."""
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+        gate = dense(self.config.hidden, name="gate")(x)  # (batch, length, hidden)
+        up = dense(self.config.hidden, name="up")(x)  # (batch, length, hidden)
+        return dense(self.config.dim, name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer, as the body of a scan: the carry is x, nothing is scanned over or stacked."""
+
+    config: Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:  # (batch, length, dim)
+        """Adds attention and then the MLP to x, each on normalized inputs."""
+        norm = functools.partial(nn.RMSNorm, epsilon=self.config.norm_eps, dtype=self.dtype)
+        x = x + Attention(self.config, self.dtype, name="attention")(norm(name="attention_norm")(x))
+        x = x + MLP(self.config, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
+        return x, None
+
+
+class Llama(nn.Module):
+    """The language model: token ids (batch, length) to float32 logits (batch, length, vocab).
+
+    Attributes:
+        config: the sizes.
+        dtype: what activations and products are computed in; parameters stay float32.
+        remat: whether the backward pass recomputes each layer instead of storing its activations.
+    """
+
+    config: Config
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:  # (batch, length)
+        """Embeds, applies the layers in a scan, and reads the logits off the tied embedding."""
+        c = self.config
+        embed = nn.Embed(c.vocab, c.dim, dtype=self.dtype, name="embed")
+        # A scan already keeps XLA from merging the two forward passes of a rematerialized layer.
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        scan = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": c.layers}
+        x, _ = nn.scan(block, **scan)(c, self.dtype, name="layers")(embed(ids), None)
+        x = nn.RMSNorm(epsilon=c.norm_eps, dtype=self.dtype, name="norm")(x)
+        return embed.attend(x).astype(jnp.float32)
+
+
+# --------------------------------------------------------------------------- weights
+
+# Our path and GGUF's name; {} is the layer's number, and such tensors are stacked.
+NAMES = {
+    "embed/embedding": "token_embd.weight",
+    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
+    "layers/attention/query/kernel": "blk.{}.attn_q.weight",
+    "layers/attention/key/kernel": "blk.{}.attn_k.weight",
+    "layers/attention/value/kernel": "blk.{}.attn_v.weight",
+    "layers/attention/out/kernel": "blk.{}.attn_output.weight",
+    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
+    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
+    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
+    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
+    "norm/scale": "output_norm.weight",
+}
+
+
+def load_gguf(path: str | pathlib.Path) -> tuple[Config, dict[str, Any], Tokenizer]:
+    """Reads a Llama with tied embeddings, dequantized to float32, and its tokenizer.
+
+    Returns:
+        The sizes, the variables that `Llama(config).apply` takes, and the tokenizer.
+
+    Raises:
+        ValueError: for another architecture or tokenizer, and for tensors that are missing,
+            unexpected or of another shape than the sizes ask for; it lists all of them.
+    """
+    reader = gguf.GGUFReader(path)
+    config = _config(reader)
+    return config, {"params": _params(reader, config)}, _tokenizer(reader)
+
+
+def _field(reader: gguf.GGUFReader, name: str) -> Any:
+    if name not in reader.fields:
+        raise ValueError(f"the GGUF file has no field `{name}`")
+    return reader.fields[name].contents()
+
+
+def _expect(reader: gguf.GGUFReader, name: str, wanted: Any) -> None:
+    if (got := _field(reader, name)) != wanted:
+        raise ValueError(f"GGUF field `{name}`: expected {wanted!r}, got {got!r}")
+
+
+def _config(reader: gguf.GGUFReader) -> Config:
+    _expect(reader, "general.architecture", "llama")
+    config = Config(
+        vocab=len(_field(reader, "tokenizer.ggml.tokens")),
+        layers=_field(reader, "llama.block_count"),
+        dim=_field(reader, "llama.embedding_length"),
+        hidden=_field(reader, "llama.feed_forward_length"),
+        heads=_field(reader, "llama.attention.head_count"),
+        kv_heads=_field(reader, "llama.attention.head_count_kv"),
+        rope_base=_field(reader, "llama.rope.freq_base"),
+        norm_eps=_field(reader, "llama.attention.layer_norm_rms_epsilon"),
+    )
+    _expect(reader, "llama.rope.dimension_count", config.head_dim)
+    if scaling := [name for name in reader.fields if name.startswith("llama.rope.scaling")]:
+        raise ValueError(f"rope scaling is not implemented, but the GGUF file has {scaling}")
+    return config
+
+
+def _params(reader: gguf.GGUFReader, config: Config) -> dict[str, Any]:
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    template = jax.eval_shape(Llama(config).init, jax.random.key(0), ids)["params"]
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(template, sep="/").items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    sources = {  # our path: the GGUF names of what it holds
+        path: [name.format(i) for i in range(config.layers)] if "{}" in name else [name]
+        for path, name in NAMES.items()
+    }
+
+    problems, known = [], set()
+    for path, names in sources.items():
+        wanted = shapes[path][1:] if path.startswith("layers/") else shapes[path]
+        known.update(names)
+        for name in names:
+            if name not in tensors:
+                problems.append(f"{name}: missing, for {path}")
+            elif (got := _shape(path, tensors[name])) != wanted:
+                problems.append(f"{name}: expected shape {wanted}, got {got}, for {path}")
+    problems += [f"{name}: unexpected" for name in tensors if name not in known]
+    if problems:
+        raise ValueError("the GGUF file does not fit the model:\n  " + "\n  ".join(problems))
+
+    flat = {}
+    for path, names in sources.items():
+        weights = [_weight(path, tensors[name], config) for name in names]
+        flat[path] = jnp.asarray(np.stack(weights) if path.startswith("layers/") else weights[0])
+    return unflatten_dict(flat, sep="/")
+
+
+def _shape(path: str, tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    # GGUF lists the axes from the fastest to the slowest and keeps kernels as (outputs, inputs),
+    # so that its list of a kernel's axes reads as our shape does.
+    axes = tuple(int(n) for n in tensor.shape)
+    return axes if path.endswith("kernel") else axes[::-1]
+
+
+def _weight(path: str, tensor: gguf.ReaderTensor, config: Config) -> np.ndarray:
+    weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    if path.endswith("query/kernel"):
+        weight = _unpermute(weight, config.heads)
+    if path.endswith("key/kernel"):
+        weight = _unpermute(weight, config.kv_heads)
+    return weight.T if path.endswith("kernel") else weight
+
+
+def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:  # (heads * head_dim, inputs)
+    # GGUF keeps the two rows that `rope` turns together next to each other, we half a head apart.
+    rows, inputs = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, inputs)
+    return pairs.swapaxes(1, 2).reshape(rows, inputs)
+
+
+# --------------------------------------------------------------------------- text
+
+
+def _tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
+    # Byte-level BPE in which every digit is a token of its own: what "smollm" stands for.
+    _expect(reader, "tokenizer.ggml.model", "gpt2")
+    _expect(reader, "tokenizer.ggml.pre", "smollm")
+    tokens = _field(reader, "tokenizer.ggml.tokens")
+    kinds = _field(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    return tokenizer
+
+
+def chat(user: str, system: str = SYSTEM) -> str:
+    """The text of a conversation up to where the assistant's answer begins."""
+    turns = (("system", system), ("user", user))
+    text = "".join(f"<|im_start|>{role}\n{message}<|im_end|>\n" for role, message in turns)
+    return text + "<|im_start|>assistant\n"
+
+
+def generate(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop: int,
+    limit: int = 32,
+) -> list[list[int]]:
+    """Continues each prompt with the most likely token, again and again.
+
+    Each step computes the whole prefix anew, which is simple and at this size fast enough.
+
+    Args:
+        logits_fn: ids (batch, length) to logits (batch, length, vocab), as a
+            `jax.tree_util.Partial` of an apply function and its parameters: these are then
+            arguments of the compiled program, and new values need no new compilation.
+        prompts: token ids, not empty.
+        stop: the token that ends an answer; also the padding.
+        limit: the most tokens to add.
+
+    Returns:
+        What was added to each prompt, without the stop token.
+    """
+    starts = np.array([len(prompt) for prompt in prompts])
+    buffer = np.full((len(prompts), starts.max() + limit), stop, np.int32)
+    for row, prompt in zip(buffer, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    filled = np.asarray(_decode(logits_fn, buffer, starts, stop, limit))
+    answers = [row[n : n + limit].tolist() for row, n in zip(filled, starts, strict=True)]
+    return [a[: a.index(stop)] if stop in a else a for a in answers]
+
+
+@functools.partial(jax.jit, static_argnames="limit")
+def _decode(logits_fn, ids, ends, stop, limit):  # (batch, length), (batch,)
+    rows = jnp.arange(ids.shape[0])
+
+    def unfinished(state):
+        step, _, _, done = state
+        return (step < limit) & ~done.all()
+
+    def extend(state):
+        step, ids, ends, done = state
+        # No mask for the padding: it lies behind each prefix, where causal attention cannot see.
+        logits = logits_fn(ids)[rows, ends - 1]  # (batch, vocab)
+        token = jnp.where(done, stop, logits.argmax(-1).astype(ids.dtype))
+        return step + 1, ids.at[rows, ends].set(token), ends + 1, done | (token == stop)
+
+    state = jnp.zeros((), jnp.int32), ids, ends, jnp.zeros(ids.shape[0], bool)
+    return jax.lax.while_loop(unfinished, extend, state)[1]

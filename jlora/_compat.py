@@ -1,0 +1,95 @@
+"""The one file that knows JAX versions and `jax.extend`.
+
+Differences between JAX 0.10 and 0.12 that matter here:
+
+* 0.11 merged `Jaxpr` and `ClosedJaxpr`. Both have `eqns`, `invars`, `outvars` and `constvars`;
+  `consts` is missing only on 0.10's open `Jaxpr`, which has none.
+* `scan` counts its constants and carries in `num_consts`, `num_carry` (0.10) or `ft_in` (0.11).
+"""
+
+import contextlib
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+
+Jaxpr = ClosedJaxpr  # on 0.10 some primitives hold an open one: it reads alike but for `consts`
+
+
+def consts(jaxpr: Any) -> Sequence[Any]:
+    """Values of `jaxpr.constvars`."""
+    return getattr(jaxpr, "consts", ())
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether `atom` is a literal, whose value is `atom.val`, rather than a variable."""
+    return isinstance(atom, Literal)
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Number of constants and of carries among the operands of a `scan` equation."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"]
+    return len(constants), len(carry)
+
+
+@contextlib.contextmanager
+def context(eqn: JaxprEqn) -> Iterator[None]:
+    """The name scope, traceback and configuration under which `eqn` was traced."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=names),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def bind(eqn: JaxprEqn, *args: Any) -> list[Any]:
+    """Applies the primitive of `eqn`, unchanged, to `args`."""
+    outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+# Frames below these folders are a library's, not the user's.
+_LIBRARIES = tuple(
+    os.path.realpath(p) + os.sep
+    for p in {
+        os.path.dirname(__file__),
+        os.path.dirname(os.path.dirname(jax.__file__)),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("stdlib"),
+    }
+)
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """`file:line (function)` of the innermost frame of `eqn` that is outside of any library."""
+    traceback = eqn.source_info.traceback
+    frames = [] if traceback is None else traceback.frames
+    for frame in frames:
+        if not os.path.realpath(frame.file_name).startswith(_LIBRARIES):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return "an unknown line"
+
+
+def match_varying(*args: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside `shard_map`, makes every argument vary over the mesh axes that any of them varies over.
+
+    A `custom_vjp` returns cotangents that vary as its arguments do: JAX then sums them over the
+    mesh in the transpose of this cast, as it does for its own products.
+    """
+    varying = [_varying(x) for x in args]
+    union = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(x, tuple(sorted(union - v)), to="varying") if union - v else x
+        for x, v in zip(args, varying, strict=True)
+    )
+
+
+def _varying(x: jax.Array) -> frozenset[Any]:
+    return frozenset(getattr(jax.typeof(x), "vma", ()))

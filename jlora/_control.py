@@ -1,0 +1,189 @@
+"""Higher-order primitives, each rebuilt through its public combinator."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import lax
+
+from . import _compat
+from ._interpret import evaluate, materialize, rule
+from ._weight import Weight
+
+
+@rule("jit")
+def _jit(eqn: Any, *operands: Any) -> list[Any]:
+    # Inlined: a new function under `jax.jit` would be compiled at every eager call.
+    p = eqn.params
+    operands = tuple(map(_constrain, operands, p["in_shardings"]))
+    return list(map(_constrain, evaluate(p["jaxpr"], *operands), p["out_shardings"]))
+
+
+def _constrain(x: Any, sharding: Any) -> Any:
+    if not isinstance(sharding, jax.sharding.Sharding):
+        return x
+    if isinstance(x, Weight):
+        return x.with_terms(lax.with_sharding_constraint(x.value, sharding))
+    return lax.with_sharding_constraint(x, sharding)
+
+
+@rule("closed_call", "core_call")
+def _call(eqn: Any, *operands: Any) -> list[Any]:
+    return evaluate(eqn.params["call_jaxpr"], *operands)
+
+
+@rule("remat2", "checkpoint")
+def _checkpoint(eqn: Any, *operands: Any) -> list[Any]:
+    p = eqn.params
+    body = jax.checkpoint(
+        lambda *xs: evaluate(p["jaxpr"], *xs), prevent_cse=p["prevent_cse"], policy=p["policy"]
+    )
+    return body(*operands)
+
+
+@rule("cond")
+def _cond(eqn: Any, index: Any, *operands: Any) -> list[Any]:
+    branches = eqn.params["branches"]
+    index = materialize(index, f"the predicate of `cond` at {_compat.source_line(eqn)}")
+    same = _common([_forwarded(b) for b in branches])
+    n = len(branches[0].outvars)
+    computed = [i for i in range(n) if i not in same]
+
+    def branch(jaxpr: Any) -> Callable[..., list[Any]]:
+        return lambda *xs: _arrays(eqn, [evaluate(jaxpr, *xs)[i] for i in computed])
+
+    outs = dict(zip(computed, lax.switch(index, [branch(b) for b in branches], *operands), strict=True))
+    outs |= {i: operands[source] for i, source in same.items()}
+    return [outs[i] for i in range(n)]
+
+
+def _common(maps: list[dict[int, int]]) -> dict[int, int]:
+    first, *others = maps
+    return {i: s for i, s in first.items() if all(m.get(i) == s for m in others)}
+
+
+@rule("while")
+def _while(eqn: Any, *operands: Any) -> list[Any]:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts = operands[:n_cond]
+    body_consts = operands[n_cond : n_cond + n_body]
+    init = list(operands[n_cond + n_body :])
+    loop = _Loop(eqn, init, {i: s - n_body for i, s in _forwarded(p["body_jaxpr"]).items()})
+
+    def cond(state: Any) -> Any:
+        return _arrays(eqn, evaluate(p["cond_jaxpr"], *cond_consts, *loop.carry(state)))[0]
+
+    def body(state: Any) -> Any:
+        return loop.state(evaluate(p["body_jaxpr"], *body_consts, *loop.carry(state)))
+
+    return loop.carry(lax.while_loop(cond, body, loop.state(init)))
+
+
+@rule("scan")
+def _scan(eqn: Any, *operands: Any) -> list[Any]:
+    p = eqn.params
+    jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
+    consts, init = operands[:n_consts], list(operands[n_consts : n_consts + n_carry])
+    xs = list(operands[n_consts + n_carry :])
+    forwarded = _forwarded(jaxpr)
+    loop = _Loop(eqn, init, {i: s - n_consts for i, s in forwarded.items() if i < n_carry})
+    # A weight that the body returns as it came need not be stacked again.
+    n_ys = len(jaxpr.outvars) - n_carry
+    whole = {
+        i: xs[s]
+        for i in range(n_ys)
+        if 0 <= (s := forwarded.get(n_carry + i, -1) - n_consts - n_carry) < len(xs)
+        and isinstance(xs[s], Weight)
+    }
+    stacks = [_unstack(x) for x in xs]
+
+    def body(state: Any, slices: Any) -> tuple[Any, list[Any]]:
+        inside = [rebuild(s) for (_, rebuild), s in zip(stacks, slices, strict=True)]
+        outs = evaluate(jaxpr, *consts, *loop.carry(state), *inside)
+        ys = [y for i, y in enumerate(outs[n_carry:]) if i not in whole]
+        return loop.state(outs[:n_carry]), _arrays(eqn, ys)
+
+    state, ys = lax.scan(
+        body,
+        loop.state(init),
+        [x for x, _ in stacks],
+        p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    computed = iter(ys)
+    return loop.carry(state) + [whole[i] if i in whole else next(computed) for i in range(n_ys)]
+
+
+def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What to scan over for the operand `x`, and the operand of the body from one slice of it."""
+    if not isinstance(x, Weight):
+        return x, lambda s: s
+    parts = [t.unstack() for t in x.terms]
+
+    def inside(slices: Any) -> Weight:
+        value, arrays = slices
+        terms = iter([rebuild(a) for (_, rebuild), a in zip(parts, arrays, strict=True)])
+        return x.with_terms(value, lambda _: next(terms))
+
+    return (x.value, [arrays for arrays, _ in parts]), inside
+
+
+class _Loop:
+    """The carry of a loop: weights that each turn returns as they came stay out of the state."""
+
+    def __init__(self, eqn: Any, init: list[Any], forwarded: Mapping[int, int]) -> None:
+        self.eqn = eqn
+        self.fixed = {
+            i: x for i, x in enumerate(init) if isinstance(x, Weight) and forwarded.get(i) == i
+        }
+        self.size = len(init)
+
+    def state(self, carry: list[Any]) -> list[Any]:
+        """The arrays among `carry` that change."""
+        return _arrays(self.eqn, [x for i, x in enumerate(carry) if i not in self.fixed])
+
+    def carry(self, state: list[Any]) -> list[Any]:
+        """The whole carry."""
+        changing = iter(state)
+        return [self.fixed[i] if i in self.fixed else next(changing) for i in range(self.size)]
+
+
+@rule("shard_map")
+def _shard_map(eqn: Any, *operands: Any) -> list[Any]:
+    p = eqn.params
+    specs = tuple(
+        x.with_terms(spec, lambda t, spec=spec: t.specs(spec)) if isinstance(x, Weight) else spec
+        for x, spec in zip(operands, p["in_specs"], strict=True)
+    )
+    body = jax.shard_map(
+        lambda *xs: tuple(_arrays(eqn, evaluate(p["jaxpr"], *xs))),
+        mesh=p["mesh"],
+        in_specs=specs,
+        out_specs=tuple(p["out_specs"]),
+        axis_names=set(p["newly_manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    return list(body(*operands))
+
+
+def _arrays(eqn: Any, xs: list[Any]) -> list[Any]:
+    reason = f"an output of `{eqn.primitive.name}` at {_compat.source_line(eqn)}"
+    return [materialize(x, reason) for x in xs]
+
+
+def _forwarded(jaxpr: Any) -> dict[int, int]:
+    """Outputs that are inputs as they came, also through inner calls: output to input."""
+    source = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "jit":
+            for out, inner in _forwarded(eqn.params["jaxpr"]).items():
+                atom = eqn.invars[inner]
+                if not _compat.is_literal(atom) and atom in source:
+                    source[eqn.outvars[out]] = source[atom]
+    return {
+        i: source[v]
+        for i, v in enumerate(jaxpr.outvars)
+        if not _compat.is_literal(v) and v in source
+    }

@@ -1,0 +1,130 @@
+"""The loop that evaluates a jaxpr with weights in it, and the registry of its rules.
+
+No primitive is named here. Equations that no `Weight` reaches are bound as they are; the others
+go to the rule of their primitive. Where there is none, or the rule finds no factored form, W + ΔW
+is formed if the user allowed it, and else it is an error.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import _compat
+from ._weight import Unfactorable, Weight
+
+RULES: dict[str, Callable[..., Any]] = {}
+
+
+def rule(*primitives: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers `f(eqn, *operands) -> outputs` for primitives, given by name.
+
+    At least one operand is a `Weight`; outputs are a list, or one value for a primitive of one
+    result. A rule raises `Unfactorable` where the result has no factored form.
+    """
+
+    def register(f: Callable[..., Any]) -> Callable[..., Any]:
+        RULES.update(dict.fromkeys(primitives, f))
+        return f
+
+    return register
+
+
+def evaluate(jaxpr: _compat.Jaxpr, *args: Any) -> list[Any]:
+    """Evaluates `jaxpr` at `args`, each an array or a `Weight`."""
+    env: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if _compat.is_literal(atom) else env[atom]
+
+    env.update(zip(jaxpr.constvars, _compat.consts(jaxpr), strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    for eqn, last in _live(jaxpr):
+        operands = [read(atom) for atom in eqn.invars]
+        with _compat.context(eqn):
+            outs = _apply(eqn, operands)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        for var in last:
+            del env[var]
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply(eqn: Any, operands: list[Any]) -> Sequence[Any]:
+    if not any(isinstance(x, Weight) for x in operands):
+        return _compat.bind(eqn, *operands)
+    name = eqn.primitive.name
+    if name in RULES:
+        try:
+            outs = RULES[name](eqn, *operands)
+            return outs if eqn.primitive.multiple_results else [outs]
+        except Unfactorable as e:
+            reason = f"`{name}` at {_compat.source_line(eqn)}, where {e}"
+    else:
+        reason = f"`{name}` at {_compat.source_line(eqn)}"
+    return _compat.bind(eqn, *(materialize(x, reason) for x in operands))
+
+
+def materialize(x: Any, reason: str) -> Any:
+    """W + ΔW where `x` is a `Weight` whose rule allows it; `x` where it is an array."""
+    if not isinstance(x, Weight):
+        return x
+    if not x.materialize:
+        raise NotImplementedError(
+            f"the weight {x.path!r} reaches {reason}, for which there is no factored form of "
+            "W + s·A·B. Leave the weight out of the rules, or let W + ΔW be formed there with "
+            "LoRA(..., materialize=True): exact, but at full memory and time."
+        )
+    return x.dense(reason)
+
+
+def _live(jaxpr: _compat.Jaxpr) -> list[tuple[Any, list[Any]]]:
+    """The equations that the outputs or an effect need, each with the variables last used there."""
+    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if not (eqn.effects or needed.intersection(eqn.outvars)):
+            continue
+        used = {v for v in eqn.invars if not _compat.is_literal(v)}
+        live.append((eqn, [v for v in used if v not in needed]))
+        needed |= used
+    return live[::-1]
+
+
+# ------------------------------------------------------------------------------------- tracing
+
+
+def trace(f: Callable[..., Any], *leaves: Any) -> tuple[_compat.Jaxpr, Callable[..., Any]]:
+    """The jaxpr of `f` at arrays like `leaves`, and what makes its outputs `f`'s from a list.
+
+    `f`'s outputs may be any pytree; leaves that are no arrays come back as they are. What `f`
+    closes over stays concrete if it was: should Python code of `f` ask for the value of something
+    that `leaves` do not reach, `f` is traced again with such values computed at once.
+    """
+    finish: Callable[..., Any] = list
+
+    def flat(*leaves: Any) -> list[Any]:
+        nonlocal finish
+        outs, tree = jax.tree.flatten(f(*leaves))
+        at = [i for i, x in enumerate(outs) if isinstance(x, jax.Array | np.ndarray)]
+
+        def finish(values: Sequence[Any]) -> Any:
+            full = dict(enumerate(outs)) | dict(zip(at, values, strict=True))
+            return jax.tree.unflatten(tree, list(full.values()))
+
+        return [outs[i] for i in at]
+
+    def eager(*leaves: Any) -> list[Any]:
+        with jax.ensure_compile_time_eval():
+            return flat(*leaves)
+
+    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    try:
+        jaxpr = jax.make_jaxpr(flat)(*specs)
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ):
+        jaxpr = jax.make_jaxpr(eager)(*specs)
+    return jaxpr, finish

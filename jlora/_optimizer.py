@@ -1,0 +1,183 @@
+"""Optimizers that train the adapter alone, whatever tree they are given."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._tree import count, is_low_rank, size_in_bytes
+from ._types import LowRank, Params, PyTree
+
+
+def labels(tree: PyTree) -> PyTree:
+    """A tree like `tree` that says what each leaf is.
+
+    Args:
+        tree: an adapter, or `Params(base, adapter)`.
+
+    Returns:
+        `"a"` and `"b"` for the factors, `"full"` for leaves trained in full, `"base"` for frozen
+        ones. Dropout keys are `"base"`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+        >>> jlora.labels(adapter)["w"].a
+        'a'
+    """
+    if isinstance(tree, Params):
+        return Params(jax.tree.map(lambda _: "base", tree.base), labels(tree.adapter))
+
+    def label(leaf: Any) -> Any:
+        if not is_low_rank(leaf):
+            return "full"
+        return leaf._replace(a="a", b="b", key=None if leaf.key is None else "base")
+
+    return jax.tree.map(label, tree, is_leaf=is_low_rank)
+
+
+def mask(tree: PyTree) -> PyTree:
+    """A tree like `tree` with True where it is trained, as optax's masks are.
+
+    Args:
+        tree: an adapter, or `Params(base, adapter)`.
+
+    Returns:
+        Booleans in the structure of `tree`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> params = jlora.Params(*lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))))
+        >>> jlora.mask(params).base
+        {'w': False}
+    """
+    return jax.tree.map(lambda label: label != "base", labels(tree))
+
+
+def optimizer(
+    tx: optax.GradientTransformation, *, lora_plus: float | None = None, freeze_a: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets `tx` train the adapter and nothing else.
+
+    For a tree of the adapter alone it is `tx`. For `Params(base, adapter)`, as in Flax's
+    `TrainState`, base leaves get no moments and zero updates, whatever their gradients; norms,
+    clipping and weight decay inside `tx` see the adapter only.
+
+    Args:
+        tx: any optax transformation.
+        lora_plus: the ratio λ of B's learning rate to A's: updates of B are multiplied by it.
+            Hayou et al. find about 16 to be good. None means 1.
+        freeze_a: train B (and full leaves) only; A gets no moments and zero updates.
+
+    Returns:
+        An optax transformation.
+
+    Raises:
+        ValueError: if `lora_plus` is not a positive finite number.
+
+    Source: Hayou et al., LoRA+, arXiv 2402.12354; Zhang et al., LoRA-FA, arXiv 2308.03303, for
+    `freeze_a`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, optax
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> params = jlora.Params(*lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))))
+        >>> tx = jlora.optimizer(optax.adamw(1e-3), lora_plus=16)
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        >>> bool((optax.apply_updates(params, updates).base["w"] == 1).all())
+        True
+    """
+    if lora_plus is not None and not (math.isfinite(lora_plus) and lora_plus > 0):
+        raise ValueError(f"`lora_plus` must be a positive finite number; got {lora_plus!r}.")
+    frozen = {"base", "a"} if freeze_a else {"base"}
+
+    def group(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda label: "frozen" if label in frozen else "trained", labels(tree))
+
+    parts = optax.partition({"trained": tx, "frozen": _freeze()}, group)
+    return optax.chain(parts, _scale_b(lora_plus)) if lora_plus is not None else parts
+
+
+def _freeze() -> optax.GradientTransformation:
+    # -0.0 is the zero that leaves every float as it was: -0.0 + 0.0 would be 0.0.
+    return optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.full_like(x, -0.0), g))
+
+
+def _scale_b(ratio: float) -> optax.GradientTransformation:
+    def scale(updates: PyTree, params: PyTree | None) -> PyTree:
+        del params
+        return jax.tree.map(lambda u, label: ratio * u if label == "b" else u, updates, labels(updates))
+
+    return optax.stateless(scale)
+
+
+class Summary(NamedTuple):
+    """Parameters and bytes of a base and its adapter; `str()` is a table.
+
+    Attributes:
+        base: parameters of the base.
+        trainable: parameters of the adapter.
+        base_bytes: bytes of the base.
+        trainable_bytes: bytes of the adapter, which is also what a checkpoint of it holds.
+    """
+
+    base: int
+    trainable: int
+    base_bytes: int
+    trainable_bytes: int
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters as a share of the base's."""
+        return self.trainable / max(self.base, 1)
+
+    def __str__(self) -> str:
+        rows = [
+            ("base (frozen)", f"{self.base:,}", _readable(self.base_bytes)),
+            ("adapter (trainable)", f"{self.trainable:,}", _readable(self.trainable_bytes)),
+            ("Adam moments", f"{2 * self.trainable:,}", _readable(2 * self.trainable_bytes)),
+        ]
+        header = ("", "parameters", "size")
+        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(3)]
+        lines = [
+            f"{r[0].ljust(widths[0])}  {r[1].rjust(widths[1])}  {r[2].rjust(widths[2])}"
+            for r in [header, *rows]
+        ]
+        return "\n".join([*lines, f"trainable share {100 * self.share:.3g}%"])
+
+
+def summary(base: PyTree, adapter: PyTree) -> Summary:
+    """Parameters and bytes of a base and its adapter.
+
+    Args:
+        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s.
+        adapter: the trainable tree, likewise.
+
+    Returns:
+        A `Summary`; printed, a table.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> print(jlora.summary(*lora.init(jax.random.key(0), {"w": jnp.ones((64, 64))}, jnp.ones((1, 64)))))
+                             parameters      size
+        base (frozen)             4,096  16.0 KiB
+        adapter (trainable)         256   1.0 KiB
+        Adam moments                512   2.0 KiB
+        trainable share 6.25%
+    """
+    return Summary(count(base), count(adapter), size_in_bytes(base), size_in_bytes(adapter))
+
+
+def _readable(n: float) -> str:
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    i = min(int(math.log(max(n, 1), 1024)), len(units) - 1)
+    return f"{n / 1024**i:.1f} {units[i]}" if i else f"{n} B"
+
+
+__all__ = ["LowRank", "Summary", "labels", "mask", "optimizer", "summary"]

@@ -1,0 +1,178 @@
+"""`wrap`, `bind` and the adapted apply: a function of trees that hold `LowRank` leaves."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _control, _linear  # noqa: F401 - they register their rules
+from ._interpret import evaluate, materialize, trace
+from ._tree import adapter_leaves, check_fits, fold, parts_of
+from ._types import Adapted, LowRank, PyTree
+from ._weight import RANK, Delta, Factor, Weight
+
+
+def bind(base: PyTree, adapter: PyTree) -> PyTree:
+    r"""Puts an adapter into its base: a tree of `base`'s structure with adapted leaves.
+
+    A leaf that `adapter` holds as a `LowRank` becomes the pair of W and $s \cdot A B$, not their
+    sum; a leaf that it holds as an array (`Full`) is replaced by it. No array is copied.
+
+    Args:
+        base: the frozen tree.
+        adapter: a nested dict pruned to the adapted paths, from `init`.
+
+    Returns:
+        A tree for functions under `jlora.wrap`.
+
+    Raises:
+        TypeError: if `adapter` is no such tree.
+        ValueError: if `adapter` does not fit `base`; every differing path is named.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> f = lambda params, x: x @ params["w"]
+        >>> lora = jlora.transform(f, jlora.LoRA("w", rank=2))
+        >>> base, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+        >>> jlora.wrap(f)(jlora.bind(base, adapter), jnp.ones((1, 4))).shape
+        (1, 3)
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(base)
+    found = adapter_leaves(adapter)
+    check_fits(base, found)
+
+    def join(parts: tuple[str, ...], w: Any) -> Any:
+        delta = found.get(parts)
+        if isinstance(delta, LowRank):
+            return Adapted(w, delta)
+        return w if delta is None else delta
+
+    return jax.tree.unflatten(tree, [join(parts_of(path), w) for path, w in leaves])
+
+
+def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
+    r"""Makes `fn` accept, in any argument, trees from `jlora.bind`.
+
+    The result computes what `fn` computes with W + s·A·B at the adapted leaves, in factored form:
+    `fn` is traced to a jaxpr with W in place, which is evaluated with the factors beside W.
+
+    Args:
+        fn: any function that JAX can trace with respect to the adapted leaves. Other arguments
+            stay as they are: Python values remain Python values, concrete arrays concrete.
+
+    Returns:
+        A function with `fn`'s arguments and outputs. Differentiable in reverse mode, also twice;
+        forward mode stops at the product's `custom_vjp`.
+
+    Raises:
+        NotImplementedError: where `fn` uses an adapted weight in a way that has no factored form,
+            naming path, primitive and source line. See `LoRA(materialize=True)`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> loss = lambda x, params: ((x @ params["w"]) ** 2).sum()
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=1, alpha=1))
+        >>> x, params = jnp.ones((2, 4)), {"w": jnp.ones((4, 3))}
+        >>> base, adapter = lora.init(jax.random.key(0), params, x)
+        >>> float(jlora.wrap(loss)(x, jlora.bind(base, adapter)))
+        96.0
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        flat, tree = jax.tree_util.tree_flatten_with_path(
+            (args, kwargs), is_leaf=lambda x: isinstance(x, Adapted)
+        )
+        leaves = [x for _, x in flat]
+        at = [i for i, x in enumerate(leaves) if isinstance(x, Adapted)]
+
+        def plain(*weights: Any) -> Any:
+            full = dict(enumerate(leaves)) | dict(zip(at, weights, strict=True))
+            args, kwargs = jax.tree.unflatten(tree, [full[i] for i in range(len(leaves))])
+            return fn(*args, **kwargs)
+
+        # Paths start with 0 or 1 for args or kwargs, then the argument.
+        weights = [_weight(flat[i][1], "/".join(parts_of(flat[i][0])[2:])) for i in at]
+        jaxpr, finish = trace(plain, *(w.value for w in weights))
+        outs = evaluate(jaxpr, *weights)
+        return finish([materialize(x, "the function's outputs") for x in outs])
+
+    return wrapped
+
+
+def _weight(leaf: Adapted, path: str) -> Weight:
+    delta = leaf.delta
+    return Weight(jnp.asarray(leaf.base), (as_delta(delta, leaf.base.shape),), path, delta.materialize)
+
+
+def as_delta(delta: LowRank, shape: tuple[int, ...]) -> Delta:
+    """The factors of `delta` with their axes named by those of a weight of `shape`."""
+    layout = delta.layout
+    stack, inputs, outputs = layout.stack, layout.inputs, layout.outputs
+    a, b = delta.a, delta.b
+    if layout.slots is not None:
+        a, b = _merge_slots(delta, shape)
+    return Delta(
+        Factor(a, (*stack, *inputs, RANK)),
+        Factor(b, (*stack, RANK, *outputs)),
+        None if delta.key is None else Factor(delta.key, stack),
+        delta.scale,
+        delta.dropout,
+    )
+
+
+def _merge_slots(delta: LowRank, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """One A of rank slots·r, and one B whose rows reach only their own slot of the outputs."""
+    assert delta.layout.slots is not None
+    count, chosen, axis = delta.layout.slots
+    n, out = len(delta.layout.stack), delta.layout.outputs.index(axis)
+    r, length = delta.a.shape[-1], shape[axis] // count
+
+    def place(i: int, slot: int) -> jax.Array:
+        b = jnp.take(delta.b, i, axis=n)  # (stack…, r, outputs…)
+        pads = [(0, 0)] * b.ndim
+        pads[n + 1 + out] = (slot * length, (count - 1 - slot) * length)
+        return jnp.pad(b, pads)
+
+    b = jnp.concatenate([place(i, slot) for i, slot in enumerate(chosen)], axis=n)
+    a = jnp.moveaxis(delta.a, n, -2)  # (stack…, inputs…, slots, r)
+    return a.reshape(*a.shape[:-2], len(chosen) * r), b
+
+
+def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
+    r"""An adapter whose low-rank paths drop inputs: $y = x W + s\,(\mathrm{drop}(x) A) B$.
+
+    Each input of A is zero with the rule's probability p and else divided by 1 - p, so that the
+    expectation is that without dropout. One mask for a site, a layer of a stack and a key.
+
+    Args:
+        adapter: from `init`; sites whose rule has `dropout=0` are left as they are.
+        key: a PRNG key, folded with each site's path and split over its stack.
+
+    Returns:
+        An adapter for `apply`, with keys in it. Differentiate with respect to the one without.
+
+    Source: Hu et al., arXiv 2106.09685, appendix D.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2, dropout=0.5))
+        >>> x = jnp.ones((1, 4))
+        >>> base, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, x)
+        >>> noisy = jlora.dropout(adapter, jax.random.key(1))
+        >>> lora.apply(base, noisy, x).shape
+        (1, 3)
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+
+    def seed(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, LowRank) or not leaf.dropout:
+            return leaf
+        mine = fold(key, parts_of(path))
+        stack = leaf.a.shape[: len(leaf.layout.stack)]
+        return leaf._replace(key=jax.random.split(mine, stack) if stack else mine)
+
+    return jax.tree_util.tree_map_with_path(seed, adapter, is_leaf=lambda x: isinstance(x, LowRank))

@@ -1,0 +1,145 @@
+"""Paths, and what an adapter's tree must be."""
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from ._types import Adapted, Layout, LowRank, Path, PyTree
+
+
+def parts_of(path: tuple[Any, ...]) -> Path:
+    """A key path as strings; the trailing `value` of an NNX variable is left out."""
+    parts = tuple(_part(key) for key in path)
+    is_variable = bool(path) and isinstance(path[-1], GetAttrKey) and path[-1].name == "value"
+    return parts[:-1] if is_variable and len(parts) > 1 else parts
+
+
+def _part(key: Any) -> str:
+    match key:
+        case DictKey() | FlattenedIndexKey():
+            return str(key.key)
+        case SequenceKey():
+            return str(key.idx)
+        case GetAttrKey():
+            return key.name
+    return str(key)
+
+
+def nest(leaves: dict[Path, Any]) -> PyTree:
+    """A nested dict of leaves by path; a leaf at the root is itself the tree."""
+    if () in leaves:
+        return leaves[()]
+    tree: dict[str, Any] = {}
+    for parts, leaf in leaves.items():
+        node = tree
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+        node[parts[-1]] = leaf
+    return tree
+
+
+def fold(key: jax.Array, parts: Path) -> jax.Array:
+    """A key of its own for a path, whatever the other paths are."""
+    return jax.random.fold_in(key, zlib.crc32("/".join(parts).encode()))
+
+
+def is_low_rank(x: Any) -> bool:
+    """Whether `x` is a `LowRank` node."""
+    return isinstance(x, LowRank)
+
+
+def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
+    """The `LowRank` nodes and arrays of an adapter by path; `TypeError` if it is none."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        adapter, is_leaf=lambda x: isinstance(x, LowRank | Adapted)
+    )
+    found = {parts_of(path): leaf for path, leaf in flat}
+    wrong = {p: x for p, x in found.items() if not isinstance(x, LowRank) and not _is_array(x)}
+    if wrong:
+        listed = ", ".join(f"{'/'.join(p) or 'the root'}: {type(x).__name__}" for p, x in wrong.items())
+        raise TypeError(
+            "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+            f"got {listed}."
+        )
+    return found
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def factor_shapes(layout: Layout, shape: tuple[int, ...], rank: int) -> tuple[Path | Any, Any]:
+    """The shapes of A and B for a weight of `shape`."""
+    stack = [shape[d] for d in layout.stack]
+    inputs = [shape[d] for d in layout.inputs]
+    outputs = [shape[d] for d in layout.outputs]
+    if layout.slots is not None:
+        count, chosen, axis = layout.slots
+        outputs[layout.outputs.index(axis)] //= count
+        stack.append(len(chosen))
+    return (*stack, *inputs, rank), (*stack, rank, *outputs)
+
+
+def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
+    """Raises, naming every path of the adapter `found` that differs from `base`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(base, is_leaf=is_low_rank)
+    if any(is_low_rank(x) for _, x in leaves):
+        raise TypeError(
+            "`base` holds LowRank nodes, so it is an adapter: are `base` and `adapter` swapped?"
+        )
+    shapes = {parts_of(path): tuple(jnp.shape(x)) for path, x in leaves}
+    wrong = [f"  {'/'.join(p)}: {e}" for p, x in found.items() if (e := _misfit(x, shapes.get(p)))]
+    if wrong:
+        raise ValueError(
+            f"`adapter` does not fit `base` at {len(wrong)} of {len(found)} paths:\n"
+            + "\n".join(wrong)
+            + "\nUse the adapter with the parameters that it was made for, or make one with `init`."
+        )
+
+
+def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:
+    if shape is None:
+        return "not in `base`"
+    if not is_low_rank(leaf):
+        got = tuple(leaf.shape)
+        return None if got == shape else f"expected shape {shape} as in `base`, got {got}"
+    layout, a, b = leaf.layout, tuple(leaf.a.shape), tuple(leaf.b.shape)
+    axes = sorted((*layout.stack, *layout.inputs, *layout.outputs))
+    if axes != list(range(len(shape))):
+        return f"made for a weight of {len(axes)} axes, got one of shape {shape} in `base`"
+    expected = factor_shapes(layout, shape, a[-1] if a else 0)
+    if (a, b) == expected:
+        return None
+    return f"a weight of shape {shape} needs A {expected[0]} and B {expected[1]}, got {a} and {b}"
+
+
+def count(tree: PyTree) -> int:
+    """The number of parameters in a tree of arrays or `jax.ShapeDtypeStruct`s.
+
+    Args:
+        tree: a base, an adapter or any other pytree; dropout keys are not parameters.
+
+    Returns:
+        The sum of the sizes of its numeric leaves.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> jlora.count({"w": jnp.ones((4, 3)), "b": jnp.ones(3)})
+        15
+    """
+    return sum(math.prod(x.shape) for x in _numeric(tree))
+
+
+def size_in_bytes(tree: PyTree) -> int:
+    """The bytes of the numeric leaves of a tree."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in _numeric(tree))
+
+
+def _numeric(tree: PyTree) -> list[Any]:
+    leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(tree)]
+    return [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]

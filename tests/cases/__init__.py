@@ -1,0 +1,17 @@
+"""The tables that the laws run over: one list of cases per module, one row of the issue each.
+
+`plain` holds plain JAX, `control` higher-order primitives, `trees` containers of parameters,
+`linen` and `nnx_models` Flax, `hf` whole models of `transformers`. `random_einsum` holds
+strategies for hypothesis.
+"""
+
+from ._case import Case as Case
+from ._case import Problem as Problem
+from . import plain
+
+CASES: list[Case] = [*plain.CASES]
+
+
+def all_cases(*rows: int) -> list[Case]:
+    """The cases of the given rows; of all rows where none is given."""
+    return [case for case in CASES if not rows or case.row in rows]

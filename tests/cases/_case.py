@@ -1,0 +1,97 @@
+"""An entry of the tables, and what the builders of its problems share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+
+class Problem(NamedTuple):
+    """A model, its parameters and one call: `apply(params, *args, **kwargs)`."""
+
+    apply: Callable[..., Any]
+    params: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that the transform must get exactly right.
+
+    Attributes:
+        name: Unique; the pytest id.
+        row: Row of the table "What must be exact"; 15 for whole models.
+        build: Float dtype to problem. Small and deterministic.
+        rules: The jlora rules.
+        sites: Expected number of low-rank leaves.
+        trainable: Expected number of trainable parameters: size(A) + size(B) of every site, and
+            the size of every leaf that is trained in full.
+        float64: Whether the model computes in float64 when it is built so.
+        tolerance: Relative tolerance of models that compute or store in a low precision.
+        exact_at_zero: Whether the output at B = 0 is the base model's bit for bit. False where
+            the base product is rearranged, or compiled together with the low-rank one.
+        jit: Whether `args` may be traced. `kwargs` are never traced.
+        grad: Whether the base model has a reverse-mode derivative.
+        vmap: Whether the base model can be mapped over its parameters.
+        strict: Whether the base model runs under strict dtype promotion and with rank promotion
+            as an error.
+    """
+
+    name: str
+    row: int
+    build: Callable[[DTypeLike], Problem] = field(repr=False)
+    rules: tuple[Any, ...]
+    sites: int
+    trainable: int
+    float64: bool = True
+    tolerance: float | None = None
+    exact_at_zero: bool = True
+    jit: bool = True
+    grad: bool = True
+    vmap: bool = True
+    strict: bool = True
+
+
+def entry(cases: list[Case], **fields: Any) -> Callable[[Callable[[DTypeLike], Problem]], Case]:
+    """Decorator that makes a build function an entry of `cases`, named after the function."""
+
+    def decorate(build: Callable[[DTypeLike], Problem]) -> Case:
+        cases.append(Case(name=build.__name__, build=build, **fields))
+        return cases[-1]
+
+    return decorate
+
+
+def normal(name: str, shape: tuple[int, ...], dtype: DTypeLike, scale: float = 0.5) -> jax.Array:
+    """Draws scale · N(0, 1), the same for the same name and shape in every version of JAX."""
+    draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    return jnp.asarray(scale * draw, dtype)
+
+
+def normals(dtype: DTypeLike, **shapes: tuple[int, ...]) -> dict[str, jax.Array]:
+    """Draws one array per keyword, its value the shape."""
+    return {name: normal(name, shape, dtype) for name, shape in shapes.items()}
+
+
+def fill(tree: Any, dtype: DTypeLike, scale: float = 0.5) -> Any:
+    """Replaces every float leaf by random numbers, variances by positive ones.
+
+    Initial biases are zero and initial norm scales one: a test on them would hold trivially.
+    """
+
+    def leaf(path: tuple[Any, ...], x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        name = jax.tree_util.keystr(path)
+        draw = normal(name, x.shape, dtype, scale)
+        return draw**2 + 0.5 if "var" in name.lower().rsplit("[", 1)[-1] else draw
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)

@@ -1,0 +1,1120 @@
+"""Plain JAX: rows 2, 3, 6, 7, 8, 9, 10 and 12."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jlora import Full, LoRA, Slots
+
+from ._case import Case, Problem, entry, normal, normals
+
+CASES: list[Case] = []
+case = partial(entry, CASES)
+LORA = LoRA(rank=2, alpha=4)  # all-linear
+
+
+# --------------------------------------------------------------------------------------------
+# Row 2: one product, however it is written. Unless it says otherwise, w: (6, 5).
+# --------------------------------------------------------------------------------------------
+
+
+def products() -> None:
+    """Adds every way to write x·w with one leaf of 6 inputs and 5 outputs."""
+    shapes = {
+        "matmul": ((6, 5), (3, 6), lambda w, x: x @ w),
+        "matmul_vector": ((6, 5), (6,), lambda w, x: x @ w),
+        "matmul_batched": ((6, 5), (2, 3, 6), lambda w, x: x @ w),
+        "matmul_highest": ((6, 5), (3, 6), lambda w, x: jnp.matmul(x, w, precision="highest")),
+        "weight_left_vector": ((5, 6), (6,), lambda w, x: w @ x),
+        "weight_left_matrix": ((5, 6), (6, 3), lambda w, x: w @ x),
+        "inner": ((5, 6), (3, 6), lambda w, x: jnp.inner(x, w)),
+        "dot_general": (
+            (5, 6),
+            (6, 2, 3),
+            lambda w, x: lax.dot_general(x, w, (((0,), (1,)), ((), ()))),
+        ),
+        "dot_general_weight_left": (
+            (6, 5),
+            (3, 6),
+            lambda w, x: lax.dot_general(w, x, (((0,), (1,)), ((), ()))),
+        ),
+        "einsum": ((6, 5), (2, 3, 6), lambda w, x: jnp.einsum("bsd,df->bsf", x, w)),
+        "einsum_weight_left": ((6, 5), (3, 6), lambda w, x: jnp.einsum("io,bi->bo", w, x)),
+        "einsum_transposed_result": ((6, 5), (3, 6), lambda w, x: jnp.einsum("bi,io->ob", x, w)),
+        "einsum_ellipsis": ((6, 5), (2, 3, 6), lambda w, x: jnp.einsum("...d,df->...f", x, w)),
+        "transpose": ((5, 6), (3, 6), lambda w, x: x @ w.T),
+        "swapaxes": ((5, 6), (3, 6), lambda w, x: x @ jnp.swapaxes(w, 0, 1)),
+        "expand_dims": ((6, 5), (1, 3, 6), lambda w, x: jnp.einsum("nbi,nio->nbo", x, w[None])),
+        "squeeze": ((6, 1, 5), (3, 6), lambda w, x: x @ jnp.squeeze(w, 1)),
+        "broadcast": (
+            (6, 5),
+            (2, 3, 6),
+            lambda w, x: jnp.einsum("bsi,bio->bso", x, jnp.broadcast_to(w, (2, 6, 5))),
+        ),
+        "slice_inputs": ((6, 5), (3, 4), lambda w, x: x @ w[:4]),
+        "slice_outputs": ((6, 5), (3, 6), lambda w, x: x @ w[:, 1:4]),
+        "slice_strided": ((6, 5), (3, 3), lambda w, x: x @ w[::2]),
+        "dynamic_slice": (
+            (6, 5),
+            (3, 4),
+            lambda w, x: x @ lax.dynamic_slice(w, (jnp.int32(1), jnp.int32(2)), (4, 3)),
+        ),
+        "slice_twice": ((6, 5), (3, 6), lambda w, x: jnp.tanh(x[:, :2] @ w[:2]) + x[:, 2:] @ w[2:]),
+        "split_outputs": (
+            (6, 5),
+            (3, 6),
+            lambda w, x: [x @ part for part in jnp.split(w, (2,), axis=1)],
+        ),
+        "flip": ((6, 5), (3, 6), lambda w, x: x @ w[::-1]),
+        "scaled": ((6, 5), (3, 6), lambda w, x: x @ (w / math.sqrt(6))),
+        "negated": ((6, 5), (3, 6), lambda w, x: x @ -w),
+        "scaled_by_traced": ((6, 5), (3, 6), lambda w, x: x @ (x[0, 0] * w)),
+        "stop_gradient": (
+            (6, 5),
+            (3, 6),
+            lambda w, x: jnp.tanh(x @ w) + x @ lax.stop_gradient(w),
+        ),
+        "optimization_barrier": ((6, 5), (3, 6), lambda w, x: x @ lax.optimization_barrier(w)),
+        "copied": ((6, 5), (3, 6), lambda w, x: x @ jnp.array(w, copy=True)),
+        "unused_alias": ((6, 5), (3, 6), lambda w, x: (w.T.reshape(-1), x @ w)[1]),
+        "used_twice": ((6, 5), (3, 6), lambda w, x: jnp.tanh(x @ w) + jnp.sin(x) @ w),
+        "used_in_both_directions": ((6, 5), (3, 6), lambda w, x: jnp.tanh(x @ w) @ w.T),
+    }
+    rearranged = {"slice_twice", "split_outputs", "scaled", "negated", "scaled_by_traced"}
+    for name, (w_shape, x_shape, apply) in shapes.items():
+
+        def build(dtype, w_shape=w_shape, x_shape=x_shape, apply=apply):
+            params = normals(dtype, w=w_shape)
+            return Problem(
+                lambda p, x: apply(p["w"], x), params, (normal("x", x_shape, dtype),)
+            )
+
+        CASES.append(
+            Case(
+                name=name,
+                row=6 if name.startswith("used") else 2,
+                build=build,
+                rules=(LORA,),
+                sites=1,
+                trainable=2 * (6 + 5),
+                exact_at_zero=name not in rearranged,
+            )
+        )
+
+
+products()
+
+
+@case(row=2, rules=(LoRA(rank=5, alpha=5),), sites=1, trainable=5 * (6 + 5))
+def full_rank(dtype):
+    """The largest rank that there is: min(inputs, outputs)."""
+    return Problem(
+        lambda p, x: x @ p["w"], normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype),)
+    )
+
+
+@case(row=2, rules=(LoRA(rank=1, alpha=2),), sites=1, trainable=1 * (6 + 1))
+def one_output(dtype):
+    """A single output: a size-1 axis must not be taken for another."""
+    return Problem(
+        lambda p, x: x @ p["w"], normals(dtype, w=(6, 1)), (normal("x", (1, 6), dtype),)
+    )
+
+
+@case(row=2, rules=(LORA,), sites=2, trainable=2 * (5 + 5) * 2)
+def chain_of_one_shape(dtype):
+    """Two weights of one shape, one after the other."""
+    return Problem(
+        lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"],
+        normals(dtype, w=(5, 5), v=(5, 5)),
+        (normal("x", (5, 5), dtype),),
+    )
+
+
+@case(row=2, rules=(LoRA("^v$", rank=2, alpha=4),), sites=1, trainable=2 * (5 + 5))
+def chain_of_one_shape_second_only(dtype):
+    """Of two weights of one shape, only the second is adapted."""
+    return chain_of_one_shape.build(dtype)
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 2 * 4))
+def einsum_heads(dtype):
+    """Several output axes, the weight on the left: (d, h, k)."""
+    return Problem(
+        lambda p, x: jnp.einsum("dhk,bsd->bhsk", p["w"], x),
+        normals(dtype, w=(6, 2, 4)),
+        (normal("x", (2, 3, 6), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
+def einsum_heads_in(dtype):
+    """Several input axes: (h, k, d), contracted in another order than stored."""
+    return Problem(
+        lambda p, x: jnp.einsum("bskh,hkd->bsd", x, p["w"]),
+        normals(dtype, w=(2, 4, 6)),
+        (normal("x", (2, 3, 4, 2), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (3 * 2 + 4 * 5))
+def einsum_interleaved_axes(dtype):
+    """Inputs and outputs take turns in the leaf: (o, i, p, j)."""
+    return Problem(
+        lambda p, x: jnp.einsum("oipj,bji->bpo", p["w"], x),
+        normals(dtype, w=(4, 3, 5, 2)),
+        (normal("x", (3, 2, 3), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=2, trainable=2 * (4 + 5) + 2 * (5 + 6))
+def einsum_three_operands(dtype):
+    """Three operands; x is contracted with w, then the result with v."""
+    return Problem(
+        lambda p, x: jnp.einsum("bi,io,oj->bj", x, p["w"], p["v"]),
+        normals(dtype, w=(4, 5), v=(5, 6)),
+        (normal("x", (2, 4), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (3 * 4 + 5))
+def tensordot(dtype):
+    """Two axes contracted by tensordot."""
+    return Problem(
+        lambda p, x: jnp.tensordot(x, p["w"], axes=2),
+        normals(dtype, w=(3, 4, 5)),
+        (normal("x", (2, 3, 4), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (4 + 3 * 5))
+def partial_contraction(dtype):
+    """A bilinear form: the first product contracts i, the second one j."""
+
+    def apply(p, x, y):
+        return jnp.einsum("bjo,bj->bo", jnp.einsum("bi,ijo->bjo", x, p["w"]), y)
+
+    args = normal("x", (2, 4), dtype), normal("y", (2, 3), dtype)
+    return Problem(apply, normals(dtype, w=(4, 3, 5)), args)
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
+def transpose_three_axes(dtype):
+    """A permutation of three axes before the product: stored (k, d, h)."""
+    return Problem(
+        lambda p, x: jnp.einsum("bhk,hkd->bd", x, jnp.transpose(p["w"], (2, 0, 1))),
+        normals(dtype, w=(4, 6, 2)),
+        (normal("x", (3, 2, 4), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 8))
+def reshape_splits_outputs(dtype):
+    """Stored (6, 8), used (6, 2, 4)."""
+    return Problem(
+        lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["w"].reshape(6, 2, 4)),
+        normals(dtype, w=(6, 8)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 2 * 4))
+def reshape_merges_outputs(dtype):
+    """Stored (6, 2, 4), used (6, 8)."""
+    return Problem(
+        lambda p, x: x @ p["w"].reshape(6, 8),
+        normals(dtype, w=(6, 2, 4)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
+def reshape_merges_inputs(dtype):
+    """Stored (2, 4, 6), used (8, 6), and its transpose before that."""
+    return Problem(
+        lambda p, x: x @ p["w"].reshape(8, 6) @ p["w"].transpose(2, 0, 1).reshape(6, 8),
+        normals(dtype, w=(2, 4, 6)),
+        (normal("x", (3, 8), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (6 + 4))
+def concatenate_inputs(dtype):
+    """[x y] times w above v."""
+
+    def apply(p, x, y):
+        wide = jnp.concatenate([x, y], axis=-1)
+        return jnp.tanh(wide @ jnp.concatenate([p["w"][:, :4], p["v"]], axis=0))
+
+    args = normal("x", (3, 6), dtype), normal("y", (3, 6), dtype)
+    return Problem(apply, normals(dtype, w=(6, 5), v=(6, 4)), args)
+
+
+def low_precision(name, *, params, compute, apply, tolerance, strict=True):
+    """Adds a model whose parameters and whose arithmetic have dtypes of their own."""
+
+    def build(dtype):
+        del dtype  # fixed by the case
+        return Problem(apply, normals(params, w=(6, 5)), (normal("x", (3, 6), compute),))
+
+    CASES.append(
+        Case(
+            name=name,
+            row=2,
+            build=build,
+            rules=(LORA,),
+            sites=1,
+            trainable=2 * (6 + 5),
+            float64=False,
+            tolerance=tolerance,
+            strict=strict,
+        )
+    )
+
+
+low_precision(
+    "bfloat16_compute_over_float32",
+    params=jnp.float32,
+    compute=jnp.bfloat16,
+    apply=lambda p, x: x @ p["w"].astype(jnp.bfloat16),
+    tolerance=3e-2,
+)
+low_precision(
+    "bfloat16_cast_of_both",
+    params=jnp.float32,
+    compute=jnp.float32,
+    apply=lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(x.dtype),
+    tolerance=3e-2,
+)
+low_precision(
+    "bfloat16_there_and_back",
+    params=jnp.float32,
+    compute=jnp.float32,
+    apply=lambda p, x: x @ p["w"].astype(jnp.bfloat16).astype(jnp.float32),
+    tolerance=3e-2,
+)
+low_precision(
+    "bfloat16_base",
+    params=jnp.bfloat16,
+    compute=jnp.bfloat16,
+    apply=lambda p, x: x @ p["w"],
+    tolerance=3e-2,
+)
+low_precision(
+    "bfloat16_base_float32_compute",
+    params=jnp.bfloat16,
+    compute=jnp.float32,
+    apply=lambda p, x: x @ p["w"].astype(jnp.float32),
+    tolerance=3e-2,
+)
+low_precision(
+    "bfloat16_base_promoted",
+    params=jnp.bfloat16,
+    compute=jnp.float32,
+    apply=lambda p, x: x @ p["w"],
+    tolerance=3e-2,
+    strict=False,
+)
+low_precision(
+    "bfloat16_base_float32_accumulation",
+    params=jnp.bfloat16,
+    compute=jnp.bfloat16,
+    apply=lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32),
+    tolerance=3e-2,
+)
+low_precision(
+    "float16_base",
+    params=jnp.float16,
+    compute=jnp.float16,
+    apply=lambda p, x: x @ p["w"],
+    tolerance=5e-3,
+)
+
+
+# --------------------------------------------------------------------------------------------
+# Row 3: helpers under the user's own jit, called with the base model before.
+# --------------------------------------------------------------------------------------------
+
+
+def called(apply, params, *args):
+    """A problem whose functions have been traced with the base parameters before."""
+    apply(params, *args)
+    return Problem(apply, params, args)
+
+
+@case(row=3, rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
+def jit_helper(dtype):
+    """The weight is an argument of a jitted helper."""
+    helper = jax.jit(lambda w, x: jnp.tanh(x @ w))
+    return called(
+        lambda p, x: helper(p["w"], x), normals(dtype, w=(6, 5)), normal("x", (3, 6), dtype)
+    )
+
+
+@case(row=3, rules=(LoRA("^v$", rank=2, alpha=4),), sites=1, trainable=2 * (5 + 5))
+def jit_helper_on_two_weights(dtype):
+    """One cached trace serves two weights, of which only the second is adapted."""
+    helper = jax.jit(lambda w, x: x @ w)
+    return called(
+        lambda p, x: helper(p["v"], jnp.tanh(helper(p["w"], x))),
+        normals(dtype, w=(5, 5), v=(5, 5)),
+        normal("x", (3, 5), dtype),
+    )
+
+
+@case(
+    row=3,
+    rules=(LORA,),
+    sites=2,
+    trainable=2 * (6 + 5) + 2 * (5 + 4),
+    exact_at_zero=False,
+)
+def jit_model(dtype):
+    """The apply function itself is jitted; its parameters have a bias beside the weights."""
+    apply = jax.jit(lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"])
+    return called(
+        apply, normals(dtype, w=(6, 5), b=(5,), v=(5, 4)), normal("x", (3, 6), dtype)
+    )
+
+
+@case(row=3, rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
+def jit_nested(dtype):
+    """A jitted helper that calls a jitted helper."""
+    inner = jax.jit(lambda w, x: x @ w)
+    outer = jax.jit(lambda w, x: jnp.sin(inner(w, jnp.cos(x))))
+    return called(
+        lambda p, x: outer(p["w"], x), normals(dtype, w=(6, 5)), normal("x", (3, 6), dtype)
+    )
+
+
+@case(row=3, rules=(LORA,), sites=1, trainable=2 * (5 + 6), exact_at_zero=False)
+def jit_static_argument(dtype):
+    """A static flag of the jitted helper decides how the weight is used."""
+
+    @partial(jax.jit, static_argnames="transposed")
+    def helper(w, x, *, transposed):
+        return x @ (w.T if transposed else w)
+
+    return called(
+        lambda p, x: helper(p["w"], x, transposed=True),
+        normals(dtype, w=(5, 6)),
+        normal("x", (3, 6), dtype),
+    )
+
+
+@case(row=3, rules=(LORA,), sites=1, trainable=2 * (5 + 6))
+def jit_returns_the_weight(dtype):
+    """What the jitted helper returns is the weight itself, transposed."""
+    prepare = jax.jit(lambda w: (w.T, jnp.ones((), w.dtype)))
+
+    def apply(p, x):
+        w, scale = prepare(p["w"])
+        return x @ w * scale
+
+    return called(apply, normals(dtype, w=(5, 6)), normal("x", (3, 6), dtype))
+
+
+@case(row=3, rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
+def jit_passes_a_tree(dtype):
+    """The jitted helper takes the whole tree, with a leaf that it does not use."""
+    helper = jax.jit(lambda p, x: (x @ p["w"] + p["b"][None], p["b"]))
+    return called(
+        lambda p, x: helper(p, x),
+        normals(dtype, w=(6, 5), b=(5,), unused=(4, 4)),
+        normal("x", (3, 6), dtype),
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Row 4: stacks of layers that Python unrolls. (See control.py for scans.)
+# --------------------------------------------------------------------------------------------
+
+
+@case(row=4, rules=(LORA,), sites=1, trainable=3 * 2 * (5 + 5))
+def unrolled_stack(dtype):
+    """A stack of three layers in one leaf, indexed by a Python loop: A and B per layer."""
+
+    def apply(p, x):
+        for i in range(3):
+            x = jnp.tanh(x @ p["w"][i])
+        return x
+
+    return Problem(apply, normals(dtype, w=(3, 5, 5)), (normal("x", (2, 5), dtype),))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 6: embeddings.
+# --------------------------------------------------------------------------------------------
+
+IDS = ((3, 0, 6), (1, 6, 2))
+
+
+def lookups() -> None:
+    """Adds every way to look up rows of a (7, 4) table, adapted by name."""
+    ways = {
+        "lookup_index": lambda w, ids: w[ids],
+        "lookup_take": lambda w, ids: jnp.take(w, ids, axis=0),
+        "lookup_take_clip": lambda w, ids: jnp.take(w, ids + 5, axis=0, mode="clip"),
+        "lookup_negative": lambda w, ids: w[ids - 7],
+        "lookup_scalar": lambda w, ids: w[ids[0, 0]],
+        "lookup_constant": lambda w, ids: w[jnp.array([5, 1])] + w[ids[:, 0]],
+        "lookup_one_hot": lambda w, ids: jax.nn.one_hot(ids, 7, dtype=w.dtype) @ w,
+        "lookup_scaled": lambda w, ids: w[ids] * jnp.sqrt(jnp.asarray(4, w.dtype)),
+        "lookup_columns": lambda w, ids: jnp.take(w.T, ids, axis=1),
+        "lookup_cast": lambda w, ids: w.astype(jnp.float32)[ids],
+        "lookup_under_vmap": lambda w, ids: jax.vmap(lambda row: w[row])(ids),
+    }
+    for name, apply in ways.items():
+
+        def build(dtype, apply=apply):
+            params = normals(dtype, table=(7, 4))
+            return Problem(lambda p, ids: apply(p["table"], ids), params, (jnp.array(IDS),))
+
+        CASES.append(
+            Case(
+                name=name,
+                row=6,
+                build=build,
+                rules=(LoRA("table", rank=2, alpha=4),),
+                sites=1,
+                trainable=2 * (7 + 4),
+                float64=name != "lookup_cast",
+            )
+        )
+
+
+lookups()
+
+
+@case(row=6, rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+def lookup_stored_transposed(dtype):
+    """A table stored (d, vocabulary): inputs are its last axis."""
+    return Problem(
+        lambda p, ids: jnp.take(p["table"], ids, axis=1),
+        normals(dtype, table=(4, 7)),
+        (jnp.array(IDS),),
+    )
+
+
+@case(
+    row=6,
+    rules=(LoRA("table", rank=3, alpha=3), LORA),
+    sites=2,
+    trainable=3 * (7 + 4) + 2 * (4 + 4),  # one adapter for the table, one for w
+)
+def tied_embedding(dtype):
+    """Lookup and output head from one leaf: one adapter, consistent in both."""
+    return Problem(
+        lambda p, ids: jnp.tanh(p["table"][ids] @ p["w"]) @ p["table"].T,
+        normals(dtype, table=(7, 4), w=(4, 4)),
+        (jnp.array(IDS),),
+    )
+
+
+@case(row=6, rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+def tied_embedding_head_first(dtype):
+    """The table is used as a head before it is used for a lookup."""
+
+    def apply(p, x):
+        ids = jnp.argmax(jnp.array(IDS)[..., None] == jnp.arange(7), axis=-1)
+        return jnp.einsum("bd,vd->bv", x, p["table"]), p["table"][ids]
+
+    return Problem(apply, normals(dtype, table=(7, 4)), (normal("x", (3, 4), dtype),))
+
+
+@case(row=6, rules=(LORA,), sites=1, trainable=2 * (4 + 4))
+def tied_embedding_not_named(dtype):
+    """All-linear leaves a table alone, also a tied one."""
+    return tied_embedding.build(dtype)
+
+
+@case(row=6, rules=(LORA,), sites=1, trainable=2 * (5 + 5))
+def weight_shared_by_layers(dtype):
+    """One leaf is the weight of three layers."""
+
+    def apply(p, x):
+        for _ in range(3):
+            x = jnp.tanh(x @ p["w"] + p["b"][None])
+        return x
+
+    return Problem(apply, normals(dtype, w=(5, 5), b=(5,)), (normal("x", (2, 5), dtype),))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 7: convolutions with layouts that Flax does not use. (See linen.py for the others.)
+# --------------------------------------------------------------------------------------------
+
+
+@case(row=7, rules=(LORA,), sites=1, trainable=2 * (3 * 2 * 3 + 4))
+def conv_nchw(dtype):
+    """PyTorch's layouts: NCHW and OIHW."""
+    return Problem(
+        lambda p, x: lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")
+        ),
+        normals(dtype, w=(4, 3, 3, 2)),
+        (normal("x", (2, 3, 5, 6), dtype),),
+    )
+
+
+@case(row=7, rules=(LORA,), sites=1, trainable=2 * (3 * 2 + 6), exact_at_zero=False)
+def conv_transposed_kernel(dtype):
+    """A kernel stored (out, in / groups, width), turned around before a grouped convolution."""
+    return Problem(
+        lambda p, x: lax.conv_general_dilated(
+            x,
+            jnp.transpose(p["w"], (2, 1, 0)),
+            (2,),
+            [(1, 2)],
+            rhs_dilation=(2,),
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=2,
+        ),
+        normals(dtype, w=(6, 2, 3)),
+        (normal("x", (2, 7, 4), dtype),),
+    )
+
+
+@case(row=7, rules=(LORA,), sites=1, trainable=2 * (3 * 4 + 5))
+def conv_input_dilation(dtype):
+    """An input dilation: a fractionally strided convolution."""
+    return Problem(
+        lambda p, x: lax.conv_general_dilated(
+            x,
+            p["w"],
+            (1,),
+            [(2, 1)],
+            lhs_dilation=(2,),
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        ),
+        normals(dtype, w=(3, 4, 5)),
+        (normal("x", (2, 5, 4), dtype),),
+    )
+
+
+@case(row=7, rules=(LORA,), sites=2, trainable=2 * (3 * 4 + 5) + 2 * (1 * 5 + 4))
+def conv_used_twice(dtype):
+    """One kernel over two inputs, one of them under vmap, then a kernel of width 1."""
+
+    def conv(x, w):
+        return lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    def apply(p, x):
+        each = jax.vmap(lambda one: conv(one[None], p["w"])[0])(jnp.sin(x))
+        return conv(jnp.tanh(conv(x, p["w"]) + each), p["v"])
+
+    return Problem(
+        apply, normals(dtype, w=(3, 4, 5), v=(1, 5, 4)), (normal("x", (2, 6, 4), dtype),)
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Row 8: fused kernels.
+# --------------------------------------------------------------------------------------------
+
+
+def attend(q, k, v):
+    """Attention of one head."""
+    scores = jnp.einsum("...qd,...kd->...qk", q, k) / math.sqrt(q.shape[-1])
+    return jax.nn.softmax(scores, axis=-1) @ v
+
+
+def fused_by_concatenation(dtype):
+    """Three leaves are concatenated, multiplied once, and the product is split."""
+
+    def apply(p, x):
+        kernel = jnp.concatenate([p["q"], p["k"], p["v"]], axis=-1)
+        bias = jnp.concatenate([p["qb"], p["kb"], p["vb"]])
+        return attend(*jnp.split(x @ kernel + bias[None], 3, axis=-1))
+
+    shapes = {"q": (6, 4), "k": (6, 4), "v": (6, 4), "qb": (4,), "kb": (4,), "vb": (4,)}
+    return Problem(apply, normals(dtype, **shapes), (normal("x", (3, 6), dtype),))
+
+
+def fused_by_stacking(dtype):
+    """Three leaves become one of shape (d, 3, h, k)."""
+
+    def apply(p, x):
+        kernel = jnp.stack([p["q"], p["k"], p["v"]], axis=1)
+        out = jnp.einsum("sd,dnhk->nhsk", x, kernel)
+        return attend(out[0], out[1], out[2])
+
+    shapes = {name: (6, 2, 4) for name in "qkv"}
+    return Problem(apply, normals(dtype, **shapes), (normal("x", (3, 6), dtype),))
+
+
+for suffix, pattern, n in ("all", "^[qkv]$", 3), ("two", "^[qv]$", 2), ("one", "^k$", 1):
+    CASES += [
+        Case(
+            name=f"concatenate_adapted_{suffix}",
+            row=8,
+            build=fused_by_concatenation,
+            rules=(LoRA(pattern, rank=2, alpha=4),),
+            sites=n,
+            trainable=n * 2 * (6 + 4),
+            exact_at_zero=False,
+        ),
+        Case(
+            name=f"stack_adapted_{suffix}",
+            row=8,
+            build=fused_by_stacking,
+            rules=(LoRA(pattern, rank=2, alpha=4),),
+            sites=n,
+            trainable=n * 2 * (6 + 2 * 4),
+            exact_at_zero=False,
+        ),
+    ]
+
+
+def fused_kernel(dtype):
+    """One kernel (d, 3·d); the product is split."""
+
+    def apply(p, x):
+        return attend(*jnp.split(x @ p["w"] + p["b"][None], 3, axis=-1))
+
+    return Problem(apply, normals(dtype, w=(6, 12), b=(12,)), (normal("x", (3, 6), dtype),))
+
+
+def fused_kernel_split_before(dtype):
+    """One kernel (d, 3·d), split before the products."""
+
+    def apply(p, x):
+        return attend(*(x @ w for w in jnp.split(p["w"], 3, axis=-1)))
+
+    return Problem(apply, normals(dtype, w=(6, 12)), (normal("x", (3, 6), dtype),))
+
+
+def fused_kernel_transposed(dtype):
+    """One kernel stored (3·d, d): the output axis is the first."""
+
+    def apply(p, x):
+        return attend(*jnp.split(x @ p["w"].T, 3, axis=-1))
+
+    return Problem(apply, normals(dtype, w=(12, 6)), (normal("x", (3, 6), dtype),))
+
+
+def fused_kernel_reshaped(dtype):
+    """One kernel (d, 3·d), reshaped to (d, 3, h, k) before the product."""
+
+    def apply(p, x):
+        out = jnp.einsum("sd,dnhk->nhsk", x, p["w"].reshape(6, 3, 2, 2))
+        return attend(out[0], out[1], out[2])
+
+    return Problem(apply, normals(dtype, w=(6, 12)), (normal("x", (3, 6), dtype),))
+
+
+def fused_kernel_heads(dtype):
+    """One kernel (d, h, 3·k): the slots are those of the last output axis, in every head."""
+
+    def apply(p, x):
+        out = jnp.einsum("sd,dhk->hsk", x, p["w"])
+        return attend(*jnp.split(out, 3, axis=-1))
+
+    return Problem(apply, normals(dtype, w=(6, 2, 12)), (normal("x", (3, 6), dtype),))
+
+
+FUSED = {
+    "slots_split_after": (fused_kernel, 4),
+    "slots_split_before": (fused_kernel_split_before, 4),
+    "slots_transposed": (fused_kernel_transposed, 4),
+    "slots_reshaped": (fused_kernel_reshaped, 4),
+    "slots_heads": (fused_kernel_heads, 2 * 4),
+}
+for fused_name, (fused_build, width) in FUSED.items():
+    CASES.append(
+        Case(
+            name=fused_name,
+            row=8,
+            build=fused_build,
+            rules=(LoRA("^w$", rank=2, alpha=4, slots=Slots(3, (0, 2))),),
+            sites=1,
+            trainable=2 * 2 * (6 + width),  # two slots, rank 2
+            exact_at_zero=False,
+        )
+    )
+
+
+@case(
+    row=8,
+    rules=(LoRA("w", rank=3, alpha=3, slots=Slots(3, (1,))),),
+    sites=1,
+    trainable=1 * 3 * (6 + 4),
+    exact_at_zero=False,
+)
+def slots_one_in_the_middle(dtype):
+    """Only the middle slot is adapted."""
+    return fused_kernel(dtype)
+
+
+@case(
+    row=8,
+    rules=(LoRA("w", rank=2, alpha=4, slots=Slots(2, (0, 1))), LORA),
+    sites=2,
+    trainable=2 * 2 * (6 + 4) + 2 * (4 + 6),  # gate and up, down
+    exact_at_zero=False,
+)
+def slots_gate_and_up(dtype):
+    """A gated MLP with gate and up in one kernel, both slots adapted, and a plain down."""
+
+    def apply(p, x):
+        gate, up = jnp.split(x @ p["w"], 2, axis=-1)
+        return (jax.nn.silu(gate) * up) @ p["down"]
+
+    return Problem(
+        apply, normals(dtype, w=(6, 8), down=(4, 6)), (normal("x", (3, 6), dtype),)
+    )
+
+
+@case(
+    row=8,
+    rules=(LoRA("w", rank=2, alpha=4, slots=Slots(3, (0, 2))),),
+    sites=1,
+    trainable=2 * 2 * 2 * (5 + 5),  # two layers, two slots
+    exact_at_zero=False,
+)
+def slots_scanned(dtype):
+    """A scanned stack of fused kernels: (layers, d, 3·d)."""
+
+    def layer(x, w):
+        return x + attend(*jnp.split(x @ w, 3, axis=-1)), None
+
+    return Problem(
+        lambda p, x: lax.scan(layer, x, p["w"])[0],
+        normals(dtype, w=(2, 5, 15)),
+        (normal("x", (3, 5), dtype),),
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Row 9: mixtures of experts. w: (3 experts, 6, 5).
+# --------------------------------------------------------------------------------------------
+
+EXPERTS = {"row": 9, "rules": (LORA,), "sites": 1, "trainable": 3 * 2 * (6 + 5)}
+
+
+@case(**EXPERTS)
+def experts_einsum(dtype):
+    """Experts are a batch axis of the product."""
+    return Problem(
+        lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"]),
+        normals(dtype, w=(3, 6, 5)),
+        (normal("x", (3, 4, 6), dtype),),
+    )
+
+
+@case(**EXPERTS)
+def experts_einsum_last(dtype):
+    """Experts are a batch axis, the last one in the leaf: (6, 5, experts)."""
+    return Problem(
+        lambda p, x: jnp.einsum("dfe,ced->cef", p["w"], x),
+        normals(dtype, w=(6, 5, 3)),
+        (normal("x", (4, 3, 6), dtype),),
+    )
+
+
+@case(**EXPERTS)
+def experts_dot_general(dtype):
+    """Experts are a batch axis of dot_general, the weight on the left."""
+    return Problem(
+        lambda p, x: lax.dot_general(p["w"], x, (((1,), (2,)), ((0,), (1,)))),
+        normals(dtype, w=(3, 6, 5)),
+        (normal("x", (4, 3, 6), dtype),),
+    )
+
+
+@case(**EXPERTS)
+def experts_vmap(dtype):
+    """Experts under vmap."""
+    return Problem(
+        lambda p, x: jax.vmap(lambda w, x: jnp.tanh(x @ w))(p["w"], x),
+        normals(dtype, w=(3, 6, 5)),
+        (normal("x", (3, 4, 6), dtype),),
+    )
+
+
+@case(**EXPERTS)
+def experts_vmap_shared_input(dtype):
+    """Every expert sees every token: vmap over the weights alone."""
+    return Problem(
+        lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]),
+        normals(dtype, w=(3, 6, 5)),
+        (normal("x", (3, 4, 6), dtype),),
+    )
+
+
+@case(**EXPERTS, vmap=False)
+def experts_ragged_dot(dtype):
+    """Tokens sorted by expert: ragged_dot."""
+    return Problem(
+        lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes),
+        normals(dtype, w=(3, 6, 5)),
+        (normal("x", (7, 6), dtype), jnp.array([2, 0, 5], jnp.int32)),
+    )
+
+
+@case(
+    row=9,
+    rules=(LORA,),
+    sites=2,
+    trainable=3 * 2 * (6 + 5) + 3 * 2 * (5 + 6),
+    vmap=False,
+)
+def experts_ragged_mlp(dtype):
+    """Routing, sort, two ragged products, unsort: the usual dropless layer."""
+
+    def apply(p, x):
+        gates = jax.nn.softmax(x[:, :3], axis=-1)
+        expert = jnp.argmax(gates, axis=-1)
+        order = jnp.argsort(expert)
+        sizes = jnp.bincount(expert, length=3).astype(jnp.int32)
+        h = jax.nn.gelu(lax.ragged_dot(x[order], p["up"], sizes))
+        out = lax.ragged_dot(h, p["down"], sizes)[jnp.argsort(order)]
+        return out * jnp.max(gates, axis=-1, keepdims=True)
+
+    return Problem(
+        apply, normals(dtype, up=(3, 6, 5), down=(3, 5, 6)), (normal("x", (7, 6), dtype),)
+    )
+
+
+@case(**EXPERTS)
+def experts_gathered(dtype):
+    """The weight of every token's expert is gathered by index: w[expert]."""
+    return Problem(
+        lambda p, x, expert: jnp.einsum("ti,tio->to", x, p["w"][expert]),
+        normals(dtype, w=(3, 6, 5)),
+        (normal("x", (4, 6), dtype), jnp.array([2, 0, 2, 1])),
+    )
+
+
+@case(**EXPERTS)
+def experts_gathered_top_two(dtype):
+    """Two experts for every token, gathered by take."""
+    return Problem(
+        lambda p, x, expert: jnp.einsum("ti,tkio->tko", x, jnp.take(p["w"], expert, axis=0)),
+        normals(dtype, w=(3, 6, 5)),
+        (normal("x", (2, 6), dtype), jnp.array([[2, 0], [1, 2]])),
+    )
+
+
+@case(
+    row=9,
+    rules=(LORA,),
+    sites=3,
+    # The router; up with its experts as outputs, as d is all it contracts; down per expert.
+    trainable=2 * (6 + 3) + 2 * (6 + 3 * 5) + 3 * 2 * (5 + 6),
+)
+def experts_dense_mixture(dtype):
+    """A soft mixture: every token through every expert, weighted by a router."""
+
+    def apply(p, x):
+        gates = jax.nn.softmax(x @ p["router"], axis=-1)
+        h = jax.nn.gelu(jnp.einsum("td,edf->tef", x, p["up"]))
+        return jnp.einsum("te,ted->td", gates, jnp.einsum("tef,efd->ted", h, p["down"]))
+
+    shapes = {"router": (6, 3), "up": (3, 6, 5), "down": (3, 5, 6)}
+    return Problem(apply, normals(dtype, **shapes), (normal("x", (4, 6), dtype),))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 10: what a call may look like.
+# --------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Output:
+    """An output with an array, a missing one, a nested container and a static field."""
+
+    logits: jax.Array
+    hidden: tuple[jax.Array, ...]
+    cache: jax.Array | None
+    label: str = struct.field(pytree_node=False, default="output")
+
+
+@case(row=10, rules=(LORA,), sites=2, trainable=2 * (6 + 6) + 2 * (6 + 5))
+def output_tree(dtype):
+    """Nested pytrees, a dataclass, None and integers come out as they are."""
+
+    def apply(p, x):
+        h = jnp.tanh(x @ p["w"])
+        logits = h @ p["v"]
+        extra = {"argmax": jnp.argmax(x, axis=-1), "none": None, "list": [h, (logits,)]}
+        return Output(logits=logits, hidden=(x, h), cache=None), extra
+
+    return Problem(apply, normals(dtype, w=(6, 6), v=(6, 5)), (normal("x", (3, 6), dtype),))
+
+
+@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
+def python_if_on_a_value(dtype):
+    """Python control flow on the value of an argument."""
+
+    def apply(p, x, n):
+        if x.sum() > 0:
+            x = -x
+        for _ in range(int(n)):
+            x = jnp.tanh(x)
+        return x @ p["w"] if float(x[0, 0]) < 10 else x[:, :5]
+
+    return Problem(
+        apply, normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype), jnp.array(2))
+    )
+
+
+@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
+def python_flags(dtype):
+    """Flags, strings, None and functions as positional and keyword arguments."""
+
+    def apply(p, x, train, mode, *, activation, mask=None, scale=1.0):
+        if train is not True or mode != "double" or mask is not None:
+            raise ValueError("the arguments changed on their way")
+        return activation(x @ p["w"]) * scale
+
+    return Problem(
+        apply,
+        normals(dtype, w=(6, 5)),
+        (normal("x", (3, 6), dtype), True, "double"),
+        {"activation": jnp.tanh, "mask": None, "scale": 2.0},
+    )
+
+
+@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+def keyword_arguments(dtype):
+    """Arrays by keyword, in a nested container."""
+    return Problem(
+        lambda p, *, batch, shift: batch["x"] @ p["w"] + shift[0],
+        normals(dtype, w=(6, 5)),
+        (),
+        {
+            "batch": {"x": normal("x", (3, 6), dtype), "unused": None},
+            "shift": [normal("shift", (3, 5), dtype)],
+        },
+    )
+
+
+@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+def debug_print(dtype):
+    """`jax.debug.print` of an activation, outside and inside of jit."""
+    helper = jax.jit(lambda h: (jax.debug.print("mean {}", h.mean()), jnp.tanh(h))[1])
+
+    def apply(p, x):
+        h = x @ p["w"]
+        jax.debug.print("norm {norm}", norm=jnp.linalg.norm(h))
+        return helper(h)
+
+    return Problem(apply, normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype),))
+
+
+@case(
+    row=10,
+    rules=(LoRA("^w$", rank=2, alpha=4), Full("^b$|^v$")),
+    sites=1,
+    trainable=2 * (6 + 5) + 5 + 5 * 4,
+)
+def trained_in_full(dtype):
+    """A bias and a head trained in full beside a low-rank site."""
+    return Problem(
+        lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"],
+        normals(dtype, w=(6, 5), b=(5,), v=(5, 4)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Row 12: what is no site. In each, w is the only one.
+# --------------------------------------------------------------------------------------------
+
+ONLY_W = {"row": 12, "rules": (LORA,), "sites": 1}
+
+
+@case(**ONLY_W, trainable=2 * (5 + 5))
+def activation_of_the_weights_shape(dtype):
+    """Activations, and a product of two of them, have the shape of the weight."""
+
+    def apply(p, x):
+        h = jnp.tanh(x @ p["w"])
+        return h @ x + x @ h.T
+
+    return Problem(apply, normals(dtype, w=(5, 5)), (normal("x", (5, 5), dtype),))
+
+
+@case(**ONLY_W, trainable=2 * (6 + 5))
+def added_positions(dtype):
+    """A positional embedding is added to the input: whole, and a slice of it."""
+
+    def apply(p, x):
+        return (x + p["position"][None, :3]) @ p["w"] + p["shift"]
+
+    shapes = {"w": (6, 5), "position": (8, 6), "shift": (2, 3, 5)}
+    return Problem(apply, normals(dtype, **shapes), (normal("x", (2, 3, 6), dtype),))
+
+
+@case(**ONLY_W, trainable=2 * (6 + 5))
+def norm_scale(dtype):
+    """A layer norm with scale and bias, and a scale that is a matrix."""
+
+    def apply(p, x):
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-3)
+        return (x * p["scale"][None] + p["bias"][None]) * p["matrix"] @ p["w"]
+
+    shapes = {"w": (6, 5), "scale": (6,), "bias": (6,), "matrix": (3, 6)}
+    return Problem(apply, normals(dtype, **shapes), (normal("x", (3, 6), dtype),))
+
+
+@case(**ONLY_W, trainable=2 * (6 + 5))
+def norm_scale_by_einsum(dtype):
+    """A scale multiplied by einsum: a product without a contraction."""
+    return Problem(
+        lambda p, x: jnp.einsum("bi,i->bi", x, p["scale"]) @ p["w"],
+        normals(dtype, w=(6, 5), scale=(6,)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+@case(**ONLY_W, trainable=2 * (6 + 5))
+def learned_query(dtype):
+    """A leaf that enters only through a nonlinearity is an activation from there on."""
+    return Problem(
+        lambda p, x: x @ p["w"] @ jnp.tanh(p["gate"]),
+        normals(dtype, w=(6, 5), gate=(5, 4)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+@case(**ONLY_W, trainable=2 * (6 + 5))
+def class_token(dtype):
+    """A class token is broadcast and concatenated to the tokens."""
+
+    def apply(p, x):
+        token = jnp.broadcast_to(p["token"], (2, 1, 6))
+        return jnp.concatenate([token, x], axis=1) @ p["w"]
+
+    return Problem(
+        apply, normals(dtype, w=(6, 5), token=(1, 1, 6)), (normal("x", (2, 3, 6), dtype),)
+    )
+
+
+@case(**ONLY_W, trainable=2 * (6 + 5))
+def returned_and_measured(dtype):
+    """A leaf that is returned, one that is only summed, and one that is not used."""
+    return Problem(
+        lambda p, x: (x @ p["w"], p["returned"], jnp.sum(p["summed"] ** 2)),
+        normals(dtype, w=(6, 5), returned=(4, 4), summed=(4, 4), unused=(4, 4)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+@case(**ONLY_W, trainable=2 * (6 + 5))
+def looked_up_positions(dtype):
+    """Lookups of tokens and positions are embeddings: all-linear leaves them alone."""
+    return Problem(
+        lambda p, ids: (p["token"][ids] + p["position"][jnp.arange(3)][None]) @ p["w"],
+        normals(dtype, w=(6, 5), token=(7, 6), position=(8, 6)),
+        (jnp.array(IDS),),
+    )

