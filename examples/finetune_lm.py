@@ -231,7 +231,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     model = llama.Llama(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
     lora = jlora.transform(model.apply, jlora.LoRA(rank=args.rank, alpha=args.alpha))
     base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
-    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, WARMUP, args.steps)
+    warmup = min(WARMUP, args.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
     tx = jlora.optimizer(optax.adamw(schedule))
     tqdm.write(f"parameters: {jlora.count(adapter):,} train, {jlora.count(base):,} frozen")
 

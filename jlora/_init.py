@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._matmul import promote
 from ._rules import Full, LoRA, Rule
 from ._sites import Site, Sites, find_sites, match
 from ._transform import bind, wrap
@@ -181,7 +182,7 @@ def gaussian(key: jax.Array, w: Any, site: Site, rule: LoRA) -> tuple[Any, Any, 
 
 def _draw(w: Any, site: Site, rule: LoRA, sample: Callable[..., jax.Array]) -> tuple[Any, Any, Any]:
     assert site.layout is not None
-    dtype = jnp.promote_types(site.dtype, jnp.float32) if rule.dtype is None else rule.dtype
+    dtype = promote(site.dtype, jnp.float32) if rule.dtype is None else rule.dtype
     a_shape, b_shape = factor_shapes(site.layout, site.shape, rule.rank)
     return w, sample(a_shape, dtype), jnp.zeros(b_shape, dtype)
 

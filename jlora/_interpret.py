@@ -66,10 +66,10 @@ def _apply(eqn: Any, operands: list[Any]) -> Sequence[Any]:
 
 
 def materialize(x: Any, reason: str) -> Any:
-    """W + ΔW where `x` is a `Weight` whose rule allows it; `x` where it is an array."""
+    """W + ΔW where `x` is a `Weight` whose rule allows it or one row; `x` where it is an array."""
     if not isinstance(x, Weight):
         return x
-    if not x.materialize:
+    if not x.materialize and not all(t.row for t in x.terms):
         raise NotImplementedError(
             f"the weight {x.path!r} reaches {reason}, for which there is no factored form of "
             "W + s·A·B. Leave the weight out of the rules, or let W + ΔW be formed there with "

@@ -11,8 +11,8 @@ from jax import lax
 
 from . import _compat
 from ._interpret import rule
-from ._matmul import Spec, letters, lowrank
-from ._weight import RANK, Along, Delta, Dims, Factor, Roles, Unfactorable, Weight
+from ._matmul import Spec, letters, lowrank, promote
+from ._weight import BROADCAST, RANK, Along, Delta, Dims, Factor, Roles, Unfactorable, Weight
 
 # ---------------------------------------------------------------- element for element, as it is
 
@@ -90,12 +90,14 @@ def _squeeze(eqn: Any, w: Weight) -> Weight:
 
 @rule("broadcast_in_dim")
 def _broadcast_in_dim(eqn: Any, w: Weight, *dynamic: Any) -> Weight:
-    shape, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    dims: list[int | None] = [None] * len(shape)
-    for old, new in enumerate(places):
-        dims[new] = old
-    if dynamic or any(n != (1 if d is None else w.shape[d]) for n, d in zip(shape, dims, strict=True)):
-        raise Unfactorable("it is broadcast")
+    if dynamic:
+        raise Unfactorable("its new shape is dynamic")
+    places = {new: old for old, new in enumerate(eqn.params["broadcast_dimensions"])}
+    dims: list[int | None] = []
+    for new, length in enumerate(eqn.params["shape"]):
+        old = places.get(new)
+        kept = old is not None and w.shape[old] == length
+        dims.append(old if kept else None if length == 1 else BROADCAST)
     return w.move(*_compat.bind(eqn, w.value), dims)
 
 
@@ -141,7 +143,9 @@ def _dynamic_slice(eqn: Any, w: Weight, *starts: jax.Array) -> Weight:
         for d, (start, size) in enumerate(zip(starts, sizes, strict=True))
         if size != w.shape[d]
     }
-    return w.move(*_compat.bind(eqn, w.value, *starts), range(len(w.shape)), cut)
+    picked = [d for d in cut if sizes[d] == 1]
+    w = w.move(*_compat.bind(eqn, w.value, *starts), range(len(w.shape)), cut)
+    return w.with_terms(w.value, lambda t: t.indexed(picked)) if picked else w
 
 
 @rule("split")
@@ -293,12 +297,12 @@ def _plus_dot(
     out: jax.Array, z: jax.Array, w: Weight, axes: _Axes, batch: Sequence[int], contracted: Sequence[int]
 ) -> jax.Array:
     kept = [d for d in range(len(w.shape)) if d not in batch and d not in contracted]
-    dtype = jnp.promote_types(z.dtype, w.value.dtype)
+    dtype = promote(z.dtype, w.value.dtype)
 
     def product(term: Delta) -> jax.Array:
         p, q = term.split(contracted)
         for dim in range(len(w.shape)):
-            p = p if dim in q.dims else p.carry(dim)
+            p = p if dim in q.dims else p.carry(dim, w.shape[dim])
         spec = Spec(
             "".join(axes.z),
             p.label(axes.w),
@@ -345,7 +349,7 @@ def _ragged_dot_general(eqn: Any, x: Any, w: Any, group_sizes: jax.Array) -> jax
         raise Unfactorable("the weight is not one matrix a group")
     [group], [inner] = groups, contracted
     [outer] = {0, 1, 2} - {group, inner}
-    dtype = jnp.promote_types(x.dtype, w.value.dtype)
+    dtype = promote(x.dtype, w.value.dtype)
 
     def ragged(z: jax.Array, f: Factor, *dims: int) -> jax.Array:
         value = f.arrange((group, *dims))
@@ -373,12 +377,14 @@ def _conv_general_dilated(eqn: Any, x: Any, w: Any) -> jax.Array:
     if isinstance(x, Weight) or p["batch_group_count"] != 1:
         raise Unfactorable("the weight is not a kernel, or batches are grouped")
     feature = p["dimension_numbers"].out_spec[1]
-    dtype = jnp.promote_types(x.dtype, w.value.dtype)
+    dtype = promote(x.dtype, w.value.dtype)
 
     def product(term: Delta) -> jax.Array:
         a, b = term.split((in_dim, *spatial))
         if out_dim in a.dims or {in_dim, *spatial} & set(b.dims):
             raise Unfactorable("its inputs and outputs are mixed")
+        if any(d not in a.dims and w.shape[d] > 1 for d in (in_dim, *spatial)):
+            raise Unfactorable("it is broadcast")
         # A is a kernel with r outputs, the same for every group; B is a product over them.
         kernel = a.arrange([RANK if d == out_dim else d for d in range(len(w.shape))])
         kernel = jnp.concatenate([kernel.astype(dtype)] * groups, out_dim)

@@ -89,10 +89,16 @@ def einsum(
     x: str, y: str, out: str, x_value: jax.Array, y_value: jax.Array, *, precision: Any
 ) -> jax.Array:
     """`jnp.einsum("x,y->out")`, summed in float32 or better."""
-    wide = jnp.promote_types(jnp.result_type(x_value, y_value), jnp.float32)
+    wide = promote(x_value.dtype, jnp.float32)
     return jnp.einsum(
         f"{x},{y}->{out}", x_value, y_value, precision=precision, preferred_element_type=wide
     )
+
+
+def promote(*dtypes: Any) -> Any:
+    """The dtype that holds all `dtypes`, also where the user made implicit promotion an error."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
 def letters(n: int) -> str:

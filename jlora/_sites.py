@@ -21,7 +21,7 @@ from ._interpret import evaluate, materialize, trace
 from ._rules import Full, LoRA, Rule, matches, rule_name
 from ._tree import factor_shapes, parts_of
 from ._types import Layout, Path, PyTree
-from ._weight import Along, Dims, Roles, Weight, reshape_groups
+from ._weight import BROADCAST, Along, Dims, Roles, Weight, reshape_groups
 
 # ---------------------------------------------------------------------------------------- probe
 
@@ -56,7 +56,8 @@ class Probe:
     def move(self, dims: Dims, along: Along) -> "Probe":
         """See `Term.move`."""
         del along
-        return self._with(frozenset() if d is None else self.axes[d] for d in dims)
+        none = {None: frozenset[int](), BROADCAST: frozenset({BROADCAST})}
+        return self._with(none[d] if d in none else self.axes[d] for d in dims)
 
     def reshape(self, old: tuple[int, ...], new: tuple[int, ...]) -> "Probe":
         """See `Term.reshape`."""
@@ -93,6 +94,15 @@ class Probe:
         del spec
         return self
 
+    def indexed(self, dims: Sequence[int]) -> "Probe":
+        """See `Term.indexed`."""
+        return dataclasses.replace(self, looked_up=self._union(dims))
+
+    @property
+    def row(self) -> bool:
+        """See `Term.row`."""
+        return False
+
     def follows(self, indexed: Sequence[int], others: int) -> bool:
         """See `Term.follows`: what is left of a matrix is a row, of a stack a matrix."""
         del indexed
@@ -102,14 +112,18 @@ class Probe:
         """See `Term.look_up`."""
         del f
         rows = self._union(indexed)
-        moved = self._with(rows if d is None else self.axes[d] for d in dims)
-        return dataclasses.replace(moved, looked_up=rows)
+        moved = self.indexed(indexed)
+        return moved._with(rows if d is None else self.axes[d] for d in dims)
 
     def use(self, kind: str, roles: Roles, product: Callable[..., Any]) -> None:
         """See `Term.use`: writes it down."""
         del product
         inputs, outputs = self._union(roles.inputs), self._union(roles.outputs)
-        if roles.inputs and roles.outputs:
+        if inputs - self.looked_up and outputs - self.looked_up:  # one of a stack was looked up
+            inputs, outputs = inputs - self.looked_up, outputs - self.looked_up
+        if BROADCAST in inputs | outputs:
+            self.log.others.append("a product in which it is broadcast, as an activation is")
+        elif roles.inputs and roles.outputs:
             self.log.uses.append(Use(kind, inputs, outputs))
         else:
             self.log.others.append("a product that is no matrix product")

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ._matmul import Spec, einsum, letters
+from ._matmul import einsum, letters, promote
 
 RANK = -1  # stands for the rank axis where an axis is named by its dimension of W
+BROADCAST = -2  # stands for a new dimension along which W repeats
 
 Dims = Sequence[int | None]
 Along = Mapping[int, Callable[[jax.Array, int], jax.Array]]
@@ -39,7 +40,7 @@ class Term(Protocol):
         ...
 
     def move(self, dims: Dims, along: Along) -> "Term":
-        """Follows W to dimensions `dims`, each an old one or None for a new one of length 1."""
+        """Follows W to dimensions `dims`: old ones, `BROADCAST`, or None for a new one of length 1."""
         ...
 
     def reshape(self, old: tuple[int, ...], new: tuple[int, ...]) -> "Term":
@@ -68,6 +69,15 @@ class Term(Protocol):
 
     def use(self, kind: str, roles: "Roles", product: Callable[["Delta"], jax.Array]) -> Any:
         """`product(self)`, what ΔW adds to a linear use of W, or None."""
+        ...
+
+    def indexed(self, dims: Sequence[int]) -> "Term":
+        """Notes that one place was picked, at run time, along each of `dims`."""
+        ...
+
+    @property
+    def row(self) -> bool:
+        """Whether W has come down to one row, so that ΔW costs no more than an activation."""
         ...
 
     def follows(self, indexed: Sequence[int], others: int) -> bool:
@@ -125,7 +135,7 @@ def add(w: Any, *deltas: jax.Array) -> Any:
     """The sum in float32 or better, rounded once to the dtype of `w`."""
     if not deltas:
         return w
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = promote(w.dtype, jnp.float32)
     return sum((d.astype(wide) for d in deltas), start=w.astype(wide)).astype(w.dtype)
 
 
@@ -150,16 +160,17 @@ class Factor:
         for axis, dim in enumerate(self.dims):
             if dim in along:
                 value = along[dim](value, axis)
-        new = {old: i for i, old in enumerate(dims) if old is not None} | {RANK: RANK}
+        new = {old: i for i, old in enumerate(dims) if old is not None and old >= 0} | {RANK: RANK}
         lost = [axis for axis, dim in enumerate(self.dims) if dim not in new]
         kept = tuple(new[dim] for dim in self.dims if dim in new)
         return Factor(lax.squeeze(value, lost) if lost else value, kept)
 
-    def carry(self, dim: int) -> "Factor":
-        """The same with a leading axis of length 1 for a dimension of W that it does not follow."""
+    def carry(self, dim: int, length: int = 1) -> "Factor":
+        """The same with a leading axis for a dimension of W that it does not follow."""
         if dim in self.dims:
             return self
-        return Factor(lax.expand_dims(self.value, (0,)), (dim, *self.dims))
+        value = jnp.broadcast_to(self.value, (length, *self.value.shape))
+        return Factor(value, (dim, *self.dims))
 
     def reshape(self, groups: Sequence["Group"]) -> "Factor":
         """Follows W through a reshape that is the product of `groups`."""
@@ -341,6 +352,19 @@ class Delta:
         del kind, roles
         return product(self)
 
+    def indexed(self, dims: Sequence[int]) -> "Delta":
+        """See `Term.indexed`."""
+        del dims
+        return self
+
+    @property
+    def row(self) -> bool:
+        """See `Term.row`."""
+        return any(
+            all(n == 1 for d, n in zip(f.dims, f.value.shape, strict=True) if d != RANK)
+            for f in (self.a, self.b)
+        )
+
     def follows(self, indexed: Sequence[int], others: int) -> bool:
         """See `Term.follows`."""
         del others
@@ -357,7 +381,7 @@ class Delta:
 
     def dense(self, shape: tuple[int, ...], why: str) -> jax.Array:
         """See `Term.dense`."""
-        if self.key is not None:
+        if self.key is not None and not self.row:
             raise ValueError(
                 f"dropout cannot act where W + ΔW is formed ({why}): there is no input to drop. "
                 "Call `apply` without `jlora.dropout`, or give this site a rule with dropout=0."
@@ -365,7 +389,7 @@ class Delta:
         names = letters(len(shape))
         a, b = self.a, self.b
         out = [d for d in range(len(shape)) if d in a.dims or d in b.dims]
-        wide = jnp.promote_types(jnp.result_type(a.value, b.value), jnp.float32)
+        wide = promote(a.value.dtype, b.value.dtype, jnp.float32)
         delta = einsum(
             a.label(names),
             b.label(names),
@@ -374,7 +398,7 @@ class Delta:
             b.value.astype(wide),
             precision=lax.Precision.HIGHEST,
         )
-        return self.scale * lax.broadcast_in_dim(delta, shape, out)
+        return self.scale * self.drop(jnp.ones((), wide)) * lax.broadcast_in_dim(delta, shape, out)
 
     def split(self, contracted: Sequence[int]) -> tuple[Factor, Factor]:
         """The two factors, first the one to contract an activation with over `contracted`."""
@@ -388,6 +412,3 @@ class Delta:
         key = self.key.value
         keep = jax.random.bernoulli(key if key.ndim == 0 else key.ravel()[0], 1 - self.dropout, x.shape)
         return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
-
-
-__all__ = ["RANK", "Delta", "Factor", "Roles", "Spec", "Unfactorable", "Weight", "add"]

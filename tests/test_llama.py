@@ -40,6 +40,13 @@ def smollm2():
     return llama.load_gguf(data.smollm2())
 
 
+@pytest.fixture
+def lenient():
+    """Allows the mixed dtypes and ranks of `transformers`, of optax's Adam and of a bfloat16 norm."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def write_gguf(path, config, variables, tensors=None, **fields):
     """Writes a model with a byte tokenizer; `tensors` and `fields` replace entries, None drops."""
     flat = flatten_dict(variables["params"], sep="/")
@@ -139,11 +146,10 @@ def transformers_logits(config, variables, ids, monkeypatch=None):
     params["model/embed_tokens/embedding"] = flat["embed/embedding"]
     params["model/norm/weight"] = flat["norm/scale"]
     params["lm_head/kernel"] = flat["embed/embedding"].T
-    # It mixes ranks and dtypes, which the suite forbids to our own code.
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        return model(input_ids=ids, params=unflatten_dict(params, sep="/")).logits
+    return model(input_ids=ids, params=unflatten_dict(params, sep="/")).logits
 
 
+@pytest.mark.usefixtures("lenient")
 def test_tiny_logits_match_transformers(tiny):
     ids = jax.random.randint(jax.random.key(1), (2, 33), 0, TINY.vocab)
     expected = transformers_logits(TINY, tiny, ids)
@@ -152,6 +158,7 @@ def test_tiny_logits_match_transformers(tiny):
     np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.usefixtures("lenient")
 def test_smollm2_logits_match_transformers(smollm2, monkeypatch):
     config, variables, tokenizer = smollm2
     ids = jnp.array([tokenizer.encode(llama.chat("What is the capital of France?")).ids])
@@ -160,6 +167,8 @@ def test_smollm2_logits_match_transformers(smollm2, monkeypatch):
     np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("lenient")
 def test_smollm2_at_base_10000_matches_transformers_as_it_is(smollm2):
     config, variables, tokenizer = smollm2
     config = dataclasses.replace(config, rope_base=10_000.0)
@@ -212,6 +221,7 @@ def test_remat_changes_no_value_and_no_gradient(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
 
 
+@pytest.mark.usefixtures("lenient")
 def test_bfloat16_is_close_to_float32(tiny):
     ids = jax.random.randint(jax.random.key(1), (2, 9), 0, TINY.vocab)
     exact = logits_of(TINY, tiny, ids)
@@ -406,6 +416,7 @@ def test_read_wordnet(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("lenient")
 def test_a_resumed_run_equals_one_that_was_not_interrupted(setting, tmp_path):
     whole = finetune_lm.main(setting)
     assert list(whole.losses) == list(range(6))
@@ -423,6 +434,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(setting, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("lenient")
 def test_smollm2_learns_to_define(tmp_path):
     result = finetune_lm.main(["--out", str(tmp_path / "out"), "--steps=12"])
     assert result.after < result.before - 1

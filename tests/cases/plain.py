@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+
 from jlora import Full, LoRA, Slots
 
 from ._case import Case, Problem, entry, normal, normals
@@ -81,6 +82,11 @@ def products() -> None:
         ),
         "optimization_barrier": ((6, 5), (3, 6), lambda w, x: x @ lax.optimization_barrier(w)),
         "copied": ((6, 5), (3, 6), lambda w, x: x @ jnp.array(w, copy=True)),
+        "padded": (
+            (6, 5),
+            (3, 8),
+            lambda w, x: x @ jnp.pad(w, ((1, 1), (0, 3))),
+        ),
         "unused_alias": ((6, 5), (3, 6), lambda w, x: (w.T.reshape(-1), x @ w)[1]),
         "used_twice": ((6, 5), (3, 6), lambda w, x: jnp.tanh(x @ w) + jnp.sin(x) @ w),
         "used_in_both_directions": ((6, 5), (3, 6), lambda w, x: jnp.tanh(x @ w) @ w.T),
@@ -90,9 +96,7 @@ def products() -> None:
 
         def build(dtype, w_shape=w_shape, x_shape=x_shape, apply=apply):
             params = normals(dtype, w=w_shape)
-            return Problem(
-                lambda p, x: apply(p["w"], x), params, (normal("x", x_shape, dtype),)
-            )
+            return Problem(lambda p, x: apply(p["w"], x), params, (normal("x", x_shape, dtype),))
 
         CASES.append(
             Case(
@@ -113,17 +117,13 @@ products()
 @case(row=2, rules=(LoRA(rank=5, alpha=5),), sites=1, trainable=5 * (6 + 5))
 def full_rank(dtype):
     """The largest rank that there is: min(inputs, outputs)."""
-    return Problem(
-        lambda p, x: x @ p["w"], normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype),)
-    )
+    return Problem(lambda p, x: x @ p["w"], normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype),))
 
 
 @case(row=2, rules=(LoRA(rank=1, alpha=2),), sites=1, trainable=1 * (6 + 1))
 def one_output(dtype):
     """A single output: a size-1 axis must not be taken for another."""
-    return Problem(
-        lambda p, x: x @ p["w"], normals(dtype, w=(6, 1)), (normal("x", (1, 6), dtype),)
-    )
+    return Problem(lambda p, x: x @ p["w"], normals(dtype, w=(6, 1)), (normal("x", (1, 6), dtype),))
 
 
 @case(row=2, rules=(LORA,), sites=2, trainable=2 * (5 + 5) * 2)
@@ -179,6 +179,22 @@ def einsum_three_operands(dtype):
         lambda p, x: jnp.einsum("bi,io,oj->bj", x, p["w"], p["v"]),
         normals(dtype, w=(4, 5), v=(5, 6)),
         (normal("x", (2, 4), dtype),),
+    )
+
+
+@case(
+    row=2,
+    rules=(LORA,),
+    sites=2,
+    trainable=2 * (6 + 5) + 2 * (5 + 4),
+    exact_at_zero=False,
+)
+def weight_times_weight(dtype):
+    """Two adapted weights are multiplied with each other first."""
+    return Problem(
+        lambda p, x: x @ (p["w"] @ p["v"]),
+        normals(dtype, w=(6, 5), v=(5, 4)),
+        (normal("x", (3, 6), dtype),),
     )
 
 
@@ -377,9 +393,7 @@ def jit_helper_on_two_weights(dtype):
 def jit_model(dtype):
     """The apply function itself is jitted; its parameters have a bias beside the weights."""
     apply = jax.jit(lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"])
-    return called(
-        apply, normals(dtype, w=(6, 5), b=(5,), v=(5, 4)), normal("x", (3, 6), dtype)
-    )
+    return called(apply, normals(dtype, w=(6, 5), b=(5,), v=(5, 4)), normal("x", (3, 6), dtype))
 
 
 @case(row=3, rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
@@ -521,7 +535,7 @@ def tied_embedding_head_first(dtype):
     """The table is used as a head before it is used for a lookup."""
 
     def apply(p, x):
-        ids = jnp.argmax(jnp.array(IDS)[..., None] == jnp.arange(7), axis=-1)
+        ids = jnp.argmax(jnp.array(IDS)[..., None] == jnp.arange(7)[None, None], axis=-1)
         return jnp.einsum("bd,vd->bv", x, p["table"]), p["table"][ids]
 
     return Problem(apply, normals(dtype, table=(7, 4)), (normal("x", (3, 4), dtype),))
@@ -602,9 +616,7 @@ def conv_used_twice(dtype):
     """One kernel over two inputs, one of them under vmap, then a kernel of width 1."""
 
     def conv(x, w):
-        return lax.conv_general_dilated(
-            x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-        )
+        return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
     def apply(p, x):
         each = jax.vmap(lambda one: conv(one[None], p["w"])[0])(jnp.sin(x))
@@ -646,7 +658,7 @@ def fused_by_stacking(dtype):
         out = jnp.einsum("sd,dnhk->nhsk", x, kernel)
         return attend(out[0], out[1], out[2])
 
-    shapes = {name: (6, 2, 4) for name in "qkv"}
+    shapes = dict.fromkeys("qkv", (6, 2, 4))
     return Problem(apply, normals(dtype, **shapes), (normal("x", (3, 6), dtype),))
 
 
@@ -720,20 +732,32 @@ def fused_kernel_heads(dtype):
     return Problem(apply, normals(dtype, w=(6, 2, 12)), (normal("x", (3, 6), dtype),))
 
 
+def fused_kernel_of_axes(dtype):
+    """One kernel (d, 3, h, k): the slots are an axis of their own."""
+
+    def apply(p, x):
+        out = jnp.einsum("sd,dnhk->nhsk", x, p["w"])
+        return attend(out[0], out[1], out[2])
+
+    return Problem(apply, normals(dtype, w=(6, 3, 2, 2)), (normal("x", (3, 6), dtype),))
+
+
+# Builder, outputs of one slot, which of the output axes is fused.
 FUSED = {
-    "slots_split_after": (fused_kernel, 4),
-    "slots_split_before": (fused_kernel_split_before, 4),
-    "slots_transposed": (fused_kernel_transposed, 4),
-    "slots_reshaped": (fused_kernel_reshaped, 4),
-    "slots_heads": (fused_kernel_heads, 2 * 4),
+    "slots_split_after": (fused_kernel, 4, 0),
+    "slots_split_before": (fused_kernel_split_before, 4, 0),
+    "slots_transposed": (fused_kernel_transposed, 4, 0),
+    "slots_reshaped": (fused_kernel_reshaped, 4, 0),
+    "slots_heads": (fused_kernel_heads, 2 * 4, 1),
+    "slots_of_axes": (fused_kernel_of_axes, 1 * 2 * 2, 0),
 }
-for fused_name, (fused_build, width) in FUSED.items():
+for fused_name, (fused_build, width, axis) in FUSED.items():
     CASES.append(
         Case(
             name=fused_name,
             row=8,
             build=fused_build,
-            rules=(LoRA("^w$", rank=2, alpha=4, slots=Slots(3, (0, 2))),),
+            rules=(LoRA("^w$", rank=2, alpha=4, slots=Slots(3, (0, 2), axis)),),
             sites=1,
             trainable=2 * 2 * (6 + width),  # two slots, rank 2
             exact_at_zero=False,
@@ -767,9 +791,7 @@ def slots_gate_and_up(dtype):
         gate, up = jnp.split(x @ p["w"], 2, axis=-1)
         return (jax.nn.silu(gate) * up) @ p["down"]
 
-    return Problem(
-        apply, normals(dtype, w=(6, 8), down=(4, 6)), (normal("x", (3, 6), dtype),)
-    )
+    return Problem(apply, normals(dtype, w=(6, 8), down=(4, 6)), (normal("x", (3, 6), dtype),))
 
 
 @case(
@@ -961,9 +983,7 @@ def python_if_on_a_value(dtype):
             x = jnp.tanh(x)
         return x @ p["w"] if float(x[0, 0]) < 10 else x[:, :5]
 
-    return Problem(
-        apply, normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype), jnp.array(2))
-    )
+    return Problem(apply, normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype), jnp.array(2)))
 
 
 @case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)

@@ -1,0 +1,930 @@
+"""Flax linen: rows 1, 2, 3, 4, 6, 7, 8, 10, 11 and 12."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jlora import Full, LoRA, Slots
+
+from ._case import Case, Problem, entry, fill, normal
+
+CASES: list[Case] = []
+case = partial(entry, CASES)
+LORA = LoRA(rank=2, alpha=4)  # all-linear
+IDS = ((3, 0, 6), (1, 6, 2))
+
+
+def linen(module, dtype, *args, **kwargs):
+    """A problem of `module.apply` with random variables. Options of `apply` are not for `init`."""
+    options = {name: kwargs.pop(name) for name in ("mutable", "rngs", "method") if name in kwargs}
+    init_method = {"method": options["method"]} if "method" in options else {}
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    variables = jax.eval_shape(lambda: module.init(rngs, *args, **init_method, **kwargs))
+    return Problem(module.apply, fill(variables, dtype), args, {**kwargs, **options})
+
+
+def single(name, row, make, x_shape, trainable, *, rules=(LORA,), **flags):
+    """Adds a model of one layer with one site: `make(param_dtype=dtype)` called on x."""
+
+    def build(dtype):
+        return linen(make(param_dtype=dtype), dtype, normal("x", x_shape, dtype))
+
+    CASES.append(
+        Case(
+            name=name,
+            row=row,
+            build=build,
+            rules=rules,
+            **{"sites": 1, "trainable": trainable, **flags},
+        )
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Row 1: Dense, DenseGeneral, Einsum, attention.
+# --------------------------------------------------------------------------------------------
+
+single("linen_dense", 1, partial(nn.Dense, 5), (3, 6), 2 * (6 + 5))
+single("linen_dense_no_bias", 1, partial(nn.Dense, 5, use_bias=False), (6,), 2 * (6 + 5))
+single("linen_dense_general_outputs", 1, partial(nn.DenseGeneral, (2, 4)), (2, 3, 6), 2 * (6 + 8))
+single(
+    "linen_dense_general_inputs",
+    1,
+    partial(nn.DenseGeneral, 6, axis=(-2, -1)),
+    (2, 3, 2, 4),
+    2 * (2 * 4 + 6),
+)
+single(
+    "linen_dense_general_both",
+    1,
+    partial(nn.DenseGeneral, (2, 5), axis=(-2, -1)),
+    (3, 2, 4),
+    2 * (2 * 4 + 2 * 5),
+)
+single(
+    "linen_dense_general_first_axis",
+    1,
+    partial(nn.DenseGeneral, (5, 2), axis=(0, 2)),
+    (3, 2, 4),
+    2 * (3 * 4 + 5 * 2),
+)
+single(  # a kernel for each entry of the batch axis: (3, 6, 5)
+    "linen_dense_general_batch",
+    1,
+    partial(nn.DenseGeneral, 5, batch_dims=(0,)),
+    (3, 4, 6),
+    3 * 2 * (6 + 5),
+)
+single(
+    "linen_einsum_outputs",
+    1,
+    partial(nn.Einsum, (6, 2, 4), "bsd,dhk->bshk"),
+    (2, 3, 6),
+    2 * (6 + 8),
+)
+single(
+    "linen_einsum_inputs",
+    1,
+    partial(nn.Einsum, (2, 4, 6), "bshk,hkd->bsd"),
+    (2, 3, 2, 4),
+    2 * (8 + 6),
+)
+single(  # a kernel for each head: (2, 4, 5)
+    "linen_einsum_per_head",
+    1,
+    partial(nn.Einsum, (2, 4, 5), "bshk,hkl->bshl"),
+    (2, 3, 2, 4),
+    2 * 2 * (4 + 5),
+)
+
+ATTENTION = partial(nn.MultiHeadDotProductAttention, num_heads=2, qkv_features=8)
+single(  # q, k, v (6, 2, 4); out (2, 4, 6)
+    "linen_attention", 1, ATTENTION, (2, 3, 6), 3 * 2 * (6 + 8) + 2 * (8 + 6), sites=4
+)
+single(
+    "linen_attention_query_value",
+    1,
+    ATTENTION,
+    (2, 3, 6),
+    2 * 3 * (6 + 8),
+    sites=2,
+    rules=(LoRA("(query|value)/kernel$", rank=3, alpha=3),),
+)
+single(
+    "linen_attention_out",
+    1,
+    ATTENTION,
+    (2, 3, 6),
+    4 * (8 + 6),
+    rules=(LoRA("out/kernel$", rank=4, alpha=4),),
+)
+single(
+    "linen_attention_normalized",
+    1,
+    partial(ATTENTION, normalize_qk=True),
+    (2, 3, 6),
+    3 * 2 * (6 + 8) + 2 * (8 + 6),
+    sites=4,
+)
+
+
+@case(row=1, rules=(LORA,), sites=4, trainable=2 * (6 + 8) + 2 * 2 * (5 + 8) + 2 * (8 + 6))
+def linen_attention_cross(dtype):
+    """Cross attention with a mask: q from (…, 6), k and v from (…, 5)."""
+    x, memory = normal("x", (2, 3, 6), dtype), normal("memory", (2, 4, 5), dtype)
+    mask = jnp.tril(jnp.ones((2, 1, 3, 4), bool), 1)
+    return linen(ATTENTION(param_dtype=dtype), dtype, x, memory, mask=mask)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    features: int = 6
+    hidden: int = 5
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, time, features) to the same."""
+        h = nn.LayerNorm(param_dtype=self.param_dtype)(x)
+        x = x + ATTENTION(param_dtype=self.param_dtype)(h)
+        h = nn.RMSNorm(param_dtype=self.param_dtype)(x)
+        h = nn.gelu(nn.Dense(self.hidden, param_dtype=self.param_dtype)(h))
+        return x + nn.Dense(self.features, param_dtype=self.param_dtype)(h)
+
+
+BLOCK = 3 * 2 * (6 + 8) + 2 * (8 + 6) + 2 * (6 + 5) + 2 * (5 + 6)  # q, k, v; out; up; down
+single("linen_block", 1, Block, (2, 3, 6), BLOCK, sites=6)
+single(
+    "linen_block_with_norms_in_full",
+    1,
+    Block,
+    (2, 3, 6),
+    2 * (6 + 5) + 2 * (5 + 6) + 6 + 6 + 6,  # up, down; scale and bias, scale
+    rules=(LoRA("Dense_./kernel", rank=2, alpha=4), Full("LayerNorm|RMSNorm")),
+    sites=2,
+)
+single(
+    "linen_dense_bfloat16",
+    2,
+    lambda param_dtype: nn.Dense(5, dtype=jnp.bfloat16, param_dtype=jnp.float32),
+    (3, 6),
+    2 * (6 + 5),
+    float64=False,
+    tolerance=3e-2,
+)
+
+
+@case(row=2, rules=(LORA,), sites=6, trainable=BLOCK, float64=False, tolerance=6e-2, strict=False)
+def linen_block_bfloat16(dtype):
+    """A block whose parameters and activations are bfloat16."""
+    del dtype  # fixed by the case
+    x = normal("x", (2, 3, 6), jnp.bfloat16)
+    return linen(Block(param_dtype=jnp.bfloat16), jnp.bfloat16, x)
+
+
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (5 + 6))
+def linen_map_variables(dtype):
+    """A lifted Dense that stores its kernel transposed: (5, 6)."""
+
+    def transposed(variables):
+        return jax.tree.map(lambda x: x.T, variables)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.map_variables(
+                nn.Dense, "params", transposed, transposed, init=self.is_initializing()
+            )
+            return dense(5, param_dtype=dtype)(x)
+
+    return linen(Model(), dtype, normal("x", (3, 6), dtype))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 3: jit inside of a module.
+# --------------------------------------------------------------------------------------------
+
+single(
+    "linen_jit",
+    3,
+    lambda param_dtype: nn.jit(Block)(param_dtype=param_dtype),
+    (2, 3, 6),
+    BLOCK,
+    sites=6,
+    exact_at_zero=False,
+)
+
+
+# --------------------------------------------------------------------------------------------
+# Row 4: stacks by scan, remat and vmap.
+# --------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A residual layer as `nn.scan` wants it: carry and input to carry and output."""
+
+    param_dtype: Any = jnp.float32
+    init: Callable[..., Any] = nn.initializers.lecun_normal()
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shift: Any = None) -> tuple[jax.Array, Any]:
+        """(…, 6) to the same, and the mean of the hidden units."""
+        h = nn.LayerNorm(param_dtype=self.param_dtype)(x)
+        h = nn.Dense(5, param_dtype=self.param_dtype, kernel_init=self.init, name="up")(h)
+        h = nn.Dropout(self.rate, deterministic=not self.rate)(jnp.tanh(h))
+        y = nn.Dense(6, param_dtype=self.param_dtype, kernel_init=self.init, name="down")(h)
+        return x + y if shift is None else x + y + shift, h.mean()
+
+
+LAYER = 2 * (6 + 5) + 2 * (5 + 6)  # up, down
+
+
+def scan(body, axis=0, **options):
+    """`body` scanned over three layers, whose parameters are stacked along `axis`."""
+    return nn.scan(
+        body,
+        variable_axes={"params": axis},
+        split_rngs={"params": True, "dropout": True},
+        length=3,
+        **options,
+    )
+
+
+def stacked(name, lift, *, trainable=3 * LAYER, x_shape=(2, 6), **flags):
+    """Adds a model `lift(Layer)`."""
+    single(
+        name,
+        4,
+        lambda param_dtype: lift(Layer)(param_dtype=param_dtype),
+        x_shape,
+        trainable,
+        **{"sites": 2, "exact_at_zero": False, **flags},
+    )
+
+
+stacked("linen_scan", scan)
+stacked("linen_scan_axis_1", partial(scan, axis=1))
+stacked("linen_scan_axis_last", partial(scan, axis=-1))
+stacked("linen_scan_reverse_unrolled", partial(scan, reverse=True, unroll=2))
+stacked(
+    "linen_scan_only_up", scan, sites=1, trainable=3 * 2 * (6 + 5), rules=(LoRA("up/k", rank=2),)
+)
+stacked("linen_remat", nn.remat, trainable=LAYER)
+stacked("linen_scan_of_remat", lambda layer: scan(nn.remat(layer, prevent_cse=False)))
+stacked(
+    "linen_scan_of_remat_with_policy",
+    lambda layer: scan(
+        nn.remat(
+            layer,
+            prevent_cse=False,
+            policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        ),
+        axis=1,
+    ),
+)
+stacked("linen_remat_of_scan", lambda layer: nn.remat(scan(layer)))
+stacked(
+    "linen_scan_of_scan",
+    lambda layer: nn.scan(
+        scan(layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+    ),
+    trainable=2 * 3 * LAYER,
+)
+stacked(  # one layer, three times
+    "linen_scan_broadcast",
+    partial(nn.scan, variable_broadcast="params", split_rngs={"params": False}, length=3),
+    trainable=LAYER,
+)
+stacked(
+    "linen_vmap_ensemble",
+    partial(
+        nn.vmap,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=3,
+    ),
+)
+stacked(
+    "linen_vmap_experts",
+    partial(nn.vmap, variable_axes={"params": 1}, split_rngs={"params": True}),
+    x_shape=(3, 2, 6),
+)
+stacked(
+    "linen_vmap_batch",
+    partial(nn.vmap, variable_axes={"params": None}, split_rngs={"params": False}),
+    x_shape=(3, 2, 6),
+    trainable=LAYER,
+)
+
+
+@case(row=4, rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+def linen_scan_with_inputs(dtype):
+    """Each layer has an input and an output of its own."""
+    x, shift = normal("x", (2, 6), dtype), normal("shift", (3, 2, 6), dtype)
+    return linen(scan(Layer)(param_dtype=dtype), dtype, x, shift)
+
+
+@case(row=4, rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+def linen_scan_with_broadcast_input(dtype):
+    """All layers share an input."""
+    x, shift = normal("x", (2, 6), dtype), normal("shift", (2, 6), dtype)
+    return linen(scan(Layer, in_axes=nn.broadcast)(param_dtype=dtype), dtype, x, shift)
+
+
+@case(row=4, rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+def linen_scan_with_dropout(dtype):
+    """Dropout in a scanned layer: its mask must be the base model's."""
+    model = scan(Layer)(param_dtype=dtype, rate=0.5)
+    return linen(model, dtype, normal("x", (2, 6), dtype), rngs={"dropout": jax.random.key(1)})
+
+
+@case(
+    row=4,
+    rules=(LoRA("kernel", rank=2, alpha=4),),
+    sites=2,
+    trainable=3 * LAYER,
+    exact_at_zero=False,
+)
+def linen_scan_partitioned(dtype):
+    """Kernels in boxes of partitioning metadata, to which scan adds the layer axis."""
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = scan(Layer, axis=1, metadata_params={nn.PARTITION_NAME: "layers"})
+    return linen(model(param_dtype=dtype, init=init), dtype, normal("x", (2, 6), dtype))
+
+
+@case(row=4, rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+def linen_scan_logically_partitioned(dtype):
+    """The same with logical axes."""
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model = scan(Layer, metadata_params={nn.PARTITION_NAME: "layers"})
+    return linen(model(param_dtype=dtype, init=init), dtype, normal("x", (2, 6), dtype))
+
+
+@case(row=4, rules=(LORA,), sites=1, trainable=2 * 2 * 2 * (6 + 6), exact_at_zero=False)
+def linen_remat_scan(dtype):
+    """`nn.remat_scan` over 2 × 2 layers: a stack of two axes."""
+    model = nn.remat_scan(nn.Dense, lengths=(2, 2))(6, param_dtype=dtype)
+    return linen(model, dtype, normal("x", (2, 6), dtype))
+
+
+@case(row=4, rules=(LORA,), sites=6, trainable=2 * BLOCK, exact_at_zero=False)
+def linen_scan_of_blocks(dtype):
+    """A scanned stack of transformer blocks between two norms."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            blocks = nn.scan(
+                lambda block, x, _: (block(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            x = nn.LayerNorm(param_dtype=dtype)(x)
+            x, _ = blocks(Block(param_dtype=dtype), x, None)
+            return nn.LayerNorm(param_dtype=dtype)(x)
+
+    return linen(Model(), dtype, normal("x", (2, 3, 6), dtype))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 6: embeddings, and layers that are called more than once.
+# --------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """A language model with one table for its tokens and its logits."""
+
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Token ids to logits."""
+        embed = nn.Embed(7, 4, param_dtype=self.param_dtype)
+        h = nn.Dense(4, param_dtype=self.param_dtype)(embed(ids))
+        return embed.attend(jnp.tanh(h))
+
+
+@case(row=6, rules=(LoRA("embedding$", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+def linen_embed(dtype):
+    """An Embed, by name."""
+    return linen(nn.Embed(7, 4, param_dtype=dtype), dtype, jnp.array(IDS))
+
+
+@case(
+    row=6,
+    rules=(LoRA("embedding$", rank=3, alpha=3), LORA),
+    sites=2,
+    trainable=3 * (7 + 4) + 2 * (4 + 4),  # one for the table, one for Dense
+)
+def linen_tied(dtype):
+    """Lookup and `attend` of one Embed: one adapter."""
+    return linen(Tied(dtype), dtype, jnp.array(IDS))
+
+
+@case(row=6, rules=(LORA,), sites=1, trainable=2 * (4 + 4))
+def linen_tied_not_named(dtype):
+    """All-linear leaves a tied table alone."""
+    return linen(Tied(dtype), dtype, jnp.array(IDS))
+
+
+@case(row=6, rules=(LORA,), sites=1, trainable=2 * (6 + 6))
+def linen_dense_called_twice(dtype):
+    """One Dense called three times."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(6, param_dtype=dtype)
+            return dense(jnp.tanh(dense(jnp.tanh(dense(x)))))
+
+    return linen(Model(), dtype, normal("x", (2, 6), dtype))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 7: convolutions and recurrent cells.
+# --------------------------------------------------------------------------------------------
+
+single("conv_1d", 7, partial(nn.Conv, 5, (3,)), (2, 7, 4), 2 * (3 * 4 + 5))
+single("conv_2d", 7, partial(nn.Conv, 5, (3, 2)), (2, 6, 5, 3), 2 * (3 * 2 * 3 + 5))
+single("conv_3d", 7, partial(nn.Conv, 4, (2, 2, 3)), (1, 4, 4, 5, 2), 2 * (2 * 2 * 3 * 2 + 4))
+single("conv_pointwise", 7, partial(nn.Conv, 5, (1, 1)), (2, 4, 3, 6), 2 * (1 * 1 * 6 + 5))
+single(  # kernel (3, 4 / 2, 6)
+    "conv_grouped", 7, partial(nn.Conv, 6, (3,), feature_group_count=2), (2, 7, 4), 2 * (3 * 2 + 6)
+)
+single(  # kernel (3, 3, 1, 4)
+    "conv_depthwise",
+    7,
+    partial(nn.Conv, 4, (3, 3), feature_group_count=4),
+    (2, 5, 5, 4),
+    2 * (3 * 3 * 1 + 4),
+)
+single(  # kernel (3, 1, 8): two outputs for each input
+    "conv_depthwise_multiplier",
+    7,
+    partial(nn.Conv, 8, (3,), feature_group_count=4),
+    (2, 7, 4),
+    2 * (3 * 1 + 8),
+)
+single(
+    "conv_strided",
+    7,
+    partial(nn.Conv, 5, (3, 3), strides=(2, 1), padding="VALID"),
+    (2, 7, 6, 3),
+    2 * (3 * 3 * 3 + 5),
+)
+single("conv_dilated", 7, partial(nn.Conv, 5, (3,), kernel_dilation=2), (2, 9, 4), 2 * (3 * 4 + 5))
+single(
+    "conv_input_dilated", 7, partial(nn.Conv, 5, (3,), input_dilation=2), (2, 5, 4), 2 * (12 + 5)
+)
+single(
+    "conv_grouped_strided_dilated",
+    7,
+    partial(nn.Conv, 6, (3,), strides=2, kernel_dilation=2, feature_group_count=2, use_bias=False),
+    (2, 9, 4),
+    2 * (3 * 2 + 6),
+)
+single("conv_circular", 7, partial(nn.Conv, 5, (3,), padding="CIRCULAR"), (2, 7, 4), 2 * (12 + 5))
+single("conv_causal", 7, partial(nn.Conv, 5, (3,), padding="CAUSAL"), (2, 7, 4), 2 * (12 + 5))
+single("conv_reflect", 7, partial(nn.Conv, 5, (3,), padding="REFLECT"), (2, 7, 4), 2 * (12 + 5))
+single("conv_unbatched", 7, partial(nn.Conv, 5, (3,)), (7, 4), 2 * (3 * 4 + 5))
+single("conv_two_batch_axes", 7, partial(nn.Conv, 5, (3,)), (2, 3, 7, 4), 2 * (3 * 4 + 5))
+single(  # a kernel for each of the seven positions: (7, 3 * 4, 5)
+    "conv_local", 7, partial(nn.ConvLocal, 5, (3,)), (2, 7, 4), 7 * 2 * (3 * 4 + 5)
+)
+single(
+    "conv_transpose", 7, partial(nn.ConvTranspose, 5, (3,), strides=(2,)), (2, 4, 3), 2 * (9 + 5)
+)
+single(
+    "conv_transpose_2d",
+    7,
+    partial(nn.ConvTranspose, 5, (3, 2), strides=(2, 2), padding="VALID"),
+    (2, 3, 3, 4),
+    2 * (3 * 2 * 4 + 5),
+)
+single(  # kernel (3, 2, 5, 4), flipped: inputs are axes 0, 1 and 3
+    "conv_transpose_of_kernel",
+    7,
+    partial(nn.ConvTranspose, 5, (3, 2), strides=(2, 2), transpose_kernel=True),
+    (2, 3, 3, 4),
+    2 * (3 * 2 * 4 + 5),
+)
+single(
+    "conv_transpose_circular",
+    7,
+    partial(nn.ConvTranspose, 5, (3,), strides=(2,), padding="CIRCULAR", kernel_dilation=(2,)),
+    (2, 6, 4),
+    2 * (3 * 4 + 5),
+)
+
+
+@case(
+    row=7,
+    rules=(LoRA("kernel", rank=2, alpha=4, materialize=True),),
+    sites=1,
+    trainable=2 * (3 * 4 + 5),
+    exact_at_zero=False,
+)
+def conv_masked(dtype):
+    """A kernel times a mask has no factored form."""
+    mask = jnp.triu(jnp.ones((12, 5), dtype), -3).reshape(3, 4, 5)
+    model = nn.Conv(5, (3,), mask=mask, param_dtype=dtype)
+    return linen(model, dtype, normal("x", (2, 7, 4), dtype))
+
+
+@case(
+    row=7, rules=(LORA,), sites=4, trainable=2 * (27 + 4) + 2 * (9 + 4) + 2 * (4 + 5) + 2 * (5 + 3)
+)
+def conv_network(dtype):
+    """Full, depthwise and pointwise convolutions, group norm, pooling and a head."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3), strides=2, param_dtype=dtype)(x)
+            x = nn.relu(nn.GroupNorm(num_groups=2, param_dtype=dtype)(x))
+            x = nn.Conv(4, (3, 3), feature_group_count=4, param_dtype=dtype)(x)
+            x = nn.max_pool(nn.gelu(nn.Conv(5, (1, 1), param_dtype=dtype)(x)), (2, 2), (2, 2))
+            return nn.Dense(3, param_dtype=dtype)(x.mean(axis=(1, 2)))
+
+    return linen(Model(), dtype, normal("x", (2, 8, 8, 3), dtype))
+
+
+def recurrent(name, cell, sites, trainable, **options):
+    """Adds an `nn.RNN` of 4 features over (2, 5, 3)."""
+    single(
+        name,
+        7,
+        lambda param_dtype: nn.RNN(cell(4, param_dtype=param_dtype), **options),
+        (2, 5, 3),
+        trainable,
+        sites=sites,
+        exact_at_zero=False,
+    )
+
+
+# Each gate has a kernel (3, 4) of the input and one (4, 4) of the state.
+GATE = 2 * (3 + 4) + 2 * (4 + 4)
+recurrent("rnn_optimized_lstm", nn.OptimizedLSTMCell, 8, 4 * GATE)
+recurrent("rnn_optimized_lstm_reverse", nn.OptimizedLSTMCell, 8, 4 * GATE, reverse=True)
+recurrent(
+    "rnn_optimized_lstm_carry", nn.OptimizedLSTMCell, 8, 4 * GATE, return_carry=True, unroll=2
+)
+recurrent("rnn_lstm", nn.LSTMCell, 8, 4 * GATE)
+recurrent("rnn_gru", nn.GRUCell, 6, 3 * GATE)
+recurrent("rnn_mgu", nn.MGUCell, 4, 2 * GATE)
+recurrent("rnn_simple", nn.SimpleCell, 2, GATE)
+
+
+@case(
+    row=7,
+    rules=(LoRA("(if|hg)/kernel", rank=2, alpha=4),),
+    sites=2,
+    trainable=2 * (3 + 4) + 2 * (4 + 4),
+    exact_at_zero=False,
+)
+def rnn_optimized_lstm_two_gates(dtype):
+    """The cell concatenates its kernels; one input and one state kernel are adapted."""
+    model = nn.RNN(nn.OptimizedLSTMCell(4, param_dtype=dtype))
+    return linen(model, dtype, normal("x", (2, 5, 3), dtype))
+
+
+@case(row=7, rules=(LORA,), sites=14, trainable=4 * GATE + 3 * GATE, exact_at_zero=False)
+def rnn_bidirectional(dtype):
+    """An LSTM forward and a GRU backward, with lengths."""
+    model = nn.Bidirectional(
+        nn.RNN(nn.OptimizedLSTMCell(4, param_dtype=dtype)),
+        nn.RNN(nn.GRUCell(4, param_dtype=dtype)),
+    )
+    x = normal("x", (2, 5, 3), dtype)
+    return linen(model, dtype, x, seq_lengths=jnp.array([5, 3]))
+
+
+@case(
+    row=7,
+    rules=(LORA,),
+    sites=2,
+    trainable=2 * (3 * 3 + 16) + 2 * (3 * 4 + 16),  # kernels (3, 3, 4 · 4) and (3, 4, 4 · 4)
+    exact_at_zero=False,
+)
+def rnn_conv_lstm(dtype):
+    """A convolutional LSTM over (batch, time, width, channels)."""
+    model = nn.RNN(nn.ConvLSTMCell(4, (3,), param_dtype=dtype))
+    return linen(model, dtype, normal("x", (2, 3, 5, 3), dtype))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 8: a fused kernel.
+# --------------------------------------------------------------------------------------------
+
+
+@case(
+    row=8,
+    rules=(LoRA("qkv/kernel", rank=2, alpha=4, slots=Slots(3, (0, 2))), LoRA("out/kernel", rank=3)),
+    sites=2,
+    trainable=2 * 2 * (6 + 8) + 3 * (8 + 6),  # q and v; out
+    exact_at_zero=False,
+)
+def linen_fused_qkv(dtype):
+    """A Dense for q, k and v, split after the product; only q and v are adapted."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            qkv = nn.Dense(24, param_dtype=dtype, name="qkv")(x)
+            q, k, v = (h.reshape(2, 3, 2, 4) for h in jnp.split(qkv, 3, axis=-1))
+            h = nn.dot_product_attention(q, k, v).reshape(2, 3, 8)
+            return nn.Dense(6, param_dtype=dtype, name="out")(h)
+
+    return linen(Model(), dtype, normal("x", (2, 3, 6), dtype))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 10: what a call may look like.
+# --------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Dense, batch norm and dropout under one flag; shows that it is called as it should be."""
+
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, *, scale: float = 1.0) -> dict[str, Any]:
+        """(batch, 6) to logits (batch, 3) and more."""
+        if train is not True and train is not False:
+            raise TypeError("`train` must stay a Python bool")
+        h = nn.Dense(5, param_dtype=self.param_dtype)(x)
+        h = nn.BatchNorm(use_running_average=not train, param_dtype=self.param_dtype)(h)
+        self.sow("intermediates", "hidden", h)
+        h = nn.Dropout(0.5, deterministic=not train)(jnp.tanh(h))
+        logits = nn.Dense(3, param_dtype=self.param_dtype)(h) * scale
+        return {"logits": logits, "hidden": [h, None]}
+
+
+NETWORK = {"row": 10, "rules": (LORA,), "sites": 2, "trainable": 2 * (6 + 5) + 2 * (5 + 3)}
+
+
+@case(**NETWORK)
+def linen_eval(dtype):
+    """The flag by keyword, off: running statistics and no dropout."""
+    return linen(Network(dtype), dtype, normal("x", (4, 6), dtype), train=False, scale=0.5)
+
+
+@case(**NETWORK)
+def linen_train(dtype):
+    """Batch statistics are updated and returned; dropout has its key."""
+    x = normal("x", (4, 6), dtype)
+    rngs = {"dropout": jax.random.key(1)}
+    return linen(Network(dtype), dtype, x, train=True, mutable=["batch_stats"], rngs=rngs)
+
+
+@case(**NETWORK, jit=False)
+def linen_flag_by_position(dtype):
+    """The flag by position."""
+    return linen(Network(dtype), dtype, normal("x", (4, 6), dtype), False)
+
+
+@case(**NETWORK)
+def linen_capture_intermediates(dtype):
+    """Every intermediate output is captured, and one is sown."""
+    x = normal("x", (4, 6), dtype)
+    problem = linen(Network(dtype), dtype, x, train=False, mutable=["intermediates"])
+    variables = {name: problem.params[name] for name in ("params", "batch_stats")}
+    return problem._replace(
+        params=variables, kwargs={**problem.kwargs, "capture_intermediates": True}
+    )
+
+
+@case(**NETWORK)
+def linen_parameters_alone(dtype):
+    """The first argument is the parameters; the statistics come by another way."""
+    model, x = Network(dtype), normal("x", (4, 6), dtype)
+    variables = linen(model, dtype, x, train=False).params
+
+    def apply(params, stats, x, *, train):
+        return model.apply({"params": params, "batch_stats": stats}, x, train)
+
+    return Problem(apply, variables["params"], (variables["batch_stats"], x), {"train": False})
+
+
+class AutoEncoder(nn.Module):
+    """Two methods beside `__call__`."""
+
+    param_dtype: Any
+
+    def setup(self) -> None:
+        """Makes both layers."""
+        self.encoder = nn.Dense(5, param_dtype=self.param_dtype)
+        self.decoder = nn.Dense(6, param_dtype=self.param_dtype)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """(…, 6) to (…, 5)."""
+        return jnp.tanh(self.encoder(x))
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """(…, 5) to (…, 6)."""
+        return self.decoder(z)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(…, 6) to the same."""
+        return self.decode(self.encode(x))
+
+
+@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+def linen_method_by_name(dtype):
+    """`method="encode"`: the decoder is not used, so it is no site."""
+    x = normal("x", (3, 6), dtype)
+    problem = linen(AutoEncoder(dtype), dtype, x)
+    return problem._replace(kwargs={"method": "encode"})
+
+
+@case(row=10, rules=(LORA,), sites=1, trainable=2 * (5 + 6))
+def linen_method_by_function(dtype):
+    """`method=AutoEncoder.decode`."""
+    problem = linen(AutoEncoder(dtype), dtype, normal("x", (3, 6), dtype))
+    return problem._replace(
+        args=(normal("z", (3, 5), dtype),), kwargs={"method": AutoEncoder.decode}
+    )
+
+
+@case(row=10, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
+def linen_apply_function(dtype):
+    """`nn.apply` of a function of the bound module."""
+    problem = linen(AutoEncoder(dtype), dtype, normal("x", (3, 6), dtype))
+    apply = nn.apply(lambda model, x: (model.encode(x), model(x)), AutoEncoder(dtype))
+    return problem._replace(apply=apply)
+
+
+@case(row=10, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
+def linen_submodule_bound(dtype):
+    """A bound module and its submodule, called outside of `apply`."""
+    problem = linen(AutoEncoder(dtype), dtype, normal("x", (3, 6), dtype))
+
+    def apply(variables, x):
+        model = AutoEncoder(dtype).bind(variables)
+        return model.decode(jnp.tanh(model.encoder(x)))
+
+    return problem._replace(apply=apply)
+
+
+@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
+def linen_python_if_on_a_value(dtype):
+    """Python control flow on the value of the input."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, steps):
+            if x.sum() > 100:
+                return x
+            for _ in range(int(steps)):
+                x = jnp.sin(x)
+            return nn.Dense(5, param_dtype=dtype)(x)
+
+    return linen_eagerly(Model(), dtype, normal("x", (3, 6), dtype), jnp.array(2))
+
+
+def linen_eagerly(module, dtype, *args):
+    """As `linen`, of a module that cannot be traced."""
+    variables = module.init(jax.random.key(0), *args)
+    return Problem(module.apply, fill(variables, dtype), args)
+
+
+@case(row=10, rules=(LORA,), sites=4, trainable=3 * 2 * (6 + 8) + 2 * (8 + 6))
+def linen_decode_with_cache(dtype):
+    """One step of autoregressive attention: the cache is read and returned."""
+    model = ATTENTION(param_dtype=dtype, decode=True)
+    variables = linen(model, dtype, normal("x", (2, 5, 6), dtype)).params
+    step = normal("step", (2, 1, 6), dtype)
+    return Problem(model.apply, variables, (step,), {"mutable": ["cache"]})
+
+
+@case(**{**NETWORK, "trainable": 3 * (2 * (6 + 5) + 2 * (5 + 6))}, exact_at_zero=False)
+def linen_scan_with_batch_norm(dtype):
+    """Statistics of scanned layers, stacked along axis 0 and the parameters along 1."""
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            h = nn.BatchNorm(use_running_average=False, param_dtype=dtype)(x)
+            h = jnp.tanh(nn.Dense(5, param_dtype=dtype)(h))
+            return x + nn.Dense(6, param_dtype=dtype)(h), None
+
+    model = nn.scan(
+        Normed,
+        variable_axes={"params": 1, "batch_stats": 0},
+        split_rngs={"params": True},
+        length=3,
+    )
+    return linen(model(), dtype, normal("x", (4, 6), dtype), None, mutable=["batch_stats"])
+
+
+# --------------------------------------------------------------------------------------------
+# Row 11: lifted control flow, and a wrapper that no factored form follows.
+# --------------------------------------------------------------------------------------------
+
+
+@case(row=11, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (6 + 5), exact_at_zero=False)
+def linen_cond(dtype):
+    """`nn.cond` between two layers."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, flag):
+            yes = nn.Dense(5, param_dtype=dtype, name="yes")
+            no = nn.Dense(5, param_dtype=dtype, name="no")
+            if self.is_initializing():
+                return yes(x) + no(x)
+            return nn.cond(flag, lambda m, x: yes(x), lambda m, x: jnp.sin(no(x)), self, x)
+
+    return linen(Model(), dtype, normal("x", (3, 6), dtype), jnp.array(False))
+
+
+@case(row=11, rules=(LORA,), sites=1, trainable=2 * (6 + 6), grad=False, exact_at_zero=False)
+def linen_while_loop(dtype):
+    """`nn.while_loop` around a layer."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.Dense(6, param_dtype=dtype)
+            if self.is_initializing():
+                return dense(x)
+            return nn.while_loop(
+                lambda m, state: state[0] < 3,
+                lambda m, state: (state[0] + 1, jnp.tanh(dense(state[1]))),
+                self,
+                (0, x),
+                broadcast_variables="params",
+            )[1]
+
+    return linen(Model(), dtype, normal("x", (3, 6), dtype))
+
+
+@case(
+    row=11,
+    rules=(LoRA("Dense_0/kernel$", rank=2, alpha=4, materialize=True),),
+    sites=1,
+    trainable=2 * (6 + 5),
+    exact_at_zero=False,
+)
+def linen_weight_norm(dtype):
+    """`nn.WeightNorm`: the kernel is divided by its norms before the product."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(nn.Dense(5, param_dtype=dtype))(x)
+
+    return linen(Model(), dtype, normal("x", (3, 6), dtype))
+
+
+# --------------------------------------------------------------------------------------------
+# Row 12: what is no site.
+# --------------------------------------------------------------------------------------------
+
+
+@case(row=12, rules=(LORA,), sites=2, trainable=2 * (2 * 2 * 3 + 6) + 2 * (6 + 5), strict=False)
+def linen_vision_transformer(dtype):
+    """Patches and head are sites; positions, class token, norms, scales and PReLU are not."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(6, (2, 2), strides=2, padding="VALID", param_dtype=dtype)(x)
+            x = x.reshape(x.shape[0], -1, 6)
+            normal_init = nn.initializers.normal()
+            token = self.param("token", normal_init, (1, 1, 6), dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, 6)), x], axis=1)
+            x = x + self.param("position", normal_init, (1, 5, 6), dtype)
+            x = nn.LayerNorm(param_dtype=dtype)(x) * self.param("scale", normal_init, (6,), dtype)
+            x = nn.RMSNorm(param_dtype=dtype)(nn.PReLU(param_dtype=dtype)(x))
+            x = nn.InstanceNorm(param_dtype=dtype)(x) * self.param(
+                "gate", normal_init, (5, 6), dtype
+            )
+            return nn.Dense(5, param_dtype=dtype)(x[:, 0])
+
+    return linen(Model(), dtype, normal("x", (2, 4, 4, 3), dtype))
+
+
+@case(row=12, rules=(LORA,), sites=1, trainable=2 * (6 + 7))
+def linen_positions_looked_up(dtype):
+    """Token and position tables are only looked up: all-linear leaves both alone."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(7, 6, param_dtype=dtype, name="token")(ids)
+            x = x + nn.Embed(8, 6, param_dtype=dtype, name="position")(jnp.arange(3))[None]
+            return nn.Dense(7, param_dtype=dtype)(x)
+
+    return linen(Model(), dtype, jnp.array(IDS))
