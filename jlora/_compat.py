@@ -34,7 +34,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Number of constants and of carries among the operands of a `scan` equation."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    constants, carry, _ = params["ft_in"]
+    constants, carry, _ = params["ft_in"].unpack()
     return len(constants), len(carry)
 
 

@@ -127,41 +127,44 @@ def test_adapted_is_merged(case: Case, dtype: Any) -> None:
         def merged(adapter: Any) -> Any:
             return problem.apply(jlora.merge(base, adapter), *problem.args, **problem.kwargs)
 
-        assert_close(adapted(adapter), merged(adapter), tolerance)
-        if case.grad:
-            actual = jax.grad(lambda a: scalar(adapted(a)))(adapter)
-            expected = jax.grad(lambda a: scalar(merged(a)))(adapter)
-            assert any(np.any(x) for x in jax.tree.leaves(expected))
-            assert_close(actual, expected, tolerance)
+        actual, expected = (value_and_slope(f, adapter, case.grad) for f in (adapted, merged))
+        assert_close(actual, expected, tolerance)
+        assert not case.grad or any(np.any(x) for x in jax.tree.leaves(expected[1]))
+
+
+def value_and_slope(f: Any, adapter: Any, grad: bool, *args: Any) -> tuple[Any, Any]:
+    """Floating-point outputs of `f`, and the gradient of their `scalar`, as one program."""
+
+    def loss(adapter: Any, *args: Any) -> tuple[Any, Any]:
+        outputs = floats(f(adapter, *args))
+        return scalar(outputs), outputs
+
+    if not grad:
+        return jax.jit(lambda *xs: loss(*xs)[1])(adapter, *args), None
+    slope, outputs = jax.jit(jax.grad(loss, has_aux=True))(adapter, *args)
+    return outputs, slope
 
 
 @pytest.mark.parametrize("case", SINGLE)
 def test_transforms_agree(case: Case) -> None:
-    """`jit`, `checkpoint`, `vmap` and `scan` around `apply` give what `apply` gives."""
+    """`checkpoint`, `scan` and `vmap` around `apply`, and arguments traced by `jit`."""
     with precision(case, jnp.float32) as tolerance:
         problem, lora, base, adapter = prepare(case, jnp.float32)
-        static = () if case.jit else problem.args
-        dynamic = problem.args if case.jit else ()
+        static, dynamic = ((), problem.args) if case.jit else (problem.args, ())
 
         def value(adapter: Any, *args: Any) -> list[jax.Array]:
             return floats(lora.apply(base, adapter, *args, *static, **problem.kwargs))
 
-        def loss(adapter: Any, *args: Any) -> Any:
-            outputs = value(adapter, *args)
-            return scalar(outputs), outputs
-
-        expected = value(adapter, *dynamic)
-        assert_close(jax.jit(value)(adapter, *dynamic), expected, tolerance)
+        plain = value_and_slope(value, adapter, case.grad, *dynamic)
         if case.grad:
-            slope, _ = jax.grad(loss, has_aux=True)(adapter, *dynamic)
-            remat = jax.checkpoint(loss)
-            both = jax.jit(jax.grad(remat, has_aux=True))(adapter, *dynamic)
-            assert_close(both, (slope, expected), tolerance)
+            remat = value_and_slope(jax.checkpoint(value), adapter, True, *dynamic)
+            assert_close(remat, plain, tolerance)
         two = jax.tree.map(lambda x: jnp.stack([x, x / 2]), adapter)
-        half = value(jax.tree.map(lambda x: x / 2, adapter), *dynamic)
-        stacked = [jnp.stack([x, y]) for x, y in zip(expected, half, strict=True)]
+        one_by_one = [value(jax.tree.map(lambda x, i=i: x[i], two), *dynamic) for i in range(2)]
+        assert_close(one_by_one[0], plain[0], tolerance)
+        expected = [jnp.stack(xs) for xs in zip(*one_by_one, strict=True)]
         _, scanned = jax.lax.scan(lambda _, a: (None, value(a, *dynamic)), None, two)
-        assert_close(scanned, stacked, tolerance)
+        assert_close(scanned, expected, tolerance)
         if case.vmap:
-            mapped = jax.vmap(lambda a: value(a, *dynamic))(two)
-            assert_close(mapped, stacked, tolerance)
+            mapped = jax.jit(jax.vmap(lambda a: value(a, *dynamic)))(two)
+            assert_close(mapped, expected, tolerance)

@@ -42,7 +42,7 @@ def smollm2():
 
 @pytest.fixture
 def lenient():
-    """Allows the mixed dtypes and ranks of `transformers`, of optax's Adam and of a bfloat16 norm."""
+    """Allows `transformers`, optax's Adam and a bfloat16 norm to mix dtypes and ranks."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 

@@ -41,8 +41,8 @@ class Case:
         jit: Whether `args` may be traced. `kwargs` are never traced.
         grad: Whether the base model has a reverse-mode derivative.
         vmap: Whether the base model can be mapped over its parameters.
-        strict: Whether the base model runs under strict dtype promotion and with rank promotion
-            as an error.
+        strict: Whether the base model runs, in both float dtypes, under strict dtype promotion
+            and with rank promotion as an error.
     """
 
     name: str
@@ -82,14 +82,14 @@ def normals(dtype: DTypeLike, **shapes: tuple[int, ...]) -> dict[str, jax.Array]
 
 
 def fill(tree: Any, dtype: DTypeLike, scale: float = 0.5) -> Any:
-    """Replaces every float leaf by random numbers, variances by positive ones.
+    """Replaces every float leaf by random numbers, variances by positive ones; shapes by arrays.
 
     Initial biases are zero and initial norm scales one: a test on them would hold trivially.
     """
 
     def leaf(path: tuple[Any, ...], x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
+            return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
         name = jax.tree_util.keystr(path)
         draw = normal(name, x.shape, dtype, scale)
         return draw**2 + 0.5 if "var" in name.lower().rsplit("[", 1)[-1] else draw

@@ -779,7 +779,7 @@ def slots_one_in_the_middle(dtype):
 
 @case(
     row=8,
-    rules=(LoRA("w", rank=2, alpha=4, slots=Slots(2, (0, 1))), LORA),
+    rules=(LoRA("^w$", rank=2, alpha=4, slots=Slots(2, (0, 1))), LORA),
     sites=2,
     trainable=2 * 2 * (6 + 4) + 2 * (4 + 6),  # gate and up, down
     exact_at_zero=False,
@@ -861,9 +861,9 @@ def experts_vmap(dtype):
     )
 
 
-@case(**EXPERTS)
+@case(**EXPERTS | {"trainable": 2 * (6 + 3 * 5)})
 def experts_vmap_shared_input(dtype):
-    """Every expert sees every token: vmap over the weights alone."""
+    """Every expert sees every token: one product, in which experts are output axes as any other."""
     return Problem(
         lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]),
         normals(dtype, w=(3, 6, 5)),

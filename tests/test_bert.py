@@ -1,0 +1,200 @@
+"""`examples/models/bert.py` against transformers' Flax BERT, with MiniLM's real weights."""
+
+import json
+import shutil
+import warnings
+
+import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import bert
+from safetensors.numpy import load_file
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return data.minilm()
+
+
+@pytest.fixture(scope="module")
+def minilm(folder):
+    return bert.load(folder)
+
+
+@pytest.fixture(scope="module")
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Random tokens of both types, ``(4, 24)``, with paddings of every kind."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1000, 30000, (4, 24)).astype(np.int32)
+    types = rng.integers(0, 2, (4, 24)).astype(np.int32)
+    mask = (np.arange(24) < np.array([[24], [9], [1], [17]])).astype(np.int32)
+    return ids, mask, types
+
+
+# ---- the computation ----------------------------------------------------------------------------
+
+
+def test_agrees_with_transformers(folder, minilm, batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers deprecates its Flax models
+        from transformers import FlaxBertModel
+
+        reference = FlaxBertModel.from_pretrained(folder)
+    ids, mask, types = batch
+    expected = reference(ids, mask, types).last_hidden_state
+    config, variables = minilm
+    hidden = bert.Bert(config).apply(variables, ids, mask, types)
+    seen = mask[..., None] > 0
+    assert hidden.shape == expected.shape == (4, 24, 384)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(hidden * seen, expected * seen, rtol=0, atol=1e-5)
+
+
+def test_types_default_to_zero(minilm, batch):
+    config, variables = minilm
+    ids, mask, types = batch
+    apply = jax.jit(bert.Bert(config).apply)
+    hidden = apply(variables, ids, mask)
+    np.testing.assert_array_equal(hidden, apply(variables, ids, mask, np.zeros_like(ids)))
+    assert np.abs(hidden - apply(variables, ids, mask, types)).max() > 0.1
+
+
+def test_padding_changes_nothing(minilm, batch):
+    config, variables = minilm
+    ids, mask, _ = batch
+    model = bert.Bert(config, classes=2)
+    variables = with_random_head(variables)
+    logits = model.apply(variables, ids, mask)
+    other = model.apply(variables, np.where(mask, ids, 7), mask)
+    short = model.apply(variables, ids[1:2, :9], mask[1:2, :9])
+    assert logits.shape == (4, 2)
+    np.testing.assert_array_equal(logits, other)
+    np.testing.assert_allclose(logits[1:2], short, rtol=1e-5, atol=1e-4)
+
+
+def test_head_reads_the_normalized_mean(minilm, batch):
+    config, variables = minilm
+    ids, mask, _ = batch
+    variables = with_random_head(variables)
+    logits = bert.Bert(config, classes=2).apply(variables, ids, mask)
+    hidden = np.asarray(bert.Bert(config).apply(variables, ids, mask), np.float64)
+    for row, length in enumerate([24, 9, 1, 17]):
+        mean = hidden[row, :length].mean(0)
+        x = (mean - mean.mean()) / mean.std()
+        expected = x @ np.asarray(variables["params"]["classifier"]["kernel"], np.float64)
+        np.testing.assert_allclose(logits[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_new_head_prefers_no_class(minilm, batch):
+    config, variables = minilm
+    headed = bert.add_head(variables, classes=3)
+    logits = bert.Bert(config, classes=3).apply(headed, *batch)
+    np.testing.assert_array_equal(logits, np.zeros((4, 3)))
+    assert "classifier" not in variables["params"]
+
+
+def test_runs_under_strict_promotion(minilm, batch):
+    config, variables = minilm
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        logits = bert.Bert(config, classes=2).apply(bert.add_head(variables, 2), *batch)
+    assert logits.dtype == jnp.float32
+
+
+def with_random_head(variables):
+    headed = bert.add_head(variables, classes=2)
+    kernel = jax.random.normal(jax.random.key(0), (384, 2))
+    headed["params"]["classifier"] = {**headed["params"]["classifier"], "kernel": kernel}
+    return headed
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+def test_load_then_save_is_the_same_file(folder, minilm, tmp_path):
+    bert.save(tmp_path / "model.safetensors", minilm[1])
+    expected = (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == expected
+
+
+def test_tensors_survive_jit(minilm, tensors):
+    again = bert.to_hf(jax.jit(lambda x: x)(minilm[1]))
+    assert same(again, tensors)
+    assert again["embeddings.position_ids"].dtype == np.int64
+
+
+def test_head_survives_the_file(folder, minilm, tmp_path):
+    variables = with_random_head(minilm[1])
+    shutil.copy(folder / "config.json", tmp_path)
+    bert.save(tmp_path / "model.safetensors", variables)
+    config, again = bert.load(tmp_path)
+    assert config == minilm[0]
+    assert load_file(tmp_path / "model.safetensors")["classifier.weight"].shape == (2, 384)
+    assert jax.tree.structure(again) == jax.tree.structure(variables)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again, variables)))
+
+
+def test_names_and_shapes_are_those_of_the_model(minilm, batch):
+    config, variables = minilm
+    model = bert.Bert(config)
+    expected = jax.eval_shape(model.init, jax.random.key(0), *batch)["params"]
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), variables["params"])
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    assert bert.hf_name("encoder/layer_11/attention/out/bias") == (
+        "encoder.layer.11.attention.output.dense.bias"
+    )
+    assert bert.hf_name("embeddings/norm/scale") == "embeddings.LayerNorm.weight"
+
+
+def test_files_without_buffers_and_pooler(minilm, tensors):
+    config, _ = minilm
+    fewer = {name: x for name, x in tensors.items() if not bert.UNUSED.fullmatch(name)}
+    assert len(fewer) == len(tensors) - 3
+    assert same(bert.to_hf(bert.from_hf(fewer, config)), fewer)
+
+
+def test_every_misfit_is_listed(minilm, tensors):
+    config, _ = minilm
+    wrong = dict(tensors)
+    del wrong["encoder.layer.3.attention.self.query.weight"]
+    wrong["encoder.layer.6.output.dense.bias"] = np.zeros(384, np.float32)
+    wrong["embeddings.LayerNorm.bias"] = np.zeros(383, np.float32)
+    wrong["encoder.layer.0.output.dense.weight"] = np.zeros((1536, 384), np.float32)  # transposed
+    with pytest.raises(ValueError) as error:
+        bert.from_hf(wrong, config)
+    assert str(error.value) == (
+        "`tensors` do not fit `config`:\n"
+        "  misshapen embeddings.LayerNorm.bias: expected (384,), got (383,)\n"
+        "  misshapen encoder.layer.0.output.dense.weight: expected (384, 1536), got (1536, 384)\n"
+        "  missing encoder.layer.3.attention.self.query.weight of shape (384, 384)\n"
+        "  unexpected encoder.layer.6.output.dense.bias"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("model_type", "roberta", "bert"),
+        ("hidden_act", "relu", "gelu"),
+        ("position_embedding_type", "relative_key", "absolute"),
+    ],
+)
+def test_config_of_another_model(folder, tmp_path, field, value, expected):
+    fields = json.loads((folder / "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**fields, field: value}))
+    with pytest.raises(ValueError) as error:
+        bert.Config.read(path)
+    assert str(error.value) == f"`{path}`: expected {field} {expected!r}, got {value!r}"
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in b
+    )
