@@ -41,6 +41,7 @@ class Log:
     def __init__(self) -> None:
         self.uses: list[Use] = []
         self.others: list[str] = []
+        self.formed: list[Use] = []
 
 
 @jax.tree_util.register_static
@@ -130,12 +131,13 @@ class Probe:
 
     def dense(self, shape: tuple[int, ...], why: str) -> None:
         """See `Term.dense`: writes down what stands in the way."""
-        del shape
         if self.looked_up:
             rest = frozenset().union(*self.axes) - self.looked_up
             self.log.uses.append(Use("embed", self.looked_up, rest))
-        else:
-            self.log.others.append(why)
+            return
+        self.log.others.append(why)
+        if len(shape) >= 2:
+            self.log.formed.append(Use("formed", self._union(range(len(shape) - 1)), self.axes[-1]))
 
     def _union(self, dims: Sequence[int]) -> frozenset[int]:
         return frozenset().union(*(self.axes[d] for d in dims))
@@ -152,9 +154,12 @@ class Site:
         parts: its path.
         shape: its shape.
         dtype: its dtype.
-        kind: `"dense"`, `"embed"` (rows are looked up), `"conv"`, or None if nothing linear uses it.
-        layout: which of its axes are stacked, contracted and produced; None without a kind.
+        kind: `"dense"`, `"embed"` (rows are looked up), `"conv"`, None if nothing linear uses it, or
+            `"formed"` if in addition a rule lets W + ΔW be formed.
+        layout: which of its axes are stacked, contracted and produced; None without a kind. Of a
+            formed site, the last axis counts as produced.
         others: where it is used in a way that has no factored form: primitive and source line.
+        formed: the layout that it would have as a formed site.
         rule: the rule that it matches, or None.
     """
 
@@ -164,6 +169,7 @@ class Site:
     kind: str | None
     layout: Layout | None
     others: tuple[str, ...] = ()
+    formed: Layout | None = None
     rule: Rule | None = None
 
     @property
@@ -346,7 +352,9 @@ def _site(parts: Path, x: Any, log: Log) -> Site:
     # A tied embedding is laid out as its lookup has it: A by rows.
     first = next((u for u in log.uses if u.kind == kind), None)
     layout = first and _layout(first, x.ndim)
-    return Site(parts, x.shape, x.dtype, kind if layout else None, layout, tuple(dict.fromkeys(log.others)))
+    formed = _layout(log.formed[0], x.ndim) if log.formed else None
+    others = tuple(dict.fromkeys(log.others))
+    return Site(parts, x.shape, x.dtype, kind if layout else None, layout, others, formed)
 
 
 def _layout(use: Use, ndim: int) -> Layout | None:
@@ -386,6 +394,8 @@ def _match(site: Site, rules: Sequence[Rule]) -> Site:
                 "trained. Narrow the pattern to floating-point leaves."
             )
         return dataclasses.replace(site, rule=rule)
+    if site.layout is None and rule.materialize and site.formed is not None:
+        site = dataclasses.replace(site, kind="formed", layout=site.formed)
     if site.layout is None:
         raise ValueError(_not_linear(rule, site))
     if site.others and not rule.materialize:
@@ -434,7 +444,8 @@ def _not_linear(rule: LoRA, site: Site) -> str:
         why = "is not used by the traced call"
     return (
         f"{rule_name(rule)} matches {site.path!r} of shape {site.shape}, which is used by nothing "
-        f"linear: it {why}. Narrow the pattern, or train the leaf in full with jlora.Full."
+        f"linear: it {why}. Narrow the pattern, train the leaf in full with jlora.Full, or let W + ΔW "
+        "be formed with LoRA(..., materialize=True)."
     )
 
 

@@ -5,11 +5,11 @@
 strategies for hypothesis.
 """
 
-from . import linen, plain
+from . import control, linen, plain
 from ._case import Case as Case
 from ._case import Problem as Problem
 
-CASES: list[Case] = [*plain.CASES, *linen.CASES]
+CASES: list[Case] = [*plain.CASES, *control.CASES, *linen.CASES]
 
 
 def all_cases(*rows: int) -> list[Case]:
