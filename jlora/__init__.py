@@ -1,9 +1,9 @@
 """LoRA as a pure functional transform for JAX and Flax.
 
-    lora = jlora.transform(model.apply, jlora.LoRA(r"(query|value)/kernel", rank=8, alpha=16))
-    base, adapter = lora.init(key, variables, tokens)
-    logits = lora.apply(base, adapter, tokens)
-    params = jlora.merge(base, adapter)
+lora = jlora.transform(model.apply, jlora.LoRA(r"(query|value)/kernel", rank=8, alpha=16))
+base, adapter = lora.init(key, variables, tokens)
+logits = lora.apply(base, adapter, tokens)
+params = jlora.merge(base, adapter)
 """
 
 from ._init import gaussian as gaussian

@@ -15,7 +15,11 @@ from typing import Any
 
 import jax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
+    JaxprEqn,
+    Literal,
+)
 
 Jaxpr = ClosedJaxpr  # on 0.10 some primitives hold an open one: it reads alike but for `consts`
 
@@ -55,6 +59,12 @@ def bind(eqn: JaxprEqn, *args: Any) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
+def bind_one(eqn: JaxprEqn, *args: Any) -> Any:
+    """`bind` for a primitive of one result."""
+    [out] = bind(eqn, *args)
+    return out
+
+
 # Frames below these folders are a library's, not the user's.
 _LIBRARIES = tuple(
     os.path.realpath(p) + os.sep
@@ -78,7 +88,7 @@ def source_line(eqn: JaxprEqn) -> str:
 
 
 def match_varying(*args: jax.Array) -> tuple[jax.Array, ...]:
-    """Inside `shard_map`, makes every argument vary over the mesh axes that any of them varies over.
+    """Inside `shard_map`, makes all arguments vary over the mesh axes that any varies over.
 
     A `custom_vjp` returns cotangents that vary as its arguments do: JAX then sums them over the
     mesh in the transpose of this cast, as it does for its own products.

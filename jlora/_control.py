@@ -52,7 +52,9 @@ def _cond(eqn: Any, index: Any, *operands: Any) -> list[Any]:
     def branch(jaxpr: Any) -> Callable[..., list[Any]]:
         return lambda *xs: _arrays(eqn, [evaluate(jaxpr, *xs)[i] for i in computed])
 
-    outs = dict(zip(computed, lax.switch(index, [branch(b) for b in branches], *operands), strict=True))
+    outs = dict(
+        zip(computed, lax.switch(index, [branch(b) for b in branches], *operands), strict=True)
+    )
     outs |= {i: operands[source] for i, source in same.items()}
     return [outs[i] for i in range(n)]
 

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._match import match
 from ._matmul import promote
 from ._rules import Full, LoRA, Rule
-from ._sites import Site, Sites, find_sites, match
+from ._sites import Site, Sites, find_sites
 from ._transform import bind, wrap
-from ._tree import factor_shapes, fold, nest
+from ._tree import factor_shapes, fold, is_abstract, nest, take
 from ._types import LowRank, PyTree, Transformed
 
 Initializer = Callable[[jax.Array, Any, Site, LoRA], tuple[Any, jax.Array, jax.Array]]
@@ -98,7 +99,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
 def _copy(w: Any) -> Any:
     # A copy, so that a training step that donates the adapter does not delete the base.
-    return w if isinstance(w, jax.ShapeDtypeStruct) else jnp.array(w)
+    return w if is_abstract(w) else jnp.array(w)
 
 
 def _low_rank(key: jax.Array, w: Any, site: Site, rule: LoRA) -> tuple[Any, LowRank]:
@@ -114,18 +115,20 @@ def _low_rank(key: jax.Array, w: Any, site: Site, rule: LoRA) -> tuple[Any, LowR
 
 
 def _check(
-    apply: Callable[..., Any], base: PyTree, adapter: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
+    apply: Callable[..., Any],
+    base: PyTree,
+    adapter: PyTree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Traces the adapted model once, so that what `apply` refuses is refused by `init`."""
-    rest, tree = jax.tree.flatten((args, kwargs))
-    at = [i for i, x in enumerate(rest) if isinstance(x, jax.ShapeDtypeStruct)]
+    rest, put = take((args, kwargs), is_abstract)
 
     def call(base: PyTree, adapter: PyTree, values: list[Any]) -> None:
-        full = dict(enumerate(rest)) | dict(zip(at, values, strict=True))
-        args, kwargs = jax.tree.unflatten(tree, [full[i] for i in range(len(rest))])
+        args, kwargs = put(values)
         apply(base, adapter, *args, **kwargs)
 
-    jax.eval_shape(call, base, adapter, [rest[i] for i in at])
+    jax.eval_shape(call, base, adapter, rest)
 
 
 # --------------------------------------------------------------------------------- initializers
@@ -134,8 +137,8 @@ def _check(
 def kaiming_uniform(key: jax.Array, w: Any, site: Site, rule: LoRA) -> tuple[Any, Any, Any]:
     r"""A uniform in $\pm 1/\sqrt{inputs}$, B zero; the default.
 
-    It is He's uniform initializer with $a = \sqrt 5$, as PEFT and loralib draw A. Where rows of W are
-    looked up, each input is one row, so that A is uniform in ±1.
+    It is He's uniform initializer with $a = \sqrt 5$, as PEFT and loralib draw A. Where rows of W
+    are looked up, each input is one row, so that A is uniform in ±1.
 
     Args:
         key: a PRNG key.

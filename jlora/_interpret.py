@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from . import _compat
-from ._weight import Unfactorable, Weight
+from ._factor import Unfactorable
+from ._tree import take
+from ._weight import Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
 
@@ -101,18 +103,12 @@ def trace(f: Callable[..., Any], *leaves: Any) -> tuple[_compat.Jaxpr, Callable[
     closes over stays concrete if it was: should Python code of `f` ask for the value of something
     that `leaves` do not reach, `f` is traced again with such values computed at once.
     """
-    finish: Callable[..., Any] = list
+    finish: list[Callable[..., Any]] = []
 
     def flat(*leaves: Any) -> list[Any]:
-        nonlocal finish
-        outs, tree = jax.tree.flatten(f(*leaves))
-        at = [i for i, x in enumerate(outs) if isinstance(x, jax.Array | np.ndarray)]
-
-        def finish(values: Sequence[Any]) -> Any:
-            full = dict(enumerate(outs)) | dict(zip(at, values, strict=True))
-            return jax.tree.unflatten(tree, list(full.values()))
-
-        return [outs[i] for i in at]
+        arrays, put = take(f(*leaves), lambda x: isinstance(x, jax.Array | np.ndarray))
+        finish.append(put)
+        return arrays
 
     def eager(*leaves: Any) -> list[Any]:
         with jax.ensure_compile_time_eval():
@@ -127,4 +123,4 @@ def trace(f: Callable[..., Any], *leaves: Any) -> tuple[_compat.Jaxpr, Callable[
         jax.errors.TracerIntegerConversionError,
     ):
         jaxpr = jax.make_jaxpr(eager)(*specs)
-    return jaxpr, finish
+    return jaxpr, finish[-1]

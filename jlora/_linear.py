@@ -1,7 +1,6 @@
-"""First-order primitives: those that move a weight, and those that multiply with it."""
+"""Primitives that multiply with a weight: the product with W, plus that with the factors of ΔW."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,242 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _compat
+from ._delta import Delta
+from ._factor import RANK, Factor, Unfactorable
 from ._interpret import rule
 from ._matmul import Spec, letters, lowrank, promote
-from ._weight import BROADCAST, RANK, Along, Delta, Dims, Factor, Roles, Unfactorable, Weight
-
-# ---------------------------------------------------------------- element for element, as it is
-
-
-@rule(
-    "copy",
-    "copy_p",
-    "device_put",
-    "name",
-    "optimization_barrier",
-    "reshard",
-    "sharding_constraint",
-)
-def _same(eqn: Any, *operands: Any) -> Any:
-    outs = _compat.bind(eqn, *(_value(x) for x in operands))
-    outs = [x.with_terms(o) if isinstance(x, Weight) else o for x, o in zip(operands, outs, strict=True)]
-    return outs if eqn.primitive.multiple_results else outs[0]
-
-
-@rule("convert_element_type")
-def _convert_element_type(eqn: Any, w: Weight) -> Weight:
-    # A and B keep their dtype until the product, which takes that of its operands.
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
-        raise Unfactorable(f"it is converted to {eqn.params['new_dtype']}")
-    return w.with_terms(*_compat.bind(eqn, w.value))
-
-
-@rule("stop_gradient", "pvary", "pcast")
-def _map(eqn: Any, w: Weight) -> Weight:
-    def bind(x: jax.Array) -> jax.Array:
-        return _compat.bind(eqn, x)[0]
-
-    return w.with_terms(bind(w.value), lambda t: t.map(bind))
-
-
-@rule("neg")
-def _neg(eqn: Any, w: Weight) -> Weight:
-    return w.with_terms(*_compat.bind(eqn, w.value), lambda t: t.scale_by(jnp.asarray(-1.0)))
-
-
-@rule("mul")
-def _mul(eqn: Any, x: Any, y: Any) -> Weight:
-    w, scalar = (x, y) if isinstance(x, Weight) else (y, x)
-    out = _compat.bind(eqn, _value(x), _value(y))
-    return w.with_terms(*out, lambda t: t.scale_by(_scalar(scalar)))
-
-
-@rule("div")
-def _div(eqn: Any, x: Any, y: Any) -> Weight:
-    if not isinstance(x, Weight):
-        raise Unfactorable("the weight divides")
-    out = _compat.bind(eqn, x.value, _value(y))
-    return x.with_terms(*out, lambda t: t.scale_by(1 / _scalar(y)))
-
-
-def _scalar(x: Any) -> jax.Array:
-    if isinstance(x, Weight) or jnp.size(x) != 1:
-        raise Unfactorable("it is scaled by more than a scalar")
-    return jnp.reshape(x, ())
-
-
-# --------------------------------------------------------------------------------- axes move
-
-
-@rule("transpose")
-def _transpose(eqn: Any, w: Weight) -> Weight:
-    return w.move(*_compat.bind(eqn, w.value), eqn.params["permutation"])
-
-
-@rule("squeeze")
-def _squeeze(eqn: Any, w: Weight) -> Weight:
-    lost = {d % len(w.shape) for d in eqn.params["dimensions"]}
-    return w.move(*_compat.bind(eqn, w.value), [d for d in range(len(w.shape)) if d not in lost])
-
-
-@rule("broadcast_in_dim")
-def _broadcast_in_dim(eqn: Any, w: Weight, *dynamic: Any) -> Weight:
-    if dynamic:
-        raise Unfactorable("its new shape is dynamic")
-    places = {new: old for old, new in enumerate(eqn.params["broadcast_dimensions"])}
-    dims: list[int | None] = []
-    for new, length in enumerate(eqn.params["shape"]):
-        old = places.get(new)
-        kept = old is not None and w.shape[old] == length
-        dims.append(old if kept else None if length == 1 else BROADCAST)
-    return w.move(*_compat.bind(eqn, w.value), dims)
-
-
-@rule("reshape")
-def _reshape(eqn: Any, w: Weight, *dynamic: Any) -> Weight:
-    if dynamic or eqn.params["dimensions"] is not None:
-        raise Unfactorable("the reshape is dynamic or permuted")
-    new = tuple(eqn.params["new_sizes"])
-    return w.with_terms(*_compat.bind(eqn, w.value), lambda t: t.reshape(w.shape, new))
-
-
-@rule("rev")
-def _rev(eqn: Any, w: Weight) -> Weight:
-    flip = {d: lambda x, axis: lax.rev(x, (axis,)) for d in eqn.params["dimensions"]}
-    return w.move(*_compat.bind(eqn, w.value), range(len(w.shape)), flip)
-
-
-@rule("slice")
-def _slice(eqn: Any, w: Weight) -> Weight:
-    p = eqn.params
-    strides = p["strides"] or (1,) * len(w.shape)
-    bounds = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-    along = {
-        d: functools.partial(_slice_in_dim, bound)
-        for d, bound in enumerate(bounds)
-        if bound != (0, w.shape[d], 1)
-    }
-    return w.move(*_compat.bind(eqn, w.value), range(len(w.shape)), along)
-
-
-def _slice_in_dim(bound: tuple[int, int, int], x: jax.Array, axis: int) -> jax.Array:
-    return lax.slice_in_dim(x, *bound, axis=axis)
-
-
-@rule("dynamic_slice")
-def _dynamic_slice(eqn: Any, w: Weight, *starts: jax.Array) -> Weight:
-    def along(start: jax.Array, size: int) -> Callable[[jax.Array, int], jax.Array]:
-        return lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
-
-    sizes = eqn.params["slice_sizes"]
-    cut = {
-        d: along(start, size)
-        for d, (start, size) in enumerate(zip(starts, sizes, strict=True))
-        if size != w.shape[d]
-    }
-    picked = [d for d in cut if sizes[d] == 1]
-    w = w.move(*_compat.bind(eqn, w.value, *starts), range(len(w.shape)), cut)
-    return w.with_terms(w.value, lambda t: t.indexed(picked)) if picked else w
-
-
-@rule("split")
-def _split(eqn: Any, w: Weight) -> list[Weight]:
-    outs, start, axis = [], 0, eqn.params["axis"]
-    values = _compat.bind(eqn, w.value)
-    for value, size in zip(values, eqn.params["sizes"], strict=True):
-        cut: Along = {axis: functools.partial(_slice_in_dim, (start, start + int(size), 1))}
-        outs.append(w.move(value, range(len(w.shape)), cut))
-        start += int(size)
-    return outs
-
-
-@rule("pad")
-def _pad(eqn: Any, w: Any, fill: Any) -> Weight:
-    if not isinstance(w, Weight):
-        raise Unfactorable("the weight is a padding value")
-    config = eqn.params["padding_config"]
-    return w.with_terms(*_compat.bind(eqn, w.value, _value(fill)), lambda t: t.pad(config))
-
-
-@rule("concatenate")
-def _concatenate(eqn: Any, *parts: Any) -> Weight:
-    return _join(_compat.bind(eqn, *map(_value, parts))[0], parts, eqn.params["dimension"])
-
-
-@rule("stack")
-def _stack(eqn: Any, *parts: Any) -> Weight:
-    axis, rank = eqn.params["axis"], jnp.ndim(_value(parts[0]))
-    dims: Dims = [*range(axis), None, *range(axis, rank)]
-
-    def expand(x: Any) -> Any:
-        value = jnp.expand_dims(_value(x), axis)
-        return x.move(value, dims) if isinstance(x, Weight) else value
-
-    return _join(_compat.bind(eqn, *map(_value, parts))[0], [expand(x) for x in parts], axis)
-
-
-def _join(value: Any, parts: Sequence[Any], dim: int) -> Weight:
-    weights = [p for p in parts if isinstance(p, Weight)]
-    if len(weights) < len(parts) and any(t.whole for w in weights for t in w.terms):
-        raise Unfactorable("it is joined with an activation")
-    joined = Weight(
-        value,
-        (),
-        " + ".join(dict.fromkeys(w.path for w in weights)),
-        all(w.materialize for w in weights),
-    )
-    together = _join_alike(parts, dim)
-    if together is not None:
-        return dataclasses.replace(joined, terms=together)
-    start, total, terms = 0, value.shape[dim], []
-    for part in parts:
-        size = _value(part).shape[dim]
-        if isinstance(part, Weight):
-            config = [(0, 0, 0)] * value.ndim
-            config[dim] = (start, total - start - size, 0)
-            terms += [t.pad(config) for t in part.terms]
-        start += size
-    return dataclasses.replace(joined, terms=tuple(terms))
-
-
-def _join_alike(parts: Sequence[Any], dim: int) -> tuple[Delta, ...] | None:
-    """A joined with A and B with B, where `dim` counts independent matrices of one form."""
-    terms = [t for p in parts if isinstance(p, Weight) for t in p.terms]
-    if len(terms) != len(parts) or not all(isinstance(t, Delta) for t in terms):
-        return None
-    first, *others = terms
-    if any(t.form() != first.form() for t in others) or (dim in first.a.dims) != (dim in first.b.dims):
-        return None
-    factors = [t.map_factors(lambda f: f.carry(dim)) for t in terms]
-    return (jax.tree.map(_concatenate_factors(dim), *factors, is_leaf=_is_factor),)
-
-
-def _is_factor(x: Any) -> bool:
-    return isinstance(x, Factor)
-
-
-def _concatenate_factors(dim: int) -> Callable[..., Factor]:
-    def join(*factors: Factor) -> Factor:
-        axis = factors[0].axis(dim)
-        return Factor(jnp.concatenate([f.value for f in factors], axis), factors[0].dims)
-
-    return join
-
-
-@rule("all_gather")
-def _all_gather(eqn: Any, w: Weight) -> Weight:
-    p = eqn.params
-    if not p["tiled"] or p["axis_index_groups"] is not None:
-        raise Unfactorable("it is gathered along a new axis or in groups")
-
-    def gather(x: jax.Array, axis: int) -> jax.Array:
-        return lax.all_gather(x, p["axis_name"], axis=axis, tiled=True)
-
-    dim = p["all_gather_dimension"]
-    return w.move(*_compat.bind(eqn, w.value), range(len(w.shape)), {dim: gather})
-
-
-# ------------------------------------------------------------------------------------ products
+from ._weight import Roles, Weight, value_of
 
 Product = Callable[[Delta], jax.Array]
 
@@ -263,22 +31,22 @@ def _dot_general(eqn: Any, x: Any, y: Any) -> jax.Array:
     (x_contracted, y_contracted), (x_batch, y_batch) = eqn.params["dimension_numbers"]
     # One letter an axis; those that meet share it. Example: x (b, t, i) · w (i, o), contracted
     # over i, is x_axes = "abc", y_axes = "ce", out_axes = "abe".
-    names = letters(jnp.ndim(_value(x)) + jnp.ndim(_value(y)))
-    x_axes = list(names[: jnp.ndim(_value(x))])
-    y_axes = list(names[jnp.ndim(_value(x)) :])
+    names = letters(jnp.ndim(value_of(x)) + jnp.ndim(value_of(y)))
+    x_axes = list(names[: jnp.ndim(value_of(x))])
+    y_axes = list(names[jnp.ndim(value_of(x)) :])
     for i, j in zip((*x_batch, *x_contracted), (*y_batch, *y_contracted), strict=True):
         y_axes[j] = x_axes[i]
     batch = [x_axes[i] for i in x_batch]
     summed = [x_axes[i] for i in x_contracted]
     out_axes = [*batch, *(c for c in x_axes + y_axes if c not in batch + summed)]
 
-    [out] = _compat.bind(eqn, _value(x), _value(y))
+    out = _compat.bind_one(eqn, value_of(x), value_of(y))
     if isinstance(x, Weight):
         spec = _Axes(y_axes, x_axes, out_axes, eqn.params["precision"])
-        out = _plus_dot(out, _value(y), x, spec, x_batch, x_contracted)
+        out = _plus_dot(out, value_of(y), x, spec, x_batch, x_contracted)
     if isinstance(y, Weight):
         spec = _Axes(x_axes, y_axes, out_axes, eqn.params["precision"])
-        out = _plus_dot(out, _value(x), y, spec, y_batch, y_contracted)
+        out = _plus_dot(out, value_of(x), y, spec, y_batch, y_contracted)
     if isinstance(x, Weight) and isinstance(y, Weight):
         out = _plus_both(out, x, x_axes, y, y_axes, out_axes)
     return out
@@ -294,7 +62,12 @@ class _Axes(NamedTuple):
 
 
 def _plus_dot(
-    out: jax.Array, z: jax.Array, w: Weight, axes: _Axes, batch: Sequence[int], contracted: Sequence[int]
+    out: jax.Array,
+    z: jax.Array,
+    w: Weight,
+    axes: _Axes,
+    batch: Sequence[int],
+    contracted: Sequence[int],
 ) -> jax.Array:
     kept = [d for d in range(len(w.shape)) if d not in batch and d not in contracted]
     dtype = promote(z.dtype, w.value.dtype)
@@ -355,7 +128,11 @@ def _ragged_dot_general(eqn: Any, x: Any, w: Any, group_sizes: jax.Array) -> jax
         value = f.arrange((group, *dims))
         value = jnp.broadcast_to(value, (w.shape[group], *value.shape[1:]))
         return lax.ragged_dot(
-            z, value.astype(dtype), group_sizes, precision=p["precision"], group_offset=p["group_offset"]
+            z,
+            value.astype(dtype),
+            group_sizes,
+            precision=p["precision"],
+            group_offset=p["group_offset"],
         )
 
     def product(term: Delta) -> jax.Array:
@@ -365,7 +142,7 @@ def _ragged_dot_general(eqn: Any, x: Any, w: Any, group_sizes: jax.Array) -> jax
         h = ragged(term.drop(x.astype(dtype)), first, inner, RANK)
         return ragged(term.scale * h, second, RANK, outer)
 
-    [out] = _compat.bind(eqn, x, w.value, group_sizes)
+    out = _compat.bind_one(eqn, x, w.value, group_sizes)
     return _plus(out, w, "dense", Roles((group,), (inner,), (outer,)), product)
 
 
@@ -406,7 +183,7 @@ def _conv_general_dilated(eqn: Any, x: Any, w: Any) -> jax.Array:
         y = jnp.einsum("...gr,rgo->...go", term.scale * h, b_groups, precision=p["precision"])
         return jnp.moveaxis(y.reshape(*y.shape[:-2], -1), -1, feature)
 
-    [out] = _compat.bind(eqn, x, w.value)
+    out = _compat.bind_one(eqn, x, w.value)
     return _plus(out, w, "conv", Roles((), (*sorted(spatial), in_dim), (out_dim,)), product)
 
 
@@ -415,7 +192,7 @@ def _gather(eqn: Any, w: Any, indices: jax.Array) -> Any:
     p = eqn.params
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
     indexed = tuple(numbers.start_index_map)
-    whole = [d for d in range(len(_value(w).shape)) if d not in indexed]
+    whole = [d for d in range(len(value_of(w).shape)) if d not in indexed]
     if (
         not isinstance(w, Weight)
         or numbers.operand_batching_dims
@@ -423,7 +200,7 @@ def _gather(eqn: Any, w: Any, indices: jax.Array) -> Any:
         or any(sizes[d] != w.shape[d] for d in whole)
     ):
         raise Unfactorable("more than whole rows of the weight are looked up")
-    [out] = _compat.bind(eqn, w.value, indices)
+    out = _compat.bind_one(eqn, w.value, indices)
     dims: list[int | None] = [None] * out.ndim  # None: an axis of the indices
     for old, new in zip(whole, numbers.offset_dims, strict=True):
         dims[new] = old
@@ -466,7 +243,3 @@ def _gather(eqn: Any, w: Any, indices: jax.Array) -> Any:
         return term.scale * jnp.einsum(spec, keep, p.value, q.value)
 
     return _plus(out, w, "embed", Roles((), indexed, tuple(whole)), product)
-
-
-def _value(x: Any) -> Any:
-    return x.value if isinstance(x, Weight) else x

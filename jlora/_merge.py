@@ -8,8 +8,8 @@ import numpy as np
 
 from ._transform import as_delta
 from ._transform import bind as _bind
-from ._tree import parts_of
-from ._types import Adapted, PyTree
+from ._tree import is_adapted, is_concrete, parts_of
+from ._types import PyTree
 from ._weight import add
 
 
@@ -44,7 +44,7 @@ def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
     """
     merged = _combine(base, adapter, 1.0)
     if check:
-        _check_finite(merged, adapter)
+        _check_finite(merged)
     return merged
 
 
@@ -76,9 +76,9 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
 
 
 def _combine(base: PyTree, adapter: PyTree, sign: float) -> PyTree:
-    bound, tree = jax.tree.flatten(_bind(base, adapter), is_leaf=lambda x: isinstance(x, Adapted))
+    bound, tree = jax.tree.flatten(_bind(base, adapter), is_leaf=is_adapted)
     leaves = [
-        _sum(w.base, w.delta, sign) if isinstance(w, Adapted) else _like(w, old)
+        _sum(w.base, w.delta, sign) if is_adapted(w) else _like(w, old)
         for w, old in zip(bound, jax.tree.leaves(base), strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
@@ -89,16 +89,15 @@ def _sum(w: Any, delta: Any, sign: float) -> Any:
         return add(w, sign * as_delta(delta._replace(key=None), w.shape).dense(w.shape, "merge"))
 
     # As one program, so that a sharded W is added to where it lies.
-    placed = isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer)
-    return jax.jit(plus, out_shardings=w.sharding if placed else None)(w, delta)
+    sharding = w.sharding if is_concrete(w) else None
+    return jax.jit(plus, out_shardings=sharding)(w, delta)
 
 
 def _like(w: Any, old: Any) -> Any:
     return w if w is old else jnp.asarray(w, old.dtype)
 
 
-def _check_finite(params: PyTree, adapter: PyTree) -> None:
-    del adapter
+def _check_finite(params: PyTree) -> None:
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     bad = [
         f"{'/'.join(parts_of(path))}: {int(n)} of {np.size(x)} values"

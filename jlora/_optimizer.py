@@ -51,7 +51,8 @@ def mask(tree: PyTree) -> PyTree:
     Example:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
-        >>> params = jlora.Params(*lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))))
+        >>> x, key = jnp.ones((1, 4)), jax.random.key(0)
+        >>> params = jlora.Params(*lora.init(key, {"w": jnp.ones((4, 3))}, x))
         >>> jlora.mask(params).base
         {'w': False}
     """
@@ -85,7 +86,8 @@ def optimizer(
     Example:
         >>> import jax, jax.numpy as jnp, jlora, optax
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
-        >>> params = jlora.Params(*lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))))
+        >>> x, key = jnp.ones((1, 4)), jax.random.key(0)
+        >>> params = jlora.Params(*lora.init(key, {"w": jnp.ones((4, 3))}, x))
         >>> tx = jlora.optimizer(optax.adamw(1e-3), lora_plus=16)
         >>> state = tx.init(params)
         >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
@@ -111,7 +113,9 @@ def _freeze() -> optax.GradientTransformation:
 def _scale_b(ratio: float) -> optax.GradientTransformation:
     def scale(updates: PyTree, params: PyTree | None) -> PyTree:
         del params
-        return jax.tree.map(lambda u, label: ratio * u if label == "b" else u, updates, labels(updates))
+        return jax.tree.map(
+            lambda u, label: ratio * u if label == "b" else u, updates, labels(updates)
+        )
 
     return optax.stateless(scale)
 
@@ -164,7 +168,8 @@ def summary(base: PyTree, adapter: PyTree) -> Summary:
     Example:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
-        >>> print(jlora.summary(*lora.init(jax.random.key(0), {"w": jnp.ones((64, 64))}, jnp.ones((1, 64)))))
+        >>> params, x = {"w": jnp.ones((64, 64))}, jnp.ones((1, 64))
+        >>> print(jlora.summary(*lora.init(jax.random.key(0), params, x)))
                              parameters      size
         base (frozen)             4,096  16.0 KiB
         adapter (trainable)         256   1.0 KiB

@@ -1,9 +1,10 @@
 """What the user writes: which leaves are adapted, and how."""
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -38,13 +39,17 @@ class Slots:
         chosen = tuple(self.chosen)
         object.__setattr__(self, "chosen", chosen)
         if not _is_int(self.count) or self.count < 1:
-            raise ValueError(f"`count` of Slots must be an integer of at least 1; got {self.count!r}.")
+            raise ValueError(
+                f"`count` of Slots must be an integer of at least 1; got {self.count!r}."
+            )
         if not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(f"`chosen` of Slots must name distinct slots, at least one; got {chosen}.")
+            raise ValueError(
+                f"`chosen` of Slots must name distinct slots, at least one; got {chosen}."
+            )
         wrong = [c for c in chosen if not _is_int(c) or not 0 <= c < self.count]
         if wrong:
             raise ValueError(
-                f"`chosen` of Slots must lie in [0, {self.count}), the number of slots; got {wrong}."
+                f"`chosen` of Slots must lie in [0, {self.count}), the slots; got {wrong}."
             )
 
 
@@ -92,13 +97,21 @@ class LoRA:
         if self.pattern is not None:
             _check_pattern(self, self.pattern)
         if not _is_int(self.rank) or self.rank < 1:
-            raise ValueError(f"`rank` of {rule_name(self)} must be an integer of at least 1; got {self.rank!r}.")
+            raise ValueError(
+                f"`rank` of {rule_name(self)} must be an integer of at least 1; got {self.rank!r}."
+            )
         if not _is_finite(self.alpha):
-            raise ValueError(f"`alpha` of {rule_name(self)} must be a finite number; got {self.alpha!r}.")
+            raise ValueError(
+                f"`alpha` of {rule_name(self)} must be a finite number; got {self.alpha!r}."
+            )
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` of {rule_name(self)} must lie in [0, 1); got {self.dropout!r}.")
+            raise ValueError(
+                f"`dropout` of {rule_name(self)} must lie in [0, 1); got {self.dropout!r}."
+            )
         if self.slots is not None and not isinstance(self.slots, Slots):
-            raise TypeError(f"`slots` of {rule_name(self)} must be a jlora.Slots; got {self.slots!r}.")
+            raise TypeError(
+                f"`slots` of {rule_name(self)} must be a jlora.Slots; got {self.slots!r}."
+            )
 
     @property
     def scale(self) -> float:
@@ -141,6 +154,18 @@ def rule_name(rule: Any) -> str:
     """How errors and tables call a rule: its type and pattern."""
     pattern = rule.pattern
     return type(rule).__name__ + ("()" if pattern is None else f"({pattern!r})")
+
+
+def near(pattern: str, paths: Sequence[str]) -> str:
+    """The paths that look most like `pattern`."""
+    words = re.sub(r"[^\w/]+", " ", pattern).strip().lower()
+
+    def likeness(path: str) -> float:
+        tails = [path.split("/", i)[-1] for i in range(path.count("/") + 1)]
+        return max(difflib.SequenceMatcher(None, words, t.lower()).ratio() for t in tails)
+
+    near = sorted(paths, key=likeness, reverse=True)[:3]
+    return f"Near misses: {', '.join(near)}." if near else "There is no leaf to match."
 
 
 def _check_pattern(rule: Rule, pattern: Any) -> None:

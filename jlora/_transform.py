@@ -1,17 +1,19 @@
 """`wrap`, `bind` and the adapted apply: a function of trees that hold `LowRank` leaves."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import _control, _linear  # noqa: F401 - they register their rules
+from . import _control, _linear, _moves  # noqa: F401 - they register their rules
+from ._delta import Delta
+from ._factor import RANK, Factor
 from ._interpret import evaluate, materialize, trace
-from ._tree import adapter_leaves, check_fits, fold, parts_of
+from ._tree import adapter_leaves, check_fits, fold, is_adapted, is_low_rank, parts_of, take
 from ._types import Adapted, LowRank, PyTree
-from ._weight import RANK, Delta, Factor, Weight
+from ._weight import Weight
 
 
 def bind(base: PyTree, adapter: PyTree) -> PyTree:
@@ -82,19 +84,16 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        flat, tree = jax.tree_util.tree_flatten_with_path(
-            (args, kwargs), is_leaf=lambda x: isinstance(x, Adapted)
-        )
-        leaves = [x for _, x in flat]
-        at = [i for i, x in enumerate(leaves) if isinstance(x, Adapted)]
+        bound, put = take((args, kwargs), is_adapted, is_adapted)
+        flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+        # Paths start with 0 or 1 for args or kwargs, then the argument.
+        paths = ["/".join(parts_of(path)[2:]) for path, x in flat if is_adapted(x)]
+        weights = [_weight(leaf, path) for leaf, path in zip(bound, paths, strict=True)]
 
-        def plain(*weights: Any) -> Any:
-            full = dict(enumerate(leaves)) | dict(zip(at, weights, strict=True))
-            args, kwargs = jax.tree.unflatten(tree, [full[i] for i in range(len(leaves))])
+        def plain(*values: Any) -> Any:
+            args, kwargs = put(values)
             return fn(*args, **kwargs)
 
-        # Paths start with 0 or 1 for args or kwargs, then the argument.
-        weights = [_weight(flat[i][1], "/".join(parts_of(flat[i][0])[2:])) for i in at]
         jaxpr, finish = trace(plain, *(w.value for w in weights))
         outs = evaluate(jaxpr, *weights)
         return finish([materialize(x, "the function's outputs") for x in outs])
@@ -103,8 +102,8 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _weight(leaf: Adapted, path: str) -> Weight:
-    delta = leaf.delta
-    return Weight(jnp.asarray(leaf.base), (as_delta(delta, leaf.base.shape),), path, delta.materialize)
+    w, delta = leaf
+    return Weight(jnp.asarray(w), (as_delta(delta, w.shape),), path, delta.materialize)
 
 
 def as_delta(delta: LowRank, shape: tuple[int, ...]) -> Delta:
@@ -175,4 +174,4 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
         stack = leaf.a.shape[: len(leaf.layout.stack)]
         return leaf._replace(key=jax.random.split(mine, stack) if stack else mine)
 
-    return jax.tree_util.tree_map_with_path(seed, adapter, is_leaf=lambda x: isinstance(x, LowRank))
+    return jax.tree_util.tree_map_with_path(seed, adapter, is_leaf=is_low_rank)

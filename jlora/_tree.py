@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +49,35 @@ def fold(key: jax.Array, parts: Path) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32("/".join(parts).encode()))
 
 
+def take(
+    tree: PyTree, pick: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]:
+    """The leaves that `pick` picks, and the tree as a function of what stands in their places."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+    at = [i for i, x in enumerate(leaves) if pick(x)]
+
+    def put(values: Sequence[Any]) -> PyTree:
+        full = dict(enumerate(leaves)) | dict(zip(at, values, strict=True))
+        return jax.tree.unflatten(structure, list(full.values()))
+
+    return [leaves[i] for i in at], put
+
+
+def is_abstract(x: Any) -> bool:
+    """Whether `x` stands for an array that is not there."""
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether `x` is a JAX array with a value and a place, not one being traced."""
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)  # pyright: ignore
+
+
+def is_adapted(x: Any) -> bool:
+    """Whether `x` is a leaf of a bound tree with its adapter."""
+    return isinstance(x, Adapted)
+
+
 def is_low_rank(x: Any) -> bool:
     """Whether `x` is a `LowRank` node."""
     return isinstance(x, LowRank)
@@ -61,7 +91,9 @@ def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
     found = {parts_of(path): leaf for path, leaf in flat}
     wrong = {p: x for p, x in found.items() if not isinstance(x, LowRank) and not _is_array(x)}
     if wrong:
-        listed = ", ".join(f"{'/'.join(p) or 'the root'}: {type(x).__name__}" for p, x in wrong.items())
+        listed = ", ".join(
+            f"{'/'.join(p) or 'the root'}: {type(x).__name__}" for p, x in wrong.items()
+        )
         raise TypeError(
             "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
             f"got {listed}."
@@ -73,7 +105,9 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def factor_shapes(layout: Layout, shape: tuple[int, ...], rank: int) -> tuple[Path | Any, Any]:
+def factor_shapes(
+    layout: Layout, shape: tuple[int, ...], rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B for a weight of `shape`."""
     stack = [shape[d] for d in layout.stack]
     inputs = [shape[d] for d in layout.inputs]

@@ -52,6 +52,12 @@ class LowRank(NamedTuple):
     key: jax.Array | None = None
 
 
+def _unflatten(static: tuple[Any, ...], children: Any) -> LowRank:
+    a, b, key = children
+    scale, layout, dropout, materialize = static
+    return LowRank(a, b, scale, layout, dropout, materialize, key)
+
+
 # A NamedTuple, so that `flax.serialization` saves it without an import of Flax here; registered,
 # so that JAX sees the static fields as structure and not as leaves.
 jax.tree_util.register_pytree_with_keys(
@@ -60,7 +66,7 @@ jax.tree_util.register_pytree_with_keys(
         tuple((GetAttrKey(name), getattr(x, name)) for name in ("a", "b", "key")),
         (x.scale, x.layout, x.dropout, x.materialize),
     ),
-    lambda static, children: LowRank(*children[:2], *static, children[2]),
+    _unflatten,
     lambda x: ((x.a, x.b, x.key), (x.scale, x.layout, x.dropout, x.materialize)),
 )
 

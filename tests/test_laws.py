@@ -49,7 +49,9 @@ def prepare(case: Case, dtype: Any) -> tuple[Problem, jlora.Transformed, Any, An
 def randomize(adapter: Any) -> Any:
     """Every leaf plus noise, so that B is not zero."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), adapter)
+    return jax.tree.map(
+        lambda x: x + jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), adapter
+    )
 
 
 def floats(tree: Any) -> list[jax.Array]:
@@ -89,7 +91,9 @@ def test_sites(case: Case) -> None:
     with precision(case, jnp.float32):
         problem = case.build(jnp.float32)
         lora = jlora.transform(problem.apply, *case.rules)
-        base, adapter = lora.init(jax.random.key(0), problem.params, *problem.args, **problem.kwargs)
+        base, adapter = lora.init(
+            jax.random.key(0), problem.params, *problem.args, **problem.kwargs
+        )
         found = jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, jlora.LowRank))
         low_rank = [x for x in found if isinstance(x, jlora.LowRank)]
         assert len(low_rank) == case.sites
@@ -109,7 +113,9 @@ def test_base_at_zero(case: Case) -> None:
     with precision(case, jnp.float32) as tolerance:
         problem = case.build(jnp.float32)
         lora = jlora.transform(problem.apply, *case.rules)
-        base, adapter = lora.init(jax.random.key(0), problem.params, *problem.args, **problem.kwargs)
+        base, adapter = lora.init(
+            jax.random.key(0), problem.params, *problem.args, **problem.kwargs
+        )
         actual = lora.apply(base, adapter, *problem.args, **problem.kwargs)
         expected = problem.apply(problem.params, *problem.args, **problem.kwargs)
         assert_close(actual, expected, 0.0 if case.exact_at_zero else tolerance)

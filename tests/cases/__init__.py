@@ -5,11 +5,17 @@
 strategies for hypothesis.
 """
 
-from . import control, linen, plain
+from . import control, linen, nnx_models, plain, trees
 from ._case import Case as Case
 from ._case import Problem as Problem
 
-CASES: list[Case] = [*plain.CASES, *control.CASES, *linen.CASES]
+CASES: list[Case] = [
+    *plain.CASES,
+    *control.CASES,
+    *trees.CASES,
+    *linen.CASES,
+    *nnx_models.CASES,
+]
 
 
 def all_cases(*rows: int) -> list[Case]:

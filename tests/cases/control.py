@@ -103,16 +103,16 @@ def scan_of_scan(dtype):
     )
 
 
-@case(**STACK)
+@case(row=4, rules=(LORA,), sites=1, trainable=6 * 2 * (5 + 5))
 def scan_layers_in_groups(dtype):
-    """A stack of six axes' length is reshaped to two groups of three, then scanned twice."""
+    """A stack of six layers is reshaped to two groups of three, then scanned twice."""
 
     def group(x, w):
         return lax.scan(layer, x, w)[0], None
 
     return Problem(
-        lambda p, x: lax.scan(group, x, p["w"].reshape(1, 3, 5, 5))[0],
-        normals(dtype, w=(3, 5, 5)),
+        lambda p, x: lax.scan(group, x, p["w"].reshape(2, 3, 5, 5))[0],
+        normals(dtype, w=(6, 5, 5)),
         (normal("x", (2, 5), dtype),),
     )
 
@@ -178,7 +178,7 @@ def fori_loop(dtype):
 
 @case(**SQUARE, grad=False)
 def fori_loop_dynamic(dtype):
-    """A loop whose bound is traced: a while_loop."""
+    """A loop whose bound is an argument: a while_loop where that is traced."""
     return square(
         dtype,
         lambda p, x, n: lax.fori_loop(0, n, lambda i, x: jnp.tanh(x @ p["w"]), x),

@@ -1,0 +1,113 @@
+"""Which rule each leaf gets, and the errors of rules that do nothing or cannot apply."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from ._rules import Full, LoRA, Rule, matches, near, rule_name
+from ._sites import Site, Sites
+from ._types import Layout
+
+
+def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
+    """Gives each leaf the first rule that it matches; raises where one does nothing or cannot."""
+    matched = tuple(_match(site, rules) for site in sites.leaves)
+    for rule in rules:
+        if not any(s.rule is rule for s in matched):
+            _raise_idle(rule, sites, matched)
+    return Sites(matched)
+
+
+def _takes(rule: Rule, site: Site) -> bool:
+    if rule.pattern is None:
+        return site.kind in ("dense", "conv")
+    return matches(rule, site.path)
+
+
+def _match(site: Site, rules: Sequence[Rule]) -> Site:
+    rule = next((r for r in rules if _takes(r, site)), None)
+    if rule is None:
+        return site
+    if isinstance(rule, Full):
+        if not jnp.issubdtype(site.dtype, jnp.inexact):
+            raise ValueError(
+                f"{rule_name(rule)} matches {site.path!r} of dtype {site.dtype}, which cannot be "
+                "trained. Narrow the pattern to floating-point leaves."
+            )
+        return dataclasses.replace(site, rule=rule)
+    if site.layout is None and rule.materialize and site.formed is not None:
+        site = dataclasses.replace(site, kind="formed", layout=site.formed)
+    if site.layout is None:
+        raise ValueError(_not_linear(rule, site))
+    if site.others and not rule.materialize:
+        raise NotImplementedError(
+            f"{rule_name(rule)} matches {site.path!r}, which the model also uses where W + s·A·B "
+            f"has no factored form: {'; '.join(site.others)}. Leave it out of the rules, or "
+            "let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full memory "
+            "and time."
+        )
+    layout = site.layout if rule.slots is None else _slotted(rule, site)
+    site = dataclasses.replace(site, rule=rule, layout=layout)
+    smaller = min(site.inputs, site.outputs // (rule.slots.count if rule.slots else 1))
+    if rule.rank > smaller:
+        raise ValueError(
+            f"`rank` of {rule_name(rule)} is {rule.rank}, above min(inputs, outputs) = {smaller} "
+            f"of {site.path!r} with shape {site.shape}. Lower the rank, or put a rule of its own "
+            f"for this leaf first, such as jlora.Full({re.escape(site.path)!r})."
+        )
+    return site
+
+
+def _slotted(rule: LoRA, site: Site) -> Layout:
+    assert rule.slots is not None and site.layout is not None
+    outputs, slots = site.layout.outputs, rule.slots
+    if not 0 <= slots.axis < len(outputs):
+        raise ValueError(
+            f"`axis` of Slots is {slots.axis}, but {site.path!r} has {len(outputs)} output axes; "
+            f"it must lie in [0, {len(outputs)})."
+        )
+    axis = outputs[slots.axis]
+    if site.shape[axis] % slots.count:
+        raise ValueError(
+            f"`count` of Slots is {slots.count}, which does not divide the {site.shape[axis]} "
+            f"outputs of {site.path!r} with shape {site.shape}."
+        )
+    return site.layout._replace(slots=(slots.count, slots.chosen, axis))
+
+
+def _not_linear(rule: LoRA, site: Site) -> str:
+    if site.others:
+        why = "is used only by " + "; ".join(site.others)
+    elif len(site.shape) < 2:
+        why = f"is no matrix (shape {site.shape})"
+    elif not jnp.issubdtype(site.dtype, jnp.floating):
+        why = f"is not floating-point ({site.dtype})"
+    else:
+        why = "is not used by the traced call"
+    return (
+        f"{rule_name(rule)} matches {site.path!r} of shape {site.shape}, which is used by nothing "
+        f"linear: it {why}. Narrow the pattern, train the leaf in full with jlora.Full, or let "
+        "W + ΔW be formed with LoRA(..., materialize=True)."
+    )
+
+
+def _raise_idle(rule: Rule, sites: Sites, matched: Sequence[Site]) -> None:
+    taken = [s for s in matched if s.rule is not None and _takes(rule, s)]
+    if taken:
+        earlier = ", ".join(dict.fromkeys(rule_name(s.rule) for s in taken if s.rule is not None))
+        raise ValueError(
+            f"{rule_name(rule)} is left with no leaf: earlier rules take all {len(taken)} that it "
+            f"matches ({earlier}). The first match wins; reorder the rules or drop this one."
+        )
+    if rule.pattern is None:
+        raise ValueError(
+            "LoRA() without a pattern adapts every dense and conv site, but the model has none. "
+            "Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists the sites."
+        )
+    wanted = list(sites) if isinstance(rule, LoRA) else sites.leaves
+    raise ValueError(
+        f"{rule_name(rule)} matches no leaf of `params`. "
+        + near(rule.pattern, [s.path for s in wanted])
+    )

@@ -1,0 +1,468 @@
+"""Flax NNX through `nnx.split` and `nnx.merge`: rows 4, 5, 6, 7, 8 and 12."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jlora import Full, LoRA, Slots
+
+from ._case import Case, Problem, entry, fill, normal
+
+CASES: list[Case] = []
+case = partial(entry, CASES)
+LORA = LoRA(rank=2, alpha=4)  # all-linear
+IDS = ((3, 0, 6), (1, 6, 2))
+
+
+def split(
+    model, dtype, *args, call=lambda model, *args, **kwargs: model(*args, **kwargs), **kwargs
+):
+    """A problem whose parameters are the `nnx.Param`s of `model`, other state closed over.
+
+    A merge without a copy would hand out the variables of `rest` themselves, to be mutated.
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    rest = fill(rest, dtype)
+
+    def apply(params, *args, **kwargs):
+        return call(nnx.merge(graph, params, rest, copy=True), *args, **kwargs)
+
+    return Problem(apply, fill(params, dtype), args, kwargs)
+
+
+def single(name, make, x_shape, trainable, *, row=5, rules=(LORA,), **flags):
+    """Adds a model of one layer with one site: `make(param_dtype=dtype, rngs=rngs)` on x."""
+
+    def build(dtype):
+        model = make(param_dtype=dtype, rngs=nnx.Rngs(0))
+        return split(model, dtype, normal("x", x_shape, dtype))
+
+    CASES.append(
+        Case(
+            name=name,
+            row=row,
+            build=build,
+            rules=rules,
+            **{"sites": 1, "trainable": trainable, **flags},
+        )
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Row 5: the layers, and other state beside the parameters.
+# --------------------------------------------------------------------------------------------
+
+single("nnx_linear", partial(nnx.Linear, 6, 5), (3, 6), 2 * (6 + 5))
+single("nnx_linear_no_bias", partial(nnx.Linear, 6, 5, use_bias=False), (6,), 2 * (6 + 5))
+single("nnx_linear_general", partial(nnx.LinearGeneral, 6, (2, 4)), (2, 3, 6), 2 * (6 + 8))
+single(
+    "nnx_linear_general_inputs",
+    partial(nnx.LinearGeneral, (2, 4), 6, axis=(-2, -1)),
+    (2, 3, 2, 4),
+    2 * (8 + 6),
+)
+single(  # a kernel for each entry of the batch axis: (3, 6, 5)
+    "nnx_linear_general_batch",
+    partial(nnx.LinearGeneral, 6, 5, batch_axis={0: 3}),
+    (3, 4, 6),
+    3 * 2 * (6 + 5),
+)
+single(
+    "nnx_einsum",
+    partial(nnx.Einsum, "bsd,dhk->bshk", (6, 2, 4), (2, 4)),
+    (2, 3, 6),
+    2 * (6 + 8),
+)
+single(
+    "nnx_einsum_per_head",
+    partial(nnx.Einsum, "bshk,hkl->bshl", (2, 4, 5)),
+    (2, 3, 2, 4),
+    2 * 2 * (4 + 5),
+)
+single("nnx_conv", partial(nnx.Conv, 4, 5, (3,)), (2, 7, 4), 2 * (3 * 4 + 5))
+single(
+    "nnx_conv_2d_depthwise",
+    partial(nnx.Conv, 4, 4, (3, 3), strides=2, feature_group_count=4),
+    (2, 5, 5, 4),
+    2 * (3 * 3 * 1 + 4),
+)
+single(
+    "nnx_conv_transpose",
+    partial(nnx.ConvTranspose, 3, 5, (3,), strides=2, transpose_kernel=True),
+    (2, 4, 3),
+    2 * (3 * 3 + 5),
+)
+ATTENTION = partial(
+    nnx.MultiHeadAttention, num_heads=2, in_features=6, qkv_features=8, decode=False
+)
+single(  # q, k, v (6, 2, 4); out (2, 4, 6)
+    "nnx_attention", ATTENTION, (2, 3, 6), 3 * 2 * (6 + 8) + 2 * (8 + 6), sites=4, strict=False
+)
+single(
+    "nnx_attention_query_value",
+    ATTENTION,
+    (2, 3, 6),
+    2 * 3 * (6 + 8),
+    sites=2,
+    rules=(LoRA("(query|value)/kernel$", rank=3, alpha=3),),
+    strict=False,
+)
+single(
+    "nnx_linear_bfloat16",
+    lambda param_dtype, rngs: nnx.Linear(6, 5, dtype=jnp.bfloat16, rngs=rngs),
+    (3, 6),
+    2 * (6 + 5),
+    row=2,
+    float64=False,
+    tolerance=3e-2,
+)
+
+
+class Network(nnx.Module):
+    """Layers with parameters, batch statistics, dropout keys and a counter."""
+
+    def __init__(self, dtype: Any, rngs: nnx.Rngs):
+        """Makes the layers."""
+        self.layers = nnx.List(
+            [
+                nnx.Linear(6, 5, param_dtype=dtype, rngs=rngs),
+                nnx.BatchNorm(5, param_dtype=dtype, rngs=rngs),
+            ]
+        )
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(5, 3, param_dtype=dtype, rngs=rngs)
+        self.calls = nnx.Variable(jnp.array(0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, 6) to logits (batch, 3)."""
+        self.calls[...] += 1
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.dropout(jnp.tanh(x)))
+
+
+def stateful(model, x):
+    """The output, and all state that is no parameter after the call."""
+    y = model(x)
+    return y, nnx.state(model, nnx.BatchStat), model.calls[...]
+
+
+NETWORK = {
+    "row": 5,
+    "rules": (LORA,),
+    "sites": 2,
+    "trainable": 2 * (6 + 5) + 2 * (5 + 3),
+    "strict": False,
+}
+
+
+@case(**NETWORK)
+def nnx_train(dtype):
+    """In train mode: statistics are updated, dropout draws from its stream, a counter counts."""
+    model = Network(dtype, nnx.Rngs(0, dropout=1))
+    return split(model, dtype, normal("x", (4, 6), dtype), call=stateful)
+
+
+@case(**NETWORK)
+def nnx_eval(dtype):
+    """In eval mode."""
+    model = Network(dtype, nnx.Rngs(0))
+    model.eval()
+    return split(model, dtype, normal("x", (4, 6), dtype))
+
+
+@case(**NETWORK)
+def nnx_state_as_argument(dtype):
+    """All other state is an argument, and comes back with the output."""
+    graph, params, rest = nnx.split(Network(dtype, nnx.Rngs(0)), nnx.Param, ...)
+
+    def apply(params, rest, x):
+        model = nnx.merge(graph, params, rest, copy=True)
+        y = model(x)
+        return y, nnx.split(model, nnx.Param, ...)[2]
+
+    return Problem(apply, fill(params, dtype), (fill(rest, dtype), normal("x", (4, 6), dtype)))
+
+
+@case(**NETWORK)
+def nnx_whole_state(dtype):
+    """The parameters are one state with the statistics, the keys and the counter in it."""
+    graph, state = nnx.split(Network(dtype, nnx.Rngs(0)))
+
+    def apply(state, x):
+        return nnx.merge(graph, state, copy=True)(x)
+
+    return Problem(apply, fill(state, dtype), (normal("x", (4, 6), dtype),))
+
+
+@case(**NETWORK)
+def nnx_functional_call(dtype):
+    """A merged model under the user's own nnx.jit and nnx.remat."""
+
+    def call(model, x):
+        forward = nnx.jit(nnx.remat(lambda model, x: model(x)))
+        return forward(model, x)
+
+    model = Network(dtype, nnx.Rngs(0))
+    model.eval()
+    return split(model, dtype, normal("x", (4, 6), dtype), call=call)
+
+
+@case(
+    row=5,
+    rules=(LoRA("layers/0/kernel", rank=2, alpha=4), Full("head|scale")),
+    sites=1,
+    trainable=2 * (6 + 5) + 5 * 3 + 3 + 5,  # low-rank; head's kernel and bias; norm's scale
+    strict=False,
+)
+def nnx_by_path(dtype):
+    """Paths through a list, and leaves trained in full."""
+    model = Network(dtype, nnx.Rngs(0))
+    model.eval()
+    return split(model, dtype, normal("x", (4, 6), dtype))
+
+
+@case(row=5, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
+def nnx_method(dtype):
+    """A sequence of layers, reached through another method than `__call__`."""
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Linear(6, 5, param_dtype=dtype, rngs=rngs),
+        jnp.tanh,
+        nnx.Linear(5, 6, param_dtype=dtype, rngs=rngs),
+    )
+
+    def call(model, x, *, scale):
+        return {"y": scale * model(x), "first": model.layers[0](x)}
+
+    return split(model, dtype, normal("x", (3, 6), dtype), call=call, scale=0.5)
+
+
+# --------------------------------------------------------------------------------------------
+# Row 4: stacks.
+# --------------------------------------------------------------------------------------------
+
+
+class Layer(nnx.Module):
+    """A residual layer with dropout."""
+
+    def __init__(self, dtype: Any, rngs: nnx.Rngs):
+        """Makes the layers."""
+        self.up = nnx.Linear(6, 5, param_dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True)
+        self.down = nnx.Linear(5, 6, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(…, 6) to the same."""
+        return x + self.down(self.dropout(jnp.tanh(self.up(x))))
+
+
+LAYER = 2 * (6 + 5) + 2 * (5 + 6)  # up, down
+
+
+def stacked(dtype):
+    """Three layers, stacked by nnx.vmap."""
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs):
+        return Layer(dtype, rngs)
+
+    return make(nnx.Rngs(0))
+
+
+def stack(name, call, **flags):
+    """Adds three stacked layers, run by `call(layers, x)`."""
+
+    def build(dtype):
+        return split(stacked(dtype), dtype, normal("x", (2, 6), dtype), call=call)
+
+    fields = {"sites": 2, "trainable": 3 * LAYER, "rules": (LORA,), "exact_at_zero": False}
+    CASES.append(Case(name=name, row=4, build=build, **{**fields, **flags}))
+
+
+@nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+def run(layer, x):
+    """Runs the layers one after the other."""
+    return layer(x)
+
+
+@nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+@nnx.remat(policy=jax.checkpoint_policies.dots_saveable)
+def run_remat(layer, x):
+    """Runs the layers one after the other, each a checkpoint."""
+    return layer(x)
+
+
+@nnx.vmap(in_axes=(0, None), out_axes=0)
+def run_each(layer, x):
+    """Runs every layer on the same input."""
+    return layer(x)
+
+
+def run_unrolled(layers, x):
+    """Takes each layer out of the stack, in a Python loop."""
+    graph, state = nnx.split(layers)
+    for i in range(3):
+        x = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))(x)
+    return x
+
+
+def run_lax(layers, x):
+    """`lax.scan` over the split state."""
+    graph, state = nnx.split(layers)
+    return jax.lax.scan(lambda x, state: (nnx.merge(graph, state)(x), None), x, state)[0]
+
+
+stack("nnx_scan", lambda layers, x: run(layers, x))
+stack("nnx_scan_of_remat", lambda layers, x: run_remat(layers, x))
+stack("nnx_vmap", lambda layers, x: run_each(layers, x))
+stack("nnx_unrolled", run_unrolled)
+stack("nnx_lax_scan", run_lax)
+stack(
+    "nnx_scan_only_up",
+    lambda layers, x: run(layers, x),
+    rules=(LoRA("up/kernel$", rank=3, alpha=3),),
+    sites=1,
+    trainable=3 * 3 * (6 + 5),
+)
+
+
+# --------------------------------------------------------------------------------------------
+# Row 6: embeddings.
+# --------------------------------------------------------------------------------------------
+
+
+class Tied(nnx.Module):
+    """A language model with one table for its tokens and its logits."""
+
+    def __init__(self, dtype: Any, rngs: nnx.Rngs):
+        """Makes the table and one layer."""
+        self.embed = nnx.Embed(7, 4, param_dtype=dtype, rngs=rngs)
+        self.dense = nnx.Linear(4, 4, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Token ids to logits."""
+        return self.embed.attend(jnp.tanh(self.dense(self.embed(ids))))
+
+
+class Shared(nnx.Module):
+    """One Linear under two names: one variable, which NNX keeps once."""
+
+    def __init__(self, dtype: Any, rngs: nnx.Rngs):
+        """Makes the layer."""
+        self.first = nnx.Linear(6, 6, param_dtype=dtype, rngs=rngs)
+        self.second = self.first
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(…, 6) to the same."""
+        return self.second(jnp.tanh(self.first(x)))
+
+
+@case(row=6, rules=(LoRA("embedding$", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+def nnx_embed(dtype):
+    """An Embed, by name."""
+    model = nnx.Embed(7, 4, param_dtype=dtype, rngs=nnx.Rngs(0))
+    return split(model, dtype, jnp.array(IDS))
+
+
+@case(
+    row=6,
+    rules=(LoRA("embedding$", rank=3, alpha=3), LORA),
+    sites=2,
+    trainable=3 * (7 + 4) + 2 * (4 + 4),  # one for the table, one for Linear
+)
+def nnx_tied(dtype):
+    """Lookup and `attend` of one Embed: one adapter."""
+    return split(Tied(dtype, nnx.Rngs(0)), dtype, jnp.array(IDS))
+
+
+@case(row=6, rules=(LORA,), sites=1, trainable=2 * (4 + 4))
+def nnx_tied_not_named(dtype):
+    """All-linear leaves a tied table alone."""
+    return split(Tied(dtype, nnx.Rngs(0)), dtype, jnp.array(IDS))
+
+
+@case(row=6, rules=(LORA,), sites=1, trainable=2 * (6 + 6))
+def nnx_shared_module(dtype):
+    """One module under two names: one adapter."""
+    return split(Shared(dtype, nnx.Rngs(0)), dtype, normal("x", (2, 6), dtype))
+
+
+# --------------------------------------------------------------------------------------------
+# Rows 7, 8 and 12.
+# --------------------------------------------------------------------------------------------
+
+GATE = 2 * (3 + 4) + 2 * (4 + 4)  # of the input (3, 4), of the state (4, 4)
+# NNX's cells but the LSTM fuse their gates: (3, gates * 4) and (4, gates * 4).
+CELLS = {
+    "nnx_rnn_lstm": (nnx.LSTMCell, 8, 4 * GATE),
+    "nnx_rnn_optimized_lstm": (nnx.OptimizedLSTMCell, 2, 2 * (3 + 16) + 2 * (4 + 16)),
+    "nnx_rnn_gru": (nnx.GRUCell, 2, 2 * (3 + 12) + 2 * (4 + 12)),
+    "nnx_rnn_simple": (nnx.SimpleCell, 2, GATE),
+}
+for cell_name, (cell, cell_sites, cell_trainable) in CELLS.items():
+
+    def build_rnn(dtype, cell=cell):
+        """An nnx.RNN over (2, 5, 3)."""
+        rngs = nnx.Rngs(0)
+        model = nnx.RNN(cell(3, 4, dtype=dtype, param_dtype=dtype, rngs=rngs), rngs=rngs)
+        return split(model, dtype, normal("x", (2, 5, 3), dtype))
+
+    CASES.append(
+        Case(
+            name=cell_name,
+            row=7,
+            build=build_rnn,
+            rules=(LORA,),
+            sites=cell_sites,
+            trainable=cell_trainable,
+            exact_at_zero=False,
+        )
+    )
+
+
+@case(
+    row=8,
+    rules=(LoRA("kernel", rank=2, alpha=4, slots=Slots(3, (0, 2))),),
+    sites=1,
+    trainable=2 * 2 * (6 + 8),
+    exact_at_zero=False,
+    strict=False,
+)
+def nnx_fused_qkv(dtype):
+    """A Linear for q, k and v, split after the product; only q and v are adapted."""
+
+    def call(model, x):
+        q, k, v = (h.reshape(2, 3, 2, 4) for h in jnp.split(model(x), 3, axis=-1))
+        return nnx.dot_product_attention(q, k, v)
+
+    model = nnx.Linear(6, 24, param_dtype=dtype, rngs=nnx.Rngs(0))
+    return split(model, dtype, normal("x", (2, 3, 6), dtype), call=call)
+
+
+class Positions(nnx.Module):
+    """Parameters that are added or multiplied, norms, and one Linear."""
+
+    def __init__(self, dtype: Any, rngs: nnx.Rngs):
+        """Makes the parameters."""
+        self.position = nnx.Param(jnp.zeros((4, 6), dtype))
+        self.gate = nnx.Param(jnp.zeros((4, 6), dtype))
+        self.layer_norm = nnx.LayerNorm(6, param_dtype=dtype, rngs=rngs)
+        self.rms_norm = nnx.RMSNorm(6, param_dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(6, 5, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(4, 6) to (4, 5)."""
+        return self.head(self.rms_norm(self.layer_norm(x + self.position) * self.gate[...]))
+
+
+@case(row=12, rules=(LORA,), sites=1, trainable=2 * (6 + 5), strict=False)
+def nnx_positions(dtype):
+    """A positional embedding, a gate and norms are no sites."""
+    return split(Positions(dtype, nnx.Rngs(0)), dtype, normal("x", (4, 6), dtype))

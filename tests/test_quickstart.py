@@ -1,0 +1,79 @@
+"""`examples/quickstart.py`, in a few steps: every piece runs and what it writes can be read."""
+
+import data
+import jax
+import numpy as np
+import pytest
+import quickstart
+from models import bert
+from safetensors.numpy import load_file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The result and the output folder of a short run."""
+    out = tmp_path_factory.mktemp("quickstart")
+    argv = ["--steps", "4", "--batch", "8", "--rank", "2", "--held-out", "32", "--out", str(out)]
+    return quickstart.main(argv), out
+
+
+def test_reports_accuracies(run):
+    result, _ = run
+    assert all(0 <= x <= 1 for x in result)
+    assert result.majority >= 0.5
+    assert result.merged == pytest.approx(result.lora, abs=1 / 32)
+
+
+def test_exports_an_ordinary_checkpoint(run):
+    _, out = run
+    names = sorted(path.name for path in (out / "merged").iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    before = load_file(data.minilm() / "model.safetensors")
+    after = load_file(out / "merged" / "model.safetensors")
+    assert after.keys() == before.keys() | {"classifier.weight", "classifier.bias"}
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {
+        f"encoder.layer.{i}.attention.self.{part}.weight"
+        for i in range(6)
+        for part in ("query", "value")
+    }
+
+
+def test_the_saved_adapter_gives_the_exported_weights(run):
+    _, out = run
+    model, variables, _ = quickstart.load()
+    lora = quickstart.adapt(model, rank=2)
+    example = jax.ShapeDtypeStruct((1, 8), np.int32)
+    base, like = lora.init(jax.random.key(1), variables, example, example)
+    adapter = quickstart.restore(out / "adapter", like)
+    ids = np.arange(1000, 1016, dtype=np.int32).reshape(2, 8)
+    _, params = bert.load(out / "merged")
+    np.testing.assert_allclose(
+        lora.apply(base, adapter, ids, np.ones_like(ids)),
+        model.apply(params, ids, np.ones_like(ids)),
+        atol=1e-5,
+    )
+
+
+def test_draw_shows_every_sentence_once_an_epoch():
+    plan = quickstart.draw(10, steps=5, size=4, seed=0)
+    assert plan.shape == (5, 4)
+    assert sorted(plan.flat[:10]) == sorted(plan.flat[10:]) == list(range(10))
+    np.testing.assert_array_equal(plan, quickstart.draw(10, steps=5, size=4, seed=0))
+    assert not np.array_equal(plan, quickstart.draw(10, steps=5, size=4, seed=1))
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 9])
+def test_outputs_keeps_order_whatever_the_chunk(n):
+    ids = np.arange(2 * n).reshape(n, 2)
+    batch = quickstart.Batch(ids, np.ones_like(ids), np.zeros(n, int))
+    np.testing.assert_array_equal(quickstart.outputs(lambda ids, _: ids, batch, size=4), ids)
+
+
+def test_probe_separates_the_separable():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 5))
+    x[:, 4] = 3  # a constant feature, as MiniLM has
+    labels = (x[:, 0] > 0.3).astype(int)
+    logits = quickstart.probe(x[:200], labels[:200], x[200:])
+    assert quickstart.accuracy(logits, labels[200:]) > 0.9
