@@ -5,9 +5,8 @@
 
 MiniLM (22.7M parameters) learns whether a sentence of a movie review is positive. The query and
 value kernels get low-rank factors, the head is trained in full, everything else stays frozen. The
-result is compared with the best that can be had without fine-tuning, a linear probe on the frozen
-features. OUT/adapter then holds what was trained, for Orbax, and OUT/merged the adapted model as an
-ordinary Hugging Face checkpoint.
+result is compared with a linear probe on the frozen encoder's features. OUT/adapter then holds what
+was trained, as an Orbax checkpoint, and OUT/merged the merged weights under Hugging Face's names.
 
 Letters in the shapes: N sentences, B sentences in a batch, L tokens, D hidden size.
 """
@@ -38,7 +37,7 @@ WARMUP = 0.1  # of the steps
 WEIGHT_DECAY = 0.01
 STEPS = 300
 BATCH = 32
-LENGTH = 48  # in tokens; 4% of the sentences are longer and cut
+LENGTH = 48  # in tokens; at most 4% of the sentences are longer, and cut
 MARGIN = 0.8  # drops sentences rated within the middle fifth of the scale, as neutral: SST-2's rule
 HELD_OUT = 1000
 RIDGE = 0.1

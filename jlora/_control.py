@@ -179,7 +179,7 @@ def _forwarded(jaxpr: Any) -> dict[int, int]:
     """Outputs that are inputs as they came, also through inner calls: output to input."""
     source = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "jit":
+        if eqn.primitive.name in ("jit", "remat2", "checkpoint"):
             for out, inner in _forwarded(eqn.params["jaxpr"]).items():
                 atom = eqn.invars[inner]
                 if not _compat.is_literal(atom) and atom in source:

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _compat
 from ._factor import Unfactorable
-from ._tree import take
+from ._tree import abstract, take
 from ._weight import Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
@@ -114,7 +114,7 @@ def trace(f: Callable[..., Any], *leaves: Any) -> tuple[_compat.Jaxpr, Callable[
         with jax.ensure_compile_time_eval():
             return flat(*leaves)
 
-    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    specs = [abstract(x) for x in leaves]
     try:
         jaxpr = jax.make_jaxpr(flat)(*specs)
     except (

@@ -45,8 +45,8 @@ def _match(site: Site, rules: Sequence[Rule]) -> Site:
         raise NotImplementedError(
             f"{rule_name(rule)} matches {site.path!r}, which the model also uses where W + s·A·B "
             f"has no factored form: {'; '.join(site.others)}. Leave it out of the rules, or "
-            "let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full memory "
-            "and time."
+            "let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full "
+            "memory and time."
         )
     layout = site.layout if rule.slots is None else _slotted(rule, site)
     site = dataclasses.replace(site, rule=rule, layout=layout)

@@ -17,7 +17,7 @@ from . import _control, _linear, _moves  # noqa: F401 - they register their rule
 from ._interpret import evaluate, materialize, trace
 from ._probe import Log, Probe, Use
 from ._rules import Full, LoRA, Rule, near, rule_name
-from ._tree import factor_shapes, is_abstract, parts_of, take
+from ._tree import abstract, factor_shapes, is_abstract, parts_of, take
 from ._types import Layout, Path, PyTree
 from ._weight import Weight
 
@@ -55,8 +55,8 @@ class Site:
 
     @property
     def size(self) -> int:
-        """The number of parameters."""
-        return math.prod(self.shape)
+        """The number of parameters; a PRNG key is none."""
+        return 0 if jnp.issubdtype(self.dtype, jax.dtypes.prng_key) else math.prod(self.shape)
 
     @property
     def inputs(self) -> int:
@@ -176,8 +176,7 @@ def find_sites(
         args, kwargs = put(values[len(leaves) :])
         return apply_fn(jax.tree.unflatten(tree, values[: len(leaves)]), *args, **kwargs)
 
-    abstract = [*leaves, *rest]
-    jaxpr, _ = trace(call, *abstract)
+    jaxpr, _ = trace(call, *leaves, *rest)
 
     def probe(*values: Any) -> None:
         operands = [
@@ -190,7 +189,7 @@ def find_sites(
         for x in outs:
             materialize(x, "the function's outputs")
 
-    jax.eval_shape(probe, *abstract)
+    jax.eval_shape(probe, *leaves, *rest)
     return Sites(
         tuple(
             _site(parts_of(path), x, log)
@@ -207,7 +206,7 @@ def _abstract(x: Any, parts: Path) -> jax.ShapeDtypeStruct:
                 f"of type {type(x).__name__}."
             )
         x = jnp.asarray(x)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return abstract(x)
 
 
 def _is_matrix(x: Any) -> bool:

@@ -68,6 +68,12 @@ def is_abstract(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array, and the dtype that it has in JAX."""
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+
+
 def is_concrete(x: Any) -> bool:
     """Whether `x` is a JAX array with a value and a place, not one being traced."""
     return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)  # pyright: ignore

@@ -5,7 +5,7 @@
 strategies for hypothesis.
 """
 
-from . import control, linen, nnx_models, plain, trees
+from . import control, hf, linen, nnx_models, plain, trees
 from ._case import Case as Case
 from ._case import Problem as Problem
 
@@ -15,6 +15,7 @@ CASES: list[Case] = [
     *trees.CASES,
     *linen.CASES,
     *nnx_models.CASES,
+    *hf.CASES,
 ]
 
 

@@ -247,9 +247,8 @@ def cond(dtype):
     """Each branch has a weight of its own, one as an operand, one by closure."""
 
     def apply(p, x):
-        return lax.cond(
-            x[0, 0] > 0, lambda w, x: jnp.tanh(x @ w), lambda w, x: x @ p["v"], p["w"], x
-        )
+        first = x[0, 0] < 1  # true, so that the weight of the adapted branch has a gradient
+        return lax.cond(first, lambda w, x: jnp.tanh(x @ w), lambda w, x: x @ p["v"], p["w"], x)
 
     return Problem(apply, normals(dtype, w=(6, 5), v=(6, 5)), (normal("x", (3, 6), dtype),))
 

@@ -319,6 +319,8 @@ stacked(
         in_axes=None,
         axis_size=3,
     ),
+    # All see one input: to up, the members are outputs as any other; down is a stack.
+    trainable=2 * (6 + 3 * 5) + 3 * 2 * (5 + 6),
 )
 stacked(
     "linen_vmap_experts",

@@ -1,0 +1,249 @@
+"""Whole models: small configurations of the Flax models of `transformers`, with random weights.
+
+Row 15. `transformers` is imported when a case is built, as it takes seconds.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jlora import Full, LoRA, Slots
+
+from ._case import Case, Problem, entry, fill, normal
+
+CASES: list[Case] = []
+case = partial(entry, CASES, row=15, exact_at_zero=False, strict=False)
+LORA = LoRA(rank=2, alpha=4)  # all-linear
+IDS = ((3, 0, 6, 1), (9, 2, 6, 4))
+MASK = ((1, 1, 1, 1), (1, 1, 0, 0))
+ENCODER = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "max_position_embeddings": 16,
+}
+# Of one encoder layer at rank 2: q, k, v, o (8, 8); up (8, 12), down (12, 8).
+LAYER = 4 * 2 * (8 + 8) + 2 * 2 * (8 + 12)
+
+
+def model_of(name, dtype, **config):
+    """A Flax model of `transformers` without weights."""
+    import transformers
+
+    cls = getattr(transformers, f"Flax{name}")
+    return cls(cls.config_class(**config), dtype=dtype, _do_init=False)
+
+
+def whole(name, dtype, *args, config, **kwargs):
+    """A problem of the model `name` with random parameters."""
+    model = model_of(name, dtype, **config)
+
+    def apply(params, *args, **kwargs):
+        return model(*args, params=params, **kwargs)
+
+    return Problem(apply, fill(model.params_shape_tree, dtype), args, kwargs)
+
+
+# --------------------------------------------------------------------------------------------
+# BERT.
+# --------------------------------------------------------------------------------------------
+
+
+@case(rules=(LORA,), sites=13, trainable=2 * LAYER + 2 * (8 + 8))  # two layers, pooler
+def hf_bert(dtype):
+    """BERT, all-linear, with a mask."""
+    mask = jnp.array(MASK)
+    return whole("BertModel", dtype, jnp.array(IDS), config=ENCODER, attention_mask=mask)
+
+
+@case(
+    rules=(LoRA("(query|value)/kernel$", rank=4, alpha=8), Full("^pooler/")),
+    sites=4,
+    trainable=2 * 2 * 4 * (8 + 8) + 8 * 8 + 8,  # q and v of two layers; pooler in full
+)
+def hf_bert_by_name(dtype):
+    """BERT with q and v by name, hidden states and attentions in the output."""
+    more = {"output_hidden_states": True, "output_attentions": True}
+    return whole("BertModel", dtype, jnp.array(IDS), config=ENCODER, **more)
+
+
+@case(
+    rules=(LoRA("layer/1/.*kernel$", rank=3, alpha=3), Full("LayerNorm/scale$")),
+    sites=6,
+    trainable=4 * 3 * (8 + 8) + 2 * 3 * (8 + 12) + 5 * 8,  # one layer; five norms
+)
+def hf_bert_train(dtype):
+    """The second layer alone, in train mode: dropout has its key."""
+    more = {"train": True, "dropout_rng": jax.random.key(1)}
+    return whole("BertModel", dtype, jnp.array(IDS), config=ENCODER, **more)
+
+
+@case(
+    rules=(LoRA("word_embeddings", rank=3, alpha=3), LORA),
+    sites=8,
+    trainable=3 * (11 + 8) + LAYER + 2 * (8 + 8),  # the tied table; one layer; transform
+)
+def hf_bert_masked_lm(dtype):
+    """The head is tied to the table of words, which is adapted by name."""
+    config = {**ENCODER, "num_hidden_layers": 1}
+    return whole("BertForMaskedLM", dtype, jnp.array(IDS), config=config)
+
+
+# --------------------------------------------------------------------------------------------
+# RoBERTa.
+# --------------------------------------------------------------------------------------------
+
+ROBERTA = {**ENCODER, "num_hidden_layers": 1, "num_labels": 3, "pad_token_id": 1}
+
+
+@case(rules=(LORA,), sites=8, trainable=LAYER + 2 * (8 + 8) + 2 * (8 + 3))  # classifier: two
+def hf_roberta(dtype):
+    """RoBERTa for classification, all-linear."""
+    return whole(
+        "RobertaForSequenceClassification",
+        dtype,
+        jnp.array(IDS),
+        config=ROBERTA,
+        attention_mask=jnp.array(MASK),
+    )
+
+
+@case(
+    rules=(LoRA("attention/.*kernel$", rank=2, alpha=4), Full("^classifier/")),
+    sites=4,
+    trainable=4 * 2 * (8 + 8) + (8 * 8 + 8) + (8 * 3 + 3),  # q, k, v, o; classifier in full
+)
+def hf_roberta_by_name(dtype):
+    """RoBERTa with its attention by name and the classifier in full."""
+    return hf_roberta.build(dtype)
+
+
+# --------------------------------------------------------------------------------------------
+# GPT-2: kernels are stored (outputs, inputs).
+# --------------------------------------------------------------------------------------------
+
+GPT2 = {
+    "vocab_size": 11,
+    "n_embd": 8,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_inner": 12,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+# c_attn (24, 8), c_proj (8, 8), c_fc (12, 8), c_proj (8, 12).
+GPT2_LAYER = 2 * (8 + 24) + 2 * (8 + 8) + 2 * (8 + 12) + 2 * (12 + 8)
+QV = LoRA("c_attn/kernel$", rank=2, alpha=4, slots=Slots(3, (0, 2)))
+
+
+@case(rules=(LORA,), sites=8, trainable=2 * GPT2_LAYER, float64=False)
+def hf_gpt2(dtype):
+    """GPT-2 with its tied head, all-linear: the table is left alone."""
+    mask = jnp.array(MASK)
+    return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2, attention_mask=mask)
+
+
+@case(rules=(QV,), sites=2, trainable=2 * 2 * 2 * (8 + 8), float64=False)  # layers, slots, rank
+def hf_gpt2_query_value(dtype):
+    """GPT-2 as in the paper: the slots q and v of c_attn."""
+    return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2)
+
+
+@case(
+    rules=(QV, LoRA("wte", rank=3, alpha=3), LoRA("wpe", rank=2, alpha=2), LORA),
+    sites=10,
+    # c_attn by slots; tied table; positions looked up; the three other kernels of two layers
+    trainable=128 + 3 * (11 + 8) + 2 * (16 + 8) + 2 * (GPT2_LAYER - 2 * (8 + 24)),
+    float64=False,
+)
+def hf_gpt2_everything(dtype):
+    """Every matrix of GPT-2, with tables by name."""
+    return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2)
+
+
+@case(rules=(QV, LORA), sites=8, trainable=128 + 2 * (GPT2_LAYER - 2 * (8 + 24)), float64=False)
+def hf_gpt2_cache(dtype):
+    """One step of decoding with a cache, which comes back in the output."""
+    model = model_of("GPT2LMHeadModel", dtype, **GPT2)
+    cache = fill(model.init_cache(2, 8), dtype)
+    ids, positions = jnp.array(IDS)[:, :1], jnp.zeros((2, 1), jnp.int32)
+    more = {"past_key_values": cache, "position_ids": positions}
+    return whole("GPT2LMHeadModel", dtype, ids, config=GPT2, **more)
+
+
+# --------------------------------------------------------------------------------------------
+# Llama.
+# --------------------------------------------------------------------------------------------
+
+LLAMA = {
+    **ENCODER,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@case(
+    rules=(LORA,),
+    sites=8,
+    # q, o; k, v (8, 4); gate, up, down; head
+    trainable=2 * 2 * (8 + 8) + 2 * 2 * (8 + 4) + 3 * 2 * (8 + 12) + 2 * (8 + 11),
+    float64=False,
+)
+def hf_llama(dtype):
+    """Llama with grouped queries, all-linear."""
+    mask = jnp.array(MASK)
+    return whole("LlamaForCausalLM", dtype, jnp.array(IDS), config=LLAMA, attention_mask=mask)
+
+
+@case(
+    rules=(LoRA("[qv]_proj", rank=4, alpha=8), Full("norm/weight|lm_head")),
+    sites=2,
+    trainable=4 * (8 + 8) + 4 * (8 + 4) + 8 + 8 * 11,  # q, v; final norm, head
+    float64=False,
+)
+def hf_llama_by_name(dtype):
+    """Llama with q and v by name, the final norm and the head in full."""
+    return whole("LlamaForCausalLM", dtype, jnp.array(IDS), config=LLAMA)
+
+
+# --------------------------------------------------------------------------------------------
+# ViT.
+# --------------------------------------------------------------------------------------------
+
+VIT = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+
+
+def images(dtype):
+    """Two images, channels first."""
+    return normal("images", (2, 3, 8, 8), dtype)
+
+
+@case(rules=(LORA,), sites=8, trainable=2 * (4 * 4 * 3 + 8) + LAYER + 2 * (8 + 5))  # patches, head
+def hf_vit(dtype):
+    """ViT, all-linear: the patch embedding is a site, class token and positions are not."""
+    return whole("ViTForImageClassification", dtype, images(dtype), config=VIT)
+
+
+@case(
+    rules=(LoRA("(query|value)/kernel$", rank=2, alpha=4), Full("^classifier/")),
+    sites=2,
+    trainable=2 * 2 * (8 + 8) + 8 * 5 + 5,  # q, v; head in full
+)
+def hf_vit_by_name(dtype):
+    """ViT with q and v by name and the head in full."""
+    return whole("ViTForImageClassification", dtype, images(dtype), config=VIT)
