@@ -18,7 +18,9 @@ def check(product: Product) -> None:
     lora = jlora.transform(problem.apply, jlora.LoRA("w", rank=product.rank, alpha=2))
     layout = lora.sites(problem.params, *problem.args)["w"].layout
     assert layout is not None
-    for found, expected in zip(layout, (product.stack, product.inputs, product.outputs), strict=False):
+    for found, expected in zip(
+        layout, (product.stack, product.inputs, product.outputs), strict=False
+    ):
         assert set(found) - set(product.unclear) == set(expected) - set(product.unclear)
     shape = problem.params["w"].shape
     assert math.prod(shape[d] for d in layout.inputs) >= product.rank
@@ -31,9 +33,7 @@ def check(product: Product) -> None:
     assert_close(adapted, merged, 1e-5)
 
 
-@settings(
-    max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(products(jnp.float32))
 def test_random_products(product: Product) -> None:
     """Twenty of them, the same in every run."""
