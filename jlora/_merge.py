@@ -8,7 +8,7 @@ import numpy as np
 
 from ._transform import as_delta
 from ._transform import bind as _bind
-from ._tree import is_adapted, is_concrete, parts_of
+from ._tree import is_adapted, is_concrete, leaves_by_path
 from ._types import PyTree
 from ._weight import add
 
@@ -98,10 +98,9 @@ def _like(w: Any, old: Any) -> Any:
 
 
 def _check_finite(params: PyTree) -> None:
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
     bad = [
-        f"{'/'.join(parts_of(path))}: {int(n)} of {np.size(x)} values"
-        for path, x in flat
+        f"{'/'.join(path)}: {int(n)} of {np.size(x)} values"
+        for path, x in leaves_by_path(params)
         if jnp.issubdtype(x.dtype, jnp.inexact) and (n := jnp.sum(~jnp.isfinite(x)))
     ]
     if bad:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
@@ -61,7 +63,7 @@ class LoRA:
         pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
             *all-linear*: every dense and convolutional site, no embeddings.
         rank: r, at least 1 and at most the smaller of the site's inputs and outputs.
-        alpha: the numerator of the scale, finite.
+        alpha: the numerator of the scale, positive.
         slots: adapt only some parts of a fused output axis.
         dropout: probability of dropping an input of A, in [0, 1); active only under
             `jlora.dropout`.
@@ -100,13 +102,18 @@ class LoRA:
             raise ValueError(
                 f"`rank` of {rule_name(self)} must be an integer of at least 1; got {self.rank!r}."
             )
-        if not _is_finite(self.alpha):
+        if not _is_finite(self.alpha) or self.alpha <= 0:
             raise ValueError(
-                f"`alpha` of {rule_name(self)} must be a finite number; got {self.alpha!r}."
+                f"`alpha` of {rule_name(self)} must be a positive finite number; "
+                f"got {self.alpha!r}."
             )
         if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"`dropout` of {rule_name(self)} must lie in [0, 1); got {self.dropout!r}."
+            )
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TypeError(
+                f"`dtype` of {rule_name(self)} must be a floating-point one; got {self.dtype!r}."
             )
         if self.slots is not None and not isinstance(self.slots, Slots):
             raise TypeError(

@@ -17,7 +17,7 @@ from . import _control, _linear, _moves  # noqa: F401 - they register their rule
 from ._interpret import evaluate, materialize, trace
 from ._probe import Log, Probe, Use
 from ._rules import Full, LoRA, Rule, near, rule_name
-from ._tree import abstract, factor_shapes, is_abstract, parts_of, take
+from ._tree import abstract, factor_shapes, is_abstract, leaves_by_path, take
 from ._types import Layout, Path, PyTree
 from ._weight import Weight
 
@@ -167,8 +167,8 @@ def find_sites(
     apply_fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Sites:
     """Traces `apply_fn` on shapes and finds what it does with each leaf of `params`."""
-    flat, tree = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [_abstract(x, parts_of(path)) for path, x in flat]
+    flat, tree = leaves_by_path(params), jax.tree.structure(params)
+    leaves = [_abstract(x, path) for path, x in flat]
     logs = [Log() for _ in leaves]
     rest, put = take((args, kwargs), is_abstract)
 
@@ -180,9 +180,7 @@ def find_sites(
 
     def probe(*values: Any) -> None:
         operands = [
-            Weight(x, (_probe(x, log),), "/".join(parts_of(path)), materialize=True)
-            if _is_matrix(x)
-            else x
+            Weight(x, (_probe(x, log),), "/".join(path), materialize=True) if _is_matrix(x) else x
             for x, log, (path, _) in zip(values, logs, flat, strict=False)
         ]
         outs = evaluate(jaxpr, *operands, *values[len(leaves) :])
@@ -191,10 +189,7 @@ def find_sites(
 
     jax.eval_shape(probe, *leaves, *rest)
     return Sites(
-        tuple(
-            _site(parts_of(path), x, log)
-            for (path, _), x, log in zip(flat, leaves, logs, strict=True)
-        )
+        tuple(_site(path, x, log) for (path, _), x, log in zip(flat, leaves, logs, strict=True))
     )
 
 

@@ -11,8 +11,8 @@ from . import _control, _linear, _moves  # noqa: F401 - they register their rule
 from ._delta import Delta
 from ._factor import RANK, Factor
 from ._interpret import evaluate, materialize, trace
-from ._tree import adapter_leaves, check_fits, fold, is_adapted, is_low_rank, parts_of, take
-from ._types import Adapted, LowRank, PyTree
+from ._tree import adapter_leaves, check_fits, fold, is_adapted, is_low_rank, leaves_by_path, take
+from ._types import Adapted, LowRank, Path, PyTree
 from ._weight import Weight
 
 
@@ -41,17 +41,17 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         >>> jlora.wrap(f)(jlora.bind(base, adapter), jnp.ones((1, 4))).shape
         (1, 3)
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(base)
     found = adapter_leaves(adapter)
     check_fits(base, found)
 
-    def join(parts: tuple[str, ...], w: Any) -> Any:
+    def join(parts: Path, w: Any) -> Any:
         delta = found.get(parts)
         if isinstance(delta, LowRank):
             return Adapted(w, delta)
         return w if delta is None else delta
 
-    return jax.tree.unflatten(tree, [join(parts_of(path), w) for path, w in leaves])
+    leaves = [join(path, w) for path, w in leaves_by_path(base)]
+    return jax.tree.unflatten(jax.tree.structure(base), leaves)
 
 
 def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,9 +85,9 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         bound, put = take((args, kwargs), is_adapted, is_adapted)
-        flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+        found = leaves_by_path((args, kwargs), is_adapted)
         # Paths start with 0 or 1 for args or kwargs, then the argument.
-        paths = ["/".join(parts_of(path)[2:]) for path, x in flat if is_adapted(x)]
+        paths = ["/".join(path[2:]) for path, x in found if is_adapted(x)]
         weights = [_weight(leaf, path) for leaf, path in zip(bound, paths, strict=True)]
 
         def plain(*values: Any) -> Any:
@@ -167,11 +167,12 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 
-    def seed(path: Any, leaf: Any) -> Any:
+    def seed(path: Path, leaf: Any) -> Any:
         if not isinstance(leaf, LowRank) or not leaf.dropout:
             return leaf
-        mine = fold(key, parts_of(path))
+        mine = fold(key, path)
         stack = leaf.a.shape[: len(leaf.layout.stack)]
         return leaf._replace(key=jax.random.split(mine, stack) if stack else mine)
 
-    return jax.tree_util.tree_map_with_path(seed, adapter, is_leaf=is_low_rank)
+    leaves = [seed(path, leaf) for path, leaf in leaves_by_path(adapter, is_low_rank)]
+    return jax.tree.unflatten(jax.tree.structure(adapter, is_leaf=is_low_rank), leaves)

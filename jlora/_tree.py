@@ -1,5 +1,6 @@
 """Paths, and what an adapter's tree must be."""
 
+import collections
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,11 +14,29 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from ._types import Adapted, Layout, LowRank, Path, PyTree
 
 
-def parts_of(path: tuple[Any, ...]) -> Path:
-    """A key path as strings; the trailing `value` of an NNX variable is left out."""
+def leaves_by_path(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[Path, Any]]:
+    """The leaves in tree order with their paths; `ValueError` if two have the same.
+
+    An NNX variable is its own path without the trailing `value`.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    siblings = collections.Counter(path[:-1] for path, _ in flat)
+    paths = [_strings(path, only=siblings[path[:-1]] == 1) for path, _ in flat]
+    twice = ["/".join(p) for p, n in collections.Counter(paths).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"two leaves have the path {', '.join(twice)}, as keys that differ only in type do. "
+            "Rename one of them."
+        )
+    return list(zip(paths, (x for _, x in flat), strict=True))
+
+
+def _strings(path: tuple[Any, ...], only: bool) -> Path:
     parts = tuple(_part(key) for key in path)
-    is_variable = bool(path) and isinstance(path[-1], GetAttrKey) and path[-1].name == "value"
-    return parts[:-1] if is_variable and len(parts) > 1 else parts
+    is_variable = len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value"
+    return parts[:-1] if is_variable and only else parts
 
 
 def _part(key: Any) -> str:
@@ -91,10 +110,7 @@ def is_low_rank(x: Any) -> bool:
 
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
     """The `LowRank` nodes and arrays of an adapter by path; `TypeError` if it is none."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(
-        adapter, is_leaf=lambda x: isinstance(x, LowRank | Adapted)
-    )
-    found = {parts_of(path): leaf for path, leaf in flat}
+    found = dict(leaves_by_path(adapter, lambda x: isinstance(x, LowRank | Adapted)))
     wrong = {p: x for p, x in found.items() if not isinstance(x, LowRank) and not _is_array(x)}
     if wrong:
         listed = ", ".join(
@@ -127,12 +143,12 @@ def factor_shapes(
 
 def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     """Raises, naming every path of the adapter `found` that differs from `base`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(base, is_leaf=is_low_rank)
+    leaves = leaves_by_path(base, is_low_rank)
     if any(is_low_rank(x) for _, x in leaves):
         raise TypeError(
             "`base` holds LowRank nodes, so it is an adapter: are `base` and `adapter` swapped?"
         )
-    shapes = {parts_of(path): tuple(jnp.shape(x)) for path, x in leaves}
+    shapes = {path: tuple(jnp.shape(x)) for path, x in leaves}
     wrong = [f"  {'/'.join(p)}: {e}" for p, x in found.items() if (e := _misfit(x, shapes.get(p)))]
     if wrong:
         raise ValueError(

@@ -336,7 +336,7 @@ UNFIT = [
     pytest.param(
         lambda: init(LoRA("kernel", rank=2), Full("clasifier")),
         "Full('clasifier') matches no leaf of `params`. "
-        "Near misses: layer/scale, layer/bias, unused.",
+        "Near misses: layer/scale, layer/bias, vocabulary.",
         id="second-rule-typo",
     ),
     pytest.param(

@@ -68,11 +68,10 @@ def scalar(outputs: Any) -> jax.Array:
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Equal structures; each floating leaf within `tolerance` of its largest entry, others equal."""
+    """Equal structures; floating leaves within `tolerance` of their largest entry, others equal."""
     chex.assert_trees_all_equal_structs(actual, expected)
-    for path, x in jax.tree_util.tree_flatten_with_path(expected)[0]:
-        y = jax.tree_util.tree_flatten_with_path(actual)[0]
-        y = dict((jax.tree_util.keystr(p), v) for p, v in y)[jax.tree_util.keystr(path)]
+    flat, _ = jax.tree_util.tree_flatten_with_path(expected)
+    for (path, x), y in zip(flat, jax.tree.leaves(actual), strict=True):
         if not isinstance(x, jax.Array | np.ndarray):
             assert y == x
             continue

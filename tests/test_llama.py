@@ -4,8 +4,6 @@ A tiny random model in a GGUF file of its own stands in for SmolLM2 wherever the
 not matter.
 """
 
-# ruff: noqa: D103 - the name of a test is what it states
-
 import dataclasses
 import json
 import shutil

@@ -1,0 +1,1 @@
+"""The models of the examples, each in one file."""
