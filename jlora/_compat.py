@@ -79,12 +79,27 @@ _LIBRARIES = tuple(
 
 def source_line(eqn: JaxprEqn) -> str:
     """`file:line (function)` of the innermost frame of `eqn` that is outside of any library."""
+    frame = _user_frame(eqn)
+    if frame is None:
+        return "an unknown line"
+    return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+
+
+def located(eqn: JaxprEqn, within: JaxprEqn | None) -> JaxprEqn:
+    """`eqn` with the traceback of `within` if its own has no frame of the user's."""
+    if within is None or _user_frame(eqn) is not None:
+        return eqn
+    info = eqn.source_info.replace(traceback=within.source_info.traceback)
+    return eqn.replace(source_info=info)
+
+
+def _user_frame(eqn: JaxprEqn) -> Any:
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else traceback.frames
     for frame in frames:
         if not os.path.realpath(frame.file_name).startswith(_LIBRARIES):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return "an unknown line"
+            return frame
+    return None
 
 
 def match_varying(*args: jax.Array) -> tuple[jax.Array, ...]:

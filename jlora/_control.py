@@ -16,7 +16,7 @@ def _jit(eqn: Any, *operands: Any) -> list[Any]:
     # Inlined: a new function under `jax.jit` would be compiled at every eager call.
     p = eqn.params
     operands = tuple(map(_constrain, operands, p["in_shardings"]))
-    return list(map(_constrain, evaluate(p["jaxpr"], *operands), p["out_shardings"]))
+    return list(map(_constrain, evaluate(p["jaxpr"], *operands, within=eqn), p["out_shardings"]))
 
 
 def _constrain(x: Any, sharding: Any) -> Any:
@@ -29,14 +29,16 @@ def _constrain(x: Any, sharding: Any) -> Any:
 
 @rule("closed_call", "core_call")
 def _call(eqn: Any, *operands: Any) -> list[Any]:
-    return evaluate(eqn.params["call_jaxpr"], *operands)
+    return evaluate(eqn.params["call_jaxpr"], *operands, within=eqn)
 
 
 @rule("remat2", "checkpoint")
 def _checkpoint(eqn: Any, *operands: Any) -> list[Any]:
     p = eqn.params
     body = jax.checkpoint(
-        lambda *xs: evaluate(p["jaxpr"], *xs), prevent_cse=p["prevent_cse"], policy=p["policy"]
+        lambda *xs: evaluate(p["jaxpr"], *xs, within=eqn),
+        prevent_cse=p["prevent_cse"],
+        policy=p["policy"],
     )
     return body(*operands)
 
@@ -50,7 +52,7 @@ def _cond(eqn: Any, index: Any, *operands: Any) -> list[Any]:
     computed = [i for i in range(n) if i not in same]
 
     def branch(jaxpr: Any) -> Callable[..., list[Any]]:
-        return lambda *xs: _arrays(eqn, [evaluate(jaxpr, *xs)[i] for i in computed])
+        return lambda *xs: _arrays(eqn, [evaluate(jaxpr, *xs, within=eqn)[i] for i in computed])
 
     outs = dict(
         zip(computed, lax.switch(index, [branch(b) for b in branches], *operands), strict=True)
@@ -74,10 +76,12 @@ def _while(eqn: Any, *operands: Any) -> list[Any]:
     loop = _Loop(eqn, init, {i: s - n_body for i, s in _forwarded(p["body_jaxpr"]).items()})
 
     def cond(state: Any) -> Any:
-        return _arrays(eqn, evaluate(p["cond_jaxpr"], *cond_consts, *loop.carry(state)))[0]
+        return _arrays(
+            eqn, evaluate(p["cond_jaxpr"], *cond_consts, *loop.carry(state), within=eqn)
+        )[0]
 
     def body(state: Any) -> Any:
-        return loop.state(evaluate(p["body_jaxpr"], *body_consts, *loop.carry(state)))
+        return loop.state(evaluate(p["body_jaxpr"], *body_consts, *loop.carry(state), within=eqn))
 
     return loop.carry(lax.while_loop(cond, body, loop.state(init)))
 
@@ -102,7 +106,7 @@ def _scan(eqn: Any, *operands: Any) -> list[Any]:
 
     def body(state: Any, slices: Any) -> tuple[Any, list[Any]]:
         inside = [rebuild(s) for (_, rebuild), s in zip(stacks, slices, strict=True)]
-        outs = evaluate(jaxpr, *consts, *loop.carry(state), *inside)
+        outs = evaluate(jaxpr, *consts, *loop.carry(state), *inside, within=eqn)
         ys = [y for i, y in enumerate(outs[n_carry:]) if i not in whole]
         return loop.state(outs[:n_carry]), _arrays(eqn, ys)
 
@@ -160,7 +164,7 @@ def _shard_map(eqn: Any, *operands: Any) -> list[Any]:
         for x, spec in zip(operands, p["in_specs"], strict=True)
     )
     body = jax.shard_map(
-        lambda *xs: tuple(_arrays(eqn, evaluate(p["jaxpr"], *xs))),
+        lambda *xs: tuple(_arrays(eqn, evaluate(p["jaxpr"], *xs, within=eqn))),
         mesh=p["mesh"],
         in_specs=specs,
         out_specs=tuple(p["out_specs"]),

@@ -44,12 +44,12 @@ class Delta:
         groups = reshape_groups(old, new)
         return self.map_factors(lambda f: f.reshape(groups))
 
-    def pad(self, config: Sequence[tuple[int, int, int]]) -> "Delta":
+    def pad(self, config: Sequence[tuple[int, int, int]], shape: tuple[int, ...]) -> "Delta":
         """See `Term.pad`."""
         padded = [d for d, c in enumerate(config) if tuple(c) != (0, 0, 0)]
         a, b = self.a, self.b
         for d in padded:
-            a = a if d in b.dims else a.carry(d)
+            a = a if d in b.dims else a.carry(d, shape[d])
 
         def pad(f: Factor) -> Factor:
             value = f.value
@@ -138,7 +138,7 @@ class Delta:
         if self.key is not None and not self.row:
             raise ValueError(
                 f"dropout cannot act where W + ΔW is formed ({why}): there is no input to drop. "
-                "Call `apply` without `jlora.dropout`, or give this site a rule with dropout=0."
+                "Give this site a rule with dropout=0."
             )
         names = letters(len(shape))
         a, b = self.a, self.b

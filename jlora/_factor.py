@@ -125,6 +125,8 @@ def reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[Group]:
     groups, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         i0, j0, a, b = i, j, 1, 1
+        if i < len(old) and j < len(new) and old[i] == new[j]:
+            i, j = i + 1, j + 1
         while (i, j) == (i0, j0) or a != b:
             if i < len(old) and (a <= b or j == len(new)):
                 a, i = a * old[i], i + 1

@@ -1,5 +1,6 @@
 """`transform`, and how A and B start."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._match import match
+from ._match import is_named, match
 from ._matmul import promote
-from ._rules import Full, LoRA, Rule
+from ._rules import Full, LoRA, Rule, rule_name
 from ._sites import Site, Sites, find_sites
-from ._transform import bind, wrap
-from ._tree import factor_shapes, fold, is_abstract, nest, take
+from ._transform import bind, dropout, wrap
+from ._tree import check_key, factor_shapes, fold, is_abstract, nest, take
 from ._types import LowRank, PyTree, Transformed
 
 Initializer = Callable[[jax.Array, Any, Site, LoRA], tuple[Any, jax.Array, jax.Array]]
@@ -65,14 +66,18 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
         ────────────────────────────────────────────────────────────────────
         1 of 2 sites adapted; 40 of 48 parameters trainable (83.3%)
     """
+    if not callable(apply_fn):
+        raise TypeError(f"`apply_fn` must be a function of parameters; got {apply_fn!r}.")
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
 
-    def sites(params: PyTree, *args: Any, **kwargs: Any) -> Sites:
-        return match(find_sites(apply_fn, params, args, kwargs), rules)
+    def sites(params: PyTree, /, *args: Any, **kwargs: Any) -> Sites:
+        named = functools.partial(is_named, rules)
+        return match(find_sites(apply_fn, params, args, kwargs, named), rules)
 
-    def init(key: jax.Array, params: PyTree, *args: Any, **kwargs: Any) -> tuple[PyTree, PyTree]:
+    def init(key: jax.Array, params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[PyTree, PyTree]:
+        check_key(key)
         if not rules:
             raise ValueError(
                 "`rules` is empty, so that nothing would be trained. "
@@ -88,10 +93,10 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
                 adapter[site.parts] = _copy(w)
             base.append(w)
         base, adapter = jax.tree.unflatten(tree, base), nest(adapter)
-        _check(apply, base, adapter, args, kwargs)
+        _check(apply, base, dropout(adapter, key), args, kwargs)
         return base, adapter
 
-    def apply(base: PyTree, adapter: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def apply(base: PyTree, adapter: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         return wrap(apply_fn)(bind(base, adapter), *args, **kwargs)
 
     return Transformed(init, apply, sites)
@@ -104,14 +109,23 @@ def _copy(w: Any) -> Any:
 
 def _low_rank(key: jax.Array, w: Any, site: Site, rule: LoRA) -> tuple[Any, LowRank]:
     assert site.layout is not None
-    w, a, b = (rule.init or kaiming_uniform)(key, w, site, rule)
-    shapes = factor_shapes(site.layout, site.shape, rule.rank)
-    if (a.shape, b.shape) != shapes:
+    made = (rule.init or kaiming_uniform)(key, w, site, rule)
+    shapes = (site.shape, *factor_shapes(site.layout, site.shape, rule.rank))
+    got = tuple(map(_form, made)) if isinstance(made, tuple) else made
+    expected = tuple((shape, "floating-point") for shape in shapes)
+    if got != expected or made[0].dtype != w.dtype:
         raise ValueError(
-            f"`init` of {rule!r} gave A {a.shape} and B {b.shape} for {site.path!r}; "
-            f"expected {shapes[0]} and {shapes[1]}."
+            f"`init` of {rule_name(rule)} must give W, A and B for {site.path!r}, floating-point, "
+            f"of shapes {shapes} and with W's dtype {w.dtype}; got {got}."
         )
+    w, a, b = made
     return w, LowRank(a, b, rule.scale, site.layout, rule.dropout, rule.materialize)
+
+
+def _form(x: Any) -> tuple[Any, str]:
+    dtype = getattr(x, "dtype", None)
+    floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    return getattr(x, "shape", None), "floating-point" if floating else str(dtype)
 
 
 def _check(
@@ -122,13 +136,14 @@ def _check(
     kwargs: dict[str, Any],
 ) -> None:
     """Traces the adapted model once, so that what `apply` refuses is refused by `init`."""
-    rest, put = take((args, kwargs), is_abstract)
+    # Only what is abstract is traced: Python reads the rest as it does in `apply`.
+    rest, put = take((base, adapter, args, kwargs), is_abstract)
 
-    def call(base: PyTree, adapter: PyTree, values: list[Any]) -> None:
-        args, kwargs = put(values)
+    def call(values: list[Any]) -> None:
+        base, adapter, args, kwargs = put(values)
         apply(base, adapter, *args, **kwargs)
 
-    jax.eval_shape(call, base, adapter, rest)
+    jax.eval_shape(call, rest)
 
 
 # --------------------------------------------------------------------------------- initializers

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import _compat
 from ._factor import Unfactorable
-from ._tree import abstract, take
+from ._tree import take
 from ._weight import Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
@@ -33,8 +33,12 @@ def rule(*primitives: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return register
 
 
-def evaluate(jaxpr: _compat.Jaxpr, *args: Any) -> list[Any]:
-    """Evaluates `jaxpr` at `args`, each an array or a `Weight`."""
+def evaluate(jaxpr: _compat.Jaxpr, *args: Any, within: Any = None) -> list[Any]:
+    """Evaluates `jaxpr` at `args`, each an array or a `Weight`.
+
+    `within` is the equation that `jaxpr` belongs to, if any: errors name its source line where an
+    inner equation has none of the user's.
+    """
     env: dict[Any, Any] = {}
 
     def read(atom: Any) -> Any:
@@ -45,16 +49,17 @@ def evaluate(jaxpr: _compat.Jaxpr, *args: Any) -> list[Any]:
     for eqn, last in _live(jaxpr):
         operands = [read(atom) for atom in eqn.invars]
         with _compat.context(eqn):
-            outs = _apply(eqn, operands)
+            outs = _apply(eqn, operands, within)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in last:
             del env[var]
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(eqn: Any, operands: list[Any]) -> Sequence[Any]:
+def _apply(eqn: Any, operands: list[Any], within: Any) -> Sequence[Any]:
     if not any(isinstance(x, Weight) for x in operands):
         return _compat.bind(eqn, *operands)
+    eqn = _compat.located(eqn, within)
     name = eqn.primitive.name
     if name in RULES:
         try:
@@ -96,12 +101,18 @@ def _live(jaxpr: _compat.Jaxpr) -> list[tuple[Any, list[Any]]]:
 # ------------------------------------------------------------------------------------- tracing
 
 
-def trace(f: Callable[..., Any], *leaves: Any) -> tuple[_compat.Jaxpr, Callable[..., Any]]:
-    """The jaxpr of `f` at arrays like `leaves`, and what makes its outputs `f`'s from a list.
+class ValueReadError(TypeError):
+    """Python code of the user's function asks for the value of a traced array."""
+
+
+def trace(
+    f: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], paths: Sequence[str]
+) -> tuple[_compat.Jaxpr, Callable[..., Any]]:
+    """The jaxpr of `f` at `specs`, and what makes its outputs `f`'s from a list.
 
     `f`'s outputs may be any pytree; leaves that are no arrays come back as they are. What `f`
     closes over stays concrete if it was: should Python code of `f` ask for the value of something
-    that `leaves` do not reach, `f` is traced again with such values computed at once.
+    that its arguments do not reach, `f` is traced again with such values computed at once.
     """
     finish: list[Callable[..., Any]] = []
 
@@ -114,13 +125,23 @@ def trace(f: Callable[..., Any], *leaves: Any) -> tuple[_compat.Jaxpr, Callable[
         with jax.ensure_compile_time_eval():
             return flat(*leaves)
 
-    specs = [abstract(x) for x in leaves]
     try:
         jaxpr = jax.make_jaxpr(flat)(*specs)
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.TracerArrayConversionError,
-        jax.errors.TracerIntegerConversionError,
-    ):
-        jaxpr = jax.make_jaxpr(eager)(*specs)
+    except _READS:
+        try:
+            jaxpr = jax.make_jaxpr(eager)(*specs)
+        except _READS as e:
+            names = ", ".join(map(repr, paths[:3])) + (", …" if len(paths) > 3 else "")
+            raise ValueReadError(
+                "the function asks in Python for the value of an array that depends on the weights "
+                f"{names}, or on arguments that are traced themselves ({type(e).__name__}). Use "
+                "jax.lax.cond or jnp.where there, or leave the weight out of the rules."
+            ) from e
     return jaxpr, finish[-1]
+
+
+_READS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)

@@ -14,10 +14,15 @@ from ._types import Layout
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
     """Gives each leaf the first rule that it matches; raises where one does nothing or cannot."""
     matched = tuple(_match(site, rules) for site in sites.leaves)
-    for rule in rules:
-        if not any(s.rule is rule for s in matched):
+    for i, rule in enumerate(rules):
+        if rule in rules[:i] or not any(s.rule is rule for s in matched):
             _raise_idle(rule, sites, matched)
     return Sites(matched)
+
+
+def is_named(rules: Sequence[Rule], path: str) -> bool:
+    """Whether some `LoRA` may take the leaf at `path`."""
+    return any(isinstance(r, LoRA) and (r.pattern is None or matches(r, path)) for r in rules)
 
 
 def _takes(rule: Rule, site: Site) -> bool:
@@ -33,7 +38,7 @@ def _match(site: Site, rules: Sequence[Rule]) -> Site:
     if isinstance(rule, Full):
         if not jnp.issubdtype(site.dtype, jnp.inexact):
             raise ValueError(
-                f"{rule_name(rule)} matches {site.path!r} of dtype {site.dtype}, which cannot be "
+                f"{rule_name(rule)} matches {_name(site)} of dtype {site.dtype}, which cannot be "
                 "trained. Narrow the pattern to floating-point leaves."
             )
         return dataclasses.replace(site, rule=rule)
@@ -43,7 +48,7 @@ def _match(site: Site, rules: Sequence[Rule]) -> Site:
         raise ValueError(_not_linear(rule, site))
     if site.others and not rule.materialize:
         raise NotImplementedError(
-            f"{rule_name(rule)} matches {site.path!r}, which the model also uses where W + s·A·B "
+            f"{rule_name(rule)} matches {_name(site)}, which the model also uses where W + s·A·B "
             f"has no factored form: {'; '.join(site.others)}. Leave it out of the rules, or "
             "let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full "
             "memory and time."
@@ -54,7 +59,7 @@ def _match(site: Site, rules: Sequence[Rule]) -> Site:
     if rule.rank > smaller:
         raise ValueError(
             f"`rank` of {rule_name(rule)} is {rule.rank}, above min(inputs, outputs) = {smaller} "
-            f"of {site.path!r} with shape {site.shape}. Lower the rank, or put a rule of its own "
+            f"of {_name(site)} with shape {site.shape}. Lower the rank, or put a rule of its own "
             f"for this leaf first, such as jlora.Full({re.escape(site.path)!r})."
         )
     return site
@@ -65,31 +70,39 @@ def _slotted(rule: LoRA, site: Site) -> Layout:
     outputs, slots = site.layout.outputs, rule.slots
     if not 0 <= slots.axis < len(outputs):
         raise ValueError(
-            f"`axis` of Slots is {slots.axis}, but {site.path!r} has {len(outputs)} output axes; "
+            f"`axis` of Slots is {slots.axis}, but {_name(site)} has {len(outputs)} output axes; "
             f"it must lie in [0, {len(outputs)})."
         )
     axis = outputs[slots.axis]
     if site.shape[axis] % slots.count:
         raise ValueError(
             f"`count` of Slots is {slots.count}, which does not divide the {site.shape[axis]} "
-            f"outputs of {site.path!r} with shape {site.shape}."
+            f"outputs of {_name(site)} with shape {site.shape}."
         )
     return site.layout._replace(slots=(slots.count, slots.chosen, axis))
 
 
+def _name(site: Site) -> str:
+    return repr(site.path) if site.parts else "the root"
+
+
 def _not_linear(rule: LoRA, site: Site) -> str:
-    if site.others:
-        why = "is used only by " + "; ".join(site.others)
+    remedy = "Narrow the pattern, or train the leaf in full with jlora.Full."
+    if not jnp.issubdtype(site.dtype, jnp.floating):
+        why, remedy = f"is not floating-point ({site.dtype})", "Narrow the pattern."
     elif len(site.shape) < 2:
         why = f"is no matrix (shape {site.shape})"
-    elif not jnp.issubdtype(site.dtype, jnp.floating):
-        why = f"is not floating-point ({site.dtype})"
+    elif site.others:
+        why = "is used only by " + "; ".join(site.others)
+        remedy = (
+            "Narrow the pattern, train the leaf in full with jlora.Full, or let W + ΔW be formed "
+            "with LoRA(..., materialize=True)."
+        )
     else:
         why = "is not used by the traced call"
     return (
-        f"{rule_name(rule)} matches {site.path!r} of shape {site.shape}, which is used by nothing "
-        f"linear: it {why}. Narrow the pattern, train the leaf in full with jlora.Full, or let "
-        "W + ΔW be formed with LoRA(..., materialize=True)."
+        f"{rule_name(rule)} matches {_name(site)} of shape {site.shape}, which is used by nothing "
+        f"linear: it {why}. {remedy}"
     )
 
 
@@ -106,7 +119,7 @@ def _raise_idle(rule: Rule, sites: Sites, matched: Sequence[Site]) -> None:
             "LoRA() without a pattern adapts every dense and conv site, but the model has none. "
             "Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists the sites."
         )
-    wanted = list(sites) if isinstance(rule, LoRA) else sites.leaves
+    wanted = (list(sites) if isinstance(rule, LoRA) else []) or sites.leaves
     raise ValueError(
         f"{rule_name(rule)} matches no leaf of `params`. "
         + near(rule.pattern, [s.path for s in wanted])

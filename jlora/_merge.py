@@ -44,6 +44,11 @@ def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
     """
     merged = _combine(base, adapter, 1.0)
     if check:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(merged)):  # pyright: ignore
+            raise ValueError(
+                "`check` of merge needs concrete values; under jit, grad or vmap there are none. "
+                "Merge without it there, and check the result outside."
+            )
         _check_finite(merged)
     return merged
 
@@ -94,14 +99,14 @@ def _sum(w: Any, delta: Any, sign: float) -> Any:
 
 
 def _like(w: Any, old: Any) -> Any:
-    return w if w is old else jnp.asarray(w, old.dtype)
+    return w if w is old else jnp.asarray(w, jnp.result_type(old))
 
 
 def _check_finite(params: PyTree) -> None:
     bad = [
         f"{'/'.join(path)}: {int(n)} of {np.size(x)} values"
         for path, x in leaves_by_path(params)
-        if jnp.issubdtype(x.dtype, jnp.inexact) and (n := jnp.sum(~jnp.isfinite(x)))
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and (n := jnp.sum(~jnp.isfinite(x)))
     ]
     if bad:
         raise ValueError(

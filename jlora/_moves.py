@@ -167,7 +167,9 @@ def _pad(eqn: Any, w: Any, fill: Any) -> Weight:
     if not isinstance(w, Weight):
         raise Unfactorable("the weight is a padding value")
     config = eqn.params["padding_config"]
-    return w.with_terms(_compat.bind_one(eqn, w.value, value_of(fill)), lambda t: t.pad(config))
+    return w.with_terms(
+        _compat.bind_one(eqn, w.value, value_of(fill)), lambda t: t.pad(config, w.shape)
+    )
 
 
 @rule("concatenate")
@@ -206,22 +208,27 @@ def _join(value: Any, parts: Sequence[Any], dim: int) -> Weight:
         if isinstance(part, Weight):
             config = [(0, 0, 0)] * value.ndim
             config[dim] = (start, total - start - size, 0)
-            terms += [t.pad(config) for t in part.terms]
+            terms += [t.pad(config, part.shape) for t in part.terms]
         start += size
     return dataclasses.replace(joined, terms=tuple(terms))
 
 
 def _join_alike(parts: Sequence[Any], dim: int) -> tuple[Delta, ...] | None:
     """A joined with A and B with B, where `dim` counts independent matrices of one form."""
-    terms = [t for p in parts if isinstance(p, Weight) for t in p.terms]
-    if len(terms) != len(parts) or not all(isinstance(t, Delta) for t in terms):
+    if not all(isinstance(p, Weight) and len(p.terms) == 1 for p in parts):
+        return None
+    terms = [p.terms[0] for p in parts]
+    if not all(isinstance(t, Delta) for t in terms):
         return None
     first, *others = terms
     if any(t.form() != first.form() for t in others) or (dim in first.a.dims) != (
         dim in first.b.dims
     ):
         return None
-    factors = [t.map_factors(lambda f: f.carry(dim)) for t in terms]
+    lengths = [p.shape[dim] for p in parts]
+    factors = [
+        t.map_factors(lambda f, n=n: f.carry(dim, n)) for t, n in zip(terms, lengths, strict=True)
+    ]
     return (jax.tree.map(_concatenate_factors(dim), *factors, is_leaf=_is_factor),)
 
 

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import DictKey
 
-from ._tree import count, is_low_rank, size_in_bytes
-from ._types import LowRank, Params, PyTree
+from ._rules import is_finite
+from ._tree import count, size_in_bytes
+from ._types import Adapted, LowRank, Params, PyTree
 
 
 def labels(tree: PyTree) -> PyTree:
@@ -21,6 +23,9 @@ def labels(tree: PyTree) -> PyTree:
         `"a"` and `"b"` for the factors, `"full"` for leaves trained in full, `"base"` for frozen
         ones. Dropout keys are `"base"`.
 
+    Raises:
+        TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter.
+
     Example:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
@@ -28,15 +33,26 @@ def labels(tree: PyTree) -> PyTree:
         >>> jlora.labels(adapter)["w"].a
         'a'
     """
-    if isinstance(tree, Params):
-        return Params(jax.tree.map(lambda _: "base", tree.base), labels(tree.adapter))
 
-    def label(leaf: Any) -> Any:
-        if not is_low_rank(leaf):
-            return "full"
-        return leaf._replace(a="a", b="b", key=None if leaf.key is None else "base")
+    def label(path: tuple[Any, ...], leaf: Any) -> Any:
+        match leaf:
+            case Params():
+                return Params(jax.tree.map(lambda _: "base", leaf.base), labels(leaf.adapter))
+            case Adapted():
+                return leaf._replace(base="base", delta=label(path, leaf.delta))
+            case LowRank():
+                return leaf._replace(a="a", b="b", key=None if leaf.key is None else "base")
+        if not all(isinstance(key, DictKey) for key in path):
+            raise TypeError(
+                "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), "
+                f"but has an array at {jax.tree_util.keystr(path)!r}. Put base and adapter into "
+                "Params, so that the base stays frozen."
+            )
+        return "full"
 
-    return jax.tree.map(label, tree, is_leaf=is_low_rank)
+    return jax.tree_util.tree_map_with_path(
+        label, tree, is_leaf=lambda x: isinstance(x, Params | Adapted | LowRank)
+    )
 
 
 def mask(tree: PyTree) -> PyTree:
@@ -78,6 +94,7 @@ def optimizer(
         An optax transformation.
 
     Raises:
+        TypeError: if `tx` is no optax transformation, or it is given a tree that is neither form.
         ValueError: if `lora_plus` is not a positive finite number.
 
     Source: Hayou et al., LoRA+, arXiv 2402.12354; Zhang et al., LoRA-FA, arXiv 2308.03303, for
@@ -94,7 +111,11 @@ def optimizer(
         >>> bool((optax.apply_updates(params, updates).base["w"] == 1).all())
         True
     """
-    if lora_plus is not None and not (math.isfinite(lora_plus) and lora_plus > 0):
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"`tx` must be an optax transformation, such as optax.adamw(2e-4); got {tx!r}."
+        )
+    if lora_plus is not None and not (is_finite(lora_plus) and lora_plus > 0):
         raise ValueError(f"`lora_plus` must be a positive finite number; got {lora_plus!r}.")
     frozen = {"base", "a"} if freeze_a else {"base"}
 
@@ -183,6 +204,3 @@ def _readable(n: float) -> str:
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     i = min(int(math.log(max(n, 1), 1024)), len(units) - 1)
     return f"{n / 1024**i:.1f} {units[i]}" if i else f"{n} B"
-
-
-__all__ = ["LowRank", "Summary", "labels", "mask", "optimizer", "summary"]

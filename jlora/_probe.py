@@ -57,9 +57,9 @@ class Probe:
     def _with(self, axes: Any) -> "Probe":
         return dataclasses.replace(self, axes=tuple(axes))
 
-    def pad(self, config: Sequence[tuple[int, int, int]]) -> "Probe":
+    def pad(self, config: Sequence[tuple[int, int, int]], shape: tuple[int, ...]) -> "Probe":
         """See `Term.pad`."""
-        del config
+        del config, shape
         return self
 
     def map(self, f: Callable[[jax.Array], jax.Array]) -> "Probe":

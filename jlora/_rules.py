@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ class Slots:
         axis: which of the site's output axes is fused; the first unless told.
 
     Raises:
+        TypeError: if a field is of a wrong type.
         ValueError: if a field is out of range.
 
     Example:
@@ -38,21 +40,25 @@ class Slots:
     axis: int = 0
 
     def __post_init__(self) -> None:
-        chosen = tuple(self.chosen)
-        object.__setattr__(self, "chosen", chosen)
         if not _is_int(self.count) or self.count < 1:
             raise ValueError(
                 f"`count` of Slots must be an integer of at least 1; got {self.count!r}."
             )
+        if not isinstance(self.chosen, Sequence) or not all(map(_is_int, self.chosen)):
+            raise TypeError(f"`chosen` of Slots must be a tuple of integers; got {self.chosen!r}.")
+        chosen = tuple(self.chosen)
+        object.__setattr__(self, "chosen", chosen)
         if not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(
                 f"`chosen` of Slots must name distinct slots, at least one; got {chosen}."
             )
-        wrong = [c for c in chosen if not _is_int(c) or not 0 <= c < self.count]
+        wrong = [c for c in chosen if not 0 <= c < self.count]
         if wrong:
             raise ValueError(
                 f"`chosen` of Slots must lie in [0, {self.count}), the slots; got {wrong}."
             )
+        if not _is_int(self.axis):
+            raise TypeError(f"`axis` of Slots must be an integer; got {self.axis!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +80,7 @@ class LoRA:
         dtype: dtype of A and B; by default the weight's own, but at least float32.
 
     Raises:
-        TypeError: if `pattern` is not a string.
+        TypeError: if a field is of a wrong type.
         ValueError: if `pattern` is not a regular expression or a number is out of range.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
@@ -98,27 +104,33 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.pattern is not None:
             _check_pattern(self, self.pattern)
+        name = rule_name(self)
         if not _is_int(self.rank) or self.rank < 1:
             raise ValueError(
-                f"`rank` of {rule_name(self)} must be an integer of at least 1; got {self.rank!r}."
+                f"`rank` of {name} must be an integer of at least 1; got {self.rank!r}."
             )
-        if not _is_finite(self.alpha) or self.alpha <= 0:
+        if not is_finite(self.alpha) or self.alpha <= 0:
             raise ValueError(
-                f"`alpha` of {rule_name(self)} must be a positive finite number; "
-                f"got {self.alpha!r}."
+                f"`alpha` of {name} must be a positive finite number; got {self.alpha!r}."
             )
-        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"`dropout` of {rule_name(self)} must lie in [0, 1); got {self.dropout!r}."
-            )
-        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
-            raise TypeError(
-                f"`dtype` of {rule_name(self)} must be a floating-point one; got {self.dtype!r}."
-            )
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` of {name} must lie in [0, 1); got {self.dropout!r}.")
         if self.slots is not None and not isinstance(self.slots, Slots):
+            raise TypeError(f"`slots` of {name} must be a jlora.Slots; got {self.slots!r}.")
+        for flag in ("materialize", "rslora"):
+            if not isinstance(value := getattr(self, flag), bool):
+                raise TypeError(f"`{flag}` of {name} must be True or False; got {value!r}.")
+        if self.init is not None and not callable(self.init):
             raise TypeError(
-                f"`slots` of {rule_name(self)} must be a jlora.Slots; got {self.slots!r}."
+                f"`init` of {name} must be an initializer such as jlora.gaussian; "
+                f"got {self.init!r}."
             )
+        if self.dtype is not None and not _is_floating(self.dtype):
+            raise TypeError(f"`dtype` of {name} must be a floating-point one; got {self.dtype!r}.")
+        # Plain numbers, whatever a sweep gave: they are saved and compared.
+        object.__setattr__(self, "rank", int(self.rank))
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "dropout", float(self.dropout))
 
     @property
     def scale(self) -> float:
@@ -129,6 +141,9 @@ class LoRA:
 @dataclasses.dataclass(frozen=True)
 class Full:
     """Trains the leaves whose path matches `pattern` in full: heads, norms, biases.
+
+    It takes any floating-point leaf, also one that is no weight: a pattern such as `BatchNorm`
+    matches running statistics in `batch_stats` too, so name the collection, `params/.*BatchNorm`.
 
     Attributes:
         pattern: a regular expression, searched for in the `/`-joined path of a leaf.
@@ -188,8 +203,19 @@ def _check_pattern(rule: Rule, pattern: Any) -> None:
 
 
 def _is_int(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _is_finite(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+def is_finite(x: Any) -> bool:
+    """Whether `x` is a real number, not a boolean, that a float can hold."""
+    try:
+        return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+    except OverflowError:
+        return False
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False

@@ -5,6 +5,7 @@ weight in the place of A and B. So what is found is what `apply` can compute, by
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _control, _linear, _moves  # noqa: F401 - they register their rules
-from ._interpret import evaluate, materialize, trace
+from ._interpret import ValueReadError, evaluate, materialize, trace
 from ._probe import Log, Probe, Use
 from ._rules import Full, LoRA, Rule, near, rule_name
-from ._tree import abstract, factor_shapes, is_abstract, leaves_by_path, take
+from ._tree import abstract, factor_shapes, is_abstract, leaves_by_path, name_of, take
 from ._types import Layout, Path, PyTree
 from ._weight import Weight
 
@@ -164,40 +165,68 @@ def _axes(site: Site) -> str:
 
 
 def find_sites(
-    apply_fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    is_named: Callable[[str], bool],
 ) -> Sites:
-    """Traces `apply_fn` on shapes and finds what it does with each leaf of `params`."""
-    flat, tree = leaves_by_path(params), jax.tree.structure(params)
-    leaves = [_abstract(x, path) for path, x in flat]
-    logs = [Log() for _ in leaves]
+    """Traces `apply_fn` on shapes and finds what it does with each leaf of `params`.
+
+    Where Python code of `apply_fn` reads the value of a matrix, only those are traced that
+    `is_named`; the others are not listed as sites then.
+    """
+    shapes = {path: _abstract(x, path) for path, x in leaves_by_path(params)}
+    logs = {path: Log() for path, x in shapes.items() if _is_matrix(x)}
+    call = functools.partial(_probe_all, apply_fn, params, args, kwargs)
+    try:
+        call(logs)
+    except ValueReadError:
+        logs = {path: Log() for path in logs if is_named("/".join(path))}
+        call(logs)
+    return Sites(tuple(_site(path, x, logs.get(path, Log())) for path, x in shapes.items()))
+
+
+def _probe_all(
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    logs: dict[Path, Log],
+) -> None:
+    """Writes into `logs` how the leaves at its paths are used."""
+    paths, leaves = (
+        zip(*leaves_by_path(params), strict=True) if jax.tree.leaves(params) else ((), ())
+    )
+    traced = [i for i, x in enumerate(leaves) if paths[i] in logs or is_abstract(x)]
     rest, put = take((args, kwargs), is_abstract)
 
     def call(*values: Any) -> Any:
-        args, kwargs = put(values[len(leaves) :])
-        return apply_fn(jax.tree.unflatten(tree, values[: len(leaves)]), *args, **kwargs)
+        args, kwargs = put(values[len(traced) :])
+        full = dict(enumerate(leaves)) | dict(zip(traced, values, strict=False))
+        return apply_fn(
+            jax.tree.unflatten(jax.tree.structure(params), list(full.values())), *args, **kwargs
+        )
 
-    jaxpr, _ = trace(call, *leaves, *rest)
+    specs = [abstract(x) for x in (*(leaves[i] for i in traced), *rest)]
+    jaxpr, _ = trace(call, specs, ["/".join(path) for path in logs])
 
     def probe(*values: Any) -> None:
-        operands = [
-            Weight(x, (_probe(x, log),), "/".join(path), materialize=True) if _is_matrix(x) else x
-            for x, log, (path, _) in zip(values, logs, flat, strict=False)
-        ]
-        outs = evaluate(jaxpr, *operands, *values[len(leaves) :])
-        for x in outs:
+        operands = list(values)
+        for at, i in enumerate(traced):
+            if paths[i] in logs:
+                operands[at] = _probe(values[at], "/".join(paths[i]), logs[paths[i]])
+        for x in evaluate(jaxpr, *operands):
             materialize(x, "the function's outputs")
 
-    jax.eval_shape(probe, *leaves, *rest)
-    return Sites(
-        tuple(_site(path, x, log) for (path, _), x, log in zip(flat, leaves, logs, strict=True))
-    )
+    jax.eval_shape(probe, *specs)
 
 
 def _abstract(x: Any, parts: Path) -> jax.ShapeDtypeStruct:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         if not isinstance(x, int | float | complex | bool | np.generic):
             raise TypeError(
-                f"`params` must be a pytree of arrays; the leaf {'/'.join(parts)!r} is {x!r} "
+                f"`params` must be a pytree of arrays; the leaf {name_of(parts)!r} is {x!r} "
                 f"of type {type(x).__name__}."
             )
         x = jnp.asarray(x)
@@ -208,24 +237,36 @@ def _is_matrix(x: Any) -> bool:
     return x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _probe(x: Any, log: Log) -> Probe:
-    return Probe(log, tuple(frozenset({d}) for d in range(x.ndim)))
+def _probe(x: Any, path: str, log: Log) -> Weight:
+    axes = tuple(frozenset({d}) for d in range(x.ndim))
+    return Weight(x, (Probe(log, axes),), path, materialize=True)
 
 
-def _site(parts: Path, x: Any, log: Log) -> Site:
+def _site(path: Path, x: Any, log: Log) -> Site:
     kinds = {u.kind for u in log.uses}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
     # A tied embedding is laid out as its lookup has it: A by rows.
     first = next((u for u in log.uses if u.kind == kind), None)
-    layout = first and _layout(first, x.ndim)
-    formed = _layout(log.formed[0], x.ndim) if log.formed else None
+    layout = first and _layout(first, x.shape)
+    if first and not layout:
+        log.others.append("a product that leaves it no inputs or no outputs")
+    formed = None
+    if log.others:
+        last = x.ndim - 1
+        default = Layout((), tuple(range(last)), (last,))
+        formed = next((f for u in log.formed if (f := _layout(u, x.shape))), default)
     others = tuple(dict.fromkeys(log.others))
-    return Site(parts, x.shape, x.dtype, kind if layout else None, layout, others, formed)
+    return Site(path, x.shape, x.dtype, kind if layout else None, layout, others, formed)
 
 
-def _layout(use: Use, ndim: int) -> Layout | None:
+def _layout(use: Use, shape: tuple[int, ...]) -> Layout | None:
     """Axes that are contracted are inputs, those kept are outputs, the others are a stack."""
-    inputs = tuple(d for d in range(ndim) if d in use.inputs)
-    outputs = tuple(d for d in range(ndim) if d in use.outputs - use.inputs)
-    stack = tuple(d for d in range(ndim) if d not in use.inputs | use.outputs)
-    return Layout(stack, inputs, outputs) if inputs and outputs else None
+    inputs = [d for d in range(len(shape)) if d in use.inputs]
+    outputs = [d for d in range(len(shape)) if d in use.outputs - use.inputs]
+    stack = [d for d in range(len(shape)) if d not in use.inputs | use.outputs]
+    # A reshape may lose track of an axis of length 1, which may count as anything.
+    for role in (inputs, outputs):
+        if not role and (one := next((d for d in stack if shape[d] == 1), None)) is not None:
+            stack.remove(one)
+            role.append(one)
+    return Layout(tuple(stack), tuple(inputs), tuple(outputs)) if inputs and outputs else None

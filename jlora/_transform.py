@@ -11,7 +11,17 @@ from . import _control, _linear, _moves  # noqa: F401 - they register their rule
 from ._delta import Delta
 from ._factor import RANK, Factor
 from ._interpret import evaluate, materialize, trace
-from ._tree import adapter_leaves, check_fits, fold, is_adapted, is_low_rank, leaves_by_path, take
+from ._tree import (
+    abstract,
+    adapter_leaves,
+    check_fits,
+    check_key,
+    fold,
+    is_adapted,
+    is_low_rank,
+    leaves_by_path,
+    take,
+)
 from ._types import Adapted, LowRank, Path, PyTree
 from ._weight import Weight
 
@@ -94,7 +104,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
             args, kwargs = put(values)
             return fn(*args, **kwargs)
 
-        jaxpr, finish = trace(plain, *(w.value for w in weights))
+        jaxpr, finish = trace(plain, [abstract(w.value) for w in weights], paths)
         outs = evaluate(jaxpr, *weights)
         return finish([materialize(x, "the function's outputs") for x in outs])
 
@@ -164,6 +174,7 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
         >>> lora.apply(base, noisy, x).shape
         (1, 3)
     """
+    check_key(key)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 

@@ -50,6 +50,20 @@ def _part(key: Any) -> str:
     return str(key)
 
 
+def name_of(path: Path) -> str:
+    """How errors call a path."""
+    return "/".join(path) or "the root"
+
+
+def check_key(key: Any) -> None:
+    """`TypeError` if `key` is not one PRNG key, new or old style."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
+        got = type(key).__name__ if dtype is None else f"an array of {dtype} and shape {key.shape}"
+        raise TypeError(f"`key` must be one PRNG key, such as jax.random.key(0); got {got}.")
+
+
 def nest(leaves: dict[Path, Any]) -> PyTree:
     """A nested dict of leaves by path; a leaf at the root is itself the tree."""
     if () in leaves:
@@ -74,12 +88,15 @@ def take(
     """The leaves that `pick` picks, and the tree as a function of what stands in their places."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
     at = [i for i, x in enumerate(leaves) if pick(x)]
+    picked = [leaves[i] for i in at]
+    for i in at:  # so that `put` keeps nothing alive
+        leaves[i] = None
 
     def put(values: Sequence[Any]) -> PyTree:
         full = dict(enumerate(leaves)) | dict(zip(at, values, strict=True))
         return jax.tree.unflatten(structure, list(full.values()))
 
-    return [leaves[i] for i in at], put
+    return picked, put
 
 
 def is_abstract(x: Any) -> bool:
@@ -90,7 +107,7 @@ def is_abstract(x: Any) -> bool:
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """The shape of an array, and the dtype that it has in JAX."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    return jax.ShapeDtypeStruct(x.shape, dtype)
+    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
 
 
 def is_concrete(x: Any) -> bool:
@@ -112,6 +129,11 @@ def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
     """The `LowRank` nodes and arrays of an adapter by path; `TypeError` if it is none."""
     found = dict(leaves_by_path(adapter, lambda x: isinstance(x, LowRank | Adapted)))
     wrong = {p: x for p, x in found.items() if not isinstance(x, LowRank) and not _is_array(x)}
+    if not found:
+        raise TypeError(
+            "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+            f"got {adapter!r}, which holds none."
+        )
     if wrong:
         listed = ", ".join(
             f"{'/'.join(p) or 'the root'}: {type(x).__name__}" for p, x in wrong.items()
@@ -146,10 +168,11 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     leaves = leaves_by_path(base, is_low_rank)
     if any(is_low_rank(x) for _, x in leaves):
         raise TypeError(
-            "`base` holds LowRank nodes, so it is an adapter: are `base` and `adapter` swapped?"
+            "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
+            "and `adapter` swapped?"
         )
     shapes = {path: tuple(jnp.shape(x)) for path, x in leaves}
-    wrong = [f"  {'/'.join(p)}: {e}" for p, x in found.items() if (e := _misfit(x, shapes.get(p)))]
+    wrong = [f"  {name_of(p)}: {e}" for p, x in found.items() if (e := _misfit(x, shapes.get(p)))]
     if wrong:
         raise ValueError(
             f"`adapter` does not fit `base` at {len(wrong)} of {len(found)} paths:\n"
@@ -164,6 +187,9 @@ def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:
     if not is_low_rank(leaf):
         got = tuple(leaf.shape)
         return None if got == shape else f"expected shape {shape} as in `base`, got {got}"
+    for name in ("a", "b"):
+        if not _is_array(x := getattr(leaf, name)):
+            return f"`{name}` must be an array, got {type(x).__name__}"
     layout, a, b = leaf.layout, tuple(leaf.a.shape), tuple(leaf.b.shape)
     axes = sorted((*layout.stack, *layout.inputs, *layout.outputs))
     if axes != list(range(len(shape))):

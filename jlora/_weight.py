@@ -37,8 +37,8 @@ class Term(Protocol):
         """Follows W from shape `old` to `new`; `Unfactorable` if that mixes A's and B's axes."""
         ...
 
-    def pad(self, config: Sequence[tuple[int, int, int]]) -> "Term":
-        """Follows W through `lax.pad`: ΔW is zero where W is padded."""
+    def pad(self, config: Sequence[tuple[int, int, int]], shape: tuple[int, ...]) -> "Term":
+        """Follows W of `shape` through `lax.pad`: ΔW is zero where W is padded."""
         ...
 
     def map(self, f: Callable[[jax.Array], jax.Array]) -> "Term":

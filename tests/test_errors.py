@@ -1,7 +1,6 @@
 """What jlora refuses, in which words, and that a refusal leaves nothing half done.
 
-Messages are written out in full wherever they do not depend on a place on disk. A test marked
-`xfail` is a bug: it says what should happen, and its reason what happens now.
+Messages are written out in full wherever they do not depend on a place on disk.
 """
 
 import copy
@@ -74,11 +73,6 @@ def exactly(message: str) -> str:
     return r"\A" + re.escape(message) + r"(\n-+\nFor simplicity, JAX has removed .*)?\Z"
 
 
-def bug(reason: str, *, raises: Any = None) -> pytest.MarkDecorator:
-    """A test that fails today, and must be unmarked when it is fixed."""
-    return pytest.mark.xfail(strict=True, reason=reason, raises=raises)
-
-
 # ----------------------------------------------------------------------- rules that are malformed
 
 MALFORMED = [
@@ -121,26 +115,44 @@ MALFORMED = [
     pytest.param(
         lambda: LoRA("w", alpha=float("nan")),
         ValueError,
-        "`alpha` of LoRA('w') must be a finite number; got nan.",
+        "`alpha` of LoRA('w') must be a positive finite number; got nan.",
         id="alpha-nan",
     ),
     pytest.param(
         lambda: LoRA(alpha=float("-inf")),
         ValueError,
-        "`alpha` of LoRA() must be a finite number; got -inf.",
+        "`alpha` of LoRA() must be a positive finite number; got -inf.",
         id="alpha-infinite",
     ),
     pytest.param(
         lambda: LoRA("w", alpha=None),
         ValueError,
-        "`alpha` of LoRA('w') must be a finite number; got None.",
+        "`alpha` of LoRA('w') must be a positive finite number; got None.",
         id="alpha-none",
     ),
     pytest.param(
         lambda: LoRA("w", alpha=True),
         ValueError,
-        "`alpha` of LoRA('w') must be a finite number; got True.",
+        "`alpha` of LoRA('w') must be a positive finite number; got True.",
         id="alpha-bool",
+    ),
+    pytest.param(
+        lambda: LoRA("w", alpha=0),
+        ValueError,
+        "`alpha` of LoRA('w') must be a positive finite number; got 0.",
+        id="alpha-zero",
+    ),
+    pytest.param(
+        lambda: LoRA("w", alpha=-16.0),
+        ValueError,
+        "`alpha` of LoRA('w') must be a positive finite number; got -16.0.",
+        id="alpha-negative",
+    ),
+    pytest.param(
+        lambda: LoRA("w", dtype=jnp.int32),
+        TypeError,
+        "`dtype` of LoRA('w') must be a floating-point one; got <class 'jax.numpy.int32'>.",
+        id="dtype-integer",
     ),
     pytest.param(
         lambda: LoRA("w", dropout=1.0),
@@ -812,18 +824,68 @@ def test_unused_result_is_no_use() -> None:
 
 
 def test_dropout_where_formed() -> None:
-    """Dropout has no input to act on where W + ΔW is formed; without its key all is well."""
-    rule = LoRA("w", rank=2, dropout=0.5, materialize=True)
-    base, adapter = init(rule, apply=use_sin, params=SQUARE)
-    lora = jlora.transform(use_sin, rule)
-    assert lora.apply(base, adapter, X).shape == (2, 4)
+    """Dropout has no input to act on where W + ΔW is formed, and `init` says so."""
     message = (
         f"dropout cannot act where W + ΔW is formed (`sin` at {line_of(use_sin, '# here')} "
-        "(use_sin)): there is no input to drop. Call `apply` without `jlora.dropout`, or give this "
-        "site a rule with dropout=0."
+        "(use_sin)): there is no input to drop. Give this site a rule with dropout=0."
     )
     with pytest.raises(ValueError, match=exactly(message)):
-        lora.apply(base, jlora.dropout(adapter, KEY), X)
+        init(LoRA("w", rank=2, dropout=0.5, materialize=True), apply=use_sin, params=SQUARE)
+
+
+# ------------------------------------------------------------------------- fields named `value`
+
+
+class Projections(NamedTuple):
+    """Three weights under the names of an attention layer."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+def attend(p: Any, x: jax.Array) -> jax.Array:
+    """Three products."""
+    w = p["attention"]
+    return (x @ w.query) * (x @ w.key) + x @ w.value
+
+
+ATTENTION = {"attention": Projections(array(4, 4), array(4, 4) + 1, array(4, 4) + 2)}
+
+
+def test_field_named_value() -> None:
+    """A field `value` of a NamedTuple is a path of its own, not an NNX variable."""
+    base, adapter = init(LoRA(rank=2), apply=attend, params=ATTENTION)
+    assert jlora.count(adapter) == 3 * (4 * 2 + 2 * 4)
+    assert sorted(adapter["attention"]) == ["key", "query", "value"]
+    assert_same(jlora.merge(base, adapter), ATTENTION)
+    adapter = randomize(adapter)
+    actual = jlora.transform(attend).apply(base, adapter, X)
+    assert_same(actual, attend(jlora.merge(base, adapter), X))
+
+
+def test_pattern_of_a_field_named_value() -> None:
+    """The quickstart's own pattern finds both of its leaves."""
+    table = jlora.transform(attend, LoRA("query|value", rank=2)).sites(ATTENTION, X)
+    assert sum(site.rule is not None for site in table) == 2
+
+
+class Scaled(NamedTuple):
+    """A weight and the scale of its outputs."""
+
+    value: jax.Array
+    scale: jax.Array
+
+
+def test_field_named_value_with_a_sibling() -> None:
+    """A `value` with a sibling that is trained in full."""
+    _, adapter = init(
+        LoRA("w/value", rank=2),
+        Full("scale"),
+        apply=lambda p, x: x @ p["w"].value * p["w"].scale,
+        params={"w": Scaled(array(4, 6), array(6))},
+    )
+    assert sorted(adapter["w"]) == ["scale", "value"]
 
 
 # -------------------------------------------------------------------- adapters that do not fit
@@ -914,7 +976,7 @@ MISFITS = [
 WRONG_TREES = [
     pytest.param(
         lambda base, adapter: (adapter, base),
-        "`base` holds LowRank nodes, so it is an adapter: are `base` and `adapter` swapped?",
+        "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` and `adapter` swapped?",
         id="swapped",
     ),
     pytest.param(
@@ -1083,7 +1145,7 @@ def test_errors_of_the_model_pass() -> None:
             call()
 
 
-# ============================================================================ bugs: wrong numbers
+# ============================================================================ wrong numbers
 
 
 def joined(p: Any, x: jax.Array) -> jax.Array:
@@ -1092,7 +1154,6 @@ def joined(p: Any, x: jax.Array) -> jax.Array:
     return jnp.einsum("bi,sio->sbo", x, jnp.stack(double))
 
 
-@bug("`_join_alike` counts the two terms of one part as one term of each of two parts")
 def test_stack_of_a_joined_weight() -> None:
     """Stacked with a weight that no rule names, a concatenated one is still merged exactly."""
     params = {"w": array(4, 6), "v": array(4, 6) + 1}
@@ -1105,11 +1166,10 @@ def test_stack_of_a_joined_weight() -> None:
 def repeated(p: Any, x: jax.Array) -> jax.Array:
     """W three times, and V twice, as a stack of five."""
     stack = [jnp.broadcast_to(p[k], (n, *p[k].shape)) for k, n in (("w", 3), ("v", 2))]
-    return jnp.einsum("bi,sio->sbo", x, jnp.concatenate(stack))
+    return jnp.einsum("sbi,sio->sbo", jnp.stack([x, -x, 2 * x, 1 + x, x]), jnp.concatenate(stack))
 
 
 @pytest.mark.parametrize("pattern", ["w", "w|v"])
-@bug("`Factor.carry` takes a broadcast dimension for one of length 1; einsum's error leaks")
 def test_join_of_a_broadcast_weight(pattern: str) -> None:
     """A weight that is broadcast along a stack, and then concatenated along it."""
     params = {"w": array(4, 6), "v": array(4, 6) + 1}
@@ -1119,7 +1179,6 @@ def test_join_of_a_broadcast_weight(pattern: str) -> None:
     assert_same(actual, repeated(jlora.merge(base, adapter), X))
 
 
-@bug("leaves are traced without their `weak_type`: the output is float32 and not bfloat16")
 def test_weakly_typed_weight() -> None:
     """`jnp.full` gives a weakly typed array, which does not widen a bfloat16 activation."""
     params, x = {"w": jnp.full((4, 6), 0.5)}, X.astype(jnp.bfloat16)
@@ -1129,7 +1188,6 @@ def test_weakly_typed_weight() -> None:
 
 
 @pytest.mark.parametrize("call", ["init", "apply", "refusal"])
-@bug("`trace` keeps the model's outputs, tracers, in `finish` beyond the trace")
 def test_tracers_do_not_leak(call: str) -> None:
     """Nothing that is traced outlives its trace, whether the call succeeds or is refused."""
     base, adapter = init(LoRA("w", rank=2), apply=dense, params=SQUARE)
@@ -1143,58 +1201,7 @@ def test_tracers_do_not_leak(call: str) -> None:
                 init(LoRA("w", rank=2), apply=use_sin, params=SQUARE)
 
 
-# ========================================================================== bugs: silent misses
-
-
-class Projections(NamedTuple):
-    """Three weights under the names of an attention layer."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-
-
-def attend(p: Any, x: jax.Array) -> jax.Array:
-    """Three products."""
-    w = p["attention"]
-    return (x @ w.query) * (x @ w.key) + x @ w.value
-
-
-ATTENTION = {"attention": Projections(array(4, 4), array(4, 4) + 1, array(4, 4) + 2)}
-
-
-@bug("the field `value` loses its name, and its adapter replaces those of `query` and `key`")
-def test_field_named_value() -> None:
-    """A field `value` of a NamedTuple is a path of its own, not an NNX variable."""
-    base, adapter = init(LoRA(rank=2), apply=attend, params=ATTENTION)
-    assert jlora.count(adapter) == 3 * (4 * 2 + 2 * 4)
-    assert sorted(adapter["attention"]) == ["key", "query", "value"]
-    assert_same(jlora.merge(base, adapter), ATTENTION)
-
-
-@bug("the path of `value` is that of its parent, so that the pattern takes `query` alone")
-def test_pattern_of_a_field_named_value() -> None:
-    """The quickstart's own pattern finds both of its leaves."""
-    table = jlora.transform(attend, LoRA("query|value", rank=2)).sites(ATTENTION, X)
-    assert sum(site.rule is not None for site in table) == 2
-
-
-class Scaled(NamedTuple):
-    """A weight and the scale of its outputs."""
-
-    value: jax.Array
-    scale: jax.Array
-
-
-@bug("`nest` puts a leaf and a dict at one path", raises=TypeError)
-def test_field_named_value_with_a_sibling() -> None:
-    """A `value` with a sibling that is trained in full."""
-    init(
-        LoRA("w(/value)?$", rank=2),
-        Full("scale"),
-        apply=lambda p, x: x @ p["w"].value * p["w"].scale,
-        params={"w": Scaled(array(4, 6), array(6))},
-    )
+# ========================================================================== silent misses
 
 
 TREES = [
@@ -1210,7 +1217,6 @@ TREES = [
 
 
 @pytest.mark.parametrize(("tree", "base_of"), TREES)
-@bug("`labels` calls every leaf outside of a LowRank node and a top-level Params `full`")
 def test_optimizer_never_trains_the_base(
     tree: Callable[..., Any], base_of: Callable[[Any], Any]
 ) -> None:
@@ -1228,7 +1234,6 @@ def test_optimizer_never_trains_the_base(
 
 @pytest.mark.parametrize("adapter", [None, {"w": None}, {"w": {}}, []], ids=repr)
 @pytest.mark.parametrize("call", ["apply", "merge"])
-@bug("a tree without leaves is taken for an adapter of no sites, and the base model answers")
 def test_adapter_of_nothing(adapter: Any, call: str) -> None:
     """None is no adapter: a checkpoint that was not found must not pass as the base model."""
     base, _ = init(LoRA("w", rank=2), apply=dense, params=W)
@@ -1239,14 +1244,6 @@ def test_adapter_of_nothing(adapter: Any, call: str) -> None:
             jlora.merge(base, adapter)
 
 
-@bug("alpha = 0 makes every gradient zero, and is accepted")
-def test_alpha_zero() -> None:
-    """A scale of zero trains nothing."""
-    with pytest.raises(ValueError, match=re.escape("`alpha` of LoRA('w') must")):
-        LoRA("w", alpha=0)
-
-
-@bug("rules are compared by identity, so that the same object twice passes")
 def test_same_rule_twice() -> None:
     """The second of two equal rules takes nothing."""
     rule = LoRA("w", rank=2)
@@ -1255,14 +1252,12 @@ def test_same_rule_twice() -> None:
 
 
 @pytest.mark.parametrize("flag", ["materialize", "rslora"])
-@bug("flags are not checked: the string is true")
 def test_flag_that_is_a_string(flag: str) -> None:
     """`"false"` from a configuration file is not False."""
     with pytest.raises(TypeError, match=f"`{flag}` of"):
         LoRA("w", **{flag: "false"})
 
 
-@bug("`bool` passes for a number")
 def test_lora_plus_bool() -> None:
     """`lora_plus=True` does not mean a ratio of 1."""
     with pytest.raises(ValueError, match=re.escape("`lora_plus` must be a positive")):
@@ -1282,17 +1277,15 @@ def integers(key: Any, w: Any, site: Any, rule: Any) -> Any:
 
 
 @pytest.mark.parametrize("initializer", [changed_dtype, integers])
-@bug("only the shapes of A and B are checked")
 def test_initializer_with_wrong_dtypes(initializer: Callable[..., Any]) -> None:
     """W keeps its dtype, and A and B are floating-point."""
     with pytest.raises((TypeError, ValueError), match=r"`init` of LoRA.*float"):
         init(LoRA("w", rank=2, init=initializer), apply=dense, params=W)
 
 
-# =================================================== bugs: right uses that are refused or crash
+# =================================================== right uses that are refused or crash
 
 
-@bug("`init`'s own parameters shadow the model's keyword arguments", raises=TypeError)
 def test_keyword_arguments_of_the_model() -> None:
     """Models with `key=`, `params=`, `base=` or `adapter=` of their own."""
 
@@ -1312,7 +1305,6 @@ def test_keyword_arguments_of_the_model() -> None:
     [("rank", np.int64(4)), ("alpha", np.float32(16)), ("dropout", np.float32(0.1))],
     ids=["rank", "alpha", "dropout"],
 )
-@bug("NumPy's numbers are refused as out of range", raises=ValueError)
 def test_numpy_numbers(field: str, number: Any) -> None:
     """A sweep over `np.arange` or `np.linspace` gives NumPy's numbers."""
     assert getattr(LoRA("w", **{field: number}), field) == number
@@ -1323,12 +1315,11 @@ PYTHON_VALUES = {
     "bool": ({"flag": True}, lambda p, x: x @ p["w"] if p["flag"] else x),
     "vector": ({"gate": jnp.ones(1)}, lambda p, x: x @ p["w"] if p["gate"][0] > 0 else x),
     "float": ({"scale": jnp.float32(2)}, lambda p, x: x @ p["w"] * float(p["scale"])),
-    "numpy": ({"mask": np.eye(4, 6)}, lambda p, x: x @ (p["w"] * np.asarray(p["mask"])).T),
+    "numpy": ({"mask": np.eye(4, 6)}, lambda p, x: x @ (p["w"] * np.asarray(p["mask"]))),
 }
 
 
 @pytest.mark.parametrize("case", list(PYTHON_VALUES))
-@bug("`find_sites` traces every leaf, also those that cannot be adapted")
 def test_python_reads_a_leaf_that_is_not_adapted(case: str) -> None:
     """Leaves that no rule takes keep their values, as `apply` keeps them."""
     extra, apply = PYTHON_VALUES[case]
@@ -1348,7 +1339,6 @@ def test_python_leaves_that_are_not_read() -> None:
     assert list(adapter) == ["w"]
 
 
-@bug("`merge` reads the dtype of a leaf that is a Python number", raises=AttributeError)
 def test_merge_of_python_numbers() -> None:
     """A Python number that is trained in full, merged and checked."""
     rules = LoRA("w", rank=2), Full("scale")
@@ -1358,7 +1348,6 @@ def test_merge_of_python_numbers() -> None:
     assert jlora.merge(base, adapter)["scale"] == 0.5
 
 
-@bug("`merge(check=True)` reads the dtype of a Python number", raises=AttributeError)
 def test_merge_check_of_python_numbers() -> None:
     """A Python number beside the adapted weight."""
     base, adapter = init(LoRA("w", rank=2), apply=dense, params=W | {"layers": 3})
@@ -1409,7 +1398,6 @@ def use_row(p: Any, x: jax.Array) -> Any:
     [use_raveled, use_mixed, use_batched, use_one_output, use_rows, use_row],
     ids=lambda f: f.__name__.removeprefix("use_"),
 )
-@bug("refused with the advice to set materialize=True, which is set", raises=ValueError)
 def test_materialize_reaches_every_use(apply: Callable[..., Any]) -> None:
     """With `materialize=True` any use is exact."""
     rule = LoRA("w", rank=2, materialize=True)
@@ -1419,7 +1407,7 @@ def test_materialize_reaches_every_use(apply: Callable[..., Any]) -> None:
     assert_same(actual, apply(jlora.merge(base, adapter), X))
 
 
-# ======================================================== bugs: messages that mislead, or are JAX's
+# ======================================================== messages that mislead, or are JAX's
 
 
 def message_of(provoke: Callable[[], Any]) -> str:
@@ -1429,7 +1417,6 @@ def message_of(provoke: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-@bug("a leaf whose only product has no outputs left is called unused")
 def test_used_leaf_is_not_called_unused() -> None:
     """The message says what stands in the way."""
     text = message_of(lambda: init(LoRA("w", rank=2), apply=use_one_output, params=SQUARE))
@@ -1445,13 +1432,11 @@ def test_used_leaf_is_not_called_unused() -> None:
         ("unused", "materialize"),
     ],
 )
-@bug("one remedy for all causes: it names steps that end in the next error")
 def test_remedies_help(pattern: str, no_help: str) -> None:
     """No advice that cannot work: a vector or an integer is never formed or trained."""
     assert no_help not in message_of(lambda: init(LoRA(pattern, rank=2)))
 
 
-@bug("near misses are sought among linear sites alone; leaves are said not to exist")
 def test_near_misses_beside_sites() -> None:
     """A typo in a model that has leaves but no linear site."""
     provoke = lambda: init(  # noqa: E731
@@ -1471,7 +1456,6 @@ def use_clip(p: Any, x: jax.Array) -> Any:
 
 
 @pytest.mark.parametrize("apply", [use_where, use_clip])
-@bug("inside a jitted function of `jax.numpy` the line is unknown; the call's own is not asked")
 def test_line_of_a_library_function(apply: Callable[..., Any]) -> None:
     """The user's line that calls `jnp.where` or `jnp.clip`."""
     text = message_of(lambda: init(LoRA("w", rank=2), apply=apply, params=SQUARE))
@@ -1490,15 +1474,14 @@ BRANCHES = {
 def test_python_reads_an_adapted_weight(case: str) -> None:
     """Python code that asks for the value of an adapted weight is refused, by both."""
     apply = BRANCHES[case]
-    with pytest.raises((jax.errors.JAXTypeError, jax.errors.ConcretizationTypeError)):
+    with pytest.raises(TypeError, match="asks in Python for the value"):
         init(LoRA("w", rank=2), apply=apply, params=SQUARE)
     base, adapter = init(LoRA("w", rank=2), apply=dense, params=SQUARE)
-    with pytest.raises((jax.errors.JAXTypeError, jax.errors.ConcretizationTypeError)):
+    with pytest.raises(TypeError, match="asks in Python for the value"):
         jlora.transform(apply).apply(base, adapter, X)
 
 
 @pytest.mark.parametrize("case", list(BRANCHES))
-@bug("JAX's error names `eager` in jlora/_interpret.py and `leaves[0]`")
 def test_python_reads_an_adapted_weight_wording(case: str) -> None:
     """The error names the leaf, and no line of jlora."""
     text = message_of(lambda: init(LoRA("w", rank=2), apply=BRANCHES[case], params=SQUARE))
@@ -1516,7 +1499,6 @@ LEAKS = {
     "slots-axis-string": (lambda: Slots(3, (0,), axis="out"), "`axis` of Slots"),
     "slots-axis-float": (lambda: Slots(3, (0,), axis=0.5), "`axis` of Slots"),
     "initializer-string": (lambda: LoRA("w", init="gaussian"), "`init` of LoRA('w')"),
-    "dtype-integer": (lambda: LoRA("w", dtype=jnp.int32), "`dtype` of LoRA('w')"),
     "dtype-unknown": (lambda: LoRA("w", dtype="float33"), "`dtype` of LoRA('w')"),
     "alpha-huge": (lambda: LoRA("w", alpha=10**400), "`alpha` of LoRA('w')"),
     "no-apply-function": (lambda: jlora.transform(LoRA("w"), LoRA("w")), "`apply_fn`"),
@@ -1574,7 +1556,6 @@ LEAKS = {
 
 
 @pytest.mark.parametrize("case", list(LEAKS))
-@bug("no check: an error of Python or JAX, or a misleading one, arrives instead")
 def test_clear_error(case: str) -> None:
     """The argument or the path is named."""
     provoke, named_in = LEAKS[case]

@@ -132,21 +132,26 @@ def test_adapted_is_merged(case: Case, dtype: Any) -> None:
         def merged(adapter: Any) -> Any:
             return problem.apply(jlora.merge(base, adapter), *problem.args, **problem.kwargs)
 
-        actual, expected = (value_and_slope(f, adapter, case.grad) for f in (adapted, merged))
+        actual, expected = (
+            value_and_slope(f, adapter, case.grad, jit=case.jit) for f in (adapted, merged)
+        )
         assert_close(actual, expected, tolerance)
         assert not case.grad or any(np.any(x) for x in jax.tree.leaves(expected[1]))
 
 
-def value_and_slope(f: Any, adapter: Any, grad: bool, *args: Any) -> tuple[Any, Any]:
+def value_and_slope(
+    f: Any, adapter: Any, grad: bool, *args: Any, jit: bool = True
+) -> tuple[Any, Any]:
     """Floating-point outputs of `f`, and the gradient of their `scalar`, as one program."""
+    program = jax.jit if jit else lambda f: f
 
     def loss(adapter: Any, *args: Any) -> tuple[Any, Any]:
         outputs = floats(f(adapter, *args))
         return scalar(outputs), outputs
 
     if not grad:
-        return jax.jit(lambda *xs: loss(*xs)[1])(adapter, *args), None
-    slope, outputs = jax.jit(jax.grad(loss, has_aux=True))(adapter, *args)
+        return program(lambda *xs: loss(*xs)[1])(adapter, *args), None
+    slope, outputs = program(jax.grad(loss, has_aux=True))(adapter, *args)
     return outputs, slope
 
 
@@ -160,7 +165,7 @@ def test_transforms_agree(case: Case) -> None:
         def value(adapter: Any, *args: Any) -> list[jax.Array]:
             return floats(lora.apply(base, adapter, *args, *static, **problem.kwargs))
 
-        plain = value_and_slope(value, adapter, case.grad, *dynamic)
+        plain = value_and_slope(value, adapter, case.grad, *dynamic, jit=case.jit)
         if case.grad:
             remat = value_and_slope(jax.checkpoint(value), adapter, True, *dynamic)
             assert_close(remat, plain, tolerance)

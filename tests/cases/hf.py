@@ -203,7 +203,7 @@ def hf_llama(dtype):
 
 
 @case(
-    rules=(LoRA("[qv]_proj", rank=4, alpha=8), Full("norm/weight|lm_head")),
+    rules=(LoRA("[qv]_proj", rank=4, alpha=8), Full("^model/norm/|^lm_head/")),
     sites=2,
     trainable=4 * (8 + 8) + 4 * (8 + 4) + 8 + 8 * 11,  # q, v; final norm, head
     float64=False,

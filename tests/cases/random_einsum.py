@@ -102,9 +102,7 @@ def products(draw: st.DrawFn, dtype: DTypeLike = jnp.float32) -> Product:
         kind: tuple(d for d, axis in enumerate(axes) if axis[0].kind == kind)
         for kind in (STACK, INPUT, OUTPUT)
     }
-    # Where a cut leaves one entry of a stored axis that is longer, the axis is not unclear: A or B
-    # has all of its entries. Its kind, however, is, as of any used axis of length 1.
-    unclear = tuple(d for d, cut in enumerate(cuts) if cut.length == 1)
+    unclear = tuple(d for d, length in enumerate(shape) if length == 1)
     limit = min(math.prod(shape[d] for d in layout[kind]) for kind in (INPUT, OUTPUT))
     problem = Problem(
         apply,
@@ -141,8 +139,8 @@ def _stored(draw: st.DrawFn, atoms: Sequence[Atom]) -> list[list[Atom]]:
 
 @st.composite
 def _cut(draw: st.DrawFn, length: int) -> Cut:
-    """The whole axis, more often than not."""
-    if draw(st.integers(0, 3)):
+    """The whole axis, more often than not; one of length 1 always, as it is no stack to choose from."""
+    if length == 1 or draw(st.integers(0, 3)):
         return Cut(0, length, 1, 0)
     start, stride, after = (draw(st.integers(low, 2)) for low in (0, 1, 0))
     return Cut(start, length, stride, after)
