@@ -117,4 +117,4 @@ def match_varying(*args: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _varying(x: jax.Array) -> frozenset[Any]:
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    return frozenset(jax.typeof(x).manual_axis_type.varying)

@@ -248,10 +248,16 @@ MALFORMED = [
         id="slots-above",
     ),
     pytest.param(
-        lambda: Slots(3, (-1, 1.0)),
+        lambda: Slots(3, (-1, 1)),
         ValueError,
-        "`chosen` of Slots must lie in [0, 3), the slots; got [-1, 1.0].",
-        id="slots-below-and-float",
+        "`chosen` of Slots must lie in [0, 3), the slots; got [-1].",
+        id="slots-below",
+    ),
+    pytest.param(
+        lambda: Slots(3, (0, 1.0)),
+        TypeError,
+        "`chosen` of Slots must be a tuple of integers; got (0, 1.0).",
+        id="slots-float",
     ),
     pytest.param(
         lambda: jlora.transform(model, [LoRA("w", rank=2)]),
@@ -307,6 +313,7 @@ def test_malformed_rule(provoke: Callable[[], Any], error: type[Exception], mess
 
 # ------------------------------------------------------------------ rules that do not fit the model
 
+IN_FULL = "Narrow the pattern, or train the leaf in full with jlora.Full."
 REMEDY = (
     "Narrow the pattern, train the leaf in full with jlora.Full, or let W + ΔW be formed with "
     "LoRA(..., materialize=True)."
@@ -391,25 +398,25 @@ UNFIT = [
     pytest.param(
         lambda: init(LoRA("layer", rank=2)),
         "LoRA('layer') matches 'layer/bias' of shape (6,), which is used by nothing linear: "
-        f"it is no matrix (shape (6,)). {REMEDY}",
+        f"it is no matrix (shape (6,)). {IN_FULL}",
         id="bias",
     ),
     pytest.param(
         lambda: init(LoRA("scale", rank=2)),
         "LoRA('scale') matches 'layer/scale' of shape (6,), which is used by nothing linear: "
-        f"it is no matrix (shape (6,)). {REMEDY}",
+        f"it is no matrix (shape (6,)). {IN_FULL}",
         id="norm-scale",
     ),
     pytest.param(
         lambda: init(LoRA("unused", rank=2)),
         "LoRA('unused') matches 'unused' of shape (3, 5), which is used by nothing linear: "
-        f"it is not used by the traced call. {REMEDY}",
+        f"it is not used by the traced call. {IN_FULL}",
         id="unused",
     ),
     pytest.param(
         lambda: init(LoRA("bucket", rank=2)),
         "LoRA('bucket') matches 'bucket' of shape (3, 3), which is used by nothing linear: "
-        f"it is not floating-point (int32). {REMEDY}",
+        "it is not floating-point (int32). Narrow the pattern.",
         id="integer",
     ),
     pytest.param(
@@ -512,8 +519,10 @@ def wrong_a(key: Any, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
 
 def test_initializer_with_wrong_shapes() -> None:
     """A and B as the initializer gave them, and as they should be."""
-    message = r"`init` of LoRA\(pattern='kernel', rank=2, .*wrong_a.*\) " + re.escape(
-        "gave A (2, 4) and B (2, 6) for 'layer/kernel'; expected (4, 2) and (2, 6)."
+    message = exactly(
+        "`init` of LoRA('kernel') must give W, A and B for 'layer/kernel', floating-point, of "
+        "shapes ((4, 6), (4, 2), (2, 6)) and with W's dtype float32; got (((4, 6), 'floating-point'), "
+        "((2, 4), 'floating-point'), ((2, 6), 'floating-point'))."
     )
     with pytest.raises(ValueError, match=message):
         init(LoRA("kernel", rank=2, init=wrong_a))
@@ -976,7 +985,8 @@ MISFITS = [
 WRONG_TREES = [
     pytest.param(
         lambda base, adapter: (adapter, base),
-        "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` and `adapter` swapped?",
+        "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
+        "and `adapter` swapped?",
         id="swapped",
     ),
     pytest.param(

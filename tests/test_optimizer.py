@@ -191,7 +191,7 @@ def _check_moved(moved: bool, name: str, freeze_a: bool) -> None:
     assert moved == (name != "a" or not freeze_a)
 
 
-@pytest.mark.parametrize("fill", [jnp.nan, jnp.inf, 1e30, 0.0])
+@pytest.mark.parametrize("fill", [jnp.nan, 1e30])
 def test_gradients_of_the_base_do_not_matter(small: Setup, fill: float) -> None:
     """Neither the base nor the adapter nor the clipping norm sees them, not even NaN."""
     tx = jlora.optimizer(optax.chain(optax.clip_by_global_norm(1e-3), optax.adamw(1e-2)))
@@ -487,8 +487,10 @@ COMPOSED = {
 }
 
 
-@pytest.mark.parametrize("freeze_a", [False, True])
-@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize(
+    ("name", "freeze_a"),
+    [*((name, False) for name in COMPOSED), *((name, True) for name in COMPOSED if "by_" in name)],
+)
 def test_both_forms_agree_under(small: Setup, name: str, freeze_a: bool) -> None:
     """Any optax transformation trains the adapter as if it were alone."""
     grads = some_grads(small, 4)

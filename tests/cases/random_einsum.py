@@ -139,7 +139,7 @@ def _stored(draw: st.DrawFn, atoms: Sequence[Atom]) -> list[list[Atom]]:
 
 @st.composite
 def _cut(draw: st.DrawFn, length: int) -> Cut:
-    """The whole axis, more often than not; one of length 1 always, as it is no stack to choose from."""
+    """The whole axis, more often than not; always one of length 1: it is no stack."""
     if length == 1 or draw(st.integers(0, 3)):
         return Cut(0, length, 1, 0)
     start, stride, after = (draw(st.integers(low, 2)) for low in (0, 1, 0))

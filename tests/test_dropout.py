@@ -1,0 +1,483 @@
+"""Dropout on the low-rank path: `jlora.dropout` and the rule's `dropout`, row 14 of the issue.
+
+For a model that is linear in its weight and in its input, y = f(W, x) + f(ΔW, drop(x)), so over the
+keys the mean of y is f(W + ΔW, x) and its variance is p / (1 - p) · f(ΔW², x²), whatever f is. For
+any model, an input that is dropped has no part in the gradient of A, so that the rows of that
+gradient that are zero show the mask.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, Case
+from jax import lax
+
+import jlora
+
+KEY = jax.random.key(7)
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    """Numbers between 1/2 and 3/2 of either sign: none so small that it could look like zero."""
+    size, sign = jax.random.split(jax.random.key(seed))
+    signs = jax.random.rademacher(sign, shape, jnp.float32)
+    return signs * jax.random.uniform(size, shape, minval=0.5, maxval=1.5)
+
+
+def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:
+    """An initializer with a B that is not zero."""
+    w, a, b = jlora.kaiming_uniform(key, w, site, rule)
+    return w, a, 0.3 * jax.random.normal(key, b.shape, b.dtype)
+
+
+def adapt(apply: Any, params: Any, x: Any, **options: Any) -> tuple[Any, Any, Any]:
+    """Transform, base and adapter of all sites."""
+    rule = jlora.LoRA(**{"pattern": "", "rank": 2, "dropout": 0.25, "init": random} | options)
+    lora = jlora.transform(apply, rule)
+    return lora, *lora.init(jax.random.key(0), params, x)
+
+
+def identical(x: Any, y: Any) -> bool:
+    """Whether two trees have the same bytes."""
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Leaf by leaf, relative to the largest entry."""
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
+
+
+# ----------------------------------------------------------------------- one linear use of W
+
+
+def conv(w: jax.Array, x: jax.Array, **options: Any) -> jax.Array:
+    """A convolution, channels last."""
+    numbers = ("NWC", "WIO", "NWC")
+    return lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=numbers, **options)
+
+
+IDS = jnp.array([[3, 0, 6], [3, 3, 2]])
+GROUPS = jnp.array([2, 0, 5], jnp.int32)
+EXPERT = jnp.array([2, 0, 2, 1])
+
+# f(W, x), the shape of W, and x.
+LINEAR: dict[str, tuple[Any, tuple[int, ...], jax.Array]] = {
+    "dense": (lambda w, x: x @ w, (6, 5), draw(0, 3, 6)),
+    "transposed": (lambda w, x: x @ w.T, (5, 6), draw(0, 3, 6)),
+    "left": (lambda w, x: w @ x, (5, 6), draw(0, 6, 3)),
+    "heads": (lambda w, x: jnp.einsum("bhk,hkd->bd", x, w), (2, 3, 5), draw(0, 4, 2, 3)),
+    "conv": (conv, (3, 4, 5), draw(0, 2, 6, 4)),
+    "conv_grouped": (
+        lambda w, x: conv(w, x, feature_group_count=2),
+        (3, 2, 6),
+        draw(0, 2, 6, 4),
+    ),
+    "embed": (lambda w, x: w[IDS] * x, (7, 4), draw(0, 2, 3, 1)),
+    "one_hot": (lambda w, x: jax.nn.one_hot(IDS, 7) @ w * x, (7, 4), draw(0, 2, 3, 1)),
+    "experts": (lambda w, x: jnp.einsum("ecd,edf->ecf", x, w), (3, 6, 5), draw(0, 3, 2, 6)),
+    "experts_mapped": (jax.vmap(lambda w, x: x @ w), (3, 6, 5), draw(0, 3, 2, 6)),
+    "experts_ragged": (lambda w, x: lax.ragged_dot(x, w, GROUPS), (3, 6, 5), draw(0, 7, 6)),
+    "experts_gathered": (
+        lambda w, x: jnp.einsum("ti,tio->to", x, w[EXPERT]),
+        (3, 6, 5),
+        draw(0, 4, 6),
+    ),
+    "map": (lambda w, x: lax.map(lambda wx: wx[1] @ wx[0], (w, x)), (3, 6, 5), draw(0, 3, 2, 6)),
+    "fused": (lambda w, x: jnp.concatenate(jnp.split(x @ w, 3, -1)), (6, 6), draw(0, 3, 6)),
+}
+
+
+def of_squares(name: str, delta: jax.Array) -> jax.Array:
+    """f(ΔW², x²)."""
+    f, _, x = LINEAR[name]
+    return f(delta**2, x**2)
+
+
+def linear(name: str, **options: Any) -> tuple[Any, Any, Any, jax.Array]:
+    """Transform, base, adapter and input of an entry of `LINEAR`."""
+    f, shape, x = LINEAR[name]
+    if name == "fused":
+        options["slots"] = jlora.Slots(3, (0, 2))
+    return *adapt(lambda p, x: f(p["w"], x), {"w": draw(1, *shape)}, x, **options), x
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_mean_and_variance_over_keys(name: str) -> None:
+    """The mean is the output without dropout; the variance is that of one coin for each input.
+
+    The bounds are six standard errors of 2000 keys; the variance of a weighted sum of coins with
+    p = 1/4 has a kurtosis below 3.
+    """
+    n, p = 2000, 0.25
+    lora, base, adapter, x = linear(name, dropout=p)
+    ys = jax.jit(jax.vmap(lambda k: lora.apply(base, jlora.dropout(adapter, k), x)))(
+        jax.random.split(KEY, n)
+    )
+    expected = np.asarray(lora.apply(base, adapter, x), np.float64)
+    delta = jlora.merge(jax.tree.map(jnp.zeros_like, base), adapter)["w"]
+    variance = np.asarray(p / (1 - p) * of_squares(name, delta), np.float64)
+    if name == "embed":  # here x scales the output: the input that is dropped is the row's one
+        assert variance.any()
+    error = np.abs(np.mean(np.asarray(ys, np.float64), 0) - expected)
+    assert np.all(error <= 6 * np.sqrt(variance / n) + 1e-4)
+    actual = np.var(np.asarray(ys, np.float64), 0)
+    assert np.all(np.abs(actual - variance) <= 6 * np.sqrt(2 / n) * variance + 1e-6)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_off_without_a_key(name: str) -> None:
+    """Bit for bit what a rule without dropout gives."""
+    lora, base, adapter, x = linear(name, dropout=0.5)
+    plain, _, same, _ = linear(name, dropout=0.0)
+    assert identical(same, adapter)
+    assert identical(lora.apply(base, adapter, x), plain.apply(base, same, x))
+    assert not identical(
+        lora.apply(base, jlora.dropout(adapter, KEY), x), plain.apply(base, same, x)
+    )
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_jit_checkpoint_and_vmap_draw_the_same_mask(name: str) -> None:
+    """One key, one mask: compiled, computed again in the backward pass, or mapped over keys."""
+    lora, base, adapter, x = linear(name, dropout=0.5)
+
+    def output(adapter: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        return lora.apply(base, jlora.dropout(adapter, key), x)
+
+    def loss(f: Any) -> Any:
+        return jax.value_and_grad(lambda a, x, k: (jnp.tanh(f(a, x, k)) ** 2).sum(), (0, 1))
+
+    expected = loss(output)(adapter, x, KEY)
+    assert_close(jax.jit(loss(output))(adapter, x, KEY), expected)
+    assert_close(loss(jax.checkpoint(output))(adapter, x, KEY), expected)
+    assert_close(jax.jit(loss(jax.checkpoint(output)))(adapter, x, KEY), expected)
+    keys = jnp.stack([jax.random.key(8), KEY])
+    mapped = jax.vmap(loss(output), (None, None, 0))(adapter, x, keys)
+    assert_close(jax.tree.map(lambda v: v[1], mapped), expected)
+    _, scanned = lax.scan(lambda c, k: (c, loss(output)(adapter, x, k)), None, keys)
+    assert_close(jax.tree.map(lambda v: v[1], scanned), expected)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_fraction_of_dropped_inputs_is_p(p: float) -> None:
+    """Each entry of x is multiplied by 0 or by 1 / (1 - p); the first with probability p."""
+    n = 200
+    x = draw(0, n, n)
+    f = lambda params, x: x @ params["w"]  # noqa: E731
+    lora, base, adapter = adapt(f, {"w": jnp.zeros((n, 3))}, x, dropout=p)
+    value = lambda adapter, x: lora.apply(base, adapter, x).sum()  # noqa: E731
+    noisy, plain = (jax.grad(value, 1)(a, x) for a in (jlora.dropout(adapter, KEY), adapter))
+    factor = np.asarray(noisy / plain)
+    dropped = factor == 0
+    np.testing.assert_allclose(factor[~dropped], 1 / (1 - p), rtol=1e-4)
+    six_sigma = 6 * np.sqrt(p * (1 - p) / dropped.size)
+    assert abs(dropped.mean() - p) < six_sigma
+    # No row and no column is dropped more than chance allows, so entries are drawn one by one.
+    for axis in (0, 1):
+        assert np.all(np.abs(dropped.mean(axis) - p) < 6 * np.sqrt(p * (1 - p) / n))
+        assert len({x.tobytes() for x in np.moveaxis(dropped, axis, 0)}) == n
+
+
+def test_gradients_of_dropped_inputs_are_zero() -> None:
+    """Those of A and, through ΔW, of x; what is kept has gradients as for x / (1 - p)."""
+    f, x = (lambda params, x: x @ params["w"]), draw(0, 1, 64)
+    lora, base, adapter = adapt(f, {"w": draw(1, 64, 8)}, x, dropout=0.5)
+    noisy = jlora.dropout(adapter, KEY)
+
+    def loss(a: jax.Array, b: jax.Array, x: jax.Array, node: Any) -> jax.Array:
+        return (lora.apply(base, {"w": node._replace(a=a, b=b)}, x) * jnp.arange(1.0, 9)).sum()
+
+    site = noisy["w"]
+    da, db, dx = jax.grad(loss, (0, 1, 2))(site.a, site.b, x, site)
+    dropped = ~np.any(da, axis=1)
+    assert 0 < dropped.sum() < 64
+    kept = jnp.where(dropped, 0.0, 2 * x)
+    ea, eb, ex = jax.grad(loss, (0, 1, 2))(site.a, site.b, kept, adapter["w"])
+    ea_at_base = jnp.where(dropped[:, None], 0.0, ea)
+    assert_close((da, db), (ea_at_base, eb))
+    base_only = jax.grad(lambda x: (f(base, x) * jnp.arange(1.0, 9)).sum())(x)
+    assert_close(dx, jnp.where(dropped, base_only, base_only + 2 * (ex - base_only)))
+
+
+# --------------------------------------------------------------------------- masks of a model
+
+
+class Layer(nn.Module):
+    """A residual layer of two products of 64 inputs each."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        """(…, 64) to the same."""
+        h = jnp.tanh(nn.Dense(64, use_bias=False, name="up")(x))
+        return x + nn.Dense(64, use_bias=False, name="down")(h), None
+
+
+class Model(nn.Module):
+    """Three scanned layers, stacked along `axis`, under a head."""
+
+    axis: int = 0
+    remat: bool = False
+    policy: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(…, 64) to (…, 5)."""
+        layer = nn.remat(Layer, prevent_cse=False, policy=self.policy) if self.remat else Layer
+        stack = nn.scan(
+            layer, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3
+        )
+        return nn.Dense(5, name="head")(stack(name="layers")(x, None)[0])
+
+
+ONE = draw(3, 1, 64)
+
+
+def model(p: float = 0.5, **options: Any) -> tuple[Any, Any, Any]:
+    """Transform, base and adapter of a `Model`."""
+    module = Model(**options)
+    return adapt(module.apply, module.init(jax.random.key(0), ONE), ONE, pattern=None, dropout=p)
+
+
+def gradient(lora: Any, base: Any, adapter: Any, key: jax.Array, x: jax.Array = ONE) -> Any:
+    """The gradient of a loss with dropout with respect to the adapter."""
+    loss = lambda a: (lora.apply(base, jlora.dropout(a, key), x) ** 2).sum()  # noqa: E731
+    return jax.jit(jax.grad(loss))(adapter)
+
+
+def masks(slope: Any, axis: int = 0) -> dict[str, np.ndarray]:
+    """The inputs that each product kept, for a batch of one: by site, and layer if stacked."""
+    params, found = slope["params"], {"head": ~np.all(slope["params"]["head"]["kernel"].a == 0, -1)}
+    for name in ("up", "down"):
+        a = np.asarray(params["layers"][name]["kernel"].a)
+        found |= {f"{name}{i}": np.any(a[i] != 0, axis=-1) for i in range(3)}
+    return found
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_masks_differ_by_site_and_by_layer(axis: int) -> None:
+    """Seven products, seven masks, of which any two agree at about half of the inputs."""
+    found = masks(gradient(*model(axis=axis), KEY))
+    assert len(found) == 7
+    for name, mask in found.items():
+        assert 12 < mask.sum() < 52, name
+        for other, theirs in found.items():
+            assert name == other or 8 < np.sum(mask == theirs) < 56, (name, other)
+
+
+def test_masks_follow_the_key() -> None:
+    """The same key gives the same masks, another key others, at every site and layer."""
+    at = model()
+    first, again = (gradient(*at, jax.random.key(seed)) for seed in (1, 1))
+    assert identical(first, again)
+    mine, others = masks(first), masks(gradient(*at, jax.random.key(2)))
+    assert all(np.any(mine[name] != others[name]) for name in mine)
+
+
+def test_masks_do_not_depend_on_other_sites() -> None:
+    """A site draws the same whatever other rules there are."""
+    module = Model()
+    params = module.init(jax.random.key(0), ONE)
+    lora, base, adapter = adapt(module.apply, params, ONE, pattern="up", dropout=0.5)
+    few = gradient(lora, base, adapter, KEY)["params"]["layers"]["up"]["kernel"].a
+    many = masks(gradient(*model(), KEY))
+    assert all(np.array_equal(np.any(few[i] != 0, -1), many[f"up{i}"]) for i in range(3))
+
+
+def test_rows_of_a_batch_have_masks_of_their_own() -> None:
+    """Equal rows come out different."""
+    lora, base, adapter = model()
+    rows = lora.apply(base, jlora.dropout(adapter, KEY), jnp.repeat(ONE, 4, 0))
+    assert len({row.tobytes() for row in np.asarray(rows)}) == 4
+
+
+@pytest.mark.parametrize("policy", [None, "dots_saveable", "nothing_saveable"])
+def test_remat_computes_the_same_mask_again(policy: str | None) -> None:
+    """A rematerialized model has the gradient of the plain one, whatever is saved."""
+    lora, base, adapter = model()
+    expected = gradient(lora, base, adapter, KEY)
+    remat = jlora.transform(
+        Model(remat=True, policy=policy and getattr(jax.checkpoint_policies, policy)).apply,
+        jlora.LoRA(rank=2, dropout=0.5),
+    )
+    actual = gradient(remat, base, adapter, KEY)
+    assert_close(actual, expected)
+    pairs = zip(masks(actual).values(), masks(expected).values(), strict=True)
+    assert all(np.array_equal(x, y) for x, y in pairs)
+
+
+def test_expectation_through_layers_without_nonlinearity() -> None:
+    """Masks of different layers are independent: the mean of the product is that of the means."""
+    n, x = 4000, draw(0, 2, 4)
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0] @ params["v"]
+
+    params = {"w": 0.7 * draw(1, 3, 4, 4), "v": 0.7 * draw(2, 4, 3)}
+    lora, base, adapter = adapt(apply, params, x, dropout=0.25)
+    ys = jax.jit(jax.vmap(lambda k: lora.apply(base, jlora.dropout(adapter, k), x)))(
+        jax.random.split(KEY, n)
+    )
+    standard_error = jnp.std(ys, axis=0) / np.sqrt(n)
+    assert np.all(standard_error > 0)
+    assert np.all(jnp.abs(ys.mean(0) - lora.apply(base, adapter, x)) < 5 * standard_error)
+
+
+def test_training_with_a_key_a_step_in_one_scan() -> None:
+    """`lax.scan` over steps trains as a loop of compiled steps does."""
+    lora, base, adapter = model()
+    tx = jlora.optimizer(optax.adam(1e-2))
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        adapter, state = carry
+        loss = lambda a: (lora.apply(base, jlora.dropout(a, key), ONE) ** 2).sum()  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(adapter)
+        updates, state = tx.update(grads, state, adapter)
+        return (optax.apply_updates(adapter, updates), state), value
+
+    keys = jax.random.split(KEY, 5)
+    (scanned, _), losses = jax.jit(lambda c: lax.scan(step, c, keys))((adapter, tx.init(adapter)))
+    carry, expected = (adapter, tx.init(adapter)), []
+    for key in keys:
+        carry, value = jax.jit(step)(carry, key)
+        expected.append(value)
+    assert_close(losses, jnp.stack(expected), 1e-4)
+    assert_close(scanned, carry[0], 1e-4)
+
+
+# -------------------------------------------------------------------------------- keys and trees
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_raw_and_typed_keys_are_one(impl: str) -> None:
+    """`jax.random.PRNGKey` and `jax.random.key` of a seed give the same output."""
+    lora, base, adapter = model()
+    with jax.default_prng_impl(impl):
+        typed, raw = (
+            lora.apply(base, jlora.dropout(adapter, make(3)), ONE)
+            for make in (jax.random.key, jax.random.PRNGKey)
+        )
+    assert identical(typed, raw)
+
+
+def test_sites_without_dropout_get_no_key() -> None:
+    """A rule with `dropout=0`, and leaves trained in full, stay as they are."""
+    rules = (jlora.LoRA("w", rank=1, dropout=0.5), jlora.LoRA("v", rank=1), jlora.Full("b"))
+    lora = jlora.transform(lambda p, x: x @ p["w"] @ p["v"] + p["b"], *rules)
+    params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    _, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+    noisy = jlora.dropout(adapter, KEY)
+    assert noisy["b"] is adapter["b"]
+    assert noisy["v"] is adapter["v"]
+    assert noisy["w"].a is adapter["w"].a
+    assert noisy["w"].key.shape == ()
+    assert jax.tree.structure(noisy) != jax.tree.structure(adapter)
+
+
+def test_keys_have_the_shape_of_the_stack() -> None:
+    """A key for each layer, whatever axis the layers are."""
+    for axis in (0, 1, -1):
+        _, _, adapter = model(axis=axis)
+        noisy = jlora.dropout(adapter, KEY)["params"]
+        assert noisy["layers"]["up"]["kernel"].key.shape == (3,)
+        assert noisy["head"]["kernel"].key.shape == ()
+
+
+def test_merge_ignores_keys() -> None:
+    """Export after a training step is that of the adapter itself."""
+    _, base, adapter = model()
+    noisy = jlora.dropout(adapter, KEY)
+    assert identical(jlora.merge(base, noisy), jlora.merge(base, adapter))
+    assert identical(jlora.unmerge(base, noisy), jlora.unmerge(base, adapter))
+    assert jlora.count(noisy) == jlora.count(adapter)
+    assert jlora.summary(base, noisy) == jlora.summary(base, adapter)
+
+
+def test_keys_are_not_trained() -> None:
+    """Labels call them base; an optimizer keeps nothing for them."""
+    _, base, adapter = model()
+    noisy = jlora.dropout(adapter, KEY)
+    for tree in (noisy, jlora.Params(base, noisy)):
+        labels = jlora.labels(tree)
+        assert jax.tree.structure(labels) == jax.tree.structure(tree)
+        state = jlora.optimizer(optax.adamw(1e-2), lora_plus=4).init(tree)
+        shapes = [x.shape for x in jax.tree.leaves(state) if x.ndim]
+        assert sorted(shapes) == sorted(2 * [x.shape for x in jax.tree.leaves(adapter)])
+    site = jlora.labels(noisy)["params"]["head"]["kernel"]
+    assert (site.a, site.b, site.key) == ("a", "b", "base")
+
+
+def test_differentiating_keys_is_an_error() -> None:
+    """`jax.grad` says so itself: differentiate with respect to the adapter without keys."""
+    lora, base, adapter = model()
+    loss = lambda a: lora.apply(base, a, ONE).sum()  # noqa: E731
+    with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
+        jax.grad(loss)(jlora.dropout(adapter, KEY))
+
+
+def test_no_dropout_where_the_weight_is_formed() -> None:
+    """There W + ΔW has no input to drop: refused, not silently left out."""
+    lora, base, adapter = adapt(
+        lambda p, x: x @ jnp.tanh(p["w"]), {"w": draw(1, 4, 4)}, ONE[:, :4], materialize=True
+    )
+    lora.apply(base, adapter, ONE[:, :4])
+    with pytest.raises(ValueError, match="dropout cannot act where W"):
+        lora.apply(base, jlora.dropout(adapter, KEY), ONE[:, :4])
+
+
+@pytest.mark.parametrize("key", [0, 1.5, None, "key", jnp.ones(3), jax.random.split(KEY, 3)])
+def test_what_is_no_key_is_refused(key: Any) -> None:
+    """Seeds, numbers and several keys at once."""
+    _, _, adapter = model()
+    with pytest.raises((TypeError, ValueError)):
+        jlora.dropout(adapter, key)
+
+
+def test_several_adapters_with_keys_of_their_own() -> None:
+    """Mapped over adapters and keys together, each as alone."""
+    lora, base, adapter = model()
+    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adapter)
+    keys = jax.random.split(KEY, 2)
+    apply = lambda a, k: lora.apply(base, jlora.dropout(a, k), ONE)  # noqa: E731
+    mapped = jax.jit(jax.vmap(apply))(many, keys)
+    alone = [apply(jax.tree.map(lambda x, i=i: x[i], many), keys[i]) for i in range(2)]
+    assert_close(mapped, jnp.stack(alone))
+
+
+# ----------------------------------------------------------------------------- the whole table
+
+TABLE = [
+    pytest.param(case, id=case.name)
+    for case in CASES
+    if case.row in (6, 8, 9) and not any(getattr(r, "materialize", False) for r in case.rules)
+]
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_acts_at_every_kind_of_site(case: Case) -> None:
+    """With a key the outputs change; compiled they change in the same way; without, they do not."""
+    problem = case.build(jnp.float32)
+    rules = [
+        dataclasses.replace(r, dropout=0.5, init=random) if isinstance(r, jlora.LoRA) else r
+        for r in case.rules
+    ]
+    lora = jlora.transform(problem.apply, *rules)
+    base, adapter = lora.init(jax.random.key(0), problem.params, *problem.args, **problem.kwargs)
+    plain = jlora.transform(problem.apply, *case.rules)
+
+    def noisy(adapter: Any, key: jax.Array) -> Any:
+        return lora.apply(base, jlora.dropout(adapter, key), *problem.args, **problem.kwargs)
+
+    off = plain.apply(base, adapter, *problem.args, **problem.kwargs)
+    assert identical(lora.apply(base, adapter, *problem.args, **problem.kwargs), off)
+    outs = [noisy(adapter, jax.random.key(seed)) for seed in (1, 2)]
+    assert not identical(outs[0], off)
+    assert not identical(outs[0], outs[1])
+    assert_close(jax.jit(noisy)(adapter, jax.random.key(1)), outs[0], case.tolerance or 1e-5)
