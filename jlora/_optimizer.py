@@ -111,7 +111,8 @@ def optimizer(
         >>> bool((optax.apply_updates(params, updates).base["w"] == 1).all())
         True
     """
-    if not isinstance(tx, optax.GradientTransformation):
+    # Not by type: optax.MultiSteps is none of its transformations, but acts as one.
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
         raise TypeError(
             f"`tx` must be an optax transformation, such as optax.adamw(2e-4); got {tx!r}."
         )
@@ -127,8 +128,17 @@ def optimizer(
 
 
 def _freeze() -> optax.GradientTransformation:
-    # -0.0 is the zero that leaves every float as it was: -0.0 + 0.0 would be 0.0.
-    return optax.stateless(lambda g, _: jax.tree.map(lambda x: jnp.full_like(x, -0.0), g))
+    def zero(update: jax.Array, param: jax.Array) -> jax.Array:
+        # -0.0 is the zero that leaves every float as it was: -0.0 + 0.0 would be 0.0. An integer
+        # leaf has a gradient of no dtype to speak of, so the leaf's own counts.
+        del update
+        floating = jnp.issubdtype(param.dtype, jnp.inexact)
+        return jnp.full_like(param, -0.0 if floating else 0)
+
+    def update(updates: PyTree, params: PyTree | None) -> PyTree:
+        return jax.tree.map(zero, updates, updates if params is None else params)
+
+    return optax.stateless(update)
 
 
 def _scale_b(ratio: float) -> optax.GradientTransformation:

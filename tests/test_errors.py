@@ -521,8 +521,8 @@ def test_initializer_with_wrong_shapes() -> None:
     """A and B as the initializer gave them, and as they should be."""
     message = exactly(
         "`init` of LoRA('kernel') must give W, A and B for 'layer/kernel', floating-point, of "
-        "shapes ((4, 6), (4, 2), (2, 6)) and with W's dtype float32; got (((4, 6), 'floating-point'), "
-        "((2, 4), 'floating-point'), ((2, 6), 'floating-point'))."
+        "shapes ((4, 6), (4, 2), (2, 6)) and with W's dtype float32; got (((4, 6), "
+        "'floating-point'), ((2, 4), 'floating-point'), ((2, 6), 'floating-point'))."
     )
     with pytest.raises(ValueError, match=message):
         init(LoRA("kernel", rank=2, init=wrong_a))

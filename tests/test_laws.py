@@ -20,7 +20,15 @@ import jlora
 
 DAILY = ("hf_bert", "hf_gpt2_query_value")
 FLOATS = [
-    pytest.param(case, dtype, id=f"{case.name}-{dtype.__name__}")
+    pytest.param(
+        case,
+        dtype,
+        id=f"{case.name}-{dtype.__name__}",
+        # Where float64 holds to 1e-10, float32 of the same program is for the long run.
+        marks=[pytest.mark.slow]
+        if dtype is jnp.float32 and case.float64 and case.row in (4, 5, 7, 15)
+        else [],
+    )
     for case in CASES
     for dtype in (jnp.float32, jnp.float64)
     if case.float64 or dtype is jnp.float32
@@ -45,7 +53,7 @@ def precision(case: Case, dtype: Any) -> Iterator[float]:
         if case.strict:
             stack.enter_context(jax.numpy_dtype_promotion("strict"))
             stack.enter_context(jax.numpy_rank_promotion("raise"))
-        yield case.tolerance or {jnp.float32: 1e-5, jnp.float64: 1e-10}[dtype]
+        yield 1e-10 if dtype == jnp.float64 else case.tolerance or 1e-5
 
 
 def prepare(case: Case, dtype: Any) -> tuple[Problem, jlora.Transformed, Any, Any]:

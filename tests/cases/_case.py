@@ -82,9 +82,10 @@ def normals(dtype: DTypeLike, **shapes: tuple[int, ...]) -> dict[str, jax.Array]
 
 
 def fill(tree: Any, dtype: DTypeLike, scale: float = 0.5) -> Any:
-    """Replaces every float leaf by random numbers, variances by positive ones; shapes by arrays.
+    """Replaces every float leaf by random numbers; shapes by arrays.
 
     Initial biases are zero and initial norm scales one: a test on them would hold trivially.
+    Scales are drawn around one, and variances are positive, as gradients are inexact otherwise.
     """
 
     def leaf(path: tuple[Any, ...], x: Any) -> Any:
@@ -92,6 +93,9 @@ def fill(tree: Any, dtype: DTypeLike, scale: float = 0.5) -> Any:
             return jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
         name = jax.tree_util.keystr(path)
         draw = normal(name, x.shape, dtype, scale)
-        return draw**2 + 0.5 if "var" in name.lower().rsplit("[", 1)[-1] else draw
+        last = name.lower().rsplit("[", 1)[-1]
+        if "var" in last:
+            return draw**2 + 0.5
+        return draw + 1 if "scale" in last else draw
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

@@ -46,7 +46,7 @@ def whole(name, dtype, *args, config, **kwargs):
     def apply(params, *args, **kwargs):
         return model(*args, params=params, **kwargs)
 
-    return Problem(apply, fill(model.params_shape_tree, dtype), args, kwargs)
+    return Problem(apply, fill(model.params_shape_tree, dtype, 0.3), args, kwargs)
 
 
 # --------------------------------------------------------------------------------------------
@@ -54,7 +54,8 @@ def whole(name, dtype, *args, config, **kwargs):
 # --------------------------------------------------------------------------------------------
 
 
-@case(rules=(LORA,), sites=13, trainable=2 * LAYER + 2 * (8 + 8))  # two layers, pooler
+# Float32 gradients of its keys lose three digits to cancellation, merged or not: see float64.
+@case(rules=(LORA,), sites=13, trainable=2 * LAYER + 2 * (8 + 8), tolerance=1e-3)  # and a pooler
 def hf_bert(dtype):
     """BERT, all-linear, with a mask."""
     mask = jnp.array(MASK)

@@ -1,0 +1,1037 @@
+"""Trees in and out: `bind`, `wrap`, `merge`, `unmerge`, `init`, counts, tables, and the import.
+
+The law behind most tests: an adapter changes values, never the structure, container, dtype, place
+or identity of what the user brought.
+"""
+
+import collections
+import copy
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+
+KEY = jax.random.key(0)
+Struct = jax.ShapeDtypeStruct
+
+
+def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    """Standard normal numbers."""
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:
+    """An initializer with a B that is not zero."""
+    w, a, b = jlora.kaiming_uniform(key, w, site, rule)
+    return w, a, 0.3 * jax.random.normal(key, b.shape).astype(b.dtype)
+
+
+def raw(tree: Any) -> list[bytes]:
+    """The bytes of every leaf, so that zeros of different signs differ."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def kinds(tree: Any) -> Any:
+    """The tree with shape and dtype in the place of each leaf."""
+    return jax.tree.map(lambda x: Struct(x.shape, x.dtype), tree)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Leaf by leaf, relative to the largest entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, np.abs(y).max()))
+
+
+# ------------------------------------------------------------------------------------ models
+
+
+class Mlp(NamedTuple):
+    """A container with names."""
+
+    up: Any
+    down: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Record:
+    """A container of the user's own."""
+
+    up: Any
+    down: Any
+
+
+CONTAINERS: dict[str, tuple[Any, Any]] = {  # from (up, down), and back
+    "dict": (lambda u, d: {"up": u, "down": d}, lambda p: (p["up"], p["down"])),
+    "nested": (lambda u, d: {"a": {"u": u}, "b": [None, d]}, lambda p: (p["a"]["u"], p["b"][1])),
+    "list": (lambda u, d: [u, d], tuple),
+    "tuple": (lambda u, d: (u, d), tuple),
+    "ordered": (
+        lambda u, d: collections.OrderedDict(up=u, down=d),
+        lambda p: (p["up"], p["down"]),
+    ),
+    "frozen": (lambda u, d: FrozenDict(up=u, down=d), lambda p: (p["up"], p["down"])),
+    "namedtuple": (Mlp, tuple),
+    "dataclass": (Record, lambda p: (p.up, p.down)),
+    "state": (
+        lambda u, d: nnx.State({"up": nnx.Param(u), "down": nnx.Param(d)}),
+        lambda p: (p["up"][...], p["down"][...]),
+    ),
+}
+
+
+class Setup(NamedTuple):
+    """A model and everything around it."""
+
+    f: Any
+    params: Any
+    x: Any
+    lora: jlora.Transformed
+    base: Any
+    adapter: Any
+
+
+def setup(
+    container: str = "dict",
+    dtype: Any = jnp.float32,
+    dtype_of_adapter: Any = None,
+    **options: Any,
+) -> Setup:
+    """Two products in a container; the adapter's B is random."""
+    make, split = CONTAINERS[container]
+
+    def f(params: Any, x: jax.Array) -> jax.Array:
+        up, down = split(params)
+        return jnp.tanh(x @ up) @ down
+
+    params = make(normal(1, 6, 8, dtype=dtype), normal(2, 8, 4, dtype=dtype))
+    x = normal(3, 3, 6, dtype=dtype)
+    options = {"rank": 2, "alpha": 4, "init": random} | options
+    lora = jlora.transform(f, jlora.LoRA(**options, dtype=dtype_of_adapter))
+    return Setup(f, params, x, lora, *lora.init(KEY, params, x))
+
+
+class Block(nn.Module):
+    """Attention and an MLP, as `nn.scan` wants it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        """(batch, time, 8) to the same."""
+        h = nn.LayerNorm(name="norm")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(h)
+        h = nn.gelu(nn.Dense(16, name="up")(x))
+        return x + nn.Dense(8, name="down")(h), None
+
+
+class Transformer(nn.Module):
+    """Token ids to logits, through three scanned blocks."""
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """(batch, time) to (batch, time, 11)."""
+        x = nn.Embed(11, 8, name="tokens")(ids)
+        x = x + self.param("positions", nn.initializers.normal(), (4, 8))[None]
+        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = stack(name="blocks")(x, None)
+        return nn.Dense(11, name="head")(x)
+
+
+class Vision(nnx.Module):
+    """A convolution and a head, with statistics and a dropout key beside the parameters."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.head = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, height, width, 3) to (batch, 5)."""
+        x = self.dropout(nnx.relu(self.norm(self.conv(x))))
+        return self.head(x.mean((1, 2)))
+
+
+IDS = jnp.array([[1, 2, 3, 4], [5, 6, 7, 10]])
+
+
+@functools.cache
+def transformer() -> tuple[Transformer, Any]:
+    """The model and its variables."""
+    return Transformer(), jax.jit(Transformer().init)(KEY, IDS)
+
+
+# ------------------------------------------------------------------------------ bind and wrap
+
+
+def test_bound_trees_in_any_argument() -> None:
+    """Two bound trees, by position and by keyword, within other trees, beside plain arguments."""
+    one, two = setup(), setup("list")
+
+    def f(x: jax.Array, models: list[Any], *, scale: float, teacher: Any, flag: bool) -> Any:
+        assert flag is True
+        student, plain = models
+        return {"y": scale * one.f(student, x) - two.f(teacher, x), "z": one.f(plain, x)}
+
+    bound = [jlora.bind(one.base, one.adapter), one.params]
+    teacher = jlora.bind(two.base, two.adapter)
+    actual = jlora.wrap(f)(one.x, bound, scale=2.0, teacher=teacher, flag=True)
+    merged = [jlora.merge(one.base, one.adapter), one.params]
+    expected = f(one.x, merged, scale=2.0, teacher=jlora.merge(two.base, two.adapter), flag=True)
+    assert_close(actual, expected)
+
+
+def test_gradients_reach_both_bound_trees() -> None:
+    """Those of a product of two adapted models, each with respect to its own adapter."""
+    one, two = setup(), setup("tuple")
+
+    def f(p: Any, q: Any) -> jax.Array:
+        return (one.f(p, one.x) * two.f(q, one.x)).sum()
+
+    def loss(join: Any, call: Any) -> Any:
+        return jax.grad(lambda a, b: call(join(one.base, a), join(two.base, b)), (0, 1))
+
+    actual = loss(jlora.bind, jlora.wrap(f))(one.adapter, two.adapter)
+    assert_close(actual, loss(jlora.merge, f)(one.adapter, two.adapter))
+
+
+def test_one_tree_bound_twice() -> None:
+    """The same base under two adapters in one call, as in a preference loss."""
+    one = setup()
+    other = jax.tree.map(lambda x: x / 2, one.adapter)
+    f = jlora.wrap(lambda p, q, x: one.f(p, x) - one.f(q, x))
+    actual = f(jlora.bind(one.base, one.adapter), jlora.bind(one.base, other), one.x)
+    expected = [one.f(jlora.merge(one.base, a), one.x) for a in (one.adapter, other)]
+    assert_close(actual, expected[0] - expected[1])
+
+
+def test_wrap_of_plain_trees_is_the_function() -> None:
+    """Without a bound leaf nothing changes, and the name stays."""
+    one = setup()
+    wrapped = jlora.wrap(one.f)
+    assert raw(wrapped(one.params, one.x)) == raw(one.f(one.params, one.x))
+    assert wrapped.__name__ == one.f.__name__
+
+
+def test_wrap_as_a_decorator_of_a_method() -> None:
+    """`self` and static attributes pass through."""
+    one = setup()
+
+    class Trainer:
+        scale = 3.0
+
+        @jlora.wrap
+        def loss(self, params: Any, x: jax.Array) -> jax.Array:
+            return self.scale * one.f(params, x).sum()
+
+    actual = Trainer().loss(jlora.bind(one.base, one.adapter), one.x)
+    assert_close(actual, Trainer().loss(jlora.merge(one.base, one.adapter), one.x))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_bind_copies_nothing(container: str) -> None:
+    """Leaves of the bound tree are those of base and adapter, in the base's container."""
+    s = setup(container, pattern="up|0|u$")
+    bound = jlora.bind(s.base, s.adapter)
+    assert type(bound) is type(s.params)
+    leaves = jax.tree.leaves(bound, is_leaf=lambda x: isinstance(x, jlora.Adapted))
+    adapted = [x for x in leaves if isinstance(x, jlora.Adapted)]
+    assert len(adapted) == 1
+    kept = [x.base if isinstance(x, jlora.Adapted) else x for x in leaves]
+    assert all(x is y for x, y in zip(kept, jax.tree.leaves(s.params), strict=True))
+    assert adapted[0].delta.a is jax.tree.leaves(s.adapter)[0]
+
+
+# ----------------------------------------------------------------------------- merge, unmerge
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_merge_and_unmerge_keep_what_a_tree_is(container: str, dtype: Any) -> None:
+    """Structure, container, shapes and dtypes, eagerly and compiled; back to within rounding."""
+    s = setup(container, dtype)
+    merged = jlora.merge(s.base, s.adapter)
+    back = jlora.unmerge(merged, s.adapter)
+    for tree in (s.base, merged, back):
+        assert type(tree) is type(s.params)
+        assert jax.tree.structure(tree) == jax.tree.structure(s.params)
+        assert kinds(tree) == kinds(s.params)
+    ulp = float(jnp.finfo(dtype).eps)
+    assert_close(back, s.params, 4 * ulp)
+    assert raw(merged) != raw(s.params)
+    compiled = jax.jit(jlora.merge)(s.base, s.adapter)
+    assert type(compiled) is type(s.params)
+    assert kinds(compiled) == kinds(merged)
+    assert_close(compiled, merged, 2 * ulp)
+    assert kinds(jax.eval_shape(jlora.merge, s.base, s.adapter)) == kinds(merged)
+
+
+LEAVES = {
+    "float32": lambda w: w,
+    "bfloat16": lambda w: w.astype(jnp.bfloat16),
+    "float16": lambda w: w.astype(jnp.float16),
+    "numpy": np.asarray,
+    "numpy_bfloat16": lambda w: np.asarray(w).astype(ml_dtypes.bfloat16),
+    "read_only": lambda w: np.frombuffer(np.asarray(w).tobytes(), np.float32).reshape(w.shape),
+    "fortran": lambda w: np.asfortranarray(np.asarray(w)),
+}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_merging_a_fresh_adapter_gives_the_parameters(leaf: str) -> None:
+    """`merge(init(params)) == params`, bit for bit."""
+    s = setup()
+    params = jax.tree.map(LEAVES[leaf], s.params)
+    x = jnp.asarray(LEAVES[leaf](s.x))
+    lora = jlora.transform(s.f, jlora.LoRA("up", rank=2), jlora.Full("down"))
+    base, adapter = lora.init(KEY, params, x)
+    merged = jlora.merge(base, adapter)
+    assert raw(merged) == raw(params)
+    assert kinds(merged) == kinds(params)
+
+
+@pytest.mark.parametrize("value", [-0.0, 1e-40], ids=["negative_zero", "subnormal"])
+@pytest.mark.xfail(
+    strict=True, reason="W + 0 is computed: -0.0 becomes 0.0, XLA flushes subnormals"
+)
+def test_merging_a_fresh_adapter_keeps_every_bit(value: float) -> None:
+    """Also of those floats that adding zero changes."""
+    s = setup()
+    params = jax.tree.map(lambda w: np.where(np.asarray(w) > 0, np.float32(value), w), s.params)
+    base, adapter = jlora.transform(s.f, jlora.LoRA(rank=2)).init(KEY, params, s.x)
+    assert raw(jlora.merge(base, adapter)) == raw(params)
+
+
+def test_merge_rounds_once() -> None:
+    """In bfloat16: the float32 sum rounded, which is within one ulp of the float64 sum.
+
+    A and B are multiples of 1/8, so that their product and its sum with W are exact in float32.
+    """
+    w = normal(1, 64, 32, dtype=jnp.bfloat16)
+    a, b = (jnp.round(8 * normal(i, *shape)) / 8 for i, shape in ((2, (64, 4)), (3, (4, 32))))
+    layout = jlora.Layout((), (0,), (1,))
+    merged = jlora.merge({"w": w}, {"w": jlora.LowRank(a, b, 0.5, layout)})["w"]
+    delta = 0.5 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    exact = np.asarray(w, np.float64) + delta
+    assert raw(merged) == raw(exact.astype(np.float32).astype(ml_dtypes.bfloat16))
+    ulp = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(exact), 1e-30))) - 7)
+    assert np.all(np.abs(np.asarray(merged, np.float64) - exact) <= ulp / 2)
+    twice = np.asarray(w + jnp.asarray(delta, jnp.bfloat16), np.float64)  # ΔW rounded, then the sum
+    assert np.any(twice != np.asarray(merged, np.float64))
+
+
+def test_small_changes_survive_where_the_dtype_has_room() -> None:
+    """ΔW of 2^-12 on weights of 1: lost in bfloat16, as it must be, and kept in float32."""
+    for dtype, kept in ((jnp.float32, True), (jnp.bfloat16, False)):
+        node = jlora.LowRank(
+            jnp.ones((4, 1)), jnp.full((1, 4), 2.0**-12), 1.0, jlora.Layout((), (0,), (1,))
+        )
+        merged = jlora.merge({"w": jnp.ones((4, 4), dtype)}, {"w": node})["w"]
+        assert bool(jnp.all(merged == 1)) != kept
+
+
+def test_merge_in_float64() -> None:
+    """Over float64 the sum is in float64, also from a float32 adapter."""
+    with jax.enable_x64(True):
+        for dtype in (jnp.float32, jnp.float64):
+            s = setup(dtype=jnp.float64, dtype_of_adapter=dtype)
+            merged = jlora.merge(s.base, s.adapter)
+            for name, w in s.base.items():
+                a, b = (np.asarray(x, np.float64) for x in (s.adapter[name].a, s.adapter[name].b))
+                np.testing.assert_allclose(merged[name], w + 2 * a @ b, rtol=1e-14, atol=1e-14)
+
+
+def test_leaves_that_no_rule_takes_are_the_users() -> None:
+    """In base and merged trees, the very same arrays."""
+    s = setup(pattern="up")
+    assert all(x is y for x, y in zip(*map(jax.tree.leaves, (s.base, s.params)), strict=True))
+    assert jlora.merge(s.base, s.adapter)["down"] is s.params["down"]
+    assert jlora.unmerge(s.base, s.adapter)["down"] is s.params["down"]
+
+
+def test_full_leaves_are_copies() -> None:
+    """A training step may donate the adapter without deleting the base."""
+    s = setup()
+    lora = jlora.transform(s.f, jlora.LoRA("up", rank=2), jlora.Full("down"))
+    base, adapter = lora.init(KEY, s.params, s.x)
+    before = raw(base)
+    assert adapter["down"] is not base["down"]
+    double = jax.jit(lambda a: jax.tree.map(lambda x: 2 * x, a), donate_argnums=0)
+    doubled = double(adapter)
+    assert raw(base) == before
+    assert raw(jlora.merge(base, doubled)["down"]) == raw(2 * base["down"])
+    assert raw(jlora.unmerge(base, doubled)["down"]) == raw(base["down"])
+
+
+def test_check_names_what_is_not_finite() -> None:
+    """Every path with the number of values, and nothing on a finite tree."""
+    s = setup("nested")
+    jlora.merge(s.base, s.adapter, check=True)
+    b = s.adapter["a"]["u"].b.at[0, 1].set(jnp.nan)
+    bad = {"a": {"u": s.adapter["a"]["u"]._replace(b=b)}, "b": s.adapter["b"]}
+    with pytest.raises(ValueError, match=r"not finite at:\n  a/u: 6 of 48 values\n") as e:
+        jlora.merge(s.base, bad, check=True)
+    assert "b/1" not in str(e.value)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a Python scalar has no dtype in `_like` and `_check_finite`"
+)
+def test_python_scalars_among_the_parameters() -> None:
+    """`init` and `apply` accept them, so `merge` must, trained in full or not."""
+    f = lambda p, x: x @ p["w"] * p["scale"]  # noqa: E731
+    params, x = {"w": jnp.ones((4, 4)), "scale": 2.0}, jnp.ones((1, 4))
+    for rules in ([jlora.LoRA("w", rank=1)], [jlora.LoRA("w", rank=1), jlora.Full("scale")]):
+        lora = jlora.transform(f, *rules)
+        base, adapter = lora.init(KEY, params, x)
+        assert raw(lora.apply(base, adapter, x)) == raw(f(params, x))
+        assert float(jlora.merge(base, adapter, check=True)["scale"]) == 2.0
+
+
+# ---------------------------------------------------------------------------------------- init
+
+
+def test_keys_are_folded_per_path() -> None:
+    """Another rule, another leaf or another container changes no draw of a site."""
+    s = setup()
+    one = jlora.transform(s.f, jlora.LoRA("up", rank=2)).init(KEY, s.params, s.x)[1]
+    both = jlora.transform(s.f, jlora.LoRA(rank=2)).init(KEY, s.params, s.x)[1]
+    assert raw(both["up"]) == raw(one["up"])
+    wider = {**s.params, "another": jnp.ones((3, 3))}
+    assert raw(jlora.transform(s.f, jlora.LoRA("up", rank=2)).init(KEY, wider, s.x)[1]) == raw(one)
+    for container in ("ordered", "frozen", "namedtuple", "dataclass", "state"):
+        t = setup(container)
+        adapter = jlora.transform(t.f, jlora.LoRA(rank=2)).init(KEY, t.params, t.x)[1]
+        assert raw(adapter) == raw(both), container
+
+
+def test_sites_of_one_shape_draw_differently() -> None:
+    """And so do layers of a stack, and other keys."""
+    params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "s": jnp.ones((3, 4, 4))}
+    f = lambda p, x: lax.scan(lambda x, w: (x @ w, None), x @ p["a"] @ p["b"], p["s"])[0]  # noqa: E731
+    lora = jlora.transform(f, jlora.LoRA(rank=2))
+    adapters = [lora.init(jax.random.key(i), params, jnp.ones((1, 4)))[1] for i in (0, 1, 1)]
+    draws = {
+        x.tobytes()
+        for adapter in adapters[:2]
+        for x in map(np.asarray, (adapter["a"].a, adapter["b"].a, *adapter["s"].a))
+    }
+    assert len(draws) == 2 * 5
+    assert raw(adapters[1]) == raw(adapters[2])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", ["kaiming_uniform", "gaussian"])
+def test_distribution_of_a(name: str, stacked: bool) -> None:
+    """Uniform in ±1/√inputs with variance 1/(3·inputs), or normal with variance 1/inputs; B = 0."""
+    shape = (3, 4, 100, 64) if stacked else (4, 100, 64)
+    spec = "lbhi,lhio->lbo" if stacked else "bhi,hio->bo"
+    x = Struct((3, 2, 4, 100) if stacked else (2, 4, 100), jnp.float32)
+    f = lambda p, x: jnp.einsum(spec, x, p["w"])  # noqa: E731
+    lora = jlora.transform(f, jlora.LoRA(rank=32, init=getattr(jlora, name)))
+    _, adapter = lora.init(KEY, {"w": Struct(shape, jnp.float32)}, x)
+    a, inputs = np.asarray(adapter["w"].a, np.float64), 400
+    assert a.shape == (*shape[:-1], 32)
+    assert not np.any(adapter["w"].b)
+    variance = 1 / inputs if name == "gaussian" else 1 / (3 * inputs)
+    kurtosis = 3.0 if name == "gaussian" else 1.8
+    assert abs(a.mean()) < 6 * np.sqrt(variance / a.size)
+    assert abs(a.var() / variance - 1) < 6 * np.sqrt((kurtosis - 1) / a.size)
+    assert abs((a**4).mean() / variance**2 / kurtosis - 1) < 0.1
+    largest = np.abs(a).max() * np.sqrt(inputs)
+    assert 0.99 < largest <= 1 if name == "kaiming_uniform" else largest > 3
+
+
+def test_rows_that_are_looked_up_have_one_input() -> None:
+    """A of an embedding is uniform in ±1, whatever the vocabulary."""
+    lora = jlora.transform(lambda p, ids: p["w"][ids], jlora.LoRA("w", rank=4))
+    _, adapter = lora.init(KEY, {"w": Struct((5000, 8), jnp.float32)}, Struct((2,), jnp.int32))
+    assert adapter["w"].a.shape == (5000, 4)
+    assert 0.99 < np.abs(adapter["w"].a).max() <= 1
+
+
+@pytest.mark.parametrize("base", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("chosen", [None, "float16", "bfloat16", "float32", "float64"])
+def test_dtype_of_the_factors(base: str, chosen: str | None) -> None:
+    """The weight's own, at least float32, or the rule's; outputs keep the model's."""
+    with jax.enable_x64("float64" in (base, chosen)):
+        s = setup(dtype=base, dtype_of_adapter=chosen)
+        expected = chosen or ("float64" if base == "float64" else "float32")
+        assert {x.dtype.name for x in jax.tree.leaves(s.adapter)} == {expected}
+        assert s.lora.apply(s.base, s.adapter, s.x).dtype.name == base
+        assert jlora.merge(s.base, s.adapter)["up"].dtype.name == base
+
+
+def test_shapes_everywhere() -> None:
+    """Any mix of arrays and `ShapeDtypeStruct`s gives the same adapter; so do jit and eval_shape."""
+    module, params = transformer()
+    rules = (jlora.LoRA("kernel", rank=2), jlora.LoRA("tokens", rank=3), jlora.Full("positions"))
+    lora = jlora.transform(module.apply, *rules)
+    shapes, ids = kinds(params), Struct(IDS.shape, IDS.dtype)
+    base, adapter = lora.init(KEY, params, IDS)
+    assert raw(base) == raw(params)
+    for p, x in ((params, ids), (shapes, IDS), (shapes, ids)):
+        abstract, other = lora.init(KEY, p, x)
+        assert kinds(abstract) == kinds(base)
+        assert kinds(other) == kinds(adapter)
+        other["params"]["positions"] = adapter["params"]["positions"]
+        assert raw(other) == raw(adapter)
+    for p in (params, shapes):
+        assert kinds(jax.eval_shape(lora.init, KEY, p, ids)) == kinds((base, adapter))
+    compiled = jax.jit(lora.init)(KEY, params, IDS)
+    assert kinds(compiled) == kinds((base, adapter))
+    assert_close(compiled[1], adapter, 1e-6)
+    assert raw(compiled[0]) == raw(params)
+    tables = {str(lora.sites(p, x)) for p in (params, shapes) for x in (IDS, ids)}
+    assert len(tables) == 1
+    closed = jax.jit(lambda key, p: lora.init(key, p, ids)[1])(KEY, params)
+    assert kinds(closed) == kinds(adapter)
+
+
+def test_init_computes_nothing_of_the_model() -> None:
+    """Arguments are traced: a call that would not fit into any memory costs nothing."""
+    params = {"w": Struct((2**20, 2**20), jnp.bfloat16)}
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+    x = Struct((2**20, 2**20), jnp.bfloat16)
+    base, adapter = jax.eval_shape(lora.init, KEY, params, x)
+    assert jlora.summary(base, adapter).base_bytes == 2**41
+    assert jlora.count(adapter) == 2 * 2 * 2**20
+    assert jax.eval_shape(lora.apply, base, adapter, x).shape == (2**20, 2**20)
+    assert jlora.summary(base, adapter).share == 2**-18
+
+
+@pytest.mark.xfail(strict=True, reason="a field named `value` loses its name, and its siblings")
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_a_field_named_value(order: str) -> None:
+    """Only an NNX variable is its path without `value`: query, key and value are three sites."""
+    names = ["value", "query"] if order == "first" else ["query", "value"]
+    attention = collections.namedtuple("attention", names)
+    params = {"attention": attention(normal(1, 4, 4), normal(2, 4, 4))}
+    f = lambda p, x: x @ p["attention"].query + jnp.sin(x @ p["attention"].value)  # noqa: E731
+    lora, x = jlora.transform(f, jlora.LoRA("query|value", rank=2, init=random)), normal(3, 1, 4)
+    assert {site.path for site in lora.sites(params, x)} == {"attention/query", "attention/value"}
+    base, adapter = lora.init(KEY, params, x)
+    assert jlora.count(adapter) == 2 * 2 * (4 + 4)
+    merged = jlora.merge(base, adapter)
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (merged, params)), strict=True))
+
+
+# --------------------------------------------------------------------------------------- nodes
+
+
+def test_low_rank_nodes_survive_copies() -> None:
+    """Pickle, `copy`, `deepcopy`, flatten and `tree.map` keep values and what is static."""
+    s = setup(slots=jlora.Slots(2, (1,)), dropout=0.25)
+    leaves, structure = jax.tree.flatten(s.adapter)
+    copies = [
+        pickle.loads(pickle.dumps(s.adapter)),
+        copy.copy(s.adapter),
+        copy.deepcopy(s.adapter),
+        jax.tree.unflatten(structure, leaves),
+        jax.tree.map(lambda x: x, s.adapter),
+        jax.device_get(s.adapter),
+        jax.jit(lambda a: a)(s.adapter),
+    ]
+    for other in copies:
+        assert jax.tree.structure(other) == structure
+        assert raw(other) == raw(s.adapter)
+        assert_close(s.lora.apply(s.base, other, s.x), s.lora.apply(s.base, s.adapter, s.x), 1e-6)
+    assert s.adapter["up"].layout.slots == (2, (1,), 1)
+
+
+def test_names_of_the_leaves_of_an_adapter() -> None:
+    """As checkpoints and logs show them."""
+    s = setup("nested")
+    flat, _ = jax.tree_util.tree_flatten_with_path(s.adapter)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    assert names == ["a/u/a", "a/u/b", "b/1/a", "b/1/b"]
+    noisy = jlora.dropout(jax.tree.map(lambda x: x, setup(dropout=0.5).adapter), KEY)
+    flat, _ = jax.tree_util.tree_flatten_with_path(noisy)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    assert names == ["down/a", "down/b", "down/key", "up/a", "up/b", "up/key"]
+
+
+def test_nodes_of_different_rules_are_different_structures() -> None:
+    """Averaging adapters of different scales would be wrong, so `tree.map` refuses."""
+    one, other = setup(alpha=4).adapter, setup(alpha=8).adapter
+    with pytest.raises(ValueError, match="[Mm]ismatch"):
+        jax.tree.map(lambda x, y: (x + y) / 2, one, other)
+
+
+# -------------------------------------------------------------------------------------- serving
+
+
+def serving_models() -> dict[str, tuple[Any, Any, jax.Array]]:
+    """Models with inputs whose first axis is the batch."""
+    one = setup()
+    stack = {"w": 0.5 * normal(1, 3, 6, 6), "v": normal(2, 6, 4)}
+    deep = lambda p, x: (  # noqa: E731
+        lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["w"])[0] @ p["v"]
+    )
+    tied = lambda p, ids: jnp.tanh(p["w"][ids]) @ p["w"].T  # noqa: E731
+    module, params = transformer()
+    return {
+        "mlp": (one.f, one.params, normal(3, 5, 6)),
+        "stack": (deep, stack, normal(3, 5, 6)),
+        "tied": (tied, {"w": normal(1, 7, 4)}, jnp.arange(5)),
+        "transformer": (
+            lambda p, ids: module.apply(p, ids[None])[0],
+            params,
+            jnp.arange(20).reshape(5, 4) % 11,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "stack", "tied", "transformer"])
+def test_a_mixed_batch_is_served_in_one_program(name: str) -> None:
+    """Row i uses adapter `which[i]`: `vmap` over gathered adapters equals one call after another."""
+    f, params, x = serving_models()[name]
+    rules = [jlora.LoRA("" if name == "tied" else None, rank=2, init=random)]
+    if name == "transformer":
+        rules = [jlora.LoRA("kernel|tokens", rank=2, init=random), jlora.Full("norm|positions")]
+    lora = jlora.transform(f, *rules)
+    base, first = lora.init(KEY, params, x[0])
+    adapters = [first] + [jax.tree.map(lambda w, i=i: w * (1 + i / 2), first) for i in (1, 2)]
+    stacked = jax.tree.map(lambda *ws: jnp.stack(ws), *adapters)
+    which = jnp.array([2, 0, 0, 1, 2])
+
+    @jax.jit
+    def serve(stacked: Any, which: jax.Array, x: jax.Array) -> jax.Array:
+        mine = jax.tree.map(lambda w: w[which], stacked)
+        return jax.vmap(lora.apply, (None, 0, 0))(base, mine, x)
+
+    one = jax.jit(lora.apply)
+    expected = jnp.stack([one(base, adapters[k], row) for k, row in zip(which, x, strict=True)])
+    assert_close(serve(stacked, which, x), expected)
+    assert all(np.any(one(base, adapters[i], x[0]) != one(base, adapters[0], x[0])) for i in (1, 2))
+
+
+def test_adapters_drawn_and_merged_by_vmap() -> None:
+    """A sweep: `init` mapped over keys is `init` at each key, and so is `merge`."""
+    s = setup()
+    keys = jax.random.split(KEY, 3)
+    many = jax.vmap(lambda key: s.lora.init(key, s.params, s.x)[1])(keys)
+    merged = jax.vmap(jlora.merge, (None, 0))(s.base, many)
+    for i, key in enumerate(keys):
+        base, adapter = s.lora.init(key, s.params, s.x)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], many), adapter, 1e-6)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], merged), jlora.merge(base, adapter), 1e-6)
+
+
+def test_serving_does_not_copy_the_base() -> None:
+    """By XLA's account: 16 adapters take no temporary memory of the size of the base."""
+    n, width = 16, 512
+    lora = jlora.transform(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], jlora.LoRA(rank=2))
+    params = {"w": Struct((width, width), jnp.float32), "v": Struct((width, width), jnp.float32)}
+    base, adapter = jax.eval_shape(lora.init, KEY, params, Struct((width,), jnp.float32))
+    many = jax.tree.map(lambda x: Struct((n, *x.shape), x.dtype), adapter)
+    serve = jax.jit(jax.vmap(lora.apply, (None, 0, 0)))
+    compiled = serve.lower(base, many, Struct((n, width), jnp.float32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * width * width / 2
+
+
+# ------------------------------------------------------------------------- counts and tables
+
+
+def test_count_and_summary() -> None:
+    """Sizes of arrays, shapes and Python numbers; keys are no parameters."""
+    tree = {
+        "a": np.ones((2, 3), np.int8),
+        "b": [jnp.ones(4, jnp.bfloat16), 2.0],
+        "k": KEY,
+        "n": None,
+    }
+    assert jlora.count(tree) == 6 + 4 + 1
+    assert jlora.count(jax.eval_shape(lambda: jnp.ones((5, 7)))) == 35
+    assert jlora.count({}) == 0
+    s = setup(dtype=jnp.bfloat16)
+    found = jlora.summary(s.base, s.adapter)
+    assert found == jlora.Summary(80, 2 * (6 + 8) + 2 * (8 + 4), 160, 4 * 52)
+    assert found.share == 52 / 80
+    assert str(found) == (
+        "                     parameters   size\n"
+        "base (frozen)                80  160 B\n"
+        "adapter (trainable)          52  208 B\n"
+        "Adam moments                104  416 B\n"
+        "trainable share 65%"
+    )
+
+
+TABLE = """\
+path    shape    kind   axes       parameters  rule            rank  trainable
+──────────────────────────────────────────────────────────────────────────────
+blocks  3×8×24   dense  3 | 8 → 24        576  LoRA('blocks')     2        192
+conv    5×8×8    conv   5·8 → 8           320  LoRA('.')          4        192
+head    2×4×3    dense  2·4 → 3            24  -                  -          -
+scale   8        -      -                   8  Full('scale')      -          8
+tokens  1000×8   embed  1000 → 8        8,000  LoRA('.')          4      4,032
+──────────────────────────────────────────────────────────────────────────────
+3 of 4 sites adapted; 4,424 of 8,960 parameters trainable (49.4%)"""
+
+
+def test_the_table_word_for_word() -> None:
+    """An embedding, a stack with slots, a convolution, a head of two inputs, a scale, a bias."""
+
+    def f(p: Any, ids: jax.Array) -> jax.Array:
+        x = p["tokens"][ids] * p["scale"] + p["shift"]
+        layer = lambda x, w: (jnp.tanh(jnp.split(x @ w, 3, -1)[0]) + x, None)  # noqa: E731
+        x = lax.scan(layer, x, p["blocks"])[0]
+        numbers = ("NWC", "WIO", "NWC")
+        x = lax.conv_general_dilated(x, p["conv"], (1,), "SAME", dimension_numbers=numbers)
+        return jnp.einsum("btij,ijk->btk", x.reshape(*x.shape[:2], 2, 4), p["head"])
+
+    shapes = {"tokens": (1000, 8), "scale": (8,), "shift": (4, 8), "blocks": (3, 8, 24)}
+    shapes |= {"conv": (5, 8, 8), "head": (2, 4, 3)}
+    params = {name: Struct(shape, jnp.float32) for name, shape in shapes.items()}
+    rules = (
+        jlora.LoRA("blocks", rank=2, slots=jlora.Slots(3, (0, 2))),
+        jlora.Full("scale"),
+        jlora.LoRA("^(?!head|shift).", rank=4),
+    )
+    sites = jlora.transform(f, *rules).sites(params, Struct((2, 4), jnp.int32))
+    assert str(sites).replace("LoRA('^(?!head|shift).')", "LoRA('.')".ljust(24)) == _wide(TABLE)
+    assert sites.trainable == 2 * 3 * 2 * (8 + 8) + 4 * (40 + 8) + 8 + 4 * (1000 + 8)
+
+
+def _wide(table: str) -> str:
+    """The table with the column of rules as wide as the longest rule."""
+    more = " " * (len("LoRA('^(?!head|shift).')") - len("LoRA('blocks')"))
+    lines = table.split("\n")
+    at = lines[0].index("rule") + len("LoRA('blocks')")
+    return "\n".join(
+        line + "─" * len(more)
+        if set(line) == {"─"}
+        else line[:at] + more + line[at:]
+        if "sites adapted" not in line
+        else line
+        for line in lines
+    )
+
+
+def assert_aligned(table: str) -> None:
+    """Each column starts or ends where its title does, and two blanks separate columns."""
+    header, line, *rows, last, totals = table.split("\n")
+    assert set(line) == set(last) == {"─"}
+    assert len(line) == len(last) == max(map(len, [header, *rows]))
+    right = {"parameters", "rank", "trainable"}
+    for name in header.split():
+        start = header.index(name)
+        end = start + len(name)
+        for row in rows:
+            if name in right:
+                assert row[end - 1] != " "
+                assert row[end : end + 2] in ("", "  ")
+            else:
+                assert row[start] != " "
+                assert start == 0 or row[start - 2 : start] == "  "
+    assert totals.endswith("%)")
+    assert not any(x.endswith(" ") for x in table.split("\n"))
+
+
+def test_table_of_a_scanned_transformer() -> None:
+    """One line a site, the layers as a stack; totals that add up."""
+    module, params = transformer()
+    rules = (jlora.LoRA("(query|value)/kernel", rank=2), jlora.Full("head|norm"))
+    sites = jlora.transform(module.apply, *rules).sites(params, IDS)
+    table = str(sites)
+    assert_aligned(table)
+    assert len(sites) == 8  # q, k, v, out; up, down; tokens; head
+    [query] = [line for line in table.split("\n") if "query/kernel" in line]
+    assert query.split() == [
+        "params/blocks/attention/query/kernel",
+        "3×8×2×4",
+        "dense",
+        *("3", "|", "8", "→", "2·4"),
+        "192",
+        "LoRA('(query|value)/kernel')",
+        "2",
+        "96",
+    ]
+    [norm] = [line for line in table.split("\n") if "norm/scale" in line]
+    assert norm.split()[1:] == ["3×8", "-", "-", "24", "Full('head|norm')", "-", "24"]
+    assert "positions" not in table
+    trainable = 2 * 96 + (8 * 11 + 11) + 2 * 24
+    assert table.endswith(
+        f"2 of 8 sites adapted; {trainable} of {jlora.count(params):,} parameters trainable "
+        f"({100 * trainable / jlora.count(params):.3g}%)"
+    )
+
+
+def test_table_of_an_nnx_model() -> None:
+    """Paths without `value`; what is no parameter is no line."""
+    graph, state = nnx.split(Vision(nnx.Rngs(0)))
+    f = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
+    rules = (jlora.LoRA("conv/kernel$", rank=2), jlora.Full("norm/(scale|bias)$"))
+    lora = jlora.transform(f, *rules)
+    sites = lora.sites(state, Struct((1, 8, 8, 3), jnp.float32))
+    assert_aligned(str(sites))
+    paths = [line.split()[0] for line in str(sites).split("\n")[2:-2]]
+    assert paths == ["conv/kernel", "head/kernel", "norm/bias", "norm/scale"]
+    assert sites.trainable == 2 * (27 + 8) + 8 + 8
+    base, adapter = lora.init(KEY, state, Struct((1, 8, 8, 3), jnp.float32))
+    assert jlora.count(adapter) == sites.trainable
+    assert sites.total == jlora.count(base)
+
+
+def test_sites_as_a_collection() -> None:
+    """Iteration and `len` are over sites, `[path]` over leaves; sums are over all leaves."""
+    module, params = transformer()
+    lora = jlora.transform(module.apply, jlora.LoRA("kernel", rank=2), jlora.Full("positions"))
+    sites = lora.sites(params, IDS)
+    assert len(list(sites)) == len(sites) == 8
+    assert len(sites.leaves) == len(jax.tree.leaves(params))
+    assert all(isinstance(site, jlora.Site) and sites[site.path] is site for site in sites)
+    assert {site.kind for site in sites} == {"dense", "embed"}
+    assert sites["params/positions"].kind is None
+    assert sites["params/positions"].trainable == 32
+    assert sites["params/blocks/norm/scale"].trainable == 0
+    assert sites.total == jlora.count(params) == sum(s.size for s in sites.leaves)
+    _, adapter = lora.init(KEY, params, IDS)
+    assert sites.trainable == jlora.count(adapter) == sum(s.trainable for s in sites.leaves)
+    query = sites["params/blocks/attention/query/kernel"]
+    assert query.layout == jlora.Layout((0,), (1,), (2, 3))
+    assert (query.inputs, query.outputs, query.size) == (8, 8, 192)
+    with pytest.raises(KeyError, match="no leaf 'params/blocks/query'.*attention/query"):
+        sites["params/blocks/query"]
+
+
+def test_sites_without_rules() -> None:
+    """The table comes before the rules: every site, nothing trained."""
+    module, params = transformer()
+    sites = jlora.transform(module.apply).sites(kinds(params), IDS)
+    assert_aligned(str(sites))
+    assert (len(sites), sites.trainable) == (8, 0)
+    assert "0 of 8 sites adapted" in str(sites)
+
+
+# ---------------------------------------------------------------------------------- wrong uses
+
+
+def other_shapes(s: Setup) -> None:
+    """An adapter made for other shapes."""
+    s.lora.apply({"up": jnp.ones((6, 9)), "down": jnp.ones((9, 4))}, s.adapter, s.x)
+
+
+WRONG: dict[str, tuple[type[Exception], Any]] = {
+    "swapped": (TypeError, lambda s: s.lora.apply(s.adapter, s.base, s.x)),
+    "swapped_in_merge": (TypeError, lambda s: jlora.merge(s.adapter, s.base)),
+    "bound_twice": (TypeError, lambda s: jlora.bind(jlora.bind(s.base, s.adapter), s.adapter)),
+    "bound_in_apply": (
+        TypeError,
+        lambda s: s.lora.apply(jlora.bind(s.base, s.adapter), s.adapter, s.x),
+    ),
+    "bound_as_adapter": (TypeError, lambda s: jlora.merge(s.base, jlora.bind(s.base, s.adapter))),
+    "params": (TypeError, lambda s: jlora.merge(s.base, jlora.Params(s.base, s.adapter))),
+    "other_shapes": (ValueError, other_shapes),
+    "other_rank": (
+        ValueError,
+        lambda s: jlora.merge(s.base, {"up": s.adapter["up"]._replace(a=jnp.ones((6, 3)))}),
+    ),
+    "other_paths": (ValueError, lambda s: jlora.merge(s.base, {"sideways": s.adapter["up"]})),
+    "a_list": (ValueError, lambda s: jlora.merge(s.base, [s.adapter["up"], s.adapter["down"]])),
+    "strings": (TypeError, lambda s: jlora.merge(s.base, {"up": "up"})),
+    "labels": (TypeError, lambda s: jlora.merge(s.base, {"up": 1.0})),
+    "parameters_of_strings": (TypeError, lambda s: s.lora.init(KEY, {"up": "x"}, s.x)),
+    "not_a_rule": (TypeError, lambda s: jlora.transform(s.f, "up")),
+    "no_rules": (ValueError, lambda s: jlora.transform(s.f).init(KEY, s.params, s.x)),
+    "stacked_without_vmap": (
+        ValueError,
+        lambda s: s.lora.apply(s.base, jax.tree.map(lambda x: jnp.stack([x, x]), s.adapter), s.x),
+    ),
+    "initializer_of_other_shapes": (
+        ValueError,
+        lambda s: jlora.transform(
+            s.f, jlora.LoRA("up", init=lambda key, w, site, rule: (w, w, w))
+        ).init(KEY, s.params, s.x),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_uses_are_errors(name: str) -> None:
+    """None of them gives a number."""
+    error, call = WRONG[name]
+    with pytest.raises(error) as e:
+        call(setup())
+    assert "`" in str(e.value), "the error names the argument"
+
+
+# ------------------------------------------------------------------------ places and processes
+
+
+def on_four_devices(check: str) -> str | None:
+    """Runs the function `check` of this file in a process of its own; its error, or None."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    results = _run_checks(tuple(sorted(environment.items())))
+    return results[check]
+
+
+@functools.cache
+def _run_checks(environment: tuple[tuple[str, str], ...]) -> dict[str, str | None]:
+    here = pathlib.Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_trees; test_trees.report()"],
+        env=dict(environment),
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report() -> None:
+    """Writes what each of `PLACES` raises."""
+    results = {}
+    for name, check in PLACES.items():
+        try:
+            check()
+            results[name] = None
+        except Exception as e:
+            results[name] = f"{type(e).__name__}: {e}"
+    sys.stdout.write("\n" + json.dumps(results) + "\n")
+
+
+def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    """Two by two devices."""
+    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
+
+
+def sharded_setup() -> Setup:
+    """The dict model with `up` over both axes, `down` over one."""
+    s = setup()
+    specs = {"up": P("data", "model"), "down": P(None, "model")}
+    params = {k: jax.device_put(w, NamedSharding(mesh(), specs[k])) for k, w in s.params.items()}
+    return s._replace(params=params, base=params)
+
+
+def shardings(tree: Any) -> Any:
+    """Where each leaf lies."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def merge_keeps_shardings() -> None:
+    """Eagerly, back, compiled, and for an adapter that is on the mesh or on one device."""
+    s = sharded_setup()
+    everywhere = jax.device_put(s.adapter, NamedSharding(mesh(), P()))
+    for adapter in (s.adapter, everywhere):
+        merged = jlora.merge(s.base, adapter)
+        assert shardings(merged) == shardings(s.params)
+        assert shardings(jlora.unmerge(merged, adapter)) == shardings(s.params)
+        assert_close(merged, jlora.merge(setup().base, setup().adapter))
+    placed = jax.jit(jlora.merge, out_shardings=shardings(s.params))(s.base, everywhere)
+    assert shardings(placed) == shardings(s.params)
+
+
+def init_keeps_shardings() -> None:
+    """The base is the user's; leaves trained in full lie as they do; outputs are as on one."""
+    s = sharded_setup()
+    lora = jlora.transform(s.f, jlora.LoRA("up", rank=2), jlora.Full("down"))
+    base, adapter = lora.init(KEY, s.params, s.x)
+    assert all(base[name] is s.params[name] for name in base)
+    assert adapter["down"].sharding == s.params["down"].sharding
+    assert_close(jax.jit(s.lora.apply)(s.base, s.adapter, s.x), s.lora.apply(*setup()[4:], s.x))
+
+
+def init_under_jit_with_out_shardings() -> None:
+    """Parameters that are made and adapted in one program never lie in one place."""
+    s = sharded_setup()
+    make = lambda key: s.lora.init(key, s.params, s.x)  # noqa: E731
+    base, adapter = jax.eval_shape(make, KEY)
+    replicated = NamedSharding(mesh(), P())
+    out = (shardings(s.params), jax.tree.map(lambda _: replicated, adapter))
+    made = jax.jit(make, out_shardings=out)(KEY)
+    assert shardings(made) == out
+    assert_close(made[1], s.adapter, 1e-6)
+
+
+def merge_on_an_explicit_mesh() -> None:
+    """Axes of explicit type keep theirs too."""
+    m = mesh(AxisType.Explicit)
+    with jax.set_mesh(m):
+        w = jax.device_put(normal(1, 8, 8), NamedSharding(m, P("data", "model")))
+        lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2, init=random))
+        base, adapter = lora.init(KEY, {"w": w}, jnp.ones((1, 8)))
+        for merged in (jlora.merge(base, adapter), jax.jit(jlora.merge)(base, adapter)):
+            assert merged["w"].sharding == w.sharding
+
+
+def merge_does_not_commit_to_a_device() -> None:
+    """Parameters that follow their data still do so when merged."""
+    s = setup()
+    x = jax.device_put(jnp.ones((4, 6)), NamedSharding(mesh(), P("data")))
+    assert not s.params["up"].committed
+    jax.jit(s.f)(s.params, x)
+    jax.jit(s.f)(jlora.merge(s.base, s.adapter), x)
+
+
+def merge_puts_full_leaves_where_the_base_lies() -> None:
+    """Also from an adapter that was restored on the host."""
+    s = sharded_setup()
+    lora = jlora.transform(s.f, jlora.Full("up|down"))
+    base, adapter = lora.init(KEY, s.params, s.x)
+    merged = jlora.merge(base, jax.tree.map(np.asarray, adapter))
+    assert shardings(merged) == shardings(s.params)
+
+
+PLACES = {
+    f.__name__: f
+    for f in (
+        merge_keeps_shardings,
+        init_keeps_shardings,
+        init_under_jit_with_out_shardings,
+        merge_on_an_explicit_mesh,
+        merge_does_not_commit_to_a_device,
+        merge_puts_full_leaves_where_the_base_lies,
+    )
+}
+BROKEN = {
+    "merge_does_not_commit_to_a_device": "merge commits uncommitted leaves to their device",
+    "merge_puts_full_leaves_where_the_base_lies": "a full leaf keeps the adapter's place",
+}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=BROKEN[name]))
+        if name in BROKEN
+        else name
+        for name in PLACES
+    ],
+)
+def test_places(check: str) -> None:
+    """Shardings on a mesh of four devices."""
+    assert on_four_devices(check) is None
+
+
+def test_import_is_light() -> None:
+    """`import jlora` loads JAX and optax; Flax, Orbax and file formats load with what needs them."""
+    heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
+    code = f"import sys, jlora; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
