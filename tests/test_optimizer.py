@@ -232,7 +232,6 @@ def test_frozen_updates_are_negative_zero(small: Setup) -> None:
         assert bool(jnp.all((u == 0) & jnp.signbit(u))) == is_frozen
 
 
-@pytest.mark.xfail(strict=True, reason="apply_updates cannot add float0 to an integer base leaf")
 def test_an_integer_leaf_in_the_base() -> None:
     """A counter or an int8 weight in the base stays, as floats do."""
     params = {"w": jnp.ones((4, 4)), "seen": jnp.array(3)}
@@ -646,7 +645,6 @@ def test_labels_of_trees_without_names(bare: Any) -> None:
     assert raw(after.base) == raw(both.base)
 
 
-@pytest.mark.xfail(strict=True, reason="`Params` inside of another tree: its base is labeled full")
 def test_params_inside_of_another_tree(small: Setup) -> None:
     """Two models in one tree, such as actor and critic: both bases are frozen, or it is refused."""
     tree = {"actor": small.tree("params"), "critic": small.tree("params")}
