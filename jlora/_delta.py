@@ -133,17 +133,17 @@ class Delta:
         """Structure and shapes: terms of one form can be joined."""
         return jax.tree.structure(self), jax.tree.map(jnp.shape, self)
 
-    def dense(self, shape: tuple[int, ...], why: str) -> jax.Array:
+    def dense(self, w: Any, why: str) -> jax.Array:
         """See `Term.dense`."""
         if self.key is not None and not self.row:
             raise ValueError(
                 f"dropout cannot act where W + ΔW is formed ({why}): there is no input to drop. "
                 "Give this site a rule with dropout=0."
             )
-        names = letters(len(shape))
+        names = letters(w.ndim)
         a, b = self.a, self.b
-        out = [d for d in range(len(shape)) if d in a.dims or d in b.dims]
-        wide = promote(a.value.dtype, b.value.dtype, jnp.float32)
+        out = [d for d in range(w.ndim) if d in a.dims or d in b.dims]
+        wide = promote(w.dtype, a.value.dtype, b.value.dtype, jnp.float32)
         delta = einsum(
             a.label(names),
             b.label(names),
@@ -152,7 +152,9 @@ class Delta:
             b.value.astype(wide),
             precision=lax.Precision.HIGHEST,
         )
-        return self.scale * self.drop(jnp.ones((), wide)) * lax.broadcast_in_dim(delta, shape, out)
+        return (
+            self.scale * self.drop(jnp.ones((), wide)) * lax.broadcast_in_dim(delta, w.shape, out)
+        )
 
     def split(self, contracted: Sequence[int]) -> tuple[Factor, Factor]:
         """The two factors, first the one to contract an activation with over `contracted`."""

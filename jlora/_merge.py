@@ -83,7 +83,7 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
 def _combine(base: PyTree, adapter: PyTree, sign: float) -> PyTree:
     bound, tree = jax.tree.flatten(_bind(base, adapter), is_leaf=is_adapted)
     leaves = [
-        _sum(w.base, w.delta, sign) if is_adapted(w) else _like(w, old)
+        _sum(w.base, w.delta, sign) if is_adapted(w) else _like(w, old) if sign > 0 else old
         for w, old in zip(bound, jax.tree.leaves(base), strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
@@ -91,15 +91,24 @@ def _combine(base: PyTree, adapter: PyTree, sign: float) -> PyTree:
 
 def _sum(w: Any, delta: Any, sign: float) -> Any:
     def plus(w: Any, delta: Any) -> Any:
-        return add(w, sign * as_delta(delta._replace(key=None), w.shape).dense(w.shape, "merge"))
+        change = sign * as_delta(delta._replace(key=None), w.shape).dense(w, "merge")
+        # A zero changes no bit, not even those of -0.0 and of subnormals.
+        return jnp.where((change == 0) | (w != w), w, add(w, change))
 
     # As one program, so that a sharded W is added to where it lies.
-    sharding = w.sharding if is_concrete(w) else None
-    return jax.jit(plus, out_shardings=sharding)(w, delta)
+    return jax.jit(plus, out_shardings=_place(w))(w, delta)
 
 
 def _like(w: Any, old: Any) -> Any:
-    return w if w is old else jnp.asarray(w, jnp.result_type(old))
+    if w is old:
+        return w
+    w, place = jnp.asarray(w, jnp.result_type(old)), _place(old)
+    return w if place is None else jax.device_put(w, place)
+
+
+def _place(w: Any) -> Any:
+    """The sharding that the user gave `w`, if any."""
+    return w.sharding if is_concrete(w) and w.committed else None
 
 
 def _check_finite(params: PyTree) -> None:

@@ -115,15 +115,15 @@ class Probe:
         else:
             self.log.others.append("a product that is no matrix product")
 
-    def dense(self, shape: tuple[int, ...], why: str) -> None:
+    def dense(self, w: Any, why: str) -> None:
         """See `Term.dense`: writes down what stands in the way."""
         if self.looked_up:
             rest = frozenset().union(*self.axes) - self.looked_up
             self.log.uses.append(Use("embed", self.looked_up, rest))
             return
         self.log.others.append(why)
-        if len(shape) >= 2:
-            self.log.formed.append(Use("formed", self._union(range(len(shape) - 1)), self.axes[-1]))
+        if w.ndim >= 2:
+            self.log.formed.append(Use("formed", self._union(range(w.ndim - 1)), self.axes[-1]))
 
     def _union(self, dims: Sequence[int]) -> frozenset[int]:
         return frozenset().union(*(self.axes[d] for d in dims))

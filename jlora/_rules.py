@@ -180,11 +180,13 @@ def rule_name(rule: Any) -> str:
 
 def near(pattern: str, paths: Sequence[str]) -> str:
     """The paths that look most like `pattern`."""
-    words = re.sub(r"[^\w/]+", " ", pattern).strip().lower()
+    words = re.findall(r"\w+", pattern.lower())
 
     def likeness(path: str) -> float:
-        tails = [path.split("/", i)[-1] for i in range(path.count("/") + 1)]
-        return max(difflib.SequenceMatcher(None, words, t.lower()).ratio() for t in tails)
+        """How well each word of the pattern is met by some part of the path."""
+        parts = path.lower().split("/")
+        best = [max(difflib.SequenceMatcher(None, w, p).ratio() for p in parts) for w in words]
+        return sum(best) / max(len(best), 1)
 
     near = sorted(paths, key=likeness, reverse=True)[:3]
     return f"Near misses: {', '.join(near)}." if near else "There is no leaf to match."

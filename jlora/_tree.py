@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from ._types import Adapted, Layout, LowRank, Path, PyTree
+from ._types import Adapted, Layout, LowRank, Params, Path, PyTree
 
 
 def leaves_by_path(
@@ -127,6 +127,11 @@ def is_low_rank(x: Any) -> bool:
 
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
     """The `LowRank` nodes and arrays of an adapter by path; `TypeError` if it is none."""
+    if isinstance(adapter, Params):
+        raise TypeError(
+            "`adapter` must be a nested dict of LowRank nodes and arrays; got Params. Give its "
+            "`base` and `adapter` one by one."
+        )
     found = dict(leaves_by_path(adapter, lambda x: isinstance(x, LowRank | Adapted)))
     wrong = {p: x for p, x in found.items() if not isinstance(x, LowRank) and not _is_array(x)}
     if not found:

@@ -78,8 +78,8 @@ class Term(Protocol):
         """Follows W through a gather: `f` gathers a factor, None in `dims` is an index's axis."""
         ...
 
-    def dense(self, shape: tuple[int, ...], why: str) -> jax.Array | None:
-        """ΔW of shape `shape`, or None."""
+    def dense(self, w: Any, why: str) -> jax.Array | None:
+        """ΔW for `w`, in float32 or better, or None."""
         ...
 
 
@@ -117,7 +117,7 @@ class Weight:
 
     def dense(self, why: str) -> Any:
         """W + ΔW, added in float32 or better and rounded once to W's dtype."""
-        deltas = [d for t in self.terms if (d := t.dense(self.shape, why)) is not None]
+        deltas = [d for t in self.terms if (d := t.dense(self.value, why)) is not None]
         return add(self.value, *deltas)
 
 

@@ -349,13 +349,13 @@ UNFIT = [
     pytest.param(
         lambda: init(Full("layer/bais")),
         "Full('layer/bais') matches no leaf of `params`. "
-        "Near misses: layer/bias, layer/scale, layer/kernel.",
+        "Near misses: layer/bias, layer/kernel, layer/scale.",
         id="full-typo",
     ),
     pytest.param(
         lambda: init(LoRA("kernel", rank=2), Full("clasifier")),
         "Full('clasifier') matches no leaf of `params`. "
-        "Near misses: layer/scale, layer/bias, vocabulary.",
+        "Near misses: layer/bias, layer/kernel, layer/scale.",
         id="second-rule-typo",
     ),
     pytest.param(
