@@ -92,11 +92,21 @@ def _combine(base: PyTree, adapter: PyTree, sign: float) -> PyTree:
 def _sum(w: Any, delta: Any, sign: float) -> Any:
     def plus(w: Any, delta: Any) -> Any:
         change = sign * as_delta(delta._replace(key=None), w.shape).dense(w, "merge")
-        # A zero changes no bit, not even those of -0.0 and of subnormals.
-        return jnp.where((change == 0) | (w != w), w, add(w, change))
+        return _plus(w, change)
 
     # As one program, so that a sharded W is added to where it lies.
     return jax.jit(plus, out_shardings=_place(w))(w, delta)
+
+
+@jax.custom_jvp
+def _plus(w: jax.Array, change: jax.Array) -> jax.Array:
+    # A zero changes no bit, not even those of -0.0 and of subnormals; the derivative is a sum's.
+    return jnp.where((change == 0) | (w != w), w, add(w, change))
+
+
+@_plus.defjvp
+def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _plus(*primals), add(*tangents)
 
 
 def _like(w: Any, old: Any) -> Any:

@@ -320,6 +320,26 @@ def test_merging_a_fresh_adapter_keeps_every_bit(value: float) -> None:
     assert raw(jlora.merge(base, adapter)) == raw(params)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", [jlora.merge, jlora.unmerge])
+def test_merge_has_a_gradient_where_nothing_is_added(change: Any, compiled: bool) -> None:
+    """At B = 0, where training through merged weights starts: that of W ± s·A·B."""
+    s = setup()
+    base, adapter = jlora.transform(s.f, jlora.LoRA(rank=2)).init(KEY, s.params, s.x)
+    assert not np.any(adapter["up"].b)
+
+    def loss(plus: Any) -> Any:
+        slope = jax.grad(lambda b, a: (s.f(plus(b, a), s.x) ** 2).sum(), (0, 1))
+        return (jax.jit(slope) if compiled else slope)(base, adapter)
+
+    def plainly(base: Any, adapter: Any) -> Any:
+        sign = 1 if change is jlora.merge else -1
+        deltas = {k: sign * d.scale * d.a @ d.b for k, d in adapter.items()}
+        return {k: w + deltas[k] for k, w in base.items()}
+
+    assert_close(loss(change), loss(plainly))
+
+
 def test_merge_rounds_once() -> None:
     """In bfloat16: the float32 sum rounded, which is within one ulp of the float64 sum.
 
@@ -873,20 +893,29 @@ def test_wrong_uses_are_errors(name: str) -> None:
 # ------------------------------------------------------------------------ places and processes
 
 
-@functools.cache
-def on_four_devices() -> dict[str, str | None]:
-    """Runs all of `PLACES` in a process of its own: for each its error, or None."""
-    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+def python(code: str, **environment: str) -> str:
+    """What `code` prints in a process of its own, from this folder and with this `jlora`."""
+    path = pathlib.Path(jlora.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", "import test_trees; test_trees.report()"],
-        env=os.environ | devices,
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(path)} | environment,
         cwd=pathlib.Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
+
+
+@functools.cache
+def on_four_devices() -> dict[str, str | None]:
+    """Runs all of `PLACES` in one process: for each its error, or None."""
+    flags = "--xla_force_host_platform_device_count=4"
+    code = "import test_trees; test_trees.report()"
+    printed = python(code, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
+    return json.loads(printed.splitlines()[-1])
 
 
 def report() -> None:
@@ -983,6 +1012,18 @@ def merge_puts_full_leaves_where_the_base_lies() -> None:
     assert shardings(merged) == shardings(s.params)
 
 
+def dropout_masks_differ_by_shard() -> None:
+    """Rows that lie on different devices have masks of their own, also inside of `shard_map`."""
+    product = jax.shard_map(
+        lambda w, x: x @ w, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data")
+    )
+    rule, x = jlora.LoRA("w", rank=2, dropout=0.5, init=random), jnp.ones((4, 64))
+    lora = jlora.transform(lambda p, x: product(p["w"], x), rule)
+    base, adapter = lora.init(KEY, {"w": jnp.ones((64, 4))}, x)
+    rows = np.asarray(lora.apply(base, jlora.dropout(adapter, KEY), x))
+    assert len({row.tobytes() for row in rows}) == len(rows), "two shards drew one mask"
+
+
 PLACES = {
     f.__name__: f
     for f in (
@@ -992,11 +1033,21 @@ PLACES = {
         merge_on_an_explicit_mesh,
         merge_does_not_commit_to_a_device,
         merge_puts_full_leaves_where_the_base_lies,
+        dropout_masks_differ_by_shard,
     )
 }
+BROKEN = {"dropout_masks_differ_by_shard": "each shard draws the mask of its rows from one key"}
 
 
-@pytest.mark.parametrize("check", list(PLACES))
+def marked(name: str) -> Any:
+    """The name as a parameter, expected to fail if it is in `BROKEN`."""
+    if name not in BROKEN:
+        return name
+    mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason=BROKEN[name])
+    return pytest.param(name, marks=mark)
+
+
+@pytest.mark.parametrize("check", [marked(name) for name in PLACES])
 def test_places(check: str) -> None:
     """Shardings on a mesh of four devices."""
     assert on_four_devices()[check] is None
@@ -1005,6 +1056,5 @@ def test_places(check: str) -> None:
 def test_import_is_light() -> None:
     """`import jlora` loads JAX and optax, and neither Flax nor Orbax nor any file format."""
     heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
-    code = f"import sys, jlora; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    printed = python(f"import sys, jlora; print([m for m in {heavy!r} if m in sys.modules])")
+    assert printed.strip() == "[]"

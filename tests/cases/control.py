@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -444,6 +445,20 @@ def product_jvp(primals, tangents):
 def custom_jvp_of_the_weight(dtype):
     """A custom_jvp that takes the weight: W + ΔW is formed."""
     return one(dtype, lambda p, x: jnp.tanh(product(x, p["w"])))
+
+
+@case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5), grad=False)
+def pallas_kernel(dtype):
+    """A Pallas kernel takes the weight: W + ΔW is formed."""
+
+    def kernel(x, w, out):
+        out[...] = jnp.tanh(x[...] @ w[...])
+
+    def apply(p, x):
+        shape = jax.ShapeDtypeStruct((3, 5), x.dtype)
+        return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x, p["w"])
+
+    return one(dtype, apply)
 
 
 @case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5))

@@ -259,6 +259,16 @@ def reshape_merges_inputs(dtype):
     )
 
 
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+def reshape_adds_an_axis(dtype):
+    """Stored (6, 5), used (6, 1, 5): the axis of length 1 is contracted, so it is no output."""
+    return Problem(
+        lambda p, x: jnp.einsum("bkh,khd->bd", x, p["w"].reshape(6, 1, 5)),
+        normals(dtype, w=(6, 5)),
+        (normal("x", (3, 6, 1), dtype),),
+    )
+
+
 @case(row=2, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (6 + 4))
 def concatenate_inputs(dtype):
     """[x y] times w above v."""
