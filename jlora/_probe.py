@@ -50,7 +50,10 @@ class Probe:
         """See `Term.reshape`."""
         axes = [frozenset[int]()] * len(new)
         for group in reshape_groups(old, new):
+            ones = all(group.sizes[d] == 1 for d in group.old)
             for i in group.new:
+                if new[i] == 1 and not ones:  # an axis that the reshape adds
+                    continue
                 axes[i] = frozenset().union(*(self.axes[d] for d in group.old))
         return self._with(axes)
 
