@@ -108,13 +108,14 @@ def match_varying(*args: jax.Array) -> tuple[jax.Array, ...]:
     A `custom_vjp` returns cotangents that vary as its arguments do: JAX then sums them over the
     mesh in the transpose of this cast, as it does for its own products.
     """
-    varying = [_varying(x) for x in args]
-    union = frozenset().union(*varying)
+    each = [varying(x) for x in args]
+    union = frozenset().union(*each)
     return tuple(
         jax.lax.pcast(x, tuple(sorted(union - v)), to="varying") if union - v else x
-        for x, v in zip(args, varying, strict=True)
+        for x, v in zip(args, each, strict=True)
     )
 
 
-def _varying(x: jax.Array) -> frozenset[Any]:
+def varying(x: jax.Array) -> frozenset[Any]:
+    """The mesh axes of an enclosing `shard_map` that `x` varies over."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)

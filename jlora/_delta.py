@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from . import _compat
 from ._factor import RANK, Along, Dims, Factor, Unfactorable, reshape_groups
 from ._matmul import einsum, letters, promote
 from ._weight import Roles
@@ -161,12 +162,20 @@ class Delta:
         first = lambda f: sum(d in f.dims for d in contracted)  # noqa: E731
         return (self.a, self.b) if first(self.a) >= first(self.b) else (self.b, self.a)
 
+    def complete(self, shape: tuple[int, ...], contracted: Sequence[int]) -> tuple[Factor, Factor]:
+        """`split`, with the first factor along every dimension of W that neither follows."""
+        p, q = self.split(contracted)
+        for dim, length in enumerate(shape):
+            p = p if dim in q.dims else p.carry(dim, length)
+        return p, q
+
     def drop(self, x: jax.Array) -> jax.Array:
         """Drops entries of the input `x` of A with probability `dropout`, and rescales the rest."""
         if self.key is None:
             return x
-        key = self.key.value
-        keep = jax.random.bernoulli(
-            key if key.ndim == 0 else key.ravel()[0], 1 - self.dropout, x.shape
-        )
+        key = self.key.value if self.key.value.ndim == 0 else self.key.value.ravel()[0]
+        # Inside the model's own shard_map, each shard of x has inputs of its own.
+        for axis in sorted(_compat.varying(x) - _compat.varying(key), key=str):
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))

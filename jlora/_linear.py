@@ -48,7 +48,7 @@ def _dot_general(eqn: Any, x: Any, y: Any) -> jax.Array:
         spec = _Axes(x_axes, y_axes, out_axes, eqn.params["precision"])
         out = _plus_dot(out, value_of(x), y, spec, y_batch, y_contracted)
     if isinstance(x, Weight) and isinstance(y, Weight):
-        out = _plus_both(out, x, x_axes, y, y_axes, out_axes)
+        out = _plus_both(out, x, x_axes, y, y_axes, out_axes, eqn.params["precision"])
     return out
 
 
@@ -73,9 +73,7 @@ def _plus_dot(
     dtype = promote(z.dtype, w.value.dtype)
 
     def product(term: Delta) -> jax.Array:
-        p, q = term.split(contracted)
-        for dim in range(len(w.shape)):
-            p = p if dim in q.dims else p.carry(dim, w.shape[dim])
+        p, q = term.complete(w.shape, contracted)
         spec = Spec(
             "".join(axes.z),
             p.label(axes.w),
@@ -92,7 +90,13 @@ def _plus_dot(
 
 
 def _plus_both(
-    out: jax.Array, x: Weight, x_axes: list[str], y: Weight, y_axes: list[str], out_axes: list[str]
+    out: jax.Array,
+    x: Weight,
+    x_axes: list[str],
+    y: Weight,
+    y_axes: list[str],
+    out_axes: list[str],
+    precision: Any,
 ) -> jax.Array:
     """Adds Δx·Δy where two adapted weights are multiplied with each other."""
     for s in x.terms:
@@ -100,11 +104,12 @@ def _plus_both(
             if isinstance(s, Delta) and isinstance(t, Delta):
                 operands = [
                     (f.label(axes, rank), f.value.astype(out.dtype))
-                    for term, axes, rank in ((s, x_axes, "Y"), (t, y_axes, "Z"))
-                    for f in (term.a, term.b)
+                    for term, w, axes, rank in ((s, x, x_axes, "Y"), (t, y, y_axes, "Z"))
+                    for f in term.complete(w.shape, ())
                 ]
                 spec = ",".join(label for label, _ in operands) + "->" + "".join(out_axes)
-                cross = jnp.einsum(spec, *(v for _, v in operands), optimize="optimal")
+                factors = (v for _, v in operands)
+                cross = jnp.einsum(spec, *factors, optimize="optimal", precision=precision)
                 out = out + s.scale * t.scale * cross
     return out
 
@@ -236,10 +241,10 @@ def _gather(eqn: Any, w: Any, indices: jax.Array) -> Any:
             raise Unfactorable("rows and stacked matrices are looked up at once")
         kept = dataclasses.replace(term, key=None).look_up(look_up, dims, indexed)
         axes = letters(out.ndim)
-        p, q = kept.split(rows)
+        a, b = kept.a, kept.b
         # A row that is looked up is an input of A that is 1: dropout keeps it or not.
-        keep = term.drop(jnp.ones([out.shape[i] for i in rows], p.value.dtype))
-        spec = f"{''.join(axes[i] for i in rows)},{p.label(axes)},{q.label(axes)}->{axes}"
-        return term.scale * jnp.einsum(spec, keep, p.value, q.value)
+        keep = term.drop(jnp.ones([out.shape[i] for i in rows], a.value.dtype))
+        spec = f"{''.join(axes[i] for i in rows)},{a.label(axes)},{b.label(axes)}->{axes}"
+        return term.scale * jnp.einsum(spec, keep, a.value, b.value)
 
     return _plus(out, w, "embed", Roles((), indexed, tuple(whole)), product)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ._rules import Full, LoRA, Rule, matches, near, rule_name
 from ._sites import Site, Sites
+from ._tree import name_of
 from ._types import Layout
 
 
@@ -83,7 +84,7 @@ def _slotted(rule: LoRA, site: Site) -> Layout:
 
 
 def _name(site: Site) -> str:
-    return repr(site.path) if site.parts else "the root"
+    return repr(site.path) if site.parts else name_of(site.parts)
 
 
 def _not_linear(rule: LoRA, site: Site) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from ._transform import as_delta
 from ._transform import bind as _bind
 from ._tree import is_adapted, is_concrete, leaves_by_path
-from ._types import PyTree
+from ._types import LowRank, PyTree
 from ._weight import add
 
 
@@ -89,13 +89,14 @@ def _combine(base: PyTree, adapter: PyTree, sign: float) -> PyTree:
     return jax.tree.unflatten(tree, leaves)
 
 
-def _sum(w: Any, delta: Any, sign: float) -> Any:
-    def plus(w: Any, delta: Any) -> Any:
-        change = sign * as_delta(delta._replace(key=None), w.shape).dense(w, "merge")
-        return _plus(w, change)
+def _sum(w: Any, delta: LowRank, sign: float) -> Any:
+    # As one program, so that a sharded W is added to where it lies; one for all leaves of a form.
+    program = jax.jit(_add_delta, static_argnums=2, out_shardings=_place(w))
+    return program(w, delta._replace(key=None), sign)
 
-    # As one program, so that a sharded W is added to where it lies.
-    return jax.jit(plus, out_shardings=_place(w))(w, delta)
+
+def _add_delta(w: Any, delta: LowRank, sign: float) -> jax.Array:
+    return _plus(w, sign * as_delta(delta, w.shape).dense(w, "merge"))
 
 
 @jax.custom_jvp

@@ -58,17 +58,18 @@ def _neg(eqn: Any, w: Weight) -> Weight:
 
 @rule("mul")
 def _mul(eqn: Any, x: Any, y: Any) -> Weight:
-    w, scalar = (x, y) if isinstance(x, Weight) else (y, x)
+    w, scalar = (x, _scalar(y)) if isinstance(x, Weight) else (y, _scalar(x))
     out = _compat.bind_one(eqn, value_of(x), value_of(y))
-    return w.with_terms(out, lambda t: t.scale_by(_scalar(scalar)))
+    return w.with_terms(out, lambda t: t.scale_by(scalar))
 
 
 @rule("div")
 def _div(eqn: Any, x: Any, y: Any) -> Weight:
     if not isinstance(x, Weight):
         raise Unfactorable("the weight divides")
-    out = _compat.bind_one(eqn, x.value, value_of(y))
-    return x.with_terms(out, lambda t: t.scale_by(1 / _scalar(y)))
+    scale = 1 / _scalar(y)
+    out = _compat.bind_one(eqn, x.value, y)
+    return x.with_terms(out, lambda t: t.scale_by(scale))
 
 
 def _scalar(x: Any) -> jax.Array:

@@ -195,18 +195,15 @@ def _probe_all(
     logs: dict[Path, Log],
 ) -> None:
     """Writes into `logs` how the leaves at its paths are used."""
-    paths, leaves = (
-        zip(*leaves_by_path(params), strict=True) if jax.tree.leaves(params) else ((), ())
-    )
+    found, structure = leaves_by_path(params), jax.tree.structure(params)
+    paths, leaves = [path for path, _ in found], [x for _, x in found]
     traced = [i for i, x in enumerate(leaves) if paths[i] in logs or is_abstract(x)]
     rest, put = take((args, kwargs), is_abstract)
 
     def call(*values: Any) -> Any:
         args, kwargs = put(values[len(traced) :])
         full = dict(enumerate(leaves)) | dict(zip(traced, values, strict=False))
-        return apply_fn(
-            jax.tree.unflatten(jax.tree.structure(params), list(full.values())), *args, **kwargs
-        )
+        return apply_fn(jax.tree.unflatten(structure, list(full.values())), *args, **kwargs)
 
     specs = [abstract(x) for x in (*(leaves[i] for i in traced), *rest)]
     jaxpr, _ = trace(call, specs, ["/".join(path) for path in logs])

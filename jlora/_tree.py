@@ -140,9 +140,7 @@ def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
             f"got {adapter!r}, which holds none."
         )
     if wrong:
-        listed = ", ".join(
-            f"{'/'.join(p) or 'the root'}: {type(x).__name__}" for p, x in wrong.items()
-        )
+        listed = ", ".join(f"{name_of(p)}: {type(x).__name__}" for p, x in wrong.items())
         raise TypeError(
             "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
             f"got {listed}."

@@ -25,6 +25,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -1036,21 +1037,32 @@ PLACES = {
         dropout_masks_differ_by_shard,
     )
 }
-BROKEN = {"dropout_masks_differ_by_shard": "each shard draws the mask of its rows from one key"}
 
 
-def marked(name: str) -> Any:
-    """The name as a parameter, expected to fail if it is in `BROKEN`."""
-    if name not in BROKEN:
-        return name
-    mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason=BROKEN[name])
-    return pytest.param(name, marks=mark)
-
-
-@pytest.mark.parametrize("check", [marked(name) for name in PLACES])
+@pytest.mark.parametrize("check", list(PLACES))
 def test_places(check: str) -> None:
     """Shardings on a mesh of four devices."""
     assert on_four_devices()[check] is None
+
+
+def test_second_derivatives() -> None:
+    """Reverse mode twice: the Hessian of the adapted model is that of the merged one."""
+
+    def f(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    def curvature(loss: Any, adapter: Any) -> Any:
+        flat, unravel = ravel_pytree(adapter)
+        return jax.jit(jax.jacrev(jax.grad(lambda v: loss(unravel(v)))))(flat)
+
+    with jax.enable_x64(True):
+        w, v, x = (jax.random.normal(KEY, s, jnp.float64) for s in ((4, 3), (3, 2), (5, 4)))
+        lora = jlora.transform(f, jlora.LoRA(rank=2, init=random))
+        base, adapter = lora.init(KEY, {"w": w, "v": v}, x)
+        actual = curvature(lambda a: (lora.apply(base, a, x) ** 2).sum(), adapter)
+        expected = curvature(lambda a: (f(jlora.merge(base, a), x) ** 2).sum(), adapter)
+    scale = np.max(np.abs(expected))
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-10)
 
 
 def test_import_is_light() -> None:

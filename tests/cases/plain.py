@@ -569,6 +569,24 @@ def weight_shared_by_layers(dtype):
     return Problem(apply, normals(dtype, w=(5, 5), b=(5,)), (normal("x", (2, 5), dtype),))
 
 
+@case(row=6, rules=(LORA,), sites=2, trainable=2 * (4 + 6) + 2 * (6 + 5))
+def weights_multiplied(dtype):
+    """Two adapted leaves are multiplied with each other before anything else."""
+    params = normals(dtype, w=(4, 6), v=(6, 5))
+    return Problem(lambda p, x: x @ (p["w"] @ p["v"]), params, (normal("x", (3, 4), dtype),))
+
+
+@case(row=6, rules=(LORA,), sites=2, trainable=2 * (4 + 6) + 3 * 2 * (6 + 5))
+def weights_multiplied_with_one_repeated(dtype):
+    """The same, of one leaf that is repeated and one that is a stack."""
+
+    def apply(p, x):
+        w = jnp.broadcast_to(p["w"], (3, 4, 6))
+        return jnp.einsum("ti,nij->ntj", x, jnp.einsum("nio,noj->nij", w, p["v"]))
+
+    return Problem(apply, normals(dtype, w=(4, 6), v=(3, 6, 5)), (normal("x", (2, 4), dtype),))
+
+
 # --------------------------------------------------------------------------------------------
 # Row 7: convolutions with layouts that Flax does not use. (See linen.py for the others.)
 # --------------------------------------------------------------------------------------------
