@@ -1061,6 +1061,7 @@ def test_second_derivatives() -> None:
         base, adapter = lora.init(KEY, {"w": w, "v": v}, x)
         actual = curvature(lambda a: (lora.apply(base, a, x) ** 2).sum(), adapter)
         expected = curvature(lambda a: (f(jlora.merge(base, a), x) ** 2).sum(), adapter)
+    actual, expected = np.asarray(actual), np.asarray(expected)
     scale = np.max(np.abs(expected))
     np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-10)
 
