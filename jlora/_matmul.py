@@ -77,7 +77,9 @@ def _backward(spec: Spec, saved: tuple[Any, ...], g: jax.Array) -> tuple[jax.Arr
     g = g.astype(x.dtype)
     dq = product(spec.h, spec.y, spec.q, _hidden(spec, x, p), g)
     dh = (spec.scale * product(spec.y, spec.q, spec.h, g, q)).astype(x.dtype)
-    dp = product(spec.x, spec.h, spec.p, x, dh)
+    order = "".join(sorted(spec.p, key=lambda c: (c not in spec.h, spec.p.index(c))))
+    dp = jax.lax.optimization_barrier(product(spec.h, spec.x, order, dh, x))
+    dp = jnp.einsum(f"{order}->{spec.p}", dp)
     dx = product(spec.h, spec.p, spec.x, dh, p)
     return dx.astype(x.dtype), dp.astype(p.dtype), dq.astype(q.dtype)
 

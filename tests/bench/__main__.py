@@ -1,0 +1,23 @@
+"""The command line: `python -m tests.bench [--quick] [--out DIR] [NAME ...]`."""
+
+import argparse
+import importlib
+import pathlib
+
+NAMES = ("floor", "memory", "peers", "growth", "adapters", "overheads")
+
+
+def main() -> None:
+    """Runs each benchmark's `run(quick, out)`."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="small, for CI; asserts what is exact")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for CSV and PNG; default: bench")
+    options = parser.parse_args()
+    out = options.out or (None if options.quick else pathlib.Path("bench"))
+    for name in options.names or NAMES:
+        importlib.import_module(f"{__package__}.{name}").run(options.quick, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Training steps to compare, compiled once, and timed in turns."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
+
+import jlora
+
+Loss = Callable[[Callable[..., jax.Array], Any, Any], jax.Array]  # of (apply, params, batch)
+
+
+@dataclasses.dataclass
+class Program:
+    """A compiled step `(frozen, trained, moments, batch) -> (trained, moments, loss)`."""
+
+    compiled: Any
+    frozen: Any
+    trained: Any
+    moments: Any
+    trace_s: float
+    compile_s: float
+
+    def run(self, batch: Any) -> float:
+        """One step, in seconds."""
+        start = time.perf_counter()
+        out = self.compiled(self.frozen, self.trained, self.moments, batch)
+        self.trained, self.moments, _ = jax.block_until_ready(out)
+        return time.perf_counter() - start
+
+    @property
+    def temp(self) -> int:
+        """Bytes that XLA allocates beside arguments and results."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+    @property
+    def arguments(self) -> int:
+        """Bytes of the arguments."""
+        return self.compiled.memory_analysis().argument_size_in_bytes
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations as XLA counts them: the body of a scan once."""
+        return self.compiled.cost_analysis()["flops"]
+
+
+def compile_step(loss: Callable[..., jax.Array], frozen: Any, trained: Any, batch: Any) -> Program:
+    """A step of Adam on `trained` for `loss(frozen, trained, batch)`; shapes suffice."""
+    tx = optax.adam(1e-4)
+
+    def step(frozen: Any, trained: Any, moments: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(loss, 1)(frozen, trained, batch)
+        updates, moments = tx.update(grads, moments, trained)
+        return optax.apply_updates(trained, updates), moments, value
+
+    concrete = all(isinstance(x, jax.Array) for x in jax.tree.leaves(trained))
+    moments = tx.init(trained) if concrete else jax.eval_shape(tx.init, trained)
+    start = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=(1, 2)).lower(frozen, trained, moments, batch)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    return Program(compiled, frozen, trained, moments, traced - start, done - traced)
+
+
+def next_token(apply: Callable[..., jax.Array], params: Any, ids: jax.Array) -> jax.Array:
+    """Mean cross-entropy of each token given those before it."""
+    logits = apply(params, ids[:, :-1]).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+
+def train_leaves(
+    apply: Callable[..., jax.Array], params: Any, pattern: str, batch: Any, loss: Loss = next_token
+) -> Program:
+    """Trains the leaves whose path `pattern` is found in: the norms (the floor), or all."""
+    flat = flatten_dict(params, sep="/")
+    trained = {k: _copy(v) for k, v in flat.items() if re.search(pattern, k)}
+    frozen = {k: v for k, v in flat.items() if k not in trained}
+
+    def join_and_loss(frozen: Any, trained: Any, batch: Any) -> jax.Array:
+        return loss(apply, unflatten_dict({**frozen, **trained}, sep="/"), batch)
+
+    return compile_step(join_and_loss, frozen, trained, batch)
+
+
+def train_lora(
+    apply: Callable[..., jax.Array],
+    params: Any,
+    rules: Sequence[Any],
+    batch: Any,
+    loss: Loss = next_token,
+    inputs: Callable[[Any], tuple[Any, ...]] = lambda ids: (ids[:, :-1],),
+) -> Program:
+    """Trains the low-rank factors; `inputs` are the apply function's own arguments."""
+    lora = jlora.transform(apply, *rules)
+    base, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, *inputs(batch))
+    if all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
+        base, adapter = lora.init(jax.random.key(0), params, *inputs(batch))
+        # B is not left at zero: no product may be zero, or it might be cheaper.
+        adapter = jax.tree.map(lambda x: x + 0.01, adapter)
+
+    def adapted_loss(base: Any, adapter: Any, batch: Any) -> jax.Array:
+        return loss(lambda base, *args: lora.apply(base, adapter, *args), base, batch)
+
+    return compile_step(adapted_loss, base, adapter, batch)
+
+
+def interleave(
+    programs: Mapping[str, Program], batch: Any, rounds: int, title: str = ""
+) -> dict[str, np.ndarray]:
+    """Seconds of each program, all run in turn in each round, after two rounds of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for i in tqdm(range(rounds + 2), title, leave=False, disable=None):
+        for name, program in programs.items():
+            spent = program.run(batch)
+            if i >= 2:
+                seconds[name].append(spent)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def ratio(seconds: np.ndarray, baseline: np.ndarray) -> float:
+    """The median of the ratios, round by round: drift of the machine's speed cancels."""
+    return float(np.median(seconds / baseline))
+
+
+def _copy(x: Any) -> Any:
+    return jnp.array(x) if isinstance(x, jax.Array) else x
