@@ -1,6 +1,7 @@
 """Primitives that multiply with a weight: the product with W, plus that with the factors of ΔW."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from . import _compat
 from ._delta import Delta
 from ._factor import RANK, Factor, Unfactorable
 from ._interpret import rule
-from ._matmul import Spec, letters, lowrank, promote
+from ._matmul import Spec, adapted, letters, lowrank, plan, promote
 from ._weight import Roles, Weight, value_of
 
 Product = Callable[[Delta], jax.Array]
@@ -40,16 +41,23 @@ def _dot_general(eqn: Any, x: Any, y: Any) -> jax.Array:
     summed = [x_axes[i] for i in x_contracted]
     out_axes = [*batch, *(c for c in x_axes + y_axes if c not in batch + summed)]
 
-    out = _compat.bind_one(eqn, value_of(x), value_of(y))
-    if isinstance(x, Weight):
-        spec = _Axes(y_axes, x_axes, out_axes, eqn.params["precision"])
-        out = _plus_dot(out, value_of(y), x, spec, x_batch, x_contracted)
-    if isinstance(y, Weight):
-        spec = _Axes(x_axes, y_axes, out_axes, eqn.params["precision"])
-        out = _plus_dot(out, value_of(x), y, spec, y_batch, y_contracted)
-    if isinstance(x, Weight) and isinstance(y, Weight):
-        out = _plus_both(out, x, x_axes, y, y_axes, out_axes, eqn.params["precision"])
-    return out
+    def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+        return _compat.bind_one(eqn, x, y)
+
+    def turned(y: jax.Array, x: jax.Array) -> jax.Array:
+        return _compat.bind_one(eqn, x, y)
+
+    precision = eqn.params["precision"]
+    from_y = _Axes(y_axes, x_axes, out_axes, precision)
+    from_x = _Axes(x_axes, y_axes, out_axes, precision)
+    if not isinstance(x, Weight):
+        return _adapted_dot(dot, x, y, from_x, y_batch, y_contracted)
+    if not isinstance(y, Weight):
+        return _adapted_dot(turned, y, x, from_y, x_batch, x_contracted)
+    out = dot(x.value, y.value)
+    out = _plus_dot(out, y.value, x, from_y, x_batch, x_contracted)
+    out = _plus_dot(out, x.value, y, from_x, y_batch, y_contracted)
+    return _plus_both(out, x, x_axes, y, y_axes, out_axes, precision)
 
 
 class _Axes(NamedTuple):
@@ -59,6 +67,43 @@ class _Axes(NamedTuple):
     w: list[str]
     out: list[str]
     precision: Any
+
+
+def _adapted_dot(
+    dot: Callable[[jax.Array, jax.Array], jax.Array],
+    z: jax.Array,
+    w: Weight,
+    axes: _Axes,
+    batch: Sequence[int],
+    contracted: Sequence[int],
+) -> jax.Array:
+    """`dot(z, W)` and what ΔW adds: apart, or by the sum of W and ΔW where that is planned."""
+    if _plan(z, w, batch, contracted) == "summed":
+        spec, p, q = _factors(w.terms[0], w.shape, axes, contracted, w.value.dtype)
+        return adapted(spec, dot, *_compat.match_varying(z, w.value, p, q))
+    return _plus_dot(dot(z, w.value), z, w, axes, batch, contracted)
+
+
+def _plan(z: jax.Array, w: Weight, batch: Sequence[int], contracted: Sequence[int]) -> str:
+    [term, *others] = w.terms
+    if others or not isinstance(term, Delta) or term.key is not None or z.dtype != w.value.dtype:
+        return "apart"
+    first, second = term.split(contracted)
+    if set(second.dims) & set(contracted) or set(first.dims) - {*batch, *contracted, RANK}:
+        return "apart"
+    inputs = math.prod(w.shape[d] for d in contracted)
+    stack = math.prod(w.shape[d] for d in batch)
+    tokens, outputs = z.size // max(1, stack * inputs), w.value.size // max(1, stack * inputs)
+    return plan(tokens, inputs, outputs, first.value.shape[first.axis(RANK)], z.dtype)
+
+
+def _factors(
+    term: Delta, shape: tuple[int, ...], axes: _Axes, contracted: Sequence[int], dtype: Any
+) -> tuple[Spec, jax.Array, jax.Array]:
+    p, q = term.complete(shape, contracted)
+    names = ("".join(axes.z), "".join(axes.w), p.label(axes.w), q.label(axes.w), "".join(axes.out))
+    spec = Spec(*names, term.scale, dtype, axes.precision)
+    return spec, p.value.astype(dtype), q.value.astype(dtype)
 
 
 def _plus_dot(
@@ -73,18 +118,9 @@ def _plus_dot(
     dtype = promote(z.dtype, w.value.dtype)
 
     def product(term: Delta) -> jax.Array:
-        p, q = term.complete(w.shape, contracted)
-        spec = Spec(
-            "".join(axes.z),
-            p.label(axes.w),
-            q.label(axes.w),
-            "".join(axes.out),
-            term.scale,
-            out.dtype,
-            axes.precision,
-        )
-        operands = [v.astype(dtype) for v in (term.drop(z), p.value, q.value)]
-        return lowrank(spec, *_compat.match_varying(*operands))
+        spec, p, q = _factors(term, w.shape, axes, contracted, dtype)
+        spec = spec._replace(dtype=out.dtype)
+        return lowrank(spec, *_compat.match_varying(term.drop(z).astype(dtype), p, q))
 
     return _plus(out, w, "dense", Roles(tuple(batch), tuple(contracted), tuple(kept)), product)
 

@@ -1,28 +1,71 @@
-r"""The product at the heart: what the factors of ΔW add to a contraction with W.
+r"""The product at the heart: what ΔW adds to a contraction with W, in the cheaper of two orders.
 
-For $y = x W + s \, (x A) B$ the model's own product $x W$ is left as it is, so that its values are
-the base model's, and `lowrank` gives the second summand and its gradients:
+Apart, for $y = x W + s \, (x A) B$, the model's own product $x W$ is left as it is and `lowrank`
+gives the second summand and its gradients:
 
 $$h = s\,x A,\quad y = h B;\qquad \bar B = h^T \bar y,\quad \bar h = \bar y B^T,\quad
 \bar A = s\,x^T \bar h,\quad \bar x = s\,\bar h A^T.$$
 
-W does not occur, so nothing of W's size is formed, and h is computed again in the backward pass
-rather than kept.
+Summed, `adapted` forms W + s·A·B and gives $y = x\,(W + s A B)$ and
+$\bar x = \bar y\,(W + s A B)^T$, with $\bar A$ and $\bar B$ as above. That is cheaper where there
+are many tokens: see `plan`. Neither forms $x^T \bar y$, the gradient of W.
+
+Source: the orders are those of Cherniuk et al., arXiv 2312.03415, without the two that form
+$x^T \bar y$: they cost as much as full fine-tuning unless r is near the size of W.
 """
 
 import functools
 import string
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+# --------------------------------------------------------------------------------- the planner
+
+MOVE = 32  # operations in the time in which one element is read or written
+KEPT = 16  # h is kept for the backward pass where it is this many times smaller than x
+
+
+def plan(tokens: int, inputs: int, outputs: int, rank: int, dtype: Any) -> str:
+    """`"apart"` or `"summed"`: the order in which forward and backward are computed.
+
+    What both orders need, the three products for the gradients of A and B, does not count. Apart,
+    h·B and its twin in the backward pass are computed and added to an activation: a read, and a
+    read and a write of the sum. Summed, A·B is computed twice, written, read, added to W and read
+    again. In less than float32 the sum would round ΔW away, so it is never formed.
+
+    Args:
+        tokens: rows of x.
+        inputs: columns of x.
+        outputs: columns of y.
+        rank: r.
+        dtype: of x, W, A and B, in which the sum would be.
+
+    Example:
+        >>> plan(512, 512, 512, 8, jnp.float32), plan(2048, 384, 384, 8, jnp.float32)
+        ('apart', 'summed')
+        >>> plan(2048, 384, 384, 8, jnp.bfloat16)
+        'apart'
+    """
+    if jnp.finfo(dtype).bits < 32:
+        return "apart"
+    activation, weight = tokens * (inputs + outputs), inputs * outputs
+    apart = activation * (2 * rank + 3 * MOVE)
+    summed = 2 * weight * (2 * rank + 4 * MOVE)
+    return "summed" if summed < apart else "apart"
+
+
+# --------------------------------------------------------------------------------- the products
+
 
 class Spec(NamedTuple):
-    """Which axes meet: a letter for each axis of x, of the two factors p and q, and of y.
+    """Which axes meet: a letter for each axis of x, of W, of its two factors p and q, and of y.
 
     Attributes:
         x: axes of the activation.
+        w: axes of W.
         p: axes of the factor that is contracted with x first.
         q: axes of the other factor.
         y: axes of the result.
@@ -32,6 +75,7 @@ class Spec(NamedTuple):
     """
 
     x: str
+    w: str
     p: str
     q: str
     y: str
@@ -43,6 +87,11 @@ class Spec(NamedTuple):
     def h(self) -> str:
         """Axes of s·x·p: those of x and p that y or q still needs."""
         return "".join(c for c in dict.fromkeys(self.x + self.p) if c in self.y + self.q)
+
+    @property
+    def transposed(self) -> "Spec":
+        """The same from y to x."""
+        return self._replace(x=self.y, p=self.q, q=self.p, y=self.x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,8 +107,81 @@ def lowrank(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
     Returns:
         An array with the axes `spec.y` and the dtype `spec.dtype`.
     """
-    y = einsum(spec.h, spec.q, spec.y, _hidden(spec, x, p), q, precision=spec.precision)
-    return y.astype(spec.dtype)
+    return _forward(spec, x, p, q)[0]
+
+
+def _forward(spec: Spec, x: Any, p: Any, q: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    h = _hidden(spec, x, p)
+    y = einsum(spec.h, spec.q, spec.y, h, q, precision=spec.precision).astype(spec.dtype)
+    return y, (x, h if KEPT * h.size <= x.size else None, p, q)
+
+
+def _backward(spec: Spec, saved: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, ...]:
+    x, h, p, q = saved
+    g = g.astype(x.dtype)
+    dh, dp, dq = _factor_gradients(spec, x, h, p, q, g)
+    dx = einsum(spec.h, spec.p, spec.x, dh, p, precision=spec.precision)
+    return dx.astype(x.dtype), dp, dq
+
+
+lowrank.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def adapted(
+    spec: Spec, dot: Callable[..., Any], x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array
+) -> jax.Array:
+    """`dot(x, W + s·p·q)` for the product `dot`, linear in each argument, of the axes in `spec`.
+
+    Under a `vmap` over several p and q with one W, the factors stay apart, or W would be copied.
+    """
+
+    def summed(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
+        delta = einsum(spec.p, spec.q, spec.w, p, q, precision=spec.precision)
+        return dot(x, (w + spec.scale * delta).astype(w.dtype))
+
+    def apart(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
+        return dot(x, w) + lowrank(spec, x, p, q)
+
+    return _unless_batched(summed, apart)(x, w, p, q)
+
+
+def _unless_batched(summed: Callable[..., Any], apart: Callable[..., Any]) -> Callable[..., Any]:
+    """`summed(x, w, p, q)`; `apart` where a `vmap` maps p or q, but not w."""
+    choice = jax.custom_batching.custom_vmap(summed)
+
+    @choice.def_vmap
+    def rule(size: int, batched: list[bool], *args: jax.Array) -> tuple[jax.Array, bool]:
+        def over(f: Callable[..., Any]) -> Callable[..., Any]:
+            return jax.vmap(f, [0 if b else None for b in batched], axis_size=size)
+
+        if any(batched[2:]) and not batched[1]:
+            return over(apart)(*args), True
+        return _unless_batched(over(summed), over(apart))(*args), True
+
+    return choice
+
+
+def _adapted_forward(spec: Spec, dot: Any, *args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    return adapted(spec, dot, *args), args
+
+
+def _adapted_backward(
+    spec: Spec, dot: Callable[..., Any], saved: tuple[Any, ...], g: jax.Array
+) -> tuple[jax.Array, ...]:
+    x, w, p, q = saved
+    _, dp, dq = _factor_gradients(spec, x, None, p, q, g)
+
+    def transposed(g: jax.Array, w: jax.Array) -> jax.Array:
+        [dx] = jax.linear_transpose(lambda x: dot(x, w), x)(g)
+        return dx
+
+    # Only where the user differentiates with respect to W; XLA drops it elsewhere.
+    [dw] = jax.linear_transpose(lambda w: dot(x, w), w)(g)
+    return adapted(spec.transposed, transposed, g, w, q, p), dw, dp, dq
+
+
+adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 def _hidden(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
@@ -67,24 +189,28 @@ def _hidden(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
     return (spec.scale * h).astype(x.dtype)
 
 
-def _forward(spec: Spec, x: Any, p: Any, q: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    return lowrank(spec, x, p, q), (x, p, q)
+def _factor_gradients(
+    spec: Spec, x: jax.Array, h: jax.Array | None, p: jax.Array, q: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of h (times s), p and q; h is computed again where it was not kept."""
+    h = _hidden(spec, x, p) if h is None else h
+    dh = (spec.scale * einsum(spec.y, spec.q, spec.h, g, q, precision=spec.precision)).astype(g.dtype)
+    dp = _thin(spec.h, spec.x, spec.p, dh, x, spec.precision)
+    dq = _thin(spec.h, spec.y, spec.q, h, g, spec.precision)
+    return dh, dp.astype(p.dtype), dq.astype(q.dtype)
 
 
-def _backward(spec: Spec, saved: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, ...]:
-    x, p, q = saved
-    product = functools.partial(einsum, precision=spec.precision)
-    g = g.astype(x.dtype)
-    dq = product(spec.h, spec.y, spec.q, _hidden(spec, x, p), g)
-    dh = (spec.scale * product(spec.y, spec.q, spec.h, g, q)).astype(x.dtype)
-    order = "".join(sorted(spec.p, key=lambda c: (c not in spec.h, spec.p.index(c))))
-    dp = jax.lax.optimization_barrier(product(spec.h, spec.x, order, dh, x))
-    dp = jnp.einsum(f"{order}->{spec.p}", dp)
-    dx = product(spec.h, spec.p, spec.x, dh, p)
-    return dx.astype(x.dtype), dp.astype(p.dtype), dq.astype(q.dtype)
-
-
-lowrank.defvjp(_forward, _backward)
+def _thin(
+    h: str, x: str, out: str, h_value: jax.Array, x_value: jax.Array, precision: Any
+) -> jax.Array:
+    """`einsum` of a thin h and a wide x, computed as hᵀ·x: on CPUs xᵀ·h takes ten times as long."""
+    order = "".join(sorted(out, key=lambda c: (c not in h, c in h and c not in x)))
+    value = einsum(h, x, order, h_value, x_value, precision=precision)
+    if order == out:
+        return value
+    # Without the barrier XLA would turn the product round again.
+    value = jax.lax.optimization_barrier(value)
+    return value.transpose([order.index(c) for c in out])
 
 
 def einsum(

@@ -1,0 +1,230 @@
+"""What is paid once: tracing and compiling a step, merging, and `init` of a large model."""
+
+import functools
+import gc
+import pathlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from models import llama
+from tqdm import tqdm
+
+import jlora
+
+from . import model, report, steps
+
+SHAPE = model.Shape(layers=12, dim=256, heads=4, batch=4, length=64)
+TINY = model.Shape(layers=2, dim=64, heads=2, batch=2, length=16, vocab=128)
+WIDE = model.Shape(layers=12, dim=768, heads=12, batch=1, length=8)
+LLAMA_7B = llama.Config(
+    vocab=32000, layers=32, dim=4096, hidden=11008, heads=32, kv_heads=32, rope_base=1e4
+)
+SMALL_LLAMA = llama.Config(vocab=128, layers=2, dim=64, hidden=128, heads=2, kv_heads=2)
+
+
+def run(quick: bool, out: pathlib.Path | None) -> None:
+    """A table each for compilation, `merge` and `init`; targets: 1.3 times, 0.8 times, seconds."""
+    rows = compilation(TINY if quick else SHAPE, rounds=1 if quick else 5)
+    report.table("compilation: seconds, and the ratio to the frozen step", rows, out)
+    rows = merging(TINY if quick else WIDE, rounds=2 if quick else 9)
+    report.table("merge: under jit with donation, beside a copy of the tree", rows, out)
+    rows = initialization(SMALL_LLAMA if quick else LLAMA_7B, rounds=1 if quick else 3)
+    report.table("init: seconds of abstract evaluation", rows, out)
+
+
+# ------------------------------------------------------------------------ tracing and compiling
+
+
+class Task(NamedTuple):
+    """A loss of `(frozen, trained, batch)`, and the first two."""
+
+    loss: Callable[..., jax.Array]
+    frozen: Any
+    trained: Any
+
+    def compile(self, batch: Any) -> steps.Program:
+        """A step of training, compiled with nothing in JAX's caches."""
+        jax.clear_caches()
+        gc.collect()
+        return steps.compile_step(self.loss, self.frozen, self.trained, batch)
+
+
+def frozen_task(apply: Callable[..., jax.Array], params: Any) -> Task:
+    """The floor: trains the scales of the norms."""
+    flat = flatten_dict(params, sep="/")
+    trained = {k: jnp.array(v) for k, v in flat.items() if re.search("norm", k)}
+    frozen = {k: v for k, v in flat.items() if k not in trained}
+
+    def loss(frozen: Any, trained: Any, ids: jax.Array) -> jax.Array:
+        return steps.next_token(apply, unflatten_dict({**frozen, **trained}, sep="/"), ids)
+
+    return Task(loss, frozen, trained)
+
+
+def lora_task(
+    apply: Callable[..., jax.Array], params: Any, rules: list[jlora.LoRA], ids: jax.Array
+) -> Task:
+    """Trains A and B."""
+    lora = jlora.transform(apply, *rules)
+    base, adapter = lora.init(jax.random.key(0), params, ids[:, :-1])
+    adapter = jax.tree.map(lambda x: x + 0.01, adapter)
+
+    def loss(base: Any, adapter: Any, ids: jax.Array) -> jax.Array:
+        return steps.next_token(lambda base, *args: lora.apply(base, adapter, *args), base, ids)
+
+    return Task(loss, base, adapter)
+
+
+def _with_leaves(task: Task, leaves: Any) -> Task:
+    """`task`, which also trains `leaves` that its loss does not use: what the optimizer costs."""
+
+    def loss(frozen: Any, trained: tuple[Any, Any], batch: Any) -> jax.Array:
+        unused = sum(jnp.sum(x[:0]) for x in jax.tree.leaves(trained[1]))
+        return task.loss(frozen, trained[0], batch) + unused
+
+    return Task(loss, task.frozen, (task.trained, leaves))
+
+
+def batch_and_params(lm: model.LM) -> tuple[jax.Array, Any]:
+    """Token ids (batch, length + 1) and the parameters."""
+    s = lm.shape
+    ids = jax.random.randint(jax.random.key(1), (s.batch, s.length + 1), 0, s.vocab)
+    return ids, jax.jit(lm.init)(jax.random.key(0), ids[:, :-1])
+
+
+def compilation(shape: model.Shape, rounds: int) -> list[dict]:
+    """Seconds of tracing (with lowering) and of compiling, each program in turn in each round."""
+    rows = []
+    for mode, scan in {"plain": False, "scan": True}.items():
+        lm = model.LM(shape, scan=scan)
+        ids, params = batch_and_params(lm)
+        floor = frozen_task(lm.apply, params)
+        attention = lora_task(lm.apply, params, model.attention(8), ids)
+        linear = lora_task(lm.apply, params, model.all_linear(8), ids)
+        tasks = {
+            "floor": floor,
+            "floor, as many leaves": _with_leaves(floor, linear.trained),
+            "q, v": attention,
+            "all-linear": linear,
+        }
+        spent = cold(tasks, ids, rounds, f"{shape}, {mode}")
+        rows += [
+            {
+                "mode": mode,
+                "trained": name,
+                "leaves": len(jax.tree.leaves(task.trained)),
+                "trace s": float(np.median(spent[name][:, 0])),
+                "compile s": float(np.median(spent[name][:, 1])),
+                "trace": steps.ratio(spent[name][:, 0], spent["floor"][:, 0]),
+                "compile": steps.ratio(spent[name][:, 1], spent["floor"][:, 1]),
+                "both": steps.ratio(spent[name].sum(1), spent["floor"].sum(1)),
+                "over as many leaves": steps.ratio(
+                    spent[name].sum(1), spent["floor, as many leaves"].sum(1)
+                ),
+            }
+            for name, task in tasks.items()
+        ]
+    return rows
+
+
+def cold(
+    tasks: Mapping[str, Task], batch: Any, rounds: int, title: str = ""
+) -> dict[str, np.ndarray]:
+    """Seconds (rounds, 2) of tracing and of compiling, after one round that loads the compiler."""
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
+    for i in tqdm(range(rounds + 1), title, leave=False, disable=None):
+        for name, task in tasks.items():
+            program = task.compile(batch)
+            if i >= 1:
+                spent[name].append((program.trace_s, program.compile_s))
+    return {name: np.array(values) for name, values in spent.items()}
+
+
+# --------------------------------------------------------------------------------------- merge
+
+
+def merging(shape: model.Shape, rounds: int) -> list[dict]:
+    """GB/s of the base tree through `merge` and through a copy; temporary memory in leaves.
+
+    The peak is to stay within two of the largest leaves above the result. A scanned model has
+    few leaves, so that two of them are much: there each layer's part counts as a leaf as well.
+    """
+    rows = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for scan in (False, True):
+            lm = model.LM(shape, scan=scan)
+            ids, params = batch_and_params(lm)
+            params = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+            task = lora_task(lm.apply, params, model.all_linear(8), ids)
+            rows.append(_merge_row(task, rounds) | {"layers": shape.layers if scan else 1})
+            rows[-1] = {"dtype": dtype.__name__, "mode": "scan" if scan else "plain", **rows[-1]}
+    return rows
+
+
+def _merge_row(task: Task, rounds: int) -> dict:
+    base, adapter = task.frozen, task.trained
+    merge = jax.jit(jlora.merge, donate_argnums=0).lower(base, adapter).compile()
+    copy = jax.jit(functools.partial(jax.tree.map, jnp.copy)).lower(base).compile()
+    memory = merge.memory_analysis()
+    size = sum(x.nbytes for x in jax.tree.leaves(base))
+    leaf = max(x.nbytes for x in jax.tree.leaves(base))
+    plain, merged = base, jax.tree.map(jnp.copy, base)
+    seconds = {"merge": [], "copy": []}
+    for _ in tqdm(range(rounds + 1), "merge", leave=False, disable=None):
+        start = time.perf_counter()
+        merged = jax.block_until_ready(merge(merged, adapter))
+        middle = time.perf_counter()
+        plain = jax.block_until_ready(copy(plain))
+        seconds["merge"].append(middle - start)
+        seconds["copy"].append(time.perf_counter() - middle)
+    spent = {name: np.array(values[1:]) for name, values in seconds.items()}
+    return {
+        "MB": size / 1e6,
+        "merge GB/s": size / 1e9 / float(np.median(spent["merge"])),
+        "copy GB/s": size / 1e9 / float(np.median(spent["copy"])),
+        "of copy speed": steps.ratio(spent["copy"], spent["merge"]),
+        "in place": memory.alias_size_in_bytes / size,
+        "temp MB": memory.temp_size_in_bytes / 1e6,
+        "temp, leaves": memory.temp_size_in_bytes / leaf,
+    }
+
+
+# ---------------------------------------------------------------------------------------- init
+
+
+def initialization(config: llama.Config, rounds: int) -> list[dict]:
+    """Seconds of `init` and `sites` of an abstract Llama, beside the model's own `init`."""
+    lm = llama.Llama(config)
+    ids, key = jax.ShapeDtypeStruct((1, 128), jnp.int32), jax.random.key(0)
+    params = jax.eval_shape(lm.init, key, ids)
+    lora = jlora.transform(lm.apply, jlora.LoRA())
+    calls = {
+        "the model's init": lambda: jax.eval_shape(lm.init, key, ids),
+        "the model's apply": lambda: jax.eval_shape(lm.apply, params, ids),
+        "sites": lambda: lora.sites(params, ids),
+        "init": lambda: jax.eval_shape(lora.init, key, params, ids),
+    }
+    _, adapter = calls["init"]()
+    return [
+        {
+            "call": name,
+            "seconds": float(np.median([_seconds(call) for _ in range(rounds)])),
+            "parameters": jlora.count(params),
+            "trained": jlora.count(adapter),
+        }
+        for name, call in calls.items()
+    ]
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    jax.clear_caches()
+    gc.collect()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
