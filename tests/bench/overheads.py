@@ -82,11 +82,10 @@ def lora_task(
 
 
 def _with_leaves(task: Task, leaves: Any) -> Task:
-    """`task`, which also trains `leaves` that its loss does not use: what the optimizer costs."""
+    """`task`, which also updates `leaves` that its loss does not use: what the optimizer costs."""
 
     def loss(frozen: Any, trained: tuple[Any, Any], batch: Any) -> jax.Array:
-        unused = sum(jnp.sum(x[:0]) for x in jax.tree.leaves(trained[1]))
-        return task.loss(frozen, trained[0], batch) + unused
+        return task.loss(frozen, trained[0], batch)
 
     return Task(loss, task.frozen, (task.trained, leaves))
 

@@ -13,9 +13,7 @@ def machine() -> str:
     """What the numbers were measured on."""
     device = jax.devices()[0]
     cores = f", {jax.local_device_count()} device(s)" if device.platform != "cpu" else ""
-    return (
-        f"{device.device_kind}{cores}, JAX {jax.__version__}, Python {platform.python_version()}"
-    )
+    return f"{device.device_kind}{cores}, JAX {jax.__version__}, Python {platform.python_version()}"
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], out: pathlib.Path | None) -> None:

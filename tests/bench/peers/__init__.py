@@ -6,7 +6,7 @@ do something has a row that says why.
 """
 
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from tqdm import tqdm
 
@@ -28,7 +28,7 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     from .. import floor, report
     from . import bert
 
-    rows = in_process() if quick else in_environments(PEERS, floor.SHAPES, floor.MODES, rounds=10)
+    rows = in_process() if quick else in_environments(PEERS, floor.MODES, 10)
     report.table("peers: ratios of step times and temporary memory", rows, out)
     if not quick:
         report.table("peft: milliseconds a step, and ratios", [bert.compare(rounds=10)], out)
@@ -47,13 +47,13 @@ def in_process() -> list[dict]:
     return rows
 
 
-def in_environments(
-    peers: Mapping[str, str], shapes: Iterable[object], modes: Iterable[str], rounds: int
-) -> list[dict]:
+def in_environments(peers: Mapping[str, str], modes: Collection[str], rounds: int) -> list[dict]:
     """The rows of each module of `peers`, from its environment."""
+    from .. import floor
+
     arguments = ["--rounds", str(rounds), "--modes", *modes]
     rows: list[dict] = []
-    with tqdm(total=len(peers) * len(list(shapes)) * len(list(modes)), disable=None) as bar:
+    with tqdm(total=len(peers) * len(floor.SHAPES) * len(modes), disable=None) as bar:
         for module, name in peers.items():
             bar.set_description(module)
             try:

@@ -1,0 +1,256 @@
+"""Many adapters on one base: rows of a batch with an adapter each, and training several at once."""
+
+import math
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jlora
+
+from . import model, report, steps
+
+SHAPE = model.Shape(layers=4, dim=512, heads=8, batch=64, length=32)
+TINY = model.Shape(layers=2, dim=64, heads=2, batch=8, length=8, vocab=128)
+RULES = {"q, v": model.attention, "all-linear": model.all_linear}
+
+
+def run(quick: bool, out: pathlib.Path | None) -> None:
+    """A table for serving and one for training; target: 64 adapters at 0.9 of one's throughput."""
+    shape, rounds = (TINY, 2) if quick else (SHAPE, 9)
+    counts = (1, 8) if quick else (1, 8, 64)
+    served, trained = [], []
+    for name, rules in RULES.items():
+        setting = Setting.make(shape, rules(8))
+        served += serving(setting, name, counts, rounds)
+        trained += training(setting, name, counts[1:], rounds)
+    title = f"{shape.layers} layers, d={shape.dim}, {shape.batch} rows of {shape.length} tokens"
+    report.table(f"serving: {title}, against one adapter", served, out)
+    report.table(f"training: {title} in all, against one adapter at a time", trained, out)
+
+
+class Setting(NamedTuple):
+    """A model, its base, and what makes adapters for it."""
+
+    lora: jlora.Transformed
+    base: Any
+    template: Any
+    ids: jax.Array
+
+    @classmethod
+    def make(cls, shape: model.Shape, rules: list[jlora.LoRA]) -> "Setting":
+        """`ids` has one more token than the model reads, the last one's label."""
+        lm = model.LM(shape)
+        size = (shape.batch, shape.length + 1)
+        ids = jax.random.randint(jax.random.key(1), size, 0, shape.vocab)
+        params = jax.jit(lm.init)(jax.random.key(0), ids[:, :-1])
+        lora = jlora.transform(lm.apply, *rules)
+        base, template = lora.init(jax.random.key(0), params, ids[:, :-1])
+        return cls(lora, base, template, ids)
+
+    def stacked(self, count: int) -> Any:
+        """Random adapters along a new leading axis, so large that each changes the outputs."""
+        leaves, tree = jax.tree.flatten(self.template)
+        keys = jax.random.split(jax.random.key(2), len(leaves))
+        draw = [
+            0.05 * jax.random.normal(key, (count, *x.shape), x.dtype)
+            for key, x in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(tree, draw)
+
+
+class Call(NamedTuple):
+    """A compiled function and its arguments; or several of them, to run one after another."""
+
+    compiled: Any
+    arguments: list[tuple[Any, ...]]
+
+    @classmethod
+    def make(cls, f: Callable[..., Any], *arguments: tuple[Any, ...]) -> "Call":
+        """One program for all arguments: their shapes must agree."""
+        return cls(jax.jit(f).lower(*arguments[0]).compile(), list(arguments))
+
+    def __call__(self) -> np.ndarray:
+        """The results, one below the other."""
+        return np.concatenate([self.compiled(*arguments) for arguments in self.arguments])
+
+    def run(self, _: Any) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        jax.block_until_ready([self.compiled(*arguments) for arguments in self.arguments])
+        return time.perf_counter() - start
+
+    @property
+    def temp(self) -> int:
+        """Bytes that XLA allocates beside arguments and results."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+
+# ------------------------------------------------------------------------------------- serving
+
+
+def serving(setting: Setting, name: str, counts: tuple[int, ...], rounds: int) -> list[dict]:
+    """Rows per second by the number of adapters in the batch, and how they come to their rows."""
+    ids = setting.ids[:, :-1]
+    whole = Call.make(setting.lora.apply, (setting.base, _nth(setting.stacked(1), 0), ids))
+    calls = {("all rows", 1): whole}
+    for count in counts:
+        calls |= {(how, count): call for how, call in _ways(setting, count, ids).items()}
+    for (how, count), call in calls.items():
+        if how == "loop":
+            _check_rows(setting, call(), *(calls[way, count] for way in ("gather", "groups")))
+            _check_memory(setting, count, whole, calls["gather", count], calls["groups", count])
+    seconds = steps.interleave(calls, None, rounds, f"serving, {name}")
+    return [
+        {
+            "sites": name,
+            "adapters": count,
+            "how": how,
+            "rows/s": len(ids) / float(np.median(seconds[how, count])),
+            "throughput": steps.ratio(whole_seconds, seconds[how, count]),
+            "over the loop": steps.ratio(
+                seconds.get(("loop", count), whole_seconds), seconds[how, count]
+            ),
+            "temp MB": call.temp / 1e6,
+        }
+        for whole_seconds in [seconds["all rows", 1]]
+        for (how, count), call in calls.items()
+    ]
+
+
+def _ways(setting: Setting, count: int, ids: jax.Array) -> dict[str, Call]:
+    """The same rows with the same adapters, computed in three ways.
+
+    - gather: row i names its adapter, i // (rows / count) here; any assignment would do;
+    - groups: equally many rows for each adapter, which lie together;
+    - loop: one adapter after another.
+    """
+    lora, base, adapters = setting.lora, setting.base, setting.stacked(count)
+    each = len(ids) // count
+    which = jnp.repeat(jnp.arange(count), each)
+
+    def gather(base: Any, adapters: Any, which: jax.Array, ids: jax.Array) -> jax.Array:
+        mine = jax.tree.map(lambda x: x[which], adapters)
+        return jax.vmap(lambda adapter, row: lora.apply(base, adapter, row[None])[0])(mine, ids)
+
+    def groups(base: Any, adapters: Any, ids: jax.Array) -> jax.Array:
+        rows = ids.reshape(count, each, -1)
+        out = jax.vmap(lora.apply, in_axes=(None, 0, 0))(base, adapters, rows)
+        return out.reshape(len(ids), *out.shape[2:])
+
+    parts = [(base, _nth(adapters, k), ids[k * each : (k + 1) * each]) for k in range(count)]
+    return {
+        "gather": Call.make(gather, (base, adapters, which, ids)),
+        "groups": Call.make(groups, (base, adapters, ids)),
+        "loop": Call.make(lora.apply, *parts),
+    }
+
+
+def _check_rows(setting: Setting, alone: np.ndarray, *calls: Call) -> None:
+    """Each row is what it is alone with its adapter, and not what the base gives."""
+    nothing = jax.tree.map(jnp.zeros_like, setting.template)
+    plain = setting.lora.apply(setting.base, nothing, setting.ids[:, :-1])
+    assert np.abs(plain - alone).max(axis=(1, 2)).min() > 1e-3, "the adapters change nothing"
+    for call in calls:
+        np.testing.assert_allclose(call(), alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max())
+
+
+def _check_memory(setting: Setting, count: int, whole: Call, *calls: Call) -> None:
+    """The base is an argument once, and no array is as large as a kernel for each row."""
+    ids, base, adapter = setting.ids[:, :-1], setting.base, setting.template
+    arguments = _bytes(base) + count * _bytes(adapter) + ids.nbytes
+    indices = 4 * len(ids)
+    kernel = min(x.size for x in jax.tree.leaves(base) if x.ndim > 1)
+    factors = len(ids) * max(x.size for x in jax.tree.leaves(adapter))
+    largest = max(_largest(whole), factors)
+    assert largest < len(ids) * kernel, "the model is too small to tell"
+    for call in calls:
+        given = call.compiled.memory_analysis().argument_size_in_bytes
+        assert arguments <= given <= arguments + indices, f"{given} bytes of arguments"
+        assert _largest(call) <= largest, f"an array of {_largest(call)} elements"
+        limit = whole.temp + 2 * len(ids) * _bytes(adapter)
+        assert call.temp <= limit, f"{call.temp} temporary bytes, more than {limit}"
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def training(setting: Setting, name: str, counts: tuple[int, ...], rounds: int) -> list[dict]:
+    """`count` adapters by a vmap of the step, against `count` steps of one; the same rows in all.
+
+    The states are not kept from step to step: each call repeats the first, which costs the same.
+    """
+    tx, lora = optax.adam(1e-4), setting.lora
+
+    def loss(adapter: Any, base: Any, ids: jax.Array) -> jax.Array:
+        return steps.next_token(lambda base, *args: lora.apply(base, adapter, *args), base, ids)
+
+    def step(base: Any, adapter: Any, moments: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(adapter, base, ids)
+        updates, moments = tx.update(grads, moments, adapter)
+        return optax.apply_updates(adapter, updates), moments, value
+
+    rows = []
+    for count in counts:
+        adapters = setting.stacked(count)
+        moments = jax.vmap(tx.init)(adapters)
+        ids = setting.ids.reshape(count, len(setting.ids) // count, -1)
+        at_once = jax.vmap(step, in_axes=(None, 0, 0, 0))
+        parts = [(setting.base, _nth(adapters, k), _nth(moments, k), ids[k]) for k in range(count)]
+        calls = {
+            "vmap": Call.make(at_once, (setting.base, adapters, moments, ids)),
+            "one by one": Call.make(step, *parts),
+        }
+        _check_training(calls["vmap"], calls["one by one"])
+        state = _bytes((adapters, moments))
+        copies = calls["vmap"].compiled.memory_analysis().argument_size_in_bytes
+        assert copies == _bytes(setting.base) + state + ids.nbytes, "an argument is copied"
+        seconds = steps.interleave(calls, None, rounds, f"training, {name}, {count}")
+        rows += [
+            {
+                "sites": name,
+                "adapters": count,
+                "how": how,
+                "rows/s": len(setting.ids) / float(np.median(seconds[how])),
+                "throughput": steps.ratio(seconds["one by one"], seconds[how]),
+                "temp MB": call.temp / 1e6,
+            }
+            for how, call in calls.items()
+        ]
+    return rows
+
+
+def _check_training(vmapped: Call, alone: Call) -> None:
+    """The losses agree before and after an update of each adapter."""
+    [(base, adapters, moments, ids)] = vmapped.arguments
+    together = []
+    for _ in range(2):
+        adapters, moments, losses = vmapped.compiled(base, adapters, moments, ids)
+        together.append(losses)
+    for k, (base, adapter, moments, ids) in enumerate(alone.arguments):
+        for losses in together:
+            adapter, moments, value = alone.compiled(base, adapter, moments, ids)
+            np.testing.assert_allclose(losses[k], value, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- trees
+
+
+def _nth(tree: Any, k: int) -> Any:
+    return jax.tree.map(lambda x: x[k], tree)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def _largest(call: Call) -> int:
+    """The number of elements of the largest array in a compiled program."""
+    shapes = re.findall(r"[fi]\d+\[([\d,]+)\]", call.compiled.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)

@@ -1,0 +1,72 @@
+"""Bytes that XLA allocates for the same steps, over the floor's; programs are compiled only."""
+
+import pathlib
+
+import jax
+from tqdm import tqdm
+
+import jlora
+
+from . import floor, model, report, steps
+
+LARGE = model.Shape(layers=8, dim=1024, heads=16, batch=1, length=128, vocab=2048)
+LIMITS = {"scan": 1.25, "scan+remat": 1.15}  # of temp over the floor's, for all-linear
+
+
+def run(quick: bool, out: pathlib.Path | None) -> None:
+    """A row for each shape and mode; asserts what the all-linear step of `LARGE` may take."""
+    shapes = [LARGE] if quick else [*floor.SHAPES, LARGE]
+    modes = {k: v for k, v in floor.MODES.items() if k in LIMITS or not quick}
+    work = [(shape, mode, flags) for shape in shapes for mode, flags in modes.items()]
+    rows = [row for args in tqdm(work, "memory", disable=None) for row in measure(*args)]
+    report.table("memory: XLA's temporary and argument bytes over the frozen step's", rows, out)
+    for row in rows:
+        if row["model"] == str(LARGE) and row["trained"] == "all-linear r=8":
+            limit = LIMITS.get(row["mode"], float("inf"))
+            assert row["temp"] <= limit, f"{row['mode']}: temp {row['temp']:.3f} over {limit}"
+            assert row["over FLOPs"] <= 1.01, f"{row['mode']}: FLOPs {row['over FLOPs']:.3f}"
+
+
+def measure(shape: model.Shape, mode: str, flags: dict) -> list[dict]:
+    """Rows of one model: full fine-tuning, q and v, all-linear."""
+    lm = model.LM(shape, **flags)
+    ids = jax.ShapeDtypeStruct((shape.batch, shape.length + 1), "int32")
+    params = jax.eval_shape(lm.init, jax.random.key(0), ids_of_inputs(ids))
+    programs = {
+        "floor": steps.train_leaves(lm.apply, params, "norm", ids),
+        "full": steps.train_leaves(lm.apply, params, "", ids),
+        "q, v r=8": abstract_lora(lm, params, model.attention(8), ids),
+        "all-linear r=8": abstract_lora(lm, params, model.all_linear(8), ids),
+    }
+    base = programs["floor"]
+    return [
+        {
+            "model": str(shape),
+            "mode": mode,
+            "trained": name,
+            "temp MB": program.temp / 2**20,
+            "temp": program.temp / base.temp,
+            "arguments": program.arguments / base.arguments,
+            "FLOPs": program.flops / base.flops,
+            "over FLOPs": program.flops
+            / (base.flops + low_rank_flops(shape, "scan" in flags, name)),
+        }
+        for name, program in programs.items()
+    ]
+
+
+def ids_of_inputs(ids: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """All tokens but the last."""
+    return jax.ShapeDtypeStruct((ids.shape[0], ids.shape[1] - 1), ids.dtype)
+
+
+def abstract_lora(lm: model.LM, params: object, rules: list[jlora.LoRA], ids: object):
+    """`steps.train_lora` from shapes alone."""
+    return steps.train_lora(lm.apply, params, rules, ids, inputs=lambda ids: (ids_of_inputs(ids),))
+
+
+def low_rank_flops(shape: model.Shape, once: bool, trained: str) -> float:
+    """Operations of the six thin products of each site, all apart; XLA counts a scan's body once."""
+    widths = {"q, v r=8": 2 * 2, "all-linear r=8": 4 * 2 + 2 * 5}.get(trained, 0)  # of dim
+    layers = 1 if once else shape.layers
+    return 6.0 * shape.batch * shape.length * 8 * widths * shape.dim * layers

@@ -1,0 +1,155 @@
+"""The product's planner: each choice it can make, and what the choice must leave true."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora._matmul import plan
+
+# tokens, inputs, outputs, rank, dtype, choice
+PLANS = [
+    (1, 512, 512, 8, jnp.float32, "apart"),  # one token: W is the larger by far
+    (512, 512, 512, 8, jnp.float32, "apart"),
+    (512, 512, 2048, 64, jnp.float32, "apart"),
+    (2048, 384, 384, 8, jnp.float32, "summed"),  # many tokens: the activations are
+    (2048, 384, 1536, 64, jnp.float32, "summed"),
+    (2048, 384, 384, 8, jnp.float64, "summed"),
+    (2048, 384, 384, 8, jnp.bfloat16, "apart"),  # W + ΔW would round ΔW away
+    (2048, 384, 384, 8, jnp.float16, "apart"),
+]
+MANY, FEW, DIM = 256, 8, 16  # rows for which DIM × DIM is summed, and apart
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs", "rank", "dtype", "choice"), PLANS)
+def test_plan(tokens, inputs, outputs, rank, dtype, choice):
+    assert plan(tokens, inputs, outputs, rank, dtype) == choice
+
+
+def _problem(rows, dtype=jnp.float32, dim=DIM, **rule):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (rows, dim), dtype)
+    params = {"w": jax.random.normal(keys[1], (dim, dim), dtype) / dim**0.5}
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=4, alpha=8, **rule))
+    base, adapter = lora.init(keys[2], params, x)
+    adapter = jax.tree.map(lambda v: v + 0.1 * jax.random.normal(keys[3], v.shape), adapter)
+    return lora, base, adapter, x
+
+
+def _forms_the_sum(f, *args, shape=(DIM, DIM)):
+    """Whether some addition in `f` gives an array of W's shape."""
+    found = []
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "add" and eqn.outvars[0].aval.shape[-2:] == shape:
+                found.append(eqn)
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_has_equations):
+                if _has_equations(inner):
+                    visit(inner)
+
+    visit(jax.make_jaxpr(f)(*args))
+    return bool(found)
+
+
+def _like(tree, value):
+    return jax.tree.map(lambda v: jnp.full_like(v, value), tree)
+
+
+def _has_equations(x):
+    return hasattr(x, "eqns")
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "rule", "summed"),
+    [
+        (MANY, jnp.float32, {}, True),
+        (FEW, jnp.float32, {}, False),
+        (MANY, jnp.bfloat16, {}, False),
+        (MANY, jnp.float32, {"dropout": 0.5}, False),
+    ],
+)
+def test_the_sum_is_formed_only_where_planned(rows, dtype, rule, summed):
+    lora, base, adapter, x = _problem(rows, dtype, **rule)
+    adapter = jlora.dropout(adapter, jax.random.key(1))
+    assert _forms_the_sum(lora.apply, base, adapter, x) == summed
+
+
+def test_adapters_under_vmap_share_the_base():
+    lora, base, adapter, x = _problem(MANY)
+    many = jax.tree.map(lambda v: jnp.stack([v, 2 * v, 3 * v]), adapter)
+    over = jax.vmap(lora.apply, (None, 0, None))
+    assert not _forms_the_sum(over, base, many, x)
+    expected = [
+        lora.apply(base, jax.tree.map(jnp.multiply, adapter, _like(adapter, k)), x)
+        for k in (1.0, 2.0, 3.0)
+    ]
+    chex.assert_trees_all_close(over(base, many, x), jnp.stack(expected), rtol=1e-4, atol=1e-5)
+    # Rows first, adapters then; and rows alone, for which the sum stays.
+    rows = jax.vmap(lora.apply, (None, None, 0))
+    assert _forms_the_sum(rows, base, adapter, jnp.stack([x, x]))
+    both = jax.vmap(rows, (None, 0, None))
+    assert not _forms_the_sum(both, base, many, jnp.stack([x, x]))
+    chex.assert_trees_all_close(
+        both(base, many, jnp.stack([x, x]))[:, 1], jnp.stack(expected), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rows", [MANY, FEW])
+def test_gradients_of_the_base_and_twice(rows):
+    lora, base, adapter, x = _problem(rows)
+    with jax.enable_x64(True):
+        base, adapter, x = jax.tree.map(lambda v: v.astype(jnp.float64), (base, adapter, x))
+
+        def loss(base, adapter, x):
+            return jnp.sin(lora.apply(base, adapter, x)).sum()
+
+        def plain(base, adapter, x):
+            return jnp.sin(x @ jlora.merge(base, adapter)["w"]).sum()
+
+        def slope(f):
+            return lambda *args: sum(
+                (g**2).sum() for g in jax.tree.leaves(jax.grad(f, (0, 1, 2))(*args))
+            )
+
+        for transform in (jax.grad, lambda f, argnums: jax.grad(slope(f), argnums)):
+            got = jax.jit(transform(loss, (0, 1, 2)))(base, adapter, x)
+            want = jax.jit(transform(plain, (0, 1, 2)))(base, adapter, x)
+            chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [MANY * 4, FEW])
+def test_error_is_no_worse_than_the_plain_form(rows, dtype):
+    lora, base, adapter, x = _problem(rows, dtype, dim=64)
+    [leaf] = jax.tree.leaves(adapter, is_leaf=lambda v: isinstance(v, jlora.LowRank))
+    a, b = leaf.a.astype(dtype), leaf.b.astype(dtype)
+    exact = [np.asarray(v, np.float64) for v in (x, base["w"], a, b)]
+    want = exact[0] @ exact[1] + leaf.scale * (exact[0] @ exact[2]) @ exact[3]
+    plain = x @ base["w"] + leaf.scale * (x @ a) @ b
+    error = np.abs(np.asarray(lora.apply(base, adapter, x), np.float64) - want).max()
+    assert error <= 1.5 * np.abs(np.asarray(plain, np.float64) - want).max()
+    assert error > 0
+
+
+@pytest.mark.parametrize("rows", [MANY, FEW])
+def test_operations_are_the_frozen_step_and_the_low_rank_products(rows):
+    """Apart, a step takes six thin products beside those with W; summed, four and two of A·B."""
+    rank = 4
+    lora, base, adapter, x = _problem(rows)
+
+    def step(adapter, base, x):
+        return lora.apply(base, adapter, x).sum()
+
+    def flops(f, argnums, *args):
+        compiled = jax.jit(jax.grad(f, argnums)).lower(*args).compile()
+        return compiled.cost_analysis()["flops"]
+
+    frozen = flops(lambda base, x: (x @ base["w"]).sum(), 1, base, x)
+    thin, sums = 2 * rows * DIM * rank, 2 * DIM * DIM * rank
+    products = 4 * thin + 2 * sums if rows == MANY else 6 * thin
+    # The frozen step's forward product is dead, as nothing there needs its value.
+    spare = 2 * rows * DIM * DIM + 8 * (rows * DIM + rows * rank + DIM * DIM)
+    assert flops(step, (0, 2), adapter, base, x) - frozen <= products + spare
