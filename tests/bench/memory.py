@@ -66,7 +66,7 @@ def abstract_lora(lm: model.LM, params: object, rules: list[jlora.LoRA], ids: ob
 
 
 def low_rank_flops(shape: model.Shape, once: bool, trained: str) -> float:
-    """Operations of the six thin products of each site, all apart; XLA counts a scan's body once."""
+    """Operations of six thin products for each site; XLA counts the body of a scan once."""
     widths = {"q, v r=8": 2 * 2, "all-linear r=8": 4 * 2 + 2 * 5}.get(trained, 0)  # of dim
     layers = 1 if once else shape.layers
     return 6.0 * shape.batch * shape.length * 8 * widths * shape.dim * layers

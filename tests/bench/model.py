@@ -20,6 +20,7 @@ class Shape(NamedTuple):
     vocab: int = 1024
 
     def __str__(self) -> str:
+        """As a row of a table names it."""
         return f"{self.layers} layers, d={self.dim}, {self.batch * self.length} tokens"
 
 
