@@ -1,0 +1,19 @@
+"""PEFT's files in and out, without torch: `load`, `save`, name tables, and what vLLM takes.
+
+adapter = peft.load("adapter", base, peft.LLAMA)
+peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
+"""
+
+from ._config import read_config as read_config
+from ._load import load as load
+from ._names import Name as Name
+from ._save import save as save
+from ._tables import BERT as BERT
+from ._tables import EXAMPLE_BERT as EXAMPLE_BERT
+from ._tables import EXAMPLE_LLAMA as EXAMPLE_LLAMA
+from ._tables import GPT2 as GPT2
+from ._tables import LLAMA as LLAMA
+from ._tables import LLAMA_SCANNED as LLAMA_SCANNED
+from ._tables import ROBERTA as ROBERTA
+from ._tables import VIT as VIT
+from ._vllm import check_vllm as check_vllm

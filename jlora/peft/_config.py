@@ -1,0 +1,232 @@
+"""`adapter_config.json`: what it selects, what of it is refused, and how it is written."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .._rules import is_finite
+from ._json import CONFIG, brief, opened, parse
+
+LIMIT = 4 * 2**20  # bytes
+# All keys that PEFT 0.21 writes.
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": [],
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+# Keys whose every value is read or does not matter; any other must be off.
+_READ = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "use_rslora",
+}
+
+
+def read_config(dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of an adapter's `adapter_config.json`, for `save(..., config=...)`.
+
+    What an adapter tree has no place for (task type, revision, the name of the base model, how the
+    modules are selected) is carried this way, so that load and save give back PEFT's own bytes.
+
+    Args:
+        dir: the adapter's folder.
+
+    Returns:
+        The JSON object as it is in the file.
+
+    Raises:
+        FileNotFoundError: if the folder has none.
+        ValueError: if the file is too large, a link, or no JSON object.
+
+    Example:
+        >>> from jlora import peft
+        >>> config = peft.read_config("adapter")  # doctest: +SKIP
+        >>> peft.save("copy", base, adapter, peft.LLAMA, config=config)  # doctest: +SKIP
+    """
+    with opened(Path(dir), CONFIG) as (file, size):
+        if size > LIMIT:
+            raise ValueError(f"`dir`: {CONFIG} has {size} bytes; expected at most {LIMIT}.")
+        return parse(file.read(LIMIT + 1), f"`dir`: {CONFIG}")
+
+
+def dumps(fields: Mapping[str, Any]) -> str:
+    """The text that PEFT writes."""
+    return json.dumps(fields, indent=2, sort_keys=True)
+
+
+# ------------------------------------------------------------------------------------- checking
+
+
+def problems(fields: Mapping[str, Any]) -> list[str]:
+    """Why the fields cannot be read as an adapter of plain LoRA; empty if they can."""
+    found = [f"{key}: missing" for key in ("peft_type", "target_modules") if key not in fields]
+    if fields.get("peft_type", "LORA") != "LORA":
+        found.append(f"peft_type: expected 'LORA', got {brief(fields['peft_type'])}")
+    for key, value in fields.items():
+        if key not in _READ and value and value != DEFAULTS.get(key):
+            found.append(f"{key}: {brief(value)} is a feature that jlora does not support")
+    wrong = [
+        f"{key}: expected {what}, got {brief(fields[key])}"
+        for key, (what, fits) in _FORMS.items()
+        if key in fields and not fits(fields[key])
+    ]
+    start = fields.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        found.append(
+            f"init_lora_weights: {brief(start)} changes the base model, so that the adapter alone "
+            "means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)"
+        )
+    return found + (wrong or _bad_patterns(fields))
+
+
+def _is_rank(x: Any) -> bool:
+    return type(x) is int and 1 <= x < 2**31
+
+
+def _is_alpha(x: Any) -> bool:
+    return is_finite(x) and x > 0
+
+
+def _is_names(x: Any) -> bool:
+    return _is_short(x, list) and all(isinstance(name, str) and name for name in x)
+
+
+def _is_short(x: Any, kind: type) -> bool:
+    return isinstance(x, kind) and len(x) <= 10_000  # so that matching all of them stays quick
+
+
+def _is_numbers(x: Any) -> bool:
+    return _is_short(x, list) and all(type(n) is int for n in x)
+
+
+_FORMS = {
+    "r": ("an integer of at least 1", _is_rank),
+    "lora_alpha": ("a positive finite number", _is_alpha),
+    "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
+    "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
+    "ensure_weight_tying": ("true or false", lambda x: isinstance(x, bool)),
+    "bias": ("'none', 'all' or 'lora_only'", lambda x: x in ("none", "all", "lora_only")),
+    "rank_pattern": (
+        "an object of ranks",
+        lambda x: x is None or (_is_short(x, dict) and all(map(_is_rank, x.values()))),
+    ),
+    "alpha_pattern": (
+        "an object of positive finite numbers",
+        lambda x: x is None or (_is_short(x, dict) and all(map(_is_alpha, x.values()))),
+    ),
+    "target_modules": (
+        "a pattern, names or null",
+        lambda x: x is None or isinstance(x, str) or _is_names(x),
+    ),
+    "exclude_modules": (
+        "a pattern, names or null",
+        lambda x: x is None or isinstance(x, str) or _is_names(x),
+    ),
+    "target_parameters": ("names or null", lambda x: x is None or _is_names(x)),
+    "modules_to_save": ("names or null", lambda x: x is None or _is_names(x)),
+    "layers_to_transform": (
+        "numbers or null",
+        lambda x: x is None or type(x) is int or _is_numbers(x),
+    ),
+    "layers_pattern": (
+        "a name, names or null",
+        lambda x: x is None or isinstance(x, str) or _is_names(x),
+    ),
+}
+
+
+def _bad_patterns(fields: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: {brief(pattern)} {why}"
+        for key, pattern in _patterns(fields)
+        if (why := _bad_pattern(pattern))
+    ]
+
+
+def _patterns(fields: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := fields.get(key), str):
+            yield key, pattern
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield from ((key, pattern) for pattern in fields.get(key) or {})
+    layers = fields.get("layers_pattern") or []
+    yield from (("layers_pattern", p) for p in ([layers] if isinstance(layers, str) else layers))
+
+
+def _bad_pattern(pattern: str) -> str | None:
+    """Why a pattern of the file is refused: a search must end in bounded time."""
+    if pattern == "all-linear":
+        return "is a word of PEFT's constructor; PEFT's own files list the modules"
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        return f"is no regular expression: {e}"
+    plain = re.sub(r"\\.|\[\^?\]?(\\.|[^\]])*\]", "x", pattern)
+    repeated = re.findall(r"[*+]|\{\d*,?\d*\}", plain)
+    if re.search(r"\)\s*([*+]|\{)", plain) or len(repeated) > 5 or len(pattern) > 10_000:
+        return "repeats a group, or more than five parts, so that matching may take forever"
+    return None

@@ -1,0 +1,150 @@
+"""The safetensors file: a strict, bounded reader and the writer.
+
+The header is checked as a whole before a byte of data is read, so that a file can make the reader
+allocate no more than what it is long itself, and only for tensors of the expected shapes.
+"""
+
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from ._json import CONFIG, TENSORS, brief, opened, parse
+
+HEADER_LIMIT = 32 * 2**20  # bytes; the names of 200,000 tensors
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+# Known so that their place in the file can be checked; none of them is loaded.
+OTHERS = {
+    **dict.fromkeys(("I64", "U64"), 8),
+    **dict.fromkeys(("I32", "U32"), 4),
+    **dict.fromkeys(("I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+
+
+class Entry(NamedTuple):
+    """One tensor of the header; `start` and `stop` count from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Header(NamedTuple):
+    """The tensors of a file by name, and where their data starts."""
+
+    entries: dict[str, Entry]
+    data: int
+
+
+def read_header(folder: Path) -> Header:
+    """The header of the adapter in `folder`; `ValueError` if the file is not whole and sound."""
+    with opened(folder, TENSORS) as (file, size):
+        count = int.from_bytes(file.read(8), "little")
+        if not 2 <= count <= min(size - 8, HEADER_LIMIT):
+            raise ValueError(
+                f"`dir`: {TENSORS} of {size} bytes claims a header of {count}; the file is cut off "
+                "or is no safetensors file. Save the adapter again."
+            )
+        raw = parse(file.read(count), f"`dir`: the header of {TENSORS}")
+    raw.pop("__metadata__", None)
+    entries = {}
+    for name, fields in raw.items():
+        entry = _entry(fields)
+        if entry is None:
+            raise ValueError(f"`dir`: {TENSORS} describes {brief(name)} wrongly: {brief(fields)}.")
+        entries[name] = entry
+    _check_extents(entries, size - 8 - count)
+    return Header(entries, 8 + count)
+
+
+def _entry(fields: Any) -> Entry | None:
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        return None
+    dtype, shape, offsets = (fields[k] for k in ("dtype", "shape", "data_offsets"))
+    known = isinstance(dtype, str) and (dtype in DTYPES or dtype in OTHERS)
+    if not known or not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        return None
+    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else OTHERS[dtype]
+    if len(shape) > 16 or math.prod(shape) * itemsize != offsets[1] - offsets[0]:
+        return None
+    return Entry(dtype, tuple(shape), *offsets)
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+
+
+def _check_extents(entries: dict[str, Entry], size: int) -> None:
+    """The tensors must fill the data without a hole and without an overlap."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            raise ValueError(
+                f"`dir`: {TENSORS} has {brief(name)} at byte {entry.start} of the data; "
+                f"expected byte {end}. The file is damaged; save the adapter again."
+            )
+        end = entry.stop
+    if end != size:
+        raise ValueError(
+            f"`dir`: {TENSORS} describes {end} bytes of data but holds {size}; the file is cut off "
+            "or damaged. Save the adapter again."
+        )
+
+
+def reader(file: BinaryIO, header: Header) -> Callable[[str], np.ndarray]:
+    """A function that reads one tensor by name."""
+
+    def read(name: str) -> np.ndarray:
+        entry = header.entries[name]
+        file.seek(header.data + entry.start)
+        data = file.read(entry.stop - entry.start)
+        return np.frombuffer(data, DTYPES[entry.dtype]).reshape(entry.shape)
+
+    return read
+
+
+def write(dir: str | os.PathLike[str], config: str, tensors: dict[str, np.ndarray]) -> None:
+    """Both files in a new folder `dir`, or nothing: they are written beside it, then renamed.
+
+    Raises:
+        FileExistsError: if `dir` is there and not an empty folder.
+    """
+    folder = Path(os.path.abspath(dir))
+    occupied = folder.is_symlink() or (folder.exists() and not folder.is_dir())
+    if occupied or (folder.is_dir() and any(folder.iterdir())):
+        raise FileExistsError(
+            f"`dir`: {folder} exists and is not an empty folder; save never overwrites. "
+            "Give another path, or remove it first."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    temporary.mkdir()
+    try:
+        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(config)
+        for path in temporary.iterdir():
+            _sync(path)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    # On disk before the rename, so that after a crash the folder is not there or whole.
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

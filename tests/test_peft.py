@@ -1,0 +1,947 @@
+"""PEFT's files without PyTorch: against what PEFT wrote and computed, and against a formula.
+
+The law behind most tests: what is read means what PyTorch computed, what is written is what PEFT
+would have written, and whatever is wrong is refused as a whole, by name.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft_models as models
+import pytest
+from flax import nnx
+
+import jlora
+from jlora import Full, Layout, LoRA, LowRank, Slots, peft
+from jlora.peft import Name
+
+KEY = jax.random.key(0)
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CASES = models.CASES
+Folder = pathlib.Path
+
+
+def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    """Standard normal numbers."""
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def raw(tree: Any) -> list[bytes]:
+    """The bytes of every leaf."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Structure, static fields, dtypes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert jax.tree.map(lambda x: x.dtype, actual) == jax.tree.map(lambda x: x.dtype, expected)
+    assert raw(actual) == raw(expected)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Leaf by leaf, relative to the largest entry."""
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
+
+
+# ----------------------------------------------------------------------- what PEFT itself wrote
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_are_pytorch_s(name: str) -> None:
+    """The adapted JAX model gives what the adapted PyTorch model gave."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    lora = jlora.transform(case.apply, LoRA())
+    y = lora.apply(case.base, adapter, jnp.asarray(case.torch["inputs"]))
+    # In bfloat16 the two frameworks round the base model's own activations differently.
+    assert_close(y, case.torch["outputs"], 2e-2 if name == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_is_pytorch_s(name: str) -> None:
+    """Merged here equals merged there, in every leaf."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    expected = models.tree(name, case.merged())
+    if "tied" in name:  # PEFT adds ΔW to a weight once for each module that shares it
+        path = {"tied": ["params", "embed"], "gpt2_tied": ["transformer", "wte"]}[name]
+        holder = functools.reduce(dict.__getitem__, path, expected)
+        base = functools.reduce(dict.__getitem__, path, case.base)["embedding"]
+        holder["embedding"] = (holder["embedding"] + base) / 2
+    # PEFT rounds ΔW to bfloat16 before it adds; here the sum is rounded once.
+    assert_close(jlora.merge(case.base, adapter), expected, 2**-7 if name == "bf16" else 1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_come_back(name: str, tmp_path: Folder) -> None:
+    """Loaded and saved with its configuration, both files have PEFT's bytes."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    config = peft.read_config(case.folder)
+    peft.save(tmp_path / "a", case.base, adapter, case.names, config=config)
+    for file in (CONFIG, TENSORS):
+        assert (tmp_path / "a" / file).read_bytes() == (case.folder / file).read_bytes()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", CONFIG, TENSORS]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_configuration_is_found_anew(name: str, tmp_path: Folder) -> None:
+    """Without PEFT's configuration another one is written that says the same."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    peft.save(tmp_path / "a", case.base, adapter, case.names, base_model="some/model")
+    assert_equal(peft.load(tmp_path / "a", case.base, case.names), adapter)
+    ours, theirs = peft.read_config(tmp_path / "a"), peft.read_config(case.folder)
+    assert ours.keys() == theirs.keys()
+    assert ours["base_model_name_or_path"] == "some/model"
+    assert (tmp_path / "a" / CONFIG).read_text() == json.dumps(ours, indent=2, sort_keys=True)
+
+
+def test_shapes_suffice_as_base() -> None:
+    """The base may be abstract; values are compared only where the file has some of it."""
+    case = models.case("tied")
+    shapes = jax.eval_shape(lambda: case.base)
+    adapter = peft.load(case.folder, case.base, case.names)
+    assert_equal(peft.load(case.folder, shapes, case.names), adapter)
+
+
+def test_dropout_is_carried() -> None:
+    """PEFT's `lora_dropout` is that of each site."""
+    case = models.case("qv")
+    adapter = peft.load(case.folder, case.base, case.names)
+    nodes = jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, LowRank))
+    assert {x.dropout for x in nodes} == {0.1}
+    assert {x.scale for x in nodes} == {8.0}
+
+
+# ----------------------------------------------------------------------- layouts, by the formula
+
+# Axes of the leaf, its shape, PyTorch's module, and the einsum from the leaf to all of PyTorch's
+# weights, with the modules first: their number, then the shape of each.
+LAYOUTS = {
+    "dense": ("io", (4, 6), "m", "io->oi", 1, (6, 4)),
+    "transposed": ("oi", (6, 4), "m", "oi->oi", 1, (6, 4)),
+    "heads_out": ("ioo", (4, 3, 2), "m", "iab->abi", 1, (6, 4)),
+    "heads_in": ("iio", (3, 2, 4), "m", "abo->oab", 1, (4, 6)),
+    "scanned": ("lio", (3, 4, 6), "m.{}", "lio->loi", 3, (6, 4)),
+    "scanned_inside": ("ilo", (4, 3, 6), "m.{}", "ilo->loi", 3, (6, 4)),
+    "scanned_last": ("iol", (4, 6, 3), "m.{}", "iol->loi", 3, (6, 4)),
+    "scanned_heads": ("lioo", (2, 4, 3, 2), "m.{}", "liab->labi", 2, (6, 4)),
+    "twice_scanned": ("lilo", (2, 4, 3, 6), "m.{}.n.{}", "kilo->kloi", 6, (6, 4)),
+    "embedding": ("vo", (9, 4), "m", "vo->vo", 1, (9, 4)),
+    "conv1d": ("kio", (3, 4, 6), "m", "xio->oix", 1, (6, 4, 3)),
+    "conv2d": ("kkio", (3, 2, 4, 6), "m", "xyio->oixy", 1, (6, 4, 3, 2)),
+    "scanned_conv": ("lkio", (2, 3, 4, 6), "m.{}", "lxio->loix", 2, (6, 4, 3)),
+    "experts": ("eio", (3, 4, 6), "m", "eio->eoi", 1, (3, 6, 4)),
+    "scanned_experts": ("leio", (2, 3, 4, 6), "m.{}", "leio->leoi", 2, (3, 6, 4)),
+    "experts_inside": ("ieo", (4, 3, 6), "m", "ieo->eoi", 1, (3, 6, 4)),
+}
+
+
+def node(name: Name, shape: tuple[int, ...], rank: int, scale: float) -> LowRank:
+    """A random node for a leaf."""
+    from jlora._tree import factor_shapes
+
+    a, b = factor_shapes(name.layout, shape, rank)
+    return LowRank(normal(1, *a), normal(2, *b), scale, name.layout)
+
+
+def delta(tensors: dict[str, np.ndarray], module: str, kind: str, scale: float) -> np.ndarray:
+    """ΔW of one module as PEFT forms it, in PyTorch's layout."""
+    key = f"base_model.model.{module}."
+    ends = ("lora_embedding_A", "lora_embedding_B")
+    if kind != "embedding":
+        ends = ("lora_A.weight", "lora_B.weight")
+    a, b = (tensors[key + end] for end in ends)
+    if kind == "experts":
+        r = a.shape[0] // 3
+        each = [b[:, e::3] @ a[e * r : (e + 1) * r] for e in range(3)]
+        return scale * np.stack(each)
+    flat = scale * b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)
+    if kind == "embedding":
+        return flat.T
+    return flat.reshape(b.shape[0], *a.shape[1:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_by_the_formula(layout: str, tmp_path: Folder) -> None:
+    """For each layout of axes the file's ΔW is ours, and it comes back bit for bit."""
+    axes, shape, module, equation, count, torch_shape = LAYOUTS[layout]
+    name = Name("block/w", module, axes)
+    base = {"params": {"block": {"w": normal(0, *shape)}}}
+    adapter = {"params": {"block": {"w": node(name, shape, rank=2, scale=1.5)}}}
+    peft.save(tmp_path / "a", base, adapter, [name])
+    assert_equal(peft.load(tmp_path / "a", base, [name]), adapter)
+
+    zero = jax.tree.map(jnp.zeros_like, base)
+    ours = np.einsum(equation, jlora.merge(zero, adapter)["params"]["block"]["w"])
+    tensors = models.read(tmp_path / "a" / TENSORS)
+    modules = sorted({key.split(".lora_")[0].removeprefix("base_model.model.") for key in tensors})
+    theirs = [delta(tensors, m, name.kind or "", 1.5) for m in modules]
+    assert len(modules) == count
+    assert_close(np.stack(theirs), ours.reshape(count, *torch_shape), 1e-6)
+
+
+def test_experts_of_the_other_orientation(tmp_path: Folder) -> None:
+    """Where PyTorch keeps (experts, inputs, outputs) without saying so, PEFT's A is our B."""
+    name = Name("w", "m", "eio", "gate_up_proj", transposed=True)
+    base = {"w": jnp.zeros((3, 4, 6))}
+    adapter = {"w": node(name, (3, 4, 6), rank=2, scale=0.5)}
+    peft.save(tmp_path / "a", base, adapter, [name])
+    tensors = models.read(tmp_path / "a" / TENSORS)
+    assert_close(delta(tensors, "m", "experts", 0.5), jlora.merge(base, adapter)["w"], 1e-6)
+    assert_equal(peft.load(tmp_path / "a", base, [name]), adapter)
+
+
+@pytest.mark.parametrize("axes", ["inputs", "outputs"])
+def test_experts_that_share_a_factor(axes: str, tmp_path: Folder) -> None:
+    """What experts share here is written for each, with the same ΔW."""
+    layouts = {"inputs": Layout((), (0, 1), (2,)), "outputs": Layout((), (1,), (0, 2))}
+    shapes = {"inputs": ((3, 4, 2), (2, 6)), "outputs": ((4, 2), (2, 3, 6))}
+    a, b = (normal(i, *shape) for i, shape in enumerate(shapes[axes]))
+    name, base = Name("w", "m", "eio", "down_proj"), {"w": jnp.zeros((3, 4, 6))}
+    adapter = {"w": LowRank(a, b, 2.0, layouts[axes])}
+    peft.save(tmp_path / "a", base, adapter, [name])
+    again = peft.load(tmp_path / "a", base, [name])
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter), 1e-6)
+
+
+@pytest.mark.parametrize("chosen", [(0, 2), (1,), (2, 0, 1)])
+def test_slots_become_one_adapter(chosen: tuple[int, ...], tmp_path: Folder) -> None:
+    """Slots of a fused kernel are blocks of B with zeros around them: the same ΔW."""
+    base = {"transformer": {"h": {"0": {"attn": {"c_attn": {"kernel": normal(0, 12, 4)}}}}}}
+    apply = lambda p, x: x @ p["transformer"]["h"]["0"]["attn"]["c_attn"]["kernel"].T  # noqa: E731
+    rule = LoRA("c_attn", rank=2, alpha=3, slots=Slots(3, chosen))
+    base, adapter = jlora.transform(apply, rule).init(KEY, base, jnp.ones((1, 4)))
+    adapter = jax.tree.map(lambda x: x + normal(1, *x.shape), adapter)
+    peft.save(tmp_path / "a", base, adapter, peft.GPT2)
+    fields = peft.read_config(tmp_path / "a")
+    assert (fields["r"], fields["lora_alpha"]) == (2 * len(chosen), 3 * len(chosen))
+    assert fields["fan_in_fan_out"] is True
+    [b] = [x for k, x in models.read(tmp_path / "a" / TENSORS).items() if "lora_B" in k]
+    assert np.count_nonzero(b) == 2 * 4 * len(chosen)
+    again = peft.load(tmp_path / "a", base, peft.GPT2)
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter), 1e-6)
+
+
+def test_nnx_state(tmp_path: Folder) -> None:
+    """An NNX state is named by the paths of its variables."""
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    apply = lambda s, x: nnx.merge(graph, s, copy=True)(x)  # noqa: E731
+    rules = LoRA("kernel", rank=2), Full("bias")
+    base, adapter = jlora.transform(apply, *rules).init(KEY, state, jnp.ones((1, 4)))
+    names = [Name("kernel", "linear", "io"), Name("bias", "linear", "o", "bias")]
+    peft.save(tmp_path / "a", base, adapter, names)
+    assert_equal(peft.load(tmp_path / "a", base, names), adapter)
+    assert peft.read_config(tmp_path / "a")["bias"] == "all"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_dtypes_are_kept(dtype: Any, tmp_path: Folder) -> None:
+    """A and B keep their dtype, also those that NumPy has no name for."""
+    name, base = Name("w", "m", "io"), {"w": jnp.zeros((4, 6))}
+    made = node(name, (4, 6), 2, 1.0)
+    adapter = {"w": made._replace(a=made.a.astype(dtype), b=made.b.astype(dtype))}
+    peft.save(tmp_path / "a", base, adapter, [name])
+    assert_equal(peft.load(tmp_path / "a", base, [name]), adapter)
+
+
+def test_patterns_of_many_ranks(tmp_path: Folder) -> None:
+    """Ranks and scales that differ by site become short patterns that select just those."""
+    paths = [f"layers/{i}/{p}/kernel" for i in (1, 2, 11, 12) for p in ("q", "k", "kq")]
+    name = Name("(.*)/kernel", r"\1", "io")
+    made = {}
+    for i, path in enumerate(paths):
+        made[path] = node(name, (8, 8), 1 + i % 3, [1.0, 0.1, 1 / 3, 2.5][i % 4])
+    nested = lambda leaves: jlora._tree.nest({tuple(k.split("/")): x for k, x in leaves.items()})  # noqa: E731
+    base = nested({path: jnp.zeros((8, 8)) for path in (*paths, "layers/3/q/kernel")})
+    peft.save(tmp_path / "a", base, nested(made), [name])
+    again = peft.load(tmp_path / "a", base, [name])
+    assert raw(again) == raw(nested(made))
+    assert_close(jlora.merge(base, again), jlora.merge(base, nested(made)), 1e-6)
+
+
+# ----------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(
+    ("table", "path", "shape", "module", "kind"),
+    [
+        ("BERT", "bert/encoder/layer/3/attention/self/query/kernel", (4, 4), None, "linear"),
+        ("BERT", "params/embeddings/word_embeddings/embedding", (9, 4), None, "embedding"),
+        ("ROBERTA", "classifier/out_proj/bias", (3,), None, None),
+        ("GPT2", "transformer/h/11/mlp/c_fc/kernel", (16, 4), None, "linear"),
+        ("VIT", "vit/embeddings/patch_embeddings/projection/kernel", (4, 4, 3, 8), None, "conv"),
+        ("LLAMA", "model/layers/0/input_layernorm/weight", (4,), None, None),
+        (
+            "LLAMA_SCANNED",
+            "model/layers/self_attn/q_proj/kernel",
+            (2, 4, 4),
+            "model.layers.0.self_attn.q_proj",
+            "linear",
+        ),
+        (
+            "EXAMPLE_BERT",
+            "params/encoder/layer_5/attention/out/kernel",
+            (4, 4),
+            "encoder.layer.5.attention.output.dense",
+            "linear",
+        ),
+        (
+            "EXAMPLE_LLAMA",
+            "params/layers/mlp/gate/kernel",
+            (2, 4, 8),
+            "model.layers.0.mlp.gate_proj",
+            "linear",
+        ),
+    ],
+)
+def test_tables(
+    table: str, path: str, shape: tuple[int, ...], module: str | None, kind: str | None
+) -> None:
+    """One path of each shipped table; without a module, the path itself with dots."""
+    from jlora.peft._names import resolve
+
+    base = jlora._tree.nest({tuple(path.split("/")): jnp.zeros(shape)})
+    [leaf] = resolve(base, getattr(peft, table))
+    expected = module or path.removeprefix("params/").rpartition("/")[0].replace("/", ".")
+    assert (leaf.modules[0], leaf.name.kind) == (expected, kind)
+
+
+def test_example_bert_is_named_as_its_checkpoint() -> None:
+    """The table of the example agrees with the names that the example reads and writes."""
+    from models import bert
+
+    from jlora.peft._names import resolve
+
+    config = bert.Config(11, 8, 2, 2, 12, 16, 2, 1e-12)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = jax.eval_shape(bert.Bert(config, 3).init, KEY, ids, ids)
+    for leaf in resolve(params, peft.EXAMPLE_BERT):
+        [module] = leaf.modules
+        assert f"{module}.{leaf.name.parameter}" == bert.hf_name("/".join(leaf.path[1:]))
+    assert len(resolve(params, peft.EXAMPLE_BERT)) == len(jax.tree.leaves(params))
+
+
+# ----------------------------------------------------------------------- vLLM
+
+
+def test_vllm_profile(tmp_path: Folder) -> None:
+    """One rank of those allowed, zeros beside, scales in B: the same ΔW, alpha = r."""
+    case = models.case("patterns")
+    adapter = peft.load(case.folder, case.base, case.names)
+    peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
+    fields = peft.read_config(tmp_path / "a")
+    assert (fields["r"], fields["lora_alpha"]) == (8, 8)
+    assert (fields["rank_pattern"], fields["alpha_pattern"]) == ({}, {})
+    shapes = {x.shape for k, x in models.read(tmp_path / "a" / TENSORS).items() if "lora_A" in k}
+    assert {s[0] for s in shapes} == {8}
+    again = peft.load(tmp_path / "a", case.base, case.names)
+    assert_close(jlora.merge(case.base, again), jlora.merge(case.base, adapter), 1e-6)
+    assert peft.check_vllm(tmp_path / "a", max_lora_rank=8) == []
+
+
+def test_vllm_profile_is_exact_for_powers_of_two(tmp_path: Folder) -> None:
+    """Folding a power of two into B changes no bit of s·B."""
+    case = models.case("qv")  # scale 8
+    adapter = peft.load(case.folder, case.base, case.names)
+    peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
+    theirs, ours = (models.read(f / TENSORS) for f in (case.folder, tmp_path / "a"))
+    for key, x in theirs.items():
+        mine = ours[key][:2] if "lora_A" in key else ours[key][:, :2] / 8
+        assert np.array_equal(mine, x)
+        assert np.count_nonzero(ours[key]) == np.count_nonzero(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("conv", "vit/embeddings/patch_embeddings/projection/kernel: of kind conv"),
+        ("experts", "experts/gate_up: of kind experts"),
+        ("bias", "query.base_layer.bias: trained in full"),
+        ("modules_to_save", "base_model.model.classifier.bias: trained in full"),
+    ],
+)
+def test_vllm_profile_refuses(name: str, message: str, tmp_path: Folder) -> None:
+    """What vLLM has no place for is refused before anything is written."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
+    assert not list(tmp_path.iterdir())
+
+
+VLLM = {
+    "qv": [],
+    "patterns": ["rank_pattern: ignored by vLLM; save with profile='vllm'"],
+    "modules_to_save": ["modules_to_save: must be null, got ['classifier', 'score']"],
+    "bias": ["bias: must be 'none', got 'lora_only'"],
+    "tied": [],
+    "experts": ["rank_pattern: ignored by vLLM; save with profile='vllm'"],
+}
+
+
+@pytest.mark.parametrize("name", VLLM)
+def test_check_vllm(name: str) -> None:
+    """VLLM's own rules, by name."""
+    found = peft.check_vllm(models.FIXTURES / name)
+    assert set(VLLM[name]) <= set(found)
+    assert bool(found) == bool(VLLM[name])
+
+
+def test_check_vllm_ranks(tmp_path: Folder) -> None:
+    """The server's limit, and which limits there are."""
+    with pytest.raises(ValueError, match=r"`max_lora_rank` must be one of \(1, 8, .*; got 9"):
+        peft.check_vllm(models.FIXTURES / "qv", max_lora_rank=9)
+    found = peft.check_vllm(models.FIXTURES / "qv", max_lora_rank=1)
+    assert found == ["r: 2 is above max_lora_rank 1"]
+
+
+# ----------------------------------------------------------------------- saving
+
+
+def small() -> tuple[Any, Any, list[Name]]:
+    """The smallest base, adapter and table."""
+    name = Name("w", "m", "io")
+    return {"w": jnp.zeros((4, 6))}, {"w": node(name, (4, 6), 2, 1.0)}, [name]
+
+
+def test_never_overwrites(tmp_path: Folder) -> None:
+    """A folder with something in it, a file and a link stay as they are."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("full", "file", "link"):
+        with pytest.raises(FileExistsError, match=r"`dir`: .* is not an empty folder; save never"):
+            peft.save(tmp_path / name, *small())
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "link", "notes"]
+
+
+def test_an_empty_folder_is_filled(tmp_path: Folder) -> None:
+    """And parents are made."""
+    (tmp_path / "empty").mkdir()
+    peft.save(tmp_path / "empty", *small())
+    peft.save(tmp_path / "deep" / "er" / "a", *small())
+    for folder in (tmp_path / "empty", tmp_path / "deep" / "er" / "a"):
+        assert sorted(p.name for p in folder.iterdir()) == [CONFIG, TENSORS]
+
+
+def test_nothing_is_left_of_a_failure(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full in the middle leaves no folder, not even a temporary one."""
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jlora.peft._file._sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        peft.save(tmp_path / "a", *small())
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_of_jlora_alone() -> None:
+    """`import jlora` brings neither this submodule nor safetensors; nothing brings PyTorch."""
+    code = (
+        "import sys, jlora; assert not {'jlora.peft', 'safetensors'} & set(sys.modules); "
+        "import jlora.peft; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+UNWRITABLE: list[Any] = [
+    pytest.param(
+        lambda b, a, n: (b, a, []),
+        TypeError,
+        "`names` must be a table of jlora.peft.Name rows, such as jlora.peft.LLAMA; got [].",
+        id="no-names",
+    ),
+    pytest.param(
+        lambda b, a, n: (b, a, [Name("v", "m", "io")]),
+        ValueError,
+        "w: no row of `names` fits its path and number of axes",
+        id="unnamed",
+    ),
+    pytest.param(
+        lambda b, a, n: (b, a, [Name("w", "m", "oi")]),
+        ValueError,
+        "w: expected Layout(stack=(), inputs=(1,), outputs=(0,), slots=None) by `names`, "
+        "got Layout(stack=(), inputs=(0,), outputs=(1,), slots=None)",
+        id="orientation",
+    ),
+    pytest.param(
+        lambda b, a, n: (b, {"w": a["w"]._replace(b=a["w"].b.at[0, 0].set(jnp.nan))}, n),
+        ValueError,
+        "w: holds values that are not finite",
+        id="nan",
+    ),
+    pytest.param(
+        lambda b, a, n: (b, jax.eval_shape(lambda: a), n),
+        ValueError,
+        "w: expected arrays, got jax.ShapeDtypeStruct",
+        id="abstract",
+    ),
+    pytest.param(
+        lambda b, a, n: (b | {"v": b["w"]}, a, [Name("[wv]", "m", "io")]),
+        ValueError,
+        "`names` gives two leaves one name:\n  m.weight: v, w\nNarrow its patterns.",
+        id="one-name-twice",
+    ),
+    pytest.param(
+        lambda b, a, n: (b | {"v": b["w"]}, a, [*n, Name("v", "x.m", "io")]),
+        ValueError,
+        "PEFT cannot select its module apart from others",
+        id="inseparable",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), UNWRITABLE)
+def test_save_refuses(
+    change: Callable[..., Any], error: type[Exception], message: str, tmp_path: Folder
+) -> None:
+    """Before a file is made."""
+    with pytest.raises(error, match=re.escape(message)):
+        peft.save(tmp_path / "a", *change(*small()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_refuses_options(tmp_path: Folder) -> None:
+    """A profile that there is not, and fields that mean something else."""
+    with pytest.raises(ValueError, match="`profile` must be None or 'vllm'; got 'tgi'"):
+        peft.save(tmp_path / "a", *small(), profile="tgi")
+    with pytest.raises(ValueError, match="`config` cannot be written:\n  use_dora: True is a feat"):
+        peft.save(tmp_path / "a", *small(), config={"use_dora": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "("}, "`path` is not a regular expression"),
+        ({"axes": "ix"}, "`axes` must be of the letters"),
+        ({"axes": "ee"}, "`axes` must be of the letters"),
+        ({"module": "m.{}"}, "`module` needs one {} for each l"),
+        ({"tied": "lm_head"}, "only an embedding is `tied`"),
+    ],
+)
+def test_names_are_checked(options: dict[str, Any], message: str) -> None:
+    """A row that contradicts itself."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Name(**{"path": "w", "module": "m", "axes": "io", **options})
+
+
+# ----------------------------------------------------------------------- strict reading
+
+
+class Files:
+    """A copy of a fixture to be damaged."""
+
+    def __init__(self, folder: Folder, name: str = "qv") -> None:
+        """Copies the fixture `name` into `folder`."""
+        self.case, self.folder = models.case(name), folder / name
+        self.folder.mkdir()
+        for file in (CONFIG, TENSORS):
+            shutil.copy(self.case.folder / file, self.folder / file)
+
+    def load(self) -> Any:
+        """The adapter."""
+        return peft.load(self.folder, self.case.base, self.case.names)
+
+    def config(self, **fields: Any) -> None:
+        """Replaces fields of the configuration."""
+        path = self.folder / CONFIG
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    @property
+    def split(self) -> tuple[dict[str, Any], bytes]:
+        """The header and the data."""
+        whole = (self.folder / TENSORS).read_bytes()
+        [n] = struct.unpack("<Q", whole[:8])
+        return json.loads(whole[8 : 8 + n]), whole[8 + n :]
+
+    def header(self, header: dict[str, Any] | str, data: bytes) -> None:
+        """Writes another header."""
+        text = (header if isinstance(header, str) else json.dumps(header)).encode()
+        (self.folder / TENSORS).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+    def tensors(self, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+        """Changes the tensors."""
+        from safetensors.numpy import save_file
+
+        tensors = {k: np.array(x) for k, x in models.read(self.folder / TENSORS).items()}
+        change(tensors)
+        save_file(tensors, self.folder / TENSORS, metadata={"format": "pt"})
+
+
+LAYER = "base_model.model.encoder.layer.0.attention.self."
+
+
+DAMAGES: dict[str, tuple[Callable[[Files], Any], str]] = {
+    "missing": (
+        lambda f: f.tensors(lambda t: t.pop(LAYER + "query.lora_B.weight")),
+        f"  {LAYER}query.lora_B.weight: missing; expected shape (8, 2)",
+    ),
+    "unexpected": (
+        lambda f: f.tensors(lambda t: t.update({LAYER + "key.lora_A.weight": np.zeros((2, 8))})),
+        f"  {LAYER}key.lora_A.weight: unexpected",
+    ),
+    "prefix": (
+        lambda f: f.tensors(lambda t: t.update({"../../x": np.zeros(2)})),
+        "  ../../x: unexpected; PEFT's keys start with 'base_model.model.'",
+    ),
+    "dora": (
+        lambda f: f.tensors(
+            lambda t: t.update(
+                {LAYER + "query.lora_magnitude_vector": t.pop(LAYER + "query.lora_A.weight")[0]}
+            )
+        ),
+        f"  {LAYER}query.lora_magnitude_vector: unexpected; DoRA is not supported",
+    ),
+    "misshapen": (
+        lambda f: f.tensors(
+            lambda t: t.update({LAYER + "value.lora_A.weight": np.zeros((2, 9), np.float32)})
+        ),
+        f"  {LAYER}value.lora_A.weight: expected shape (2, 8), got (2, 9)",
+    ),
+    "rank": (
+        lambda f: f.config(r=3),
+        f"  {LAYER}query.lora_A.weight: expected shape (3, 8), got (2, 8)",
+    ),
+    "dtype": (
+        lambda f: f.tensors(
+            lambda t: t.update({LAYER + "value.lora_A.weight": np.zeros((2, 8), np.int32)})
+        ),
+        f"  {LAYER}value.lora_A.weight: expected a floating-point dtype, got I32",
+    ),
+    "float64": (
+        lambda f: f.tensors(lambda t: t.update({LAYER + "value.lora_A.weight": np.zeros((2, 8))})),
+        f"  {LAYER}value.lora_A.weight: dtype F64 needs jax_enable_x64",
+    ),
+    "nan": (
+        lambda f: f.tensors(lambda t: t[LAYER + "value.lora_A.weight"].__setitem__((0, 1), np.nan)),
+        f"  {LAYER}value.lora_A.weight: 1 of 16 values are not finite",
+    ),
+    "idle-target": (
+        lambda f: f.config(target_modules=["query", "value", "wq"]),
+        "  target_modules: 'wq' names no module of `base` under `names`",
+    ),
+    "idle-pattern": (
+        lambda f: f.config(rank_pattern={"wq": 2}),
+        "  rank_pattern: 'wq' matches no adapted module",
+    ),
+    "idle-save": (
+        lambda f: f.config(modules_to_save=["head"]),
+        "  modules_to_save: 'head' names no module of `base` under `names`",
+    ),
+    "nothing": (
+        lambda f: f.config(target_modules="nothing"),
+        "  adapter_config.json selects no leaf of `base` under `names`",
+    ),
+    "method": (lambda f: f.config(peft_type="LOHA"), "  peft_type: expected 'LORA', got 'LOHA'"),
+    "use_dora": (
+        lambda f: f.config(use_dora=True),
+        "  use_dora: True is a feature that jlora does not support",
+    ),
+    "future": (
+        lambda f: f.config(use_tomorrow={"a": 1}),
+        "  use_tomorrow: {'a': 1} is a feature that jlora does not support",
+    ),
+    "pissa": (
+        lambda f: f.config(init_lora_weights="pissa_niter_16"),
+        "  init_lora_weights: 'pissa_niter_16' changes the base model, so that the adapter alone "
+        "means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)",
+    ),
+    "r": (lambda f: f.config(r=True), "  r: expected an integer of at least 1, got True"),
+    "alpha": (
+        lambda f: f.config(lora_alpha=-1),
+        "  lora_alpha: expected a positive finite number, got -1",
+    ),
+    "pattern": (
+        lambda f: f.config(target_modules="(a+)+$"),
+        "  target_modules: '(a+)+$' repeats a group, or more than five parts, so that matching "
+        "may take forever",
+    ),
+    "no-pattern": (
+        lambda f: f.config(rank_pattern={"(": 2}),
+        "  rank_pattern: '(' is no regular expression",
+    ),
+    "huge-rank": (
+        lambda f: f.config(r=10**6),
+        "encoder/layer/0/attention/self/query/kernel: rank 1000000 is above inputs + outputs = 16",
+    ),
+    "truncated": (
+        lambda f: os.truncate(f.folder / TENSORS, 900),
+        "of 900 bytes claims a header of",
+    ),
+    "cut-data": (
+        lambda f: os.truncate(f.folder / TENSORS, (f.folder / TENSORS).stat().st_size - 4),
+        "bytes of data but holds",
+    ),
+    "empty": (lambda f: (f.folder / TENSORS).write_bytes(b""), "of 0 bytes claims a header of 0"),
+    "lying-length": (
+        lambda f: (f.folder / TENSORS).write_bytes(b"\xff" * 8 + b"{}"),
+        "claims a header of 18446744073709551615",
+    ),
+    "twice": (
+        lambda f: f.header(
+            json.dumps(f.split[0]).replace("{", '{"__metadata__":{},', 1), f.split[1]
+        ),
+        "the header of adapter_model.safetensors is no valid JSON: the key '__metadata__' is there "
+        "twice",
+    ),
+    "twice-in-config": (
+        lambda f: (f.folder / CONFIG).write_text('{"r": 1, "r": 2}'),
+        "adapter_config.json is no valid JSON: the key 'r' is there twice",
+    ),
+    "deep": (
+        lambda f: (f.folder / CONFIG).write_text("[" * 100_000),
+        "adapter_config.json is",
+    ),
+    "large": (
+        lambda f: (f.folder / CONFIG).write_text('{"r": 1}' + " " * 2**23),
+        "adapter_config.json has 8388616 bytes; expected at most 4194304",
+    ),
+    "infinite": (
+        lambda f: (f.folder / CONFIG).write_text('{"r": Infinity}'),
+        "Infinity is no number of JSON",
+    ),
+    "list": (lambda f: (f.folder / CONFIG).write_text("[]"), "must be a JSON object; got list"),
+    "huge-shape": (
+        lambda f: f.header(
+            {"x": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, b"\0" * 4
+        ),
+        "describes 'x' wrongly",
+    ),
+    "negative-shape": (
+        lambda f: f.header(
+            {"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"\0" * 4
+        ),
+        "describes 'x' wrongly",
+    ),
+    "overlap": (
+        lambda f: f.header(
+            {k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "xy"}, b"\0" * 4
+        ),
+        "has 'y' at byte 0 of the data; expected byte 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_load_refuses(damage: str, tmp_path: Folder) -> None:
+    """Each by name; the message says where, what was expected and what was got."""
+    change, message = DAMAGES[damage]
+    files = Files(tmp_path)
+    change(files)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        files.load()
+    assert str(caught.value).startswith("`dir`: ")
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Folder) -> None:
+    """One error names everything that is wrong with the tensors."""
+    files = Files(tmp_path)
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors[LAYER + "query.lora_A.weight"]
+        tensors["x"] = np.zeros(3)
+        tensors[LAYER + "value.lora_B.weight"] = np.zeros((4, 4), np.float32)
+
+    files.tensors(change)
+    with pytest.raises(ValueError) as caught:
+        files.load()
+    assert str(caught.value) == (
+        f"`dir`: the adapter in {files.folder} cannot be loaded onto `base` with `names`; nothing "
+        "was loaded. 3 problems:\n"
+        f"  {LAYER}query.lora_A.weight: missing; expected shape (2, 8)\n"
+        f"  {LAYER}value.lora_B.weight: expected shape (8, 2), got (4, 4)\n"
+        "  x: unexpected; PEFT's keys start with 'base_model.model.'"
+    )
+
+
+def test_scanned_layers_must_agree(tmp_path: Folder) -> None:
+    """One leaf has one rank and one scale, and is adapted in all layers or in none."""
+    files = Files(tmp_path, "scanned")
+    files.config(
+        rank_pattern={"layers.1.mlp.down_proj": 3}, target_modules=["0.mlp.up_proj", "down_proj"]
+    )
+    with pytest.raises(ValueError) as caught:
+        files.load()
+    said = str(caught.value)
+    assert "layers/mlp/down/kernel: its layers are one leaf but differ: rank 2 and scale 2" in said
+    assert "layers/mlp/up/kernel: its layers are one leaf, of which 1 of 2 are adapted" in said
+
+
+def test_a_tied_weight_is_adapted_on_both_sides(tmp_path: Folder) -> None:
+    """PEFT may adapt the lookup alone; here one weight has one adapter."""
+    files = Files(tmp_path, "tied")
+    files.config(ensure_weight_tying=False)
+    with pytest.raises(ValueError, match="embed_tokens: adapted without lm_head, which shares its"):
+        files.load()
+    files = Files(tmp_path / "tied", "gpt2_tied")
+    head = "base_model.model.lm_head.lora_B.weight"
+    files.tensors(lambda t: t.update({head: 2 * t[head]}))
+    with pytest.raises(ValueError, match=f"{head}: expected the transpose of .*lora_embedding_A"):
+        files.load()
+
+
+def test_a_changed_embedding_is_refused(tmp_path: Folder) -> None:
+    """A base embedding in the file must be the one that is there."""
+    files = Files(tmp_path, "tied")
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    files.tensors(lambda t: t.update({key: t[key] + 1}))
+    with pytest.raises(ValueError, match=f"{key}: expected the values of `base` at params/embed"):
+        files.load()
+
+
+def test_pickles_are_refused(tmp_path: Folder) -> None:
+    """With the reason; beside a safetensors file they are not looked at."""
+    files = Files(tmp_path)
+    (files.folder / "adapter_model.bin").write_bytes(b"code")
+    files.load()
+    (files.folder / TENSORS).unlink()
+    with pytest.raises(
+        ValueError, match=r"holds adapter_model.bin, a pickle.* runs the code in it"
+    ):
+        files.load()
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+def test_links_and_pipes_are_refused(file: str, tmp_path: Folder) -> None:
+    """Only regular files of the folder are read."""
+    files = Files(tmp_path)
+    path = files.folder / file
+    path.rename(tmp_path / "outside")
+    with pytest.raises(FileNotFoundError, match=f"has no {file}"):
+        files.load()
+    path.symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match=f"{file} is a symbolic link.*cp -L"):
+        files.load()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{file} is no regular file"):
+        files.load()
+
+
+def test_no_folder(tmp_path: Folder) -> None:
+    """Its absence is said as such."""
+    with pytest.raises(FileNotFoundError, match="`dir`: there is no folder"):
+        peft.load(tmp_path / "a", *small()[::2])
+
+
+def test_a_sparse_file_allocates_nothing(tmp_path: Folder) -> None:
+    """A header that is right about a terabyte of zeros is refused by its shapes."""
+    files = Files(tmp_path)
+    entry = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
+    files.header({LAYER + "query.lora_A.weight": entry}, b"")
+    try:
+        os.truncate(files.folder / TENSORS, 2**40 + (files.folder / TENSORS).stat().st_size)
+    except OSError:
+        pytest.skip("no sparse files of a terabyte here")
+    with pytest.raises(ValueError, match=r"expected shape \(2, 8\), got \(274877906944,\)"):
+        files.load()
+
+
+# ----------------------------------------------------------------------- fuzz
+
+JUNK = [None, True, 0, -1, 1e300, 2**70, "", "x" * 10_000, [], ["a"], {}, {"a": {"b": []}}, [[[]]]]
+
+
+def mutate(files: Files, draw: random.Random) -> None:
+    """One random damage to one of the two files."""
+    path = files.folder / draw.choice([CONFIG, TENSORS])
+    data = bytearray(path.read_bytes())
+    kind = draw.choice(["flip", "cut", "insert", "field", "entry", "value", "key", "deep", "link"])
+    if kind == "flip":
+        for _ in range(draw.randint(1, 8)):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    elif kind == "cut":
+        start = draw.randrange(len(data))
+        del data[start : start + draw.randint(1, len(data))]
+    elif kind == "insert":
+        at = draw.randrange(len(data))
+        data[at:at] = draw.randbytes(draw.randint(1, 64))
+    if kind in ("flip", "cut", "insert"):
+        path.write_bytes(data)
+    elif kind == "field":
+        config = json.loads((files.folder / CONFIG).read_text())
+        files.config(**{draw.choice(sorted(config)): draw.choice(JUNK)})
+    elif kind == "entry":
+        header, rest = files.split
+        entry = header[draw.choice([k for k in header if k != "__metadata__"])]
+        what = draw.choice(["dtype", "shape", "data_offsets"])
+        wild = [-1, 0, 1, 2**31, 2**63, 2**64, 10**30, 1.5, "4", None]
+        odd = [draw.choice(wild) for _ in range(draw.randint(0, 4))]
+        entry[what] = draw.choice([odd, "BF16", "F64", "I8", draw.choice(JUNK)])
+        files.header(header, rest)
+    elif kind == "value":
+        header, rest = files.split
+        rest = bytearray(rest)
+        at = draw.randrange(len(rest) // 4) * 4
+        rest[at : at + 4] = struct.pack("<f", draw.choice([np.nan, np.inf, -np.inf, 3e38, 1e-45]))
+        files.header(header, bytes(rest))
+    elif kind == "key":
+        header, rest = files.split
+        old = draw.choice(sorted(header))
+        new = draw.choice(["../" + old, "/etc/x", old + "\0", draw.choice(sorted(header)), "", "."])
+        text = json.dumps(header).replace(json.dumps(old), json.dumps(new), 1)
+        files.header(text, rest)
+    elif kind == "deep":
+        path.write_bytes(draw.choice([b"[", b'{"a":']) * draw.choice([10, 1000, 10**6]))
+    elif kind == "link":
+        path.unlink()
+        path.symlink_to(draw.choice(["/dev/zero", "/etc/passwd", path.name, "../nowhere"]))
+
+
+def fuzz(seeds: range, folder: Folder) -> int:
+    """Loads mutated adapters; gives how many were right in spite of it."""
+    loaded = {name: Files(folder, name).load() for name in ("qv", "tied")}
+    whole = {name: [x.shape for x in jax.tree.leaves(tree)] for name, tree in loaded.items()}
+    right = 0
+    for seed in seeds:
+        draw = random.Random(seed)
+        place = folder / str(seed)
+        place.mkdir()
+        files = Files(place, name := draw.choice(sorted(whole)))
+        mutate(files, draw)
+        before = sorted(place.rglob("*"))
+        start = time.monotonic()
+        try:
+            adapter = files.load()
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e).startswith("`dir`: "), (seed, e)
+        else:
+            right += 1
+            assert [x.shape for x in jax.tree.leaves(adapter)] == whole[name], seed
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(adapter)), seed
+        assert time.monotonic() - start < 10, seed
+        assert sorted(place.rglob("*")) == before, seed
+        shutil.rmtree(place)
+    return right
+
+
+def test_fuzz(tmp_path: Folder) -> None:
+    """Two hundred damages: an error that says what, or finite numbers of the right shapes."""
+    assert 0 < fuzz(range(200), tmp_path) < 200
+
+
+@pytest.mark.slow
+def test_fuzz_long(tmp_path: Folder) -> None:
+    """Ten thousand."""
+    assert 0 < fuzz(range(200, 10_200), tmp_path) < 10_000

@@ -1,0 +1,166 @@
+"""jlora's files in the real PEFT on PyTorch, and back. Needs the extra `interop`."""
+
+import importlib.util
+import pathlib
+import sys
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+hf_peft = pytest.importorskip("peft")
+
+import peft_models as models  # noqa: E402
+
+import jlora  # noqa: E402
+from jlora import Full, LoRA, Slots, peft  # noqa: E402
+
+KEY = jax.random.key(0)
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+# In bfloat16 the two frameworks round the base model's own activations differently.
+TOLERANCE = {"bf16": 2e-2}
+
+
+def _make() -> Any:
+    spec = importlib.util.spec_from_file_location("peft_make", models.FIXTURES / "make.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+make = _make()
+
+
+def outputs(case: models.Case, adapter: Any) -> np.ndarray:
+    """What the adapted JAX model says of the case's inputs."""
+    lora = jlora.transform(case.apply, LoRA())
+    y = lora.apply(case.base, adapter, jnp.asarray(case.torch["inputs"]))
+    return np.asarray(y, np.float32)
+
+
+def in_peft(name: str, folder: pathlib.Path) -> Any:
+    """The case's PyTorch model with the adapter of `folder`; every tensor must find its place."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = hf_peft.PeftModel.from_pretrained(make.base_model(name), folder).eval()
+    said = [str(w.message) for w in caught]
+    assert not [s for s in said if "adapter keys" in s or "matched" in s], said
+    return model
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    """Relative to the largest value."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Structure, static fields and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def round_trip(name: str, case: models.Case, adapter: Any, folder: pathlib.Path) -> Any:
+    """Jlora → PEFT → jlora → files; gives the adapter that came back."""
+    peft.save(folder / "ours", case.base, adapter, case.names)
+    model = in_peft(name, folder / "ours")
+    tolerance = TOLERANCE.get(name, 1e-5)
+    assert_close(make.outputs(name, model).numpy(), outputs(case, adapter), tolerance)
+    model.save_pretrained(folder / "theirs")
+    again = peft.load(folder / "theirs", case.base, case.names)
+    fields = peft.read_config(folder / "theirs")
+    peft.save(folder / "again", case.base, again, case.names, config=fields)
+    for file in FILES:
+        assert (folder / "again" / file).read_bytes() == (folder / "theirs" / file).read_bytes()
+    return again
+
+
+@pytest.mark.parametrize("name", models.CASES)
+def test_fixture_through_peft(name: str, tmp_path: pathlib.Path) -> None:
+    """Each fixture, saved by jlora without its configuration, means the same to PEFT."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    assert_equal(round_trip(name, case, adapter, tmp_path), adapter)
+
+
+@pytest.mark.parametrize("name", models.CASES)
+def test_fixtures_are_what_peft_writes(name: str, tmp_path: pathlib.Path) -> None:
+    """The committed tensors are those of `make.py` with the PEFT that is installed."""
+    make.adapted_model(name).save_pretrained(tmp_path)
+    written = (tmp_path / FILES[1]).read_bytes()
+    assert written == (models.FIXTURES / name / FILES[1]).read_bytes()
+
+
+# A fixture's model, and rules of ours.
+RULES = {
+    "slots": ("gpt2", [LoRA("c_attn/kernel", rank=2, alpha=3, slots=Slots(3, (0, 2)))]),
+    "slots_and_more": (
+        "gpt2",
+        [
+            LoRA("h/0/.*c_attn/kernel", rank=2, slots=Slots(3, (1,))),
+            LoRA("c_(attn|proj|fc)/kernel", rank=3),
+            LoRA("wte", rank=4, alpha=2),
+        ],
+    ),
+    "rslora": (
+        "qv",
+        [
+            LoRA("(query|key)/kernel", rank=3, alpha=7, rslora=True),
+            LoRA("output/dense/kernel", rank=2),
+        ],
+    ),
+    "biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("(query|value)/bias")]),
+    "all_biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("bias$")]),
+    "some_biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("output/dense/bias")]),
+    "head_and_norms": (
+        "modules_to_save",
+        [LoRA("query/kernel", rank=2), Full("LayerNorm"), Full("classifier/kernel")],
+    ),
+    "scan": ("scanned", [LoRA("query|value|down", rank=4, alpha=1), Full("norm/scale")]),
+    "scan_tied": ("scanned", [LoRA("embed", rank=3), LoRA("query", rank=2)]),
+    "conv": ("conv", [LoRA("projection/kernel", rank=5), LoRA("key/kernel", rank=2, alpha=3)]),
+    "untied_head": ("all_linear", [LoRA("lm_head|embed_tokens", rank=2), LoRA(rank=3)]),
+    "experts": ("experts", [LoRA("gate_up|down", rank=2), Full("head")]),
+    "one_expert_parameter": ("experts", [LoRA("down", rank=3, alpha=2)]),
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_own_adapter_through_peft(rules: str, tmp_path: pathlib.Path) -> None:
+    """Adapters from `init`, with every leaf random: same outputs, and a fixed point after that."""
+    name, given = RULES[rules]
+    case = models.case(name)
+    lora = jlora.transform(case.apply, *given)
+    base, adapter = lora.init(KEY, case.base, jnp.asarray(case.torch["inputs"]))
+    adapter = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape), adapter)
+    again = round_trip(name, case._replace(base=base), adapter, tmp_path)
+    assert_close(outputs(case, again), outputs(case, adapter))
+    # A shared factor, or slots, come back as PEFT has them: the same ΔW in other arrays.
+    if name != "experts" and not rules.startswith("slots"):
+        kept = {k: v for k, v in leaves(again).items() if k in leaves(adapter)}
+        assert kept.keys() == leaves(adapter).keys()
+        for path, x in kept.items():
+            assert np.array_equal(x, leaves(adapter)[path]), path
+
+
+def leaves(adapter: Any) -> dict[str, np.ndarray]:
+    """The arrays of an adapter by path."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(adapter)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat}
+
+
+@pytest.mark.parametrize("name", ["qv", "patterns", "scanned", "rslora", "embeddings", "tied"])
+def test_vllm_profile_in_peft(name: str, tmp_path: pathlib.Path) -> None:
+    """Padding and folding change nothing of what PEFT computes."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
+    assert peft.check_vllm(tmp_path / "a") == []
+    model = in_peft(name, tmp_path / "a")
+    assert_close(make.outputs(name, model).numpy(), outputs(case, adapter))
