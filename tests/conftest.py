@@ -4,6 +4,9 @@ import os
 import pathlib
 import sys
 
+# Written with PyTorch, which the default tests do without.
+collect_ignore = ["fixtures"]
+
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 # Thousands of small programs, each run once: halves the time of the suite.
