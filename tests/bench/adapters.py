@@ -15,6 +15,7 @@ import optax
 import jlora
 
 from . import model, report, steps
+from .overheads import keep_memory
 
 SHAPE = model.Shape(layers=4, dim=512, heads=8, batch=64, length=32)
 TINY = model.Shape(layers=2, dim=64, heads=2, batch=8, length=8, vocab=128)
@@ -23,6 +24,7 @@ RULES = {"q, v": model.attention, "all-linear": model.all_linear}
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
     """A table for serving and one for training; target: 64 adapters at 0.9 of one's throughput."""
+    keep_memory()
     shape, rounds = (TINY, 2) if quick else (SHAPE, 9)
     counts = (1, 8) if quick else (1, 8, 64)
     served, trained = [], []

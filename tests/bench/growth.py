@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 import jlora
 
 from . import model, report, steps
-from .overheads import Task, batch_and_params, frozen_task, lora_task
+from .overheads import Task, batch_and_params, frozen_task, keep_memory, lora_task
 
 DIM, HEADS, LENGTH, RANK = 256, 4, 128, 8
 LAYERS = (2, 4, 8, 16, 32)
@@ -27,9 +27,16 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     if quick:
         check()
         return
-    tables = {"layers": layers(), "tokens": tokens(), "rank": ranks(), "sites": sites()}
-    for axis, rows in tables.items():
-        report.table(f"growth-{axis}: ratios to the frozen step", rows, out)
+    keep_memory()
+    tables = {}
+    for axis, measured in {
+        "layers": layers,
+        "tokens": tokens,
+        "rank": ranks,
+        "sites": sites,
+    }.items():
+        tables[axis] = measured()
+        report.table(f"growth-{axis}: ratios to the frozen step", tables[axis], out)
     if out is not None:
         plot(tables, out / "growth.png")
 
@@ -115,7 +122,7 @@ def plot(tables: Mapping[str, list[dict]], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for panel, (axis, rows) in zip(panels.flat, tables.items(), strict=True):
         right = panel.twinx()
         for mode, style in {"plain": "-", "scan": "--"}.items():
@@ -129,12 +136,23 @@ def plot(tables: Mapping[str, list[dict]], path: pathlib.Path) -> None:
                 y = [r[f"{prefix}trace s"] + r[f"{prefix}compile s"] for r in mine]
                 right.plot(x, y, f"{color}.{style}", label=f"compilation, {name}{suffix}")
         panel.axhline(1, color="black", linewidth=0.5)
-        panel.set(xlabel=axis, ylabel="step time over the frozen step's", ylim=(0.8, None))
+        panel.set(
+            xlabel=axis,
+            ylabel="step time over the frozen step's",
+            ylim=(0.8, 1.1 * max(r["time"] for r in rows)),
+        )
         panel.set_xscale("log", base=2)
         panel.set_xticks(x, list(map(str, x)))
         right.set(ylabel="trace and compile, s", ylim=(0, None))
         handles = panel.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
-        panel.legend(handles=handles, fontsize="x-small")
+        panel.legend(
+            handles=handles,
+            fontsize="x-small",
+            frameon=False,
+            ncols=3,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1),
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
