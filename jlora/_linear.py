@@ -33,119 +33,113 @@ def _dot_general(eqn: Any, x: Any, y: Any) -> jax.Array:
     # One letter an axis; those that meet share it. Example: x (b, t, i) · w (i, o), contracted
     # over i, is x_axes = "abc", y_axes = "ce", out_axes = "abe".
     names = letters(jnp.ndim(value_of(x)) + jnp.ndim(value_of(y)))
-    x_axes = list(names[: jnp.ndim(value_of(x))])
-    y_axes = list(names[jnp.ndim(value_of(x)) :])
+    x_axes = names[: jnp.ndim(value_of(x))]
+    y_list = list(names[jnp.ndim(value_of(x)) :])
     for i, j in zip((*x_batch, *x_contracted), (*y_batch, *y_contracted), strict=True):
-        y_axes[j] = x_axes[i]
+        y_list[j] = x_axes[i]
+    y_axes = "".join(y_list)
     batch = [x_axes[i] for i in x_batch]
     summed = [x_axes[i] for i in x_contracted]
-    out_axes = [*batch, *(c for c in x_axes + y_axes if c not in batch + summed)]
+    out_axes = "".join([*batch, *(c for c in x_axes + y_axes if c not in batch + summed)])
 
     def dot(x: jax.Array, y: jax.Array) -> jax.Array:
         return _compat.bind_one(eqn, x, y)
 
-    def turned(y: jax.Array, x: jax.Array) -> jax.Array:
-        return _compat.bind_one(eqn, x, y)
-
-    precision = eqn.params["precision"]
-    from_y = _Axes(y_axes, x_axes, out_axes, precision)
-    from_x = _Axes(x_axes, y_axes, out_axes, precision)
+    how = (eqn.params["precision"], eqn.outvars[0].aval.dtype)
+    of_x = _Axes(y_axes, x_axes, out_axes, _roles(x_axes, x_batch, x_contracted), *how)
+    of_y = _Axes(x_axes, y_axes, out_axes, _roles(y_axes, y_batch, y_contracted), *how)
     if not isinstance(x, Weight):
-        return _adapted_dot(dot, x, y, from_x, y_batch, y_contracted)
+        return _adapted_dot(dot, x, y, of_y)
     if not isinstance(y, Weight):
-        return _adapted_dot(turned, y, x, from_y, x_batch, x_contracted)
-    out = dot(x.value, y.value)
-    out = _plus_dot(out, y.value, x, from_y, x_batch, x_contracted)
-    out = _plus_dot(out, x.value, y, from_x, y_batch, y_contracted)
-    return _plus_both(out, x, x_axes, y, y_axes, out_axes, precision)
+        return _adapted_dot(lambda y, x: dot(x, y), y, x, of_x)
+    out = _plus_dot(dot(x.value, y.value), y.value, x, of_x)
+    out = _plus_dot(out, x.value, y, of_y)
+    return _plus_both(out, x, y, of_y)
 
 
 class _Axes(NamedTuple):
     """The letters of the axes of an activation, a weight and their product."""
 
-    z: list[str]
-    w: list[str]
-    out: list[str]
+    z: str
+    w: str
+    out: str
+    roles: Roles  # of the axes of the weight
     precision: Any
+    dtype: Any  # of the product
+
+
+def _roles(axes: str, batch: Sequence[int], contracted: Sequence[int]) -> Roles:
+    kept = [d for d in range(len(axes)) if d not in batch and d not in contracted]
+    return Roles(tuple(batch), tuple(contracted), tuple(kept))
 
 
 def _adapted_dot(
-    dot: Callable[[jax.Array, jax.Array], jax.Array],
-    z: jax.Array,
-    w: Weight,
-    axes: _Axes,
-    batch: Sequence[int],
-    contracted: Sequence[int],
+    dot: Callable[[jax.Array, jax.Array], jax.Array], z: jax.Array, w: Weight, axes: _Axes
 ) -> jax.Array:
     """`dot(z, W)` and what ΔW adds: apart, or by the sum of W and ΔW where that is planned."""
-    if _plan(z, w, batch, contracted) == "summed":
-        spec, p, q = _factors(w.terms[0], w.shape, axes, contracted, w.value.dtype)
+    if _plan(z, w, axes) == "summed":
+        spec, p, q = _factors(w.terms[0], w.shape, axes, z.dtype)
         return adapted(spec, dot, *_compat.match_varying(z, w.value, p, q))
-    return _plus_dot(dot(z, w.value), z, w, axes, batch, contracted)
+    return _plus_dot(dot(z, w.value), z, w, axes)
 
 
-def _plan(z: jax.Array, w: Weight, batch: Sequence[int], contracted: Sequence[int]) -> str:
+def _plan(z: jax.Array, w: Weight, axes: _Axes) -> str:
+    """`plan`; apart where there is not one ΔW, or it drops inputs, or dtypes or axes are mixed."""
     [term, *others] = w.terms
-    if others or not isinstance(term, Delta) or term.key is not None or z.dtype != w.value.dtype:
+    same = z.dtype == w.value.dtype == axes.dtype
+    if others or not same or not isinstance(term, Delta) or term.key is not None:
         return "apart"
-    first, second = term.split(contracted)
-    if set(second.dims) & set(contracted) or set(first.dims) - {*batch, *contracted, RANK}:
+    roles = axes.roles
+    first, second = term.split(roles.inputs)
+    if set(second.dims) & set(roles.inputs) or set(first.dims) & set(roles.outputs):
         return "apart"
-    inputs = math.prod(w.shape[d] for d in contracted)
-    stack = math.prod(w.shape[d] for d in batch)
-    tokens, outputs = z.size // max(1, stack * inputs), w.value.size // max(1, stack * inputs)
+    stack, inputs, outputs = (
+        math.prod(w.shape[d] for d in dims) for dims in (roles.stack, roles.inputs, roles.outputs)
+    )
+    tokens = z.size // max(1, stack * inputs)
     return plan(tokens, inputs, outputs, first.value.shape[first.axis(RANK)], z.dtype)
 
 
 def _factors(
-    term: Delta, shape: tuple[int, ...], axes: _Axes, contracted: Sequence[int], dtype: Any
+    term: Delta, shape: tuple[int, ...], axes: _Axes, dtype: Any
 ) -> tuple[Spec, jax.Array, jax.Array]:
-    p, q = term.complete(shape, contracted)
-    names = ("".join(axes.z), "".join(axes.w), p.label(axes.w), q.label(axes.w), "".join(axes.out))
-    spec = Spec(*names, term.scale, dtype, axes.precision)
+    p, q = term.complete(shape, axes.roles.inputs)
+    spec = Spec(
+        axes.z,
+        axes.w,
+        p.label(axes.w),
+        q.label(axes.w),
+        axes.out,
+        term.scale,
+        axes.dtype,
+        axes.precision,
+    )
     return spec, p.value.astype(dtype), q.value.astype(dtype)
 
 
-def _plus_dot(
-    out: jax.Array,
-    z: jax.Array,
-    w: Weight,
-    axes: _Axes,
-    batch: Sequence[int],
-    contracted: Sequence[int],
-) -> jax.Array:
-    kept = [d for d in range(len(w.shape)) if d not in batch and d not in contracted]
+def _plus_dot(out: jax.Array, z: jax.Array, w: Weight, axes: _Axes) -> jax.Array:
     dtype = promote(z.dtype, w.value.dtype)
 
     def product(term: Delta) -> jax.Array:
-        spec, p, q = _factors(term, w.shape, axes, contracted, dtype)
-        spec = spec._replace(dtype=out.dtype)
+        spec, p, q = _factors(term, w.shape, axes, dtype)
         return lowrank(spec, *_compat.match_varying(term.drop(z).astype(dtype), p, q))
 
-    return _plus(out, w, "dense", Roles(tuple(batch), tuple(contracted), tuple(kept)), product)
+    return _plus(out, w, "dense", axes.roles, product)
 
 
-def _plus_both(
-    out: jax.Array,
-    x: Weight,
-    x_axes: list[str],
-    y: Weight,
-    y_axes: list[str],
-    out_axes: list[str],
-    precision: Any,
-) -> jax.Array:
+def _plus_both(out: jax.Array, x: Weight, y: Weight, axes: _Axes) -> jax.Array:
     """Adds Δx·Δy where two adapted weights are multiplied with each other."""
     for s in x.terms:
         for t in y.terms:
             if isinstance(s, Delta) and isinstance(t, Delta):
                 operands = [
-                    (f.label(axes, rank), f.value.astype(out.dtype))
-                    for term, w, axes, rank in ((s, x, x_axes, "Y"), (t, y, y_axes, "Z"))
+                    (f.label(letters, rank), f.value.astype(out.dtype))
+                    for term, w, letters, rank in ((s, x, axes.z, "Y"), (t, y, axes.w, "Z"))
                     for f in term.complete(w.shape, ())
                 ]
-                spec = ",".join(label for label, _ in operands) + "->" + "".join(out_axes)
+                spec = ",".join(label for label, _ in operands) + "->" + axes.out
                 factors = (v for _, v in operands)
-                cross = jnp.einsum(spec, *factors, optimize="optimal", precision=precision)
+                cross = jnp.einsum(spec, *factors, optimize="optimal", precision=axes.precision)
                 out = out + s.scale * t.scale * cross
     return out
 

@@ -143,21 +143,23 @@ def adapted(
     def apart(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
         return dot(x, w) + lowrank(spec, x, p, q)
 
-    return _unless_batched(summed, apart)(x, w, p, q)
+    return _unless_batched(summed, apart, lambda maps: any(maps[2:]) and not maps[1])(x, w, p, q)
 
 
-def _unless_batched(summed: Callable[..., Any], apart: Callable[..., Any]) -> Callable[..., Any]:
-    """`summed(x, w, p, q)`; `apart` where a `vmap` maps p or q, but not w."""
-    choice = jax.custom_batching.custom_vmap(summed)
+def _unless_batched(
+    first: Callable[..., Any], second: Callable[..., Any], when: Callable[[list[bool]], bool]
+) -> Callable[..., Any]:
+    """`first`; under a `vmap`, `second` if `when` holds for which arguments it maps."""
+    choice = jax.custom_batching.custom_vmap(first)
 
     @choice.def_vmap
     def rule(size: int, batched: list[bool], *args: jax.Array) -> tuple[jax.Array, bool]:
         def over(f: Callable[..., Any]) -> Callable[..., Any]:
             return jax.vmap(f, [0 if b else None for b in batched], axis_size=size)
 
-        if any(batched[2:]) and not batched[1]:
-            return over(apart)(*args), True
-        return _unless_batched(over(summed), over(apart))(*args), True
+        if when(batched):
+            return over(second)(*args), True
+        return _unless_batched(over(first), over(second), when)(*args), True
 
     return choice
 
@@ -194,25 +196,48 @@ def _factor_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of h (times s), p and q; h is computed again where it was not kept."""
     h = _hidden(spec, x, p) if h is None else h
-    dh = (spec.scale * einsum(spec.y, spec.q, spec.h, g, q, precision=spec.precision)).astype(
-        g.dtype
-    )
-    dp = _thin(spec.h, spec.x, spec.p, dh, x, spec.precision)
-    dq = _thin(spec.h, spec.y, spec.q, h, g, spec.precision)
+    dh = spec.scale * einsum(spec.y, spec.q, spec.h, g, q, precision=spec.precision)
+    dh = dh.astype(x.dtype)
+    dp = _thin((spec.h, spec.x, spec.p), spec.precision, dh, x)
+    dq = _thin((spec.h, spec.y, spec.q), spec.precision, h, g)
     return dh, dp.astype(p.dtype), dq.astype(q.dtype)
 
 
-def _thin(
-    h: str, x: str, out: str, h_value: jax.Array, x_value: jax.Array, precision: Any
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _thin(axes: tuple[str, str, str], precision: Any, h: jax.Array, x: jax.Array) -> jax.Array:
     """`einsum` of a thin h and a wide x, computed as hᵀ·x: on CPUs xᵀ·h takes ten times as long."""
-    order = "".join(sorted(out, key=lambda c: c not in h))
-    # XLA's CPU compiler aborts on a batched product that is turned.
-    if order == out or any(c in h and c in x for c in out):
-        return einsum(h, x, out, h_value, x_value, precision=precision)
-    # Without the barrier XLA would turn the product round again.
-    value = jax.lax.optimization_barrier(einsum(h, x, order, h_value, x_value, precision=precision))
-    return value.transpose([order.index(c) for c in out])
+    h_axes, x_axes, out = axes
+    order = "".join(sorted(out, key=lambda c: c not in h_axes))
+
+    def straight(h: jax.Array, x: jax.Array) -> jax.Array:
+        return einsum(h_axes, x_axes, out, h, x, precision=precision)
+
+    def turned(h: jax.Array, x: jax.Array) -> jax.Array:
+        value = einsum(h_axes, x_axes, order, h, x, precision=precision)
+        # Without the barrier XLA would turn the product round again.
+        return jax.lax.optimization_barrier(value).transpose([order.index(c) for c in out])
+
+    # XLA's CPU compiler aborts on some batched products that are turned.
+    if order == out or any(c in h_axes and c in x_axes for c in out):
+        return straight(h, x)
+    return _unless_batched(turned, straight, any)(h, x)
+
+
+def _thin_forward(axes: Any, precision: Any, h: Any, x: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+    return _thin(axes, precision, h, x), (h, x)
+
+
+def _thin_backward(
+    axes: tuple[str, str, str], precision: Any, saved: tuple[Any, Any], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    h, x = saved
+    h_axes, x_axes, out = axes
+    dh = einsum(out, x_axes, h_axes, g.astype(x.dtype), x, precision=precision)
+    dx = einsum(out, h_axes, x_axes, g.astype(h.dtype), h, precision=precision)
+    return dh.astype(h.dtype), dx.astype(x.dtype)
+
+
+_thin.defvjp(_thin_forward, _thin_backward)
 
 
 def einsum(

@@ -54,8 +54,8 @@ def _forms_the_sum(f, *args, shape=(DIM, DIM)):
     return bool(found)
 
 
-def _like(tree, value):
-    return jax.tree.map(lambda v: jnp.full_like(v, value), tree)
+def _nth(tree, k):
+    return jax.tree.map(lambda v: v[k], tree)
 
 
 def _has_equations(x):
@@ -82,10 +82,7 @@ def test_adapters_under_vmap_share_the_base():
     many = jax.tree.map(lambda v: jnp.stack([v, 2 * v, 3 * v]), adapter)
     over = jax.vmap(lora.apply, (None, 0, None))
     assert not _forms_the_sum(over, base, many, x)
-    expected = [
-        lora.apply(base, jax.tree.map(jnp.multiply, adapter, _like(adapter, k)), x)
-        for k in (1.0, 2.0, 3.0)
-    ]
+    expected = [lora.apply(base, _nth(many, k), x) for k in range(3)]
     chex.assert_trees_all_close(over(base, many, x), jnp.stack(expected), rtol=1e-4, atol=1e-5)
     # Rows first, adapters then; and rows alone, for which the sum stays.
     rows = jax.vmap(lora.apply, (None, None, 0))
@@ -140,16 +137,59 @@ def test_operations_are_the_frozen_step_and_the_low_rank_products(rows):
     rank = 4
     lora, base, adapter, x = _problem(rows)
 
-    def step(adapter, base, x):
-        return lora.apply(base, adapter, x).sum()
-
     def flops(f, argnums, *args):
-        compiled = jax.jit(jax.grad(f, argnums)).lower(*args).compile()
+        compiled = jax.jit(jax.value_and_grad(f, argnums)).lower(*args).compile()
         return compiled.cost_analysis()["flops"]
 
-    frozen = flops(lambda base, x: (x @ base["w"]).sum(), 1, base, x)
+    def step(adapter, base, x):
+        return (lora.apply(base, adapter, x) ** 2).sum()
+
+    frozen = flops(lambda base, x: ((x @ base["w"]) ** 2).sum(), 1, base, x)
     thin, sums = 2 * rows * DIM * rank, 2 * DIM * DIM * rank
     products = 4 * thin + 2 * sums if rows == MANY else 6 * thin
-    # The frozen step's forward product is dead, as nothing there needs its value.
-    spare = 2 * rows * DIM * DIM + 8 * (rows * DIM + rows * rank + DIM * DIM)
-    assert flops(step, (0, 2), adapter, base, x) - frozen <= products + spare
+    elementwise = 4 * (rows * DIM + rows * rank + DIM * DIM)
+    assert products < flops(step, (0, 2), adapter, base, x) - frozen <= products + elementwise
+    # So that dW would show.
+    assert elementwise < 2 * rows * DIM * DIM
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, MANY])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("axes", [(0, None), (0, 0), (None, 0)], ids=str)
+def test_gradients_under_vmap(rows, rank, axes):
+    """Also of one to three rows, whose products XLA's CPU compiler emits on other paths."""
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (3, rows, DIM))
+    params = {"w": jax.random.normal(key, (DIM, 5))}
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=rank))
+    base, adapter = lora.init(key, params, x[0])
+    many = jax.tree.map(lambda v: jax.random.normal(key, (3, *v.shape)), adapter)
+
+    def slope(adapter, x):
+        return jax.grad(lambda adapter: (lora.apply(base, adapter, x) ** 2).sum())(adapter)
+
+    args = [
+        tree if axis == 0 else _nth(tree, 0) for tree, axis in zip((many, x), axes, strict=True)
+    ]
+    got = jax.jit(jax.vmap(slope, axes))(*args)
+    for k in range(3):
+        one = [_nth(v, k) if axis == 0 else v for v, axis in zip(args, axes, strict=True)]
+        chex.assert_trees_all_close(_nth(got, k), slope(*one), rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_of_another_dtype_is_not_summed():
+    """`preferred_element_type` below that of x and W: the gradients of A and B stay float32."""
+    _, _, _, x = _problem(MANY)
+    params = {"w": jnp.ones((DIM, DIM))}
+
+    def f(params, x):
+        return jnp.matmul(x, params["w"], preferred_element_type=jnp.bfloat16)
+
+    lora = jlora.transform(f, jlora.LoRA("w", rank=2))
+    base, adapter = lora.init(jax.random.key(0), params, x)
+    assert not _forms_the_sum(lora.apply, base, adapter, x)
+    many = jax.tree.map(lambda v: jnp.stack([v, v]), adapter)
+    for y in (lora.apply(base, adapter, x), jax.vmap(lora.apply, (None, 0, None))(base, many, x)):
+        assert y.dtype == jnp.bfloat16
+    grads = jax.grad(lambda a: lora.apply(base, a, x).astype(jnp.float32).sum())(adapter)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
