@@ -15,7 +15,6 @@ import optax
 import jlora
 
 from . import model, report, steps
-from .overheads import keep_memory
 
 SHAPE = model.Shape(layers=4, dim=512, heads=8, batch=64, length=32)
 TINY = model.Shape(layers=2, dim=64, heads=2, batch=8, length=8, vocab=128)
@@ -24,7 +23,7 @@ RULES = {"q, v": model.attention, "all-linear": model.all_linear}
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
     """A table for serving and one for training; target: 64 adapters at 0.9 of one's throughput."""
-    keep_memory()
+    steps.keep_memory()
     shape, rounds = (TINY, 2) if quick else (SHAPE, 9)
     counts = (1, 8) if quick else (1, 8, 64)
     served, trained = [], []
@@ -49,9 +48,7 @@ class Setting(NamedTuple):
     def make(cls, shape: model.Shape, rules: list[jlora.LoRA]) -> "Setting":
         """`ids` has one more token than the model reads, the last one's label."""
         lm = model.LM(shape)
-        size = (shape.batch, shape.length + 1)
-        ids = jax.random.randint(jax.random.key(1), size, 0, shape.vocab)
-        params = jax.jit(lm.init)(jax.random.key(0), ids[:, :-1])
+        ids, params = model.batch_and_params(lm)
         lora = jlora.transform(lm.apply, *rules)
         base, template = lora.init(jax.random.key(0), params, ids[:, :-1])
         return cls(lora, base, template, ids)

@@ -2,8 +2,6 @@
 
 import pathlib
 
-import jax
-
 from . import model, report, steps
 
 SHAPES = (
@@ -34,16 +32,15 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
 def measure(shape: model.Shape, mode: str, flags: dict, rounds: int) -> list[dict]:
     """The rows of one model: full fine-tuning, q and v, all-linear, at rank 8 and 64."""
     lm = model.LM(shape, **flags)
-    size = (shape.batch, shape.length + 1)
-    ids = jax.random.randint(jax.random.key(1), size, 0, shape.vocab)
-    params = jax.jit(lm.init)(jax.random.key(0), ids[:, :-1])
-    programs = {
-        "floor": steps.train_leaves(lm.apply, params, "norm", ids),
-        "full": steps.train_leaves(lm.apply, params, "", ids),
+    ids, params = model.batch_and_params(lm)
+    tasks = {
+        "floor": steps.leaves_task(lm.apply, params, "norm"),
+        "full": steps.leaves_task(lm.apply, params, ""),
     }
     for name, rules in {"q, v": model.attention, "all-linear": model.all_linear}.items():
         for rank in (8, 64):
-            programs[f"{name} r={rank}"] = steps.train_lora(lm.apply, params, rules(rank), ids)
+            tasks[f"{name} r={rank}"] = steps.lora_task(lm.apply, params, rules(rank), ids)
+    programs = {name: task.compile(ids) for name, task in tasks.items()}
     seconds = steps.interleave(programs, ids, rounds, f"{shape}, {mode}")
     floor = programs["floor"]
     return [

@@ -13,7 +13,6 @@ from flax.traverse_util import flatten_dict
 import jlora
 
 from . import model, report, steps
-from .overheads import Task, batch_and_params, frozen_task, keep_memory, lora_task
 
 DIM, HEADS, LENGTH, RANK = 256, 4, 128, 8
 LAYERS = (2, 4, 8, 16, 32)
@@ -27,7 +26,7 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     if quick:
         check()
         return
-    keep_memory()
+    steps.keep_memory()
     tables = {}
     for axis, measured in {
         "layers": layers,
@@ -74,7 +73,7 @@ def ranks(rounds: int = 15) -> list[dict]:
 def sites(rounds: int = 15) -> list[dict]:
     """By the number of adapted kernels, from the first layer on: four layers, 512 tokens."""
     shape = model.Shape(4, DIM, HEADS, batch=4, length=LENGTH)
-    _, params = batch_and_params(model.LM(shape))
+    _, params = model.batch_and_params(model.LM(shape))
     kernels = [k for k in flatten_dict(params, sep="/") if k.endswith("/kernel")]
     rules = {n: [jlora.LoRA(_any(kernels[:n]), rank=RANK, alpha=16)] for n in SITES}
     return measure(shape, rules, "sites", rounds)
@@ -93,10 +92,10 @@ def measure(
 ) -> list[dict]:
     """A row for each choice of rules, all beside the same floor."""
     lm = model.LM(shape, scan=scan)
-    ids, params = batch_and_params(lm)
-    tasks: dict[Any, Task] = {"floor": frozen_task(lm.apply, params)}
-    tasks |= {n: lora_task(lm.apply, params, rule, ids) for n, rule in rules.items()}
-    programs = {n: task.compile(ids) for n, task in tasks.items()}
+    ids, params = model.batch_and_params(lm)
+    tasks: dict[Any, steps.Task] = {"floor": steps.leaves_task(lm.apply, params, "norm")}
+    tasks |= {n: steps.lora_task(lm.apply, params, rule, ids) for n, rule in rules.items()}
+    programs = {n: task.compile_cold(ids) for n, task in tasks.items()}
     seconds = steps.interleave(programs, ids, rounds, f"{axis}: {shape}")
     floor = programs["floor"]
     return [
@@ -199,7 +198,7 @@ def count(shape: model.Shape, rules: list[jlora.LoRA], scan: bool = False) -> Si
     lm = model.LM(shape, scan=scan)
     ids = jnp.zeros((shape.batch, shape.length + 1), jnp.int32)
     params = jax.eval_shape(lm.init, jax.random.key(0), ids[:, :-1])
-    program = steps.train_lora(lm.apply, params, rules, ids)
+    program = steps.lora_task(lm.apply, params, rules, ids).compile(ids)
     return Size(program.flops, program.compiled.as_text().count(" = "))
 
 

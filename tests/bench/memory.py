@@ -5,8 +5,6 @@ import pathlib
 import jax
 from tqdm import tqdm
 
-import jlora
-
 from . import floor, model, report, steps
 
 LARGE = model.Shape(layers=8, dim=1024, heads=16, batch=1, length=128, vocab=2048)
@@ -30,14 +28,15 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
 def measure(shape: model.Shape, mode: str, flags: dict) -> list[dict]:
     """Rows of one model: full fine-tuning, q and v, all-linear."""
     lm = model.LM(shape, **flags)
-    ids = jax.ShapeDtypeStruct((shape.batch, shape.length + 1), "int32")
-    params = jax.eval_shape(lm.init, jax.random.key(0), ids_of_inputs(ids))
-    programs = {
-        "floor": steps.train_leaves(lm.apply, params, "norm", ids),
-        "full": steps.train_leaves(lm.apply, params, "", ids),
-        "q, v r=8": abstract_lora(lm, params, model.attention(8), ids),
-        "all-linear r=8": abstract_lora(lm, params, model.all_linear(8), ids),
+    ids = model.token_ids(shape)
+    params = jax.eval_shape(lm.init, jax.random.key(0), ids[:, :-1])
+    tasks = {
+        "floor": steps.leaves_task(lm.apply, params, "norm"),
+        "full": steps.leaves_task(lm.apply, params, ""),
+        "q, v r=8": steps.lora_task(lm.apply, params, model.attention(8), ids),
+        "all-linear r=8": steps.lora_task(lm.apply, params, model.all_linear(8), ids),
     }
+    programs = {name: task.compile(ids) for name, task in tasks.items()}
     base = programs["floor"]
     return [
         {
@@ -53,16 +52,6 @@ def measure(shape: model.Shape, mode: str, flags: dict) -> list[dict]:
         }
         for name, program in programs.items()
     ]
-
-
-def ids_of_inputs(ids: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """All tokens but the last."""
-    return jax.ShapeDtypeStruct((ids.shape[0], ids.shape[1] - 1), ids.dtype)
-
-
-def abstract_lora(lm: model.LM, params: object, rules: list[jlora.LoRA], ids: object):
-    """`steps.train_lora` from shapes alone."""
-    return steps.train_lora(lm.apply, params, rules, ids, inputs=lambda ids: (ids_of_inputs(ids),))
 
 
 def low_rank_flops(shape: model.Shape, once: bool, trained: str) -> float:

@@ -1,6 +1,6 @@
 """The language model that is measured: a plain pre-norm transformer, scanned and rematerialized."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -55,22 +55,22 @@ class LM(nn.Module):
         shape: the sizes.
         scan: one traced layer, with stacked parameters.
         remat: each layer is computed again in the backward pass.
-        policy: what a rematerialized layer keeps.
+        block: the layer.
     """
 
     shape: Shape
     scan: bool = False
     remat: bool = False
-    policy: object = None
+    block: type[nn.Module] = Block
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Logits of the next token."""
-        s, block = self.shape, Block
+        s, block = self.shape, self.block
         embed = nn.Embed(s.vocab, s.dim, name="embed")
         x = embed(ids)
         if self.remat:
-            block = nn.remat(Block, prevent_cse=not self.scan, policy=self.policy)
+            block = nn.remat(block, prevent_cse=not self.scan)
         if self.scan:
             scan = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
             x, _ = nn.scan(block, length=s.layers, **scan)(s, name="layers")(x, None)
@@ -78,6 +78,17 @@ class LM(nn.Module):
             for i in range(s.layers):
                 x, _ = block(s, name=f"layer_{i}")(x, None)
         return embed.attend(nn.LayerNorm(use_bias=False, name="norm")(x))
+
+
+def token_ids(shape: Shape) -> jax.Array:
+    """Random ids (batch, length + 1): the last is only a label."""
+    return jax.random.randint(jax.random.key(1), (shape.batch, shape.length + 1), 0, shape.vocab)
+
+
+def batch_and_params(lm: LM) -> tuple[jax.Array, Any]:
+    """Token ids and the parameters."""
+    ids = token_ids(lm.shape)
+    return ids, jax.jit(lm.init)(jax.random.key(0), ids[:, :-1])
 
 
 def attention(rank: int) -> list[jlora.LoRA]:

@@ -1,18 +1,15 @@
 """What is paid once: tracing and compiling a step, merging, and `init` of a large model."""
 
-import ctypes
 import functools
 import gc
 import pathlib
-import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from models import llama
 from tqdm import tqdm
 
@@ -31,7 +28,7 @@ SMALL_LLAMA = llama.Config(vocab=128, layers=2, dim=64, hidden=128, heads=2, kv_
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
     """A table each for compilation, `merge` and `init`; targets: 1.3 times, 0.8 times, seconds."""
-    keep_memory()
+    steps.keep_memory()
     modes = {"plain": False} if quick else {"plain": False, "scan": True}
     rows = compilation(TINY if quick else SHAPE, modes, rounds=1 if quick else 5)
     report.table("compilation: seconds, and the ratio to the frozen step", rows, out)
@@ -41,77 +38,16 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     report.table("init: seconds of abstract evaluation", rows, out)
 
 
-def keep_memory() -> None:
-    """Lets the C library keep the memory that a program frees, for the next call of it.
-
-    glibc gives buffers above 32 MB back, so that every step maps and clears them anew: up to a
-    third of its time, which a step with 33 MB pays and one with 31 MB does not.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        arenas, mapped, trim = -8, -4, -1  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-        mallopt(arenas, 1)
-        mallopt(mapped, 0)
-        mallopt(trim, 2**31 - 1)
-
-
 # ------------------------------------------------------------------------ tracing and compiling
 
 
-class Task(NamedTuple):
-    """A loss of `(frozen, trained, batch)`, and the first two."""
-
-    loss: Callable[..., jax.Array]
-    frozen: Any
-    trained: Any
-
-    def compile(self, batch: Any) -> steps.Program:
-        """A step of training, compiled with nothing in JAX's caches."""
-        jax.clear_caches()
-        gc.collect()
-        return steps.compile_step(self.loss, self.frozen, self.trained, batch)
-
-
-def frozen_task(apply: Callable[..., jax.Array], params: Any) -> Task:
-    """The floor: trains the scales of the norms."""
-    flat = flatten_dict(params, sep="/")
-    trained = {k: jnp.array(v) for k, v in flat.items() if re.search("norm", k)}
-    frozen = {k: v for k, v in flat.items() if k not in trained}
-
-    def loss(frozen: Any, trained: Any, ids: jax.Array) -> jax.Array:
-        return steps.next_token(apply, unflatten_dict({**frozen, **trained}, sep="/"), ids)
-
-    return Task(loss, frozen, trained)
-
-
-def lora_task(
-    apply: Callable[..., jax.Array], params: Any, rules: list[jlora.LoRA], ids: jax.Array
-) -> Task:
-    """Trains A and B."""
-    lora = jlora.transform(apply, *rules)
-    base, adapter = lora.init(jax.random.key(0), params, ids[:, :-1])
-    adapter = jax.tree.map(lambda x: x + 0.01, adapter)
-
-    def loss(base: Any, adapter: Any, ids: jax.Array) -> jax.Array:
-        return steps.next_token(lambda base, *args: lora.apply(base, adapter, *args), base, ids)
-
-    return Task(loss, base, adapter)
-
-
-def _with_leaves(task: Task, leaves: Any) -> Task:
+def _with_leaves(task: steps.Task, leaves: Any) -> steps.Task:
     """`task`, which also updates `leaves` that its loss does not use: what the optimizer costs."""
 
     def loss(frozen: Any, trained: tuple[Any, Any], batch: Any) -> jax.Array:
         return task.loss(frozen, trained[0], batch)
 
-    return Task(loss, task.frozen, (task.trained, leaves))
-
-
-def batch_and_params(lm: model.LM) -> tuple[jax.Array, Any]:
-    """Token ids (batch, length + 1) and the parameters."""
-    s = lm.shape
-    ids = jax.random.randint(jax.random.key(1), (s.batch, s.length + 1), 0, s.vocab)
-    return ids, jax.jit(lm.init)(jax.random.key(0), ids[:, :-1])
+    return steps.Task(loss, task.frozen, (task.trained, leaves))
 
 
 def compilation(shape: model.Shape, modes: Mapping[str, bool], rounds: int) -> list[dict]:
@@ -119,10 +55,10 @@ def compilation(shape: model.Shape, modes: Mapping[str, bool], rounds: int) -> l
     rows = []
     for mode, scan in modes.items():
         lm = model.LM(shape, scan=scan)
-        ids, params = batch_and_params(lm)
-        floor = frozen_task(lm.apply, params)
-        attention = lora_task(lm.apply, params, model.attention(8), ids)
-        linear = lora_task(lm.apply, params, model.all_linear(8), ids)
+        ids, params = model.batch_and_params(lm)
+        floor = steps.leaves_task(lm.apply, params, "norm")
+        attention = steps.lora_task(lm.apply, params, model.attention(8), ids)
+        linear = steps.lora_task(lm.apply, params, model.all_linear(8), ids)
         tasks = {
             "floor": floor,
             "floor, as many leaves": _with_leaves(floor, linear.trained),
@@ -150,13 +86,13 @@ def compilation(shape: model.Shape, modes: Mapping[str, bool], rounds: int) -> l
 
 
 def cold(
-    tasks: Mapping[str, Task], batch: Any, rounds: int, title: str = ""
+    tasks: Mapping[str, steps.Task], batch: Any, rounds: int, title: str = ""
 ) -> dict[str, np.ndarray]:
     """Seconds (rounds, 2) of tracing and of compiling, after one round that loads the compiler."""
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
     for i in tqdm(range(rounds + 1), title, leave=False, disable=None):
         for name, task in tasks.items():
-            program = task.compile(batch)
+            program = task.compile_cold(batch)
             if i >= 1:
                 spent[name].append((program.trace_s, program.compile_s))
     return {name: np.array(values) for name, values in spent.items()}
@@ -175,14 +111,14 @@ def merging(shape: model.Shape, rounds: int) -> list[dict]:
     for dtype in (jnp.float32, jnp.bfloat16):
         for mode, scan in {"plain": False, "scan": True}.items():
             lm = model.LM(shape, scan=scan)
-            ids, params = batch_and_params(lm)
+            ids, params = model.batch_and_params(lm)
             params = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
-            task = lora_task(lm.apply, params, model.all_linear(8), ids)
+            task = steps.lora_task(lm.apply, params, model.all_linear(8), ids)
             rows.append({"dtype": dtype.__name__, "mode": mode, **_merge_row(task, rounds)})
     return rows
 
 
-def _merge_row(task: Task, rounds: int) -> dict:
+def _merge_row(task: steps.Task, rounds: int) -> dict:
     base, adapter = task.frozen, task.trained
     merge = jax.jit(jlora.merge, donate_argnums=0).lower(base, adapter).compile()
     copy = jax.jit(functools.partial(jax.tree.map, jnp.copy)).lower(base).compile()

@@ -1,10 +1,13 @@
 """Training steps to compare, compiled once, and timed in turns."""
 
+import ctypes
 import dataclasses
+import functools
+import gc
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +80,27 @@ def next_token(apply: Callable[..., jax.Array], params: Any, ids: jax.Array) -> 
     return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
 
-def train_leaves(
-    apply: Callable[..., jax.Array], params: Any, pattern: str, batch: Any, loss: Loss = next_token
-) -> Program:
+class Task(NamedTuple):
+    """A loss of `(frozen, trained, batch)`, and the first two."""
+
+    loss: Callable[..., jax.Array]
+    frozen: Any
+    trained: Any
+
+    def compile(self, batch: Any) -> Program:
+        """A step of training."""
+        return compile_step(self.loss, self.frozen, self.trained, batch)
+
+    def compile_cold(self, batch: Any) -> Program:
+        """The same with nothing in JAX's caches, so that its seconds of compilation compare."""
+        jax.clear_caches()
+        gc.collect()
+        return self.compile(batch)
+
+
+def leaves_task(
+    apply: Callable[..., jax.Array], params: Any, pattern: str, loss: Loss = next_token
+) -> Task:
     """Trains the leaves whose path `pattern` is found in: the norms (the floor), or all."""
     flat = flatten_dict(params, sep="/")
     trained = {k: _copy(v) for k, v in flat.items() if re.search(pattern, k)}
@@ -88,29 +109,30 @@ def train_leaves(
     def join_and_loss(frozen: Any, trained: Any, batch: Any) -> jax.Array:
         return loss(apply, unflatten_dict({**frozen, **trained}, sep="/"), batch)
 
-    return compile_step(join_and_loss, frozen, trained, batch)
+    return Task(join_and_loss, frozen, trained)
 
 
-def train_lora(
+def lora_task(
     apply: Callable[..., jax.Array],
     params: Any,
     rules: Sequence[Any],
     batch: Any,
     loss: Loss = next_token,
     inputs: Callable[[Any], tuple[Any, ...]] = lambda ids: (ids[:, :-1],),
-) -> Program:
+) -> Task:
     """Trains the low-rank factors; `inputs` are the apply function's own arguments."""
     lora = jlora.transform(apply, *rules)
-    base, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, *inputs(batch))
-    if all(isinstance(x, jax.Array) for x in jax.tree.leaves(params)):
-        base, adapter = lora.init(jax.random.key(0), params, *inputs(batch))
+    concrete = all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
+    init = lora.init if concrete else functools.partial(jax.eval_shape, lora.init)
+    base, adapter = init(jax.random.key(0), params, *inputs(batch))
+    if concrete:
         # B is not left at zero: no product may be zero, or it might be cheaper.
         adapter = jax.tree.map(lambda x: x + 0.01, adapter)
 
     def adapted_loss(base: Any, adapter: Any, batch: Any) -> jax.Array:
         return loss(lambda base, *args: lora.apply(base, adapter, *args), base, batch)
 
-    return compile_step(adapted_loss, base, adapter, batch)
+    return Task(adapted_loss, base, adapter)
 
 
 def interleave(
@@ -129,6 +151,20 @@ def interleave(
 def ratio(seconds: np.ndarray, baseline: np.ndarray) -> float:
     """The median of the ratios, round by round: drift of the machine's speed cancels."""
     return float(np.median(seconds / baseline))
+
+
+def keep_memory() -> None:
+    """Lets the C library keep the memory that a program frees, for the next call of it.
+
+    glibc gives buffers above 32 MB back, so that every step maps and clears them anew: up to a
+    third of its time, which a step with 33 MB pays and one with 31 MB does not.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        arenas, mapped, trim = -8, -4, -1  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+        mallopt(arenas, 1)
+        mallopt(mapped, 0)
+        mallopt(trim, 2**31 - 1)
 
 
 def _copy(x: Any) -> Any:

@@ -21,10 +21,11 @@ def main(folder: pathlib.Path) -> None:
     apply = bert.Bert(config).apply
     batch = tuple(jnp.asarray(x) for x in bert_work.batch())
     rules = [jlora.LoRA(r"encoder/.*/kernel", rank=bert_work.RANK, alpha=bert_work.ALPHA)]
-    programs = {
-        "floor": steps.train_leaves(apply, variables, "norm/", batch, loss),
-        "lora": steps.train_lora(apply, variables, rules, batch, loss, lambda batch: batch[:2]),
+    tasks = {
+        "floor": steps.leaves_task(apply, variables, "norm/", loss),
+        "lora": steps.lora_task(apply, variables, rules, batch, loss, lambda batch: batch[:2]),
     }
+    programs = {name: task.compile(batch) for name, task in tasks.items()}
     facts = {
         "trained": compare.count(programs["lora"].trained),
         "losses": [float(jax.jit(loss, static_argnums=0)(apply, variables, batch))],

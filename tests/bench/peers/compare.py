@@ -95,8 +95,7 @@ def rows(
 
 def measure(peer: Peer, shape: model.Shape, mode: str, rounds: int) -> dict:
     """Times and temporary memory of the peer and of jlora, as ratios to the floor's."""
-    size = (shape.batch, shape.length + 1)
-    ids = jax.random.randint(jax.random.key(1), size, 0, shape.vocab)
+    ids = model.token_ids(shape)
     base = peer.make(shape, **floor.MODES[mode])
     tuned = peer.attach(base, ids[:, :-1])
 
@@ -108,8 +107,8 @@ def measure(peer: Peer, shape: model.Shape, mode: str, rounds: int) -> dict:
     # As in jlora's program: no product may be zero, or it might be cheaper.
     trained = jax.tree.map(lambda x: x + 0.01, tuned.trained)
     programs = {
-        "floor": steps.train_leaves(base.apply, base.params, "norm", ids),
-        "jlora": steps.train_lora(base.apply, base.params, model.all_linear(RANK), ids),
+        "floor": steps.leaves_task(base.apply, base.params, "norm").compile(ids),
+        "jlora": steps.lora_task(base.apply, base.params, model.all_linear(RANK), ids).compile(ids),
         "peer": steps.compile_step(loss, tuned.frozen, trained, ids),
     }
     theirs, ours = (count(programs[name].trained) for name in ("peer", "jlora"))

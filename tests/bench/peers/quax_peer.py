@@ -14,7 +14,7 @@ from . import compare, twins
 
 def make(shape: model.Shape, **flags: bool) -> compare.Model:
     """The flat twin: a `LoraArray` factors the last two axes, whatever they mean."""
-    return compare.linen(twins.FlatLM(shape, **flags))
+    return compare.linen(model.LM(shape, block=twins.FlatBlock, **flags))
 
 
 def attach(base: compare.Model, ids: jax.Array) -> compare.Tuned:

@@ -44,30 +44,6 @@ class FlatBlock(nn.Module):
         return x + dense(s.dim, name="down")(nn.gelu(dense(4 * s.dim, name="up")(y))), None
 
 
-class FlatLM(nn.Module):
-    """`model.LM` of `FlatBlock`s."""
-
-    shape: model.Shape
-    scan: bool = False
-    remat: bool = False
-
-    @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Logits of the next token."""
-        s, block = self.shape, FlatBlock
-        embed = nn.Embed(s.vocab, s.dim, name="embed")
-        x = embed(ids)
-        if self.remat:
-            block = nn.remat(FlatBlock, prevent_cse=not self.scan)
-        if self.scan:
-            scan = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-            x, _ = nn.scan(block, length=s.layers, **scan)(s, name="layers")(x, None)
-        else:
-            for i in range(s.layers):
-                x, _ = block(s, name=f"layer_{i}")(x, None)
-        return embed.attend(nn.LayerNorm(use_bias=False, name="norm")(x))
-
-
 # ---- NNX ----------------------------------------------------------------------------------------
 
 
@@ -98,7 +74,7 @@ class NNXBlock(nnx.Module):
 
 
 class NNXLM(nnx.Module):
-    """`FlatLM` in NNX."""
+    """`model.LM` of `FlatBlock`s in NNX."""
 
     def __init__(
         self, shape: model.Shape, rank: int = 0, scan: bool = False, remat: bool = False
