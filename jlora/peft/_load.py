@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import nest
+from .._tree import name_of, nest
 from .._types import PyTree
 from ._arrays import low_rank, weight, weights
 from ._config import problems, read_config
@@ -164,7 +164,7 @@ def _read(folder: Path, plan: Plan, header: Header) -> dict[str, np.ndarray]:
 def _check_copies(plan: Plan, header: Header, read: Callable[[str], np.ndarray]) -> list[str]:
     """A stored base embedding must be that of `base`; a resized or trained one is not supported."""
     return [
-        f"{key}: expected the values of `base` at {'/'.join(leaf.path)}, got others; a trained or "
+        f"{key}: expected the values of `base` at {name_of(leaf.path)}, got others; a trained or "
         "resized embedding under an adapter is not supported"
         for key, leaf in plan.copies.items()
         if key in header.entries and not _same(leaf, read(key))

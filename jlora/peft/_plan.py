@@ -4,6 +4,7 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .._tree import name_of
 from ._json import brief
 from ._names import Leaf, Name, tied_to
 from ._select import ends, rank_of, scale_of, selects
@@ -173,7 +174,7 @@ def ties(fields: Mapping[str, Any], module: str) -> bool:
 
 
 def _uneven(fields: Mapping[str, Any], leaf: Leaf) -> list[str]:
-    path = "/".join(leaf.path)
+    path = name_of(leaf.path)
     left = [m for m in leaf.modules if not _is_adapted(fields, leaf, m)]
     if left:
         return [

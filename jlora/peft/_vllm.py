@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._tree import name_of
 from ._config import read_config
 from ._file import read_header
 from ._json import brief
@@ -25,7 +26,7 @@ def convert(
     """
     wrong = [f"{key}: trained in full" for _, keys in plan.saved for key in keys]
     wrong += [
-        f"{'/'.join(a.leaf.path)}: of kind {a.leaf.name.kind}"
+        f"{name_of(a.leaf.path)}: of kind {a.leaf.name.kind}"
         for a in plan.adapted
         if a.leaf.name.kind in ("conv", "experts")
     ]
