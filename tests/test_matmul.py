@@ -158,12 +158,12 @@ def test_operations_are_the_frozen_step_and_the_low_rank_products(rows):
 @pytest.mark.parametrize("axes", [(0, None), (0, 0), (None, 0)], ids=str)
 def test_gradients_under_vmap(rows, rank, axes):
     """Also of one to three rows, whose products XLA's CPU compiler emits on other paths."""
-    key = jax.random.key(0)
-    x = jax.random.normal(key, (3, rows, DIM))
-    params = {"w": jax.random.normal(key, (DIM, 5))}
-    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=rank))
-    base, adapter = lora.init(key, params, x[0])
-    many = jax.tree.map(lambda v: jax.random.normal(key, (3, *v.shape)), adapter)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (3, rows, DIM))
+    params = {"w": jax.random.normal(keys[1], (DIM, 5)) / DIM}
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=rank, alpha=rank))
+    base, adapter = lora.init(keys[2], params, x[0])
+    many = jax.tree.map(lambda v: jax.random.normal(keys[3], (3, *v.shape)) / DIM, adapter)
 
     def slope(adapter, x):
         return jax.grad(lambda adapter: (lora.apply(base, adapter, x) ** 2).sum())(adapter)
