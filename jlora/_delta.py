@@ -1,6 +1,7 @@
 """The term of ΔW that `apply` computes with: two factors, a scale and the keys of a dropout."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from . import _compat
 from ._factor import RANK, Along, Dims, Factor, Unfactorable, reshape_groups
 from ._matmul import einsum, letters, promote
 from ._weight import Roles
+
+FUSED = 8  # the largest rank at which a sum of outer products is faster than a matrix product
 
 
 @jax.tree_util.register_dataclass
@@ -141,21 +144,11 @@ class Delta:
                 f"dropout cannot act where W + ΔW is formed ({why}): there is no input to drop. "
                 "Give this site a rule with dropout=0."
             )
-        names = letters(w.ndim)
-        a, b = self.a, self.b
-        out = [d for d in range(w.ndim) if d in a.dims or d in b.dims]
-        wide = promote(w.dtype, a.value.dtype, b.value.dtype, jnp.float32)
-        delta = einsum(
-            a.label(names),
-            b.label(names),
-            "".join(names[d] for d in out),
-            a.value.astype(wide),
-            b.value.astype(wide),
-            precision=lax.Precision.HIGHEST,
-        )
-        return (
-            self.scale * self.drop(jnp.ones((), wide)) * lax.broadcast_in_dim(delta, w.shape, out)
-        )
+        wide = promote(w.dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
+        a, b = (Factor(f.value.astype(wide), f.dims) for f in (self.a, self.b))
+        a = Factor(self.scale * self.drop(jnp.ones((), wide)) * a.value, a.dims)
+        delta = _product(w.ndim, a, b)
+        return lax.broadcast_in_dim(delta, w.shape, range(w.ndim))
 
     def split(self, contracted: Sequence[int]) -> tuple[Factor, Factor]:
         """The two factors, first the one to contract an activation with over `contracted`."""
@@ -179,3 +172,42 @@ class Delta:
             key = jax.random.fold_in(key, lax.axis_index(axis))
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(ndim: int, a: Factor, b: Factor) -> jax.Array:
+    """A·B with `ndim` dimensions, those of W, of length 1 where neither factor follows.
+
+    Of low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
+    size of W is written for it. Its derivative is matrix products.
+    """
+    rank = a.value.shape[a.axis(RANK)]
+    return _outer_products(ndim, a, b) if rank <= FUSED else _matrix_product(ndim, a, b)
+
+
+@_product.defjvp
+def _product_jvp(ndim: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (a, b), (da, db) = primals, tangents
+    return _product(ndim, a, b), _matrix_product(ndim, da, b) + _matrix_product(ndim, a, db)
+
+
+def _outer_products(ndim: int, a: Factor, b: Factor) -> jax.Array:
+    def column(f: Factor, r: int) -> jax.Array:
+        value = lax.slice_in_dim(f.value, r, r + 1, axis=f.axis(RANK))
+        return Factor(value, f.dims).arrange(range(ndim))
+
+    return sum(column(a, r) * column(b, r) for r in range(a.value.shape[a.axis(RANK)]))
+
+
+def _matrix_product(ndim: int, a: Factor, b: Factor) -> jax.Array:
+    names = letters(ndim)
+    out = [d for d in range(ndim) if d in a.dims or d in b.dims]
+    axes = (f.label(names) for f in (a, b))
+    delta = einsum(
+        *axes,
+        "".join(names[d] for d in out),
+        a.value,
+        b.value,
+        precision=lax.Precision.HIGHEST,
+    )
+    return lax.expand_dims(delta, [d for d in range(ndim) if d not in out])

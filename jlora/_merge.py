@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._matmul import promote
 from ._transform import as_delta
 from ._transform import bind as _bind
 from ._tree import is_adapted, is_concrete, leaves_by_path
@@ -18,6 +19,11 @@ def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
 
     The sum is in float32 (float64 over float64) and rounded once to W's dtype. Leaves trained in
     full replace the base's; all others are the base's own arrays.
+
+    Eagerly, one ΔW exists at a time, and at ranks up to 8 none. In a program of your own, as
+    `jax.jit(jlora.merge, donate_argnums=0)`, which updates the base in place, XLA's CPU compiler
+    forms all ΔW of higher ranks at once, unless the environment variable `XLA_FLAGS` has
+    `--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`.
 
     Args:
         base: the frozen tree.
@@ -101,8 +107,11 @@ def _add_delta(w: Any, delta: LowRank, sign: float) -> jax.Array:
 
 @jax.custom_jvp
 def _plus(w: jax.Array, change: jax.Array) -> jax.Array:
-    # A zero changes no bit, not even those of -0.0 and of subnormals; the derivative is a sum's.
-    return jnp.where((change == 0) | (w != w), w, add(w, change))
+    # A change of zero leaves every bit, also of -0.0 and of subnormals; the derivative is a sum's.
+    wide = promote(w.dtype, jnp.float32)
+    old = w.astype(wide)
+    new = old + change.astype(wide)
+    return jnp.where(new == old, old, new).astype(w.dtype)
 
 
 @_plus.defjvp

@@ -312,13 +312,17 @@ def test_merging_a_fresh_adapter_gives_the_parameters(leaf: str) -> None:
     assert kinds(merged) == kinds(params)
 
 
-@pytest.mark.parametrize("value", [-0.0, 1e-40], ids=["negative_zero", "subnormal"])
-def test_merging_a_fresh_adapter_keeps_every_bit(value: float) -> None:
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("value", ["negative_zero", "subnormal", "infinity"])
+@pytest.mark.parametrize("rank", [1, 9])
+def test_merging_a_fresh_adapter_keeps_every_bit(value: str, dtype: Any, rank: int) -> None:
     """Also of those floats that adding zero changes."""
-    s = setup()
-    params = jax.tree.map(lambda w: np.where(np.asarray(w) > 0, np.float32(value), w), s.params)
-    base, adapter = jlora.transform(s.f, jlora.LoRA(rank=2)).init(KEY, params, s.x)
-    assert raw(jlora.merge(base, adapter)) == raw(params)
+    tiny = float(jnp.finfo(dtype).tiny)
+    value = {"negative_zero": -0.0, "subnormal": tiny / 4, "infinity": np.inf}[value]
+    w = np.where(normal(1, 12, 10) > 0, value, normal(2, 12, 10)).astype(dtype)
+    f = lambda params, x: x @ params["w"]  # noqa: E731
+    base, adapter = jlora.transform(f, jlora.LoRA(rank=rank)).init(KEY, {"w": w}, w[:, 0])
+    assert raw(jlora.merge(base, adapter)) == raw({"w": w})
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -339,6 +343,36 @@ def test_merge_has_a_gradient_where_nothing_is_added(change: Any, compiled: bool
         return {k: w + deltas[k] for k, w in base.items()}
 
     assert_close(loss(change), loss(plainly))
+
+
+@pytest.mark.parametrize("rank", [1, 8, 9, 16])
+@pytest.mark.parametrize("change", [jlora.merge, jlora.unmerge])
+def test_merge_at_every_rank(change: Any, rank: int) -> None:
+    """A stack of W with two input axes ± s·A·B, and its derivatives, forward and backward."""
+    w = {"w": normal(1, 2, 3, 4, 5)}
+    layout = jlora.Layout((0,), (1, 2), (3,))
+    adapter = {"w": jlora.LowRank(normal(2, 2, 3, 4, rank), normal(3, 2, rank, 5), 0.3, layout)}
+    sign = 1 if change is jlora.merge else -1
+
+    def plainly(w: Any, adapter: Any) -> Any:
+        delta = jnp.einsum("sijr,srk->sijk", adapter["w"].a, adapter["w"].b)
+        return {"w": w["w"] + sign * 0.3 * delta}
+
+    for f in (change, jax.jit(change)):
+        assert_close(f(w, adapter), plainly(w, adapter), 1e-5)
+        assert_close(*(jax.jvp(g, *2 * [(w, adapter)])[1] for g in (f, plainly)), 1e-5)
+        assert_close(*(jax.vjp(g, w, adapter)[1](w) for g in (f, plainly)), 1e-5)
+
+
+def test_merge_of_low_rank_writes_no_change() -> None:
+    """Nothing of the size of W is beside it, also in bfloat16."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        node = jlora.LowRank(
+            jnp.ones((64, 8)), jnp.ones((8, 32)), 1.0, jlora.Layout((), (0,), (1,))
+        )
+        merge = jax.jit(jlora.merge, donate_argnums=0)
+        program = merge.lower({"w": jnp.ones((64, 32), dtype)}, {"w": node}).compile()
+        assert program.memory_analysis().temp_size_in_bytes < 64 * 32
 
 
 def test_merge_rounds_once() -> None:
