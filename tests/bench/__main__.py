@@ -4,7 +4,9 @@ import argparse
 import importlib
 import pathlib
 
-NAMES = ("floor", "memory", "peers", "growth", "adapters", "overheads")
+from . import steps
+
+NAMES = ("floor", "real", "memory", "peers", "growth", "adapters", "overheads")
 
 
 def main() -> None:
@@ -15,6 +17,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="folder for CSV and PNG; default: bench")
     options = parser.parse_args()
     out = options.out or (None if options.quick else pathlib.Path("bench"))
+    steps.keep_memory()
     for name in options.names or NAMES:
         importlib.import_module(f"{__package__}.{name}").run(options.quick, out)
 

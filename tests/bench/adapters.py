@@ -23,7 +23,6 @@ RULES = {"q, v": model.attention, "all-linear": model.all_linear}
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
     """A table for serving and one for training; target: 64 adapters at 0.9 of one's throughput."""
-    steps.keep_memory()
     shape, rounds = (TINY, 2) if quick else (SHAPE, 9)
     counts = (1, 8) if quick else (1, 8, 64)
     served, trained = [], []

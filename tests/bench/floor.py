@@ -1,6 +1,10 @@
 """Step time over the floor: the same step with the weights frozen and only norm scales trained."""
 
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
 
 from . import model, report, steps
 
@@ -33,20 +37,40 @@ def measure(shape: model.Shape, mode: str, flags: dict, rounds: int) -> list[dic
     """The rows of one model: full fine-tuning, q and v, all-linear, at rank 8 and 64."""
     lm = model.LM(shape, **flags)
     ids, params = model.batch_and_params(lm)
+    tasks = choices(lm.apply, params, ids, ranks=(8, 64))
+    return compare(tasks, ids, rounds, {"model": str(shape), "mode": mode})
+
+
+def choices(
+    apply: Callable[..., jax.Array],
+    params: Any,
+    batch: Any,
+    *loss_and_inputs: Any,
+    ranks: Sequence[int],
+) -> dict[str, steps.Task]:
+    """What may be trained: the norms ("floor"), everything, q and v, all-linear."""
+    loss = loss_and_inputs[:1]
     tasks = {
-        "floor": steps.leaves_task(lm.apply, params, "norm"),
-        "full": steps.leaves_task(lm.apply, params, ""),
+        "floor": steps.leaves_task(apply, params, "norm", *loss),
+        "full": steps.leaves_task(apply, params, "", *loss),
     }
     for name, rules in {"q, v": model.attention, "all-linear": model.all_linear}.items():
-        for rank in (8, 64):
-            tasks[f"{name} r={rank}"] = steps.lora_task(lm.apply, params, rules(rank), ids)
-    programs = {name: task.compile(ids) for name, task in tasks.items()}
-    seconds = steps.interleave(programs, ids, rounds, f"{shape}, {mode}")
+        for rank in ranks:
+            task = steps.lora_task(apply, params, rules(rank), batch, *loss_and_inputs)
+            tasks[f"{name} r={rank}"] = task
+    return tasks
+
+
+def compare(
+    tasks: Mapping[str, steps.Task], batch: Any, rounds: int, labels: Mapping[str, str]
+) -> list[dict]:
+    """A row for each task but the one named "floor", which the ratios are to."""
+    programs = {name: task.compile(batch) for name, task in tasks.items()}
+    seconds = steps.interleave(programs, batch, rounds, ", ".join(labels.values()))
     floor = programs["floor"]
     return [
         {
-            "model": str(shape),
-            "mode": mode,
+            **labels,
             "trained": name,
             "time": steps.ratio(seconds[name], seconds["floor"]),
             "FLOPs": program.flops / floor.flops,

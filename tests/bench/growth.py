@@ -26,7 +26,6 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     if quick:
         check()
         return
-    steps.keep_memory()
     tables = {}
     for axis, measured in {
         "layers": layers,

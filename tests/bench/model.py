@@ -98,4 +98,4 @@ def attention(rank: int) -> list[jlora.LoRA]:
 
 def all_linear(rank: int) -> list[jlora.LoRA]:
     """Every kernel of a layer."""
-    return [jlora.LoRA(r"/kernel", rank=rank, alpha=16)]
+    return [jlora.LoRA(r"layer.*/kernel", rank=rank, alpha=16)]

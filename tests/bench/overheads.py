@@ -28,7 +28,6 @@ SMALL_LLAMA = llama.Config(vocab=128, layers=2, dim=64, hidden=128, heads=2, kv_
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
     """A table each for compilation, `merge` and `init`; targets: 1.3 times, 0.8 times, seconds."""
-    steps.keep_memory()
     modes = {"plain": False} if quick else {"plain": False, "scan": True}
     rows = compilation(TINY if quick else SHAPE, modes, rounds=1 if quick else 5)
     report.table("compilation: seconds, and the ratio to the frozen step", rows, out)

@@ -23,6 +23,13 @@ REQUIREMENTS = {
 # Gemma's own requirements are those of a whole training stack; its `peft` needs few of them.
 ALONE = {"gemma": ("gemma==3.3.0",)}
 
+# What `steps.keep_memory` does in this process.
+MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
+
 
 class PeerError(RuntimeError):
     """An environment could not be made, or a program in it failed."""
@@ -84,7 +91,7 @@ class Child:
             self.process = subprocess.Popen(
                 [python, "-m", f"tests.bench.peers.{module}", *arguments],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+                env={**os.environ, **MEMORY, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,

@@ -1,0 +1,89 @@
+"""The floor's ratios on real models, weights and batches: those of the two examples."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import data
+import finetune_lm
+import jax
+import jax.numpy as jnp
+import optax
+import quickstart
+from models import llama
+
+from . import floor, report, steps
+
+
+def run(quick: bool, out: pathlib.Path | None) -> None:
+    """A row for each model, choice of sites and rank; quick: MiniLM on few sentences."""
+    works = [minilm(sentences=4)] if quick else [minilm(sentences=32), smollm2(pairs=8)]
+    ranks, rounds = ((8,), 2) if quick else ((8, 64), 9)
+    rows = [row for work in works for row in measure(work, ranks, rounds)]
+    report.table("real: ratios to the frozen step", rows, out)
+    full = {row["model"]: row["FLOPs"] for row in rows if row["trained"] == "full"}
+    for row in rows:
+        assert row["trained"] == "full" or row["FLOPs"] < full[row["model"]], row
+
+
+class Work(NamedTuple):
+    """What an example trains.
+
+    Attributes:
+        name: of the model, with the sizes of the batch.
+        apply: the model.
+        params: its weights.
+        batch: of the training data.
+        loss: of the model's apply function, parameters and a batch.
+        inputs: the arguments of the model in a batch.
+    """
+
+    name: str
+    apply: Callable[..., jax.Array]
+    params: Any
+    batch: Any
+    loss: steps.Loss
+    inputs: Callable[[Any], tuple[Any, ...]]
+
+
+def minilm(sentences: int) -> Work:
+    """The quickstart's: sentiment of movie reviews."""
+    bert, variables, tokenizer = quickstart.load()
+    snippets, _ = data.movie_snippets(quickstart.MARGIN)
+    batch = quickstart.encode(tokenizer, snippets[:sentences])
+
+    def loss(apply: Callable[..., jax.Array], params: Any, batch: quickstart.Batch) -> jax.Array:
+        logits = apply(params, batch.ids, batch.mask)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    # Without the tensors that the model does not compute with; no product may be zero.
+    params = {"params": {**variables["params"]}}
+    params["params"]["classifier"] = jax.tree.map(
+        lambda x: x + 0.01, params["params"]["classifier"]
+    )
+    name = f"MiniLM, {sentences} × {batch.ids.shape[1]} tokens"
+    return Work(name, bert.apply, params, batch, loss, lambda batch: (batch.ids, batch.mask))
+
+
+def smollm2(pairs: int) -> Work:
+    """The example's of the language model: definitions of words."""
+    config, variables, tokenizer = llama.load_gguf(data.smollm2())
+    texts = finetune_lm.read_jsonl(finetune_lm.DATA)[:pairs]
+    batch = finetune_lm.encode(texts, tokenizer, finetune_lm.LENGTH)
+
+    def loss(apply: Callable[..., jax.Array], params: Any, rows: finetune_lm.Rows) -> jax.Array:
+        total, count = finetune_lm.answer_nll(functools.partial(apply, params), rows)
+        return total / count
+
+    name = f"SmolLM2, {pairs} × {batch.ids.shape[1]} tokens"
+    return Work(
+        name, llama.Llama(config).apply, variables, batch, loss, lambda rows: (rows.ids[:, :-1],)
+    )
+
+
+def measure(work: Work, ranks: Sequence[int], rounds: int) -> list[dict]:
+    """The rows of one model."""
+    params, batch = jax.tree.map(jnp.asarray, (work.params, work.batch))
+    tasks = floor.choices(work.apply, params, batch, work.loss, work.inputs, ranks=ranks)
+    return floor.compare(tasks, batch, rounds, {"model": work.name})
