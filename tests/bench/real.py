@@ -58,10 +58,8 @@ def minilm(sentences: int) -> Work:
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
     # Without the tensors that the model does not compute with; no product may be zero.
-    params = {"params": {**variables["params"]}}
-    params["params"]["classifier"] = jax.tree.map(
-        lambda x: x + 0.01, params["params"]["classifier"]
-    )
+    head = jax.tree.map(lambda x: x + 0.01, variables["params"]["classifier"])
+    params = {"params": {**variables["params"], "classifier": head}}
     name = f"MiniLM, {sentences} × {batch.ids.shape[1]} tokens"
     return Work(name, bert.apply, params, batch, loss, lambda batch: (batch.ids, batch.mask))
 
@@ -69,14 +67,15 @@ def minilm(sentences: int) -> Work:
 def smollm2(pairs: int) -> Work:
     """The example's of the language model: definitions of words."""
     config, variables, tokenizer = llama.load_gguf(data.smollm2())
-    texts = finetune_lm.read_jsonl(finetune_lm.DATA)[:pairs]
-    batch = finetune_lm.encode(texts, tokenizer, finetune_lm.LENGTH)
+    texts = finetune_lm.read_jsonl(finetune_lm.DATA)
+    rows = finetune_lm.encode(texts, tokenizer, finetune_lm.LENGTH)
+    batch = finetune_lm.take(rows, slice(pairs))
 
     def loss(apply: Callable[..., jax.Array], params: Any, rows: finetune_lm.Rows) -> jax.Array:
         total, count = finetune_lm.answer_nll(functools.partial(apply, params), rows)
         return total / count
 
-    name = f"SmolLM2, {pairs} × {batch.ids.shape[1]} tokens"
+    name = f"SmolLM2, {pairs} × {batch.ids.shape[1] - 1} tokens"
     return Work(
         name, llama.Llama(config).apply, variables, batch, loss, lambda rows: (rows.ids[:, :-1],)
     )
