@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+import jlora
+
 from . import model, report, steps
 
 SHAPES = (
@@ -37,8 +39,17 @@ def measure(shape: model.Shape, mode: str, flags: dict, rounds: int) -> list[dic
     """The rows of one model: full fine-tuning, q and v, all-linear, at rank 8 and 64."""
     lm = model.LM(shape, **flags)
     ids, params = model.batch_and_params(lm)
-    tasks = choices(lm.apply, params, ids, ranks=(8, 64))
+    tasks = choices(lm.apply, params, ids, ranks=(8, 64)) | kept_by_policy(lm, params, ids)
     return compare(tasks, ids, rounds, {"model": str(shape), "mode": mode})
+
+
+def kept_by_policy(lm: model.LM, params: Any, batch: Any) -> dict[str, steps.Task]:
+    """All-linear with `jlora.checkpoint_policy` on each layer, where it has no other policy."""
+    if lm.remat:
+        return {}
+    apply = lm.clone(remat=True, policy=jlora.checkpoint_policy).apply
+    task = steps.lora_task(apply, params, model.all_linear(8), batch)
+    return {"all-linear r=8, policy": task}
 
 
 def choices(

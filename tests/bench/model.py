@@ -55,12 +55,14 @@ class LM(nn.Module):
         shape: the sizes.
         scan: one traced layer, with stacked parameters.
         remat: each layer is computed again in the backward pass.
+        policy: what `remat` keeps none the less.
         block: the layer.
     """
 
     shape: Shape
     scan: bool = False
     remat: bool = False
+    policy: Any = None
     block: type[nn.Module] = Block
 
     @nn.compact
@@ -70,7 +72,7 @@ class LM(nn.Module):
         embed = nn.Embed(s.vocab, s.dim, name="embed")
         x = embed(ids)
         if self.remat:
-            block = nn.remat(block, prevent_cse=not self.scan)
+            block = nn.remat(block, policy=self.policy, prevent_cse=not self.scan)
         if self.scan:
             scan = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
             x, _ = nn.scan(block, length=s.layers, **scan)(s, name="layers")(x, None)
