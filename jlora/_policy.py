@@ -4,13 +4,12 @@ from typing import Any
 
 # Element for element, or moves alone: XLA fuses them into whatever reads their result. Division
 # and roots are kept, as they take longer than a read.
-_CHEAP = frozenset(
-    """
+_NAMES = """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos eq erf exp exp2
     expand_dims expm1 floor ge gt integer_pow iota is_finite le log1p logistic lt max min mul ne neg
     not or reshape round select_n sign sin square squeeze stop_gradient sub tanh transpose xor
-    """.split()
-)
+"""
+_CHEAP = frozenset(_NAMES.split())
 
 
 def checkpoint_policy(prim: Any, *_: Any, **params: Any) -> bool:

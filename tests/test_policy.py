@@ -1,4 +1,4 @@
-"""`jlora.checkpoint_policy`: the same values and gradients from fewer bytes, and no product twice."""
+"""`jlora.checkpoint_policy`: the same gradients from fewer bytes, and no product twice."""
 
 import flax.linen as nn
 import jax
