@@ -193,3 +193,22 @@ def test_a_product_of_another_dtype_is_not_summed():
         assert y.dtype == jnp.bfloat16
     grads = jax.grad(lambda a: lora.apply(base, a, x).astype(jnp.float32).sum())(adapter)
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("rows", [MANY, FEW])
+def test_an_activation_that_sites_share_is_kept_once(rows):
+    """As q, k and v do."""
+    names = ("q", "k", "v")
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {n: jax.random.normal(key, (DIM, DIM)) for n, key in zip(names, keys, strict=False)}
+    x = jax.random.normal(keys[3], (rows, DIM))
+
+    def model(params, x):
+        y = jnp.exp(x)
+        return [y @ params[n] for n in names]
+
+    lora = jlora.transform(model, jlora.LoRA(rank=1))
+    base, adapter = lora.init(keys[0], params, x)
+    _, backward = jax.vjp(lambda adapter: lora.apply(base, adapter, x), adapter)
+    kept = {id(v): v.shape for v in jax.tree.leaves(backward) if hasattr(v, "shape")}
+    assert list(kept.values()).count(x.shape) == 1, kept
