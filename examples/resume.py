@@ -47,6 +47,7 @@ SAVE_EVERY = 20
 KEEP = 2
 SEED = 0
 OUT = pathlib.Path("out/resume")
+RUN = ("batch", "length", "sentences", "layers", "rank", "seed")  # what the losses depend on
 CHECKPOINTS, DELETED, LOSSES, LOCK = "checkpoints", "deleted", "losses.txt", "lock"
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def telling(folder: pathlib.Path) -> Iterator[None]:
         yield
     except Exception as e:
         raise OSError(
-            f"cannot write a checkpoint to {folder}: {' '.join(str(e).split())[:300]}\n"
+            f"cannot write a checkpoint to {folder}: {' '.join(str(e).split())}\n"
             "Those before are whole. Make room or permission there, then go on with --resume."
         ) from e
 
@@ -241,7 +242,7 @@ def load(layers: int) -> tuple[bert.Bert, dict[str, Any], Tokenizer]:
 
 def train(args: argparse.Namespace) -> int:
     """Trains from the last checkpoint, if any; returns the step that it came to."""
-    settings = {k: getattr(args, k) for k in ("steps", "batch", "length", "rank", "layers", "seed")}
+    settings = {k: getattr(args, k) for k in RUN}
     model, variables, tokenizer = load(args.layers)
     snippets, _ = data.movie_snippets()
     batch = encode(tokenizer, snippets[: args.sentences], args.length)
@@ -253,8 +254,7 @@ def train(args: argparse.Namespace) -> int:
     lora = jlora.transform(model.apply, *rules)
     key, init_key = jax.random.split(jax.random.key(args.seed))
     base, adapter = lora.init(init_key, variables, batch.ids[:1], batch.mask[:1])
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, args.steps)
-    tx = jlora.optimizer(optax.adamw(schedule))
+    tx = jlora.optimizer(optax.adamw(LEARNING_RATE))
     step_fn = make_step(lora, tx)
 
     folder, log = args.out.absolute() / CHECKPOINTS, args.out / LOSSES

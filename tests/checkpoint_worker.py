@@ -1,8 +1,8 @@
-"""A process that saves or restores a sharded adapter, for `test_checkpoint_mesh.py`.
+"""A process that saves and restores a sharded adapter, for `test_checkpoint_mesh.py`.
 
-    checkpoint_worker.py FOLDER save|restore AxB [PROCESS PROCESSES PORT]
+    checkpoint_worker.py FOLDER save:2x2,restore:4x1 DEVICES [PROCESS PROCESSES PORT]
 
-AxB is the mesh; each process has its share of forced CPU devices.
+Each task has the shape of its mesh; each process has DEVICES forced CPU devices.
 """
 
 import os
@@ -10,11 +10,9 @@ import sys
 import traceback
 
 
-def main(folder, task, shape, process="0", processes="1", port="0"):
-    """Sets up the devices, then does the task; a failing process takes the others with it."""
-    rows, columns = map(int, shape.split("x"))
-    share = rows * columns // int(processes)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={share}"
+def main(folder, tasks, devices, process="0", processes="1", port="0"):
+    """Sets up the devices, then does the tasks; a failing process takes the others with it."""
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
@@ -27,13 +25,23 @@ def main(folder, task, shape, process="0", processes="1", port="0"):
             heartbeat_timeout_seconds=10,
             shutdown_timeout_seconds=10,
         )
-    mesh = jax.make_mesh((rows, columns), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
     try:
-        {"save": save, "restore": restore}[task](folder, mesh)
+        for task in tasks.split(","):
+            name, shape = task.split(":")
+            {"save": save, "restore": restore}[name](folder, make_mesh(shape))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # not through the barrier at exit, where the others would be waited for
+
+
+def make_mesh(shape):
+    """A mesh such as 2x2 of the first devices."""
+    import jax
+
+    rows, columns = map(int, shape.split("x"))
+    devices, types = jax.devices()[: rows * columns], (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((rows, columns), ("x", "y"), types, devices=devices)
 
 
 def problem(mesh):
@@ -61,7 +69,7 @@ def problem(mesh):
         b = jax.random.normal(jax.random.key(2), layers.b.shape)
         return base, {**adapter, "layers": layers._replace(b=b)}
 
-    base, adapter = jax.eval_shape(start)
+    _, adapter = jax.eval_shape(start)
     low = adapter["layers"]._replace(a=lies((None, "x")), b=lies((None, None, "y")))
     shardings = (
         {"layers": lies((None, "x", "y")), "norm": lies("y")},
