@@ -171,50 +171,44 @@ def rest(state: State) -> dict[str, Any]:
     return {"optimizer": optimizer, "key": jax.random.key_data(state.key)}
 
 
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    state: State,
-    rules: Sequence[Any],
-    base: Any,
-    reader: Reader,
-    settings: dict[str, Any],
-) -> None:
-    """Starts to write a checkpoint; an error of the one before appears here."""
-    purge(pathlib.Path(manager.directory))
-    place = {"epoch": reader.epoch, "position": reader.position}
-    args = ocp.args.Composite(
-        **checkpoint.items(state.adapter, rules, step=step, base=base),
-        rest=ocp.args.StandardSave(rest(state)),
-        run=ocp.args.JsonSave({"data": place, "settings": settings}),
-    )
-    manager.save(step, args=args, force=True)
+class Checkpoints(NamedTuple):
+    """The checkpoints of a run, and what of it never changes."""
 
+    manager: ocp.CheckpointManager
+    rules: Sequence[Any]
+    base: Any
+    settings: dict[str, Any]  # all else that the losses depend on
 
-def restore(
-    manager: ocp.CheckpointManager,
-    like: State,
-    base: Any,
-    reader: Reader,
-    settings: dict[str, Any],
-) -> tuple[int, State]:
-    """The last checkpoint's step and state, `reader` moved to its place; else step 0 and `like`.
+    def save(self, step: int, state: State, reader: Reader) -> None:
+        """Starts to write a checkpoint; an error of the one before appears here."""
+        purge(pathlib.Path(self.manager.directory))
+        run = {"epoch": reader.epoch, "position": reader.position, "settings": self.settings}
+        args = ocp.args.Composite(
+            **checkpoint.items(state.adapter, self.rules, step=step, base=self.base),
+            rest=ocp.args.StandardSave(rest(state)),
+            run=ocp.args.JsonSave(run),
+        )
+        self.manager.save(step, args=args, force=True)
 
-    Raises:
-        ValueError: if the checkpoint belongs to a run with other settings or another base.
-    """
-    if (step := manager.latest_step()) is None:
-        return 0, like
-    run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-    was = run["settings"]
-    if changed := [f"{k} was {was.get(k)}, is {v}" for k, v in settings.items() if was.get(k) != v]:
-        raise ValueError(f"cannot resume from {manager.directory}: " + "; ".join(changed))
-    folder = pathlib.Path(manager.directory) / str(step)
-    adapter = checkpoint.restore(folder, like=like.adapter, base=base)
-    args = ocp.args.Composite(rest=ocp.args.StandardRestore(rest(like)))
-    saved = manager.restore(step, args=args).rest
-    reader.epoch, reader.position = run["data"]["epoch"], run["data"]["position"]
-    return step, State(adapter, saved["optimizer"], jax.random.wrap_key_data(saved["key"]))
+    def restore(self, like: State, reader: Reader) -> tuple[int, State]:
+        """The last checkpoint's step and state, `reader` moved to its place; else 0 and `like`.
+
+        Raises:
+            ValueError: if the checkpoint belongs to a run with other settings or another base.
+        """
+        if (step := self.manager.latest_step()) is None:
+            return 0, like
+        # The settings first: with another rank, say, the state would not fit its template.
+        run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        was, now = run["settings"], self.settings
+        if changed := [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]:
+            raise ValueError(f"cannot resume from {self.manager.directory}: " + "; ".join(changed))
+        folder = self.manager.directory / str(step)
+        adapter = checkpoint.restore(folder, like=like.adapter, base=self.base)
+        args = ocp.args.Composite(rest=ocp.args.StandardRestore(rest(like)))
+        saved = self.manager.restore(step, args=args).rest
+        reader.epoch, reader.position = run["epoch"], run["position"]
+        return step, State(adapter, saved["optimizer"], jax.random.wrap_key_data(saved["key"]))
 
 
 def rewind(path: pathlib.Path, step: int) -> None:
@@ -260,7 +254,8 @@ def train(args: argparse.Namespace) -> int:
     folder, log = args.out.absolute() / CHECKPOINTS, args.out / LOSSES
     first = State(adapter, tx.init(adapter), key)
     with open_manager(folder, args.save_every, args.keep) as manager:
-        start, state = restore(manager, first, base, reader, settings)
+        checkpoints = Checkpoints(manager, rules, base, settings)
+        start, state = checkpoints.restore(first, reader)
         step = start
         rewind(log, start)
         tqdm.write(f"from step {start} of {args.steps}")
@@ -272,7 +267,7 @@ def train(args: argparse.Namespace) -> int:
                 stop = manager.reached_preemption(step)
                 if stop or step == args.steps or manager.should_save(step):
                     with telling(folder):
-                        save(manager, step, state, rules, base, reader, settings)
+                        checkpoints.save(step, state, reader)
                 if stop:
                     break
         with telling(folder):
