@@ -84,11 +84,14 @@ def _sum(part: Part, checkpoint: Checkpoint, find: Orientation, wrong: list[str]
     fits = orientations(part, entry.shape)
     if not fits:
         need = f"A {part.a.shape} and B {part.b.shape} make {matrix(part)}"
-        wrong.append(f"{shown(part.name)}: expected a {part.kind} weight of shape {entry.shape}, "
-                     f"but {need}")
+        wrong.append(
+            f"{shown(part.name)}: expected a {part.kind} weight of shape {entry.shape}, but {need}"
+        )
     elif entry.dtype not in DTYPES:
-        wrong.append(f"{shown(part.name)}: of dtype {entry.dtype}; expected one of "
-                     f"{', '.join(DTYPES)}. Dequantize the checkpoint first")
+        wrong.append(
+            f"{shown(part.name)}: of dtype {entry.dtype}; expected one of "
+            f"{', '.join(DTYPES)}. Dequantize the checkpoint first"
+        )
     elif (transposed := find.of(part, fits)) is None:
         wrong.append(
             f"{shown(part.name)}: is square, and nothing tells whether it is (inputs, outputs) or "
