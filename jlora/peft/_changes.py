@@ -3,15 +3,15 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from .._types import PyTree
-from ._checkpoint import Checkpoint
+from ._checkpoint import Checkpoint, refuse
 from ._file import DTYPES
 from ._folder import from_folder
-from ._json import Source, listing, shown
+from ._json import Source, shown
 from ._names import Name
 from ._parts import Orientation, Part, Sum, as_sum, from_tree, matrix, orientations
 from ._renaming import renaming
@@ -71,11 +71,7 @@ def changes(
         if part.name in shapes and (change := _sum(part, checkpoint, find, wrong)) is not None
     }
     full, frozen = (_checked(values, checkpoint, wrong) for values in (full, frozen))
-    if wrong:
-        raise ValueError(
-            "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written. "
-            + listing(wrong)
-        )
+    refuse(wrong)
     return Changes(sums, full, frozen)
 
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import jax
@@ -13,9 +12,9 @@ from tqdm import tqdm
 
 from .._types import PyTree
 from ._changes import Changes, changes
-from ._checkpoint import Checkpoint, open_checkpoint
+from ._checkpoint import Checkpoint, open_checkpoint, refuse
 from ._file import DTYPES, Entry, fresh
-from ._json import listing, opened, shown
+from ._json import opened, shown
 from ._names import Name
 from ._parts import Sum
 from ._ties import twins
@@ -93,9 +92,9 @@ def export_merged(
     """
     checkpoint = open_checkpoint(src_dir)
     todo = _with_twins(checkpoint, changes(checkpoint, adapter, names))
-    _raise(
+    refuse(
         [
-            f"{shown(name)}: the adapter's file has other values of it; a trained embedding under an "
+            f"{shown(name)}: the adapter holds other values of it; a trained embedding under an "
             "adapter is not supported"
             for name, x in todo.frozen.items()
             if not _holds(checkpoint, name, x)
@@ -108,19 +107,11 @@ def export_merged(
         for file in checkpoint.headers:
             with open(folder / file, "wb") as target:
                 _write(checkpoint, file, todo, target, bar.update, wrong)
-        _raise(wrong)
+        refuse(wrong)
         for name in checkpoint.kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.source.folder / name, folder / name)
     return checkpoint.left_out
-
-
-def _raise(wrong: list[str]) -> None:
-    if wrong:
-        raise ValueError(
-            "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written. "
-            + listing(wrong)
-        )
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
