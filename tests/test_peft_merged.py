@@ -398,6 +398,10 @@ def test_a_shared_weight_in_full(tmp_path: Folder) -> None:
     other = adapter(tmp_path / "other", given | {"lm_head.weight": table + 1}, **saved)
     with pytest.raises(ValueError, match=r"lm_head.weight: not in the checkpoint"):
         peft.export_merged(base, other, tmp_path / "again")
+    # PEFT does not list the head that it ties itself.
+    by_peft = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    known = adapter(tmp_path / "known", given | {"lm_head.weight": table}, **by_peft)
+    peft.export_merged(base, known, tmp_path / "third")
     alone = adapter(tmp_path / "alone", given, modules_to_save=["embed_tokens"])
     with pytest.raises(ValueError, match="does not change both alike"):
         peft.export_merged(base, alone, tmp_path / "again")
@@ -591,7 +595,7 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
     ),
     "idle-target": (
         lambda x: x.fields.update(target_modules=["q", "v"]),
-        "target_modules: 'v' names no module of the adapter's tensors",
+        "target_modules: 'v' names no module of the checkpoint",
     ),
     "pissa": (
         lambda x: x.fields.update(init_lora_weights="pissa"),
@@ -656,6 +660,14 @@ def test_refusals(damage: str, tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         files.export()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_excluded_targets_may_be_listed(tmp_path: Folder) -> None:
+    """As PEFT lists all of "all-linear", also those that it then excludes."""
+    files = Both(tmp_path)
+    files.fields.update(target_modules=["q", "m.layers.1.k"], exclude_modules=["k"])
+    files.export()
+    assert len(read(tmp_path / "out")) == 8
 
 
 def test_undamaged(tmp_path: Folder) -> None:
