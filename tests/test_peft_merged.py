@@ -7,10 +7,12 @@ changed; whatever keeps it from being that is listed, and leaves nothing behind.
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_peft import Files, mutate
 
 from jlora import LowRank, peft
 from jlora.peft import Name
@@ -711,3 +714,43 @@ def test_arguments(tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match="q/kernel: holds values that are not finite"):
         peft.export_merged(base, nan, tmp_path / "out", names=peft.LLAMA)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+
+
+# ----------------------------------------------------------------------- fuzz
+
+
+def fuzz(seeds: range, folder: Folder) -> int:
+    """Merges damaged adapters; gives how many were right in spite of it."""
+    names, right = ("qv", "tied", "experts"), 0
+    bases = {name: fixture(name, folder / name)[1] for name in names}
+    shapes = {name: {k: x.shape for k, x in read(bases[name]).items()} for name in names}
+    for seed in seeds:
+        draw, place = random.Random(seed), folder / str(seed)
+        place.mkdir()
+        files = Files(place, name := draw.choice(names))
+        mutate(files, draw)
+        before, start = sorted(place.rglob("*")), time.monotonic()
+        try:
+            peft.export_merged(bases[name], files.folder, place / "out")
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e).startswith("`adapter`"), (seed, e)
+            assert sorted(place.rglob("*")) == before, seed
+        else:
+            right += 1
+            merged = read(place / "out")
+            assert {k: x.shape for k, x in merged.items()} == shapes[name], seed
+            assert all(np.isfinite(np.float64(x)).all() for x in merged.values()), seed
+        assert time.monotonic() - start < 30, seed
+        shutil.rmtree(place)
+    return right
+
+
+def test_fuzz(tmp_path: Folder) -> None:
+    """A hundred damages: an error that says what, or a whole checkpoint of finite numbers."""
+    assert 0 < fuzz(range(100), tmp_path) < 100
+
+
+@pytest.mark.slow
+def test_fuzz_long(tmp_path: Folder) -> None:
+    """Five thousand."""
+    assert 0 < fuzz(range(100, 5_100), tmp_path) < 5_000
