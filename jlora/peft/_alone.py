@@ -1,0 +1,170 @@
+"""An adapter without its base: the shapes that its file itself implies, and PyTorch's names."""
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .._tree import adapter_leaves, nest
+from .._types import LowRank
+from ._config import problems, read_config
+from ._file import Entry, read_header
+from ._load import load
+from ._names import Name
+from ._plan import PREFIX, SAVED_BY_NAME, is_saved
+from ._select import ends, rank_of, selects
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+BASE = ".base_layer"
+COPY = BASE + ".weight"
+
+
+class _Part(NamedTuple):
+    """One parameter of the model that the file implies: what `Name` says, and its shape."""
+
+    module: str
+    parameter: str
+    axes: str
+    shape: tuple[int, ...]
+    tied: str | None = None
+
+    @property
+    def path(self) -> tuple[str, str]:
+        """Where it lies in the tree that is made up for it."""
+        return self.module, f"{self.parameter}:{self.axes}"
+
+    @property
+    def name(self) -> Name:
+        """The row for all of its kind."""
+        module = re.escape(self.module) if self.tied else ".*"
+        row = f"({module})/{re.escape(self.path[1])}"
+        return Name(row, r"\1", self.axes, self.parameter, tied=self.tied)
+
+
+def load_alone(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
+    """Reads an adapter for a look at it, when the model is not at hand.
+
+    The checks are those of `load`; only that it fits its model cannot be known. Axes are those of
+    PyTorch's weights. Where several parameters of one module of experts are adapted, the file does
+    not say which is which: they are taken in the order of `target_parameters` in which their ranks
+    and numbers of experts agree.
+
+    Args:
+        dir: the adapter's folder.
+
+    Returns:
+        The leaves by the names that PyTorch gives to the modules, or to the parameters of what is
+        saved in full and of experts. A head that is tied to an embedding has none of its own.
+
+    Raises:
+        FileNotFoundError: if the folder or a file is missing.
+        ValueError: as `load`.
+    """
+    folder = Path(dir)
+    fields, entries = read_config(folder), read_header(folder).entries
+    if wrong := problems(fields):
+        raise ValueError(f"`dir`: the adapter in {folder} cannot be read:\n  " + "\n  ".join(wrong))
+    if odd := [key for key in entries if set(key) & set("{}/\\") or not key.isprintable()]:
+        raise ValueError(f"`dir`: the adapter in {folder} has keys that name no module: {odd[:9]}.")
+    parts = list(_parts(fields, entries))
+    base = nest({part.path: jax.ShapeDtypeStruct(part.shape, np.float32) for part in parts})
+    names = [part.name for part in sorted(parts, key=lambda part: part.tied is None)]
+    nothing = Name("", "", "o")
+    found = adapter_leaves(load(folder, base, list(dict.fromkeys(names)) or [nothing]))
+    return {_label(path, x): x for path, x in found.items()}
+
+
+def _label(path: tuple[str, ...], x: Any) -> str:
+    module, parameter = path[0], path[1].rpartition(":")[0]
+    return module if isinstance(x, LowRank) and parameter == "weight" else f"{module}.{parameter}"
+
+
+def _parts(fields: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[_Part]:
+    shapes = {k.removeprefix(PREFIX): e.shape for k, e in entries.items() if k.startswith(PREFIX)}
+    nested: dict[str, list[str]] = {}
+    for key in shapes:
+        if key.endswith(A):
+            wrapper = key.removesuffix(A)
+            nested.setdefault(_unwrapped(wrapper), []).append(wrapper)
+    heads = [m for m in nested if _is_tied(fields, m, shapes)]
+    for module, wrappers in nested.items():
+        if parameters := _parameters(fields, module):
+            yield from _experts(fields, module, wrappers, parameters, shapes)
+        elif module not in heads:
+            a, b = shapes[module + A], _beside(shapes, module + A, module + B)
+            yield _Part(module, "weight", _axes(len(a)), (b[0], *a[1:]))
+    for key, shape in shapes.items():
+        module, _, parameter = key.rpartition(".")
+        if key.endswith(EMBEDDING_A):
+            b = _beside(shapes, key, module + EMBEDDING_B)
+            yield _Part(module, "weight", "vo", (shape[-1], b[0]), next(iter(heads), None))
+        elif shape and (is_saved(fields, module) or _is_bias(fields, parameter)):
+            yield _Part(module.removesuffix(BASE), parameter, _axes(len(shape)), shape)
+
+
+def _is_tied(fields: Mapping[str, Any], module: str, shapes: Mapping[str, Any]) -> bool:
+    """Whether `module` is a head whose A and B are those of an embedding."""
+    if fields.get("ensure_weight_tying") and not selects(fields, module):
+        return True
+    copied = [k.removesuffix(COPY) for k in shapes if k.endswith(COPY)]
+    others = [m for m in copied if m.rpartition(".")[2] not in SAVED_BY_NAME]
+    return module in copied and any(m + EMBEDDING_A in shapes for m in others)
+
+
+def _is_bias(fields: Mapping[str, Any], parameter: str) -> bool:
+    return parameter == "bias" and fields.get("bias", "none") != "none"
+
+
+def _axes(ndim: int) -> str:
+    """Those of PyTorch: outputs, inputs, window."""
+    return ("oi" + "k" * (ndim - 2))[:ndim]
+
+
+def _unwrapped(wrapper: str) -> str:
+    while wrapper.endswith(BASE):
+        wrapper = wrapper.removesuffix(BASE)
+    return wrapper
+
+
+def _parameters(fields: Mapping[str, Any], module: str) -> list[str]:
+    """The parameters of `module` that `target_parameters` names."""
+    targets = [t.rpartition(".") for t in fields.get("target_parameters") or []]
+    return [name for parent, _, name in targets if not parent or ends(module, parent)]
+
+
+def _experts(
+    fields: Mapping[str, Any],
+    module: str,
+    wrappers: list[str],
+    parameters: list[str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[_Part]:
+    wrappers = sorted(wrappers, key=len, reverse=True)  # the first parameter is wrapped innermost
+    pairs = [(shapes[w + A], _beside(shapes, w + A, w + B)) for w in wrappers]
+    for order in itertools.permutations(parameters[:6], len(wrappers)):
+        ranks = [rank_of(fields, f"{module}.{p}") for p in order]
+        counts = {(a[0] / r, b[1] / r) for (a, b), r in zip(pairs, ranks, strict=True)}
+        if len({n for pair in counts for n in pair}) == 1:
+            for (a, b), rank, parameter in zip(pairs, ranks, order, strict=True):
+                yield _Part(module, parameter, "eoi", (a[0] // rank, b[0], a[1]))
+            return
+    raise ValueError(
+        f"`dir`: the shapes of {module}'s A and B agree with no order of the parameters "
+        f"{', '.join(parameters)} and their ranks."
+    )
+
+
+def _beside(shapes: Mapping[str, tuple[int, ...]], a: str, b: str) -> tuple[int, ...]:
+    """The shape of B, where A and B are there and at least matrices."""
+    if b not in shapes:
+        raise ValueError(f"`dir`: {PREFIX}{b}: missing, though {PREFIX}{a} is there.")
+    for key in (a, b):
+        if len(shapes[key]) < 2:
+            raise ValueError(f"`dir`: {PREFIX}{key}: expected a matrix, got shape {shapes[key]}.")
+    return shapes[b]
