@@ -1,0 +1,14 @@
+"""Adapters as Orbax checkpoints: the adapter alone, and all that it takes to rebuild it.
+
+checkpoint.save("out/adapter", adapter, rules, base=base)
+adapter = checkpoint.restore("out/adapter", base=base)
+"""
+
+from ._fingerprint import Leaf as Leaf
+from ._fingerprint import fingerprint as fingerprint
+from ._meta import Saved as Saved
+from ._restore import read as read
+from ._restore import restore as restore
+from ._save import export as export
+from ._save import items as items
+from ._save import save as save

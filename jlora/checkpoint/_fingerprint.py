@@ -1,0 +1,130 @@
+"""What a base is, without its weights: paths, shapes, dtypes and, on request, hashes."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .._tree import abstract, is_abstract, leaves_by_path, name_of
+from .._types import Path, PyTree
+
+SEEDS = (0x9E3779B9, 0x85EBCA6B)
+
+
+class Leaf(NamedTuple):
+    """What a fingerprint holds of one leaf.
+
+    Attributes:
+        shape: its shape.
+        dtype: the name of its dtype in JAX.
+        hash: 64 bits in hexadecimal that depend on every bit of its values, or None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    hash: str | None = None
+
+
+Fingerprint = dict[Path, Leaf]
+
+
+def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
+    """Paths, shapes and dtypes of a tree, and hashes of the values if asked.
+
+    A hash is the same on every mesh and number of processes: each value is mixed with its
+    position where it lies, and the results are added modulo 2³². It finds mix-ups and damage; it
+    is no cryptographic hash.
+
+    Args:
+        base: a tree of arrays or, without `values`, of `jax.ShapeDtypeStruct`s.
+        values: whether to hash the values, which reads all of them once.
+
+    Returns:
+        A dict from path to `Leaf`.
+
+    Raises:
+        TypeError: if `values` is asked of a leaf that has none.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import checkpoint
+        >>> checkpoint.fingerprint({"layer": {"kernel": jnp.ones((4, 3))}})
+        {('layer', 'kernel'): Leaf(shape=(4, 3), dtype='float32', hash=None)}
+    """
+    leaves = [
+        (path, x if hasattr(x, "dtype") else np.asarray(x)) for path, x in leaves_by_path(base)
+    ]
+    bare = [name_of(path) for path, x in leaves if is_abstract(x)]
+    if values and bare:
+        raise TypeError(
+            "`base` must hold arrays where their values are hashed; got jax.ShapeDtypeStruct at "
+            f"{', '.join(bare)}. Give the arrays, or ask for no values."
+        )
+    return {path: describe(x, values) for path, x in leaves}
+
+
+def describe(x: Any, values: bool) -> Leaf:
+    """The entry of one array."""
+    form = abstract(x)
+    return Leaf(tuple(form.shape), str(form.dtype), hash_of(x) if values else None)
+
+
+def hash_of(x: Any) -> str:
+    """64 bits that depend on every bit of an array, wherever its parts lie."""
+    return "".join(f"{int(n):08x}" for n in _sums(jnp.asarray(x)))
+
+
+@jax.jit
+def _sums(x: jax.Array) -> tuple[jax.Array, ...]:
+    words = _words(x)
+    return tuple(jnp.sum(_mix(_places(words.shape, s) ^ words), dtype=jnp.uint32) for s in SEEDS)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """The bits of an array as uint32, with another axis where an element has more than 32."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag])
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
+    bits = min(info(x.dtype).bits, 32)
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
+
+
+def _places(shape: tuple[int, ...], seed: int) -> jax.Array:
+    """A number for each position, from its index along every axis."""
+    places = jnp.full(shape, seed, jnp.uint32)
+    for d in range(len(shape)):
+        places = _mix(places ^ lax.broadcasted_iota(jnp.uint32, shape, d))
+    return places
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A permutation of the 32-bit integers in which every bit depends on every other."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x ^ (x >> jnp.uint32(16))
+
+
+def differences(expected: Fingerprint, got: Fingerprint) -> list[str]:
+    """A line for each path in which `got` is not what was `expected`."""
+    lines = [f"  {name_of(p)}: missing" for p in expected if p not in got]
+    lines += [f"  {name_of(p)}: unexpected" for p in got if p not in expected]
+    for path in expected.keys() & got.keys():
+        lines += [f"  {name_of(path)}: {d}" for d in _unlike(expected[path], got[path])]
+    return sorted(lines)
+
+
+def _unlike(expected: Leaf, got: Leaf) -> list[str]:
+    found = [
+        f"expected {name} {a}, got {b}"
+        for name, a, b in zip(Leaf._fields[:2], expected, got, strict=False)
+        if a != b
+    ]
+    if not found and expected.hash and got.hash and expected.hash != got.hash:
+        return ["other values"]
+    return found

@@ -1,0 +1,199 @@
+"""The metadata of a checkpoint: everything but the numbers, as JSON and back."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+
+from .._rules import Full, LoRA, Rule, Slots
+from .._tree import is_low_rank, nest
+from .._types import Layout, LowRank, Path, PyTree
+from ._fingerprint import Fingerprint, Leaf, describe
+
+FORMAT = 1
+LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
+FACTORS = ("a", "b")
+STATIC = ("scale", "dropout", "materialize")
+
+Fields = dict[str, Any]
+
+
+class Saved(NamedTuple):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        adapter: the adapter as saved, a nested dict of `LowRank` nodes and leaves with
+            `jax.ShapeDtypeStruct` in place of each array. It can be the `like` of `restore`.
+        rules: the rules as saved. An initializer that is not jlora's own is a `Foreign`.
+        step: the training step, or None.
+        versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
+        base: the fingerprint of the base, or None.
+        hashes: 64 bits of the values of each array, by path and `"a"`, `"b"` or `"full"`.
+    """
+
+    adapter: PyTree
+    rules: tuple[Rule, ...]
+    step: int | None
+    versions: dict[str, str]
+    base: Fingerprint | None
+    hashes: dict[Path, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """Stands in a restored rule for an initializer that only the training script has.
+
+    Attributes:
+        name: its module and name.
+    """
+
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        """Raises: there is nothing to call."""
+        raise NotImplementedError(
+            f"`init` was {self.name} when the adapter was saved, which is not a part of jlora. "
+            "Give the rule your own: dataclasses.replace(rule, init=...)."
+        )
+
+
+def arrays(found: Mapping[Path, Any]) -> dict[Path, Any]:
+    """The arrays of an adapter by path, each with the name of what it is at the end."""
+    flat = {}
+    for path, x in found.items():
+        parts = {n: getattr(x, n) for n in FACTORS} if is_low_rank(x) else {"full": x}
+        flat |= {(*path, name): value for name, value in parts.items()}
+    return flat
+
+
+def encode(
+    found: Mapping[Path, Any], rules: Sequence[Rule], step: int | None, base: Fingerprint | None
+) -> Fields:
+    """The metadata of an adapter as JSON."""
+    return {
+        "format": FORMAT,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "step": step,
+        "rules": [_encode_rule(rule) for rule in rules],
+        "adapter": [_encode_leaf(path, x) for path, x in found.items()],
+        "base": None if base is None else [[list(p), *leaf] for p, leaf in base.items()],
+    }
+
+
+def decode(fields: Fields) -> Saved:
+    """The metadata from JSON; raises whatever malformed fields make it raise."""
+    leaves, hashes = {}, {}
+    for item in fields["adapter"]:
+        path = _strings(item["path"])
+        parts = {name: _leaf(*leaf) for name, leaf in item["arrays"].items()}
+        hashes |= {(*path, name): leaf.hash for name, leaf in parts.items()}
+        leaves[path] = _decode_leaf(item, {n: _struct(leaf) for n, leaf in parts.items()})
+    base = fields["base"]
+    return Saved(
+        adapter=nest(leaves),
+        rules=tuple(_decode_rule(rule) for rule in fields["rules"]),
+        step=fields["step"],
+        versions=dict(fields["versions"]),
+        base=None if base is None else {_strings(p): _leaf(*leaf) for p, *leaf in base},
+        hashes=hashes,
+    )
+
+
+# ------------------------------------------------------------------------------------------ leaves
+
+
+def _encode_leaf(path: Path, x: Any) -> Fields:
+    parts = {p[-1]: describe(array, values=True) for p, array in arrays({path: x}).items()}
+    item = {"path": list(path), "arrays": parts}
+    if is_low_rank(x):
+        item |= {name: getattr(x, name) for name in STATIC} | {"layout": x.layout._asdict()}
+    return item
+
+
+def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
+    if "layout" not in item:
+        (full,) = parts.values()
+        return full
+    static = {name: item[name] for name in STATIC}
+    return LowRank(**parts, **static, layout=Layout(**_tuples(item["layout"])))
+
+
+def _leaf(shape: Any, dtype: str, hash: str | None) -> Leaf:
+    return Leaf(tuple(int(n) for n in shape), str(dtype), hash)
+
+
+def _struct(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
+
+
+def _strings(path: Any) -> Path:
+    if not isinstance(path, list) or not all(isinstance(part, str) for part in path):
+        raise TypeError(f"expected a path, got {path!r}")
+    return tuple(path)
+
+
+def _tuples(x: Any) -> Any:
+    """JSON's lists as tuples, at any depth."""
+    if isinstance(x, dict):
+        return {name: _tuples(value) for name, value in x.items()}
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+def _encode_rule(rule: Rule) -> Fields:
+    fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
+    if isinstance(rule, LoRA):
+        fields["scale"] = rule.scale  # for whoever reads the file; it follows from the others
+    return {"rule": type(rule).__name__, **fields}
+
+
+def _encode_field(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Slots():
+            return {"slots": dataclasses.asdict(value)}
+        case np.dtype() | type():
+            return {"dtype": jnp.dtype(value).name}
+    return {"function": value.name if isinstance(value, Foreign) else _name(value)}
+
+
+def _decode_rule(fields: Fields) -> Rule:
+    kind = {"LoRA": LoRA, "Full": Full}[fields["rule"]]
+    names = [f.name for f in dataclasses.fields(kind) if f.name in fields]
+    return kind(**{name: _decode_field(fields[name]) for name in names})
+
+
+def _decode_field(value: Any) -> Any:
+    match value:
+        case {"slots": slots}:
+            return Slots(**_tuples(slots))
+        case {"dtype": name}:
+            return jnp.dtype(name)
+        case {"function": name}:
+            return _function(name)
+    return value
+
+
+def _name(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__name__", None)
+    if name is not None and getattr(jlora, name, None) is function:
+        return f"jlora.{name}"
+    if name is None:
+        return repr(function)
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, last = name.rpartition(".")
+    known = module == "jlora" and last.isidentifier() and not last.startswith("_")
+    function = getattr(jlora, last, None) if known else None
+    return function if callable(function) else Foreign(name)

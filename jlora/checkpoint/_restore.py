@@ -1,0 +1,210 @@
+"""An adapter from an Orbax checkpoint, checked against what it is to fit."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from .._tree import adapter_leaves, is_low_rank, leaves_by_path, name_of, nest
+from .._types import Path, PyTree
+from ._fingerprint import Leaf, describe, differences, fingerprint, hash_of
+from ._meta import FORMAT, STATIC, Fields, Saved, arrays, decode
+from ._save import ADAPTER, METADATA
+from ._store import Where, place
+
+
+def read(path: Where) -> Saved:
+    """What a checkpoint says of itself, without reading an array.
+
+    Args:
+        path: a folder that `save` wrote, or a step of a `CheckpointManager` given `items`.
+
+    Returns:
+        Rules, step, versions, the base's fingerprint, and the adapter as shapes.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        ValueError: if it is not such a checkpoint, is damaged, or of a newer format.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, jlora
+        >>> from jlora import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     adapter = {"head": jnp.ones((2, 3))}
+        ...     checkpoint.save(f"{folder}/adapter", adapter, (jlora.Full("head"),), step=7)
+        ...     saved = checkpoint.read(f"{folder}/adapter")
+        >>> saved.rules, saved.step, saved.adapter["head"].shape
+        ((Full(pattern='head'),), 7, (2, 3))
+    """
+    fields = _fields(path)
+    try:
+        return decode(fields)
+    except Exception as e:
+        raise ValueError(
+            f"`path`: the metadata of {place(path)} is damaged ({type(e).__name__}: {e}). "
+            "Take another checkpoint, or save this one again."
+        ) from e
+
+
+def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = None) -> PyTree:
+    """Reads an adapter that `save` wrote, on any mesh and number of processes.
+
+    Every array is checked against the hash that was saved with it. With several processes all of
+    them call it.
+
+    Args:
+        path: as in `read`.
+        like: an adapter of arrays or `jax.ShapeDtypeStruct`s, whose structure the result has and
+            on whose shardings it lies. It must agree with the checkpoint in paths, shapes, dtypes,
+            layouts and scales; `dropout` and `materialize` are taken from `like`. Without `like`,
+            and where it has no sharding, the arrays are NumPy's, on the host.
+        base: the base that the adapter is to be used with, arrays or `jax.ShapeDtypeStruct`s; it
+            is compared with the fingerprint that was saved, its values if they were hashed and
+            `base` has any.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        TypeError: if `like` is no adapter.
+        ValueError: if the checkpoint is not one of `save`'s or is damaged; if `like` or `base`
+            differs from it, with all differences; if `base` is given and no fingerprint was saved.
+
+    Example:
+        See `save`.
+    """
+    saved = read(path)
+    if base is not None:
+        _check_base(path, saved, base)
+    wanted = adapter_leaves(saved.adapter if like is None else like)
+    _check_like(path, adapter_leaves(saved.adapter), wanted)
+    flat = _read_arrays(path, arrays(wanted))
+    _check_hashes(path, saved.hashes, flat)
+    leaves = {p: _fill(x, p, flat) for p, x in wanted.items()}
+    if like is None:
+        return nest(leaves)
+    structure = jax.tree.structure(like, is_leaf=is_low_rank)
+    return jax.tree.unflatten(structure, list(leaves.values()))
+
+
+def _fill(x: Any, path: Path, flat: dict[Path, Any]) -> Any:
+    if not is_low_rank(x):
+        return flat[*path, "full"]
+    return x._replace(a=flat[*path, "a"], b=flat[*path, "b"], key=None)
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def _fields(path: Where) -> Fields:
+    """The metadata's JSON; a clear error where it is not of this format."""
+    folder = place(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"`path`: there is no checkpoint at {folder}.")
+    file = folder / METADATA / "metadata"
+    if not folder.is_dir() or not file.exists():
+        raise ValueError(_foreign(folder))
+    try:
+        fields = json.loads(file.read_text())
+        number = fields["format"]
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise ValueError(
+            f"`path`: the metadata of {folder} cannot be read ({type(e).__name__}: {e}). "
+            "Take another checkpoint, or save this one again."
+        ) from e
+    if number != FORMAT:
+        raise ValueError(
+            f"`path`: {folder} has format {number!r}; this version of jlora reads format {FORMAT}. "
+            "Update jlora."
+        )
+    return fields
+
+
+def _foreign(folder: Any) -> str:
+    names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
+    steps = [name for name in names if name.isdigit()]
+    if steps:
+        return (
+            f"`path`: {folder} holds the steps {', '.join(sorted(steps, key=int))} of a "
+            f"CheckpointManager; give one of them, such as {folder / max(steps, key=int)}."
+        )
+    held = f"it holds {', '.join(names)}" if names else "it is no folder, or an empty one"
+    return (
+        f"`path`: {folder} is no checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} "
+        f"in it, but {held}. Give a folder that jlora.checkpoint.save wrote."
+    )
+
+
+def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
+    folder = place(path)
+    template = nest({p: _template(x) for p, x in wanted.items()})
+    args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(folder, args=args)[ADAPTER]
+    except Exception as e:
+        raise ValueError(
+            f"`path`: the arrays of {folder} cannot be read: it is cut off or damaged "
+            f"({type(e).__name__}: {' '.join(str(e).split())[:400]}). Take another checkpoint."
+        ) from e
+    return dict(leaves_by_path(tree))
+
+
+def _template(x: Any) -> Any:
+    """What makes Orbax put an array where `x` is: on its sharding, else into NumPy's memory."""
+    sharding = getattr(x, "sharding", None)
+    if sharding is None:
+        return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+# ---------------------------------------------------------------------------------------- checking
+
+
+def _check_hashes(path: Where, hashes: dict[Path, str], flat: dict[Path, Any]) -> None:
+    wrong = [name_of(p) for p, x in flat.items() if hash_of(x) != hashes[p]]
+    if wrong:
+        raise ValueError(
+            f"`path`: {place(path)} is damaged: the values of {', '.join(wrong)} are not those "
+            "that were saved. Take another checkpoint."
+        )
+
+
+def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
+    if saved.base is None:
+        raise ValueError(
+            f"`base` cannot be checked: {place(path)} was saved without one. "
+            "Restore without `base`, or save with it."
+        )
+    hashed = any(leaf.hash for leaf in saved.base.values())
+    concrete = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
+    got = fingerprint(base, values=hashed and concrete)
+    if lines := differences(saved.base, got):
+        raise ValueError(
+            f"`base` is not the one that the adapter in {place(path)} was trained on:\n"
+            + "\n".join(lines)
+            + "\nGive the base that it was saved with, or an adapter of this base."
+        )
+
+
+def _check_like(path: Where, saved: dict[Path, Any], like: dict[Path, Any]) -> None:
+    lines = differences(_forms(saved), _forms(like))
+    for p in saved.keys() & like.keys():
+        if is_low_rank(saved[p]) and is_low_rank(like[p]):
+            for name in ("scale", "layout"):
+                a, b = getattr(saved[p], name), getattr(like[p], name)
+                if a != b:
+                    lines.append(f"  {name_of(p)}: expected {name} {a}, got {b}")
+    if lines:
+        raise ValueError(
+            f"`like` is not of the form of the adapter in {place(path)}:\n"
+            + "\n".join(sorted(lines))
+            + "\nMake it with the rules that the checkpoint has, jlora.checkpoint.read(path).rules."
+        )
+
+
+def _forms(found: dict[Path, Any]) -> dict[Path, Leaf]:
+    return {p: describe(x, values=False) for p, x in arrays(found).items()}

@@ -1,0 +1,166 @@
+"""An adapter, or a merged tree, to an Orbax checkpoint."""
+
+import collections
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from .._rules import Rule
+from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
+from .._types import Path, PyTree
+from ._fingerprint import fingerprint
+from ._meta import arrays, encode
+from ._store import Where, write
+
+ADAPTER, METADATA = "adapter", "jlora"
+
+
+def save(
+    path: Where,
+    adapter: PyTree,
+    rules: Sequence[Rule],
+    *,
+    step: int | None = None,
+    base: PyTree | None = None,
+    hash_values: bool = False,
+) -> None:
+    """Writes an adapter, and nothing of the base, as an Orbax checkpoint.
+
+    The metadata holds what it takes to rebuild the adapter without the training script: rules,
+    layouts, scales, shapes, versions and, where `base` is given, the base's fingerprint. With
+    several processes all of them call it, and each writes its own shards.
+
+    Args:
+        path: a folder that does not exist yet, or an empty one. It appears complete or not at
+            all. In an object store (`gs://…`) that is as Orbax has it.
+        adapter: from `init`, training or `restore`; dropout keys in it are ignored.
+        rules: the `LoRA` and `Full` rules that made the adapter; `()` where there were none.
+        step: the training step.
+        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s, to be recognized by `restore`.
+        hash_values: whether the fingerprint includes the base's values.
+
+    Raises:
+        FileExistsError: if `path` is there and not an empty folder.
+        OSError: if it cannot be written; nothing is left of it then.
+        TypeError: if `adapter` is no adapter of arrays, or another argument is of a wrong type.
+        ValueError: if `adapter` does not fit `base`.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, jlora
+        >>> from jlora import checkpoint
+        >>> rules = (jlora.LoRA("up", rank=2),)
+        >>> lora = jlora.transform(lambda p, x: x @ p["up"], *rules)
+        >>> params = {"up": jnp.ones((4, 8))}
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.save(f"{folder}/adapter", adapter, rules, base=base)
+        ...     restored = checkpoint.restore(f"{folder}/adapter", base=base)
+        >>> restored["up"].scale, bool((restored["up"].a == adapter["up"].a).all())
+        (8.0, True)
+    """
+    saved = items(adapter, rules, step=step, base=base, hash_values=hash_values)
+    write(path, ocp.CompositeCheckpointHandler(), ocp.args.Composite(**saved))
+
+
+def items(
+    adapter: PyTree,
+    rules: Sequence[Rule],
+    *,
+    step: int | None = None,
+    base: PyTree | None = None,
+    hash_values: bool = False,
+) -> dict[str, ocp.args.CheckpointArgs]:
+    """What `save` writes, for a `CheckpointManager` that saves it with other items.
+
+    Each step's folder is then a checkpoint that `read` and `restore` take, whatever else is in it.
+
+    Args:
+        adapter: as in `save`.
+        rules: as in `save`.
+        step: as in `save`.
+        base: as in `save`.
+        hash_values: as in `save`.
+
+    Returns:
+        The arguments for Orbax by the names of the items, `"adapter"` and `"jlora"`.
+
+    Raises:
+        TypeError: as in `save`.
+        ValueError: as in `save`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import orbax.checkpoint as ocp
+        >>> from jlora import checkpoint
+        >>> saved = checkpoint.items({"head": jnp.ones(3)}, (), step=7)
+        >>> args = ocp.args.Composite(**saved, data=ocp.args.JsonSave({"epoch": 1}))
+        >>> sorted(args)
+        ['adapter', 'data', 'jlora']
+    """
+    found = adapter_leaves(adapter)
+    flat = arrays(found)
+    _check_arrays(flat)
+    _check_names(flat)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
+    if base is not None:
+        check_fits(base, found)
+    elif hash_values:
+        raise TypeError("`hash_values` needs the base whose values it hashes; give `base` too.")
+    print_of_base = None if base is None else fingerprint(base, hash_values)
+    meta = encode(found, rules, None if step is None else operator.index(step), print_of_base)
+    return {ADAPTER: ocp.args.StandardSave(nest(flat)), METADATA: ocp.args.JsonSave(meta)}
+
+
+def export(path: Where, merged: PyTree) -> None:
+    """Writes merged weights as a plain Orbax checkpoint, each shard from where it lies.
+
+    `ocp.StandardCheckpointer().restore(path, like)` reads it.
+
+    Args:
+        path: as in `save`.
+        merged: a tree of arrays, as `jlora.merge` returns it.
+
+    Raises:
+        FileExistsError: if `path` is there and not an empty folder.
+        OSError: if it cannot be written; nothing is left of it then.
+        TypeError: if `merged` holds no array, or what is none.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> import orbax.checkpoint as ocp
+        >>> from jlora import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.export(f"{folder}/merged", {"w": jnp.ones((2, 2))})
+        ...     ocp.StandardCheckpointer().restore(f"{folder}/merged")["w"].shape
+        (2, 2)
+    """
+    flat = dict(leaves_by_path(merged))
+    if not flat:
+        raise TypeError(f"`merged` must be a tree of arrays; got {merged!r}, which holds none.")
+    _check_arrays(flat, "merged")
+    _check_names(flat, "merged")
+    write(path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(merged))
+
+
+def _check_arrays(flat: dict[Path, Any], argument: str = "adapter") -> None:
+    wrong = [
+        f"{name_of(path)}: {type(x).__name__}"
+        for path, x in flat.items()
+        if is_abstract(x) or not hasattr(x, "dtype")
+    ]
+    if wrong:
+        raise TypeError(f"`{argument}` must hold arrays to be saved; got {', '.join(wrong)}.")
+
+
+def _check_names(flat: dict[Path, Any], argument: str = "adapter") -> None:
+    """Orbax joins the parts of a path with dots, and would write two arrays to one place."""
+    names = collections.Counter(".".join(path) for path in flat)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise ValueError(
+            f"`{argument}` has paths that Orbax cannot tell apart, as dots in keys are to it like "
+            f"levels of the tree: {', '.join(twice)}. Rename one of each."
+        )

@@ -1,0 +1,108 @@
+"""The border to Orbax: one atomic write, reading, and errors that say what to do."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+Where = str | os.PathLike[str]
+
+
+def place(path: Where) -> epath.Path:
+    """`path` as Orbax wants it: absolute, or a URL such as `gs://…`."""
+    name = os.fspath(path)
+    return epath.Path(name if "://" in name else os.path.abspath(name))
+
+
+def write(path: Where, handler: Any, args: Any) -> None:
+    """A checkpoint at `path`, complete or not at all, by all processes together.
+
+    Orbax writes into a folder that no other writer uses, and process 0 renames it in the end: a
+    rename onto a folder that is there fails, so that of two writers one is told. Where there is
+    no such rename, as in object stores, Orbax's own protocol is all that there is.
+    """
+    final = place(path)
+    local = "://" not in os.fspath(path)
+    _by_first(lambda: _check_vacant(final))
+    stage = final.with_name(f".{final.name}.{_shared_token()}") if local else final
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(stage, args=args)
+        if local:
+            _by_first(lambda: _commit(Path(stage), Path(final)))
+    except FileExistsError:
+        raise
+    except Exception as e:
+        raise OSError(
+            f"`path`: could not write the checkpoint {final}: {_brief(e)} Nothing is left of it, "
+            "and nothing else was touched. Make room or permission there, or give another path."
+        ) from e
+    finally:
+        if local and jax.process_index() == 0:
+            for left in Path(final.parent).glob(f"{stage.name}*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _check_vacant(final: epath.Path) -> None:
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise _occupied(final)
+
+
+def _occupied(final: Any) -> FileExistsError:
+    return FileExistsError(
+        f"`path`: {final} exists and is not an empty folder; nothing is ever overwritten. "
+        "Give another path, or remove it first."
+    )
+
+
+def _commit(stage: Path, final: Path) -> None:
+    for file in stage.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    try:
+        os.rename(stage, final)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _occupied(final) from None
+        raise
+
+
+def _sync(file: Path) -> None:
+    # On disk before the rename, so that after a crash the folder is not there or whole.
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _shared_token() -> str:
+    """A random name that all processes agree on."""
+    token = np.frombuffer(secrets.token_bytes(8), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(token))).hex()
+
+
+def _by_first(work: Callable[[], None]) -> None:
+    """Does `work` on process 0; if it raises there, all processes raise."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except OSError as e:
+            error = e
+    failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError("process 0 failed; its error says why.")
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 400 else f"{text[:400]}…").rstrip(".") + "."
