@@ -2,13 +2,29 @@
 
 import json
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import jax
 
 ERROR, INTERRUPTED = 2, 130
 LINES = 12  # of an error's list that are shown without --debug
+
+
+class Done(NamedTuple):
+    """The answer of a command that wrote something."""
+
+    text: str
+    fields: dict[str, Any]
+
+    exit_code = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """What was written."""
+        return self.fields
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Command(click.Command):
@@ -33,13 +49,14 @@ class Command(click.Command):
             with jax.enable_x64(True):
                 answer = super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("jlora: interrupted; nothing was written.", err=True)
+            click.echo("jlora: interrupted; nothing is half written.", err=True)
             ctx.exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except Exception as e:
             if debug:
                 traceback.print_exc()
+                ctx.exit(ERROR)
             click.echo(f"jlora: {one_line(e)}", err=True)
             ctx.exit(ERROR)
         click.echo(json.dumps(answer.as_json(), indent=2) if as_json else str(answer))

@@ -3,9 +3,15 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import checkpoint, peft
 from .._tree import adapter_leaves, name_of
+from .._types import PyTree
+from ..peft._alone import load_alone
+from ..peft._json import CONFIG, PICKLES, TENSORS
+from ._base import fingerprinted
+from ._names import table
 
-# Of Orbax; the first is in every checkpoint, the second in the older ones.
+# Of Orbax: the first is in every checkpoint, the second in those of one tree.
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")
 
 
@@ -20,46 +26,57 @@ class Opened(NamedTuple):
 
 def open_adapter(folder: Path, what: str) -> Opened:
     """The adapter in `folder`, which the user gave as `what`."""
-    if format_of(folder, what) == "peft":
-        return _open_peft(folder)
-    return _open_orbax(folder, what)
+    match format_of(folder, what):
+        case "peft":
+            return _open_peft(folder)
+        case "orbax":
+            return _open_orbax(folder)
+    raise ValueError(f"{what}: {folder} holds a model; expected an adapter of PEFT or of Orbax.")
+
+
+def open_alike(a: Path, b: Path, names: str | None) -> tuple[Opened, Opened]:
+    """Two adapters by the same names; one of PEFT beside one of Orbax is read onto its base."""
+    formats = format_of(a, "A"), format_of(b, "B")
+    if formats == ("peft", "orbax"):
+        return _open_peft_as(a, b, "B", names), _open_orbax(b)
+    if formats == ("orbax", "peft"):
+        return _open_orbax(a), _open_peft_as(b, a, "A", names)
+    return open_adapter(a, "A"), open_adapter(b, "B")
 
 
 def format_of(folder: Path, what: str) -> str:
     """`peft`, `orbax` or `huggingface`."""
-    from ..peft._json import CONFIG, PICKLES, TENSORS
-
     if not folder.is_dir():
         raise FileNotFoundError(f"{what}: there is no folder {folder}.")
-    if any((folder / name).exists() for name in (CONFIG, TENSORS, *PICKLES[:2])):
+    names = {path.name for path in folder.iterdir()}
+    if names & {CONFIG, TENSORS, *PICKLES[:2]}:
         return "peft"
-    if any((folder / name).exists() for name in ORBAX):
+    # Numbers are the steps of a CheckpointManager, about which Orbax's reader says what to do.
+    if names & {*ORBAX, "jlora"} or any(name.isdigit() for name in names):
         return "orbax"
-    if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
+    if "config.json" in names or any(name.endswith(".safetensors") for name in names):
         return "huggingface"
-    inside = sorted(
-        p.parent.relative_to(folder).as_posix() for name in ORBAX for p in folder.glob(f"*/{name}")
-    )
-    hint = f" There are Orbax checkpoints in it: {', '.join(inside[:5])}." if inside else ""
     raise ValueError(
-        f"{what}: {folder} holds no adapter_config.json, as PEFT writes it, no Orbax checkpoint "
-        f"and no safetensors.{hint}"
+        f"{what}: {folder} holds neither {CONFIG}, as PEFT writes it, nor a checkpoint of Orbax, "
+        "nor a model of Hugging Face."
     )
 
 
 def _open_peft(folder: Path) -> Opened:
-    from ..peft import read_config
-    from ..peft._alone import load_alone
-
-    leaves = load_alone(folder)
-    base = read_config(folder).get("base_model_name_or_path")
-    return Opened(folder, "peft", leaves, {"base_model": base})
+    base = peft.read_config(folder).get("base_model_name_or_path")
+    return Opened(folder, "peft", load_alone(folder).leaves, {"base_model": base})
 
 
-def _open_orbax(folder: Path, what: str) -> Opened:
-    from .. import checkpoint
+def _open_peft_as(folder: Path, other: Path, what: str, names: str | None) -> Opened:
+    adapter = peft.load(folder, fingerprinted(other, what), table(names))
+    return Opened(folder, "peft", _by_name(adapter), {})
 
+
+def _open_orbax(folder: Path) -> Opened:
     saved = checkpoint.read(folder)
-    leaves = adapter_leaves(checkpoint.restore(folder))
-    about = {"step": saved.step, "versions": dict(saved.versions)}
-    return Opened(folder, "orbax", {name_of(p): x for p, x in leaves.items()}, about)
+    about = {"step": saved.step, "versions": saved.versions}
+    return Opened(folder, "orbax", _by_name(checkpoint.restore(folder)), about)
+
+
+def _by_name(adapter: PyTree) -> dict[str, Any]:
+    return {name_of(path): x for path, x in adapter_leaves(adapter).items()}

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from .._tree import adapter_leaves, nest
-from .._types import LowRank
+from .._types import LowRank, PyTree
 from ._config import problems, read_config
 from ._file import Entry, read_header
 from ._load import load
@@ -47,7 +47,20 @@ class _Part(NamedTuple):
         return Name(row, r"\1", self.axes, self.parameter, tied=self.tied)
 
 
-def load_alone(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
+class Alone(NamedTuple):
+    """An adapter with the shapes and the names that its file implies."""
+
+    base: PyTree
+    adapter: PyTree
+    names: list[Name]
+
+    @property
+    def leaves(self) -> dict[str, Any]:
+        """The leaves by PyTorch's names: of modules, of parameters in full and of experts."""
+        return {_label(path, x): x for path, x in adapter_leaves(self.adapter).items()}
+
+
+def load_alone(dir: str | os.PathLike[str]) -> Alone:
     """Reads an adapter for a look at it, when the model is not at hand.
 
     The checks are those of `load`; only that it fits its model cannot be known. Axes are those of
@@ -59,8 +72,7 @@ def load_alone(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
         dir: the adapter's folder.
 
     Returns:
-        The leaves by the names that PyTorch gives to the modules, or to the parameters of what is
-        saved in full and of experts. A head that is tied to an embedding has none of its own.
+        The adapter. A head that is tied to an embedding has no leaf of its own.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -74,10 +86,9 @@ def load_alone(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
         raise ValueError(f"`dir`: the adapter in {folder} has keys that name no module: {odd[:9]}.")
     parts = list(_parts(fields, entries))
     base = nest({part.path: jax.ShapeDtypeStruct(part.shape, np.float32) for part in parts})
-    names = [part.name for part in sorted(parts, key=lambda part: part.tied is None)]
-    nothing = Name("", "", "o")
-    found = adapter_leaves(load(folder, base, list(dict.fromkeys(names)) or [nothing]))
-    return {_label(path, x): x for path, x in found.items()}
+    rows = [part.name for part in sorted(parts, key=lambda part: part.tied is None)]
+    names = list(dict.fromkeys(rows)) or [Name("", "", "o")]
+    return Alone(base, load(folder, base, names), names)
 
 
 def _label(path: tuple[str, ...], x: Any) -> str:
