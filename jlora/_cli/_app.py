@@ -16,6 +16,7 @@ llama-scanned, vit, example-bert, example-llama, module:ATTRIBUTE or file.py:ATT
 
 
 @click.group(
+    "jlora",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, or equal; 1 the adapters differ; 2 an error; 130 interrupted.",
 )
@@ -62,7 +63,9 @@ def merge(base: Path, adapter: Path, out: Path, names: str | None) -> Any:
 @cli.command(cls=Command)
 @click.argument("source", type=FOLDER, metavar="IN")
 @click.argument("out", type=FOLDER)
-@click.option("--profile", type=click.Choice(["vllm"]), help="Write PEFT's format as vLLM takes it.")
+@click.option(
+    "--profile", type=click.Choice(["vllm"]), help="Write PEFT's format as vLLM takes it."
+)
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option(
     "--base",

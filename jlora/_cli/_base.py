@@ -12,6 +12,8 @@ from .. import checkpoint
 from .._tree import nest
 from .._types import PyTree
 
+AGAIN = "Save it again with jlora.checkpoint.save(..., base=base)."
+
 
 class _Variable(NamedTuple):
     """One of Flax NNX, whose name is the path up to `value`."""
@@ -26,14 +28,13 @@ def shapes(folder: Path, what: str) -> PyTree:
     return _with_variables(jax.tree.map(_struct, _metadata(folder, what), is_leaf=_is_entry))
 
 
-def fingerprinted(folder: Path, what: str) -> PyTree:
+def fingerprinted(folder: Path, what: str, remedy: str = AGAIN) -> PyTree:
     """The shapes of the base that the adapter in `folder` was saved with."""
     saved = checkpoint.read(folder)
     if saved.base is None:
         raise ValueError(
             f"{what}: {folder} was saved without its base, so that the base's shapes are not "
-            "known. Give --base, an Orbax checkpoint of the base's parameters, or save it with "
-            "jlora.checkpoint.save(..., base=base)."
+            f"known. {remedy}"
         )
     arrays = {p: leaf for p, leaf in saved.base.items() if not leaf.dtype.startswith("key<")}
     return nest({p: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for p, x in arrays.items()})
@@ -47,7 +48,7 @@ def values(folder: Path, what: str) -> PyTree:
             tree = checkpointer.restore(folder.absolute(), template)
     except Exception as e:
         raise _unreadable(folder, what, e) from e
-    return _with_variables(tree)
+    return _with_variables(jax.tree.map(np.asarray, tree))
 
 
 def plain(tree: PyTree) -> PyTree:

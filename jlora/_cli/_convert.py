@@ -68,7 +68,11 @@ def _to_peft(
     rows = table(names)
     fields = None if config is None else peft.read_config(config)
     adapter = checkpoint.restore(source)
-    params = _base.fingerprinted(source, "IN") if base is None else _base.values(base, "--base")
+    if base is None:
+        remedy = "Give --base, an Orbax checkpoint of the base's parameters."
+        params = _base.fingerprinted(source, "IN", remedy)
+    else:
+        params = _base.values(base, "--base")
     peft.save(out, params, adapter, rows, profile=profile, config=fields)
     return adapter
 

@@ -124,6 +124,8 @@ def _compare_low(x: Any, y: Any) -> tuple[float | None, list[str]]:
     changes += [name for name in "AB" if not _same(*(getattr(z, name.lower()) for z in (x, y)))]
     if pairs["weight"][0] != pairs["weight"][1] or x.layout[:3] != y.layout[:3]:
         return None, changes
+    if not changes or changes == [f"dropout {x.dropout} → {y.dropout}"]:
+        return 0.0, changes
     x, y = wide(x), wide(y)
     return _relative(analysis.distance(x, y), analysis.norm(x)), changes
 

@@ -144,7 +144,9 @@ def _unwrapped(wrapper: str) -> str:
 
 
 def _parameters(fields: Mapping[str, Any], module: str) -> list[str]:
-    """The parameters of `module` that `target_parameters` names."""
+    """The parameters of `module` that `target_parameters` names, where it is of experts."""
+    if selects(fields, module):
+        return []
     targets = [t.rpartition(".") for t in fields.get("target_parameters") or []]
     return [name for parent, _, name in targets if not parent or ends(module, parent)]
 
