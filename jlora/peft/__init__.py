@@ -1,10 +1,11 @@
-"""PEFT's files in and out, without torch: `load`, `save`, name tables, and what vLLM takes.
+"""PEFT's files in and out, without torch: `load`, `save`, merged checkpoints, tables, vLLM.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
 """
 
 from ._config import read_config as read_config
+from ._export import export_merged as export_merged
 from ._load import load as load
 from ._names import Name as Name
 from ._save import save as save

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._rules import is_finite
-from ._json import CONFIG, brief, opened, parse
+from ._json import CONFIG, Source, brief, read_json
 
 LIMIT = 4 * 2**20  # bytes
 # All keys that PEFT 0.21 writes.
@@ -107,10 +107,7 @@ def read_config(dir: str | os.PathLike[str]) -> dict[str, Any]:
         >>> config = peft.read_config("adapter")  # doctest: +SKIP
         >>> peft.save("copy", base, adapter, peft.LLAMA, config=config)  # doctest: +SKIP
     """
-    with opened(Path(dir), CONFIG) as (file, size):
-        if size > LIMIT:
-            raise ValueError(f"`dir`: {CONFIG} has {size} bytes; expected at most {LIMIT}.")
-        return parse(file.read(LIMIT + 1), f"`dir`: {CONFIG}")
+    return read_json(Source(Path(dir)), CONFIG, LIMIT)
 
 
 def dumps(fields: Mapping[str, Any]) -> str:

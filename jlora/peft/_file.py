@@ -4,11 +4,12 @@ The header is checked as a whole before a byte of data is read, so that a file c
 allocate no more than what it is long itself, and only for tensors of the expected shapes.
 """
 
+import contextlib
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from ._json import CONFIG, TENSORS, brief, opened, parse
+from ._json import CONFIG, TENSORS, Source, brief, opened, parse
 
 HEADER_LIMIT = 32 * 2**20  # bytes; the names of 200,000 tensors
 DTYPES = {
@@ -27,10 +28,11 @@ DTYPES = {
 }
 # Known so that their place in the file can be checked; none of them is loaded.
 OTHERS = {
-    **dict.fromkeys(("I64", "U64"), 8),
+    **dict.fromkeys(("I64", "U64", "C64"), 8),
     **dict.fromkeys(("I32", "U32"), 4),
     **dict.fromkeys(("I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
 
 
@@ -44,31 +46,33 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The tensors of a file by name, and where their data starts."""
+    """The tensors of a file by name, where their data starts, and where it ends."""
 
     entries: dict[str, Entry]
     data: int
+    size: int
 
 
-def read_header(folder: Path) -> Header:
-    """The header of the adapter in `folder`; `ValueError` if the file is not whole and sound."""
-    with opened(folder, TENSORS) as (file, size):
+def read_header(source: Source, name: str = TENSORS) -> Header:
+    """The header of a file of `source`; `ValueError` if the file is not whole and sound."""
+    what = f"`{source.argument}`: {name}"
+    with opened(source, name) as (file, size):
         count = int.from_bytes(file.read(8), "little")
         if not 2 <= count <= min(size - 8, HEADER_LIMIT):
             raise ValueError(
-                f"`dir`: {TENSORS} of {size} bytes claims a header of {count}; the file is cut off "
-                "or is no safetensors file. Save the adapter again."
+                f"{what} of {size} bytes claims a header of {count}; the file is cut off "
+                "or is no safetensors file. Save it again."
             )
-        raw = parse(file.read(count), f"`dir`: the header of {TENSORS}")
+        raw = parse(file.read(count), f"`{source.argument}`: the header of {name}")
     raw.pop("__metadata__", None)
     entries = {}
-    for name, fields in raw.items():
+    for key, fields in raw.items():
         entry = _entry(fields)
         if entry is None:
-            raise ValueError(f"`dir`: {TENSORS} describes {brief(name)} wrongly: {brief(fields)}.")
-        entries[name] = entry
-    _check_extents(entries, size - 8 - count)
-    return Header(entries, 8 + count)
+            raise ValueError(f"{what} describes {brief(key)} wrongly: {brief(fields)}.")
+        entries[key] = entry
+    _check_extents(entries, size - 8 - count, what)
+    return Header(entries, 8 + count, size)
 
 
 def _entry(fields: Any) -> Entry | None:
@@ -88,20 +92,20 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
-def _check_extents(entries: dict[str, Entry], size: int) -> None:
+def _check_extents(entries: dict[str, Entry], size: int, what: str) -> None:
     """The tensors must fill the data without a hole and without an overlap."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.start != end:
             raise ValueError(
-                f"`dir`: {TENSORS} has {brief(name)} at byte {entry.start} of the data; "
-                f"expected byte {end}. The file is damaged; save the adapter again."
+                f"{what} has {brief(name)} at byte {entry.start} of the data; "
+                f"expected byte {end}. The file is damaged; save it again."
             )
         end = entry.stop
     if end != size:
         raise ValueError(
-            f"`dir`: {TENSORS} describes {end} bytes of data but holds {size}; the file is cut off "
-            "or damaged. Save the adapter again."
+            f"{what} describes {end} bytes of data but holds {size}; the file is cut off "
+            "or damaged. Save it again."
         )
 
 
@@ -118,7 +122,16 @@ def reader(file: BinaryIO, header: Header) -> Callable[[str], np.ndarray]:
 
 
 def write(dir: str | os.PathLike[str], config: str, tensors: dict[str, np.ndarray]) -> None:
-    """Both files in a new folder `dir`, or nothing: they are written beside it, then renamed.
+    """Both files of an adapter in a new folder `dir`, or nothing."""
+    with fresh(dir, "dir", "save") as folder:
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        # As bytes: text would get other line ends on Windows.
+        (folder / CONFIG).write_bytes(config.encode())
+
+
+@contextlib.contextmanager
+def fresh(dir: str | os.PathLike[str], argument: str, who: str) -> Iterator[Path]:
+    """A folder beside `dir` to write into; becomes `dir` at the end, or is removed on failure.
 
     Raises:
         FileExistsError: if `dir` is there and not an empty folder.
@@ -127,17 +140,17 @@ def write(dir: str | os.PathLike[str], config: str, tensors: dict[str, np.ndarra
     occupied = folder.is_symlink() or (folder.exists() and not folder.is_dir())
     if occupied or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(
-            f"`dir`: {folder} exists and is not an empty folder; save never overwrites. "
+            f"`{argument}`: {folder} exists and is not an empty folder; {who} never overwrites. "
             "Give another path, or remove it first."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
     temporary.mkdir()
     try:
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_text(config)
-        for path in temporary.iterdir():
-            _sync(path)
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _sync(path)
         os.replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

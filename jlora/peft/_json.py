@@ -1,55 +1,80 @@
-"""Bounded reading of the two files of an adapter, and of JSON that nobody vouches for."""
+"""Bounded reading of files, and of JSON, that nobody vouches for; how errors quote them."""
 
 import contextlib
 import json
 import os
 import reprlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
+class Source(NamedTuple):
+    """A folder to read from.
+
+    Attributes:
+        folder: the folder.
+        argument: the user's argument that named it, for errors.
+        links: whether its files may be symbolic links, as those of a download cache are.
+    """
+
+    folder: Path
+    argument: str = "dir"
+    links: bool = False
+
+
 @contextlib.contextmanager
-def opened(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file of `folder`, no link, with its size in bytes."""
-    path = folder / name
+def opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file of `source` with its size in bytes."""
+    path = source.folder / name
     # Without waiting, should it be a pipe.
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, flags | (0 if source.links else getattr(os, "O_NOFOLLOW", 0)))
     except OSError as e:
-        raise _unopened(folder, name, e) from None
+        raise _unopened(source, name, e) from None
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"`dir`: {path} is no regular file.")
+            raise ValueError(f"`{source.argument}`: {path} is no regular file.")
         yield file, status.st_size
 
 
-def _unopened(folder: Path, name: str, error: OSError) -> Exception:
+def _unopened(source: Source, name: str, error: OSError) -> Exception:
+    folder, argument, links = source
     path = folder / name
-    if path.is_symlink():
+    if path.is_symlink() and not links:
         return ValueError(
-            f"`dir`: {path} is a symbolic link, which could lead anywhere. Copy the adapter with "
-            "its links followed (cp -L) and load the copy."
+            f"`{argument}`: {path} is a symbolic link, which could lead anywhere. Copy the adapter "
+            "with its links followed (cp -L) and load the copy."
         )
     if not folder.is_dir():
-        return FileNotFoundError(f"`dir`: there is no folder {folder}.")
+        return FileNotFoundError(f"`{argument}`: there is no folder {folder}.")
     pickles = [p for p in PICKLES if (folder / p).exists()]
     if name == TENSORS and pickles:
         return ValueError(
-            f"`dir`: {folder} holds {pickles[0]}, a pickle, and no {TENSORS}. Reading a pickle "
-            "runs the code in it, so it is refused; save the adapter from PEFT with "
+            f"`{argument}`: {folder} holds {pickles[0]}, a pickle, and no {TENSORS}. Reading a "
+            "pickle runs the code in it, so it is refused; save the adapter from PEFT with "
             "safe_serialization=True."
         )
     if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"`dir`: {folder} has no {name}.")
+        return FileNotFoundError(f"`{argument}`: {folder} has no {name}.")
     return error
+
+
+def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes."""
+    with opened(source, name) as (file, size):
+        if size > limit:
+            raise ValueError(
+                f"`{source.argument}`: {name} has {size} bytes; expected at most {limit}."
+            )
+        return parse(file.read(limit + 1), f"`{source.argument}`: {name}")
 
 
 def parse(data: bytes, what: str) -> dict[str, Any]:
@@ -67,6 +92,18 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be a JSON object; got {type(value).__name__}.")
     return value
+
+
+def listing(found: Sequence[str]) -> str:
+    """How many problems there are, and the first hundred of them."""
+    shown = [f"  {p}" for p in found[:100]]
+    shown += [f"  … and {len(found) - 100} more"] * (len(found) > 100)
+    return f"{len(found)} problems:\n" + "\n".join(shown)
+
+
+def shown(key: str) -> str:
+    """A key of a file as it is, unless it is long or would garble the message."""
+    return key if key.isprintable() and len(key) <= 300 else brief(key)
 
 
 def brief(value: Any) -> str:

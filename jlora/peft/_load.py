@@ -13,9 +13,9 @@ from .._types import PyTree
 from ._arrays import low_rank, weight, weights
 from ._config import problems, read_config
 from ._file import DTYPES, Header, read_header, reader
-from ._json import TENSORS, brief, opened
+from ._json import TENSORS, Source, listing, opened, shown
 from ._names import Leaf, Name, resolve
-from ._plan import PREFIX, Plan, make_plan, unsaved_names
+from ._plan import Plan, hint, make_plan, unsaved_names
 from ._select import idle
 
 
@@ -54,7 +54,7 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     """
     folder = Path(dir)
     fields = read_config(folder)
-    header = read_header(folder)
+    header = read_header(Source(folder))
     leaves = resolve(base, names)
     _raise(folder, problems(fields))
     plan = make_plan(fields, leaves, names)
@@ -74,11 +74,9 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
 
 def _raise(folder: Path, found: Sequence[str]) -> None:
     if found:
-        shown = [f"  {p}" for p in found[:100]]
-        shown += [f"  … and {len(found) - 100} more"] * (len(found) > 100)
         raise ValueError(
             f"`dir`: the adapter in {folder} cannot be loaded onto `base` with `names`; "
-            f"nothing was loaded. {len(found)} problems:\n" + "\n".join(shown)
+            f"nothing was loaded. {listing(found)}"
         )
 
 
@@ -95,7 +93,7 @@ def _check_header(plan: Plan, header: Header) -> list[str]:
         if key in plan.copies:
             found += _check_entry(key, header, plan.copies[key].weight_shape)
         elif key not in expected:
-            found.append(f"{_shown(key)}: unexpected{_hint(key)}")
+            found.append(f"{shown(key)}: unexpected{hint(key)}")
     if not expected:
         found.append("adapter_config.json selects no leaf of `base` under `names`")
     return found
@@ -124,26 +122,9 @@ def _check_entry(key: str, header: Header, shape: tuple[int, ...]) -> list[str]:
     return []
 
 
-def _shown(key: str) -> str:
-    return key if key.isprintable() and len(key) <= 300 else brief(key)
-
-
-def _hint(key: str) -> str:
-    if not key.startswith(PREFIX):
-        return f"; PEFT's keys start with {PREFIX!r}"
-    features = {
-        "lora_magnitude_vector": "DoRA is not supported",
-        "lora_B.bias": "lora_bias is not supported",
-        "trainable_tokens": "trainable token rows are not supported",
-        "original_module": "bias 'all' beside modules_to_save is not supported",
-        "modules_to_save": "bias 'all' beside modules_to_save is not supported",
-    }
-    return next((f"; {what}" for part, what in features.items() if part in key), "")
-
-
 def _read(folder: Path, plan: Plan, header: Header) -> dict[str, np.ndarray]:
     """All tensors, finite; those stored twice must agree."""
-    with opened(folder, TENSORS) as (file, _):
+    with opened(Source(folder), TENSORS) as (file, _):
         read = reader(file, header)
         tensors = {key: read(key) for key in _shapes(plan)}
         found = [

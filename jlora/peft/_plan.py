@@ -108,6 +108,20 @@ def unsaved_names(fields: Mapping[str, Any], leaves: Sequence[Leaf]) -> list[str
     ]
 
 
+def hint(key: str) -> str:
+    """Why a key of a file may be unexpected."""
+    if not key.startswith(PREFIX):
+        return f"; PEFT's keys start with {PREFIX!r}"
+    features = {
+        "lora_magnitude_vector": "DoRA is not supported",
+        "lora_B.bias": "lora_bias is not supported",
+        "trainable_tokens": "trainable token rows are not supported",
+        "original_module": "bias 'all' beside modules_to_save is not supported",
+        "modules_to_save": "bias 'all' beside modules_to_save is not supported",
+    }
+    return next((f"; {what}" for part, what in features.items() if part in key), "")
+
+
 def _is_adapted(fields: Mapping[str, Any], leaf: Leaf, module: str) -> bool:
     if leaf.name.kind is None or is_saved(fields, module):
         return False

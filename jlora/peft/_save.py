@@ -73,7 +73,7 @@ def save(
     found = adapter_leaves(adapter)
     check_fits(base, found)
     leaves = resolve(base, names)
-    _check(found, {leaf.path: leaf for leaf in leaves})
+    check_writable(found, {leaf.path: leaf for leaf in leaves})
     low = {path: x for path, x in found.items() if is_low_rank(x)}
     fields = DEFAULTS | dict(config or {})
     if base_model is not None:
@@ -92,7 +92,7 @@ def save(
     write(dir, dumps(fields), tensors)
 
 
-def _check(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
+def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
     """Raises, naming every leaf that cannot be written."""
     wrong = [
         f"  {name_of(path)}: {why}"

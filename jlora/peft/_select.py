@@ -71,7 +71,9 @@ def _matcher(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def idle(fields: Mapping[str, Any], keys: Collection[str]) -> list[str]:
+def idle(
+    fields: Mapping[str, Any], keys: Collection[str], where: str = "`base` under `names`"
+) -> list[str]:
     """The patterns and names that nothing among the adapted `keys` matches."""
     found = [
         f"{name}: {brief(pattern)} matches no adapted module"
@@ -83,7 +85,7 @@ def idle(fields: Mapping[str, Any], keys: Collection[str]) -> list[str]:
         listed = fields.get(name) or []
         for target in listed if isinstance(listed, list) else []:
             if not any(ends(key, target) for key in keys):
-                found.append(f"{name}: {brief(target)} names no module of `base` under `names`")
+                found.append(f"{name}: {brief(target)} names no module of {where}")
     return found
 
 

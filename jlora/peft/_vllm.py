@@ -10,7 +10,7 @@ import numpy as np
 from .._tree import name_of
 from ._config import read_config
 from ._file import read_header
-from ._json import brief
+from ._json import Source, brief, shown
 from ._plan import PREFIX, Plan
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -112,15 +112,14 @@ def _check_fields(fields: Mapping[str, Any], limit: int) -> list[str]:
 def _check_keys(folder: Path, fields: Mapping[str, Any]) -> list[str]:
     found = []
     ends = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
-    for key, entry in read_header(folder).entries.items():
-        shown = key if key.isprintable() else brief(key)
+    for key, entry in read_header(Source(folder)).entries.items():
         if key.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
             continue  # it skips them
         if not key.startswith(PREFIX) or not key.endswith(tuple("." + e for e in ends)):
-            found.append(f"{shown}: not a key that vLLM reads")
+            found.append(f"{shown(key)}: not a key that vLLM reads")
         elif len(entry.shape) != 2:
-            found.append(f"{shown}: expected a matrix, got shape {entry.shape}")
+            found.append(f"{shown(key)}: expected a matrix, got shape {entry.shape}")
         elif entry.shape[key.endswith(("B", "B.weight"))] != fields.get("r"):
             rank = brief(fields.get("r"))
-            found.append(f"{shown}: expected rank {rank}, got shape {entry.shape}")
+            found.append(f"{shown(key)}: expected rank {rank}, got shape {entry.shape}")
     return found

@@ -1,0 +1,136 @@
+"""A Hugging Face checkpoint: which of its files holds which tensor, and what else is there."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ._file import Entry, Header, read_header
+from ._json import CONFIG, TENSORS, Source, brief, listing, read_json, shown
+
+ONE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LIMIT = 64 * 2**20  # bytes of an index; of 400,000 tensors
+# Weights in other forms, which would stay unmerged, and pickles, which hold weights or code.
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|pkl|pickle|ckpt|h5|keras|msgpack|npz|npy|ot|onnx|onnx_data"
+    r"|tflite|gguf|ggml|mlmodel|mlpackage|pb|nemo|dduf|index\.json|data-\d+-of-\d+)$",
+    re.IGNORECASE,
+)
+_HEADS = re.compile(r"LM|ForConditionalGeneration|ForPreTraining")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint whose files are whole and sound.
+
+    Attributes:
+        source: its folder.
+        headers: the header of each safetensors file.
+        where: the file of each tensor.
+        kept: all other files to be copied, as paths in the folder.
+        left_out: what is not copied.
+        vocabulary: the length of the input embedding where the output head shares it, else None.
+    """
+
+    source: Source
+    headers: dict[str, Header]
+    where: dict[str, str]
+    kept: list[str]
+    left_out: list[str]
+    vocabulary: int | None
+
+    def entry(self, name: str) -> Entry:
+        """The tensor `name`."""
+        return self.headers[self.where[name]].entries[name]
+
+
+def open_checkpoint(dir: str | os.PathLike[str]) -> Checkpoint:
+    """Reads headers, index and configuration.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a shard is missing.
+        ValueError: if the folder holds no safetensors checkpoint, or a damaged one.
+    """
+    source = Source(Path(dir), "src_dir", links=True)
+    files, mapped = _files(source)
+    headers = {file: read_header(source, file) for file in files}
+    where: dict[str, str] = {}
+    wrong = []
+    for file, header in headers.items():
+        wrong += [f"{shown(n)}: in {where[n]} and in {file}" for n in header.entries if n in where]
+        where |= dict.fromkeys(header.entries, file)
+    if mapped is not None:
+        wrong += [
+            f"{shown(name)}: in {mapped.get(name)} by the index, in {where.get(name)} by the files"
+            for name in dict.fromkeys([*mapped, *where])
+            if mapped.get(name) != where.get(name)
+        ]
+    if wrong:
+        raise ValueError(f"`src_dir`: {source.folder} contradicts itself. {listing(wrong)}")
+    kept, left_out = _others(source.folder, {*files, INDEX} if mapped else set(files))
+    if mapped is not None:
+        kept.append(INDEX)
+    vocabulary = _tied_vocabulary(_config(source, kept))
+    return Checkpoint(source, headers, where, kept, left_out, vocabulary)
+
+
+def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
+    """The safetensors files, and the index's file of each tensor if there is an index."""
+    one, index = ((source.folder / name).exists() for name in (ONE, INDEX))
+    if one and index:
+        raise ValueError(
+            f"`src_dir`: {source.folder} holds {ONE} and {INDEX}, so two checkpoints. Remove one."
+        )
+    if not index:
+        if not one and source.folder.is_dir():
+            raise ValueError(
+                f"`src_dir`: {source.folder} holds neither {ONE} nor {INDEX}. Save the model as "
+                "safetensors, in transformers by save_pretrained(..., safe_serialization=True)."
+            )
+        return [ONE], None
+    mapped = read_json(source, INDEX, LIMIT).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        raise ValueError(f"`src_dir`: {INDEX} has no `weight_map`; got {brief(mapped)}.")
+    for file in mapped.values():
+        # A name that leads out of the folder would be written there too.
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
+            raise ValueError(
+                f"`src_dir`: {INDEX} names {brief(file)}; expected a safetensors file beside it."
+            )
+    return sorted(set(mapped.values())), mapped
+
+
+def _others(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
+    """The other files, as paths in the folder: those to copy, and those to leave out."""
+    kept, left_out = [], []
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if name in read:
+            continue
+        # An adapter_config.json would have transformers apply the adapter once more.
+        drop = not path.is_file() or _WEIGHTS.search(path.name) or name in (CONFIG, TENSORS)
+        (left_out if drop else kept).append(name)
+    return sorted(kept), sorted(left_out)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if not path.is_dir() or path.is_symlink() or path.name in (".git", ".cache"):
+            yield path
+        else:
+            yield from _walk(path)
+
+
+def _config(source: Source, kept: list[str]) -> Mapping[str, Any]:
+    return read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
+
+
+def _tied_vocabulary(config: Mapping[str, Any]) -> int | None:
+    nested = config.get("text_config")
+    config = {**(nested if isinstance(nested, dict) else {}), **config}
+    names, said = config.get("architectures"), config.get("tie_word_embeddings")
+    # Without a word about it `transformers` ties; without a head there is nothing to tie.
+    headed = any(_HEADS.search(str(name)) for name in names) if names else said is True
+    size = config.get("vocab_size")
+    return size if headed and said is not False and isinstance(size, int) else None

@@ -1,0 +1,229 @@
+"""A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from .._types import PyTree
+from ._changes import Changes, changes
+from ._checkpoint import Checkpoint, open_checkpoint
+from ._file import DTYPES, Entry, fresh
+from ._json import listing, opened, shown
+from ._names import Name
+from ._parts import Sum
+from ._ties import twins
+
+BLOCK = 2**22  # numbers
+# XLA multiplies matrices below about this size by loops of another order.
+_SMALL = 64
+
+
+def export_merged(
+    src_dir: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | PyTree,
+    out_dir: str | os.PathLike[str],
+    *,
+    names: Sequence[Name] | None = None,
+) -> list[str]:
+    r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
+
+    The files, tensors, dtypes and metadata of the new checkpoint are those of the old one; only
+    values change. Weights are read, changed and written in blocks, so that memory beside the
+    adapter's stays below a hundred megabytes for weights of any size.
+
+    Everything else in `src_dir` is copied: configuration, generation and tokenizer files, code,
+    folders. Left out are weights in other formats (`pytorch_model.bin`, `.h5`, `.msgpack`, `.onnx`,
+    `.gguf`, other safetensors files and the like), as they would stay unmerged; all pickles
+    (`.bin`, `.pt`, `.pkl`); an adapter; linked folders, `.git` and `.cache`.
+
+    B·A is summed in float32 by fused multiply-adds in the order of the rank, times s, plus W in
+    float32 (float64 over float64), and rounded once to W's dtype. PEFT's `merge_and_unload` does
+    the same in float32, and has the same bits where PyTorch's matrix product sums in this order:
+    it does for ranks up to 192 and sides of at least 64. In other cases the two differ by the
+    rounding of the product. In bfloat16 and float16 PEFT rounds the ΔW of embeddings and of
+    experts before it adds. It keeps `modules_to_save` in their own dtype, here they get W's; to a
+    weight that embedding and head share it adds their common ΔW twice, here it is added once.
+
+    Args:
+        src_dir: a folder with `model.safetensors`, or with shards and
+            `model.safetensors.index.json`. Files may be links, as in a download cache.
+        adapter: a folder that PEFT or `save` wrote, whose modules are called as the checkpoint's
+            tensors, up to a first part such as `bert.`; or an adapter tree.
+        out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
+            all.
+        names: for a tree, the table of `Name` rows that says what its leaves are called in
+            PyTorch, such as `jlora.peft.LLAMA`.
+
+    Returns:
+        The files of `src_dir` that were left out, as paths in it.
+
+    Raises:
+        FileExistsError: if `out_dir` is there and not an empty folder.
+        FileNotFoundError: if a folder or a file is missing.
+        TypeError: if `adapter` is neither a path nor an adapter tree.
+        ValueError: if the checkpoint is damaged, the adapter does not fit it, or merged values
+            are not finite; all of it is listed, and nothing is written.
+
+    Source: PEFT 0.21, `peft.tuners.lora.layer.Linear.merge`.
+
+    Example:
+        >>> import pathlib, tempfile, jax, jax.numpy as jnp, jlora
+        >>> from jlora import peft
+        >>> from safetensors.numpy import load_file, save_file
+        >>> params = {"q": {"kernel": jnp.ones((4, 3))}}
+        >>> lora = jlora.transform(lambda p, x: x @ p["q"]["kernel"], jlora.LoRA("q", rank=2))
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pathlib.Path(folder, "base").mkdir()
+        ...     weights = {"q.weight": jnp.ones((3, 4)).__array__()}
+        ...     save_file(weights, f"{folder}/base/model.safetensors")
+        ...     left_out = peft.export_merged(
+        ...         f"{folder}/base", adapter, f"{folder}/merged", names=peft.LLAMA
+        ...     )
+        ...     merged = load_file(f"{folder}/merged/model.safetensors")
+        >>> merged["q.weight"].shape, left_out
+        ((3, 4), [])
+    """
+    checkpoint = open_checkpoint(src_dir)
+    todo = changes(checkpoint, adapter, names)
+    todo = _with_twins(checkpoint, todo)
+    total = sum(header.size for header in checkpoint.headers.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
+    wrong: list[str] = []
+    with fresh(out_dir, "out_dir", "export_merged") as folder, bar:
+        for file in checkpoint.headers:
+            with open(folder / file, "wb") as target:
+                _write(checkpoint, file, todo, target, bar.update, wrong)
+        if wrong:
+            raise ValueError(
+                "`adapter`: merged values are not finite, or rows differ; nothing was written. "
+                + listing(wrong)
+            )
+        for name in checkpoint.kept:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.source.folder / name, folder / name)
+    return checkpoint.left_out
+
+
+def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
+    """The same for both copies of a shared weight that is stored twice."""
+    sums, full = dict(todo.sums), dict(todo.full)
+    for name, other in twins(checkpoint, [*sums, *full]):
+        if _same(checkpoint, name, other):
+            for changed in (sums, full):
+                changed |= {other: changed[name]} if name in changed else {}
+    return todo._replace(sums=sums, full=full)
+
+
+def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    pieces = (_pieces(checkpoint, name) for name in (one, two))
+    return all(x == y for x, y in zip(*pieces, strict=True))
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+    file, entry = checkpoint.where[name], checkpoint.entry(name)
+    with opened(checkpoint.source, file) as (source, _):
+        source.seek(checkpoint.headers[file].data + entry.start)
+        yield from _chunks(source, entry.stop - entry.start)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    file: str,
+    todo: Changes,
+    target: BinaryIO,
+    tick: Callable[[int], object],
+    wrong: list[str],
+) -> None:
+    """One file: the header as it is, then the tensors in the order of their data."""
+    header = checkpoint.headers[file]
+    with opened(checkpoint.source, file) as (source, _):
+        for chunk in _chunks(source, header.data):
+            target.write(chunk)
+        for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
+            new, bad = _tensor(source, entry, name, todo), 0
+            for chunk in new:
+                target.write(chunk.data)
+                tick(len(chunk.data))
+                bad += chunk.bad
+            if bad:
+                wrong.append(f"{shown(name)}: {bad} values are not finite after merging")
+
+
+class _Chunk(NamedTuple):
+    data: bytes
+    bad: int = 0  # values that are not finite
+
+
+def _tensor(source: BinaryIO, entry: Entry, name: str, todo: Changes) -> Iterator[_Chunk]:
+    """The bytes of one tensor of the result, read along `source`."""
+    if name in todo.sums:
+        yield from _added(source, entry, todo.sums[name])
+    elif name in todo.full:
+        for _ in _chunks(source, entry.stop - entry.start):
+            pass
+        yield _chunk(todo.full[name], DTYPES[entry.dtype])
+    else:
+        yield from map(_Chunk, _chunks(source, entry.stop - entry.start))
+
+
+def _added(source: BinaryIO, entry: Entry, change: Sum) -> Iterator[_Chunk]:
+    """W + s·B·A in blocks of rows."""
+    (count, rows, _), columns = change.left.shape, change.right.shape[2]
+    step = max(1, min(rows, BLOCK // max(columns, 1)))
+    dtype = DTYPES[entry.dtype]
+    for i in range(count):
+        times = _product(change.right[i], step)
+        for start in range(0, rows, step):
+            delta = times(change.left[i, start : start + step]) * np.float32(change.scale)
+            w = np.frombuffer(_read(source, delta.size * dtype.itemsize), dtype)
+            wide = np.promote_types(dtype, np.float32)
+            yield _chunk(w.reshape(delta.shape).astype(wide) + delta, dtype)
+
+
+def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Of matrices of up to so many `rows` with `right`, each as if it was the whole."""
+    cpu = jax.local_devices(backend="cpu")[0]
+    rank, columns = right.shape
+    # In blocks of one shape, so that there is one program, which sums in one order.
+    whole = _padded(right, (rank, max(columns, _SMALL)))
+    factor = jax.device_put(whole, cpu)
+
+    def times(left: np.ndarray) -> np.ndarray:
+        block = jax.device_put(_padded(left, (max(rows, _SMALL), rank)), cpu)
+        found = jnp.matmul(block, factor, precision=jax.lax.Precision.HIGHEST)
+        return np.asarray(found)[: len(left), :columns]
+
+    return times
+
+
+def _padded(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """As float32, with zeros after its rows and columns."""
+    new = np.zeros(shape, np.float32)
+    new[: x.shape[0], : x.shape[1]] = x
+    return new
+
+
+def _chunk(x: np.ndarray, dtype: np.dtype) -> _Chunk:
+    with np.errstate(over="ignore"):
+        x = x.astype(dtype)
+    return _Chunk(x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x))))
+
+
+def _chunks(source: BinaryIO, size: int) -> Iterator[bytes]:
+    for start in range(0, size, 4 * BLOCK):
+        yield _read(source, min(4 * BLOCK, size - start))
+
+
+def _read(source: BinaryIO, size: int) -> bytes:
+    data = source.read(size)
+    if len(data) != size:
+        raise ValueError("`src_dir`: a file changed while it was read; start again.")
+    return data

@@ -1,0 +1,154 @@
+"""A and B by PyTorch's names, and what they add to a weight of a checkpoint."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .._tree import adapter_leaves, check_fits, is_low_rank, nest
+from .._types import LowRank, PyTree
+from ._arrays import factors, weights
+from ._names import Name, resolve
+from ._save import check_writable
+
+
+class Part(NamedTuple):
+    """A and B of one parameter, in PEFT's layout.
+
+    Attributes:
+        name: PyTorch's parameter.
+        kind: `linear`, `embedding`, `conv` or `experts`.
+        a: PEFT's A.
+        b: PEFT's B.
+        scale: s.
+        transposed: whether PyTorch keeps the weight as (inputs, outputs); None if not known.
+    """
+
+    name: str
+    kind: str
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    transposed: bool | None = None
+
+
+class Sum(NamedTuple):
+    """What is added to a weight whose axes are flattened to (stack, rows, columns).
+
+    Attributes:
+        left: (stack, rows, r).
+        right: (stack, r, columns).
+        scale: s.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    scale: float
+
+    @property
+    def transpose(self) -> "Sum":
+        """The same for the transposed weight."""
+        return Sum(self.right.swapaxes(1, 2), self.left.swapaxes(1, 2), self.scale)
+
+
+def from_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[str, np.ndarray]]:
+    """The parts of an adapter tree, and its leaves in full, by PyTorch's names."""
+    found = adapter_leaves(adapter)
+    base = nest({path: jax.ShapeDtypeStruct(_shape(x), np.float32) for path, x in found.items()})
+    check_fits(base, found)
+    leaves = resolve(base, names)
+    check_writable(found, {leaf.path: leaf for leaf in leaves})
+    parts, full = [], {}
+    for leaf in leaves:
+        x, name = found[leaf.path], leaf.name
+        keys = [f"{module}.{name.parameter}" for module in leaf.modules]
+        if not isinstance(x, LowRank):
+            full |= dict(zip(keys, weights(leaf, x), strict=True))
+            continue
+        transposed = None if name.kind == "experts" else name.transposed
+        for key, (a, b) in zip(keys, factors(leaf, x), strict=True):
+            parts.append(Part(key, name.kind or "", a, b, x.scale, transposed))
+    return parts, full
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    """The shape of the weight that a leaf of an adapter is for."""
+    if not is_low_rank(x):
+        return tuple(x.shape)
+    stack, inputs, outputs, slots = x.layout
+    lead = len(stack) + (slots is not None)
+    sizes = dict(zip(stack, x.a.shape, strict=False))
+    sizes |= dict(zip(inputs, x.a.shape[lead:], strict=False))
+    sizes |= dict(zip(outputs, x.b.shape[lead + 1 :], strict=False))
+    if slots is not None:
+        sizes[slots[2]] *= slots[0]
+    return tuple(sizes.get(d, 0) for d in range(len(sizes)))
+
+
+def orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
+    """Whether the weight of `shape` may be transposed as against B·A: none if `part` misfits."""
+    rank, (rows, columns) = part.b.shape[1], matrix(part)
+    if part.kind == "experts":
+        fits = [len(shape) == 3 and shape[1:] == s for s in ((rows, columns), (columns, rows))]
+        count = shape[0] if shape else 0
+        fits = [f and part.a.shape[0] == rank and count and rank % count == 0 for f in fits]
+    elif part.kind == "conv":
+        fits = [(rows, *part.a.shape[1:]) == shape and part.a.shape[0] == rank, False]
+    else:
+        fits = [(rows, columns) == shape, (columns, rows) == shape]
+        fits = [fit and part.a.shape == (rank, columns) for fit in fits]
+    known = True if part.kind == "embedding" else part.transposed
+    return [t for t in (False, True) if fits[t] and known in (None, t)]
+
+
+def matrix(part: Part) -> tuple[int, int]:
+    """The shape of B·A, of one of the experts."""
+    return part.b.shape[0], int(np.prod(part.a.shape[1:]))
+
+
+def as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
+    """What `part` adds to the weight of `shape`."""
+    count = shape[0] if part.kind == "experts" else 1
+    rows, columns = matrix(part)
+    b = part.b.reshape(rows, -1, count).transpose(2, 0, 1)  # rank outside of experts
+    a = part.a.reshape(count, -1, columns)  # experts outside of rank
+    found = Sum(b, a, part.scale)
+    return found.transpose if transposed else found
+
+
+class Orientation:
+    """Finds out whether square weights are transposed, from others that are not square."""
+
+    def __init__(self, parts: Iterable[Part], shapes: dict[str, tuple[int, ...]], flag: bool):
+        """Of the known `shapes` of all tensors, and `fan_in_fan_out`."""
+        self.flag = flag
+        self.seen: dict[bool, set[tuple[str, str]]] = {False: set(), True: set()}
+        for part in parts:
+            if len(found := orientations(part, shapes.get(part.name, ()))) == 1:
+                self.seen[found[0]].add(_group(part.kind, part.name))
+        for name, (*_, rows, columns) in ((n, s) for n, s in shapes.items() if len(s) in (2, 3)):
+            # A bias has the length of the outputs.
+            kind, bias = "linear", name.removesuffix("weight") + "bias"
+            if len(shapes[name]) == 3:
+                kind, bias = "experts", name + "_bias"
+            outputs = shapes.get(bias, (0,))[-1]
+            if rows != columns and outputs in (rows, columns):
+                self.seen[outputs == columns].add(_group(kind, name))
+
+    def of(self, part: Part, fits: Collection[bool]) -> bool | None:
+        """Whether `part` is transposed, where several orientations fit; None if nothing tells."""
+        if len(fits) == 1:
+            return next(iter(fits))
+        group = _group(part.kind, part.name)
+        votes = [t for t in (False, True) if group in self.seen[t]]
+        if len(votes) == 1:
+            return votes[0]
+        mixed = any(kind == "linear" for kind, _ in self.seen[not self.flag])
+        return None if votes or mixed or part.kind == "experts" else self.flag
+
+
+def _group(kind: str, name: str) -> tuple[str, str]:
+    """What has one orientation: the experts of a module, the modules of one last name."""
+    module = name.rpartition(".")[0]
+    return kind, module if kind == "experts" else module.rpartition(".")[2]
