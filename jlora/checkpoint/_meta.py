@@ -1,7 +1,9 @@
 """The metadata of a checkpoint: everything but the numbers, as JSON and back."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -76,7 +78,7 @@ def encode(
     found: Mapping[Path, Any], rules: Sequence[Rule], step: int | None, base: Fingerprint | None
 ) -> Fields:
     """The metadata of an adapter as JSON."""
-    return {
+    fields = {
         "format": FORMAT,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "step": step,
@@ -84,10 +86,17 @@ def encode(
         "adapter": [_encode_leaf(path, x) for path, x in found.items()],
         "base": None if base is None else [[list(p), *leaf] for p, leaf in base.items()],
     }
+    return fields | {"sha256": digest(fields)}
+
+
+def digest(fields: Fields) -> str:
+    """The hash that metadata carry of themselves."""
+    rest = {name: value for name, value in fields.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def decode(fields: Fields) -> Saved:
-    """The metadata from JSON; raises whatever malformed fields make it raise."""
+    """The metadata from JSON."""
     leaves, hashes = {}, {}
     for item in fields["adapter"]:
         path = _strings(item["path"])

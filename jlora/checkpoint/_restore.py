@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from .._tree import adapter_leaves, is_low_rank, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ._fingerprint import Leaf, describe, differences, fingerprint, hash_of
-from ._meta import FORMAT, STATIC, Fields, Saved, arrays, decode
+from ._meta import FORMAT, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
 from ._store import Where, place
 
@@ -39,13 +39,12 @@ def read(path: Where) -> Saved:
         ((Full(pattern='head'),), 7, (2, 3))
     """
     fields = _fields(path)
-    try:
-        return decode(fields)
-    except Exception as e:
+    if fields.get("sha256") != digest(fields):
         raise ValueError(
-            f"`path`: the metadata of {place(path)} is damaged ({type(e).__name__}: {e}). "
+            f"`path`: the metadata of {place(path)} are damaged: their hash is another. "
             "Take another checkpoint, or save this one again."
-        ) from e
+        )
+    return decode(fields)
 
 
 def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = None) -> PyTree:
@@ -112,7 +111,7 @@ def _fields(path: Where) -> Fields:
         number = fields["format"]
     except (ValueError, KeyError, TypeError, OSError) as e:
         raise ValueError(
-            f"`path`: the metadata of {folder} cannot be read ({type(e).__name__}: {e}). "
+            f"`path`: the metadata of {folder} are damaged ({type(e).__name__}: {e}). "
             "Take another checkpoint, or save this one again."
         ) from e
     if number != FORMAT:

@@ -1,0 +1,328 @@
+"""Train so that nothing is lost: a run that may be killed at any moment, and goes on exactly.
+
+    python examples/resume.py             # MiniLM on movie reviews, as in the quickstart
+    python examples/resume.py --resume    # go on after Ctrl-C, kill -9, a full disk, a preemption
+
+OUT/checkpoints/STEP holds all that a step changes: the adapter, the optimizer's state, the random
+key and the position in the data. It is written while training goes on, and appears complete or not
+at all; the last `--keep` stay. SIGTERM, by which clusters announce that they take a machine, saves
+and stops. OUT/losses.txt, a line for each step, is in the end the same to the last bit as that of a
+run that was never stopped.
+
+Each OUT/checkpoints/STEP is also a checkpoint of jlora: `checkpoint.restore` reads the adapter.
+
+Letters in the shapes: N sentences, B sentences in a batch, L tokens.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from models import bert
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import jlora
+from jlora import checkpoint
+
+LEARNING_RATE = 1e-3
+STEPS = 200
+BATCH = 32
+LENGTH = 48  # in tokens; at most 4% of the sentences are longer, and cut
+RANK = 8
+DROPOUT = 0.1
+SAVE_EVERY = 20
+KEEP = 2
+SEED = 0
+OUT = pathlib.Path("out/resume")
+CHECKPOINTS, DELETED, LOSSES, LOCK = "checkpoints", "deleted", "losses.txt", "lock"
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Encoded sentences."""
+
+    ids: np.ndarray  # (N, L)
+    mask: np.ndarray  # (N, L)
+    labels: np.ndarray  # (N,)
+
+
+def encode(tokenizer: Tokenizer, snippets: Sequence[data.Snippet], length: int) -> Batch:
+    """Sentences as token ids, all cut or padded to the same length."""
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    encodings = tokenizer.encode_batch([snippet.text for snippet in snippets])
+    ids = np.array([encoding.ids for encoding in encodings], np.int32)
+    mask = np.array([encoding.attention_mask for encoding in encodings], np.int32)
+    return Batch(ids, mask, np.array([snippet.label for snippet in snippets], np.int32))
+
+
+@dataclasses.dataclass
+class Reader:
+    """Gives batch after batch, each epoch in an order of its own, from any position on."""
+
+    batch: Batch
+    size: int
+    seed: int
+    epoch: int = 0
+    position: int = 0
+
+    def next(self) -> Batch:
+        """The next `size` sentences; what does not fill a batch at an epoch's end is left out."""
+        if self.position + self.size > len(self.batch.labels):
+            self.epoch, self.position = self.epoch + 1, 0
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.batch.labels))
+        rows = order[self.position : self.position + self.size]
+        self.position += self.size
+        return Batch(*(x[rows] for x in self.batch))
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a step changes, besides the position in the data."""
+
+    adapter: Any
+    optimizer: Any
+    key: jax.Array
+
+
+def make_step(lora: jlora.Transformed, tx: optax.GradientTransformation) -> Any:
+    """The compiled training step: (state, base, batch) to (state, loss)."""
+
+    def loss_fn(adapter, key, base, batch):
+        logits = lora.apply(base, jlora.dropout(adapter, key), batch.ids, batch.mask)  # (B, 2)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    @jax.jit
+    def step(state, base, batch):
+        key, now = jax.random.split(state.key)
+        loss, grads = jax.value_and_grad(loss_fn)(state.adapter, now, base, batch)
+        updates, optimizer = tx.update(grads, state.optimizer, state.adapter)
+        return State(optax.apply_updates(state.adapter, updates), optimizer, key), loss
+
+    return step
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+    """Holds `folder` for this process; the system lets go of it however the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{folder} is in use by another run: give another --out.") from None
+        yield
+
+
+def open_manager(folder: pathlib.Path, save_every: int, keep: int) -> ocp.CheckpointManager:
+    """Orbax's manager of the checkpoints in `folder`, without what a killed run left over."""
+    purge(folder)
+    options = ocp.CheckpointManagerOptions(
+        save_interval_steps=save_every,
+        max_to_keep=keep,
+        # An old checkpoint is first renamed, so that a kill never leaves half of one.
+        todelete_subdir=DELETED,
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def purge(folder: pathlib.Path) -> None:
+    """Removes the checkpoints that the manager has put away."""
+    for old in folder.glob(f"{DELETED}/*"):
+        shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def telling(folder: pathlib.Path) -> Iterator[None]:
+    """Says what to do when a checkpoint cannot be written, whatever Orbax raises."""
+    try:
+        yield
+    except Exception as e:
+        raise OSError(
+            f"cannot write a checkpoint to {folder}: {' '.join(str(e).split())[:300]}\n"
+            "Those before are whole. Make room or permission there, then go on with --resume."
+        ) from e
+
+
+def rest(state: State) -> dict[str, Any]:
+    """The state without the adapter, as arrays: Orbax restores no NumPy scalars and no keys."""
+    optimizer = jax.tree.map(jnp.asarray, state.optimizer)
+    return {"optimizer": optimizer, "key": jax.random.key_data(state.key)}
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: State,
+    rules: Sequence[Any],
+    base: Any,
+    reader: Reader,
+    settings: dict[str, Any],
+) -> None:
+    """Starts to write a checkpoint; an error of the one before appears here."""
+    purge(pathlib.Path(manager.directory))
+    place = {"epoch": reader.epoch, "position": reader.position}
+    args = ocp.args.Composite(
+        **checkpoint.items(state.adapter, rules, step=step, base=base),
+        rest=ocp.args.StandardSave(rest(state)),
+        run=ocp.args.JsonSave({"data": place, "settings": settings}),
+    )
+    manager.save(step, args=args, force=True)
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    like: State,
+    base: Any,
+    reader: Reader,
+    settings: dict[str, Any],
+) -> tuple[int, State]:
+    """The last checkpoint's step and state, `reader` moved to its place; else step 0 and `like`.
+
+    Raises:
+        ValueError: if the checkpoint belongs to a run with other settings or another base.
+    """
+    if (step := manager.latest_step()) is None:
+        return 0, like
+    run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+    was = run["settings"]
+    if changed := [f"{k} was {was.get(k)}, is {v}" for k, v in settings.items() if was.get(k) != v]:
+        raise ValueError(f"cannot resume from {manager.directory}: " + "; ".join(changed))
+    folder = pathlib.Path(manager.directory) / str(step)
+    adapter = checkpoint.restore(folder, like=like.adapter, base=base)
+    args = ocp.args.Composite(rest=ocp.args.StandardRestore(rest(like)))
+    saved = manager.restore(step, args=args).rest
+    reader.epoch, reader.position = run["data"]["epoch"], run["data"]["position"]
+    return step, State(adapter, saved["optimizer"], jax.random.wrap_key_data(saved["key"]))
+
+
+def rewind(path: pathlib.Path, step: int) -> None:
+    """Cuts from the log what was written after `step`, be it half a line."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = path.with_suffix(".new")
+        kept.write_text("".join(lines[:step]))
+        kept.replace(path)
+
+
+# ---- the whole run ------------------------------------------------------------------------------
+
+
+def load(layers: int) -> tuple[bert.Bert, dict[str, Any], Tokenizer]:
+    """MiniLM's first layers with a new head, the variables and the tokenizer."""
+    folder = data.minilm()
+    config, variables = bert.load(folder)
+    config = dataclasses.replace(config, num_hidden_layers=layers)
+    params = dict(variables["params"])
+    params["encoder"] = {f"layer_{i}": params["encoder"][f"layer_{i}"] for i in range(layers)}
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return bert.Bert(config, classes=2), bert.add_head({"params": params}, 2), tokenizer
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains from the last checkpoint, if any; returns the step that it came to."""
+    settings = {k: getattr(args, k) for k in ("steps", "batch", "length", "rank", "layers", "seed")}
+    model, variables, tokenizer = load(args.layers)
+    snippets, _ = data.movie_snippets()
+    batch = encode(tokenizer, snippets[: args.sentences], args.length)
+    reader = Reader(batch, args.batch, args.seed)
+    rules = (
+        jlora.LoRA(r"(query|value)/kernel", rank=args.rank, dropout=DROPOUT),
+        jlora.Full(r"classifier"),
+    )
+    lora = jlora.transform(model.apply, *rules)
+    key, init_key = jax.random.split(jax.random.key(args.seed))
+    base, adapter = lora.init(init_key, variables, batch.ids[:1], batch.mask[:1])
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, args.steps)
+    tx = jlora.optimizer(optax.adamw(schedule))
+    step_fn = make_step(lora, tx)
+
+    folder, log = args.out.absolute() / CHECKPOINTS, args.out / LOSSES
+    first = State(adapter, tx.init(adapter), key)
+    with open_manager(folder, args.save_every, args.keep) as manager:
+        start, state = restore(manager, first, base, reader, settings)
+        step = start
+        rewind(log, start)
+        tqdm.write(f"from step {start} of {args.steps}")
+        steps = range(start + 1, args.steps + 1)
+        with log.open("a", buffering=1) as losses:  # a line reaches the system at once
+            for step in tqdm(steps, initial=start, total=args.steps, disable=None):
+                state, loss = step_fn(state, base, reader.next())
+                losses.write(f"{step} {float(loss).hex()}\n")  # every bit
+                stop = manager.reached_preemption(step)
+                if stop or step == args.steps or manager.should_save(step):
+                    with telling(folder):
+                        save(manager, step, state, rules, base, reader, settings)
+                if stop:
+                    break
+        with telling(folder):
+            manager.wait_until_finished()
+    purge(folder)
+    return step
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the example; `argv` are the arguments of the command line."""
+    args = parse(argv)
+    coordinate()
+    try:
+        with alone(args.out):
+            step = train(args)
+    except OSError as e:
+        raise SystemExit(f"stopped: {e}") from e
+    tqdm.write(f"at step {step} of {args.steps}: {args.out / CHECKPOINTS / str(step)}")
+
+
+def coordinate() -> None:
+    """Starts JAX's coordination, which catches SIGTERM; on a cluster JAX finds its own settings."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    jax.distributed.initialize(f"localhost:{port}", num_processes=1, process_id=0)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
+    add("--out", type=pathlib.Path, default=OUT)
+    add("--steps", type=int, default=STEPS)
+    add("--save-every", type=int, default=SAVE_EVERY, help="steps from checkpoint to checkpoint")
+    add("--keep", type=int, default=KEEP, help="checkpoints")
+    add("--batch", type=int, default=BATCH)
+    add("--length", type=int, default=LENGTH, help="the most tokens of a sentence")
+    add("--sentences", type=int, help="the most sentences to train on")
+    add("--layers", type=int, default=6, help="of MiniLM's six, from below")
+    add("--rank", type=int, default=RANK)
+    add("--seed", type=int, default=SEED)
+    args = parser.parse_args(argv)
+    if not args.resume and (args.out / CHECKPOINTS).exists():
+        parser.error(f"{args.out} exists: pass --resume to go on from there, or another --out")
+    return args
+
+
+if __name__ == "__main__":
+    main()

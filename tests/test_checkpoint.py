@@ -1,0 +1,412 @@
+"""`jlora.checkpoint`: what is saved comes back bit for bit, and anything else is refused by name.
+
+Faults of disks and processes are in `test_checkpoint_faults.py`, meshes in
+`test_checkpoint_mesh.py`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from cases import CASES
+from test_laws import prepare
+
+import jlora
+from jlora import Full, LoRA, Slots, checkpoint
+
+# One case of each row of the tables for every day, whole models (row 15) when there is time.
+DAILY = {case.row: case for case in CASES if case.row != 15}.values()
+TABLE = [
+    pytest.param(case, id=case.name, marks=[] if case in DAILY else [pytest.mark.slow])
+    for case in CASES
+]
+RULES = (
+    LoRA("up", rank=2, alpha=3.0, dropout=0.25, rslora=True, init=jlora.gaussian),
+    LoRA("qkv", rank=3, slots=Slots(3, (0, 2)), materialize=True, dtype=jnp.bfloat16),
+    LoRA(rank=2),
+    Full("norm"),
+)
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    """Four products and a scale."""
+    return ((x @ params["up"] @ params["down"] * params["norm"]) @ params["qkv"]) @ params["out"]
+
+
+def made(rules: tuple[Any, ...] = RULES, seed: int = 0) -> tuple[Any, Any]:
+    """A base and an adapter of random numbers."""
+    shapes = {"up": (4, 8), "down": (8, 6), "qkv": (6, 9), "out": (9, 5)}
+    keys = dict(zip(shapes, jax.random.split(jax.random.key(seed), 4), strict=True))
+    params = {name: jax.random.normal(keys[name], shape) for name, shape in shapes.items()}
+    params["norm"] = jnp.linspace(0.5, 1.5, 6)
+    lora = jlora.transform(model, *rules)
+    base, adapter = lora.init(jax.random.key(seed), params, jnp.ones((1, 4)))
+    rng = np.random.default_rng(seed)
+    noise = lambda x: x + jnp.asarray(rng.standard_normal(x.shape), x.dtype)  # noqa: E731
+    return base, jax.tree.map(noise, adapter)
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Structure, static fields, dtypes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def abstract(tree: Any) -> Any:
+    """The shapes and dtypes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+@pytest.fixture
+def saved(tmp_path: pathlib.Path) -> tuple[pathlib.Path, Any, Any]:
+    """A checkpoint, its base and its adapter."""
+    base, adapter = made()
+    checkpoint.save(tmp_path / "saved", adapter, RULES, base=base, step=7, hash_values=True)
+    return tmp_path / "saved", base, adapter
+
+
+# ------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_every_adapter_comes_back(case, tmp_path):
+    _, _, base, adapter = prepare(case, jnp.float32)
+    checkpoint.save(tmp_path / "a", adapter, case.rules, base=base)
+    assert_equal(checkpoint.restore(tmp_path / "a", base=base), adapter)
+    assert_equal(checkpoint.restore(tmp_path / "a", like=abstract(adapter)), adapter)
+    assert checkpoint.read(tmp_path / "a").rules == case.rules
+
+
+def test_read_tells_everything_but_the_numbers(saved):
+    path, base, adapter = saved
+    told = checkpoint.read(path)
+    assert told.rules == RULES
+    assert told.rules[0].init is jlora.gaussian
+    assert told.rules[0].scale == RULES[0].scale
+    assert told.step == 7
+    assert told.versions["jax"] == jax.__version__
+    assert told.versions.keys() == {"jlora", "jax", "jaxlib", "orbax-checkpoint"}
+    assert told.base == checkpoint.fingerprint(base, values=True)
+    assert jax.tree.structure(told.adapter) == jax.tree.structure(adapter)
+    assert jax.tree.leaves(told.adapter) == jax.tree.leaves(abstract(adapter))
+    assert_equal(checkpoint.restore(path, like=told.adapter), adapter)
+
+
+def test_without_like_arrays_lie_on_the_host(saved):
+    path, base, adapter = saved
+    restored = checkpoint.restore(path, base=base)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(restored))
+    y = jlora.transform(model).apply(base, restored, jnp.ones((1, 4)))
+    np.testing.assert_array_equal(y, jlora.transform(model).apply(base, adapter, jnp.ones((1, 4))))
+
+
+def test_the_base_is_not_in_the_files(tmp_path):
+    base, adapter = made()
+    big = {**base, "table": jax.random.normal(jax.random.key(1), (500, 1000))}  # 2 MB
+    checkpoint.save(tmp_path / "a", adapter, RULES, base=big)
+    assert sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()) < 50_000
+
+
+def test_keys_of_dropout_are_left_out(tmp_path):
+    _, adapter = made()
+    checkpoint.save(tmp_path / "a", jlora.dropout(adapter, jax.random.key(0)), RULES)
+    assert_equal(checkpoint.restore(tmp_path / "a"), adapter)
+
+
+def test_dropout_and_materialize_are_those_of_like(saved):
+    path, _, adapter = saved
+    like = {**adapter, "up": adapter["up"]._replace(dropout=0.5, materialize=True)}
+    assert_equal(checkpoint.restore(path, like=like), like)
+
+
+@pytest.mark.parametrize("form", ["root", "frozen", "dots", "names", "many", "scalar"])
+def test_any_tree_comes_back(form, tmp_path):
+    _, adapter = made()
+    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adapter)
+    tree = {
+        "root": jnp.arange(3.0),
+        "frozen": __import__("flax").core.freeze(adapter),
+        "dots": {"a.b": adapter["up"], "a": {"c": adapter["down"]}},
+        "names": {"": adapter["up"], "ü /\\*": {"0": adapter["norm"]}, "full": adapter["down"]},
+        "many": many,
+        "scalar": {"temperature": jnp.float32(0.5)},
+    }[form]
+    checkpoint.save(tmp_path / "a", tree, ())
+    assert_equal(checkpoint.restore(tmp_path / "a", like=tree), tree)
+    if form != "frozen":
+        assert_equal(checkpoint.restore(tmp_path / "a"), tree)
+
+
+def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
+    def mine(key, w, site, rule):
+        return jlora.gaussian(key, w, site, rule)
+
+    rules = (LoRA("up", rank=2, init=mine),)
+    _, adapter = made(rules)
+    checkpoint.save(tmp_path / "a", adapter, rules)
+    (rule,) = checkpoint.read(tmp_path / "a").rules
+    with pytest.raises(NotImplementedError, match=r"`init` was \S*test_checkpoint\S*mine when"):
+        made((rule,))
+    assert made((dataclasses.replace(rule, init=jlora.gaussian),))[1].keys() == {"up"}
+    checkpoint.save(tmp_path / "b", adapter, (rule,))
+    assert checkpoint.read(tmp_path / "b").rules == (rule,)
+
+
+def test_items_join_a_managers_checkpoint(tmp_path):
+    base, adapter = made()
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        for step in (1, 2):
+            mine = checkpoint.items(adapter, RULES, step=step, base=base)
+            manager.save(
+                step, args=ocp.args.Composite(**mine, data=ocp.args.JsonSave({"at": step}))
+            )
+    assert checkpoint.read(tmp_path / "run" / "2").step == 2
+    assert_equal(checkpoint.restore(tmp_path / "run" / "2", like=adapter, base=base), adapter)
+    with pytest.raises(ValueError, match=r"holds the steps 1, 2 of a CheckpointManager; give one"):
+        checkpoint.read(tmp_path / "run")
+
+
+def test_export_is_an_ordinary_checkpoint(tmp_path):
+    merged = jlora.merge(*made())
+    checkpoint.export(tmp_path / "m", merged)
+    with ocp.StandardCheckpointer() as plain:
+        assert_equal(plain.restore(tmp_path / "m", abstract(merged)), merged)
+    with pytest.raises(FileExistsError, match="nothing is ever overwritten"):
+        checkpoint.export(tmp_path / "m", merged)
+    with pytest.raises(ValueError, match="is no checkpoint of an adapter: expected 'adapter' and"):
+        checkpoint.restore(tmp_path / "m")
+
+
+def test_a_relative_path_and_new_parents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, adapter = made()
+    checkpoint.save("new/parents/a", adapter, RULES)
+    assert_equal(checkpoint.restore(pathlib.Path("new/parents/a")), adapter)
+    assert os.listdir(tmp_path / "new" / "parents") == ["a"]
+
+
+# ------------------------------------------------------------------------------------ fingerprints
+
+KINDS_OF_LEAVES = {
+    "float32": jnp.asarray([1.5, -0.0, jnp.nan, jnp.inf]),
+    "bfloat16": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3),
+    "float8_e4m3fn": jnp.arange(4, dtype=jnp.float8_e4m3fn),
+    "int4": jnp.arange(4, dtype=jnp.int4),
+    "uint8": jnp.arange(4, dtype=jnp.uint8),
+    "int32": jnp.arange(4),
+    "bool": jnp.asarray([True, False]),
+    "complex64": jnp.asarray([1 + 2j, 3 - 1j]),
+    "key<fry>": jax.random.key(3),
+}
+
+
+@pytest.mark.parametrize("dtype", KINDS_OF_LEAVES)
+def test_a_hash_depends_on_every_bit_and_place(dtype):
+    x = KINDS_OF_LEAVES[dtype]
+
+    def printed(x):
+        (leaf,) = checkpoint.fingerprint({"x": x}, values=True).values()
+        return leaf
+
+    assert printed(x).dtype == dtype
+    assert re.fullmatch("[0-9a-f]{16}", printed(x).hash)
+    if dtype == "key<fry>":
+        assert printed(jax.random.key(4)) != printed(x)
+        return
+    host = np.asarray(x)
+    assert printed(host) == printed(x)
+    others = {printed(np.roll(host, 1, axis=-1)).hash}
+    for i in range(host.size):
+        other = host.copy()
+        other.reshape(-1)[i] = np.logical_not(other.reshape(-1)[i])
+        others.add(printed(other).hash)
+    assert len(others) == host.size + 1
+    assert printed(x).hash not in others
+
+
+def test_zeros_of_either_sign_differ():
+    plus, minus = ({"x": jnp.asarray([z])} for z in (0.0, -0.0))
+    assert checkpoint.fingerprint(plus, True) != checkpoint.fingerprint(minus, True)
+
+
+def test_hashes_need_values():
+    base, adapter = made()
+    with pytest.raises(TypeError, match=r"`base` must hold arrays where .*DtypeStruct at down"):
+        checkpoint.fingerprint(abstract(base), values=True)
+    with pytest.raises(TypeError, match="`hash_values` needs the base whose values it hashes"):
+        checkpoint.items(adapter, RULES, hash_values=True)
+
+
+def test_another_base_is_refused_with_all_differences(saved):
+    path, base, adapter = saved
+    other = {
+        "up": base["up"] + 1,
+        "down": jnp.zeros((8, 7)),
+        "qkv": base["qkv"].astype(jnp.bfloat16),
+        "out": base["out"],
+        "extra": jnp.zeros(1),
+    }
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(path, base=other)
+    assert str(error.value) == (
+        f"`base` is not the one that the adapter in {path} was trained on:\n"
+        "  down: expected shape (8, 6), got (8, 7)\n"
+        "  extra: unexpected\n"
+        "  norm: missing\n"
+        "  qkv: expected dtype float32, got bfloat16\n"
+        "  up: other values\n"
+        "Give the base that it was saved with, or an adapter of this base."
+    )
+    assert_equal(checkpoint.restore(path, base=abstract(base)), adapter)  # no values to compare
+
+
+def test_a_base_that_cannot_be_checked_is_refused(tmp_path):
+    base, adapter = made()
+    checkpoint.save(tmp_path / "a", adapter, RULES)
+    with pytest.raises(ValueError, match=r"`base` cannot be checked: .* was saved without one"):
+        checkpoint.restore(tmp_path / "a", base=base)
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def test_another_form_is_refused_with_all_differences(saved):
+    path, _, adapter = saved
+    like = {
+        "up": adapter["up"]._replace(scale=5.0, a=jnp.zeros((4, 3))),
+        "down": adapter["down"]._replace(layout=jlora.Layout((0,), (), (1,))),
+        "qkv": adapter["qkv"].a,
+        "out": jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter["out"]),
+        "more": jnp.zeros(2),
+    }
+    with pytest.raises(ValueError) as error:
+        checkpoint.restore(path, like=like)
+    scale = adapter["up"].scale
+    assert str(error.value) == (
+        f"`like` is not of the form of the adapter in {path}:\n"
+        f"  down: expected layout {adapter['down'].layout}, got {like['down'].layout}\n"
+        "  more/full: unexpected\n"
+        "  norm/full: missing\n"
+        "  out/a: expected dtype float32, got bfloat16\n"
+        "  out/b: expected dtype float32, got bfloat16\n"
+        "  qkv/a: missing\n"
+        "  qkv/b: missing\n"
+        "  qkv/full: unexpected\n"
+        "  up/a: expected shape (4, 2), got (4, 3)\n"
+        f"  up: expected scale {scale}, got 5.0\n"
+        "Make it with the rules that the checkpoint has, jlora.checkpoint.read(path).rules."
+    )
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    base, adapter = made()
+    path = tmp_path / "a"
+    with pytest.raises(TypeError, match="`adapter` must be a nested dict of LowRank nodes"):
+        checkpoint.save(path, {"x": 1.0}, ())
+    with pytest.raises(TypeError, match=r"`adapter` must hold arrays to be saved; got .*up/a: S"):
+        checkpoint.save(path, abstract(adapter), RULES)
+    with pytest.raises(TypeError, match=r"`rules` must be jlora.LoRA or jlora.Full; got 'up'"):
+        checkpoint.save(path, adapter, ("up",))
+    with pytest.raises(ValueError, match="`adapter` does not fit `base` at 1 of"):
+        checkpoint.save(path, adapter, RULES, base={**base, "norm": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"that Orbax cannot tell apart.*: a\.b\.full\. Rename"):
+        checkpoint.save(path, {"a.b": jnp.ones(1), "a": {"b": jnp.zeros(1)}}, ())
+    with pytest.raises(TypeError, match=r"`merged` must hold arrays to be saved; got x: float"):
+        checkpoint.export(path, {"x": 1.0})
+    with pytest.raises(TypeError, match=r"`merged` must be a tree of arrays; got {}"):
+        checkpoint.export(path, {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_nothing_is_overwritten(saved):
+    path, _, adapter = saved
+    with pytest.raises(FileExistsError, match=r"`path`: .* exists and is not an empty folder;"):
+        checkpoint.save(path, {"x": jnp.zeros(1)}, ())
+    assert_equal(checkpoint.restore(path), adapter)
+    assert os.listdir(path.parent) == [path.name]
+    (path.parent / "file").touch()
+    with pytest.raises(FileExistsError, match="nothing is ever overwritten"):
+        checkpoint.save(path.parent / "file", adapter, RULES)
+    (path.parent / "empty").mkdir()
+    checkpoint.save(path.parent / "empty", adapter, RULES)
+    assert_equal(checkpoint.restore(path.parent / "empty"), adapter)
+
+
+def edit(path: pathlib.Path, **fields: Any) -> None:
+    """Changes fields of the metadata."""
+    file = path / "jlora" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
+    path, _, _ = saved
+    with pytest.raises(FileNotFoundError, match=r"`path`: there is no checkpoint at .*/nowhere\."):
+        checkpoint.restore(tmp_path / "nowhere")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "adapter_config.json").touch()
+    expected = r"is no checkpoint of an adapter: .*but it holds adapter_config.json\. Give a folder"
+    with pytest.raises(ValueError, match=expected):
+        checkpoint.read(tmp_path / "text")
+    with pytest.raises(ValueError, match="but it is no folder, or an empty one"):
+        checkpoint.read(tmp_path / "text" / "adapter_config.json")
+    edit(path, step=8)
+    with pytest.raises(ValueError, match=r"the metadata of .* are damaged: their hash is another"):
+        checkpoint.read(path)
+    edit(path, format=2)
+    with pytest.raises(ValueError, match=r"has format 2; .* reads format 1\. Update jlora"):
+        checkpoint.restore(path)
+    (path / "jlora" / "metadata").write_text("[]")
+    with pytest.raises(ValueError, match=r"the metadata of .* are damaged \(TypeError"):
+        checkpoint.restore(path)
+
+
+def damage(path: pathlib.Path, how: str, rng: random.Random) -> None:
+    """Deletes, empties or cuts a file, or flips a bit of it."""
+    content = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    elif how == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: 0 if how == "empty" else len(content) // 2])
+
+
+def check_damage(saved: Any, tmp_path: pathlib.Path, how: str, times: int) -> int:
+    """Damages file after file: an error that names the folder, or the right adapter."""
+    path, _, adapter = saved
+    rng, refused = random.Random(0), 0
+    for file in sorted(f.relative_to(path) for f in path.rglob("*") if f.is_file()):
+        for _ in range(times):
+            copy = shutil.copytree(path, tmp_path / "copy")
+            damage(copy / file, how, rng)
+            try:
+                assert_equal(checkpoint.restore(copy), adapter)
+            except ValueError as e:
+                refused += 1
+                assert str(e).startswith("`path`: ")
+                assert str(copy) in str(e)
+            shutil.rmtree(copy)
+    return refused
+
+
+@pytest.mark.parametrize("how", ["delete", "empty", "cut", "flip"])
+def test_a_damaged_checkpoint_is_refused_or_right(saved, tmp_path, how):
+    assert check_damage(saved, tmp_path, how, times=1) >= 3
+
+
+@pytest.mark.slow
+def test_a_thousand_flipped_bits_are_refused_or_right(saved, tmp_path):
+    assert check_damage(saved, tmp_path, "flip", times=70) > 100
