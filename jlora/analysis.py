@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._transform import as_delta
+from ._tree import weight_shape
 from ._types import LowRank
 
 
@@ -133,32 +134,6 @@ def effective_rank(values: jax.Array) -> jax.Array:
     shares = relative / jnp.where(total == 0, 1, total)[..., None]
     logs = jnp.log(jnp.where(shares == 0, 1, shares))
     return jnp.where(total == 0, 0, jnp.exp(-jnp.sum(shares * logs, axis=-1)))
-
-
-def weight_shape(site: LowRank) -> tuple[int, ...]:
-    """The shape of the weight that a site adapts.
-
-    Args:
-        site: a `LowRank` leaf of an adapter, of arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-        The shape of W.
-
-    Example:
-        >>> import jax.numpy as jnp, jlora
-        >>> from jlora import analysis
-        >>> a, b = jnp.ones((5, 4, 2)), jnp.ones((5, 2, 3))
-        >>> analysis.weight_shape(jlora.LowRank(a, b, 1.0, jlora.Layout((1,), (0,), (2,))))
-        (4, 5, 3)
-    """
-    stack, inputs, outputs, slots = site.layout
-    beside = len(stack) + (slots is not None)
-    lengths = dict(zip(stack, site.a.shape, strict=False))
-    lengths |= dict(zip(inputs, site.a.shape[beside:], strict=False))
-    lengths |= dict(zip(outputs, site.b.shape[beside + 1 :], strict=True))
-    if slots is not None:
-        lengths[slots[2]] *= slots[0]
-    return tuple(lengths[d] for d in range(len(lengths)))
 
 
 def _weight(site: LowRank) -> tuple[tuple[int, ...], ...]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jlora import Layout, LowRank, analysis, merge
-from jlora._tree import factor_shapes
+from jlora._tree import factor_shapes, weight_shape
 
 # Shape of W, its layout, r.
 SITES = {
@@ -64,7 +64,7 @@ def test_norm_and_shape(name: str) -> None:
     np.testing.assert_allclose(
         analysis.norm(x), np.linalg.norm(dense(x, name), axis=(-2, -1)), rtol=1e-5
     )
-    assert analysis.weight_shape(x) == SITES[name][0]
+    assert weight_shape(x) == SITES[name][0]
 
 
 @pytest.mark.parametrize("name", SITES)

@@ -4,7 +4,6 @@ Most runs are in this process, through click's runner; those that are about proc
 """
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -22,6 +21,7 @@ import orbax.checkpoint as ocp
 import peft_models as models
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import jlora
 from jlora import checkpoint, peft
@@ -149,7 +149,7 @@ def test_inspect_experts() -> None:
         dense = np.einsum("eir,ero->eio", np.float64(x.a), np.float64(x.b)) * x.scale
         norms = np.linalg.norm(dense, axis=(1, 2))
         np.testing.assert_allclose([m["norm"] for m in site["matrices"]], norms, rtol=1e-9)
-        assert [m["index"] for m in site["matrices"]] == [[0], [1], [2]]
+        assert [m["indices"] for m in site["matrices"]] == [[0], [1], [2]]
         assert site["rank"] == x.a.shape[-1]
 
 
@@ -187,7 +187,7 @@ def test_inspect_json_schema() -> None:
     assert found.keys() == INSPECTED
     assert all(site.keys() == SITE for site in found["sites"])
     matrix = found["sites"][0]["matrices"][0]
-    assert matrix.keys() == {"index", "norm", "spectrum", "stable_rank", "effective_rank"}
+    assert matrix.keys() == {"indices", "norm", "spectrum", "stable_rank", "effective_rank"}
     assert found["full"] == [
         {"name": "classifier.bias", "shape": [3], "dtype": "float32", "parameters": 3},
         {"name": "classifier.weight", "shape": [3, 8], "dtype": "float32", "parameters": 24},
@@ -212,7 +212,7 @@ def test_inspect_of_zero(tmp_path: Folder) -> None:
     checkpoint.save(tmp_path / "a", {"w": site}, ())
     [matrix] = json.loads(run("inspect", tmp_path / "a", "--json").stdout)["sites"][0]["matrices"]
     assert matrix == {
-        "index": [], "norm": 0, "spectrum": [0, 0], "stable_rank": 0, "effective_rank": 0
+        "indices": [], "norm": 0, "spectrum": [0, 0], "stable_rank": 0, "effective_rank": 0
     }  # fmt: skip
 
 
@@ -442,6 +442,40 @@ def test_merge_of_nnx_and_numbers(tmp_path: Folder) -> None:
     assert int(found["id"][0]) == int(found["k"]) == 2**40
 
 
+def huggingface(folder: Folder, name: str) -> tuple[Folder, dict[str, np.ndarray]]:
+    """A case's model as a Hugging Face checkpoint, and what PyTorch merged it to."""
+    torch = models.case(name).torch
+    folder.mkdir()
+    base = {k.removeprefix("base."): x for k, x in torch.items() if k.startswith("base.")}
+    save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    return folder, models.case(name).merged()
+
+
+@pytest.mark.parametrize("name", ["all_linear", "modules_to_save", "gpt2", "scanned", "conv"])
+@pytest.mark.parametrize("kind", ["peft", "orbax"])
+def test_merge_into_hugging_face(name: str, kind: str, tmp_path: Folder) -> None:
+    """What PyTorch merged, from either format of the adapter; other files are copied or named."""
+    base, merged = huggingface(tmp_path / "base", name)
+    folder, case, _ = orbax(tmp_path / "o", name)
+    args = (folder, "--names", table(name)) if kind == "orbax" else (case.folder,)
+    text = run("merge", base, args[0], tmp_path / "m", *args[1:], "--json").stdout
+    assert json.loads(text) == {
+        "base": str(base),
+        "adapter": str(args[0]),
+        "out": str(tmp_path / "m"),
+        "format": "huggingface",
+        "left_out": ["pytorch_model.bin"],
+    }
+    found = models.read(tmp_path / "m" / "model.safetensors")
+    assert found.keys() == merged.keys()
+    for key, x in merged.items():
+        np.testing.assert_allclose(found[key], x, rtol=0, atol=1e-6 * np.abs(x).max())
+    text = run("merge", base, args[0], tmp_path / "n", *args[1:]).stdout
+    assert text.endswith(" merged, as huggingface; not copied: pytorch_model.bin\n")
+
+
 # --------------------------------------------------------------------------------------- errors
 
 
@@ -481,10 +515,10 @@ ERRORS = {
     "inspect cut": "describes .* bytes of data but holds .*; the file is cut off or damaged",
     "inspect pickle": "holds adapter_model.bin, a pickle, and no adapter_model.safetensors",
     "inspect dora": "use_dora: True is a feature that jlora does not support",
-    "inspect damaged": "the metadata of .*damaged cannot be read",
+    "inspect damaged": "the metadata of .*damaged .* damaged .*Take another checkpoint",
     "diff p nowhere": "B: there is no folder .*nowhere",
     "diff p o": "--names is needed .*: one of bert, roberta, gpt2, llama, llama-scanned, vit, ",
-    "diff unknown p --names llama": "A: .*unknown was saved without its base, .* Save it again with",
+    "diff unknown p --names llama": "A: .*unknown was saved without its base, .* Save it again",
     "convert hf x": "IN: .*hf holds a model; expected an adapter of PEFT or Orbax",
     "convert o p --names llama": "exists and is not an empty folder",
     "convert p o --names llama --base base": "exists and is not an empty folder",
@@ -589,3 +623,38 @@ def test_processes(kind: str, files: Folder) -> None:
     assert start("diff", files / "p", models.FIXTURES / "patterns").returncode == 1
     failed = start("inspect", files / "cut")
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+
+
+LARGE = (8192, 8192)
+
+
+def large(root: Folder, kind: str) -> tuple[Folder, Folder]:
+    """A model of one large weight, and an adapter of it."""
+    site = jlora.LowRank(
+        jnp.ones((8192, 1)), jnp.ones((1, 8192)), 1.0, jlora.Layout((), (0,), (1,))
+    )
+    checkpoint.save(root / "a", {"w": {"kernel": site}}, ())
+    if kind == "orbax":
+        checkpoint.export(root / "base", {"w": {"kernel": jnp.zeros(LARGE)}})
+    else:
+        (root / "base").mkdir()
+        save_file({"w.weight": np.zeros(LARGE, np.float32)}, root / "base" / "model.safetensors")
+    return root / "base", root / "a"
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "orbax"])
+def test_interrupt(kind: str, tmp_path: Folder) -> None:
+    """Ctrl-C while it writes: exit code 130, one line, and nothing is left."""
+    args = [*large(tmp_path, kind), tmp_path / "out" / "m", "--names", "llama"]
+    (tmp_path / "out").mkdir()
+    command = [*script("module"), "merge", *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").iterdir()) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == "jlora: interrupted; nothing is half written.\n"
+    assert not list((tmp_path / "out").iterdir())

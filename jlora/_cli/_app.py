@@ -97,7 +97,7 @@ def convert(source: Path, out: Path, **options: Any) -> Any:
 def diff(a: Path, b: Path, names: str | None, tolerance: float | None) -> Any:
     """Compare the adapters A and B: exit code 0 if they are equal in every bit, 1 if not.
 
-    For each site that differs: ‖ΔW_A − ΔW_B‖ / ‖ΔW_A‖, and what differs.
+    For each site that differs: ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖, and what differs.
     """
     from ._diff import diff
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import analysis
 from .._table import aligned
-from .._tree import is_low_rank
+from .._tree import is_low_rank, weight_shape
 from ._inspect import finite, wide
 from ._read import Opened, open_alike
 
@@ -22,7 +22,7 @@ class Compared(NamedTuple):
     Attributes:
         name: its name.
         equal: whether all bits are equal, those of the numbers beside A and B too.
-        relative: ‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ over all its matrices; None where shapes differ.
+        relative: ‖ΔW_a - ΔW_b‖ / ‖ΔW_a‖ over all its matrices; None where shapes differ.
         changes: what differs in words.
     """
 
@@ -48,8 +48,9 @@ class Difference(NamedTuple):
         return not (self.only_a or self.only_b) and all(map(self._accepts, self.compared))
 
     def _accepts(self, x: Compared) -> bool:
-        within = self.tolerance is not None and x.relative is not None
-        return x.equal or (within and x.relative <= self.tolerance)
+        if x.equal or self.tolerance is None or x.relative is None:
+            return x.equal
+        return x.relative <= self.tolerance
 
     @property
     def exit_code(self) -> int:
@@ -95,7 +96,7 @@ def diff(
     common = [name for name in ours.leaves if name in theirs.leaves]
     bar = tqdm(common, "sites", disable=None, leave=False, file=sys.stderr)
     compared = [_compare(name, ours.leaves[name], theirs.leaves[name]) for name in bar]
-    only = (_only(x.leaves, y.leaves) for x, y in ((ours, theirs), (theirs, ours)))
+    only = _only(ours.leaves, theirs.leaves), _only(theirs.leaves, ours.leaves)
     return Difference(ours, theirs, compared, *only, tolerance)
 
 
@@ -113,7 +114,7 @@ def _compare(name: str, x: Any, y: Any) -> Compared:
 
 def _compare_low(x: Any, y: Any) -> tuple[float | None, list[str]]:
     pairs = {
-        "weight": (analysis.weight_shape(x), analysis.weight_shape(y)),
+        "weight": (weight_shape(x), weight_shape(y)),
         "axes": (x.layout, y.layout),
         "rank": (x.a.shape[-1], y.a.shape[-1]),
         "scale": (x.scale, y.scale),

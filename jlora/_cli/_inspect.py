@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .. import analysis
 from .._table import aligned, readable
-from .._tree import count, is_low_rank, size_in_bytes
+from .._tree import count, is_low_rank, size_in_bytes, weight_shape
 from .._types import LowRank
 from ._read import Opened, open_adapter
 
@@ -25,7 +25,7 @@ RIGHT = set(HEADER[1:-1])
 class Matrix(NamedTuple):
     """ΔW at one index of a site's stack."""
 
-    index: tuple[int, ...]
+    indices: tuple[int, ...]
     norm: float
     spectrum: list[float]
     stable_rank: float
@@ -118,7 +118,7 @@ def _measure(x: LowRank) -> tuple[jax.Array, ...]:
 
 
 def _site(name: str, x: LowRank) -> Site:
-    shape, layout = analysis.weight_shape(x), x.layout
+    shape, layout = weight_shape(x), x.layout
     norm, spectrum, stable, effective = map(np.asarray, _measure(wide(x)))
     indices = itertools.product(*map(range, norm.shape))
     matrices = [
@@ -139,7 +139,7 @@ def _rows(site: Site, every: bool) -> list[tuple[str, ...]]:
     if every or len(site.matrices) == 1:
         return [
             (
-                site.name + "".join(f"[{i}]" for i in m.index),
+                site.name + "".join(f"[{i}]" for i in m.indices),
                 *start,
                 *(f"{x:.4g}" for x in (m.norm, m.stable_rank, m.effective_rank)),
                 _values(m.spectrum),

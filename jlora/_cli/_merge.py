@@ -27,15 +27,19 @@ def merge(base: Path, adapter: Path, out: Path, *, names: str | None = None) -> 
             f"BASE must be a model and ADAPTER an adapter; got {base} ({formats[0]}) and "
             f"{adapter} ({formats[1]})."
         )
+    left_out: list[str] = []
     match formats:
         case "huggingface", "peft":
-            peft.export_merged(base, adapter, out)
+            left_out = peft.export_merged(base, adapter, out)
         case "huggingface", _:
-            peft.export_merged(base, checkpoint.restore(adapter), out, names=table(names))
+            tree = checkpoint.restore(adapter)
+            left_out = peft.export_merged(base, tree, out, names=table(names))
         case _:
             _merge_orbax(base, adapter, out, names)
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}
-    return Done(f"{out}: {base} with {adapter} merged, as {formats[0]}", fields)
+    text = f"{out}: {base} with {adapter} merged, as {formats[0]}"
+    text += f"; not copied: {', '.join(left_out)}" if left_out else ""
+    return Done(text, fields | {"left_out": left_out})
 
 
 def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> None:

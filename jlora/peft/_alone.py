@@ -14,6 +14,7 @@ from .._tree import adapter_leaves, nest
 from .._types import LowRank, PyTree
 from ._config import problems, read_config
 from ._file import Entry, read_header
+from ._json import Source
 from ._load import load
 from ._names import Name
 from ._plan import PREFIX, SAVED_BY_NAME, is_saved
@@ -79,7 +80,7 @@ def load_alone(dir: str | os.PathLike[str]) -> Alone:
         ValueError: as `load`.
     """
     folder = Path(dir)
-    fields, entries = read_config(folder), read_header(folder).entries
+    fields, entries = read_config(folder), read_header(Source(folder)).entries
     if wrong := problems(fields):
         raise ValueError(f"`dir`: the adapter in {folder} cannot be read:\n  " + "\n  ".join(wrong))
     if odd := [key for key in entries if set(key) & set("{}/\\") or not key.isprintable()]:
