@@ -48,10 +48,11 @@ class Command(click.Command):
             # Without it JAX would narrow float64 and int64 that a file holds.
             with jax.enable_x64(True):
                 answer = super().invoke(ctx)
+            click.echo(json.dumps(answer.as_json(), indent=2) if as_json else str(answer))
         except KeyboardInterrupt:
             click.echo("jlora: interrupted; nothing is half written.", err=True)
             ctx.exit(INTERRUPTED)
-        except (click.ClickException, click.exceptions.Exit):
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except Exception as e:
             if debug:
@@ -59,7 +60,6 @@ class Command(click.Command):
                 ctx.exit(ERROR)
             click.echo(f"jlora: {one_line(e)}", err=True)
             ctx.exit(ERROR)
-        click.echo(json.dumps(answer.as_json(), indent=2) if as_json else str(answer))
         ctx.exit(answer.exit_code)
 
 
