@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import jlora
+from jlora import checkpoint
 
 RANK = 8
 ALPHA = 16.0
@@ -171,7 +172,9 @@ def make_step(lora: Any, tx: optax.GradientTransformation) -> Any:
     return step
 
 
-def restore(manager: ocp.CheckpointManager, like: State, run: dict[str, Any]) -> tuple[int, State]:
+def restore(
+    manager: ocp.CheckpointManager, like: State, base: Any, run: dict[str, Any]
+) -> tuple[int, State]:
     """The step and state of the last checkpoint; step 0 and `like` where there is none.
 
     Raises:
@@ -179,33 +182,43 @@ def restore(manager: ocp.CheckpointManager, like: State, run: dict[str, Any]) ->
     """
     if (step := manager.latest_step()) is None:
         return 0, like
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
     # The settings first: with another rank, say, the state would not fit its template.
     saved = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
     if changed := [f"{k} was {saved.get(k)}, is {v}" for k, v in run.items() if saved.get(k) != v]:
         raise ValueError(f"cannot resume from {manager.directory}: " + "; ".join(changed))
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return step, State(**manager.restore(step, args=args).state)
+    adapter = checkpoint.restore(manager.directory / str(step), like=like.adapter, base=base)
+    args = ocp.args.Composite(optimizer=ocp.args.StandardRestore(like.optimizer))
+    return step, State(adapter, manager.restore(step, args=args).optimizer)
 
 
 def train(
-    state: State, base: Any, rows: Rows, step_fn: Any, args: argparse.Namespace, run: dict[str, Any]
+    state: State,
+    base: Any,
+    rows: Rows,
+    rules: Sequence[Any],
+    step_fn: Any,
+    args: argparse.Namespace,
+    run: dict[str, Any],
 ) -> tuple[State, dict[int, float]]:
     """Trains from the last checkpoint in `args.out`, if any, to step `args.steps`."""
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
     losses = {}
     with ocp.CheckpointManager(args.out.absolute(), options=options) as manager:
-        start, state = restore(manager, state, run)
+        start, state = restore(manager, state, base, run)
         bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
         for step in bar:
             index = batch_index(args.seed, step, args.batch, len(rows.ids))
             state, loss = step_fn(state, base, take(rows, index))
             losses[step] = float(loss)
             bar.set_postfix(loss=f"{losses[step]:.3f}")
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state._asdict()), run=ocp.args.JsonSave(run)
-            )
-            manager.save(step + 1, args=items, force=step + 1 == args.steps)
+            done = step + 1
+            if done == args.steps or manager.should_save(done):
+                items = ocp.args.Composite(
+                    **checkpoint.items(state.adapter, rules, step=done, base=base),
+                    optimizer=ocp.args.StandardSave(state.optimizer),
+                    run=ocp.args.JsonSave(run),
+                )
+                manager.save(done, args=items, force=True)
     return state, losses
 
 
@@ -232,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     tqdm.write(f"pairs: {len(rows.ids)} train, {len(held_out.ids)} held out, {left_out} too long")
 
     model = llama.Llama(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
-    lora = jlora.transform(model.apply, jlora.LoRA(rank=args.rank, alpha=args.alpha))
+    rules = (jlora.LoRA(rank=args.rank, alpha=args.alpha),)
+    lora = jlora.transform(model.apply, *rules)
     base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
     warmup = min(WARMUP, args.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
@@ -249,7 +263,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     before, first = measure(adapter)  # B is zero: the model as it came
     tqdm.write(f"held-out NLL per token of the answers, before: {before:.3f}")
     state = State(adapter, tx.init(adapter))
-    state, losses = train(state, base, rows, make_step(lora, tx), args, fingerprint(args, pairs))
+    step_fn, run = make_step(lora, tx), fingerprint(args, pairs)
+    state, losses = train(state, base, rows, rules, step_fn, args, run)
     after, then = measure(state.adapter)
     tqdm.write(f"held-out NLL per token of the answers, after: {after:.3f}")
     for pair, old, new in zip(pairs, first, then, strict=False):

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from models import bert
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import jlora
+from jlora import checkpoint
 
 RANK = 8
 ALPHA = 16.0
@@ -79,13 +79,14 @@ def load() -> tuple[bert.Bert, dict[str, Any], Tokenizer]:
     return bert.Bert(config, classes=2), bert.add_head(variables, classes=2), tokenizer
 
 
+def make_rules(rank: int) -> tuple[jlora.LoRA, jlora.Full]:
+    """Low-rank factors on queries and values, and a trainable head."""
+    return jlora.LoRA(r"(query|value)/kernel", rank=rank, alpha=ALPHA), jlora.Full(r"classifier")
+
+
 def adapt(model: bert.Bert, rank: int = RANK) -> jlora.Transformed:
-    """`model` with low-rank factors on queries and values, and a trainable head."""
-    return jlora.transform(
-        model.apply,
-        jlora.LoRA(r"(query|value)/kernel", rank=rank, alpha=ALPHA),
-        jlora.Full(r"classifier"),
-    )
+    """`model`, adapted."""
+    return jlora.transform(model.apply, *make_rules(rank))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -161,19 +162,7 @@ def probe(x: np.ndarray, labels: np.ndarray, x_test: np.ndarray) -> np.ndarray:
     return x_test @ w + y.mean(0)
 
 
-# ---- checkpoints --------------------------------------------------------------------------------
-
-
-def save(path: pathlib.Path, adapter: Any) -> None:
-    """Writes the adapter, and nothing of the base, as an Orbax checkpoint."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), adapter, force=True)
-
-
-def restore(path: pathlib.Path, like: Any) -> Any:
-    """Reads an adapter of the structure and shapes of `like`."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), like)
+# ---- export -------------------------------------------------------------------------------------
 
 
 def export(folder: pathlib.Path, params: Any) -> None:
@@ -208,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     args = parser.parse_args(argv)
+    if (args.out / "adapter").exists():
+        parser.error(f"{args.out / 'adapter'} exists: remove it, or give another --out")
 
     model, variables, tokenizer = load()
     train_set, test_set = (encode(tokenizer, part) for part in data.movie_snippets(MARGIN))
@@ -230,8 +221,9 @@ def main(argv: Sequence[str] | None = None) -> Result:
     adapter, losses = train(lora, base, adapter, train_set, plan)
     print(f"loss {losses[0]:.3f} at the first step, {np.mean(losses[-20:]):.3f} in the last 20")
 
-    save(args.out / "adapter", adapter)
-    adapter = restore(args.out / "adapter", like=adapter)
+    saved = args.out / "adapter"  # the rules and the base's shapes are saved too, and checked
+    checkpoint.save(saved, adapter, make_rules(args.rank), step=args.steps, base=base)
+    adapter = checkpoint.restore(saved, like=adapter, base=base)
     adapted = outputs(functools.partial(jax.jit(lora.apply), base, adapter), test_set)  # (N, 2)
 
     export(args.out / "merged", jlora.merge(base, adapter))

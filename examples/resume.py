@@ -47,6 +47,7 @@ SAVE_EVERY = 20
 KEEP = 2
 SEED = 0
 OUT = pathlib.Path("out/resume")
+RUN = ("batch", "length", "sentences", "layers", "rank", "seed")  # what the losses depend on
 CHECKPOINTS, DELETED, LOSSES, LOCK = "checkpoints", "deleted", "losses.txt", "lock"
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def telling(folder: pathlib.Path) -> Iterator[None]:
         yield
     except Exception as e:
         raise OSError(
-            f"cannot write a checkpoint to {folder}: {' '.join(str(e).split())[:300]}\n"
+            f"cannot write a checkpoint to {folder}: {' '.join(str(e).split())}\n"
             "Those before are whole. Make room or permission there, then go on with --resume."
         ) from e
 
@@ -170,50 +171,44 @@ def rest(state: State) -> dict[str, Any]:
     return {"optimizer": optimizer, "key": jax.random.key_data(state.key)}
 
 
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    state: State,
-    rules: Sequence[Any],
-    base: Any,
-    reader: Reader,
-    settings: dict[str, Any],
-) -> None:
-    """Starts to write a checkpoint; an error of the one before appears here."""
-    purge(pathlib.Path(manager.directory))
-    place = {"epoch": reader.epoch, "position": reader.position}
-    args = ocp.args.Composite(
-        **checkpoint.items(state.adapter, rules, step=step, base=base),
-        rest=ocp.args.StandardSave(rest(state)),
-        run=ocp.args.JsonSave({"data": place, "settings": settings}),
-    )
-    manager.save(step, args=args, force=True)
+class Checkpoints(NamedTuple):
+    """The checkpoints of a run, and what of it never changes."""
 
+    manager: ocp.CheckpointManager
+    rules: Sequence[Any]
+    base: Any
+    settings: dict[str, Any]  # all else that the losses depend on
 
-def restore(
-    manager: ocp.CheckpointManager,
-    like: State,
-    base: Any,
-    reader: Reader,
-    settings: dict[str, Any],
-) -> tuple[int, State]:
-    """The last checkpoint's step and state, `reader` moved to its place; else step 0 and `like`.
+    def save(self, step: int, state: State, reader: Reader) -> None:
+        """Starts to write a checkpoint; an error of the one before appears here."""
+        purge(pathlib.Path(self.manager.directory))
+        run = {"epoch": reader.epoch, "position": reader.position, "settings": self.settings}
+        args = ocp.args.Composite(
+            **checkpoint.items(state.adapter, self.rules, step=step, base=self.base),
+            rest=ocp.args.StandardSave(rest(state)),
+            run=ocp.args.JsonSave(run),
+        )
+        self.manager.save(step, args=args, force=True)
 
-    Raises:
-        ValueError: if the checkpoint belongs to a run with other settings or another base.
-    """
-    if (step := manager.latest_step()) is None:
-        return 0, like
-    run = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-    was = run["settings"]
-    if changed := [f"{k} was {was.get(k)}, is {v}" for k, v in settings.items() if was.get(k) != v]:
-        raise ValueError(f"cannot resume from {manager.directory}: " + "; ".join(changed))
-    folder = pathlib.Path(manager.directory) / str(step)
-    adapter = checkpoint.restore(folder, like=like.adapter, base=base)
-    args = ocp.args.Composite(rest=ocp.args.StandardRestore(rest(like)))
-    saved = manager.restore(step, args=args).rest
-    reader.epoch, reader.position = run["data"]["epoch"], run["data"]["position"]
-    return step, State(adapter, saved["optimizer"], jax.random.wrap_key_data(saved["key"]))
+    def restore(self, like: State, reader: Reader) -> tuple[int, State]:
+        """The last checkpoint's step and state, `reader` moved to its place; else 0 and `like`.
+
+        Raises:
+            ValueError: if the checkpoint belongs to a run with other settings or another base.
+        """
+        if (step := self.manager.latest_step()) is None:
+            return 0, like
+        # The settings first: with another rank, say, the state would not fit its template.
+        run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        was, now = run["settings"], self.settings
+        if changed := [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]:
+            raise ValueError(f"cannot resume from {self.manager.directory}: " + "; ".join(changed))
+        folder = self.manager.directory / str(step)
+        adapter = checkpoint.restore(folder, like=like.adapter, base=self.base)
+        args = ocp.args.Composite(rest=ocp.args.StandardRestore(rest(like)))
+        saved = self.manager.restore(step, args=args).rest
+        reader.epoch, reader.position = run["epoch"], run["position"]
+        return step, State(adapter, saved["optimizer"], jax.random.wrap_key_data(saved["key"]))
 
 
 def rewind(path: pathlib.Path, step: int) -> None:
@@ -241,7 +236,7 @@ def load(layers: int) -> tuple[bert.Bert, dict[str, Any], Tokenizer]:
 
 def train(args: argparse.Namespace) -> int:
     """Trains from the last checkpoint, if any; returns the step that it came to."""
-    settings = {k: getattr(args, k) for k in ("steps", "batch", "length", "rank", "layers", "seed")}
+    settings = {k: getattr(args, k) for k in RUN}
     model, variables, tokenizer = load(args.layers)
     snippets, _ = data.movie_snippets()
     batch = encode(tokenizer, snippets[: args.sentences], args.length)
@@ -253,14 +248,14 @@ def train(args: argparse.Namespace) -> int:
     lora = jlora.transform(model.apply, *rules)
     key, init_key = jax.random.split(jax.random.key(args.seed))
     base, adapter = lora.init(init_key, variables, batch.ids[:1], batch.mask[:1])
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, args.steps)
-    tx = jlora.optimizer(optax.adamw(schedule))
+    tx = jlora.optimizer(optax.adamw(LEARNING_RATE))
     step_fn = make_step(lora, tx)
 
     folder, log = args.out.absolute() / CHECKPOINTS, args.out / LOSSES
     first = State(adapter, tx.init(adapter), key)
     with open_manager(folder, args.save_every, args.keep) as manager:
-        start, state = restore(manager, first, base, reader, settings)
+        checkpoints = Checkpoints(manager, rules, base, settings)
+        start, state = checkpoints.restore(first, reader)
         step = start
         rewind(log, start)
         tqdm.write(f"from step {start} of {args.steps}")
@@ -272,7 +267,7 @@ def train(args: argparse.Namespace) -> int:
                 stop = manager.reached_preemption(step)
                 if stop or step == args.steps or manager.should_save(step):
                     with telling(folder):
-                        save(manager, step, state, rules, base, reader, settings)
+                        checkpoints.save(step, state, reader)
                 if stop:
                     break
         with telling(folder):

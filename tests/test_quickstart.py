@@ -8,6 +8,8 @@ import quickstart
 from models import bert
 from safetensors.numpy import load_file
 
+from jlora import checkpoint
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -45,7 +47,7 @@ def test_the_saved_adapter_gives_the_exported_weights(run):
     lora = quickstart.adapt(model, rank=2)
     example = jax.ShapeDtypeStruct((1, 8), np.int32)
     base, like = lora.init(jax.random.key(1), variables, example, example)
-    adapter = quickstart.restore(out / "adapter", like)
+    adapter = checkpoint.restore(out / "adapter", like=like, base=base)
     ids = np.arange(1000, 1016, dtype=np.int32).reshape(2, 8)
     _, params = bert.load(out / "merged")
     np.testing.assert_allclose(
@@ -53,6 +55,12 @@ def test_the_saved_adapter_gives_the_exported_weights(run):
         model.apply(params, ids, np.ones_like(ids)),
         atol=1e-5,
     )
+
+
+def test_a_finished_run_is_not_overwritten(run):
+    _, out = run
+    with pytest.raises(SystemExit):
+        quickstart.main(["--out", str(out)])
 
 
 def test_draw_shows_every_sentence_once_an_epoch():

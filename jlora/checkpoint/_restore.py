@@ -12,7 +12,7 @@ from .._types import Path, PyTree
 from ._fingerprint import Leaf, describe, differences, fingerprint, hash_of
 from ._meta import FORMAT, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
-from ._store import Where, place
+from ._store import Where, brief, place
 
 
 def read(path: Where) -> Saved:
@@ -60,8 +60,8 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
             layouts and scales; `dropout` and `materialize` are taken from `like`. Without `like`,
             and where it has no sharding, the arrays are NumPy's, on the host.
         base: the base that the adapter is to be used with, arrays or `jax.ShapeDtypeStruct`s; it
-            is compared with the fingerprint that was saved, its values if they were hashed and
-            `base` has any.
+            is compared with the fingerprint that was saved, its values only where they were
+            hashed and `base` holds arrays.
 
     Returns:
         The adapter.
@@ -146,8 +146,8 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
             tree = checkpointer.restore(folder, args=args)[ADAPTER]
     except Exception as e:
         raise ValueError(
-            f"`path`: the arrays of {folder} cannot be read: it is cut off or damaged "
-            f"({type(e).__name__}: {' '.join(str(e).split())[:400]}). Take another checkpoint."
+            f"`path`: the arrays of {folder} cannot be read, as it is cut off or damaged: "
+            f"{brief(e)}. Take another checkpoint."
         ) from e
     return dict(leaves_by_path(tree))
 

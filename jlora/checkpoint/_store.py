@@ -1,7 +1,9 @@
 """The border to Orbax: one atomic write, reading, and errors that say what to do."""
 
 import errno
+import glob
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -32,9 +34,9 @@ def write(path: Where, handler: Any, args: Any) -> None:
     """
     final = place(path)
     local = "://" not in os.fspath(path)
-    _by_first(lambda: _check_vacant(final))
     stage = final.with_name(f".{final.name}.{_shared_token()}") if local else final
     try:
+        _by_first(lambda: _check_vacant(final))
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(stage, args=args)
         if local:
@@ -43,12 +45,12 @@ def write(path: Where, handler: Any, args: Any) -> None:
         raise
     except Exception as e:
         raise OSError(
-            f"`path`: could not write the checkpoint {final}: {_brief(e)} Nothing is left of it, "
+            f"`path`: could not write the checkpoint {final}: {brief(e)}. Nothing is left of it, "
             "and nothing else was touched. Make room or permission there, or give another path."
         ) from e
     finally:
         if local and jax.process_index() == 0:
-            for left in Path(final.parent).glob(f"{stage.name}*"):
+            for left in Path(final.parent).glob(f"{glob.escape(stage.name)}*"):
                 shutil.rmtree(left, ignore_errors=True)
 
 
@@ -103,6 +105,7 @@ def _by_first(work: Callable[[], None]) -> None:
         raise OSError("process 0 failed; its error says why.")
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """An error in a line, without what TensorStore adds for its developers."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 400 else f"{text[:400]}…").rstrip(".") + "."
+    return re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")

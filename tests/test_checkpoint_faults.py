@@ -1,0 +1,266 @@
+"""What can go wrong around a run, with real processes and disks: `examples/resume.py` and `save`.
+
+The law: after any fault, every checkpoint that is there is whole, the error says what happened,
+and the run that goes on has the losses, to the last bit, of the one that was never stopped.
+"""
+
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import disks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from test_checkpoint import RULES, assert_equal, made
+
+from jlora import checkpoint
+
+OFTEN = ["--save-every=2", "--keep=3"]
+EXAMPLE = str(pathlib.Path(__file__).parents[1] / "examples" / "resume.py")
+SMALL = ["--layers=1", "--length=8", "--batch=4", "--sentences=50", "--rank=2"]
+
+
+class Run:
+    """Runs of the example with the same settings, in a folder each."""
+
+    def __init__(self, folder: pathlib.Path, steps: int):
+        """A whole run to compare with; it also fills the compilation cache, which makes it fast."""
+        self.folder, self.steps = folder, steps
+        code, output = self.finish("whole")
+        assert code == 0, output
+        self.losses = self.log("whole")
+        assert len(self.losses.splitlines()) == steps
+
+    def start(self, name: str, *more: str) -> subprocess.Popen[str]:
+        """Starts a process; of those with the same `name` each goes on where the last one was."""
+        command = [sys.executable, EXAMPLE, f"--out={self.folder / name}", f"--steps={self.steps}"]
+        cache = {
+            "PYTHONUNBUFFERED": "1",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        return subprocess.Popen(
+            [*command, *SMALL, "--resume", *more],
+            env=os.environ | cache,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, name: str, *more: str) -> tuple[int, str]:
+        """Runs a process to its end: its exit code and output."""
+        process = self.start(name, *more)
+        output, _ = process.communicate(timeout=600)
+        return process.returncode, output
+
+    def log(self, name: str) -> str:
+        """The losses so far."""
+        path = self.folder / name / "losses.txt"
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, process: subprocess.Popen[str], name: str, steps: int) -> None:
+        """Waits until the process has taken `steps` steps, or has ended."""
+        assert process.stdout is not None
+        found = None
+        while found is None and (line := process.stdout.readline()):
+            found = re.match(r"from step (\d+)", line)
+        target = int(found[1]) + steps if found else self.steps
+        while process.poll() is None and self.log(name).count("\n") < min(target, self.steps):
+            time.sleep(0.001)
+
+    def check(self, name: str) -> list[int]:
+        """Every checkpoint must be whole and every line right; gives the steps."""
+        whole = self.losses.splitlines(keepends=True)
+        assert all(map(str.startswith, whole, self.log(name).splitlines(keepends=True)))
+        folder = self.folder / name / "checkpoints"
+        steps = sorted(int(x.name) for x in folder.glob("*") if x.name.isdigit())
+        for step in steps:
+            assert checkpoint.read(folder / str(step)).step == step
+            checkpoint.restore(folder / str(step))  # checks the hash of every array
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+                args = {"rest": ocp.args.StandardRestore(), "run": ocp.args.JsonRestore()}
+                saved = orbax.restore(folder / str(step), args=ocp.args.Composite(**args))
+            assert saved["run"].keys() == {"epoch", "position", "settings"}
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved["rest"]["optimizer"]))
+        return steps
+
+    def check_end(self, name: str) -> None:
+        """The run has ended as if nothing had been."""
+        assert self.log(name) == self.losses
+        last = [self.folder / x / "checkpoints" / str(self.steps) for x in (name, "whole")]
+        assert_equal(*map(checkpoint.restore, last))
+        assert list((self.folder / name).rglob("*tmp*")) == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """Short runs."""
+    return Run(tmp_path_factory.mktemp("runs"), steps=40)
+
+
+# ------------------------------------------------------------------------------------------- kills
+
+
+def kill_and_resume(run: Run, kills: int, rng: random.Random) -> None:
+    """Kills runs at random moments, each time goes on; a run that has ended is followed by one."""
+    number = 0
+    while kills:
+        process = run.start(f"killed{number}", *OFTEN)
+        if rng.random() < 0.8:
+            run.wait(process, f"killed{number}", rng.randrange(6))
+            time.sleep(rng.uniform(0, 0.1))  # within a step, or a checkpoint's writing
+        else:
+            time.sleep(rng.uniform(0, 4))  # at the start, or where a run goes on
+        process.kill()
+        output, _ = process.communicate()
+        run.check(f"killed{number}")
+        assert process.returncode in (0, -signal.SIGKILL), output
+        if process.returncode:
+            kills -= 1
+        else:
+            run.check_end(f"killed{number}")
+            number += 1
+    code, output = run.finish(f"killed{number}", *OFTEN)
+    assert code == 0, output
+    run.check_end(f"killed{number}")
+    assert len(run.check(f"killed{number}")) == 3
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(run):
+    kill_and_resume(run, kills=3, rng=random.Random(0))
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(tmp_path):
+    kill_and_resume(Run(tmp_path, steps=100), kills=100, rng=random.Random(1))
+
+
+def test_a_preempted_run_saves_and_stops_and_has_its_folder_alone(run):
+    endless = ["--steps=100000", "--save-every=100000"]
+    process = run.start("endless", *endless)
+    run.wait(process, "endless", 1)
+    code, output = run.finish("endless", *endless)
+    assert code == 1
+    assert re.search(r"endless is in use by another run: give another --out\.", output), output
+    process.terminate()
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    *_, step = run.check("endless")
+    assert run.log("endless").count("\n") == step < 100000
+    code, output = run.finish("endless", f"--steps={max(step + 2, run.steps)}")
+    assert (code, f"from step {step} of" in output) == (0, True), output
+    assert run.log("endless").startswith(run.losses)
+
+
+# ------------------------------------------------------------------------------------------- disks
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[] if k == disks.KINDS[-1] else pytest.mark.slow) for k in disks.KINDS],
+)
+def test_a_disk_that_is_full_or_cannot_be_written_costs_no_checkpoint(run, kind):
+    with disks.disk(run.folder / kind, kind) as disk:
+        name = f"{kind}/run"
+        process = run.start(name, *OFTEN)
+        run.wait(process, name, 6)
+        disk.fill(process.pid)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 1, output
+        assert re.search(r"stopped: .*(No space left|File too large)", output), output
+        steps = run.check(name)
+        assert steps
+        disk.make_room()
+        with disks.read_only(run.folder / name):
+            code, output = run.finish(name)
+        assert code == 1, output
+        assert re.search(r"stopped: .*(Read-only|Permission denied)", output), output
+        assert run.check(name) == steps
+        code, output = run.finish(name)
+        assert (code, f"from step {steps[-1]} of" in output) == (0, True), output
+        run.check_end(name)
+
+
+@pytest.mark.parametrize("kind", disks.KINDS)
+def test_save_on_a_full_disk_leaves_nothing(kind, tmp_path):
+    base, adapter = made()
+    before = [np.asarray(x).tobytes() for x in jax.tree.leaves(adapter)]
+    with disks.disk(tmp_path / "disk", kind) as disk:
+        checkpoint.save(disk.folder / "old", adapter, RULES, base=base)
+        held = {x.name for x in disk.folder.iterdir()}
+        disk.fill()
+        try:
+            with pytest.raises(OSError, match=r"`path`: could not write .*Make room or permission"):
+                checkpoint.save(disk.folder / "new", adapter, RULES, base=base)
+        finally:
+            disk.make_room()
+        assert {x.name for x in disk.folder.iterdir()} == held
+        assert_equal(checkpoint.restore(disk.folder / "old", base=base), adapter)
+        assert [np.asarray(x).tobytes() for x in jax.tree.leaves(adapter)] == before
+        checkpoint.save(disk.folder / "new", adapter, RULES, base=base)
+        assert_equal(checkpoint.restore(disk.folder / "new", base=base), adapter)
+
+
+def test_save_where_nothing_can_be_written(tmp_path):
+    _, adapter = made()
+    checkpoint.save(tmp_path / "locked" / "old", adapter, RULES)
+    with disks.read_only(tmp_path / "locked"):
+        with pytest.raises(OSError, match=r"(Read-only|Permission denied).*\. Nothing is left of"):
+            checkpoint.save(tmp_path / "locked" / "new", adapter, RULES)
+        assert_equal(checkpoint.restore(tmp_path / "locked" / "old"), adapter)
+    assert os.listdir(tmp_path / "locked") == ["old"]
+
+
+# ------------------------------------------------------------------------------------- two writers
+
+WRITER = """
+import pathlib, sys, time
+import jax.numpy as jnp
+from jlora import checkpoint
+folder, number = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+adapter = {"head": jnp.full((200, 1000), float(number))}
+(folder / f"ready{number}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.0005)
+for round in range(8):
+    try:
+        checkpoint.save(folder / f"adapter{round}", adapter, ())
+        print("saved", round)
+    except FileExistsError as e:
+        assert "nothing is ever overwritten" in str(e), e
+        print("refused", round)
+"""
+
+
+def test_of_two_writers_of_one_folder_one_is_told(tmp_path):
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(i)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    while not all((tmp_path / f"ready{i}").exists() for i in range(2)):
+        assert all(writer.poll() is None for writer in writers)
+        time.sleep(0.001)
+    (tmp_path / "go").touch()
+    said = [writer.communicate(timeout=300)[0] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0]
+    for i in range(8):
+        (winner,) = [n for n in range(2) if f"saved {i}" in said[n]]
+        assert f"refused {i}" in said[1 - winner]
+        restored = checkpoint.restore(tmp_path / f"adapter{i}")
+        assert_equal(restored, {"head": jnp.full((200, 1000), float(winner))})
+    assert not [x for x in os.listdir(tmp_path) if x.startswith(".")]
