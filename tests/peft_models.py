@@ -48,7 +48,8 @@ class Case(NamedTuple):
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, bfloat16 too."""
-    kinds = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I64": np.int64}
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64}
+    kinds |= {"BF16": ml_dtypes.bfloat16, "U8": np.uint8}
     return {
         name: np.frombuffer(x["data"], kinds[x["dtype"]]).reshape(x["shape"])
         for name, x in deserialize(path.read_bytes())

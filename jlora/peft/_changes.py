@@ -3,15 +3,15 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from .._types import PyTree
-from ._checkpoint import Checkpoint
+from ._checkpoint import Checkpoint, refuse
 from ._file import DTYPES
 from ._folder import from_folder
-from ._json import Source, listing, shown
+from ._json import Source, shown
 from ._names import Name
 from ._parts import Orientation, Part, Sum, as_sum, from_tree, matrix, orientations
 from ._renaming import renaming
@@ -71,11 +71,7 @@ def changes(
         if part.name in shapes and (change := _sum(part, checkpoint, find, wrong)) is not None
     }
     full, frozen = (_checked(values, checkpoint, wrong) for values in (full, frozen))
-    if wrong:
-        raise ValueError(
-            "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written. "
-            + listing(wrong)
-        )
+    refuse(wrong)
     return Changes(sums, full, frozen)
 
 
@@ -84,11 +80,14 @@ def _sum(part: Part, checkpoint: Checkpoint, find: Orientation, wrong: list[str]
     fits = orientations(part, entry.shape)
     if not fits:
         need = f"A {part.a.shape} and B {part.b.shape} make {matrix(part)}"
-        wrong.append(f"{shown(part.name)}: expected a {part.kind} weight of shape {entry.shape}, "
-                     f"but {need}")
+        wrong.append(
+            f"{shown(part.name)}: expected a {part.kind} weight of shape {entry.shape}, but {need}"
+        )
     elif entry.dtype not in DTYPES:
-        wrong.append(f"{shown(part.name)}: of dtype {entry.dtype}; expected one of "
-                     f"{', '.join(DTYPES)}. Dequantize the checkpoint first")
+        wrong.append(
+            f"{shown(part.name)}: of dtype {entry.dtype}; expected one of "
+            f"{', '.join(DTYPES)}. Dequantize the checkpoint first"
+        )
     elif (transposed := find.of(part, fits)) is None:
         wrong.append(
             f"{shown(part.name)}: is square, and nothing tells whether it is (inputs, outputs) or "

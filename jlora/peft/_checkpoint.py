@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +73,15 @@ def open_checkpoint(dir: str | os.PathLike[str]) -> Checkpoint:
         kept.append(INDEX)
     vocabulary = _tied_vocabulary(_config(source, kept))
     return Checkpoint(source, headers, where, kept, left_out, vocabulary)
+
+
+def refuse(found: Sequence[str]) -> None:
+    """Raises if there is anything that keeps an adapter from being merged."""
+    if found:
+        raise ValueError(
+            "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written. "
+            + listing(found)
+        )
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import jax
@@ -13,16 +12,16 @@ from tqdm import tqdm
 
 from .._types import PyTree
 from ._changes import Changes, changes
-from ._checkpoint import Checkpoint, open_checkpoint
+from ._checkpoint import Checkpoint, open_checkpoint, refuse
 from ._file import DTYPES, Entry, fresh
-from ._json import listing, opened, shown
+from ._json import opened, shown
 from ._names import Name
 from ._parts import Sum
 from ._ties import twins
 
 BLOCK = 2**22  # numbers
-# XLA multiplies matrices below about this size by loops of another order.
-_SMALL = 64
+# Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
+_SIDE = 64
 
 
 def export_merged(
@@ -92,8 +91,15 @@ def export_merged(
         ((3, 4), [])
     """
     checkpoint = open_checkpoint(src_dir)
-    todo = changes(checkpoint, adapter, names)
-    todo = _with_twins(checkpoint, todo)
+    todo = _with_twins(checkpoint, changes(checkpoint, adapter, names))
+    refuse(
+        [
+            f"{shown(name)}: the adapter holds other values of it; a trained embedding under an "
+            "adapter is not supported"
+            for name, x in todo.frozen.items()
+            if not _holds(checkpoint, name, x)
+        ]
+    )
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
     wrong: list[str] = []
@@ -101,15 +107,22 @@ def export_merged(
         for file in checkpoint.headers:
             with open(folder / file, "wb") as target:
                 _write(checkpoint, file, todo, target, bar.update, wrong)
-        if wrong:
-            raise ValueError(
-                "`adapter`: merged values are not finite, or rows differ; nothing was written. "
-                + listing(wrong)
-            )
+        refuse(wrong)
         for name in checkpoint.kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.source.folder / name, folder / name)
     return checkpoint.left_out
+
+
+def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
+    """Whether the tensor has just these values."""
+    dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
+    for piece in _pieces(checkpoint, name):
+        own = np.frombuffer(piece, dtype)
+        if not np.array_equal(own, value.reshape(-1)[at : at + own.size].astype(dtype)):
+            return False
+        at += own.size
+    return True
 
 
 def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
@@ -189,19 +202,21 @@ def _added(source: BinaryIO, entry: Entry, change: Sum) -> Iterator[_Chunk]:
 
 
 def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Of matrices of up to so many `rows` with `right`, each as if it was the whole."""
+    """The product of matrices of up to so many `rows` with `right`, by one program."""
     cpu = jax.local_devices(backend="cpu")[0]
     rank, columns = right.shape
-    # In blocks of one shape, so that there is one program, which sums in one order.
-    whole = _padded(right, (rank, max(columns, _SMALL)))
-    factor = jax.device_put(whole, cpu)
+    factor = jax.device_put(_padded(right, (rank, _up(columns))), cpu)
 
     def times(left: np.ndarray) -> np.ndarray:
-        block = jax.device_put(_padded(left, (max(rows, _SMALL), rank)), cpu)
+        block = jax.device_put(_padded(left, (_up(rows), rank)), cpu)
         found = jnp.matmul(block, factor, precision=jax.lax.Precision.HIGHEST)
         return np.asarray(found)[: len(left), :columns]
 
     return times
+
+
+def _up(n: int) -> int:
+    return -(-n // _SIDE) * _SIDE
 
 
 def _padded(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

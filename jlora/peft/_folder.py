@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._checkpoint import refuse
 from ._config import LIMIT, problems
 from ._file import DTYPES, Header, read_header, reader
-from ._json import CONFIG, TENSORS, Source, brief, listing, opened, read_json, shown
+from ._json import CONFIG, TENSORS, Source, brief, opened, read_json, shown
 from ._parts import Part, orientations
 from ._plan import HEADS, PREFIX, SAVED_BY_NAME, hint, is_saved
 from ._renaming import Renaming, renaming
@@ -50,7 +51,7 @@ def from_folder(source: Source, shapes: Shapes) -> Folder:
     """
     fields = read_json(source, CONFIG, LIMIT)
     header = read_header(source)
-    _raise(source, problems(fields))
+    refuse(problems(fields))
     tensors, wrong = _read(source, header)
     pairs, full, frozen = _sorted(tensors, fields, wrong)
     whole = _whole(pairs, wrong)
@@ -63,16 +64,8 @@ def from_folder(source: Source, shapes: Shapes) -> Folder:
     keys = [_key(fields, part) for part in parts]
     wrong += idle(fields, keys, "the adapter's tensors")
     wrong += _unsaved(fields, full)
-    _raise(source, wrong)
+    refuse(wrong)
     return Folder(fields, names, parts, full, frozen)
-
-
-def _raise(source: Source, found: list[str]) -> None:
-    if found:
-        raise ValueError(
-            f"`adapter`: the adapter in {source.folder} cannot be merged into the checkpoint of "
-            f"`src_dir`; nothing was written. {listing(found)}"
-        )
 
 
 def _read(source: Source, header: Header) -> tuple[dict[str, np.ndarray], list[str]]:

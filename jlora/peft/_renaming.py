@@ -24,12 +24,16 @@ class Renaming(NamedTuple):
         """The tensor of the checkpoint for a parameter of the model."""
         if name not in self.names:
             name = self.add + name.removeprefix(self.strip)
-        old = next((name.removesuffix(new) + o for new, o in _OLD.items() if name.endswith(new)), "")
+        old = next(
+            (name.removesuffix(new) + o for new, o in _OLD.items() if name.endswith(new)), ""
+        )
         return old if name not in self.names and old in self.names else name
 
     def back(self, name: str) -> str | None:
         """The inverse of `there`; None for what is outside of the adapted model."""
-        new = next((name.removesuffix(o) + new for new, o in _OLD.items() if name.endswith(o)), name)
+        new = next(
+            (name.removesuffix(o) + new for new, o in _OLD.items() if name.endswith(o)), name
+        )
         return self.strip + new.removeprefix(self.add) if new.startswith(self.add) else None
 
 

@@ -1,0 +1,702 @@
+"""Merged checkpoints without PyTorch: what PEFT merged, the formula, and every refusal.
+
+The laws: a merged checkpoint is the old one with W + s·B·A in the place of W and nothing else
+changed; whatever keeps it from being that is listed, and leaves nothing behind.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import peft_models as models
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jlora import LowRank, peft
+from jlora.peft import Name
+
+Folder = pathlib.Path
+Tensors = Mapping[str, np.ndarray]
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def checkpoint(folder: Folder, tensors: Tensors, shards: int = 1, **config: Any) -> Folder:
+    """A checkpoint as `transformers` writes it, in one file or in several with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(dict(tensors), folder / ONE, metadata={"format": "pt"})
+    else:
+        files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        where = {name: files[i % shards] for i, name in enumerate(names)}
+        for file in files:
+            part = {name: tensors[name] for name in names if where[name] == file}
+            save_file(part, folder / file, metadata={"format": "pt"})
+        index = {"metadata": {"total_size": 1}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def read(folder: Folder) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: x for file in files for name, x in models.read(file).items()}
+
+
+def bytes_of(folder: Folder) -> dict[str, bytes]:
+    """Every file."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def base_of(case: models.Case) -> dict[str, np.ndarray]:
+    """PyTorch's parameters before merging."""
+    return {k[5:]: x for k, x in case.torch.items() if k.startswith("base.")}
+
+
+def fixture(name: str, folder: Folder, shards: int = 1) -> tuple[models.Case, Folder]:
+    """The base of a fixture as a checkpoint."""
+    case = models.case(name)
+    about = json.loads((case.folder / "model.json").read_text())
+    config = about["config"] | {"architectures": [about["architecture"]]}
+    return case, checkpoint(folder / "base", base_of(case), shards, **config)
+
+
+# ----------------------------------------------------------------------- what PEFT itself merged
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", models.CASES)
+def test_merged_is_peft_s(name: str, shards: int, tmp_path: Folder) -> None:
+    """From PEFT's files or from a tree: PEFT's values, in the old names, dtypes and files."""
+    case, base = fixture(name, tmp_path, shards)
+    before = bytes_of(base)
+    peft.export_merged(base, case.folder, tmp_path / "files")
+    adapter = peft.load(case.folder, case.base, case.names)
+    peft.export_merged(base, adapter, tmp_path / "tree", names=case.names)
+    assert bytes_of(tmp_path / "tree") == bytes_of(tmp_path / "files")
+    assert bytes_of(base) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "files", "tree"]
+
+    old, expected, merged = base_of(case), case.merged(), read(tmp_path / "files")
+    if tied := {"tied": "model.embed_tokens.weight", "gpt2_tied": "transformer.wte.weight"}.get(
+        name
+    ):
+        # PEFT adds ΔW to a shared weight once for each module.
+        expected[tied] = (expected[tied] + old[tied]) / 2
+    assert merged.keys() == old.keys()
+    for key, x in merged.items():
+        assert (x.dtype, x.shape) == (old[key].dtype, old[key].shape)
+        assert (x.tobytes() == old[key].tobytes()) == (f"merged.{key}" not in case.torch), key
+        # These sides are below PyTorch's fused multiply-adds. Bits: tests/test_peft_interop.py.
+        y = np.asarray(expected[key], np.float64)
+        bound = 0 if name == "bf16" else 4 * np.finfo(np.float32).eps * np.abs(y).max()
+        np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=0, atol=bound, err_msg=key)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_files_are_those_of_the_library(shards: int, tmp_path: Folder) -> None:
+    """Byte for byte what safetensors writes of the merged tensors."""
+    case, base = fixture("modules_to_save", tmp_path, shards)
+    peft.export_merged(base, case.folder, tmp_path / "out")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        save_file(load_file(file), tmp_path / "again", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "again").read_bytes()
+    assert bytes_of(tmp_path / "out").keys() == bytes_of(base).keys()
+
+
+# ----------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 17, 192])
+@pytest.mark.parametrize("sides", [(5, 8), (65, 67), (128, 96), (300, 1001)])
+def test_products_are_fused_multiply_adds(sides: tuple[int, int], rank: int) -> None:
+    """In the order of the rank, whatever the shape: so does PyTorch for layers of real size."""
+    from jlora.peft._export import _product
+
+    draw = np.random.default_rng(rank)
+    a = draw.standard_normal((rank, sides[1]), np.float32)
+    b = draw.standard_normal((sides[0], rank), np.float32)
+    expected = np.zeros(sides, np.float32)
+    for k in range(rank):  # a product of two float32 is exact in float64
+        expected = (np.float64(b[:, k : k + 1]) * a[k] + expected).astype(np.float32)
+    different = _product(a, sides[0])(b) != expected
+    assert different.mean() < 1e-4  # the sum in float64 above is rounded twice
+
+
+def low_rank(shape: tuple[int, int], rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """PEFT's A and B for a weight (outputs, inputs)."""
+    draw = np.random.default_rng(seed)
+    a = draw.standard_normal((rank, shape[1]), np.float32)
+    return a, draw.standard_normal((shape[0], rank), np.float32)
+
+
+def adapter(folder: Folder, modules: Mapping[str, Any], **fields: Any) -> Folder:
+    """PEFT's files with (A, B) for each of `modules`, or an array for a parameter in full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, x in modules.items():
+        if isinstance(x, np.ndarray):
+            tensors[PREFIX + module] = x
+        else:
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = x[0]
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = x[1]
+    save_file(
+        {k: np.ascontiguousarray(x) for k, x in tensors.items()},
+        folder / TENSORS,
+        metadata={"format": "pt"},
+    )
+    targets = [module for module, x in modules.items() if not isinstance(x, np.ndarray)]
+    default = {"peft_type": "LORA", "target_modules": targets, "r": 2, "lora_alpha": 3}
+    (folder / CONFIG).write_text(json.dumps(default | fields))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_one_rounding(dtype: Any, tmp_path: Folder) -> None:
+    """The sum is rounded once: no worse than half a unit in the last place, and ΔW's own error."""
+    a, b = low_rank((40, 30), 2)
+    w = np.random.default_rng(1).standard_normal((40, 30)).astype(dtype)
+    base = checkpoint(tmp_path / "base", {"q.weight": w})
+    peft.export_merged(base, adapter(tmp_path / "a", {"q": (a, b)}), tmp_path / "out")
+    merged = read(tmp_path / "out")["q.weight"]
+    exact = w.astype(np.float64) + 1.5 * (b.astype(np.float64) @ a)
+    half = np.abs(exact) * float(ml_dtypes.finfo(dtype).eps) / 2
+    slack = 4 * np.finfo(np.float32).eps * (1.5 * np.abs(b) @ np.abs(a))
+    assert merged.dtype == dtype
+    assert (np.abs(merged.astype(np.float64) - exact) <= half + slack).all()
+
+
+def test_blocks_change_no_bit(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are merged in blocks, the last of them shorter."""
+    a, b = low_rank((150, 70), 8)
+    base = checkpoint(tmp_path / "base", {"q.weight": np.ones((150, 70), np.float32)})
+    given = adapter(tmp_path / "a", {"q": (a, b)}, r=8)
+    peft.export_merged(base, given, tmp_path / "whole")
+    monkeypatch.setattr("jlora.peft._export.BLOCK", 64 * 70)
+    peft.export_merged(base, given, tmp_path / "blocks")
+    assert bytes_of(tmp_path / "blocks") == bytes_of(tmp_path / "whole")
+
+
+MEMORY = """
+import resource, sys
+from jlora import peft
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peft.export_merged("small", "adapter", "warm")
+before = peak()
+peft.export_merged("large", "large_adapter", "out")
+print(peak() - before)
+"""
+
+
+def test_memory_is_bounded(tmp_path: Folder) -> None:
+    """A weight of 256 MB is merged in less than 128 MB, as blocks are what is held."""
+    small, large = (64, 64), (8192, 8192)
+    for name, given, shape in (("small", "adapter", small), ("large", "large_adapter", large)):
+        weights = {"q.weight": np.ones(shape, np.float32), "k.weight": np.ones(shape, np.float16)}
+        checkpoint(tmp_path / name, weights)
+        adapter(tmp_path / given, {"q": low_rank(shape, 2), "k": low_rank(shape, 2)})
+    run = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(run, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert int(done.stdout) < 128 * 2**20
+
+
+# ----------------------------------------------------------------------- names and orientation
+
+
+@pytest.mark.parametrize("names", ["head", "none"])
+def test_the_first_part_may_be_missing(names: str, tmp_path: Folder) -> None:
+    """An adapter of a model with a head on the model without, and the other way round."""
+    case = models.case("qv")
+    expected = {k: x for k, x in case.merged().items() if f"merged.{k}" in case.torch}
+    bare = base_of(case)
+    if names == "head":
+        bare = {f"bert.{k}": x for k, x in bare.items()} | {"cls.bias": np.ones(3, np.float32)}
+        given = case.folder
+    else:
+        tensors = models.read(case.folder / TENSORS)
+        given = tmp_path / "a"
+        given.mkdir()
+        shutil.copy(case.folder / CONFIG, given / CONFIG)
+        renamed = {k.replace(PREFIX, f"{PREFIX}bert."): x for k, x in tensors.items()}
+        save_file(renamed, given / TENSORS)
+    base = checkpoint(tmp_path / "base", bare)
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    changed = {k for k, x in merged.items() if x.tobytes() != bare[k].tobytes()}
+    assert {k.removeprefix("bert.") for k in changed} == set(expected)
+
+
+def test_old_names_of_norms(tmp_path: Folder) -> None:
+    """Checkpoints of old have gamma and beta, which `transformers` renames as it loads."""
+    ones = np.ones(4, np.float32)
+    base = checkpoint(
+        tmp_path / "base",
+        {
+            "q.weight": np.ones((4, 6), np.float32),
+            "LayerNorm.gamma": ones,
+            "LayerNorm.beta": ones,
+        },
+    )
+    given = {"q": low_rank((4, 6), 2), "LayerNorm.weight": 2 * ones, "LayerNorm.bias": 3 * ones}
+    given = adapter(tmp_path / "a", given, modules_to_save=["LayerNorm"])
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    assert (merged["LayerNorm.gamma"] == 2).all() and (merged["LayerNorm.beta"] == 3).all()
+
+
+def test_square_weights_by_their_kin(tmp_path: Folder) -> None:
+    """PEFT saves fan_in_fan_out of its last module; GPT-2's square c_proj has a wide namesake."""
+    d = 8
+    weights = {
+        "h.0.attn.c_proj.weight": np.zeros((d, d), np.float32),
+        "h.0.mlp.c_proj.weight": np.zeros((2 * d, d), np.float32),
+        "h.0.mlp.c_proj.bias": np.zeros(d, np.float32),
+        "lm_head.weight": np.zeros((d, d), np.float32),
+    }
+    a, b = low_rank((d, d), 2)
+    base = checkpoint(tmp_path / "base", weights)
+    given = {"h.0.attn.c_proj": (a, b), "lm_head": (a, b)}
+    given = adapter(tmp_path / "a", given, lora_alpha=2, fan_in_fan_out=True)
+    peft.export_merged(base, given, tmp_path / "one")
+    with pytest.raises(ValueError, match=r"c_proj.weight: is square, and nothing tells"):
+        lone = {k: x for k, x in weights.items() if "mlp" not in k}
+        lone["c_fc.weight"], lone["c_fc.bias"] = np.zeros((d, 9)), np.zeros(d)
+        peft.export_merged(checkpoint(tmp_path / "lone", lone), given, tmp_path / "two")
+    merged = read(tmp_path / "one")
+    np.testing.assert_allclose(merged["h.0.attn.c_proj.weight"], (b @ a).T, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("known", ["bias", "sibling", "nothing"])
+def test_square_experts(known: str, tmp_path: Folder) -> None:
+    """Of (experts, inputs, outputs) or (experts, outputs, inputs), the module's others tell."""
+    e, d, r = 2, 4, 3
+    weights = {"m.down": np.zeros((e, d, d), np.float32), "m.up": np.zeros((e, d, 6), np.float32)}
+    if known == "bias":
+        weights["m.up_bias"] = np.zeros((e, 6), np.float32)
+    a, b = low_rank((d, d), e * r)
+    given: dict[str, Any] = {"m": (a, b)}
+    fields = {"target_modules": [], "target_parameters": ["m.down"], "r": r, "lora_alpha": r}
+    if known == "sibling":
+        given = {"m.base_layer": low_rank((6, d), e * r), "m": (a, b)}
+        fields["target_parameters"] = ["m.down", "m.up"]
+    base, given = checkpoint(tmp_path / "base", weights), adapter(tmp_path / "a", given, **fields)
+    if known == "nothing":
+        with pytest.raises(ValueError, match=r"m.down: is square, and nothing tells"):
+            peft.export_merged(base, given, tmp_path / "out")
+        return
+    peft.export_merged(base, given, tmp_path / "out")
+    each = [(b[:, i::e] @ a[i * r : (i + 1) * r]).T for i in range(e)]
+    np.testing.assert_allclose(read(tmp_path / "out")["m.down"], each, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------- shared weights
+
+
+def tied(folder: Folder, *, twice: bool = False, **config: Any) -> Folder:
+    """A checkpoint whose embedding is its head, stored once or twice."""
+    table = np.random.default_rng(5).standard_normal((11, 4), np.float32)
+    weights = {"model.embed_tokens.weight": table} | ({"lm_head.weight": table} if twice else {})
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} | config
+    return checkpoint(folder, weights, vocab_size=11, **config)
+
+
+def both(folder: Folder, *, head: float = 1.0) -> Folder:
+    """PEFT's adapter of an embedding, and its transpose times `head` on the head."""
+    a, b = low_rank((4, 11), 2)  # (2, vocabulary), (dimension, 2)
+    given: dict[str, Any] = {
+        "model.embed_tokens.lora_embedding_A": a,
+        "model.embed_tokens.lora_embedding_B": b,
+    }
+    targets = ["embed_tokens"]
+    if head:
+        given["lm_head"] = (b.T, head * a.T)
+        targets.append("lm_head")
+    return adapter(folder, given, target_modules=targets)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_shared_weight_is_changed_once(twice: bool, tmp_path: Folder) -> None:
+    """By one ΔW, in every place where it is stored."""
+    base, given = tied(tmp_path / "base", twice=twice), both(tmp_path / "a")
+    peft.export_merged(base, given, tmp_path / "out")
+    merged, old = read(tmp_path / "out"), read(base)
+    a, b = low_rank((4, 11), 2)
+    expected = old["model.embed_tokens.weight"] + 1.5 * (b @ a).T
+    assert len(merged) == 1 + twice
+    for x in merged.values():
+        np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_both_copies_of_a_shared_weight(tmp_path: Folder) -> None:
+    """A tree has one adapter for it; the copy of the checkpoint follows, if it is one."""
+    a, b = (jnp.asarray(x) for x in low_rank((4, 11), 2))
+    layout = peft.LLAMA[0].layout
+    tree = {"model": {"embed_tokens": {"embedding": LowRank(a.T, b.T, 1.5, layout)}}}
+    base = tied(tmp_path / "base", twice=True)
+    peft.export_merged(base, tree, tmp_path / "out", names=peft.LLAMA)
+    merged = read(tmp_path / "out")
+    assert merged["lm_head.weight"].tobytes() == merged["model.embed_tokens.weight"].tobytes()
+    free = tied(tmp_path / "free", twice=True, tie_word_embeddings=False)
+    peft.export_merged(free, tree, tmp_path / "free_out", names=peft.LLAMA)
+    assert read(tmp_path / "free_out")["lm_head.weight"].tobytes() == (
+        read(free)["lm_head.weight"].tobytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("twice", "head", "config", "message"),
+    [
+        (False, 0, {}, "model.embed_tokens.weight: the input embedding and the output head share"),
+        (True, 0, {}, "model.embed_tokens.weight: the input embedding and the output head share"),
+        (False, 2, {}, "lm_head.weight: not in the checkpoint; if it shares the input embedding's"),
+        (True, 2, {}, "lm_head.weight: the input embedding and the output head share this weight"),
+        (True, 0, {"tie_word_embeddings": False}, None),
+        (True, 2, {"tie_word_embeddings": False}, None),
+        (False, 0, {"architectures": ["LlamaModel"]}, None),
+    ],
+)
+def test_a_shared_weight_has_one_value(
+    twice: bool, head: float, config: dict[str, Any], message: str | None, tmp_path: Folder
+) -> None:
+    """What PEFT computes with two different weights has no place in one."""
+    base, given = tied(tmp_path / "base", twice=twice, **config), both(tmp_path / "a", head=head)
+    if message is None:
+        peft.export_merged(base, given, tmp_path / "out")
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        peft.export_merged(base, given, tmp_path / "out")
+
+
+def test_a_shared_weight_in_full(tmp_path: Folder) -> None:
+    """`modules_to_save` of embedding and head must hold the same."""
+    table = np.full((11, 4), 2, np.float32)
+    base = checkpoint(
+        tmp_path / "base",
+        {"model.embed_tokens.weight": table / 2, "q.weight": np.ones((4, 6), np.float32)},
+        architectures=["LlamaForCausalLM"],
+        tie_word_embeddings=True,
+        vocab_size=11,
+    )
+    given: dict[str, Any] = {"q": low_rank((4, 6), 2), "model.embed_tokens.weight": table}
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    same = adapter(tmp_path / "same", given | {"lm_head.weight": table}, **saved)
+    peft.export_merged(base, same, tmp_path / "out")
+    assert (read(tmp_path / "out")["model.embed_tokens.weight"] == 2).all()
+    other = adapter(tmp_path / "other", given | {"lm_head.weight": table + 1}, **saved)
+    with pytest.raises(ValueError, match=r"lm_head.weight: not in the checkpoint"):
+        peft.export_merged(base, other, tmp_path / "again")
+    alone = adapter(tmp_path / "alone", given, modules_to_save=["embed_tokens"])
+    with pytest.raises(ValueError, match="does not change both alike"):
+        peft.export_merged(base, alone, tmp_path / "again")
+
+
+# ----------------------------------------------------------------------- files beside the weights
+
+
+def simple(folder: Folder) -> tuple[Folder, Folder]:
+    """A checkpoint of one adapted and one other weight, and the adapter."""
+    weights = {"q.weight": np.ones((4, 6), np.float32), "k.weight": np.ones((4, 6), np.float32)}
+    base = checkpoint(folder / "base", weights)
+    return base, adapter(folder / "a", {"q": low_rank((4, 6), 2)})
+
+
+def test_other_files(tmp_path: Folder) -> None:
+    """All that is no weight is copied; what would be stale, or run code, is left out and named."""
+    base, given = simple(tmp_path)
+    kept = ["generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "m.py"]
+    kept += ["1_Pooling/config.json", "README.md"]
+    left_out = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "adapter.npz"]
+    left_out += ["flax_model.msgpack", "model.fp16.safetensors", "onnx/model.onnx", "rng_state.pth"]
+    left_out += [".git/config", "adapter_config.json", "consolidated.00.pth", "m.gguf"]
+    for name in [*kept, *left_out]:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    found = peft.export_merged(base, given, tmp_path / "out")
+    assert found == sorted(name.replace(".git/config", ".git") for name in left_out)
+    after = bytes_of(tmp_path / "out")
+    assert set(after) == {*kept, ONE, "config.json"}
+    assert all(after[name] == name.encode() for name in kept)
+
+
+def test_a_download_cache(tmp_path: Folder) -> None:
+    """Its files are links; the copy has files."""
+    base, given = simple(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate(sorted(base.iterdir())):
+        path.rename(tmp_path / "blobs" / str(i))
+        path.symlink_to(tmp_path / "blobs" / str(i))
+    peft.export_merged(base, given, tmp_path / "out")
+    assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+def test_inside_its_own_source(tmp_path: Folder) -> None:
+    """The new folder may lie in the old one."""
+    base, given = simple(tmp_path)
+    peft.export_merged(base, given, base / "merged")
+    assert set(bytes_of(base / "merged")) == {ONE, "config.json"}
+
+
+def test_never_overwrites(tmp_path: Folder) -> None:
+    """Not even the source."""
+    base, given = simple(tmp_path)
+    before = bytes_of(base)
+    with pytest.raises(FileExistsError, match=r"`out_dir`: .* is not an empty folder; export_mer"):
+        peft.export_merged(base, given, base)
+    assert bytes_of(base) == before
+
+
+@pytest.mark.parametrize("where", ["sync", "copy"])
+def test_nothing_is_left_of_a_failure(
+    where: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full in the middle."""
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    base, given = simple(tmp_path)
+    target = {"sync": "jlora.peft._file._sync", "copy": "jlora.peft._export._chunk"}[where]
+    monkeypatch.setattr(target, full)
+    with pytest.raises(OSError, match="No space left"):
+        peft.export_merged(base, given, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+
+
+# ----------------------------------------------------------------------- refusals
+
+
+class Both:
+    """A checkpoint of two layers with an adapter of their `q`, to be damaged."""
+
+    def __init__(self, folder: Folder) -> None:
+        """As the damages find it."""
+        draw = np.random.default_rng(3)
+        modules = [f"m.layers.{i}.{p}" for i in (0, 1) for p in ("q", "k")]
+        self.weights = {f"{m}.weight": draw.standard_normal((4, 6), np.float32) for m in modules}
+        self.weights |= {f"{m}.bias": np.ones(4, np.float32) for m in modules}
+        self.modules: dict[str, Any] = {m: low_rank((4, 6), 2) for m in modules if m[-1] == "q"}
+        self.fields: dict[str, Any] = {"target_modules": ["q"]}
+        self.after: Callable[[Both], Any] = lambda both: None
+        self.folder, self.shards = folder, 1
+
+    def export(self) -> None:
+        """Writes both and merges them."""
+        self.base = checkpoint(self.folder / "base", self.weights, self.shards)
+        self.given = adapter(self.folder / "a", self.modules, **self.fields)
+        self.after(self)
+        peft.export_merged(self.base, self.given, self.folder / "out")
+
+    def set(self, **values: Any) -> None:
+        """Replaces attributes."""
+        self.__dict__.update(values)
+
+    def index(self, change: Callable[[dict[str, str]], Any]) -> None:
+        """Changes the index of a checkpoint in two shards."""
+
+        def after(both: "Both") -> None:
+            index = json.loads((both.base / INDEX).read_text())
+            change(index["weight_map"])
+            (both.base / INDEX).write_text(json.dumps(index))
+
+        self.set(shards=2, after=after)
+
+
+Q = "m.layers.0.q"
+LARGE = np.full((4, 6), 6e4, np.float16)
+FITTING = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written. "
+DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
+    "no-layer": (
+        lambda x: x.modules.pop(Q),
+        FITTING + f"1 problems:\n  {Q}.weight: selected by {CONFIG}, but missing in {TENSORS}",
+    ),
+    "no-b": (
+        lambda x: x.modules.update({f"{Q}.lora_A.weight": x.modules.pop(Q)[0]}),
+        f"{PREFIX}{Q}.lora_B.weight: missing",
+    ),
+    "no-tensor": (
+        lambda x: x.weights.pop(f"{Q}.weight"),
+        f"{Q}.weight: not in the checkpoint; save the base model as it was adapted, with its head",
+    ),
+    "unselected": (
+        lambda x: x.modules.update({"m.layers.0.k": low_rank((4, 6), 2)}),
+        f"{PREFIX}m.layers.0.k: unexpected; {CONFIG} does not select it",
+    ),
+    "unexpected": (
+        lambda x: x.modules.update({"m.layers.0.k.bias": np.ones(4, np.float32)}),
+        f"{PREFIX}m.layers.0.k.bias: unexpected",
+    ),
+    "dora": (
+        lambda x: x.modules.update({f"{Q}.lora_magnitude_vector": np.ones(4, np.float32)}),
+        f"{PREFIX}{Q}.lora_magnitude_vector: unexpected; DoRA is not supported",
+    ),
+    "shape": (
+        lambda x: x.modules.update({Q: low_rank((5, 6), 2)}),
+        f"{Q}.weight: expected a linear weight of shape (4, 6), but A (2, 6) and B (5, 2) make "
+        "(5, 6)",
+    ),
+    "rank": (
+        lambda x: x.fields.update(r=3),
+        f"{PREFIX}{Q}: expected rank 3 by {CONFIG}, got an A of shape (2, 6)",
+    ),
+    "vector": (
+        lambda x: x.modules.update({Q: (np.ones(6, np.float32), np.ones((4, 2), np.float32))}),
+        f"{PREFIX}{Q}: expected matrices as A and B, got shapes ((6,), (4, 2))",
+    ),
+    "integers": (
+        lambda x: x.modules.update({Q: tuple(y.astype(np.int32) for y in low_rank((4, 6), 2))}),
+        f"{PREFIX}{Q}.lora_A.weight: expected a floating-point dtype, got I32",
+    ),
+    "not-finite": (
+        lambda x: x.modules.update({Q: (np.full((2, 6), np.nan, np.float32), x.modules[Q][1])}),
+        f"{PREFIX}{Q}.lora_A.weight: 12 of 12 values are not finite",
+    ),
+    "overflow": (
+        lambda x: x.weights.update({f"{Q}.weight": LARGE}) or x.fields.update(lora_alpha=1e9),
+        f"{Q}.weight: 24 values are not finite after merging",
+    ),
+    "quantized": (
+        lambda x: x.weights.update({f"{Q}.weight": np.ones((4, 6), np.uint8)}),
+        f"{Q}.weight: of dtype U8; expected one of F64, F32, F16, BF16. Dequantize the checkpoint",
+    ),
+    "lost-bias": (
+        lambda x: x.fields.update(bias="lora_only"),
+        f"{Q}.bias: selected by {CONFIG}, but missing in {TENSORS}",
+    ),
+    "misshapen-bias": (
+        lambda x: (
+            x.fields.update(modules_to_save=["k"])
+            or x.modules.update(
+                {k: np.ones(3, np.float32) for k in x.weights if k.split(".")[3] == "k"}
+            )
+        ),
+        "m.layers.0.k.bias: expected F32 of shape (4,), got (3,) in the adapter",
+    ),
+    "idle-save": (
+        lambda x: x.fields.update(modules_to_save=["head"]),
+        "modules_to_save: 'head' names none of the adapter's tensors",
+    ),
+    "idle-target": (
+        lambda x: x.fields.update(target_modules=["q", "v"]),
+        "target_modules: 'v' names no module of the adapter's tensors",
+    ),
+    "pissa": (
+        lambda x: x.fields.update(init_lora_weights="pissa"),
+        "init_lora_weights: 'pissa' changes the base model",
+    ),
+    "embedding": (
+        lambda x: x.modules.update({f"{Q}.base_layer.weight": np.ones((4, 6), np.float32)}),
+        f"{Q}.weight: the adapter holds other values of it",
+    ),
+    "experts": (
+        lambda x: (
+            x.weights.update({"e.up": np.ones((2, 4, 6)), "e.down": np.ones((2, 6, 4))})
+            or x.modules.update({"e": low_rank((4, 6), 4), "e.base_layer": low_rank((4, 6), 4)})
+            or x.fields.update(target_parameters=["e.up", "e.down"])
+        ),
+        f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) may be those of either of "
+        "e.up (2, 4, 6), e.down (2, 6, 4)",
+    ),
+    "prefixes": (
+        lambda x: x.set(weights={p + k: y for k, y in x.weights.items() for p in ("a.", "b.")}),
+        "`adapter` fits the checkpoint of `src_dir` with either of 'a.', 'b.' before its names",
+    ),
+    "two-checkpoints": (
+        lambda x: x.set(after=lambda both: (both.base / INDEX).write_text("{}")),
+        f"holds {ONE} and {INDEX}, so two checkpoints",
+    ),
+    "pickle": (
+        lambda x: x.set(after=lambda both: (both.base / ONE).rename(both.base / "m.bin")),
+        f"holds neither {ONE} nor {INDEX}. Save the model as safetensors",
+    ),
+    "cut": (
+        lambda x: x.set(after=lambda both: os.truncate(both.base / ONE, 1200)),
+        f"`src_dir`: {ONE} describes ",
+    ),
+    "index-without-map": (
+        lambda x: x.set(
+            shards=2, after=lambda both: (both.base / INDEX).write_text('{"weight_map": []}')
+        ),
+        f"{INDEX} has no `weight_map`; got []",
+    ),
+    "index-leads-out": (
+        lambda x: x.index(lambda where: where.update(x="../x.safetensors")),
+        f"{INDEX} names '../x.safetensors'; expected a safetensors file beside it",
+    ),
+    "index-lacks": (
+        lambda x: x.index(lambda where: where.pop(f"{Q}.weight")),
+        f"{Q}.weight: in None by the index, in model-0000",
+    ),
+    "index-invents": (
+        lambda x: x.index(lambda where: where.update(x=where[f"{Q}.weight"])),
+        "safetensors by the index, in None by the files",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_refusals(damage: str, tmp_path: Folder) -> None:
+    """Each by name, and nothing is written."""
+    change, message = DAMAGES[damage]
+    files = Both(tmp_path)
+    change(files)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        files.export()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_undamaged(tmp_path: Folder) -> None:
+    """What the damages start from is merged."""
+    Both(tmp_path).export()
+    assert len(read(tmp_path / "out")) == 8
+
+
+def test_a_shard_is_missing(tmp_path: Folder) -> None:
+    """By its name."""
+    files = Both(tmp_path)
+    files.index(lambda where: where.update(x="more.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"`src_dir`: .*base has no more.safetensors"):
+        files.export()
+
+
+def test_arguments(tmp_path: Folder) -> None:
+    """A tree needs names, files have them; what is neither is refused."""
+    base, given = simple(tmp_path)
+    tree = {
+        "q": {
+            "kernel": LowRank(jnp.ones((6, 2)), jnp.ones((2, 4)), 1.0, Name("q", "q", "io").layout)
+        }
+    }
+    with pytest.raises(ValueError, match="`names` is for an adapter tree"):
+        peft.export_merged(base, given, tmp_path / "out", names=peft.LLAMA)
+    with pytest.raises(ValueError, match=r"`names` must say what the leaves .* got None"):
+        peft.export_merged(base, tree, tmp_path / "out")
+    with pytest.raises(TypeError, match="`adapter` must be a nested dict"):
+        peft.export_merged(base, {}, tmp_path / "out", names=peft.LLAMA)
+    with pytest.raises(FileNotFoundError, match="`src_dir`: there is no folder"):
+        peft.export_merged(tmp_path / "none", given, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="`adapter`: there is no folder"):
+        peft.export_merged(base, tmp_path / "none", tmp_path / "out")
+    wrong = [Name("(.*)/kernel", r"\1", "io", transposed=True)]
+    with pytest.raises(ValueError, match=r"q.weight: expected a linear weight of shape \(4, 6\)"):
+        peft.export_merged(base, tree, tmp_path / "out", names=wrong)
+    with pytest.raises(ValueError, match="q/kernel: no row of `names` fits"):
+        peft.export_merged(base, tree, tmp_path / "out", names=[Name("v", "v", "io")])
+    nan = jax.tree.map(lambda x: x * jnp.nan, tree)
+    with pytest.raises(ValueError, match="q/kernel: holds values that are not finite"):
+        peft.export_merged(base, nan, tmp_path / "out", names=peft.LLAMA)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
