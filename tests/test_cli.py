@@ -5,6 +5,7 @@ Most runs are in this process, through click's runner; those that are about proc
 
 import json
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -22,11 +23,13 @@ import peft_models as models
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
+from test_peft import Files, mutate
 
 import jlora
 from jlora import checkpoint, peft
 from jlora._cli import _names
 from jlora._cli._app import cli
+from jlora.peft._alone import load_alone
 
 Folder = pathlib.Path
 TESTS = pathlib.Path(__file__).parent
@@ -214,6 +217,58 @@ def test_inspect_of_zero(tmp_path: Folder) -> None:
     assert matrix == {
         "indices": [], "norm": 0, "spectrum": [0, 0], "stable_rank": 0, "effective_rank": 0
     }  # fmt: skip
+
+
+def fuzz(seeds: range, folder: Folder) -> int:
+    """Reads mutated adapters without their base; gives how many were right in spite of it."""
+    right = 0
+    for seed in seeds:
+        draw = random.Random(seed)
+        place = folder / str(seed)
+        place.mkdir()
+        files = Files(place, draw.choice(["tied", "gpt2_tied", "experts", "bias_all", "conv"]))
+        mutate(files, draw)
+        start = time.monotonic()
+        try:
+            leaves = load_alone(files.folder).leaves
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e).startswith("`dir`: "), (seed, e)
+        else:
+            right += 1
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(leaves)), seed
+        assert time.monotonic() - start < 10, seed
+        shutil.rmtree(place)
+    return right
+
+
+def test_fuzz(tmp_path: Folder) -> None:
+    """Two hundred damaged adapters of PEFT: an error that says what, or finite numbers."""
+    assert 0 < fuzz(range(200), tmp_path) < 200
+
+
+@pytest.mark.slow
+def test_fuzz_long(tmp_path: Folder) -> None:
+    """Ten thousand."""
+    assert 0 < fuzz(range(200, 10_200), tmp_path) < 10_000
+
+
+ODD = {
+    "experts": (["m.base_layer.lora_A.weight"], "m.base_layer.lora_A.weight: unexpected"),
+    "alone": (["m.lora_A.weight"], "m.lora_B.weight: missing, though .*m.lora_A.weight is there"),
+    "braces": (["m{0}.lora_A.weight"], "keys that name no module: .*m{0}"),
+    "kinds": ([f"head.p{i}" for i in range(101)], "has 101 kinds of tensors; expected few"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_inspect_of_odd_keys(name: str, tmp_path: Folder) -> None:
+    """Keys that PEFT never writes are refused by name, or as a whole."""
+    keys, message = ODD[name]
+    tensors = {f"base_model.model.{key}": np.ones((2, 3), np.float32) for key in keys}
+    config = {"peft_type": "LORA", "target_modules": ["m"], "modules_to_save": ["head"]}
+    (tmp_path / FILES[0]).write_text(json.dumps(config))
+    save_file(tensors, tmp_path / FILES[1])
+    assert re.search(message, fails("inspect", tmp_path))
 
 
 # ----------------------------------------------------------------------------------------- diff

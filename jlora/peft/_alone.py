@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 BASE = ".base_layer"
 COPY = BASE + ".weight"
+KINDS = 100  # of parameter names and numbers of axes, as matching takes kinds × tensors
 
 
 class _Part(NamedTuple):
@@ -89,6 +90,8 @@ def load_alone(dir: str | os.PathLike[str]) -> Alone:
     base = nest({part.path: jax.ShapeDtypeStruct(part.shape, np.float32) for part in parts})
     rows = [part.name for part in sorted(parts, key=lambda part: part.tied is None)]
     names = list(dict.fromkeys(rows)) or [Name("", "", "o")]
+    if len(names) > KINDS:
+        raise ValueError(f"`dir`: {folder} has {len(names)} kinds of tensors; expected few.")
     return Alone(base, load(folder, base, names), names)
 
 
@@ -104,29 +107,33 @@ def _parts(fields: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[
         if key.endswith(A):
             wrapper = key.removesuffix(A)
             nested.setdefault(_unwrapped(wrapper), []).append(wrapper)
-    heads = [m for m in nested if _is_tied(fields, m, shapes)]
+    heads = _heads(fields, list(nested), shapes)
     for module, wrappers in nested.items():
         if parameters := _parameters(fields, module):
             yield from _experts(fields, module, wrappers, parameters, shapes)
-        elif module not in heads:
+        elif module in wrappers and module not in heads.values():
             a, b = shapes[module + A], _beside(shapes, module + A, module + B)
             yield _Part(module, "weight", _axes(len(a)), (b[0], *a[1:]))
     for key, shape in shapes.items():
         module, _, parameter = key.rpartition(".")
         if key.endswith(EMBEDDING_A):
             b = _beside(shapes, key, module + EMBEDDING_B)
-            yield _Part(module, "weight", "vo", (shape[-1], b[0]), next(iter(heads), None))
+            yield _Part(module, "weight", "vo", (shape[-1], b[0]), heads.get(module))
         elif shape and (is_saved(fields, module) or _is_bias(fields, parameter)):
             yield _Part(module.removesuffix(BASE), parameter, _axes(len(shape)), shape)
 
 
-def _is_tied(fields: Mapping[str, Any], module: str, shapes: Mapping[str, Any]) -> bool:
-    """Whether `module` is a head whose A and B are those of an embedding."""
-    if fields.get("ensure_weight_tying") and not selects(fields, module):
-        return True
-    copied = [k.removesuffix(COPY) for k in shapes if k.endswith(COPY)]
-    others = [m for m in copied if m.rpartition(".")[2] not in SAVED_BY_NAME]
-    return module in copied and any(m + EMBEDDING_A in shapes for m in others)
+def _heads(
+    fields: Mapping[str, Any], modules: Sequence[str], shapes: Mapping[str, Any]
+) -> dict[str, str]:
+    """The heads whose A and B are those of an embedding, by the embedding."""
+    tying = bool(fields.get("ensure_weight_tying"))
+    unselected = [m for m in modules if tying and not selects(fields, m)]
+    copied = [m for m in modules if m + COPY in shapes]
+    embeddings = [k.removesuffix(EMBEDDING_A) for k in shapes if k.endswith(EMBEDDING_A)]
+    named = {m: m.rpartition(".")[2] in SAVED_BY_NAME for m in embeddings}
+    heads = {m: unselected if named[m] else copied if m + COPY in shapes else [] for m in named}
+    return {m: found[0] for m, found in heads.items() if found}
 
 
 def _is_bias(fields: Mapping[str, Any], parameter: str) -> bool:
