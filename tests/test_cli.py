@@ -446,6 +446,21 @@ def test_convert_for_vllm(source: str, tmp_path: Folder) -> None:
     run("diff", case.folder, out, "--tolerance", 1e-6)
 
 
+PLAIN = ("qv", "all_linear", "patterns", "rslora", "embeddings", "tied", "gpt2", "gpt2_tied")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_convert_of_peft_for_vllm_alone(name: str, tmp_path: Folder) -> None:
+    """What has a profile gets the same files without the base as with it."""
+    case = models.case(name)
+    run("convert", case.folder, tmp_path / "v", "--profile", "vllm")
+    adapter = peft.load(case.folder, case.base, case.names)
+    config = peft.read_config(case.folder)
+    peft.save(tmp_path / "w", case.base, adapter, case.names, profile="vllm", config=config)
+    for file in FILES:
+        assert (tmp_path / "v" / file).read_bytes() == (tmp_path / "w" / file).read_bytes()
+
+
 # ---------------------------------------------------------------------------------------- merge
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from .. import checkpoint, peft
 from .._tree import adapter_leaves, count
 from .._types import PyTree
-from ..peft._alone import load_alone
+from ..peft._alone import load_alone, with_copies
 from . import _base
 from ._command import Done
 from ._names import table
@@ -107,5 +107,6 @@ def _to_profile(
             raise ValueError(f"{option} is not needed: IN is an adapter of PEFT, and so is OUT.")
     alone = load_alone(source)
     fields = peft.read_config(source)
-    peft.save(out, alone.base, alone.adapter, alone.names, profile=profile, config=fields)
+    params = with_copies(source, alone)
+    peft.save(out, params, alone.adapter, alone.names, profile=profile, config=fields)
     return alone.adapter

@@ -51,11 +51,13 @@ def format_of(folder: Path, what: str) -> str:
     names = {path.name for path in folder.iterdir()}
     if names & {CONFIG, TENSORS, *PICKLES[:2]}:
         return "peft"
-    # Numbers are the steps of a CheckpointManager, about which Orbax's reader says what to do.
-    if names & {*ORBAX, "jlora"} or any(name.isdigit() for name in names):
+    if names & {*ORBAX, "jlora"}:
         return "orbax"
     if "config.json" in names or any(name.endswith(".safetensors") for name in names):
         return "huggingface"
+    # The steps of a CheckpointManager, about which Orbax's reader says what to do.
+    if any(name.isdigit() for name in names):
+        return "orbax"
     raise ValueError(
         f"{what}: {folder} holds neither {CONFIG}, as PEFT writes it, nor a checkpoint of Orbax, "
         "nor a model of Hugging Face."

@@ -13,8 +13,8 @@ import numpy as np
 from .._tree import adapter_leaves, nest
 from .._types import LowRank, PyTree
 from ._config import problems, read_config
-from ._file import Entry, read_header
-from ._json import Source
+from ._file import Entry, read_header, reader
+from ._json import TENSORS, Source, opened
 from ._load import load
 from ._names import Name
 from ._plan import PREFIX, SAVED_BY_NAME, is_saved
@@ -93,6 +93,20 @@ def load_alone(dir: str | os.PathLike[str]) -> Alone:
     if len(names) > KINDS:
         raise ValueError(f"`dir`: {folder} has {len(names)} kinds of tensors; expected few.")
     return Alone(base, load(folder, base, names), names)
+
+
+def with_copies(dir: str | os.PathLike[str], alone: Alone) -> PyTree:
+    """The base of `alone` with the frozen embeddings and heads that the file holds, for `save`."""
+    source = Source(Path(dir))
+    header = read_header(source)
+    with opened(source, TENSORS) as (file, _):
+        read = reader(file, header)
+
+        def value(path: tuple[Any, ...], x: Any) -> Any:
+            key = f"{PREFIX}{path[0].key}{COPY}"
+            return read(key) if key in header.entries else x
+
+        return jax.tree_util.tree_map_with_path(value, alone.base)
 
 
 def _label(path: tuple[str, ...], x: Any) -> str:
