@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
 
-from ._command import Command
+from ._command import INTERRUPTED, Command
 
 FOLDER = click.Path(path_type=Path)
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
@@ -108,4 +109,11 @@ def main() -> None:
     """The entry point: on the CPU, where the work is, unless JAX_PLATFORMS says otherwise."""
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
-    cli(prog_name="jlora")
+    try:
+        cli(prog_name="jlora")
+    except SystemExit as e:
+        if e.code != INTERRUPTED:
+            raise
+        # Event loops of Orbax, stopped half-way, would complain while Python shuts down.
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
