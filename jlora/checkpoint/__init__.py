@@ -6,6 +6,7 @@ adapter = checkpoint.restore("out/adapter", base=base)
 
 from ._fingerprint import Leaf as Leaf
 from ._fingerprint import fingerprint as fingerprint
+from ._meta import Foreign as Foreign
 from ._meta import Saved as Saved
 from ._restore import read as read
 from ._restore import restore as restore

@@ -20,7 +20,7 @@ from ._fingerprint import Fingerprint, Leaf, describe
 
 FORMAT = 1
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
-FACTORS = ("a", "b")
+FACTORS, FULL = ("a", "b"), "full"
 STATIC = ("scale", "dropout", "materialize")
 
 Fields = dict[str, Any]
@@ -69,7 +69,7 @@ def arrays(found: Mapping[Path, Any]) -> dict[Path, Any]:
     """The arrays of an adapter by path, each with the name of what it is at the end."""
     flat = {}
     for path, x in found.items():
-        parts = {n: getattr(x, n) for n in FACTORS} if is_low_rank(x) else {"full": x}
+        parts = {n: getattr(x, n) for n in FACTORS} if is_low_rank(x) else {FULL: x}
         flat |= {(*path, name): value for name, value in parts.items()}
     return flat
 

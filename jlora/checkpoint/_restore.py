@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from .._tree import adapter_leaves, is_low_rank, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ._fingerprint import Leaf, describe, differences, fingerprint, hash_of
-from ._meta import FORMAT, Fields, Saved, arrays, decode, digest
+from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
 from ._store import Where, brief, place
 
@@ -91,7 +91,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
 
 def _fill(x: Any, path: Path, flat: dict[Path, Any]) -> Any:
     if not is_low_rank(x):
-        return flat[*path, "full"]
+        return flat[*path, FULL]
     return x._replace(a=flat[*path, "a"], b=flat[*path, "b"], key=None)
 
 
@@ -164,7 +164,7 @@ def _template(x: Any) -> Any:
 
 
 def _check_hashes(path: Where, hashes: dict[Path, str], flat: dict[Path, Any]) -> None:
-    wrong = [name_of(p) for p, x in flat.items() if hash_of(x) != hashes[p]]
+    wrong = [name_of(_place_of(p)) for p, x in flat.items() if hash_of(x) != hashes[p]]
     if wrong:
         raise ValueError(
             f"`path`: {place(path)} is damaged: the values of {', '.join(wrong)} are not those "
@@ -206,4 +206,9 @@ def _check_like(path: Where, saved: dict[Path, Any], like: dict[Path, Any]) -> N
 
 
 def _forms(found: dict[Path, Any]) -> dict[Path, Leaf]:
-    return {p: describe(x, values=False) for p, x in arrays(found).items()}
+    return {_place_of(p): describe(x, values=False) for p, x in arrays(found).items()}
+
+
+def _place_of(path: Path) -> Path:
+    """Where the user knows an array: a leaf in full by its own path."""
+    return path[:-1] if path[-1] == FULL else path
