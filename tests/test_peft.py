@@ -791,6 +791,13 @@ def test_all_problems_are_listed_at_once(tmp_path: Folder) -> None:
     )
 
 
+def test_excluded_targets_may_be_listed(tmp_path: Folder) -> None:
+    """As PEFT lists all of "all-linear", also those that it then excludes."""
+    files = Files(tmp_path)
+    files.config(target_modules=["query", "value", "dense"], exclude_modules=["dense"])
+    assert_equal(files.load(), peft.load(files.case.folder, files.case.base, files.case.names))
+
+
 def test_scanned_layers_must_agree(tmp_path: Folder) -> None:
     """One leaf has one rank and one scale, and is adapted in all layers or in none."""
     files = Files(tmp_path, "scanned")

@@ -280,13 +280,12 @@ def test_square_weights_by_their_kin(tmp_path: Folder) -> None:
     np.testing.assert_allclose(merged["h.0.attn.c_proj.weight"], (b @ a).T, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("known", ["bias", "sibling", "nothing"])
+@pytest.mark.parametrize("known", ["sibling", "nothing"])
 def test_square_experts(known: str, tmp_path: Folder) -> None:
-    """Of (experts, inputs, outputs) or (experts, outputs, inputs), the module's others tell."""
+    """Whether A belongs to their last axis, the module's others tell, but no bias."""
     e, d, r = 2, 4, 3
     weights = {"m.down": np.zeros((e, d, d), np.float32), "m.up": np.zeros((e, d, 6), np.float32)}
-    if known == "bias":
-        weights["m.up_bias"] = np.zeros((e, 6), np.float32)
+    weights["m.up_bias"] = np.zeros((e, 6), np.float32)
     a, b = low_rank((d, d), e * r)
     given: dict[str, Any] = {"m": (a, b)}
     fields = {"target_modules": [], "target_parameters": ["m.down"], "r": r, "lora_alpha": r}
@@ -399,6 +398,10 @@ def test_a_shared_weight_in_full(tmp_path: Folder) -> None:
     other = adapter(tmp_path / "other", given | {"lm_head.weight": table + 1}, **saved)
     with pytest.raises(ValueError, match=r"lm_head.weight: not in the checkpoint"):
         peft.export_merged(base, other, tmp_path / "again")
+    # PEFT does not list the head that it ties itself.
+    by_peft = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    known = adapter(tmp_path / "known", given | {"lm_head.weight": table}, **by_peft)
+    peft.export_merged(base, known, tmp_path / "third")
     alone = adapter(tmp_path / "alone", given, modules_to_save=["embed_tokens"])
     with pytest.raises(ValueError, match="does not change both alike"):
         peft.export_merged(base, alone, tmp_path / "again")
@@ -592,7 +595,7 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
     ),
     "idle-target": (
         lambda x: x.fields.update(target_modules=["q", "v"]),
-        "target_modules: 'v' names no module of the adapter's tensors",
+        "target_modules: 'v' names no module of the checkpoint",
     ),
     "pissa": (
         lambda x: x.fields.update(init_lora_weights="pissa"),
@@ -657,6 +660,14 @@ def test_refusals(damage: str, tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         files.export()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_excluded_targets_may_be_listed(tmp_path: Folder) -> None:
+    """As PEFT lists all of "all-linear", also those that it then excludes."""
+    files = Both(tmp_path)
+    files.fields.update(target_modules=["q", "m.layers.1.k"], exclude_modules=["k"])
+    files.export()
+    assert len(read(tmp_path / "out")) == 8
 
 
 def test_undamaged(tmp_path: Folder) -> None:

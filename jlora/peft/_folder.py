@@ -62,7 +62,8 @@ def from_folder(source: Source, shapes: Shapes) -> Folder:
     modules = {module for module, *_ in whole}
     wrong += _missing(fields, {p.name for p in parts}, modules, set(full), own)
     keys = [_key(fields, part) for part in parts]
-    wrong += idle(fields, keys, "the adapter's tensors")
+    known = [n.removesuffix(".weight") for n, shape in own.items() if len(shape) > 1]
+    wrong += idle(fields, keys, known, "the checkpoint")
     wrong += _unsaved(fields, full)
     refuse(wrong)
     return Folder(fields, names, parts, full, frozen)
@@ -114,7 +115,7 @@ def _sorted(
 def _is_full(fields: Mapping[str, Any], module: str, parameter: str, adapted: bool) -> bool:
     bias = fields.get("bias", "none")
     by_bias = parameter == "bias" and (bias == "all" or (bias == "lora_only" and adapted))
-    return by_bias or is_saved(fields, module)
+    return by_bias or is_saved(fields, module) or _may_tie(fields, module)
 
 
 def _whole(pairs: Pairs, wrong: list[str]) -> Pairs:

@@ -59,7 +59,8 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     _raise(folder, problems(fields))
     plan = make_plan(fields, leaves, names)
     keys = [*plan.heads, *(leaf.key(m) for leaf, *_ in plan.adapted for m in leaf.modules)]
-    found = [*plan.problems, *idle(fields, keys), *unsaved_names(fields, leaves)]
+    known = [leaf.key(m) for leaf in leaves if leaf.name.kind for m in leaf.modules]
+    found = [*plan.problems, *idle(fields, keys, known), *unsaved_names(fields, leaves)]
     _raise(folder, found + _check_header(plan, header))
     tensors = _read(folder, plan, header)
     dropout = float(fields.get("lora_dropout", 0.0))

@@ -66,7 +66,10 @@ def from_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[
         if not isinstance(x, LowRank):
             full |= dict(zip(keys, weights(leaf, x), strict=True))
             continue
-        transposed = None if name.kind == "experts" else name.transposed
+        # What is swapped has PEFT's B·A in the order of PyTorch's axes.
+        transposed = name.transposed
+        if name.kind == "experts":
+            transposed = False if name.swapped else None
         for key, (a, b) in zip(keys, factors(leaf, x), strict=True):
             parts.append(Part(key, name.kind or "", a, b, x.scale, transposed))
     return parts, full
@@ -127,14 +130,12 @@ class Orientation:
         for part in parts:
             if len(found := orientations(part, shapes.get(part.name, ()))) == 1:
                 self.seen[found[0]].add(_group(part.kind, part.name))
-        for name, (*_, rows, columns) in ((n, s) for n, s in shapes.items() if len(s) in (2, 3)):
-            # A bias has the length of the outputs.
-            kind, bias = "linear", name.removesuffix("weight") + "bias"
-            if len(shapes[name]) == 3:
-                kind, bias = "experts", name + "_bias"
-            outputs = shapes.get(bias, (0,))[-1]
-            if rows != columns and outputs in (rows, columns):
-                self.seen[outputs == columns].add(_group(kind, name))
+        # A bias has the length of the outputs. Of experts it tells nothing: whether PEFT's A
+        # belongs to their inputs depends on the version of `transformers`.
+        for name, shape in shapes.items():
+            (outputs,) = shapes.get(name.removesuffix("weight") + "bias", (0,))[:1] or (0,)
+            if len(shape) == 2 and shape[0] != shape[1] and outputs in shape:
+                self.seen[outputs == shape[1]].add(_group("linear", name))
 
     def of(self, part: Part, fits: Collection[bool]) -> bool | None:
         """Whether `part` is transposed, where several orientations fit; None if nothing tells."""
@@ -149,6 +150,5 @@ class Orientation:
 
 
 def _group(kind: str, name: str) -> tuple[str, str]:
-    """What has one orientation: the experts of a module, the modules of one last name."""
-    module = name.rpartition(".")[0]
-    return kind, module if kind == "experts" else module.rpartition(".")[2]
+    """What has one orientation: the modules of one last name."""
+    return kind, name.rpartition(".")[0].rpartition(".")[2]

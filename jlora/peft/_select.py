@@ -72,19 +72,25 @@ def _matcher(pattern: str) -> re.Pattern[str]:
 
 
 def idle(
-    fields: Mapping[str, Any], keys: Collection[str], where: str = "`base` under `names`"
+    fields: Mapping[str, Any],
+    adapted: Collection[str],
+    known: Collection[str],
+    where: str = "`base` under `names`",
 ) -> list[str]:
-    """The patterns and names that nothing among the adapted `keys` matches."""
+    """The patterns that match none of the `adapted` keys, the names of none that is `known`.
+
+    PEFT lists targets that it excludes, or that lie in other layers, all the same.
+    """
     found = [
         f"{name}: {brief(pattern)} matches no adapted module"
         for name in ("rank_pattern", "alpha_pattern")
         for pattern in fields.get(name) or {}
-        if not any(_matcher(pattern).match(key) for key in keys)
+        if not any(_matcher(pattern).match(key) for key in adapted)
     ]
     for name in ("target_modules", "target_parameters"):
         listed = fields.get(name) or []
         for target in listed if isinstance(listed, list) else []:
-            if not any(ends(key, target) for key in keys):
+            if not any(ends(key, target) for key in (*adapted, *known)):
                 found.append(f"{name}: {brief(target)} names no module of {where}")
     return found
 

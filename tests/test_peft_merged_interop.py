@@ -1,0 +1,225 @@
+"""Merged checkpoints against `merge_and_unload`, and in `transformers`. Needs `interop`."""
+
+import copy
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+hf_peft = pytest.importorskip("peft")
+
+import peft_models as models  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from test_peft_interop import make, outputs  # noqa: E402
+
+from jlora import peft  # noqa: E402
+
+# Sides of at least 64, and of no round numbers: layers as they are, but small.
+ENCODER = {
+    "vocab_size": 301,
+    "hidden_size": 100,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 201,
+    "max_position_embeddings": 70,
+}
+LLAMA = {**ENCODER, "num_key_value_heads": 1, "num_attention_heads": 1, "head_dim": 72}
+GPT2 = {"vocab_size": 301, "n_embd": 96, "n_layer": 1, "n_head": 2, "n_positions": 70}
+GPT_OSS = {
+    **LLAMA,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_local_experts": 3,
+    "layer_types": ["full_attention"],
+}
+VIT = {
+    "hidden_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 160,
+    "image_size": 32,
+    "num_labels": 3,
+}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+UNTIED = {"tie_word_embeddings": False}
+# Case: architecture, its configuration, the arguments of LoraConfig.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "linear": ("LlamaForCausalLM", LLAMA, {"target_modules": LINEAR}),
+    "all_linear": ("LlamaForCausalLM", LLAMA, {"target_modules": "all-linear", "r": 1}),
+    "rank_192": ("LlamaForCausalLM", LLAMA, {"target_modules": ["k_proj", "up_proj"], "r": 192}),
+    "patterns": (
+        "LlamaForCausalLM",
+        LLAMA,
+        {
+            "target_modules": r".*(q|v|down)_proj",
+            "rank_pattern": {"q_proj": 17},
+            "alpha_pattern": {r"layers\.0\.mlp.*": 0.3},
+        },
+    ),
+    "rslora": ("BertModel", ENCODER, {"target_modules": ["query", "dense"], "use_rslora": True}),
+    "embeddings": (
+        "BertModel",
+        ENCODER,
+        {"target_modules": ["word_embeddings", "position_embeddings", "key"], "r": 8},
+    ),
+    "head": (
+        "LlamaForCausalLM",
+        LLAMA | UNTIED,
+        {"target_modules": ["embed_tokens", "lm_head", "o_proj"]},
+    ),
+    "conv1d": (
+        "GPT2LMHeadModel",
+        GPT2,
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "conv1d_and_linear": (
+        "GPT2LMHeadModel",
+        GPT2 | UNTIED,
+        {"target_modules": ["attn.c_proj", "lm_head"]},
+    ),
+    "conv": ("ViTForImageClassification", VIT, {"target_modules": ["projection", "query"]}),
+    "bias": ("BertModel", ENCODER, {"target_modules": ["query"], "bias": "lora_only"}),
+    "bias_all": ("BertModel", ENCODER, {"target_modules": ["query"], "bias": "all"}),
+    "full": (
+        "RobertaForSequenceClassification",
+        ENCODER | {"pad_token_id": 1, "num_labels": 3},
+        {"target_modules": ["query"], "modules_to_save": ["classifier", "LayerNorm"]},
+    ),
+    "experts": (
+        "GptOssForCausalLM",
+        GPT_OSS,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
+    ),
+}
+KINDS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(case: Any, folder: pathlib.Path, dtype: Any, exact: bool, shard: str = "1GB") -> Any:
+    """The base as a checkpoint, the adapter in its files, and PEFT's merged parameters."""
+    architecture, config, options = case
+    cls = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**config)).to(dtype)
+    fill(model.named_parameters(), 0, exact)
+    model.save_pretrained(folder / "base", max_shard_size=shard)
+    options = {"r": 5, "lora_alpha": 7} | copy.deepcopy(options)
+    adapted = hf_peft.get_peft_model(model, hf_peft.LoraConfig(**options))
+    fill([(n, p) for n, p in adapted.named_parameters() if p.requires_grad], 1, exact)
+    adapted.save_pretrained(folder / "adapter")
+    return adapted.merge_and_unload().state_dict()
+
+
+def fill(parameters: Any, seed: int, exact: bool) -> None:
+    """Normal values, or eighths that are so small that every product and sum is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, x in sorted(parameters, key=lambda item: item[0]):
+        values = torch.randn(x.shape, generator=generator)
+        values = (2 * values).round().clamp(-4, 4) / 8 if exact else 0.3 * values
+        x.data.copy_(values.to(x.dtype))
+
+
+def differing(merged: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """The fraction of values that differ, where any does."""
+    assert merged.keys() <= expected.keys()
+    found = {k: (x != expected[k].to(x.dtype)).float().mean().item() for k, x in merged.items()}
+    return {k: share for k, share in found.items() if share}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bits_of_merge_and_unload(name: str, tmp_path: pathlib.Path) -> None:
+    """In float32, for sides of at least 64 and ranks up to 192."""
+    expected = pair(CASES[name], tmp_path, torch.float32, exact=False)
+    peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    assert any(not torch.equal(x, base[k]) for k, x in merged.items())
+    # The test's sums through PyTorch's BLAS are fused where the CPU has such an instruction.
+    assert differing(merged, expected) == {}
+
+
+def test_square_experts_alone_are_refused(tmp_path: pathlib.Path) -> None:
+    """Whether PEFT's A belongs to their inputs depends on the version of `transformers`."""
+    options = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    case = "GptOssForCausalLM", GPT_OSS, options
+    pair(case, tmp_path, torch.float32, exact=False)
+    with pytest.raises(ValueError, match=r"experts.down_proj: is square, and nothing tells"):
+        peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_bits_where_products_are_exact(name: str, dtype: Any, tmp_path: pathlib.Path) -> None:
+    """Then every order of summing agrees: what is left is the scale, the sum and its rounding."""
+    expected = pair(CASES[name], tmp_path, dtype, exact=True)
+    peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    # PEFT rounds the ΔW of these to the weight's dtype before it adds.
+    twice = (
+        "embeddings.weight",
+        "embed_tokens.weight",
+        "experts.down_proj",
+        "experts.gate_up_proj",
+    )
+    found = differing(merged, expected)
+    if dtype != torch.float32:
+        found = {k: share for k, share in found.items() if not k.endswith(twice)}
+    assert found == {}
+
+
+@pytest.mark.parametrize("rank", [1, 8, 256, 320])
+@pytest.mark.parametrize("sides", [(5, 8), (12, 8), (64, 1), (768, 640)])
+def test_bound_where_bits_differ(sides: tuple[int, int], rank: int, tmp_path: pathlib.Path) -> None:
+    """Of small sides, which PyTorch sums without fusing, and of high ranks, which it splits.
+
+    Each of the two sums of r products is within r·2⁻²⁴ of the sum of their magnitudes.
+    """
+    draw = torch.Generator().manual_seed(rank)
+    normal = lambda *shape: torch.randn(shape, generator=draw)  # noqa: E731
+    (out, inner), u = sides, 2.0**-24
+    layer = torch.nn.Sequential(torch.nn.Linear(inner, out, bias=False))
+    layer[0].weight.data = w = normal(out, inner)
+    (tmp_path / "base").mkdir()
+    save_file({"0.weight": w.clone()}, tmp_path / "base" / "model.safetensors")
+    config = hf_peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+    adapted = hf_peft.get_peft_model(layer, config)
+    a, b = normal(rank, inner), normal(out, rank)
+    adapted.base_model.model[0].lora_A.default.weight.data = a
+    adapted.base_model.model[0].lora_B.default.weight.data = b
+    adapted.save_pretrained(tmp_path / "adapter")
+    peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")["0.weight"].double()
+    theirs = adapted.merge_and_unload()[0].weight.double()
+    bound = 2 * rank * u * (b.abs().double() @ a.abs().double()) + 2 * u * theirs.abs()
+    assert ((merged - theirs).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shard", ["1GB", "2KB"])
+@pytest.mark.parametrize("name", [name for name in models.CASES if name != "experts"])
+def test_logits_in_transformers(name: str, shard: str, tmp_path: pathlib.Path) -> None:
+    """PyTorch's model of the merged checkpoint says what Flax's says with the adapter."""
+    case = models.case(name)
+    model = make.base_model(name)
+    model.save_pretrained(tmp_path / "base", max_shard_size=shard)
+    assert (len(list((tmp_path / "base").glob("*.safetensors"))) > 1) == (shard == "2KB")
+    adapter = peft.load(case.folder, case.base, case.names)
+    peft.export_merged(tmp_path / "base", adapter, tmp_path / "tree", names=case.names)
+    peft.export_merged(tmp_path / "base", case.folder, tmp_path / "files")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded, info = type(model).from_pretrained(
+            tmp_path / "tree", output_loading_info=True, attn_implementation="eager", dtype="auto"
+        )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == model.dtype
+    y, expected = make.outputs(name, loaded.eval()).numpy(), outputs(case, adapter)
+    tolerance = 2e-2 if name == "bf16" else 1e-5
+    np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    for file in (tmp_path / "tree").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "files" / file.name).read_bytes()
