@@ -1,6 +1,5 @@
 """Optimizers that train the adapter alone, whatever tree they are given."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import optax
 from jax.tree_util import DictKey
 
 from ._rules import is_finite
+from ._table import aligned, readable
 from ._tree import count, size_in_bytes
 from ._types import Adapted, LowRank, Params, PyTree
 
@@ -173,16 +173,11 @@ class Summary(NamedTuple):
 
     def __str__(self) -> str:
         rows = [
-            ("base (frozen)", f"{self.base:,}", _readable(self.base_bytes)),
-            ("adapter (trainable)", f"{self.trainable:,}", _readable(self.trainable_bytes)),
-            ("Adam moments", f"{2 * self.trainable:,}", _readable(2 * self.trainable_bytes)),
+            ("base (frozen)", f"{self.base:,}", readable(self.base_bytes)),
+            ("adapter (trainable)", f"{self.trainable:,}", readable(self.trainable_bytes)),
+            ("Adam moments", f"{2 * self.trainable:,}", readable(2 * self.trainable_bytes)),
         ]
-        header = ("", "parameters", "size")
-        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(3)]
-        lines = [
-            f"{r[0].ljust(widths[0])}  {r[1].rjust(widths[1])}  {r[2].rjust(widths[2])}"
-            for r in [header, *rows]
-        ]
+        lines = aligned(("", "parameters", "size"), rows, {"parameters", "size"})
         return "\n".join([*lines, f"trainable share {100 * self.share:.3g}%"])
 
 
@@ -208,9 +203,3 @@ def summary(base: PyTree, adapter: PyTree) -> Summary:
         trainable share 6.25%
     """
     return Summary(count(base), count(adapter), size_in_bytes(base), size_in_bytes(adapter))
-
-
-def _readable(n: float) -> str:
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    i = min(int(math.log(max(n, 1), 1024)), len(units) - 1)
-    return f"{n / 1024**i:.1f} {units[i]}" if i else f"{n} B"

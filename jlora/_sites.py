@@ -18,6 +18,7 @@ from . import _control, _linear, _moves  # noqa: F401 - they register their rule
 from ._interpret import ValueReadError, evaluate, materialize, trace
 from ._probe import Log, Probe, Use
 from ._rules import Full, LoRA, Rule, near, rule_name
+from ._table import aligned
 from ._tree import abstract, factor_shapes, is_abstract, leaves_by_path, name_of, take
 from ._types import Layout, Path, PyTree
 from ._weight import Weight
@@ -116,16 +117,8 @@ class Sites:
     def __str__(self) -> str:
         header = ("path", "shape", "kind", "axes", "parameters", "rule", "rank", "trainable")
         shown = [s for s in self.leaves if s.kind is not None or s.rule is not None]
-        table = [header, *map(_row, shown)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(header))]
         right = {"parameters", "rank", "trainable"}
-        lines = [
-            "  ".join(
-                cell.rjust(w) if name in right else cell.ljust(w)
-                for cell, w, name in zip(row, widths, header, strict=True)
-            ).rstrip()
-            for row in table
-        ]
+        lines = aligned(header, [_row(s) for s in shown], right)
         rule = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
         adapted = sum(isinstance(s.rule, LoRA) for s in self.leaves)

@@ -166,6 +166,18 @@ def factor_shapes(
     return (*stack, *inputs, rank), (*stack, rank, *outputs)
 
 
+def weight_shape(site: LowRank) -> tuple[int, ...]:
+    """The shape of the weight that a site adapts: the inverse of `factor_shapes`."""
+    stack, inputs, outputs, slots = site.layout
+    beside = len(stack) + (slots is not None)
+    lengths = dict(zip(stack, site.a.shape, strict=False))
+    lengths |= dict(zip(inputs, site.a.shape[beside:], strict=False))
+    lengths |= dict(zip(outputs, site.b.shape[beside + 1 :], strict=True))
+    if slots is not None:
+        lengths[slots[2]] *= slots[0]
+    return tuple(lengths[d] for d in range(len(lengths)))
+
+
 def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     """Raises, naming every path of the adapter `found` that differs from `base`."""
     leaves = leaves_by_path(base, is_low_rank)

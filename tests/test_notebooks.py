@@ -1,6 +1,8 @@
 """Every notebook runs from top to bottom and is stored without outputs."""
 
+import os
 import pathlib
+import sys
 
 import nbclient
 import nbformat
@@ -27,6 +29,8 @@ def test_runs(path, monkeypatch):
     for name, value in SHORT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MPLBACKEND", "agg")
+    scripts = os.path.dirname(sys.executable)
+    monkeypatch.setenv("PATH", scripts + os.pathsep + os.environ["PATH"])
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}

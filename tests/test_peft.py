@@ -121,6 +121,22 @@ def test_shapes_suffice_as_base() -> None:
     assert_equal(peft.load(case.folder, shapes, case.names), adapter)
 
 
+@pytest.mark.parametrize("name", ["qv", "tied"])
+def test_save_needs_values_of_what_it_writes(name: str, tmp_path: Folder) -> None:
+    """An abstract base will do unless PEFT stores frozen values with the adapter."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    shapes, config = jax.eval_shape(lambda: case.base), peft.read_config(case.folder)
+    save = functools.partial(peft.save, tmp_path / "a", shapes, adapter, case.names)
+    if name == "tied":
+        with pytest.raises(ValueError, match=r"`base` must hold arrays .* at params/embed/embed"):
+            save(config=config)
+        assert not list(tmp_path.iterdir())
+    else:
+        save(config=config)
+        assert_equal(peft.load(tmp_path / "a", case.base, case.names), adapter)
+
+
 def test_dropout_is_carried() -> None:
     """PEFT's `lora_dropout` is that of each site."""
     case = models.case("qv")

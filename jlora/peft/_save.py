@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._tree import adapter_leaves, check_fits, is_low_rank, name_of
+from .._tree import adapter_leaves, check_fits, is_abstract, is_low_rank, name_of
 from .._types import LowRank, Path, PyTree
 from . import _vllm
 from ._arrays import factors, weights
@@ -39,7 +39,7 @@ def save(
 
     Args:
         dir: a folder that does not exist yet, or an empty one. It appears complete or not at all.
-        base: the frozen tree.
+        base: the frozen tree; `jax.ShapeDtypeStruct`s will do for what is not written.
         adapter: from `init`, training or `load`; dropout keys in it are ignored.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
         base_model: name or path of the base model, for PEFT's `base_model_name_or_path`.
@@ -85,6 +85,7 @@ def save(
     fields = _with_training(fields, leaves, low, config or {})
     plan = make_plan(fields, leaves, names)
     _check_plan(plan, low)
+    _check_values(plan, found, keeps_embedding(fields, plan))
     tensors = _tensors(plan, found, keeps_embedding(fields, plan))
     if profile == "vllm":
         fields, tensors = _vllm.convert(fields, tensors, plan)
@@ -233,6 +234,17 @@ def _check_plan(plan: Plan, low: Mapping[Path, LowRank]) -> None:
     ]
     if wrong:
         raise ValueError("`adapter` has no form in PEFT:\n  " + "\n  ".join(wrong))
+
+
+def _check_values(plan: Plan, found: Mapping[Path, Any], embedding: bool) -> None:
+    used = [s.leaf for s in plan.saved if s.leaf.path not in found]
+    used += plan.copies.values() if embedding else []
+    bare = dict.fromkeys(name_of(leaf.path) for leaf in used if is_abstract(leaf.value))
+    if bare:
+        raise ValueError(
+            "`base` must hold arrays where PEFT stores frozen values with the adapter; got "
+            f"jax.ShapeDtypeStruct at {', '.join(bare)}."
+        )
 
 
 def _tensors(plan: Plan, found: Mapping[Path, Any], embedding: bool) -> dict[str, np.ndarray]:

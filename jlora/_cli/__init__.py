@@ -1,0 +1,3 @@
+"""The command line: `jlora inspect`, `merge`, `convert` and `diff`."""
+
+from ._app import main as main

@@ -1,0 +1,119 @@
+"""The commands as the shell sees them; each one's work is a module of its own."""
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+
+from ._command import INTERRUPTED, Command
+
+FOLDER = click.Path(path_type=Path)
+NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
+llama-scanned, vit, example-bert, example-llama, module:ATTRIBUTE or file.py:ATTRIBUTE."""
+
+
+@click.group(
+    "jlora",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, or equal; 1 the adapters differ; 2 an error; 130 interrupted.",
+)
+@click.version_option(importlib.metadata.version("jlora"), prog_name="jlora")
+def cli() -> None:
+    """Look at, compare, convert and merge LoRA adapters of PEFT and of Orbax.
+
+    Nothing is ever overwritten, and what is written appears complete or not at all.
+    """
+
+
+@cli.command(cls=Command)
+@click.argument("folder", type=FOLDER, metavar="DIR")
+@click.option("--all", "every", is_flag=True, help="A row for each matrix of a stack.")
+def inspect(folder: Path, every: bool) -> Any:
+    """Show the sites of the adapter in DIR, and how much each changes its weight.
+
+    For each site: inputs × outputs, rank r, scale s, the Frobenius norm of ΔW = s·A·B, its stable
+    and effective rank, and its largest singular values, computed from A and B alone. Of stacked
+    layers and experts: the median (least…largest).
+    """
+    from ._inspect import inspect
+
+    return inspect(folder, every=every)
+
+
+@cli.command(cls=Command)
+@click.argument("base", type=FOLDER)
+@click.argument("adapter", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--names", metavar="TABLE", help=NAMES)
+def merge(base: Path, adapter: Path, out: Path, names: str | None) -> Any:
+    """Write the model BASE with ADAPTER merged into its weights to OUT.
+
+    BASE is a checkpoint of Hugging Face (safetensors), or the parameters in Orbax, and OUT is like
+    it: same files, names and dtypes. ADAPTER is one of PEFT or of Orbax. --names is needed where
+    one of them is of PyTorch and the other of JAX.
+    """
+    from ._merge import merge
+
+    return merge(base, adapter, out, names=names)
+
+
+@cli.command(cls=Command)
+@click.argument("source", type=FOLDER, metavar="IN")
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--profile", type=click.Choice(["vllm"]), help="Write PEFT's format as vLLM takes it."
+)
+@click.option("--names", metavar="TABLE", help=NAMES)
+@click.option(
+    "--base",
+    type=FOLDER,
+    help="The base's parameters in Orbax, or an adapter in Orbax that was saved with its base. "
+    "Needed to write Orbax; only shapes are read then.",
+)
+@click.option("--config", type=FOLDER, help="An adapter of PEFT whose configuration is kept.")
+def convert(source: Path, out: Path, **options: Any) -> Any:
+    """Write the adapter IN, of Orbax or PEFT, to OUT in the other format.
+
+    With --profile vllm OUT is always PEFT's: one rank for all modules and the scales in B. All
+    values are kept bit for bit, but for that scaling.
+    """
+    from ._convert import convert
+
+    return convert(source, out, **options)
+
+
+@cli.command(cls=Command)
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@click.option("--names", metavar="TABLE", help=NAMES + " Needed if A and B differ in format.")
+@click.option(
+    "--tolerance",
+    type=float,
+    help="Take sites as equal whose ΔW differ by no more, relative to A's, whatever their rank.",
+)
+def diff(a: Path, b: Path, names: str | None, tolerance: float | None) -> Any:
+    """Compare the adapters A and B: exit code 0 if they are equal in every bit, 1 if not.
+
+    For each site that differs: ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖, and what differs.
+    """
+    from ._diff import diff
+
+    return diff(a, b, names=names, tolerance=tolerance)
+
+
+def main() -> None:
+    """The entry point: on the CPU, where the work is, unless JAX_PLATFORMS says otherwise."""
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        cli(prog_name="jlora")
+    except SystemExit as e:
+        if e.code != INTERRUPTED:
+            raise
+        # Event loops of Orbax, stopped half-way, would complain while Python shuts down.
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)

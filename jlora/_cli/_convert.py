@@ -1,0 +1,112 @@
+"""`jlora convert`: an adapter from Orbax to PEFT, from PEFT to Orbax, or to what vLLM takes."""
+
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint, peft
+from .._tree import adapter_leaves, count
+from .._types import PyTree
+from ..peft._alone import load_alone, with_copies
+from . import _base
+from ._command import Done
+from ._names import table
+from ._read import format_of
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    names: str | None = None,
+    base: Path | None = None,
+    profile: str | None = None,
+    config: Path | None = None,
+) -> Done:
+    """Writes the adapter in `source` to `out`: PEFT's as Orbax, Orbax's or with a profile as PEFT.
+
+    Args:
+        source: the folder of the adapter.
+        out: a folder that is not there yet, or an empty one.
+        names: the name table, as the user types it.
+        base: the base's parameters in Orbax, or an adapter of Orbax that knows its base.
+        profile: None or `"vllm"`.
+        config: the folder of an adapter of PEFT whose configuration is to be kept.
+    """
+    kind = format_of(source, "IN")
+    if kind == "huggingface":
+        raise ValueError(f"IN: {source} holds a model; expected an adapter of PEFT or Orbax.")
+    if kind == "orbax":
+        adapter = _to_peft(source, out, names, base, profile, config)
+    elif profile is None:
+        adapter = _to_orbax(source, out, names, base, config)
+    else:
+        adapter = _to_profile(source, out, names, base, profile, config)
+    written = "orbax" if kind == "peft" and profile is None else "peft"
+    fields: dict[str, Any] = {
+        "in": str(source),
+        "out": str(out),
+        "from": kind,
+        "to": written,
+        "leaves": len(adapter_leaves(adapter)),
+        "parameters": count(adapter),
+    }
+    text = f"{out}: {fields['leaves']} leaves of {fields['parameters']:,} parameters as {written}"
+    if profile == "vllm":
+        fields["rank"] = peft.read_config(out)["r"]
+        text += f", for vLLM with --max-lora-rank {fields['rank']} or more"
+    return Done(text, fields)
+
+
+def _to_peft(
+    source: Path,
+    out: Path,
+    names: str | None,
+    base: Path | None,
+    profile: str | None,
+    config: Path | None,
+) -> PyTree:
+    rows = table(names)
+    fields = None if config is None else peft.read_config(config)
+    adapter = checkpoint.restore(source)
+    if base is None:
+        remedy = "Give --base, an Orbax checkpoint of the base's parameters."
+        params = _base.fingerprinted(source, "IN", remedy)
+    else:
+        params = _base.values(base, "--base")
+    peft.save(out, params, adapter, rows, profile=profile, config=fields)
+    return adapter
+
+
+def _to_orbax(
+    source: Path, out: Path, names: str | None, base: Path | None, config: Path | None
+) -> PyTree:
+    if config is not None:
+        raise ValueError("--config is for what is written as PEFT; OUT is an Orbax checkpoint.")
+    rows = table(names)
+    if base is None:
+        raise ValueError(
+            "--base is needed to read an adapter of PEFT: an Orbax checkpoint of the base's "
+            "parameters, of which only the shapes are read, or of an adapter that knows its base."
+        )
+    params = _base.shapes(base, "--base")
+    adapter = peft.load(source, params, rows)
+    checkpoint.save(out, adapter, (), base=params)
+    return adapter
+
+
+def _to_profile(
+    source: Path,
+    out: Path,
+    names: str | None,
+    base: Path | None,
+    profile: str,
+    config: Path | None,
+) -> PyTree:
+    for option, value in (("--names", names), ("--base", base), ("--config", config)):
+        if value is not None:
+            raise ValueError(f"{option} is not needed: IN is an adapter of PEFT, and so is OUT.")
+    alone = load_alone(source)
+    fields = peft.read_config(source)
+    params = with_copies(source, alone)
+    peft.save(out, params, alone.adapter, alone.names, profile=profile, config=fields)
+    return alone.adapter

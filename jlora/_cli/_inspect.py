@@ -1,0 +1,179 @@
+"""`jlora inspect`: what an adapter holds and how much it changes."""
+
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from .. import analysis
+from .._table import aligned, readable
+from .._tree import count, is_low_rank, size_in_bytes, weight_shape
+from .._types import LowRank
+from ._read import Opened, open_adapter
+
+SHOWN = 4  # singular values in the table
+HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
+RIGHT = set(HEADER[1:-1])
+
+
+class Matrix(NamedTuple):
+    """ΔW at one index of a site's stack."""
+
+    indices: tuple[int, ...]
+    norm: float
+    spectrum: list[float]
+    stable_rank: float
+    effective_rank: float
+
+
+class Site(NamedTuple):
+    """A leaf with A and B."""
+
+    name: str
+    shape: tuple[int, ...]
+    inputs: int
+    outputs: int
+    rank: int
+    scale: float
+    dropout: float
+    dtype: str
+    parameters: int
+    matrices: list[Matrix]
+
+
+class Full(NamedTuple):
+    """A leaf that is trained in full."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+
+
+class Inspection(NamedTuple):
+    """The answer; `every` asks the table for a row a matrix."""
+
+    adapter: Opened
+    sites: list[Site]
+    full: list[Full]
+    every: bool
+
+    exit_code = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers; null where they are not finite."""
+        return {
+            "path": str(self.adapter.folder),
+            "format": self.adapter.format,
+            **self.adapter.about,
+            "parameters": count(self.adapter.leaves),
+            "bytes": size_in_bytes(self.adapter.leaves),
+            "sites": [_site_json(site) for site in self.sites],
+            "full": [x._asdict() for x in self.full],
+        }
+
+    def __str__(self) -> str:
+        rows = [row for site in self.sites for row in _rows(site, self.every)]
+        lines = aligned(HEADER, rows, RIGHT) if rows else []
+        full = [(x.name, "×".join(map(str, x.shape)), x.dtype) for x in self.full]
+        if full:
+            lines += [""] * bool(lines) + aligned(("in full", "shape", "dtype"), full, {"shape"})
+        leaves = self.adapter.leaves
+        about = "".join(f"; {k.replace('_', ' ')} {v}" for k, v in _plain(self.adapter.about))
+        total = f"{count(leaves):,} parameters, {readable(size_in_bytes(leaves))}"
+        matrices = sum(len(site.matrices) for site in self.sites)
+        sites = f"{len(self.sites)} sites of {matrices} matrices, {len(self.full)} leaves in full"
+        return "\n".join([*lines, "", f"{self.adapter.format} adapter: {sites}; {total}{about}"])
+
+
+def inspect(folder: Path, *, every: bool = False) -> Inspection:
+    """Reads the adapter in `folder` and measures each ΔW."""
+    adapter = open_adapter(folder, "DIR")
+    low = {name: x for name, x in adapter.leaves.items() if is_low_rank(x)}
+    bar = tqdm(low.items(), "sites", disable=None, leave=False, file=sys.stderr)
+    full = [
+        Full(name, tuple(x.shape), str(x.dtype), math.prod(x.shape))
+        for name, x in adapter.leaves.items()
+        if not is_low_rank(x)
+    ]
+    return Inspection(adapter, [_site(name, x) for name, x in bar], full, every)
+
+
+def wide(x: LowRank) -> LowRank:
+    """The same with factors in float64."""
+    return x._replace(a=np.asarray(x.a, np.float64), b=np.asarray(x.b, np.float64), key=None)
+
+
+@jax.jit
+def _measure(x: LowRank) -> tuple[jax.Array, ...]:
+    spectrum = analysis.spectrum(x)
+    ranks = analysis.stable_rank(spectrum), analysis.effective_rank(spectrum)
+    return analysis.norm(x), spectrum, *ranks
+
+
+def _site(name: str, x: LowRank) -> Site:
+    shape, layout = weight_shape(x), x.layout
+    norm, spectrum, stable, effective = map(np.asarray, _measure(wide(x)))
+    indices = itertools.product(*map(range, norm.shape))
+    matrices = [
+        Matrix(i, float(norm[i]), spectrum[i].tolist(), float(stable[i]), float(effective[i]))
+        for i in indices
+    ]
+    inputs, outputs = (math.prod(shape[d] for d in axes) for axes in layout[1:3])
+    rank, dtype = spectrum.shape[-1], str(x.a.dtype)
+    sizes = count((x.a, x.b))
+    return Site(name, shape, inputs, outputs, rank, x.scale, x.dropout, dtype, sizes, matrices)
+
+
+# ------------------------------------------------------------------------------------- printing
+
+
+def _rows(site: Site, every: bool) -> list[tuple[str, ...]]:
+    start = (f"{site.inputs} × {site.outputs}", str(site.rank), f"{site.scale:.4g}")
+    if every or len(site.matrices) == 1:
+        return [
+            (
+                site.name + "".join(f"[{i}]" for i in m.indices),
+                *start,
+                *(f"{x:.4g}" for x in (m.norm, m.stable_rank, m.effective_rank)),
+                _values(m.spectrum),
+            )
+            for m in site.matrices
+        ]
+    columns = ([getattr(m, f) for m in site.matrices] for f in ("norm", *Matrix._fields[3:]))
+    top = _range([m.spectrum[0] for m in site.matrices])
+    return [(f"{site.name} ({len(site.matrices)}×)", *start, *map(_range, columns), f"σ₁ {top}")]
+
+
+def _range(values: Sequence[float]) -> str:
+    """The median, the smallest and the largest."""
+    return f"{np.median(values):.4g} ({min(values):.4g}…{max(values):.4g})"
+
+
+def _values(spectrum: Sequence[float]) -> str:
+    more = " …" if len(spectrum) > SHOWN else ""
+    return " ".join(f"{x:.3g}" for x in spectrum[:SHOWN]) + more
+
+
+def _plain(about: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in about.items() if v is not None and not isinstance(v, dict)]
+
+
+def _site_json(site: Site) -> dict[str, Any]:
+    return site._asdict() | {"matrices": [_matrix_json(m) for m in site.matrices]}
+
+
+def _matrix_json(matrix: Matrix) -> dict[str, Any]:
+    numbers = {k: finite(v) for k, v in matrix._asdict().items() if isinstance(v, float)}
+    return matrix._asdict() | numbers | {"spectrum": [finite(x) for x in matrix.spectrum]}
+
+
+def finite(x: float) -> float | None:
+    """`x`, or None, which JSON has, for what it has not."""
+    return x if math.isfinite(x) else None

@@ -1,0 +1,164 @@
+r"""What an adapter changes, from its factors alone: $\Delta W = s \cdot A B$ is never formed.
+
+With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, ΔW has the singular values of the r × r matrix
+$s \cdot R_1 R_2^\top$. Each function works on one site, under `jit` and `vmap` too.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._transform import as_delta
+from ._tree import weight_shape
+from ._types import LowRank
+
+
+def spectrum(site: LowRank) -> jax.Array:
+    r"""The singular values of each ΔW of a site, a matrix of all inputs by all outputs.
+
+    Args:
+        site: a `LowRank` leaf of an adapter; dropout keys in it are ignored.
+
+    Returns:
+        Shape (stack…, r), or (stack…, slots·r) with slots; descending, zero beyond the rank that
+        the weight's own shape allows; of the factors' dtype, but at least float32.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jlora import analysis
+        >>> a, b = jnp.eye(4, 2), jnp.diag(jnp.array([3.0, 1.0]))
+        >>> site = jlora.LowRank(a, b, scale=2.0, layout=jlora.Layout((), (0,), (1,)))
+        >>> analysis.spectrum(site).tolist()
+        [6.0, 2.0]
+    """
+    a, b = _factors(site)
+    values = jnp.linalg.svd(_core(a, b), compute_uv=False)
+    missing = a.shape[-1] - values.shape[-1]
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+
+
+def norm(site: LowRank) -> jax.Array:
+    r"""The Frobenius norm $\lVert \Delta W \rVert_F$ of each ΔW of a site.
+
+    Args:
+        site: a `LowRank` leaf of an adapter.
+
+    Returns:
+        Shape (stack…).
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jlora import analysis
+        >>> a, b = jnp.eye(4, 2), jnp.diag(jnp.array([3.0, 4.0]))
+        >>> float(analysis.norm(jlora.LowRank(a, b, 2.0, jlora.Layout((), (0,), (1,)))))
+        10.0
+    """
+    return jnp.linalg.norm(_core(*_factors(site)), axis=(-2, -1))
+
+
+def distance(site: LowRank, other: LowRank) -> jax.Array:
+    r"""$\lVert \Delta W_1 - \Delta W_2 \rVert_F$ of two adapters at one weight.
+
+    The difference is itself of low rank: $[s_1 A_1, -s_2 A_2] [B_1; B_2]$.
+
+    Args:
+        site: a `LowRank` leaf of one adapter.
+        other: that of the other, for a weight of the same shape and axes; rank, scale and slots
+            may differ.
+
+    Returns:
+        Shape (stack…).
+
+    Raises:
+        ValueError: if the two are for weights of different shapes or axes.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jlora import analysis
+        >>> site = jlora.LowRank(jnp.eye(4, 2), jnp.eye(2), 1.0, jlora.Layout((), (0,), (1,)))
+        >>> round(float(analysis.distance(site, site._replace(scale=4.0))), 4)
+        4.2426
+    """
+    if (mine := _weight(site)) != (its := _weight(other)):
+        raise ValueError(
+            "`site` and `other` must be for one weight; got weights with (shape, stack, inputs, "
+            f"outputs) of {mine} and {its}."
+        )
+    (a, b), (c, d) = _factors(site), _factors(other)
+    return jnp.linalg.norm(
+        _core(jnp.concatenate([a, -c], -1), jnp.concatenate([b, d], -2)), axis=(-2, -1)
+    )
+
+
+def stable_rank(values: jax.Array) -> jax.Array:
+    r"""The stable rank $\sum_i \sigma_i^2 / \sigma_1^2$: at most the rank, and steady under noise.
+
+    Args:
+        values: singular values, descending, shape (…, r), as from `spectrum`.
+
+    Returns:
+        Shape (…), in [1, r]; 0 where all values are 0.
+
+    Source: Rudelson and Vershynin, Journal of the ACM 54(4), 2007.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import analysis
+        >>> float(analysis.stable_rank(jnp.array([2.0, 2.0, 0.0])))
+        2.0
+    """
+    return jnp.sum(_relative(values) ** 2, axis=-1)
+
+
+def effective_rank(values: jax.Array) -> jax.Array:
+    r"""The effective rank $\exp(-\sum_i p_i \log p_i)$ with $p_i = \sigma_i / \sum_j \sigma_j$.
+
+    Args:
+        values: singular values, descending, shape (…, r), as from `spectrum`.
+
+    Returns:
+        Shape (…), in [1, r]; 0 where all values are 0.
+
+    Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jlora import analysis
+        >>> round(float(analysis.effective_rank(jnp.array([3.0, 3.0, 3.0]))), 5)
+        3.0
+    """
+    relative = _relative(values)
+    total = jnp.sum(relative, axis=-1)
+    shares = relative / jnp.where(total == 0, 1, total)[..., None]
+    logs = jnp.log(jnp.where(shares == 0, 1, shares))
+    return jnp.where(total == 0, 0, jnp.exp(-jnp.sum(shares * logs, axis=-1)))
+
+
+def _weight(site: LowRank) -> tuple[tuple[int, ...], ...]:
+    return (weight_shape(site), *site.layout[:3])
+
+
+def _factors(site: LowRank) -> tuple[jax.Array, jax.Array]:
+    """s·A as (stack…, inputs, r) and B as (stack…, r, outputs), slots side by side."""
+    whole = as_delta(site._replace(key=None), weight_shape(site))
+    wide = jnp.promote_types(jnp.result_type(site.a, site.b), jnp.float32)
+    a, b = (jnp.asarray(f.value, wide) for f in (whole.a, whole.b))
+    n, rank = len(site.layout.stack), a.shape[-1]
+    stack = a.shape[:n]
+    a = a.reshape(*stack, math.prod(a.shape[n:-1]), rank)
+    return site.scale * a, b.reshape(*stack, rank, math.prod(b.shape[n + 1 :]))
+
+
+def _core(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A small matrix with the singular values of A·B."""
+    r_a = jnp.linalg.qr(a, mode="r")
+    r_b = jnp.linalg.qr(jnp.swapaxes(b, -2, -1), mode="r")
+    return jnp.matmul(r_a, jnp.swapaxes(r_b, -2, -1), precision=lax.Precision.HIGHEST)
+
+
+def _relative(values: jax.Array) -> jax.Array:
+    """Singular values over the largest; zeros stay zeros."""
+    largest = values[..., :1]
+    return values / jnp.where(largest == 0, 1, largest)

@@ -1,0 +1,730 @@
+"""The command line on real files: what it prints, what it writes, and how it fails.
+
+Most runs are in this process, through click's runner; those that are about processes are not.
+"""
+
+import json
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import click.testing
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import peft_models as models
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+from test_peft import Files, mutate
+
+import jlora
+from jlora import checkpoint, peft
+from jlora._cli import _names
+from jlora._cli._app import cli
+from jlora.peft._alone import load_alone
+
+Folder = pathlib.Path
+TESTS = pathlib.Path(__file__).parent
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What --names is for each case of the fixtures.
+TABLES = {
+    "experts": f"{TESTS / 'peft_models.py'}:EXPERTS",
+    "scanned": "example-llama",
+    "tied": "example-llama",
+    "rslora": "roberta",
+    "modules_to_save_head": "roberta",
+    "gpt2": "gpt2",
+    "gpt2_tied": "gpt2",
+    "conv": "vit",
+} | dict.fromkeys(("qv", "embeddings", "bias", "bias_all", "modules_to_save"), "bert")
+# Where PEFT stores frozen values beside A and B.
+KEEPS = ("tied", "gpt2_tied")
+
+
+def run(*args: Any, code: int = 0) -> click.testing.Result:
+    """A run of `jlora` in this process; without an error nothing is said on stderr."""
+    result = click.testing.CliRunner().invoke(cli, [str(x) for x in args])
+    assert result.exit_code == code, result.output
+    if code < 2:
+        assert result.stderr == ""
+    return result
+
+
+def fails(*args: Any) -> str:
+    """The one line of a run that must fail."""
+    result = run(*args, code=2)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("jlora: ")
+    assert "Traceback" not in result.stderr
+    return result.stderr.strip()
+
+
+def table(name: str) -> str:
+    """`--names` of a case."""
+    return TABLES.get(name, "llama")
+
+
+def orbax(folder: Folder, name: str, *, known: bool = True) -> tuple[Folder, models.Case, Any]:
+    """A case of the fixtures as an Orbax checkpoint, with the adapter."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    checkpoint.save(folder, adapter, (), step=7, base=case.base if known else None)
+    return folder, case, adapter
+
+
+def nodes(adapter: Any) -> dict[str, Any]:
+    """The leaves of an adapter by their joined paths."""
+    from jlora._tree import adapter_leaves
+
+    return {"/".join(path): x for path, x in adapter_leaves(adapter).items()}
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Structure, static fields, dtypes and bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+# -------------------------------------------------------------------------------------- inspect
+
+
+def by_formula(name: str) -> dict[str, np.ndarray]:
+    """ΔW of every module of a fixture, by PEFT's formula in float64, without jlora's reader."""
+    folder = models.FIXTURES / name
+    tensors = models.read(folder / FILES[1])
+    found = {}
+    for key, a in tensors.items():
+        module, _, end = key.removeprefix("base_model.model.").partition(".lora_")
+        if end not in ("A.weight", "embedding_A") or "base_layer" in module:
+            continue
+        b = tensors[key.replace("_A", "_B")].astype(np.float64)
+        found[module] = b.reshape(len(b), -1) @ a.astype(np.float64).reshape(len(a), -1)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in models.CASES if name != "experts"])
+def test_inspect_peft(name: str) -> None:
+    """Norm, spectrum and ranks of each module are those of ΔW formed densely."""
+    found = json.loads(run("inspect", models.FIXTURES / name, "--json").stdout)
+    dense = by_formula(name)
+    tied = {"tied": {"lm_head"}, "gpt2_tied": {"lm_head"}}.get(name, set())
+    assert {site["name"] for site in found["sites"]} == dense.keys() - tied
+    for site in found["sites"]:
+        [matrix] = site["matrices"]
+        values = np.linalg.svd(site["scale"] * dense[site["name"]], compute_uv=False)
+        values = values[: site["rank"]]
+        shares = values / values.sum()
+        np.testing.assert_allclose(matrix["spectrum"], values, rtol=1e-9)
+        expected = {
+            "norm": np.linalg.norm(values),
+            "stable_rank": np.sum(values**2) / values[0] ** 2,
+            "effective_rank": np.exp(-np.sum(shares * np.log(shares))),
+        }
+        for field, value in expected.items():
+            np.testing.assert_allclose(matrix[field], value, rtol=1e-9)
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    assert found["parameters"] == jlora.count(adapter)
+    assert found["bytes"] == sum(x.nbytes for x in jax.tree.leaves(adapter))
+    scales = {x.scale for x in nodes(adapter).values() if isinstance(x, jlora.LowRank)}
+    assert {site["scale"] for site in found["sites"]} == scales
+
+
+def test_inspect_experts() -> None:
+    """A row an expert, for each parameter with its own rank."""
+    case = models.case("experts")
+    adapter = peft.load(case.folder, case.base, case.names)["experts"]
+    found = json.loads(run("inspect", case.folder, "--json").stdout)
+    sites = {site["name"]: site for site in found["sites"]}
+    assert sites.keys() == {"experts.gate_up_proj", "experts.down_proj", "head"}
+    for ours, theirs in (("gate_up", "gate_up_proj"), ("down", "down_proj")):
+        x, site = adapter[ours], sites[f"experts.{theirs}"]
+        dense = np.einsum("eir,ero->eio", np.float64(x.a), np.float64(x.b)) * x.scale
+        norms = np.linalg.norm(dense, axis=(1, 2))
+        np.testing.assert_allclose([m["norm"] for m in site["matrices"]], norms, rtol=1e-9)
+        assert [m["indices"] for m in site["matrices"]] == [[0], [1], [2]]
+        assert site["rank"] == x.a.shape[-1]
+
+
+def test_inspect_orbax(tmp_path: Folder) -> None:
+    """Of stacked layers: one row by default, one a layer with --all, all of them in JSON."""
+    folder, _, adapter = orbax(tmp_path / "a", "scanned")
+    found = json.loads(run("inspect", folder, "--json").stdout)
+    sites = {site["name"]: site for site in found["sites"]}
+    leaves = nodes(adapter)
+    assert sites.keys() == leaves.keys()
+    for name, x in leaves.items():
+        dense = x.scale * np.matmul(np.float64(x.a), np.float64(x.b))
+        norms = [m["norm"] for m in sites[name]["matrices"]]
+        np.testing.assert_allclose(norms, np.linalg.norm(dense, axis=(1, 2)), rtol=1e-9)
+    assert (found["step"], found["format"]) == (7, "orbax")
+    assert found["versions"]["jax"] == jax.__version__
+
+    short, long = run("inspect", folder).stdout, run("inspect", folder, "--all").stdout
+    assert "params/layers/mlp/down/kernel (2×)" in short and "kernel[1]" not in short
+    assert "params/layers/mlp/down/kernel[1]" in long and "(2×)" not in long
+    assert short.splitlines()[-1].startswith("orbax adapter: 7 sites of 14 matrices, 0 leaves")
+    assert short.splitlines()[-1].endswith("; step 7")
+
+
+INSPECTED = {"path", "format", "base_model", "parameters", "bytes", "sites", "full"}
+SITE = {
+    "name", "shape", "inputs", "outputs", "rank", "scale", "dropout", "dtype", "parameters",
+    "matrices",
+}  # fmt: skip
+
+
+def test_inspect_json_schema() -> None:
+    """What programs may rely on."""
+    found = json.loads(run("inspect", models.FIXTURES / "modules_to_save", "--json").stdout)
+    assert found.keys() == INSPECTED
+    assert all(site.keys() == SITE for site in found["sites"])
+    matrix = found["sites"][0]["matrices"][0]
+    assert matrix.keys() == {"indices", "norm", "spectrum", "stable_rank", "effective_rank"}
+    assert found["full"] == [
+        {"name": "classifier.bias", "shape": [3], "dtype": "float32", "parameters": 3},
+        {"name": "classifier.weight", "shape": [3, 8], "dtype": "float32", "parameters": 24},
+    ]
+
+
+def test_inspect_of_what_is_not_finite(tmp_path: Folder) -> None:
+    """A broken run can be looked at; JSON stays JSON."""
+    site = jlora.LowRank(
+        jnp.full((4, 2), jnp.nan), jnp.ones((2, 3)), 1.0, jlora.Layout((), (0,), (1,))
+    )
+    checkpoint.save(tmp_path / "a", {"w": site}, ())
+    text = run("inspect", tmp_path / "a", "--json").stdout
+    assert "NaN" not in text
+    assert json.loads(text)["sites"][0]["matrices"][0]["norm"] is None
+    assert "nan" in run("inspect", tmp_path / "a").stdout
+
+
+def test_inspect_of_zero(tmp_path: Folder) -> None:
+    """An adapter that was not trained yet changes nothing."""
+    site = jlora.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), 1.0, jlora.Layout((), (0,), (1,)))
+    checkpoint.save(tmp_path / "a", {"w": site}, ())
+    [matrix] = json.loads(run("inspect", tmp_path / "a", "--json").stdout)["sites"][0]["matrices"]
+    assert matrix == {
+        "indices": [], "norm": 0, "spectrum": [0, 0], "stable_rank": 0, "effective_rank": 0
+    }  # fmt: skip
+
+
+def fuzz(seeds: range, folder: Folder) -> int:
+    """Reads mutated adapters without their base; gives how many were right in spite of it."""
+    right = 0
+    for seed in seeds:
+        draw = random.Random(seed)
+        place = folder / str(seed)
+        place.mkdir()
+        files = Files(place, draw.choice(["tied", "gpt2_tied", "experts", "bias_all", "conv"]))
+        mutate(files, draw)
+        start = time.monotonic()
+        try:
+            leaves = load_alone(files.folder).leaves
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e).startswith("`dir`: "), (seed, e)
+        else:
+            right += 1
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(leaves)), seed
+        assert time.monotonic() - start < 10, seed
+        shutil.rmtree(place)
+    return right
+
+
+def test_fuzz(tmp_path: Folder) -> None:
+    """Two hundred damaged adapters of PEFT: an error that says what, or finite numbers."""
+    assert 0 < fuzz(range(200), tmp_path) < 200
+
+
+@pytest.mark.slow
+def test_fuzz_long(tmp_path: Folder) -> None:
+    """Ten thousand."""
+    assert 0 < fuzz(range(200, 10_200), tmp_path) < 10_000
+
+
+ODD = {
+    "experts": (["m.base_layer.lora_A.weight"], "m.base_layer.lora_A.weight: unexpected"),
+    "alone": (["m.lora_A.weight"], "m.lora_B.weight: missing, though .*m.lora_A.weight is there"),
+    "braces": (["m{0}.lora_A.weight"], "keys that name no module: .*m{0}"),
+    "kinds": ([f"head.p{i}" for i in range(101)], "has 101 kinds of tensors; expected few"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_inspect_of_odd_keys(name: str, tmp_path: Folder) -> None:
+    """Keys that PEFT never writes are refused by name, or as a whole."""
+    keys, message = ODD[name]
+    tensors = {f"base_model.model.{key}": np.ones((2, 3), np.float32) for key in keys}
+    config = {"peft_type": "LORA", "target_modules": ["m"], "modules_to_save": ["head"]}
+    (tmp_path / FILES[0]).write_text(json.dumps(config))
+    save_file(tensors, tmp_path / FILES[1])
+    assert re.search(message, fails("inspect", tmp_path))
+
+
+# ----------------------------------------------------------------------------------------- diff
+
+
+@pytest.mark.parametrize("name", models.CASES)
+def test_diff_of_equal(name: str, tmp_path: Folder) -> None:
+    """Exit code 0, also between the two formats."""
+    folder, case, _ = orbax(tmp_path / "a", name)
+    assert re.fullmatch(
+        r"(\d+) of \1 common sites are equal\n", run("diff", case.folder, case.folder).stdout
+    )
+    for pair in ((folder, case.folder), (case.folder, folder)):
+        found = json.loads(run("diff", *pair, "--names", table(name), "--json").stdout)
+        assert found["equal"] and {site["relative"] for site in found["sites"]} == {0}
+
+
+def changed(tmp_path: Folder, change: Any) -> tuple[Folder, Folder]:
+    """Two Orbax adapters: a case, and what `change` makes of its leaves."""
+    folder, _, adapter = orbax(tmp_path / "a", "scanned", known=False)
+    leaves = nodes(adapter)
+    from jlora._tree import nest
+
+    other = change(dict(leaves))
+    checkpoint.save(tmp_path / "b", nest({tuple(k.split("/")): x for k, x in other.items()}), ())
+    return folder, tmp_path / "b"
+
+
+UP = "params/layers/mlp/up/kernel"
+
+
+def with_up(**fields: Any) -> Any:
+    """Replaces fields of one site."""
+    return lambda leaves: leaves | {UP: leaves[UP]._replace(**fields)}
+
+
+def scaled(leaves: dict[str, Any]) -> dict[str, Any]:
+    """One site with B three times as large."""
+    return leaves | {UP: leaves[UP]._replace(b=3 * leaves[UP].b)}
+
+
+def padded(leaves: dict[str, Any]) -> dict[str, Any]:
+    """One site with a rank above its own: the same ΔW."""
+    x = leaves[UP]
+    pad = lambda y, axis: jnp.pad(y, [(0, 2 * (d == axis)) for d in range(3)])  # noqa: E731
+    return leaves | {UP: x._replace(a=pad(x.a, 2), b=pad(x.b, 1))}
+
+
+def without(leaves: dict[str, Any]) -> dict[str, Any]:
+    """One site less."""
+    return {k: x for k, x in leaves.items() if k != UP}
+
+
+def full(leaves: dict[str, Any]) -> dict[str, Any]:
+    """One site in full."""
+    return leaves | {UP: jnp.ones((2, 8, 12))}
+
+
+def other_shape(leaves: dict[str, Any]) -> dict[str, Any]:
+    """One site of another weight."""
+    return leaves | {UP: leaves[UP]._replace(b=jnp.ones((2, 2, 13)))}
+
+
+CHANGES = {
+    "scale": (with_up(scale=4.0), 1.0, ["scale 2.0 → 4.0"]),
+    "dropout": (with_up(dropout=0.5), 0.0, ["dropout 0.0 → 0.5"]),
+    "values": (scaled, 2.0, ["B"]),
+    "rank": (padded, 0.0, ["rank 2 → 4", "A", "B"]),
+    "full": (full, None, ["low rank → in full"]),
+    "shape": (other_shape, None, ["weight (2, 8, 12) → (2, 8, 13)", "B"]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_diff_of_one_site(name: str, tmp_path: Folder) -> None:
+    """Exit code 1, and what differs."""
+    change, relative, words = CHANGES[name]
+    pair = changed(tmp_path, change)
+    found = json.loads(run("diff", *pair, "--json", code=1).stdout)
+    [site] = [site for site in found["sites"] if not site["equal"]]
+    assert (site["name"], site["changes"]) == (UP, words)
+    if relative is None:
+        assert site["relative"] is None
+    else:
+        assert site["relative"] == pytest.approx(relative, rel=1e-6, abs=1e-12)
+    assert found.keys() == {"a", "b", "equal", "tolerance", "only_a", "only_b", "sites"}
+    lines = run("diff", *pair, code=1).stdout.splitlines()
+    assert lines[0].split() == ["site", "relative", "differs"]
+    assert lines[1].split()[0] == UP and lines[1].endswith("; ".join(words))
+    assert lines[-1] == "6 of 7 common sites are equal"
+
+
+def test_diff_of_sites_of_one_only(tmp_path: Folder) -> None:
+    """They are listed, and make the two different."""
+    a, b = changed(tmp_path, without)
+    found = json.loads(run("diff", a, b, "--json", code=1).stdout)
+    assert (found["only_a"], found["only_b"]) == ([UP], [])
+    assert f"only in {a}: {UP}" in run("diff", b, a, code=1).stdout
+
+
+def test_diff_within_a_tolerance(tmp_path: Folder) -> None:
+    """ΔW decides then, not rank and scale; and the other way round where it is exceeded."""
+    a, b = changed(tmp_path, lambda leaves: scaled(padded(leaves)))
+    run("diff", a, b, "--tolerance", 2.1)
+    run("diff", a, b, "--tolerance", 1.9, code=1)
+    assert "--tolerance must be a number of at least 0; got -1.0" in fails(
+        "diff", a, b, "--tolerance", -1
+    )
+
+
+def test_diff_of_full_leaves(tmp_path: Folder) -> None:
+    """Leaves in full are compared by their values."""
+    for name, x in (("a", [3.0, 4.0]), ("b", [3.0, 5.0])):
+        checkpoint.save(tmp_path / name, {"head": jnp.array(x)}, ())
+    found = json.loads(run("diff", tmp_path / "a", tmp_path / "b", "--json", code=1).stdout)
+    assert found["sites"] == [
+        {"name": "head", "equal": False, "relative": 0.2, "changes": ["values"]}
+    ]
+
+
+# -------------------------------------------------------------------------------------- convert
+
+
+@pytest.mark.parametrize("name", models.CASES)
+def test_convert_there_and_back(name: str, tmp_path: Folder) -> None:
+    """PEFT to Orbax to PEFT: the tensors bit for bit, and with --config the files."""
+    case = models.case(name)
+    checkpoint.export(tmp_path / "base", case.base)
+    names = ("--names", table(name))
+    run("convert", case.folder, tmp_path / "o", "--base", tmp_path / "base", *names)
+    assert_equal(checkpoint.restore(tmp_path / "o"), peft.load(case.folder, case.base, case.names))
+    assert checkpoint.read(tmp_path / "o").base == checkpoint.fingerprint(case.base)
+
+    base = ("--base", tmp_path / "base") if name in KEEPS else ()
+    run("convert", tmp_path / "o", tmp_path / "p", *names, *base)
+    run("diff", case.folder, tmp_path / "p")
+    ours, theirs = (models.read(f / FILES[1]) for f in (tmp_path / "p", case.folder))
+    kept = {key for key in theirs if key.endswith(".base_layer.weight")}
+    assert theirs.keys() - kept <= ours.keys() <= theirs.keys()
+    assert all(x.tobytes() == theirs[key].tobytes() for key, x in ours.items())
+
+    run("convert", tmp_path / "o", tmp_path / "q", *names, "--config", case.folder, *base)
+    for file in FILES:
+        assert (tmp_path / "q" / file).read_bytes() == (case.folder / file).read_bytes()
+
+
+def test_convert_onto_the_base_of_another(tmp_path: Folder) -> None:
+    """`--base` may be an adapter in Orbax that knows its base; NNX's variables have their names."""
+    folder, case, adapter = orbax(tmp_path / "o", "all_linear")
+    result = run(
+        "convert", case.folder, tmp_path / "p", "--base", folder, "--names", "llama", "--json"
+    )
+    assert_equal(checkpoint.restore(tmp_path / "p"), adapter)
+    assert json.loads(result.stdout) == {
+        "in": str(case.folder),
+        "out": str(tmp_path / "p"),
+        "from": "peft",
+        "to": "orbax",
+        "leaves": 14,
+        "parameters": jlora.count(adapter),
+    }
+
+
+@pytest.mark.parametrize("source", ["peft", "orbax"])
+def test_convert_for_vllm(source: str, tmp_path: Folder) -> None:
+    """Uniform rank, scales in B: vLLM takes it, and ΔW is the same."""
+    folder, case, adapter = orbax(tmp_path / "o", "patterns")
+    args = (folder, "--names", "llama") if source == "orbax" else (case.folder,)
+    out = tmp_path / "v"
+    text = run("convert", args[0], out, *args[1:], "--profile", "vllm").stdout
+    about = f"6 leaves of {jlora.count(adapter)} parameters as peft"
+    assert text == f"{out}: {about}, for vLLM with --max-lora-rank 8 or more\n"
+    assert peft.check_vllm(out, max_lora_rank=8) == []
+    run("diff", case.folder, out, code=1)
+    run("diff", case.folder, out, "--tolerance", 1e-6)
+
+
+PLAIN = ("qv", "all_linear", "patterns", "rslora", "embeddings", "tied", "gpt2", "gpt2_tied")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_convert_of_peft_for_vllm_alone(name: str, tmp_path: Folder) -> None:
+    """What has a profile gets the same files without the base as with it."""
+    case = models.case(name)
+    run("convert", case.folder, tmp_path / "v", "--profile", "vllm")
+    adapter = peft.load(case.folder, case.base, case.names)
+    config = peft.read_config(case.folder)
+    peft.save(tmp_path / "w", case.base, adapter, case.names, profile="vllm", config=config)
+    for file in FILES:
+        assert (tmp_path / "v" / file).read_bytes() == (tmp_path / "w" / file).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------- merge
+
+
+def numpy_tree(folder: Folder) -> Any:
+    """The parameters of an Orbax checkpoint."""
+    with jax.enable_x64(True), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute())
+
+
+@pytest.mark.parametrize("name", ["all_linear", "bf16", "modules_to_save", "scanned"])
+@pytest.mark.parametrize("kind", ["peft", "orbax"])
+def test_merge_into_orbax(name: str, kind: str, tmp_path: Folder) -> None:
+    """Base in Orbax: the tree of `jlora.merge`, in the structure of the base."""
+    folder, case, adapter = orbax(tmp_path / "o", name)
+    checkpoint.export(tmp_path / "base", case.base)
+    args = (folder,) if kind == "orbax" else (case.folder, "--names", table(name))
+    text = run("merge", tmp_path / "base", args[0], tmp_path / "m", *args[1:]).stdout
+    assert text == f"{tmp_path / 'm'}: {tmp_path / 'base'} with {args[0]} merged, as orbax\n"
+    assert_equal(numpy_tree(tmp_path / "m"), jlora.merge(case.base, adapter))
+
+
+def test_merge_of_nnx_and_numbers(tmp_path: Folder) -> None:
+    """NNX's variables keep their form in Orbax, integers of 64 bits and Python's their values."""
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    lora = jlora.transform(
+        lambda s, x: nnx.merge(graph, s, copy=True)(x), jlora.LoRA("kernel", rank=2)
+    )
+    base, adapter = lora.init(jax.random.key(0), state, jnp.ones((1, 4)))
+    adapter = jax.tree.map(jnp.ones_like, adapter)
+    checkpoint.export(tmp_path / "base", base)
+    checkpoint.save(tmp_path / "a", adapter, (), base=base)
+    run("merge", tmp_path / "base", tmp_path / "a", tmp_path / "m")
+    merged = jlora.merge(base, adapter)
+    found = numpy_tree(tmp_path / "m")
+    assert found.keys() == {"kernel", "bias"}
+    np.testing.assert_array_equal(found["kernel"]["value"], merged["kernel"].get_value())
+
+    layout = jlora.Layout((), (0,), (1,))
+    site = jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)
+    checkpoint.save(tmp_path / "b", {"w": site}, ())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(
+            tmp_path / "n", {"w": np.zeros((4, 3)), "id": np.array([2**40]), "k": 2**40}
+        )
+    run("merge", tmp_path / "n", tmp_path / "b", tmp_path / "o")
+    found = numpy_tree(tmp_path / "o")
+    assert found["w"].dtype == np.float64 and np.all(np.asarray(found["w"]) == 1)
+    assert int(found["id"][0]) == int(found["k"]) == 2**40
+
+
+def huggingface(folder: Folder, name: str) -> tuple[Folder, dict[str, np.ndarray]]:
+    """A case's model as a Hugging Face checkpoint, and what PyTorch merged it to."""
+    torch = models.case(name).torch
+    folder.mkdir()
+    base = {k.removeprefix("base."): x for k, x in torch.items() if k.startswith("base.")}
+    save_file(base, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    return folder, models.case(name).merged()
+
+
+@pytest.mark.parametrize("name", ["all_linear", "modules_to_save", "gpt2", "scanned", "conv"])
+@pytest.mark.parametrize("kind", ["peft", "orbax"])
+def test_merge_into_hugging_face(name: str, kind: str, tmp_path: Folder) -> None:
+    """What PyTorch merged, from either format of the adapter; other files are copied or named."""
+    base, merged = huggingface(tmp_path / "base", name)
+    folder, case, _ = orbax(tmp_path / "o", name)
+    args = (folder, "--names", table(name)) if kind == "orbax" else (case.folder,)
+    text = run("merge", base, args[0], tmp_path / "m", *args[1:], "--json").stdout
+    assert json.loads(text) == {
+        "base": str(base),
+        "adapter": str(args[0]),
+        "out": str(tmp_path / "m"),
+        "format": "huggingface",
+        "left_out": ["pytorch_model.bin"],
+    }
+    found = models.read(tmp_path / "m" / "model.safetensors")
+    assert found.keys() == merged.keys()
+    for key, x in merged.items():
+        np.testing.assert_allclose(found[key], x, rtol=0, atol=1e-6 * np.abs(x).max())
+    text = run("merge", base, args[0], tmp_path / "n", *args[1:]).stdout
+    assert text.endswith(" merged, as huggingface; not copied: pytorch_model.bin\n")
+
+
+# --------------------------------------------------------------------------------------- errors
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Folders for the table of errors."""
+    root = tmp_path_factory.mktemp("files")
+    folder, case, adapter = orbax(root / "o", "all_linear")
+    checkpoint.save(root / "unknown", adapter, ())
+    checkpoint.export(root / "base", case.base)
+    checkpoint.export(root / "small", {"w": jnp.ones(3)})
+    shutil.copytree(case.folder, root / "p", ignore=shutil.ignore_patterns("torch*", "model*"))
+    shutil.copytree(root / "p", root / "cut")
+    (root / "cut" / FILES[1]).write_bytes((root / "p" / FILES[1]).read_bytes()[:-1])
+    shutil.copytree(root / "p", root / "pickle")
+    (root / "pickle" / FILES[1]).rename(root / "pickle" / "adapter_model.bin")
+    shutil.copytree(root / "p", root / "dora")
+    config = json.loads((root / "p" / FILES[0]).read_text()) | {"use_dora": True}
+    (root / "dora" / FILES[0]).write_text(json.dumps(config))
+    shutil.copytree(folder, root / "damaged")
+    (root / "damaged" / "jlora" / "metadata").write_text("{")
+    shutil.copytree(root / "o", root / "steps" / "12")
+    (root / "empty").mkdir()
+    (root / "hf").mkdir()
+    (root / "hf" / "config.json").write_text("{}")
+    (root / "rows.py").write_text("ROWS = 3\n")
+    (root / "raises.py").write_text("1 / 0\n")
+    return root
+
+
+ERRORS = {
+    "inspect nowhere": "DIR: there is no folder .*nowhere",
+    "inspect empty": "DIR: .*empty holds neither adapter_config.json, .* nor a checkpoint of Orbax",
+    "inspect hf": "DIR: .*hf holds a model; expected an adapter",
+    "inspect base": "base is no checkpoint of an adapter: expected 'adapter' and 'jlora' in it",
+    "inspect steps": "holds the steps 12 of a CheckpointManager; give one of them",
+    "inspect cut": "describes .* bytes of data but holds .*; the file is cut off or damaged",
+    "inspect pickle": "holds adapter_model.bin, a pickle, and no adapter_model.safetensors",
+    "inspect dora": "use_dora: True is a feature that jlora does not support",
+    "inspect damaged": "the metadata of .*damaged .* damaged .*Take another checkpoint",
+    "diff p nowhere": "B: there is no folder .*nowhere",
+    "diff p o": "--names is needed .*: one of bert, roberta, gpt2, llama, llama-scanned, vit, ",
+    "diff unknown p --names llama": "A: .*unknown was saved without its base, .* Save it again",
+    "convert hf x": "IN: .*hf holds a model; expected an adapter of PEFT or Orbax",
+    "convert o p --names llama": "exists and is not an empty folder",
+    "convert p o --names llama --base base": "exists and is not an empty folder",
+    "convert o x": "--names is needed",
+    "convert o x --names bort": "--names: there is no table 'bort'; expected one of bert,",
+    "convert o x --names nomodule:X": "--names: nomodule cannot be imported .*ModuleNotFoundError",
+    "convert o x --names rows.py:ROWS": "ROWS of .*rows.py must be a list of jlora.peft.Name rows; "
+    "got int",
+    "convert o x --names rows.py:MISSING": "must be a list of jlora.peft.Name rows; got NoneType",
+    "convert o x --names raises.py:X": "raises.py cannot be imported .ZeroDivisionError: division",
+    "convert o x --names vit:": "must be a list|cannot be imported",
+    "convert unknown x --names llama": "IN: .*unknown was saved without its base, .* Give --base",
+    "convert p x --names llama": "--base is needed to read an adapter of PEFT",
+    "convert p x --names llama --base small": "nothing was loaded. .* problems: ",
+    "convert p x --names llama --base hf": "--base: .*hf cannot be read as parameters",
+    "convert p x --names llama --base base --config p": "--config is for what is written as PEFT",
+    "convert p x --profile vllm --names llama": "--names is not needed: IN is an adapter of PEFT",
+    "merge p o x": "BASE must be a model and ADAPTER an adapter; got .*p .peft. and .*o .orbax.",
+    "merge base hf x": "BASE must be a model and ADAPTER an adapter",
+    "merge base p x": "--names is needed",
+    "merge small o x": "`base` is not the one that the adapter in .*o was trained on: ",
+    "merge small unknown x": "`adapter` does not fit `base` at 14 of 14 paths: ",
+    "merge base o p": "exists and is not an empty folder",
+}
+
+
+@pytest.mark.parametrize("line", ERRORS)
+def test_errors(line: str, files: Folder) -> None:
+    """Exit code 2, one line on stderr that says what and where; nothing is written."""
+    before = sorted(files.rglob("*"))
+    words = ("nowhere", "x", *(path.name for path in files.iterdir()))
+    command, *args = line.split()
+    full = [str(files / a) if a.split(":")[0] in words else a for a in args]
+    assert re.search(ERRORS[line], fails(command, *full))
+    assert [p for p in sorted(files.rglob("*")) if "__pycache__" not in p.parts] == before
+
+
+def test_debug_shows_the_traceback(files: Folder) -> None:
+    """With the same exit code."""
+    result = run("inspect", files / "cut", "--debug", code=2)
+    assert result.stderr.startswith("Traceback (most recent call last)")
+    assert "the file is cut off or damaged" in result.stderr.splitlines()[-1]
+
+
+def test_long_lists_are_cut(files: Folder) -> None:
+    """A line stays one that can be read."""
+    line = fails("merge", files / "small", files / "o", files / "x")
+    assert line.endswith("; … and 12 more lines, which --debug shows") and len(line) < 2000
+
+
+USAGE = {
+    "": "Usage: jlora",
+    "inspect": "Missing argument 'DIR'",
+    "inspekt x": "No such command 'inspekt'",
+    "diff a": "Missing argument 'B'",
+    "convert a b --profile tgi": "'tgi' is not 'vllm'",
+    "diff a b --tolerance x": "'x' is not a valid float",
+}
+
+
+@pytest.mark.parametrize("line", USAGE)
+def test_usage_errors(line: str) -> None:
+    """Of the arguments themselves: click's, with exit code 2."""
+    assert USAGE[line] in run(*line.split(), code=2).stderr
+
+
+def test_help() -> None:
+    """It names the commands, the exit codes, and every table that ships."""
+    text = " ".join(run("--help").stdout.split())
+    assert "Exit codes: 0 done, or equal; 1 the adapters differ; 2 an error; 130 inter" in text
+    assert all(name in text for name in ("inspect", "merge", "convert", "diff"))
+    for name in ("inspect", "merge", "convert", "diff"):
+        text = " ".join(run(name, "--help").stdout.split())
+        assert "--json" in text and "--debug" in text
+        if name != "inspect":
+            listed = text.partition("PyTorch's modules: ")[2].replace("example- ", "example-")
+            assert all(f"{table}, " in listed for table in _names.TABLES)
+    assert run("--version").stdout.startswith("jlora, version ")
+
+
+# ------------------------------------------------------------------------------------ processes
+
+
+def script(kind: str) -> list[str]:
+    """The command as a shell would start it."""
+    if kind == "module":
+        return [sys.executable, "-m", "jlora"]
+    return [str(pathlib.Path(sys.executable).with_name("jlora"))]
+
+
+@pytest.mark.parametrize("kind", ["script", "module"])
+def test_processes(kind: str, files: Folder) -> None:
+    """Both ways to start it: answers on stdout, errors on stderr, no progress bar in a pipe."""
+
+    def start(*args: Any) -> subprocess.CompletedProcess[str]:
+        command = [*script(kind), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = start("inspect", files / "p")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run("inspect", files / "p").stdout
+    assert start("diff", files / "p", models.FIXTURES / "patterns").returncode == 1
+    failed = start("inspect", files / "cut")
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+
+
+LARGE = (8192, 8192)
+
+
+def large(root: Folder, kind: str) -> tuple[Folder, Folder]:
+    """A model of one large weight, and an adapter of it."""
+    site = jlora.LowRank(
+        jnp.ones((8192, 1)), jnp.ones((1, 8192)), 1.0, jlora.Layout((), (0,), (1,))
+    )
+    checkpoint.save(root / "a", {"w": {"kernel": site}}, ())
+    if kind == "orbax":
+        checkpoint.export(root / "base", {"w": {"kernel": jnp.zeros(LARGE)}})
+    else:
+        (root / "base").mkdir()
+        save_file({"w.weight": np.zeros(LARGE, np.float32)}, root / "base" / "model.safetensors")
+    return root / "base", root / "a"
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "orbax"])
+def test_interrupt(kind: str, tmp_path: Folder) -> None:
+    """Ctrl-C while it writes: exit code 130, one line, and nothing is left."""
+    args = [*large(tmp_path, kind), tmp_path / "out" / "m", "--names", "llama"]
+    (tmp_path / "out").mkdir()
+    command = [*script("module"), "merge", *map(str, args)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").iterdir()) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == "jlora: interrupted; nothing is half written.\n"
+    assert not list((tmp_path / "out").iterdir())
