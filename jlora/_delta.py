@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -196,15 +197,16 @@ def _outer_products(ndim: int, a: Factor, b: Factor) -> jax.Array:
         value = lax.slice_in_dim(f.value, r, r + 1, axis=f.axis(RANK))
         return Factor(value, f.dims).arrange(range(ndim))
 
-    return sum(column(a, r) * column(b, r) for r in range(a.value.shape[a.axis(RANK)]))
+    columns = range(a.value.shape[a.axis(RANK)])
+    return functools.reduce(operator.add, (column(a, r) * column(b, r) for r in columns))
 
 
 def _matrix_product(ndim: int, a: Factor, b: Factor) -> jax.Array:
     names = letters(ndim)
     out = [d for d in range(ndim) if d in a.dims or d in b.dims]
-    axes = (f.label(names) for f in (a, b))
     delta = einsum(
-        *axes,
+        a.label(names),
+        b.label(names),
         "".join(names[d] for d in out),
         a.value,
         b.value,
