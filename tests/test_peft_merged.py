@@ -206,7 +206,7 @@ print(peak() - before)
 
 
 def test_memory_is_bounded(tmp_path: Folder) -> None:
-    """A weight of 256 MB is merged in less than 128 MB, as blocks are what is held."""
+    """A weight of 256 MB is merged in less than 96 MB, as blocks are what is held."""
     small, large = (64, 64), (8192, 8192)
     for name, given, shape in (("small", "adapter", small), ("large", "large_adapter", large)):
         weights = {"q.weight": np.ones(shape, np.float32), "k.weight": np.ones(shape, np.float16)}
@@ -214,7 +214,7 @@ def test_memory_is_bounded(tmp_path: Folder) -> None:
         adapter(tmp_path / given, {"q": low_rank(shape, 2), "k": low_rank(shape, 2)})
     run = [sys.executable, "-c", MEMORY]
     done = subprocess.run(run, check=True, cwd=tmp_path, capture_output=True, text=True)
-    assert int(done.stdout) < 128 * 2**20
+    assert int(done.stdout) < 96 * 2**20
 
 
 # ----------------------------------------------------------------------- names and orientation
@@ -573,6 +573,10 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
     ),
     "overflow": (
         lambda x: x.weights.update({f"{Q}.weight": LARGE}) or x.fields.update(lora_alpha=1e9),
+        f"{Q}.weight: 24 values are not finite after merging",
+    ),
+    "scale": (
+        lambda x: x.fields.update(lora_alpha=1e300),
         f"{Q}.weight: 24 values are not finite after merging",
     ),
     "quantized": (
