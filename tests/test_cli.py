@@ -29,6 +29,7 @@ import jlora
 from jlora import checkpoint, peft
 from jlora._cli import _names
 from jlora._cli._app import cli
+from jlora._cli._stage import staged
 from jlora.peft._alone import load_alone
 
 Folder = pathlib.Path
@@ -590,7 +591,7 @@ ERRORS = {
     "diff p o": "--names is needed .*: one of bert, roberta, gpt2, llama, llama-scanned, vit, ",
     "diff unknown p --names llama": "A: .*unknown was saved without its base, .* Save it again",
     "convert hf x": "IN: .*hf holds a model; expected an adapter of PEFT or Orbax",
-    "convert o p --names llama": "exists and is not an empty folder",
+    "convert o p --names llama": "OUT: .*p exists and is not an empty folder",
     "convert p o --names llama --base base": "exists and is not an empty folder",
     "convert o x": "--names is needed",
     "convert o x --names bort": "--names: there is no table 'bort'; expected one of bert,",
@@ -693,6 +694,26 @@ def test_processes(kind: str, files: Folder) -> None:
     assert start("diff", files / "p", models.FIXTURES / "patterns").returncode == 1
     failed = start("inspect", files / "cut")
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+
+
+def test_staged(tmp_path: Folder) -> None:
+    """Where the writer fails, or another one was first, nothing of it is left."""
+
+    def fail(path: Folder) -> None:
+        path.mkdir()
+        raise OSError("disk full")
+
+    def be_late(path: Folder) -> None:
+        path.mkdir()
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m" / "theirs").write_text("")
+
+    with pytest.raises(OSError, match="disk full"):
+        staged(tmp_path / "m", fail)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileExistsError, match="OUT: .*m exists and is not an empty folder"):
+        staged(tmp_path / "m", be_late)
+    assert [p.name for p in tmp_path.rglob("*")] == ["m", "theirs"]
 
 
 LARGE = (8192, 8192)

@@ -2,14 +2,13 @@
 
 import importlib.metadata
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
 
-from ._command import INTERRUPTED, Command
+from ._command import Command
 
 FOLDER = click.Path(path_type=Path)
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
@@ -109,11 +108,4 @@ def main() -> None:
     """The entry point: on the CPU, where the work is, unless JAX_PLATFORMS says otherwise."""
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
-    try:
-        cli(prog_name="jlora")
-    except SystemExit as e:
-        if e.code != INTERRUPTED:
-            raise
-        # Event loops of Orbax, stopped half-way, would complain while Python shuts down.
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)
+    cli(prog_name="jlora")

@@ -1,6 +1,8 @@
 """What all commands share: `--json`, `--debug`, and how they fail."""
 
 import json
+import os
+import sys
 import traceback
 from typing import Any, NamedTuple
 
@@ -51,7 +53,9 @@ class Command(click.Command):
             click.echo(json.dumps(answer.as_json(), indent=2) if as_json else str(answer))
         except KeyboardInterrupt:
             click.echo("jlora: interrupted; nothing is half written.", err=True)
-            ctx.exit(INTERRUPTED)
+            sys.stderr.flush()
+            # At once: what Orbax was about to do would be complained of on the way out.
+            os._exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except Exception as e:

@@ -1,5 +1,6 @@
 """`jlora convert`: an adapter from Orbax to PEFT, from PEFT to Orbax, or to what vLLM takes."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from . import _base
 from ._command import Done
 from ._names import table
 from ._read import format_of
+from ._stage import staged
 
 
 def convert(
@@ -73,7 +75,8 @@ def _to_peft(
         params = _base.fingerprinted(source, "IN", remedy)
     else:
         params = _base.values(base, "--base")
-    peft.save(out, params, adapter, rows, profile=profile, config=fields)
+    write = functools.partial(peft.save, profile=profile, config=fields)
+    staged(out, lambda path: write(path, params, adapter, rows))
     return adapter
 
 
@@ -90,7 +93,7 @@ def _to_orbax(
         )
     params = _base.shapes(base, "--base")
     adapter = peft.load(source, params, rows)
-    checkpoint.save(out, adapter, (), base=params)
+    staged(out, lambda path: checkpoint.save(path, adapter, (), base=params))
     return adapter
 
 
@@ -108,5 +111,6 @@ def _to_profile(
     alone = load_alone(source)
     fields = peft.read_config(source)
     params = with_copies(source, alone)
-    peft.save(out, params, alone.adapter, alone.names, profile=profile, config=fields)
+    write = functools.partial(peft.save, profile=profile, config=fields)
+    staged(out, lambda path: write(path, params, alone.adapter, alone.names))
     return alone.adapter

@@ -10,6 +10,7 @@ from . import _base
 from ._command import Done
 from ._names import table
 from ._read import format_of
+from ._stage import staged
 
 
 def merge(base: Path, adapter: Path, out: Path, *, names: str | None = None) -> Done:
@@ -30,10 +31,11 @@ def merge(base: Path, adapter: Path, out: Path, *, names: str | None = None) -> 
     left_out: list[str] = []
     match formats:
         case "huggingface", "peft":
-            left_out = peft.export_merged(base, adapter, out)
+            left_out = staged(out, lambda path: peft.export_merged(base, adapter, path))
         case "huggingface", _:
             tree = checkpoint.restore(adapter)
-            left_out = peft.export_merged(base, tree, out, names=table(names))
+            rows = table(names)
+            left_out = staged(out, lambda p: peft.export_merged(base, tree, p, names=rows))
         case _:
             _merge_orbax(base, adapter, out, names)
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}
@@ -44,8 +46,8 @@ def merge(base: Path, adapter: Path, out: Path, *, names: str | None = None) -> 
 
 def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> None:
     params = _base.values(base, "BASE")
-    merged = jlora.merge(params, _adapter(adapter, params, names))
-    checkpoint.export(out, _base.plain(merged))
+    merged = _base.plain(jlora.merge(params, _adapter(adapter, params, names)))
+    staged(out, lambda path: checkpoint.export(path, merged))
 
 
 def _adapter(folder: Path, params: PyTree, names: str | None) -> PyTree:
