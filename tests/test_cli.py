@@ -711,7 +711,7 @@ def test_staged(tmp_path: Folder) -> None:
     with pytest.raises(OSError, match="disk full"):
         staged(tmp_path / "m", fail)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FileExistsError, match="OUT: .*m exists and is not an empty folder"):
+    with pytest.raises(FileExistsError, match=r"OUT: .*m exists and is not an empty folder"):
         staged(tmp_path / "m", be_late)
     assert [p.name for p in tmp_path.rglob("*")] == ["m", "theirs"]
 
