@@ -740,12 +740,12 @@ def test_interrupt(kind: str, tmp_path: Folder) -> None:
     (tmp_path / "out").mkdir()
     command = [*script("module"), "merge", *map(str, args)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list((tmp_path / "out").iterdir()) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stdout) == (130, "")
     assert stderr == "jlora: interrupted; nothing is half written.\n"
     assert not list((tmp_path / "out").iterdir())
