@@ -28,18 +28,21 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     rows = []
     for shape in [TINY] if quick else SHAPES:
         for mode, flags in MODES.items():
-            rows += measure(shape, mode, flags, rounds=3 if quick else 15)
+            ranks, rounds = ((8,), 3) if quick else ((8, 64), 15)
+            rows += measure(shape, mode, flags, ranks, rounds)
     report.table("floor: ratios to the frozen step", rows, out)
     if not quick:
         rest = [row["time"] for row in rows if row["trained"] != "full"]
         print(f"\nmedian {sorted(rest)[len(rest) // 2]:.3f}, largest {max(rest):.3f}")
 
 
-def measure(shape: model.Shape, mode: str, flags: dict, rounds: int) -> list[dict]:
-    """The rows of one model: full fine-tuning, q and v, all-linear, at rank 8 and 64."""
+def measure(
+    shape: model.Shape, mode: str, flags: dict, ranks: Sequence[int], rounds: int
+) -> list[dict]:
+    """The rows of one model: full fine-tuning, q and v, all-linear."""
     lm = model.LM(shape, **flags)
     ids, params = model.batch_and_params(lm)
-    tasks = choices(lm.apply, params, ids, ranks=(8, 64)) | kept_by_policy(lm, params, ids)
+    tasks = choices(lm.apply, params, ids, ranks=ranks) | kept_by_policy(lm, params, ids)
     return compare(tasks, ids, rounds, {"model": str(shape), "mode": mode})
 
 
