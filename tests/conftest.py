@@ -3,6 +3,9 @@
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
+
+import pytest
 
 # Written with PyTorch, which the default tests do without.
 collect_ignore = ["fixtures"]
@@ -17,3 +20,12 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Drops what a module compiled: all of it at once would take gigabytes in each worker."""
+    yield
+    import jax  # not before the flags above are set
+
+    jax.clear_caches()
