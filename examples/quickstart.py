@@ -6,7 +6,8 @@
 MiniLM (22.7M parameters) learns whether a sentence of a movie review is positive. The query and
 value kernels get low-rank factors, the head is trained in full, everything else stays frozen. The
 result is compared with a linear probe on the frozen encoder's features. OUT/adapter then holds what
-was trained, as an Orbax checkpoint, and OUT/merged the merged weights under Hugging Face's names.
+was trained, as an Orbax checkpoint, and OUT/merged the merged weights under Hugging Face's names; a
+run replaces what one before it left there.
 
 Letters in the shapes: N sentences, B sentences in a batch, L tokens, D hidden size.
 """
@@ -197,8 +198,6 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
     args = parser.parse_args(argv)
-    if (args.out / "adapter").exists():
-        parser.error(f"{args.out / 'adapter'} exists: remove it, or give another --out")
 
     model, variables, tokenizer = load()
     train_set, test_set = (encode(tokenizer, part) for part in data.movie_snippets(MARGIN))
@@ -222,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     print(f"loss {losses[0]:.3f} at the first step, {np.mean(losses[-20:]):.3f} in the last 20")
 
     saved = args.out / "adapter"  # the rules and the base's shapes are saved too, and checked
+    shutil.rmtree(saved, ignore_errors=True)  # of an earlier run
     checkpoint.save(saved, adapter, make_rules(args.rank), step=args.steps, base=base)
     adapter = checkpoint.restore(saved, like=adapter, base=base)
     adapted = outputs(functools.partial(jax.jit(lora.apply), base, adapter), test_set)  # (N, 2)

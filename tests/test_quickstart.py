@@ -15,6 +15,8 @@ from jlora import checkpoint
 def run(tmp_path_factory):
     """The result and the output folder of a short run."""
     out = tmp_path_factory.mktemp("quickstart")
+    (out / "adapter").mkdir()
+    (out / "adapter" / "of_an_earlier_run").touch()
     argv = ["--steps", "4", "--batch", "8", "--rank", "2", "--held-out", "32", "--out", str(out)]
     return quickstart.main(argv), out
 
@@ -57,10 +59,9 @@ def test_the_saved_adapter_gives_the_exported_weights(run):
     )
 
 
-def test_a_finished_run_is_not_overwritten(run):
+def test_a_run_replaces_what_one_before_it_left(run):
     _, out = run
-    with pytest.raises(SystemExit):
-        quickstart.main(["--out", str(out)])
+    assert checkpoint.read(out / "adapter").rules == quickstart.make_rules(rank=2)
 
 
 def test_draw_shows_every_sentence_once_an_epoch():
