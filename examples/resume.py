@@ -134,25 +134,6 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def open_manager(folder: pathlib.Path, save_every: int, keep: int) -> ocp.CheckpointManager:
-    """Orbax's manager of the checkpoints in `folder`, without what a killed run left over."""
-    purge(folder)
-    options = ocp.CheckpointManagerOptions(
-        save_interval_steps=save_every,
-        max_to_keep=keep,
-        # An old checkpoint is first renamed, so that a kill never leaves half of one.
-        todelete_subdir=DELETED,
-        cleanup_tmp_directories=True,
-    )
-    return ocp.CheckpointManager(folder, options=options)
-
-
-def purge(folder: pathlib.Path) -> None:
-    """Removes the checkpoints that the manager has put away."""
-    for old in folder.glob(f"{DELETED}/*"):
-        shutil.rmtree(old)
-
-
 @contextlib.contextmanager
 def telling(folder: pathlib.Path) -> Iterator[None]:
     """Says what to do when a checkpoint cannot be written, whatever Orbax raises."""
@@ -163,6 +144,34 @@ def telling(folder: pathlib.Path) -> Iterator[None]:
             f"cannot write a checkpoint to {folder}: {' '.join(str(e).split())}\n"
             "Those before are whole. Make room or permission there, then go on with --resume."
         ) from e
+
+
+@contextlib.contextmanager
+def open_manager(
+    folder: pathlib.Path, save_every: int, keep: int
+) -> Iterator[ocp.CheckpointManager]:
+    """Orbax's manager of the checkpoints in `folder`; in the end all that was saved is there."""
+    purge(folder)
+    options = ocp.CheckpointManagerOptions(
+        save_interval_steps=save_every,
+        max_to_keep=keep,
+        # An old checkpoint is first renamed, so that a kill never leaves half of one.
+        todelete_subdir=DELETED,
+        cleanup_tmp_directories=True,
+    )
+    manager = ocp.CheckpointManager(folder, options=options)
+    try:
+        yield manager
+    finally:
+        with telling(folder):  # waits, and may have an error of its own
+            manager.close()
+    purge(folder)
+
+
+def purge(folder: pathlib.Path) -> None:
+    """Removes the checkpoints that the manager has put away."""
+    for old in folder.glob(f"{DELETED}/*"):
+        shutil.rmtree(old)
 
 
 def rest(state: State) -> dict[str, Any]:
@@ -270,9 +279,6 @@ def train(args: argparse.Namespace) -> int:
                         checkpoints.save(step, state, reader)
                 if stop:
                     break
-        with telling(folder):
-            manager.wait_until_finished()
-    purge(folder)
     return step
 
 
