@@ -7,10 +7,12 @@ changed; whatever keeps it from being that is listed, and leaves nothing behind.
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_peft import Files, mutate
 
 from jlora import LowRank, peft
 from jlora.peft import Name
@@ -203,7 +206,7 @@ print(peak() - before)
 
 
 def test_memory_is_bounded(tmp_path: Folder) -> None:
-    """A weight of 256 MB is merged in less than 128 MB, as blocks are what is held."""
+    """A weight of 256 MB is merged in less than 96 MB, as blocks are what is held."""
     small, large = (64, 64), (8192, 8192)
     for name, given, shape in (("small", "adapter", small), ("large", "large_adapter", large)):
         weights = {"q.weight": np.ones(shape, np.float32), "k.weight": np.ones(shape, np.float16)}
@@ -211,7 +214,7 @@ def test_memory_is_bounded(tmp_path: Folder) -> None:
         adapter(tmp_path / given, {"q": low_rank(shape, 2), "k": low_rank(shape, 2)})
     run = [sys.executable, "-c", MEMORY]
     done = subprocess.run(run, check=True, cwd=tmp_path, capture_output=True, text=True)
-    assert int(done.stdout) < 128 * 2**20
+    assert int(done.stdout) < 96 * 2**20
 
 
 # ----------------------------------------------------------------------- names and orientation
@@ -572,6 +575,10 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
         lambda x: x.weights.update({f"{Q}.weight": LARGE}) or x.fields.update(lora_alpha=1e9),
         f"{Q}.weight: 24 values are not finite after merging",
     ),
+    "scale": (
+        lambda x: x.fields.update(lora_alpha=1e300),
+        f"{Q}.weight: 24 values are not finite after merging",
+    ),
     "quantized": (
         lambda x: x.weights.update({f"{Q}.weight": np.ones((4, 6), np.uint8)}),
         f"{Q}.weight: of dtype U8; expected one of F64, F32, F16, BF16. Dequantize the checkpoint",
@@ -711,3 +718,43 @@ def test_arguments(tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match="q/kernel: holds values that are not finite"):
         peft.export_merged(base, nan, tmp_path / "out", names=peft.LLAMA)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
+
+
+# ----------------------------------------------------------------------- fuzz
+
+
+def fuzz(seeds: range, folder: Folder) -> int:
+    """Merges damaged adapters; gives how many were right in spite of it."""
+    names, right = ("qv", "tied", "experts"), 0
+    bases = {name: fixture(name, folder / name)[1] for name in names}
+    shapes = {name: {k: x.shape for k, x in read(bases[name]).items()} for name in names}
+    for seed in seeds:
+        draw, place = random.Random(seed), folder / str(seed)
+        place.mkdir()
+        files = Files(place, name := draw.choice(names))
+        mutate(files, draw)
+        before, start = sorted(place.rglob("*")), time.monotonic()
+        try:
+            peft.export_merged(bases[name], files.folder, place / "out")
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e).startswith("`adapter`"), (seed, e)
+            assert sorted(place.rglob("*")) == before, seed
+        else:
+            right += 1
+            merged = read(place / "out")
+            assert {k: x.shape for k, x in merged.items()} == shapes[name], seed
+            assert all(np.isfinite(np.float64(x)).all() for x in merged.values()), seed
+        assert time.monotonic() - start < 30, seed
+        shutil.rmtree(place)
+    return right
+
+
+def test_fuzz(tmp_path: Folder) -> None:
+    """A hundred damages: an error that says what, or a whole checkpoint of finite numbers."""
+    assert 0 < fuzz(range(100), tmp_path) < 100
+
+
+@pytest.mark.slow
+def test_fuzz_long(tmp_path: Folder) -> None:
+    """Five thousand."""
+    assert 0 < fuzz(range(100, 5_100), tmp_path) < 5_000

@@ -61,7 +61,7 @@ def changes(
     wrong: list[str] = []
     parts = [part._replace(name=to.there(part.name)) for part in parts]
     full, frozen = ({to.there(key): x for key, x in d.items()} for d in (full, frozen))
-    wrong += absent(checkpoint, parts, full)
+    wrong += absent(checkpoint, parts, full | frozen)
     if by_peft:
         wrong += untied(checkpoint, parts, full)
     find = Orientation(parts, shapes, flag)

@@ -19,7 +19,7 @@ from ._names import Name
 from ._parts import Sum
 from ._ties import twins
 
-BLOCK = 2**22  # numbers
+BLOCK = 2**20  # numbers
 # Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
 _SIDE = 64
 
@@ -195,10 +195,16 @@ def _added(source: BinaryIO, entry: Entry, change: Sum) -> Iterator[_Chunk]:
     for i in range(count):
         times = _product(change.right[i], step)
         for start in range(0, rows, step):
-            delta = times(change.left[i, start : start + step]) * np.float32(change.scale)
-            w = np.frombuffer(_read(source, delta.size * dtype.itemsize), dtype)
-            wide = np.promote_types(dtype, np.float32)
-            yield _chunk(w.reshape(delta.shape).astype(wide) + delta, dtype)
+            product = times(change.left[i, start : start + step])
+            w = np.frombuffer(_read(source, product.size * dtype.itemsize), dtype)
+            yield _chunk(_sum(w.reshape(product.shape), product, change.scale), dtype)
+
+
+# What overflows is counted by `_chunk`.
+@np.errstate(over="ignore", invalid="ignore")
+def _sum(w: np.ndarray, product: np.ndarray, scale: float) -> np.ndarray:
+    """W + s·B·A in float32 or better."""
+    return w.astype(np.promote_types(w.dtype, np.float32)) + product * np.float32(scale)
 
 
 def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -226,9 +232,9 @@ def _padded(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return new
 
 
+@np.errstate(over="ignore")
 def _chunk(x: np.ndarray, dtype: np.dtype) -> _Chunk:
-    with np.errstate(over="ignore"):
-        x = x.astype(dtype)
+    x = x.astype(dtype)
     return _Chunk(x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x))))
 
 

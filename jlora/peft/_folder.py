@@ -1,7 +1,6 @@
 """PEFT's files, read for a checkpoint: its tensors take the place of a base tree."""
 
 import itertools
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,19 +8,15 @@ import numpy as np
 
 from ._checkpoint import refuse
 from ._config import LIMIT, problems
-from ._file import DTYPES, Header, read_header, reader
-from ._json import CONFIG, TENSORS, Source, brief, opened, read_json, shown
+from ._file import read_header
+from ._json import CONFIG, TENSORS, Source, brief, read_json, shown
 from ._parts import Part, orientations
-from ._plan import HEADS, PREFIX, SAVED_BY_NAME, hint, is_saved
+from ._plan import HEADS, PREFIX, is_saved
 from ._renaming import Renaming, renaming
 from ._select import ends, idle, rank_of, scale_of, selects
+from ._tensors import Pairs, may_tie, read_tensors
 
-_FACTOR = re.compile(
-    r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)"
-    r"\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB]))"
-)
 Shapes = Mapping[str, tuple[int, ...]]
-Pairs = dict[tuple[str, int, bool], dict[str, np.ndarray]]
 
 
 class Folder(NamedTuple):
@@ -52,14 +47,13 @@ def from_folder(source: Source, shapes: Shapes) -> Folder:
     fields = read_json(source, CONFIG, LIMIT)
     header = read_header(source)
     refuse(problems(fields))
-    tensors, wrong = _read(source, header)
-    pairs, full, frozen = _sorted(tensors, fields, wrong)
-    whole = _whole(pairs, wrong)
-    wanted = [*full, *(name for key in whole for name in _parameters(fields, key))]
+    wrong: list[str] = []
+    pairs, full, frozen = read_tensors(source, header, fields, wrong)
+    wanted = [*full, *(name for place in pairs for name in _parameters(fields, place.module))]
     names = renaming(wanted, shapes)
     own = {back: s for name, s in shapes.items() if (back := names.back(name)) is not None}
-    parts = [p for group in _groups(whole) for p in _parts(fields, group, own, wrong)]
-    modules = {module for module, *_ in whole}
+    parts = [p for group in _groups(pairs) for p in _parts(fields, group, own, wrong)]
+    modules = {place.module for place in pairs}
     wrong += _missing(fields, {p.name for p in parts}, modules, set(full), own)
     keys = [_key(fields, part) for part in parts]
     known = [n.removesuffix(".weight") for n, shape in own.items() if len(shape) > 1]
@@ -69,76 +63,9 @@ def from_folder(source: Source, shapes: Shapes) -> Folder:
     return Folder(fields, names, parts, full, frozen)
 
 
-def _read(source: Source, header: Header) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The floating-point tensors without PEFT's prefix, and what is wrong with the others."""
-    tensors, wrong = {}, []
-    with opened(source, TENSORS) as (file, _):
-        read = reader(file, header)
-        for key, entry in header.entries.items():
-            if not key.startswith(PREFIX):
-                wrong.append(f"{shown(key)}: unexpected{hint(key)}")
-            elif entry.dtype not in DTYPES:
-                wrong.append(f"{shown(key)}: expected a floating-point dtype, got {entry.dtype}")
-            else:
-                x = tensors[key.removeprefix(PREFIX)] = read(key)
-                if n := x.size - np.count_nonzero(np.isfinite(x)):
-                    wrong.append(f"{shown(key)}: {n} of {x.size} values are not finite")
-    return tensors, wrong
-
-
-def _sorted(
-    tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any], wrong: list[str]
-) -> tuple[Pairs, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Factors by module and depth, parameters in full, and frozen ones."""
-    pairs: Pairs = {}
-    full, frozen = {}, {}
-    for key, x in tensors.items():
-        if found := _FACTOR.fullmatch(key):
-            module, depth, side, table = found["module"], found["depth"], *found.group(3, 4)
-            place = module, depth.count("."), bool(table)
-            pairs.setdefault(place, {})[side or table] = x
-    modules = {module for module, *_ in pairs}
-    for key, x in tensors.items():
-        module, _, parameter = key.rpartition(".")
-        inner = module.removesuffix(".base_layer")
-        if _FACTOR.fullmatch(key):
-            continue
-        if inner != module and inner in modules and parameter == "weight":
-            frozen[f"{inner}.weight"] = x
-        elif _is_full(fields, inner, parameter, inner in modules) and hint(PREFIX + key) == "":
-            full[f"{inner}.{parameter}"] = x
-        else:
-            wrong.append(f"{shown(PREFIX + key)}: unexpected{hint(PREFIX + key)}")
-    return pairs, full, frozen
-
-
-def _is_full(fields: Mapping[str, Any], module: str, parameter: str, adapted: bool) -> bool:
-    bias = fields.get("bias", "none")
-    by_bias = parameter == "bias" and (bias == "all" or (bias == "lora_only" and adapted))
-    return by_bias or is_saved(fields, module) or _may_tie(fields, module)
-
-
-def _whole(pairs: Pairs, wrong: list[str]) -> Pairs:
-    """The pairs that have both an A and a B of some rank."""
-    good = {}
-    for (module, depth, table), sides in pairs.items():
-        key = PREFIX + module + ".base_layer" * depth
-        end = "lora_embedding_{}" if table else "lora_{}.weight"
-        lost = [side for side in "AB" if side not in sides]
-        wrong += [f"{shown(key)}.{end.format(side)}: missing" for side in lost]
-        if lost:
-            continue
-        if min(sides["A"].ndim, sides["B"].ndim) < 2:
-            got = sides["A"].shape, sides["B"].shape
-            wrong.append(f"{shown(key)}: expected matrices as A and B, got shapes {got}")
-            continue
-        good[module, depth, table] = sides
-    return good
-
-
-def _groups(pairs: Pairs) -> list[dict[tuple[str, int, bool], dict[str, np.ndarray]]]:
+def _groups(pairs: Pairs) -> list[Pairs]:
     """The pairs of each module: more than one where its parameters are adapted one by one."""
-    by_module = itertools.groupby(sorted(pairs), key=lambda key: key[0])
+    by_module = itertools.groupby(sorted(pairs), key=lambda place: place.module)
     return [{key: pairs[key] for key in keys} for _, keys in by_module]
 
 
@@ -151,8 +78,8 @@ def _targets(fields: Mapping[str, Any], module: str) -> list[str]:
     return [k for k in found if any(ends(k, t) for t in fields["target_parameters"])]
 
 
-def _parameters(fields: Mapping[str, Any], key: tuple[str, int, bool]) -> list[str]:
-    return _targets(fields, key[0]) or [f"{key[0]}.weight"]
+def _parameters(fields: Mapping[str, Any], module: str) -> list[str]:
+    return _targets(fields, module) or [f"{module}.weight"]
 
 
 def _parts(fields: Mapping[str, Any], group: Pairs, shapes: Shapes, wrong: list[str]) -> list[Part]:
@@ -173,15 +100,10 @@ def _parts(fields: Mapping[str, Any], group: Pairs, shapes: Shapes, wrong: list[
                 f"{shown(PREFIX + module)}: expected rank {rank} by {CONFIG}, got an A of shape "
                 f"{part.a.shape}"
             )
-        elif is_saved(fields, module) or not (selects(fields, module) or _may_tie(fields, module)):
+        elif is_saved(fields, module) or not (selects(fields, module) or may_tie(fields, module)):
             wrong.append(f"{shown(PREFIX + module)}: unexpected; {CONFIG} does not select it")
         parts.append(part)
     return parts
-
-
-def _may_tie(fields: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT may have adapted `module` because it shares its weight with another."""
-    return bool(fields.get("ensure_weight_tying")) and module.endswith(SAVED_BY_NAME)
 
 
 def _part(
@@ -200,9 +122,10 @@ def _of_parameters(
 ) -> list[Part]:
     """The parts of parameters that the keys do not name, told apart by their shapes."""
     fitting = []
-    for order in itertools.permutations(targets):
-        parts = [_wrapped(fields, n, x, shapes) for n, x in zip(order, pairs, strict=False)]
-        if len(order) == len(pairs) and all(_fits(fields, p, shapes[p.name]) for p in parts):
+    few = len(targets) == len(pairs) <= 6  # as there are n! ways
+    for order in itertools.permutations(targets) if few else ():
+        parts = [_wrapped(fields, n, x, shapes) for n, x in zip(order, pairs, strict=True)]
+        if all(_fits(fields, p, shapes[p.name]) for p in parts):
             fitting.append(parts)
     if len(fitting) == 1:
         return fitting[0]
