@@ -196,18 +196,13 @@ def _outer_products(ndim: int, a: Factor, b: Factor) -> jax.Array:
         value = lax.slice_in_dim(f.value, r, r + 1, axis=f.axis(RANK))
         return Factor(value, f.dims).arrange(range(ndim))
 
-    return sum(column(a, r) * column(b, r) for r in range(a.value.shape[a.axis(RANK)]))
+    rank = a.value.shape[a.axis(RANK)]
+    return functools.reduce(jnp.add, [column(a, r) * column(b, r) for r in range(rank)])
 
 
 def _matrix_product(ndim: int, a: Factor, b: Factor) -> jax.Array:
-    names = letters(ndim)
-    out = [d for d in range(ndim) if d in a.dims or d in b.dims]
-    axes = (f.label(names) for f in (a, b))
-    delta = einsum(
-        *axes,
-        "".join(names[d] for d in out),
-        a.value,
-        b.value,
-        precision=lax.Precision.HIGHEST,
-    )
-    return lax.expand_dims(delta, [d for d in range(ndim) if d not in out])
+    names, precision = letters(ndim), lax.Precision.HIGHEST
+    dims = [d for d in range(ndim) if d in a.dims or d in b.dims]
+    out = "".join(names[d] for d in dims)
+    delta = einsum(a.label(names), b.label(names), out, a.value, b.value, precision=precision)
+    return lax.expand_dims(delta, [d for d in range(ndim) if d not in dims])
