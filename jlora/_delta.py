@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -197,19 +196,13 @@ def _outer_products(ndim: int, a: Factor, b: Factor) -> jax.Array:
         value = lax.slice_in_dim(f.value, r, r + 1, axis=f.axis(RANK))
         return Factor(value, f.dims).arrange(range(ndim))
 
-    columns = range(a.value.shape[a.axis(RANK)])
-    return functools.reduce(operator.add, (column(a, r) * column(b, r) for r in columns))
+    rank = a.value.shape[a.axis(RANK)]
+    return functools.reduce(jnp.add, [column(a, r) * column(b, r) for r in range(rank)])
 
 
 def _matrix_product(ndim: int, a: Factor, b: Factor) -> jax.Array:
-    names = letters(ndim)
-    out = [d for d in range(ndim) if d in a.dims or d in b.dims]
-    delta = einsum(
-        a.label(names),
-        b.label(names),
-        "".join(names[d] for d in out),
-        a.value,
-        b.value,
-        precision=lax.Precision.HIGHEST,
-    )
-    return lax.expand_dims(delta, [d for d in range(ndim) if d not in out])
+    names, precision = letters(ndim), lax.Precision.HIGHEST
+    dims = [d for d in range(ndim) if d in a.dims or d in b.dims]
+    out = "".join(names[d] for d in dims)
+    delta = einsum(a.label(names), b.label(names), out, a.value, b.value, precision=precision)
+    return lax.expand_dims(delta, [d for d in range(ndim) if d not in dims])
