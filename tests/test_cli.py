@@ -44,10 +44,11 @@ TABLES = {
     "modules_to_save_head": "roberta",
     "gpt2": "gpt2",
     "gpt2_tied": "gpt2",
+    "gpt2_untied": "gpt2",
     "conv": "vit",
 } | dict.fromkeys(("qv", "embeddings", "bias", "bias_all", "modules_to_save"), "bert")
 # Where PEFT stores frozen values beside A and B.
-KEEPS = ("tied", "gpt2_tied")
+KEEPS = ("tied", "gpt2_tied", "gpt2_untied")
 
 
 def run(*args: Any, code: int = 0) -> click.testing.Result:

@@ -79,8 +79,8 @@ def test_merged_is_pytorch_s(name: str) -> None:
     case = models.case(name)
     adapter = peft.load(case.folder, case.base, case.names)
     expected = models.tree(name, case.merged())
-    if "tied" in name:  # PEFT adds ΔW to a weight once for each module that shares it
-        path = {"tied": ["params", "embed"], "gpt2_tied": ["transformer", "wte"]}[name]
+    # PEFT adds ΔW to a weight once for each module that shares it.
+    if path := {"tied": ["params", "embed"], "gpt2_tied": ["transformer", "wte"]}.get(name):
         holder = functools.reduce(dict.__getitem__, path, expected)
         base = functools.reduce(dict.__getitem__, path, case.base)["embedding"]
         holder["embedding"] = (holder["embedding"] + base) / 2

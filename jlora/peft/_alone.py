@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from .._tree import adapter_leaves, nest
 from .._types import LowRank, PyTree
 from ._config import problems, read_config
-from ._file import Entry, read_header, reader
+from ._file import DTYPES, Entry, read_header, reader
 from ._json import TENSORS, Source, opened
 from ._load import load
 from ._names import Name
@@ -81,12 +81,15 @@ def load_alone(dir: str | os.PathLike[str]) -> Alone:
         ValueError: as `load`.
     """
     folder = Path(dir)
-    fields, entries = read_config(folder), read_header(Source(folder)).entries
+    source = Source(folder)
+    fields, header = read_config(folder), read_header(source)
+    entries = header.entries
     if wrong := problems(fields):
         raise ValueError(f"`dir`: the adapter in {folder} cannot be read:\n  " + "\n  ".join(wrong))
     if odd := [key for key in entries if set(key) & set("{}/\\") or not key.isprintable()]:
         raise ValueError(f"`dir`: the adapter in {folder} has keys that name no module: {odd[:9]}.")
-    parts = list(_parts(fields, entries))
+    with opened(source, TENSORS) as (file, _):
+        parts = list(_parts(fields, entries, reader(file, header)))
     base = nest({part.path: jax.ShapeDtypeStruct(part.shape, np.float32) for part in parts})
     rows = [part.name for part in sorted(parts, key=lambda part: part.tied is None)]
     names = list(dict.fromkeys(rows)) or [Name("", "", "o")]
@@ -114,7 +117,9 @@ def _label(path: tuple[str, ...], x: Any) -> str:
     return module if isinstance(x, LowRank) and parameter == "weight" else f"{module}.{parameter}"
 
 
-def _parts(fields: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[_Part]:
+def _parts(
+    fields: Mapping[str, Any], entries: Mapping[str, Entry], read: Callable[[str], np.ndarray]
+) -> Iterator[_Part]:
     shapes = {k.removeprefix(PREFIX): e.shape for k, e in entries.items() if k.startswith(PREFIX)}
     nested: dict[str, list[str]] = {}
     for key in shapes:
@@ -122,10 +127,11 @@ def _parts(fields: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[
             wrapper = key.removesuffix(A)
             nested.setdefault(_unwrapped(wrapper), []).append(wrapper)
     heads = _heads(fields, list(nested), shapes)
+    tied = {head for m, head in heads.items() if _same(entries, read, m, head)}
     for module, wrappers in nested.items():
         if parameters := _parameters(fields, module):
             yield from _experts(fields, module, wrappers, parameters, shapes)
-        elif module in wrappers and module not in heads.values():
+        elif module in wrappers and module not in tied:
             a, b = shapes[module + A], _beside(shapes, module + A, module + B)
             yield _Part(module, "weight", _axes(len(a)), (b[0], *a[1:]))
     for key, shape in shapes.items():
@@ -140,7 +146,7 @@ def _parts(fields: Mapping[str, Any], entries: Mapping[str, Entry]) -> Iterator[
 def _heads(
     fields: Mapping[str, Any], modules: Sequence[str], shapes: Mapping[str, Any]
 ) -> dict[str, str]:
-    """The heads whose A and B are those of an embedding, by the embedding."""
+    """The heads that may share the weight of an embedding, by the embedding."""
     tying = bool(fields.get("ensure_weight_tying"))
     unselected = [m for m in modules if tying and not selects(fields, m)]
     copied = [m for m in modules if m + COPY in shapes]
@@ -148,6 +154,15 @@ def _heads(
     named = {m: m.rpartition(".")[2] in SAVED_BY_NAME for m in embeddings}
     heads = {m: unselected if named[m] else copied if m + COPY in shapes else [] for m in named}
     return {m: found[0] for m, found in heads.items() if found}
+
+
+def _same(entries: Mapping[str, Entry], read: Callable[[str], np.ndarray], *modules: str) -> bool:
+    """Whether the frozen weights of two modules, where the file holds both, are one weight."""
+    keys = [f"{PREFIX}{module}{COPY}" for module in modules]
+    if not all(key in entries and entries[key].dtype in DTYPES for key in keys):
+        return True
+    first, second = (read(key) for key in keys)
+    return first.tobytes() == second.tobytes()
 
 
 def _is_bias(fields: Mapping[str, Any], parameter: str) -> bool:

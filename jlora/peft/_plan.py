@@ -68,7 +68,7 @@ def make_plan(fields: Mapping[str, Any], leaves: Sequence[Leaf], names: Sequence
     heads, tied, copies = [], {}, {}
     for a in adapted:
         head = tied_to(a.leaf, leaves)
-        if head or a.leaf.modules[0].rpartition(".")[2] in SAVED_BY_NAME:
+        if a.leaf.name.tied or a.leaf.modules[0].rpartition(".")[2] in SAVED_BY_NAME:
             copies |= {
                 f"{PREFIX}{m}.base_layer.weight": a.leaf for m in (*a.leaf.modules, head) if m
             }
