@@ -54,10 +54,10 @@ class Batch(NamedTuple):
     labels: np.ndarray  # (N,)
 
 
-def encode(tokenizer: Tokenizer, snippets: Sequence[data.Snippet]) -> Batch:
+def encode(tokenizer: Tokenizer, snippets: Sequence[data.Snippet], length: int = LENGTH) -> Batch:
     """Sentences as token ids, all cut or padded to the same length."""
-    tokenizer.enable_truncation(LENGTH)
-    tokenizer.enable_padding(length=LENGTH)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
     encodings = tokenizer.encode_batch([snippet.text for snippet in snippets])
     ids = np.array([encoding.ids for encoding in encodings], np.int32)
     mask = np.array([encoding.attention_mask for encoding in encodings], np.int32)

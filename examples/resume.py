@@ -31,6 +31,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from models import bert
+from quickstart import Batch, encode
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -51,24 +52,6 @@ RUN = ("batch", "length", "sentences", "layers", "rank", "seed")  # what the los
 CHECKPOINTS, DELETED, LOSSES, LOCK = "checkpoints", "deleted", "losses.txt", "lock"
 
 # ---- data ---------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """Encoded sentences."""
-
-    ids: np.ndarray  # (N, L)
-    mask: np.ndarray  # (N, L)
-    labels: np.ndarray  # (N,)
-
-
-def encode(tokenizer: Tokenizer, snippets: Sequence[data.Snippet], length: int) -> Batch:
-    """Sentences as token ids, all cut or padded to the same length."""
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length)
-    encodings = tokenizer.encode_batch([snippet.text for snippet in snippets])
-    ids = np.array([encoding.ids for encoding in encodings], np.int32)
-    mask = np.array([encoding.attention_mask for encoding in encodings], np.int32)
-    return Batch(ids, mask, np.array([snippet.label for snippet in snippets], np.int32))
 
 
 @dataclasses.dataclass

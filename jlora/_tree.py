@@ -167,15 +167,15 @@ def factor_shapes(
 
 
 def weight_shape(site: LowRank) -> tuple[int, ...]:
-    """The shape of the weight that a site adapts: the inverse of `factor_shapes`."""
+    """The shape of the weight that a site adapts, the inverse of `factor_shapes`; 0 if unsaid."""
     stack, inputs, outputs, slots = site.layout
     beside = len(stack) + (slots is not None)
     lengths = dict(zip(stack, site.a.shape, strict=False))
     lengths |= dict(zip(inputs, site.a.shape[beside:], strict=False))
-    lengths |= dict(zip(outputs, site.b.shape[beside + 1 :], strict=True))
+    lengths |= dict(zip(outputs, site.b.shape[beside + 1 :], strict=False))
     if slots is not None:
         lengths[slots[2]] *= slots[0]
-    return tuple(lengths[d] for d in range(len(lengths)))
+    return tuple(lengths.get(d, 0) for d in range(len(lengths)))
 
 
 def check_fits(base: PyTree, found: dict[Path, Any]) -> None:

@@ -1,12 +1,12 @@
 """A and B by PyTorch's names, and what they add to a weight of a checkpoint."""
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from .._tree import adapter_leaves, check_fits, is_low_rank, nest
+from .._tree import adapter_leaves, check_fits, is_low_rank, nest, weight_shape
 from .._types import LowRank, PyTree
 from ._arrays import factors, weights
 from ._names import Name, resolve
@@ -55,7 +55,8 @@ class Sum(NamedTuple):
 def from_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[str, np.ndarray]]:
     """The parts of an adapter tree, and its leaves in full, by PyTorch's names."""
     found = adapter_leaves(adapter)
-    base = nest({path: jax.ShapeDtypeStruct(_shape(x), np.float32) for path, x in found.items()})
+    shapes = {path: weight_shape(x) if is_low_rank(x) else x.shape for path, x in found.items()}
+    base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     check_fits(base, found)
     leaves = resolve(base, names)
     check_writable(found, {leaf.path: leaf for leaf in leaves})
@@ -73,20 +74,6 @@ def from_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[
         for key, (a, b) in zip(keys, factors(leaf, x), strict=True):
             parts.append(Part(key, name.kind or "", a, b, x.scale, transposed))
     return parts, full
-
-
-def _shape(x: Any) -> tuple[int, ...]:
-    """The shape of the weight that a leaf of an adapter is for."""
-    if not is_low_rank(x):
-        return tuple(x.shape)
-    stack, inputs, outputs, slots = x.layout
-    lead = len(stack) + (slots is not None)
-    sizes = dict(zip(stack, x.a.shape, strict=False))
-    sizes |= dict(zip(inputs, x.a.shape[lead:], strict=False))
-    sizes |= dict(zip(outputs, x.b.shape[lead + 1 :], strict=False))
-    if slots is not None:
-        sizes[slots[2]] *= slots[0]
-    return tuple(sizes.get(d, 0) for d in range(len(sizes)))
 
 
 def orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
