@@ -7,11 +7,12 @@ import jax
 from jax import lax
 
 from . import _compat
+from ._fork import Uses
 from ._interpret import evaluate, materialize, rule
 from ._weight import Weight
 
 
-@rule("jit")
+@rule("jit", uses=Uses(calls="jaxpr"))
 def _jit(eqn: Any, *operands: Any) -> list[Any]:
     # Inlined: a new function under `jax.jit` would be compiled at every eager call.
     p = eqn.params
@@ -27,7 +28,7 @@ def _constrain(x: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(x, sharding)
 
 
-@rule("closed_call", "core_call")
+@rule("closed_call", "core_call", uses=Uses(calls="call_jaxpr"))
 def _call(eqn: Any, *operands: Any) -> list[Any]:
     return evaluate(eqn.params["call_jaxpr"], *operands, within=eqn)
 

@@ -13,54 +13,70 @@ import numpy as np
 
 from . import _compat
 from ._factor import Unfactorable
+from ._fork import Uses, fork, main, shared
 from ._tree import take
 from ._weight import Weight
 
 RULES: dict[str, Callable[..., Any]] = {}
+USES: dict[str, Uses] = {}
 
 
-def rule(*primitives: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(
+    *primitives: str, uses: Uses | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers `f(eqn, *operands) -> outputs` for primitives, given by name.
 
     At least one operand is a `Weight`; outputs are a list, or one value for a primitive of one
-    result. A rule raises `Unfactorable` where the result has no factored form.
+    result. A rule raises `Unfactorable` where the result has no factored form. Where it `uses`
+    its operands as activations or calls, these may be `Forked`.
     """
 
     def register(f: Callable[..., Any]) -> Callable[..., Any]:
         RULES.update(dict.fromkeys(primitives, f))
+        if uses is not None:
+            USES.update(dict.fromkeys(primitives, uses))
         return f
 
     return register
 
 
 def evaluate(jaxpr: _compat.Jaxpr, *args: Any, within: Any = None) -> list[Any]:
-    """Evaluates `jaxpr` at `args`, each an array or a `Weight`.
+    """Evaluates `jaxpr` at `args`, each an array, forked or not, or a `Weight`.
 
     `within` is the equation that `jaxpr` belongs to, if any: errors name its source line where an
     inner equation has none of the user's.
     """
     env: dict[Any, Any] = {}
+    weights = [isinstance(x, Weight) for x in args]
+    twice = shared(jaxpr, weights, lambda name: USES.get(name, Uses()))
+
+    def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
+        for v, x in zip(variables, values, strict=True):
+            env[v] = fork(x) if v in twice and not isinstance(x, Weight) else x
 
     def read(atom: Any) -> Any:
         return atom.val if _compat.is_literal(atom) else env[atom]
 
-    env.update(zip(jaxpr.constvars, _compat.consts(jaxpr), strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
+    write(jaxpr.constvars, _compat.consts(jaxpr))
+    write(jaxpr.invars, args)
     for eqn, last in _live(jaxpr):
         operands = [read(atom) for atom in eqn.invars]
         with _compat.context(eqn):
             outs = _apply(eqn, operands, within)
-        env.update(zip(eqn.outvars, outs, strict=True))
+        write(eqn.outvars, outs)
         for var in last:
             del env[var]
-    return [read(atom) for atom in jaxpr.outvars]
+    return [main(read(atom)) for atom in jaxpr.outvars]
 
 
 def _apply(eqn: Any, operands: list[Any], within: Any) -> Sequence[Any]:
-    if not any(isinstance(x, Weight) for x in operands):
+    name = eqn.primitive.name
+    adapted = any(isinstance(x, Weight) for x in operands)
+    if not (adapted and name in USES):
+        operands = [main(x) for x in operands]
+    if not adapted:
         return _compat.bind(eqn, *operands)
     eqn = _compat.located(eqn, within)
-    name = eqn.primitive.name
     if name in RULES:
         try:
             outs = RULES[name](eqn, *operands)
@@ -69,7 +85,7 @@ def _apply(eqn: Any, operands: list[Any], within: Any) -> Sequence[Any]:
             reason = f"`{name}` at {_compat.source_line(eqn)}, where {e}"
     else:
         reason = f"`{name}` at {_compat.source_line(eqn)}"
-    return _compat.bind(eqn, *(materialize(x, reason) for x in operands))
+    return _compat.bind(eqn, *(materialize(main(x), reason) for x in operands))
 
 
 def materialize(x: Any, reason: str) -> Any:

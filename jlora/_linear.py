@@ -12,6 +12,7 @@ from jax import lax
 from . import _compat
 from ._delta import Delta
 from ._factor import RANK, Factor, Unfactorable
+from ._fork import Uses, aside, main
 from ._interpret import rule
 from ._matmul import Spec, adapted, letters, lowrank, plan, promote
 from ._weight import Roles, Weight, value_of
@@ -27,14 +28,14 @@ def _plus(out: jax.Array, w: Weight, kind: str, roles: Roles, product: Product) 
     return out
 
 
-@rule("dot_general")
+@rule("dot_general", uses=Uses(product=True))
 def _dot_general(eqn: Any, x: Any, y: Any) -> jax.Array:
     (x_contracted, y_contracted), (x_batch, y_batch) = eqn.params["dimension_numbers"]
     # One letter an axis; those that meet share it. Example: x (b, t, i) · w (i, o), contracted
     # over i, is x_axes = "abc", y_axes = "ce", out_axes = "abe".
-    names = letters(jnp.ndim(value_of(x)) + jnp.ndim(value_of(y)))
-    x_axes = names[: jnp.ndim(value_of(x))]
-    y_list = list(names[jnp.ndim(value_of(x)) :])
+    x_rank, y_rank = (jnp.ndim(main(value_of(z))) for z in (x, y))
+    names = letters(x_rank + y_rank)
+    x_axes, y_list = names[:x_rank], list(names[x_rank:])
     for i, j in zip((*x_batch, *x_contracted), (*y_batch, *y_contracted), strict=True):
         y_list[j] = x_axes[i]
     y_axes = "".join(y_list)
@@ -74,13 +75,13 @@ def _roles(axes: str, batch: Sequence[int], contracted: Sequence[int]) -> Roles:
 
 
 def _adapted_dot(
-    dot: Callable[[jax.Array, jax.Array], jax.Array], z: jax.Array, w: Weight, axes: _Axes
+    dot: Callable[[jax.Array, jax.Array], jax.Array], z: Any, w: Weight, axes: _Axes
 ) -> jax.Array:
     """`dot(z, W)` and what ΔW adds: apart, or by the sum of W and ΔW where that is planned."""
-    if _plan(z, w, axes) == "summed":
-        spec, p, q = _factors(w.terms[0], w.shape, axes, z.dtype)
-        return adapted(spec, dot, *_compat.match_varying(z, w.value, p, q))
-    return _plus_dot(dot(z, w.value), z, w, axes)
+    if _plan(x := main(z), w, axes) == "summed":
+        spec, p, q = _factors(w.terms[0], w.shape, axes, x.dtype)
+        return adapted(spec, dot, *_compat.match_varying(x, w.value, p, q))
+    return _plus_dot(dot(x, w.value), aside(z), w, axes)
 
 
 def _plan(z: jax.Array, w: Weight, axes: _Axes) -> str:
@@ -144,7 +145,7 @@ def _plus_both(out: jax.Array, x: Weight, y: Weight, axes: _Axes) -> jax.Array:
     return out
 
 
-@rule("ragged_dot_general")
+@rule("ragged_dot_general", uses=Uses(product=True))
 def _ragged_dot_general(eqn: Any, x: Any, w: Any, group_sizes: jax.Array) -> jax.Array:
     p = eqn.params
     numbers = p["ragged_dot_dimension_numbers"]
@@ -157,7 +158,8 @@ def _ragged_dot_general(eqn: Any, x: Any, w: Any, group_sizes: jax.Array) -> jax
         raise Unfactorable("the weight is not one matrix a group")
     [group], [inner] = groups, contracted
     [outer] = {0, 1, 2} - {group, inner}
-    dtype = promote(x.dtype, w.value.dtype)
+    z = aside(x)
+    dtype = promote(z.dtype, w.value.dtype)
 
     def ragged(z: jax.Array, f: Factor, *dims: int) -> jax.Array:
         value = f.arrange((group, *dims))
@@ -174,14 +176,14 @@ def _ragged_dot_general(eqn: Any, x: Any, w: Any, group_sizes: jax.Array) -> jax
         first, second = term.split((inner,))
         if inner in second.dims or outer in first.dims:
             raise Unfactorable("its inputs and outputs are mixed")
-        h = ragged(term.drop(x.astype(dtype)), first, inner, RANK)
+        h = ragged(term.drop(z.astype(dtype)), first, inner, RANK)
         return ragged(term.scale * h, second, RANK, outer)
 
-    out = _compat.bind_one(eqn, x, w.value, group_sizes)
+    out = _compat.bind_one(eqn, main(x), w.value, group_sizes)
     return _plus(out, w, "dense", Roles((group,), (inner,), (outer,)), product)
 
 
-@rule("conv_general_dilated")
+@rule("conv_general_dilated", uses=Uses(product=True))
 def _conv_general_dilated(eqn: Any, x: Any, w: Any) -> jax.Array:
     p = eqn.params
     out_dim, in_dim, *spatial = p["dimension_numbers"].rhs_spec
@@ -189,7 +191,8 @@ def _conv_general_dilated(eqn: Any, x: Any, w: Any) -> jax.Array:
     if isinstance(x, Weight) or p["batch_group_count"] != 1:
         raise Unfactorable("the weight is not a kernel, or batches are grouped")
     feature = p["dimension_numbers"].out_spec[1]
-    dtype = promote(x.dtype, w.value.dtype)
+    z = aside(x)
+    dtype = promote(z.dtype, w.value.dtype)
 
     def product(term: Delta) -> jax.Array:
         a, b = term.split((in_dim, *spatial))
@@ -201,7 +204,7 @@ def _conv_general_dilated(eqn: Any, x: Any, w: Any) -> jax.Array:
         kernel = a.arrange([RANK if d == out_dim else d for d in range(len(w.shape))])
         kernel = jnp.concatenate([kernel.astype(dtype)] * groups, out_dim)
         h = lax.conv_general_dilated(
-            term.drop(x.astype(dtype)),
+            term.drop(z.astype(dtype)),
             kernel,
             p["window_strides"],
             p["padding"],
@@ -218,11 +221,11 @@ def _conv_general_dilated(eqn: Any, x: Any, w: Any) -> jax.Array:
         y = jnp.einsum("...gr,rgo->...go", term.scale * h, b_groups, precision=p["precision"])
         return jnp.moveaxis(y.reshape(*y.shape[:-2], -1), -1, feature)
 
-    out = _compat.bind_one(eqn, x, w.value)
+    out = _compat.bind_one(eqn, main(x), w.value)
     return _plus(out, w, "conv", Roles((), (*sorted(spatial), in_dim), (out_dim,)), product)
 
 
-@rule("gather")
+@rule("gather", uses=Uses(product=True))
 def _gather(eqn: Any, w: Any, indices: jax.Array) -> Any:
     p = eqn.params
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]

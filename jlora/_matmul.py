@@ -187,8 +187,22 @@ adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 def _hidden(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
-    h = einsum(spec.x, spec.p, spec.h, x, p, precision=spec.precision)
-    return (spec.scale * h).astype(x.dtype)
+    return spec.scale * _narrow(spec.x, spec.p, spec.h, x, p, spec.precision)
+
+
+def _narrow(x: str, p: str, h: str, x_value: jax.Array, p_value: jax.Array, precision: Any) -> Any:
+    """`einsum` that ends in the dtype of its operands.
+
+    On a mesh XLA may have to reduce h, and does it along with the model's own activations if it
+    has their dtype.
+    """
+    return jnp.einsum(
+        f"{x},{p}->{h}",
+        x_value,
+        p_value,
+        precision=precision,
+        preferred_element_type=x_value.dtype,
+    )
 
 
 def _factor_gradients(
@@ -196,8 +210,7 @@ def _factor_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of h (times s), p and q; h is computed again where it was not kept."""
     h = _hidden(spec, x, p) if h is None else h
-    dh = spec.scale * einsum(spec.y, spec.q, spec.h, g, q, precision=spec.precision)
-    dh = dh.astype(x.dtype)
+    dh = spec.scale * _narrow(spec.y, spec.q, spec.h, g, q, spec.precision)
     dp = _thin((spec.h, spec.x, spec.p), spec.precision, dh, x)
     dq = _thin((spec.h, spec.y, spec.q), spec.precision, h, g)
     return dh, dp.astype(p.dtype), dq.astype(q.dtype)

@@ -1,0 +1,104 @@
+r"""Activations that several products share, one of them with an adapted weight.
+
+Where q, k and v are products with one x, the gradient of x is a sum over all three and over what
+their ΔW add. On a mesh that splits W's outputs each product with W leaves partial sums, and XLA
+reduces their sum once, but only if nothing that is whole already is added in between, as is what
+ΔW adds, whose reduction was that of the small $\bar h$. So the low-rank path takes x aside, and
+what it adds comes after the sum of the others: one reduction of the activation's size, as without
+an adapter.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import _compat
+
+
+class Forked(NamedTuple):
+    """An activation twice: for the model's own operations, and aside for the low-rank ones."""
+
+    main: Any
+    aside: Any
+
+
+def main(x: Any) -> Any:
+    """`x` as the model sees it."""
+    return x.main if isinstance(x, Forked) else x
+
+
+def aside(x: Any) -> Any:
+    """`x` as the low-rank path sees it."""
+    return x.aside if isinstance(x, Forked) else x
+
+
+def fork(x: Any) -> Any:
+    """`x` twice, if it has a gradient; the gradients of the two are summed apart, then added."""
+    if isinstance(x, Forked) or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    return Forked(*_twice(x))
+
+
+@jax.custom_vjp
+def _twice(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, x
+
+
+_twice.defvjp(lambda x: ((x, x), None), lambda _, g: (g[0] + g[1],))
+
+
+class Uses(NamedTuple):
+    """What a primitive does with a weight, as far as `shared` has to know.
+
+    Attributes:
+        product: whether it multiplies a weight with an activation.
+        calls: its parameter that holds a jaxpr which is evaluated in its place, if any.
+    """
+
+    product: bool = False
+    calls: str | None = None
+
+
+def shared(jaxpr: Any, weights: Iterable[bool], uses: Callable[[str], Uses]) -> set[Any]:
+    """The variables of `jaxpr` that it uses several times, one of them with an adapted weight.
+
+    Args:
+        jaxpr: to be evaluated.
+        weights: for each input, whether it is an adapted weight.
+        uses: what the primitive of a name does.
+    """
+    count: dict[Any, int] = {}
+    for eqn in jaxpr.eqns:
+        for v in _variables(eqn.invars):
+            count[v] = count.get(v, 0) + 1
+    return {v for v in _multiplied(jaxpr, weights, uses)[0] if count[v] > 1}
+
+
+def _multiplied(
+    jaxpr: Any, weights: Iterable[bool], uses: Callable[[str], Uses]
+) -> tuple[set[Any], list[bool]]:
+    """The variables that are multiplied with a weight, and which outputs are weights again."""
+    heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
+    found: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        if heavy.isdisjoint(_variables(eqn.invars)):
+            continue
+        use = uses(eqn.primitive.name)
+        flags = [not _compat.is_literal(v) and v in heavy for v in eqn.invars]
+        if use.product:
+            found.update(v for v in _variables(eqn.invars) if v not in heavy)
+        elif use.calls is not None:
+            inner = eqn.params[use.calls]
+            multiplied, outs = _multiplied(inner, flags, uses)
+            pairs = zip(eqn.invars, inner.invars, strict=True)
+            found.update(v for v, i in pairs if i in multiplied and not _compat.is_literal(v))
+            heavy.update(v for v, is_weight in zip(eqn.outvars, outs, strict=True) if is_weight)
+        else:
+            heavy.update(eqn.outvars)
+    return found, [not _compat.is_literal(v) and v in heavy for v in jaxpr.outvars]
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [v for v in atoms if not _compat.is_literal(v)]
