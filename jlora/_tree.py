@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from ._types import Adapted, Layout, LowRank, Params, Path, PyTree
@@ -107,7 +108,17 @@ def is_abstract(x: Any) -> bool:
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """The shape of an array, and the dtype that it has in JAX."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
+    weak_type = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=weak_type, sharding=explicit(x))
+
+
+def explicit(x: Any) -> NamedSharding | None:
+    """The sharding of an array or its type along explicit mesh axes, where the mesh has any."""
+    aval = jax.typeof(x) if isinstance(x, jax.Array) else x
+    found = getattr(aval, "sharding", None)
+    if not isinstance(found, NamedSharding) or AxisType.Explicit not in found.mesh.axis_types:
+        return None
+    return found
 
 
 def is_concrete(x: Any) -> bool:
