@@ -8,7 +8,8 @@ from jax import lax
 
 from . import _compat
 from ._interpret import evaluate, materialize, rule
-from ._weight import Weight
+from ._tree import explicit
+from ._weight import Weight, placed
 
 
 @rule("jit")
@@ -159,6 +160,9 @@ class _Loop:
 @rule("shard_map")
 def _shard_map(eqn: Any, *operands: Any) -> list[Any]:
     p = eqn.params
+    operands = tuple(
+        _explicitly(x, p["mesh"], spec) for x, spec in zip(operands, p["in_specs"], strict=True)
+    )
     specs = tuple(
         x.with_terms(spec, lambda t, spec=spec: t.specs(spec)) if isinstance(x, Weight) else spec
         for x, spec in zip(operands, p["in_specs"], strict=True)
@@ -172,6 +176,13 @@ def _shard_map(eqn: Any, *operands: Any) -> list[Any]:
         check_vma=p["check_vma"],
     )
     return list(body(*operands))
+
+
+def _explicitly(x: Any, mesh: Any, spec: Any) -> Any:
+    """Along explicit mesh axes, A and B must lie as `shard_map` takes them."""
+    if not isinstance(x, Weight) or explicit(x.value) is None:
+        return x
+    return x.with_terms(x.value, lambda t: placed(t, mesh, spec))
 
 
 def _arrays(eqn: Any, xs: list[Any]) -> list[Any]:
