@@ -233,13 +233,10 @@ def test_moments(tx):
         specs = sharding.specs(base, adapter)
         found = sharding.moments(state, adapter, specs)
         assert jax.tree.structure(found) == jax.tree.structure(state)
-        expected = {
-            jax.tree_util.keystr(p): s for p, s in jax.tree_util.tree_leaves_with_path(specs)
-        }
-        for (path, x), place in zip(
-            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(found), strict=True
-        ):
-            name = jax.tree_util.keystr(path)
+        expected = {keystr(p): s for p, s in tree_leaves_with_path(specs)}
+        leaves = tree_leaves_with_path(state)
+        for (path, x), place in zip(leaves, jax.tree.leaves(found), strict=True):
+            name = keystr(path)
             mine = [s for key, s in expected.items() if name.endswith(key)]
             assert place == (mine[0] if x.ndim else replicated), name
 
@@ -387,7 +384,7 @@ def on_devices(part, marked):
     done = subprocess.run(
         [*command, "sharding_on_devices.py"],
         cwd=TESTS,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"},
         capture_output=True,
         text=True,
         timeout=900,
