@@ -7,9 +7,10 @@ import jax
 from jax import lax
 
 from . import _compat
+from ._explicit import explicit
 from ._fork import Uses
 from ._interpret import evaluate, materialize, rule
-from ._weight import Weight
+from ._weight import Weight, placed
 
 
 @rule("jit", uses=Uses(calls="jaxpr"))
@@ -160,6 +161,9 @@ class _Loop:
 @rule("shard_map")
 def _shard_map(eqn: Any, *operands: Any) -> list[Any]:
     p = eqn.params
+    operands = tuple(
+        _explicitly(x, p["mesh"], spec) for x, spec in zip(operands, p["in_specs"], strict=True)
+    )
     specs = tuple(
         x.with_terms(spec, lambda t, spec=spec: t.specs(spec)) if isinstance(x, Weight) else spec
         for x, spec in zip(operands, p["in_specs"], strict=True)
@@ -173,6 +177,13 @@ def _shard_map(eqn: Any, *operands: Any) -> list[Any]:
         check_vma=p["check_vma"],
     )
     return list(body(*operands))
+
+
+def _explicitly(x: Any, mesh: Any, spec: Any) -> Any:
+    """Along explicit mesh axes, A and B must lie as `shard_map` takes them."""
+    if not isinstance(x, Weight) or explicit(x.value) is None:
+        return x
+    return x.with_terms(x.value, lambda t: placed(t, mesh, spec))
 
 
 def _arrays(eqn: Any, xs: list[Any]) -> list[Any]:

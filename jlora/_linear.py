@@ -11,6 +11,7 @@ from jax import lax
 
 from . import _compat
 from ._delta import Delta
+from ._explicit import explicit
 from ._factor import RANK, Factor, Unfactorable
 from ._fork import Uses, aside, main
 from ._interpret import rule
@@ -46,7 +47,8 @@ def _dot_general(eqn: Any, x: Any, y: Any) -> jax.Array:
     def dot(x: jax.Array, y: jax.Array) -> jax.Array:
         return _compat.bind_one(eqn, x, y)
 
-    how = (eqn.params["precision"], eqn.outvars[0].aval.dtype)
+    aval = eqn.outvars[0].aval
+    how = (eqn.params["precision"], aval.dtype, explicit(aval))
     of_x = _Axes(y_axes, x_axes, out_axes, _roles(x_axes, x_batch, x_contracted), *how)
     of_y = _Axes(x_axes, y_axes, out_axes, _roles(y_axes, y_batch, y_contracted), *how)
     if not isinstance(x, Weight):
@@ -67,6 +69,7 @@ class _Axes(NamedTuple):
     roles: Roles  # of the axes of the weight
     precision: Any
     dtype: Any  # of the product
+    sharding: Any  # of the product, along explicit mesh axes
 
 
 def _roles(axes: str, batch: Sequence[int], contracted: Sequence[int]) -> Roles:
@@ -114,6 +117,7 @@ def _factors(
         term.scale,
         axes.dtype,
         axes.precision,
+        axes.sharding,
     )
     return spec, p.value.astype(dtype), q.value.astype(dtype)
 

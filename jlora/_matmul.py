@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from ._explicit import explicit, joint, renamed
 
 # --------------------------------------------------------------------------------- the planner
 
@@ -72,6 +75,7 @@ class Spec(NamedTuple):
         scale: s.
         dtype: dtype of the result.
         precision: as for `jax.lax.dot_general`.
+        sharding: of the result along explicit mesh axes, if there are any.
     """
 
     x: str
@@ -82,16 +86,16 @@ class Spec(NamedTuple):
     scale: float
     dtype: Any
     precision: Any
+    sharding: NamedSharding | None = None
 
     @property
     def h(self) -> str:
         """Axes of s·x·p: those of x and p that y or q still needs."""
         return "".join(c for c in dict.fromkeys(self.x + self.p) if c in self.y + self.q)
 
-    @property
-    def transposed(self) -> "Spec":
-        """The same from y to x."""
-        return self._replace(x=self.y, p=self.q, q=self.p, y=self.x)
+    def transposed(self, x: jax.Array) -> "Spec":
+        """The same from y to `x`."""
+        return self._replace(x=self.y, p=self.q, q=self.p, y=self.x, sharding=explicit(x))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -112,7 +116,8 @@ def lowrank(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
 
 def _forward(spec: Spec, x: Any, p: Any, q: Any) -> tuple[jax.Array, tuple[Any, ...]]:
     h = _hidden(spec, x, p)
-    y = einsum(spec.h, spec.q, spec.y, h, q, precision=spec.precision).astype(spec.dtype)
+    y = einsum(spec.h, spec.q, spec.y, h, q, precision=spec.precision, sharding=spec.sharding)
+    y = y.astype(spec.dtype)
     return y, (x, h if KEPT * h.size <= x.size else None, p, q)
 
 
@@ -120,7 +125,8 @@ def _backward(spec: Spec, saved: tuple[Any, ...], g: jax.Array) -> tuple[jax.Arr
     x, h, p, q = saved
     g = g.astype(x.dtype)
     dh, dp, dq = _factor_gradients(spec, x, h, p, q, g)
-    dx = einsum(spec.h, spec.p, spec.x, dh, p, precision=spec.precision)
+    place = explicit(x)
+    dx = einsum(spec.h, spec.p, spec.x, dh, p, precision=spec.precision, sharding=place)
     return dx.astype(x.dtype), dp, dq
 
 
@@ -137,7 +143,8 @@ def adapted(
     """
 
     def summed(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
-        delta = einsum(spec.p, spec.q, spec.w, p, q, precision=spec.precision)
+        place = explicit(w)
+        delta = einsum(spec.p, spec.q, spec.w, p, q, precision=spec.precision, sharding=place)
         return dot(x, (w + spec.scale * delta).astype(w.dtype))
 
     def apart(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
@@ -180,7 +187,7 @@ def _adapted_backward(
 
     # Only where the user differentiates with respect to W; XLA drops it elsewhere.
     [dw] = jax.linear_transpose(lambda w: dot(x, w), w)(g)
-    return adapted(spec.transposed, transposed, g, w, q, p), dw, dp, dq
+    return adapted(spec.transposed(x), transposed, g, w, q, p), dw, dp, dq
 
 
 adapted.defvjp(_adapted_forward, _adapted_backward)
@@ -191,18 +198,12 @@ def _hidden(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def _narrow(x: str, p: str, h: str, x_value: jax.Array, p_value: jax.Array, precision: Any) -> Any:
-    """`einsum` that ends in the dtype of its operands.
+    """`einsum` that ends in x's dtype.
 
-    On a mesh XLA may have to reduce h, and does it along with the model's own activations if it
-    has their dtype.
+    Where a mesh leaves h in parts, XLA adds these up along with the model's own activations, in one
+    collective, if they have one dtype.
     """
-    return jnp.einsum(
-        f"{x},{p}->{h}",
-        x_value,
-        p_value,
-        precision=precision,
-        preferred_element_type=x_value.dtype,
-    )
+    return einsum(x, p, h, x_value, p_value, precision=precision, dtype=x_value.dtype)
 
 
 def _factor_gradients(
@@ -211,22 +212,29 @@ def _factor_gradients(
     """Gradients of h (times s), p and q; h is computed again where it was not kept."""
     h = _hidden(spec, x, p) if h is None else h
     dh = spec.scale * _narrow(spec.y, spec.q, spec.h, g, q, spec.precision)
-    dp = _thin((spec.h, spec.x, spec.p), spec.precision, dh, x)
-    dq = _thin((spec.h, spec.y, spec.q), spec.precision, h, g)
+    dp = _thin((spec.h, spec.x, spec.p), spec.precision, explicit(p), dh, x)
+    dq = _thin((spec.h, spec.y, spec.q), spec.precision, explicit(q), h, g)
     return dh, dp.astype(p.dtype), dq.astype(q.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _thin(axes: tuple[str, str, str], precision: Any, h: jax.Array, x: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _thin(
+    axes: tuple[str, str, str],
+    precision: Any,
+    sharding: NamedSharding | None,
+    h: jax.Array,
+    x: jax.Array,
+) -> jax.Array:
     """`einsum` of a thin h and a wide x, computed as hᵀ·x: on CPUs xᵀ·h takes ten times as long."""
     h_axes, x_axes, out = axes
     order = "".join(sorted(out, key=lambda c: c not in h_axes))
 
     def straight(h: jax.Array, x: jax.Array) -> jax.Array:
-        return einsum(h_axes, x_axes, out, h, x, precision=precision)
+        return einsum(h_axes, x_axes, out, h, x, precision=precision, sharding=sharding)
 
     def turned(h: jax.Array, x: jax.Array) -> jax.Array:
-        value = einsum(h_axes, x_axes, order, h, x, precision=precision)
+        place = sharding and renamed(sharding, out, order)
+        value = einsum(h_axes, x_axes, order, h, x, precision=precision, sharding=place)
         # Without the barrier XLA would turn the product round again.
         return jax.lax.optimization_barrier(value).transpose([order.index(c) for c in out])
 
@@ -236,17 +244,21 @@ def _thin(axes: tuple[str, str, str], precision: Any, h: jax.Array, x: jax.Array
     return _unless_batched(turned, straight, any)(h, x)
 
 
-def _thin_forward(axes: Any, precision: Any, h: Any, x: Any) -> tuple[jax.Array, tuple[Any, Any]]:
-    return _thin(axes, precision, h, x), (h, x)
+def _thin_forward(
+    axes: Any, precision: Any, sharding: Any, h: Any, x: Any
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    return _thin(axes, precision, sharding, h, x), (h, x)
 
 
 def _thin_backward(
-    axes: tuple[str, str, str], precision: Any, saved: tuple[Any, Any], g: jax.Array
+    axes: tuple[str, str, str], precision: Any, sharding: Any, saved: tuple[Any, Any], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    del sharding
     h, x = saved
     h_axes, x_axes, out = axes
-    dh = einsum(out, x_axes, h_axes, g.astype(x.dtype), x, precision=precision)
-    dx = einsum(out, h_axes, x_axes, g.astype(h.dtype), h, precision=precision)
+    like_h, like_x = explicit(h), explicit(x)
+    dh = einsum(out, x_axes, h_axes, g.astype(x.dtype), x, precision=precision, sharding=like_h)
+    dx = einsum(out, h_axes, x_axes, g.astype(h.dtype), h, precision=precision, sharding=like_x)
     return dh.astype(h.dtype), dx.astype(x.dtype)
 
 
@@ -254,12 +266,28 @@ _thin.defvjp(_thin_forward, _thin_backward)
 
 
 def einsum(
-    x: str, y: str, out: str, x_value: jax.Array, y_value: jax.Array, *, precision: Any
+    x: str,
+    y: str,
+    out: str,
+    x_value: jax.Array,
+    y_value: jax.Array,
+    *,
+    precision: Any,
+    dtype: Any = None,
+    sharding: NamedSharding | None = None,
 ) -> jax.Array:
-    """`jnp.einsum("x,y->out")`, summed in float32 or better."""
-    wide = promote(x_value.dtype, jnp.float32)
+    """`jnp.einsum("x,y->out")` in `dtype`; without, in float32 or better.
+
+    Along explicit mesh axes the result has `sharding`; without it, each of its axes lies as in x,
+    or else as in y, and what is contracted is summed over the mesh.
+    """
     return jnp.einsum(
-        f"{x},{y}->{out}", x_value, y_value, precision=precision, preferred_element_type=wide
+        f"{x},{y}->{out}",
+        x_value,
+        y_value,
+        precision=precision,
+        preferred_element_type=dtype or promote(x_value.dtype, jnp.float32),
+        out_sharding=sharding or joint(x, y, out, explicit(x_value), explicit(y_value)),
     )
 
 

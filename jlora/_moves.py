@@ -13,7 +13,7 @@ from . import _compat
 from ._delta import Delta
 from ._factor import BROADCAST, Along, Dims, Factor, Unfactorable
 from ._interpret import rule
-from ._weight import Weight, value_of
+from ._weight import Weight, placed, value_of
 
 # ---------------------------------------------------------------- element for element, as it is
 
@@ -24,7 +24,6 @@ from ._weight import Weight, value_of
     "device_put",
     "name",
     "optimization_barrier",
-    "reshard",
     "sharding_constraint",
 )
 def _same(eqn: Any, *operands: Any) -> Any:
@@ -33,6 +32,16 @@ def _same(eqn: Any, *operands: Any) -> Any:
         x.with_terms(o) if isinstance(x, Weight) else o for x, o in zip(operands, outs, strict=True)
     ]
     return outs if eqn.primitive.multiple_results else outs[0]
+
+
+@rule("reshard")
+def _reshard(eqn: Any, w: Weight) -> Weight:
+    # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
+    out = _compat.bind_one(eqn, w.value)
+    old, new = jax.typeof(w.value).sharding, eqn.params["dst_sharding"]
+    if old.mesh.axis_types == new.mesh.axis_types:
+        return w.with_terms(out)
+    return w.with_terms(out, lambda t: placed(t, new.mesh, new.spec))
 
 
 @rule("convert_element_type")

@@ -107,7 +107,8 @@ def is_abstract(x: Any) -> bool:
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """The shape of an array, and the dtype that it has in JAX."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=getattr(x, "weak_type", False))
+    weak_type = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=weak_type, sharding=explicit(x))
 
 
 def is_concrete(x: Any) -> bool:

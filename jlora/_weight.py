@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._factor import Along, Dims, Factor
 from ._matmul import promote
@@ -119,6 +119,15 @@ class Weight:
         """W + ΔW, added in float32 or better and rounded once to W's dtype."""
         deltas = [d for t in self.terms if (d := t.dense(self.value, why)) is not None]
         return add(self.value, *deltas)
+
+
+def placed(term: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """`term` with A and B resharded to lie on `mesh` as a weight does whose partition is `spec`."""
+
+    def place(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, term, term.specs(spec))
 
 
 def add(w: Any, *deltas: jax.Array) -> Any:

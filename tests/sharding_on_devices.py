@@ -1,0 +1,423 @@
+"""An adapter on a mesh of eight devices, in float64: run by `test_sharding.py`.
+
+By hand: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_ENABLE_X64=1 pytest -n 0 FILE
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sharding_models as models
+from jax.sharding import AxisType, NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora import LoRA, Slots, sharding
+from jlora._tree import size_in_bytes
+
+AXES = tuple(models.MESH)
+COLLECTIVE = re.compile(
+    r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+
+
+def mesh_of(kind, shape=(4, 2)):
+    """A mesh of fsdp × tensor, with one type of axes."""
+    devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, (kind, kind), devices=devices)
+
+
+AUTO = mesh_of(AxisType.Auto)
+
+
+def lies(base, mesh=AUTO):
+    """NamedShardings in place of specs."""
+    is_spec = lambda x: x is None or isinstance(x, P)  # noqa: E731
+    return jax.tree.map(lambda s: NamedSharding(mesh, s or P()), base, is_leaf=is_spec)
+
+
+def placed(model, mesh=AUTO):
+    """Parameters, adapter and arguments on the mesh."""
+    adapter = models.adapter_of(model)
+    base = jax.tree.unflatten(
+        jax.tree.structure(model.params),
+        jax.device_put(jax.tree.leaves(model.params), jax.tree.leaves(lies(model.base, mesh))),
+    )
+    rows = NamedSharding(mesh, P("fsdp"))
+    return (
+        base,
+        jax.device_put(adapter, sharding.specs(base, adapter)),
+        jax.device_put(model.args, rows),
+    )
+
+
+def same_places(actual, expected):
+    """Each leaf lies where the expected array or sharding does."""
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        place = y.sharding if isinstance(y, jax.Array) else y
+        assert x.sharding.is_equivalent_to(place, x.ndim), (x.sharding, place)
+
+
+def close(actual, expected, tolerance=1e-9):
+    """To a share of the largest value."""
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        scale = max(1.0, float(jnp.abs(y).max()))
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale)
+
+
+@pytest.fixture(params=models.MODELS)
+def model(request):
+    """Each of the models."""
+    return models.MODELS[request.param]()
+
+
+# ----------------------------------------------------------------------------- automatic axes
+
+
+def test_automatic_init(model):
+    """Under `jit` with `out_shardings`: exactly there, and the same numbers."""
+    lora = jlora.transform(model.apply, *model.rules)
+    base, _, args = placed(model)
+    key = jax.random.key(0)
+    init = lambda key, base: lora.init(key, base, *args)[1]  # noqa: E731
+    places = sharding.specs(base, jax.eval_shape(init, key, base))
+    adapter = jax.jit(init, out_shardings=places)(key, base)
+    same_places(adapter, places)
+    close(adapter, lora.init(key, model.params, *model.args)[1])
+    assert jax.tree.leaves(sharding.specs(base, adapter)) == jax.tree.leaves(places)
+
+
+def test_automatic_init_holds_nothing_whole():
+    """A base and an adapter made on the mesh: no device ever has a whole weight, or a whole A."""
+    layers, d, rank = 8, 512, 64
+    model = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
+    lora = jlora.transform(model, LoRA(rank=rank, init=jlora.gaussian))
+    base = {"w": NamedSharding(AUTO, P(None, "fsdp", "tensor"))}
+
+    def start(key):
+        params = {"w": jax.random.normal(key, (layers, d, d), jnp.float32)}
+        return lora.init(key, params, jax.ShapeDtypeStruct((1, d), jnp.float32))
+
+    shapes = jax.eval_shape(start, jax.random.key(0))
+    places = (base, sharding.specs(base, shapes[1]))
+    compiled = jax.jit(start, out_shardings=places).lower(jax.random.key(0)).compile()
+    used = compiled.memory_analysis()
+    held = used.temp_size_in_bytes + used.output_size_in_bytes
+    assert held < size_in_bytes(shapes[0])
+    alone = jax.jit(lambda key: start(key)[1], out_shardings=places[1])
+    used = alone.lower(jax.random.key(0)).compile().memory_analysis()
+    held = used.temp_size_in_bytes + used.output_size_in_bytes
+    assert held < size_in_bytes(shapes[1])
+    assert used.output_size_in_bytes < 0.4 * size_in_bytes(shapes[1])
+
+
+def loss_of(lora):
+    """A scalar of the outputs that depends on all of them."""
+
+    def loss(adapter, base, *args):
+        y = lora.apply(base, adapter, *args)
+        return jnp.mean(jnp.square(y) * jnp.cos(jnp.arange(y.size).reshape(y.shape)))
+
+    return loss
+
+
+def test_automatic_step_is_that_of_one_device(model):
+    """Outputs, gradients, and a step of the optimizer whose state is made on the mesh."""
+    lora = jlora.transform(model.apply, *model.rules)
+    tx = jlora.optimizer(optax.adamw(1e-2), lora_plus=4)
+    loss = loss_of(lora)
+
+    def step(adapter, state, base, *args):
+        value, gradient = jax.value_and_grad(loss)(adapter, base, *args)
+        updates, state = tx.update(gradient, state, adapter)
+        return value, gradient, optax.apply_updates(adapter, updates), state
+
+    base, adapter, args = placed(model)
+    places = sharding.specs(base, adapter)
+    state_places = sharding.moments(jax.eval_shape(tx.init, adapter), adapter, places)
+    state = jax.jit(tx.init, out_shardings=state_places)(adapter)
+    same_places(state, state_places)
+    found = jax.jit(step, out_shardings=(None, places, places, state_places))(
+        adapter, state, base, *args
+    )
+    alone = models.adapter_of(model)
+    expected = jax.jit(step)(alone, tx.init(alone), model.params, *model.args)
+    close(found[:2], expected[:2])
+    close(found[2:], expected[2:], 1e-5)  # Adam divides by gradients near zero
+    close(jax.jit(lora.apply)(base, adapter, *args), lora.apply(model.params, alone, *model.args))
+
+
+@pytest.mark.parametrize("name", ["merge", "unmerge"])
+def test_automatic_merge_moves_nothing(model, name):
+    """Shardings are the base's, and no byte goes from one device to another.
+
+    Slots are the exception: B of a slot lies on all devices, its columns of W on some of them.
+    """
+    base, adapter, _ = placed(model)
+    f = getattr(jlora, name)
+    expected = f(model.params, models.adapter_of(model))
+    for merged in (f(base, adapter), jax.jit(f)(base, adapter)):
+        same_places(merged, base)
+        close(merged, expected)
+    moved = COLLECTIVE.findall(jax.jit(f).lower(base, adapter).compile().as_text())
+    if any(isinstance(r, LoRA) and r.slots for r in model.rules):
+        largest = max(x.size for x in jax.tree.leaves(adapter))
+        dims = (
+            re.findall(r"\d+", shape.partition("[")[2].partition("]")[0]) for shape, *_ in moved
+        )
+        shapes = [math.prod(map(int, d)) for d in dims]
+        assert max(shapes) <= 3 * largest
+    else:
+        assert moved == []
+
+
+# ------------------------------------------------------------------------------ explicit axes
+
+D, F, V, B = 16, 32, 24, 8
+
+
+def tied(p, ids):
+    """A table divided by rows, looked up and multiplied with."""
+    h = jnp.tanh(p["w"].at[ids].get(out_sharding=P("fsdp", None)))
+    return jnp.einsum("bd,vd->bv", h, p["w"], out_sharding=P("fsdp", "tensor"))
+
+
+def summed(p, x):
+    """Both products contract a divided axis."""
+    h = jax.nn.relu(jnp.einsum("bd,df->bf", x, p["w"], out_sharding=P("fsdp", "tensor")))
+    return jnp.einsum("bf,fd->bd", h, p["v"], out_sharding=P("fsdp", None))
+
+
+def gathered(p, x):
+    """Weights are gathered along fsdp before the product, as FSDP does."""
+    h = jax.nn.relu(x @ reshard(p["w"], P(None, "tensor")))
+    v = reshard(p["v"], P("tensor", None))
+    return jnp.einsum("bf,fd->bd", h, v, out_sharding=P("fsdp", None))
+
+
+def layers(p, x):
+    """A scan over remat."""
+    body = jax.checkpoint(lambda x, w: (jnp.tanh(gathered(w, x)), None))
+    return jax.lax.scan(body, x, p)[0]
+
+
+def heads(p, x):
+    """Several axes of outputs and of inputs."""
+    h = jnp.einsum("bd,dhk->bhk", x, p["q"], out_sharding=P("fsdp", "tensor", None))
+    return jnp.einsum("bhk,hkd->bd", h, p["o"], out_sharding=P("fsdp", None))
+
+
+def fused(p, x):
+    """Three products in one."""
+    q, k, v = jnp.split(x @ p["w"], 3, axis=-1)
+    return jnp.tanh(q) * k + v
+
+
+def experts(p, x):
+    """A batch axis that is divided."""
+    return jnp.tanh(jnp.einsum("ebd,edf->ebf", x, p["w"]))
+
+
+def by_token(p, x):
+    """The matrix of each row is looked up."""
+    w = p["w"].at[jnp.arange(B) % 2].get(out_sharding=P("fsdp", None, "tensor"))
+    return jnp.einsum("bd,bdf->bf", x, w)
+
+
+def joined(p, x):
+    """Two leaves in one product."""
+    return jnp.tanh(x @ jnp.concatenate([p["w"], p["v"]], 1))
+
+
+def transposed(p, x):
+    """Transposed and reshaped."""
+    return jnp.tanh(x @ p["w"].T) @ p["v"].reshape(F, 8)
+
+
+def automatic(p, x):
+    """A region in which XLA decides."""
+    inner = jax.sharding.auto_axes(lambda w, x: jnp.tanh(x @ w))
+    return inner(p["w"], x, out_sharding=P("fsdp", "tensor"))
+
+
+def mapped(p, x):
+    """By hand."""
+
+    def local(w, x):
+        h = x @ jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)
+        return jnp.tanh(jax.lax.all_gather(h, "tensor", axis=1, tiled=True))
+
+    specs = (P("fsdp", "tensor"), P("fsdp", None))
+    return jax.shard_map(local, in_specs=specs, out_specs=P("fsdp", None), check_vma=False)(
+        p["w"], x
+    )
+
+
+def convolved(p, x):
+    """A convolution whose channels are divided."""
+    image = x[:, None, :, None] * jnp.ones((3,))
+    return jax.lax.conv_general_dilated(
+        image,
+        p["w"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        out_sharding=P("fsdp", None, None, "tensor"),
+    )
+
+
+def formed(p, x):
+    """No factored form."""
+    return jnp.tanh(x @ jnp.abs(p["w"]))
+
+
+def column(p, x):
+    """The plainest layout."""
+    return jnp.tanh(x @ p["w"])
+
+
+IDS = (jax.random.randint(jax.random.key(1), (B,), 0, V), P("fsdp"))
+ROWS = (models.normal(2, B, D), P("fsdp", None))
+MANY = (models.normal(2, 4096, D), P("fsdp", None))
+PAIR = {"w": ((D, F), P("fsdp", "tensor")), "v": ((F, D), P("tensor", "fsdp"))}
+STACK = {name: ((3, *shape), P(None, *spec)) for name, (shape, spec) in PAIR.items()}
+TABLE = {"w": ((V, D), P("tensor", "fsdp"))}
+COLUMN = {"w": ((D, F), P(None, "tensor"))}
+RULE = LoRA(rank=2)
+CASES = [
+    (tied, TABLE, IDS, LoRA("w", rank=2)),
+    (summed, PAIR, ROWS, RULE),
+    (gathered, PAIR, ROWS, RULE),
+    (layers, STACK, ROWS, RULE),
+    (
+        heads,
+        {"q": ((D, 4, 8), P("fsdp", "tensor")), "o": ((4, 8, D), P("tensor", None, "fsdp"))},
+        ROWS,
+        RULE,
+    ),
+    (fused, {"w": ((D, 3 * F), P(None, "tensor"))}, ROWS, LoRA(rank=2, slots=Slots(3, (0, 2)))),
+    (
+        experts,
+        {"w": ((4, D, F), P("fsdp", None, "tensor"))},
+        (models.normal(2, 4, B, D), P("fsdp")),
+        RULE,
+    ),
+    (by_token, {"w": ((2, D, F), P(None, "fsdp", "tensor"))}, ROWS, RULE),
+    (joined, {"w": ((D, F), P(None, "tensor")), "v": ((D, F), P(None, "tensor"))}, ROWS, RULE),
+    (
+        transposed,
+        {"w": ((F, D), P(None, None)), "v": ((4, 8, 8), P("tensor"))},
+        ROWS,
+        LoRA("w", rank=2),
+    ),
+    (automatic, COLUMN, ROWS, RULE),
+    (mapped, {"w": PAIR["w"]}, ROWS, RULE),
+    (convolved, {"w": ((1, 3, 3, F), P(None, None, None, "tensor"))}, ROWS, RULE),
+    (formed, COLUMN, ROWS, LoRA("w", rank=2, materialize=True)),
+    (column, COLUMN, ROWS, RULE),
+    (column, COLUMN, MANY, RULE),  # many tokens: W + s·A·B is formed for one product
+]
+
+
+def explicit(case, follow):
+    """Outputs lie as the base model's; they and all derivatives are those of one device."""
+    f, weights, (x, x_spec), rule = case
+    lora = jlora.transform(f, rule)
+    specs = {name: spec for name, (_, spec) in weights.items()}
+    loss = loss_of(lora)
+    grad = jax.grad(loss)
+
+    def run(mesh):
+        with jax.set_mesh(mesh):
+            base = {n: models.normal(i, *s) for i, (n, (s, _)) in enumerate(weights.items())}
+            base, args = jax.device_put(base, specs), jax.device_put(x, x_spec)
+            base, adapter = jax.jit(lora.init)(jax.random.key(0), base, args)
+            adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+            if follow:
+                adapter = jax.device_put(adapter, sharding.specs(base, adapter))
+            plain = jax.jit(f)(base, args)
+            outs = {
+                "y": jax.jit(lora.apply)(base, adapter, args),
+                "gradient": jax.jit(grad)(adapter, base, args),
+                "second": jax.jit(jax.grad(lambda a: squares(jax.grad(loss)(a, base, args))))(
+                    adapter
+                ),
+                "of_base": jax.jit(jax.grad(lambda b: loss(adapter, b, args)))(base),
+                "merged": jax.jit(jlora.merge)(base, adapter),
+                "unmerged": jlora.unmerge(base, adapter),
+                "eager": lora.apply(base, adapter, args),
+            }
+            assert jax.typeof(outs["y"]).sharding == jax.typeof(plain).sharding
+            same_places(outs["gradient"], adapter)
+            for name in ("of_base", "merged", "unmerged"):
+                same_places(outs[name], base)
+        return outs
+
+    found, expected = run(mesh_of(AxisType.Explicit)), run(mesh_of(AxisType.Explicit, (1, 1)))
+    for name, value in found.items():
+        close(value, expected[name])
+
+
+def name_of(case):
+    """The model and its tokens."""
+    return f"{case[0].__name__}{len(case[2][0])}"
+
+
+ALWAYS = (tied, layers, fused, by_token, mapped, column)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c[0] in ALWAYS else pytest.mark.slow) for c in CASES],
+    ids=[name_of(c) for c in CASES],
+)
+def test_explicit(case):
+    explicit(case, follow=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_explicit_replicated(case):
+    """An adapter that lies everywhere."""
+    explicit(case, follow=False)
+
+
+def squares(tree):
+    """The sum of the squares of all leaves."""
+    return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
+
+
+def test_explicit_many_adapters():
+    """`vmap` over adapters, and dropout."""
+    lora = jlora.transform(gathered, LoRA(rank=2, dropout=0.5))
+    with jax.set_mesh(mesh_of(AxisType.Explicit)):
+        base = {n: jax.device_put(models.normal(0, *s), p) for n, (s, p) in PAIR.items()}
+        x = jax.device_put(*ROWS)
+        _, adapter = lora.init(jax.random.key(0), base, x)
+        adapter = jax.device_put(
+            jax.tree.map(jnp.ones_like, adapter), sharding.specs(base, adapter)
+        )
+        three = jax.tree.map(lambda a: jnp.stack([a, 2 * a, 3 * a]), adapter)
+        found = jax.jit(jax.vmap(lora.apply, (None, 0, None)))(base, three, x)
+        each = [lora.apply(base, jax.tree.map(lambda a, n=n: n * a, adapter), x) for n in (1, 2, 3)]
+        close(found, jnp.stack(each))
+        noisy = functools.partial(jlora.dropout, key=jax.random.key(1))
+        dropped = jax.jit(lambda a: lora.apply(base, noisy(a), x))(adapter)
+        assert jax.typeof(dropped).sharding == jax.typeof(each[0]).sharding
+        assert not np.allclose(dropped, each[0])
+
+
+def test_explicit_ambiguity_is_an_error_of_jax():
+    """What the base model may not leave open, the adapted one may not either."""
+    lora = jlora.transform(lambda p, x: x @ p["w"], LoRA(rank=2))
+    with (
+        jax.set_mesh(mesh_of(AxisType.Explicit)),
+        pytest.raises(Exception, match="Contracting dimensions are sharded and it is ambiguous"),
+    ):
+        base = {"w": jax.device_put(models.normal(0, D, F), P("fsdp", None))}
+        lora.init(jax.random.key(0), base, jax.device_put(models.normal(1, B, D), P(None, "fsdp")))
