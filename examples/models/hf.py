@@ -118,14 +118,16 @@ def rows(
         modules: regular expressions for our modules to Hugging Face's, with ``{}`` for the number
             of the block.
         leaves: the axes and the name there of each of our leaves, as ``{"bias": ("o", "bias")}``.
-        stack: the name of the stacked blocks; numbered ones have ``_0``, ``_1``, … added.
+        stack: the name of the stacked blocks; numbered ones are called ``stack_0`` or ``stack/0``.
         prefix: of Hugging Face's modules.
         **options: of every row.
 
     Example:
         >>> table = rows({r"h/(\w+)": r"h.{}.\1"}, {"kernel": ("io", "weight")}, stack="h")
-        >>> [(row.path, row.module, row.axes) for row in table]
-        [('h/(\\w+)/kernel', 'h.{}.\\1', 'lio'), ('h_(\\d+)/(\\w+)/kernel', 'h.\\1.\\2', 'io')]
+        >>> for row in table:
+        ...     print(row.path, row.module, row.axes)
+        h/(\w+)/kernel h.{}.\1 lio
+        h[_/](\d+)/(\w+)/kernel h.\1.\2 io
     """
     table = []
     for ours, theirs in modules.items():
@@ -135,6 +137,6 @@ def rows(
             path = f"{ours}/{leaf}"
             table.append(peft.Name(path, theirs, "l" * stacked + axes, parameter, **options))
             if stacked:
-                path = re.sub(rf"\b{stack}/", rf"{stack}_(\\d+)/", path, count=1)
+                path = re.sub(rf"\b{stack}/", rf"{stack}[_/](\\d+)/", path, count=1)
                 table.append(peft.Name(path, numbered, axes, parameter, **options))
     return tuple(table)
