@@ -166,10 +166,10 @@ def probe(x: np.ndarray, labels: np.ndarray, x_test: np.ndarray) -> np.ndarray:
 # ---- export -------------------------------------------------------------------------------------
 
 
-def export(folder: pathlib.Path, params: Any) -> None:
+def export(folder: pathlib.Path, params: Any, config: bert.Config) -> None:
     """Writes merged weights under Hugging Face's names, with the files that belong to them."""
     folder.mkdir(parents=True, exist_ok=True)
-    bert.save(folder / "model.safetensors", params)
+    bert.save(folder / "model.safetensors", params, config)
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(data.minilm() / name, folder / name)
 
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     adapter = checkpoint.restore(saved, like=adapter, base=base)
     adapted = outputs(functools.partial(jax.jit(lora.apply), base, adapter), test_set)  # (N, 2)
 
-    export(args.out / "merged", jlora.merge(base, adapter))
+    export(args.out / "merged", jlora.merge(base, adapter), model.config)
     _, params = bert.load(args.out / "merged")
     merged = outputs(functools.partial(jax.jit(model.apply), params), test_set)  # (N, 2)
 

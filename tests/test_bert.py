@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import bert
+from models import bert, hf
 from safetensors.numpy import load_file
 
 
@@ -117,14 +117,28 @@ def with_random_head(variables):
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
+def tensors_of(minilm_like):
+    config, variables = minilm_like
+    return hf.to_tensors(variables, bert.names(config))
+
+
 def test_load_then_save_is_the_same_file(folder, minilm, tmp_path):
-    bert.save(tmp_path / "model.safetensors", minilm[1])
+    bert.save(tmp_path / "model.safetensors", minilm[1], minilm[0])
     expected = (folder / "model.safetensors").read_bytes()
     assert (tmp_path / "model.safetensors").read_bytes() == expected
 
 
+def test_scanned_is_the_same_file_and_the_same_function(folder, minilm, batch, tmp_path):
+    config, variables = bert.load(folder, scan=True)
+    bert.save(tmp_path / "model.safetensors", variables, config)
+    expected = (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == expected
+    hidden = bert.Bert(config, scan=True).apply(variables, *batch)
+    np.testing.assert_allclose(hidden, bert.Bert(config).apply(minilm[1], *batch), atol=1e-5)
+
+
 def test_tensors_survive_jit(minilm, tensors):
-    again = bert.to_hf(jax.jit(lambda x: x)(minilm[1]))
+    again = tensors_of((minilm[0], jax.jit(lambda x: x)(minilm[1])))
     assert same(again, tensors)
     assert again["embeddings.position_ids"].dtype == np.int64
 
@@ -132,7 +146,7 @@ def test_tensors_survive_jit(minilm, tensors):
 def test_head_survives_the_file(folder, minilm, tmp_path):
     variables = with_random_head(minilm[1])
     shutil.copy(folder / "config.json", tmp_path)
-    bert.save(tmp_path / "model.safetensors", variables)
+    bert.save(tmp_path / "model.safetensors", variables, minilm[0])
     config, again = bert.load(tmp_path)
     assert config == minilm[0]
     assert load_file(tmp_path / "model.safetensors")["classifier.weight"].shape == (2, 384)
@@ -140,58 +154,53 @@ def test_head_survives_the_file(folder, minilm, tmp_path):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again, variables)))
 
 
-def test_names_and_shapes_are_those_of_the_model(minilm, batch):
+def test_names_and_shapes_are_those_of_the_model(minilm):
     config, variables = minilm
-    model = bert.Bert(config)
-    expected = jax.eval_shape(model.init, jax.random.key(0), *batch)["params"]
+    expected = bert.shapes(config)["params"]
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), variables["params"])
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
-    assert bert.hf_name("encoder/layer_11/attention/out/bias") == (
-        "encoder.layer.11.attention.output.dense.bias"
-    )
-    assert bert.hf_name("embeddings/norm/scale") == "embeddings.LayerNorm.weight"
 
 
 def test_files_without_buffers_and_pooler(minilm, tensors):
-    config, _ = minilm
-    fewer = {name: x for name, x in tensors.items() if not bert.UNUSED.fullmatch(name)}
-    assert len(fewer) == len(tensors) - 3
-    assert same(bert.to_hf(bert.from_hf(fewer, config)), fewer)
+    unused = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+    assert sorted(minilm[1]["unused"]) == sorted(unused)
+    fewer = {name: x for name, x in tensors.items() if name not in unused}
+    assert same(tensors_of(bert.from_hf(fewer, minilm[0])), fewer)
 
 
 def test_every_misfit_is_listed(minilm, tensors):
-    config, _ = minilm
     wrong = dict(tensors)
     del wrong["encoder.layer.3.attention.self.query.weight"]
-    wrong["encoder.layer.6.output.dense.bias"] = np.zeros(384, np.float32)
+    wrong["encoder.layer.7.output.dense.bias"] = np.zeros(384, np.float32)
     wrong["embeddings.LayerNorm.bias"] = np.zeros(383, np.float32)
     wrong["encoder.layer.0.output.dense.weight"] = np.zeros((1536, 384), np.float32)  # transposed
     with pytest.raises(ValueError) as error:
-        bert.from_hf(wrong, config)
+        bert.from_hf(wrong, minilm[0])
     assert str(error.value) == (
-        "`tensors` do not fit `config`:\n"
-        "  misshapen embeddings.LayerNorm.bias: expected (384,), got (383,)\n"
-        "  misshapen encoder.layer.0.output.dense.weight: expected (384, 1536), got (1536, 384)\n"
-        "  missing encoder.layer.3.attention.self.query.weight of shape (384, 384)\n"
-        "  unexpected encoder.layer.6.output.dense.bias"
+        "`tensors` do not fit `like`. 4 problems:\n"
+        "  encoder.layer.3.attention.self.query.weight: missing, of shape (384, 384)\n"
+        "  embeddings.LayerNorm.bias: expected shape (384,), got (383,)\n"
+        "  encoder.layer.0.output.dense.weight: expected shape (384, 1536), got (1536, 384)\n"
+        "  encoder.layer.7.output.dense.bias: unexpected, of shape (384,)"
     )
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("model_type", "roberta", "bert"),
-        ("hidden_act", "relu", "gelu"),
-        ("position_embedding_type", "relative_key", "absolute"),
+        ("model_type", "electra", "'bert' or 'roberta'"),
+        ("hidden_act", "relu", "'gelu'"),
+        ("position_embedding_type", "relative_key", "'absolute'"),
     ],
 )
 def test_config_of_another_model(folder, tmp_path, field, value, expected):
     fields = json.loads((folder / "config.json").read_text())
     path = tmp_path / "config.json"
+    shutil.copy(folder / "model.safetensors", tmp_path)
     path.write_text(json.dumps({**fields, field: value}))
     with pytest.raises(ValueError) as error:
-        bert.Config.read(path)
-    assert str(error.value) == f"`{path}`: expected {field} {expected!r}, got {value!r}"
+        bert.load(tmp_path)
+    assert str(error.value) == f"`{path}`: expected {field} {expected}, got {value!r}"
 
 
 def same(a, b) -> bool:

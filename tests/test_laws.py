@@ -26,14 +26,17 @@ FLOATS = [
         id=f"{case.name}-{dtype.__name__}",
         # Where float64 holds to 1e-10, float32 of the same program is for the long run.
         marks=[pytest.mark.slow]
-        if dtype is jnp.float32 and case.float64 and case.row in (4, 5, 7, 15)
+        if case.slow or (dtype is jnp.float32 and case.float64 and case.row in (4, 5, 7, 15))
         else [],
     )
     for case in CASES
     for dtype in (jnp.float32, jnp.float64)
     if case.float64 or dtype is jnp.float32
 ]
-SINGLE = [pytest.param(case, id=case.name) for case in CASES]
+SINGLE = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
+    for case in CASES
+]
 # Whole models take long to compile five times: one of each kind of stack is enough for every day.
 AROUND = [
     pytest.param(

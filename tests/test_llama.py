@@ -10,6 +10,7 @@ import shutil
 
 import data
 import finetune_lm
+import flax.linen as nn
 import gguf
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ TINY = llama.Config(
 @pytest.fixture(scope="session")
 def tiny():
     """The variables of a random model of the sizes `TINY`."""
-    variables = llama.Llama(TINY).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    variables = nn.unbox(llama.Llama(TINY).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     # Larger than the default draw, so that a change of any part changes the logits.
     return jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, variables)
 
@@ -49,7 +50,7 @@ def write_gguf(path, config, variables, tensors=None, **fields):
     """Writes a model with a byte tokenizer; `tensors` and `fields` replace entries, None drops."""
     flat = flatten_dict(variables["params"], sep="/")
     entries = {}
-    for ours, theirs in llama.NAMES.items():
+    for ours, theirs in llama.GGUF_NAMES.items():
         leaf = np.asarray(flat[ours])
         for i, weight in enumerate(leaf if "{}" in theirs else [leaf]):
             heads = {"query": config.heads, "key": config.kv_heads}.get(ours.split("/")[-2])
@@ -200,9 +201,9 @@ def test_rope_base_is_heeded(tiny):
 
 
 def test_layers_are_stacked():
-    shapes = jax.eval_shape(llama.Llama(TINY).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    shapes = llama.shapes(TINY)
     flat = {k: leaf.shape for k, leaf in flatten_dict(shapes["params"], sep="/").items()}
-    assert flat.keys() == llama.NAMES.keys()
+    assert flat.keys() == llama.GGUF_NAMES.keys()
     assert flat["layers/attention/query/kernel"] == (2, 32, 32)
     assert flat["layers/attention/key/kernel"] == (2, 32, 16)
     assert flat["layers/mlp/down/kernel"] == (2, 48, 32)

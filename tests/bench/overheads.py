@@ -153,7 +153,7 @@ def initialization(config: llama.Config, rounds: int) -> list[dict]:
     """Seconds of `init` and `sites` of an abstract Llama, beside the model's own `init`."""
     lm = llama.Llama(config)
     ids, key = jax.ShapeDtypeStruct((1, 128), jnp.int32), jax.random.key(0)
-    params = jax.eval_shape(lm.init, key, ids)
+    params = llama.shapes(config)
     lora = jlora.transform(lm.apply, jlora.LoRA())
     calls = {
         "the model's init": lambda: jax.eval_shape(lm.init, key, ids),

@@ -1,11 +1,11 @@
 """The tables that the laws run over: one list of cases per module, one row of the issue each.
 
 `plain` holds plain JAX, `control` higher-order primitives, `trees` containers of parameters,
-`linen` and `nnx_models` Flax, `hf` whole models of `transformers`. `random_einsum` holds
-strategies for hypothesis.
+`linen` and `nnx_models` Flax, `hf` whole models of `transformers`, `models` those of the examples.
+`random_einsum` holds strategies for hypothesis.
 """
 
-from . import control, hf, linen, nnx_models, plain, trees
+from . import control, hf, linen, models, nnx_models, plain, trees
 from ._case import Case as Case
 from ._case import Problem as Problem
 
@@ -16,6 +16,7 @@ CASES: list[Case] = [
     *linen.CASES,
     *nnx_models.CASES,
     *hf.CASES,
+    *models.CASES,
 ]
 
 

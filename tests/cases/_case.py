@@ -43,6 +43,7 @@ class Case:
         vmap: Whether the base model can be mapped over its parameters.
         strict: Whether the base model runs, in both float dtypes, under strict dtype promotion
             and with rank promotion as an error.
+        slow: Whether it is for the long run.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     grad: bool = True
     vmap: bool = True
     strict: bool = True
+    slow: bool = False
 
 
 def entry(cases: list[Case], **fields: Any) -> Callable[[Callable[[DTypeLike], Problem]], Case]:
