@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from ._explicit import explicit
 from ._types import Adapted, Layout, LowRank, Params, Path, PyTree
 
 
