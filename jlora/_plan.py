@@ -139,11 +139,11 @@ def plan(
     fixed = (of_base, of_adapter, of_state, of_args, of_adapter)
     device = _device(mesh)
     capacity = _capacity(device) if capacity is None else capacity
-    if compile is False or abstract:
-        method, peak = "arithmetic", sum(exact) + _estimate(loss, *operands)
-    else:
-        method = "compiled"
+    method, peak = "compiled", None
+    if compile is not False and not abstract:
         peak, capacity = _compile(_step(loss, tx), operands, compiler_options, capacity)
+    if peak is None:
+        method, peak = "arithmetic", sum(exact) + _estimate(loss, *operands)
     axes = {} if mesh is None else dict(mesh.shape)
     count = 1 if mesh is None else mesh.size
     kind = getattr(device, "device_kind", None)
@@ -213,8 +213,8 @@ NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMG
 
 def _compile(
     step: Any, operands: tuple[Any, ...], options: dict[str, Any] | None, capacity: int | None
-) -> tuple[int, int | None]:
-    """The bytes that the compiled step holds, and what a device has."""
+) -> tuple[int | None, int | None]:
+    """The bytes that the compiled step holds, if the compiler says it, and what a device has."""
     adapter, state = (jax.tree.map(lambda x: x.sharding, tree) for tree in operands[:2])
     places = (adapter, state, None)
     program = jax.jit(step, donate_argnums=(0, 1), out_shardings=places, keep_unused=True)
@@ -225,6 +225,8 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in str(e) or found is None:
             raise
         return _bytes(*found.group(1, 2)), _bytes(*found.group(3, 4))
+    if used is None:
+        return None, capacity
     held = used.argument_size_in_bytes + used.temp_size_in_bytes + used.generated_code_size_in_bytes
     return held + used.output_size_in_bytes - used.alias_size_in_bytes, capacity
 

@@ -78,9 +78,7 @@ def mesh_of(name: str, axes: dict[str, int]) -> Mesh:
         os.environ.setdefault(variable, value)
     config = {} if chip.config is None else {"chip_config_name": chip.config}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **config)
-    devices = mesh_utils.create_device_mesh(
-        shape, topology.devices, allow_split_physical_axes=True
-    )
+    devices = mesh_utils.create_device_mesh(shape, topology.devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(devices, tuple(axes), types)
 
 
