@@ -379,4 +379,4 @@ def test_on_devices(part):
 
 @pytest.mark.slow
 def test_on_devices_the_rest():
-    devices.run("sharding_on_devices.py", "explicit", "slow")
+    devices.run("sharding_on_devices.py", marked="slow")
