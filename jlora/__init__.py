@@ -16,6 +16,8 @@ from ._optimizer import labels as labels
 from ._optimizer import mask as mask
 from ._optimizer import optimizer as optimizer
 from ._optimizer import summary as summary
+from ._plan import Plan as Plan
+from ._plan import plan as plan
 from ._policy import checkpoint_policy as checkpoint_policy
 from ._rules import Full as Full
 from ._rules import LoRA as LoRA

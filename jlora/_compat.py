@@ -4,6 +4,7 @@ Differences between JAX 0.10 and 0.12 that matter here:
 
 * 0.11 merged `Jaxpr` and `ClosedJaxpr`. Both have `eqns`, `invars`, `outvars` and `constvars`;
   `consts` is missing only on 0.10's open `Jaxpr`, which has none.
+* what tells XLA to compile in a hurry has another name since 0.11.
 * `scan` counts its constants and carries in `num_consts`, `num_carry` (0.10) or `ft_in` (0.11).
 """
 
@@ -22,6 +23,13 @@ from jax.extend.core import (
 )
 
 Jaxpr = ClosedJaxpr  # on 0.10 some primitives hold an open one: it reads alike but for `consts`
+
+
+HURRIED: dict[str, Any] = (
+    {"exec_time_optimization_effort": -1.0}
+    if jax.__version_info__ < (0, 11)
+    else {"optimization_level": "O0"}
+)
 
 
 def consts(jaxpr: Any) -> Sequence[Any]:

@@ -70,7 +70,12 @@ def close(actual, expected, tolerance=1e-9):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale)
 
 
-@pytest.fixture(params=models.MODELS)
+FEW = ("scanned", "linen", "gpt2")
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in models.MODELS]
+)
 def model(request):
     """Each of the models."""
     return models.MODELS[request.param]()
@@ -373,7 +378,7 @@ ALWAYS = (tied, layers, fused, by_token, mapped, column)
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=[] if c[0] in ALWAYS else pytest.mark.slow) for c in CASES],
+    [pytest.param(c, marks=() if c[0] in ALWAYS else pytest.mark.slow) for c in CASES],
     ids=[name_of(c) for c in CASES],
 )
 def test_explicit(case):

@@ -4,11 +4,7 @@ What needs a mesh of several devices is in `sharding_on_devices.py`, which runs 
 that has them.
 """
 
-import os
-import pathlib
-import subprocess
-import sys
-
+import devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,7 +21,6 @@ import jlora
 from jlora import sharding
 from jlora._tree import adapter_leaves, is_low_rank
 
-TESTS = pathlib.Path(__file__).parent
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 MESH = AbstractMesh(tuple(models.MESH.values()), tuple(models.MESH), (AUTO, AUTO))
 
@@ -377,26 +372,11 @@ def test_every_path_of_the_adapter_is_placed(model):
 # -------------------------------------------------------------------------- on a mesh of devices
 
 
-def on_devices(part, marked):
-    """Runs that part of `sharding_on_devices.py` in a process with eight devices."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-k", part, "-m", marked]
-    done = subprocess.run(
-        [*command, "sharding_on_devices.py"],
-        cwd=TESTS,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
-
-
 @pytest.mark.parametrize("part", ["automatic", "explicit"])
 def test_on_devices(part):
-    on_devices(part, "not slow")
+    devices.run("sharding_on_devices.py", part)
 
 
 @pytest.mark.slow
 def test_on_devices_the_rest():
-    on_devices("explicit", "slow")
+    devices.run("sharding_on_devices.py", marked="slow")

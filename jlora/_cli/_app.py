@@ -18,11 +18,12 @@ llama-scanned, vit, example-bert, example-llama, module:ATTRIBUTE or file.py:ATT
 @click.group(
     "jlora",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, or equal; 1 the adapters differ; 2 an error; 130 interrupted.",
+    epilog="Exit codes: 0 done, equal, or it fits; 1 the adapters differ, or it does not fit; "
+    "2 an error; 130 interrupted.",
 )
 @click.version_option(importlib.metadata.version("jlora"), prog_name="jlora")
 def cli() -> None:
-    """Look at, compare, convert and merge LoRA adapters of PEFT and of Orbax.
+    """Look at, compare, convert and merge LoRA adapters of PEFT and of Orbax; plan training.
 
     Nothing is ever overwritten, and what is written appears complete or not at all.
     """
@@ -102,6 +103,31 @@ def diff(a: Path, b: Path, names: str | None, tolerance: float | None) -> Any:
     from ._diff import diff
 
     return diff(a, b, names=names, tolerance=tolerance)
+
+
+@cli.command(cls=Command)
+@click.argument("job")
+@click.option(
+    "--topology", metavar="CHIP:SHAPE", required=True, help="The TPU slice, such as v5p:4x4x8."
+)
+@click.option(
+    "--mesh", required=True, metavar="AXES", help="The mesh over it, such as fsdp=16,tensor=8."
+)
+@click.option(
+    "--fast", is_flag=True, help="Compile without most optimizations, in a fraction of the time."
+)
+@click.option("--arithmetic", is_flag=True, help="Do not compile, even if libtpu is installed.")
+def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> Any:
+    """Show what a training step needs on each device of a TPU slice, without the slice.
+
+    JOB is module:FUNCTION or file.py:FUNCTION. The function takes the mesh and returns the
+    arguments of jlora.plan: (loss, base, adapter, args) or (loss, base, adapter, args, tx), as
+    shapes with shardings on the mesh. With libtpu installed the step is compiled for the slice;
+    otherwise activations are a rough estimate.
+    """
+    from ._plan import plan
+
+    return plan(job, topology, mesh, fast=fast, arithmetic=arithmetic)
 
 
 def main() -> None:

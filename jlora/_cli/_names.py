@@ -1,13 +1,8 @@
 """Name tables by what the user types."""
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
 from ..peft import _tables
 from ..peft._names import Name
+from ._function import imported
 
 TABLES = {
     key.lower().replace("_", "-"): table
@@ -25,7 +20,7 @@ def table(text: str | None) -> tuple[Name, ...]:
     source, colon, attribute = text.rpartition(":")
     if not colon or not source:
         raise ValueError(f"--names: there is no table {text!r}; expected {_choice()}.")
-    found = getattr(_module(source), attribute, None)
+    found = getattr(imported(source, "--names"), attribute, None)
     if not isinstance(found, list | tuple) or not all(isinstance(row, Name) for row in found):
         raise ValueError(
             f"--names: {attribute} of {source} must be a list of jlora.peft.Name rows; "
@@ -36,17 +31,3 @@ def table(text: str | None) -> tuple[Name, ...]:
 
 def _choice() -> str:
     return f"one of {', '.join(TABLES)}, module:ATTRIBUTE or file.py:ATTRIBUTE"
-
-
-def _module(source: str) -> Any:
-    try:
-        if not source.endswith(".py"):
-            return importlib.import_module(source)
-        name = f"jlora_names_{Path(source).stem}"
-        spec = importlib.util.spec_from_file_location(name, source)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except Exception as e:
-        raise ValueError(f"--names: {source} cannot be imported ({type(e).__name__}: {e}).") from e

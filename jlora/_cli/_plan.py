@@ -1,0 +1,73 @@
+"""`jlora plan`: what a job needs on a slice that is not there."""
+
+import contextlib
+import os
+import sys
+from typing import Any, NamedTuple
+
+import jax
+
+from .. import _compat
+from .._plan import Plan
+from .._plan import plan as make
+from .._topology import has_compiler, mesh_of, parse
+from ._function import attribute
+
+WITHOUT = (
+    "activations are estimated, as libtpu is not installed; compiled figures need it: "
+    "pip install jlora[tpu]"
+)
+
+
+class Answer(NamedTuple):
+    """The answer: a plan for a topology."""
+
+    topology: str
+    plan: Plan
+    note: str | None
+
+    @property
+    def exit_code(self) -> int:
+        """1 where it is known not to fit."""
+        return int(self.plan.fits is False)
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers."""
+        return {"topology": self.topology, **self.plan._asdict(), "fits": self.plan.fits}
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.plan), *([self.note] if self.note else [])])
+
+
+def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) -> Answer:
+    """Calls the user's function with a mesh of the topology, and plans what it returns."""
+    chip, _ = parse(topology)
+    where = mesh_of(topology, _axes(mesh))
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    with jax.enable_x64(False):
+        returned = attribute(job, "JOB")(where)
+        if not isinstance(returned, tuple) or not 4 <= len(returned) <= 5:
+            raise ValueError(
+                f"JOB: {job} must return (loss, base, adapter, args) or (loss, base, adapter, "
+                f"args, tx), as jlora.plan takes them; got {type(returned).__name__}."
+            )
+        found = make(
+            *returned,
+            capacity=chip.capacity,
+            compile=False if arithmetic else None,
+            compiler_options=_compat.HURRIED if fast else None,
+        )
+    found = found._replace(device=chip.kind)
+    return Answer(topology, found, None if has_compiler() or arithmetic else WITHOUT)
+
+
+def _axes(text: str) -> dict[str, int]:
+    """`fsdp=16,tensor=8` as a dict."""
+    axes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        with contextlib.suppress(ValueError):
+            axes[name.strip()] = int(size)
+        if axes.get(name.strip(), 0) < 1 or not name.strip().isidentifier():
+            raise ValueError(f"--mesh: expected axes such as fsdp=16,tensor=8; got {text!r}.")
+    return axes

@@ -1,0 +1,188 @@
+"""`jlora.plan` and `jlora plan` by arithmetic; what needs devices is in `plan_on_devices.py`."""
+
+import json
+import pathlib
+
+import click.testing
+import devices
+import jax
+import jax.numpy as jnp
+import optax
+import plan_jobs
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora import _topology
+from jlora._cli._app import cli
+from jlora._estimate import held
+
+JOBS = pathlib.Path(plan_jobs.__file__)
+MESH = AbstractMesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+
+
+def test_arithmetic():
+    """Every number, written out."""
+    found = jlora.plan(*plan_jobs.job(MESH), capacity=10**9)
+    base = 2 * (2 * 4 * 256 * 1024) // 8  # two stacks in bfloat16, over 8 devices
+    a = 4 * 8 * (256 // 4 + 1024 // 2)  # up's over fsdp, down's over tensor
+    b = 4 * 8 * (1024 // 2 + 256 // 4)
+    adapter = 4 * (a + b)
+    batch = 2 * 16 * 64 * 256 // 4
+    assert found[:3] == ("arithmetic", 8, None)
+    assert found[4:9] == (base, adapter, 2 * adapter + 4, batch, adapter)  # and Adam's count
+    assert found.peak == sum(found[4:10])
+    assert found.fits is True
+    assert found._replace(capacity=found.peak - 1).fits is False
+
+
+def test_the_table():
+    sizes = (2**20, 512, 1024, 64, 512, 2**30, 2**31)
+    found = jlora.Plan("arithmetic", 8, None, dict(MESH.shape), *sizes, capacity=None)
+    assert str(found) == (
+        "8 × device, fsdp=4 × tensor=2  a device\n"
+        "base (frozen)                   1.0 MiB  exact\n"
+        "adapter (trainable)               512 B  exact\n"
+        "moments                         1.0 KiB  exact\n"
+        "batch                              64 B  exact\n"
+        "gradients                         512 B  exact\n"
+        "activations                     1.0 GiB  rough estimate\n"
+        "peak                            2.0 GiB  rough estimate\n"
+        "what a device has is not known"
+    )
+    found = found._replace(method="compiled", capacity=2**30)
+    assert "compiled" in str(found) and str(found).endswith("\ndoes not fit in 1.0 GiB")
+
+
+def test_full_fine_tuning_is_the_same_with_an_empty_base():
+    _, params, _, (x,) = plan_jobs.job(MESH)
+
+    def loss(params, base, x):
+        del base
+        return jax.lax.scan(lambda x, w: (x @ w["up"] @ w["down"], None), x, params)[0].var()
+
+    found = jlora.plan(loss, {}, params, (x,), optax.adam(1e-3))
+    size = 2 * (2 * 4 * 256 * 1024) // 8
+    assert (found.base, found.adapter, found.moments) == (0, size, 2 * size + 4)
+
+
+def test_explicit_axes_are_followed():
+    """There the type of every activation says how it is divided."""
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"), (AxisType.Explicit,) * 2)
+    lies = lambda shape, *spec: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec))
+    )
+    params, x = {"w": lies((64, 4096), None, "tensor")}, lies((256, 64), "fsdp", None)
+    key = jax.random.key(0)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lora = jlora.transform(lambda p, x: jnp.tanh(x @ p["w"]), jlora.LoRA(rank=2))
+        _, adapter = jax.eval_shape(lora.init, key, params, x)
+        loss = lambda a, b, x: lora.apply(b, a, x).sum()  # noqa: E731
+        found = jlora.plan(loss, params, adapter, (x,))
+    one = 4 * 256 * 4096 // 8
+    assert one < found.activations < 8 * one
+
+
+def test_leaves_without_shardings_are_replicated():
+    loss, base, adapter, args = plan_jobs.job(MESH)
+    bare = base | {"extra": jax.ShapeDtypeStruct((100,), jnp.float32)}
+    found = jlora.plan(lambda a, b, x: loss(a, {k: b[k] for k in base}, x), bare, adapter, args)
+    assert found.base == jlora.plan(loss, base, adapter, args).base + 400
+
+
+def test_compiling_needs_devices():
+    with pytest.raises(ValueError, match="`compile` needs shardings of devices; those of `base`"):
+        jlora.plan(*plan_jobs.job(MESH), compile=True)
+
+
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (lambda x: jnp.sin(x), 4),
+        (lambda x: jnp.sin(jnp.sin(x)) + jnp.cos(x), 12),
+        (lambda x: x, 0),
+        (lambda x: jax.jit(lambda y: jnp.sin(jnp.cos(y)))(x), 12),
+        (lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), c), x, None, 10)[1], 4 + 40 + 4),
+    ],
+    ids=["one", "two", "none", "call", "stack"],
+)
+def test_what_is_held_at_once(f, expected):
+    """In elements, of a vector of four."""
+    found = held(jax.make_jaxpr(f)(jnp.ones(4)), lambda aval: aval.size)
+    assert found == expected
+
+
+# ------------------------------------------------------------------------------ the command line
+
+
+def run(*args, code=0):
+    """A run of `jlora plan`."""
+    result = click.testing.CliRunner().invoke(cli, ["plan", *args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+SLICE = ("--topology", "v5p:2x2x2", "--mesh", "fsdp=4,tensor=2", "--arithmetic")
+
+
+@pytest.mark.parametrize("name", ["job", "sgd"])
+def test_command(name):
+    found = json.loads(run(f"{JOBS}:{name}", *SLICE, "--json").stdout)
+    expected = jlora.plan(*getattr(plan_jobs, name)(MESH))
+    capacity = _topology.CHIPS["v5p"].capacity
+    assert found == expected._asdict() | {
+        "topology": "v5p:2x2x2",
+        "device": "TPU v5",
+        "capacity": capacity,
+        "fits": True,
+    }
+    text = run(f"plan_jobs:{name}", *SLICE).stdout
+    assert text.startswith("8 × TPU v5, fsdp=4 × tensor=2") and "fits in 95.7 GiB" in text
+
+
+def test_what_does_not_fit_is_exit_code_1():
+    args = ("--topology", "v5e:2x2", "--mesh", "fsdp=2,tensor=2", "--arithmetic")
+    assert "does not fit in 15.8 GiB" in run(f"{JOBS}:large", *args, code=1).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((f"{JOBS}:wrong", *SLICE), "must return (loss, base, adapter, args) or"),
+        ((f"{JOBS}:missing", *SLICE), "plan_jobs.py has no missing"),
+        ((f"{JOBS}", *SLICE), "JOB: expected module:NAME or file.py:NAME"),
+        (("nowhere:job", *SLICE), "JOB: nowhere cannot be imported (ModuleNotFoundError"),
+        (
+            (f"{JOBS}:job", "--topology", "v5p:2x2x2", "--mesh", "fsdp=4"),
+            "`mesh` must have the 8 devices of v5p:2x2x2; got fsdp=4 = 4.",
+        ),
+        (
+            (f"{JOBS}:job", "--topology", "v5p-8", "--mesh", "fsdp=4"),
+            "`topology` must be a chip and the slice's shape, such as v5p:4x4x8, with one of v4, ",
+        ),
+        (
+            (f"{JOBS}:job", "--topology", "tpu7x:2x2x1", "--mesh", "fsdp=4"),
+            "must have the 8 devices of tpu7x:2x2x1",
+        ),
+        (
+            (f"{JOBS}:job", "--topology", "v5p:2x2x2", "--mesh", "fsdp=four"),
+            "--mesh: expected axes such as fsdp=16,tensor=8; got 'fsdp=four'.",
+        ),
+    ],
+)
+def test_errors_of_the_command(args, message):
+    result = run(*args, code=2)
+    assert result.stdout == "" and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_without_libtpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(_topology.importlib.util, "find_spec", lambda name: None)
+    text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
+    assert "rough estimate" in text
+    assert "libtpu is not installed" in text
+
+
+def test_on_devices():
+    devices.run("plan_on_devices.py")

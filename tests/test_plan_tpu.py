@@ -1,0 +1,42 @@
+"""`jlora.plan` compiled for TPU slices that are not there, by libtpu."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu")
+
+JOBS = pathlib.Path(__file__).parent / "plan_jobs.py"
+SLICE = ("--topology", "v5e:2x2", "--mesh", "fsdp=2,tensor=2")
+
+
+def run(job, *args, code=0):
+    """`jlora plan` in a process of its own; nothing but the answer is printed."""
+    command = [sys.executable, "-m", "jlora", "plan", f"{JOBS}:{job}", *SLICE, *args]
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert (done.returncode, done.stderr) == (code, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def test_compiled():
+    """What is exact is so both ways; the compiler's peak is of the size of the estimate."""
+    found = json.loads(run("job", "--fast", "--json"))
+    estimated = json.loads(run("job", "--arithmetic", "--json"))
+    assert (found["method"], estimated["method"]) == ("compiled", "arithmetic")
+    assert (found["devices"], found["device"], found["fits"]) == (4, "TPU v5 lite", True)
+    for part in ("base", "adapter", "moments", "batch", "gradients", "capacity"):
+        assert found[part] == estimated[part]
+    assert estimated["activations"] / 4 < found["activations"] < 4 * estimated["activations"]
+
+
+def test_what_does_not_fit():
+    """Out of memory at compile time is an answer, with the bytes that it would take."""
+    found = json.loads(run("large", "--fast", "--json", code=1))
+    assert found["fits"] is False
+    assert found["peak"] > found["base"] + found["adapter"] + found["moments"] > found["capacity"]
+    assert found["capacity"] == int(15.75 * 2**30)
