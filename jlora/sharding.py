@@ -86,6 +86,48 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
     )
 
 
+def replicated(specs: PyTree, *axes: str) -> PyTree:
+    """The same places, but whole along some axes of the mesh.
+
+    For a step that gathers A and B once rather than in every layer: kept along `specs`, their
+    moments with them, and used along `replicated(specs, "fsdp")`:
+    `adapter = jax.lax.with_sharding_constraint(adapter, whole)` within the loss function.
+
+    Args:
+        specs: a tree of PartitionSpecs or NamedShardings, such as that of `specs`.
+        *axes: names of mesh axes along which nothing is to be divided.
+
+    Returns:
+        A tree of the same structure.
+
+    Raises:
+        ValueError: if the mesh of a NamedSharding has no such axis.
+
+    Example:
+        >>> from jax.sharding import PartitionSpec as P
+        >>> from jlora import sharding
+        >>> sharding.replicated({"a": P(None, ("fsdp", "tensor")), "b": P("fsdp")}, "fsdp")
+        {'a': P(None, 'tensor'), 'b': P(None,)}
+    """
+
+    def keep(entry: Any) -> Any:
+        if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+            return entry
+        kept = tuple(name for name in _names(entry) if name not in axes)
+        return kept if len(kept) > 1 else (kept[0] if kept else None)
+
+    def place(x: Any) -> Any:
+        if _is_named(x) and (unknown := set(axes) - set(x.mesh.axis_names)):
+            raise ValueError(
+                f"`axes` has {', '.join(map(repr, sorted(unknown)))}, but the mesh of `specs` has "
+                f"{', '.join(x.mesh.axis_names)}."
+            )
+        spec = x if isinstance(x, PartitionSpec) else getattr(x, "spec", None)
+        return x if spec is None else _with(x, PartitionSpec(*map(keep, spec)))
+
+    return jax.tree.map(place, specs, is_leaf=_is_place)
+
+
 def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
     """How an optimizer's state lies on a mesh, from how the adapter does.
 

@@ -380,3 +380,38 @@ def test_on_devices(part):
 @pytest.mark.slow
 def test_on_devices_the_rest():
     devices.run("sharding_on_devices.py", marked="slow")
+
+
+# ------------------------------------------------------------------------------ whole along axes
+
+
+@pytest.mark.parametrize(
+    ("spec", "axes", "expected"),
+    [
+        (P("fsdp", "tensor"), ["fsdp"], P(None, "tensor")),
+        (P("fsdp", "tensor"), ["fsdp", "tensor"], P(None, None)),
+        (P(("fsdp", "tensor"), None), ["fsdp"], P("tensor", None)),
+        (P(("fsdp", "expert", "tensor")), ["expert"], P(("fsdp", "tensor"))),
+        (P(P.UNCONSTRAINED, "fsdp"), ["fsdp"], P(P.UNCONSTRAINED, None)),
+        (P("fsdp"), [], P("fsdp")),
+    ],
+)
+def test_replicated(spec, axes, expected):
+    assert sharding.replicated({"w": spec}, *axes) == {"w": expected}
+
+
+def test_replicated_adapter(model):
+    """Of a whole adapter, with the mesh and memory kept; nothing lies along the axis any more."""
+    base = on(MESH, model.base, memory_kind="pinned_host")
+    found = sharding.specs(base, models.adapter_of(model, abstract=True))
+    whole = sharding.replicated(found, "tensor")
+    assert jax.tree.structure(whole) == jax.tree.structure(found)
+    for old, new in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        assert (new.mesh, new.memory_kind, len(new.spec)) == (MESH, "pinned_host", len(old.spec))
+        assert "tensor" not in str(new.spec)
+
+
+def test_replicated_along_an_axis_that_is_not_there():
+    places = on(MESH, {"w": P("fsdp")})
+    with pytest.raises(ValueError, match=r"^`axes` has 'data', but the mesh of `specs` has fsdp,"):
+        sharding.replicated(places, "data")
