@@ -36,6 +36,8 @@ class Plan(NamedTuple):
             nothing were fused, recomputed beyond what the model says, or gathered.
         peak: the sum.
         capacity: what a device has, if known.
+        program: the compiled step `(adapter, state, base, args) -> (adapter, state, loss)`, with
+            its HLO, if it was compiled and fits.
     """
 
     method: str
@@ -50,6 +52,7 @@ class Plan(NamedTuple):
     activations: int
     peak: int
     capacity: int | None
+    program: jax.stages.Compiled | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -139,9 +142,9 @@ def plan(
     fixed = (of_base, of_adapter, of_state, of_args, of_adapter)
     device = _device(mesh)
     capacity = _capacity(device) if capacity is None else capacity
-    method, peak = "compiled", None
+    method, peak, program = "compiled", None, None
     if compile is not False and not abstract:
-        peak, capacity = _compile(_step(loss, tx), operands, compiler_options, capacity)
+        peak, capacity, program = _compile(_step(loss, tx), operands, compiler_options, capacity)
     if peak is None:
         method, peak = "arithmetic", sum(exact) + _estimate(loss, *operands)
     axes = {} if mesh is None else dict(mesh.shape)
@@ -149,7 +152,7 @@ def plan(
     kind = getattr(device, "device_kind", None)
     # Compiled, not all gradients need exist at once.
     activations = max(0, peak - sum(fixed))
-    return Plan(method, count, kind, axes, *fixed, activations, peak, capacity)
+    return Plan(method, count, kind, axes, *fixed, activations, peak, capacity, program)
 
 
 def _mesh(*trees: PyTree) -> Any:
@@ -213,22 +216,23 @@ NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMG
 
 def _compile(
     step: Any, operands: tuple[Any, ...], options: dict[str, Any] | None, capacity: int | None
-) -> tuple[int | None, int | None]:
-    """The bytes that the compiled step holds, if the compiler says it, and what a device has."""
+) -> tuple[int | None, int | None, jax.stages.Compiled | None]:
+    """The bytes that the compiled step holds, if known, what a device has, and the program."""
     adapter, state = (jax.tree.map(lambda x: x.sharding, tree) for tree in operands[:2])
     places = (adapter, state, None)
     program = jax.jit(step, donate_argnums=(0, 1), out_shardings=places, keep_unused=True)
     try:
-        used = program.lower(*operands).compile(compiler_options=options).memory_analysis()
+        compiled = program.lower(*operands).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
         found = NEEDED.search(str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or found is None:
             raise
-        return _bytes(*found.group(1, 2)), _bytes(*found.group(3, 4))
+        return _bytes(*found.group(1, 2)), _bytes(*found.group(3, 4)), None
+    used = compiled.memory_analysis()
     if used is None:
-        return None, capacity
+        return None, capacity, compiled
     held = used.argument_size_in_bytes + used.temp_size_in_bytes + used.generated_code_size_in_bytes
-    return held + used.output_size_in_bytes - used.alias_size_in_bytes, capacity
+    return held + used.output_size_in_bytes - used.alias_size_in_bytes, capacity, compiled
 
 
 def _bytes(number: str, unit: str) -> int:

@@ -33,7 +33,9 @@ class Answer(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """All numbers."""
-        return {"topology": self.topology, **self.plan._asdict(), "fits": self.plan.fits}
+        numbers = self.plan._replace(program=None)._asdict()
+        del numbers["program"]
+        return {"topology": self.topology, **numbers, "fits": self.plan.fits}
 
     def __str__(self) -> str:
         return "\n".join([str(self.plan), *([self.note] if self.note else [])])
