@@ -137,6 +137,7 @@ def plan(
         )
     tx = optax.adamw(1e-4) if tx is None else tx
     operands = _operands(mesh, base, adapter, args, tx)
+    adapter, _, base, args = operands
     exact = [sum(map(shard_size, jax.tree.leaves(x))) for x in operands]
     of_adapter, of_state, of_base, of_args = exact
     fixed = (of_base, of_adapter, of_state, of_args, of_adapter)
@@ -146,7 +147,7 @@ def plan(
     if compile is not False and not abstract:
         peak, capacity, program = _compile(_step(loss, tx), operands, compiler_options, capacity)
     if peak is None:
-        method, peak = "arithmetic", sum(exact) + _estimate(loss, *operands)
+        method, peak = "arithmetic", sum(exact) + _estimate(loss, adapter, base, args)
     axes = {} if mesh is None else dict(mesh.shape)
     count = 1 if mesh is None else mesh.size
     kind = getattr(device, "device_kind", None)
@@ -242,11 +243,8 @@ def _bytes(number: str, unit: str) -> int:
 # ------------------------------------------------------------------------------------- arithmetic
 
 
-def _estimate(
-    loss: Callable[..., Any], adapter: PyTree, state: PyTree, base: PyTree, args: Any
-) -> int:
+def _estimate(loss: Callable[..., Any], adapter: PyTree, base: PyTree, args: Any) -> int:
     """What the traced gradient holds: along automatic axes, all divided as the batch is."""
-    del state
     sizes = [(size_in_bytes(x), shard_size(x)) for x in jax.tree.leaves(args)]
     whole, shard = max(sizes, default=(1, 1))
     parts = whole // max(1, shard)

@@ -6,19 +6,18 @@ for the partitions s, i and o of W's stack, input and output axes; the rank is r
 """
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
+from ._places import Place, Unknown, places_of, replicated, with_spec
 from ._rules import near
-from ._tree import adapter_leaves, is_low_rank, leaves_by_path, name_of, weight_shape
+from ._tree import adapter_leaves, is_low_rank, name_of, weight_shape
 from ._types import LowRank, Path, PyTree
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
-Place = PartitionSpec | Sharding
 
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
@@ -67,9 +66,9 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
         >>> found["w"].a, found["w"].b
         (P('fsdp', None), P(None, 'tensor'))
     """
-    places = _places(base)
+    places = places_of(base)
     found = adapter_leaves(adapter)
-    _check_known(places, found, base)
+    _check_known(places, found)
     placed, wrong = {}, {}
     for path, leaf in found.items():
         try:
@@ -158,7 +157,7 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
     flat = jax.tree_util.tree_flatten_with_path(adapter)[0]
     places = jax.tree.structure(adapter).flatten_up_to(specs)
     known = {path: (x.shape, place) for (path, x), place in zip(flat, places, strict=True)}
-    rest = _replicated(places)
+    rest = replicated(places)
 
     def place(path: tuple[Any, ...], x: Any) -> Place:
         ends = (known.get(path[i:]) for i in range(len(path) + 1))
@@ -167,97 +166,10 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-# ------------------------------------------------------------------------- what a base says of it
+# ------------------------------------------------------------------------------ what is missing
 
 
-class _Unknown:
-    """A leaf of the base that says nothing of sharding, and why that may be."""
-
-    def __init__(self, leaf: Any, why: str = "") -> None:
-        self.got = type(leaf).__name__ + (f" {leaf!r}" if isinstance(leaf, str) else why)
-
-
-def _places(base: PyTree) -> dict[Path, Any]:
-    """A PartitionSpec, a sharding or an `_Unknown` by path."""
-
-    def is_leaf(x: Any) -> bool:
-        return x is None or is_low_rank(x) or _is_annotated(x)
-
-    leaves = jax.tree.leaves(base, is_leaf=is_leaf)
-    if any(map(is_low_rank, leaves)):
-        raise TypeError(
-            "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
-            "and `adapter` swapped?"
-        )
-    # As Flax takes it: beside leaves with metadata, those without are replicated.
-    annotated = any(map(_is_annotated, leaves))
-    own = [_place(x) for x in leaves]
-    rest = _replicated(own)
-
-    def place(x: Any) -> Any:
-        found = _place(x)
-        bare = annotated and hasattr(x, "shape") and not isinstance(found, NamedSharding)
-        return rest if x is None or (bare and not _is_annotated(x)) else found
-
-    return dict(leaves_by_path(jax.tree.map(place, base, is_leaf=is_leaf), _is_place))
-
-
-def _replicated(places: Sequence[Any]) -> Place:
-    """What lies everywhere, on the mesh of `places` if they have one."""
-    return next((_with(p, PartitionSpec()) for p in places if _is_named(p)), PartitionSpec())
-
-
-def _is_named(x: Any) -> bool:
-    return isinstance(x, NamedSharding)
-
-
-def _is_place(x: Any) -> bool:
-    return isinstance(x, Place | _Unknown)
-
-
-def _is_annotated(x: Any) -> bool:
-    """Whether `x` is a leaf with metadata: a box of linen, or a variable of NNX that has some."""
-    return hasattr(x, "get_partition_spec") or (_is_variable(x) and bool(_metadata(x)))
-
-
-def _is_variable(x: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")  # without it there are no variables
-    return nnx is not None and isinstance(x, nnx.Variable)
-
-
-def _metadata(variable: Any) -> Any:
-    return variable.get_metadata().get("out_sharding")
-
-
-def _place(x: Any) -> Any:
-    if isinstance(x, Place):
-        return x
-    if _is_annotated(x):
-        return _of_annotated(x)
-    if isinstance(x, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
-        return _of_tracer(x)
-    found = getattr(x, "sharding", None)
-    return found if isinstance(found, Sharding) else _Unknown(x, " without a sharding")
-
-
-def _of_annotated(x: Any) -> Any:
-    value = x.get_raw_value() if _is_variable(x) else x.value
-    own = _place(value) if value is not None else None
-    if isinstance(own, NamedSharding | PartitionSpec):
-        return own
-    if not _is_variable(x):
-        return x.get_partition_spec()
-    return sys.modules["flax.nnx"].get_partition_spec(x).get_raw_value()
-
-
-def _of_tracer(x: Any) -> Any:
-    found = jax.typeof(x).sharding
-    if AxisType.Explicit in found.mesh.axis_types:
-        return found
-    return _Unknown(x, " whose mesh axes are not explicit, so that its sharding is unknown in jit")
-
-
-def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any], base: PyTree) -> None:
+def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any]) -> None:
     """Raises for the paths at which `base` has no leaf, or one that says nothing of sharding."""
     missing = {path: _missing(path, places) for path in found if path not in places}
     if missing:
@@ -265,7 +177,7 @@ def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any], base: Py
             f"`base` lacks {len(missing)} of {len(found)} paths of `adapter`:\n{_listed(missing)}\n"
             "Give the partitions of the tree that `init` was given, with the same paths."
         )
-    unknown = {p: f"got {places[p].got}" for p in found if isinstance(places[p], _Unknown)}
+    unknown = {p: f"got {places[p].got}" for p in found if isinstance(places[p], Unknown)}
     if unknown:
         raise TypeError(
             "`base` must be a tree of PartitionSpec or NamedSharding, of arrays or "
@@ -313,8 +225,8 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
     if isinstance(place, PartitionSpec) and mesh is not None:
         place = NamedSharding(mesh, spec)
     if not is_low_rank(leaf):
-        return _with(place, spec)
-    return _each(leaf, lambda dims: _with(place, _part(entries, dims, leaf, shape, known)))
+        return with_spec(place, spec)
+    return _each(leaf, lambda dims: with_spec(place, _part(entries, dims, leaf, shape, known)))
 
 
 def _each(leaf: Any, place: Callable[[Sequence[int | None]], Place]) -> Any:
@@ -343,13 +255,6 @@ def _part(
         if shape[axis] // count % _devices(entries[axis], mesh):
             parts = [None if d == axis else part for d, part in zip(dims, parts, strict=True)]
     return PartitionSpec(*parts)
-
-
-def _with(place: Place, spec: PartitionSpec) -> Place:
-    """`spec` as `place` is given: a spec, or a sharding of the same mesh and memory."""
-    if not isinstance(place, NamedSharding):
-        return spec if isinstance(place, PartitionSpec) else place
-    return NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)
 
 
 def _names(entry: Any) -> tuple[Any, ...]:

@@ -373,7 +373,7 @@ def name_of(case):
     return f"{case[0].__name__}{len(case[2][0])}"
 
 
-ALWAYS = (tied, layers, fused, by_token, mapped, column)
+ALWAYS = (layers, fused, by_token, mapped)
 
 
 @pytest.mark.parametrize(
