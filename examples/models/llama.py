@@ -1,20 +1,24 @@
-"""Llama in Flax linen with scanned layers; weights and tokenizer from a GGUF file.
+"""Llama in Flax linen; weights from Hugging Face's files and back, or from a GGUF file.
 
-    from jax.tree_util import Partial
+    config, variables = load(folder)  # config.json and model.safetensors, or shards
+    logits = Llama(config).apply(variables, ids)  # (batch, length, vocab)
+    save(path, config, variables)  # the same tensors
 
     config, variables, tokenizer = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
-    model = Llama(config)
+    logits_fn = jax.tree_util.Partial(Llama(config).apply, variables)
     prompt = tokenizer.encode(chat("What is the capital of France?")).ids
-    [answer] = generate(Partial(model.apply, variables), [prompt], stop=STOP)
+    [answer] = generate(logits_fn, [prompt], stop=STOP)
     tokenizer.decode(answer)
 
 Every kernel is (inputs, outputs), and those of the layers are stacked on axis 0, one leaf for all:
-`layers/attention/query/kernel` of SmolLM2-135M is (30, 576, 576).
+`layers/attention/query/kernel` of SmolLM2-135M is (30, 576, 576). With ``scan=False`` the layers
+are modules `layers_0`, `layers_1`, …. For a mesh see `parts`.
 """
 
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from jlora import peft
+
+from . import hf
+from .parts import constrain, dense, embed, rms_norm, stack
 
 STOP = 2  # <|im_end|>, which ends a chat message and serves as padding
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -44,6 +53,8 @@ class Config:
     kv_heads: int = 3
     rope_base: float = 100_000.0
     norm_eps: float = 1e-5
+    tied: bool = True  # whether the head is the embedding
+    bare: bool = False  # whether the checkpoint is `LlamaModel`'s, whose names lack `model.`
 
     @property
     def head_dim(self) -> int:
@@ -56,12 +67,22 @@ def rope_frequencies(head_dim: int, base: float) -> jax.Array:
     return base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
 
 
-def rope(x: jax.Array, base: float) -> jax.Array:
+SIZES = {
+    "llama2-7b": Config(32000, 32, 4096, 11008, 32, 32, 1e4, tied=False),
+    "llama2-70b": Config(32000, 80, 8192, 28672, 64, 8, 1e4, tied=False),
+    "smollm2-135m": Config(),
+    "smollm2-360m": Config(49152, 32, 960, 2560, 15, 5),
+    "smollm2-1.7b": Config(49152, 24, 2048, 8192, 32, 32, 130_000.0),
+}
+
+
+def rope(x: jax.Array, base: float, positions: jax.Array | None = None) -> jax.Array:
     """Turns the pairs (x[i], x[i + head_dim / 2]) of every head by their position's angles."""
-    position = jnp.arange(x.shape[1], dtype=jnp.float32)
-    angle = jnp.outer(position, rope_frequencies(x.shape[-1], base))
-    cos, sin = jnp.cos(angle)[None, :, None], jnp.sin(angle)[None, :, None]
-    # (1, length, 1, head_dim / 2)
+    positions = jnp.arange(x.shape[1])[None] if positions is None else positions
+    frequencies = rope_frequencies(x.shape[-1], base)[None, None]
+    angle = positions[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    # (batch or 1, length, 1, head_dim / 2)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -72,21 +93,26 @@ class Attention(nn.Module):
 
     config: Config
     dtype: Any
+    param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # (batch, length, dim)
-        """Attends from every position to itself and those before it."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None, positions: jax.Array | None):
+        """Attends from every position to itself and those before it; (batch, length, dim)."""
         c = self.config
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+        options = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        def project(name: str, heads: int) -> jax.Array:
-            return dense(heads * c.head_dim, name=name)(x).reshape(*x.shape[:2], heads, c.head_dim)
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            y = dense(heads * c.head_dim, ("embed", axis), **options, name=name)(x)
+            y = y.reshape(*x.shape[:2], heads, c.head_dim)
+            return constrain(y, "batch", "length", axis, None)
 
-        query = rope(project("query", c.heads), c.rope_base)  # (batch, length, heads, head_dim)
-        key = rope(project("key", c.kv_heads), c.rope_base)  # (batch, length, kv_heads, head_dim)
-        value = project("value", c.kv_heads)  # (batch, length, kv_heads, head_dim)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return dense(c.dim, name="out")(mixed.reshape(x.shape))
+        query = project("query", c.heads, "heads")  # (batch, length, heads, head_dim)
+        key = project("key", c.kv_heads, "kv_heads")  # (batch, length, kv_heads, head_dim)
+        value = project("value", c.kv_heads, "kv_heads")  # (batch, length, kv_heads, head_dim)
+        query, key = (rope(y, c.rope_base, positions) for y in (query, key))
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
+        mixed = constrain(mixed, "batch", "length", "heads", None).reshape(*x.shape[:2], -1)
+        return dense(c.dim, ("heads", "embed"), **options, name="out")(mixed)
 
 
 class MLP(nn.Module):
@@ -94,29 +120,37 @@ class MLP(nn.Module):
 
     config: Config
     dtype: Any
+    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # (batch, length, dim)
         """Applies the layer to every position."""
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        gate = dense(self.config.hidden, name="gate")(x)  # (batch, length, hidden)
-        up = dense(self.config.hidden, name="up")(x)  # (batch, length, hidden)
-        return dense(self.config.dim, name="down")(nn.silu(gate) * up)
+        c = self.config
+        options = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        gate = dense(c.hidden, ("embed", "mlp"), **options, name="gate")(x)
+        up = dense(c.hidden, ("embed", "mlp"), **options, name="up")(x)  # (batch, length, hidden)
+        y = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        return dense(c.dim, ("mlp", "embed"), **options, name="down")(y)
 
 
 class Block(nn.Module):
-    """One layer, as the body of a scan: the carry is x, nothing is scanned over or stacked."""
+    """One layer: attention and then the MLP, each on normalized inputs, are added to x."""
 
     config: Config
     dtype: Any
+    param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:  # (batch, length, dim)
-        """Adds attention and then the MLP to x, each on normalized inputs."""
-        norm = functools.partial(nn.RMSNorm, epsilon=self.config.norm_eps, dtype=self.dtype)
-        x = x + Attention(self.config, self.dtype, name="attention")(norm(name="attention_norm")(x))
-        x = x + MLP(self.config, self.dtype, name="mlp")(norm(name="mlp_norm")(x))
-        return x, None
+    def __call__(self, x: jax.Array, mask: jax.Array | None, positions: jax.Array | None):
+        """x (batch, length, dim) and what `Llama` got to the next x and None, as scans want it."""
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = functools.partial(rms_norm, self.config.norm_eps, **options)
+        x = constrain(x, "batch", "residual", None)
+        y = norm(name="attention_norm")(x)
+        x = x + Attention(self.config, **options, name="attention")(y, mask, positions)
+        x = constrain(x, "batch", "residual", None)
+        x = x + MLP(self.config, **options, name="mlp")(norm(name="mlp_norm")(x))
+        return constrain(x, "batch", "residual", None), None
 
 
 class Llama(nn.Module):
@@ -124,31 +158,117 @@ class Llama(nn.Module):
 
     Attributes:
         config: the sizes.
-        dtype: what activations and products are computed in; parameters stay float32.
+        dtype: what activations and products are computed in.
         remat: whether the backward pass recomputes each layer instead of storing its activations.
+        policy: what is stored nevertheless, as `jlora.checkpoint_policy`.
+        scan: whether the layers are one compiled block in a loop.
+        param_dtype: of the parameters that `init` draws.
     """
 
     config: Config
     dtype: Any = jnp.float32
     remat: bool = False
+    policy: Callable[..., bool] | None = None
+    scan: bool = True
+    param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:  # (batch, length)
-        """Embeds, applies the layers in a scan, and reads the logits off the tied embedding."""
-        c = self.config
-        embed = nn.Embed(c.vocab, c.dim, dtype=self.dtype, name="embed")
-        # A scan already keeps XLA from merging the two forward passes of a rematerialized layer.
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        scan = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": c.layers}
-        x, _ = nn.scan(block, **scan)(c, self.dtype, name="layers")(embed(ids), None)
-        x = nn.RMSNorm(epsilon=c.norm_eps, dtype=self.dtype, name="norm")(x)
-        return embed.attend(x).astype(jnp.float32)
+    def __call__(
+        self, ids: jax.Array, mask: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """Embeds, applies the layers, and reads the logits off the embedding or the head.
+
+        Args:
+            ids: (batch, length).
+            mask: (batch, length), nonzero where there is a token and not padding.
+            positions: (batch, length) or (1, length); None is 0, 1, 2, ….
+        """
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        table = embed(c.vocab, c.dim, "vocab", **options, name="embed")
+        mask = None if mask is None else mask[:, None, None].astype(bool)
+        how = {"scan": self.scan, "remat": self.remat, "policy": self.policy}
+        x = stack(
+            Block, c.layers, "layers", table(ids), mask, positions, **how, config=c, **options
+        )
+        x = rms_norm(c.norm_eps, **options, name="norm")(x)
+        x = constrain(x, "batch", "length", None)
+        if c.tied:
+            logits = table.attend(x)
+        else:
+            head = dense(c.vocab, ("embed", "vocab"), use_bias=False, **options, name="head")
+            logits = head(x)
+        return constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
 
 
-# --------------------------------------------------------------------------- weights
+# --------------------------------------------------------------------------- Hugging Face
+
+PREFIX = "model."
+_KERNELS = {
+    "layers/attention/query": "model.layers.{}.self_attn.q_proj",
+    "layers/attention/key": "model.layers.{}.self_attn.k_proj",
+    "layers/attention/value": "model.layers.{}.self_attn.v_proj",
+    "layers/attention/out": "model.layers.{}.self_attn.o_proj",
+    r"layers/mlp/(gate|up|down)": r"model.layers.{}.mlp.\1_proj",
+    "head": "lm_head",
+}
+_SCALES = {
+    "layers/attention_norm": "model.layers.{}.input_layernorm",
+    "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "norm": "model.norm",
+}
+# What our leaves are called in `LlamaForCausalLM`, and how their axes lie there.
+NAMES = (
+    peft.Name("embed/embedding", "model.embed_tokens", "vo", tied="lm_head"),
+    *hf.rows(_KERNELS, {"kernel": ("io", "weight")}, "layers"),
+    *hf.rows(_SCALES, {"scale": ("o", "weight")}, "layers"),
+)
+FIELDS = {
+    "vocab": "vocab_size",
+    "layers": "num_hidden_layers",
+    "dim": "hidden_size",
+    "hidden": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "rope_base": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+}
+KNOWN = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def load(folder: str | pathlib.Path, scan: bool = True) -> tuple[Config, dict[str, Any]]:
+    """Config and variables, in the file's dtype, from a folder of Hugging Face's.
+
+    Args:
+        folder: with `config.json` and `model.safetensors` or its shards.
+        scan: of the model that the variables are for.
+    """
+    config = hf.read_config(folder, Config, FIELDS, KNOWN)
+    tensors, bare = hf.read_tensors(folder, PREFIX)
+    config = dataclasses.replace(config, bare=bare, tied="lm_head.weight" not in tensors)
+    return config, hf.to_variables(tensors, shapes(config, scan), NAMES)
+
+
+def save(path: str | pathlib.Path, config: Config, variables: Mapping[str, Any]) -> None:
+    """Writes `variables` to a safetensors file under Hugging Face's names."""
+    hf.write_tensors(path, hf.to_tensors(variables, NAMES), without=PREFIX * config.bare)
+
+
+def shapes(config: Config, scan: bool = True) -> Any:
+    """The variables of the model as `jax.ShapeDtypeStruct`s."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return nn.unbox(jax.eval_shape(Llama(config, scan=scan).init, jax.random.key(0), ids))
+
+
+# --------------------------------------------------------------------------- GGUF
 
 # Our path and GGUF's name; {} is the layer's number, and such tensors are stacked.
-NAMES = {
+GGUF_NAMES = {
     "embed/embedding": "token_embd.weight",
     "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
     "layers/attention/query/kernel": "blk.{}.attn_q.weight",
@@ -208,18 +328,16 @@ def _config(reader: gguf.GGUFReader) -> Config:
 
 
 def _params(reader: gguf.GGUFReader, config: Config) -> dict[str, Any]:
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    template = jax.eval_shape(Llama(config).init, jax.random.key(0), ids)["params"]
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(template, sep="/").items()}
+    template = flatten_dict(shapes(config)["params"], sep="/")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     sources = {  # our path: the GGUF names of what it holds
         path: [name.format(i) for i in range(config.layers)] if "{}" in name else [name]
-        for path, name in NAMES.items()
+        for path, name in GGUF_NAMES.items()
     }
 
     problems, known = [], set()
     for path, names in sources.items():
-        wanted = shapes[path][1:] if path.startswith("layers/") else shapes[path]
+        wanted = template[path].shape[path.startswith("layers/") :]
         known.update(names)
         for name in names:
             if name not in tensors:

@@ -18,3 +18,5 @@ from ._tables import LLAMA_SCANNED as LLAMA_SCANNED
 from ._tables import ROBERTA as ROBERTA
 from ._tables import VIT as VIT
 from ._vllm import check_vllm as check_vllm
+from ._weights import from_tensors as from_tensors
+from ._weights import to_tensors as to_tensors

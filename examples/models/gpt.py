@@ -1,0 +1,247 @@
+"""GPT-2 and GPT-3 in Flax linen, reading and writing Hugging Face checkpoints.
+
+    config, variables = gpt.load(folder)     # config.json and model.safetensors, or shards
+    model = gpt.GPT(config)
+    logits = model.apply(variables, ids)     # (B, L, V)
+    gpt.save(path, config, variables)        # the same tensors
+
+    model = gpt.GPT(gpt.SIZES["gpt3-175b"], remat=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    abstract = jax.eval_shape(model.init, key, ids)  # 175B parameters without memory; see `parts`
+
+The layers are scanned, with their parameters stacked on axis 0 of ``h``, or with ``scan=False``
+modules ``h_0``, ``h_1``, …. Queries, keys and values have one kernel, (D, 3·D): those of the paper
+are `jlora.LoRA("c_attn/kernel", slots=jlora.Slots(3, (0, 2)))`. `NAMES` serves `jlora.peft` too.
+
+Letters in the shapes: B batch, L tokens, D model size, H heads, K size of a head, F inner size, V
+vocabulary, padded.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import peft
+
+from . import hf
+from .parts import constrain, dense, dropout, embed, layer_norm, stack
+
+# ---- sizes --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What shapes the computation; the defaults are GPT-2's.
+
+    Attributes:
+        vocab: tokens.
+        positions: the most tokens of a sequence.
+        layers: blocks.
+        dim: the model size.
+        heads: of attention.
+        inner: the size within the MLP; None is four times the model size.
+        norm_eps: added to variances.
+        dropout: the rate, in calls with `rngs={"dropout": key}`.
+        pad_vocab: rows of the table of tokens come in multiples of this, so that it can be cut.
+            Rows that are no tokens are zero, and their logits are the least number.
+        bare: whether the checkpoint is `GPT2Model`'s, whose names lack ``transformer.``.
+    """
+
+    vocab: int = 50257
+    positions: int = 1024
+    layers: int = 12
+    dim: int = 768
+    heads: int = 12
+    inner: int | None = None
+    norm_eps: float = 1e-5
+    dropout: float = 0.1
+    pad_vocab: int = 1
+    bare: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table of tokens."""
+        return -(-self.vocab // self.pad_vocab) * self.pad_vocab
+
+
+SIZES = {
+    "gpt2": Config(),
+    "gpt2-medium": Config(layers=24, dim=1024, heads=16),
+    "gpt2-large": Config(layers=36, dim=1280, heads=20),
+    "gpt2-xl": Config(layers=48, dim=1600, heads=25),
+    "gpt3-175b": Config(positions=2048, layers=96, dim=12288, heads=96),
+}
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Causal attention and a two-layer perceptron, each on normalized inputs, added to x."""
+
+    config: Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
+        """``(B, L, D)`` and ``(B, 1, 1, L)``, True where a key is seen, to ``(B, L, D)``."""
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = constrain(x, "batch", "residual", None)
+        y = layer_norm(c.norm_eps, **options, name="ln_1")(x)
+        y = Attention(c, **options, name="attn")(y, mask)
+        x = constrain(x + dropout(self, c.dropout, y), "batch", "residual", None)
+        y = layer_norm(c.norm_eps, **options, name="ln_2")(x)
+        y = MLP(c, **options, name="mlp")(y)
+        return constrain(x + dropout(self, c.dropout, y), "batch", "residual", None), None
+
+
+class Attention(nn.Module):
+    """Multi-head attention of every token to itself and those before it."""
+
+    config: Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """``(B, L, D)`` and ``(B, 1, 1, L)`` to ``(B, L, D)``."""
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        y = dense(3 * c.dim, ("embed", "heads"), **options, name="c_attn")(x)  # (B, L, 3·D)
+        y = y.reshape(*x.shape[:2], 3, c.heads, c.dim // c.heads)  # (B, L, 3, H, K)
+        y = constrain(y, "batch", "length", None, "heads", None)
+        q, k, v = (y[:, :, i] for i in range(3))  # (B, L, H, K)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+        y = constrain(y, "batch", "length", "heads", None).reshape(x.shape)
+        return dense(c.dim, ("heads", "embed"), **options, name="c_proj")(y)
+
+
+class MLP(nn.Module):
+    """Dense, GELU by its tanh approximation, dense."""
+
+    config: Config
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(B, L, D)`` to ``(B, L, D)``."""
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        y = dense(c.inner or 4 * c.dim, ("embed", "mlp"), **options, name="c_fc")(x)  # (B, L, F)
+        y = constrain(nn.gelu(y, approximate=True), "batch", "length", "mlp")
+        return dense(c.dim, ("mlp", "embed"), **options, name="c_proj")(y)
+
+
+class GPT(nn.Module):
+    """The language model: token ids ``(B, L)`` to float32 logits ``(B, L, V)``.
+
+    Attributes:
+        config: the sizes.
+        scan: whether the layers are one compiled block in a loop.
+        remat: whether the backward pass computes each layer again instead of keeping activations.
+        policy: what is kept nevertheless, as `jlora.checkpoint_policy`.
+        dtype: of activations and products.
+        param_dtype: of the parameters that `init` draws.
+    """
+
+    config: Config
+    scan: bool = True
+    remat: bool = False
+    policy: Callable[..., bool] | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, ids: jax.Array, mask: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """Embeds, applies the layers, and reads the logits off the tied embedding.
+
+        Args:
+            ids: ``(B, L)``.
+            mask: ``(B, L)``, nonzero where there is a token and not padding.
+            positions: ``(B, L)`` or ``(1, L)``; None is 0, 1, 2, ….
+        """
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
+        wte = embed(c.rows, c.dim, "vocab", **options, name="wte")
+        wpe = embed(c.positions, c.dim, "position", **options, name="wpe")
+        x = dropout(self, c.dropout, wte(ids) + wpe(positions))  # (B, L, D)
+        mask = None if mask is None else mask[:, None, None].astype(bool)  # (B, 1, 1, L)
+        how = {"scan": self.scan, "remat": self.remat, "policy": self.policy}
+        x = stack(Block, c.layers, "h", x, mask, **how, config=c, **options)
+        x = layer_norm(c.norm_eps, **options, name="ln_f")(x)
+        logits = wte.attend(constrain(x, "batch", "length", None)).astype(jnp.float32)
+        logits = constrain(logits, "batch", "length", "vocab")
+        least = jnp.finfo(jnp.float32).min
+        return jnp.where(jnp.arange(c.rows) < c.vocab, logits, least) if c.rows > c.vocab else logits
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+PREFIX, TABLE = "transformer.", "transformer.wte.weight"
+_STACKED = {"h/(attn|mlp)/c_(attn|fc|proj)": r"transformer.h.{}.\1.c_\2"}
+_NORMS = {r"h/(ln_\d)": r"transformer.h.{}.\1", "ln_f": "transformer.ln_f"}
+# What our leaves are called in `GPT2LMHeadModel`, and how their axes lie there.
+NAMES = (
+    peft.Name("wte/embedding", "transformer.wte", "vo", tied="lm_head"),
+    peft.Name("wpe/embedding", "transformer.wpe", "vo"),
+    # Its Conv1D keeps a kernel as (inputs, outputs), as Flax does.
+    *hf.rows(_STACKED, {"kernel": ("io", "weight")}, "h", transposed=True),
+    *hf.rows(_STACKED, {"bias": ("o", "bias")}, "h"),
+    *hf.rows(_NORMS, {"scale": ("o", "weight"), "bias": ("o", "bias")}, "h"),
+)
+FIELDS = {
+    "vocab": "vocab_size",
+    "positions": "n_positions",
+    "layers": "n_layer",
+    "dim": "n_embd",
+    "heads": "n_head",
+    "inner": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
+    "dropout": "resid_pdrop",
+}
+KNOWN = {
+    "model_type": "gpt2",
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+def load(
+    folder: str | Path, scan: bool = True, pad_vocab: int = 1
+) -> tuple[Config, dict[str, Any]]:
+    """Config and variables, in the file's dtype, from a folder of Hugging Face's.
+
+    Args:
+        folder: with `config.json` and `model.safetensors` or its shards.
+        scan: of the model that the variables are for.
+        pad_vocab: of the config.
+    """
+    config = hf.read_config(folder, Config, FIELDS, KNOWN)
+    tensors, bare = hf.read_tensors(folder, PREFIX)
+    config = dataclasses.replace(config, bare=bare, pad_vocab=pad_vocab)
+    if (table := tensors.get(TABLE)) is not None:
+        padding = (0, config.rows - config.vocab), (0, 0)
+        tensors[TABLE] = np.pad(table, padding)
+    return config, hf.to_variables(tensors, shapes(config, scan), NAMES)
+
+
+def save(path: str | Path, config: Config, variables: Mapping[str, Any]) -> None:
+    """Writes `variables` to a safetensors file under Hugging Face's names."""
+    tensors = hf.to_tensors(variables, NAMES)
+    tensors[TABLE] = tensors[TABLE][: config.vocab]
+    hf.write_tensors(path, tensors, without=PREFIX * config.bare)
+
+
+def shapes(config: Config, scan: bool = True) -> Any:
+    """The variables of the model as `jax.ShapeDtypeStruct`s."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return nn.unbox(jax.eval_shape(GPT(config, scan).init, jax.random.key(0), ids))

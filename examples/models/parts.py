@@ -1,0 +1,138 @@
+"""What the models share: layers whose axes have names, a stack of blocks, places on a mesh.
+
+Every parameter names its axes, and activations name theirs where a partitioner needs to know. A
+table of rules says which axis of a mesh each name is cut along. Without a mesh none of it acts:
+
+    variables = nn.unbox(model.init(key, ids))
+
+On a mesh, here of axes called ``fsdp`` and ``tensor``, a model starts in its place, whole nowhere:
+
+    abstract = jax.eval_shape(model.init, key, ids)
+    places = shardings(abstract, mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        variables = jax.jit(lambda key: nn.unbox(model.init(key, ids)), out_shardings=places)(key)
+        logits = jax.jit(model.apply)(variables, ids)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+# The name of an axis, and the axes of the mesh that it is cut along.
+RULES: Rules = (
+    # Of parameters: fully sharded along their inputs or outputs of model size, gathered for use.
+    ("embed", "fsdp"),
+    ("layers", None),
+    ("norm", None),
+    ("position", None),
+    # Of parameters and activations: what tensor parallelism cuts.
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),  # of keys and values, where queries share them
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    # Of activations.
+    ("batch", "fsdp"),
+    ("length", None),
+    ("residual", None),  # the axis of tokens between the blocks, where norms and sums act
+)
+# Sequence parallelism: between the blocks, tokens are cut along the axis that cuts heads within.
+SEQUENCE_RULES: Rules = tuple(
+    (name, "tensor" if name == "residual" else axis) for name, axis in RULES
+)
+
+
+def shardings(variables: Any, mesh: jax.sharding.Mesh, rules: Rules = RULES) -> Any:
+    """The `NamedSharding` of each variable, in the tree that `nn.unbox` leaves of `variables`."""
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(variables), mesh, rules)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, whose axes have these names, where the rules put it."""
+    return nn.with_logical_constraint(x, names)
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+_named = nn.with_logical_partitioning
+
+
+def dense(size: int, axes: tuple[str, str], **options: Any) -> nn.Dense:
+    """A dense layer whose kernel's axes have the names `axes`."""
+    kernel = _named(nn.initializers.lecun_normal(), axes)
+    bias = _named(nn.initializers.zeros, axes[1:])
+    return nn.Dense(size, kernel_init=kernel, bias_init=bias, **options)
+
+
+def embed(rows: int, size: int, axis: str, **options: Any) -> nn.Embed:
+    """A table of `rows` vectors; `axis` is the name of its rows."""
+    init = _named(nn.initializers.normal(size**-0.5), (axis, "embed"))
+    return nn.Embed(rows, size, embedding_init=init, **options)
+
+
+def layer_norm(epsilon: float, **options: Any) -> nn.LayerNorm:
+    """Normalization to mean 0 and variance 1, then a scale and a bias."""
+    scale, bias = nn.initializers.ones, nn.initializers.zeros
+    return nn.LayerNorm(
+        epsilon, scale_init=_named(scale, ("norm",)), bias_init=_named(bias, ("norm",)), **options
+    )
+
+
+def rms_norm(epsilon: float, **options: Any) -> nn.RMSNorm:
+    """Normalization to mean square 1, then a scale."""
+    return nn.RMSNorm(epsilon, scale_init=_named(nn.initializers.ones, ("norm",)), **options)
+
+
+def dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+    """Dropout in the calls that bring a key for it, `rngs={"dropout": key}`."""
+    return nn.Dropout(rate)(x, deterministic=not module.has_rng("dropout"))
+
+
+# ---- the stack ----------------------------------------------------------------------------------
+
+
+def stack(
+    block: type[nn.Module],
+    layers: int,
+    name: str,
+    x: Any,
+    *shared: Any,
+    scan: bool,
+    remat: bool = False,
+    policy: Callable[..., bool] | None = None,
+    **fields: Any,
+) -> Any:
+    """What `layers` blocks make of `x`, one after the other.
+
+    Args:
+        block: a module of these `fields` that turns ``(x, *shared)`` into ``(x, None)``.
+        layers: how many.
+        name: of the module that has the parameters of all blocks stacked on axis 0; or of the
+            modules ``name_0``, ``name_1``, ….
+        x: what goes through the blocks.
+        *shared: what all of them get alike.
+        scan: one compiled block in a loop, or each block compiled by itself.
+        remat: whether the backward pass computes each block again instead of keeping its
+            activations.
+        policy: which of them are kept nevertheless; see `jax.checkpoint`.
+        **fields: of the block.
+    """
+    if remat:
+        # A scan already keeps XLA from merging the two forward passes.
+        block = nn.remat(block, policy=policy, prevent_cse=not scan)
+    if not scan:
+        for i in range(layers):
+            x, _ = block(**fields, name=f"{name}_{i}")(x, *shared)
+        return x
+    loop = nn.scan(
+        block,
+        length=layers,
+        in_axes=nn.broadcast,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return loop(**fields, name=name)(x, *shared)[0]

@@ -1,0 +1,331 @@
+r"""How an adapter lies on a mesh: each factor as the axes of W that it has.
+
+$$W: (\sigma, \iota, o) \quad\Rightarrow\quad A: (\sigma, \iota, \varnothing), \quad
+B: (\sigma, \varnothing, o)$$
+
+for the partitions σ, ι and o of W's stack, input and output axes; the rank is replicated.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+
+from ._rules import near
+from ._tree import adapter_leaves, is_low_rank, leaves_by_path, name_of, weight_shape
+from ._types import LowRank, Path, PyTree
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+Place = PartitionSpec | Sharding
+
+
+def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
+    r"""How the adapter lies on a mesh, from how the base does.
+
+    A takes the partition of W's stack and input axes, B that of its stack and output axes; their
+    rank and slots axes are replicated. Leaves trained in full take W's own. So every device holds
+    the rows of A and the columns of B that belong to its part of W.
+
+    Where W's fused output axis is divided over devices and one slot of it cannot be, B is
+    replicated along it: the base leaves no other choice, and that part of B is small.
+
+    Args:
+        base: a tree with the base's paths, whose leaves are one of
+
+            - `PartitionSpec`, of mesh axes or of Flax's logical ones, or None for replicated;
+            - `NamedSharding`, or any sharding of one device;
+            - arrays or `jax.ShapeDtypeStruct`s that carry one. Under `jit`, arrays carry theirs
+              along explicit mesh axes only;
+            - Flax's boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`) and NNX
+              variables with `out_sharding`. Where such a leaf's array lies on a mesh, that counts.
+              Beside them, leaves without are replicated, as `get_partition_spec` takes them.
+        adapter: from `init`, arrays or `jax.ShapeDtypeStruct`s.
+        mesh: turns PartitionSpecs into NamedShardings of this mesh.
+
+    Returns:
+        A tree of `adapter`'s structure, LowRank nodes included: PartitionSpecs where `base` has
+        them, NamedShardings of the same mesh and memory where it has those. For `device_put`, the
+        `out_shardings` of `jax.jit`, `jax.ShapeDtypeStruct` and `jax.shard_map`.
+
+    Raises:
+        TypeError: if `base` has a leaf that says nothing of sharding, or `adapter` is no adapter.
+        ValueError: if `base` lacks a path of the adapter, or its partition does not fit the weight
+            there: more entries than axes, an axis that the mesh has not or that is used twice, or
+            a length that cannot be divided. The last three need a mesh: that of a NamedSharding,
+            `mesh`, or that of `jax.set_mesh` if it has all axes that a spec names.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jax.sharding import PartitionSpec as P
+        >>> from jlora import sharding
+        >>> params, x = {"w": jnp.ones((4, 6))}, jnp.ones((1, 4))
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> _, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+        >>> found = sharding.specs({"w": P("fsdp", "tensor")}, adapter)
+        >>> found["w"].a, found["w"].b
+        (PartitionSpec('fsdp', None), PartitionSpec(None, 'tensor'))
+    """
+    places = _places(base)
+    found = adapter_leaves(adapter)
+    _check_known(places, found, base)
+    placed, wrong = {}, {}
+    for path, leaf in found.items():
+        try:
+            placed[path] = _follow(places[path], leaf, mesh)
+        except _Misfit as e:
+            wrong[path] = str(e)
+    if wrong:
+        raise ValueError(
+            f"`base` has partitions that do not fit at {len(wrong)} of {len(found)} paths of "
+            f"`adapter`:\n{_listed(wrong)}\nCorrect them in `base`: the adapter follows W."
+        )
+    return jax.tree.unflatten(
+        jax.tree.structure(adapter, is_leaf=is_low_rank), [placed[path] for path in found]
+    )
+
+
+def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
+    """How an optimizer's state lies on a mesh, from how the adapter does.
+
+    Under `jax.jit`, `tx.init` makes zeros that depend on nothing, so that XLA puts all of them on
+    one device, unless `out_shardings` says where. (Called outside of it, `tx.init` needs no help.)
+
+    Args:
+        state: from `jax.eval_shape(tx.init, adapter)`, for any optax transformation.
+        adapter: the adapter, arrays or `jax.ShapeDtypeStruct`s.
+        specs: from `specs`.
+
+    Returns:
+        A tree of `state`'s structure: what ends in the path of a leaf of `adapter` and has its
+        shape takes its place; all else, such as a count of steps, is replicated.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora, optax
+        >>> from jax.sharding import PartitionSpec as P
+        >>> from jlora import sharding
+        >>> params, x = {"w": jnp.ones((4, 6))}, jnp.ones((1, 4))
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> _, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+        >>> state = jax.eval_shape(optax.trace(0.9).init, adapter)
+        >>> found = sharding.specs({"w": P("fsdp", "tensor")}, adapter)
+        >>> sharding.moments(state, adapter, found).trace["w"].b
+        PartitionSpec(None, 'tensor')
+    """
+    flat = jax.tree_util.tree_flatten_with_path(adapter)[0]
+    places = jax.tree.structure(adapter).flatten_up_to(specs)
+    known = {path: (x.shape, place) for (path, x), place in zip(flat, places, strict=True)}
+    rest = next((_with(p, PartitionSpec()) for p in places), PartitionSpec())
+
+    def place(path: tuple[Any, ...], x: Any) -> Place:
+        ends = (known.get(path[i:]) for i in range(len(path) + 1))
+        return next((place for shape, place in filter(None, ends) if shape == x.shape), rest)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+# ------------------------------------------------------------------------- what a base says of it
+
+
+class _Unknown:
+    """A leaf of the base that says nothing of sharding, and why that may be."""
+
+    def __init__(self, leaf: Any, why: str = "") -> None:
+        self.got = type(leaf).__name__ + (f" {leaf!r}" if isinstance(leaf, str) else why)
+
+
+def _places(base: PyTree) -> dict[Path, Any]:
+    """A PartitionSpec, a sharding or an `_Unknown` by path."""
+    is_leaf: Callable[[Any], bool] = lambda x: x is None or is_low_rank(x) or _is_annotated(x)  # noqa: E731
+    leaves = jax.tree.leaves(base, is_leaf=is_leaf)
+    if any(map(is_low_rank, leaves)):
+        raise TypeError(
+            "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
+            "and `adapter` swapped?"
+        )
+    annotated = any(map(_is_annotated, leaves))
+
+    def place(x: Any) -> Any:
+        found = _place(x)
+        bare = annotated and isinstance(found, _Unknown) and hasattr(x, "shape")
+        return PartitionSpec() if bare else found
+
+    return dict(leaves_by_path(jax.tree.map(place, base, is_leaf=is_leaf), _is_place))
+
+
+def _is_place(x: Any) -> bool:
+    return isinstance(x, Place | _Unknown)
+
+
+def _is_annotated(x: Any) -> bool:
+    """Whether `x` is a leaf with metadata: a box of linen, or a variable of NNX that has some."""
+    return hasattr(x, "get_partition_spec") or (_is_variable(x) and bool(_metadata(x)))
+
+
+def _is_variable(x: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")  # without it there are no variables
+    return nnx is not None and isinstance(x, nnx.Variable)
+
+
+def _metadata(variable: Any) -> Any:
+    return variable.get_metadata().get("out_sharding")
+
+
+def _place(x: Any) -> Any:
+    if x is None:
+        return PartitionSpec()
+    if isinstance(x, Place):
+        return x
+    if _is_annotated(x):
+        return _of_annotated(x)
+    if isinstance(x, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+        return _of_tracer(x)
+    found = getattr(x, "sharding", None)
+    return found if isinstance(found, Sharding) else _Unknown(x, " without a sharding")
+
+
+def _of_annotated(x: Any) -> Any:
+    value = x.get_raw_value() if _is_variable(x) else x.value
+    own = _place(value) if value is not None else None
+    if isinstance(own, NamedSharding | PartitionSpec):
+        return own
+    if not _is_variable(x):
+        return x.get_partition_spec()
+    return sys.modules["flax.nnx"].get_partition_spec(x).get_raw_value()
+
+
+def _of_tracer(x: Any) -> Any:
+    found = jax.typeof(x).sharding
+    if AxisType.Explicit in found.mesh.axis_types:
+        return found
+    return _Unknown(x, " whose mesh axes are not explicit, so that its sharding is unknown in jit")
+
+
+def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any], base: PyTree) -> None:
+    """Raises for the paths at which `base` has no leaf, or one that says nothing of sharding."""
+    missing = {path: _missing(path, places) for path in found if path not in places}
+    if missing:
+        raise ValueError(
+            f"`base` lacks {len(missing)} of {len(found)} paths of `adapter`:\n{_listed(missing)}\n"
+            "Give the partitions of the tree that `init` was given, with the same paths."
+        )
+    unknown = {p: f"got {places[p].got}" for p in found if isinstance(places[p], _Unknown)}
+    if unknown:
+        raise TypeError(
+            "`base` must be a tree of PartitionSpec or NamedSharding, of arrays or "
+            "jax.ShapeDtypeStructs that carry one, or of Flax's partitioned parameters; it says "
+            f"nothing of sharding at {len(unknown)} of {len(found)} paths of `adapter`:\n"
+            f"{_listed(unknown)}"
+        )
+
+
+def _missing(path: Path, places: Mapping[Path, Any]) -> str:
+    below = [p for p in places if p[: len(path)] == path]
+    if below:
+        return (
+            f"a container of {len(below)} leaves instead of one; a tuple is a container, "
+            "PartitionSpec(...) a leaf"
+        )
+    return f"not in `base`. {near(name_of(path), [name_of(p) for p in places])}".rstrip()
+
+
+def _listed(reasons: Mapping[Path, str]) -> str:
+    return "\n".join(f"  {name_of(path)}: {why}" for path, why in reasons.items())
+
+
+# ----------------------------------------------------------------------------- how a leaf follows
+
+
+class _Misfit(Exception):  # noqa: N818 - collected into one ValueError
+    """A partition cannot be that of its weight."""
+
+
+def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
+    """The places of a leaf of the adapter where W is at `place`."""
+    if not isinstance(place, PartitionSpec | NamedSharding):
+        if len(place.device_set) == 1:
+            return _each(leaf, lambda _: place)
+        raise _Misfit(f"a {type(place).__name__} names no axes; expected a NamedSharding")
+    spec = place if isinstance(place, PartitionSpec) else place.spec
+    shape = weight_shape(leaf) if is_low_rank(leaf) else tuple(leaf.shape)
+    if len(spec) > len(shape):
+        raise _Misfit(f"{spec} has {len(spec)} entries for a weight of shape {shape}")
+    entries = (*spec, *[None] * (len(shape) - len(spec)))
+    if isinstance(place, PartitionSpec) and mesh is not None:
+        place = NamedSharding(mesh, PartitionSpec())
+    known = _mesh_of(place, entries)
+    if known is not None:
+        _check_entries(entries, shape, known)
+    if not is_low_rank(leaf):
+        return _with(place, spec)
+    return _each(leaf, lambda dims: _with(place, _part(entries, dims, leaf, shape, known)))
+
+
+def _each(leaf: Any, place: Callable[[Sequence[int | None]], Place]) -> Any:
+    """`leaf` with the places of its arrays, made from the axes of W that each follows."""
+    if not is_low_rank(leaf):
+        return place(())
+    stack, inputs, outputs, slots = leaf.layout
+    beside = (*stack, *((None,) if slots is not None else ()))
+    key = None if leaf.key is None else place(stack)
+    return leaf._replace(
+        a=place((*beside, *inputs, None)), b=place((*beside, None, *outputs)), key=key
+    )
+
+
+def _part(
+    entries: Sequence[Any],
+    dims: Sequence[int | None],
+    leaf: LowRank,
+    shape: tuple[int, ...],
+    mesh: Mesh | None,
+) -> PartitionSpec:
+    """The entries of W's axes `dims`; none for a slot that cannot be divided as W's axis is."""
+    parts = [None if d is None else entries[d] for d in dims]
+    if leaf.layout.slots is not None and mesh is not None:
+        count, _, axis = leaf.layout.slots
+        if shape[axis] // count % _devices(entries[axis], mesh):
+            parts = [None if d == axis else part for d, part in zip(dims, parts, strict=True)]
+    return PartitionSpec(*parts)
+
+
+def _with(place: Place, spec: PartitionSpec) -> Place:
+    """`spec` as `place` is given: a spec, or a sharding of the same mesh and memory."""
+    if not isinstance(place, NamedSharding):
+        return spec if isinstance(place, PartitionSpec) else place
+    return NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)
+
+
+def _names(entry: Any) -> tuple[Any, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _devices(entry: Any, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[name] for name in _names(entry))
+
+
+def _mesh_of(place: Any, entries: Sequence[Any]) -> Mesh | None:
+    """The mesh by which `entries` can be checked. Names that a mesh in scope lacks are logical."""
+    if isinstance(place, NamedSharding):
+        return place.mesh
+    scope = jax.sharding.get_abstract_mesh()
+    return scope if {n for e in entries for n in _names(e)} <= set(scope.axis_names) else None
+
+
+def _check_entries(entries: Sequence[Any], shape: tuple[int, ...], mesh: Mesh) -> None:
+    names = [name for entry in entries for name in _names(entry)]
+    for name in names:
+        if name not in mesh.axis_names:
+            raise _Misfit(f"the mesh has no axis {name!r}; it has {', '.join(mesh.axis_names)}")
+        if names.count(name) > 1:
+            raise _Misfit(f"the mesh axis {name!r} is used for more than one axis")
+    for axis, (entry, length) in enumerate(zip(entries, shape, strict=True)):
+        n = _devices(entry, mesh)
+        if length % n:
+            over = " × ".join(f"{name}={mesh.shape[name]}" for name in _names(entry))
+            raise _Misfit(f"axis {axis} of length {length} cannot be divided over {over}")
