@@ -11,7 +11,7 @@ is and which one this is; so for a rehearsal on one machine, here with eight dev
 The base lies sharded on the mesh from the start and is never whole in one place; the adapter lies
 as its weights do. OUT must be a folder that all processes see. OUT/checkpoints/STEP holds what a
 step changes, and the same line started again, by as many or other processes, goes on from the last
-one to the same losses. OUT/merged is the model with the adapter in its weights.
+one to the same losses. OUT/merged/STEP is the model with the adapter in its weights.
 
 If a process fails, its error is on its standard error, and all others end within a minute.
 
@@ -91,10 +91,12 @@ def failing_at_once() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also where nothing can be written
+            os._exit(1)
 
 
 def connect(args: argparse.Namespace) -> None:
@@ -246,7 +248,9 @@ def load_base(job: Job, path: epath.Path | None, key: jax.Array) -> Any:
     """The frozen weights, each device reading its part; without `path`, random ones."""
     if path is None:
         ids = jnp.zeros((1, 1), jnp.int32)
-        init = jax.jit(lambda key: nn.unbox(job.model.init(key, ids)), out_shardings=job.places.base)
+        init = jax.jit(
+            lambda key: nn.unbox(job.model.init(key, ids)), out_shardings=job.places.base
+        )
         return init(key)
     like = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -289,48 +293,57 @@ def train(args: argparse.Namespace) -> None:
             f"{jax.process_count()} processes, {jax.device_count()} devices; "
             f"parameters: {jlora.count(state.adapter):,} train, {jlora.count(base):,} frozen"
         )
-        state = loop(args, job, base, state)
-        merged = jax.jit(jlora.merge, donate_argnums=0, out_shardings=job.places.base)
-        checkpoint.export(args.out / "merged", merged(base, state.adapter))
-        say(f"merged: {args.out / 'merged'}")
+        step, state = loop(args, job, base, state)
+        if step < args.steps:
+            return say(f"stopped at step {step}; the same line goes on from there")
+        if not (place := args.out / "merged" / str(step)).exists():
+            merge = jax.jit(jlora.merge, donate_argnums=0, out_shardings=job.places.base)
+            checkpoint.export(place, merge(base, state.adapter))
+        say(f"merged: {place}")
 
 
-def loop(args: argparse.Namespace, job: Job, base: Any, state: State) -> State:
-    """Trains from the last checkpoint in `args.out`, if any, to step `args.steps`."""
+def loop(args: argparse.Namespace, job: Job, base: Any, state: State) -> tuple[int, State]:
+    """Trains from the last checkpoint in `args.out`, if any, to `args.steps` or a preemption."""
     run = {name: str(getattr(args, name)) for name in RUN}
     ids = None if args.data is None else np.load(args.data, mmap_mode="r")
     data = Data(ids, args.length, job.model.config.vocab, args.seed)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
-    with ocp.CheckpointManager(args.out / "checkpoints", options=options) as manager:
-        start, state = restore(manager, state, base, run)
-        say(f"from step {start} of {args.steps}")
-        steps = range(start, args.steps)
-        quiet = None if jax.process_index() == 0 else True  # None: where there is no terminal
-        bar = tqdm(steps, initial=start, total=args.steps, disable=quiet)
-        for step in bar:
-            batch = make_batch(data, step, args.batch, job.places.batch)
-            state, loss = job.step(state, base, batch)
-            done = step + 1
-            if done % args.log_every == 0:
-                say(f"step {done}: loss {float(loss):.7f}")
-            stop = manager.reached_preemption(done)  # SIGTERM: the machine is taken
-            if stop or done == args.steps or manager.should_save(done):
-                items = ocp.args.Composite(
-                    **checkpoint.items(state.adapter, job.rules, step=done, base=base),
-                    optimizer=ocp.args.StandardSave(state.optimizer),
-                    run=ocp.args.JsonSave(run),
-                )
-                manager.save(done, args=items, force=True)
-            if stop:
-                manager.wait_until_finished()
-                raise SystemExit(f"stopped at step {done}")
-    return state
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        save_interval_steps=args.save_every,
+        # An adapter is soon written; an error in the background would be heard much later.
+        enable_async_checkpointing=False,
+    )
+    # Not in a `with`, which would wait for the other processes after an error too.
+    manager = ocp.CheckpointManager(args.out / "checkpoints", options=options)
+    start, state = restore(manager, state, base, run)
+    done = start
+    say(f"from step {start} of {args.steps}")
+    steps = range(start, args.steps)
+    quiet = None if jax.process_index() == 0 else True  # None: where there is no terminal
+    for step in tqdm(steps, initial=start, total=args.steps, disable=quiet):
+        batch = make_batch(data, step, args.batch, job.places.batch)
+        state, loss = job.step(state, base, batch)
+        done = step + 1
+        if done % args.log_every == 0:
+            say(f"step {done}: loss {float(loss):.7f}")
+        stop = manager.reached_preemption(done)  # SIGTERM: the machine is taken
+        if stop or done == args.steps or manager.should_save(done):
+            items = ocp.args.Composite(
+                **checkpoint.items(state.adapter, job.rules, step=done, base=base),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                run=ocp.args.JsonSave(run),
+            )
+            manager.save(done, args=items, force=True)
+        if stop:
+            break
+    manager.close()
+    return done, state
 
 
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def place(name: str) -> epath.Path:
+def location(name: str) -> epath.Path:
     """A folder or file, also in a bucket (`gs://…`)."""
     return epath.Path(name if "://" in name else os.path.abspath(name))
 
@@ -361,9 +374,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=STEPS)
     add("--save-every", type=int, default=SAVE_EVERY, help="steps from checkpoint to checkpoint")
     add("--log-every", type=int, default=LOG_EVERY, help="steps from loss to loss")
-    add("--base", type=place, help="an Orbax checkpoint; without it, random weights")
-    add("--data", type=place, help="NumPy file of ids (N, length + 1); without it, made up")
-    add("--out", type=place, default=place(OUT))
+    add("--base", type=location, help="an Orbax checkpoint; without it, random weights")
+    add("--data", type=location, help="NumPy file of ids (N, length + 1); without it, made up")
+    add("--out", type=location, default=location(OUT))
     add("--coordinator", help="host:port of process 0, where it is not found by itself")
     add("--num-processes", type=int)
     add("--process-id", type=int)

@@ -7,44 +7,55 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
 EXAMPLE = str(pathlib.Path(__file__).parents[1] / "examples" / "pod.py")
 DEVICES = 8
-LIMIT = 300  # seconds that a run may take
+LIMIT = 90  # seconds that a run may take
 MINUTE = 60  # seconds in which all end once one has
 
 
 class Run:
-    """The processes of one run, each with a file for what it says."""
+    """The processes of one run."""
 
-    def __init__(self, folder: pathlib.Path, processes: int, *arguments: str):
+    def __init__(self, cache: pathlib.Path, processes: int, *arguments: str):
         """Starts them on eight devices together; `arguments` are those of the command."""
-        folder.mkdir(parents=True)
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        self.files = [folder / f"{i}.txt" for i in range(processes)]
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count="
         more = {
             "PYTHONUNBUFFERED": "1",
             "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "XLA_FLAGS": f"{flags}{DEVICES // processes}",
         }
         place = [f"--coordinator=localhost:{port}", f"--num-processes={processes}"]
-        self.workers = []
-        for i, file in enumerate(self.files):
-            command = [sys.executable, EXAMPLE, "train", *place, f"--process-id={i}", *arguments]
-            with file.open("w") as output:
-                worker = subprocess.Popen(
-                    command, env=os.environ | more, stdout=output, stderr=subprocess.STDOUT
-                )
-            self.workers.append(worker)
+        self.workers = [
+            subprocess.Popen(
+                [sys.executable, EXAMPLE, "train", *place, f"--process-id={i}", *arguments],
+                env=os.environ | more,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(processes)
+        ]
+        self.lines: list[list[str]] = [[] for _ in self.workers]
+        self.readers = [
+            threading.Thread(target=lines.extend, args=(worker.stdout,))
+            for lines, worker in zip(self.lines, self.workers, strict=True)
+        ]
+        for reader in self.readers:
+            reader.start()
 
     def said(self, number: int = 0) -> str:
         """What a process has said so far."""
-        return self.files[number].read_text()
+        return "".join(self.lines[number])
 
     def losses(self) -> dict[int, float]:
         """The losses so far, by step."""
@@ -73,9 +84,12 @@ class Run:
         """The exit codes of all processes, which must end in time."""
         end = time.monotonic() + seconds
         try:
-            return [worker.wait(max(0, end - time.monotonic())) for worker in self.workers]
+            codes = [worker.wait(max(0, end - time.monotonic())) for worker in self.workers]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.report()}") from None
+        for reader in self.readers:
+            reader.join()
+        return codes
 
     def report(self) -> str:
         """All that was said, for a failing test."""
@@ -84,12 +98,14 @@ class Run:
 
 
 @contextlib.contextmanager
-def run(folder: pathlib.Path, processes: int, *arguments: str) -> Iterator[Run]:
+def run(cache: pathlib.Path, processes: int, *arguments: str) -> Iterator[Run]:
     """A run, of which nothing is left in the end."""
-    started = Run(folder, processes, *arguments)
+    started = Run(cache, processes, *arguments)
     try:
         yield started
     finally:
-        for worker in started.workers:
+        for worker, reader in zip(started.workers, started.readers, strict=True):
             worker.kill()
             worker.wait()
+            reader.join()
+            worker.stdout.close()
