@@ -1,4 +1,6 @@
-"""Fine-tune a model that is sharded over many devices of many hosts. Every host runs the same line:
+"""Fine-tune a model that is sharded over many devices of many hosts.
+
+Every host runs the same line:
 
     python examples/pod.py train --shape 175b --mesh 16,8 --base gs://…/gpt3 --data gs://…/ids.npy
 
@@ -143,7 +145,7 @@ class Data(NamedTuple):
         index = [order(self.seed, visit // size, size)[visit % size] for visit in visits]
         rows = np.stack([self.ids[i, : self.length + 1] for i in index]).astype(np.int32)
         for i, row in zip(index, rows, strict=True):
-            if not (0 <= row.min() and row.max() < self.vocab and len(row) == self.length + 1):
+            if len(row) <= self.length or row.min() < 0 or row.max() >= self.vocab:
                 raise ValueError(
                     f"`--data`: expected {self.length + 1} tokens from 0 to {self.vocab - 1} in "
                     f"row {i}, got {len(row)} from {row.min()} to {row.max()}"

@@ -1,9 +1,8 @@
 r"""How an adapter lies on a mesh: each factor as the axes of W that it has.
 
-$$W: (\sigma, \iota, o) \quad\Rightarrow\quad A: (\sigma, \iota, \varnothing), \quad
-B: (\sigma, \varnothing, o)$$
+$$W: (s, i, o) \quad\Rightarrow\quad A: (s, i, \varnothing), \quad B: (s, \varnothing, o)$$
 
-for the partitions σ, ι and o of W's stack, input and output axes; the rank is replicated.
+for the partitions s, i and o of W's stack, input and output axes; the rank is replicated.
 """
 
 import math
@@ -66,7 +65,7 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
         >>> _, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
         >>> found = sharding.specs({"w": P("fsdp", "tensor")}, adapter)
         >>> found["w"].a, found["w"].b
-        (PartitionSpec('fsdp', None), PartitionSpec(None, 'tensor'))
+        (P('fsdp', None), P(None, 'tensor'))
     """
     places = _places(base)
     found = adapter_leaves(adapter)
@@ -112,12 +111,12 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
         >>> state = jax.eval_shape(optax.trace(0.9).init, adapter)
         >>> found = sharding.specs({"w": P("fsdp", "tensor")}, adapter)
         >>> sharding.moments(state, adapter, found).trace["w"].b
-        PartitionSpec(None, 'tensor')
+        P(None, 'tensor')
     """
     flat = jax.tree_util.tree_flatten_with_path(adapter)[0]
     places = jax.tree.structure(adapter).flatten_up_to(specs)
     known = {path: (x.shape, place) for (path, x), place in zip(flat, places, strict=True)}
-    rest = next((_with(p, PartitionSpec()) for p in places), PartitionSpec())
+    rest = _replicated(places)
 
     def place(path: tuple[Any, ...], x: Any) -> Place:
         ends = (known.get(path[i:]) for i in range(len(path) + 1))
@@ -138,21 +137,36 @@ class _Unknown:
 
 def _places(base: PyTree) -> dict[Path, Any]:
     """A PartitionSpec, a sharding or an `_Unknown` by path."""
-    is_leaf: Callable[[Any], bool] = lambda x: x is None or is_low_rank(x) or _is_annotated(x)  # noqa: E731
+
+    def is_leaf(x: Any) -> bool:
+        return x is None or is_low_rank(x) or _is_annotated(x)
+
     leaves = jax.tree.leaves(base, is_leaf=is_leaf)
     if any(map(is_low_rank, leaves)):
         raise TypeError(
             "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
             "and `adapter` swapped?"
         )
+    # As Flax takes it: beside leaves with metadata, those without are replicated.
     annotated = any(map(_is_annotated, leaves))
+    own = [_place(x) for x in leaves]
+    rest = _replicated(own)
 
     def place(x: Any) -> Any:
         found = _place(x)
-        bare = annotated and isinstance(found, _Unknown) and hasattr(x, "shape")
-        return PartitionSpec() if bare else found
+        bare = annotated and hasattr(x, "shape") and not isinstance(found, NamedSharding)
+        return rest if x is None or (bare and not _is_annotated(x)) else found
 
     return dict(leaves_by_path(jax.tree.map(place, base, is_leaf=is_leaf), _is_place))
+
+
+def _replicated(places: Sequence[Any]) -> Place:
+    """What lies everywhere, on the mesh of `places` if they have one."""
+    return next((_with(p, PartitionSpec()) for p in places if _is_named(p)), PartitionSpec())
+
+
+def _is_named(x: Any) -> bool:
+    return isinstance(x, NamedSharding)
 
 
 def _is_place(x: Any) -> bool:
@@ -174,8 +188,6 @@ def _metadata(variable: Any) -> Any:
 
 
 def _place(x: Any) -> Any:
-    if x is None:
-        return PartitionSpec()
     if isinstance(x, Place):
         return x
     if _is_annotated(x):
@@ -253,11 +265,11 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
     if len(spec) > len(shape):
         raise _Misfit(f"{spec} has {len(spec)} entries for a weight of shape {shape}")
     entries = (*spec, *[None] * (len(shape) - len(spec)))
-    if isinstance(place, PartitionSpec) and mesh is not None:
-        place = NamedSharding(mesh, PartitionSpec())
-    known = _mesh_of(place, entries)
+    known = _mesh_of(place, entries, mesh)
     if known is not None:
         _check_entries(entries, shape, known)
+    if isinstance(place, PartitionSpec) and mesh is not None:
+        place = NamedSharding(mesh, spec)
     if not is_low_rank(leaf):
         return _with(place, spec)
     return _each(leaf, lambda dims: _with(place, _part(entries, dims, leaf, shape, known)))
@@ -309,10 +321,10 @@ def _devices(entry: Any, mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in _names(entry))
 
 
-def _mesh_of(place: Any, entries: Sequence[Any]) -> Mesh | None:
+def _mesh_of(place: Any, entries: Sequence[Any], given: Mesh | None) -> Mesh | None:
     """The mesh by which `entries` can be checked. Names that a mesh in scope lacks are logical."""
-    if isinstance(place, NamedSharding):
-        return place.mesh
+    if isinstance(place, NamedSharding) or given is not None:
+        return place.mesh if isinstance(place, NamedSharding) else given
     scope = jax.sharding.get_abstract_mesh()
     return scope if {n for e in entries for n in _names(e)} <= set(scope.axis_names) else None
 

@@ -135,32 +135,28 @@ def fail(folder, mesh):
     from jlora import checkpoint, merge
 
     base, adapter, rules = problem(mesh)
-    merged = merge(base, adapter)
     number = jax.process_index()
 
+    def save(path, given):
+        checkpoint.save(path, given, rules, base=base)
+
     for culprit in range(jax.process_count()):
-        mine = number == culprit
-        full = no_room if mine else contextlib.nullcontext
-        said = r"" if mine else f"process {culprit}: "
-        place = f"{folder}/lost{culprit}"
-
-        def saves(path, given):
-            return lambda: checkpoint.save(path, given, rules, base=base)
-
-        with full():
-            raises(OSError, f"{said}.*File too large", saves(place, adapter))
-        with full():
-            raises(OSError, f"{said}.*File too large", lambda: checkpoint.export(place, merged))
-        wrong = {"up": None} if mine else adapter
+        mine, place = number == culprit, f"{folder}/lost{culprit}"
+        said = "" if mine else f"process {culprit}: .*"
         kind = TypeError if mine else RuntimeError
-        raises(kind, f"{said}.*`adapter`", saves(place, wrong))
-        raises(kind, f"{said}.*`merged`", lambda: checkpoint.export(place, {} if mine else merged))
+        for write, name, right in (
+            (save, "adapter", adapter),
+            (checkpoint.export, "merged", merge(base, adapter)),
+        ):
+            with no_room() if mine else contextlib.nullcontext():
+                raises(OSError, f"{said}File too large", write, place, right)
+            raises(kind, f"{said}`{name}` must", write, place, {} if mine else right)
         assert not os.path.exists(place)
 
-    checkpoint.save(f"{folder}/adapter", adapter, rules, base=base)
+    save(f"{folder}/adapter", adapter)
     here = f"{folder}/adapter" if number else f"{folder}/elsewhere"
     kind = RuntimeError if number else FileNotFoundError
-    raises(kind, "there is no checkpoint at", lambda: checkpoint.restore(here, like=adapter))
+    raises(kind, "there is no checkpoint at", checkpoint.restore, here)
     equal(checkpoint.restore(f"{folder}/adapter", like=adapter, base=base), adapter)
     assert sorted(os.listdir(folder)) == ["adapter"]
 
@@ -176,11 +172,11 @@ def no_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def raises(kind, pattern, work):
+def raises(kind, pattern, work, *arguments):
     """The work must raise, and soon."""
     start = time.monotonic()
     try:
-        work()
+        work(*arguments)
     except kind as e:
         assert re.search(pattern, str(e)), (pattern, str(e))
     else:

@@ -1,54 +1,48 @@
-"""BERT encoder in Flax linen, reading and writing Hugging Face checkpoints.
+"""BERT and RoBERTa in Flax linen, reading and writing Hugging Face checkpoints.
 
-    config, variables = bert.load(folder)       # config.json and model.safetensors
+    config, variables = bert.load(folder)       # config.json and model.safetensors, or shards
     model = bert.Bert(config)
     hidden = model.apply(variables, ids, mask)  # (B, L, D)
+    bert.save(path, variables, config)          # the same tensors
 
-    variables = bert.add_head(variables, classes=2)
-    model = bert.Bert(config, classes=2)
-    logits = model.apply(variables, ids, mask)  # (B, 2): mean over the tokens, norm, dense head
+Which head a model has is the config's `head`, as `load` found it:
 
-Letters in the shapes: B batch, L tokens, D hidden size, H heads, K size of a head, F inner size.
+    ""      none; or, with `classes`, a dense layer on the normalized mean over the tokens
+    "cls"   that of `…ForSequenceClassification`, `classes` logits from the first token
+    "lm"    that of `…ForMaskedLM`, logits over the vocabulary at every token
+
+    config, variables = bert.new_head(key, config, variables, classes=3)  # whatever it was, "cls"
+    logits = bert.Bert(config, classes=3).apply(variables, ids, mask)     # (B, 3)
+
+Letters in the shapes: B batch, L tokens, D hidden size, H heads, K size of a head, F inner size, V
+vocabulary.
 """
 
 import dataclasses
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save_file
 
-# Hugging Face module -> our module; {} is the number of the layer.
-MODULES = {
-    "embeddings.word_embeddings": "embeddings/word",
-    "embeddings.position_embeddings": "embeddings/position",
-    "embeddings.token_type_embeddings": "embeddings/token_type",
-    "embeddings.LayerNorm": "embeddings/norm",
-    "encoder.layer.{}.attention.self.query": "encoder/layer_{}/attention/query",
-    "encoder.layer.{}.attention.self.key": "encoder/layer_{}/attention/key",
-    "encoder.layer.{}.attention.self.value": "encoder/layer_{}/attention/value",
-    "encoder.layer.{}.attention.output.dense": "encoder/layer_{}/attention/out",
-    "encoder.layer.{}.attention.output.LayerNorm": "encoder/layer_{}/attention_norm",
-    "encoder.layer.{}.intermediate.dense": "encoder/layer_{}/up",
-    "encoder.layer.{}.output.dense": "encoder/layer_{}/down",
-    "encoder.layer.{}.output.LayerNorm": "encoder/layer_{}/norm",
-    "classifier": "classifier",
-}
-LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-# In some files, in no computation of ours: kept as they are so that a file survives the round trip.
-UNUSED = re.compile(r"embeddings\.position_ids|pooler\.dense\.(weight|bias)")
+from jlora import peft
+
+from . import hf
+from .parts import constrain, dense, dropout, embed, layer_norm, stack
+
+# ---- sizes --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The fields of `config.json` that shape the computation."""
+    """The fields of `config.json` that shape the computation, and what the tensors say.
+
+    Attributes:
+        head: see above.
+        bare: whether the names in the checkpoint lack ``bert.`` or ``roberta.``.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -58,19 +52,20 @@ class Config:
     max_position_embeddings: int
     type_vocab_size: int
     layer_norm_eps: float
-
-    @classmethod
-    def read(cls, path: Path) -> "Config":
-        """Read `config.json`; what this file does not compute is an error."""
-        fields = json.loads(Path(path).read_text())
-        for name, known in KNOWN.items():
-            if fields.get(name, known) != known:
-                raise ValueError(f"`{path}`: expected {name} {known!r}, got {fields[name]!r}")
-        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
+    model_type: str = "bert"
+    pad_token_id: int = 0
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    head: str = ""
+    bare: bool = False
 
 
-KNOWN = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-
+_ROBERTA = {"model_type": "roberta", "pad_token_id": 1, "head": "lm"}
+SIZES = {
+    "bert-base-uncased": Config(30522, 768, 12, 12, 3072, 512, 2, 1e-12, head="lm"),
+    "roberta-base": Config(50265, 768, 12, 12, 3072, 514, 1, 1e-5, **_ROBERTA),
+    "roberta-large": Config(50265, 1024, 24, 16, 4096, 514, 1, 1e-5, **_ROBERTA),
+}
 
 # ---- the model ----------------------------------------------------------------------------------
 
@@ -79,85 +74,166 @@ class Embeddings(nn.Module):
     """The sum of word, position and token type embeddings, normalized."""
 
     config: Config
+    dtype: Any
+    param_dtype: Any
 
-    @nn.compact
+    def setup(self) -> None:
+        """The tables and the norm."""
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.word = embed(c.vocab_size, c.hidden_size, "vocab", **options)
+        self.position = embed(c.max_position_embeddings, c.hidden_size, "position", **options)
+        self.token_type = embed(c.type_vocab_size, c.hidden_size, "position", **options)
+        self.norm = layer_norm(c.layer_norm_eps, **options)
+
     def __call__(self, ids: jax.Array, types: jax.Array) -> jax.Array:
         """``(B, L)`` token ids and types to ``(B, L, D)``."""
-        config, size = self.config, self.config.hidden_size
-        positions = jnp.arange(ids.shape[1])[None]  # (1, L)
-        x = nn.Embed(config.vocab_size, size, name="word")(ids)  # (B, L, D)
-        x += nn.Embed(config.max_position_embeddings, size, name="position")(positions)
-        x += nn.Embed(config.type_vocab_size, size, name="token_type")(types)
-        return nn.LayerNorm(epsilon=config.layer_norm_eps, name="norm")(x)
+        x = self.word(ids) + self.position(self.positions(ids)) + self.token_type(types)
+        return self.norm(x)
+
+    def positions(self, ids: jax.Array) -> jax.Array:
+        """``(1, L)`` or ``(B, L)``: RoBERTa counts from its padding's id on, and skips padding."""
+        if self.config.model_type == "bert":
+            return jnp.arange(ids.shape[1])[None]
+        is_token = (ids != self.config.pad_token_id).astype(jnp.int32)
+        return jnp.cumsum(is_token, axis=1) * is_token + self.config.pad_token_id
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Products with the word embeddings: ``(B, L, D)`` to ``(B, L, V)``."""
+        return self.word.attend(x)
 
 
 class Attention(nn.Module):
     """Multi-head attention of every token to all tokens under the mask."""
 
     config: Config
+    dtype: Any
+    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``."""
-        heads, size = self.config.num_attention_heads, self.config.hidden_size
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        heads, size = c.num_attention_heads, c.hidden_size
 
         def project(name):
-            y = nn.Dense(size, name=name)(x)  # (B, L, D)
-            return y.reshape(*y.shape[:2], heads, size // heads)  # (B, L, H, K)
+            y = dense(size, ("embed", "heads"), **options, name=name)(x)  # (B, L, D)
+            y = y.reshape(*y.shape[:2], heads, size // heads)  # (B, L, H, K)
+            return constrain(y, "batch", "length", "heads", None)
 
         query, key, value = project("query"), project("key"), project("value")
         scores = jnp.einsum("bqhk,bshk->bhqs", query, key) / (size // heads) ** 0.5
         scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(scores.dtype).min)
-        y = jnp.einsum("bhqs,bshk->bqhk", nn.softmax(scores), value)  # (B, L, H, K)
-        return nn.Dense(size, name="out")(y.reshape(x.shape))
+        weights = dropout(self, c.attention_probs_dropout_prob, nn.softmax(scores))
+        y = jnp.einsum("bhqs,bshk->bqhk", weights, value)  # (B, L, H, K)
+        y = constrain(y, "batch", "length", "heads", None).reshape(x.shape)
+        return dense(size, ("heads", "embed"), **options, name="out")(y)
 
 
 class Layer(nn.Module):
     """Attention and a two-layer perceptron, each with a residual and a norm after it."""
 
     config: Config
+    dtype: Any
+    param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``."""
-        epsilon, size = self.config.layer_norm_eps, self.config.hidden_size
-        y = Attention(self.config, name="attention")(x, mask)
-        x = nn.LayerNorm(epsilon=epsilon, name="attention_norm")(x + y)
-        y = nn.Dense(self.config.intermediate_size, name="up")(x)  # (B, L, F)
-        y = nn.Dense(size, name="down")(nn.gelu(y, approximate=False))  # (B, L, D)
-        return nn.LayerNorm(epsilon=epsilon, name="norm")(x + y)
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``, and None, as a scan wants it."""
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = constrain(x, "batch", "residual", None)
+        y = Attention(c, **options, name="attention")(x, mask)
+        y = dropout(self, c.hidden_dropout_prob, y)
+        x = layer_norm(c.layer_norm_eps, **options, name="attention_norm")(x + y)
+        x = constrain(x, "batch", "residual", None)
+        y = dense(c.intermediate_size, ("embed", "mlp"), **options, name="up")(x)  # (B, L, F)
+        y = constrain(nn.gelu(y, approximate=False), "batch", "length", "mlp")
+        y = dense(c.hidden_size, ("mlp", "embed"), **options, name="down")(y)  # (B, L, D)
+        y = dropout(self, c.hidden_dropout_prob, y)
+        x = layer_norm(c.layer_norm_eps, **options, name="norm")(x + y)
+        return constrain(x, "batch", "residual", None), None
 
 
 class Encoder(nn.Module):
     """The stack of layers."""
 
     config: Config
+    how: Mapping[str, Any]  # for `stack`
+    options: Mapping[str, Any]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``."""
-        for i in range(self.config.num_hidden_layers):
-            x = Layer(self.config, name=f"layer_{i}")(x, mask)
-        return x
+        layers = self.config.num_hidden_layers
+        return stack(
+            Layer, layers, "layer", x, mask, **self.how, config=self.config, **self.options
+        )
+
+
+class WordHead(nn.Module):
+    """Logits of every word at every position."""
+
+    config: Any
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """``(B, L, D)`` and the product with the word embeddings to ``(B, L, V)``."""
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        y = dense(c.hidden_size, ("embed", None), **options, name="dense")(x)
+        y = layer_norm(c.layer_norm_eps, **options, name="norm")(nn.gelu(y, approximate=False))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+        bias = self.param("bias", zeros, (c.vocab_size,), self.param_dtype)
+        return constrain(attend(y) + bias.astype(y.dtype)[None, None], "batch", "length", "vocab")
 
 
 class Bert(nn.Module):
-    """BERT without a head (`classes` 0), or with one on the mean of the hidden states."""
+    """BERT or RoBERTa.
+
+    Attributes:
+        config: the sizes and the head.
+        classes: of the head.
+        scan: whether the layers are one compiled block in a loop, ``encoder/layer`` with parameters
+            stacked on axis 0, or modules ``encoder/layer_0``, ``encoder/layer_1``, ….
+        remat: whether the backward pass computes each layer again instead of keeping activations.
+        policy: what is kept nevertheless, as `jlora.checkpoint_policy`.
+        dtype: of activations and products.
+        param_dtype: of the parameters that `init` draws.
+    """
 
     config: Config
     classes: int = 0
+    scan: bool = False
+    remat: bool = False
+    policy: Callable[..., bool] | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array, types: jax.Array | None = None):
-        """``(B, L)`` ids and mask to hidden states ``(B, L, D)``, or to logits ``(B, classes)``."""
+    def __call__(
+        self, ids: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None
+    ) -> jax.Array:
+        """``(B, L)`` ids, mask and token types to hidden states ``(B, L, D)``, or to logits."""
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         types = jnp.zeros_like(ids) if types is None else types
-        x = Embeddings(self.config, name="embeddings")(ids, types)
-        x = Encoder(self.config, name="encoder")(x, mask)
+        mask = jnp.ones_like(ids) if mask is None else mask
+        embeddings = Embeddings(c, **options, name="embeddings")
+        x = dropout(self, c.hidden_dropout_prob, embeddings(ids, types))
+        how = {"scan": self.scan, "remat": self.remat, "policy": self.policy}
+        x = Encoder(c, how, options, name="encoder")(x, mask)
+        if c.head == "lm":
+            return WordHead(c, **options, name="lm")(x, embeddings.attend)
         if not self.classes:
             return x
-        # MiniLM's means have a size of about 0.2; a head learns faster from inputs of size 1.
-        x = nn.LayerNorm(use_bias=False, use_scale=False)(pool(x, mask))  # (B, D)
-        return nn.Dense(self.classes, name="classifier")(x)
+        if c.head == "cls":
+            x = x[:, 0]  # (B, D)
+            x = dropout(self, c.hidden_dropout_prob, x) if c.model_type == "roberta" else x
+            x = nn.tanh(dense(c.hidden_size, ("embed", None), **options, name="pooler")(x))
+            x = dropout(self, c.hidden_dropout_prob, x)
+        else:
+            # MiniLM's means have a size of about 0.2; a head learns faster from inputs of size 1.
+            x = nn.LayerNorm(use_bias=False, use_scale=False)(pool(x, mask))  # (B, D)
+        return dense(self.classes, ("embed", None), **options, name="classifier")(x)
 
 
 def pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
@@ -167,83 +243,148 @@ def pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def add_head(variables: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """`variables` with a zero head, which gives every class the same logit."""
+    """`variables` with a zero head on the mean, which gives every class the same logit."""
     size = variables["params"]["embeddings"]["norm"]["scale"].size
     head = {"kernel": jnp.zeros((size, classes)), "bias": jnp.zeros(classes)}
     return {**variables, "params": {**variables["params"], "classifier": head}}
 
 
+def new_head(
+    key: jax.Array, config: Config, variables: Mapping[str, Any], classes: int, std: float = 0.02
+) -> tuple[Config, dict[str, Any]]:
+    """Config and variables with a new "cls" head, drawn as `transformers` does.
+
+    BERT's own pooler is kept where the checkpoint has one; what else the model has no use for goes.
+    """
+    size, kept = config.hidden_size, variables.get("unused", {})
+    params = {name: variables["params"][name] for name in ("embeddings", "encoder")}
+    shapes = {"pooler": (size, size), "classifier": (size, classes)}
+    for draw, (name, shape) in zip(jax.random.split(key), shapes.items(), strict=True):
+        params[name] = {"kernel": std * jax.random.normal(draw, shape), "bias": jnp.zeros(shape[1])}
+    pooler = {
+        name.rpartition("pooler.dense.")[2]: x for name, x in kept.items() if "pooler" in name
+    }
+    if pooler and config.model_type == "bert":
+        params["pooler"] = {"kernel": pooler["weight"].T, "bias": pooler["bias"]}
+    return dataclasses.replace(config, head="cls", bare=False), {"params": params}
+
+
 # ---- checkpoints --------------------------------------------------------------------------------
 
+# Our module to Hugging Face's in the encoder; {} is the number of the layer.
+_TABLES = {
+    "embeddings/word": "embeddings.word_embeddings",
+    "embeddings/position": "embeddings.position_embeddings",
+    "embeddings/token_type": "embeddings.token_type_embeddings",
+}
+_DENSE = {
+    r"encoder/layer/attention/(query|key|value)": r"encoder.layer.{}.attention.self.\1",
+    "encoder/layer/attention/out": "encoder.layer.{}.attention.output.dense",
+    "encoder/layer/up": "encoder.layer.{}.intermediate.dense",
+    "encoder/layer/down": "encoder.layer.{}.output.dense",
+}
+_NORMS = {
+    "embeddings/norm": "embeddings.LayerNorm",
+    "encoder/layer/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "encoder/layer/norm": "encoder.layer.{}.output.LayerNorm",
+}
+# And in the heads.
+_HEADS = {
+    ("bert", "cls"): {"pooler": "bert.pooler.dense", "classifier": "classifier"},
+    ("roberta", "cls"): {"pooler": "classifier.dense", "classifier": "classifier.out_proj"},
+    ("bert", "lm"): {
+        "lm": "cls.predictions",
+        "lm/dense": "cls.predictions.transform.dense",
+        "lm/norm": "cls.predictions.transform.LayerNorm",
+    },
+    ("roberta", "lm"): {
+        "lm": "lm_head",
+        "lm/dense": "lm_head.dense",
+        "lm/norm": "lm_head.layer_norm",
+    },
+}
+_KERNEL, _BIAS, _SCALE = ("io", "weight"), ("o", "bias"), ("o", "weight")
+# Of no use to any of our heads, or to those without a pooler.
+_UNUSED = rf"{hf.UNUSED}|cls\.seq_relationship\..*"
+_POOLER = r"|(.*\.)?pooler\.dense\..*"
 
-def load(folder: Path) -> tuple[Config, dict[str, Any]]:
-    """Config and variables from a folder with `config.json` and `model.safetensors`."""
-    config = Config.read(Path(folder) / "config.json")
-    return config, from_hf(load_file(Path(folder) / "model.safetensors"), config)
+
+def names(config: Config) -> tuple[peft.Name, ...]:
+    """What our leaves are called in the checkpoint, and how their axes lie there."""
+    prefix = "" if config.bare else f"{config.model_type}."
+    heads = _HEADS.get((config.model_type, config.head), {"classifier": "classifier"})
+    tied = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder"}[config.model_type]
+    word, position, token_type = (
+        peft.Name(f"{ours}/embedding", prefix + theirs, "vo", tied=tied if "word" in ours else None)
+        for ours, theirs in _TABLES.items()
+    )
+    return (
+        word,
+        position,
+        token_type,
+        *hf.rows(_DENSE, {"kernel": _KERNEL, "bias": _BIAS}, "layer", prefix),
+        *hf.rows(_NORMS, {"scale": _SCALE, "bias": _BIAS}, "layer", prefix),
+        *hf.rows(heads, {"kernel": _KERNEL, "scale": _SCALE, "bias": _BIAS}),
+    )
 
 
-def save(path: Path, variables: Mapping[str, Any]) -> None:
-    """Write `variables` to a safetensors file under Hugging Face's names."""
-    save_file(to_hf(variables), path, metadata={"format": "pt"})
+FIELDS = {f.name: f.name for f in dataclasses.fields(Config) if f.name not in ("head", "bare")}
+KNOWN = {
+    "model_type": ("bert", "roberta"),
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "tie_word_embeddings": True,
+}
 
 
-def from_hf(tensors: Mapping[str, np.ndarray], config: Config) -> dict[str, Any]:
-    """The variables of `Bert` from the tensors of a Hugging Face checkpoint.
+def load(folder: str | Path, scan: bool = False) -> tuple[Config, dict[str, Any]]:
+    """Config and variables, in the file's dtype, from a folder of Hugging Face's.
+
+    Args:
+        folder: with `config.json` and `model.safetensors` or its shards.
+        scan: of the model that the variables are for.
+    """
+    return from_hf(hf.read_tensors(folder), hf.read_config(folder, Config, FIELDS, KNOWN), scan)
+
+
+def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None:
+    """Writes `variables` to a safetensors file under Hugging Face's names."""
+    hf.write_tensors(path, hf.to_tensors(variables, names(config)))
+
+
+def from_hf(
+    tensors: Mapping[str, Any], config: Config, scan: bool = False
+) -> tuple[Config, dict[str, Any]]:
+    """The config with the head that the tensors have, and the variables of `Bert`.
 
     A collection ``"unused"`` keeps the tensors that the model does not compute with.
 
     Raises:
         ValueError: tensors are missing, unexpected or misshapen; the message lists them all.
     """
-    classes = len(tensors.get("classifier.bias", ()))
+    bare = not any(name.startswith(f"{config.model_type}.") for name in tensors)
+    is_lm = any(name.startswith(("cls.predictions.", "lm_head.")) for name in tensors)
+    last = "classifier.out_proj.bias" if config.model_type == "roberta" else "classifier.bias"
+    head = "lm" if is_lm else "cls" if last in tensors and not bare else ""
+    config = dataclasses.replace(config, head=head, bare=bare)
+    classes = len(tensors.get("classifier.bias" if bare else last, ()))
+    has_pooler = head == "cls" and config.model_type == "bert"
+    table, decoder = names(config)[0].module, names(config)[0].tied
+    variables = hf.to_variables(
+        tensors,
+        shapes(config, classes, scan),
+        names(config),
+        unused=_UNUSED if has_pooler else _UNUSED + _POOLER,
+        copies={
+            f"{decoder}.weight": f"{table}.weight",
+            f"{decoder}.bias": f"{decoder.removesuffix('.decoder')}.bias",
+        },
+    )
+    return config, variables
+
+
+def shapes(config: Config, classes: int = 0, scan: bool = False) -> Any:
+    """The variables of the model as `jax.ShapeDtypeStruct`s."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    init = jax.eval_shape(Bert(config, classes).init, jax.random.key(0), ids, ids)
-    unused = {name: jnp.asarray(tensors[name]) for name in tensors if UNUSED.fullmatch(name)}
-    params, problems, unknown = {}, [], set(tensors) - set(unused)
-    for path, leaf in flatten_dict(init["params"], sep="/").items():
-        name = hf_name(path)
-        unknown.discard(name)
-        shape = leaf.shape[::-1] if path.endswith("kernel") else leaf.shape
-        if name not in tensors:
-            problems.append(f"missing {name} of shape {shape}")
-        elif tensors[name].shape != shape:
-            problems.append(f"misshapen {name}: expected {shape}, got {tensors[name].shape}")
-        else:
-            params[path] = jnp.asarray(turn(path, tensors[name]))
-    problems += [f"unexpected {name}" for name in unknown]
-    if problems:
-        raise ValueError("`tensors` do not fit `config`:\n  " + "\n  ".join(sorted(problems)))
-    variables = {"params": unflatten_dict(params, sep="/")}
-    return {**variables, "unused": unused} if unused else variables
-
-
-def to_hf(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a Hugging Face checkpoint: what `from_hf` turns into `variables`."""
-    tensors = {}
-    for path, leaf in flatten_dict(variables["params"], sep="/").items():
-        tensors[hf_name(path)] = np.ascontiguousarray(turn(path, np.asarray(leaf)))
-    for name, leaf in variables.get("unused", {}).items():
-        # Index buffers are int64 in these files, but int32 in JAX.
-        is_index = np.issubdtype(leaf.dtype, np.integer)
-        tensors[name] = np.asarray(leaf, np.int64 if is_index else leaf.dtype)
-    return tensors
-
-
-def hf_name(path: str) -> str:
-    """Hugging Face's name of the parameter at `path`.
-
-    >>> hf_name("encoder/layer_3/attention/query/kernel")
-    'encoder.layer.3.attention.self.query.weight'
-    """
-    module, leaf = path.rsplit("/", 1)
-    number = re.search(r"(?<=layer_)\d+", module)
-    pattern = re.sub(r"(?<=layer_)\d+", "{}", module)
-    return f"{HF_MODULES[pattern].format(number and number[0])}.{LEAVES[leaf]}"
-
-
-def turn(path: str, array: np.ndarray) -> np.ndarray:
-    """Dense weights are (outputs, inputs) at Hugging Face and (inputs, outputs) in Flax."""
-    return array.T if path.endswith("kernel") else array
-
-
-HF_MODULES = {ours: theirs for theirs, ours in MODULES.items()}
+    return nn.unbox(jax.eval_shape(Bert(config, classes, scan).init, jax.random.key(0), ids))

@@ -3,14 +3,14 @@
     config, variables = gpt.load(folder)     # config.json and model.safetensors, or shards
     model = gpt.GPT(config)
     logits = model.apply(variables, ids)     # (B, L, V)
-    gpt.save(path, config, variables)        # the same tensors
+    gpt.save(path, variables, config)        # the same tensors
 
-    model = gpt.GPT(gpt.SIZES["gpt3-175b"], remat=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    model = gpt.GPT(gpt.SIZES["gpt3-175b"], remat=True, param_dtype=jnp.bfloat16)
     abstract = jax.eval_shape(model.init, key, ids)  # 175B parameters without memory; see `parts`
 
 The layers are scanned, with their parameters stacked on axis 0 of ``h``, or with ``scan=False``
 modules ``h_0``, ``h_1``, …. Queries, keys and values have one kernel, (D, 3·D): those of the paper
-are `jlora.LoRA("c_attn/kernel", slots=jlora.Slots(3, (0, 2)))`. `NAMES` serves `jlora.peft` too.
+are `jlora.LoRA("c_attn/kernel", slots=jlora.Slots(3, (0, 2)))`. `jlora.peft` takes `names(config)`.
 
 Letters in the shapes: B batch, L tokens, D model size, H heads, K size of a head, F inner size, V
 vocabulary, padded.
@@ -178,23 +178,30 @@ class GPT(nn.Module):
         logits = wte.attend(constrain(x, "batch", "length", None)).astype(jnp.float32)
         logits = constrain(logits, "batch", "length", "vocab")
         least = jnp.finfo(jnp.float32).min
-        return jnp.where(jnp.arange(c.rows) < c.vocab, logits, least) if c.rows > c.vocab else logits
+        return (
+            jnp.where(jnp.arange(c.rows) < c.vocab, logits, least) if c.rows > c.vocab else logits
+        )
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
-PREFIX, TABLE = "transformer.", "transformer.wte.weight"
-_STACKED = {"h/(attn|mlp)/c_(attn|fc|proj)": r"transformer.h.{}.\1.c_\2"}
-_NORMS = {r"h/(ln_\d)": r"transformer.h.{}.\1", "ln_f": "transformer.ln_f"}
-# What our leaves are called in `GPT2LMHeadModel`, and how their axes lie there.
-NAMES = (
-    peft.Name("wte/embedding", "transformer.wte", "vo", tied="lm_head"),
-    peft.Name("wpe/embedding", "transformer.wpe", "vo"),
-    # Its Conv1D keeps a kernel as (inputs, outputs), as Flax does.
-    *hf.rows(_STACKED, {"kernel": ("io", "weight")}, "h", transposed=True),
-    *hf.rows(_STACKED, {"bias": ("o", "bias")}, "h"),
-    *hf.rows(_NORMS, {"scale": ("o", "weight"), "bias": ("o", "bias")}, "h"),
-)
+_DENSE = {"h/(attn|mlp)/c_(attn|fc|proj)": r"h.{}.\1.c_\2"}
+_NORMS = {r"h/(ln_\d)": r"h.{}.\1", "ln_f": "ln_f"}
+
+
+def names(config: Config) -> tuple[peft.Name, ...]:
+    """What our leaves are called in the checkpoint, and how their axes lie there."""
+    prefix = "" if config.bare else "transformer."
+    return (
+        peft.Name("wte/embedding", f"{prefix}wte", "vo", tied="lm_head"),
+        peft.Name("wpe/embedding", f"{prefix}wpe", "vo"),
+        # Its Conv1D keeps a kernel as (inputs, outputs), as Flax does.
+        *hf.rows(_DENSE, {"kernel": ("io", "weight")}, "h", prefix, transposed=True),
+        *hf.rows(_DENSE, {"bias": ("o", "bias")}, "h", prefix),
+        *hf.rows(_NORMS, {"scale": ("o", "weight"), "bias": ("o", "bias")}, "h", prefix),
+    )
+
+
 FIELDS = {
     "vocab": "vocab_size",
     "positions": "n_positions",
@@ -226,19 +233,21 @@ def load(
         pad_vocab: of the config.
     """
     config = hf.read_config(folder, Config, FIELDS, KNOWN)
-    tensors, bare = hf.read_tensors(folder, PREFIX)
+    tensors = hf.read_tensors(folder)
+    bare = not any(name.startswith("transformer.") for name in tensors)
     config = dataclasses.replace(config, bare=bare, pad_vocab=pad_vocab)
-    if (table := tensors.get(TABLE)) is not None:
-        padding = (0, config.rows - config.vocab), (0, 0)
-        tensors[TABLE] = np.pad(table, padding)
-    return config, hf.to_variables(tensors, shapes(config, scan), NAMES)
+    table, head = f"{names(config)[0].module}.weight", "lm_head.weight"
+    for name in {table, head} & set(tensors):
+        tensors[name] = np.pad(tensors[name], ((0, config.rows - config.vocab), (0, 0)))
+    like = shapes(config, scan)
+    return config, hf.to_variables(tensors, like, names(config), copies={head: table})
 
 
-def save(path: str | Path, config: Config, variables: Mapping[str, Any]) -> None:
+def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None:
     """Writes `variables` to a safetensors file under Hugging Face's names."""
-    tensors = hf.to_tensors(variables, NAMES)
-    tensors[TABLE] = tensors[TABLE][: config.vocab]
-    hf.write_tensors(path, tensors, without=PREFIX * config.bare)
+    tensors = hf.to_tensors(variables, names(config))
+    table = f"{names(config)[0].module}.weight"
+    hf.write_tensors(path, {**tensors, table: tensors[table][: config.vocab]})
 
 
 def shapes(config: Config, scan: bool = True) -> Any:

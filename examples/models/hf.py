@@ -42,6 +42,7 @@ def read_config(
         if name in found and found[name] not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise ValueError(f"`{path}`: expected {name} {expected}, got {found[name]!r}")
+    found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
     given = {ours: found[theirs] for ours, theirs in fields.items() if theirs in found}
     required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     if lost := sorted(fields[name] for name in required & fields.keys() - given.keys()):
@@ -49,28 +50,27 @@ def read_config(
     return kind(**given)
 
 
-def read_tensors(folder: str | Path, prefix: str) -> tuple[dict[str, np.ndarray], bool]:
-    """All tensors of a folder by name, and whether they are of a model without a head.
-
-    Such a checkpoint lacks the `prefix` that the others have; here all names get it.
-    """
+def read_tensors(folder: str | Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder by name."""
     folder = Path(folder)
     files = {ONE}
     if (folder / INDEX).exists():
         files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-    tensors = {name: x for file in sorted(files) for name, x in load_file(folder / file).items()}
-    bare = not any(name.startswith(prefix) for name in tensors)
-    return {prefix * bare + name: x for name, x in tensors.items()}, bare
+    return {name: x for file in sorted(files) for name, x in load_file(folder / file).items()}
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], without: str = "") -> None:
-    """Writes a safetensors file as `transformers` does, a prefix of the names left out."""
-    tensors = {name.removeprefix(without): x for name, x in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+def write_tensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file as `transformers` does."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
 def to_variables(
-    tensors: Mapping[str, np.ndarray], like: Any, names: Sequence[peft.Name], unused: str = UNUSED
+    tensors: Mapping[str, np.ndarray],
+    like: Any,
+    names: Sequence[peft.Name],
+    *,
+    unused: str = UNUSED,
+    copies: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The variables of a model; the collection ``unused`` keeps what it does not compute with.
 
@@ -79,12 +79,19 @@ def to_variables(
         like: the variables of the model, arrays or shapes.
         names: its table of names.
         unused: a regular expression for the names of tensors to keep as they are.
+        copies: names under which some files hold another tensor once more, as the tied head. They
+            are left out, as `transformers` does when it writes.
 
     Raises:
-        ValueError: tensors are missing, unexpected or misshapen; the message lists them all.
+        ValueError: tensors are missing, unexpected or misshapen; the message lists them all. Or a
+            copy has other values.
     """
+    copies = {name: of for name, of in (copies or {}).items() if {name, of} <= set(tensors)}
+    for name, of in copies.items():
+        if not np.array_equal(tensors[name], tensors[of]):
+            raise ValueError(f"{name} must be the same as {of}, to which it is tied")
     rest = {name: jnp.asarray(x) for name, x in tensors.items() if re.fullmatch(unused, name)}
-    own = {name: x for name, x in tensors.items() if name not in rest}
+    own = {name: x for name, x in tensors.items() if name not in {*rest, *copies}}
     variables = {"params": peft.from_tensors(own, like["params"], names)}
     return {**variables, "unused": rest} if rest else variables
 
@@ -99,7 +106,11 @@ def to_tensors(variables: Mapping[str, Any], names: Sequence[peft.Name]) -> dict
 
 
 def rows(
-    modules: Mapping[str, str], leaves: Mapping[str, tuple[str, str]], stack: str, **options: Any
+    modules: Mapping[str, str],
+    leaves: Mapping[str, tuple[str, str]],
+    stack: str = "",
+    prefix: str = "",
+    **options: Any,
 ) -> tuple[peft.Name, ...]:
     r"""Rows of a name table, for stacked blocks and for numbered ones.
 
@@ -107,22 +118,25 @@ def rows(
         modules: regular expressions for our modules to Hugging Face's, with ``{}`` for the number
             of the block.
         leaves: the axes and the name there of each of our leaves, as ``{"bias": ("o", "bias")}``.
-        stack: the name of the stacked blocks; numbered ones have ``_0``, ``_1``, … added.
+        stack: the name of the stacked blocks; numbered ones are called ``stack_0`` or ``stack/0``.
+        prefix: of Hugging Face's modules.
         **options: of every row.
 
     Example:
         >>> table = rows({r"h/(\w+)": r"h.{}.\1"}, {"kernel": ("io", "weight")}, stack="h")
-        >>> [(row.path, row.module, row.axes) for row in table]
-        [('h/(\\w+)/kernel', 'h.{}.\\1', 'lio'), ('h_(\\d+)/(\\w+)/kernel', 'h.\\1.\\2', 'io')]
+        >>> for row in table:
+        ...     print(row.path, row.module, row.axes)
+        h/(\w+)/kernel h.{}.\1 lio
+        h[_/](\d+)/(\w+)/kernel h.\1.\2 io
     """
     table = []
     for ours, theirs in modules.items():
-        stacked = "{}" in theirs
+        theirs, stacked = prefix + theirs, "{}" in theirs
         numbered = re.sub(r"\\(\d)", lambda m: rf"\{int(m[1]) + 1}", theirs).replace("{}", r"\1")
         for leaf, (axes, parameter) in leaves.items():
             path = f"{ours}/{leaf}"
             table.append(peft.Name(path, theirs, "l" * stacked + axes, parameter, **options))
             if stacked:
-                path = path.replace(stack, rf"{stack}_(\d+)", 1)
+                path = re.sub(rf"\b{stack}/", rf"{stack}[_/](\\d+)/", path, count=1)
                 table.append(peft.Name(path, numbered, axes, parameter, **options))
     return tuple(table)

@@ -2,7 +2,7 @@
 
     config, variables = load(folder)  # config.json and model.safetensors, or shards
     logits = Llama(config).apply(variables, ids)  # (batch, length, vocab)
-    save(path, config, variables)  # the same tensors
+    save(path, variables, config)  # the same tensors
 
     config, variables, tokenizer = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     logits_fn = jax.tree_util.Partial(Llama(config).apply, variables)
@@ -142,7 +142,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None, positions: jax.Array | None):
-        """x (batch, length, dim) and what `Llama` got to the next x and None, as scans want it."""
+        """The next x, (batch, length, dim), and None, as a scan wants it."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(rms_norm, self.config.norm_eps, **options)
         x = constrain(x, "batch", "residual", None)
@@ -202,26 +202,31 @@ class Llama(nn.Module):
 
 # --------------------------------------------------------------------------- Hugging Face
 
-PREFIX = "model."
 _KERNELS = {
-    "layers/attention/query": "model.layers.{}.self_attn.q_proj",
-    "layers/attention/key": "model.layers.{}.self_attn.k_proj",
-    "layers/attention/value": "model.layers.{}.self_attn.v_proj",
-    "layers/attention/out": "model.layers.{}.self_attn.o_proj",
-    r"layers/mlp/(gate|up|down)": r"model.layers.{}.mlp.\1_proj",
-    "head": "lm_head",
+    "layers/attention/query": "layers.{}.self_attn.q_proj",
+    "layers/attention/key": "layers.{}.self_attn.k_proj",
+    "layers/attention/value": "layers.{}.self_attn.v_proj",
+    "layers/attention/out": "layers.{}.self_attn.o_proj",
+    r"layers/mlp/(gate|up|down)": r"layers.{}.mlp.\1_proj",
 }
 _SCALES = {
-    "layers/attention_norm": "model.layers.{}.input_layernorm",
-    "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
-    "norm": "model.norm",
+    "layers/attention_norm": "layers.{}.input_layernorm",
+    "layers/mlp_norm": "layers.{}.post_attention_layernorm",
+    "norm": "norm",
 }
-# What our leaves are called in `LlamaForCausalLM`, and how their axes lie there.
-NAMES = (
-    peft.Name("embed/embedding", "model.embed_tokens", "vo", tied="lm_head"),
-    *hf.rows(_KERNELS, {"kernel": ("io", "weight")}, "layers"),
-    *hf.rows(_SCALES, {"scale": ("o", "weight")}, "layers"),
-)
+
+
+def names(config: Config) -> tuple[peft.Name, ...]:
+    """What our leaves are called in the checkpoint, and how their axes lie there."""
+    prefix = "" if config.bare else "model."
+    return (
+        peft.Name("embed/embedding", f"{prefix}embed_tokens", "vo", tied="lm_head"),
+        peft.Name("head/kernel", "lm_head", "io"),
+        *hf.rows(_KERNELS, {"kernel": ("io", "weight")}, "layers", prefix),
+        *hf.rows(_SCALES, {"scale": ("o", "weight")}, "layers", prefix),
+    )
+
+
 FIELDS = {
     "vocab": "vocab_size",
     "layers": "num_hidden_layers",
@@ -249,14 +254,15 @@ def load(folder: str | pathlib.Path, scan: bool = True) -> tuple[Config, dict[st
         scan: of the model that the variables are for.
     """
     config = hf.read_config(folder, Config, FIELDS, KNOWN)
-    tensors, bare = hf.read_tensors(folder, PREFIX)
+    tensors = hf.read_tensors(folder)
+    bare = not any(name.startswith("model.") for name in tensors)
     config = dataclasses.replace(config, bare=bare, tied="lm_head.weight" not in tensors)
-    return config, hf.to_variables(tensors, shapes(config, scan), NAMES)
+    return config, hf.to_variables(tensors, shapes(config, scan), names(config))
 
 
-def save(path: str | pathlib.Path, config: Config, variables: Mapping[str, Any]) -> None:
+def save(path: str | pathlib.Path, variables: Mapping[str, Any], config: Config) -> None:
     """Writes `variables` to a safetensors file under Hugging Face's names."""
-    hf.write_tensors(path, hf.to_tensors(variables, NAMES), without=PREFIX * config.bare)
+    hf.write_tensors(path, hf.to_tensors(variables, names(config)))
 
 
 def shapes(config: Config, scan: bool = True) -> Any:

@@ -60,11 +60,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 _named = nn.with_logical_partitioning
 
 
-def dense(size: int, axes: tuple[str, str], **options: Any) -> nn.Dense:
+def dense(size: int, axes: tuple[str | None, str | None], **options: Any) -> nn.Dense:
     """A dense layer whose kernel's axes have the names `axes`."""
     kernel = _named(nn.initializers.lecun_normal(), axes)
     bias = _named(nn.initializers.zeros, axes[1:])
     return nn.Dense(size, kernel_init=kernel, bias_init=bias, **options)
+
+
+def conv(size: int, width: int, axes: tuple[str | None, str | None], **options: Any) -> nn.Conv:
+    """A convolution over tokens, the axes of whose kernel have the names ``None, *axes``."""
+    kernel = _named(nn.initializers.lecun_normal(), (None, *axes))
+    bias = _named(nn.initializers.zeros, axes[1:])
+    return nn.Conv(size, (width,), kernel_init=kernel, bias_init=bias, **options)
 
 
 def embed(rows: int, size: int, axis: str, **options: Any) -> nn.Embed:
