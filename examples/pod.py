@@ -2,7 +2,7 @@
 
 Every host runs the same line:
 
-    python examples/pod.py train --shape 175b --mesh 16,8 --base gs://…/gpt3 --data gs://…/ids.npy
+    python examples/pod.py train --shape 175b --mesh 16,8 --base gs://…/gpt3 --data ids.npy
 
 On Cloud TPU, GKE, SLURM and Open MPI the processes find each other. Elsewhere say where process 0
 is and which one this is; so for a rehearsal on one machine, here with eight devices on a CPU:
@@ -22,8 +22,10 @@ Letters in the shapes: B sequences in a batch, L tokens, N sequences in all.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -47,7 +49,6 @@ from jlora import checkpoint, sharding
 LEARNING_RATE = 2e-4
 STEPS = 100
 BATCH = 16
-LENGTH = 2048
 RANK = 8
 SEED = 0
 SAVE_EVERY = 20
@@ -59,14 +60,23 @@ RUN = ("shape", "adapt", "rank", "batch", "length", "learning_rate", "seed", "ba
 
 # ---- the models ---------------------------------------------------------------------------------
 
+
+class Shape(NamedTuple):
+    """A model and the most tokens of a sequence."""
+
+    model: nn.Module
+    length: int
+
+
+SMALL = gpt.Config(vocab=128, positions=64, layers=2, dim=64, heads=8)
+# A table of tokens whose rows can be cut along the mesh.
+GPT3 = dataclasses.replace(gpt.SIZES["gpt3-175b"], pad_vocab=128)
 LARGE = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": True}
-GPT_SMALL = gpt.Config(vocab=128, positions=64, layers=2, dim=64, heads=4, dropout=0.0)
-GPT_175B = gpt.SIZES["gpt3-175b"]
 SHAPES = {
-    "small": lambda: gpt.GPT(GPT_SMALL),
-    "7b": lambda: llama.Llama(llama.SIZES["llama2-7b"], **LARGE),
-    "70b": lambda: llama.Llama(llama.SIZES["llama2-70b"], **LARGE),
-    "175b": lambda: gpt.GPT(GPT_175B, **LARGE),
+    "small": Shape(gpt.GPT(SMALL), 64),
+    "7b": Shape(llama.Llama(llama.SIZES["llama2-7b"], **LARGE), 4096),
+    "70b": Shape(llama.Llama(llama.SIZES["llama2-70b"], **LARGE), 4096),
+    "175b": Shape(gpt.GPT(GPT3, **LARGE), 2048),
 }
 
 
@@ -153,17 +163,17 @@ class Data(NamedTuple):
         return rows
 
 
-def rows_here(place: NamedSharding, batch: int) -> np.ndarray:
+def rows_here(place: Any, batch: int) -> np.ndarray:
     """The rows of a batch of which this process has devices."""
     parts = place.addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[part] for part in parts]))
 
 
-def make_batch(data: Data, step: int, batch: int, place: NamedSharding) -> jax.Array:
+def make_batch(data: Data, step: int, like: jax.ShapeDtypeStruct) -> jax.Array:
     """The batch of a step, (B, L + 1); each process reads its own rows."""
-    rows = rows_here(place, batch)
-    shape = batch, data.length + 1
-    return jax.make_array_from_process_local_data(place, data.read(step * batch + rows), shape)
+    batch = like.shape[0]
+    rows = data.read(step * batch + rows_here(like.sharding, batch))
+    return jax.make_array_from_process_local_data(like.sharding, rows, like.shape)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -191,76 +201,75 @@ def make_step(lora: jlora.Transformed, tx: optax.GradientTransformation) -> Any:
     return step
 
 
-class Places(NamedTuple):
-    """How everything lies on the mesh: trees of `NamedSharding`."""
-
-    base: Any
-    state: State
-    batch: NamedSharding
-    whole: NamedSharding  # a copy on each device
-
-
 class Job(NamedTuple):
     """A training run, before any array of it is there."""
 
     model: nn.Module
     rules: tuple[jlora.LoRA, ...]
-    base: Any  # of ShapeDtypeStruct, as all in `state`
+    base: Any  # as the next two, `jax.ShapeDtypeStruct`s that say where on the mesh they lie
     state: State
-    places: Places
+    ids: Any
+    start: Any  # key to a base of random weights
     init: Any  # (key, base) to state
     step: Any  # (state, base, ids) to (state, loss)
 
 
+def placed(shapes: Any, places: Any) -> Any:
+    """The shapes of arrays, with a sharding for each."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
+def places_of(tree: Any) -> Any:
+    """The sharding of each array."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def make_job(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Job:
     """Everything that follows from the arguments and the mesh, traced and not computed."""
-    model = SHAPES[args.shape]()
+    model = SHAPES[args.shape].model
     rules = make_rules(model, args.adapt, args.rank)
     lora = jlora.transform(model.apply, *rules)
     tx = jlora.optimizer(optax.adamw(args.learning_rate))
     key, ids = jax.random.key(0), jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
 
+    def start(key):
+        return nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
+
     def init(key, base):
         _, adapter = lora.init(key, base, ids)
         return State(adapter, tx.init(adapter))
 
-    def start(key):
-        return nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
-
-    base_places = shardings(jax.eval_shape(model.init, key, ids), mesh)  # by the axes' names
-    base = jax.eval_shape(start, key)
+    places = shardings(jax.eval_shape(model.init, key, ids), mesh)  # by the axes' names
+    base = placed(jax.eval_shape(start, key), places)
     state = jax.eval_shape(init, key, base)
-    adapter_places = sharding.specs(base_places, state.adapter)
-    whole = NamedSharding(mesh, PartitionSpec())
-    moments = sharding.moments(state.optimizer, state.adapter, adapter_places)
-    places = Places(
-        base=base_places,
-        state=State(adapter_places, moments),
-        batch=NamedSharding(mesh, PartitionSpec("fsdp")),
-        whole=whole,
+    adapter = sharding.specs(places, state.adapter)
+    moments = sharding.moments(state.optimizer, state.adapter, adapter)
+    state = placed(state, State(adapter, moments))
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    ids = jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32, sharding=rows)
+    every = NamedSharding(mesh, PartitionSpec())  # the loss is on every device
+    return Job(
+        model,
+        rules,
+        base,
+        state,
+        ids,
+        start=jax.jit(start, out_shardings=places),
+        init=jax.jit(init, out_shardings=places_of(state)),
+        step=jax.jit(
+            make_step(lora, tx), donate_argnums=0, out_shardings=(places_of(state), every)
+        ),
     )
-    step = jax.jit(
-        make_step(lora, tx), donate_argnums=0, out_shardings=(places.state, places.whole)
-    )
-    init = jax.jit(init, out_shardings=places.state)
-    return Job(model, rules, base, state, places, init, step)
 
 
 def load_base(job: Job, path: epath.Path | None, key: jax.Array) -> Any:
     """The frozen weights, each device reading its part; without `path`, random ones."""
     if path is None:
-        ids = jnp.zeros((1, 1), jnp.int32)
-        init = jax.jit(
-            lambda key: nn.unbox(job.model.init(key, ids)), out_shardings=job.places.base
-        )
-        return init(key)
-    like = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        job.base,
-        job.places.base,
-    )
+        return job.start(key)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, like)
+        return checkpointer.restore(path, job.base)
 
 
 def restore(
@@ -299,7 +308,7 @@ def train(args: argparse.Namespace) -> None:
         if step < args.steps:
             return say(f"stopped at step {step}; the same line goes on from there")
         if not (place := args.out / "merged" / str(step)).exists():
-            merge = jax.jit(jlora.merge, donate_argnums=0, out_shardings=job.places.base)
+            merge = jax.jit(jlora.merge, donate_argnums=0, out_shardings=places_of(job.base))
             checkpoint.export(place, merge(base, state.adapter))
         say(f"merged: {place}")
 
@@ -312,19 +321,18 @@ def loop(args: argparse.Namespace, job: Job, base: Any, state: State) -> tuple[i
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2,
         save_interval_steps=args.save_every,
+        cleanup_tmp_directories=True,
         # An adapter is soon written; an error in the background would be heard much later.
         enable_async_checkpointing=False,
     )
     # Not in a `with`, which would wait for the other processes after an error too.
     manager = ocp.CheckpointManager(args.out / "checkpoints", options=options)
     start, state = restore(manager, state, base, run)
-    done = start
     say(f"from step {start} of {args.steps}")
-    steps = range(start, args.steps)
+    done, steps = start, range(start, args.steps)
     quiet = None if jax.process_index() == 0 else True  # None: where there is no terminal
     for step in tqdm(steps, initial=start, total=args.steps, disable=quiet):
-        batch = make_batch(data, step, args.batch, job.places.batch)
-        state, loss = job.step(state, base, batch)
+        state, loss = job.step(state, base, make_batch(data, step, job.ids))
         done = step + 1
         if done % args.log_every == 0:
             say(f"step {done}: loss {float(loss):.7f}")
@@ -370,19 +378,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--adapt", choices=("qv", "all"), default="qv", help="query and value, or all dense layers")
     add("--rank", type=int, default=RANK)
     add("--batch", type=int, default=BATCH, help="sequences a step, over all processes")
-    add("--length", type=int, default=LENGTH, help="tokens of a sequence")
+    add("--length", type=int, help="tokens of a sequence; all that the shape allows")
     add("--learning-rate", type=float, default=LEARNING_RATE)
     add("--seed", type=int, default=SEED)
     add("--steps", type=int, default=STEPS)
     add("--save-every", type=int, default=SAVE_EVERY, help="steps from checkpoint to checkpoint")
     add("--log-every", type=int, default=LOG_EVERY, help="steps from loss to loss")
     add("--base", type=location, help="an Orbax checkpoint; without it, random weights")
-    add("--data", type=location, help="NumPy file of ids (N, length + 1); without it, made up")
+    add("--data", type=pathlib.Path, help="NumPy file of ids (N, L + 1 or more); else made up")
     add("--out", type=location, default=location(OUT))
     add("--coordinator", help="host:port of process 0, where it is not found by itself")
     add("--num-processes", type=int)
     add("--process-id", type=int)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    most = SHAPES[args.shape].length
+    args.length = args.length or most
+    if args.length > most:
+        parser.error(f"--length is {args.length}, but sequences of {args.shape} have up to {most}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
