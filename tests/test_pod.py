@@ -77,7 +77,8 @@ def finish(run) -> dict[int, float]:
     """The losses of a run that ends well."""
     with run as run:
         assert not any(run.ends()), run.report()
-    assert not any(re.search("step|loss", run.said(i)) for i in range(1, len(run.workers)))
+    others = range(1, len(run.workers))
+    assert not any(re.search(r"(?m)^(from )?step \d", run.said(i)) for i in others), run.report()
     return run.losses()
 
 

@@ -69,6 +69,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
+        RuntimeError: with several processes, if another one raised; it says which, and why.
         TypeError: if `like` is no adapter.
         ValueError: if the checkpoint is not one of `save`'s or is damaged; if `like` or `base`
             differs from it, with all differences; if `base` is given and no fingerprint was saved.
@@ -78,7 +79,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
     """
     saved = by_all(lambda: read(path))
     if base is not None:
-        _check_base(path, saved, base)
+        by_all(lambda: _check_base(path, saved, base))
     wanted = by_all(lambda: _check_like(path, saved, like))
     flat = _read_arrays(path, arrays(wanted))
     _check_hashes(path, saved.hashes, flat)

@@ -31,7 +31,8 @@ def save(
 
     The metadata holds what it takes to rebuild the adapter without the training script: rules,
     layouts, scales, shapes, versions and, where `base` is given, the base's fingerprint. With
-    several processes all of them call it, and each writes its own shards.
+    several processes all of them call it, and each writes its own shards; where one fails, all
+    raise.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at
@@ -44,7 +45,8 @@ def save(
 
     Raises:
         FileExistsError: if `path` is there and not an empty folder.
-        OSError: if it cannot be written; nothing is left of it then.
+        OSError: if it cannot be written, by whichever process; nothing is left of it then.
+        RuntimeError: with several processes, if another one raised; it says which, and why.
         TypeError: if `adapter` is no adapter of arrays, or another argument is of a wrong type.
         ValueError: if `adapter` does not fit `base`.
 
@@ -93,6 +95,7 @@ def items(
         The arguments for Orbax by the names of the items, `"adapter"` and `"jlora"`.
 
     Raises:
+        RuntimeError: as in `save`.
         TypeError: as in `save`.
         ValueError: as in `save`.
 
@@ -122,7 +125,8 @@ def export(path: Where, merged: PyTree) -> None:
 
     Raises:
         FileExistsError: if `path` is there and not an empty folder.
-        OSError: if it cannot be written; nothing is left of it then.
+        OSError: as in `save`.
+        RuntimeError: as in `save`.
         TypeError: if `merged` holds no array, or what is none.
 
     Example:
