@@ -1,13 +1,18 @@
 """A process that saves and restores a sharded adapter, for `test_checkpoint_mesh.py`.
 
     checkpoint_worker.py FOLDER save:2x2,restore:4x1 DEVICES [PROCESS PROCESSES PORT]
+    checkpoint_worker.py FOLDER fail:2x1 DEVICES [PROCESS PROCESSES PORT]
 
 Each task has the shape of its mesh; each process has DEVICES forced CPU devices.
 """
 
+import contextlib
 import functools
 import os
+import re
+import resource
 import sys
+import time
 import traceback
 
 
@@ -29,7 +34,7 @@ def main(folder, tasks, devices, process="0", processes="1", port="0"):
     try:
         for task in tasks.split(","):
             name, shape = task.split(":")
-            {"save": save, "restore": restore}[name](folder, make_mesh(shape))
+            {"save": save, "restore": restore, "fail": fail}[name](folder, make_mesh(shape))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -121,6 +126,62 @@ def restore(folder, mesh):
     )
     with ocp.StandardCheckpointer() as plain:
         equal(plain.restore(f"{folder}/merged", abstract), merged)
+
+
+def fail(folder, mesh):
+    """Each process in turn cannot write, or gives what it must not: all raise, and are in step."""
+    import jax
+
+    from jlora import checkpoint, merge
+
+    base, adapter, rules = problem(mesh)
+    number = jax.process_index()
+
+    def save(path, given):
+        checkpoint.save(path, given, rules, base=base)
+
+    for culprit in range(jax.process_count()):
+        mine, place = number == culprit, f"{folder}/lost{culprit}"
+        said = "" if mine else f"process {culprit}: .*"
+        kind = TypeError if mine else RuntimeError
+        for write, name, right in (
+            (save, "adapter", adapter),
+            (checkpoint.export, "merged", merge(base, adapter)),
+        ):
+            with no_room() if mine else contextlib.nullcontext():
+                raises(OSError, f"{said}File too large", write, place, right)
+            raises(kind, f"{said}`{name}` must", write, place, {} if mine else right)
+        assert not os.path.exists(place)
+
+    save(f"{folder}/adapter", adapter)
+    here = f"{folder}/adapter" if number else f"{folder}/elsewhere"
+    kind = RuntimeError if number else FileNotFoundError
+    raises(kind, "there is no checkpoint at", checkpoint.restore, here)
+    equal(checkpoint.restore(f"{folder}/adapter", like=adapter, base=base), adapter)
+    assert sorted(os.listdir(folder)) == ["adapter"]
+
+
+@contextlib.contextmanager
+def no_room():
+    """This process can write next to nothing."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def raises(kind, pattern, work, *arguments):
+    """The work must raise, and soon."""
+    start = time.monotonic()
+    try:
+        work(*arguments)
+    except kind as e:
+        assert re.search(pattern, str(e)), (pattern, str(e))
+    else:
+        raise AssertionError(f"no {kind.__name__}: {pattern}")
+    assert time.monotonic() - start < 30
 
 
 def equal(actual, expected):

@@ -35,6 +35,11 @@ def test_from_two_processes_to_one(tmp_path):
     run(tmp_path, "restore:1x2", devices=2)
 
 
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_where_one_process_fails_all_raise_and_go_on(processes, tmp_path):
+    run(tmp_path, f"fail:{processes}x1", devices=1, processes=processes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 2), (4, 2), (2, 4)])
 def test_from_processes_to_processes(before, after, tmp_path):

@@ -12,7 +12,8 @@ from .._types import Path, PyTree
 from ._fingerprint import Leaf, describe, differences, fingerprint, hash_of
 from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
-from ._store import Where, brief, place
+from ._store import Where, place
+from ._together import brief, by_all, in_step
 
 
 def read(path: Where) -> Saved:
@@ -68,6 +69,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
+        RuntimeError: with several processes, if another one raised; it says which, and why.
         TypeError: if `like` is no adapter.
         ValueError: if the checkpoint is not one of `save`'s or is damaged; if `like` or `base`
             differs from it, with all differences; if `base` is given and no fingerprint was saved.
@@ -75,11 +77,10 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
     Example:
         See `save`.
     """
-    saved = read(path)
+    saved = by_all(lambda: read(path))
     if base is not None:
-        _check_base(path, saved, base)
-    wanted = adapter_leaves(saved.adapter if like is None else like)
-    _check_like(path, adapter_leaves(saved.adapter), wanted)
+        by_all(lambda: _check_base(path, saved, base))
+    wanted = by_all(lambda: _check_like(path, saved, like))
     flat = _read_arrays(path, arrays(wanted))
     _check_hashes(path, saved.hashes, flat)
     leaves = {p: _fill(x, p, flat) for p, x in wanted.items()}
@@ -143,7 +144,7 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(folder, args=args)[ADAPTER]
+            tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])
     except Exception as e:
         raise ValueError(
             f"`path`: the arrays of {folder} cannot be read, as it is cut off or damaged: "
@@ -189,7 +190,12 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
         )
 
 
-def _check_like(path: Where, saved: dict[Path, Any], like: dict[Path, Any]) -> None:
+def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Path, Any]:
+    """The leaves of `like` by path, or else those that were saved."""
+    saved = adapter_leaves(checkpoint.adapter)
+    if like is None:
+        return saved
+    like = adapter_leaves(like)
     lines = differences(_forms(saved), _forms(like))
     for p in saved.keys() & like.keys():
         if is_low_rank(saved[p]) and is_low_rank(like[p]):
@@ -203,6 +209,7 @@ def _check_like(path: Where, saved: dict[Path, Any], like: dict[Path, Any]) -> N
             + "\n".join(sorted(lines))
             + "\nMake it with the rules that the checkpoint has, jlora.checkpoint.read(path).rules."
         )
+    return like
 
 
 def _forms(found: dict[Path, Any]) -> dict[Path, Leaf]:

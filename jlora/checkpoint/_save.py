@@ -13,6 +13,7 @@ from .._types import Path, PyTree
 from ._fingerprint import fingerprint
 from ._meta import arrays, encode
 from ._store import Where, write
+from ._together import by_all
 
 ADAPTER, METADATA = "adapter", "jlora"
 
@@ -30,7 +31,8 @@ def save(
 
     The metadata holds what it takes to rebuild the adapter without the training script: rules,
     layouts, scales, shapes, versions and, where `base` is given, the base's fingerprint. With
-    several processes all of them call it, and each writes its own shards.
+    several processes all of them call it, and each writes its own shards; where one fails, all
+    raise.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at
@@ -43,7 +45,8 @@ def save(
 
     Raises:
         FileExistsError: if `path` is there and not an empty folder.
-        OSError: if it cannot be written; nothing is left of it then.
+        OSError: if it cannot be written, by whichever process; nothing is left of it then.
+        RuntimeError: with several processes, if another one raised; it says which, and why.
         TypeError: if `adapter` is no adapter of arrays, or another argument is of a wrong type.
         ValueError: if `adapter` does not fit `base`.
 
@@ -61,7 +64,12 @@ def save(
         (8.0, True)
     """
     saved = items(adapter, rules, step=step, base=base, hash_values=hash_values)
-    write(path, ocp.CompositeCheckpointHandler(), ocp.args.Composite(**saved))
+    # Folders made in the background would be waited for where no error is heard.
+    options = ocp.CompositeOptions(
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False)
+    )
+    handler = ocp.CompositeCheckpointHandler(composite_options=options)
+    write(path, handler, ocp.args.Composite(**saved))
 
 
 def items(
@@ -87,6 +95,7 @@ def items(
         The arguments for Orbax by the names of the items, `"adapter"` and `"jlora"`.
 
     Raises:
+        RuntimeError: as in `save`.
         TypeError: as in `save`.
         ValueError: as in `save`.
 
@@ -99,20 +108,10 @@ def items(
         >>> sorted(args)
         ['adapter', 'data', 'jlora']
     """
-    found = adapter_leaves(adapter)
-    flat = arrays(found)
-    _check_arrays(flat)
-    _check_names(flat)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
-    if base is not None:
-        check_fits(base, found)
-    elif hash_values:
-        raise TypeError("`hash_values` needs the base whose values it hashes; give `base` too.")
+    found = by_all(lambda: _check(adapter, rules, base, hash_values))
     print_of_base = None if base is None else fingerprint(base, hash_values)
     meta = encode(found, rules, None if step is None else operator.index(step), print_of_base)
-    return {ADAPTER: ocp.args.StandardSave(nest(flat)), METADATA: ocp.args.JsonSave(meta)}
+    return {ADAPTER: ocp.args.StandardSave(nest(arrays(found))), METADATA: ocp.args.JsonSave(meta)}
 
 
 def export(path: Where, merged: PyTree) -> None:
@@ -126,7 +125,8 @@ def export(path: Where, merged: PyTree) -> None:
 
     Raises:
         FileExistsError: if `path` is there and not an empty folder.
-        OSError: if it cannot be written; nothing is left of it then.
+        OSError: as in `save`.
+        RuntimeError: as in `save`.
         TypeError: if `merged` holds no array, or what is none.
 
     Example:
@@ -138,12 +138,34 @@ def export(path: Where, merged: PyTree) -> None:
         ...     ocp.StandardCheckpointer().restore(f"{folder}/merged")["w"].shape
         (2, 2)
     """
+    by_all(lambda: _check_merged(merged))
+    write(path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(merged))
+
+
+def _check(
+    adapter: PyTree, rules: Sequence[Rule], base: PyTree | None, hash_values: bool
+) -> dict[Path, Any]:
+    """The adapter's leaves by path."""
+    found = adapter_leaves(adapter)
+    flat = arrays(found)
+    _check_arrays(flat)
+    _check_names(flat)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
+    if base is not None:
+        check_fits(base, found)
+    elif hash_values:
+        raise TypeError("`hash_values` needs the base whose values it hashes; give `base` too.")
+    return found
+
+
+def _check_merged(merged: PyTree) -> None:
     flat = dict(leaves_by_path(merged))
     if not flat:
         raise TypeError(f"`merged` must be a tree of arrays; got {merged!r}, which holds none.")
     _check_arrays(flat, "merged")
     _check_names(flat, "merged")
-    write(path, ocp.StandardCheckpointHandler(), ocp.args.StandardSave(merged))
 
 
 def _check_arrays(flat: dict[Path, Any], argument: str = "adapter") -> None:

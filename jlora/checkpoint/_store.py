@@ -1,20 +1,17 @@
-"""The border to Orbax: one atomic write, reading, and errors that say what to do."""
+"""The border to Orbax: one atomic write, and errors that say what to do."""
 
 import errno
 import glob
 import os
-import re
-import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
+
+from ._together import brief, by_first, in_step, shared_token
 
 Where = str | os.PathLike[str]
 
@@ -34,13 +31,13 @@ def write(path: Where, handler: Any, args: Any) -> None:
     """
     final = place(path)
     local = "://" not in os.fspath(path)
-    stage = final.with_name(f".{final.name}.{_shared_token()}") if local else final
+    stage = final.with_name(f".{final.name}.{shared_token()}") if local else final
     try:
-        _by_first(lambda: _check_vacant(final))
+        by_first(lambda: _check_vacant(final))
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(stage, args=args)
+            in_step(lambda: checkpointer.save(stage, args=args))
         if local:
-            _by_first(lambda: _commit(Path(stage), Path(final)))
+            by_first(lambda: _commit(Path(stage), Path(final)))
     except FileExistsError:
         raise
     except Exception as e:
@@ -82,30 +79,3 @@ def _sync(file: Path) -> None:
     # On disk before the rename, so that after a crash the folder is not there or whole.
     with open(file, "rb+") as opened:
         os.fsync(opened.fileno())
-
-
-def _shared_token() -> str:
-    """A random name that all processes agree on."""
-    token = np.frombuffer(secrets.token_bytes(8), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(token))).hex()
-
-
-def _by_first(work: Callable[[], None]) -> None:
-    """Does `work` on process 0; if it raises there, all processes raise."""
-    error = None
-    if jax.process_index() == 0:
-        try:
-            work()
-        except OSError as e:
-            error = e
-    failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
-    if error is not None:
-        raise error
-    if failed:
-        raise OSError("process 0 failed; its error says why.")
-
-
-def brief(error: Exception) -> str:
-    """An error in a line, without what TensorStore adds for its developers."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")

@@ -1,0 +1,82 @@
+"""Several processes that act as one: where one fails, all raise, and none waits for it."""
+
+import contextlib
+import re
+import secrets
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+LENGTH = 1000  # bytes of an error that the other processes are told
+MISMATCH = "sync_global_devices name mismatch"  # JAX's words
+
+T = TypeVar("T")
+
+
+def by_all(work: Callable[[], T]) -> T:
+    """Does `work` on every process; if it raises on one, all raise before any goes on.
+
+    Raises:
+        RuntimeError: on the processes where it did not raise; it says which did, and why.
+    """
+    result: Any = None
+    error = None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    told = _tell(error)
+    if error is not None:
+        raise error
+    if told:
+        raise RuntimeError("; ".join(told))
+    return result
+
+
+def by_first(work: Callable[[], None]) -> None:
+    """Does `work` on process 0; if it raises there, all raise."""
+    by_all(work if jax.process_index() == 0 else lambda: None)
+
+
+def in_step(work: Callable[[], T]) -> T:
+    """Does `work` on every process, as `by_all`, where the processes meet within it.
+
+    Orbax lets them wait for each other between its steps, by name. One that fails joins the
+    others where they wait, under another name: JAX then raises on all.
+    """
+
+    def meet() -> Any:
+        try:
+            return work()
+        except Exception as e:
+            if MISMATCH in str(e):
+                return None  # another process failed; `by_all` brings its error
+            with contextlib.suppress(AssertionError):
+                multihost_utils.sync_global_devices("jlora: failed")
+            raise
+
+    return by_all(meet)
+
+
+def shared_token() -> str:
+    """A random name that all processes agree on."""
+    token = np.frombuffer(secrets.token_bytes(8), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(token))).hex()
+
+
+def _tell(error: Exception | None) -> list[str]:
+    """A line for each process that has an error, the same list on all."""
+    text = "" if error is None else f"{type(error).__name__}: {brief(error)}"
+    row = np.frombuffer(text.encode()[:LENGTH].ljust(LENGTH), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, LENGTH)
+    texts = [bytes(x).decode(errors="replace").rstrip() for x in rows]
+    return [f"process {i}: {text}" for i, text in enumerate(texts) if text]
+
+
+def brief(error: Exception) -> str:
+    """An error in a line, without what TensorStore adds for its developers."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")

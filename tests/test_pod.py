@@ -1,0 +1,248 @@
+"""`examples/pod.py` in several processes: the same numbers however many, and what a fault costs.
+
+The laws: losses are the same to 1e-6 and adapters bit for bit, whatever processes compute them;
+where a process fails, all end within a minute, each with a cause; every checkpoint that is there
+is whole; and any number of processes goes on from the last one to the same end.
+"""
+
+import contextlib
+import pathlib
+import re
+import signal
+from collections.abc import Iterator
+
+import disks
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pod
+import pods
+import pytest
+from test_checkpoint import assert_equal
+
+from jlora import checkpoint
+
+STEPS, SAVE_EVERY, BATCH, LENGTH, ROWS = 16, 4, 8, 16, 96
+FAULT = 10  # the step in which something happens; the checkpoint of step 8 is there
+MINUTE = 60  # seconds in which all must have ended
+# What gloo, or else JAX's coordination service, says of a process that is gone.
+GONE = r"Connection (closed|reset) by peer|another task died"
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """For all runs."""
+    return tmp_path_factory.mktemp("pods")
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> pathlib.Path:
+    """A file of tokens."""
+    rng = np.random.default_rng(0)
+    np.save(folder / "ids.npy", rng.integers(0, 128, (ROWS, LENGTH + 1), np.int32))
+    return folder / "ids.npy"
+
+
+@pytest.fixture(scope="module")
+def start(folder, data):
+    """Starts runs of one job; of those with the same name each goes on where the last one was."""
+
+    def start(name: str, processes: int, **more: object):
+        arguments = {
+            "out": folder / name,
+            "data": data,
+            "batch": BATCH,
+            "length": LENGTH,
+            "steps": STEPS,
+            "save-every": SAVE_EVERY,
+            "log-every": 1,
+        }
+        given = [f"--{k}={v}" for k, v in (arguments | more).items()]
+        return pods.run(folder / "cache", processes, *given)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(start) -> dict[int, float]:
+    """The losses of a run of one process that nothing happened to."""
+    losses = finish(start("whole", 1))
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert len(set(losses.values())) == STEPS
+    return losses
+
+
+def finish(run) -> dict[int, float]:
+    """The losses of a run that ends well."""
+    with run as run:
+        assert not any(run.ends()), run.report()
+    others = range(1, len(run.workers))
+    assert not any(re.search(r"(?m)^(from )?step \d", run.said(i)) for i in others), run.report()
+    return run.losses()
+
+
+def steps_of(out: pathlib.Path) -> list[int]:
+    """The steps whose checkpoints are there."""
+    return sorted(int(x.name) for x in (out / "checkpoints").iterdir() if x.name.isdigit())
+
+
+def check_losses(losses: dict[int, float], whole: dict[int, float], atol: float = 1e-6) -> None:
+    """They are those of the whole run."""
+    np.testing.assert_allclose(list(losses.values()), [whole[n] for n in losses], 0, atol)
+
+
+def check_end(out: pathlib.Path) -> None:
+    """The adapter and the merged model are, bit for bit, those of the whole run."""
+    outs = out, out.parent / "whole"
+    assert_equal(*(checkpoint.restore(x / "checkpoints" / str(STEPS)) for x in outs))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    args = ocp.args.StandardRestore(fallback_sharding=here)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+        assert_equal(*(orbax.restore(x / "merged" / str(STEPS), args=args) for x in outs))
+
+
+def check_fault(run: pods.Run, out: pathlib.Path, whole: dict[int, float]) -> None:
+    """All was right before the fault, and every checkpoint is whole."""
+    check_losses(run.losses(), whole)
+    steps = steps_of(out)
+    assert steps[-1] >= 8
+    for step in steps:
+        assert checkpoint.read(out / "checkpoints" / str(step)).step == step
+        checkpoint.restore(out / "checkpoints" / str(step))  # checks the hash of every array
+
+
+def check_restart(start, out: pathlib.Path, processes: int, whole: dict[int, float]) -> None:
+    """Some processes go on from the last checkpoint, to the same end."""
+    last = steps_of(out)[-1]
+    losses = finish(start(out.name, processes))
+    assert list(losses) == list(range(last + 1, STEPS + 1))
+    check_losses(losses, whole)
+    check_end(out)
+
+
+# ------------------------------------------------------------------------------------ the same run
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=slow)])
+def test_the_number_of_processes_changes_no_bit(processes, folder, start, whole):
+    losses = finish(start(f"by{processes}", processes))
+    assert losses.keys() == whole.keys()
+    check_losses(losses, whole)
+    check_end(folder / f"by{processes}")
+
+
+@slow
+@pytest.mark.parametrize("mesh", ["8,1", "2,4", "1,8"])
+def test_the_mesh_changes_only_the_last_digits(mesh, start, whole):
+    check_losses(finish(start(f"mesh{mesh}", 4, mesh=mesh)), whole, atol=1e-5)
+
+
+@slow
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_saved_by_some_restored_by_others(before, after, folder, start, whole):
+    name = f"from{before}to{after}"
+    check_losses(finish(start(name, before, steps=FAULT)), whole)
+    check_restart(start, folder / name, after, whole)
+
+
+@slow
+def test_a_merged_model_is_a_base(folder, start, whole):
+    losses = finish(start("onward", 2, base=folder / "whole" / "merged" / str(STEPS)))
+    assert losses[1] != whole[1]
+    with start("onward", 1, base=folder / "nowhere") as run:
+        assert any(run.ends(MINUTE))
+    assert re.search(r"cannot resume from .*: base was .*/merged/16, is .*/nowhere", run.said())
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+@contextlib.contextmanager
+def bad_token(data: pathlib.Path, process: int, processes: int) -> Iterator[int]:
+    """Spoils a sequence that one process is to read; gives its row."""
+    visit = FAULT * BATCH + process * BATCH // processes
+    row = pod.order(0, visit // ROWS, ROWS)[visit % ROWS]
+    ids = np.load(data, mmap_mode="r+")
+    right, ids[row, 3] = int(ids[row, 3]), 128
+    try:
+        yield row
+    finally:
+        ids[row, 3] = right
+
+
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=slow), 1])
+def test_where_one_raises_all_end(culprit, folder, data, start, whole):
+    name = f"raised{culprit}"
+    with bad_token(data, culprit, 2) as row, start(name, 2) as run:
+        run.wait_for_one()
+        assert all(run.ends(MINUTE)), run.report()
+    said = rf"`--data`: expected 17 tokens from 0 to 127 in row {row}, got 17 from \d+ to 128"
+    assert re.search(said, run.said(culprit)), run.report()
+    assert re.search(GONE, run.said(1 - culprit)), run.report()
+    assert "--data" not in run.said(1 - culprit)  # it reads only its own rows
+    check_fault(run, folder / name, whole)
+    check_restart(start, folder / name, 1, whole)
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=slow), 1])
+@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=slow)])
+def test_where_one_is_gone_or_hangs_all_others_end(how, victim, folder, start, whole):
+    name = f"{how}{victim}"
+    with start(name, 2) as run:
+        run.reach(FAULT)
+        run.workers[victim].send_signal(signal.Signals[how])
+        assert run.workers[1 - victim].wait(MINUTE), run.report()
+        run.workers[victim].kill()
+        run.ends()
+    assert re.search(GONE, run.said(1 - victim)), run.report()
+    check_fault(run, folder / name, whole)
+    check_restart(start, folder / name, 1, whole)
+
+
+@slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_where_one_cannot_write_all_end(victim, folder, start, whole):
+    name = f"full{victim}"
+    with start(name, 2) as run:
+        run.reach(FAULT)
+        disks.Disk(folder, "limit").fill(run.workers[victim].pid)
+        run.wait_for_one()
+        assert all(run.ends(MINUTE)), run.report()
+    assert "File too large" in run.said(victim), run.report()
+    assert re.search(GONE, run.said(1 - victim)), run.report()
+    check_fault(run, folder / name, whole)
+    check_restart(start, folder / name, 1, whole)
+
+
+@slow
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_preempted_run_saves_and_stops(after, folder, start, whole):
+    name = f"taken{after}"
+    with start(name, 2) as run:
+        run.reach(FAULT - 1)
+        run.workers[1].terminate()
+        assert not any(run.ends(MINUTE)), run.report()
+    (last,) = re.findall(r"stopped at step (\d+)", run.said())
+    assert steps_of(folder / name)[-1] == int(last)
+    check_restart(start, folder / name, after, whole)
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+def test_every_sequence_follows_from_the_seed_and_its_number(data):
+    ids = np.load(data)
+    reader = pod.Data(ids, LENGTH, 128, seed=3)
+    read = reader.read(np.arange(ROWS))
+    assert sorted(map(bytes, read)) == sorted(map(bytes, ids))  # an epoch: each once
+    np.testing.assert_array_equal(reader.read(np.array([7, 90])), read[[7, 90]])
+    assert not np.array_equal(reader.read(ROWS + np.arange(ROWS)), read)
+    rehearsal = pod.Data(None, LENGTH, 128, seed=3)
+    made = rehearsal.read(np.arange(4))
+    assert made.shape == (4, LENGTH + 1)
+    np.testing.assert_array_equal(rehearsal.read(np.array([2])), made[2:3])
+    short = pod.Data(ids[:, :9], LENGTH, 128, seed=3)
+    with pytest.raises(ValueError, match=r"`--data`: expected 17 tokens .* in row \d+, got 9 from"):
+        short.read(np.arange(1))
