@@ -40,7 +40,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models import gpt, llama
-from models.parts import RULES, shardings
+from models.parts import RULES, SEQUENCE_RULES, shardings
 from tqdm import tqdm
 
 import jlora
@@ -186,12 +186,28 @@ class State(NamedTuple):
     optimizer: Any
 
 
-def make_step(lora: jlora.Transformed, tx: optax.GradientTransformation) -> Any:
-    """The training step: (state, base, ids) to (state, loss)."""
+def make_loss(lora: jlora.Transformed, places: Any, dtype: Any) -> Any:
+    """The mean loss of (adapter, base, ids), for an adapter that lies as `places` say.
+
+    The factors are cast and gathered once, and not in every layer.
+    """
+    whole = sharding.replicated(places, "fsdp")
 
     def loss_fn(adapter, base, ids):
-        logits = lora.apply(base, adapter, ids[:, :-1])  # (B, L, vocabulary)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+        adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
+        adapter = jax.lax.with_sharding_constraint(adapter, whole)
+        return mean_loss(lora.apply(base, adapter, ids[:, :-1]), ids)
+
+    return loss_fn
+
+
+def mean_loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """The cross entropy of each token after the first; logits (B, L, vocabulary), ids (B, L + 1)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+
+def make_step(loss_fn: Any, tx: optax.GradientTransformation) -> Any:
+    """The training step: (state, base, ids) to (state, loss)."""
 
     def step(state, base, ids):
         loss, grads = jax.value_and_grad(loss_fn)(state.adapter, base, ids)
@@ -226,29 +242,39 @@ def places_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
+def make_base(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[nn.Module, Any, Any]:
+    """The model, its frozen weights and a batch, as shapes that say where on the mesh they lie."""
+    model = SHAPES[args.shape].model
+    ids = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), ids)
+    base = placed(nn.unbox(boxed), shardings(boxed, mesh))  # by the axes' names
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    return (
+        model,
+        base,
+        jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32, sharding=rows),
+    )
+
+
 def make_job(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Job:
     """Everything that follows from the arguments and the mesh, traced and not computed."""
-    model = SHAPES[args.shape].model
+    model, base, ids = make_base(args, mesh)
     rules = make_rules(model, args.adapt, args.rank)
     lora = jlora.transform(model.apply, *rules)
     tx = jlora.optimizer(optax.adamw(args.learning_rate))
-    key, ids = jax.random.key(0), jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
 
     def start(key):
         return nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32)))
 
     def init(key, base):
-        _, adapter = lora.init(key, base, ids)
+        _, adapter = lora.init(key, base, jax.ShapeDtypeStruct((1, args.length), jnp.int32))
         return State(adapter, tx.init(adapter))
 
-    places = shardings(jax.eval_shape(model.init, key, ids), mesh)  # by the axes' names
-    base = placed(jax.eval_shape(start, key), places)
-    state = jax.eval_shape(init, key, base)
-    adapter = sharding.specs(places, state.adapter)
+    state = jax.eval_shape(init, jax.random.key(0), base)
+    adapter = sharding.specs(base, state.adapter)
     moments = sharding.moments(state.optimizer, state.adapter, adapter)
     state = placed(state, State(adapter, moments))
-    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-    ids = jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32, sharding=rows)
+    loss_fn = make_loss(lora, adapter, model.dtype)
     every = NamedSharding(mesh, PartitionSpec())  # the loss is on every device
     return Job(
         model,
@@ -256,10 +282,10 @@ def make_job(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Job:
         base,
         state,
         ids,
-        start=jax.jit(start, out_shardings=places),
+        start=jax.jit(start, out_shardings=places_of(base)),
         init=jax.jit(init, out_shardings=places_of(state)),
         step=jax.jit(
-            make_step(lora, tx), donate_argnums=0, out_shardings=(places_of(state), every)
+            make_step(loss_fn, tx), donate_argnums=0, out_shardings=(places_of(state), every)
         ),
     )
 
@@ -350,6 +376,41 @@ def loop(args: argparse.Namespace, job: Job, base: Any, state: State) -> tuple[i
     return done, state
 
 
+# ---- planning -----------------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Compiles steps for a slice that is not there; see `pod_plan`."""
+    import pod_plan
+
+    pod_plan.run(
+        args, functools.partial(plan_step, args), SEQUENCE_RULES if args.sequence else RULES
+    )
+
+
+def plan_step(args: argparse.Namespace, method: str, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    """What `jlora.plan` takes: loss, base, adapter, args and the optimizer of a method."""
+    import pod_plan
+
+    args = argparse.Namespace(**vars(args) | {"batch": args.rows * mesh.shape["fsdp"]})
+    model, base, ids = make_base(args, mesh)
+    if method == "full":
+
+        def loss_fn(params, _, ids):
+            return mean_loss(model.apply(params, ids[:, :-1]), ids)
+
+        return loss_fn, {}, base, (ids,), pod_plan.in_float32(optax.adamw(LEARNING_RATE))
+    norms = (jlora.Full(r"(norm|ln_\w)/scale$"),)
+    rules = norms if method == "floor" else make_rules(model, method, args.rank)
+    lora = jlora.transform(model.apply, *rules)
+    _, adapter = jax.eval_shape(
+        lora.init, jax.random.key(0), base, jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    )
+    places = sharding.specs(base, adapter)
+    loss_fn = make_loss(lora, places, model.dtype)
+    return loss_fn, base, placed(adapter, places), (ids,), optax.adamw(LEARNING_RATE)
+
+
 # ---- the command line ---------------------------------------------------------------------------
 
 
@@ -364,12 +425,29 @@ def mesh_shape(text: str) -> tuple[int, int]:
     return fsdp, tensor
 
 
+def parse_plan(command: argparse.ArgumentParser) -> None:
+    """The options of `plan`."""
+    command.set_defaults(command=plan)
+    add = command.add_argument
+    add("--shape", choices=SHAPES, default="175b")
+    add("--topology", default="v5p:4x4x8", help="a TPU slice, or cuda:SLICESxHOSTSxGPUS of H100s")
+    add("--mesh", type=mesh_shape, default=(16, 8), help="devices along fsdp and tensor; 16,8")
+    add("--smallest", metavar="CHIP", help="instead: slices of v5e, v5p or v6e until each fits")
+    add("--methods", nargs="*", choices=("floor", "qv", "all", "full"), help="default: all four")
+    add("--rank", type=int, default=RANK)
+    add("--rows", type=int, default=1, help="sequences a step, for each device along fsdp")
+    add("--length", type=int, help="tokens of a sequence; all that the shape allows")
+    add("--sequence", action="store_true", help="tokens are cut along tensor between the layers")
+    add("--out", default=OUT)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parse_plan(commands.add_parser("plan", help="what a step needs on a slice that is not there"))
     command = commands.add_parser("train", help="fine-tune, on every host")
     command.set_defaults(command=train)
     add = command.add_argument

@@ -34,7 +34,7 @@ def places_of(base: PyTree) -> dict[Path, Any]:
     # As Flax takes it: beside leaves with metadata, those without are replicated.
     annotated = any(map(_is_annotated, leaves))
     own = [_place(x) for x in leaves]
-    rest = replicated(own)
+    rest = everywhere(own)
 
     def place(x: Any) -> Any:
         found = _place(x)
@@ -44,7 +44,7 @@ def places_of(base: PyTree) -> dict[Path, Any]:
     return dict(leaves_by_path(jax.tree.map(place, base, is_leaf=is_leaf), _is_place))
 
 
-def replicated(places: list[Any]) -> Place:
+def everywhere(places: list[Any]) -> Place:
     """What lies everywhere, on the mesh of `places` if they have one."""
     return next((with_spec(p, PartitionSpec()) for p in places if _is_named(p)), PartitionSpec())
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ._places import Place, Unknown, places_of, replicated, with_spec
+from ._places import Place, Unknown, everywhere, places_of, with_spec
 from ._rules import near
 from ._tree import adapter_leaves, is_low_rank, name_of, weight_shape
 from ._types import LowRank, Path, PyTree
@@ -116,15 +116,15 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
         return kept if len(kept) > 1 else (kept[0] if kept else None)
 
     def place(x: Any) -> Any:
-        if _is_named(x) and (unknown := set(axes) - set(x.mesh.axis_names)):
+        if isinstance(x, NamedSharding) and (unknown := set(axes) - set(x.mesh.axis_names)):
             raise ValueError(
                 f"`axes` has {', '.join(map(repr, sorted(unknown)))}, but the mesh of `specs` has "
                 f"{', '.join(x.mesh.axis_names)}."
             )
         spec = x if isinstance(x, PartitionSpec) else getattr(x, "spec", None)
-        return x if spec is None else _with(x, PartitionSpec(*map(keep, spec)))
+        return x if spec is None else with_spec(x, PartitionSpec(*map(keep, spec)))
 
-    return jax.tree.map(place, specs, is_leaf=_is_place)
+    return jax.tree.map(place, specs, is_leaf=lambda x: isinstance(x, Place))
 
 
 def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
@@ -157,7 +157,7 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
     flat = jax.tree_util.tree_flatten_with_path(adapter)[0]
     places = jax.tree.structure(adapter).flatten_up_to(specs)
     known = {path: (x.shape, place) for (path, x), place in zip(flat, places, strict=True)}
-    rest = replicated(places)
+    rest = everywhere(places)
 
     def place(path: tuple[Any, ...], x: Any) -> Place:
         ends = (known.get(path[i:]) for i in range(len(path) + 1))

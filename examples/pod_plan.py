@@ -1,0 +1,229 @@
+"""What a step of `pod.py` needs on a slice that is not there: bytes, collectives, operations.
+
+    python examples/pod.py plan --shape 175b --topology v5p:4x4x8 --mesh 16,8
+    python examples/pod.py plan --shape 175b --smallest v5p
+
+Four steps are compiled: with the weights frozen and only the norms' scales trained, which is the
+floor; LoRA on queries and values; LoRA on all dense layers; full fine-tuning with Adam's moments in
+float32. For TPUs that takes `pip install jlora[tpu]` and no TPU; for H100s, `--topology cuda:1x1x8`
+(slices, hosts, devices of a host), `pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt` in
+JAX's version and no GPU.
+"""
+
+import argparse
+import csv
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from collectives import collectives, summary
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+from tqdm import tqdm
+
+import jlora
+
+METHODS = {
+    "floor": "frozen, norms trained",
+    "qv": "LoRA, query and value",
+    "all": "LoRA, all dense layers",
+    "full": "full fine-tuning",
+}
+PARTS = ("base", "adapter", "moments", "gradients", "activations")
+# Slices from small to large.
+SLICES = {
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+    "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}
+H100 = pathlib.Path(__file__).with_name("h100.txtpb")
+# So that libtpu neither asks a metadata server nor writes logs nor claims the host's TPUs.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+
+Job = Callable[[str, Mesh], tuple[Any, ...]]  # (method, mesh) to `jlora.plan`'s arguments
+
+# ---- one step -----------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What a step of a method needs on each device of a topology.
+
+    Attributes:
+        flops: of the products in a step, over the number of devices.
+        collectives: by kind, how often it runs in a step and the bytes of its results; None where
+            the step does not fit, so that there is no program.
+    """
+
+    method: str
+    topology: str
+    plan: jlora.Plan
+    flops: float
+    collectives: Mapping[str, tuple[int, int]] | None
+
+
+def measure(method: str, topology: str, axes: tuple[int, int], job: Job, names: Any) -> Row:
+    """Compiles a step for a topology; `names` are the rules for the model's logical axes."""
+    mesh = mesh_of(topology, axes)
+    loss, base, adapter, args, tx = job(method, mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(names):
+        plan = jlora.plan(loss, base, adapter, args, tx)
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(adapter, base, *args)
+    found = summary(collectives(plan.program.as_text())) if plan.program else None
+    return Row(method, topology, plan._replace(program=None), flops(jaxpr) / mesh.size, found)
+
+
+def mesh_of(topology: str, axes: tuple[int, int]) -> Mesh:
+    """A mesh of devices that are not there, `v5p:4x4x8` or `cuda:1x1x8`, for their compiler."""
+    os.environ.update(QUIET | dict(os.environ))
+    platform, _, shape = topology.partition(":")
+    if platform == "cuda":
+        found = topologies.get_topology_desc(
+            "h100", platform="cuda", target_config=H100.read_text(), topology=shape
+        )
+        devices = np.array(found.devices).reshape(axes)
+    else:
+        found = topologies.get_topology_desc(topology, platform="tpu")
+        devices = mesh_utils.create_device_mesh(axes, found.devices, allow_split_physical_axes=True)
+    return Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def flops(jaxpr: Any) -> float:
+    """Operations of the matrix products in a jaxpr, those of a loop's body times its length."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            [x, _], [out] = eqn.invars, eqn.outvars
+            contracted = eqn.params["dimension_numbers"][0][0]
+            total += 2.0 * out.aval.size * math.prod(x.aval.shape[d] for d in contracted)
+        inner = [getattr(p, "jaxpr", p) for p in eqn.params.values()]
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        total += times * sum(flops(p) for p in inner if hasattr(p, "eqns"))
+    return total
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` with moments and arithmetic in float32, whatever the parameters' dtype."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(np.float32), tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(wide(updates), state, wide(params))
+
+    return optax.GradientTransformation(lambda params: tx.init(wide(params)), update)
+
+
+# ---- reports ------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace, job: Job, names: Any) -> None:
+    """Measures, prints a table, and writes it to `args.out` with a plot."""
+    methods = args.methods or list(METHODS)
+    if args.smallest:
+        rows = smallest(args.smallest, methods, job, names)
+    else:
+        bar = tqdm(methods, disable=None)
+        rows = [measure(method, args.topology, args.mesh, job, names) for method in bar]
+    print(table(rows))
+    folder = pathlib.Path(args.out) / "plan"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{args.shape}-{(args.smallest or args.topology).replace(':', '-')}"
+    write(rows, folder / f"{name}.csv")
+    plot(rows, folder / f"{name}.png", f"{args.shape}, {args.smallest or args.topology}")
+    print(f"also {folder / name}.csv and .png")
+
+
+def smallest(chip: str, methods: Sequence[str], job: Job, names: Any) -> list[Row]:
+    """For each method the steps on slices of a chip from small to large, to the first that fits."""
+    rows = []
+    for method in tqdm(methods, disable=None):
+        for shape in SLICES[chip]:
+            devices = math.prod(map(int, shape.split("x")))
+            tensor = min(8, devices)
+            axes = devices // tensor, tensor
+            rows.append(measure(method, f"{chip}:{shape}", axes, job, names))
+            if rows[-1].plan.fits:
+                break
+    return rows
+
+
+def cells(row: Row) -> dict[str, Any]:
+    """A row as numbers, bytes in GB (10^9)."""
+    plan, found = row.plan, row.collectives or {}
+    count, size = found.get("total", (None, None))
+    return {
+        "step": METHODS[row.method],
+        "topology": row.topology,
+        "mesh": "×".join(map(str, plan.mesh.values())),
+        **{part: round(getattr(plan, part) / 1e9, 3) for part in PARTS},
+        "peak": round(plan.peak / 1e9, 2),
+        "fits": {True: "yes", False: "no", None: "?"}[plan.fits],
+        "TFLOPs": round(row.flops / 1e12, 1),
+        "collectives": count,
+        "their GB": None if size is None else round(size / 1e9, 2),
+        "all-reduce GB": None
+        if size is None
+        else round(found.get("all-reduce", (0, 0))[1] / 1e9, 2),
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows under their names, GB and TFLOPs a device."""
+    lines = [list(map(str, cells(rows[0]))), *(list(map(str, cells(row).values())) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(["a device, in GB and TFLOPs:", *padded])
+
+
+def write(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """The table as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(cells(rows[0])))
+        writer.writeheader()
+        writer.writerows(map(cells, rows))
+
+
+def plot(rows: Sequence[Row], path: pathlib.Path, title: str) -> None:
+    """Bytes a device by what they hold, beside the bytes of the collectives."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (memory, wires) = plt.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 2))
+    names = [f"{METHODS[row.method]}\n{row.topology}" for row in rows]
+    left = np.zeros(len(rows))
+    for part in PARTS:
+        sizes = np.array([getattr(row.plan, part) / 1e9 for row in rows])
+        memory.barh(names, sizes, left=left, label=part)
+        left += sizes
+    capacity = rows[0].plan.capacity
+    if capacity is not None:
+        memory.axvline(capacity / 1e9, color="black", linestyle="--", label="what a device has")
+    memory.set(xlabel="GB a device", title=title)
+    memory.legend(fontsize="small")
+    kinds = sorted({k for row in rows for k in row.collectives or {}} - {"total"})
+    left = np.zeros(len(rows))
+    for kind in kinds:
+        sizes = np.array([(row.collectives or {}).get(kind, (0, 0))[1] / 1e9 for row in rows])
+        wires.barh(names, sizes, left=left, label=kind)
+        left += sizes
+    wires.set(xlabel="GB that collectives give a device, a step", yticks=[])
+    wires.legend(fontsize="small")
+    for panel in (memory, wires):
+        panel.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
