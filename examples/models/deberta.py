@@ -167,6 +167,7 @@ class Attention(nn.Module):
 
             def to_heads(x):
                 y = layer(x).reshape(*x.shape[:2], heads, size // heads)  # (B, L, H, K)
+                # The distances are not of a batch.
                 return constrain(y, "batch" if len(y) > 1 else None, "length", "heads", None)
 
             return to_heads
