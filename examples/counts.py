@@ -9,6 +9,7 @@ moments in float32, beside those of full fine-tuning.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from models import bert, deberta, gpt
+from tqdm import tqdm
 
 import jlora
 
@@ -134,11 +136,11 @@ def readable(count: int) -> str:
     return f"{count:.3g} TB"
 
 
-def main() -> None:
-    """Prints the table in Markdown."""
+def main(table: Sequence[Row]) -> None:
+    """Prints the figures of each row, in Markdown."""
     print("| model | parameters | adapted | trainable | adapter | merged | gradients | Adam |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in rows():
+    for row in tqdm(table, disable=None):
         f = measure(row.model, row.rules)
         cells = (
             row.name,
@@ -150,8 +152,8 @@ def main() -> None:
             f"{readable(f.gradient_bytes)} of {readable(f.full_gradient_bytes)}",
             f"{readable(f.moment_bytes)} of {readable(f.full_moment_bytes)}",
         )
-        print(f"| {' | '.join(cells)} |")
+        tqdm.write(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    main()
+    main(rows())

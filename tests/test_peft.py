@@ -354,6 +354,61 @@ def test_example_bert_is_named_as_its_checkpoint() -> None:
     assert modules == {leaf.path: leaf.modules for leaf in resolve(params, bert.names(config))}
 
 
+def test_tensors_of_a_tree_and_back() -> None:
+    """Values, dtypes and layouts: stacked, transposed, grouped, looked up, of a window."""
+    table = [
+        Name(r"layers/(q|k)/kernel", r"h.{}.\1", "lioo"),
+        Name("out/kernel", "out", "io", transposed=True),
+        Name("conv/kernel", "conv", "kio"),
+        Name("embed/embedding", "embed", "vo"),
+        Name("bias", "out", "o", "bias"),
+    ]
+    shapes = {
+        "layers": {"q": {"kernel": (2, 4, 2, 3)}, "k": {"kernel": (2, 4, 1, 3)}},
+        "out": {"kernel": (6, 4)},
+        "conv": {"kernel": (3, 4, 5)},
+        "embed": {"embedding": (7, 4)},
+        "bias": (4,),
+    }
+    draw = lambda shape: jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.bfloat16)  # noqa: E731
+    tree = jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    tensors = peft.to_tensors(tree, table)
+    assert {name: x.shape for name, x in tensors.items()} == {
+        **{f"h.{i}.q.weight": (6, 4) for i in range(2)},
+        **{f"h.{i}.k.weight": (3, 4) for i in range(2)},
+        "out.weight": (6, 4),
+        "conv.weight": (5, 4, 3),
+        "embed.weight": (7, 4),
+        "out.bias": (4,),
+    }
+    q = np.asarray(tree["layers"]["q"]["kernel"])
+    np.testing.assert_array_equal(tensors["h.1.q.weight"], q[1].reshape(4, 6).T)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
+    again = peft.from_tensors(tensors, like, table)
+    assert jax.tree.all(
+        jax.tree.map(lambda x, y: x.dtype == y.dtype and (x == y).all(), again, tree)
+    )
+
+
+def test_tensors_need_a_name_for_every_leaf() -> None:
+    """Nothing is left out in silence."""
+    tree = {
+        "a": {"kernel": jnp.ones((2, 2))},
+        "b": {"kernel": jnp.ones((2, 2, 2)), "c": jnp.ones(2)},
+    }
+    table = [Name(r"(\w+)/kernel", r"\1", "io")]
+    for argument, call in (
+        ("params", lambda: peft.to_tensors(tree, table)),
+        ("like", lambda: peft.from_tensors({}, tree, table)),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == (
+            f"`names` has no row that fits these leaves of `{argument}` by path and number of "
+            "axes. 2 problems:\n  b/c\n  b/kernel"
+        )
+
+
 # ----------------------------------------------------------------------- vLLM
 
 

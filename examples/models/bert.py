@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from jlora import peft
 
-from . import hf
+from . import hf, parts
 from .parts import constrain, dense, dropout, embed, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -386,5 +386,4 @@ def from_hf(
 
 def shapes(config: Config, classes: int = 0, scan: bool = False) -> Any:
     """The variables of the model as `jax.ShapeDtypeStruct`s."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return nn.unbox(jax.eval_shape(Bert(config, classes, scan).init, jax.random.key(0), ids))
+    return parts.shapes(Bert(config, classes, scan))

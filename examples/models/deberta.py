@@ -28,7 +28,7 @@ import numpy as np
 
 from jlora import peft
 
-from . import bert, hf
+from . import bert, hf, parts
 from .parts import constrain, conv, dense, dropout, embed, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -167,6 +167,7 @@ class Attention(nn.Module):
 
             def to_heads(x):
                 y = layer(x).reshape(*x.shape[:2], heads, size // heads)  # (B, L, H, K)
+                # The distances are not of a batch.
                 return constrain(y, "batch" if len(y) > 1 else None, "length", "heads", None)
 
             return to_heads
@@ -242,9 +243,12 @@ class Convolution(nn.Module):
         y = conv(size, width, ("embed", None), **groups, **options, name="conv")(x)
         y = dropout(self, c.hidden_dropout_prob, y * mask[..., None].astype(y.dtype))
         y = {"tanh": nn.tanh, "gelu": lambda y: nn.gelu(y, approximate=False)}[c.conv_act](y)
-        named = nn.with_logical_partitioning
-        scale = self.param("norm_scale", named(nn.initializers.ones, ("norm",)), (size,))
-        bias = self.param("norm_bias", named(nn.initializers.zeros, ("norm",)), (size,))
+        ones, zeros = (
+            nn.with_logical_partitioning(init, ("norm",))
+            for init in (nn.initializers.ones, nn.initializers.zeros)
+        )
+        scale = self.param("norm_scale", ones, (size,), self.param_dtype)
+        bias = self.param("norm_bias", zeros, (size,), self.param_dtype)
         return y, scale.astype(y.dtype)[None, None], bias.astype(y.dtype)[None, None]
 
 
@@ -426,5 +430,4 @@ def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None
 
 def shapes(config: Config, classes: int = 0, scan: bool = False) -> Any:
     """The variables of the model as `jax.ShapeDtypeStruct`s."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return nn.unbox(jax.eval_shape(Deberta(config, classes, scan).init, jax.random.key(0), ids))
+    return parts.shapes(Deberta(config, classes, scan))

@@ -28,7 +28,7 @@ import numpy as np
 
 from jlora import peft
 
-from . import hf
+from . import hf, parts
 from .parts import constrain, dense, dropout, embed, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -252,5 +252,4 @@ def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None
 
 def shapes(config: Config, scan: bool = True) -> Any:
     """The variables of the model as `jax.ShapeDtypeStruct`s."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return nn.unbox(jax.eval_shape(GPT(config, scan).init, jax.random.key(0), ids))
+    return parts.shapes(GPT(config, scan))

@@ -29,6 +29,7 @@ class Attention(nnx.Module):
     """Multi-head attention of every token to itself and those before it."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, **options: Any):
+        """The layers."""
         self.heads = config.heads
         self.c_attn = nnx.Linear(config.dim, 3 * config.dim, rngs=rngs, **options)
         self.c_proj = nnx.Linear(config.dim, config.dim, rngs=rngs, **options)
@@ -45,6 +46,7 @@ class MLP(nnx.Module):
     """Dense, GELU by its tanh approximation, dense."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, **options: Any):
+        """The layers."""
         inner = config.inner or 4 * config.dim
         self.c_fc = nnx.Linear(config.dim, inner, rngs=rngs, **options)
         self.c_proj = nnx.Linear(inner, config.dim, rngs=rngs, **options)
@@ -58,6 +60,7 @@ class Block(nnx.Module):
     """Causal attention and a two-layer perceptron, each on normalized inputs, added to x."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs, **options: Any):
+        """The layers."""
         norm = {"epsilon": config.norm_eps, "rngs": rngs, **options}
         self.ln_1 = nnx.LayerNorm(config.dim, **norm)
         self.attn = Attention(config, rngs, **options)
@@ -84,6 +87,7 @@ class GPT(nnx.Module):
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
     ):
+        """The layers, by keys of `rngs`."""
         self.config, self.scan, self.remat, self.policy = config, scan, remat, policy
         options = {"dtype": dtype, "param_dtype": param_dtype}
         self.wte = nnx.Embed(config.rows, config.dim, rngs=rngs, **options)

@@ -51,11 +51,19 @@ def read_config(
 
 
 def read_tensors(folder: str | Path) -> dict[str, np.ndarray]:
-    """All tensors of a folder by name."""
-    folder = Path(folder)
-    files = {ONE}
+    """All tensors of a folder by name.
+
+    Raises:
+        FileNotFoundError: if there are none in safetensors files.
+    """
+    folder, files = Path(folder), {ONE}
     if (folder / INDEX).exists():
         files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    elif not (folder / ONE).exists():
+        raise FileNotFoundError(
+            f"{folder} holds neither {ONE} nor {INDEX}. Put the checkpoint there; from another "
+            "format, `transformers` writes it by save_pretrained(..., safe_serialization=True)."
+        )
     return {name: x for file in sorted(files) for name, x in load_file(folder / file).items()}
 
 

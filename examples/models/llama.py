@@ -32,7 +32,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jlora import peft
 
-from . import hf
+from . import hf, parts
 from .parts import constrain, dense, embed, rms_norm, stack
 
 STOP = 2  # <|im_end|>, which ends a chat message and serves as padding
@@ -267,8 +267,7 @@ def save(path: str | pathlib.Path, variables: Mapping[str, Any], config: Config)
 
 def shapes(config: Config, scan: bool = True) -> Any:
     """The variables of the model as `jax.ShapeDtypeStruct`s."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return nn.unbox(jax.eval_shape(Llama(config, scan=scan).init, jax.random.key(0), ids))
+    return parts.shapes(Llama(config, scan=scan))
 
 
 # --------------------------------------------------------------------------- GGUF

@@ -19,6 +19,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
 
@@ -48,6 +49,12 @@ SEQUENCE_RULES: Rules = tuple(
 def shardings(variables: Any, mesh: jax.sharding.Mesh, rules: Rules = RULES) -> Any:
     """The `NamedSharding` of each variable, in the tree that `nn.unbox` leaves of `variables`."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(variables), mesh, rules)
+
+
+def shapes(model: nn.Module) -> Any:
+    """The variables of a model as `jax.ShapeDtypeStruct`s, without the names of their axes."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), ids)))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

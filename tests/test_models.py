@@ -1,0 +1,519 @@
+"""The models of `examples/models`: scanned, rematerialized, padded, saved, on a mesh, counted.
+
+That adapted is merged for each of them is a law, see `cases/models.py`; that they compute what
+PyTorch does is in `test_models_interop.py`.
+"""
+
+import dataclasses
+import doctest
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import chex
+import counts
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases._case import fill
+from models import bert, deberta, gpt, gpt_nnx, hf, llama, parts
+from safetensors.numpy import load_file
+
+import jlora
+
+ENCODER = (61, 16, 3, 4, 24, 20)
+V2 = {
+    "relative_attention": True,
+    "pos_att_type": ("p2c", "c2p"),
+    "position_buckets": 4,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "conv_kernel_size": 3,
+    "conv_act": "gelu",
+}
+
+
+class Small(NamedTuple):
+    """A small model: its file, its class, its config, and the classes of its head."""
+
+    module: Any
+    kind: Any
+    config: Any
+    classes: tuple[int, ...] = ()
+
+    def model(self, **options: Any) -> nn.Module:
+        """The model."""
+        return self.kind(self.config, *self.classes, **options)
+
+    def shapes(self, scan: bool) -> Any:
+        """Its variables."""
+        return self.module.shapes(self.config, *self.classes, scan=scan)
+
+    @functools.cache  # noqa: B019 - a dozen of them, all in the table below
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Random ones."""
+        variables = fill(self.shapes(False), jnp.float32, 0.3)
+        return hf.to_tensors(variables, self.module.names(self.config))
+
+    @functools.cache  # noqa: B019
+    def variables(self, scan: bool) -> dict[str, Any]:
+        """The same whether scanned or not."""
+        return hf.to_variables(self.tensors(), self.shapes(scan), self.module.names(self.config))
+
+    def write(self, folder: pathlib.Path) -> None:
+        """A folder as Hugging Face's."""
+        known = {k: v[0] if isinstance(v, tuple) else v for k, v in self.module.KNOWN.items()}
+        own = {theirs: getattr(self.config, ours) for ours, theirs in self.module.FIELDS.items()}
+        (folder / "config.json").write_text(json.dumps({**known, **own}))
+        hf.write_tensors(folder / "model.safetensors", self.tensors())
+
+
+BERT = bert.Config(*ENCODER, 2, 1e-12)
+ROBERTA = bert.Config(*ENCODER, 1, 1e-5, model_type="roberta", pad_token_id=1)
+DEBERTA = deberta.Config(*ENCODER, 0, 1e-7, **V2)
+OWN = deberta.Config(
+    *ENCODER, 2, 1e-7, relative_attention=True, pos_att_type=("c2p",), max_relative_positions=9
+)
+GPT = gpt.Config(61, 16, 3, 16, 4, 24)
+LLAMA = llama.Config(61, 3, 16, 24, 4, 2)
+replace = dataclasses.replace
+SMALL = {
+    "gpt": Small(gpt, gpt.GPT, GPT),
+    "gpt_bare": Small(gpt, gpt.GPT, replace(GPT, bare=True)),
+    "llama": Small(llama, llama.Llama, LLAMA),
+    "llama_untied": Small(llama, llama.Llama, replace(LLAMA, tied=False)),
+    "bert": Small(bert, bert.Bert, replace(BERT, bare=True)),
+    "bert_lm": Small(bert, bert.Bert, replace(BERT, head="lm")),
+    "bert_cls": Small(bert, bert.Bert, replace(BERT, head="cls"), (3,)),
+    "roberta_lm": Small(bert, bert.Bert, replace(ROBERTA, head="lm")),
+    "roberta_cls": Small(bert, bert.Bert, replace(ROBERTA, head="cls"), (3,)),
+    "deberta": Small(deberta, deberta.Deberta, replace(DEBERTA, bare=True)),
+    "deberta_lm": Small(deberta, deberta.Deberta, replace(OWN, head="lm", legacy=True)),
+    "deberta_cls": Small(deberta, deberta.Deberta, replace(DEBERTA, head="cls"), (3,)),
+}
+ONE_EACH = ("gpt", "llama_untied", "roberta_lm", "deberta")
+IDS = np.random.default_rng(0).integers(2, 61, (3, 9)).astype(np.int32)
+MASK = (np.arange(9) < np.array([[9], [5], [1]])).astype(np.int32)
+
+
+def slow(value: Any) -> Any:
+    """A parameter for the long run."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+# One of each kind for every day.
+SOME = [name if name in ONE_EACH else slow(name) for name in SMALL]
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Relative to the largest value of each array."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1e-6))
+
+
+# ---- one function, whichever way it is compiled ------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_scanned_is_unscanned(name: str) -> None:
+    """The same outputs, and the blocks' parameters stacked."""
+    small = SMALL[name]
+    outputs = [
+        jax.jit(small.model(scan=scan).apply)(small.variables(scan), IDS, MASK)
+        for scan in (True, False)
+    ]
+    assert_close(*outputs)
+    assert len(jax.tree.leaves(small.shapes(True))) < len(jax.tree.leaves(small.shapes(False)))
+
+
+@pytest.mark.parametrize("name", ["gpt", *map(slow, ONE_EACH[1:])])
+def test_remat_is_plain(name: str) -> None:
+    """Values and gradients, with nothing kept and with a policy."""
+    small, scan = SMALL[name], name != "llama_untied"
+
+    def slope(**options: Any) -> Any:
+        model = small.model(scan=scan, **options)
+        loss = lambda variables: jnp.square(model.apply(variables, IDS, MASK)).mean()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(small.variables(scan))
+
+    def assert_same(actual: Any) -> None:
+        # Against the largest of all: the bias of a key has no gradient but rounding errors.
+        chex.assert_trees_all_close(actual, plain, rtol=0, atol=1e-5 * largest)
+
+    plain = slope()
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(plain[1]))
+    assert_same(slope(remat=True))
+    assert_same(slope(remat=True, policy=jlora.checkpoint_policy))
+
+
+def test_remat_keeps_less() -> None:
+    """The policy decides which activations the backward pass gets."""
+    small = SMALL["gpt"]
+
+    def kept(**options: Any) -> int:
+        model = small.model(**options)
+        _, pull = jax.eval_shape(lambda v: jax.vjp(lambda v: model.apply(v, IDS), v), variables)
+        return sum(x.size for x in jax.tree.leaves(pull))
+
+    variables = small.shapes(True)
+    nothing, some, everything = (
+        kept(remat=True),
+        kept(remat=True, policy=jlora.checkpoint_policy),
+        kept(),
+    )
+    assert nothing < some < everything
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_padding_does_not_leak(name: str) -> None:
+    """Tokens under the mask change nothing, and neither does padding's length."""
+    small = SMALL[name]
+    padding = getattr(small.config, "pad_token_id", 0)
+    apply, variables = jax.jit(small.model().apply), small.variables(small.model().scan)
+
+    def seen(ids: Any, mask: Any) -> np.ndarray:
+        y = np.asarray(apply(variables, ids, mask))
+        return y if small.classes else y[mask > 0]
+
+    # RoBERTa counts positions by the tokens that are not padding, wherever the mask is.
+    padded = np.where(MASK, IDS, padding)
+    expected = seen(padded, MASK)
+    other = np.where(MASK, IDS, padding if "roberta" in name else 7)
+    other[:, -1] = np.where(MASK[:, -1], IDS[:, -1], 9)
+    assert_close(seen(other, MASK), expected, 1e-6)
+    alone = seen(padded[1:2, :5], MASK[1:2, :5])
+    assert_close(alone, expected[1:2] if small.classes else expected[9:14])
+    assert np.abs(seen(np.where(IDS[0, 0] == IDS, 3, padded), MASK) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_decoders_see_no_later_token(name: str) -> None:
+    """The logits before a token do not depend on it; positions may be given."""
+    small = SMALL[name]
+    apply, variables = jax.jit(small.model().apply), small.variables(True)
+    logits = apply(variables, IDS)
+    changed = apply(variables, np.concatenate([IDS[:, :-1], 60 - IDS[:, -1:]], axis=1))
+    np.testing.assert_array_equal(changed[:, :-1], logits[:, :-1])
+    assert np.abs(changed[:, -1] - logits[:, -1]).max() > 1e-3
+    # Padded on the left, with the positions that the tokens would have without padding.
+    ids = np.concatenate([np.zeros((3, 2), np.int32), IDS], axis=1)
+    mask = np.concatenate([np.zeros((3, 2), np.int32), np.ones_like(IDS)], axis=1)
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    assert_close(apply(variables, ids, mask, positions)[:, 2:], logits)
+
+
+@pytest.mark.parametrize("name", ["gpt", slow("bert_cls"), slow("deberta_cls")])
+def test_dropout_needs_a_key(name: str) -> None:
+    """With a key it acts, in every layer of a scan in another way; without, nothing is random."""
+    small = SMALL[name]
+    variables = small.variables(True)
+    apply = jax.jit(lambda key: small.model(scan=True).apply(variables, IDS, rngs={"dropout": key}))
+    one, two = apply(jax.random.key(0)), apply(jax.random.key(1))
+    plain = jax.jit(small.model(scan=True).apply)(variables, IDS)
+    assert np.abs(one - two).max() > 1e-3 and np.abs(one - plain).max() > 1e-3
+    assert_close(apply(jax.random.key(0)), one, 0)
+
+
+def test_lower_precision() -> None:
+    """Computed in bfloat16 with parameters in bfloat16, logits come in float32."""
+    for name in ("gpt", "llama_untied"):
+        model = SMALL[name].model(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), IDS))
+        assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype(jnp.bfloat16)}
+        assert jax.eval_shape(model.apply, variables, IDS).dtype == jnp.float32
+
+
+# ---- NNX ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan", [True, slow(False)])
+def test_nnx_is_linen(scan: bool, tmp_path: pathlib.Path) -> None:
+    """One folder, two libraries: the same adapted outputs and gradients, and the same file."""
+    SMALL["gpt"].write(tmp_path)
+    config, variables = gpt.load(tmp_path, scan=scan, pad_vocab=8)
+    same, graph, params = gpt_nnx.load(tmp_path, scan=scan, pad_vocab=8, remat=True)
+    assert same == config
+    rule = jlora.LoRA("c_attn/kernel", rank=2, slots=jlora.Slots(3, (0, 2)))
+
+    def run(apply: Any, params: Any) -> Any:
+        lora = jlora.transform(apply, rule)
+        base, adapter = lora.init(jax.random.key(0), params, IDS, MASK)
+        flat, structure = jax.tree.flatten(adapter)
+        draws = [jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in flat]
+
+        @jax.jit
+        def slope(adapter: Any) -> Any:
+            loss = lambda a: jnp.square(lora.apply(base, a, IDS, MASK)[..., :61]).mean()  # noqa: E731
+            return jax.value_and_grad(loss)(adapter)
+
+        loss, slopes = slope(jax.tree.unflatten(structure, draws))
+        return loss, jax.tree.leaves(slopes)
+
+    linen = run(gpt.GPT(config, scan=scan).apply, variables)
+    nnx = run(functools.partial(gpt_nnx.apply, graph), params)
+    assert_close(nnx, linen)
+    gpt_nnx.save(tmp_path / "again", params, config)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", SMALL)
+def test_load_then_save_is_the_same_file(name: str, scan: bool, tmp_path: pathlib.Path) -> None:
+    """Config with head, variables, bytes."""
+    small = SMALL[name]
+    small.write(tmp_path)
+    config, variables = small.module.load(tmp_path, scan=scan)
+    assert config == small.config
+    assert jax.tree.structure(variables) == jax.tree.structure(small.shapes(scan))
+    assert_close(variables, small.variables(scan), 0)
+    small.module.save(tmp_path / "again", variables, config)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_half_precision_and_shards(tmp_path: pathlib.Path) -> None:
+    """The dtype is the file's; tensors may be in several files, and buffers in none of ours."""
+    small = SMALL["gpt"]
+    small.write(tmp_path)
+    tensors = {k: x.astype(jnp.bfloat16) for k, x in hf.read_tensors(tmp_path).items()}
+    tensors["transformer.h.0.attn.bias"] = np.tril(np.ones((1, 1, 16, 16), np.uint8))
+    (tmp_path / "model.safetensors").unlink()
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        part = {name: x for name, x in tensors.items() if where[name] == file}
+        hf.write_tensors(tmp_path / file, part)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    config, variables = gpt.load(tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.bfloat16)}
+    gpt.save(tmp_path / "again", variables, config)
+    again = load_file(tmp_path / "again")
+    assert again.keys() == tensors.keys()
+    for key, x in tensors.items():
+        assert again[key].dtype == x.dtype and again[key].tobytes() == x.tobytes(), key
+
+
+def test_a_tied_head_may_be_in_the_file(tmp_path: pathlib.Path) -> None:
+    """As a copy of the embedding it is left out; with other values it is an error."""
+    small = SMALL["gpt"]
+    small.write(tmp_path)
+    tensors = hf.read_tensors(tmp_path)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    hf.write_tensors(tmp_path / "model.safetensors", tensors)
+    assert_close(gpt.load(tmp_path)[1], small.variables(True), 0)
+    tensors["lm_head.weight"] = 1 + tensors["transformer.wte.weight"]
+    hf.write_tensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError) as error:
+        gpt.load(tmp_path)
+    assert str(error.value) == (
+        "lm_head.weight must be the same as transformer.wte.weight, to which it is tied"
+    )
+
+
+def test_padded_vocabulary(tmp_path: pathlib.Path) -> None:
+    """Rows are added and cut off again; what is no token has the least logit."""
+    SMALL["gpt"].write(tmp_path)
+    config, variables = gpt.load(tmp_path, pad_vocab=16)
+    assert variables["params"]["wte"]["embedding"].shape == (64, 16)
+    logits = gpt.GPT(config).apply(variables, IDS)
+    expected = SMALL["gpt"].model().apply(SMALL["gpt"].variables(True), IDS)
+    assert_close(logits[..., :61], expected)
+    assert (logits[..., 61:] == np.finfo(np.float32).min).all()
+    gpt.save(tmp_path / "again", variables, config)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["bert_lm", "roberta_lm", "deberta_lm"])
+def test_new_head(name: str) -> None:
+    """What was trained on words gets a head for classes in its place."""
+    small = SMALL[name]
+    config, variables = small.module.new_head(
+        jax.random.key(0), small.config, small.variables(False), classes=5
+    )
+    like = small.module.shapes(config, 5)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, like)
+    assert small.kind(config, 5).apply(variables, IDS, MASK).shape == (3, 5)
+    tensors = hf.to_tensors(variables, small.module.names(config))
+    assert [name for name in tensors if "classifier" in name]
+    assert not [name for name in tensors if "lm_" in name or "cls." in name]
+
+
+def test_new_head_keeps_the_pooler() -> None:
+    """BERT's pooler was trained with the encoder."""
+    small = SMALL["bert"]
+    pooler = {"pooler.dense.weight": jnp.ones((16, 16)).at[0].set(2), "pooler.dense.bias": IDS[0]}
+    variables = {**small.variables(False), "unused": pooler}
+    _, variables = bert.new_head(jax.random.key(0), small.config, variables, classes=2)
+    assert (variables["params"]["pooler"]["kernel"][:, 0] == 2).all()
+    assert variables["params"]["pooler"]["bias"] is pooler["pooler.dense.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("gpt", "model_type", "llama", "expected model_type 'gpt2', got 'llama'"),
+        ("gpt", "scale_attn_weights", False, "expected scale_attn_weights True, got False"),
+        ("llama", "rope_scaling", {"factor": 8}, "expected rope_scaling None, got {'factor': 8}"),
+        ("bert", "hidden_act", "relu", "expected hidden_act 'gelu', got 'relu'"),
+        ("deberta", "pooler_hidden_act", "tanh", "expected pooler_hidden_act 'gelu', got 'tanh'"),
+        ("bert", "hidden_size", None, "lacks hidden_size"),
+    ],
+)
+def test_config_of_another_model(
+    name: str, field: str, value: Any, message: str, tmp_path: pathlib.Path
+) -> None:
+    """What is not computed is an error."""
+    SMALL[name].write(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError) as error:
+        SMALL[name].module.load(tmp_path)
+    assert str(error.value).removeprefix(f"`{path}`").lstrip(": ") == message
+
+
+def test_no_checkpoint(tmp_path: pathlib.Path) -> None:
+    """What is missing, and how to get it."""
+    SMALL["gpt"].write(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError) as error:
+        gpt.load(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path} holds neither model.safetensors nor model.safetensors.index.json. Put the "
+        "checkpoint there; from another format, `transformers` writes it by save_pretrained(..., "
+        "safe_serialization=True)."
+    )
+
+
+def test_examples_in_docstrings() -> None:
+    """Those of the shared files."""
+    assert doctest.testmod(hf).failed == 0 < doctest.testmod(hf).attempted
+
+
+# ---- axes and meshes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", SMALL)
+def test_every_axis_of_a_matrix_has_a_name(name: str, scan: bool) -> None:
+    """And the rules know it."""
+    model = SMALL[name].model(scan=scan)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), IDS)
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    known = {rule for rule, _ in parts.RULES} | {None}
+    for leaf in leaves:
+        assert len(leaf.names) == leaf.value.ndim and set(leaf.names) <= known
+        assert leaf.value.ndim == 1 or any(leaf.names)
+    assert any("layers" in leaf.names for leaf in leaves) == scan
+
+
+MESH = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import flax.linen as nn, jax, numpy as np
+import jlora, test_models
+from models import parts
+
+mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+ids = np.random.default_rng(0).integers(2, 61, (8, 8)).astype(np.int32)
+for name in test_models.ONE_EACH:
+    small = test_models.SMALL[name]
+    config = {"pad_vocab": 4} if name == "gpt" else {"vocab": 64} if "llama" in name else {
+        "vocab_size": 64}
+    small = small._replace(config=test_models.dataclasses.replace(small.config, **config))
+    model = small.model(scan=True, remat=True)
+    whole = small.variables(True)
+    expected = jax.jit(model.apply)(whole, ids)
+    for rules in (parts.RULES, parts.SEQUENCE_RULES):
+        abstract = jax.eval_shape(model.init, jax.random.key(0), ids)
+        places = parts.shardings(abstract, mesh, rules)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+            variables = jax.device_put(whole, places)
+            text = jax.jit(model.apply).lower(variables, ids).as_text()
+            test_models.assert_close(jax.jit(model.apply)(variables, ids), expected)
+        assert "sharding_constraint" in text or "@Sharding" in text
+        kernels = [x.sharding for x in jax.tree.leaves(variables) if x.ndim > 2]
+        assert len({x.spec for x in kernels}) >= 2
+        assert not any(x.is_fully_replicated for x in kernels)
+    print(name)
+"""
+
+
+def test_on_a_mesh() -> None:
+    """Eight devices, fully sharded × tensor parallel, with and without sequence parallelism."""
+    tests = pathlib.Path(__file__).parent
+    paths = [str(tests), str(tests.parent / "examples"), str(tests.parent)]
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, "-c", MESH, *paths],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == list(ONE_EACH), done.stderr
+
+
+# ---- counts -------------------------------------------------------------------------------------
+
+TOTALS = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt3-175b": 174_604_259_328,
+    "llama2-7b": 6_738_415_616,
+    "llama2-70b": 68_976_648_192,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
+}
+
+
+def test_sizes() -> None:
+    """The parameters of the published models."""
+    for module in (gpt, llama, bert, deberta):
+        for name, config in module.SIZES.items():
+            if name in TOTALS:
+                assert jlora.count(module.shapes(config)) == TOTALS[name], name
+
+
+@pytest.mark.parametrize("row", counts.rows(), ids=lambda row: f"{row.name}, {row.adapted}")
+def test_counts_of_the_paper(row: counts.Row) -> None:
+    """Trainable parameters exactly; what is stored and kept follows from them."""
+    figures = counts.measure(row.model, row.rules)
+    assert figures.trainable == row.expected
+    assert figures.adapter_bytes == 2 * row.expected
+    assert figures.merged_bytes == 2 * figures.parameters
+    assert figures.gradient_bytes == 4 * row.expected
+    assert figures.moment_bytes == 4 + 8 * row.expected
+    assert figures.full_gradient_bytes == 4 * figures.parameters
+    assert figures.full_moment_bytes == 4 + 8 * figures.parameters
+
+
+def test_counts_do_not_depend_on_the_scan() -> None:
+    """An unscanned model has the same matrices."""
+    model = gpt.GPT(gpt.SIZES["gpt2-medium"], scan=False)
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    sites = jlora.transform(model.apply, *counts.gpt_rules("qv", 4)).sites(
+        gpt.shapes(model.config, scan=False), ids
+    )
+    assert sites.trainable == 393_216
+
+
+def test_counts_print_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the figures that the README shows."""
+    counts.main(counts.rows()[:1])
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| RoBERTa-base | 124,697,433 | q, v, r = 8 | 294,912 | 590 kB | 249 MB "
+        "| 1.18 MB of 499 MB | 2.36 MB of 998 MB |"
+    ]

@@ -1,0 +1,198 @@
+"""The models of the examples against `transformers` on PyTorch, through files of the real classes.
+
+Needs the extra `interop`.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from models import bert, deberta, gpt, gpt_nnx, llama  # noqa: E402
+
+IDS = np.random.default_rng(0).integers(2, 61, (3, 12))
+MASK = (np.arange(12) < np.array([[12], [7], [1]])).astype(np.int64)
+TYPES = np.random.default_rng(1).integers(0, 2, IDS.shape)
+# Larger than their initial draw, so that every part of the model shows in the logits.
+ENCODER = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 20,
+    "type_vocab_size": 2,
+    "initializer_range": 0.3,
+    "num_labels": 3,
+}
+GPT2 = {"vocab_size": 61, "n_positions": 16, "n_embd": 16, "n_layer": 3, "n_head": 4}
+GPT2 |= {"initializer_range": 0.3}
+LLAMA = {**ENCODER, "num_key_value_heads": 2, "rope_theta": 500.0}
+XXL = {
+    **ENCODER,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "pos_att_type": "p2c|c2p",
+    "position_buckets": 4,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "conv_kernel_size": 3,
+    "conv_act": "gelu",
+}
+GROUPED = {**XXL, "conv_kernel_size": 5, "conv_groups": 2, "conv_act": "tanh"}
+OWN = {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+OWN |= {"max_relative_positions": 9}
+C2P = {**XXL, "pos_att_type": "c2p", "share_att_key": False}
+P2C = {**XXL, "pos_att_type": ["p2c"], "share_att_key": False, "conv_kernel_size": 0}
+# transformers ties the wrong matrix to the embedding if it is left to tie.
+NEW_HEAD = {**XXL, "legacy": False, "tie_word_embeddings": False}
+
+
+class Case(NamedTuple):
+    """A class of `transformers`, its config, and our model of it."""
+
+    cls: str
+    config: dict[str, Any]
+    module: Any
+    make: Callable[..., Any]
+    classes: tuple[int, ...] = ()
+    types: bool = False
+
+
+def encoders(name: str, config: dict[str, Any], module: Any, make: Any) -> dict[str, Case]:
+    """Without a head, with one for words and with one for classes."""
+    cases = {
+        "": Case(f"{name}Model", config, module, make),
+        "_lm": Case(f"{name}ForMaskedLM", config, module, make),
+        "_cls": Case(f"{name}ForSequenceClassification", config, module, make, (3,)),
+    }
+    types = config["type_vocab_size"] > 0
+    return {name + suffix: case._replace(types=types) for suffix, case in cases.items()}
+
+
+CASES = {
+    "gpt2": Case("GPT2LMHeadModel", GPT2, gpt, gpt.GPT),
+    "gpt2_inner": Case("GPT2LMHeadModel", {**GPT2, "n_inner": 24}, gpt, gpt.GPT),
+    "llama": Case("LlamaForCausalLM", {**LLAMA, "tie_word_embeddings": True}, llama, llama.Llama),
+    "llama_untied": Case("LlamaForCausalLM", LLAMA, llama, llama.Llama),
+    **encoders("Bert", ENCODER, bert, bert.Bert),
+    "bert_pretraining": Case("BertForPreTraining", ENCODER, bert, bert.Bert, types=True),
+    **encoders("Roberta", {**ENCODER, "pad_token_id": 1}, bert, bert.Bert),
+    **encoders("DebertaV2", XXL, deberta, deberta.Deberta),
+    "deberta_grouped": Case("DebertaV2Model", GROUPED, deberta, deberta.Deberta),
+    "deberta_own": Case("DebertaV2ForMaskedLM", OWN, deberta, deberta.Deberta, types=True),
+    "deberta_c2p": Case("DebertaV2Model", C2P, deberta, deberta.Deberta),
+    "deberta_p2c": Case("DebertaV2Model", P2C, deberta, deberta.Deberta),
+    "deberta_plain": Case("DebertaV2Model", ENCODER, deberta, deberta.Deberta, types=True),
+    "deberta_new_head": Case("DebertaV2ForMaskedLM", NEW_HEAD, deberta, deberta.Deberta),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Each row of the table."""
+    return CASES[request.param]
+
+
+def torch_model(case: Case, folder: pathlib.Path) -> Any:
+    """A random model of the real class, saved and loaded again."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, case.cls)
+    model = cls(cls.config_class(**case.config))
+    with torch.no_grad():
+        for x in model.parameters():  # biases are zero and scales one by default
+            if x.ndim == 1:
+                x += 0.2 * torch.randn_like(x)
+    model.save_pretrained(folder)
+    return cls.from_pretrained(folder).eval()
+
+
+def inputs(case: Case) -> dict[str, np.ndarray]:
+    """Ids, mask and, where there are any, types; padding is what the config says."""
+    padding = case.config.get("pad_token_id", 0)
+    given = {"input_ids": np.where(MASK, IDS, padding), "attention_mask": MASK}
+    return given | ({"token_type_ids": TYPES} if case.types else {})
+
+
+def torch_outputs(model: Any, given: dict[str, np.ndarray]) -> np.ndarray:
+    """Hidden states or logits."""
+    with torch.no_grad():
+        outputs = model(**{name: torch.tensor(x) for name, x in given.items()})
+    return next(iter(outputs.values())).numpy()
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_logits_and_files(case: Case, scan: bool, tmp_path: pathlib.Path) -> None:
+    """The same to 1e-4 where there are tokens, and byte for byte the same file."""
+    model, given = torch_model(case, tmp_path), inputs(case)
+    config, variables = case.module.load(tmp_path, scan=scan)
+    ours = case.make(config, *case.classes, scan=scan)
+    actual = np.asarray(jax.jit(ours.apply)(variables, *given.values()))
+    expected = torch_outputs(model, given)
+    if not case.classes:
+        actual, expected = actual[MASK > 0], expected[MASK > 0]
+    assert actual.shape == expected.shape and np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+    case.module.save(tmp_path / "ours", variables, config)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_a_change_gets_there_and_back(case: Case, tmp_path: pathlib.Path) -> None:
+    """What is changed here and saved is what PyTorch loads, as a whole."""
+    torch_model(case, tmp_path)
+    config, variables = case.module.load(tmp_path, scan=True)
+    variables["params"] = jax.tree.map(lambda x: 0.9 * x, variables["params"])
+    case.module.save(tmp_path / "model.safetensors", variables, config)
+    cls = getattr(transformers, case.cls)
+    model, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not info["missing_keys"]
+    given = inputs(case)
+    actual = case.make(config, *case.classes, scan=True).apply(variables, *given.values())
+    expected = torch_outputs(model.eval(), given)
+    if not case.classes:
+        actual, expected = actual[MASK > 0], expected[MASK > 0]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_nnx(scan: bool, tmp_path: pathlib.Path) -> None:
+    """GPT-2 in NNX."""
+    model, given = torch_model(CASES["gpt2"], tmp_path), inputs(CASES["gpt2"])
+    _, graph, params = gpt_nnx.load(tmp_path, scan=scan)
+    actual = np.asarray(gpt_nnx.apply(graph, params, *given.values()))
+    expected = torch_outputs(model, given)
+    np.testing.assert_allclose(actual[MASK > 0], expected[MASK > 0], rtol=0, atol=1e-4)
+
+
+def test_shards_and_the_model_without_a_head(tmp_path: pathlib.Path) -> None:
+    """Several files are read as one; `GPT2Model`'s names lack their first part."""
+    for cls in ("GPT2LMHeadModel", "GPT2Model"):
+        model = torch_model(CASES["gpt2"]._replace(cls=cls), tmp_path / cls)
+        model.save_pretrained(tmp_path / cls / "shards", max_shard_size="8KB")
+        assert len(list((tmp_path / cls / "shards").glob("*.safetensors"))) > 2
+        config, variables = gpt.load(tmp_path / cls / "shards")
+        assert config.bare == (cls == "GPT2Model")
+        gpt.save(tmp_path / cls / "ours", variables, config)
+        expected = (tmp_path / cls / "model.safetensors").read_bytes()
+        assert (tmp_path / cls / "ours").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("span", "farthest", "length"), [(256, 512, 512), (256, 512, 600), (32, 64, 90), (8, 20, 40)]
+)
+def test_buckets_of_distances(span: int, farthest: int, length: int) -> None:
+    """To the last bit of the logarithm, beyond the farthest distance too."""
+    from transformers.models.deberta_v2 import modeling_deberta_v2 as modeling
+
+    x = torch.zeros(1, length, 4)
+    expected = modeling.build_relative_position(x, x, span, farthest)[0].numpy() + span
+    actual = deberta.buckets(length, span, farthest, logarithmic=True)
+    np.testing.assert_array_equal(actual, np.clip(expected, 0, 2 * span - 1))
