@@ -202,7 +202,7 @@ def make_loss(lora: jlora.Transformed, places: Any, dtype: Any) -> Any:
 
 
 def mean_loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """The cross entropy of each token after the first; logits (B, L, vocabulary), ids (B, L + 1)."""
+    """The cross entropy of (B, L + 1) ids, each after the first, by (B, L, V) logits."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
 
