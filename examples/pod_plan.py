@@ -73,12 +73,22 @@ class Row(NamedTuple):
     collectives: Mapping[str, tuple[int, int]] | None
 
 
-def measure(method: str, topology: str, axes: tuple[int, int], job: Job, names: Any) -> Row:
-    """Compiles a step for a topology; `names` are the rules for the model's logical axes."""
+def measure(
+    method: str,
+    topology: str,
+    axes: tuple[int, int],
+    job: Job,
+    names: Any,
+    options: dict[str, Any] | None = None,
+) -> Row:
+    """Compiles a step for a topology, with the compiler's `options`.
+
+    `names` are the rules for the model's logical axes.
+    """
     mesh = mesh_of(topology, axes)
     loss, base, adapter, args, tx = job(method, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(names):
-        plan = jlora.plan(loss, base, adapter, args, tx)
+        plan = jlora.plan(loss, base, adapter, args, tx, compiler_options=options)
         jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(adapter, base, *args)
     found = summary(collectives(plan.program.as_text())) if plan.program else None
     return Row(method, topology, plan._replace(program=None), flops(jaxpr) / mesh.size, found)
