@@ -11,9 +11,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from . import sharding
 from ._estimate import held, shard_size
+from ._explicit import explicit
 from ._table import aligned, readable
 from ._topology import CHIPS
-from ._tree import explicit, size_in_bytes
+from ._tree import size_in_bytes
 from ._types import PyTree
 
 
