@@ -14,7 +14,6 @@ from collections.abc import Iterator
 EXAMPLE = str(pathlib.Path(__file__).parents[1] / "examples" / "pod.py")
 DEVICES = 8
 LIMIT = 90  # seconds that a run may take
-MINUTE = 60  # seconds in which all end once one has
 
 
 class Run:
