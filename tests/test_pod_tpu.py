@@ -21,10 +21,10 @@ from models.parts import RULES, SEQUENCE_RULES
 
 from jlora import _compat
 
-LENGTH = 1024
+LENGTH = {"llama": 1024, "gpt": 1024, "7b": 2048}
 MODELS = {
     "llama": llama.Llama(llama.Config(2048, 2, 2048, 5632, 16, 16, tied=False), **pod.LARGE),
-    "gpt": gpt.GPT(gpt.Config(2048, LENGTH, 2, 2048, 16), **pod.LARGE),
+    "gpt": gpt.GPT(gpt.Config(2048, 1024, 2, 2048, 16), **pod.LARGE),
 }
 V5P, V5E = "v5p:2x2x2", "v5e:2x4"
 # model, topology, devices along fsdp and tensor, whether tokens are cut between the layers, adapted
@@ -43,27 +43,34 @@ CASES = [
 
 
 @functools.cache
-def row(model, topology, axes, sequence, method):
-    """What a step needs, from a compiler in a hurry; one at a time, as each takes seconds."""
-    pod.SHAPES["test"] = pod.Shape(MODELS[model], LENGTH)
-    args = argparse.Namespace(shape="test", rank=8, rows=1, length=LENGTH)
+def row(shape, topology, axes, sequence, method, options=None):
+    """What a step needs."""
+    args = argparse.Namespace(shape=shape, rank=8, rows=1, length=LENGTH[shape])
     names = SEQUENCE_RULES if sequence else RULES
     job = functools.partial(pod.plan_step, args)
-    return pod_plan.measure(method, topology, axes, job, names, _compat.HURRIED)
+    return pod_plan.measure(method, topology, axes, job, names, options and dict(options))
 
 
 @pytest.mark.parametrize(("model", "topology", "axes", "sequence", "method"), CASES)
-def test_the_floor(model, topology, axes, sequence, method):
-    floor = row(model, topology, axes, sequence, "floor")
-    found = row(model, topology, axes, sequence, method)
-    print(floor.collectives, found.collectives)
-    count, size = found.collectives["total"]
-    least, smallest = floor.collectives["total"]
+def test_collectives(model, topology, axes, sequence, method, monkeypatch):
+    """By a compiler in a hurry, which arranges the same collectives."""
+    monkeypatch.setitem(pod.SHAPES, model, pod.Shape(MODELS[model], LENGTH[model]))
+    hurried = tuple(_compat.HURRIED.items())
+    least, smallest = row(model, topology, axes, sequence, "floor", hurried).collectives["total"]
+    count, size = row(model, topology, axes, sequence, method, hurried).collectives["total"]
     leaves, adapter = sizes(model, method)
-    assert count <= 1.01 * least + leaves
+    # B of a slot moves to the devices that have the slot's columns.
+    moved = 4 if (model, method) == ("gpt", "qv") else 0
+    assert count <= 1.01 * least + leaves + moved
     # Gathered in bfloat16, and the gradient summed in float32.
     assert size <= 1.01 * smallest + 1.5 * adapter
-    assert found.plan.peak <= 1.02 * floor.plan.peak + 4 * adapter
+
+
+@pytest.mark.parametrize("method", ["qv", "all"])
+def test_memory(method):
+    """Of the real Llama 7B."""
+    floor = row("7b", V5P, (4, 2), False, "floor")
+    assert row("7b", V5P, (4, 2), False, method).plan.peak <= 1.02 * floor.plan.peak
 
 
 def sizes(model, method):

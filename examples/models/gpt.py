@@ -93,9 +93,11 @@ class Block(nn.Module):
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = constrain(x, "batch", "residual", None)
         y = layer_norm(c.norm_eps, **options, name="ln_1")(x)
+        y = constrain(y, "batch", "length", None)
         y = Attention(c, **options, name="attn")(y, mask)
         x = constrain(x + dropout(self, c.dropout, y), "batch", "residual", None)
         y = layer_norm(c.norm_eps, **options, name="ln_2")(x)
+        y = constrain(y, "batch", "length", None)
         y = MLP(c, **options, name="mlp")(y)
         return constrain(x + dropout(self, c.dropout, y), "batch", "residual", None), None
 

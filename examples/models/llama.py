@@ -146,10 +146,11 @@ class Block(nn.Module):
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = functools.partial(rms_norm, self.config.norm_eps, **options)
         x = constrain(x, "batch", "residual", None)
-        y = norm(name="attention_norm")(x)
+        y = constrain(norm(name="attention_norm")(x), "batch", "length", None)
         x = x + Attention(self.config, **options, name="attention")(y, mask, positions)
         x = constrain(x, "batch", "residual", None)
-        x = x + MLP(self.config, **options, name="mlp")(norm(name="mlp_norm")(x))
+        y = constrain(norm(name="mlp_norm")(x), "batch", "length", None)
+        x = x + MLP(self.config, **options, name="mlp")(y)
         return constrain(x, "batch", "residual", None), None
 
 
