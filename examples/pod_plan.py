@@ -5,13 +5,14 @@
 
 Four steps are compiled: with the weights frozen and only the norms' scales trained, which is the
 floor; LoRA on queries and values; LoRA on all dense layers; full fine-tuning with Adam's moments in
-float32. For TPUs that takes `pip install jlora[tpu]` and no TPU; for H100s, `--topology cuda:1x1x8`
+float32. For TPUs that takes `pip install -e ".[tpu]"` and no TPU; for H100s, `--topology cuda:1x1x8`
 (slices, hosts, devices of a host), `pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt` in
 JAX's version and no GPU.
 """
 
 import argparse
 import csv
+import importlib.util
 import math
 import os
 import pathlib
@@ -41,6 +42,11 @@ SLICES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+}
+# The module that compiles, and what to install.
+COMPILERS = {
+    "tpu": ("libtpu", "-e '.[tpu]'"),
+    "cuda": ("jax_cuda12_plugin", "--no-deps jax-cuda12-plugin jax-cuda12-pjrt, of JAX's version"),
 }
 H100 = pathlib.Path(__file__).with_name("h100.txtpb")
 # So that libtpu neither asks a metadata server nor writes logs nor claims the host's TPUs.
@@ -95,16 +101,31 @@ def measure(
 
 
 def mesh_of(topology: str, axes: tuple[int, int]) -> Mesh:
-    """A mesh of devices that are not there, `v5p:4x4x8` or `cuda:1x1x8`, for their compiler."""
+    """A mesh of devices that are not there, `v5p:4x4x8` or `cuda:1x1x8`, for their compiler.
+
+    Raises:
+        ModuleNotFoundError: without that compiler.
+        ValueError: if `axes` has not the topology's number of devices.
+    """
     os.environ.update(QUIET | dict(os.environ))
     platform, _, shape = topology.partition(":")
+    module, install = COMPILERS["cuda" if platform == "cuda" else "tpu"]
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"`--topology {topology}` needs {module}: pip install {install}")
     if platform == "cuda":
         found = topologies.get_topology_desc(
             "h100", platform="cuda", target_config=H100.read_text(), topology=shape
         )
-        devices = np.array(found.devices).reshape(axes)
     else:
         found = topologies.get_topology_desc(topology, platform="tpu")
+    if len(found.devices) != math.prod(axes):
+        raise ValueError(
+            f"`--mesh` must have the {len(found.devices)} devices of {topology}; got "
+            f"{' × '.join(map(str, axes))} = {math.prod(axes)}."
+        )
+    if platform == "cuda":
+        devices = np.array(found.devices).reshape(axes)
+    else:
         devices = mesh_utils.create_device_mesh(axes, found.devices, allow_split_physical_axes=True)
     return Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 

@@ -6,6 +6,7 @@ activation or a weight.
 """
 
 import argparse
+import csv
 import functools
 
 import jax
@@ -81,3 +82,34 @@ def sizes(model, method):
     _, adapter = jax.eval_shape(lora.init, jax.random.key(0), base, ids)
     leaves = jax.tree.leaves(adapter)
     return len(leaves), sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def test_the_command(tmp_path, capsys):
+    """Prints a row a step, and writes the same numbers and a plot."""
+    where = ["--shape", "small", "--topology", "v5e:2x2", "--mesh", "2,2", "--out", str(tmp_path)]
+    pod.main(["plan", *where])
+    printed = capsys.readouterr().out.splitlines()
+    with open(tmp_path / "plan" / "small-v5e-2x2.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == list(pod_plan.METHODS.values())
+    assert printed[1].split() == " ".join(rows[0]).split()
+    for line, row in zip(printed[2:], rows, strict=False):
+        assert line.split() == " ".join(row.values()).split()
+        assert row["fits"] == "yes"
+    assert (tmp_path / "plan" / "small-v5e-2x2.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_smallest_slice(tmp_path, capsys):
+    """From the first that is tried on to the first that fits."""
+    pod.main(
+        ["plan", "--shape", "small", "--smallest", "v5e", "--methods", "qv", "--out", str(tmp_path)]
+    )
+    [_, _, row, _] = capsys.readouterr().out.splitlines()
+    assert "v5e:2x2" in row
+
+
+def test_a_mesh_of_another_size():
+    with pytest.raises(
+        ValueError, match=r"^`--mesh` must have the 4 devices of v5e:2x2; got 4 × 2"
+    ):
+        pod_plan.mesh_of("v5e:2x2", (4, 2))

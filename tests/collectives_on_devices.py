@@ -1,0 +1,43 @@
+"""Collectives of real programs on eight devices: run by `test_collectives.py`."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from collectives import collectives, summary
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+MESH = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
+STEPS = 5
+# What each device does with its two rows of three float32, and what is counted of it.
+PROGRAMS = {
+    "all-reduce": (lambda x: lax.psum(x, "x"), 24),
+    "all-gather": (lambda x: lax.all_gather(x, "x").sum(0), 8 * 24),
+    "collective-permute": (lambda x: lax.ppermute(x, "x", [(i, i ^ 1) for i in range(8)]), 24),
+}
+
+
+def compiled(f):
+    """The text of `f` on every device's part of an array."""
+    mapped = jax.shard_map(f, mesh=MESH, in_specs=P("x"), out_specs=P("x"), check_vma=False)
+    return jax.jit(mapped).lower(jnp.ones((16, 3), jnp.float32)).compile().as_text()
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_once(kind):
+    f, size = PROGRAMS[kind]
+    assert summary(collectives(compiled(f)))[kind] == (1, size)
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_in_a_loop(kind):
+    f, size = PROGRAMS[kind]
+
+    def loop(x):
+        return lax.fori_loop(0, STEPS, lambda _, x: jnp.sin(f(x)), x)
+
+    assert summary(collectives(compiled(loop)))[kind] == (STEPS, STEPS * size)
+
+
+def test_none():
+    assert summary(collectives(compiled(jnp.sin))) == {}
