@@ -60,9 +60,7 @@ def test_collectives(model, topology, axes, sequence, method, monkeypatch):
     least, smallest = row(model, topology, axes, sequence, "floor", hurried).collectives["total"]
     count, size = row(model, topology, axes, sequence, method, hurried).collectives["total"]
     leaves, adapter = sizes(model, method)
-    # B of a slot moves to the devices that have the slot's columns.
-    moved = 4 if (model, method) == ("gpt", "qv") else 0
-    assert count <= 1.01 * least + leaves + moved
+    assert count <= 1.01 * least + leaves
     # Gathered in bfloat16, and the gradient summed in float32.
     assert size <= 1.01 * smallest + 1.5 * adapter
 

@@ -9,8 +9,9 @@
     abstract = jax.eval_shape(model.init, key, ids)  # 175B parameters without memory; see `parts`
 
 The layers are scanned, with their parameters stacked on axis 0 of ``h``, or with ``scan=False``
-modules ``h_0``, ``h_1``, …. Queries, keys and values have one kernel, (D, 3·D): those of the paper
-are `jlora.LoRA("c_attn/kernel", slots=jlora.Slots(3, (0, 2)))`. `jlora.peft` takes `names(config)`.
+modules ``h_0``, ``h_1``, …. Queries, keys and values have one kernel, (D, 3, D), which a mesh cuts
+along the heads of each: those of the paper are `jlora.LoRA("c_attn/kernel", slots=jlora.Slots(3,
+(0, 2)))`. `jlora.peft` takes `names(config)`.
 
 Letters in the shapes: B batch, L tokens, D model size, H heads, K size of a head, F inner size, V
 vocabulary, padded.
@@ -29,7 +30,7 @@ import numpy as np
 from jlora import peft
 
 from . import hf, parts
-from .parts import constrain, dense, dropout, embed, layer_norm, stack
+from .parts import constrain, dense, dropout, embed, fused, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """``(B, L, D)`` and ``(B, 1, 1, L)`` to ``(B, L, D)``."""
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = dense(3 * c.dim, ("embed", "heads"), **options, name="c_attn")(x)  # (B, L, 3·D)
+        y = fused(3, c.dim, c.dim, ("embed", "heads"), **options, name="c_attn")(x)  # (B, L, 3, D)
         y = y.reshape(*x.shape[:2], 3, c.heads, c.dim // c.heads)  # (B, L, 3, H, K)
         y = constrain(y, "batch", "length", None, "heads", None)
         q, k, v = (y[:, :, i] for i in range(3))  # (B, L, H, K)
@@ -187,7 +188,8 @@ class GPT(nn.Module):
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
-_DENSE = {"h/(attn|mlp)/c_(attn|fc|proj)": r"h.{}.\1.c_\2"}
+_DENSE = {"h/(attn|mlp)/c_(fc|proj)": r"h.{}.\1.c_\2"}
+_FUSED = {"h/attn/c_attn": "h.{}.attn.c_attn"}
 _NORMS = {r"h/(ln_\d)": r"h.{}.\1", "ln_f": "ln_f"}
 
 
@@ -200,6 +202,8 @@ def names(config: Config) -> tuple[peft.Name, ...]:
         # Its Conv1D keeps a kernel as (inputs, outputs), as Flax does.
         *hf.rows(_DENSE, {"kernel": ("io", "weight")}, "h", prefix, transposed=True),
         *hf.rows(_DENSE, {"bias": ("o", "bias")}, "h", prefix),
+        *hf.rows(_FUSED, {"kernel": ("ioo", "weight")}, "h", prefix, transposed=True),
+        *hf.rows(_FUSED, {"bias": ("oo", "bias")}, "h", prefix),
         *hf.rows(_NORMS, {"scale": ("o", "weight"), "bias": ("o", "bias")}, "h", prefix),
     )
 

@@ -31,7 +31,7 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs, **options: Any):
         """The layers."""
         self.heads = config.heads
-        self.c_attn = nnx.Linear(config.dim, 3 * config.dim, rngs=rngs, **options)
+        self.c_attn = nnx.LinearGeneral(config.dim, (3, config.dim), rngs=rngs, **options)
         self.c_proj = nnx.Linear(config.dim, config.dim, rngs=rngs, **options)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:

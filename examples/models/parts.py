@@ -74,6 +74,14 @@ def dense(size: int, axes: tuple[str | None, str | None], **options: Any) -> nn.
     return nn.Dense(size, kernel_init=kernel, bias_init=bias, **options)
 
 
+def fused(count: int, inputs: int, size: int, axes: tuple[str, str], **options: Any) -> nn.Einsum:
+    """`count` dense layers in one kernel (inputs, count, size), each cut by a mesh as one is."""
+    kernel = _named(nn.initializers.lecun_normal(0, (1, 2)), (axes[0], None, axes[1]))
+    bias = _named(nn.initializers.zeros, (None, axes[1]))
+    shape = inputs, count, size
+    return nn.Einsum(shape, "bli,ico->blco", kernel_init=kernel, bias_init=bias, **options)
+
+
 def conv(size: int, width: int, axes: tuple[str | None, str | None], **options: Any) -> nn.Conv:
     """A convolution over tokens, the axes of whose kernel have the names ``None, *axes``."""
     kernel = _named(nn.initializers.lecun_normal(), (None, *axes))
