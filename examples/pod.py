@@ -245,9 +245,9 @@ def places_of(tree: Any) -> Any:
 def make_base(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[nn.Module, Any, Any]:
     """The model, its frozen weights and a batch, as shapes that say where on the mesh they lie."""
     model = SHAPES[args.shape].model
-    ids = jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), ids)
-    base = placed(nn.unbox(boxed), shardings(boxed, mesh))  # by the axes' names
+    key, ids = jax.random.key(0), jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
+    places = shardings(jax.eval_shape(model.init, key, ids), mesh)  # by the axes' names
+    base = placed(jax.eval_shape(lambda key, ids: nn.unbox(model.init(key, ids)), key, ids), places)
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     return (
         model,
