@@ -6,8 +6,9 @@
 
 The score of a text is the sum of its tokens' log probabilities, the stop included, divided by their
 number to the power of the penalty: that of `transformers`, whose search with early_stopping="never"
-finds the same texts. The search ends when no unfinished text can become better than those kept. The
-model runs as one compiled program of fixed shape over whole texts: simple, not fast.
+finds the same texts. One beam with penalty 0 is greedy. The search ends when no unfinished text can
+become better than those kept. The model runs as one compiled program of fixed shape over whole
+texts: simple, not fast.
 """
 
 from collections.abc import Callable, Collection, Sequence

@@ -44,9 +44,8 @@ def classification(
         Rows of ``ids`` and ``types``, (tokens,) int32, and ``label``, () int32, or float32 if any
         label is a float.
     """
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer = _plain(tokenizer)
     tokenizer.enable_truncation(length, strategy="longest_first")
-    tokenizer.no_padding()
     encoded = tokenizer.encode_batch([pair if len(pair) > 1 else pair[0] for pair in texts])
     dtype = np.float32 if any(isinstance(label, float) for label in labels) else np.int32
     return [
@@ -80,7 +79,7 @@ def generation(
     Raises:
         ValueError: an answer alone does not fit.
     """
-    pairs = list(pairs)
+    pairs, tokenizer = list(pairs), _plain(tokenizer)
     first, second = zip(*pairs, strict=True) if pairs else ((), ())
     prompts, answers = (
         [e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -98,3 +97,11 @@ def generation(
         counts = np.array([0] * len(begin) + [1] * len(end), np.float32)
         rows.append({"ids": np.array(begin + end, np.int32), "counts": counts})
     return rows
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that neither cuts nor pads, as files of tokenizers may ask for."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

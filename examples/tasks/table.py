@@ -146,7 +146,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     },
 }
 
-_GREEDY = Decoding(beams=1, length_penalty=1.0, no_repeat=0, new_tokens=128)
+_GREEDY = Decoding(beams=1, length_penalty=0.0, no_repeat=0, new_tokens=128)
 DECODING: dict[str, Decoding] = {
     "e2e": Decoding(),
     "webnlg": Decoding(length_penalty=0.8),
