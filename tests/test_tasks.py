@@ -1033,6 +1033,15 @@ def test_impossible_searches():
     assert said == "`length`: expected at least 6, got 5"
 
 
+def test_logits_that_are_no_numbers():
+    def step(ids, lengths):
+        return np.full((len(ids), VOCAB), np.nan)
+
+    rules = {"beams": 2, "new_tokens": 4, "stop": ()}
+    said = error(FloatingPointError, beam.search, step, [[1, 2]], **rules)
+    assert said == "`step` gave NaN for texts of [2, 2] tokens"
+
+
 def test_search_over_a_model():
     config = gpt.Config(vocab=50, positions=16, layers=1, dim=16, heads=2)
     model = gpt.GPT(config)

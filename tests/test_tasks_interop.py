@@ -15,6 +15,7 @@ from models import gpt  # noqa: E402
 from tasks import beam  # noqa: E402
 
 CONFIG = {"vocab_size": 61, "n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 4}
+PAD = 4
 PROMPTS = [(5, 6, 7, 5, 6), (8, 9, 10, 11, 12), (60, 1, 60, 1, 2)]
 
 
@@ -24,8 +25,10 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**CONFIG, initializer_range=0.2, bos_token_id=0, eos_token_id=3)
+        transformers.GPT2Config(**CONFIG, initializer_range=0.4, bos_token_id=0, eos_token_id=3)
     )
+    with torch.no_grad():
+        theirs.transformer.wpe.weight *= 10  # else it repeats its input
     theirs.save_pretrained(folder)
     config, variables = gpt.load(folder)
     ours = jax.tree_util.Partial(gpt.GPT(config).apply, variables)
@@ -33,9 +36,9 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("beams", [2, 5])
-@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.9, 2.0])
-@pytest.mark.parametrize("no_repeat", [0, 2, 4])
-@pytest.mark.parametrize("stop", [(3,), tuple(range(3, 61, 5))])
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.9])
+@pytest.mark.parametrize("no_repeat", [0, 2])
+@pytest.mark.parametrize("stop", [(23,), (40, 23, 48)])
 def test_texts_and_scores(models, beams, penalty, no_repeat, stop):
     theirs, step = models
     expected = theirs.generate(
@@ -47,7 +50,7 @@ def test_texts_and_scores(models, beams, penalty, no_repeat, stop):
         length_penalty=penalty,
         no_repeat_ngram_size=no_repeat,
         eos_token_id=list(stop),
-        pad_token_id=0,
+        pad_token_id=PAD,
         early_stopping="never",
         do_sample=False,
         return_dict_in_generate=True,
@@ -62,6 +65,5 @@ def test_texts_and_scores(models, beams, penalty, no_repeat, stop):
     assert [text.score for text in texts] == pytest.approx(scores, abs=1e-4)
     for text, ids in zip(texts, expected.sequences[:, 5:].tolist(), strict=True):
         assert tuple(ids[: len(text.ids)]) == text.ids
-        assert set(ids[len(text.ids) :]) <= {0}
-    if len(stop) > 1:
-        assert any(len(text.ids) < 8 for text in texts)
+        assert set(ids[len(text.ids) :]) <= {PAD}
+    assert any(text.ids[-1] in stop for text in texts)

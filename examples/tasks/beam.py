@@ -70,6 +70,10 @@ def search(
         prompt_counts: whether sequences of the prompt count for that, as in `transformers`; in the
             paper's scripts they do not.
         length: L, at least that of the longest prompt and `new_tokens`, which is the default.
+
+    Raises:
+        ValueError: a prompt is empty, or `length` too short.
+        FloatingPointError: logits are not numbers.
     """
     if not prompts or not all(map(len, prompts)):
         raise ValueError("`prompts`: expected at least one, of at least one token each")
@@ -82,6 +86,8 @@ def search(
         ids = np.concatenate([one.ids for one in searches])
         lengths = np.repeat([one.start + one.count for one in searches], beams).astype(np.int32)
         logits = np.asarray(step(ids, lengths), np.float64).reshape(len(prompts), beams, -1)
+        if np.isnan(logits).any():
+            raise FloatingPointError(f"`step` gave NaN for texts of {lengths.tolist()} tokens")
         for one, rows in zip(searches, logits, strict=True):
             if not one.done:
                 one.advance(rows, rules)

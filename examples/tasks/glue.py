@@ -39,7 +39,8 @@ class Task:
         fields: the names of the texts in JSON lines, where they may differ from `texts`.
         headless: the columns of the training and development files where these have no header.
         dev: the splits to evaluate on.
-        damaged: how many lines of a file may have too few fields, as those as distributed have.
+        damaged: the most lines of a file that may have too few fields: QQP's, as distributed, have
+            some, which other readers skip in silence.
     """
 
     folder: str
@@ -84,7 +85,7 @@ TASKS = {
         "is_duplicate",
         classes=("not_duplicate", "duplicate"),
         numbered=True,
-        damaged=50,  # questions with line breaks in them
+        damaged=50,
     ),
     "mnli": Task(
         "MNLI",
