@@ -4,6 +4,7 @@ The files are small, with the layouts of the real ones.
 """
 
 import dataclasses
+import doctest
 import functools
 import json
 import math
@@ -14,10 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import gpt
+from models import bert, gpt
 from nltk.translate.nist_score import corpus_nist
-from tasks import batches, beam, encoding, glue, metrics, ngrams, nlg, table, wikisql
+from tasks import batches, beam, encoding, files, glue, metrics, ngrams, nlg, table, wikisql
 from tasks.files import FormatError
+
+
+@pytest.mark.parametrize("module", [batches, beam, files, ngrams, nlg, table, wikisql])
+def test_docstrings(module):
+    results = doctest.testmod(module)
+    assert results.attempted > results.failed == 0
+
 
 # ---- GLUE ---------------------------------------------------------------------------------------
 
@@ -436,6 +444,12 @@ DAMAGED_DATASETS = [  # task, file, content, message after the name of the file
         json.dumps([{**DART[0], "tripleset": [["a", "b"]]}]),
         ", item 1: expected three texts a triple, got ['a', 'b']",
     ),
+    (
+        "samsum",
+        "val.json",
+        b'["\xe7"]',
+        ": expected UTF-8, got 'utf-8' codec can't decode byte 0xe7",
+    ),
     ("samsum", "val.json", "[\n{]", ", line 2: expected JSON, got Expecting property name"),
     (
         "samsum",
@@ -710,6 +724,9 @@ def test_generation_scores():
     texts, references = SACREBLEU
     scores = metrics.generation(texts, references)
     assert list(scores) == ["bleu", "bleu_lower", "nist", "rouge_l", "cider", "ter"]
+    # What coco-caption (pycocoevalcap 1.2) computes from the same tokens.
+    assert scores["cider"] == pytest.approx(3.493110954239988, rel=1e-12)
+    assert scores["rouge_l"] == pytest.approx(72.22222222222221, rel=1e-12)
     perfect = metrics.generation(texts, [[text] for text in texts])
     assert (perfect["bleu"], perfect["rouge_l"]) == pytest.approx((100, 100))
     assert perfect["cider"] > scores["cider"] > 0
@@ -911,6 +928,24 @@ def test_rows_that_cannot_be_batched():
     assert error(ValueError, batches.batches, rows_of(5), 2, [2, 4]) == (
         "`lengths`: a row has 5 tokens, the last length is 4"
     )
+
+
+def test_from_a_file_to_the_score(tmp_path, tokenizer):
+    """Sentences as SST-2's file, through MiniLM with a head that prefers no class."""
+    snippets = data.movie_snippets()[1][:40]
+    lines = [f"{snippet.text}|{snippet.label}" for snippet in snippets]
+    write(tmp_path, {"SST-2/dev.tsv": tsv("sentence label", *lines)})
+    texts, labels = zip(*glue.read(tmp_path, "sst2", "dev"), strict=True)
+    assert texts == tuple((snippet.text,) for snippet in snippets)
+    config, variables = bert.load(data.minilm())
+    variables = bert.add_head(variables, 2)
+    apply = jax.jit(bert.Bert(config, classes=2).apply)
+    predictions = []
+    for batch in batches.batches(encoding.classification(texts, labels, tokenizer, 32), 16, [32]):
+        logits = apply(variables, batch["ids"], batch["mask"], batch["types"])
+        predictions += np.argmax(logits, -1)[batch["weight"] > 0].tolist()
+    zeros = sum(not snippet.label for snippet in snippets)
+    assert metrics.glue("sst2", predictions, labels) == {"accuracy": zeros / 40}
 
 
 # ---- beam search --------------------------------------------------------------------------------

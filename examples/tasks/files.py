@@ -149,6 +149,8 @@ def json_file(path: Path) -> Any:
     """A JSON document."""
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Place(path).error("UTF-8", str(error)) from None
     except json.JSONDecodeError as error:
         raise Place(path, error.lineno).error(
             "JSON", f"{error.msg} in column {error.colno}"
