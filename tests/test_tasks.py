@@ -422,6 +422,12 @@ DAMAGED_DATASETS = [  # task, file, content, message after the name of the file
     ),
     ("e2e", "devset.csv", 'mr,ref\nname[a],"b\n', ", line 2: expected CSV, got unexpected end of"),
     ("webnlg", "dev/a.xml", "<benchmark>", ", line 1: expected XML, got no element found"),
+    (
+        "webnlg",
+        "dev/a.xml",
+        "<benchmark><entry/></benchmark>",
+        ": expected <entry> in <entries>, got ['entry']",
+    ),
     ("webnlg", "dev/a.xml", "<html/>", ": expected <benchmark>, got <html>"),
     (
         "webnlg",

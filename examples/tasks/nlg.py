@@ -106,6 +106,8 @@ def _webnlg_xml(path: Path) -> Iterator[Example]:
         raise files.Place(path, error.position[0]).error("XML", str(error)) from None
     if root.tag != "benchmark":
         raise files.Place(path).error("<benchmark>", f"<{root.tag}>")
+    if root.find("entries/entry") is None:
+        raise files.Place(path).error("<entry> in <entries>", [node.tag for node in root])
     for entry in root.iterfind("entries/entry"):
         place = files.Place(path, inside=f"entry {entry.get('eid')}")
         triples = [node.text or "" for node in entry.iterfind("modifiedtripleset/mtriple")]
