@@ -5,8 +5,8 @@
     logits = method.apply(base, trained, ids, mask)    # the model's own arguments
     tx = jlora.optimizer(optax.adamw(1e-3))            # trains `trained`
 
-Each is ``METHODS[name](model, *rules, **sizes) -> Method``. The rules say what else is trained, such
-as a head, and come first: a leaf that they take is not the method's. The sizes are
+Each is ``METHODS[name](model, *rules, **sizes) -> Method``. The rules say what else is trained,
+such as a head, and come first: a leaf that they take is not the method's. The sizes are
 
     full, bitfit            none
     lora, lora_all          rank=8, alpha=16.0, dropout=0.0
