@@ -48,7 +48,7 @@ def test_spectrum(name: str) -> None:
     """All r values, zeros beyond what the shape allows; also under jit."""
     x = site(name)
     expected = np.linalg.svd(dense(x, name), compute_uv=False)
-    for values in (analysis.spectrum(x), jax.jit(analysis.spectrum)(x)):
+    for values in (analysis.delta_spectrum(x), jax.jit(analysis.delta_spectrum)(x)):
         slots = len(x.layout.slots[1]) if x.layout.slots else 1
         assert values.shape == (*expected.shape[:-1], slots * x.a.shape[-1])
         assert values.dtype == jnp.float32
@@ -97,18 +97,18 @@ def test_precision_and_keys() -> None:
     half = x._replace(a=x.a.astype(jnp.bfloat16), b=x.b.astype(jnp.bfloat16))
     assert analysis.norm(half).dtype == jnp.float32
     noisy = x._replace(key=jax.random.split(jax.random.key(0), 3))
-    np.testing.assert_array_equal(analysis.spectrum(noisy), analysis.spectrum(x))
+    np.testing.assert_array_equal(analysis.delta_spectrum(noisy), analysis.delta_spectrum(x))
     with jax.enable_x64(True):
         wide = x._replace(a=np.asarray(x.a, np.float64), b=np.asarray(x.b, np.float64))
         exact = np.linalg.svd(dense(x, "stacked"), compute_uv=False)
-        np.testing.assert_allclose(analysis.spectrum(wide), exact[..., :2], rtol=1e-12)
+        np.testing.assert_allclose(analysis.delta_spectrum(wide), exact[..., :2], rtol=1e-12)
 
 
 def test_vmap() -> None:
     """Many adapters of one site at once."""
     many = jax.tree.map(lambda *x: jnp.stack(x), *(site("dense", seed) for seed in range(3)))
-    each = jnp.stack([analysis.spectrum(site("dense", seed)) for seed in range(3)])
-    np.testing.assert_allclose(jax.vmap(analysis.spectrum)(many), each, rtol=1e-5)
+    each = jnp.stack([analysis.delta_spectrum(site("dense", seed)) for seed in range(3)])
+    np.testing.assert_allclose(jax.vmap(analysis.delta_spectrum)(many), each, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
