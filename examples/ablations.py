@@ -44,7 +44,7 @@ RANKS = (1, 2, 4, 8, 64)
 NAMES = {"q": "query", "k": "key", "v": "value", "o": "out"}
 ALPHA = 16.0
 SEEDS = (0, 1)
-BATCH = 32, 8  # sentences, definitions
+BATCH = 16, 8  # sentences, definitions
 LENGTH = 32, 32  # in tokens: longer sentences are cut, longer definitions left out
 STEPS = {"movies": 120, "definitions": 24}
 HELD_OUT = 64  # definitions; of the sentences, all of `data.movie_snippets`
@@ -255,8 +255,8 @@ def subspaces(task: Task, folders: Sequence[pathlib.Path]) -> Iterator[tuple[str
 
     Of queries and of values, under `query/…` and `value/…`: `a/…` has the similarities of A,
     `delta/…` of ΔW, both of the middle layer: `ranks` of r = 8 and 64, `seeds` and `random` of two
-    of r = 64. `norms` has a row for r = 4 and 64: the norm of ΔW, and of W between the directions of
-    ΔW, of W and of random ones; `intruders` has the numbers in each layer, for r = 4, 8 and 64;
+    of r = 64. `norms` has a row for r = 4 and 64: the norm of ΔW, and of W between the directions
+    of ΔW, of W and of random ones; `intruders` has the numbers in each layer, for r = 4, 8 and 64;
     `spectrum/…` the singular values of ΔW, all layers.
     """
     adapters = [task.attention(checkpoint.restore(folder)) for folder in folders]

@@ -28,7 +28,8 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
         a2: the same, shape (…, inputs, r₂).
 
     Returns:
-        The grid, shape (…, min(inputs, r₁), min(inputs, r₂)); φ(i, j) is at [i - 1, j - 1].
+        The grid, shape (…, r₁, r₂), or fewer where a matrix has fewer directions than r by its
+        shape; φ(i, j) is at [i - 1, j - 1].
 
     Raises:
         ValueError: if the two have other inputs or other leading axes.
