@@ -254,22 +254,19 @@ def subspaces(task: Task, folders: Sequence[pathlib.Path]) -> Iterator[tuple[str
     """What the pictures of a task show, from the adapters of `pictured`, by name.
 
     Of queries and of values, under `query/…` and `value/…`: `a/…` has the similarities of A,
-    `delta/…` of ΔW, both of the middle layer: `ranks` of r = 8 and 64, `seeds` and `random` of two
-    of r = 64. `norms` has a row for r = 4 and 64: the norm of ΔW, and of W between the directions
-    of ΔW, of W and of random ones; `intruders` has the numbers in each layer, for r = 4, 8 and 64;
+    `delta/…` of ΔW, both of the middle layer: `ranks` of r = 8 and 64, `seeds` of two of r = 64.
+    `norms` has a row for r = 4 and 64: the norm of ΔW, and of W between the directions of ΔW, of W
+    and of random ones; `intruders` has the numbers in each layer, for r = 4, 8 and 64;
     `spectrum/…` the singular values of ΔW, all layers.
     """
     adapters = [task.attention(checkpoint.restore(folder)) for folder in folders]
     for part in ("query", "value"):
         w = task.attention(task.variables)[part]["kernel"]  # (layers, inputs, outputs)
         r4, r8, r64, other = (adapter[part]["kernel"] for adapter in adapters)
-        middle, key = len(w) // 2, jax.random.key(0)
-        noise = jax.random.normal(key, (2, *r64.a.shape))
-        pairs = {"ranks": (r8, r64), "seeds": (r64, other)}
-        for kind, (x, y) in pairs.items():
+        middle = len(w) // 2
+        for kind, (x, y) in {"ranks": (r8, r64), "seeds": (r64, other)}.items():
             yield f"{part}/a/{kind}", analysis.subspace_similarity(x.a, y.a)[middle]
             yield f"{part}/delta/{kind}", analysis.subspace_similarity(x, y)[middle]
-        yield f"{part}/a/random", analysis.subspace_similarity(*noise)[middle]
         rows = [norms(w[middle], at(site, middle)) for site in (r4, r64)]
         yield f"{part}/norms", np.array(rows)
         counts = [analysis.intruder_dimensions(w, site).sum(-1) for site in (r4, r8, r64)]
