@@ -11,7 +11,8 @@ schedule, steps and held-out texts, and all of a seed see the same texts in the 
 Each run adds a row to RESULTS/ablations.csv: the held-out accuracy, or nats a token, with its
 standard error over sentences, or over definitions. A run that is there already is skipped; to do
 all again, give other folders. RESULTS/movies.npz and RESULTS/definitions.npz have what
-`subspaces` computes from the adapters in OUT. `notebooks/paper.ipynb` shows all three.
+`subspaces` computes from the adapters in OUT. `notebooks/paper.ipynb` shows all three, and
+RESULTS/ablations.png the most of it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import ablation_plots
 import data
 import finetune_lm
 import jax
@@ -45,6 +47,7 @@ NAMES = {"q": "query", "k": "key", "v": "value", "o": "out"}
 ALPHA = 16.0
 SEEDS = (0, 1)
 BATCH = 16, 8  # sentences, definitions
+LEARNING_RATE = quickstart.LEARNING_RATE  # of both; at a third of it SmolLM2 has far to go
 LENGTH = 32, 32  # in tokens: longer sentences are cut, longer definitions left out
 STEPS = {"movies": 120, "definitions": 24}
 HELD_OUT = 64  # definitions; of the sentences, all of `data.movie_snippets`
@@ -139,7 +142,7 @@ def definitions() -> Task:
 
     def fit(lora, base, adapter, seed, steps):
         schedule = optax.warmup_cosine_decay_schedule(
-            0, finetune_lm.LEARNING_RATE, min(finetune_lm.WARMUP, steps // 2), steps
+            0, LEARNING_RATE, min(finetune_lm.WARMUP, steps // 2), steps
         )
         tx = jlora.optimizer(optax.adamw(schedule))
         step, state = finetune_lm.make_step(lora, tx), finetune_lm.State(adapter, tx.init(adapter))
@@ -322,6 +325,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 append(table, row)
         if not pictures.exists() and all(folder.exists() for folder in folders):
             np.savez_compressed(pictures, **dict(subspaces(load(run.task), folders)))
+    found = {task: args.results / f"{task}.npz" for task in TASKS}
+    if all(path.exists() for path in found.values()):
+        arrays = {task: np.load(path) for task, path in found.items()}
+        path = args.results / "ablations.png"
+        ablation_plots.overview(path, read(table), arrays, list(MATRICES.items()), RANKS)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ablations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from models import bert
@@ -60,9 +61,10 @@ def test_mean_a_token_of_equal_lengths_is_the_ordinary_mean():
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """The tables before and after a call, of which one row was missing."""
+    """A run that was missing in the table, the tables before and after a call, and the picture."""
     results, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("out")
     shutil.copytree(ablations.RESULTS, results, dirs_exist_ok=True)
+    (results / "ablations.png").unlink()
     table = results / "ablations.csv"
     rows = ablations.read(table)
     table.unlink()
@@ -73,23 +75,33 @@ def resumed(tmp_path_factory):
     before = ablations.read(table)
     argv = ["--tasks", "movies", "--seeds", "0", "--steps", "2"]
     ablations.main([*argv, "--results", str(results), "--out", str(out)])
-    return missing, before, ablations.read(table)
+    return missing, before, ablations.read(table), results / "ablations.png"
 
 
 def test_only_what_is_missing_is_done(resumed):
-    missing, before, after = resumed
+    missing, before, after, _ = resumed
     assert after.keys() - before.keys() == {missing}
     assert {run: row for run, row in after.items() if run != missing} == before
 
 
 def test_a_row_says_what_was_measured(resumed):
-    missing, _, after = resumed
+    missing, _, after, _ = resumed
     row = after[missing]
     assert int(row["steps"]) == 2
     assert int(row["parameters"]) == 6 * 2 * 384 * 8
     value = float(row["score"])
     assert 0.4 < value < 0.9
     assert float(row["standard_error"]) == pytest.approx((value * (1 - value) / 947) ** 0.5, 1e-3)
+
+
+def test_the_picture_is_drawn(resumed):
+    *_, picture = resumed
+    assert plt.imread(picture).shape[:2] == (720, 800)
+
+
+def test_results_are_small():
+    for path in ablations.RESULTS.iterdir():
+        assert path.stat().st_size < 300_000
 
 
 def test_subspaces(small, tmp_path):

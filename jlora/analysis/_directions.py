@@ -108,7 +108,7 @@ def intruder_dimensions(
         w: the weight, of the shape that the site adapts, or (…, inputs, outputs).
         delta: a `LowRank` site, or ΔW itself as a dense array of W's shape.
         k: how many directions of W + ΔW are looked at.
-        threshold: ε; the source uses several from 0.4 to 0.9.
+        threshold: ε.
 
     Returns:
         Booleans, shape (stack…, k); their sum is the number of intruders.
