@@ -198,6 +198,15 @@ def test_similarity_of_factors(r1: int, r2: int) -> None:
     np.testing.assert_allclose(jax.vmap(analysis.subspace_similarity)(a, b), grid, atol=1e-6)
 
 
+def test_strict_promotion() -> None:
+    """Nothing relies on dtypes or numbers of axes that JAX makes equal."""
+    x, w = site("stacked"), weight("stacked")
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert analysis.subspace_similarity(x, x).shape == (3, 2, 2)
+        assert analysis.amplification(w, x, 2).shape == (3,)
+        assert analysis.intruder_dimensions(w, x, 4).shape == (3, 4)
+
+
 def test_similarity_with_itself() -> None:
     """1 wherever one space holds the other, so everywhere; bfloat16 is computed with in float32."""
     a = jax.random.normal(jax.random.key(0), (8, 3), jnp.bfloat16)

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .._tree import weight_shape
 from .._types import LowRank
@@ -51,8 +52,9 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
         )
     squares = times(_directions(x).mT, _directions(y)) ** 2
     sums = squares.cumsum(-2).cumsum(-1)
-    i, j = (1 + jnp.arange(n, dtype=sums.dtype) for n in sums.shape[-2:])
-    return sums / jnp.minimum(*jnp.meshgrid(i, j, indexing="ij"))
+    n = sums.ndim
+    i, j = (1 + lax.broadcasted_iota(sums.dtype, sums.shape, d) for d in (n - 2, n - 1))
+    return sums / jnp.minimum(i, j)
 
 
 def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Array:
@@ -85,7 +87,8 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
     w, (u, values, v) = _matrices(w, delta), _svd(delta)
     _check("rank", rank, values.shape[-1], "ΔW")
     held = _held(values, w.shape)[..., None, :rank]
-    within = times(times((u[..., :rank] * held).mT, w), v[..., :rank] * held)
+    u, v = (jnp.where(held, x[..., :rank], 0) for x in (u, v))
+    within = times(times(u.mT, w), v)
     size = jnp.linalg.norm(values, axis=-1)
     return size / jnp.where(size == 0, 1, jnp.linalg.norm(within, axis=(-2, -1)))
 
@@ -101,8 +104,8 @@ def intruder_dimensions(
 
     W + ΔW is formed, in float32 at least, and decomposed, as W is: this needs memory for several
     such matrices, and the time of two dense decompositions. A singular value of zero has no
-    direction: in W + ΔW it is no intruder, and in W it is like nothing. Where singular values of W
-    are equal, its vectors are arbitrary, and so is the answer.
+    direction: one of W + ΔW is no intruder, and one of W is not compared with. Where singular
+    values of W are equal, its vectors are arbitrary, and so is the answer.
 
     Args:
         w: the weight, of the shape that the site adapts, or (…, inputs, outputs).
@@ -128,10 +131,10 @@ def intruder_dimensions(
     """
     w, change = _matrices(w, delta), _dense(delta)
     _check("k", k, min(w.shape[-2:]), "W + ΔW")
-    (_, old, vt), (_, new, vt_new) = (
-        jnp.linalg.svd(x, full_matrices=False) for x in (w, w + change)
-    )
-    cosines = jnp.abs(times(vt_new[..., :k, :], vt.mT)) * _held(old, w.shape)[..., None, :]
+    _, old, before = jnp.linalg.svd(w, full_matrices=False)
+    _, new, after = jnp.linalg.svd(w + change, full_matrices=False)
+    cosines = jnp.abs(times(after[..., :k, :], before.mT))
+    cosines = jnp.where(_held(old, w.shape)[..., None, :], cosines, 0)
     return _held(new, w.shape)[..., :k] & (cosines.max(-1) < threshold)
 
 
@@ -146,7 +149,7 @@ def _columns(x: jax.Array | LowRank) -> jax.Array:
 def _directions(x: jax.Array) -> jax.Array:
     """The left singular vectors of matrices; zeros where the singular value is zero."""
     u, values, _ = jnp.linalg.svd(x, full_matrices=False)
-    return u * _held(values, x.shape)[..., None, :]
+    return jnp.where(_held(values, x.shape)[..., None, :], u, 0)
 
 
 def _held(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
