@@ -24,24 +24,27 @@ def scores(table: Table, task: str, kind: Kind) -> dict[int, tuple[float, float]
     return {s: (float(rows[s]["score"]), float(rows[s]["standard_error"])) for s in sorted(rows)}
 
 
-def points(axis: Axes, table: Table, task: str, kinds: Sequence[Kind], **style: Any) -> None:
+def points(
+    axis: Axes, table: Table, task: str, kinds: Sequence[Kind], color: str, shift: float = 0.0
+) -> None:
     """Scores with their standard errors, a column for each kind, the seeds side by side."""
-    for x, kind in enumerate(kinds):
+    for i, kind in enumerate(kinds):
         for place, (score, error) in enumerate(scores(table, task, kind).values()):
-            axis.errorbar(x + 0.15 * place, score, error, fmt="o", capsize=3, **style)
+            x = i + shift + 0.12 * place
+            axis.errorbar(x, score, error, fmt="o", capsize=3, color=color)
     axis.set_title(TITLES[task], fontsize=10)
 
 
 def matrices(axis: Axes, table: Table, task: str, kinds: Sequence[Kind]) -> None:
     """The scores of all choices of matrices."""
-    points(axis, table, task, kinds, color="C0")
+    points(axis, table, task, kinds, "C0")
     axis.set_xticks(range(len(kinds)), [f"{name}\nr = {rank}" for name, rank in kinds])
 
 
 def ranks(axis: Axes, table: Table, task: str, every: Sequence[int]) -> None:
     """The scores of all ranks, on two and on four matrices."""
-    for color, name in (("C0", "q,v"), ("C1", "q,k,v,o")):
-        points(axis, table, task, [(name, rank) for rank in every], color=color)
+    for color, name, shift in (("C0", "q,v", 0.0), ("C1", "q,k,v,o", 0.3)):
+        points(axis, table, task, [(name, rank) for rank in every], color, shift)
         axis.plot([], [], "o", color=color, label=name)
     axis.set_xticks(range(len(every)), [f"r = {rank}" for rank in every])
     axis.legend()

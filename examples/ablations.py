@@ -313,6 +313,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     table = args.results / "ablations.csv"
+    steps = {task: args.steps or STEPS[task] for task in args.tasks}
+    for run, row in read(table).items():
+        if (wanted := steps.get(run.task)) not in (None, int(row["steps"])):
+            parser.error(
+                f"{table} has runs of {row['steps']} steps for {run.task}, and {wanted} are asked "
+                "for: give another folder as --results and another as --out"
+            )
     load = functools.cache(lambda name: TASKS[name]())
     for run in planned(args.tasks, args.seeds):
         pictures = args.results / f"{run.task}.npz"
@@ -320,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_row = run in read(table)
         is_kept = run not in pictured(run.task) or run.folder(args.out).exists()
         if not is_row or not (is_kept or pictures.exists()):
-            row = execute(load(run.task), run, args.steps or STEPS[run.task], args.out)
+            row = execute(load(run.task), run, steps[run.task], args.out)
             tqdm.write(" ".join(str(x) for x in row.values()))
             if not is_row:
                 append(table, row)

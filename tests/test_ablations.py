@@ -64,7 +64,7 @@ def resumed(tmp_path_factory):
     table, missing = results / "ablations.csv", ablations.Run("movies", "k", 8, 0)
     for run in ablations.planned(["movies"], [0]):
         if run != missing:
-            row = {"steps": 1, "parameters": 1, "score": 0.5, "standard_error": 0.1, "seconds": 1}
+            row = {"steps": 2, "parameters": 1, "score": 0.5, "standard_error": 0.1, "seconds": 1}
             ablations.append(table, {**run._asdict(), **row})
     grids = {f"{part}/a/ranks": np.full((8, 64), 0.5) for part in ("query", "value")}
     for task in ablations.TASKS:
@@ -99,6 +99,14 @@ def test_the_picture_is_drawn(resumed):
 def test_results_are_small():
     for path in ablations.RESULTS.iterdir():
         assert path.stat().st_size < 300_000
+
+
+def test_runs_of_other_lengths_are_not_mixed(resumed, capsys):
+    *_, picture = resumed
+    with pytest.raises(SystemExit):
+        ablations.main(["--tasks", "movies", "--steps", "3", "--results", str(picture.parent)])
+    message = "ablations.csv has runs of 2 steps for movies, and 3 are asked for: give another"
+    assert message in capsys.readouterr().err
 
 
 def test_subspaces(small, tmp_path):
