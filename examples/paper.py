@@ -23,20 +23,17 @@ What needs no more than a package registry, in minutes on two CPU cores: MiniLM 
 """
 
 import argparse
-import csv
 import dataclasses
 import inspect
-import json
 import pathlib
 import shutil
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from methods import METHODS, Method
-from tasks import glue, pretrained, problems, table, training
+from tasks import pretrained, problems, seeds, table, texts, training
 from tasks.pretrained import Loaded
 from tasks.problems import Problem
 from tasks.table import Recipe
@@ -47,8 +44,11 @@ from jlora import checkpoint
 OUT = pathlib.Path("out/paper")
 SEEDS = 5
 HEAD = ("pooler", "classifier")
-SETTINGS = ("task", "model", "method", "limit", "dtype", "damaged", "start")  # besides the recipe
-COLUMNS = "learning_rate batch epochs length rank alpha start".split()  # of --list
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+ABOUT = ("seed", "epoch", "loss", "trained")  # what a row has before its scores
+SHOWN = ("learning_rate", "batch", "epochs", "length", "rank", "alpha")  # of --list, in columns
+# What the scores depend on, besides the recipe.
+RUN = ("task", "model", "method", "sizes", "weights", "data", "limit", "damaged", "start", "dtype")
 
 # ---- what is trained ----------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ def pose(loaded: Loaded, recipe: Recipe, args: argparse.Namespace) -> Problem:
         )
     given = args.data, args.task, loaded.tokenizer, recipe
     if loaded.causal:
-        return problems.generation(*given, limit=args.limit)
+        return texts.generation(*given, limit=args.limit)
     return problems.classification(
         *given, pad=loaded.pad, types=loaded.types, limit=args.limit, damaged=args.damaged
     )
@@ -80,7 +80,9 @@ def pose(loaded: Loaded, recipe: Recipe, args: argparse.Namespace) -> Problem:
 def sizes_of(method: str, recipe: Recipe, given: Sequence[str]) -> dict[str, float]:
     """The sizes of a method: the recipe's for LoRA, those of `given`, as ``["bottleneck=16"]``."""
     kinds = inspect.Parameter.KEYWORD_ONLY
-    known = [p.name for p in inspect.signature(METHODS[method]).parameters.values() if p.kind == kinds]
+    known = [
+        p.name for p in inspect.signature(METHODS[method]).parameters.values() if p.kind == kinds
+    ]
     sizes = {n: getattr(recipe, n) for n in ("rank", "alpha", "dropout") if n in known}
     for item in given:
         name, _, value = item.partition("=")
@@ -108,10 +110,27 @@ def begin(
     return method.init(own, variables, *[example] * len(problem.inputs))
 
 
+def check_start(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Whether there is an adapter to start from, where the paper has one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if recipe.start and args.start is None:
+        first = OUT / f"{args.model}-{recipe.start}-{args.method}" / "seed-0"
+        raise ValueError(
+            f"{args.task} starts from the adapter of {recipe.start}: give --start {first}, which "
+            f"--task {recipe.start} --model {args.model} --method {args.method} makes, or "
+            "--start none"
+        )
+
+
 def start_from(adapter: Any, folder: pathlib.Path) -> Any:
     """`adapter` with the values of a checkpoint, but for the head, which is another task's."""
     saved = checkpoint.read(folder).adapter
-    parts, heads = ({k: v for k, v in tree["params"].items() if k in HEAD} for tree in (saved, adapter))
+    parts, heads = (
+        {k: v for k, v in tree["params"].items() if k in HEAD} for tree in (saved, adapter)
+    )
     like = {**adapter, "params": {**adapter["params"], **parts}}
     found = checkpoint.restore(folder, like=like)
     return {**found, "params": {**found["params"], **heads}}
@@ -124,7 +143,7 @@ def run(args: argparse.Namespace, recipe: Recipe, loaded: Loaded, problem: Probl
     """Trains the seeds that are not there yet."""
     method = adapt(loaded, problem, recipe, args)
     trainer = training.trainer(method.apply, problem, recipe)
-    done = {int(row["seed"]) for row in read_rows(args.out)}
+    done = {int(row["seed"]) for row in seeds.read(args.out)}
     for seed in sorted(set(range(args.seeds)) - done):
         base, adapter = begin(method, loaded, problem, recipe, seed)
         if args.start not in (None, "none"):
@@ -135,78 +154,94 @@ def run(args: argparse.Namespace, recipe: Recipe, loaded: Loaded, problem: Probl
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its row
         checkpoint.save(folder, best.adapter, (), base=base)
         if result.texts:
-            lines = (" ".join(text.split()) for text in result.texts)
-            folder.with_suffix(".txt").write_text("".join(f"{line}\n" for line in lines))
-        row = {"seed": seed, "epoch": best.epoch, "loss": best.loss}
-        row |= {"trained": jlora.count(best.adapter)}
-        append(args.out, {**row, **result.scores, **best.scores})
-
-
-def claim(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder of a run, or sees that it is of these settings.
-
-    Raises:
-        ValueError: it is of others.
-    """
-    path = folder / "settings.json"
-    now = json.loads(json.dumps(settings))
-    if path.exists():
-        was = json.loads(path.read_text())
-        names = sorted(was.keys() | now.keys())
-        if changed := [
-            f"{n} was {was.get(n)!r}, is {now.get(n)!r}" for n in names if was.get(n) != now.get(n)
-        ]:
-            raise ValueError(
-                f"`--out`: {folder} has seeds of other settings: {'; '.join(changed)}. Give "
-                "another folder."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1) + "\n")
-
-
-def read_rows(folder: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of the seeds, in the order in which they were trained."""
-    path = folder / "seeds.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(folder: pathlib.Path, row: Mapping[str, Any]) -> None:
-    """Adds the row of a seed."""
-    path = folder / "seeds.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+            lines = [" ".join(text.split()) for text in result.texts]
+            folder.with_suffix(".txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        about = seed, best.epoch, best.loss, jlora.count(best.adapter)
+        row = {**dict(zip(ABOUT, about, strict=True)), **result.scores, **best.scores}
+        seeds.append(args.out, row)
 
 
 # ---- the command --------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
-    """Prints the median and the standard deviation of each score, and returns the medians."""
-    medians = {}
-    for name in list(rows[0])[4:]:
-        values = [float(row[name]) for row in rows]
-        medians[name] = statistics.median(values)
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        print(f"  {name:20} {medians[name]:.4f}{spread}")
-    return medians
-
-
 def recipes() -> str:
     """The models, tasks and settings, as a table."""
-    rows = [("model", "task", *COLUMNS)]
+    rows = [("model", "task", *SHOWN, "and")]
     for (model, task), recipe in table.RECIPES.items():
-        cells = [getattr(recipe, name) for name in COLUMNS]
-        marked = f"{model} (ours)" if model in table.OURS else model
-        rows.append((marked, task, *("" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in cells)))
+        whose = f"{model} (ours)" if model in table.OURS else model
+        cells = {f.name: (getattr(recipe, f.name), f.default) for f in dataclasses.fields(recipe)}
+        shown = [str(cells.pop(name)[0]) for name in SHOWN]
+        rest = [f"{name}={value}" for name, (value, usual) in cells.items() if value != usual]
+        rows.append((whose, task, *shown, " ".join(rest)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("--list", action="store_true", help="print the models, tasks and settings, and stop")
+    add("--task")
+    add("--model")
+    add("--weights", type=pathlib.Path, help="the folder of the checkpoint")
+    add("--data", type=pathlib.Path, help="the folder of the task's files")
+    add("--method", choices=METHODS, default="lora")
+    add("--sizes", nargs="*", default=[], help="of other methods, as bottleneck=16")
+    add("--seeds", type=positive, default=SEEDS, help="how many")
+    add("--start", help="an adapter to start from, or none")
+    add("--out", type=pathlib.Path, help=f"default: {OUT}/MODEL-TASK-METHOD")
+    add("--limit", type=positive, help="the most examples of a split")
+    add("--damaged", type=int, help="lines of a file that may have too few fields")
+    for name in ("epochs", "batch", "length", "rank"):
+        add(f"--{name}", type=positive, help="in place of the recipe's")
+    for name in ("learning-rate", "alpha"):
+        add(f"--{name}", type=float, help="in place of the recipe's")
+    add("--warmup", type=int, help="steps in which the learning rate grows")
+    add("--scan", action="store_true", help="compile one layer, not each")
+    add("--remat", action="store_true", help="keep no activations within layers")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights and activations")
+    args = parser.parse_args(argv)
+    lost = [f"--{n}" for n in ("task", "model", "weights", "data") if getattr(args, n) is None]
+    if lost and not args.list:
+        parser.error(f"the following arguments are required: {', '.join(lost)}; or --list")
+    args.out = args.out or OUT / f"{args.model}-{args.task}-{args.method}"
+    return args
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the example and returns the medians; `argv` are the arguments of the command line."""
+    args = parse(argv)
+    if args.list:
+        print(recipes())
+        return {}
+    try:
+        recipe = settle(table.recipe(args.model, args.task), args)
+        check_start(recipe, args)
+        options = {"scan": args.scan, "remat": args.remat, "dtype": DTYPES[args.dtype]}
+        loaded = pretrained.load(args.weights, args.model, **options)
+        problem = pose(loaded, recipe, args)
+        settings = dataclasses.asdict(recipe) | {name: getattr(args, name) for name in RUN}
+        seeds.claim(args.out, settings)
+        run(args, recipe, loaded, problem)
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise SystemExit(f"stopped: {error}") from error
+    rows = seeds.read(args.out)
+    print(f"{args.task}, {args.model}, {args.method}: median ± deviation of {len(rows)} seeds")
+    medians = seeds.medians(rows, besides=ABOUT)
+    for name, (median, deviation) in medians.items():
+        print(f"  {name:20} {median:.4f} ± {deviation:.4f}")
+    return {name: median for name, (median, _) in medians.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """The models of the recipes, from Hugging Face's folders.
 
-    loaded = pretrained.load(folder, "roberta-base")
-    model, variables = pretrained.with_head(loaded, outputs=3, recipe=recipe, key=key)
+loaded = pretrained.load(folder, "roberta-base")
+model, variables = pretrained.with_head(loaded, outputs=3, recipe=recipe, key=key)
 """
 
 import dataclasses
@@ -97,8 +97,8 @@ def load(
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"`{path}` is missing. Put the checkpoint of {name} there: config.json, tokenizer.json, "
-            "and model.safetensors or its shards."
+            f"`{path}` is missing. Put the checkpoint of {name} there: config.json, "
+            "tokenizer.json, and model.safetensors or its shards."
         )
     if (got := json.loads(path.read_text()).get("model_type")) != expected:
         raise ValueError(f"`{path}`: expected model_type {expected!r}, of {name}, got {got!r}")
@@ -128,7 +128,7 @@ def with_head(
     if not outputs:
         return kind(config, **loaded.options), variables
     if loaded.name == "minilm":
-        config, variables = config, bert.add_head(variables, outputs)
+        variables = bert.add_head(variables, outputs)
     else:
         config, variables = module.new_head(key, config, variables, outputs)
     if recipe.head_dropout is not None:

@@ -1,7 +1,7 @@
 """Training by a recipe: AdamW, linear warm-up and decay, and the epoch that is best on the dev set.
 
-    trainer = training.trainer(method.apply, problem, recipe)
-    best = training.train(trainer, base, adapter, seed=0)
+trainer = training.trainer(method.apply, problem, recipe)
+best = training.train(trainer, base, adapter, seed=0)
 """
 
 import math
