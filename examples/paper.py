@@ -25,6 +25,7 @@ What needs no more than a package registry, in minutes on two CPU cores: MiniLM 
 import argparse
 import dataclasses
 import inspect
+import math
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -239,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     print(f"{args.task}, {args.model}, {args.method}: median ± deviation of {len(rows)} seeds")
     medians = seeds.medians(rows, besides=ABOUT)
     for name, (median, deviation) in medians.items():
-        print(f"  {name:20} {median:.4f} ± {deviation:.4f}")
+        spread = "" if math.isnan(deviation) else f" ± {deviation:.4f}"
+        print(f"  {name:20} {median:.4f}{spread}")
     return {name: median for name, (median, _) in medians.items()}
 
 

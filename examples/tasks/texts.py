@@ -64,16 +64,18 @@ def generation(
     stop = [end] if (token := tokenizer.token_to_id(BREAK)) is None else [end, token]
     room = recipe.length - decoding.new_tokens
     if room < 1:
-        raise ValueError(f"`length`: expected more than {decoding.new_tokens}, got {recipe.length}")
+        raise ValueError(
+            f"`length`: expected more than {decoding.new_tokens}, for as many new tokens, got "
+            f"{recipe.length}"
+        )
 
-    def rows(split: str) -> list[encoding.Row]:
-        texts = kind.read(folder, split)[:limit]
+    def rows(texts: Sequence[Text]) -> list[encoding.Row]:
         pairs = [(text.prompt, f" {answer}") for text in texts for answer in text.answers]
         return encoding.generation(pairs, tokenizer, recipe.length, end, end)
 
-    shape = {"lengths": lengths(recipe.length)}
-    train, data = rows("train"), batches.batches(rows(kind.dev), EVALUATED, **shape)
-    given = kind.read(folder, kind.test)[:limit]
+    read = {split: kind.read(folder, split)[:limit] for split in ("train", kind.dev, kind.test)}
+    train, given, shape = rows(read["train"]), read[kind.test], {"lengths": lengths(recipe.length)}
+    data = batches.batches(rows(read[kind.dev]), EVALUATED, **shape)
 
     def loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         each = cross_entropy(logits[:, :-1], batch["ids"][:, 1:], recipe.label_smoothing)
@@ -89,7 +91,7 @@ def generation(
         prompts = tokenizer.encode_batch([t.prompt for t in given], add_special_tokens=False)
         ids = [[*prompt.ids, end][-room:] for prompt in prompts]
         texts = _written(model, ids, stop, decoding, tokenizer)
-        return Result(kind.score(texts, given), tuple(texts))
+        return Result(kind.score(texts, given, read["train"]), tuple(texts))
 
     return Problem(
         examples=len(train),
@@ -136,10 +138,17 @@ def _written(
 
 
 class Kind(NamedTuple):
-    """How a task of texts is read and scored, and the splits for both."""
+    """How a task of texts is read and scored, and the splits for both.
+
+    Attributes:
+        read: the examples of a split in a folder.
+        score: of texts, the examples that they are for, and those of the training set.
+        dev: the split that finds the best epoch.
+        test: the split that texts are written for.
+    """
 
     read: Callable[[str | Path, str], list[Text]]
-    score: Callable[[Sequence[str], Sequence[Text]], dict[str, float]]
+    score: Callable[[Sequence[str], Sequence[Text], Sequence[Text]], dict[str, float]]
     dev: str = "dev"
     test: str = "test"
 
@@ -153,7 +162,7 @@ def _read_wikisql(folder: str | Path, split: str) -> list[Text]:
 
 
 def _read_mnli(folder: str | Path, split: str) -> list[Text]:
-    """The answer is the name of the class."""
+    """The answer is the name of the class; the paper does not say how GPT-3 reads the pair."""
     names = glue.TASKS["mnli"].classes
     return [
         Text(f"{e.texts[0]}\n{e.texts[1]}\n\n", (names[int(e.label or 0)],), e)
@@ -161,35 +170,47 @@ def _read_mnli(folder: str | Path, split: str) -> list[Text]:
     ]
 
 
-def _generation(
-    texts: Sequence[str], given: Sequence[Text], first: str = "bleu"
+def _score(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    return metrics.generation(texts, [g.answers for g in given])
+
+
+def _score_lower(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    scores = _score(texts, given, train)
+    return {"bleu_lower": scores["bleu_lower"], **scores}
+
+
+def _score_webnlg(
+    texts: Sequence[str], given: Sequence[Text], train: Sequence[Text]
 ) -> dict[str, float]:
-    scores = metrics.generation(texts, [g.answers for g in given])
-    return {first: scores[first], **scores}
+    """Also BLEU for the categories of the training set, and for the others."""
+    scores, known = _score_lower(texts, given, train), {t.example.category for t in train}
+    for name, is_seen in (("seen", True), ("unseen", False)):
+        chosen = [i for i, g in enumerate(given) if (g.example.category in known) == is_seen]
+        if chosen:
+            references = [given[i].answers for i in chosen]
+            bleu = metrics.bleu([texts[i] for i in chosen], references, lowercase=True)
+            scores[f"bleu_lower_{name}"] = bleu
+    return scores
 
 
-def _accuracy(texts: Sequence[str], given: Sequence[Text]) -> dict[str, float]:
-    right = [text == g.answers[0] for text, g in zip(texts, given, strict=True)]
-    return {"accuracy": float(np.mean(right))}
+def _score_samsum(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    return metrics.rouge(texts, [g.answers for g in given])
 
 
-# The splits of WikiSQL and MNLI are those of the paper.
+def _score_wikisql(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    return {"accuracy": wikisql.accuracy(texts, [g.example for g in given])}
+
+
+def _score_mnli(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    return {"accuracy": metrics.accuracy(np.array(texts), np.array([g.answers[0] for g in given]))}
+
+
+# The paper scores WikiSQL and MNLI on their dev sets.
 TASKS: Mapping[str, Kind] = {
-    "e2e": Kind(functools.partial(_read_nlg, "e2e"), _generation),
-    **{
-        task: Kind(
-            functools.partial(_read_nlg, task), functools.partial(_generation, first="bleu_lower")
-        )
-        for task in ("webnlg", "dart")
-    },
-    "samsum": Kind(
-        functools.partial(_read_nlg, "samsum"),
-        lambda texts, given: metrics.rouge(texts, [g.answers for g in given]),
-    ),
-    "wikisql": Kind(
-        _read_wikisql,
-        lambda texts, given: {"accuracy": wikisql.accuracy(texts, [g.example for g in given])},
-        test="dev",
-    ),
-    "mnli": Kind(_read_mnli, _accuracy, dev="dev_matched", test="dev_matched"),
+    "e2e": Kind(functools.partial(_read_nlg, "e2e"), _score),
+    "webnlg": Kind(functools.partial(_read_nlg, "webnlg"), _score_webnlg),
+    "dart": Kind(functools.partial(_read_nlg, "dart"), _score_lower),
+    "samsum": Kind(functools.partial(_read_nlg, "samsum"), _score_samsum),
+    "wikisql": Kind(_read_wikisql, _score_wikisql, test="dev"),
+    "mnli": Kind(_read_mnli, _score_mnli, dev="dev_matched", test="dev_matched"),
 }
