@@ -5,7 +5,7 @@
     logits = method.apply(base, trained, ids, mask)    # the model's own arguments
     tx = jlora.optimizer(optax.adamw(1e-3))            # trains `trained`
 
-Every one is ``METHODS[name](model, *rules, **sizes) -> Method``. The rules say what else is trained,
+Each is ``METHODS[name](model, *rules, **sizes) -> Method``. The rules say what else is trained,
 such as a head, and come first: a leaf that they take is not the method's. The sizes are
 
     full, bitfit            none

@@ -71,7 +71,7 @@ def prompt(
     def start(key: jax.Array, variables: Any, shape: tuple[int, int]) -> jax.Array:
         drawn = jax.random.randint(key, shape[:1], 0, sizes(model).vocab)
         ids = drawn if tokens is None else jnp.asarray(tokens)
-        return embedded(model, variables, ids[None])[0]
+        return jax.jit(embedded, static_argnums=0)(model, variables, ids[None])[0]
 
     return _prefixes(model, rules, Places(l_p, 0, None), 1, start)
 
@@ -90,7 +90,8 @@ def embedded(model: nn.Module, variables: Any, ids: jax.Array) -> jax.Array:
             seen.append(inputs[0])
         return call(*inputs)
 
-    change(model.apply, lambda added, ids: hook)({**variables, "added": {}}, ids)
+    plain = model.clone(remat=False)  # where layers are traced by themselves, x would leak
+    change(plain.apply, lambda added, ids: hook)({**variables, "added": {}}, ids)
     return seen[0]
 
 
