@@ -72,6 +72,8 @@ def pose(loaded: Loaded, recipe: Recipe, args: argparse.Namespace) -> Problem:
         )
     given = args.data, args.task, loaded.tokenizer, recipe
     if loaded.causal:
+        if args.damaged is not None:
+            raise ValueError(f"`--damaged`: expected none for {args.model}, got {args.damaged}")
         return texts.generation(*given, limit=args.limit)
     return problems.classification(
         *given, pad=loaded.pad, types=loaded.types, limit=args.limit, damaged=args.damaged
@@ -80,10 +82,8 @@ def pose(loaded: Loaded, recipe: Recipe, args: argparse.Namespace) -> Problem:
 
 def sizes_of(method: str, recipe: Recipe, given: Sequence[str]) -> dict[str, float]:
     """The sizes of a method: the recipe's for LoRA, those of `given`, as ``["bottleneck=16"]``."""
-    kinds = inspect.Parameter.KEYWORD_ONLY
-    known = [
-        p.name for p in inspect.signature(METHODS[method]).parameters.values() if p.kind == kinds
-    ]
+    parameters = inspect.signature(METHODS[method]).parameters.values()
+    known = [p.name for p in parameters if p.kind == inspect.Parameter.KEYWORD_ONLY]
     sizes = {n: getattr(recipe, n) for n in ("rank", "alpha", "dropout") if n in known}
     for item in given:
         name, _, value = item.partition("=")
@@ -128,13 +128,13 @@ def check_start(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def start_from(adapter: Any, folder: pathlib.Path) -> Any:
     """`adapter` with the values of a checkpoint, but for the head, which is another task's."""
-    saved = checkpoint.read(folder).adapter
-    parts, heads = (
-        {k: v for k, v in tree["params"].items() if k in HEAD} for tree in (saved, adapter)
-    )
-    like = {**adapter, "params": {**adapter["params"], **parts}}
-    found = checkpoint.restore(folder, like=like)
-    return {**found, "params": {**found["params"], **heads}}
+
+    def with_head_of(tree: Any, other: Any) -> Any:
+        head = {name: part for name, part in other.get("params", {}).items() if name in HEAD}
+        return {**tree, "params": {**tree["params"], **head}} if head else tree
+
+    like = with_head_of(adapter, checkpoint.read(folder).adapter)
+    return with_head_of(checkpoint.restore(folder, like=like), adapter)
 
 
 # ---- seeds --------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--start", help="an adapter to start from, or none")
     add("--out", type=pathlib.Path, help=f"default: {OUT}/MODEL-TASK-METHOD")
     add("--limit", type=positive, help="the most examples of a split")
-    add("--damaged", type=int, help="lines of a file that may have too few fields")
+    add("--damaged", type=int, help="lines of a file of GLUE that may have too few fields")
     for name in ("epochs", "batch", "length", "rank"):
         add(f"--{name}", type=positive, help="in place of the recipe's")
     for name in ("learning-rate", "alpha"):

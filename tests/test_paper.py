@@ -308,6 +308,20 @@ def test_deberta_scanned(checkpoints, tmp_path):
     }
 
 
+def test_dropout_before_the_head(checkpoints):
+    """The recipe's, with none elsewhere in this model."""
+    loaded = pretrained.load(checkpoints["deberta-v2-xxlarge"], "deberta-v2-xxlarge")
+    ids = np.arange(5, 13, dtype=np.int32)[None]
+
+    def logits(rate: float | None) -> np.ndarray:
+        recipe = dataclasses.replace(table.recipe("deberta-v2-xxlarge", "mnli"), head_dropout=rate)
+        model, variables = pretrained.with_head(loaded, 3, recipe, jax.random.key(0))
+        return jax.jit(model.apply)(variables, ids, rngs={"dropout": jax.random.key(1)})
+
+    assert np.abs(logits(0.5) - logits(0.0)).max() > 1e-3
+    np.testing.assert_array_equal(logits(0.0), logits(None))
+
+
 # ---- texts --------------------------------------------------------------------------------------
 
 
@@ -578,6 +592,7 @@ def test_impossible_settings(small, checkpoints, tmp_path):
     )
     assert "got scan=True" in stopped(*args, "--scan", "--method", "adapter_h")
     args = arguments("e2e", "gpt2-medium", checkpoints["gpt2-medium"], folder, tmp_path / "out")
+    assert stopped(*args, "--damaged", 1) == "`--damaged`: expected none for gpt2-medium, got 1"
     assert stopped(*args) == "`length`: expected more than 64, for as many new tokens, got 64"
 
 

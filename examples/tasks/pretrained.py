@@ -128,6 +128,7 @@ def with_head(
     if not outputs:
         return kind(config, **loaded.options), variables
     if loaded.name == "minilm":
+        config = dataclasses.replace(config, head="")
         variables = bert.add_head(variables, outputs)
     else:
         config, variables = module.new_head(key, config, variables, outputs)

@@ -128,9 +128,9 @@ def classification(
         texts, labels = zip(*glue.read(folder, task, split, damaged)[:limit], strict=True)
         return encoding.classification(texts, labels, tokenizer, recipe.length)
 
-    train = rows("train")
-    labels = {split: np.array([row["label"] for row in rows(split)]) for split in spec.dev}
-    data = {split: batches.batches(rows(split), EVALUATED, **shape) for split in spec.dev}
+    train, held_out = rows("train"), {split: rows(split) for split in spec.dev}
+    labels = {split: np.array([row["label"] for row in held_out[split]]) for split in spec.dev}
+    data = {split: batches.batches(held_out[split], EVALUATED, **shape) for split in spec.dev}
 
     def loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         if spec.classes:

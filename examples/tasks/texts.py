@@ -57,7 +57,7 @@ def generation(
         FormatError: a file is not as it should be.
         ValueError: an answer is longer than `recipe.length`, or the tokenizer is not GPT-2's.
     """
-    kind, decoding = TASKS[task], table.DECODING[task]
+    kind, decoding, tokenizer = TASKS[task], table.DECODING[task], encoding.plain(tokenizer)
     end = tokenizer.token_to_id(END)
     if end is None:
         raise ValueError(f"the tokenizer has no token {END}: expected that of a GPT-2 or GPT-3")
@@ -165,7 +165,7 @@ def _read_mnli(folder: str | Path, split: str) -> list[Text]:
     """The answer is the name of the class; the paper does not say how GPT-3 reads the pair."""
     names = glue.TASKS["mnli"].classes
     return [
-        Text(f"{e.texts[0]}\n{e.texts[1]}\n\n", (names[int(e.label or 0)],), e)
+        Text(f"{e.texts[0]}\n{e.texts[1]}\n\n", (names[int(e.label)],), e)
         for e in glue.read(folder, "mnli", split)
     ]
 
