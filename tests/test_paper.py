@@ -275,7 +275,7 @@ def test_mnli_and_what_starts_from_it(checkpoints, tmp_path):
     args = arguments("mnli", "roberta-base", weights, inference(tmp_path, "mnli"), tmp_path / "a")
     medians = paper.main([*args, *map(str, LEARN), "--seeds", "1"])
     assert list(medians) == ["accuracy", "accuracy_matched", "accuracy_mismatched"]
-    assert min(medians.values()) > 0.6
+    assert min(medians.values()) > 0.5  # of three classes
     weighted = 48 * medians["accuracy_matched"] + 51 * medians["accuracy_mismatched"]
     assert medians["accuracy"] == pytest.approx(weighted / 99)
 
@@ -529,7 +529,7 @@ def test_movie_reviews_are_sst2(tmp_path):
 def test_every_model_has_a_family():
     assert {model for model, _ in table.RECIPES} == set(pretrained.FAMILIES)
     causal = {task for model, task in table.RECIPES if pretrained.FAMILIES[model][0] is gpt}
-    assert causal == set(texts.TASKS)
+    assert causal == set(texts.TASKS) == set(table.DECODING)
 
 
 # ---- errors -------------------------------------------------------------------------------------

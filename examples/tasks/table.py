@@ -162,6 +162,7 @@ DECODING: dict[str, Decoding] = {
     "dart": Decoding(length_penalty=0.8),
     "wikisql": _GREEDY,  # the paper does not say
     "samsum": _GREEDY,
+    "mnli": Decoding(beams=1, length_penalty=0.0, no_repeat=0, new_tokens=8),  # a class's name
 }
 
 
