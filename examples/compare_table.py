@@ -1,0 +1,144 @@
+"""What `compare.py` measured, as one table and one picture.
+
+    python examples/compare_table.py       # of examples/results, as far as the runs are
+
+Read OUT/methods_runs.csv, methods_costs.csv and methods_latency.csv; write OUT/methods.csv, a row
+for each method, and OUT/methods.png.
+"""
+
+import collections
+import csv
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+Row = dict[str, Any]
+
+LABELS = {
+    "full": "full fine-tuning",
+    "bitfit": "BitFit",
+    "adapter_h": "AdapterH",
+    "adapter_l": "AdapterL",
+    "pre_embed": "PreEmbed",
+    "pre_layer": "PreLayer",
+    "prompt": "prompt tuning",
+    "lora": "LoRA q, v",
+    "lora_all": "LoRA, all linear",
+    "lora_merged": "LoRA, merged",
+}
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows of a CSV file; what looks like a number is one."""
+    with path.open(newline="") as file:
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
+    """Writes rows of equal fields."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def best(rows: Iterable[Row]) -> float:
+    """The learning rate of the best validation accuracy with seed 0; of equals, the smallest."""
+    return -max((r["validation"], -r["rate"]) for r in rows if r["seed"] == 0)[1]
+
+
+def summary(out: pathlib.Path) -> list[Row]:
+    """A row for each method that has run."""
+    runs, times = collections.defaultdict(list), collections.defaultdict(dict)
+    for row in read(out / "methods_runs.csv"):
+        runs[row["method"]].append(row)
+    for row in read(out / "methods_latency.csv"):
+        times[row["method"]][f"latency_{row['batch']}x{row['tokens']}"] = row["ratio"]
+    costs = {row["method"]: row for row in read(out / "methods_costs.csv")}
+    times["bitfit"] = times["full"]  # the same program
+    return [_row(runs[name], costs[name], times[name]) for name in LABELS if name in runs]
+
+
+def _row(runs: list[Row], cost: Row, latency: Row) -> Row:
+    rate = best(runs)
+    scores = np.array([r["held_out"] for r in runs if r["rate"] == rate])
+    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+    return {
+        "method": cost["method"],
+        "rate": rate,
+        "seeds": len(scores),
+        "accuracy": round(float(scores.mean()), 4),
+        "standard_error": round(float(error), 4),
+        "trained": cost["trained"] - cost["head"],
+        "trained_with_head": cost["trained"],
+        "file_bytes": cost["file_bytes"],
+        "optimizer_bytes": cost["optimizer_bytes"],
+        "gradient_bytes": cost["trained_bytes"],
+        "memory_bytes": cost["argument_bytes"] + cost["temp_bytes"],
+        "step_ratio": cost["step_ratio"],
+        **latency,
+    }
+
+
+# ---- the picture --------------------------------------------------------------------------------
+
+
+def plot_accuracy(ax: Any, table: Sequence[Row]) -> None:
+    """Held-out accuracy against trained parameters, with standard errors."""
+    for row in table:
+        x, y = row["trained"], 100 * row["accuracy"]
+        ax.errorbar(x, y, 100 * row["standard_error"], fmt="o", capsize=3)
+        ax.annotate(LABELS[row["method"]], (x, y), (6, 4), textcoords="offset points", fontsize=8)
+    ax.set(xscale="log", xlabel="trained parameters without the head", ylabel="accuracy, %")
+    ax.margins(x=0.25)
+
+
+def plot_latency(ax: Any, rows: Sequence[Row]) -> None:
+    """Latency over the base model's, minus 1, with the quartiles."""
+    settings = list(dict.fromkeys((r["batch"], r["tokens"]) for r in rows))
+    names = list(dict.fromkeys(r["method"] for r in rows if r["method"] != "full"))
+    for i, setting in enumerate(settings):
+        of = {r["method"]: r for r in rows if (r["batch"], r["tokens"]) == setting}
+        y, low, high = (
+            100 * np.array([of[name][key] - 1 for name in names])
+            for key in ("ratio", "low", "high")
+        )
+        at = np.arange(len(names)) + 0.27 * (i - (len(settings) - 1) / 2)
+        errors = np.maximum([y - low, high - y], 0)
+        ax.barh(at, y, 0.25, xerr=errors, label=f"{setting[0]} × {setting[1]} tokens")
+    ax.set_yticks(np.arange(len(names)), [LABELS[name] for name in names])
+    ax.invert_yaxis()
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set(xlabel="latency added to the base model's, %")
+    ax.legend(fontsize=8)
+
+
+def write(out: pathlib.Path) -> None:
+    """Writes the table and the picture."""
+    table = summary(out)
+    write_rows(out / "methods.csv", table)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    plot_accuracy(axes[0], table)
+    plot_latency(axes[1], read(out / "methods_latency.csv"))
+    figure.savefig(out / "methods.png", dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    write(pathlib.Path(sys.argv[1] if sys.argv[1:] else pathlib.Path(__file__).parent / "results"))
