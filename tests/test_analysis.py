@@ -1,4 +1,7 @@
-"""Norms, spectra and distances from the factors are those of ΔW formed densely in float64."""
+"""What is computed from the factors is what NumPy finds in ΔW, formed densely in float64."""
+
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +51,7 @@ def test_spectrum(name: str) -> None:
     """All r values, zeros beyond what the shape allows; also under jit."""
     x = site(name)
     expected = np.linalg.svd(dense(x, name), compute_uv=False)
-    for values in (analysis.spectrum(x), jax.jit(analysis.spectrum)(x)):
+    for values in (analysis.delta_spectrum(x), jax.jit(analysis.delta_spectrum)(x)):
         slots = len(x.layout.slots[1]) if x.layout.slots else 1
         assert values.shape == (*expected.shape[:-1], slots * x.a.shape[-1])
         assert values.dtype == jnp.float32
@@ -97,18 +100,18 @@ def test_precision_and_keys() -> None:
     half = x._replace(a=x.a.astype(jnp.bfloat16), b=x.b.astype(jnp.bfloat16))
     assert analysis.norm(half).dtype == jnp.float32
     noisy = x._replace(key=jax.random.split(jax.random.key(0), 3))
-    np.testing.assert_array_equal(analysis.spectrum(noisy), analysis.spectrum(x))
+    np.testing.assert_array_equal(analysis.delta_spectrum(noisy), analysis.delta_spectrum(x))
     with jax.enable_x64(True):
         wide = x._replace(a=np.asarray(x.a, np.float64), b=np.asarray(x.b, np.float64))
         exact = np.linalg.svd(dense(x, "stacked"), compute_uv=False)
-        np.testing.assert_allclose(analysis.spectrum(wide), exact[..., :2], rtol=1e-12)
+        np.testing.assert_allclose(analysis.delta_spectrum(wide), exact[..., :2], rtol=1e-12)
 
 
 def test_vmap() -> None:
     """Many adapters of one site at once."""
     many = jax.tree.map(lambda *x: jnp.stack(x), *(site("dense", seed) for seed in range(3)))
-    each = jnp.stack([analysis.spectrum(site("dense", seed)) for seed in range(3)])
-    np.testing.assert_allclose(jax.vmap(analysis.spectrum)(many), each, rtol=1e-5)
+    each = jnp.stack([analysis.delta_spectrum(site("dense", seed)) for seed in range(3)])
+    np.testing.assert_allclose(jax.vmap(analysis.delta_spectrum)(many), each, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -127,3 +130,207 @@ def test_ranks(values: list[float], stable: float, effective: float) -> None:
     x = jnp.array([values, values])
     np.testing.assert_allclose(analysis.stable_rank(x), [stable] * 2, rtol=1e-6)
     np.testing.assert_allclose(analysis.effective_rank(x), [effective] * 2, rtol=1e-6)
+
+
+# ---- directions ---------------------------------------------------------------------------------
+
+
+def directions(x: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `n` singular vectors among inputs and outputs; zeros beyond the rank."""
+    u, values, vt = np.linalg.svd(x, full_matrices=False)
+    held = (values > 1e-6 * values[..., :1])[..., None, :n]
+    return u[..., :n] * held, vt.swapaxes(-2, -1)[..., :n] * held
+
+
+def similarity(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """φ by its definition, for one pair of matrices of directions."""
+    rows, columns = range(1, u.shape[1] + 1), range(1, v.shape[1] + 1)
+    size = lambda i, j: np.linalg.norm(u[:, :i].T @ v[:, :j]) ** 2 / min(i, j)  # noqa: E731
+    return np.array([[size(i, j) for j in columns] for i in rows])
+
+
+def most(x: LowRank, name: str) -> int:
+    """The most directions that ΔW can have."""
+    slots = len(x.layout.slots[1]) if x.layout.slots else 1
+    return min(*dense(x, name).shape[-2:], slots * x.a.shape[-1])
+
+
+def weight(name: str, seed: int = 3) -> np.ndarray:
+    """A random weight for a site."""
+    return np.random.default_rng(seed).normal(size=SITES[name][0]).astype(np.float32)
+
+
+def matrices(w: np.ndarray, name: str) -> np.ndarray:
+    """A weight as (stack…, inputs, outputs) in float64."""
+    shape, layout, _ = SITES[name]
+    w = w.astype(np.float64).transpose(*layout.stack, *layout.inputs, *layout.outputs)
+    inputs = int(np.prod([shape[d] for d in layout.inputs]))
+    return w.reshape(*(shape[d] for d in layout.stack), inputs, -1)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_similarity_of_sites(name: str) -> None:
+    """Of ΔW of two adapters, whatever the axes and slots; also under jit."""
+    x, y = site(name), site(name, seed=1, rank=2, scale=0.5)
+    u, v = (directions(dense(z, name), most(z, name))[0] for z in (x, y))
+    n = u.ndim - 2
+    pairs = zip(u.reshape(-1, *u.shape[n:]), v.reshape(-1, *v.shape[n:]), strict=True)
+    expected = np.array([similarity(*pair) for pair in pairs])
+    for function in (analysis.subspace_similarity, jax.jit(analysis.subspace_similarity)):
+        grid = function(x, y)
+        assert grid.shape == (*u.shape[:n], u.shape[-1], v.shape[-1])
+        np.testing.assert_allclose(grid.reshape(expected.shape), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("r1", "r2"), [(3, 2), (1, 5), (7, 6), (9, 4)])
+def test_similarity_of_factors(r1: int, r2: int) -> None:
+    """Of A, stacked, up to more columns than inputs; the transpose the other way round."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 7, r1)), rng.normal(size=(2, 7, r2))
+    expected = [
+        similarity(directions(x, r1)[0], directions(y, r2)[0]) for x, y in zip(a, b, strict=True)
+    ]
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+    grid = analysis.subspace_similarity(a, b)
+    assert grid.shape == (2, min(r1, 7), min(r2, 7))
+    np.testing.assert_allclose(grid, expected, atol=1e-4)
+    np.testing.assert_allclose(analysis.subspace_similarity(b, a), grid.mT, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(analysis.subspace_similarity)(a, b), grid, atol=1e-6)
+
+
+def test_strict_promotion() -> None:
+    """Nothing relies on dtypes or numbers of axes that JAX makes equal."""
+    x, w = site("stacked"), weight("stacked")
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        assert analysis.subspace_similarity(x, x).shape == (3, 2, 2)
+        assert analysis.amplification(w, x, 2).shape == (3,)
+        assert analysis.intruder_dimensions(w, x, 4).shape == (3, 4)
+
+
+def test_similarity_with_itself() -> None:
+    """1 wherever one space holds the other, so everywhere; bfloat16 is computed with in float32."""
+    a = jax.random.normal(jax.random.key(0), (8, 3), jnp.bfloat16)
+    grid = analysis.subspace_similarity(a, a)
+    assert grid.dtype == jnp.float32
+    np.testing.assert_allclose(grid, np.ones((3, 3)), rtol=1e-5)
+
+
+def test_similarity_of_what_is_not_there() -> None:
+    """Directions beyond the rank overlap with none; with B = 0 there are none at all."""
+    a = jax.random.normal(jax.random.key(0), (8, 2))
+    twice = jnp.concatenate([a, a], axis=1)  # (8, 4) of rank 2
+    grid = analysis.subspace_similarity(twice, twice)
+    np.testing.assert_allclose(jnp.diag(grid), [1, 1, 2 / 3, 1 / 2], rtol=1e-5)
+    x = site("stacked")
+    start = x._replace(b=jnp.zeros_like(x.b))
+    assert not analysis.subspace_similarity(start, x).any()
+    assert not analysis.subspace_similarity(start, start).any()
+    assert not analysis.subspace_similarity(jnp.zeros((8, 3)), a).any()
+
+
+@pytest.mark.parametrize("shapes", [((6, 2), (5, 2)), ((2, 6, 2), (3, 6, 2)), ((6,), (6,))])
+def test_similarity_of_other_shapes(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"`a1` and `a2` must have shapes .* differ in r alone"):
+        analysis.subspace_similarity(*map(jnp.ones, shapes))
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_amplification(name: str) -> None:
+    """For one direction under jit and for all, from a site and from ΔW."""
+    x, w = site(name), weight(name)
+    delta, wide = dense(x, name), matrices(w, name)
+    jitted = jax.jit(analysis.amplification, static_argnums=2)
+    for rank, function in {1: jitted, most(x, name): analysis.amplification}.items():
+        u, v = directions(delta, rank)
+        within = np.linalg.norm(u.swapaxes(-2, -1) @ wide @ v, axis=(-2, -1))
+        expected = np.linalg.norm(delta, axis=(-2, -1)) / within
+        np.testing.assert_allclose(function(w, x, rank), expected, rtol=1e-3)
+        pair = wide.astype(np.float32), delta.astype(np.float32)
+        np.testing.assert_allclose(function(*pair, rank), expected, rtol=1e-3)
+
+
+def test_amplification_of_many() -> None:
+    """Under vmap over adapters."""
+    sites = [site("dense", seed) for seed in range(3)]
+    many, w = jax.tree.map(lambda *x: jnp.stack(x), *sites), weight("dense")
+    got = jax.vmap(lambda x: analysis.amplification(w, x, 2))(many)
+    np.testing.assert_allclose(got, [analysis.amplification(w, x, 2) for x in sites], rtol=1e-5)
+
+
+def test_amplification_at_the_limits() -> None:
+    """0 for ΔW = 0, infinite for W = 0; directions beyond the rank of ΔW add nothing."""
+    x, w = site("dense"), weight("dense")
+    start = x._replace(b=jnp.zeros_like(x.b))
+    with jax.debug_nans(True):
+        assert analysis.amplification(w, start, 3) == 0
+        assert analysis.amplification(w, jnp.zeros_like(w), 4) == 0
+    assert analysis.amplification(jnp.zeros_like(w), x, 3) == jnp.inf
+    single = x._replace(b=x.b.at[1:].set(0))  # rank 1
+    expected = analysis.amplification(w, single, 1)
+    np.testing.assert_allclose(analysis.amplification(w, single, 3), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "limit", "of"),
+    [
+        (analysis.intruder_dimensions, "k", 4, "W + ΔW"),  # the smaller side of W
+        (analysis.amplification, "rank", 3, "ΔW"),  # that of A and B
+    ],
+)
+@pytest.mark.parametrize("count", [0, 5, -1])
+def test_more_directions_than_there_are(
+    function: Any, argument: str, limit: int, of: str, count: int
+) -> None:
+    message = f"`{argument}` must be from 1 to {limit}, the most directions that {of} can have"
+    with pytest.raises(ValueError, match=re.escape(message) + f".*; got {count}"):
+        function(weight("dense"), site("dense"), **{argument: count})
+
+
+@pytest.mark.parametrize("function", [analysis.amplification, analysis.intruder_dimensions])
+def test_weights_of_other_shapes(function: Any) -> None:
+    """W must be that of the site, or of the shape of ΔW."""
+    with pytest.raises(ValueError, match=r"`w` must be .* of shape \(6, 4\); got shape \(4, 6\)"):
+        function(weight("transposed"), site("dense"), 1)
+    with pytest.raises(ValueError, match=r"must have the same shape .* \(4, 6\) and \(6, 4\)"):
+        function(jnp.ones((4, 6)), jnp.ones((6, 4)), 1)
+    with pytest.raises(ValueError, match=r"must have the same shape .* \(6,\) and \(6,\)"):
+        function(jnp.ones(6), jnp.ones(6), 1)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_intruders(name: str) -> None:
+    """Against the definition at several thresholds, from a site and from ΔW; under jit."""
+    with jax.enable_x64(True):
+        x = site(name, scale=3.0)
+        x = x._replace(a=np.asarray(x.a, np.float64), b=np.asarray(x.b, np.float64))
+        w = weight(name).astype(np.float64)
+        wide, delta = matrices(w, name), dense(x, name)
+        k = min(wide.shape[-2:]) - 1
+        v, after = (np.linalg.svd(y, full_matrices=False)[2] for y in (wide, wide + delta))
+        cosines = np.abs(after[..., :k, :] @ v.swapaxes(-2, -1)).max(-1)
+        jitted = jax.jit(analysis.intruder_dimensions, static_argnums=2)
+        for threshold in (0.5, 0.7, 0.9):
+            for pair in ((w, x), (wide, delta)):
+                np.testing.assert_array_equal(jitted(*pair, k, threshold), cosines < threshold)
+
+
+def test_intruders_of_many() -> None:
+    """Under vmap over adapters: as one by one."""
+    sites = [site("dense", seed, scale=5.0) for seed in range(4)]
+    many, w = jax.tree.map(lambda *x: jnp.stack(x), *sites), weight("dense")
+    got = jax.vmap(lambda x: analysis.intruder_dimensions(w, x, 3, 0.8))(many)
+    each = [analysis.intruder_dimensions(w, x, 3, 0.8) for x in sites]
+    np.testing.assert_array_equal(got, each)
+    assert got.any() and not got.all()
+
+
+def test_intruders_at_the_limits() -> None:
+    """None for ΔW = 0; all directions that there are for W = 0, or where W has nothing."""
+    x, w = site("dense"), weight("dense")
+    assert not analysis.intruder_dimensions(w, x._replace(b=jnp.zeros_like(x.b)), 4).any()
+    found = analysis.intruder_dimensions(jnp.zeros_like(w), x, 4)
+    assert found.tolist() == [True, True, True, False]  # ΔW has rank 3
+    assert not analysis.intruder_dimensions(jnp.zeros((6, 4)), jnp.zeros((6, 4)), 4).any()
+    w = jnp.diag(jnp.array([2.0, 1.0, 0.0]))
+    delta = jnp.zeros((3, 3)).at[2, 2].set(5.0)
+    assert analysis.intruder_dimensions(w, delta, 3).tolist() == [True, False, False]

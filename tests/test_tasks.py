@@ -795,7 +795,7 @@ def test_recipes_of_the_paper():
         task: table.recipe("gpt3-175b", task).length for task in ("wikisql", "mnli", "samsum")
     }
     assert lengths == {"wikisql": 384, "mnli": 768, "samsum": 2048}
-    assert len(table.RECIPES) == 3 * 8 + 2 * 3 + 3
+    assert len(table.RECIPES) == 3 * 8 + 2 * 3 + 3 + 1  # MiniLM's is ours
     assert {task for _, task in table.RECIPES} <= {*glue.TASKS, *nlg.READERS, "wikisql"}
 
 
@@ -810,7 +810,8 @@ def test_steps_and_warmup():
 
 
 def test_unknown_recipes():
-    models = "roberta-base, roberta-large, deberta-v2-xxlarge, gpt2-medium, gpt2-large, gpt3-175b"
+    models = "roberta-base, roberta-large, deberta-v2-xxlarge, gpt2-medium, gpt2-large, gpt3-175b, "
+    models += "minilm"
     assert error(ValueError, table.recipe, "bert", "rte") == (
         f"`model` must be one of {models}, got 'bert'"
     )

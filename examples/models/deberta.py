@@ -39,6 +39,7 @@ class Config:
     """The fields of `config.json` that shape the computation, and what the tensors say.
 
     Attributes:
+        cls_dropout: before the classifier; None is `hidden_dropout_prob`.
         head: see above.
         bare: whether the names in the checkpoint lack ``deberta.``.
         legacy: whether its "lm" head is called as BERT's.
@@ -64,6 +65,7 @@ class Config:
     conv_act: str = "tanh"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    cls_dropout: float | None = None
     head: str = ""
     bare: bool = False
     legacy: bool = False
@@ -317,7 +319,8 @@ class Deberta(nn.Module):
         if c.head != "cls" or not self.classes:
             return x
         y = dense(c.hidden_size, ("embed", None), **options, name="pooler")(x[:, 0])  # (B, D)
-        y = dropout(self, c.hidden_dropout_prob, nn.gelu(y, approximate=False))
+        rate = c.hidden_dropout_prob if c.cls_dropout is None else c.cls_dropout
+        y = dropout(self, rate, nn.gelu(y, approximate=False))
         return dense(self.classes, ("embed", None), **options, name="classifier")(y)
 
 

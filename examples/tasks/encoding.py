@@ -44,7 +44,7 @@ def classification(
         Rows of ``ids`` and ``types``, (tokens,) int32, and ``label``, () int32, or float32 if any
         label is a float.
     """
-    tokenizer = _plain(tokenizer)
+    tokenizer = plain(tokenizer)
     tokenizer.enable_truncation(length, strategy="longest_first")
     encoded = tokenizer.encode_batch([pair if len(pair) > 1 else pair[0] for pair in texts])
     dtype = np.float32 if any(isinstance(label, float) for label in labels) else np.int32
@@ -79,7 +79,7 @@ def generation(
     Raises:
         ValueError: an answer alone does not fit.
     """
-    pairs, tokenizer = list(pairs), _plain(tokenizer)
+    pairs, tokenizer = list(pairs), plain(tokenizer)
     first, second = zip(*pairs, strict=True) if pairs else ((), ())
     prompts, answers = (
         [e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -99,7 +99,7 @@ def generation(
     return rows
 
 
-def _plain(tokenizer: Tokenizer) -> Tokenizer:
+def plain(tokenizer: Tokenizer) -> Tokenizer:
     """A copy that neither cuts nor pads, as files of tokenizers may ask for."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()

@@ -112,7 +112,7 @@ def wide(x: LowRank) -> LowRank:
 
 @jax.jit
 def _measure(x: LowRank) -> tuple[jax.Array, ...]:
-    spectrum = analysis.spectrum(x)
+    spectrum = analysis.delta_spectrum(x)
     ranks = analysis.stable_rank(spectrum), analysis.effective_rank(spectrum)
     return analysis.norm(x), spectrum, *ranks
 

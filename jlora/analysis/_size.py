@@ -1,21 +1,14 @@
-r"""What an adapter changes, from its factors alone: $\Delta W = s \cdot A B$ is never formed.
-
-With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, ΔW has the singular values of the r × r matrix
-$s \cdot R_1 R_2^\top$. Each function works on one site, under `jit` and `vmap` too.
-"""
-
-import math
+"""How much an adapter changes: norms, distances, singular values and ranks of ΔW."""
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from ._transform import as_delta
-from ._tree import weight_shape
-from ._types import LowRank
+from .._tree import weight_shape
+from .._types import LowRank
+from ._factors import core, factors
 
 
-def spectrum(site: LowRank) -> jax.Array:
+def delta_spectrum(site: LowRank) -> jax.Array:
     r"""The singular values of each ΔW of a site, a matrix of all inputs by all outputs.
 
     Args:
@@ -30,11 +23,11 @@ def spectrum(site: LowRank) -> jax.Array:
         >>> from jlora import analysis
         >>> a, b = jnp.eye(4, 2), jnp.diag(jnp.array([3.0, 1.0]))
         >>> site = jlora.LowRank(a, b, scale=2.0, layout=jlora.Layout((), (0,), (1,)))
-        >>> analysis.spectrum(site).tolist()
+        >>> analysis.delta_spectrum(site).tolist()
         [6.0, 2.0]
     """
-    a, b = _factors(site)
-    values = jnp.linalg.svd(_core(a, b), compute_uv=False)
+    a, b = factors(site)
+    values = jnp.linalg.svd(core(a, b), compute_uv=False)
     missing = a.shape[-1] - values.shape[-1]
     return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
 
@@ -55,7 +48,7 @@ def norm(site: LowRank) -> jax.Array:
         >>> float(analysis.norm(jlora.LowRank(a, b, 2.0, jlora.Layout((), (0,), (1,)))))
         10.0
     """
-    return jnp.linalg.norm(_core(*_factors(site)), axis=(-2, -1))
+    return jnp.linalg.norm(core(*factors(site)), axis=(-2, -1))
 
 
 def distance(site: LowRank, other: LowRank) -> jax.Array:
@@ -86,9 +79,9 @@ def distance(site: LowRank, other: LowRank) -> jax.Array:
             "`site` and `other` must be for one weight; got weights with (shape, stack, inputs, "
             f"outputs) of {mine} and {its}."
         )
-    (a, b), (c, d) = _factors(site), _factors(other)
+    (a, b), (c, d) = factors(site), factors(other)
     return jnp.linalg.norm(
-        _core(jnp.concatenate([a, -c], -1), jnp.concatenate([b, d], -2)), axis=(-2, -1)
+        core(jnp.concatenate([a, -c], -1), jnp.concatenate([b, d], -2)), axis=(-2, -1)
     )
 
 
@@ -96,7 +89,7 @@ def stable_rank(values: jax.Array) -> jax.Array:
     r"""The stable rank $\sum_i \sigma_i^2 / \sigma_1^2$: at most the rank, and steady under noise.
 
     Args:
-        values: singular values, descending, shape (…, r), as from `spectrum`.
+        values: singular values, descending, shape (…, r), as from `delta_spectrum`.
 
     Returns:
         Shape (…), in [1, r]; 0 where all values are 0.
@@ -116,7 +109,7 @@ def effective_rank(values: jax.Array) -> jax.Array:
     r"""The effective rank $\exp(-\sum_i p_i \log p_i)$ with $p_i = \sigma_i / \sum_j \sigma_j$.
 
     Args:
-        values: singular values, descending, shape (…, r), as from `spectrum`.
+        values: singular values, descending, shape (…, r), as from `delta_spectrum`.
 
     Returns:
         Shape (…), in [1, r]; 0 where all values are 0.
@@ -138,24 +131,6 @@ def effective_rank(values: jax.Array) -> jax.Array:
 
 def _weight(site: LowRank) -> tuple[tuple[int, ...], ...]:
     return (weight_shape(site), *site.layout[:3])
-
-
-def _factors(site: LowRank) -> tuple[jax.Array, jax.Array]:
-    """s·A as (stack…, inputs, r) and B as (stack…, r, outputs), slots side by side."""
-    whole = as_delta(site._replace(key=None), weight_shape(site))
-    wide = jnp.promote_types(jnp.result_type(site.a, site.b), jnp.float32)
-    a, b = (jnp.asarray(f.value, wide) for f in (whole.a, whole.b))
-    n, rank = len(site.layout.stack), a.shape[-1]
-    stack = a.shape[:n]
-    a = a.reshape(*stack, math.prod(a.shape[n:-1]), rank)
-    return site.scale * a, b.reshape(*stack, rank, math.prod(b.shape[n + 1 :]))
-
-
-def _core(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A small matrix with the singular values of A·B."""
-    r_a = jnp.linalg.qr(a, mode="r")
-    r_b = jnp.linalg.qr(jnp.swapaxes(b, -2, -1), mode="r")
-    return jnp.matmul(r_a, jnp.swapaxes(r_b, -2, -1), precision=lax.Precision.HIGHEST)
 
 
 def _relative(values: jax.Array) -> jax.Array:

@@ -1,0 +1,216 @@
+"""Tasks of texts: E2E, WebNLG, DART, SAMSum, WikiSQL, and MNLI as GPT-3 does it.
+
+    problem = texts.generation(folder, "e2e", tokenizer, recipe)
+
+A causal model learns prompt, end of text, answer, end of text, of which the answer counts; it
+writes by beam search until the end of the text or an empty line.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from . import batches, beam, encoding, glue, metrics, nlg, table, wikisql
+from .problems import EVALUATED, Model, Problem, Result, cross_entropy, lengths, shuffled
+
+DECODED = 8  # prompts that are searched together
+END, BREAK = "<|endoftext|>", "ĊĊ"  # GPT-2's tokens 50256 and 628, two line feeds
+
+
+class Text(NamedTuple):
+    """A prompt, its answers, and the example that they are of."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    example: Any
+
+
+def generation(
+    folder: str | Path,
+    task: str,
+    tokenizer: Tokenizer,
+    recipe: table.Recipe,
+    *,
+    limit: int | None = None,
+) -> Problem:
+    """A task of texts for a causal model with GPT-2's tokens.
+
+    After each epoch counts the likelihood of the dev set's answers; the best epoch's model writes
+    texts by beam search.
+
+    Args:
+        folder: of the data.
+        task: a key of `TASKS`.
+        tokenizer: of the model.
+        recipe: the settings.
+        limit: the most prompts of a split.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message says what to put where.
+        FormatError: a file is not as it should be.
+        ValueError: an answer is longer than `recipe.length`, or the tokenizer is not GPT-2's.
+    """
+    kind, decoding, tokenizer = TASKS[task], table.DECODING[task], encoding.plain(tokenizer)
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise ValueError(f"the tokenizer has no token {END}: expected that of a GPT-2 or GPT-3")
+    stop = [end] if (token := tokenizer.token_to_id(BREAK)) is None else [end, token]
+    room = recipe.length - decoding.new_tokens
+    if room < 1:
+        raise ValueError(
+            f"`length`: expected more than {decoding.new_tokens}, for as many new tokens, got "
+            f"{recipe.length}"
+        )
+
+    def rows(texts: Sequence[Text]) -> list[encoding.Row]:
+        pairs = [(text.prompt, f" {answer}") for text in texts for answer in text.answers]
+        return encoding.generation(pairs, tokenizer, recipe.length, end, end)
+
+    read = {split: kind.read(folder, split)[:limit] for split in ("train", kind.dev, kind.test)}
+    train, given, shape = rows(read["train"]), read[kind.test], {"lengths": lengths(recipe.length)}
+    data = batches.batches(rows(read[kind.dev]), EVALUATED, **shape)
+
+    def loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+        each = cross_entropy(logits[:, :-1], batch["ids"][:, 1:], recipe.label_smoothing)
+        return jnp.average(each, weights=batch["counts"][:, 1:] * batch["weight"][:, None])
+
+    def dev(model: Model) -> dict[str, float]:
+        found = np.zeros(2)
+        for i in range(len(data)):
+            found += _likelihood(model, data[i])
+        return {"log_likelihood": float(found[0] / found[1])}  # of a token
+
+    def test(model: Model) -> Result:
+        prompts = tokenizer.encode_batch([t.prompt for t in given], add_special_tokens=False)
+        ids = [[*prompt.ids, end][-room:] for prompt in prompts]
+        texts = _written(model, ids, stop, decoding, tokenizer)
+        return Result(kind.score(texts, given, read["train"]), tuple(texts))
+
+    return Problem(
+        examples=len(train),
+        outputs=0,
+        inputs=("ids",),
+        batches=functools.partial(shuffled, train, recipe, shape),
+        loss=loss,
+        dev=dev,
+        test=test,
+    )
+
+
+@jax.jit
+def _likelihood(model: Model, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The sum of the answers' log probabilities, and the number of their tokens."""
+    each = -cross_entropy(model(batch["ids"])[:, :-1], batch["ids"][:, 1:])
+    counts = batch["counts"][:, 1:] * batch["weight"][:, None]
+    return jnp.stack([(each * counts).sum(), counts.sum()])
+
+
+def _written(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    stop: Sequence[int],
+    decoding: table.Decoding,
+    tokenizer: Tokenizer,
+) -> list[str]:
+    """The best text after each prompt."""
+    options = {
+        "beams": decoding.beams,
+        "new_tokens": decoding.new_tokens,
+        "stop": stop,
+        "penalty": decoding.length_penalty,
+        "no_repeat": decoding.no_repeat,
+        "prompt_counts": False,
+        "length": max(map(len, prompts)) + decoding.new_tokens,
+    }
+    step, texts = functools.partial(beam.next_logits, model), []
+    for i in tqdm(range(0, len(prompts), DECODED), desc="beam search", disable=None):
+        for found in beam.search(step, prompts[i : i + DECODED], **options):
+            ids = [token for token in found[0].ids if token not in stop] if found else []
+            texts.append(tokenizer.decode(ids).strip())
+    return texts
+
+
+class Kind(NamedTuple):
+    """How a task of texts is read and scored, and the splits for both.
+
+    Attributes:
+        read: the examples of a split in a folder.
+        score: of texts, the examples that they are for, and those of the training set.
+        dev: the split that finds the best epoch.
+        test: the split that texts are written for.
+    """
+
+    read: Callable[[str | Path, str], list[Text]]
+    score: Callable[[Sequence[str], Sequence[Text], Sequence[Text]], dict[str, float]]
+    dev: str = "dev"
+    test: str = "test"
+
+
+def _read_nlg(task: str, folder: str | Path, split: str) -> list[Text]:
+    return [Text(e.prompt, e.references, e) for e in nlg.read(folder, task, split)]
+
+
+def _read_wikisql(folder: str | Path, split: str) -> list[Text]:
+    return [Text(e.prompt, (e.answer,), e) for e in wikisql.read(folder, split)]
+
+
+def _read_mnli(folder: str | Path, split: str) -> list[Text]:
+    """The answer is the name of the class; the paper does not say how GPT-3 reads the pair."""
+    names = glue.TASKS["mnli"].classes
+    return [
+        Text(f"{e.texts[0]}\n{e.texts[1]}\n\n", (names[int(e.label)],), e)
+        for e in glue.read(folder, "mnli", split)
+    ]
+
+
+def _score(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    return metrics.generation(texts, [g.answers for g in given])
+
+
+def _score_lower(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    scores = _score(texts, given, train)
+    return {"bleu_lower": scores["bleu_lower"], **scores}
+
+
+def _score_webnlg(
+    texts: Sequence[str], given: Sequence[Text], train: Sequence[Text]
+) -> dict[str, float]:
+    """Also BLEU for the categories of the training set, and for the others."""
+    scores, known = _score_lower(texts, given, train), {t.example.category for t in train}
+    for name, is_seen in (("seen", True), ("unseen", False)):
+        chosen = [i for i, g in enumerate(given) if (g.example.category in known) == is_seen]
+        if chosen:
+            references = [given[i].answers for i in chosen]
+            bleu = metrics.bleu([texts[i] for i in chosen], references, lowercase=True)
+            scores[f"bleu_lower_{name}"] = bleu
+    return scores
+
+
+def _score_samsum(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    return metrics.rouge(texts, [g.answers for g in given])
+
+
+def _score_wikisql(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    return {"accuracy": wikisql.accuracy(texts, [g.example for g in given])}
+
+
+def _score_mnli(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
+    return {"accuracy": metrics.accuracy(np.array(texts), np.array([g.answers[0] for g in given]))}
+
+
+# The paper scores WikiSQL and MNLI on their dev sets.
+TASKS: Mapping[str, Kind] = {
+    "e2e": Kind(functools.partial(_read_nlg, "e2e"), _score),
+    "webnlg": Kind(functools.partial(_read_nlg, "webnlg"), _score_webnlg),
+    "dart": Kind(functools.partial(_read_nlg, "dart"), _score_lower),
+    "samsum": Kind(functools.partial(_read_nlg, "samsum"), _score_samsum),
+    "wikisql": Kind(_read_wikisql, _score_wikisql, test="dev"),
+    "mnli": Kind(_read_mnli, _score_mnli, dev="dev_matched", test="dev_matched"),
+}

@@ -1,0 +1,13 @@
+"""What an adapter changes, from its factors: ΔW is formed only where a function says so.
+
+Each function works on one site, under `jit` and `vmap` too; counts of directions are static.
+"""
+
+from ._directions import amplification as amplification
+from ._directions import intruder_dimensions as intruder_dimensions
+from ._directions import subspace_similarity as subspace_similarity
+from ._size import delta_spectrum as delta_spectrum
+from ._size import distance as distance
+from ._size import effective_rank as effective_rank
+from ._size import norm as norm
+from ._size import stable_rank as stable_rank

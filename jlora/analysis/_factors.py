@@ -1,0 +1,43 @@
+r"""A and B of a site as matrices, and what follows from them without ΔW.
+
+With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, ΔW has the singular values of the r × r matrix
+$s \cdot R_1 R_2^\top$, and the singular vectors of that, times $Q_1$ and $Q_2$.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._transform import as_delta
+from .._tree import weight_shape
+from .._types import LowRank
+
+
+def factors(site: LowRank) -> tuple[jax.Array, jax.Array]:
+    """s·A as (stack…, inputs, r) and B as (stack…, r, outputs), slots side by side."""
+    whole = as_delta(site._replace(key=None), weight_shape(site))
+    wide = jnp.promote_types(jnp.result_type(site.a, site.b), jnp.float32)
+    a, b = (jnp.asarray(f.value, wide) for f in (whole.a, whole.b))
+    n, rank = len(site.layout.stack), a.shape[-1]
+    stack = a.shape[:n]
+    a = a.reshape(*stack, math.prod(a.shape[n:-1]), rank)
+    return site.scale * a, b.reshape(*stack, rank, math.prod(b.shape[n + 1 :]))
+
+
+def core(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A small matrix with the singular values of A·B."""
+    return times(jnp.linalg.qr(a, mode="r"), jnp.linalg.qr(b.mT, mode="r").mT)
+
+
+def svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U (…, inputs, n), S (…, n) and V (…, outputs, n) of A·B; n is at most r."""
+    (q_a, r_a), (q_b, r_b) = jnp.linalg.qr(a), jnp.linalg.qr(b.mT)
+    u, values, vt = jnp.linalg.svd(times(r_a, r_b.mT), full_matrices=False)
+    return times(q_a, u), values, times(q_b, vt.mT)
+
+
+def times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A matrix product in full precision."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,131 @@
+"""`examples/ablations.py`: one run from a table with a gap, and the pictures of small adapters."""
+
+import ablations
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from models import bert
+
+import jlora
+from jlora import checkpoint
+
+SMALL = bert.Config(50, 64, 3, 4, 64, 16, 2, 1e-12)
+
+
+def test_plan_has_the_pictures_first_and_each_run_once():
+    runs = ablations.planned(["movies", "definitions"], (0, 1))
+    assert len(runs) == len(set(runs)) == 2 * 2 * 15
+    assert runs[:4] == ablations.pictured("movies")
+    assert runs[4:8] == ablations.pictured("definitions")
+    assert {run.seed for run in ablations.planned(["movies"], [1])} == {1}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A task with a small model, to be neither trained nor measured."""
+    ids = jnp.ones((1, 8), jnp.int32)
+    model = bert.Bert(bert.Config(50, 64, 3, 4, 64, 16, 2, 1e-12), scan=True)
+    attention = lambda tree: tree["params"]["encoder"]["layer"]["attention"]  # noqa: E731
+    variables = nn.unbox(model.init(jax.random.key(0), ids))
+    return ablations.Task(model.apply, variables, (ids,), (), attention, print, print)
+
+
+def start(task, run):
+    """The rules of a run, its base, and an adapter whose B is not zero."""
+    rules = ablations.rules(task, run)
+    lora = jlora.transform(task.apply, *rules)
+    base, adapter = lora.init(jax.random.key(run.seed), task.variables, *task.example)
+    rng = np.random.default_rng(0)
+    return rules, base, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), adapter)
+
+
+@pytest.mark.parametrize("matrices", ablations.MATRICES)
+def test_the_matrices_and_no_others_at_one_budget(small, matrices):
+    run = ablations.Run("small", matrices, ablations.MATRICES[matrices], 0)
+    adapter = small.attention(start(small, run)[2])
+    assert sorted(adapter) == sorted(ablations.NAMES[letter] for letter in matrices.split(","))
+    assert jlora.count(adapter) == 3 * (64 + 64) * 8
+
+
+def test_mean_a_token_of_equal_lengths_is_the_ordinary_mean():
+    totals = np.array([3.0, 5.0, 10.0, 2.0])
+    score = ablations.mean_a_token(totals, np.full(4, 2.0))
+    assert score.value == pytest.approx(2.5)
+    assert score.error == pytest.approx(np.std(totals / 2, ddof=1) / 2)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A run that was missing in the table, the tables before and after a call, and the picture."""
+    results, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("out")
+    table, missing = results / "ablations.csv", ablations.Run("movies", "k", 8, 0)
+    for run in ablations.planned(["movies"], [0]):
+        if run != missing:
+            row = {"steps": 2, "parameters": 1, "score": 0.5, "standard_error": 0.1, "seconds": 1}
+            ablations.append(table, {**run._asdict(), **row})
+    grids = {f"{part}/a/ranks": np.full((8, 64), 0.5) for part in ("query", "value")}
+    for task in ablations.TASKS:
+        np.savez(results / f"{task}.npz", **grids)
+    before = ablations.read(table)
+    argv = ["--tasks", "movies", "--seeds", "0", "--steps", "2"]
+    ablations.main([*argv, "--results", str(results), "--out", str(out)])
+    return missing, before, ablations.read(table), results / "ablations.png"
+
+
+def test_only_what_is_missing_is_done(resumed):
+    missing, before, after, _ = resumed
+    assert after.keys() - before.keys() == {missing}
+    assert {run: row for run, row in after.items() if run != missing} == before
+
+
+def test_a_row_says_what_was_measured(resumed):
+    missing, _, after, _ = resumed
+    row = after[missing]
+    assert int(row["steps"]) == 2
+    assert int(row["parameters"]) == 6 * 2 * 384 * 8
+    value = float(row["score"])
+    assert 0.4 < value < 0.9
+    assert float(row["standard_error"]) == pytest.approx((value * (1 - value) / 947) ** 0.5, 1e-3)
+
+
+def test_the_picture_is_drawn(resumed):
+    *_, picture = resumed
+    assert plt.imread(picture).shape[:2] == (720, 800)
+
+
+def test_results_are_small():
+    for path in ablations.RESULTS.iterdir():
+        assert path.stat().st_size < 300_000
+
+
+def test_runs_of_other_lengths_are_not_mixed(resumed, capsys):
+    *_, picture = resumed
+    with pytest.raises(SystemExit):
+        ablations.main(["--tasks", "movies", "--steps", "3", "--results", str(picture.parent)])
+    message = "ablations.csv has runs of 2 steps for movies, and 3 are asked for: give another"
+    assert message in capsys.readouterr().err
+
+
+def test_subspaces(small, tmp_path):
+    """Shapes as the notebook has them; the norms are those of dense matrices."""
+    folders = [run.folder(tmp_path) for run in ablations.pictured("small")]
+    for run, folder in zip(ablations.pictured("small"), folders, strict=True):
+        rules, base, adapter = start(small, run)
+        checkpoint.save(folder, adapter, rules, base=base)
+    found = dict(ablations.subspaces(small, folders))
+    for part in ("query", "value"):
+        assert found[f"{part}/a/ranks"].shape == found[f"{part}/delta/ranks"].shape == (8, 64)
+        assert found[f"{part}/a/seeds"].shape == found[f"{part}/delta/seeds"].shape == (64, 64)
+        assert found[f"{part}/intruders"].shape == (3, 3)
+        assert found[f"{part}/spectrum/8"].shape == (3, 8)
+        w = small.attention(small.variables)[part]["kernel"][1]
+        site = ablations.at(small.attention(checkpoint.restore(folders[0]))[part]["kernel"], 1)
+        delta = site.scale * site.a @ site.b
+        u, _, vt = np.linalg.svd(delta)
+        size, within, own, _ = found[f"{part}/norms"][0]
+        assert size == pytest.approx(np.linalg.norm(delta), 1e-4)
+        assert within == pytest.approx(np.linalg.norm(u[:, :4].T @ w @ vt[:4].T), 1e-3)
+        assert own == pytest.approx(np.linalg.norm(np.linalg.svd(w)[1][:4]), 1e-4)

@@ -1,0 +1,620 @@
+"""`examples/paper.py`: from small files in the official formats to scores that had to be learned.
+
+The checkpoints are small, of the real architectures, with tokenizers of the real kinds.
+"""
+
+import csv
+import dataclasses
+import doctest
+import functools
+import itertools
+import json
+import math
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import data
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import paper
+import pytest
+from methods import METHODS
+from models import bert, deberta, gpt, hf
+from tasks import glue, pretrained, problems, seeds, table, texts, training
+from test_tasks import DART, LAYOUTS, QUESTIONS, SAMSUM, TABLE, WEBNLG_XML, error, jsonl, tsv, write
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from jlora import checkpoint
+
+FILLERS = ("film", "story", "plot", "actor", "the", "a")
+WORDS = {  # of each class
+    0: ("good", "great", "fine"),
+    1: ("bad", "awful", "poor"),
+    2: ("red", "blue", "green"),
+}
+E2E = """mr,ref
+"name[The Eagle], eatType[coffee shop]",The Eagle is a cheap coffee shop.
+"name[The Mill], near[Café Sicilia]",You find The Mill near Café Sicilia.
+"""
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ENCODER = (320, 32, 2, 4, 64, 66)
+SMALL = {
+    "roberta-base": (
+        bert,
+        bert.Config(
+            *ENCODER, 1, 1e-5, model_type="roberta", pad_token_id=1, head="lm", **NO_DROPOUT
+        ),
+    ),
+    "deberta-v2-xxlarge": (
+        deberta,
+        deberta.Config(
+            *ENCODER,
+            0,
+            1e-7,
+            relative_attention=True,
+            pos_att_type=("p2c", "c2p"),
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            position_biased_input=False,
+            head="lm",
+            **NO_DROPOUT,
+        ),
+    ),
+    "gpt2-medium": (gpt, gpt.Config(400, 192, 2, 32, 4, dropout=0.0)),
+}
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def train_tokenizer(special: list[str], text: str) -> Tokenizer:
+    """Pairs of bytes, as those of RoBERTa and GPT-2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text] * 3, trainer)
+    return tokenizer
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """Of RoBERTa, DeBERTa or GPT-2."""
+    if name.startswith("gpt"):
+        return train_tokenizer([texts.END], E2E)
+    words = [*FILLERS, *itertools.chain(*WORDS.values())]
+    tokenizer = train_tokenizer(["<s>", "<pad>", "</s>", "<unk>"], " ".join(words))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+def write_checkpoint(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A folder as Hugging Face's, of random weights through which attention sees the words."""
+    module, config = SMALL[name]
+    kind = pretrained.FAMILIES[name][1]
+    variables = nn.unbox(
+        jax.jit(kind(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    )
+    loud = r"attention/(value|out)/kernel" if module is not gpt else "wpe"
+    variables = scaled(variables, loud)
+    known = {k: v[0] if isinstance(v, tuple) else v for k, v in module.KNOWN.items()}
+    own = {theirs: getattr(config, ours) for ours, theirs in module.FIELDS.items()}
+    write(folder, {"config.json": json.dumps({**known, **own})})
+    hf.write_tensors(folder / hf.ONE, hf.to_tensors(variables, module.names(config)))
+    make_tokenizer(name).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def scaled(variables: Any, pattern: str) -> Any:
+    """Variables of which those whose path matches are four times as large."""
+
+    def scale(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return 4 * x if re.search(pattern, name) else x
+
+    return jax.tree_util.tree_map_with_path(scale, variables)
+
+
+def sentence(rng: np.random.Generator, *kinds: int) -> str:
+    """Two fillers, and a word of each kind, in any order."""
+    words = [*rng.choice(FILLERS, 2), *(rng.choice(WORDS[kind]) for kind in kinds)]
+    return " ".join(rng.permutation(words))
+
+
+def sst2(folder: pathlib.Path, train: int = 128) -> pathlib.Path:
+    """Class 1 is that of the good words."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("dev", 64)):
+        labels = rng.permutation(np.arange(count) % 2)
+        rows = [f"{sentence(rng, *[1 - label] * 2)}|{label}" for label in labels]
+        write(folder, {f"SST-2/{split}.tsv": tsv("sentence label", *rows)})
+    return folder
+
+
+def stsb(folder: pathlib.Path) -> pathlib.Path:
+    """The score is the share of good words in the second sentence."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 128), ("dev", 64)):
+        header, row, *_ = LAYOUTS["stsb"]
+        rows = []
+        for _ in range(count):
+            bad = int(rng.integers(3))
+            text = sentence(rng, *[1] * bad, *[0] * (2 - bad))
+            rows.append(row.rsplit("|", 2)[0] + f"|{text}|{2.5 * (2 - bad):.3f}")
+        write(folder, {f"STS-B/{split}.tsv": tsv(header, *rows)})
+    return folder
+
+
+def inference(folder: pathlib.Path, task: str) -> pathlib.Path:
+    """MNLI or RTE: the words of the second sentence tell the class."""
+    rng, spec = np.random.default_rng(0), glue.TASKS[task]
+    header, row, *_ = LAYOUTS[task]
+    given = row.split("|")
+    columns = header.split()
+    for split, count in (("train", 192), *((name, 48 + 3 * i) for i, name in enumerate(spec.dev))):
+        rows = []
+        for number in range(count):
+            label = number % len(spec.classes)
+            texts = {"sentence1": sentence(rng), "sentence2": sentence(rng, label, label)}
+            values = {**dict(zip(columns, given, strict=True)), **texts}
+            values |= {spec.label: spec.classes[label]}
+            rows.append("|".join(values[name] for name in columns))
+        write(folder, {f"{spec.folder}/{split}.tsv": tsv(header, *rows)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """A folder for each of the small models."""
+    return {n: write_checkpoint(tmp_path_factory.mktemp(n), n) for n in SMALL}
+
+
+def arguments(task: str, model: str, weights: Any, folder: Any, out: Any, *more: Any) -> list[str]:
+    """A command line for a small run."""
+    flags = {"task": task, "model": model, "weights": weights, "data": folder, "out": out}
+    given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+    return [*given, "--length", "64", *map(str, more)]
+
+
+def rows_of(out: pathlib.Path) -> list[dict[str, str]]:
+    with (out / "seeds.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def stopped(*args: Any) -> str:
+    """What the command says when it stops."""
+    with pytest.raises(SystemExit) as info:
+        paper.main([*map(str, args)])
+    return str(info.value).removeprefix("stopped: ")
+
+
+LEARN = ("--epochs", 4, "--batch", 16, "--learning-rate", 2e-2, "--alpha", 16)
+
+# ---- classes and scores -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(checkpoints, tmp_path_factory):
+    """A run of two seeds: its command line, its folder and its medians."""
+    folder, out = sst2(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("out")
+    args = arguments("sst2", "roberta-base", checkpoints["roberta-base"], folder, out, *LEARN)
+    return args, out, paper.main([*args, "--seeds", "2"])
+
+
+def test_learns_classes(run):
+    _, out, medians = run
+    rows = rows_of(out)
+    assert [row["seed"] for row in rows] == ["0", "1"]
+    scores = [float(row["accuracy"]) for row in rows]
+    assert min(scores) > 0.75
+    assert medians == {"accuracy": pytest.approx(np.median(scores))}
+    # 2 layers of A and B on query and value, and the head.
+    assert {int(row["trained"]) for row in rows} == {2 * 2 * 2 * 32 * 8 + 33 * 32 + 33 * 2}
+
+
+def test_saves_the_adapter_of_the_best_epoch(run, checkpoints):
+    """What is in the folder has the score that is in the table."""
+    args, out, _ = run
+    parsed = paper.parse(args)
+    recipe = paper.settle(table.recipe("roberta-base", "sst2"), parsed)
+    loaded = pretrained.load(checkpoints["roberta-base"], "roberta-base")
+    problem = paper.pose(loaded, recipe, parsed)
+    method = paper.adapt(loaded, problem, recipe, parsed)
+    for row in rows_of(out):
+        seed = int(row["seed"])
+        base, like = paper.begin(method, loaded, problem, recipe, seed)
+        adapter = checkpoint.restore(out / f"seed-{seed}", like=like, base=base)
+        scores = problem.dev(jax.tree_util.Partial(method.apply, base, adapter))
+        assert scores == {"accuracy": pytest.approx(float(row["accuracy"]))}
+        assert problem.dev(jax.tree_util.Partial(method.apply, base, like)) != scores
+
+
+def test_goes_on_with_the_seeds_that_lack(run):
+    """A seed that is there stays; one whose row was not written is trained again."""
+    args, out, _ = run
+    before = rows_of(out)
+    path = out / "seeds.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))  # without seed 1
+    kept = (out / "seed-0" / "jlora" / "metadata").stat().st_mtime_ns
+    paper.main([*args, "--seeds", "2"])
+    assert rows_of(out) == before  # to the last digit
+    assert (out / "seed-0" / "jlora" / "metadata").stat().st_mtime_ns == kept
+    was = path.read_text()
+    paper.main([*args, "--seeds", "1"])
+    assert path.read_text() == was
+
+
+def test_other_settings_want_another_folder(run):
+    args, out, _ = run
+    assert stopped(*args, "--rank", "4", "--start", "none") == (
+        f"`--out`: {out} has seeds of other settings: rank was 8, is 4; start was None, is 'none'. "
+        "Give another folder."
+    )
+
+
+def test_regression(checkpoints, tmp_path):
+    args = arguments(
+        "stsb", "roberta-base", checkpoints["roberta-base"], stsb(tmp_path), tmp_path / "out"
+    )
+    medians = paper.main([*args, *map(str, LEARN), "--start", "none", "--seeds", "1"])
+    assert list(medians) == ["pearson", "spearman"]
+    assert min(medians.values()) > 0.5
+
+
+def test_mnli_and_what_starts_from_it(checkpoints, tmp_path):
+    """Both dev sets; RTE begins with MNLI's factors and a head of its own."""
+    weights = checkpoints["roberta-base"]
+    args = arguments("mnli", "roberta-base", weights, inference(tmp_path, "mnli"), tmp_path / "a")
+    medians = paper.main([*args, *map(str, LEARN), "--seeds", "1"])
+    assert list(medians) == ["accuracy", "accuracy_matched", "accuracy_mismatched"]
+    assert min(medians.values()) > 0.5  # of three classes
+    weighted = 48 * medians["accuracy_matched"] + 51 * medians["accuracy_mismatched"]
+    assert medians["accuracy"] == pytest.approx(weighted / 99)
+
+    start = tmp_path / "a" / "seed-0"
+    args = arguments("rte", "roberta-base", weights, inference(tmp_path, "rte"), tmp_path / "b")
+    still = ("--epochs", "1", "--learning-rate", "1e-9", "--alpha", "16", "--seeds", "1")
+    paper.main([*args, *still, "--start", str(start)])
+    before, after = (checkpoint.restore(x)["params"] for x in (start, tmp_path / "b" / "seed-0"))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6),
+        after["encoder"],
+        before["encoder"],
+    )
+    assert (before["classifier"]["bias"].shape, after["classifier"]["bias"].shape) == ((3,), (2,))
+    assert np.abs(before["pooler"]["kernel"] - after["pooler"]["kernel"]).max() > 0.01
+
+    other = [*args, *still, "--start", start, "--rank", 4, "--out", tmp_path / "c"]
+    said = stopped(*other)
+    assert said.startswith(f"`like` is not of the form of the adapter in {start}:\n")
+    assert "query/kernel/a: expected shape (32, 8)" in said
+
+
+def test_deberta_scanned(checkpoints, tmp_path):
+    """With a scanned stack of rematerialized layers, and dropout before the head."""
+    weights = checkpoints["deberta-v2-xxlarge"]
+    args = arguments("sst2", "deberta-v2-xxlarge", weights, sst2(tmp_path), tmp_path / "out")
+    more = ["--scan", "--remat", "--warmup", "4", "--seeds", "1"]
+    medians = paper.main([*args, *map(str, LEARN), *more])
+    assert medians["accuracy"] > 0.75
+    assert checkpoint.read(tmp_path / "out" / "seed-0").adapter["params"]["encoder"].keys() == {
+        "layer"
+    }
+
+
+def test_dropout_before_the_head(checkpoints):
+    """The recipe's, with none elsewhere in this model."""
+    loaded = pretrained.load(checkpoints["deberta-v2-xxlarge"], "deberta-v2-xxlarge", scan=True)
+    ids = np.arange(5, 13, dtype=np.int32)[None]
+
+    def logits(rate: float) -> np.ndarray:
+        recipe = dataclasses.replace(table.recipe("deberta-v2-xxlarge", "mnli"), head_dropout=rate)
+        model, variables = pretrained.with_head(loaded, 3, recipe, jax.random.key(0))
+        apply = lambda key: model.apply(variables, ids, rngs={"dropout": key})  # noqa: E731
+        return jax.jit(jax.vmap(apply))(jax.random.split(jax.random.key(1), 2))[:, 0]
+
+    assert np.abs(np.subtract(*logits(0.5))).max() > 1e-3
+    np.testing.assert_allclose(*logits(0.0), atol=1e-6)
+
+
+# ---- texts --------------------------------------------------------------------------------------
+
+
+def test_gpt_learns_its_answers(checkpoints, tmp_path):
+    header, *rows = E2E.splitlines(keepends=True)
+    write(tmp_path, {**TEXTS["e2e"], "trainset.csv": "".join([header, *rows * 8])})
+    args = arguments("e2e", "gpt2-medium", checkpoints["gpt2-medium"], tmp_path, tmp_path / "out")
+    more = "--length 96 --epochs 10 --warmup 5 --batch 2 --learning-rate 3e-2 --rank 8 --seeds 1"
+    medians = paper.main([*args, *more.split()])
+    assert next(iter(medians)) == "bleu"
+    assert medians["bleu"] > 80
+    written = (tmp_path / "out" / "seed-0.txt").read_text().splitlines()
+    assert "The Eagle is a cheap coffee shop." in written
+    assert len(written) == 2
+
+
+TEXTS = {  # the files of every split of a task
+    "e2e": dict.fromkeys(("trainset.csv", "devset.csv", "testset_w_refs.csv"), E2E),
+    "webnlg": {f"{split}/a.xml": WEBNLG_XML for split in ("train", "dev", "test")},
+    "dart": {f"dart-v1-full-{split}.json": json.dumps(DART) for split in ("train", "dev", "test")},
+    "samsum": {f"{split}.json": json.dumps(SAMSUM) for split in ("train", "val", "test")},
+    "wikisql": {
+        name: content
+        for split in ("train", "dev")
+        for name, content in {
+            f"{split}.jsonl": jsonl(*QUESTIONS),
+            f"{split}.tables.jsonl": jsonl(TABLE),
+        }.items()
+    },
+    "mnli": {f"MNLI/{split}.tsv": tsv(*LAYOUTS["mnli"][:2]) for split in ("train", "dev_matched")},
+}
+BEST = {"bleu": 100, "bleu_lower": 100, "rouge1": 100, "accuracy": 1}
+
+
+@pytest.mark.parametrize("task", texts.TASKS)
+def test_scores_of_the_answers_themselves(task, tmp_path):
+    write(tmp_path, TEXTS[task])
+    kind = texts.TASKS[task]
+    given = kind.read(tmp_path, kind.test)
+    scores = kind.score([g.answers[0] for g in given], given, given)
+    first = next(iter(scores))
+    assert scores[first] == pytest.approx(BEST[first])
+    assert kind.score(["no"] * len(given), given, given)[first] < 1
+
+
+def test_webnlg_apart_by_category(tmp_path):
+    write(tmp_path, TEXTS["webnlg"])
+    kind = texts.TASKS["webnlg"]
+    (given,) = kind.read(tmp_path, "test")
+    other = given._replace(example=given.example._replace(category="Food"))
+    written = [given.answers[0], "no"]
+    scores = kind.score(written, [given, other], [given])
+    assert scores["bleu_lower_seen"] == pytest.approx(100)
+    assert scores["bleu_lower_unseen"] < 1
+    assert "bleu_lower_unseen" not in kind.score(written[:1], [given], [given])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", texts.TASKS)
+def test_every_task_of_texts(task, checkpoints, tmp_path):
+    """Files to scores; WikiSQL, SAMSum and MNLI are of GPT-3, of the same type."""
+    write(tmp_path, TEXTS[task])
+    model = next(model for model, of in table.RECIPES if of == task and model.startswith("gpt"))
+    args = arguments(task, model, checkpoints["gpt2-medium"], tmp_path, tmp_path / "out")
+    more = ["--length", "180", "--epochs", "1", "--batch", "2", "--seeds", "1"]
+    assert math.isfinite(next(iter(paper.main([*args, *more]).values())))
+
+
+# ---- methods ------------------------------------------------------------------------------------
+
+
+def test_sizes():
+    recipe = table.recipe("roberta-base", "sst2")
+    expected = {"rank": 8, "alpha": 8, "dropout": 0.0}
+    assert paper.sizes_of("lora", recipe, []) == expected
+    assert paper.sizes_of("full", recipe, []) == {}
+    assert paper.sizes_of("adapter_h", recipe, ["bottleneck=4"]) == {"bottleneck": 4}
+    said = error(ValueError, paper.sizes_of, "pre_layer", recipe, ["l_q=2"])
+    assert said == (
+        "`--sizes` of pre_layer: expected l_p=NUMBER, l_i=NUMBER, after=NUMBER, got 'l_q=2'"
+    )
+    said = error(ValueError, paper.sizes_of, "full", recipe, ["rank=2"])
+    assert said == "`--sizes` of full: expected none, got 'rank=2'"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method, checkpoints, tmp_path):
+    """Trains, saves, and starts another task."""
+    weights, folder = checkpoints["roberta-base"], sst2(tmp_path, train=32)
+    args = arguments("sst2", "roberta-base", weights, folder, tmp_path / "a", "--method", method)
+    more = ["--epochs", "1", "--seeds", "1"]
+    assert 0 <= paper.main([*args, *more])["accuracy"] <= 1
+    args = arguments("rte", "roberta-base", weights, inference(tmp_path, "rte"), tmp_path / "b")
+    more += ["--method", method, "--start", str(tmp_path / "a" / "seed-0"), "--limit", "16"]
+    assert 0 <= paper.main([*args, *more])["accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_lower_precision(checkpoints, tmp_path):
+    """Weights in bfloat16, factors and head in float32."""
+    weights = checkpoints["roberta-base"]
+    args = arguments("sst2", "roberta-base", weights, sst2(tmp_path), tmp_path / "out", *LEARN)
+    assert paper.main([*args, "--dtype", "bfloat16", "--seeds", "1"])["accuracy"] > 0.7
+    adapter = checkpoint.restore(tmp_path / "out" / "seed-0")
+    assert {x.dtype for x in jax.tree.leaves(adapter)} == {np.dtype(np.float32)}
+
+
+# ---- pieces -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [problems, seeds, training])
+def test_docstrings(module):
+    results = doctest.testmod(module)
+    assert results.attempted > results.failed == 0
+
+
+def test_cross_entropy():
+    logits, labels = jnp.array([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]), jnp.array([2, 0])
+    log_p = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+    targets = 0.8 * np.eye(3)[labels] + 0.2 / 3
+    expected = -(targets * log_p).sum(-1)
+    np.testing.assert_allclose(problems.cross_entropy(logits, labels, 0.2), expected, rtol=1e-6)
+    np.testing.assert_allclose(problems.cross_entropy(logits, labels)[1], np.log(3), rtol=1e-6)
+
+
+def test_what_decays():
+    """Factors and kernels; not biases and norms."""
+    recipe = dataclasses.replace(
+        table.recipe("roberta-base", "sst2"), epochs=1, warmup_ratio=0.0, clip=0.0
+    )
+    tree = {
+        "layer": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+        "attention_norm": {"scale": jnp.ones(2)},
+        "ln_1": {"scale": jnp.ones(2)},
+    }
+    tx = training.optimizer(recipe, 16)
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    updates, _ = tx.update(zeros, tx.init(tree), tree)
+    decayed = jax.tree.map(lambda x: float(x[0]), updates)
+    assert decayed == {
+        "layer": {"kernel": pytest.approx(-recipe.learning_rate * 0.1), "bias": 0},
+        "attention_norm": {"scale": 0},
+        "ln_1": {"scale": 0},
+    }
+
+
+def toy(scores: list[float], learning_rate: float = 0.1) -> training.Best:
+    """One number learned in as many epochs as there are scores, of two steps each."""
+    recipe = table.Recipe(learning_rate, batch=2, epochs=len(scores), length=8, rank=1, alpha=1)
+    rows = [{"ids": np.ones(3, np.int32)}] * 4
+    following = iter(scores)
+    problem = problems.Problem(
+        examples=4,
+        outputs=0,
+        inputs=("ids",),
+        batches=functools.partial(problems.shuffled, rows, recipe, {"lengths": [8]}),
+        loss=lambda logits, batch: jnp.square(logits - 1).mean(),
+        dev=lambda model: {"score": next(following), "logit": model(jnp.ones(1)).item()},
+    )
+
+    def apply(base, adapter, ids, rngs=None):
+        return adapter["x"] * ids
+
+    trainer = training.trainer(apply, problem, recipe)
+    return training.train(trainer, {}, {"x": jnp.zeros(())}, seed=0)
+
+
+def test_the_best_epoch_counts():
+    """The first of equal ones; an undefined correlation is the worst."""
+    best = toy([0.5, 0.75, 0.75, math.nan])
+    assert (best.epoch, best.scores["score"]) == (2, 0.75)
+    assert best.adapter["x"] == best.scores["logit"] != toy([0.5, 0.6, 0.75]).adapter["x"]
+    assert toy([math.nan, -1.0]).epoch == 2
+    assert toy([math.nan, math.nan]).epoch == 1
+
+
+def test_a_loss_that_is_no_number():
+    with pytest.raises(FloatingPointError) as info:
+        toy([0.5, 0.75], learning_rate=1e38)
+    assert str(info.value) == (
+        "seed 0, epoch 1: the loss is inf. Give a lower --learning-rate, or --dtype float32"
+    )
+
+
+def test_lists_every_recipe(capsys):
+    assert paper.main(["--list"]) == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(table.RECIPES)
+    first = "roberta-base mnli 0.0005 16 30 512 8 8 warmup_ratio=0.06 weight_decay=0.1 clip=1.0"
+    assert lines[1].split() == first.split()
+    assert lines[-1].startswith("minilm (ours)")
+
+
+def test_movie_reviews_are_sst2(tmp_path):
+    data.write_sst2(tmp_path)
+    for split, snippets in zip(("train", "dev"), data.movie_snippets(0.8), strict=True):
+        expected = [glue.Example((snippet.text,), snippet.label) for snippet in snippets]
+        assert glue.read(tmp_path, "sst2", split) == expected
+
+
+def test_every_model_has_a_family():
+    assert {model for model, _ in table.RECIPES} == set(pretrained.FAMILIES)
+    causal = {task for model, task in table.RECIPES if pretrained.FAMILIES[model][0] is gpt}
+    assert causal == set(texts.TASKS) == set(table.DECODING)
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(checkpoints, tmp_path):
+    """Weights and data that may be damaged, and a command that would else work."""
+    weights, folder = tmp_path / "weights", sst2(tmp_path / "data", train=16)
+    shutil.copytree(checkpoints["roberta-base"], weights)
+    args = arguments("sst2", "roberta-base", weights, folder, tmp_path / "out", "--seeds", 1)
+    return weights, folder, args
+
+
+def test_missing_files(small):
+    weights, folder, args = small
+    (folder / "SST-2" / "dev.tsv").unlink()
+    assert stopped(*args) == (
+        f"`{folder}/SST-2` holds ['train.tsv']: expected dev.tsv or dev.jsonl or validation.jsonl. "
+        "Put the folder SST-2 of GLUE as distributed, or the same split as JSON lines, there."
+    )
+    (weights / "model.safetensors").unlink()
+    assert stopped(*args).startswith(
+        f"{weights} holds neither model.safetensors nor model.safetensors.index.json. Put the "
+    )
+    (weights / "tokenizer.json").unlink()
+    assert stopped(*args).startswith(f"`{weights}/tokenizer.json` is missing. Put the checkpoint's")
+    (weights / "config.json").unlink()
+    assert stopped(*args) == (
+        f"`{weights}/config.json` is missing. Put the checkpoint of roberta-base there: "
+        "config.json, tokenizer.json, and model.safetensors or its shards."
+    )
+
+
+def test_wrong_models(small, checkpoints, tmp_path):
+    weights, folder, args = small
+    gpt2 = checkpoints["gpt2-medium"]
+    assert stopped(*args, "--weights", gpt2) == (
+        f"`{gpt2}/config.json`: expected model_type 'roberta', of roberta-base, got 'gpt2'"
+    )
+    shutil.copy(gpt2 / "tokenizer.json", weights)
+    count = Tokenizer.from_file(str(gpt2 / "tokenizer.json")).get_vocab_size()
+    assert stopped(*args) == (
+        f"`{weights}/tokenizer.json`: expected at most 320 tokens, as the model has, got {count}. "
+        "Put the tokenizer of this checkpoint there."
+    )
+    shutil.copytree(gpt2, tmp_path / "gpt")
+    shutil.copy(checkpoints["roberta-base"] / "tokenizer.json", tmp_path / "gpt")
+    args = arguments("e2e", "gpt2-medium", tmp_path / "gpt", folder, tmp_path / "out")
+    assert stopped(*args, "--length", 96) == (
+        "the tokenizer has no token <|endoftext|>: expected that of a GPT-2 or GPT-3"
+    )
+
+
+def test_impossible_settings(small, checkpoints, tmp_path):
+    _, folder, args = small
+    assert stopped(*args, "--task", "sst").startswith(
+        "`task` of roberta-base must be one of mnli, sst2, mrpc,"
+    )
+    assert stopped(*args, "--model", "roberta").startswith("`model` must be one of roberta-base,")
+    assert stopped(*args, "--length", 65) == (
+        f"`--length`: expected at most 64, the positions of the model in {small[0]}, got 65"
+    )
+    assert "got scan=True" in stopped(*args, "--scan", "--method", "adapter_h")
+    args = arguments("e2e", "gpt2-medium", checkpoints["gpt2-medium"], folder, tmp_path / "out")
+    assert stopped(*args, "--damaged", 1) == "`--damaged`: expected none for gpt2-medium, got 1"
+    assert stopped(*args) == "`length`: expected more than 64, for as many new tokens, got 64"
+
+
+def test_no_adapter_to_start_from(small, tmp_path):
+    _, _, args = small
+    assert stopped(*args, "--task", "rte") == (
+        "rte starts from the adapter of mnli: give --start "
+        "out/paper/roberta-base-mnli-lora/seed-0, which --task mnli --model roberta-base --method "
+        "lora makes, or --start none"
+    )
+    said = stopped(*args, "--start", tmp_path / "no")
+    assert said == f"`path`: there is no checkpoint at {tmp_path / 'no'}."
+
+
+def test_command_line(capsys):
+    for args, said in (
+        (["--task", "sst2"], "required: --model, --weights, --data; or --list"),
+        (["--seeds", "0"], "argument --seeds: invalid positive value: '0'"),
+    ):
+        with pytest.raises(SystemExit):
+            paper.main(args)
+        assert said in capsys.readouterr().err
