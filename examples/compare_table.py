@@ -82,6 +82,7 @@ def _row(runs: list[Row], cost: Row, latency: Row) -> Row:
     return {
         "method": cost["method"],
         "rate": rate,
+        "rates": len({r["rate"] for r in runs}),
         "seeds": len(scores),
         "accuracy": round(float(scores.mean()), 4),
         "standard_error": round(float(error), 4),
@@ -106,7 +107,7 @@ def plot_accuracy(ax: Any, table: Sequence[Row]) -> None:
         ax.errorbar(x, y, 100 * row["standard_error"], fmt="o", capsize=3)
         ax.annotate(LABELS[row["method"]], (x, y), (6, 4), textcoords="offset points", fontsize=8)
     ax.set(xscale="log", xlabel="trained parameters without the head", ylabel="accuracy, %")
-    ax.margins(x=0.25)
+    ax.margins(x=0.35)
 
 
 def plot_latency(ax: Any, rows: Sequence[Row]) -> None:
