@@ -1,7 +1,7 @@
 """Compare LoRA with its rivals on movie reviews: accuracy, memory, time and latency.
 
-    taskset -c 0 python examples/compare.py          # 90 minutes of one core; goes on where it ended
-    python examples/compare.py --methods lora full   # these only: processes can share the work
+    taskset -c 0 python examples/compare.py         # 90 minutes of a core; goes on where it ended
+    python examples/compare.py --methods lora full  # these only: processes can share the work
 
 MiniLM learns what `quickstart.py` teaches it, by each of `methods.METHODS`, with a head trained in
 full. Every method sees the same number of sentences. Its learning rate is the one, among half
