@@ -9,6 +9,10 @@ import pytest
 
 # Written with PyTorch, which the default tests do without.
 collect_ignore = ["fixtures"]
+# Run by `devices.py`; imported, for their doctests, only where there are devices for their meshes.
+collect_ignore_glob = (
+    [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["*_on_devices.py"]
+)
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
