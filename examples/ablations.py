@@ -17,7 +17,6 @@ RESULTS/ablations.png the most of it.
 """
 
 import argparse
-import csv
 import functools
 import pathlib
 import random
@@ -34,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import quickstart
+import tables
 from jax.tree_util import Partial
 from models import bert, llama
 from tokenizers import Tokenizer
@@ -226,29 +226,12 @@ def execute(task: Task, run: Run, steps: int, out: pathlib.Path) -> dict[str, An
     }
 
 
-COLUMNS = (*Run._fields, "steps", "parameters", "score", "standard_error", "seconds")
-
-
 def read(path: pathlib.Path) -> dict[Run, dict[str, str]]:
     """The rows of the table by run."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     return {
-        Run(row["task"], row["matrices"], int(row["rank"]), int(row["seed"])): row for row in rows
+        Run(row["task"], row["matrices"], int(row["rank"]), int(row["seed"])): row
+        for row in tables.read(path)
     }
-
-
-def append(path: pathlib.Path, row: dict[str, Any]) -> None:
-    """Adds a row to the table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 # ---- directions ---------------------------------------------------------------------------------
@@ -330,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = execute(load(run.task), run, steps[run.task], args.out)
             tqdm.write(" ".join(str(x) for x in row.values()))
             if not is_row:
-                append(table, row)
+                tables.append(table, row)
         if not pictures.exists() and all(folder.exists() for folder in folders):
             np.savez_compressed(pictures, **dict(subspaces(load(run.task), folders)))
     found = {task: args.results / f"{task}.npz" for task in TASKS}

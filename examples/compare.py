@@ -13,7 +13,6 @@ Letters in the shapes: N sentences, B sentences in a batch, L tokens.
 """
 
 import argparse
-import csv
 import functools
 import pathlib
 import time
@@ -31,6 +30,7 @@ import quickstart
 from methods import METHODS, Method
 from models import bert
 from quickstart import LENGTH, MARGIN, WARMUP, WEIGHT_DECAY, Batch, take
+from tables import append
 from tqdm import tqdm
 
 import jlora
@@ -210,8 +210,7 @@ class Runs:
         rows = {(row["method"], row["rate"], row["seed"]): row for row in table}
         if key not in rows:
             rows[key] = self.runner(name)(half_decades, seed, self.steps)
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, FIELDS, lineterminator="\n").writerow(rows[key])
+            append(self.path, rows[key])
             tqdm.write(", ".join(f"{k} {v}" for k, v in rows[key].items()))
         return rows[key]["validation"]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tables
 from models import bert
 
 import jlora
@@ -65,7 +66,7 @@ def resumed(tmp_path_factory):
     for run in ablations.planned(["movies"], [0]):
         if run != missing:
             row = {"steps": 2, "parameters": 1, "score": 0.5, "standard_error": 0.1, "seconds": 1}
-            ablations.append(table, {**run._asdict(), **row})
+            tables.append(table, {**run._asdict(), **row})
     grids = {f"{part}/a/ranks": np.full((8, 64), 0.5) for part in ("query", "value")}
     for task in ablations.TASKS:
         np.savez(results / f"{task}.npz", **grids)

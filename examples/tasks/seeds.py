@@ -5,12 +5,13 @@ seeds.append(folder, {"seed": 0, "accuracy": 0.875})
 medians = seeds.medians(seeds.read(folder))
 """
 
-import csv
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import tables
 
 SETTINGS, ROWS = "settings.json", "seeds.csv"
 
@@ -36,22 +37,12 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def read(folder: Path) -> list[dict[str, str]]:
     """The rows, in the order in which they were appended."""
-    path = folder / ROWS
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return tables.read(folder / ROWS)
 
 
 def append(folder: Path, row: Mapping[str, Any]) -> None:
     """Adds a row; the first gives the header."""
-    path = folder / ROWS
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    tables.append(folder / ROWS, row)
 
 
 class Median(NamedTuple):
