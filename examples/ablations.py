@@ -47,10 +47,10 @@ RANKS = (1, 2, 4, 8, 64)
 NAMES = {"q": "query", "k": "key", "v": "value", "o": "out"}
 ALPHA = 16.0
 SEEDS = (0, 1)
-BATCH = 16, 8  # sentences, definitions
+BATCH = {"movies": 32, "definitions": 8}
 LEARNING_RATE = quickstart.LEARNING_RATE  # of both; at a third of it SmolLM2 has far to go
-LENGTH = 32, 32  # in tokens: longer sentences are cut, longer definitions left out
-STEPS = {"movies": 120, "definitions": 24}
+LENGTH = 32  # tokens: longer sentences are cut, longer definitions left out
+STEPS = {"movies": 128, "definitions": 24}
 HELD_OUT = 64  # definitions; of the sentences, all of `data.movie_snippets`
 RESULTS = pathlib.Path(__file__).parent / "results"
 OUT = pathlib.Path("out/ablations")
@@ -108,12 +108,12 @@ def movies() -> Task:
     model = bert.Bert(config, classes=2, scan=True)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     train_set, test_set = (
-        quickstart.encode(tokenizer, part, LENGTH[0])
+        quickstart.encode(tokenizer, part, LENGTH)
         for part in data.movie_snippets(quickstart.MARGIN)
     )
 
     def fit(lora, base, adapter, seed, steps):
-        plan = quickstart.draw(len(train_set.labels), steps, BATCH[0], seed)
+        plan = quickstart.draw(len(train_set.labels), steps, BATCH["movies"], seed)
         return quickstart.train(lora, base, adapter, train_set, plan)[0]
 
     def measure(lora, base, adapter):
@@ -121,7 +121,7 @@ def movies() -> Task:
         value = quickstart.accuracy(quickstart.outputs(apply, test_set), test_set.labels)
         return Score(value, (value * (1 - value) / len(test_set.labels)) ** 0.5)
 
-    example = jax.ShapeDtypeStruct((BATCH[0], LENGTH[0]), jnp.int32)
+    example = jax.ShapeDtypeStruct((BATCH["movies"], LENGTH), jnp.int32)
     return Task(
         model.apply,
         bert.add_head(variables, classes=2),
@@ -138,7 +138,7 @@ def definitions() -> Task:
     config, variables, tokenizer = llama.load_gguf(data.smollm2())
     pairs = finetune_lm.read_jsonl(finetune_lm.DATA)
     random.Random(finetune_lm.SEED).shuffle(pairs)
-    encode = functools.partial(finetune_lm.encode, tokenizer=tokenizer, length=LENGTH[1], system="")
+    encode = functools.partial(finetune_lm.encode, tokenizer=tokenizer, length=LENGTH, system="")
     held_out, rows = encode(pairs[:HELD_OUT]), encode(pairs[HELD_OUT:])
 
     def fit(lora, base, adapter, seed, steps):
@@ -148,14 +148,15 @@ def definitions() -> Task:
         tx = jlora.optimizer(optax.adamw(schedule))
         step, state = finetune_lm.make_step(lora, tx), finetune_lm.State(adapter, tx.init(adapter))
         for i in trange(steps, disable=None):
-            index = finetune_lm.batch_index(seed, i, BATCH[1], len(rows.ids))
+            index = finetune_lm.batch_index(seed, i, BATCH["definitions"], len(rows.ids))
             state, _ = step(state, base, finetune_lm.take(rows, index))
         return state.adapter
 
     def measure(lora, base, adapter):
         nll = jax.jit(jax.vmap(finetune_lm.answer_nll, in_axes=(None, 0)))
         logits_fn = Partial(lora.apply, base, adapter)
-        chunks = np.array_split(np.arange(len(held_out.ids)), -(-len(held_out.ids) // BATCH[1]))
+        n, size = len(held_out.ids), BATCH["definitions"]
+        chunks = np.array_split(np.arange(n), -(-n // size))
         each = [nll(logits_fn, finetune_lm.take(held_out, chunk[:, None])) for chunk in chunks]
         return mean_a_token(*np.concatenate(each, axis=1).astype(np.float64))
 
@@ -219,6 +220,7 @@ def execute(task: Task, run: Run, steps: int, out: pathlib.Path) -> dict[str, An
     return {
         **run._asdict(),
         "steps": steps,
+        "batch": BATCH[run.task],
         "parameters": jlora.count(task.attention(adapter)),
         "score": f"{score.value:.5f}",
         "standard_error": f"{score.error:.5f}",
@@ -298,10 +300,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = args.results / "ablations.csv"
     steps = {task: args.steps or STEPS[task] for task in args.tasks}
     for run, row in read(table).items():
-        if (wanted := steps.get(run.task)) not in (None, int(row["steps"])):
+        done, wanted = f"{row['steps']} steps of {row['batch']}", steps.get(run.task)
+        if wanted and done != f"{wanted} steps of {BATCH[run.task]}":
             parser.error(
-                f"{table} has runs of {row['steps']} steps for {run.task}, and {wanted} are asked "
-                "for: give another folder as --results and another as --out"
+                f"{table} has runs of {done} for {run.task}, and {wanted} of {BATCH[run.task]} are "
+                "asked for: give another folder as --results and another as --out"
             )
     load = functools.cache(lambda name: TASKS[name]())
     for run in planned(args.tasks, args.seeds):

@@ -1,6 +1,6 @@
 """Compare LoRA with its rivals on movie reviews: accuracy, memory, time and latency.
 
-    taskset -c 0 python examples/compare.py         # 90 minutes of a core; goes on where it ended
+    taskset -c 0 python examples/compare.py         # two hours of a core; goes on where it ended
     python examples/compare.py --methods lora full  # these only: processes can share the work
 
 MiniLM learns what `quickstart.py` teaches it, by each of `methods.METHODS`, with a head trained in
@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 import jlora
 
-STEPS = 100
-BATCH = 16
+STEPS = 128
+BATCH = 32
 SEEDS = 5
-VALIDATION = 500  # of the training sentences
+VALIDATION = 1000  # of the training sentences
 WIDTHS = (24, 32, LENGTH)  # tokens that batches are padded to
 MOST_RATES = 5
 OUT = pathlib.Path(__file__).parent / "results"
@@ -179,14 +179,14 @@ class Runner:
             losses.append(loss)
         logits_fn = functools.partial(self.logits, base, trained)
         scores = [accuracy(logits_fn, part) for part in self.sentences[1:]]
-        done = self.name, rate, seed, steps, *(round(score, 4) for score in scores)
+        done = self.name, rate, seed, steps, BATCH, *(round(score, 4) for score in scores)
         loss, seconds = float(np.mean(losses[-20:])), time.monotonic() - start
         return dict(zip(FIELDS, (*done, round(loss, 4), round(seconds, 1)), strict=True))
 
 
 # ---- all runs -----------------------------------------------------------------------------------
 
-FIELDS = ("method", "rate", "seed", "steps", "validation", "held_out", "loss", "seconds")
+FIELDS = "method", "rate", "seed", "steps", "batch", "validation", "held_out", "loss", "seconds"
 
 
 class Runs:
@@ -195,13 +195,11 @@ class Runs:
     def __init__(self, path: pathlib.Path, steps: int, runner: Any) -> None:
         """`runner` gives the `Runner` of a name."""
         self.path, self.steps, self.runner = path, steps, runner
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(",".join(FIELDS) + "\n")
-        if other := {row["steps"] for row in compare_table.read(path)} - {steps}:
+        done = {(row["steps"], row["batch"]) for row in compare_table.read(path)}
+        if other := done - {(steps, BATCH)}:
             raise ValueError(
-                f"`steps` must be those of the runs in {path}, {other}; got {steps}. Remove the "
-                "file, or give another --out."
+                f"steps and BATCH must be those of the runs in {path}, {other}; got "
+                f"{(steps, BATCH)}. Remove the file, or give another --out."
             )
 
     def get(self, name: str, half_decades: int, seed: int) -> float:

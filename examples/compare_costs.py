@@ -1,9 +1,10 @@
 """What a method costs: bytes, memory and time of a training step, and latency of inference.
 
 `compare.py` calls `measure`, which writes OUT/methods_costs.csv and OUT/methods_latency.csv unless
-they are there. Times are of rounds in which everything takes its turn, so that what else a machine
-does meets all alike; a quotient is taken within each round, and the median is reported. A process
-that has one core, as under `taskset -c 0`, counts its own time on that core alone.
+they are there, of the same methods and sizes. Times are of rounds in which everything takes its
+turn, so that what else a machine does meets all alike; a quotient is taken within each round, and
+the median is reported. A process that has one core, as under `taskset -c 0`, counts its own time on
+that core alone.
 """
 
 import functools
@@ -36,7 +37,7 @@ def measure(
     runners: Mapping[str, Any],
     settings: Mapping[tuple[int, int], int] = SETTINGS,
 ) -> None:
-    """Writes the two tables, unless they are there.
+    """Writes the two tables, unless they are there for the methods at their sizes.
 
     Args:
         out: the folder.
@@ -45,10 +46,20 @@ def measure(
         runners: by the method's name, with `method`, its compiled `step` and its optimizer `tx`.
         settings: batch and tokens, and how many rounds.
     """
-    if not (path := out / "methods_costs.csv").exists():
+    trained = {name: trained_by(runner.method, variables) for name, runner in runners.items()}
+    path = out / "methods_costs.csv"
+    is_there = trained == {row["method"]: row["trained"] for row in compare_table.read(path)}
+    if not is_there:
         compare_table.write_rows(path, costs(variables, runners))
-    if not (path := out / "methods_latency.csv").exists():
+    path = out / "methods_latency.csv"
+    if not (is_there and path.exists()):
         compare_table.write_rows(path, latencies(model, variables, runners, settings))
+
+
+def trained_by(method: Any, variables: Any) -> int:
+    """The number of parameters that a method trains."""
+    init, ids = functools.partial(method.init, jax.random.key(0)), jnp.ones((1, 8), jnp.int32)
+    return jlora.count(jax.eval_shape(init, variables, ids)[1])
 
 
 def rounds(calls: Mapping[str, Callable[[], Any]], count: int) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import tables
 
 Row = dict[str, Any]
 
@@ -33,9 +34,8 @@ LABELS = {
 
 
 def read(path: pathlib.Path) -> list[Row]:
-    """The rows of a CSV file; what looks like a number is one."""
-    with path.open(newline="") as file:
-        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    """The rows of a CSV file, none where there is no file; what looks like a number is one."""
+    return [{k: _number(v) for k, v in row.items()} for row in tables.read(path)]
 
 
 def write_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:

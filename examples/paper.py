@@ -99,7 +99,11 @@ def adapt(loaded: Loaded, problem: Problem, recipe: Recipe, args: argparse.Names
     """The model with a method, and with a head that is trained in full."""
     model, _ = pretrained.with_head(loaded, problem.outputs, recipe, jax.random.key(0))
     head = [jlora.Full(rf"^params/({'|'.join(HEAD)})/")] if problem.outputs else []
-    return METHODS[args.method](model, *head, **sizes_of(args.method, recipe, args.sizes))
+    sizes = sizes_of(args.method, recipe, args.sizes)
+    try:
+        return METHODS[args.method](model, *head, **sizes)
+    except TypeError as error:  # of the model
+        raise ValueError(f"`--method {args.method}` is not for {args.model}: {error}") from error
 
 
 def begin(
@@ -154,7 +158,7 @@ def run(args: argparse.Namespace, recipe: Recipe, loaded: Loaded, problem: Probl
         result = problem.test(jax.tree_util.Partial(method.apply, base, best.adapter))
         folder = args.out / f"seed-{seed}"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its row
-        checkpoint.save(folder, best.adapter, (), base=base)
+        checkpoint.save(folder, best.adapter, method.rules, base=base)
         if result.texts:
             lines = [" ".join(text.split()) for text in result.texts]
             folder.with_suffix(".txt").write_text("\n".join([*lines, ""]), encoding="utf-8")

@@ -65,8 +65,8 @@ def resumed(tmp_path_factory):
     table, missing = results / "ablations.csv", ablations.Run("movies", "k", 8, 0)
     for run in ablations.planned(["movies"], [0]):
         if run != missing:
-            row = {"steps": 2, "parameters": 1, "score": 0.5, "standard_error": 0.1, "seconds": 1}
-            tables.append(table, {**run._asdict(), **row})
+            row = {"steps": 2, "batch": 32, "parameters": 1, "score": 0.5, "standard_error": 0.1}
+            tables.append(table, {**run._asdict(), **row, "seconds": 1})
     grids = {f"{part}/a/ranks": np.full((8, 64), 0.5) for part in ("query", "value")}
     for task in ablations.TASKS:
         np.savez(results / f"{task}.npz", **grids)
@@ -106,7 +106,7 @@ def test_runs_of_other_lengths_are_not_mixed(resumed, capsys):
     *_, picture = resumed
     with pytest.raises(SystemExit):
         ablations.main(["--tasks", "movies", "--steps", "3", "--results", str(picture.parent)])
-    message = "ablations.csv has runs of 2 steps for movies, and 3 are asked for: give another"
+    message = "has runs of 2 steps of 32 for movies, and 3 of 32 are asked for: give another folder"
     assert message in capsys.readouterr().err
 
 

@@ -1,5 +1,9 @@
 """`examples/compare.py` and what it calls: a short run from sweep to picture, and its parts."""
 
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
 import compare
 import compare_costs
 import compare_table
@@ -18,9 +22,25 @@ TINY = {(1, 8): 3, (2, 4): 2}
 LAYERS, DIM, VOCAB = 1, 32, 30522
 
 
+class Run(NamedTuple):
+    """A run of two methods in a few steps.
+
+    Attributes:
+        out: the folder.
+        once: the methods that were trained, each time, the first time.
+        trained: and when all had been asked for again.
+        parts: the model, its variables, and the runners.
+    """
+
+    out: pathlib.Path
+    once: list[str]
+    trained: list[str]
+    parts: tuple[Any, ...]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run of two methods in a few steps, and how often each was trained."""
+    """The run."""
     out, trained = tmp_path_factory.mktemp("compare"), []
     _, _, sentences = compare.load(held_out=100)
     short = [take(part, compare.widths(part) == 24) for part in sentences]
@@ -48,16 +68,15 @@ def run(tmp_path_factory):
     sweep()
     compare_costs.measure(out, model, variables, runners, TINY)
     compare_table.write(out)
-    return out, once, trained
+    return Run(out, once, trained, (model, variables, runners))
 
 
 def test_a_run_is_done_once(run):
-    _, once, trained = run
-    assert once == trained == ["full", "full", "lora", "lora"]
+    assert run.once == run.trained == ["full", "full", "lora", "lora"]
 
 
 def test_runs_have_what_they_measured(run):
-    rows = compare_table.read(run[0] / "methods_runs.csv")
+    rows = compare_table.read(run.out / "methods_runs.csv")
     assert [(row["method"], row["seed"], row["steps"]) for row in rows] == [
         ("full", 0, 2),
         ("full", 1, 2),
@@ -69,7 +88,7 @@ def test_runs_have_what_they_measured(run):
 
 
 def test_table_has_the_parameters_bytes_and_latencies(run):
-    full, lora = compare_table.read(run[0] / "methods.csv")
+    full, lora = compare_table.read(run.out / "methods.csv")
     assert (full["method"], lora["method"]) == ("full", "lora")
     assert lora["trained"] == 4 * LAYERS * DIM * 8
     assert lora["trained_with_head"] == lora["trained"] + DIM * 2 + 2
@@ -80,14 +99,29 @@ def test_table_has_the_parameters_bytes_and_latencies(run):
     assert lora["memory_bytes"] < full["memory_bytes"]
     assert full["latency_1x8"] == full["latency_2x4"] == full["step_ratio"] == 1
     assert lora["seeds"] == 2
-    runs = compare_table.read(run[0] / "methods_runs.csv")[2:]
+    runs = compare_table.read(run.out / "methods_runs.csv")[2:]
     assert lora["accuracy"] == pytest.approx(np.mean([r["held_out"] for r in runs]), abs=1e-4)
     gap = abs(runs[0]["held_out"] - runs[1]["held_out"])
     assert lora["standard_error"] == pytest.approx(gap / 2, abs=1e-4)
 
 
+def test_costs_are_measured_once_and_anew_for_other_sizes(run, tmp_path):
+    path = tmp_path / "methods_costs.csv"
+    for name in (path.name, "methods_latency.csv"):
+        shutil.copy(run.out / name, tmp_path)
+    before = path.read_text(), (tmp_path / "methods_latency.csv").read_text()
+    compare_costs.measure(tmp_path, *run.parts, {(1, 8): 1})
+    assert before == (path.read_text(), (tmp_path / "methods_latency.csv").read_text())
+    path.write_text(before[0].replace(f"lora,{4 * LAYERS * DIM * 8 + DIM * 2 + 2},", "lora,1,"))
+    assert path.read_text() != before[0]
+    compare_costs.measure(tmp_path, *run.parts, {(1, 8): 1})
+    full, lora = (row["trained"] for row in compare_table.read(path))
+    assert 1 < lora < full
+    assert {r["rounds"] for r in compare_table.read(tmp_path / "methods_latency.csv")} == {1}
+
+
 def test_latency_has_merged_weights_too(run):
-    rows = compare_table.read(run[0] / "methods_latency.csv")
+    rows = compare_table.read(run.out / "methods_latency.csv")
     assert [row["method"] for row in rows[:3]] == ["full", "lora_merged", "lora"]
     assert [(row["batch"], row["tokens"], row["rounds"]) for row in rows[::3]] == [
         (1, 8, 3),
@@ -97,12 +131,13 @@ def test_latency_has_merged_weights_too(run):
 
 
 def test_picture_is_small(run):
-    assert 10_000 < (run[0] / "methods.png").stat().st_size < 300_000
+    assert 10_000 < (run.out / "methods.png").stat().st_size < 300_000
 
 
 def test_refuses_runs_of_other_steps(run):
-    with pytest.raises(ValueError, match=r"`steps` must be those of the runs in .*, \{2\}; got 3"):
-        compare.Runs(run[0] / "methods_runs.csv", 3, None)
+    message = r"steps and BATCH must be those of the runs in .*, \{\(2, 32\)\}; got \(3, 32\)\."
+    with pytest.raises(ValueError, match=message):
+        compare.Runs(run.out / "methods_runs.csv", 3, None)
 
 
 # ---- parts --------------------------------------------------------------------------------------

@@ -232,6 +232,7 @@ def test_saves_the_adapter_of_the_best_epoch(run, checkpoints):
         seed = int(row["seed"])
         base, like = paper.begin(method, loaded, problem, recipe, seed)
         adapter = checkpoint.restore(out / f"seed-{seed}", like=like, base=base)
+        assert checkpoint.read(out / f"seed-{seed}").rules == method.rules
         scores = problem.dev(jax.tree_util.Partial(method.apply, base, adapter))
         assert scores == {"accuracy": pytest.approx(float(row["accuracy"]))}
         assert problem.dev(jax.tree_util.Partial(method.apply, base, like)) != scores
@@ -594,6 +595,11 @@ def test_impossible_settings(small, checkpoints, tmp_path):
         f"`--length`: expected at most 64, the positions of the model in {small[0]}, got 65"
     )
     assert "got scan=True" in stopped(*args, "--scan", "--method", "adapter_h")
+    deberta = arguments(
+        "sst2", "deberta-v2-xxlarge", checkpoints["deberta-v2-xxlarge"], folder, tmp_path / "d"
+    )
+    said = "`--method prompt` is not for deberta-v2-xxlarge: `model` must be a bert.Bert or gpt.GPT"
+    assert stopped(*deberta, "--method", "prompt").startswith(said)
     args = arguments("e2e", "gpt2-medium", checkpoints["gpt2-medium"], folder, tmp_path / "out")
     assert stopped(*args, "--damaged", 1) == "`--damaged`: expected none for gpt2-medium, got 1"
     assert stopped(*args) == "`length`: expected more than 64, for as many new tokens, got 64"

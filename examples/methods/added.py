@@ -26,7 +26,7 @@ _PARTS = {None: "layer", "attention": "attention", "attn": "attention", "down": 
 
 
 class Method(NamedTuple):
-    """A way to fine-tune a model, as two pure functions.
+    """A way to fine-tune a model, as two pure functions and their rules.
 
     Attributes:
         init: `(key, variables, *args, **kwargs) -> (base, trained)`; arguments after the variables
@@ -34,10 +34,12 @@ class Method(NamedTuple):
             variables, and for some methods a collection ``"added"``; `trained` is a nested dict
             of what is trained.
         apply: `(base, trained, *args, **kwargs) -> outputs of the model`.
+        rules: what `trained` is of `base`, for `jlora.checkpoint`.
     """
 
     init: Callable[..., tuple[Any, Any]]
     apply: Callable[..., Any]
+    rules: tuple[Rule, ...]
 
 
 class Sizes(NamedTuple):
@@ -76,7 +78,7 @@ def sizes(model: nn.Module) -> Sizes:
 
 def with_rules(model: nn.Module, *rules: Rule) -> Method:
     """What the rules train of the model, and nothing else."""
-    return Method(*jlora.transform(model.apply, *rules)[:2])
+    return Method(*jlora.transform(model.apply, *rules)[:2], rules)
 
 
 def with_added(
@@ -93,14 +95,15 @@ def with_added(
         begin: see `change`.
         *rules: of `jlora.transform`.
     """
-    adapted = jlora.transform(change(model.apply, begin), jlora.Full("^added/"), *rules)
+    rules = jlora.Full("^added/"), *rules
+    adapted = jlora.transform(change(model.apply, begin), *rules)
 
     def init(key: jax.Array, variables: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         key, own = jax.random.split(key)
         variables = {**variables, "added": draw(own, variables)}
         return adapted.init(key, variables, *args, **kwargs)
 
-    return Method(init, adapted.apply)
+    return Method(init, adapted.apply, rules)
 
 
 def change(apply: Callable[..., Any], begin: Callable[..., Hook]) -> Callable[..., Any]:
