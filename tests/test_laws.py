@@ -18,33 +18,32 @@ from cases import CASES, Case, Problem
 
 import jlora
 
-DAILY = ("hf_bert", "hf_gpt2_query_value")
+# For every day, where another law has all cases: a third of a row, of whole models a twelfth.
+DAILY = {
+    case.name
+    for row in {case.row for case in CASES}
+    for case in [c for c in CASES if c.row == row and not c.slow][:: 12 if row == 15 else 3]
+}
+
+
+def rarely(*values: Any, when: bool) -> Any:
+    """A parameter that is for the long run alone `when` it is so."""
+    names = [x.name if isinstance(x, Case) else x.__name__ for x in values]
+    return pytest.param(*values, id="-".join(names), marks=[pytest.mark.slow] if when else [])
+
+
+ALL = [rarely(case, when=case.slow) for case in CASES]
+SOME = [rarely(case, when=case.name not in DAILY) for case in CASES]
 FLOATS = [
-    pytest.param(
+    # Where float64 holds to 1e-10, float32 is the same program.
+    rarely(
         case,
         dtype,
-        id=f"{case.name}-{dtype.__name__}",
-        # Where float64 holds to 1e-10, float32 of the same program is for the long run.
-        marks=[pytest.mark.slow]
-        if case.slow or (dtype is jnp.float32 and case.float64 and case.row in (4, 5, 7, 15))
-        else [],
+        when=case.slow or (dtype is jnp.float32 and case.float64 and case.name not in DAILY),
     )
     for case in CASES
     for dtype in (jnp.float32, jnp.float64)
     if case.float64 or dtype is jnp.float32
-]
-SINGLE = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else [])
-    for case in CASES
-]
-# Whole models take long to compile five times: one of each kind of stack is enough for every day.
-AROUND = [
-    pytest.param(
-        case,
-        id=case.name,
-        marks=[pytest.mark.slow] if case.row == 15 and case.name not in DAILY else [],
-    )
-    for case in CASES
 ]
 
 
@@ -105,7 +104,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
         np.testing.assert_allclose(y / scale, x / scale, rtol=0, atol=tolerance, err_msg=str(path))
 
 
-@pytest.mark.parametrize("case", SINGLE)
+@pytest.mark.parametrize("case", ALL)
 def test_sites(case: Case) -> None:
     """The expected leaves are adapted, the base is the user's own tree, B is zero."""
     with precision(case, jnp.float32):
@@ -127,7 +126,7 @@ def test_sites(case: Case) -> None:
         assert table.total == jlora.count(problem.params)
 
 
-@pytest.mark.parametrize("case", SINGLE)
+@pytest.mark.parametrize("case", SOME)
 def test_base_at_zero(case: Case) -> None:
     """At B = 0 the adapted model is the base model: bit for bit where its product is unchanged."""
     with precision(case, jnp.float32) as tolerance:
@@ -176,7 +175,7 @@ def value_and_slope(
     return outputs, slope
 
 
-@pytest.mark.parametrize("case", AROUND)
+@pytest.mark.parametrize("case", SOME)
 def test_transforms_agree(case: Case) -> None:
     """`checkpoint`, `scan` and `vmap` around `apply`, and arguments traced by `jit`."""
     with precision(case, jnp.float32) as tolerance:
