@@ -1,6 +1,6 @@
 """Compare LoRA with its rivals on movie reviews: accuracy, memory, time and latency.
 
-    taskset -c 0 python examples/compare.py         # two hours of a core; goes on where it ended
+    taskset -c 0 python examples/compare.py         # 2.5 hours of a core; goes on where it ended
     python examples/compare.py --methods lora full  # these only: processes can share the work
 
 MiniLM learns what `quickstart.py` teaches it, by each of `methods.METHODS`, with a head trained in

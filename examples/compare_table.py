@@ -102,12 +102,11 @@ def _row(runs: list[Row], cost: Row, latency: Row) -> Row:
 
 def plot_accuracy(ax: Any, table: Sequence[Row]) -> None:
     """Held-out accuracy against trained parameters, with standard errors."""
-    for row in table:
-        x, y = row["trained"], 100 * row["accuracy"]
-        ax.errorbar(x, y, 100 * row["standard_error"], fmt="o", capsize=3)
-        ax.annotate(LABELS[row["method"]], (x, y), (6, 4), textcoords="offset points", fontsize=8)
+    for row in sorted(table, key=lambda row: -row["accuracy"]):
+        y, error = 100 * row["accuracy"], 100 * row["standard_error"]
+        ax.errorbar(row["trained"], y, error, fmt="o", capsize=3, label=LABELS[row["method"]])
     ax.set(xscale="log", xlabel="trained parameters without the head", ylabel="accuracy, %")
-    ax.margins(x=0.35)
+    ax.legend(fontsize=8)
 
 
 def plot_latency(ax: Any, rows: Sequence[Row]) -> None:
