@@ -5,7 +5,7 @@
 
 MiniLM learns the sentiment of movie reviews as in `quickstart.py`, SmolLM2-135M definitions of
 words as in `finetune_lm.py`, with shorter texts. Each run adapts some of the attention's matrices
-(query, key, value, out), all layers alike, in one or two minutes of one core; there are 60. All runs
+(query, key, value, out), all layers alike, in one or two minutes of a core; there are 60. All runs
 of a task have the same alpha, learning rate, schedule, steps and held-out texts, and all of a seed
 see the same texts in the same order.
 
