@@ -309,15 +309,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     load = functools.cache(lambda name: TASKS[name]())
     for run in planned(args.tasks, args.seeds):
         pictures = args.results / f"{run.task}.npz"
-        folders = [other.folder(args.out) for other in pictured(run.task)]
+        shown = pictured(run.task)
         is_row = run in read(table)
-        is_kept = run not in pictured(run.task) or run.folder(args.out).exists()
+        is_kept = run not in shown or run.folder(args.out).exists()
         if not is_row or not (is_kept or pictures.exists()):
             row = execute(load(run.task), run, steps[run.task], args.out)
             tqdm.write(" ".join(str(x) for x in row.values()))
             if not is_row:
                 tables.append(table, row)
-        if not pictures.exists() and all(folder.exists() for folder in folders):
+        folders = [other.folder(args.out) for other in shown if other in read(table)]
+        is_complete = len(folders) == len(shown) and all(folder.exists() for folder in folders)
+        if is_complete and not pictures.exists():
             np.savez_compressed(pictures, **dict(subspaces(load(run.task), folders)))
     found = {task: args.results / f"{task}.npz" for task in TASKS}
     if all(path.exists() for path in found.values()):

@@ -110,6 +110,24 @@ def test_runs_of_other_lengths_are_not_mixed(resumed, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_adapters_of_other_results_are_not_shown(tmp_path, monkeypatch):
+    """Folders that lie there from before are trained again before they are looked at."""
+    seen, runs = [], ablations.pictured("movies")
+    for run in runs:
+        run.folder(tmp_path / "out").mkdir(parents=True)
+    row = {"steps": 2, "batch": 32, "score": 0.5, "standard_error": 0.1}
+    monkeypatch.setattr(ablations, "TASKS", {"movies": print, "definitions": print})
+    monkeypatch.setattr(ablations, "execute", lambda _, run, *rest: {**run._asdict(), **row})
+    monkeypatch.setattr(
+        ablations,
+        "subspaces",
+        lambda *_: seen.append(list(ablations.read(tmp_path / "ablations.csv"))) or [],
+    )
+    argv = ["--tasks", "movies", "--steps", "2", "--results", str(tmp_path)]
+    ablations.main([*argv, "--out", str(tmp_path / "out")])
+    assert seen == [runs]
+
+
 def test_subspaces(small, tmp_path):
     """Shapes as the notebook has them; the norms are those of dense matrices."""
     folders = [run.folder(tmp_path) for run in ablations.pictured("small")]
