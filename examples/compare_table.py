@@ -64,7 +64,7 @@ def best(rows: Iterable[Row]) -> float:
 
 
 def summary(out: pathlib.Path) -> list[Row]:
-    """A row for each method that has run."""
+    """A row for each method that has run, and whose costs are measured."""
     runs, times = collections.defaultdict(list), collections.defaultdict(dict)
     for row in read(out / "methods_runs.csv"):
         runs[row["method"]].append(row)
@@ -72,7 +72,8 @@ def summary(out: pathlib.Path) -> list[Row]:
         times[row["method"]][f"latency_{row['batch']}x{row['tokens']}"] = row["ratio"]
     costs = {row["method"]: row for row in read(out / "methods_costs.csv")}
     times["bitfit"] = times["full"]  # the same program
-    return [_row(runs[name], costs[name], times[name]) for name in LABELS if name in runs]
+    both = [name for name in LABELS if name in runs and name in costs]
+    return [_row(runs[name], costs[name], times[name]) for name in both]
 
 
 def _row(runs: list[Row], cost: Row, latency: Row) -> Row:
@@ -84,8 +85,8 @@ def _row(runs: list[Row], cost: Row, latency: Row) -> Row:
         "rate": rate,
         "rates": len({r["rate"] for r in runs}),
         "seeds": len(scores),
-        "accuracy": round(float(scores.mean()), 4),
-        "standard_error": round(float(error), 4),
+        "accuracy": round(float(scores.mean()), 6),
+        "standard_error": round(float(error), 6),
         "trained": cost["trained"] - cost["head"],
         "trained_with_head": cost["trained"],
         "file_bytes": cost["file_bytes"],
@@ -130,8 +131,16 @@ def plot_latency(ax: Any, rows: Sequence[Row]) -> None:
 
 
 def write(out: pathlib.Path) -> None:
-    """Writes the table and the picture."""
-    table = summary(out)
+    """Writes the table and the picture.
+
+    Raises:
+        ValueError: no method has both runs and costs.
+    """
+    if not (table := summary(out)):
+        raise ValueError(
+            f"`{out}` must have methods_runs.csv, and methods_costs.csv of the same methods. "
+            "`compare.py` writes them, the costs last."
+        )
     write_rows(out / "methods.csv", table)
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     plot_accuracy(axes[0], table)

@@ -155,10 +155,10 @@ def run(args: argparse.Namespace, recipe: Recipe, loaded: Loaded, problem: Probl
         if args.start not in (None, "none"):
             adapter = start_from(adapter, pathlib.Path(args.start))
         best = training.train(trainer, base, adapter, seed)
-        result = problem.test(jax.tree_util.Partial(method.apply, base, best.adapter))
         folder = args.out / f"seed-{seed}"
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its row
         checkpoint.save(folder, best.adapter, method.rules, base=base)
+        result = problem.test(jax.tree_util.Partial(method.apply, base, best.adapter))
         if result.texts:
             lines = [" ".join(text.split()) for text in result.texts]
             folder.with_suffix(".txt").write_text("\n".join([*lines, ""]), encoding="utf-8")

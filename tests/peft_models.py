@@ -126,6 +126,8 @@ def _example_llama(config: dict[str, Any]) -> Any:
         hidden=config["intermediate_size"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
+        rope_base=config["rope_theta"],
+        norm_eps=config["rms_norm_eps"],
     )
     return llama.Llama(c).apply
 

@@ -134,6 +134,18 @@ def test_picture_is_small(run):
     assert 10_000 < (run.out / "methods.png").stat().st_size < 300_000
 
 
+def test_table_of_what_is_there(run, tmp_path):
+    """Methods whose costs are not measured yet are left out; of none there is no table."""
+    for name in ("methods_runs.csv", "methods_latency.csv"):
+        shutil.copy(run.out / name, tmp_path)
+    with pytest.raises(ValueError, match=r"must have methods_runs\.csv, and methods_costs\.csv of"):
+        compare_table.write(tmp_path)
+    rows = compare_table.read(run.out / "methods_costs.csv")
+    compare_table.write_rows(tmp_path / "methods_costs.csv", rows[1:])
+    compare_table.write(tmp_path)
+    assert [row["method"] for row in compare_table.read(tmp_path / "methods.csv")] == ["lora"]
+
+
 def test_refuses_runs_of_other_steps(run):
     message = r"steps and BATCH must be those of the runs in .*, \{\(2, 32\)\}; got \(3, 32\)\."
     with pytest.raises(ValueError, match=message):

@@ -355,6 +355,17 @@ def check_by_hand(kind, name, between):
     np.testing.assert_allclose(got, expected(rest, added), atol=3e-5)
 
 
+def test_adapter_l_norm_in_bfloat16():
+    """Computed in float32: of features with a mean, the square of the mean would drown the rest."""
+    x = 3 + 0.3 * jax.random.normal(jax.random.key(0), (4, 64))
+    names = {"kernel": jnp.eye(64), "bias": jnp.full(64, 9.0)}  # so that relu cuts nothing
+    p = {"norm": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}, "down": names, "up": names}
+    small = x.astype(jnp.bfloat16)
+    actual = adapters.perceptron(p, small).astype(jnp.float32)
+    expected = adapters.perceptron(p, small.astype(jnp.float32))
+    np.testing.assert_allclose(actual, expected, atol=0.15)  # of 20
+
+
 @pytest.mark.parametrize("kind", ["bert", "gpt"])
 def test_adapter_l_follows_each_layer(kind):
     def between(block, x, added):
@@ -433,7 +444,7 @@ def test_prompt_starts_as_words():
 def test_refuses_scanned_layers_and_other_models(name):
     with pytest.raises(ValueError, match=r"got scan=True\. Load the variables and build the model"):
         METHODS[name](gpt.GPT(gpt.Config()))
-    other = llama.Llama(llama.Config())
+    other = llama.Llama(llama.SIZES["smollm2-135m"])
     with pytest.raises(TypeError, match=r"must be a bert\.Bert or gpt\.GPT; got a Llama"):
         METHODS[name](other)
 

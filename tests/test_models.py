@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from cases._case import fill
 from models import bert, deberta, gpt, gpt_nnx, hf, llama, parts
 from safetensors.numpy import load_file
@@ -355,6 +356,106 @@ def test_new_head_keeps_the_pooler() -> None:
     _, variables = bert.new_head(jax.random.key(0), small.config, variables, classes=2)
     assert (variables["params"]["pooler"]["kernel"][:, 0] == 2).all()
     assert variables["params"]["pooler"]["bias"] is pooler["pooler.dense.bias"]
+    small = SMALL["bert_cls"]
+    before = small.variables(False)
+    _, after = bert.new_head(jax.random.key(0), small.config, before, classes=2)
+    assert after["params"]["pooler"] is before["params"]["pooler"]
+    assert after["params"]["classifier"]["kernel"].shape == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (gpt, "GPT2Config"),
+        (llama, "LlamaConfig"),
+        (bert, "BertConfig"),
+        (deberta, "DebertaV2Config"),
+    ],
+)
+def test_defaults_are_those_of_config_json(module: Any, name: str) -> None:
+    """A field that a checkpoint leaves out means what `transformers` takes it for."""
+    theirs = getattr(transformers, name)().to_dict()
+    ours = {
+        module.FIELDS[field.name]: field.default
+        for field in dataclasses.fields(module.Config)
+        if field.name in module.FIELDS and field.default is not dataclasses.MISSING
+    }
+    shared = ours.keys() & theirs
+    assert len(shared) >= 2
+    empty = {"pos_att_type": ()}  # null is none there
+    assert {k: ours[k] for k in shared} == {
+        k: empty[k] if theirs[k] is None and k in empty else theirs[k] for k in shared
+    }
+
+
+def test_llama_of_other_releases(tmp_path: pathlib.Path) -> None:
+    """Once there were as many heads of keys as of queries; of late the angles are nested."""
+    small = SMALL["llama"]
+    small.write(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    old = {k: x for k, x in fields.items() if k not in ("rope_theta", "num_key_value_heads")}
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj"):  # of 4 heads
+        llama.load(tmp_path)
+    nested = {**old, "num_key_value_heads": 2}
+    nested["rope_parameters"] = {"rope_theta": 500.0, "rope_type": "default"}
+    path.write_text(json.dumps(nested))
+    assert llama.load(tmp_path)[0] == replace(small.config, rope_base=500.0)
+    nested["rope_parameters"]["rope_type"] = "llama3"
+    path.write_text(json.dumps(nested))
+    with pytest.raises(ValueError, match="expected rope_type 'default', got 'llama3'"):
+        llama.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_cls"])
+def test_berts_oldest_names(name: str, tmp_path: pathlib.Path) -> None:
+    """Norms are called gamma and beta in the file of bert-base-uncased."""
+    small = SMALL[name]
+    small.write(tmp_path)
+    now, old = hf.read_tensors(tmp_path), {}
+    for key, x in now.items():
+        end = key.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old[end.replace("LayerNorm.bias", "LayerNorm.beta")] = x
+    assert old.keys() != now.keys()
+    hf.write_tensors(tmp_path / "model.safetensors", old)
+    config, variables = bert.load(tmp_path)
+    assert config == small.config
+    assert_close(variables, small.variables(False), 0)
+
+
+@pytest.mark.parametrize("name", ["deberta", "deberta_lm"])
+def test_what_microsofts_files_have_besides(name: str, tmp_path: pathlib.Path) -> None:
+    """Another head, and positions where the model adds none: kept, not computed with."""
+    small = SMALL[name]
+    small.write(tmp_path)
+    tensors = hf.read_tensors(tmp_path)
+    more = {"mask_predictions.dense.weight": np.ones((2, 2), np.float32)}
+    if not small.config.position_biased_input:
+        more["embeddings.position_embeddings.weight"] = np.ones((20, 16), np.float32)
+    hf.write_tensors(tmp_path / "model.safetensors", {**tensors, **more})
+    config, variables = deberta.load(tmp_path)
+    assert config == small.config
+    assert_close(variables["params"], small.variables(False)["params"], 0)
+    deberta.save(tmp_path / "again", variables, config)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("gpt", 16), ("bert", 20), ("roberta_lm", 18), ("deberta_lm", 20)]
+)
+def test_more_tokens_than_positions(name: str, most: int) -> None:
+    """An error: reads beyond the table would be NaN."""
+    small = SMALL[name]
+    model, variables = small.model(), small.shapes(small.model().scan)
+    ids = jax.ShapeDtypeStruct((2, most), jnp.int32)
+    jax.eval_shape(model.apply, variables, ids)
+    with pytest.raises(ValueError) as error:
+        jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((2, most + 1), jnp.int32))
+    assert str(error.value) == (
+        f"`ids` must be (B, L) with L at most {most}, the positions of the model; got "
+        f"(2, {most + 1}). Cut the sequences."
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import doctest
 import functools
 import json
 import math
+import re
 import warnings
 
 import data
@@ -174,18 +175,34 @@ def test_superglue_names_texts_otherwise(tmp_path):
     write(tmp_path, {"RTE/train.jsonl": jsonl(record)})
     expected = glue.Example(("Dana Reeve is dead.", "She lives."), 1)
     assert glue.read(tmp_path, "rte", "train") == [expected]
+    write(tmp_path, {"RTE/val.jsonl": jsonl(record)})
+    assert glue.read(tmp_path, "rte", "dev") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content"),
+    [
+        ("cola", "CoLA/train.tsv", ""),
+        ("sst2", "SST-2/train.tsv", "sentence\tlabel\n"),
+        ("rte", "RTE/train.jsonl", ""),
+    ],
+)
+def test_files_without_examples(tmp_path, task, name, content):
+    write(tmp_path, {name: content})
+    said = error(FormatError, glue.read, tmp_path, task, "train")
+    assert said == f"`{tmp_path / name}`: expected at least one example, got none"
 
 
 def test_missing_files_say_what_to_put_where(tmp_path):
     source = "the folder CoLA of GLUE as distributed, or the same split as JSON lines,"
     assert error(FileNotFoundError, glue.read, tmp_path / "no", "cola", "dev") == (
-        f"`{tmp_path}/no` is no folder: expected dev.tsv or dev.jsonl or validation.jsonl. "
-        f"Put {source} there."
+        f"`{tmp_path}/no` is no folder: expected dev.tsv or dev.jsonl or validation.jsonl or "
+        f"val.jsonl. Put {source} there."
     )
     write(tmp_path, {"CoLA/train.tsv": ""})
     assert error(FileNotFoundError, glue.read, tmp_path, "cola", "dev") == (
         f"`{tmp_path}/CoLA` holds ['train.tsv']: expected dev.tsv or dev.jsonl or "
-        f"validation.jsonl. Put {source} there."
+        f"validation.jsonl or val.jsonl. Put {source} there."
     )
 
 
@@ -389,6 +406,34 @@ def test_prompts_and_references(tmp_path, task, split):
     write(tmp_path, {name: content, "unrelated.txt": ""})
     expected = DATASETS[task, "test"][2] if expected is None else expected
     assert nlg.read(tmp_path, task, split) == expected
+
+
+@pytest.mark.parametrize(
+    ("official", "others"),
+    [
+        (  # the release of 2017
+            "testdata_with_lex.xml",
+            ["testdata_unseen_with_lex.xml", "testdata_no_lex.xml"],
+        ),
+        (  # that of 2020
+            "rdf-to-text-generation-test-data-with-refs-en.xml",
+            [
+                "rdf-to-text-generation-test-data-without-refs-en.xml",
+                "semantic-parsing-test-data-with-refs-en.xml",
+            ],
+        ),
+    ],
+)
+def test_webnlgs_test_set_among_others(tmp_path, official, others):
+    foreign = WEBNLG_XML.replace("Ajoblanco", "Gazpacho")
+    write(tmp_path, {f"test/{official}": WEBNLG_XML, **{f"test/{x}": foreign for x in others}})
+    assert nlg.read(tmp_path, "webnlg", "test") == WEBNLG
+
+
+def test_datasets_without_texts(tmp_path):
+    write(tmp_path, {"test/a.xml": re.sub("<lex.*?</lex>", "", WEBNLG_XML, flags=re.DOTALL)})
+    said = error(ValueError, nlg.read, tmp_path, "webnlg", "test")
+    assert said == f"`{tmp_path}`: expected an example with a text in test of webnlg, got 0"
 
 
 def test_references_become_pairs_again(tmp_path):
@@ -729,7 +774,7 @@ def test_cider_by_hand():
 def test_generation_scores():
     texts, references = SACREBLEU
     scores = metrics.generation(texts, references)
-    assert list(scores) == ["bleu", "bleu_lower", "nist", "rouge_l", "cider", "ter"]
+    assert list(scores) == ["bleu_lower", "bleu", "nist", "rouge_l", "cider", "ter"]
     # What coco-caption (pycocoevalcap 1.2) computes from the same tokens.
     assert scores["cider"] == pytest.approx(3.493110954239988, rel=1e-12)
     assert scores["rouge_l"] == pytest.approx(72.22222222222221, rel=1e-12)

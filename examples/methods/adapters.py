@@ -44,7 +44,8 @@ def perceptron(p: Any, x: jax.Array) -> jax.Array:
     p = jax.tree.map(lambda w: w.astype(x.dtype), p)
     y = x
     if "norm" in p:
-        y = nn.standardize(y, epsilon=EPSILON) * p["norm"]["scale"] + p["norm"]["bias"]
+        plain = nn.LayerNorm(EPSILON, use_bias=False, use_scale=False)  # computes in float32
+        y = plain.apply({}, y) * p["norm"]["scale"] + p["norm"]["bias"]
     y = nn.relu(y @ p["down"]["kernel"] + p["down"]["bias"])  # (..., R)
     return x + y @ p["up"]["kernel"] + p["up"]["bias"]
 

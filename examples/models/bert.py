@@ -19,6 +19,7 @@ vocabulary.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from jlora import peft
 
 from . import hf, parts
-from .parts import constrain, dense, dropout, embed, layer_norm, stack
+from .parts import check_length, constrain, dense, dropout, embed, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -58,6 +59,12 @@ class Config:
     attention_probs_dropout_prob: float = 0.1
     head: str = ""
     bare: bool = False
+
+    @property
+    def positions(self) -> int:
+        """The most tokens of a sequence: RoBERTa counts them from its padding's number on."""
+        used = self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return self.max_position_embeddings - used
 
 
 _ROBERTA = {"model_type": "roberta", "pad_token_id": 1, "head": "lm"}
@@ -87,6 +94,7 @@ class Embeddings(nn.Module):
 
     def __call__(self, ids: jax.Array, types: jax.Array) -> jax.Array:
         """``(B, L)`` token ids and types to ``(B, L, D)``."""
+        check_length(ids, self.config.positions)
         x = self.word(ids) + self.position(self.positions(ids)) + self.token_type(types)
         return self.norm(x)
 
@@ -254,7 +262,7 @@ def new_head(
 ) -> tuple[Config, dict[str, Any]]:
     """Config and variables with a new "cls" head, drawn as `transformers` does.
 
-    BERT's own pooler is kept where the checkpoint has one; what else the model has no use for goes.
+    A pooler is kept where the checkpoint has one; what else the model has no use for goes.
     """
     size, kept = config.hidden_size, variables.get("unused", {})
     params = {name: variables["params"][name] for name in ("embeddings", "encoder")}
@@ -264,7 +272,9 @@ def new_head(
     pooler = {
         name.rpartition("pooler.dense.")[2]: x for name, x in kept.items() if "pooler" in name
     }
-    if pooler and config.model_type == "bert":
+    if "pooler" in variables["params"]:
+        params["pooler"] = variables["params"]["pooler"]
+    elif pooler and config.model_type == "bert":
         params["pooler"] = {"kernel": pooler["weight"].T, "bias": pooler["bias"]}
     return dataclasses.replace(config, head="cls", bare=False), {"params": params}
 
@@ -358,11 +368,17 @@ def from_hf(
 ) -> tuple[Config, dict[str, Any]]:
     """The config with the head that the tensors have, and the variables of `Bert`.
 
-    A collection ``"unused"`` keeps the tensors that the model does not compute with.
+    A collection ``"unused"`` keeps the tensors that the model does not compute with. Norms may be
+    called gamma and beta, as in the oldest files; `save` writes weight and bias.
 
     Raises:
         ValueError: tensors are missing, unexpected or misshapen; the message lists them all.
     """
+    now = {"gamma": "weight", "beta": "bias"}
+    tensors = {
+        re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda found: now[found[0]], name): x
+        for name, x in tensors.items()
+    }
     bare = not any(name.startswith(f"{config.model_type}.") for name in tensors)
     is_lm = any(name.startswith(("cls.predictions.", "lm_head.")) for name in tensors)
     last = "classifier.out_proj.bias" if config.model_type == "roberta" else "classifier.bias"

@@ -29,7 +29,7 @@ import numpy as np
 from jlora import peft
 
 from . import bert, hf, parts
-from .parts import constrain, conv, dense, dropout, embed, layer_norm, stack
+from .parts import check_length, constrain, conv, dense, dropout, embed, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -69,6 +69,11 @@ class Config:
     head: str = ""
     bare: bool = False
     legacy: bool = False
+
+    @property
+    def positions(self) -> int:
+        """The most tokens of a sequence, where there is a table of positions."""
+        return self.max_position_embeddings
 
     @property
     def farthest(self) -> int:
@@ -140,6 +145,7 @@ class Embeddings(nn.Module):
         """``(B, L)`` token ids, mask and types to ``(B, L, D)``, zero where there is no token."""
         x = self.word(ids)
         if self.config.position_biased_input:
+            check_length(ids, self.config.positions)
             x += self.position(jnp.arange(ids.shape[1])[None])
         if self.config.type_vocab_size:
             x += self.token_type(types)
@@ -393,6 +399,10 @@ def names(config: Config) -> tuple[peft.Name, ...]:
     )
 
 
+# In Microsoft's own files: another head, and positions that the model does not add.
+_UNUSED = rf"{hf.UNUSED}|mask_predictions\..*"
+_POSITIONS = r"|(deberta\.)?embeddings\.position_embeddings\.weight"
+
 _OURS = ("head", "bare", "legacy")
 FIELDS = {f.name: f.name for f in dataclasses.fields(Config) if f.name not in _OURS}
 KNOWN = {"model_type": "deberta-v2", "hidden_act": "gelu", "pooler_hidden_act": "gelu"}
@@ -418,12 +428,13 @@ def load(folder: str | Path, scan: bool = False) -> tuple[Config, dict[str, Any]
         legacy=is_legacy,
     )
     like = shapes(config, len(tensors.get("classifier.bias", ())), scan)
+    unused = _UNUSED if config.position_biased_input else _UNUSED + _POSITIONS
     table = f"{names(config)[0].module}.weight"
     copies = {
         "cls.predictions.decoder.weight": table,
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
-    return config, hf.to_variables(tensors, like, names(config), copies=copies)
+    return config, hf.to_variables(tensors, like, names(config), unused=unused, copies=copies)
 
 
 def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from jlora import peft
 
 from . import hf, parts
-from .parts import constrain, dense, dropout, embed, fused, layer_norm, stack
+from .parts import check_length, constrain, dense, dropout, embed, fused, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -168,9 +168,14 @@ class GPT(nn.Module):
             ids: ``(B, L)``.
             mask: ``(B, L)``, nonzero where there is a token and not padding.
             positions: ``(B, L)`` or ``(1, L)``; None is 0, 1, 2, ….
+
+        Raises:
+            ValueError: there are more tokens than positions.
         """
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
+        if positions is None:
+            check_length(ids, c.positions)
+            positions = jnp.arange(ids.shape[1])[None]
         wte = embed(c.rows, c.dim, "vocab", **options, name="wte")
         wpe = embed(c.positions, c.dim, "position", **options, name="wpe")
         x = dropout(self, c.dropout, wte(ids) + wpe(positions))  # (B, L, D)

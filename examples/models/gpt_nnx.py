@@ -23,6 +23,7 @@ from jlora import peft
 
 from . import gpt
 from .gpt import Config
+from .parts import check_length
 
 
 class Attention(nnx.Module):
@@ -109,7 +110,9 @@ class GPT(nnx.Module):
     ) -> jax.Array:
         """Token ids ``(B, L)``, and a mask of padding, to float32 logits ``(B, L, V)``."""
         c = self.config
-        positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
+        if positions is None:
+            check_length(ids, c.positions)
+            positions = jnp.arange(ids.shape[1])[None]
         x = self.wte(ids) + self.wpe(positions)  # (B, L, D)
         mask = None if mask is None else mask[:, None, None].astype(bool)  # (B, 1, 1, L)
         x = self.ln_f(self.blocks(x, mask))

@@ -21,9 +21,13 @@ Config = TypeVar("Config")
 
 
 def read_config(
-    folder: str | Path, kind: type[Config], fields: Mapping[str, str], known: Mapping[str, Any]
+    folder: str | Path,
+    kind: type[Config],
+    fields: Mapping[str, str],
+    known: Mapping[str, Any],
+    absent: Mapping[str, str] | None = None,
 ) -> Config:
-    """A dataclass from `config.json`.
+    """A dataclass from `config.json`; what stands in its `rope_parameters` counts as its own.
 
     Args:
         folder: where it is.
@@ -31,12 +35,16 @@ def read_config(
         fields: Hugging Face's name of each of its fields; one that is absent, or null, keeps its
             default.
         known: what other fields must be, or be absent; a tuple lists several values.
+        absent: which other field says what one that is absent would.
 
     Raises:
         ValueError: where the file asks for what the model does not compute.
     """
     path = Path(folder) / "config.json"
-    found = {k: v for k, v in json.loads(path.read_text()).items() if v is not None}
+    found = json.loads(path.read_text())
+    found |= found.pop("rope_parameters", None) or {}  # where transformers 5 writes rope_theta
+    found = {k: v for k, v in found.items() if v is not None}
+    found = {name: found[of] for name, of in (absent or {}).items() if of in found} | found
     for name, value in known.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if name in found and found[name] not in allowed:

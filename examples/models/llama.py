@@ -43,16 +43,16 @@ SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 @dataclass(frozen=True)
 class Config:
-    """What a checkpoint says about its model; the defaults are SmolLM2-135M."""
+    """What a checkpoint says about its model; the defaults are those of `config.json`."""
 
-    vocab: int = 49152
-    layers: int = 30
-    dim: int = 576
-    hidden: int = 1536
-    heads: int = 9
-    kv_heads: int = 3
-    rope_base: float = 100_000.0
-    norm_eps: float = 1e-5
+    vocab: int
+    layers: int
+    dim: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
     tied: bool = True  # whether the head is the embedding
     bare: bool = False  # whether the checkpoint is `LlamaModel`'s, whose names lack `model.`
 
@@ -68,11 +68,11 @@ def rope_frequencies(head_dim: int, base: float) -> jax.Array:
 
 
 SIZES = {
-    "llama2-7b": Config(32000, 32, 4096, 11008, 32, 32, 1e4, tied=False),
-    "llama2-70b": Config(32000, 80, 8192, 28672, 64, 8, 1e4, tied=False),
-    "smollm2-135m": Config(),
-    "smollm2-360m": Config(49152, 32, 960, 2560, 15, 5),
-    "smollm2-1.7b": Config(49152, 24, 2048, 8192, 32, 32, 130_000.0),
+    "llama2-7b": Config(32000, 32, 4096, 11008, 32, 32, 1e4, 1e-5, tied=False),
+    "llama2-70b": Config(32000, 80, 8192, 28672, 64, 8, 1e4, 1e-5, tied=False),
+    "smollm2-135m": Config(49152, 30, 576, 1536, 9, 3, 1e5, 1e-5),
+    "smollm2-360m": Config(49152, 32, 960, 2560, 15, 5, 1e5, 1e-5),
+    "smollm2-1.7b": Config(49152, 24, 2048, 8192, 32, 32, 1.3e5, 1e-5),
 }
 
 
@@ -238,10 +238,12 @@ FIELDS = {
     "rope_base": "rope_theta",
     "norm_eps": "rms_norm_eps",
 }
+ABSENT = {"num_key_value_heads": "num_attention_heads"}
 KNOWN = {
     "model_type": "llama",
     "hidden_act": "silu",
     "rope_scaling": None,
+    "rope_type": "default",
     "attention_bias": False,
     "mlp_bias": False,
 }
@@ -254,7 +256,7 @@ def load(folder: str | pathlib.Path, scan: bool = True) -> tuple[Config, dict[st
         folder: with `config.json` and `model.safetensors` or its shards.
         scan: of the model that the variables are for.
     """
-    config = hf.read_config(folder, Config, FIELDS, KNOWN)
+    config = hf.read_config(folder, Config, FIELDS, KNOWN, ABSENT)
     tensors = hf.read_tensors(folder)
     bare = not any(name.startswith("model.") for name in tensors)
     config = dataclasses.replace(config, bare=bare, tied="lm_head.weight" not in tensors)

@@ -57,6 +57,19 @@ def shapes(model: nn.Module) -> Any:
     return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), ids)))
 
 
+def check_length(ids: jax.Array, most: int) -> None:
+    """Refuses sequences that are longer than a table of positions: reads beyond it give NaN.
+
+    Raises:
+        ValueError: ``(B, L)`` ids with L larger than `most`.
+    """
+    if ids.shape[1] > most:
+        raise ValueError(
+            f"`ids` must be (B, L) with L at most {most}, the positions of the model; got "
+            f"{ids.shape}. Cut the sequences."
+        )
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, whose axes have these names, where the rules put it."""
     return nn.with_logical_constraint(x, names)

@@ -8,9 +8,11 @@ TSV files. Files are UTF-8, with or without a byte order mark.
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class FormatError(ValueError):
@@ -60,6 +62,17 @@ class Place:
     def text(self, record: Any, name: str) -> str:
         """The field of a JSON object that is text."""
         return self.field(record, name, str, "text")
+
+
+def some(path: Path, examples: Iterable[T]) -> list[T]:
+    """The examples of a file, of which there must be one.
+
+    Raises:
+        FormatError: there is none.
+    """
+    if not (found := list(examples)):
+        raise Place(path).error("at least one example", "none")
+    return found
 
 
 def find(folder: str | Path, names: Sequence[str], source: str) -> Path:

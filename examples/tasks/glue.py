@@ -6,7 +6,8 @@
     examples = glue.read(DIR, "mnli", "dev_matched")
 
 The order of the classes is that of Hugging Face's data sets. JSON lines give the class by its
-number or by its name, as SuperGLUE does. Test files as distributed have no labels: None.
+number or by its name, as SuperGLUE does, whose `val.jsonl` is read too. Test files as distributed
+have no labels: None.
 """
 
 import dataclasses
@@ -126,17 +127,17 @@ def read(folder: str | Path, task: str, split: str, damaged: int | None = None) 
     path = _find(Path(folder), spec, split)
     if path.suffix == ".tsv":
         damaged = spec.damaged if damaged is None else damaged
-        return list(_read_tsv(path, spec, split, damaged))
-    unlabeled = split.startswith("test")
-    return [_from_json(place, record, spec, unlabeled) for place, record in files.json_lines(path)]
+        return files.some(path, _read_tsv(path, spec, split, damaged))
+    unlabeled, lines = split.startswith("test"), files.json_lines(path)
+    return files.some(path, (_from_json(place, item, spec, unlabeled) for place, item in lines))
 
 
 def _find(folder: Path, spec: Task, split: str) -> Path:
     inner = folder / spec.folder
-    hub = split.replace("dev", "validation")
-    names = dict.fromkeys([f"{split}.tsv", f"{split}.jsonl", f"{hub}.jsonl"])
+    others = [split.replace("dev", name) for name in ("validation", "val")]  # the hub, SuperGLUE
+    names = dict.fromkeys(f"{name}.jsonl" for name in (split, *others))
     source = f"the folder {spec.folder} of GLUE as distributed, or the same split as JSON lines,"
-    return files.find(inner if inner.is_dir() else folder, list(names), source)
+    return files.find(inner if inner.is_dir() else folder, [f"{split}.tsv", *names], source)
 
 
 def _read_tsv(path: Path, spec: Task, split: str, damaged: int) -> Iterator[Example]:

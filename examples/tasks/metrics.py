@@ -87,7 +87,7 @@ def glue(task: str, predictions: Any, labels: Any) -> dict[str, float]:
 def bleu(texts: Sequence[str], references: References, *, lowercase: bool = False) -> float:
     """BLEU of the corpus from 0 to 100, tokenized as mteval-v13a does.
 
-    The numbers of references may differ. WebNLG and DART are scored in lower case.
+    The numbers of references may differ. The scripts of E2E, WebNLG and DART score lower case.
     """
     metric = BLEU(lowercase=lowercase)
     return metric.corpus_score(texts, _columns(texts, references)).score
@@ -141,8 +141,8 @@ def cider(texts: Sequence[str], references: References) -> float:
 def generation(texts: Sequence[str], references: References) -> dict[str, float]:
     """All scores of E2E, WebNLG and DART by name; the paper's first."""
     return {
-        "bleu": bleu(texts, references),
         "bleu_lower": bleu(texts, references, lowercase=True),
+        "bleu": bleu(texts, references),
         "nist": nist(texts, references),
         "rouge_l": rouge_l(texts, references),
         "cider": cider(texts, references),

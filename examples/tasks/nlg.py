@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from . import files
 
 SPLITS = ("train", "dev", "test")
+WEBNLG_TESTS = ("testdata_with_lex.xml", "rdf-to-text-generation-test-data-with-refs-en.xml")
 
 
 class Example(NamedTuple):
@@ -43,13 +44,16 @@ def read(folder: str | Path, task: str, split: str) -> list[Example]:
     Raises:
         FileNotFoundError: there is no such file; the message says what to put where.
         FormatError: a file is not as it should be.
-        ValueError: `task` or `split` is unknown, or there are several files of the split.
+        ValueError: `task` or `split` is unknown, or there are no examples with texts, or several
+            files of the split.
     """
     if task not in READERS:
         raise ValueError(f"`task` must be one of {', '.join(READERS)}, got {task!r}")
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}")
-    return grouped(READERS[task](Path(folder), split))
+    if not (examples := grouped(READERS[task](Path(folder), split))):
+        raise ValueError(f"`{folder}`: expected an example with a text in {split} of {task}, got 0")
+    return examples
 
 
 def grouped(examples: Iterable[Example]) -> list[Example]:
@@ -88,6 +92,8 @@ def _e2e(folder: Path, split: str) -> Iterator[Example]:
 def _webnlg(folder: Path, split: str) -> Iterator[Example]:
     if (folder / split).is_dir():
         paths = sorted((folder / split).rglob("*.xml"))
+        # Beside it lie parts of it, its inputs alone, and the set of another task.
+        paths = [path for path in paths if path.name in WEBNLG_TESTS] or paths
         if not paths:
             raise FileNotFoundError(
                 f"`{folder / split}` holds no *.xml. Put the XML files of a WebNLG release there."
@@ -182,5 +188,8 @@ def _records(path: Path) -> Iterator[tuple[files.Place, Any]]:
 
 
 def _joined(parts: Iterable[Iterable[str]]) -> str:
-    """Slots or triples as one line, in the way of Li and Liang's prefix tuning and of the paper."""
+    """Slots or triples as one line, in the way of Li and Liang's prefix tuning and of the paper.
+
+    E2E's slots keep their names, which the paper's files have changed: priceRange is price there.
+    """
     return " | ".join(" : ".join(part) for part in parts)

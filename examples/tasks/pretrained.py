@@ -55,11 +55,7 @@ class Loaded(NamedTuple):
     @property
     def positions(self) -> int:
         """The most tokens of a sequence."""
-        if self.causal:
-            return self.config.positions
-        # RoBERTa counts them from its padding's number on.
-        used = self.config.pad_token_id + 1 if FAMILIES[self.name][2] == "roberta" else 0
-        return self.config.max_position_embeddings - used
+        return self.config.positions
 
     @property
     def pad(self) -> int:
@@ -121,12 +117,13 @@ def with_head(
     """The model and its variables, with a new head of `outputs` where there are any.
 
     The head of MiniLM, a sentence encoder, reads the mean over the tokens; the others' read the
-    first token.
+    first token. A model without a head has no dropout of its own, as in the paper's scripts: what
+    the recipe has is on the low-rank path.
     """
     module, kind, _ = FAMILIES[loaded.name]
     config, variables = loaded.config, loaded.variables
     if not outputs:
-        return kind(config, **loaded.options), variables
+        return kind(dataclasses.replace(config, dropout=0.0), **loaded.options), variables
     if loaded.name == "minilm":
         config = dataclasses.replace(config, head="")
         variables = bert.add_head(variables, outputs)

@@ -174,16 +174,11 @@ def _score(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str,
     return metrics.generation(texts, [g.answers for g in given])
 
 
-def _score_lower(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
-    scores = _score(texts, given, train)
-    return {"bleu_lower": scores["bleu_lower"], **scores}
-
-
 def _score_webnlg(
     texts: Sequence[str], given: Sequence[Text], train: Sequence[Text]
 ) -> dict[str, float]:
     """Also BLEU for the categories of the training set, and for the others."""
-    scores, known = _score_lower(texts, given, train), {t.example.category for t in train}
+    scores, known = _score(texts, given, train), {t.example.category for t in train}
     for name, is_seen in (("seen", True), ("unseen", False)):
         chosen = [i for i, g in enumerate(given) if (g.example.category in known) == is_seen]
         if chosen:
@@ -209,7 +204,7 @@ def _score_mnli(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict
 TASKS: Mapping[str, Kind] = {
     "e2e": Kind(functools.partial(_read_nlg, "e2e"), _score),
     "webnlg": Kind(functools.partial(_read_nlg, "webnlg"), _score_webnlg),
-    "dart": Kind(functools.partial(_read_nlg, "dart"), _score_lower),
+    "dart": Kind(functools.partial(_read_nlg, "dart"), _score),
     "samsum": Kind(functools.partial(_read_nlg, "samsum"), _score_samsum),
     "wikisql": Kind(_read_wikisql, _score_wikisql, test="dev"),
     "mnli": Kind(_read_mnli, _score_mnli, dev="dev_matched", test="dev_matched"),

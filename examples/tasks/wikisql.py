@@ -56,7 +56,8 @@ def read(folder: str | Path, split: str) -> list[Example]:
         place.text(record, "id"): _header(place, record)
         for place, record in files.json_lines(tables)
     }
-    return [_example(place, record, headers) for place, record in files.json_lines(questions)]
+    lines = files.json_lines(questions)
+    return files.some(questions, (_example(place, record, headers) for place, record in lines))
 
 
 def render(query: Query, header: Sequence[str]) -> str:
