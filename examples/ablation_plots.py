@@ -47,7 +47,7 @@ def ranks(axis: Axes, table: Table, task: str, every: Sequence[int]) -> None:
         points(axis, table, task, [(name, rank) for rank in every], color, shift)
         axis.plot([], [], "o", color=color, label=name)
     axis.set_xticks(range(len(every)), [f"r = {rank}" for rank in every])
-    axis.legend()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def heat(axis: Axes, grid: np.ndarray) -> AxesImage:
