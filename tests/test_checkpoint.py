@@ -241,6 +241,35 @@ def test_zeros_of_either_sign_differ():
     assert checkpoint.fingerprint(plus, True) != checkpoint.fingerprint(minus, True)
 
 
+def test_float64_of_another_session(tmp_path):
+    """Read as it is where x64 is off, on the host; a narrower `like` is told so."""
+    with jax.enable_x64(True):
+        adapter = {"head": jnp.linspace(0.0, 1.0, 6).reshape(2, 3)}
+        checkpoint.save(tmp_path / "a", adapter, (Full("head"),))
+        expected = np.asarray(adapter["head"])
+    found = checkpoint.restore(tmp_path / "a")["head"]
+    assert found.dtype == np.float64 and found.tobytes() == expected.tobytes()
+    with pytest.raises(ValueError, match="head: expected dtype float64, got float32"):
+        checkpoint.restore(tmp_path / "a", like={"head": jnp.zeros((2, 3))})
+    checkpoint.save(tmp_path / "b", {"head": expected}, (Full("head"),))
+    again = checkpoint.restore(tmp_path / "b", like={"head": expected})["head"]
+    assert again.dtype == np.float64 and again.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_base_with_and_without_x64(first, tmp_path):
+    """Numbers of Python and of 64 bits are as wide as the session has them, but the same base."""
+    base = {"w": np.ones((2, 3), np.float32), "n": 3, "x": 0.5, "i": np.arange(3)}
+    adapter = {"w": np.zeros((2, 3), np.float32)}
+    with jax.enable_x64(first):
+        checkpoint.save(tmp_path / "a", adapter, (Full("w"),), base=base, hash_values=True)
+    with jax.enable_x64(not first):
+        checkpoint.restore(tmp_path / "a", base=base)
+        with pytest.raises(ValueError, match=r"(?s)n: expected dtype int.*  w: other values"):
+            other = {**base, "n": 3.0, "w": adapter["w"]}
+            checkpoint.restore(tmp_path / "a", base=other)
+
+
 def test_hashes_need_values():
     base, adapter = made()
     with pytest.raises(TypeError, match=r"`base` must hold arrays where .*DtypeStruct at down"):
@@ -339,6 +368,8 @@ def test_nothing_is_overwritten(saved):
     (path.parent / "file").touch()
     with pytest.raises(FileExistsError, match="nothing is ever overwritten"):
         checkpoint.save(path.parent / "file", adapter, RULES)
+    with pytest.raises(FileExistsError, match=r"`path`: / is a mount point; give a folder in"):
+        checkpoint.save("/", adapter, RULES)
     (path.parent / "empty").mkdir()
     checkpoint.save(path.parent / "empty", adapter, RULES)
     assert_equal(checkpoint.restore(path.parent / "empty"), adapter)

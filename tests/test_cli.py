@@ -501,6 +501,8 @@ def test_merge_of_nnx_and_numbers(tmp_path: Folder) -> None:
     assert found.keys() == {"kernel", "bias"}
     np.testing.assert_array_equal(found["kernel"]["value"], merged["kernel"].get_value())
 
+    assert checkpoint.read(tmp_path / "a").base == checkpoint.fingerprint(base)
+
     layout = jlora.Layout((), (0,), (1,))
     site = jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)
     checkpoint.save(tmp_path / "b", {"w": site}, ())
@@ -512,6 +514,39 @@ def test_merge_of_nnx_and_numbers(tmp_path: Folder) -> None:
     found = numpy_tree(tmp_path / "o")
     assert found["w"].dtype == np.float64 and np.all(np.asarray(found["w"]) == 1)
     assert int(found["id"][0]) == int(found["k"]) == 2**40
+
+
+def test_random_keys_stay_keys(tmp_path: Folder) -> None:
+    """Orbax has them as integers until they are read."""
+    layout = jlora.Layout((), (0,), (1,))
+    site = jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)
+    base = {
+        "w": jnp.zeros((4, 3)),
+        "key": jax.random.key(3),
+        "keys": jax.random.split(jax.random.key(4, impl="rbg"), 2),
+        "words": jnp.arange(5, dtype=jnp.uint32),
+    }
+    checkpoint.export(tmp_path / "base", base)
+    for name, known in (("a", base), ("b", None)):
+        checkpoint.save(tmp_path / name, {"w": site}, (), base=known)
+        run("merge", tmp_path / "base", tmp_path / name, tmp_path / f"{name}-merged")
+        with ocp.StandardCheckpointer() as checkpointer:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+            found = checkpointer.restore(tmp_path / f"{name}-merged", like)
+        for key in ("key", "keys"):
+            assert found[key].dtype == base[key].dtype
+            words, expected = (jax.random.key_data(x[key]) for x in (found, base))
+            np.testing.assert_array_equal(words, expected)
+        np.testing.assert_array_equal(found["words"], base["words"])
+        np.testing.assert_array_equal(found["w"], np.ones((4, 3)))
+    rows = tmp_path / "rows.py"
+    rows.write_text('from jlora.peft import Name\nROWS = [Name("w", "w", "io")]\n')
+    table = ("--names", f"{rows}:ROWS")
+    run("convert", tmp_path / "a", tmp_path / "peft", *table)
+    for given in ("base", "a"):
+        out = tmp_path / f"from-{given}"
+        run("convert", tmp_path / "peft", out, "--base", tmp_path / given, *table)
+        assert checkpoint.read(out).base == checkpoint.fingerprint(base)
 
 
 def huggingface(folder: Folder, name: str) -> tuple[Folder, dict[str, np.ndarray]]:
@@ -614,6 +649,7 @@ ERRORS = {
     "merge small o x": "`base` is not the one that the adapter in .*o was trained on: ",
     "merge small unknown x": "`adapter` does not fit `base` at 14 of 14 paths: ",
     "merge base o p": "exists and is not an empty folder",
+    "merge base o /": "OUT: / is a mount point; give a folder in it",
 }
 
 

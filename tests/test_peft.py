@@ -28,6 +28,7 @@ from flax import nnx
 import jlora
 from jlora import Full, Layout, LoRA, LowRank, Slots, peft
 from jlora.peft import Name
+from jlora.peft._alone import load_alone
 
 KEY = jax.random.key(0)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -848,6 +849,38 @@ def test_excluded_targets_may_be_listed(tmp_path: Folder) -> None:
     """As PEFT lists all of "all-linear", also those that it then excludes."""
     files = Files(tmp_path)
     files.config(target_modules=["query", "value", "dense"], exclude_modules=["dense"])
+    assert_equal(files.load(), peft.load(files.case.folder, files.case.base, files.case.names))
+    # And without the model, of which the file shows only what is adapted.
+    assert load_alone(files.folder).leaves.keys() == load_alone(files.case.folder).leaves.keys()
+
+
+def test_what_peft_ties_itself_alone(tmp_path: Folder) -> None:
+    """It saves in full the head of an embedding that is saved in full, and does not list it."""
+    files = Files(tmp_path, "modules_to_save")
+    table = np.ones((11, 8), np.float32)
+    names = [f"base_model.model.{m}.weight" for m in ("embed_tokens", "lm_head")]
+    files.tensors(lambda t: t.update(dict.fromkeys(names, table)))
+    saved = json.loads((files.folder / CONFIG).read_text())["modules_to_save"]
+    files.config(modules_to_save=[*saved, "embed_tokens"], ensure_weight_tying=True)
+    leaves = load_alone(files.folder).leaves
+    assert {"embed_tokens.weight", "lm_head.weight"} <= leaves.keys()
+    files.config(ensure_weight_tying=False)
+    with pytest.raises(ValueError, match=r"lm_head\.weight: unexpected"):
+        load_alone(files.folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "Gaussian"},
+        {"layers_to_transform": [0, 1], "layers_pattern": ""},
+    ],
+)
+def test_fields_that_change_nothing(fields: dict[str, Any], tmp_path: Folder) -> None:
+    """As PEFT reads them."""
+    files = Files(tmp_path)
+    files.config(**fields)
     assert_equal(files.load(), peft.load(files.case.folder, files.case.base, files.case.names))
 
 

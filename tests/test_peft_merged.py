@@ -312,8 +312,11 @@ def tied(folder: Folder, *, twice: bool = False, **config: Any) -> Folder:
     """A checkpoint whose embedding is its head, stored once or twice."""
     table = np.random.default_rng(5).standard_normal((11, 4), np.float32)
     weights = {"model.embed_tokens.weight": table} | ({"lm_head.weight": table} if twice else {})
-    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True} | config
-    return checkpoint(folder, weights, vocab_size=11, **config)
+    usual = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "vocab_size": 11}
+    return checkpoint(folder, weights, **(usual | config))
+
+
+TIED_TEXT = {"text_config": {"tie_word_embeddings": True}}
 
 
 def both(folder: Folder, *, head: float = 1.0) -> Folder:
@@ -369,6 +372,12 @@ def test_both_copies_of_a_shared_weight(tmp_path: Folder) -> None:
         (True, 0, {"tie_word_embeddings": False}, None),
         (True, 2, {"tie_word_embeddings": False}, None),
         (False, 0, {"architectures": ["LlamaModel"]}, None),
+        # Models of models say it at one level or at both, and one word may contradict the other.
+        (False, 0, {"vocab_size": None}, "model.embed_tokens.weight: the input embedding and the"),
+        (False, 0, {"vocab_size": 7, "text_config": {"vocab_size": 11}}, "the output head share"),
+        (False, 0, {"vocab_size": 7, "a": {"b": {"vocab_size": 11}}}, "the output head share"),
+        (False, 0, {"tie_word_embeddings": False, **TIED_TEXT}, "the output head share"),
+        (True, 0, {"tie_word_embeddings": False, **TIED_TEXT}, None),
     ],
 )
 def test_a_shared_weight_has_one_value(
@@ -626,8 +635,12 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
         "`adapter` fits the checkpoint of `src_dir` with either of 'a.', 'b.' before its names",
     ),
     "two-checkpoints": (
-        lambda x: x.set(after=lambda both: (both.base / INDEX).write_text("{}")),
-        f"holds {ONE} and {INDEX}, so two checkpoints",
+        lambda x: x.set(
+            after=lambda both: (both.base / INDEX).write_text(
+                '{"weight_map": {"x": "model-1.safetensors"}}'
+            )
+        ),
+        f"holds {ONE}, and {INDEX} of other files, so two checkpoints. Remove one.",
     ),
     "pickle": (
         lambda x: x.set(after=lambda both: (both.base / ONE).rename(both.base / "m.bin")),
@@ -656,6 +669,25 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
         "safetensors by the index, in None by the files",
     ),
 }
+
+
+def test_an_index_of_one_file(tmp_path: Folder) -> None:
+    """Some libraries write it beside the only file that it names."""
+    files = Both(tmp_path)
+    index = {"weight_map": dict.fromkeys(files.weights, ONE)}
+    files.set(after=lambda both: (both.base / INDEX).write_text(json.dumps(index)))
+    files.export()
+    assert read(tmp_path / "out").keys() == files.weights.keys()
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"] == index["weight_map"]
+
+
+def test_other_names_are_told(tmp_path: Folder) -> None:
+    """Of an adapter from another release, what it has is said before what it lacks."""
+    files = Both(tmp_path)
+    files.modules = {m.replace("m.layers", "m.other.layers"): x for m, x in files.modules.items()}
+    message = "m.other.layers.0.q.weight: in the adapter, but not in the checkpoint, whose names"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        files.export()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

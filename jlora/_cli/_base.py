@@ -1,5 +1,6 @@
 """The parameters of a base model in an Orbax checkpoint: their shapes, or all of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from .. import checkpoint
 from .._tree import nest
 from .._types import PyTree
 
+KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # what JAX has
 AGAIN = "Save it again with jlora.checkpoint.save(..., base=base)."
 
 
@@ -25,7 +27,9 @@ def shapes(folder: Path, what: str) -> PyTree:
     """The base of the adapter in `folder` by its fingerprint, or the parameters saved there."""
     if (folder / "jlora").exists():
         return fingerprinted(folder, what)
-    return _with_variables(jax.tree.map(_struct, _metadata(folder, what), is_leaf=_is_entry))
+    found = _metadata(folder, what)
+    structs = jax.tree.map(_struct, found, is_leaf=_is_entry)
+    return _with_variables(_with_keys(folder, what, found, structs, _struct))
 
 
 def fingerprinted(folder: Path, what: str, remedy: str = AGAIN) -> PyTree:
@@ -36,19 +40,27 @@ def fingerprinted(folder: Path, what: str, remedy: str = AGAIN) -> PyTree:
             f"{what}: {folder} was saved without its base, so that the base's shapes are not "
             f"known. {remedy}"
         )
-    arrays = {p: leaf for p, leaf in saved.base.items() if not leaf.dtype.startswith("key<")}
-    return nest({p: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype)) for p, x in arrays.items()})
+    kinds = (jax.random.key(0, impl=name).dtype for name in KEYS)
+    keys = {str(dtype): dtype for dtype in kinds}
+    return nest(
+        {
+            path: jax.ShapeDtypeStruct(x.shape, keys.get(x.dtype) or jnp.dtype(x.dtype))
+            for path, x in saved.base.items()
+        }
+    )
 
 
 def values(folder: Path, what: str) -> PyTree:
     """The parameters saved in `folder`, in the host's memory."""
-    template = jax.tree.map(_empty, _metadata(folder, what), is_leaf=_is_entry)
+    found = _metadata(folder, what)
+    template = jax.tree.map(_empty, found, is_leaf=_is_entry)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder.absolute(), template)
     except Exception as e:
         raise _unreadable(folder, what, e) from e
-    return _with_variables(jax.tree.map(np.asarray, tree))
+    tree = jax.tree.map(np.asarray, tree)
+    return _with_variables(_with_keys(folder, what, found, tree, lambda key: key))
 
 
 def plain(tree: PyTree) -> PyTree:
@@ -91,6 +103,32 @@ def _empty(x: Any) -> Any:
     if x.storage is None:  # a number of Python
         return np.zeros((), x.dtype).item()
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+
+
+def _with_keys(
+    folder: Path, what: str, found: PyTree, tree: PyTree, of: Callable[[jax.Array], Any]
+) -> PyTree:
+    """`tree`, and in it `of` JAX's random keys, which Orbax calls uint32 until it reads them."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    empty = jax.tree.map(
+        lambda x: _struct(x) if x.dtype == np.uint32 else ocp.PLACEHOLDER, found, is_leaf=_is_entry
+    )
+    if all(x is ocp.PLACEHOLDER for x in jax.tree.leaves(empty)):
+        return tree
+    args = ocp.args.PyTreeRestore(
+        item=empty,
+        restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=place), empty),
+    )
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            read = checkpointer.restore(folder.absolute(), args=args)
+    except Exception as e:
+        raise _unreadable(folder, what, e) from e
+    return jax.tree.map(lambda x, key: of(key) if _is_key(key) else x, tree, read)
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _with_variables(tree: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ from .. import checkpoint, peft
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
 from ..peft._alone import load_alone
+from ..peft._checkpoint import INDEX, ONE
 from ..peft._json import CONFIG, PICKLES, TENSORS
 from ._base import fingerprinted
 from ._names import table
@@ -49,6 +50,8 @@ def format_of(folder: Path, what: str) -> str:
     if not folder.is_dir():
         raise FileNotFoundError(f"{what}: there is no folder {folder}.")
     names = {path.name for path in folder.iterdir()}
+    if what == "BASE" and names & {ONE, INDEX}:  # an adapter may lie beside a model
+        return "huggingface"
     if names & {CONFIG, TENSORS, *PICKLES[:2]}:
         return "peft"
     if names & {*ORBAX, "jlora"}:

@@ -16,9 +16,11 @@ def staged(out: Path, write: Callable[[Path], T]) -> T:
     """What `write` returns, which writes a folder beside `out` that is then renamed to it.
 
     Raises:
-        FileExistsError: if `out` is there and not an empty folder.
+        FileExistsError: if `out` is there and not an empty folder, or a mount point.
     """
     final = Path(os.path.abspath(out))
+    if final.is_mount():
+        raise FileExistsError(f"OUT: {final} is a mount point; give a folder in it.")
     if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
         raise _occupied(final)
     stage = final.with_name(f".{final.name}.{secrets.token_hex(8)}")

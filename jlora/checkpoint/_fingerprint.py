@@ -68,12 +68,20 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
 def describe(x: Any, values: bool) -> Leaf:
     """The entry of one array."""
     form = abstract(x)
+    if values and x.dtype != form.dtype:  # 64 bits, which JAX narrows
+        x = np.asarray(x).astype(form.dtype)
     return Leaf(tuple(form.shape), str(form.dtype), hash_of(x) if values else None)
+
+
+def exact(x: Any, values: bool) -> Leaf:
+    """The entry of one array by its own dtype, which JAX may have to narrow."""
+    return Leaf(tuple(x.shape), str(x.dtype), hash_of(x) if values else None)
 
 
 def hash_of(x: Any) -> str:
     """64 bits that depend on every bit of an array, wherever its parts lie."""
-    return "".join(f"{int(n):08x}" for n in _sums(jnp.asarray(x)))
+    with jax.enable_x64(True):  # else float64 of NumPy would be narrowed first
+        return "".join(f"{int(n):08x}" for n in _sums(jnp.asarray(x)))
 
 
 @jax.jit
@@ -117,6 +125,28 @@ def differences(expected: Fingerprint, got: Fingerprint) -> list[str]:
     for path in expected.keys() & got.keys():
         lines += [f"  {name_of(path)}: {d}" for d in _unlike(expected[path], got[path])]
     return sorted(lines)
+
+
+def as_in(expected: Fingerprint, got: Fingerprint) -> Fingerprint:
+    """`got`, with the widths of `expected` where one session had x64 and the other had not.
+
+    The values of such leaves are not compared: the narrow ones may have been rounded.
+    """
+
+    def leaf(path: Path, x: Leaf) -> Leaf:
+        dtype = expected[path].dtype if path in expected else x.dtype
+        is_alike = _NARROW.get(dtype, dtype) == _NARROW.get(x.dtype, x.dtype)
+        return Leaf(x.shape, dtype) if is_alike and dtype != x.dtype else x
+
+    return {path: leaf(path, x) for path, x in got.items()}
+
+
+_NARROW = {
+    "int64": "int32",
+    "uint64": "uint32",
+    "float64": "float32",
+    "complex128": "complex64",
+}
 
 
 def _unlike(expected: Leaf, got: Leaf) -> list[str]:

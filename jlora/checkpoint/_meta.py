@@ -16,7 +16,7 @@ import jlora
 from .._rules import Full, LoRA, Rule, Slots
 from .._tree import is_low_rank, nest
 from .._types import Layout, LowRank, Path, PyTree
-from ._fingerprint import Fingerprint, Leaf, describe
+from ._fingerprint import Fingerprint, Leaf, exact
 
 FORMAT = 1
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
@@ -118,7 +118,7 @@ def decode(fields: Fields) -> Saved:
 
 
 def _encode_leaf(path: Path, x: Any) -> Fields:
-    parts = {p[-1]: describe(array, values=True) for p, array in arrays({path: x}).items()}
+    parts = {p[-1]: exact(array, values=True) for p, array in arrays({path: x}).items()}
     item = {"path": list(path), "arrays": parts}
     if is_low_rank(x):
         item |= {name: getattr(x, name) for name in STATIC} | {"layout": x.layout._asdict()}

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from .._tree import adapter_leaves, is_low_rank, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
-from ._fingerprint import Leaf, describe, differences, fingerprint, hash_of
+from ._fingerprint import Leaf, as_in, differences, exact, fingerprint, hash_of
 from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
 from ._store import Where, place
@@ -182,7 +182,7 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
     hashed = any(leaf.hash for leaf in saved.base.values())
     concrete = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
     got = fingerprint(base, values=hashed and concrete)
-    if lines := differences(saved.base, got):
+    if lines := differences(saved.base, as_in(saved.base, got)):
         raise ValueError(
             f"`base` is not the one that the adapter in {place(path)} was trained on:\n"
             + "\n".join(lines)
@@ -213,7 +213,7 @@ def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Pat
 
 
 def _forms(found: dict[Path, Any]) -> dict[Path, Leaf]:
-    return {_place_of(p): describe(x, values=False) for p, x in arrays(found).items()}
+    return {_place_of(p): exact(x, values=False) for p, x in arrays(found).items()}
 
 
 def _place_of(path: Path) -> Path:

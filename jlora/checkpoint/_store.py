@@ -52,6 +52,8 @@ def write(path: Where, handler: Any, args: Any) -> None:
 
 
 def _check_vacant(final: epath.Path) -> None:
+    if "://" not in os.fspath(final) and os.path.ismount(final):  # nothing is renamed to one
+        raise FileExistsError(f"`path`: {final} is a mount point; give a folder in it.")
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise _occupied(final)
 

@@ -15,10 +15,11 @@ from .._types import LowRank, PyTree
 from ._config import problems, read_config
 from ._file import DTYPES, Entry, read_header, reader
 from ._json import TENSORS, Source, opened
-from ._load import load
-from ._names import Name
+from ._load import load_onto
+from ._names import Name, resolve
 from ._plan import PREFIX, SAVED_BY_NAME, is_saved
 from ._select import ends, rank_of, selects
+from ._tensors import may_tie
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
@@ -65,7 +66,8 @@ class Alone(NamedTuple):
 def load_alone(dir: str | os.PathLike[str]) -> Alone:
     """Reads an adapter for a look at it, when the model is not at hand.
 
-    The checks are those of `load`; only that it fits its model cannot be known. Axes are those of
+    The checks are those of `load`; only whether it fits its model, and whether all that its
+    configuration names is there, cannot be known. Axes are those of
     PyTorch's weights. Where several parameters of one module of experts are adapted, the file does
     not say which is which: they are taken in the order of `target_parameters` in which their ranks
     and numbers of experts agree.
@@ -88,6 +90,7 @@ def load_alone(dir: str | os.PathLike[str]) -> Alone:
         raise ValueError(f"`dir`: the adapter in {folder} cannot be read:\n  " + "\n  ".join(wrong))
     if odd := [key for key in entries if set(key) & set("{}/\\") or not key.isprintable()]:
         raise ValueError(f"`dir`: the adapter in {folder} has keys that name no module: {odd[:9]}.")
+    fields = _with_twins(fields, entries)
     with opened(source, TENSORS) as (file, _):
         parts = list(_parts(fields, entries, reader(file, header)))
     base = nest({part.path: jax.ShapeDtypeStruct(part.shape, np.float32) for part in parts})
@@ -95,7 +98,16 @@ def load_alone(dir: str | os.PathLike[str]) -> Alone:
     names = list(dict.fromkeys(rows)) or [Name("", "", "o")]
     if len(names) > KINDS:
         raise ValueError(f"`dir`: {folder} has {len(names)} kinds of tensors; expected few.")
-    return Alone(base, load(folder, base, names), names)
+    adapter = load_onto(folder, fields, header, resolve(base, names), names, None)
+    return Alone(base, adapter, names)
+
+
+def _with_twins(fields: dict[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """`fields` that save by name what PEFT saves because it is tied to what it saves by name."""
+    weights = [key.removeprefix(PREFIX) for key in entries if key.endswith(".weight")]
+    modules = [key.removesuffix(".weight") for key in weights]
+    more = [m for m in modules if may_tie(fields, m) and not is_saved(fields, m)]
+    return fields | {"modules_to_save": [*(fields.get("modules_to_save") or []), *more]}
 
 
 def with_copies(dir: str | os.PathLike[str], alone: Alone) -> PyTree:

@@ -30,7 +30,7 @@ class Checkpoint(NamedTuple):
         where: the file of each tensor.
         kept: all other files to be copied, as paths in the folder.
         left_out: what is not copied.
-        vocabulary: the length of the input embedding where the output head shares it, else None.
+        vocabulary: the lengths that the input embedding may have, if the output head shares it.
     """
 
     source: Source
@@ -38,7 +38,7 @@ class Checkpoint(NamedTuple):
     where: dict[str, str]
     kept: list[str]
     left_out: list[str]
-    vocabulary: int | None
+    vocabulary: frozenset[int]
 
     def entry(self, name: str) -> Entry:
         """The tensor `name`."""
@@ -71,7 +71,8 @@ def open_checkpoint(dir: str | os.PathLike[str]) -> Checkpoint:
     kept, left_out = _others(source.folder, {*files, INDEX} if mapped else set(files))
     if mapped is not None:
         kept.append(INDEX)
-    vocabulary = _tied_vocabulary(_config(source, kept))
+    matrices = (e.shape for h in headers.values() for e in h.entries.values() if len(e.shape) == 2)
+    vocabulary = _tied_vocabulary(_config(source, kept), [rows for rows, _ in matrices])
     return Checkpoint(source, headers, where, kept, left_out, vocabulary)
 
 
@@ -87,10 +88,6 @@ def refuse(found: Sequence[str]) -> None:
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
     """The safetensors files, and the index's file of each tensor if there is an index."""
     one, index = ((source.folder / name).exists() for name in (ONE, INDEX))
-    if one and index:
-        raise ValueError(
-            f"`src_dir`: {source.folder} holds {ONE} and {INDEX}, so two checkpoints. Remove one."
-        )
     if not index:
         if not one and source.folder.is_dir():
             raise ValueError(
@@ -107,6 +104,11 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
             raise ValueError(
                 f"`src_dir`: {INDEX} names {brief(file)}; expected a safetensors file beside it."
             )
+    if one and ONE not in mapped.values():
+        raise ValueError(
+            f"`src_dir`: {source.folder} holds {ONE}, and {INDEX} of other files, so two "
+            "checkpoints. Remove one."
+        )
     return sorted(set(mapped.values())), mapped
 
 
@@ -135,11 +137,27 @@ def _config(source: Source, kept: list[str]) -> Mapping[str, Any]:
     return read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
 
 
-def _tied_vocabulary(config: Mapping[str, Any]) -> int | None:
-    nested = config.get("text_config")
-    config = {**(nested if isinstance(nested, dict) else {}), **config}
-    names, said = config.get("architectures"), config.get("tie_word_embeddings")
+def _tied_vocabulary(config: Mapping[str, Any], rows: Sequence[int]) -> frozenset[int]:
+    """The lengths that a shared embedding may have, of matrices of so many rows; or none."""
+    parts = list(_parts(config))
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    names = config.get("architectures")
     # Without a word about it `transformers` ties; without a head there is nothing to tie.
-    headed = any(_HEADS.search(str(name)) for name in names) if names else said is True
-    size = config.get("vocab_size")
-    return size if headed and said is not False and isinstance(size, int) else None
+    headed = any(_HEADS.search(str(name)) for name in names) if names else True in said
+    is_denied = [x is False for x in said]
+    if not headed or not rows or (said and all(is_denied)):
+        return frozenset()
+    sizes = {n for part in parts if isinstance(n := part.get("vocab_size"), int)} & set(rows)
+    sizes = sizes or {max(rows)}
+    if any(is_denied):  # a model of models, and no file tells whose word counts
+        sizes = {size for size in sizes if rows.count(size) < 2}
+    return frozenset(sizes)
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A configuration and those within it."""
+    left = [config]
+    while left:
+        part = left.pop()
+        yield part
+        left += [value for value in part.values() if isinstance(value, dict)]

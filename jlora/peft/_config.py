@@ -55,6 +55,8 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
+# Initial values of A and B that leave the base as it is.
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # Keys whose every value is read or does not matter; any other must be off.
 _READ = {
     "alpha_pattern",
@@ -132,7 +134,7 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
         if key in fields and not fits(fields[key])
     ]
     start = fields.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+    if isinstance(start, str) and start.lower() not in _STARTS:
         found.append(
             f"init_lora_weights: {brief(start)} changes the base model, so that the adapter alone "
             "means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)"

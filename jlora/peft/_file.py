@@ -134,9 +134,11 @@ def fresh(dir: str | os.PathLike[str], argument: str, who: str) -> Iterator[Path
     """A folder beside `dir` to write into; becomes `dir` at the end, or is removed on failure.
 
     Raises:
-        FileExistsError: if `dir` is there and not an empty folder.
+        FileExistsError: if `dir` is there and not an empty folder, or a mount point.
     """
     folder = Path(os.path.abspath(dir))
+    if folder.is_mount():
+        raise FileExistsError(f"`{argument}`: {folder} is a mount point; give a folder in it.")
     occupied = folder.is_symlink() or (folder.exists() and not folder.is_dir())
     if occupied or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(

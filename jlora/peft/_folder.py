@@ -54,7 +54,14 @@ def from_folder(source: Source, shapes: Shapes) -> Folder:
     own = {back: s for name, s in shapes.items() if (back := names.back(name)) is not None}
     parts = [p for group in _groups(pairs) for p in _parts(fields, group, own, wrong)]
     modules = {place.module for place in pairs}
-    wrong += _missing(fields, {p.name for p in parts}, modules, set(full), own)
+    missing = _missing(fields, {p.name for p in parts}, modules, set(full), own)
+    strange = [part.name for part in parts if part.name not in own]
+    if missing and strange:
+        wrong.append(
+            f"{shown(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
+            "save both by the same release of `transformers`"
+        )
+    wrong += missing
     keys = [_key(fields, part) for part in parts]
     known = [n.removesuffix(".weight") for n, shape in own.items() if len(shape) > 1]
     wrong += idle(fields, keys, known, "the checkpoint")

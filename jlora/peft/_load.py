@@ -1,8 +1,9 @@
 """PEFT's files to an adapter tree: all of it is checked, then all of it is read."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +58,32 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     header = read_header(Source(folder))
     leaves = resolve(base, names)
     _raise(folder, problems(fields))
+    known = [leaf.key(m) for leaf in leaves if leaf.name.kind for m in leaf.modules]
+    return load_onto(folder, fields, header, leaves, names, known)
+
+
+def load_onto(
+    folder: Path,
+    fields: Mapping[str, Any],
+    header: Header,
+    leaves: Sequence[Leaf],
+    names: Sequence[Name],
+    known: Sequence[str] | None,
+) -> PyTree:
+    """The adapter for the `leaves` of a base, by its checked `fields`.
+
+    Args:
+        folder: where it lies.
+        fields: its configuration.
+        header: of its tensors.
+        leaves: of the base.
+        names: their table.
+        known: the keys of all that can be adapted; None if there may be more than `leaves`.
+    """
     plan = make_plan(fields, leaves, names)
     keys = [*plan.heads, *(leaf.key(m) for leaf, *_ in plan.adapted for m in leaf.modules)]
-    known = [leaf.key(m) for leaf in leaves if leaf.name.kind for m in leaf.modules]
-    found = [*plan.problems, *idle(fields, keys, known), *unsaved_names(fields, leaves)]
+    found = [*plan.problems, *idle(fields, keys, known)]
+    found += [] if known is None else unsaved_names(fields, leaves)
     _raise(folder, found + _check_header(plan, header))
     tensors = _read(folder, plan, header)
     dropout = float(fields.get("lora_dropout", 0.0))

@@ -37,7 +37,7 @@ def _names(target: str | list[str], module: str) -> bool:
 
 
 def _layer(module: str, patterns: str | list[str] | None) -> int | None:
-    patterns = [patterns] if isinstance(patterns, str) else patterns
+    patterns = [patterns] if patterns and isinstance(patterns, str) else patterns
     for pattern in patterns or [r"[^.]*"]:
         prefix = r"(?:^|.*?\.)" if patterns else r".*?\."
         if match := re.match(rf"{prefix}{pattern}\.(?P<idx>\d{{1,9}})\.", module):
@@ -74,12 +74,13 @@ def _matcher(pattern: str) -> re.Pattern[str]:
 def idle(
     fields: Mapping[str, Any],
     adapted: Collection[str],
-    known: Collection[str],
+    known: Collection[str] | None,
     where: str = "`base` under `names`",
 ) -> list[str]:
     """The patterns that match none of the `adapted` keys, the names of none that is `known`.
 
-    PEFT lists targets that it excludes, or that lie in other layers, all the same.
+    PEFT lists targets that it excludes, or that lie in other layers, all the same. Where the model
+    is not at hand, `known` is None.
     """
     found = [
         f"{name}: {brief(pattern)} matches no adapted module"
@@ -87,10 +88,10 @@ def idle(
         for pattern in fields.get(name) or {}
         if not any(_matcher(pattern).match(key) for key in adapted)
     ]
-    for name in ("target_modules", "target_parameters"):
+    for name in ("target_modules", "target_parameters") if known is not None else ():
         listed = fields.get(name) or []
         for target in listed if isinstance(listed, list) else []:
-            if not any(ends(key, target) for key in (*adapted, *known)):
+            if not any(ends(key, target) for key in (*adapted, *(known or ()))):
                 found.append(f"{name}: {brief(target)} names no module of {where}")
     return found
 

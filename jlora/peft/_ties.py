@@ -25,7 +25,7 @@ def absent(checkpoint: Checkpoint, parts: Sequence[Part], full: Full) -> list[st
 
 
 def _reason(name: str, checkpoint: Checkpoint) -> str:
-    if checkpoint.vocabulary is not None and name.endswith((".weight", ".bias")):
+    if checkpoint.vocabulary and name.endswith((".weight", ".bias")):
         return (
             "; if it shares the input embedding's weight, the adapter must change both alike, or "
             "the checkpoint must be saved untied"
@@ -62,10 +62,10 @@ def twins(checkpoint: Checkpoint, changed: Sequence[str]) -> Iterator[tuple[str,
 
 
 def _is_tied(checkpoint: Checkpoint, name: str) -> bool:
-    if checkpoint.vocabulary is None or name not in checkpoint.where:
+    if name not in checkpoint.where:
         return False
     shape = checkpoint.entry(name).shape
-    return len(shape) == 2 and shape[0] == checkpoint.vocabulary
+    return len(shape) == 2 and shape[0] in checkpoint.vocabulary
 
 
 def _twin(part: Part, parts: Sequence[Part]) -> bool:
