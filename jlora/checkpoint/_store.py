@@ -31,7 +31,7 @@ def write(path: Where, handler: Any, args: Any) -> None:
     """
     final = place(path)
     local = "://" not in os.fspath(path)
-    stage = final.with_name(f".{final.name}.{shared_token()}") if local else final
+    stage = final.parent / f".{final.name}.{shared_token()}" if local else final
     try:
         by_first(lambda: _check_vacant(final))
         with ocp.Checkpointer(handler) as checkpointer:
