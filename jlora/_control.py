@@ -56,9 +56,14 @@ def _cond(eqn: Any, index: Any, *operands: Any) -> list[Any]:
     def branch(jaxpr: Any) -> Callable[..., list[Any]]:
         return lambda *xs: _arrays(eqn, [evaluate(jaxpr, *xs, within=eqn)[i] for i in computed])
 
-    outs = dict(
-        zip(computed, lax.switch(index, [branch(b) for b in branches], *operands), strict=True)
-    )
+    each = [branch(b) for b in branches]
+    if (platforms := eqn.params.get("branches_platforms")) is None:
+        found = lax.switch(index, each, *operands)
+    else:
+        named = zip(platforms, each, strict=True)
+        by_name = {name: f for names, f in named for name in names or ("default",)}
+        found = lax.platform_dependent(*operands, **by_name)
+    outs = dict(zip(computed, found, strict=True))
     outs |= {i: operands[source] for i, source in same.items()}
     return [outs[i] for i in range(n)]
 

@@ -71,10 +71,10 @@ class Delta:
 
     def scale_by(self, scalar: jax.Array) -> "Delta":
         """See `Term.scale_by`."""
-        value = self.b.value
-        return dataclasses.replace(
-            self, b=Factor(value * jnp.asarray(scalar).astype(value.dtype), self.b.dims)
-        )
+        # The scalar may be complex, or beyond the range of B's dtype.
+        dtype = promote(self.b.value.dtype, jnp.result_type(scalar))
+        value = self.b.value.astype(dtype) * jnp.asarray(scalar).astype(dtype)
+        return dataclasses.replace(self, b=Factor(value, self.b.dims))
 
     def unstack(self) -> tuple[Any, Callable[[Any], "Delta"]]:
         """See `Term.unstack`."""
@@ -118,10 +118,7 @@ class Delta:
     @property
     def row(self) -> bool:
         """See `Term.row`."""
-        return any(
-            all(n == 1 for d, n in zip(f.dims, f.value.shape, strict=True) if d != RANK)
-            for f in (self.a, self.b)
-        )
+        return _is_row(self.a) or _is_row(self.b)
 
     def follows(self, indexed: Sequence[int], others: int) -> bool:
         """See `Term.follows`."""
@@ -139,7 +136,7 @@ class Delta:
 
     def dense(self, w: Any, why: str) -> jax.Array:
         """See `Term.dense`."""
-        if self.key is not None and not self.row:
+        if self.key is not None and not _is_row(self.a):
             raise ValueError(
                 f"dropout cannot act where W + ΔW is formed ({why}): there is no input to drop. "
                 "Give this site a rule with dropout=0."
@@ -206,3 +203,9 @@ def _matrix_product(ndim: int, a: Factor, b: Factor) -> jax.Array:
     out = "".join(names[d] for d in dims)
     delta = einsum(a.label(names), b.label(names), out, a.value, b.value, precision=precision)
     return lax.expand_dims(delta, [d for d in range(ndim) if d not in dims])
+
+
+def _is_row(factor: Factor) -> bool:
+    """Whether it has one entry for each of the rank."""
+    sizes = zip(factor.dims, factor.value.shape, strict=True)
+    return all(n == 1 for d, n in sizes if d != RANK)

@@ -88,10 +88,16 @@ def _adapted_dot(
 
 
 def _plan(z: jax.Array, w: Weight, axes: _Axes) -> str:
-    """`plan`; apart where there is not one ΔW, or it drops inputs, or dtypes or axes are mixed."""
+    """`plan`; apart too where there is not one ΔW, or it drops inputs, or the sum is rounded."""
     [term, *others] = w.terms
     same = z.dtype == w.value.dtype == axes.dtype
-    if others or not same or not isinstance(term, Delta) or term.key is not None:
+    if (
+        others
+        or not same
+        or _rounds(axes.precision)
+        or not isinstance(term, Delta)
+        or term.key is not None
+    ):
         return "apart"
     roles = axes.roles
     first, second = term.split(roles.inputs)
@@ -102,6 +108,19 @@ def _plan(z: jax.Array, w: Weight, axes: _Axes) -> str:
     )
     tokens = z.size // max(1, stack * inputs)
     return plan(tokens, inputs, outputs, first.value.shape[first.axis(RANK)], z.dtype)
+
+
+def _rounds(precision: Any) -> bool:
+    """Whether a product in this precision may round W + ΔW, of float32, to fewer bits."""
+    if isinstance(precision, tuple):
+        return any(map(_rounds, precision))
+    if precision is None or isinstance(precision, lax.Precision):
+        # What these say is said of accelerators: on a CPU all of them are float32.
+        return precision != lax.Precision.HIGHEST and jax.default_backend() != "cpu"
+    return precision not in (
+        lax.DotAlgorithmPreset.F32_F32_F32,
+        lax.DotAlgorithmPreset.F64_F64_F64,
+    )
 
 
 def _factors(
@@ -278,7 +297,7 @@ def _gather(eqn: Any, w: Any, indices: jax.Array) -> Any:
             raise Unfactorable("rows and stacked matrices are looked up at once")
         kept = dataclasses.replace(term, key=None).look_up(look_up, dims, indexed)
         axes = letters(out.ndim)
-        a, b = kept.a, kept.b
+        a, b = kept.complete(out.shape, ())
         # A row that is looked up is an input of A that is 1: dropout keeps it or not.
         keep = term.drop(jnp.ones([out.shape[i] for i in rows], a.value.dtype))
         spec = f"{''.join(axes[i] for i in rows)},{a.label(axes)},{b.label(axes)}->{axes}"

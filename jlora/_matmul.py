@@ -54,6 +54,8 @@ def plan(tokens: int, inputs: int, outputs: int, rank: int, dtype: Any) -> str:
     """
     if jnp.finfo(dtype).bits < 32:
         return "apart"
+    if not all(isinstance(n, int) for n in (tokens, inputs, outputs)):
+        return "apart"  # sizes of `jax.export` that are not known yet
     activation, weight = tokens * (inputs + outputs), inputs * outputs
     apart = activation * (2 * rank + 3 * MOVE)
     summed = 2 * weight * (2 * rank + 4 * MOVE)
@@ -293,8 +295,14 @@ def einsum(
 
 def promote(*dtypes: Any) -> Any:
     """The dtype that holds all `dtypes`, also where the user made implicit promotion an error."""
+    # Nothing is promoted to or from float8, which JAX leaves to the user.
+    wide = [jnp.bfloat16 if _is_float8(dtype) else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*wide)
+
+
+def _is_float8(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16
 
 
 def letters(n: int) -> str:

@@ -62,7 +62,7 @@ def _map(eqn: Any, w: Weight) -> Weight:
 
 @rule("neg")
 def _neg(eqn: Any, w: Weight) -> Weight:
-    return w.with_terms(_compat.bind_one(eqn, w.value), lambda t: t.scale_by(jnp.asarray(-1.0)))
+    return w.with_terms(_compat.bind_one(eqn, w.value), lambda t: t.scale_by(jnp.asarray(-1)))
 
 
 @rule("mul")
@@ -172,14 +172,22 @@ def _split(eqn: Any, w: Weight) -> list[Weight]:
     return outs
 
 
+@rule("unstack")
+def _unstack(eqn: Any, w: Weight) -> list[Weight]:
+    axis = eqn.params["axis"]
+    dims = [d for d in range(len(w.shape)) if d != axis]
+    return [
+        w.move(value, dims, {axis: functools.partial(_slice_in_dim, (i, i + 1, 1))})
+        for i, value in enumerate(_compat.bind(eqn, w.value))
+    ]
+
+
 @rule("pad")
-def _pad(eqn: Any, w: Any, fill: Any) -> Weight:
-    if not isinstance(w, Weight):
+def _pad(eqn: Any, w: Weight, fill: Any) -> Weight:
+    if isinstance(fill, Weight):
         raise Unfactorable("the weight is a padding value")
     config = eqn.params["padding_config"]
-    return w.with_terms(
-        _compat.bind_one(eqn, w.value, value_of(fill)), lambda t: t.pad(config, w.shape)
-    )
+    return w.with_terms(_compat.bind_one(eqn, w.value, fill), lambda t: t.pad(config, w.shape))
 
 
 @rule("concatenate")

@@ -441,6 +441,9 @@ def test_no_dropout_where_the_weight_is_formed() -> None:
     """There W + ΔW has no input to drop: refused by `init`, not silently left out."""
     with pytest.raises(ValueError, match="dropout cannot act where W"):
         adapt(lambda p, x: x @ jnp.tanh(p["w"]), {"w": draw(1, 4, 4)}, ONE[:, :4], materialize=True)
+    # One column of W has one entry of B, but as many inputs as W.
+    with pytest.raises(ValueError, match="dropout cannot act where W"):
+        adapt(lambda p, x: x * p["w"][:, 0], {"w": draw(1, 4, 2)}, ONE[:, :4], materialize=True)
 
 
 @pytest.mark.parametrize("key", [0, 1.5, None, "key", jnp.ones(3), jax.random.split(KEY, 3)])

@@ -660,6 +660,12 @@ def use_divisor(p: Any, x: jax.Array) -> Any:
     return x @ (1 / (3 + p["w"]))  # here
 
 
+def use_padding(p: Any, x: jax.Array) -> Any:
+    """Padded with an entry of itself."""
+    corner = lax.squeeze(lax.slice(p["w"], (0, 0), (1, 1)), (0, 1))
+    return x @ lax.pad(p["w"], corner, ((0, 0, 0), (0, 2, 0)))  # here
+
+
 def use_mask(p: Any, x: jax.Array) -> Any:
     """A product with a mask."""
     return x @ (p["w"] * jnp.eye(4))  # here
@@ -710,6 +716,7 @@ OUTSIDE = [
     Outside(use_jit, "`sin` at {here} ({name}.<locals>.body)"),
     Outside(use_nested, "`sin` at {here} ({name}.<locals>.body.<locals>.<lambda>)"),
     Outside(use_divisor, "`add` at {here} ({name})"),
+    Outside(use_padding, "`pad` at {here} ({name}), where the weight is a padding value"),
     Outside(use_mask, "`mul` at {here} ({name}), where it is scaled by more than a scalar"),
     Outside(use_kernel_of_itself, "`add` at {here} ({name})"),
 ]

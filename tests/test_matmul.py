@@ -177,6 +177,57 @@ def test_gradients_under_vmap(rows, rank, axes):
         chex.assert_trees_all_close(_nth(got, k), slope(*one), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("precision", "summed"),
+    [
+        (None, True),  # float32 on the CPU that runs the tests
+        ("default", True),
+        ("highest", True),
+        ("F32_F32_F32", True),
+        ("BF16_BF16_F32", False),
+        ("TF32_TF32_F32", False),
+    ],
+)
+def test_a_sum_that_the_product_rounds_is_not_formed(precision, summed):
+    _, base, adapter, x = _problem(MANY)
+    product = lambda p, x: jnp.matmul(x, p["w"], precision=precision)  # noqa: E731
+    apply = jlora.transform(product, jlora.LoRA("w", rank=4, alpha=8)).apply
+    assert _forms_the_sum(apply, base, adapter, x) == summed
+
+
+def test_sizes_that_are_not_known_yet():
+    lora, base, adapter, x = _problem(MANY)
+    tokens = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 16"), x.dtype)
+    exported = jax.export.export(jax.jit(lora.apply))(base, adapter, tokens)
+    expected = lora.apply(base, adapter, x)
+    np.testing.assert_allclose(exported.call(base, adapter, x), expected, atol=1e-4)
+
+
+def test_factors_of_fewer_bits_than_the_scale():
+    """1e-8 is zero in float16, in which A and B are, but not in float32, in which W is."""
+    _, base, _, x = _problem(FEW)
+    product = lambda p, x: x @ (p["w"] * 1e-8) * 1e8  # noqa: E731
+    lora = jlora.transform(product, jlora.LoRA("w", rank=4, dtype=jnp.float16))
+    _, adapter = lora.init(jax.random.key(0), base, x)
+    adapter = jax.tree.map(lambda v: v + jnp.asarray(0.5, v.dtype), adapter)
+    expected = product(jlora.merge(base, adapter), x)
+    np.testing.assert_allclose(lora.apply(base, adapter, x), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - product(base, x)).max() > 0.1
+
+
+def test_float8_weights_have_wider_factors():
+    x, w = jnp.ones((3, 6)), jnp.linspace(-1, 1, 30).reshape(6, 5).astype(jnp.float8_e4m3fn)
+    product = lambda p, x: x @ p["w"].astype(x.dtype)  # noqa: E731
+    lora = jlora.transform(product, jlora.LoRA("w", rank=2, alpha=2))
+    base, adapter = lora.init(jax.random.key(0), {"w": w}, x)
+    adapter = jax.tree.map(lambda v: v + 0.25, adapter)
+    assert {v.dtype for v in jax.tree.leaves(adapter)} == {jnp.dtype(jnp.float32)}
+    merged = jlora.merge(base, adapter)["w"]
+    assert merged.dtype == w.dtype
+    actual, expected = lora.apply(base, adapter, x), product({"w": merged}, x)
+    np.testing.assert_allclose(actual, expected, atol=6 * 2**-4)  # a float8 has 3 bits
+
+
 def test_a_product_of_another_dtype_is_not_summed():
     """`preferred_element_type` below that of x and W: the gradients of A and B stay float32."""
     _, _, _, x = _problem(MANY)

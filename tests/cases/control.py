@@ -243,6 +243,24 @@ def recurrence(dtype):
     return Problem(apply, normals(dtype, w=(3, 4)), (normal("xs", (5, 2, 3), dtype),))
 
 
+@case(**ONE, grad=False)
+def by_platform(dtype):
+    """The branch of a platform that is not here cannot even be compiled here."""
+
+    def elsewhere(x, w):
+        y = x @ w
+        copy = pl.pallas_call(
+            lambda source, target: target.__setitem__(..., source[...]),
+            out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
+        )
+        return copy(y)
+
+    def apply(p, x):
+        return lax.platform_dependent(x, p["w"], tpu=elsewhere, default=lambda x, w: x @ w)
+
+    return one(dtype, apply)
+
+
 @case(row=11, rules=(LORA,), sites=2, trainable=2 * 2 * (6 + 5))
 def cond(dtype):
     """Each branch has a weight of its own, one as an operand, one by closure."""

@@ -114,6 +114,42 @@ def products() -> None:
 products()
 
 
+@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 5), strict=False, exact_at_zero=False)
+def scaled_by_complex(dtype):
+    """A scalar of another kind than A and B."""
+    return Problem(
+        lambda p, x: jnp.abs(x @ (p["w"] * 1j) / (1 + 2j) + x[:, :5]),
+        normals(dtype, w=(6, 5)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+@case(
+    row=2,
+    rules=(LoRA("^w$", rank=2, alpha=4, materialize=True),),
+    sites=1,
+    trainable=2 * (6 + 5),
+)
+def padded_with_itself(dtype):
+    """Zeros are what a factor is padded with; another value needs W + ΔW."""
+    return Problem(
+        lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 2)), constant_values=p["w"][0, 0]),
+        normals(dtype, w=(6, 5)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+@case(row=2, rules=(LORA,), sites=2, trainable=2 * 2 * (6 + 5) + 2 * (5 + 5))
+def unpacked(dtype):
+    """A stack that is unpacked into its matrices: slices in JAX 0.10, `unstack` in 0.12."""
+
+    def apply(p, x):
+        q, k = p["w"]
+        return ((x @ q) * (x @ k)) @ p["o"]
+
+    return Problem(apply, normals(dtype, w=(2, 6, 5), o=(5, 5)), (normal("x", (3, 6), dtype),))
+
+
 @case(row=2, rules=(LoRA(rank=5, alpha=5),), sites=1, trainable=5 * (6 + 5))
 def full_rank(dtype):
     """The largest rank that there is: min(inputs, outputs)."""
@@ -489,6 +525,8 @@ def lookups() -> None:
         "lookup_constant": lambda w, ids: w[jnp.array([5, 1])] + w[ids[:, 0]],
         "lookup_one_hot": lambda w, ids: jax.nn.one_hot(ids, 7, dtype=w.dtype) @ w,
         "lookup_scaled": lambda w, ids: w[ids] * jnp.sqrt(jnp.asarray(4, w.dtype)),
+        "lookup_expanded": lambda w, ids: jnp.take(w[None], ids, axis=1),
+        "lookup_broadcast": lambda w, ids: jnp.take(jnp.broadcast_to(w, (2, 7, 4)), ids, axis=1),
         "lookup_columns": lambda w, ids: jnp.take(w.T, ids, axis=1),
         "lookup_cast": lambda w, ids: w.astype(jnp.float32)[ids],
         "lookup_under_vmap": lambda w, ids: jax.vmap(lambda row: w[row])(ids),
