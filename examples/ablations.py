@@ -310,14 +310,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in planned(args.tasks, args.seeds):
         pictures = args.results / f"{run.task}.npz"
         shown = pictured(run.task)
-        is_row = run in read(table)
+        rows = read(table)
+        is_row = run in rows
         is_kept = run not in shown or run.folder(args.out).exists()
         if not is_row or not (is_kept or pictures.exists()):
             row = execute(load(run.task), run, steps[run.task], args.out)
             tqdm.write(" ".join(str(x) for x in row.values()))
             if not is_row:
                 tables.append(table, row)
-        folders = [other.folder(args.out) for other in shown if other in read(table)]
+                rows = read(table)
+        folders = [other.folder(args.out) for other in shown if other in rows]
         is_complete = len(folders) == len(shown) and all(folder.exists() for folder in folders)
         if is_complete and not pictures.exists():
             np.savez_compressed(pictures, **dict(subspaces(load(run.task), folders)))

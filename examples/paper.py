@@ -66,10 +66,10 @@ def settle(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 def pose(loaded: Loaded, recipe: Recipe, args: argparse.Namespace) -> Problem:
     """The task as the model sees it, from its files."""
-    if recipe.length > loaded.positions:
+    if recipe.length > (most := loaded.config.positions):
         raise ValueError(
-            f"`--length`: expected at most {loaded.positions}, the positions of the model in "
-            f"{args.weights}, got {recipe.length}"
+            f"`--length`: expected at most {most}, the positions of the model in {args.weights}, "
+            f"got {recipe.length}"
         )
     given = args.data, args.task, loaded.tokenizer, recipe
     if loaded.causal:

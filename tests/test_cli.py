@@ -560,6 +560,15 @@ def huggingface(folder: Folder, name: str) -> tuple[Folder, dict[str, np.ndarray
     return folder, models.case(name).merged()
 
 
+def test_merge_into_a_folder_with_another_adapter(tmp_path: Folder) -> None:
+    """As training scripts leave them: the model counts, and the other adapter is left out."""
+    base, _ = huggingface(tmp_path / "base", "all_linear")
+    (base / FILES[0]).write_text("{}")
+    result = run("merge", base, models.case("all_linear").folder, tmp_path / "out", "--json")
+    assert FILES[0] in json.loads(result.stdout)["left_out"]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["all_linear", "modules_to_save", "gpt2", "scanned", "conv"])
 @pytest.mark.parametrize("kind", ["peft", "orbax"])
 def test_merge_into_hugging_face(name: str, kind: str, tmp_path: Folder) -> None:

@@ -53,11 +53,6 @@ class Loaded(NamedTuple):
         return FAMILIES[self.name][0] is gpt
 
     @property
-    def positions(self) -> int:
-        """The most tokens of a sequence."""
-        return self.config.positions
-
-    @property
     def pad(self) -> int:
         """The token that fills up."""
         return getattr(self.config, "pad_token_id", 0)

@@ -22,7 +22,7 @@ def merge(base: Path, adapter: Path, out: Path, *, names: str | None = None) -> 
         out: a folder that is not there yet.
         names: the name table, as the user types it, where formats of PyTorch and JAX meet.
     """
-    formats = format_of(base, "BASE"), format_of(adapter, "ADAPTER")
+    formats = format_of(base, "BASE", model=True), format_of(adapter, "ADAPTER")
     if formats[0] == "peft" or formats[1] == "huggingface":
         raise ValueError(
             f"BASE must be a model and ADAPTER an adapter; got {base} ({formats[0]}) and "

@@ -45,12 +45,12 @@ def open_alike(a: Path, b: Path, names: str | None) -> tuple[Opened, Opened]:
     return open_adapter(a, "A"), open_adapter(b, "B")
 
 
-def format_of(folder: Path, what: str) -> str:
-    """`peft`, `orbax` or `huggingface`."""
+def format_of(folder: Path, what: str, *, model: bool = False) -> str:
+    """`peft`, `orbax` or `huggingface`; an adapter beside a model counts unless it is a `model`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{what}: there is no folder {folder}.")
     names = {path.name for path in folder.iterdir()}
-    if what == "BASE" and names & {ONE, INDEX}:  # an adapter may lie beside a model
+    if model and names & {ONE, INDEX}:
         return "huggingface"
     if names & {CONFIG, TENSORS, *PICKLES[:2]}:
         return "peft"

@@ -62,7 +62,8 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
             and where it has no sharding, the arrays are NumPy's, on the host.
         base: the base that the adapter is to be used with, arrays or `jax.ShapeDtypeStruct`s; it
             is compared with the fingerprint that was saved, its values only where they were
-            hashed and `base` holds arrays.
+            hashed and `base` holds arrays. A dtype of 64 bits counts as that of 32 where only one
+            of the two sessions has jax_enable_x64; the values of such a leaf are not compared.
 
     Returns:
         The adapter.
