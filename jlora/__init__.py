@@ -6,9 +6,7 @@ logits = lora.apply(base, adapter, tokens)
 params = jlora.merge(base, adapter)
 """
 
-from ._init import gaussian as gaussian
-from ._init import kaiming_uniform as kaiming_uniform
-from ._init import transform as transform
+from . import initializers as initializers
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
 from ._optimizer import Summary as Summary
@@ -16,20 +14,21 @@ from ._optimizer import labels as labels
 from ._optimizer import mask as mask
 from ._optimizer import optimizer as optimizer
 from ._optimizer import summary as summary
-from ._plan import Plan as Plan
-from ._plan import plan as plan
 from ._policy import checkpoint_policy as checkpoint_policy
 from ._rules import Full as Full
-from ._rules import LoRA as LoRA
 from ._rules import Slots as Slots
 from ._sites import Site as Site
 from ._sites import Sites as Sites
-from ._transform import bind as bind
 from ._transform import dropout as dropout
+from ._transform import transform as transform
 from ._transform import wrap as wrap
+from ._tree import bind as bind
 from ._tree import count as count
 from ._types import Adapted as Adapted
 from ._types import Layout as Layout
-from ._types import LowRank as LowRank
 from ._types import Params as Params
 from ._types import Transformed as Transformed
+from .adapters import LoRA as LoRA
+from .adapters import LowRank as LowRank
+from .planning import Plan as Plan
+from .planning import plan as plan

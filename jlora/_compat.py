@@ -67,12 +67,6 @@ def bind(eqn: JaxprEqn, *args: Any) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def bind_one(eqn: JaxprEqn, *args: Any) -> Any:
-    """`bind` for a primitive of one result."""
-    [out] = bind(eqn, *args)
-    return out
-
-
 # Frames below these folders are a library's, not the user's.
 _LIBRARIES = tuple(
     os.path.realpath(p) + os.sep
@@ -85,45 +79,36 @@ _LIBRARIES = tuple(
 )
 
 
-def source_line(eqn: JaxprEqn) -> str:
+def source_line(eqn: JaxprEqn) -> str | None:
     """`file:line (function)` of the innermost frame of `eqn` that is outside of any library."""
-    frame = _user_frame(eqn)
-    if frame is None:
-        return "an unknown line"
-    return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-
-
-def located(eqn: JaxprEqn, within: JaxprEqn | None) -> JaxprEqn:
-    """`eqn` with the traceback of `within` if its own has no frame of the user's."""
-    if within is None or _user_frame(eqn) is not None:
-        return eqn
-    info = eqn.source_info.replace(traceback=within.source_info.traceback)
-    return eqn.replace(source_info=info)
-
-
-def _user_frame(eqn: JaxprEqn) -> Any:
     traceback = eqn.source_info.traceback
-    frames = [] if traceback is None else traceback.frames
-    for frame in frames:
+    for frame in [] if traceback is None else traceback.frames:
         if not os.path.realpath(frame.file_name).startswith(_LIBRARIES):
-            return frame
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     return None
-
-
-def match_varying(*args: jax.Array) -> tuple[jax.Array, ...]:
-    """Inside `shard_map`, makes all arguments vary over the mesh axes that any varies over.
-
-    A `custom_vjp` returns cotangents that vary as its arguments do: JAX then sums them over the
-    mesh in the transpose of this cast, as it does for its own products.
-    """
-    each = [varying(x) for x in args]
-    union = frozenset().union(*each)
-    return tuple(
-        jax.lax.pcast(x, tuple(sorted(union - v)), to="varying") if union - v else x
-        for x, v in zip(args, each, strict=True)
-    )
 
 
 def varying(x: jax.Array) -> frozenset[Any]:
     """The mesh axes of an enclosing `shard_map` that `x` varies over."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def abstract(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """The type of an array that varies over the mesh axes, and is as weakly typed, as `like`."""
+    fields = {"sharding": sharding, "weak_type": bool(getattr(like, "weak_type", False))}
+    if isinstance(like, jax.Array) and varying(like):
+        aval = jax.typeof(like)
+        fields |= {"sharding": aval.sharding, "manual_axis_type": aval.manual_axis_type}
+    return jax.ShapeDtypeStruct(shape, dtype, **fields)
+
+
+def unchecked_axes() -> frozenset[Any]:
+    """The mesh axes of an enclosing `shard_map` that does not check what varies over them."""
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    checked = not axes or varying(jax.lax.axis_index(axes[0]))
+    return frozenset() if checked else frozenset(axes)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether `x` has a value and is not being traced."""
+    return not isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,29 +1,29 @@
 """Which rule each leaf gets, and the errors of rules that do nothing or cannot apply."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from ._rules import Full, LoRA, Rule, matches, near, rule_name
+from ._rules import Full, Rule, matches, near, rule_name
 from ._sites import Site, Sites
-from ._tree import name_of
-from ._types import Layout
+from .adapters import method_of
 
 
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
     """Gives each leaf the first rule that it matches; raises where one does nothing or cannot."""
-    matched = tuple(_match(site, rules) for site in sites.leaves)
+    first = [next((i for i, r in enumerate(rules) if _takes(r, s)), None) for s in sites.leaves]
     for i, rule in enumerate(rules):
-        if rule in rules[:i] or not any(s.rule is rule for s in matched):
-            _raise_idle(rule, sites, matched)
-    return Sites(matched)
+        if i not in first:
+            taken = [j for s, j in zip(sites.leaves, first, strict=True) if _takes(rule, s)]
+            _raise_idle(rule, sites, [rules[j] for j in taken if j is not None])
+    pairs = zip(sites.leaves, first, strict=True)
+    return Sites(tuple(s if i is None else _fitted(s, rules[i]) for s, i in pairs))
 
 
-def is_named(rules: Sequence[Rule], path: str) -> bool:
-    """Whether some `LoRA` may take the leaf at `path`."""
-    return any(isinstance(r, LoRA) and (r.pattern is None or matches(r, path)) for r in rules)
+def wanted(rules: Sequence[Rule], path: str) -> type | None:
+    """The type of the first rule that may take the leaf at `path`."""
+    return next((type(r) for r in rules if r.pattern is None or matches(r, path)), None)
 
 
 def _takes(rule: Rule, site: Site) -> bool:
@@ -32,69 +32,51 @@ def _takes(rule: Rule, site: Site) -> bool:
     return matches(rule, site.path)
 
 
-def _match(site: Site, rules: Sequence[Rule]) -> Site:
-    rule = next((r for r in rules if _takes(r, site)), None)
-    if rule is None:
-        return site
+def _fitted(site: Site, rule: Rule) -> Site:
+    """The site under `rule`, which may be adapted to it."""
     if isinstance(rule, Full):
-        if not jnp.issubdtype(site.dtype, jnp.inexact):
-            raise ValueError(
-                f"{rule_name(rule)} matches {_name(site)} of dtype {site.dtype}, which cannot be "
-                "trained. Narrow the pattern to floating-point leaves."
-            )
+        _check_full(rule, site)
         return dataclasses.replace(site, rule=rule)
-    if site.layout is None and rule.materialize and site.formed is not None:
+    materialize = getattr(rule, "materialize", False)
+    if site.layout is None and materialize and site.formed is not None:
         site = dataclasses.replace(site, kind="formed", layout=site.formed)
     if site.layout is None:
         raise ValueError(_not_linear(rule, site))
-    if site.others and not rule.materialize:
+    if site.unsupported_uses and not materialize:
         raise NotImplementedError(
-            f"{rule_name(rule)} matches {_name(site)}, which the model also uses where W + s·A·B "
-            f"has no factored form: {'; '.join(site.others)}. Leave it out of the rules, or "
-            "let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full "
+            f"{rule_name(rule)} matches {site.name}, which the model also uses where W + s·A·B "
+            f"has no factored form: {'; '.join(site.unsupported_uses)}. Leave it out of the rules, "
+            "or let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full "
             "memory and time."
         )
-    layout = site.layout if rule.slots is None else _slotted(rule, site)
-    site = dataclasses.replace(site, rule=rule, layout=layout)
-    smaller = min(site.inputs, site.outputs // (rule.slots.count if rule.slots else 1))
-    if rule.rank > smaller:
+    fitted, layout = method_of(rule).fit(rule, site)
+    asked = getattr(rule, "rank", None)
+    asked = None if asked == getattr(fitted, "rank", None) else asked
+    return dataclasses.replace(site, rule=fitted, layout=layout, asked_rank=asked)
+
+
+def _check_full(rule: Full, site: Site) -> None:
+    if not jnp.issubdtype(site.dtype, jnp.inexact):
         raise ValueError(
-            f"`rank` of {rule_name(rule)} is {rule.rank}, above min(inputs, outputs) = {smaller} "
-            f"of {_name(site)} with shape {site.shape}. Lower the rank, or put a rule of its own "
-            f"for this leaf first, such as jlora.Full({re.escape(site.path)!r})."
+            f"{rule_name(rule)} matches {site.name} of dtype {site.dtype}, which cannot be "
+            "trained. Narrow the pattern to floating-point leaves."
         )
-    return site
-
-
-def _slotted(rule: LoRA, site: Site) -> Layout:
-    assert rule.slots is not None and site.layout is not None
-    outputs, slots = site.layout.outputs, rule.slots
-    if not 0 <= slots.axis < len(outputs):
+    if site.used is False:
         raise ValueError(
-            f"`axis` of Slots is {slots.axis}, but {_name(site)} has {len(outputs)} output axes; "
-            f"it must lie in [0, {len(outputs)})."
+            f"{rule_name(rule)} matches {site.name} of shape {site.shape}, which the traced call "
+            "does not use, so that it would get no gradient. Narrow the pattern, or give `init` "
+            "the arguments of a call that uses it."
         )
-    axis = outputs[slots.axis]
-    if site.shape[axis] % slots.count:
-        raise ValueError(
-            f"`count` of Slots is {slots.count}, which does not divide the {site.shape[axis]} "
-            f"outputs of {_name(site)} with shape {site.shape}."
-        )
-    return site.layout._replace(slots=(slots.count, slots.chosen, axis))
 
 
-def _name(site: Site) -> str:
-    return repr(site.path) if site.parts else name_of(site.parts)
-
-
-def _not_linear(rule: LoRA, site: Site) -> str:
+def _not_linear(rule: Rule, site: Site) -> str:
     remedy = "Narrow the pattern, or train the leaf in full with jlora.Full."
     if not jnp.issubdtype(site.dtype, jnp.floating):
         why, remedy = f"is not floating-point ({site.dtype})", "Narrow the pattern."
     elif len(site.shape) < 2:
         why = f"is no matrix (shape {site.shape})"
-    elif site.others:
-        why = "is used only by " + "; ".join(site.others)
+    elif site.unsupported_uses:
+        why = "is used only by " + "; ".join(site.unsupported_uses)
         remedy = (
             "Narrow the pattern, train the leaf in full with jlora.Full, or let W + ΔW be formed "
             "with LoRA(..., materialize=True)."
@@ -102,25 +84,33 @@ def _not_linear(rule: LoRA, site: Site) -> str:
     else:
         why = "is not used by the traced call"
     return (
-        f"{rule_name(rule)} matches {_name(site)} of shape {site.shape}, which is used by nothing "
+        f"{rule_name(rule)} matches {site.name} of shape {site.shape}, which is used by nothing "
         f"linear: it {why}. {remedy}"
     )
 
 
-def _raise_idle(rule: Rule, sites: Sites, matched: Sequence[Site]) -> None:
-    taken = [s for s in matched if s.rule is not None and _takes(rule, s)]
+def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:
+    """Of a rule that gets no leaf; `taken` are the rules that take those that it matches."""
     if taken:
-        earlier = ", ".join(dict.fromkeys(rule_name(s.rule) for s in taken if s.rule is not None))
+        earlier = ", ".join(dict.fromkeys(map(rule_name, taken)))
         raise ValueError(
             f"{rule_name(rule)} is left with no leaf: earlier rules take all {len(taken)} that it "
             f"matches ({earlier}). The first match wins; reorder the rules or drop this one."
         )
     if rule.pattern is None:
+        reasons = [f"  {s.path or '(root)'}: used in {s.unsupported_uses[0]}" for s in sites.missed]
         raise ValueError(
-            "LoRA() without a pattern adapts every dense and conv site, but the model has none. "
-            "Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists the sites."
+            "\n".join(
+                [
+                    "LoRA() without a pattern adapts every dense and conv site, but the model has "
+                    "none. Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists "
+                    "the sites.",
+                    *(["These have no factored form:"] if reasons else []),
+                    *reasons,
+                ]
+            )
         )
-    wanted = (list(sites) if isinstance(rule, LoRA) else []) or sites.leaves
+    wanted = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
     raise ValueError(
         f"{rule_name(rule)} matches no leaf of `params`. "
         + near(rule.pattern, [s.path for s in wanted])

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._matmul import promote
-from ._transform import as_delta
-from ._transform import bind as _bind
-from ._tree import is_adapted, is_concrete, leaves_by_path
-from ._types import LowRank, PyTree
-from ._weight import add
+from ._tree import bind, is_adapted, is_concrete, leaves_by_path, name_of
+from ._types import Adapted, PyTree
+from .adapters import arrays, method_of
+from .core import Axis, NotInvertibleError
 
 
 def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
@@ -48,7 +46,7 @@ def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
         >>> jlora.merge(base, adapter)["w"].dtype.name
         'bfloat16'
     """
-    merged = _combine(base, adapter, 1.0)
+    merged = _combine(base, adapter, 1)
     if check:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(merged)):  # pyright: ignore
             raise ValueError(
@@ -83,40 +81,35 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
         >>> bool((jlora.unmerge(jlora.merge(base, adapter), adapter)["w"] == params["w"]).all())
         True
     """
-    return _combine(params, adapter, -1.0)
+    return _combine(params, adapter, -1)
 
 
-def _combine(base: PyTree, adapter: PyTree, sign: float) -> PyTree:
-    bound, tree = jax.tree.flatten(_bind(base, adapter), is_leaf=is_adapted)
+def _combine(base: PyTree, adapter: PyTree, sign: int) -> PyTree:
+    bound, tree = jax.tree.flatten(bind(base, adapter), is_leaf=is_adapted)
+    paths = [name_of(path) for path, _ in leaves_by_path(base)]
     leaves = [
-        _sum(w.base, w.delta, sign) if is_adapted(w) else _like(w, old) if sign > 0 else old
-        for w, old in zip(bound, jax.tree.leaves(base), strict=True)
+        _changed(w, path, sign) if is_adapted(w) else _like(w, old) if sign > 0 else old
+        for w, path, old in zip(bound, paths, jax.tree.leaves(base), strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
 
 
-def _sum(w: Any, delta: LowRank, sign: float) -> Any:
+def _changed(leaf: Adapted, path: str, sign: int) -> Any:
     # As one program, so that a sharded W is added to where it lies; one for all leaves of a form.
-    program = jax.jit(_add_delta, static_argnums=2, out_shardings=_place(w))
-    return program(w, delta._replace(key=None), sign)
+    program = jax.jit(_change, static_argnums=2, out_shardings=_place(leaf.base))
+    frozen = [name for name in arrays(leaf.delta) if method_of(leaf.delta).labels[name] == "base"]
+    node = leaf.delta._replace(**dict.fromkeys(frozen))  # dropout keys
+    try:
+        return program(leaf.base, node, sign)
+    except NotInvertibleError as e:
+        raise ValueError(
+            f"`unmerge` cannot take {type(node).__name__} back at {path!r}: {e}. Keep the base."
+        ) from None
 
 
-def _add_delta(w: Any, delta: LowRank, sign: float) -> jax.Array:
-    return _plus(w, sign * as_delta(delta, w.shape).dense(w, "merge"))
-
-
-@jax.custom_jvp
-def _plus(w: jax.Array, change: jax.Array) -> jax.Array:
-    # A change of zero leaves every bit, also of -0.0 and of subnormals; the derivative is a sum's.
-    wide = promote(w.dtype, jnp.float32)
-    old = w.astype(wide)
-    new = old + change.astype(wide)
-    return jnp.where(new == old, old, new).astype(w.dtype)
-
-
-@_plus.defjvp
-def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _plus(*primals), add(*tangents)
+def _change(w: Any, node: Any, sign: int) -> jax.Array:
+    axes = [Axis(d) for d in range(w.ndim)]
+    return method_of(node).lower(node, w.shape).of(w, axes, sign)
 
 
 def _like(w: Any, old: Any) -> Any:

@@ -10,7 +10,8 @@ from jax.tree_util import DictKey
 from ._rules import is_finite
 from ._table import aligned, readable
 from ._tree import count, size_in_bytes
-from ._types import Adapted, LowRank, Params, PyTree
+from ._types import Adapted, Params, PyTree
+from .adapters import arrays, is_node, method_of
 
 
 def labels(tree: PyTree) -> PyTree:
@@ -40,8 +41,9 @@ def labels(tree: PyTree) -> PyTree:
                 return Params(jax.tree.map(lambda _: "base", leaf.base), labels(leaf.adapter))
             case Adapted():
                 return leaf._replace(base="base", delta=label(path, leaf.delta))
-            case LowRank():
-                return leaf._replace(a="a", b="b", key=None if leaf.key is None else "base")
+            case _ if is_node(leaf):
+                labels_of = method_of(leaf).labels
+                return leaf._replace(**{name: labels_of[name] for name in arrays(leaf)})
         if not all(isinstance(key, DictKey) for key in path):
             raise TypeError(
                 "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), "
@@ -51,7 +53,7 @@ def labels(tree: PyTree) -> PyTree:
         return "full"
 
     return jax.tree_util.tree_map_with_path(
-        label, tree, is_leaf=lambda x: isinstance(x, Params | Adapted | LowRank)
+        label, tree, is_leaf=lambda x: is_node(x) or isinstance(x, Params | Adapted)
     )
 
 

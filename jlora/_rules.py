@@ -5,7 +5,7 @@ import difflib
 import math
 import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,11 +40,11 @@ class Slots:
     axis: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_int(self.count) or self.count < 1:
+        if not is_int(self.count) or self.count < 1:
             raise ValueError(
                 f"`count` of Slots must be an integer of at least 1; got {self.count!r}."
             )
-        if not isinstance(self.chosen, Sequence) or not all(map(_is_int, self.chosen)):
+        if not isinstance(self.chosen, Sequence) or not all(map(is_int, self.chosen)):
             raise TypeError(f"`chosen` of Slots must be a tuple of integers; got {self.chosen!r}.")
         chosen = tuple(self.chosen)
         object.__setattr__(self, "chosen", chosen)
@@ -57,85 +57,8 @@ class Slots:
             raise ValueError(
                 f"`chosen` of Slots must lie in [0, {self.count}), the slots; got {wrong}."
             )
-        if not _is_int(self.axis):
+        if not is_int(self.axis):
             raise TypeError(f"`axis` of Slots must be an integer; got {self.axis!r}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRA:
-    r"""Adapts the weights whose path matches `pattern` by $W + s \cdot A B$.
-
-    Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
-            *all-linear*: every dense and convolutional site, no embeddings.
-        rank: r, at least 1 and at most the smaller of the site's inputs and outputs.
-        alpha: the numerator of the scale, positive.
-        slots: adapt only some parts of a fused output axis.
-        dropout: probability of dropping an input of A, in [0, 1); active only under
-            `jlora.dropout`.
-        materialize: allow W + ΔW to be formed where the model uses W in a way that has no
-            factored form. Values and gradients stay exact; memory and time do not stay small.
-        rslora: scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than alpha / r.
-        init: an initializer, `jlora.kaiming_uniform` unless told.
-        dtype: dtype of A and B; by default the weight's own, but at least float32.
-
-    Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is not a regular expression or a number is out of range.
-
-    Source: Hu et al., LoRA, arXiv 2106.09685.
-
-    Example:
-        >>> import jlora
-        >>> jlora.LoRA(r"(query|value)/kernel", rank=8, alpha=16).scale
-        2.0
-    """
-
-    pattern: str | None = None
-    rank: int = 8
-    alpha: float = 16.0
-    slots: Slots | None = None
-    dropout: float = 0.0
-    materialize: bool = False
-    rslora: bool = False
-    init: Callable[..., Any] | None = None
-    dtype: Any = None
-
-    def __post_init__(self) -> None:
-        if self.pattern is not None:
-            _check_pattern(self, self.pattern)
-        name = rule_name(self)
-        if not _is_int(self.rank) or self.rank < 1:
-            raise ValueError(
-                f"`rank` of {name} must be an integer of at least 1; got {self.rank!r}."
-            )
-        if not is_finite(self.alpha) or self.alpha <= 0:
-            raise ValueError(
-                f"`alpha` of {name} must be a positive finite number; got {self.alpha!r}."
-            )
-        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` of {name} must lie in [0, 1); got {self.dropout!r}.")
-        if self.slots is not None and not isinstance(self.slots, Slots):
-            raise TypeError(f"`slots` of {name} must be a jlora.Slots; got {self.slots!r}.")
-        for flag in ("materialize", "rslora"):
-            if not isinstance(value := getattr(self, flag), bool):
-                raise TypeError(f"`{flag}` of {name} must be True or False; got {value!r}.")
-        if self.init is not None and not callable(self.init):
-            raise TypeError(
-                f"`init` of {name} must be an initializer such as jlora.gaussian; "
-                f"got {self.init!r}."
-            )
-        if self.dtype is not None and not _is_floating(self.dtype):
-            raise TypeError(f"`dtype` of {name} must be a floating-point one; got {self.dtype!r}.")
-        # Plain numbers, whatever a sweep gave: they are saved and compared.
-        object.__setattr__(self, "rank", int(self.rank))
-        object.__setattr__(self, "alpha", float(self.alpha))
-        object.__setattr__(self, "dropout", float(self.dropout))
-
-    @property
-    def scale(self) -> float:
-        """The factor s of ΔW = s·A·B."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +84,10 @@ class Full:
     pattern: str
 
     def __post_init__(self) -> None:
-        _check_pattern(self, self.pattern)
+        check_pattern(self, self.pattern)
 
 
-Rule = LoRA | Full
+Rule = Any  # `Full` or the rule of a method: a frozen dataclass with a `pattern`
 
 
 def matches(rule: Rule, path: str) -> bool:
@@ -192,7 +115,8 @@ def near(pattern: str, paths: Sequence[str]) -> str:
     return f"Near misses: {', '.join(near)}." if near else "There is no leaf to match."
 
 
-def _check_pattern(rule: Rule, pattern: Any) -> None:
+def check_pattern(rule: Rule, pattern: Any) -> None:
+    """Raises if `pattern` is no regular expression."""
     if not isinstance(pattern, str):
         raise TypeError(
             f"`pattern` of {type(rule).__name__} must be a regular expression as a string; "
@@ -204,7 +128,8 @@ def _check_pattern(rule: Rule, pattern: Any) -> None:
         raise ValueError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
 
 
-def _is_int(x: Any) -> bool:
+def is_int(x: Any) -> bool:
+    """Whether `x` is an integer, not a boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
@@ -216,7 +141,8 @@ def is_finite(x: Any) -> bool:
         return False
 
 
-def _is_floating(dtype: Any) -> bool:
+def is_floating(dtype: Any) -> bool:
+    """Whether `dtype` is that of real floating-point numbers."""
     try:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:

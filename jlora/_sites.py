@@ -1,27 +1,38 @@
 """Sites: which leaves the model multiplies with, found by tracing it.
 
-The model is evaluated once, on shapes, by the interpreter of `apply`, with a `Probe` beside each
-weight in the place of A and B. So what is found is what `apply` can compute, by construction.
+The model is evaluated once, on shapes, by the interpreter of `apply`, with a `Weight` without a
+change for each parameter, whose uses are written down. So what is found is what `apply` can
+compute, by construction.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _control, _linear, _moves  # noqa: F401 - they register their rules
-from ._interpret import ValueReadError, evaluate, materialize, trace
-from ._probe import Log, Probe, Use
-from ._rules import Full, LoRA, Rule, near, rule_name
+from ._rules import Full, Rule, near, rule_name
 from ._table import aligned
-from ._tree import abstract, factor_shapes, is_abstract, leaves_by_path, name_of, take
+from ._tree import is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
-from ._weight import Weight
+from .adapters import is_node, method_of, trainable
+from .core import (
+    Change,
+    Product,
+    Unsupported,
+    Uses,
+    ValueReadError,
+    Weight,
+    abstract,
+    evaluate,
+    formed,
+    leaf_weight,
+    take,
+    trace,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +47,14 @@ class Site:
             it, or `"formed"` if a rule then lets W + ΔW be formed.
         layout: which of its axes are stacked, contracted and produced; None without a kind. Of a
             formed site, the last axis counts as produced.
-        others: where it is used in a way that has no factored form: primitive and source line.
+        unsupported_uses: where it is used in a way that has no factored form: primitive and source
+            line.
         formed: the layout that it would have as a formed site.
+        missed: whether one of those uses is more than an addition, such as that of a bias, and is
+            of a matrix, so that a rule may have been meant to take the leaf.
+        used: whether the traced call depends on it; None if it was not traced.
         rule: the rule that it matches, or None.
+        asked_rank: the rank of the rule as it was written, where the site cannot have it.
     """
 
     parts: Path
@@ -46,9 +62,17 @@ class Site:
     dtype: Any
     kind: str | None
     layout: Layout | None
-    others: tuple[str, ...] = ()
+    unsupported_uses: tuple[str, ...] = ()
     formed: Layout | None = None
+    missed: bool = False
+    used: bool | None = None
     rule: Rule | None = None
+    asked_rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return repr(self.path) if self.parts else name_of(self.parts)
 
     @property
     def path(self) -> str:
@@ -75,11 +99,15 @@ class Site:
     @property
     def trainable(self) -> int:
         """The number of trainable parameters under the rule."""
-        if not isinstance(self.rule, LoRA):
-            return self.size if isinstance(self.rule, Full) else 0
+        if self.rule is None or isinstance(self.rule, Full):
+            return 0 if self.rule is None else self.size
         assert self.layout is not None
-        a, b = factor_shapes(self.layout, self.shape, self.rule.rank)
-        return math.prod(a) + math.prod(b)
+        return trainable(self.rule, self.layout, self.shape)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether a method takes it, rather than that it is frozen or trained in full."""
+        return self.rule is not None and not isinstance(self.rule, Full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,24 +142,28 @@ class Sites:
         """The number of trainable parameters."""
         return sum(s.trainable for s in self.leaves)
 
+    @property
+    def missed(self) -> list[Site]:
+        """Matrices that the model uses, though in no way that has a factored form, without rule."""
+        return [s for s in self.leaves if s.missed and s.kind is None and s.rule is None]
+
     def __str__(self) -> str:
         header = ("path", "shape", "kind", "axes", "parameters", "rule", "rank", "trainable")
-        shown = [s for s in self.leaves if s.kind is not None or s.rule is not None]
+        no_site = [s for s in self.leaves if s.kind is None and s.formed is not None]
+        shown = [s for s in self.leaves if s.kind or s.rule is not None or s in no_site]
         right = {"parameters", "rank", "trainable"}
         lines = aligned(header, [_row(s) for s in shown], right)
         rule = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
-        adapted = sum(isinstance(s.rule, LoRA) for s in self.leaves)
-        return "\n".join(
-            [
-                lines[0],
-                rule,
-                *lines[1:],
-                rule,
-                f"{adapted} of {len(self)} sites adapted; "
-                f"{self.trainable:,} of {self.total:,} parameters trainable ({share:.3g}%)",
-            ]
+        adapted = sum(s.is_adapted for s in self.leaves)
+        last = (
+            f"{adapted} of {len(self)} sites adapted; "
+            f"{self.trainable:,} of {self.total:,} parameters trainable ({share:.3g}%)"
         )
+        if self.missed:
+            last += f"; {len(self.missed)} more weights have no factored form"
+        reasons = [f"{s.path or '(root)'}: used in {s.unsupported_uses[0]}" for s in no_site]
+        return "\n".join([lines[0], rule, *lines[1:], rule, last, *reasons])
 
 
 def _row(site: Site) -> tuple[str, ...]:
@@ -143,9 +175,14 @@ def _row(site: Site) -> tuple[str, ...]:
         _axes(site),
         f"{site.size:,}",
         "-" if rule is None else rule_name(rule),
-        str(rule.rank) if isinstance(rule, LoRA) else "-",
+        _rank(site),
         f"{site.trainable:,}" if rule is not None else "-",
     )
+
+
+def _rank(site: Site) -> str:
+    rank = getattr(site.rule, "rank", "-")
+    return f"{rank} (of {site.asked_rank})" if site.asked_rank else str(rank)
 
 
 def _axes(site: Site) -> str:
@@ -157,59 +194,119 @@ def _axes(site: Site) -> str:
     return (f"{lengths[0]} | " if stack else "") + f"{lengths[1]} → {lengths[2]}"
 
 
+# --------------------------------------------------------------------------------- how it is found
+
+
+class Traced(NamedTuple):
+    """The model's jaxpr as a function of some of its parameters and of abstract arguments.
+
+    Attributes:
+        jaxpr: the jaxpr.
+        specs: the types of its inputs.
+        paths: of the parameters among them, which come first.
+    """
+
+    jaxpr: Any
+    specs: list[jax.ShapeDtypeStruct]
+    paths: list[Path]
+
+    def uses(self, weights: set[Path]) -> Uses:
+        """What it does with the leaves at the paths `weights`."""
+        found = Uses()
+
+        def weight(path: Path, x: Any) -> Weight:
+            w = leaf_weight(x, Change(), "/".join(path), materialize=True)
+            return w.replace(x, source=w.source._replace(uses=found))
+
+        self._evaluate(lambda path, x: weight(path, x) if path in weights else x)
+        return found
+
+    def check(self, adapter: dict[Path, Any]) -> None:
+        """Raises where the model, adapted, uses a weight in a way that has no factored form."""
+        nodes = {path: x for path, x in adapter.items() if is_node(x)}
+
+        def changed(path: Path, x: Any) -> Any:
+            if (node := nodes.get(path)) is None:
+                return x
+            change = method_of(node).lower(node, x.shape)
+            return leaf_weight(x, change, "/".join(path), getattr(node, "materialize", False))
+
+        self._evaluate(changed)
+
+    def _evaluate(self, weight: Callable[[Path, Any], Any]) -> None:
+        def call(*values: Any) -> None:
+            n = len(self.paths)
+            weights = map(weight, self.paths, values[:n])
+            for x in evaluate(self.jaxpr, *weights, *values[n:]):
+                formed(x, lambda: "the function's outputs")
+
+        jax.eval_shape(call, *self.specs)
+
+    @property
+    def used(self) -> set[Path]:
+        """The paths of the parameters that something depends on."""
+        read = {id(v) for eqn in self.jaxpr.eqns for v in eqn.invars}
+        read |= {id(v) for v in self.jaxpr.outvars}
+        variables = zip(self.paths, self.jaxpr.invars, strict=False)
+        return {path for path, v in variables if id(v) in read}
+
+
 def find_sites(
     apply_fn: Callable[..., Any],
     params: PyTree,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    is_named: Callable[[str], bool],
-) -> Sites:
+    wanted: Callable[[str], type | None],
+) -> tuple[Sites, Traced]:
     """Traces `apply_fn` on shapes and finds what it does with each leaf of `params`.
 
-    Where Python code of `apply_fn` reads the value of a matrix, only those are traced that
-    `is_named`; the others are not listed as sites then.
+    `wanted` gives the type of the rule that may take the leaf at a path. Where Python code of
+    `apply_fn` reads the value of a leaf, only those are traced that a method may take; the others
+    are not listed as sites then.
     """
     shapes = {path: _abstract(x, path) for path, x in leaves_by_path(params)}
-    logs = {path: Log() for path, x in shapes.items() if _is_matrix(x)}
-    call = functools.partial(_probe_all, apply_fn, params, args, kwargs)
+    rules = {path: wanted("/".join(path)) for path in shapes}
+    matrices = {path for path, x in shapes.items() if _is_matrix(x)}
     try:
-        call(logs)
+        full = {path for path, rule in rules.items() if rule is Full}
+        traced = _trace(apply_fn, params, args, kwargs, matrices | full)
     except ValueReadError:
-        logs = {path: Log() for path in logs if is_named("/".join(path))}
-        call(logs)
-    return Sites(tuple(_site(path, x, logs.get(path, Log())) for path, x in shapes.items()))
+        matrices &= {path for path, rule in rules.items() if rule not in (None, Full)}
+        traced = _trace(apply_fn, params, args, kwargs, matrices)
+    uses, used = traced.uses(matrices), traced.used
+
+    def site(path: Path, x: Any) -> Site:
+        key = "/".join(path)
+        found = _site(path, x, uses.products[key], uses.unsupported[key])
+        return dataclasses.replace(found, used=path in used if path in traced.paths else None)
+
+    return Sites(tuple(site(path, x) for path, x in shapes.items())), traced
 
 
-def _probe_all(
+def _trace(
     apply_fn: Callable[..., Any],
     params: PyTree,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    logs: dict[Path, Log],
-) -> None:
-    """Writes into `logs` how the leaves at its paths are used."""
+    paths: set[Path],
+) -> Traced:
+    """The jaxpr as a function of the leaves at `paths`, and of all that is abstract."""
     found, structure = leaves_by_path(params), jax.tree.structure(params)
-    paths, leaves = [path for path, _ in found], [x for _, x in found]
-    traced = [i for i, x in enumerate(leaves) if paths[i] in logs or is_abstract(x)]
+    leaves = [x for _, x in found]
+    at = [i for i, (path, x) in enumerate(found) if path in paths or is_abstract(x)]
     rest, put = take((args, kwargs), is_abstract)
 
     def call(*values: Any) -> Any:
-        args, kwargs = put(values[len(traced) :])
-        full = dict(enumerate(leaves)) | dict(zip(traced, values, strict=False))
+        args, kwargs = put(values[len(at) :])
+        full = dict(enumerate(leaves)) | dict(zip(at, values, strict=False))
         return apply_fn(jax.tree.unflatten(structure, list(full.values())), *args, **kwargs)
 
-    specs = [abstract(x) for x in (*(leaves[i] for i in traced), *rest)]
-    jaxpr, _ = trace(call, specs, ["/".join(path) for path in logs])
-
-    def probe(*values: Any) -> None:
-        operands = list(values)
-        for at, i in enumerate(traced):
-            if paths[i] in logs:
-                operands[at] = _probe(values[at], "/".join(paths[i]), logs[paths[i]])
-        for x in evaluate(jaxpr, *operands):
-            materialize(x, "the function's outputs")
-
-    jax.eval_shape(probe, *specs)
+    specs = [
+        abstract(x if hasattr(x, "dtype") else jnp.asarray(x))
+        for x in [*(leaves[i] for i in at), *rest]
+    ]
+    jaxpr, _ = trace(call, specs, ["/".join(path) for path in paths])
+    return Traced(jaxpr, specs, [found[i][0] for i in at])
 
 
 def _abstract(x: Any, parts: Path) -> jax.ShapeDtypeStruct:
@@ -227,36 +324,49 @@ def _is_matrix(x: Any) -> bool:
     return x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _probe(x: Any, path: str, log: Log) -> Weight:
-    axes = tuple(frozenset({d}) for d in range(x.ndim))
-    return Weight(x, (Probe(log, axes),), path, materialize=True)
-
-
-def _site(path: Path, x: Any, log: Log) -> Site:
-    kinds = {u.kind for u in log.uses}
+def _site(path: Path, x: Any, products: list[Product], unsupported: list[Unsupported]) -> Site:
+    kinds = {u.kind for u in products}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
     # A tied embedding is laid out as its lookup has it: A by rows.
-    first = next((u for u in log.uses if u.kind == kind), None)
-    layout = first and _layout(first, x.shape)
+    first = next((u for u in products if u.kind == kind), None)
+    layout = first and _layout(first.inputs, first.outputs, x.shape)
+    reasons = [u.reason for u in unsupported]
     if first and not layout:
-        log.others.append("a product that leaves it no inputs or no outputs")
+        reasons.append("a product that leaves it no inputs or no outputs")
     formed = None
-    if log.others:
-        last = x.ndim - 1
-        default = Layout((), tuple(range(last)), (last,))
-        formed = next((f for u in log.formed if (f := _layout(u, x.shape))), default)
-    others = tuple(dict.fromkeys(log.others))
-    return Site(path, x.shape, x.dtype, kind if layout else None, layout, others, formed)
+    if reasons:
+        *rest, last = range(x.ndim)
+        each = (
+            _layout(frozenset().union(*u.axes[:-1]), u.axes[-1], x.shape)
+            for u in unsupported
+            if u.axes
+        )
+        formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
+    missed = any(not u.added and len(u.axes) >= 2 for u in unsupported)
+    return Site(
+        path,
+        x.shape,
+        x.dtype,
+        kind if layout else None,
+        layout,
+        tuple(dict.fromkeys(reasons)),
+        formed,
+        missed,
+    )
 
 
-def _layout(use: Use, shape: tuple[int, ...]) -> Layout | None:
+def _layout(
+    contracted: frozenset[int], kept: frozenset[int], shape: tuple[int, ...]
+) -> Layout | None:
     """Axes that are contracted are inputs, those kept are outputs, the others are a stack."""
-    inputs = [d for d in range(len(shape)) if d in use.inputs]
-    outputs = [d for d in range(len(shape)) if d in use.outputs - use.inputs]
-    stack = [d for d in range(len(shape)) if d not in use.inputs | use.outputs]
+    inputs = [d for d in range(len(shape)) if d in contracted]
+    outputs = [d for d in range(len(shape)) if d in kept - contracted]
+    stack = [d for d in range(len(shape)) if d not in contracted | kept]
     # A reshape may lose track of an axis of length 1, which may count as anything.
     for role in (inputs, outputs):
         if not role and (one := next((d for d in stack if shape[d] == 1), None)) is not None:
             stack.remove(one)
             role.append(one)
+    if not outputs and not kept:  # a vector of it is contracted: its place is an output
+        stack, outputs = [], stack
     return Layout(tuple(stack), tuple(inputs), tuple(outputs)) if inputs and outputs else None

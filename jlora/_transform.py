@@ -1,67 +1,154 @@
-"""`wrap`, `bind` and the adapted apply: a function of trees that hold `LowRank` leaves."""
+"""`transform`, and what is under it: `bind`, `wrap` and `dropout`."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import _control, _linear, _moves  # noqa: F401 - they register their rules
-from ._delta import Delta
-from ._factor import RANK, Factor
-from ._interpret import evaluate, materialize, trace
+from ._match import match, wanted
+from ._rules import Full, Rule
+from ._sites import Sites, Traced, find_sites
 from ._tree import (
-    abstract,
-    adapter_leaves,
-    check_fits,
+    bind,
     check_key,
     fold,
+    is_abstract,
     is_adapted,
-    is_low_rank,
     leaves_by_path,
-    take,
+    nest,
 )
-from ._types import Adapted, LowRank, Path, PyTree
-from ._weight import Weight
+from ._types import Path, PyTree, Transformed
+from .adapters import is_node, is_rule, lengths, method_of
+from .core import Weight, abstract, evaluate, formed, leaf_weight, take, trace
 
 
-def bind(base: PyTree, adapter: PyTree) -> PyTree:
-    r"""Puts an adapter into its base: a tree of `base`'s structure with adapted leaves.
+def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
+    r"""Low-rank adaptation of any function whose first argument is a pytree of parameters.
 
-    A leaf that `adapter` holds as a `LowRank` becomes the pair of W and $s \cdot A B$, not their
-    sum; a leaf that it holds as an array (`Full`) is replaced by it. No array is copied.
+    $$\mathrm{apply}(base, adapter, \ldots) = \mathrm{apply\_fn}(W + s \cdot A B, \ldots)$$
+
+    with $A B$ never formed: each use of W is traced, and its factored form computed in its place.
 
     Args:
-        base: the frozen tree.
-        adapter: a nested dict pruned to the adapted paths, from `init`.
+        apply_fn: a function of parameters and anything else that JAX can trace, such as the
+            `apply` of a Flax module. It is called with the parameters' own tree and container.
+        *rules: `LoRA` and `Full`; the first whose pattern a leaf's path matches takes it.
 
     Returns:
-        A tree for functions under `jlora.wrap`.
+        Three pure functions:
+
+        - `init(key, params, *args, **kwargs) -> (base, adapter)`. Arguments after `params` are
+          `apply_fn`'s own, arrays or `jax.ShapeDtypeStruct`s, and only traced. `base` is `params`,
+          leaf for leaf the same arrays; `adapter` is a nested dict pruned to the adapted paths,
+          with `LowRank` nodes or, for `Full`, copies. Keys are folded per path.
+        - `apply(base, adapter, *args, **kwargs)`: what `apply_fn` returns, adapted.
+        - `sites(params, *args, **kwargs) -> Sites`: what can be adapted, and what the rules take.
 
     Raises:
-        TypeError: if `adapter` is no such tree.
-        ValueError: if `adapter` does not fit `base`; every differing path is named.
+        TypeError: if a rule is none, or a tree is of a wrong type.
+        ValueError: in `init` and `sites`, if a rule takes no leaf or cannot apply to one; in
+            `apply`, if the adapter does not fit the base.
+        NotImplementedError: if an adapted weight is used in a way that has no factored form.
+
+    Source: Hu et al., LoRA, arXiv 2106.09685, section 4.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
-        >>> f = lambda params, x: x @ params["w"]
-        >>> lora = jlora.transform(f, jlora.LoRA("w", rank=2))
-        >>> base, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
-        >>> jlora.wrap(f)(jlora.bind(base, adapter), jnp.ones((1, 4))).shape
-        (1, 3)
+        >>> def model(params, x):
+        ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
+        >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 2))}
+        >>> lora = jlora.transform(model, jlora.LoRA("up", rank=2), jlora.Full("down"))
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+        >>> jlora.count(adapter)
+        40
+        >>> print(lora.sites(params, jnp.ones((1, 4))))
+        path  shape  kind   axes   parameters  rule          rank  trainable
+        ────────────────────────────────────────────────────────────────────
+        down  8×2    dense  8 → 2          16  Full('down')     -         16
+        up    4×8    dense  4 → 8          32  LoRA('up')       2         24
+        ────────────────────────────────────────────────────────────────────
+        1 of 2 sites adapted; 40 of 48 parameters trainable (83.3%)
     """
-    found = adapter_leaves(adapter)
-    check_fits(base, found)
+    if not callable(apply_fn):
+        raise TypeError(f"`apply_fn` must be a function of parameters; got {apply_fn!r}.")
+    for rule in rules:
+        if not is_rule(rule):
+            raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
+    # Partial applications of this module's functions, so that what is returned can be pickled.
+    return Transformed(
+        functools.partial(_init, apply_fn, rules),
+        functools.partial(_apply, apply_fn),
+        functools.partial(_sites, apply_fn, rules),
+    )
 
-    def join(parts: Path, w: Any) -> Any:
-        delta = found.get(parts)
-        if isinstance(delta, LowRank):
-            return Adapted(w, delta)
-        return w if delta is None else delta
 
-    leaves = [join(path, w) for path, w in leaves_by_path(base)]
-    return jax.tree.unflatten(jax.tree.structure(base), leaves)
+def _sites(
+    apply_fn: Callable[..., Any], rules: tuple[Rule, ...], params: PyTree, /, *args: Any, **kw: Any
+) -> Sites:
+    return _find(apply_fn, rules, params, args, kw)[0]
+
+
+def _find(
+    apply_fn: Callable[..., Any],
+    rules: tuple[Rule, ...],
+    params: PyTree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Sites, Traced]:
+    sites, traced = find_sites(apply_fn, params, args, kwargs, functools.partial(wanted, rules))
+    return match(sites, rules), traced
+
+
+def _apply(
+    apply_fn: Callable[..., Any], base: PyTree, adapter: PyTree, /, *args: Any, **kwargs: Any
+) -> Any:
+    return wrap(apply_fn)(bind(base, adapter), *args, **kwargs)
+
+
+def _init(
+    apply_fn: Callable[..., Any],
+    rules: tuple[Rule, ...],
+    key: jax.Array,
+    params: PyTree,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[PyTree, PyTree]:
+    check_key(key)
+    if not rules:
+        raise ValueError(
+            "`rules` is empty, so that nothing would be trained. "
+            "Give transform(apply_fn, ...) a jlora.LoRA() or a jlora.Full(pattern)."
+        )
+    sites, traced = _find(apply_fn, rules, params, args, kwargs)
+    if any(rule.pattern is None for rule in rules) and (missed := sites.missed):
+        warnings.warn(
+            f"LoRA() leaves {len(missed)} weights as they are, as the model uses them where "
+            "W + s·A·B has no factored form: "
+            + "; ".join(f"{s.path} ({s.unsupported_uses[0]})" for s in missed[:3])
+            + ("; …" if len(missed) > 3 else "")
+            + ". Name them in a rule with materialize=True or in jlora.Full, or leave them.",
+            stacklevel=2,
+        )
+    flat, tree = jax.tree.flatten(params)
+    base, adapter = [], {}
+    for site, w in zip(sites.leaves, flat, strict=True):
+        if isinstance(site.rule, Full):
+            adapter[site.parts] = _copy(w)
+        elif site.rule is not None:
+            start = method_of(site.rule).start
+            w, adapter[site.parts] = start(fold(key, site.parts), w, site, site.rule)
+        base.append(w)
+    traced.check(adapter)
+    return jax.tree.unflatten(tree, base), nest(adapter)
+
+
+def _copy(w: Any) -> Any:
+    # A copy, so that a training step that donates the adapter does not delete the base.
+    return w if is_abstract(w) else jnp.array(w)
 
 
 def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,7 +185,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         found = leaves_by_path((args, kwargs), is_adapted)
         # Paths start with 0 or 1 for args or kwargs, then the argument.
         paths = ["/".join(path[2:]) for path, x in found if is_adapted(x)]
-        weights = [_weight(leaf, path) for leaf, path in zip(bound, paths, strict=True)]
+        weights = [_weight(*leaf, path) for leaf, path in zip(bound, paths, strict=True)]
 
         def plain(*values: Any) -> Any:
             args, kwargs = put(values)
@@ -106,48 +193,15 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         jaxpr, finish = trace(plain, [abstract(w.value) for w in weights], paths)
         outs = evaluate(jaxpr, *weights)
-        return finish([materialize(x, "the function's outputs") for x in outs])
+        return finish([formed(x, lambda: "the function's outputs") for x in outs])
 
     return wrapped
 
 
-def _weight(leaf: Adapted, path: str) -> Weight:
-    w, delta = leaf
-    return Weight(jnp.asarray(w), (as_delta(delta, w.shape),), path, delta.materialize)
-
-
-def as_delta(delta: LowRank, shape: tuple[int, ...]) -> Delta:
-    """The factors of `delta` with their axes named by those of a weight of `shape`."""
-    layout = delta.layout
-    stack, inputs, outputs = layout.stack, layout.inputs, layout.outputs
-    a, b = delta.a, delta.b
-    if layout.slots is not None:
-        a, b = _merge_slots(delta, shape)
-    return Delta(
-        Factor(a, (*stack, *inputs, RANK)),
-        Factor(b, (*stack, RANK, *outputs)),
-        None if delta.key is None else Factor(delta.key, stack),
-        delta.scale,
-        delta.dropout,
-    )
-
-
-def _merge_slots(delta: LowRank, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """One A of rank slots·r, and one B whose rows reach only their own slot of the outputs."""
-    assert delta.layout.slots is not None
-    count, chosen, axis = delta.layout.slots
-    n, out = len(delta.layout.stack), delta.layout.outputs.index(axis)
-    r, length = delta.a.shape[-1], shape[axis] // count
-
-    def place(i: int, slot: int) -> jax.Array:
-        b = jnp.take(delta.b, i, axis=n)  # (stack…, r, outputs…)
-        pads = [(0, 0)] * b.ndim
-        pads[n + 1 + out] = (slot * length, (count - 1 - slot) * length)
-        return jnp.pad(b, pads)
-
-    b = jnp.concatenate([place(i, slot) for i, slot in enumerate(chosen)], axis=n)
-    a = jnp.moveaxis(delta.a, n, -2)  # (stack…, inputs…, slots, r)
-    return a.reshape(*a.shape[:-2], len(chosen) * r), b
+def _weight(w: Any, node: Any, path: str) -> Weight:
+    w = jnp.asarray(w)
+    change = method_of(node).lower(node, w.shape)
+    return leaf_weight(w, change, path, getattr(node, "materialize", False))
 
 
 def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
@@ -179,11 +233,11 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
         key = jax.random.wrap_key_data(key)
 
     def seed(path: Path, leaf: Any) -> Any:
-        if not isinstance(leaf, LowRank) or not leaf.dropout:
+        if not is_node(leaf) or not getattr(leaf, "dropout", 0):
             return leaf
         mine = fold(key, path)
-        stack = leaf.a.shape[: len(leaf.layout.stack)]
+        stack = tuple(lengths(leaf)[d] for d in leaf.layout.stack)
         return leaf._replace(key=jax.random.split(mine, stack) if stack else mine)
 
-    leaves = [seed(path, leaf) for path, leaf in leaves_by_path(adapter, is_low_rank)]
-    return jax.tree.unflatten(jax.tree.structure(adapter, is_leaf=is_low_rank), leaves)
+    leaves = [seed(path, leaf) for path, leaf in leaves_by_path(adapter, is_node)]
+    return jax.tree.unflatten(jax.tree.structure(adapter, is_leaf=is_node), leaves)

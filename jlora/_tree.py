@@ -3,7 +3,7 @@
 import collections
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from ._explicit import explicit
-from ._types import Adapted, Layout, LowRank, Params, Path, PyTree
+from ._types import Adapted, Params, Path, PyTree
+from .adapters import is_node, misfit, trained
 
 
 def leaves_by_path(
@@ -83,33 +83,9 @@ def fold(key: jax.Array, parts: Path) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32("/".join(parts).encode()))
 
 
-def take(
-    tree: PyTree, pick: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]:
-    """The leaves that `pick` picks, and the tree as a function of what stands in their places."""
-    leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
-    at = [i for i, x in enumerate(leaves) if pick(x)]
-    picked = [leaves[i] for i in at]
-    for i in at:  # so that `put` keeps nothing alive
-        leaves[i] = None
-
-    def put(values: Sequence[Any]) -> PyTree:
-        full = dict(enumerate(leaves)) | dict(zip(at, values, strict=True))
-        return jax.tree.unflatten(structure, list(full.values()))
-
-    return picked, put
-
-
 def is_abstract(x: Any) -> bool:
     """Whether `x` stands for an array that is not there."""
     return isinstance(x, jax.ShapeDtypeStruct)
-
-
-def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """The shape of an array, and the dtype that it has in JAX."""
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    weak_type = getattr(x, "weak_type", False)
-    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=weak_type, sharding=explicit(x))
 
 
 def is_concrete(x: Any) -> bool:
@@ -122,11 +98,6 @@ def is_adapted(x: Any) -> bool:
     return isinstance(x, Adapted)
 
 
-def is_low_rank(x: Any) -> bool:
-    """Whether `x` is a `LowRank` node."""
-    return isinstance(x, LowRank)
-
-
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
     """The `LowRank` nodes and arrays of an adapter by path; `TypeError` if it is none."""
     if isinstance(adapter, Params):
@@ -134,8 +105,8 @@ def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
             "`adapter` must be a nested dict of LowRank nodes and arrays; got Params. Give its "
             "`base` and `adapter` one by one."
         )
-    found = dict(leaves_by_path(adapter, lambda x: isinstance(x, LowRank | Adapted)))
-    wrong = {p: x for p, x in found.items() if not isinstance(x, LowRank) and not _is_array(x)}
+    found = dict(leaves_by_path(adapter, lambda x: is_node(x) or isinstance(x, Adapted)))
+    wrong = {p: x for p, x in found.items() if not is_node(x) and not _is_array(x)}
     if not found:
         raise TypeError(
             "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
@@ -154,36 +125,10 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def factor_shapes(
-    layout: Layout, shape: tuple[int, ...], rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B for a weight of `shape`."""
-    stack = [shape[d] for d in layout.stack]
-    inputs = [shape[d] for d in layout.inputs]
-    outputs = [shape[d] for d in layout.outputs]
-    if layout.slots is not None:
-        count, chosen, axis = layout.slots
-        outputs[layout.outputs.index(axis)] //= count
-        stack.append(len(chosen))
-    return (*stack, *inputs, rank), (*stack, rank, *outputs)
-
-
-def weight_shape(site: LowRank) -> tuple[int, ...]:
-    """The shape of the weight that a site adapts, the inverse of `factor_shapes`; 0 if unsaid."""
-    stack, inputs, outputs, slots = site.layout
-    beside = len(stack) + (slots is not None)
-    lengths = dict(zip(stack, site.a.shape, strict=False))
-    lengths |= dict(zip(inputs, site.a.shape[beside:], strict=False))
-    lengths |= dict(zip(outputs, site.b.shape[beside + 1 :], strict=False))
-    if slots is not None:
-        lengths[slots[2]] *= slots[0]
-    return tuple(lengths.get(d, 0) for d in range(len(lengths)))
-
-
 def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
     """Raises, naming every path of the adapter `found` that differs from `base`."""
-    leaves = leaves_by_path(base, is_low_rank)
-    if any(is_low_rank(x) for _, x in leaves):
+    leaves = leaves_by_path(base, is_node)
+    if any(is_node(x) for _, x in leaves):
         raise TypeError(
             "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
             "and `adapter` swapped?"
@@ -201,20 +146,51 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
 def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:
     if shape is None:
         return "not in `base`"
-    if not is_low_rank(leaf):
+    if not is_node(leaf):
         got = tuple(leaf.shape)
         return None if got == shape else f"expected shape {shape} as in `base`, got {got}"
-    for name in ("a", "b"):
-        if not _is_array(x := getattr(leaf, name)):
+    for name, x in trained(leaf).items():
+        if not _is_array(x):
             return f"`{name}` must be an array, got {type(x).__name__}"
-    layout, a, b = leaf.layout, tuple(leaf.a.shape), tuple(leaf.b.shape)
-    axes = sorted((*layout.stack, *layout.inputs, *layout.outputs))
-    if axes != list(range(len(shape))):
-        return f"made for a weight of {len(axes)} axes, got one of shape {shape} in `base`"
-    expected = factor_shapes(layout, shape, a[-1] if a else 0)
-    if (a, b) == expected:
-        return None
-    return f"a weight of shape {shape} needs A {expected[0]} and B {expected[1]}, got {a} and {b}"
+    return misfit(leaf, shape)
+
+
+def bind(base: PyTree, adapter: PyTree) -> PyTree:
+    r"""Puts an adapter into its base: a tree of `base`'s structure with adapted leaves.
+
+    A leaf that `adapter` holds as a `LowRank` becomes the pair of W and $s \cdot A B$, not their
+    sum; a leaf that it holds as an array (`Full`) is replaced by it. No array is copied.
+
+    Args:
+        base: the frozen tree.
+        adapter: a nested dict pruned to the adapted paths, from `init`.
+
+    Returns:
+        A tree for functions under `jlora.wrap`.
+
+    Raises:
+        TypeError: if `adapter` is no such tree.
+        ValueError: if `adapter` does not fit `base`; every differing path is named.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> f = lambda params, x: x @ params["w"]
+        >>> lora = jlora.transform(f, jlora.LoRA("w", rank=2))
+        >>> base, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+        >>> jlora.wrap(f)(jlora.bind(base, adapter), jnp.ones((1, 4))).shape
+        (1, 3)
+    """
+    found = adapter_leaves(adapter)
+    check_fits(base, found)
+
+    def join(parts: Path, w: Any) -> Any:
+        delta = found.get(parts)
+        if is_node(delta):
+            return Adapted(w, delta)
+        return w if delta is None else delta
+
+    leaves = [join(path, w) for path, w in leaves_by_path(base)]
+    return jax.tree.unflatten(jax.tree.structure(base), leaves)
 
 
 def count(tree: PyTree) -> int:

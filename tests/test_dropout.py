@@ -33,7 +33,7 @@ def draw(seed: int, *shape: int) -> jax.Array:
 
 def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:
     """An initializer with a B that is not zero."""
-    w, a, b = jlora.kaiming_uniform(key, w, site, rule)
+    w, a, b = jlora.initializers.kaiming_uniform(key, w, site, rule)
     return w, a, 0.3 * jax.random.normal(key, b.shape, b.dtype)
 
 

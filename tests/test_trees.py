@@ -42,7 +42,7 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:
     """An initializer with a B that is not zero."""
-    w, a, b = jlora.kaiming_uniform(key, w, site, rule)
+    w, a, b = jlora.initializers.kaiming_uniform(key, w, site, rule)
     return w, a, 0.3 * jax.random.normal(key, b.shape).astype(b.dtype)
 
 
@@ -513,7 +513,7 @@ def test_distribution_of_a(name: str, stacked: bool) -> None:
     spec = "lbhi,lhio->lbo" if stacked else "bhi,hio->bo"
     x = Struct((3, 2, 4, 100) if stacked else (2, 4, 100), jnp.float32)
     f = lambda p, x: jnp.einsum(spec, x, p["w"])  # noqa: E731
-    lora = jlora.transform(f, jlora.LoRA(rank=32, init=getattr(jlora, name)))
+    lora = jlora.transform(f, jlora.LoRA(rank=32, init=getattr(jlora.initializers, name)))
     _, adapter = lora.init(KEY, {"w": Struct(shape, jnp.float32)}, x)
     a, inputs = np.asarray(adapter["w"].a, np.float64), 400
     assert a.shape == (*shape[:-1], 32)

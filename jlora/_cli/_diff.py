@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import analysis
 from .._table import aligned
-from .._tree import is_low_rank, weight_shape
+from ..adapters import is_node, weight_shape
 from ._inspect import finite, wide
 from ._read import Opened, open_alike
 
@@ -105,10 +105,10 @@ def _only(leaves: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
 
 
 def _compare(name: str, x: Any, y: Any) -> Compared:
-    if is_low_rank(x) != is_low_rank(y):
-        forms = ["low rank" if is_low_rank(z) else "in full" for z in (x, y)]
+    if is_node(x) != is_node(y):
+        forms = ["low rank" if is_node(z) else "in full" for z in (x, y)]
         return Compared(name, False, None, [" → ".join(forms)])
-    relative, changes = _compare_low(x, y) if is_low_rank(x) else _compare_full(x, y)
+    relative, changes = _compare_low(x, y) if is_node(x) else _compare_full(x, y)
     return Compared(name, not changes, relative, changes)
 
 

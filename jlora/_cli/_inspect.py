@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from .. import analysis
 from .._table import aligned, readable
-from .._tree import count, is_low_rank, size_in_bytes, weight_shape
-from .._types import LowRank
+from .._tree import count, size_in_bytes
+from ..adapters import LowRank, is_node, weight_shape
 from ._read import Opened, open_adapter
 
 SHOWN = 4  # singular values in the table
@@ -95,12 +95,12 @@ class Inspection(NamedTuple):
 def inspect(folder: Path, *, every: bool = False) -> Inspection:
     """Reads the adapter in `folder` and measures each ΔW."""
     adapter = open_adapter(folder, "DIR")
-    low = {name: x for name, x in adapter.leaves.items() if is_low_rank(x)}
+    low = {name: x for name, x in adapter.leaves.items() if is_node(x)}
     bar = tqdm(low.items(), "sites", disable=None, leave=False, file=sys.stderr)
     full = [
         Full(name, tuple(x.shape), str(x.dtype), math.prod(x.shape))
         for name, x in adapter.leaves.items()
-        if not is_low_rank(x)
+        if not is_node(x)
     ]
     return Inspection(adapter, [_site(name, x) for name, x in bar], full, every)
 

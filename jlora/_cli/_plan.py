@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 
 from .. import _compat
-from .._plan import Plan
-from .._plan import plan as make
-from .._topology import has_compiler, mesh_of, parse
+from ..planning import Plan
+from ..planning import plan as make
+from ..planning._topology import has_compiler, mesh_of, parse
 from ._function import attribute
 
 WITHOUT = (

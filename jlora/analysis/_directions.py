@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._tree import weight_shape
-from .._types import LowRank
+from ..adapters import LowRank, weight_shape
 from ._factors import factors, svd, times
 
 

@@ -10,16 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._transform import as_delta
-from .._tree import weight_shape
-from .._types import LowRank
+from ..adapters import LowRank, weight_shape, without_slots
 
 
 def factors(site: LowRank) -> tuple[jax.Array, jax.Array]:
     """s·A as (stack…, inputs, r) and B as (stack…, r, outputs), slots side by side."""
-    whole = as_delta(site._replace(key=None), weight_shape(site))
+    whole = without_slots(site, weight_shape(site))
     wide = jnp.promote_types(jnp.result_type(site.a, site.b), jnp.float32)
-    a, b = (jnp.asarray(f.value, wide) for f in (whole.a, whole.b))
+    a, b = (jnp.asarray(x, wide) for x in (whole.a, whole.b))
     n, rank = len(site.layout.stack), a.shape[-1]
     stack = a.shape[:n]
     a = a.reshape(*stack, math.prod(a.shape[n:-1]), rank)

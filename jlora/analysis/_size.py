@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from .._tree import weight_shape
-from .._types import LowRank
+from ..adapters import LowRank, weight_shape
 from ._factors import core, factors
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._tree import abstract, is_abstract, leaves_by_path, name_of
+from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import Path, PyTree
+from ..core import abstract
 
 SEEDS = (0x9E3779B9, 0x85EBCA6B)
 

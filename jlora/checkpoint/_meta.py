@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jlora
-
-from .._rules import Full, LoRA, Rule, Slots
-from .._tree import is_low_rank, nest
-from .._types import Layout, LowRank, Path, PyTree
+from .. import initializers
+from .._rules import Full, Rule, Slots
+from .._tree import nest
+from .._types import Layout, Path, PyTree
+from ..adapters import METHODS, is_node, static, trained
 from ._fingerprint import Fingerprint, Leaf, exact
 
 FORMAT = 1
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
-FACTORS, FULL = ("a", "b"), "full"
-STATIC = ("scale", "dropout", "materialize")
+FULL = "full"
 
 Fields = dict[str, Any]
 
@@ -69,7 +68,7 @@ def arrays(found: Mapping[Path, Any]) -> dict[Path, Any]:
     """The arrays of an adapter by path, each with the name of what it is at the end."""
     flat = {}
     for path, x in found.items():
-        parts = {n: getattr(x, n) for n in FACTORS} if is_low_rank(x) else {FULL: x}
+        parts = trained(x) if is_node(x) else {FULL: x}
         flat |= {(*path, name): value for name, value in parts.items()}
     return flat
 
@@ -120,8 +119,8 @@ def decode(fields: Fields) -> Saved:
 def _encode_leaf(path: Path, x: Any) -> Fields:
     parts = {p[-1]: exact(array, values=True) for p, array in arrays({path: x}).items()}
     item = {"path": list(path), "arrays": parts}
-    if is_low_rank(x):
-        item |= {name: getattr(x, name) for name in STATIC} | {"layout": x.layout._asdict()}
+    if is_node(x):
+        item |= static(x) | {"node": type(x).__name__, "layout": x.layout._asdict()}
     return item
 
 
@@ -129,8 +128,21 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full
-    static = {name: item[name] for name in STATIC}
-    return LowRank(**parts, **static, layout=Layout(**_tuples(item["layout"])))
+    method = METHODS[_registered("node", item.get("node", "LowRank"))]
+    names = [name for name in method.node._fields if name in item and name not in method.labels]
+    fields = {name: _tuples(item[name]) for name in names}
+    return method.node(**parts | fields | {"layout": Layout(**fields["layout"])})
+
+
+def _registered(kind: str, name: str) -> type:
+    """The rule or the node that is registered by a name."""
+    for method in METHODS.values():
+        if (found := getattr(method, kind)).__name__ == name:
+            return found
+    raise ValueError(
+        f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "
+        "module that registers it"
+    )
 
 
 def _leaf(shape: Any, dtype: str, hash: str | None) -> Leaf:
@@ -159,7 +171,7 @@ def _tuples(x: Any) -> Any:
 
 def _encode_rule(rule: Rule) -> Fields:
     fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
-    if isinstance(rule, LoRA):
+    if hasattr(rule, "scale"):
         fields["scale"] = rule.scale  # for whoever reads the file; it follows from the others
     return {"rule": type(rule).__name__, **fields}
 
@@ -176,7 +188,7 @@ def _encode_field(value: Any) -> Any:
 
 
 def _decode_rule(fields: Fields) -> Rule:
-    kind = {"LoRA": LoRA, "Full": Full}[fields["rule"]]
+    kind = Full if fields["rule"] == "Full" else _registered("rule", fields["rule"])
     names = [f.name for f in dataclasses.fields(kind) if f.name in fields]
     return kind(**{name: _decode_field(fields[name]) for name in names})
 
@@ -194,8 +206,8 @@ def _decode_field(value: Any) -> Any:
 
 def _name(function: Callable[..., Any]) -> str:
     name = getattr(function, "__name__", None)
-    if name is not None and getattr(jlora, name, None) is function:
-        return f"jlora.{name}"
+    if name is not None and getattr(initializers, name, None) is function:
+        return f"jlora.initializers.{name}"
     if name is None:
         return repr(function)
     return f"{function.__module__}.{function.__qualname__}"
@@ -203,6 +215,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 def _function(name: str) -> Callable[..., Any]:
     module, _, last = name.rpartition(".")
-    known = module == "jlora" and last.isidentifier() and not last.startswith("_")
-    function = getattr(jlora, last, None) if known else None
+    # Version 0.1 had the initializers in `jlora` itself.
+    known = module in ("jlora", "jlora.initializers") and not last.startswith("_")
+    function = getattr(initializers, last, None) if known and last.isidentifier() else None
     return function if callable(function) else Foreign(name)

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from .._tree import adapter_leaves, is_low_rank, leaves_by_path, name_of, nest
+from .._tree import adapter_leaves, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
+from ..adapters import arrays as arrays_of
+from ..adapters import is_node, static, trained
 from ._fingerprint import Leaf, as_in, differences, exact, fingerprint, hash_of
 from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
@@ -87,14 +89,14 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
     leaves = {p: _fill(x, p, flat) for p, x in wanted.items()}
     if like is None:
         return nest(leaves)
-    structure = jax.tree.structure(like, is_leaf=is_low_rank)
+    structure = jax.tree.structure(like, is_leaf=is_node)
     return jax.tree.unflatten(structure, list(leaves.values()))
 
 
 def _fill(x: Any, path: Path, flat: dict[Path, Any]) -> Any:
-    if not is_low_rank(x):
+    if not is_node(x):
         return flat[*path, FULL]
-    return x._replace(a=flat[*path, "a"], b=flat[*path, "b"], key=None)
+    return x._replace(**{n: flat[*path, n] if n in trained(x) else None for n in arrays_of(x)})
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -199,9 +201,9 @@ def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Pat
     like = adapter_leaves(like)
     lines = differences(_forms(saved), _forms(like))
     for p in saved.keys() & like.keys():
-        if is_low_rank(saved[p]) and is_low_rank(like[p]):
-            for name in ("scale", "layout"):
-                a, b = getattr(saved[p], name), getattr(like[p], name)
+        if is_node(saved[p]) and is_node(like[p]):
+            for name in static(saved[p]).keys() - {"dropout", "materialize"}:
+                a, b = getattr(saved[p], name), getattr(like[p], name, None)
                 if a != b:
                     lines.append(f"  {name_of(p)}: expected {name} {a}, got {b}")
     if lines:

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from .._rules import Rule
 from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
+from ..adapters import is_rule
 from ._fingerprint import fingerprint
 from ._meta import arrays, encode
 from ._store import Where, write
@@ -151,7 +152,7 @@ def _check(
     _check_arrays(flat)
     _check_names(flat)
     for rule in rules:
-        if not isinstance(rule, Rule):
+        if not is_rule(rule):
             raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
     if base is not None:
         check_fits(base, found)

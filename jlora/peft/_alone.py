@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from .._tree import adapter_leaves, nest
-from .._types import LowRank, PyTree
+from .._types import PyTree
+from ..adapters import LowRank
 from ._config import problems, read_config
 from ._file import DTYPES, Entry, read_header, reader
 from ._json import TENSORS, Source, opened

@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._transform import as_delta
-from .._types import Layout, LowRank
+from .._types import Layout
+from ..adapters import LowRank, low_rank_axes, without_slots
 from ._names import RANK, Groups, Leaf, lengths
 
 
@@ -18,8 +18,8 @@ def factors(leaf: Leaf, delta: LowRank) -> list[tuple[np.ndarray, np.ndarray]]:
     Slots have no equivalent there: they become one A of rank slots·r and one B with zeros outside
     of each slot's own outputs, which is the same ΔW exactly.
     """
-    whole = as_delta(delta._replace(key=None), leaf.shape)
-    pair = list(zip((whole.a.value, whole.b.value), _axes(delta.layout), strict=True))
+    whole = without_slots(delta, leaf.shape)
+    pair = list(zip((whole.a, whole.b), _axes(whole.layout), strict=True))
     a, b = pair[::-1] if leaf.name.swapped else pair
     packed = _pack(*a, leaf.name.a_groups, leaf), _pack(*b, leaf.name.b_groups, leaf)
     return list(zip(*packed, strict=True))
@@ -39,7 +39,9 @@ def low_rank(
 
 def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The axes of A and of B: the rank beside those of the weight."""
-    return (*layout.stack, *layout.inputs, RANK), (*layout.stack, RANK, *layout.outputs)
+    found = low_rank_axes(layout)
+    a, b = (tuple(RANK if d == "rank" else d for d in found[name]) for name in ("a", "b"))
+    return a, b
 
 
 def weights(leaf: Leaf, value: Any) -> list[np.ndarray]:

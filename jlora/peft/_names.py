@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .._tree import is_low_rank, leaves_by_path, name_of
+from .._tree import leaves_by_path, name_of
 from .._types import Layout, Path, PyTree
+from ..adapters import is_node
 
 RANK = -1  # stands for the rank beside the numbers of a weight's axes
 Groups = list[tuple[int, ...]]
@@ -172,7 +173,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
             "`names` must be a table of jlora.peft.Name rows, such as jlora.peft.LLAMA; "
             f"got {names!r}."
         )
-    found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_low_rank))
+    found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))
     leaves = [leaf for leaf in found if leaf is not None]
     owners = collections.defaultdict(list)
     for leaf in leaves:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from .._tree import adapter_leaves, check_fits, is_low_rank, nest, weight_shape
-from .._types import LowRank, PyTree
+from .._tree import adapter_leaves, check_fits, nest
+from .._types import PyTree
+from ..adapters import LowRank, is_node, weight_shape
 from ._arrays import factors, weights
 from ._names import Name, resolve
 from ._save import check_writable
@@ -55,7 +56,7 @@ class Sum(NamedTuple):
 def from_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[str, np.ndarray]]:
     """The parts of an adapter tree, and its leaves in full, by PyTorch's names."""
     found = adapter_leaves(adapter)
-    shapes = {path: weight_shape(x) if is_low_rank(x) else x.shape for path, x in found.items()}
+    shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in found.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     check_fits(base, found)
     leaves = resolve(base, names)

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._tree import adapter_leaves, check_fits, is_abstract, is_low_rank, name_of
-from .._types import LowRank, Path, PyTree
+from .._tree import adapter_leaves, check_fits, is_abstract, name_of
+from .._types import Path, PyTree
+from ..adapters import LowRank, is_node
 from . import _vllm
 from ._arrays import factors, weights
 from ._config import DEFAULTS, dumps, problems
@@ -74,7 +75,7 @@ def save(
     check_fits(base, found)
     leaves = resolve(base, names)
     check_writable(found, {leaf.path: leaf for leaf in leaves})
-    low = {path: x for path, x in found.items() if is_low_rank(x)}
+    low = {path: x for path, x in found.items() if is_node(x)}
     fields = DEFAULTS | dict(config or {})
     if base_model is not None:
         fields["base_model_name_or_path"] = base_model

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .._rules import near
+from .._tree import adapter_leaves, name_of
+from .._types import Path, PyTree
+from ..adapters import arrays, is_node, method_of, weight_shape
 from ._places import Place, Unknown, everywhere, places_of, with_spec
-from ._rules import near
-from ._tree import adapter_leaves, is_low_rank, name_of, weight_shape
-from ._types import LowRank, Path, PyTree
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
@@ -81,7 +82,7 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
             f"`adapter`:\n{_listed(wrong)}\nCorrect them in `base`: the adapter follows W."
         )
     return jax.tree.unflatten(
-        jax.tree.structure(adapter, is_leaf=is_low_rank), [placed[path] for path in found]
+        jax.tree.structure(adapter, is_leaf=is_node), [placed[path] for path in found]
     )
 
 
@@ -215,7 +216,7 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
             return _each(leaf, lambda _: place)
         raise _Misfit(f"a {type(place).__name__} names no axes; expected a NamedSharding")
     spec = place if isinstance(place, PartitionSpec) else place.spec
-    shape = weight_shape(leaf) if is_low_rank(leaf) else tuple(leaf.shape)
+    shape = weight_shape(leaf) if is_node(leaf) else tuple(leaf.shape)
     if len(spec) > len(shape):
         raise _Misfit(f"{spec} has {len(spec)} entries for a weight of shape {shape}")
     entries = (*spec, *[None] * (len(shape) - len(spec)))
@@ -224,37 +225,33 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
         _check_entries(entries, shape, known)
     if isinstance(place, PartitionSpec) and mesh is not None:
         place = NamedSharding(mesh, spec)
-    if not is_low_rank(leaf):
+    if not is_node(leaf):
         return with_spec(place, spec)
     return _each(leaf, lambda dims: with_spec(place, _part(entries, dims, leaf, shape, known)))
 
 
-def _each(leaf: Any, place: Callable[[Sequence[int | None]], Place]) -> Any:
-    """`leaf` with the places of its arrays, made from the axes of W that each follows."""
-    if not is_low_rank(leaf):
+def _each(leaf: Any, place: Callable[[Sequence[Any]], Place]) -> Any:
+    """`leaf` with the places of its arrays, made from what each of their axes follows."""
+    if not is_node(leaf):
         return place(())
-    stack, inputs, outputs, slots = leaf.layout
-    beside = (*stack, *((None,) if slots is not None else ()))
-    key = None if leaf.key is None else place(stack)
-    return leaf._replace(
-        a=place((*beside, *inputs, None)), b=place((*beside, None, *outputs)), key=key
-    )
+    axes = method_of(leaf).axes(leaf.layout)
+    return leaf._replace(**{name: place(axes[name]) for name in arrays(leaf)})
 
 
 def _part(
     entries: Sequence[Any],
-    dims: Sequence[int | None],
-    leaf: LowRank,
+    dims: Sequence[Any],
+    leaf: Any,
     shape: tuple[int, ...],
     mesh: Mesh | None,
 ) -> PartitionSpec:
-    """The entries of W's axes `dims`; none for a slot that cannot be divided as W's axis is."""
-    parts = [None if d is None else entries[d] for d in dims]
+    """The entries of W's axes among `dims`; none for a slot that cannot be divided as W's axis."""
+    known = dict(enumerate(entries))
     if leaf.layout.slots is not None and mesh is not None:
         count, _, axis = leaf.layout.slots
         if shape[axis] // count % _devices(entries[axis], mesh):
-            parts = [None if d == axis else part for d, part in zip(dims, parts, strict=True)]
-    return PartitionSpec(*parts)
+            del known[axis]
+    return PartitionSpec(*(known.get(d) for d in dims))
 
 
 def _names(entry: Any) -> tuple[Any, ...]:

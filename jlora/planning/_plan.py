@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from . import sharding
+from .. import sharding
+from .._table import aligned, readable
+from .._tree import size_in_bytes
+from .._types import PyTree
+from ..core import explicit
 from ._estimate import held, shard_size
-from ._explicit import explicit
-from ._table import aligned, readable
 from ._topology import CHIPS
-from ._tree import size_in_bytes
-from ._types import PyTree
 
 
 class Plan(NamedTuple):

@@ -6,39 +6,55 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import _compat
+from .. import _compat
+from ._axes import Unfactorable
 from ._explicit import explicit
-from ._fork import Uses
-from ._interpret import evaluate, materialize, rule
-from ._weight import Weight, placed
+from ._interpret import Equation, formed, rule
+from ._summed import NAME
+from ._weight import Weight
 
 
-@rule("jit", uses=Uses(calls="jaxpr"))
-def _jit(eqn: Any, *operands: Any) -> list[Any]:
+@rule("jit", calls="jaxpr")
+def _jit(eqn: Equation, *_: Any) -> list[Any]:
     # Inlined: a new function under `jax.jit` would be compiled at every eager call.
     p = eqn.params
-    operands = tuple(map(_constrain, operands, p["in_shardings"]))
-    return list(map(_constrain, evaluate(p["jaxpr"], *operands, within=eqn), p["out_shardings"]))
+    operands = map(_constrain, eqn.forked, p["in_shardings"])
+    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *operands), p["out_shardings"]))
 
 
 def _constrain(x: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return x
     if isinstance(x, Weight):
-        return x.with_terms(lax.with_sharding_constraint(x.value, sharding))
+        return x.replace(lax.with_sharding_constraint(x.value, sharding))
     return lax.with_sharding_constraint(x, sharding)
 
 
-@rule("closed_call", "core_call", uses=Uses(calls="call_jaxpr"))
-def _call(eqn: Any, *operands: Any) -> list[Any]:
-    return evaluate(eqn.params["call_jaxpr"], *operands, within=eqn)
+@rule("closed_call", "core_call", calls="call_jaxpr")
+def _call(eqn: Equation, *_: Any) -> list[Any]:
+    return eqn.evaluate(eqn.params["call_jaxpr"], *eqn.forked)
+
+
+@rule("custom_vjp_call")
+def _custom_vjp(eqn: Equation, *operands: Any) -> list[Any]:
+    # A user's own derivative says nothing of W + ΔW; that of a product of ours is that of x·W.
+    if not _is_own(eqn):
+        raise Unfactorable("its derivative is the user's own")
+    return eqn.evaluate(eqn.params["call_jaxpr"], *operands)
+
+
+def _is_own(eqn: Equation | None) -> bool:
+    """Whether it belongs to a product of an adapted function, which is adapted again."""
+    while eqn is not None and eqn.params.get("name") != NAME:
+        eqn = eqn.within
+    return eqn is not None
 
 
 @rule("remat2", "checkpoint")
-def _checkpoint(eqn: Any, *operands: Any) -> list[Any]:
+def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     body = jax.checkpoint(
-        lambda *xs: evaluate(p["jaxpr"], *xs, within=eqn),
+        lambda *xs: eqn.evaluate(p["jaxpr"], *xs),
         prevent_cse=p["prevent_cse"],
         policy=p["policy"],
     )
@@ -46,18 +62,21 @@ def _checkpoint(eqn: Any, *operands: Any) -> list[Any]:
 
 
 @rule("cond")
-def _cond(eqn: Any, index: Any, *operands: Any) -> list[Any]:
+def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
     branches = eqn.params["branches"]
-    index = materialize(index, f"the predicate of `cond` at {_compat.source_line(eqn)}")
+    index = formed(index, lambda: f"the predicate of {eqn.where}")
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None and _is_own(eqn):
+        return eqn.evaluate(branches[platforms.index(None)], *operands)
     same = _common([_forwarded(b) for b in branches])
     n = len(branches[0].outvars)
     computed = [i for i in range(n) if i not in same]
 
     def branch(jaxpr: Any) -> Callable[..., list[Any]]:
-        return lambda *xs: _arrays(eqn, [evaluate(jaxpr, *xs, within=eqn)[i] for i in computed])
+        return lambda *xs: eqn.arrays([eqn.evaluate(jaxpr, *xs)[i] for i in computed])
 
     each = [branch(b) for b in branches]
-    if (platforms := eqn.params.get("branches_platforms")) is None:
+    if platforms is None:
         found = lax.switch(index, each, *operands)
     else:
         named = zip(platforms, each, strict=True)
@@ -74,7 +93,7 @@ def _common(maps: list[dict[int, int]]) -> dict[int, int]:
 
 
 @rule("while")
-def _while(eqn: Any, *operands: Any) -> list[Any]:
+def _while(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts = operands[:n_cond]
@@ -83,18 +102,16 @@ def _while(eqn: Any, *operands: Any) -> list[Any]:
     loop = _Loop(eqn, init, {i: s - n_body for i, s in _forwarded(p["body_jaxpr"]).items()})
 
     def cond(state: Any) -> Any:
-        return _arrays(
-            eqn, evaluate(p["cond_jaxpr"], *cond_consts, *loop.carry(state), within=eqn)
-        )[0]
+        return eqn.arrays(eqn.evaluate(p["cond_jaxpr"], *cond_consts, *loop.carry(state)))[0]
 
     def body(state: Any) -> Any:
-        return loop.state(evaluate(p["body_jaxpr"], *body_consts, *loop.carry(state), within=eqn))
+        return loop.state(eqn.evaluate(p["body_jaxpr"], *body_consts, *loop.carry(state)))
 
     return loop.carry(lax.while_loop(cond, body, loop.state(init)))
 
 
 @rule("scan")
-def _scan(eqn: Any, *operands: Any) -> list[Any]:
+def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
     consts, init = operands[:n_consts], list(operands[n_consts : n_consts + n_carry])
@@ -109,13 +126,13 @@ def _scan(eqn: Any, *operands: Any) -> list[Any]:
         if 0 <= (s := forwarded.get(n_carry + i, -1) - n_consts - n_carry) < len(xs)
         and isinstance(xs[s], Weight)
     }
-    stacks = [_unstack(x) for x in xs]
+    stacks = [x.of_slice() if isinstance(x, Weight) else (x, lambda s: s) for x in xs]
 
     def body(state: Any, slices: Any) -> tuple[Any, list[Any]]:
         inside = [rebuild(s) for (_, rebuild), s in zip(stacks, slices, strict=True)]
-        outs = evaluate(jaxpr, *consts, *loop.carry(state), *inside, within=eqn)
+        outs = eqn.evaluate(jaxpr, *consts, *loop.carry(state), *inside)
         ys = [y for i, y in enumerate(outs[n_carry:]) if i not in whole]
-        return loop.state(outs[:n_carry]), _arrays(eqn, ys)
+        return loop.state(outs[:n_carry]), eqn.arrays(ys)
 
     state, ys = lax.scan(
         body,
@@ -129,24 +146,10 @@ def _scan(eqn: Any, *operands: Any) -> list[Any]:
     return loop.carry(state) + [whole[i] if i in whole else next(computed) for i in range(n_ys)]
 
 
-def _unstack(x: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """What to scan over for the operand `x`, and the operand of the body from one slice of it."""
-    if not isinstance(x, Weight):
-        return x, lambda s: s
-    parts = [t.unstack() for t in x.terms]
-
-    def inside(slices: Any) -> Weight:
-        value, arrays = slices
-        terms = iter([rebuild(a) for (_, rebuild), a in zip(parts, arrays, strict=True)])
-        return x.with_terms(value, lambda _: next(terms))
-
-    return (x.value, [arrays for arrays, _ in parts]), inside
-
-
 class _Loop:
     """The carry of a loop: weights that each turn returns as they came stay out of the state."""
 
-    def __init__(self, eqn: Any, init: list[Any], forwarded: Mapping[int, int]) -> None:
+    def __init__(self, eqn: Equation, init: list[Any], forwarded: Mapping[int, int]) -> None:
         self.eqn = eqn
         self.fixed = {
             i: x for i, x in enumerate(init) if isinstance(x, Weight) and forwarded.get(i) == i
@@ -155,7 +158,7 @@ class _Loop:
 
     def state(self, carry: list[Any]) -> list[Any]:
         """The arrays among `carry` that change."""
-        return _arrays(self.eqn, [x for i, x in enumerate(carry) if i not in self.fixed])
+        return self.eqn.arrays([x for i, x in enumerate(carry) if i not in self.fixed])
 
     def carry(self, state: list[Any]) -> list[Any]:
         """The whole carry."""
@@ -164,36 +167,32 @@ class _Loop:
 
 
 @rule("shard_map")
-def _shard_map(eqn: Any, *operands: Any) -> list[Any]:
+def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
-    operands = tuple(
-        _explicitly(x, p["mesh"], spec) for x, spec in zip(operands, p["in_specs"], strict=True)
-    )
-    specs = tuple(
-        x.with_terms(spec, lambda t, spec=spec: t.specs(spec)) if isinstance(x, Weight) else spec
-        for x, spec in zip(operands, p["in_specs"], strict=True)
-    )
+    pairs = list(zip(operands, p["in_specs"], strict=True))
+    # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
+    operands = [
+        x.placed(p["mesh"], spec) if isinstance(x, Weight) and explicit(x.value) else x
+        for x, spec in pairs
+    ]
+    unchecked = frozenset() if p["check_vma"] else frozenset(p["newly_manual_axes"])
+
+    def inner(*xs: Any) -> tuple[Any, ...]:
+        inside = [
+            x.within_shards(spec, unchecked) if isinstance(x, Weight) else x
+            for x, (_, spec) in zip(xs, pairs, strict=True)
+        ]
+        return tuple(eqn.arrays(eqn.evaluate(p["jaxpr"], *inside)))
+
     body = jax.shard_map(
-        lambda *xs: tuple(_arrays(eqn, evaluate(p["jaxpr"], *xs, within=eqn))),
+        inner,
         mesh=p["mesh"],
-        in_specs=specs,
+        in_specs=tuple(x.specs(s) if isinstance(x, Weight) else s for x, s in pairs),
         out_specs=tuple(p["out_specs"]),
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
     return list(body(*operands))
-
-
-def _explicitly(x: Any, mesh: Any, spec: Any) -> Any:
-    """Along explicit mesh axes, A and B must lie as `shard_map` takes them."""
-    if not isinstance(x, Weight) or explicit(x.value) is None:
-        return x
-    return x.with_terms(x.value, lambda t: placed(t, mesh, spec))
-
-
-def _arrays(eqn: Any, xs: list[Any]) -> list[Any]:
-    reason = f"an output of `{eqn.primitive.name}` at {_compat.source_line(eqn)}"
-    return [materialize(x, reason) for x in xs]
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:

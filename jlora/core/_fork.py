@@ -8,13 +8,13 @@ what it adds comes after the sum of the others: one reduction of the activation'
 an adapter.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from . import _compat
+from .. import _compat
 
 
 class Forked(NamedTuple):
@@ -49,35 +49,23 @@ def _twice(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 _twice.defvjp(lambda x: ((x, x), None), lambda _, g: (g[0] + g[1],))
 
 
-class Uses(NamedTuple):
-    """What a primitive does with a weight, as far as `shared` has to know.
-
-    Attributes:
-        product: whether it multiplies a weight with an activation.
-        calls: its parameter that holds a jaxpr which is evaluated in its place, if any.
-    """
-
-    product: bool = False
-    calls: str | None = None
-
-
-def shared(jaxpr: Any, weights: Iterable[bool], uses: Callable[[str], Uses]) -> set[Any]:
+def shared(jaxpr: Any, weights: Iterable[bool], rules: Mapping[str, Any]) -> set[Any]:
     """The variables of `jaxpr` that it uses several times, one of them with an adapted weight.
 
     Args:
         jaxpr: to be evaluated.
         weights: for each input, whether it is an adapted weight.
-        uses: what the primitive of a name does.
+        rules: the rule of each primitive, which says whether it `multiplies` and what it `calls`.
     """
     count: dict[Any, int] = {}
     for eqn in jaxpr.eqns:
         for v in _variables(eqn.invars):
             count[v] = count.get(v, 0) + 1
-    return {v for v in _multiplied(jaxpr, weights, uses)[0] if count[v] > 1}
+    return {v for v in _multiplied(jaxpr, weights, rules)[0] if count[v] > 1}
 
 
 def _multiplied(
-    jaxpr: Any, weights: Iterable[bool], uses: Callable[[str], Uses]
+    jaxpr: Any, weights: Iterable[bool], rules: Mapping[str, Any]
 ) -> tuple[set[Any], list[bool]]:
     """The variables that are multiplied with a weight, and which outputs are weights again."""
     heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
@@ -85,13 +73,13 @@ def _multiplied(
     for eqn in jaxpr.eqns:
         if heavy.isdisjoint(_variables(eqn.invars)):
             continue
-        use = uses(eqn.primitive.name)
+        rule = rules.get(eqn.primitive.name)
         flags = [not _compat.is_literal(v) and v in heavy for v in eqn.invars]
-        if use.product:
+        if rule is not None and rule.multiplies:
             found.update(v for v in _variables(eqn.invars) if v not in heavy)
-        elif use.calls is not None:
-            inner = eqn.params[use.calls]
-            multiplied, outs = _multiplied(inner, flags, uses)
+        elif rule is not None and rule.calls is not None:
+            inner = eqn.params[rule.calls]
+            multiplied, outs = _multiplied(inner, flags, rules)
             pairs = zip(eqn.invars, inner.invars, strict=True)
             found.update(v for v, i in pairs if i in multiplied and not _compat.is_literal(v))
             heavy.update(v for v, is_weight in zip(eqn.outvars, outs, strict=True) if is_weight)

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-from ._tree import is_low_rank, leaves_by_path
-from ._types import Path, PyTree
+from .._tree import leaves_by_path
+from .._types import Path, PyTree
+from ..adapters import is_node
 
 Place = PartitionSpec | Sharding
 
@@ -23,10 +24,10 @@ def places_of(base: PyTree) -> dict[Path, Any]:
     """A PartitionSpec, a sharding or an `Unknown` by path."""
 
     def is_leaf(x: Any) -> bool:
-        return x is None or is_low_rank(x) or _is_annotated(x)
+        return x is None or is_node(x) or _is_annotated(x)
 
     leaves = jax.tree.leaves(base, is_leaf=is_leaf)
-    if any(map(is_low_rank, leaves)):
+    if any(map(is_node, leaves)):
         raise TypeError(
             "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
             "and `adapter` swapped?"

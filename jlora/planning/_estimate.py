@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import _compat
+from .. import _compat
 
 Size = Callable[[Any], int]
 

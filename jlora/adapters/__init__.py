@@ -1,0 +1,25 @@
+"""Methods of adaptation, a file each. Imports the core, the rules, the initializers and the types.
+
+To add one, see `_method`: a rule, a node, and a `register`.
+"""
+
+from . import _low_rank  # noqa: F401 - it registers itself
+from ._low_rank import LoRA as LoRA
+from ._low_rank import LowRank as LowRank
+from ._low_rank import factor_shapes as factor_shapes
+from ._low_rank import low_rank_axes as low_rank_axes
+from ._low_rank import without_slots as without_slots
+from ._method import METHODS as METHODS
+from ._method import Method as Method
+from ._method import arrays as arrays
+from ._method import factor as factor
+from ._method import is_node as is_node
+from ._method import is_rule as is_rule
+from ._method import lengths as lengths
+from ._method import method_of as method_of
+from ._method import misfit as misfit
+from ._method import register as register
+from ._method import static as static
+from ._method import trainable as trainable
+from ._method import trained as trained
+from ._method import weight_shape as weight_shape

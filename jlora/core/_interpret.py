@@ -1,0 +1,181 @@
+"""The loop that evaluates a jaxpr with weights in it, and the registry of its rules.
+
+No primitive is named here. Equations that no `Weight` reaches are bound as they are; the others
+go to the rule of their primitive. Where there is none, or the rule finds no factored form, W + ΔW
+is formed if the user allowed it, and else it is an error.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from .. import _compat
+from ._axes import Unfactorable
+from ._fork import aside, fork, main, shared
+from ._weight import Weight
+
+
+class Rule(NamedTuple):
+    """How the equations of a primitive are evaluated.
+
+    Attributes:
+        function: `(equation, *operands) -> outputs`.
+        multiplies: whether it multiplies a weight with an activation.
+        calls: its parameter that holds a jaxpr which is evaluated in its place, if any.
+    """
+
+    function: Callable[..., Any]
+    multiplies: bool = False
+    calls: str | None = None
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*primitives: str, **fields: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers `f(eqn: Equation, *operands) -> outputs` for primitives, given by name.
+
+    At least one operand is a `Weight`. Outputs are a list, or one value for a primitive of one
+    result. A rule raises `Unfactorable` where the result has no factored form.
+    """
+
+    def register(f: Callable[..., Any]) -> Callable[..., Any]:
+        RULES.update(dict.fromkeys(primitives, Rule(f, **fields)))
+        return f
+
+    return register
+
+
+class Equation:
+    """One equation of a jaxpr, as its rule gets it.
+
+    Attributes:
+        params: the parameters of its primitive.
+        operands: arrays and weights.
+        forked: the operands, with what the low-rank path sees of them beside.
+        within: the equation whose jaxpr this one belongs to, if any.
+    """
+
+    def __init__(self, eqn: Any, operands: Sequence[Any], within: "Equation | None"):
+        """Of `operands` that may be forked."""
+        self._eqn, self.forked = eqn, operands
+        self.params, self.within = eqn.params, within
+        self.operands = [main(x) for x in operands]
+
+    @property
+    def name(self) -> str:
+        """The name of its primitive."""
+        return self._eqn.primitive.name
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The types of its outputs."""
+        return [v.aval for v in self._eqn.outvars]
+
+    @functools.cached_property
+    def where(self) -> str:
+        """Its primitive, and the user's line of it or of the equation around it."""
+        around: Equation | None = self
+        while around is not None and (line := _compat.source_line(around._eqn)) is None:
+            around = around.within
+        return f"`{self.name}` at {'an unknown line' if around is None else line}"
+
+    def bind(self, *values: Any) -> Any:
+        """What its primitive, as it is, makes of `values`."""
+        outs = _compat.bind(self._eqn, *values)
+        return outs if self._eqn.primitive.multiple_results else outs[0]
+
+    def aside(self, i: int) -> Any:
+        """Operand `i` as the low-rank path sees it."""
+        return aside(self.forked[i])
+
+    def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
+        """The outputs of a jaxpr among its parameters."""
+        return evaluate(jaxpr, *operands, within=self)
+
+    def arrays(self, xs: Sequence[Any]) -> list[Any]:
+        """`xs` without weights, as outputs that leave an inner jaxpr."""
+        return [formed(x, lambda: f"an output of {self.where}") for x in xs]
+
+
+def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any]:
+    """Evaluates `jaxpr` at `args`, each an array, forked or not, or a `Weight`.
+
+    `within` is the equation that `jaxpr` belongs to, if any.
+    """
+    env: dict[Any, Any] = {}
+    twice = shared(jaxpr, [isinstance(x, Weight) for x in args], RULES)
+
+    def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
+        for v, x in zip(variables, values, strict=True):
+            env[v] = fork(x) if v in twice and not isinstance(x, Weight) else x
+
+    def read(atom: Any) -> Any:
+        return atom.val if _compat.is_literal(atom) else env[atom]
+
+    write(jaxpr.constvars, _compat.consts(jaxpr))
+    write(jaxpr.invars, args)
+    for eqn, last in _live(jaxpr):
+        operands = [read(atom) for atom in eqn.invars]
+        with _compat.context(eqn):
+            outs = _apply(eqn, operands, within)
+        write(eqn.outvars, outs)
+        for var in last:
+            del env[var]
+    return [main(read(atom)) for atom in jaxpr.outvars]
+
+
+def _apply(eqn: Any, operands: list[Any], within: Equation | None) -> Sequence[Any]:
+    if not any(isinstance(x, Weight) for x in operands):
+        return _compat.bind(eqn, *map(main, operands))
+    equation, found = Equation(eqn, operands, within), RULES.get(eqn.primitive.name)
+    try:
+        if found is None:
+            raise Unfactorable
+        outs = found.function(equation, *equation.operands)
+        return outs if eqn.primitive.multiple_results else [outs]
+    except Unfactorable as e:
+        reason = functools.partial(_reason, equation, e)
+        arrays = [formed(x, reason, e.added) for x in equation.operands]
+    return _compat.bind(eqn, *arrays)
+
+
+def _reason(eqn: Equation, e: Unfactorable) -> str:
+    return f"{eqn.where}, where {e}" if e.args else eqn.where
+
+
+def formed(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
+    """W + ΔW where `x` is a `Weight` whose rule allows it or one row; `x` where it is an array.
+
+    While sites are searched it is W, and the use is written down.
+
+    Args:
+        x: a weight or an array.
+        reason: gives what stands in the way.
+        added: whether it is added to an activation.
+    """
+    if not isinstance(x, Weight):
+        return x
+    if x.source.uses is not None:
+        x.source.uses.other(x, reason(), added)
+        return x.value
+    if not x.source.materialize and not x.is_row:
+        raise NotImplementedError(
+            f"the weight {' + '.join(x.source.paths)!r} reaches {reason()}, for which there is no "
+            "factored form of W + s·A·B. Leave the weight out of the rules, or let W + ΔW be "
+            "formed there with LoRA(..., materialize=True): exact, but at full memory and time."
+        )
+    return x.formed(reason())
+
+
+def _live(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
+    """The equations that the outputs or an effect need, each with the variables last used there."""
+    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if not (eqn.effects or needed.intersection(eqn.outvars)):
+            continue
+        used = {v for v in eqn.invars if not _compat.is_literal(v)}
+        live.append((eqn, [v for v in used if v not in needed]))
+        needed |= used
+    return live[::-1]

@@ -1,0 +1,356 @@
+"""Primitives that multiply with a weight: the product with W, plus that with the factors of ΔW."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._axes import RANK, Axis, Factor, Unfactorable, new_names
+from ._cpu import plan, rounds
+from ._explicit import explicit
+from ._interpret import Equation, rule
+from ._product import Spec, letters, lowrank, promote
+from ._summed import summed
+from ._weight import Delta, Weight, value_of
+
+_OTHER = Axis(-2)  # of an activation, not of the weight
+
+
+class Roles(NamedTuple):
+    """The axes of W that a product batches, contracts and keeps."""
+
+    stack: tuple[Axis, ...]
+    inputs: tuple[Axis, ...]
+    outputs: tuple[Axis, ...]
+
+
+def _plus_deltas(
+    out: jax.Array, w: Weight, kind: str, roles: Roles, product: Callable[[Delta], jax.Array]
+) -> jax.Array:
+    """`out`, the product with W, plus that with each delta."""
+    if w.source.uses is not None:
+        w.source.uses.product(w, kind, roles)
+    for delta in w.change.deltas:
+        out = out + product(delta).astype(out.dtype)
+    return out
+
+
+def _gains(w: Weight, roles: Roles) -> tuple[Factor | None, Factor | None]:
+    """The gain, as one of the activations that come in, or of those that go out."""
+    g = w.change.gain
+    if g is None or not set(g.axes) & set(roles.inputs):
+        return None, g
+    if set(g.axes) & set(roles.outputs):
+        raise Unfactorable("its gain has axes of the inputs and of the outputs")
+    return g, None
+
+
+def _times(x: jax.Array, gain: Factor | None, array: Callable[[Factor], jax.Array]) -> jax.Array:
+    """`x` times the gain, whose `array` has the axes of `x`."""
+    if gain is None:
+        return x
+    wide = promote(x.dtype, gain.value.dtype)
+    return (x.astype(wide) * array(gain).astype(wide)).astype(x.dtype)
+
+
+@rule("dot_general", multiplies=True)
+def _dot_general(eqn: Equation, x: Any, y: Any) -> jax.Array:
+    (x_contracted, y_contracted), (x_batch, y_batch) = eqn.params["dimension_numbers"]
+    # One letter an axis; those that meet share it. Example: x (b, t, i) · w (i, o), contracted
+    # over i, is x_axes = "abc", y_axes = "ce", out_axes = "abe".
+    x_rank, y_rank = (jnp.ndim(value_of(z)) for z in (x, y))
+    names = letters(x_rank + y_rank)
+    x_axes, y_list = names[:x_rank], list(names[x_rank:])
+    for i, j in zip((*x_batch, *x_contracted), (*y_batch, *y_contracted), strict=True):
+        y_list[j] = x_axes[i]
+    y_axes = "".join(y_list)
+    batch = [x_axes[i] for i in x_batch]
+    summed = [x_axes[i] for i in x_contracted]
+    out_axes = "".join([*batch, *(c for c in x_axes + y_axes if c not in batch + summed)])
+    if not isinstance(x, Weight):
+        product = _Contraction(eqn, y, y_axes, x_axes, out_axes, _roles(y, y_batch, y_contracted))
+        return product.changed(eqn.bind, x, eqn.aside(0))
+    product = _Contraction(eqn, x, x_axes, y_axes, out_axes, _roles(x, x_batch, x_contracted))
+    if not isinstance(y, Weight):
+        return product.changed(lambda y, x: eqn.bind(x, y), y, eqn.aside(1))
+    if x.change.gain is not None or y.change.gain is not None:
+        raise Unfactorable("two adapted weights are multiplied, one of them with a gain")
+    other = _Contraction(eqn, y, y_axes, x_axes, out_axes, _roles(y, y_batch, y_contracted))
+    out = product.plus_deltas(eqn.bind(x.value, y.value), y.value)
+    return _plus_both(other.plus_deltas(out, x.value), product, other)
+
+
+def _roles(w: Weight, batch: Sequence[int], contracted: Sequence[int]) -> Roles:
+    kept = [d for d in range(len(w.axes)) if d not in batch and d not in contracted]
+    return Roles(*(tuple(w.axes[d] for d in dims) for dims in (batch, contracted, kept)))
+
+
+class _Contraction:
+    """A contraction of an activation z with the weight w to y: a letter for each axis."""
+
+    def __init__(self, eqn: Equation, w: Weight, w_axes: str, z: str, y: str, roles: Roles):
+        self.w, self.w_axes, self.z, self.y, self.roles = w, w_axes, z, y, roles
+        self.letters = dict(zip(w.axes, w_axes, strict=True)) | {RANK: "Z"}
+        self.precision, self.aval = eqn.params["precision"], eqn.outputs[0]
+
+    def changed(self, dot: Callable[..., Any], z: jax.Array, aside: jax.Array) -> jax.Array:
+        """The product of `z`, and of it `aside`, with the changed weight."""
+        before, after = _gains(self.w, self.roles)
+        z, aside = (_times(x, before, lambda g: self.along(self.z, g)) for x in (z, aside))
+        if self.is_summed(z):
+            [delta] = self.w.change.deltas
+            spec, p, q = self.spec(delta, z.dtype)
+            out = summed(spec, z, self.w.value, p, q)
+        else:
+            out = self.plus_deltas(dot(z, self.w.value), aside)
+        return _times(out, after, lambda g: self.along(self.y, g))
+
+    def plus_deltas(self, out: jax.Array, z: jax.Array) -> jax.Array:
+        """`out`, the product with W, plus what the deltas add to it."""
+        dtype = promote(z.dtype, self.w.value.dtype)
+
+        def product(delta: Delta) -> jax.Array:
+            spec, p, q = self.spec(delta, dtype)
+            return lowrank(spec, delta.drop(z).astype(dtype), p, q)
+
+        return _plus_deltas(out, self.w, "dense", self.roles, product)
+
+    def is_summed(self, z: jax.Array) -> bool:
+        """Whether W + ΔW may be formed for a CPU: there is one ΔW, and nothing rounds the sum."""
+        same = z.dtype == self.w.value.dtype == self.aval.dtype
+        if len(self.w.change.deltas) != 1 or not same or rounds(self.precision):
+            return False
+        [delta], roles = self.w.change.deltas, self.roles
+        first, second = delta.by_order(roles.inputs)
+        mixed = set(second.axes) & set(roles.inputs) or set(first.axes) & set(roles.outputs)
+        if delta.key is not None or mixed:
+            return False
+        length = dict(zip(self.w.axes, self.w.shape, strict=True))
+        stack, inputs, outputs = (math.prod(length[a] for a in axes) for axes in roles)
+        tokens = z.size // max(1, stack * inputs)
+        return plan(tokens, inputs, outputs, first.length(RANK), z.dtype) == "summed"
+
+    def spec(self, delta: Delta, dtype: Any) -> tuple[Spec, jax.Array, jax.Array]:
+        """The letters of a product, and the two factors in the order in which they are used."""
+        p, q = _complete(delta, self.w, self.roles)
+        how = (delta.scale, self.aval.dtype, self.precision, explicit(self.aval))
+        axes = (self.z, self.w_axes, p.label(self.letters), q.label(self.letters), self.y)
+        return Spec(*axes, *how), p.value.astype(dtype), q.value.astype(dtype)
+
+    def along(self, axes: str, factor: Factor) -> jax.Array:
+        """The array of `factor` along `axes`, given by their letters."""
+        named = {letter: axis for axis, letter in self.letters.items()}
+        return factor.arranged([named.get(c, _OTHER) for c in axes])
+
+
+def _complete(delta: Delta, w: Weight, roles: Roles) -> tuple[Factor, Factor]:
+    """The factors in the order of a product, along all inputs and outputs of W."""
+    p, q = delta.by_order(roles.inputs)
+    for axis, length in zip(w.axes, w.shape, strict=True):
+        if axis not in (*p.axes, *q.axes):
+            if axis in roles.inputs:
+                p = p.repeated(axis, length)
+            elif axis in roles.outputs:
+                q = q.repeated(axis, length)
+    return p, q
+
+
+def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
+    """Adds Δx·Δy where two adapted weights are multiplied with each other."""
+    y_letters = y.letters | {RANK: "Y"}
+    for s in x.w.change.deltas:
+        for t in y.w.change.deltas:
+            factors = [(f, x.letters) for f in _complete(s, x.w, x.roles)]
+            factors += [(f, y_letters) for f in _complete(t, y.w, y.roles)]
+            spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y
+            values = [f.value.astype(out.dtype) for f, _ in factors]
+            cross = jnp.einsum(spec, *values, optimize="optimal", precision=x.precision)
+            out = out + jnp.asarray(s.scale * t.scale, out.dtype) * cross
+    return out
+
+
+@rule("ragged_dot_general", multiplies=True)
+def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -> jax.Array:
+    p = eqn.params
+    numbers = p["ragged_dot_dimension_numbers"]
+    (x_contracted, contracted), batch = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    rows = tuple(numbers.lhs_ragged_dimensions)
+    if isinstance(x, Weight) or len(w.shape) != 3 or (rows, tuple(x_contracted)) != ((0,), (1,)):
+        raise Unfactorable("the groups are not rows of a matrix")
+    if len(groups) != 1 or len(contracted) != 1 or tuple(batch) != ((), ()):
+        raise Unfactorable("the weight is not one matrix a group")
+    [outer] = {0, 1, 2} - {groups[0], contracted[0]}
+    group, inner, outer = (w.axes[d] for d in (groups[0], contracted[0], outer))
+    roles = Roles((group,), (inner,), (outer,))
+    dtype = promote(x.dtype, w.value.dtype)
+
+    def ragged(z: jax.Array, f: Factor, *axes: Axis) -> jax.Array:
+        value = f.arranged((group, *axes))
+        value = jnp.broadcast_to(value, (len(group_sizes), *value.shape[1:]))
+        how = {"precision": p["precision"], "group_offset": p["group_offset"]}
+        return lax.ragged_dot(z, value.astype(dtype), group_sizes, **how)
+
+    def product(delta: Delta) -> jax.Array:
+        first, second = delta.by_order((inner,))
+        if inner in second.axes or outer in first.axes:
+            raise Unfactorable("its inputs and outputs are mixed")
+        h = ragged(delta.drop(aside.astype(dtype)), first, inner, RANK)
+        return ragged(delta.scale * h, second, RANK, outer)
+
+    def gain(g: Factor) -> jax.Array:
+        rest = inner if before is not None else outer
+        if group not in g.axes:
+            return g.arranged((_OTHER, rest))
+        return jnp.repeat(g.arranged((group, rest)), group_sizes, 0, total_repeat_length=len(x))
+
+    before, after = _gains(w, roles)
+    z, aside = (_times(z, before, gain) for z in (x, eqn.aside(0)))
+    out = _plus_deltas(eqn.bind(z, w.value, group_sizes), w, "dense", roles, product)
+    return _times(out, after, gain)
+
+
+@rule("conv_general_dilated", multiplies=True)
+def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
+    p, numbers = eqn.params, eqn.params["dimension_numbers"]
+    if not isinstance(w, Weight) or isinstance(x, Weight):
+        raise Unfactorable("the weight is not the kernel")
+    out_dim, in_dim, *spatial = numbers.rhs_spec
+    groups, batches = p["feature_group_count"], p["batch_group_count"]
+    lengths = dict(zip(w.axes, w.shape, strict=True))
+    out_axis, inputs = w.axes[out_dim], tuple(w.axes[d] for d in (*sorted(spatial), in_dim))
+    roles = Roles((), inputs, (out_axis,))
+    dtype, how = promote(x.dtype, w.value.dtype), {"precision": p["precision"]}
+    order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+
+    def product(delta: Delta) -> jax.Array:
+        a, b = delta.by_order(inputs)
+        if out_axis in a.axes or set(inputs) & set(b.axes):
+            raise Unfactorable("its inputs and outputs are mixed")
+        if any(axis not in a.axes and lengths[axis] > 1 for axis in inputs):
+            raise Unfactorable("it is repeated")
+        # A is a kernel with r outputs, the same for every group; B is a product over them.
+        kernel = a.arranged([RANK if axis == out_axis else axis for axis in w.axes])
+        kernel = jnp.concatenate([kernel.astype(dtype)] * groups, out_dim)
+        window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
+        z = delta.drop(aside.astype(dtype))
+        h = lax.conv_general_dilated(z, kernel, *window, numbers, groups, **how)
+        h = delta.scale * h.transpose(order)  # (batch, *spatial, groups * r)
+        b = b.arranged((RANK, out_axis)).astype(dtype)
+        rank, outputs, parts = len(b), lengths[out_axis], groups * batches
+        b = jnp.broadcast_to(b, (rank, outputs)).reshape(rank, batches, groups, outputs // parts)
+        h = h.reshape(batches, h.shape[0] // batches, *h.shape[1:-1], groups, rank)
+        y = jnp.einsum("bn...gr,rbgo->n...bgo", h, b, **how)
+        return y.reshape(*y.shape[:-3], outputs).transpose(np.argsort(order))
+
+    def gain(g: Factor) -> jax.Array:
+        inner = before is not None
+        axis, at = (w.axes[in_dim], numbers.lhs_spec[1]) if inner else (out_axis, order[-1])
+        if set(g.axes) != {axis} or (inner and groups > 1):
+            raise Unfactorable("its gain differs within the window or between groups")
+        return g.arranged([axis if d == at else _OTHER for d in range(x.ndim)])
+
+    before, after = _gains(w, roles)
+    z, aside = (_times(z, before, gain) for z in (x, eqn.aside(0)))
+    return _times(_plus_deltas(eqn.bind(z, w.value), w, "conv", roles, product), after, gain)
+
+
+@rule("gather", multiplies=True)
+def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
+    found = _Lookup(eqn, w, indices)
+    out = eqn.bind(w.value, indices)
+    moved = w.replace(out, w.change.map(found.rows), axes=found.axes).with_picked(found.picked)
+    if found.is_weight(w):
+        return moved.unsteady()
+
+    def product(delta: Delta, rows: Delta) -> jax.Array:
+        if any(axis in delta.a.axes and axis in delta.b.axes for axis in found.picked):
+            raise Unfactorable("rows and stacked matrices are looked up at once")
+        value = delta.scale * dataclasses.replace(rows, scale=1.0, key=None).formed(
+            found.axes, out.dtype
+        )
+        if delta.key is None:
+            return value
+        # A row that is looked up is an input of A that is 1: dropout keeps it or not.
+        lengths = [n for axis, n in zip(found.axes, out.shape, strict=True) if axis in found.batch]
+        keep = Factor(delta.drop(jnp.ones(lengths, value.dtype)), found.batch)
+        return value * keep.arranged(found.axes)
+
+    by_delta = dict(zip(map(id, w.change.deltas), moved.change.deltas, strict=True))
+    out = _plus_deltas(out, w, "embed", found.roles, lambda d: product(d, by_delta[id(d)]))
+    return _times(out, moved.change.gain, lambda g: g.arranged(found.axes))
+
+
+class _Lookup:
+    """Rows of a weight, looked up by an array of indices.
+
+    Attributes:
+        picked: the axes of the weight along which one place is looked up.
+        roles: those, and the axes that are taken whole.
+        axes: the axes of the result.
+        batch: those of them that are axes of the indices.
+    """
+
+    def __init__(self, eqn: Equation, w: Any, indices: Any):
+        """`Unfactorable` if it is not whole rows of a weight."""
+        self.params, self.indices = eqn.params, indices
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        if not isinstance(w, Weight) or numbers.operand_batching_dims:
+            raise Unfactorable("an index is a weight, or rows of several arrays are looked up")
+        self.index_of = {w.axes[d]: i for i, d in enumerate(numbers.start_index_map)}
+        by_axis = dict(zip(w.axes, sizes, strict=True))
+        lengths = dict(zip(w.axes, w.shape, strict=True))
+        whole = tuple(a for a in w.axes if by_axis[a] == lengths[a] and not self.fills(a))
+        self.picked = tuple(a for a in w.axes if a not in whole)
+        if any(by_axis[a] != 1 or a not in self.index_of for a in self.picked):
+            raise Unfactorable("more than whole rows of the weight are looked up")
+        self.roles = Roles((), self.picked, whole)
+        names = new_names(w.axes)
+        kept = [a for d, a in enumerate(w.axes) if d not in numbers.collapsed_slice_dims]
+        offset = dict(zip(numbers.offset_dims, kept, strict=True))
+        leaf = frozenset().union(*(a.leaf for a in self.picked))
+        axes = []
+        for i in range(len(kept) + indices.ndim - 1):
+            axis = offset.get(i)
+            axes.append(axis if axis in whole else Axis(next(names), frozenset() if axis else leaf))
+        self.axes = tuple(axes)
+        self.batch = tuple(a for i, a in enumerate(axes) if i not in offset)
+
+    def fills(self, axis: Axis) -> bool:
+        """Whether an index along `axis` may be out of bounds, so that the row is filled."""
+        mode = self.params["mode"]
+        return axis in self.index_of and mode == lax.GatherScatterMode.FILL_OR_DROP
+
+    def is_weight(self, w: Weight) -> bool:
+        """Whether the result is a weight again: a row of a stack is a matrix, of a matrix none."""
+        if not w.change.deltas:
+            return len(self.roles.outputs) >= 2
+        lengths = dict(zip(w.axes, w.shape, strict=True))
+        stack = [axis for axis in self.picked if lengths[axis] > 1]
+        return all(a in d.a.axes and a in d.b.axes for a in stack for d in w.change.deltas)
+
+    def rows(self, f: Factor) -> Factor:
+        """The rows of a factor."""
+        mine = [a for a in self.picked if a in f.axes]
+        if not mine:
+            return f
+        f = f.to_front(mine)
+        n, at = len(self.batch), tuple(range(len(mine)))
+        value = lax.gather(
+            f.value,
+            self.indices[..., jnp.asarray([self.index_of[a] for a in mine])],
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(n, n + len(f.axes) - len(mine))),
+                collapsed_slice_dims=at,
+                start_index_map=at,
+            ),
+            slice_sizes=(*(1 for _ in mine), *f.value.shape[len(mine) :]),
+            mode=self.params["mode"],
+            fill_value=None if self.params["fill_value"] is None else 0,
+        )
+        return f.replace(value, (*self.batch, *f.axes[len(mine) :]))

@@ -1,0 +1,295 @@
+"""Primitives that move or scale a weight: the factors follow it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import _compat
+from ._axes import REPEATED, Axis, Factor, Unfactorable, new_names
+from ._interpret import Equation, rule
+from ._product import promote
+from ._weight import Change, Weight, is_factor, value_of
+
+# ---------------------------------------------------------------- element for element, as it is
+
+
+@rule("copy", "copy_p", "device_put", "name", "optimization_barrier", "sharding_constraint")
+def _same(eqn: Equation, *operands: Any) -> Any:
+    outs = eqn.bind(*map(value_of, operands))
+    if not isinstance(outs, list):
+        return operands[0].replace(outs)
+    return [
+        x.replace(out) if isinstance(x, Weight) else out
+        for x, out in zip(operands, outs, strict=True)
+    ]
+
+
+@rule("reshard")
+def _reshard(eqn: Equation, w: Weight) -> Weight:
+    # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
+    old, new = jax.typeof(w.value).sharding, eqn.params["dst_sharding"]
+    if old.mesh.axis_types != new.mesh.axis_types:
+        w = w.placed(new.mesh, new.spec)
+    return w.replace(eqn.bind(w.value))
+
+
+@rule("convert_element_type")
+def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
+    # A and B keep their dtype until the product, which takes that of its operands.
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+        raise Unfactorable(f"it is converted to {eqn.params['new_dtype']}")
+    return w.replace(eqn.bind(w.value))
+
+
+@rule("stop_gradient", "pvary", "pcast")
+def _each(eqn: Equation, w: Weight) -> Weight:
+    gain = w.change.gain and w.change.gain.replace(eqn.bind(w.change.gain.value))
+    change = w.change.map_factors(lambda f: f.replace(eqn.bind(f.value)))
+    return w.replace(eqn.bind(w.value), Change(change.deltas, gain))
+
+
+@rule("neg")
+def _neg(eqn: Equation, w: Weight) -> Weight:
+    return w.scaled(eqn.bind(w.value), jnp.asarray(-1))
+
+
+@rule("mul")
+def _mul(eqn: Equation, x: Any, y: Any) -> Weight:
+    w, scalar = (x, _scalar(y)) if isinstance(x, Weight) else (y, _scalar(x))
+    return w.scaled(eqn.bind(value_of(x), value_of(y)), scalar)
+
+
+@rule("div")
+def _div(eqn: Equation, x: Any, y: Any) -> Weight:
+    if not isinstance(x, Weight):
+        raise Unfactorable("the weight divides")
+    return x.scaled(eqn.bind(x.value, y), 1 / _scalar(y))
+
+
+def _scalar(x: Any) -> jax.Array:
+    if isinstance(x, Weight) or jnp.size(x) != 1:
+        raise Unfactorable("it is scaled by more than a scalar")
+    return jnp.reshape(x, ())
+
+
+@rule("add", "add_any", "sub")
+def _add(eqn: Equation, x: Any, y: Any) -> Weight:
+    raise Unfactorable("it is added to an activation", added=True)
+
+
+# --------------------------------------------------------------------------------- axes move
+
+
+@rule("transpose")
+def _transpose(eqn: Equation, w: Weight) -> Weight:
+    return w.moved(eqn.bind(w.value), [w.axes[i] for i in eqn.params["permutation"]])
+
+
+@rule("squeeze")
+def _squeeze(eqn: Equation, w: Weight) -> Weight:
+    lost = {d % len(w.shape) for d in eqn.params["dimensions"]}
+    return w.moved(eqn.bind(w.value), [a for d, a in enumerate(w.axes) if d not in lost])
+
+
+@rule("broadcast_in_dim")
+def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
+    if dynamic:
+        raise Unfactorable("its new shape is dynamic")
+    old_axis = dict(zip(eqn.params["broadcast_dimensions"], range(len(w.shape)), strict=True))
+    names, axes = new_names(w.axes), []
+    for new, length in enumerate(eqn.params["shape"]):
+        old = old_axis.get(new)
+        if old is not None and w.shape[old] == length:
+            axes.append(w.axes[old])
+        else:
+            axes.append(Axis(next(names), frozenset({REPEATED} if length > 1 else ())))
+    return w.moved(eqn.bind(w.value), axes)
+
+
+@rule("reshape")
+def _reshape(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
+    if dynamic or eqn.params["dimensions"] is not None:
+        raise Unfactorable("the reshape is dynamic or permuted")
+    return w.reshaped(eqn.bind(w.value))
+
+
+@rule("rev")
+def _rev(eqn: Equation, w: Weight) -> Weight:
+    flip = {w.axes[d]: lambda x, i: lax.rev(x, (i,)) for d in eqn.params["dimensions"]}
+    return w.along(eqn.bind(w.value), flip)
+
+
+@rule("slice")
+def _slice(eqn: Equation, w: Weight) -> Weight:
+    p = eqn.params
+    strides = p["strides"] or (1,) * len(w.shape)
+    bounds = zip(w.axes, p["start_indices"], p["limit_indices"], strides, strict=True)
+    cut = {axis: tuple(b) for axis, *b in bounds}
+    whole = {a: (0, n, 1) for a, n in zip(w.axes, w.shape, strict=True)}
+    return w.along(
+        eqn.bind(w.value), {a: _cut(*bound) for a, bound in cut.items() if bound != whole[a]}
+    )
+
+
+def _cut(start: int, stop: int, stride: int = 1) -> Callable[[jax.Array, int], jax.Array]:
+    return lambda x, i: lax.slice_in_dim(x, start, stop, stride, i)
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
+    def along(start: jax.Array, size: int) -> Callable[[jax.Array, int], jax.Array]:
+        return lambda x, i: lax.dynamic_slice_in_dim(x, start, size, i)
+
+    sizes = zip(w.axes, starts, eqn.params["slice_sizes"], w.shape, strict=True)
+    cut = {axis: (start, size) for axis, start, size, length in sizes if size != length}
+    moved = w.along(eqn.bind(w.value, *starts), {a: along(*c) for a, c in cut.items()})
+    if not all(_compat.is_concrete(start) for start, _ in cut.values()):
+        moved = moved.unsteady()
+    return moved.with_picked([a for a, (_, size) in cut.items() if size == 1])
+
+
+@rule("split")
+def _split(eqn: Equation, w: Weight) -> list[Weight]:
+    outs, start, axis = [], 0, w.axes[eqn.params["axis"]]
+    for value, size in zip(eqn.bind(w.value), map(int, eqn.params["sizes"]), strict=True):
+        outs.append(w.along(value, {axis: _cut(start, start + size)}))
+        start += size
+    return outs
+
+
+@rule("unstack")
+def _unstack(eqn: Equation, w: Weight) -> list[Weight]:
+    axis = w.axes[eqn.params["axis"]]
+    rest = [a for a in w.axes if a != axis]
+    return [
+        w.along(value, {axis: _cut(i, i + 1)}).moved(value, rest)
+        for i, value in enumerate(eqn.bind(w.value))
+    ]
+
+
+@rule("pad")
+def _pad(eqn: Equation, w: Weight, fill: Any) -> Weight:
+    if isinstance(fill, Weight):
+        raise Unfactorable("the weight is a padding value")
+    return w.padded(eqn.bind(w.value, fill), eqn.params["padding_config"])
+
+
+@rule("all_gather")
+def _all_gather(eqn: Equation, w: Weight) -> Weight:
+    p = eqn.params
+    if not p["tiled"] or p["axis_index_groups"] is not None:
+        raise Unfactorable("it is gathered along a new axis or in groups")
+    gathered = w.axes[p["all_gather_dimension"]]
+    over = {p["axis_name"]} if isinstance(p["axis_name"], str) else set(p["axis_name"])
+
+    def gather(f: Factor) -> Factor:
+        if gathered in f.axes:
+            return f.along({gathered: gather_along})
+        if over & (f.varying | _compat.varying(f.value)):
+            raise Unfactorable(
+                "A or B may vary over the mesh axis of the gather, but has not the axis that is "
+                "gathered; with shard_map(check_vma=True) it is known whether it does"
+            )
+        return f
+
+    def gather_along(x: jax.Array, i: int) -> jax.Array:
+        return lax.all_gather(x, p["axis_name"], axis=i, tiled=True)
+
+    return w.replace(eqn.bind(w.value), w.change.map(gather))
+
+
+# ------------------------------------------------------------------------------ weights are joined
+
+
+@rule("concatenate")
+def _concatenate(eqn: Equation, *parts: Any) -> Weight:
+    return _join(eqn.bind(*map(value_of, parts)), parts, eqn.params["dimension"])
+
+
+@rule("stack")
+def _stack(eqn: Equation, *parts: Any) -> Weight:
+    axis = eqn.params["axis"]
+
+    def expand(x: Any) -> Any:
+        value = jnp.expand_dims(value_of(x), axis)
+        if not isinstance(x, Weight):
+            return value
+        added = Axis(next(new_names(x.axes)))
+        return x.moved(value, [*x.axes[:axis], added, *x.axes[axis:]])
+
+    return _join(eqn.bind(*map(value_of, parts)), [expand(x) for x in parts], axis)
+
+
+def _join(value: Any, parts: Sequence[Any], dim: int) -> Weight:
+    weights = [p for p in parts if isinstance(p, Weight)]
+    first = weights[0]
+    if len(weights) < len(parts) and first.source.uses is not None:
+        # With an activation it is one itself; in `apply` the other may be a leaf without a rule.
+        raise Unfactorable("it is joined with an activation")
+    axes = tuple(
+        Axis(i, frozenset().union(*(w.axes[i].leaf for w in weights))) for i in range(value.ndim)
+    )
+    parts = [_renamed(p, axes) if isinstance(p, Weight) else p for p in parts]
+    weights = [p for p in parts if isinstance(p, Weight)]
+    joined = dataclasses.replace(
+        weights[0],
+        value=value,
+        source=weights[0].source._replace(
+            paths=tuple(dict.fromkeys(path for w in weights for path in w.source.paths)),
+            materialize=all(w.source.materialize for w in weights),
+        ),
+        picked=frozenset().union(*(w.picked for w in weights)),
+    )
+    return joined.replace(value, _alike(parts, axes[dim]) or _side_by_side(value, parts, dim))
+
+
+def _renamed(w: Weight, axes: tuple[Axis, ...]) -> Weight:
+    names = dict(zip(w.axes, axes, strict=True))
+    return w.replace(w.value, w.change.map(lambda f: f.renamed(names)), axes=axes)
+
+
+def _side_by_side(value: Any, parts: Sequence[Any], dim: int) -> Change:
+    """The deltas of each part, 0 on the others; gains joined, 1 on parts that have none."""
+    start, total, deltas, gain = 0, value.shape[dim], [], None
+    for part in parts:
+        size = value_of(part).shape[dim]
+        if isinstance(part, Weight):
+            config = [(0, 0, 0)] * value.ndim
+            config[dim] = (start, total - start - size, 0)
+            change = part.padded(value, config).change
+            deltas += change.deltas
+            gain = _times(gain, change.gain, part.axes, value.shape)
+        start += size
+    return Change(tuple(deltas), gain)
+
+
+def _times(x: Factor | None, y: Factor | None, axes: Sequence[Axis], shape: Any) -> Factor | None:
+    if x is None or y is None:
+        return x if y is None else y
+    both = [a for a in axes if a in x.axes or a in y.axes]
+    return x.replace(x.arranged(both) * y.arranged(both), both)
+
+
+def _alike(parts: Sequence[Any], axis: Axis) -> Change | None:
+    """A joined with A and B with B, where `axis` counts independent matrices of one form."""
+    if not all(isinstance(p, Weight) for p in parts):
+        return None
+    first, *others = (p.change for p in parts)
+    forms = [(jax.tree.structure(c), jax.tree.map(jnp.shape, c)) for c in (first, *others)]
+    if any(form != forms[0] for form in forms) or first.gain is not None:
+        return None
+    if any((axis in d.a.axes) != (axis in d.b.axes) for d in first.deltas):
+        return None
+    lengths = [p.shape[p.axes.index(axis)] for p in parts]
+
+    def join(*factors: Factor) -> Factor:
+        each = [f.repeated(axis, n) for f, n in zip(factors, lengths, strict=True)]
+        dtype = promote(*(f.value.dtype for f in each))
+        values = [f.value.astype(dtype) for f in each]
+        return each[0].replace(jnp.concatenate(values, each[0].axis(axis)))
+
+    return jax.tree.map(join, *(p.change for p in parts), is_leaf=is_factor)

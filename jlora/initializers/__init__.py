@@ -1,0 +1,8 @@
+"""How A and B start, a file each: functions `(key, w, site, rule) -> (w, a, b)`. Imports the core.
+
+`w` is W, an array or a `jax.ShapeDtypeStruct`; `site` and `rule` say what it is and what is asked
+for; `rule.factor_shapes(site)` gives the shapes of A and B. An initializer may change W.
+"""
+
+from ._gaussian import gaussian as gaussian
+from ._kaiming_uniform import kaiming_uniform as kaiming_uniform

@@ -1,0 +1,21 @@
+"""What initializers that draw A at random share: B is zero, and W stays as it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core import promote
+
+
+def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tuple[Any, Any, Any]:
+    """`(w, a, b)` with A from `sample`, a function of shape and dtype."""
+    dtype = promote(site.dtype, jnp.float32) if rule.dtype is None else rule.dtype
+    a_shape, b_shape = rule.factor_shapes(site)
+    return w, sample(a_shape, dtype), jnp.zeros(b_shape, dtype)
+
+
+def fan_in(site: Any) -> int:
+    """The number of inputs that are summed: of a lookup, one."""
+    return 1 if site.kind == "embed" else site.inputs

@@ -1,0 +1,31 @@
+"""The paper's initializer."""
+
+import math
+from typing import Any
+
+import jax
+
+from ._draw import draw, fan_in
+
+
+def gaussian(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+    r"""A normal with variance 1 / inputs, B zero: the paper's form.
+
+    Args:
+        key: a PRNG key.
+        w: W, an array or a `jax.ShapeDtypeStruct`.
+        site: the site, with its layout.
+        rule: the rule, with its rank and dtype.
+
+    Returns:
+        `(w, a, b)`: W as it came, A and B.
+
+    Source: Hu et al., arXiv 2106.09685, section 4.1.
+
+    Example:
+        >>> import jlora
+        >>> jlora.LoRA("kernel", init=jlora.initializers.gaussian).rank
+        8
+    """
+    std = 1 / math.sqrt(fan_in(site))
+    return draw(w, site, rule, lambda s, d: std * jax.random.normal(key, s, d))

@@ -1,0 +1,34 @@
+"""He's uniform initializer."""
+
+import math
+from typing import Any
+
+import jax
+
+from ._draw import draw, fan_in
+
+
+def kaiming_uniform(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+    r"""A uniform in $\pm 1/\sqrt{inputs}$, B zero; the default.
+
+    It is He's uniform initializer with $a = \sqrt 5$, as PEFT and loralib draw A. Where rows of W
+    are looked up, each input is one row, so that A is uniform in ±1.
+
+    Args:
+        key: a PRNG key.
+        w: W, an array or a `jax.ShapeDtypeStruct`.
+        site: the site, with its layout.
+        rule: the rule, with its rank and dtype.
+
+    Returns:
+        `(w, a, b)`: W as it came, A and B.
+
+    Source: He et al., arXiv 1502.01852; LoRA's reference implementation.
+
+    Example:
+        >>> import jlora
+        >>> jlora.LoRA("kernel", init=jlora.initializers.kaiming_uniform).rank
+        8
+    """
+    bound = 1 / math.sqrt(fan_in(site))
+    return draw(w, site, rule, lambda s, d: jax.random.uniform(key, s, d, -bound, bound))
