@@ -8,7 +8,7 @@ import numpy as np
 
 from ._tree import bind, is_adapted, is_concrete, leaves_by_path, name_of
 from ._types import Adapted, PyTree
-from .adapters import arrays, method_of
+from .adapters import arrays, method_of, state
 from .core import Axis, NotInvertibleError
 
 
@@ -97,8 +97,8 @@ def _combine(base: PyTree, adapter: PyTree, sign: int) -> PyTree:
 def _changed(leaf: Adapted, path: str, sign: int) -> Any:
     # As one program, so that a sharded W is added to where it lies; one for all leaves of a form.
     program = jax.jit(_change, static_argnums=2, out_shardings=_place(leaf.base))
-    frozen = [name for name in arrays(leaf.delta) if method_of(leaf.delta).labels[name] == "base"]
-    node = leaf.delta._replace(**dict.fromkeys(frozen))  # dropout keys
+    keys = arrays(leaf.delta).keys() - state(leaf.delta).keys()
+    node = leaf.delta._replace(**dict.fromkeys(keys))
     try:
         return program(leaf.base, node, sign)
     except NotInvertibleError as e:

@@ -43,7 +43,7 @@ def labels(tree: PyTree) -> PyTree:
                 return leaf._replace(base="base", delta=label(path, leaf.delta))
             case _ if is_node(leaf):
                 labels_of = method_of(leaf).labels
-                return leaf._replace(**{name: labels_of[name] for name in arrays(leaf)})
+                return leaf._replace(**{name: labels_of[name] or "base" for name in arrays(leaf)})
         if not all(isinstance(key, DictKey) for key in path):
             raise TypeError(
                 "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), "

@@ -50,8 +50,8 @@ class Site:
         unsupported_uses: where it is used in a way that has no factored form: primitive and source
             line.
         formed: the layout that it would have as a formed site.
-        missed: whether one of those uses is more than an addition, such as that of a bias, and is
-            of a matrix, so that a rule may have been meant to take the leaf.
+        missed: whether one of those uses is that of a matrix, and not of an activation, such as a
+            bias is, so that a rule may have been meant to take the leaf.
         used: whether the traced call depends on it; None if it was not traced.
         rule: the rule that it matches, or None.
         asked_rank: the rank of the rule as it was written, where the site cannot have it.
@@ -238,7 +238,7 @@ class Traced(NamedTuple):
             n = len(self.paths)
             weights = map(weight, self.paths, values[:n])
             for x in evaluate(self.jaxpr, *weights, *values[n:]):
-                formed(x, lambda: "the function's outputs")
+                formed(x, lambda: "the function's outputs", added=True)
 
         jax.eval_shape(call, *self.specs)
 

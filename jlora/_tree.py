@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from ._types import Adapted, Params, Path, PyTree
-from .adapters import is_node, misfit, trained
+from .adapters import is_node, misfit, state
 
 
 def leaves_by_path(
@@ -149,7 +149,7 @@ def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:
     if not is_node(leaf):
         got = tuple(leaf.shape)
         return None if got == shape else f"expected shape {shape} as in `base`, got {got}"
-    for name, x in trained(leaf).items():
+    for name, x in state(leaf).items():
         if not _is_array(x):
             return f"`{name}` must be an array, got {type(x).__name__}"
     return misfit(leaf, shape)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora._fork import Uses, shared
+from jlora.core._fork import shared
+from jlora.core._interpret import RULES
 
 LARGE = 2.0**40
 
@@ -97,10 +98,9 @@ def test_what_is_shared():
 
     square = jax.ShapeDtypeStruct((2, 2), jnp.float32)
     jaxpr = jax.make_jaxpr(model)(*[square] * 5)
-    uses = {"dot_general": Uses(product=True), "jit": Uses(calls="jaxpr")}
-    found = shared(jaxpr.jaxpr, [True, *[False] * 4], lambda name: uses.get(name, Uses()))
+    found = shared(jaxpr.jaxpr, [True, *[False] * 4], RULES)
     assert found == {jaxpr.jaxpr.invars[2]}
-    assert not shared(jaxpr.jaxpr, [False] * 5, lambda name: uses.get(name, Uses()))
+    assert not shared(jaxpr.jaxpr, [False] * 5, RULES)
 
 
 def test_integers_are_not_forked():

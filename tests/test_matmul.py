@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora._matmul import plan
+from jlora.core._cpu import plan
 
 # tokens, inputs, outputs, rank, dtype, choice
 PLANS = [

@@ -19,7 +19,7 @@ from ._method import lengths as lengths
 from ._method import method_of as method_of
 from ._method import misfit as misfit
 from ._method import register as register
+from ._method import state as state
 from ._method import static as static
 from ._method import trainable as trainable
-from ._method import trained as trained
 from ._method import weight_shape as weight_shape

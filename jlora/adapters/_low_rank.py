@@ -253,7 +253,7 @@ def _lower(node: LowRank, shape: tuple[int, ...]) -> Change:
 METHOD = Method(
     rule=LoRA,
     node=LowRank,
-    labels={"a": "a", "b": "b", "key": "base"},
+    labels={"a": "a", "b": "b", "key": None},
     axes=low_rank_axes,
     sizes=lambda rule, layout: _sizes(rule.rank, layout),
     fit=_fit,

@@ -21,7 +21,8 @@ class Method(NamedTuple):
         rule: the type of the rule, a frozen dataclass with a `pattern`.
         node: the type of the node.
         labels: for each array of the node its label for the optimizer: `"a"`, `"b"`, any other
-            for what is trained as it is, or `"base"` for what is not trained.
+            for what is trained as it is, or `"base"` for what is not trained. None for what comes
+            and goes with a call, as dropout keys do, and is neither checked nor saved.
         axes: what each axis of each array follows, of a layout: an axis of W, or a name for one
             that W has not. Where W's axis has slots, theirs is 1 / count as long.
         sizes: `(rule, layout) -> lengths` of the axes that W has not.
@@ -32,7 +33,7 @@ class Method(NamedTuple):
 
     rule: type
     node: type
-    labels: Mapping[str, str]
+    labels: Mapping[str, str | None]
     axes: Callable[[Layout], dict[str, tuple[Along, ...]]]
     sizes: Callable[[Any, Layout], dict[str, int]]
     fit: Callable[[Any, Any], tuple[Any, Layout]]
@@ -78,10 +79,10 @@ def static(node: Any) -> dict[str, Any]:
     return {name: getattr(node, name) for name in node._fields if name not in labels}
 
 
-def trained(node: Any) -> dict[str, Any]:
-    """The arrays of a node that are trained, or could be."""
+def state(node: Any) -> dict[str, Any]:
+    """The arrays of a node without those that come and go."""
     labels = method_of(node).labels
-    return {name: x for name, x in arrays(node).items() if labels[name] != "base"}
+    return {name: x for name, x in arrays(node).items() if labels[name] is not None}
 
 
 def shapes(
@@ -101,7 +102,7 @@ def lengths(node: Any) -> dict[Along, int]:
     axes = method_of(node).axes(node.layout)
     return {
         d: n
-        for name, x in reversed(trained(node).items())
+        for name, x in reversed(state(node).items())
         for d, n in zip(reversed(axes[name]), reversed(x.shape), strict=False)
     }
 
@@ -120,7 +121,8 @@ def trainable(rule: Any, layout: Layout, shape: tuple[int, ...]) -> int:
     """The number of parameters that a rule trains at a site."""
     method = method_of(rule)
     found = shapes(method, layout, shape, method.sizes(rule, layout))
-    return sum(math.prod(s) for name, s in found.items() if method.labels[name] != "base")
+    frozen = (None, "base")
+    return sum(math.prod(s) for name, s in found.items() if method.labels[name] not in frozen)
 
 
 def misfit(node: Any, shape: tuple[int, ...]) -> str | None:
@@ -129,7 +131,7 @@ def misfit(node: Any, shape: tuple[int, ...]) -> str | None:
     axes = sorted((*layout.stack, *layout.inputs, *layout.outputs))
     if axes != list(range(len(shape))):
         return f"made for a weight of {len(axes)} axes, got one of shape {shape} in `base`"
-    got = {name: tuple(x.shape) for name, x in trained(node).items()}
+    got = {name: tuple(x.shape) for name, x in state(node).items()}
     sizes = {d: n for d, n in lengths(node).items() if isinstance(d, str)}
     if layout.slots is not None:
         sizes[SLOTS] = len(layout.slots[1])

@@ -15,7 +15,7 @@ from .. import initializers
 from .._rules import Full, Rule, Slots
 from .._tree import nest
 from .._types import Layout, Path, PyTree
-from ..adapters import METHODS, is_node, static, trained
+from ..adapters import METHODS, is_node, state, static
 from ._fingerprint import Fingerprint, Leaf, exact
 
 FORMAT = 1
@@ -68,7 +68,7 @@ def arrays(found: Mapping[Path, Any]) -> dict[Path, Any]:
     """The arrays of an adapter by path, each with the name of what it is at the end."""
     flat = {}
     for path, x in found.items():
-        parts = trained(x) if is_node(x) else {FULL: x}
+        parts = state(x) if is_node(x) else {FULL: x}
         flat |= {(*path, name): value for name, value in parts.items()}
     return flat
 

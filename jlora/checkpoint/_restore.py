@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from .._tree import adapter_leaves, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ..adapters import arrays as arrays_of
-from ..adapters import is_node, static, trained
+from ..adapters import is_node, state, static
 from ._fingerprint import Leaf, as_in, differences, exact, fingerprint, hash_of
 from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
@@ -96,7 +96,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
 def _fill(x: Any, path: Path, flat: dict[Path, Any]) -> Any:
     if not is_node(x):
         return flat[*path, FULL]
-    return x._replace(**{n: flat[*path, n] if n in trained(x) else None for n in arrays_of(x)})
+    return x._replace(**{n: flat[*path, n] if n in state(x) else None for n in arrays_of(x)})
 
 
 # ----------------------------------------------------------------------------------------- reading

@@ -47,7 +47,7 @@ def new_names(axes: Sequence[Axis]) -> Iterator[int]:
 class Unfactorable(Exception):  # noqa: N818 - a signal to the interpreter, never the user's error
     """The result of an operation on W has no factored form.
 
-    `added` says that W is added to an activation, as a bias is.
+    `added` says that W is added to an activation or joined with one, so that it is one itself.
     """
 
     def __init__(self, *reason: str, added: bool = False) -> None:

@@ -152,7 +152,7 @@ def formed(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
     Args:
         x: a weight or an array.
         reason: gives what stands in the way.
-        added: whether it is added to an activation.
+        added: whether it is an activation itself: added to one, joined with one, or returned.
     """
     if not isinstance(x, Weight):
         return x

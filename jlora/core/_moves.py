@@ -229,7 +229,7 @@ def _join(value: Any, parts: Sequence[Any], dim: int) -> Weight:
     first = weights[0]
     if len(weights) < len(parts) and first.source.uses is not None:
         # With an activation it is one itself; in `apply` the other may be a leaf without a rule.
-        raise Unfactorable("it is joined with an activation")
+        raise Unfactorable("it is joined with an activation", added=True)
     axes = tuple(
         Axis(i, frozenset().union(*(w.axes[i].leaf for w in weights))) for i in range(value.ndim)
     )
@@ -262,12 +262,12 @@ def _side_by_side(value: Any, parts: Sequence[Any], dim: int) -> Change:
             config[dim] = (start, total - start - size, 0)
             change = part.padded(value, config).change
             deltas += change.deltas
-            gain = _times(gain, change.gain, part.axes, value.shape)
+            gain = _times(gain, change.gain, part.axes)
         start += size
     return Change(tuple(deltas), gain)
 
 
-def _times(x: Factor | None, y: Factor | None, axes: Sequence[Axis], shape: Any) -> Factor | None:
+def _times(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) -> Factor | None:
     if x is None or y is None:
         return x if y is None else y
     both = [a for a in axes if a in x.axes or a in y.axes]

@@ -29,7 +29,7 @@ class Unsupported(NamedTuple):
     Attributes:
         reason: primitive and source line.
         axes: the axes of the leaf in each axis that the weight has there of a length above 1.
-        added: whether it is added to an activation, as a bias is.
+        added: whether it is an activation itself: added to one, joined with one, or returned.
     """
 
     reason: str

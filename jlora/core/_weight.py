@@ -196,8 +196,11 @@ class Weight:
                 a = a if axis in d.b.axes else a.repeated(axis, lengths[axis])
             return dataclasses.replace(d, a=pad(a, 0), b=pad(d.b, 0))
 
-        gain = self.change.gain and pad(self.change.gain, 1)
-        return self.replace(value, Change(tuple(map(delta, self.change.deltas)), gain))
+        gain = self.change.gain
+        for axis in pads if gain is not None else ():
+            gain = gain.repeated(axis, lengths[axis])
+        deltas = tuple(map(delta, self.change.deltas))
+        return self.replace(value, Change(deltas, gain and pad(gain, 1)))
 
     def scaled(self, value: Any, scalar: jax.Array) -> "Weight":
         """Follows W, times `scalar`, to `value`."""
