@@ -1,5 +1,6 @@
 """Optimizers that train the adapter alone, whatever tree they are given."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +40,7 @@ def labels(tree: PyTree) -> PyTree:
             case Params():
                 return Params(jax.tree.map(lambda _: "base", leaf.base), labels(leaf.adapter))
             case Adapted():
-                return leaf._replace(base="base", delta=label(path, leaf.delta))
+                return dataclasses.replace(leaf, base="base", delta=label(path, leaf.delta))
             case LowRank():
                 return leaf._replace(a="a", b="b", key=None if leaf.key is None else "base")
         if not all(isinstance(key, DictKey) for key in path):

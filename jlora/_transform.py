@@ -112,7 +112,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _weight(leaf: Adapted, path: str) -> Weight:
-    w, delta = leaf
+    w, delta = leaf.base, leaf.delta
     return Weight(jnp.asarray(w), (as_delta(delta, w.shape),), path, delta.materialize)
 
 

@@ -1,10 +1,15 @@
 """The trees: `LowRank` leaves of an adapter, their `Layout`, and the combined `Params`."""
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax.tree_util import GetAttrKey
+
+from ._rules import rule_name
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -41,6 +46,17 @@ class LowRank(NamedTuple):
         dropout: probability of dropping an input of A, in [0, 1).
         materialize: whether W + ΔW may be formed where the model leaves no other way.
         key: keys of shape (stack…) while dropout is active, else None. See `jlora.dropout`.
+
+    The product is of two factors: twice A and twice B is four times ΔW. To scale ΔW, scale B alone.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+        >>> print(adapter)
+        {'w': LowRank(a=float32[4,2], b=float32[2,3], scale=8.0)}
+        >>> halve = lambda x, label: x / 2 if label == "b" else x
+        >>> half = jax.tree.map(halve, adapter, jlora.labels(adapter))
     """
 
     a: jax.Array
@@ -50,6 +66,23 @@ class LowRank(NamedTuple):
     dropout: float = 0.0
     materialize: bool = False
     key: jax.Array | None = None
+
+    def __repr__(self) -> str:
+        shown = {"a": _short(self.a), "b": _short(self.b), "scale": repr(self.scale)}
+        stack, _, _, slots = self.layout
+        shown |= {"stack": repr(stack)} if stack else {}
+        shown |= {"slots": repr(slots)} if slots is not None else {}
+        shown |= {"dropout": repr(self.dropout)} if self.dropout else {}
+        shown |= {"materialize": "True"} if self.materialize else {}
+        shown |= {"key": _short(self.key)} if self.key is not None else {}
+        return f"LowRank({', '.join(f'{name}={x}' for name, x in shown.items())})"
+
+
+def _short(x: Any) -> str:
+    """An array, or what stands for one, by dtype and shape, as JAX's own messages have it."""
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        return repr(x)
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
 def _unflatten(static: tuple[Any, ...], children: Any) -> LowRank:
@@ -71,8 +104,13 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-class Adapted(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
     """A leaf of a bound tree: the frozen weight beside its adapter.
+
+    It is no array. Code that takes it for one, as a function that is not under `jlora.wrap` does,
+    gets a `TypeError` that says so.
 
     Attributes:
         base: W.
@@ -81,6 +119,27 @@ class Adapted(NamedTuple):
 
     base: jax.Array
     delta: LowRank
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(_BOUND)
+
+    # Where JAX, NumPy, Flax and models first take it for an array.
+    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __matmul__ = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Adapted has no attribute {name!r}. {_BOUND}")
+
+    def __repr__(self) -> str:
+        return f"Adapted(base={_short(self.base)}, delta={self.delta!r})"
+
+
+_BOUND = (
+    "`params` is a tree from jlora.bind, with adapters beside its weights, which only a function "
+    "under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place of "
+    "model.apply(params, ...), or lora.apply(base, adapter, ...)."
+)
 
 
 class Params(NamedTuple):
@@ -101,9 +160,26 @@ class Transformed(NamedTuple):
     Attributes:
         init: `(key, params, *args, **kwargs) -> (base, adapter)`.
         apply: `(base, adapter, *args, **kwargs) -> outputs of the apply function`.
-        sites: `(params, *args, **kwargs) -> Sites`.
+        sites: `(params, *args, **kwargs) -> Sites`; a `functools.partial` that begins with the
+            apply function and the rules, by which `print` names them.
     """
 
     init: Callable[..., tuple[PyTree, PyTree]]
     apply: Callable[..., Any]
     sites: Callable[..., Any]
+
+    def __repr__(self) -> str:
+        if not isinstance(self.sites, functools.partial):
+            return f"Transformed(init={self.init}, apply={self.apply}, sites={self.sites})"
+        apply_fn, rules = self.sites.args[:2]
+        listed = "".join(f", {rule_name(rule)}" for rule in rules)
+        return f"Transformed({function_name(apply_fn)}{listed})"
+
+
+def function_name(fn: Any) -> str:
+    """How a message calls a function: a method by the type that it is bound to."""
+    if isinstance(fn, functools.partial):
+        return f"partial({function_name(fn.func)})"
+    if inspect.ismethod(fn):
+        return f"{type(fn.__self__).__name__}.{fn.__name__}"
+    return getattr(fn, "__name__", type(fn).__name__)
