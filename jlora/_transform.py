@@ -18,6 +18,7 @@ from ._tree import (
     check_key,
     fold,
     is_adapted,
+    is_empty,
     is_low_rank,
     leaves_by_path,
     take,
@@ -34,7 +35,8 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
 
     Args:
         base: the frozen tree.
-        adapter: a nested dict pruned to the adapted paths, from `init`.
+        adapter: a nested dict pruned to the adapted paths, from `init`. `{}` is the adapter of
+            nothing: the tree is `base` then.
 
     Returns:
         A tree for functions under `jlora.wrap`.
@@ -51,7 +53,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         >>> jlora.wrap(f)(jlora.bind(base, adapter), jnp.ones((1, 4))).shape
         (1, 3)
     """
-    found = adapter_leaves(adapter)
+    found = {} if is_empty(adapter) else adapter_leaves(adapter)
     check_fits(base, found)
 
     def join(parts: Path, w: Any) -> Any:

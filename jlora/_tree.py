@@ -3,7 +3,7 @@
 import collections
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from ._explicit import explicit
-from ._types import Adapted, Layout, LowRank, Params, Path, PyTree
+from ._types import Adapted, Layout, LowRank, Params, Path, PyTree, short
 
 
 def leaves_by_path(
@@ -80,7 +80,9 @@ def nest(leaves: dict[Path, Any]) -> PyTree:
 
 def fold(key: jax.Array, parts: Path) -> jax.Array:
     """A key of its own for a path, whatever the other paths are."""
-    return jax.random.fold_in(key, zlib.crc32("/".join(parts).encode()))
+    # So that the one part `a/b` is not the two parts `a` and `b`.
+    name = "/".join(part.replace("/", "\0") for part in parts)
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def take(
@@ -125,6 +127,11 @@ def is_adapted(x: Any) -> bool:
 def is_low_rank(x: Any) -> bool:
     """Whether `x` is a `LowRank` node."""
     return isinstance(x, LowRank)
+
+
+def is_empty(adapter: PyTree) -> bool:
+    """Whether `adapter` is `{}`, that of the base model; None is an adapter that was not found."""
+    return isinstance(adapter, Mapping) and not adapter
 
 
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
@@ -189,6 +196,7 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
             "and `adapter` swapped?"
         )
     shapes = {path: tuple(jnp.shape(x)) for path, x in leaves}
+    _check_not_forgotten(found, shapes)
     wrong = [f"  {name_of(p)}: {e}" for p, x in found.items() if (e := _misfit(x, shapes.get(p)))]
     if wrong:
         raise ValueError(
@@ -198,15 +206,31 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
         )
 
 
+def _check_not_forgotten(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]]) -> None:
+    """Raises if the adapter `found` looks like an argument of the model."""
+    if not found or any(is_low_rank(x) or p in shapes for p, x in found.items()):
+        return
+    listed = ", ".join(f"{name_of(path)}: {short(x)}" for path, x in found.items())
+    raise TypeError(
+        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it, with "
+        f"paths of `base`; got {listed}. Was it forgotten, as in apply(base, x) for "
+        "apply(base, adapter, x)? For the base model alone it is {}."
+    )
+
+
 def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:
     if shape is None:
         return "not in `base`"
     if not is_low_rank(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return f"a leaf trained in full must be floating-point, got {leaf.dtype}"
         got = tuple(leaf.shape)
         return None if got == shape else f"expected shape {shape} as in `base`, got {got}"
     for name in ("a", "b"):
         if not _is_array(x := getattr(leaf, name)):
             return f"`{name}` must be an array, got {type(x).__name__}"
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return f"`{name}` must be floating-point, got {x.dtype}"
     layout, a, b = leaf.layout, tuple(leaf.a.shape), tuple(leaf.b.shape)
     axes = sorted((*layout.stack, *layout.inputs, *layout.outputs))
     if axes != list(range(len(shape))):

@@ -68,17 +68,17 @@ class LowRank(NamedTuple):
     key: jax.Array | None = None
 
     def __repr__(self) -> str:
-        shown = {"a": _short(self.a), "b": _short(self.b), "scale": repr(self.scale)}
+        shown = {"a": short(self.a), "b": short(self.b), "scale": repr(self.scale)}
         stack, _, _, slots = self.layout
         shown |= {"stack": repr(stack)} if stack else {}
         shown |= {"slots": repr(slots)} if slots is not None else {}
         shown |= {"dropout": repr(self.dropout)} if self.dropout else {}
         shown |= {"materialize": "True"} if self.materialize else {}
-        shown |= {"key": _short(self.key)} if self.key is not None else {}
+        shown |= {"key": short(self.key)} if self.key is not None else {}
         return f"LowRank({', '.join(f'{name}={x}' for name, x in shown.items())})"
 
 
-def _short(x: Any) -> str:
+def short(x: Any) -> str:
     """An array, or what stands for one, by dtype and shape, as JAX's own messages have it."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         return repr(x)
@@ -132,7 +132,7 @@ class Adapted:
         raise AttributeError(f"Adapted has no attribute {name!r}. {_BOUND}")
 
     def __repr__(self) -> str:
-        return f"Adapted(base={_short(self.base)}, delta={self.delta!r})"
+        return f"Adapted(base={short(self.base)}, delta={self.delta!r})"
 
 
 _BOUND = (
