@@ -17,6 +17,7 @@ from jax import lax
 
 import jlora
 from jlora import Full, LoRA
+from jlora._foreign import check_apply_fn, check_leaf
 
 KEY = jax.random.key(0)
 X = jnp.ones((1, 4))
@@ -125,6 +126,103 @@ def test_bound_leaf_has_no_attributes_of_an_array() -> None:
     assert not hasattr(leaf, "shape")
     for same in (copy.deepcopy(leaf), pickle.loads(pickle.dumps(leaf))):
         assert jax.tree.structure(same) == jax.tree.structure(leaf)
+
+
+# ------------------------------------------------------------------- objects of other libraries
+
+
+def stand_in(module: str, name: str, **members: Any) -> Any:
+    """An object of a class that derives from `name` of a package that need not be there."""
+    base = type(name, (), {"__module__": module} | members)
+    return type("Mine", (base,), {"__module__": "mine"})()
+
+
+CALLED = {"__call__": lambda self, x: x}
+MODULES_GIVEN = {
+    "linen": (
+        lambda: nn.Dense(3),
+        "the module Dense of flax.linen. Give its apply: jlora.transform(model.apply, ...), with "
+        "the variables of model.init as the parameters.",
+    ),
+    "nnx": (
+        lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
+        "the module Linear of flax.nnx. Give a function of a module, lambda model, x: model(x), "
+        "and the module itself as the parameters. If it has state (batch statistics, dropout), "
+        "split it, graph, params, rest = nnx.split(model, nnx.Param, ...), and give a function of "
+        "params and rest that merges them, nnx.merge(graph, params, rest, copy=True), and returns "
+        "the new rest beside its outputs.",
+    ),
+    "equinox": (
+        lambda: stand_in("equinox._module._module", "Module", **CALLED),
+        "the module Mine of equinox. Split it, params, static = eqx.partition(model, "
+        "eqx.is_array), and give lambda params, x: eqx.combine(params, static)(x).",
+    ),
+    "keras": (
+        lambda: stand_in("keras.src.layers.layer", "Layer", **CALLED),
+        "the module Mine of keras. Give lambda params, rest, x: "
+        "model.stateless_call(params, rest, x), with [v.value for v in model.trainable_variables] "
+        "as the parameters.",
+    ),
+    "number": (lambda: 3, "3."),
+}
+
+
+@pytest.mark.parametrize("case", list(MODULES_GIVEN))
+def test_module_in_the_place_of_a_function(case: str) -> None:
+    """A module that holds its parameters is not a function of them; what is, is said."""
+    make, got = MODULES_GIVEN[case]
+    with pytest.raises(
+        TypeError, match=exactly(f"`apply_fn` must be a function of parameters; got {got}")
+    ):
+        check_apply_fn(make())
+
+
+def test_functions_of_modules_pass() -> None:
+    """Methods, partials, compiled functions, and modules of packages with a similar name."""
+    module = nn.Dense(3)
+    other = stand_in("kerasaurus", "Layer", **CALLED)
+    for fn in (module.apply, functools.partial(module.apply, mutable=["x"]), jax.jit(dense), other):
+        check_apply_fn(fn)
+
+
+LEAVES = {
+    "function": (
+        np.tanh,
+        "<ufunc 'tanh'> of type ufunc. Split what is no array off, as params, static = "
+        "eqx.partition(model, eqx.is_array) does in Equinox, and combine both in the function: "
+        "lambda params, x: eqx.combine(params, static)(x).",
+    ),
+    "keras": (
+        stand_in(
+            "keras.src.backend.jax.core", "Variable", shape=(3,), __repr__=lambda _: "VALUES" * 9
+        ),
+        "VALUESVALUESV...ESVALUESVALUES of type Mine. Give [v.value for v in "
+        "model.trainable_variables], and lambda params, rest, x: model.stateless_call(params, "
+        "rest, x) as the function.",
+    ),
+    "tensor": (
+        stand_in("torch", "Tensor", shape=(3,), __repr__=lambda _: "tensor"),
+        "tensor of type Mine. Convert it with jnp.asarray.",
+    ),
+    "name": ("gelu", "'gelu' of type str."),
+}
+
+
+@pytest.mark.parametrize("case", list(LEAVES))
+def test_leaf_that_is_no_array(case: str) -> None:
+    """The path, what is there, and what to give instead."""
+    leaf, got = LEAVES[case]
+    message = f"`params` must be a pytree of arrays; the leaf 'layer/act' is {got}"
+    with pytest.raises(TypeError, match=exactly(message)):
+        check_leaf(leaf, ("layer", "act"))
+
+
+@pytest.mark.parametrize(
+    "leaf", [X, np.ones(3), np.float32(1), 1, 1.5, True, 1j, KEY, jax.ShapeDtypeStruct((3,), int)]
+)
+def test_arrays_and_numbers_pass(leaf: Any) -> None:
+    """All that JAX takes for an array."""
+    check_leaf(leaf, ("w",))
 
 
 # -------------------------------------------------------------------------------- what is printed
