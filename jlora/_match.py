@@ -14,7 +14,7 @@ from ._types import Layout
 
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
     """Gives each leaf the first rule that it matches; raises where one does nothing or cannot."""
-    matched = tuple(_match(site, rules) for site in sites.leaves)
+    matched = tuple(_match(site, rules, sites) for site in sites.leaves)
     for i, rule in enumerate(rules):
         if rule in rules[:i] or not any(s.rule is rule for s in matched):
             _raise_idle(rule, sites, matched)
@@ -32,7 +32,7 @@ def _takes(rule: Rule, site: Site) -> bool:
     return matches(rule, site.path)
 
 
-def _match(site: Site, rules: Sequence[Rule]) -> Site:
+def _match(site: Site, rules: Sequence[Rule], sites: Sites) -> Site:
     rule = next((r for r in rules if _takes(r, site)), None)
     if rule is None:
         return site
@@ -46,7 +46,7 @@ def _match(site: Site, rules: Sequence[Rule]) -> Site:
     if site.layout is None and rule.materialize and site.formed is not None:
         site = dataclasses.replace(site, kind="formed", layout=site.formed)
     if site.layout is None:
-        raise ValueError(_not_linear(rule, site))
+        raise ValueError(_not_linear(rule, site, sites))
     if site.others and not rule.materialize:
         raise NotImplementedError(
             f"{rule_name(rule)} matches {_name(site)}, which the model also uses where W + s·A·B "
@@ -87,12 +87,14 @@ def _name(site: Site) -> str:
     return repr(site.path) if site.parts else name_of(site.parts)
 
 
-def _not_linear(rule: LoRA, site: Site) -> str:
+def _not_linear(rule: LoRA, site: Site, sites: Sites) -> str:
     remedy = "Narrow the pattern, or train the leaf in full with jlora.Full."
     if not jnp.issubdtype(site.dtype, jnp.floating):
         why, remedy = f"is not floating-point ({site.dtype})", "Narrow the pattern."
     elif len(site.shape) < 2:
         why = f"is no matrix (shape {site.shape})"
+        if better := _better(rule, site, sites):
+            remedy = remedy.replace(",", f" (did you mean {better!r}?),", 1)
     elif site.others:
         why = "is used only by " + "; ".join(site.others)
         remedy = (
@@ -105,6 +107,20 @@ def _not_linear(rule: LoRA, site: Site) -> str:
         f"{rule_name(rule)} matches {_name(site)} of shape {site.shape}, which is used by nothing "
         f"linear: it {why}. {remedy}"
     )
+
+
+def _better(rule: LoRA, site: Site, sites: Sites) -> str | None:
+    """A pattern like that of `rule` for the sites that it matches, or those beside `site`."""
+    if rule.pattern is None or not site.parts:
+        return None
+    beside = [s for s in sites if s.parts[:-1] == site.parts[:-1] or matches(rule, s.path)]
+    for last in dict.fromkeys(re.escape(s.parts[-1]) for s in beside if s.parts):
+        renamed = rule.pattern.replace(site.parts[-1], last)
+        for pattern in (renamed, f"{rule.pattern}/.*{last}", f"{rule.pattern}.*{last}"):
+            hits = [s for s in sites.leaves if re.search(pattern, s.path)]
+            if hits and all(s.layout is not None for s in hits):
+                return pattern
+    return None
 
 
 def _raise_idle(rule: Rule, sites: Sites, matched: Sequence[Site]) -> None:

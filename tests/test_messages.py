@@ -128,6 +128,51 @@ def test_bound_leaf_has_no_attributes_of_an_array() -> None:
         assert jax.tree.structure(same) == jax.tree.structure(leaf)
 
 
+# -------------------------------------------------------------------- patterns that reach too far
+
+BLOCK = {
+    "out": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    "norm": {"scale": jnp.ones(4)},
+    "blocks/0": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}},
+}
+
+
+def block(params: Any, x: jax.Array) -> jax.Array:
+    """Two dense layers with biases, and a norm's scale."""
+    for layer in (params["blocks/0"]["query"], params["out"]):
+        x = x @ layer["kernel"] + layer["bias"]
+    return x * params["norm"]["scale"]
+
+
+PATTERNS = {  # a pattern: the leaf that it should not match, and what is advised
+    "out": ("out/bias", "out/.*kernel"),
+    "out/": ("out/bias", "out/.*kernel"),
+    "out/bias": ("out/bias", "out/kernel"),
+    "bias": ("blocks/0/query/bias", "kernel"),
+    "(query|out)/bias$": ("blocks/0/query/bias", "(query|out)/kernel$"),
+    "(query|out)": ("blocks/0/query/bias", "(query|out)/.*kernel"),
+    "query|out": ("blocks/0/query/bias", None),
+    "": ("blocks/0/query/bias", "/.*kernel"),
+    "scale": ("norm/scale", None),
+}
+
+
+@pytest.mark.parametrize("pattern", list(PATTERNS))
+def test_pattern_that_hits_a_vector(pattern: str) -> None:
+    """A pattern like it that takes matrices only, where there is one."""
+    path, better = PATTERNS[pattern]
+    hint = "" if better is None else f" (did you mean {better!r}?)"
+    message = (
+        f"LoRA({pattern!r}) matches {path!r} of shape (4,), which is used by nothing linear: it is "
+        f"no matrix (shape (4,)). Narrow the pattern{hint}, or train the leaf in full with "
+        "jlora.Full."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        jlora.transform(block, LoRA(pattern, rank=2)).init(KEY, BLOCK, X)
+    if better is not None:
+        assert jlora.count(jlora.transform(block, LoRA(better, rank=2)).init(KEY, BLOCK, X)[1])
+
+
 # ------------------------------------------------------------------- objects of other libraries
 
 
