@@ -114,13 +114,22 @@ def _better(rule: LoRA, site: Site, sites: Sites) -> str | None:
     if rule.pattern is None or not site.parts:
         return None
     beside = [s for s in sites if s.parts[:-1] == site.parts[:-1] or matches(rule, s.path)]
-    for last in dict.fromkeys(re.escape(s.parts[-1]) for s in beside if s.parts):
-        renamed = rule.pattern.replace(site.parts[-1], last)
-        for pattern in (renamed, f"{rule.pattern}/.*{last}", f"{rule.pattern}.*{last}"):
-            hits = [s for s in sites.leaves if re.search(pattern, s.path)]
-            if hits and all(s.layout is not None for s in hits):
+    mine = rf"\b{re.escape(site.parts[-1])}\b"
+    for name in dict.fromkeys(re.escape(s.parts[-1]) for s in beside if s.parts):
+        renamed = re.sub(mine, lambda _, name=name: name, rule.pattern)
+        for pattern in (renamed, f"{rule.pattern}/.*{name}", f"{rule.pattern}.*{name}"):
+            if _hits_sites(pattern, sites):
                 return pattern
     return None
+
+
+def _hits_sites(pattern: str, sites: Sites) -> bool:
+    """Whether `pattern`, which may be no regular expression, matches sites and nothing else."""
+    try:
+        hits = [s for s in sites.leaves if re.search(pattern, s.path)]
+    except re.error:
+        return False
+    return bool(hits) and all(s.layout is not None for s in hits)
 
 
 def _raise_idle(rule: Rule, sites: Sites, matched: Sequence[Site]) -> None:

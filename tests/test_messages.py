@@ -173,6 +173,13 @@ def test_pattern_that_hits_a_vector(pattern: str) -> None:
         assert jlora.count(jlora.transform(block, LoRA(better, rank=2)).init(KEY, BLOCK, X)[1])
 
 
+def test_advice_that_would_be_no_regular_expression() -> None:
+    """A range that begins with the name of the vector: `[w-9]` is none, so nothing is advised."""
+    fn = lambda p, x: x @ p["w"] + p["0"]  # noqa: E731
+    with pytest.raises(ValueError, match="Narrow the pattern, or"):
+        jlora.transform(fn, LoRA("[0-9]", rank=2)).init(KEY, {"0": jnp.ones(3), **W}, X)
+
+
 # ------------------------------------------------------------------- objects of other libraries
 
 
