@@ -94,9 +94,9 @@ def optimizer(
     `TrainState`, base leaves get no moments and zero updates, whatever their gradients; norms,
     clipping and weight decay inside `tx` see the adapter only.
 
-    It goes around all else: `jlora.optimizer(optax.MultiSteps(tx, 4))` accumulates the gradients
-    of the adapter, while `optax.MultiSteps(jlora.optimizer(tx), 4)` also keeps an accumulator of
-    the size of the base for gradients that it then drops.
+    Wrappers belong inside: `jlora.optimizer(optax.MultiSteps(tx, 4))` accumulates the gradients of
+    the adapter, while `optax.MultiSteps(jlora.optimizer(tx), 4)` also accumulates those of the
+    base, at the base's size, and drops them.
 
     Args:
         tx: any optax transformation.
