@@ -10,7 +10,7 @@ from jax.tree_util import DictKey
 
 from ._rules import is_finite
 from ._table import aligned, readable
-from ._tree import count, leaves_by_path, name_of, size_in_bytes
+from ._tree import count, is_low_rank, leaves_by_path, name_of, size_in_bytes
 from ._types import Adapted, LowRank, Params, PyTree
 
 
@@ -109,7 +109,7 @@ def optimizer(
 
     Raises:
         TypeError: if `tx` is no optax transformation, or it is given a tree that is neither form,
-            or one with PRNG keys, to which `optax.apply_updates` can add nothing.
+            or a base with PRNG keys, to which `optax.apply_updates` can add nothing.
         ValueError: if `lora_plus` is not a positive finite number.
 
     Source: Hayou et al., LoRA+, arXiv 2402.12354; Zhang et al., LoRA-FA, arXiv 2308.03303, for
@@ -151,15 +151,14 @@ def optimizer(
 def _check_no_keys(params: PyTree) -> None:
     keys = [
         name_of(path)
-        for path, x in leaves_by_path(params)
+        for path, x in leaves_by_path(params, is_low_rank)
         if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     ]
     if keys:
         raise TypeError(
             f"`params` of jlora.optimizer has PRNG keys, to which no update can be added, at "
             f"{', '.join(keys)}. Pass them to the model beside the parameters (in NNX: graph, "
-            "params, rest = nnx.split(model, nnx.Param, ...)), and call jlora.dropout in the loss "
-            "function; or train the adapter alone, which is the tree without the base."
+            "params, rest = nnx.split(model, nnx.Param, ...)), or train the adapter alone."
         )
 
 

@@ -98,8 +98,7 @@ def refusal(paths: str) -> str:
     return re.escape(
         f"`params` of jlora.optimizer has PRNG keys, to which no update can be added, at {paths}. "
         "Pass them to the model beside the parameters (in NNX: graph, params, rest = "
-        "nnx.split(model, nnx.Param, ...)), and call jlora.dropout in the loss function; or train "
-        "the adapter alone, which is the tree without the base."
+        "nnx.split(model, nnx.Param, ...)), or train the adapter alone."
     )
 
 
@@ -110,14 +109,6 @@ def test_keys_in_the_base() -> None:
         with pytest.raises(TypeError, match=refusal("base/rngs/key")):
             init(params)
     tx.init(params.adapter)
-
-
-def test_dropout_keys_in_the_adapter() -> None:
-    """Those of `jlora.dropout` are for one step's loss."""
-    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2, dropout=0.5))
-    _, adapter = lora.init(KEY, {"w": jnp.ones((4, 3))}, X)
-    with pytest.raises(TypeError, match=refusal("w/key")):
-        jlora.optimizer(SGD).init(jlora.dropout(adapter, KEY))
 
 
 def test_old_keys_and_integers_in_the_base() -> None:
