@@ -11,33 +11,41 @@ from ._types import Path
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
-# Callable modules, by package and class.
-_MODULES = {
+# Modules that hold their parameters: package, class, and what to give instead.
+_MODULES = [
     (
         "flax.linen",
         "Module",
-    ): "Give its apply: jlora.transform(model.apply, ...), with the variables of "
-    "model.init as the parameters.",
+        "Give its apply: jlora.transform(model.apply, ...), with the variables of model.init as "
+        "the parameters.",
+    ),
     (
         "flax.nnx",
         "Module",
-    ): "Give a function of a module, lambda model, x: model(x), and the module itself as "
-    "the parameters. If it has state (batch statistics, dropout), split it, graph, params, rest = "
-    "nnx.split(model, nnx.Param, ...), and give a function of params and rest that merges them, "
-    "nnx.merge(graph, params, rest, copy=True), and returns the new rest beside its outputs.",
+        "Give a function of a module, lambda model, x: model(x), and the module itself as the "
+        "parameters. If it has state (batch statistics, dropout), split it, graph, params, rest = "
+        "nnx.split(model, nnx.Param, ...), and give a function of params and rest that merges "
+        "them, nnx.merge(graph, params, rest, copy=True), and returns the new rest beside its "
+        "outputs.",
+    ),
     (
         "equinox",
         "Module",
-    ): "Split it, params, static = eqx.partition(model, eqx.is_array), and give "
-    "lambda params, x: eqx.combine(params, static)(x).",
-    ("keras", "Layer"): "Give lambda params, rest, x: model.stateless_call(params, rest, x), with "
-    "[v.value for v in model.trainable_variables] as the parameters.",
-}
+        "Split it, params, static = eqx.partition(model, eqx.is_array), and give "
+        "lambda params, x: eqx.combine(params, static)(x).",
+    ),
+    (
+        "keras",
+        "Layer",
+        "Give lambda params, rest, x: model.stateless_call(params, rest, x), with "
+        "[v.value for v in model.trainable_variables] as the parameters.",
+    ),
+]
 
 
 def check_apply_fn(apply_fn: Any) -> None:
     """`TypeError` if `apply_fn` is a module that holds its parameters, or no function."""
-    for (package, name), remedy in _MODULES.items():
+    for package, name, remedy in _MODULES:
         if _is_a(package, name, apply_fn):
             raise TypeError(
                 "`apply_fn` must be a function of parameters; got the module "

@@ -94,7 +94,10 @@ def _not_linear(rule: LoRA, site: Site, sites: Sites) -> str:
     elif len(site.shape) < 2:
         why = f"is no matrix (shape {site.shape})"
         if better := _better(rule, site, sites):
-            remedy = remedy.replace(",", f" (did you mean {better!r}?),", 1)
+            remedy = (
+                f"Narrow the pattern (did you mean {better!r}?), or train the leaf in full with "
+                "jlora.Full."
+            )
     elif site.others:
         why = "is used only by " + "; ".join(site.others)
         remedy = (

@@ -64,9 +64,9 @@ def mask(tree: PyTree) -> PyTree:
     updates, so that `optax.apply_updates` adds them to the base. What freezes the base is
     `jlora.optimizer(tx)`, or, spelled out,
 
+        words = {True: "trained", False: "frozen"}
+        group = lambda params: jax.tree.map(words.get, jlora.mask(params))
         optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, group)
-
-    where `group(params)` is `jlora.mask(params)` with these words for True and False.
 
     Args:
         tree: an adapter, or `Params(base, adapter)`.

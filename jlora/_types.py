@@ -160,8 +160,8 @@ class Transformed(NamedTuple):
     Attributes:
         init: `(key, params, *args, **kwargs) -> (base, adapter)`.
         apply: `(base, adapter, *args, **kwargs) -> outputs of the apply function`.
-        sites: `(params, *args, **kwargs) -> Sites`; a `functools.partial` that begins with the
-            apply function and the rules, by which `print` names them.
+        sites: `(params, *args, **kwargs) -> Sites`. Where it is a `functools.partial` that begins
+            with the apply function and the rules, `print` names those.
     """
 
     init: Callable[..., tuple[PyTree, PyTree]]
@@ -169,7 +169,7 @@ class Transformed(NamedTuple):
     sites: Callable[..., Any]
 
     def __repr__(self) -> str:
-        if not isinstance(self.sites, functools.partial):
+        if not isinstance(self.sites, functools.partial) or len(self.sites.args) < 2:
             return f"Transformed(init={self.init}, apply={self.apply}, sites={self.sites})"
         apply_fn, rules = self.sites.args[:2]
         listed = "".join(f", {rule_name(rule)}" for rule in rules)

@@ -40,7 +40,8 @@ def raw(tree: Any) -> list[bytes]:
 
 def group(params: Any) -> Any:
     """As in the docstring of `jlora.mask`."""
-    return jax.tree.map(lambda x: "trained" if x else "frozen", jlora.mask(params))
+    words = {True: "trained", False: "frozen"}
+    return jax.tree.map(words.get, jlora.mask(params))
 
 
 SGD = optax.sgd(0.5)
