@@ -1,6 +1,7 @@
 """Which rule each leaf gets, and the errors of rules that do nothing or cannot apply."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
             taken = [j for s, j in zip(sites.leaves, first, strict=True) if _takes(rule, s)]
             _raise_idle(rule, sites, [rules[j] for j in taken if j is not None])
     pairs = zip(sites.leaves, first, strict=True)
-    return Sites(tuple(s if i is None else _fitted(s, rules[i]) for s, i in pairs))
+    return Sites(tuple(s if i is None else _fitted(s, rules[i], sites) for s, i in pairs))
 
 
 def wanted(rules: Sequence[Rule], path: str) -> type | None:
@@ -32,7 +33,7 @@ def _takes(rule: Rule, site: Site) -> bool:
     return matches(rule, site.path)
 
 
-def _fitted(site: Site, rule: Rule) -> Site:
+def _fitted(site: Site, rule: Rule, sites: Sites) -> Site:
     """The site under `rule`, which may be adapted to it."""
     if isinstance(rule, Full):
         _check_full(rule, site)
@@ -41,7 +42,7 @@ def _fitted(site: Site, rule: Rule) -> Site:
     if site.layout is None and materialize and site.formed is not None:
         site = dataclasses.replace(site, kind="formed", layout=site.formed)
     if site.layout is None:
-        raise ValueError(_not_linear(rule, site))
+        raise ValueError(_not_linear(rule, site, sites))
     if site.unsupported_uses and not materialize:
         raise NotImplementedError(
             f"{rule_name(rule)} matches {site.name}, which the model also uses where W + s·A·B "
@@ -69,12 +70,17 @@ def _check_full(rule: Full, site: Site) -> None:
         )
 
 
-def _not_linear(rule: Rule, site: Site) -> str:
+def _not_linear(rule: Rule, site: Site, sites: Sites) -> str:
     remedy = "Narrow the pattern, or train the leaf in full with jlora.Full."
     if not jnp.issubdtype(site.dtype, jnp.floating):
         why, remedy = f"is not floating-point ({site.dtype})", "Narrow the pattern."
     elif len(site.shape) < 2:
         why = f"is no matrix (shape {site.shape})"
+        if better := _better(rule, site, sites):
+            remedy = (
+                f"Narrow the pattern (did you mean {better!r}?), or train the leaf in full with "
+                "jlora.Full."
+            )
     elif site.unsupported_uses:
         why = "is used only by " + "; ".join(site.unsupported_uses)
         remedy = (
@@ -87,6 +93,29 @@ def _not_linear(rule: Rule, site: Site) -> str:
         f"{rule_name(rule)} matches {site.name} of shape {site.shape}, which is used by nothing "
         f"linear: it {why}. {remedy}"
     )
+
+
+def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
+    """A pattern like that of `rule` for the sites that it matches, or those beside `site`."""
+    if rule.pattern is None or not site.parts:
+        return None
+    beside = [s for s in sites if s.parts[:-1] == site.parts[:-1] or matches(rule, s.path)]
+    mine = rf"\b{re.escape(site.parts[-1])}\b"
+    for name in dict.fromkeys(re.escape(s.parts[-1]) for s in beside if s.parts):
+        renamed = re.sub(mine, lambda _, name=name: name, rule.pattern)
+        for pattern in (renamed, f"{rule.pattern}/.*{name}", f"{rule.pattern}.*{name}"):
+            if _hits_sites(pattern, sites):
+                return pattern
+    return None
+
+
+def _hits_sites(pattern: str, sites: Sites) -> bool:
+    """Whether `pattern`, which may be no regular expression, matches sites and nothing else."""
+    try:
+        hits = [s for s in sites.leaves if re.search(pattern, s.path)]
+    except re.error:
+        return False
+    return bool(hits) and all(s.layout is not None for s in hits)
 
 
 def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:

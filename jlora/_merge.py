@@ -23,9 +23,13 @@ def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
     forms all ΔW of higher ranks at once, unless the environment variable `XLA_FLAGS` has
     `--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`.
 
+    The result has ΔW in it and is plain arrays, so that nothing can tell it from a base:
+    `apply(merge(base, adapter), adapter, ...)` counts ΔW twice. Give merged parameters to the
+    model itself, or to `apply` with the adapter `{}`.
+
     Args:
         base: the frozen tree.
-        adapter: the adapter; dropout keys in it are ignored.
+        adapter: the adapter; dropout keys in it are ignored. `{}` gives `base`.
         check: raise if a merged leaf is not finite. Needs concrete values, so not under `jit`.
 
     Returns:

@@ -1,5 +1,6 @@
 """Optimizers that train the adapter alone, whatever tree they are given."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jax.tree_util import DictKey
 
 from ._rules import is_finite
 from ._table import aligned, readable
-from ._tree import count, size_in_bytes
+from ._tree import count, leaves_by_path, name_of, size_in_bytes
 from ._types import Adapted, Params, PyTree
 from .adapters import arrays, is_node, method_of
 
@@ -40,7 +41,7 @@ def labels(tree: PyTree) -> PyTree:
             case Params():
                 return Params(jax.tree.map(lambda _: "base", leaf.base), labels(leaf.adapter))
             case Adapted():
-                return leaf._replace(base="base", delta=label(path, leaf.delta))
+                return dataclasses.replace(leaf, base="base", delta=label(path, leaf.delta))
             case _ if is_node(leaf):
                 labels_of = method_of(leaf).labels
                 return leaf._replace(**{name: labels_of[name] or "base" for name in arrays(leaf)})
@@ -59,6 +60,15 @@ def labels(tree: PyTree) -> PyTree:
 
 def mask(tree: PyTree) -> PyTree:
     """A tree like `tree` with True where it is trained, as optax's masks are.
+
+    For masks that say what a transformation acts on, such as that of `optax.add_decayed_weights`.
+    It freezes nothing: `optax.masked(tx, jlora.mask)` passes the gradients of the base on as its
+    updates, so that `optax.apply_updates` adds them to the base. What freezes the base is
+    `jlora.optimizer(tx)`, or, spelled out,
+
+        words = {True: "trained", False: "frozen"}
+        group = lambda params: jax.tree.map(words.get, jlora.mask(params))
+        optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, group)
 
     Args:
         tree: an adapter, or `Params(base, adapter)`.
@@ -86,6 +96,10 @@ def optimizer(
     `TrainState`, base leaves get no moments and zero updates, whatever their gradients; norms,
     clipping and weight decay inside `tx` see the adapter only.
 
+    Wrappers belong inside: `jlora.optimizer(optax.MultiSteps(tx, 4))` accumulates the gradients of
+    the adapter, while `optax.MultiSteps(jlora.optimizer(tx), 4)` also accumulates those of the
+    base, at the base's size, and drops them.
+
     Args:
         tx: any optax transformation.
         lora_plus: the ratio λ of B's learning rate to A's: updates of B are multiplied by it.
@@ -96,7 +110,8 @@ def optimizer(
         An optax transformation.
 
     Raises:
-        TypeError: if `tx` is no optax transformation, or it is given a tree that is neither form.
+        TypeError: if `tx` is no optax transformation, or it is given a tree that is neither form,
+            or a base with PRNG keys, to which `optax.apply_updates` can add nothing.
         ValueError: if `lora_plus` is not a positive finite number.
 
     Source: Hayou et al., LoRA+, arXiv 2402.12354; Zhang et al., LoRA-FA, arXiv 2308.03303, for
@@ -126,7 +141,27 @@ def optimizer(
         return jax.tree.map(lambda label: "frozen" if label in frozen else "trained", labels(tree))
 
     parts = optax.partition({"trained": tx, "frozen": _freeze()}, group)
-    return optax.chain(parts, _scale_b(lora_plus)) if lora_plus is not None else parts
+    whole = optax.chain(parts, _scale_b(lora_plus)) if lora_plus is not None else parts
+
+    def init(params: PyTree) -> PyTree:
+        _check_no_keys(params)
+        return whole.init(params)
+
+    return whole._replace(init=init)
+
+
+def _check_no_keys(params: PyTree) -> None:
+    keys = [
+        name_of(path)
+        for path, x in leaves_by_path(params, is_node)
+        if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
+    if keys:
+        raise TypeError(
+            f"`params` of jlora.optimizer has PRNG keys, to which no update can be added, at "
+            f"{', '.join(keys)}. Pass them to the model beside the parameters (in NNX: graph, "
+            "params, rest = nnx.split(model, nnx.Param, ...)), or train the adapter alone."
+        )
 
 
 def _freeze() -> optax.GradientTransformation:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from ._foreign import check_leaf
 from ._rules import Full, Rule, near, rule_name
 from ._table import aligned
 from ._tree import is_abstract, leaves_by_path, name_of
@@ -301,23 +301,15 @@ def _trace(
         full = dict(enumerate(leaves)) | dict(zip(at, values, strict=False))
         return apply_fn(jax.tree.unflatten(structure, list(full.values())), *args, **kwargs)
 
-    specs = [
-        abstract(x if hasattr(x, "dtype") else jnp.asarray(x))
-        for x in [*(leaves[i] for i in at), *rest]
-    ]
+    each = [*(leaves[i] for i in at), *rest]
+    specs = [abstract(x if hasattr(x, "dtype") else jnp.asarray(x)) for x in each]
     jaxpr, _ = trace(call, specs, ["/".join(path) for path in paths])
     return Traced(jaxpr, specs, [found[i][0] for i in at])
 
 
 def _abstract(x: Any, parts: Path) -> jax.ShapeDtypeStruct:
-    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-        if not isinstance(x, int | float | complex | bool | np.generic):
-            raise TypeError(
-                f"`params` must be a pytree of arrays; the leaf {name_of(parts)!r} is {x!r} "
-                f"of type {type(x).__name__}."
-            )
-        x = jnp.asarray(x)
-    return abstract(x)
+    check_leaf(x, parts)
+    return abstract(x if hasattr(x, "dtype") else jnp.asarray(x))
 
 
 def _is_matrix(x: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._foreign import check_apply_fn
 from ._match import match, wanted
 from ._rules import Full, Rule
 from ._sites import Sites, Traced, find_sites
@@ -44,7 +45,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
           `apply_fn`'s own, arrays or `jax.ShapeDtypeStruct`s, and only traced. `base` is `params`,
           leaf for leaf the same arrays; `adapter` is a nested dict pruned to the adapted paths,
           with `LowRank` nodes or, for `Full`, copies. Keys are folded per path.
-        - `apply(base, adapter, *args, **kwargs)`: what `apply_fn` returns, adapted.
+        - `apply(base, adapter, *args, **kwargs)`: what `apply_fn` returns, adapted; with `{}` for
+          the adapter, the base model.
         - `sites(params, *args, **kwargs) -> Sites`: what can be adapted, and what the rules take.
 
     Raises:
@@ -72,8 +74,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
         ────────────────────────────────────────────────────────────────────
         1 of 2 sites adapted; 40 of 48 parameters trainable (83.3%)
     """
-    if not callable(apply_fn):
-        raise TypeError(f"`apply_fn` must be a function of parameters; got {apply_fn!r}.")
+    check_apply_fn(apply_fn)
     for rule in rules:
         if not is_rule(rule):
             raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
@@ -185,7 +186,9 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         found = leaves_by_path((args, kwargs), is_adapted)
         # Paths start with 0 or 1 for args or kwargs, then the argument.
         paths = ["/".join(path[2:]) for path, x in found if is_adapted(x)]
-        weights = [_weight(*leaf, path) for leaf, path in zip(bound, paths, strict=True)]
+        weights = [
+            _weight(leaf.base, leaf.delta, path) for leaf, path in zip(bound, paths, strict=True)
+        ]
 
         def plain(*values: Any) -> Any:
             args, kwargs = put(values)

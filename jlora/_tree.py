@@ -3,7 +3,7 @@
 import collections
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from ._types import Adapted, Params, Path, PyTree
+from ._types import Adapted, Params, Path, PyTree, short
 from .adapters import is_node, misfit, state
 
 
@@ -80,7 +80,9 @@ def nest(leaves: dict[Path, Any]) -> PyTree:
 
 def fold(key: jax.Array, parts: Path) -> jax.Array:
     """A key of its own for a path, whatever the other paths are."""
-    return jax.random.fold_in(key, zlib.crc32("/".join(parts).encode()))
+    # So that the one part `a/b` is not the two parts `a` and `b`.
+    name = "/".join(part.replace("/", "\0") for part in parts)
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def is_abstract(x: Any) -> bool:
@@ -96,6 +98,11 @@ def is_concrete(x: Any) -> bool:
 def is_adapted(x: Any) -> bool:
     """Whether `x` is a leaf of a bound tree with its adapter."""
     return isinstance(x, Adapted)
+
+
+def is_empty(adapter: PyTree) -> bool:
+    """Whether `adapter` is `{}`, that of the base model; None is an adapter that was not found."""
+    return isinstance(adapter, Mapping) and not adapter
 
 
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
@@ -134,6 +141,7 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
             "and `adapter` swapped?"
         )
     shapes = {path: tuple(jnp.shape(x)) for path, x in leaves}
+    _check_not_forgotten(found, shapes)
     wrong = [f"  {name_of(p)}: {e}" for p, x in found.items() if (e := _misfit(x, shapes.get(p)))]
     if wrong:
         raise ValueError(
@@ -143,15 +151,31 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
         )
 
 
+def _check_not_forgotten(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]]) -> None:
+    """Raises if the adapter `found` looks like an argument of the model."""
+    if not found or any(is_node(x) or p in shapes for p, x in found.items()):
+        return
+    listed = ", ".join(f"{name_of(path)}: {short(x)}" for path, x in found.items())
+    raise TypeError(
+        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it, with "
+        f"paths of `base`; got {listed}. Was it forgotten, as in apply(base, x) for "
+        "apply(base, adapter, x)? For the base model alone it is {}."
+    )
+
+
 def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:
     if shape is None:
         return "not in `base`"
     if not is_node(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return f"a leaf trained in full must be floating-point, got {leaf.dtype}"
         got = tuple(leaf.shape)
         return None if got == shape else f"expected shape {shape} as in `base`, got {got}"
     for name, x in state(leaf).items():
         if not _is_array(x):
             return f"`{name}` must be an array, got {type(x).__name__}"
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return f"`{name}` must be floating-point, got {x.dtype}"
     return misfit(leaf, shape)
 
 
@@ -163,7 +187,8 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
 
     Args:
         base: the frozen tree.
-        adapter: a nested dict pruned to the adapted paths, from `init`.
+        adapter: a nested dict pruned to the adapted paths, from `init`. `{}` is the adapter of
+            nothing: the tree is `base` then.
 
     Returns:
         A tree for functions under `jlora.wrap`.
@@ -180,7 +205,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         >>> jlora.wrap(f)(jlora.bind(base, adapter), jnp.ones((1, 4))).shape
         (1, 3)
     """
-    found = adapter_leaves(adapter)
+    found = {} if is_empty(adapter) else adapter_leaves(adapter)
     check_fits(base, found)
 
     def join(parts: Path, w: Any) -> Any:

@@ -1,9 +1,14 @@
 """The trees: the `Layout` of a weight, bound leaves, and the combined `Params`."""
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+
+from ._rules import rule_name
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -26,8 +31,20 @@ class Layout(NamedTuple):
     slots: tuple[int, tuple[int, ...], int] | None = None
 
 
-class Adapted(NamedTuple):
+def short(x: Any) -> str:
+    """An array, or what stands for one, by dtype and shape, as JAX's own messages have it."""
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        return repr(x)
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
     """A leaf of a bound tree: the frozen weight beside its adapter.
+
+    It is no array. Code that takes it for one, as a function that is not under `jlora.wrap` does,
+    gets a `TypeError` that says so.
 
     Attributes:
         base: W.
@@ -36,6 +53,27 @@ class Adapted(NamedTuple):
 
     base: jax.Array
     delta: Any
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(_BOUND)
+
+    # Where JAX, NumPy, Flax and models first take it for an array.
+    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __matmul__ = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Adapted has no attribute {name!r}. {_BOUND}")
+
+    def __repr__(self) -> str:
+        return f"Adapted(base={short(self.base)}, delta={self.delta!r})"
+
+
+_BOUND = (
+    "`params` is a tree from jlora.bind, with adapters beside its weights, which only a function "
+    "under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place of "
+    "model.apply(params, ...), or lora.apply(base, adapter, ...)."
+)
 
 
 class Params(NamedTuple):
@@ -56,9 +94,26 @@ class Transformed(NamedTuple):
     Attributes:
         init: `(key, params, *args, **kwargs) -> (base, adapter)`.
         apply: `(base, adapter, *args, **kwargs) -> outputs of the apply function`.
-        sites: `(params, *args, **kwargs) -> Sites`.
+        sites: `(params, *args, **kwargs) -> Sites`. Where it is a `functools.partial` that begins
+            with the apply function and the rules, `print` names those.
     """
 
     init: Callable[..., tuple[PyTree, PyTree]]
     apply: Callable[..., Any]
     sites: Callable[..., Any]
+
+    def __repr__(self) -> str:
+        if not isinstance(self.sites, functools.partial) or len(self.sites.args) < 2:
+            return f"Transformed(init={self.init}, apply={self.apply}, sites={self.sites})"
+        apply_fn, rules = self.sites.args[:2]
+        listed = "".join(f", {rule_name(rule)}" for rule in rules)
+        return f"Transformed({function_name(apply_fn)}{listed})"
+
+
+def function_name(fn: Any) -> str:
+    """How a message calls a function: a method by the type that it is bound to."""
+    if isinstance(fn, functools.partial):
+        return f"partial({function_name(fn.func)})"
+    if inspect.ismethod(fn):
+        return f"{type(fn.__self__).__name__}.{fn.__name__}"
+    return getattr(fn, "__name__", type(fn).__name__)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from .._rules import Slots, check_pattern, is_finite, is_floating, is_int, rule_name
-from .._types import Layout
+from .._types import Layout, short
 from ..core import Change, Delta
 from ..initializers import kaiming_uniform
 from ._method import SLOTS, Along, Method, factor, register, shapes
@@ -112,6 +112,17 @@ class LowRank(NamedTuple):
         dropout: probability of dropping an input of A, in [0, 1).
         materialize: whether W + ΔW may be formed where the model leaves no other way.
         key: keys of shape (stack…) while dropout is active, else None. See `jlora.dropout`.
+
+    The product is of two factors: twice A and twice B is four times ΔW. To scale ΔW, scale B alone.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+        >>> print(adapter)
+        {'w': LowRank(a=float32[4,2], b=float32[2,3], scale=8.0)}
+        >>> halve = lambda x, label: x / 2 if label == "b" else x
+        >>> half = jax.tree.map(halve, adapter, jlora.labels(adapter))
     """
 
     a: jax.Array
@@ -121,6 +132,16 @@ class LowRank(NamedTuple):
     dropout: float = 0.0
     materialize: bool = False
     key: jax.Array | None = None
+
+    def __repr__(self) -> str:
+        shown = {"a": short(self.a), "b": short(self.b), "scale": repr(self.scale)}
+        stack, _, _, slots = self.layout
+        shown |= {"stack": repr(stack)} if stack else {}
+        shown |= {"slots": repr(slots)} if slots is not None else {}
+        shown |= {"dropout": repr(self.dropout)} if self.dropout else {}
+        shown |= {"materialize": "True"} if self.materialize else {}
+        shown |= {"key": short(self.key)} if self.key is not None else {}
+        return f"LowRank({', '.join(f'{name}={x}' for name, x in shown.items())})"
 
 
 def _unflatten(static: tuple[Any, ...], children: Any) -> LowRank:

@@ -16,8 +16,8 @@ NAME = "jlora_summed"  # of the program, by which an adapted function that is ad
 def summed(spec: Spec, x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
     r"""x·(W + s·p·q) over the axes that `spec` names: on a CPU as it is written, else apart.
 
-    Backward $\bar x = \bar y\,(W + s A B)^T$, with the gradients of A and B as they are apart. There
-    is no derivative in forward mode, as $\bar x$ would keep W + s·A·B between the passes. Under a
+    Backward $\bar x = \bar y\,(W + s A B)^T$, with the gradients of A and B as they are apart. It
+    has no derivative in forward mode, as $\bar x$ would keep W + s·A·B between the passes. Under a
     `vmap` over several p and q with one W, the factors stay apart, or W would be copied.
     """
     try:

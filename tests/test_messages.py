@@ -1,0 +1,332 @@
+"""What a user reads: where something is given in a wrong place, and what `print` shows."""
+
+import copy
+import functools
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import jlora
+from jlora import Full, LoRA
+from jlora._foreign import check_apply_fn, check_leaf
+
+KEY = jax.random.key(0)
+X = jnp.ones((1, 4))
+
+
+def dense(params: Any, x: jax.Array) -> jax.Array:
+    """The smallest model."""
+    return x @ params["w"]
+
+
+W = {"w": jnp.arange(12.0).reshape(4, 3)}
+
+
+def exactly(message: str) -> str:
+    """A pattern for `message` as a whole, with or without JAX's note on tracebacks."""
+    return r"\A" + re.escape(message) + r"(\n-+\nFor simplicity, JAX has removed .*)?\Z"
+
+
+# ------------------------------------------------------------------- a bound tree without `wrap`
+
+BOUND = (
+    "`params` is a tree from jlora.bind, with adapters beside its weights, which only a function "
+    "under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place of "
+    "model.apply(params, ...), or lora.apply(base, adapter, ...)."
+)
+
+
+def bound(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
+    """The tree of `fn` with an adapter at every matrix in it."""
+    return jlora.bind(*jlora.transform(fn, LoRA(".", rank=1)).init(KEY, params, *args))
+
+
+def linen(module: nn.Module, x: jax.Array) -> tuple[Callable[..., Any], Any]:
+    """A module's apply function, and a tree that it cannot take."""
+    return module.apply, bound(module.apply, module.init(KEY, x), x)
+
+
+def linear() -> tuple[Callable[..., Any], Any]:
+    """NNX through split and merge."""
+    graph, params = nnx.split(nnx.Linear(4, 3, use_bias=False, rngs=nnx.Rngs(0)))
+    fn = lambda params, x: nnx.merge(graph, params, copy=True)(x)  # noqa: E731
+    return fn, bound(fn, params, X)
+
+
+IDS = jnp.array([1, 2])
+MODULES = {
+    "dense": lambda: (*linen(nn.Dense(3, use_bias=False), X), X),
+    "embed": lambda: (*linen(nn.Embed(4, 3), IDS), IDS),
+    "conv": lambda: (*linen(nn.Conv(3, (2,), use_bias=False), X[None]), X[None]),
+    "nnx": lambda: (*linear(), X),
+    "nnx-module": lambda: (lambda m, x: m(x), nnx_module(), X),
+}
+
+
+def nnx_module() -> Any:
+    """A module whose parameters are adapted in place."""
+    module = nnx.Linear(4, 3, use_bias=False, rngs=nnx.Rngs(0))
+    return bound(lambda m, x: m(x), module, X)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", list(MODULES))
+def test_bound_tree_in_a_module(name: str, jit: bool) -> None:
+    """`model.apply(jlora.bind(base, adapter), x)`: the message says what takes such a tree."""
+    fn, params, x = MODULES[name]()
+    assert jnp.isfinite(jlora.wrap(fn)(params, x)).all()
+    with pytest.raises(TypeError, match=exactly(BOUND)):
+        (jax.jit(fn) if jit else fn)(params, x)
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "x @ w": lambda w: X @ w,
+    "w @ x": lambda w: w @ X.T,
+    "numpy": lambda w: np.ones((1, 4)) @ w,
+    "dot": lambda w: jnp.dot(X, w),
+    "lax.dot": lambda w: lax.dot(X, w),
+    "einsum": lambda w: jnp.einsum("bi,io->bo", X, w),
+    "take": lambda w: jnp.take(w, 0, axis=0),
+    "row": lambda w: w[0],
+    "rows": lambda w: w[IDS],
+    "all": lambda w: w[...],
+    "loop": lambda w: list(w),
+    "scaled": lambda w: 2 * w,
+    "divided": lambda w: w / 2,
+    "negative": lambda w: -w,
+    "sum": lambda w: w + 1,
+    "difference": lambda w: 1 - w,
+    "norm": lambda w: jnp.linalg.norm(w),
+    "asarray": lambda w: jnp.asarray(w),
+    "numpy.asarray": lambda w: np.asarray(w),
+}
+
+
+@pytest.mark.parametrize("use", list(USES))
+def test_bound_leaf_is_no_array(use: str) -> None:
+    """However a model takes hold of a weight."""
+    with pytest.raises(TypeError, match=exactly(BOUND)):
+        USES[use](bound(dense, W, X)["w"])
+
+
+def test_bound_leaf_has_no_attributes_of_an_array() -> None:
+    """`w.T`, `w.shape`; and what asks politely, as `hasattr` and copies do, gets an answer."""
+    leaf = bound(dense, W, X)["w"]
+    with pytest.raises(AttributeError, match=exactly(f"Adapted has no attribute 'T'. {BOUND}")):
+        leaf.T  # noqa: B018
+    assert not hasattr(leaf, "shape")
+    for same in (copy.deepcopy(leaf), pickle.loads(pickle.dumps(leaf))):
+        assert jax.tree.structure(same) == jax.tree.structure(leaf)
+
+
+# -------------------------------------------------------------------- patterns that reach too far
+
+BLOCK = {
+    "out": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    "norm": {"scale": jnp.ones(4)},
+    "blocks/0": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}},
+}
+
+
+def block(params: Any, x: jax.Array) -> jax.Array:
+    """Two dense layers with biases, and a norm's scale."""
+    for layer in (params["blocks/0"]["query"], params["out"]):
+        x = x @ layer["kernel"] + layer["bias"]
+    return x * params["norm"]["scale"]
+
+
+PATTERNS = {  # a pattern: the leaf that it should not match, and what is advised
+    "out": ("out/bias", "out/.*kernel"),
+    "out/": ("out/bias", "out/.*kernel"),
+    "out/bias": ("out/bias", "out/kernel"),
+    "bias": ("blocks/0/query/bias", "kernel"),
+    "(query|out)/bias$": ("blocks/0/query/bias", "(query|out)/kernel$"),
+    "(query|out)": ("blocks/0/query/bias", "(query|out)/.*kernel"),
+    "query|out": ("blocks/0/query/bias", None),
+    "": ("blocks/0/query/bias", "/.*kernel"),
+    "scale": ("norm/scale", None),
+}
+
+
+@pytest.mark.parametrize("pattern", list(PATTERNS))
+def test_pattern_that_hits_a_vector(pattern: str) -> None:
+    """A pattern like it that takes matrices only, where there is one."""
+    path, better = PATTERNS[pattern]
+    hint = "" if better is None else f" (did you mean {better!r}?)"
+    message = (
+        f"LoRA({pattern!r}) matches {path!r} of shape (4,), which is used by nothing linear: it is "
+        f"no matrix (shape (4,)). Narrow the pattern{hint}, or train the leaf in full with "
+        "jlora.Full."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        jlora.transform(block, LoRA(pattern, rank=2)).init(KEY, BLOCK, X)
+    if better is not None:
+        assert jlora.count(jlora.transform(block, LoRA(better, rank=2)).init(KEY, BLOCK, X)[1])
+
+
+def test_advice_that_would_be_no_regular_expression() -> None:
+    """A range that begins with the name of the vector: `[w-9]` is none, so nothing is advised."""
+    fn = lambda p, x: x @ p["w"] + p["0"]  # noqa: E731
+    with pytest.raises(ValueError, match="Narrow the pattern, or"):
+        jlora.transform(fn, LoRA("[0-9]", rank=2)).init(KEY, {"0": jnp.ones(3), **W}, X)
+
+
+# ------------------------------------------------------------------- objects of other libraries
+
+
+def stand_in(module: str, name: str, **members: Any) -> Any:
+    """An object of a class that derives from `name` of a package that need not be there."""
+    base = type(name, (), {"__module__": module} | members)
+    return type("Mine", (base,), {"__module__": "mine"})()
+
+
+CALLED = {"__call__": lambda self, x: x}
+MODULES_GIVEN = {
+    "linen": (
+        lambda: nn.Dense(3),
+        "the module Dense of flax.linen. Give its apply: jlora.transform(model.apply, ...), with "
+        "the variables of model.init as the parameters.",
+    ),
+    "nnx": (
+        lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0)),
+        "the module Linear of flax.nnx. Give a function of a module, lambda model, x: model(x), "
+        "and the module itself as the parameters. If it has state (batch statistics, dropout), "
+        "split it, graph, params, rest = nnx.split(model, nnx.Param, ...), and give a function of "
+        "params and rest that merges them, nnx.merge(graph, params, rest, copy=True), and returns "
+        "the new rest beside its outputs.",
+    ),
+    "equinox": (
+        lambda: stand_in("equinox._module._module", "Module", **CALLED),
+        "the module Mine of equinox. Split it, params, static = eqx.partition(model, "
+        "eqx.is_array), and give lambda params, x: eqx.combine(params, static)(x).",
+    ),
+    "keras": (
+        lambda: stand_in("keras.src.layers.layer", "Layer", **CALLED),
+        "the module Mine of keras. Give lambda params, rest, x: "
+        "model.stateless_call(params, rest, x), with [v.value for v in model.trainable_variables] "
+        "as the parameters.",
+    ),
+    "number": (lambda: 3, "3."),
+}
+
+
+@pytest.mark.parametrize("case", list(MODULES_GIVEN))
+def test_module_in_the_place_of_a_function(case: str) -> None:
+    """A module that holds its parameters is not a function of them; what is, is said."""
+    make, got = MODULES_GIVEN[case]
+    with pytest.raises(
+        TypeError, match=exactly(f"`apply_fn` must be a function of parameters; got {got}")
+    ):
+        check_apply_fn(make())
+
+
+def test_functions_of_modules_pass() -> None:
+    """Methods, partials, compiled functions, and modules of packages with a similar name."""
+    module = nn.Dense(3)
+    other = stand_in("kerasaurus", "Layer", **CALLED)
+    for fn in (module.apply, functools.partial(module.apply, mutable=["x"]), jax.jit(dense), other):
+        check_apply_fn(fn)
+
+
+LEAVES = {
+    "function": (
+        np.tanh,
+        "<ufunc 'tanh'> of type ufunc. Split what is no array off, as params, static = "
+        "eqx.partition(model, eqx.is_array) does in Equinox, and combine both in the function: "
+        "lambda params, x: eqx.combine(params, static)(x).",
+    ),
+    "keras": (
+        stand_in(
+            "keras.src.backend.jax.core", "Variable", shape=(3,), __repr__=lambda _: "VALUES" * 9
+        ),
+        "VALUESVALUESV...ESVALUESVALUES of type Mine. Give [v.value for v in "
+        "model.trainable_variables], and lambda params, rest, x: model.stateless_call(params, "
+        "rest, x) as the function.",
+    ),
+    "tensor": (
+        stand_in("torch", "Tensor", shape=(3,), __repr__=lambda _: "tensor"),
+        "tensor of type Mine. Convert it with jnp.asarray.",
+    ),
+    "name": ("gelu", "'gelu' of type str."),
+}
+
+
+@pytest.mark.parametrize("case", list(LEAVES))
+def test_leaf_that_is_no_array(case: str) -> None:
+    """The path, what is there, and what to give instead."""
+    leaf, got = LEAVES[case]
+    message = f"`params` must be a pytree of arrays; the leaf 'layer/act' is {got}"
+    with pytest.raises(TypeError, match=exactly(message)):
+        check_leaf(leaf, ("layer", "act"))
+
+
+@pytest.mark.parametrize(
+    "leaf", [X, np.ones(3), np.float32(1), 1, 1.5, True, 1j, KEY, jax.ShapeDtypeStruct((3,), int)]
+)
+def test_arrays_and_numbers_pass(leaf: Any) -> None:
+    """All that JAX takes for an array."""
+    check_leaf(leaf, ("w",))
+
+
+# -------------------------------------------------------------------------------- what is printed
+
+
+def test_print_of_an_adapter() -> None:
+    """A node is a line of shapes, with what is not as it is by default."""
+    low_rank = LoRA("w", rank=2, alpha=3, dropout=0.5, materialize=True)
+    _, adapter = jlora.transform(dense, low_rank).init(KEY, W, X)
+    shown = "{'w': LowRank(a=float32[4,2], b=float32[2,3], scale=1.5, dropout=0.5, materialize=True"
+    assert str(adapter) == shown + ")}"
+    assert str(jlora.dropout(adapter, KEY)) == shown + ", key=key<fry>[])}"
+    assert str(jax.eval_shape(lambda: adapter)) == str(adapter)
+
+
+def test_print_of_stacks_and_slots() -> None:
+    """Layers of a scan, and q and v of a fused kernel."""
+    params = {"w": jnp.ones((5, 4, 12))}
+    fn = lambda p, x: lax.scan(lambda x, w: (x, x @ w), x, p["w"])[1]  # noqa: E731
+    lora = jlora.transform(fn, LoRA("w", rank=2, slots=jlora.Slots(3, (0, 2))))
+    assert str(lora.init(KEY, params, X)[1]["w"]) == (
+        "LowRank(a=float32[5,2,4,2], b=float32[5,2,2,4], scale=8.0, stack=(0,), "
+        "slots=(3, (0, 2), 2))"
+    )
+
+
+def test_print_of_trees_of_an_adapters_structure() -> None:
+    """Labels and tracers stand where arrays do."""
+    base, adapter = jlora.transform(dense, LoRA("w", rank=2)).init(KEY, W, X)
+    assert str(jlora.labels(adapter)) == "{'w': LowRank(a='a', b='b', scale=8.0)}"
+    seen = []
+    jax.jit(lambda a: seen.append(str(a)))(adapter)
+    assert seen == [str(adapter)]
+    assert str(jlora.bind(base, adapter)["w"]) == (
+        "Adapted(base=float32[4,3], delta=LowRank(a=float32[4,2], b=float32[2,3], scale=8.0))"
+    )
+
+
+RULES = (LoRA("(query|value)/kernel", rank=4), Full("classifier"))
+PRINTED = {
+    "method": (nn.Dense(3).apply, "Dense.apply"),
+    "function": (dense, "dense"),
+    "partial": (functools.partial(nn.Dense(3).apply, mutable=["x"]), "partial(Dense.apply)"),
+    "jitted": (jax.jit(dense), "dense"),
+}
+
+
+@pytest.mark.parametrize("case", list(PRINTED))
+def test_print_of_a_transform(case: str) -> None:
+    """The function and the rules on one line, where `sites` says what they are."""
+    fn, name = PRINTED[case]
+    sites = functools.partial(lambda *_: None, fn, RULES)
+    assert str(jlora.Transformed(max, min, sites)) == (
+        f"Transformed({name}, LoRA('(query|value)/kernel'), Full('classifier'))"
+    )
