@@ -163,7 +163,7 @@ class Sites:
         if self.missed:
             last += f"; {len(self.missed)} more weights have no factored form"
         reasons = [f"{s.path or '(root)'}: used in {s.unsupported_uses[0]}" for s in no_site]
-        return "\n".join([lines[0], rule, *lines[1:], rule, last, *reasons])
+        return "\n".join([lines[0], rule, *lines[1:], *reasons, rule, last])
 
 
 def _row(site: Site) -> tuple[str, ...]:

@@ -143,8 +143,9 @@ def _init(
             start = method_of(site.rule).start
             w, adapter[site.parts] = start(fold(key, site.parts), w, site, site.rule)
         base.append(w)
-    traced.check(adapter)
-    return jax.tree.unflatten(tree, base), nest(adapter)
+    adapter = nest(adapter)
+    traced.check(dict(leaves_by_path(dropout(adapter, key), is_node)))
+    return jax.tree.unflatten(tree, base), adapter
 
 
 def _copy(w: Any) -> Any:

@@ -40,7 +40,7 @@ jax.tree_util.register_pytree_with_keys(
 def _ones(key: Any, w: Any, site: Any, rule: Gain) -> tuple[Any, GainNode]:
     del key, rule
     shape = [site.shape[d] for d in (*site.layout.stack, *site.layout.outputs)]
-    return w, GainNode(jnp.ones(shape, jnp.promote_types(w.dtype, jnp.float32)), site.layout)
+    return w, GainNode(jnp.ones(shape, jnp.float32 if w.dtype.itemsize < 4 else w.dtype), site.layout)
 
 
 adapters.register(
@@ -101,7 +101,7 @@ def _drawn(key: Any, w: Any, site: Any, rule: Diagonal) -> tuple[Any, DiagonalNo
         draw = jax.random.normal(jax.random.fold_in(key, i), shape, dtype)
         return jnp.zeros_like(draw) if i == 1 else draw
 
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    dtype = jnp.float32 if w.dtype.itemsize < 4 else w.dtype
     axes = _axes(site.layout).values()
     return w, DiagonalNode(*(array(i, dims) for i, dims in enumerate(axes)), site.layout)
 

@@ -101,7 +101,7 @@ def test_automatic_init_holds_nothing_whole():
     """A base and an adapter made on the mesh: no device ever has a whole weight, or a whole A."""
     layers, d, rank = 8, 512, 64
     model = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
-    lora = jlora.transform(model, LoRA(rank=rank, init=jlora.gaussian))
+    lora = jlora.transform(model, LoRA(rank=rank, init=jlora.initializers.gaussian))
     base = {"w": NamedSharding(AUTO, P(None, "fsdp", "tensor"))}
 
     def start(key):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jlora import Layout, LowRank, analysis, merge
-from jlora._tree import factor_shapes, weight_shape
+from jlora.adapters import factor_shapes, weight_shape
 
 # Shape of W, its layout, r.
 SITES = {

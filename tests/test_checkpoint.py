@@ -31,7 +31,7 @@ TABLE = [
     for case in CASES
 ]
 RULES = (
-    LoRA("up", rank=2, alpha=3.0, dropout=0.25, rslora=True, init=jlora.gaussian),
+    LoRA("up", rank=2, alpha=3.0, dropout=0.25, rslora=True, init=jlora.initializers.gaussian),
     LoRA("qkv", rank=3, slots=Slots(3, (0, 2)), materialize=True, dtype=jnp.bfloat16),
     LoRA(rank=2),
     Full("norm"),
@@ -93,7 +93,7 @@ def test_read_tells_everything_but_the_numbers(saved):
     path, base, adapter = saved
     told = checkpoint.read(path)
     assert told.rules == RULES
-    assert told.rules[0].init is jlora.gaussian
+    assert told.rules[0].init is jlora.initializers.gaussian
     assert told.rules[0].scale == RULES[0].scale
     assert told.step == 7
     assert told.versions["jax"] == jax.__version__
@@ -151,7 +151,7 @@ def test_any_tree_comes_back(form, tmp_path):
 
 def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
     def mine(key, w, site, rule):
-        return jlora.gaussian(key, w, site, rule)
+        return jlora.initializers.gaussian(key, w, site, rule)
 
     rules = (LoRA("up", rank=2, init=mine),)
     _, adapter = made(rules)
@@ -159,7 +159,7 @@ def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
     (rule,) = checkpoint.read(tmp_path / "a").rules
     with pytest.raises(NotImplementedError, match=r"`init` was \S*test_checkpoint\S*mine when"):
         made((rule,))
-    assert made((dataclasses.replace(rule, init=jlora.gaussian),))[1].keys() == {"up"}
+    assert made((dataclasses.replace(rule, init=jlora.initializers.gaussian),))[1].keys() == {"up"}
     checkpoint.save(tmp_path / "b", adapter, (rule,))
     assert checkpoint.read(tmp_path / "b").rules == (rule,)
 

@@ -1109,7 +1109,7 @@ def test_failed_initializer_leaves_inputs() -> None:
         seen.append(site.path)
         if len(seen) > 1:
             raise RuntimeError("no memory left")
-        return jlora.gaussian(key, w, site, rule)
+        return jlora.initializers.gaussian(key, w, site, rule)
 
     before = jax.tree.map(np.array, PARAMS)
     with pytest.raises(RuntimeError, match=exactly("no memory left")):
@@ -1283,13 +1283,13 @@ def test_lora_plus_bool() -> None:
 
 def changed_dtype(key: Any, w: Any, site: Any, rule: Any) -> Any:
     """An initializer that rounds W."""
-    w, a, b = jlora.gaussian(key, w, site, rule)
+    w, a, b = jlora.initializers.gaussian(key, w, site, rule)
     return w.astype(jnp.float16), a, b
 
 
 def integers(key: Any, w: Any, site: Any, rule: Any) -> Any:
     """An initializer whose factors cannot be trained."""
-    w, a, b = jlora.gaussian(key, w, site, rule)
+    w, a, b = jlora.initializers.gaussian(key, w, site, rule)
     return w, jnp.ones_like(a, jnp.int32), jnp.zeros_like(b, jnp.int32)
 
 
@@ -1537,7 +1537,7 @@ LEAKS = {
     ),
     "initializer-other-w": (
         lambda: init(
-            LoRA("w", rank=2, init=lambda k, w, s, r: jlora.gaussian(k, w[:3], s, r)),
+            LoRA("w", rank=2, init=lambda k, w, s, r: jlora.initializers.gaussian(k, w[:3], s, r)),
             apply=dense,
             params=W,
         ),

@@ -93,7 +93,7 @@ def setup(**options: Any) -> Setup:
 
 def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:
     """B as A: at B = 0 a wrong gradient of A would not show."""
-    w, a, b = jlora.kaiming_uniform(key, w, site, rule)
+    w, a, b = jlora.initializers.kaiming_uniform(key, w, site, rule)
     return w, a, 0.1 * jax.random.normal(key, b.shape, b.dtype)
 
 

@@ -173,7 +173,7 @@ LAYOUTS = {
 
 def node(name: Name, shape: tuple[int, ...], rank: int, scale: float) -> LowRank:
     """A random node for a leaf."""
-    from jlora._tree import factor_shapes
+    from jlora.adapters import factor_shapes
 
     a, b = factor_shapes(name.layout, shape, rank)
     return LowRank(normal(1, *a), normal(2, *b), scale, name.layout)

@@ -14,9 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import _topology
 from jlora._cli._app import cli
-from jlora._estimate import held
+from jlora.planning import _topology
+from jlora.planning._estimate import held
 
 JOBS = pathlib.Path(plan_jobs.__file__)
 MESH = AbstractMesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)

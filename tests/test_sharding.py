@@ -19,7 +19,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 import jlora
 from jlora import sharding
-from jlora._tree import adapter_leaves, is_low_rank
+from jlora._tree import adapter_leaves
+from jlora.adapters import is_node
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 MESH = AbstractMesh(tuple(models.MESH.values()), tuple(models.MESH), (AUTO, AUTO))
@@ -33,9 +34,9 @@ def model(request):
 
 def nodes(tree):
     """The leaves of a tree of specs by joined path: a pair for A and B."""
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_low_rank)[0]
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]
     return {
-        "/".join(key.key for key in path): (x.a, x.b) if is_low_rank(x) else x for path, x in flat
+        "/".join(key.key for key in path): (x.a, x.b) if is_node(x) else x for path, x in flat
     }
 
 

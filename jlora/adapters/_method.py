@@ -82,7 +82,7 @@ def static(node: Any) -> dict[str, Any]:
 def state(node: Any) -> dict[str, Any]:
     """The arrays of a node without those that come and go."""
     labels = method_of(node).labels
-    return {name: x for name, x in arrays(node).items() if labels[name] is not None}
+    return {name: getattr(node, name) for name, label in labels.items() if label is not None}
 
 
 def shapes(
@@ -139,10 +139,8 @@ def misfit(node: Any, shape: tuple[int, ...]) -> str | None:
     if all(got[name] == expected[name] for name in got):
         return None
 
-    def listed(found: Mapping[str, tuple[int, ...]]) -> str:
-        return " and ".join(f"{name.upper()} {found[name]}" for name in got)
-
-    return f"a weight of shape {shape} needs {listed(expected)}, got {listed(got)}"
+    needed = " and ".join(f"{name.upper()} {expected[name]}" for name in got)
+    return f"a weight of shape {shape} needs {needed}, got {' and '.join(map(str, got.values()))}"
 
 
 def factor(node: Any, name: str) -> Factor:

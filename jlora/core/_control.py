@@ -39,7 +39,7 @@ def _call(eqn: Equation, *_: Any) -> list[Any]:
 def _custom_vjp(eqn: Equation, *operands: Any) -> list[Any]:
     # A user's own derivative says nothing of W + ΔW; that of a product of ours is that of x·W.
     if not _is_own(eqn):
-        raise Unfactorable("its derivative is the user's own")
+        raise Unfactorable
     return eqn.evaluate(eqn.params["call_jaxpr"], *operands)
 
 

@@ -328,8 +328,8 @@ class _Lookup:
 
     def is_weight(self, w: Weight) -> bool:
         """Whether the result is a weight again: a row of a stack is a matrix, of a matrix none."""
-        if not w.change.deltas:
-            return len(self.roles.outputs) >= 2
+        if not w.change.deltas:  # a gain is applied to the rows at once
+            return w.source.uses is not None and len(self.roles.outputs) >= 2
         lengths = dict(zip(w.axes, w.shape, strict=True))
         stack = [axis for axis in self.picked if lengths[axis] > 1]
         return all(a in d.a.axes and a in d.b.axes for a in stack for d in w.change.deltas)

@@ -78,7 +78,7 @@ def _scalar(x: Any) -> jax.Array:
 
 @rule("add", "add_any", "sub")
 def _add(eqn: Equation, x: Any, y: Any) -> Weight:
-    raise Unfactorable("it is added to an activation", added=True)
+    raise Unfactorable(added=True)
 
 
 # --------------------------------------------------------------------------------- axes move

@@ -267,7 +267,9 @@ class Weight:
     @property
     def is_row(self) -> bool:
         """Whether the change costs no more than an activation."""
-        return bool(self.change.deltas) and all(d.is_row for d in self.change.deltas)
+        if not self.change.deltas:
+            return sum(n > 1 for n in self.shape) <= 1
+        return all(d.is_row for d in self.change.deltas)
 
     def formed(self, why: str) -> Any:
         """The changed W; ValueError where a dropout has no input to drop, `why` it is formed."""
