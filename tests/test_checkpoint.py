@@ -19,13 +19,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from cases import CASES
-from test_laws import prepare
+from laws import make
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint
 
-# One case of each row of the tables for every day, whole models (row 15) when there is time.
-DAILY = {case.row: case for case in CASES if case.row != 15}.values()
+# One case of each subject for every day, whole models when there is time.
+DAILY = {case.subject: case for case in CASES if case.subject != "model"}.values()
 TABLE = [
     pytest.param(case, id=case.name, marks=[] if case in DAILY else [pytest.mark.slow])
     for case in CASES
@@ -82,7 +82,8 @@ def saved(tmp_path: pathlib.Path) -> tuple[pathlib.Path, Any, Any]:
 
 @pytest.mark.parametrize("case", TABLE)
 def test_every_adapter_comes_back(case, tmp_path):
-    _, _, base, adapter = prepare(case, jnp.float32)
+    entry = make(case, jnp.float32)
+    base, adapter = entry.base, entry.adapter
     checkpoint.save(tmp_path / "a", adapter, case.rules, base=base)
     assert_equal(checkpoint.restore(tmp_path / "a", base=base), adapter)
     assert_equal(checkpoint.restore(tmp_path / "a", like=abstract(adapter)), adapter)

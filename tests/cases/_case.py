@@ -22,13 +22,31 @@ class Problem(NamedTuple):
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
+SUBJECTS = {
+    "dense": "linen Dense, DenseGeneral, Einsum, attention",
+    "product": "raw products, transposes, dtype mixes",
+    "jit": "a helper under the user's own jit, already traced",
+    "layers": "scanned and checkpointed layers, linen and NNX",
+    "nnx": "NNX layers through split and merge, other variable kinds",
+    "lookup": "lookups, tied embeddings, one weight used twice",
+    "convolution": "convolutions of every kind, recurrent cells",
+    "slots": "fused kernels",
+    "experts": "mixtures of experts, ragged_dot",
+    "call": "methods, mutable collections, rngs, flags, Python control flow",
+    "control": "custom_jvp, custom_vjp, loops, branches, shard_map",
+    "no_site": "no false positive",
+    "tree": "containers of parameters, abstract leaves",
+    "model": "whole models",
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """A model that the transform must get exactly right.
 
     Attributes:
         name: Unique; the pytest id.
-        row: Row of the table "What must be exact"; 15 for whole models.
+        subject: One of `SUBJECTS`.
         build: Float dtype to problem. Small and deterministic.
         rules: The jlora rules.
         sites: Expected number of low-rank leaves.
@@ -47,7 +65,7 @@ class Case:
     """
 
     name: str
-    row: int
+    subject: str
     build: Callable[[DTypeLike], Problem] = field(repr=False)
     rules: tuple[Any, ...]
     sites: int

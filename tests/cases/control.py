@@ -1,4 +1,4 @@
-"""Higher-order primitives: row 11, and row 4 in plain JAX."""
+"""Higher-order primitives: loops, branches, derivatives, and stacks of layers in plain JAX."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ CASES: list[Case] = []
 case = partial(entry, CASES, exact_at_zero=False)
 LORA = LoRA(rank=2, alpha=4)  # all-linear
 FORMED = LoRA("^w$", rank=2, alpha=4, materialize=True)
-ONE = {"row": 11, "rules": (LORA,), "sites": 1, "trainable": 2 * (6 + 5)}  # w: (6, 5)
-SQUARE = {"row": 11, "rules": (LORA,), "sites": 1, "trainable": 2 * (5 + 5)}  # w: (5, 5)
-STACK = {"row": 4, "rules": (LORA,), "sites": 1, "trainable": 3 * 2 * (5 + 5)}  # w: (3, 5, 5)
+ONE = {"subject": "control", "rules": (LORA,), "sites": 1, "trainable": 2 * (6 + 5)}  # w: (6, 5)
+SQUARE = {"subject": "control", "rules": (LORA,), "sites": 1, "trainable": 2 * (5 + 5)}  # w: (5, 5)
+STACK = {
+    "subject": "layers",
+    "rules": (LORA,),
+    "sites": 1,
+    "trainable": 3 * 2 * (5 + 5),
+}  # w: (3, 5, 5)
 
 
 def one(dtype, apply, *more):
@@ -41,7 +46,7 @@ def stack(dtype, apply, *more):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 4: scan over layers and remat.
+# Scan over layers and remat.
 # --------------------------------------------------------------------------------------------
 
 
@@ -80,7 +85,7 @@ def scan_layers_reversed(dtype):
     return Problem(apply, normals(dtype, w=(3, 5, 5), b=(3, 5)), (normal("x", (2, 5), dtype),))
 
 
-@case(row=4, rules=(LORA,), sites=2, trainable=3 * 2 * (5 + 5) + 2 * (5 + 5))
+@case(subject="layers", rules=(LORA,), sites=2, trainable=3 * 2 * (5 + 5) + 2 * (5 + 5))
 def scan_layers_and_a_constant(dtype):
     """One weight per layer, and one that all layers share."""
 
@@ -90,7 +95,7 @@ def scan_layers_and_a_constant(dtype):
     return Problem(apply, normals(dtype, w=(3, 5, 5), shared=(5, 5)), (normal("x", (2, 5), dtype),))
 
 
-@case(row=4, rules=(LORA,), sites=1, trainable=2 * 3 * 2 * (5 + 5))
+@case(subject="layers", rules=(LORA,), sites=1, trainable=2 * 3 * 2 * (5 + 5))
 def scan_of_scan(dtype):
     """A stack of two axes."""
 
@@ -104,7 +109,7 @@ def scan_of_scan(dtype):
     )
 
 
-@case(row=4, rules=(LORA,), sites=1, trainable=6 * 2 * (5 + 5))
+@case(subject="layers", rules=(LORA,), sites=1, trainable=6 * 2 * (5 + 5))
 def scan_layers_in_groups(dtype):
     """A stack of six layers is reshaped to two groups of three, then scanned twice."""
 
@@ -135,7 +140,7 @@ def scan_of_remat(dtype):
     return stack(dtype, lambda p, x: lax.scan(body, x, p["w"])[0])
 
 
-@case(row=4, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case(subject="layers", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
 def remat(dtype):
     """A checkpoint that saves by name."""
     policy = jax.checkpoint_policies.save_only_these_names("hidden")
@@ -167,7 +172,7 @@ def scan_indexes_the_stack(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 11: loops and branches.
+# Loops and branches.
 # --------------------------------------------------------------------------------------------
 
 
@@ -229,7 +234,7 @@ def scan_carries_the_weight(dtype):
     return square(dtype, apply)
 
 
-@case(row=11, rules=(LORA,), sites=1, trainable=2 * (3 + 4))
+@case(subject="control", rules=(LORA,), sites=1, trainable=2 * (3 + 4))
 def recurrence(dtype):
     """A scan over time with the weight as a constant, and outputs."""
 
@@ -261,7 +266,7 @@ def by_platform(dtype):
     return one(dtype, apply)
 
 
-@case(row=11, rules=(LORA,), sites=2, trainable=2 * 2 * (6 + 5))
+@case(subject="control", rules=(LORA,), sites=2, trainable=2 * 2 * (6 + 5))
 def cond(dtype):
     """Each branch has a weight of its own, one as an operand, one by closure."""
 
@@ -272,13 +277,13 @@ def cond(dtype):
     return Problem(apply, normals(dtype, w=(6, 5), v=(6, 5)), (normal("x", (3, 6), dtype),))
 
 
-@case(row=11, rules=(LoRA("^w$", rank=2, alpha=4),), sites=1, trainable=2 * (6 + 5))
+@case(subject="control", rules=(LoRA("^w$", rank=2, alpha=4),), sites=1, trainable=2 * (6 + 5))
 def cond_one_branch_adapted(dtype):
     """Only the weight of one branch is adapted."""
     return cond.build(dtype)
 
 
-@case(row=11, rules=(LORA,), sites=3, trainable=3 * 2 * (6 + 5))
+@case(subject="control", rules=(LORA,), sites=3, trainable=3 * 2 * (6 + 5))
 def switch(dtype):
     """Three branches, the whole tree as operand."""
     branches = [
@@ -338,7 +343,7 @@ def cumulative_and_sorted(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 11: custom derivatives.
+# Custom derivatives.
 # --------------------------------------------------------------------------------------------
 
 
@@ -440,7 +445,7 @@ def doubling_backward(operands, cotangent):
 doubling.defvjp(doubling_forward, doubling_backward)
 
 
-@case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
+@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
 def custom_vjp_of_the_weight(dtype):
     """A custom_vjp that takes the weight: W + ΔW is formed, its backward pass is kept."""
     return one(dtype, lambda p, x: jnp.tanh(doubling(x, p["w"])))
@@ -459,13 +464,13 @@ def product_jvp(primals, tangents):
     return product(x, w), dx @ w + 2 * (x @ dw)
 
 
-@case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
+@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
 def custom_jvp_of_the_weight(dtype):
     """A custom_jvp that takes the weight: W + ΔW is formed."""
     return one(dtype, lambda p, x: jnp.tanh(product(x, p["w"])))
 
 
-@case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5), grad=False)
+@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5), grad=False)
 def pallas_kernel(dtype):
     """A Pallas kernel takes the weight: W + ΔW is formed."""
 
@@ -479,7 +484,7 @@ def pallas_kernel(dtype):
     return one(dtype, apply)
 
 
-@case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
+@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
 def weight_standardized(dtype):
     """The weight is standardized before it is used."""
 
@@ -490,19 +495,19 @@ def weight_standardized(dtype):
     return one(dtype, apply)
 
 
-@case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
+@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
 def weight_decay_in_the_output(dtype):
     """The product, and a penalty of the weight itself."""
     return one(dtype, lambda p, x: (x @ p["w"], jnp.sum(p["w"] ** 2)))
 
 
-@case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
+@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
 def weight_in_the_output(dtype):
     """The product, and the weight itself."""
     return one(dtype, lambda p, x: {"y": x @ p["w"], "w": p["w"]})
 
 
-@case(row=11, rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
+@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
 def weight_chosen_by_cond(dtype):
     """A cond returns one of two leaves, which is then used."""
 
@@ -514,11 +519,11 @@ def weight_chosen_by_cond(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 11: derivatives and maps inside of the model.
+# Derivatives and maps inside of the model.
 # --------------------------------------------------------------------------------------------
 
 
-@case(row=11, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 3))
+@case(subject="control", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 3))
 def force_of_an_energy(dtype):
     """An energy and its negative gradient with respect to the positions."""
 
@@ -532,7 +537,7 @@ def force_of_an_energy(dtype):
     return Problem(apply, normals(dtype, w=(6, 5), v=(5, 3)), (normal("x", (3, 6), dtype),))
 
 
-@case(row=11, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 3))
+@case(subject="control", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 3))
 def jacobian_and_hessian(dtype):
     """Forward and reverse Jacobians, and a Hessian, inside of the model."""
 
@@ -606,7 +611,7 @@ def named_scopes(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 11: shard_map and sharding, on a mesh of one device.
+# `shard_map` and sharding, on a mesh of one device.
 # --------------------------------------------------------------------------------------------
 
 
@@ -625,7 +630,7 @@ def sharded(name, body, in_specs, out_specs, rules=(LORA,), **options):
     CASES.append(
         Case(
             name=name,
-            row=11,
+            subject="control",
             build=build,
             rules=rules,
             sites=1,

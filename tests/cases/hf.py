@@ -1,6 +1,6 @@
 """Whole models: small configurations of the Flax models of `transformers`, with random weights.
 
-Row 15. `transformers` is imported when a case is built, as it takes seconds.
+`transformers` is imported when a case is built, as it takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jlora import Full, LoRA, Slots
 from ._case import Case, Problem, entry, fill, normal
 
 CASES: list[Case] = []
-case = partial(entry, CASES, row=15, exact_at_zero=False, strict=False)
+case = partial(entry, CASES, subject="model", exact_at_zero=False, strict=False)
 LORA = LoRA(rank=2, alpha=4)  # all-linear
 IDS = ((3, 0, 6, 1), (9, 2, 6, 4))
 MASK = ((1, 1, 1, 1), (1, 1, 0, 0))

@@ -1,4 +1,4 @@
-"""Flax linen: rows 1, 2, 3, 4, 6, 7, 8, 10, 11 and 12."""
+"""Flax linen: its layers, lifted transforms and ways to be called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def linen(module, dtype, *args, **kwargs):
     return Problem(module.apply, fill(variables, dtype), args, {**kwargs, **options})
 
 
-def single(name, row, make, x_shape, trainable, *, rules=(LORA,), **flags):
+def single(name, subject, make, x_shape, trainable, *, rules=(LORA,), **flags):
     """Adds a model of one layer with one site: `make(param_dtype=dtype)` called on x."""
 
     def build(dtype):
@@ -38,7 +38,7 @@ def single(name, row, make, x_shape, trainable, *, rules=(LORA,), **flags):
     CASES.append(
         Case(
             name=name,
-            row=row,
+            subject=subject,
             build=build,
             rules=rules,
             **{"sites": 1, "trainable": trainable, **flags},
@@ -47,29 +47,31 @@ def single(name, row, make, x_shape, trainable, *, rules=(LORA,), **flags):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 1: Dense, DenseGeneral, Einsum, attention.
+# Dense, DenseGeneral, Einsum, attention.
 # --------------------------------------------------------------------------------------------
 
-single("linen_dense", 1, partial(nn.Dense, 5), (3, 6), 2 * (6 + 5))
-single("linen_dense_no_bias", 1, partial(nn.Dense, 5, use_bias=False), (6,), 2 * (6 + 5))
-single("linen_dense_general_outputs", 1, partial(nn.DenseGeneral, (2, 4)), (2, 3, 6), 2 * (6 + 8))
+single("linen_dense", "dense", partial(nn.Dense, 5), (3, 6), 2 * (6 + 5))
+single("linen_dense_no_bias", "dense", partial(nn.Dense, 5, use_bias=False), (6,), 2 * (6 + 5))
+single(
+    "linen_dense_general_outputs", "dense", partial(nn.DenseGeneral, (2, 4)), (2, 3, 6), 2 * (6 + 8)
+)
 single(
     "linen_dense_general_inputs",
-    1,
+    "dense",
     partial(nn.DenseGeneral, 6, axis=(-2, -1)),
     (2, 3, 2, 4),
     2 * (2 * 4 + 6),
 )
 single(
     "linen_dense_general_both",
-    1,
+    "dense",
     partial(nn.DenseGeneral, (2, 5), axis=(-2, -1)),
     (3, 2, 4),
     2 * (2 * 4 + 2 * 5),
 )
 single(
     "linen_dense_general_first_axis",
-    1,
+    "dense",
     partial(nn.DenseGeneral, (5, 2), axis=(0, 2)),
     (3, 2, 4),
     2 * (3 * 4 + 5 * 2),
@@ -83,14 +85,14 @@ single(  # a kernel for each entry of the batch axis: (3, 6, 5)
 )
 single(
     "linen_einsum_outputs",
-    1,
+    "dense",
     partial(nn.Einsum, (6, 2, 4), "bsd,dhk->bshk"),
     (2, 3, 6),
     2 * (6 + 8),
 )
 single(
     "linen_einsum_inputs",
-    1,
+    "dense",
     partial(nn.Einsum, (2, 4, 6), "bshk,hkd->bsd"),
     (2, 3, 2, 4),
     2 * (8 + 6),
@@ -109,7 +111,7 @@ single(  # q, k, v (6, 2, 4); out (2, 4, 6)
 )
 single(
     "linen_attention_query_value",
-    1,
+    "dense",
     ATTENTION,
     (2, 3, 6),
     2 * 3 * (6 + 8),
@@ -118,7 +120,7 @@ single(
 )
 single(
     "linen_attention_out",
-    1,
+    "dense",
     ATTENTION,
     (2, 3, 6),
     4 * (8 + 6),
@@ -126,7 +128,7 @@ single(
 )
 single(
     "linen_attention_normalized",
-    1,
+    "dense",
     partial(ATTENTION, normalize_qk=True),
     (2, 3, 6),
     3 * 2 * (6 + 8) + 2 * (8 + 6),
@@ -135,7 +137,9 @@ single(
 )
 
 
-@case(row=1, rules=(LORA,), sites=4, trainable=2 * (6 + 8) + 2 * 2 * (5 + 8) + 2 * (8 + 6))
+@case(
+    subject="dense", rules=(LORA,), sites=4, trainable=2 * (6 + 8) + 2 * 2 * (5 + 8) + 2 * (8 + 6)
+)
 def linen_attention_cross(dtype):
     """Cross attention with a mask: q from (…, 6), k and v from (…, 5)."""
     x, memory = normal("x", (2, 3, 6), dtype), normal("memory", (2, 4, 5), dtype)
@@ -161,10 +165,10 @@ class Block(nn.Module):
 
 
 BLOCK = 3 * 2 * (6 + 8) + 2 * (8 + 6) + 2 * (6 + 5) + 2 * (5 + 6)  # q, k, v; out; up; down
-single("linen_block", 1, Block, (2, 3, 6), BLOCK, sites=6, strict=False)
+single("linen_block", "dense", Block, (2, 3, 6), BLOCK, sites=6, strict=False)
 single(
     "linen_block_with_norms_in_full",
-    1,
+    "dense",
     Block,
     (2, 3, 6),
     2 * (6 + 5) + 2 * (5 + 6) + 6 + 6 + 6,  # up, down; scale and bias, scale
@@ -174,7 +178,7 @@ single(
 )
 single(
     "linen_dense_bfloat16",
-    2,
+    "product",
     lambda param_dtype: nn.Dense(5, dtype=jnp.bfloat16, param_dtype=jnp.float32),
     (3, 6),
     2 * (6 + 5),
@@ -185,7 +189,7 @@ single(
 
 single(
     "linen_attention_bfloat16",
-    2,
+    "product",
     lambda param_dtype: ATTENTION(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16),
     (2, 3, 6),
     3 * 2 * (6 + 8) + 2 * (8 + 6),
@@ -195,7 +199,7 @@ single(
 )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (5 + 6))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (5 + 6))
 def linen_map_variables(dtype):
     """A lifted Dense that stores its kernel transposed: (5, 6)."""
 
@@ -214,12 +218,12 @@ def linen_map_variables(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 3: jit inside of a module.
+# Jit inside of a module.
 # --------------------------------------------------------------------------------------------
 
 single(
     "linen_jit",
-    3,
+    "jit",
     lambda param_dtype: nn.jit(nn.MultiHeadDotProductAttention)(
         num_heads=2, qkv_features=8, param_dtype=param_dtype
     ),
@@ -231,7 +235,7 @@ single(
 
 
 # --------------------------------------------------------------------------------------------
-# Row 4: stacks by scan, remat and vmap.
+# Stacks by scan, remat and vmap.
 # --------------------------------------------------------------------------------------------
 
 
@@ -269,7 +273,7 @@ def stacked(name, lift, *, trainable=3 * LAYER, x_shape=(2, 6), **flags):
     """Adds a model `lift(Layer)`."""
     single(
         name,
-        4,
+        "layers",
         lambda param_dtype: lift(Layer)(param_dtype=param_dtype),
         x_shape,
         trainable,
@@ -335,21 +339,21 @@ stacked(
 )
 
 
-@case(row=4, rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+@case(subject="layers", rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
 def linen_scan_with_inputs(dtype):
     """Each layer has an input and an output of its own."""
     x, shift = normal("x", (2, 6), dtype), normal("shift", (3, 2, 6), dtype)
     return linen(scan(Layer)(param_dtype=dtype), dtype, x, shift)
 
 
-@case(row=4, rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+@case(subject="layers", rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
 def linen_scan_with_broadcast_input(dtype):
     """All layers share an input."""
     x, shift = normal("x", (2, 6), dtype), normal("shift", (2, 6), dtype)
     return linen(scan(Layer, in_axes=nn.broadcast)(param_dtype=dtype), dtype, x, shift)
 
 
-@case(row=4, rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+@case(subject="layers", rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
 def linen_scan_with_dropout(dtype):
     """Dropout in a scanned layer: its mask must be the base model's."""
     model = scan(Layer)(param_dtype=dtype, rate=0.5)
@@ -357,7 +361,7 @@ def linen_scan_with_dropout(dtype):
 
 
 @case(
-    row=4,
+    subject="layers",
     rules=(LoRA("kernel", rank=2, alpha=4),),
     sites=2,
     trainable=3 * LAYER,
@@ -370,7 +374,7 @@ def linen_scan_partitioned(dtype):
     return linen(model(param_dtype=dtype, kernel_init=init), dtype, normal("x", (2, 6), dtype))
 
 
-@case(row=4, rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+@case(subject="layers", rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
 def linen_scan_logically_partitioned(dtype):
     """The same with logical axes."""
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
@@ -378,7 +382,7 @@ def linen_scan_logically_partitioned(dtype):
     return linen(model(param_dtype=dtype, kernel_init=init), dtype, normal("x", (2, 6), dtype))
 
 
-@case(row=4, rules=(LORA,), sites=1, trainable=2 * 2 * 2 * (6 + 6), exact_at_zero=False)
+@case(subject="layers", rules=(LORA,), sites=1, trainable=2 * 2 * 2 * (6 + 6), exact_at_zero=False)
 def linen_remat_scan(dtype):
     """`nn.remat_scan` over two times two layers: a stack of two axes."""
     model = nn.remat_scan(nn.Dense, lengths=(2, 2))(6, param_dtype=dtype)
@@ -386,7 +390,7 @@ def linen_remat_scan(dtype):
 
 
 @case(
-    row=4,
+    subject="layers",
     rules=(LORA,),
     sites=4,
     trainable=2 * (3 * 2 * (6 + 8) + 2 * (8 + 6)),
@@ -410,7 +414,7 @@ def linen_scan_of_attention(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 6: embeddings, and layers that are called more than once.
+# Embeddings, and layers that are called more than once.
 # --------------------------------------------------------------------------------------------
 
 
@@ -427,14 +431,16 @@ class Tied(nn.Module):
         return embed.attend(jnp.tanh(h))
 
 
-@case(row=6, rules=(LoRA("embedding$", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+@case(
+    subject="lookup", rules=(LoRA("embedding$", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4)
+)
 def linen_embed(dtype):
     """An Embed, by name."""
     return linen(nn.Embed(7, 4, param_dtype=dtype), dtype, jnp.array(IDS))
 
 
 @case(
-    row=6,
+    subject="lookup",
     rules=(LoRA("embedding$", rank=3, alpha=3), LORA),
     sites=2,
     trainable=3 * (7 + 4) + 2 * (4 + 4),  # one for the table, one for Dense
@@ -444,13 +450,13 @@ def linen_tied(dtype):
     return linen(Tied(dtype), dtype, jnp.array(IDS))
 
 
-@case(row=6, rules=(LORA,), sites=1, trainable=2 * (4 + 4))
+@case(subject="lookup", rules=(LORA,), sites=1, trainable=2 * (4 + 4))
 def linen_tied_not_named(dtype):
     """All-linear leaves a tied table alone."""
     return linen(Tied(dtype), dtype, jnp.array(IDS))
 
 
-@case(row=6, rules=(LORA,), sites=1, trainable=2 * (6 + 6))
+@case(subject="lookup", rules=(LORA,), sites=1, trainable=2 * (6 + 6))
 def linen_dense_called_twice(dtype):
     """One Dense called three times."""
 
@@ -464,13 +470,21 @@ def linen_dense_called_twice(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 7: convolutions and recurrent cells.
+# Convolutions and recurrent cells.
 # --------------------------------------------------------------------------------------------
 
-single("conv_1d", 7, partial(nn.Conv, 5, (3,)), (2, 7, 4), 2 * (3 * 4 + 5))
-single("conv_2d", 7, partial(nn.Conv, 5, (3, 2)), (2, 6, 5, 3), 2 * (3 * 2 * 3 + 5))
-single("conv_3d", 7, partial(nn.Conv, 4, (2, 2, 3)), (1, 4, 4, 5, 2), 2 * (2 * 2 * 3 * 2 + 4))
-single("conv_pointwise", 7, partial(nn.Conv, 5, (1, 1)), (2, 4, 3, 6), 2 * (1 * 1 * 6 + 5))
+single("conv_1d", "convolution", partial(nn.Conv, 5, (3,)), (2, 7, 4), 2 * (3 * 4 + 5))
+single("conv_2d", "convolution", partial(nn.Conv, 5, (3, 2)), (2, 6, 5, 3), 2 * (3 * 2 * 3 + 5))
+single(
+    "conv_3d",
+    "convolution",
+    partial(nn.Conv, 4, (2, 2, 3)),
+    (1, 4, 4, 5, 2),
+    2 * (2 * 2 * 3 * 2 + 4),
+)
+single(
+    "conv_pointwise", "convolution", partial(nn.Conv, 5, (1, 1)), (2, 4, 3, 6), 2 * (1 * 1 * 6 + 5)
+)
 single(  # kernel (3, 4 / 2, 6)
     "conv_grouped", 7, partial(nn.Conv, 6, (3,), feature_group_count=2), (2, 7, 4), 2 * (3 * 2 + 6)
 )
@@ -490,40 +504,70 @@ single(  # kernel (3, 1, 8): two outputs for each input
 )
 single(
     "conv_strided",
-    7,
+    "convolution",
     partial(nn.Conv, 5, (3, 3), strides=(2, 1), padding="VALID"),
     (2, 7, 6, 3),
     2 * (3 * 3 * 3 + 5),
 )
-single("conv_dilated", 7, partial(nn.Conv, 5, (3,), kernel_dilation=2), (2, 9, 4), 2 * (3 * 4 + 5))
+single(
+    "conv_dilated",
+    "convolution",
+    partial(nn.Conv, 5, (3,), kernel_dilation=2),
+    (2, 9, 4),
+    2 * (3 * 4 + 5),
+)
 single(
     "conv_input_dilated",
-    7,
+    "convolution",
     partial(nn.Conv, 5, (3,), padding=2, input_dilation=2),
     (2, 5, 4),
     2 * (12 + 5),
 )
 single(
     "conv_grouped_strided_dilated",
-    7,
+    "convolution",
     partial(nn.Conv, 6, (3,), strides=2, kernel_dilation=2, feature_group_count=2, use_bias=False),
     (2, 9, 4),
     2 * (3 * 2 + 6),
 )
-single("conv_circular", 7, partial(nn.Conv, 5, (3,), padding="CIRCULAR"), (2, 7, 4), 2 * (12 + 5))
-single("conv_causal", 7, partial(nn.Conv, 5, (3,), padding="CAUSAL"), (2, 7, 4), 2 * (12 + 5))
-single("conv_reflect", 7, partial(nn.Conv, 5, (3,), padding="REFLECT"), (2, 7, 4), 2 * (12 + 5))
-single("conv_unbatched", 7, partial(nn.Conv, 5, (3,)), (7, 4), 2 * (3 * 4 + 5))
-single("conv_two_batch_axes", 7, partial(nn.Conv, 5, (3,)), (2, 3, 7, 4), 2 * (3 * 4 + 5))
+single(
+    "conv_circular",
+    "convolution",
+    partial(nn.Conv, 5, (3,), padding="CIRCULAR"),
+    (2, 7, 4),
+    2 * (12 + 5),
+)
+single(
+    "conv_causal",
+    "convolution",
+    partial(nn.Conv, 5, (3,), padding="CAUSAL"),
+    (2, 7, 4),
+    2 * (12 + 5),
+)
+single(
+    "conv_reflect",
+    "convolution",
+    partial(nn.Conv, 5, (3,), padding="REFLECT"),
+    (2, 7, 4),
+    2 * (12 + 5),
+)
+single("conv_unbatched", "convolution", partial(nn.Conv, 5, (3,)), (7, 4), 2 * (3 * 4 + 5))
+single(
+    "conv_two_batch_axes", "convolution", partial(nn.Conv, 5, (3,)), (2, 3, 7, 4), 2 * (3 * 4 + 5)
+)
 single(  # a kernel for each of the seven positions: (7, 3 * 4, 5)
     "conv_local", 7, partial(nn.ConvLocal, 5, (3,)), (2, 7, 4), 7 * 2 * (3 * 4 + 5)
 )
 single(
-    "conv_transpose", 7, partial(nn.ConvTranspose, 5, (3,), strides=(2,)), (2, 4, 3), 2 * (9 + 5)
+    "conv_transpose",
+    "convolution",
+    partial(nn.ConvTranspose, 5, (3,), strides=(2,)),
+    (2, 4, 3),
+    2 * (9 + 5),
 )
 single(
     "conv_transpose_2d",
-    7,
+    "convolution",
     partial(nn.ConvTranspose, 5, (3, 2), strides=(2, 2), padding="VALID"),
     (2, 3, 3, 4),
     2 * (3 * 2 * 4 + 5),
@@ -537,7 +581,7 @@ single(  # kernel (3, 2, 5, 4), flipped: inputs are axes 0, 1 and 3
 )
 single(
     "conv_transpose_circular",
-    7,
+    "convolution",
     partial(nn.ConvTranspose, 5, (3,), strides=(2,), padding="CIRCULAR", kernel_dilation=(2,)),
     (2, 6, 4),
     2 * (3 * 4 + 5),
@@ -545,7 +589,7 @@ single(
 
 
 @case(
-    row=7,
+    subject="convolution",
     rules=(LoRA("kernel", rank=2, alpha=4, materialize=True),),
     sites=1,
     trainable=2 * (3 * 4 + 5),
@@ -559,7 +603,7 @@ def conv_masked(dtype):
 
 
 @case(
-    row=7,
+    subject="convolution",
     rules=(LORA,),
     sites=4,
     trainable=2 * (27 + 4) + 2 * (9 + 4) + 2 * (4 + 5) + 2 * (5 + 3),
@@ -584,7 +628,7 @@ def recurrent(name, cell, sites, trainable, **options):
     """Adds an `nn.RNN` of 4 features over (2, 5, 3)."""
     single(
         name,
-        7,
+        "convolution",
         lambda param_dtype: nn.RNN(cell(4, param_dtype=param_dtype), **options),
         (2, 5, 3),
         trainable,
@@ -607,7 +651,7 @@ recurrent("rnn_simple", nn.SimpleCell, 2, GATE)
 
 
 @case(
-    row=7,
+    subject="convolution",
     rules=(LoRA("(if|hg)/kernel", rank=2, alpha=4),),
     sites=2,
     trainable=2 * (3 + 4) + 2 * (4 + 4),
@@ -619,7 +663,13 @@ def rnn_optimized_lstm_two_gates(dtype):
     return linen(model, dtype, normal("x", (2, 5, 3), dtype))
 
 
-@case(row=7, rules=(LORA,), sites=14, trainable=4 * GATE + 3 * GATE, exact_at_zero=False)
+@case(
+    subject="convolution",
+    rules=(LORA,),
+    sites=14,
+    trainable=4 * GATE + 3 * GATE,
+    exact_at_zero=False,
+)
 def rnn_bidirectional(dtype):
     """An LSTM forward and a GRU backward, with lengths."""
     model = nn.Bidirectional(
@@ -631,7 +681,7 @@ def rnn_bidirectional(dtype):
 
 
 @case(
-    row=7,
+    subject="convolution",
     rules=(LORA,),
     sites=2,
     trainable=2 * (3 * 3 + 16) + 2 * (3 * 4 + 16),  # kernels (3, 3, 4 · 4) and (3, 4, 4 · 4)
@@ -644,12 +694,12 @@ def rnn_conv_lstm(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 8: a fused kernel.
+# A fused kernel.
 # --------------------------------------------------------------------------------------------
 
 
 @case(
-    row=8,
+    subject="slots",
     rules=(LoRA("qkv/kernel", rank=2, alpha=4, slots=Slots(3, (0, 2))), LoRA("out/kernel", rank=3)),
     sites=2,
     trainable=2 * 2 * (6 + 8) + 3 * (8 + 6),  # q and v; out
@@ -670,7 +720,7 @@ def linen_fused_qkv(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 10: what a call may look like.
+# What a call may look like.
 # --------------------------------------------------------------------------------------------
 
 
@@ -693,7 +743,7 @@ class Network(nn.Module):
 
 
 NETWORK = {
-    "row": 10,
+    "subject": "call",
     "rules": (LORA,),
     "sites": 2,
     "trainable": 2 * (6 + 5) + 2 * (5 + 3),
@@ -767,7 +817,7 @@ class AutoEncoder(nn.Module):
         return self.decode(self.encode(x))
 
 
-@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
 def linen_method_by_name(dtype):
     """`method="encode"`: the decoder is not used, so it is no site."""
     x = normal("x", (3, 6), dtype)
@@ -775,7 +825,7 @@ def linen_method_by_name(dtype):
     return problem._replace(kwargs={"method": "encode"})
 
 
-@case(row=10, rules=(LORA,), sites=1, trainable=2 * (5 + 6))
+@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (5 + 6))
 def linen_method_by_function(dtype):
     """`method=AutoEncoder.decode`."""
     problem = linen(AutoEncoder(dtype), dtype, normal("x", (3, 6), dtype))
@@ -784,7 +834,7 @@ def linen_method_by_function(dtype):
     )
 
 
-@case(row=10, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
+@case(subject="call", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
 def linen_apply_function(dtype):
     """`nn.apply` of a function of the bound module."""
     problem = linen(AutoEncoder(dtype), dtype, normal("x", (3, 6), dtype))
@@ -792,7 +842,7 @@ def linen_apply_function(dtype):
     return problem._replace(apply=apply)
 
 
-@case(row=10, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
+@case(subject="call", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
 def linen_submodule_bound(dtype):
     """A bound module and its submodule, called outside of `apply`."""
     problem = linen(AutoEncoder(dtype), dtype, normal("x", (3, 6), dtype))
@@ -804,7 +854,7 @@ def linen_submodule_bound(dtype):
     return problem._replace(apply=apply)
 
 
-@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
+@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
 def linen_python_if_on_a_value(dtype):
     """Python control flow on the value of the input."""
 
@@ -826,7 +876,7 @@ def linen_eagerly(module, dtype, *args):
     return Problem(module.apply, fill(variables, dtype), args)
 
 
-@case(row=10, rules=(LORA,), sites=4, trainable=3 * 2 * (6 + 8) + 2 * (8 + 6), strict=False)
+@case(subject="call", rules=(LORA,), sites=4, trainable=3 * 2 * (6 + 8) + 2 * (8 + 6), strict=False)
 def linen_decode_with_cache(dtype):
     """One step of autoregressive attention: the cache is read and returned."""
     model = ATTENTION(param_dtype=dtype, decode=True)
@@ -856,11 +906,17 @@ def linen_scan_with_batch_norm(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 11: lifted control flow, and a wrapper that no factored form follows.
+# Lifted control flow, and a wrapper that no factored form follows.
 # --------------------------------------------------------------------------------------------
 
 
-@case(row=11, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (6 + 5), exact_at_zero=False)
+@case(
+    subject="control",
+    rules=(LORA,),
+    sites=2,
+    trainable=2 * (6 + 5) + 2 * (6 + 5),
+    exact_at_zero=False,
+)
 def linen_cond(dtype):
     """`nn.cond` between two layers."""
 
@@ -876,7 +932,14 @@ def linen_cond(dtype):
     return linen(Model(), dtype, normal("x", (3, 6), dtype), jnp.array(False))
 
 
-@case(row=11, rules=(LORA,), sites=1, trainable=2 * (6 + 6), grad=False, exact_at_zero=False)
+@case(
+    subject="control",
+    rules=(LORA,),
+    sites=1,
+    trainable=2 * (6 + 6),
+    grad=False,
+    exact_at_zero=False,
+)
 def linen_while_loop(dtype):
     """`nn.while_loop` around a layer."""
 
@@ -898,7 +961,7 @@ def linen_while_loop(dtype):
 
 
 @case(
-    row=11,
+    subject="control",
     rules=(LoRA("Dense_0/kernel$", rank=2, alpha=4, materialize=True),),
     sites=1,
     trainable=2 * (6 + 5),
@@ -917,11 +980,17 @@ def linen_weight_norm(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 12: what is no site.
+# What is no site.
 # --------------------------------------------------------------------------------------------
 
 
-@case(row=12, rules=(LORA,), sites=2, trainable=2 * (2 * 2 * 3 + 6) + 2 * (6 + 5), strict=False)
+@case(
+    subject="no_site",
+    rules=(LORA,),
+    sites=2,
+    trainable=2 * (2 * 2 * 3 + 6) + 2 * (6 + 5),
+    strict=False,
+)
 def linen_vision_transformer(dtype):
     """Patches and head are sites; positions, class token, norms, scales and PReLU are not."""
 
@@ -944,7 +1013,7 @@ def linen_vision_transformer(dtype):
     return linen(Model(), dtype, normal("x", (2, 4, 4, 3), dtype))
 
 
-@case(row=12, rules=(LORA,), sites=1, trainable=2 * (6 + 7))
+@case(subject="no_site", rules=(LORA,), sites=1, trainable=2 * (6 + 7))
 def linen_positions_looked_up(dtype):
     """Token and position tables are only looked up: all-linear leaves both alone."""
 

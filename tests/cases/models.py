@@ -1,6 +1,6 @@
 """Whole models: the linen models of the examples, small, with random weights.
 
-Row 15. Each with queries and values by name and all-linear, its layers scanned and not.
+Each with queries and values by name and all-linear, its layers scanned and not.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ for make, choices in EXPECTED.items():
             name = f"{make.__name__}_{'all' if rule is ALL else 'qv'}_{'scan' if scan else 'loop'}"
             case = Case(
                 name=f"model_{name}",
-                row=15,
+                subject="model",
                 build=partial(whole, make=make, scan=scan),
                 rules=(rule,),
                 sites=sites * (1 if scan else 2) + more_sites,

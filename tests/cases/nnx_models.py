@@ -1,4 +1,4 @@
-"""Flax NNX through `nnx.split` and `nnx.merge`: rows 4, 5, 6, 7, 8 and 12."""
+"""Flax NNX through `nnx.split` and `nnx.merge`: its layers, state, stacks and tables."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def split(
     return Problem(apply, fill(params, dtype), args, kwargs)
 
 
-def single(name, make, x_shape, trainable, *, row=5, rules=(LORA,), **flags):
+def single(name, make, x_shape, trainable, *, subject="nnx", rules=(LORA,), **flags):
     """Adds a model of one layer with one site: `make(param_dtype=dtype, rngs=rngs)` on x."""
 
     def build(dtype):
@@ -45,7 +45,7 @@ def single(name, make, x_shape, trainable, *, row=5, rules=(LORA,), **flags):
     CASES.append(
         Case(
             name=name,
-            row=row,
+            subject=subject,
             build=build,
             rules=rules,
             **{"sites": 1, "trainable": trainable, **flags},
@@ -54,7 +54,7 @@ def single(name, make, x_shape, trainable, *, row=5, rules=(LORA,), **flags):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 5: the layers, and other state beside the parameters.
+# The layers, and other state beside the parameters.
 # --------------------------------------------------------------------------------------------
 
 single("nnx_linear", partial(nnx.Linear, 6, 5), (3, 6), 2 * (6 + 5))
@@ -117,7 +117,7 @@ single(
     lambda param_dtype, rngs: nnx.Linear(6, 5, dtype=jnp.bfloat16, rngs=rngs),
     (3, 6),
     2 * (6 + 5),
-    row=2,
+    subject="product",
     float64=False,
     tolerance=3e-2,
 )
@@ -153,7 +153,7 @@ def stateful(model, x):
 
 
 NETWORK = {
-    "row": 5,
+    "subject": "nnx",
     "rules": (LORA,),
     "sites": 2,
     "trainable": 2 * (6 + 5) + 2 * (5 + 3),
@@ -213,7 +213,7 @@ def nnx_functional_call(dtype):
 
 
 @case(
-    row=5,
+    subject="nnx",
     rules=(LoRA("layers/0/kernel", rank=2, alpha=4), Full("head|scale")),
     sites=1,
     trainable=2 * (6 + 5) + 5 * 3 + 3 + 5,  # low-rank; head's kernel and bias; norm's scale
@@ -225,7 +225,7 @@ def nnx_by_path(dtype):
     return split(model, dtype, normal("x", (4, 6), dtype))
 
 
-@case(row=5, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
+@case(subject="nnx", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
 def nnx_method(dtype):
     """A sequence of layers, reached through another method than `__call__`."""
     rngs = nnx.Rngs(0)
@@ -242,7 +242,7 @@ def nnx_method(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 4: stacks.
+# Stacks.
 # --------------------------------------------------------------------------------------------
 
 
@@ -281,7 +281,7 @@ def stack(name, call, **flags):
         return split(stacked(dtype), dtype, normal("x", (2, 6), dtype), call=call)
 
     fields = {"sites": 2, "trainable": 3 * LAYER, "rules": (LORA,), "exact_at_zero": False}
-    CASES.append(Case(name=name, row=4, build=build, **{**fields, **flags}))
+    CASES.append(Case(name=name, subject="layers", build=build, **{**fields, **flags}))
 
 
 @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -336,7 +336,7 @@ stack(
 
 
 # --------------------------------------------------------------------------------------------
-# Row 6: embeddings.
+# Embeddings.
 # --------------------------------------------------------------------------------------------
 
 
@@ -366,7 +366,9 @@ class Shared(nnx.Module):
         return self.second(jnp.tanh(self.first(x)))
 
 
-@case(row=6, rules=(LoRA("embedding$", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+@case(
+    subject="lookup", rules=(LoRA("embedding$", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4)
+)
 def nnx_embed(dtype):
     """An Embed, by name."""
     model = nnx.Embed(7, 4, param_dtype=dtype, rngs=nnx.Rngs(0))
@@ -374,7 +376,7 @@ def nnx_embed(dtype):
 
 
 @case(
-    row=6,
+    subject="lookup",
     rules=(LoRA("embedding$", rank=3, alpha=3), LORA),
     sites=2,
     trainable=3 * (7 + 4) + 2 * (4 + 4),  # one for the table, one for Linear
@@ -384,20 +386,20 @@ def nnx_tied(dtype):
     return split(Tied(dtype, nnx.Rngs(0)), dtype, jnp.array(IDS))
 
 
-@case(row=6, rules=(LORA,), sites=1, trainable=2 * (4 + 4))
+@case(subject="lookup", rules=(LORA,), sites=1, trainable=2 * (4 + 4))
 def nnx_tied_not_named(dtype):
     """All-linear leaves a tied table alone."""
     return split(Tied(dtype, nnx.Rngs(0)), dtype, jnp.array(IDS))
 
 
-@case(row=6, rules=(LORA,), sites=1, trainable=2 * (6 + 6))
+@case(subject="lookup", rules=(LORA,), sites=1, trainable=2 * (6 + 6))
 def nnx_shared_module(dtype):
     """One module under two names: one adapter."""
     return split(Shared(dtype, nnx.Rngs(0)), dtype, normal("x", (2, 6), dtype))
 
 
 # --------------------------------------------------------------------------------------------
-# Rows 7, 8 and 12.
+# Convolutions, slots, and what is no site.
 # --------------------------------------------------------------------------------------------
 
 GATE = 2 * (3 + 4) + 2 * (4 + 4)  # of the input (3, 4), of the state (4, 4)
@@ -419,7 +421,7 @@ for cell_name, (cell, cell_sites, cell_trainable) in CELLS.items():
     CASES.append(
         Case(
             name=cell_name,
-            row=7,
+            subject="convolution",
             build=build_rnn,
             rules=(LORA,),
             sites=cell_sites,
@@ -430,7 +432,7 @@ for cell_name, (cell, cell_sites, cell_trainable) in CELLS.items():
 
 
 @case(
-    row=8,
+    subject="slots",
     rules=(LoRA("kernel", rank=2, alpha=4, slots=Slots(3, (0, 2))),),
     sites=1,
     trainable=2 * 2 * (6 + 8),
@@ -464,7 +466,7 @@ class Positions(nnx.Module):
         return self.head(self.rms_norm(self.layer_norm(x + self.position) * self.gate[...]))
 
 
-@case(row=12, rules=(LORA,), sites=1, trainable=2 * (6 + 5), strict=False)
+@case(subject="no_site", rules=(LORA,), sites=1, trainable=2 * (6 + 5), strict=False)
 def nnx_positions(dtype):
     """A positional embedding, a gate and norms are no sites."""
     return split(Positions(dtype, nnx.Rngs(0)), dtype, normal("x", (4, 6), dtype))

@@ -1,4 +1,4 @@
-"""Plain JAX: rows 2, 3, 6, 7, 8, 9, 10 and 12."""
+"""Plain JAX: products, tables, convolutions, slots, experts, calls, and what is no site."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LORA = LoRA(rank=2, alpha=4)  # all-linear
 
 
 # --------------------------------------------------------------------------------------------
-# Row 2: one product, however it is written. Unless it says otherwise, w: (6, 5).
+# One product, however it is written. Unless it says otherwise, w: (6, 5).
 # --------------------------------------------------------------------------------------------
 
 
@@ -101,7 +101,7 @@ def products() -> None:
         CASES.append(
             Case(
                 name=name,
-                row=6 if name.startswith("used") else 2,
+                subject="lookup" if name.startswith("used") else "product",
                 build=build,
                 rules=(LORA,),
                 sites=1,
@@ -114,7 +114,14 @@ def products() -> None:
 products()
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 5), strict=False, exact_at_zero=False)
+@case(
+    subject="product",
+    rules=(LORA,),
+    sites=1,
+    trainable=2 * (6 + 5),
+    strict=False,
+    exact_at_zero=False,
+)
 def scaled_by_complex(dtype):
     """A scalar of another kind than A and B."""
     return Problem(
@@ -125,7 +132,7 @@ def scaled_by_complex(dtype):
 
 
 @case(
-    row=2,
+    subject="product",
     rules=(LoRA("^w$", rank=2, alpha=4, materialize=True),),
     sites=1,
     trainable=2 * (6 + 5),
@@ -139,7 +146,7 @@ def padded_with_itself(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=2, trainable=2 * 2 * (6 + 5) + 2 * (5 + 5))
+@case(subject="product", rules=(LORA,), sites=2, trainable=2 * 2 * (6 + 5) + 2 * (5 + 5))
 def unpacked(dtype):
     """A stack that is unpacked into its matrices: slices in JAX 0.10, `unstack` in 0.12."""
 
@@ -150,19 +157,19 @@ def unpacked(dtype):
     return Problem(apply, normals(dtype, w=(2, 6, 5), o=(5, 5)), (normal("x", (3, 6), dtype),))
 
 
-@case(row=2, rules=(LoRA(rank=5, alpha=5),), sites=1, trainable=5 * (6 + 5))
+@case(subject="product", rules=(LoRA(rank=5, alpha=5),), sites=1, trainable=5 * (6 + 5))
 def full_rank(dtype):
     """The largest rank that there is: min(inputs, outputs)."""
     return Problem(lambda p, x: x @ p["w"], normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype),))
 
 
-@case(row=2, rules=(LoRA(rank=1, alpha=2),), sites=1, trainable=1 * (6 + 1))
+@case(subject="product", rules=(LoRA(rank=1, alpha=2),), sites=1, trainable=1 * (6 + 1))
 def one_output(dtype):
     """A single output: a size-1 axis must not be taken for another."""
     return Problem(lambda p, x: x @ p["w"], normals(dtype, w=(6, 1)), (normal("x", (1, 6), dtype),))
 
 
-@case(row=2, rules=(LORA,), sites=2, trainable=2 * (5 + 5) * 2)
+@case(subject="product", rules=(LORA,), sites=2, trainable=2 * (5 + 5) * 2)
 def chain_of_one_shape(dtype):
     """Two weights of one shape, one after the other."""
     return Problem(
@@ -172,13 +179,13 @@ def chain_of_one_shape(dtype):
     )
 
 
-@case(row=2, rules=(LoRA("^v$", rank=2, alpha=4),), sites=1, trainable=2 * (5 + 5))
+@case(subject="product", rules=(LoRA("^v$", rank=2, alpha=4),), sites=1, trainable=2 * (5 + 5))
 def chain_of_one_shape_second_only(dtype):
     """Of two weights of one shape, only the second is adapted."""
     return chain_of_one_shape.build(dtype)
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 2 * 4))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (6 + 2 * 4))
 def einsum_heads(dtype):
     """Several output axes, the weight on the left: (d, h, k)."""
     return Problem(
@@ -188,7 +195,7 @@ def einsum_heads(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
 def einsum_heads_in(dtype):
     """Several input axes: (h, k, d), contracted in another order than stored."""
     return Problem(
@@ -198,7 +205,7 @@ def einsum_heads_in(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (3 * 2 + 4 * 5))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (3 * 2 + 4 * 5))
 def einsum_interleaved_axes(dtype):
     """Inputs and outputs take turns in the leaf: (o, i, p, j)."""
     return Problem(
@@ -208,7 +215,7 @@ def einsum_interleaved_axes(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=2, trainable=2 * (4 + 5) + 2 * (5 + 6))
+@case(subject="product", rules=(LORA,), sites=2, trainable=2 * (4 + 5) + 2 * (5 + 6))
 def einsum_three_operands(dtype):
     """Three operands; x is contracted with w, then the result with v."""
     return Problem(
@@ -219,7 +226,7 @@ def einsum_three_operands(dtype):
 
 
 @case(
-    row=2,
+    subject="product",
     rules=(LORA,),
     sites=2,
     trainable=2 * (6 + 5) + 2 * (5 + 4),
@@ -234,7 +241,7 @@ def weight_times_weight(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (3 * 4 + 5))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (3 * 4 + 5))
 def tensordot(dtype):
     """Two axes contracted by tensordot."""
     return Problem(
@@ -244,7 +251,7 @@ def tensordot(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (4 + 3 * 5))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (4 + 3 * 5))
 def partial_contraction(dtype):
     """A bilinear form: the first product contracts i, the second one j."""
 
@@ -255,7 +262,7 @@ def partial_contraction(dtype):
     return Problem(apply, normals(dtype, w=(4, 3, 5)), args)
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
 def transpose_three_axes(dtype):
     """A permutation of three axes before the product: stored (k, d, h)."""
     return Problem(
@@ -265,7 +272,7 @@ def transpose_three_axes(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 8))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (6 + 8))
 def reshape_splits_outputs(dtype):
     """Stored (6, 8), used (6, 2, 4)."""
     return Problem(
@@ -275,7 +282,7 @@ def reshape_splits_outputs(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 2 * 4))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (6 + 2 * 4))
 def reshape_merges_outputs(dtype):
     """Stored (6, 2, 4), used (6, 8)."""
     return Problem(
@@ -285,7 +292,7 @@ def reshape_merges_outputs(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
 def reshape_merges_inputs(dtype):
     """Stored (2, 4, 6), used (8, 6), and its transpose before that."""
     return Problem(
@@ -295,7 +302,7 @@ def reshape_merges_inputs(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
 def reshape_adds_an_axis(dtype):
     """Stored (6, 5), used (6, 1, 5): the axis of length 1 is contracted, so it is no output."""
     return Problem(
@@ -305,7 +312,7 @@ def reshape_adds_an_axis(dtype):
     )
 
 
-@case(row=2, rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (6 + 4))
+@case(subject="product", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (6 + 4))
 def concatenate_inputs(dtype):
     """[x y] times w above v."""
 
@@ -327,7 +334,7 @@ def low_precision(name, *, params, compute, apply, tolerance, strict=True):
     CASES.append(
         Case(
             name=name,
-            row=2,
+            subject="product",
             build=build,
             rules=(LORA,),
             sites=1,
@@ -399,7 +406,7 @@ low_precision(
 
 
 # --------------------------------------------------------------------------------------------
-# Row 3: helpers under the user's own jit, called with the base model before.
+# Helpers under the user's own jit, called with the base model before.
 # --------------------------------------------------------------------------------------------
 
 
@@ -409,7 +416,7 @@ def called(apply, params, *args):
     return Problem(apply, params, args)
 
 
-@case(row=3, rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
+@case(subject="jit", rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
 def jit_helper(dtype):
     """The weight is an argument of a jitted helper."""
     helper = jax.jit(lambda w, x: jnp.tanh(x @ w))
@@ -418,7 +425,7 @@ def jit_helper(dtype):
     )
 
 
-@case(row=3, rules=(LoRA("^v$", rank=2, alpha=4),), sites=1, trainable=2 * (5 + 5))
+@case(subject="jit", rules=(LoRA("^v$", rank=2, alpha=4),), sites=1, trainable=2 * (5 + 5))
 def jit_helper_on_two_weights(dtype):
     """One cached trace serves two weights, of which only the second is adapted."""
     helper = jax.jit(lambda w, x: x @ w)
@@ -430,7 +437,7 @@ def jit_helper_on_two_weights(dtype):
 
 
 @case(
-    row=3,
+    subject="jit",
     rules=(LORA,),
     sites=2,
     trainable=2 * (6 + 5) + 2 * (5 + 4),
@@ -442,7 +449,7 @@ def jit_model(dtype):
     return called(apply, normals(dtype, w=(6, 5), b=(5,), v=(5, 4)), normal("x", (3, 6), dtype))
 
 
-@case(row=3, rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
+@case(subject="jit", rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
 def jit_nested(dtype):
     """A jitted helper that calls a jitted helper."""
     inner = jax.jit(lambda w, x: x @ w)
@@ -452,7 +459,7 @@ def jit_nested(dtype):
     )
 
 
-@case(row=3, rules=(LORA,), sites=1, trainable=2 * (5 + 6), exact_at_zero=False)
+@case(subject="jit", rules=(LORA,), sites=1, trainable=2 * (5 + 6), exact_at_zero=False)
 def jit_static_argument(dtype):
     """A static flag of the jitted helper decides how the weight is used."""
 
@@ -467,7 +474,7 @@ def jit_static_argument(dtype):
     )
 
 
-@case(row=3, rules=(LORA,), sites=1, trainable=2 * (5 + 6))
+@case(subject="jit", rules=(LORA,), sites=1, trainable=2 * (5 + 6))
 def jit_returns_the_weight(dtype):
     """What the jitted helper returns is the weight itself, transposed."""
     prepare = jax.jit(lambda w: (w.T, jnp.ones((), w.dtype)))
@@ -479,7 +486,7 @@ def jit_returns_the_weight(dtype):
     return called(apply, normals(dtype, w=(5, 6)), normal("x", (3, 6), dtype))
 
 
-@case(row=3, rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
+@case(subject="jit", rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
 def jit_passes_a_tree(dtype):
     """The jitted helper takes the whole tree, with a leaf that it does not use."""
     helper = jax.jit(lambda p, x: (x @ p["w"] + p["b"][None], p["b"]))
@@ -491,11 +498,11 @@ def jit_passes_a_tree(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 4: stacks of layers that Python unrolls. (See control.py for scans.)
+# Stacks of layers that Python unrolls. (See control.py for scans.)
 # --------------------------------------------------------------------------------------------
 
 
-@case(row=4, rules=(LORA,), sites=1, trainable=3 * 2 * (5 + 5))
+@case(subject="layers", rules=(LORA,), sites=1, trainable=3 * 2 * (5 + 5))
 def unrolled_stack(dtype):
     """A stack of three layers in one leaf, indexed by a Python loop: A and B per layer."""
 
@@ -508,7 +515,7 @@ def unrolled_stack(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 6: embeddings.
+# Embeddings.
 # --------------------------------------------------------------------------------------------
 
 IDS = ((3, 0, 6), (1, 6, 2))
@@ -540,7 +547,7 @@ def lookups() -> None:
         CASES.append(
             Case(
                 name=name,
-                row=6,
+                subject="lookup",
                 build=build,
                 rules=(LoRA("table", rank=2, alpha=4),),
                 sites=1,
@@ -553,7 +560,7 @@ def lookups() -> None:
 lookups()
 
 
-@case(row=6, rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+@case(subject="lookup", rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
 def lookup_stored_transposed(dtype):
     """A table stored (d, vocabulary): inputs are its last axis."""
     return Problem(
@@ -564,7 +571,7 @@ def lookup_stored_transposed(dtype):
 
 
 @case(
-    row=6,
+    subject="lookup",
     rules=(LoRA("table", rank=3, alpha=3), LORA),
     sites=2,
     trainable=3 * (7 + 4) + 2 * (4 + 4),  # one adapter for the table, one for w
@@ -578,7 +585,7 @@ def tied_embedding(dtype):
     )
 
 
-@case(row=6, rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+@case(subject="lookup", rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
 def tied_embedding_head_first(dtype):
     """The table is used as a head before it is used for a lookup."""
 
@@ -589,13 +596,13 @@ def tied_embedding_head_first(dtype):
     return Problem(apply, normals(dtype, table=(7, 4)), (normal("x", (3, 4), dtype),))
 
 
-@case(row=6, rules=(LORA,), sites=1, trainable=2 * (4 + 4))
+@case(subject="lookup", rules=(LORA,), sites=1, trainable=2 * (4 + 4))
 def tied_embedding_not_named(dtype):
     """All-linear leaves a table alone, also a tied one."""
     return tied_embedding.build(dtype)
 
 
-@case(row=6, rules=(LORA,), sites=1, trainable=2 * (5 + 5))
+@case(subject="lookup", rules=(LORA,), sites=1, trainable=2 * (5 + 5))
 def weight_shared_by_layers(dtype):
     """One leaf is the weight of three layers."""
 
@@ -607,14 +614,14 @@ def weight_shared_by_layers(dtype):
     return Problem(apply, normals(dtype, w=(5, 5), b=(5,)), (normal("x", (2, 5), dtype),))
 
 
-@case(row=6, rules=(LORA,), sites=2, trainable=2 * (4 + 6) + 2 * (6 + 5))
+@case(subject="lookup", rules=(LORA,), sites=2, trainable=2 * (4 + 6) + 2 * (6 + 5))
 def weights_multiplied(dtype):
     """Two adapted leaves are multiplied with each other before anything else."""
     params = normals(dtype, w=(4, 6), v=(6, 5))
     return Problem(lambda p, x: x @ (p["w"] @ p["v"]), params, (normal("x", (3, 4), dtype),))
 
 
-@case(row=6, rules=(LORA,), sites=2, trainable=2 * (4 + 6) + 3 * 2 * (6 + 5))
+@case(subject="lookup", rules=(LORA,), sites=2, trainable=2 * (4 + 6) + 3 * 2 * (6 + 5))
 def weights_multiplied_with_one_repeated(dtype):
     """The same, of one leaf that is repeated and one that is a stack."""
 
@@ -626,11 +633,11 @@ def weights_multiplied_with_one_repeated(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 7: convolutions with layouts that Flax does not use. (See linen.py for the others.)
+# Convolutions with layouts that Flax does not use. (See linen.py for the others.)
 # --------------------------------------------------------------------------------------------
 
 
-@case(row=7, rules=(LORA,), sites=1, trainable=2 * (3 * 2 * 3 + 4))
+@case(subject="convolution", rules=(LORA,), sites=1, trainable=2 * (3 * 2 * 3 + 4))
 def conv_nchw(dtype):
     """PyTorch's layouts: NCHW and OIHW."""
     return Problem(
@@ -642,7 +649,7 @@ def conv_nchw(dtype):
     )
 
 
-@case(row=7, rules=(LORA,), sites=1, trainable=2 * (3 * 2 + 6), exact_at_zero=False)
+@case(subject="convolution", rules=(LORA,), sites=1, trainable=2 * (3 * 2 + 6), exact_at_zero=False)
 def conv_transposed_kernel(dtype):
     """A kernel stored (out, in / groups, width), turned around before a grouped convolution."""
     return Problem(
@@ -660,7 +667,7 @@ def conv_transposed_kernel(dtype):
     )
 
 
-@case(row=7, rules=(LORA,), sites=1, trainable=2 * (3 * 4 + 5))
+@case(subject="convolution", rules=(LORA,), sites=1, trainable=2 * (3 * 4 + 5))
 def conv_input_dilation(dtype):
     """An input dilation: a fractionally strided convolution."""
     return Problem(
@@ -677,7 +684,7 @@ def conv_input_dilation(dtype):
     )
 
 
-@case(row=7, rules=(LORA,), sites=2, trainable=2 * (3 * 4 + 5) + 2 * (1 * 5 + 4))
+@case(subject="convolution", rules=(LORA,), sites=2, trainable=2 * (3 * 4 + 5) + 2 * (1 * 5 + 4))
 def conv_used_twice(dtype):
     """One kernel over two inputs, one of them under vmap, then a kernel of width 1."""
 
@@ -694,7 +701,7 @@ def conv_used_twice(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 8: fused kernels.
+# Fused kernels.
 # --------------------------------------------------------------------------------------------
 
 
@@ -732,7 +739,7 @@ for suffix, pattern, n in ("all", "^[qkv]$", 3), ("two", "^[qv]$", 2), ("one", "
     CASES += [
         Case(
             name=f"concatenate_adapted_{suffix}",
-            row=8,
+            subject="slots",
             build=fused_by_concatenation,
             rules=(LoRA(pattern, rank=2, alpha=4),),
             sites=n,
@@ -741,7 +748,7 @@ for suffix, pattern, n in ("all", "^[qkv]$", 3), ("two", "^[qv]$", 2), ("one", "
         ),
         Case(
             name=f"stack_adapted_{suffix}",
-            row=8,
+            subject="slots",
             build=fused_by_stacking,
             rules=(LoRA(pattern, rank=2, alpha=4),),
             sites=n,
@@ -821,7 +828,7 @@ for fused_name, (fused_build, width, axis) in FUSED.items():
     CASES.append(
         Case(
             name=fused_name,
-            row=8,
+            subject="slots",
             build=fused_build,
             rules=(LoRA("^w$", rank=2, alpha=4, slots=Slots(3, (0, 2), axis)),),
             sites=1,
@@ -832,7 +839,7 @@ for fused_name, (fused_build, width, axis) in FUSED.items():
 
 
 @case(
-    row=8,
+    subject="slots",
     rules=(LoRA("w", rank=3, alpha=3, slots=Slots(3, (1,))),),
     sites=1,
     trainable=1 * 3 * (6 + 4),
@@ -844,7 +851,7 @@ def slots_one_in_the_middle(dtype):
 
 
 @case(
-    row=8,
+    subject="slots",
     rules=(LoRA("^w$", rank=2, alpha=4, slots=Slots(2, (0, 1))), LORA),
     sites=2,
     trainable=2 * 2 * (6 + 4) + 2 * (4 + 6),  # gate and up, down
@@ -861,7 +868,7 @@ def slots_gate_and_up(dtype):
 
 
 @case(
-    row=8,
+    subject="slots",
     rules=(LoRA("w", rank=2, alpha=4, slots=Slots(3, (0, 2))),),
     sites=1,
     trainable=2 * 2 * 2 * (5 + 5),  # two layers, two slots
@@ -881,10 +888,10 @@ def slots_scanned(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 9: mixtures of experts. w: (3 experts, 6, 5).
+# Mixtures of experts. w: (3 experts, 6, 5).
 # --------------------------------------------------------------------------------------------
 
-EXPERTS = {"row": 9, "rules": (LORA,), "sites": 1, "trainable": 3 * 2 * (6 + 5)}
+EXPERTS = {"subject": "experts", "rules": (LORA,), "sites": 1, "trainable": 3 * 2 * (6 + 5)}
 
 
 @case(**EXPERTS)
@@ -948,7 +955,7 @@ def experts_ragged_dot(dtype):
 
 
 @case(
-    row=9,
+    subject="experts",
     rules=(LORA,),
     sites=2,
     trainable=3 * 2 * (6 + 5) + 3 * 2 * (5 + 6),
@@ -992,7 +999,7 @@ def experts_gathered_top_two(dtype):
 
 
 @case(
-    row=9,
+    subject="experts",
     rules=(LORA,),
     sites=3,
     # The router; up with its experts as outputs, as d is all it contracts; down per expert.
@@ -1011,7 +1018,7 @@ def experts_dense_mixture(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 10: what a call may look like.
+# What a call may look like.
 # --------------------------------------------------------------------------------------------
 
 
@@ -1025,7 +1032,7 @@ class Output:
     label: str = struct.field(pytree_node=False, default="output")
 
 
-@case(row=10, rules=(LORA,), sites=2, trainable=2 * (6 + 6) + 2 * (6 + 5))
+@case(subject="call", rules=(LORA,), sites=2, trainable=2 * (6 + 6) + 2 * (6 + 5))
 def output_tree(dtype):
     """Nested pytrees, a dataclass, None and integers come out as they are."""
 
@@ -1038,7 +1045,7 @@ def output_tree(dtype):
     return Problem(apply, normals(dtype, w=(6, 6), v=(6, 5)), (normal("x", (3, 6), dtype),))
 
 
-@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
+@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
 def python_if_on_a_value(dtype):
     """Python control flow on the value of an argument."""
 
@@ -1052,7 +1059,7 @@ def python_if_on_a_value(dtype):
     return Problem(apply, normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype), jnp.array(2)))
 
 
-@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
+@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
 def python_flags(dtype):
     """Flags, strings, None and functions as positional and keyword arguments."""
 
@@ -1069,7 +1076,7 @@ def python_flags(dtype):
     )
 
 
-@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
 def keyword_arguments(dtype):
     """Arrays by keyword, in a nested container."""
     return Problem(
@@ -1083,7 +1090,7 @@ def keyword_arguments(dtype):
     )
 
 
-@case(row=10, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
 def debug_print(dtype):
     """`jax.debug.print` of an activation, outside and inside of jit."""
     helper = jax.jit(lambda h: (jax.debug.print("mean {}", h.mean()), jnp.tanh(h))[1])
@@ -1097,7 +1104,7 @@ def debug_print(dtype):
 
 
 @case(
-    row=10,
+    subject="call",
     rules=(LoRA("^w$", rank=2, alpha=4), Full("^b$|^v$")),
     sites=1,
     trainable=2 * (6 + 5) + 5 + 5 * 4,
@@ -1112,10 +1119,10 @@ def trained_in_full(dtype):
 
 
 # --------------------------------------------------------------------------------------------
-# Row 12: what is no site. In each, w is the only one.
+# What is no site. In each, w is the only one.
 # --------------------------------------------------------------------------------------------
 
-ONLY_W = {"row": 12, "rules": (LORA,), "sites": 1}
+ONLY_W = {"subject": "no_site", "rules": (LORA,), "sites": 1}
 
 
 @case(**ONLY_W, trainable=2 * (5 + 5))

@@ -1,4 +1,4 @@
-"""Row 13: parameters in every container, and leaves that are no JAX arrays."""
+"""Parameters in every container, and leaves that are no JAX arrays."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def container(name, make, read, *, rules=(LORA,), sites=2, trainable=BOTH, **fla
     CASES.append(
         Case(
             name=name,
-            row=13,
+            subject="tree",
             build=build,
             rules=rules,
             sites=sites,
@@ -201,7 +201,7 @@ container(  # two leaves, one buffer: an adapter for each
 )
 
 
-@case(row=13, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case(subject="tree", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
 def tree_bare_array(dtype):
     """The parameters are one array."""
     return Problem(
@@ -209,20 +209,20 @@ def tree_bare_array(dtype):
     )
 
 
-@case(row=13, rules=(LoRA("^$", rank=2, alpha=4),), sites=1, trainable=2 * (6 + 5))
+@case(subject="tree", rules=(LoRA("^$", rank=2, alpha=4),), sites=1, trainable=2 * (6 + 5))
 def tree_bare_array_by_path(dtype):
     """Its path is empty."""
     return tree_bare_array.build(dtype)
 
 
-@case(row=13, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case(subject="tree", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
 def tree_bare_numpy_array(dtype):
     """The parameters are one numpy array."""
     problem = tree_bare_array.build(dtype)
     return problem._replace(params=np.asarray(problem.params))
 
 
-@case(row=13, rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case(subject="tree", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
 def tree_with_integers_and_scalars(dtype):
     """Integer arrays, keys and Python scalars beside the weights."""
     params = {

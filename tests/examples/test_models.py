@@ -550,8 +550,8 @@ for name in test_models.ONE_EACH:
 
 def test_on_a_mesh() -> None:
     """Eight devices, fully sharded × tensor parallel, with and without sequence parallelism."""
-    tests = pathlib.Path(__file__).parent
-    paths = [str(tests), str(tests.parent / "examples"), str(tests.parent)]
+    here, tests, root, *_ = pathlib.Path(__file__).parents
+    paths = map(str, (here, tests, root / "examples", root))
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, "-c", MESH, *paths],

@@ -102,7 +102,8 @@ def logits_of(config, variables, ids, **options):
 
 def transformers_logits(config, variables, ids, monkeypatch=None):
     """The same weights in the Flax Llama of `transformers`, without jit."""
-    modeling = pytest.importorskip("transformers.models.llama.modeling_flax_llama")
+    from transformers.models.llama import modeling_flax_llama as modeling
+
     if monkeypatch:
         # FlaxLlama ignores `rope_theta`: its table of angles is built with base 10,000. This is
         # the same table with the base of `config`.

@@ -83,4 +83,4 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 
 
 def test_real_programs():
-    devices.run("collectives_on_devices.py")
+    devices.run("examples/collectives_on_devices.py")

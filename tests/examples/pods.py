@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-EXAMPLE = str(pathlib.Path(__file__).parents[1] / "examples" / "pod.py")
+EXAMPLE = str(pathlib.Path(__file__).parents[2] / "examples" / "pod.py")
 DEVICES = 8
 LIMIT = 90  # seconds that a run may take
 

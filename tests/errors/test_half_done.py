@@ -1,0 +1,66 @@
+"""A call that is refused leaves nothing half done."""
+
+import copy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import KEY, PARAMS, W, X, assert_same, dense, exactly, init, model, randomize
+
+import jlora
+from jlora import LoRA
+
+
+def test_failed_init_leaves_inputs() -> None:
+    """A refused `init` changes neither the parameters nor the transform."""
+    params = copy.deepcopy(jax.tree.map(np.asarray, PARAMS))
+    leaves, before = jax.tree.leaves(params), copy.deepcopy(params)
+    lora = jlora.transform(model, LoRA("kernel", rank=2), LoRA("fused", rank=7))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is 7, above"):
+            lora.init(KEY, params, X)
+    assert all(x is y for x, y in zip(jax.tree.leaves(params), leaves, strict=True))
+    assert_same(params, before, 0.0)
+    base, _ = jlora.transform(model, LoRA("kernel|fused", rank=2)).init(KEY, params, X)
+    assert all(x is y for x, y in zip(jax.tree.leaves(base), leaves, strict=True))
+
+
+def test_failed_initializer_leaves_inputs() -> None:
+    """An initializer that raises at the second site passes its error on, and nothing else."""
+    seen = []
+
+    def failing(key: Any, w: Any, site: Any, rule: Any) -> Any:
+        seen.append(site.path)
+        if len(seen) > 1:
+            raise RuntimeError("no memory left")
+        return jlora.initializers.gaussian(key, w, site, rule)
+
+    before = jax.tree.map(np.array, PARAMS)
+    with pytest.raises(RuntimeError, match=exactly("no memory left")):
+        init(LoRA("kernel|fused", rank=2, init=failing))
+    assert seen == ["fused", "layer/kernel"]
+    assert_same(PARAMS, jax.tree.map(jnp.asarray, before), 0.0)
+
+
+def test_failed_apply_leaves_inputs() -> None:
+    """After a call that raises, the next call on the same trees is right."""
+
+    def switchable(p: Any, x: jax.Array, odd: bool = False) -> jax.Array:
+        return x @ (jnp.sin(p["w"]) if odd else p["w"])
+
+    lora = jlora.transform(switchable, LoRA("w", rank=2))
+    base, adapter = lora.init(KEY, W, X)
+    adapter = randomize(adapter)
+    before = jax.tree.map(np.array, (base, adapter))
+    expected = dense(jlora.merge(base, adapter), X)
+    with pytest.raises(NotImplementedError, match="the weight 'w' reaches `sin`"):
+        lora.apply(base, adapter, X, odd=True)
+    with pytest.raises(TypeError, match="dot_general"):
+        lora.apply(base, adapter, X[:, :3])
+    with pytest.raises(ValueError, match="does not fit"):
+        jlora.merge({"w": X}, adapter)
+    assert_same(lora.apply(base, adapter, X), expected)
+    assert_same((base, adapter), jax.tree.map(jnp.asarray, before), 0.0)
+    assert base["w"] is W["w"]

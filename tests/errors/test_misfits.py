@@ -1,0 +1,226 @@
+"""Adapters that do not fit their base, trees that are none, and values that are not finite."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small import ADAPTED, W, X, array, dense, exactly, init, model, swap
+
+import jlora
+from jlora import LoRA, Params
+
+USE = "Use the adapter with the parameters that it was made for, or make one with `init`."
+
+
+MISFITS = [
+    pytest.param(
+        lambda base, adapter: (swap(base, "layer/kernel", None), adapter),
+        "`adapter` does not fit `base` at 1 of 3 paths:\n  layer/kernel: not in `base`\n" + USE,
+        id="missing",
+    ),
+    pytest.param(
+        lambda base, adapter: (swap(base, "layer/kernel", array(5, 6)), adapter),
+        "`adapter` does not fit `base` at 1 of 3 paths:\n"
+        "  layer/kernel: a weight of shape (5, 6) needs A (5, 2) and B (2, 6), got (4, 2) and "
+        f"(2, 6)\n{USE}",
+        id="other-shape",
+    ),
+    pytest.param(
+        lambda base, adapter: (swap(base, "layer/kernel", array(3, 4, 6)), adapter),
+        "`adapter` does not fit `base` at 1 of 3 paths:\n"
+        f"  layer/kernel: made for a weight of 2 axes, got one of shape (3, 4, 6) in `base`\n{USE}",
+        id="more-axes",
+    ),
+    pytest.param(
+        lambda base, adapter: (swap(base, "layer/bias", array(7)), adapter),
+        "`adapter` does not fit `base` at 1 of 3 paths:\n"
+        f"  layer/bias: expected shape (7,) as in `base`, got (6,)\n{USE}",
+        id="full-shape",
+    ),
+    pytest.param(
+        lambda base, adapter: (base, swap(adapter, "fused", adapter["layer"]["kernel"])),
+        "`adapter` does not fit `base` at 1 of 3 paths:\n"
+        "  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (4, 2) and (2, 6)\n"
+        + USE,
+        id="other-leaf",
+    ),
+    pytest.param(
+        lambda base, adapter: (
+            base,
+            swap(adapter, "fused", adapter["fused"]._replace(b=array(3, 6))),
+        ),
+        "`adapter` does not fit `base` at 1 of 3 paths:\n"
+        "  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (6, 2) and (3, 6)\n"
+        + USE,
+        id="ranks-differ",
+    ),
+    pytest.param(
+        lambda base, adapter: (base, {"adapter": adapter}),
+        "`adapter` does not fit `base` at 3 of 3 paths:\n"
+        "  adapter/fused: not in `base`\n"
+        "  adapter/layer/bias: not in `base`\n"
+        f"  adapter/layer/kernel: not in `base`\n{USE}",
+        id="one-level-too-deep",
+    ),
+    pytest.param(
+        lambda base, adapter: ({"fused": array(2, 2), "layer": {"bias": base["fused"]}}, adapter),
+        "`adapter` does not fit `base` at 3 of 3 paths:\n"
+        "  fused: a weight of shape (2, 2) needs A (2, 2) and B (2, 2), got (6, 2) and (2, 6)\n"
+        "  layer/bias: expected shape (6, 6) as in `base`, got (6,)\n"
+        f"  layer/kernel: not in `base`\n{USE}",
+        id="all-at-once",
+    ),
+    pytest.param(
+        lambda base, adapter: (base, jax.tree.map(lambda a: jnp.stack([a, a]), adapter)),
+        "`adapter` does not fit `base` at 3 of 3 paths:\n"
+        "  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (2, 6, 2) and "
+        "(2, 2, 6)\n"
+        "  layer/bias: expected shape (6,) as in `base`, got (2, 6)\n"
+        "  layer/kernel: a weight of shape (4, 6) needs A (4, 2) and B (2, 6), got (2, 4, 2) and "
+        f"(2, 2, 6)\n{USE}",
+        id="stack-without-vmap",
+    ),
+]
+
+WRONG_TREES = [
+    pytest.param(
+        lambda base, adapter: (adapter, base),
+        "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
+        "and `adapter` swapped?",
+        id="swapped",
+    ),
+    pytest.param(
+        lambda base, adapter: (base, "adapter.npz"),
+        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+        "got the root: str.",
+        id="string",
+    ),
+    pytest.param(
+        lambda base, adapter: (base, swap(adapter, "fused", "fused.npz")),
+        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+        "got fused: str.",
+        id="string-leaf",
+    ),
+    pytest.param(
+        lambda base, adapter: (base, swap(swap(adapter, "fused", 1.5), "layer/bias", 0)),
+        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+        "got fused: float, layer/bias: int.",
+        id="numbers",
+    ),
+    pytest.param(
+        lambda base, adapter: (base, jlora.bind(base, adapter)),
+        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+        "got fused: Adapted, layer/kernel: Adapted.",
+        id="bound",
+    ),
+]
+
+
+LORA = jlora.transform(model, *ADAPTED)
+CALLS = {
+    "apply": lambda base, adapter: LORA.apply(base, adapter, X),
+    "bind": jlora.bind,
+    "merge": jlora.merge,
+    "unmerge": jlora.unmerge,
+}
+JITTED = {
+    "jit-apply": lambda base, adapter: jax.jit(LORA.apply)(base, adapter, X),
+    "jit-merge": lambda base, adapter: jax.jit(jlora.merge)(base, adapter),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS)
+@pytest.mark.parametrize("call", [*CALLS, *JITTED])
+def test_adapter_does_not_fit(change: Callable[..., Any], message: str, call: str) -> None:
+    """Every differing path once, whoever takes the two trees."""
+    base, adapter = change(*init(*ADAPTED))
+    with pytest.raises(ValueError, match=exactly(message)):
+        (CALLS | JITTED)[call](base, adapter)
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_TREES)
+@pytest.mark.parametrize("call", list(CALLS))
+def test_wrong_tree(change: Callable[..., Any], message: str, call: str) -> None:
+    """A tree that is no adapter, or the two in the wrong order."""
+    base, adapter = change(*init(*ADAPTED))
+    with pytest.raises(TypeError, match=exactly(message)):
+        CALLS[call](base, adapter)
+
+
+@pytest.mark.parametrize("adapter", [None, {"w": None}, {"w": {}}, []], ids=repr)
+@pytest.mark.parametrize("call", ["apply", "merge"])
+def test_adapter_of_nothing(adapter: Any, call: str) -> None:
+    """None is no adapter: a checkpoint that was not found must not pass as the base model."""
+    base, _ = init(LoRA("w", rank=2), apply=dense, params=W)
+    with pytest.raises(TypeError, match="`adapter` must be a nested dict"):
+        if call == "apply":
+            jlora.transform(dense).apply(base, adapter, X)
+        else:
+            jlora.merge(base, adapter)
+
+
+TREES = [
+    pytest.param(
+        lambda base, adapter: {"m": Params(base, adapter)}, lambda t: t["m"].base, id="nested"
+    ),
+    pytest.param(
+        lambda base, adapter: [Params(base, adapter)] * 2, lambda t: t[0].base, id="two-models"
+    ),
+    pytest.param(jlora.bind, lambda t: t["fused"].base, id="bound"),
+]
+
+
+@pytest.mark.parametrize(("tree", "base_of"), TREES)
+def test_optimizer_never_trains_the_base(
+    tree: Callable[..., Any], base_of: Callable[[Any], Any]
+) -> None:
+    """Whatever holds a base and an adapter, the base gets no updates."""
+    params = tree(*init(*ADAPTED))
+    tx = jlora.optimizer(optax.sgd(1.0))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    floats = [u for u in jax.tree.leaves(base_of(updates)) if u.dtype == jnp.float32]
+    assert not any(np.any(u) for u in floats)
+
+
+def test_optimizer_refuses_what_init_returns() -> None:
+    """A bare pair of base and adapter does not say which of the two is which."""
+    params = init(*ADAPTED)
+    message = (
+        "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), but has an "
+        "array at \"[0]['bucket']\". Put base and adapter into Params, so that the base stays "
+        "frozen."
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        jlora.optimizer(optax.sgd(1.0)).init(params)
+
+
+def test_merge_check_names_paths() -> None:
+    """Every leaf with NaN or infinity, and how many; nothing without `check`, or if all is well."""
+    base, adapter = init(*ADAPTED)
+    assert jlora.merge(base, adapter, check=True)
+    broken = swap(adapter, "layer/bias", adapter["layer"]["bias"].at[2].set(jnp.nan))
+    fused = adapter["fused"]
+    broken = swap(broken, "fused", fused._replace(b=fused.b.at[:, 1].set(jnp.inf)))
+    assert jax.tree.structure(jlora.merge(base, broken)) == jax.tree.structure(base)
+    message = (
+        "`merge` gave values that are not finite at:\n"
+        "  fused: 6 of 36 values\n"
+        "  layer/bias: 1 of 6 values\n"
+        "The adapter or the base holds NaN or infinity there; use an earlier checkpoint."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        jlora.merge(base, broken, check=True)
+
+
+def test_merge_check_sees_overflow() -> None:
+    """Finite factors whose sum with W is not finite in W's dtype."""
+    params = {"w": jnp.full((4, 6), 6e4, jnp.float16)}
+    base, adapter = init(LoRA("w", rank=2), apply=dense, params=params)
+    big = jax.tree.map(lambda a: jnp.full_like(a, 100.0), adapter)
+    with pytest.raises(ValueError, match=re.escape("\n  w: 24 of 24 values\n")):
+        jlora.merge(base, big, check=True)

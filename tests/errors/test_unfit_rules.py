@@ -1,0 +1,279 @@
+"""Rules that do not fit the model: that match nothing, take nothing, or cannot apply to a leaf."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax import lax
+from small import PARAMS, REMEDY, W, X, array, dense, exactly, init, line_of, message_of, model
+
+import jlora
+from jlora import Full, LoRA, Slots
+
+IN_FULL = "Narrow the pattern, or train the leaf in full with jlora.Full."
+
+
+def conv(params: Any, x: jax.Array) -> jax.Array:
+    """A convolution of width 3 over one feature."""
+    return lax.conv_general_dilated(
+        x[..., None], params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+UNFIT = [
+    pytest.param(
+        lambda: init(),
+        "`rules` is empty, so that nothing would be trained. "
+        "Give transform(apply_fn, ...) a jlora.LoRA() or a jlora.Full(pattern).",
+        id="no-rules",
+    ),
+    pytest.param(
+        lambda: init(LoRA("layer/kernal", rank=2)),
+        "LoRA('layer/kernal') matches no leaf of `params`. "
+        "Near misses: layer/kernel, vocabulary, fused.",
+        id="typo",
+    ),
+    pytest.param(
+        lambda: init(LoRA("(Layer|LAYER)/kernel$", rank=2)),
+        "LoRA('(Layer|LAYER)/kernel$') matches no leaf of `params`. "
+        "Near misses: layer/kernel, vocabulary, fused.",
+        id="case",
+    ),
+    pytest.param(
+        lambda: init(Full("layer/bais")),
+        "Full('layer/bais') matches no leaf of `params`. "
+        "Near misses: layer/bias, layer/kernel, layer/scale.",
+        id="full-typo",
+    ),
+    pytest.param(
+        lambda: init(LoRA("kernel", rank=2), Full("clasifier")),
+        "Full('clasifier') matches no leaf of `params`. "
+        "Near misses: layer/bias, layer/kernel, layer/scale.",
+        id="second-rule-typo",
+    ),
+    pytest.param(
+        lambda: init(LoRA("w", rank=2), apply=lambda p, x: x, params={}),
+        "LoRA('w') matches no leaf of `params`. There is no leaf to match.",
+        id="no-params",
+    ),
+    pytest.param(
+        lambda: init(LoRA("kernel|fused", rank=2), Full("kernel")),
+        "Full('kernel') is left with no leaf: earlier rules take all 1 that it matches "
+        "(LoRA('kernel|fused')). The first match wins; reorder the rules or drop this one.",
+        id="shadowed",
+    ),
+    pytest.param(
+        lambda: init(LoRA(rank=2), LoRA("kernel", rank=4)),
+        "LoRA('kernel') is left with no leaf: earlier rules take all 1 that it matches (LoRA()). "
+        "The first match wins; reorder the rules or drop this one.",
+        id="shadowed-by-all-linear",
+    ),
+    pytest.param(
+        lambda: init(LoRA("fused", rank=2), Full("layer"), Full("kernel|fused")),
+        "Full('kernel|fused') is left with no leaf: earlier rules take all 2 that it matches "
+        "(LoRA('fused'), Full('layer')). The first match wins; reorder the rules or drop this one.",
+        id="shadowed-by-two",
+    ),
+    pytest.param(
+        lambda: init(LoRA(rank=2), apply=lambda p, x: x * p["scale"], params={"scale": array(4)}),
+        "LoRA() without a pattern adapts every dense and conv site, but the model has none. "
+        "Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists the sites.",
+        id="all-linear-none",
+    ),
+    pytest.param(
+        lambda: init(
+            LoRA(rank=2), apply=lambda p, x: p["table"][jnp.array([0, 1])], params={"table": X}
+        ),
+        "LoRA() without a pattern adapts every dense and conv site, but the model has none. "
+        "Name leaves by a pattern; print(transform(apply_fn).sites(...)) lists the sites.",
+        id="all-linear-embedding-only",
+    ),
+    pytest.param(
+        lambda: init(LoRA("layer", rank=2)),
+        "LoRA('layer') matches 'layer/bias' of shape (6,), which is used by nothing linear: "
+        f"it is no matrix (shape (6,)). {IN_FULL}",
+        id="bias",
+    ),
+    pytest.param(
+        lambda: init(LoRA("scale", rank=2)),
+        "LoRA('scale') matches 'layer/scale' of shape (6,), which is used by nothing linear: "
+        f"it is no matrix (shape (6,)). {IN_FULL}",
+        id="norm-scale",
+    ),
+    pytest.param(
+        lambda: init(LoRA("unused", rank=2)),
+        "LoRA('unused') matches 'unused' of shape (3, 5), which is used by nothing linear: "
+        f"it is not used by the traced call. {IN_FULL}",
+        id="unused",
+    ),
+    pytest.param(
+        lambda: init(LoRA("bucket", rank=2)),
+        "LoRA('bucket') matches 'bucket' of shape (3, 3), which is used by nothing linear: "
+        "it is not floating-point (int32). Narrow the pattern.",
+        id="integer",
+    ),
+    pytest.param(
+        lambda: init(Full("bucket")),
+        "Full('bucket') matches 'bucket' of dtype int32, which cannot be trained. "
+        "Narrow the pattern to floating-point leaves.",
+        id="full-integer",
+    ),
+    pytest.param(
+        lambda: init(LoRA("kernel", rank=5)),
+        "`rank` of LoRA('kernel') is 5, above min(inputs, outputs) = 4 of 'layer/kernel' with "
+        "shape (4, 6). Lower the rank, or put a rule of its own for this leaf first, such as "
+        "jlora.Full('layer/kernel').",
+        id="rank-dense",
+    ),
+    pytest.param(
+        lambda: init(LoRA("vocabulary", rank=5)),
+        "`rank` of LoRA('vocabulary') is 5, above min(inputs, outputs) = 4 of 'vocabulary' with "
+        "shape (9, 4). Lower the rank, or put a rule of its own for this leaf first, such as "
+        "jlora.Full('vocabulary').",
+        id="rank-embed",
+    ),
+    pytest.param(
+        lambda: init(LoRA(rank=4), apply=conv, params={"kernel": array(3, 1, 8)}),
+        "`rank` of LoRA() is 4, above min(inputs, outputs) = 3 of 'kernel' with shape (3, 1, 8). "
+        "Lower the rank, or put a rule of its own for this leaf first, such as "
+        "jlora.Full('kernel').",
+        id="rank-conv",
+    ),
+    pytest.param(
+        lambda: init(LoRA("fused", rank=3, slots=Slots(3, (0, 2)))),
+        "`rank` of LoRA('fused') is 3, above min(inputs, outputs) = 2 of 'fused' with shape "
+        "(6, 6). Lower the rank, or put a rule of its own for this leaf first, such as "
+        "jlora.Full('fused').",
+        id="rank-slots",
+    ),
+    pytest.param(
+        lambda: init(LoRA("fused", rank=1, slots=Slots(4, (0,)))),
+        "`count` of Slots is 4, which does not divide the 6 outputs of 'fused' with shape (6, 6).",
+        id="slots-count",
+    ),
+    pytest.param(
+        lambda: init(LoRA("fused", rank=1, slots=Slots(3, (0,), axis=1))),
+        "`axis` of Slots is 1, but 'fused' has 1 output axes; it must lie in [0, 1).",
+        id="slots-axis-above",
+    ),
+    pytest.param(
+        lambda: init(LoRA("fused", rank=1, slots=Slots(3, (0,), axis=-1))),
+        "`axis` of Slots is -1, but 'fused' has 1 output axes; it must lie in [0, 1).",
+        id="slots-axis-negative",
+    ),
+]
+
+
+@pytest.mark.parametrize(("provoke", "message"), UNFIT)
+def test_unfit_rule(provoke: Callable[[], Any], message: str) -> None:
+    """A rule that would train nothing, or cannot apply to a leaf that it matches."""
+    with pytest.raises(ValueError, match=exactly(message)):
+        provoke()
+
+
+def test_added_position() -> None:
+    """A position embedding that is added is no site; the line that adds it is named."""
+    line = line_of(model, 'params["position"]')
+    message = (
+        "LoRA('position') matches 'position' of shape (2, 6), which is used by nothing linear: "
+        f"it is used only by `add` at {line} (model). {REMEDY}"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        init(LoRA("position", rank=2))
+
+
+def test_unknown_site() -> None:
+    """A site that is asked for by a wrong path."""
+    with pytest.raises(KeyError, match=re.escape("no leaf 'layer/kernal'. Near misses: layer/ke")):
+        jlora.transform(model).sites(PARAMS, X)["layer/kernal"]
+
+
+def test_leaf_that_is_no_array() -> None:
+    """Names and functions among the parameters are named by path, value and type."""
+    message = (
+        "`params` must be a pytree of arrays; the leaf 'layer/activation' is 'gelu' of type str."
+    )
+    params = PARAMS | {"layer": PARAMS["layer"] | {"activation": "gelu"}}
+    with pytest.raises(TypeError, match=exactly(message)):
+        init(LoRA("kernel", rank=2), params=params)
+
+
+def test_same_rule_twice() -> None:
+    """The second of two equal rules takes nothing."""
+    rule = LoRA("w", rank=2)
+    with pytest.raises(ValueError, match=re.escape("LoRA('w') is left with no leaf")):
+        init(rule, rule, apply=dense, params=W)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "no_help"),
+    [
+        ("bias", "materialize"),
+        ("bucket", "Full"),
+        ("bucket", "materialize"),
+        ("unused", "materialize"),
+    ],
+)
+def test_remedies_help(pattern: str, no_help: str) -> None:
+    """No advice that cannot work: a vector or an integer is never formed or trained."""
+    assert no_help not in message_of(lambda: init(LoRA(pattern, rank=2)))
+
+
+def test_near_misses_beside_sites() -> None:
+    """A typo in a model that has leaves but no linear site."""
+    provoke = lambda: init(  # noqa: E731
+        LoRA("scael", rank=1), apply=lambda p, x: x * p["scale"], params={"scale": array(4)}
+    )
+    assert "There is no leaf to match" not in message_of(provoke)
+
+
+def test_nnx_path_with_value() -> None:
+    """The pattern `kernel/value` of an NNX variable finds its near miss."""
+    graph, state = nnx.split(nnx.Linear(4, 6, rngs=nnx.Rngs(0)))
+    message = "LoRA('kernel/value') matches no leaf of `params`. Near misses: kernel."
+    with pytest.raises(ValueError, match=exactly(message)):
+        init(
+            LoRA("kernel/value", rank=2),
+            apply=lambda s, x: nnx.merge(graph, s)(x),
+            params=state,
+        )
+
+
+def wrong_a(key: Any, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+    """An initializer that mistakes A for its transpose."""
+    del key, site
+    return w, jnp.zeros((rule.rank, w.shape[0])), jnp.zeros((rule.rank, w.shape[1]))
+
+
+def test_initializer_with_wrong_shapes() -> None:
+    """A and B as the initializer gave them, and as they should be."""
+    message = exactly(
+        "`init` of LoRA('kernel') must give W, A and B for 'layer/kernel', floating-point, of "
+        "shapes ((4, 6), (4, 2), (2, 6)) and with W's dtype float32; got (((4, 6), "
+        "'floating-point'), ((2, 4), 'floating-point'), ((2, 6), 'floating-point'))."
+    )
+    with pytest.raises(ValueError, match=message):
+        init(LoRA("kernel", rank=2, init=wrong_a))
+
+
+def changed_dtype(key: Any, w: Any, site: Any, rule: Any) -> Any:
+    """An initializer that rounds W."""
+    w, a, b = jlora.initializers.gaussian(key, w, site, rule)
+    return w.astype(jnp.float16), a, b
+
+
+def integers(key: Any, w: Any, site: Any, rule: Any) -> Any:
+    """An initializer whose factors cannot be trained."""
+    w, a, b = jlora.initializers.gaussian(key, w, site, rule)
+    return w, jnp.ones_like(a, jnp.int32), jnp.zeros_like(b, jnp.int32)
+
+
+@pytest.mark.parametrize("initializer", [changed_dtype, integers])
+def test_initializer_with_wrong_dtypes(initializer: Callable[..., Any]) -> None:
+    """W keeps its dtype, and A and B are floating-point."""
+    with pytest.raises((TypeError, ValueError), match=r"`init` of LoRA.*float"):
+        init(LoRA("w", rank=2, init=initializer), apply=dense, params=W)

@@ -1,0 +1,114 @@
+"""What the tests of refusals share: small models and trees, and what is said of a mistake."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora import Full, LoRA
+
+KEY = jax.random.key(0)
+
+
+def array(*shape: int) -> jax.Array:
+    """Normal values, the same for the same shape."""
+    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
+
+
+X = array(2, 4)
+PARAMS = {
+    "layer": {"kernel": array(4, 6), "bias": array(6), "scale": array(6)},
+    "fused": array(6, 6),
+    "position": array(2, 6),
+    "unused": array(3, 5),
+    "bucket": jnp.ones((3, 3), jnp.int32),
+    "vocabulary": array(9, 4),
+}
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    """Two dense sites, a lookup, a bias, a norm scale, an added position; two leaves unused."""
+    p = params["layer"]
+    y = (x + params["vocabulary"][jnp.array([1, 2])]) @ p["kernel"] + p["bias"]
+    return (y + params["position"]) * p["scale"] @ params["fused"]
+
+
+def dense(params: Any, x: jax.Array) -> jax.Array:
+    """The smallest model: one product."""
+    return x @ params["w"]
+
+
+W = {"w": array(4, 6)}
+SQUARE = {"w": array(4, 4)}
+
+
+def init(*rules: Any, apply: Callable[..., Any] = model, params: Any = None) -> tuple[Any, Any]:
+    """`init` of the given model under `rules`."""
+    return jlora.transform(apply, *rules).init(KEY, PARAMS if params is None else params, X)
+
+
+def randomize(adapter: Any) -> Any:
+    """Every floating leaf plus noise, so that B is not zero."""
+    return jax.tree.map(lambda a: a + 0.3 * array(*a.shape), adapter)
+
+
+def exactly(message: str) -> str:
+    """A pattern that matches `message` as a whole, with or without JAX's note on tracebacks."""
+    return r"\A" + re.escape(message) + r"(\n-+\nFor simplicity, JAX has removed .*)?\Z"
+
+
+REMEDY = (
+    "Narrow the pattern, train the leaf in full with jlora.Full, or let W + ΔW be formed with "
+    "LoRA(..., materialize=True)."
+)
+
+
+def line_of(f: Callable[..., Any], mark: str) -> str:
+    """`file:line` of the only line of `f` that has `mark` in it."""
+    lines, start = inspect.getsourcelines(f)
+    [found] = [start + i for i, line in enumerate(lines) if mark in line]
+    return f"{inspect.getsourcefile(f)}:{found}"
+
+
+def scalar(outputs: Any) -> jax.Array:
+    """A scalar that depends on every entry of the outputs in its own way."""
+    return sum(jnp.vdot(jnp.cos(jnp.arange(y.size)), y.ravel()) for y in jax.tree.leaves(outputs))
+
+
+def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Equal structures and leaves, relative to each leaf's largest entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        scale = max(float(jnp.max(jnp.abs(y))), 1e-6)
+        np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=tolerance)
+
+
+def message_of(provoke: Callable[[], Any]) -> str:
+    """The message of the error that `provoke` raises."""
+    with pytest.raises(Exception) as caught:
+        provoke()
+    return str(caught.value)
+
+
+ADAPTED = (LoRA("kernel|fused", rank=2), Full("bias"))
+
+
+def swap(tree: Mapping[str, Any], path: str, leaf: Any) -> dict[str, Any]:
+    """`tree` with another leaf at `path`; without it for `leaf=None`."""
+    head, _, tail = path.partition("/")
+    if tail:
+        return {**tree, head: swap(tree[head], tail, leaf)}
+    rest = {k: v for k, v in tree.items() if k != head}
+    return rest if leaf is None else {**rest, head: leaf}
+
+
+def use_sin(p: Any, x: jax.Array) -> Any:
+    """Element for element."""
+    return x @ jnp.sin(p["w"])  # here
