@@ -47,11 +47,8 @@ class Site:
             it, or `"formed"` if a rule then lets W + ΔW be formed.
         layout: which of its axes are stacked, contracted and produced; None without a kind. Of a
             formed site, the last axis counts as produced.
-        unsupported_uses: where it is used in a way that has no factored form: primitive and source
-            line.
+        unsupported: its uses that have no factored form.
         formed: the layout that it would have as a formed site.
-        missed: whether one of those uses is that of a matrix, and not of an activation, such as a
-            bias is, so that a rule may have been meant to take the leaf.
         used: whether the traced call depends on it; None if it was not traced.
         rule: the rule that it matches, or None.
         asked_rank: the rank of the rule as it was written, where the site cannot have it.
@@ -62,9 +59,8 @@ class Site:
     dtype: Any
     kind: str | None
     layout: Layout | None
-    unsupported_uses: tuple[str, ...] = ()
+    unsupported: tuple[Unsupported, ...] = ()
     formed: Layout | None = None
-    missed: bool = False
     used: bool | None = None
     rule: Rule | None = None
     asked_rank: int | None = None
@@ -103,6 +99,22 @@ class Site:
             return 0 if self.rule is None else self.size
         assert self.layout is not None
         return trainable(self.rule, self.layout, self.shape)
+
+    @property
+    def unsupported_uses(self) -> tuple[str, ...]:
+        """Primitive and source line of each use that has no factored form."""
+        return tuple(dict.fromkeys(u.reason for u in self.unsupported))
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the table has it: a site, or a matrix that is used in another way."""
+        return self.kind is not None or any(len(u.axes) >= 2 for u in self.unsupported)
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether a rule may have been meant to take it, though it is no site."""
+        meant = any(len(u.axes) >= 2 and not u.added for u in self.unsupported)
+        return meant and self.kind is None and self.rule is None
 
     @property
     def is_adapted(self) -> bool:
@@ -145,25 +157,26 @@ class Sites:
     @property
     def missed(self) -> list[Site]:
         """Matrices that the model uses, though in no way that has a factored form, without rule."""
-        return [s for s in self.leaves if s.missed and s.kind is None and s.rule is None]
+        return [s for s in self.leaves if s.is_missed]
 
     def __str__(self) -> str:
-        header = ("path", "shape", "kind", "axes", "parameters", "rule", "rank", "trainable")
-        no_site = [s for s in self.leaves if s.kind is None and s.formed is not None]
-        shown = [s for s in self.leaves if s.kind or s.rule is not None or s in no_site]
-        right = {"parameters", "rank", "trainable"}
-        lines = aligned(header, [_row(s) for s in shown], right)
+        header = ["path", "shape", "kind", "axes", "parameters", "rule", "rank", "trainable"]
+        shown = [s for s in self.leaves if s.is_listed or s.rule is not None]
+        rows = [_row(s) for s in shown]
+        if any(s.kind is None and s.rule is None for s in shown):
+            header.append("reason")
+            rows = [(*row, _reason(s)) for row, s in zip(rows, shown, strict=True)]
+        lines = aligned(header, rows, {"parameters", "rank", "trainable"})
         rule = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
         adapted = sum(s.is_adapted for s in self.leaves)
-        last = (
+        total = (
             f"{adapted} of {len(self)} sites adapted; "
             f"{self.trainable:,} of {self.total:,} parameters trainable ({share:.3g}%)"
         )
         if self.missed:
-            last += f"; {len(self.missed)} more weights have no factored form"
-        reasons = [f"{s.path or '(root)'}: used in {s.unsupported_uses[0]}" for s in no_site]
-        return "\n".join([lines[0], rule, *lines[1:], *reasons, rule, last])
+            total += f"; {len(self.missed)} more weights have no factored form"
+        return "\n".join([lines[0], rule, *lines[1:], rule, total])
 
 
 def _row(site: Site) -> tuple[str, ...]:
@@ -178,6 +191,12 @@ def _row(site: Site) -> tuple[str, ...]:
         _rank(site),
         f"{site.trainable:,}" if rule is not None else "-",
     )
+
+
+def _reason(site: Site) -> str:
+    """Why it is no site."""
+    no_site = site.kind is None and site.rule is None and site.unsupported_uses
+    return f"used in {site.unsupported_uses[0]}" if no_site else "-"
 
 
 def _rank(site: Site) -> str:
@@ -322,29 +341,21 @@ def _site(path: Path, x: Any, products: list[Product], unsupported: list[Unsuppo
     # A tied embedding is laid out as its lookup has it: A by rows.
     first = next((u for u in products if u.kind == kind), None)
     layout = first and _layout(first.inputs, first.outputs, x.shape)
-    reasons = [u.reason for u in unsupported]
     if first and not layout:
-        reasons.append("a product that leaves it no inputs or no outputs")
+        lost = "a product that leaves it no inputs or no outputs"
+        unsupported = [*unsupported, Unsupported(lost, ())]
     formed = None
-    if reasons:
+    if unsupported:
         *rest, last = range(x.ndim)
-        each = (
-            _layout(frozenset().union(*u.axes[:-1]), u.axes[-1], x.shape)
-            for u in unsupported
-            if u.axes
-        )
+        each = (_formed(u.axes, x.shape) for u in unsupported if u.axes)
         formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
-    missed = any(not u.added and len(u.axes) >= 2 for u in unsupported)
-    return Site(
-        path,
-        x.shape,
-        x.dtype,
-        kind if layout else None,
-        layout,
-        tuple(dict.fromkeys(reasons)),
-        formed,
-        missed,
-    )
+    kind = kind if layout else None
+    return Site(path, x.shape, x.dtype, kind, layout, tuple(unsupported), formed)
+
+
+def _formed(axes: tuple[frozenset[int], ...], shape: tuple[int, ...]) -> Layout | None:
+    """The last axis of the weight as its outputs."""
+    return _layout(frozenset().union(*axes[:-1]), axes[-1], shape)
 
 
 def _layout(

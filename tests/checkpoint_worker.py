@@ -67,7 +67,10 @@ def problem(mesh):
     def lies(spec):
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    rules = (jlora.LoRA("layers", rank=4, alpha=8, init=jlora.initializers.gaussian), jlora.Full("norm"))
+    rules = (
+        jlora.LoRA("layers", rank=4, alpha=8, init=jlora.initializers.gaussian),
+        jlora.Full("norm"),
+    )
     lora = jlora.transform(lambda p, x: model(p, x) * p["norm"], *rules)
 
     def integers(seed, like):

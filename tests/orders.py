@@ -13,7 +13,7 @@ from unittest import mock
 
 import jax.numpy as jnp
 
-PLANNER = "jlora._linear.plan"
+PLANNER = "jlora.core._linear.plan"
 APART, SUMMED = "apart", "summed"
 
 

@@ -40,7 +40,9 @@ jax.tree_util.register_pytree_with_keys(
 def _ones(key: Any, w: Any, site: Any, rule: Gain) -> tuple[Any, GainNode]:
     del key, rule
     shape = [site.shape[d] for d in (*site.layout.stack, *site.layout.outputs)]
-    return w, GainNode(jnp.ones(shape, jnp.float32 if w.dtype.itemsize < 4 else w.dtype), site.layout)
+    return w, GainNode(
+        jnp.ones(shape, jnp.float32 if w.dtype.itemsize < 4 else w.dtype), site.layout
+    )
 
 
 adapters.register(

@@ -35,9 +35,7 @@ def model(request):
 def nodes(tree):
     """The leaves of a tree of specs by joined path: a pair for A and B."""
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_node)[0]
-    return {
-        "/".join(key.key for key in path): (x.a, x.b) if is_node(x) else x for path, x in flat
-    }
+    return {"/".join(key.key for key in path): (x.a, x.b) if is_node(x) else x for path, x in flat}
 
 
 def on(mesh, base, **kwargs):

@@ -94,14 +94,16 @@ UNFIT = [
     ),
     pytest.param(
         lambda: init(LoRA("layer", rank=2)),
-        "LoRA('layer') matches 'layer/bias' of shape (6,), which is used by nothing linear: "
-        f"it is no matrix (shape (6,)). {IN_FULL}",
+        "LoRA('layer') matches 'layer/bias' of shape (6,), which is used by nothing linear: it is "
+        "no matrix (shape (6,)). Narrow the pattern (did you mean 'layer/.*kernel'?), or train the "
+        "leaf in full with jlora.Full.",
         id="bias",
     ),
     pytest.param(
         lambda: init(LoRA("scale", rank=2)),
-        "LoRA('scale') matches 'layer/scale' of shape (6,), which is used by nothing linear: "
-        f"it is no matrix (shape (6,)). {IN_FULL}",
+        "LoRA('scale') matches 'layer/scale' of shape (6,), which is used by nothing linear: it is "
+        "no matrix (shape (6,)). Narrow the pattern (did you mean 'kernel'?), or train the leaf in "
+        "full with jlora.Full.",
         id="norm-scale",
     ),
     pytest.param(
@@ -137,8 +139,8 @@ UNFIT = [
         id="rank-embed",
     ),
     pytest.param(
-        lambda: init(LoRA(rank=4), apply=conv, params={"kernel": array(3, 1, 8)}),
-        "`rank` of LoRA() is 4, above min(inputs, outputs) = 3 of 'kernel' with shape (3, 1, 8). "
+        lambda: init(LoRA("kernel", rank=4), apply=conv, params={"kernel": array(3, 1, 8)}),
+        "`rank` of LoRA('kernel') is 4, above min(inputs, outputs) = 3 of 'kernel' with shape (3, 1, 8). "
         "Lower the rank, or put a rule of its own for this leaf first, such as "
         "jlora.Full('kernel').",
         id="rank-conv",

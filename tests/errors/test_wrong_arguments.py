@@ -71,7 +71,10 @@ LEAKS = {
         "`check`",
     ),
     "adapter-forgotten": (lambda: jlora.transform(dense).apply(W, X), "the root"),
-    "root-rank": (lambda: init(LoRA(rank=9), apply=lambda w, x: x @ w, params=W["w"]), "the root"),
+    "root-rank": (
+        lambda: init(LoRA("", rank=9), apply=lambda w, x: x @ w, params=W["w"]),
+        "the root",
+    ),
     "bound-base": (
         lambda: jlora.merge(jlora.bind(*init(*ADAPTED)), init(*ADAPTED)[1]),
         "bind",
@@ -87,12 +90,12 @@ def test_clear_error(case: str) -> None:
 
 
 def test_module_instead_of_its_apply() -> None:
-    """Flax's own errors arrive: an unbound module, and parameters without their collection."""
+    """A module says what to give; parameters without their collection are Flax's own error."""
     module = nn.Dense(3)
     variables = module.init(KEY, X)
     lora = jlora.transform(module.apply, LoRA("kernel", rank=2))
-    with pytest.raises(FlaxError, match="unbound"):
-        jlora.transform(module, LoRA("kernel", rank=2)).init(KEY, variables, X)
+    with pytest.raises(TypeError, match="Give its apply"):
+        jlora.transform(module, LoRA("kernel", rank=2))
     with pytest.raises(FlaxError, match="collections"):
         lora.init(KEY, variables["params"], X)
 
