@@ -18,7 +18,8 @@ import traceback
 
 def main(folder, tasks, devices, process="0", processes="1", port="0"):
     """Sets up the devices, then does the tasks; a failing process takes the others with it."""
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 

@@ -785,7 +785,10 @@ def test_interrupt(kind: str, tmp_path: Folder) -> None:
     args = [*large(tmp_path, kind), tmp_path / "out" / "m", "--names", "llama"]
     (tmp_path / "out").mkdir()
     command = [*script("module"), "merge", *map(str, args)]
+    # A shell that runs the tests in its background has them, and so the process, ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "out").iterdir()) and process.poll() is None:
         assert time.monotonic() < deadline

@@ -147,7 +147,14 @@ def test_off_without_a_key(name: str) -> None:
     assert not identical(noisy, plain.apply(base, same, x))
 
 
-@pytest.mark.parametrize("name", LINEAR)
+# One of each: dense, convolution, table, experts, a loop.
+DAILY = ("dense", "conv", "embed", "experts_ragged", "map")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in DAILY else [pytest.mark.slow]) for n in LINEAR],
+)
 def test_jit_checkpoint_and_vmap_draw_the_same_mask(name: str) -> None:
     """One key, one mask: compiled, computed again in the backward pass, or mapped over keys."""
     lora, base, adapter, x = linear(name, dropout=0.5)
@@ -467,12 +474,16 @@ def test_several_adapters_with_keys_of_their_own() -> None:
 
 # ----------------------------------------------------------------------------- the whole table
 
-TABLE = [
-    pytest.param(case, id=case.name)
+WHOLE = [
+    case
     for case in CASES
     if case.subject in ("lookup", "slots", "experts")
     and not case.name.startswith("linen")  # slow to trace, and made of the others
     and not any(getattr(r, "materialize", False) for r in case.rules)
+]
+TABLE = [
+    pytest.param(case, id=case.name, marks=[] if i % 3 == 0 else [pytest.mark.slow])
+    for i, case in enumerate(WHOLE)
 ]
 
 

@@ -8,38 +8,35 @@ import orders
 import pytest
 from cases import CASES, SUBJECTS, Case
 
-# For every day, where another dtype has all cases: a third of a subject, of whole models a twelfth.
+# All laws for every day: a fourth of a subject, of whole models a twelfth.
 DAILY = {
     case.name
     for subject in SUBJECTS
     for case in [c for c in CASES if c.subject == subject and not c.slow][
-        :: 12 if subject == "model" else 3
+        :: 12 if subject == "model" else 4
     ]
 }
 
 
-def is_slow(case: Case, dtype: Any) -> bool:
-    """Where float64 holds to 1e-10, float32 is the same program."""
-    again = dtype is jnp.float32 and case.float64
-    return case.slow or (again and case.name not in DAILY)
+def entry(case: Case, dtype: Any, every_law: bool, slow: bool) -> Any:
+    """A parameter of the test."""
+    name = f"{case.name}-{dtype.__name__}" + "-every_law" * every_law
+    return pytest.param(case, dtype, every_law, id=name, marks=[pytest.mark.slow] if slow else [])
 
 
-TABLE = [
-    pytest.param(
-        case,
-        dtype,
-        id=f"{case.name}-{dtype.__name__}",
-        marks=[pytest.mark.slow] if is_slow(case, dtype) else [],
-    )
-    for case in CASES
-    for dtype in (jnp.float32, jnp.float64)
-    if case.float64 or dtype is jnp.float32
-]
+def entries(case: Case) -> list[Any]:
+    """Every law in float32; that adapted is merged in the widest dtype, if it is another test."""
+    daily = case.name in DAILY
+    all_laws = entry(case, jnp.float32, True, slow=not daily)
+    if case.float64:
+        # Where float64 holds to 1e-10, float32 is the same program.
+        return [all_laws, entry(case, jnp.float64, False, slow=case.slow)]
+    return [all_laws] if daily else [all_laws, entry(case, jnp.float32, False, slow=case.slow)]
 
 
-@pytest.mark.parametrize(("case", "dtype"), TABLE)
-def test_laws(case: Case, dtype: Any) -> None:
-    """All in float32; in float64 those that hold to more digits there. Each in both orders."""
+@pytest.mark.parametrize(("case", "dtype", "every_law"), [e for c in CASES for e in entries(c)])
+def test_laws(case: Case, dtype: Any, every_law: bool) -> None:
+    """One problem and one `init` for all; each in both orders of the product."""
     with laws.precision(case, dtype) as tolerance:
         made = laws.make(case, dtype)
         laws.sites_are_the_expected(made)
@@ -48,7 +45,7 @@ def test_laws(case: Case, dtype: Any) -> None:
             with orders.forced(order) as planner:
                 adapted = made.adapted()
                 laws.adapted_is_merged(made, adapted, expected, tolerance)
-                if dtype is jnp.float32:
+                if every_law:
                     laws.transforms_agree(made, adapted, tolerance)
                     laws.zero_is_the_base(made, tolerance)
             if not planner.called:

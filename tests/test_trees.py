@@ -952,7 +952,7 @@ def python(code: str, **environment: str) -> str:
 @functools.cache
 def on_four_devices() -> dict[str, str | None]:
     """Runs all of `PLACES` in one process: for each its error, or None."""
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     code = "import test_trees; test_trees.report()"
     printed = python(code, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
     return json.loads(printed.splitlines()[-1])

@@ -61,6 +61,7 @@ class Case:
         vmap: Whether the base model can be mapped over its parameters.
         strict: Whether the base model runs, in both float dtypes, under strict dtype promotion
             and with rank promotion as an error.
+        leaks: Whether JAX finds leaked tracers in the base model itself, or fails in the search.
         slow: Whether it is for the long run.
     """
 
@@ -77,6 +78,7 @@ class Case:
     grad: bool = True
     vmap: bool = True
     strict: bool = True
+    leaks: bool = False
     slow: bool = False
 
 

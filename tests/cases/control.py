@@ -620,7 +620,7 @@ def mesh():
     return jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
 
 
-def sharded(name, body, in_specs, out_specs, rules=(LORA,), **options):
+def sharded(name, body, in_specs, out_specs, leaks=False, **options):
     """Adds x·w under shard_map, with w: (6, 5)."""
 
     def build(dtype):
@@ -632,10 +632,11 @@ def sharded(name, body, in_specs, out_specs, rules=(LORA,), **options):
             name=name,
             subject="control",
             build=build,
-            rules=rules,
+            rules=(LORA,),
             sites=1,
             trainable=2 * (6 + 5),
             exact_at_zero=False,
+            leaks=leaks,
         )
     )
 
@@ -654,10 +655,15 @@ sharded(  # column-parallel: the output is gathered
     (P(None, "d"), P()),
     P(),
     check_vma=False,
+    leaks=True,
 )
 sharded("shard_map_outputs_sharded", lambda w, x: x @ w, (P(None, "d"), P()), P(None, "d"))
 sharded(  # row-parallel: the output is summed
-    "shard_map_inputs", lambda w, x: lax.psum(x @ w, "d"), (P("d", None), P(None, "d")), P()
+    "shard_map_inputs",
+    lambda w, x: lax.psum(x @ w, "d"),
+    (P("d", None), P(None, "d")),
+    P(),
+    leaks=True,
 )
 sharded(  # the batch and the weight are sharded, the weight is gathered
     "shard_map_gathers_the_weight",
@@ -667,7 +673,7 @@ sharded(  # the batch and the weight are sharded, the weight is gathered
 )
 
 
-@case(**STACK)
+@case(**STACK, leaks=True)
 def shard_map_in_scan(dtype):
     """A shard_map in each layer of a scan."""
 

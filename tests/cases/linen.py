@@ -78,7 +78,7 @@ single(
 )
 single(  # a kernel for each entry of the batch axis: (3, 6, 5)
     "linen_dense_general_batch",
-    1,
+    "dense",
     partial(nn.DenseGeneral, 5, batch_dims=(0,)),
     (3, 4, 6),
     3 * 2 * (6 + 5),
@@ -99,7 +99,7 @@ single(
 )
 single(  # a kernel for each head: (2, 4, 5)
     "linen_einsum_per_head",
-    1,
+    "dense",
     partial(nn.Einsum, (2, 4, 5), "bshk,hkl->bshl"),
     (2, 3, 2, 4),
     2 * 2 * (4 + 5),
@@ -107,7 +107,7 @@ single(  # a kernel for each head: (2, 4, 5)
 
 ATTENTION = partial(nn.MultiHeadDotProductAttention, num_heads=2, qkv_features=8)
 single(  # q, k, v (6, 2, 4); out (2, 4, 6)
-    "linen_attention", 1, ATTENTION, (2, 3, 6), 3 * 2 * (6 + 8) + 2 * (8 + 6), sites=4
+    "linen_attention", "dense", ATTENTION, (2, 3, 6), 3 * 2 * (6 + 8) + 2 * (8 + 6), sites=4
 )
 single(
     "linen_attention_query_value",
@@ -486,18 +486,22 @@ single(
     "conv_pointwise", "convolution", partial(nn.Conv, 5, (1, 1)), (2, 4, 3, 6), 2 * (1 * 1 * 6 + 5)
 )
 single(  # kernel (3, 4 / 2, 6)
-    "conv_grouped", 7, partial(nn.Conv, 6, (3,), feature_group_count=2), (2, 7, 4), 2 * (3 * 2 + 6)
+    "conv_grouped",
+    "convolution",
+    partial(nn.Conv, 6, (3,), feature_group_count=2),
+    (2, 7, 4),
+    2 * (3 * 2 + 6),
 )
 single(  # kernel (3, 3, 1, 4)
     "conv_depthwise",
-    7,
+    "convolution",
     partial(nn.Conv, 4, (3, 3), feature_group_count=4),
     (2, 5, 5, 4),
     2 * (3 * 3 * 1 + 4),
 )
 single(  # kernel (3, 1, 8): two outputs for each input
     "conv_depthwise_multiplier",
-    7,
+    "convolution",
     partial(nn.Conv, 8, (3,), feature_group_count=4),
     (2, 7, 4),
     2 * (3 * 1 + 8),
@@ -556,7 +560,7 @@ single(
     "conv_two_batch_axes", "convolution", partial(nn.Conv, 5, (3,)), (2, 3, 7, 4), 2 * (3 * 4 + 5)
 )
 single(  # a kernel for each of the seven positions: (7, 3 * 4, 5)
-    "conv_local", 7, partial(nn.ConvLocal, 5, (3,)), (2, 7, 4), 7 * 2 * (3 * 4 + 5)
+    "conv_local", "convolution", partial(nn.ConvLocal, 5, (3,)), (2, 7, 4), 7 * 2 * (3 * 4 + 5)
 )
 single(
     "conv_transpose",
@@ -574,7 +578,7 @@ single(
 )
 single(  # kernel (3, 2, 5, 4), flipped: inputs are axes 0, 1 and 3
     "conv_transpose_of_kernel",
-    7,
+    "convolution",
     partial(nn.ConvTranspose, 5, (3, 2), strides=(2, 2), transpose_kernel=True),
     (2, 3, 3, 4),
     2 * (3 * 2 * 4 + 5),

@@ -552,7 +552,7 @@ def test_on_a_mesh() -> None:
     """Eight devices, fully sharded × tensor parallel, with and without sequence parallelism."""
     here, tests, root, *_ = pathlib.Path(__file__).parents
     paths = map(str, (here, tests, root / "examples", root))
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", MESH, *paths],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
