@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ._foreign import check_apply_fn
 from ._match import match, wanted
-from ._rules import Full, Rule
+from ._rules import Full, Rule, rule_name
 from ._sites import Sites, Traced, find_sites
 from ._tree import (
     bind,
@@ -125,10 +125,11 @@ def _init(
             "Give transform(apply_fn, ...) a jlora.LoRA() or a jlora.Full(pattern)."
         )
     sites, traced = _find(apply_fn, rules, params, args, kwargs)
-    if any(rule.pattern is None for rule in rules) and (missed := sites.missed):
+    all_linear = [rule_name(rule) for rule in rules if rule.pattern is None]
+    if all_linear and (missed := sites.missed):
         warnings.warn(
-            f"LoRA() leaves {len(missed)} weights as they are, as the model uses them where "
-            "W + s·A·B has no factored form: "
+            f"{all_linear[0]} leaves {len(missed)} weights as they are, as the model uses them "
+            "where W + s·A·B has no factored form: "
             + "; ".join(f"{s.path} ({s.unsupported_uses[0]})" for s in missed[:3])
             + ("; …" if len(missed) > 3 else "")
             + ". Name them in a rule with materialize=True or in jlora.Full, or leave them.",

@@ -11,8 +11,8 @@ import functools
 import json
 import os
 import pathlib
-import re
 import pickle
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple

@@ -140,8 +140,8 @@ UNFIT = [
     ),
     pytest.param(
         lambda: init(LoRA("kernel", rank=4), apply=conv, params={"kernel": array(3, 1, 8)}),
-        "`rank` of LoRA('kernel') is 4, above min(inputs, outputs) = 3 of 'kernel' with shape (3, 1, 8). "
-        "Lower the rank, or put a rule of its own for this leaf first, such as "
+        "`rank` of LoRA('kernel') is 4, above min(inputs, outputs) = 3 of 'kernel' with "
+        "shape (3, 1, 8). Lower the rank, or put a rule of its own for this leaf first, such as "
         "jlora.Full('kernel').",
         id="rank-conv",
     ),
