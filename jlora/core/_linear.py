@@ -128,7 +128,8 @@ class _Contraction:
         [delta], roles = self.w.change.deltas, self.roles
         first, second = delta.by_order(roles.inputs)
         mixed = set(second.axes) & set(roles.inputs) or set(first.axes) & set(roles.outputs)
-        if delta.key is not None or mixed:
+        repeated = set(roles.stack) - set(first.axes + second.axes)
+        if delta.key is not None or mixed or repeated:
             return False
         length = dict(zip(self.w.axes, self.w.shape, strict=True))
         stack, inputs, outputs = (math.prod(length[a] for a in axes) for axes in roles)

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from ._cpu import turned
 from ._explicit import explicit, joint
 
+MANY = 64  # tokens, inputs; of fewer XLA's CPU compiler aborts on some batches that are turned
 KEPT = 16  # h is kept for the backward pass where it is this many times smaller than x
 
 
@@ -79,9 +80,17 @@ def _product(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
     # Where a mesh leaves h in parts, XLA adds these up along with the model's own activations, in
     # one collective, if they have one dtype.
     how = {"precision": spec.precision}
-    h = einsum(spec.x, spec.p, spec.h, x, turned(p), dtype=x.dtype, **how)
+    p = turned(p) if _is_thin(spec, x, p) else p
+    h = einsum(spec.x, spec.p, spec.h, x, p, dtype=x.dtype, **how)
     h = h * jnp.asarray(spec.scale, x.dtype)
     return einsum(spec.h, spec.q, spec.y, h, q, dtype=spec.dtype, sharding=spec.sharding, **how)
+
+
+def _is_thin(spec: Spec, x: jax.Array, p: jax.Array) -> bool:
+    """Whether the gradient of p is one product of many tokens, rather than a batch of them."""
+    batch = set(spec.x) & set(spec.p) & set(spec.h)
+    contracted = math.prod(n for c, n in zip(spec.x, x.shape, strict=True) if c in spec.p)
+    return not batch and contracted >= MANY and x.size >= MANY * contracted
 
 
 def einsum(
