@@ -148,12 +148,14 @@ def transforms_agree(made: Made, adapted: Any, tolerance: float) -> None:
 @contextlib.contextmanager
 def leaks_checked() -> Iterator[None]:
     """`jax.checking_leaks`, whose search through all objects is limited to those made since."""
+    gc.disable()  # a collection while all is frozen would make the next ones search everything
     gc.freeze()
     try:
         with jax.checking_leaks():
             yield
     finally:
         gc.unfreeze()
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------ what they share

@@ -1,6 +1,7 @@
 """Whole models: small configurations of the Flax models of `transformers`, with random weights.
 
-`transformers` is imported when a case is built, as it takes seconds.
+`transformers` is imported when a case is built, as it takes seconds. Slow are those whose kinds of
+sites another case has.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def hf_bert(dtype):
     rules=(LoRA("(query|value)/kernel$", rank=4, alpha=8), Full("^pooler/")),
     sites=4,
     trainable=2 * 2 * 4 * (8 + 8) + 8 * 8 + 8,  # q and v of two layers; pooler in full
+    slow=True,
 )
 def hf_bert_by_name(dtype):
     """BERT with q and v by name, hidden states and attentions in the output."""
@@ -117,6 +119,7 @@ def hf_roberta(dtype):
     rules=(LoRA("attention/.*kernel$", rank=2, alpha=4), Full("^classifier/")),
     sites=4,
     trainable=4 * 2 * (8 + 8) + (8 * 8 + 8) + (8 * 3 + 3),  # q, k, v, o; classifier in full
+    slow=True,
 )
 def hf_roberta_by_name(dtype):
     """RoBERTa with its attention by name and the classifier in full."""
@@ -142,14 +145,20 @@ GPT2_LAYER = 2 * (8 + 24) + 2 * (8 + 8) + 2 * (8 + 12) + 2 * (12 + 8)
 QV = LoRA("c_attn/kernel$", rank=2, alpha=4, slots=Slots(3, (0, 2)))
 
 
-@case(rules=(LORA,), sites=8, trainable=2 * GPT2_LAYER, float64=False)
+@case(rules=(LORA,), sites=8, trainable=2 * GPT2_LAYER, float64=False, slow=True)
 def hf_gpt2(dtype):
     """GPT-2 with its tied head, all-linear: the table is left alone."""
     mask = jnp.array(MASK)
     return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2, attention_mask=mask)
 
 
-@case(rules=(QV,), sites=2, trainable=2 * 2 * 2 * (8 + 8), float64=False)  # layers, slots, rank
+@case(
+    rules=(QV,),
+    sites=2,
+    trainable=2 * 2 * 2 * (8 + 8),  # layers, slots, rank
+    float64=False,
+    slow=True,
+)
 def hf_gpt2_query_value(dtype):
     """GPT-2 as in the paper: the slots q and v of c_attn."""
     return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2)
@@ -207,6 +216,7 @@ def hf_llama(dtype):
     sites=2,
     trainable=4 * (8 + 8) + 4 * (8 + 4) + 8 + 8 * 11,  # q, v; final norm, head
     float64=False,
+    slow=True,
 )
 def hf_llama_by_name(dtype):
     """Llama with q and v by name, the final norm and the head in full."""
@@ -243,6 +253,7 @@ def hf_vit(dtype):
     rules=(LoRA("(query|value)/kernel$", rank=2, alpha=4), Full("^classifier/")),
     sites=2,
     trainable=2 * 2 * (8 + 8) + 8 * 5 + 5,  # q, v; head in full
+    slow=True,
 )
 def hf_vit_by_name(dtype):
     """ViT with q and v by name and the head in full."""

@@ -40,7 +40,11 @@ ALL = np.ones_like(MASK)
 every = pytest.mark.parametrize(
     ("kind", "name"),
     [
-        *((kind, name) for kind in ("bert", "gpt") for name in METHODS),
+        *(("bert", name) for name in METHODS),
+        *(
+            pytest.param("gpt", name, marks=[pytest.mark.slow] if i % 2 else [])
+            for i, name in enumerate(METHODS)
+        ),
         ("roberta", "adapter_h"),
         ("roberta", "pre_layer"),
     ],
