@@ -109,6 +109,12 @@ def unchecked_axes() -> frozenset[Any]:
     return frozenset() if checked else frozenset(axes)
 
 
+def vary_with(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
+    """`x` as an array that varies over all mesh axes over which `others` do."""
+    missing = frozenset().union(*map(varying, others)) - varying(x)
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
 def is_concrete(x: Any) -> bool:
     """Whether `x` has a value and is not being traced."""
     return not isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,4 @@
-"""Methods of adaptation, a file each. Imports the core, the rules, the initializers and the types.
+"""Methods of adaptation, a file each. Imports `core`, `initializers`, `_rules`, `_types`.
 
 To add one, see `_method`: a rule, a node, and a `register`.
 """

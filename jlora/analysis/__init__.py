@@ -1,6 +1,7 @@
-"""What an adapter changes, from its factors: ΔW is formed only where a function says so.
+"""What an adapter changes. Imports `adapters`.
 
-Each function works on one site, under `jit` and `vmap` too; counts of directions are static.
+All from its factors: ΔW is formed only where a function says so. Each function works on one site,
+under `jit` and `vmap` too; counts of directions are static.
 """
 
 from ._directions import amplification as amplification

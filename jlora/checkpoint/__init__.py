@@ -1,4 +1,6 @@
-"""Adapters as Orbax checkpoints: the adapter alone, and all that it takes to rebuild it.
+"""Adapters in Orbax. Imports `adapters`, `core`, `initializers`, `_rules`, `_tree`, `_types`.
+
+A checkpoint is the adapter alone, and all that it takes to rebuild it.
 
 checkpoint.save("out/adapter", adapter, rules, base=base)
 adapter = checkpoint.restore("out/adapter", base=base)

@@ -1,4 +1,4 @@
-"""The interpreter and its product. Imports JAX and `jlora._compat` alone.
+"""The interpreter and its product. Imports `_compat`.
 
 It evaluates a traced function with a `Weight`, W and the change that is made to it, in the place of
 some of its parameters, and knows of a method only that `Change`. In the order in which to read:

@@ -30,7 +30,7 @@ def _constrain(x: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(x, sharding)
 
 
-@rule("closed_call", "core_call", calls="call_jaxpr")
+@rule("closed_call", calls="call_jaxpr")
 def _call(eqn: Equation, *_: Any) -> list[Any]:
     return eqn.evaluate(eqn.params["call_jaxpr"], *eqn.forked)
 
@@ -50,7 +50,7 @@ def _is_own(eqn: Equation | None) -> bool:
     return eqn is not None
 
 
-@rule("remat2", "checkpoint")
+@rule("remat2")
 def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     body = jax.checkpoint(
@@ -199,7 +199,7 @@ def _forwarded(jaxpr: Any) -> dict[int, int]:
     """Outputs that are inputs as they came, also through inner calls: output to input."""
     source = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("jit", "remat2", "checkpoint"):
+        if eqn.primitive.name in ("jit", "remat2"):
             for out, inner in _forwarded(eqn.params["jaxpr"]).items():
                 atom = eqn.invars[inner]
                 if not _compat.is_literal(atom) and atom in source:

@@ -17,7 +17,7 @@ from ._weight import Change, Weight, is_factor, value_of
 # ---------------------------------------------------------------- element for element, as it is
 
 
-@rule("copy", "copy_p", "device_put", "name", "optimization_barrier", "sharding_constraint")
+@rule("copy", "device_put", "name", "optimization_barrier", "sharding_constraint")
 def _same(eqn: Equation, *operands: Any) -> Any:
     outs = eqn.bind(*map(value_of, operands))
     if not isinstance(outs, list):
@@ -45,7 +45,7 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
     return w.replace(eqn.bind(w.value))
 
 
-@rule("stop_gradient", "pvary", "pcast")
+@rule("stop_gradient", "pvary")
 def _each(eqn: Equation, w: Weight) -> Weight:
     gain = w.change.gain and w.change.gain.replace(eqn.bind(w.change.gain.value))
     change = w.change.map_factors(lambda f: f.replace(eqn.bind(f.value)))

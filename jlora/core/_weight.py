@@ -291,6 +291,8 @@ def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Wei
     axes, unchecked = axes_of_leaf(path, value.ndim), _compat.unchecked_axes()
     names = {Axis(d): axis for d, axis in enumerate(axes)}
     change = change.map(lambda f: f.renamed(names).may_vary(unchecked))
+    # The model must be traced with a weight that varies over a mesh as W' does.
+    value = _compat.vary_with(value, jax.tree.leaves(change))
     return Weight(value, change, axes, Source((path,), materialize, unchecked=unchecked))
 
 

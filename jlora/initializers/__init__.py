@@ -1,6 +1,6 @@
-"""How A and B start, a file each: functions `(key, w, site, rule) -> (w, a, b)`. Imports the core.
+"""How A and B start, a file each. Imports `core`.
 
-`w` is W, an array or a `jax.ShapeDtypeStruct`; `site` and `rule` say what it is and what is asked
+An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W, an array or a `jax.ShapeDtypeStruct`; `site` and `rule` say what it is and what is asked
 for; `rule.factor_shapes(site)` gives the shapes of A and B. An initializer may change W.
 """
 

@@ -1,4 +1,4 @@
-"""PEFT's files in and out, without torch: `load`, `save`, merged checkpoints, tables, vLLM.
+"""PEFT's files in and out, without torch. Imports `adapters`, `_rules`, `_tree`, `_types`.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))

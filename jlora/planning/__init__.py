@@ -1,4 +1,4 @@
-"""What a training step needs on each device. Imports sharding, the trees and the core."""
+"""Bytes of a step on a device. Imports `core`, `sharding`, `_compat`, `_table`, `_tree`, `_types`."""
 
 from ._plan import Plan as Plan
 from ._plan import plan as plan

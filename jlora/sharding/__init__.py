@@ -1,4 +1,4 @@
-"""Where an adapter lies on a mesh, from where its base lies. Imports the trees and the adapters."""
+"""How an adapter lies on a mesh. Imports `adapters`, `_rules`, `_tree`, `_types`."""
 
 from ._specs import moments as moments
 from ._specs import replicated as replicated

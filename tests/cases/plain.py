@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+import jlora
 from jlora import Full, LoRA, Slots
 
 from ._case import Case, Problem, entry, normal, normals
@@ -1211,3 +1212,116 @@ def looked_up_positions(dtype):
         normals(dtype, w=(6, 5), token=(7, 6), position=(8, 6)),
         (jnp.array(IDS),),
     )
+
+
+# --------------------------------------------------------------------------------------------
+# Ways of writing it that other libraries have.
+# --------------------------------------------------------------------------------------------
+
+
+@case(
+    subject="convolution",
+    rules=(LORA,),
+    sites=1,
+    trainable=2 * (3 * 3 + 4 * 2),
+    exact_at_zero=False,
+)
+def depthwise_kernel_of_multipliers(dtype):
+    """Keras keeps (k, k, channels, multiplier), and reshapes: A by the window, B by the rest."""
+
+    def apply(p, x):
+        kernel = p["k"].reshape(3, 3, 1, 4 * 2)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=4
+        )
+
+    return Problem(apply, normals(dtype, k=(3, 3, 4, 2)), (normal("x", (2, 5, 5, 4), dtype),))
+
+
+@case(subject="convolution", rules=(LORA,), sites=1, trainable=2 * (3 * 3 * 4 + 6))
+def convolution_of_grouped_batches(dtype):
+    """`batch_group_count`: each half of the batch has half of the outputs."""
+
+    def apply(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, p["k"], (1, 1), "SAME", dimension_numbers=numbers, batch_group_count=2
+        )
+
+    return Problem(apply, normals(dtype, k=(3, 3, 4, 6)), (normal("x", (4, 5, 5, 4), dtype),))
+
+
+@case(subject="lookup", rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+def lookup_under_vmap(dtype):
+    """As `eqx.nn.Embedding` has it: one row, mapped over the indices."""
+    table = normals(dtype, table=(7, 4))
+    return Problem(lambda p, i: jax.vmap(lambda i: p["table"][i])(i), table, (jnp.array(IDS),))
+
+
+@case(subject="lookup", rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
+def tied_lookup_under_vmap(dtype):
+    """The same, and the table is the head too."""
+
+    def apply(p, i):
+        h = jax.vmap(lambda i: p["table"][i])(i)
+        return jnp.tanh(h) @ p["table"].T
+
+    return Problem(apply, normals(dtype, table=(7, 4)), (jnp.array(IDS),))
+
+
+@case(subject="experts", rules=(LORA,), sites=1, trainable=3 * 2 * (4 + 5), exact_at_zero=False)
+def experts_looked_up_under_vmap(dtype):
+    """One matrix of a stack for each token."""
+    return Problem(
+        lambda p, i, x: jax.vmap(lambda i, x: x @ p["w"][i])(i, x),
+        normals(dtype, w=(3, 4, 5)),
+        (jnp.array([1, 2, 0, 0]), normal("x", (4, 4), dtype)),
+    )
+
+
+@case(subject="experts", rules=(LORA,), sites=1, trainable=3 * 2 * (4 + 5), exact_at_zero=False)
+def stack_repeated_along_itself(dtype):
+    """`jnp.repeat` over the axis of a stack."""
+    return Problem(
+        lambda p, x: jnp.einsum("bln,lnm->blm", x, jnp.repeat(p["w"], 2, axis=0)),
+        normals(dtype, w=(3, 4, 5)),
+        (normal("x", (2, 6, 4), dtype),),
+    )
+
+
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (6 + 5), exact_at_zero=False)
+def one_column(dtype):
+    """A matrix of which the model uses one column at a time."""
+    return Problem(
+        lambda p, x: [x @ p["w"][:, 0], x @ p["w"][:, 3]],
+        normals(dtype, w=(6, 5)),
+        (normal("x", (3, 6), dtype),),
+    )
+
+
+@case(
+    subject="experts",
+    rules=(LoRA("u", rank=2, alpha=4, dtype=jnp.float32), LoRA("v", rank=2, alpha=4)),
+    sites=2,
+    trainable=2 * 2 * (4 + 4),
+    exact_at_zero=False,
+)
+def stacked_with_factors_of_two_dtypes(dtype):
+    """Leaves joined to a stack, whose A and B differ in dtype."""
+
+    def apply(p, x):
+        weights = jnp.stack([p["u"], p["v"]])
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, weights)[0]
+
+    return Problem(apply, normals(dtype, u=(4, 4), v=(4, 4)), (normal("x", (3, 4), dtype),))
+
+
+@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (16 + 16), exact_at_zero=False)
+def adapted_twice(dtype):
+    """An adapted apply is adapted again: with many tokens too."""
+    inner = jlora.transform(lambda p, x: x @ p["w"], LORA)
+    params, x = normals(dtype, w=(16, 16)), normal("x", (64, 16), dtype)
+    base, adapter = inner.init(jax.random.key(0), params, x)
+    adapter = jax.tree.map(lambda v: v + jnp.asarray(0.1, v.dtype), adapter)
+    return Problem(lambda p, x: inner.apply(p, adapter, x), base, (x,))

@@ -1,0 +1,95 @@
+"""The layout of the package: what a folder may import, what depends on what, what is registered."""
+
+import ast
+import gc
+import pathlib
+import re
+
+import jax
+import pytest
+from jax.extend.core import Primitive
+
+import jlora
+from jlora.core._interpret import RULES
+
+ROOT = pathlib.Path(jlora.__file__).parent
+FOLDERS = sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
+GONE = {"closed_call"}  # primitives of JAX 0.10 that the newest has not
+
+
+def imported(file: pathlib.Path) -> set[str]:
+    """The modules of jlora that a file imports relatively, as dotted names from the package on."""
+    inside = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = inside[: len(inside) - node.level + 1]
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            names = [f"{base}.{a.name}".strip(".") for a in node.names]
+            found |= {n if is_module(n) else base for n in names}
+    return found - {""}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def test_every_folder_is_checked() -> None:
+    assert {"core", "adapters", "initializers", "sharding", "planning"} <= set(FOLDERS)
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f != "_cli"])
+def test_a_folder_imports_what_its_first_line_says(folder: str) -> None:
+    first = (ROOT / folder / "__init__.py").read_text().split("\n")[0]
+    said = re.search(r"Imports (.*)\.", first)
+    assert said, first
+    files = (ROOT / folder).glob("*.py")
+    used = {name.split(".")[0] for file in files for name in imported(file)} - {folder}
+    assert used == set(re.findall(r"`(\w+)`", said[1]))
+
+
+def graph() -> dict[str, set[str]]:
+    """Modules of jlora, a folder's `__init__` by the folder's name, and what they import."""
+    found = {}
+    for file in ROOT.rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = {n for n in imported(file) if n != name}
+    return found
+
+
+def floors(modules: dict[str, set[str]]) -> dict[str, int]:
+    """The longest way down of each module; `RecursionError` where imports run in a circle."""
+    known: dict[str, int] = {}
+
+    def floor(name: str) -> int:
+        if name not in known:
+            known[name] = 1 + max((floor(n) for n in modules[name] if n in modules), default=0)
+        return known[name]
+
+    return {name: floor(name) for name in modules}
+
+
+def test_imports_run_down() -> None:
+    """No circle; and few floors in the core."""
+    found = graph()
+    assert floors(found)
+    core = {n: deps for n, deps in found.items() if n.startswith("core.") or n == "_compat"}
+    assert max(floors(core).values()) <= 6
+
+
+def test_merging_and_files_do_not_import_the_transform() -> None:
+    found = graph()
+
+    def below(name: str) -> set[str]:
+        return {name}.union(*(below(n) for n in found[name] if n in found))
+
+    for name in ("_merge", "analysis", "peft", "checkpoint", "sharding"):
+        assert not below(name) & {"_transform", "_sites", "_match"}
+
+
+def test_registered_primitives_exist() -> None:
+    """Each in this JAX, but for those that only the other supported one has."""
+    names = {x.name for x in gc.get_objects() if isinstance(x, Primitive)}
+    is_newest = jax.__version_info__ >= (0, 11)
+    assert set(RULES) - names == (GONE if is_newest else set())
