@@ -165,8 +165,9 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
             stay as they are: Python values remain Python values, concrete arrays concrete.
 
     Returns:
-        A function with `fn`'s arguments and outputs. Differentiable in reverse mode, also twice;
-        forward mode stops at the product's `custom_vjp`.
+        A function with `fn`'s arguments and outputs. Differentiable to any order; in forward mode
+        not through float32 products of many tokens. It traces `fn` at each call: call it under
+        `jax.jit`, above all where `fn` has loops, which are compiled at every call outside of it.
 
     Raises:
         NotImplementedError: where `fn` uses an adapted weight in a way that has no factored form,

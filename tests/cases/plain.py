@@ -1253,14 +1253,14 @@ def convolution_of_grouped_batches(dtype):
 
 
 @case(subject="lookup", rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
-def lookup_under_vmap(dtype):
+def row_looked_up_under_vmap(dtype):
     """As `eqx.nn.Embedding` has it: one row, mapped over the indices."""
     table = normals(dtype, table=(7, 4))
     return Problem(lambda p, i: jax.vmap(lambda i: p["table"][i])(i), table, (jnp.array(IDS),))
 
 
 @case(subject="lookup", rules=(LoRA("table", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4))
-def tied_lookup_under_vmap(dtype):
+def tied_row_under_vmap(dtype):
     """The same, and the table is the head too."""
 
     def apply(p, i):
