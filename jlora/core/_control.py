@@ -171,10 +171,10 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     pairs = list(zip(operands, p["in_specs"], strict=True))
     # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
-    operands = [
+    operands = tuple(
         x.placed(p["mesh"], spec) if isinstance(x, Weight) and explicit(x.value) else x
         for x, spec in pairs
-    ]
+    )
     unchecked = frozenset() if p["check_vma"] else frozenset(p["newly_manual_axes"])
 
     def inner(*xs: Any) -> tuple[Any, ...]:

@@ -75,10 +75,10 @@ class Equation:
     @functools.cached_property
     def where(self) -> str:
         """Its primitive, and the user's line of it or of the equation around it."""
-        around: Equation | None = self
-        while around is not None and (line := _compat.source_line(around._eqn)) is None:
-            around = around.within
-        return f"`{self.name}` at {'an unknown line' if around is None else line}"
+        around, line = self, None
+        while around is not None and line is None:
+            line, around = _compat.source_line(around._eqn), around.within
+        return f"`{self.name}` at {line or 'an unknown line'}"
 
     def bind(self, *values: Any) -> Any:
         """What its primitive, as it is, makes of `values`."""

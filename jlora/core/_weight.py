@@ -184,9 +184,8 @@ class Weight:
         lengths = dict(zip(self.axes, self.shape, strict=True))
 
         def pad(f: Factor, fill: int) -> Factor:
-            fill = jnp.asarray(fill, f.value.dtype)
             by_axis = [pads.get(a, (0, 0, 0)) for a in f.axes]
-            return f.replace(lax.pad(f.value, fill, by_axis))
+            return f.replace(lax.pad(f.value, jnp.asarray(fill, f.value.dtype), by_axis))
 
         def delta(d: Delta) -> Delta:
             if d.key is not None and set(d.key.axes) & set(pads):
@@ -197,10 +196,11 @@ class Weight:
             return dataclasses.replace(d, a=pad(a, 0), b=pad(d.b, 0))
 
         gain = self.change.gain
-        for axis in pads if gain is not None else ():
-            gain = gain.repeated(axis, lengths[axis])
-        deltas = tuple(map(delta, self.change.deltas))
-        return self.replace(value, Change(deltas, gain and pad(gain, 1)))
+        if gain is not None:
+            for axis in pads:
+                gain = gain.repeated(axis, lengths[axis])
+            gain = pad(gain, 1)
+        return self.replace(value, Change(tuple(map(delta, self.change.deltas)), gain))
 
     def scaled(self, value: Any, scalar: jax.Array) -> "Weight":
         """Follows W, times `scalar`, to `value`."""

@@ -1,7 +1,8 @@
 """How A and B start, a file each. Imports `core`.
 
-An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W, an array or a `jax.ShapeDtypeStruct`; `site` and `rule` say what it is and what is asked
-for; `rule.factor_shapes(site)` gives the shapes of A and B. An initializer may change W.
+An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W, an array or a
+`jax.ShapeDtypeStruct`; `site` and `rule` say what it is and what is asked for;
+`rule.factor_shapes(site)` gives the shapes of A and B. An initializer may change W.
 """
 
 from ._gaussian import gaussian as gaussian

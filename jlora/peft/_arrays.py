@@ -40,7 +40,7 @@ def low_rank(
 def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The axes of A and of B: the rank beside those of the weight."""
     found = low_rank_axes(layout)
-    a, b = (tuple(RANK if d == "rank" else d for d in found[name]) for name in ("a", "b"))
+    a, b = (tuple(d if isinstance(d, int) else RANK for d in found[n]) for n in ("a", "b"))
     return a, b
 
 

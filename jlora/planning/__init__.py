@@ -1,4 +1,4 @@
-"""Bytes of a step on a device. Imports `core`, `sharding`, `_compat`, `_table`, `_tree`, `_types`."""
+"""What a step needs. Imports `core`, `sharding`, `_compat`, `_table`, `_tree`, `_types`."""
 
 from ._plan import Plan as Plan
 from ._plan import plan as plan
