@@ -46,7 +46,7 @@ def test_forward_mode(mode):
 def test_forward_mode_of_many_tokens_is_refused_in_our_words(mode):
     lora, base, adapter, x = problem(256)
     with pytest.raises(
-        TypeError, match="forward-mode derivatives .* do not reach through a float32"
+        TypeError, match=r"forward-mode derivatives .* do not reach through a float32"
     ):
         FORWARD[mode](lambda a: lora.apply(base, a, x), adapter)
 
