@@ -15,7 +15,7 @@ from cases import CASES, SUBJECTS, Case
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import adapters, checkpoint
+from jlora import adapters, checkpoint, peft
 
 METHODS = (own_methods.Gain, own_methods.Diagonal)
 # A gain is no factor: where W is joined, or multiplied with another weight, along the inputs of the
@@ -151,6 +151,14 @@ def test_merged_and_back(adapted: Any) -> None:
     else:
         back = jlora.unmerge(merged, adapter)["layers"]
         np.testing.assert_allclose(back, base["layers"], atol=1e-6)
+
+
+def test_pefts_files_have_no_place_for_it(adapted: Any, tmp_path: Any) -> None:
+    _, base, adapter, _, rules = adapted
+    names = [peft.Name("layers", r"layers.{}", "lio"), peft.Name("head", "head", "io")]
+    node = {own_methods.Gain: "GainNode", own_methods.Diagonal: "DiagonalNode"}[type(rules[0])]
+    with pytest.raises(ValueError, match=f"  layers: PEFT's files have no place for a {node}"):
+        peft.save(tmp_path / "p", base, adapter, names)
 
 
 def test_misfit_is_named(adapted: Any) -> None:

@@ -111,6 +111,8 @@ def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
 def _unwritable(x: Any, leaf: Leaf | None) -> str | None:
     if leaf is None:
         return "no row of `names` fits its path and number of axes"
+    if is_node(x) and not isinstance(x, LowRank):
+        return f"PEFT's files have no place for a {type(x).__name__}"
     arrays = (x.a, x.b) if isinstance(x, LowRank) else (x,)
     if any(isinstance(y, jax.ShapeDtypeStruct) for y in arrays):
         return "expected arrays, got jax.ShapeDtypeStruct"
