@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding
 
 from ._cpu import turned
@@ -82,8 +83,31 @@ def _product(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
     how = {"precision": spec.precision}
     p = turned(p) if _is_thin(spec, x, p) else p
     h = einsum(spec.x, spec.p, spec.h, x, p, dtype=x.dtype, **how)
-    h = h * jnp.asarray(spec.scale, x.dtype)
-    return einsum(spec.h, spec.q, spec.y, h, q, dtype=spec.dtype, sharding=spec.sharding, **how)
+    return _expanded(spec, h * jnp.asarray(spec.scale, x.dtype), q)
+
+
+def _expanded(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
+    """h·q; on a CPU as a product of two matrices, whose hᵀ·ȳ alone is fast there."""
+    how = {"precision": spec.precision, "dtype": spec.dtype}
+
+    def straight(h: jax.Array, q: jax.Array) -> jax.Array:
+        return einsum(spec.h, spec.q, spec.y, h, q, sharding=spec.sharding, **how)
+
+    def flat(h: jax.Array, q: jax.Array) -> jax.Array:
+        tokens, outputs = h.shape[:-1], q.shape[1:]
+        h, q = h.reshape(math.prod(tokens), len(q)), q.reshape(len(q), math.prod(outputs))
+        return einsum("ab", "bc", "ac", h, q, **how).reshape(*tokens, *outputs)
+
+    tokens, outputs = spec.h[:-1], spec.q[1:]
+    in_order = spec.h == tokens + spec.q[0] and spec.y == tokens + outputs
+    if not in_order or len(spec.y) == 2 or spec.sharding is not None:
+        return straight(h, q)
+
+    def either(h: jax.Array, q: jax.Array) -> jax.Array:
+        return lax.platform_dependent(h, q, cpu=flat, default=straight)
+
+    # What the backward pass needs is h and q, not what each platform would make of them.
+    return jax.checkpoint(either, prevent_cse=False)(h, q)
 
 
 def _is_thin(spec: Spec, x: jax.Array, p: jax.Array) -> bool:
