@@ -16,7 +16,7 @@ from ._explicit import explicit
 from ._interpret import Equation, rule
 from ._product import Spec, letters, lowrank, promote
 from ._summed import summed
-from ._weight import Delta, Weight, value_of
+from ._weight import Change, Delta, Weight, value_of
 
 _OTHER = Axis(-2)  # of an activation, not of the weight
 
@@ -149,12 +149,14 @@ class _Contraction:
         return factor.arranged([named.get(c, _OTHER) for c in axes])
 
 
-def _complete(delta: Delta, w: Weight, roles: Roles) -> tuple[Factor, Factor]:
-    """The factors in the order of a product, along all inputs and outputs of W."""
+def _complete(
+    delta: Delta, w: Weight, roles: Roles, stack: Sequence[Axis] = ()
+) -> tuple[Factor, Factor]:
+    """The factors in the order of a product, along all inputs and outputs of W, and `stack`."""
     p, q = delta.by_order(roles.inputs)
     for axis, length in zip(w.axes, w.shape, strict=True):
         if axis not in (*p.axes, *q.axes):
-            if axis in roles.inputs:
+            if axis in roles.inputs or axis in stack:
                 p = p.repeated(axis, length)
             elif axis in roles.outputs:
                 q = q.repeated(axis, length)
@@ -166,7 +168,7 @@ def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
     y_letters = y.letters | {RANK: "Y"}
     for s in x.w.change.deltas:
         for t in y.w.change.deltas:
-            factors = [(f, x.letters) for f in _complete(s, x.w, x.roles)]
+            factors = [(f, x.letters) for f in _complete(s, x.w, x.roles, x.roles.stack)]
             factors += [(f, y_letters) for f in _complete(t, y.w, y.roles)]
             spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y
             values = [f.value.astype(out.dtype) for f, _ in factors]
@@ -201,6 +203,8 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
         first, second = delta.by_order((inner,))
         if inner in second.axes or outer in first.axes:
             raise Unfactorable("its inputs and outputs are mixed")
+        if inner not in first.axes and w.shape[contracted[0]] > 1:
+            raise Unfactorable("it is repeated")
         h = ragged(delta.drop(aside.astype(dtype)), first, inner, RANK)
         return ragged(delta.scale * h, second, RANK, outer)
 
@@ -265,7 +269,8 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
 def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     found = _Lookup(eqn, w, indices)
     out = eqn.bind(w.value, indices)
-    moved = w.replace(out, w.change.map(found.rows), axes=found.axes).with_picked(found.picked)
+    rows = found.filled(w).map(found.rows)
+    moved = w.replace(out, rows, axes=found.axes).with_picked(found.picked)
     if found.is_weight(w):
         return moved.unsteady()
 
@@ -306,13 +311,18 @@ class _Lookup:
         self.index_of = {w.axes[d]: i for i, d in enumerate(numbers.start_index_map)}
         by_axis = dict(zip(w.axes, sizes, strict=True))
         lengths = dict(zip(w.axes, w.shape, strict=True))
-        whole = tuple(a for a in w.axes if by_axis[a] == lengths[a] and not self.fills(a))
+        collapsed = {w.axes[d] for d in numbers.collapsed_slice_dims}
+        whole = tuple(
+            a
+            for a in w.axes
+            if by_axis[a] == lengths[a] and a not in collapsed and not self.fills(a)
+        )
         self.picked = tuple(a for a in w.axes if a not in whole)
         if any(by_axis[a] != 1 or a not in self.index_of for a in self.picked):
             raise Unfactorable("more than whole rows of the weight are looked up")
         self.roles = Roles((), self.picked, whole)
         names = new_names(w.axes)
-        kept = [a for d, a in enumerate(w.axes) if d not in numbers.collapsed_slice_dims]
+        kept = [a for a in w.axes if a not in collapsed]
         offset = dict(zip(numbers.offset_dims, kept, strict=True))
         leaf = frozenset().union(*(a.leaf for a in self.picked))
         axes = []
@@ -332,11 +342,24 @@ class _Lookup:
         if not w.change.deltas:  # a gain is applied to the rows at once
             return w.source.uses is not None and len(self.roles.outputs) >= 2
         lengths = dict(zip(w.axes, w.shape, strict=True))
-        stack = [axis for axis in self.picked if lengths[axis] > 1]
-        return all(a in d.a.axes and a in d.b.axes for a in stack for d in w.change.deltas)
+        stack = {axis for axis in self.picked if lengths[axis] > 1}
+        kept = set(self.roles.outputs)
+        each = [(set(d.a.axes), set(d.b.axes)) for d in w.change.deltas]
+        return all(stack <= a & b and kept & a and kept & b for a, b in each)
+
+    def filled(self, w: Weight) -> Change:
+        """The change with a gain along all axes in which rows may be filled: it is 1 on those."""
+        axes = {a: n for a, n in zip(w.axes, w.shape, strict=True) if self.fills(a)}
+        if any(a not in d.a.axes + d.b.axes for d in w.change.deltas for a in axes):
+            raise Unfactorable("rows may be filled along an axis that neither A nor B has")
+        gain = w.change.gain
+        if gain is not None:
+            for axis, length in axes.items():
+                gain = gain.repeated(axis, length)
+        return Change(w.change.deltas, gain)
 
     def rows(self, f: Factor) -> Factor:
-        """The rows of a factor."""
+        """The rows of a factor: 0 where those of W are filled, 1 for a gain."""
         mine = [a for a in self.picked if a in f.axes]
         if not mine:
             return f
@@ -352,6 +375,6 @@ class _Lookup:
             ),
             slice_sizes=(*(1 for _ in mine), *f.value.shape[len(mine) :]),
             mode=self.params["mode"],
-            fill_value=None if self.params["fill_value"] is None else 0,
+            fill_value=0 if RANK in f.axes else 1,
         )
         return f.replace(value, (*self.batch, *f.axes[len(mine) :]))

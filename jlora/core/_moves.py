@@ -142,7 +142,10 @@ def _cut(start: int, stop: int, stride: int = 1) -> Callable[[jax.Array, int], j
 @rule("dynamic_slice")
 def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
     def along(start: jax.Array, size: int) -> Callable[[jax.Array, int], jax.Array]:
-        return lambda x, i: lax.dynamic_slice_in_dim(x, start, size, i)
+        # The primitive clamps: what the user counts from the end is counted already.
+        return lambda x, i: lax.dynamic_slice_in_dim(
+            x, start, size, i, allow_negative_indices=False
+        )
 
     sizes = zip(w.axes, starts, eqn.params["slice_sizes"], w.shape, strict=True)
     cut = {axis: (start, size) for axis, start, size, length in sizes if size != length}
@@ -288,8 +291,10 @@ def _alike(parts: Sequence[Any], axis: Axis) -> Change | None:
 
     def join(*factors: Factor) -> Factor:
         each = [f.repeated(axis, n) for f, n in zip(factors, lengths, strict=True)]
-        dtype = promote(*(f.value.dtype for f in each))
-        values = [f.value.astype(dtype) for f in each]
+        values = [f.value for f in each]
+        if len({v.dtype for v in values}) > 1:  # dropout keys have one
+            dtype = promote(*(v.dtype for v in values))
+            values = [v.astype(dtype) for v in values]
         return each[0].replace(jnp.concatenate(values, each[0].axis(axis)))
 
     return jax.tree.map(join, *(p.change for p in parts), is_leaf=is_factor)

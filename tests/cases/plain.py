@@ -1325,3 +1325,64 @@ def adapted_twice(dtype):
     base, adapter = inner.init(jax.random.key(0), params, x)
     adapter = jax.tree.map(lambda v: v + jnp.asarray(0.1, v.dtype), adapter)
     return Problem(lambda p, x: inner.apply(p, adapter, x), base, (x,))
+
+
+def along_one() -> None:
+    """Adds lookups along an axis of length 1, and places that are counted from the end."""
+    twice = jnp.array([0, 0])
+    shapes = {
+        "row_of_one": ((1, 4), (2, 4), lambda w, x: x + w[twice], (1, 4)),
+        "row_of_one_taken": ((1, 4), (2, 4), lambda w, x: x + jnp.take(w, twice, axis=0), (1, 4)),
+        "row_of_one_tied": ((1, 4), (2, 4), lambda w, x: (x + w[twice]) @ w.T, (1, 4)),
+        "matrix_of_one": ((1, 3, 4), (2, 3), lambda w, x: x @ w[twice], (3, 4)),
+        "matrix_of_one_by_token": (
+            (1, 4, 2),
+            (2, 4),
+            lambda w, x: jnp.einsum("bi,bio->bo", x, w[twice]),
+            (4, 2),
+        ),
+        "row_of_two_indices": ((3, 1, 4), (2, 4), lambda w, x: x + w[twice, twice], (3, 4)),
+        "place_before_the_first": ((3, 2, 4), (3, 2), lambda w, x: x @ w[jnp.int32(-5)], None),
+        "slice_before_the_first": (
+            (3, 4),
+            (3, 2),
+            lambda w, x: x @ lax.dynamic_slice_in_dim(w, jnp.int32(-4), 2, 0),
+            (3, 4),
+        ),
+    }
+    for name, (w_shape, x_shape, apply, sides) in shapes.items():
+
+        def build(dtype, w_shape=w_shape, x_shape=x_shape, apply=apply):
+            params = normals(dtype, w=w_shape)
+            return Problem(lambda p, x: apply(p["w"], x), params, (normal("x", x_shape, dtype),))
+
+        CASES.append(
+            Case(
+                name=name,
+                subject="lookup",
+                build=build,
+                rules=(LoRA("w", rank=1, alpha=2),),
+                sites=1,
+                trainable=3 * (2 + 4) if sides is None else sum(sides),
+                exact_at_zero=False,
+            )
+        )
+
+
+along_one()
+
+
+@case(
+    subject="product",
+    rules=(LoRA("", rank=1),),
+    sites=2,
+    trainable=2 * (3 + 4),
+    exact_at_zero=False,
+)
+def two_weights_meet_along_a_new_axis(dtype):
+    """Each is repeated along a batch axis, which neither A nor B has."""
+
+    def apply(p, x):
+        return jax.vmap(lambda u, v: x @ (u @ v))(p["u"][None], p["v"][None])
+
+    return Problem(apply, normals(dtype, u=(3, 4), v=(4, 3)), (normal("x", (2, 3), dtype),))
