@@ -14,7 +14,7 @@ from .._rules import Slots, check_pattern, is_finite, is_floating, is_int, rule_
 from .._types import Layout, short
 from ..core import Change, Delta
 from ..initializers import kaiming_uniform
-from ._method import SLOTS, Along, Method, factor, register, shapes
+from ._method import SLOTS, AxisOrName, Method, factor, register, shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ jax.tree_util.register_pytree_with_keys(
 # ---------------------------------------------------------------------------------- what it means
 
 
-def low_rank_axes(layout: Layout) -> dict[str, tuple[Along, ...]]:
+def low_rank_axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
     """What each axis of A, of B and of the dropout keys follows."""
     beside = (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
     return {

@@ -8,7 +8,7 @@ from .._rules import Full
 from .._types import Layout
 from ..core import RANK, Axis, Change, Factor
 
-Along = int | str  # an axis of W by its number, or a name for an axis that W has not
+AxisOrName = int | str  # an axis of W by its number, or a name for an axis that W has not
 SLOTS = "slots"  # the name of the axis of chosen slots
 
 
@@ -34,7 +34,7 @@ class Method(NamedTuple):
     rule: type
     node: type
     labels: Mapping[str, str | None]
-    axes: Callable[[Layout], dict[str, tuple[Along, ...]]]
+    axes: Callable[[Layout], dict[str, tuple[AxisOrName, ...]]]
     sizes: Callable[[Any, Layout], dict[str, int]]
     fit: Callable[[Any, Any], tuple[Any, Layout]]
     start: Callable[..., tuple[Any, Any]]
@@ -89,7 +89,7 @@ def shapes(
     method: Method, layout: Layout, shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """The shape of each array for a weight of `shape`."""
-    lengths: dict[Along, int] = dict(enumerate(shape)) | dict(sizes)
+    lengths: dict[AxisOrName, int] = dict(enumerate(shape)) | dict(sizes)
     if layout.slots is not None:
         count, _, axis = layout.slots
         lengths[axis] //= count
@@ -97,7 +97,7 @@ def shapes(
     return {name: tuple(lengths.get(d, 0) for d in dims) for name, dims in axes.items()}
 
 
-def lengths(node: Any) -> dict[Along, int]:
+def lengths(node: Any) -> dict[AxisOrName, int]:
     """The lengths of axes, W's and others, as the arrays of `node` have them."""
     axes = method_of(node).axes(node.layout)
     return {

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +30,13 @@ class Roles(NamedTuple):
 
 
 def _plus_deltas(
-    out: jax.Array, w: Weight, kind: str, roles: Roles, product: Callable[[Delta], jax.Array]
+    out: jax.Array, w: Weight, kind: str, roles: Roles, products: Iterable[jax.Array]
 ) -> jax.Array:
-    """`out`, the product with W, plus that with each delta."""
+    """`out`, the product with W, plus those with its deltas."""
     if w.source.uses is not None:
         w.source.uses.product(w, kind, roles)
-    for delta in w.change.deltas:
-        out = out + product(delta).astype(out.dtype)
+    for product in products:
+        out = out + product.astype(out.dtype)
     return out
 
 
@@ -90,25 +90,38 @@ def _roles(w: Weight, batch: Sequence[int], contracted: Sequence[int]) -> Roles:
     return Roles(*(tuple(w.axes[d] for d in dims) for dims in (batch, contracted, kept)))
 
 
+@dataclasses.dataclass(frozen=True)
 class _Contraction:
     """A contraction of an activation z with the weight w to y: a letter for each axis."""
 
-    def __init__(self, eqn: Equation, w: Weight, w_axes: str, z: str, y: str, roles: Roles):
-        self.w, self.w_axes, self.z, self.y, self.roles = w, w_axes, z, y, roles
-        self.letters = dict(zip(w.axes, w_axes, strict=True)) | {RANK: "Z"}
-        self.precision, self.aval = eqn.params["precision"], eqn.outputs[0]
+    eqn: Equation
+    w: Weight
+    w_axes: str
+    z_axes: str
+    y_axes: str
+    roles: Roles  # of the axes of w
+
+    @property
+    def letters(self) -> dict[Axis, str]:
+        """The letter of each axis of w, and of the rank."""
+        return dict(zip(self.w.axes, self.w_axes, strict=True)) | {RANK: "Z"}
+
+    @property
+    def precision(self) -> Any:
+        """As for `jax.lax.dot_general`."""
+        return self.eqn.params["precision"]
 
     def changed(self, dot: Callable[..., Any], z: jax.Array, aside: jax.Array) -> jax.Array:
         """The product of `z`, and of it `aside`, with the changed weight."""
         before, after = _gains(self.w, self.roles)
-        z, aside = (_times(x, before, lambda g: self.along(self.z, g)) for x in (z, aside))
+        z, aside = (_times(x, before, lambda g: self.along(self.z_axes, g)) for x in (z, aside))
         if self.is_summed(z):
             [delta] = self.w.change.deltas
             spec, p, q = self.spec(delta, z.dtype)
             out = summed(spec, z, self.w.value, p, q)
         else:
             out = self.plus_deltas(dot(z, self.w.value), aside)
-        return _times(out, after, lambda g: self.along(self.y, g))
+        return _times(out, after, lambda g: self.along(self.y_axes, g))
 
     def plus_deltas(self, out: jax.Array, z: jax.Array) -> jax.Array:
         """`out`, the product with W, plus what the deltas add to it."""
@@ -118,11 +131,11 @@ class _Contraction:
             spec, p, q = self.spec(delta, dtype)
             return lowrank(spec, delta.drop(z).astype(dtype), p, q)
 
-        return _plus_deltas(out, self.w, "dense", self.roles, product)
+        return _plus_deltas(out, self.w, "dense", self.roles, map(product, self.w.change.deltas))
 
     def is_summed(self, z: jax.Array) -> bool:
         """Whether W + ΔW may be formed for a CPU: there is one ΔW, and nothing rounds the sum."""
-        same = z.dtype == self.w.value.dtype == self.aval.dtype
+        same = z.dtype == self.w.value.dtype == self.eqn.outputs[0].dtype
         if len(self.w.change.deltas) != 1 or not same or rounds(self.precision):
             return False
         [delta], roles = self.w.change.deltas, self.roles
@@ -139,8 +152,10 @@ class _Contraction:
     def spec(self, delta: Delta, dtype: Any) -> tuple[Spec, jax.Array, jax.Array]:
         """The letters of a product, and the two factors in the order in which they are used."""
         p, q = _complete(delta, self.w, self.roles)
-        how = (delta.scale, self.aval.dtype, self.precision, explicit(self.aval))
-        axes = (self.z, self.w_axes, p.label(self.letters), q.label(self.letters), self.y)
+        y = self.eqn.outputs[0]
+        how = (delta.scale, y.dtype, self.precision, explicit(y))
+        factors = (p.label(self.letters), q.label(self.letters))
+        axes = (self.z_axes, self.w_axes, *factors, self.y_axes)
         return Spec(*axes, *how), p.value.astype(dtype), q.value.astype(dtype)
 
     def along(self, axes: str, factor: Factor) -> jax.Array:
@@ -170,7 +185,7 @@ def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
         for t in y.w.change.deltas:
             factors = [(f, x.letters) for f in _complete(s, x.w, x.roles, x.roles.stack)]
             factors += [(f, y_letters) for f in _complete(t, y.w, y.roles)]
-            spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y
+            spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y_axes
             values = [f.value.astype(out.dtype) for f, _ in factors]
             cross = jnp.einsum(spec, *values, optimize="optimal", precision=x.precision)
             out = out + jnp.asarray(s.scale * t.scale, out.dtype) * cross
@@ -216,7 +231,8 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
 
     before, after = _gains(w, roles)
     z, aside = (_times(z, before, gain) for z in (x, eqn.aside(0)))
-    out = _plus_deltas(eqn.bind(z, w.value, group_sizes), w, "dense", roles, product)
+    out = eqn.bind(z, w.value, group_sizes)
+    out = _plus_deltas(out, w, "dense", roles, map(product, w.change.deltas))
     return _times(out, after, gain)
 
 
@@ -262,7 +278,9 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
 
     before, after = _gains(w, roles)
     z, aside = (_times(z, before, gain) for z in (x, eqn.aside(0)))
-    return _times(_plus_deltas(eqn.bind(z, w.value), w, "conv", roles, product), after, gain)
+    out = eqn.bind(z, w.value)
+    out = _plus_deltas(out, w, "conv", roles, map(product, w.change.deltas))
+    return _times(out, after, gain)
 
 
 @rule("gather", multiplies=True)
@@ -277,9 +295,7 @@ def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     def product(delta: Delta, rows: Delta) -> jax.Array:
         if any(axis in delta.a.axes and axis in delta.b.axes for axis in found.picked):
             raise Unfactorable("rows and stacked matrices are looked up at once")
-        value = delta.scale * dataclasses.replace(rows, scale=1.0, key=None).formed(
-            found.axes, out.dtype
-        )
+        value = dataclasses.replace(rows, key=None).formed(found.axes, out.dtype)
         if delta.key is None:
             return value
         # A row that is looked up is an input of A that is 1: dropout keeps it or not.
@@ -287,8 +303,8 @@ def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
         keep = Factor(delta.drop(jnp.ones(lengths, value.dtype)), found.batch)
         return value * keep.arranged(found.axes)
 
-    by_delta = dict(zip(map(id, w.change.deltas), moved.change.deltas, strict=True))
-    out = _plus_deltas(out, w, "embed", found.roles, lambda d: product(d, by_delta[id(d)]))
+    products = map(product, w.change.deltas, moved.change.deltas)
+    out = _plus_deltas(out, w, "embed", found.roles, products)
     return _times(out, moved.change.gain, lambda g: g.arranged(found.axes))
 
 
@@ -322,15 +338,18 @@ class _Lookup:
             raise Unfactorable("more than whole rows of the weight are looked up")
         self.roles = Roles((), self.picked, whole)
         names = new_names(w.axes)
-        kept = [a for a in w.axes if a not in collapsed]
-        offset = dict(zip(numbers.offset_dims, kept, strict=True))
+        kept = iter(a for a in w.axes if a not in collapsed)
         leaf = frozenset().union(*(a.leaf for a in self.picked))
-        axes = []
-        for i in range(len(kept) + indices.ndim - 1):
-            axis = offset.get(i)
-            axes.append(axis if axis in whole else Axis(next(names), frozenset() if axis else leaf))
-        self.axes = tuple(axes)
-        self.batch = tuple(a for i, a in enumerate(axes) if i not in offset)
+        axes, batch = [], []
+        for i in range(len(w.axes) - len(collapsed) + indices.ndim - 1):
+            if i not in numbers.offset_dims:  # an axis of the indices
+                axes.append(Axis(next(names), leaf))
+                batch.append(axes[-1])
+            elif (axis := next(kept)) in whole:
+                axes.append(axis)
+            else:  # of length 1
+                axes.append(Axis(next(names)))
+        self.axes, self.batch = tuple(axes), tuple(batch)
 
     def fills(self, axis: Axis) -> bool:
         """Whether an index along `axis` may be out of bounds, so that the row is filled."""

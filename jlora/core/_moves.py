@@ -1,6 +1,5 @@
 """Primitives that move or scale a weight: the factors follow it."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -229,25 +228,21 @@ def _stack(eqn: Equation, *parts: Any) -> Weight:
 
 def _join(value: Any, parts: Sequence[Any], dim: int) -> Weight:
     weights = [p for p in parts if isinstance(p, Weight)]
-    first = weights[0]
-    if len(weights) < len(parts) and first.source.uses is not None:
+    source = weights[0].source
+    if len(weights) < len(parts) and source.uses is not None:
         # With an activation it is one itself; in `apply` the other may be a leaf without a rule.
         raise Unfactorable("it is joined with an activation", added=True)
     axes = tuple(
         Axis(i, frozenset().union(*(w.axes[i].leaf for w in weights))) for i in range(value.ndim)
     )
     parts = [_renamed(p, axes) if isinstance(p, Weight) else p for p in parts]
-    weights = [p for p in parts if isinstance(p, Weight)]
-    joined = dataclasses.replace(
-        weights[0],
-        value=value,
-        source=weights[0].source._replace(
-            paths=tuple(dict.fromkeys(path for w in weights for path in w.source.paths)),
-            materialize=all(w.source.materialize for w in weights),
-        ),
-        picked=frozenset().union(*(w.picked for w in weights)),
+    change = _alike(parts, axes[dim]) or _side_by_side(value, parts, dim)
+    source = source._replace(
+        paths=tuple(dict.fromkeys(path for w in weights for path in w.source.paths)),
+        materialize=all(w.source.materialize for w in weights),
     )
-    return joined.replace(value, _alike(parts, axes[dim]) or _side_by_side(value, parts, dim))
+    picked = frozenset().union(*(w.picked for w in weights))
+    return Weight(value, change, axes, source, picked)
 
 
 def _renamed(w: Weight, axes: tuple[Axis, ...]) -> Weight:
@@ -265,12 +260,12 @@ def _side_by_side(value: Any, parts: Sequence[Any], dim: int) -> Change:
             config[dim] = (start, total - start - size, 0)
             change = part.padded(value, config).change
             deltas += change.deltas
-            gain = _times(gain, change.gain, part.axes)
+            gain = _product_of_gains(gain, change.gain, part.axes)
         start += size
     return Change(tuple(deltas), gain)
 
 
-def _times(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) -> Factor | None:
+def _product_of_gains(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) -> Factor | None:
     if x is None or y is None:
         return x if y is None else y
     both = [a for a in axes if a in x.axes or a in y.axes]
@@ -278,7 +273,10 @@ def _times(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) -> Factor |
 
 
 def _alike(parts: Sequence[Any], axis: Axis) -> Change | None:
-    """A joined with A and B with B, where `axis` counts independent matrices of one form."""
+    """A joined with A and B with B, where `axis` counts independent matrices of one form.
+
+    A gain need not have that axis, and the gains of the parts differ.
+    """
     if not all(isinstance(p, Weight) for p in parts):
         return None
     first, *others = (p.change for p in parts)
