@@ -19,6 +19,9 @@ import peft_models as models  # noqa: E402
 import jlora  # noqa: E402
 from jlora import Full, LoRA, Slots, peft  # noqa: E402
 
+# What PyTorch and its libraries warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("default")
+
 KEY = jax.random.key(0)
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # In bfloat16 the two frameworks round the base model's own activations differently.

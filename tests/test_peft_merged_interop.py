@@ -18,6 +18,9 @@ from test_peft_interop import make, outputs  # noqa: E402
 
 from jlora import peft  # noqa: E402
 
+# What PyTorch and its libraries warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("default")
+
 # Sides of at least 64, and of no round numbers: layers as they are, but small.
 ENCODER = {
     "vocab_size": 301,

@@ -14,6 +14,9 @@ transformers = pytest.importorskip("transformers")
 from models import gpt  # noqa: E402
 from tasks import beam  # noqa: E402
 
+# What PyTorch and its libraries warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("default")
+
 CONFIG = {"vocab_size": 61, "n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 4}
 PAD = 4
 PROMPTS = [(5, 6, 7, 5, 6), (8, 9, 10, 11, 12), (60, 1, 60, 1, 2)]
