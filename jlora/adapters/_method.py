@@ -138,7 +138,6 @@ def misfit(node: Any, shape: tuple[int, ...]) -> str | None:
     expected = shapes(method, layout, shape, sizes)
     if all(got[name] == expected[name] for name in got):
         return None
-
     needed = " and ".join(f"{name.upper()} {expected[name]}" for name in got)
     return f"a weight of shape {shape} needs {needed}, got {' and '.join(map(str, got.values()))}"
 

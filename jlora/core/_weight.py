@@ -350,6 +350,6 @@ def _matrix_product(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
     return lax.expand_dims(delta, [i for i, axis in enumerate(axes) if axis not in known])
 
 
-def lettered(axes: Sequence[Axis], rank: str = "Z") -> dict[Axis, str]:
+def lettered(axes: Sequence[Axis]) -> dict[Axis, str]:
     """A letter for each axis and for the rank."""
-    return dict(zip(axes, letters(len(axes)), strict=True)) | {RANK: rank}
+    return dict(zip(axes, letters(len(axes)), strict=True)) | {RANK: "Z"}
