@@ -126,10 +126,9 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
         if 0 <= (s := forwarded.get(n_carry + i, -1) - n_consts - n_carry) < len(xs)
         and isinstance(xs[s], Weight)
     }
-    stacks = [x.of_slice() if isinstance(x, Weight) else (x, lambda s: s) for x in xs]
 
     def body(state: Any, slices: Any) -> tuple[Any, list[Any]]:
-        inside = [rebuild(s) for (_, rebuild), s in zip(stacks, slices, strict=True)]
+        inside = [x.of_slice() if isinstance(x, Weight) else x for x in slices]
         outs = eqn.evaluate(jaxpr, *consts, *loop.carry(state), *inside)
         ys = [y for i, y in enumerate(outs[n_carry:]) if i not in whole]
         return loop.state(outs[:n_carry]), eqn.arrays(ys)
@@ -137,7 +136,7 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     state, ys = lax.scan(
         body,
         loop.state(init),
-        [x for x, _ in stacks],
+        [x.stacked() if isinstance(x, Weight) else x for x in xs],
         p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],

@@ -29,6 +29,37 @@ class Roles(NamedTuple):
     outputs: tuple[Axis, ...]
 
 
+def _product(
+    w: Weight,
+    kind: str,
+    roles: Roles,
+    activations: tuple[jax.Array, jax.Array],
+    base: Callable[[jax.Array], jax.Array],
+    lowrank: Callable[[Delta, jax.Array], jax.Array],
+    spread: Callable[[Factor, bool], jax.Array],
+) -> jax.Array:
+    """The product of an activation with the changed weight.
+
+    Args:
+        w: the weight.
+        kind: as in `Product`.
+        roles: of its axes.
+        activations: the activation, and what the low-rank path sees of it.
+        base: the product of the first with W.
+        lowrank: the product of the second with a delta.
+        spread: the gain along the axes of the activation, if it is said that it has those of the
+            inputs, or else along the axes of the result.
+    """
+    gain, (x, aside) = w.change.gain, activations
+    of_inputs = gain is not None and bool(set(gain.axes) & set(roles.inputs))
+    if gain is not None and of_inputs:
+        if set(gain.axes) & set(roles.outputs):
+            raise Unfactorable("its gain has axes of the inputs and of the outputs")
+        x, aside = (_times(z, spread(gain, True)) for z in (x, aside))
+    out = _plus_deltas(base(x), w, kind, roles, (lowrank(d, aside) for d in w.change.deltas))
+    return out if gain is None or of_inputs else _times(out, spread(gain, False))
+
+
 def _plus_deltas(
     out: jax.Array, w: Weight, kind: str, roles: Roles, products: Iterable[jax.Array]
 ) -> jax.Array:
@@ -40,22 +71,22 @@ def _plus_deltas(
     return out
 
 
-def _gains(w: Weight, roles: Roles) -> tuple[Factor | None, Factor | None]:
-    """The gain, as one of the activations that come in, or of those that go out."""
-    g = w.change.gain
-    if g is None or not set(g.axes) & set(roles.inputs):
-        return None, g
-    if set(g.axes) & set(roles.outputs):
-        raise Unfactorable("its gain has axes of the inputs and of the outputs")
-    return g, None
+def _times(x: jax.Array, gain: jax.Array) -> jax.Array:
+    wide = promote(x.dtype, gain.dtype)
+    return (x.astype(wide) * gain.astype(wide)).astype(x.dtype)
 
 
-def _times(x: jax.Array, gain: Factor | None, array: Callable[[Factor], jax.Array]) -> jax.Array:
-    """`x` times the gain, whose `array` has the axes of `x`."""
-    if gain is None:
-        return x
-    wide = promote(x.dtype, gain.value.dtype)
-    return (x.astype(wide) * array(gain).astype(wide)).astype(x.dtype)
+def _ordered(delta: Delta, w: Weight, roles: Roles) -> tuple[Factor, Factor]:
+    """The factors in the order of a product, also along axes of W that neither follows."""
+    p, q = delta.by_order(roles.inputs)
+    for axis, length in zip(w.axes, w.shape, strict=True):
+        if axis not in (*p.axes, *q.axes):
+            p, q = (
+                (p, q.repeated(axis, length))
+                if axis in roles.outputs
+                else (p.repeated(axis, length), q)
+            )
+    return p, q
 
 
 @rule("dot_general", multiplies=True)
@@ -113,25 +144,31 @@ class _Contraction:
 
     def changed(self, dot: Callable[..., Any], z: jax.Array, aside: jax.Array) -> jax.Array:
         """The product of `z`, and of it `aside`, with the changed weight."""
-        before, after = _gains(self.w, self.roles)
-        z, aside = (_times(x, before, lambda g: self.along(self.z_axes, g)) for x in (z, aside))
+        w, dtype = self.w, promote(z.dtype, self.w.value.dtype)
+
+        def base(z: jax.Array) -> jax.Array:
+            return dot(z, self.w.value)
+
         if self.is_summed(z):
-            [delta] = self.w.change.deltas
-            spec, p, q = self.spec(delta, z.dtype)
-            out = summed(spec, z, self.w.value, p, q)
-        else:
-            out = self.plus_deltas(dot(z, self.w.value), aside)
-        return _times(out, after, lambda g: self.along(self.y_axes, g))
+            together = self.spec(*w.change.deltas, dtype)
+            w = w.replace(w.value, Change((), w.change.gain))
+
+            def base(z: jax.Array) -> jax.Array:
+                spec, p, q = together
+                return summed(spec, z, w.value, p, q)
+
+        return _product(w, "dense", self.roles, (z, aside), base, self.lowrank, self.spread)
 
     def plus_deltas(self, out: jax.Array, z: jax.Array) -> jax.Array:
         """`out`, the product with W, plus what the deltas add to it."""
+        products = (self.lowrank(d, z) for d in self.w.change.deltas)
+        return _plus_deltas(out, self.w, "dense", self.roles, products)
+
+    def lowrank(self, delta: Delta, z: jax.Array) -> jax.Array:
+        """The product of `z` with a delta."""
         dtype = promote(z.dtype, self.w.value.dtype)
-
-        def product(delta: Delta) -> jax.Array:
-            spec, p, q = self.spec(delta, dtype)
-            return lowrank(spec, delta.drop(z).astype(dtype), p, q)
-
-        return _plus_deltas(out, self.w, "dense", self.roles, map(product, self.w.change.deltas))
+        spec, p, q = self.spec(delta, dtype)
+        return lowrank(spec, delta.drop(z).astype(dtype), p, q)
 
     def is_summed(self, z: jax.Array) -> bool:
         """Whether W + ΔW may be formed for a CPU: there is one ΔW, and nothing rounds the sum."""
@@ -139,43 +176,28 @@ class _Contraction:
         if len(self.w.change.deltas) != 1 or not same or rounds(self.precision):
             return False
         [delta], roles = self.w.change.deltas, self.roles
-        first, second = delta.by_order(roles.inputs)
-        mixed = set(second.axes) & set(roles.inputs) or set(first.axes) & set(roles.outputs)
-        repeated = set(roles.stack) - set(first.axes + second.axes)
-        if delta.key is not None or mixed or repeated:
+        p, q = _ordered(delta, self.w, roles)
+        if delta.key is not None or {*q.axes} & {*roles.inputs} or {*p.axes} & {*roles.outputs}:
             return False
         length = dict(zip(self.w.axes, self.w.shape, strict=True))
         stack, inputs, outputs = (math.prod(length[a] for a in axes) for axes in roles)
         tokens = z.size // max(1, stack * inputs)
-        return plan(tokens, inputs, outputs, first.length(RANK), z.dtype) == "summed"
+        return plan(tokens, inputs, outputs, p.length(RANK), z.dtype) == "summed"
 
     def spec(self, delta: Delta, dtype: Any) -> tuple[Spec, jax.Array, jax.Array]:
         """The letters of a product, and the two factors in the order in which they are used."""
-        p, q = _complete(delta, self.w, self.roles)
+        p, q = _ordered(delta, self.w, self.roles)
         y = self.eqn.outputs[0]
         how = (delta.scale, y.dtype, self.precision, explicit(y))
         factors = (p.label(self.letters), q.label(self.letters))
         axes = (self.z_axes, self.w_axes, *factors, self.y_axes)
         return Spec(*axes, *how), p.value.astype(dtype), q.value.astype(dtype)
 
-    def along(self, axes: str, factor: Factor) -> jax.Array:
-        """The array of `factor` along `axes`, given by their letters."""
-        named = {letter: axis for axis, letter in self.letters.items()}
-        return factor.arranged([named.get(c, _OTHER) for c in axes])
-
-
-def _complete(
-    delta: Delta, w: Weight, roles: Roles, stack: Sequence[Axis] = ()
-) -> tuple[Factor, Factor]:
-    """The factors in the order of a product, along all inputs and outputs of W, and `stack`."""
-    p, q = delta.by_order(roles.inputs)
-    for axis, length in zip(w.axes, w.shape, strict=True):
-        if axis not in (*p.axes, *q.axes):
-            if axis in roles.inputs or axis in stack:
-                p = p.repeated(axis, length)
-            elif axis in roles.outputs:
-                q = q.repeated(axis, length)
-    return p, q
+    def spread(self, gain: Factor, of_inputs: bool) -> jax.Array:
+        """The gain along the axes of z or y."""
+        axis = {letter: axis for axis, letter in self.letters.items()}
+        letters = self.z_axes if of_inputs else self.y_axes
+        return gain.arranged([axis.get(c, _OTHER) for c in letters])
 
 
 def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
@@ -183,8 +205,8 @@ def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
     y_letters = y.letters | {RANK: "Y"}
     for s in x.w.change.deltas:
         for t in y.w.change.deltas:
-            factors = [(f, x.letters) for f in _complete(s, x.w, x.roles, x.roles.stack)]
-            factors += [(f, y_letters) for f in _complete(t, y.w, y.roles)]
+            factors = [(f, x.letters) for f in _ordered(s, x.w, x.roles)]
+            factors += [(f, y_letters) for f in _ordered(t, y.w, y.roles)]
             spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y_axes
             values = [f.value.astype(out.dtype) for f, _ in factors]
             cross = jnp.einsum(spec, *values, optimize="optimal", precision=x.precision)
@@ -214,26 +236,23 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
         how = {"precision": p["precision"], "group_offset": p["group_offset"]}
         return lax.ragged_dot(z, value.astype(dtype), group_sizes, **how)
 
-    def product(delta: Delta) -> jax.Array:
-        first, second = delta.by_order((inner,))
+    def lowrank(delta: Delta, z: jax.Array) -> jax.Array:
+        first, second = _ordered(delta, w, roles)
         if inner in second.axes or outer in first.axes:
             raise Unfactorable("its inputs and outputs are mixed")
-        if inner not in first.axes and w.shape[contracted[0]] > 1:
-            raise Unfactorable("it is repeated")
-        h = ragged(delta.drop(aside.astype(dtype)), first, inner, RANK)
+        h = ragged(delta.drop(z.astype(dtype)), first, inner, RANK)
         return ragged(delta.scale * h, second, RANK, outer)
 
-    def gain(g: Factor) -> jax.Array:
-        rest = inner if before is not None else outer
-        if group not in g.axes:
-            return g.arranged((_OTHER, rest))
-        return jnp.repeat(g.arranged((group, rest)), group_sizes, 0, total_repeat_length=len(x))
+    def spread(gain: Factor, of_inputs: bool) -> jax.Array:
+        rest = inner if of_inputs else outer
+        if group not in gain.axes:
+            return gain.arranged((_OTHER, rest))
+        return jnp.repeat(gain.arranged((group, rest)), group_sizes, 0, total_repeat_length=len(x))
 
-    before, after = _gains(w, roles)
-    z, aside = (_times(z, before, gain) for z in (x, eqn.aside(0)))
-    out = eqn.bind(z, w.value, group_sizes)
-    out = _plus_deltas(out, w, "dense", roles, map(product, w.change.deltas))
-    return _times(out, after, gain)
+    def base(z: jax.Array) -> jax.Array:
+        return eqn.bind(z, w.value, group_sizes)
+
+    return _product(w, "dense", roles, (x, eqn.aside(0)), base, lowrank, spread)
 
 
 @rule("conv_general_dilated", multiplies=True)
@@ -243,44 +262,42 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
         raise Unfactorable("the weight is not the kernel")
     out_dim, in_dim, *spatial = numbers.rhs_spec
     groups, batches = p["feature_group_count"], p["batch_group_count"]
-    lengths = dict(zip(w.axes, w.shape, strict=True))
     out_axis, inputs = w.axes[out_dim], tuple(w.axes[d] for d in (*sorted(spatial), in_dim))
     roles = Roles((), inputs, (out_axis,))
     dtype, how = promote(x.dtype, w.value.dtype), {"precision": p["precision"]}
     order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
 
-    def product(delta: Delta) -> jax.Array:
-        a, b = delta.by_order(inputs)
+    def lowrank(delta: Delta, z: jax.Array) -> jax.Array:
+        a, b = _ordered(delta, w, roles)
         if out_axis in a.axes or set(inputs) & set(b.axes):
             raise Unfactorable("its inputs and outputs are mixed")
-        if any(axis not in a.axes and lengths[axis] > 1 for axis in inputs):
-            raise Unfactorable("it is repeated")
         # A is a kernel with r outputs, the same for every group; B is a product over them.
         kernel = a.arranged([RANK if axis == out_axis else axis for axis in w.axes])
         kernel = jnp.concatenate([kernel.astype(dtype)] * groups, out_dim)
         window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
-        z = delta.drop(aside.astype(dtype))
+        z = delta.drop(z.astype(dtype))
         h = lax.conv_general_dilated(z, kernel, *window, numbers, groups, **how)
         h = delta.scale * h.transpose(order)  # (batch, *spatial, groups * r)
         b = b.arranged((RANK, out_axis)).astype(dtype)
-        rank, outputs, parts = len(b), lengths[out_axis], groups * batches
-        b = jnp.broadcast_to(b, (rank, outputs)).reshape(rank, batches, groups, outputs // parts)
+        rank, outputs = b.shape
+        b = b.reshape(rank, batches, groups, outputs // (groups * batches))
         h = h.reshape(batches, h.shape[0] // batches, *h.shape[1:-1], groups, rank)
         y = jnp.einsum("bn...gr,rbgo->n...bgo", h, b, **how)
         return y.reshape(*y.shape[:-3], outputs).transpose(np.argsort(order))
 
-    def gain(g: Factor) -> jax.Array:
-        inner = before is not None
-        axis, at = (w.axes[in_dim], numbers.lhs_spec[1]) if inner else (out_axis, order[-1])
-        if set(g.axes) != {axis} or (inner and groups > 1):
+    def spread(gain: Factor, of_inputs: bool) -> jax.Array:
+        if of_inputs:
+            axis, at = w.axes[in_dim], numbers.lhs_spec[1]
+        else:
+            axis, at = out_axis, numbers.out_spec[1]
+        if set(gain.axes) != {axis} or (of_inputs and groups > 1):
             raise Unfactorable("its gain differs within the window or between groups")
-        return g.arranged([axis if d == at else _OTHER for d in range(x.ndim)])
+        return gain.arranged([axis if d == at else _OTHER for d in range(x.ndim)])
 
-    before, after = _gains(w, roles)
-    z, aside = (_times(z, before, gain) for z in (x, eqn.aside(0)))
-    out = eqn.bind(z, w.value)
-    out = _plus_deltas(out, w, "conv", roles, map(product, w.change.deltas))
-    return _times(out, after, gain)
+    def base(z: jax.Array) -> jax.Array:
+        return eqn.bind(z, w.value)
+
+    return _product(w, "conv", roles, (x, eqn.aside(0)), base, lowrank, spread)
 
 
 @rule("gather", multiplies=True)
@@ -305,7 +322,8 @@ def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
 
     products = map(product, w.change.deltas, moved.change.deltas)
     out = _plus_deltas(out, w, "embed", found.roles, products)
-    return _times(out, moved.change.gain, lambda g: g.arranged(found.axes))
+    gain = moved.change.gain
+    return out if gain is None else _times(out, gain.arranged(found.axes))
 
 
 class _Lookup:
@@ -383,17 +401,9 @@ class _Lookup:
         if not mine:
             return f
         f = f.to_front(mine)
-        n, at = len(self.batch), tuple(range(len(mine)))
-        value = lax.gather(
-            f.value,
-            self.indices[..., jnp.asarray([self.index_of[a] for a in mine])],
-            lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(n, n + len(f.axes) - len(mine))),
-                collapsed_slice_dims=at,
-                start_index_map=at,
-            ),
-            slice_sizes=(*(1 for _ in mine), *f.value.shape[len(mine) :]),
+        value = f.value.at[tuple(self.indices[..., self.index_of[a]] for a in mine)].get(
             mode=self.params["mode"],
             fill_value=0 if RANK in f.axes else 1,
+            wrap_negative_indices=False,
         )
         return f.replace(value, (*self.batch, *f.axes[len(mine) :]))

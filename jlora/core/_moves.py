@@ -46,9 +46,7 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
 
 @rule("stop_gradient", "pvary")
 def _each(eqn: Equation, w: Weight) -> Weight:
-    gain = w.change.gain and w.change.gain.replace(eqn.bind(w.change.gain.value))
-    change = w.change.map_factors(lambda f: f.replace(eqn.bind(f.value)))
-    return w.replace(eqn.bind(w.value), Change(change.deltas, gain))
+    return w.replace(eqn.bind(w.value), w.change.map(lambda f: f.replace(eqn.bind(f.value))))
 
 
 @rule("neg")

@@ -80,11 +80,6 @@ class Change:
         """`f` of each factor."""
         return jax.tree.map(f, self, is_leaf=is_factor)
 
-    def map_factors(self, f: Callable[[Factor], Factor]) -> "Change":
-        """`f` of each A and B alone."""
-        deltas = [dataclasses.replace(d, a=f(d.a), b=f(d.b)) for d in self.deltas]
-        return Change(tuple(deltas), self.gain)
-
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
         """The changed `w`, computed in float32 or better and rounded once to its dtype.
 
@@ -223,22 +218,16 @@ class Weight:
         """The same, one place having been looked up along each of `axes`."""
         return dataclasses.replace(self, picked=self.picked.union(*(a.leaf for a in axes)))
 
-    def of_slice(self) -> tuple[Any, Callable[[Any], "Weight"]]:
-        """What a scan over the first axis scans over, and the weight made from one slice of it."""
-        first, *rest = self.axes
-        factors, structure = jax.tree.flatten(self.change, is_leaf=is_factor)
-        factors = [f.to_front([first]) if first in f.axes else f for f in factors]
-        stacked = [f.value if first in f.axes else None for f in factors]
+    def stacked(self) -> "Weight":
+        """The same with every array stacked along the first axis, as `lax.scan` takes it."""
+        first, length = self.axes[0], self.shape[0]
+        change = self.change.map(lambda f: f.repeated(first, length).to_front([first]))
+        return self.replace(self.value, change)
 
-        def weight(slices: tuple[Any, list[Any]]) -> "Weight":
-            value, arrays = slices
-            inside = [
-                f if x is None else f.replace(x, f.axes[1:])
-                for f, x in zip(factors, arrays, strict=True)
-            ]
-            return self.replace(value, jax.tree.unflatten(structure, inside), axes=tuple(rest))
-
-        return (self.value, stacked), weight
+    def of_slice(self) -> "Weight":
+        """What a scan over a `stacked` weight gives, with its own axes."""
+        change = self.change.map(lambda f: f.replace(f.value, f.axes[1:]))
+        return self.replace(self.value, change, axes=self.axes[1:])
 
     def specs(self, spec: Any) -> "Weight":
         """The partition of W and of each factor, in their places, where W's is `spec`."""
