@@ -13,7 +13,7 @@ from unittest import mock
 
 import jax.numpy as jnp
 
-PLANNER = "jlora.core._linear.plan"
+PLANNER = "jlora.core._dot.plan"
 APART, SUMMED = "apart", "summed"
 
 

@@ -2,10 +2,10 @@
 
 It evaluates a traced function with a `Weight`, W and the change that is made to it, in the place of
 some of its parameters, and knows of a method only that `Change`. In the order in which to read:
-`_axes`, `_weight`, `_interpret`, `_moves`, `_linear`, `_control`.
+`_axes`, `_weight`, `_interpret`, `_moves`, `_linear`, `_dot`, `_control`.
 """
 
-from . import _control, _linear, _moves  # noqa: F401 - they register their rules
+from . import _control, _dot, _kernels, _lookup, _moves  # noqa: F401 - they register their rules
 from ._axes import RANK as RANK
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor

@@ -5,13 +5,14 @@ go to the rule of their primitive. Where there is none, or the rule finds no fac
 is formed if the user allowed it, and else it is an error.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .. import _compat
 from ._axes import Unfactorable
-from ._fork import aside, fork, main, shared
+from ._shared import aside, fork, main, shared
 from ._weight import Weight
 
 
@@ -22,11 +23,14 @@ class Rule(NamedTuple):
         function: `(equation, *operands) -> outputs`.
         multiplies: whether it multiplies a weight with an activation.
         calls: its parameter that holds a jaxpr which is evaluated in its place, if any.
+        together: the same for several equations, each with one result, that multiply the same
+            activation; `Unfactorable` where each should be evaluated on its own.
     """
 
     function: Callable[..., Any]
     multiplies: bool = False
     calls: str | None = None
+    together: Callable[..., list[Any]] | None = None
 
 
 RULES: dict[str, Rule] = {}
@@ -104,40 +108,51 @@ def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any
     `within` is the equation that `jaxpr` belongs to, if any.
     """
     env: dict[Any, Any] = {}
-    twice = shared(jaxpr, [isinstance(x, Weight) for x in args], RULES)
+    products = shared(jaxpr, [isinstance(x, Weight) for x in args], RULES)
 
     def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
         for v, x in zip(variables, values, strict=True):
-            env[v] = fork(x) if v in twice and not isinstance(x, Weight) else x
+            env[v] = fork(x) if v in products and not isinstance(x, Weight) else x
 
     def read(atom: Any) -> Any:
         return atom.val if _compat.is_literal(atom) else env[atom]
 
     write(jaxpr.constvars, _compat.consts(jaxpr))
     write(jaxpr.invars, args)
-    for eqn, last in _live(jaxpr):
-        operands = [read(atom) for atom in eqn.invars]
-        with _compat.context(eqn):
-            outs = _apply(eqn, operands, within)
-        write(eqn.outvars, outs)
+    for eqns, last in _steps(jaxpr, products.values()):
+        operands = [[read(atom) for atom in eqn.invars] for eqn in eqns]
+        for eqn, outs in zip(eqns, _apply(eqns, operands, within), strict=True):
+            write(eqn.outvars, outs)
         for var in last:
             del env[var]
     return [main(read(atom)) for atom in jaxpr.outvars]
 
 
-def _apply(eqn: Any, operands: list[Any], within: Equation | None) -> Sequence[Any]:
-    if not any(isinstance(x, Weight) for x in operands):
-        return _compat.bind(eqn, *map(main, operands))
-    equation, found = Equation(eqn, operands, within), RULES.get(eqn.primitive.name)
-    try:
-        if found is None:
-            raise Unfactorable
-        outs = found.function(equation, *equation.operands)
-        return outs if eqn.primitive.multiple_results else [outs]
-    except Unfactorable as e:
-        reason = functools.partial(_reason, equation, e)
-        arrays = [formed(x, reason, e.added) for x in equation.operands]
-    return _compat.bind(eqn, *arrays)
+def _apply(
+    eqns: Sequence[Any], operands: Sequence[list[Any]], within: Equation | None
+) -> list[Sequence[Any]]:
+    pairs = list(zip(eqns, operands, strict=True))
+    together = RULES[eqns[0].primitive.name].together if len(eqns) > 1 else None
+    if together is not None:
+        with contextlib.suppress(Unfactorable), _compat.context(eqns[0]):
+            return [[out] for out in together([Equation(e, xs, within) for e, xs in pairs])]
+    return [_apply_one(eqn, xs, within) for eqn, xs in pairs]
+
+
+def _apply_one(eqn: Any, operands: list[Any], within: Equation | None) -> Sequence[Any]:
+    with _compat.context(eqn):
+        if not any(isinstance(x, Weight) for x in operands):
+            return _compat.bind(eqn, *map(main, operands))
+        equation, found = Equation(eqn, operands, within), RULES.get(eqn.primitive.name)
+        try:
+            if found is None:
+                raise Unfactorable
+            outs = found.function(equation, *equation.operands)
+            return outs if eqn.primitive.multiple_results else [outs]
+        except Unfactorable as e:
+            reason = functools.partial(_reason, equation, e)
+            arrays = [formed(x, reason, e.added) for x in equation.operands]
+        return _compat.bind(eqn, *arrays)
 
 
 def _reason(eqn: Equation, e: Unfactorable) -> str:
@@ -168,14 +183,43 @@ def formed(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
     return x.formed(reason())
 
 
-def _live(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
-    """The equations that the outputs or an effect need, each with the variables last used there."""
+def _steps(jaxpr: Any, groups: Iterable[list[Any]]) -> list[tuple[list[Any], list[Any]]]:
+    """The equations that the outputs or an effect need, each with the variables last used there.
+
+    Those of a group are one step: the later ones come ahead, along with what makes their weights.
+    """
+    live = _live(jaxpr)
+    source = {v: eqn for eqn in live for v in eqn.outvars}
+    alive = set(map(id, live))
+    group = {id(eqn): [e for e in eqns if id(e) in alive] for eqns in groups for eqn in eqns}
+    order: list[list[Any]] = []
+    placed: set[int] = set()
+
+    def place(eqn: Any) -> None:
+        if id(eqn) in placed:
+            return
+        eqns = group.get(id(eqn), [eqn])
+        placed.update(map(id, eqns))
+        for v in (v for e in eqns for v in e.invars if not _compat.is_literal(v) and v in source):
+            place(source[v])
+        order.append(eqns)
+
+    for eqn in live:
+        place(eqn)
+    steps, needed = [], {v for v in jaxpr.outvars if not _compat.is_literal(v)}
+    for eqns in reversed(order):
+        used = {v for eqn in eqns for v in eqn.invars if not _compat.is_literal(v)}
+        steps.append((eqns, [v for v in used if v not in needed]))
+        needed |= used
+    return steps[::-1]
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs or an effect need."""
     needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
     live = []
     for eqn in reversed(jaxpr.eqns):
-        if not (eqn.effects or needed.intersection(eqn.outvars)):
-            continue
-        used = {v for v in eqn.invars if not _compat.is_literal(v)}
-        live.append((eqn, [v for v in used if v not in needed]))
-        needed |= used
+        if eqn.effects or needed.intersection(eqn.outvars):
+            live.append(eqn)
+            needed.update(v for v in eqn.invars if not _compat.is_literal(v))
     return live[::-1]

@@ -71,24 +71,35 @@ def lowrank(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
     Returns:
         An array with the axes `spec.y` and the dtype `spec.dtype`.
     """
-    sizes = dict(zip(spec.x + spec.p, x.shape + p.shape, strict=True))
-    if KEPT * math.prod(sizes[c] for c in spec.h) <= x.size:
+    if is_kept(spec, x, p):
         return _product(spec, x, p, q)
     return jax.checkpoint(_product, static_argnums=0, prevent_cse=False)(spec, x, p, q)
 
 
+def is_kept(spec: Spec, x: jax.Array, p: jax.Array) -> bool:
+    """Whether h is so small beside x that it is kept for the backward pass."""
+    sizes = dict(zip(spec.x + spec.p, x.shape + p.shape, strict=True))
+    return KEPT * math.prod(sizes[c] for c in spec.h) <= x.size
+
+
 def _product(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
+    return expanded(spec, reduced(spec, x, p), q)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reduced(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
+    """x·p."""
     # Where a mesh leaves h in parts, XLA adds these up along with the model's own activations, in
     # one collective, if they have one dtype.
-    how = {"precision": spec.precision}
     p = turned(p) if _is_thin(spec, x, p) else p
-    h = einsum(spec.x, spec.p, spec.h, x, p, dtype=x.dtype, **how)
-    return _expanded(spec, h * jnp.asarray(spec.scale, x.dtype), q)
+    return einsum(spec.x, spec.p, spec.h, x, p, dtype=x.dtype, precision=spec.precision)
 
 
-def _expanded(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
-    """h·q; on a CPU as a product of two matrices, whose hᵀ·ȳ alone is fast there."""
+@functools.partial(jax.jit, static_argnums=0)
+def expanded(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
+    """s·h·q; on a CPU as a product of two matrices, whose hᵀ·ȳ alone is fast there."""
     how = {"precision": spec.precision, "dtype": spec.dtype}
+    h = h * jnp.asarray(spec.scale, h.dtype)
 
     def straight(h: jax.Array, q: jax.Array) -> jax.Array:
         return einsum(spec.h, spec.q, spec.y, h, q, sharding=spec.sharding, **how)

@@ -7,12 +7,15 @@ import pathlib
 from . import steps
 
 NAMES = ("floor", "real", "memory", "peers", "growth", "adapters", "overheads")
+BY_NAME = ("tpu",)  # needs the compiler for TPUs
 
 
 def main() -> None:
     """Runs each benchmark's `run(quick, out)`."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
+    parser.add_argument(
+        "names", nargs="*", choices=[*NAMES, *BY_NAME, []], help="default: all but tpu"
+    )
     parser.add_argument("--quick", action="store_true", help="small, for CI; asserts what is exact")
     parser.add_argument("--out", type=pathlib.Path, help="folder for CSV and PNG; default: bench")
     options = parser.parse_args()

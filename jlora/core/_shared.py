@@ -6,6 +6,9 @@ reduces their sum once, but only if nothing that is whole already is added in be
 ΔW adds, whose reduction was that of the small $\bar h$. So the low-rank path takes x aside, and
 what it adds comes after the sum of the others: one reduction of the activation's size, as without
 an adapter.
+
+And the products are free to be evaluated one after the other, as soon as the first is: so the
+activation is read once for the A of all of them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,8 +52,11 @@ def _twice(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 _twice.defvjp(lambda x: ((x, x), None), lambda _, g: (g[0] + g[1],))
 
 
-def shared(jaxpr: Any, weights: Iterable[bool], rules: Mapping[str, Any]) -> set[Any]:
+def shared(jaxpr: Any, weights: Iterable[bool], rules: Mapping[str, Any]) -> dict[Any, list[Any]]:
     """The variables of `jaxpr` that it uses several times, one of them with an adapted weight.
+
+    For each the equations of `jaxpr` that may be evaluated together: they multiply it with weights,
+    none of which follows from a product.
 
     Args:
         jaxpr: to be evaluated.
@@ -61,27 +67,38 @@ def shared(jaxpr: Any, weights: Iterable[bool], rules: Mapping[str, Any]) -> set
     for eqn in jaxpr.eqns:
         for v in _variables(eqn.invars):
             count[v] = count.get(v, 0) + 1
-    return {v for v in _multiplied(jaxpr, weights, rules)[0] if count[v] > 1}
+    found = _multiplied(jaxpr, weights, rules)[0]
+    return {v: eqns for v, eqns in found.items() if count[v] > 1}
 
 
 def _multiplied(
     jaxpr: Any, weights: Iterable[bool], rules: Mapping[str, Any]
-) -> tuple[set[Any], list[bool]]:
+) -> tuple[dict[Any, list[Any]], list[bool]]:
     """The variables that are multiplied with a weight, and which outputs are weights again."""
     heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
-    found: set[Any] = set()
+    late: set[Any] = set()  # what follows from a product, or has an effect
+    found: dict[Any, list[Any]] = {}
     for eqn in jaxpr.eqns:
-        if heavy.isdisjoint(_variables(eqn.invars)):
+        variables = _variables(eqn.invars)
+        if eqn.effects or not late.isdisjoint(variables):
+            late.update(eqn.outvars)
+        if heavy.isdisjoint(variables):
             continue
         rule = rules.get(eqn.primitive.name)
-        flags = [not _compat.is_literal(v) and v in heavy for v in eqn.invars]
         if rule is not None and rule.multiplies:
-            found.update(v for v in _variables(eqn.invars) if v not in heavy)
+            early = rule.together is not None and late.isdisjoint(heavy.intersection(variables))
+            for v in variables:
+                if v not in heavy:
+                    found.setdefault(v, []).extend([eqn] * early)
+            late.update(eqn.outvars)
         elif rule is not None and rule.calls is not None:
             inner = eqn.params[rule.calls]
+            flags = [not _compat.is_literal(v) and v in heavy for v in eqn.invars]
             multiplied, outs = _multiplied(inner, flags, rules)
-            pairs = zip(eqn.invars, inner.invars, strict=True)
-            found.update(v for v, i in pairs if i in multiplied and not _compat.is_literal(v))
+            for v, i in zip(eqn.invars, inner.invars, strict=True):
+                if i in multiplied and not _compat.is_literal(v):
+                    found.setdefault(v, [])
+            late.update(eqn.outvars if multiplied else ())
             heavy.update(v for v, is_weight in zip(eqn.outvars, outs, strict=True) if is_weight)
         else:
             heavy.update(eqn.outvars)

@@ -1,0 +1,219 @@
+"""`dot_general` with a weight, alone or together with others of the same activation."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._axes import RANK, Axis, Factor, Unfactorable
+from ._cpu import plan, rounds
+from ._explicit import explicit
+from ._interpret import Equation, rule
+from ._linear import OTHER, Roles, ordered, plus_deltas, product
+from ._product import Spec, expanded, is_kept, letters, lowrank, promote, reduced
+from ._summed import summed
+from ._weight import Change, Delta, Weight, value_of
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contraction:
+    """A contraction of an activation z with a weight w to y: a letter for each axis.
+
+    Attributes:
+        eqn: the equation.
+        at: which of its operands w is.
+        w: the weight.
+        w_axes: the letters of its axes.
+        z_axes: those of z, which shares a letter with w where they are contracted or batched.
+        y_axes: those of y.
+        roles: of the axes of w.
+    """
+
+    eqn: Equation
+    at: int
+    w: Weight
+    w_axes: str
+    z_axes: str
+    y_axes: str
+    roles: Roles
+
+    @property
+    def z(self) -> jax.Array:
+        """The activation; of another weight its W."""
+        return value_of(self.eqn.operands[1 - self.at])
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype in which the factors are multiplied."""
+        return promote(self.z.dtype, self.w.value.dtype)
+
+    @property
+    def letters(self) -> dict[Axis, str]:
+        """The letter of each axis of w, and of the rank."""
+        return dict(zip(self.w.axes, self.w_axes, strict=True)) | {RANK: "Z"}
+
+    @property
+    def precision(self) -> Any:
+        """As for `jax.lax.dot_general`."""
+        return self.eqn.params["precision"]
+
+    def changed(self, h: jax.Array | None = None) -> jax.Array:
+        """The product of z with the changed weight, whose z·A is `h` if it is given."""
+        w = self.w
+
+        def base(z: jax.Array) -> jax.Array:
+            return self.eqn.bind(*((w.value, z) if self.at == 0 else (z, w.value)))
+
+        def low_rank(delta: Delta, z: jax.Array) -> jax.Array:
+            return self.lowrank(delta, z) if h is None else self.expanded(delta, h)
+
+        if self.is_summed():
+            spec, p, q = self.spec(*w.change.deltas)
+            w = w.replace(w.value, Change((), w.change.gain))
+
+            def base(z: jax.Array) -> jax.Array:
+                return summed(spec, z, w.value, p, q)
+
+        z = (self.z, self.eqn.aside(1 - self.at))
+        return product(w, "dense", self.roles, z, base, low_rank, self.spread)
+
+    def plus_deltas(self, out: jax.Array) -> jax.Array:
+        """`out`, the product with W, plus what the deltas add to it."""
+        products = (self.lowrank(d, self.z) for d in self.w.change.deltas)
+        return plus_deltas(out, self.w, "dense", self.roles, products)
+
+    def lowrank(self, delta: Delta, z: jax.Array) -> jax.Array:
+        """The product of `z` with a delta."""
+        spec, p, q = self.spec(delta)
+        return lowrank(spec, delta.drop(z).astype(self.dtype), p, q)
+
+    def expanded(self, delta: Delta, h: jax.Array) -> jax.Array:
+        """The same, with z·A as it is."""
+        spec, _, q = self.spec(delta)
+        return expanded(spec, h, q)
+
+    def is_summed(self) -> bool:
+        """Whether W + ΔW may be formed for a CPU: there is one ΔW, and nothing rounds the sum."""
+        same = self.z.dtype == self.w.value.dtype == self.eqn.outputs[0].dtype
+        if len(self.w.change.deltas) != 1 or not same or rounds(self.precision):
+            return False
+        [delta], roles = self.w.change.deltas, self.roles
+        p, q = ordered(delta, self.w, roles)
+        if delta.key is not None or {*q.axes} & {*roles.inputs} or {*p.axes} & {*roles.outputs}:
+            return False
+        length = dict(zip(self.w.axes, self.w.shape, strict=True))
+        stack, inputs, outputs = (math.prod(length[a] for a in axes) for axes in roles)
+        tokens = self.z.size // max(1, stack * inputs)
+        return plan(tokens, inputs, outputs, p.length(RANK), self.dtype) == "summed"
+
+    def spec(self, delta: Delta) -> tuple[Spec, jax.Array, jax.Array]:
+        """The letters of a product, and the two factors in the order in which they are used."""
+        p, q = ordered(delta, self.w, self.roles)
+        y = self.eqn.outputs[0]
+        how = (delta.scale, y.dtype, self.precision, explicit(y))
+        factors = (p.label(self.letters), q.label(self.letters))
+        axes = (self.z_axes, self.w_axes, *factors, self.y_axes)
+        return Spec(*axes, *how), p.value.astype(self.dtype), q.value.astype(self.dtype)
+
+    def spread(self, gain: Factor, of_inputs: bool) -> jax.Array:
+        """The gain along the axes of z or y."""
+        axis = {letter: axis for axis, letter in self.letters.items()}
+        along = self.z_axes if of_inputs else self.y_axes
+        return gain.arranged([axis.get(c, OTHER) for c in along])
+
+    def first_factor(self) -> tuple[Spec, jax.Array]:
+        """The factor that is contracted first, with its inputs in the order in which z has them.
+
+        `Unfactorable` unless z·A is small, and needs nothing but z and A.
+        """
+        w, inputs = self.w, {*self.roles.inputs}
+        if len(w.change.deltas) != 1 or self.roles.stack or self.is_summed():
+            raise Unfactorable
+        [delta], gain = w.change.deltas, w.change.gain
+        p, q = ordered(delta, w, self.roles)
+        is_plain = {*p.axes} == {*inputs, RANK} and inputs.isdisjoint(q.axes)
+        if delta.key is not None or not is_plain or (gain and not inputs.isdisjoint(gain.axes)):
+            raise Unfactorable
+        order = sorted(inputs, key=lambda axis: self.z_axes.index(self.letters[axis]))
+        spec, _, _ = self.spec(delta)
+        p = p.replace(p.arranged([*order, RANK]).astype(self.dtype), [*order, RANK])
+        if not is_kept(spec, self.z, p.value) or explicit(self.z) is not None:
+            raise Unfactorable
+        return spec._replace(p=p.label(self.letters)), p.value
+
+
+def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
+    """The products of an activation with several weights, whose A lie side by side.
+
+    So the activation is read once for all of them, forward and backward, and so is its gradient
+    written once.
+    """
+    each = [c for eqn in eqns for c in _contractions(eqn)]
+    firsts = [c.first_factor() for c in each]
+    forms = {
+        (c.at, tuple(map(c.z_axes.index, spec.p[:-1])), c.dtype, str(c.precision))
+        for c, (spec, _) in zip(each, firsts, strict=True)
+    }
+    if len(each) != len(eqns) or len(forms) != 1:
+        raise Unfactorable
+    spec, _ = firsts[0]
+    z = each[0].eqn.aside(1 - each[0].at).astype(each[0].dtype)
+    factors = [p for _, p in firsts]
+    h = reduced(spec, z, jnp.concatenate(factors, -1))
+    ends = np.cumsum([p.shape[-1] for p in factors])
+    return [c.changed(h) for c, h in zip(each, jnp.split(h, ends[:-1], -1), strict=True)]
+
+
+@rule("dot_general", multiplies=True, together=_together)
+def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
+    first, *others = _contractions(eqn)
+    if not others:
+        return first.changed()
+    x, y = first.w, others[0].w
+    if x.change.gain is not None or y.change.gain is not None:
+        raise Unfactorable("two adapted weights are multiplied, one of them with a gain")
+    out = first.plus_deltas(eqn.bind(x.value, y.value))
+    return _plus_both(others[0].plus_deltas(out), first, others[0])
+
+
+def _contractions(eqn: Equation) -> list[_Contraction]:
+    """One for each operand that is a weight."""
+    contracted, batch = eqn.params["dimension_numbers"]
+    # One letter an axis; those that meet share it. Example: x (b, t, i) · w (i, o), contracted
+    # over i, is x_axes = "abc", w_axes = "ce", y_axes = "abe".
+    x_rank, y_rank = (jnp.ndim(value_of(z)) for z in eqn.operands)
+    names = letters(x_rank + y_rank)
+    first, second = list(names[:x_rank]), list(names[x_rank:])
+    for i, j in zip((*batch[0], *contracted[0]), (*batch[1], *contracted[1]), strict=True):
+        second[j] = first[i]
+    batched, summed = ([first[i] for i in dims[0]] for dims in (batch, contracted))
+    out = [*batched, *(c for c in first + second if c not in batched + summed)]
+    axes = ["".join(first), "".join(second)]
+    return [
+        _Contraction(eqn, i, w, axes[i], axes[1 - i], "".join(out), roles)
+        for i, w in enumerate(eqn.operands)
+        if isinstance(w, Weight) and (roles := _roles(w, batch[i], contracted[i]))
+    ]
+
+
+def _roles(w: Weight, batch: Sequence[int], contracted: Sequence[int]) -> Roles:
+    kept = [d for d in range(len(w.axes)) if d not in batch and d not in contracted]
+    return Roles(*(tuple(w.axes[d] for d in dims) for dims in (batch, contracted, kept)))
+
+
+def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
+    """Adds Δx·Δy where two adapted weights are multiplied with each other."""
+    y_letters = y.letters | {RANK: "Y"}
+    for s in x.w.change.deltas:
+        for t in y.w.change.deltas:
+            factors = [(f, x.letters) for f in ordered(s, x.w, x.roles)]
+            factors += [(f, y_letters) for f in ordered(t, y.w, y.roles)]
+            spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y_axes
+            values = [f.value.astype(out.dtype) for f, _ in factors]
+            cross = jnp.einsum(spec, *values, optimize="optimal", precision=x.precision)
+            out = out + jnp.asarray(s.scale * t.scale, out.dtype) * cross
+    return out

@@ -1,0 +1,122 @@
+"""Rows of a weight that are looked up."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._axes import RANK, Axis, Factor, Unfactorable, new_names
+from ._interpret import Equation, rule
+from ._linear import Roles, plus_deltas, times
+from ._weight import Change, Delta, Weight
+
+
+@rule("gather", multiplies=True)
+def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
+    found = _Lookup(eqn, w, indices)
+    out = eqn.bind(w.value, indices)
+    rows = found.filled(w).map(found.rows)
+    moved = w.replace(out, rows, axes=found.axes).with_picked(found.picked)
+    if found.is_weight(w):
+        return moved.unsteady()
+
+    def product(delta: Delta, rows: Delta) -> jax.Array:
+        if any(axis in delta.a.axes and axis in delta.b.axes for axis in found.picked):
+            raise Unfactorable("rows and stacked matrices are looked up at once")
+        value = dataclasses.replace(rows, key=None).formed(found.axes, out.dtype)
+        if delta.key is None:
+            return value
+        # A row that is looked up is an input of A that is 1: dropout keeps it or not.
+        lengths = [n for axis, n in zip(found.axes, out.shape, strict=True) if axis in found.batch]
+        keep = Factor(delta.drop(jnp.ones(lengths, value.dtype)), found.batch)
+        return value * keep.arranged(found.axes)
+
+    products = map(product, w.change.deltas, moved.change.deltas)
+    out = plus_deltas(out, w, "embed", found.roles, products)
+    gain = moved.change.gain
+    return out if gain is None else times(out, gain.arranged(found.axes))
+
+
+class _Lookup:
+    """Rows of a weight, looked up by an array of indices.
+
+    Attributes:
+        picked: the axes of the weight along which one place is looked up.
+        roles: those, and the axes that are taken whole.
+        axes: the axes of the result.
+        batch: those of them that are axes of the indices.
+    """
+
+    def __init__(self, eqn: Equation, w: Any, indices: Any):
+        """`Unfactorable` if it is not whole rows of a weight."""
+        self.params, self.indices = eqn.params, indices
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        if not isinstance(w, Weight) or numbers.operand_batching_dims:
+            raise Unfactorable("an index is a weight, or rows of several arrays are looked up")
+        self.index_of = {w.axes[d]: i for i, d in enumerate(numbers.start_index_map)}
+        by_axis = dict(zip(w.axes, sizes, strict=True))
+        lengths = dict(zip(w.axes, w.shape, strict=True))
+        collapsed = {w.axes[d] for d in numbers.collapsed_slice_dims}
+        whole = tuple(
+            a
+            for a in w.axes
+            if by_axis[a] == lengths[a] and a not in collapsed and not self.fills(a)
+        )
+        self.picked = tuple(a for a in w.axes if a not in whole)
+        if any(by_axis[a] != 1 or a not in self.index_of for a in self.picked):
+            raise Unfactorable("more than whole rows of the weight are looked up")
+        self.roles = Roles((), self.picked, whole)
+        names = new_names(w.axes)
+        kept = iter(a for a in w.axes if a not in collapsed)
+        leaf = frozenset().union(*(a.leaf for a in self.picked))
+        axes, batch = [], []
+        for i in range(len(w.axes) - len(collapsed) + indices.ndim - 1):
+            if i not in numbers.offset_dims:  # an axis of the indices
+                axes.append(Axis(next(names), leaf))
+                batch.append(axes[-1])
+            elif (axis := next(kept)) in whole:
+                axes.append(axis)
+            else:  # of length 1
+                axes.append(Axis(next(names)))
+        self.axes, self.batch = tuple(axes), tuple(batch)
+
+    def fills(self, axis: Axis) -> bool:
+        """Whether an index along `axis` may be out of bounds, so that the row is filled."""
+        mode = self.params["mode"]
+        return axis in self.index_of and mode == lax.GatherScatterMode.FILL_OR_DROP
+
+    def is_weight(self, w: Weight) -> bool:
+        """Whether the result is a weight again: a row of a stack is a matrix, of a matrix none."""
+        if not w.change.deltas:  # a gain is applied to the rows at once
+            return w.source.uses is not None and len(self.roles.outputs) >= 2
+        lengths = dict(zip(w.axes, w.shape, strict=True))
+        stack = {axis for axis in self.picked if lengths[axis] > 1}
+        kept = set(self.roles.outputs)
+        each = [(set(d.a.axes), set(d.b.axes)) for d in w.change.deltas]
+        return all(stack <= a & b and kept & a and kept & b for a, b in each)
+
+    def filled(self, w: Weight) -> Change:
+        """The change with a gain along all axes in which rows may be filled: it is 1 on those."""
+        axes = {a: n for a, n in zip(w.axes, w.shape, strict=True) if self.fills(a)}
+        if any(a not in d.a.axes + d.b.axes for d in w.change.deltas for a in axes):
+            raise Unfactorable("rows may be filled along an axis that neither A nor B has")
+        gain = w.change.gain
+        if gain is not None:
+            for axis, length in axes.items():
+                gain = gain.repeated(axis, length)
+        return Change(w.change.deltas, gain)
+
+    def rows(self, f: Factor) -> Factor:
+        """The rows of a factor: 0 where those of W are filled, 1 for a gain."""
+        mine = [a for a in self.picked if a in f.axes]
+        if not mine:
+            return f
+        f = f.to_front(mine)
+        value = f.value.at[tuple(self.indices[..., self.index_of[a]] for a in mine)].get(
+            mode=self.params["mode"],
+            fill_value=0 if RANK in f.axes else 1,
+            wrap_negative_indices=False,
+        )
+        return f.replace(value, (*self.batch, *f.axes[len(mine) :]))

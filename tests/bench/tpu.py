@@ -1,0 +1,236 @@
+"""Operations and bytes of a layer's step, as XLA counts them for a TPU that is not there.
+
+Forward and backward of Llama's layer in bfloat16, with the gradients of what is trained and of the
+layer's input, as a layer within a model has them. The floor is the step in which the weights are
+frozen and the norms trained. "Plain" is x·W + s·(x·A)·B as one would write it by hand,
+differentiated by JAX.
+
+The counts are the same on every machine; they are no times. XLA counts the body of a scan once, and
+as bytes also what it copies ahead into fast memory, so that the last percent is its schedule's.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+import jlora
+from jlora.planning._topology import has_compiler, mesh_of
+
+from . import report
+
+SCALE = 2.0
+WEIGHTS = {  # of a matrix, along the axes of the mesh
+    **dict.fromkeys(("q", "k", "v", "gate", "up"), PartitionSpec("fsdp", "tensor")),
+    **dict.fromkeys(("o", "down"), PartitionSpec("tensor", "fsdp")),
+}
+
+
+class Layer(NamedTuple):
+    """A layer, what comes in, and where it is compiled for.
+
+    Attributes:
+        dim: d.
+        hidden: d of the perceptron.
+        heads: heads of queries; each has dim / heads.
+        groups: heads of keys and values.
+        batch: rows.
+        length: tokens of a row.
+        experts: matrices of the perceptron, each for as many tokens as it gets; 0 for one for all.
+        layers: layers in a scan; 0 for one that is not scanned.
+        remat: whether a layer is computed again in the backward pass.
+        mesh: devices along fsdp and tensor.
+    """
+
+    dim: int
+    hidden: int
+    heads: int
+    groups: int
+    batch: int
+    length: int
+    experts: int = 0
+    layers: int = 0
+    remat: bool = False
+    mesh: tuple[int, int] = (1, 1)
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters of one layer."""
+        d, f, kv = self.dim, self.hidden, self.dim // self.heads * self.groups
+        e = (self.experts,) if self.experts else ()
+        attention = {"norm1": (d,), "q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d)}
+        perceptron = {"norm2": (d,), "gate": (*e, d, f), "up": (*e, d, f), "down": (*e, f, d)}
+        return attention | perceptron
+
+
+LLAMA = Layer(dim=4096, hidden=11008, heads=32, groups=32, batch=2, length=2048)
+SHAPES = {
+    "Llama 7B": LLAMA,
+    "grouped queries": LLAMA._replace(hidden=14336, groups=8),
+    "long": LLAMA._replace(hidden=14336, groups=8, batch=1, length=8192),
+    "experts": LLAMA._replace(hidden=3584, groups=8, experts=8),
+    "scan": LLAMA._replace(layers=4),
+    "scan+remat": LLAMA._replace(layers=4, remat=True),
+    "4 × 2": LLAMA._replace(batch=8, mesh=(4, 2)),
+}
+SMALL = Layer(dim=1024, hidden=2816, heads=8, groups=8, batch=2, length=512)
+
+
+def run(quick: bool, out: pathlib.Path | None) -> None:
+    """A row for each shape, chip and choice of what is trained."""
+    if not has_compiler():
+        raise SystemExit('The compiler for TPUs is missing: pip install -e ".[tpu]".')
+    work = [(name, shape, "v5e", (8, 16, 64)) for name, shape in SHAPES.items()]
+    work += [("Llama 7B", LLAMA, chip, (16,)) for chip in ("v5p", "v6e")]
+    work = [("small", SMALL, "v5e", (8, 16))] if quick else work
+    rows = []
+    for name, shape, chip, ranks in tqdm(work, "tpu", disable=None):
+        rows += measure(name, shape, chip, ranks)
+    report.table("tpu: bytes that XLA counts over the frozen step's", rows, out)
+
+
+def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The rows of one layer; the first is the floor."""
+    programs = {"floor": step(shape, chip, "floor"), "full": step(shape, chip, "full")}
+    programs["q, v r=8"] = step(shape, chip, "jlora", 8, r"/[qv]$")
+    for rank in ranks:
+        programs[f"plain r={rank}"] = step(shape, chip, "plain", rank)
+        programs[f"all-linear r={rank}"] = step(shape, chip, "jlora", rank, r"/(?!norm)")
+    floor = programs["floor"]
+    return [
+        {
+            "layer": name,
+            "chip": chip,
+            "trained": trained,
+            "TFLOP": cost.flops / 1e12,
+            "GB": cost.size / 1e9,
+            "bytes": cost.size / floor.size,
+            "FLOPs": cost.flops / floor.flops,
+            "temp": cost.temp / max(floor.temp, 1),
+        }
+        for trained, cost in programs.items()
+    ]
+
+
+class Cost(NamedTuple):
+    """What XLA says of a program on one device: operations, bytes moved, bytes allocated."""
+
+    flops: float
+    size: float
+    temp: int
+
+
+def step(shape: Layer, chip: str, trained: str, rank: int = 0, pattern: str = "") -> Cost:
+    """A step of `shape` in which `trained` is: "floor", "full", "plain" or "jlora"."""
+    slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
+    devices = shape.mesh[0] * shape.mesh[1]
+    mesh = _mesh(f"{chip}:{slices[devices]}", shape.mesh)
+    w = {k: _spec(mesh, s, _partition(k, s, shape)) for k, s in _stacked(shape).items()}
+    rows = PartitionSpec("fsdp") if devices > 1 else PartitionSpec()
+    x = _spec(mesh, (shape.batch, shape.length, shape.dim), rows)
+    norms = {k: v for k, v in w.items() if "norm" in k}
+    if trained in ("floor", "full"):
+        first = norms if trained == "floor" else w
+        rest = {k: v for k, v in w.items() if k not in first}
+        return _compiled(lambda t, f, x: model({"w": {**f, **t}}, x, shape), first, rest, x)
+    lora = jlora.transform(
+        functools.partial(model, shape=shape),
+        jlora.LoRA(pattern or r"/(?!norm)", rank=rank, alpha=SCALE * rank, dtype=jnp.bfloat16),
+    )
+    _, adapter = jax.eval_shape(lora.init, jax.random.key(0), {"w": w}, x)
+    specs = jlora.sharding.specs({"w": jax.tree.map(lambda v: v.sharding, w)}, adapter)
+    adapter = jax.tree.map(lambda v, s: _spec(mesh, v.shape, s.spec), adapter, specs)
+    if trained == "jlora":
+        return _compiled(lambda a, w, x: lora.apply({"w": w}, a, x), adapter, w, x)
+    factors = {k: (node.a, node.b) for k, node in adapter["w"].items()}
+    return _compiled(lambda ab, w, x: model({"w": w, "ab": ab}, x, shape), factors, w, x)
+
+
+def _compiled(f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any) -> Cost:
+    def both(trained: Any, frozen: Any, x: Any, g: Any) -> Any:
+        y, back = jax.vjp(lambda trained, x: f(trained, frozen, x), trained, x)
+        return y, back(g)
+
+    program = jax.jit(both).lower(trained, frozen, x, x).compile()
+    cost = program.cost_analysis()
+    return Cost(cost["flops"], cost["bytes accessed"], program.memory_analysis().temp_size_in_bytes)
+
+
+@functools.cache
+def _mesh(topology: str, axes: tuple[int, int]) -> Mesh:
+    if axes != (1, 1):
+        return mesh_of(topology, dict(zip(("fsdp", "tensor"), axes, strict=True)))
+    devices = mesh_of(topology, {"x": 4}).devices
+    return Mesh(devices[:1].reshape(1, 1), ("fsdp", "tensor"))
+
+
+def _spec(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+
+def _stacked(shape: Layer) -> dict[str, tuple[int, ...]]:
+    stack = (shape.layers,) if shape.layers else ()
+    return {k: (*stack, *s) for k, s in shape.weights().items()}
+
+
+def _partition(name: str, weight: tuple[int, ...], shape: Layer) -> PartitionSpec:
+    spec = WEIGHTS.get(name, PartitionSpec())
+    return PartitionSpec(*(None,) * (len(weight) - len(spec) if spec else 0), *spec)
+
+
+# ------------------------------------------------------------------------------------ the layer
+
+
+def model(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
+    """One layer, or a scan over several; `params` has the weights, and "ab" for the plain form."""
+    if not shape.layers:
+        return _layer(params, x, shape)
+
+    def body(x: jax.Array, params: dict[str, Any]) -> tuple[jax.Array, None]:
+        return _layer(params, x, shape), None
+
+    body = jax.checkpoint(body, prevent_cse=False) if shape.remat else body
+    return jax.lax.scan(body, x, params)[0]
+
+
+def _layer(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
+    w, rows = params["w"], x.shape[:2]
+    dense = functools.partial(_dense, params, shape)
+    h = _norm(x, w["norm1"])
+    q, k, v = (dense(name, h).reshape(*rows, -1, shape.dim // shape.heads) for name in "qkv")
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    x = x + dense("o", mixed.reshape(x.shape))
+    h = _norm(x, w["norm2"])
+    return x + dense("down", jax.nn.silu(dense("gate", h)) * dense("up", h))
+
+
+def _norm(x: jax.Array, g: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)
+    return y.astype(x.dtype) * g
+
+
+def _dense(params: dict[str, Any], shape: Layer, name: str, x: jax.Array) -> jax.Array:
+    w = params["w"][name]
+    dot = _by_expert(shape, x) if w.ndim == 3 else jnp.matmul
+    y = dot(x, w)
+    if "ab" not in params:
+        return y
+    a, b = params["ab"][name]
+    return y + SCALE * dot(dot(x, a), b)
+
+
+def _by_expert(shape: Layer, x: jax.Array) -> Callable[..., jax.Array]:
+    """The product of each token with the matrix of its expert; each expert has as many tokens."""
+    tokens = x.shape[0] * x.shape[1]
+    sizes = jnp.full(shape.experts, tokens // shape.experts)
+
+    def dot(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = jax.lax.ragged_dot(x.reshape(tokens, -1), w, sizes)
+        return y.reshape(*x.shape[:-1], -1)
+
+    return dot

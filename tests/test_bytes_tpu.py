@@ -1,0 +1,34 @@
+"""Bytes that a layer's step moves on a TPU, as its compiler counts them.
+
+They are fewer than those of the form that one would write by hand. The limits over the floor's are
+those of small layers, which have more of them beside the weights than large ones.
+"""
+
+import functools
+
+import pytest
+from bench import tpu
+
+pytest.importorskip("libtpu")
+
+GROUPED = tpu.SMALL._replace(groups=2)
+LIMITS = [
+    (tpu.SMALL, 1.48),
+    (GROUPED, 1.38),
+    (GROUPED._replace(layers=2, remat=True), 1.34),
+    (GROUPED._replace(experts=4, hidden=1408), 1.24),
+]
+step = functools.cache(tpu.step)
+
+
+@pytest.mark.parametrize(("layer", "limit"), LIMITS)
+def test_all_linear(layer, limit):
+    floor, plain, ours = (step(layer, "v5e", form, 8) for form in ("floor", "plain", "jlora"))
+    assert ours.size <= limit * floor.size
+    assert ours.size <= 0.98 * plain.size
+    assert ours.flops <= plain.flops
+
+
+def test_query_and_value():
+    floor, ours = (step(tpu.SMALL, "v5e", *form) for form in (["floor"], ["jlora", 8, r"/[qv]$"]))
+    assert ours.size <= 1.08 * floor.size
