@@ -1,19 +1,37 @@
 """Tables in the terminal and as CSV."""
 
 import csv
+import os
 import pathlib
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 
+# The widest vectors come first: ratios between frameworks follow them.
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "asimd": "NEON"}
+
+
 def machine() -> str:
-    """What the numbers were measured on."""
+    """What the numbers were measured on: the device or the cores and their instruction set."""
     device = jax.devices()[0]
-    cores = f", {jax.local_device_count()} device(s)" if device.platform != "cpu" else ""
-    return f"{device.device_kind}{cores}, JAX {jax.__version__}, Python {platform.python_version()}"
+    if device.platform == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        on = f"{cores} core(s), {instruction_set(pathlib.Path('/proc/cpuinfo'))}"
+    else:
+        on = f"{device.device_kind}, {jax.local_device_count()} device(s)"
+    return f"{on}, JAX {jax.__version__}, Python {platform.python_version()}"
+
+
+def instruction_set(cpuinfo: pathlib.Path) -> str:
+    """The widest vectors that Linux says the processor has, or else its architecture."""
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return next((name for flag, name in VECTORS.items() if flag in flags), platform.machine())
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], out: pathlib.Path | None) -> None:
