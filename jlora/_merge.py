@@ -18,7 +18,7 @@ def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
     The sum is in float32 (float64 over float64) and rounded once to W's dtype. Leaves trained in
     full replace the base's; all others are the base's own arrays.
 
-    Eagerly, one ΔW exists at a time, and at ranks up to 8 none. In a program of your own, as
+    Eagerly, one ΔW exists at a time, and at ranks up to 16 none. In a program of your own, as
     `jax.jit(jlora.merge, donate_argnums=0)`, which updates the base in place, XLA's CPU compiler
     forms all ΔW of higher ranks at once, unless the environment variable `XLA_FLAGS` has
     `--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`.

@@ -21,7 +21,7 @@ from ._axes import RANK, Along, Axis, Factor, Unfactorable, axes_of_leaf, reshap
 from ._product import einsum, letters, promote
 from ._uses import Uses
 
-FUSED = 8  # the largest rank at which a sum of outer products is faster than a matrix product
+FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 
 
 @jax.tree_util.register_dataclass
