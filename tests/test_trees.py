@@ -346,7 +346,7 @@ def test_merge_has_a_gradient_where_nothing_is_added(change: Any, compiled: bool
     assert_close(loss(change), loss(plainly))
 
 
-@pytest.mark.parametrize("rank", [1, 8, 9, 16])
+@pytest.mark.parametrize("rank", [1, 16, 17, 24])
 @pytest.mark.parametrize("change", [jlora.merge, jlora.unmerge])
 def test_merge_at_every_rank(change: Any, rank: int) -> None:
     """A stack of W with two input axes ± s·A·B, and its derivatives, forward and backward."""
@@ -369,7 +369,7 @@ def test_merge_of_low_rank_writes_no_change() -> None:
     """Nothing of the size of W is beside it, also in bfloat16."""
     for dtype in (jnp.float32, jnp.bfloat16):
         node = jlora.LowRank(
-            jnp.ones((64, 8)), jnp.ones((8, 32)), 1.0, jlora.Layout((), (0,), (1,))
+            jnp.ones((64, 16)), jnp.ones((16, 32)), 1.0, jlora.Layout((), (0,), (1,))
         )
         merge = jax.jit(jlora.merge, donate_argnums=0)
         program = merge.lower({"w": jnp.ones((64, 32), dtype)}, {"w": node}).compile()
