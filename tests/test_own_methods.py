@@ -51,20 +51,22 @@ def is_for(case: Case, method: type) -> bool:
 
 
 def table() -> list[Any]:
-    """A sixth of each subject for every day."""
+    """A twelfth of each subject for every day, all laws for the first of it."""
     rows = []
     for method in METHODS:
         for subject in SUBJECTS:
             cases = [c for c in CASES if c.subject == subject and is_for(c, method)]
             for i, case in enumerate(cases):
-                slow = [pytest.mark.slow] if case.slow or i % 6 else []
                 name = f"{method.__name__}-{case.name}"
-                rows.append(pytest.param(case, method, id=name, marks=slow))
+                daily = not (case.slow or i % 12)
+                slow = [] if daily else [pytest.mark.slow]
+                every_law = i == 0 or not daily
+                rows.append(pytest.param(case, method, every_law, id=name, marks=slow))
     return rows
 
 
-@pytest.mark.parametrize(("case", "method"), table())
-def test_laws(case: Case, method: type) -> None:
+@pytest.mark.parametrize(("case", "method", "every_law"), table())
+def test_laws(case: Case, method: type, every_law: bool) -> None:
     """Those of LoRA itself."""
     case = dataclasses.replace(case, rules=own_rules(case, method))
     with laws.precision(case, jnp.float32) as tolerance:
@@ -74,8 +76,9 @@ def test_laws(case: Case, method: type) -> None:
             with orders.forced(order) as planner:
                 adapted = made.adapted()
                 laws.adapted_is_merged(made, adapted, expected, tolerance)
-                laws.transforms_agree(made, adapted, tolerance)
-                laws.zero_is_the_base(made, tolerance)
+                if every_law:
+                    laws.transforms_agree(made, adapted, tolerance)
+                    laws.zero_is_the_base(made, tolerance)
             if not planner.called:
                 break
 

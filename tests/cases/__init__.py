@@ -16,6 +16,6 @@ CASES: list[Case] = [
     *trees.CASES,
     *linen.CASES,
     *nnx_models.CASES,
-    *hf.CASES,
     *models.CASES,
+    *hf.CASES,
 ]

@@ -55,11 +55,11 @@ def whole(name, dtype, *args, config, **kwargs):
 # --------------------------------------------------------------------------------------------
 
 
-@case(rules=(LORA,), sites=13, trainable=2 * LAYER + 2 * (8 + 8))  # two layers, pooler
+@case(rules=(LORA,), sites=7, trainable=LAYER + 2 * (8 + 8))  # one layer, pooler
 def hf_bert(dtype):
     """BERT, all-linear, with a mask."""
-    mask = jnp.array(MASK)
-    return whole("BertModel", dtype, jnp.array(IDS), config=ENCODER, attention_mask=mask)
+    mask, config = jnp.array(MASK), {**ENCODER, "num_hidden_layers": 1}
+    return whole("BertModel", dtype, jnp.array(IDS), config=config, attention_mask=mask)
 
 
 @case(
@@ -78,6 +78,7 @@ def hf_bert_by_name(dtype):
     rules=(LoRA("layer/1/.*kernel$", rank=3, alpha=3), Full("LayerNorm/scale$")),
     sites=6,
     trainable=4 * 3 * (8 + 8) + 2 * 3 * (8 + 12) + 5 * 8,  # one layer; five norms
+    slow=True,
 )
 def hf_bert_train(dtype):
     """The second layer alone, in train mode: dropout has its key."""
@@ -89,6 +90,7 @@ def hf_bert_train(dtype):
     rules=(LoRA("word_embeddings", rank=3, alpha=3), LORA),
     sites=8,
     trainable=3 * (11 + 8) + LAYER + 2 * (8 + 8),  # the tied table; one layer; transform
+    slow=True,
 )
 def hf_bert_masked_lm(dtype):
     """The head is tied to the table of words, which is adapted by name."""
@@ -103,7 +105,12 @@ def hf_bert_masked_lm(dtype):
 ROBERTA = {**ENCODER, "num_hidden_layers": 1, "num_labels": 3, "pad_token_id": 1}
 
 
-@case(rules=(LORA,), sites=8, trainable=LAYER + 2 * (8 + 8) + 2 * (8 + 3))  # classifier: two
+@case(
+    rules=(LORA,),
+    sites=8,
+    trainable=LAYER + 2 * (8 + 8) + 2 * (8 + 3),  # classifier: two
+    slow=True,
+)
 def hf_roberta(dtype):
     """RoBERTa for classification, all-linear."""
     return whole(
@@ -176,7 +183,13 @@ def hf_gpt2_everything(dtype):
     return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2)
 
 
-@case(rules=(QV, LORA), sites=8, trainable=128 + 2 * (GPT2_LAYER - 2 * (8 + 24)), float64=False)
+@case(
+    rules=(QV, LORA),
+    sites=8,
+    trainable=128 + 2 * (GPT2_LAYER - 2 * (8 + 24)),
+    float64=False,
+    slow=True,
+)
 def hf_gpt2_cache(dtype):
     """One step of decoding with a cache, which comes back in the output."""
     model = model_of("GPT2LMHeadModel", dtype, **GPT2)

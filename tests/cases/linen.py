@@ -282,9 +282,9 @@ def stacked(name, lift, *, trainable=3 * LAYER, x_shape=(2, 6), **flags):
 
 
 stacked("linen_scan", scan)
-stacked("linen_scan_axis_1", partial(scan, axis=1))
+stacked("linen_scan_axis_1", partial(scan, axis=1), slow=True)
 stacked("linen_scan_axis_last", partial(scan, axis=-1))
-stacked("linen_scan_reverse_unrolled", partial(scan, reverse=True, unroll=2))
+stacked("linen_scan_reverse_unrolled", partial(scan, reverse=True, unroll=2), slow=True)
 stacked(
     "linen_scan_only_up", scan, sites=1, trainable=3 * 2 * (6 + 5), rules=(LoRA("up/k", rank=2),)
 )
@@ -300,6 +300,7 @@ stacked(
         ),
         axis=1,
     ),
+    slow=True,
 )
 stacked("linen_remat_of_scan", lambda layer: nn.remat(scan(layer)))
 stacked(
@@ -374,7 +375,14 @@ def linen_scan_partitioned(dtype):
     return linen(model(param_dtype=dtype, kernel_init=init), dtype, normal("x", (2, 6), dtype))
 
 
-@case(subject="layers", rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
+@case(
+    subject="layers",
+    rules=(LORA,),
+    sites=2,
+    trainable=3 * LAYER,
+    exact_at_zero=False,
+    slow=True,
+)
 def linen_scan_logically_partitioned(dtype):
     """The same with logical axes."""
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
@@ -628,7 +636,7 @@ def conv_network(dtype):
     return linen(Model(), dtype, normal("x", (2, 8, 8, 3), dtype))
 
 
-def recurrent(name, cell, sites, trainable, **options):
+def recurrent(name, cell, sites, trainable, slow=False, **options):
     """Adds an `nn.RNN` of 4 features over (2, 5, 3)."""
     single(
         name,
@@ -638,19 +646,19 @@ def recurrent(name, cell, sites, trainable, **options):
         trainable,
         sites=sites,
         exact_at_zero=False,
+        slow=slow,
     )
 
 
 # Each gate has a kernel (3, 4) of the input and one (4, 4) of the state.
 GATE = 2 * (3 + 4) + 2 * (4 + 4)
-recurrent("rnn_optimized_lstm", nn.OptimizedLSTMCell, 8, 4 * GATE)
-recurrent("rnn_optimized_lstm_reverse", nn.OptimizedLSTMCell, 8, 4 * GATE, reverse=True)
-recurrent(
-    "rnn_optimized_lstm_carry", nn.OptimizedLSTMCell, 8, 4 * GATE, return_carry=True, unroll=2
-)
+LSTM = (nn.OptimizedLSTMCell, 8, 4 * GATE)
+recurrent("rnn_optimized_lstm", *LSTM)
+recurrent("rnn_optimized_lstm_reverse", *LSTM, reverse=True, slow=True)
+recurrent("rnn_optimized_lstm_carry", *LSTM, return_carry=True, unroll=2, slow=True)
 recurrent("rnn_lstm", nn.LSTMCell, 8, 4 * GATE)
-recurrent("rnn_gru", nn.GRUCell, 6, 3 * GATE)
-recurrent("rnn_mgu", nn.MGUCell, 4, 2 * GATE)
+recurrent("rnn_gru", nn.GRUCell, 6, 3 * GATE, slow=True)
+recurrent("rnn_mgu", nn.MGUCell, 4, 2 * GATE, slow=True)
 recurrent("rnn_simple", nn.SimpleCell, 2, GATE)
 
 

@@ -427,6 +427,7 @@ for cell_name, (cell, cell_sites, cell_trainable) in CELLS.items():
             sites=cell_sites,
             trainable=cell_trainable,
             exact_at_zero=False,
+            slow=cell in (nnx.LSTMCell, nnx.GRUCell),
         )
     )
 

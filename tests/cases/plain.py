@@ -25,6 +25,16 @@ LORA = LoRA(rank=2, alpha=4)  # all-linear
 # --------------------------------------------------------------------------------------------
 
 
+def of_one_leaf(name, w_shape, x_shape, apply, **fields) -> None:
+    """Adds `apply(w, x)`."""
+
+    def build(dtype):
+        params, x = normals(dtype, w=w_shape), normal("x", x_shape, dtype)
+        return Problem(lambda p, x: apply(p["w"], x), params, (x,))
+
+    CASES.append(Case(name=name, build=build, sites=1, **fields))
+
+
 def products() -> None:
     """Adds every way to write x·w with one leaf of 6 inputs and 5 outputs."""
     shapes = {
@@ -93,22 +103,14 @@ def products() -> None:
         "used_in_both_directions": ((6, 5), (3, 6), lambda w, x: jnp.tanh(x @ w) @ w.T),
     }
     rearranged = {"slice_twice", "split_outputs", "scaled", "negated", "scaled_by_traced"}
-    for name, (w_shape, x_shape, apply) in shapes.items():
-
-        def build(dtype, w_shape=w_shape, x_shape=x_shape, apply=apply):
-            params = normals(dtype, w=w_shape)
-            return Problem(lambda p, x: apply(p["w"], x), params, (normal("x", x_shape, dtype),))
-
-        CASES.append(
-            Case(
-                name=name,
-                subject="lookup" if name.startswith("used") else "product",
-                build=build,
-                rules=(LORA,),
-                sites=1,
-                trainable=2 * (6 + 5),
-                exact_at_zero=name not in rearranged,
-            )
+    for name, problem in shapes.items():
+        of_one_leaf(
+            name,
+            *problem,
+            subject="lookup" if name.startswith("used") else "product",
+            rules=(LORA,),
+            trainable=2 * (6 + 5),
+            exact_at_zero=name not in rearranged,
         )
 
 
@@ -1350,22 +1352,14 @@ def along_one() -> None:
             (3, 4),
         ),
     }
-    for name, (w_shape, x_shape, apply, sides) in shapes.items():
-
-        def build(dtype, w_shape=w_shape, x_shape=x_shape, apply=apply):
-            params = normals(dtype, w=w_shape)
-            return Problem(lambda p, x: apply(p["w"], x), params, (normal("x", x_shape, dtype),))
-
-        CASES.append(
-            Case(
-                name=name,
-                subject="lookup",
-                build=build,
-                rules=(LoRA("w", rank=1, alpha=2),),
-                sites=1,
-                trainable=3 * (2 + 4) if sides is None else sum(sides),
-                exact_at_zero=False,
-            )
+    for name, (*problem, sides) in shapes.items():
+        of_one_leaf(
+            name,
+            *problem,
+            subject="lookup",
+            rules=(LoRA("w", rank=1, alpha=2),),
+            trainable=3 * (2 + 4) if sides is None else sum(sides),
+            exact_at_zero=False,
         )
 
 
