@@ -25,6 +25,12 @@ SITES = {
     "rank_one": ((6, 4), Layout((), (0,), (1,)), 1),
 }
 
+# One of each kind, for what is compiled.
+DAILY = ("dense", "conv", "stacked_slots", "rank_above_shape")
+SOME = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in DAILY else pytest.mark.slow) for n in SITES]
+)
+
 
 def site(name: str, seed: int = 0, rank: int | None = None, scale: float = 1.5) -> LowRank:
     """Random factors."""
@@ -46,7 +52,7 @@ def dense(x: LowRank, name: str) -> np.ndarray:
     return w.reshape(*(shape[d] for d in layout.stack), inputs, -1)
 
 
-@pytest.mark.parametrize("name", SITES)
+@SOME
 def test_spectrum(name: str) -> None:
     """All r values, zeros beyond what the shape allows; also under jit."""
     x = site(name)
@@ -70,7 +76,7 @@ def test_norm_and_shape(name: str) -> None:
     assert weight_shape(x) == SITES[name][0]
 
 
-@pytest.mark.parametrize("name", SITES)
+@SOME
 def test_distance(name: str) -> None:
     """Of adapters of two ranks and scales; zero from itself."""
     x, y = site(name), site(name, seed=1, rank=2, scale=0.5)
@@ -168,7 +174,7 @@ def matrices(w: np.ndarray, name: str) -> np.ndarray:
     return w.reshape(*(shape[d] for d in layout.stack), inputs, -1)
 
 
-@pytest.mark.parametrize("name", SITES)
+@SOME
 def test_similarity_of_sites(name: str) -> None:
     """Of ΔW of two adapters, whatever the axes and slots; also under jit."""
     x, y = site(name), site(name, seed=1, rank=2, scale=0.5)
@@ -234,7 +240,7 @@ def test_similarity_of_other_shapes(shapes: tuple[tuple[int, ...], ...]) -> None
         analysis.subspace_similarity(*map(jnp.ones, shapes))
 
 
-@pytest.mark.parametrize("name", SITES)
+@SOME
 def test_amplification(name: str) -> None:
     """For one direction under jit and for all, from a site and from ΔW."""
     x, w = site(name), weight(name)
@@ -297,7 +303,7 @@ def test_weights_of_other_shapes(function: Any) -> None:
         function(jnp.ones(6), jnp.ones(6), 1)
 
 
-@pytest.mark.parametrize("name", SITES)
+@SOME
 def test_intruders(name: str) -> None:
     """Against the definition at several thresholds, from a site and from ΔW; under jit."""
     with jax.enable_x64(True):

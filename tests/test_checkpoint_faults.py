@@ -137,7 +137,7 @@ def kill_and_resume(run: Run, kills: int, rng: random.Random) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(run):
-    kill_and_resume(run, kills=3, rng=random.Random(0))
+    kill_and_resume(run, kills=1, rng=random.Random(0))
 
 
 @pytest.mark.slow
@@ -165,10 +165,8 @@ def test_a_preempted_run_saves_and_stops_and_has_its_folder_alone(run):
 # ------------------------------------------------------------------------------------------- disks
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=[] if k == disks.KINDS[-1] else pytest.mark.slow) for k in disks.KINDS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", disks.KINDS)
 def test_a_disk_that_is_full_or_cannot_be_written_costs_no_checkpoint(run, kind):
     with disks.disk(run.folder / kind, kind) as disk:
         name = f"{kind}/run"

@@ -719,26 +719,28 @@ def test_help() -> None:
 # ------------------------------------------------------------------------------------ processes
 
 
-def script(kind: str) -> list[str]:
-    """The command as a shell would start it."""
-    if kind == "module":
-        return [sys.executable, "-m", "jlora"]
-    return [str(pathlib.Path(sys.executable).with_name("jlora"))]
+SCRIPT = [str(pathlib.Path(sys.executable).with_name("jlora"))]
+MODULE = [sys.executable, "-m", "jlora"]
+# What it wrote is not put in its place, so that it is not done before it is interrupted.
+HELD = """
+import time
+from jlora._cli import _stage, main
+_stage._commit = lambda written, final: time.sleep(300)
+main()
+"""
 
 
-@pytest.mark.parametrize("kind", ["script", "module"])
-def test_processes(kind: str, files: Folder) -> None:
+def test_processes(files: Folder) -> None:
     """Both ways to start it: answers on stdout, errors on stderr, no progress bar in a pipe."""
 
-    def start(*args: Any) -> subprocess.CompletedProcess[str]:
-        command = [*script(kind), *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True)
+    def start(command: list[str], *args: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *map(str, args)], capture_output=True, text=True)
 
-    done = start("inspect", files / "p")
+    done = start(SCRIPT, "inspect", files / "p")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == run("inspect", files / "p").stdout
-    assert start("diff", files / "p", models.FIXTURES / "patterns").returncode == 1
-    failed = start("inspect", files / "cut")
+    assert start(MODULE, "diff", files / "p", models.FIXTURES / "patterns").returncode == 1
+    failed = start(MODULE, "inspect", files / "cut")
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
 
 
@@ -784,7 +786,7 @@ def test_interrupt(kind: str, tmp_path: Folder) -> None:
     """Ctrl-C while it writes: exit code 130, one line, and nothing is left."""
     args = [*large(tmp_path, kind), tmp_path / "out" / "m", "--names", "llama"]
     (tmp_path / "out").mkdir()
-    command = [*script("module"), "merge", *map(str, args)]
+    command = [sys.executable, "-c", HELD, "merge", *map(str, args)]
     # A shell that runs the tests in its background has them, and so the process, ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

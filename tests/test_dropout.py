@@ -115,7 +115,14 @@ def over_keys(f: Any, keys: jax.Array) -> Any:
     return jax.vmap(f)(keys)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+# Dense, convolution, table, experts, a loop.
+DAILY = ("dense", "conv", "embed", "experts_ragged", "map")
+ONE_EACH = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in DAILY else pytest.mark.slow) for n in LINEAR]
+)
+
+
+@ONE_EACH
 def test_mean_and_variance_over_keys(name: str) -> None:
     """The mean is the output without dropout; the variance is that of one coin for each input.
 
@@ -147,14 +154,7 @@ def test_off_without_a_key(name: str) -> None:
     assert not identical(noisy, plain.apply(base, same, x))
 
 
-# One of each: dense, convolution, table, experts, a loop.
-DAILY = ("dense", "conv", "embed", "experts_ragged", "map")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n in DAILY else [pytest.mark.slow]) for n in LINEAR],
-)
+@ONE_EACH
 def test_jit_checkpoint_and_vmap_draw_the_same_mask(name: str) -> None:
     """One key, one mask: compiled, computed again in the backward pass, or mapped over keys."""
     lora, base, adapter, x = linear(name, dropout=0.5)
@@ -482,7 +482,7 @@ WHOLE = [
     and not any(getattr(r, "materialize", False) for r in case.rules)
 ]
 TABLE = [
-    pytest.param(case, id=case.name, marks=[] if i % 3 == 0 else [pytest.mark.slow])
+    pytest.param(case, id=case.name, marks=[] if i % 6 == 0 else [pytest.mark.slow])
     for i, case in enumerate(WHOLE)
 ]
 

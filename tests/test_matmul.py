@@ -154,7 +154,7 @@ def test_operations_are_the_frozen_step_and_the_low_rank_products(rows):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, MANY])
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("axes", [(0, None), (0, 0), (None, 0)], ids=str)
 def test_gradients_under_vmap(rows, rank, axes):
     """Also of one to three rows, whose products XLA's CPU compiler emits on other paths."""

@@ -13,6 +13,8 @@ from models import bert
 import jlora
 from jlora import checkpoint
 
+# Whole runs for every day are those of quickstart, finetune_lm, paper and resume.
+whole_run = pytest.mark.slow
 SMALL = bert.Config(50, 64, 3, 4, 64, 16, 2, 1e-12)
 
 
@@ -76,12 +78,14 @@ def resumed(tmp_path_factory):
     return missing, before, ablations.read(table), results / "ablations.png"
 
 
+@whole_run
 def test_only_what_is_missing_is_done(resumed):
     missing, before, after, _ = resumed
     assert after.keys() - before.keys() == {missing}
     assert {run: row for run, row in after.items() if run != missing} == before
 
 
+@whole_run
 def test_a_row_says_what_was_measured(resumed):
     missing, _, after, _ = resumed
     row = after[missing]
@@ -92,6 +96,7 @@ def test_a_row_says_what_was_measured(resumed):
     assert float(row["standard_error"]) == pytest.approx((value * (1 - value) / 947) ** 0.5, 1e-3)
 
 
+@whole_run
 def test_the_picture_is_drawn(resumed):
     *_, picture = resumed
     assert plt.imread(picture).shape[:2] == (720, 800)
@@ -102,6 +107,7 @@ def test_results_are_small():
         assert path.stat().st_size < 300_000
 
 
+@whole_run
 def test_runs_of_other_lengths_are_not_mixed(resumed, capsys):
     *_, picture = resumed
     with pytest.raises(SystemExit):

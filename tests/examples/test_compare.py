@@ -16,6 +16,8 @@ from methods import METHODS
 from models import bert
 from quickstart import Batch, take
 
+# Whole runs for every day are those of quickstart, finetune_lm, paper and resume.
+whole_run = pytest.mark.slow
 TINY = {(1, 8): 3, (2, 4): 2}
 
 
@@ -71,10 +73,12 @@ def run(tmp_path_factory):
     return Run(out, once, trained, (model, variables, runners))
 
 
+@whole_run
 def test_a_run_is_done_once(run):
     assert run.once == run.trained == ["full", "full", "lora", "lora"]
 
 
+@whole_run
 def test_runs_have_what_they_measured(run):
     rows = compare_table.read(run.out / "methods_runs.csv")
     assert [(row["method"], row["seed"], row["steps"]) for row in rows] == [
@@ -87,6 +91,7 @@ def test_runs_have_what_they_measured(run):
     assert [row["rate"] for row in rows] == [1e-4, 1e-4, 3e-3, 3e-3]
 
 
+@whole_run
 def test_table_has_the_parameters_bytes_and_latencies(run):
     full, lora = compare_table.read(run.out / "methods.csv")
     assert (full["method"], lora["method"]) == ("full", "lora")
@@ -105,6 +110,7 @@ def test_table_has_the_parameters_bytes_and_latencies(run):
     assert lora["standard_error"] == pytest.approx(gap / 2, abs=1e-4)
 
 
+@whole_run
 def test_costs_are_measured_once_and_anew_for_other_sizes(run, tmp_path):
     path = tmp_path / "methods_costs.csv"
     for name in (path.name, "methods_latency.csv"):
@@ -120,6 +126,7 @@ def test_costs_are_measured_once_and_anew_for_other_sizes(run, tmp_path):
     assert {r["rounds"] for r in compare_table.read(tmp_path / "methods_latency.csv")} == {1}
 
 
+@whole_run
 def test_latency_has_merged_weights_too(run):
     rows = compare_table.read(run.out / "methods_latency.csv")
     assert [row["method"] for row in rows[:3]] == ["full", "lora_merged", "lora"]
@@ -130,10 +137,12 @@ def test_latency_has_merged_weights_too(run):
     assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in rows)
 
 
+@whole_run
 def test_picture_is_small(run):
     assert 10_000 < (run.out / "methods.png").stat().st_size < 300_000
 
 
+@whole_run
 def test_table_of_what_is_there(run, tmp_path):
     """Methods whose costs are not measured yet are left out; of none there is no table."""
     for name in ("methods_runs.csv", "methods_latency.csv"):
@@ -146,6 +155,7 @@ def test_table_of_what_is_there(run, tmp_path):
     assert [row["method"] for row in compare_table.read(tmp_path / "methods.csv")] == ["lora"]
 
 
+@whole_run
 def test_refuses_runs_of_other_steps(run):
     message = r"steps and BATCH must be those of the runs in .*, \{\(2, 32\)\}; got \(3, 32\)\."
     with pytest.raises(ValueError, match=message):

@@ -158,6 +158,7 @@ def test_tiny_logits_match_transformers(tiny):
     np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 def test_smollm2_logits_match_transformers(smollm2, monkeypatch):
     config, variables, tokenizer = smollm2

@@ -40,9 +40,9 @@ ALL = np.ones_like(MASK)
 every = pytest.mark.parametrize(
     ("kind", "name"),
     [
-        *(("bert", name) for name in METHODS),
         *(
-            pytest.param("gpt", name, marks=[pytest.mark.slow] if i % 2 else [])
+            pytest.param(kind, name, marks=pytest.mark.slow if (i + j) % 2 else [])
+            for j, kind in enumerate(("bert", "gpt"))
             for i, name in enumerate(METHODS)
         ),
         ("roberta", "adapter_h"),

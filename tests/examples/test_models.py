@@ -269,7 +269,7 @@ def test_nnx_is_linen(scan: bool, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", SOME)
 def test_load_then_save_is_the_same_file(name: str, scan: bool, tmp_path: pathlib.Path) -> None:
     """Config with head, variables, bytes."""
     small = SMALL[name]
@@ -588,7 +588,13 @@ def test_sizes() -> None:
                 assert jlora.count(module.shapes(config)) == TOTALS[name], name
 
 
-@pytest.mark.parametrize("row", counts.rows(), ids=lambda row: f"{row.name}, {row.adapted}")
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=f"{row.name}, {row.adapted}", marks=pytest.mark.slow if i % 4 else [])
+        for i, row in enumerate(counts.rows())
+    ],
+)
 def test_counts_of_the_paper(row: counts.Row) -> None:
     """Trainable parameters exactly; what is stored and kept follows from them."""
     figures = counts.measure(row.model, row.rules)

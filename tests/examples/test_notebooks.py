@@ -24,7 +24,16 @@ def test_stored_without_outputs(path):
     assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+DAILY = ("methods", "paper")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.stem, marks=[] if p.stem in DAILY else pytest.mark.slow)
+        for p in NOTEBOOKS
+    ],
+)
 def test_runs(path, monkeypatch):
     for name, value in SHORT.items():
         monkeypatch.setenv(name, value)
