@@ -36,8 +36,8 @@ def site(name: str, seed: int = 0, rank: int | None = None, scale: float = 1.5) 
     """Random factors."""
     shape, layout, r = SITES[name]
     shapes = factor_shapes(layout, shape, rank or r)
-    keys = jax.random.split(jax.random.key(seed))
-    a, b = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    rng = np.random.default_rng(seed)
+    a, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
     return LowRank(a, b, scale, layout)
 
 

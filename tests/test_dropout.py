@@ -26,9 +26,9 @@ KEY = jax.random.key(7)
 
 def draw(seed: int, *shape: int) -> jax.Array:
     """Numbers between 1/2 and 3/2 of either sign: none so small that it could look like zero."""
-    size, sign = jax.random.split(jax.random.key(seed))
-    signs = jax.random.rademacher(sign, shape, jnp.float32)
-    return signs * jax.random.uniform(size, shape, minval=0.5, maxval=1.5)
+    rng = np.random.default_rng(seed)
+    signs = rng.choice([-1.0, 1.0], shape)
+    return jnp.asarray(signs * rng.uniform(0.5, 1.5, shape), jnp.float32)
 
 
 def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:

@@ -38,7 +38,7 @@ Folder = pathlib.Path
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     """Standard normal numbers."""
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def raw(tree: Any) -> list[bytes]:

@@ -38,7 +38,7 @@ Struct = jax.ShapeDtypeStruct
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     """Standard normal numbers."""
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:

@@ -298,6 +298,7 @@ def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(smollm2):
     assert tokenizer.encode("<|im_start|>hi<|im_end|>").ids[::2] == [1, llama.STOP]
 
 
+@pytest.mark.slow
 def test_chat_follows_the_template_of_the_model():
     reader = gguf.GGUFReader(data.smollm2())
     template = reader.fields["tokenizer.chat_template"].contents()
