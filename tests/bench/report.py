@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-
 # The widest vectors come first: ratios between frameworks follow them.
 VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "asimd": "NEON"}
 
