@@ -155,6 +155,14 @@ def from_the_left(p, x):
     return sum(jnp.tanh(jax.lax.dot_general(p[n], x, dims)) for n in "qkv")
 
 
+def from_both_sides(p, x):
+    """Over two axes, in either order, with the weight's axes and factors turned round."""
+    x = x.reshape(2, 3, 8, -1)
+    v = jax.lax.dot_general(p["v"].reshape(DIM, 8, -1), x, (((2, 1), (3, 2)), ((), ())))
+    q = jax.lax.dot_general(x, p["q"].reshape(8, -1, DIM), (((2, 3), (0, 1)), ((), ())))
+    return jnp.tanh(q) + v.transpose(1, 2, 0)
+
+
 def in_a_scanned_layer(p, x):
     stacks = jax.tree.map(lambda w: jnp.stack([w, w]), p)
     return jax.lax.scan(lambda h, p: (query_key_value(p, h), None), x, stacks)[0]
@@ -176,6 +184,7 @@ SIDE_BY_SIDE = [
     (query_key_value, [jlora.LoRA("[qkv]", rank=DIM)], [DIM] * 3),  # as wide as the activation
     (with_moves, RULES_ALIKE, [12]),
     (from_the_left, RULES_ALIKE, [12]),
+    (from_both_sides, [jlora.LoRA("q", rank=4), jlora.LoRA("v", rank=2)], [6]),
     (in_a_scanned_layer, RULES_ALIKE, [12]),
     (of_a_product, RULES_ALIKE, [4, 8]),
 ]

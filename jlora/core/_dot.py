@@ -139,23 +139,23 @@ class _Contraction:
         if delta.key is not None or not is_plain or (gain and not inputs.isdisjoint(gain.axes)):
             raise Unfactorable
         order = sorted(inputs, key=lambda axis: self.z_axes.index(self.letters[axis]))
-        spec, _, _ = self.spec(delta)
         p = p.replace(p.arranged([*order, RANK]).astype(self.dtype), [*order, RANK])
+        spec = self.spec(delta)[0]._replace(p=p.label(self.letters))
         if not is_kept(spec, self.z, p.value) or explicit(self.z) is not None:
             raise Unfactorable
-        return spec._replace(p=p.label(self.letters)), p.value
+        return spec, p.value
 
 
 def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
     """The products of an activation with several weights, whose A lie side by side.
 
-    So the activation is read once for all of them, forward and backward, and so is its gradient
-    written once.
+    The activation is read once for all of them, forward and backward, and what they add to its
+    gradient is written once.
     """
     each = [c for eqn in eqns for c in _contractions(eqn)]
     firsts = [c.first_factor() for c in each]
     forms = {
-        (c.at, tuple(map(c.z_axes.index, spec.p[:-1])), c.dtype, str(c.precision))
+        (tuple(map(c.z_axes.index, spec.p[:-1])), c.dtype, str(c.precision))
         for c, (spec, _) in zip(each, firsts, strict=True)
     }
     if len(each) != len(eqns) or len(forms) != 1:
