@@ -102,7 +102,7 @@ def test_compiling_needs_devices():
         (lambda x: jnp.sin(x), 4),
         (lambda x: jnp.sin(jnp.sin(x)) + jnp.cos(x), 12),
         (lambda x: x, 0),
-        (lambda x: jax.jit(lambda y: jnp.sin(jnp.cos(y)))(x), 12),
+        (lambda x: jax.jit(lambda y: jnp.sin(jnp.cos(y)))(x), 8),
         (lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), c), x, None, 10)[1], 4 + 40 + 4),
     ],
     ids=["one", "two", "none", "call", "stack"],

@@ -86,6 +86,11 @@ class Factor:
         return self.replace(lax.squeeze(self.value, at), kept)
 
     @property
+    def is_key(self) -> bool:
+        """Whether it holds keys of a dropout."""
+        return jnp.issubdtype(self.value.dtype, jax.dtypes.prng_key)
+
+    @property
     def is_row(self) -> bool:
         """Whether it has one entry for each of the rank."""
         return all(a == RANK or n == 1 for a, n in zip(self.axes, self.value.shape, strict=True))

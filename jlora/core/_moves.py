@@ -46,7 +46,11 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
 
 @rule("stop_gradient", "pvary")
 def _each(eqn: Equation, w: Weight) -> Weight:
-    return w.replace(eqn.bind(w.value), w.change.map(lambda f: f.replace(eqn.bind(f.value))))
+    def each(f: Factor) -> Factor:
+        # A dropout key stays: where it does not vary, each shard draws a mask of its own.
+        return f if f.is_key else f.replace(eqn.bind(f.value))
+
+    return w.replace(eqn.bind(w.value), w.change.map(each))
 
 
 @rule("neg")

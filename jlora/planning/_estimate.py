@@ -13,7 +13,7 @@ def held(jaxpr: Any, size: Size) -> int:
     """The largest sum of `size` over the values that live at one moment; arguments are not counted.
 
     A value lives from its equation to its last use. What a loop's body holds counts once, and what
-    it stacks in full, as in the loop's results.
+    it stacks in full, as in the loop's results. The results of a call are those of its body.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -27,9 +27,11 @@ def held(jaxpr: Any, size: Size) -> int:
     live: dict[Any, int] = {}
     most = 0
     for i, eqn in enumerate(jaxpr.eqns):
-        inside = max((held(body, size) for body in _bodies(eqn)), default=0)
-        live |= {v: size(v.aval) for v in eqn.outvars}
-        most = max(most, sum(live.values()) + inside)
+        outs = {v: size(v.aval) for v in eqn.outvars}
+        before, results = sum(live.values()), sum(outs.values())
+        inside = [held(b, size) + (0 if _is_call(eqn, b) else results) for b in _bodies(eqn)]
+        most = max(most, before + max([results, *inside]))
+        live |= outs
         for v in [v for v in live if last.get(v, i) <= i]:
             del live[v]
     return most
@@ -37,6 +39,12 @@ def held(jaxpr: Any, size: Size) -> int:
 
 def _variables(atoms: Any) -> list[Any]:
     return [x for x in atoms if not _compat.is_literal(x)]
+
+
+def _is_call(eqn: Any, body: Any) -> bool:
+    """Whether the results of `body` are those of the equation, as they come."""
+    of_eqn, of_body = ([getattr(v.aval, "shape", None) for v in x.outvars] for x in (eqn, body))
+    return of_eqn == of_body
 
 
 def _bodies(eqn: Any) -> Iterator[Any]:
