@@ -215,7 +215,7 @@ def columns_of(jaxpr):
     """The lengths of the rank in the products of activations with factors."""
     found = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "jit" and eqn.params["name"] == "reduced":
+        if eqn.primitive.name == "jit" and eqn.params["name"] in ("_reduced", "lowrank"):
             found.append(eqn.invars[1].aval.shape[-1])
             continue
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=has_equations):

@@ -62,7 +62,7 @@ class _Contraction:
         return self.eqn.params["precision"]
 
     def changed(self, h: jax.Array | None = None) -> jax.Array:
-        """The product of z with the changed weight, whose z·A is `h` if it is given."""
+        """The product of z with the changed weight, whose s·z·A is `h` if it is given."""
         w = self.w
 
         def base(z: jax.Array) -> jax.Array:
@@ -92,7 +92,7 @@ class _Contraction:
         return lowrank(spec, delta.drop(z).astype(self.dtype), p, q)
 
     def expanded(self, delta: Delta, h: jax.Array) -> jax.Array:
-        """The same, with z·A as it is."""
+        """The same, of s·z·A."""
         spec, _, q = self.spec(delta)
         return expanded(spec, h, q)
 
@@ -163,9 +163,11 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
     spec, _ = firsts[0]
     z = each[0].eqn.aside(1 - each[0].at).astype(each[0].dtype)
     factors = [p for _, p in firsts]
-    h = reduced(spec, z, jnp.concatenate(factors, -1))
-    ends = np.cumsum([p.shape[-1] for p in factors])
-    return [c.changed(h) for c, h in zip(each, jnp.split(h, ends[:-1], -1), strict=True)]
+    ranks = [p.shape[-1] for p in factors]
+    scales = np.repeat([s.scale for s, _ in firsts], ranks)
+    h = reduced(spec, z, jnp.concatenate(factors, -1)) * jnp.asarray(scales, z.dtype)
+    hs = jnp.split(h, np.cumsum(ranks)[:-1], -1)
+    return [c.changed(h) for c, h in zip(each, hs, strict=True)]
 
 
 @rule("dot_general", multiplies=True, together=_together)

@@ -83,11 +83,11 @@ def is_kept(spec: Spec, x: jax.Array, p: jax.Array) -> bool:
 
 
 def _product(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
-    return expanded(spec, reduced(spec, x, p), q)
+    h = _reduced(spec, x, p)
+    return _expanded(spec, h * jnp.asarray(spec.scale, h.dtype), q)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def reduced(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
+def _reduced(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
     """x·p."""
     # Where a mesh leaves h in parts, XLA adds these up along with the model's own activations, in
     # one collective, if they have one dtype.
@@ -95,11 +95,9 @@ def reduced(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
     return einsum(spec.x, spec.p, spec.h, x, p, dtype=x.dtype, precision=spec.precision)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def expanded(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
-    """s·h·q; on a CPU as a product of two matrices, whose hᵀ·ȳ alone is fast there."""
+def _expanded(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
+    """h·q; on a CPU as a product of two matrices, whose hᵀ·ȳ alone is fast there."""
     how = {"precision": spec.precision, "dtype": spec.dtype}
-    h = h * jnp.asarray(spec.scale, h.dtype)
 
     def straight(h: jax.Array, q: jax.Array) -> jax.Array:
         return einsum(spec.h, spec.q, spec.y, h, q, sharding=spec.sharding, **how)
@@ -119,6 +117,11 @@ def expanded(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
 
     # What the backward pass needs is h and q, not what each platform would make of them.
     return jax.checkpoint(either, prevent_cse=False)(h, q)
+
+
+# The two halves on their own, for products whose first factors lie side by side.
+reduced = jax.jit(_reduced, static_argnums=0)
+expanded = jax.jit(_expanded, static_argnums=0)
 
 
 def _is_thin(spec: Spec, x: jax.Array, p: jax.Array) -> bool:
