@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .. import _compat
 from ._axes import Unfactorable
-from ._shared import aside, fork, main, shared
+from ._shared import aside, fork, main, shared, variables
 from ._weight import Weight
 
 
@@ -200,15 +200,15 @@ def _steps(jaxpr: Any, groups: Iterable[list[Any]]) -> list[tuple[list[Any], lis
             return
         eqns = group.get(id(eqn), [eqn])
         placed.update(map(id, eqns))
-        for v in (v for e in eqns for v in e.invars if not _compat.is_literal(v) and v in source):
+        for v in (v for e in eqns for v in variables(e.invars) if v in source):
             place(source[v])
         order.append(eqns)
 
     for eqn in live:
         place(eqn)
-    steps, needed = [], {v for v in jaxpr.outvars if not _compat.is_literal(v)}
+    steps, needed = [], set(variables(jaxpr.outvars))
     for eqns in reversed(order):
-        used = {v for eqn in eqns for v in eqn.invars if not _compat.is_literal(v)}
+        used = {v for eqn in eqns for v in variables(eqn.invars)}
         steps.append((eqns, [v for v in used if v not in needed]))
         needed |= used
     return steps[::-1]
@@ -216,10 +216,9 @@ def _steps(jaxpr: Any, groups: Iterable[list[Any]]) -> list[tuple[list[Any], lis
 
 def _live(jaxpr: Any) -> list[Any]:
     """The equations that the outputs or an effect need."""
-    needed = {v for v in jaxpr.outvars if not _compat.is_literal(v)}
-    live = []
+    needed, live = set(variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or needed.intersection(eqn.outvars):
             live.append(eqn)
-            needed.update(v for v in eqn.invars if not _compat.is_literal(v))
+            needed.update(variables(eqn.invars))
     return live[::-1]

@@ -65,7 +65,7 @@ def shared(jaxpr: Any, weights: Iterable[bool], rules: Mapping[str, Any]) -> dic
     """
     count: dict[Any, int] = {}
     for eqn in jaxpr.eqns:
-        for v in _variables(eqn.invars):
+        for v in variables(eqn.invars):
             count[v] = count.get(v, 0) + 1
     found = _multiplied(jaxpr, weights, rules)[0]
     return {v: eqns for v, eqns in found.items() if count[v] > 1}
@@ -79,15 +79,15 @@ def _multiplied(
     late: set[Any] = set()  # what follows from a product, or has an effect
     found: dict[Any, list[Any]] = {}
     for eqn in jaxpr.eqns:
-        variables = _variables(eqn.invars)
-        if eqn.effects or not late.isdisjoint(variables):
+        used = variables(eqn.invars)
+        if eqn.effects or not late.isdisjoint(used):
             late.update(eqn.outvars)
-        if heavy.isdisjoint(variables):
+        if heavy.isdisjoint(used):
             continue
         rule = rules.get(eqn.primitive.name)
         if rule is not None and rule.multiplies:
-            early = rule.together is not None and late.isdisjoint(heavy.intersection(variables))
-            for v in variables:
+            early = rule.together is not None and late.isdisjoint(heavy.intersection(used))
+            for v in used:
                 if v not in heavy:
                     found.setdefault(v, []).extend([eqn] * early)
             late.update(eqn.outvars)
@@ -105,5 +105,6 @@ def _multiplied(
     return found, [not _compat.is_literal(v) and v in heavy for v in jaxpr.outvars]
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    """`atoms` without the literals among them."""
     return [v for v in atoms if not _compat.is_literal(v)]
