@@ -30,7 +30,6 @@ def test_from_one_mesh_to_others(tmp_path):
     run(tmp_path, "save:2x2,restore:4x1,restore:1x2,restore:1x1", devices=4)
 
 
-@pytest.mark.slow
 def test_from_two_processes_to_one(tmp_path):
     run(tmp_path, "save:2x2", devices=2, processes=2)
     run(tmp_path, "restore:1x2", devices=2)

@@ -186,9 +186,8 @@ def test_where_one_raises_all_end(culprit, folder, data, start, whole):
     check_restart(start, folder / name, 1, whole)
 
 
-@slow
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=slow), 1])
+@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=slow)])
 def test_where_one_is_gone_or_hangs_all_others_end(how, victim, folder, start, whole):
     name = f"{how}{victim}"
     with start(name, 2) as run:
