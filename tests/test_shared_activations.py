@@ -215,8 +215,9 @@ def columns_of(jaxpr):
     """The lengths of the rank in the products of activations with factors."""
     found = []
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "jit" and eqn.params["name"] in ("_reduced", "lowrank"):
-            found.append(eqn.invars[1].aval.shape[-1])
+        if eqn.primitive.name == "jit" and eqn.params["name"] == "lowrank":
+            firsts = eqn.invars[1 : (len(eqn.invars) + 1) // 2]
+            found.append(sum(p.aval.shape[-1] for p in firsts))
             continue
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=has_equations):
             if has_equations(inner):

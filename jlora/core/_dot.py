@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ._axes import RANK, Axis, Factor, Unfactorable
 from ._cpu import plan, rounds
 from ._explicit import explicit
 from ._interpret import Equation, rule
 from ._linear import OTHER, Roles, ordered, plus_deltas, product
-from ._product import Spec, expanded, is_kept, letters, lowrank, promote, reduced
+from ._product import Spec, is_kept, letters, lowrank, promote
 from ._summed import summed
 from ._weight import Change, Delta, Weight, value_of
 
@@ -61,15 +60,15 @@ class _Contraction:
         """As for `jax.lax.dot_general`."""
         return self.eqn.params["precision"]
 
-    def changed(self, h: jax.Array | None = None) -> jax.Array:
-        """The product of z with the changed weight, whose s·z·A is `h` if it is given."""
+    def changed(self, added: jax.Array | None = None) -> jax.Array:
+        """The product of z with the changed weight; `added` is what ΔW adds if that is known."""
         w = self.w
 
         def base(z: jax.Array) -> jax.Array:
             return self.eqn.bind(*((w.value, z) if self.at == 0 else (z, w.value)))
 
         def low_rank(delta: Delta, z: jax.Array) -> jax.Array:
-            return self.lowrank(delta, z) if h is None else self.expanded(delta, h)
+            return self.lowrank(delta, z) if added is None else added
 
         if self.is_summed():
             spec, p, q = self.spec(*w.change.deltas)
@@ -89,12 +88,7 @@ class _Contraction:
     def lowrank(self, delta: Delta, z: jax.Array) -> jax.Array:
         """The product of `z` with a delta."""
         spec, p, q = self.spec(delta)
-        return lowrank(spec, delta.drop(z).astype(self.dtype), p, q)
-
-    def expanded(self, delta: Delta, h: jax.Array) -> jax.Array:
-        """The same, of s·z·A."""
-        spec, _, q = self.spec(delta)
-        return expanded(spec, h, q)
+        return lowrank((spec,), delta.drop(z).astype(self.dtype), (p,), (q,))[0]
 
     def is_summed(self) -> bool:
         """Whether W + ΔW may be formed for a CPU: there is one ΔW, and nothing rounds the sum."""
@@ -102,7 +96,7 @@ class _Contraction:
         if len(self.w.change.deltas) != 1 or not same or rounds(self.precision):
             return False
         [delta], roles = self.w.change.deltas, self.roles
-        p, q = ordered(delta, self.w, roles)
+        p, q = delta.by_order(roles.inputs)
         if delta.key is not None or {*q.axes} & {*roles.inputs} or {*p.axes} & {*roles.outputs}:
             return False
         length = dict(zip(self.w.axes, self.w.shape, strict=True))
@@ -112,12 +106,11 @@ class _Contraction:
 
     def spec(self, delta: Delta) -> tuple[Spec, jax.Array, jax.Array]:
         """The letters of a product, and the two factors in the order in which they are used."""
-        p, q = ordered(delta, self.w, self.roles)
+        p, q = ordered(delta, self.w, self.roles, self.dtype)
         y = self.eqn.outputs[0]
+        axes = (self.z_axes, self.w_axes, p.label(self.letters), q.label(self.letters), self.y_axes)
         how = (delta.scale, y.dtype, self.precision, explicit(y))
-        factors = (p.label(self.letters), q.label(self.letters))
-        axes = (self.z_axes, self.w_axes, *factors, self.y_axes)
-        return Spec(*axes, *how), p.value.astype(self.dtype), q.value.astype(self.dtype)
+        return Spec(*axes, *how), p.value, q.value
 
     def spread(self, gain: Factor, of_inputs: bool) -> jax.Array:
         """The gain along the axes of z or y."""
@@ -125,8 +118,8 @@ class _Contraction:
         along = self.z_axes if of_inputs else self.y_axes
         return gain.arranged([axis.get(c, OTHER) for c in along])
 
-    def first_factor(self) -> tuple[Spec, jax.Array]:
-        """The factor that is contracted first, with its inputs in the order in which z has them.
+    def factors(self) -> tuple[Spec, jax.Array, jax.Array]:
+        """As `spec`, but the inputs of the first factor in the order in which z has them.
 
         `Unfactorable` unless z·A is small, and needs nothing but z and A.
         """
@@ -134,40 +127,31 @@ class _Contraction:
         if len(w.change.deltas) != 1 or self.roles.stack or self.is_summed():
             raise Unfactorable
         [delta], gain = w.change.deltas, w.change.gain
-        p, q = ordered(delta, w, self.roles)
+        p, q = delta.by_order(self.roles.inputs)
         is_plain = {*p.axes} == {*inputs, RANK} and inputs.isdisjoint(q.axes)
         if delta.key is not None or not is_plain or (gain and not inputs.isdisjoint(gain.axes)):
             raise Unfactorable
-        order = sorted(inputs, key=lambda axis: self.z_axes.index(self.letters[axis]))
-        p = p.replace(p.arranged([*order, RANK]).astype(self.dtype), [*order, RANK])
-        spec = self.spec(delta)[0]._replace(p=p.label(self.letters))
-        if not is_kept(spec, self.z, p.value) or explicit(self.z) is not None:
+        spec, p, q = self.spec(delta)
+        order = "".join(sorted(spec.p, key=f"{self.z_axes}Z".index))
+        p = p.transpose([spec.p.index(c) for c in order])
+        spec = spec._replace(p=order)
+        if not is_kept(spec, self.z, [p]) or explicit(self.z) is not None:
             raise Unfactorable
-        return spec, p.value
+        return spec, p, q
 
 
 def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
-    """The products of an activation with several weights, whose A lie side by side.
-
-    The activation is read once for all of them, forward and backward, and what they add to its
-    gradient is written once.
-    """
+    """The products of an activation with several weights, whose A lie side by side."""
     each = [c for eqn in eqns for c in _contractions(eqn)]
-    firsts = [c.first_factor() for c in each]
+    specs, ps, qs = zip(*(c.factors() for c in each), strict=True)
     forms = {
-        (tuple(map(c.z_axes.index, spec.p[:-1])), c.dtype, str(c.precision))
-        for c, (spec, _) in zip(each, firsts, strict=True)
+        (tuple(map(spec.x.index, spec.p[:-1])), c.dtype, str(spec.precision))
+        for c, spec in zip(each, specs, strict=True)
     }
     if len(each) != len(eqns) or len(forms) != 1:
         raise Unfactorable
-    spec, _ = firsts[0]
     z = each[0].eqn.aside(1 - each[0].at).astype(each[0].dtype)
-    factors = [p for _, p in firsts]
-    ranks = [p.shape[-1] for p in factors]
-    scales = np.repeat([s.scale for s, _ in firsts], ranks)
-    h = reduced(spec, z, jnp.concatenate(factors, -1)) * jnp.asarray(scales, z.dtype)
-    hs = jnp.split(h, np.cumsum(ranks)[:-1], -1)
-    return [c.changed(h) for c, h in zip(each, hs, strict=True)]
+    return [c.changed(y) for c, y in zip(each, lowrank(specs, z, ps, qs), strict=True)]
 
 
 @rule("dot_general", multiplies=True, together=_together)
@@ -212,10 +196,10 @@ def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
     y_letters = y.letters | {RANK: "Y"}
     for s in x.w.change.deltas:
         for t in y.w.change.deltas:
-            factors = [(f, x.letters) for f in ordered(s, x.w, x.roles)]
-            factors += [(f, y_letters) for f in ordered(t, y.w, y.roles)]
+            factors = [(f, x.letters) for f in ordered(s, x.w, x.roles, out.dtype)]
+            factors += [(f, y_letters) for f in ordered(t, y.w, y.roles, out.dtype)]
             spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y_axes
-            values = [f.value.astype(out.dtype) for f, _ in factors]
+            values = [f.value for f, _ in factors]
             cross = jnp.einsum(spec, *values, optimize="optimal", precision=x.precision)
             out = out + jnp.asarray(s.scale * t.scale, out.dtype) * cross
     return out

@@ -34,10 +34,10 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
         value = f.arranged((group, *axes))
         value = jnp.broadcast_to(value, (len(group_sizes), *value.shape[1:]))
         how = {"precision": p["precision"], "group_offset": p["group_offset"]}
-        return lax.ragged_dot(z, value.astype(dtype), group_sizes, **how)
+        return lax.ragged_dot(z, value, group_sizes, **how)
 
     def lowrank(delta: Delta, z: jax.Array) -> jax.Array:
-        first, second = ordered(delta, w, roles)
+        first, second = ordered(delta, w, roles, dtype)
         if inner in second.axes or outer in first.axes:
             raise Unfactorable("its inputs and outputs are mixed")
         h = ragged(delta.drop(z.astype(dtype)), first, inner, RANK)
@@ -68,17 +68,17 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
     order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
 
     def lowrank(delta: Delta, z: jax.Array) -> jax.Array:
-        a, b = ordered(delta, w, roles)
+        a, b = ordered(delta, w, roles, dtype)
         if out_axis in a.axes or set(inputs) & set(b.axes):
             raise Unfactorable("its inputs and outputs are mixed")
         # A is a kernel with r outputs, the same for every group; B is a product over them.
         kernel = a.arranged([RANK if axis == out_axis else axis for axis in w.axes])
-        kernel = jnp.concatenate([kernel.astype(dtype)] * groups, out_dim)
+        kernel = jnp.concatenate([kernel] * groups, out_dim)
         window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
         z = delta.drop(z.astype(dtype))
         h = lax.conv_general_dilated(z, kernel, *window, numbers, groups, **how)
         h = delta.scale * h.transpose(order)  # (batch, *spatial, groups * r)
-        b = b.arranged((RANK, out_axis)).astype(dtype)
+        b = b.arranged((RANK, out_axis))
         rank, outputs = b.shape
         b = b.reshape(rank, batches, groups, outputs // (groups * batches))
         h = h.reshape(batches, h.shape[0] // batches, *h.shape[1:-1], groups, rank)

@@ -1,7 +1,7 @@
 """A product of an activation with a changed weight: that with W, plus what the deltas add."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -67,9 +67,9 @@ def times(x: jax.Array, gain: jax.Array) -> jax.Array:
     return (x.astype(wide) * gain.astype(wide)).astype(x.dtype)
 
 
-def ordered(delta: Delta, w: Weight, roles: Roles) -> tuple[Factor, Factor]:
-    """The factors in the order of a product, also along axes of W that neither follows."""
-    p, q = delta.by_order(roles.inputs)
+def ordered(delta: Delta, w: Weight, roles: Roles, dtype: Any) -> tuple[Factor, Factor]:
+    """A and B in `dtype` and the order of a product, also along axes that neither follows."""
+    p, q = (f.replace(f.value.astype(dtype)) for f in delta.by_order(roles.inputs))
     for axis, length in zip(w.axes, w.shape, strict=True):
         if axis not in (*p.axes, *q.axes):
             p, q = (

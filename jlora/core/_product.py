@@ -10,10 +10,12 @@ differentiation is needed, and forward mode works.
 import functools
 import math
 import string
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
@@ -59,43 +61,68 @@ class Spec(NamedTuple):
 
 # One program for all products of one form: traced once, however many layers there are.
 @functools.partial(jax.jit, static_argnums=0)
-def lowrank(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
-    """s·(x·p)·q over the axes that `spec` names.
+def lowrank(
+    specs: tuple[Spec, ...], x: jax.Array, ps: Sequence[jax.Array], qs: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """s·(x·p)·q for each p and q, over the axes that `specs` name.
+
+    The activation is read once for all p, which lie side by side, forward and backward, and what
+    they add to its gradient is written once.
 
     Args:
-        spec: the axes, scale, dtype and precision.
+        specs: for each product the axes, scale, dtype and precision. Where there are several, p has
+            the contracted axes in the order of x, then the rank.
         x: activation, of any floating dtype; sums are in float32 or better.
-        p: factor in the dtype of `x`.
-        q: factor in the dtype of `x`.
+        ps: factors in the dtype of `x`.
+        qs: factors in the dtype of `x`.
 
     Returns:
-        An array with the axes `spec.y` and the dtype `spec.dtype`.
+        Arrays with the axes `spec.y` and the dtype `spec.dtype`.
     """
-    if is_kept(spec, x, p):
-        return _product(spec, x, p, q)
-    return jax.checkpoint(_product, static_argnums=0, prevent_cse=False)(spec, x, p, q)
+    products = functools.partial(_products, specs)
+    return (products if is_kept(specs[0], x, ps) else _computed_again(products))(x, ps, qs)
 
 
-def is_kept(spec: Spec, x: jax.Array, p: jax.Array) -> bool:
+def _products(
+    specs: tuple[Spec, ...], x: jax.Array, ps: Sequence[jax.Array], qs: Sequence[jax.Array]
+) -> list[jax.Array]:
+    # The backward pass keeps x, p, h and q, and not what becomes of them in either half.
+    h = _computed_again(functools.partial(_reduced, specs))(x, ps)
+    return _computed_again(functools.partial(_expanded, specs))(h, qs)
+
+
+def _computed_again(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f`, of which the backward pass keeps the arguments alone."""
+    return jax.checkpoint(f, prevent_cse=False)
+
+
+def is_kept(spec: Spec, x: jax.Array, ps: Sequence[jax.Array]) -> bool:
     """Whether h is so small beside x that it is kept for the backward pass."""
-    sizes = dict(zip(spec.x + spec.p, x.shape + p.shape, strict=True))
+    sizes = dict(zip(spec.x + spec.p, x.shape + ps[0].shape, strict=True))
     return KEPT * math.prod(sizes[c] for c in spec.h) <= x.size
 
 
-def _product(spec: Spec, x: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
-    h = _reduced(spec, x, p)
-    return _expanded(spec, h * jnp.asarray(spec.scale, h.dtype), q)
-
-
-def _reduced(spec: Spec, x: jax.Array, p: jax.Array) -> jax.Array:
-    """x·p."""
+def _reduced(specs: tuple[Spec, ...], x: jax.Array, ps: Sequence[jax.Array]) -> jax.Array:
+    """s·x·p for all p side by side."""
+    spec = specs[0]
+    ps = [p * jnp.asarray(s.scale, p.dtype) for s, p in zip(specs, ps, strict=True)]
+    p = jnp.concatenate(ps, spec.p.index("Z")) if len(ps) > 1 else ps[0]
     # Where a mesh leaves h in parts, XLA adds these up along with the model's own activations, in
     # one collective, if they have one dtype.
     p = turned(p) if _is_thin(spec, x, p) else p
     return einsum(spec.x, spec.p, spec.h, x, p, dtype=x.dtype, precision=spec.precision)
 
 
-def _expanded(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
+def _expanded(specs: tuple[Spec, ...], h: jax.Array, qs: Sequence[jax.Array]) -> list[jax.Array]:
+    """For each q its part of h, times it."""
+    parts = [h]
+    if len(qs) > 1:
+        ends = np.cumsum([q.shape[s.q.index("Z")] for s, q in zip(specs, qs, strict=True)])
+        parts = jnp.split(h, ends[:-1], specs[0].h.index("Z"))
+    return list(map(_expanded_part, specs, parts, qs))
+
+
+def _expanded_part(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
     """h·q; on a CPU as a product of two matrices, whose hᵀ·ȳ alone is fast there."""
     how = {"precision": spec.precision, "dtype": spec.dtype}
 
@@ -111,17 +138,7 @@ def _expanded(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
     in_order = spec.h == tokens + spec.q[0] and spec.y == tokens + outputs
     if not in_order or len(spec.y) == 2 or spec.sharding is not None:
         return straight(h, q)
-
-    def either(h: jax.Array, q: jax.Array) -> jax.Array:
-        return lax.platform_dependent(h, q, cpu=flat, default=straight)
-
-    # What the backward pass needs is h and q, not what each platform would make of them.
-    return jax.checkpoint(either, prevent_cse=False)(h, q)
-
-
-# The two halves on their own, for products whose first factors lie side by side.
-reduced = jax.jit(_reduced, static_argnums=0)
-expanded = jax.jit(_expanded, static_argnums=0)
+    return lax.platform_dependent(h, q, cpu=flat, default=straight)
 
 
 def _is_thin(spec: Spec, x: jax.Array, p: jax.Array) -> bool:

@@ -5,8 +5,9 @@ layer's input, as a layer within a model has them. The floor is the step in whic
 frozen and the norms trained. "Plain" is x·W + s·(x·A)·B as one would write it by hand,
 differentiated by JAX.
 
-The counts are the same on every machine; they are no times. XLA counts the body of a scan once, and
-as bytes also what it copies ahead into fast memory, so that the last percent is its schedule's.
+The counts are the same on every machine; they are no times. The body of a scan counts once. XLA's
+bytes are those that its operations access, in any memory; those "moved" are to and from main
+memory, and so are what a TPU's bandwidth bounds.
 """
 
 import functools
@@ -22,7 +23,7 @@ from tqdm import tqdm
 import jlora
 from jlora.planning._topology import has_compiler, mesh_of
 
-from . import report
+from . import report, traffic
 
 SCALE = 2.0
 WEIGHTS = {  # of a matrix, along the axes of the mesh
@@ -90,7 +91,7 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     rows = []
     for name, shape, chip, ranks in tqdm(work, "tpu", disable=None):
         rows += measure(name, shape, chip, ranks)
-    report.table("tpu: bytes that XLA counts over the frozen step's", rows, out)
+    report.table("tpu: operations and bytes over the frozen step's", rows, out)
 
 
 def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -108,7 +109,9 @@ def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[
             "trained": trained,
             "TFLOP": cost.flops / 1e12,
             "GB": cost.size / 1e9,
+            "GB moved": cost.moved / 1e9,
             "bytes": cost.size / floor.size,
+            "moved": cost.moved / floor.moved,
             "FLOPs": cost.flops / floor.flops,
             "temp": cost.temp / max(floor.temp, 1),
         }
@@ -117,10 +120,18 @@ def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[
 
 
 class Cost(NamedTuple):
-    """What XLA says of a program on one device: operations, bytes moved, bytes allocated."""
+    """What XLA says of a program on one device.
+
+    Attributes:
+        flops: floating-point operations.
+        size: bytes that its operations access.
+        moved: those of them that go to and from main memory.
+        temp: bytes that are allocated beside arguments and results.
+    """
 
     flops: float
     size: float
+    moved: int
     temp: int
 
 
@@ -157,7 +168,8 @@ def _compiled(f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any) ->
 
     program = jax.jit(both).lower(trained, frozen, x, x).compile()
     cost = program.cost_analysis()
-    return Cost(cost["flops"], cost["bytes accessed"], program.memory_analysis().temp_size_in_bytes)
+    moved, temp = traffic.main_memory(program.as_text()), program.memory_analysis()
+    return Cost(cost["flops"], cost["bytes accessed"], moved, temp.temp_size_in_bytes)
 
 
 @functools.cache

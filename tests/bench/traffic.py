@@ -1,0 +1,126 @@
+"""Bytes that a program compiled for a TPU moves to and from its main memory.
+
+XLA's own count adds what is copied between main memory (HBM) and a core's own (VMEM) to what the
+products then read there, so that a schedule which copies further ahead counts as more, though no
+byte more comes from main memory. Here an operand or a result counts where it lies in main memory
+alone, a copy between the two once, and the body of a loop once, as XLA counts it.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\[([\d,]*)\](\{[^}]*\})?")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\) -> .* \{")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][a-z\-]*)\((.*)")
+_MOVES_NOTHING = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("copy-done", "slice-done", "async-done"),
+}
+
+
+class _Instruction(NamedTuple):
+    name: str
+    type: str
+    op: str
+    operands: list[str]
+    rest: str
+
+
+def main_memory(program: str) -> int:
+    """Bytes to and from main memory, of the text of a compiled program."""
+    computations: dict[str, dict[str, _Instruction]] = {}
+    current: dict[str, _Instruction] = {}
+    entry = ""
+    for line in program.splitlines():
+        if found := _COMPUTATION.match(line):
+            current = computations.setdefault(found[1], {})
+            entry = found[1] if line.startswith("ENTRY") else entry
+        elif found := _INSTRUCTION.match(line):
+            root, name, kind, op, rest = found.groups()
+            operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+            current[name] = _Instruction(name, kind, op, operands, rest)
+            if root:
+                current["ROOT"] = current[name]
+    return _Program(computations).bytes_of(entry)
+
+
+class _Program:
+    def __init__(self, computations: dict[str, dict[str, _Instruction]]) -> None:
+        self.computations = computations
+        self.bytes_of = functools.cache(self.bytes_of)
+
+    def bytes_of(self, computation: str) -> int:
+        """Of one run of a computation."""
+        inside = self.computations[computation]
+        return sum(self.of(i, inside) for name, i in inside.items() if name != "ROOT")
+
+    def of(self, i: _Instruction, inside: dict[str, _Instruction]) -> int:
+        operands = [inside[name] for name in i.operands if name in inside]
+        if i.op in _MOVES_NOTHING:
+            return 0
+        if i.op == "while":
+            return self.bytes_of(_called(i, "body"))
+        if i.op == "call":
+            return self.bytes_of(_called(i, "to_apply"))
+        if i.op in ("copy-start", "slice-start"):
+            ends = [(size, fast) for size, fast in _arrays(i.type) if size > 8]  # no semaphore
+            return min(size for size, _ in ends) * sum(not fast for _, fast in ends)
+        if i.op == "fusion":
+            return self.of_fusion(i, operands)
+        if i.op == "dynamic-slice":
+            return 2 * _size(i.type)
+        if i.op == "dynamic-update-slice":
+            return 2 * _size(operands[1].type)
+        return _size(i.type) + sum(_size(x.type) for x in operands)
+
+    def of_fusion(self, i: _Instruction, operands: list[_Instruction]) -> int:
+        inside = self.computations[_called(i, "calls")]
+        parameters = {
+            int(x.rest.split(")")[0]): x for x in inside.values() if x.op == "parameter"
+        }
+        total, written = 0, _size(i.type)
+        for number, operand in enumerate(operands):
+            read = _size(operand.type)
+            uses = list(_uses(inside, parameters[number].name))
+            if read and uses and all(use.op in ("dynamic-slice", "slice") for use, _ in uses):
+                read = min(read, sum(_size(use.type, everywhere=True) for use, _ in uses))
+            elif read and len(uses) == 1 and _is_updated(*uses[0]):
+                update = _size(inside[uses[0][0].operands[1]].type, everywhere=True)
+                read, written = 0, written - read + update  # in place
+            total += read
+        return total + max(written, 0)
+
+
+def _uses(inside: dict[str, _Instruction], name: str) -> Iterator[tuple[_Instruction, int]]:
+    for key, user in inside.items():
+        if key == "ROOT" or name not in user.operands:
+            continue
+        if user.op == "bitcast":
+            yield from _uses(inside, user.name)
+        else:
+            yield user, user.operands.index(name)
+
+
+def _is_updated(use: _Instruction, operand: int) -> bool:
+    return use.op == "dynamic-update-slice" and operand == 0
+
+
+def _called(i: _Instruction, what: str) -> str:
+    found = re.search(rf"{what}=%?([\w.\-]+)", i.rest)
+    assert found is not None, i
+    return found[1]
+
+
+def _arrays(kind: str) -> Iterator[tuple[int, bool]]:
+    """The size of each array of a type, and whether it lies in the core's own memory."""
+    for name, bits, shape, layout in _ARRAY.findall(kind):
+        size = math.prod(int(n) for n in shape.split(",") if n)
+        yield size * max(1, int(bits or 8) // 8), "S(1)" in layout
+
+
+def _size(kind: str, everywhere: bool = False) -> int:
+    """Bytes of a type that lie in main memory."""
+    return sum(size for size, fast in _arrays(kind) if everywhere or not fast)
