@@ -6,8 +6,12 @@ those of small layers, which have more of them beside the weights than large one
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
-from bench import tpu
+from jax.sharding import PartitionSpec
+
+from bench import tpu, traffic
 
 pytest.importorskip("libtpu")
 
@@ -32,3 +36,19 @@ def test_all_linear(layer, limit):
 def test_query_and_value():
     floor, ours = (step(tpu.SMALL, "v5e", *form) for form in (["floor"], ["jlora", 8, r"/[qv]$"]))
     assert ours.size <= 1.08 * floor.size
+
+
+def test_what_moves():
+    """A product reads both operands and writes its result; a scan reads of a stack one matrix."""
+    mesh = tpu.mesh_for("v5e:2x2", (1, 1))
+    n = 8192  # of which no matrix fits in the core's own memory
+    x, stack = (tpu.spec(mesh, shape, PartitionSpec()) for shape in [(n, n), (64, n, n)])
+
+    def matrices(f, *args):
+        return traffic.main_memory(jax.jit(f).lower(*args).compile().as_text()) / (2 * n * n)
+
+    assert matrices(jnp.dot, x, x) == pytest.approx(3, rel=0.01)
+    once = matrices(
+        lambda x, stack: jax.lax.scan(lambda y, w: (y @ w, None), x, stack)[0], x, stack
+    )
+    assert 3 <= once <= 8  # with what is before and after the loop

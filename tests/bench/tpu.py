@@ -139,10 +139,10 @@ def step(shape: Layer, chip: str, trained: str, rank: int = 0, pattern: str = ""
     """A step of `shape` in which `trained` is: "floor", "full", "plain" or "jlora"."""
     slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
     devices = shape.mesh[0] * shape.mesh[1]
-    mesh = _mesh(f"{chip}:{slices[devices]}", shape.mesh)
-    w = {k: _spec(mesh, s, _partition(k, s, shape)) for k, s in _stacked(shape).items()}
+    mesh = mesh_for(f"{chip}:{slices[devices]}", shape.mesh)
+    w = {k: spec(mesh, s, _partition(k, s, shape)) for k, s in _stacked(shape).items()}
     rows = PartitionSpec("fsdp") if devices > 1 else PartitionSpec()
-    x = _spec(mesh, (shape.batch, shape.length, shape.dim), rows)
+    x = spec(mesh, (shape.batch, shape.length, shape.dim), rows)
     norms = {k: v for k, v in w.items() if "norm" in k}
     if trained in ("floor", "full"):
         first = norms if trained == "floor" else w
@@ -154,7 +154,7 @@ def step(shape: Layer, chip: str, trained: str, rank: int = 0, pattern: str = ""
     )
     _, adapter = jax.eval_shape(lora.init, jax.random.key(0), {"w": w}, x)
     specs = jlora.sharding.specs({"w": jax.tree.map(lambda v: v.sharding, w)}, adapter)
-    adapter = jax.tree.map(lambda v, s: _spec(mesh, v.shape, s.spec), adapter, specs)
+    adapter = jax.tree.map(lambda v, s: spec(mesh, v.shape, s.spec), adapter, specs)
     if trained == "jlora":
         return _compiled(lambda a, w, x: lora.apply({"w": w}, a, x), adapter, w, x)
     factors = {k: (node.a, node.b) for k, node in adapter["w"].items()}
@@ -173,15 +173,17 @@ def _compiled(f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any) ->
 
 
 @functools.cache
-def _mesh(topology: str, axes: tuple[int, int]) -> Mesh:
+def mesh_for(topology: str, axes: tuple[int, int]) -> Mesh:
+    """A mesh along fsdp and tensor of devices that are not there, such as "v5e:2x4"."""
     if axes != (1, 1):
         return mesh_of(topology, dict(zip(("fsdp", "tensor"), axes, strict=True)))
     devices = mesh_of(topology, {"x": 4}).devices
     return Mesh(devices[:1].reshape(1, 1), ("fsdp", "tensor"))
 
 
-def _spec(mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+def spec(mesh: Mesh, shape: tuple[int, ...], partition: PartitionSpec) -> jax.ShapeDtypeStruct:
+    """A bfloat16 array of a shape and where it lies."""
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, partition))
 
 
 def _stacked(shape: Layer) -> dict[str, tuple[int, ...]]:

@@ -6,13 +6,12 @@ byte more comes from main memory. Here an operand or a result counts where it li
 alone, a copy between the two once, and the body of a loop once, as XLA counts it.
 """
 
-import functools
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_ARRAY = re.compile(r"\b([a-z]+)(\d*)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"\b[a-z]+(\d*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][a-z\-]*)\((.*)")
 _MOVES_NOTHING = {
@@ -50,7 +49,6 @@ def main_memory(program: str) -> int:
 class _Program:
     def __init__(self, computations: dict[str, dict[str, _Instruction]]) -> None:
         self.computations = computations
-        self.bytes_of = functools.cache(self.bytes_of)
 
     def bytes_of(self, computation: str) -> int:
         """Of one run of a computation."""
@@ -77,35 +75,50 @@ class _Program:
         return _size(i.type) + sum(_size(x.type) for x in operands)
 
     def of_fusion(self, i: _Instruction, operands: list[_Instruction]) -> int:
-        inside = self.computations[_called(i, "calls")]
-        parameters = {
-            int(x.rest.split(")")[0]): x for x in inside.values() if x.op == "parameter"
-        }
-        total, written = 0, _size(i.type)
+        """What a fusion reads, of a stack its slices, and writes, in place what is new."""
+        read, written = 0, _size(i.type)
         for number, operand in enumerate(operands):
-            read = _size(operand.type)
-            uses = list(_uses(inside, parameters[number].name))
-            if read and uses and all(use.op in ("dynamic-slice", "slice") for use, _ in uses):
-                read = min(read, sum(_size(use.type, everywhere=True) for use, _ in uses))
-            elif read and len(uses) == 1 and _is_updated(*uses[0]):
-                update = _size(inside[uses[0][0].operands[1]].type, everywhere=True)
-                read, written = 0, written - read + update  # in place
-            total += read
-        return total + max(written, 0)
+            if whole := _size(operand.type):
+                uses = [use or (0, 0) for use in self.uses(_called(i, "calls"), number)]
+                updates = [update for use, update in uses if update]
+                if updates and len(updates) == len(uses):
+                    written += sum(updates) - whole
+                else:
+                    read += min(whole, sum(use or whole for use, _ in uses))
+        return read + max(written, 0)
 
+    def uses(self, computation: str, number: int) -> Iterator[tuple[int, int] | None]:
+        """Of each use of a parameter the bytes of a slice and of an update, 0 if it is neither.
 
-def _uses(inside: dict[str, _Instruction], name: str) -> Iterator[tuple[_Instruction, int]]:
-    for key, user in inside.items():
-        if key == "ROOT" or name not in user.operands:
-            continue
-        if user.op == "bitcast":
-            yield from _uses(inside, user.name)
-        else:
-            yield user, user.operands.index(name)
-
-
-def _is_updated(use: _Instruction, operand: int) -> bool:
-    return use.op == "dynamic-update-slice" and operand == 0
+        None where the parameter is the result, whose uses are then those of the result.
+        """
+        inside = self.computations[computation]
+        [name] = [
+            key
+            for key, x in inside.items()
+            if key != "ROOT" and x.op == "parameter" and x.rest.startswith(f"{number})")
+        ]
+        names = [name]
+        for name in names:
+            for key, user in inside.items():
+                if key == "ROOT" or name not in user.operands:
+                    continue
+                if user.op == "bitcast":
+                    names.append(key)
+                elif user.op == "fusion":
+                    for use in self.uses(_called(user, "calls"), user.operands.index(name)):
+                        if use is None:
+                            names.append(key)
+                        else:
+                            yield use
+                elif user.op in ("dynamic-slice", "slice"):
+                    yield _size(user.type, everywhere=True), 0
+                elif user.op == "dynamic-update-slice" and user.operands[0] == name:
+                    yield 0, _size(inside[user.operands[1]].type, everywhere=True)
+                else:
+                    yield 0, 0
+        if inside["ROOT"].name in names:
+            yield None
 
 
 def _called(i: _Instruction, what: str) -> str:
@@ -116,7 +129,7 @@ def _called(i: _Instruction, what: str) -> str:
 
 def _arrays(kind: str) -> Iterator[tuple[int, bool]]:
     """The size of each array of a type, and whether it lies in the core's own memory."""
-    for name, bits, shape, layout in _ARRAY.findall(kind):
+    for bits, shape, layout in _ARRAY.findall(kind):
         size = math.prod(int(n) for n in shape.split(",") if n)
         yield size * max(1, int(bits or 8) // 8), "S(1)" in layout
 
