@@ -75,7 +75,7 @@ def test_a_compiled_plan_is_the_step():
 
 @pytest.mark.parametrize("remat", [True, False])
 def test_the_estimate_is_near(remat):
-    """Rough: within a factor of three of what XLA's CPU compiler allocates."""
+    """Within half of what XLA's CPU compiler allocates, which fuses less than those for TPUs."""
     operands = plan_jobs.job(MESH, layers=8, rows=64, dtype=jnp.float32, remat=remat)
     compiled, estimated = (jlora.plan(*operands, compile=c) for c in (True, False))
-    assert compiled.activations / 3 < estimated.activations < 3 * compiled.activations
+    assert compiled.activations / 1.5 < estimated.activations < 1.5 * compiled.activations

@@ -47,8 +47,8 @@ def test_the_table():
         "moments                         1.0 KiB  exact\n"
         "batch                              64 B  exact\n"
         "gradients                         512 B  exact\n"
-        "activations                     1.0 GiB  rough estimate\n"
-        "peak                            2.0 GiB  rough estimate\n"
+        "activations                     1.0 GiB  estimate\n"
+        "peak                            2.0 GiB  estimate\n"
         "what a device has is not known"
     )
     found = found._replace(method="compiled", capacity=2**30)
@@ -96,21 +96,52 @@ def test_compiling_needs_devices():
         jlora.plan(*plan_jobs.job(MESH), compile=True)
 
 
+W, X = jnp.ones((8, 8)), jnp.ones((2, 8))
+
+
 @pytest.mark.parametrize(
     ("f", "expected"),
     [
-        (lambda x: jnp.sin(x), 4),
-        (lambda x: jnp.sin(jnp.sin(x)) + jnp.cos(x), 12),
-        (lambda x: x, 0),
-        (lambda x: jax.jit(lambda y: jnp.sin(jnp.cos(y)))(x), 8),
-        (lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), c), x, None, 10)[1], 4 + 40 + 4),
+        (lambda w, x: x @ w, 64),
+        (lambda w, x: jnp.sin(x @ w), 64 + 64),  # the result, and what it is computed from
+        (lambda w, x: jnp.sin(jnp.cos(x @ w)) @ w, 64 + 64),  # fused with the second product
+        (lambda w, x: x @ w + x @ w, 64 + 64),  # the second product is added to the first
+        (lambda w, x: (x @ w, 0)[1], 0),  # nothing is computed that nobody needs
+        (lambda w, x: x, 0),
+        (lambda w, x: jax.jit(lambda y: y @ w @ w)(x), 64 + 64),
+        (lambda w, x: jax.lax.scan(lambda c, _: (c @ w, c @ w), x, None, 10)[1], 640 + 64 + 128),
+        (lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), 64 + 64),
     ],
-    ids=["one", "two", "none", "call", "stack"],
+    ids=["one", "after", "between", "sum", "dead", "none", "call", "stack", "choice"],
 )
 def test_what_is_held_at_once(f, expected):
-    """In elements, of a vector of four."""
-    found = held(jax.make_jaxpr(f)(jnp.ones(4)), lambda aval: aval.size)
-    assert found == expected
+    """In bytes, of float32."""
+    assert held(jax.make_jaxpr(f)(W, X), [((), ()), ((), ())], {})[0] == expected
+
+
+def layouts(f, *layouts):
+    """Where the result of `f(w, x)` lies, and what it holds, on 2 × 2 devices."""
+    size, [out] = held(jax.make_jaxpr(f)(W, X), layouts, {"fsdp": 2, "tensor": 2})
+    return size, out
+
+
+ROWS, COLUMN, ROW = (("fsdp",), ()), (("fsdp",), ("tensor",)), (("tensor",), ("fsdp",))
+
+
+def test_where_results_lie():
+    """As the activation does; a weight that is cut along the same mesh axis is gathered."""
+    assert layouts(lambda w, x: x @ w, COLUMN, ROWS) == (16 + 128, (("fsdp",), ("tensor",)))
+    assert layouts(lambda w, x: x @ w, ((), ("tensor",)), ROWS) == (16, (("fsdp",), ("tensor",)))
+    assert layouts(lambda w, x: (x @ w).T, ((), ("tensor",)), ROWS)[1] == (("tensor",), ("fsdp",))
+    assert layouts(lambda w, x: (x @ w).sum(0), ((), ("tensor",)), ROWS)[1] == (("tensor",),)
+    heads = lambda w, x: (x @ w).reshape(2, 4, 2)  # noqa: E731
+    assert layouts(heads, ((), ("tensor",)), ROWS)[1] == (("fsdp",), ("tensor",), ())
+    merged = lambda w, x: heads(w, x).reshape(2, 8)  # noqa: E731
+    assert layouts(merged, ((), ("tensor",)), ROWS)[1] == (("fsdp",), ("tensor",))
+    zeros = lambda w, x: x @ w + jnp.zeros((2, 8)).at[0].set(1)  # noqa: E731
+    assert layouts(zeros, ((), ("tensor",)), ROWS)[0] == 16 + 16
+    summed = lambda w, x: (x @ w).astype(jnp.bfloat16)  # noqa: E731
+    assert layouts(summed, ROW, ((), ("tensor",))) == (64 // 2 // 2 + 64 // 2, ((), ("fsdp",)))
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -181,7 +212,7 @@ def test_errors_of_the_command(args, message):
 def test_without_libtpu_it_says_so(monkeypatch):
     monkeypatch.setattr(_topology.importlib.util, "find_spec", lambda name: None)
     text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
-    assert "rough estimate" in text
+    assert "estimate" in text
     assert "libtpu is not installed" in text
 
 
