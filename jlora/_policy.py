@@ -9,7 +9,7 @@ _NAMES = """
     expand_dims expm1 floor ge gt integer_pow iota is_finite le log1p logistic lt max min mul ne neg
     not or reshape round select_n sign sin square squeeze stop_gradient sub tanh transpose xor
 """
-_CHEAP = frozenset(_NAMES.split())
+CHEAP = frozenset(_NAMES.split())
 
 
 def checkpoint_policy(prim: Any, *_: Any, **params: Any) -> bool:
@@ -40,4 +40,4 @@ def checkpoint_policy(prim: Any, *_: Any, **params: Any) -> bool:
         True
     """
     del params
-    return prim.name not in _CHEAP
+    return prim.name not in CHEAP

@@ -10,19 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import _compat
+from .._policy import CHEAP
 from ..core import explicit
 
 Layout = tuple[tuple[str, ...], ...]  # for each axis of a value the mesh axes that cut it
 Mesh = Mapping[str, int]  # the length of each mesh axis
 
-_FUSED = frozenset(
-    """
-    abs and broadcast_in_dim ceil clamp convert_element_type copy cos div dynamic_slice eq erf exp
-    exp2 expand_dims expm1 floor ge gt integer_pow iota is_finite le log log1p logistic lt max min
-    mul name ne neg not or pow reshape rsqrt round select_n sign sin slice sqrt square squeeze
-    stop_gradient sub tanh transpose xor
-    """.split()
-)
+_FUSED = CHEAP | {"div", "dynamic_slice", "log", "name", "pow", "rsqrt", "slice", "sqrt"}
 _SUMS = frozenset({"add", "add_any"})
 _LOOPS = frozenset({"scan", "while"})
 _IN_PLACE = _SUMS | _LOOPS | {"dynamic_update_slice", "scatter", "scatter-add"}
@@ -115,7 +109,7 @@ def _name(names: Mapping[Any, Any], atom: Any) -> Any:
 
 
 def _flat(jaxpr: Any, names: dict[Any, Any]) -> Iterator[_Operation]:
-    """The operations of `jaxpr` and of what it calls, in order; `names` gets those of its values."""
+    """The operations of `jaxpr` and of what it calls, in order; `names` gets their values'."""
     for eqn in jaxpr.eqns:
         inputs = [_name(names, v) for v in eqn.invars]
         body = _called(eqn)
@@ -175,7 +169,7 @@ def _bytes(aval: Any, layout: Layout, mesh: Mesh) -> int:
 # ---------------------------------------------------------------------------------- where it lies
 
 
-def layout_of(spec: Sequence[Any], ndim: int) -> Layout:
+def layout_of(spec: Any, ndim: int) -> Layout:
     """The mesh axes along each axis of an array whose partition is `spec`."""
     entries = (*spec, *(None,) * (ndim - len(spec)))
     return tuple(e if isinstance(e, tuple) else (e,) if isinstance(e, str) else () for e in entries)
@@ -190,7 +184,7 @@ def _known(op: _Operation, lies: Mapping[Any, Layout]) -> list[Layout]:
 def _hints(
     operations: Sequence[_Operation], lies: Mapping[Any, Layout], mesh: Mesh
 ) -> dict[Any, Layout]:
-    """For values that lie nowhere, as zeros do, where what is made of each of their entries does."""
+    """For values that lie nowhere, as zeros do, where what they are added to does."""
     lies, hints = dict(lies), {}
     for op in operations:
         lies |= dict(zip(op.outputs, _results(op, _known(op, lies), mesh)[1], strict=True))
@@ -204,9 +198,7 @@ def _hints(
     return hints
 
 
-def _results(
-    op: _Operation, layouts: Sequence[Layout], mesh: Mesh
-) -> tuple[int, list[Layout]]:
+def _results(op: _Operation, layouts: Sequence[Layout], mesh: Mesh) -> tuple[int, list[Layout]]:
     """What an operation holds beside its results, and where those lie."""
     p, avals = op.eqn.params, [v.aval for v in op.eqn.outvars]
     if op.name == "scan":
@@ -293,9 +285,7 @@ def _product(op: _Operation, layouts: Sequence[Layout]) -> Layout:
     return tuple(found[place] for place in sorted(found))
 
 
-def _gathered(
-    op: _Operation, layouts: Sequence[Layout], out: Layout, mesh: Mesh
-) -> list[int]:
+def _gathered(op: _Operation, layouts: Sequence[Layout], out: Layout, mesh: Mesh) -> list[int]:
     """The bytes of each operand of a product that it needs whole along mesh axes that cut it."""
     contracted, _ = op.eqn.params["dimension_numbers"]
     sizes = []

@@ -245,14 +245,12 @@ def _bytes(number: str, unit: str) -> int:
 # ------------------------------------------------------------------------------------- arithmetic
 
 
-# Beside what a step holds, XLA allocates what lies between, and copies in other layouts: a fifth to a
-# third more for steps of GPT-3 and Llama on TPUs and GPUs.
+# Beside what a step holds XLA allocates gaps, and copies in other layouts: in the middle of five
+# steps of GPT-3 and Llama on TPUs and GPUs so much more.
 ALLOCATED = 1.25
 
 
-def _estimate(
-    loss: Callable[..., Any], adapter: PyTree, base: PyTree, args: Any, mesh: Any
-) -> int:
+def _estimate(loss: Callable[..., Any], adapter: PyTree, base: PyTree, args: Any, mesh: Any) -> int:
     """What XLA allocates for the traced gradient."""
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(adapter, base, *args)
     leaves = jax.tree.leaves((adapter, base, args))
