@@ -9,9 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from bench import tpu, traffic
 from jax.sharding import PartitionSpec
 
-from bench import tpu, traffic
+import jlora
 
 pytest.importorskip("libtpu")
 
@@ -39,6 +40,19 @@ def test_a_layer_of_llama_7b():
     assert ours.size <= 1.24 * floor.size
     assert ours.moved <= 1.24 * floor.moved
     assert ours.moved <= 0.99 * plain.moved
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_merging_forms_no_delta(rank):
+    """Of many leaves, in place."""
+    mesh = tpu.mesh_for("v5e:2x2", (1, 1))
+    params = {f"w{i}": tpu.spec(mesh, (1024, 1024), PartitionSpec()) for i in range(4)}
+    lora = jlora.transform(lambda p, x: [x @ w for w in p.values()], jlora.LoRA(rank=rank))
+    x = jax.ShapeDtypeStruct((1, 1024), jnp.bfloat16)
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)[1]
+    on_mesh = jax.tree.map(lambda v: tpu.spec(mesh, v.shape, PartitionSpec()), (params, adapter))
+    merge = jax.jit(jlora.merge, donate_argnums=0).lower(*on_mesh).compile()
+    assert merge.memory_analysis().temp_size_in_bytes == 0
 
 
 def test_query_and_value():

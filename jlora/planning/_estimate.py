@@ -16,7 +16,9 @@ from ..core import explicit
 Layout = tuple[tuple[str, ...], ...]  # for each axis of a value the mesh axes that cut it
 Mesh = Mapping[str, int]  # the length of each mesh axis
 
-_FUSED = CHEAP | {"div", "dynamic_slice", "log", "name", "pow", "rsqrt", "slice", "sqrt"}
+_FUSED = CHEAP | {
+    *("div", "dynamic_slice", "log", "name", "pow", "reduce_precision", "rsqrt", "slice", "sqrt")
+}
 _SUMS = frozenset({"add", "add_any"})
 _LOOPS = frozenset({"scan", "while"})
 _IN_PLACE = _SUMS | _LOOPS | {"dynamic_update_slice", "scatter", "scatter-add"}
