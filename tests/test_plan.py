@@ -144,6 +144,13 @@ def test_where_results_lie():
     assert layouts(summed, ROW, ((), ("tensor",))) == (64 // 2 // 2 + 64 // 2, ((), ("fsdp",)))
 
 
+def test_a_mesh_that_only_the_model_knows_of():
+    by_rows = jax.shard_map(jnp.sort, mesh=MESH, in_specs=P("fsdp"), out_specs=P("fsdp"))
+    jaxpr = jax.make_jaxpr(by_rows)(jnp.ones((8, 4)))
+    size, [out] = held(jaxpr, [((), ())], {})
+    assert (size, out) == (4 * 32 + 4 * 32 // 4, (("fsdp",), ()))
+
+
 # ------------------------------------------------------------------------------ the command line
 
 

@@ -161,9 +161,9 @@ def _is_fused(
 
 
 def _bytes(aval: Any, layout: Layout, mesh: Mesh) -> int:
-    """On one device."""
+    """On one device; along axes of a mesh that only the model knows of, whole."""
     shape = getattr(aval, "shape", ())
-    parts = [math.prod(mesh[a] for a in axes) for axes in layout] or [1] * len(shape)
+    parts = [math.prod(mesh.get(a, 1) for a in axes) for axes in layout] or [1] * len(shape)
     itemsize = getattr(getattr(aval, "dtype", None), "itemsize", 0)
     return math.prod(-(-n // p) for n, p in zip(shape, parts, strict=True)) * itemsize
 
