@@ -88,19 +88,35 @@ def held(jaxpr: Any, layouts: Sequence[Layout], mesh: Mesh) -> tuple[int, list[L
             last |= dict.fromkeys(none.union(*sources, op.outputs), i)
             written.append((i, op, inside, none.union(*sources)))
     last |= dict.fromkeys(none.union(*(read.get(v, none) for v in results)), len(operations))
-    ends: dict[int, list[int]] = {i: [] for i in range(len(operations) + 1)}
+    most, live = _most(written, size, last)
+    fused = sum(size[v] for v in set(results) if v in size and read[v] != {v})
+    most = max(most, live + fused) + sum(gathered.values())
+    return most, [lies.get(v, ()) for v in results]
+
+
+def _most(
+    written: Sequence[tuple[int, _Operation, int, frozenset[Any]]],
+    size: Mapping[Any, int],
+    last: Mapping[Any, int],
+) -> tuple[int, int]:
+    """Bytes of what lives at once, at most, and in the end.
+
+    Args:
+        written: operations that write: number, operation, what it holds itself, what it reads.
+        size: of each value.
+        last: the number of the operation that reads it last.
+    """
+    ends: dict[int, list[int]] = {}
     for v, i in last.items():
-        ends[i].append(size[v])
+        ends.setdefault(i, []).append(size[v])
     live, most = 0, 0
     for i, op, inside, sources in written:
         new = sum(size[v] for v in op.outputs)
         old = max((size[v] for v in sources if last[v] == i), default=0)
         reused = min(new, old) if op.name in _IN_PLACE else 0
         most = max(most, live + inside + new - reused)
-        live += new - sum(ends[i])
-    fused = sum(size[v] for v in set(results) if v in size and read[v] != {v})
-    most = max(most, live + fused) + sum(gathered.values())
-    return most, [lies.get(v, ()) for v in results]
+        live += new - sum(ends.get(i, []))
+    return most, live
 
 
 # ------------------------------------------------------------------------------------- operations
