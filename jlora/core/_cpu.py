@@ -1,7 +1,7 @@
 """What only CPUs want of a product: an order of its own for many tokens, and thin gradients.
 
-The order is chosen for the platform that a program is lowered for, wherever it is traced. That of
-the thin products costs the others nothing.
+The order is chosen for the platform that a program is lowered for, wherever it is traced. Thin
+gradients are turned on all platforms, which costs the others nothing.
 """
 
 from typing import Any

@@ -135,7 +135,7 @@ class _Contraction:
         order = "".join(sorted(spec.p, key=f"{self.z_axes}Z".index))
         p = p.transpose([spec.p.index(c) for c in order])
         spec = spec._replace(p=order)
-        if not is_kept(spec, self.z, [p]) or explicit(self.z) is not None:
+        if not is_kept(spec, self.z, p) or explicit(self.z) is not None:
             raise Unfactorable
         return spec, p, q
 

@@ -80,7 +80,7 @@ def lowrank(
         Arrays with the axes `spec.y` and the dtype `spec.dtype`.
     """
     products = functools.partial(_products, specs)
-    return (products if is_kept(specs[0], x, ps) else _computed_again(products))(x, ps, qs)
+    return (products if is_kept(specs[0], x, ps[0]) else _computed_again(products))(x, ps, qs)
 
 
 def _products(
@@ -96,9 +96,9 @@ def _computed_again(f: Callable[..., Any]) -> Callable[..., Any]:
     return jax.checkpoint(f, prevent_cse=False)
 
 
-def is_kept(spec: Spec, x: jax.Array, ps: Sequence[jax.Array]) -> bool:
+def is_kept(spec: Spec, x: jax.Array, p: jax.Array) -> bool:
     """Whether h is so small beside x that it is kept for the backward pass."""
-    sizes = dict(zip(spec.x + spec.p, x.shape + ps[0].shape, strict=True))
+    sizes = dict(zip(spec.x + spec.p, x.shape + p.shape, strict=True))
     return KEPT * math.prod(sizes[c] for c in spec.h) <= x.size
 
 

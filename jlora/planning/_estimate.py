@@ -5,8 +5,9 @@ arguments, and from what the model constrains, through each operation. What an e
 gives is computed wherever it is read, so that what it is computed from lives on instead.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import _compat
@@ -61,7 +62,9 @@ def held(jaxpr: Any, layouts: Sequence[Layout], mesh: Mesh) -> tuple[int, list[L
     results = [_name(names, v) for v in jaxpr.outvars]
     operations = _needed(operations, results)
     lies: dict[Any, Layout] = dict(zip(jaxpr.invars, layouts, strict=True))
-    hints = _hints(operations, lies, mesh)
+    # For the hints and again: not twice for a loop, or it would be 2ⁿ times for n in each other.
+    found = functools.cache(lambda i, known: _results(operations[i], known, mesh))
+    hints = _hints(operations, lies, found)
     # The written values that are read where a name is read.
     read: dict[Any, frozenset[Any]] = {v: frozenset({v}) for v in given}
     none = frozenset[Any]()
@@ -71,7 +74,7 @@ def held(jaxpr: Any, layouts: Sequence[Layout], mesh: Mesh) -> tuple[int, list[L
     written: list[tuple[int, _Operation, int, frozenset[Any]]] = []
     for i, op in enumerate(operations):
         known = _known(op, lies)
-        inside, outs = _results(op, known, mesh)
+        inside, outs = found(i, known)
         for v, var, out in zip(op.outputs, op.eqn.outvars, outs, strict=True):
             lies[v] = out if any(out) else hints.get(v, out)
             size[v] = _bytes(var.aval, lies[v], mesh)
@@ -193,19 +196,22 @@ def layout_of(spec: Any, ndim: int) -> Layout:
     return tuple(e if isinstance(e, tuple) else (e,) if isinstance(e, str) else () for e in entries)
 
 
-def _known(op: _Operation, lies: Mapping[Any, Layout]) -> list[Layout]:
+def _known(op: _Operation, lies: Mapping[Any, Layout]) -> tuple[Layout, ...]:
     """Where the operands lie."""
     pairs = zip(op.inputs, op.eqn.invars, strict=True)
-    return [lies.get(v) or ((),) * len(var.aval.shape) for v, var in pairs]
+    return tuple(lies.get(v) or ((),) * len(var.aval.shape) for v, var in pairs)
 
 
 def _hints(
-    operations: Sequence[_Operation], lies: Mapping[Any, Layout], mesh: Mesh
+    operations: Sequence[_Operation], lies: Mapping[Any, Layout], found: Callable[..., Any]
 ) -> dict[Any, Layout]:
-    """For values that lie nowhere, as zeros do, where what they are added to does."""
+    """For values that lie nowhere, as zeros do, where what they are added to does.
+
+    `found` gives the results of an operation, by its number and where its operands lie.
+    """
     lies, hints = dict(lies), {}
-    for op in operations:
-        lies |= dict(zip(op.outputs, _results(op, _known(op, lies), mesh)[1], strict=True))
+    for i, op in enumerate(operations):
+        lies |= dict(zip(op.outputs, found(i, _known(op, lies))[1], strict=True))
     for op in reversed(operations):
         if op.name not in _FUSED | _IN_PLACE - _LOOPS:
             continue
