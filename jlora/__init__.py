@@ -15,6 +15,9 @@ from ._optimizer import mask as mask
 from ._optimizer import optimizer as optimizer
 from ._optimizer import summary as summary
 from ._policy import checkpoint_policy as checkpoint_policy
+from ._quantize import Quantization as Quantization
+from ._quantize import quantization as quantization
+from ._quantize import quantize as quantize
 from ._rules import Full as Full
 from ._rules import Slots as Slots
 from ._sites import Site as Site
@@ -32,3 +35,12 @@ from .adapters import LoRA as LoRA
 from .adapters import LowRank as LowRank
 from .planning import Plan as Plan
 from .planning import plan as plan
+from .quantized import FP4 as FP4
+from .quantized import FP8 as FP8
+from .quantized import MXFP4 as MXFP4
+from .quantized import NF4 as NF4
+from .quantized import Int4 as Int4
+from .quantized import Int8 as Int8
+from .quantized import Quantized as Quantized
+from .quantized import dequantize as dequantize
+from .quantized import is_quantized as is_quantized

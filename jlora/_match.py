@@ -62,6 +62,12 @@ def _check_full(rule: Full, site: Site) -> None:
             f"{rule_name(rule)} matches {site.name} of dtype {site.dtype}, which cannot be "
             "trained. Narrow the pattern to floating-point leaves."
         )
+    if site.scheme is not None:
+        raise ValueError(
+            f"{rule_name(rule)} matches {site.name}, which is quantized: trained leaves must not "
+            f"be quantized. Give {type(site.scheme).__name__} a pattern that leaves it out, or "
+            "narrow that of Full."
+        )
     if site.used is False:
         raise ValueError(
             f"{rule_name(rule)} matches {site.name} of shape {site.shape}, which the traced call "

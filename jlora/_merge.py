@@ -6,17 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._tree import bind, is_adapted, is_concrete, leaves_by_path, name_of
+from ._tree import bind, flatten, is_adapted, is_concrete, leaves_by_path, name_of
 from ._types import Adapted, PyTree
 from .adapters import arrays, method_of, state
 from .core import Axis, NotInvertibleError
+from .quantized import again, dequantize, is_quantized
 
 
-def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
+def merge(
+    base: PyTree, adapter: PyTree, *, check: bool = False, requantize: bool = False
+) -> PyTree:
     r"""The adapted parameters as plain ones: $W' = W + s \cdot A B$.
 
     The sum is in float32 (float64 over float64) and rounded once to W's dtype. Leaves trained in
-    full replace the base's; all others are the base's own arrays.
+    full replace the base's; all others are the base's own arrays. Quantized weights become plain
+    arrays: the sum is with their values in float32.
 
     Eagerly, one ΔW exists at a time, and at ranks up to 16 none. In a program of your own, as
     `jax.jit(jlora.merge, donate_argnums=0)`, which updates the base in place, XLA's CPU compiler
@@ -31,6 +35,9 @@ def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
         base: the frozen tree.
         adapter: the adapter; dropout keys in it are ignored. `{}` gives `base`.
         check: raise if a merged leaf is not finite. Needs concrete values, so not under `jit`.
+        requantize: quantize adapted weights again, in their own schemes, and leave the others as
+            they are. This rounds ΔW to what a few bits can hold, which may undo the training:
+            `print(jlora.quantization(merged))` lists the error of each leaf.
 
     Returns:
         A tree with the structure, shapes, dtypes and shardings of `base`.
@@ -51,6 +58,8 @@ def merge(base: PyTree, adapter: PyTree, *, check: bool = False) -> PyTree:
         'bfloat16'
     """
     merged = _combine(base, adapter, 1)
+    if requantize:
+        merged = _requantized(merged, base, adapter)
     if check:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(merged)):  # pyright: ignore
             raise ValueError(
@@ -75,7 +84,7 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
 
     Raises:
         TypeError: if `adapter` is no adapter.
-        ValueError: if `adapter` does not fit `params`.
+        ValueError: if `adapter` does not fit `params`, or a weight that it adapts is quantized.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -89,16 +98,33 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
 
 
 def _combine(base: PyTree, adapter: PyTree, sign: int) -> PyTree:
-    bound, tree = jax.tree.flatten(bind(base, adapter), is_leaf=is_adapted)
+    bound = [x for _, x in leaves_by_path(bind(base, adapter), is_adapted)]
     paths = [name_of(path) for path, _ in leaves_by_path(base)]
+    old_leaves, tree = flatten(base)
     leaves = [
         _changed(w, path, sign) if is_adapted(w) else _like(w, old) if sign > 0 else old
-        for w, path, old in zip(bound, paths, jax.tree.leaves(base), strict=True)
+        for w, path, old in zip(bound, paths, old_leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _requantized(merged: PyTree, base: PyTree, adapter: PyTree) -> PyTree:
+    """The merged tree with what was quantized in its own scheme; as it was where not adapted."""
+    bound = [x for _, x in leaves_by_path(bind(base, adapter), is_adapted)]
+    new, tree = flatten(merged)
+    leaves = [
+        x if not is_quantized(old) else again(x, old) if is_adapted(w) else old
+        for w, x, old in zip(bound, new, flatten(base)[0], strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
 
 
 def _changed(leaf: Adapted, path: str, sign: int) -> Any:
+    if sign < 0 and is_quantized(leaf.base):
+        raise ValueError(
+            f"`unmerge` cannot take ΔW back at {path!r}, which is quantized: its codes hold the "
+            "sum only roughly. Keep the base."
+        )
     # As one program, so that a sharded W is added to where it lies; one for all leaves of a form.
     program = jax.jit(_change, static_argnums=2, out_shardings=_place(leaf.base))
     keys = arrays(leaf.delta).keys() - state(leaf.delta).keys()
@@ -112,11 +138,14 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
 
 
 def _change(w: Any, node: Any, sign: int) -> jax.Array:
-    axes = [Axis(d) for d in range(w.ndim)]
-    return method_of(node).lower(node, w.shape).of(w, axes, sign)
+    axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
+    w = w.array(jnp.float32) if is_quantized(w) else w
+    return method_of(node).lower(node, w.shape).of(w, axes, sign).astype(dtype)
 
 
 def _like(w: Any, old: Any) -> Any:
+    if is_quantized(w):
+        return dequantize(w)
     if w is old:
         return w
     w, place = jnp.asarray(w, jnp.result_type(old)), _place(old)
@@ -125,6 +154,8 @@ def _like(w: Any, old: Any) -> Any:
 
 def _place(w: Any) -> Any:
     """The sharding that the user gave `w`, if any."""
+    if is_quantized(w):
+        return None if w.form.flat else _place(w.data)
     return w.sharding if is_concrete(w) and w.committed else None
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ._foreign import check_leaf
 from ._rules import Full, Rule, near, rule_name
 from ._table import aligned
-from ._tree import is_abstract, leaves_by_path, name_of
+from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 from .adapters import is_node, method_of, trainable
 from .core import (
@@ -33,6 +33,7 @@ from .core import (
     take,
     trace,
 )
+from .quantized import Scheme, is_quantized, spelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Site:
         unsupported: its uses that have no factored form.
         formed: the layout that it would have as a formed site.
         used: whether the traced call depends on it; None if it was not traced.
+        scheme: the scheme in which it is quantized, or None.
         rule: the rule that it matches, or None.
         asked_rank: the rank of the rule as it was written, where the site cannot have it.
     """
@@ -62,6 +64,7 @@ class Site:
     unsupported: tuple[Unsupported, ...] = ()
     formed: Layout | None = None
     used: bool | None = None
+    scheme: Scheme | None = None
     rule: Rule | None = None
     asked_rank: int | None = None
 
@@ -163,6 +166,10 @@ class Sites:
         header = ["path", "shape", "kind", "axes", "parameters", "rule", "rank", "trainable"]
         shown = [s for s in self.leaves if s.is_listed or s.rule is not None]
         rows = [_row(s) for s in shown]
+        if any(s.scheme is not None for s in shown):
+            header.append("scheme")
+            pairs = zip(rows, (s.scheme for s in shown), strict=True)
+            rows = [(*row, "-" if scheme is None else spelled(scheme)) for row, scheme in pairs]
         if any(s.kind is None and s.rule is None for s in shown):
             header.append("reason")
             rows = [(*row, _reason(s)) for row, s in zip(rows, shown, strict=True)]
@@ -294,10 +301,13 @@ def find_sites(
         traced = _trace(apply_fn, params, args, kwargs, matrices)
     uses, used = traced.uses(matrices), traced.used
 
+    schemes = {path: x.scheme for path, x in leaves_by_path(params) if is_quantized(x)}
+
     def site(path: Path, x: Any) -> Site:
         key = "/".join(path)
         found = _site(path, x, uses.products[key], uses.unsupported[key])
-        return dataclasses.replace(found, used=path in used if path in traced.paths else None)
+        is_used = path in used if path in traced.paths else None
+        return dataclasses.replace(found, used=is_used, scheme=schemes.get(path))
 
     return Sites(tuple(site(path, x) for path, x in shapes.items())), traced
 
@@ -310,9 +320,9 @@ def _trace(
     paths: set[Path],
 ) -> Traced:
     """The jaxpr as a function of the leaves at `paths`, and of all that is abstract."""
-    found, structure = leaves_by_path(params), jax.tree.structure(params)
+    found, structure = leaves_by_path(params), flatten(params)[1]
     leaves = [x for _, x in found]
-    at = [i for i, (path, x) in enumerate(found) if path in paths or is_abstract(x)]
+    at = [i for i, (path, x) in enumerate(found) if path in paths or _is_abstract(x)]
     rest, put = take((args, kwargs), is_abstract)
 
     def call(*values: Any) -> Any:
@@ -320,13 +330,19 @@ def _trace(
         full = dict(enumerate(leaves)) | dict(zip(at, values, strict=False))
         return apply_fn(jax.tree.unflatten(structure, list(full.values())), *args, **kwargs)
 
-    each = [*(leaves[i] for i in at), *rest]
-    specs = [abstract(x if hasattr(x, "dtype") else jnp.asarray(x)) for x in each]
+    specs = [_abstract(leaves[i], found[i][0]) for i in at]
+    specs += [abstract(x if hasattr(x, "dtype") else jnp.asarray(x)) for x in rest]
     jaxpr, _ = trace(call, specs, ["/".join(path) for path in paths])
     return Traced(jaxpr, specs, [found[i][0] for i in at])
 
 
+def _is_abstract(x: Any) -> bool:
+    return is_abstract(x) or is_quantized(x)
+
+
 def _abstract(x: Any, parts: Path) -> jax.ShapeDtypeStruct:
+    if is_quantized(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
     check_leaf(x, parts)
     return abstract(x if hasattr(x, "dtype") else jnp.asarray(x))
 

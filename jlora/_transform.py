@@ -15,6 +15,7 @@ from ._sites import Sites, Traced, find_sites
 from ._tree import (
     bind,
     check_key,
+    flatten,
     fold,
     is_abstract,
     is_adapted,
@@ -23,7 +24,8 @@ from ._tree import (
 )
 from ._types import Path, PyTree, Transformed
 from .adapters import is_node, is_rule, lengths, method_of
-from .core import Weight, abstract, evaluate, formed, leaf_weight, take, trace
+from .core import Change, Weight, evaluate, formed, leaf_weight, take, trace
+from .quantized import is_quantized
 
 
 def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
@@ -135,7 +137,7 @@ def _init(
             + ". Name them in a rule with materialize=True or in jlora.Full, or leave them.",
             stacklevel=2,
         )
-    flat, tree = jax.tree.flatten(params)
+    flat, tree = flatten(params)
     base, adapter = [], {}
     for site, w in zip(sites.leaves, flat, strict=True):
         if isinstance(site.rule, Full):
@@ -185,27 +187,32 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        bound, put = take((args, kwargs), is_adapted, is_adapted)
+        bound, put = take((args, kwargs), _is_weight, _is_weight)
         found = leaves_by_path((args, kwargs), is_adapted)
         # Paths start with 0 or 1 for args or kwargs, then the argument.
-        paths = ["/".join(path[2:]) for path, x in found if is_adapted(x)]
-        weights = [
-            _weight(leaf.base, leaf.delta, path) for leaf, path in zip(bound, paths, strict=True)
-        ]
+        paths = ["/".join(path[2:]) for path, x in found if _is_weight(x)]
+        weights = [_weight(leaf, path) for leaf, path in zip(bound, paths, strict=True)]
 
         def plain(*values: Any) -> Any:
             args, kwargs = put(values)
             return fn(*args, **kwargs)
 
-        jaxpr, finish = trace(plain, [abstract(w.value) for w in weights], paths)
+        jaxpr, finish = trace(plain, [w.type for w in weights], paths)
         outs = evaluate(jaxpr, *weights)
         return finish([formed(x, lambda: "the function's outputs") for x in outs])
 
     return wrapped
 
 
-def _weight(w: Any, node: Any, path: str) -> Weight:
-    w = jnp.asarray(w)
+def _is_weight(x: Any) -> bool:
+    return is_adapted(x) or is_quantized(x)
+
+
+def _weight(leaf: Any, path: str) -> Weight:
+    if is_quantized(leaf):
+        return leaf_weight(leaf, Change(), path, materialize=True)
+    w, node = leaf.base, leaf.delta
+    w = w if is_quantized(w) else jnp.asarray(w)
     change = method_of(node).lower(node, w.shape)
     return leaf_weight(w, change, path, getattr(node, "materialize", False))
 

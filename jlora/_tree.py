@@ -13,6 +13,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from ._types import Adapted, Params, Path, PyTree, short
 from .adapters import is_node, misfit, state
+from .quantized import is_quantized
 
 
 def leaves_by_path(
@@ -20,9 +21,13 @@ def leaves_by_path(
 ) -> list[tuple[Path, Any]]:
     """The leaves in tree order with their paths; `ValueError` if two have the same.
 
-    An NNX variable is its own path without the trailing `value`.
+    An NNX variable is its own path without the trailing `value`. A quantized weight is a leaf.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+
+    def stop(x: Any) -> bool:
+        return is_quantized(x) or (is_leaf is not None and is_leaf(x))
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stop)
     siblings = collections.Counter(path[:-1] for path, _ in flat)
     paths = [_strings(path, only=siblings[path[:-1]] == 1) for path, _ in flat]
     twice = ["/".join(p) for p, n in collections.Counter(paths).items() if n > 1]
@@ -32,6 +37,11 @@ def leaves_by_path(
             "Rename one of them."
         )
     return list(zip(paths, (x for _, x in flat), strict=True))
+
+
+def flatten(tree: PyTree) -> tuple[list[Any], Any]:
+    """The leaves of a base, a quantized one being one leaf, and its structure."""
+    return jax.tree.flatten(tree, is_leaf=is_quantized)
 
 
 def _strings(path: tuple[Any, ...], only: bool) -> Path:
@@ -215,14 +225,15 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         return w if delta is None else delta
 
     leaves = [join(path, w) for path, w in leaves_by_path(base)]
-    return jax.tree.unflatten(jax.tree.structure(base), leaves)
+    return jax.tree.unflatten(flatten(base)[1], leaves)
 
 
 def count(tree: PyTree) -> int:
     """The number of parameters in a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Args:
-        tree: a base, an adapter or any other pytree; dropout keys are not parameters.
+        tree: a base, an adapter or any other pytree; dropout keys are not parameters, and a
+            quantized weight has as many as it has entries.
 
     Returns:
         The sum of the sizes of its numeric leaves.
@@ -237,9 +248,13 @@ def count(tree: PyTree) -> int:
 
 def size_in_bytes(tree: PyTree) -> int:
     """The bytes of the numeric leaves of a tree."""
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in _numeric(tree))
+    return sum(_bytes(x) for x in _numeric(tree))
+
+
+def _bytes(x: Any) -> int:
+    return x.nbytes if is_quantized(x) else math.prod(x.shape) * np.dtype(x.dtype).itemsize
 
 
 def _numeric(tree: PyTree) -> list[Any]:
-    leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(tree)]
+    leaves = [x if hasattr(x, "dtype") else np.asarray(x) for x in flatten(tree)[0]]
     return [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]

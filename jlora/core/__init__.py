@@ -12,6 +12,7 @@ from ._axes import Factor as Factor
 from ._explicit import explicit as explicit
 from ._interpret import evaluate as evaluate
 from ._interpret import formed as formed
+from ._packed import Packed as Packed
 from ._product import promote as promote
 from ._trace import ValueReadError as ValueReadError
 from ._trace import abstract as abstract

@@ -173,19 +173,19 @@ class Group(NamedTuple):
 
 
 def reshape_groups(
-    axes: Sequence[Axis], old: tuple[int, ...], new: tuple[int, ...]
+    axes: Sequence[Axis], old: tuple[int, ...], new: tuple[int, ...], names: Iterator[int]
 ) -> tuple[list[Group], tuple[Axis, ...]]:
     """The finest factorization of a reshape into independent reshapes, and the new axes.
 
-    An axis that is alone before and after stays as it is.
+    An axis that is alone before and after stays as it is; the others get `names`.
 
-    >>> groups, axes = reshape_groups(axes_of_leaf("w", 3), (6, 4, 5), (2, 3, 20))
+    >>> groups, axes = reshape_groups(axes_of_leaf("w", 3), (6, 4, 5), (2, 3, 20), iter(range(3, 9)))
     >>> [(list(g.old.values()), list(g.new.values())) for g in groups]
     [([6], [2, 3]), ([4, 5], [20])]
     >>> [sorted(d for _, d in axis.leaf) for axis in axes]
     [[0], [0], [1, 2]]
     """
-    names, groups, result = new_names(axes), [], []
+    groups, result = [], []
     for (i, i_end), (j, j_end) in _factorize(old, new):
         if i_end - i == j_end - j == 1:
             result.append(axes[i])

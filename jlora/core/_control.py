@@ -1,5 +1,6 @@
 """Higher-order primitives, each rebuilt through its public combinator."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from ._axes import Unfactorable
 from ._explicit import explicit
 from ._interpret import Equation, formed, rule
 from ._summed import NAME
-from ._weight import Weight
+from ._weight import Weight, mesh_axes
 
 
 @rule("jit", calls="jaxpr")
@@ -26,7 +27,7 @@ def _constrain(x: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return x
     if isinstance(x, Weight):
-        return x.replace(lax.with_sharding_constraint(x.value, sharding))
+        return x.constrained(sharding)
     return lax.with_sharding_constraint(x, sharding)
 
 
@@ -168,6 +169,11 @@ class _Loop:
 @rule("shard_map")
 def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
+    sizes = dict(p["mesh"].shape)
+    operands = [
+        x.sliceable(_pieces(x, spec, sizes)) if isinstance(x, Weight) else x
+        for x, spec in zip(operands, p["in_specs"], strict=True)
+    ]
     pairs = list(zip(operands, p["in_specs"], strict=True))
     # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
     operands = tuple(
@@ -178,8 +184,8 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
 
     def inner(*xs: Any) -> tuple[Any, ...]:
         inside = [
-            x.within_shards(spec, unchecked) if isinstance(x, Weight) else x
-            for x, (_, spec) in zip(xs, pairs, strict=True)
+            x.within_shards(spec, unchecked, var.aval) if isinstance(x, Weight) else x
+            for x, (_, spec), var in zip(xs, pairs, p["jaxpr"].invars, strict=True)
         ]
         return tuple(eqn.arrays(eqn.evaluate(p["jaxpr"], *inside)))
 
@@ -192,6 +198,12 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
         check_vma=p["check_vma"],
     )
     return list(body(*operands))
+
+
+def _pieces(w: Weight, spec: Any, sizes: Mapping[Any, int]) -> dict[Any, int]:
+    """Into how many pieces a `shard_map` cuts axes of a weight."""
+    entries = zip(w.axes, spec, strict=False)
+    return {a: math.prod(sizes[n] for n in mesh_axes(e)) for a, e in entries if e is not None}
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:

@@ -13,6 +13,7 @@ from ._cpu import plan, rounds
 from ._explicit import explicit
 from ._interpret import Equation, rule
 from ._linear import OTHER, Roles, ordered, plus_deltas, product
+from ._packed import Packed
 from ._product import Spec, is_kept, letters, lowrank, promote
 from ._summed import summed
 from ._weight import Change, Delta, Weight, value_of
@@ -48,7 +49,7 @@ class _Contraction:
     @property
     def dtype(self) -> Any:
         """The dtype in which the factors are multiplied."""
-        return promote(self.z.dtype, self.w.value.dtype)
+        return promote(self.z.dtype, self.w.dtype)
 
     @property
     def letters(self) -> dict[Axis, str]:
@@ -64,8 +65,8 @@ class _Contraction:
         """The product of z with the changed weight; `added` is what ΔW adds if that is known."""
         w = self.w
 
-        def base(z: jax.Array) -> jax.Array:
-            return self.eqn.bind(*((w.value, z) if self.at == 0 else (z, w.value)))
+        def base(value: jax.Array, z: jax.Array) -> jax.Array:
+            return self.eqn.bind(*((value, z) if self.at == 0 else (z, value)))
 
         def low_rank(delta: Delta, z: jax.Array) -> jax.Array:
             return self.lowrank(delta, z) if added is None else added
@@ -74,8 +75,8 @@ class _Contraction:
             spec, p, q = self.spec(*w.change.deltas)
             w = w.replace(w.value, Change((), w.change.gain))
 
-            def base(z: jax.Array) -> jax.Array:
-                return summed(spec, z, w.value, p, q)
+            def base(value: jax.Array, z: jax.Array) -> jax.Array:
+                return summed(spec, z, value, p, q)
 
         z = (self.z, self.eqn.aside(1 - self.at))
         return product(w, "dense", self.roles, z, base, low_rank, self.spread)
@@ -92,8 +93,10 @@ class _Contraction:
 
     def is_summed(self) -> bool:
         """Whether W + ΔW may be formed for a CPU: there is one ΔW, and nothing rounds the sum."""
-        same = self.z.dtype == self.w.value.dtype == self.eqn.outputs[0].dtype
+        same = self.z.dtype == self.w.dtype == self.eqn.outputs[0].dtype
         if len(self.w.change.deltas) != 1 or not same or rounds(self.precision):
+            return False
+        if isinstance(self.w.value, Packed):  # which the backward pass would keep unpacked
             return False
         [delta], roles = self.w.change.deltas, self.roles
         p, q = delta.by_order(roles.inputs)
@@ -143,15 +146,20 @@ class _Contraction:
 def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
     """The products of an activation with several weights, whose A lie side by side."""
     each = [c for eqn in eqns for c in _contractions(eqn)]
-    specs, ps, qs = zip(*(c.factors() for c in each), strict=True)
+    adapted = [c for c in each if c.w.change.deltas]
+    if len(each) != len(eqns) or len(adapted) < 2:
+        raise Unfactorable
+    specs, ps, qs = zip(*(c.factors() for c in adapted), strict=True)
     forms = {
         (tuple(map(spec.x.index, spec.p[:-1])), c.dtype, str(spec.precision))
-        for c, spec in zip(each, specs, strict=True)
+        for c, spec in zip(adapted, specs, strict=True)
     }
-    if len(each) != len(eqns) or len(forms) != 1:
+    if len(forms) != 1:
         raise Unfactorable
-    z = each[0].eqn.aside(1 - each[0].at).astype(each[0].dtype)
-    return [c.changed(y) for c, y in zip(each, lowrank(specs, z, ps, qs), strict=True)]
+    first = adapted[0]
+    z = first.eqn.aside(1 - first.at).astype(first.dtype)
+    added = iter(lowrank(specs, z, ps, qs))
+    return [c.changed(next(added)) if c.w.change.deltas else c.changed() for c in each]
 
 
 @rule("dot_general", multiplies=True, together=_together)
@@ -162,7 +170,7 @@ def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
     x, y = first.w, others[0].w
     if x.change.gain is not None or y.change.gain is not None:
         raise Unfactorable("two adapted weights are multiplied, one of them with a gain")
-    out = first.plus_deltas(eqn.bind(x.value, y.value))
+    out = first.plus_deltas(eqn.bind(x.array, y.array))
     return _plus_both(others[0].plus_deltas(out), first, others[0])
 
 

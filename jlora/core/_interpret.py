@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from .. import _compat
 from ._axes import Unfactorable
+from ._packed import Packed
 from ._shared import aside, fork, main, shared, variables
 from ._weight import Weight
 
@@ -89,6 +90,12 @@ class Equation:
         outs = _compat.bind(self._eqn, *values)
         return outs if self._eqn.primitive.multiple_results else outs[0]
 
+    def moved(self, w: Weight, *operands: Any) -> Any:
+        """What its primitive makes of W and `operands`; of a packed W, which follows, the type."""
+        if not isinstance(w.value, Packed):
+            return self.bind(w.value, *operands)
+        return self.outputs if self._eqn.primitive.multiple_results else self.outputs[0]
+
     def aside(self, i: int) -> Any:
         """Operand `i` as the low-rank path sees it."""
         return aside(self.forked[i])
@@ -108,7 +115,7 @@ def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any
     `within` is the equation that `jaxpr` belongs to, if any.
     """
     env: dict[Any, Any] = {}
-    products = shared(jaxpr, [isinstance(x, Weight) for x in args], RULES)
+    products = shared(jaxpr, [isinstance(x, Weight) and x.is_changed for x in args], RULES)
 
     def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
         for v, x in zip(variables, values, strict=True):
@@ -173,7 +180,7 @@ def formed(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
         return x
     if x.source.uses is not None:
         x.source.uses.other(x, reason(), added)
-        return x.value
+        return x.array
     if not x.source.materialize and not x.is_row:
         raise NotImplementedError(
             f"the weight {' + '.join(x.source.paths)!r} reaches {reason()}, for which there is no "

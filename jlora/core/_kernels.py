@@ -28,7 +28,7 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
     [outer] = {0, 1, 2} - {groups[0], contracted[0]}
     group, inner, outer = (w.axes[d] for d in (groups[0], contracted[0], outer))
     roles = Roles((group,), (inner,), (outer,))
-    dtype = promote(x.dtype, w.value.dtype)
+    dtype = promote(x.dtype, w.dtype)
 
     def ragged(z: jax.Array, f: Factor, *axes: Axis) -> jax.Array:
         value = f.arranged((group, *axes))
@@ -49,8 +49,8 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
             return gain.arranged((OTHER, rest))
         return jnp.repeat(gain.arranged((group, rest)), group_sizes, 0, total_repeat_length=len(x))
 
-    def base(z: jax.Array) -> jax.Array:
-        return eqn.bind(z, w.value, group_sizes)
+    def base(value: jax.Array, z: jax.Array) -> jax.Array:
+        return eqn.bind(z, value, group_sizes)
 
     return product(w, "dense", roles, (x, eqn.aside(0)), base, lowrank, spread)
 
@@ -64,7 +64,7 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
     groups, batches = p["feature_group_count"], p["batch_group_count"]
     out_axis, inputs = w.axes[out_dim], tuple(w.axes[d] for d in (*sorted(spatial), in_dim))
     roles = Roles((), inputs, (out_axis,))
-    dtype, how = promote(x.dtype, w.value.dtype), {"precision": p["precision"]}
+    dtype, how = promote(x.dtype, w.dtype), {"precision": p["precision"]}
     order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
 
     def lowrank(delta: Delta, z: jax.Array) -> jax.Array:
@@ -94,7 +94,7 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
             raise Unfactorable("its gain differs within the window or between groups")
         return gain.arranged([axis if d == at else OTHER for d in range(x.ndim)])
 
-    def base(z: jax.Array) -> jax.Array:
-        return eqn.bind(z, w.value)
+    def base(value: jax.Array, z: jax.Array) -> jax.Array:
+        return eqn.bind(z, value)
 
     return product(w, "conv", roles, (x, eqn.aside(0)), base, lowrank, spread)

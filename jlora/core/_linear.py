@@ -25,7 +25,7 @@ def product(
     kind: str,
     roles: Roles,
     activations: tuple[jax.Array, jax.Array],
-    base: Callable[[jax.Array], jax.Array],
+    base: Callable[[jax.Array, jax.Array], jax.Array],
     lowrank: Callable[[Delta, jax.Array], jax.Array],
     spread: Callable[[Factor, bool], jax.Array],
 ) -> jax.Array:
@@ -36,7 +36,7 @@ def product(
         kind: as in `Product`.
         roles: of its axes.
         activations: the activation, and what the low-rank path sees of it.
-        base: the product of the first with W.
+        base: the product of W with the first.
         lowrank: the product of the second with a delta.
         spread: the gain along the axes of the activation, if it is said that it has those of the
             inputs, or else along the axes of the result.
@@ -47,7 +47,7 @@ def product(
         if set(gain.axes) & set(roles.outputs):
             raise Unfactorable("its gain has axes of the inputs and of the outputs")
         x, aside = (times(z, spread(gain, True)) for z in (x, aside))
-    out = plus_deltas(base(x), w, kind, roles, (lowrank(d, aside) for d in w.change.deltas))
+    out = plus_deltas(w.multiplied(base, x), w, kind, roles, (lowrank(d, aside) for d in w.change.deltas))
     return out if gain is None or of_inputs else times(out, spread(gain, False))
 
 

@@ -7,20 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._axes import RANK, Axis, Factor, Unfactorable, new_names
+from ._axes import RANK, Axis, Factor, Unfactorable
 from ._interpret import Equation, rule
 from ._linear import Roles, plus_deltas, times
+from ._packed import Packed
 from ._weight import Change, Delta, Weight
 
 
 @rule("gather", multiplies=True)
 def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     found = _Lookup(eqn, w, indices)
-    out = eqn.bind(w.value, indices)
     rows = found.filled(w).map(found.rows)
-    moved = w.replace(out, rows, axes=found.axes).with_picked(found.picked)
+    moved = w.replace(found.value(w), rows, axes=found.axes).with_picked(found.picked)
     if found.is_weight(w):
         return moved.unsteady()
+    out = moved.array
 
     def product(delta: Delta, rows: Delta) -> jax.Array:
         if any(axis in delta.a.axes and axis in delta.b.axes for axis in found.picked):
@@ -51,7 +52,7 @@ class _Lookup:
 
     def __init__(self, eqn: Equation, w: Any, indices: Any):
         """`Unfactorable` if it is not whole rows of a weight."""
-        self.params, self.indices = eqn.params, indices
+        self.eqn, self.params, self.indices = eqn, eqn.params, indices
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         if not isinstance(w, Weight) or numbers.operand_batching_dims:
             raise Unfactorable("an index is a weight, or rows of several arrays are looked up")
@@ -68,7 +69,7 @@ class _Lookup:
         if any(by_axis[a] != 1 or a not in self.index_of for a in self.picked):
             raise Unfactorable("more than whole rows of the weight are looked up")
         self.roles = Roles((), self.picked, whole)
-        names = new_names(w.axes)
+        names = w.new_names()
         kept = iter(a for a in w.axes if a not in collapsed)
         leaf = frozenset().union(*(a.leaf for a in self.picked))
         axes, batch = [], []
@@ -90,7 +91,8 @@ class _Lookup:
     def is_weight(self, w: Weight) -> bool:
         """Whether the result is a weight again: a row of a stack is a matrix, of a matrix none."""
         if not w.change.deltas:  # a gain is applied to the rows at once
-            return w.source.uses is not None and len(self.roles.outputs) >= 2
+            stays = w.source.uses is not None or isinstance(w.value, Packed)
+            return stays and w.change.gain is None and len(self.roles.outputs) >= 2
         lengths = dict(zip(w.axes, w.shape, strict=True))
         stack = {axis for axis in self.picked if lengths[axis] > 1}
         kept = set(self.roles.outputs)
@@ -107,6 +109,24 @@ class _Lookup:
             for axis, length in axes.items():
                 gain = gain.repeated(axis, length)
         return Change(w.change.deltas, gain)
+
+    def value(self, w: Weight) -> Any:
+        """The rows of W; if it is packed and its parts have such rows, packed."""
+        packed = w.value.freed(self.picked) if isinstance(w.value, Packed) else None
+        if packed is None:
+            return self.eqn.bind(w.array, self.indices)
+        filled, fill = [a for a in self.picked if self.fills(a)], self.params["fill_value"]
+
+        def fill_rows(f: Factor) -> Factor:
+            lengths = dict(zip(w.axes, w.shape, strict=True))
+            each = [(self.indices[..., self.index_of[a]], lengths[a]) for a in filled]
+            is_row = jnp.all(jnp.stack([(i >= 0) & (i < n) for i, n in each]), 0)
+            kept = Factor(is_row, self.batch).arranged(f.axes)
+            return f.replace(jnp.where(kept, f.value, jnp.nan if fill is None else fill))
+
+        rows = packed.map(self.rows)
+        rows = rows.then(fill_rows) if filled else rows
+        return rows.like(self.eqn.outputs[0]).named(self.axes)
 
     def rows(self, f: Factor) -> Factor:
         """The rows of a factor: 0 where those of W are filled, 1 for a gain."""

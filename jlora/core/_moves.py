@@ -8,28 +8,41 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
-from ._axes import REPEATED, Axis, Factor, Unfactorable, new_names
+from ._axes import REPEATED, Axis, Factor, Unfactorable
 from ._interpret import Equation, rule
+from ._packed import Packed
 from ._product import promote
 from ._weight import Change, Weight, is_factor, value_of
 
 # ---------------------------------------------------------------- element for element, as it is
 
 
-@rule("copy", "device_put", "name", "optimization_barrier", "sharding_constraint")
-def _same(eqn: Equation, *operands: Any) -> Any:
-    outs = eqn.bind(*map(value_of, operands))
-    if not isinstance(outs, list):
-        return operands[0].replace(outs)
+@rule("copy", "device_put", "name")
+def _same(eqn: Equation, w: Weight) -> Weight:
+    return w if isinstance(w.value, Packed) else w.replace(eqn.bind(w.value))
+
+
+@rule("optimization_barrier")
+def _optimization_barrier(eqn: Equation, *operands: Any) -> list[Any]:
+    values = [x.value if isinstance(x, Weight) else x for x in operands]
+    outs = lax.optimization_barrier(values)
     return [
         x.replace(out) if isinstance(x, Weight) else out
         for x, out in zip(operands, outs, strict=True)
     ]
 
 
+@rule("sharding_constraint")
+def _sharding_constraint(eqn: Equation, w: Weight) -> Weight:
+    packed = isinstance(w.value, Packed)
+    return w.constrained(eqn.params["sharding"]) if packed else w.replace(eqn.bind(w.value))
+
+
 @rule("reshard")
 def _reshard(eqn: Equation, w: Weight) -> Weight:
     # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
+    if isinstance(w.value, Packed):
+        w = w.replace(w.array)
     old, new = jax.typeof(w.value).sharding, eqn.params["dst_sharding"]
     if old.mesh.axis_types != new.mesh.axis_types:
         w = w.placed(new.mesh, new.spec)
@@ -41,7 +54,8 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
     # A and B keep their dtype until the product, which takes that of its operands.
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
         raise Unfactorable(f"it is converted to {eqn.params['new_dtype']}")
-    return w.replace(eqn.bind(w.value))
+    dtype = eqn.params["new_dtype"]
+    return w.each(eqn.moved(w), lambda x: x.astype(dtype))
 
 
 @rule("stop_gradient", "pvary")
@@ -50,25 +64,28 @@ def _each(eqn: Equation, w: Weight) -> Weight:
         # A dropout key stays: where it does not vary, each shard draws a mask of its own.
         return f if f.is_key else f.replace(eqn.bind(f.value))
 
-    return w.replace(eqn.bind(w.value), w.change.map(each))
+    packed = isinstance(w.value, Packed)
+    value = w.value.map(each) if packed else eqn.bind(w.value)
+    return w.replace(value, w.change.map(each))
 
 
 @rule("neg")
 def _neg(eqn: Equation, w: Weight) -> Weight:
-    return w.scaled(eqn.bind(w.value), jnp.asarray(-1))
+    return w.scaled(eqn.moved(w), jnp.asarray(-1), eqn.bind)
 
 
 @rule("mul")
 def _mul(eqn: Equation, x: Any, y: Any) -> Weight:
-    w, scalar = (x, _scalar(y)) if isinstance(x, Weight) else (y, _scalar(x))
-    return w.scaled(eqn.bind(value_of(x), value_of(y)), scalar)
+    w, other = (x, y) if isinstance(x, Weight) else (y, x)
+    scalar = _scalar(other)
+    return w.scaled(eqn.moved(w, other), scalar, lambda x: eqn.bind(x, other))
 
 
 @rule("div")
 def _div(eqn: Equation, x: Any, y: Any) -> Weight:
     if not isinstance(x, Weight):
         raise Unfactorable("the weight divides")
-    return x.scaled(eqn.bind(x.value, y), 1 / _scalar(y))
+    return x.scaled(eqn.moved(x, y), 1 / _scalar(y), lambda x: eqn.bind(x, y))
 
 
 def _scalar(x: Any) -> jax.Array:
@@ -87,13 +104,13 @@ def _add(eqn: Equation, x: Any, y: Any) -> Weight:
 
 @rule("transpose")
 def _transpose(eqn: Equation, w: Weight) -> Weight:
-    return w.moved(eqn.bind(w.value), [w.axes[i] for i in eqn.params["permutation"]])
+    return w.moved(eqn.moved(w), [w.axes[i] for i in eqn.params["permutation"]])
 
 
 @rule("squeeze")
 def _squeeze(eqn: Equation, w: Weight) -> Weight:
     lost = {d % len(w.shape) for d in eqn.params["dimensions"]}
-    return w.moved(eqn.bind(w.value), [a for d, a in enumerate(w.axes) if d not in lost])
+    return w.moved(eqn.moved(w), [a for d, a in enumerate(w.axes) if d not in lost])
 
 
 @rule("broadcast_in_dim")
@@ -101,27 +118,27 @@ def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
     if dynamic:
         raise Unfactorable("its new shape is dynamic")
     old_axis = dict(zip(eqn.params["broadcast_dimensions"], range(len(w.shape)), strict=True))
-    names, axes = new_names(w.axes), []
+    names, axes = w.new_names(), []
     for new, length in enumerate(eqn.params["shape"]):
         old = old_axis.get(new)
         if old is not None and w.shape[old] == length:
             axes.append(w.axes[old])
         else:
             axes.append(Axis(next(names), frozenset({REPEATED} if length > 1 else ())))
-    return w.moved(eqn.bind(w.value), axes)
+    return w.moved(eqn.moved(w), axes)
 
 
 @rule("reshape")
 def _reshape(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
     if dynamic or eqn.params["dimensions"] is not None:
         raise Unfactorable("the reshape is dynamic or permuted")
-    return w.reshaped(eqn.bind(w.value))
+    return w.reshaped(eqn.moved(w))
 
 
 @rule("rev")
 def _rev(eqn: Equation, w: Weight) -> Weight:
     flip = {w.axes[d]: lambda x, i: lax.rev(x, (i,)) for d in eqn.params["dimensions"]}
-    return w.along(eqn.bind(w.value), flip)
+    return w.along(eqn.moved(w), flip)
 
 
 @rule("slice")
@@ -132,7 +149,7 @@ def _slice(eqn: Equation, w: Weight) -> Weight:
     cut = {axis: tuple(b) for axis, *b in bounds}
     whole = {a: (0, n, 1) for a, n in zip(w.axes, w.shape, strict=True)}
     return w.along(
-        eqn.bind(w.value), {a: _cut(*bound) for a, bound in cut.items() if bound != whole[a]}
+        eqn.moved(w), {a: _cut(*bound) for a, bound in cut.items() if bound != whole[a]}
     )
 
 
@@ -150,7 +167,7 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 
     sizes = zip(w.axes, starts, eqn.params["slice_sizes"], w.shape, strict=True)
     cut = {axis: (start, size) for axis, start, size, length in sizes if size != length}
-    moved = w.along(eqn.bind(w.value, *starts), {a: along(*c) for a, c in cut.items()})
+    moved = w.along(eqn.moved(w, *starts), {a: along(*c) for a, c in cut.items()})
     if not all(_compat.is_concrete(start) for start, _ in cut.values()):
         moved = moved.unsteady()
     return moved.with_picked([a for a, (_, size) in cut.items() if size == 1])
@@ -159,7 +176,7 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 @rule("split")
 def _split(eqn: Equation, w: Weight) -> list[Weight]:
     outs, start, axis = [], 0, w.axes[eqn.params["axis"]]
-    for value, size in zip(eqn.bind(w.value), map(int, eqn.params["sizes"]), strict=True):
+    for value, size in zip(eqn.moved(w), map(int, eqn.params["sizes"]), strict=True):
         outs.append(w.along(value, {axis: _cut(start, start + size)}))
         start += size
     return outs
@@ -171,7 +188,7 @@ def _unstack(eqn: Equation, w: Weight) -> list[Weight]:
     rest = [a for a in w.axes if a != axis]
     return [
         w.along(value, {axis: _cut(i, i + 1)}).moved(value, rest)
-        for i, value in enumerate(eqn.bind(w.value))
+        for i, value in enumerate(eqn.moved(w))
     ]
 
 
@@ -179,7 +196,7 @@ def _unstack(eqn: Equation, w: Weight) -> list[Weight]:
 def _pad(eqn: Equation, w: Weight, fill: Any) -> Weight:
     if isinstance(fill, Weight):
         raise Unfactorable("the weight is a padding value")
-    return w.padded(eqn.bind(w.value, fill), eqn.params["padding_config"])
+    return w.padded(eqn.bind(w.array, fill), eqn.params["padding_config"])
 
 
 @rule("all_gather")
@@ -203,7 +220,11 @@ def _all_gather(eqn: Equation, w: Weight) -> Weight:
     def gather_along(x: jax.Array, i: int) -> jax.Array:
         return lax.all_gather(x, p["axis_name"], axis=i, tiled=True)
 
-    return w.replace(eqn.bind(w.value), w.change.map(gather))
+    value = w.value
+    if isinstance(value, Packed):
+        value = value.cut({gathered: 1})
+        value = None if value is None else value.map(gather).like(eqn.outputs[0])
+    return w.replace(eqn.bind(w.array) if value is None else value, w.change.map(gather))
 
 
 # ------------------------------------------------------------------------------ weights are joined
@@ -211,7 +232,7 @@ def _all_gather(eqn: Equation, w: Weight) -> Weight:
 
 @rule("concatenate")
 def _concatenate(eqn: Equation, *parts: Any) -> Weight:
-    return _join(eqn.bind(*map(value_of, parts)), parts, eqn.params["dimension"])
+    return _join(eqn, parts, eqn.params["dimension"])
 
 
 @rule("stack")
@@ -219,26 +240,32 @@ def _stack(eqn: Equation, *parts: Any) -> Weight:
     axis = eqn.params["axis"]
 
     def expand(x: Any) -> Any:
-        value = jnp.expand_dims(value_of(x), axis)
         if not isinstance(x, Weight):
-            return value
-        added = Axis(next(new_names(x.axes)))
+            return jnp.expand_dims(x, axis)
+        added = Axis(next(x.new_names()))
+        shape = (*x.shape[:axis], 1, *x.shape[axis:])
+        packed = isinstance(x.value, Packed)
+        value = jax.ShapeDtypeStruct(shape, x.dtype) if packed else x.value.reshape(shape)
         return x.moved(value, [*x.axes[:axis], added, *x.axes[axis:]])
 
-    return _join(eqn.bind(*map(value_of, parts)), [expand(x) for x in parts], axis)
+    return _join(eqn, [expand(x) for x in parts], axis)
 
 
-def _join(value: Any, parts: Sequence[Any], dim: int) -> Weight:
+def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
     weights = [p for p in parts if isinstance(p, Weight)]
-    source = weights[0].source
+    source, [out] = weights[0].source, eqn.outputs
     if len(weights) < len(parts) and source.uses is not None:
         # With an activation it is one itself; in `apply` the other may be a leaf without a rule.
         raise Unfactorable("it is joined with an activation", added=True)
     axes = tuple(
-        Axis(i, frozenset().union(*(w.axes[i].leaf for w in weights))) for i in range(value.ndim)
+        Axis(i, frozenset().union(*(w.axes[i].leaf for w in weights))) for i in range(out.ndim)
     )
+    if any(isinstance(w.value, Packed) for w in weights):
+        value = _packed_join(eqn, axes)
+    else:
+        value = eqn.bind(*map(value_of, eqn.operands))
     parts = [_renamed(p, axes) if isinstance(p, Weight) else p for p in parts]
-    change = _alike(parts, axes[dim]) or _side_by_side(value, parts, dim)
+    change = _alike(parts, axes[dim]) or _side_by_side(out.shape, parts, dim)
     source = source._replace(
         paths=tuple(dict.fromkeys(path for w in weights for path in w.source.paths)),
         materialize=all(w.source.materialize for w in weights),
@@ -247,20 +274,34 @@ def _join(value: Any, parts: Sequence[Any], dim: int) -> Weight:
     return Weight(value, change, axes, source, picked)
 
 
+def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
+    """The operands, some of them packed, which are joined when they are unpacked."""
+    old = [x.axes if isinstance(x, Weight) else () for x in eqn.operands]
+    values = [x.value if isinstance(x, Weight) else x for x in eqn.operands]
+
+    def unpack(parts: Sequence[Any]) -> Factor:
+        pairs = zip(parts, old, strict=True)
+        arrays = [x.array(a) if isinstance(x, Packed) else x.value for x, a in pairs]
+        return Factor(eqn.bind(*arrays), axes)
+
+    parts = [x if isinstance(x, Packed) else Factor(x, axes) for x in values]
+    return Packed(parts, unpack, eqn.outputs[0].shape, eqn.outputs[0].dtype).named(axes)
+
+
 def _renamed(w: Weight, axes: tuple[Axis, ...]) -> Weight:
     names = dict(zip(w.axes, axes, strict=True))
     return w.replace(w.value, w.change.map(lambda f: f.renamed(names)), axes=axes)
 
 
-def _side_by_side(value: Any, parts: Sequence[Any], dim: int) -> Change:
+def _side_by_side(shape: tuple[int, ...], parts: Sequence[Any], dim: int) -> Change:
     """The deltas of each part, 0 on the others; gains joined, 1 on parts that have none."""
-    start, total, deltas, gain = 0, value.shape[dim], [], None
+    start, total, deltas, gain = 0, shape[dim], [], None
     for part in parts:
-        size = value_of(part).shape[dim]
+        size = part.shape[dim]
         if isinstance(part, Weight):
-            config = [(0, 0, 0)] * value.ndim
+            config = [(0, 0, 0)] * len(shape)
             config[dim] = (start, total - start - size, 0)
-            change = part.padded(value, config).change
+            change = part.padded(part.value, config).change
             deltas += change.deltas
             gain = _product_of_gains(gain, change.gain, part.axes)
         start += size

@@ -1,0 +1,278 @@
+"""A base in 4 or 8 bits: `quantize`, and what it saved and cost."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ._rules import Full, matches, near, rule_name
+from ._sites import Site, Sites
+from ._table import aligned, readable
+from ._tree import flatten, is_abstract, is_concrete, leaves_by_path, name_of
+from ._types import Path, PyTree
+from .quantized import Form, Quantized, Scheme, is_quantized, quantized, spelled
+
+
+def quantize(
+    params: PyTree, *schemes: Scheme, sites: Sites | None = None, donate: bool = False
+) -> PyTree:
+    r"""Parameters of which those that `schemes` take are in 4 or 8 bits.
+
+    The result takes the place of a base: `init`, `apply`, `merge` and the rest have it as it is.
+    One weight after the other is quantized, on the devices where it lies. Under `jax.jit`, and on
+    `jax.ShapeDtypeStruct`s, it is a part of the program, or shapes.
+
+    Args:
+        params: a tree of arrays.
+        *schemes: `NF4`, `FP4`, `Int8`, `Int4`, `FP8`, `MXFP4`; the first whose pattern matches the
+            path of a leaf takes it. One without a pattern takes every dense site that is neither an
+            embedding nor the head (as many outputs as an embedding has rows), nor trained in full.
+        sites: what the model does with each leaf, from `lora.sites(params, ...)`, by which blocks
+            run along inputs. Without it the last axis of a leaf is its outputs, the one before its
+            inputs, and those before a stack.
+        donate: whether to delete each array of `params` that is quantized, as soon as it is, so
+            that memory holds one more weight, not one more tree.
+
+    Returns:
+        A tree like `params`, with `Quantized` leaves. `print(jlora.quantization(tree))` says what
+        they take and how far they are off.
+
+    Raises:
+        TypeError: if a scheme is none.
+        ValueError: if a scheme takes nothing, has no pattern where `sites` is not given, or cannot
+            take a leaf: it has less than two axes, is not floating-point, is quantized already, is
+            not finite (where that can be seen), or has an axis that blocks do not divide.
+
+    Source: Dettmers et al., QLoRA, arXiv 2305.14314.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> model = lambda params, x: x @ params["up"] @ params["down"]
+        >>> params = {"up": jnp.ones((64, 128)), "down": jnp.ones((128, 2))}
+        >>> lora = jlora.transform(model, jlora.LoRA("up", rank=2), jlora.Full("down"))
+        >>> x = jnp.ones((1, 64))
+        >>> params = jlora.quantize(params, jlora.NF4(), sites=lora.sites(params, x))
+        >>> base, adapter = lora.init(jax.random.key(0), params, x)
+        >>> float(lora.apply(base, adapter, x)[0, 0]), base["up"].nbytes
+        (8192.0, 4232)
+    """
+    for scheme in schemes:
+        if not isinstance(scheme, Scheme):
+            raise TypeError(
+                "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or "
+                f"jlora.MXFP4; got {scheme!r}."
+            )
+    leaves, tree = flatten(params)
+    paths = [path for path, _ in leaves_by_path(params, is_quantized)]
+    taken = _taken(dict(zip(paths, leaves, strict=True)), schemes, sites)
+    shown = tqdm(paths, "quantize", unit="leaf", disable=None if _is_eager(leaves) else True)
+    for i, path in enumerate(shown):
+        if path in taken:
+            old, leaves[i] = leaves[i], _quantized(leaves[i], path, *taken[path])
+            if donate and is_concrete(old):
+                old.delete()
+    return jax.tree.unflatten(tree, leaves)
+
+
+class Entry(NamedTuple):
+    """What `quantization` says of a leaf.
+
+    Attributes:
+        path: its path.
+        leaf: the leaf.
+        before: bytes of the weight in its own dtype.
+        after: bytes that it takes.
+        error: ‖W - Q‖ / ‖W‖; None if it was read from a file or has no value.
+    """
+
+    path: Path
+    leaf: Quantized
+    before: int
+    after: int
+    error: float | None
+
+
+class Quantization(NamedTuple):
+    """The quantized leaves of a tree; `str()` is a table.
+
+    Attributes:
+        leaves: an entry for each.
+        rest: bytes of all other leaves.
+    """
+
+    leaves: tuple[Entry, ...]
+    rest: int
+
+    def __str__(self) -> str:
+        rows = list(map(_row, self.leaves))
+        header = ("path", "shape", "scheme", "bits", "before", "after", "error")
+        lines = aligned(header, rows, {"bits", "before", "after", "error"})
+        before, after = (sum(e[i] for e in self.leaves) + self.rest for i in (2, 3))
+        total = f"{readable(before)} before, {readable(after)} after"
+        return "\n".join([*lines, f"{total}, of which {readable(self.rest)} are not quantized"])
+
+
+def quantization(tree: PyTree) -> Quantization:
+    """Which leaves of a tree are quantized, what they take, and how far they are off.
+
+    Args:
+        tree: a base, of arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        A `Quantization`; printed, a table. Bits are a parameter's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (256, 256)), "b": jnp.ones(256)}
+        >>> print(jlora.quantization(jlora.quantize(params, jlora.NF4("w"))))
+        path  shape    scheme                       bits     before     after  error
+        w     256×256  NF4(block=64, double=True)  4.127  256.0 KiB  33.0 KiB  0.092
+        257.0 KiB before, 34.0 KiB after, of which 1.0 KiB are not quantized
+    """
+    leaves = leaves_by_path(tree, is_quantized)
+    found = [_entry(path, x) for path, x in leaves if is_quantized(x)]
+    rest = [x for _, x in leaves if not is_quantized(x)]
+    return Quantization(tuple(found), sum(np.size(x) * jnp.result_type(x).itemsize for x in rest))
+
+
+def _entry(path: Path, leaf: Quantized) -> Entry:
+    known = leaf.error is not None and is_concrete(leaf.error)
+    before = leaf.size * np.dtype(leaf.dtype).itemsize
+    return Entry(path, leaf, before, leaf.nbytes, float(leaf.error) if known else None)
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    leaf = entry.leaf
+    return (
+        name_of(entry.path),
+        "×".join(map(str, leaf.shape)),
+        spelled(leaf.scheme),
+        f"{8 * entry.after / max(1, leaf.size):.3f}",
+        readable(entry.before),
+        readable(entry.after),
+        "-" if entry.error is None else f"{entry.error:.3g}",
+    )
+
+
+# ---------------------------------------------------------------------------- which leaves, and how
+
+
+def _taken(
+    leaves: dict[Path, Any], schemes: Sequence[Scheme], sites: Sites | None
+) -> dict[Path, tuple[Scheme, Form]]:
+    """The scheme and the form of each leaf that is to be quantized."""
+    found = {} if sites is None else {s.parts: s for s in sites.leaves}
+    if sites is not None and found.keys() != leaves.keys():
+        [first, *_] = sorted(found.keys() ^ leaves.keys())
+        raise ValueError(
+            f"`sites` is not of `params`: {name_of(first)} is in one of them only. Give "
+            "lora.sites(params, ...) of the same tree."
+        )
+    rows = {s.shape[s.layout.inputs[0]] for s in found.values() if s.kind == "embed" and s.layout}
+    taken: dict[Path, tuple[Scheme, Form]] = {}
+    used = set[int]()
+    for path, x in leaves.items():
+        site = found.get(path)
+        for i, scheme in enumerate(schemes):
+            if _takes(scheme, "/".join(path), site, rows):
+                taken[path] = (scheme, _form(scheme, path, x, site))
+                used.add(i)
+                break
+    for i, scheme in enumerate(schemes):
+        if i not in used:
+            _raise_idle(scheme, leaves, sites)
+    return taken
+
+
+def _takes(scheme: Scheme, path: str, site: Site | None, rows: set[int]) -> bool:
+    if scheme.pattern is not None:
+        return matches(scheme, path)
+    if site is None or site.kind != "dense" or site.layout is None:
+        return False
+    return site.outputs not in rows and not isinstance(site.rule, Full)
+
+
+def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) -> None:
+    name = rule_name(scheme)
+    if scheme.pattern is not None:
+        taken = [p for p in leaves if matches(scheme, "/".join(p))]
+        if taken:
+            raise ValueError(
+                f"{name} is left with no leaf: earlier schemes take all {len(taken)} that it "
+                "matches. The first match wins; reorder the schemes or drop this one."
+            )
+        raise ValueError(
+            f"{name} matches no leaf of `params`. {near(scheme.pattern, list(map(name_of, leaves)))}"
+        )
+    if sites is None:
+        raise ValueError(
+            f"{name} has no pattern, which means every dense site but the head: give "
+            "`sites=lora.sites(params, ...)`, which says what those are, or a pattern."
+        )
+    raise ValueError(
+        f"{name} takes every dense site but the head, and leaves that are trained in full, but "
+        "`sites` has none that an earlier scheme does not take. Name leaves by a pattern."
+    )
+
+
+def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
+    name = f"{rule_name(scheme)} matches {name_of(path)!r}"
+    if is_quantized(x):
+        raise ValueError(
+            f"{name}, which is quantized already, as {spelled(x.scheme)}. Narrow the pattern, or "
+            "give jlora.dequantize(params)."
+        )
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(
+            f"{name} of dtype {jnp.result_type(x)}, which is not floating-point. Narrow the "
+            "pattern."
+        )
+    shape = tuple(jnp.shape(x))
+    if len(shape) < 2 or 0 in shape:
+        raise ValueError(f"{name} of shape {shape}, which is no matrix. Narrow the pattern.")
+    if site is not None and isinstance(site.rule, Full):
+        raise ValueError(
+            f"{name}, which {rule_name(site.rule)} trains in full: trained leaves must not be "
+            f"quantized. Give {type(scheme).__name__} a pattern that leaves it out."
+        )
+    stack, inputs, outputs = _roles(shape, site)
+    order, n = ((*inputs, *outputs), len(outputs)), len(inputs)
+    order, n = ((*outputs, *inputs), n) if site is None or site.kind != "embed" else order
+    try:
+        return scheme.form(shape, stack, order, n)
+    except ValueError as e:
+        raise ValueError(f"{name}. {e}") from None
+
+
+def _roles(
+    shape: tuple[int, ...], site: Site | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    if site is not None and site.layout is not None:
+        return site.layout.stack, site.layout.inputs, site.layout.outputs
+    *stack, i, o = range(len(shape))
+    return tuple(stack), (i,), (o,)
+
+
+# ------------------------------------------------------------------------------------------- work
+
+
+def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
+    scheme = dataclasses.replace(scheme, pattern=None)
+    if is_abstract(x):
+        return jax.eval_shape(lambda x: quantized(x, scheme, form), x)
+    x = jnp.asarray(x)
+    if is_concrete(x) and not bool(jnp.isfinite(x).all()):
+        bad = int(jnp.sum(~jnp.isfinite(x)))
+        raise ValueError(
+            f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
+            f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
+        )
+    return quantized(x, scheme, form)
+
+
+def _is_eager(leaves: Sequence[Any]) -> bool:
+    return not any(isinstance(x, jax.core.Tracer) for x in leaves)  # pyright: ignore

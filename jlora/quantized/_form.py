@@ -1,0 +1,123 @@
+"""How the codes and scales of a weight lie: along W's own axes, or along each matrix as a whole."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Form(NamedTuple):
+    """How a weight is cut into blocks that share a scale.
+
+    Attributes:
+        shape: of W.
+        stack: axes over which W is a stack of matrices, each quantized on its own.
+        order: its other axes in the order in which files have them: outputs, then inputs, the last
+            of which the codes run along; of an embedding as they are looked up.
+        blocks: for each axis of W the length of a block along it.
+        flat: whether blocks run along the whole matrix in the order of `order`, over the ends of
+            its rows, so that codes and scales have the axes `stack` and one more.
+    """
+
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    order: tuple[int, ...]
+    blocks: tuple[int, ...]
+    flat: bool = False
+
+    @property
+    def axis(self) -> int:
+        """The axis along which the codes run."""
+        return self.order[-1]
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape of a matrix in the order of a file."""
+        return tuple(self.shape[d] for d in self.order)
+
+    @property
+    def scaled(self) -> tuple[int | None, ...]:
+        """For each axis of the scales that of W, None if it is that of a matrix as a whole.
+
+        They have none where one block is as long as the axis.
+        """
+        if self.flat:
+            return (*self.stack, None)
+        return tuple(d for d in range(len(self.shape)) if not self.is_whole(d))
+
+    @property
+    def coded(self) -> tuple[int | None, ...]:
+        """For each axis of the codes that of W, None if it is that of a matrix as a whole."""
+        return (*self.stack, None) if self.flat else tuple(range(len(self.shape)))
+
+    def is_whole(self, d: int) -> bool:
+        """Whether one block is as long as axis `d`."""
+        return 1 < self.shape[d] <= self.blocks[d]
+
+
+def along(
+    shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], block: int
+) -> Form:
+    """Blocks along the last axis of `order`."""
+    blocks = tuple(block if d == order[-1] else 1 for d in range(len(shape)))
+    return Form(shape, stack, order, blocks)
+
+
+def whole(
+    shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
+) -> Form:
+    """One block for the last `inputs` axes of `order`."""
+    blocks = tuple(n if d in order[-inputs:] else 1 for d, n in enumerate(shape))
+    return Form(shape, stack, order, blocks)
+
+
+def split(w: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
+    """W with each axis cut into blocks, and the axes within a block; the last is filled with 0."""
+    counts = [-(-n // b) for n, b in zip(w.shape, blocks, strict=True)]
+    ends = [c * b - n for c, b, n in zip(counts, blocks, w.shape, strict=True)]
+    w = jnp.pad(w, [(0, end) for end in ends]) if any(ends) else w
+    shape = [n for pair in zip(counts, blocks, strict=True) for n in pair]
+    return w.reshape(shape), tuple(range(1, 2 * len(counts), 2))
+
+
+def joined(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """An array of blocks, as `split` gives it, as one of `shape`."""
+    pairs = zip(x.shape[::2], x.shape[1::2], strict=True)
+    x = x.reshape([c * b for c, b in pairs])
+    return lax.slice(x, [0] * x.ndim, shape) if x.shape != tuple(shape) else x
+
+
+def spread(scale: jax.Array, blocks: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    """Scales of blocks as those of an array of `shape`; those of one block stay of length 1."""
+    for d, (block, n) in enumerate(zip(blocks, shape, strict=True)):
+        if block > 1 and scale.shape[d] > 1:
+            before, count, after = scale.shape[:d], scale.shape[d], scale.shape[d + 1 :]
+            x = lax.broadcast_in_dim(
+                scale,
+                (*before, count, block, *after),
+                [*range(d + 1), *range(d + 2, scale.ndim + 1)],
+            )
+            scale = x.reshape(*before, count * block, *after)
+            scale = lax.slice_in_dim(scale, 0, n, axis=d) if count * block != n else scale
+    return scale
+
+
+def pack(codes: jax.Array, axis: int) -> jax.Array:
+    """Two codes of 4 bits a byte along an axis of even length, the first in the high bits."""
+    shape = codes.shape
+    pairs = codes.reshape(*shape[:axis], shape[axis] // 2, 2, *shape[axis + 1 :])
+    first, second = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+    return (first << 4 | second).astype(jnp.uint8)
+
+
+def unpack(data: jax.Array, axis: int) -> jax.Array:
+    """The codes of `pack`."""
+    before, n, after = data.shape[:axis], data.shape[axis], data.shape[axis + 1 :]
+    dims = [d for d in range(data.ndim + 1) if d != axis + 1]
+    pairs = lax.broadcast_in_dim(data, (*before, n, 2, *after), dims)
+    # Shifts rather than two arrays joined: XLA computes it where it is read.
+    place = lax.broadcasted_iota(jnp.uint8, pairs.shape, axis + 1)
+    codes = (pairs >> (4 - 4 * place)) & jnp.uint8(15)
+    return codes.reshape(*before, 2 * n, *after)

@@ -1,0 +1,71 @@
+"""FP8: 8 bits, a floating-point number."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ._form import Form, along, whole
+from ._scheme import Coded, Scheme, check_block, register
+
+BLOCKS = (32, 64, 128, 256, 512)
+LARGEST = 448.0
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class FP8(Scheme):
+    r"""8-bit floating point, e4m3: $w = q\,s$ with $s = \max |w| / 448$, of squares or outputs.
+
+    Attributes:
+        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+            dense site that is neither an embedding nor the head.
+        block: rows and columns that share a scale, 32 to 512, a power of 2, 128 × 128 as DeepSeek
+            and Qwen ship it; blocks at the ends may be smaller. None for all inputs of an output.
+
+    Raises:
+        TypeError: if a field is of a wrong type.
+        ValueError: if `pattern` is no regular expression, or `block` none of these.
+
+    Source: Micikevicius et al., arXiv 2209.05433, for the type; DeepSeek-V3, arXiv 2412.19437,
+    section 3.3, for the blocks.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> base = jlora.quantize({"w": jnp.ones((256, 192))}, jlora.FP8("w"))
+        >>> base["w"].data.dtype.name, base["w"].scale.shape
+        ('float8_e4m3fn', (2, 2))
+    """
+
+    block: int | None = 128
+
+    bits: ClassVar[int] = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block is not None:
+            check_block(self, "block", self.block, BLOCKS)
+
+    def form(
+        self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
+    ) -> Form:
+        """Blocks along the last input and the last output axis, or all inputs."""
+        if self.block is None or len(order) == inputs:
+            return whole(shape, stack, order, inputs)
+        blocks = list(along(shape, stack, order, self.block).blocks)
+        blocks[order[-inputs - 1]] = self.block
+        return Form(shape, stack, order, tuple(blocks))
+
+    def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
+        """The nearest number of the type to w / s."""
+        largest = jnp.abs(w).max(within, keepdims=True)
+        scale = largest / LARGEST
+        relative = w / jnp.where(scale > 0, scale, 1)
+        codes = jnp.clip(relative, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+        return Coded(codes, scale)
+
+    def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        """The code times the scale."""
+        return codes.astype(jnp.float32) * scale.astype(jnp.float32)

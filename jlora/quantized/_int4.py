@@ -1,0 +1,74 @@
+"""Int4: 4 bits, affine."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from ._dynamic import rounded
+from ._form import Form
+from ._scheme import Coded, Scheme, check_block, register, rows
+
+GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Int4(Scheme):
+    r"""4-bit integers in groups: $w = (q - z)\,s$ with an integer zero point $z$ in [0, 15].
+
+    What GPTQ, AWQ, compressed-tensors and GGUF store is of this form, with the scales in 16 bits.
+    Where `zero` of a leaf is floating-point, as of GGUF's Q4_1, it is $w = q\,s + z$; without one,
+    z is 8. This scheme's own scales are bfloat16: 4.19 bits a parameter in groups of 128.
+
+    Attributes:
+        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+            dense site that is neither an embedding nor the head.
+        group: entries along the last input axis that share s and z, 16 to 1,024, a power of 2.
+
+    Raises:
+        TypeError: if a field is of a wrong type.
+        ValueError: if `pattern` is no regular expression, or `group` none of these.
+
+    Source: Frantar et al., GPTQ, arXiv 2210.17323; Lin et al., AWQ, arXiv 2306.00978.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> w = jnp.arange(128.0).reshape(128, 1) * jnp.ones((1, 64))
+        >>> base = jlora.quantize({"w": w}, jlora.Int4("w", group=64))
+        >>> base["w"].data.shape, base["w"].scale.shape, base["w"].zero.dtype.name
+        ((64, 64), (2, 64), 'uint8')
+    """
+
+    group: int = 128
+
+    bits: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block(self, "group", self.group, GROUPS)
+
+    def form(
+        self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
+    ) -> Form:
+        """Groups along the last axis."""
+        return rows(self, "group", self.group, GROUPS, shape, stack, order)
+
+    def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
+        """The nearest of 16 numbers from the least of the group to the largest, 0 among them."""
+        least = jnp.minimum(w.min(within, keepdims=True), 0)
+        largest = jnp.maximum(w.max(within, keepdims=True), 0)
+        scale = ((largest - least) / 15).astype(jnp.bfloat16)
+        wide = jnp.where(scale > 0, scale.astype(jnp.float32), 1)
+        zero = jnp.clip(jnp.round(-least / wide), 0, 15)
+        codes = jnp.clip(jnp.round(w / wide) + zero, 0, 15)
+        return Coded(codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8))
+
+    def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        """(q - z)·s, or q·s + z."""
+        codes, scale = codes.astype(jnp.float32), scale.astype(jnp.float32)
+        if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating):
+            return rounded(codes * scale) + zero.astype(jnp.float32)
+        return (codes - (8 if zero is None else zero.astype(jnp.float32))) * scale

@@ -1,0 +1,77 @@
+"""MXFP4: 4 bits, a floating-point number, with a power of 2 for each 32."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._form import Form
+from ._scheme import Coded, Scheme, lookup, register, rows
+
+BLOCK = 32
+_MAGNITUDES = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+TABLE = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
+BIAS = 127
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class MXFP4(Scheme):
+    r"""4-bit floating point, e2m1, in blocks of 32: $w = c_q \cdot 2^{s - 127}$.
+
+    The numbers c are 0, 0.5, 1, 1.5, 2, 3, 4, 6 of either sign; s is a byte. As gpt-oss ships its
+    experts: 4.25 bits a parameter.
+
+    Attributes:
+        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+            dense site that is neither an embedding nor the head.
+
+    Raises:
+        TypeError: if `pattern` is no string.
+        ValueError: if `pattern` is no regular expression.
+
+    Source: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> base = jlora.quantize({"w": jnp.ones((64, 8))}, jlora.MXFP4("w"))
+        >>> base["w"].scale.dtype.name, float(jlora.dequantize(base)["w"][0, 0])
+        ('uint8', 1.0)
+    """
+
+    bits: ClassVar[int] = 4
+
+    def form(
+        self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
+    ) -> Form:
+        """Blocks of 32 along the last axis."""
+        return rows(self, "block", BLOCK, (BLOCK,), shape, stack, order)
+
+    def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
+        """The nearest number to w over the power, of two the one whose last bit is 0."""
+        largest = jnp.abs(w).max(within, keepdims=True)
+        exponent = jnp.frexp(largest)[1] - 1 - 2  # so that the largest is from 4 to 8
+        exponent = jnp.clip(jnp.where(largest > 0, exponent, -BIAS), 1 - BIAS, BIAS)
+        relative = jnp.abs(w) / _power(exponent + BIAS)
+        middles = zip(_MAGNITUDES, _MAGNITUDES[1:], strict=False)
+        above = [
+            relative > (a + b) / 2 if i % 2 == 0 else relative >= (a + b) / 2
+            for i, (a, b) in enumerate(middles)
+        ]
+        codes = sum(x.astype(jnp.uint8) for x in above) | (jnp.signbit(w).astype(jnp.uint8) << 3)
+        return Coded(codes, (exponent + BIAS).astype(jnp.uint8))
+
+    def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        """The number of each code times the power."""
+        return lookup(TABLE, codes) * _power(scale)
+
+
+def _power(scale: jax.Array) -> jax.Array:
+    """2^(scale - 127) in float32; NaN for 255."""
+    bits = scale.astype(jnp.uint32)
+    bits = jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23)
+    return jnp.where(scale == 255, jnp.nan, lax.bitcast_convert_type(bits, jnp.float32))

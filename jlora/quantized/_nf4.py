@@ -1,0 +1,100 @@
+"""NF4: 4 bits, codes at the quantiles of a normal distribution."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._rules import rule_name
+from ._form import Form, along
+from ._scheme import Coded, Scheme, check_block, lookup, register
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+NORMAL = np.float32(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Scheme):
+    """Codes of 4 bits into a table of numbers in [-1, 1], and the largest magnitude of a block."""
+
+    block: int = 64
+    double: bool = False
+
+    bits: ClassVar[int] = 4
+    table: ClassVar[np.ndarray]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block(self, "block", self.block, BLOCKS)
+        if not isinstance(self.double, bool):
+            raise TypeError(
+                f"`double` of {rule_name(self)} must be True or False; got {self.double!r}."
+            )
+
+    def form(
+        self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
+    ) -> Form:
+        """Blocks along the last axis; over the ends of rows where they do not divide it."""
+        form = along(shape, stack, order, self.block)
+        return form._replace(flat=shape[order[-1]] % self.block != 0)
+
+    def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
+        """The code nearest to each entry over the largest of its block; of two, the lower number."""
+        largest = jnp.abs(w).max(within, keepdims=True)
+        relative = w * (1 / jnp.maximum(largest, 1e-38))
+        if short is not None:  # bitsandbytes divides in a block that is not full
+            relative = jnp.where(short & (largest > 0), w / largest, relative)
+        relative = jnp.clip(relative, -1, 1)
+        order = np.argsort(self.table, kind="stable").astype(np.uint8)
+        numbers = self.table[order]
+        above = [relative > (a + b) / 2 for a, b in zip(numbers, numbers[1:], strict=False)]
+        places = sum(x.astype(jnp.uint8) for x in above)
+        return Coded(jnp.asarray(order)[places], largest)
+
+    def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        """The number of each code times the largest of its block."""
+        return lookup(self.table, codes) * scale
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class NF4(Table):
+    r"""4-bit NormalFloat: $w = c_q \cdot \max_{block} |w|$, to a bit as in bitsandbytes.
+
+    The 16 numbers $c$ are quantiles of the normal distribution. Blocks run along the last input
+    axis; where they do not divide it, along the whole matrix as it is in a file, (outputs, inputs).
+
+    Attributes:
+        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+            dense site that is neither an embedding nor the head.
+        block: entries that share a scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
+        double: whether the scales are codes of 8 bits themselves: at blocks of 64, 4.127 bits a
+            parameter rather than 4.5.
+
+    Raises:
+        TypeError: if a field is of a wrong type.
+        ValueError: if `pattern` is no regular expression, or `block` none of these.
+
+    Source: Dettmers et al., QLoRA, arXiv 2305.14314, section 3.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (128, 64), jnp.bfloat16)}
+        >>> base = jlora.quantize(params, jlora.NF4("w"))
+        >>> base["w"], base["w"].data.shape, base["w"].scale.shape
+        (Quantized(bfloat16[128,64], NF4(block=64, double=True)), (64, 64), (2, 64))
+    """
+
+    double: bool = True
+    table: ClassVar[np.ndarray] = NORMAL

@@ -1,0 +1,141 @@
+"""What a scheme of quantization says of itself, and the set of schemes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .._rules import check_pattern, is_int, rule_name
+from ._form import Form, along
+
+
+class Coded(NamedTuple):
+    """A weight in codes.
+
+    Attributes:
+        codes: a code for each entry of W.
+        scale: a number for each block.
+        zero: another for each block, or None.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """Quantizes the weights whose path matches `pattern`; the base of each scheme.
+
+    Attributes:
+        pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
+            every dense site that is neither an embedding nor the head.
+    """
+
+    pattern: str | None = None
+
+    bits: ClassVar[int]  # of a code
+
+    def __post_init__(self) -> None:
+        if self.pattern is not None:
+            check_pattern(self, self.pattern)
+
+    def form(
+        self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
+    ) -> Form:
+        """How a weight is cut into blocks; `ValueError` where it cannot be.
+
+        Args:
+            shape: of the weight.
+            stack: as in `Form`.
+            order: as in `Form`.
+            inputs: how many axes at the end of `order` each output is a sum over.
+        """
+        raise NotImplementedError
+
+    def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
+        """The codes of W.
+
+        Args:
+            w: W in float32, its axes cut into blocks.
+            within: the axes within a block, of which scales have length 1.
+            short: True for blocks that are not full, if there are any.
+        """
+        raise NotImplementedError
+
+    def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
+        """W in float32, of codes, and of scales that are broadcast to them."""
+        raise NotImplementedError
+
+
+def spelled(scheme: Scheme) -> str:
+    """How a table calls a scheme: its fields without the pattern."""
+    fields = (f.name for f in dataclasses.fields(scheme) if f.name != "pattern")
+    return f"{type(scheme).__name__}({', '.join(f'{n}={getattr(scheme, n)!r}' for n in fields)})"
+
+
+SCHEMES: dict[str, type[Scheme]] = {}  # by name
+
+
+def register(scheme: type[Scheme]) -> type[Scheme]:
+    """Adds a scheme to the set."""
+    SCHEMES[scheme.__name__] = scheme
+    return scheme
+
+
+def check_block(scheme: Scheme, name: str, block: Any, legal: Sequence[int]) -> None:
+    """Raises unless the field `name` of a scheme is one of `legal`."""
+    if not is_int(block) or block not in legal:
+        raise ValueError(
+            f"`{name}` of {rule_name(scheme)} must be one of {', '.join(map(str, legal))}; "
+            f"got {block!r}."
+        )
+    object.__setattr__(scheme, name, int(block))
+
+
+def rows(
+    scheme: Scheme,
+    name: str,
+    block: int,
+    legal: Sequence[int],
+    shape: tuple[int, ...],
+    stack: tuple[int, ...],
+    order: tuple[int, ...],
+) -> Form:
+    """Blocks along the last axis of `order`, which they must divide."""
+    n = shape[order[-1]]
+    if n % block:
+        fits = [b for b in legal if n % b == 0]
+        remedy = (
+            f"Blocks of {', '.join(map(str, fits))} divide it."
+            if fits
+            else "No legal block divides it: leave it out of the pattern."
+        )
+        raise ValueError(
+            f"`{name}` of {rule_name(scheme)} is {block}, which does not divide axis {order[-1]}, "
+            f"of length {n}, of a weight of shape {shape}. {remedy}"
+        )
+    return along(shape, stack, order, block)
+
+
+def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
+    """`table[codes]` in float32, for a table of 2ⁿ entries."""
+
+    def gathered(codes: jax.Array) -> jax.Array:
+        return jnp.asarray(table, jnp.float32).at[codes].get(mode="promise_in_bounds")
+
+    def selected(codes: jax.Array) -> jax.Array:
+        # A TPU gathers slowly from a small table.
+        level: list[Any] = [jnp.float32(x) for x in table]
+        bit = 0
+        while len(level) > 1:
+            is_odd = (codes >> bit) & 1 == 1
+            level = [jnp.where(is_odd, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
+            bit += 1
+        return level[0]
+
+    return lax.platform_dependent(codes, tpu=selected, default=gathered)
