@@ -49,10 +49,11 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
             return gain.arranged((OTHER, rest))
         return jnp.repeat(gain.arranged((group, rest)), group_sizes, 0, total_repeat_length=len(x))
 
-    def base(value: jax.Array, z: jax.Array) -> jax.Array:
+    def base(value: jax.Array, z: jax.Array, group_sizes: jax.Array) -> jax.Array:
         return eqn.bind(z, value, group_sizes)
 
-    return product(w, "dense", roles, (x, eqn.aside(0)), base, lowrank, spread)
+    z = (x, eqn.aside(0))
+    return product(w, "dense", roles, z, base, lowrank, spread, group_sizes)
 
 
 @rule("conv_general_dilated", multiplies=True)

@@ -115,18 +115,24 @@ class _Lookup:
         packed = w.value.freed(self.picked) if isinstance(w.value, Packed) else None
         if packed is None:
             return self.eqn.bind(w.array, self.indices)
-        filled, fill = [a for a in self.picked if self.fills(a)], self.params["fill_value"]
-
-        def fill_rows(f: Factor) -> Factor:
-            lengths = dict(zip(w.axes, w.shape, strict=True))
-            each = [(self.indices[..., self.index_of[a]], lengths[a]) for a in filled]
-            is_row = jnp.all(jnp.stack([(i >= 0) & (i < n) for i, n in each]), 0)
-            kept = Factor(is_row, self.batch).arranged(f.axes)
-            return f.replace(jnp.where(kept, f.value, jnp.nan if fill is None else fill))
-
         rows = packed.map(self.rows)
-        rows = rows.then(fill_rows) if filled else rows
+        bounds = [(a, n) for a, n in zip(w.axes, w.shape, strict=True) if self.fills(a)]
+        if bounds:
+            each = [(self.indices[..., self.index_of[a]], n) for a, n in bounds]
+            is_row = jnp.all(jnp.stack([(i >= 0) & (i < n) for i, n in each]), 0)
+            rows = self._filled_rows(rows, Factor(is_row, self.batch))
         return rows.like(self.eqn.outputs[0]).named(self.axes)
+
+    def _filled_rows(self, rows: Packed, is_row: Factor) -> Packed:
+        """Rows of a packed weight, filled where `is_row` is false."""
+        fill = self.params["fill_value"]
+        fill = jnp.nan if fill is None else fill
+
+        def unpack(parts: tuple[Packed, Factor]) -> Factor:
+            f = parts[0].factor()
+            return f.replace(jnp.where(parts[1].arranged(f.axes), f.value, fill))
+
+        return Packed((rows, is_row), unpack, rows.shape, rows.dtype)
 
     def rows(self, f: Factor) -> Factor:
         """The rows of a factor: 0 where those of W are filled, 1 for a gain."""

@@ -41,8 +41,7 @@ def _sharding_constraint(eqn: Equation, w: Weight) -> Weight:
 @rule("reshard")
 def _reshard(eqn: Equation, w: Weight) -> Weight:
     # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
-    if isinstance(w.value, Packed):
-        w = w.replace(w.array)
+    w = w.unpacked()
     old, new = jax.typeof(w.value).sharding, eqn.params["dst_sharding"]
     if old.mesh.axis_types != new.mesh.axis_types:
         w = w.placed(new.mesh, new.spec)
@@ -77,7 +76,7 @@ def _neg(eqn: Equation, w: Weight) -> Weight:
 @rule("mul")
 def _mul(eqn: Equation, x: Any, y: Any) -> Weight:
     w, other = (x, y) if isinstance(x, Weight) else (y, x)
-    scalar = _scalar(other)
+    w, scalar = _scalable(w, other), _scalar(other)
     return w.scaled(eqn.moved(w, other), scalar, lambda x: eqn.bind(x, other))
 
 
@@ -85,7 +84,13 @@ def _mul(eqn: Equation, x: Any, y: Any) -> Weight:
 def _div(eqn: Equation, x: Any, y: Any) -> Weight:
     if not isinstance(x, Weight):
         raise Unfactorable("the weight divides")
-    return x.scaled(eqn.moved(x, y), 1 / _scalar(y), lambda x: eqn.bind(x, y))
+    w, scalar = _scalable(x, y), _scalar(y)
+    return w.scaled(eqn.moved(w, y), 1 / scalar, lambda x: eqn.bind(x, y))
+
+
+def _scalable(w: Weight, scalar: Any) -> Weight:
+    """The weight, unpacked where a traced scalar may have a derivative."""
+    return w if _compat.is_concrete(scalar) else w.unpacked()
 
 
 def _scalar(x: Any) -> jax.Array:
@@ -167,6 +172,8 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 
     sizes = zip(w.axes, starts, eqn.params["slice_sizes"], w.shape, strict=True)
     cut = {axis: (start, size) for axis, start, size, length in sizes if size != length}
+    if isinstance(w.value, Packed) and not w.value.free.issuperset(cut):
+        w = w.unpacked()
     moved = w.along(eqn.moved(w, *starts), {a: along(*c) for a, c in cut.items()})
     if not all(_compat.is_concrete(start) for start, _ in cut.values()):
         moved = moved.unsteady()

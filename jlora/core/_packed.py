@@ -6,12 +6,14 @@ of a stack, is done to those; all else is remembered, and done to W when it is u
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._axes import Along, Axis, Factor, Group
 
@@ -144,6 +146,26 @@ class Packed:
         """W, unpacked, with its axes in the order of `axes`."""
         f = self.factor()
         return jnp.broadcast_to(f.arranged(axes), self.shape).astype(self.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def unpacked_for(
+    product: Callable[..., jax.Array], packed: Packed, x: jax.Array, *others: jax.Array
+) -> jax.Array:
+    """`product(packed, x, *others)`, linear in x, by which the packed weight is frozen.
+
+    The backward pass keeps the packed weight and nothing else. Neither pass unpacks it before its
+    activation is there: XLA would unpack the weights of many layers at once.
+    """
+    packed, _ = lax.optimization_barrier((packed, x))
+    return product(packed, x, *others)
+
+
+@unpacked_for.defjvp
+def _unpacked_for_jvp(product: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    packed, _, *others = primals
+    tangent = jax.checkpoint(lambda packed, dx, *others: product(packed, dx, *others))
+    return unpacked_for(product, *primals), tangent(packed, tangents[1], *others)
 
 
 def _is_factor(x: Any) -> bool:

@@ -29,7 +29,7 @@ from ._axes import (
     reshape_groups,
 )
 from ._explicit import explicit
-from ._packed import Packed
+from ._packed import Packed, unpacked_for
 from ._product import einsum, letters, promote
 from ._trace import abstract
 from ._uses import Uses
@@ -189,11 +189,14 @@ class Weight:
         return new_names([*self.axes, Axis(last)])
 
     def multiplied(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
-        """`f(W, *xs)`. A packed W is unpacked for it, and again for the backward pass."""
+        """`f(W, *xs)`, linear in the first of `xs`. A packed W is unpacked for it, in each pass."""
         if not isinstance(self.value, Packed):
             return f(self.value, *xs)
-        unpacked = jax.checkpoint(lambda value, *xs: f(value.array(self.axes), *xs))
-        return unpacked(self.value, *xs)
+        return unpacked_for(lambda w, *xs: f(w.array(self.axes), *xs), self.value, *xs)
+
+    def unpacked(self) -> "Weight":
+        """The same as an array."""
+        return self.replace(self.array)
 
     def _follow(self, new: Any, move: Callable[[Packed], Packed]) -> Any:
         """W after a move: `new` if that is an array, else packed and of the type `new`."""

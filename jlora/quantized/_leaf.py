@@ -45,8 +45,8 @@ class Quantized:
     `lora.apply` or `jlora.wrap`.
 
     Attributes:
-        data: codes, with W's axes. Of 4 bits, two a byte along the axis of the blocks, the first
-            in the high bits.
+        data: codes, with W's axes. Of 4 bits, two a byte along the axis of the blocks: entry j of
+            a block in the high bits, entry j + block / 2 in the low ones.
         scale: of each block, with W's axes but those along which there is one block.
         zero: what a scheme has of each block besides, or None.
         nested: of which the scales are computed, if they are codes themselves, or None.
@@ -194,9 +194,12 @@ def quantized(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
         blocks, axis = (*[1] * len(lead), form.blocks[form.axis]), len(lead)
     cut, within = split(x, blocks)
     code = scheme.encode(cut, within, _short(x.shape, blocks, cut.shape, axis))
-    even = tuple(n + n % 2 if d == axis and scheme.bits == 4 else n for d, n in enumerate(x.shape))
-    codes = joined(code.codes, even)
-    data = pack(codes, axis) if scheme.bits == 4 else codes
+    if scheme.bits == 4:
+        counts = zip(cut.shape[::2], blocks, strict=True)
+        bytes_of = [c * b // (2 if d == axis else 1) for d, (c, b) in enumerate(counts)]
+        data = joined(pack(code.codes, axis), bytes_of)
+    else:
+        data = joined(code.codes, x.shape)
     kept = form.scaled if not form.flat else range(x.ndim)
     lost = [*within, *(2 * d for d in range(x.ndim) if d not in kept)]
     scale, zero = (None if s is None else lax.squeeze(s, lost) for s in code[1:])
@@ -250,10 +253,10 @@ def _unpack(scheme: Scheme, form: Form, axes: tuple[Axis, ...], dtype: Any, part
     data, scale, zero = parts["data"], parts["scale"], parts.get("zero")
     if "nested" in parts:
         scale = _scales(scale, parts["nested"], form, axes)
-    axis, block = (FLAT, form.blocks[form.axis]) if form.flat else (axes[form.axis], 1)
+    axis, block = FLAT if form.flat else axes[form.axis], form.blocks[form.axis]
     of_axis = {axis: block} if form.flat else dict(zip(axes, form.blocks, strict=True))
     blocks = [of_axis.get(a, 1) for a in data.axes]
-    codes = unpack(data.value, data.axis(axis)) if scheme.bits == 4 else data.value
+    codes = unpack(data.value, data.axis(axis), block) if scheme.bits == 4 else data.value
 
     def each(f: Factor) -> jax.Array:
         return spread(f.arranged(data.axes), blocks, codes.shape)

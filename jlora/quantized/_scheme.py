@@ -123,19 +123,23 @@ def rows(
 
 
 def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
-    """`table[codes]` in float32, for a table of 2ⁿ entries."""
+    """`table[codes]` in float32."""
 
     def gathered(codes: jax.Array) -> jax.Array:
         return jnp.asarray(table, jnp.float32).at[codes].get(mode="promise_in_bounds")
 
+    # A TPU gathers slowly from a small table.
     def selected(codes: jax.Array) -> jax.Array:
-        # A TPU gathers slowly from a small table.
         level: list[Any] = [jnp.float32(x) for x in table]
-        bit = 0
-        while len(level) > 1:
+        for bit in range(4):
             is_odd = (codes >> bit) & 1 == 1
             level = [jnp.where(is_odd, b, a) for a, b in zip(level[::2], level[1::2], strict=True)]
-            bit += 1
         return level[0]
 
-    return lax.platform_dependent(codes, tpu=selected, default=gathered)
+    def summed(codes: jax.Array) -> jax.Array:
+        each = jnp.arange(len(table), dtype=codes.dtype).reshape(-1, *[1] * codes.ndim)
+        values = jnp.asarray(table, jnp.float32).reshape(each.shape)
+        return jnp.where(codes == each, values, 0).sum(0)
+
+    on_tpu = selected if len(table) == 16 else summed
+    return lax.platform_dependent(codes, tpu=on_tpu, default=gathered)
