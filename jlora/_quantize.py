@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
+from . import sharding
 from ._rules import Full, matches, near, rule_name
 from ._sites import Site, Sites
 from ._table import aligned, readable
@@ -271,7 +273,11 @@ def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
         )
-    return quantized(x, scheme, form)
+    leaf = quantized(x, scheme, form)
+    place = x.sharding if is_concrete(x) and x.committed else None
+    if not isinstance(place, NamedSharding):
+        return leaf
+    return jax.device_put(leaf, sharding.specs({"w": place}, {"w": leaf})["w"])
 
 
 def _is_eager(leaves: Sequence[Any]) -> bool:

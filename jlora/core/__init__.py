@@ -13,6 +13,8 @@ from ._explicit import explicit as explicit
 from ._interpret import evaluate as evaluate
 from ._interpret import formed as formed
 from ._packed import Packed as Packed
+from ._packed import laid as laid
+from ._packed import mesh_axes as mesh_axes
 from ._product import promote as promote
 from ._trace import ValueReadError as ValueReadError
 from ._trace import abstract as abstract

@@ -11,8 +11,9 @@ from .. import _compat
 from ._axes import Unfactorable
 from ._explicit import explicit
 from ._interpret import Equation, formed, rule
+from ._packed import mesh_axes
 from ._summed import NAME
-from ._weight import Weight, mesh_axes
+from ._weight import Weight
 
 
 @rule("jit", calls="jaxpr")

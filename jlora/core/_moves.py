@@ -1,5 +1,6 @@
 """Primitives that move or scale a weight: the factors follow it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax import lax
 from .. import _compat
 from ._axes import REPEATED, Axis, Factor, Unfactorable
 from ._interpret import Equation, rule
-from ._packed import Packed
+from ._packed import Packed, mesh_axes
 from ._product import promote
 from ._weight import Change, Weight, is_factor, value_of
 
@@ -41,11 +42,17 @@ def _sharding_constraint(eqn: Equation, w: Weight) -> Weight:
 @rule("reshard")
 def _reshard(eqn: Equation, w: Weight) -> Weight:
     # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
-    w = w.unpacked()
-    old, new = jax.typeof(w.value).sharding, eqn.params["dst_sharding"]
-    if old.mesh.axis_types != new.mesh.axis_types:
-        w = w.placed(new.mesh, new.spec)
-    return w.replace(eqn.bind(w.value))
+    old, new = w.type.sharding, eqn.params["dst_sharding"]
+    same_axes = old is not None and old.mesh.axis_types == new.mesh.axis_types
+    if not isinstance(w.value, Packed):
+        w = w if same_axes else w.placed(new.mesh, new.spec)
+        return w.replace(eqn.bind(w.value))
+    pieces = {a: math.prod(new.mesh.shape[n] for n in mesh_axes(e)) for a, e in zip(w.axes, new.spec, strict=True)}
+    w = w.sliceable({a: n for a, n in pieces.items() if n > 1})
+    if not isinstance(w.value, Packed):
+        return _reshard(eqn, w)
+    placed = w.placed(new.mesh, new.spec)
+    return w.replace(placed.value, w.change if same_axes else placed.change)
 
 
 @rule("convert_element_type")

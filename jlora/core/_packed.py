@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._axes import Along, Axis, Factor, Group
 
@@ -166,6 +167,30 @@ def _unpacked_for_jvp(product: Any, primals: Any, tangents: Any) -> tuple[jax.Ar
     packed, _, *others = primals
     tangent = jax.checkpoint(lambda packed, dx, *others: product(packed, dx, *others))
     return unpacked_for(product, *primals), tangent(packed, tangents[1], *others)
+
+
+def laid(f: Factor, sharding: NamedSharding | PartitionSpec, axes: Sequence[Axis]) -> Factor:
+    """A part of a weight with `axes` where that lies as `sharding` says, as far as it can be cut.
+
+    A PartitionSpec is along the axes of `jax.set_mesh`.
+    """
+    named = isinstance(sharding, NamedSharding)
+    mesh = sharding.mesh if named else jax.sharding.get_abstract_mesh()
+    spec = sharding.spec if named else sharding
+    entries = f.spec(dict(zip(axes, spec, strict=False)))
+    cut = [
+        e if n % math.prod(mesh.shape[name] for name in mesh_axes(e)) == 0 else None
+        for e, n in zip(entries, f.value.shape, strict=True)
+    ]
+    place = NamedSharding(mesh, PartitionSpec(*cut)) if named else PartitionSpec(*cut)
+    return f.replace(lax.with_sharding_constraint(f.value, place))
+
+
+def mesh_axes(entry: Any) -> tuple[Any, ...]:
+    """The mesh axes of an entry of a partition."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _is_factor(x: Any) -> bool:

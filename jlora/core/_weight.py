@@ -8,7 +8,6 @@ is all that the interpreter knows of any method. ΔW is never formed on the way.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from ._axes import (
     reshape_groups,
 )
 from ._explicit import explicit
-from ._packed import Packed, unpacked_for
+from ._packed import Packed, laid, mesh_axes, unpacked_for
 from ._product import einsum, letters, promote
 from ._trace import abstract
 from ._uses import Uses
@@ -324,17 +323,7 @@ class Weight:
             return self.replace(lax.with_sharding_constraint(self.value, sharding))
         if not isinstance(sharding, NamedSharding):
             return self
-        by_axis = dict(zip(self.axes, sharding.spec, strict=False))
-
-        def place(f: Factor) -> Factor:
-            spec = f.spec(by_axis)
-            devices = [math.prod(sharding.mesh.shape.get(n, 1) for n in mesh_axes(e)) for e in spec]
-            lengths = zip(spec, f.value.shape, devices, strict=True)
-            fits = [e if e is not None and n % k == 0 else None for e, n, k in lengths]
-            at = NamedSharding(sharding.mesh, PartitionSpec(*fits))
-            return f.replace(lax.with_sharding_constraint(f.value, at))
-
-        return self.replace(self.value.map(place))
+        return self.replace(self.value.map(lambda f: laid(f, sharding, self.axes)))
 
     def sliceable(self, pieces: dict[Axis, int]) -> "Weight":
         """The same, W unpacked unless its parts can be cut into so many pieces along axes."""
@@ -389,11 +378,6 @@ class Weight:
                     "drop. Give this site a rule with dropout=0."
                 )
         return self.change.of(self.array, self.axes)
-
-
-def mesh_axes(entry: Any) -> tuple[Any, ...]:
-    """The mesh axes of an entry of a partition."""
-    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Weight:

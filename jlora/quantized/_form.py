@@ -119,6 +119,7 @@ def unpack(data: jax.Array, axis: int, block: int) -> jax.Array:
     before, n, after = data.shape[:axis], data.shape[axis], data.shape[axis + 1 :]
     blocks = data.reshape(*before, 2 * n // block, 1, block // 2, *after)
     # Shifts rather than two arrays joined: XLA computes them where they are read.
-    shifts = lax.broadcasted_iota(jnp.uint8, (2, *(1 for _ in range(1 + len(after)))), 0)
+    one = [1] * blocks.ndim
+    shifts = lax.broadcasted_iota(jnp.uint8, [*one[: axis + 1], 2, *one[axis + 2 :]], axis + 1)
     codes = (blocks >> (4 - 4 * shifts)) & jnp.uint8(15)
     return codes.reshape(*before, 2 * n, *after)

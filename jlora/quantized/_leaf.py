@@ -13,7 +13,7 @@ from jax import lax
 
 from .._types import PyTree
 from .._types import short as short_name
-from ..core import Axis, Factor, Packed
+from ..core import Axis, Factor, Packed, laid
 from ._dynamic import dequantize_scales, quantize_scales
 from ._form import Form, joined, pack, split, spread, unpack
 from ._scheme import Scheme, spelled
@@ -54,6 +54,8 @@ class Quantized:
         scheme: the scheme.
         form: how W is cut into blocks.
         dtype: of the weight.
+        used: where the weight lies when it is used, to which its codes are brought before they are
+            unpacked, or None. See `jlora.sharding.gathered`.
     """
 
     data: Any
@@ -64,6 +66,7 @@ class Quantized:
     scheme: Scheme = dataclasses.field(metadata={"static": True})
     form: Form = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
+    used: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,7 +115,7 @@ class Quantized:
         dtype = self.dtype if dtype is None else dtype
         packed = Packed(
             parts,
-            functools.partial(_unpack, self.scheme, self.form, tuple(axes), jnp.dtype(dtype)),
+            functools.partial(_unpack, self._how(axes, jnp.dtype(dtype))),
             self.shape,
             jnp.dtype(dtype),
             free=frozenset(axes[d] for d in self.form.stack),
@@ -121,6 +124,9 @@ class Quantized:
         )
         packed = packed.named(axes)
         return packed if self.nested is not None else _loosened(self.form, tuple(axes), packed)
+
+    def _how(self, axes: Sequence[Axis], dtype: Any) -> "_How":
+        return _How(self.scheme, self.form, tuple(axes), dtype, self.used)
 
     def array(self, dtype: Any = None) -> jax.Array:
         """The weight, dequantized."""
@@ -247,9 +253,24 @@ def _nested(scale: jax.Array, form: Form) -> tuple[jax.Array, Nested]:
 Parts = Mapping[str, Any]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _unpack(scheme: Scheme, form: Form, axes: tuple[Axis, ...], dtype: Any, parts: Parts) -> Factor:
+class _How(NamedTuple):
+    """What the parts of a weight do not say of it; `axes` are W's."""
+
+    scheme: Scheme
+    form: Form
+    axes: tuple[Axis, ...]
+    dtype: Any
+    used: Any
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unpack(how: _How, parts: Parts) -> Factor:
     """W of its parts; it may be a part of W, cut along axes that are free or even."""
+    scheme, form, axes, dtype, used = how
+    # Within the model's own shard_map the parts are those of a shard.
+    if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
+        each = functools.partial(laid, sharding=used, axes=axes)
+        parts = jax.tree.map(each, parts, is_leaf=lambda x: isinstance(x, Factor))
     data, scale, zero = parts["data"], parts["scale"], parts.get("zero")
     if "nested" in parts:
         scale = _scales(scale, parts["nested"], form, axes)

@@ -139,7 +139,7 @@ def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
     def summed(codes: jax.Array) -> jax.Array:
         each = jnp.arange(len(table), dtype=codes.dtype).reshape(-1, *[1] * codes.ndim)
         values = jnp.asarray(table, jnp.float32).reshape(each.shape)
-        return jnp.where(codes == each, values, 0).sum(0)
+        return jnp.where(codes[None] == each, values, 0).sum(0)
 
     on_tpu = selected if len(table) == 16 else summed
     return lax.platform_dependent(codes, tpu=on_tpu, default=gathered)

@@ -1,5 +1,6 @@
-"""How an adapter lies on a mesh. Imports `adapters`, `_rules`, `_tree`, `_types`."""
+"""How trees lie on a mesh. Imports `adapters`, `core`, `quantized`, `_rules`, `_tree`, `_types`."""
 
+from ._quantized import gathered as gathered
 from ._specs import moments as moments
 from ._specs import replicated as replicated
 from ._specs import specs as specs

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from .._tree import leaves_by_path
 from .._types import Path, PyTree
 from ..adapters import is_node
+from ..quantized import Quantized, is_quantized
 
 Place = PartitionSpec | Sharding
 
@@ -24,7 +25,7 @@ def places_of(base: PyTree) -> dict[Path, Any]:
     """A PartitionSpec, a sharding or an `Unknown` by path."""
 
     def is_leaf(x: Any) -> bool:
-        return x is None or is_node(x) or _is_annotated(x)
+        return x is None or is_node(x) or is_quantized(x) or _is_annotated(x)
 
     leaves = jax.tree.leaves(base, is_leaf=is_leaf)
     if any(map(is_node, leaves)):
@@ -75,12 +76,23 @@ def _metadata(variable: Any) -> Any:
 def _place(x: Any) -> Any:
     if isinstance(x, Place):
         return x
+    if is_quantized(x):
+        return _of_quantized(x)
     if _is_annotated(x):
         return _of_annotated(x)
     if isinstance(x, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
         return _of_tracer(x)
     found = getattr(x, "sharding", None)
     return found if isinstance(found, Sharding) else Unknown(x, " without a sharding")
+
+
+def _of_quantized(x: Quantized) -> Any:
+    found = _place(x.data)
+    if not isinstance(found, PartitionSpec | NamedSharding):
+        return found
+    spec = found if isinstance(found, PartitionSpec) else found.spec
+    by_axis = dict(zip(x.axes()["data"], spec, strict=False))
+    return with_spec(found, PartitionSpec(*(by_axis.get(d) for d in range(x.ndim))))
 
 
 def _of_annotated(x: Any) -> Any:

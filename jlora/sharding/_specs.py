@@ -13,13 +13,13 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._rules import near
-from .._tree import adapter_leaves, name_of
+from .._tree import adapter_leaves, leaves_by_path, name_of
 from .._types import Path, PyTree
 from ..adapters import arrays, is_node, method_of, weight_shape
+from ..core import mesh_axes
+from ..quantized import is_quantized
 from ._places import Place, Unknown, everywhere, places_of, with_spec
-
-Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
-
+from ._quantized import Mesh, Misfit, along, check_blocks, devices, quantized_places
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
     r"""How the adapter lies on a mesh, from how the base does.
@@ -41,7 +41,8 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
             - Flax's boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`) and NNX
               variables with `out_sharding`. Where such a leaf's array lies on a mesh, that counts.
               Beside them, leaves without are replicated, as `get_partition_spec` takes them.
-        adapter: from `init`, arrays or `jax.ShapeDtypeStruct`s.
+        adapter: from `init`, arrays or `jax.ShapeDtypeStruct`s; or a base with quantized weights,
+            whose codes and scales take W's own partition.
         mesh: turns PartitionSpecs into NamedShardings of this mesh.
 
     Returns:
@@ -54,7 +55,8 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
         ValueError: if `base` lacks a path of the adapter, or its partition does not fit the weight
             there: more entries than axes, an axis that the mesh has not or that is used twice, or
             a length that cannot be divided. The last three need a mesh: that of a NamedSharding,
-            `mesh`, or that of `jax.set_mesh` if it has all axes that a spec names.
+            `mesh`, or that of `jax.set_mesh` if it has all axes that a spec names. Or if a device
+            would get a part of a block of a quantized weight.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlora
@@ -68,22 +70,27 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
         (P('fsdp', None), P(None, 'tensor'))
     """
     places = places_of(base)
-    found = adapter_leaves(adapter)
+    found = _leaves(adapter)
     _check_known(places, found)
     placed, wrong = {}, {}
     for path, leaf in found.items():
         try:
             placed[path] = _follow(places[path], leaf, mesh)
-        except _Misfit as e:
+        except Misfit as e:
             wrong[path] = str(e)
     if wrong:
         raise ValueError(
             f"`base` has partitions that do not fit at {len(wrong)} of {len(found)} paths of "
             f"`adapter`:\n{_listed(wrong)}\nCorrect them in `base`: the adapter follows W."
         )
-    return jax.tree.unflatten(
-        jax.tree.structure(adapter, is_leaf=is_node), [placed[path] for path in found]
-    )
+    structure = jax.tree.structure(adapter, is_leaf=lambda x: is_node(x) or is_quantized(x))
+    return jax.tree.unflatten(structure, [placed[path] for path in found])
+
+
+def _leaves(adapter: PyTree) -> dict[Path, Any]:
+    leaves = leaves_by_path(adapter, is_node)
+    is_base = any(is_quantized(x) for _, x in leaves)
+    return dict(leaves) if is_base else adapter_leaves(adapter)
 
 
 def replicated(specs: PyTree, *axes: str) -> PyTree:
@@ -113,7 +120,7 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
     def keep(entry: Any) -> Any:
         if entry is None or entry is PartitionSpec.UNCONSTRAINED:
             return entry
-        kept = tuple(name for name in _names(entry) if name not in axes)
+        kept = tuple(name for name in mesh_axes(entry) if name not in axes)
         return kept if len(kept) > 1 else (kept[0] if kept else None)
 
     def place(x: Any) -> Any:
@@ -205,26 +212,26 @@ def _listed(reasons: Mapping[Path, str]) -> str:
 # ----------------------------------------------------------------------------- how a leaf follows
 
 
-class _Misfit(Exception):  # noqa: N818 - collected into one ValueError
-    """A partition cannot be that of its weight."""
-
-
 def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
     """The places of a leaf of the adapter where W is at `place`."""
     if not isinstance(place, PartitionSpec | NamedSharding):
         if len(place.device_set) == 1:
-            return _each(leaf, lambda _: place)
-        raise _Misfit(f"a {type(place).__name__} names no axes; expected a NamedSharding")
+            each = quantized_places if is_quantized(leaf) else _each
+            return each(leaf, lambda _: place)
+        raise Misfit(f"a {type(place).__name__} names no axes; expected a NamedSharding")
     spec = place if isinstance(place, PartitionSpec) else place.spec
     shape = weight_shape(leaf) if is_node(leaf) else tuple(leaf.shape)
     if len(spec) > len(shape):
-        raise _Misfit(f"{spec} has {len(spec)} entries for a weight of shape {shape}")
+        raise Misfit(f"{spec} has {len(spec)} entries for a weight of shape {shape}")
     entries = (*spec, *[None] * (len(shape) - len(spec)))
     known = _mesh_of(place, entries, mesh)
     if known is not None:
         _check_entries(entries, shape, known)
     if isinstance(place, PartitionSpec) and mesh is not None:
         place = NamedSharding(mesh, spec)
+    if is_quantized(leaf):
+        check_blocks(entries, leaf, known)
+        return quantized_places(leaf, lambda dims: with_spec(place, along(entries, dims)))
     if not is_node(leaf):
         return with_spec(place, spec)
     return _each(leaf, lambda dims: with_spec(place, _part(entries, dims, leaf, shape, known)))
@@ -249,20 +256,9 @@ def _part(
     known = dict(enumerate(entries))
     if leaf.layout.slots is not None and mesh is not None:
         count, _, axis = leaf.layout.slots
-        if shape[axis] // count % _devices(entries[axis], mesh):
+        if shape[axis] // count % devices(entries[axis], mesh):
             del known[axis]
     return PartitionSpec(*(known.get(d) for d in dims))
-
-
-def _names(entry: Any) -> tuple[Any, ...]:
-    """The mesh axes of an entry of a PartitionSpec."""
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
-
-
-def _devices(entry: Any, mesh: Mesh) -> int:
-    return math.prod(mesh.shape[name] for name in _names(entry))
 
 
 def _mesh_of(place: Any, entries: Sequence[Any], given: Mesh | None) -> Mesh | None:
@@ -270,18 +266,18 @@ def _mesh_of(place: Any, entries: Sequence[Any], given: Mesh | None) -> Mesh | N
     if isinstance(place, NamedSharding) or given is not None:
         return place.mesh if isinstance(place, NamedSharding) else given
     scope = jax.sharding.get_abstract_mesh()
-    return scope if {n for e in entries for n in _names(e)} <= set(scope.axis_names) else None
+    return scope if {n for e in entries for n in mesh_axes(e)} <= set(scope.axis_names) else None
 
 
 def _check_entries(entries: Sequence[Any], shape: tuple[int, ...], mesh: Mesh) -> None:
-    names = [name for entry in entries for name in _names(entry)]
+    names = [name for entry in entries for name in mesh_axes(entry)]
     for name in names:
         if name not in mesh.axis_names:
-            raise _Misfit(f"the mesh has no axis {name!r}; it has {', '.join(mesh.axis_names)}")
+            raise Misfit(f"the mesh has no axis {name!r}; it has {', '.join(mesh.axis_names)}")
         if names.count(name) > 1:
-            raise _Misfit(f"the mesh axis {name!r} is used for more than one axis")
+            raise Misfit(f"the mesh axis {name!r} is used for more than one axis")
     for axis, (entry, length) in enumerate(zip(entries, shape, strict=True)):
-        n = _devices(entry, mesh)
+        n = devices(entry, mesh)
         if length % n:
-            over = " × ".join(f"{name}={mesh.shape[name]}" for name in _names(entry))
-            raise _Misfit(f"axis {axis} of length {length} cannot be divided over {over}")
+            over = " × ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes(entry))
+            raise Misfit(f"axis {axis} of length {length} cannot be divided over {over}")

@@ -65,7 +65,8 @@ class _Program:
             return self.bytes_of(_called(i, "to_apply"))
         if i.op in ("copy-start", "slice-start"):
             ends = [(size, fast) for size, fast in _arrays(i.type) if size > 8]  # no semaphore
-            return min(size for size, _ in ends) * sum(not fast for _, fast in ends)
+            whole = min((size for size, _ in ends), default=0)
+            return whole * sum(not fast for _, fast in ends)
         if i.op == "fusion":
             return self.of_fusion(i, operands)
         if i.op == "dynamic-slice":

@@ -1,0 +1,110 @@
+"""How a quantized weight lies on a mesh: its codes and scales as the weight itself."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from .._tree import leaves_by_path, name_of
+from .._types import PyTree
+from ..core import mesh_axes
+from ..quantized import Quantized, is_quantized, spelled
+from ._places import Place
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+class Misfit(Exception):  # noqa: N818 - collected into one ValueError
+    """A partition cannot be that of its weight."""
+
+
+def devices(entry: Any, mesh: Mesh) -> int:
+    """Over how many devices an entry of a PartitionSpec divides an axis."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(entry))
+
+
+def gathered(base: PyTree, specs: PyTree) -> PyTree:
+    """A base whose quantized weights are brought to `specs` as codes, before they are unpacked.
+
+    Where a mesh divides weights that each device needs whole (FSDP), XLA unpacks the part of a
+    device first and gathers the result, four times the bytes. It cannot be seen within `jax.jit`
+    which axes of the mesh that is, so say it, inside the loss function:
+
+        base = sharding.gathered(base, sharding.replicated(specs, "fsdp"))
+
+    Args:
+        base: the frozen tree.
+        specs: for each weight a PartitionSpec, along the axes of `jax.set_mesh`, or NamedSharding:
+            a tree of the paths of `base`. Of leaves that are not quantized it says nothing.
+
+    Returns:
+        A tree of the same arrays.
+
+    Raises:
+        ValueError: if `specs` lacks a quantized weight.
+
+    Example:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jax.sharding import PartitionSpec as P
+        >>> from jlora import sharding
+        >>> base, specs = {"w": jnp.ones((128, 64))}, {"w": P("fsdp", "tensor")}
+        >>> base = jlora.quantize(base, jlora.NF4("w"))
+        >>> sharding.gathered(base, sharding.replicated(specs, "fsdp"))["w"].used
+        P(None, 'tensor')
+    """
+    places = dict(leaves_by_path(specs, lambda x: isinstance(x, Place)))
+    leaves = leaves_by_path(base)
+    missing = [name_of(path) for path, x in leaves if is_quantized(x) and path not in places]
+    if missing:
+        raise ValueError(
+            f"`specs` of gathered lacks {len(missing)} quantized weights of `base`: "
+            f"{', '.join(missing)}. Give the partition of each."
+        )
+    found = [
+        dataclasses.replace(x, used=places[path]) if is_quantized(x) else x for path, x in leaves
+    ]
+    return jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_quantized), found)
+
+
+def quantized_places(leaf: Quantized, place: Callable[[Sequence[Any]], Place]) -> Quantized:
+    """`leaf` with the places of its arrays, made from what each of their axes follows."""
+    axes = leaf.axes()
+    nested = leaf.nested and type(leaf.nested)(*map(place, axes["nested"]))
+    return dataclasses.replace(
+        leaf,
+        data=place(axes["data"]),
+        scale=place(axes["scale"]),
+        zero=None if leaf.zero is None else place(axes["zero"]),
+        nested=nested,
+        error=None if leaf.error is None else place(()),
+    )
+
+
+def along(entries: Sequence[Any], dims: Sequence[Any]) -> PartitionSpec:
+    """The entries of W's axes `dims`."""
+    return PartitionSpec(*(None if d is None else entries[d] for d in dims))
+
+
+def check_blocks(entries: Sequence[Any], leaf: Quantized, mesh: Mesh | None) -> None:
+    """Raises where a device would get a part of a block."""
+    form, name = leaf.form, spelled(leaf.scheme)
+    for d, entry in enumerate(entries):
+        n = 1 if mesh is None else devices(entry, mesh)
+        if n == 1 or d in form.stack:
+            continue
+        over, length = " × ".join(f"{x}={mesh.shape[x]}" for x in mesh_axes(entry)), leaf.shape[d]
+        if form.flat:
+            raise Misfit(
+                f"axis {d} of length {length} is divided over {over}, but blocks of {name} run over "
+                "the ends of its rows; quantize it with a block that divides its inputs"
+            )
+        if not form.is_whole(d) and (length // n) % form.blocks[d]:
+            fits = [b for b in (16, 32, 64, 128, 256, 512) if (length // n) % b == 0]
+            raise Misfit(
+                f"axis {d} of length {length} over {over} gives each device {length // n}, which "
+                f"is no multiple of the block {form.blocks[d]} of {name}; "
+                + (f"blocks of {', '.join(map(str, fits))} would fit" if fits else "none would fit")
+            )
