@@ -2,11 +2,13 @@
 
 With random A and B: adapted is merged, in values and in gradients; at B = 0 it is the base model;
 `jit`, `vmap`, `checkpoint` and `scan` around `apply` change nothing; only the expected sites are
-found, and nothing of a weight's size is trained.
+found, and nothing of a weight's size is trained; on a base that is quantized all is as on the
+weights that its codes stand for.
 """
 
 import contextlib
 import gc
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import Case, Problem
+from own_schemes import Pairs
 
 import jlora
 
@@ -143,6 +146,28 @@ def transforms_agree(made: Made, adapted: Any, tolerance: float) -> None:
     expected = {"scan": stacked, "vmap": stacked, "checkpoint": one_by_one[0]}
     for name, actual in found.items():
         assert_close(actual, expected[name], tolerance, name)
+
+
+def quantized_is_dequantized(made: Made, tolerance: float) -> None:
+    """With each matrix quantized, adapted or not, values and gradients as of what it stands for."""
+    args, kwargs = made.problem.args, made.problem.kwargs
+    sites = made.lora.sites(made.problem.params, *args, **kwargs)
+    names = [re.escape(s.path) for s in sites.leaves if is_quantizable(s)]
+    if not names:
+        return
+    base = jlora.quantize(made.base, Pairs(f"^({'|'.join(names)})$"), sites=sites)
+    actual, expected = (
+        made._replace(base=x).adapted()(made.adapter, *made.traced)
+        for x in (base, jlora.dequantize(base))
+    )
+    assert_close(actual, expected, tolerance, "quantized is dequantized")
+
+
+def is_quantizable(site: jlora.Site) -> bool:
+    """Whether a leaf is a matrix that the traced call uses, and not trained in full."""
+    matrix = len(site.shape) >= 2 and 0 not in site.shape and site.used is not False
+    floating = jnp.issubdtype(site.dtype, jnp.floating)
+    return matrix and floating and not isinstance(site.rule, jlora.Full)
 
 
 @contextlib.contextmanager

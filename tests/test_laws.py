@@ -51,3 +51,5 @@ def test_laws(case: Case, dtype: Any, every_law: bool) -> None:
                     laws.zero_is_the_base(made, tolerance)
             if not planner.called:
                 break  # no product allows both orders: the second would be the same program
+        if every_law:
+            laws.quantized_is_dequantized(made, max(tolerance, 1e-5))

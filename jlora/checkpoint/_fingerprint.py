@@ -1,5 +1,6 @@
 """What a base is, without its weights: paths, shapes, dtypes and, on request, hashes."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import Path, PyTree
 from ..core import abstract
+from ..quantized import is_quantized
 
 SEEDS = (0x9E3779B9, 0x85EBCA6B)
 
@@ -36,7 +38,8 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
 
     A hash is the same on every mesh and number of processes: each value is mixed with its
     position where it lies, and the results are added modulo 2³². It finds mix-ups and damage; it
-    is no cryptographic hash.
+    is no cryptographic hash. A quantized weight has the shape and dtype of the weight, so that an
+    adapter fits it and the weight alike.
 
     Args:
         base: a tree of arrays or, without `values`, of `jax.ShapeDtypeStruct`s.
@@ -57,7 +60,7 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
     leaves = [
         (path, x if hasattr(x, "dtype") else np.asarray(x)) for path, x in leaves_by_path(base)
     ]
-    bare = [name_of(path) for path, x in leaves if is_abstract(x)]
+    bare = [name_of(path) for path, x in leaves if any(map(is_abstract, jax.tree.leaves(x)))]
     if values and bare:
         raise TypeError(
             "`base` must hold arrays where their values are hashed; got jax.ShapeDtypeStruct at "
@@ -80,7 +83,13 @@ def exact(x: Any, values: bool) -> Leaf:
 
 
 def hash_of(x: Any) -> str:
-    """64 bits that depend on every bit of an array, wherever its parts lie."""
+    """64 bits that depend on every bit of an array, wherever its parts lie.
+
+    Of a quantized weight on every bit of its codes and scales.
+    """
+    if is_quantized(x):
+        parts = jax.tree.leaves(dataclasses.replace(x, error=None))
+        return f"{sum((i + 1) * int(hash_of(part), 16) for i, part in enumerate(parts)) % 2**64:016x}"
     with jax.enable_x64(True):  # else float64 of NumPy would be narrowed first
         return "".join(f"{int(n):08x}" for n in _sums(jnp.asarray(x)))
 

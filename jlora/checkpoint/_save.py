@@ -11,6 +11,7 @@ from .._rules import Rule
 from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ..adapters import is_rule
+from ..quantized import is_quantized
 from ._fingerprint import fingerprint
 from ._meta import arrays, encode
 from ._store import Where, write
@@ -166,6 +167,11 @@ def _check_merged(merged: PyTree) -> None:
     if not flat:
         raise TypeError(f"`merged` must be a tree of arrays; got {merged!r}, which holds none.")
     _check_arrays(flat, "merged")
+    if found := [name_of(path) for path, x in flat.items() if is_quantized(x)]:
+        raise TypeError(
+            f"`merged` must hold plain arrays; quantized are {', '.join(found)}. Give "
+            "jlora.dequantize(merged), or what jlora.merge returns without requantize=True."
+        )
     _check_names(flat, "merged")
 
 

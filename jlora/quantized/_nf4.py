@@ -52,9 +52,10 @@ class Table(Scheme):
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """The code nearest to each entry over the largest of its block; of two, the lower number."""
         largest = jnp.abs(w).max(within, keepdims=True)
-        relative = w * (1 / jnp.maximum(largest, 1e-38))
+        nonzero = jnp.where(largest > 0, largest, 1)
+        relative = w * (1 / nonzero)
         if short is not None:  # bitsandbytes divides in a block that is not full
-            relative = jnp.where(short & (largest > 0), w / largest, relative)
+            relative = jnp.where(short, w / nonzero, relative)
         relative = jnp.clip(relative, -1, 1)
         order = np.argsort(self.table, kind="stable").astype(np.uint8)
         numbers = self.table[order]

@@ -1,0 +1,344 @@
+"""Quantized bases: what a scheme keeps, which leaves it takes, and what the step makes of them."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from own_schemes import Pairs
+
+import jlora
+from jlora.quantized import SCHEMES
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+# Bits a parameter and relative error of normally distributed weights (512, 640).
+KEPT = [
+    (jlora.NF4("w", double=False), 4.5, 0.0922),
+    (jlora.NF4("w"), 4 + 8 / 64 + 32 / (64 * 256), 0.0922),
+    (jlora.NF4("w", block=32, double=False), 5, 0.0873),
+    (jlora.NF4("w", block=128, double=False), 4.25, 0.0957),
+    (jlora.FP4("w"), 4.5, 0.122),
+    (jlora.Int8("w"), 8 + 32 / 512, 0.00744),
+    (jlora.Int8("w", block=32), 9, 0.00535),
+    (jlora.Int4("w"), 4 + 24 / 128, 0.1006),
+    (jlora.Int4("w", group=32), 4 + 24 / 32, 0.0808),
+    (jlora.FP8("w"), 8 + 32 / 128**2, 0.0263),
+    (jlora.FP8("w", block=None), 8 + 32 / 512, 0.0263),
+    (jlora.MXFP4("w"), 4.25, 0.1152),
+]
+schemes = pytest.mark.parametrize("scheme", [s for s, _, _ in KEPT], ids=str)
+
+
+def test_every_scheme_is_in_the_table():
+    assert {type(s) for s, _, _ in KEPT} == set(SCHEMES.values()) - {Pairs}
+
+
+@pytest.mark.parametrize(("scheme", "bits", "error"), KEPT, ids=str)
+def test_bits_and_error(scheme, bits, error):
+    w = normal(512, 640)
+    found = jlora.quantization(jlora.quantize({"w": w}, scheme)).leaves[0]
+    assert 8 * found.after / w.size == pytest.approx(bits, rel=0.01)
+    assert found.error == pytest.approx(error, rel=0.02)
+    back = jlora.dequantize(jlora.quantize({"w": w}, scheme))["w"]
+    expected = np.linalg.norm(back - w) / np.linalg.norm(w)
+    assert found.error == pytest.approx(expected, rel=1e-3)
+
+
+@schemes
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_second_time(scheme, dtype):
+    """The dtype stays; and what codes stand for is of codes for it, but for an affine scheme."""
+    once = jlora.dequantize(jlora.quantize({"w": normal(256, 128, dtype=dtype)}, scheme))["w"]
+    twice = jlora.dequantize(jlora.quantize({"w": once}, scheme))["w"]
+    assert once.dtype == twice.dtype == dtype
+    error = np.linalg.norm(np.float32(twice - once)) / np.linalg.norm(np.float32(once))
+    assert error < (2e-2 if isinstance(scheme, jlora.Int4) else 1e-3)
+
+
+@schemes
+def test_shapes_and_jit_and_stacks(scheme):
+    """Abstract is concrete, jitted is eager, and each matrix of a stack is quantized as alone."""
+    w = normal(3, 256, 128)
+    eager = jlora.quantize({"w": w}, scheme)
+    jitted = jax.jit(lambda p: jlora.quantize(p, scheme))({"w": w})
+    jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+    abstract = jlora.quantize({"w": jax.ShapeDtypeStruct(w.shape, w.dtype)}, scheme)
+    assert jax.eval_shape(lambda: eager) == abstract
+    assert jlora.dequantize(abstract)["w"].shape == w.shape
+    for i in range(3):
+        alone = jlora.quantize({"w": w[i]}, scheme)["w"]
+        np.testing.assert_array_equal(alone.data, eager["w"].data[i])
+        np.testing.assert_array_equal(alone.scale, eager["w"].scale[i])
+    assert eager["w"].shape == (3, 256, 128)
+    assert (eager["w"].ndim, eager["w"].size) == (3, w.size)
+
+
+@schemes
+def test_zeros(scheme):
+    back = jlora.dequantize(jlora.quantize({"w": jnp.zeros((256, 128))}, scheme))["w"]
+    np.testing.assert_array_equal(back, np.zeros((256, 128)))
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    block=st.sampled_from([2, 4, 6]),
+    double=st.booleans(),
+    data=st.data(),
+)
+def test_values_of_any_shape(shape, block, double, data):
+    """Each value is off by at most half of the widest gap between codes, times its scale."""
+    axes = data.draw(st.permutations(range(len(shape))))
+    stack = data.draw(st.integers(0, len(shape) - 2))
+    w = normal(*shape)
+    scheme = Pairs("w", block=block, double=double)
+    form = scheme.form(tuple(shape), tuple(axes[:stack]), tuple(axes[stack:]), 1)
+    leaf = jlora.quantized.quantized(w, scheme, form)
+    assert form.flat == (shape[axes[-1]] % block != 0)
+    error = np.abs(np.asarray(leaf.array()) - np.asarray(w))
+    largest = np.abs(np.asarray(w)).max()
+    assert error.max() <= (0.16 + 0.01 * double) * largest
+
+
+# ------------------------------------------------------------------------------- which leaves
+
+
+def language_model(params, ids):
+    x = params["embed"][ids]
+    x = jnp.tanh(x @ params["up"]) @ params["down"]
+    return x @ params["head"]
+
+
+def language_params():
+    shapes = {"embed": (96, 64), "up": (64, 128), "down": (128, 64), "head": (64, 96)}
+    return {name: normal(*shape) for name, shape in shapes.items()}
+
+
+def test_without_a_pattern_neither_embeddings_nor_the_head():
+    params, ids = language_params(), jnp.arange(4)
+    lora = jlora.transform(language_model, jlora.LoRA("up"), jlora.Full("down"))
+    sites = lora.sites(params, ids)
+    base = jlora.quantize(params, jlora.NF4(), sites=sites)
+    assert [name for name, x in base.items() if jlora.is_quantized(x)] == ["up"]
+    assert base["down"] is params["down"]
+    frozen = jlora.transform(language_model).sites(params, ids)
+    base = jlora.quantize(params, jlora.Int8("down"), jlora.NF4(), sites=frozen)
+    kinds = {name: type(x.scheme).__name__ for name, x in base.items() if jlora.is_quantized(x)}
+    assert kinds == {"up": "NF4", "down": "Int8"}
+
+
+def test_rows_of_an_embedding_are_blocks():
+    """So that a lookup reads its rows alone."""
+    params, ids = language_params(), jnp.array([[3, 95], [0, 3]])
+    lora = jlora.transform(language_model, jlora.LoRA("embed|head", rank=2))
+    base = jlora.quantize(params, jlora.NF4("."), sites=lora.sites(params, ids))
+    assert base["embed"].form.order == (0, 1)
+    assert base["head"].form.order == (1, 0)
+    base, adapter = lora.init(jax.random.key(0), base, ids)
+    jaxpr = jax.make_jaxpr(lambda a, ids: lora.apply(base, a, ids))(adapter, ids)
+    dense = [v.aval.shape for eqn in subequations(jaxpr) for v in eqn.outvars]
+    assert (96, 64) not in [s for s in dense if s]
+
+
+def subequations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from subequations(inner)
+
+
+def test_a_table_says_what_is_quantized():
+    params, ids = language_params(), jnp.arange(4)
+    lora = jlora.transform(language_model, jlora.LoRA("up"))
+    base = jlora.quantize(params, jlora.NF4("up|down"), sites=lora.sites(params, ids))
+    row = next(x for x in str(lora.sites(base, ids)).splitlines() if x.startswith("up"))
+    assert row.endswith("NF4(block=64, double=True)")
+    assert jlora.count(base) == jlora.count(params)
+    small, large = (jlora.summary(x, {}).base_bytes for x in (base, params))
+    assert small == large - 2 * 4 * 64 * 128 + sum(base[k].nbytes for k in ("up", "down"))
+    assert repr(base["up"]) == "Quantized(float32[64,128], NF4(block=64, double=True))"
+
+
+def test_donated_arrays_are_deleted():
+    params = language_params()
+    base = jlora.quantize(params, jlora.NF4("up"), donate=True)
+    assert params["up"].is_deleted()
+    assert not params["down"].is_deleted()
+    assert base["down"] is params["down"]
+
+
+# ------------------------------------------------------------------------------------- the step
+
+
+def problem(scheme, tokens=8):
+    params = {"w": normal(256, 128) / 16, "v": normal(128, 64, seed=1) / 8}
+    x = normal(tokens, 256, seed=2)
+    lora = jlora.transform(lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], jlora.LoRA("w", rank=4))
+    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, scheme), x)
+    return lora, base, laws.randomize(adapter), x
+
+
+@pytest.mark.parametrize("scheme", [s for s, _, _ in KEPT], ids=str)
+def test_the_step_is_that_on_dequantized_weights(scheme):
+    lora, base, adapter, x = problem(type(scheme)(**vars(scheme) | {"pattern": "w|v"}))
+    value = laws.value_and_slope(lambda a, base: lora.apply(base, a, x))
+    actual, expected = (jax.jit(value)(adapter, b) for b in (base, jlora.dequantize(base)))
+    laws.assert_close(actual, expected, 1e-6)
+    plain, none = (lora.apply(b, {}, x) for b in (base, jlora.dequantize(base)))
+    laws.assert_close(plain, none, 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["jvp", "hessian", "vmap"])
+def test_transforms(mode):
+    lora, base, adapter, x = problem(jlora.NF4("w|v"))
+
+    def value(adapter, base):
+        return (lora.apply(base, adapter, x) ** 2).sum()
+
+    transformed = {
+        "jvp": lambda base: jax.jvp(lambda a: value(a, base), (adapter,), (adapter,)),
+        "hessian": lambda base: jax.jvp(
+            jax.grad(lambda a: value(a, base)), (adapter,), (adapter,)
+        ),
+        "vmap": lambda base: jax.vmap(lambda a: value(a, base))(
+            jax.tree.map(lambda v: jnp.stack([v, v / 2]), adapter)
+        ),
+    }[mode]
+    laws.assert_close(transformed(base), transformed(jlora.dequantize(base)), 1e-5)
+
+
+def test_a_scale_that_is_trained_has_its_gradient():
+    """The weight is frozen, not what the model multiplies it with."""
+    base = jlora.quantize({"w": normal(64, 32)}, jlora.NF4("w"))
+    x = normal(4, 64, seed=1)
+
+    def value(s, base):
+        return jlora.wrap(lambda p: (x @ (p["w"] * s)).sum())(base)
+
+    actual, expected = (float(jax.grad(value)(2.0, b)) for b in (base, jlora.dequantize(base)))
+    assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_params_in_one_tree():
+    """As in a train state: the base's arrays have no moments, and stay to the bit as they are."""
+    import optax
+
+    lora, base, adapter, x = problem(jlora.NF4("w|v"))
+    params = jlora.Params(base, adapter)
+    tx = jlora.optimizer(optax.adamw(1e-2))
+    state = tx.init(params)
+    grads = jax.grad(
+        lambda p: (lora.apply(p.base, p.adapter, x) ** 2).sum(), allow_int=True
+    )(params)
+    updates, _ = tx.update(grads, state, params)
+    new = optax.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, new.base, base)
+    assert not np.array_equal(new.adapter["w"].b, adapter["w"].b)
+    moments = [x for x in jax.tree.leaves(state) if np.ndim(x)]
+    assert sum(np.size(x) for x in moments) == 2 * jlora.count(adapter)
+
+
+def test_merging():
+    lora, base, adapter, x = problem(jlora.NF4("w|v"))
+    bfloat = jax.tree.map(
+        lambda leaf: jlora.quantize({"w": leaf.array(jnp.bfloat16)}, jlora.NF4("w"))["w"],
+        base,
+        is_leaf=jlora.is_quantized,
+    )
+    merged = jlora.merge(bfloat, adapter)
+    delta = np.float32(adapter["w"].scale) * np.asarray(adapter["w"].a @ adapter["w"].b)
+    exact = np.asarray(bfloat["w"].array(jnp.float32)) + delta
+    np.testing.assert_array_equal(merged["w"], exact.astype(jnp.bfloat16))  # rounded once
+    np.testing.assert_array_equal(merged["v"], bfloat["v"].array())
+    again = jlora.merge(base, adapter, requantize=True)
+    assert again["v"] is base["v"]
+    back, dense = (np.asarray(x) for x in (again["w"].array(), jlora.merge(base, adapter)["w"]))
+    found = {e.path: e.error for e in jlora.quantization(again).leaves}
+    error = np.linalg.norm(back - dense) / np.linalg.norm(dense)
+    assert found["w",] == pytest.approx(error, rel=1e-3)
+
+
+def test_layers_joined_and_moved():
+    """Kernels that the model joins, cuts, turns and scales are unpacked after that, exactly."""
+    params = {k: normal(64, 64, seed=i) for i, k in enumerate("qkv")}
+
+    def model(p, x):
+        w = jnp.concatenate([p["q"], -p["k"], p["v"].T], 1).astype(jnp.bfloat16)
+        w = w.reshape(64, 3, 64).transpose(1, 0, 2)[:, ::-1] * 0.5
+        return jnp.einsum("ti,jio->tjo", x.astype(jnp.bfloat16), w[1:, :, 8:40]).sum(1)
+
+    x = normal(5, 64, seed=9)
+    lora = jlora.transform(model, jlora.LoRA("q|v", rank=2))
+    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, jlora.NF4(".")), x)
+    adapter = laws.randomize(adapter)
+    f = jax.jit(laws.value_and_slope(lambda a, base: lora.apply(base, a, x)))
+    laws.assert_close(f(adapter, base), f(adapter, jlora.dequantize(base)), 2e-2)
+    assert not any(
+        np.any(np.asarray(x) != np.asarray(y))
+        for x, y in zip(
+            jax.tree.leaves(lora.apply(base, {}, x)),
+            jax.tree.leaves(model(jlora.dequantize(base), x)),
+            strict=True,
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------- memory
+
+LAYERS, DIM, TOKENS = 8, 512, 64
+
+
+def layer(w, x):
+    return x + jnp.tanh(x @ w)
+
+
+def unrolled(params, x, layer=layer):
+    for w in params.values():
+        x = layer(w, x)
+    return x
+
+
+def scanned(params, x, layer=layer):
+    return jax.lax.scan(lambda x, w: (layer(w, x), None), x, params["w"])[0]
+
+
+FORMS = {
+    "scan": scanned,
+    "scan+remat": functools.partial(scanned, layer=jax.checkpoint(layer)),
+    "plain": unrolled,
+    "remat": functools.partial(unrolled, layer=jax.checkpoint(layer)),
+}
+# XLA's CPU compiler of JAX 0.10 joins what a barrier keeps apart, of the model's own remat too.
+NEWEST = jax.__version_info__ >= (0, 11)
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if NEWEST or "scan" in f])
+@pytest.mark.parametrize("pattern", [r"w\d?$", r"w0?$"])
+@pytest.mark.parametrize("scheme", [jlora.NF4("w"), jlora.Int8("w")], ids=str)
+def test_one_weight_at_a_time(form, pattern, scheme):
+    """Beside what the step holds on a dense base, one weight of the many is unpacked."""
+    stack = (LAYERS,) if "scan" in form else ()
+    names = ["w"] if stack else [f"w{i}" for i in range(LAYERS)]
+    shape = jax.ShapeDtypeStruct((*stack, DIM, DIM), jnp.float32)
+    params, x = dict.fromkeys(names, shape), jax.ShapeDtypeStruct((TOKENS, DIM), jnp.float32)
+    lora = jlora.transform(FORMS[form], jlora.LoRA(pattern, rank=8))
+
+    def held(params):
+        base, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+        step = jax.jit(jax.value_and_grad(lambda a, b, x: (lora.apply(b, a, x) ** 2).sum()))
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        compiled = step.lower(adapter, base, x).compile(options if NEWEST else None)
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one = 4 * DIM * DIM
+    assert held(jlora.quantize(params, scheme)) <= held(params) + 1.2 * one
