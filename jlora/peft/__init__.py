@@ -1,9 +1,11 @@
-"""PEFT's files in and out, without torch. Imports `adapters`, `_rules`, `_tree`, `_types`.
+"""PEFT's files. Imports `adapters`, `quantized`, `sharding`, `_rules`, `_tree`, `_types`.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
 """
 
+from ._base import load_base as load_base
+from ._base import save_base as save_base
 from ._config import read_config as read_config
 from ._export import export_merged as export_merged
 from ._load import load as load

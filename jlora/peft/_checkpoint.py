@@ -45,14 +45,14 @@ class Checkpoint(NamedTuple):
         return self.headers[self.where[name]].entries[name]
 
 
-def open_checkpoint(dir: str | os.PathLike[str]) -> Checkpoint:
-    """Reads headers, index and configuration.
+def open_checkpoint(dir: str | os.PathLike[str], argument: str = "src_dir") -> Checkpoint:
+    """Reads headers, index and configuration of the folder that the user's `argument` names.
 
     Raises:
         FileNotFoundError: if there is no such folder, or a shard is missing.
         ValueError: if the folder holds no safetensors checkpoint, or a damaged one.
     """
-    source = Source(Path(dir), "src_dir", links=True)
+    source = Source(Path(dir), argument, links=True)
     files, mapped = _files(source)
     headers = {file: read_header(source, file) for file in files}
     where: dict[str, str] = {}
@@ -67,7 +67,7 @@ def open_checkpoint(dir: str | os.PathLike[str]) -> Checkpoint:
             if mapped.get(name) != where.get(name)
         ]
     if wrong:
-        raise ValueError(f"`src_dir`: {source.folder} contradicts itself. {listing(wrong)}")
+        raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {listing(wrong)}")
     kept, left_out = _others(source.folder, {*files, INDEX} if mapped else set(files))
     if mapped is not None:
         kept.append(INDEX)
@@ -91,22 +91,22 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
     if not index:
         if not one and source.folder.is_dir():
             raise ValueError(
-                f"`src_dir`: {source.folder} holds neither {ONE} nor {INDEX}. Save the model as "
+                f"`{source.argument}`: {source.folder} holds neither {ONE} nor {INDEX}. Save the model as "
                 "safetensors, in transformers by save_pretrained(..., safe_serialization=True)."
             )
         return [ONE], None
     mapped = read_json(source, INDEX, LIMIT).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
-        raise ValueError(f"`src_dir`: {INDEX} has no `weight_map`; got {brief(mapped)}.")
+        raise ValueError(f"`{source.argument}`: {INDEX} has no `weight_map`; got {brief(mapped)}.")
     for file in mapped.values():
         # A name that leads out of the folder would be written there too.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
             raise ValueError(
-                f"`src_dir`: {INDEX} names {brief(file)}; expected a safetensors file beside it."
+                f"`{source.argument}`: {INDEX} names {brief(file)}; expected a safetensors file beside it."
             )
     if one and ONE not in mapped.values():
         raise ValueError(
-            f"`src_dir`: {source.folder} holds {ONE}, and {INDEX} of other files, so two "
+            f"`{source.argument}`: {source.folder} holds {ONE}, and {INDEX} of other files, so two "
             "checkpoints. Remove one."
         )
     return sorted(set(mapped.values())), mapped

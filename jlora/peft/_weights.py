@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import leaves_by_path, name_of
+from .._tree import flatten, leaves_by_path, name_of
 from .._types import PyTree
 from ._arrays import weight, weights
 from ._json import listing
@@ -39,8 +39,8 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         >>> peft.from_tensors(tensors, like, names)["layers"]["up"]["kernel"].shape
         (2, 4, 3)
     """
-    leaves = _all_named(like, names, "like")
-    wanted = {key: leaf.weight_shape for leaf in leaves for key in _keys(leaf)}
+    leaves = all_named(like, names, "like")
+    wanted = {key: leaf.weight_shape for leaf in leaves for key in keys_of(leaf)}
     wrong = [f"{key}: missing, of shape {wanted[key]}" for key in wanted if key not in tensors]
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
@@ -51,10 +51,10 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
     if wrong:
         raise ValueError("`tensors` do not fit `like`. " + listing(wrong))
     values = [
-        jnp.asarray(weight(leaf, [np.asarray(tensors[key]) for key in _keys(leaf)]))
+        jnp.asarray(weight(leaf, [np.asarray(tensors[key]) for key in keys_of(leaf)]))
         for leaf in leaves
     ]
-    return jax.tree.unflatten(jax.tree.structure(like), values)
+    return jax.tree.unflatten(flatten(like)[1], values)
 
 
 def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
@@ -82,12 +82,13 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
     """
     return {
         key: part
-        for leaf in _all_named(params, names, "params")
-        for key, part in zip(_keys(leaf), weights(leaf, leaf.value), strict=True)
+        for leaf in all_named(params, names, "params")
+        for key, part in zip(keys_of(leaf), weights(leaf, leaf.value), strict=True)
     }
 
 
-def _all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
+def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
+    """The leaves with their names; `ValueError` if one has none."""
     leaves = resolve(tree, names)
     named = {leaf.path for leaf in leaves}
     lost = [name_of(path) for path, _ in leaves_by_path(tree) if path not in named]
@@ -99,5 +100,6 @@ def _all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]
     return leaves
 
 
-def _keys(leaf: Leaf) -> list[str]:
+def keys_of(leaf: Leaf) -> list[str]:
+    """The tensors of a leaf."""
     return [f"{module}.{leaf.name.parameter}" for module in leaf.modules]

@@ -1,0 +1,214 @@
+"""A base from a checkpoint as it is shipped, and back."""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from .. import sharding
+from .._tree import flatten
+from .._types import PyTree
+from ..quantized import FP4, NF4, Int8, Quantized, is_quantized, spelled
+from ._arrays import weights
+from ._checkpoint import LIMIT, ONE, Checkpoint, open_checkpoint
+from ._file import DTYPES, fresh
+from ._json import brief, listing, read_json, shown
+from ._names import Leaf, Name
+from ._weights import all_named, keys_of
+from .formats import FORMATS, Format, Tensors, Unreadable, leaf_of
+from .formats import _bitsandbytes as bnb
+from .formats import _gguf
+
+
+def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTree) -> PyTree:
+    r"""The base that a checkpoint holds, its quantized weights as they are.
+
+    A folder of Hugging Face's: bitsandbytes (NF4, FP4, with and without double quantization, and 8
+    bits), GPTQ and AWQ (4 bits), compressed-tensors (4 bits, and FP8 by output), FP8 in squares,
+    MXFP4 experts; or float. A file `.gguf`: Q4_0, Q4_1, Q8_0 and MXFP4, what else it has
+    dequantized. A weight becomes a `jlora.Quantized` leaf without a detour over its values where
+    its axes can be cut into the blocks of the file; else it is dequantized, exactly.
+
+    Args:
+        dir: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
+        names: the table that says what the leaves are called in PyTorch, or in the GGUF file.
+        like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s, of which shapes, dtypes and
+            shardings matter. The dtype of a quantized weight is that of its file if that says one.
+
+    Returns:
+        A tree like `like`. A float leaf has the dtype of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a file is missing.
+        ImportError: for a GGUF file if the package `gguf` is not installed.
+        ValueError: if tensors are missing, unexpected, misshapen, not finite or contradict the
+            configuration; all of it is listed, and nothing is loaded.
+
+    Source: bitsandbytes 0.50, GPTQModel, AutoAWQ, compressed-tensors 0.20 and `transformers` 5, of
+    which it is a reader of its own.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, jlora
+        >>> from jlora import peft
+        >>> names = [peft.Name(r"(\w+)/kernel", r"\1", "io")]
+        >>> params = {"up": {"kernel": jnp.ones((64, 32))}}
+        >>> base = jlora.quantize(params, jlora.NF4("kernel"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.save_base(f"{folder}/base", base, names)
+        ...     again = peft.load_base(f"{folder}/base", names, like=params)
+        >>> again["up"]["kernel"]
+        Quantized(float32[64,32], NF4(block=64, double=True))
+    """
+    leaves = all_named(like, names, "like")
+    path = Path(dir)
+    tensors: Any
+    if path.suffix == ".gguf":
+        tensors, config, format = _gguf.Tensors(path), {}, _gguf.FORMAT
+    else:
+        checkpoint = open_checkpoint(path, "dir")
+        tensors = Tensors(checkpoint)
+        config = _configuration(checkpoint)
+        format = _format(config)
+    values, wrong = [], []
+    for leaf in tqdm(leaves, "load", unit="leaf", disable=None):
+        try:
+            values.append(_placed(_read(leaf, tensors, config, format), leaf.value))
+        except Unreadable as e:
+            wrong.append(str(e))
+    if not wrong:
+        unread = [name for name in tensors if name not in tensors.taken]
+        wrong = [f"{shown(name)}: unexpected" for name in unread]
+    if wrong:
+        raise ValueError(f"`dir`: {path} does not fit `like`. {listing(wrong)}")
+    return jax.tree.unflatten(flatten(like)[1], values)
+
+
+def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`quantization_config`, also where it is within another part, as of models of models."""
+    if "config.json" not in checkpoint.kept:
+        return {}
+    left: list[Any] = [read_json(checkpoint.source, "config.json", LIMIT)]
+    while left:
+        part = left.pop()
+        found = part.get("quantization_config")
+        if isinstance(found, dict):
+            return found
+        left += [value for value in part.values() if isinstance(value, dict)]
+    return {}
+
+
+def _format(config: Mapping[str, Any]) -> Format | None:
+    method = config.get("quant_method")
+    if not config:
+        return None
+    if not isinstance(method, str) or method not in FORMATS:
+        raise ValueError(
+            f"`dir`: its config.json has the `quant_method` {brief(method)}; known are "
+            f"{', '.join(FORMATS)}. Load a checkpoint that is not quantized, and use jlora.quantize."
+        )
+    return FORMATS[method]
+
+
+def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | None) -> Any:
+    name, experts = leaf.name, tuple(leaf.shape[d] for d in leaf.name.where("e"))
+    matrix = name.kind in ("linear", "embedding", "experts")
+    if format is not None and matrix and not (name.transposed and name.kind == "linear"):
+        shape = leaf.weight_shape[::-1] if name.swapped else leaf.weight_shape
+        each = (*experts, *shape)
+        found = [format.read(tensors, config, m, name.parameter, each) for m in leaf.modules]
+        stored = [x for x in found if x is not None]
+        if len(stored) == len(found):
+            return leaf_of(leaf, stored)
+        if stored:
+            raise Unreadable(
+                f"{keys_of(leaf)[0]}: {len(stored)} of {len(found)} layers that are one leaf here "
+                "are quantized"
+            )
+    shape = (*experts, *leaf.weight_shape)
+    parts = [tensors.read(key, DTYPES, shape) for key in keys_of(leaf)]
+    return jnp.asarray(_dense(leaf, parts))
+
+
+def _dense(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
+    for key, x in zip(keys_of(leaf), parts, strict=True):
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise Unreadable(f"{key}: has values that are not finite")
+    groups = itertools.chain(*leaf.name.weight_groups)
+    order = [*leaf.name.where("l"), *leaf.name.where("e"), *groups]
+    x = np.stack(parts).reshape([leaf.shape[d] for d in order])
+    return np.transpose(x, np.argsort(order))
+
+
+def _placed(x: Any, like: Any) -> Any:
+    """Where `like` lies, if it lies on a mesh."""
+    place = getattr(like, "sharding", None)
+    if not isinstance(place, NamedSharding):
+        return x
+    if is_quantized(x):
+        place = sharding.specs({"w": place}, {"w": x})["w"]
+    return jax.device_put(x, place)
+
+
+def save_base(
+    dir: str | os.PathLike[str],
+    base: PyTree,
+    names: Sequence[Name],
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a base as bitsandbytes does: NF4, FP4 and Int8 leaves, and float ones.
+
+    The tensors are those of the folder that it was read from, byte for byte.
+
+    Args:
+        dir: a folder that does not exist yet, or an empty one. It appears complete or not at all.
+        base: the base, with leaves of `NF4`, `FP4` or `Int8`.
+        names: the table that says what the leaves are called in PyTorch.
+        config: the other entries of `config.json`, such as those of the model's own.
+
+    Raises:
+        FileExistsError: if `dir` is there and not an empty folder.
+        ValueError: if a leaf has no name, or is quantized in a scheme or in blocks that
+            bitsandbytes has not.
+
+    Example:
+        See `load_base`.
+    """
+    leaves = all_named(base, names, "base")
+    packed = [leaf for leaf in leaves if is_quantized(leaf.value)]
+    if wrong := [f"{'/'.join(leaf.path)}: {why}" for leaf in packed if (why := _unwritable(leaf))]:
+        raise ValueError(f"`base` cannot be written as bitsandbytes does. {listing(wrong)}")
+    tensors: dict[str, np.ndarray] = {}
+    for leaf in leaves:
+        if not is_quantized(leaf.value):
+            tensors |= dict(zip(keys_of(leaf), weights(leaf, leaf.value), strict=True))
+    for leaf in packed:
+        tensors |= bnb.write(leaf.value, list(leaf.modules), leaf.name.parameter)
+    said = dict(config or {})
+    if packed:
+        said["quantization_config"] = bnb.configuration([leaf.value for leaf in packed])
+    with fresh(dir, "dir", "save_base") as folder:
+        save_file(tensors, folder / ONE, metadata={"format": "pt"})
+        (folder / "config.json").write_bytes(json.dumps(said, indent=2).encode())
+
+
+def _unwritable(leaf: Leaf) -> str | None:
+    value: Quantized = leaf.value
+    stack, order = leaf.name.where("l"), (*leaf.name.where("o"), *leaf.name.where("i"))
+    if leaf.name.kind == "embedding":
+        order = (*leaf.name.where("v"), *leaf.name.where("o"))
+    is_8_bits = isinstance(value.scheme, Int8) and value.scheme.block is None
+    if type(value.scheme) not in (NF4, FP4) and not is_8_bits:
+        return f"{spelled(value.scheme)} is not of bitsandbytes"
+    if (value.form.stack, value.form.order) != (stack, order) or leaf.name.transposed:
+        return "its blocks do not run along the rows of the file; quantize it with `sites`"
+    return None

@@ -1,0 +1,29 @@
+"""What a format says of itself, and the set of formats."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ._stored import Stored
+from ._tensors import Tensors
+
+
+class Format(NamedTuple):
+    """A way to store weights in few bits.
+
+    Attributes:
+        method: `quant_method` of its configuration, `config.json`'s `quantization_config`.
+        read: `(tensors, configuration, module, parameter, shape) -> Stored` of a parameter of that
+            shape, (outputs, inputs); None where it is stored as it is. `Unreadable` if its tensors
+            contradict each other.
+    """
+
+    method: str
+    read: Callable[[Tensors, dict[str, Any], str, str, tuple[int, ...]], Stored | None]
+
+
+FORMATS: dict[str, Format] = {}  # by method
+
+
+def register(format: Format) -> None:
+    """Adds a format to the set."""
+    FORMATS[format.method] = format

@@ -1,0 +1,32 @@
+"""MXFP4, as gpt-oss ships its experts."""
+
+from typing import Any
+
+import numpy as np
+
+from ...quantized import MXFP4
+from ._format import Format, register
+from ._stored import Stored
+from ._tensors import Tensors, Unreadable
+
+
+def read(
+    tensors: Tensors, config: dict[str, Any], module: str, parameter: str, shape: tuple[int, ...]
+) -> Stored | None:
+    """Blocks (experts, rows, blocks, 16) of two codes a byte, the first in the low bits."""
+    del config
+    blocks, scales = (f"{module}.{parameter}_{kind}" for kind in ("blocks", "scales"))
+    if blocks not in tensors:
+        return None
+    *lead, inputs = shape
+    if inputs % 32:
+        raise Unreadable(f"{blocks}: {inputs} inputs are no multiple of 32")
+    pairs = tensors.read(blocks, ("U8",), (*lead, inputs // 32, 16))
+    scale = tensors.read(scales, ("U8",), (*lead, inputs // 32))
+    if (scale == 255).any():
+        raise Unreadable(f"{scales}: has values that are NaN")
+    codes = np.stack([pairs & 15, pairs >> 4], -1).reshape(shape)
+    return Stored(MXFP4(), codes, scale)
+
+
+register(Format("mxfp4", read))

@@ -1,0 +1,490 @@
+"""Quantized bases: what is refused, and what is said of it."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from small import KEY, array, exactly, swap
+
+import jlora
+from jlora import FP4, FP8, MXFP4, NF4, Full, Int4, Int8, LoRA, checkpoint, sharding
+
+IDS = jnp.arange(4)
+PARAMS = {
+    "embed": array(96, 64),
+    "layer": {"kernel": array(64, 96), "bias": array(96)},
+    "odd": array(96, 40),
+    "head": array(40, 96),
+    "bucket": jnp.ones((64, 64), jnp.int32),
+}
+STACK = {"w": array(3, 64, 64)}
+MESH = AbstractMesh((2, 4), ("fsdp", "tensor"))
+
+
+def model(p: Any, ids: jax.Array) -> jax.Array:
+    """An embedding, two products, and a head of which each output is a row of the embedding."""
+    x = p["embed"][ids]
+    return jnp.tanh(x @ p["layer"]["kernel"] + p["layer"]["bias"]) @ p["odd"] @ p["head"]
+
+
+LORA = jlora.transform(model, LoRA("kernel", rank=2), Full("odd"))
+
+
+def quantize(*schemes: Any, params: Any = PARAMS, sites: bool = False, **kwargs: Any) -> Any:
+    """`jlora.quantize`, with or without the sites of the model."""
+    found = LORA.sites(PARAMS, IDS) if sites else None
+    return jlora.quantize(params, *schemes, sites=found, **kwargs)
+
+
+def refused(error: type[Exception], message: str) -> Any:
+    """Expects an error that says `message` and nothing else."""
+    return pytest.raises(error, match=exactly(message))
+
+
+# ------------------------------------------------------------------------------- fields of schemes
+
+TABLES = "32, 64, 128, 256, 512, 1024, 2048, 4096"
+ROWS = "16, 32, 64, 128, 256, 512, 1024"
+LEGAL = [
+    (NF4, "block", TABLES),
+    (FP4, "block", TABLES),
+    (Int8, "block", ROWS),
+    (Int4, "group", ROWS),
+    (FP8, "block", "32, 64, 128, 256, 512"),
+]
+
+
+@pytest.mark.parametrize("value", [0, -64, 48, 8192, 64.0, "64", True, (64,)], ids=repr)
+@pytest.mark.parametrize(("scheme", "field", "legal"), LEGAL)
+def test_block(scheme: Any, field: str, legal: str, value: Any) -> None:
+    """Neither another number nor what is none; None where blocks may be left out."""
+    message = f"`{field}` of {scheme.__name__}('w') must be one of {legal}; got {value!r}."
+    with refused(ValueError, message):
+        scheme("w", **{field: value})
+    optional = scheme in (Int8, FP8)
+    message = f"`{field}` of {scheme.__name__}() must be one of {legal}; got None."
+    with contextlib.nullcontext() if optional else refused(ValueError, message):
+        assert scheme(**{field: None}).block is None
+    assert getattr(scheme(**{field: np.int64(64)}), field) == 64
+
+
+@pytest.mark.parametrize("scheme", [NF4, FP4])
+@pytest.mark.parametrize("value", [1, None, "yes"], ids=repr)
+def test_double(scheme: Any, value: Any) -> None:
+    """A truth value, and nothing that has one."""
+    message = f"`double` of {scheme.__name__}('w') must be True or False; got {value!r}."
+    with refused(TypeError, message):
+        scheme("w", double=value)
+
+
+@pytest.mark.parametrize("scheme", [NF4, FP4, Int8, Int4, FP8, MXFP4])
+@pytest.mark.parametrize(
+    ("pattern", "error", "message"),
+    [
+        (
+            3,
+            TypeError,
+            "`pattern` of {} must be a regular expression as a string; got 3 of type int.",
+        ),
+        (
+            b"w",
+            TypeError,
+            "`pattern` of {} must be a regular expression as a string; got b'w' of type bytes.",
+        ),
+        (
+            "[",
+            ValueError,
+            "`pattern` '[' is not a regular expression: unterminated character set at position 0.",
+        ),
+    ],
+)
+def test_pattern(scheme: Any, pattern: Any, error: type[Exception], message: str) -> None:
+    """As that of a rule."""
+    with refused(error, message.format(scheme.__name__)):
+        scheme(pattern)
+
+
+# ---------------------------------------------------------------------------------------- quantize
+
+SCHEMES = (
+    "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or jlora.MXFP4; got "
+)
+REFUSED = [
+    pytest.param(lambda: quantize("kernel"), TypeError, f"{SCHEMES}'kernel'.", id="scheme-string"),
+    pytest.param(
+        lambda: quantize(NF4("kernel"), Full("odd")),
+        TypeError,
+        f"{SCHEMES}Full(pattern='odd').",
+        id="scheme-rule",
+    ),
+    pytest.param(
+        lambda: quantize(NF4),
+        TypeError,
+        f"{SCHEMES}<class 'jlora.quantized._nf4.NF4'>.",
+        id="scheme-class",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("kernal")),
+        ValueError,
+        "NF4('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, layer/bias.",
+        id="matches-nothing",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("kernel"), Int8("kernal"), sites=True),
+        ValueError,
+        "Int8('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, layer/bias.",
+        id="second-matches-nothing",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("w"), params={}),
+        ValueError,
+        "NF4('w') matches no leaf of `params`. There is no leaf to match.",
+        id="no-leaves",
+    ),
+    pytest.param(
+        lambda: quantize(Int8("kernel|head"), NF4("kernel$|head")),
+        ValueError,
+        "NF4('kernel$|head') is left with no leaf: earlier schemes take all 2 that it matches. The "
+        "first match wins; reorder the schemes or drop this one.",
+        id="left-with-nothing",
+    ),
+    pytest.param(
+        lambda: quantize(NF4()),
+        ValueError,
+        "NF4() has no pattern, which means every dense site but the head: give "
+        "`sites=lora.sites(params, ...)`, which says what those are, or a pattern.",
+        id="no-pattern-no-sites",
+    ),
+    pytest.param(
+        lambda: quantize(Int8("kernel"), NF4(), sites=True),
+        ValueError,
+        "NF4() takes every dense site but the head, and leaves that are trained in full, but "
+        "`sites` has none that an earlier scheme does not take. Name leaves by a pattern.",
+        id="no-pattern-no-site-left",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("kernel"), params=swap(PARAMS, "head", None), sites=True),
+        ValueError,
+        "`sites` is not of `params`: head is in one of them only. Give lora.sites(params, ...) of "
+        "the same tree.",
+        id="sites-of-more",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True),
+        ValueError,
+        "`sites` is not of `params`: arm is in one of them only. Give lora.sites(params, ...) of "
+        "the same tree.",
+        id="sites-of-less",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("odd|kernel"), sites=True),
+        ValueError,
+        "NF4('odd|kernel') matches 'odd', which Full('odd') trains in full: trained leaves must "
+        "not be quantized. Give NF4 a pattern that leaves it out.",
+        id="trained-in-full",
+    ),
+    pytest.param(
+        lambda: quantize(FP8("bucket")),
+        ValueError,
+        "FP8('bucket') matches 'bucket' of dtype int32, which is not floating-point. Narrow the "
+        "pattern.",
+        id="integers",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("kernel|bias")),
+        ValueError,
+        "NF4('kernel|bias') matches 'layer/bias' of shape (96,), which is no matrix. Narrow the "
+        "pattern.",
+        id="vector",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("w"), params={"w": jnp.float32(1)}),
+        ValueError,
+        "NF4('w') matches 'w' of shape (), which is no matrix. Narrow the pattern.",
+        id="scalar",
+    ),
+    pytest.param(
+        lambda: quantize(MXFP4("w"), params={"w": jnp.ones((0, 64))}),
+        ValueError,
+        "MXFP4('w') matches 'w' of shape (0, 64), which is no matrix. Narrow the pattern.",
+        id="empty",
+    ),
+    pytest.param(
+        lambda: quantize(NF4(""), params=array(64)),
+        ValueError,
+        "NF4('') matches 'the root' of shape (64,), which is no matrix. Narrow the pattern.",
+        id="root",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("kernel"), params=quantize(Int8("kernel", block=32))),
+        ValueError,
+        "NF4('kernel') matches 'layer/kernel', which is quantized already, as Int8(block=32). "
+        "Narrow the pattern, or give jlora.dequantize(params).",
+        id="already",
+    ),
+    pytest.param(
+        lambda: quantize(Int4("odd")),
+        ValueError,
+        "Int4('odd') matches 'odd'. `group` of Int4('odd') is 128, which does not divide axis 0, "
+        "of length 96, of a weight of shape (96, 40). Blocks of 16, 32 divide it.",
+        id="axis-of-inputs",
+    ),
+    pytest.param(
+        lambda: quantize(Int8("w", block=128), params=STACK),
+        ValueError,
+        "Int8('w') matches 'w'. `block` of Int8('w') is 128, which does not divide axis 1, of "
+        "length 64, of a weight of shape (3, 64, 64). Blocks of 16, 32, 64 divide it.",
+        id="axis-of-a-stack",
+    ),
+    pytest.param(
+        lambda: quantize(Int4("embed"), sites=True),
+        ValueError,
+        "Int4('embed') matches 'embed'. `group` of Int4('embed') is 128, which does not divide "
+        "axis 1, of length 64, of a weight of shape (96, 64). Blocks of 16, 32, 64 divide it.",
+        id="axis-of-an-embedding",
+    ),
+    pytest.param(
+        lambda: quantize(MXFP4("head")),
+        ValueError,
+        "MXFP4('head') matches 'head'. `block` of MXFP4('head') is 32, which does not divide axis "
+        "0, of length 40, of a weight of shape (40, 96). No legal block divides it: leave it out "
+        "of the pattern.",
+        id="no-legal-block",
+    ),
+    pytest.param(
+        lambda: quantize(
+            Int8("kernel"), params=swap(PARAMS, "layer/kernel", array(64, 96).at[2, :3].set(np.nan))
+        ),
+        ValueError,
+        "'layer/kernel' of `params` has 3 values that are NaN or infinite, for which Int8 has no "
+        "codes. Use a checkpoint whose values are finite.",
+        id="nan",
+    ),
+    pytest.param(
+        lambda: quantize(NF4("w"), params={"w": array(40, 96).at[:2, 1].set(-np.inf)}),
+        ValueError,
+        "'w' of `params` has 2 values that are NaN or infinite, for which NF4 has no codes. Use a "
+        "checkpoint whose values are finite.",
+        id="infinite",
+    ),
+]
+
+
+@pytest.mark.parametrize(("provoke", "error", "message"), REFUSED)
+def test_quantize(provoke: Callable[[], Any], error: type[Exception], message: str) -> None:
+    """What cannot be quantized, or would not be."""
+    with refused(error, message):
+        provoke()
+
+
+def test_refused_before_anything_is_deleted() -> None:
+    """A mistake in the second scheme costs no weight of the first."""
+    params = jax.tree.map(jnp.copy, PARAMS)
+    with pytest.raises(ValueError, match="is no matrix"):
+        quantize(NF4("kernel"), Int8("bias"), params=params, donate=True)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(params))
+
+
+# ------------------------------------------------------------------------------ what takes a base
+
+NO_ARRAY = (
+    "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap take: "
+    "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
+    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
+)
+USES = {
+    "product": lambda w: array(2, 64) @ w,
+    "product-of-numpy": lambda w: np.ones((2, 64), np.float32) @ w,
+    "first-in-product": lambda w: w @ array(96, 2),
+    "dot": lambda w: jnp.dot(array(2, 64), w),
+    "einsum": lambda w: jnp.einsum("ij,jk->ik", array(2, 64), w),
+    "lookup": lambda w: w[IDS],
+    "take": lambda w: jnp.take(w, IDS, axis=0),
+    "transpose": lambda w: jnp.transpose(w),
+    "sum": lambda w: 1 + w,
+    "difference": lambda w: w - 1,
+    "multiple": lambda w: 2 * w,
+    "quotient": lambda w: w / 2,
+    "negative": lambda w: -w,
+    "cast": lambda w: w.astype(jnp.bfloat16),
+    "reshape": lambda w: w.reshape(-1),
+    "elementwise": lambda w: jnp.tanh(w),
+    "array": jnp.asarray,
+    "numpy": np.asarray,
+}
+
+
+@pytest.mark.parametrize("use", list(USES))
+@pytest.mark.parametrize("scheme", [NF4("w"), Int8("w")], ids=str)
+def test_it_is_no_array(use: str, scheme: Any) -> None:
+    """Where a model takes it for one, outside of `apply`."""
+    leaf = jlora.quantize({"w": array(64, 96)}, scheme)["w"]
+    with refused(TypeError, NO_ARRAY):
+        USES[use](leaf)
+
+
+@pytest.mark.parametrize("transformed", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_given_to_the_model_itself(transformed: Callable[..., Any]) -> None:
+    """With and without `jit`; neither the transform nor `wrap` says so."""
+    base = quantize(NF4("kernel"))
+    with refused(TypeError, NO_ARRAY):
+        transformed(model)(base, IDS)
+    plain = jlora.transform(model).apply(base, {}, IDS)
+    np.testing.assert_array_equal(plain, jlora.wrap(model)(base, IDS))
+
+
+def adapted() -> tuple[Any, Any]:
+    """A base of which a weight that is adapted is quantized, and an adapter."""
+    return jlora.transform(model, LoRA("kernel", rank=2)).init(
+        KEY, quantize(NF4("kernel"), Int8("head")), IDS
+    )
+
+
+TAKERS = [
+    pytest.param(
+        lambda _: jlora.transform(model, Full("kernel")).init(KEY, adapted()[0], IDS),
+        ValueError,
+        "Full('kernel') matches 'layer/kernel', which is quantized: trained leaves must not be "
+        "quantized. Give NF4 a pattern that leaves it out, or narrow that of Full.",
+        id="full",
+    ),
+    pytest.param(
+        lambda _: jlora.transform(model, LoRA("kernel", rank=2), Full("head")).sites(
+            adapted()[0], IDS
+        ),
+        ValueError,
+        "Full('head') matches 'head', which is quantized: trained leaves must not be quantized. "
+        "Give Int8 a pattern that leaves it out, or narrow that of Full.",
+        id="full-sites",
+    ),
+    pytest.param(
+        lambda _: jlora.unmerge(*adapted()),
+        ValueError,
+        "`unmerge` cannot take ΔW back at 'layer/kernel', which is quantized: its codes hold the "
+        "sum only roughly. Keep the base.",
+        id="unmerge",
+    ),
+    pytest.param(
+        lambda _: jlora.unmerge(jlora.merge(*adapted(), requantize=True), adapted()[1]),
+        ValueError,
+        "`unmerge` cannot take ΔW back at 'layer/kernel', which is quantized: its codes hold the "
+        "sum only roughly. Keep the base.",
+        id="unmerge-requantized",
+    ),
+    pytest.param(
+        lambda _: sharding.gathered(adapted()[0], {"embed": P(), "layer": {"bias": P()}}),
+        ValueError,
+        "`specs` of gathered lacks 2 quantized weights of `base`: head, layer/kernel. Give the "
+        "partition of each.",
+        id="gathered",
+    ),
+    pytest.param(
+        lambda folder: checkpoint.export(folder / "merged", adapted()[0]),
+        TypeError,
+        "`merged` must hold plain arrays; quantized are head, layer/kernel. Give "
+        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.",
+        id="export",
+    ),
+    pytest.param(
+        lambda folder: checkpoint.export(
+            folder / "merged", jlora.merge(*adapted(), requantize=True)
+        ),
+        TypeError,
+        "`merged` must hold plain arrays; quantized are head, layer/kernel. Give "
+        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.",
+        id="export-requantized",
+    ),
+]
+
+
+@pytest.mark.parametrize(("provoke", "error", "message"), TAKERS)
+def test_a_base_is_refused(
+    provoke: Callable[[Any], Any], error: type[Exception], message: str, tmp_path: Any
+) -> None:
+    """Where its values cannot be what is asked for; nothing is written."""
+    with refused(error, message):
+        provoke(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------- meshes
+
+
+def places(scheme: Any, spec: P, *shape: int) -> Any:
+    """`specs` of one quantized weight."""
+    base = jlora.quantize({"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, scheme)
+    return sharding.specs({"w": spec}, base, MESH)
+
+
+MISFITS = [
+    pytest.param(
+        lambda: places(Int4("w"), P("tensor"), 256, 64),
+        "axis 0 of length 256 over tensor=4 gives each device 64, which is no multiple of the "
+        "block 128 of Int4(group=128); blocks of 16, 32, 64 would fit",
+        id="block",
+    ),
+    pytest.param(
+        lambda: places(Int8("w", block=64), P(None, ("fsdp", "tensor")), 3, 256, 64),
+        "axis 1 of length 256 over fsdp=2 × tensor=4 gives each device 32, which is no multiple of "
+        "the block 64 of Int8(block=64); blocks of 16, 32 would fit",
+        id="block-of-a-stack",
+    ),
+    pytest.param(
+        lambda: places(NF4("w", block=32), P("tensor"), 160, 64),
+        "axis 0 of length 160 over tensor=4 gives each device 40, which is no multiple of the "
+        "block 32 of NF4(block=32, double=True); none would fit",
+        id="no-block",
+    ),
+    pytest.param(
+        lambda: places(NF4("w"), P(None, "tensor"), 40, 64),
+        "axis 1 of length 64 is divided over tensor=4, but blocks of NF4(block=64, double=True) "
+        "run over the ends of its rows; quantize it with a block that divides its inputs",
+        id="flat-outputs",
+    ),
+    pytest.param(
+        lambda: places(FP4("w"), P(None, "fsdp"), 3, 40, 64),
+        "axis 1 of length 40 is divided over fsdp=2, but blocks of FP4(block=64, double=False) run "
+        "over the ends of its rows; quantize it with a block that divides its inputs",
+        id="flat-inputs",
+    ),
+    pytest.param(
+        lambda: places(NF4("w"), P("tensor"), 126, 64),
+        "axis 0 of length 126 cannot be divided over tensor=4",
+        id="length",
+    ),
+    pytest.param(
+        lambda: places(NF4("w"), P("data"), 128, 64),
+        "the mesh has no axis 'data'; it has fsdp, tensor",
+        id="mesh-axis",
+    ),
+    pytest.param(
+        lambda: places(NF4("w"), P(None, None, "fsdp"), 128, 64),
+        f"{P(None, None, 'fsdp')} has 3 entries for a weight of shape (128, 64)",
+        id="entries",
+    ),
+]
+
+
+@pytest.mark.parametrize(("provoke", "why"), MISFITS)
+def test_partition(provoke: Callable[[], Any], why: str) -> None:
+    """Where a device would get a part of a block."""
+    message = (
+        "`base` has partitions that do not fit at 1 of 1 paths of `adapter`:\n"
+        f"  w: {why}\nCorrect them in `base`: the adapter follows W."
+    )
+    with refused(ValueError, message):
+        provoke()
+
+
+def test_partitions_that_fit() -> None:
+    """Stacks of flat weights, and axes of which each output has all inputs in one block."""
+    flat = places(NF4("w"), P("fsdp"), 2, 40, 64)["w"]
+    assert (flat.data.spec, flat.scale.spec) == (P("fsdp", None), P("fsdp", None))
+    whole = places(Int8("w"), P("tensor", "fsdp"), 40, 64)["w"]
+    assert (whole.data.spec, whole.scale.spec) == (P("tensor", "fsdp"), P("fsdp"))

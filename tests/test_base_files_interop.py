@@ -1,0 +1,154 @@
+"""Quantized checkpoints as `transformers` and others write them: every weight to a bit, and back."""
+
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import llama
+from safetensors.numpy import load_file
+
+import jlora
+from jlora import peft
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+torch = pytest.importorskip("torch")
+functional = pytest.importorskip("bitsandbytes.functional")
+
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+CONFIG = llama.Config(vocab=96, layers=2, dim=128, hidden=192, heads=4, kv_heads=2, tied=False)
+KINDS = {
+    "nf4-double": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4": {"bnb_4bit_quant_type": "nf4"},
+    "fp4": {"bnb_4bit_quant_type": "fp4"},
+    "fp4-double": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=CONFIG.dim,
+            intermediate_size=CONFIG.hidden,
+            num_hidden_layers=CONFIG.layers,
+            num_attention_heads=CONFIG.heads,
+            num_key_value_heads=CONFIG.kv_heads,
+            vocab_size=CONFIG.vocab,
+            tie_word_embeddings=False,
+        )
+    )
+    model.to(torch.bfloat16).save_pretrained(path / "float")
+    return path
+
+
+@functools.cache
+def quantized(folder, kind):
+    """PyTorch's model, and the folder that it was saved to."""
+    bits = "load_in_8bit" if kind == "int8" else "load_in_4bit"
+    config = BitsAndBytesConfig(**{bits: True}, **KINDS[kind])
+    model = LlamaForCausalLM.from_pretrained(
+        folder / "float", quantization_config=config, device_map="cpu", dtype=torch.float32
+    )
+    model.train()  # evaluation would pack the weights anew on some processors
+    model.save_pretrained(folder / kind)
+    return model, folder / kind
+
+
+def values_of(module, kind):
+    if kind == "int8":
+        return functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+    state = module.weight.quant_state
+    return functional.dequantize_4bit(module.weight.data, state)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_leaf_to_a_bit(folder, kind, scan):
+    model, path = quantized(folder, kind)
+    like, names = llama.shapes(CONFIG, scan), llama.names(CONFIG)
+    base = peft.load_base(path, names, like=like)
+    found = jlora.quantization(base).leaves
+    assert len(found) == (7 if scan else 14)
+    assert {type(e.leaf.scheme).__name__.lower() for e in found} == {kind.partition("-")[0]}
+    tensors = peft.to_tensors(jlora.dequantize(base), names)
+    modules = dict(model.named_modules())
+    for name, x in tensors.items():
+        module = modules[name.removesuffix(".weight")]
+        packed = "proj" in name
+        expected = values_of(module, kind) if packed else module.weight.detach()
+        np.testing.assert_array_equal(np.float32(x), expected.float().numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_back_byte_for_byte(folder, kind, tmp_path):
+    _, path = quantized(folder, kind)
+    like, names = llama.shapes(CONFIG), llama.names(CONFIG)
+    base = peft.load_base(path, names, like=like)
+    own = json.loads((path / "config.json").read_text())
+    peft.save_base(tmp_path / "again", base, names, config=own)
+    old, new = (load_file(p / "model.safetensors") for p in (path, tmp_path / "again"))
+    assert old.keys() == new.keys()
+    for name, x in old.items():
+        assert x.dtype == new[name].dtype, name
+        assert x.tobytes() == new[name].tobytes(), name
+    again = peft.load_base(tmp_path / "again", names, like=like)
+    jax.tree.map(np.testing.assert_array_equal, again, base)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "again", device_map="cpu")
+    assert type(model.model.layers[0].self_attn.q_proj).__name__.startswith("Linear")
+    assert model.config.quantization_config.load_in_4bit == (kind != "int8")
+
+
+@pytest.mark.parametrize("kind", ["nf4-double", "fp4"])
+def test_logits_and_gradients_are_those_of_peft(folder, kind):
+    from peft import LoraConfig, get_peft_model
+
+    torch.set_num_threads(1)
+    model, path = quantized(folder, kind)
+    names = llama.names(CONFIG)
+    base = peft.load_base(path, names, like=llama.shapes(CONFIG))
+    base = jax.tree.map(  # in float32, as PyTorch's model computes
+        lambda x: x if jlora.is_quantized(x) else x.astype(jnp.float32),
+        base,
+        is_leaf=jlora.is_quantized,
+    )
+    torch.manual_seed(1)
+    theirs = get_peft_model(
+        model,
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_dropout=0.0),
+    )
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.copy_(0.1 * torch.randn(p.shape))
+    saved = path.parent / f"adapter-{kind}"
+    theirs.save_pretrained(saved)
+    ids = np.arange(24).reshape(2, 12) * 7 % CONFIG.vocab
+    logits = theirs(input_ids=torch.from_numpy(ids)).logits
+    (logits**2).mean().backward()
+    adapter = peft.load(saved, base, names)
+    lora = jlora.transform(llama.Llama(CONFIG).apply, jlora.LoRA("query|down"))
+
+    def loss(adapter):
+        found = lora.apply(base, adapter, jnp.asarray(ids))
+        return (found**2).mean(), found
+
+    grads, ours = jax.jit(jax.grad(loss, has_aux=True))(adapter)
+    scale = np.abs(logits.detach().numpy()).max()
+    np.testing.assert_allclose(ours / scale, logits.detach().numpy() / scale, atol=2e-5)
+    for i, layer in enumerate(theirs.base_model.model.model.layers):
+        for ours_, module in (
+            (grads["params"]["layers"]["attention"]["query"]["kernel"], layer.self_attn.q_proj),
+            (grads["params"]["layers"]["mlp"]["down"]["kernel"], layer.mlp.down_proj),
+        ):
+            for mine, factor in ((ours_.a, module.lora_A), (ours_.b, module.lora_B)):
+                expected = factor.default.weight.grad.numpy().T
+                np.testing.assert_allclose(mine[i], expected, atol=2e-5 * np.abs(expected).max() + 1e-9)
+    theirs.unload()
