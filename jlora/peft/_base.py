@@ -113,7 +113,7 @@ def _format(config: Mapping[str, Any]) -> Format | None:
     if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
             f"`dir`: its config.json has the `quant_method` {brief(method)}; known are "
-            f"{', '.join(FORMATS)}. Load a checkpoint that is not quantized, and use jlora.quantize."
+            f"{', '.join(sorted(FORMATS))}. Load a checkpoint that is not quantized, and use jlora.quantize."
         )
     return FORMATS[method]
 

@@ -1,0 +1,433 @@
+"""`peft.load_base`: each format by its formula in NumPy, files that lie, and GGUF."""
+
+import json
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora import peft
+
+E4M3 = jnp.float8_e4m3fn
+MXFP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+ROWS, COLUMNS = 64, 128  # outputs and inputs of a matrix
+NAMES = (
+    peft.Name(r"layers/(\w+)/kernel", r"h.{}.\1", "lio"),
+    peft.Name(r"layers/(\w+)/experts", r"h.{}.\1", "leio", "w", transposed=True),
+    peft.Name(r"(\w+)/kernel", r"\1", "io"),
+    peft.Name(r"(\w+)/heads", r"\1", "iio"),
+    peft.Name(r"norm/scale", "norm", "o"),
+)
+
+
+def draw(*shape, low=0, high=16, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(low, high, shape).astype(dtype)
+
+
+def scales(*shape, seed=1, dtype=np.float16):
+    return (np.random.default_rng(seed).random(shape) / 8 + 0.01).astype(dtype)
+
+
+def words(codes, order=range(8)):
+    """Codes of 4 bits along the last axis as int32; number k of 8 in place `order[k]`."""
+    codes = codes.reshape(*codes.shape[:-1], -1, 8).astype(np.uint32)
+    shifts = np.uint32(4) * np.asarray(list(order), np.uint32)
+    return np.bitwise_or.reduce(codes << shifts, -1).view(np.int32)
+
+
+class File(dict):
+    """Tensors of a module, its configuration, and the (outputs, inputs) matrix that they mean."""
+
+    def __init__(self, config, matrix, **tensors):
+        super().__init__(tensors)
+        self.config, self.matrix = config, matrix
+
+
+def gptq(seed=0, group=32, zeros="gptq"):
+    codes, scale = draw(ROWS, COLUMNS, seed=seed), scales(ROWS, COLUMNS // group, seed=seed)
+    zero = draw(ROWS, COLUMNS // group, low=1, seed=seed + 1)
+    stored = zero - (zeros == "gptq")
+    matrix = (codes - np.repeat(zero, group, 1).astype(np.float32)) * np.repeat(scale, group, 1)
+    return File(
+        {"quant_method": "gptq", "bits": 4, "group_size": group, "checkpoint_format": zeros},
+        matrix,
+        qweight=np.ascontiguousarray(words(codes).T),
+        qzeros=words(np.ascontiguousarray(stored.T)),
+        scales=np.ascontiguousarray(scale.T),
+        g_idx=(np.arange(COLUMNS) // group).astype(np.int32),
+    )
+
+
+def awq(seed=0, group=64):
+    codes, scale = draw(ROWS, COLUMNS, seed=seed), scales(ROWS, COLUMNS // group, seed=seed)
+    zero = draw(ROWS, COLUMNS // group, seed=seed + 1)
+    order = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])  # nibble k holds output [0, 2, …][k]
+    return File(
+        {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"},
+        (codes - np.repeat(zero, group, 1).astype(np.float32)) * np.repeat(scale, group, 1),
+        qweight=words(np.ascontiguousarray(codes.T), order),
+        qzeros=words(np.ascontiguousarray(zero.T), order),
+        scales=np.ascontiguousarray(scale.T),
+    )
+
+
+def compressed(seed=0, group=32, symmetric=True):
+    codes, scale = draw(ROWS, COLUMNS, seed=seed), scales(ROWS, COLUMNS // group, seed=seed)
+    zero = draw(ROWS, COLUMNS // group, seed=seed + 1)
+    used = 8.0 if symmetric else np.repeat(zero, group, 1).astype(np.float32)
+    tensors = {
+        "weight_packed": words(codes),
+        "weight_scale": scale.astype(jnp.bfloat16),
+        "weight_shape": np.array([ROWS, COLUMNS], np.int64),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = np.ascontiguousarray(words(np.ascontiguousarray(zero.T)).T)
+    scale = scale.astype(jnp.bfloat16).astype(np.float32)
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return File(config, (codes - used) * np.repeat(scale, group, 1), **tensors)
+
+
+def fp8(seed=0, block=32, exponents=False):
+    codes = np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(E4M3)
+    grid = scales(-(-ROWS // block), -(-COLUMNS // block), dtype=np.float32, seed=seed)
+    grid = np.exp2(np.floor(np.log2(grid))) if exponents else grid
+    each = np.repeat(np.repeat(grid, block, 0), block, 1)[:ROWS, :COLUMNS]
+    return File(
+        {"quant_method": "fp8", "weight_block_size": [block, block]},
+        codes.astype(np.float32) * each,
+        weight=codes,
+        weight_scale_inv=grid.astype(np.float32),
+    )
+
+
+def fp8_by_output(seed=0):
+    codes = np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(E4M3)
+    scale = scales(ROWS, 1, dtype=jnp.bfloat16, seed=seed)
+    return File(
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+        codes.astype(np.float32) * scale.astype(np.float32),
+        weight=codes,
+        weight_scale=scale,
+    )
+
+
+def mxfp4(seed=0, experts=3):
+    codes = draw(experts, ROWS, COLUMNS, seed=seed)
+    scale = draw(experts, ROWS, COLUMNS // 32, low=118, high=126, seed=seed)
+    pairs = codes.reshape(experts, ROWS, COLUMNS // 32, 16, 2)
+    values = MXFP4[codes] * np.repeat(np.exp2(scale.astype(np.float32) - 127), 32, -1)
+    return File(
+        {"quant_method": "mxfp4"},
+        values,
+        w_blocks=(pairs[..., 0] | pairs[..., 1] << 4).astype(np.uint8),
+        w_scales=scale,
+    )
+
+
+FORMATS = {
+    "gptq": gptq,
+    "gptq_v2": lambda seed=0: gptq(seed, zeros="gptq_v2"),
+    "gptq, all inputs": lambda seed=0: gptq(seed, group=COLUMNS),
+    "awq": awq,
+    "compressed-tensors": compressed,
+    "compressed-tensors, asymmetric": lambda seed=0: compressed(seed, symmetric=False),
+    "fp8": fp8,
+    "fp8, uneven": lambda seed=0: fp8(seed, block=512),
+    "fp8 by output": fp8_by_output,
+    "mxfp4": mxfp4,
+}
+
+
+def tensors_of(modules):
+    """Their tensors, and a norm that is not quantized."""
+    found = {f"{m}.{name}": x for m, file in modules.items() for name, x in file.items()}
+    found["norm.weight"] = np.ones(ROWS, np.float32)
+    return {name: np.ascontiguousarray(x) for name, x in found.items()}
+
+
+def write(folder, modules, **config):
+    """A folder with the tensors of modules by name."""
+    folder.mkdir()
+    [first, *_] = modules.values()
+    save_file(tensors_of(modules), folder / "model.safetensors")
+    said = {"quantization_config": first.config | config}
+    (folder / "config.json").write_text(json.dumps(said))
+    return folder
+
+
+def like(dtype=jnp.float32, kernel="kernel", shape=(2, COLUMNS, ROWS)):
+    return {
+        "layers": {"up": {kernel: jax.ShapeDtypeStruct(shape, dtype)}},
+        "norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)},
+    }
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_stacked_layers(format, dtype, tmp_path):
+    files = [FORMATS[format](seed=seed) for seed in (0, 5)]
+    folder = write(tmp_path / "base", {f"h.{i}.up": file for i, file in enumerate(files)})
+    matrix = np.stack([np.moveaxis(f.matrix, -1, -2) for f in files])
+    kernel = "experts" if format == "mxfp4" else "kernel"
+    base = peft.load_base(folder, NAMES, like=like(dtype, kernel, matrix.shape))
+    leaf = base["layers"]["up"][kernel]
+    assert isinstance(leaf, jlora.Quantized)
+    assert leaf.dtype == dtype
+    np.testing.assert_array_equal(np.float32(leaf.array(jnp.float32)), matrix)
+    np.testing.assert_array_equal(leaf.array(), matrix.astype(dtype))
+    jitted = jax.jit(jlora.dequantize)(base)["layers"]["up"][kernel]
+    np.testing.assert_array_equal(jitted, matrix.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("heads", "is_quantized"), [((2, 64), True), ((4, 32), True), ((8, 16), False)]
+)
+def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_path):
+    """Groups of 32 inputs, of which a head has more, as many, or less."""
+    file = gptq()
+    folder = write(tmp_path / "base", {"out": file})
+    tree = {
+        "out": {"heads": jax.ShapeDtypeStruct((*heads, ROWS), jnp.float32)},
+        "norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)},
+    }
+    leaf = peft.load_base(folder, NAMES, like=tree)["out"]["heads"]
+    assert jlora.is_quantized(leaf) == is_quantized
+    value = leaf.array() if is_quantized else leaf
+    np.testing.assert_array_equal(value, file.matrix.T.reshape(*heads, ROWS))
+
+
+# ------------------------------------------------------------------------------- files that lie
+
+
+def nf4(tmp_path):
+    """A folder of bitsandbytes with one kernel, by `save_base`."""
+    params = {"up": {"kernel": jnp.asarray(draw(COLUMNS, ROWS), jnp.float32) - 7.5}}
+    params["norm"] = {"scale": jnp.ones(ROWS)}
+    base = jlora.quantize(params, jlora.NF4("kernel"))
+    peft.save_base(tmp_path / "base", base, NAMES)
+    return params, base
+
+
+STATE = "up.weight.quant_state.bitsandbytes__nf4"
+
+
+def state(**fields):
+    """The state of the kernel with other fields; None takes one away."""
+
+    def change(tensors):
+        found = json.loads(tensors[STATE].tobytes()) | fields
+        found = {k: v for k, v in found.items() if v is not None}
+        tensors[STATE] = np.frombuffer(json.dumps(found).encode(), np.uint8)
+
+    return change
+
+
+def put(name, value):
+    def change(tensors):
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value(tensors[name])
+
+    return change
+
+
+LIES = [
+    (put(STATE, None), "up.weight: is of 4 bits, but has no up.weight.quant_state.bitsandbytes__"),
+    (state(quant_type="nf5"), f"{STATE}: `quant_type` is 'nf5'"),
+    (state(blocksize=63), f"{STATE}: `blocksize` is 63"),
+    (state(blocksize=True), f"{STATE}: `blocksize` is True"),
+    (state(blocksize=10**30), f"{STATE}: `blocksize` is 1000000000"),
+    (state(shape=[ROWS, COLUMNS + 1]), f"{STATE}: `shape` is [64, 129]"),
+    (state(dtype="int8"), f"{STATE}: `dtype` is 'int8'"),
+    (state(dtype=None), f"{STATE}: `dtype` is None"),
+    (state(nested_offset="x"), f"{STATE}: `nested_offset` is 'x'"),
+    (state(nested_dtype="float16"), f"{STATE}: `nested_dtype` is 'float16'"),
+    (put(STATE, lambda x: x[:-1]), f"{STATE} is no valid JSON"),
+    (put(STATE, lambda x: np.full(20_000, 32, np.uint8)), f"{STATE}: expected at most 10000 bytes"),
+    (put("up.weight.absmax", None), "up.weight.absmax: missing"),
+    (
+        put("up.weight.absmax", lambda x: x[:-1]),
+        "up.weight.absmax: expected U8 of shape (128,), got U8 (127,)",
+    ),
+    (
+        put("up.weight.absmax", lambda x: x.astype(np.float32)),
+        "up.weight.absmax: expected U8 of shape (128,), got F32 (128,)",
+    ),
+    (
+        put("up.weight.nested_absmax", lambda x: x * np.float32(np.nan)),
+        "up.weight.nested_absmax: has values that are not finite",
+    ),
+    (put("up.weight.quant_map", lambda x: x[::-1].copy()), "up.weight.quant_map: is not the table"),
+    (
+        put("up.weight.nested_quant_map", lambda x: np.append(x[1:], np.float32(np.inf))),
+        "up.weight.nested_quant_map: has values that are not finite",
+    ),
+    (put("up.weight", lambda x: x[:-1]), "up.weight: expected 4096 bytes for (64, 128), got 4095"),
+    (put("norm.weight", None), "norm.weight: missing"),
+    (put("norm.weight", lambda x: x[:-1]), "norm.weight: expected F64 or F32 or F16 or BF16 of sh"),
+    (put("norm.weight", lambda x: x * np.float32(np.nan)), "norm.weight: has values that are not finite"),
+    (lambda tensors: tensors.update(more=np.ones(2)), "more: unexpected"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), LIES, ids=[m for _, m in LIES])
+def test_lies(change, message, tmp_path):
+    params, _ = nf4(tmp_path)
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ValueError) as e:
+        peft.load_base(tmp_path / "base", NAMES, like=params)
+    assert message in str(e.value)
+    assert f"`dir`: {tmp_path / 'base'} does not fit `like`. 1 problems:\n" in str(e.value)
+
+
+CONFIGURATIONS = [
+    ("gptq", {"bits": 8}, "`bits` of the quantization: expected 4, got 8"),
+    ("gptq", {"bits": True}, "`bits` of the quantization: expected 4, got True"),
+    ("gptq", {"desc_act": True}, "h.0.up: `desc_act` reorders its inputs by activation"),
+    ("gptq", {"checkpoint_format": "marlin"}, "expected gptq or gptq_v2, got 'marlin'"),
+    ("awq", {"version": "gemv"}, "`version` of the quantization: expected gemm or GEMM, got 'gemv'"),
+    ("fp8", {"weight_block_size": [32, 64]}, "expected squares, got [32, 64]"),
+    ("fp8", {"weight_block_size": None}, "expected squares, got None"),
+    ("fp8", {"weight_block_size": [48, 48]}, "`block` of FP8() must be one of 32, 64, 128, 256"),
+    ("gptq", {"quant_method": "hqq"}, "has the `quant_method` 'hqq'; known are awq, bitsandbytes"),
+    ("gptq", {"quant_method": 3}, "has the `quant_method` 3; known are"),
+]
+
+
+@pytest.mark.parametrize(("format", "config", "message"), CONFIGURATIONS)
+def test_configurations(format, config, message, tmp_path):
+    files = {f"h.{i}.up": FORMATS[format]() for i in range(2)}
+    folder = write(tmp_path / "base", files, **config)
+    with pytest.raises(ValueError) as e:
+        peft.load_base(folder, NAMES, like=like())
+    assert message in str(e.value)
+
+
+def test_reordered_inputs_are_refused(tmp_path):
+    file = gptq()
+    file["g_idx"] = file["g_idx"][::-1].copy()
+    folder = write(tmp_path / "base", {"h.0.up": file, "h.1.up": gptq()})
+    with pytest.raises(ValueError, match=r"h\.0\.up\.g_idx: reorders its inputs, which is not sup"):
+        peft.load_base(folder, NAMES, like=like())
+
+
+def mutants(seed, tensors):
+    """The tensors after a random change to one of them."""
+    rng = np.random.default_rng(seed)
+    name = sorted(tensors)[rng.integers(len(tensors))]
+    x = tensors[name]
+    kind = rng.integers(6)
+    if kind == 0:
+        del tensors[name]
+    elif kind == 1:
+        tensors[name] = x.reshape(-1)[: rng.integers(x.size + 1)].copy()
+    elif kind == 2:
+        tensors[name] = np.frombuffer(rng.bytes(x.nbytes), x.dtype).reshape(x.shape)
+    elif kind == 3:
+        to = [np.float32, np.int8, np.uint8, np.int32, np.float16][rng.integers(5)]
+        with np.errstate(all="ignore"):
+            tensors[name] = x.astype(to)
+    elif kind == 4:
+        flat = bytearray(x.tobytes())
+        if flat:
+            flat[rng.integers(len(flat))] ^= 1 << rng.integers(8)
+        tensors[name] = np.frombuffer(bytes(flat), x.dtype).reshape(x.shape)
+    else:
+        tensors[f"{name}.{'absmax' if rng.integers(2) else 'x'}"] = x
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize(
+    "count", [60, pytest.param(2000, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_random_lies(count, tmp_path):
+    """Refused in our words, or read as finite values; never anything else."""
+    params, _ = nf4(tmp_path)
+    others = {
+        name: {f"h.{i}.up": make(seed=i) for i in range(2)}
+        for name, make in FORMATS.items()
+        if name != "mxfp4"
+    }
+    for i, files in enumerate(others.values()):
+        write(tmp_path / f"{i}", files)
+    cases = [(tmp_path / "base", params)]
+    cases += [(tmp_path / f"{i}", like()) for i in range(len(others))]
+    sound = [load_file(tmp_path / "base" / "model.safetensors")]
+    sound += [tensors_of(files) for files in others.values()]
+    refused = 0
+    for seed in range(count):
+        (folder, tree), tensors = cases[seed % len(cases)], dict(sound[seed % len(cases)])
+        mutants(seed, tensors)
+        save_file(tensors, folder / "model.safetensors")
+        try:
+            base = peft.load_base(folder, NAMES, like=tree)
+        except ValueError as e:
+            assert str(e).startswith("`dir`: ")
+            refused += 1
+            continue
+        for x in jax.tree.leaves(jlora.dequantize(base)):
+            assert not np.isinf(np.asarray(x)).any()
+    assert refused > count / 3
+
+
+# ---------------------------------------------------------------------------------------- GGUF
+
+TYPES = gguf.GGMLQuantizationType
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "Q6_K", "F16", "MXFP4"])
+def test_gguf(kind, tmp_path):
+    shape = (ROWS, 512)
+    type_ = TYPES[kind]
+    if kind == "F16":
+        data = scales(*shape)
+    elif kind in ("Q4_K", "Q6_K", "MXFP4"):  # which gguf cannot quantize to
+        block, size = gguf.GGML_QUANT_SIZES[type_]
+        data = draw(ROWS, 512 // block, size, high=30)
+        data[..., 0] += 100 if kind == "MXFP4" else 0  # XLA has no subnormal numbers
+        data = data.reshape(ROWS, -1)
+    else:
+        data = gguf.quantize(scales(*shape, dtype=np.float32) - 0.07, type_)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("up.weight", data, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tree = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
+    leaf = peft.load_base(tmp_path / "a.gguf", NAMES, like=tree)["up"]["kernel"]
+    packed = kind in ("Q4_0", "Q4_1", "Q8_0", "MXFP4")
+    assert jlora.is_quantized(leaf) == packed
+    expected = np.float32(data) if kind == "F16" else gguf.dequantize(data, type_)
+    value = jax.jit(jlora.Quantized.array)(leaf) if packed else leaf
+    np.testing.assert_array_equal(np.float32(value), expected.T)
+
+
+def test_gguf_that_is_none(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(ValueError, match=r"`dir`: .*a\.gguf is no sound GGUF file: "):
+        peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
+    with pytest.raises(FileNotFoundError, match=r"`dir`: there is no file .*b\.gguf\."):
+        peft.load_base(tmp_path / "b.gguf", NAMES, like=like())
+
+
+# --------------------------------------------------------------------------------- the way back
+
+
+def test_what_bitsandbytes_has_not_is_refused(tmp_path):
+    params = {"up": {"kernel": jnp.ones((COLUMNS, ROWS))}}
+    base = jlora.quantize(params, jlora.Int4("kernel"))
+    with pytest.raises(ValueError) as e:
+        peft.save_base(tmp_path / "base", base, NAMES)
+    assert str(e.value) == (
+        "`base` cannot be written as bitsandbytes does. 1 problems:\n"
+        "  up/kernel: Int4(group=128) is not of bitsandbytes"
+    )
+    assert not (tmp_path / "base").exists()
