@@ -24,7 +24,7 @@ from ._file import DTYPES, fresh
 from ._json import brief, listing, read_json, shown
 from ._names import Leaf, Name
 from ._weights import all_named, keys_of
-from .formats import FORMATS, Format, Tensors, Unreadable, leaf_of
+from .formats import FORMATS, Format, Tensors, Unreadable, check_finite, leaf_of
 from .formats import _bitsandbytes as bnb
 from .formats import _gguf
 
@@ -126,6 +126,9 @@ def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | Non
         each = (*experts, *shape)
         found = [format.read(tensors, config, m, name.parameter, each) for m in leaf.modules]
         stored = [x for x in found if x is not None]
+        for key, x in zip(keys_of(leaf), found, strict=True):
+            if x is not None:
+                check_finite(x, key, x.dtype or leaf.value.dtype)
         if len(stored) == len(found):
             return leaf_of(leaf, stored)
         if stored:

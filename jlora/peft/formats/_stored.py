@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...quantized import Form, Nested, Quantized, Scheme
+from ...quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme
 from .._names import Leaf
+from ._tensors import Unreadable
 
 
 class Stored(NamedTuple):
@@ -30,6 +31,27 @@ class Stored(NamedTuple):
     zero: np.ndarray | None = None
     nested: tuple[np.ndarray, np.ndarray] | None = None
     dtype: Any = None
+
+
+# The largest magnitude that a code may stand for, times its scale.
+_LARGEST = {NF4: 1, FP4: 1, Int4: 16, Int8: 128, FP8: 448}
+
+
+def check_finite(m: Stored, name: str, dtype: Any) -> None:
+    """`Unreadable` if a value of `dtype` may not be finite."""
+    if m.codes.dtype.kind not in "iu" and np.isnan(m.codes.astype(np.float32)).any():
+        raise Unreadable(f"{name}: has values that are NaN")
+    limit = float(jnp.finfo(dtype).max)
+    if m.scale.dtype == np.uint8 and m.nested is None:  # powers of 2
+        largest = 6 * 2.0 ** (float(m.scale.max(initial=0)) - 127)
+    else:
+        parts = m.nested or (m.scale, m.zero if m.zero is not None else np.zeros(()))
+        scale, added = (float(np.abs(x.astype(np.float64)).max(initial=0)) for x in parts)
+        by_row = type(m.scheme) is Int8 and m.scheme.block is None
+        added = 0.0 if m.zero is not None and m.zero.dtype.kind in "iu" else added
+        largest = scale * (1 if by_row else _LARGEST[type(m.scheme)]) + added
+    if not largest <= limit:
+        raise Unreadable(f"{name}: has scales beyond what {jnp.dtype(dtype)} holds")
 
 
 def leaf_of(leaf: Leaf, modules: Sequence[Stored]) -> Any:
