@@ -4,6 +4,8 @@
     python examples/finetune_lm.py --data FILE --length 128 --steps 200
     python examples/finetune_lm.py --wordnet /usr/share/wordnet  # Debian package wordnet-base
     python examples/finetune_lm.py --resume                      # go on from the last checkpoint
+    python examples/finetune_lm.py --quantize nf4                # on frozen weights of 4 bits
+    python examples/finetune_lm.py --quantize gguf               # on those of the file as they are
 
 Each line of FILE is a JSON object, {"prompt": "...", "answer": "..."}. The loss counts the tokens
 of the answers only. Without arguments: two minutes on two CPU cores, in which the loss on held-out
@@ -51,6 +53,7 @@ SAVE_EVERY = 10
 DATA = pathlib.Path(__file__).parent / "definitions.jsonl"
 WORDNET = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}  # data.* files
 OUT = pathlib.Path("out/finetune_lm")
+SCHEMES = {"nf4": jlora.NF4(), "int8": jlora.Int8()}
 
 # --------------------------------------------------------------------------- data
 
@@ -240,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
     args = parse(argv)
     pairs = read_wordnet(args.wordnet) if args.wordnet else read_jsonl(args.data)
     random.Random(args.seed).shuffle(pairs)
-    config, variables, tokenizer = llama.load_gguf(args.gguf or data.smollm2())
+    packed = args.quantize == "gguf"
+    config, variables, tokenizer = llama.load_gguf(args.gguf or data.smollm2(), packed)
     held_out = encode(pairs[:HELD_OUT], tokenizer, args.length)
     rows = encode(pairs[HELD_OUT:], tokenizer, args.length)
     left_out = len(pairs) - len(rows.ids) - len(held_out.ids)
@@ -249,7 +253,12 @@ def main(argv: Sequence[str] | None = None) -> Result:
     model = llama.Llama(config, dtype=jnp.dtype(args.dtype), remat=args.remat)
     rules = (jlora.LoRA(rank=args.rank, alpha=args.alpha),)
     lora = jlora.transform(model.apply, *rules)
+    if args.quantize in SCHEMES:
+        sites = lora.sites(variables, rows.ids[:1])
+        variables = jlora.quantize(variables, SCHEMES[args.quantize], sites=sites, donate=True)
     base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
+    if args.quantize:
+        tqdm.write(str(jlora.quantization(base)))
     warmup = min(WARMUP, args.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
     tx = jlora.optimizer(optax.adamw(schedule))
@@ -277,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
 def fingerprint(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str, Any]:
     """All that the losses depend on; a run with another one is another run."""
     names = ("seed", "steps", "batch", "length", "rank", "alpha", "learning_rate", "dtype", "remat")
+    names = (*names, "quantize")
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     return {name: getattr(args, name) for name in names} | {"gguf": str(args.gguf), "data": digest}
 
@@ -291,6 +301,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=pathlib.Path, default=DATA, help="JSON lines of prompt and answer")
     add("--wordnet", type=pathlib.Path, help="folder of WordNet's data.*, in place of --data")
     add("--gguf", type=pathlib.Path, help="a Llama other than SmolLM2-135M-Instruct")
+    add("--quantize", choices=(*SCHEMES, "gguf"), help="what the frozen weights are kept in")
     add("--out", type=pathlib.Path, default=OUT, help="folder for checkpoints")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
     add("--save-every", type=int, default=SAVE_EVERY, help="steps from checkpoint to checkpoint")

@@ -270,11 +270,11 @@ def test_dequantized_where_it_lies(scheme):
 def test_init(scheme):
     """The adapter of a base on the mesh, eagerly and where `out_shardings` says."""
     lora, base, adapter, x, specs = problem(layer, scheme)
-    base, places, key = on_mesh(AUTO, base, adapter, x, specs)[0], None, jax.random.key(0)
+    base, key = on_mesh(AUTO, base, adapter, x, specs)[0], jax.random.key(0)
     expected = lora.init(key, jlora.dequantize(base), x)[1]
-    found = lora.init(key, base, x)
-    assert found[0] is base
-    laws.assert_close(found[1], expected, 1e-6)
+    same, found = lora.init(key, base, x)
+    assert all(same[name] is base[name] for name in base)
+    laws.assert_close(found, expected, 1e-6)
     places = sharding.specs(specs, adapter, AUTO)
     made = jax.jit(lambda base: lora.init(key, base, x)[1], out_shardings=places)(base)
     laws.assert_close(made, expected, 1e-6)
@@ -290,11 +290,6 @@ def test_a_plan(scheme, compile):
     loss = lambda adapter, base, x: lora.apply(base, adapter, x).var()  # noqa: E731
     found = jlora.plan(loss, base, adapter, (x,), compile=compile)
     assert found.method == ("compiled" if compile else "arithmetic")
-    held = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(base))]
-    assert [found.base] == held
-    bits = 8 * sum(leaf.nbytes for leaf in base.values()) / (2 * D * F)
-    assert found.base == pytest.approx(bits * D * F * 2 / 8 / 8, rel=0.02)
-    if not compile:
-        return
-    whole = jlora.plan(loss, jax.tree.map(lambda v: v, base), adapter, (x,), compile=False)
-    assert found[4:9] == whole[4:9]
+    assert found.base == sum(v.addressable_shards[0].data.nbytes for v in jax.tree.leaves(base))
+    bits = {"NF4": 4.127, "Int8": 8.2, "Int4": 4.75}[type(scheme).__name__]
+    assert found.base == pytest.approx(bits * 2 * D * F / 8 / AUTO.size, rel=0.06)

@@ -27,9 +27,9 @@ import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import jlora
 from jlora import peft
 
 from . import hf, parts
@@ -275,24 +275,33 @@ def shapes(config: Config, scan: bool = True) -> Any:
 
 # --------------------------------------------------------------------------- GGUF
 
-# Our path and GGUF's name; {} is the layer's number, and such tensors are stacked.
-GGUF_NAMES = {
-    "embed/embedding": "token_embd.weight",
-    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
-    "layers/attention/query/kernel": "blk.{}.attn_q.weight",
-    "layers/attention/key/kernel": "blk.{}.attn_k.weight",
-    "layers/attention/value/kernel": "blk.{}.attn_v.weight",
-    "layers/attention/out/kernel": "blk.{}.attn_output.weight",
-    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
-    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
-    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
-    "norm/scale": "output_norm.weight",
+_GGUF = {
+    "layers/attention/query": "blk.{}.attn_q",
+    "layers/attention/key": "blk.{}.attn_k",
+    "layers/attention/value": "blk.{}.attn_v",
+    "layers/attention/out": "blk.{}.attn_output",
+    r"layers/mlp/(gate|up|down)": r"blk.{}.ffn_\1",
 }
+_GGUF_SCALES = {
+    "layers/attention_norm": "blk.{}.attn_norm",
+    "layers/mlp_norm": "blk.{}.ffn_norm",
+    "norm": "output_norm",
+}
+GGUF_NAMES = (
+    peft.Name("embed/embedding", "token_embd", "vo"),
+    *hf.rows(_GGUF, {"kernel": ("io", "weight")}, "layers"),
+    *hf.rows(_GGUF_SCALES, {"scale": ("o", "weight")}, "layers"),
+)
 
 
-def load_gguf(path: str | pathlib.Path) -> tuple[Config, dict[str, Any], Tokenizer]:
-    """Reads a Llama with tied embeddings, dequantized to float32, and its tokenizer.
+def load_gguf(
+    path: str | pathlib.Path, packed: bool = False
+) -> tuple[Config, dict[str, Any], Tokenizer]:
+    """Reads a Llama with tied embeddings and its tokenizer.
+
+    Args:
+        path: the file.
+        packed: whether its quantized weights stay as they are; else all are float32.
 
     Returns:
         The sizes, the variables that `Llama(config).apply` takes, and the tokenizer.
@@ -303,7 +312,14 @@ def load_gguf(path: str | pathlib.Path) -> tuple[Config, dict[str, Any], Tokeniz
     """
     reader = gguf.GGUFReader(path)
     config = _config(reader)
-    return config, {"params": _params(reader, config)}, _tokenizer(reader)
+    variables = peft.load_base(path, GGUF_NAMES, like=shapes(config))
+    attention = variables["params"]["layers"]["attention"]
+    for name, heads in (("query", config.heads), ("key", config.kv_heads)):
+        kernel = attention[name]["kernel"]
+        turn = functools.partial(_unpermute, heads=heads)
+        attention[name]["kernel"] = jax.tree.map(turn, kernel)
+    variables = variables if packed else jlora.dequantize(variables, jnp.float32)
+    return config, variables, _tokenizer(reader)
 
 
 def _field(reader: gguf.GGUFReader, name: str) -> Any:
@@ -335,55 +351,11 @@ def _config(reader: gguf.GGUFReader) -> Config:
     return config
 
 
-def _params(reader: gguf.GGUFReader, config: Config) -> dict[str, Any]:
-    template = flatten_dict(shapes(config)["params"], sep="/")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    sources = {  # our path: the GGUF names of what it holds
-        path: [name.format(i) for i in range(config.layers)] if "{}" in name else [name]
-        for path, name in GGUF_NAMES.items()
-    }
-
-    problems, known = [], set()
-    for path, names in sources.items():
-        wanted = template[path].shape[path.startswith("layers/") :]
-        known.update(names)
-        for name in names:
-            if name not in tensors:
-                problems.append(f"{name}: missing, for {path}")
-            elif (got := _shape(path, tensors[name])) != wanted:
-                problems.append(f"{name}: expected shape {wanted}, got {got}, for {path}")
-    problems += [f"{name}: unexpected" for name in tensors if name not in known]
-    if problems:
-        raise ValueError("the GGUF file does not fit the model:\n  " + "\n  ".join(problems))
-
-    flat = {}
-    for path, names in sources.items():
-        weights = [_weight(path, tensors[name], config) for name in names]
-        flat[path] = jnp.asarray(np.stack(weights) if path.startswith("layers/") else weights[0])
-    return unflatten_dict(flat, sep="/")
-
-
-def _shape(path: str, tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    # GGUF lists the axes from the fastest to the slowest and keeps kernels as (outputs, inputs),
-    # so that its list of a kernel's axes reads as our shape does.
-    axes = tuple(int(n) for n in tensor.shape)
-    return axes if path.endswith("kernel") else axes[::-1]
-
-
-def _weight(path: str, tensor: gguf.ReaderTensor, config: Config) -> np.ndarray:
-    weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-    if path.endswith("query/kernel"):
-        weight = _unpermute(weight, config.heads)
-    if path.endswith("key/kernel"):
-        weight = _unpermute(weight, config.kv_heads)
-    return weight.T if path.endswith("kernel") else weight
-
-
-def _unpermute(weight: np.ndarray, heads: int) -> np.ndarray:  # (heads * head_dim, inputs)
-    # GGUF keeps the two rows that `rope` turns together next to each other, we half a head apart.
-    rows, inputs = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, inputs)
-    return pairs.swapaxes(1, 2).reshape(rows, inputs)
+def _unpermute(weight: jax.Array, heads: int) -> jax.Array:  # (..., heads * head_dim)
+    # GGUF keeps the two outputs that `rope` turns together side by side, we half a head apart; so
+    # do the codes and scales of a quantized kernel, of which each output has its own.
+    pairs = weight.reshape(*weight.shape[:-1], heads, -1, 2)
+    return pairs.swapaxes(-1, -2).reshape(weight.shape)
 
 
 # --------------------------------------------------------------------------- text

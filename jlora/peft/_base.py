@@ -79,15 +79,16 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
         config = _configuration(checkpoint)
         format = _format(config)
     values, wrong = [], []
+    unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
     for leaf in tqdm(leaves, "load", unit="leaf", disable=None):
         try:
             values.append(_placed(_read(leaf, tensors, config, format), leaf.value))
         except Unreadable as e:
             wrong.append(str(e))
-    if not wrong:
-        unread = [name for name in tensors if name not in tensors.taken]
-        wrong = [f"{shown(name)}: unexpected" for name in unread]
-    if wrong:
+            unread += leaf.modules
+    prefixes = tuple(f"{module}." for module in unread)
+    left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
+    if wrong := [*wrong, *(f"{shown(name)}: unexpected" for name in left)]:
         raise ValueError(f"`dir`: {path} does not fit `like`. {listing(wrong)}")
     return jax.tree.unflatten(flatten(like)[1], values)
 

@@ -20,6 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
 from models import llama
 
+import jlora
+from jlora import peft
+
 TINY = llama.Config(
     vocab=260, layers=2, dim=32, hidden=48, heads=4, kv_heads=2, rope_base=10_000.0, norm_eps=1e-5
 )
@@ -48,18 +51,12 @@ def lenient():
 
 def write_gguf(path, config, variables, tensors=None, **fields):
     """Writes a model with a byte tokenizer; `tensors` and `fields` replace entries, None drops."""
-    flat = flatten_dict(variables["params"], sep="/")
-    entries = {}
-    for ours, theirs in llama.GGUF_NAMES.items():
-        leaf = np.asarray(flat[ours])
-        for i, weight in enumerate(leaf if "{}" in theirs else [leaf]):
-            heads = {"query": config.heads, "key": config.kv_heads}.get(ours.split("/")[-2])
-            if ours.endswith("kernel"):
-                weight = weight.T
-            if heads:  # as llama.cpp's converter does: two halves of a head to pairs
-                halves = weight.reshape(heads, 2, config.head_dim // 2, -1)
-                weight = halves.swapaxes(1, 2).reshape(weight.shape)
-            entries[theirs.format(i)] = np.ascontiguousarray(weight)
+    entries = peft.to_tensors(variables, llama.GGUF_NAMES)
+    for name, weight in entries.items():
+        heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2])
+        if heads:  # as llama.cpp's converter does: two halves of a head to pairs
+            halves = weight.reshape(heads, 2, config.head_dim // 2, -1)
+            entries[name] = halves.swapaxes(1, 2).reshape(weight.shape)
     entries |= tensors or {}
 
     # The 256 bytes as the printable characters that byte-level BPE writes for them.
@@ -205,7 +202,7 @@ def test_rope_base_is_heeded(tiny):
 def test_layers_are_stacked():
     shapes = llama.shapes(TINY)
     flat = {k: leaf.shape for k, leaf in flatten_dict(shapes["params"], sep="/").items()}
-    assert flat.keys() == llama.GGUF_NAMES.keys()
+    assert len(flat) == 11
     assert flat["layers/attention/query/kernel"] == (2, 32, 32)
     assert flat["layers/attention/key/kernel"] == (2, 32, 16)
     assert flat["layers/mlp/down/kernel"] == (2, 48, 32)
@@ -249,14 +246,32 @@ def test_gguf_lists_every_tensor_that_does_not_fit(tiny, tmp_path):
         "output.weight": np.zeros((260, 32), np.float32),
     }
     path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny, tensors=wrong)
-    with pytest.raises(ValueError, match="does not fit the model") as error:
+    with pytest.raises(ValueError, match="does not fit `like`") as error:
         llama.load_gguf(path)
     assert str(error.value).splitlines()[1:] == [
-        "  token_embd.weight: expected shape (260, 32), got (259, 32), for embed/embedding",
-        "  blk.1.attn_k.weight: missing, for layers/attention/key/kernel",
-        "  blk.0.ffn_up.weight: expected shape (32, 48), got (48, 32), for layers/mlp/up/kernel",
+        "  token_embd.weight: expected shape (260, 32), got (259, 32)",
+        "  blk.1.attn_k.weight: missing",
+        "  blk.0.ffn_up.weight: expected shape (48, 32), got (32, 48)",
         "  output.weight: unexpected",
     ]
+
+
+def test_gguf_packed_is_what_it_stands_for(smollm2):
+    """The blocks of the real file, with the heads of queries and keys turned; on a batch."""
+    config, variables, tokenizer = smollm2
+    _, packed, _ = llama.load_gguf(data.smollm2(), packed=True)
+    found = jlora.quantization(packed).leaves
+    assert {type(e.leaf.scheme).__name__ for e in found} == {"Int4", "Int8"}
+    assert sum(e.after for e in found) < 100e6
+    jax.tree.map(
+        np.testing.assert_array_equal, jlora.dequantize(packed, jnp.float32), variables
+    )
+    apply = llama.Llama(config).apply
+    lora = jlora.transform(apply, jlora.LoRA(rank=2))
+    ids = np.array([tokenizer.encode("The capital of France is").ids])
+    actual = jax.jit(lora.apply)(packed, {}, ids)
+    assert tokenizer.decode([int(actual[0, -1].argmax())]).strip() == "Paris"
+    np.testing.assert_allclose(actual, jax.jit(apply)(variables, ids), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(
