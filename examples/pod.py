@@ -401,11 +401,15 @@ def plan_step(args: argparse.Namespace, method: str, mesh: jax.sharding.Mesh) ->
 
         return loss_fn, {}, base, (ids,), pod_plan.in_float32(optax.adamw(LEARNING_RATE))
     norms = (jlora.Full(r"(norm|ln_\w)/scale$"),)
-    rules = norms if method == "floor" else make_rules(model, method, args.rank)
-    lora = jlora.transform(model.apply, *rules)
-    _, adapter = jax.eval_shape(
-        lora.init, jax.random.key(0), base, jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    )
+    adapt = "all" if method == "nf4" else method
+    rules = norms if method == "floor" else make_rules(model, adapt, args.rank)
+    lora, token = jlora.transform(model.apply, *rules), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    if method == "nf4":
+        dense = places_of(base)
+        base = jlora.quantize(base, jlora.NF4(), sites=lora.sites(base, token))
+        base = placed(base, sharding.specs(dense, base))
+        base = sharding.gathered(base, sharding.replicated(dense, "fsdp"))
+    _, adapter = jax.eval_shape(lora.init, jax.random.key(0), base, token)
     places = sharding.specs(base, adapter)
     loss_fn = make_loss(lora, places, model.dtype)
     return loss_fn, base, placed(adapter, places), (ids,), optax.adamw(LEARNING_RATE)
@@ -433,7 +437,7 @@ def parse_plan(command: argparse.ArgumentParser) -> None:
     add("--topology", default="v5p:4x4x8", help="a TPU slice, or cuda:SLICESxHOSTSxGPUS of H100s")
     add("--mesh", type=mesh_shape, default=(16, 8), help="devices along fsdp and tensor; 16,8")
     add("--smallest", metavar="CHIP", help="instead: slices of v5e, v5p or v6e until each fits")
-    add("--methods", nargs="*", choices=("floor", "qv", "all", "full"), help="default: all four")
+    add("--methods", nargs="*", choices=("floor", "qv", "all", "nf4", "full"), help="default: all")
     add("--rank", type=int, default=RANK)
     add("--rows", type=int, default=1, help="sequences a step, for each device along fsdp")
     add("--length", type=int, help="tokens of a sequence; all that the shape allows")

@@ -3,9 +3,9 @@
     python examples/pod.py plan --shape 175b --topology v5p:4x4x8 --mesh 16,8
     python examples/pod.py plan --shape 175b --smallest v5p
 
-Four steps are compiled: with the weights frozen and only the norms' scales trained, which is the
-floor; LoRA on queries and values; LoRA on all dense layers; full fine-tuning with Adam's moments
-in float32. For TPUs that takes `pip install -e ".[tpu]"` and no TPU. For H100s, `--topology
+Five steps are compiled: with the weights frozen and only the norms' scales trained, which is the
+floor; LoRA on queries and values; LoRA on all dense layers; the same with the frozen layers in NF4;
+full fine-tuning with Adam's moments in float32. For TPUs that takes `pip install -e ".[tpu]"` and no TPU. For H100s, `--topology
 cuda:1x1x8` (slices, hosts, devices of a host), it takes `pip install --no-deps jax-cuda12-plugin
 jax-cuda12-pjrt` in JAX's version and no GPU.
 """
@@ -34,6 +34,7 @@ METHODS = {
     "floor": "frozen, norms trained",
     "qv": "LoRA, query and value",
     "all": "LoRA, all dense layers",
+    "nf4": "the same on NF4",
     "full": "full fine-tuning",
 }
 PARTS = ("base", "adapter", "moments", "gradients", "activations")
@@ -252,7 +253,8 @@ def plot(rows: Sequence[Row], path: pathlib.Path, title: str) -> None:
         wires.barh(names, sizes, left=left, label=kind)
         left += sizes
     wires.set(xlabel="GB that collectives give a device, a step", yticks=[])
-    wires.legend(fontsize="small")
+    if kinds:
+        wires.legend(fontsize="small")
     for panel in (memory, wires):
         panel.invert_yaxis()
     figure.tight_layout()

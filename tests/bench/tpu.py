@@ -101,6 +101,9 @@ def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[
     for rank in ranks:
         programs[f"plain r={rank}"] = step(shape, chip, "plain", rank)
         programs[f"all-linear r={rank}"] = step(shape, chip, "jlora", rank, r"/(?!norm)")
+    for scheme in (jlora.NF4("^(?!norm)"), jlora.Int8("^(?!norm)")):
+        name = f"all-linear r={ranks[0]}, {type(scheme).__name__}"
+        programs[name] = step(shape, chip, "jlora", ranks[0], r"/(?!norm)", scheme)
     floor = programs["floor"]
     return [
         {
@@ -135,8 +138,18 @@ class Cost(NamedTuple):
     temp: int
 
 
-def step(shape: Layer, chip: str, trained: str, rank: int = 0, pattern: str = "") -> Cost:
-    """A step of `shape` in which `trained` is: "floor", "full", "plain" or "jlora"."""
+def step(
+    shape: Layer,
+    chip: str,
+    trained: str,
+    rank: int = 0,
+    pattern: str = "",
+    scheme: Any = None,
+) -> Cost:
+    """A step of `shape` in which `trained` is: "floor", "full", "plain" or "jlora".
+
+    With a `scheme` the frozen weights are quantized, and gathered along fsdp as codes.
+    """
     slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
     devices = shape.mesh[0] * shape.mesh[1]
     mesh = mesh_for(f"{chip}:{slices[devices]}", shape.mesh)
@@ -155,6 +168,12 @@ def step(shape: Layer, chip: str, trained: str, rank: int = 0, pattern: str = ""
     _, adapter = jax.eval_shape(lora.init, jax.random.key(0), {"w": w}, x)
     specs = jlora.sharding.specs({"w": jax.tree.map(lambda v: v.sharding, w)}, adapter)
     adapter = jax.tree.map(lambda v, s: spec(mesh, v.shape, s.spec), adapter, specs)
+    if scheme is not None:
+        places = jax.tree.map(lambda v: v.sharding, w)
+        w = jlora.quantize(w, scheme)
+        specs = jlora.sharding.specs(places, w)
+        w = jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), w, specs)
+        w = jlora.sharding.gathered(w, jlora.sharding.replicated(places, "fsdp"))
     if trained == "jlora":
         return _compiled(lambda a, w, x: lora.apply({"w": w}, a, x), adapter, w, x)
     factors = {k: (node.a, node.b) for k, node in adapter["w"].items()}

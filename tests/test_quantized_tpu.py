@@ -1,0 +1,190 @@
+"""What a quantized base costs on TPUs, as their compiler counts it.
+
+Memory: one weight is unpacked at a time, in whatever form the layers are. Traffic: codes move, not
+values. Work: that of the step on a dense base.
+"""
+
+import argparse
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pod
+import pytest
+from bench import tpu
+from collectives import collectives
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+from jlora import NF4, LoRA, sharding
+from jlora._compat import HURRIED
+
+pytest.importorskip("libtpu")
+
+DIM, TOKENS = 4096, 512
+W = 2 * DIM * DIM  # bytes of a weight in bfloat16
+BITS = 4 + 8 / 64 + 32 / (64 * 256)
+
+
+def placed(tree, places):
+    """The shapes of arrays, with a sharding for each."""
+    return jax.tree.map(
+        lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, places
+    )
+
+
+# ------------------------------------------------------------------------------- a chain of layers
+
+
+def layer(w, x):
+    return x + jnp.tanh(x @ w)
+
+
+def unrolled(params, x, layer=layer):
+    for w in params.values():
+        x = layer(w, x)
+    return x
+
+
+def scanned(params, x, layer=layer):
+    return jax.lax.scan(lambda x, w: (layer(w, x), None), x, params["w"])[0]
+
+
+FORMS = {
+    "plain": unrolled,
+    "remat": functools.partial(unrolled, layer=jax.checkpoint(layer)),
+    "scan": scanned,
+    "scan+remat": functools.partial(scanned, layer=jax.checkpoint(layer)),
+}
+
+
+def compiled(form, layers, mesh, scheme, spec=P()):
+    """The compiled gradient step of a chain whose weights lie along `spec`, codes gathered whole."""
+    stack = (layers,) if "scan" in form else ()
+    names = ["w"] if stack else [f"w{i}" for i in range(layers)]
+    weight = jax.ShapeDtypeStruct((*stack, DIM, DIM), jnp.bfloat16)
+    place = NamedSharding(mesh, P(*(None,) * len(stack), *spec))
+    params, places = dict.fromkeys(names, weight), dict.fromkeys(names, place)
+    if scheme is not None:
+        params = jlora.quantize(params, scheme)
+    lora = jlora.transform(FORMS[form], LoRA("w", rank=8, dtype=jnp.bfloat16))
+    x = tpu.spec(mesh, (mesh.size, TOKENS, DIM), P("fsdp"))
+    base, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+    adapter = placed(adapter, sharding.specs(places, adapter))
+    base = placed(base, places if scheme is None else sharding.specs(places, base))
+    whole = sharding.replicated(places, "fsdp")
+
+    def loss(adapter, base, x):
+        base = sharding.gathered(base, whole)
+        return (lora.apply(base, adapter, x).astype(jnp.float32) ** 2).sum()
+
+    return jax.jit(jax.value_and_grad(loss)).lower(adapter, base, x).compile(), adapter, x
+
+
+def size(tree):
+    return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_one_weight_at_a_time(form):
+    """Of the many, two at most are unpacked at once: one in use, and the next."""
+    mesh, layers = tpu.mesh_for("v5e:2x2", (1, 1)), 8
+    dense, ours = (compiled(form, layers, mesh, s) for s in (None, NF4("w")))
+    held, ours_held = (step.memory_analysis() for step, *_ in (dense, ours))
+    assert ours_held.temp_size_in_bytes <= held.temp_size_in_bytes + 2 * W
+    base = ours_held.argument_size_in_bytes - size(ours[1:])
+    assert 8 * base / (layers * DIM * DIM) == pytest.approx(BITS, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("form", "layers", "spec"),
+    [("plain", 2, P("fsdp")), ("scan+remat", 4, P(None, "fsdp"))],
+)
+def test_codes_are_gathered(form, layers, spec):
+    """Over four devices, each weight once a pass or once for both."""
+    mesh = tpu.mesh_of("v5e:2x2", {"fsdp": 4})
+
+    def gathered(scheme):
+        found = collectives(compiled(form, layers, mesh, scheme, spec)[0].as_text())
+        return sum(c.size * c.count for c in found if c.kind == "all-gather")
+
+    dense, ours = map(gathered, (None, NF4("w")))
+    assert dense >= layers * W
+    assert ours <= 0.55 * dense
+
+
+def test_the_work_is_that_of_a_dense_base():
+    mesh, rank = tpu.mesh_for("v5e:2x2", (1, 1)), 16
+    weights = {k: tpu.spec(mesh, s, P()) for k, s in tpu.SMALL.weights().items()}
+    base = jlora.quantize({"w": weights}, NF4(r"/(?!norm)"))
+    x = tpu.spec(mesh, (tpu.SMALL.batch, tpu.SMALL.length, tpu.SMALL.dim), P())
+    rule = LoRA(r"/(?!norm)", rank=rank, alpha=tpu.SCALE * rank, dtype=jnp.bfloat16)
+    lora = jlora.transform(functools.partial(tpu.model, shape=tpu.SMALL), rule)
+    base, adapter = jax.eval_shape(lora.init, jax.random.key(0), base, x)
+    everywhere = NamedSharding(mesh, P())
+    base, adapter = (placed(t, jax.tree.map(lambda _: everywhere, t)) for t in (base, adapter))
+
+    def both(adapter, base, x, g):
+        y, back = jax.vjp(lambda adapter, x: lora.apply(base, adapter, x), adapter, x)
+        return y, back(g)
+
+    ours = jax.jit(both).lower(adapter, base, x, x).compile().cost_analysis()["flops"]
+    dense = tpu.step(tpu.SMALL, "v5e", "jlora", rank).flops
+    assert ours <= 1.02 * dense
+
+
+# --------------------------------------------------------------------------------- Llama as it is
+
+
+def plans(shape, mesh, batch, scheme, *ways):
+    """`jlora.plan` of a LoRA step of one of `pod`'s models, compiled or not, as `ways` say."""
+    args = argparse.Namespace(shape=shape, batch=batch, length=2048)
+    with nn.logical_axis_rules(pod.RULES):
+        model, base, ids = pod.make_base(args, mesh)
+        lora = jlora.transform(model.apply, *pod.make_rules(model, "all", 16))
+        row = jax.ShapeDtypeStruct((1, args.length), jnp.int32)
+        places = pod.places_of(base)
+        if scheme is not None:
+            base = jlora.quantize(base, scheme, sites=lora.sites(base, row))
+            base = pod.placed(base, sharding.specs(places, base))
+        adapter = jax.eval_shape(lora.init, jax.random.key(0), base, row)[1]
+        of_adapter = sharding.specs(places, adapter)
+        inner = pod.make_loss(lora, of_adapter, model.dtype)
+
+        def loss(adapter, base, ids):
+            return inner(adapter, sharding.gathered(base, whole), ids)
+
+        whole = sharding.replicated(places, "fsdp")
+        operands = (loss, base, pod.placed(adapter, of_adapter), (ids,), optax.adamw(1e-4))
+        with jax.set_mesh(mesh):
+            return [
+                jlora.plan(*operands, compile=way, compiler_options=HURRIED if way else None)
+                for way in ways
+            ]
+
+
+def one_chip():
+    devices = tpu.mesh_for("v5e:2x2", (1, 1)).devices
+    return Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def test_7b_on_one_chip():
+    """A step of 1 × 2,048 tokens fits; on a base in bfloat16, 4/5 of the memory, it does not."""
+    compiled, estimated = plans("7b", one_chip(), 1, NF4(), True, False)
+    assert compiled.fits
+    assert estimated.base == compiled.base
+    assert estimated.peak == pytest.approx(compiled.peak, rel=0.2)
+    [dense] = plans("7b", one_chip(), 1, None, True)
+    assert dense.fits is False
+    assert compiled.base < 0.31 * dense.base
+
+
+def test_70b_on_a_slice():
+    """Sixteen chips of 16 GB each."""
+    mesh = tpu.mesh_of("v5e:4x4", {"fsdp": 2, "tensor": 8})
+    compiled, estimated = plans("70b", mesh, 2, NF4(), True, False)
+    assert compiled.fits
+    assert estimated.peak == pytest.approx(compiled.peak, rel=0.2)
