@@ -4,10 +4,10 @@
     python examples/pod.py plan --shape 175b --smallest v5p
 
 Five steps are compiled: with the weights frozen and only the norms' scales trained, which is the
-floor; LoRA on queries and values; LoRA on all dense layers; the same with the frozen layers in NF4;
-full fine-tuning with Adam's moments in float32. For TPUs that takes `pip install -e ".[tpu]"` and no TPU. For H100s, `--topology
-cuda:1x1x8` (slices, hosts, devices of a host), it takes `pip install --no-deps jax-cuda12-plugin
-jax-cuda12-pjrt` in JAX's version and no GPU.
+floor; LoRA on queries and values; LoRA on all dense layers; the same with the frozen layers in
+NF4; full fine-tuning with Adam's moments in float32. For TPUs that takes `pip install -e
+".[tpu]"` and no TPU. For H100s, `--topology cuda:1x1x8` (slices, hosts, devices of a host), it
+takes `pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt` in JAX's version and no GPU.
 """
 
 import argparse

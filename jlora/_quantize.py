@@ -113,7 +113,8 @@ class Quantization(NamedTuple):
         rows = list(map(_row, self.leaves))
         header = ("path", "shape", "scheme", "bits", "before", "after", "error")
         lines = aligned(header, rows, {"bits", "before", "after", "error"})
-        before, after = (sum(e[i] for e in self.leaves) + self.rest for i in (2, 3))
+        before = self.rest + sum(e.before for e in self.leaves)
+        after = self.rest + sum(e.after for e in self.leaves)
         total = f"{readable(before)} before, {readable(after)} after"
         return "\n".join([*lines, f"{total}, of which {readable(self.rest)} are not quantized"])
 
@@ -142,9 +143,9 @@ def quantization(tree: PyTree) -> Quantization:
 
 
 def _entry(path: Path, leaf: Quantized) -> Entry:
-    known = leaf.error is not None and is_concrete(leaf.error)
     before = leaf.size * np.dtype(leaf.dtype).itemsize
-    return Entry(path, leaf, before, leaf.nbytes, float(leaf.error) if known else None)
+    error = float(leaf.error) if is_concrete(leaf.error) else None
+    return Entry(path, leaf, before, leaf.nbytes, error)
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
@@ -208,7 +209,8 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
                 "matches. The first match wins; reorder the schemes or drop this one."
             )
         raise ValueError(
-            f"{name} matches no leaf of `params`. {near(scheme.pattern, list(map(name_of, leaves)))}"
+            f"{name} matches no leaf of `params`. "
+            + near(scheme.pattern, [name_of(path) for path in leaves])
         )
     if sites is None:
         raise ValueError(

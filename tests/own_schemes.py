@@ -17,4 +17,4 @@ class Pairs(Table):
     table: ClassVar[np.ndarray] = NORMAL
 
     def __post_init__(self) -> None:
-        pass
+        """Any block is legal."""

@@ -43,6 +43,7 @@ class File(dict):
     """Tensors of a module, its configuration, and the (outputs, inputs) matrix that they mean."""
 
     def __init__(self, config, matrix, **tensors):
+        """Of tensors without the module's name."""
         super().__init__(tensors)
         self.config, self.matrix = config, matrix
 
@@ -270,7 +271,10 @@ LIES = [
     (put("up.weight", lambda x: x[:-1]), "up.weight: expected 4096 bytes for (64, 128), got 4095"),
     (put("norm.weight", None), "norm.weight: missing"),
     (put("norm.weight", lambda x: x[:-1]), "norm.weight: expected F64 or F32 or F16 or BF16 of sh"),
-    (put("norm.weight", lambda x: x * np.float32(np.nan)), "norm.weight: has values that are not finite"),
+    (
+        put("norm.weight", lambda x: x * np.float32(np.nan)),
+        "norm.weight: has values that are not finite",
+    ),
     (lambda tensors: tensors.update(more=np.ones(2)), "more: unexpected"),
 ]
 
@@ -292,7 +296,11 @@ CONFIGURATIONS = [
     ("gptq", {"bits": True}, "`bits` of the quantization: expected 4, got True"),
     ("gptq", {"desc_act": True}, "h.0.up: `desc_act` reorders its inputs by activation"),
     ("gptq", {"checkpoint_format": "marlin"}, "expected gptq or gptq_v2, got 'marlin'"),
-    ("awq", {"version": "gemv"}, "`version` of the quantization: expected gemm or GEMM, got 'gemv'"),
+    (
+        "awq",
+        {"version": "gemv"},
+        "`version` of the quantization: expected gemm or GEMM, got 'gemv'",
+    ),
     ("fp8", {"weight_block_size": [32, 64]}, "expected squares, got [32, 64]"),
     ("fp8", {"weight_block_size": None}, "expected squares, got None"),
     ("fp8", {"weight_block_size": [48, 48]}, "`block` of FP8() must be one of 32, 64, 128, 256"),

@@ -1,4 +1,4 @@
-"""Quantized checkpoints as `transformers` and others write them: every weight to a bit, and back."""
+"""Quantized checkpoints as `transformers` writes them: every weight to a bit, and back."""
 
 import functools
 import json
@@ -150,5 +150,7 @@ def test_logits_and_gradients_are_those_of_peft(folder, kind):
         ):
             for mine, factor in ((ours_.a, module.lora_A), (ours_.b, module.lora_B)):
                 expected = factor.default.weight.grad.numpy().T
-                np.testing.assert_allclose(mine[i], expected, atol=2e-5 * np.abs(expected).max() + 1e-9)
+                np.testing.assert_allclose(
+                    mine[i], expected, atol=2e-5 * np.abs(expected).max() + 1e-9
+                )
     theirs.unload()

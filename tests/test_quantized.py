@@ -207,9 +207,7 @@ def test_transforms(mode):
 
     transformed = {
         "jvp": lambda base: jax.jvp(lambda a: value(a, base), (adapter,), (adapter,)),
-        "hessian": lambda base: jax.jvp(
-            jax.grad(lambda a: value(a, base)), (adapter,), (adapter,)
-        ),
+        "hessian": lambda base: jax.jvp(jax.grad(lambda a: value(a, base)), (adapter,), (adapter,)),
         "vmap": lambda base: jax.vmap(lambda a: value(a, base))(
             jax.tree.map(lambda v: jnp.stack([v, v / 2]), adapter)
         ),
@@ -237,9 +235,9 @@ def test_params_in_one_tree():
     params = jlora.Params(base, adapter)
     tx = jlora.optimizer(optax.adamw(1e-2))
     state = tx.init(params)
-    grads = jax.grad(
-        lambda p: (lora.apply(p.base, p.adapter, x) ** 2).sum(), allow_int=True
-    )(params)
+    grads = jax.grad(lambda p: (lora.apply(p.base, p.adapter, x) ** 2).sum(), allow_int=True)(
+        params
+    )
     updates, _ = tx.update(grads, state, params)
     new = optax.apply_updates(params, updates)
     jax.tree.map(np.testing.assert_array_equal, new.base, base)
@@ -249,7 +247,7 @@ def test_params_in_one_tree():
 
 
 def test_merging():
-    lora, base, adapter, x = problem(jlora.NF4("w|v"))
+    _, base, adapter, _ = problem(jlora.NF4("w|v"))
     bfloat = jax.tree.map(
         lambda leaf: jlora.quantize({"w": leaf.array(jnp.bfloat16)}, jlora.NF4("w"))["w"],
         base,

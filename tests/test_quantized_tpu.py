@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 import pod
 import pytest
-from bench import tpu
 from collectives import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from bench import tpu
 from jlora import NF4, LoRA, sharding
 from jlora._compat import HURRIED
 
@@ -61,12 +61,12 @@ FORMS = {
 }
 
 
-def compiled(form, layers, mesh, scheme, spec=P()):
-    """The compiled gradient step of a chain whose weights lie along `spec`, codes gathered whole."""
+def compiled(form, layers, mesh, scheme, *spec):
+    """The gradient step of a chain of weights along `spec`, codes gathered whole; its operands."""
     stack = (layers,) if "scan" in form else ()
     names = ["w"] if stack else [f"w{i}" for i in range(layers)]
     weight = jax.ShapeDtypeStruct((*stack, DIM, DIM), jnp.bfloat16)
-    place = NamedSharding(mesh, P(*(None,) * len(stack), *spec))
+    place = NamedSharding(mesh, P(*[None] * len(stack), *spec))
     params, places = dict.fromkeys(names, weight), dict.fromkeys(names, place)
     if scheme is not None:
         params = jlora.quantize(params, scheme)
@@ -81,7 +81,8 @@ def compiled(form, layers, mesh, scheme, spec=P()):
         base = sharding.gathered(base, whole)
         return (lora.apply(base, adapter, x).astype(jnp.float32) ** 2).sum()
 
-    return jax.jit(jax.value_and_grad(loss)).lower(adapter, base, x).compile(), adapter, x
+    operands = (adapter, base, x)
+    return jax.jit(jax.value_and_grad(loss)).lower(*operands).compile(), operands
 
 
 def size(tree):
@@ -92,10 +93,11 @@ def size(tree):
 def test_one_weight_at_a_time(form):
     """Of the many, two at most are unpacked at once: one in use, and the next."""
     mesh, layers = tpu.mesh_for("v5e:2x2", (1, 1)), 8
-    dense, ours = (compiled(form, layers, mesh, s) for s in (None, NF4("w")))
-    held, ours_held = (step.memory_analysis() for step, *_ in (dense, ours))
-    assert ours_held.temp_size_in_bytes <= held.temp_size_in_bytes + 2 * W
-    base = ours_held.argument_size_in_bytes - size(ours[1:])
+    dense, _ = compiled(form, layers, mesh, None)
+    ours, (adapter, _, x) = compiled(form, layers, mesh, NF4("w"))
+    dense, ours = dense.memory_analysis(), ours.memory_analysis()
+    assert ours.temp_size_in_bytes <= dense.temp_size_in_bytes + 2 * W
+    base = ours.argument_size_in_bytes - size((adapter, x))
     assert 8 * base / (layers * DIM * DIM) == pytest.approx(BITS, rel=0.01)
 
 
@@ -108,7 +110,7 @@ def test_codes_are_gathered(form, layers, spec):
     mesh = tpu.mesh_of("v5e:2x2", {"fsdp": 4})
 
     def gathered(scheme):
-        found = collectives(compiled(form, layers, mesh, scheme, spec)[0].as_text())
+        found = collectives(compiled(form, layers, mesh, scheme, *spec)[0].as_text())
         return sum(c.size * c.count for c in found if c.kind == "all-gather")
 
     dense, ours = map(gathered, (None, NF4("w")))
@@ -153,11 +155,11 @@ def plans(shape, mesh, batch, scheme, *ways):
         adapter = jax.eval_shape(lora.init, jax.random.key(0), base, row)[1]
         of_adapter = sharding.specs(places, adapter)
         inner = pod.make_loss(lora, of_adapter, model.dtype)
+        whole = sharding.replicated(places, "fsdp")
 
         def loss(adapter, base, ids):
             return inner(adapter, sharding.gathered(base, whole), ids)
 
-        whole = sharding.replicated(places, "fsdp")
         operands = (loss, base, pod.placed(adapter, of_adapter), (ids,), optax.adamw(1e-4))
         with jax.set_mesh(mesh):
             return [

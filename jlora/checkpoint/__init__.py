@@ -1,4 +1,4 @@
-"""Adapters in Orbax. Imports `adapters`, `core`, `initializers`, `quantized`, `_rules`, `_tree`, `_types`.
+"""Orbax. Imports `adapters`, `core`, `initializers`, `quantized`, `_rules`, `_tree`, `_types`.
 
 A checkpoint is the adapter alone, and all that it takes to rebuild it.
 

@@ -89,7 +89,9 @@ def hash_of(x: Any) -> str:
     """
     if is_quantized(x):
         parts = jax.tree.leaves(dataclasses.replace(x, error=None))
-        return f"{sum((i + 1) * int(hash_of(part), 16) for i, part in enumerate(parts)) % 2**64:016x}"
+        return (
+            f"{sum((i + 1) * int(hash_of(part), 16) for i, part in enumerate(parts)) % 2**64:016x}"
+        )
     with jax.enable_x64(True):  # else float64 of NumPy would be narrowed first
         return "".join(f"{int(n):08x}" for n in _sums(jnp.asarray(x)))
 

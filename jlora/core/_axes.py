@@ -179,7 +179,8 @@ def reshape_groups(
 
     An axis that is alone before and after stays as it is; the others get `names`.
 
-    >>> groups, axes = reshape_groups(axes_of_leaf("w", 3), (6, 4, 5), (2, 3, 20), iter(range(3, 9)))
+    >>> axes = axes_of_leaf("w", 3)
+    >>> groups, axes = reshape_groups(axes, (6, 4, 5), (2, 3, 20), new_names(axes))
     >>> [(list(g.old.values()), list(g.new.values())) for g in groups]
     [([6], [2, 3]), ([4, 5], [20])]
     >>> [sorted(d for _, d in axis.leaf) for axis in axes]

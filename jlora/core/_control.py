@@ -171,10 +171,10 @@ class _Loop:
 def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     sizes = dict(p["mesh"].shape)
-    operands = [
+    operands = tuple(
         x.sliceable(_pieces(x, spec, sizes)) if isinstance(x, Weight) else x
         for x, spec in zip(operands, p["in_specs"], strict=True)
-    ]
+    )
     pairs = list(zip(operands, p["in_specs"], strict=True))
     # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
     operands = tuple(

@@ -25,7 +25,7 @@ def product(
     kind: str,
     roles: Roles,
     activations: tuple[jax.Array, jax.Array],
-    base: Callable[[jax.Array, jax.Array], jax.Array],
+    base: Callable[..., jax.Array],
     lowrank: Callable[[Delta, jax.Array], jax.Array],
     spread: Callable[[Factor, bool], jax.Array],
     *others: jax.Array,
@@ -49,7 +49,9 @@ def product(
         if set(gain.axes) & set(roles.outputs):
             raise Unfactorable("its gain has axes of the inputs and of the outputs")
         x, aside = (times(z, spread(gain, True)) for z in (x, aside))
-    out = plus_deltas(w.multiplied(base, x, *others), w, kind, roles, (lowrank(d, aside) for d in w.change.deltas))
+    out = plus_deltas(
+        w.multiplied(base, x, *others), w, kind, roles, (lowrank(d, aside) for d in w.change.deltas)
+    )
     return out if gain is None or of_inputs else times(out, spread(gain, False))
 
 

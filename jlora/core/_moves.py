@@ -47,7 +47,10 @@ def _reshard(eqn: Equation, w: Weight) -> Weight:
     if not isinstance(w.value, Packed):
         w = w if same_axes else w.placed(new.mesh, new.spec)
         return w.replace(eqn.bind(w.value))
-    pieces = {a: math.prod(new.mesh.shape[n] for n in mesh_axes(e)) for a, e in zip(w.axes, new.spec, strict=True)}
+    pieces = {
+        a: math.prod(new.mesh.shape[n] for n in mesh_axes(e))
+        for a, e in zip(w.axes, new.spec, strict=True)
+    }
     w = w.sliceable({a: n for a, n in pieces.items() if n > 1})
     if not isinstance(w.value, Packed):
         return _reshard(eqn, w)
@@ -160,9 +163,7 @@ def _slice(eqn: Equation, w: Weight) -> Weight:
     bounds = zip(w.axes, p["start_indices"], p["limit_indices"], strides, strict=True)
     cut = {axis: tuple(b) for axis, *b in bounds}
     whole = {a: (0, n, 1) for a, n in zip(w.axes, w.shape, strict=True)}
-    return w.along(
-        eqn.moved(w), {a: _cut(*bound) for a, bound in cut.items() if bound != whole[a]}
-    )
+    return w.along(eqn.moved(w), {a: _cut(*bound) for a, bound in cut.items() if bound != whole[a]})
 
 
 def _cut(start: int, stop: int, stride: int = 1) -> Callable[[jax.Array, int], jax.Array]:

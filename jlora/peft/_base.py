@@ -24,9 +24,8 @@ from ._file import DTYPES, fresh
 from ._json import brief, listing, read_json, shown
 from ._names import Leaf, Name
 from ._weights import all_named, keys_of
-from .formats import FORMATS, Format, Tensors, Unreadable, check_finite, leaf_of
+from .formats import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
 from .formats import _bitsandbytes as bnb
-from .formats import _gguf
 
 
 def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTree) -> PyTree:
@@ -114,7 +113,8 @@ def _format(config: Mapping[str, Any]) -> Format | None:
     if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
             f"`dir`: its config.json has the `quant_method` {brief(method)}; known are "
-            f"{', '.join(sorted(FORMATS))}. Load a checkpoint that is not quantized, and use jlora.quantize."
+            f"{', '.join(sorted(FORMATS))}. Load a checkpoint that is not quantized, and use "
+            "jlora.quantize."
         )
     return FORMATS[method]
 
@@ -210,9 +210,9 @@ def _unwritable(leaf: Leaf) -> str | None:
     stack, order = leaf.name.where("l"), (*leaf.name.where("o"), *leaf.name.where("i"))
     if leaf.name.kind == "embedding":
         order = (*leaf.name.where("v"), *leaf.name.where("o"))
-    is_8_bits = isinstance(value.scheme, Int8) and value.scheme.block is None
-    if type(value.scheme) not in (NF4, FP4) and not is_8_bits:
-        return f"{spelled(value.scheme)} is not of bitsandbytes"
+    scheme: Any = value.scheme
+    if type(scheme) not in (NF4, FP4) and not (type(scheme) is Int8 and scheme.block is None):
+        return f"{spelled(scheme)} is not of bitsandbytes"
     if (value.form.stack, value.form.order) != (stack, order) or leaf.name.transposed:
         return "its blocks do not run along the rows of the file; quantize it with `sites`"
     return None

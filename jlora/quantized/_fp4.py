@@ -8,7 +8,7 @@ import numpy as np
 from ._nf4 import Table
 from ._scheme import register
 
-_MAGNITUDES = np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3])
+_MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32)
 
 
 @register

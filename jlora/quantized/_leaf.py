@@ -30,8 +30,8 @@ class Nested(NamedTuple):
         offset: float32, shape (stack…): what is added to the scales.
     """
 
-    scale: jax.Array
-    offset: jax.Array
+    scale: Any
+    offset: Any
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +98,7 @@ class Quantized:
         return found
 
     def packed(self, axes: Sequence[Axis], dtype: Any = None) -> Packed:
-        """What the interpreter takes, of which W's axes are `axes`; of its own dtype unless told."""
+        """What the interpreter takes, of W with the axes `axes`; in its own dtype unless told."""
 
         def factor(x: Any, dims: Sequence[int | None], other: Axis) -> Factor:
             return Factor(x, tuple(other if d is None else axes[d] for d in dims))
@@ -208,7 +208,8 @@ def quantized(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
         data = joined(code.codes, x.shape)
     kept = form.scaled if not form.flat else range(x.ndim)
     lost = [*within, *(2 * d for d in range(x.ndim) if d not in kept)]
-    scale, zero = (None if s is None else lax.squeeze(s, lost) for s in code[1:])
+    scale: Any = lax.squeeze(code.scale, lost)
+    zero = None if code.zero is None else lax.squeeze(code.zero, lost)
     nested = None
     if getattr(scheme, "double", False):
         scale, nested = _nested(scale, form)
@@ -231,7 +232,9 @@ def _short(
     """True for the last block along `axis` if it is not full, for arrays of shape `cut`."""
     if shape[axis] % blocks[axis] == 0:
         return None
-    place = lax.broadcasted_iota(jnp.int32, [1 if i % 2 else n for i, n in enumerate(cut)], 2 * axis)
+    place = lax.broadcasted_iota(
+        jnp.int32, [1 if i % 2 else n for i, n in enumerate(cut)], 2 * axis
+    )
     return place == cut[2 * axis] - 1
 
 
@@ -269,8 +272,9 @@ def _unpack(how: _How, parts: Parts) -> Factor:
     scheme, form, axes, dtype, used = how
     # Within the model's own shard_map the parts are those of a shard.
     if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
-        each = functools.partial(laid, sharding=used, axes=axes)
-        parts = jax.tree.map(each, parts, is_leaf=lambda x: isinstance(x, Factor))
+        parts = jax.tree.map(
+            lambda f: laid(f, used, axes), parts, is_leaf=lambda x: isinstance(x, Factor)
+        )
     data, scale, zero = parts["data"], parts["scale"], parts.get("zero")
     if "nested" in parts:
         scale = _scales(scale, parts["nested"], form, axes)
@@ -299,7 +303,9 @@ def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> 
     x = codes.arranged([*lead, *inner])
     flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
     of_groups, offset = nested.scale.arranged([*lead, GROUPS]), nested.offset.arranged(lead)
-    return codes.replace(dequantize_scales(flat, of_groups, offset).reshape(x.shape), [*lead, *inner])
+    return codes.replace(
+        dequantize_scales(flat, of_groups, offset).reshape(x.shape), [*lead, *inner]
+    )
 
 
 def _loosened(form: Form, axes: tuple[Axis, ...], packed: Packed) -> Packed:

@@ -1,6 +1,7 @@
 """MXFP4: 4 bits, a floating-point number, with a power of 2 for each 32."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from ._form import Form
 from ._scheme import Coded, Scheme, lookup, register, rows
 
 BLOCK = 32
-_MAGNITUDES = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 TABLE = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 BIAS = 127
 
@@ -57,10 +58,9 @@ class MXFP4(Scheme):
         exponent = jnp.frexp(largest)[1] - 1 - 2  # so that the largest is from 4 to 8
         exponent = jnp.clip(jnp.where(largest > 0, exponent, -BIAS), 1 - BIAS, BIAS)
         relative = jnp.abs(w) / _power(exponent + BIAS)
-        middles = zip(_MAGNITUDES, _MAGNITUDES[1:], strict=False)
         above = [
             relative > (a + b) / 2 if i % 2 == 0 else relative >= (a + b) / 2
-            for i, (a, b) in enumerate(middles)
+            for i, (a, b) in enumerate(itertools.pairwise(_MAGNITUDES))
         ]
         codes = sum(x.astype(jnp.uint8) for x in above) | (jnp.signbit(w).astype(jnp.uint8) << 3)
         return Coded(codes, (exponent + BIAS).astype(jnp.uint8))

@@ -1,6 +1,7 @@
 """NF4: 4 bits, codes at the quantiles of a normal distribution."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -14,13 +15,14 @@ from ._scheme import Coded, Scheme, check_block, lookup, register
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-NORMAL = np.float32(
+NORMAL = np.array(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
         *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
         *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ]
+    ],
+    np.float32,
 )
 
 
@@ -50,7 +52,7 @@ class Table(Scheme):
         return form._replace(flat=shape[order[-1]] % self.block != 0)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """The code nearest to each entry over the largest of its block; of two, the lower number."""
+        """The code nearest to each entry over the largest of its block; of two the lower one."""
         largest = jnp.abs(w).max(within, keepdims=True)
         nonzero = jnp.where(largest > 0, largest, 1)
         relative = w * (1 / nonzero)
@@ -59,7 +61,7 @@ class Table(Scheme):
         relative = jnp.clip(relative, -1, 1)
         order = np.argsort(self.table, kind="stable").astype(np.uint8)
         numbers = self.table[order]
-        above = [relative > (a + b) / 2 for a, b in zip(numbers, numbers[1:], strict=False)]
+        above = [relative > (a + b) / 2 for a, b in itertools.pairwise(numbers)]
         places = sum(x.astype(jnp.uint8) for x in above)
         return Coded(jnp.asarray(order)[places], largest)
 

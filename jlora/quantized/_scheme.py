@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,10 @@ def spelled(scheme: Scheme) -> str:
 SCHEMES: dict[str, type[Scheme]] = {}  # by name
 
 
-def register(scheme: type[Scheme]) -> type[Scheme]:
+S = TypeVar("S", bound=type[Scheme])
+
+
+def register(scheme: S) -> S:
     """Adds a scheme to the set."""
     SCHEMES[scheme.__name__] = scheme
     return scheme

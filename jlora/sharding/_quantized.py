@@ -90,12 +90,15 @@ def along(entries: Sequence[Any], dims: Sequence[Any]) -> PartitionSpec:
 
 def check_blocks(entries: Sequence[Any], leaf: Quantized, mesh: Mesh | None) -> None:
     """Raises where a device would get a part of a block."""
+    if mesh is None:
+        return
     form, name = leaf.form, spelled(leaf.scheme)
     for d, entry in enumerate(entries):
-        n = 1 if mesh is None else devices(entry, mesh)
+        n = devices(entry, mesh)
         if n == 1 or d in form.stack:
             continue
-        over, length = " × ".join(f"{x}={mesh.shape[x]}" for x in mesh_axes(entry)), leaf.shape[d]
+        over = " × ".join(f"{x}={mesh.shape[x]}" for x in mesh_axes(entry))
+        length = leaf.shape[d]
         if form.flat:
             raise Misfit(
                 f"axis {d} of length {length} is divided over {over}, but blocks of {name} run over "

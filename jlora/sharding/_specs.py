@@ -5,7 +5,6 @@ $$W: (s, i, o) \quad\Rightarrow\quad A: (s, i, \varnothing), \quad B: (s, \varno
 for the partitions s, i and o of W's stack, input and output axes; the rank is replicated.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..core import mesh_axes
 from ..quantized import is_quantized
 from ._places import Place, Unknown, everywhere, places_of, with_spec
 from ._quantized import Mesh, Misfit, along, check_blocks, devices, quantized_places
+
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
     r"""How the adapter lies on a mesh, from how the base does.

@@ -263,9 +263,7 @@ def test_gguf_packed_is_what_it_stands_for(smollm2):
     found = jlora.quantization(packed).leaves
     assert {type(e.leaf.scheme).__name__ for e in found} == {"Int4", "Int8"}
     assert sum(e.after for e in found) < 100e6
-    jax.tree.map(
-        np.testing.assert_array_equal, jlora.dequantize(packed, jnp.float32), variables
-    )
+    jax.tree.map(np.testing.assert_array_equal, jlora.dequantize(packed, jnp.float32), variables)
     apply = llama.Llama(config).apply
     lora = jlora.transform(apply, jlora.LoRA(rank=2))
     ids = np.array([tokenizer.encode("The capital of France is").ids])

@@ -13,7 +13,7 @@ ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which code of a word is that of each of 8 ou
 def read(
     tensors: Tensors, config: dict[str, Any], module: str, parameter: str, shape: tuple[int, ...]
 ) -> Stored | None:
-    """w = s·(q - z), q and z along the outputs in 32-bit words."""
+    """W = s·(q - z), q and z along the outputs in 32-bit words."""
     if parameter != "weight" or f"{module}.qweight" not in tensors:
         return None
     integer(config, "bits", (4,))

@@ -12,7 +12,7 @@ from ._stored import Stored, codes_of, scales_of
 from ._tensors import Tensors, Unreadable
 
 STATE = "quant_state.bitsandbytes__"
-SCHEMES = {"nf4": NF4, "fp4": FP4}
+SCHEMES: dict[str, Any] = {"nf4": NF4, "fp4": FP4}
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP = 256
 LIMIT = 10_000  # bytes of a state
@@ -113,31 +113,32 @@ register(Format("bitsandbytes", read))
 def write(leaf: Quantized, modules: list[str], parameter: str) -> dict[str, np.ndarray]:
     """The tensors of a stack of modules, each (rows, columns)."""
     rows, columns = _matrix(leaf)
+    scheme: Any = leaf.scheme
     found: dict[str, np.ndarray] = {}
     count = len(modules)
     codes, scale = (x.reshape(count, -1) for x in (codes_of(leaf), scales_of(leaf)))
     for i, module in enumerate(modules):
         key = f"{module}.{parameter}"
-        if isinstance(leaf.scheme, Int8):
+        if isinstance(scheme, Int8):
             found |= {
                 key: codes[i].reshape(rows, columns),
                 f"{module}.SCB": scale[i],
                 f"{module}.weight_format": np.zeros((), np.uint8),
             }
             continue
-        kind = next(k for k, scheme in SCHEMES.items() if type(leaf.scheme) is scheme)
-        zero = np.argmin(np.abs(leaf.scheme.table))  # what an odd number of codes is filled with
+        kind = next(k for k, x in SCHEMES.items() if type(scheme) is x)
+        zero = np.argmin(np.abs(scheme.table))  # what an odd number of codes is filled with
         whole = np.append(codes[i], [zero] * (codes[i].size % 2)).astype(np.uint8)
         state: dict[str, Any] = {
             "quant_type": kind,
-            "blocksize": leaf.scheme.block,
+            "blocksize": scheme.block,
             "dtype": str(leaf.dtype),
             "shape": [rows, columns],
         }
         found |= {
             key: (whole[::2] << 4 | whole[1::2]).reshape(-1, 1),
             f"{key}.absmax": scale[i],
-            f"{key}.quant_map": np.asarray(leaf.scheme.table),
+            f"{key}.quant_map": np.asarray(scheme.table),
         }
         if leaf.nested is not None:
             of_groups, offset = (np.asarray(x).reshape(count, -1)[i] for x in leaf.nested)

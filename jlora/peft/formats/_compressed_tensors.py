@@ -14,7 +14,7 @@ from ._tensors import FLOATS, Tensors, Unreadable, nibbles
 def read(
     tensors: Tensors, config: dict[str, Any], module: str, parameter: str, shape: tuple[int, ...]
 ) -> Stored | None:
-    """w = s·(q - z), q and z as they are plus 8."""
+    """W = s·(q - z), q and z as they are plus 8."""
     del config
     if parameter != "weight":
         return None

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ._stored import Stored
-from ._tensors import Tensors
 
 
 class Format(NamedTuple):
@@ -18,7 +17,7 @@ class Format(NamedTuple):
     """
 
     method: str
-    read: Callable[[Tensors, dict[str, Any], str, str, tuple[int, ...]], Stored | None]
+    read: Callable[[Any, dict[str, Any], str, str, tuple[int, ...]], Stored | None]
 
 
 FORMATS: dict[str, Format] = {}  # by method

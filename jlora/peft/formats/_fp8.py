@@ -13,7 +13,7 @@ from ._tensors import FLOATS, Tensors, Unreadable
 def read(
     tensors: Tensors, config: dict[str, Any], module: str, parameter: str, shape: tuple[int, ...]
 ) -> Stored | None:
-    """w = q·s, where `weight_scale_inv` is s in spite of its name."""
+    """W = q·s, where `weight_scale_inv` is s in spite of its name."""
     key = f"{module}.{parameter}"
     if key not in tensors or tensors.dtype(key) != "F8_E4M3":
         return None

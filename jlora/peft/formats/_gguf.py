@@ -30,7 +30,9 @@ class Tensors:
         try:
             import gguf
         except ImportError:
-            raise ImportError("`dir` is a GGUF file, for which gguf is needed: pip install gguf.")
+            raise ImportError(
+                "`dir` is a GGUF file, for which gguf is needed: pip install gguf."
+            ) from None
         if not path.is_file():
             raise FileNotFoundError(f"`dir`: there is no file {path}.")
         try:

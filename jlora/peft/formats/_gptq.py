@@ -14,7 +14,7 @@ from ._tensors import FLOATS, Tensors, Unreadable, integer, nibbles
 def read(
     tensors: Tensors, config: dict[str, Any], module: str, parameter: str, shape: tuple[int, ...]
 ) -> Stored | None:
-    """w = s·(q - z), q along the inputs in 32-bit words and z along the outputs.
+    """W = s·(q - z), q along the inputs in 32-bit words and z along the outputs.
 
     `checkpoint_format` "gptq" stores z - 1, "gptq_v2" z.
     """
@@ -26,7 +26,9 @@ def read(
             f"{module}: `desc_act` reorders its inputs by activation, so that groups are not next "
             "to each other, which is not supported"
         )
-    version = integer({"checkpoint_format": "gptq"} | config, "checkpoint_format", ("gptq", "gptq_v2"))
+    version = integer(
+        {"checkpoint_format": "gptq"} | config, "checkpoint_format", ("gptq", "gptq_v2")
+    )
     outputs, inputs = shape
     if inputs % 8 or outputs % 8:
         raise Unreadable(f"{module}: {shape} is no multiple of 8, as 32-bit words are")
@@ -55,7 +57,8 @@ def affine(
     if not fits:
         raise Unreadable(f"{module}: groups of {group} are no multiple of {GROUPS[0]}")
     part = max(fits)  # of a longer group all parts have the same scale
-    scale, zero = (x if x is None else np.repeat(x, group // part, 1) for x in (scale, zero))
+    scale = np.repeat(scale, group // part, 1)
+    zero = None if zero is None else np.repeat(zero, group // part, 1)
     return Stored(Int4(group=part), codes, scale, zero)
 
 

@@ -25,11 +25,11 @@ class Stored(NamedTuple):
         dtype: of the weight; None for that of the leaf it is read for.
     """
 
-    scheme: Scheme
+    scheme: Any
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray | None = None
-    nested: tuple[np.ndarray, np.ndarray] | None = None
+    nested: tuple[Any, Any] | None = None
     dtype: Any = None
 
 
@@ -75,7 +75,7 @@ def leaf_of(leaf: Leaf, modules: Sequence[Stored]) -> Any:
         whole = m.scheme.form(shape, lead, (len(lead), len(lead) + 1), 1)
         values.append(_quantized(m, whole, dtype).array())
     x = jnp.stack(values).reshape([leaf.shape[d] for d in (*stack, *order)])
-    return jnp.transpose(x, np.argsort((*stack, *order)))
+    return jnp.transpose(x, [int(d) for d in np.argsort((*stack, *order))])
 
 
 def _form_of(m: Stored) -> Any:
@@ -127,8 +127,12 @@ def _quantized(m: Stored, form: Form, dtype: Any) -> Quantized:
     nested = None
     if m.nested is not None:
         lead = [form.shape[d] for d in form.stack]
-        nested = Nested(*(jnp.asarray(x).reshape(*lead, *x.shape[x.ndim - n :])
-                          for x, n in zip(m.nested, (1, 0), strict=True)))
+        nested = Nested(
+            *(
+                jnp.asarray(x).reshape(*lead, *x.shape[x.ndim - n :])
+                for x, n in zip(m.nested, (1, 0), strict=True)
+            )
+        )
     return Quantized(jnp.asarray(data), scale, zero, nested, None, m.scheme, form, jnp.dtype(dtype))
 
 
