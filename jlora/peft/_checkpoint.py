@@ -91,8 +91,9 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
     if not index:
         if not one and source.folder.is_dir():
             raise ValueError(
-                f"`{source.argument}`: {source.folder} holds neither {ONE} nor {INDEX}. Save the model as "
-                "safetensors, in transformers by save_pretrained(..., safe_serialization=True)."
+                f"`{source.argument}`: {source.folder} holds neither {ONE} nor {INDEX}. Save the "
+                "model as safetensors, in transformers by "
+                "save_pretrained(..., safe_serialization=True)."
             )
         return [ONE], None
     mapped = read_json(source, INDEX, LIMIT).get("weight_map")
@@ -102,7 +103,8 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
         # A name that leads out of the folder would be written there too.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
             raise ValueError(
-                f"`{source.argument}`: {INDEX} names {brief(file)}; expected a safetensors file beside it."
+                f"`{source.argument}`: {INDEX} names {brief(file)}; expected a safetensors file "
+                "beside it."
             )
     if one and ONE not in mapped.values():
         raise ValueError(

@@ -101,8 +101,8 @@ def check_blocks(entries: Sequence[Any], leaf: Quantized, mesh: Mesh | None) -> 
         length = leaf.shape[d]
         if form.flat:
             raise Misfit(
-                f"axis {d} of length {length} is divided over {over}, but blocks of {name} run over "
-                "the ends of its rows; quantize it with a block that divides its inputs"
+                f"axis {d} of length {length} is divided over {over}, but blocks of {name} run "
+                "over the ends of its rows; quantize it with a block that divides its inputs"
             )
         if not form.is_whole(d) and (length // n) % form.blocks[d]:
             fits = [b for b in (16, 32, 64, 128, 256, 512) if (length // n) % b == 0]
