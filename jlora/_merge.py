@@ -1,5 +1,6 @@
 """W + ΔW for export and serving, and back."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from ._tree import bind, flatten, is_adapted, is_concrete, leaves_by_path, name_
 from ._types import Adapted, PyTree
 from .adapters import arrays, method_of, state
 from .core import Axis, NotInvertibleError
-from .quantized import again, dequantize, is_quantized
+from .quantized import Quantized, dequantize, is_quantized, quantized
 
 
 def merge(
@@ -113,10 +114,21 @@ def _requantized(merged: PyTree, base: PyTree, adapter: PyTree) -> PyTree:
     bound = [x for _, x in leaves_by_path(bind(base, adapter), is_adapted)]
     new, tree = flatten(merged)
     leaves = [
-        x if not is_quantized(old) else again(x, old) if is_adapted(w) else old
+        x if not is_quantized(old) else _again(x, old) if is_adapted(w) else old
         for w, x, old in zip(bound, new, flatten(base)[0], strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
+
+
+def _again(w: Any, old: Quantized) -> Quantized:
+    """Quantized as it was, where it lay."""
+    leaf = quantized(w, old.scheme, old.form)
+    if not is_concrete(old.data) or not old.data.committed:
+        return leaf
+    place = jax.tree.map(lambda x: x.sharding, dataclasses.replace(old, error=None))
+    moved = jax.device_put(dataclasses.replace(leaf, error=None), place)
+    at = None if old.error is None else old.error.sharding
+    return dataclasses.replace(moved, error=jax.device_put(leaf.error, at))
 
 
 def _changed(leaf: Adapted, path: str, sign: int) -> Any:

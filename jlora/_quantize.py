@@ -75,7 +75,7 @@ def quantize(
     for i, path in enumerate(shown):
         if path in taken:
             old, leaves[i] = leaves[i], _quantized(leaves[i], path, *taken[path])
-            if donate and is_concrete(old):
+            if donate and is_concrete(old) and not any(x is old for x in leaves):
                 old.delete()
     return jax.tree.unflatten(tree, leaves)
 
@@ -88,7 +88,8 @@ class Entry(NamedTuple):
         leaf: the leaf.
         before: bytes of the weight in its own dtype.
         after: bytes that it takes.
-        error: ‖W - Q‖ / ‖W‖; None if it was read from a file or has no value.
+        error: ‖W - Q‖ / ‖W‖, of a stack the largest; None if it was read from a file or has no
+            value.
     """
 
     path: Path
@@ -144,7 +145,7 @@ def quantization(tree: PyTree) -> Quantization:
 
 def _entry(path: Path, leaf: Quantized) -> Entry:
     before = leaf.size * np.dtype(leaf.dtype).itemsize
-    error = float(leaf.error) if is_concrete(leaf.error) else None
+    error = float(jnp.max(leaf.error)) if is_concrete(leaf.error) else None
     return Entry(path, leaf, before, leaf.nbytes, error)
 
 

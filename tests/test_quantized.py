@@ -175,6 +175,13 @@ def test_donated_arrays_are_deleted():
     assert params["up"].is_deleted()
     assert not params["down"].is_deleted()
     assert base["down"] is params["down"]
+    shared = jnp.ones((64, 64))  # one array at three paths, of which one stays
+    tree = dict.fromkeys("abc", shared)
+    base = jlora.quantize(tree, jlora.NF4("a|b"), donate=True)
+    np.testing.assert_array_equal(base["c"], np.ones((64, 64)))
+    base = jlora.quantize(tree, jlora.NF4("."), donate=True)
+    assert shared.is_deleted()
+    np.testing.assert_array_equal(jlora.dequantize(base)["b"], np.ones((64, 64)))
 
 
 # ------------------------------------------------------------------------------------- the step

@@ -235,11 +235,10 @@ def _all_gather(eqn: Equation, w: Weight) -> Weight:
     def gather_along(x: jax.Array, i: int) -> jax.Array:
         return lax.all_gather(x, p["axis_name"], axis=i, tiled=True)
 
-    value = w.value
-    if isinstance(value, Packed):
-        value = value.cut({gathered: 1})
-        value = None if value is None else value.map(gather).like(eqn.outputs[0])
-    return w.replace(eqn.bind(w.array) if value is None else value, w.change.map(gather))
+    packed = w.value.cut({gathered: 1}) if isinstance(w.value, Packed) else None
+    if packed is None:
+        return w.replace(eqn.bind(w.array), w.change.map(gather))
+    return w.replace(packed.map(gather).like(eqn.outputs[0]), w.change.map(gather))
 
 
 # ------------------------------------------------------------------------------ weights are joined

@@ -177,6 +177,11 @@ def laid(f: Factor, sharding: NamedSharding | PartitionSpec, axes: Sequence[Axis
     named = isinstance(sharding, NamedSharding)
     mesh = sharding.mesh if named else jax.sharding.get_abstract_mesh()
     spec = sharding.spec if named else sharding
+    if unknown := {n for e in spec for n in mesh_axes(e)} - set(mesh.axis_names):
+        raise ValueError(
+            f"{spec} names {', '.join(sorted(unknown))}, which no mesh in scope has. Give a "
+            "NamedSharding, or call it under jax.set_mesh(mesh)."
+        )
     entries = f.spec(dict(zip(axes, spec, strict=False)))
     cut = [
         e if n % math.prod(mesh.shape[name] for name in mesh_axes(e)) == 0 else None

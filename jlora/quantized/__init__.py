@@ -7,12 +7,10 @@ from ._dynamic import DYNAMIC as DYNAMIC
 from ._form import Form as Form
 from ._fp4 import FP4 as FP4
 from ._fp8 import FP8 as FP8
-from ._int4 import GROUPS as INT4_GROUPS  # noqa: F401
 from ._int4 import Int4 as Int4
 from ._int8 import Int8 as Int8
 from ._leaf import Nested as Nested
 from ._leaf import Quantized as Quantized
-from ._leaf import again as again
 from ._leaf import dequantize as dequantize
 from ._leaf import is_quantized as is_quantized
 from ._leaf import quantized as quantized

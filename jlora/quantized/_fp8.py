@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from ._form import Form, along, whole
 from ._scheme import Coded, Scheme, check_block, register
 
-BLOCKS = (32, 64, 128, 256, 512)
 LARGEST = 448.0
 
 
@@ -42,11 +41,12 @@ class FP8(Scheme):
     block: int | None = 128
 
     bits: ClassVar[int] = 8
+    legal: ClassVar[tuple[int, ...]] = (32, 64, 128, 256, 512)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block is not None:
-            check_block(self, "block", self.block, BLOCKS)
+            check_block(self, "block")
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int

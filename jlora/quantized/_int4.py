@@ -11,8 +11,6 @@ from ._dynamic import rounded
 from ._form import Form
 from ._scheme import Coded, Scheme, check_block, register, rows
 
-GROUPS = (16, 32, 64, 128, 256, 512, 1024)
-
 
 @register
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +43,17 @@ class Int4(Scheme):
     group: int = 128
 
     bits: ClassVar[int] = 4
+    legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_block(self, "group", self.group, GROUPS)
+        check_block(self, "group")
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
         """Groups along the last axis."""
-        return rows(self, "group", self.group, GROUPS, shape, stack, order)
+        return rows(self, "group", self.group, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """The nearest of 16 numbers from the least of the group to the largest, 0 among them."""

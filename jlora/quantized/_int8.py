@@ -11,7 +11,6 @@ import numpy as np
 from ._form import Form, whole
 from ._scheme import Coded, Scheme, check_block, register, rows
 
-BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
 STEP = np.float32(7.874015718698502e-3)  # 1 / 127 as bitsandbytes has it
 
 
@@ -45,11 +44,12 @@ class Int8(Scheme):
     block: int | None = None
 
     bits: ClassVar[int] = 8
+    legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block is not None:
-            check_block(self, "block", self.block, BLOCKS)
+            check_block(self, "block")
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
@@ -57,7 +57,7 @@ class Int8(Scheme):
         """Blocks along the last axis, or all inputs."""
         if self.block is None:
             return whole(shape, stack, order, inputs)
-        return rows(self, "block", self.block, BLOCKS, shape, stack, order)
+        return rows(self, "block", self.block, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """The nearest multiple of the scale."""

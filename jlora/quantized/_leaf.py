@@ -50,7 +50,8 @@ class Quantized:
         scale: of each block, with W's axes but those along which there is one block.
         zero: what a scheme has of each block besides, or None.
         nested: of which the scales are computed, if they are codes themselves, or None.
-        error: $\lVert W - Q \rVert / \lVert W \rVert$, a float32, where W was there, or None.
+        error: $\lVert W - Q \rVert / \lVert W \rVert$ of each matrix, float32 of shape (stack…),
+            where W was there, or None.
         scheme: the scheme.
         form: how W is cut into blocks.
         dtype: of the weight.
@@ -95,6 +96,7 @@ class Quantized:
         found: dict[str, Any] = {"data": self.form.coded, "scale": scaled}
         found["zero"] = None if self.zero is None else scaled
         found["nested"] = self.nested and Nested(nested, self.form.stack)
+        found["error"] = None if self.error is None else self.form.stack
         return found
 
     def packed(self, axes: Sequence[Axis], dtype: Any = None) -> Packed:
@@ -120,10 +122,9 @@ class Quantized:
             jnp.dtype(dtype),
             free=frozenset(axes[d] for d in self.form.stack),
             even=frozenset(axes[d] for d in self.form.stack),
-            loosened=functools.partial(_loosened, self.form, tuple(axes)),
-        )
-        packed = packed.named(axes)
-        return packed if self.nested is not None else _loosened(self.form, tuple(axes), packed)
+        ).named(axes)
+        loosened = functools.partial(_loosened, self._how(axes, packed.dtype))
+        return packed.replace(loosened=loosened) if self.nested is not None else loosened(packed)
 
     def _how(self, axes: Sequence[Axis], dtype: Any) -> "_How":
         return _How(self.scheme, self.form, tuple(axes), dtype, self.used)
@@ -140,6 +141,9 @@ class Quantized:
     __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __truediv__ = __matmul__ = __rmatmul__ = astype = reshape = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Quantized has no attribute {name!r}: {_NO_ARRAY}")
 
     def __repr__(self) -> str:
         what = jax.ShapeDtypeStruct(self.shape, self.dtype)
@@ -215,15 +219,11 @@ def quantized(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
         scale, nested = _nested(scale, form)
     scheme = dataclasses.replace(scheme, pattern=None)
     leaf = Quantized(data, scale, zero, nested, None, scheme, form, w.dtype)
-    difference = jnp.linalg.norm((leaf.array(jnp.float32) - wide).ravel())
-    norm = jnp.linalg.norm(wide.ravel())
+    difference, norm = (
+        jnp.sqrt((x * x).sum(form.order)) for x in (leaf.array(jnp.float32) - wide, wide)
+    )
     error = jnp.where(norm > 0, difference / jnp.where(norm > 0, norm, 1), 0)
     return dataclasses.replace(leaf, error=error)
-
-
-def again(w: jax.Array, old: Quantized) -> Quantized:
-    """A weight in the scheme and form of another."""
-    return quantized(w, old.scheme, old.form)
 
 
 def _short(
@@ -308,15 +308,18 @@ def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> 
     )
 
 
-def _loosened(form: Form, axes: tuple[Axis, ...], packed: Packed) -> Packed:
-    """With scales that are numbers, which follow every axis that has none but whole blocks."""
+def _loosened(how: "_How", packed: Packed) -> Packed:
+    """With scales that are numbers, so that more axes are free, and even."""
+    form, axes = how.form, how.axes
     parts = dict(packed.parts)
     if (nested := parts.pop("nested", None)) is not None:
         parts["scale"] = _scales(parts["scale"], nested, form, axes)
     if form.flat:
         return packed.replace(parts=parts, loosened=None)
     lengths = zip(axes, form.shape, form.blocks, strict=True)
-    even = frozenset(a for a, n, block in lengths if n % block == 0 or block > n)
+    even = {a for a, n, block in lengths if n % block == 0 or block > n}
+    if how.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
+        even.remove(axes[form.axis])
     free = frozenset(axes[d] for d, block in enumerate(form.blocks) if block == 1)
     return packed.replace(
         parts=parts,

@@ -45,12 +45,13 @@ class MXFP4(Scheme):
     """
 
     bits: ClassVar[int] = 4
+    legal: ClassVar[tuple[int, ...]] = (BLOCK,)
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
         """Blocks of 32 along the last axis."""
-        return rows(self, "block", BLOCK, (BLOCK,), shape, stack, order)
+        return rows(self, "block", BLOCK, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """The nearest number to w over the power, of two the one whose last bit is 0."""

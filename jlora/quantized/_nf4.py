@@ -13,8 +13,6 @@ from .._rules import rule_name
 from ._form import Form, along
 from ._scheme import Coded, Scheme, check_block, lookup, register
 
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
 NORMAL = np.array(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -34,11 +32,12 @@ class Table(Scheme):
     double: bool = False
 
     bits: ClassVar[int] = 4
+    legal: ClassVar[tuple[int, ...]] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
     table: ClassVar[np.ndarray]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_block(self, "block", self.block, BLOCKS)
+        check_block(self, "block")
         if not isinstance(self.double, bool):
             raise TypeError(
                 f"`double` of {rule_name(self)} must be True or False; got {self.double!r}."

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from .._rules import check_pattern, is_int, rule_name
+from ..core import explicit
 from ._form import Form, along
 
 
@@ -39,6 +40,7 @@ class Scheme:
     pattern: str | None = None
 
     bits: ClassVar[int]  # of a code
+    legal: ClassVar[tuple[int, ...]]  # lengths of blocks
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
@@ -90,12 +92,13 @@ def register(scheme: S) -> S:
     return scheme
 
 
-def check_block(scheme: Scheme, name: str, block: Any, legal: Sequence[int]) -> None:
-    """Raises unless the field `name` of a scheme is one of `legal`."""
-    if not is_int(block) or block not in legal:
+def check_block(scheme: Scheme, name: str) -> None:
+    """Raises unless the field `name` of a scheme is a legal block."""
+    block = getattr(scheme, name)
+    if not is_int(block) or block not in scheme.legal:
         raise ValueError(
-            f"`{name}` of {rule_name(scheme)} must be one of {', '.join(map(str, legal))}; "
-            f"got {block!r}."
+            f"`{name}` of {rule_name(scheme)} must be one of "
+            f"{', '.join(map(str, scheme.legal))}; got {block!r}."
         )
     object.__setattr__(scheme, name, int(block))
 
@@ -104,7 +107,6 @@ def rows(
     scheme: Scheme,
     name: str,
     block: int,
-    legal: Sequence[int],
     shape: tuple[int, ...],
     stack: tuple[int, ...],
     order: tuple[int, ...],
@@ -112,7 +114,7 @@ def rows(
     """Blocks along the last axis of `order`, which they must divide."""
     n = shape[order[-1]]
     if n % block:
-        fits = [b for b in legal if n % b == 0]
+        fits = [b for b in scheme.legal if n % b == 0]
         remedy = (
             f"Blocks of {', '.join(map(str, fits))} divide it."
             if fits
@@ -129,7 +131,8 @@ def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
     """`table[codes]` in float32."""
 
     def gathered(codes: jax.Array) -> jax.Array:
-        return jnp.asarray(table, jnp.float32).at[codes].get(mode="promise_in_bounds")
+        numbers = jnp.asarray(table, jnp.float32)
+        return numbers.at[codes].get(mode="promise_in_bounds", out_sharding=explicit(codes))
 
     # A TPU gathers slowly from a small table.
     def selected(codes: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ def quantized_places(leaf: Quantized, place: Callable[[Sequence[Any]], Place]) -
         scale=place(axes["scale"]),
         zero=None if leaf.zero is None else place(axes["zero"]),
         nested=nested,
-        error=None if leaf.error is None else place(()),
+        error=None if leaf.error is None else place(axes["error"]),
     )
 
 
@@ -104,8 +104,10 @@ def check_blocks(entries: Sequence[Any], leaf: Quantized, mesh: Mesh | None) -> 
                 f"axis {d} of length {length} is divided over {over}, but blocks of {name} run "
                 "over the ends of its rows; quantize it with a block that divides its inputs"
             )
-        if not form.is_whole(d) and (length // n) % form.blocks[d]:
-            fits = [b for b in (16, 32, 64, 128, 256, 512) if (length // n) % b == 0]
+        # Of 4 bits, a block has two codes a byte from end to end.
+        whole = form.is_whole(d) and not (leaf.scheme.bits == 4 and d == form.axis)
+        if not whole and (length // n) % form.blocks[d]:
+            fits = [b for b in leaf.scheme.legal if (length // n) % b == 0]
             raise Misfit(
                 f"axis {d} of length {length} over {over} gives each device {length // n}, which "
                 f"is no multiple of the block {form.blocks[d]} of {name}; "

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from ...quantized import INT4_GROUPS as GROUPS
 from ...quantized import Int4
 from ._format import Format, register
 from ._stored import Stored
@@ -53,9 +52,9 @@ def affine(
     """Codes (outputs, inputs), and scales and zero points (outputs, groups)."""
     if not np.isfinite(scale.astype(np.float32)).all():
         raise Unreadable(f"{module}: has scales that are not finite")
-    fits = [n for n in GROUPS if group % n == 0]
+    fits = [n for n in Int4.legal if group % n == 0]
     if not fits:
-        raise Unreadable(f"{module}: groups of {group} are no multiple of {GROUPS[0]}")
+        raise Unreadable(f"{module}: groups of {group} are no multiple of {Int4.legal[0]}")
     part = max(fits)  # of a longer group all parts have the same scale
     scale = np.repeat(scale, group // part, 1)
     zero = None if zero is None else np.repeat(zero, group // part, 1)

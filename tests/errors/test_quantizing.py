@@ -320,6 +320,24 @@ USES = {
 }
 
 
+def test_attributes_of_arrays():
+    """As of a transpose, and within a scan over a leaf."""
+    leaf = jlora.quantize({"w": array(2, 96, 64)}, jlora.NF4("w"))["w"]
+    with refused(AttributeError, f"Quantized has no attribute 'T': {NO_ARRAY}"):
+        _ = leaf.T
+    with refused(TypeError, NO_ARRAY):
+        jax.lax.scan(lambda x, w: (x @ w, None), array(2, 96), leaf)
+
+
+def test_gathered_without_a_mesh():
+    base = jlora.quantize({"w": array(64, 64)}, jlora.NF4("w"))
+    base = jlora.sharding.gathered(base, {"w": P(None, "tensor")})
+    spec = P(None, "tensor")
+    message = f"{spec} names tensor, which no mesh in scope has. Give a NamedSharding, or call it "
+    with refused(ValueError, message + "under jax.set_mesh(mesh)."):
+        jlora.wrap(lambda p: p["w"] @ p["w"])(base)
+
+
 @pytest.mark.parametrize("use", list(USES))
 @pytest.mark.parametrize("scheme", [NF4("w"), Int8("w")], ids=str)
 def test_it_is_no_array(use: str, scheme: Any) -> None:
