@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import FP8, NF4, Int4, Int8, sharding
+from jlora import FP8, NF4, Int4, Int8, peft, sharding
 
 LAYERS, D, F, ROWS = 3, 256, 128, 8
 
@@ -283,6 +283,22 @@ def test_dequantized_where_it_lies(scheme):
     plain = jlora.dequantize(there)
     laws.assert_close(plain, jlora.dequantize(base), 1e-6)
     assert lies_as(plain, {name: NamedSharding(AUTO, spec) for name, spec in specs.items()})
+
+
+def test_loaded_where_it_is_to_lie(tmp_path):
+    """A checkpoint of bitsandbytes onto the mesh that the shapes say."""
+    names = (peft.Name(r"(\w+)", r"\1", "io"),)
+    specs, shapes = SPECS, {"up": (D, F), "down": (F, D)}
+    params = {name: normal(0, *shape).astype(jnp.float32) for name, shape in shapes.items()}
+    base = jlora.quantize(params, SCHEMES[0])
+    peft.save_base(tmp_path / "base", base, names)
+    like = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(AUTO, specs[name]))
+        for name, x in base.items()
+    }
+    loaded = peft.load_base(tmp_path / "base", names, like=like)
+    assert lies_as(loaded, sharding.specs(jax.tree.map(lambda x: x.sharding, like), loaded))
+    laws.assert_close(jlora.dequantize(loaded), jlora.dequantize(base), 0.0)
 
 
 @FEW

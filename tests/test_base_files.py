@@ -1,5 +1,6 @@
 """`peft.load_base`: each format by its formula in NumPy, files that lie, and GGUF."""
 
+import dataclasses
 import json
 
 import gguf
@@ -438,4 +439,8 @@ def test_what_bitsandbytes_has_not_is_refused(tmp_path):
         "`base` cannot be written as bitsandbytes does. 1 problems:\n"
         "  up/kernel: Int4(group=128) is not of bitsandbytes"
     )
+    wide = jlora.quantize(params, jlora.NF4("kernel"))
+    wide["up"]["kernel"] = dataclasses.replace(wide["up"]["kernel"], dtype=jnp.dtype("float64"))
+    with pytest.raises(ValueError, match="up/kernel: float64 is not of bitsandbytes; expected flo"):
+        peft.save_base(tmp_path / "base", wide, NAMES)
     assert not (tmp_path / "base").exists()

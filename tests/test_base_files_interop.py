@@ -154,3 +154,69 @@ def test_logits_and_gradients_are_those_of_peft(folder, kind):
                     mine[i], expected, atol=2e-5 * np.abs(expected).max() + 1e-9
                 )
     theirs.unload()
+
+
+# ---------------------------------------------------------------------- the formats' own converters
+
+NAMES = (
+    peft.Name(r"(\w+)/kernel", r"\1", "io"),
+    peft.Name(r"(\w+)/experts", r"\1", "eio", "w", transposed=True),
+)
+
+
+def written(folder, tensors, config):
+    """A folder with PyTorch's tensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return folder
+
+
+def draw(*shape, low=-8, high=8, dtype=torch.int8):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(low, high, shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(64, 128), (40, 96)])
+def test_compressed_tensors(shape, symmetric, tmp_path):
+    """Packed by its own helper, and dequantized by its formula."""
+    from compressed_tensors.compressors import pack_quantized as helpers
+
+    (rows, columns), group = shape, 32
+    codes, scale = draw(*shape), draw(rows, columns // group, low=1, high=60).to(torch.bfloat16)
+    tensors = {
+        "up.weight_packed": helpers.pack_to_int32(codes, 4),
+        "up.weight_scale": scale / 512,
+        "up.weight_shape": torch.tensor(shape),
+    }
+    zero = torch.zeros(rows, columns // group, dtype=torch.int8)
+    if not symmetric:
+        zero = draw(rows, columns // group)
+        tensors["up.weight_zero_point"] = helpers.pack_to_int32(zero, 4, packed_dim=0)
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    folder = written(tmp_path / "base", tensors, config)
+    unpacked = helpers.unpack_from_int32(tensors["up.weight_packed"], 4, torch.Size(shape))
+    each = [x.float().repeat_interleave(group, 1) for x in (zero, scale / 512)]
+    expected = (unpacked.float() - each[0]) * each[1]
+    like = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
+    leaf = peft.load_base(folder, NAMES, like=like)["up"]["kernel"]
+    assert jlora.is_quantized(leaf)
+    np.testing.assert_array_equal(np.asarray(leaf.array()).T, expected.numpy())
+
+
+def test_mxfp4_experts(tmp_path):
+    """As `transformers` dequantizes gpt-oss."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = draw(3, 64, 4, 16, low=0, high=256, dtype=torch.uint8)
+    scales = draw(3, 64, 4, low=110, high=130, dtype=torch.uint8)
+    expected = convert_moe_packed_tensors(blocks, scales)  # (experts, inputs, outputs)
+    tensors = {"up.w_blocks": blocks, "up.w_scales": scales}
+    folder = written(tmp_path / "base", tensors, {"quant_method": "mxfp4"})
+    like = {"up": {"experts": jax.ShapeDtypeStruct(tuple(expected.shape), jnp.bfloat16)}}
+    leaf = peft.load_base(folder, NAMES, like=like)["up"]["experts"]
+    assert jlora.is_quantized(leaf)
+    np.testing.assert_array_equal(np.float32(leaf.array()), expected.float().numpy())

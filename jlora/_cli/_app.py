@@ -35,6 +35,8 @@ def cli() -> None:
 def inspect(folder: Path, every: bool) -> Any:
     """Show the sites of the adapter in DIR, and how much each changes its weight.
 
+    Of a quantized model: its matrices and what they take.
+
     For each site: inputs × outputs, rank r, scale s, the Frobenius norm of ΔW = s·A·B, its stable
     and effective rank, and its largest singular values, computed from A and B alone. Of stacked
     layers and experts: the median (least…largest).
@@ -46,19 +48,40 @@ def inspect(folder: Path, every: bool) -> Any:
 
 @cli.command(cls=Command)
 @click.argument("base", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--scheme", type=click.Choice(["nf4", "fp4", "int8"]), default="nf4", show_default=True
+)
+@click.option("--skip", metavar="REGEX", help="Tensors to leave; embeddings and the head.")
+def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Any:
+    """Write the model BASE with its matrices in 4 or 8 bits to OUT, as bitsandbytes does.
+
+    BASE is a checkpoint of Hugging Face (safetensors). For each matrix: bits a parameter, and the
+    error ‖W - Q‖ / ‖W‖.
+    """
+    from ._quantize import quantize
+
+    return quantize(base, out, scheme, skip)
+
+
+@cli.command(cls=Command)
+@click.argument("base", type=FOLDER)
 @click.argument("adapter", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @click.option("--names", metavar="TABLE", help=NAMES)
-def merge(base: Path, adapter: Path, out: Path, names: str | None) -> Any:
+@click.option(
+    "--requantize", is_flag=True, help="Of a quantized BASE: quantize again what was, with a loss."
+)
+def merge(base: Path, adapter: Path, out: Path, names: str | None, requantize: bool) -> Any:
     """Write the model BASE with ADAPTER merged into its weights to OUT.
 
-    BASE is a checkpoint of Hugging Face (safetensors), or the parameters in Orbax, and OUT is like
-    it: same files, names and dtypes. ADAPTER is one of PEFT or of Orbax. --names is needed where
-    one of them is of PyTorch and the other of JAX.
+    BASE is a checkpoint of Hugging Face (safetensors), or the parameters in Orbax, and OUT is
+    like it: same files, names and dtypes; of a quantized one plain floats. ADAPTER is one of
+    PEFT or of Orbax. --names is needed where one of them is of PyTorch and the other of JAX.
     """
     from ._merge import merge
 
-    return merge(base, adapter, out, names=names)
+    return merge(base, adapter, out, names=names, requantize=requantize)
 
 
 @cli.command(cls=Command)

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from .. import analysis
+from .. import analysis, peft
 from .._table import aligned, readable
 from .._tree import count, size_in_bytes
 from ..adapters import LowRank, is_node, weight_shape
-from ._read import Opened, open_adapter
+from ._quantize import Quantized
+from ._read import Opened, format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
@@ -92,8 +93,10 @@ class Inspection(NamedTuple):
         return "\n".join([*lines, "", f"{self.adapter.format} adapter: {sites}; {total}{about}"])
 
 
-def inspect(folder: Path, *, every: bool = False) -> Inspection:
-    """Reads the adapter in `folder` and measures each ΔW."""
+def inspect(folder: Path, *, every: bool = False) -> "Inspection | Quantized":
+    """Reads the adapter in `folder` and measures each ΔW; of a quantized model its matrices."""
+    if format_of(folder, "DIR") == "huggingface" and (found := peft.matrices(folder)):
+        return Quantized(folder, found)
     adapter = open_adapter(folder, "DIR")
     low = {name: x for name, x in adapter.leaves.items() if is_node(x)}
     bar = tqdm(low.items(), "sites", disable=None, leave=False, file=sys.stderr)

@@ -13,7 +13,9 @@ from ._read import format_of
 from ._stage import staged
 
 
-def merge(base: Path, adapter: Path, out: Path, *, names: str | None = None) -> Done:
+def merge(
+    base: Path, adapter: Path, out: Path, *, names: str | None = None, requantize: bool = False
+) -> Done:
     """Writes the model in `base` with `adapter` merged to `out`, in the format of `base`.
 
     Args:
@@ -21,6 +23,7 @@ def merge(base: Path, adapter: Path, out: Path, *, names: str | None = None) -> 
         adapter: an adapter of PEFT or of Orbax.
         out: a folder that is not there yet.
         names: the name table, as the user types it, where formats of PyTorch and JAX meet.
+        requantize: whether to quantize again what is quantized in `base`.
     """
     formats = format_of(base, "BASE", model=True), format_of(adapter, "ADAPTER")
     if formats[0] == "peft" or formats[1] == "huggingface":
@@ -31,11 +34,16 @@ def merge(base: Path, adapter: Path, out: Path, *, names: str | None = None) -> 
     left_out: list[str] = []
     match formats:
         case "huggingface", "peft":
-            left_out = staged(out, lambda path: peft.export_merged(base, adapter, path))
+            left_out = staged(
+                out, lambda p: peft.export_merged(base, adapter, p, requantize=requantize)
+            )
         case "huggingface", _:
             tree = checkpoint.restore(adapter)
             rows = table(names)
-            left_out = staged(out, lambda p: peft.export_merged(base, tree, p, names=rows))
+            left_out = staged(
+                out,
+                lambda p: peft.export_merged(base, tree, p, names=rows, requantize=requantize),
+            )
         case _:
             _merge_orbax(base, adapter, out, names)
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}

@@ -75,8 +75,8 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
     else:
         checkpoint = open_checkpoint(path, "dir")
         tensors = Tensors(checkpoint)
-        config = _configuration(checkpoint)
-        format = _format(config)
+        config = configuration_of(checkpoint)
+        format = format_of(config)
     values, wrong = [], []
     unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
     for leaf in tqdm(leaves, "load", unit="leaf", disable=None):
@@ -92,7 +92,7 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
-def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
+def configuration_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """`quantization_config`, also where it is within another part, as of models of models."""
     if "config.json" not in checkpoint.kept:
         return {}
@@ -106,13 +106,14 @@ def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     return {}
 
 
-def _format(config: Mapping[str, Any]) -> Format | None:
+def format_of(config: Mapping[str, Any], argument: str = "dir") -> Format | None:
+    """The format of a configuration; None if it says of none."""
     method = config.get("quant_method")
     if not config:
         return None
     if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
-            f"`dir`: its config.json has the `quant_method` {brief(method)}; known are "
+            f"`{argument}`: its config.json has the `quant_method` {brief(method)}; known are "
             f"{', '.join(sorted(FORMATS))}. Load a checkpoint that is not quantized, and use "
             "jlora.quantize."
         )
@@ -213,6 +214,8 @@ def _unwritable(leaf: Leaf) -> str | None:
     scheme: Any = value.scheme
     if type(scheme) not in (NF4, FP4) and not (type(scheme) is Int8 and scheme.block is None):
         return f"{spelled(scheme)} is not of bitsandbytes"
+    if str(value.dtype) not in bnb.DTYPES:
+        return f"{value.dtype} is not of bitsandbytes; expected {', '.join(bnb.DTYPES)}"
     if (value.form.stack, value.form.order) != (stack, order) or leaf.name.transposed:
         return "its blocks do not run along the rows of the file; quantize it with `sites`"
     return None

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from .._types import PyTree
+from ._base import configuration_of
 from ._changes import Changes, changes
 from ._checkpoint import Checkpoint, open_checkpoint, refuse
 from ._file import DTYPES, Entry, fresh
 from ._json import opened, shown
 from ._names import Name
 from ._parts import Sum
+from ._rewrite import dequantize_checkpoint, requantized
 from ._ties import twins
 
 BLOCK = 2**20  # numbers
@@ -30,6 +34,7 @@ def export_merged(
     out_dir: str | os.PathLike[str],
     *,
     names: Sequence[Name] | None = None,
+    requantize: bool = False,
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
@@ -50,6 +55,9 @@ def export_merged(
     experts before it adds. It keeps `modules_to_save` in their own dtype, here they get W's; to a
     weight that embedding and head share it adds their common ΔW twice, here it is added once.
 
+    A quantized checkpoint is dequantized first, exactly, and the result is in floats, as its
+    configuration then says.
+
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
             `model.safetensors.index.json`. Files may be links, as in a download cache.
@@ -59,6 +67,8 @@ def export_merged(
             all.
         names: for a tree, the table of `Name` rows that says what its leaves are called in
             PyTorch, such as `jlora.peft.LLAMA`.
+        requantize: of a checkpoint of bitsandbytes, quantize again what was, and print the error of
+            each; few bits hold little of ΔW, so that this takes away much of what was learned.
 
     Returns:
         The files of `src_dir` that were left out, as paths in it.
@@ -91,6 +101,12 @@ def export_merged(
         ((3, 4), [])
     """
     checkpoint = open_checkpoint(src_dir)
+    if configuration_of(checkpoint):
+        return _onto_quantized(src_dir, adapter, out_dir, names, requantize)
+    if requantize:
+        raise ValueError(
+            f"`requantize` needs a quantized checkpoint; `src_dir`, {src_dir}, is in floats."
+        )
     todo = _with_twins(checkpoint, changes(checkpoint, adapter, names))
     refuse(
         [
@@ -112,6 +128,25 @@ def export_merged(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.source.folder / name, folder / name)
     return checkpoint.left_out
+
+
+def _onto_quantized(
+    src_dir: str | os.PathLike[str],
+    adapter: Any,
+    out_dir: str | os.PathLike[str],
+    names: Sequence[Name] | None,
+    requantize: bool,
+) -> list[str]:
+    final = Path(os.path.abspath(out_dir))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as folder:
+        found = dequantize_checkpoint(src_dir, f"{folder}/dense")
+        if not requantize:
+            return export_merged(f"{folder}/dense", adapter, out_dir, names=names)
+        left_out = export_merged(f"{folder}/dense", adapter, f"{folder}/merged", names=names)
+        for matrix in requantized(f"{folder}/merged", out_dir, found):
+            tqdm.write(f"{matrix.name}: {matrix.scheme}, error {matrix.error:.3g}")
+        return left_out
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:

@@ -7,6 +7,7 @@ from . import _awq, _bitsandbytes, _compressed_tensors, _fp8, _gptq, _mxfp4  # n
 from ._format import FORMATS as FORMATS
 from ._format import Format as Format
 from ._stored import Stored as Stored
+from ._stored import array_of as array_of
 from ._stored import check_finite as check_finite
 from ._stored import leaf_of as leaf_of
 from ._tensors import Tensors as Tensors

@@ -1,5 +1,6 @@
 """AWQ: integers of 4 bits in groups of inputs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from ._format import Format, register
@@ -31,4 +32,12 @@ def read(
     return affine(module, inputs // groups, codes, scale.T, zeros)
 
 
-register(Format("awq", read))
+def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Modules with codes, whose words are along the outputs."""
+    for name in tensors:
+        if name.endswith(".qweight"):
+            inputs, columns = (*tensors.shape(name), 0, 0)[:2]
+            yield name.removesuffix(".qweight"), "weight", (8 * columns, inputs)
+
+
+register(Format("awq", find, read))

@@ -1,6 +1,7 @@
 """bitsandbytes, as `transformers` writes it: NF4, FP4, and 8 bits by row."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -79,15 +80,19 @@ def _finite(tensors: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return x
 
 
-def _state(tensors: Tensors, key: str, kind: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    name = f"{key}.{STATE}{kind}"
+def _parsed(tensors: Tensors, name: str) -> dict[str, Any]:
     data = tensors.bytes(name)
     if data.size > LIMIT:
         raise Unreadable(f"{name}: expected at most {LIMIT} bytes, got {data.size}")
     try:
-        state = parse(data.tobytes(), name)
+        return parse(data.tobytes(), name)
     except ValueError as e:
         raise Unreadable(str(e)) from None
+
+
+def _state(tensors: Tensors, key: str, kind: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    name = f"{key}.{STATE}{kind}"
+    state = _parsed(tensors, name)
     legal = {
         "quant_type": lambda x: x == kind,
         "blocksize": lambda x: type(x) is int and x in (32, 64, 128, 256, 512, 1024, 2048, 4096),
@@ -104,7 +109,30 @@ def _state(tensors: Tensors, key: str, kind: str, shape: tuple[int, ...]) -> dic
     return state
 
 
-register(Format("bitsandbytes", read))
+def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Parameters with a state of 4 bits, which says their shape, and those with row maxima."""
+    for name in tensors:
+        key, _, kind = name.partition(f".{STATE}")
+        module, _, parameter = key.rpartition(".")
+        if kind in SCHEMES:
+            yield module, parameter, _shape(tensors, name)
+        elif name.endswith(".SCB"):
+            weight = f"{name.removesuffix('.SCB')}.weight"
+            yield name.removesuffix(".SCB"), "weight", tensors.shape(weight)
+
+
+def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
+    found = _parsed(tensors, name).get("shape")
+    if not isinstance(found, list) or len(found) != 2 or not all(map(_is_side, found)):
+        raise Unreadable(f"{name}: `shape` is {brief(found)}")
+    return tuple(found)
+
+
+def _is_side(n: Any) -> bool:
+    return type(n) is int and 0 < n < 2**40
+
+
+register(Format("bitsandbytes", find, read))
 
 
 # ------------------------------------------------------------------------------------ the way back

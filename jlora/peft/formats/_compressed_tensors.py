@@ -1,5 +1,6 @@
 """compressed-tensors, of llm-compressor and vLLM: integers of 4 bits, and FP8."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,4 +55,15 @@ def _packed(tensors: Tensors, module: str, shape: tuple[int, ...]) -> Stored:
     return affine(module, inputs // groups, codes, scale, zero)
 
 
-register(Format("compressed-tensors", read))
+def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Modules with codes of 4 bits, and weights in FP8."""
+    for name in tensors:
+        module, _, parameter = name.rpartition(".")
+        if parameter == "weight_packed":
+            shape = tensors.read(f"{module}.weight_shape", ("I64", "I32"), (2,))
+            yield module, "weight", tuple(map(int, shape))
+        elif parameter == "weight" and tensors.dtype(name) == "F8_E4M3":
+            yield module, "weight", tensors.shape(name)
+
+
+register(Format("compressed-tensors", find, read))

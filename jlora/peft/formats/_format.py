@@ -1,6 +1,6 @@
 """What a format says of itself, and the set of formats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ._stored import Stored
@@ -11,12 +11,15 @@ class Format(NamedTuple):
 
     Attributes:
         method: `quant_method` of its configuration, `config.json`'s `quantization_config`.
+        find: `(tensors) -> (module, parameter, shape)` of each quantized parameter, of which `read`
+            takes the shape.
         read: `(tensors, configuration, module, parameter, shape) -> Stored` of a parameter of that
             shape, (outputs, inputs); None where it is stored as it is. `Unreadable` if its tensors
             contradict each other.
     """
 
     method: str
+    find: Callable[[Any], Iterator[tuple[str, str, tuple[int, ...]]]]
     read: Callable[[Any, dict[str, Any], str, str, tuple[int, ...]], Stored | None]
 
 

@@ -1,5 +1,6 @@
 """FP8 in squares, as DeepSeek and Qwen ship it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,4 +35,12 @@ def read(
     return Stored(scheme, codes, scale.astype(np.float32))
 
 
-register(Format("fp8", read))
+def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Tensors in FP8."""
+    for name in tensors:
+        if tensors.dtype(name) == "F8_E4M3":
+            module, _, parameter = name.rpartition(".")
+            yield module, parameter, tensors.shape(name)
+
+
+register(Format("fp8", find, read))

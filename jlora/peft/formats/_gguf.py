@@ -56,6 +56,13 @@ class Tensors:
         data = np.asarray(tensor.data).reshape(-1).view(np.uint8)
         return kind, data.reshape(*shape[:-1], shape[-1] // BLOCK, SIZES[kind])
 
+    def packed(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Module, parameter and shape of the tensors of which codes can be made."""
+        for name, tensor in self._tensors.items():
+            if tensor.tensor_type.name in SIZES:
+                module, _, parameter = name.rpartition(".")
+                yield module, parameter, tuple(int(n) for n in reversed(tensor.shape))
+
     def read(self, name: str, dtypes: Collection[str], shape: tuple[int, ...]) -> np.ndarray:
         """A tensor of `shape`, in its own dtype if that is floating-point, else in float32."""
         del dtypes
@@ -111,4 +118,9 @@ def _codes(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.concatenate([data & 15, data >> 4], -1).reshape(shape)
 
 
-FORMAT = Format("gguf", read)
+def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Tensors of the types of which codes can be made."""
+    yield from tensors.packed()
+
+
+FORMAT = Format("gguf", find, read)

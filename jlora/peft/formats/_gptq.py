@@ -1,5 +1,6 @@
 """GPTQ: integers of 4 bits in groups of inputs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,14 @@ def read(
     return affine(module, inputs // groups, codes.T, scale.T, nibbles(zeros, 1).T)
 
 
+def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Modules with codes, whose words are along the inputs."""
+    for name in tensors:
+        if name.endswith(".qweight"):
+            rows, outputs = (*tensors.shape(name), 0, 0)[:2]
+            yield name.removesuffix(".qweight"), "weight", (outputs, 8 * rows)
+
+
 def affine(
     module: str, group: int, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | None
 ) -> Stored:
@@ -61,4 +70,4 @@ def affine(
     return Stored(Int4(group=part), codes, scale, zero)
 
 
-register(Format("gptq", read))
+register(Format("gptq", find, read))

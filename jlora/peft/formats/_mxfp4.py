@@ -1,5 +1,6 @@
 """MXFP4, as gpt-oss ships its experts."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,4 +30,13 @@ def read(
     return Stored(MXFP4(), codes, scale)
 
 
-register(Format("mxfp4", read))
+def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Parameters in blocks."""
+    for name in tensors:
+        if name.endswith("_blocks"):
+            module, _, parameter = name.removesuffix("_blocks").rpartition(".")
+            *lead, blocks, _ = (*tensors.shape(name), 0, 0)[: len(tensors.shape(name))]
+            yield module, parameter, (*lead, 32 * blocks)
+
+
+register(Format("mxfp4", find, read))

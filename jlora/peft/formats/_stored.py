@@ -67,15 +67,16 @@ def leaf_of(leaf: Leaf, modules: Sequence[Stored]) -> Any:
     form = _form(modules[0].scheme, leaf.shape, stack, order, len(last)) if alike else None
     if form is not None:
         return _quantized(_joined(modules), form, dtype)
-    rows, columns = (math.prod(leaf.shape[d] for d in dims) for dims in (first, last))
-    values = []
-    for m in modules:
-        lead = tuple(range(len(m.codes.shape) - 2))
-        shape = (*m.codes.shape[:-2], rows, columns)
-        whole = m.scheme.form(shape, lead, (len(lead), len(lead) + 1), 1)
-        values.append(_quantized(m, whole, dtype).array())
-    x = jnp.stack(values).reshape([leaf.shape[d] for d in (*stack, *order)])
+    x = jnp.stack([array_of(m, dtype) for m in modules]).reshape(
+        [leaf.shape[d] for d in (*stack, *order)]
+    )
     return jnp.transpose(x, [int(d) for d in np.argsort((*stack, *order))])
+
+
+def array_of(m: Stored, dtype: Any) -> jax.Array:
+    """What the codes stand for, (…, rows, columns)."""
+    *lead, i, j = range(m.codes.ndim)
+    return _quantized(m, m.scheme.form(m.codes.shape, tuple(lead), (i, j), 1), dtype).array()
 
 
 def _form_of(m: Stored) -> Any:

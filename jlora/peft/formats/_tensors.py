@@ -68,6 +68,13 @@ class Tensors:
             )
         return self._read(name).view(READ[entry.dtype]).reshape(shape)
 
+    def whole(self, name: str) -> np.ndarray:
+        """A tensor as it is."""
+        entry = self._entry(name)
+        if entry.dtype not in READ:
+            raise Unreadable(f"{name}: its dtype {entry.dtype} cannot be copied")
+        return self.read(name, (entry.dtype,), entry.shape)
+
     def bytes(self, name: str) -> np.ndarray:
         """A tensor of any dtype as bytes."""
         return self._read(name)

@@ -1,0 +1,285 @@
+"""A checkpoint to one with the same tensors in another form: in few bits, or dequantized."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from .._rules import matches
+from ..quantized import FP4, NF4, Int8, Quantized, Scheme, quantized, spelled
+from ._base import configuration_of, format_of
+from ._checkpoint import INDEX, LIMIT, Checkpoint, open_checkpoint
+from ._file import fresh
+from ._json import brief, listing, read_json
+from .formats import Stored, Tensors, Unreadable, array_of, check_finite
+from .formats import _bitsandbytes as bnb
+
+FLOATS = ("F32", "F16", "BF16")
+# What `transformers` leaves as it is: embeddings, and the head.
+SKIP = r"embed|wte|wpe|lm_head|cls|classifier|score|head|pooler"
+
+
+class Matrix(NamedTuple):
+    """A quantized tensor of a checkpoint.
+
+    Attributes:
+        name: the tensor.
+        shape: its shape.
+        scheme: the scheme, spelled.
+        size: the bytes that it takes.
+        error: ‖W - Q‖ / ‖W‖ where W was there, or None.
+        made: the scheme itself.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    size: int
+    error: float | None
+    made: Scheme
+
+
+def quantize_checkpoint(
+    src_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    scheme: Scheme,
+    *,
+    skip: str = SKIP,
+) -> list[Matrix]:
+    r"""Writes a Hugging Face checkpoint with its matrices in 4 or 8 bits, as bitsandbytes does.
+
+    One shard after the other is read, quantized and written.
+
+    Args:
+        src_dir: a folder with `model.safetensors`, or with shards and their index.
+        out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
+            all. Configuration and tokenizer are copied.
+        scheme: `NF4`, `FP4` or `Int8`; of a pattern, for the names of tensors that it matches.
+        skip: a regular expression for tensors that stay as they are, embeddings and the head.
+
+    Returns:
+        What was quantized, with the error of each.
+
+    Raises:
+        FileExistsError: if `out_dir` is there and not an empty folder.
+        ValueError: if the checkpoint is damaged, quantized already, or has nothing to quantize; or
+            the scheme is not of bitsandbytes.
+
+    Example:
+        >>> import tempfile, jlora, numpy as np
+        >>> from pathlib import Path
+        >>> from jlora import peft
+        >>> from safetensors.numpy import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "base").mkdir()
+        ...     weights = {"up.weight": np.ones((32, 64), np.float32)}
+        ...     save_file(weights, f"{folder}/base/model.safetensors")
+        ...     found = peft.quantize_checkpoint(f"{folder}/base", f"{folder}/nf4", jlora.NF4())
+        >>> found[0].name, found[0].shape, found[0].scheme
+        ('up.weight', (32, 64), 'NF4(block=64, double=True)')
+    """
+    by_row = isinstance(scheme, Int8) and scheme.block is None
+    if not isinstance(scheme, NF4 | FP4) and not by_row:
+        raise ValueError(f"`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got {scheme!r}.")
+    checkpoint = open_checkpoint(src_dir)
+    if config := configuration_of(checkpoint):
+        raise ValueError(
+            f"`src_dir`: {checkpoint.source.folder} is quantized already, by "
+            f"{brief(config.get('quant_method'))}. Give the one that it was made of."
+        )
+    tensors, found = Tensors(checkpoint), list[Matrix]()
+    leaves: dict[str, Quantized] = {}
+
+    def convert(name: str) -> dict[str, np.ndarray] | None:
+        shape = tensors.shape(name)
+        taken = name.endswith(".weight") if scheme.pattern is None else matches(scheme, name)
+        if not taken or len(shape) != 2 or re.search(skip, name) or 0 in shape:
+            return None
+        if tensors.dtype(name) not in FLOATS:
+            return None
+        w = jnp.asarray(tensors.read(name, FLOATS, shape))
+        if not bool(jnp.isfinite(w).all()):
+            raise Unreadable(f"{name}: has values that are not finite")
+        leaf = quantized(w, scheme, scheme.form(shape, (), (0, 1), 1))
+        found.append(
+            Matrix(name, shape, spelled(scheme), leaf.nbytes, float(jnp.max(leaf.error)), scheme)
+        )
+        leaves.setdefault("first", leaf)
+        module, _, parameter = name.rpartition(".")
+        return bnb.write(leaf, [module], parameter)
+
+    def config_of(config: dict[str, Any]) -> dict[str, Any]:
+        if not found:
+            raise Unreadable(f"no matrix is left to quantize, with `skip` {skip!r}")
+        return config | {"quantization_config": bnb.configuration([leaves["first"]])}
+
+    _rewrite(checkpoint, out_dir, convert, config_of, "quantize")
+    return found
+
+
+def dequantize_checkpoint(
+    src_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]
+) -> list[Matrix]:
+    """Writes a quantized Hugging Face checkpoint with its weights as plain ones, exactly.
+
+    Args:
+        src_dir: a folder in a format that `load_base` reads.
+        out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
+            all; its configuration no longer says that it is quantized.
+
+    Returns:
+        What was quantized.
+
+    Raises:
+        FileExistsError: if `out_dir` is there and not an empty folder.
+        ValueError: if the checkpoint is damaged, or not quantized.
+    """
+    checkpoint = open_checkpoint(src_dir)
+    tensors, config = Tensors(checkpoint), configuration_of(checkpoint)
+    if not config:
+        raise ValueError(
+            f"`src_dir`: {checkpoint.source.folder} is not quantized; use it as it is."
+        )
+    source, dtype = _Source(tensors, config, "src_dir"), _float_dtype(checkpoint)
+    found, main, helpers = list[Matrix](), dict[str, str](), set[str]()
+    for name in source.modules:
+        found.append(_matrix(name, source.read(name)))
+        new = tensors.taken - helpers
+        helpers |= new
+        main[min(new)] = name  # in its place the weight is written
+
+    def convert(name: str) -> dict[str, np.ndarray] | None:
+        if name not in main:
+            return {} if name in helpers else None
+        stored = source.read(main[name])
+        w = np.asarray(array_of(stored, stored.dtype or dtype))
+        return {main[name]: w.swapaxes(-1, -2) if w.ndim == 3 else w}
+
+    def config_of(config: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in config.items() if k != "quantization_config"}
+
+    _rewrite(checkpoint, out_dir, convert, config_of, "dequantize")
+    return found
+
+
+def requantized(
+    src_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], old: Sequence[Matrix]
+) -> list[Matrix]:
+    """Quantizes again what `old` says was."""
+    schemes = {m.scheme for m in old}
+    if len(schemes) > 1 or type(old[0].made) not in (NF4, FP4, Int8):
+        raise ValueError(
+            f"`requantize` is of bitsandbytes alone; `src_dir` has {', '.join(sorted(schemes))}."
+        )
+    names = "|".join(re.escape(m.name) for m in old)
+    scheme = dataclasses.replace(old[0].made, pattern=f"^({names})$")
+    return quantize_checkpoint(src_dir, out_dir, scheme, skip=r"(?!)")
+
+
+def matrices(dir: str | os.PathLike[str]) -> list[Matrix]:
+    """The quantized tensors of a checkpoint; none of one in floats."""
+    checkpoint = open_checkpoint(dir, "dir")
+    config = configuration_of(checkpoint)
+    source = _Source(Tensors(checkpoint), config, "dir")
+    return [_matrix(name, source.read(name)) for name in source.modules]
+
+
+# --------------------------------------------------------------------------------- tensor by tensor
+
+
+class _Source:
+    """The quantized parameters of a checkpoint by name."""
+
+    def __init__(self, tensors: Tensors, config: dict[str, Any], argument: str) -> None:
+        self.tensors, self.config, self.argument = tensors, config, argument
+        self.format = format_of(config, argument)
+        with self.errors():
+            each = self.format.find(tensors) if self.format else ()
+            self.modules = {f"{m}.{p}": (m, p, shape) for m, p, shape in each}
+
+    def read(self, name: str) -> Stored:
+        assert self.format is not None
+        with self.errors():
+            stored = self.format.read(self.tensors, self.config, *self.modules[name])
+            if stored is None:
+                raise Unreadable(f"{name}: is not quantized as the configuration says")
+            check_finite(stored, name, stored.dtype or jnp.float32)
+        return stored
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Unreadable as e:
+            raise ValueError(f"`{self.argument}`: {e}.") from None
+
+
+def _float_dtype(checkpoint: Checkpoint) -> Any:
+    """What the configuration says that floats are in; bfloat16 where it says nothing."""
+    config = read_json(checkpoint.source, "config.json", LIMIT)
+    said = config.get("dtype", config.get("torch_dtype"))
+    return jnp.dtype(said if said in ("float32", "float16") else "bfloat16")
+
+
+def _matrix(name: str, stored: Stored) -> Matrix:
+    parts = (stored.scale, stored.zero, *(stored.nested or ()))
+    size = sum(x.nbytes for x in parts if x is not None)
+    size += stored.codes.size * stored.scheme.bits // 8
+    return Matrix(name, stored.codes.shape, spelled(stored.scheme), size, None, stored.scheme)
+
+
+def _rewrite(
+    checkpoint: Checkpoint,
+    out_dir: str | os.PathLike[str],
+    convert: Callable[[str], Mapping[str, np.ndarray] | None],
+    config_of: Callable[[dict[str, Any]], dict[str, Any]],
+    what: str,
+) -> None:
+    """Each file with what `convert` makes of its tensors; None is a tensor as it is."""
+    tensors, source = Tensors(checkpoint), checkpoint.source
+    total = sum(header.size for header in checkpoint.headers.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
+    weight_map, size = {}, 0
+    with fresh(out_dir, "out_dir", what) as folder, bar:
+        try:
+            for file, header in checkpoint.headers.items():
+                written: dict[str, np.ndarray] = {}
+                for name, entry in header.entries.items():
+                    new = convert(name)
+                    written |= {name: tensors.whole(name)} if new is None else new
+                    bar.update(entry.stop - entry.start)
+                # The writer of safetensors takes the memory as it lies.
+                written = {name: np.asarray(x, order="C") for name, x in written.items()}
+                save_file(written, folder / file, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(written, file)
+                size += sum(x.nbytes for x in written.values())
+            config = read_json(source, "config.json", LIMIT) if _has_config(checkpoint) else {}
+            config = config_of(config)
+        except Unreadable as e:
+            raise ValueError(f"`src_dir`: {listing([str(e)])}") from None
+        for name in checkpoint.kept:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / name, folder / name)
+        _write_json(folder / "config.json", config)
+        if INDEX in checkpoint.kept:
+            _write_json(
+                folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map}
+            )
+
+
+def _has_config(checkpoint: Checkpoint) -> bool:
+    return "config.json" in checkpoint.kept
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_bytes(json.dumps(value, indent=2).encode())

@@ -1,0 +1,182 @@
+"""Checkpoints to others: in 4 and 8 bits, dequantized, and merged onto what is quantized."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+from test_base_files import COLUMNS, FORMATS, NAMES, ROWS, write
+
+import jlora
+from jlora import peft
+from jlora._cli._app import cli
+
+FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+@pytest.fixture
+def floats(tmp_path):
+    """A model of two shards, in bfloat16."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    parts = [
+        {"embed.weight": normal(96, 128), "h.0.up.weight": normal(ROWS, COLUMNS, seed=1)},
+        {
+            "h.1.up.weight": normal(ROWS, COLUMNS, seed=2),
+            "norm.weight": normal(ROWS, seed=3),
+            "lm_head.weight": normal(96, 128, seed=4),
+        },
+    ]
+    index = {}
+    for file, part in zip(FILES, parts, strict=True):
+        save_file({k: x.astype(jnp.bfloat16) for k, x in part.items()}, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "x", "torch_dtype": "bfloat16"}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def tensors_of(folder):
+    return {
+        k: x for file in sorted(folder.glob("*.safetensors")) for k, x in load_file(file).items()
+    }
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("scheme", [jlora.NF4(), jlora.FP4(), jlora.Int8()], ids=str)
+def test_there_and_back(scheme, floats, tmp_path):
+    """What is written is what `quantize` gives, and what is read back what that stands for."""
+    found = peft.quantize_checkpoint(floats, tmp_path / "small", scheme)
+    assert [m.name for m in found] == ["h.0.up.weight", "h.1.up.weight"]
+    assert config_of(tmp_path / "small")["quantization_config"]["quant_method"] == "bitsandbytes"
+    old, expected = tensors_of(floats), {}
+    for m in found:
+        leaf = jlora.quantize({"w": jnp.asarray(old[m.name]).T}, type(scheme)("w"))["w"]
+        expected[m.name] = np.asarray(leaf.array()).T
+        assert m.error == pytest.approx(float(leaf.error), rel=1e-5)
+        assert m.size == leaf.nbytes
+    assert peft.matrices(tmp_path / "small") == [m._replace(error=None) for m in found]
+    peft.dequantize_checkpoint(tmp_path / "small", tmp_path / "dense")
+    new = tensors_of(tmp_path / "dense")
+    assert new.keys() == old.keys()
+    for name, x in old.items():
+        assert new[name].dtype == x.dtype
+        np.testing.assert_array_equal(new[name], expected.get(name, x))
+    assert config_of(tmp_path / "dense") == config_of(floats)
+    for folder in ("small", "dense"):
+        index = json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == tensors_of(tmp_path / folder).keys()
+        assert (tmp_path / folder / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_dequantized(format, tmp_path):
+    """Of each format: the weights by its formula, and nothing else that it has."""
+    files = {f"h.{i}.up": FORMATS[format](seed=i) for i in range(2)}
+    folder = write(tmp_path / "base", files)
+    found = peft.dequantize_checkpoint(folder, tmp_path / "dense")
+    new = tensors_of(tmp_path / "dense")
+    parameter = "w" if format == "mxfp4" else "weight"
+    assert new.keys() == {f"h.{i}.up.{parameter}" for i in range(2)} | {"norm.weight"}
+    assert [m.name for m in found] == [f"h.{i}.up.{parameter}" for i in range(2)]
+    for name, file in files.items():
+        expected = file.matrix.swapaxes(-1, -2) if format == "mxfp4" else file.matrix
+        np.testing.assert_array_equal(new[f"{name}.{parameter}"], expected.astype(jnp.bfloat16))
+    assert "quantization_config" not in config_of(tmp_path / "dense")
+
+
+def adapter_for(floats):
+    """An adapter of the two layers, and the tree that it is for."""
+    w = np.stack([tensors_of(floats)[f"h.{i}.up.weight"].T for i in range(2)])
+    params = {"layers": {"up": {"kernel": jnp.asarray(w)}}}
+
+    def model(p, x):
+        return jax.lax.scan(lambda x, w: (x, x @ w), x, p["layers"]["up"]["kernel"])[1]
+
+    lora = jlora.transform(model, jlora.LoRA(rank=4))
+    x = jnp.ones((1, COLUMNS), jnp.bfloat16)
+    _, adapter = lora.init(jax.random.key(0), params, x)
+    return jax.tree.map(lambda v: v + 0.05, adapter), params
+
+
+def test_merged_onto_quantized(floats, tmp_path, capsys):
+    adapter, params = adapter_for(floats)
+    peft.quantize_checkpoint(floats, tmp_path / "nf4", jlora.NF4())
+    peft.export_merged(tmp_path / "nf4", adapter, tmp_path / "merged", names=NAMES)
+    base = jlora.quantize(params, jlora.NF4("kernel"))
+    dense = jlora.merge(jlora.dequantize(base), adapter)["layers"]["up"]["kernel"]
+    new = tensors_of(tmp_path / "merged")
+    for i in range(2):
+        np.testing.assert_array_equal(new[f"h.{i}.up.weight"].T, dense[i])
+    assert "quantization_config" not in config_of(tmp_path / "merged")
+    again = tmp_path / "again"
+    peft.export_merged(tmp_path / "nf4", adapter, again, names=NAMES, requantize=True)
+    assert [m.name for m in peft.matrices(again)] == ["h.0.up.weight", "h.1.up.weight"]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2
+    assert printed[0].startswith("h.0.up.weight: NF4(block=64, double=True), error 0.0")
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "nf4", "merged", "again"}
+
+
+def test_command_line(floats, tmp_path):
+    run = CliRunner().invoke
+    done = run(cli, ["quantize", str(floats), str(tmp_path / "nf4")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "h.0.up.weight  64×128  NF4(block=64, double=True)  4.1" in done.output
+    assert done.output.endswith("nf4: 2 matrices, 8.3 KiB\n")
+    shown = run(cli, ["inspect", str(tmp_path / "nf4"), "--json"], catch_exceptions=False)
+    rows = json.loads(shown.output)["tensors"]
+    assert [row["name"] for row in rows] == ["h.0.up.weight", "h.1.up.weight"]
+    assert rows[0]["shape"] == [ROWS, COLUMNS]
+    assert rows[0]["error"] is None
+    twice = run(cli, ["quantize", str(tmp_path / "nf4"), str(tmp_path / "twice")])
+    assert twice.exit_code == 2
+    assert "is quantized already, by 'bitsandbytes'. Give the one that it was" in twice.output
+
+
+ERRORS = [
+    (
+        lambda base, out: peft.quantize_checkpoint(base, out, jlora.Int4()),
+        "`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got Int4(pattern=None, group=128).",
+    ),
+    (
+        lambda base, out: peft.quantize_checkpoint(base, out, jlora.NF4(), skip="."),
+        "`src_dir`: 1 problems:\n  no matrix is left to quantize, with `skip` '.'",
+    ),
+    (
+        lambda base, out: peft.dequantize_checkpoint(base, out),
+        "`src_dir`: {base} is not quantized; use it as it is.",
+    ),
+    (
+        lambda base, out: peft.export_merged(base, "a", out, requantize=True),
+        "`requantize` needs a quantized checkpoint; `src_dir`, {base}, is in floats.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), ERRORS)
+def test_errors(call, message, floats, tmp_path):
+    with pytest.raises(ValueError) as e:
+        call(floats, tmp_path / "out")
+    assert str(e.value) == message.format(base=floats)
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_values_that_are_not_finite(floats, tmp_path):
+    tensors = load_file(floats / FILES[0])
+    tensors["h.0.up.weight"][0, 0] = np.inf
+    save_file(tensors, floats / FILES[0])
+    with pytest.raises(ValueError, match=r"h\.0\.up\.weight: has values that are not finite"):
+        peft.quantize_checkpoint(floats, tmp_path / "out", jlora.NF4())
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
