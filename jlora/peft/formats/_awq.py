@@ -36,7 +36,7 @@ def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Modules with codes, whose words are along the outputs."""
     for name in tensors:
         if name.endswith(".qweight"):
-            inputs, columns = (*tensors.shape(name), 0, 0)[:2]
+            inputs, columns = tensors.matrix(name)
             yield name.removesuffix(".qweight"), "weight", (8 * columns, inputs)
 
 

@@ -118,7 +118,7 @@ def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield module, parameter, _shape(tensors, name)
         elif name.endswith(".SCB"):
             weight = f"{name.removesuffix('.SCB')}.weight"
-            yield name.removesuffix(".SCB"), "weight", tensors.shape(weight)
+            yield name.removesuffix(".SCB"), "weight", tensors.matrix(weight)
 
 
 def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:

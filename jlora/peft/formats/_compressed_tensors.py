@@ -63,7 +63,7 @@ def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             shape = tensors.read(f"{module}.weight_shape", ("I64", "I32"), (2,))
             yield module, "weight", tuple(map(int, shape))
         elif parameter == "weight" and tensors.dtype(name) == "F8_E4M3":
-            yield module, "weight", tensors.shape(name)
+            yield module, "weight", tensors.matrix(name)
 
 
 register(Format("compressed-tensors", find, read))

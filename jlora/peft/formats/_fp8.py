@@ -40,7 +40,7 @@ def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     for name in tensors:
         if tensors.dtype(name) == "F8_E4M3":
             module, _, parameter = name.rpartition(".")
-            yield module, parameter, tensors.shape(name)
+            yield module, parameter, tensors.matrix(name)
 
 
 register(Format("fp8", find, read))

@@ -51,7 +51,7 @@ def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Modules with codes, whose words are along the inputs."""
     for name in tensors:
         if name.endswith(".qweight"):
-            rows, outputs = (*tensors.shape(name), 0, 0)[:2]
+            rows, outputs = tensors.matrix(name)
             yield name.removesuffix(".qweight"), "weight", (outputs, 8 * rows)
 
 

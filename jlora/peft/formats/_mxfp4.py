@@ -35,8 +35,10 @@ def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     for name in tensors:
         if name.endswith("_blocks"):
             module, _, parameter = name.removesuffix("_blocks").rpartition(".")
-            *lead, blocks, _ = (*tensors.shape(name), 0, 0)[: len(tensors.shape(name))]
-            yield module, parameter, (*lead, 32 * blocks)
+            shape = tensors.shape(name)
+            if len(shape) != 4 or 0 in shape:
+                raise Unreadable(f"{name}: expected (experts, rows, blocks, 16), got {shape}")
+            yield module, parameter, (*shape[:2], 32 * shape[2])
 
 
 register(Format("mxfp4", find, read))

@@ -53,6 +53,13 @@ class Tensors:
         """The shape of a tensor."""
         return self._entry(name).shape
 
+    def matrix(self, name: str) -> tuple[int, int]:
+        """The shape of a tensor that must be a matrix."""
+        shape = self.shape(name)
+        if len(shape) != 2 or 0 in shape:
+            raise Unreadable(f"{name}: expected a matrix, got shape {shape}")
+        return shape[0], shape[1]
+
     def _entry(self, name: str) -> Any:
         if name not in self:
             raise Unreadable(f"{name}: missing")
