@@ -406,7 +406,8 @@ def plan_step(args: argparse.Namespace, method: str, mesh: jax.sharding.Mesh) ->
     lora, token = jlora.transform(model.apply, *rules), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if method == "nf4":
         dense = places_of(base)
-        base = jlora.quantize(base, jlora.NF4(), sites=lora.sites(base, token))
+        block = min(64, model.config.dim // max(mesh.shape.values()))  # a part of no other device
+        base = jlora.quantize(base, jlora.NF4(block=block), sites=lora.sites(base, token))
         base = placed(base, sharding.specs(dense, base))
         base = sharding.gathered(base, sharding.replicated(dense, "fsdp"))
     _, adapter = jax.eval_shape(lora.init, jax.random.key(0), base, token)

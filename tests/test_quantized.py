@@ -87,7 +87,7 @@ def test_zeros(scheme):
     np.testing.assert_array_equal(back, np.zeros((256, 128)))
 
 
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(deadline=None, max_examples=10)
 @hypothesis.given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     block=st.sampled_from([2, 4, 6]),
