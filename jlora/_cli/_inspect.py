@@ -16,7 +16,7 @@ from .._table import aligned, readable
 from .._tree import count, size_in_bytes
 from ..adapters import LowRank, is_node, weight_shape
 from ._quantize import Quantized
-from ._read import Opened, format_of, open_adapter
+from ._read import Opened, format_of, has_tensors, open_adapter
 
 SHOWN = 4  # singular values in the table
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
@@ -95,7 +95,8 @@ class Inspection(NamedTuple):
 
 def inspect(folder: Path, *, every: bool = False) -> "Inspection | Quantized":
     """Reads the adapter in `folder` and measures each ΔW; of a quantized model its matrices."""
-    if format_of(folder, "DIR") == "huggingface" and (found := peft.matrices(folder)):
+    is_model = format_of(folder, "DIR") == "huggingface" and has_tensors(folder)
+    if is_model and (found := peft.matrices(folder)):
         return Quantized(folder, found)
     adapter = open_adapter(folder, "DIR")
     low = {name: x for name, x in adapter.leaves.items() if is_node(x)}

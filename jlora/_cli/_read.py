@@ -67,6 +67,11 @@ def format_of(folder: Path, what: str, *, model: bool = False) -> str:
     )
 
 
+def has_tensors(folder: Path) -> bool:
+    """Whether a model's safetensors are in `folder`."""
+    return any((folder / name).exists() for name in (ONE, INDEX))
+
+
 def _open_peft(folder: Path) -> Opened:
     base = peft.read_config(folder).get("base_model_name_or_path")
     return Opened(folder, "peft", load_alone(folder).leaves, {"base_model": base})
