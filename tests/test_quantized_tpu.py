@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 import pod
 import pytest
+from bench import tpu
 from collectives import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from bench import tpu
 from jlora import NF4, LoRA, sharding
 from jlora._compat import HURRIED
 
