@@ -285,8 +285,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
 def fingerprint(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str, Any]:
     """All that the losses depend on; a run with another one is another run."""
-    names = ("seed", "steps", "batch", "length", "rank", "alpha", "learning_rate", "dtype", "remat")
-    names = (*names, "quantize")
+    names = ("seed", "steps", "batch", "length", "rank", "alpha", "learning_rate", "dtype")
+    names += ("remat", "quantize")
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     return {name: getattr(args, name) for name in names} | {"gguf": str(args.gguf), "data": digest}
 

@@ -32,7 +32,8 @@ def quantize(
         params: a tree of arrays.
         *schemes: `NF4`, `FP4`, `Int8`, `Int4`, `FP8`, `MXFP4`; the first whose pattern matches the
             path of a leaf takes it. One without a pattern takes every dense site that is neither an
-            embedding nor the head (as many outputs as an embedding has rows), nor trained in full.
+            embedding nor the head (as many outputs as the largest embedding has rows), nor trained
+            in full.
         sites: what the model does with each leaf, from `lora.sites(params, ...)`, by which blocks
             run along inputs. Without it the last axis of a leaf is its outputs, the one before its
             inputs, and those before a stack.
@@ -69,7 +70,7 @@ def quantize(
                 f"jlora.MXFP4; got {scheme!r}."
             )
     leaves, tree = flatten(params)
-    paths = [path for path, _ in leaves_by_path(params, is_quantized)]
+    paths = [path for path, _ in leaves_by_path(params)]
     taken = _taken(dict(zip(paths, leaves, strict=True)), schemes, sites)
     shown = tqdm(paths, "quantize", unit="leaf", disable=None if _is_eager(leaves) else True)
     for i, path in enumerate(shown):
@@ -137,7 +138,7 @@ def quantization(tree: PyTree) -> Quantization:
         w     256×256  NF4(block=64, double=True)  4.127  256.0 KiB  33.0 KiB  0.092
         257.0 KiB before, 34.0 KiB after, of which 1.0 KiB are not quantized
     """
-    leaves = leaves_by_path(tree, is_quantized)
+    leaves = leaves_by_path(tree)
     found = [_entry(path, x) for path, x in leaves if is_quantized(x)]
     rest = [x for _, x in leaves if not is_quantized(x)]
     return Quantization(tuple(found), sum(np.size(x) * jnp.result_type(x).itemsize for x in rest))
@@ -176,7 +177,7 @@ def _taken(
             f"`sites` is not of `params`: {name_of(first)} is in one of them only. Give "
             "lora.sites(params, ...) of the same tree."
         )
-    rows = {s.shape[s.layout.inputs[0]] for s in found.values() if s.kind == "embed" and s.layout}
+    rows = max((s.inputs for s in found.values() if s.kind == "embed"), default=0)
     taken: dict[Path, tuple[Scheme, Form]] = {}
     used = set[int]()
     for path, x in leaves.items():
@@ -192,12 +193,12 @@ def _taken(
     return taken
 
 
-def _takes(scheme: Scheme, path: str, site: Site | None, rows: set[int]) -> bool:
+def _takes(scheme: Scheme, path: str, site: Site | None, rows: int) -> bool:
     if scheme.pattern is not None:
         return matches(scheme, path)
     if site is None or site.kind != "dense" or site.layout is None:
         return False
-    return site.outputs not in rows and not isinstance(site.rule, Full)
+    return site.outputs != rows and not isinstance(site.rule, Full)
 
 
 def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) -> None:

@@ -135,6 +135,19 @@ def test_without_a_pattern_neither_embeddings_nor_the_head():
     assert kinds == {"up": "NF4", "down": "Int8"}
 
 
+def test_a_table_of_positions_makes_no_head():
+    """It has as many rows as a layer has outputs, as in GPT-2 of 1,024 dimensions."""
+    params = language_params() | {"positions": normal(64, 64)}
+
+    def model(p, ids):
+        x = p["embed"][ids] + p["positions"][jnp.arange(len(ids))]
+        return jnp.tanh(x @ p["up"]) @ p["down"] @ p["head"]
+
+    sites = jlora.transform(model).sites(params, jnp.arange(4))
+    base = jlora.quantize(params, jlora.NF4(), sites=sites)
+    assert {name for name, x in base.items() if jlora.is_quantized(x)} == {"up", "down"}
+
+
 def test_rows_of_an_embedding_are_blocks():
     """So that a lookup reads its rows alone."""
     params, ids = language_params(), jnp.array([[3, 95], [0, 3]])
@@ -232,6 +245,18 @@ def test_a_scale_that_is_trained_has_its_gradient():
 
     actual, expected = (float(jax.grad(value)(2.0, b)) for b in (base, jlora.dequantize(base)))
     assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_are_trained_beside_a_quantized_table():
+    """A frozen table and new rows, joined: the new rows have their gradient."""
+    params = {"table": normal(64, 64), "new": normal(4, 64, seed=1)}
+    x = normal(3, 64, seed=2)
+    lora = jlora.transform(
+        lambda p, x: x @ jnp.concatenate([p["table"], p["new"]]).T, jlora.Full("new")
+    )
+    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, jlora.NF4("table")), x)
+    f = laws.value_and_slope(lambda a, base: lora.apply(base, a, x))
+    laws.assert_close(f(adapter, base), f(adapter, jlora.dequantize(base)), 1e-6)
 
 
 def test_params_in_one_tree():

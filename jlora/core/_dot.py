@@ -179,7 +179,7 @@ def _contractions(eqn: Equation) -> list[_Contraction]:
     contracted, batch = eqn.params["dimension_numbers"]
     # One letter an axis; those that meet share it. Example: x (b, t, i) · w (i, o), contracted
     # over i, is x_axes = "abc", w_axes = "ce", y_axes = "abe".
-    x_rank, y_rank = (jnp.ndim(value_of(z)) for z in eqn.operands)
+    x_rank, y_rank = (len(z.shape) for z in eqn.operands)
     names = letters(x_rank + y_rank)
     first, second = list(names[:x_rank]), list(names[x_rank:])
     for i, j in zip((*batch[0], *contracted[0]), (*batch[1], *contracted[1]), strict=True):

@@ -274,7 +274,8 @@ def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
     axes = tuple(
         Axis(i, frozenset().union(*(w.axes[i].leaf for w in weights))) for i in range(out.ndim)
     )
-    if any(isinstance(w.value, Packed) for w in weights):
+    # What is not packed may have a derivative, which a product with a packed weight has not.
+    if all(isinstance(p, Weight) and isinstance(p.value, Packed) for p in eqn.operands):
         value = _packed_join(eqn, axes)
     else:
         value = eqn.bind(*map(value_of, eqn.operands))
@@ -289,16 +290,12 @@ def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
 
 
 def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
-    """The operands, some of them packed, which are joined when they are unpacked."""
-    old = [x.axes if isinstance(x, Weight) else () for x in eqn.operands]
-    values = [x.value if isinstance(x, Weight) else x for x in eqn.operands]
+    """The operands, all of them packed, which are joined when they are unpacked."""
+    old, parts = [w.axes for w in eqn.operands], [w.value for w in eqn.operands]
 
-    def unpack(parts: Sequence[Any]) -> Factor:
-        pairs = zip(parts, old, strict=True)
-        arrays = [x.array(a) if isinstance(x, Packed) else x.value for x, a in pairs]
-        return Factor(eqn.bind(*arrays), axes)
+    def unpack(parts: Sequence[Packed]) -> Factor:
+        return Factor(eqn.bind(*(x.array(a) for x, a in zip(parts, old, strict=True))), axes)
 
-    parts = [x if isinstance(x, Packed) else Factor(x, axes) for x in values]
     return Packed(parts, unpack, eqn.outputs[0].shape, eqn.outputs[0].dtype).named(axes)
 
 

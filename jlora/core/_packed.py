@@ -54,16 +54,6 @@ class Packed:
     last: int = dataclasses.field(default=-1, metadata={"static": True})
 
     @property
-    def ndim(self) -> int:
-        """The number of axes of W."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """The number of entries of W."""
-        return math.prod(self.shape)
-
-    @property
     def factors(self) -> list[Factor]:
         """The parts."""
         return jax.tree.leaves(self.parts, is_leaf=_is_factor)
@@ -92,10 +82,6 @@ class Packed:
             even=self.even.difference(axes),
             touched=self.touched.union(axes),
         )
-
-    def astype(self, dtype: Any) -> "Packed":
-        """The same rounded to another dtype."""
-        return self.then(lambda f: f.replace(f.value.astype(dtype))).replace(dtype=dtype)
 
     def without(self, axes: Collection[Axis]) -> "Packed":
         """The same without some axes of length 1."""

@@ -150,7 +150,8 @@ def dequantize_checkpoint(
         raise ValueError(
             f"`src_dir`: {checkpoint.source.folder} is not quantized; use it as it is."
         )
-    source, dtype = _Source(tensors, config, "src_dir"), _float_dtype(checkpoint)
+    dtype = _float_dtype(checkpoint)
+    source = _Source(tensors, config, "src_dir", dtype)
     found, main, helpers = list[Matrix](), dict[str, str](), set[str]()
     for name in source.modules:
         found.append(_matrix(name, source.read(name)))
@@ -190,7 +191,7 @@ def matrices(dir: str | os.PathLike[str]) -> list[Matrix]:
     """The quantized tensors of a checkpoint; none of one in floats."""
     checkpoint = open_checkpoint(dir, "dir")
     config = configuration_of(checkpoint)
-    source = _Source(Tensors(checkpoint), config, "dir")
+    source = _Source(Tensors(checkpoint), config, "dir", jnp.float32)
     return [_matrix(name, source.read(name)) for name in source.modules]
 
 
@@ -200,8 +201,8 @@ def matrices(dir: str | os.PathLike[str]) -> list[Matrix]:
 class _Source:
     """The quantized parameters of a checkpoint by name."""
 
-    def __init__(self, tensors: Tensors, config: dict[str, Any], argument: str) -> None:
-        self.tensors, self.config, self.argument = tensors, config, argument
+    def __init__(self, tensors: Tensors, config: dict[str, Any], argument: str, dtype: Any) -> None:
+        self.tensors, self.config, self.argument, self.dtype = tensors, config, argument, dtype
         self.format = format_of(config, argument)
         with self.errors():
             each = self.format.find(tensors) if self.format else ()
@@ -213,7 +214,7 @@ class _Source:
             stored = self.format.read(self.tensors, self.config, *self.modules[name])
             if stored is None:
                 raise Unreadable(f"{name}: is not quantized as the configuration says")
-            check_finite(stored, name, stored.dtype or jnp.float32)
+            check_finite(stored, name, stored.dtype or self.dtype)
         return stored
 
     @contextlib.contextmanager
