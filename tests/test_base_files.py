@@ -445,6 +445,11 @@ def test_what_bitsandbytes_has_not_is_refused(tmp_path):
         "`base` cannot be written as bitsandbytes does. 1 problems:\n"
         "  up/kernel: Int4(group=128) is not of bitsandbytes"
     )
+    mixed = {"a": params["up"], "b": params["up"]}
+    mixed = jlora.quantize(mixed, jlora.NF4("a/"), jlora.Int8("b/"))
+    message = "NF4.block=64, double=True. and Int8.block=None., of which a configuration of bitsan"
+    with pytest.raises(ValueError, match=f"`base` has weights of {message}"):
+        peft.save_base(tmp_path / "base", mixed, NAMES)
     wide = jlora.quantize(params, jlora.NF4("kernel"))
     wide["up"]["kernel"] = dataclasses.replace(wide["up"]["kernel"], dtype=jnp.dtype("float64"))
     with pytest.raises(ValueError, match="up/kernel: float64 is not of bitsandbytes; expected flo"):

@@ -1,13 +1,12 @@
 """Quantized bases: what a scheme keeps, which leaves it takes, and what the step makes of them."""
 
-import functools
-
 import hypothesis
 import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from chain import FORMS
 from hypothesis import strategies as st
 from own_schemes import Pairs
 
@@ -326,28 +325,6 @@ def test_layers_joined_and_moved():
 # ------------------------------------------------------------------------------------- memory
 
 LAYERS, DIM, TOKENS = 8, 512, 64
-
-
-def layer(w, x):
-    return x + jnp.tanh(x @ w)
-
-
-def unrolled(params, x, layer=layer):
-    for w in params.values():
-        x = layer(w, x)
-    return x
-
-
-def scanned(params, x, layer=layer):
-    return jax.lax.scan(lambda x, w: (layer(w, x), None), x, params["w"])[0]
-
-
-FORMS = {
-    "scan": scanned,
-    "scan+remat": functools.partial(scanned, layer=jax.checkpoint(layer)),
-    "plain": unrolled,
-    "remat": functools.partial(unrolled, layer=jax.checkpoint(layer)),
-}
 # XLA's CPU compiler of JAX 0.10 joins what a barrier keeps apart, of the model's own remat too.
 NEWEST = jax.__version_info__ >= (0, 11)
 

@@ -14,6 +14,7 @@ import optax
 import pod
 import pytest
 from bench import tpu
+from chain import FORMS
 from collectives import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -37,28 +38,6 @@ def placed(tree, places):
 
 
 # ------------------------------------------------------------------------------- a chain of layers
-
-
-def layer(w, x):
-    return x + jnp.tanh(x @ w)
-
-
-def unrolled(params, x, layer=layer):
-    for w in params.values():
-        x = layer(w, x)
-    return x
-
-
-def scanned(params, x, layer=layer):
-    return jax.lax.scan(lambda x, w: (layer(w, x), None), x, params["w"])[0]
-
-
-FORMS = {
-    "plain": unrolled,
-    "remat": functools.partial(unrolled, layer=jax.checkpoint(layer)),
-    "scan": scanned,
-    "scan+remat": functools.partial(scanned, layer=jax.checkpoint(layer)),
-}
 
 
 def compiled(form, layers, mesh, scheme, *spec):

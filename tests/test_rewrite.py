@@ -173,6 +173,12 @@ def test_errors(call, message, floats, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
+def test_weights_that_lie_turned(floats, tmp_path):
+    (floats / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match=r"weights of gpt2 lie as .inputs, outputs., which bitsan"):
+        peft.quantize_checkpoint(floats, tmp_path / "out", jlora.NF4())
+
+
 def test_values_that_are_not_finite(floats, tmp_path):
     tensors = load_file(floats / FILES[0])
     tensors["h.0.up.weight"][0, 0] = np.inf

@@ -183,7 +183,7 @@ def save_base(
     Raises:
         FileExistsError: if `dir` is there and not an empty folder.
         ValueError: if a leaf has no name, or is quantized in a scheme or in blocks that
-            bitsandbytes has not.
+            bitsandbytes has not, or some are of 4 and some of 8 bits.
 
     Example:
         See `load_base`.
@@ -192,6 +192,12 @@ def save_base(
     packed = [leaf for leaf in leaves if is_quantized(leaf.value)]
     if wrong := [f"{'/'.join(leaf.path)}: {why}" for leaf in packed if (why := _unwritable(leaf))]:
         raise ValueError(f"`base` cannot be written as bitsandbytes does. {listing(wrong)}")
+    kinds = {leaf.value.scheme.bits: spelled(leaf.value.scheme) for leaf in packed}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"`base` has weights of {' and '.join(kinds.values())}, of which a configuration of "
+            "bitsandbytes knows one. Quantize all in 4 bits, or all in 8."
+        )
     tensors: dict[str, np.ndarray] = {}
     for leaf in leaves:
         if not is_quantized(leaf.value):

@@ -27,6 +27,8 @@ from .formats import _bitsandbytes as bnb
 FLOATS = ("F32", "F16", "BF16")
 # What `transformers` leaves as it is: embeddings, and the head.
 SKIP = r"embed|wte|wpe|lm_head|cls|classifier|score|head|pooler"
+# Models whose weights lie as (inputs, outputs), in a `Conv1D`, which bitsandbytes would turn.
+TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
 
 class Matrix(NamedTuple):
@@ -72,8 +74,8 @@ def quantize_checkpoint(
 
     Raises:
         FileExistsError: if `out_dir` is there and not an empty folder.
-        ValueError: if the checkpoint is damaged, quantized already, or has nothing to quantize; or
-            the scheme is not of bitsandbytes.
+        ValueError: if the checkpoint is damaged, quantized already, of a model whose weights lie
+            turned, or has nothing to quantize; or the scheme is not of bitsandbytes.
 
     Example:
         >>> import tempfile, jlora, numpy as np
@@ -96,6 +98,12 @@ def quantize_checkpoint(
         raise ValueError(
             f"`src_dir`: {checkpoint.source.folder} is quantized already, by "
             f"{brief(config.get('quant_method'))}. Give the one that it was made of."
+        )
+    kind = _config(checkpoint).get("model_type")
+    if kind in TURNED:
+        raise ValueError(
+            f"`src_dir`: weights of {kind} lie as (inputs, outputs), which bitsandbytes would turn. "
+            "Load it, use jlora.quantize, and keep it in Orbax."
         )
     tensors, found = Tensors(checkpoint), list[Matrix]()
     leaves: dict[str, Quantized] = {}
@@ -227,7 +235,7 @@ class _Source:
 
 def _float_dtype(checkpoint: Checkpoint) -> Any:
     """What the configuration says that floats are in; bfloat16 where it says nothing."""
-    config = read_json(checkpoint.source, "config.json", LIMIT)
+    config = _config(checkpoint)
     said = config.get("dtype", config.get("torch_dtype"))
     return jnp.dtype(said if said in ("float32", "float16") else "bfloat16")
 
@@ -264,8 +272,7 @@ def _rewrite(
                 save_file(written, folder / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(written, file)
                 size += sum(x.nbytes for x in written.values())
-            config = read_json(source, "config.json", LIMIT) if _has_config(checkpoint) else {}
-            config = config_of(config)
+            config = config_of(_config(checkpoint))
         except Unreadable as e:
             raise ValueError(f"`src_dir`: {listing([str(e)])}") from None
         for name in checkpoint.kept:
@@ -278,8 +285,9 @@ def _rewrite(
             )
 
 
-def _has_config(checkpoint: Checkpoint) -> bool:
-    return "config.json" in checkpoint.kept
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    has_one = "config.json" in checkpoint.kept
+    return read_json(checkpoint.source, "config.json", LIMIT) if has_one else {}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -43,6 +43,7 @@ class Int4(Scheme):
     group: int = 128
 
     bits: ClassVar[int] = 4
+    scales: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
 
     def __post_init__(self) -> None:

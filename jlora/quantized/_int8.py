@@ -44,6 +44,7 @@ class Int8(Scheme):
     block: int | None = None
 
     bits: ClassVar[int] = 8
+    scales: ClassVar[tuple[str, ...]] = ("float32", "float16")
     legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
 
     def __post_init__(self) -> None:

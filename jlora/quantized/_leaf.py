@@ -101,6 +101,7 @@ class Quantized:
 
     def packed(self, axes: Sequence[Axis], dtype: Any = None) -> Packed:
         """What the interpreter takes, of W with the axes `axes`; in its own dtype unless told."""
+        self._check_dtypes()
 
         def factor(x: Any, dims: Sequence[int | None], other: Axis) -> Factor:
             return Factor(x, tuple(other if d is None else axes[d] for d in dims))
@@ -125,6 +126,21 @@ class Quantized:
         ).named(axes)
         loosened = functools.partial(_loosened, self._how(axes, packed.dtype))
         return packed.replace(loosened=loosened) if self.nested is not None else loosened(packed)
+
+    def _check_dtypes(self) -> None:
+        """Raises where the arrays have been cast, as by a map over all arrays of a tree."""
+        legal = self.scheme.scales if self.nested is None else ("uint8",)
+        nested = () if self.nested is None else self.nested
+        if str(self.scale.dtype) in legal and all(str(x.dtype) == "float32" for x in nested):
+            return
+        found = ", ".join(str(x.dtype) for x in (self.scale, *nested))
+        raise TypeError(
+            f"a quantized weight has scales of {found}; those of {spelled(self.scheme)} are "
+            f"{' or '.join(legal)}, and what they are computed from is float32. Was the whole tree "
+            "cast? Leave quantized weights as they are: "
+            "jax.tree.map(lambda x: x if jlora.is_quantized(x) else x.astype(dtype), params, "
+            "is_leaf=jlora.is_quantized)."
+        )
 
     def _how(self, axes: Sequence[Axis], dtype: Any) -> "_How":
         return _How(self.scheme, self.form, tuple(axes), dtype, self.used)

@@ -45,6 +45,7 @@ class MXFP4(Scheme):
     """
 
     bits: ClassVar[int] = 4
+    scales: ClassVar[tuple[str, ...]] = ("uint8",)
     legal: ClassVar[tuple[int, ...]] = (BLOCK,)
 
     def form(

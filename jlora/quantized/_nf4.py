@@ -32,6 +32,7 @@ class Table(Scheme):
     double: bool = False
 
     bits: ClassVar[int] = 4
+    scales: ClassVar[tuple[str, ...]] = ("float32", "uint8")
     legal: ClassVar[tuple[int, ...]] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
     table: ClassVar[np.ndarray]
 

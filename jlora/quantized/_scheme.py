@@ -41,6 +41,7 @@ class Scheme:
 
     bits: ClassVar[int]  # of a code
     legal: ClassVar[tuple[int, ...]]  # lengths of blocks
+    scales: ClassVar[tuple[str, ...]] = ("float32",)  # dtypes of scales, here or in a file
 
     def __post_init__(self) -> None:
         if self.pattern is not None:

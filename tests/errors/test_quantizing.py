@@ -329,6 +329,38 @@ def test_attributes_of_arrays():
         jax.lax.scan(lambda x, w: (x @ w, None), array(2, 96), leaf)
 
 
+CAST = (
+    "a quantized weight has scales of {0}; those of {1} are {2}, and what they are computed from "
+    "is float32. Was the whole tree cast? Leave quantized weights as they are: "
+    "jax.tree.map(lambda x: x if jlora.is_quantized(x) else x.astype(dtype), params, is_leaf=jlora.is_quantized)."
+)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (NF4("w"), ("uint8, bfloat16, bfloat16", "NF4(block=64, double=True)", "uint8")),
+        (
+            NF4("w", double=False),
+            ("bfloat16", "NF4(block=64, double=False)", "float32 or uint8"),
+        ),
+        (FP8("w"), ("bfloat16", "FP8(block=128)", "float32")),
+        (Int8("w"), ("bfloat16", "Int8(block=None)", "float32 or float16")),
+    ],
+)
+def test_a_tree_that_was_cast(scheme: Any, words: tuple[str, ...]) -> None:
+    """Scales of fewer bits would be other values, and nothing would say so."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+
+    base = jax.tree.map(cast, jlora.quantize({"w": array(128, 128)}, scheme))
+    with refused(TypeError, CAST.format(*words)):
+        jlora.wrap(lambda p: array(2, 128) @ p["w"])(base)
+    with refused(TypeError, CAST.format(*words)):
+        jlora.dequantize(base)
+
+
 def test_gathered_without_a_mesh():
     base = jlora.quantize({"w": array(64, 64)}, jlora.NF4("w"))
     base = jlora.sharding.gathered(base, {"w": P(None, "tensor")})
