@@ -102,8 +102,8 @@ def quantize_checkpoint(
     kind = _config(checkpoint).get("model_type")
     if kind in TURNED:
         raise ValueError(
-            f"`src_dir`: weights of {kind} lie as (inputs, outputs), which bitsandbytes would turn. "
-            "Load it, use jlora.quantize, and keep it in Orbax."
+            f"`src_dir`: weights of {kind} lie as (inputs, outputs), which bitsandbytes would "
+            "turn. Load it, use jlora.quantize, and keep it in Orbax."
         )
     tensors, found = Tensors(checkpoint), list[Matrix]()
     leaves: dict[str, Quantized] = {}
