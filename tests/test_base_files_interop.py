@@ -18,7 +18,13 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 torch = pytest.importorskip("torch")
 functional = pytest.importorskip("bitsandbytes.functional")
 
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 CONFIG = llama.Config(vocab=96, layers=2, dim=128, hidden=192, heads=4, kv_heads=2, tied=False)
 KINDS = {
@@ -106,6 +112,34 @@ def test_written_back_byte_for_byte(folder, kind, tmp_path):
     assert model.config.quantization_config.load_in_4bit == (kind != "int8")
 
 
+@pytest.mark.parametrize("scheme", [jlora.NF4(), jlora.Int8()], ids=str)
+def test_quantized_for_transformers(scheme, tmp_path):
+    """A folder of ours is loaded with just those layers in few bits, and computes the same."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = BertConfig(num_hidden_layers=1, vocab_size=96, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "float")
+    found = peft.quantize_checkpoint(tmp_path / "float", tmp_path / "small", scheme)
+    peft.dequantize_checkpoint(tmp_path / "small", tmp_path / "dense")
+    small, dense = (
+        BertForSequenceClassification.from_pretrained(
+            tmp_path / name, device_map="cpu", dtype=torch.float32
+        ).train(False)
+        for name in ("small", "dense")
+    )
+    kinds = {type(m).__name__ for m in small.modules()} - {
+        type(m).__name__ for m in dense.modules()
+    }
+    layers = {n for n, m in small.named_modules() if type(m).__name__ in kinds}
+    assert len(kinds) == 1
+    assert layers == {m.name.removesuffix(".weight") for m in found}
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        ours, theirs = (model(ids).logits for model in (dense, small))
+    # In 8 bits its products are of integers, its activations too.
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 if scheme.bits == 4 else 5e-3)
+
+
 @pytest.mark.parametrize("kind", ["nf4-double", "fp4"])
 def test_logits_and_gradients_are_those_of_peft(folder, kind):
     from peft import LoraConfig, get_peft_model
@@ -179,6 +213,13 @@ def draw(*shape, low=-8, high=8, dtype=torch.int8):
     return torch.randint(low, high, shape, generator=generator).to(dtype)
 
 
+def loaded(folder, shape):
+    like = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
+    leaf = peft.load_base(folder, NAMES, like=like)["up"]["kernel"]
+    assert jlora.is_quantized(leaf)
+    return np.float32(leaf.array()).T
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", [(64, 128), (40, 96)])
 def test_compressed_tensors(shape, symmetric, tmp_path):
@@ -201,10 +242,50 @@ def test_compressed_tensors(shape, symmetric, tmp_path):
     unpacked = helpers.unpack_from_int32(tensors["up.weight_packed"], 4, torch.Size(shape))
     each = [x.float().repeat_interleave(group, 1) for x in (zero, scale / 512)]
     expected = (unpacked.float() - each[0]) * each[1]
-    like = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
-    leaf = peft.load_base(folder, NAMES, like=like)["up"]["kernel"]
-    assert jlora.is_quantized(leaf)
-    np.testing.assert_array_equal(np.asarray(leaf.array()).T, expected.numpy())
+    np.testing.assert_array_equal(loaded(folder, shape), expected.numpy())
+
+
+def test_awq(tmp_path):
+    """As compressed-tensors' converter of AutoAWQ's files reads the words."""
+    from compressed_tensors.compressors import pack_quantized as helpers
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+
+    (rows, columns), group = (64, 128), 32
+    words = {"low": -(2**31), "high": 2**31, "dtype": torch.int32}
+    scale = draw(columns // group, rows, low=1, high=60).to(torch.float16) / 512
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
+    tensors = {
+        "up.qweight": draw(columns, rows // 8, **words),
+        "up.qzeros": draw(columns // group, rows // 8, **words),
+        "up.scales": scale,
+    }
+    folder = written(tmp_path / "base", tensors, config)
+    theirs = AutoAWQConverter.from_autoawq_config(config).process(dict(tensors))
+    codes = helpers.unpack_from_int32(theirs["up.weight_packed"], 4, torch.Size((rows, columns)))
+    zeros = helpers.unpack_from_int32(
+        theirs["up.weight_zero_point"], 4, torch.Size((rows, columns // group)), packed_dim=0
+    )
+    each = [x.float().repeat_interleave(group, 1) for x in (zeros, theirs["up.weight_scale"])]
+    expected = (codes.float() - each[0]) * each[1]
+    np.testing.assert_array_equal(loaded(folder, (rows, columns)), expected.numpy())
+
+
+@pytest.mark.parametrize("shape", [(256, 128), (200, 320)])
+def test_fp8_squares(shape, tmp_path):
+    """As compressed-tensors' own converter dequantizes DeepSeek's files."""
+    from compressed_tensors.entrypoints.convert.converters.fp8block_dequantizer import (
+        FP8BlockDequantizer,
+    )
+
+    codes = draw(*shape, low=-448, high=449, dtype=torch.float32).to(torch.float8_e4m3fn)
+    grid = [-(-n // 128) for n in shape]
+    scale = draw(*grid, low=1, high=1000, dtype=torch.float32) / 1e5
+    tensors = {"up.weight": codes, "up.weight_scale_inv": scale}
+    folder = written(
+        tmp_path / "base", tensors, {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    )
+    theirs = FP8BlockDequantizer(targets=["up"], dtype=torch.float32).process(dict(tensors))
+    np.testing.assert_array_equal(loaded(folder, shape), theirs["up.weight"].numpy())
 
 
 def test_mxfp4_experts(tmp_path):

@@ -165,10 +165,8 @@ def test_a_preempted_run_saves_and_stops_and_has_its_folder_alone(run):
 # ------------------------------------------------------------------------------------------- disks
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=[] if k == disks.KINDS[-1] else pytest.mark.slow) for k in disks.KINDS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", disks.KINDS)
 def test_a_disk_that_is_full_or_cannot_be_written_costs_no_checkpoint(run, kind):
     with disks.disk(run.folder / kind, kind) as disk:
         name = f"{kind}/run"

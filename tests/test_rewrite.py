@@ -59,7 +59,9 @@ def test_there_and_back(scheme, floats, tmp_path):
     """What is written is what `quantize` gives, and what is read back what that stands for."""
     found = peft.quantize_checkpoint(floats, tmp_path / "small", scheme)
     assert [m.name for m in found] == ["h.0.up.weight", "h.1.up.weight"]
-    assert config_of(tmp_path / "small")["quantization_config"]["quant_method"] == "bitsandbytes"
+    said = config_of(tmp_path / "small")["quantization_config"]
+    assert said["quant_method"] == "bitsandbytes"
+    assert set(said["llm_int8_skip_modules"]) == {"embed", "lm_head", "cls", "embed_out"}
     old, expected = tensors_of(floats), {}
     for m in found:
         leaf = jlora.quantize({"w": jnp.asarray(old[m.name]).T}, type(scheme)("w"))["w"]

@@ -199,14 +199,16 @@ def save_base(
             "bitsandbytes knows one. Quantize all in 4 bits, or all in 8."
         )
     tensors: dict[str, np.ndarray] = {}
-    for leaf in leaves:
-        if not is_quantized(leaf.value):
-            tensors |= dict(zip(keys_of(leaf), weights(leaf, leaf.value), strict=True))
+    floats = [leaf for leaf in leaves if not is_quantized(leaf.value)]
+    for leaf in floats:
+        tensors |= dict(zip(keys_of(leaf), weights(leaf, leaf.value), strict=True))
     for leaf in packed:
         tensors |= bnb.write(leaf.value, list(leaf.modules), leaf.name.parameter)
     said = dict(config or {})
     if packed:
-        said["quantization_config"] = bnb.configuration([leaf.value for leaf in packed])
+        modules = [m for leaf in floats if leaf.name.kind == "linear" for m in leaf.modules]
+        first = packed[0].value
+        said["quantization_config"] = bnb.configuration(first.scheme, first.dtype, modules)
     with fresh(dir, "dir", "save_base") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
         (folder / "config.json").write_bytes(json.dumps(said, indent=2).encode())

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .._rules import matches
-from ..quantized import FP4, NF4, Int8, Quantized, Scheme, quantized, spelled
+from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
 from ._base import configuration_of, format_of
 from ._checkpoint import INDEX, LIMIT, Checkpoint, open_checkpoint
 from ._file import fresh
@@ -106,14 +106,16 @@ def quantize_checkpoint(
             "turn. Load it, use jlora.quantize, and keep it in Orbax."
         )
     tensors, found = Tensors(checkpoint), list[Matrix]()
-    leaves: dict[str, Quantized] = {}
+    dtypes, floats = list[Any](), list[str]()
 
     def convert(name: str) -> dict[str, np.ndarray] | None:
         shape = tensors.shape(name)
-        taken = name.endswith(".weight") if scheme.pattern is None else matches(scheme, name)
-        if not taken or len(shape) != 2 or re.search(skip, name) or 0 in shape:
+        module, _, parameter = name.rpartition(".")
+        if len(shape) != 2 or 0 in shape or tensors.dtype(name) not in FLOATS:
             return None
-        if tensors.dtype(name) not in FLOATS:
+        taken = parameter == "weight" if scheme.pattern is None else matches(scheme, name)
+        if not taken or re.search(skip, name):
+            floats.append(module)
             return None
         w = jnp.asarray(tensors.read(name, FLOATS, shape))
         if not bool(jnp.isfinite(w).all()):
@@ -122,14 +124,13 @@ def quantize_checkpoint(
         found.append(
             Matrix(name, shape, spelled(scheme), leaf.nbytes, float(jnp.max(leaf.error)), scheme)
         )
-        leaves.setdefault("first", leaf)
-        module, _, parameter = name.rpartition(".")
+        dtypes.append(leaf.dtype)
         return bnb.write(leaf, [module], parameter)
 
     def config_of(config: dict[str, Any]) -> dict[str, Any]:
         if not found:
             raise Unreadable(f"no matrix is left to quantize, with `skip` {skip!r}")
-        return config | {"quantization_config": bnb.configuration([leaves["first"]])}
+        return config | {"quantization_config": bnb.configuration(scheme, dtypes[0], floats)}
 
     _rewrite(checkpoint, out_dir, convert, config_of, "quantize")
     return found

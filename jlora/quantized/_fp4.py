@@ -6,12 +6,10 @@ from typing import ClassVar
 import numpy as np
 
 from ._nf4 import Table
-from ._scheme import register
 
 _MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32)
 
 
-@register
 @dataclasses.dataclass(frozen=True)
 class FP4(Table):
     r"""4-bit floating point of bitsandbytes: $w = c_q \cdot \max_{block} |w|$, to a bit.

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from ._form import Form, along, whole
-from ._scheme import Coded, Scheme, check_block, register
+from ._scheme import Coded, Scheme, check_block
 
 LARGEST = 448.0
 
 
-@register
 @dataclasses.dataclass(frozen=True)
 class FP8(Scheme):
     r"""8-bit floating point, e4m3: $w = q\,s$ with $s = \max |w| / 448$, of squares or outputs.

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from ._dynamic import rounded
 from ._form import Form
-from ._scheme import Coded, Scheme, check_block, register, rows
+from ._scheme import Coded, Scheme, check_block, rows
 
 
-@register
 @dataclasses.dataclass(frozen=True)
 class Int4(Scheme):
     r"""4-bit integers in groups: $w = (q - z)\,s$ with an integer zero point $z$ in [0, 15].

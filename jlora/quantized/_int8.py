@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._form import Form, whole
-from ._scheme import Coded, Scheme, check_block, register, rows
+from ._scheme import Coded, Scheme, check_block, rows
 
 STEP = np.float32(7.874015718698502e-3)  # 1 / 127 as bitsandbytes has it
 
 
-@register
 @dataclasses.dataclass(frozen=True)
 class Int8(Scheme):
     r"""8-bit integers: $w = q\,s$ with $s = \max |w| / 127$, of each output or of each block.

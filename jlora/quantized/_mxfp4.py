@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from ._form import Form
-from ._scheme import Coded, Scheme, lookup, register, rows
+from ._scheme import Coded, Scheme, lookup, rows
 
 BLOCK = 32
 _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -19,7 +19,6 @@ TABLE = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 BIAS = 127
 
 
-@register
 @dataclasses.dataclass(frozen=True)
 class MXFP4(Scheme):
     r"""4-bit floating point, e2m1, in blocks of 32: $w = c_q \cdot 2^{s - 127}$.

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._rules import rule_name
 from ._form import Form, along
-from ._scheme import Coded, Scheme, check_block, lookup, register
+from ._scheme import Coded, Scheme, check_block, lookup
 
 NORMAL = np.array(
     [
@@ -70,7 +70,6 @@ class Table(Scheme):
         return lookup(self.table, codes) * scale
 
 
-@register
 @dataclasses.dataclass(frozen=True)
 class NF4(Table):
     r"""4-bit NormalFloat: $w = c_q \cdot \max_{block} |w|$, to a bit as in bitsandbytes.

@@ -1,8 +1,8 @@
-"""What a scheme of quantization says of itself, and the set of schemes."""
+"""What a scheme of quantization says of itself."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,18 +79,6 @@ def spelled(scheme: Scheme) -> str:
     """How a table calls a scheme: its fields without the pattern."""
     fields = (f.name for f in dataclasses.fields(scheme) if f.name != "pattern")
     return f"{type(scheme).__name__}({', '.join(f'{n}={getattr(scheme, n)!r}' for n in fields)})"
-
-
-SCHEMES: dict[str, type[Scheme]] = {}  # by name
-
-
-S = TypeVar("S", bound=type[Scheme])
-
-
-def register(scheme: S) -> S:
-    """Adds a scheme to the set."""
-    SCHEMES[scheme.__name__] = scheme
-    return scheme
 
 
 def check_block(scheme: Scheme, name: str) -> None:

@@ -42,6 +42,12 @@ def smollm2():
     return llama.load_gguf(data.smollm2())
 
 
+@pytest.fixture(scope="module")
+def packed():
+    """The same from the blocks of the file as they are."""
+    return llama.load_gguf(data.smollm2(), packed=True)
+
+
 @pytest.fixture
 def lenient():
     """Allows `transformers`, optax's Adam and a bfloat16 norm to mix dtypes and ranks."""
@@ -283,14 +289,14 @@ def test_gguf_of_another_kind_is_refused(tiny, tmp_path, field, message):
         "<|im_start|>user\nhi<|im_end|>\n",
     ],
 )
-def test_tokenizer_round_trip(smollm2, text):
-    _, _, tokenizer = smollm2
+def test_tokenizer_round_trip(packed, text):
+    _, _, tokenizer = packed
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(smollm2):
-    _, _, tokenizer = smollm2
+def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(packed):
+    _, _, tokenizer = packed
     assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]
     assert tokenizer.encode("<|im_start|>hi<|im_end|>").ids[::2] == [1, llama.STOP]
 
@@ -323,14 +329,18 @@ def test_generate_ends_at_the_stop_token_and_at_the_limit():
     assert answers == [[4, 5, 6, 7, 8], [8], [3, 4, 5, 6, 7]]
 
 
-def test_smollm2_answers():
-    """From the blocks of the real file as they are, the heads of queries and keys turned."""
-    config, packed, tokenizer = llama.load_gguf(data.smollm2(), packed=True)
-    found = jlora.quantization(packed).leaves
+def test_smollm2_stays_packed(packed):
+    found = jlora.quantization(packed[1]).leaves
     assert {type(e.leaf.scheme).__name__ for e in found} == {"Int4", "Int8"}
     assert sum(e.after for e in found) < 100e6
+
+
+@pytest.mark.slow
+def test_smollm2_answers(packed):
+    """The heads of queries and keys of the file are turned."""
+    config, variables, tokenizer = packed
     prompt = tokenizer.encode(llama.chat("What is the capital of France?")).ids
-    logits_fn = Partial(jlora.transform(llama.Llama(config).apply).apply, packed, {})
+    logits_fn = Partial(jlora.transform(llama.Llama(config).apply).apply, variables, {})
     [answer] = llama.generate(logits_fn, [prompt], stop=llama.STOP, limit=12)
     assert tokenizer.decode(answer) == "The capital of France is Paris."
 
@@ -349,8 +359,8 @@ def setting(tiny, tmp_path):
     return [*argv, "--length=200", "--batch=4", "--rank=4", "--steps=6", "--save-every=2"]
 
 
-def test_only_answers_count(smollm2):
-    _, _, tokenizer = smollm2
+def test_only_answers_count(packed):
+    _, _, tokenizer = packed
     pairs = [finetune_lm.Pair("Hi", "Hello there."), finetune_lm.Pair("And now?", "Bye")]
     rows = finetune_lm.encode(pairs, tokenizer, 64)
     for pair, ids, counts in zip(pairs, *rows, strict=True):
@@ -379,8 +389,8 @@ def test_the_loss_sees_exactly_the_logits_before_answer_tokens():
     np.testing.assert_array_equal(seen, counts[:, 1:] > 0)
 
 
-def test_pairs_that_are_too_long_are_left_out(smollm2):
-    _, _, tokenizer = smollm2
+def test_pairs_that_are_too_long_are_left_out(packed):
+    _, _, tokenizer = packed
     pairs = [finetune_lm.Pair("Hi", "Hello."), finetune_lm.Pair("Hi", "Hello. " * 40)]
     assert len(finetune_lm.encode(pairs, tokenizer, 64).ids) == 1
     with pytest.raises(ValueError, match="none of 1 pairs fits in `length` = 64 tokens"):

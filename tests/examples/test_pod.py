@@ -172,7 +172,8 @@ def bad_token(data: pathlib.Path, process: int, processes: int) -> Iterator[int]
         ids[row, 3] = right
 
 
-@pytest.mark.parametrize("culprit", [pytest.param(0, marks=slow), 1])
+@slow
+@pytest.mark.parametrize("culprit", [0, 1])
 def test_where_one_raises_all_end(culprit, folder, data, start, whole):
     name = f"raised{culprit}"
     with bad_token(data, culprit, 2) as row, start(name, 2) as run:

@@ -1,7 +1,7 @@
 """bitsandbytes, as `transformers` writes it: NF4, FP4, and 8 bits by row."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from ._stored import Stored, codes_of, scales_of
 from ._tensors import Tensors, Unreadable
 
 STATE = "quant_state.bitsandbytes__"
+# Heads that may share the weight of an embedding, and then have no tensor of their own.
+HEADS = ("cls", "embed_out", "lm_head")
 SCHEMES: dict[str, Any] = {"nf4": NF4, "fp4": FP4}
 DTYPES = ("float32", "bfloat16", "float16")
 GROUP = 256
@@ -180,19 +182,21 @@ def write(leaf: Quantized, modules: list[str], parameter: str) -> dict[str, np.n
     return found
 
 
-def configuration(leaves: list[Quantized]) -> dict[str, Any]:
-    """What `config.json` says of leaves of one scheme."""
-    scheme, dtype = leaves[0].scheme, str(leaves[0].dtype)
-    if isinstance(scheme, Int8):
-        return {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
-    kind = next(k for k, found in SCHEMES.items() if type(scheme) is found)
-    return {
+def configuration(scheme: Any, dtype: Any, floats: Iterable[str]) -> dict[str, Any]:
+    """What `config.json` says of a model in `scheme`, of which the modules `floats` are not."""
+    said: dict[str, Any] = {
         "quant_method": "bitsandbytes",
+        "llm_int8_skip_modules": sorted({*floats, *HEADS}),  # of 4 bits too, in spite of its name
+    }
+    if isinstance(scheme, Int8):
+        return said | {"load_in_8bit": True, "load_in_4bit": False}
+    kind = next(k for k, found in SCHEMES.items() if type(scheme) is found)
+    return said | {
         "load_in_8bit": False,
         "load_in_4bit": True,
         "bnb_4bit_quant_type": kind,
-        "bnb_4bit_use_double_quant": leaves[0].nested is not None,
-        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_use_double_quant": scheme.double,
+        "bnb_4bit_compute_dtype": str(dtype),
         "bnb_4bit_quant_storage": "uint8",
     }
 
