@@ -30,7 +30,6 @@ from jlora import checkpoint, peft
 from jlora._cli import _names
 from jlora._cli._app import cli
 from jlora._cli._stage import staged
-from jlora.peft._alone import load_alone
 
 Folder = pathlib.Path
 TESTS = pathlib.Path(__file__).parent
@@ -232,7 +231,7 @@ def fuzz(seeds: range, folder: Folder) -> int:
         mutate(files, draw)
         start = time.monotonic()
         try:
-            leaves = load_alone(files.folder).leaves
+            leaves = peft.read(files.folder)
         except (ValueError, FileNotFoundError) as e:
             assert str(e).startswith("`dir`: "), (seed, e)
         else:
@@ -255,10 +254,18 @@ def test_fuzz_long(tmp_path: Folder) -> None:
 
 
 ODD = {
-    "experts": (["m.base_layer.lora_A.weight"], "m.base_layer.lora_A.weight: unexpected"),
+    "depth": (
+        ["m.base_layer.lora_A.weight", "m.base_layer.lora_B.weight"],
+        "base_model.model.m: adapted more than once",
+    ),
     "alone": (["m.lora_A.weight"], "m.lora_B.weight: missing, though .*m.lora_A.weight is there"),
-    "braces": (["m{0}.lora_A.weight"], "keys that name no module: .*m{0}"),
-    "kinds": ([f"head.p{i}" for i in range(101)], "has 101 kinds of tensors; expected few"),
+    "escape": (["m\x1b[31m.lora_A.weight"], "names a tensor 'base_.*printable characters"),
+    "long": (["m" * 1001], "names a tensor 'base_model.*expected at most 1000 printable"),
+    "deep": ([".m" * 100], "with at most 100 dots"),
+    "experts": (
+        ["m.e.lora_A.weight", "m.e.lora_B.weight", "m.e.base_layer.lora_A.weight"],
+        "m.e.base_layer.lora_B.weight: missing",
+    ),
 }
 
 

@@ -628,7 +628,7 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
             or x.fields.update(target_parameters=["e.up", "e.down"])
         ),
         f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) may be those of either of "
-        "e.up (2, 4, 6), e.down (2, 6, 4)",
+        "e.down (2, 6, 4), e.up (2, 4, 6)",
     ),
     "prefixes": (
         lambda x: x.set(weights={p + k: y for k, y in x.weights.items() for p in ("a.", "b.")}),

@@ -7,7 +7,6 @@ from typing import Any
 from .. import checkpoint, peft
 from .._tree import adapter_leaves, count
 from .._types import PyTree
-from ..peft._alone import load_alone, with_copies
 from . import _base
 from ._command import Done
 from ._names import table
@@ -42,7 +41,7 @@ def convert(
     elif profile is None:
         adapter = _to_orbax(source, out, names, base, config)
     else:
-        adapter = _to_profile(source, out, names, base, profile, config)
+        adapter = _to_profile(source, out, names, base, config)
     written = "orbax" if kind == "peft" and profile is None else "peft"
     fields: dict[str, Any] = {
         "in": str(source),
@@ -102,15 +101,10 @@ def _to_profile(
     out: Path,
     names: str | None,
     base: Path | None,
-    profile: str,
     config: Path | None,
-) -> PyTree:
+) -> dict[str, Any]:
     for option, value in (("--names", names), ("--base", base), ("--config", config)):
         if value is not None:
             raise ValueError(f"{option} is not needed: IN is an adapter of PEFT, and so is OUT.")
-    alone = load_alone(source)
-    fields = peft.read_config(source)
-    params = with_copies(source, alone)
-    write = functools.partial(peft.save, profile=profile, config=fields)
-    staged(out, lambda path: write(path, params, alone.adapter, alone.names))
-    return alone.adapter
+    staged(out, lambda path: peft.convert(source, path))
+    return peft.read(source)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from .. import checkpoint, peft
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
-from ..peft._alone import load_alone
 from ..peft._checkpoint import INDEX, ONE
 from ..peft._json import CONFIG, PICKLES, TENSORS
 from ._base import fingerprinted
@@ -74,7 +73,7 @@ def has_tensors(folder: Path) -> bool:
 
 def _open_peft(folder: Path) -> Opened:
     base = peft.read_config(folder).get("base_model_name_or_path")
-    return Opened(folder, "peft", load_alone(folder).leaves, {"base_model": base})
+    return Opened(folder, "peft", peft.read(folder), {"base_model": base})
 
 
 def _open_peft_as(folder: Path, other: Path, what: str, names: str | None) -> Opened:

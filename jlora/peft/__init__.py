@@ -9,11 +9,13 @@ from ._base import save_base as save_base
 from ._config import read_config as read_config
 from ._export import export_merged as export_merged
 from ._load import load as load
+from ._load import read as read
 from ._names import Name as Name
 from ._rewrite import Matrix as Matrix
 from ._rewrite import dequantize_checkpoint as dequantize_checkpoint
 from ._rewrite import matrices as matrices
 from ._rewrite import quantize_checkpoint as quantize_checkpoint
+from ._save import convert as convert
 from ._save import save as save
 from ._tables import BERT as BERT
 from ._tables import EXAMPLE_BERT as EXAMPLE_BERT

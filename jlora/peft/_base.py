@@ -1,6 +1,5 @@
 """A base from a checkpoint as it is shipped, and back."""
 
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from .. import sharding
 from .._tree import flatten
 from .._types import PyTree
 from ..quantized import FP4, NF4, Int8, Quantized, is_quantized, spelled
-from ._arrays import weights
+from ._arrays import weight, weights
 from ._checkpoint import LIMIT, ONE, Checkpoint, open_checkpoint
 from ._file import DTYPES, fresh
 from ._json import brief, listing, read_json, shown
@@ -121,11 +120,10 @@ def format_of(config: Mapping[str, Any], argument: str = "dir") -> Format | None
 
 
 def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | None) -> Any:
-    name, experts = leaf.name, tuple(leaf.shape[d] for d in leaf.name.where("e"))
+    name, whole = leaf.name, leaf.weight_shape
     matrix = name.kind in ("linear", "embedding", "experts")
     if format is not None and matrix and not (name.transposed and name.kind == "linear"):
-        shape = leaf.weight_shape[::-1] if name.swapped else leaf.weight_shape
-        each = (*experts, *shape)
+        each = (*whole[:-2], *whole[-2:][::-1]) if name.swapped else whole
         found = [format.read(tensors, config, m, name.parameter, each) for m in leaf.modules]
         stored = [x for x in found if x is not None]
         for key, x in zip(keys_of(leaf), found, strict=True):
@@ -138,8 +136,7 @@ def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | Non
                 f"{keys_of(leaf)[0]}: {len(stored)} of {len(found)} layers that are one leaf here "
                 "are quantized"
             )
-    shape = (*experts, *leaf.weight_shape)
-    parts = [tensors.read(key, DTYPES, shape) for key in keys_of(leaf)]
+    parts = [tensors.read(key, DTYPES, whole) for key in keys_of(leaf)]
     return jnp.asarray(_dense(leaf, parts))
 
 
@@ -147,10 +144,7 @@ def _dense(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     for key, x in zip(keys_of(leaf), parts, strict=True):
         if not np.isfinite(x.astype(np.float32)).all():
             raise Unreadable(f"{key}: has values that are not finite")
-    groups = itertools.chain(*leaf.name.weight_groups)
-    order = [*leaf.name.where("l"), *leaf.name.where("e"), *groups]
-    x = np.stack(parts).reshape([leaf.shape[d] for d in order])
-    return np.transpose(x, np.argsort(order))
+    return weight(leaf, parts)
 
 
 def _placed(x: Any, like: Any) -> Any:

@@ -1,21 +1,57 @@
 """What an adapter changes in a checkpoint, tensor by tensor: all is checked before one is read."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
+from .._tree import adapter_leaves, check_fits, nest
 from .._types import PyTree
+from ..adapters import is_node, weight_shape
 from ._checkpoint import Checkpoint, refuse
 from ._file import DTYPES
-from ._folder import from_folder
 from ._json import Source, shown
-from ._names import Name
-from ._parts import Orientation, Part, Sum, as_sum, from_tree, matrix, orientations
-from ._renaming import renaming
-from ._ties import absent, untied
+from ._load import warn_of_unused
+from ._names import Name, resolve
+from ._read import (
+    Part,
+    matrix,
+    names_of,
+    orientations,
+    parts_of,
+    read_adapter,
+    stored_in,
+    twin,
+    values,
+    with_values,
+)
+from ._save import check_writable, from_leaves
+
+T = TypeVar("T")
+# Names of old checkpoints, which `transformers` replaces as it loads them.
+_OLD = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+class Sum(NamedTuple):
+    """What is added to a weight whose axes are flattened to (stack, rows, columns).
+
+    Attributes:
+        left: (stack, rows, r).
+        right: (stack, r, columns).
+        scale: s.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    scale: float
+
+    @property
+    def transpose(self) -> "Sum":
+        """The same for the transposed weight."""
+        return Sum(self.right.swapaxes(1, 2), self.left.swapaxes(1, 2), self.scale)
 
 
 class Changes(NamedTuple):
@@ -40,74 +76,297 @@ def changes(
     Raises:
         ValueError: if the adapter does not fit the checkpoint, with all that is wrong.
     """
-    shapes = {name: checkpoint.entry(name).shape for name in checkpoint.where}
     if isinstance(adapter, str | os.PathLike):
         if names is not None:
             raise ValueError(
                 "`names` is for an adapter tree; PEFT's files name the modules themselves. "
                 "Leave it out."
             )
-        fields, to, parts, full, frozen = from_folder(Source(Path(adapter), "adapter"), shapes)
-        flag, by_peft = bool(fields.get("fan_in_fan_out")), True
-    else:
-        if names is None:
-            raise ValueError(
-                "`names` must say what the leaves of an adapter tree are called in PyTorch, by a "
-                "table such as jlora.peft.LLAMA; got None."
-            )
-        parts, full = from_tree(adapter, names)
-        frozen, flag, by_peft = {}, False, False
-        to = renaming([*(part.name for part in parts), *full], shapes)
-    wrong: list[str] = []
-    parts = [part._replace(name=to.there(part.name)) for part in parts]
-    full, frozen = ({to.there(key): x for key, x in d.items()} for d in (full, frozen))
-    wrong += absent(checkpoint, parts, full | frozen)
-    if by_peft:
-        wrong += untied(checkpoint, parts, full)
-    find = Orientation(parts, shapes, flag)
-    sums = {
-        part.name: change
-        for part in parts
-        if part.name in shapes and (change := _sum(part, checkpoint, find, wrong)) is not None
-    }
-    full, frozen = (_checked(values, checkpoint, wrong) for values in (full, frozen))
+        return _by_files(checkpoint, Source(Path(adapter), "adapter"))
+    if names is None:
+        raise ValueError(
+            "`names` must say what the leaves of an adapter tree are called in PyTorch, by a "
+            "table such as jlora.peft.LLAMA; got None."
+        )
+    parts, full = _of_tree(adapter, names)
+    to = renaming([*(part.name for part in parts), *full], checkpoint.shapes)
+    parts, full = _renamed(to, parts, full)
+    wrong = [*_misfits(checkpoint, parts, full), *absent(checkpoint, parts, full)]
+    return _made(checkpoint, parts, full, {}, False, wrong)
+
+
+def _of_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[str, np.ndarray]]:
+    """The parts of an adapter tree, and its leaves in full, by PyTorch's names."""
+    found = adapter_leaves(adapter)
+    shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in found.items()}
+    base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
+    check_fits(base, found)
+    leaves = resolve(base, names)
+    check_writable(found, {leaf.path: leaf for leaf in leaves})
+    return from_leaves(leaves, found)
+
+
+def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
+    adapter, header = read_adapter(source, refuse)
+    shapes = checkpoint.shapes
+    to = renaming([*adapter.full, *names_of(adapter)], shapes)
+    own = {back: x for name, x in shapes.items() if (back := to.back(name)) is not None}
+    parts = parts_of(adapter, own, "the checkpoint")
+    wrong = adapter.wrong
+    strange = [part.name for part in parts if part.name not in own]
+    if wrong and strange:
+        wrong.insert(
+            0,
+            f"{shown(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
+            "save both by the same release of `transformers`",
+        )
+    parts, full = _renamed(to, parts, adapter.full)
+    frozen = {to.there(name): x for name, x in adapter.frozen.items()}
+    refuse(wrong + _misfits(checkpoint, parts, full | frozen))
+    # What the checkpoint has no tensor for must be the same as something that it has.
+    there = {part.a.shape[::-1] for part in parts if part.name in shapes}
+    there |= {part.b.shape[::-1] for part in parts if part.name in shapes}
+    there |= {x.shape for name, x in (full | frozen).items() if name in shapes}
+    lost = {part.name: part.a for part in parts if part.name not in shapes}
+    lost |= {name: x for name, x in (full | frozen).items() if name not in shapes}
+    refuse(_not_there(checkpoint, [name for name, x in lost.items() if x.shape not in there]))
+    found = values(
+        source, header, (*stored_in(parts), *full.values(), *frozen.values()), wrong := list[str]()
+    )
     refuse(wrong)
-    return Changes(sums, full, frozen)
+    parts = with_values(parts, found)
+    full, frozen = ({n: found[x.key] for n, x in d.items()} for d in (full, frozen))
+    wrong += absent(checkpoint, parts, full | frozen) + untied(checkpoint, parts, full)
+    flag = bool(adapter.fields.get("fan_in_fan_out"))
+    made = _made(checkpoint, parts, full, frozen, flag, wrong)
+    warn_of_unused(adapter, parts)
+    return made
 
 
-def _sum(part: Part, checkpoint: Checkpoint, find: Orientation, wrong: list[str]) -> Sum | None:
-    entry = checkpoint.entry(part.name)
-    fits = orientations(part, entry.shape)
-    if not fits:
-        need = f"A {part.a.shape} and B {part.b.shape} make {matrix(part)}"
-        wrong.append(
-            f"{shown(part.name)}: expected a {part.kind} weight of shape {entry.shape}, but {need}"
-        )
-    elif entry.dtype not in DTYPES:
-        wrong.append(
-            f"{shown(part.name)}: of dtype {entry.dtype}; expected one of "
-            f"{', '.join(DTYPES)}. Dequantize the checkpoint first"
-        )
-    elif (transposed := find.of(part, fits)) is None:
-        wrong.append(
-            f"{shown(part.name)}: is square, and nothing tells whether it is (inputs, outputs) or "
-            "(outputs, inputs)"
-        )
-    else:
-        return as_sum(part, entry.shape, transposed)
-    return None
+def _renamed(
+    to: "Renaming", parts: Sequence[Part], full: Mapping[str, T]
+) -> tuple[list[Part], dict[str, T]]:
+    parts = [part._replace(name=to.there(part.name)) for part in parts]
+    return parts, {to.there(name): x for name, x in full.items()}
 
 
-def _checked(
-    values: dict[str, np.ndarray], checkpoint: Checkpoint, wrong: list[str]
-) -> dict[str, np.ndarray]:
-    """The values that the checkpoint has, which must fit."""
-    found = {name: x for name, x in values.items() if name in checkpoint.where}
-    for name, x in found.items():
-        entry = checkpoint.entry(name)
-        if entry.shape != x.shape or entry.dtype not in DTYPES:
+def _made(
+    checkpoint: Checkpoint,
+    parts: Sequence[Part],
+    full: Mapping[str, np.ndarray],
+    frozen: Mapping[str, np.ndarray],
+    flag: bool,
+    wrong: list[str],
+) -> Changes:
+    shapes = checkpoint.shapes
+    find, sums = Orientation(parts, shapes, flag), dict[str, Sum]()
+    for part in parts:
+        if not (fits := orientations(part, shapes.get(part.name, ()))):
+            continue
+        if (transposed := find.of(part, fits)) is None:
+            wrong.append(
+                f"{shown(part.name)}: is square, and nothing tells whether it is (inputs, outputs) "
+                "or (outputs, inputs)"
+            )
+        else:
+            sums[part.name] = as_sum(part, shapes[part.name], transposed)
+    refuse(wrong)
+    there = ({n: x for n, x in d.items() if n in shapes} for d in (full, frozen))
+    return Changes(sums, *there)
+
+
+def _misfits(checkpoint: Checkpoint, parts: Iterable[Part], full: Mapping[str, Any]) -> list[str]:
+    """What the checkpoint has in another shape, or in a dtype that cannot be changed."""
+    wrong = []
+    for part in parts:
+        if part.name not in checkpoint.where:
+            continue
+        entry = checkpoint.entry(part.name)
+        if not orientations(part, entry.shape):
+            need = f"A {part.a.shape} and B {part.b.shape} make {matrix(part)}"
+            wrong.append(
+                f"{shown(part.name)}: expected a {part.kind} weight of shape {entry.shape}, but "
+                f"{need}"
+            )
+        elif entry.dtype not in DTYPES:
+            wrong.append(
+                f"{shown(part.name)}: of dtype {entry.dtype}; expected one of "
+                f"{', '.join(DTYPES)}. Dequantize the checkpoint first"
+            )
+    for name, x in full.items():
+        entry = checkpoint.entry(name) if name in checkpoint.where else None
+        if entry and (entry.shape != x.shape or entry.dtype not in DTYPES):
             wrong.append(
                 f"{shown(name)}: expected {entry.dtype} of shape {entry.shape}, got {x.shape} "
                 "in the adapter"
             )
-    return found
+    return wrong
+
+
+# ------------------------------------------------------------------------------- names
+
+
+class Renaming(NamedTuple):
+    """From the names of the adapted model to those of a checkpoint.
+
+    Attributes:
+        names: the checkpoint's.
+        add: a first part, such as `bert.`, that the checkpoint has before all of the model.
+        strip: one that the model has and the checkpoint has not.
+    """
+
+    names: Collection[str]
+    add: str = ""
+    strip: str = ""
+
+    def there(self, name: str) -> str:
+        """The tensor of the checkpoint for a parameter of the model."""
+        if name not in self.names:
+            name = self.add + name.removeprefix(self.strip)
+        old = next(
+            (name.removesuffix(new) + o for new, o in _OLD.items() if name.endswith(new)), ""
+        )
+        return old if name not in self.names and old in self.names else name
+
+    def back(self, name: str) -> str | None:
+        """The inverse of `there`; None for what is outside of the adapted model."""
+        new = next(
+            (name.removesuffix(o) + new for new, o in _OLD.items() if name.endswith(o)), name
+        )
+        return self.strip + new.removeprefix(self.add) if new.startswith(self.add) else None
+
+
+def renaming(wanted: Collection[str], names: Collection[str]) -> Renaming:
+    """The one that finds the most of `wanted` among `names`.
+
+    Raises:
+        ValueError: if two find as many.
+    """
+    firsts = dict.fromkeys(name.partition(".")[0] + "." for name in names)
+    own = dict.fromkeys(name.partition(".")[0] + "." for name in wanted)
+    choices = [Renaming(names)]
+    choices += [Renaming(names, add=p) for p in firsts] + [Renaming(names, strip=p) for p in own]
+    counts = [sum(choice.there(n) in names for n in wanted) for choice in choices]
+    best = [c for c, count in zip(choices, counts, strict=True) if count == max(counts)]
+    if best[0] is not choices[0] and len(best) > 1:
+        parts = ", ".join(repr(c.add or c.strip) for c in best)
+        raise ValueError(
+            f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
+            "Rename its modules as they are in the checkpoint."
+        )
+    return best[0]
+
+
+# ------------------------------------------------------------------------------- orientation
+
+
+def as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
+    """What `part` adds to the weight of `shape`."""
+    count = shape[0] if part.kind == "experts" else 1
+    rows, columns = matrix(part)
+    b = part.b.reshape(rows, -1, count).transpose(2, 0, 1)  # rank outside of experts
+    a = part.a.reshape(count, -1, columns)  # experts outside of rank
+    found = Sum(b, a, part.scale)
+    return found.transpose if transposed else found
+
+
+class Orientation:
+    """Finds out whether square weights are transposed, from others that are not square."""
+
+    def __init__(self, parts: Iterable[Part], shapes: dict[str, tuple[int, ...]], flag: bool):
+        """Of the known `shapes` of all tensors, and `fan_in_fan_out`."""
+        self.flag = flag
+        self.seen: dict[bool, set[tuple[str, str]]] = {False: set(), True: set()}
+        for part in parts:
+            if len(found := orientations(part, shapes.get(part.name, ()))) == 1:
+                self.seen[found[0]].add(_group(part.kind, part.name))
+        # A bias has the length of the outputs. Of experts it tells nothing: whether PEFT's A
+        # belongs to their inputs depends on the version of `transformers`.
+        for name, shape in shapes.items():
+            (outputs,) = shapes.get(name.removesuffix("weight") + "bias", (0,))[:1] or (0,)
+            if len(shape) == 2 and shape[0] != shape[1] and outputs in shape:
+                self.seen[outputs == shape[1]].add(_group("linear", name))
+
+    def of(self, part: Part, fits: Collection[bool]) -> bool | None:
+        """Whether `part` is transposed, where several orientations fit; None if nothing tells."""
+        if len(fits) == 1:
+            return next(iter(fits))
+        group = _group(part.kind, part.name)
+        votes = [t for t in (False, True) if group in self.seen[t]]
+        if len(votes) == 1:
+            return votes[0]
+        mixed = any(kind == "linear" for kind, _ in self.seen[not self.flag])
+        return None if votes or mixed or part.kind == "experts" else self.flag
+
+
+def _group(kind: str, name: str) -> tuple[str, str]:
+    """What has one orientation: the modules of one last name."""
+    return kind, name.rpartition(".")[0].rpartition(".")[2]
+
+
+# ------------------------------------------------------------------------------- ties
+
+
+def absent(
+    checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Problems with what the checkpoint has no tensor for: a tied weight is there once."""
+    there = [part for part in parts if part.name in checkpoint.where]
+    kept = {name: x for name, x in full.items() if name in checkpoint.where}
+    lost = [p.name for p in parts if p.name not in checkpoint.where and not twin(p, there)]
+    lost += [
+        name
+        for name, x in full.items()
+        if name not in kept and not any(np.array_equal(x, other) for other in kept.values())
+    ]
+    return _not_there(checkpoint, lost)
+
+
+def _not_there(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+    return [f"{shown(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in names]
+
+
+def _reason(name: str, checkpoint: Checkpoint) -> str:
+    if checkpoint.vocabulary and name.endswith((".weight", ".bias")):
+        return (
+            "; if it shares the input embedding's weight, the adapter must change both alike, or "
+            "the checkpoint must be saved untied"
+        )
+    return "; save the base model as it was adapted, with its head"
+
+
+def untied(
+    checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Changes of a shared weight that PEFT would apply in only one of its places."""
+    alone = [p.name for p in parts if _is_tied(checkpoint, p.name) and not twin(p, parts)]
+    alone += [
+        name
+        for name, x in full.items()
+        if _is_tied(checkpoint, name)
+        and not any(name != other and np.array_equal(x, y) for other, y in full.items())
+    ]
+    return [
+        f"{shown(name)}: the input embedding and the output head share this weight (config.json: "
+        "tie_word_embeddings), but the adapter does not change both alike; save the base model "
+        "untied first"
+        for name in alone
+    ]
+
+
+def twins(checkpoint: Checkpoint, changed: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """A changed weight that is shared, and another tensor that may be its copy."""
+    for name in changed:
+        if _is_tied(checkpoint, name):
+            entry = checkpoint.entry(name)
+            for other in checkpoint.where:
+                form = checkpoint.entry(other)[:2]
+                if other not in changed and form == entry[:2]:
+                    yield name, other
+
+
+def _is_tied(checkpoint: Checkpoint, name: str) -> bool:
+    if name not in checkpoint.where:
+        return False
+    shape = checkpoint.entry(name).shape
+    return len(shape) == 2 and shape[0] in checkpoint.vocabulary

@@ -40,6 +40,11 @@ class Checkpoint(NamedTuple):
     left_out: list[str]
     vocabulary: frozenset[int]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors."""
+        return {name: self.entry(name).shape for name in self.where}
+
     def entry(self, name: str) -> Entry:
         """The tensor `name`."""
         return self.headers[self.where[name]].entries[name]

@@ -2,13 +2,13 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._rules import is_finite
 from ._json import CONFIG, Source, brief, read_json
+from ._patterns import of_key, of_layer, problem
 
 LIMIT = 4 * 2**20  # bytes
 # All keys that PEFT 0.21 writes.
@@ -199,33 +199,25 @@ _FORMS = {
 
 
 def _bad_patterns(fields: Mapping[str, Any]) -> list[str]:
+    if fields.get("target_modules") == "all-linear":
+        return [
+            "target_modules: 'all-linear' is a word of PEFT's constructor; its own files list the "
+            "modules"
+        ]
     return [
         f"{key}: {brief(pattern)} {why}"
-        for key, pattern in _patterns(fields)
-        if (why := _bad_pattern(pattern))
+        for key, pattern, whole in _patterns(fields)
+        if (why := problem(whole))
     ]
 
 
-def _patterns(fields: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _patterns(fields: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """Each pattern as it is written, and as it is matched."""
     for key in ("target_modules", "exclude_modules"):
         if isinstance(pattern := fields.get(key), str):
-            yield key, pattern
+            yield key, pattern, pattern
     for key in ("rank_pattern", "alpha_pattern"):
-        yield from ((key, pattern) for pattern in fields.get(key) or {})
+        yield from ((key, p, of_key(p)) for p in fields.get(key) or {})
     layers = fields.get("layers_pattern") or []
-    yield from (("layers_pattern", p) for p in ([layers] if isinstance(layers, str) else layers))
-
-
-def _bad_pattern(pattern: str) -> str | None:
-    """Why a pattern of the file is refused: a search must end in bounded time."""
-    if pattern == "all-linear":
-        return "is a word of PEFT's constructor; PEFT's own files list the modules"
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as e:
-        return f"is no regular expression: {e}"
-    plain = re.sub(r"\\.|\[\^?\]?(\\.|[^\]])*\]", "x", pattern)
-    repeated = re.findall(r"[*+]|\{\d*,?\d*\}", plain)
-    if re.search(r"\)\s*([*+]|\{)", plain) or len(repeated) > 5 or len(pattern) > 10_000:
-        return "repeats a group, or more than five parts, so that matching may take forever"
-    return None
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        yield "layers_pattern", pattern, of_layer(pattern)

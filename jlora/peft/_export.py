@@ -14,14 +14,12 @@ from tqdm import tqdm
 
 from .._types import PyTree
 from ._base import configuration_of
-from ._changes import Changes, changes
+from ._changes import Changes, Sum, changes, twins
 from ._checkpoint import Checkpoint, open_checkpoint, refuse
 from ._file import DTYPES, Entry, fresh
 from ._json import opened, shown
 from ._names import Name
-from ._parts import Sum
 from ._rewrite import dequantize_checkpoint, requantized
-from ._ties import twins
 
 BLOCK = 2**20  # numbers
 # Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.

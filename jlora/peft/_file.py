@@ -15,11 +15,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from ._json import CONFIG, TENSORS, Source, brief, opened, parse
+from ._json import TENSORS, Source, brief, opened, parse
 
 HEADER_LIMIT = 32 * 2**20  # bytes; the names of 200,000 tensors
+NAME_LIMIT, DEPTH_LIMIT = 1000, 100  # characters and dots of a name; real ones have a tenth
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -64,9 +64,18 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
                 "or is no safetensors file. Save it again."
             )
         raw = parse(file.read(count), f"`{source.argument}`: the header of {name}")
-    raw.pop("__metadata__", None)
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise ValueError(
+            f"{what} has the `__metadata__` {brief(metadata)}; expected an object of strings."
+        )
     entries = {}
     for key, fields in raw.items():
+        if len(key) > NAME_LIMIT or key.count(".") > DEPTH_LIMIT or not key.isprintable():
+            raise ValueError(
+                f"{what} names a tensor {brief(key)}; expected at most {NAME_LIMIT} printable "
+                f"characters, with at most {DEPTH_LIMIT} dots."
+            )
         entry = _entry(fields)
         if entry is None:
             raise ValueError(f"{what} describes {brief(key)} wrongly: {brief(fields)}.")
@@ -119,14 +128,6 @@ def reader(file: BinaryIO, header: Header) -> Callable[[str], np.ndarray]:
         return np.frombuffer(data, DTYPES[entry.dtype]).reshape(entry.shape)
 
     return read
-
-
-def write(dir: str | os.PathLike[str], config: str, tensors: dict[str, np.ndarray]) -> None:
-    """Both files of an adapter in a new folder `dir`, or nothing."""
-    with fresh(dir, "dir", "save") as folder:
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        # As bytes: text would get other line ends on Windows.
-        (folder / CONFIG).write_bytes(config.encode())
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""PEFT's files to an adapter tree: all of it is checked, then all of it is read."""
+"""PEFT's files to an adapter tree, or without a base: all is checked, then all of it is read."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,24 @@ import numpy as np
 
 from .._tree import name_of, nest
 from .._types import PyTree
+from ..adapters import LowRank
 from ._arrays import low_rank, weight, weights
-from ._config import problems, read_config
-from ._file import DTYPES, Header, read_header, reader
-from ._json import TENSORS, Source, listing, opened, shown
-from ._names import Leaf, Name, resolve
-from ._plan import Plan, hint, make_plan, unsaved_names
-from ._select import idle
+from ._file import DTYPES
+from ._json import CONFIG, Source, listing, shown
+from ._names import Leaf, Name, by_row, resolve, tied_to
+from ._read import (
+    PREFIX,
+    Adapter,
+    Part,
+    Stored,
+    matrix,
+    parts_of,
+    read_adapter,
+    stored_in,
+    twin,
+    values,
+    with_values,
+)
 
 
 def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> PyTree:
@@ -38,6 +50,9 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
         ValueError: if anything is missing, unexpected, misshapen, of a wrong dtype, not finite,
             there twice or not supported; all of it is listed, and nothing is loaded.
 
+    Warns:
+        UserWarning: of entries of `rank_pattern` and `alpha_pattern` that match nothing.
+
     Source: PEFT 0.21, `peft.utils.save_and_load`.
 
     Example:
@@ -53,131 +68,286 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
         >>> jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), again, adapter))
         True
     """
-    folder = Path(dir)
-    fields = read_config(folder)
-    header = read_header(Source(folder))
-    leaves = resolve(base, names)
-    _raise(folder, problems(fields))
-    known = [leaf.key(m) for leaf in leaves if leaf.name.kind for m in leaf.modules]
-    return load_onto(folder, fields, header, leaves, names, known)
+    leaves = by_row(resolve(base, names), names)
+
+    def refuse(found: Sequence[str]) -> None:
+        if found:
+            raise ValueError(
+                f"`dir`: the adapter in {dir} cannot be loaded onto `base` with `names`; "
+                f"nothing was loaded. {listing(found)}"
+            )
+
+    source, where = Source(Path(dir)), "`base` under `names`"
+    adapter, header = read_adapter(source, refuse)
+    places = _places(leaves)
+    shapes = {name: place.leaf.weight_shape for name, place in places.items()}
+    parts = parts_of(adapter, shapes, where, ordered=True)
+    placed = _placed(adapter, parts, places, leaves)
+    refuse(adapter.wrong)
+    stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values())
+    found = values(source, header, stored, wrong := list[str]())
+    wrong += _unlike(adapter, placed, found)
+    refuse(wrong)
+    warn_of_unused(adapter, parts)
+    dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
+    for leaf, own in placed.low:
+        arrays = [(found[x.a.key], found[x.b.key]) for x in own]
+        rank = own[0].a.shape[0] // leaf.experts
+        nodes[leaf.path] = low_rank(leaf, arrays, rank, scale=own[0].scale, dropout=dropout)
+    for leaf, own in placed.full:
+        nodes[leaf.path] = jnp.asarray(weight(leaf, [found[x.key] for x in own]))
+    return nest(nodes)
 
 
-def load_onto(
-    folder: Path,
-    fields: Mapping[str, Any],
-    header: Header,
+def warn_of_unused(adapter: Adapter, parts: Sequence[Part]) -> None:
+    """Says which patterns of ranks match nothing, as PEFT takes such."""
+    if unused := adapter.selection.unused([part.key for part in parts]):
+        warnings.warn(f"{CONFIG} of the adapter: {'; '.join(unused)}.", stacklevel=3)
+
+
+class _Place(NamedTuple):
+    """A parameter of PyTorch: one of the modules of a leaf, or the head that shares its weight."""
+
+    leaf: Leaf
+    index: int
+    is_head: bool = False
+
+
+class _Placed(NamedTuple):
+    """Leaves with what they are made of, module by module; and frozen weights."""
+
+    low: list[tuple[Leaf, list[Part]]]
+    full: list[tuple[Leaf, list[Stored]]]
+    heads: list[tuple[Part, Part]]
+    frozen: list[tuple[_Place, Stored]]
+
+
+def _places(leaves: Sequence[Leaf]) -> dict[str, _Place]:
+    return {
+        f"{module}.{leaf.name.parameter}": _Place(leaf, i)
+        for leaf in leaves
+        for i, module in enumerate(leaf.modules)
+    }
+
+
+def _placed(
+    adapter: Adapter,
+    parts: Sequence[Part],
+    places: Mapping[str, _Place],
     leaves: Sequence[Leaf],
-    names: Sequence[Name],
-    known: Sequence[str] | None,
-) -> PyTree:
-    """The adapter for the `leaves` of a base, by its checked `fields`.
-
-    Args:
-        folder: where it lies.
-        fields: its configuration.
-        header: of its tensors.
-        leaves: of the base.
-        names: their table.
-        known: the keys of all that can be adapted; None if there may be more than `leaves`.
-    """
-    plan = make_plan(fields, leaves, names)
-    keys = [*plan.heads, *(leaf.key(m) for leaf, *_ in plan.adapted for m in leaf.modules)]
-    found = [*plan.problems, *idle(fields, keys, known)]
-    found += [] if known is None else unsaved_names(fields, leaves)
-    _raise(folder, found + _check_header(plan, header))
-    tensors = _read(folder, plan, header)
-    dropout = float(fields.get("lora_dropout", 0.0))
-    adapter = {}
-    for leaf, rank, scale, pairs in plan.adapted:
-        arrays = [(tensors[a], tensors[b]) for a, b in pairs]
-        adapter[leaf.path] = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout)
-    for leaf, saved in plan.saved:
-        adapter[leaf.path] = jnp.asarray(weight(leaf, [tensors[key] for key in saved]))
-    return nest(adapter)
-
-
-def _raise(folder: Path, found: Sequence[str]) -> None:
-    if found:
-        raise ValueError(
-            f"`dir`: the adapter in {folder} cannot be loaded onto `base` with `names`; "
-            f"nothing was loaded. {listing(found)}"
-        )
-
-
-def _check_header(plan: Plan, header: Header) -> list[str]:
-    """What is missing, unexpected, misshapen or of a wrong dtype."""
-    expected = _shapes(plan)
-    found = []
-    for key, shape in expected.items():
-        if key not in header.entries:
-            found.append(f"{key}: missing; expected shape {shape}")
+) -> _Placed:
+    """Where all of an adapter belongs; what has no place is added to `adapter.wrong`."""
+    wrong = adapter.wrong
+    tied = {f"{head}.weight": leaf for leaf in leaves if (head := tied_to(leaf, leaves))}
+    everywhere = {**{head: _Place(leaf, 0, True) for head, leaf in tied.items()}, **places}
+    low, full = dict[str, Part](), dict[str, Stored]()
+    for part in parts:
+        if (place := everywhere.get(part.name)) is None:
+            wrong.append(f"{_shown(part)}: unexpected; names no leaf of `base` under `names`")
+        elif bad := _misfits(part, place):
+            wrong += bad
         else:
-            found += _check_entry(key, header, shape)
-    for key in header.entries:
-        if key in plan.copies:
-            found += _check_entry(key, header, plan.copies[key].weight_shape)
-        elif key not in expected:
-            found.append(f"{shown(key)}: unexpected{hint(key)}")
-    if not expected:
-        found.append("adapter_config.json selects no leaf of `base` under `names`")
-    return found
+            low[part.name] = part
+    shared = {leaf.path for leaf in tied.values()}
+    for name, x in adapter.full.items():
+        if (place := places.get(name)) is None:
+            wrong.append(f"{shown(x.key)}: unexpected; names no leaf of `base` under `names`")
+        elif place.leaf.path in shared:
+            wrong.append(
+                f"{shown(x.key)}: saved in full, which is not supported for an embedding that is "
+                "tied to the head"
+            )
+        elif bad := _misshapen(x, place.leaf.weight_shape):
+            wrong += bad
+        else:
+            full[name] = x
+    frozen = [(place, x) for n, x in adapter.frozen.items() if (place := everywhere.get(n))]
+    wrong += [p for place, x in frozen for p in _misshapen(x, place.leaf.weight_shape)]
+    heads = [
+        pair
+        for name, leaf in tied.items()
+        if (pair := _both(low.pop(name, None), low.get(f"{leaf.modules[0]}.weight"), leaf, wrong))
+    ]
+    return _Placed(_whole(low, places, wrong), _whole(full, places, wrong), heads, frozen)
 
 
-def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The shape of each key that must be there."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for leaf, rank, _, pairs in plan.adapted:
-        a, b = leaf.shapes(rank)
-        for key_a, key_b in pairs:
-            shapes |= {key_a: a, key_b: b}
-    for leaf, saved in plan.saved:
-        shapes |= dict.fromkeys(saved, leaf.weight_shape)
-    return shapes | {key: shapes[source][::-1] for key, source in plan.tied.items()}
+def _both(
+    head: Part | None, table: Part | None, leaf: Leaf, wrong: list[str]
+) -> tuple[Part, Part] | None:
+    """The A's and B's of a tied head and of its embedding, which must be the same."""
+    if head and table:
+        if (head.scale, head.a.shape[0]) == (table.scale, table.a.shape[0]):
+            return head, table
+        wrong.append(f"{head.key}: shares its weight with {table.key}, but not rank and scale")
+    elif lone := head or table:
+        other = leaf.modules[0] if head else leaf.name.tied
+        wrong.append(f"{lone.key}: adapted without {other}, which shares its weight")
+    return None
 
 
-def _check_entry(key: str, header: Header, shape: tuple[int, ...]) -> list[str]:
-    entry = header.entries[key]
-    if entry.shape != shape:
-        return [f"{key}: expected shape {shape}, got {entry.shape}"]
-    if entry.dtype not in DTYPES:
-        return [f"{key}: expected a floating-point dtype, got {entry.dtype}"]
-    if jax.dtypes.canonicalize_dtype(DTYPES[entry.dtype]) != DTYPES[entry.dtype]:
-        return [f"{key}: dtype {entry.dtype} needs jax_enable_x64"]
+def _whole(
+    found: Mapping[str, Any], places: Mapping[str, _Place], wrong: list[str]
+) -> list[tuple[Leaf, list[Any]]]:
+    """By leaf, for all of its modules alike."""
+    leaves, by_path = dict[Any, Leaf](), dict[Any, dict[int, Any]]()
+    for name, x in found.items():
+        leaf, index, _ = places[name]
+        leaves[leaf.path] = leaf
+        by_path.setdefault(leaf.path, {})[index] = x
+    whole = []
+    for path, own in by_path.items():
+        leaf, said = leaves[path], f"{name_of(path)}: its layers are one leaf"
+        left = [module for i, module in enumerate(leaf.modules) if i not in own]
+        forms = dict.fromkeys((x.a.shape[0], x.scale) for x in own.values() if isinstance(x, Part))
+        if left:
+            wrong.append(
+                f"{said}, of which {len(own)} of {len(leaf.modules)} are adapted, {left[0]} not; "
+                "load into a tree without a scan"
+            )
+        elif len(forms) > 1:
+            listed = ", ".join(f"rank {r // leaf.experts} and scale {s:g}" for r, s in forms)
+            wrong.append(f"{said} but differ: {listed}; load into a tree without a scan")
+        else:
+            whole.append((leaf, [own[i] for i in range(len(leaf.modules))]))
+    return whole
+
+
+def _misfits(part: Part, place: _Place) -> list[str]:
+    """Why A and B are not those of a leaf."""
+    leaf = place.leaf
+    kind = "linear" if place.is_head else leaf.name.kind
+    if kind != part.kind or (part.transposed is False and leaf.name.transposed):
+        return [
+            f"{_shown(part)}: expected A and B of {kind or 'nothing'}, got those of {part.kind}"
+        ]
+    shapes = leaf.shapes(part.a.shape[0] // leaf.experts)
+    if place.is_head:
+        shapes = shapes[1][::-1], shapes[0][::-1]
+    pairs = zip((part.a, part.b), shapes, strict=True)
+    return [p for x, shape in pairs for p in _misshapen(x, shape)]
+
+
+def _misshapen(x: Stored, shape: tuple[int, ...]) -> list[str]:
+    if x.shape != shape:
+        return [f"{shown(x.key)}: expected shape {shape}, got {x.shape}"]
+    if jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]:
+        return [f"{shown(x.key)}: dtype {x.dtype} needs jax_enable_x64"]
     return []
 
 
-def _read(folder: Path, plan: Plan, header: Header) -> dict[str, np.ndarray]:
-    """All tensors, finite; those stored twice must agree."""
-    with opened(Source(folder), TENSORS) as (file, _):
-        read = reader(file, header)
-        tensors = {key: read(key) for key in _shapes(plan)}
-        found = [
-            f"{key}: {n} of {x.size} values are not finite"
-            for key, x in tensors.items()
-            if (n := x.size - np.count_nonzero(np.isfinite(x)))
-        ]
-        found += [
-            f"{key}: expected the transpose of {source}, got other values"
-            for key, source in plan.tied.items()
-            if not np.array_equal(tensors[key], tensors[source].T)
-        ]
-        found += _check_copies(plan, header, read)
-    _raise(folder, found)
-    return tensors
+def _shown(part: Part) -> str:
+    return shown(PREFIX + part.name.rpartition(".")[0])
 
 
-def _check_copies(plan: Plan, header: Header, read: Callable[[str], np.ndarray]) -> list[str]:
-    """A stored base embedding must be that of `base`; a resized or trained one is not supported."""
-    return [
-        f"{key}: expected the values of `base` at {name_of(leaf.path)}, got others; a trained or "
-        "resized embedding under an adapter is not supported"
-        for key, leaf in plan.copies.items()
-        if key in header.entries and not _same(leaf, read(key))
+def _unlike(adapter: Adapter, placed: _Placed, found: Mapping[str, np.ndarray]) -> list[str]:
+    """Where values differ that must be the same."""
+    wrong = [
+        f"{shown(x.key)}: expected the transpose of {shown(y.key)}, got other values"
+        for head, table in placed.heads
+        for x, y in ((head.a, table.b), (head.b, table.a))
+        if not np.array_equal(found[x.key], found[y.key].T)
+    ]
+    return wrong + [
+        f"{shown(x.key)}: expected the values of `base` at {name_of(place.leaf.path)}, got others; "
+        "a trained or resized embedding under an adapter is not supported"
+        for place, x in placed.frozen
+        if not _is_that_of(place, found[x.key])
     ]
 
 
-def _same(leaf: Leaf, x: np.ndarray) -> bool:
-    if isinstance(leaf.value, jax.ShapeDtypeStruct):
+def _is_that_of(place: _Place, x: np.ndarray) -> bool:
+    if isinstance(place.leaf.value, jax.ShapeDtypeStruct):
         return True
-    [own] = weights(leaf, leaf.value)
+    own = weights(place.leaf, place.leaf.value)[place.index]
     return np.array_equal(own, x.astype(own.dtype))
+
+
+# ------------------------------------------------------------------------------ without a base
+
+
+def read(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
+    """Reads an adapter for a look at it, when the model is not at hand.
+
+    The checks are those of `load`; only whether it fits its model, and whether all that its
+    configuration names is there, cannot be known. Where several parameters of one module of experts
+    are adapted, the file does not say which is which: they are taken in the order of
+    `target_parameters` in which their ranks and numbers of experts agree.
+
+    Args:
+        dir: the adapter's folder.
+
+    Returns:
+        The leaves by PyTorch's names: a `LowRank` node for a module, or for a parameter of
+        experts, whose axes are those of PyTorch's weight; an array for a parameter in full. A head
+        that is tied to an embedding has no leaf of its own.
+
+    Raises:
+        FileNotFoundError: if the folder or a file is missing.
+        ValueError: as `load`.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, jlora
+        >>> from jlora import peft
+        >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
+        >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
+        ...     leaves = peft.read(f"{folder}/adapter")
+        >>> leaves["model.q_proj"].b.shape
+        (2, 3)
+    """
+    adapter, parts, full, _ = read_alone(dir)
+    dropout = float(adapter.fields.get("lora_dropout", 0.0))
+    heads = [x for x in parts if x.kind == "linear" and twin(x, parts)]
+    leaves: dict[str, LowRank | np.ndarray] = {
+        part.key: _alone(part, adapter.selection.rank(part.key), dropout)
+        for part in parts
+        if part not in heads
+    }
+    return leaves | full
+
+
+class Alone(NamedTuple):
+    """An adapter with its values."""
+
+    adapter: Adapter
+    parts: list[Part]
+    full: dict[str, np.ndarray]
+    frozen: dict[str, np.ndarray]
+
+
+def read_alone(dir: str | os.PathLike[str]) -> Alone:
+    """Reads all of an adapter whose model is not at hand."""
+
+    def refuse(found: Sequence[str]) -> None:
+        if found:
+            raise ValueError(f"`dir`: the adapter in {dir} cannot be read. {listing(found)}")
+
+    source = Source(Path(dir))
+    adapter, header = read_adapter(source, refuse)
+    parts = parts_of(adapter, None, "")
+    refuse(adapter.wrong)
+    every = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values())
+    found = values(source, header, every, wrong := list[str]())
+    refuse(wrong)
+    full, frozen = (
+        {name: found[x.key] for name, x in group.items()}
+        for group in (adapter.full, adapter.frozen)
+    )
+    return Alone(adapter, with_values(parts, found), full, frozen)
+
+
+def _alone(part: Part, rank: int, dropout: float) -> LowRank:
+    """The node of a weight that lies as PyTorch's."""
+    (rows, columns), count = matrix(part), part.a.shape[0] // rank
+    window = part.a.shape[2:] if part.kind == "conv" else ()
+    axes, shape = {
+        "embedding": ("vo", (columns, rows)),
+        "linear": ("oi", (rows, columns)),
+        "conv": ("oi" + "k" * len(window), (rows, *part.a.shape[1:])),
+        "experts": ("eoi", (count, rows, columns)),
+    }[part.kind]
+    leaf = Leaf((), None, shape, Name("", "", axes), ("",))
+    return low_rank(leaf, [(part.a, part.b)], rank, scale=part.scale, dropout=dropout)

@@ -111,9 +111,10 @@ class Name:
         i, o = self.where("iv"), self.where("o")
         if self.kind is None:
             return [o]
+        experts = [(d,) for d in self.where("e")]
         if self.kind == "embedding" or self.transposed:
-            return [i, o]
-        return [o, i, *((d,) for d in self.where("k"))]
+            return [*experts, i, o]
+        return [*experts, o, i, *((d,) for d in self.where("k"))]
 
     @property
     def suffixes(self) -> tuple[str, str]:
@@ -148,6 +149,11 @@ class Leaf(NamedTuple):
         """The shapes of A and B of one module in the file."""
         sizes = {**dict(enumerate(self.shape)), RANK: rank}
         return lengths(self.name.a_groups, sizes), lengths(self.name.b_groups, sizes)
+
+    @property
+    def experts(self) -> int:
+        """How many experts share a parameter."""
+        return math.prod(self.shape[d] for d in self.name.where("e"))
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -198,6 +204,12 @@ def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
             modules = tuple(template.format(*at) for at in itertools.product(*counts))
             return Leaf(path, x, shape, row, modules)
     return None
+
+
+def by_row(leaves: Sequence[Leaf], names: Sequence[Name]) -> list[Leaf]:
+    """The leaves in the order of the rows that name them, in which PEFT wraps parameters."""
+    order = {name: i for i, name in reversed(list(enumerate(names)))}
+    return sorted(leaves, key=lambda leaf: order[leaf.name])
 
 
 def tied_to(leaf: Leaf, leaves: Sequence[Leaf]) -> str | None:

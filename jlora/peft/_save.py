@@ -1,11 +1,13 @@
 """An adapter tree to PEFT's files."""
 
+import collections
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from .._tree import adapter_leaves, check_fits, is_abstract, name_of
 from .._types import Path, PyTree
@@ -13,11 +15,14 @@ from ..adapters import LowRank, is_node
 from . import _vllm
 from ._arrays import factors, weights
 from ._config import DEFAULTS, dumps, problems
-from ._file import DTYPES, write
-from ._names import Leaf, Name, resolve, tied_to
-from ._plan import SAVED_BY_NAME, Plan, keeps_embedding, make_plan, ties
-from ._select import suffixes, with_scales
+from ._file import DTYPES, fresh
+from ._json import CONFIG, TENSORS
+from ._load import read_alone
+from ._names import Leaf, Name, by_row, resolve, tied_to
+from ._read import BASE, PREFIX, SAVED_BY_NAME, Part, Stored, parse, parts_of, twin
+from ._select import Selection, suffixes, with_scales
 
+AB = ("A.weight", "B.weight")
 Fields = dict[str, Any]
 
 
@@ -73,24 +78,105 @@ def save(
         raise ValueError(f"`profile` must be None or 'vllm'; got {profile!r}.")
     found = adapter_leaves(adapter)
     check_fits(base, found)
-    leaves = resolve(base, names)
+    leaves = by_row(resolve(base, names), names)
     check_writable(found, {leaf.path: leaf for leaf in leaves})
-    low = {path: x for path, x in found.items() if is_node(x)}
+    own = [leaf for leaf in leaves if is_node(found.get(leaf.path))]
     fields = DEFAULTS | dict(config or {})
     if base_model is not None:
         fields["base_model_name_or_path"] = base_model
     if wrong := problems(fields):
         raise ValueError("`config` cannot be written:\n  " + "\n  ".join(wrong))
-    fields = _with_targets(fields, leaves, names, low)
-    fields = _with_full(fields, leaves, names, set(found) - set(low))
-    fields = _with_training(fields, leaves, low, config or {})
-    plan = make_plan(fields, leaves, names)
-    _check_plan(plan, low)
-    _check_values(plan, found, keeps_embedding(fields, plan))
-    tensors = _tensors(plan, found, keeps_embedding(fields, plan))
+    parts, _ = from_leaves(own, found)
+    tied = {leaf.modules[0]: head for leaf in own if (head := tied_to(leaf, leaves))}
+    fields = _with_targets(fields, leaves, own, tied)
+    scales = {part.key: (_rank(part, own), part.scale) for part in parts}
+    scales |= {head: scales[module] for module, head in tied.items()}
+    fields = with_scales(fields, scales) if scales else fields
+    fields = _with_full(fields, leaves, own, {p for p, x in found.items() if not is_node(x)})
+    fields = _with_training(fields, own, found, config or {})
+    full = _full(fields, leaves, own)
+    frozen = _frozen(fields, own, tied)
+    _check_values([*(leaf for leaf, _ in full if leaf.path not in found), *frozen.values()])
     if profile == "vllm":
-        fields, tensors = _vllm.convert(fields, tensors, plan)
-    write(dir, dumps(fields), tensors)
+        in_full = [key for _, keys in full for key in keys]
+        fields, parts = _vllm.flattened(fields, parts, in_full)
+    tensors = tensors_of([*parts, *(_head(part, tied) for part in parts if part.key in tied)])
+    for leaf, keys in full:
+        value = found.get(leaf.path, leaf.value)
+        tensors |= dict(zip(keys, weights(leaf, value), strict=True))
+    tensors |= {key: weights(leaf, leaf.value)[0] for key, leaf in frozen.items()}
+    _check_form(fields, tensors, leaves)
+    write(dir, fields, tensors)
+
+
+def from_leaves(
+    leaves: Sequence[Leaf], found: Mapping[Path, Any]
+) -> tuple[list[Part], dict[str, np.ndarray]]:
+    """A and B, and what is in full, by PyTorch's names."""
+    parts, full = list[Part](), dict[str, np.ndarray]()
+    for leaf in leaves:
+        x, name = found[leaf.path], leaf.name
+        keys = [f"{module}.{name.parameter}" for module in leaf.modules]
+        if not isinstance(x, LowRank):
+            full |= dict(zip(keys, weights(leaf, x), strict=True))
+            continue
+        # What is swapped has PEFT's B·A in the order of PyTorch's axes.
+        transposed = name.transposed
+        if name.kind == "experts":
+            transposed = False if name.swapped else None
+        for key, module, (a, b) in zip(keys, leaf.modules, factors(leaf, x), strict=True):
+            parts.append(Part(key, name.kind or "", leaf.key(module), a, b, x.scale, transposed))
+    return parts, full
+
+
+def tensors_of(parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """A and B by PEFT's keys: each parameter of a module wraps the wrapper of those before it."""
+    left = collections.Counter(part.name.rpartition(".")[0] for part in parts)
+    tensors: dict[str, np.ndarray] = {}
+    for part in parts:
+        module = part.name.rpartition(".")[0]
+        left[module] -= 1
+        start = f"{PREFIX}{module}{BASE * left[module]}.lora_"
+        ends = ("embedding_A", "embedding_B") if part.kind == "embedding" else AB
+        tensors |= {start + end: x for end, x in zip(ends, (part.a, part.b), strict=True)}
+    return tensors
+
+
+def write(
+    dir: str | os.PathLike[str], fields: Mapping[str, Any], tensors: dict[str, np.ndarray]
+) -> None:
+    """Both files of an adapter in a new folder `dir`, or nothing."""
+    with fresh(dir, "dir", "save") as folder:
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        # As bytes: text would get other line ends on Windows.
+        (folder / CONFIG).write_bytes(dumps(fields).encode())
+
+
+def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
+    """Writes an adapter of PEFT's as vLLM takes it, as `save` does with `profile="vllm"`.
+
+    Args:
+        dir: its folder.
+        out_dir: a folder that does not exist yet, or an empty one.
+
+    Raises:
+        FileExistsError: if `out_dir` is there and not an empty folder.
+        FileNotFoundError: if the folder or a file is missing.
+        ValueError: if the files are damaged, or hold what vLLM has not.
+
+    Example:
+        >>> from jlora import peft
+        >>> peft.convert("adapter", "for_vllm")  # doctest: +SKIP
+    """
+    adapter, parts, full, frozen = read_alone(dir)
+    pairs = [(x, twin(x, parts)) for x in parts if x.kind == "linear"]
+    tied = {table.key: head.key for head, table in pairs if table}
+    own = [part for part in parts if part.key not in tied.values()]
+    fields, own = _vllm.flattened(DEFAULTS | adapter.fields, own, list(full))
+    tensors = tensors_of([*own, *(_head(part, tied) for part in own if part.key in tied)])
+    names = {name: name.rpartition(".") for name in frozen}
+    tensors |= {f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()}
+    write(out_dir, fields, tensors)
 
 
 def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
@@ -132,36 +218,39 @@ def _unwritable(x: Any, leaf: Leaf | None) -> str | None:
     return f"expected {wanted} by `names`, got {ours}"
 
 
-def _rank(x: LowRank) -> int:
+def _rank(part: Part, leaves: Sequence[Leaf]) -> int:
     """The rank in the file, where slots lie beside one another."""
-    return x.a.shape[-1] * (len(x.layout.slots[1]) if x.layout.slots else 1)
+    experts = {leaf.key(module): leaf.experts for leaf in leaves for module in leaf.modules}
+    return part.a.shape[0] // experts[part.key]
+
+
+def _head(table: Part, tied: Mapping[str, str]) -> Part:
+    """The head that shares the weight of an embedding."""
+    a, b = (np.ascontiguousarray(x.T) for x in (table.b, table.a))
+    head = tied[table.key]
+    return table._replace(name=f"{head}.weight", kind="linear", key=head, a=a, b=b)
 
 
 def _with_targets(
-    fields: Fields, leaves: Sequence[Leaf], names: Sequence[Name], low: Mapping[Path, LowRank]
+    fields: Fields, leaves: Sequence[Leaf], own: Sequence[Leaf], tied: Mapping[str, str]
 ) -> Fields:
-    """`fields` that select the adapted leaves with their ranks and scales."""
-    own = [leaf for leaf in leaves if leaf.path in low]
-    plan = make_plan(fields, leaves, names)
-    if {a.leaf.path for a in plan.adapted} != set(low) or plan.problems:
-        fields = fields | _targets(leaves, own)
-    forms = {leaf.path: (_rank(low[leaf.path]), low[leaf.path].scale) for leaf in own}
-    scales = {leaf.key(m): forms[leaf.path] for leaf in own for m in leaf.modules}
-    scales |= {head: forms[path] for path, head in _heads(leaves, own).items()}
-    return with_scales(fields, scales) if scales else fields
-
-
-def _targets(leaves: Sequence[Leaf], own: Sequence[Leaf]) -> Fields:
-    """The fields that select the leaves `own` and no others."""
+    """`fields` that select the leaves `own`, and the heads `tied` to them, and no others."""
+    selection = Selection(fields)
+    selection.prepare([m for leaf in leaves for m in leaf.modules])
     paths = {leaf.path for leaf in own}
+    as_wanted = all(
+        _adapts(selection, leaf, module) == (leaf.path in paths)
+        for leaf in leaves
+        for module in leaf.modules
+    )
+    if as_wanted and all(ties(fields, m) or selection.adapts(h) for m, h in tied.items()):
+        return fields
     others = [leaf for leaf in leaves if leaf.path not in paths and leaf.name.kind]
     ties_all = {"ensure_weight_tying": True}
     new: Fields = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-    new["ensure_weight_tying"] = any(
-        tied_to(leaf, leaves) and ties(ties_all, leaf.modules[0]) for leaf in own
-    )
+    new["ensure_weight_tying"] = any(ties(ties_all, module) for module in tied)
     # What PEFT does not tie itself is selected by name.
-    heads = [] if new["ensure_weight_tying"] else _heads(leaves, own).values()
+    heads = [] if new["ensure_weight_tying"] else tied.values()
     wanted = [*_keys(own, experts=False), *heads]
     # By a bare name of these, PEFT would store the frozen weights too.
     whole = [m for m in wanted if m.rpartition(".")[2] in SAVED_BY_NAME]
@@ -170,7 +259,21 @@ def _targets(leaves: Sequence[Leaf], own: Sequence[Leaf]) -> Fields:
     new["target_parameters"] = (
         suffixes(_keys(own, experts=True), _keys(others, experts=True)) or None
     )
-    return new
+    return fields | new
+
+
+def _adapts(selection: Selection, leaf: Leaf, module: str) -> bool:
+    if leaf.name.kind is None or selection.saves(module):
+        return False
+    if leaf.name.kind == "experts":
+        return leaf.name.parameter in selection.parameters(module)
+    return leaf.name.parameter == "weight" and selection.adapts(module)
+
+
+def ties(fields: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT gives the head that is tied to the embedding `module` the same A and B."""
+    # It knows embeddings by these names alone.
+    return bool(fields.get("ensure_weight_tying")) and module.rpartition(".")[2] in SAVED_BY_NAME
 
 
 def _keys(leaves: Sequence[Leaf], *, experts: bool) -> list[str]:
@@ -178,42 +281,66 @@ def _keys(leaves: Sequence[Leaf], *, experts: bool) -> list[str]:
     return [leaf.key(m) for leaf in found for m in leaf.modules]
 
 
-def _heads(leaves: Sequence[Leaf], own: Sequence[Leaf]) -> dict[Path, str]:
-    """The heads that are tied to an adapted embedding."""
-    found = {leaf.path: tied_to(leaf, leaves) for leaf in own}
-    return {path: head for path, head in found.items() if head}
-
-
 def _with_full(
-    fields: Fields, leaves: Sequence[Leaf], names: Sequence[Name], full: set[Path]
+    fields: Fields, leaves: Sequence[Leaf], own: Sequence[Leaf], wanted: set[Path]
 ) -> Fields:
     """`fields` that save the leaves trained in full: by `bias`, the rest by `modules_to_save`."""
-    if _saved(fields, leaves, names) == full:
+
+    def saved(fields: Fields) -> set[Path]:
+        return {leaf.path for leaf, _ in _full(fields, leaves, own)}
+
+    if saved(fields) == wanted:
         return fields
     every, of_lora = (
-        _saved(fields | {"modules_to_save": None, "bias": bias}, leaves, names)
-        for bias in ("all", "lora_only")
+        saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("all", "lora_only")
     )
     # Beside "all", PEFT would store the biases of `modules_to_save` three times.
-    bias = "all" if full == every else "lora_only" if full & of_lora else "none"
-    rest = {"all": set(), "lora_only": full - of_lora, "none": full}[bias]
+    bias = "all" if wanted == every else "lora_only" if wanted & of_lora else "none"
+    rest = {"all": set(), "lora_only": wanted - of_lora, "none": wanted}[bias]
     modules = [m for leaf in leaves if leaf.path in rest for m in leaf.modules]
     return fields | {"bias": bias, "modules_to_save": list(dict.fromkeys(modules)) or None}
 
 
-def _saved(fields: Fields, leaves: Sequence[Leaf], names: Sequence[Name]) -> set[Path]:
-    return {s.leaf.path for s in make_plan(fields, leaves, names).saved}
+def _full(
+    fields: Fields, leaves: Sequence[Leaf], own: Sequence[Leaf]
+) -> list[tuple[Leaf, list[str]]]:
+    """The leaves that are saved in full, with a key for each of their modules."""
+    selection, bias = Selection(fields), fields.get("bias", "none")
+    adapted = {module for leaf in own for module in leaf.modules}
+
+    def key(leaf: Leaf, module: str) -> str | None:
+        parameter = leaf.name.parameter
+        if selection.saves(module):
+            return f"{PREFIX}{module}.{parameter}"
+        if parameter == "bias" and module in adapted and bias in ("all", "lora_only"):
+            return f"{PREFIX}{module}{BASE}.bias"
+        return f"{PREFIX}{module}.bias" if parameter == "bias" and bias == "all" else None
+
+    keys = [(leaf, [key(leaf, module) for module in leaf.modules]) for leaf in leaves]
+    found = [(leaf, [k for k in each if k]) for leaf, each in keys]
+    return [(leaf, each) for leaf, each in found if len(each) == len(leaf.modules)]
+
+
+def _frozen(fields: Fields, own: Sequence[Leaf], tied: Mapping[str, str]) -> dict[str, Leaf]:
+    """The frozen embeddings and heads that PEFT stores beside A and B, by their keys."""
+    target = fields["target_modules"]
+    lasts = [module.rpartition(".")[2] for leaf in own for module in leaf.modules]
+    if not any(name in (target if isinstance(target, list) else lasts) for name in SAVED_BY_NAME):
+        return {}
+    return {
+        f"{PREFIX}{module}{BASE}.weight": leaf
+        for leaf in own
+        if leaf.name.tied or leaf.modules[0].rpartition(".")[2] in SAVED_BY_NAME
+        for module in (*leaf.modules, tied.get(leaf.modules[0]))
+        if module
+    }
 
 
 def _with_training(
-    fields: Fields,
-    leaves: Sequence[Leaf],
-    low: Mapping[Path, LowRank],
-    config: Mapping[str, Any],
+    fields: Fields, own: Sequence[Leaf], found: Mapping[Path, Any], config: Mapping[str, Any]
 ) -> Fields:
-    """`fields` with dropout, orientation and tying."""
-    own = [leaf for leaf in leaves if leaf.path in low]
-    dropouts = {x.dropout for x in low.values()}
+    """`fields` with dropout and orientation."""
+    dropouts = {found[leaf.path].dropout for leaf in own}
     if "lora_dropout" not in config and len(dropouts) > 1:
         raise ValueError(
             f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all. "
@@ -229,20 +356,8 @@ def _with_training(
     return fields | new
 
 
-def _check_plan(plan: Plan, low: Mapping[Path, LowRank]) -> None:
-    planned = {a.leaf.path for a in plan.adapted}
-    wrong = plan.problems + [
-        f"{name_of(path)}: PEFT cannot select its module apart from others"
-        for path in planned ^ set(low)
-    ]
-    if wrong:
-        raise ValueError("`adapter` has no form in PEFT:\n  " + "\n  ".join(wrong))
-
-
-def _check_values(plan: Plan, found: Mapping[Path, Any], embedding: bool) -> None:
-    used = [s.leaf for s in plan.saved if s.leaf.path not in found]
-    used += plan.copies.values() if embedding else []
-    bare = dict.fromkeys(name_of(leaf.path) for leaf in used if is_abstract(leaf.value))
+def _check_values(leaves: Sequence[Leaf]) -> None:
+    bare = dict.fromkeys(name_of(leaf.path) for leaf in leaves if is_abstract(leaf.value))
     if bare:
         raise ValueError(
             "`base` must hold arrays where PEFT stores frozen values with the adapter; got "
@@ -250,16 +365,16 @@ def _check_values(plan: Plan, found: Mapping[Path, Any], embedding: bool) -> Non
         )
 
 
-def _tensors(plan: Plan, found: Mapping[Path, Any], embedding: bool) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
-    for leaf, _, _, keys in plan.adapted:
-        for pair, arrays in zip(keys, factors(leaf, found[leaf.path]), strict=True):
-            tensors |= dict(zip(pair, arrays, strict=True))
-    for leaf, keys in plan.saved:
-        value = found.get(leaf.path, leaf.value)
-        tensors |= dict(zip(keys, weights(leaf, value), strict=True))
-    for key, source in plan.tied.items():
-        tensors[key] = np.ascontiguousarray(tensors[source].T)
-    if embedding:
-        tensors |= {key: weights(leaf, leaf.value)[0] for key, leaf in plan.copies.items()}
-    return tensors
+def _check_form(fields: Fields, tensors: Mapping[str, np.ndarray], leaves: Sequence[Leaf]) -> None:
+    """What is to be written must be read as the same."""
+    types = {dtype: name for name, dtype in DTYPES.items()}
+    adapter = parse(fields, [Stored(k, types[x.dtype], x.shape) for k, x in tensors.items()])
+    shapes = {
+        f"{m}.{leaf.name.parameter}": leaf.weight_shape for leaf in leaves for m in leaf.modules
+    }
+    parts_of(adapter, shapes, "`base` under `names`", ordered=True)
+    if adapter.wrong:
+        raise ValueError(
+            "`adapter` has no form in PEFT, as it cannot select its modules apart from others. Read "
+            "again, it would have\n  " + "\n  ".join(adapter.wrong)
+        )

@@ -1,14 +1,23 @@
-"""Which modules a configuration selects with which rank and scale, and how to say so shortly."""
+"""Which modules a configuration selects with which rank and scale, and how to say so shortly.
 
+A file may list ten thousand patterns for a hundred thousand modules: names are looked up by their
+ends in sorted lists, and what must be tried one by one has a clock.
+"""
+
+import bisect
 import collections
-import functools
+import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ._config import DEFAULTS
 from ._json import brief
+from ._patterns import Clock, Matcher, of_key, of_layer
+
+# A key of `rank_pattern` that is a name; dots may be escaped, or any character.
+_PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
 
 
 def ends(name: str, tail: str) -> bool:
@@ -16,84 +25,213 @@ def ends(name: str, tail: str) -> bool:
     return name == tail or name.endswith("." + tail)
 
 
-def selects(fields: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would adapt `module`: `check_target_module_exists` of `peft.tuners`."""
-    exclude, target = fields.get("exclude_modules"), fields["target_modules"]
-    if exclude and _names(exclude, module):
+class Ends:
+    """The ends of many names, of which one may have to be the end of another."""
+
+    def __init__(self, tails: Iterable[str]):
+        """Of `tails`, of which those that end in another one are idle."""
+        self.backwards: list[str] = []
+        for tail in sorted(t[::-1] for t in tails):
+            if not self.backwards or not tail.startswith(self.backwards[-1]):
+                self.backwards.append(tail)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether `name` ends in one of them."""
+        # As none begins with another, only the last one in order may begin `name`, backwards.
+        at = bisect.bisect_right(self.backwards, back := name[::-1])
+        return at > 0 and back.startswith(self.backwards[at - 1])
+
+
+class Names:
+    """Many names, of which one may have to end in another one."""
+
+    def __init__(self, names: Iterable[str]):
+        """Of `names`."""
+        self.backwards = sorted({name[::-1] for name in names})
+
+    def end_in(self, tail: str) -> bool:
+        """Whether one of them ends in `tail`."""
+        at = bisect.bisect_left(self.backwards, back := tail[::-1])
+        return at < len(self.backwards) and self.backwards[at].startswith(back)
+
+
+class Selection:
+    """What a checked configuration says of modules and parameters, by PyTorch's names."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        """By its `fields`."""
+        self.fields, self.clock = fields, Clock()
+        self._target = _Modules(fields["target_modules"], self.clock)
+        self._exclude = _Modules(fields.get("exclude_modules"), self.clock)
+        self._saved = Ends(fields.get("modules_to_save") or [])
+        self._parameters: dict[str, set[str]] = collections.defaultdict(set)  # by their modules
+        for target in fields.get("target_parameters") or []:
+            module, _, parameter = target.rpartition(".")
+            self._parameters[module].add(parameter)
+        layers = fields.get("layers_to_transform")
+        self._layers = None if layers in (None, []) else set(_listed(layers))
+        patterns = _listed(fields.get("layers_pattern") or None) or [None]
+        self._patterns = [Matcher(of_layer(p), self.clock, "match") for p in patterns]
+        self._ranks = _First(fields.get("rank_pattern"), self.clock)
+        self._alphas = _First(fields.get("alpha_pattern"), self.clock)
+
+    def prepare(self, modules: Collection[str]) -> None:
+        """Matches many modules at once."""
+        layers = self._patterns if self._layers is not None else []
+        ranks = [*self._ranks.others.values(), *self._alphas.others.values()]
+        for matcher in (self._target.matcher, self._exclude.matcher, *layers, *ranks):
+            if matcher:
+                matcher.prepare(modules)
+
+    def adapts(self, module: str) -> bool:
+        """Whether PEFT would adapt `module`: `check_target_module_exists` of `peft.tuners`."""
+        if module in self._exclude or module not in self._target:
+            return False
+        if self._target.matcher or self._layers is None or module in self._target.whole:
+            return True
+        for pattern in self._patterns:
+            if found := pattern(module):
+                return int(found["idx"]) in self._layers
         return False
-    if not target or not _names(target, module):
-        return False
-    layers = fields.get("layers_to_transform")
-    if isinstance(target, str) or module in target or layers is None or layers == []:
-        return True
-    index = _layer(module, fields.get("layers_pattern"))
-    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+    def saves(self, module: str) -> bool:
+        """Whether `modules_to_save` names `module` or one that holds it, as PEFT matches it."""
+        return any(parent in self._saved for parent in parents(module))
+
+    def parameters(self, module: str) -> list[str]:
+        """The parameters of `module` that `target_parameters` names, if it is not adapted whole."""
+        if not self._parameters or self.adapts(module):
+            return []
+        found = {p for end in _tails(module) for p in self._parameters.get(end, ())}
+        order = [t.rpartition(".")[2] for t in self.fields.get("target_parameters") or []]
+        return [p for p in dict.fromkeys(order) if p in found]
+
+    def rank(self, key: str) -> int:
+        """The rank of a module or parameter."""
+        return self._ranks(key, self.fields.get("r", DEFAULTS["r"]))
+
+    def scale(self, key: str) -> float:
+        """The scale of a module or parameter: alpha / r, or alpha / √r."""
+        alpha = self._alphas(key, self.fields.get("lora_alpha", DEFAULTS["lora_alpha"]))
+        return alpha / divisor(self.fields, self.rank(key))
+
+    def idle(self, keys: Iterable[str], where: str) -> list[str]:
+        """The targets that name none of the `keys` of a model, which is called `where`.
+
+        PEFT lists targets that it excludes, or that lie in other layers, all the same.
+        """
+        names = Names("." + key for key in keys)
+        return [
+            f"{field}: {brief(target)} names no module of {where}"
+            for field in ("target_modules", "target_parameters")
+            if isinstance(listed := self.fields.get(field), list)
+            for target in listed
+            if not names.end_in("." + target)
+        ]
+
+    def unused(self, adapted: Collection[str]) -> list[str]:
+        """The entries of `rank_pattern` and `alpha_pattern` that match no adapted key."""
+        return [
+            f"{field}: {brief(pattern)} matches no adapted module"
+            for field, patterns in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas))
+            for pattern in patterns.unused(adapted)
+        ]
 
 
-def _names(target: str | list[str], module: str) -> bool:
-    if isinstance(target, str):
-        return re.fullmatch(target, module) is not None
-    return any(ends(module, t) for t in target)
+def parents(module: str) -> Iterator[str]:
+    """`module` and those that hold it."""
+    yield module
+    while module := module.rpartition(".")[0]:
+        yield module
 
 
-def _layer(module: str, patterns: str | list[str] | None) -> int | None:
-    patterns = [patterns] if patterns and isinstance(patterns, str) else patterns
-    for pattern in patterns or [r"[^.]*"]:
-        prefix = r"(?:^|.*?\.)" if patterns else r".*?\."
-        if match := re.match(rf"{prefix}{pattern}\.(?P<idx>\d{{1,9}})\.", module):
-            return int(match["idx"])
-    return None
+def _tails(module: str) -> Iterator[str]:
+    """`module`, its last parts, and nothing."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
+    yield ""
 
 
-def rank_of(fields: Mapping[str, Any], key: str) -> int:
-    """The rank of a module or parameter."""
-    return _look_up(fields.get("rank_pattern"), key, fields.get("r", DEFAULTS["r"]))
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [] if values is None else [values]
 
 
-def scale_of(fields: Mapping[str, Any], key: str) -> float:
-    """The scale of a module or parameter: alpha / r, or alpha / √r."""
-    alpha = _look_up(fields.get("alpha_pattern"), key, fields.get("lora_alpha", 8))
-    return alpha / _divisor(fields, rank_of(fields, key))
+class _Modules:
+    """A pattern of modules, or their names."""
+
+    def __init__(self, target: str | list[str] | None, clock: Clock):
+        self.matcher = Matcher(target, clock) if isinstance(target, str) else None
+        self.whole = set() if isinstance(target, str) else set(target or ())
+        self.ends = Ends("." + name for name in self.whole)
+
+    def __contains__(self, module: str) -> bool:
+        if self.matcher:
+            return self.matcher(module) is not None
+        return "." + module in self.ends
 
 
-def _divisor(fields: Mapping[str, Any], rank: int) -> float:
-    return math.sqrt(rank) if fields.get("use_rslora") else rank
+class _First:
+    r"""The value of the first pattern that matches, as PEFT looks up `rank_pattern`.
 
-
-def _look_up(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    found = (p for p in patterns or {} if _matcher(p).match(key))
-    return next(((patterns or {})[p] for p in found), default)
-
-
-@functools.lru_cache(10_000)
-def _matcher(pattern: str) -> re.Pattern[str]:
-    """PEFT's reading of a key of `rank_pattern` and `alpha_pattern`: `get_pattern_key`."""
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def idle(
-    fields: Mapping[str, Any],
-    adapted: Collection[str],
-    known: Collection[str] | None,
-    where: str = "`base` under `names`",
-) -> list[str]:
-    """The patterns that match none of the `adapted` keys, the names of none that is `known`.
-
-    PEFT lists targets that it excludes, or that lie in other layers, all the same. Where the model
-    is not at hand, `known` is None.
+    PEFT matches `(.*\.)?(pattern)$`. Most patterns are names, which are looked up in tables: one
+    for each length and each set of places at which any character may stand.
     """
-    found = [
-        f"{name}: {brief(pattern)} matches no adapted module"
-        for name in ("rank_pattern", "alpha_pattern")
-        for pattern in fields.get(name) or {}
-        if not any(_matcher(pattern).match(key) for key in adapted)
-    ]
-    for name in ("target_modules", "target_parameters") if known is not None else ():
-        listed = fields.get(name) or []
-        for target in listed if isinstance(listed, list) else []:
-            if not any(ends(key, target) for key in (*adapted, *(known or ()))):
-                found.append(f"{name}: {brief(target)} names no module of {where}")
-    return found
+
+    def __init__(self, patterns: Mapping[str, Any] | None, clock: Clock):
+        self.patterns, self.values = list(patterns or ()), list((patterns or {}).values())
+        self.clock = clock
+        self.tables: dict[_Places, dict[tuple[str, ...], list[int]]] = {}
+        self.others: dict[int, Matcher] = {}
+        for i, pattern in enumerate(self.patterns):
+            if _PLAIN.fullmatch(pattern):
+                places, parts = _plain(pattern)
+                self.tables.setdefault(places, {}).setdefault(parts, []).append(i)
+            else:
+                self.others[i] = Matcher(of_key(pattern), clock, "match")
+
+    def __call__(self, key: str, default: Any) -> Any:
+        found = min(self._matching(key), default=None)
+        return default if found is None else self.values[found]
+
+    def _matching(self, key: str) -> Iterator[int]:
+        self.clock.left()
+        for places, table in self.tables.items():
+            yield from table.get(_at(places, key), ())[:1]
+        yield from (i for i, matcher in self.others.items() if matcher(key) is not None)
+
+    def unused(self, keys: Collection[str]) -> list[str]:
+        """The patterns that match none of `keys`."""
+        used = set[int]()
+        for places, table in self.tables.items():
+            self.clock.left()
+            for parts in {_at(places, key) for key in keys} & table.keys():
+                used |= set(table[parts])
+        for i, matcher in self.others.items():
+            matcher.prepare(keys)
+            used |= {i} if any(matcher(key) is not None for key in keys) else set()
+        return [pattern for i, pattern in enumerate(self.patterns) if i not in used]
+
+
+_Places = tuple[tuple[int, int | None], ...]
+
+
+def _plain(pattern: str) -> tuple[_Places, tuple[str, ...]]:
+    """What the end of a key must be where, for a pattern that is a name."""
+    characters = [".", *re.findall(r"\\?.", pattern)]
+    known = [bool(at == 0 or c != ".") for at, c in enumerate(characters)]
+    n, places, parts = len(characters), [], []
+    for is_known, run in itertools.groupby(range(n), known.__getitem__):
+        if is_known:
+            run = list(run)
+            places.append((run[0] - n, run[-1] + 1 - n or None))
+            parts.append("".join(characters[at][-1] for at in run))
+    return tuple(places), tuple(parts)
+
+
+def _at(places: _Places, key: str) -> tuple[str, ...]:
+    key = "." + key
+    return tuple(key[start:stop] for start, stop in places)
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -113,10 +251,11 @@ def suffixes(wanted: Iterable[str], others: Collection[str]) -> list[str]:
 
 def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """`fields` whose rank, alpha and patterns give each key its rank and scale."""
-    if all((rank_of(fields, k), scale_of(fields, k)) == wanted for k, wanted in scales.items()):
+    said = Selection(fields)
+    if all((said.rank(k), said.scale(k)) == wanted for k, wanted in scales.items()):
         return fields
     ranks = {key: rank for key, (rank, _) in scales.items()}
-    alphas = {key: _alpha(scale, _divisor(fields, rank)) for key, (rank, scale) in scales.items()}
+    alphas = {key: _alpha(scale, divisor(fields, rank)) for key, (rank, scale) in scales.items()}
     r, rank_pattern = _common(ranks)
     alpha, alpha_pattern = _common(alphas)
     new = {
@@ -126,6 +265,11 @@ def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]])
         "alpha_pattern": alpha_pattern,
     }
     return fields | new
+
+
+def divisor(fields: Mapping[str, Any], rank: int) -> float:
+    """What alpha is divided by: r, or √r."""
+    return math.sqrt(rank) if fields.get("use_rslora") else rank
 
 
 def _alpha(scale: float, divisor: float) -> float:

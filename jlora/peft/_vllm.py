@@ -1,52 +1,48 @@
 """What vLLM takes: one rank, no patterns, nothing but A and B."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .._tree import name_of
 from ._config import read_config
 from ._file import read_header
 from ._json import Source, brief, shown
-from ._plan import PREFIX, Plan
+from ._read import PREFIX, Part
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def convert(
-    fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], plan: Plan
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def flattened(
+    fields: Mapping[str, Any], parts: Sequence[Part], full: Sequence[str]
+) -> tuple[dict[str, Any], list[Part]]:
     """The adapter with one rank, and its scales in B.
 
     Raises:
-        ValueError: if parts of it are nothing that vLLM has.
+        ValueError: if parts of it, or what is in `full`, are nothing that vLLM has.
     """
-    wrong = [f"{key}: trained in full" for _, keys in plan.saved for key in keys]
-    wrong += [
-        f"{name_of(a.leaf.path)}: of kind {a.leaf.name.kind}"
-        for a in plan.adapted
-        if a.leaf.name.kind in ("conv", "experts")
-    ]
+    wrong = [f"{key}: trained in full" for key in full]
+    wrong += [f"{x.key}: of kind {x.kind}" for x in parts if x.kind not in ("linear", "embedding")]
     if wrong:
         raise ValueError(
             "`profile` 'vllm' takes linear and embedding sites alone; got\n  "
             + "\n  ".join(wrong)
             + "\nLeave these out of the rules, or merge the adapter and serve the merged model."
         )
-    largest = max(a.rank for a in plan.adapted)
+    largest = max(x.a.shape[0] for x in parts)
     rank = next((r for r in RANKS if r >= largest), None)
     if rank is None:
         raise ValueError(f"`profile` 'vllm' takes ranks up to {RANKS[-1]}; got {largest}.")
-    factors = {key for a in plan.adapted for pair in a.keys for key in pair} | set(plan.tied)
-    new = {key: x for key, x in tensors.items() if key not in factors}
-    for _, _, scale, keys in plan.adapted:
-        for a, b in keys:
-            new[a] = _padded(tensors[a], 0, rank)
-            new[b] = _padded(tensors[b] * np.asarray(scale, tensors[b].dtype), 1, rank)
-    new |= {key: np.ascontiguousarray(new[source].T) for key, source in plan.tied.items()}
+    new = [
+        x._replace(
+            a=_padded(x.a, 0, rank),
+            b=_padded(x.b * np.asarray(x.scale, x.b.dtype), 1, rank),
+            scale=1.0,
+        )
+        for x in parts
+    ]
     flat = {
         "r": rank,
         "lora_alpha": rank,
