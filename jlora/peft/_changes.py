@@ -1,6 +1,9 @@
 """What an adapter changes in a checkpoint, tensor by tensor: all is checked before one is read."""
 
+import collections
+import hashlib
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +27,7 @@ from ._read import (
     parts_of,
     read_adapter,
     stored_in,
-    twin,
+    twins,
     values,
     with_values,
 )
@@ -307,19 +310,33 @@ def _group(kind: str, name: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------- ties
 
 
+# What the modules are called whose weight a model's head may share: of embeddings, then of heads.
+_SHARED = re.compile(
+    r"(^|[._])(embed_tokens|embed_in|wte|word_embeddings?|tokens?_embed|tok_embeddings|shared"
+    r"|lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|proj_out|output_projection"
+    r"|generator_lm_head|lm_loss|pred_layer\.proj|output)\.weight$"
+)
+
+
 def absent(
     checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
 ) -> list[str]:
     """Problems with what the checkpoint has no tensor for: a tied weight is there once."""
-    there = [part for part in parts if part.name in checkpoint.where]
-    kept = {name: x for name, x in full.items() if name in checkpoint.where}
-    lost = [p.name for p in parts if p.name not in checkpoint.where and not twin(p, there)]
-    lost += [
-        name
-        for name, x in full.items()
-        if name not in kept and not any(np.array_equal(x, other) for other in kept.values())
+    where, shared = checkpoint.where, twins(parts)
+    names = {part.name for part in parts if part.name in where}
+    lost = [
+        part.name
+        for part in parts
+        if part.name not in where
+        and (part.name not in shared or shared[part.name].name not in names)
     ]
+    kept = {_digest(x) for name, x in full.items() if name in where}
+    lost += [n for n, x in full.items() if n not in where and _digest(x) not in kept]
     return _not_there(checkpoint, lost)
+
+
+def _digest(x: np.ndarray) -> tuple[Any, ...]:
+    return x.shape, x.dtype, hashlib.sha256(x.tobytes()).digest()
 
 
 def _not_there(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
@@ -339,13 +356,11 @@ def untied(
     checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
 ) -> list[str]:
     """Changes of a shared weight that PEFT would apply in only one of its places."""
-    alone = [p.name for p in parts if _is_tied(checkpoint, p.name) and not twin(p, parts)]
-    alone += [
-        name
-        for name, x in full.items()
-        if _is_tied(checkpoint, name)
-        and not any(name != other and np.array_equal(x, y) for other, y in full.items())
-    ]
+    shared = twins(parts)
+    alone = [p.name for p in parts if is_shared(checkpoint, p.name) and p.name not in shared]
+    found = {name: _digest(x) for name, x in full.items()}
+    counts = collections.Counter(found.values())
+    alone += [n for n, x in found.items() if is_shared(checkpoint, n) and counts[x] == 1]
     return [
         f"{shown(name)}: the input embedding and the output head share this weight (config.json: "
         "tie_word_embeddings), but the adapter does not change both alike; save the base model "
@@ -354,19 +369,17 @@ def untied(
     ]
 
 
-def twins(checkpoint: Checkpoint, changed: Sequence[str]) -> Iterator[tuple[str, str]]:
+def copies(checkpoint: Checkpoint, changed: Collection[str]) -> Iterator[tuple[str, str]]:
     """A changed weight that is shared, and another tensor that may be its copy."""
-    for name in changed:
-        if _is_tied(checkpoint, name):
-            entry = checkpoint.entry(name)
-            for other in checkpoint.where:
-                form = checkpoint.entry(other)[:2]
-                if other not in changed and form == entry[:2]:
-                    yield name, other
+    others = [n for n in checkpoint.where if n not in changed and is_shared(checkpoint, n)]
+    for name in (n for n in changed if is_shared(checkpoint, n)):
+        form = checkpoint.entry(name)[:2]
+        yield from ((name, other) for other in others if checkpoint.entry(other)[:2] == form)
 
 
-def _is_tied(checkpoint: Checkpoint, name: str) -> bool:
-    if name not in checkpoint.where:
+def is_shared(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the weight that the input embedding and the output head share."""
+    if name not in checkpoint.where or not _SHARED.search(name):
         return False
     shape = checkpoint.entry(name).shape
     return len(shape) == 2 and shape[0] in checkpoint.vocabulary

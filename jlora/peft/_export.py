@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .._types import PyTree
 from ._base import configuration_of
-from ._changes import Changes, Sum, changes, twins
+from ._changes import Changes, Sum, changes, copies
 from ._checkpoint import Checkpoint, open_checkpoint, refuse
 from ._file import DTYPES, Entry, fresh
 from ._json import opened, shown
@@ -161,7 +161,7 @@ def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
 def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
     """The same for both copies of a shared weight that is stored twice."""
     sums, full = dict(todo.sums), dict(todo.full)
-    for name, other in twins(checkpoint, [*sums, *full]):
+    for name, other in copies(checkpoint, {*sums, *full}):
         if _same(checkpoint, name, other):
             for changed in (sums, full):
                 changed |= {other: changed[name]} if name in changed else {}

@@ -26,7 +26,7 @@ from ._read import (
     parts_of,
     read_adapter,
     stored_in,
-    twin,
+    twins,
     values,
     with_values,
 )
@@ -109,7 +109,7 @@ class _Place(NamedTuple):
     """A parameter of PyTorch: one of the modules of a leaf, or the head that shares its weight."""
 
     leaf: Leaf
-    index: int
+    at: int
     is_head: bool = False
 
 
@@ -191,9 +191,9 @@ def _whole(
     """By leaf, for all of its modules alike."""
     leaves, by_path = dict[Any, Leaf](), dict[Any, dict[int, Any]]()
     for name, x in found.items():
-        leaf, index, _ = places[name]
+        leaf, at, _ = places[name]
         leaves[leaf.path] = leaf
-        by_path.setdefault(leaf.path, {})[index] = x
+        by_path.setdefault(leaf.path, {})[at] = x
     whole = []
     for path, own in by_path.items():
         leaf, said = leaves[path], f"{name_of(path)}: its layers are one leaf"
@@ -258,7 +258,7 @@ def _unlike(adapter: Adapter, placed: _Placed, found: Mapping[str, np.ndarray]) 
 def _is_that_of(place: _Place, x: np.ndarray) -> bool:
     if isinstance(place.leaf.value, jax.ShapeDtypeStruct):
         return True
-    own = weights(place.leaf, place.leaf.value)[place.index]
+    own = weights(place.leaf, place.leaf.value)[place.at]
     return np.array_equal(own, x.astype(own.dtype))
 
 
@@ -300,11 +300,11 @@ def read(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
     """
     adapter, parts, full, _ = read_alone(dir)
     dropout = float(adapter.fields.get("lora_dropout", 0.0))
-    heads = [x for x in parts if x.kind == "linear" and twin(x, parts)]
+    shared = twins(parts)
     leaves: dict[str, LowRank | np.ndarray] = {
         part.key: _alone(part, adapter.selection.rank(part.key), dropout)
         for part in parts
-        if part not in heads
+        if part.kind == "embedding" or part.name not in shared
     }
     return leaves | full
 

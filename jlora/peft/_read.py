@@ -4,6 +4,7 @@ Whoever has a model, a tree or a checkpoint, gives the shapes of its parameters 
 and gets A and B of each. Values are read when all else is known to be right.
 """
 
+import hashlib
 import itertools
 import math
 import re
@@ -389,14 +390,18 @@ def stored_in(parts: Iterable[Part]) -> Iterator[Stored]:
         yield from (part.a, part.b)
 
 
-def twin(part: Part, parts: Iterable[Part]) -> Part | None:
-    """The one of `parts` that is the same as `part` on the other side of a shared weight."""
-    for other in parts:
-        if (
-            {part.kind, other.kind} == {"embedding", "linear"}
-            and part.scale == other.scale
-            and np.array_equal(part.a, other.b.T)
-            and np.array_equal(part.b, other.a.T)
-        ):
-            return other
-    return None
+def twins(parts: Iterable[Part]) -> dict[str, Part]:
+    """By name, the part that is the same on the other side of a weight that two modules share."""
+    groups: dict[Any, dict[str, Part]] = {}
+    for part in parts:
+        if part.kind in ("embedding", "linear"):
+            a, b = (part.a, part.b) if part.kind == "linear" else (part.b.T, part.a.T)
+            values = hashlib.sha256(a.tobytes() + b.tobytes()).digest()
+            group = groups.setdefault((part.scale, a.shape, b.shape, a.dtype, values), {})
+            group.setdefault(part.kind, part)
+    return {
+        one.name: other
+        for group in groups.values()
+        if len(group) == 2
+        for one, other in itertools.permutations(group.values())
+    }

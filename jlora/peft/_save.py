@@ -19,7 +19,7 @@ from ._file import DTYPES, fresh
 from ._json import CONFIG, TENSORS
 from ._load import read_alone
 from ._names import Leaf, Name, by_row, resolve, tied_to
-from ._read import BASE, PREFIX, SAVED_BY_NAME, Part, Stored, parse, parts_of, twin
+from ._read import BASE, PREFIX, SAVED_BY_NAME, Part, Stored, parse, parts_of, twins
 from ._select import Selection, suffixes, with_scales
 
 AB = ("A.weight", "B.weight")
@@ -169,9 +169,9 @@ def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Non
         >>> peft.convert("adapter", "for_vllm")  # doctest: +SKIP
     """
     adapter, parts, full, frozen = read_alone(dir)
-    pairs = [(x, twin(x, parts)) for x in parts if x.kind == "linear"]
-    tied = {table.key: head.key for head, table in pairs if table}
-    own = [part for part in parts if part.key not in tied.values()]
+    shared = twins(parts)
+    tied = {x.key: shared[x.name].key for x in parts if x.kind == "embedding" and x.name in shared}
+    own = [x for x in parts if x.kind == "embedding" or x.name not in shared]
     fields, own = _vllm.flattened(DEFAULTS | adapter.fields, own, list(full))
     tensors = tensors_of([*own, *(_head(part, tied) for part in own if part.key in tied)])
     names = {name: name.rpartition(".") for name in frozen}
@@ -375,6 +375,6 @@ def _check_form(fields: Fields, tensors: Mapping[str, np.ndarray], leaves: Seque
     parts_of(adapter, shapes, "`base` under `names`", ordered=True)
     if adapter.wrong:
         raise ValueError(
-            "`adapter` has no form in PEFT, as it cannot select its modules apart from others. Read "
-            "again, it would have\n  " + "\n  ".join(adapter.wrong)
+            "`adapter` has no form in PEFT, as it cannot select its modules apart from others. "
+            "Read again, it would have\n  " + "\n  ".join(adapter.wrong)
         )

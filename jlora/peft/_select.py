@@ -64,10 +64,11 @@ class Selection:
         self._target = _Modules(fields["target_modules"], self.clock)
         self._exclude = _Modules(fields.get("exclude_modules"), self.clock)
         self._saved = Ends(fields.get("modules_to_save") or [])
-        self._parameters: dict[str, set[str]] = collections.defaultdict(set)  # by their modules
+        # By their modules, or None.
+        self._parameters: dict[str | None, set[str]] = collections.defaultdict(set)
         for target in fields.get("target_parameters") or []:
-            module, _, parameter = target.rpartition(".")
-            self._parameters[module].add(parameter)
+            module, dot, parameter = target.rpartition(".")
+            self._parameters[module if dot else None].add(parameter)
         layers = fields.get("layers_to_transform")
         self._layers = None if layers in (None, []) else set(_listed(layers))
         patterns = _listed(fields.get("layers_pattern") or None) or [None]
@@ -145,12 +146,12 @@ def parents(module: str) -> Iterator[str]:
         yield module
 
 
-def _tails(module: str) -> Iterator[str]:
-    """`module`, its last parts, and nothing."""
+def _tails(module: str) -> Iterator[str | None]:
+    """`module`, its last parts, and None."""
     while module:
         yield module
         module = module.partition(".")[2]
-    yield ""
+    yield None
 
 
 def _listed(values: Any) -> list[Any]:

@@ -1,0 +1,197 @@
+"""PEFT's files from strangers: whatever they say, an answer or an error comes in bounded time."""
+
+import json
+import pathlib
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jlora import peft
+from jlora.peft._config import problems
+from jlora.peft._patterns import Clock, Matcher
+from jlora.peft._select import Selection
+
+Folder = pathlib.Path
+PREFIX = "base_model.model."
+SECONDS = 10
+
+
+def adapter(folder: Folder, modules: Sequence[str], rank: int = 1, **fields: Any) -> Folder:
+    """PEFT's files for modules with one input and one output."""
+    folder.mkdir()
+    tensors = {}
+    for module in modules:
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ones((rank, 1), np.float32)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ones((1, rank), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 1, "target_modules": ["q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+def model(folder: Folder, modules: Sequence[str]) -> Folder:
+    folder.mkdir()
+    weights = {f"{module}.weight": np.ones((1, 1), np.float32) for module in modules}
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+# What takes Python's matcher 2^n steps, or n^5, or n^3 states.
+N = 28
+NAME = "a" * N + ".q"
+PATTERNS = {
+    "optional": "a?" * N + "a" * N + "!",
+    "same twice": "(a|a)*!",
+    "same many times": "(a|a)" * N + "!",
+    "verbose": "(?x)(a+) #c\n+!",
+    "five stars": ".*a.*a.*a.*a.*!",
+    "counted thrice": "a{0,5000}a{0,5000}a{0,5000}!",
+    "nested": "(a+)+!",
+    "ahead": "(?=(a+)+!)a",
+    "behind": "a(?<=a)(a*)*!",
+    "back": r"(a*)*\1!",
+    "wide": "(x+x+)+y|" + "(a*)*" * 20 + "!",
+}
+FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
+ANSWERS = (
+    "takes more than 5 seconds to match|does not select it|is no regular expression"
+    "|cannot be matched in 512 MB|names no module"
+)
+
+
+# RE2 has no form of these: they run out of time, all but one in the long run.
+APART = {"verbose", "counted thrice", "ahead", "behind", "back"}
+
+
+def entry(field: str, pattern: str) -> Any:
+    is_long = pattern in APART and (field, pattern) != ("target_modules", "ahead")
+    return pytest.param(field, pattern, marks=[pytest.mark.slow] if is_long else [])
+
+
+@pytest.mark.parametrize(("field", "pattern"), [entry(f, p) for f in FIELDS for p in PATTERNS])
+@pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
+def test_patterns(field: str, pattern: str, tmp_path: Folder) -> None:
+    """Read, or refused, in bounded time."""
+    text = PATTERNS[pattern]
+    fields: dict[str, Any] = {field: {text: 1} if field in FIELDS[2:4] else text}
+    modules = [NAME, *(f"{'a' * 900}.{i}.q" for i in range(20))]
+    folder = adapter(tmp_path / "a", modules, layers_to_transform=[0], **fields)
+    start = time.monotonic()
+    try:
+        peft.read(folder)
+    except ValueError as e:
+        assert re.search(ANSWERS, str(e))
+    assert time.monotonic() - start < SECONDS
+
+
+# ------------------------------------------------------------------------------ the same answers
+
+WORDS = st.sampled_from(["a", "b", "q", "aq", "a-b", "layers", "0", "12", "naïve"])
+NAMES = st.lists(WORDS, min_size=1, max_size=5).map(".".join)
+ESCAPED = NAMES.map(lambda name: name.replace(".", r"\.").replace("-", r"\-"))
+ODD_PATTERNS = st.sampled_from(
+    [".*q", "(a|b)", r"a\.\d+", "[ab]q?", "^a", "q$", "(?!b)a.*", "(?i)AQ", r"(a)\1?", ".", ""]
+)
+TARGETS = st.one_of(NAMES, NAMES.map(lambda x: "." + x), NAMES.map(lambda x: x[1:]))
+SEARCHED = st.one_of(NAMES, ESCAPED, ODD_PATTERNS)
+
+
+@hypothesis.given(SEARCHED, st.lists(NAMES, max_size=6))
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_a_pattern_matches_what_it_does_in_python(pattern: str, names: list[str]) -> None:
+    matcher = Matcher(pattern, Clock())
+    matcher.prepare(names)
+    for name in names:
+        assert (matcher(name) is not None) == (re.fullmatch(pattern, name) is not None)
+
+
+def looked_up(patterns: dict[str, int], key: str) -> int:
+    """As PEFT does: `get_pattern_key`."""
+    matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", key))
+    return patterns.get(next(matching, ""), 7)
+
+
+@hypothesis.given(st.dictionaries(SEARCHED, st.integers(1, 9), max_size=6), st.lists(NAMES))
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_ranks_are_looked_up_as_peft_does(patterns: dict[str, int], names: list[str]) -> None:
+    if problems({"peft_type": "LORA", "target_modules": ["q"], "rank_pattern": patterns}):
+        return
+    patterns.pop("", None)
+    selection = Selection({"target_modules": ["q"], "rank_pattern": patterns, "r": 7})
+    for name in names:
+        assert selection.rank(name) == looked_up(patterns, name)
+    idle = [p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", n) for n in names)]
+    assert selection.unused(names) == [
+        f"rank_pattern: {p!r} matches no adapted module" for p in idle
+    ]
+
+
+@hypothesis.given(st.lists(TARGETS, max_size=6), st.lists(TARGETS, max_size=4), st.lists(NAMES))
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_names_are_selected_as_peft_does(
+    targets: list[str], saved: list[str], names: list[str]
+) -> None:
+    targets, saved = ([x for x in group if x] for group in (targets, saved))
+    fields = {"target_modules": targets, "exclude_modules": saved, "modules_to_save": saved}
+    selection = Selection(fields | {"target_parameters": targets})
+    for name in names:
+        is_excluded, is_target = (
+            any(name == t or name.endswith("." + t) for t in group) for group in (saved, targets)
+        )
+        assert selection.adapts(name) == (is_target and not is_excluded)
+        parents = [".".join(name.split(".")[:n]) for n in range(1, 1 + len(name.split(".")))]
+        holders = [parent for parent in parents if parent]
+        assert selection.saves(name) == any(h.endswith(s) for h in holders for s in saved)
+        if not selection.adapts(name):
+            for key in ("x", "q", "a"):
+                wanted = any(
+                    f"{name}.{key}" == t or f"{name}.{key}".endswith("." + t) for t in targets
+                )
+                assert (key in selection.parameters(name)) == wanted
+    idle = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
+    assert selection.idle(names, "it") == [
+        f"{field}: {t!r} names no module of it"
+        for field in ("target_modules", "target_parameters")
+        for t in idle
+    ]
+
+
+# ------------------------------------------------------------------------------ long lists
+
+MANY = 10_000
+
+
+def many(of: int) -> list[str]:
+    return [f"model.layers.{i // 10}.block.q{i % 10}" for i in range(of)]
+
+
+LISTS: dict[str, Any] = {
+    "targets": {"target_modules": many(MANY)},
+    "ranks": {"rank_pattern": dict.fromkeys(many(MANY), 1)},
+    "escaped ranks": {"rank_pattern": {name.replace(".", r"\.") + "$": 1 for name in many(MANY)}},
+    "saved": {"modules_to_save": [f"x{name}" for name in many(MANY)]},
+    "parameters": {"target_parameters": [name + ".weight" for name in many(MANY)]},
+    "excluded": {"exclude_modules": [f"x{name}" for name in many(MANY)]},
+}
+
+
+@pytest.mark.parametrize("modules", [4_000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
+def test_lists(name: str, modules: int, tmp_path: Folder) -> None:
+    """Ten thousand entries for thousands of modules."""
+    fields: dict[str, Any] = {"target_modules": [f"q{i}" for i in range(10)]} | LISTS[name]
+    folder = adapter(tmp_path / "a", many(modules), **fields)
+    start = time.monotonic()
+    try:
+        peft.read(folder)
+    except ValueError as e:
+        assert re.search(ANSWERS + "|names none of the adapter's tensors", str(e))
+    assert time.monotonic() - start < SECONDS
