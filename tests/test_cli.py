@@ -27,9 +27,7 @@ from test_peft import Files, mutate
 
 import jlora
 from jlora import checkpoint, peft
-from jlora._cli import _names
 from jlora._cli._app import cli
-from jlora._cli._stage import staged
 
 Folder = pathlib.Path
 TESTS = pathlib.Path(__file__).parent
@@ -719,7 +717,7 @@ def test_help() -> None:
         assert "--json" in text and "--debug" in text
         if name != "inspect":
             listed = text.partition("PyTorch's modules: ")[2].replace("example- ", "example-")
-            assert all(f"{table}, " in listed for table in _names.TABLES)
+            assert all(f"{table}, " in listed for table in peft.TABLES)
     assert run("--version").stdout.startswith("jlora, version ")
 
 
@@ -731,8 +729,9 @@ MODULE = [sys.executable, "-m", "jlora"]
 # What it wrote is not put in its place, so that it is not done before it is interrupted.
 HELD = """
 import time
-from jlora._cli import _stage, main
-_stage._commit = lambda written, final: time.sleep(300)
+from jlora import _folders
+from jlora._cli import main
+_folders.commit = lambda *arguments: time.sleep(300)
 main()
 """
 
@@ -749,26 +748,6 @@ def test_processes(files: Folder) -> None:
     assert start(MODULE, "diff", files / "p", models.FIXTURES / "patterns").returncode == 1
     failed = start(MODULE, "inspect", files / "cut")
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
-
-
-def test_staged(tmp_path: Folder) -> None:
-    """Where the writer fails, or another one was first, nothing of it is left."""
-
-    def fail(path: Folder) -> None:
-        path.mkdir()
-        raise OSError("disk full")
-
-    def be_late(path: Folder) -> None:
-        path.mkdir()
-        (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "theirs").write_text("")
-
-    with pytest.raises(OSError, match="disk full"):
-        staged(tmp_path / "m", fail)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(FileExistsError, match=r"OUT: .*m exists and is not an empty folder"):
-        staged(tmp_path / "m", be_late)
-    assert [p.name for p in tmp_path.rglob("*")] == ["m", "theirs"]
 
 
 LARGE = (8192, 8192)

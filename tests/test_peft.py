@@ -499,7 +499,9 @@ def test_never_overwrites(tmp_path: Folder) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for name in ("full", "file", "link"):
-        with pytest.raises(FileExistsError, match=r"`dir`: .* is not an empty folder; save never"):
+        with pytest.raises(
+            FileExistsError, match=r"`dir`: .* is not an empty folder; nothing is ever"
+        ):
             peft.save(tmp_path / name, *small())
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "link", "notes"]
 
@@ -519,7 +521,7 @@ def test_nothing_is_left_of_a_failure(tmp_path: Folder, monkeypatch: pytest.Monk
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jlora.peft._file._sync", full)
+    monkeypatch.setattr("jlora._folders._sync", full)
     with pytest.raises(OSError, match="No space left"):
         peft.save(tmp_path / "a", *small())
     assert not list(tmp_path.iterdir())

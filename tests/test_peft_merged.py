@@ -470,7 +470,9 @@ def test_never_overwrites(tmp_path: Folder) -> None:
     """Not even the source."""
     base, given = simple(tmp_path)
     before = bytes_of(base)
-    with pytest.raises(FileExistsError, match=r"`out_dir`: .* is not an empty folder; export_mer"):
+    with pytest.raises(
+        FileExistsError, match=r"`out_dir`: .* is not an empty folder; nothing is ev"
+    ):
         peft.export_merged(base, given, base)
     assert bytes_of(base) == before
 
@@ -485,7 +487,7 @@ def test_nothing_is_left_of_a_failure(
         raise OSError(28, "No space left on device")
 
     base, given = simple(tmp_path)
-    target = {"sync": "jlora.peft._file._sync", "copy": "jlora.peft._export._chunk"}[where]
+    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft._export._chunk"}[where]
     monkeypatch.setattr(target, full)
     with pytest.raises(OSError, match="No space left"):
         peft.export_merged(base, given, tmp_path / "out")

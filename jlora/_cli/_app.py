@@ -59,7 +59,7 @@ def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Any:
     BASE is a checkpoint of Hugging Face (safetensors). For each matrix: bits a parameter, and the
     error ‖W - Q‖ / ‖W‖.
     """
-    from ._quantize import quantize
+    from ._write import quantize
 
     return quantize(base, out, scheme, skip)
 
@@ -79,7 +79,7 @@ def merge(base: Path, adapter: Path, out: Path, names: str | None, requantize: b
     like it: same files, names and dtypes; of a quantized one plain floats. ADAPTER is one of
     PEFT or of Orbax. --names is needed where one of them is of PyTorch and the other of JAX.
     """
-    from ._merge import merge
+    from ._write import merge
 
     return merge(base, adapter, out, names=names, requantize=requantize)
 
@@ -104,7 +104,7 @@ def convert(source: Path, out: Path, **options: Any) -> Any:
     With --profile vllm OUT is always PEFT's: one rank for all modules and the scales in B. All
     values are kept bit for bit, but for that scaling.
     """
-    from ._convert import convert
+    from ._write import convert
 
     return convert(source, out, **options)
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from .. import analysis
 from .._table import aligned
 from ..adapters import is_node, weight_shape
+from ._inputs import Opened, open_alike
 from ._inspect import finite, wide
-from ._read import Opened, open_alike
 
 
 class Compared(NamedTuple):

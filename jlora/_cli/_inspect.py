@@ -15,12 +15,12 @@ from .. import analysis, peft
 from .._table import aligned, readable
 from .._tree import count, size_in_bytes
 from ..adapters import LowRank, is_node, weight_shape
-from ._quantize import Quantized
-from ._read import Opened, format_of, has_tensors, open_adapter
+from ._inputs import Opened, format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
 RIGHT = set(HEADER[1:-1])
+MATRICES = ("tensor", "shape", "scheme", "bits", "size", "error")
 
 
 class Matrix(NamedTuple):
@@ -93,9 +93,29 @@ class Inspection(NamedTuple):
         return "\n".join([*lines, "", f"{self.adapter.format} adapter: {sites}; {total}{about}"])
 
 
+class Quantized(NamedTuple):
+    """The answer: what is quantized, and where."""
+
+    folder: Path
+    matrices: list[peft.Matrix]
+
+    exit_code = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """A row for each tensor."""
+        fields = peft.Matrix._fields[:-1]
+        rows = [{name: getattr(m, name) for name in fields} for m in self.matrices]
+        return {"path": str(self.folder), "tensors": rows}
+
+    def __str__(self) -> str:
+        lines = aligned(MATRICES, list(map(_quantized, self.matrices)), {"bits", "size", "error"})
+        size = readable(sum(m.size for m in self.matrices))
+        return "\n".join([*lines, "", f"{self.folder}: {len(self.matrices)} matrices, {size}"])
+
+
 def inspect(folder: Path, *, every: bool = False) -> "Inspection | Quantized":
     """Reads the adapter in `folder` and measures each ΔW; of a quantized model its matrices."""
-    is_model = format_of(folder, "DIR") == "huggingface" and has_tensors(folder)
+    is_model = format_of(folder, "DIR") == "huggingface" and "weights" in peft.holds(folder)
     if is_model and (found := peft.matrices(folder)):
         return Quantized(folder, found)
     adapter = open_adapter(folder, "DIR")
@@ -181,3 +201,14 @@ def _matrix_json(matrix: Matrix) -> dict[str, Any]:
 def finite(x: float) -> float | None:
     """`x`, or None, which JSON has, for what it has not."""
     return x if math.isfinite(x) else None
+
+
+def _quantized(m: peft.Matrix) -> tuple[str, ...]:
+    return (
+        m.name,
+        "×".join(map(str, m.shape)),
+        m.scheme,
+        f"{8 * m.size / math.prod(m.shape):.3f}",
+        readable(m.size),
+        "-" if m.error is None else f"{m.error:.3g}",
+    )

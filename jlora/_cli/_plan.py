@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 
 from .. import _compat
-from ..planning import Plan
+from ..planning import Plan, has_compiler, mesh_of, parse
 from ..planning import plan as make
-from ..planning._topology import has_compiler, mesh_of, parse
-from ._function import attribute
+from ._inputs import attribute
 
 WITHOUT = (
     "activations are estimated, as libtpu is not installed; compiled figures need it: "

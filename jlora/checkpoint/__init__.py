@@ -1,4 +1,6 @@
-"""Orbax. Imports `adapters`, `core`, `initializers`, `quantized`, `_rules`, `_tree`, `_types`.
+"""Orbax.
+
+Imports `_folders`, `_rules`, `_tree`, `_types`, `adapters`, `core`, `initializers`, `quantized`.
 
 A checkpoint is the adapter alone, and all that it takes to rebuild it.
 
@@ -6,6 +8,9 @@ checkpoint.save("out/adapter", adapter, rules, base=base)
 adapter = checkpoint.restore("out/adapter", base=base)
 """
 
+from ._base import as_saved as as_saved
+from ._base import base_shapes as base_shapes
+from ._base import base_values as base_values
 from ._fingerprint import Leaf as Leaf
 from ._fingerprint import fingerprint as fingerprint
 from ._meta import Foreign as Foreign

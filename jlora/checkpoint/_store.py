@@ -1,9 +1,6 @@
 """The border to Orbax: one atomic write, and errors that say what to do."""
 
-import errno
-import glob
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ._together import brief, by_first, in_step, shared_token
+from .. import _folders
+from ._together import brief, by_first, in_step, shared
 
 Where = str | os.PathLike[str]
 
@@ -31,13 +29,15 @@ def write(path: Where, handler: Any, args: Any) -> None:
     """
     final = place(path)
     local = "://" not in os.fspath(path)
-    stage = final.parent / f".{final.name}.{shared_token()}" if local else final
+    stage = final
     try:
-        by_first(lambda: _check_vacant(final))
+        by_first(lambda: _check(final, local))
+        if local:
+            stage = epath.Path(_folders.beside(Path(final), shared(_folders.token())))
         with ocp.Checkpointer(handler) as checkpointer:
             in_step(lambda: checkpointer.save(stage, args=args))
         if local:
-            by_first(lambda: _commit(Path(stage), Path(final)))
+            by_first(lambda: _folders.commit(Path(stage), Path(final), "`path`"))
     except FileExistsError:
         raise
     except Exception as e:
@@ -46,38 +46,15 @@ def write(path: Where, handler: Any, args: Any) -> None:
             "and nothing else was touched. Make room or permission there, or give another path."
         ) from e
     finally:
-        if local and jax.process_index() == 0:
-            for left in Path(final.parent).glob(f"{glob.escape(stage.name)}*"):
-                shutil.rmtree(left, ignore_errors=True)
+        if stage is not final and jax.process_index() == 0:
+            _folders.discard(Path(stage))
 
 
-def _check_vacant(final: epath.Path) -> None:
-    if "://" not in os.fspath(final) and os.path.ismount(final):  # nothing is renamed to one
-        raise FileExistsError(f"`path`: {final} is a mount point; give a folder in it.")
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise _occupied(final)
-
-
-def _occupied(final: Any) -> FileExistsError:
-    return FileExistsError(
-        f"`path`: {final} exists and is not an empty folder; nothing is ever overwritten. "
-        "Give another path, or remove it first."
-    )
-
-
-def _commit(stage: Path, final: Path) -> None:
-    for file in stage.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    try:
-        os.rename(stage, final)
-    except OSError as e:
-        if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise _occupied(final) from None
-        raise
-
-
-def _sync(file: Path) -> None:
-    # On disk before the rename, so that after a crash the folder is not there or whole.
-    with open(file, "rb+") as opened:
-        os.fsync(opened.fileno())
+def _check(final: epath.Path, local: bool) -> None:
+    if local:
+        _folders.check_vacant(final, "`path`")
+        _folders.remove_left(Path(final))
+    elif final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise FileExistsError(
+            f"`path`: {final} exists and is not empty; nothing is ever overwritten. Give another."
+        )

@@ -1,4 +1,6 @@
-"""PEFT's files. Imports `adapters`, `quantized`, `sharding`, `_rules`, `_tree`, `_types`.
+"""PEFT's files.
+
+Imports `_folders`, `_rules`, `_tree`, `_types`, `adapters`, `quantized`, `sharding`.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
@@ -6,6 +8,7 @@ peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
 
 from ._base import load_base as load_base
 from ._base import save_base as save_base
+from ._checkpoint import holds as holds
 from ._config import read_config as read_config
 from ._export import export_merged as export_merged
 from ._load import load as load
@@ -24,6 +27,7 @@ from ._tables import GPT2 as GPT2
 from ._tables import LLAMA as LLAMA
 from ._tables import LLAMA_SCANNED as LLAMA_SCANNED
 from ._tables import ROBERTA as ROBERTA
+from ._tables import TABLES as TABLES
 from ._tables import VIT as VIT
 from ._vllm import check_vllm as check_vllm
 from ._weights import from_tensors as from_tensors

@@ -14,12 +14,13 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .. import sharding
+from .._folders import fresh
 from .._tree import flatten
 from .._types import PyTree
 from ..quantized import FP4, NF4, Int8, Quantized, is_quantized, spelled
 from ._arrays import weight, weights
 from ._checkpoint import LIMIT, ONE, Checkpoint, open_checkpoint
-from ._file import DTYPES, fresh
+from ._file import DTYPES
 from ._json import brief, listing, read_json, shown
 from ._names import Leaf, Name
 from ._weights import all_named, keys_of
@@ -203,7 +204,7 @@ def save_base(
         modules = [m for leaf in floats if leaf.name.kind == "linear" for m in leaf.modules]
         first = packed[0].value
         said["quantization_config"] = bnb.configuration(first.scheme, first.dtype, modules)
-    with fresh(dir, "dir", "save_base") as folder:
+    with fresh(dir, "`dir`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
         (folder / "config.json").write_bytes(json.dumps(said, indent=2).encode())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ._file import Entry, Header, read_header
-from ._json import CONFIG, TENSORS, Source, brief, listing, read_json, shown
+from ._json import CONFIG, PICKLES, TENSORS, Source, brief, listing, read_json, shown
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -79,6 +79,33 @@ def open_checkpoint(dir: str | os.PathLike[str], argument: str = "src_dir") -> C
     matrices = (e.shape for h in headers.values() for e in h.entries.values() if len(e.shape) == 2)
     vocabulary = _tied_vocabulary(_config(source, kept), [rows for rows, _ in matrices])
     return Checkpoint(source, headers, where, kept, left_out, vocabulary)
+
+
+def holds(dir: str | os.PathLike[str]) -> set[str]:
+    """What is in a folder, by the names of its files.
+
+    Args:
+        dir: the folder.
+
+    Returns:
+        Of `"adapter"` (PEFT's files), `"model"` (a model of Hugging Face) and `"weights"` (that
+        model's safetensors) those that are there.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from jlora import peft
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pathlib.Path(folder, "config.json").touch()
+        ...     peft.holds(folder)
+        {'model'}
+    """
+    names = set(os.listdir(dir))
+    found = {
+        "adapter": names & {CONFIG, TENSORS, *PICKLES[:2]},
+        "weights": names & {ONE, INDEX},
+        "model": "config.json" in names or any(n.endswith(".safetensors") for n in names),
+    }
+    return {what for what, there in found.items() if there}
 
 
 def refuse(found: Sequence[str]) -> None:

@@ -2,9 +2,7 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
@@ -12,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from .._folders import fresh, scratch
 from .._types import PyTree
 from ._base import configuration_of
 from ._changes import Changes, Sum, changes, copies
 from ._checkpoint import Checkpoint, open_checkpoint, refuse
-from ._file import DTYPES, Entry, fresh
+from ._file import DTYPES, Entry
 from ._json import opened, shown
 from ._names import Name
 from ._rewrite import dequantize_checkpoint, requantized
@@ -117,7 +116,7 @@ def export_merged(
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
     wrong: list[str] = []
-    with fresh(out_dir, "out_dir", "export_merged") as folder, bar:
+    with fresh(out_dir, "`out_dir`") as folder, bar:
         for file in checkpoint.headers:
             with open(folder / file, "wb") as target:
                 _write(checkpoint, file, todo, target, bar.update, wrong)
@@ -135,14 +134,12 @@ def _onto_quantized(
     names: Sequence[Name] | None,
     requantize: bool,
 ) -> list[str]:
-    final = Path(os.path.abspath(out_dir))
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as folder:
-        found = dequantize_checkpoint(src_dir, f"{folder}/dense")
+    with scratch(out_dir) as folder:
+        found = dequantize_checkpoint(src_dir, folder / "dense")
         if not requantize:
-            return export_merged(f"{folder}/dense", adapter, out_dir, names=names)
-        left_out = export_merged(f"{folder}/dense", adapter, f"{folder}/merged", names=names)
-        for matrix in requantized(f"{folder}/merged", out_dir, found):
+            return export_merged(folder / "dense", adapter, out_dir, names=names)
+        left_out = export_merged(folder / "dense", adapter, folder / "merged", names=names)
+        for matrix in requantized(folder / "merged", out_dir, found):
             tqdm.write(f"{matrix.name}: {matrix.scheme}, error {matrix.error:.3g}")
         return left_out
 

@@ -1,16 +1,11 @@
-"""The safetensors file: a strict, bounded reader and the writer.
+"""The safetensors file: a strict, bounded reader.
 
 The header is checked as a whole before a byte of data is read, so that a file can make the reader
 allocate no more than what it is long itself, and only for tensors of the expected shapes.
 """
 
-import contextlib
 import math
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
@@ -128,39 +123,3 @@ def reader(file: BinaryIO, header: Header) -> Callable[[str], np.ndarray]:
         return np.frombuffer(data, DTYPES[entry.dtype]).reshape(entry.shape)
 
     return read
-
-
-@contextlib.contextmanager
-def fresh(dir: str | os.PathLike[str], argument: str, who: str) -> Iterator[Path]:
-    """A folder beside `dir` to write into; becomes `dir` at the end, or is removed on failure.
-
-    Raises:
-        FileExistsError: if `dir` is there and not an empty folder, or a mount point.
-    """
-    folder = Path(os.path.abspath(dir))
-    if folder.is_mount():
-        raise FileExistsError(f"`{argument}`: {folder} is a mount point; give a folder in it.")
-    occupied = folder.is_symlink() or (folder.exists() and not folder.is_dir())
-    if occupied or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(
-            f"`{argument}`: {folder} exists and is not an empty folder; {who} never overwrites. "
-            "Give another path, or remove it first."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    # On disk before the rename, so that after a crash the folder is not there or whole.
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

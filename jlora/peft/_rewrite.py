@@ -15,11 +15,11 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from .._folders import fresh
 from .._rules import matches
 from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
 from ._base import configuration_of, format_of
 from ._checkpoint import INDEX, LIMIT, Checkpoint, open_checkpoint
-from ._file import fresh
 from ._json import brief, listing, read_json
 from .formats import Stored, Tensors, Unreadable, array_of, check_finite
 from .formats import _bitsandbytes as bnb
@@ -260,7 +260,7 @@ def _rewrite(
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
     weight_map, size = {}, 0
-    with fresh(out_dir, "out_dir", what) as folder, bar:
+    with fresh(out_dir, "`out_dir`") as folder, bar:
         try:
             for file, header in checkpoint.headers.items():
                 written: dict[str, np.ndarray] = {}

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from .._folders import fresh
 from .._tree import adapter_leaves, check_fits, is_abstract, name_of
 from .._types import Path, PyTree
 from ..adapters import LowRank, is_node
 from . import _vllm
 from ._arrays import factors, weights
 from ._config import DEFAULTS, dumps, problems
-from ._file import DTYPES, fresh
+from ._file import DTYPES
 from ._json import CONFIG, TENSORS
 from ._load import read_alone
 from ._names import Leaf, Name, by_row, resolve, tied_to
@@ -106,7 +107,7 @@ def save(
         tensors |= dict(zip(keys, weights(leaf, value), strict=True))
     tensors |= {key: weights(leaf, leaf.value)[0] for key, leaf in frozen.items()}
     _check_form(fields, tensors, leaves)
-    write(dir, fields, tensors)
+    write(dir, "`dir`", fields, tensors)
 
 
 def from_leaves(
@@ -143,10 +144,13 @@ def tensors_of(parts: Sequence[Part]) -> dict[str, np.ndarray]:
 
 
 def write(
-    dir: str | os.PathLike[str], fields: Mapping[str, Any], tensors: dict[str, np.ndarray]
+    dir: str | os.PathLike[str],
+    what: str,
+    fields: Mapping[str, Any],
+    tensors: dict[str, np.ndarray],
 ) -> None:
     """Both files of an adapter in a new folder `dir`, or nothing."""
-    with fresh(dir, "dir", "save") as folder:
+    with fresh(dir, what) as folder:
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         # As bytes: text would get other line ends on Windows.
         (folder / CONFIG).write_bytes(dumps(fields).encode())
@@ -176,7 +180,7 @@ def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Non
     tensors = tensors_of([*own, *(_head(part, tied) for part in own if part.key in tied)])
     names = {name: name.rpartition(".") for name in frozen}
     tensors |= {f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()}
-    write(out_dir, fields, tensors)
+    write(out_dir, "`out_dir`", fields, tensors)
 
 
 def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:

@@ -95,3 +95,15 @@ EXAMPLE_LLAMA = (
         stack="l",
     ),
 )
+
+# By the names that the command line takes.
+TABLES = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "llama-scanned": LLAMA_SCANNED,
+    "vit": VIT,
+    "example-bert": EXAMPLE_BERT,
+    "example-llama": EXAMPLE_LLAMA,
+}

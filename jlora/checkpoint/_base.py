@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from .. import checkpoint
 from .._tree import nest
 from .._types import PyTree
+from ._restore import read
+from ._store import Where
 
 KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # what JAX has
-AGAIN = "Save it again with jlora.checkpoint.save(..., base=base)."
 
 
 class _Variable(NamedTuple):
@@ -23,22 +23,42 @@ class _Variable(NamedTuple):
     value: Any
 
 
-def shapes(folder: Path, what: str) -> PyTree:
-    """The base of the adapter in `folder` by its fingerprint, or the parameters saved there."""
+def base_shapes(path: Where) -> PyTree:
+    """The shapes of a base: of the parameters in a folder, or that an adapter was saved with.
+
+    Args:
+        path: a folder of Orbax, of parameters or of an adapter that knows its base.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct`s, with the paths that the base has in `transform`: a
+        variable of NNX is its path without `value`.
+
+    Raises:
+        ValueError: if there are no parameters, or the adapter was saved without its base.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from jlora import checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint.export(f"{folder}/base", {"w": jnp.ones((2, 3))})
+        ...     checkpoint.base_shapes(f"{folder}/base")["w"].shape
+        (2, 3)
+    """
+    folder = Path(path)
     if (folder / "jlora").exists():
-        return fingerprinted(folder, what)
-    found = _metadata(folder, what)
+        return _fingerprinted(folder)
+    found = _metadata(folder)
     structs = jax.tree.map(_struct, found, is_leaf=_is_entry)
-    return _with_variables(_with_keys(folder, what, found, structs, _struct))
+    return _with_variables(_with_keys(folder, found, structs, _struct))
 
 
-def fingerprinted(folder: Path, what: str, remedy: str = AGAIN) -> PyTree:
+def _fingerprinted(folder: Path) -> PyTree:
     """The shapes of the base that the adapter in `folder` was saved with."""
-    saved = checkpoint.read(folder)
+    saved = read(folder)
     if saved.base is None:
         raise ValueError(
-            f"{what}: {folder} was saved without its base, so that the base's shapes are not "
-            f"known. {remedy}"
+            f"`path`: {folder} was saved without its base, so that the base's shapes are not "
+            "known. Save it again with jlora.checkpoint.save(..., base=base)."
         )
     kinds = (jax.random.key(0, impl=name).dtype for name in KEYS)
     keys = {str(dtype): dtype for dtype in kinds}
@@ -50,42 +70,53 @@ def fingerprinted(folder: Path, what: str, remedy: str = AGAIN) -> PyTree:
     )
 
 
-def values(folder: Path, what: str) -> PyTree:
-    """The parameters saved in `folder`, in the host's memory."""
-    found = _metadata(folder, what)
+def base_values(path: Where) -> PyTree:
+    """The parameters in a folder of Orbax, in the host's memory.
+
+    Args:
+        path: a folder that `ocp.StandardCheckpointer` or `export` wrote.
+
+    Returns:
+        A tree of NumPy arrays, with the paths of `base_shapes`.
+
+    Raises:
+        ValueError: if there are no parameters.
+    """
+    folder = Path(path)
+    found = _metadata(folder)
     template = jax.tree.map(_empty, found, is_leaf=_is_entry)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder.absolute(), template)
     except Exception as e:
-        raise _unreadable(folder, what, e) from e
+        raise _unreadable(folder, e) from e
     tree = jax.tree.map(np.asarray, tree)
-    return _with_variables(_with_keys(folder, what, found, tree, lambda key: key))
+    return _with_variables(_with_keys(folder, found, tree, lambda key: key))
 
 
-def plain(tree: PyTree) -> PyTree:
-    """The tree as Orbax gave it."""
+def as_saved(tree: PyTree) -> PyTree:
+    """The tree of `base_values` as Orbax gave it."""
     return jax.tree.map(
         lambda x: {"value": x.value} if _is_variable(x) else x, tree, is_leaf=_is_variable
     )
 
 
-def _metadata(folder: Path, what: str) -> PyTree:
+def _metadata(folder: Path) -> PyTree:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             found = checkpointer.metadata(folder.absolute()).item_metadata
         tree = found.tree
     except Exception as e:
-        raise _unreadable(folder, what, e) from e
+        raise _unreadable(folder, e) from e
     if not jax.tree.leaves(tree, is_leaf=_is_entry):
-        raise ValueError(f"{what}: the Orbax checkpoint {folder} holds no parameters.")
+        raise ValueError(f"`path`: the Orbax checkpoint {folder} holds no parameters.")
     return tree
 
 
-def _unreadable(folder: Path, what: str, error: Exception) -> ValueError:
+def _unreadable(folder: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:300]
     return ValueError(
-        f"{what}: {folder} cannot be read as parameters that Orbax's StandardCheckpointer saved "
+        f"`path`: {folder} cannot be read as parameters that Orbax's StandardCheckpointer saved "
         f"({type(error).__name__}: {reason})."
     )
 
@@ -105,9 +136,7 @@ def _empty(x: Any) -> Any:
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
-def _with_keys(
-    folder: Path, what: str, found: PyTree, tree: PyTree, of: Callable[[jax.Array], Any]
-) -> PyTree:
+def _with_keys(folder: Path, found: PyTree, tree: PyTree, of: Callable[[jax.Array], Any]) -> PyTree:
     """`tree`, and in it `of` JAX's random keys, which Orbax calls uint32 until it reads them."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     empty = jax.tree.map(
@@ -123,7 +152,7 @@ def _with_keys(
         with ocp.PyTreeCheckpointer() as checkpointer:
             read = checkpointer.restore(folder.absolute(), args=args)
     except Exception as e:
-        raise _unreadable(folder, what, e) from e
+        raise _unreadable(folder, e) from e
     return jax.tree.map(lambda x, key: of(key) if _is_key(key) else x, tree, read)
 
 

@@ -1,0 +1,180 @@
+"""`jlora merge`, `convert` and `quantize`: the commands that write a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import jlora
+
+from .. import checkpoint, peft
+from .._folders import check_vacant
+from .._tree import adapter_leaves, count
+from .._types import PyTree
+from ._command import Done
+from ._inputs import called, format_of, table
+from ._inspect import Quantized
+
+SCHEMES = {"nf4": jlora.NF4, "fp4": jlora.FP4, "int8": jlora.Int8}
+
+
+# -------------------------------------------------------------------------------------- merge
+
+
+def merge(
+    base: Path, adapter: Path, out: Path, *, names: str | None = None, requantize: bool = False
+) -> Done:
+    """Writes the model in `base` with `adapter` merged to `out`, in the format of `base`.
+
+    Args:
+        base: a checkpoint of Hugging Face, or the parameters in Orbax.
+        adapter: an adapter of PEFT or of Orbax.
+        out: a folder that is not there yet.
+        names: the name table, as the user types it, where formats of PyTorch and JAX meet.
+        requantize: whether to quantize again what is quantized in `base`.
+    """
+    check_vacant(out, "OUT")
+    formats = format_of(base, "BASE", model=True), format_of(adapter, "ADAPTER")
+    if formats[0] == "peft" or formats[1] == "huggingface":
+        raise ValueError(
+            f"BASE must be a model and ADAPTER an adapter; got {base} ({formats[0]}) and "
+            f"{adapter} ({formats[1]})."
+        )
+    left_out: list[str] = []
+    match formats:
+        case "huggingface", "peft":
+            left_out = peft.export_merged(base, adapter, out, requantize=requantize)
+        case "huggingface", _:
+            tree, rows = checkpoint.restore(adapter), table(names)
+            left_out = peft.export_merged(base, tree, out, names=rows, requantize=requantize)
+        case _:
+            _merge_orbax(base, adapter, out, names)
+    fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}
+    text = f"{out}: {base} with {adapter} merged, as {formats[0]}"
+    text += f"; not copied: {', '.join(left_out)}" if left_out else ""
+    return Done(text, fields | {"left_out": left_out})
+
+
+def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> None:
+    with called("BASE"):
+        params = checkpoint.base_values(base)
+    merged = jlora.merge(params, _adapter(adapter, params, names))
+    checkpoint.export(out, checkpoint.as_saved(merged))
+
+
+def _adapter(folder: Path, params: PyTree, names: str | None) -> PyTree:
+    if format_of(folder, "ADAPTER") == "peft":
+        return peft.load(folder, params, table(names))
+    known = checkpoint.read(folder).base is not None
+    return checkpoint.restore(folder, base=params if known else None)
+
+
+# ------------------------------------------------------------------------------------ convert
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    names: str | None = None,
+    base: Path | None = None,
+    profile: str | None = None,
+    config: Path | None = None,
+) -> Done:
+    """Writes the adapter in `source` to `out`: PEFT's as Orbax, Orbax's or with a profile as PEFT.
+
+    Args:
+        source: the folder of the adapter.
+        out: a folder that is not there yet, or an empty one.
+        names: the name table, as the user types it.
+        base: the base's parameters in Orbax, or an adapter of Orbax that knows its base.
+        profile: None or `"vllm"`.
+        config: the folder of an adapter of PEFT whose configuration is to be kept.
+    """
+    check_vacant(out, "OUT")
+    kind = format_of(source, "IN")
+    if kind == "huggingface":
+        raise ValueError(f"IN: {source} holds a model; expected an adapter of PEFT or Orbax.")
+    if kind == "orbax":
+        adapter = _to_peft(source, out, names, base, profile, config)
+    elif profile is None:
+        adapter = _to_orbax(source, out, names, base, config)
+    else:
+        adapter = _to_profile(source, out, names, base, config)
+    written = "orbax" if kind == "peft" and profile is None else "peft"
+    fields: dict[str, Any] = {
+        "in": str(source),
+        "out": str(out),
+        "from": kind,
+        "to": written,
+        "leaves": len(adapter_leaves(adapter)),
+        "parameters": count(adapter),
+    }
+    text = f"{out}: {fields['leaves']} leaves of {fields['parameters']:,} parameters as {written}"
+    if profile == "vllm":
+        fields["rank"] = peft.read_config(out)["r"]
+        text += f", for vLLM with --max-lora-rank {fields['rank']} or more"
+    return Done(text, fields)
+
+
+def _to_peft(
+    source: Path,
+    out: Path,
+    names: str | None,
+    base: Path | None,
+    profile: str | None,
+    config: Path | None,
+) -> PyTree:
+    rows = table(names)
+    fields = None if config is None else peft.read_config(config)
+    adapter = checkpoint.restore(source)
+    if base is None and checkpoint.read(source).base is None:
+        raise ValueError(
+            f"IN: {source} was saved without its base, so that the base's shapes are not known. "
+            "Give --base, an Orbax checkpoint of the base's parameters."
+        )
+    with called("--base"):
+        given = base and checkpoint.base_values(base)
+    params = checkpoint.base_shapes(source) if given is None else given
+    peft.save(out, params, adapter, rows, profile=profile, config=fields)
+    return adapter
+
+
+def _to_orbax(
+    source: Path, out: Path, names: str | None, base: Path | None, config: Path | None
+) -> PyTree:
+    if config is not None:
+        raise ValueError("--config is for what is written as PEFT; OUT is an Orbax checkpoint.")
+    rows = table(names)
+    if base is None:
+        raise ValueError(
+            "--base is needed to read an adapter of PEFT: an Orbax checkpoint of the base's "
+            "parameters, of which only the shapes are read, or of an adapter that knows its base."
+        )
+    with called("--base"):
+        params = checkpoint.base_shapes(base)
+    adapter = peft.load(source, params, rows)
+    checkpoint.save(out, adapter, (), base=params)
+    return adapter
+
+
+def _to_profile(
+    source: Path,
+    out: Path,
+    names: str | None,
+    base: Path | None,
+    config: Path | None,
+) -> dict[str, Any]:
+    for option, value in (("--names", names), ("--base", base), ("--config", config)):
+        if value is not None:
+            raise ValueError(f"{option} is not needed: IN is an adapter of PEFT, and so is OUT.")
+    peft.convert(source, out)
+    return peft.read(source)
+
+
+# ----------------------------------------------------------------------------------- quantize
+
+
+def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Quantized:
+    """Writes the model in `base` to `out` with its matrices in few bits."""
+    check_vacant(out, "OUT")
+    options = {} if skip is None else {"skip": skip}
+    return Quantized(out, peft.quantize_checkpoint(base, out, SCHEMES[scheme](), **options))

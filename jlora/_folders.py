@@ -1,0 +1,126 @@
+"""A folder that appears whole or not at all: it is written beside its place, and renamed to it."""
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import platform
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PATIENCE = 10.0  # seconds for threads that still write when everything else has stopped
+Where = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def fresh(dir: Where, what: str) -> Iterator[Path]:
+    """A folder to write into, which becomes `dir` at the end, or is removed on failure.
+
+    Raises:
+        FileExistsError: if `dir`, which errors call `what`, is there and no empty folder, or is a
+            mount point.
+    """
+    final = Path(os.path.abspath(dir))
+    check_vacant(final, what)
+    with scratch(final) as stage:
+        yield stage
+        commit(stage, final, what)
+
+
+@contextlib.contextmanager
+def scratch(dir: Where) -> Iterator[Path]:
+    """A folder beside `dir`, on the same disk, that is removed in the end."""
+    final = Path(os.path.abspath(dir))
+    remove_left(final)
+    stage = beside(final, token())
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+    finally:
+        discard(stage)
+
+
+def check_vacant(final: os.PathLike[str], what: str) -> None:
+    """Raises where a folder cannot appear."""
+    if os.path.ismount(final):  # nothing is renamed to one
+        raise FileExistsError(f"{what}: {final} is a mount point; give a folder in it.")
+    is_empty = os.path.isdir(final) and not os.path.islink(final) and not os.listdir(final)
+    if os.path.lexists(final) and not is_empty:
+        raise _occupied(final, what)
+
+
+def token() -> str:
+    """What a folder in the making is called by: the machine, the process, and a random part."""
+    return f"{_machine()}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def beside(final: Path, token: str) -> Path:
+    """Where `final` is made."""
+    return final.with_name(f".{final.name[:100]}.{token}")
+
+
+def commit(stage: Path, final: Path, what: str) -> None:
+    """Renames, which fails where a folder with files has come to be there."""
+    for path in stage.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    try:
+        os.rename(stage, final)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise _occupied(final, what) from None
+        raise
+
+
+def discard(stage: Path) -> None:
+    """Removes a folder, and those whose names begin with its own, as Orbax makes them."""
+    deadline = time.monotonic() + PATIENCE
+    while left := list(stage.parent.glob(f"{glob.escape(stage.name)}*")):
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.02 * stage.exists())
+
+
+def remove_left(final: Path) -> None:
+    """Removes what processes of this machine left that were killed while they made `final`."""
+    if os.name != "posix":  # elsewhere a process cannot be asked for without harm
+        return
+    name = re.escape(beside(final, "").name)
+    ours = re.compile(rf"{name}{_machine()}-(?P<process>\d+)-[0-9a-f]{{16}}(\..*)?")
+    for path in final.parent.glob(".*"):
+        if (found := ours.fullmatch(path.name)) and not _lives(int(found["process"])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _occupied(final: os.PathLike[str], what: str) -> FileExistsError:
+    return FileExistsError(
+        f"{what}: {final} exists and is not an empty folder; nothing is ever overwritten. "
+        "Give another path, or remove it first."
+    )
+
+
+def _sync(path: Path) -> None:
+    # On disk before the rename, so that after a crash the folder is not there or whole.
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
