@@ -779,8 +779,8 @@ DAMAGES: dict[str, tuple[Callable[[Files], Any], str]] = {
     ),
     "r": (lambda f: f.config(r=True), "  r: expected an integer of at least 1, got True"),
     "alpha": (
-        lambda f: f.config(lora_alpha=-1),
-        "  lora_alpha: expected a positive finite number, got -1",
+        lambda f: f.config(lora_alpha="1"),
+        "  lora_alpha: expected a finite number, got '1'",
     ),
     "pattern": (
         lambda f: f.config(target_modules="query|(?=(a+)+$)" + "a" * 10_000),

@@ -447,16 +447,46 @@ def test_other_files(tmp_path: Folder) -> None:
     assert all(after[name] == name.encode() for name in kept)
 
 
+def linked(base: Folder, blobs: Folder) -> None:
+    """Each file of `base` becomes a link to one in `blobs`."""
+    blobs.mkdir()
+    for i, path in enumerate(sorted(base.iterdir())):
+        path.rename(blobs / str(i))
+        path.symlink_to(os.path.relpath(blobs / str(i), path.parent))
+
+
 def test_a_download_cache(tmp_path: Folder) -> None:
     """Its files are links; the copy has files."""
     base, given = simple(tmp_path)
-    (tmp_path / "blobs").mkdir()
-    for i, path in enumerate(sorted(base.iterdir())):
-        path.rename(tmp_path / "blobs" / str(i))
-        path.symlink_to(tmp_path / "blobs" / str(i))
-    peft.export_merged(base, given, tmp_path / "out")
+    snapshot = tmp_path / "models--x" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    base.rename(snapshot)
+    linked(snapshot, tmp_path / "models--x" / "blobs")
+    peft.export_merged(snapshot, given, tmp_path / "out")
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", [ONE, "config.json", "tokenizer.json"])
+def test_links_out_of_the_folder(name: str, tmp_path: Folder) -> None:
+    """What they point to is not copied unless asked."""
+    base, given = simple(tmp_path)
+    (base / "tokenizer.json").write_text("{}")
+    peft.export_merged(base, given, tmp_path / "whole")
+    (base / name).rename(tmp_path / "outside")
+    (base / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(
+        ValueError, match=rf"`src_dir`: .*{name} is a link to .*outside, out of the"
+    ):
+        peft.export_merged(base, given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    peft.export_merged(base, given, tmp_path / "out", follow_links=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    (tmp_path / "outside").rename(base / "within")
+    (base / name).unlink()
+    (base / name).symlink_to("within")
+    peft.export_merged(base, given, tmp_path / "again")
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_inside_its_own_source(tmp_path: Folder) -> None:

@@ -72,7 +72,8 @@ def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Any:
 @click.option(
     "--requantize", is_flag=True, help="Of a quantized BASE: quantize again what was, with a loss."
 )
-def merge(base: Path, adapter: Path, out: Path, names: str | None, requantize: bool) -> Any:
+@click.option("--follow-links", is_flag=True, help="Copy what links out of BASE point to.")
+def merge(base: Path, adapter: Path, out: Path, **options: Any) -> Any:
     """Write the model BASE with ADAPTER merged into its weights to OUT.
 
     BASE is a checkpoint of Hugging Face (safetensors), or the parameters in Orbax, and OUT is
@@ -81,7 +82,7 @@ def merge(base: Path, adapter: Path, out: Path, names: str | None, requantize: b
     """
     from ._write import merge
 
-    return merge(base, adapter, out, names=names, requantize=requantize)
+    return merge(base, adapter, out, **options)
 
 
 @cli.command(cls=Command)

@@ -20,7 +20,13 @@ SCHEMES = {"nf4": jlora.NF4, "fp4": jlora.FP4, "int8": jlora.Int8}
 
 
 def merge(
-    base: Path, adapter: Path, out: Path, *, names: str | None = None, requantize: bool = False
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    names: str | None = None,
+    requantize: bool = False,
+    follow_links: bool = False,
 ) -> Done:
     """Writes the model in `base` with `adapter` merged to `out`, in the format of `base`.
 
@@ -30,6 +36,7 @@ def merge(
         out: a folder that is not there yet.
         names: the name table, as the user types it, where formats of PyTorch and JAX meet.
         requantize: whether to quantize again what is quantized in `base`.
+        follow_links: whether files of `base` may be links out of it.
     """
     check_vacant(out, "OUT")
     formats = format_of(base, "BASE", model=True), format_of(adapter, "ADAPTER")
@@ -39,12 +46,13 @@ def merge(
             f"{adapter} ({formats[1]})."
         )
     left_out: list[str] = []
+    options = {"requantize": requantize, "follow_links": follow_links}
     match formats:
         case "huggingface", "peft":
-            left_out = peft.export_merged(base, adapter, out, requantize=requantize)
+            left_out = peft.export_merged(base, adapter, out, **options)
         case "huggingface", _:
             tree, rows = checkpoint.restore(adapter), table(names)
-            left_out = peft.export_merged(base, tree, out, names=rows, requantize=requantize)
+            left_out = peft.export_merged(base, tree, out, names=rows, **options)
         case _:
             _merge_orbax(base, adapter, out, names)
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}

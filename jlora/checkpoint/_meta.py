@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import initializers
-from .._rules import Full, Rule, Slots
+from .._rules import Full, Rule, Slots, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ..adapters import METHODS, is_node, state, static
@@ -131,7 +132,19 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
     method = METHODS[_registered("node", item.get("node", "LowRank"))]
     names = [name for name in method.node._fields if name in item and name not in method.labels]
     fields = {name: _tuples(item[name]) for name in names}
-    return method.node(**parts | fields | {"layout": Layout(**fields["layout"])})
+    hints = typing.get_type_hints(method.node)
+    for name, value in fields.items():
+        if hints[name] is float and not is_finite(value):
+            raise TypeError(f"`{name}` must be a number; got {value!r}")
+    return method.node(**parts | fields | {"layout": _layout(**fields["layout"])})
+
+
+def _layout(**fields: Any) -> Layout:
+    found = Layout(**fields)
+    axes = (*found.stack, *found.inputs, *found.outputs)
+    if not all(type(d) is int and d >= 0 for d in axes) or len(set(axes)) < len(axes):
+        raise ValueError(f"{found} must have each axis once")
+    return found
 
 
 def _registered(kind: str, name: str) -> type:

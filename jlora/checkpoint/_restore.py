@@ -1,6 +1,7 @@
 """An adapter from an Orbax checkpoint, checked against what it is to fit."""
 
 import json
+import os
 from typing import Any
 
 import jax
@@ -47,7 +48,10 @@ def read(path: Where) -> Saved:
             f"`path`: the metadata of {place(path)} are damaged: their hash is another. "
             "Take another checkpoint, or save this one again."
         )
-    return decode(fields)
+    try:
+        return decode(fields)
+    except Exception as e:
+        raise _damaged(path, e) from e
 
 
 def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = None) -> PyTree:
@@ -110,20 +114,35 @@ def _fields(path: Where) -> Fields:
     file = folder / METADATA / "metadata"
     if not folder.is_dir() or not file.exists():
         raise ValueError(_foreign(folder))
+    _check_files(folder)
     try:
         fields = json.loads(file.read_text())
         number = fields["format"]
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        raise ValueError(
-            f"`path`: the metadata of {folder} are damaged ({type(e).__name__}: {e}). "
-            "Take another checkpoint, or save this one again."
-        ) from e
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
+        raise _damaged(path, e) from e
     if number != FORMAT:
         raise ValueError(
             f"`path`: {folder} has format {number!r}; this version of jlora reads format {FORMAT}. "
             "Update jlora."
         )
     return fields
+
+
+def _damaged(path: Where, error: Exception) -> ValueError:
+    return ValueError(
+        f"`path`: the metadata of {place(path)} are damaged ({type(error).__name__}: "
+        f"{brief(error)[:300]}). Take another checkpoint, or save this one again."
+    )
+
+
+def _check_files(folder: Any) -> None:
+    """Raises where reading might never end: at pipes and devices."""
+    if "://" in os.fspath(folder):
+        return
+    for parent, _, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in names):
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ValueError(f"`path`: {path} is no regular file. Take another checkpoint.")
 
 
 def _foreign(folder: Any) -> str:

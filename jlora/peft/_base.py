@@ -73,7 +73,7 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
     if path.suffix == ".gguf":
         tensors, config, format = _gguf.Tensors(path), {}, _gguf.FORMAT
     else:
-        checkpoint = open_checkpoint(path, "dir")
+        checkpoint = open_checkpoint(path, "dir", follow_links=True)
         tensors = Tensors(checkpoint)
         config = configuration_of(checkpoint)
         format = format_of(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ._file import Entry, Header, read_header
-from ._json import CONFIG, PICKLES, TENSORS, Source, brief, listing, read_json, shown
+from ._json import CONFIG, PICKLES, TENSORS, Source, brief, check_within, listing, read_json, shown
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -50,14 +50,18 @@ class Checkpoint(NamedTuple):
         return self.headers[self.where[name]].entries[name]
 
 
-def open_checkpoint(dir: str | os.PathLike[str], argument: str = "src_dir") -> Checkpoint:
+def open_checkpoint(
+    dir: str | os.PathLike[str], argument: str = "src_dir", *, follow_links: bool = False
+) -> Checkpoint:
     """Reads headers, index and configuration of the folder that the user's `argument` names.
+
+    Its files may be links to within the folder, or anywhere with `follow_links`.
 
     Raises:
         FileNotFoundError: if there is no such folder, or a shard is missing.
         ValueError: if the folder holds no safetensors checkpoint, or a damaged one.
     """
-    source = Source(Path(dir), argument, links=True)
+    source = Source(Path(dir), argument, "all" if follow_links else "within")
     files, mapped = _files(source)
     headers = {file: read_header(source, file) for file in files}
     where: dict[str, str] = {}
@@ -74,6 +78,8 @@ def open_checkpoint(dir: str | os.PathLike[str], argument: str = "src_dir") -> C
     if wrong:
         raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {listing(wrong)}")
     kept, left_out = _others(source.folder, {*files, INDEX} if mapped else set(files))
+    for name in kept if not follow_links else ():
+        check_within(source, source.folder / name)
     if mapped is not None:
         kept.append(INDEX)
     matrices = (e.shape for h in headers.values() for e in h.entries.values() if len(e.shape) == 2)

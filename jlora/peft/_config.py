@@ -146,10 +146,6 @@ def _is_rank(x: Any) -> bool:
     return type(x) is int and 1 <= x < 2**31
 
 
-def _is_alpha(x: Any) -> bool:
-    return is_finite(x) and x > 0
-
-
 def _is_names(x: Any) -> bool:
     return _is_short(x, list) and all(isinstance(name, str) and name for name in x)
 
@@ -164,7 +160,7 @@ def _is_numbers(x: Any) -> bool:
 
 _FORMS = {
     "r": ("an integer of at least 1", _is_rank),
-    "lora_alpha": ("a positive finite number", _is_alpha),
+    "lora_alpha": ("a finite number", is_finite),
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
     "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
     "ensure_weight_tying": ("true or false", lambda x: isinstance(x, bool)),
@@ -174,8 +170,8 @@ _FORMS = {
         lambda x: x is None or (_is_short(x, dict) and all(map(_is_rank, x.values()))),
     ),
     "alpha_pattern": (
-        "an object of positive finite numbers",
-        lambda x: x is None or (_is_short(x, dict) and all(map(_is_alpha, x.values()))),
+        "an object of finite numbers",
+        lambda x: x is None or (_is_short(x, dict) and all(map(is_finite, x.values()))),
     ),
     "target_modules": (
         "a pattern, names or null",

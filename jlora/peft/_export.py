@@ -32,6 +32,7 @@ def export_merged(
     *,
     names: Sequence[Name] | None = None,
     requantize: bool = False,
+    follow_links: bool = False,
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
@@ -57,7 +58,8 @@ def export_merged(
 
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
-            `model.safetensors.index.json`. Files may be links, as in a download cache.
+            `model.safetensors.index.json`. Files may be links within it, or within the download
+            cache that it is of.
         adapter: a folder that PEFT or `save` wrote, whose modules are called as the checkpoint's
             tensors, up to a first part such as `bert.`; or an adapter tree.
         out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
@@ -66,6 +68,7 @@ def export_merged(
             PyTorch, such as `jlora.peft.LLAMA`.
         requantize: of a checkpoint of bitsandbytes, quantize again what was, and print the error of
             each; few bits hold little of ΔW, so that this takes away much of what was learned.
+        follow_links: whether files of `src_dir` may be links out of it, whose contents are copied.
 
     Returns:
         The files of `src_dir` that were left out, as paths in it.
@@ -97,9 +100,9 @@ def export_merged(
         >>> merged["q.weight"].shape, left_out
         ((3, 4), [])
     """
-    checkpoint = open_checkpoint(src_dir)
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
     if configuration_of(checkpoint):
-        return _onto_quantized(src_dir, adapter, out_dir, names, requantize)
+        return _onto_quantized(checkpoint, adapter, out_dir, names, requantize, follow_links)
     if requantize:
         raise ValueError(
             f"`requantize` needs a quantized checkpoint; `src_dir`, {src_dir}, is in floats."
@@ -128,17 +131,19 @@ def export_merged(
 
 
 def _onto_quantized(
-    src_dir: str | os.PathLike[str],
+    checkpoint: Checkpoint,
     adapter: Any,
     out_dir: str | os.PathLike[str],
     names: Sequence[Name] | None,
     requantize: bool,
+    follow_links: bool,
 ) -> list[str]:
     with scratch(out_dir) as folder:
-        found = dequantize_checkpoint(src_dir, folder / "dense")
+        src_dir, dense = checkpoint.source.folder, folder / "dense"
+        found = dequantize_checkpoint(src_dir, dense, follow_links=follow_links)
         if not requantize:
-            return export_merged(folder / "dense", adapter, out_dir, names=names)
-        left_out = export_merged(folder / "dense", adapter, folder / "merged", names=names)
+            return export_merged(dense, adapter, out_dir, names=names)
+        left_out = export_merged(dense, adapter, folder / "merged", names=names)
         for matrix in requantized(folder / "merged", out_dir, found):
             tqdm.write(f"{matrix.name}: {matrix.scheme}, error {matrix.error:.3g}")
         return left_out

@@ -7,7 +7,7 @@ import reprlib
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -20,22 +20,27 @@ class Source(NamedTuple):
     Attributes:
         folder: the folder.
         argument: the user's argument that named it, for errors.
-        links: whether its files may be symbolic links, as those of a download cache are.
+        links: whether its files may be symbolic links: `none`, `within` the folder or the download
+            cache that it is of, or `all`.
     """
 
     folder: Path
     argument: str = "dir"
-    links: bool = False
+    links: Literal["none", "within", "all"] = "none"
 
 
 @contextlib.contextmanager
 def opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
     """A regular file of `source` with its size in bytes."""
     path = source.folder / name
+    if source.links == "within":
+        check_within(source, path)
     # Without waiting, should it be a pipe.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags | (0 if source.links else getattr(os, "O_NOFOLLOW", 0)))
+        descriptor = os.open(
+            path, flags | (getattr(os, "O_NOFOLLOW", 0) if source.links == "none" else 0)
+        )
     except OSError as e:
         raise _unopened(source, name, e) from None
     with open(descriptor, "rb") as file:
@@ -45,10 +50,22 @@ def opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
         yield file, status.st_size
 
 
+def check_within(source: Source, path: Path) -> None:
+    """Raises for a link that leads out of the folder; of a download cache, out of that."""
+    folder, real = (Path(os.path.realpath(x)) for x in (source.folder, path))
+    cache = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
+    if not any(real.is_relative_to(root) for root in (folder, *cache)):
+        raise ValueError(
+            f"`{source.argument}`: {path} is a link to {real}, out of the folder; what it holds "
+            "would come to be in the output. Give a copy with links followed (cp -rL), or "
+            "follow_links=True."
+        )
+
+
 def _unopened(source: Source, name: str, error: OSError) -> Exception:
     folder, argument, links = source
     path = folder / name
-    if path.is_symlink() and not links:
+    if path.is_symlink() and links == "none":
         return ValueError(
             f"`{argument}`: {path} is a symbolic link, which could lead anywhere. Copy the adapter "
             "with its links followed (cp -L) and load the copy."

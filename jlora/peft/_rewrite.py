@@ -57,6 +57,7 @@ def quantize_checkpoint(
     scheme: Scheme,
     *,
     skip: str = SKIP,
+    follow_links: bool = False,
 ) -> list[Matrix]:
     r"""Writes a Hugging Face checkpoint with its matrices in 4 or 8 bits, as bitsandbytes does.
 
@@ -68,6 +69,7 @@ def quantize_checkpoint(
             all. Configuration and tokenizer are copied.
         scheme: `NF4`, `FP4` or `Int8`; of a pattern, for the names of tensors that it matches.
         skip: a regular expression for tensors that stay as they are, embeddings and the head.
+        follow_links: whether files of `src_dir` may be links out of it.
 
     Returns:
         What was quantized, with the error of each.
@@ -93,7 +95,7 @@ def quantize_checkpoint(
     by_row = isinstance(scheme, Int8) and scheme.block is None
     if not isinstance(scheme, NF4 | FP4) and not by_row:
         raise ValueError(f"`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got {scheme!r}.")
-    checkpoint = open_checkpoint(src_dir)
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
     if config := configuration_of(checkpoint):
         raise ValueError(
             f"`src_dir`: {checkpoint.source.folder} is quantized already, by "
@@ -137,7 +139,10 @@ def quantize_checkpoint(
 
 
 def dequantize_checkpoint(
-    src_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]
+    src_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    follow_links: bool = False,
 ) -> list[Matrix]:
     """Writes a quantized Hugging Face checkpoint with its weights as plain ones, exactly.
 
@@ -145,6 +150,7 @@ def dequantize_checkpoint(
         src_dir: a folder in a format that `load_base` reads.
         out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
             all; its configuration no longer says that it is quantized.
+        follow_links: whether files of `src_dir` may be links out of it.
 
     Returns:
         What was quantized.
@@ -153,7 +159,7 @@ def dequantize_checkpoint(
         FileExistsError: if `out_dir` is there and not an empty folder.
         ValueError: if the checkpoint is damaged, or not quantized.
     """
-    checkpoint = open_checkpoint(src_dir)
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
     tensors, config = Tensors(checkpoint), configuration_of(checkpoint)
     if not config:
         raise ValueError(
@@ -198,7 +204,7 @@ def requantized(
 
 def matrices(dir: str | os.PathLike[str]) -> list[Matrix]:
     """The quantized tensors of a checkpoint; none of one in floats."""
-    checkpoint = open_checkpoint(dir, "dir")
+    checkpoint = open_checkpoint(dir, "dir", follow_links=True)
     config = configuration_of(checkpoint)
     source = _Source(Tensors(checkpoint), config, "dir", jnp.float32)
     return [_matrix(name, source.read(name)) for name in source.modules]

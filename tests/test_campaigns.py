@@ -1,0 +1,304 @@
+"""Files that lie, at random: an answer that is right, or an error in our words.
+
+A case costs at most ten seconds and a gigabyte; nothing is written but the result, and that whole.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click.testing
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora import checkpoint, peft
+from jlora._cli._app import cli
+
+Folder = pathlib.Path
+PREFIX = "base_model.model."
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+INDEX = "model.safetensors.index.json"
+WILD: list[Any] = [
+    None, True, False, 0, -1, 1, 2, 1e300, 2**70, 10**400, "", "q", "x" * 10_000, "../x", "/etc/x",
+    [], ["q"], [[]], {}, {"a": 1}, {"q": 2}, [None], [1, 2], "[", "(", "a{0,9}" * 9, "(a|a)*", "\0",
+]  # fmt: skip
+DEEP = ["[" * 10**5, '{"a":' * 10**5, '{"r": NaN}', '{"r": 1e999}', '{"r": -Infinity}', "", "\xff"]
+
+
+def write_adapter(folder: Folder, **fields: Any) -> Folder:
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    tensors = {}
+    for i in range(3):
+        tensors[f"{PREFIX}h.{i}.q.lora_A.weight"] = draw.standard_normal((2, 6), np.float32)
+        tensors[f"{PREFIX}h.{i}.q.lora_B.weight"] = draw.standard_normal((4, 2), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+def write_model(folder: Folder) -> Folder:
+    folder.mkdir(parents=True)
+    draw, index = np.random.default_rng(1), {}
+    for i, file in enumerate(SHARDS):
+        tensors = {f"h.{i}.{m}.weight": draw.standard_normal((4, 6), np.float32) for m in "qk"}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "x"}))
+    return folder
+
+
+def merged(folder: Folder) -> dict[str, bytes]:
+    return {
+        n: x.tobytes()
+        for f in sorted(folder.glob("*.safetensors"))
+        for n, x in load_file(f).items()
+    }
+
+
+@contextlib.contextmanager
+def watched(folder: Folder, out: Folder) -> Iterator[None]:
+    """Within time and memory, and writes nothing but `out`."""
+    before = {p: p.lstat().st_size for p in folder.rglob("*")}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # KiB
+    after = {p: p.lstat().st_size for p in folder.rglob("*") if out not in (p, *p.parents)}
+    assert after == before
+
+
+# --------------------------------------------------------------------------------- configurations
+
+
+def lie_in_config(draw: random.Random, folder: Folder) -> None:
+    path = folder / "a" / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    kind = draw.choice(["field", "field", "field", "nested", "text", "missing", "long"])
+    known = [*fields, *peft_fields()]
+    if kind == "field":
+        fields[draw.choice(known)] = draw.choice(WILD)
+    elif kind == "nested":
+        fields[draw.choice(known)] = {str(draw.choice(WILD)): draw.choice(WILD) for _ in range(3)}
+    elif kind == "missing":
+        del fields[draw.choice(list(fields))]
+    elif kind == "long":
+        fields[draw.choice(known)] = [
+            str(i) + "q" for i in range(draw.choice([100, 10_000, 20_000]))
+        ]
+    text = draw.choice(DEEP) if kind == "text" else json.dumps(fields)
+    path.write_bytes(text.encode("latin-1", "replace"))
+
+
+def peft_fields() -> list[str]:
+    from jlora.peft._config import DEFAULTS
+
+    return list(DEFAULTS)
+
+
+# ---------------------------------------------------------------------------------------- indices
+
+
+def lie_in_index(draw: random.Random, folder: Folder) -> None:
+    base = folder / "base"
+    path = base / INDEX
+    index = json.loads(path.read_text())
+    where = index["weight_map"]
+    name, other = draw.sample(sorted(where), 2)
+    kind = draw.choice(
+        [
+            "file",
+            "swap",
+            "drop",
+            "add",
+            "link",
+            "gone",
+            "cut",
+            "text",
+            "twice",
+            "folder",
+            "metadata",
+        ]
+    )
+    outside = folder / "outside.safetensors"
+    if kind == "file":
+        where[name] = draw.choice([*WILD, f"../{outside.name}", str(outside), f"./{SHARDS[0]}"])
+    elif kind == "swap":
+        where[name], where[other] = where[other], where[name]
+    elif kind == "drop":
+        del where[name]
+    elif kind == "add":
+        where[draw.choice(["x.weight", "", "../x", name + "\0"])] = draw.choice(SHARDS)
+    elif kind == "twice":
+        shutil.copy(base / SHARDS[0], base / SHARDS[1])
+    elif kind == "metadata":
+        index[draw.choice(["metadata", "weight_map", "x"])] = draw.choice(WILD)
+    text = draw.choice(DEEP) if kind == "text" else json.dumps(index)
+    path.write_bytes(text.encode("latin-1", "replace"))
+    shard = base / draw.choice(SHARDS)
+    if kind == "link":
+        shard.unlink()
+        shard.symlink_to(draw.choice([outside, "/dev/zero", "/etc/passwd", shard, "nowhere"]))
+    elif kind == "gone":
+        shard.unlink()
+    elif kind == "cut":
+        os.truncate(shard, draw.randrange(shard.stat().st_size))
+    elif kind == "folder":
+        shard.unlink()
+        shard.mkdir()
+
+
+def merge_or_refuse(folder: Folder, expected: dict[str, bytes], exact: bool) -> bool:
+    """Whether it was merged: then as it should be, or of finite numbers."""
+    out = folder / "out"
+    result = click.testing.CliRunner().invoke(
+        cli, ["merge", str(folder / "base"), str(folder / "a"), str(out)]
+    )
+    if result.exit_code:
+        assert result.exit_code == 2, result.output
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.stderr.startswith("jlora: "), result.stderr
+        assert "Traceback" not in result.output
+        assert not out.exists()
+        return False
+    found = merged(out)
+    assert found.keys() == expected.keys()
+    if exact:
+        assert found == expected
+    assert all(np.isfinite(np.frombuffer(x, np.float32)).all() for x in found.values())
+    return True
+
+
+# ------------------------------------------------------------------------------------------ Orbax
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, Any, Any]:
+    """An adapter in Orbax, with its base."""
+    folder = tmp_path_factory.mktemp("orbax")
+    base = {"up": {"kernel": jnp.ones((600, 8))}, "head": jnp.ones((3, 4))}
+    layout = jlora.Layout((), (0,), (1,))
+    draw = np.random.default_rng(2)
+    a, b = (jnp.asarray(draw.standard_normal(s), jnp.float32) for s in ((600, 2), (2, 8)))
+    node = jlora.LowRank(a, b, 1.0, layout)
+    adapter = {"up": {"kernel": node}, "head": jnp.ones((3, 4))}
+    rules = (jlora.LoRA("up", rank=2), jlora.Full("head"))
+    checkpoint.save(folder / "a", adapter, rules, base=base, step=3)
+    return folder / "a", base, adapter
+
+
+def lie_in_orbax(draw: random.Random, folder: Folder) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    path = draw.choice(files)
+    data = bytearray(path.read_bytes())
+    kind = draw.choice(["flip", "flip", "cut", "gone", "link", "field", "field", "swap", "text"])
+    if kind == "flip" and data:
+        for _ in range(draw.choice([1, 1, 3])):
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+    elif kind == "cut":
+        path.write_bytes(data[: draw.randrange(len(data) + 1)])
+    elif kind == "gone":
+        path.unlink()
+    elif kind == "link":
+        path.unlink()
+        target = draw.choice(["/etc/passwd", "/dev/zero", path.name, "nowhere", files[0], None])
+        path.symlink_to(target) if target else os.mkfifo(path)
+    elif kind == "swap":
+        path.write_bytes(draw.choice(files).read_bytes())
+    elif kind == "text":
+        path.write_bytes(draw.choice(DEEP).encode("latin-1", "replace"))
+    elif kind == "field":
+        edit_metadata(draw, folder / "jlora" / "metadata")
+
+
+def edit_metadata(draw: random.Random, path: Folder) -> None:
+    """Another value somewhere, and the hash that fits it."""
+    from jlora.checkpoint._meta import digest
+
+    fields = json.loads(path.read_text())
+    at: Any = fields
+    while True:
+        key = draw.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
+        if not isinstance(at[key], dict | list) or not at[key] or draw.random() < 0.2:
+            break
+        at = at[key]
+    at[key] = draw.choice(WILD)
+    fields["sha256"] = digest(fields)
+    path.write_text(json.dumps(fields))
+
+
+def restore_or_refuse(folder: Folder, base: Any, adapter: Any) -> bool:
+    try:
+        found = checkpoint.restore(folder, base=base)
+        checkpoint.read(folder)
+    except (ValueError, FileNotFoundError) as e:
+        assert str(e).startswith(("`path`: ", "`base`")), e
+        return False
+    assert np.isfinite(found["up"]["kernel"].scale)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
+        np.testing.assert_array_equal(x, y)
+    return True
+
+
+# ------------------------------------------------------------------------------------- campaigns
+
+
+def campaign(
+    seeds: range, root: Folder, lie: Callable[[random.Random, Folder], None], exact: bool
+) -> int:
+    """Merges with lies; gives how often it was right in spite of one."""
+    write_model(root / "whole" / "base")
+    write_adapter(root / "whole" / "a")
+    peft.export_merged(root / "whole" / "base", root / "whole" / "a", root / "whole" / "out")
+    expected, right = merged(root / "whole" / "out"), 0
+    shutil.rmtree(root / "whole" / "out")
+    save_file({"x.weight": np.ones((4, 6), np.float32)}, root / "whole" / "outside.safetensors")
+    for seed in seeds:
+        folder = root / str(seed)
+        shutil.copytree(root / "whole", folder)
+        lie(random.Random(seed), folder)
+        with watched(folder, folder / "out"):
+            right += merge_or_refuse(folder, expected, exact)
+        shutil.rmtree(folder)
+    return right
+
+
+@pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_configurations(count: int, tmp_path: Folder) -> None:
+    assert 0 < campaign(range(count), tmp_path, lie_in_config, False) < count
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_indices(count: int, tmp_path: Folder) -> None:
+    assert 0 < campaign(range(count), tmp_path, lie_in_index, True) < count
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_orbax(count: int, tmp_path: Folder, saved: Any) -> None:
+    folder, base, adapter = saved
+    right = 0
+    for seed in range(count):
+        copy = tmp_path / str(seed)
+        shutil.copytree(folder, copy)
+        lie_in_orbax(random.Random(seed), copy)
+        with watched(copy, tmp_path / "out"):
+            right += restore_or_refuse(copy, base, adapter)
+        shutil.rmtree(copy)
+    assert 0 < right < count
