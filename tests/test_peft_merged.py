@@ -261,6 +261,94 @@ def test_old_names_of_norms(tmp_path: Folder) -> None:
     assert (merged["LayerNorm.gamma"] == 2).all() and (merged["LayerNorm.beta"] == 3).all()
 
 
+def experts_apart(style: str, count: int, hidden: int, inner: int) -> dict[str, np.ndarray]:
+    """The experts of a layer as checkpoints have them, one by one."""
+    module, gate, up, down = {
+        "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+        "qwen": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    }[style]
+    draw = np.random.default_rng(5)
+    shapes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
+    return {
+        f"m.layers.0.{module}.experts.{e}.{part}.weight": draw.standard_normal(shape, np.float32)
+        for e in range(count)
+        for part, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("inner", [5, 4])
+@pytest.mark.parametrize("style", ["mixtral", "qwen"])
+def test_experts_that_are_stored_one_by_one(style: str, inner: int, tmp_path: Folder) -> None:
+    """`transformers` 5 adapts all of a layer as one parameter."""
+    count, hidden, r = 3, 8, 2
+    weights = experts_apart(style, count, hidden, inner)
+    base = checkpoint(tmp_path / "base", weights, model_type=style)
+    draw = np.random.default_rng(6)
+    sides = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    ab = {
+        k: [draw.standard_normal(s, np.float32) for s in ((r * count, i), (o, r * count))]
+        for k, (o, i) in sides.items()
+    }
+    given = adapter(
+        tmp_path / "a",
+        {"m.layers.0.mlp.experts.base_layer": ab["gate_up"], "m.layers.0.mlp.experts": ab["down"]},
+        target_modules=[],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        r=r,
+        lora_alpha=r,
+    )
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    for e in range(count):
+        deltas = {k: b[:, e::count] @ a[e * r : (e + 1) * r] for k, (a, b) in ab.items()}
+        names = [n for n in weights if f"experts.{e}." in n]
+        expected = [deltas["gate_up"][:inner], deltas["gate_up"][inner:], deltas["down"]]
+        for name, delta in zip(names, expected, strict=True):
+            np.testing.assert_allclose(merged[name], weights[name] + delta, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_that_are_not_all_there(tmp_path: Folder) -> None:
+    """Of a layer without all of its experts nothing is put together."""
+    weights = experts_apart("qwen", 3, 8, 5)
+    del weights["m.layers.0.mlp.experts.1.up_proj.weight"]
+    base = checkpoint(tmp_path / "base", weights)
+    given = adapter(
+        tmp_path / "a",
+        {"m.layers.0.mlp.experts": low_rank((10, 8), 6)},
+        target_modules=[],
+        target_parameters=["experts.gate_up_proj"],
+    )
+    with pytest.raises(
+        ValueError, match=r"'experts.gate_up_proj' names no module of the checkpoin"
+    ):
+        peft.export_merged(base, given, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layers", ["encoder.layer", "layers"])
+def test_vision_as_it_is_called_now(layers: str, tmp_path: Folder) -> None:
+    """`transformers` 5 says `k_proj` where checkpoints say `attention.key`."""
+    names = {
+        "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key",
+        "attention.o_proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    draw = np.random.default_rng(7)
+    weights = {
+        f"vit.encoder.layer.0.{old}.weight": draw.standard_normal((4, 6), np.float32)
+        for old in names.values()
+    }
+    base = checkpoint(tmp_path / "base", weights)
+    pairs = {f"vit.{layers}.0.{new}": low_rank((4, 6), 2, i) for i, new in enumerate(names)}
+    given = adapter(tmp_path / "a", pairs, target_modules=[n.split(".")[1] for n in names])
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    for (a, b), (name, w) in zip(pairs.values(), weights.items(), strict=True):
+        scale = json.loads((given / CONFIG).read_text())["lora_alpha"] / 2
+        np.testing.assert_allclose(merged[name], w + scale * b @ a, rtol=1e-5, atol=1e-5)
+
+
 def test_square_weights_by_their_kin(tmp_path: Folder) -> None:
     """PEFT saves fan_in_fan_out of its last module; GPT-2's square c_proj has a wide namesake."""
     d = 8

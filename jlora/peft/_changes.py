@@ -31,11 +31,10 @@ from ._read import (
     values,
     with_values,
 )
+from ._renaming import Piece, Views, views
 from ._save import check_writable, from_leaves
 
 T = TypeVar("T")
-# Names of old checkpoints, which `transformers` replaces as it loads them.
-_OLD = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 class Sum(NamedTuple):
@@ -92,10 +91,11 @@ def changes(
             "table such as jlora.peft.LLAMA; got None."
         )
     parts, full = _of_tree(adapter, names)
-    to = renaming([*(part.name for part in parts), *full], checkpoint.shapes)
-    parts, full = _renamed(to, parts, full)
-    wrong = [*_misfits(checkpoint, parts, full), *absent(checkpoint, parts, full)]
-    return _made(checkpoint, parts, full, {}, False, wrong)
+    own = views([*(part.name for part in parts), *full], checkpoint.shapes)
+    wrong = _misfits(checkpoint, own, parts, full)
+    refuse(wrong)
+    parts, full = _stored(own, parts), _renamed(own, full)
+    return _made(checkpoint, parts, full, {}, False, absent(checkpoint, parts, full))
 
 
 def _of_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[str, np.ndarray]]:
@@ -111,11 +111,10 @@ def _of_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[s
 
 def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     adapter, header = read_adapter(source, refuse)
-    shapes = checkpoint.shapes
-    to = renaming([*adapter.full, *names_of(adapter)], shapes)
-    own = {back: x for name, x in shapes.items() if (back := to.back(name)) is not None}
-    parts = parts_of(adapter, own, "the checkpoint")
-    wrong = adapter.wrong
+    own = views([*adapter.full, *names_of(adapter)], checkpoint.shapes)
+    shapes = {name: view.shape for name, view in own.items()}
+    parts = parts_of(adapter, shapes, "the checkpoint")
+    full, frozen, wrong = adapter.full, adapter.frozen, adapter.wrong
     strange = [part.name for part in parts if part.name not in own]
     if wrong and strange:
         wrong.insert(
@@ -123,22 +122,20 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
             f"{shown(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
             "save both by the same release of `transformers`",
         )
-    parts, full = _renamed(to, parts, adapter.full)
-    frozen = {to.there(name): x for name, x in adapter.frozen.items()}
-    refuse(wrong + _misfits(checkpoint, parts, full | frozen))
+    refuse(wrong + _misfits(checkpoint, own, parts, full | frozen))
     # What the checkpoint has no tensor for must be the same as something that it has.
-    there = {part.a.shape[::-1] for part in parts if part.name in shapes}
-    there |= {part.b.shape[::-1] for part in parts if part.name in shapes}
-    there |= {x.shape for name, x in (full | frozen).items() if name in shapes}
-    lost = {part.name: part.a for part in parts if part.name not in shapes}
-    lost |= {name: x for name, x in (full | frozen).items() if name not in shapes}
+    there = {x.shape[::-1] for part in parts if part.name in own for x in (part.a, part.b)}
+    there |= {x.shape for name, x in (full | frozen).items() if name in own}
+    lost = {part.name: part.a for part in parts if part.name not in own}
+    lost |= {name: x for name, x in (full | frozen).items() if name not in own}
     refuse(_not_there(checkpoint, [name for name, x in lost.items() if x.shape not in there]))
     found = values(
         source, header, (*stored_in(parts), *full.values(), *frozen.values()), wrong := list[str]()
     )
     refuse(wrong)
-    parts = with_values(parts, found)
+    parts = _stored(own, with_values(parts, found))
     full, frozen = ({n: found[x.key] for n, x in d.items()} for d in (full, frozen))
+    full, frozen = _renamed(own, full), _renamed(own, frozen)
     wrong += absent(checkpoint, parts, full | frozen) + untied(checkpoint, parts, full)
     flag = bool(adapter.fields.get("fan_in_fan_out"))
     made = _made(checkpoint, parts, full, frozen, flag, wrong)
@@ -146,11 +143,26 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     return made
 
 
-def _renamed(
-    to: "Renaming", parts: Sequence[Part], full: Mapping[str, T]
-) -> tuple[list[Part], dict[str, T]]:
-    parts = [part._replace(name=to.there(part.name)) for part in parts]
-    return parts, {to.there(name): x for name, x in full.items()}
+def _renamed(own: Views, full: Mapping[str, T]) -> dict[str, T]:
+    """By the checkpoint's names."""
+    return {own[n].pieces[0].tensor if n in own else n: x for n, x in full.items()}
+
+
+def _stored(own: Views, parts: Iterable[Part]) -> list[Part]:
+    """A and B of each tensor of the checkpoint."""
+    found = list[Part]()
+    for part in parts:
+        pieces = own[part.name].pieces if part.name in own else (Piece(part.name),)
+        for tensor, expert, start, rows in pieces:
+            if expert is None:
+                found.append(part._replace(name=tensor))
+                continue
+            count = own[part.name].shape[0]
+            rank = part.a.shape[0] // count
+            a = part.a[expert * rank : (expert + 1) * rank]
+            b = part.b[start : start + rows, expert::count]
+            found.append(part._replace(name=tensor, kind="linear", a=a, b=b, transposed=False))
+    return found
 
 
 def _made(
@@ -178,86 +190,38 @@ def _made(
     return Changes(sums, *there)
 
 
-def _misfits(checkpoint: Checkpoint, parts: Iterable[Part], full: Mapping[str, Any]) -> list[str]:
+def _misfits(
+    checkpoint: Checkpoint, own: Views, parts: Iterable[Part], full: Mapping[str, Any]
+) -> list[str]:
     """What the checkpoint has in another shape, or in a dtype that cannot be changed."""
     wrong = []
     for part in parts:
-        if part.name not in checkpoint.where:
+        if (view := own.get(part.name)) is None:
             continue
-        entry = checkpoint.entry(part.name)
-        if not orientations(part, entry.shape):
+        types = {checkpoint.entry(piece.tensor).dtype for piece in view.pieces}
+        if not orientations(part, view.shape):
             need = f"A {part.a.shape} and B {part.b.shape} make {matrix(part)}"
             wrong.append(
-                f"{shown(part.name)}: expected a {part.kind} weight of shape {entry.shape}, but "
+                f"{shown(part.name)}: expected a {part.kind} weight of shape {view.shape}, but "
                 f"{need}"
             )
-        elif entry.dtype not in DTYPES:
+        elif odd := sorted(types - DTYPES.keys()):
             wrong.append(
-                f"{shown(part.name)}: of dtype {entry.dtype}; expected one of "
+                f"{shown(part.name)}: of dtype {odd[0]}; expected one of "
                 f"{', '.join(DTYPES)}. Dequantize the checkpoint first"
             )
     for name, x in full.items():
-        entry = checkpoint.entry(name) if name in checkpoint.where else None
-        if entry and (entry.shape != x.shape or entry.dtype not in DTYPES):
+        if (view := own.get(name)) is None:
+            continue
+        dtype = checkpoint.entry(view.pieces[0].tensor).dtype
+        if view.shape != x.shape or dtype not in DTYPES:
             wrong.append(
-                f"{shown(name)}: expected {entry.dtype} of shape {entry.shape}, got {x.shape} "
-                "in the adapter"
+                f"{shown(name)}: expected {dtype} of shape {view.shape}, got {x.shape} in the "
+                "adapter"
             )
+        elif len(view.pieces) > 1:
+            wrong.append(f"{shown(name)}: in full, but the checkpoint has it in parts")
     return wrong
-
-
-# ------------------------------------------------------------------------------- names
-
-
-class Renaming(NamedTuple):
-    """From the names of the adapted model to those of a checkpoint.
-
-    Attributes:
-        names: the checkpoint's.
-        add: a first part, such as `bert.`, that the checkpoint has before all of the model.
-        strip: one that the model has and the checkpoint has not.
-    """
-
-    names: Collection[str]
-    add: str = ""
-    strip: str = ""
-
-    def there(self, name: str) -> str:
-        """The tensor of the checkpoint for a parameter of the model."""
-        if name not in self.names:
-            name = self.add + name.removeprefix(self.strip)
-        old = next(
-            (name.removesuffix(new) + o for new, o in _OLD.items() if name.endswith(new)), ""
-        )
-        return old if name not in self.names and old in self.names else name
-
-    def back(self, name: str) -> str | None:
-        """The inverse of `there`; None for what is outside of the adapted model."""
-        new = next(
-            (name.removesuffix(o) + new for new, o in _OLD.items() if name.endswith(o)), name
-        )
-        return self.strip + new.removeprefix(self.add) if new.startswith(self.add) else None
-
-
-def renaming(wanted: Collection[str], names: Collection[str]) -> Renaming:
-    """The one that finds the most of `wanted` among `names`.
-
-    Raises:
-        ValueError: if two find as many.
-    """
-    firsts = dict.fromkeys(name.partition(".")[0] + "." for name in names)
-    own = dict.fromkeys(name.partition(".")[0] + "." for name in wanted)
-    choices = [Renaming(names)]
-    choices += [Renaming(names, add=p) for p in firsts] + [Renaming(names, strip=p) for p in own]
-    counts = [sum(choice.there(n) in names for n in wanted) for choice in choices]
-    best = [c for c, count in zip(choices, counts, strict=True) if count == max(counts)]
-    if best[0] is not choices[0] and len(best) > 1:
-        parts = ", ".join(repr(c.add or c.strip) for c in best)
-        raise ValueError(
-            f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
-            "Rename its modules as they are in the checkpoint."
-        )
-    return best[0]
 
 
 # ------------------------------------------------------------------------------- orientation

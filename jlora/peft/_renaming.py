@@ -1,0 +1,150 @@
+"""What a model calls the tensors of its checkpoint, where they may have other names, or lie apart.
+
+A model with a head and the same model without one differ in a first part; `transformers` 5 calls
+modules otherwise than its checkpoints do, and adapts experts as one parameter that are stored one
+by one. Which names are meant follows from those that an adapter has.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Piece(NamedTuple):
+    """A tensor of the checkpoint that is a part of a parameter: rows of one of its experts.
+
+    Attributes:
+        tensor: its name.
+        expert: which expert; None where the tensor is the parameter.
+        start: its first row in the parameter.
+        rows: how many it has.
+    """
+
+    tensor: str
+    expert: int | None = None
+    start: int = 0
+    rows: int = 0
+
+
+class View(NamedTuple):
+    """A parameter of the model: its shape and what it is made of."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+Views = dict[str, View]
+
+# Names of old checkpoints, which are replaced as they are loaded.
+_OLD = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+_VISION = (
+    (r"\.attention\.attention\.query\.", ".attention.q_proj."),
+    (r"\.attention\.attention\.key\.", ".attention.k_proj."),
+    (r"\.attention\.attention\.value\.", ".attention.v_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
+# From a checkpoint's names to the modules of `transformers`: of version 4, and then of version 5.
+_DIALECTS: tuple[tuple[tuple[str, str], ...], ...] = (
+    _OLD,
+    ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
+    _VISION,  # DINOv2, BEiT
+    ((r"\.encoder\.layer\.", ".layers."), *_VISION),  # ViT, DeiT
+)
+_EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
+# The parameters of all experts together, and the modules of each that they are made of.
+_FUSED = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+_FIRSTS = 100  # first parts of names that are tried
+
+
+def views(wanted: Collection[str], shapes: Shapes) -> Views:
+    """The parameters of the model, under the names that find the most of `wanted`.
+
+    Raises:
+        ValueError: if names with either of two first parts find as many.
+    """
+    best, most = list[tuple[dict[str, str], str, str]](), -1
+    for dialect in _DIALECTS:
+        named = _named(dialect, shapes)
+        fused = named.keys() | _fused(named, shapes).keys()
+        ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
+        counts = [sum(_there(name, *way) in fused for name in wanted) for way in ways]
+        if max(counts) > most:
+            most = max(counts)
+            best = [(named, *w) for w, n in zip(ways, counts, strict=True) if n == most]
+    if len(best) > 1 and best[0][1:] != ("", ""):
+        parts = ", ".join(repr(add or strip) for _, add, strip in best)
+        raise ValueError(
+            f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
+            "Rename its modules as they are in the checkpoint."
+        )
+    named, add, strip = best[0]
+    named = {strip + n.removeprefix(add): x for n, x in named.items() if n.startswith(add)}
+    plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
+    fused = _fused(named, shapes)
+    apart = {piece.tensor for view in fused.values() for piece in view.pieces}
+    # Whoever adapts experts one by one sees them so; else only what they are together.
+    modules = {name.rpartition(".")[0] for name in wanted}
+    if not any(x in apart and name.rpartition(".")[0] in modules for name, x in named.items()):
+        plain = {name: view for name, view in plain.items() if view.pieces[0].tensor not in apart}
+    return fused | plain
+
+
+def _named(dialect: Iterable[tuple[str, str]], names: Iterable[str]) -> dict[str, str]:
+    """The names of a dialect, and what the checkpoint calls them."""
+    found = {}
+    for name in names:
+        new = name
+        for old, modern in dialect:
+            new = re.sub(old, modern, new)
+        found.setdefault(new, name)
+    return found
+
+
+def _firsts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] + "." for name in names))[:_FIRSTS]
+
+
+def _there(name: str, add: str, strip: str) -> str:
+    return add + name.removeprefix(strip)
+
+
+def _fused(named: Mapping[str, str], shapes: Shapes) -> Views:
+    """Parameters of all experts together: (experts, rows, columns)."""
+    modules: dict[str, dict[str, dict[int, str]]] = {}
+    for name, tensor in named.items():
+        if (found := _EXPERT.fullmatch(name)) and len(shapes[tensor]) == 2:
+            parts = modules.setdefault(found["module"], {})
+            parts.setdefault(found["part"], {})[int(found["expert"])] = tensor
+    views = {}
+    for module, parts in modules.items():
+        for parameter, ways in _FUSED.items():
+            for way in ways:
+                if (view := _together([parts.get(part, {}) for part in way], shapes)) is not None:
+                    views[f"{module}.{parameter}"] = view
+    return views
+
+
+def _together(parts: list[dict[int, str]], shapes: Shapes) -> View | None:
+    """The rows of `parts` one below the other, for each expert."""
+    count = len(parts[0])
+    sizes = [{shapes[tensor] for tensor in part.values()} for part in parts]
+    if not count or any(set(part) != set(range(count)) for part in parts):
+        return None
+    if any(len(each) > 1 for each in sizes):
+        return None
+    rows, columns = zip(*(next(iter(each)) for each in sizes), strict=True)
+    if len(set(columns)) > 1:
+        return None
+    pieces = [
+        Piece(part[e], e, sum(rows[:i]), rows[i])
+        for e in range(count)
+        for i, part in enumerate(parts)
+    ]
+    return View((count, sum(rows), columns[0]), tuple(pieces))
