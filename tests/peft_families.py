@@ -57,6 +57,10 @@ SEQ2SEQ = {
     "encoder_ffn_dim": 48,
     "decoder_ffn_dim": 48,
     "max_position_embeddings": 40,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 3,
 }
 T5 = {"vocab_size": 71, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
 MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20}

@@ -46,7 +46,7 @@ def merge(
             f"{adapter} ({formats[1]})."
         )
     left_out: list[str] = []
-    options = {"requantize": requantize, "follow_links": follow_links}
+    options: Any = {"requantize": requantize, "follow_links": follow_links}
     match formats:
         case "huggingface", "peft":
             left_out = peft.export_merged(base, adapter, out, **options)
@@ -184,5 +184,5 @@ def _to_profile(
 def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Quantized:
     """Writes the model in `base` to `out` with its matrices in few bits."""
     check_vacant(out, "OUT")
-    options = {} if skip is None else {"skip": skip}
+    options: Any = {} if skip is None else {"skip": skip}
     return Quantized(out, peft.quantize_checkpoint(base, out, SCHEMES[scheme](), **options))

@@ -15,8 +15,7 @@ from .._tree import adapter_leaves, check_fits, nest
 from .._types import PyTree
 from ..adapters import is_node, weight_shape
 from ._checkpoint import Checkpoint, refuse
-from ._file import DTYPES
-from ._json import Source, shown
+from ._file import DTYPES, Source, shown
 from ._load import warn_of_unused
 from ._names import Name, resolve
 from ._read import (

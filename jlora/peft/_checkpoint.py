@@ -6,8 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._file import Entry, Header, read_header
-from ._json import CONFIG, PICKLES, TENSORS, Source, brief, check_within, listing, read_json, shown
+from ._file import (
+    CONFIG,
+    PICKLES,
+    TENSORS,
+    Entry,
+    Header,
+    Source,
+    brief,
+    check_within,
+    listing,
+    read_header,
+    read_json,
+    shown,
+)
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

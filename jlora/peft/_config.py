@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._rules import is_finite
-from ._json import CONFIG, Source, brief, read_json
+from ._file import CONFIG, Source, brief, read_json
 from ._patterns import of_key, of_layer, problem
 
 LIMIT = 4 * 2**20  # bytes

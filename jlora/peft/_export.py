@@ -15,8 +15,7 @@ from .._types import PyTree
 from ._base import configuration_of
 from ._changes import Changes, Sum, changes, copies
 from ._checkpoint import Checkpoint, open_checkpoint, refuse
-from ._file import DTYPES, Entry
-from ._json import opened, shown
+from ._file import DTYPES, Entry, opened, shown
 from ._names import Name
 from ._rewrite import dequantize_checkpoint, requantized
 

@@ -13,10 +13,8 @@ import numpy as np
 from .._tree import name_of, nest
 from .._types import PyTree
 from ..adapters import LowRank
-from ._arrays import low_rank, weight, weights
-from ._file import DTYPES
-from ._json import CONFIG, Source, listing, shown
-from ._names import Leaf, Name, by_row, resolve, tied_to
+from ._file import CONFIG, DTYPES, Source, listing, shown
+from ._names import Leaf, Name, by_row, low_rank, resolve, tied_to, weight, weights
 from ._read import (
     PREFIX,
     Adapter,

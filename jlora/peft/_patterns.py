@@ -11,7 +11,7 @@ from typing import Any
 
 import re2
 
-from ._json import brief
+from ._file import brief
 
 SECONDS = 5.0  # for all patterns of an adapter
 LENGTH = 10_000  # characters of a pattern

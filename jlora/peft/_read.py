@@ -14,8 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._config import LIMIT, problems
-from ._file import DTYPES, Header, read_header, reader
-from ._json import CONFIG, TENSORS, Source, brief, opened, read_json, shown
+from ._file import (
+    CONFIG,
+    DTYPES,
+    TENSORS,
+    Header,
+    Source,
+    brief,
+    opened,
+    read_header,
+    read_json,
+    reader,
+    shown,
+)
 from ._select import Names, Selection, parents
 
 PREFIX = "base_model.model."

@@ -20,7 +20,7 @@ from .._rules import matches
 from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
 from ._base import configuration_of, format_of
 from ._checkpoint import INDEX, LIMIT, Checkpoint, open_checkpoint
-from ._json import brief, listing, read_json
+from ._file import brief, listing, read_json
 from .formats import Stored, Tensors, Unreadable, array_of, check_finite
 from .formats import _bitsandbytes as bnb
 

@@ -14,12 +14,10 @@ from .._tree import adapter_leaves, check_fits, is_abstract, name_of
 from .._types import Path, PyTree
 from ..adapters import LowRank, is_node
 from . import _vllm
-from ._arrays import factors, weights
 from ._config import DEFAULTS, dumps, problems
-from ._file import DTYPES
-from ._json import CONFIG, TENSORS
+from ._file import CONFIG, DTYPES, TENSORS
 from ._load import read_alone
-from ._names import Leaf, Name, by_row, resolve, tied_to
+from ._names import Leaf, Name, by_row, factors, resolve, tied_to, weights
 from ._read import BASE, PREFIX, SAVED_BY_NAME, Part, Stored, parse, parts_of, twins
 from ._select import Selection, suffixes, with_scales
 

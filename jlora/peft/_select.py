@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ._config import DEFAULTS
-from ._json import brief
+from ._file import brief
 from ._patterns import Clock, Matcher, of_key, of_layer
 
 # A key of `rank_pattern` that is a name; dots may be escaped, or any character.

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from ._config import read_config
-from ._file import read_header
-from ._json import Source, brief, shown
+from ._file import Source, brief, read_header, shown
 from ._read import PREFIX, Part
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -9,9 +9,8 @@ import numpy as np
 
 from .._tree import flatten, leaves_by_path, name_of
 from .._types import PyTree
-from ._arrays import weight, weights
-from ._json import listing
-from ._names import Leaf, Name, resolve
+from ._file import listing
+from ._names import Leaf, Name, resolve, weight, weights
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...quantized import DYNAMIC, FP4, NF4, Int8, Quantized
-from .._json import brief, parse
+from .._file import brief, parse
 from ._format import Format, register
 from ._stored import Stored, codes_of, scales_of
 from ._tensors import Tensors, Unreadable

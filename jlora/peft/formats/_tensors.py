@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checkpoint import Checkpoint
-from .._file import DTYPES
-from .._json import brief, opened
+from .._file import DTYPES, brief, opened
 
 FLOATS = ("F32", "F16", "BF16")
 READ = DTYPES | {
