@@ -1,8 +1,10 @@
 """Folders appear whole or not at all, and what a killed process leaves is cleaned up."""
 
+import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jlora import _folders, peft
+from jlora import _folders
 from jlora._folders import fresh
 
 Folder = pathlib.Path
@@ -84,58 +86,63 @@ def test_what_the_living_make_stays(tmp_path: Folder) -> None:
 KILLED = """
 import sys
 from jlora import peft
-peft.export_merged(*sys.argv[1:])
+getattr(peft, sys.argv[1])(*sys.argv[2:])
 """
+SIDE, LAYERS, RANK = 512, 24, 100
 
 
-def killed(root: Folder, count: int) -> int:
-    """Kills merges at moments spread over a run; gives how many were killed while they wrote."""
-    (root / "base").mkdir()
-    (root / "a").mkdir()
+def inputs(root: Folder) -> None:
+    """A model and an adapter of some 25 MB each."""
     draw = np.random.default_rng(0)
-    weights = {f"h.{i}.q.weight": draw.standard_normal((512, 512), np.float32) for i in range(24)}
+    sides = {"A": (RANK, SIDE), "B": (SIDE, RANK)}
+    for name in ("base", "a", "out"):
+        (root / name).mkdir()
+    weights = {
+        f"h.{i}.q.weight": draw.standard_normal((SIDE, SIDE), np.float32) for i in range(LAYERS)
+    }
     save_file(weights, root / "base" / "model.safetensors")
-    save_file(
-        {
-            f"base_model.model.h.{i}.q.lora_{x}.weight": np.ones(s, np.float32)
-            for i in range(24)
-            for x, s in (("A", (2, 512)), ("B", (512, 2)))
-        },
-        root / "a" / "adapter_model.safetensors",
-    )
-    config = '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}'
-    (root / "a" / "adapter_config.json").write_text(config)
-    (root / "out").mkdir()
-    out, while_writing = root / "out" / "m", 0
+    tensors = {
+        f"base_model.model.h.{i}.q.lora_{x}.weight": draw.standard_normal(shape, np.float32)
+        for i in range(LAYERS)
+        for x, shape in sides.items()
+    }
+    save_file(tensors, root / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2, "target_modules": ["q"]}
+    (root / "a" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def killed(root: Folder, command: list[str], count: int) -> int:
+    """Kills a command at moments spread over its writing; how often it had not ended by then."""
+    out = root / "out" / "m"
+    whole = subprocess.run([sys.executable, "-c", KILLED, *command, root / "whole"], check=True)
+    assert whole.returncode == 0
+    expected = {p.name: p.read_bytes() for p in (root / "whole").iterdir()}
+    while_writing = 0
     for i in range(count):
-        command = [sys.executable, "-c", KILLED, root / "base", root / "a", out]
-        process = subprocess.Popen(command)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, *command, out])
         while not list((root / "out").iterdir()):
             assert process.poll() is None
-            time.sleep(0.0005)
+            time.sleep(0.0002)
         time.sleep(0.3 * i / count)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if out.exists():  # it was done before
-            assert (out / "model.safetensors").stat().st_size == (
-                root / "base" / "model.safetensors"
-            ).stat().st_size
-            (out / "model.safetensors").unlink()
-            out.rmdir()
+        if out.exists():  # whole, if there at all
+            assert {p.name: p.read_bytes() for p in out.iterdir()} == expected
+            shutil.rmtree(out)
             continue
         while_writing += 1
         [left] = (root / "out").iterdir()
         assert re.match(r"\.m\.", left.name)
-    peft.export_merged(root / "base", root / "a", out)
+    subprocess.run([sys.executable, "-c", KILLED, *command, out], check=True)
     assert [p.name for p in (root / "out").iterdir()] == ["m"]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == expected
     return while_writing
 
 
-def test_killed_while_it_merges(tmp_path: Folder) -> None:
-    """Never half a model; and the next run removes what is left."""
-    assert killed(tmp_path, 2) > 0
-
-
-@pytest.mark.slow
-def test_killed_at_thirty_moments(tmp_path: Folder) -> None:
-    assert killed(tmp_path, 30) > 5
+@pytest.mark.parametrize("count", [1, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["export_merged", "convert"])
+def test_killed_while_it_writes(what: str, count: int, tmp_path: Folder) -> None:
+    """Never half a folder; and the next run removes what is left."""
+    inputs(tmp_path)
+    model = [str(tmp_path / "base")] if what == "export_merged" else []
+    assert killed(tmp_path, [what, *model, str(tmp_path / "a")], count) > 0
