@@ -38,8 +38,8 @@ def scratch(dir: Where) -> Iterator[Path]:
     final = Path(os.path.abspath(dir))
     remove_left(final)
     stage = beside(final, token())
-    stage.mkdir(parents=True)
     try:
+        stage.mkdir(parents=True)
         yield stage
     finally:
         discard(stage)

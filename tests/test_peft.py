@@ -679,8 +679,8 @@ DAMAGES: dict[str, tuple[Callable[[Files], Any], str]] = {
     ),
     "selected": (
         lambda f: f.tensors(lambda t: [t.pop(LAYER + "query" + end) for end in ENDS]),
-        "  encoder.layer.0.attention.self.query.weight: selected by adapter_config.json, but missing "
-        "in adapter_model.safetensors",
+        "  encoder.layer.0.attention.self.query.weight: selected by adapter_config.json, but "
+        "missing in adapter_model.safetensors",
     ),
     "beside": (
         lambda f: f.tensors(
@@ -750,14 +750,6 @@ DAMAGES: dict[str, tuple[Callable[[Files], Any], str]] = {
     "nan": (
         lambda f: f.tensors(lambda t: t[LAYER + "value.lora_A.weight"].__setitem__((0, 1), np.nan)),
         f"  {LAYER}value.lora_A.weight: 1 of 16 values are not finite",
-    ),
-    "idle-target": (
-        lambda f: f.config(target_modules=["query", "value", "wq"]),
-        "  target_modules: 'wq' names no module of `base` under `names`",
-    ),
-    "idle-save": (
-        lambda f: f.config(modules_to_save=["head"]),
-        "  modules_to_save: 'head' names none of the adapter's tensors",
     ),
     "nothing": (
         lambda f: f.config(target_modules="nothing"),
@@ -906,6 +898,23 @@ def test_what_peft_ties_itself_alone(tmp_path: Folder) -> None:
     files.config(ensure_weight_tying=False)
     with pytest.raises(ValueError, match=r"lm_head\.weight: unexpected"):
         peft.read(files.folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["query", "value", "wq"]}, r"target_modules: 'wq' names no module"),
+        ({"rank_pattern": {"wq": 2}}, "rank_pattern: 'wq' matches no adapted module"),
+        ({"modules_to_save": ["head"]}, "modules_to_save: 'head' names none of the"),
+    ],
+)
+def test_what_names_nothing(fields: dict[str, Any], message: str, tmp_path: Folder) -> None:
+    """Read with a warning, as PEFT takes it."""
+    files = Files(tmp_path)
+    files.config(**fields)
+    with pytest.warns(UserWarning, match=message):
+        adapter = files.load()
+    assert_equal(adapter, peft.load(files.case.folder, files.case.base, files.case.names))
 
 
 @pytest.mark.parametrize(

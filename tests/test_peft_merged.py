@@ -318,9 +318,7 @@ def test_experts_that_are_not_all_there(tmp_path: Folder) -> None:
         target_modules=[],
         target_parameters=["experts.gate_up_proj"],
     )
-    with pytest.raises(
-        ValueError, match=r"'experts.gate_up_proj' names no module of the checkpoin"
-    ):
+    with pytest.raises(ValueError, match=r"mlp.experts: unexpected; adapter_config.json does"):
         peft.export_merged(base, given, tmp_path / "out")
 
 
@@ -724,14 +722,6 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
             )
         ),
         "m.layers.0.k.bias: expected F32 of shape (4,), got (3,) in the adapter",
-    ),
-    "idle-save": (
-        lambda x: x.fields.update(modules_to_save=["head"]),
-        "modules_to_save: 'head' names none of the adapter's tensors",
-    ),
-    "idle-target": (
-        lambda x: x.fields.update(target_modules=["q", "v"]),
-        "target_modules: 'v' names no module of the checkpoint",
     ),
     "pissa": (
         lambda x: x.fields.update(init_lora_weights="pissa"),

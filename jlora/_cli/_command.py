@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from typing import Any, NamedTuple
 
 import click
@@ -48,7 +49,8 @@ class Command(click.Command):
         as_json, debug = ctx.params.pop("json"), ctx.params.pop("debug")
         try:
             # Without it JAX would narrow float64 and int64 that a file holds.
-            with jax.enable_x64(True):
+            with jax.enable_x64(True), warnings.catch_warnings():
+                warnings.showwarning = _show
                 answer = super().invoke(ctx)
             click.echo(json.dumps(answer.as_json(), indent=2) if as_json else str(answer))
         except KeyboardInterrupt:
@@ -65,6 +67,10 @@ class Command(click.Command):
             click.echo(f"jlora: {one_line(e)}", err=True)
             ctx.exit(ERROR)
         ctx.exit(answer.exit_code)
+
+
+def _show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    click.echo(f"jlora: warning: {' '.join(str(message).split())}", err=True)
 
 
 def one_line(error: BaseException) -> str:

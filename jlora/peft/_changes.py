@@ -3,7 +3,6 @@
 import collections
 import hashlib
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,9 +15,10 @@ from .._types import PyTree
 from ..adapters import is_node, weight_shape
 from ._checkpoint import Checkpoint, refuse
 from ._file import DTYPES, Source, shown
-from ._load import warn_of_unused
+from ._load import warn_of_idle
 from ._names import Name, resolve
 from ._read import (
+    SHARED,
     Part,
     matrix,
     names_of,
@@ -138,7 +138,7 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     wrong += absent(checkpoint, parts, full | frozen) + untied(checkpoint, parts, full)
     flag = bool(adapter.fields.get("fan_in_fan_out"))
     made = _made(checkpoint, parts, full, frozen, flag, wrong)
-    warn_of_unused(adapter, parts)
+    warn_of_idle(adapter)
     return made
 
 
@@ -273,14 +273,6 @@ def _group(kind: str, name: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------- ties
 
 
-# What the modules are called whose weight a model's head may share: of embeddings, then of heads.
-_SHARED = re.compile(
-    r"(^|[._])(embed_tokens|embed_in|wte|word_embeddings?|tokens?_embed|tok_embeddings|shared"
-    r"|lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|proj_out|output_projection"
-    r"|generator_lm_head|lm_loss|pred_layer\.proj|output)\.weight$"
-)
-
-
 def absent(
     checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
 ) -> list[str]:
@@ -342,7 +334,8 @@ def copies(checkpoint: Checkpoint, changed: Collection[str]) -> Iterator[tuple[s
 
 def is_shared(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor is the weight that the input embedding and the output head share."""
-    if name not in checkpoint.where or not _SHARED.search(name):
+    module, _, parameter = name.rpartition(".")
+    if name not in checkpoint.where or parameter != "weight" or not SHARED.search(module):
         return False
     shape = checkpoint.entry(name).shape
     return len(shape) == 2 and shape[0] in checkpoint.vocabulary

@@ -49,7 +49,7 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
             there twice or not supported; all of it is listed, and nothing is loaded.
 
     Warns:
-        UserWarning: of entries of `rank_pattern` and `alpha_pattern` that match nothing.
+        UserWarning: of what its configuration names and nothing has, as PEFT takes it.
 
     Source: PEFT 0.21, `peft.utils.save_and_load`.
 
@@ -86,7 +86,7 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     found = values(source, header, stored, wrong := list[str]())
     wrong += _unlike(adapter, placed, found)
     refuse(wrong)
-    warn_of_unused(adapter, parts)
+    warn_of_idle(adapter)
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
     for leaf, own in placed.low:
         arrays = [(found[x.a.key], found[x.b.key]) for x in own]
@@ -97,10 +97,10 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     return nest(nodes)
 
 
-def warn_of_unused(adapter: Adapter, parts: Sequence[Part]) -> None:
-    """Says which patterns of ranks match nothing, as PEFT takes such."""
-    if unused := adapter.selection.unused([part.key for part in parts]):
-        warnings.warn(f"{CONFIG} of the adapter: {'; '.join(unused)}.", stacklevel=3)
+def warn_of_idle(adapter: Adapter) -> None:
+    """Says what of a configuration names nothing, as PEFT takes such."""
+    if adapter.idle:
+        warnings.warn(f"{CONFIG} of the adapter: {'; '.join(adapter.idle[:9])}.", stacklevel=3)
 
 
 class _Place(NamedTuple):

@@ -33,6 +33,12 @@ PREFIX = "base_model.model."
 BASE = ".base_layer"  # what is wrapped by an adapter
 # PEFT saves the weights of an embedding that is targeted by one of these names beside its A and B.
 SAVED_BY_NAME = ("embed_tokens", "lm_head")
+# What the modules are called whose weight a model's head may share: of embeddings, then of heads.
+SHARED = re.compile(
+    r"(^|[._])(embed_tokens|embed_in|wte|word_embeddings?|tokens?_embed|tok_embeddings|shared"
+    r"|lm_head|lm_head\.decoder|cls\.predictions\.decoder|embed_out|proj_out|output_projection"
+    r"|generator_lm_head|lm_loss|pred_layer\.proj|output)$"
+)
 # PEFT lists these for every sequence classifier, whatever its head is called.
 HEADS = ("classifier", "score")
 _FACTOR = re.compile(
@@ -108,6 +114,7 @@ class Adapter(NamedTuple):
         full: parameters that are replaced.
         frozen: parameters that the base must have just so.
         wrong: what is wrong with it.
+        idle: what of its configuration names nothing, as PEFT takes it.
     """
 
     fields: dict[str, Any]
@@ -116,6 +123,7 @@ class Adapter(NamedTuple):
     full: dict[str, Stored]
     frozen: dict[str, Stored]
     wrong: list[str]
+    idle: list[str]
 
 
 def read_adapter(
@@ -165,7 +173,7 @@ def parse(fields: dict[str, Any], tensors: Iterable[Stored]) -> Adapter:
             full[name] = x
         else:
             wrong.append(f"{shown(x.key)}: unexpected{feature}")
-    return Adapter(fields, selection, _pairs(sides, wrong), full, frozen, wrong)
+    return Adapter(fields, selection, _pairs(sides, wrong), full, frozen, wrong, [])
 
 
 def _is_full(selection: Selection, module: str, parameter: str, adapted: bool) -> bool:
@@ -176,7 +184,7 @@ def _is_full(selection: Selection, module: str, parameter: str, adapted: bool) -
 
 def may_tie(fields: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT may have changed `module` because it shares its weight with another."""
-    return bool(fields.get("ensure_weight_tying")) and module.endswith(SAVED_BY_NAME)
+    return bool(fields.get("ensure_weight_tying")) and bool(SHARED.search(module))
 
 
 def _pairs(
@@ -229,8 +237,9 @@ def parts_of(
     if shapes is not None:
         wrong += _missing(adapter, {part.name for part in parts}, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
-        wrong += selection.idle([*(part.key for part in parts), *known], where)
-    wrong += _idle_names(adapter)
+        adapter.idle.extend(selection.idle([*(part.key for part in parts), *known], where))
+    adapter.idle.extend(_idle_names(adapter))
+    adapter.idle.extend(selection.unused([part.key for part in parts]))
     if not (parts or adapter.full or wrong):
         wrong.append(f"{TENSORS} holds neither A and B nor a parameter in full")
     return parts

@@ -88,12 +88,10 @@ def views(wanted: Collection[str], shapes: Shapes) -> Views:
     named = {strip + n.removeprefix(add): x for n, x in named.items() if n.startswith(add)}
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
     fused = _fused(named, shapes)
+    if not fused.keys() & set(wanted):
+        return plain
     apart = {piece.tensor for view in fused.values() for piece in view.pieces}
-    # Whoever adapts experts one by one sees them so; else only what they are together.
-    modules = {name.rpartition(".")[0] for name in wanted}
-    if not any(x in apart and name.rpartition(".")[0] in modules for name, x in named.items()):
-        plain = {name: view for name, view in plain.items() if view.pieces[0].tensor not in apart}
-    return fused | plain
+    return fused | {n: view for n, view in plain.items() if view.pieces[0].tensor not in apart}
 
 
 def _named(dialect: Iterable[tuple[str, str]], names: Iterable[str]) -> dict[str, str]:
