@@ -153,7 +153,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 class Outcome(NamedTuple):
-    """What became of an adapter: `bits`, `rounding`, `refused`, `DIFFERENT`, `not by PEFT`."""
+    """What became of an adapter.
+
+    Attributes:
+        kind: `bits`, `rounding`, `once` (where PEFT adds twice), `refused`, `DIFFERENT`, or `not by
+            PEFT`, which could not write or merge it.
+        reason: why.
+    """
 
     kind: str
     reason: str = ""
@@ -181,22 +187,24 @@ def outcome(family: str, configuration: str, folder: pathlib.Path) -> Outcome:
         peft.export_merged(folder / "base", folder / "a", folder / "ours")
     except ValueError as e:
         return Outcome("refused", brief(e))
-    ours, theirs = (load_file(folder / x / "model.safetensors") for x in ("ours", "theirs"))
-    return compared(ours, theirs)
+    names = ("base", "ours", "theirs")
+    return compared(*(load_file(folder / name / "model.safetensors") for name in names))
 
 
-def compared(ours: dict[str, Any], theirs: dict[str, Any]) -> Outcome:
+def compared(base: dict[str, Any], ours: dict[str, Any], theirs: dict[str, Any]) -> Outcome:
     """By all tensors that both have; a tied one may be stored once."""
-    unequal = [k for k in ours.keys() & theirs.keys() if not torch.equal(ours[k], theirs[k])]
-    far = [
-        k
-        for k in unequal
-        if ours[k].shape != theirs[k].shape
-        or (ours[k] - theirs[k]).abs().max() > 1e-6 * theirs[k].abs().max()
-    ]
+    names = ours.keys() & theirs.keys()
+    unequal = [k for k in names if not torch.equal(ours[k], theirs[k])]
+    far = [k for k in unequal if not near(ours[k], theirs[k])]
+    if far and all(near(ours[k], (theirs[k] + base[k]) / 2) for k in far):
+        return Outcome("once", "PEFT adds ΔW to a shared weight for each module that has it")
     if far:
         return Outcome("DIFFERENT", f"{len(far)} tensors, such as {min(far)}")
     return Outcome("rounding" if unequal else "bits")
+
+
+def near(x: Any, y: Any) -> bool:
+    return x.shape == y.shape and bool((x - y).abs().max() <= 1e-6 * y.abs().max())
 
 
 def brief(error: Exception) -> str:

@@ -307,6 +307,24 @@ def test_experts_that_are_stored_one_by_one(style: str, inner: int, tmp_path: Fo
             np.testing.assert_allclose(merged[name], weights[name] + delta, rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_of_b(tmp_path: Folder) -> None:
+    """`lora_bias` adds to the module's own bias; where there is none, it is refused."""
+    ones = np.ones(4, np.float32)
+    weights = {"m.q.weight": np.ones((4, 6), np.float32), "m.q.bias": ones}
+    a, b = low_rank((4, 6), 2)
+    given = adapter(tmp_path / "a", {"m.q": (a, b), "m.q.lora_B.bias": 2 * ones}, lora_bias=True)
+    base = checkpoint(tmp_path / "base", weights)
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    np.testing.assert_array_equal(merged["m.q.bias"], ones + 1.5 * 2 * ones)
+    np.testing.assert_allclose(merged["m.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6)
+    del weights["m.q.bias"]
+    with pytest.raises(ValueError, match=r"q\.lora_B\.bias: of shape \(4,\), is to be .* has none"):
+        peft.export_merged(checkpoint(tmp_path / "bare", weights), given, tmp_path / "no")
+    with pytest.raises(ValueError, match=r"lora_bias adds to a bias, for which an adapter here"):
+        peft.read(given)
+
+
 def test_experts_that_are_not_all_there(tmp_path: Folder) -> None:
     """Of a layer without all of its experts nothing is put together."""
     weights = experts_apart("qwen", 3, 8, 5)

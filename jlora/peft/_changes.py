@@ -19,7 +19,9 @@ from ._load import warn_of_idle
 from ._names import Name, resolve
 from ._read import (
     SHARED,
+    Adapter,
     Part,
+    Stored,
     matrix,
     names_of,
     orientations,
@@ -115,6 +117,7 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     parts = parts_of(adapter, shapes, "the checkpoint")
     full, frozen, wrong = adapter.full, adapter.frozen, adapter.wrong
     strange = [part.name for part in parts if part.name not in own]
+    added = _biases(adapter, own)
     if wrong and strange:
         wrong.insert(
             0,
@@ -129,7 +132,10 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     lost |= {name: x for name, x in (full | frozen).items() if name not in own}
     refuse(_not_there(checkpoint, [name for name, x in lost.items() if x.shape not in there]))
     found = values(
-        source, header, (*stored_in(parts), *full.values(), *frozen.values()), wrong := list[str]()
+        source,
+        header,
+        (*stored_in(parts), *full.values(), *frozen.values(), *(x for x, _ in added.values())),
+        wrong := list[str](),
     )
     refuse(wrong)
     parts = _stored(own, with_values(parts, found))
@@ -139,7 +145,30 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     flag = bool(adapter.fields.get("fan_in_fan_out"))
     made = _made(checkpoint, parts, full, frozen, flag, wrong)
     warn_of_idle(adapter)
-    return made
+    one = np.ones((1, 1, 1), np.float32)
+    sums = {
+        own[name].pieces[0].tensor: Sum(found[x.key].reshape(1, -1, 1), one, scale)
+        for name, (x, scale) in added.items()
+    }
+    return made._replace(sums=made.sums | sums)
+
+
+def _biases(adapter: Adapter, own: Views) -> dict[str, tuple[Stored, float]]:
+    """What is added to biases, and its scale; what has no place is added to `adapter.wrong`."""
+    found = {}
+    for name, x in adapter.biases.items():
+        module = name.rpartition(".")[0]
+        if module not in adapter.pairs or name not in own or own[name].shape != x.shape:
+            there = f"of shape {own[name].shape}" if name in own else "none"
+            adapter.wrong.append(
+                f"{shown(x.key)}: of shape {x.shape}, is to be added to the bias of an adapted "
+                f"module, of which the checkpoint has {there}"
+            )
+        elif name in adapter.full:
+            adapter.wrong.append(f"{shown(x.key)}: added to a bias that is replaced")
+        else:
+            found[name] = x, adapter.selection.scale(module)
+    return found
 
 
 def _renamed(own: Views, full: Mapping[str, T]) -> dict[str, T]:

@@ -72,6 +72,7 @@ _READ = {
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
+    "lora_bias",
     "lora_dropout",
     "megatron_core",
     "modules_to_save",
@@ -163,6 +164,7 @@ _FORMS = {
     "lora_alpha": ("a finite number", is_finite),
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
     "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
+    "lora_bias": ("true or false", lambda x: isinstance(x, bool)),
     "ensure_weight_tying": ("true or false", lambda x: isinstance(x, bool)),
     "bias": ("'none', 'all' or 'lora_only'", lambda x: x in ("none", "all", "lora_only")),
     "rank_pattern": (

@@ -27,6 +27,7 @@ from ._read import (
     twins,
     values,
     with_values,
+    without_biases,
 )
 
 
@@ -79,6 +80,7 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     adapter, header = read_adapter(source, refuse)
     places = _places(leaves)
     shapes = {name: place.leaf.weight_shape for name, place in places.items()}
+    without_biases(adapter)
     parts = parts_of(adapter, shapes, where, ordered=True)
     placed = _placed(adapter, parts, places, leaves)
     refuse(adapter.wrong)
@@ -325,6 +327,7 @@ def read_alone(dir: str | os.PathLike[str]) -> Alone:
 
     source = Source(Path(dir))
     adapter, header = read_adapter(source, refuse)
+    without_biases(adapter)
     parts = parts_of(adapter, None, "")
     refuse(adapter.wrong)
     every = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values())

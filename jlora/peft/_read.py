@@ -31,6 +31,7 @@ from ._select import Names, Selection, parents
 
 PREFIX = "base_model.model."
 BASE = ".base_layer"  # what is wrapped by an adapter
+B_BIAS = ".lora_B.bias"
 # PEFT saves the weights of an embedding that is targeted by one of these names beside its A and B.
 SAVED_BY_NAME = ("embed_tokens", "lm_head")
 # What the modules are called whose weight a model's head may share: of embeddings, then of heads.
@@ -47,7 +48,6 @@ _FACTOR = re.compile(
 )
 _FEATURES = {
     "lora_magnitude_vector": "DoRA is not supported",
-    "lora_B.bias": "lora_bias is not supported",
     "trainable_tokens": "trainable token rows are not supported",
     "original_module": "bias 'all' beside modules_to_save is not supported",
     "modules_to_save": "bias 'all' beside modules_to_save is not supported",
@@ -113,6 +113,7 @@ class Adapter(NamedTuple):
         pairs: by module, the pair of its first parameter first.
         full: parameters that are replaced.
         frozen: parameters that the base must have just so.
+        biases: what `lora_bias` adds to the outputs of a module, times s, by the bias.
         wrong: what is wrong with it.
         idle: what of its configuration names nothing, as PEFT takes it.
     """
@@ -122,6 +123,7 @@ class Adapter(NamedTuple):
     pairs: dict[str, list[Pair]]
     full: dict[str, Stored]
     frozen: dict[str, Stored]
+    biases: dict[str, Stored]
     wrong: list[str]
     idle: list[str]
 
@@ -159,9 +161,12 @@ def parse(fields: dict[str, Any], tensors: Iterable[Stored]) -> Adapter:
             others.append(x)
     modules = {module for module, *_ in sides}
     selection.prepare(modules)
-    full, frozen = dict[str, Stored](), dict[str, Stored]()
+    full, frozen, biases = dict[str, Stored](), dict[str, Stored](), dict[str, Stored]()
     for x in others:
         module, _, parameter = x.key.removeprefix(PREFIX).rpartition(".")
+        if fields.get("lora_bias") and x.key.endswith(B_BIAS):
+            biases[x.key.removeprefix(PREFIX).removesuffix(B_BIAS) + ".bias"] = x
+            continue
         inner = module.removesuffix(BASE)
         name = f"{inner}.{parameter}"
         feature = next((f"; {what}" for part, what in _FEATURES.items() if part in x.key), "")
@@ -173,7 +178,7 @@ def parse(fields: dict[str, Any], tensors: Iterable[Stored]) -> Adapter:
             full[name] = x
         else:
             wrong.append(f"{shown(x.key)}: unexpected{feature}")
-    return Adapter(fields, selection, _pairs(sides, wrong), full, frozen, wrong, [])
+    return Adapter(fields, selection, _pairs(sides, wrong), full, frozen, biases, wrong, [])
 
 
 def _is_full(selection: Selection, module: str, parameter: str, adapted: bool) -> bool:
@@ -208,6 +213,15 @@ def _pairs(
 
 
 # ----------------------------------------------------------------------------- beside a model
+
+
+def without_biases(adapter: Adapter) -> None:
+    """Adds to `adapter.wrong` what only a merge into a checkpoint has a place for."""
+    adapter.wrong.extend(
+        f"{shown(x.key)}: lora_bias adds to a bias, for which an adapter here has no place; merge "
+        "it by jlora.peft.export_merged"
+        for x in adapter.biases.values()
+    )
 
 
 def parts_of(

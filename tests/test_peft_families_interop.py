@@ -1,0 +1,39 @@
+"""A slice of `peft_families`: every family once or twice, and every configuration."""
+
+import pathlib
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import peft_families as families
+
+# What PyTorch and its libraries warn of is theirs; what names nothing is warned of by ours.
+pytestmark = pytest.mark.filterwarnings("default")
+
+# Why an adapter cannot be merged exactly: the guide lists them.
+REFUSED = (
+    "use_dora",
+    "layer_replication",
+    "the input embedding and the output head share this weight",
+    "if it shares the input embedding's weight, the adapter must change both alike",
+)
+NAMES = list(families.CONFIGURATIONS)
+SLICE = [
+    (family, NAMES[(7 * i + step) % len(NAMES)])
+    for i, family in enumerate(families.FAMILIES)
+    for step in (0, 3)
+]
+
+
+@pytest.mark.parametrize(("family", "configuration"), SLICE)
+def test_as_peft_merges_it(family: str, configuration: str, tmp_path: pathlib.Path) -> None:
+    found = families.outcome(family, configuration, tmp_path)
+    assert found.kind in ("bits", "rounding", "once", "refused", "not by PEFT")
+    if found.kind == "refused":
+        assert any(reason in found.reason for reason in REFUSED), found
+
+
+def test_the_slice_has_every_configuration() -> None:
+    assert {configuration for _, configuration in SLICE} == set(NAMES)
