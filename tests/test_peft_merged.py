@@ -276,22 +276,28 @@ def experts_apart(style: str, count: int, hidden: int, inner: int) -> dict[str, 
     }
 
 
+@pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("inner", [5, 4])
 @pytest.mark.parametrize("style", ["mixtral", "qwen"])
-def test_experts_that_are_stored_one_by_one(style: str, inner: int, tmp_path: Folder) -> None:
-    """`transformers` 5 adapts all of a layer as one parameter."""
+def test_experts_that_are_stored_one_by_one(
+    style: str, inner: int, swapped: bool, tmp_path: Folder
+) -> None:
+    """`transformers` 5 adapts all of a layer as one parameter, in either orientation.
+
+    That of a square one is told by the other.
+    """
     count, hidden, r = 3, 8, 2
     weights = experts_apart(style, count, hidden, inner)
     base = checkpoint(tmp_path / "base", weights, model_type=style)
     draw = np.random.default_rng(6)
-    sides = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
-    ab = {
-        k: [draw.standard_normal(s, np.float32) for s in ((r * count, i), (o, r * count))]
-        for k, (o, i) in sides.items()
-    }
+    ab = {}
+    for name, (rows, columns) in {"up": (2 * inner, hidden), "down": (hidden, inner)}.items():
+        o, i = (columns, rows) if swapped else (rows, columns)
+        shapes = (r * count, i), (o, r * count)
+        ab[name] = tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
     given = adapter(
         tmp_path / "a",
-        {"m.layers.0.mlp.experts.base_layer": ab["gate_up"], "m.layers.0.mlp.experts": ab["down"]},
+        {"m.layers.0.mlp.experts.base_layer": ab["up"], "m.layers.0.mlp.experts": ab["down"]},
         target_modules=[],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
         r=r,
@@ -300,11 +306,33 @@ def test_experts_that_are_stored_one_by_one(style: str, inner: int, tmp_path: Fo
     peft.export_merged(base, given, tmp_path / "out")
     merged = read(tmp_path / "out")
     for e in range(count):
-        deltas = {k: b[:, e::count] @ a[e * r : (e + 1) * r] for k, (a, b) in ab.items()}
+        up, down = (b[:, e::count] @ a[e * r : (e + 1) * r] for a, b in ab.values())
+        up, down = (up.T, down.T) if swapped else (up, down)
         names = [n for n in weights if f"experts.{e}." in n]
-        expected = [deltas["gate_up"][:inner], deltas["gate_up"][inner:], deltas["down"]]
-        for name, delta in zip(names, expected, strict=True):
+        for name, delta in zip(names, (up[:inner], up[inner:], down), strict=True):
             np.testing.assert_allclose(merged[name], weights[name] + delta, rtol=1e-5, atol=1e-5)
+
+
+def test_square_experts_that_are_stored_one_by_one(tmp_path: Folder) -> None:
+    base = checkpoint(tmp_path / "base", experts_apart("qwen", 3, 8, 4))
+    given = adapter(
+        tmp_path / "a",
+        {"m.layers.0.mlp.experts": low_rank((8, 8), 6)},
+        target_modules=[],
+        target_parameters=["experts.gate_up_proj"],
+    )
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj: is square, and nothing tells"):
+        peft.export_merged(base, given, tmp_path / "out")
+
+
+def test_a_part_of_the_names_has_a_first_part(tmp_path: Folder) -> None:
+    """What the checkpoint has as it is called stays so."""
+    weights = {"bert.q.weight": np.ones((4, 6), np.float32), "head.weight": np.ones((4, 6), "f4")}
+    base = checkpoint(tmp_path / "base", weights)
+    given = adapter(tmp_path / "a", {"q": low_rank((4, 6), 2), "head": low_rank((4, 6), 2, 1)})
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    assert all((merged[name] != x).any() for name, x in weights.items())
 
 
 def test_a_bias_of_b(tmp_path: Folder) -> None:

@@ -32,7 +32,7 @@ from ._read import (
     values,
     with_values,
 )
-from ._renaming import Piece, Views, views
+from ._renaming import Piece, View, Views, views
 from ._save import check_writable, from_leaves
 
 T = TypeVar("T")
@@ -95,8 +95,9 @@ def changes(
     own = views([*(part.name for part in parts), *full], checkpoint.shapes)
     wrong = _misfits(checkpoint, own, parts, full)
     refuse(wrong)
-    parts, full = _stored(own, parts), _renamed(own, full)
-    return _made(checkpoint, parts, full, {}, False, absent(checkpoint, parts, full))
+    parts, full = _stored(own, parts, wrong), _renamed(own, full)
+    wrong += absent(checkpoint, parts, full)
+    return _made(checkpoint, parts, full, {}, False, wrong)
 
 
 def _of_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[str, np.ndarray]]:
@@ -138,7 +139,7 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
         wrong := list[str](),
     )
     refuse(wrong)
-    parts = _stored(own, with_values(parts, found))
+    parts = _stored(own, with_values(parts, found), wrong)
     full, frozen = ({n: found[x.key] for n, x in d.items()} for d in (full, frozen))
     full, frozen = _renamed(own, full), _renamed(own, frozen)
     wrong += absent(checkpoint, parts, full | frozen) + untied(checkpoint, parts, full)
@@ -176,20 +177,22 @@ def _renamed(own: Views, full: Mapping[str, T]) -> dict[str, T]:
     return {own[n].pieces[0].tensor if n in own else n: x for n, x in full.items()}
 
 
-def _stored(own: Views, parts: Iterable[Part]) -> list[Part]:
+def _stored(own: Views, parts: Sequence[Part], wrong: list[str]) -> list[Part]:
     """A and B of each tensor of the checkpoint."""
-    found = list[Part]()
+    shapes = {name: view.shape for name, view in own.items()}
+    find, found = Orientation(parts, shapes, False), list[Part]()
     for part in parts:
-        pieces = own[part.name].pieces if part.name in own else (Piece(part.name),)
-        for tensor, expert, start, rows in pieces:
-            if expert is None:
-                found.append(part._replace(name=tensor))
-                continue
-            count = own[part.name].shape[0]
-            rank = part.a.shape[0] // count
-            a = part.a[expert * rank : (expert + 1) * rank]
-            b = part.b[start : start + rows, expert::count]
-            found.append(part._replace(name=tensor, kind="linear", a=a, b=b, transposed=False))
+        view = own.get(part.name) or View((), (Piece(part.name),))
+        if view.pieces[0].expert is None:
+            found.append(part._replace(name=view.pieces[0].tensor))
+        elif (transposed := find.of(part, orientations(part, view.shape))) is None:
+            wrong.append(_square(part.name))
+        else:
+            change = as_sum(part, view.shape, transposed)
+            for tensor, expert, start, rows in view.pieces:
+                left, right = change.left[expert, start : start + rows], change.right[expert]
+                one = part._replace(name=tensor, kind="linear", a=right, b=left)
+                found.append(one._replace(transposed=False))
     return found
 
 
@@ -204,18 +207,22 @@ def _made(
     shapes = checkpoint.shapes
     find, sums = Orientation(parts, shapes, flag), dict[str, Sum]()
     for part in parts:
-        if not (fits := orientations(part, shapes.get(part.name, ()))):
-            continue
-        if (transposed := find.of(part, fits)) is None:
-            wrong.append(
-                f"{shown(part.name)}: is square, and nothing tells whether it is (inputs, outputs) "
-                "or (outputs, inputs)"
-            )
+        if part.name not in shapes:
+            continue  # it is the same as one that is there
+        if (transposed := find.of(part, orientations(part, shapes[part.name]))) is None:
+            wrong.append(_square(part.name))
         else:
             sums[part.name] = as_sum(part, shapes[part.name], transposed)
     refuse(wrong)
     there = ({n: x for n, x in d.items() if n in shapes} for d in (full, frozen))
     return Changes(sums, *there)
+
+
+def _square(name: str) -> str:
+    return (
+        f"{shown(name)}: is square, and nothing tells whether it is (inputs, outputs) or (outputs, "
+        "inputs)"
+    )
 
 
 def _misfits(
@@ -283,9 +290,10 @@ class Orientation:
                 self.seen[outputs == shape[1]].add(_group("linear", name))
 
     def of(self, part: Part, fits: Collection[bool]) -> bool | None:
-        """Whether `part` is transposed, where several orientations fit; None if nothing tells."""
+        """Whether `part` is transposed, of the orientations that fit; None if nothing tells."""
         if len(fits) == 1:
             return next(iter(fits))
+        assert fits, part.name
         group = _group(part.kind, part.name)
         votes = [t for t in (False, True) if group in self.seen[t]]
         if len(votes) == 1:

@@ -74,7 +74,9 @@ def views(wanted: Collection[str], shapes: Shapes) -> Views:
         named = _named(dialect, shapes)
         fused = named.keys() | _fused(named, shapes).keys()
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
-        counts = [sum(_there(name, *way) in fused for name in wanted) for way in ways]
+        counts = [
+            sum(name in fused or _there(name, *way) in fused for name in wanted) for way in ways
+        ]
         if max(counts) > most:
             most = max(counts)
             best = [(named, *w) for w, n in zip(ways, counts, strict=True) if n == most]
@@ -85,7 +87,8 @@ def views(wanted: Collection[str], shapes: Shapes) -> Views:
             "Rename its modules as they are in the checkpoint."
         )
     named, add, strip = best[0]
-    named = {strip + n.removeprefix(add): x for n, x in named.items() if n.startswith(add)}
+    own = {n: named[n] for n in wanted if n in named}
+    named = {strip + n.removeprefix(add): x for n, x in named.items() if n.startswith(add)} | own
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
     fused = _fused(named, shapes)
     if not fused.keys() & set(wanted):
