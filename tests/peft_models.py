@@ -71,7 +71,7 @@ def _case(name: str) -> Case:
     if name == "experts":
         return Case(folder, experts, base, EXPERTS, torch)
     if name in EXAMPLES:
-        return Case(folder, _example_llama(about["config"]), base, peft.EXAMPLE_LLAMA, torch)
+        return Case(folder, _example_llama(about["config"]), base, llama_names(), torch)
     model, kind = _flax(**about)
     apply = lambda params, x: model(x, params=params)[0]  # noqa: E731
     return Case(folder, apply, base, TABLES[kind], torch)
@@ -114,6 +114,13 @@ def from_torch(path: str, weights: dict[str, np.ndarray]) -> jax.Array:
     elif leaf == "kernel":  # GPT-2's are (inputs, outputs) in PyTorch and the reverse in Flax
         x = x.T
     return jnp.asarray(x)
+
+
+def llama_names() -> tuple[peft.Name, ...]:
+    """The example's table."""
+    from models import llama
+
+    return llama.NAMES
 
 
 def _example_llama(config: dict[str, Any]) -> Any:

@@ -313,20 +313,6 @@ def test_patterns_of_many_ranks(tmp_path: Folder) -> None:
             "model.layers.0.self_attn.q_proj",
             "linear",
         ),
-        (
-            "EXAMPLE_BERT",
-            "params/encoder/layer_5/attention/out/kernel",
-            (4, 4),
-            "encoder.layer.5.attention.output.dense",
-            "linear",
-        ),
-        (
-            "EXAMPLE_LLAMA",
-            "params/layers/mlp/gate/kernel",
-            (2, 4, 8),
-            "model.layers.0.mlp.gate_proj",
-            "linear",
-        ),
     ],
 )
 def test_tables(
@@ -341,17 +327,21 @@ def test_tables(
     assert (leaf.modules[0], leaf.name.kind) == (expected, kind)
 
 
-def test_example_bert_is_named_as_its_checkpoint() -> None:
-    """The table of the example agrees with the names that the example reads and writes."""
-    from models import bert
+def test_tables_of_the_examples() -> None:
+    """One for all sizes of a model: the same names as of this one's own configuration."""
+    from models import bert, llama
 
     from jlora.peft._names import resolve
 
     config = bert.Config(11, 8, 2, 2, 12, 16, 2, 1e-12, bare=True)
-    params = bert.shapes(config, 3)
-    modules = {leaf.path: leaf.modules for leaf in resolve(params, peft.EXAMPLE_BERT)}
-    assert len(modules) == len(jax.tree.leaves(params))
-    assert modules == {leaf.path: leaf.modules for leaf in resolve(params, bert.names(config))}
+    sizes = llama.Config(11, 2, 8, 12, 2, 1)
+    for model, of, params in (
+        (bert, config, bert.shapes(config, 3)),
+        (llama, sizes, llama.shapes(sizes)),
+    ):
+        modules = {leaf.path: leaf.modules for leaf in resolve(params, model.NAMES)}
+        assert len(modules) == len(jax.tree.leaves(params))
+        assert modules == {leaf.path: leaf.modules for leaf in resolve(params, model.names(of))}
 
 
 def test_tensors_of_a_tree_and_back() -> None:

@@ -338,6 +338,9 @@ def names(config: Config) -> tuple[peft.Name, ...]:
     )
 
 
+# Of a bare encoder with a classifier, such as MiniLM's: `--names models.bert:NAMES`.
+NAMES = names(Config(30522, 384, 6, 12, 1536, 512, 2, 1e-12, bare=True))
+
 FIELDS = {f.name: f.name for f in dataclasses.fields(Config) if f.name not in ("head", "bare")}
 KNOWN = {
     "model_type": ("bert", "roberta"),

@@ -228,6 +228,9 @@ def names(config: Config) -> tuple[peft.Name, ...]:
     )
 
 
+# Of a model with its head: `--names models.llama:NAMES`.
+NAMES = names(Config(vocab=49152, layers=30, dim=576, hidden=1536, heads=9, kv_heads=3))
+
 FIELDS = {
     "vocab": "vocab_size",
     "layers": "num_hidden_layers",

@@ -12,7 +12,7 @@ from ._command import Command
 
 FOLDER = click.Path(path_type=Path)
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
-llama-scanned, vit, example-bert, example-llama, module:ATTRIBUTE or file.py:ATTRIBUTE."""
+llama-scanned, vit, module:ATTRIBUTE or file.py:ATTRIBUTE."""
 
 
 @click.group(

@@ -21,8 +21,6 @@ from ._rewrite import quantize_checkpoint as quantize_checkpoint
 from ._save import convert as convert
 from ._save import save as save
 from ._tables import BERT as BERT
-from ._tables import EXAMPLE_BERT as EXAMPLE_BERT
-from ._tables import EXAMPLE_LLAMA as EXAMPLE_LLAMA
 from ._tables import GPT2 as GPT2
 from ._tables import LLAMA as LLAMA
 from ._tables import LLAMA_SCANNED as LLAMA_SCANNED

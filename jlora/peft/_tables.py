@@ -1,4 +1,4 @@
-"""Name tables for the models of `transformers` in Flax and for those of this repository."""
+"""Name tables for the models of `transformers` in Flax."""
 
 from ._names import Name
 
@@ -47,55 +47,6 @@ LLAMA_SCANNED = (
 VIT = (Name(r"(.*/patch_embeddings/projection)/kernel", r"\1", "kkio"), *_SAME)
 
 
-def _rows(modules: dict[str, str], stack: str = "") -> tuple[Name, ...]:
-    """Kernel, bias and scale of each module: ours to PyTorch's."""
-    ends = (("kernel", "io", "weight"), ("scale", "o", "weight"), ("bias", "o", "bias"))
-    return tuple(
-        Name(f"{ours}/{leaf}", theirs, (stack if "{}" in theirs else "") + axes, parameter)
-        for ours, theirs in modules.items()
-        for leaf, axes, parameter in ends
-    )
-
-
-# examples/models/bert.py
-EXAMPLE_BERT = (
-    Name("embeddings/word/embedding", "embeddings.word_embeddings", "vo"),
-    Name("embeddings/position/embedding", "embeddings.position_embeddings", "vo"),
-    Name("embeddings/token_type/embedding", "embeddings.token_type_embeddings", "vo"),
-    *_rows(
-        {
-            "embeddings/norm": "embeddings.LayerNorm",
-            r"encoder/layer_(\d+)/attention/(query|key|value)": (
-                r"encoder.layer.\1.attention.self.\2"
-            ),
-            r"encoder/layer_(\d+)/attention/out": r"encoder.layer.\1.attention.output.dense",
-            r"encoder/layer_(\d+)/attention_norm": r"encoder.layer.\1.attention.output.LayerNorm",
-            r"encoder/layer_(\d+)/up": r"encoder.layer.\1.intermediate.dense",
-            r"encoder/layer_(\d+)/down": r"encoder.layer.\1.output.dense",
-            r"encoder/layer_(\d+)/norm": r"encoder.layer.\1.output.LayerNorm",
-            "classifier": "classifier",
-        }
-    ),
-)
-
-# examples/models/llama.py
-EXAMPLE_LLAMA = (
-    Name("embed/embedding", "model.embed_tokens", "vo", tied="lm_head"),
-    *_rows(
-        {
-            "layers/attention/query": "model.layers.{}.self_attn.q_proj",
-            "layers/attention/key": "model.layers.{}.self_attn.k_proj",
-            "layers/attention/value": "model.layers.{}.self_attn.v_proj",
-            "layers/attention/out": "model.layers.{}.self_attn.o_proj",
-            r"layers/mlp/(gate|up|down)": r"model.layers.{}.mlp.\1_proj",
-            "layers/attention_norm": "model.layers.{}.input_layernorm",
-            "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
-            "norm": "model.norm",
-        },
-        stack="l",
-    ),
-)
-
 # By the names that the command line takes.
 TABLES = {
     "bert": BERT,
@@ -104,6 +55,4 @@ TABLES = {
     "llama": LLAMA,
     "llama-scanned": LLAMA_SCANNED,
     "vit": VIT,
-    "example-bert": EXAMPLE_BERT,
-    "example-llama": EXAMPLE_LLAMA,
 }
