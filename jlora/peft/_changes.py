@@ -23,6 +23,7 @@ from ._read import (
     Part,
     Stored,
     matrix,
+    missing,
     names_of,
     orientations,
     parts_of,
@@ -32,7 +33,7 @@ from ._read import (
     values,
     with_values,
 )
-from ._renaming import Piece, View, Views, views
+from ._renaming import Piece, View, Views, shapes_of, views
 from ._save import check_writable, from_leaves
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ def changes(
             "table such as jlora.peft.LLAMA; got None."
         )
     parts, full = _of_tree(adapter, names)
-    own = views([*(part.name for part in parts), *full], checkpoint.shapes)
+    own = views([*(part.name for part in parts), *full], checkpoint.shapes)[0]
     wrong = _misfits(checkpoint, own, parts, full)
     refuse(wrong)
     parts, full = _stored(own, parts, wrong), _renamed(own, full)
@@ -113,8 +114,9 @@ def _of_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[s
 
 def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     adapter, header = read_adapter(source, refuse)
-    own = views([*adapter.full, *names_of(adapter)], checkpoint.shapes)
-    shapes = {name: view.shape for name, view in own.items()}
+    found = views([*adapter.full, *names_of(adapter)], checkpoint.shapes)
+    own = next((v for v in found if not missing(adapter, shapes_of(v))), found[0])
+    shapes = shapes_of(own)
     parts = parts_of(adapter, shapes, "the checkpoint")
     full, frozen, wrong = adapter.full, adapter.frozen, adapter.wrong
     strange = [part.name for part in parts if part.name not in own]
@@ -179,7 +181,7 @@ def _renamed(own: Views, full: Mapping[str, T]) -> dict[str, T]:
 
 def _stored(own: Views, parts: Sequence[Part], wrong: list[str]) -> list[Part]:
     """A and B of each tensor of the checkpoint."""
-    shapes = {name: view.shape for name, view in own.items()}
+    shapes = shapes_of(own)
     find, found = Orientation(parts, shapes, False), list[Part]()
     for part in parts:
         view = own.get(part.name) or View((), (Piece(part.name),))

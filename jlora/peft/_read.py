@@ -249,7 +249,7 @@ def parts_of(
         else:
             parts += _of_module(adapter, module, pairs)
     if shapes is not None:
-        wrong += _missing(adapter, {part.name for part in parts}, shapes)
+        wrong += missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
         adapter.idle.extend(selection.idle([*(part.key for part in parts), *known], where))
     adapter.idle.extend(_idle_names(adapter))
@@ -362,7 +362,7 @@ def matrix(part: Part) -> tuple[int, int]:
     return part.b.shape[0], math.prod(part.a.shape[1:])
 
 
-def _missing(adapter: Adapter, adapted: set[str], shapes: Shapes) -> list[str]:
+def missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     """What the configuration selects of the model and the file lacks."""
     selection, modules = adapter.selection, adapter.pairs.keys()
     bias, found = adapter.fields.get("bias", "none"), []
@@ -378,7 +378,7 @@ def _missing(adapter: Adapter, adapted: set[str], shapes: Shapes) -> list[str]:
             lost = module not in modules
         else:
             targeted = len(shape) > 1 and parameter in selection.parameters(module)
-            lost = targeted and module not in modules and name not in adapted
+            lost = targeted and module not in modules
         if lost:
             found.append(f"{shown(name)}: selected by {CONFIG}, but missing in {TENSORS}")
     return found

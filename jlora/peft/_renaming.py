@@ -51,6 +51,7 @@ _VISION = (
 _DIALECTS: tuple[tuple[tuple[str, str], ...], ...] = (
     _OLD,
     ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
+    ((r"^embed_out\.", "lm_head."),),  # GPT-NeoX
     _VISION,  # DINOv2, BEiT
     ((r"\.encoder\.layer\.", ".layers."), *_VISION),  # ViT, DeiT
 )
@@ -63,13 +64,15 @@ _FUSED = {
 _FIRSTS = 100  # first parts of names that are tried
 
 
-def views(wanted: Collection[str], shapes: Shapes) -> Views:
+def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
     """The parameters of the model, under the names that find the most of `wanted`.
+
+    Several where the names of several versions find as many.
 
     Raises:
         ValueError: if names with either of two first parts find as many.
     """
-    best, most = list[tuple[dict[str, str], str, str]](), -1
+    best, most = list[Views](), -1
     for dialect in _DIALECTS:
         named = _named(dialect, shapes)
         fused = named.keys() | _fused(named, shapes).keys()
@@ -78,23 +81,41 @@ def views(wanted: Collection[str], shapes: Shapes) -> Views:
             sum(name in fused or _there(name, *way) in fused for name in wanted) for way in ways
         ]
         if max(counts) > most:
-            most = max(counts)
-            best = [(named, *w) for w, n in zip(ways, counts, strict=True) if n == most]
-    if len(best) > 1 and best[0][1:] != ("", ""):
-        parts = ", ".join(repr(add or strip) for _, add, strip in best)
-        raise ValueError(
-            f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
-            "Rename its modules as they are in the checkpoint."
-        )
-    named, add, strip = best[0]
+            best, most = [], max(counts)
+        if max(counts) == most:
+            found = [way for way, n in zip(ways, counts, strict=True) if n == most]
+            if len(found) > 1 and found[0] != ("", ""):
+                parts = ", ".join(repr(add or strip) for add, strip in found)
+                raise ValueError(
+                    f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its "
+                    "names. Rename its modules as they are in the checkpoint."
+                )
+            best.append(_views(wanted, named, *found[0], shapes))
+    return best
+
+
+def _views(
+    wanted: Collection[str], named: Mapping[str, str], add: str, strip: str, shapes: Shapes
+) -> Views:
     own = {n: named[n] for n in wanted if n in named}
     named = {strip + n.removeprefix(add): x for n, x in named.items() if n.startswith(add)} | own
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
     fused = _fused(named, shapes)
-    if not fused.keys() & set(wanted):
-        return plain
+    # Whoever adapts no expert by itself has no modules of them.
     apart = {piece.tensor for view in fused.values() for piece in view.pieces}
-    return fused | {n: view for n, view in plain.items() if view.pieces[0].tensor not in apart}
+    alone = {name for name, x in named.items() if x in apart}
+    if not {_module(name) for name in wanted} & {_module(name) for name in alone}:
+        plain = {name: view for name, view in plain.items() if name not in alone}
+    return (fused if fused.keys() & set(wanted) else {}) | plain
+
+
+def shapes_of(views: Views) -> dict[str, tuple[int, ...]]:
+    """Of all parameters."""
+    return {name: view.shape for name, view in views.items()}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _named(dialect: Iterable[tuple[str, str]], names: Iterable[str]) -> dict[str, str]:
