@@ -49,7 +49,9 @@ def read(path: Where) -> Saved:
             "Take another checkpoint, or save this one again."
         )
     try:
-        return decode(fields)
+        saved = decode(fields)
+        adapter_leaves(saved.adapter)  # raises unless it is an adapter
+        return saved
     except Exception as e:
         raise _damaged(path, e) from e
 
