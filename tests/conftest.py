@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-# Written with PyTorch, which the default tests do without.
-collect_ignore = ["fixtures"]
+# With PyTorch, which the default tests do without.
+collect_ignore = ["fixtures", "peft_families.py"]
 # Run by `devices.py`; imported, for their doctests, only where there are devices for their meshes.
 collect_ignore_glob = (
     [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["*_on_devices.py"]
