@@ -5,6 +5,7 @@ A case costs at most ten seconds and a gigabyte; nothing is written but the resu
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import random
@@ -249,7 +250,7 @@ def restore_or_refuse(folder: Folder, base: Any, adapter: Any) -> bool:
     except (ValueError, FileNotFoundError) as e:
         assert str(e).startswith(("`path`: ", "`base`")), e
         return False
-    assert np.isfinite(found["up"]["kernel"].scale)
+    assert math.isfinite(found["up"]["kernel"].scale)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
         np.testing.assert_array_equal(x, y)
     return True
