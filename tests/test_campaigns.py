@@ -256,6 +256,19 @@ def restore_or_refuse(folder: Folder, base: Any, adapter: Any) -> bool:
     return True
 
 
+@pytest.mark.parametrize("size", [1e300, -1, 2**70, True, "2", None])
+def test_a_shape_that_is_none(size: Any, saved: Any, tmp_path: Folder) -> None:
+    from jlora.checkpoint._meta import digest
+
+    folder = shutil.copytree(saved[0], tmp_path / "a")
+    path = folder / "jlora" / "metadata"
+    fields = json.loads(path.read_text())
+    next(iter(fields["adapter"][0]["arrays"].values()))[0][0] = size
+    path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
+    with pytest.raises(ValueError, match=r"`path`: the metadata of .* are damaged .*a shape, got"):
+        checkpoint.restore(folder)
+
+
 # ------------------------------------------------------------------------------------- campaigns
 
 

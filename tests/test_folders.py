@@ -139,8 +139,14 @@ def killed(root: Folder, command: list[str], count: int) -> int:
     return while_writing
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(30, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("what", ["export_merged", "convert"])
+@pytest.mark.parametrize(
+    ("what", "count"),
+    [
+        ("export_merged", 1),
+        pytest.param("export_merged", 30, marks=pytest.mark.slow),
+        pytest.param("convert", 30, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_it_writes(what: str, count: int, tmp_path: Folder) -> None:
     """Never half a folder; and the next run removes what is left."""
     inputs(tmp_path)

@@ -652,6 +652,7 @@ class Files:
 
 LAYER = "base_model.model.encoder.layer.0.attention.self."
 ENDS = (".lora_A.weight", ".lora_B.weight")
+HEAD = "base_model.model.lm_head"
 
 
 DAMAGES: dict[str, tuple[Callable[[Files], Any], str]] = {
@@ -690,6 +691,20 @@ DAMAGES: dict[str, tuple[Callable[[Files], Any], str]] = {
             )
         ),
         f"  {LAYER}query: expected A and B of linear, got those of embedding",
+    ),
+    "beside-a-and-b": (
+        lambda f: (
+            f.config(modules_to_save=None, ensure_weight_tying=True, target_modules=["lm_head"]),
+            f.tensors(
+                lambda t: [
+                    *(t.pop(k) for k in list(t)),
+                    t.update({HEAD + ".lora_A.weight": np.zeros((2, 8), np.float32)}),
+                    t.update({HEAD + ".lora_B.weight": np.zeros((9, 2), np.float32)}),
+                    t.update({HEAD + ".weight": np.zeros((9, 8), np.float32)}),
+                ]
+            ),
+        ),
+        "  base_model.model.lm_head.weight: in full, beside A and B of lm_head",
     ),
     "two-biases": (
         lambda f: (

@@ -62,7 +62,7 @@ PATTERNS = {
 FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
 ANSWERS = (
     "takes more than 5 seconds to match|does not select it|is no regular expression"
-    "|cannot be matched in 512 MB|names no module"
+    "|cannot be matched in 512 MB|names no module|target_parameters: expected names of at most 100"
 )
 
 
@@ -88,6 +88,7 @@ def test_patterns(field: str, pattern: str, tmp_path: Folder) -> None:
         peft.read(folder)
     except ValueError as e:
         assert re.search(ANSWERS, str(e))
+        assert str(e).startswith("`dir`: ")
     assert time.monotonic() - start < SECONDS
 
 
@@ -106,7 +107,7 @@ SEARCHED = st.one_of(NAMES, ESCAPED, ODD_PATTERNS)
 @hypothesis.given(SEARCHED, st.lists(NAMES, max_size=6))
 @hypothesis.settings(max_examples=300, deadline=None)
 def test_a_pattern_matches_what_it_does_in_python(pattern: str, names: list[str]) -> None:
-    matcher = Matcher(pattern, Clock())
+    matcher = Matcher(pattern, Clock("`dir`"))
     matcher.prepare(names)
     for name in names:
         assert (matcher(name) is not None) == (re.fullmatch(pattern, name) is not None)
@@ -178,12 +179,22 @@ LISTS: dict[str, Any] = {
     "escaped ranks": {"rank_pattern": {name.replace(".", r"\.") + "$": 1 for name in many(MANY)}},
     "saved": {"modules_to_save": [f"x{name}" for name in many(MANY)]},
     "parameters": {"target_parameters": [name + ".weight" for name in many(MANY)]},
+    "bare parameters": {"target_modules": [], "target_parameters": [f"w{i}" for i in range(MANY)]},
     "excluded": {"exclude_modules": [f"x{name}" for name in many(MANY)]},
 }
 
 
-@pytest.mark.parametrize("modules", [4_000, pytest.param(20_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", LISTS)
+DAILY = ("ranks", "bare parameters")
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        pytest.param(n, m, marks=[] if n in DAILY and m < 20_000 else [pytest.mark.slow])
+        for n in LISTS
+        for m in (4_000, 20_000)
+    ],
+)
 @pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
 def test_lists(name: str, modules: int, tmp_path: Folder) -> None:
     """Ten thousand entries for thousands of modules."""

@@ -335,6 +335,14 @@ def test_a_part_of_the_names_has_a_first_part(tmp_path: Folder) -> None:
     assert all((merged[name] != x).any() for name, x in weights.items())
 
 
+def test_one_weight_under_two_names(tmp_path: Folder) -> None:
+    """Neither of the two is lost."""
+    base = checkpoint(tmp_path / "base", {"bert.q.weight": np.ones((4, 6), np.float32)})
+    given = adapter(tmp_path / "a", {"q": low_rank((4, 6), 2), "bert.q": low_rank((4, 6), 2, 1)})
+    with pytest.raises(ValueError, match=r"bert.q.weight: changed twice by the adapter"):
+        peft.export_merged(base, given, tmp_path / "out")
+
+
 def test_a_bias_of_b(tmp_path: Folder) -> None:
     """`lora_bias` adds to the module's own bias; where there is none, it is refused."""
     ones = np.ones(4, np.float32)

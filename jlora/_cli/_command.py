@@ -1,10 +1,12 @@
 """What all commands share: `--json`, `--debug`, and how they fail."""
 
+import contextlib
 import json
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import click
@@ -49,8 +51,7 @@ class Command(click.Command):
         as_json, debug = ctx.params.pop("json"), ctx.params.pop("debug")
         try:
             # Without it JAX would narrow float64 and int64 that a file holds.
-            with jax.enable_x64(True), warnings.catch_warnings():
-                warnings.showwarning = _show
+            with jax.enable_x64(True), _told():
                 answer = super().invoke(ctx)
             click.echo(json.dumps(answer.as_json(), indent=2) if as_json else str(answer))
         except KeyboardInterrupt:
@@ -69,8 +70,15 @@ class Command(click.Command):
         ctx.exit(answer.exit_code)
 
 
-def _show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    click.echo(f"jlora: warning: {' '.join(str(message).split())}", err=True)
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Prints warnings as lines on stderr, before the error if there is one."""
+    with warnings.catch_warnings(record=True) as found:
+        try:
+            yield
+        finally:
+            for x in found:
+                click.echo(f"jlora: warning: {' '.join(str(x.message).split())}", err=True)
 
 
 def one_line(error: BaseException) -> str:

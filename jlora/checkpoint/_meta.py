@@ -159,7 +159,9 @@ def _registered(kind: str, name: str) -> type:
 
 
 def _leaf(shape: Any, dtype: str, hash: str | None) -> Leaf:
-    return Leaf(tuple(int(n) for n in shape), str(dtype), hash)
+    if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise TypeError(f"expected a shape, got {shape!r}")
+    return Leaf(tuple(shape), str(dtype), hash)
 
 
 def _struct(leaf: Leaf) -> jax.ShapeDtypeStruct:

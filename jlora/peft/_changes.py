@@ -114,8 +114,8 @@ def _of_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[s
 
 def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     adapter, header = read_adapter(source, refuse)
-    found = views([*adapter.full, *names_of(adapter)], checkpoint.shapes)
-    own = next((v for v in found if not missing(adapter, shapes_of(v))), found[0])
+    choices = views([*adapter.full, *names_of(adapter)], checkpoint.shapes)
+    own = next((v for v in choices if not missing(adapter, shapes_of(v))), choices[0])
     shapes = shapes_of(own)
     parts = parts_of(adapter, shapes, "the checkpoint")
     full, frozen, wrong = adapter.full, adapter.frozen, adapter.wrong
@@ -211,6 +211,8 @@ def _made(
     for part in parts:
         if part.name not in shapes:
             continue  # it is the same as one that is there
+        if part.name in sums or part.name in full:
+            wrong.append(f"{shown(part.name)}: changed twice by the adapter, under two names")
         if (transposed := find.of(part, orientations(part, shapes[part.name]))) is None:
             wrong.append(_square(part.name))
         else:

@@ -11,6 +11,7 @@ from ._file import CONFIG, Source, brief, read_json
 from ._patterns import of_key, of_layer, problem
 
 LIMIT = 4 * 2**20  # bytes
+PARAMETERS = 100  # of a module, by their names without it; each is looked for in every module
 # All keys that PEFT 0.21 writes.
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
@@ -183,7 +184,12 @@ _FORMS = {
         "a pattern, names or null",
         lambda x: x is None or isinstance(x, str) or _is_names(x),
     ),
-    "target_parameters": ("names or null", lambda x: x is None or _is_names(x)),
+    "target_parameters": (
+        f"names of at most {PARAMETERS} parameters, or null",
+        lambda x: (
+            x is None or (_is_names(x) and len({n.rpartition(".")[2] for n in x}) <= PARAMETERS)
+        ),
+    ),
     "modules_to_save": ("names or null", lambda x: x is None or _is_names(x)),
     "layers_to_transform": (
         "numbers or null",

@@ -21,8 +21,12 @@ _OPTIONS.log_errors = False
 _OTHERWISE = re.compile(r"\[:|\\[pPCQEz]")
 # For what RE2 lacks: a process that can be stopped, which a search of Python's cannot be.
 _CHILD = """
-import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+except ImportError:
+    pass  # where there are no such limits the time is one
 kind, pattern, names = json.load(sys.stdin)
 found = [getattr(re, kind)(pattern, name) for name in names]
 json.dump([None if m is None else m.groupdict() for m in found], sys.stdout)
@@ -32,8 +36,9 @@ json.dump([None if m is None else m.groupdict() for m in found], sys.stdout)
 class Clock:
     """The time that all patterns of an adapter have together."""
 
-    def __init__(self) -> None:
-        self.end = time.monotonic() + SECONDS
+    def __init__(self, what: str) -> None:
+        """Of the adapter that the user gave as the argument `what`."""
+        self.what, self.end = what, time.monotonic() + SECONDS
 
     def left(self) -> float:
         """Seconds.
@@ -43,8 +48,8 @@ class Clock:
         """
         if (left := self.end - time.monotonic()) <= 0:
             raise ValueError(
-                f"`adapter_config.json` takes more than {SECONDS:g} seconds to match with the "
-                "modules of the adapter and the model. List the modules by their names."
+                f"{self.what}: adapter_config.json takes more than {SECONDS:g} seconds to match "
+                "with the modules of the adapter and the model. List the modules by their names."
             )
         return left
 
@@ -112,7 +117,10 @@ class Matcher:
             self.clock.left()
             raise
         if done.returncode:
-            raise ValueError(f"the pattern {brief(self.pattern)} cannot be matched in 512 MB.")
+            raise ValueError(
+                f"{self.clock.what}: the pattern {brief(self.pattern)} of adapter_config.json "
+                "cannot be matched in 512 MB. List the modules by their names."
+            )
         return json.loads(done.stdout)
 
 

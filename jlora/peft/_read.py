@@ -140,12 +140,13 @@ def read_adapter(
     fields = read_json(source, CONFIG, LIMIT)
     header = read_header(source)
     raise_if(problems(fields))
-    return parse(fields, [Stored(k, e.dtype, e.shape) for k, e in header.entries.items()]), header
+    tensors = [Stored(key, x.dtype, x.shape) for key, x in header.entries.items()]
+    return parse(fields, tensors, f"`{source.argument}`"), header
 
 
-def parse(fields: dict[str, Any], tensors: Iterable[Stored]) -> Adapter:
-    """What each of the `tensors` is, by the checked `fields`."""
-    selection, wrong = Selection(fields), list[str]()
+def parse(fields: dict[str, Any], tensors: Iterable[Stored], what: str) -> Adapter:
+    """What each of the `tensors` is, by the checked `fields` of what the user calls `what`."""
+    selection, wrong = Selection(fields, what), list[str]()
     sides: dict[tuple[str, int, bool], dict[str, Stored]] = {}
     others = list[Stored]()
     for x in tensors:
@@ -174,10 +175,12 @@ def parse(fields: dict[str, Any], tensors: Iterable[Stored]) -> Adapter:
             wrong.append(f"{shown(x.key)}: there twice, with and without {BASE[1:]}")
         elif inner != module and inner in modules and parameter == "weight":
             frozen[name] = x
-        elif not feature and _is_full(selection, inner, parameter, inner in modules):
-            full[name] = x
-        else:
+        elif feature or not _is_full(selection, inner, parameter, inner in modules):
             wrong.append(f"{shown(x.key)}: unexpected{feature}")
+        elif inner in modules and parameter != "bias":
+            wrong.append(f"{shown(x.key)}: in full, beside A and B of {shown(inner)}")
+        else:
+            full[name] = x
     return Adapter(fields, selection, _pairs(sides, wrong), full, frozen, biases, wrong, [])
 
 

@@ -72,7 +72,7 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
     Raises:
         ValueError: if names with either of two first parts find as many.
     """
-    best, most = list[Views](), -1
+    best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
     for dialect in _DIALECTS:
         named = _named(dialect, shapes)
         fused = named.keys() | _fused(named, shapes).keys()
@@ -83,15 +83,15 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
         if max(counts) > most:
             best, most = [], max(counts)
         if max(counts) == most:
-            found = [way for way, n in zip(ways, counts, strict=True) if n == most]
-            if len(found) > 1 and found[0] != ("", ""):
-                parts = ", ".join(repr(add or strip) for add, strip in found)
-                raise ValueError(
-                    f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its "
-                    "names. Rename its modules as they are in the checkpoint."
-                )
-            best.append(_views(wanted, named, *found[0], shapes))
-    return best
+            best.append((named, [w for w, n in zip(ways, counts, strict=True) if n == most]))
+    clear = [(named, w[0]) for named, w in best if len(w) == 1 or w[0] == ("", "")]
+    if not clear:
+        parts = ", ".join(repr(add or strip) for add, strip in best[0][1])
+        raise ValueError(
+            f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
+            "Rename its modules as they are in the checkpoint."
+        )
+    return [_views(wanted, named, add, strip, shapes) for named, (add, strip) in clear]
 
 
 def _views(

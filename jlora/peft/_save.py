@@ -370,7 +370,8 @@ def _check_values(leaves: Sequence[Leaf]) -> None:
 def _check_form(fields: Fields, tensors: Mapping[str, np.ndarray], leaves: Sequence[Leaf]) -> None:
     """What is to be written must be read as the same."""
     types = {dtype: name for name, dtype in DTYPES.items()}
-    adapter = parse(fields, [Stored(k, types[x.dtype], x.shape) for k, x in tensors.items()])
+    stored = [Stored(key, types[x.dtype], x.shape) for key, x in tensors.items()]
+    adapter = parse(fields, stored, "`config`")
     shapes = {
         f"{m}.{leaf.name.parameter}": leaf.weight_shape for leaf in leaves for m in leaf.modules
     }

@@ -58,17 +58,19 @@ class Names:
 class Selection:
     """What a checked configuration says of modules and parameters, by PyTorch's names."""
 
-    def __init__(self, fields: Mapping[str, Any]):
-        """By its `fields`."""
-        self.fields, self.clock = fields, Clock()
+    def __init__(self, fields: Mapping[str, Any], what: str = "`config`"):
+        """By its `fields`; `what` is the user's argument that has them."""
+        self.fields, self.clock = fields, Clock(what)
         self._target = _Modules(fields["target_modules"], self.clock)
         self._exclude = _Modules(fields.get("exclude_modules"), self.clock)
         self._saved = Ends(fields.get("modules_to_save") or [])
-        # By their modules, or None.
+        # By their modules, or None; and all of them in the order in which they are listed.
         self._parameters: dict[str | None, set[str]] = collections.defaultdict(set)
+        self._order: dict[str, None] = {}
         for target in fields.get("target_parameters") or []:
             module, dot, parameter = target.rpartition(".")
             self._parameters[module if dot else None].add(parameter)
+            self._order[parameter] = None
         layers = fields.get("layers_to_transform")
         self._layers = None if layers in (None, []) else set(_listed(layers))
         patterns = _listed(fields.get("layers_pattern") or None) or [None]
@@ -104,8 +106,7 @@ class Selection:
         if not self._parameters or self.adapts(module):
             return []
         found = {p for end in _tails(module) for p in self._parameters.get(end, ())}
-        order = [t.rpartition(".")[2] for t in self.fields.get("target_parameters") or []]
-        return [p for p in dict.fromkeys(order) if p in found]
+        return [p for p in self._order if p in found]
 
     def rank(self, key: str) -> int:
         """The rank of a module or parameter."""
