@@ -1,6 +1,8 @@
 """Checkpoints to others: in 4 and 8 bits, dequantized, and merged onto what is quantized."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
-from test_base_files import COLUMNS, FORMATS, NAMES, ROWS, write
+from test_base_files import COLUMNS, FORMATS, NAMES, ROWS, File, write
 
 import jlora
 from jlora import peft
@@ -96,6 +98,43 @@ def test_dequantized(format, tmp_path):
         expected = file.matrix.swapaxes(-1, -2) if format == "mxfp4" else file.matrix
         np.testing.assert_array_equal(new[f"{name}.{parameter}"], expected.astype(jnp.bfloat16))
     assert "quantization_config" not in config_of(tmp_path / "dense")
+
+
+MEMORY = """
+import re, threading
+from pathlib import Path
+from jlora import peft
+
+def anonymous():  # in kB: files that are mapped cost nothing
+    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch():
+    while not done.wait(0.005):
+        seen.append(anonymous())
+
+peft.dequantize_checkpoint("small", "warm")
+seen, done = [anonymous()], threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+peft.dequantize_checkpoint("large", "out")
+done.set()
+watcher.join()
+print(max(seen) - seen[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_shard_is_never_held_whole(tmp_path):
+    """Of matrices that take 128 MB as bfloat16 a few are held at a time."""
+    n, count = 1024, 64
+    for name, k in (("small", 1), ("large", count)):
+        config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        w, scale = np.ones((n, n), jnp.float8_e4m3fn), np.ones((8, 8), np.float32)
+        file = File(config, None, weight=w, weight_scale_inv=scale)
+        write(tmp_path / name, {f"h.{i}.up": file for i in range(k)})
+    run = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(run, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert int(done.stdout) < count * 2 * n * n / 2 / 1024
 
 
 def adapter_for(floats):

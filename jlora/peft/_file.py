@@ -100,7 +100,7 @@ def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
             raise ValueError(
                 f"`{source.argument}`: {name} has {size} bytes; expected at most {limit}."
             )
-        return parse(file.read(limit + 1), f"`{source.argument}`: {name}")
+        return parse(file.read(size), f"`{source.argument}`: {name}")
 
 
 def parse(data: bytes, what: str) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -270,13 +271,13 @@ def _rewrite(
         try:
             for file, header in checkpoint.headers.items():
                 written: dict[str, np.ndarray] = {}
-                for name, entry in header.entries.items():
-                    new = convert(name)
-                    written |= {name: tensors.whole(name)} if new is None else new
-                    bar.update(entry.stop - entry.start)
-                # The writer of safetensors takes the memory as it lies.
-                written = {name: np.asarray(x, order="C") for name, x in written.items()}
-                save_file(written, folder / file, metadata={"format": "pt"})
+                with tempfile.TemporaryFile(dir=folder) as disk:
+                    for name, entry in header.entries.items():
+                        new = convert(name)
+                        new = {name: tensors.whole(name)} if new is None else new
+                        written |= {name: _on_disk(x, disk) for name, x in new.items()}
+                        bar.update(entry.stop - entry.start)
+                    save_file(written, folder / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(written, file)
                 size += sum(x.nbytes for x in written.values())
             config = config_of(_config(checkpoint))
@@ -290,6 +291,16 @@ def _rewrite(
             _write_json(
                 folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map}
             )
+
+
+def _on_disk(x: np.ndarray, file: BinaryIO) -> np.ndarray:
+    """The same, mapped from the end of a file: the writer of safetensors wants all at once."""
+    if not x.size:  # nothing can be mapped
+        return x
+    start = file.seek(0, os.SEEK_END)
+    file.write(x.tobytes())
+    file.flush()
+    return np.memmap(file, x.dtype, "r", start, x.shape)
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -39,7 +39,7 @@ _LARGEST = {NF4: 1, FP4: 1, Int4: 16, Int8: 128, FP8: 448}
 
 def check_finite(m: Stored, name: str, dtype: Any) -> None:
     """`Unreadable` if a value of `dtype` may not be finite."""
-    if m.codes.dtype.kind not in "iu" and np.isnan(m.codes.astype(np.float32)).any():
+    if m.codes.dtype.kind not in "iu" and _has_nan(m.codes):
         raise Unreadable(f"{name}: has values that are NaN")
     limit = float(jnp.finfo(dtype).max)
     if m.scale.dtype == np.uint8 and m.nested is None:  # powers of 2
@@ -52,6 +52,12 @@ def check_finite(m: Stored, name: str, dtype: Any) -> None:
         largest = scale * (1 if by_row else _LARGEST[type(m.scheme)]) + added
     if not largest <= limit:
         raise Unreadable(f"{name}: has scales beyond what {jnp.dtype(dtype)} holds")
+
+
+def _has_nan(codes: np.ndarray) -> bool:
+    """Whether floats of 8 bits have one, by a table, as converting takes long."""
+    every = np.arange(256, dtype=np.uint8)
+    return bool(np.isnan(every.view(codes.dtype).astype(np.float32))[codes.view(np.uint8)].any())
 
 
 def leaf_of(leaf: Leaf, modules: Sequence[Stored]) -> Any:
