@@ -1,6 +1,6 @@
 """Name tables for the models of `transformers` in Flax."""
 
-from ._names import Name
+from .._names import Name
 
 # Where `transformers`' Flax modules are called as its PyTorch modules are.
 _SAME = (
@@ -45,14 +45,3 @@ LLAMA_SCANNED = (
 )
 
 VIT = (Name(r"(.*/patch_embeddings/projection)/kernel", r"\1", "kkio"), *_SAME)
-
-
-# By the names that the command line takes.
-TABLES = {
-    "bert": BERT,
-    "roberta": ROBERTA,
-    "gpt2": GPT2,
-    "llama": LLAMA,
-    "llama-scanned": LLAMA_SCANNED,
-    "vit": VIT,
-}
