@@ -50,7 +50,7 @@ def merge(
 
     Source: Hu et al., arXiv 2106.09685, section 4.1 (no additional inference latency).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> params = {"w": jnp.ones((4, 3), jnp.bfloat16)}
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
@@ -87,7 +87,7 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
         TypeError: if `adapter` is no adapter.
         ValueError: if `adapter` does not fit `params`, or a weight that it adapts is quantized.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> params = {"w": jnp.ones((4, 3))}
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))

@@ -28,7 +28,7 @@ def labels(tree: PyTree) -> PyTree:
     Raises:
         TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
         >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
@@ -76,7 +76,7 @@ def mask(tree: PyTree) -> PyTree:
     Returns:
         Booleans in the structure of `tree`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
         >>> x, key = jnp.ones((1, 4)), jax.random.key(0)
@@ -117,7 +117,7 @@ def optimizer(
     Source: Hayou et al., LoRA+, arXiv 2402.12354; Zhang et al., LoRA-FA, arXiv 2308.03303, for
     `freeze_a`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
         >>> x, key = jnp.ones((1, 4)), jax.random.key(0)
@@ -228,7 +228,7 @@ def summary(base: PyTree, adapter: PyTree) -> Summary:
     Returns:
         A `Summary`; printed, a table.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
         >>> params, x = {"w": jnp.ones((64, 64))}, jnp.ones((1, 64))

@@ -30,7 +30,7 @@ def checkpoint_policy(prim: Any, *_: Any, **params: Any) -> bool:
     Returns:
         Whether the results of `prim` are saved for the backward pass.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> layer = lambda w, x: jax.nn.gelu(x @ w)
         >>> f = jax.checkpoint(layer, policy=jlora.checkpoint_policy)

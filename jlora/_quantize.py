@@ -52,7 +52,7 @@ def quantize(
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> model = lambda params, x: x @ params["up"] @ params["down"]
         >>> params = {"up": jnp.ones((64, 128)), "down": jnp.ones((128, 2))}
@@ -130,7 +130,7 @@ def quantization(tree: PyTree) -> Quantization:
     Returns:
         A `Quantization`; printed, a table. Bits are a parameter's.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> params = {"w": jax.random.normal(jax.random.key(0), (256, 256)), "b": jnp.ones(256)}
         >>> print(jlora.quantization(jlora.quantize(params, jlora.NF4("w"))))

@@ -27,7 +27,7 @@ class Slots:
         TypeError: if a field is of a wrong type.
         ValueError: if a field is out of range.
 
-    Example:
+    Examples:
         GPT-2's `c_attn` produces q, k and v in one product; the paper adapts q and v.
 
         >>> import jlora
@@ -75,7 +75,7 @@ class Full:
         TypeError: if `pattern` is not a string.
         ValueError: if `pattern` is not a regular expression.
 
-    Example:
+    Examples:
         >>> import jlora
         >>> jlora.Full(r"classifier")
         Full(pattern='classifier')

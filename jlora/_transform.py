@@ -59,7 +59,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
     Source: Hu et al., LoRA, arXiv 2106.09685, section 4.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> def model(params, x):
         ...     return jax.nn.relu(x @ params["up"]) @ params["down"]
@@ -175,7 +175,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
         NotImplementedError: where `fn` uses an adapted weight in a way that has no factored form,
             naming path, primitive and source line. See `LoRA(materialize=True)`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> loss = lambda x, params: ((x @ params["w"]) ** 2).sum()
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=1, alpha=1))
@@ -232,7 +232,7 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
 
     Source: Hu et al., arXiv 2106.09685, appendix D.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2, dropout=0.5))
         >>> x = jnp.ones((1, 4))

@@ -207,7 +207,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
         TypeError: if `adapter` is no such tree.
         ValueError: if `adapter` does not fit `base`; every differing path is named.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> f = lambda params, x: x @ params["w"]
         >>> lora = jlora.transform(f, jlora.LoRA("w", rank=2))
@@ -238,7 +238,7 @@ def count(tree: PyTree) -> int:
     Returns:
         The sum of the sizes of its numeric leaves.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jlora
         >>> jlora.count({"w": jnp.ones((4, 3)), "b": jnp.ones(3)})
         15

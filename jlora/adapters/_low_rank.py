@@ -41,7 +41,7 @@ class LoRA:
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
 
-    Example:
+    Examples:
         >>> import jlora
         >>> jlora.LoRA(r"(query|value)/kernel", rank=8, alpha=16).scale
         2.0
@@ -115,7 +115,7 @@ class LowRank(NamedTuple):
 
     The product is of two factors: twice A and twice B is four times ΔW. To scale ΔW, scale B alone.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
         >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))

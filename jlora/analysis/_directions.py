@@ -36,7 +36,7 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
 
     Source: Hu et al., arXiv 2106.09685, section 7.2 (its A is the transpose of ours).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jlora import analysis
         >>> a1, a2 = jnp.eye(4)[:, :2], jnp.eye(4)[:, 1:3]
@@ -76,7 +76,7 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
 
     Source: Hu et al., arXiv 2106.09685, section 7.3.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jlora import analysis
         >>> w, delta = jnp.diag(jnp.array([8.0, 0.5, 1.0])), jnp.diag(jnp.array([0.0, 3.0, 4.0]))
@@ -120,7 +120,7 @@ def intruder_dimensions(
 
     Source: Shuttleworth et al., LoRA vs full fine-tuning, arXiv 2410.21228.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jlora import analysis
         >>> w = jnp.diag(jnp.array([4.0, 3.0, 2.0]))

@@ -17,7 +17,7 @@ def delta_spectrum(site: LowRank) -> jax.Array:
         Shape (stack…, r), or (stack…, slots·r) with slots; descending, zero beyond the rank that
         the weight's own shape allows; of the factors' dtype, but at least float32.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis
         >>> a, b = jnp.eye(4, 2), jnp.diag(jnp.array([3.0, 1.0]))
@@ -40,7 +40,7 @@ def norm(site: LowRank) -> jax.Array:
     Returns:
         Shape (stack…).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis
         >>> a, b = jnp.eye(4, 2), jnp.diag(jnp.array([3.0, 4.0]))
@@ -66,7 +66,7 @@ def distance(site: LowRank, other: LowRank) -> jax.Array:
     Raises:
         ValueError: if the two are for weights of different shapes or axes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis
         >>> site = jlora.LowRank(jnp.eye(4, 2), jnp.eye(2), 1.0, jlora.Layout((), (0,), (1,)))
@@ -95,7 +95,7 @@ def stable_rank(values: jax.Array) -> jax.Array:
 
     Source: Rudelson and Vershynin, Journal of the ACM 54(4), 2007.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jlora import analysis
         >>> float(analysis.stable_rank(jnp.array([2.0, 2.0, 0.0])))
@@ -115,7 +115,7 @@ def effective_rank(values: jax.Array) -> jax.Array:
 
     Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jlora import analysis
         >>> round(float(analysis.effective_rank(jnp.array([3.0, 3.0, 3.0]))), 5)

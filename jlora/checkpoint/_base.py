@@ -36,7 +36,7 @@ def base_shapes(path: Where) -> PyTree:
     Raises:
         ValueError: if there are no parameters, or the adapter was saved without its base.
 
-    Example:
+    Examples:
         >>> import tempfile, jax.numpy as jnp
         >>> from jlora import checkpoint
         >>> with tempfile.TemporaryDirectory() as folder:

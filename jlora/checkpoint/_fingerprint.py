@@ -51,7 +51,7 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
     Raises:
         TypeError: if `values` is asked of a leaf that has none.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jlora import checkpoint
         >>> checkpoint.fingerprint({"layer": {"kernel": jnp.ones((4, 3))}})

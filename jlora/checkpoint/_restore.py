@@ -32,7 +32,7 @@ def read(path: Where) -> Saved:
         FileNotFoundError: if there is nothing at `path`.
         ValueError: if it is not such a checkpoint, is damaged, or of a newer format.
 
-    Example:
+    Examples:
         >>> import tempfile, jax.numpy as jnp, jlora
         >>> from jlora import checkpoint
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
         ValueError: if the checkpoint is not one of `save`'s or is damaged; if `like` or `base`
             differs from it, with all differences; if `base` is given and no fingerprint was saved.
 
-    Example:
+    Examples:
         See `save`.
     """
     saved = by_all(lambda: read(path))

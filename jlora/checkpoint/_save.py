@@ -52,7 +52,7 @@ def save(
         TypeError: if `adapter` is no adapter of arrays, or another argument is of a wrong type.
         ValueError: if `adapter` does not fit `base`.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import checkpoint
         >>> rules = (jlora.LoRA("up", rank=2),)
@@ -101,7 +101,7 @@ def items(
         TypeError: as in `save`.
         ValueError: as in `save`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import orbax.checkpoint as ocp
         >>> from jlora import checkpoint
@@ -131,7 +131,7 @@ def export(path: Where, merged: PyTree) -> None:
         RuntimeError: as in `save`.
         TypeError: if `merged` holds no array, or what is none.
 
-    Example:
+    Examples:
         >>> import tempfile, jax.numpy as jnp
         >>> import orbax.checkpoint as ocp
         >>> from jlora import checkpoint

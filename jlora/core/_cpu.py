@@ -31,7 +31,7 @@ def plan(tokens: int, inputs: int, outputs: int, rank: int, dtype: Any) -> str:
     Source: the orders are those of Cherniuk et al., arXiv 2312.03415, without the two that form
     the gradient of W: they cost as much as full fine-tuning unless r is near the size of W.
 
-    Example:
+    Examples:
         >>> plan(512, 512, 512, 8, jnp.float32), plan(2048, 384, 384, 8, jnp.float32)
         ('apart', 'summed')
         >>> plan(2048, 384, 384, 8, jnp.bfloat16)

@@ -22,7 +22,7 @@ def gaussian(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, An
 
     Source: Hu et al., arXiv 2106.09685, section 4.1.
 
-    Example:
+    Examples:
         >>> import jlora
         >>> jlora.LoRA("kernel", init=jlora.initializers.gaussian).rank
         8

@@ -25,7 +25,7 @@ def kaiming_uniform(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, 
 
     Source: He et al., arXiv 1502.01852; LoRA's reference implementation.
 
-    Example:
+    Examples:
         >>> import jlora
         >>> jlora.LoRA("kernel", init=jlora.initializers.kaiming_uniform).rank
         8

@@ -53,7 +53,7 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
     Source: bitsandbytes 0.50, GPTQModel, AutoAWQ, compressed-tensors 0.20 and `transformers` 5, of
     which it is a reader of its own.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> names = [peft.Name(r"(\w+)/kernel", r"\1", "io")]
@@ -178,7 +178,7 @@ def save_base(
         ValueError: if a leaf has no name, or is quantized in a scheme or in blocks that
             bitsandbytes has not, or some are of 4 and some of 8 bits.
 
-    Example:
+    Examples:
         See `load_base`.
     """
     leaves = all_named(base, names, "base")

@@ -109,7 +109,7 @@ def holds(dir: str | os.PathLike[str]) -> set[str]:
         Of `"adapter"` (PEFT's files), `"model"` (a model of Hugging Face) and `"weights"` (that
         model's safetensors) those that are there.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile
         >>> from jlora import peft
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -106,7 +106,7 @@ def read_config(dir: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: if the folder has none.
         ValueError: if the file is too large, a link, or no JSON object.
 
-    Example:
+    Examples:
         >>> from jlora import peft
         >>> config = peft.read_config("adapter")  # doctest: +SKIP
         >>> peft.save("copy", base, adapter, peft.LLAMA, config=config)  # doctest: +SKIP

@@ -81,7 +81,7 @@ def export_merged(
 
     Source: PEFT 0.21, `peft.tuners.lora.layer.Linear.merge`.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> from safetensors.numpy import load_file, save_file

@@ -54,7 +54,7 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
 
     Source: PEFT 0.21, `peft.utils.save_and_load`.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
@@ -285,7 +285,7 @@ def read(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
         FileNotFoundError: if the folder or a file is missing.
         ValueError: as `load`.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}

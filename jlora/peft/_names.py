@@ -43,7 +43,7 @@ class Name:
     Raises:
         ValueError: if the fields contradict each other.
 
-    Example:
+    Examples:
         >>> from jlora import peft
         >>> peft.Name(r"blocks/(\w+)/kernel", r"model.layers.{}.\1_proj", "lio").kind
         'linear'

@@ -80,7 +80,7 @@ def quantize_checkpoint(
         ValueError: if the checkpoint is damaged, quantized already, of a model whose weights lie
             turned, or has nothing to quantize; or the scheme is not of bitsandbytes.
 
-    Example:
+    Examples:
         >>> import tempfile, jlora, numpy as np
         >>> from pathlib import Path
         >>> from jlora import peft

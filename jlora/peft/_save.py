@@ -60,7 +60,7 @@ def save(
 
     Source: PEFT 0.21, `peft.PeftModel.save_pretrained`.
 
-    Example:
+    Examples:
         >>> import json, pathlib, tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
@@ -166,7 +166,7 @@ def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Non
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if the files are damaged, or hold what vLLM has not.
 
-    Example:
+    Examples:
         >>> from jlora import peft
         >>> peft.convert("adapter", "for_vllm")  # doctest: +SKIP
     """

@@ -74,7 +74,7 @@ def check_vllm(dir: str | os.PathLike[str], *, max_lora_rank: int = 16) -> list[
 
     Source: vLLM, `vllm.lora.peft_helper` and `vllm.lora.lora_model`.
 
-    Example:
+    Examples:
         >>> from jlora import peft
         >>> peft.check_vllm("adapter", max_lora_rank=64)  # doctest: +SKIP
         ["rank_pattern: ignored by vLLM; save with profile='vllm'"]

@@ -29,7 +29,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         ValueError: if a leaf has no name, or tensors are missing, unexpected or misshapen; all of
             them are listed.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jlora import peft
         >>> like = {"layers": {"up": {"kernel": jax.ShapeDtypeStruct((2, 4, 3), jnp.float32)}}}
@@ -71,7 +71,7 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
         TypeError: if `names` is no table.
         ValueError: if a leaf has no name, or two have one.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jlora import peft
         >>> names = [peft.Name(r"layers/(\w+)/kernel", r"h.{}.\1", "lio")]

@@ -49,7 +49,7 @@ def held(jaxpr: Any, layouts: Sequence[Layout], mesh: Mesh) -> tuple[int, list[L
         layouts: where its arguments lie.
         mesh: the length of each mesh axis.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> f = jax.make_jaxpr(lambda w, x: jnp.sin(x @ w) @ w)(jnp.ones((8, 8)), jnp.ones((2, 8)))
         >>> held(f, [((), ()), ((), ())], {})[0]

@@ -118,7 +118,7 @@ def plan(
     Raises:
         ValueError: if `compile` is True and the shardings are of an `AbstractMesh`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> params, x = {"w": jnp.ones((256, 256))}, jnp.ones((64, 256))
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))

@@ -29,7 +29,7 @@ class FP4(Table):
 
     Source: bitsandbytes; Dettmers et al., QLoRA, arXiv 2305.14314, section 4, compares them.
 
-    Example:
+    Examples:
         >>> import jlora
         >>> jlora.FP4(r"kernel")
         FP4(pattern='kernel', block=64, double=False)

@@ -30,7 +30,7 @@ class FP8(Scheme):
     Source: Micikevicius et al., arXiv 2209.05433, for the type; DeepSeek-V3, arXiv 2412.19437,
     section 3.3, for the blocks.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> base = jlora.quantize({"w": jnp.ones((256, 192))}, jlora.FP8("w"))
         >>> base["w"].data.dtype.name, base["w"].scale.shape

@@ -31,7 +31,7 @@ class Int4(Scheme):
 
     Source: Frantar et al., GPTQ, arXiv 2210.17323; Lin et al., AWQ, arXiv 2306.00978.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> w = jnp.arange(128.0).reshape(128, 1) * jnp.ones((1, 64))
         >>> base = jlora.quantize({"w": w}, jlora.Int4("w", group=64))

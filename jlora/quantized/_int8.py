@@ -33,7 +33,7 @@ class Int8(Scheme):
 
     Source: Dettmers et al., LLM.int8(), arXiv 2208.07339, without its products in 8 bits.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> base = jlora.quantize({"w": jnp.ones((128, 64))}, jlora.Int8("w"))
         >>> base["w"].data.dtype.name, base["w"].scale.shape

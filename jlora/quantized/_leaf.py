@@ -188,7 +188,7 @@ def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
     Returns:
         A tree like that given to `quantize`. A value is computed in float32 and rounded once.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jlora
         >>> base = jlora.quantize({"w": jnp.ones((64, 2), jnp.bfloat16)}, jlora.Int8("w"))
         >>> jlora.dequantize(base)["w"].dtype.name

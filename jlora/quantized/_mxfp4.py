@@ -36,7 +36,7 @@ class MXFP4(Scheme):
 
     Source: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> base = jlora.quantize({"w": jnp.ones((64, 8))}, jlora.MXFP4("w"))
         >>> base["w"].scale.dtype.name, float(jlora.dequantize(base)["w"][0, 0])

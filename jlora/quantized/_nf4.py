@@ -90,7 +90,7 @@ class NF4(Table):
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314, section 3.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> params = {"w": jax.random.normal(jax.random.key(0), (128, 64), jnp.bfloat16)}
         >>> base = jlora.quantize(params, jlora.NF4("w"))

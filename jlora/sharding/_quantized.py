@@ -46,7 +46,7 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
     Raises:
         ValueError: if `specs` lacks a quantized weight.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jax.sharding import PartitionSpec as P
         >>> from jlora import sharding

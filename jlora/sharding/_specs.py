@@ -58,7 +58,7 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
             `mesh`, or that of `jax.set_mesh` if it has all axes that a spec names. Or if a device
             would get a part of a block of a quantized weight.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jax.sharding import PartitionSpec as P
         >>> from jlora import sharding
@@ -110,7 +110,7 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
     Raises:
         ValueError: if the mesh of a NamedSharding has no such axis.
 
-    Example:
+    Examples:
         >>> from jax.sharding import PartitionSpec as P
         >>> from jlora import sharding
         >>> sharding.replicated({"a": P(None, ("fsdp", "tensor")), "b": P("fsdp")}, "fsdp")
@@ -150,7 +150,7 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
         A tree of `state`'s structure: what ends in the path of a leaf of `adapter` and has its
         shape takes its place; all else, such as a count of steps, is replicated.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax
         >>> from jax.sharding import PartitionSpec as P
         >>> from jlora import sharding
