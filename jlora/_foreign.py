@@ -52,7 +52,10 @@ def check_apply_fn(apply_fn: Any) -> None:
                 f"{type(apply_fn).__name__} of {package}. {remedy}"
             )
     if not callable(apply_fn):
-        raise TypeError(f"`apply_fn` must be a function of parameters; got {apply_fn!r}.")
+        raise TypeError(
+            "`apply_fn` must be a function of parameters; got one of type "
+            f"{type(apply_fn).__name__}. Give it first: transform(model.apply, LoRA(...))."
+        )
 
 
 def check_leaf(x: Any, path: Path) -> None:

@@ -215,7 +215,10 @@ MODULES_GIVEN = {
         "model.stateless_call(params, rest, x), with [v.value for v in model.trainable_variables] "
         "as the parameters.",
     ),
-    "number": (lambda: 3, "3."),
+    "parameters": (
+        lambda: {"kernel": jnp.ones((64, 64))},  # which are not printed
+        "one of type dict. Give it first: transform(model.apply, LoRA(...)).",
+    ),
 }
 
 
