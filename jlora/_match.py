@@ -39,8 +39,8 @@ def _fitted(site: Site, rule: Rule, sites: Sites) -> Site:
         _check_full(rule, site)
         return dataclasses.replace(site, rule=rule)
     materialize = getattr(rule, "materialize", False)
-    if site.layout is None and materialize and site.formed is not None:
-        site = dataclasses.replace(site, kind="formed", layout=site.formed)
+    if site.layout is None and materialize and site.materialized is not None:
+        site = dataclasses.replace(site, kind="materialized", layout=site.materialized)
     if site.layout is None:
         raise ValueError(_not_linear(rule, site, sites))
     if site.unsupported_uses and not materialize:

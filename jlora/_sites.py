@@ -28,8 +28,8 @@ from .core import (
     Weight,
     abstract,
     evaluate,
-    formed,
     leaf_weight,
+    materialized,
     take,
     trace,
 )
@@ -45,11 +45,11 @@ class Site:
         shape: its shape.
         dtype: its dtype.
         kind: `"dense"`, `"embed"` (rows are looked up) or `"conv"`; None if nothing linear uses
-            it, or `"formed"` if a rule then lets W + ΔW be formed.
+            it, or `"materialized"` if a rule then lets W + ΔW be formed.
         layout: which of its axes are stacked, contracted and produced; None without a kind. Of a
-            formed site, the last axis counts as produced.
+            materialized site, the last axis counts as produced.
         unsupported: its uses that have no factored form.
-        formed: the layout that it would have as a formed site.
+        materialized: the layout that it would have as a materialized site.
         used: whether the traced call depends on it; None if it was not traced.
         scheme: the scheme in which it is quantized, or None.
         rule: the rule that it matches, or None.
@@ -62,7 +62,7 @@ class Site:
     kind: str | None
     layout: Layout | None
     unsupported: tuple[Unsupported, ...] = ()
-    formed: Layout | None = None
+    materialized: Layout | None = None
     used: bool | None = None
     scheme: Scheme | None = None
     rule: Rule | None = None
@@ -264,7 +264,7 @@ class Traced(NamedTuple):
             n = len(self.paths)
             weights = map(weight, self.paths, values[:n])
             for x in evaluate(self.jaxpr, *weights, *values[n:]):
-                formed(x, lambda: "the function's outputs", added=True)
+                materialized(x, lambda: "the function's outputs", added=True)
 
         jax.eval_shape(call, *self.specs)
 
@@ -360,16 +360,16 @@ def _site(path: Path, x: Any, products: list[Product], unsupported: list[Unsuppo
     if first and not layout:
         lost = "a product that leaves it no inputs or no outputs"
         unsupported = [*unsupported, Unsupported(lost, ())]
-    formed = None
+    wanted = None
     if unsupported:
         *rest, last = range(x.ndim)
-        each = (_formed(u.axes, x.shape) for u in unsupported if u.axes)
-        formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
+        each = (_materialized_layout(u.axes, x.shape) for u in unsupported if u.axes)
+        wanted = next(filter(None, each), Layout((), tuple(rest), (last,)))
     kind = kind if layout else None
-    return Site(path, x.shape, x.dtype, kind, layout, tuple(unsupported), formed)
+    return Site(path, x.shape, x.dtype, kind, layout, tuple(unsupported), wanted)
 
 
-def _formed(axes: tuple[frozenset[int], ...], shape: tuple[int, ...]) -> Layout | None:
+def _materialized_layout(axes: tuple[frozenset[int], ...], shape: tuple[int, ...]) -> Layout | None:
     """The last axis of the weight as its outputs."""
     return _layout(frozenset().union(*axes[:-1]), axes[-1], shape)
 

@@ -24,7 +24,7 @@ from ._tree import (
 )
 from ._types import Path, PyTree, Transformed
 from .adapters import is_node, is_rule, lengths, method_of
-from .core import Change, Weight, evaluate, formed, leaf_weight, take, trace
+from .core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
 from .quantized import is_quantized
 
 
@@ -199,7 +199,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         jaxpr, finish = trace(plain, [w.type for w in weights], paths)
         outs = evaluate(jaxpr, *weights)
-        return finish([formed(x, lambda: "the function's outputs") for x in outs])
+        return finish([materialized(x, lambda: "the function's outputs") for x in outs])
 
     return wrapped
 

@@ -11,7 +11,7 @@ from ._axes import Axis as Axis
 from ._axes import Factor as Factor
 from ._explicit import explicit as explicit
 from ._interpret import evaluate as evaluate
-from ._interpret import formed as formed
+from ._interpret import materialized as materialized
 from ._packed import Packed as Packed
 from ._packed import laid as laid
 from ._packed import mesh_axes as mesh_axes

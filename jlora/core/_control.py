@@ -10,7 +10,7 @@ from jax import lax
 from .. import _compat
 from ._axes import Unfactorable
 from ._explicit import explicit
-from ._interpret import Equation, formed, rule
+from ._interpret import Equation, materialized, rule
 from ._packed import mesh_axes
 from ._summed import NAME
 from ._weight import Weight
@@ -66,7 +66,7 @@ def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
 @rule("cond")
 def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
     branches = eqn.params["branches"]
-    index = formed(index, lambda: f"the predicate of {eqn.where}")
+    index = materialized(index, lambda: f"the predicate of {eqn.where}")
     platforms = eqn.params.get("branches_platforms")
     if platforms is not None and _is_own(eqn):
         return eqn.evaluate(branches[platforms.index(None)], *operands)

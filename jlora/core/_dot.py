@@ -78,7 +78,7 @@ class _Contraction:
             def base(value: jax.Array, z: jax.Array) -> jax.Array:
                 return summed(spec, z, value, p, q)
 
-        z = (self.z, self.eqn.aside(1 - self.at))
+        z = (self.z, self.eqn.low_rank_operand(1 - self.at))
         return product(w, "dense", self.roles, z, base, low_rank, self.spread)
 
     def plus_deltas(self, out: jax.Array) -> jax.Array:
@@ -157,7 +157,7 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
     if len(forms) != 1:
         raise Unfactorable
     first = adapted[0]
-    z = first.eqn.aside(1 - first.at).astype(first.dtype)
+    z = first.eqn.low_rank_operand(1 - first.at).astype(first.dtype)
     added = iter(lowrank(specs, z, ps, qs))
     return [c.changed(next(added)) if c.w.change.deltas else c.changed() for c in each]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from .. import _compat
 from ._axes import Unfactorable
 from ._packed import Packed
-from ._shared import aside, fork, main, shared, variables
+from ._shared import fork, low_rank_operand, main, shared, variables
 from ._weight import Weight
 
 
@@ -96,9 +96,9 @@ class Equation:
             return self.bind(w.value, *operands)
         return self.outputs if self._eqn.primitive.multiple_results else self.outputs[0]
 
-    def aside(self, i: int) -> Any:
+    def low_rank_operand(self, i: int) -> Any:
         """Operand `i` as the low-rank path sees it."""
-        return aside(self.forked[i])
+        return low_rank_operand(self.forked[i])
 
     def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
         """The outputs of a jaxpr among its parameters."""
@@ -106,7 +106,7 @@ class Equation:
 
     def arrays(self, xs: Sequence[Any]) -> list[Any]:
         """`xs` without weights, as outputs that leave an inner jaxpr."""
-        return [formed(x, lambda: f"an output of {self.where}") for x in xs]
+        return [materialized(x, lambda: f"an output of {self.where}") for x in xs]
 
 
 def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any]:
@@ -158,7 +158,7 @@ def _apply_one(eqn: Any, operands: list[Any], within: Equation | None) -> Sequen
             return outs if eqn.primitive.multiple_results else [outs]
         except Unfactorable as e:
             reason = functools.partial(_reason, equation, e)
-            arrays = [formed(x, reason, e.added) for x in equation.operands]
+            arrays = [materialized(x, reason, e.added) for x in equation.operands]
         return _compat.bind(eqn, *arrays)
 
 
@@ -166,7 +166,7 @@ def _reason(eqn: Equation, e: Unfactorable) -> str:
     return f"{eqn.where}, where {e}" if e.args else eqn.where
 
 
-def formed(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
+def materialized(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
     """W + ΔW where `x` is a `Weight` whose rule allows it or one row; `x` where it is an array.
 
     While sites are searched it is W, and the use is written down.
@@ -179,7 +179,7 @@ def formed(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
     if not isinstance(x, Weight):
         return x
     if x.source.uses is not None:
-        x.source.uses.other(x, reason(), added)
+        x.source.uses.no_product(x, reason(), added)
         return x.array
     if not x.source.materialize and not x.is_row:
         raise NotImplementedError(
@@ -187,7 +187,7 @@ def formed(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
             "factored form of W + s·A·B. Leave the weight out of the rules, or let W + ΔW be "
             "formed there with LoRA(..., materialize=True): exact, but at full memory and time."
         )
-    return x.formed(reason())
+    return x.materialized(reason())
 
 
 def _steps(jaxpr: Any, groups: Iterable[list[Any]]) -> list[tuple[list[Any], list[Any]]]:

@@ -52,7 +52,7 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
     def base(value: jax.Array, z: jax.Array, group_sizes: jax.Array) -> jax.Array:
         return eqn.bind(z, value, group_sizes)
 
-    z = (x, eqn.aside(0))
+    z = (x, eqn.low_rank_operand(0))
     return product(w, "dense", roles, z, base, lowrank, spread, group_sizes)
 
 
@@ -98,4 +98,4 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
     def base(value: jax.Array, z: jax.Array) -> jax.Array:
         return eqn.bind(z, value)
 
-    return product(w, "conv", roles, (x, eqn.aside(0)), base, lowrank, spread)
+    return product(w, "conv", roles, (x, eqn.low_rank_operand(0)), base, lowrank, spread)

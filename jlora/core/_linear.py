@@ -28,7 +28,7 @@ def product(
     base: Callable[..., jax.Array],
     lowrank: Callable[[Delta, jax.Array], jax.Array],
     spread: Callable[[Factor, bool], jax.Array],
-    *others: jax.Array,
+    *operands: jax.Array,
 ) -> jax.Array:
     """The product of an activation with the changed weight.
 
@@ -37,20 +37,20 @@ def product(
         kind: as in `Product`.
         roles: of its axes.
         activations: the activation, and what the low-rank path sees of it.
-        base: the product of W with the first, of `others`.
+        base: the product of W with the first, of `operands`.
         lowrank: the product of the second with a delta.
         spread: the gain along the axes of the activation, if it is said that it has those of the
             inputs, or else along the axes of the result.
-        *others: what the product is of besides.
+        *operands: what the product is of besides.
     """
-    gain, (x, aside) = w.change.gain, activations
+    gain, (x, z) = w.change.gain, activations
     of_inputs = gain is not None and bool(set(gain.axes) & set(roles.inputs))
     if gain is not None and of_inputs:
         if set(gain.axes) & set(roles.outputs):
             raise Unfactorable("its gain has axes of the inputs and of the outputs")
-        x, aside = (times(z, spread(gain, True)) for z in (x, aside))
+        x, z = (times(y, spread(gain, True)) for y in (x, z))
     out = plus_deltas(
-        w.multiplied(base, x, *others), w, kind, roles, (lowrank(d, aside) for d in w.change.deltas)
+        w.multiplied(base, x, *operands), w, kind, roles, (lowrank(d, z) for d in w.change.deltas)
     )
     return out if gain is None or of_inputs else times(out, spread(gain, False))
 

@@ -26,7 +26,7 @@ def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     def product(delta: Delta, rows: Delta) -> jax.Array:
         if any(axis in delta.a.axes and axis in delta.b.axes for axis in found.picked):
             raise Unfactorable("rows and stacked matrices are looked up at once")
-        value = dataclasses.replace(rows, key=None).formed(found.axes, out.dtype)
+        value = dataclasses.replace(rows, key=None).materialized(found.axes, out.dtype)
         if delta.key is None:
             return value
         # A row that is looked up is an input of A that is 1: dropout keeps it or not.

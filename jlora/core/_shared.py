@@ -3,9 +3,9 @@ r"""Activations that several products share, one of them with an adapted weight.
 Where q, k and v are products with one x, the gradient of x is a sum over all three and over what
 their ΔW add. On a mesh that splits W's outputs each product with W leaves partial sums, and XLA
 reduces their sum once, but only if nothing that is whole already is added in between, as is what
-ΔW adds, whose reduction was that of the small $\bar h$. So the low-rank path takes x aside, and
-what it adds comes after the sum of the others: one reduction of the activation's size, as without
-an adapter.
+ΔW adds, whose reduction was that of the small $\bar h$. So the low-rank path has an x of its
+own, and what it adds comes after the sum of the others: one reduction of the activation's size, as
+without an adapter.
 
 And the products are free to be evaluated one after the other, as soon as the first is: so the
 activation is read once for the A of all of them.
@@ -21,10 +21,10 @@ from .. import _compat
 
 
 class Forked(NamedTuple):
-    """An activation twice: for the model's own operations, and aside for the low-rank ones."""
+    """An activation twice: for the model's own operations, and for the low-rank ones."""
 
     main: Any
-    aside: Any
+    low_rank: Any
 
 
 def main(x: Any) -> Any:
@@ -32,9 +32,9 @@ def main(x: Any) -> Any:
     return x.main if isinstance(x, Forked) else x
 
 
-def aside(x: Any) -> Any:
+def low_rank_operand(x: Any) -> Any:
     """`x` as the low-rank path sees it."""
-    return x.aside if isinstance(x, Forked) else x
+    return x.low_rank if isinstance(x, Forked) else x
 
 
 def fork(x: Any) -> Any:

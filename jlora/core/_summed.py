@@ -34,7 +34,7 @@ def summed(spec: Spec, x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(spec: Spec, x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
-    def formed(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
+    def materialized(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
         how = {"precision": spec.precision}
         delta = einsum(spec.p, spec.q, spec.w, p, q, sharding=explicit(w), **how)
         w = (w + spec.scale * delta).astype(w.dtype)
@@ -43,7 +43,7 @@ def _summed(spec: Spec, x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) 
     def apart(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
         return _base(spec, x, w) + lowrank((spec,), x, (p,), (q,))[0]
 
-    on_cpu = _unless_batched(formed, apart, lambda maps: any(maps[2:]) and not maps[1])
+    on_cpu = _unless_batched(materialized, apart, lambda maps: any(maps[2:]) and not maps[1])
     return lax.platform_dependent(x, w, p, q, cpu=on_cpu, default=apart)
 
 

@@ -53,11 +53,11 @@ class Uses:
         lengths = dict(zip(w.axes, w.shape, strict=True))
         long = [a for a in (*roles.inputs, *roles.outputs) if lengths[a] > 1]
         if any(REPEATED in a.leaf for a in long):
-            self.other(w, "a product in which it is repeated, as an activation is")
+            self.no_product(w, "a product in which it is repeated, as an activation is")
             return
         vector = not roles.outputs and all(lengths[a] == 1 for a in roles.stack)
         if not roles.inputs or not (roles.outputs or vector):
-            self.other(w, "a product that is no matrix product")
+            self.no_product(w, "a product that is no matrix product")
             return
         for path in w.source.paths:
             inputs, outputs = (_of(path, axes) for axes in (roles.inputs, roles.outputs))
@@ -66,7 +66,7 @@ class Uses:
                 inputs, outputs = inputs - picked, outputs - picked
             self.products[path].append(Product(kind, inputs, outputs))
 
-    def other(self, w: Any, reason: str, added: bool = False) -> None:
+    def no_product(self, w: Any, reason: str, added: bool = False) -> None:
         """Writes down a use of the weight `w` that is no product; a row looked up is one."""
         for path in w.source.paths:
             axes = tuple(_of(path, [a]) for a, n in zip(w.axes, w.shape, strict=True) if n > 1)

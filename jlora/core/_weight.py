@@ -47,12 +47,12 @@ class Delta:
     key: Factor | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
-    def formed(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
+    def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
         """ΔW, of length 1 along axes of W that neither A nor B follows."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
-        return _formed(tuple(axes), a, b)
+        return _sum_over_rank(tuple(axes), a, b)
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
         """A and B, first the one to contract an activation with over `contracted`."""
@@ -100,7 +100,7 @@ class Change:
         if self.gain is not None and sign < 0:
             raise NotInvertibleError("its gain may depend on the weight before")
         wide = promote(w.dtype, jnp.float32)
-        delta = sum((d.formed(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
+        delta = sum((d.materialized(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
         if self.deltas:
             w = _plus(w if self.gain is None else w.astype(wide), sign * delta)
         if self.gain is None:
@@ -369,7 +369,7 @@ class Weight:
             return sum(n > 1 for n in self.shape) <= 1
         return all(d.is_row for d in self.change.deltas)
 
-    def formed(self, why: str) -> Any:
+    def materialized(self, why: str) -> Any:
         """The changed W; ValueError where a dropout has no input to drop, `why` it is formed."""
         for d in self.change.deltas:
             if d.key is not None and not d.a.is_row:
@@ -413,7 +413,7 @@ def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _formed(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
+def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
     """A·B with the axes `axes`, of length 1 where neither factor follows.
 
     Of low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
@@ -423,10 +423,12 @@ def _formed(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
     return _outer_products(axes, a, b) if rank <= FUSED else _matrix_product(axes, a, b)
 
 
-@_formed.defjvp
-def _formed_jvp(axes: tuple[Axis, ...], primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+@_sum_over_rank.defjvp
+def _sum_over_rank_jvp(
+    axes: tuple[Axis, ...], primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
     (a, b), (da, db) = primals, tangents
-    return _formed(axes, a, b), _matrix_product(axes, da, b) + _matrix_product(axes, a, db)
+    return _sum_over_rank(axes, a, b), _matrix_product(axes, da, b) + _matrix_product(axes, a, db)
 
 
 def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:

@@ -274,7 +274,7 @@ def _rewrite(
                 with tempfile.TemporaryFile(dir=folder) as disk:
                     for name, entry in header.entries.items():
                         new = convert(name)
-                        new = {name: tensors.whole(name)} if new is None else new
+                        new = {name: tensors.as_stored(name)} if new is None else new
                         written |= {name: _on_disk(x, disk) for name, x in new.items()}
                         bar.update(entry.stop - entry.start)
                     save_file(written, folder / file, metadata={"format": "pt"})

@@ -65,7 +65,7 @@ def along(
     return Form(shape, stack, order, blocks)
 
 
-def whole(
+def one_block(
     shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
 ) -> Form:
     """One block for the last `inputs` axes of `order`."""

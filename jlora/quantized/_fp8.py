@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from ._form import Form, along, whole
+from ._form import Form, along, one_block
 from ._scheme import Coded, Scheme, check_block
 
 LARGEST = 448.0
@@ -52,7 +52,7 @@ class FP8(Scheme):
     ) -> Form:
         """Blocks along the last input and the last output axis, or all inputs."""
         if self.block is None or len(order) == inputs:
-            return whole(shape, stack, order, inputs)
+            return one_block(shape, stack, order, inputs)
         blocks = list(along(shape, stack, order, self.block).blocks)
         blocks[order[-inputs - 1]] = self.block
         return Form(shape, stack, order, tuple(blocks))

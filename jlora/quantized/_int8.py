@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._form import Form, whole
+from ._form import Form, one_block
 from ._scheme import Coded, Scheme, check_block, rows
 
 STEP = np.float32(7.874015718698502e-3)  # 1 / 127 as bitsandbytes has it
@@ -56,7 +56,7 @@ class Int8(Scheme):
     ) -> Form:
         """Blocks along the last axis, or all inputs."""
         if self.block is None:
-            return whole(shape, stack, order, inputs)
+            return one_block(shape, stack, order, inputs)
         return rows(self, "block", self.block, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:

@@ -74,7 +74,7 @@ class Tensors:
             )
         return self._read(name).view(READ[entry.dtype]).reshape(shape)
 
-    def whole(self, name: str) -> np.ndarray:
+    def as_stored(self, name: str) -> np.ndarray:
         """A tensor as it is."""
         entry = self._entry(name)
         if entry.dtype not in READ:
