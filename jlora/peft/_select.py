@@ -81,7 +81,7 @@ class Selection:
     def prepare(self, modules: Collection[str]) -> None:
         """Matches many modules at once."""
         layers = self._patterns if self._layers is not None else []
-        ranks = [*self._ranks.patterns.values(), *self._alphas.patterns.values()]
+        ranks = [*self._ranks.matchers.values(), *self._alphas.matchers.values()]
         for matcher in (self._target.matcher, self._exclude.matcher, *layers, *ranks):
             if matcher:
                 matcher.prepare(modules)
@@ -184,13 +184,13 @@ class _First:
         self.patterns, self.values = list(patterns or ()), list((patterns or {}).values())
         self.clock = clock
         self.tables: dict[_Places, dict[tuple[str, ...], list[int]]] = {}
-        self.patterns: dict[int, Matcher] = {}
+        self.matchers: dict[int, Matcher] = {}
         for i, pattern in enumerate(self.patterns):
             if _PLAIN.fullmatch(pattern):
                 places, parts = _plain(pattern)
                 self.tables.setdefault(places, {}).setdefault(parts, []).append(i)
             else:
-                self.patterns[i] = Matcher(of_key(pattern), clock, "match")
+                self.matchers[i] = Matcher(of_key(pattern), clock, "match")
 
     def __call__(self, key: str, default: Any) -> Any:
         found = min(self._matching(key), default=None)
@@ -200,7 +200,7 @@ class _First:
         self.clock.left()
         for places, table in self.tables.items():
             yield from table.get(_at(places, key), ())[:1]
-        yield from (i for i, matcher in self.patterns.items() if matcher(key) is not None)
+        yield from (i for i, matcher in self.matchers.items() if matcher(key) is not None)
 
     def unused(self, keys: Collection[str]) -> list[str]:
         """The patterns that match none of `keys`."""
@@ -209,7 +209,7 @@ class _First:
             self.clock.left()
             for parts in {_at(places, key) for key in keys} & table.keys():
                 used |= set(table[parts])
-        for i, matcher in self.patterns.items():
+        for i, matcher in self.matchers.items():
             matcher.prepare(keys)
             used |= {i} if any(matcher(key) is not None for key in keys) else set()
         return [pattern for i, pattern in enumerate(self.patterns) if i not in used]
