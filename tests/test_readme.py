@@ -1,5 +1,6 @@
 """The README and the first page of the guides: their code runs, and their links lead somewhere."""
 
+import importlib
 import pathlib
 import re
 import runpy
@@ -43,3 +44,19 @@ def test_links_lead_to_files(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8"))
     missing = [x for x in links if not x.startswith("https://") and not (ROOT / x).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "module", ["", "sharding", "planning", "checkpoint", "peft", "analysis", "initializers"]
+)
+def test_the_reference_has_every_public_name(module: str) -> None:
+    """But constants and modules."""
+    found = importlib.import_module(f"jlora.{module}".rstrip("."))
+    public = {
+        name
+        for name, value in vars(found).items()
+        if not name.startswith("_") and callable(value) and value.__module__.startswith("jlora")
+    }
+    pages = "".join(p.read_text() for p in (ROOT / "notebooks" / "reference").glob("*.md"))
+    said = set(re.findall(rf"^::: {re.escape(found.__name__)}\.(\w+)$", pages, re.MULTILINE))
+    assert public - said <= ({"Plan", "plan"} if module == "planning" else set())
