@@ -25,8 +25,8 @@ Weights = Sequence[Any] | jax.Array | None
 def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = None) -> PyTree:
     r"""The exact sum $\Delta W = \sum_i w_i \, \Delta W_i$.
 
-    At each site A is $[A_1, A_2, \ldots]$ and B is $[w_1 B_1; w_2 B_2; \ldots]$. The rank is the sum
-    of the ranks; see `truncate` for a smaller one. Adapters may differ in ranks, scales, slots and
+    At each site A is $[A_1, A_2, \ldots]$ and B is $[w_1 B_1; w_2 B_2; \ldots]$. The rank is the
+    sum of the ranks; see `truncate` for a smaller one. Adapters may differ in ranks, scales, slots and
     sites: where one has no site, its ΔW is 0.
 
     Args:
@@ -178,9 +178,9 @@ def ties(
 ) -> PyTree:
     r"""TIES merging: of each adapter what is largest, and where signs differ, what most agree on.
 
-    Of the weighted changes $M_i = w_i \Delta W_i$ the entries of largest magnitude are kept, a share
-    `density`; the others become 0. The sign of an entry is that of $\sum_i M_i$. The result is the
-    mean over the adapters whose entry has that sign.
+    Of the weighted changes $M_i = w_i \Delta W_i$ the entries of largest magnitude are kept, a
+    share `density`; the others become 0. The sign of an entry is that of $\sum_i M_i$. The result
+    is the mean over the adapters whose entry has that sign.
 
     The entries are those in the *core space* of the adapters: coordinates along the singular
     vectors of all ΔW side by side, and of all ΔW one above the other, in which a ΔW is a matrix of

@@ -1,4 +1,4 @@
-"""`jlora.arithmetic`: what each function means for ΔW, densely in float64, at sites of all kinds."""
+"""`jlora.arithmetic`: what each function means for ΔW, in float64, at sites of all kinds."""
 
 import functools
 from typing import Any
