@@ -6,6 +6,7 @@ logits = lora.apply(base, adapter, tokens)
 params = jlora.merge(base, adapter)
 """
 
+from . import arithmetic as arithmetic
 from . import initializers as initializers
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._factors import factors, svd, times
 from ..adapters import LowRank, weight_shape
-from ._factors import factors, svd, times
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:

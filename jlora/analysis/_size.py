@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from .._factors import core, factors
 from ..adapters import LowRank, weight_shape
-from ._factors import core, factors
 
 
 def delta_spectrum(site: LowRank) -> jax.Array:

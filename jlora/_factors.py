@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..adapters import LowRank, weight_shape, without_slots
+from .adapters import LowRank, weight_shape, without_slots
 
 
 def factors(site: LowRank) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,342 @@
+"""`jlora.arithmetic`: what each function means for ΔW, in float64, at sites of all kinds."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import exactly
+
+import jlora
+from jlora import Layout, LowRank, arithmetic
+
+# The shape of W, and the layouts that adapters of it may have.
+PLAIN = Layout((), (0,), (1,))
+SITES = {
+    "plain": ((12, 9), [PLAIN]),
+    "turned": ((12, 9), [Layout((), (1,), (0,))]),
+    "stacked": ((3, 12, 9), [Layout((0,), (1,), (2,))]),
+    "stacked in between": ((12, 3, 9), [Layout((1,), (0,), (2,))]),
+    "heads": ((12, 3, 5), [Layout((), (0,), (1, 2))]),
+    "conv": ((3, 4, 9), [Layout((), (0, 1), (2,))]),
+    "experts": ((2, 3, 12, 9), [Layout((0, 1), (2,), (3,))]),
+    "slots": ((12, 18), [PLAIN._replace(slots=(3, (0, 2), 1))]),
+    "slots of two kinds": (
+        (12, 18),
+        [PLAIN._replace(slots=(3, (0, 2), 1)), PLAIN._replace(slots=(2, (1,), 1)), PLAIN],
+    ),
+}
+RANKS, SCALES, WEIGHTS = (2, 3, 1), (2.0, 0.5, 2.0), (0.7, -1.0, 0.4)
+
+
+def draw(seed: int, shape: tuple[int, ...], layout: Layout, rank: int, scale: float) -> LowRank:
+    rng = np.random.default_rng(seed)
+    a, b = jlora.adapters.factor_shapes(layout, shape, rank)
+    a, b = (jnp.asarray(rng.standard_normal(x), jnp.float32) for x in (a, b))
+    return LowRank(a, b, scale, layout)
+
+
+@functools.cache
+def adapters(site: str) -> tuple[Any, ...]:
+    """Three adapters with ranks, scales and slots of their own; the last has one site more."""
+    shape, layouts = SITES[site]
+    nodes = [
+        draw(i, shape, layouts[i % len(layouts)], rank, scale)
+        for i, (rank, scale) in enumerate(zip(RANKS, SCALES, strict=True))
+    ]
+    other = draw(9, (5, 4), PLAIN, 2, 1.0)
+    return {"w": nodes[0]}, {"w": nodes[1]}, {"w": nodes[2], "more": {"x": other}}
+
+
+def delta(node: LowRank, shape: tuple[int, ...]) -> np.ndarray:
+    """ΔW in float64, by `merge`, with (stack…, slots…, inputs, outputs) left as W has them."""
+    with jax.enable_x64(True):
+        wide = node._replace(a=np.asarray(node.a, np.float64), b=np.asarray(node.b, np.float64))
+        return np.asarray(jlora.merge({"w": np.zeros(shape)}, {"w": wide})["w"])
+
+
+def matrices(x: np.ndarray, layout: Layout) -> np.ndarray:
+    """(matrices, inputs, outputs) of a ΔW; those of slots apart."""
+    stack, inputs, outputs, slots = layout
+    x = np.transpose(x, (*stack, *inputs, *outputs))
+    n, m = len(stack), len(stack) + len(inputs)
+    x = x.reshape(int(np.prod(x.shape[:n])), int(np.prod(x.shape[n:m])), -1)
+    if slots is None:
+        return x
+    parts = np.split(x, slots[0], -1)
+    return np.concatenate([parts[i] for i in slots[1]])
+
+
+def regauged(node: LowRank, seed: int = 0) -> LowRank:
+    """Other factors of the same ΔW: A·G and G⁻¹·B."""
+    r = node.a.shape[-1]
+    g = np.random.default_rng(seed).standard_normal((r, r)) + 2 * np.eye(r)
+    n = len(node.layout.stack) + (node.layout.slots is not None)
+    b = np.moveaxis(np.tensordot(np.linalg.inv(g), np.asarray(node.b), ([1], [n])), 0, n)
+    return node._replace(a=jnp.asarray(node.a @ g, jnp.float32), b=jnp.asarray(b, jnp.float32))
+
+
+every_site = pytest.mark.parametrize("site", list(SITES))
+
+
+@every_site
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_add_is_the_sum(site: str, weights: tuple[float, ...] | None) -> None:
+    trees, (shape, _) = adapters(site), SITES[site]
+    found = arithmetic.add(trees, weights)
+    w = weights or (1.0,) * 3
+    expected = sum(v * delta(t["w"], shape) for v, t in zip(w, trees, strict=True))
+    np.testing.assert_allclose(delta(found["w"], shape), expected, atol=3e-6)
+    expected = w[2] * delta(trees[2]["more"]["x"], (5, 4))
+    np.testing.assert_allclose(delta(found["more"]["x"], (5, 4)), expected, atol=1e-6)
+
+
+def test_add_keeps_the_factors_to_the_bit() -> None:
+    """Of one scale, without weights: A and B stand beside one another."""
+    one, two = (draw(i, (12, 9), PLAIN, 2, 0.3) for i in (0, 1))
+    found = arithmetic.add([{"w": one}, {"w": two}])["w"]
+    np.testing.assert_array_equal(found.a, np.concatenate([one.a, two.a], 1))
+    np.testing.assert_array_equal(found.b, np.concatenate([one.b, two.b], 0))
+    assert (found.scale, arithmetic.add([{}])) == (0.3, {})
+
+
+def test_scale_and_difference() -> None:
+    one, two, _ = adapters("stacked")
+    shape, _ = SITES["stacked"]
+    half = arithmetic.scale(one, 0.5)
+    assert jax.tree.structure(half) == jax.tree.structure(one)
+    np.testing.assert_array_equal(half["w"].a, one["w"].a)
+    np.testing.assert_allclose(delta(half["w"], shape), delta(one["w"], shape) / 2, rtol=1e-6)
+    found = delta(arithmetic.difference(one, two)["w"], shape)
+    np.testing.assert_allclose(found, delta(one["w"], shape) - delta(two["w"], shape), atol=3e-6)
+
+
+@every_site
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_truncate_is_the_best_approximation(site: str, rank: int) -> None:
+    """The dense SVD's, of each matrix of a stack and each slot."""
+    shape, _ = SITES[site]
+    full = arithmetic.add(adapters(site))["w"]
+    small = arithmetic.truncate({"w": full}, rank=rank)["w"]
+    assert small.a.shape[-1] == rank
+    assert small.layout == full.layout
+    of = matrices(delta(full, shape), full.layout)
+    u, s, vt = np.linalg.svd(of, full_matrices=False)
+    best = (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+    got = matrices(delta(small, shape), full.layout)
+    np.testing.assert_allclose(got, best, atol=1e-6 * np.abs(of).max() * 5)
+
+
+def test_truncate_by_energy() -> None:
+    """The smallest rank that keeps the share in every matrix of the stack."""
+    values = np.array([[4.0, 2.0, 1.0], [4.0, 0.0, 0.0]])
+    a = np.stack([np.eye(5, 3), np.eye(5, 3)])
+    b = values[..., None] * np.stack([np.eye(3, 4)] * 2)
+    node = LowRank(jnp.asarray(a), jnp.asarray(b, jnp.float32), 1.0, Layout((0,), (1,), (2,)))
+    for energy, rank in ((16 / 21, 1), (0.77, 2), (20 / 21, 2), (0.96, 3), (1.0, 3)):
+        found = arithmetic.truncate({"w": node}, energy=energy)["w"]
+        assert found.a.shape[-1] == rank, energy
+
+
+def test_truncate_leaves_alone_what_is_small_enough() -> None:
+    tree = {"w": draw(0, (12, 9), PLAIN, 2, 3.0), "b": jnp.ones(3)}
+    found = arithmetic.truncate(tree, rank=2)
+    assert found["w"].a is tree["w"].a
+    assert found["b"] is tree["b"]
+
+
+@every_site
+def test_the_factors_do_not_matter(site: str) -> None:
+    """Other factors of the same ΔW give the same ΔW, where PEFT's `ties` changes by its size."""
+    shape, _ = SITES[site]
+    trees = adapters(site)[:2]
+    others = [{"w": regauged(t["w"], i)} for i, t in enumerate(trees)]
+    for f in (
+        lambda t: arithmetic.add(t, WEIGHTS[:2]),
+        lambda t: arithmetic.truncate(arithmetic.add(t), rank=2),
+        lambda t: arithmetic.ties(t, WEIGHTS[:2], density=0.4),
+    ):
+        one, two = (delta(f(t)["w"], shape) for t in (trees, others))
+        np.testing.assert_allclose(one, two, atol=2e-4 * np.abs(one).max())
+
+
+def dense_ties(deltas: list[np.ndarray], density: float) -> np.ndarray:
+    """TIES on the coordinates of matrices, written densely."""
+    rank = min(sum(np.linalg.matrix_rank(x) for x in deltas), *deltas[0].shape)
+    u = np.linalg.svd(np.concatenate(deltas, 1))[0][:, :rank]
+    v = np.linalg.svd(np.concatenate(deltas, 0))[2][:rank].T
+    kept = []
+    for x in deltas:
+        m = u.T @ x @ v
+        least = np.sort(np.abs(m).ravel())[-max(1, round(density * m.size))]
+        kept.append(np.where(np.abs(m) >= least, m, 0))
+    sign = np.sign(sum(kept))
+    agrees = np.stack([m * sign > 0 for m in kept])
+    return u @ ((np.stack(kept) * agrees).sum(0) / np.maximum(agrees.sum(0), 1)) @ v.T
+
+
+@pytest.mark.parametrize("site", [s for s in SITES if s != "slots of two kinds"])
+def test_ties_is_that_on_dense_coordinates(site: str) -> None:
+    shape, [layout] = SITES[site]
+    trees = [{"w": t["w"]} for t in adapters(site)]
+    found = arithmetic.ties(trees, WEIGHTS, density=0.4)["w"]
+    each = [w * matrices(delta(t["w"], shape), layout) for w, t in zip(WEIGHTS, trees, strict=True)]
+    expected = np.stack([dense_ties(list(x), 0.4) for x in np.stack(each, 1)])
+    got = matrices(delta(found, shape), layout)
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+    assert found.a.shape[-1] <= sum(RANKS)
+
+
+@every_site
+def test_dare_drops_by_its_seed_and_is_the_sum_on_average(site: str) -> None:
+    shape, _ = SITES[site]
+    trees, key = adapters(site)[:2], jax.random.key(3)
+    everything = arithmetic.dare(trees, key=key, density=1.0)["w"]
+    summed = delta(arithmetic.add(trees)["w"], shape)
+    np.testing.assert_allclose(delta(everything, shape), summed, atol=1e-4 * np.abs(summed).max())
+    one, same = (arithmetic.dare(trees, key=key)["w"] for _ in range(2))
+    np.testing.assert_array_equal(one.b, same.b)
+
+
+def test_dare_on_average() -> None:
+    shape, _ = SITES["plain"]
+    trees = adapters("plain")[:2]
+    draw_one = jax.jit(jax.vmap(lambda key: arithmetic.dare(trees, key=key, density=0.5)["w"]))
+    many = draw_one(jax.random.split(jax.random.key(0), 4000))
+    mean = np.einsum("nir,nro->io", many.a, many.b) / 4000
+    summed = delta(arithmetic.add(trees)["w"], shape)
+    assert np.abs(mean - summed).max() < 0.05 * np.abs(summed).max()
+    dropped = np.einsum("ir,ro->io", many.a[0], many.b[0])
+    assert np.abs(dropped - summed).max() > 0.1 * np.abs(summed).max()
+
+
+def test_under_jit_and_vmap_with_weights_that_are_traced() -> None:
+    trees = adapters("stacked")[:2]
+    shape, _ = SITES["stacked"]
+    for f in (arithmetic.add, arithmetic.ties):
+        expected = delta(f(trees, [0.3, 0.6])["w"], shape)
+        found = jax.jit(f)(trees, jnp.array([0.3, 0.6]))["w"]
+        np.testing.assert_allclose(delta(found, shape), expected, atol=1e-5)
+    many = jax.vmap(lambda c: arithmetic.scale(trees[0], c))(jnp.arange(3.0))["w"]
+    assert many.b.shape == (3, *trees[0]["w"].b.shape)
+    cut = jax.jit(lambda t: arithmetic.truncate(t, rank=1))(trees[0])["w"]
+    assert cut.a.shape[-1] == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtypes_stay(dtype: Any) -> None:
+    trees = jax.tree.map(lambda x: x.astype(dtype), adapters("plain")[:2])
+    key = jax.random.key(0)
+    for found in (
+        arithmetic.add(trees, WEIGHTS[:2]),
+        arithmetic.truncate(trees[0], rank=1),
+        arithmetic.ties(trees),
+        arithmetic.dare(trees, key=key),
+    ):
+        assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+
+
+# --------------------------------------------------------------------------- leaves in full
+
+
+def test_leaves_in_full_are_changes_of_the_base() -> None:
+    base = {"head": jnp.array([1.0, 2.0, 3.0, 4.0])}
+    one, two = {"head": jnp.array([2.0, 2.0, 3.0, 0.0])}, {"head": jnp.array([3.0, 0.0, 3.0, 5.0])}
+    found = arithmetic.add([one, two], [1.0, 0.5], base=base)
+    np.testing.assert_allclose(found["head"], [3.0, 1.0, 3.0, 0.5])
+    found = arithmetic.difference(one, two, base=base)
+    np.testing.assert_allclose(found["head"], [0.0, 4.0, 3.0, -1.0])
+    found = arithmetic.ties([one, two], density=0.5, base=base)
+    # Changes (1, 0, 0, -4) and (2, -2, 0, 1), of which two each are kept: no sign for no entry.
+    np.testing.assert_allclose(found["head"], [2.5, 0.0, 3.0, 0.0])
+    found = arithmetic.dare([one], key=jax.random.key(0), density=1.0, base=base)
+    np.testing.assert_allclose(found["head"], one["head"])
+
+
+def test_one_leaf_in_full_needs_no_base() -> None:
+    """That of the one adapter that trained it."""
+    head = jnp.ones(3)
+    low = {"w": draw(0, (12, 9), PLAIN, 2, 1.0)}
+    found = arithmetic.add([{**low, "head": head}, low])
+    assert found["head"] is head
+
+
+# ------------------------------------------------------------------------------------ refused
+
+
+NODE = draw(0, (12, 9), PLAIN, 2, 1.0)
+REFUSED = {
+    "no list": (
+        lambda: arithmetic.add({"w": NODE}),
+        TypeError,
+        "`adapters` must be a list of adapters, as `init` returns them; got dict.",
+    ),
+    "empty": (
+        lambda: arithmetic.add([]),
+        TypeError,
+        "`adapters` must be a list of adapters, as `init` returns them; got an empty one.",
+    ),
+    "weights": (
+        lambda: arithmetic.add([{"w": NODE}], [1, 2]),
+        ValueError,
+        "`weights` must be one for each of the 1 adapters; got 2.",
+    ),
+    "not finite": (
+        lambda: arithmetic.add([{"w": NODE}], [float("nan")]),
+        ValueError,
+        "`weights` must be finite; got nan.",
+    ),
+    "other weights": (
+        lambda: arithmetic.add([{"w": NODE}, {"w": draw(0, (12, 8), PLAIN, 2, 1.0)}]),
+        ValueError,
+        "`adapters` cannot be combined at these paths:\n  w: is for weights of (shape, stack, "
+        "inputs, outputs) [((12, 9), (), (0,), (1,)), ((12, 8), (), (0,), (1,))]\n"
+        "Adapters that are combined must be of one base.",
+    ),
+    "full and low rank": (
+        lambda: arithmetic.add([{"w": NODE}, {"w": jnp.ones((12, 9))}]),
+        ValueError,
+        "`adapters` cannot be combined at these paths:\n  w: is of low rank in one and trained in "
+        "full in another\nAdapters that are combined must be of one base.",
+    ),
+    "full without a base": (
+        lambda: arithmetic.add([{"b": jnp.ones(3)}, {"b": jnp.ones(3)}]),
+        ValueError,
+        "`adapters` cannot be combined at these paths:\n  b: is trained in full, so that its "
+        "change is known from the base alone\nGive `base`, the parameters that they are for.",
+    ),
+    "both": (
+        lambda: arithmetic.truncate({"w": NODE}, rank=1, energy=0.5),
+        ValueError,
+        "truncate takes one of `rank` and `energy`.",
+    ),
+    "rank": (
+        lambda: arithmetic.truncate({"w": NODE}, rank=0),
+        ValueError,
+        "`rank` must be an integer of at least 1; got 0.",
+    ),
+    "energy": (
+        lambda: arithmetic.truncate({"w": NODE}, energy=0.0),
+        ValueError,
+        "`energy` must lie in (0, 1]; got 0.0.",
+    ),
+    "energy under jit": (
+        lambda: jax.jit(lambda t: arithmetic.truncate(t, energy=0.5))({"w": NODE}),
+        ValueError,
+        "`energy` of truncate needs values, which jit does not have; give `rank`.",
+    ),
+    "density": (
+        lambda: arithmetic.ties([{"w": NODE}], density=2),
+        ValueError,
+        "`density` must lie in (0, 1]; got 2.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_refused(case: str) -> None:
+    f, kind, message = REFUSED[case]
+    with pytest.raises(kind, match=exactly(message)):
+        f()
