@@ -26,8 +26,8 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
     r"""The exact sum $\Delta W = \sum_i w_i \, \Delta W_i$.
 
     At each site A is $[A_1, A_2, \ldots]$ and B is $[w_1 B_1; w_2 B_2; \ldots]$. The rank is the
-    sum of the ranks; see `truncate` for a smaller one. Adapters may differ in ranks, scales, slots and
-    sites: where one has no site, its ΔW is 0.
+    sum of the ranks; see `truncate` for a smaller one. Adapters may differ in ranks, scales, slots
+    and sites: where one has no site, its ΔW is 0.
 
     Args:
         adapters: adapters of one base, `{}` among them if need be.
