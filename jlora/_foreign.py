@@ -1,15 +1,28 @@
 """Objects of other libraries where a function or an array belongs, and what to give instead."""
 
+import functools
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from ._tree import name_of
-from ._types import Path
+from ._tree import leaves_by_path, name_of
+from ._types import Path, PyTree
 
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+
+_SPLIT = (
+    "split it, graph, params, rest = nnx.split(model, nnx.Param, ...), and give a function of "
+    "params and rest that merges them, nnx.merge(graph, params, rest, copy=True), and returns the "
+    "new rest beside its outputs."
+)
+_NAMED = (
+    "{v.path: v.value for v in model.trainable_variables} as the parameters, and lambda params, "
+    "rest, x: model.stateless_call([params[v.path] for v in model.trainable_variables], rest, x) "
+    "as the function"
+)
 
 # Modules that hold their parameters: package, class, and what to give instead.
 _MODULES = [
@@ -23,10 +36,7 @@ _MODULES = [
         "flax.nnx",
         "Module",
         "Give a function of a module, lambda model, x: model(x), and the module itself as the "
-        "parameters. If it has state (batch statistics, dropout), split it, graph, params, rest = "
-        "nnx.split(model, nnx.Param, ...), and give a function of params and rest that merges "
-        "them, nnx.merge(graph, params, rest, copy=True), and returns the new rest beside its "
-        "outputs.",
+        f"parameters. If it has state (batch statistics, dropout), {_SPLIT}",
     ),
     (
         "equinox",
@@ -37,8 +47,7 @@ _MODULES = [
     (
         "keras",
         "Layer",
-        "Give lambda params, rest, x: model.stateless_call(params, rest, x), with "
-        "[v.value for v in model.trainable_variables] as the parameters.",
+        f"Give {_NAMED}.",
     ),
 ]
 
@@ -68,12 +77,30 @@ def check_leaf(x: Any, path: Path) -> None:
     )
 
 
+def check_kept(params: PyTree, before: Mapping[Path, Any]) -> None:
+    """`ValueError` if the function has changed variables of an NNX module, its parameters.
+
+    It is called with a module of its own each time, so that what it changes is lost.
+
+    Args:
+        params: the parameters that it was called with.
+        before: the leaves that they had then, by path.
+    """
+    is_variable = functools.partial(_is_a, "flax.nnx", "Variable")
+    if not any(map(is_variable, jax.tree.leaves(params, is_leaf=is_variable))):
+        return
+    after = leaves_by_path(params)
+    if changed := [name_of(path) for path, x in after if before.get(path, x) is not x]:
+        raise ValueError(
+            f"`apply_fn` changes variables of its parameters, a module of flax.nnx, at "
+            f"{', '.join(changed)}. The change is lost, so that each step would begin with the "
+            f"same statistics and the same keys of dropout. Call model.eval() before, or {_SPLIT}"
+        )
+
+
 def _remedy(x: Any) -> str:
     if _is_a("keras", "Variable", x):
-        return (
-            " Give [v.value for v in model.trainable_variables], and "
-            "lambda params, rest, x: model.stateless_call(params, rest, x) as the function."
-        )
+        return f" Give {_NAMED}."
     if callable(x):
         return (
             " Split what is no array off, as params, static = eqx.partition(model, eqx.is_array) "

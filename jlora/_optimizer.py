@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 
 from ._rules import is_finite
 from ._table import aligned, readable
@@ -48,14 +48,22 @@ def labels(tree: PyTree) -> PyTree:
         if not all(isinstance(key, DictKey) for key in path):
             raise TypeError(
                 "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), "
-                f"but has an array at {jax.tree_util.keystr(path)!r}. Put base and adapter into "
-                "Params, so that the base stays frozen."
+                f"but has an array at {jax.tree_util.keystr(path)!r}. {_remedy(path)}"
             )
         return "full"
 
     return jax.tree_util.tree_map_with_path(
         label, tree, is_leaf=lambda x: is_node(x) or isinstance(x, Params | Adapted)
     )
+
+
+def _remedy(path: tuple[Any, ...]) -> str:
+    if path and path[-1] == GetAttrKey("value"):  # a variable of NNX
+        return (
+            "For nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), whose tree is the adapter alone, "
+            "give `tx` itself."
+        )
+    return "Put base and adapter into Params, so that the base stays frozen."
 
 
 def mask(tree: PyTree) -> PyTree:

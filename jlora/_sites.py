@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._foreign import check_leaf
+from ._foreign import check_kept, check_leaf
 from ._rules import Full, Rule, near, rule_name
 from ._table import aligned
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
@@ -328,7 +328,10 @@ def _trace(
     def call(*values: Any) -> Any:
         args, kwargs = put(values[len(at) :])
         full = dict(enumerate(leaves)) | dict(zip(at, values, strict=False))
-        return apply_fn(jax.tree.unflatten(structure, list(full.values())), *args, **kwargs)
+        tree = jax.tree.unflatten(structure, list(full.values()))
+        outputs = apply_fn(tree, *args, **kwargs)
+        check_kept(tree, {path: full[i] for i, (path, _) in enumerate(found)})
+        return outputs
 
     specs = [_abstract(leaves[i], found[i][0]) for i in at]
     specs += [abstract(x if hasattr(x, "dtype") else jnp.asarray(x)) for x in rest]

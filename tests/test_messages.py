@@ -211,9 +211,9 @@ MODULES_GIVEN = {
     ),
     "keras": (
         lambda: stand_in("keras.src.layers.layer", "Layer", **CALLED),
-        "the module Mine of keras. Give lambda params, rest, x: "
-        "model.stateless_call(params, rest, x), with [v.value for v in model.trainable_variables] "
-        "as the parameters.",
+        "the module Mine of keras. Give {v.path: v.value for v in model.trainable_variables} as "
+        "the parameters, and lambda params, rest, x: model.stateless_call([params[v.path] for v in "
+        "model.trainable_variables], rest, x) as the function.",
     ),
     "parameters": (
         lambda: {"kernel": jnp.ones((64, 64))},  # which are not printed
@@ -251,9 +251,10 @@ LEAVES = {
         stand_in(
             "keras.src.backend.jax.core", "Variable", shape=(3,), __repr__=lambda _: "VALUES" * 9
         ),
-        "VALUESVALUESV...ESVALUESVALUES of type Mine. Give [v.value for v in "
-        "model.trainable_variables], and lambda params, rest, x: model.stateless_call(params, "
-        "rest, x) as the function.",
+        "VALUESVALUESV...ESVALUESVALUES of type Mine. Give {v.path: v.value for v in "
+        "model.trainable_variables} as the parameters, and lambda params, rest, x: "
+        "model.stateless_call([params[v.path] for v in model.trainable_variables], rest, x) as the "
+        "function.",
     ),
     "tensor": (
         stand_in("torch", "Tensor", shape=(3,), __repr__=lambda _: "tensor"),
@@ -278,6 +279,30 @@ def test_leaf_that_is_no_array(case: str) -> None:
 def test_arrays_and_numbers_pass(leaf: Any) -> None:
     """All that JAX takes for an array."""
     check_leaf(leaf, ("w",))
+
+
+def test_module_whose_state_would_be_lost() -> None:
+    """What a step changes is named; a module that changes nothing may have state."""
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+    model = nnx.Sequential(*layers)
+    lora = jlora.transform(lambda model, x: model(x), jlora.LoRA("kernel", rank=2))
+    message = (
+        "`apply_fn` changes variables of its parameters, a module of flax.nnx, at layers/1/mean, "
+        "layers/1/var, layers/2/rngs/count. The change is lost, so that each step would begin with "
+        "the same statistics and the same keys of dropout. Call model.eval() before, or split it, "
+        "graph, params, rest = nnx.split(model, nnx.Param, ...), and give a function of params and "
+        "rest that merges them, nnx.merge(graph, params, rest, copy=True), and returns the new "
+        "rest beside its outputs."
+    )
+    for given in (model, nnx.eval_shape(lambda: nnx.clone(model))):
+        with pytest.raises(ValueError, match=exactly(message)):
+            lora.sites(given, jnp.ones((2, 3)))
+    model.eval()
+    base, adapter = lora.init(KEY, model, jnp.ones((2, 3)))
+    np.testing.assert_array_equal(
+        lora.apply(base, adapter, jnp.ones((2, 3))), model(jnp.ones((2, 3)))
+    )
 
 
 # -------------------------------------------------------------------------------- what is printed

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from small import ADAPTED, W, X, array, dense, exactly, init, model, swap
 
 import jlora
@@ -197,6 +198,18 @@ def test_optimizer_refuses_what_init_returns() -> None:
     )
     with pytest.raises(TypeError, match=exactly(message)):
         jlora.optimizer(optax.sgd(1.0)).init(params)
+
+
+def test_optimizer_refuses_the_state_of_a_module() -> None:
+    """In it no node says which arrays are A and B; and it needs none, as the base is not there."""
+    state = nnx.state(nnx.Dict(w=nnx.LoRAParam(X)), nnx.LoRAParam)
+    message = (
+        "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), but has an "
+        "array at \"['w'].value\". For nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), whose tree is "
+        "the adapter alone, give `tx` itself."
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        jlora.optimizer(optax.sgd(1.0), lora_plus=16).init(state)
 
 
 def test_merge_check_names_paths() -> None:

@@ -1,0 +1,396 @@
+"""The guides: every block of Python in them runs as it is written, and does what is said of it.
+
+The blocks of a page run in order and share their names. A block of text right after one is what it
+prints, and what it leaves in `losses` has fallen.
+"""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import jlora
+from jlora import peft
+
+Names = dict[str, Any]
+GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
+LINES, WIDTH = 25, 100  # the most of a block of the loops
+BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S)
+OWN = {f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix")}  # have their own tests
+
+
+def blocks(page: str) -> list[tuple[str, str | None]]:
+    """The code of each block, at the lines where the page has it, and what it prints."""
+    text = (GUIDES / f"{page}.md").read_text(encoding="utf-8")
+    return [("\n" * text[: m.start(1)].count("\n") + m[1], m[2]) for m in BLOCK.finditer(text)]
+
+
+PAGES = [p.relative_to(GUIDES).with_suffix("").as_posix() for p in sorted(GUIDES.rglob("*.md"))]
+PAGES = [page for page in PAGES if blocks(page)]
+LOOPS = [page for page in PAGES if page.startswith("loops/")]
+SLOW = {f"loops/{page}" for page in ("grpo", "haiku", "keras", "remat")}  # to import or to compile
+PARAMETERS = [
+    pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+    for page in PAGES
+    if page not in OWN
+]
+
+
+@pytest.fixture(autouse=True)
+def settings(tmp_path, monkeypatch):
+    """What a page writes, it writes here; what it sets in the environment is set back."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = os.environ.copy()
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def run(page: str, edit: Callable[[str], str] = lambda code: code) -> Names:
+    """What the blocks of a page leave behind."""
+    names: Names = {"__name__": "guide"}
+    for code, _ in blocks(page):
+        exec(compile(edit(code), str(GUIDES / f"{page}.md"), "exec"), names)
+    return names
+
+
+def check_learned(losses: list[float]) -> None:
+    """They are finite, and the last are well below the first."""
+    assert np.isfinite(losses).all()
+    assert len(losses) > 1 and losses[-1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("page", PARAMETERS)
+def test_blocks_run_and_print_what_is_shown(page, capsys):
+    names: Names = {"__name__": "guide"}
+    for number, (code, shown) in enumerate(blocks(page)):
+        losses = names.pop("losses", None)
+        exec(compile(code, str(GUIDES / f"{page}.md"), "exec"), names)
+        printed = capsys.readouterr().out
+        if shown is not None:
+            assert printed == shown
+        if "losses" in names:
+            check_learned(names["losses"])
+        names.setdefault("losses", losses)
+        for check in CHECKS.get((page, number), ()):
+            check(names)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of JAX and Flax, for what tunix calls
+def test_tunix(capsys):
+    pytest.importorskip("tunix")  # it has an environment of its own
+    test_blocks_run_and_print_what_is_shown("loops/tunix", capsys)
+
+
+def test_loops_are_short():
+    for page in LOOPS:
+        for code, _ in blocks(page):
+            lines = code.lstrip("\n").splitlines()
+            assert len(lines) <= LINES, page
+            assert max(map(len, lines)) <= WIDTH, page
+
+
+def test_the_table_leads_to_every_loop():
+    text = (GUIDES / "loops" / "index.md").read_text(encoding="utf-8")
+    listed = re.findall(r"\]\((\w+)\.md\)", text)
+    assert sorted(listed) == sorted(page.removeprefix("loops/") for page in LOOPS)
+
+
+# ---------------------------------------------------------------------- what the pages say of them
+
+CHECKS: dict[tuple[str, int], list[Callable[[Names], None]]] = {}
+
+
+def of(page: str, number: int = 0) -> Callable[[Callable[[Names], None]], Callable[[Names], None]]:
+    """Registers what must hold after a block of a page of loops."""
+
+    def register(check: Callable[[Names], None]) -> Callable[[Names], None]:
+        assert (f"loops/{page}", number) in {(p, i) for p in LOOPS for i in range(len(blocks(p)))}
+        CHECKS.setdefault((f"loops/{page}", number), []).append(check)
+        return check
+
+    return register
+
+
+def close(a: Any, b: Any, atol: float = 1e-4) -> None:
+    """Two trees are equal but for rounding."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 0, atol), a, b)
+
+
+@of("plain")
+@of("haiku")
+def _plain(names: Names) -> None:
+    lora, x, apply = names["lora"], names["x"], names["lora"].apply
+    merged = jlora.merge(names["base"], names["adapter"])
+    assert jax.tree.structure(merged) == jax.tree.structure(names["params"])
+    close(apply(merged, {}, x), apply(names["base"], names["adapter"], x))
+    assert "trainable" in str(lora.sites(names["params"], x))
+
+
+@of("linen")
+def _linen(names: Names) -> None:
+    state = names["state"]
+    assert int(state.step) == 50
+    assert jlora.count(state.opt_state) == 2 * jlora.count(state.params) + 1  # moments, a count
+    assert names["adapter"]["params"]["head"]["kernel"].is_deleted()
+
+
+@of("nnx")
+@of("nnx", 2)
+def _nnx(names: Names) -> None:
+    nnx, merged, x = names["nnx"], names["merged"], names["x"]
+    assert isinstance(merged, nnx.Sequential)
+    if "adapted" in names:
+        close(names["adapted"](x), merged(x))
+    else:
+        close(names["lora"].apply(names["base"], names["adapter"], x), merged(x))
+
+
+@of("nnx", 1)
+def _nnx_state(names: Names) -> None:
+    """Statistics and masks go on from step to step, as those of the module itself do."""
+    lora, base, adapter, rest, nnx, x = (
+        names[name] for name in ("lora", "base", "adapter", "rest", "nnx", "x")
+    )
+    same, outputs = nnx.clone(names["merged"]), []
+    for _ in range(3):
+        y, rest = lora.apply(base, adapter, rest, x)
+        close(y, same(x))
+        outputs.append(np.asarray(y))
+    assert not np.array_equal(outputs[0], outputs[1])  # another mask
+    new = nnx.state(same, nnx.Not(nnx.Param))
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    plain = lambda x: jax.random.key_data(x) if is_key(x) else x  # noqa: E731
+    close(*(jax.tree.map(plain, nnx.to_pure_dict(x)) for x in (rest, new)))
+    mean = names["merged"].layers[1].mean[...]
+    assert not np.array_equal(mean, same.layers[1].mean[...])
+    assert np.abs(mean).max() > 0.01  # it was trained with statistics
+
+
+@of("nnx", 2)
+def _nnx_optimizer(names: Names) -> None:
+    nnx, adapted, model = names["nnx"], names["adapted"], names["model"]
+    trained = nnx.state(adapted, nnx.LoRAParam)
+    moments = nnx.state(names["optimizer"], nnx.optimizer.OptVariable)
+    assert jlora.count(moments) == 2 * jlora.count(trained)
+    assert jlora.count(trained) < jlora.count(nnx.state(model))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(model))
+
+
+@of("equinox")
+def _equinox(names: Names) -> None:
+    model, x = names["model"], names["x"]
+    assert isinstance(model, names["eqx"].nn.MLP)
+    assert [s.path for s in names["lora"].sites(names["params"], x)] == [
+        "layers/0/weight",
+        "layers/1/weight",
+    ]
+    close(jax.vmap(model)(x), names["lora"].apply(names["base"], names["adapter"], x))
+
+
+@of("keras", 1)
+def _keras(names: Names) -> None:
+    model, x, merged, rest = (names[name] for name in ("model", "x", "merged", "rest"))
+    weights = [merged[v.path] for v in model.trainable_variables]
+    close(model(x), model.stateless_call(weights, rest, x, training=False)[0])
+    assert [s.path for s in names["lora"].sites(names["params"], rest, x)] == sorted(
+        v.path for v in model.trainable_variables if v.path.endswith("kernel")
+    )
+    paths = [v.path for v in model.trainable_variables]
+    assert paths != sorted(paths)  # so that the order of the keys is another
+
+
+@of("accumulation")
+def _accumulation(names: Names) -> None:
+    found = jax.tree.leaves(names["state"], is_leaf=lambda x: isinstance(x, optax.MultiStepsState))
+    [inner] = [x for x in found if isinstance(x, optax.MultiStepsState)]
+    assert (int(inner.gradient_step), int(inner.mini_step)) == (30, 0)
+    assert jlora.count(names["state"]) == 3 * jlora.count(names["adapter"]) + 3
+
+
+@of("precision")
+def _precision(names: Names) -> None:
+    base, adapter, x = names["base"], names["adapter"], names["x"]
+    assert {w.dtype for w in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
+    assert {a.dtype for a in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
+    text = str(jax.make_jaxpr(jax.grad(names["loss_fn"]))(adapter, base, x, x[:, :4].argmax(-1)))
+    products = re.findall(r"(\w+)\[[\d,]+\] = dot_general", text)
+    assert len(products) > 6 and set(products) == {"bf16"}
+
+
+@of("remat")
+def _remat(names: Names) -> None:
+    """Layers are computed again: of the activations only some are there after the forward pass."""
+    lora, base, adapter, x = (names[name] for name in ("lora", "base", "adapter", "x"))
+
+    def kept(model: Any) -> int:
+        apply = jlora.transform(model, jlora.LoRA()).apply
+        derive = lambda adapter: jax.vjp(lambda adapter: apply(base, adapter, x), adapter)[1]  # noqa: E731
+        return jlora.count(jax.eval_shape(derive, adapter))
+
+    plain = lambda params, x: jax.lax.scan(names["layer"], x, params)[0]  # noqa: E731
+    close(
+        lora.apply(base, adapter, x), jlora.transform(plain, jlora.LoRA()).apply(base, adapter, x)
+    )
+    assert kept(names["model"]) < 0.8 * kept(plain)
+
+
+@of("dpo")
+def _dpo(names: Names) -> None:
+    assert names["losses"][0] == pytest.approx(np.log(2), abs=1e-5)  # policy and reference alike
+
+
+@of("grpo")
+def _grpo(names: Names) -> None:
+    rewards = names["rewards"]
+    assert np.mean(rewards[-5:]) > 0.3 > 5 * np.mean(rewards[:5])
+    base, prompts, key = names["base"], names["prompts"], jax.random.key(99)
+    before, after = (names["sample"](x, base, prompts, key) for x in ({}, names["adapter"]))
+    assert (after[:, 1:] == 7).mean() > 5 * (before[:, 1:] == 7).mean()
+    assert (after[:, 0] == prompts[:, 0]).all()
+
+
+@of("evaluation")
+def _evaluation(names: Names) -> None:
+    assert names["served"] == pytest.approx(names["losses"][1], abs=1e-5)
+    model, base, x = names["model"], names["base"], names["held_out"]
+    assert ((model(base, x) - x[:, ::-1]) ** 2).mean() == pytest.approx(names["losses"][0])
+
+
+@of("stopping")
+def _stopping(names: Names) -> None:
+    losses, best, x, y = (names[name] for name in ("losses", "best", "x", "y"))
+    assert len(losses) == losses.index(min(losses)) + 21 > 30
+    found = float(names["loss_fn"](best, names["base"], x[32:], y[32:]))
+    assert found == pytest.approx(min(losses), abs=1e-6)
+
+
+@of("checkpoints")
+def _checkpoints(names: Names) -> None:
+    base, adapter, rows, folder = (names[name] for name in ("base", "adapter", "names", "folder"))
+    jax.tree.map(np.testing.assert_array_equal, base, names["init"](names["key"]))
+    moved = jax.tree.map(lambda x: x + 0.1, adapter)
+    peft.save(folder + "-moved", base, moved, rows)
+    peft.export_merged(folder, folder + "-moved", folder + "-served")
+    close(peft.load_base(folder + "-served", rows, like=base), jlora.merge(base, moved))
+    close(peft.load(folder + "-adapter", base, rows), adapter)
+    assert pathlib.Path(folder + "-merged", "model.safetensors").exists()
+
+
+@of("tunix")
+def _tunix(names: Names) -> None:
+    """Metrics are there, the adapter alone is saved, and a new trainer goes on from it."""
+    nnx, trainer, adapted = names["nnx"], names["trainer"], names["adapted"]
+    train, held_out = (
+        trainer.metrics_logger.get_metric_history("", "loss", mode) for mode in ("train", "eval")
+    )
+    assert (len(train), len(held_out)) == (30, 4)
+    check_learned(list(train))
+    before = names["Llama3"](adapted.base.config, rngs=nnx.Rngs(0))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(before))
+    args = names["ids"], names["at"], None, names["causal"]
+    merged = jlora.merge(adapted.base, nnx.as_pure(adapted.adapter))
+    assert isinstance(merged, names["Llama3"])
+    close(adapted(*args)[0], merged(*args)[0], 1e-3)
+
+    other = names["Adapted"](jax.random.key(1), before, *args)
+    again = names["PeftTrainer"](other, optax.adamw(1e-2), names["config"])
+    assert again.train_steps == 30
+    close(nnx.state(other, nnx.LoRAParam), nnx.state(adapted, nnx.LoRAParam), 0)
+    moments, restored = (nnx.state(x.optimizer, nnx.optimizer.OptState) for x in (trainer, again))
+    close(moments, restored, 0)
+    with ocp.PyTreeCheckpointer() as orbax:
+        saved = orbax.metadata(pathlib.Path(names["folder"], "30", "model_params")).item_metadata
+    assert list(saved.tree) == ["adapter"]
+    again.close()
+
+
+def test_orbax_goes_on(tmp_path, monkeypatch):
+    """To the losses of a run that was not stopped, bit for bit."""
+    whole = run("loops/orbax")
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path / "stopped"))
+    first = run("loops/orbax", lambda code: code.replace("0, 50)", "0, 25)"))
+    second = run("loops/orbax")
+    check_learned(whole["losses"])
+    assert len(first["losses"]) == 25 and len(second["losses"]) == 30  # from step 20
+    assert first["losses"] == whole["losses"][:25]
+    assert second["losses"] == whole["losses"][20:]
+    jax.tree.map(np.testing.assert_array_equal, second["adapter"], whole["adapter"])
+
+
+# ------------------------------------------------------------------------ in processes of their own
+
+REPORT = """
+import json
+tree = jax.tree.map(lambda x: str(x.sharding.spec), (adapter, state))
+print(json.dumps([losses, jax.tree.leaves(tree), jax.device_count()]))
+"""
+
+
+def start(page: str, **environment: str) -> subprocess.Popen[str]:
+    """A process that runs a page and prints what came of it."""
+    code = "".join(code for code, _ in blocks(page)) + REPORT
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[list[float], list[str], int]:
+    """Losses, how the leaves of adapter and state lie, and the number of devices."""
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    losses, specs, devices = json.loads(out.splitlines()[-1])
+    check_learned(losses)
+    return losses, specs, devices
+
+
+@pytest.mark.slow
+def test_sharding():
+    _, specs, devices = finish(start("loops/sharding"))
+    assert devices == 8
+    of_adapter = ["P('tensor',)", "P(None, 'fsdp')", "P('fsdp',)", "P(None, 'tensor')"]
+    specs = [spec.replace(", None)", ",)") for spec in specs]  # which is the same
+    assert specs == [*of_adapter, "P()", *of_adapter, *of_adapter]  # a count, and two moments
+
+
+def job(processes: int) -> list[tuple[list[float], list[str], int]]:
+    """What came of the page on many hosts, in each of some processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    started = [start("loops/hosts", JOB=f"{where} {processes} {i}") for i in range(processes)]
+    return [finish(process) for process in started]
+
+
+@pytest.mark.slow
+def test_hosts():
+    [(_, specs, devices)] = job(1)
+    assert devices == 1
+    assert len(specs) == 7
+
+
+@pytest.mark.slow
+def test_hosts_agree():
+    [(alone, _, _)] = job(1)
+    (first, specs, devices), (second, _, _) = job(2)
+    assert devices == 2
+    assert "P('fsdp', None)" in specs
+    assert first == second
+    np.testing.assert_allclose(first, alone, 0, 1e-6)
