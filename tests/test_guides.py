@@ -29,7 +29,8 @@ Names = dict[str, Any]
 GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
 LINES, WIDTH = 25, 100  # the most of a block of the loops
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.M | re.S)
-OWN = {f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix")}  # have their own tests
+# Those of them that have tests of their own.
+OWN = {"index", *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix"))}
 
 
 def blocks(page: str) -> list[tuple[str, str | None]]:
