@@ -205,15 +205,17 @@ def read_config(found: Fields, path: str | Path = "config.json") -> Config:
         fields["activation"]: tuple(ACTIVATIONS),
         "rope_type": ("default", *SCALINGS),
     }
-    found["rope_type"] = rotary.get("rope_type", rotary.get("type", "default"))
+    unsaid = "" if "factor" in rotary else "default"
+    found["rope_type"] = rotary.get("rope_type", rotary.get("type", unsaid))
+    if found[fields["activation"]] is None:
+        raise ValueError(f"`{path}` lacks {fields['activation']}")
     config = hf.to_config(found, Config, fields, known, ABSENT, path)
-    return dataclasses.replace(
-        config,
-        biases=_biases(found),
-        windows=_windows(found, family),
-        rope_scaling=_scaling(found["rope_type"], rotary, path),
-        **family.implied,
-    )
+    more = {
+        "biases": _biases(found),
+        "windows": _windows(found, family),
+        "rope_scaling": _scaling(found["rope_type"], rotary, path),
+    }
+    return dataclasses.replace(config, **{**more, **family.implied})
 
 
 def _biases(found: Fields) -> tuple[str, ...]:
