@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
     def measure(adapter):
         logits_fn = Partial(lora.apply, base, adapter)
-        answers = llama.generate(logits_fn, prompts, stop=llama.STOP)
+        answers = llama.generate(logits_fn, prompts, config.cache, stop=llama.STOP)
         return evaluate(logits_fn, held_out, args.batch), tokenizer.decode_batch(answers)
 
     before, first = measure(adapter)  # B is zero: the model as it came

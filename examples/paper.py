@@ -34,7 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from methods import METHODS, Method
+from methods import METHODS, PREFIXES, Method
 from tasks import pretrained, problems, seeds, table, texts, training
 from tasks.pretrained import Loaded
 from tasks.problems import Problem
@@ -75,7 +75,8 @@ def pose(loaded: Loaded, recipe: Recipe, args: argparse.Namespace) -> Problem:
     if loaded.causal:
         if args.damaged is not None:
             raise ValueError(f"`--damaged`: expected none for {args.model}, got {args.damaged}")
-        return texts.generation(*given, limit=args.limit)
+        cache = None if args.method in PREFIXES else loaded.config.cache
+        return texts.generation(*given, limit=args.limit, cache=cache)
     return problems.classification(
         *given, pad=loaded.pad, types=loaded.types, limit=args.limit, damaged=args.damaged
     )

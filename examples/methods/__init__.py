@@ -37,3 +37,5 @@ METHODS: dict[str, Callable[..., Method]] = {
     "lora": lora,
     "lora_all": lora_all,
 }
+# These put tokens of their own into every call, which a cache of keys and values cannot hold.
+PREFIXES = ("pre_embed", "pre_layer", "prompt")

@@ -79,7 +79,10 @@ def _adapters(
             if part not in parts:
                 return outputs
             p = added[f"layer_{layer}"][part]
-            return jax.tree.map(lambda x: perceptron(p, x), outputs)  # a layer's are (x, None)
+            if not isinstance(outputs, tuple):
+                return perceptron(p, outputs)
+            x, *besides = outputs  # what a cache holds
+            return perceptron(p, x), *besides
 
         return hook
 

@@ -114,8 +114,9 @@ def change(apply: Callable[..., Any], begin: Callable[..., Hook]) -> Callable[..
         begin: gives the hook of a call from the added parameters and the call's arguments. The
             hook stands for every layer and its parts: `hook(call, layer, part, *inputs)` is what
             they give instead of `call(*inputs)`. `layer` is a number; `part` is ``"layer"``, with
-            inputs x ``(B, L, D)`` and mask and outputs ``(x, None)``, or ``"attention"`` or
-            ``"mlp"``, whose output is what the layer adds to its residual.
+            inputs x ``(B, L, D)``, mask and what it has of a cache, and outputs ``(x, None)``, or
+            ``"attention"`` or ``"mlp"``, whose output is what the layer adds to its residual.
+            GPT-2's layer and attention give what the cache then holds in the place of None.
     """
 
     def changed(variables: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -174,7 +174,7 @@ class Encoder(nn.Module):
         layers = self.config.num_hidden_layers
         return stack(
             Layer, layers, "layer", x, mask, **self.how, config=self.config, **self.options
-        )
+        )[0]
 
 
 class WordHead(nn.Module):

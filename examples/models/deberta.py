@@ -283,7 +283,8 @@ class Encoder(nn.Module):
         carry = jnp.zeros((), jnp.int32), x
         shared = mask, relative, first
         layers = c.num_hidden_layers
-        return stack(Layer, layers, "layer", carry, *shared, **self.how, config=c, **options)[1]
+        carry, _ = stack(Layer, layers, "layer", carry, *shared, **self.how, config=c, **options)
+        return carry[1]
 
 
 class Deberta(nn.Module):

@@ -2,7 +2,7 @@
 
     config, variables = gpt.load(folder)     # config.json and model.safetensors, or shards
     model = gpt.GPT(config)
-    logits = model.apply(variables, ids)     # (B, L, V)
+    logits = model.apply(variables, ids)     # (B, L, V); for texts see `cache` and `generation`
     gpt.save(path, variables, config)        # the same tensors
 
     model = gpt.GPT(gpt.SIZES["gpt3-175b"], remat=True, param_dtype=jnp.bfloat16)
@@ -29,7 +29,9 @@ import numpy as np
 
 from jlora import peft
 
+from . import cache as caches
 from . import hf, parts
+from .cache import Cache
 from .parts import check_length, constrain, dense, dropout, embed, fused, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -69,6 +71,20 @@ class Config:
         """Rows of the table of tokens."""
         return -(-self.vocab // self.pad_vocab) * self.pad_vocab
 
+    def cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+        """An empty cache for rows of at most `slots` tokens.
+
+        Raises:
+            ValueError: there are fewer positions.
+        """
+        if slots > self.positions:
+            raise ValueError(
+                f"`slots`: expected at most {self.positions}, the positions of the model, got "
+                f"{slots}"
+            )
+        size = self.dim // self.heads
+        return caches.empty(self.layers, batch, slots, self.heads, size, dtype)
+
 
 SIZES = {
     "gpt2": Config(),
@@ -81,6 +97,9 @@ SIZES = {
 # ---- the model ----------------------------------------------------------------------------------
 
 
+Cached = tuple[jax.Array, jax.Array] | None  # keys and values of a layer
+
+
 class Block(nn.Module):
     """Causal attention and a two-layer perceptron, each on normalized inputs, added to x."""
 
@@ -89,18 +108,20 @@ class Block(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, None]:
-        """``(B, L, D)`` and ``(B, 1, 1, L)``, True where a key is seen, to ``(B, L, D)``."""
+    def __call__(
+        self, x: jax.Array, cached: Cached, mask: jax.Array | None, slots: jax.Array | None
+    ) -> tuple[jax.Array, Cached]:
+        """``(B, L, D)`` to the same, and what the cache then holds; see `Attention`."""
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = constrain(x, "batch", "residual", None)
         y = layer_norm(c.norm_eps, **options, name="ln_1")(x)
         y = constrain(y, "batch", "length", None)
-        y = Attention(c, **options, name="attn")(y, mask)
+        y, cached = Attention(c, **options, name="attn")(y, cached, mask, slots)
         x = constrain(x + dropout(self, c.dropout, y), "batch", "residual", None)
         y = layer_norm(c.norm_eps, **options, name="ln_2")(x)
         y = constrain(y, "batch", "length", None)
         y = MLP(c, **options, name="mlp")(y)
-        return constrain(x + dropout(self, c.dropout, y), "batch", "residual", None), None
+        return constrain(x + dropout(self, c.dropout, y), "batch", "residual", None), cached
 
 
 class Attention(nn.Module):
@@ -111,16 +132,30 @@ class Attention(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """``(B, L, D)`` and ``(B, 1, 1, L)`` to ``(B, L, D)``."""
+    def __call__(
+        self, x: jax.Array, cached: Cached, mask: jax.Array | None, slots: jax.Array | None
+    ) -> tuple[jax.Array, Cached]:
+        """``(B, L, D)`` to the same, and what the cache then holds.
+
+        Args:
+            x: inputs.
+            cached: keys and values in S slots, ``(B, S, H, K)``, or None.
+            mask: True where a key is seen, ``(B, 1, 1, L)``; with a cache ``(B, 1, L, S)``.
+            slots: of the cache, where these tokens go, ``(B, L)``.
+        """
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = fused(3, c.dim, c.dim, ("embed", "heads"), **options, name="c_attn")(x)  # (B, L, 3, D)
         y = y.reshape(*x.shape[:2], 3, c.heads, c.dim // c.heads)  # (B, L, 3, H, K)
         y = constrain(y, "batch", "length", None, "heads", None)
         q, k, v = (y[:, :, i] for i in range(3))  # (B, L, H, K)
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+        causal = cached is None
+        if cached is not None:
+            old_k, old_v = cached
+            cached = caches.write(old_k, k, slots), caches.write(old_v, v, slots)
+            k, v = (y.astype(q.dtype) for y in cached)  # (B, S, H, K)
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
         y = constrain(y, "batch", "length", "heads", None).reshape(x.shape)
-        return dense(c.dim, ("heads", "embed"), **options, name="c_proj")(y)
+        return dense(c.dim, ("heads", "embed"), **options, name="c_proj")(y), cached
 
 
 class MLP(nn.Module):
@@ -160,35 +195,53 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: jax.Array, mask: jax.Array | None = None, positions: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        ids: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
         """Embeds, applies the layers, and reads the logits off the tied embedding.
 
         Args:
             ids: ``(B, L)``.
             mask: ``(B, L)``, nonzero where there is a token and not padding.
-            positions: ``(B, L)`` or ``(1, L)``; None is 0, 1, 2, ….
+            positions: ``(B, L)`` or ``(1, L)``; None is 0, 1, 2, …. Those with a cache follow from
+                what it holds, and must not be given.
+            cache: of the tokens before these, which are seen too.
+
+        Returns:
+            The logits; with a cache, these and the cache that holds these tokens too.
 
         Raises:
-            ValueError: there are more tokens than positions.
+            ValueError: there are more tokens than positions, or positions beside a cache.
         """
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        if positions is None:
+        seen = None if mask is None else mask[:, None, None].astype(bool)  # (B, 1, 1, L)
+        place, slots, cached = None, None, None
+        if cache is not None:
+            if positions is not None:
+                raise ValueError("`positions`: expected none with a cache, which says where it is")
+            place = cache.place(ids.shape, mask)
+            positions, slots, seen = place.positions, place.slots, place.seen
+            cached = cache.keys, cache.values
+        elif positions is None:
             check_length(ids, c.positions)
             positions = jnp.arange(ids.shape[1])[None]
         wte = embed(c.rows, c.dim, "vocab", **options, name="wte")
         wpe = embed(c.positions, c.dim, "position", **options, name="wpe")
         x = dropout(self, c.dropout, wte(ids) + wpe(positions))  # (B, L, D)
-        mask = None if mask is None else mask[:, None, None].astype(bool)  # (B, 1, 1, L)
-        how = {"scan": self.scan, "remat": self.remat, "policy": self.policy}
-        x = stack(Block, c.layers, "h", x, mask, **how, config=c, **options)
+        how = {"scan": self.scan, "remat": self.remat, "policy": self.policy, "each": (cached,)}
+        x, written = stack(Block, c.layers, "h", x, seen, slots, **how, config=c, **options)
         x = layer_norm(c.norm_eps, **options, name="ln_f")(x)
         logits = wte.attend(constrain(x, "batch", "length", None)).astype(jnp.float32)
         logits = constrain(logits, "batch", "length", "vocab")
-        least = jnp.finfo(jnp.float32).min
-        return (
-            jnp.where(jnp.arange(c.rows) < c.vocab, logits, least) if c.rows > c.vocab else logits
-        )
+        if c.rows > c.vocab:
+            least = jnp.finfo(jnp.float32).min
+            logits = jnp.where(jnp.arange(c.rows) < c.vocab, logits, least)
+        if place is None:
+            return logits
+        return place.checked(logits), Cache(*written, place.lengths)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

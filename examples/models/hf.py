@@ -43,6 +43,18 @@ def read_config(
     path = Path(folder) / "config.json"
     found = json.loads(path.read_text())
     found |= found.pop("rope_parameters", None) or {}  # where transformers 5 writes rope_theta
+    return to_config(found, kind, fields, known, absent, path)
+
+
+def to_config(
+    found: Mapping[str, Any],
+    kind: type[Config],
+    fields: Mapping[str, str],
+    known: Mapping[str, Any],
+    absent: Mapping[str, str] | None = None,
+    path: str | Path = "config.json",
+) -> Config:
+    """A dataclass from the fields of a `config.json`; see `read_config`."""
     found = {k: v for k, v in found.items() if v is not None}
     found = {name: found[of] for name, of in (absent or {}).items() if of in found} | found
     for name, value in known.items():
@@ -132,7 +144,7 @@ def rows(
 
     Args:
         modules: regular expressions for our modules to Hugging Face's, with ``{}`` for the number
-            of the block.
+            of the block, and another one for each `l` of `leaves`.
         leaves: the axes and the name there of each of our leaves, as ``{"bias": ("o", "bias")}``.
         stack: the name of the stacked blocks; numbered ones are called ``stack_0`` or ``stack/0``.
         prefix: of Hugging Face's modules.
@@ -148,7 +160,7 @@ def rows(
     table = []
     for ours, theirs in modules.items():
         theirs, stacked = prefix + theirs, "{}" in theirs
-        numbered = re.sub(r"\\(\d)", lambda m: rf"\{int(m[1]) + 1}", theirs).replace("{}", r"\1")
+        numbered = re.sub(r"\\(\d)", lambda m: rf"\{int(m[1]) + 1}", theirs).replace("{}", r"\1", 1)
         for leaf, (axes, parameter) in leaves.items():
             path = f"{ours}/{leaf}"
             table.append(peft.Name(path, theirs, "l" * stacked + axes, parameter, **options))

@@ -28,6 +28,7 @@ RULES: Rules = (
     # Of parameters: fully sharded along their inputs or outputs of model size, gathered for use.
     ("embed", "fsdp"),
     ("layers", None),
+    ("experts", None),
     ("norm", None),
     ("position", None),
     # Of parameters and activations: what tensor parallelism cuts.
@@ -121,6 +122,23 @@ def rms_norm(epsilon: float, **options: Any) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon, scale_init=_named(nn.initializers.ones, ("norm",)), **options)
 
 
+class ShiftedRMSNorm(nn.Module):
+    """Normalization to mean square 1, then a scale of 1 + w, all in float32 or more."""
+
+    epsilon: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., size) to the same; what is called `scale` among the parameters is w."""
+        w = self.param("scale", _named(nn.initializers.zeros, ("norm",)), x.shape[-1:])
+        wide = jnp.promote_types(jnp.float32, self.dtype)
+        y = nn.RMSNorm(self.epsilon, use_scale=False, dtype=wide)(x.astype(wide))
+        w = jax.lax.expand_dims(w.astype(wide), range(x.ndim - 1))
+        return (y * (1 + w)).astype(self.dtype)
+
+
 def dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
     """Dropout in the calls that bring a key for it, `rngs={"dropout": key}`."""
     return nn.Dropout(rate)(x, deterministic=not module.has_rng("dropout"))
@@ -135,20 +153,22 @@ def stack(
     name: str,
     x: Any,
     *shared: Any,
+    each: tuple[Any, ...] = (),
     scan: bool,
     remat: bool = False,
     policy: Callable[..., bool] | None = None,
     **fields: Any,
-) -> Any:
-    """What `layers` blocks make of `x`, one after the other.
+) -> tuple[Any, Any]:
+    """What `layers` blocks make of `x`, one after the other, and what each gives besides, stacked.
 
     Args:
-        block: a module of these `fields` that turns ``(x, *shared)`` into ``(x, None)``.
+        block: a module of these `fields` that turns ``(x, *each, *shared)`` into ``(x, besides)``.
         layers: how many.
         name: of the module that has the parameters of all blocks stacked on axis 0; or of the
             modules ``name_0``, ``name_1``, ….
         x: what goes through the blocks.
         *shared: what all of them get alike.
+        each: what they get each its own of: trees of arrays with layers on axis 0.
         scan: one compiled block in a loop, or each block compiled by itself.
         remat: whether the backward pass computes each block again instead of keeping its
             activations.
@@ -159,15 +179,18 @@ def stack(
         # A scan already keeps XLA from merging the two forward passes.
         block = nn.remat(block, policy=policy, prevent_cse=not scan)
     if not scan:
+        besides = []
         for i in range(layers):
-            x, _ = block(**fields, name=f"{name}_{i}")(x, *shared)
-        return x
+            own = jax.tree.map(lambda a, i=i: a[i], each)
+            x, y = block(**fields, name=f"{name}_{i}")(x, *own, *shared)
+            besides.append(y)
+        return x, jax.tree.map(lambda *y: jnp.stack(y), *besides)
     loop = nn.scan(
         block,
         length=layers,
-        in_axes=nn.broadcast,
+        in_axes=(*[0] * len(each), *[nn.broadcast] * len(shared)),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return loop(**fields, name=name)(x, *shared)[0]
+    return loop(**fields, name=name)(x, *each, *shared)

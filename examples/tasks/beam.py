@@ -1,22 +1,26 @@
 """Beam search with a length penalty and without repeated n-grams.
 
-    logits_fn = jax.tree_util.Partial(lora.apply, base, adapter)        # ids (R, L) to (R, L, V)
-    step = functools.partial(beam.next_logits, logits_fn)
+    logits_fn = jax.tree_util.Partial(lora.apply, base, adapter)
+    step = beam.cached(logits_fn, config.cache)  # or beam.uncached(logits_fn)
     texts = beam.search(step, prompts, beams=10, new_tokens=64, stop=(50256,), penalty=0.9)
 
 The score of a text is the sum of its tokens' log probabilities, the stop included, divided by their
 number to the power of the penalty: that of `transformers`, whose search with early_stopping="never"
 finds the same texts. One beam with penalty 0 is greedy. The search ends when no unfinished text can
-become better than those kept. The model runs as one compiled program of fixed shape over whole
-texts: simple, not fast.
+become better than those kept. Shapes are fixed: with a cache two programs are compiled, one for the
+prompts and one for a token of each text; without, one for whole texts.
+
+Letters in the shapes: R rows, each an unfinished text, L tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from models.cache import Cache
+from models.generation import fill
 
 
 class Text(NamedTuple):
@@ -26,22 +30,61 @@ class Text(NamedTuple):
     score: float
 
 
-Step = Callable[[np.ndarray, np.ndarray], jax.Array | np.ndarray]
+State = Any
+Step = Callable[
+    [np.ndarray, np.ndarray, np.ndarray | None, State], tuple[jax.Array | np.ndarray, State]
+]
+
+
+def uncached(logits_fn: Callable[[jax.Array], jax.Array]) -> Step:
+    """The step of a causal model, which runs over whole texts each time.
+
+    Args:
+        logits_fn: a `jax.tree_util.Partial` of ids (R, L) to logits (R, L, V).
+    """
+
+    def step(ids: Any, lengths: Any, parents: Any, state: State) -> tuple[jax.Array, State]:
+        del parents, state
+        return _last_logits(logits_fn, ids, lengths), None
+
+    return step
 
 
 @jax.jit
-def next_logits(
-    logits_fn: Callable[[jax.Array], jax.Array], ids: jax.Array, lengths: jax.Array
-) -> jax.Array:
-    """The logits after the last token of each row, (R, V).
+def _last_logits(logits_fn: Any, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_fn(ids), lengths[:, None, None] - 1, axis=1)[:, 0]
+
+
+def cached(logits_fn: Callable[..., Any], cache: Callable[[int, int], Cache]) -> Step:
+    """The step of a causal model that reads only the last token of each text.
 
     Args:
-        logits_fn: a `jax.tree_util.Partial` of a causal model, ids (R, L) to logits (R, L, V).
-        ids: padded on the right, ``(R, L)``.
-        lengths: the numbers of tokens, ``(R,)``.
+        logits_fn: a `jax.tree_util.Partial` of `(ids, mask, cache=cache)` to logits and cache.
+        cache: rows and slots to an empty cache, as the model's `config.cache`.
     """
-    logits = logits_fn(ids)
-    return jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
+
+    def step(ids: Any, lengths: Any, parents: Any, state: State) -> tuple[jax.Array, State]:
+        if parents is None:
+            state = _read(logits_fn, cache(*ids.shape), ids, lengths)
+            parents = np.arange(len(ids))
+        token = ids[np.arange(len(ids)), lengths - 1][:, None]
+        return _next_logits(logits_fn, state, parents, token)
+
+    return step
+
+
+@jax.jit
+def _read(logits_fn: Any, cache: Cache, ids: jax.Array, lengths: jax.Array) -> Cache:
+    """The cache with all but the last token of each row."""
+    return fill(logits_fn, cache, ids, jnp.arange(ids.shape[1]) < lengths[:, None] - 1)
+
+
+@jax.jit
+def _next_logits(
+    logits_fn: Any, cache: Cache, parents: jax.Array, token: jax.Array
+) -> tuple[jax.Array, Cache]:
+    logits, cache = logits_fn(token, cache=cache.rows(parents))
+    return logits[:, 0], cache
 
 
 def search(
@@ -59,8 +102,10 @@ def search(
     """The best texts after each prompt, at most `beams`, best first.
 
     Args:
-        step: ids, (R, L) int32, and the numbers of their tokens, (R,) int32, to the logits of the
-            next ones, (R, V). R and L are the same in every call.
+        step: `uncached` or `cached`: a function of ids, (R, L) int32, the numbers of their tokens,
+            (R,) int32, the row of the last call that each goes on, (R,), and what the last call
+            gave besides; both None at first. It gives the logits of the next tokens, (R, V), and
+            what the next call gets. R and L are the same in every call.
         prompts: at least a token each.
         beams: how many unfinished texts are followed, for each prompt.
         new_tokens: the most tokens of a text.
@@ -82,10 +127,12 @@ def search(
         raise ValueError(f"`length`: expected at least {needed}, got {length}")
     searches = [_Search(prompt, beams, length or needed) for prompt in prompts]
     rules = _Rules(new_tokens, frozenset(stop), penalty, no_repeat, prompt_counts)
+    parents = state = None
     for _ in range(new_tokens):
         ids = np.concatenate([one.ids for one in searches])
         lengths = np.repeat([one.start + one.count for one in searches], beams).astype(np.int32)
-        logits = np.asarray(step(ids, lengths), np.float64).reshape(len(prompts), beams, -1)
+        logits, state = step(ids, lengths, parents, state)
+        logits = np.asarray(logits, np.float64).reshape(len(prompts), beams, -1)
         if np.isnan(logits).any():
             raise FloatingPointError(f"`step` gave NaN for texts of {lengths.tolist()} tokens")
         for one, rows in zip(searches, logits, strict=True):
@@ -93,6 +140,7 @@ def search(
                 one.advance(rows, rules)
         if all(one.done for one in searches):
             break
+        parents = np.concatenate([i * beams + one.parents for i, one in enumerate(searches)])
     return [one.best(rules) for one in searches]
 
 
@@ -111,6 +159,7 @@ class _Search:
         self.start, self.count, self.beams, self.done = len(prompt), 0, beams, False
         self.ids = np.zeros((beams, length), np.int32)
         self.ids[:, : self.start] = prompt
+        self.parents = np.arange(beams)  # which of the texts before each is a continuation of
         self.totals = np.full(beams, -np.inf)  # the sums of log probabilities
         self.totals[0] = 0.0  # all beams are the same prompt
         self.finished: list[Text] = []
@@ -122,13 +171,13 @@ class _Search:
             first = 0 if rules.prompt_counts else self.start
             scores[beam, repeats(self.ids[beam, first : self._end], rules.no_repeat)] = -np.inf
         ids, totals = self.ids.copy(), np.full(self.beams, -np.inf)
-        kept = 0
+        self.parents, kept = np.arange(self.beams), 0
         for rank, (beam, token) in enumerate(_best(scores, self.beams * (1 + len(rules.stop)))):
             if token in rules.stop:
                 if rank < self.beams:
                     self._finish((*self._text(beam), token), scores[beam, token], rules)
             elif kept < self.beams:
-                ids[kept] = self.ids[beam]
+                ids[kept], self.parents[kept] = self.ids[beam], beam
                 ids[kept, self._end] = token
                 totals[kept] = scores[beam, token]
                 kept += 1

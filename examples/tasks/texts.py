@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from models.cache import Cache
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -39,6 +40,7 @@ def generation(
     recipe: table.Recipe,
     *,
     limit: int | None = None,
+    cache: Callable[[int, int], Cache] | None = None,
 ) -> Problem:
     """A task of texts for a causal model with GPT-2's tokens.
 
@@ -51,6 +53,7 @@ def generation(
         tokenizer: of the model.
         recipe: the settings.
         limit: the most prompts of a split.
+        cache: the model's `config.cache`; None writes texts without.
 
     Raises:
         FileNotFoundError: a file is missing; the message says what to put where.
@@ -90,7 +93,8 @@ def generation(
     def test(model: Model) -> Result:
         prompts = tokenizer.encode_batch([t.prompt for t in given], add_special_tokens=False)
         ids = [[*prompt.ids, end][-room:] for prompt in prompts]
-        texts = _written(model, ids, stop, decoding, tokenizer)
+        step = beam.cached(model, cache) if cache else beam.uncached(model)
+        texts = _written(step, ids, stop, decoding, tokenizer)
         return Result(kind.score(texts, given, read["train"]), tuple(texts))
 
     return Problem(
@@ -113,7 +117,7 @@ def _likelihood(model: Model, batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def _written(
-    model: Model,
+    step: beam.Step,
     prompts: Sequence[Sequence[int]],
     stop: Sequence[int],
     decoding: table.Decoding,
@@ -129,7 +133,7 @@ def _written(
         "prompt_counts": False,
         "length": max(map(len, prompts)) + decoding.new_tokens,
     }
-    step, texts = functools.partial(beam.next_logits, model), []
+    texts = []
     for i in tqdm(range(0, len(prompts), DECODED), desc="beam search", disable=None):
         for found in beam.search(step, prompts[i : i + DECODED], **options):
             ids = [token for token in found[0].ids if token not in stop] if found else []

@@ -1009,10 +1009,10 @@ def table_step(seed):
     """Logits that depend on the last two tokens; row by row as a model's."""
     logits = np.random.default_rng(seed).normal(0, 1.5, (VOCAB, VOCAB, VOCAB))
 
-    def step(ids, lengths):
+    def step(ids, lengths, parents=None, state=None):
         rows = np.arange(len(ids))
         before = np.where(lengths > 1, ids[rows, np.maximum(lengths - 2, 0)], 0)
-        return logits[before, ids[rows, lengths - 1]]
+        return logits[before, ids[rows, lengths - 1]], state
 
     return step
 
@@ -1031,7 +1031,7 @@ def brute_force(step, prompt, new_tokens, stop, penalty, no_repeat, prompt_count
             texts.append(beam.Text(ids, total / len(ids) ** penalty))
             return
         given = np.array([[*prompt, *ids]])
-        scores = beam.log_softmax(step(given, np.array([given.size])))[0]
+        scores = beam.log_softmax(step(given, np.array([given.size]))[0])[0]
         for token in range(VOCAB):
             history = (*prompt, *ids, token) if prompt_counts else (*ids, token)
             if not has_repeats(history, no_repeat):
@@ -1064,7 +1064,7 @@ def test_score_is_the_sum_over_the_length_to_the_penalty():
     for text in beam.search(step, [(1,)], beams=3, new_tokens=5, stop=(STOP,), penalty=0.7)[0]:
         total, ids = 0.0, [1]
         for token in text.ids:
-            total += beam.log_softmax(step(np.array([ids]), np.array([len(ids)])))[0, token]
+            total += beam.log_softmax(step(np.array([ids]), np.array([len(ids)]))[0])[0, token]
             ids.append(token)
         assert text.score == pytest.approx(total / len(text.ids) ** 0.7)
 
@@ -1074,7 +1074,7 @@ def test_one_beam_without_penalty_is_greedy(seed):
     step = table_step(seed)
     ids = [2]
     while len(ids) < 9 and ids[-1] != STOP:
-        ids.append(int(step(np.array([ids]), np.array([len(ids)])).argmax()))
+        ids.append(int(step(np.array([ids]), np.array([len(ids)]))[0].argmax()))
     ((text,),) = beam.search(step, [(2,)], beams=1, new_tokens=8, stop=(STOP,), penalty=0.0)
     assert text.ids == tuple(ids[1:])
 
@@ -1091,9 +1091,9 @@ def test_prompts_do_not_see_each_other():
 def test_search_ends_early_and_keeps_one_shape():
     calls = []
 
-    def step(ids, lengths):
+    def step(ids, lengths, parents, state):
         calls.append((ids.shape, ids.dtype, lengths.dtype, lengths.tolist()))
-        return np.tile([0.0, 0.0, 0.0, 20.0], (len(ids), 1))
+        return np.tile([0.0, 0.0, 0.0, 20.0], (len(ids), 1)), state
 
     texts = beam.search(step, [(1,), (1, 2)], beams=2, new_tokens=50, stop=(STOP,), penalty=0.0)
     assert [several[0].ids for several in texts] == [(STOP,), (STOP,)]
@@ -1121,8 +1121,8 @@ def test_impossible_searches():
 
 
 def test_logits_that_are_no_numbers():
-    def step(ids, lengths):
-        return np.full((len(ids), VOCAB), np.nan)
+    def step(ids, lengths, parents, state):
+        return np.full((len(ids), VOCAB), np.nan), state
 
     rules = {"beams": 2, "new_tokens": 4, "stop": ()}
     said = error(FloatingPointError, beam.search, step, [[1, 2]], **rules)
@@ -1134,10 +1134,15 @@ def test_search_over_a_model():
     model = gpt.GPT(config)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     variables = jax.tree.map(lambda x: 3 * x, variables)
-    step = functools.partial(beam.next_logits, jax.tree_util.Partial(model.apply, variables))
+    logits_fn = jax.tree_util.Partial(model.apply, variables)
     rules = {"beams": 3, "new_tokens": 6, "stop": (7,), "penalty": 0.9, "no_repeat": 2}
     prompts = [(1, 2, 3), (4,)]
-    found = beam.search(step, prompts, **rules)
+    found = beam.search(beam.uncached(logits_fn), prompts, **rules)
+    again = beam.search(beam.cached(logits_fn, config.cache), prompts, **rules)
+    for texts, others in zip(found, again, strict=True):
+        assert [text.ids for text in texts] == [text.ids for text in others]
+        expected = [text.score for text in texts]
+        assert [text.score for text in others] == pytest.approx(expected, abs=1e-5)
     for prompt, texts in zip(prompts, found, strict=True):
         assert len(texts) == 3
         for text in texts:

@@ -3,8 +3,6 @@
 Needs the extra `interop`.
 """
 
-import functools
-
 import jax
 import pytest
 
@@ -24,7 +22,7 @@ PROMPTS = [(5, 6, 7, 5, 6), (8, 9, 10, 11, 12), (60, 1, 60, 1, 2)]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """One random GPT-2, theirs and ours."""
+    """One random GPT-2, theirs and ours with a cache and without."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(
@@ -35,7 +33,7 @@ def models(tmp_path_factory):
     theirs.save_pretrained(folder)
     config, variables = gpt.load(folder)
     ours = jax.tree_util.Partial(gpt.GPT(config).apply, variables)
-    return theirs.eval(), functools.partial(beam.next_logits, ours)
+    return theirs.eval(), (beam.cached(ours, config.cache), beam.uncached(ours))
 
 
 @pytest.mark.parametrize("beams", [2, 5])
@@ -43,7 +41,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("no_repeat", [0, 2])
 @pytest.mark.parametrize("stop", [(23,), (40, 23, 48)])
 def test_texts_and_scores(models, beams, penalty, no_repeat, stop):
-    theirs, step = models
+    theirs, steps = models
     expected = theirs.generate(
         torch.tensor(PROMPTS),
         attention_mask=torch.ones(len(PROMPTS), 5, dtype=torch.int64),
@@ -59,14 +57,21 @@ def test_texts_and_scores(models, beams, penalty, no_repeat, stop):
         return_dict_in_generate=True,
         output_scores=True,
     )
-    found = beam.search(
-        step, PROMPTS, beams=beams, new_tokens=8, stop=stop, penalty=penalty, no_repeat=no_repeat
-    )
-    texts = [text for several in found for text in several]
     scores = expected.sequences_scores.tolist()
-    assert len(texts) == len(PROMPTS) * beams
-    assert [text.score for text in texts] == pytest.approx(scores, abs=1e-4)
-    for text, ids in zip(texts, expected.sequences[:, 5:].tolist(), strict=True):
-        assert tuple(ids[: len(text.ids)]) == text.ids
-        assert set(ids[len(text.ids) :]) <= {PAD}
-    assert any(text.ids[-1] in stop for text in texts)
+    for step in steps:
+        found = beam.search(
+            step,
+            PROMPTS,
+            beams=beams,
+            new_tokens=8,
+            stop=stop,
+            penalty=penalty,
+            no_repeat=no_repeat,
+        )
+        texts = [text for several in found for text in several]
+        assert len(texts) == len(PROMPTS) * beams
+        assert [text.score for text in texts] == pytest.approx(scores, abs=1e-4)
+        for text, ids in zip(texts, expected.sequences[:, 5:].tolist(), strict=True):
+            assert tuple(ids[: len(text.ids)]) == text.ids
+            assert set(ids[len(text.ids) :]) <= {PAD}
+        assert any(text.ids[-1] in stop for text in texts)

@@ -1,0 +1,90 @@
+"""Keys and values of the tokens so far, so that the next ones cost what they alone cost.
+
+    cache = config.cache(batch, slots)                           # empty, of a model's config
+    logits, cache = model.apply(variables, ids, mask, cache=cache)   # the prompts
+    logits, cache = model.apply(variables, token, cache=cache)   # (batch, 1): the next token, …
+
+An adapted model takes and gives it likewise: `lora.apply(base, adapter, ids, mask, cache=cache)`.
+The slot of a token is its position, whatever padding lies around it: prompts of several lengths may
+be padded on either side. Where a row has no slot left, its logits are NaN.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .parts import constrain
+
+
+class Cache(NamedTuple):
+    """What a causal model remembers of each row of a batch.
+
+    Attributes:
+        keys: turned by their positions, (layers, batch, slots, kv_heads, head_dim).
+        values: the same.
+        lengths: the tokens of each row, (batch,).
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+
+    @property
+    def slots(self) -> int:
+        """The most tokens of a row."""
+        return self.keys.shape[2]
+
+    def place(self, shape: tuple[int, ...], mask: jax.Array | None) -> "Place":
+        """Where the next tokens of each row stand; see `Place`.
+
+        Args:
+            shape: of the token ids, (batch, length).
+            mask: (batch, length), nonzero where there is a token and not padding.
+        """
+        real = jnp.ones(shape, bool) if mask is None else mask.astype(bool)
+        count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
+        positions = jnp.maximum(self.lengths[:, None] + count - 1, 0)
+        slots = jnp.where(real, positions, self.slots)
+        seen = jnp.arange(self.slots)[None, None, None] <= positions[:, None, :, None]
+        return Place(positions, slots, seen, self.lengths + count[:, -1])
+
+    def rows(self, index: Any) -> "Cache":
+        """The cache of these rows of the batch, in this order, each as often as it is named."""
+        return Cache(self.keys[:, index], self.values[:, index], self.lengths[index])
+
+
+class Place(NamedTuple):
+    """Where tokens stand in a cache.
+
+    Attributes:
+        positions: of the tokens, (batch, length).
+        slots: the same; of padding, which is not written, one that is not there.
+        seen: which slots a token attends to, (batch, 1, length, slots).
+        lengths: of the rows with these tokens, (batch,).
+    """
+
+    positions: jax.Array
+    slots: jax.Array
+    seen: jax.Array
+    lengths: jax.Array
+
+    def checked(self, logits: jax.Array) -> jax.Array:
+        """Logits (batch, length, vocab), NaN where there was no slot left."""
+        full = self.positions >= self.seen.shape[-1]
+        return jnp.where(full[..., None], jnp.nan, logits)
+
+
+def empty(
+    layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: Any = jnp.float32
+) -> Cache:
+    """A cache without tokens."""
+    zeros = jnp.zeros((layers, batch, slots, kv_heads, head_dim), dtype)
+    return Cache(zeros, zeros, jnp.zeros(batch, jnp.int32))
+
+
+def write(cached: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+    """Keys or values of one layer, (batch, slots, kv_heads, head_dim), with new ones in `slots`."""
+    rows = jnp.arange(len(new))[:, None]
+    cached = cached.at[rows, slots].set(new.astype(cached.dtype), mode="drop")
+    return constrain(cached, "batch", None, "kv_heads", None)
