@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,9 +124,7 @@ class _Placed(NamedTuple):
 
 def _places(leaves: Sequence[Leaf]) -> dict[str, _Place]:
     return {
-        f"{module}.{leaf.name.parameter}": _Place(leaf, i)
-        for leaf in leaves
-        for i, module in enumerate(leaf.modules)
+        parameter: _Place(leaf, i) for leaf in leaves for i, parameter in enumerate(leaf.parameters)
     }
 
 
@@ -188,28 +186,41 @@ def _both(
 def _whole(
     found: Mapping[str, Any], places: Mapping[str, _Place], wrong: list[str]
 ) -> list[tuple[Leaf, list[Any]]]:
-    """By leaf, for all of its modules alike."""
-    leaves, by_path = dict[Any, Leaf](), dict[Any, dict[int, Any]]()
+    """By leaf, for all of its modules alike; of a leaf with slots for some of them alone."""
+    leaves, by_path = dict[Any, Leaf](), dict[Any, dict[str, Any]]()
     for name, x in found.items():
-        leaf, at, _ = places[name]
+        leaf = places[name].leaf
         leaves[leaf.path] = leaf
-        by_path.setdefault(leaf.path, {})[at] = x
+        by_path.setdefault(leaf.path, {})[name] = x
     whole = []
     for path, own in by_path.items():
-        leaf, said = leaves[path], f"{name_of(path)}: its layers are one leaf"
-        left = [module for i, module in enumerate(leaf.modules) if i not in own]
-        forms = dict.fromkeys((x.a.shape[0], x.scale) for x in own.values() if isinstance(x, Part))
+        leaf = leaves[path]
+        parts = [x for x in own.values() if isinstance(x, Part)]
+        if leaf.layout.slots and parts:
+            leaf = leaf.only(_slots(leaf, own.keys()))
+        what, advice = "layers", "load into a tree without a scan"
+        if leaf.layout.slots:
+            what, advice = "modules", "adapt them alike"
+        said = f"{name_of(path)}: its {what} are one leaf"
+        left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
+        forms = dict.fromkeys((x.a.shape[0], x.scale) for x in parts)
         if left:
             wrong.append(
                 f"{said}, of which {len(own)} of {len(leaf.modules)} are adapted, {left[0]} not; "
-                "load into a tree without a scan"
+                f"{advice}"
             )
         elif len(forms) > 1:
             listed = ", ".join(f"rank {r // leaf.experts} and scale {s:g}" for r, s in forms)
-            wrong.append(f"{said} but differ: {listed}; load into a tree without a scan")
+            wrong.append(f"{said} but differ: {listed}; {advice}")
         else:
-            whole.append((leaf, [own[i] for i in range(len(leaf.modules))]))
+            whole.append((leaf, [own[name] for name in leaf.parameters]))
     return whole
+
+
+def _slots(leaf: Leaf, own: Set[str]) -> tuple[int, ...]:
+    """The slots of which `own` has a parameter."""
+    every = range(len(leaf.name.modules))
+    return tuple(i for i in every if not own.isdisjoint(leaf.only((i,)).parameters))
 
 
 def _misfits(part: Part, place: _Place) -> list[str]:
