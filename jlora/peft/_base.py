@@ -125,6 +125,11 @@ def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | Non
         each = (*whole[:-2], *whole[-2:][::-1]) if name.swapped else whole
         found = [format.read(tensors, config, m, name.parameter, each) for m in leaf.modules]
         stored = [x for x in found if x is not None]
+        if stored and not name.is_plain:
+            raise Unreadable(
+                f"{leaf.parameters[0]}: is quantized, but `names` changes the values or their "
+                "order; load a checkpoint that is not quantized, and use jlora.quantize"
+            )
         for key, x in zip(leaf.parameters, found, strict=True):
             if x is not None:
                 check_finite(x, key, x.dtype or leaf.value.dtype)
@@ -213,6 +218,8 @@ def _unwritable(leaf: Leaf) -> str | None:
     if leaf.name.kind == "embedding":
         order = (*leaf.name.where("v"), *leaf.name.where("o"))
     scheme: Any = value.scheme
+    if not leaf.name.is_plain:
+        return "`names` changes its values or their order; use jlora.dequantize"
     if type(scheme) not in (NF4, FP4) and not (type(scheme) is Int8 and scheme.block is None):
         return f"{spelled(scheme)} is not of bitsandbytes"
     if str(value.dtype) not in bnb.DTYPES:

@@ -1,5 +1,6 @@
 """PEFT's files to an adapter tree, or without a base: all is checked, then all of it is read."""
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -14,7 +15,7 @@ from .._tree import name_of, nest
 from .._types import PyTree
 from ..adapters import LowRank
 from ._file import CONFIG, DTYPES, Source, listing, shown
-from ._names import Leaf, Name, by_row, low_rank, resolve, tied_to, weight, weights
+from ._names import Leaf, Name, as_here, by_row, low_rank, resolve, tied_to, weight, weights
 from ._read import (
     PREFIX,
     Adapter,
@@ -93,7 +94,8 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     for leaf, own in placed.low:
         arrays = [(found[x.a.key], found[x.b.key]) for x in own]
         rank = own[0].a.shape[0] // leaf.experts
-        nodes[leaf.path] = low_rank(leaf, arrays, rank, scale=own[0].scale, dropout=dropout)
+        scale = own[0].scale * leaf.factor
+        nodes[leaf.path] = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout)
     for leaf, own in placed.full:
         nodes[leaf.path] = jnp.asarray(weight(leaf, [found[x.key] for x in own]))
     return nest(nodes)
@@ -269,8 +271,10 @@ def _unlike(adapter: Adapter, placed: _Placed, found: Mapping[str, np.ndarray]) 
 def _is_that_of(place: _Place, x: np.ndarray) -> bool:
     if isinstance(place.leaf.value, jax.ShapeDtypeStruct):
         return True
-    own = weights(place.leaf, place.leaf.value)[place.at]
-    return np.array_equal(own, x.astype(own.dtype))
+    leaf = place.leaf
+    same = dataclasses.replace(leaf.name, times=None, plus=0.0)
+    own = weights(leaf._replace(name=same), leaf.value)[place.at]
+    return np.array_equal(own, as_here(leaf, x.astype(own.dtype)))
 
 
 # ------------------------------------------------------------------------------ without a base

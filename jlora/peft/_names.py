@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -41,6 +41,11 @@ class Name:
             keeps (experts, inputs, outputs) and has no `is_transposed`.
         tied: the module that shares an embedding as its weight. It counts as tied where no other
             leaf of the tree is that weight and the module that holds it is there.
+        interleaved: whether the last `o` has in pairs what PyTorch has in two halves, one after the
+            other, as the queries and keys of some rotary positions do.
+        times: the number that PyTorch's parameter is multiplied with here, from the leaf's shape.
+            The scale of an adapter's ΔW is multiplied with it, A and B are not.
+        plus: what is added to that, such as 1 for a norm that multiplies with 1 + its scale there.
 
     Each module of a tuple has an A and a B of its own, as by `LoRA(..., slots=Slots(2, (0, 1)))`.
 
@@ -61,6 +66,9 @@ class Name:
     parameter: str = "weight"
     transposed: bool = False
     tied: str | None = None
+    interleaved: bool = False
+    times: Callable[[tuple[int, ...]], float] | None = None
+    plus: float = 0.0
 
     def __post_init__(self) -> None:
         if wrong := self._wrong():
@@ -100,6 +108,11 @@ class Name:
     def where(self, letters: str) -> tuple[int, ...]:
         """The axes that have one of `letters`."""
         return tuple(d for d, letter in enumerate(self.axes) if letter in letters)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the leaf is PyTorch's parameter but for its axes."""
+        return self.times is None and self.plus == 0 and not self.interleaved
 
     @property
     def layout(self) -> Layout:
@@ -198,6 +211,11 @@ class Leaf(NamedTuple):
         return lengths(self.name.a_groups, sizes), lengths(self.name.b_groups, sizes)
 
     @property
+    def factor(self) -> float:
+        """What PyTorch's parameter is multiplied with."""
+        return 1.0 if self.name.times is None else self.name.times(self.shape)
+
+    @property
     def experts(self) -> int:
         """How many experts share a parameter."""
         return math.prod(self.shape[d] for d in self.name.where("e"))
@@ -282,7 +300,8 @@ def tied_to(leaf: Leaf, leaves: Sequence[Leaf]) -> str | None:
 
 
 # ------------------------------------------------------------------------------- arrays
-# Axes are permuted and flattened; values never change.
+# Axes are permuted and flattened. Values of A and B never change, nor do those of a weight unless
+# its row says so.
 
 
 def adapted(leaf: Leaf, delta: LowRank) -> Leaf:
@@ -352,12 +371,27 @@ def _lone_axis(layout: Layout) -> int | None:
 
 def weights(leaf: Leaf, value: Any) -> list[np.ndarray]:
     """PyTorch's parameter for each module of `leaf`."""
-    return _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+    own = _rounded(lambda x: (x - leaf.name.plus) / leaf.factor, leaf, value)
+    return _pack(own, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
 def weight(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of `weights`."""
-    return _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf, 0)
+    """The inverse of `weights`, but for rounding where values change."""
+    x = _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf, 0)
+    return as_here(leaf, x)
+
+
+def as_here(leaf: Leaf, x: np.ndarray) -> np.ndarray:
+    """Values of PyTorch's parameter as those of the leaf."""
+    return _rounded(lambda x: x * leaf.factor + leaf.name.plus, leaf, x)
+
+
+def _rounded(change: Callable[[np.ndarray], np.ndarray], leaf: Leaf, x: Any) -> np.ndarray:
+    """`change`, if the row of `leaf` has one, in at least float32, rounded once."""
+    x = np.asarray(x)
+    if leaf.name.times is None and leaf.name.plus == 0:
+        return x
+    return change(x.astype(np.promote_types(x.dtype, np.float32))).astype(x.dtype)
 
 
 def _pack(x: Any, axes: tuple[int, ...], groups: Groups, leaf: Leaf) -> list[np.ndarray]:
@@ -369,6 +403,7 @@ def _pack(x: Any, axes: tuple[int, ...], groups: Groups, leaf: Leaf) -> list[np.
     axes = (*shared, *axes)
     x = np.broadcast_to(x, (*(leaf.shape[d] for d in shared), *x.shape))
     sizes = dict(zip(axes, x.shape, strict=True))
+    x = _reordered(x, axes, leaf, lambda pairs: pairs.T)
     x = np.transpose(x, [axes.index(d) for d in order])
     x = x.reshape(lengths([stacked, *groups], sizes))
     # Contiguous: the writer of safetensors takes the memory as it lies.
@@ -381,4 +416,16 @@ def _unpack(
     sizes = {**dict(enumerate(leaf.shape)), RANK: rank}
     order = [*leaf.name.where("ls"), *itertools.chain(*groups)]
     x = np.stack(parts).reshape([sizes[d] for d in order])
-    return np.transpose(x, [order.index(d) for d in axes])
+    x = np.transpose(x, [order.index(d) for d in axes])
+    return _reordered(x, axes, leaf, lambda pairs: pairs.reshape(2, -1).T)
+
+
+def _reordered(
+    x: np.ndarray, axes: tuple[int, ...], leaf: Leaf, order: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """`x` with the entries of an interleaved axis in `order`, which is given them in pairs."""
+    last = leaf.name.where("o")[-1]
+    if not leaf.name.interleaved or last not in axes:
+        return x
+    pairs = np.arange(leaf.shape[last]).reshape(-1, 2)
+    return np.take(x, order(pairs).ravel(), axes.index(last))

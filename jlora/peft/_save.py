@@ -128,9 +128,10 @@ def from_leaves(
         transposed = name.transposed
         if name.kind == "experts":
             transposed = False if name.swapped else None
+        scale = x.scale / leaf.factor
         each = zip(leaf.parameters, leaf.modules, factors(leaf, x), strict=True)
         for key, module, (a, b) in each:
-            parts.append(Part(key, name.kind or "", leaf.key(module), a, b, x.scale, transposed))
+            parts.append(Part(key, name.kind or "", leaf.key(module), a, b, scale, transposed))
     return parts, full
 
 

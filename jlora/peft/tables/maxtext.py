@@ -1,0 +1,79 @@
+"""Name tables for MaxText, scanned (`scan_layers`, on its `param_scan_axis` of 1) and not.
+
+The numbers follow `maxtext.checkpoint_conversion`: Llama's queries are divided by √head_dim there,
+its queries and keys interleaved as its rotary positions want; Gemma's embedding is multiplied by
+√d, and its norms have 1 added. A and B are PEFT's own all the same, and the scale of ΔW follows W.
+"""
+
+import math
+from typing import Any
+
+import ml_dtypes
+
+from .._names import Name
+
+
+def over_root_of_head(shape: tuple[int, ...]) -> float:
+    """1 / √head_dim of a kernel (d, …, heads, head_dim)."""
+    return 1 / math.sqrt(shape[-1])
+
+
+def root_of_width(shape: tuple[int, ...]) -> float:
+    """√d of an embedding (vocabulary, d), rounded to bfloat16."""
+    return float(ml_dtypes.bfloat16(math.sqrt(shape[-1])))
+
+
+def _row(path: str, module: str, axes: str, **more: Any) -> tuple[Name, Name]:
+    """What a layer holds, of layers one by one and of a scan over them."""
+    scanned = f"{axes[0]}l{axes[1:]}"
+    return (
+        Name(rf"decoder/layers_(\d+)/{path}", rf"model.layers.\1.{module}", axes, **more),
+        Name(f"decoder/layers/{path}", f"model.layers.{{}}.{module}", scanned, **more),
+    )
+
+
+_EMBEDDING = Name("token_embedder/embedding", "model.embed_tokens", "vo", tied="lm_head")
+_HEAD = Name("decoder/logits_dense/kernel", "lm_head", "io")
+_REST = (
+    *_row("self_attention/value/kernel", "self_attn.v_proj", "ioo"),
+    *_row("self_attention/out/kernel", "self_attn.o_proj", "iio"),
+    *_row("mlp/wi_0/kernel", "mlp.gate_proj", "io"),
+    *_row("mlp/wi_1/kernel", "mlp.up_proj", "io"),
+    *_row("mlp/wo/kernel", "mlp.down_proj", "io"),
+)
+_NORMS = (
+    Name("decoder/decoder_norm/scale", "model.norm", "o"),
+    *_row("pre_self_attention_layer_norm/scale", "input_layernorm", "o"),
+    *_row("post_self_attention_layer_norm/scale", "post_attention_layernorm", "o"),
+)
+
+# Llama 2 and 3.
+LLAMA = (
+    _EMBEDDING,
+    *_row(
+        "self_attention/query/kernel",
+        "self_attn.q_proj",
+        "ioo",
+        interleaved=True,
+        times=over_root_of_head,
+    ),
+    *_row("self_attention/key/kernel", "self_attn.k_proj", "ioo", interleaved=True),
+    *_REST,
+    *_NORMS,
+    _HEAD,
+)
+
+_QUERY_AND_KEY = (
+    *_row("self_attention/query/kernel", "self_attn.q_proj", "ioo"),
+    *_row("self_attention/key/kernel", "self_attn.k_proj", "ioo"),
+)
+
+QWEN3 = (
+    _EMBEDDING,
+    *_QUERY_AND_KEY,
+    *_REST,
+    *_NORMS,
+    *_row("self_attention/query_norm/scale", "self_attn.q_norm", "o"),
+    *_row("self_attention/key_norm/scale", "self_attn.k_norm", "o"),
+    _HEAD,
+)
