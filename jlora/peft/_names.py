@@ -15,6 +15,7 @@ from .._tree import leaves_by_path, name_of
 from .._types import Layout, Path, PyTree
 from ..adapters import SLOTS, LowRank, is_node, low_rank_axes, without_slots
 
+_INDEX = r"\{(?::\d+\+(?:\d+|\\\d))?\}"  # in the template of a module
 RANK = -1  # stands for the rank beside the numbers of a weight's axes
 Groups = list[tuple[int, ...]]
 
@@ -28,7 +29,8 @@ class Name:
     Attributes:
         path: a regular expression for the whole `/`-joined path, a leading `params/` left out.
         module: PyTorch's module. `\1` stands for a group of `path`, in which `/` becomes `.`, and
-            each `{}` for the index along a stacked axis. A tuple for a leaf that holds several.
+            each `{}` for the index along a stacked axis, `{:6+2}` for six times the index and two.
+            A tuple for a leaf that holds several.
         axes: a letter for each axis of the leaf. `i`: inputs; `o`: outputs; `v`: rows that are
             looked up, of an embedding; `k`: an axis of a convolution's window; `l`: stacked, one
             module for each index; `e`: experts of one PyTorch parameter; `s`: the outputs of the
@@ -88,7 +90,7 @@ class Name:
             return "`module` is a tuple where `axes` has an s"
         if "s" in counts and counts.keys() - set("iols"):
             return "an s goes with i, o and l"
-        if any(module.count("{}") != counts["l"] for module in self.modules):
+        if any(len(re.findall(_INDEX, module)) != counts["l"] for module in self.modules):
             return "`module` needs one {} for each l of `axes`"
         if (self.tied or "v" in self.axes) and set(self.axes) != {"v", "o"}:
             return "an embedding has the axes v and o, and only an embedding is `tied`"
@@ -277,8 +279,14 @@ def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Ite
     stacked = row.where("ls")
     for at in itertools.product(*(range(shape[d]) for d in stacked)):
         slot = next((n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "s"), 0)
-        index = [n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "l"]
+        index = [_Index(n) for n, d in zip(at, stacked, strict=True) if row.axes[d] == "l"]
         yield templates[slot].format(*index)
+
+
+class _Index(int):
+    def __format__(self, spec: str) -> str:
+        times, _, plus = spec.partition("+")
+        return str(self * int(times or 1) + int(plus or 0))
 
 
 def by_row(leaves: Sequence[Leaf], names: Sequence[Name]) -> list[Leaf]:
