@@ -1,6 +1,8 @@
 """Name tables, a module for each library, and all by the names that the command line takes."""
 
+from . import gemma as gemma
 from . import transformers as transformers
+from . import tunix as tunix
 
 TABLES = {
     "bert": transformers.BERT,
@@ -9,4 +11,10 @@ TABLES = {
     "llama": transformers.LLAMA,
     "llama-scanned": transformers.LLAMA_SCANNED,
     "vit": transformers.VIT,
+    "tunix-llama3": tunix.LLAMA3,
+    "tunix-qwen2": tunix.QWEN2,
+    "tunix-qwen3": tunix.QWEN3,
+    "tunix-gemma": tunix.GEMMA,
+    "gemma3": gemma.GEMMA3,
+    "gemma2-2b": gemma.GEMMA2_2B,
 }
