@@ -272,7 +272,7 @@ def _is_that_of(place: _Place, x: np.ndarray) -> bool:
     if isinstance(place.leaf.value, jax.ShapeDtypeStruct):
         return True
     leaf = place.leaf
-    same = dataclasses.replace(leaf.name, times=None, plus=0.0)
+    same = dataclasses.replace(leaf.name, times=None)
     own = weights(leaf._replace(name=same), leaf.value)[place.at]
     return np.array_equal(own, as_here(leaf, x.astype(own.dtype)))
 

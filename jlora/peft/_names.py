@@ -15,7 +15,6 @@ from .._tree import leaves_by_path, name_of
 from .._types import Layout, Path, PyTree
 from ..adapters import SLOTS, LowRank, is_node, low_rank_axes, without_slots
 
-_INDEX = r"\{(?::\d+\+(?:\d+|\\\d))?\}"  # in the template of a module
 RANK = -1  # stands for the rank beside the numbers of a weight's axes
 Groups = list[tuple[int, ...]]
 
@@ -29,8 +28,7 @@ class Name:
     Attributes:
         path: a regular expression for the whole `/`-joined path, a leading `params/` left out.
         module: PyTorch's module. `\1` stands for a group of `path`, in which `/` becomes `.`, and
-            each `{}` for the index along a stacked axis, `{:6+2}` for six times the index and two.
-            A tuple for a leaf that holds several.
+            each `{}` for the index along a stacked axis. A tuple for a leaf that holds several.
         axes: a letter for each axis of the leaf. `i`: inputs; `o`: outputs; `v`: rows that are
             looked up, of an embedding; `k`: an axis of a convolution's window; `l`: stacked, one
             module for each index; `e`: experts of one PyTorch parameter; `s`: the outputs of the
@@ -47,7 +45,6 @@ class Name:
             other, as the queries and keys of some rotary positions do.
         times: the number that PyTorch's parameter is multiplied with here, from the leaf's shape.
             The scale of an adapter's ΔW is multiplied with it, A and B are not.
-        plus: what is added to that, such as 1 for a norm that multiplies with 1 + its scale there.
 
     Each module of a tuple has an A and a B of its own, as by `LoRA(..., slots=Slots(2, (0, 1)))`.
 
@@ -70,7 +67,6 @@ class Name:
     tied: str | None = None
     interleaved: bool = False
     times: Callable[[tuple[int, ...]], float] | None = None
-    plus: float = 0.0
 
     def __post_init__(self) -> None:
         if wrong := self._wrong():
@@ -90,7 +86,7 @@ class Name:
             return "`module` is a tuple where `axes` has an s"
         if "s" in counts and counts.keys() - set("iols"):
             return "an s goes with i, o and l"
-        if any(len(re.findall(_INDEX, module)) != counts["l"] for module in self.modules):
+        if any(module.count("{}") != counts["l"] for module in self.modules):
             return "`module` needs one {} for each l of `axes`"
         if (self.tied or "v" in self.axes) and set(self.axes) != {"v", "o"}:
             return "an embedding has the axes v and o, and only an embedding is `tied`"
@@ -114,7 +110,7 @@ class Name:
     @property
     def is_plain(self) -> bool:
         """Whether the leaf is PyTorch's parameter but for its axes."""
-        return self.times is None and self.plus == 0 and not self.interleaved
+        return self.times is None and not self.interleaved
 
     @property
     def layout(self) -> Layout:
@@ -279,14 +275,8 @@ def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Ite
     stacked = row.where("ls")
     for at in itertools.product(*(range(shape[d]) for d in stacked)):
         slot = next((n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "s"), 0)
-        index = [_Index(n) for n, d in zip(at, stacked, strict=True) if row.axes[d] == "l"]
+        index = [n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "l"]
         yield templates[slot].format(*index)
-
-
-class _Index(int):
-    def __format__(self, spec: str) -> str:
-        times, _, plus = spec.partition("+")
-        return str(self * int(times or 1) + int(plus or 0))
 
 
 def by_row(leaves: Sequence[Leaf], names: Sequence[Name]) -> list[Leaf]:
@@ -379,7 +369,7 @@ def _lone_axis(layout: Layout) -> int | None:
 
 def weights(leaf: Leaf, value: Any) -> list[np.ndarray]:
     """PyTorch's parameter for each module of `leaf`."""
-    own = _rounded(lambda x: (x - leaf.name.plus) / leaf.factor, leaf, value)
+    own = _rounded(lambda x: x / leaf.factor, leaf, value)
     return _pack(own, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
@@ -391,13 +381,13 @@ def weight(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def as_here(leaf: Leaf, x: np.ndarray) -> np.ndarray:
     """Values of PyTorch's parameter as those of the leaf."""
-    return _rounded(lambda x: x * leaf.factor + leaf.name.plus, leaf, x)
+    return _rounded(lambda x: x * leaf.factor, leaf, x)
 
 
 def _rounded(change: Callable[[np.ndarray], np.ndarray], leaf: Leaf, x: Any) -> np.ndarray:
-    """`change`, if the row of `leaf` has one, in at least float32, rounded once."""
+    """`change` of the values of a leaf that is a multiple, in at least float32, rounded once."""
     x = np.asarray(x)
-    if leaf.name.times is None and leaf.name.plus == 0:
+    if leaf.name.times is None:
         return x
     return change(x.astype(np.promote_types(x.dtype, np.float32))).astype(x.dtype)
 

@@ -158,7 +158,9 @@ def test_base(made: Made) -> None:
     _assert_close(_ours(made, {}), made.logits["base"])
     if made.model.load is None:
         return
-    ours, theirs = (dict(leaves_by_path(x)) for x in (made.base, made.model.load(made.folder / "base")))
+    ours, theirs = (
+        dict(leaves_by_path(x)) for x in (made.base, made.model.load(made.folder / "base"))
+    )
     assert ours.keys() == theirs.keys()
     for path, x in ours.items():
         assert x.dtype == theirs[path].dtype

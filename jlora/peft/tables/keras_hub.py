@@ -1,4 +1,24 @@
-"""Name tables for keras-hub's language models, whose parameters are a dict by `Variable.path`."""
+"""Name tables for the language models of keras-hub, `CausalLM` or `Backbone`.
+
+| table | classes of keras-hub | of `transformers` |
+|---|---|---|
+| `LLAMA3` | `Llama3CausalLM` | `LlamaForCausalLM` |
+| `QWEN3` | `Qwen3CausalLM` | `Qwen3ForCausalLM` |
+| `GEMMA3` | `Gemma3CausalLM` for text | `Gemma3ForCausalLM` |
+
+Tested with keras-hub 0.32, Keras 3.15 on JAX, transformers 5.24 and PEFT 0.21. The parameters are a
+dict by `Variable.path`, which `stateless_call` takes as two lists:
+
+    params = {v.path: v.value for v in model.variables}
+
+    def apply(params, inputs):
+        trained = [params[v.path] for v in model.trainable_variables]
+        others = [params[v.path] for v in model.non_trainable_variables]
+        return model.stateless_call(trained, others, inputs)[0]
+
+keras-hub 0.32 finds the scaled rotary embeddings of Llama 3.1 in files of transformers 4 alone
+(`rope_scaling`); with those of transformers 5 give `rope_frequency_adjustment_factor` and the like.
+"""
 
 from .._names import Name
 

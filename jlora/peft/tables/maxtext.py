@@ -1,14 +1,20 @@
-"""Name tables for MaxText, scanned (`scan_layers`, on its `param_scan_axis` of 1) and not.
+"""Name tables for the decoders of MaxText, with `scan_layers` and without.
 
-The numbers follow `maxtext.checkpoint_conversion`: Llama's queries are divided by √head_dim there,
-its queries and keys interleaved as its rotary positions want; Gemma's embedding is multiplied by
-√d, and its norms have 1 added. A and B are PEFT's own all the same, and the scale of ΔW follows W.
+| table | `decoder_block` | of `transformers` |
+|---|---|---|
+| `LLAMA` | `llama2`, for Llama 2 and 3 | `LlamaForCausalLM` |
+| `QWEN3` | `qwen3` | `Qwen3ForCausalLM` |
+
+Tested with MaxText 0.2.5 on JAX 0.12 and its NNX `Transformer`; PyTorch's files by transformers 5.24
+and PEFT 0.21. Scanned layers lie on axis 1, the default `param_scan_axis`.
+
+Llama's queries are there divided by √head_dim, and its queries and keys interleaved, as MaxText's own
+conversion has them. A and B are those of PEFT all the same; the scale of ΔW is divided as W is. A
+table that is also the head is rounded to bfloat16 in the head, whatever `dtype` says.
 """
 
 import math
 from typing import Any
-
-import ml_dtypes
 
 from .._names import Name
 
@@ -16,11 +22,6 @@ from .._names import Name
 def over_root_of_head(shape: tuple[int, ...]) -> float:
     """1 / √head_dim of a kernel (d, …, heads, head_dim)."""
     return 1 / math.sqrt(shape[-1])
-
-
-def root_of_width(shape: tuple[int, ...]) -> float:
-    """√d of an embedding (vocabulary, d), rounded to bfloat16."""
-    return float(ml_dtypes.bfloat16(math.sqrt(shape[-1])))
 
 
 def _row(path: str, module: str, axes: str, **more: Any) -> tuple[Name, Name]:
