@@ -14,12 +14,15 @@ import peft
 import torch
 import transformers
 
-# PEFT's word for every `torch.nn.Linear` but the head, and modules that share a leaf with others.
-TARGETS: dict[str, Any] = {"all": "all-linear", "some": ["q_proj", "v_proj", "up_proj"]}
 
-
-def make(folder: str, kind: str, fields: dict[str, Any], tokens: list[list[int]]) -> dict[str, Any]:
-    """Writes a checkpoint, `base`, and adapters of it; gives the logits of each."""
+def make(
+    folder: str,
+    kind: str,
+    fields: dict[str, Any],
+    targets: dict[str, Any],
+    tokens: list[list[int]],
+) -> dict[str, Any]:
+    """Writes a checkpoint, `base`, and adapters with these targets; gives the logits of each."""
     root = pathlib.Path(folder)
     config = getattr(transformers, kind)(**fields)
     torch.manual_seed(0)
@@ -27,8 +30,8 @@ def make(folder: str, kind: str, fields: dict[str, Any], tokens: list[list[int]]
     _randomize(model)
     model.save_pretrained(root / "base")
     found = {"base": logits(folder + "/base", tokens)}
-    for which, targets in TARGETS.items():
-        wanted = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)
+    for which, modules in targets.items():
+        wanted = peft.LoraConfig(r=4, lora_alpha=6, target_modules=modules)
         adapted = peft.get_peft_model(_load(root / "base"), wanted)
         for name, x in adapted.named_parameters():
             if "lora_" in name:

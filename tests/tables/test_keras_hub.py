@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def model(kind: str, backbone: Any) -> Model:
     """The model, whose parameters are a dict by path."""
-    model = getattr(keras_hub.models, f"{kind}CausalLM")(backbone, preprocessor=None)
+    model = getattr(keras_hub.models, f"{kind}CausalLM")(backbone=backbone, preprocessor=None)
 
     def apply(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
         trained, others = (

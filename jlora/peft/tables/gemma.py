@@ -37,10 +37,7 @@ def decoder(layer: str) -> tuple[Name, ...]:
         Name(f"{layer}/attn/kv_einsum/w", kv, "soio"),
         Name(f"{layer}/attn/qkv_einsum/w", qkv, "soio"),
         Name(f"{layer}/attn/attn_vec_einsum/w", r"model.layers.\1.self_attn.o_proj", "iio"),
-        *(
-            Name(f"{layer}/{ours}/scale", rf"model.layers.\1.{it}", "o")
-            for ours, it in norms.items()
-        ),
+        *(Name(f"{layer}/{ours}/scale", rf"model.layers.\1.{it}", "o") for ours, it in norms.items()),
         Name("final_norm/scale", "model.norm", "o"),
     )
 

@@ -5,12 +5,12 @@
 | `LLAMA` | `llama2`, for Llama 2 and 3 | `LlamaForCausalLM` |
 | `QWEN3` | `qwen3` | `Qwen3ForCausalLM` |
 
-Tested with MaxText 0.2.5 on JAX 0.12 and its NNX `Transformer`; PyTorch's files by transformers 5.24
-and PEFT 0.21. Scanned layers lie on axis 1, the default `param_scan_axis`.
+Tested with MaxText 0.2.5 on JAX 0.12 and its NNX `Transformer`, on files of transformers 5.24 and
+PEFT 0.21. Scanned layers lie on axis 1, the default `param_scan_axis`.
 
-Llama's queries are there divided by √head_dim, and its queries and keys interleaved, as MaxText's own
-conversion has them. A and B are those of PEFT all the same; the scale of ΔW is divided as W is. A
-table that is also the head is rounded to bfloat16 in the head, whatever `dtype` says.
+Llama's queries are divided by √head_dim there, and its queries and keys are interleaved, as they
+are by MaxText's own conversion. A and B are those of PEFT all the same; the scale of ΔW is divided
+as W is. An embedding that is the head too is rounded to bfloat16 in the head, whatever its `dtype`.
 """
 
 import math
