@@ -41,6 +41,10 @@ class Name:
             keeps (experts, inputs, outputs) and has no `is_transposed`.
         tied: the module that shares an embedding as its weight. It counts as tied where no other
             leaf of the tree is that weight and the module that holds it is there.
+        part: (j, n) for what is the j-th of n equal parts of the parameter's outputs, as gate and
+            up are of the experts' `gate_up_proj`. PEFT has one A for all of them: it is loaded for
+            each, and written once if it is still the same; else the ranks add up. Such a row is for
+            adapters, not for checkpoints.
 
     Each module of a tuple has an A and a B of its own, as by `LoRA(..., slots=Slots(2, (0, 1)))`.
 
@@ -61,6 +65,7 @@ class Name:
     parameter: str = "weight"
     transposed: bool = False
     tied: str | None = None
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if wrong := self._wrong():
@@ -84,6 +89,12 @@ class Name:
             return "`module` needs one {} for each l of `axes`"
         if (self.tied or "v" in self.axes) and set(self.axes) != {"v", "o"}:
             return "an embedding has the axes v and o, and only an embedding is `tied`"
+        if self.part is not None:
+            j, n = self.part
+            if not 0 <= j < n:
+                return "`part` must be (j, n) with 0 <= j < n"
+            if self.transposed or self.kind not in ("linear", "experts") or "s" in counts:
+                return "a `part` is of a linear weight or of experts, which is not transposed"
         return None
 
     @property
@@ -194,8 +205,16 @@ class Leaf(NamedTuple):
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B of one module in the file."""
-        sizes = {**dict(enumerate(self.shape)), RANK: rank}
+        sizes = {**self._sizes, RANK: rank}
         return lengths(self.name.a_groups, sizes), lengths(self.name.b_groups, sizes)
+
+    @property
+    def _sizes(self) -> dict[int, int]:
+        """The lengths of its axes, as they are in PyTorch."""
+        sizes = dict(enumerate(self.shape))
+        if self.name.part is not None:
+            sizes[self.name.where("o")[0]] *= self.name.part[1]
+        return sizes
 
     @property
     def experts(self) -> int:
@@ -205,7 +224,7 @@ class Leaf(NamedTuple):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of one module's parameter in PyTorch."""
-        return lengths(self.name.weight_groups, dict(enumerate(self.shape)))
+        return lengths(self.name.weight_groups, self._sizes)
 
 
 def lengths(groups: Sequence[tuple[int, ...]], sizes: dict[int, int]) -> tuple[int, ...]:
@@ -228,16 +247,26 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
         )
     found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))
     leaves = [leaf for leaf in found if leaf is not None]
-    owners = collections.defaultdict(list)
+    owners = collections.defaultdict[str, list[Leaf]](list)
     for leaf in leaves:
         for parameter in leaf.parameters:
-            owners[parameter].append(name_of(leaf.path))
-    twice = [f"  {name}: {', '.join(paths)}" for name, paths in owners.items() if len(paths) > 1]
+            owners[parameter].append(leaf)
+    twice = [
+        f"  {name}: {', '.join(name_of(leaf.path) for leaf in own)}"
+        for name, own in owners.items()
+        if len(own) > 1 and not _are_parts(own)
+    ]
     if twice:
         raise ValueError(
             "`names` gives two leaves one name:\n" + "\n".join(twice) + "\nNarrow its patterns."
         )
     return leaves
+
+
+def _are_parts(leaves: Sequence[Leaf]) -> bool:
+    """Whether they are different parts of one parameter."""
+    parts = [leaf.name.part for leaf in leaves]
+    return None not in parts and len(set(parts)) == len(parts)
 
 
 def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
@@ -321,11 +350,17 @@ def low_rank(
     name, axes = leaf.name, _axes(leaf.layout)
     axes_a, axes_b = axes[::-1] if name.swapped else axes
     a = _unpack([a for a, _ in pairs], axes_a, name.a_groups, leaf, rank)
-    b = _unpack([b for _, b in pairs], axes_b, name.b_groups, leaf, rank)
+    b = _unpack([_own_rows(name, b) for _, b in pairs], axes_b, name.b_groups, leaf, rank)
     a, b = (b, a) if name.swapped else (a, b)
     if (lone := _lone_axis(leaf.layout)) is not None:
         b = np.expand_dims(b, lone)
     return LowRank(jnp.asarray(a), jnp.asarray(b), layout=leaf.layout, **static)
+
+
+def _own_rows(name: Name, b: np.ndarray) -> np.ndarray:
+    j, n = name.part or (0, 1)
+    rows = len(b) // n
+    return b[j * rows : (j + 1) * rows]
 
 
 def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
