@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import Full, LoRA, Slots, peft
 from jlora._tree import nest
+from jlora._types import Layout
+from jlora.adapters import LowRank
 from jlora.peft import Name
 from jlora.peft._names import resolve
 
@@ -259,6 +261,105 @@ def test_tables(table: str, path: str, shape: tuple[int, ...], modules: list[str
     """One path of each kind; whole models need their libraries: `tests/tables`."""
     [leaf] = resolve(nest({tuple(path.split("/")): jnp.zeros(shape)}), peft.TABLES[table])
     assert list(leaf.modules) == modules
+
+
+# --------------------------------------------------------------------------- parts of a parameter
+
+PARTS = (
+    Name("gate", "experts", "eio", "gate_up_proj", part=(0, 2)),
+    Name("up", "experts", "eio", "gate_up_proj", part=(1, 2)),
+    Name("down", "experts", "eio", "down_proj"),
+)
+LINEAR_PARTS = tuple(Name(n, "mlp.fused", "io", part=(j, 3)) for j, n in enumerate("abc"))
+
+
+def nodes(*names: str, rank: int = 2, shared: bool = False, scale: float = 1.5) -> Any:
+    """Random nodes of three experts, or, of one letter, of plain weights."""
+    lead = () if len(names[0]) == 1 else (3,)
+    layout = Layout((0,), (1,), (2,)) if lead else Layout((), (0,), (1,))
+    return {
+        name: LowRank(
+            normal(0 if shared else i, *lead, 4, rank), normal(7 + i, *lead, rank, 6), scale, layout
+        )
+        for i, name in enumerate(names)
+    }
+
+
+def zeros(adapter: Any) -> Any:
+    return {name: jnp.zeros((*x.a.shape[:-1], x.b.shape[-1])) for name, x in adapter.items()}
+
+
+def product(folder: Folder, module: str, experts: int) -> np.ndarray:
+    """B·A of each expert in the file, (experts, outputs, inputs)."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    a, b = (tensors[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
+    a = a.reshape(experts, -1, a.shape[-1])
+    b = b.reshape(len(b), -1, experts)
+    return np.einsum("ore,eri->eoi", b, a)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("table", "names", "module", "experts"),
+    [
+        (PARTS[:2], ("gate", "up"), "experts", 3),
+        (LINEAR_PARTS, ("a", "b", "c"), "mlp.fused", 1),
+    ],
+)
+def test_parts(
+    table: Any, names: Any, module: str, experts: int, shared: bool, tmp_path: Folder
+) -> None:
+    """One A if it is the same, else all of them; the same ΔW, and the same leaves again."""
+    adapter = nodes(*names, shared=shared)
+    base = zeros(adapter)
+    peft.save(tmp_path / "a", base, adapter, table)
+    each = [x.reshape(experts, 4, 6) for x in jlora.merge(base, adapter).values()]
+    expected = np.concatenate(each, axis=2).swapaxes(1, 2)
+    assert_close(1.5 * product(tmp_path / "a", module, experts), expected)
+    rank = max(peft.read_config(tmp_path / "a")["rank_pattern"].values(), default=0)
+    rank = rank or peft.read_config(tmp_path / "a")["r"]
+    assert rank == (2 if shared else 2 * len(names))
+    assert_equal(peft.load(tmp_path / "a", base, table), adapter)
+
+
+@pytest.mark.parametrize("change", ["one", "ranks", "scales"])
+def test_unequal_parts(change: str, tmp_path: Folder) -> None:
+    """What is not adapted gets zeros; ranks and scales may differ: the same ΔW."""
+    adapter = nodes("gate", "up", "down")
+    if change == "one":
+        del adapter["up"]
+    elif change == "ranks":
+        adapter |= nodes("gate", rank=3)
+    else:
+        adapter |= nodes("gate", scale=0.25)
+    base = zeros(nodes("gate", "up", "down"))
+    peft.save(tmp_path / "a", base, adapter, PARTS)
+    again = peft.load(tmp_path / "a", base, PARTS)
+    assert set(again) == {"gate", "up", "down"}
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
+
+
+def test_parts_of_untrained_factors(tmp_path: Folder) -> None:
+    """A B of zeros says nothing of blocks: A is that of all ranks."""
+    adapter = nodes("gate", "up", shared=True)
+    adapter = {n: x._replace(b=jnp.zeros_like(x.b)) for n, x in adapter.items()}
+    peft.save(tmp_path / "a", zeros(adapter), adapter, PARTS[:2])
+    assert_equal(peft.load(tmp_path / "a", zeros(adapter), PARTS[:2]), adapter)
+
+
+def test_parts_are_for_adapters(tmp_path: Folder) -> None:
+    """Whole weights are refused, with the leaf or the tensor."""
+    base = zeros(nodes("gate", "up", "down"))
+    with pytest.raises(ValueError, match="`names` is for adapters: by it these leaves of `params`"):
+        peft.to_tensors(base, PARTS)
+    with pytest.raises(ValueError, match="gate: in full, but is a part of a parameter"):
+        peft.save(tmp_path / "a", base, {"gate": base["gate"]}, PARTS)
+    with pytest.raises(ValueError, match="two leaves one name"):
+        resolve(base, (PARTS[0], Name("up", "experts", "eio", "gate_up_proj")))
+    with pytest.raises(ValueError, match=re.escape("`part` must be (j, n) with 0 <= j < n")):
+        Name("w", "m", "io", part=(2, 2))
+    with pytest.raises(ValueError, match="which is not transposed"):
+        Name("w", "m", "io", part=(0, 2), transposed=True)
 
 
 def test_sizes_tell_rows_apart() -> None:

@@ -14,7 +14,7 @@ from .._tree import name_of, nest
 from .._types import PyTree
 from ..adapters import LowRank
 from ._file import CONFIG, DTYPES, Source, listing, shown
-from ._names import Leaf, Name, by_row, low_rank, resolve, tied_to, weight, weights
+from ._names import Leaf, Name, by_row, low_rank, of_part, resolve, tied_to, weight, weights
 from ._read import (
     PREFIX,
     Adapter,
@@ -91,8 +91,8 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     warn_of_idle(adapter)
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
     for leaf, own in placed.low:
-        arrays = [(found[x.a.key], found[x.b.key]) for x in own]
-        rank = own[0].a.shape[0] // leaf.experts
+        arrays = of_part(leaf, [(found[x.a.key], found[x.b.key]) for x in own])
+        rank = arrays[0][0].shape[0] // leaf.experts
         nodes[leaf.path] = low_rank(leaf, arrays, rank, scale=own[0].scale, dropout=dropout)
     for leaf, own in placed.full:
         nodes[leaf.path] = jnp.asarray(weight(leaf, [found[x.key] for x in own]))

@@ -17,6 +17,7 @@ from ..adapters import SLOTS, LowRank, is_node, low_rank_axes, without_slots
 
 RANK = -1  # stands for the rank beside the numbers of a weight's axes
 Groups = list[tuple[int, ...]]
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Name:
             leaf of the tree is that weight and the module that holds it is there.
         part: (j, n) for what is the j-th of n equal parts of the parameter's outputs, as gate and
             up are of the experts' `gate_up_proj`. PEFT has one A for all of them: it is loaded for
-            each, and written once if it is still the same; else the ranks add up. Such a row is for
-            adapters, not for checkpoints.
+            each, and written once if it is still the same; else their ranks add up. Such a row is
+            for adapters, not for checkpoints.
 
     Each module of a tuple has an A and a B of its own, as by `LoRA(..., slots=Slots(2, (0, 1)))`.
 
@@ -326,7 +327,7 @@ def _slots_by_module(leaf: Leaf, delta: LowRank) -> tuple[int, ...] | None:
     return ours[1] if ours and theirs and ours[::2] == theirs[::2] else None
 
 
-def factors(leaf: Leaf, delta: LowRank) -> list[tuple[np.ndarray, np.ndarray]]:
+def factors(leaf: Leaf, delta: LowRank) -> list[Pair]:
     """PEFT's A and B for each module of `leaf`, which are those that `delta` adapts.
 
     Slots of what is one module there have no equivalent: they become one A of rank slots·r and one
@@ -343,24 +344,36 @@ def factors(leaf: Leaf, delta: LowRank) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(*packed, strict=True))
 
 
-def low_rank(
-    leaf: Leaf, pairs: Sequence[tuple[np.ndarray, np.ndarray]], rank: int, **static: Any
-) -> LowRank:
+def low_rank(leaf: Leaf, pairs: Sequence[Pair], rank: int, **static: Any) -> LowRank:
     """The node of `leaf` from PEFT's A and B of each of its modules: the inverse of `factors`."""
     name, axes = leaf.name, _axes(leaf.layout)
     axes_a, axes_b = axes[::-1] if name.swapped else axes
     a = _unpack([a for a, _ in pairs], axes_a, name.a_groups, leaf, rank)
-    b = _unpack([_own_rows(name, b) for _, b in pairs], axes_b, name.b_groups, leaf, rank)
+    b = _unpack([b for _, b in pairs], axes_b, name.b_groups, leaf, rank)
     a, b = (b, a) if name.swapped else (a, b)
     if (lone := _lone_axis(leaf.layout)) is not None:
         b = np.expand_dims(b, lone)
     return LowRank(jnp.asarray(a), jnp.asarray(b), layout=leaf.layout, **static)
 
 
-def _own_rows(name: Name, b: np.ndarray) -> np.ndarray:
-    j, n = name.part or (0, 1)
-    rows = len(b) // n
-    return b[j * rows : (j + 1) * rows]
+def of_part(leaf: Leaf, pairs: Sequence[Pair]) -> Sequence[Pair]:
+    """What of PEFT's A and B of each parameter belongs to `leaf`, where that is a part of them.
+
+    Of B the rows of its outputs. Of A and B its own ranks alone where those of all parts lie beside
+    one another, with zeros around each in B, as `save` writes parts of which each has its own A.
+    """
+    if leaf.name.part is None:
+        return pairs
+    (j, n), experts = leaf.name.part, leaf.experts
+    a = np.stack([a.reshape(experts, -1, a.shape[1]) for a, _ in pairs])
+    b = np.stack([b.reshape(n, len(b) // n, -1, experts) for _, b in pairs])
+    rank = b.shape[3] // n
+    if rank * n == b.shape[3]:
+        blocks = b.reshape(*b.shape[:3], n, rank, experts)
+        if np.array_equal(blocks.any(axis=(0, 2, 4, 5)), np.eye(n)):
+            a, b = a[:, :, j * rank : (j + 1) * rank], blocks[:, :, :, j]
+    each = zip(a, b[:, j], strict=True)
+    return [(x.reshape(-1, x.shape[-1]), y.reshape(len(y), -1)) for x, y in each]
 
 
 def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,9 +7,9 @@ are `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `Qwen3MoeForCaus
 PEFT 0.21.
 
 Of experts, checkpoints and adapters of `transformers` 4 have each as a module: `QWEN3`. Adapters of
-`transformers` 5 have them together, and gate and up as one parameter: `QWEN3_EXPERTS`. In PEFT those
-two share an A; here each has its own, so that the file is the same again as long as they are not
-trained, and of twice the rank then.
+`transformers` 5 have them together, and gate and up as one parameter: `QWEN3_EXPERTS`. In PEFT
+these two share an A; here each has its own, which the file has beside one another once they are
+trained.
 
 In tunix 0.1.7 the rotary embeddings of `Llama3` and `Qwen3` have the base 1,000,000, whatever its
 configuration says, and none is scaled. Outputs on a checkpoint with others differ from those of
