@@ -15,7 +15,18 @@ from .._tree import name_of, nest
 from .._types import PyTree
 from ..adapters import LowRank
 from ._file import CONFIG, DTYPES, Source, listing, shown
-from ._names import Leaf, Name, as_here, by_row, low_rank, resolve, tied_to, weight, weights
+from ._names import (
+    Leaf,
+    Name,
+    as_here,
+    by_row,
+    low_rank,
+    of_part,
+    resolve,
+    tied_to,
+    weight,
+    weights,
+)
 from ._read import (
     PREFIX,
     Adapter,
@@ -92,8 +103,8 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     warn_of_idle(adapter)
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
     for leaf, own in placed.low:
-        arrays = [(found[x.a.key], found[x.b.key]) for x in own]
-        rank = own[0].a.shape[0] // leaf.experts
+        arrays = of_part(leaf, [(found[x.a.key], found[x.b.key]) for x in own])
+        rank = arrays[0][0].shape[0] // leaf.experts
         scale = own[0].scale * leaf.factor
         nodes[leaf.path] = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout)
     for leaf, own in placed.full:
@@ -157,6 +168,8 @@ def _placed(
                 f"{shown(x.key)}: saved in full, which is not supported for an embedding that is "
                 "tied to the head"
             )
+        elif place.leaf.name.part:
+            wrong.append(f"{shown(x.key)}: saved in full, but its parts are leaves of `base`")
         elif bad := _misshapen(x, place.leaf.weight_shape):
             wrong += bad
         else:
@@ -168,7 +181,7 @@ def _placed(
         for name, leaf in tied.items()
         if (pair := _both(low.pop(name, None), low.get(f"{leaf.modules[0]}.weight"), leaf, wrong))
     ]
-    return _Placed(_whole(low, places, wrong), _whole(full, places, wrong), heads, frozen)
+    return _Placed(_whole(low, leaves, wrong), _whole(full, leaves, wrong), heads, frozen)
 
 
 def _both(
@@ -186,24 +199,21 @@ def _both(
 
 
 def _whole(
-    found: Mapping[str, Any], places: Mapping[str, _Place], wrong: list[str]
+    found: Mapping[str, Any], leaves: Sequence[Leaf], wrong: list[str]
 ) -> list[tuple[Leaf, list[Any]]]:
     """By leaf, for all of its modules alike; of a leaf with slots for some of them alone."""
-    leaves, by_path = dict[Any, Leaf](), dict[Any, dict[str, Any]]()
-    for name, x in found.items():
-        leaf = places[name].leaf
-        leaves[leaf.path] = leaf
-        by_path.setdefault(leaf.path, {})[name] = x
     whole = []
-    for path, own in by_path.items():
-        leaf = leaves[path]
+    for leaf in leaves:
+        own = {name: found[name] for name in leaf.parameters if name in found}
+        if not own:
+            continue
         parts = [x for x in own.values() if isinstance(x, Part)]
         if leaf.layout.slots and parts:
             leaf = leaf.only(_slots(leaf, own.keys()))
         what, advice = "layers", "load into a tree without a scan"
         if leaf.layout.slots:
             what, advice = "modules", "adapt them alike"
-        said = f"{name_of(path)}: its {what} are one leaf"
+        said = f"{name_of(leaf.path)}: its {what} are one leaf"
         left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
         forms = dict.fromkeys((x.a.shape[0], x.scale) for x in parts)
         if left:

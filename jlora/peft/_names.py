@@ -17,6 +17,7 @@ from ..adapters import SLOTS, LowRank, is_node, low_rank_axes, without_slots
 
 RANK = -1  # stands for the rank beside the numbers of a weight's axes
 Groups = list[tuple[int, ...]]
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Name:
             keeps (experts, inputs, outputs) and has no `is_transposed`.
         tied: the module that shares an embedding as its weight. It counts as tied where no other
             leaf of the tree is that weight and the module that holds it is there.
+        part: (j, n) for what is the j-th of n equal parts of the parameter's outputs, as gate and
+            up are of the experts' `gate_up_proj`. PEFT has one A for all of them: it is loaded for
+            each, and written once if it is still the same; else their ranks add up. Such a row is
+            for adapters, not for checkpoints.
         interleaved: whether the last `o` has in pairs what PyTorch has in two halves, one after the
             other, as the queries and keys of some rotary positions do.
         times: the number that PyTorch's parameter is multiplied with here, from the leaf's shape.
@@ -65,6 +70,7 @@ class Name:
     parameter: str = "weight"
     transposed: bool = False
     tied: str | None = None
+    part: tuple[int, int] | None = None
     interleaved: bool = False
     times: Callable[[tuple[int, ...]], float] | None = None
 
@@ -90,6 +96,12 @@ class Name:
             return "`module` needs one {} for each l of `axes`"
         if (self.tied or "v" in self.axes) and set(self.axes) != {"v", "o"}:
             return "an embedding has the axes v and o, and only an embedding is `tied`"
+        if self.part is not None:
+            j, n = self.part
+            if not 0 <= j < n:
+                return "`part` must be (j, n) with 0 <= j < n"
+            if self.transposed or self.kind not in ("linear", "experts") or "s" in counts:
+                return "a `part` is of a linear weight or of experts, which is not transposed"
         return None
 
     @property
@@ -205,13 +217,21 @@ class Leaf(NamedTuple):
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B of one module in the file."""
-        sizes = {**dict(enumerate(self.shape)), RANK: rank}
+        sizes = {**self._sizes, RANK: rank}
         return lengths(self.name.a_groups, sizes), lengths(self.name.b_groups, sizes)
 
     @property
     def factor(self) -> float:
         """What PyTorch's parameter is multiplied with."""
         return 1.0 if self.name.times is None else self.name.times(self.shape)
+
+    @property
+    def _sizes(self) -> dict[int, int]:
+        """The lengths of its axes, as they are in PyTorch."""
+        sizes = dict(enumerate(self.shape))
+        if self.name.part is not None:
+            sizes[self.name.where("o")[0]] *= self.name.part[1]
+        return sizes
 
     @property
     def experts(self) -> int:
@@ -221,7 +241,7 @@ class Leaf(NamedTuple):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of one module's parameter in PyTorch."""
-        return lengths(self.name.weight_groups, dict(enumerate(self.shape)))
+        return lengths(self.name.weight_groups, self._sizes)
 
 
 def lengths(groups: Sequence[tuple[int, ...]], sizes: dict[int, int]) -> tuple[int, ...]:
@@ -244,16 +264,26 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
         )
     found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))
     leaves = [leaf for leaf in found if leaf is not None]
-    owners = collections.defaultdict(list)
+    owners = collections.defaultdict[str, list[Leaf]](list)
     for leaf in leaves:
         for parameter in leaf.parameters:
-            owners[parameter].append(name_of(leaf.path))
-    twice = [f"  {name}: {', '.join(paths)}" for name, paths in owners.items() if len(paths) > 1]
+            owners[parameter].append(leaf)
+    twice = [
+        f"  {name}: {', '.join(name_of(leaf.path) for leaf in own)}"
+        for name, own in owners.items()
+        if len(own) > 1 and not _are_parts(own)
+    ]
     if twice:
         raise ValueError(
             "`names` gives two leaves one name:\n" + "\n".join(twice) + "\nNarrow its patterns."
         )
     return leaves
+
+
+def _are_parts(leaves: Sequence[Leaf]) -> bool:
+    """Whether they are different parts of one parameter."""
+    parts = [leaf.name.part for leaf in leaves]
+    return None not in parts and len(set(parts)) == len(parts)
 
 
 def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
@@ -314,7 +344,7 @@ def _slots_by_module(leaf: Leaf, delta: LowRank) -> tuple[int, ...] | None:
     return ours[1] if ours and theirs and ours[::2] == theirs[::2] else None
 
 
-def factors(leaf: Leaf, delta: LowRank) -> list[tuple[np.ndarray, np.ndarray]]:
+def factors(leaf: Leaf, delta: LowRank) -> list[Pair]:
     """PEFT's A and B for each module of `leaf`, which are those that `delta` adapts.
 
     Slots of what is one module there have no equivalent: they become one A of rank slots·r and one
@@ -331,9 +361,7 @@ def factors(leaf: Leaf, delta: LowRank) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(*packed, strict=True))
 
 
-def low_rank(
-    leaf: Leaf, pairs: Sequence[tuple[np.ndarray, np.ndarray]], rank: int, **static: Any
-) -> LowRank:
+def low_rank(leaf: Leaf, pairs: Sequence[Pair], rank: int, **static: Any) -> LowRank:
     """The node of `leaf` from PEFT's A and B of each of its modules: the inverse of `factors`."""
     name, axes = leaf.name, _axes(leaf.layout)
     axes_a, axes_b = axes[::-1] if name.swapped else axes
@@ -343,6 +371,26 @@ def low_rank(
     if (lone := _lone_axis(leaf.layout)) is not None:
         b = np.expand_dims(b, lone)
     return LowRank(jnp.asarray(a), jnp.asarray(b), layout=leaf.layout, **static)
+
+
+def of_part(leaf: Leaf, pairs: Sequence[Pair]) -> Sequence[Pair]:
+    """What of PEFT's A and B of each parameter belongs to `leaf`, where that is a part of them.
+
+    Of B the rows of its outputs. Of A and B its own ranks alone where those of all parts lie beside
+    one another, with zeros around each in B, as `save` writes parts of which each has its own A.
+    """
+    if leaf.name.part is None:
+        return pairs
+    (j, n), experts = leaf.name.part, leaf.experts
+    a = np.stack([a.reshape(experts, -1, a.shape[1]) for a, _ in pairs])
+    b = np.stack([b.reshape(n, len(b) // n, -1, experts) for _, b in pairs])
+    rank = b.shape[3] // n
+    if rank * n == b.shape[3]:
+        blocks = b.reshape(*b.shape[:3], n, rank, experts)
+        if np.array_equal(blocks.any(axis=(0, 2, 4, 5)), np.eye(n)):
+            a, b = a[:, :, j * rank : (j + 1) * rank], blocks[:, :, :, j]
+    each = zip(a, b[:, j], strict=True)
+    return [(x.reshape(-1, x.shape[-1]), y.reshape(len(y), -1)) for x, y in each]
 
 
 def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:

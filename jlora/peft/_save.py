@@ -118,7 +118,8 @@ def from_leaves(
     leaves: Sequence[Leaf], found: Mapping[Path, Any]
 ) -> tuple[list[Part], dict[str, np.ndarray]]:
     """A and B, and what is in full, by PyTorch's names."""
-    parts, full = list[Part](), dict[str, np.ndarray]()
+    full = dict[str, np.ndarray]()
+    pieces = collections.defaultdict[str, list[tuple[Leaf, Part]]](list)
     for leaf in leaves:
         x, name = found[leaf.path], leaf.name
         if not isinstance(x, LowRank):
@@ -131,8 +132,36 @@ def from_leaves(
         scale = x.scale / leaf.factor
         each = zip(leaf.parameters, leaf.modules, factors(leaf, x), strict=True)
         for key, module, (a, b) in each:
-            parts.append(Part(key, name.kind or "", leaf.key(module), a, b, scale, transposed))
-    return parts, full
+            part = Part(key, name.kind or "", leaf.key(module), a, b, scale, transposed)
+            pieces[key].append((leaf, part))
+    return [_joined(own) for own in pieces.values()], full
+
+
+def _joined(pieces: Sequence[tuple[Leaf, Part]]) -> Part:
+    """A parameter, from what there is of its parts.
+
+    It has one A if all have the same; else all of them, and a B with zeros outside of each part's
+    own outputs.
+    """
+    leaf, first = pieces[0]
+    if leaf.name.part is None:
+        return first
+    (_, count), experts = leaf.name.part, leaf.experts
+    own = {other.name.part[0]: part for other, part in pieces if other.name.part}
+    a = [x.a.reshape(experts, -1, x.a.shape[1]) for x in own.values()]
+    ends = np.cumsum([x.shape[1] for x in a])
+    if len(own) == count and all(_is_alike(x, first) for x in own.values()):
+        a, ends = a[:1], [a[0].shape[1]] * count
+    b = np.zeros((count, len(first.b), ends[-1], experts), first.b.dtype)
+    for (j, x), end in zip(own.items(), ends, strict=True):
+        factor = x.b.reshape(len(x.b), -1, experts)
+        b[j, :, end - factor.shape[1] : end] = factor * np.asarray(x.scale / first.scale, b.dtype)
+    whole = np.concatenate(a, 1).reshape(-1, first.a.shape[1])
+    return first._replace(a=whole, b=b.reshape(count * len(first.b), -1))
+
+
+def _is_alike(x: Part, y: Part) -> bool:
+    return x.scale == y.scale and np.array_equal(x.a, y.a)
 
 
 def tensors_of(parts: Sequence[Part]) -> dict[str, np.ndarray]:
@@ -216,7 +245,7 @@ def _unwritable(x: Any, leaf: Leaf | None) -> str | None:
     if any(not np.isfinite(np.asarray(y)).all() for y in arrays):
         return "holds values that are not finite"
     if not isinstance(x, LowRank):
-        return None
+        return "in full, but is a part of a parameter of PyTorch" if leaf.name.part else None
     if leaf.name.kind is None:
         return (
             f"is adapted, but its row of `names` has axes {leaf.name.axes!r}, which are no matrix"
@@ -280,9 +309,10 @@ def _but(leaf: Leaf, chosen: Collection[str]) -> Leaf:
 def _adapts(selection: Selection, leaf: Leaf, module: str) -> bool:
     if leaf.name.kind is None or selection.saves(module):
         return False
-    if leaf.name.kind == "experts":
-        return leaf.name.parameter in selection.parameters(module)
-    return leaf.name.parameter == "weight" and selection.adapts(module)
+    if leaf.name.parameter in selection.parameters(module):
+        return True
+    whole = leaf.name.kind != "experts" and leaf.name.parameter == "weight"
+    return whole and selection.adapts(module)
 
 
 def ties(fields: Mapping[str, Any], module: str) -> bool:

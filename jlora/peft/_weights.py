@@ -90,6 +90,11 @@ def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
     """The leaves with their names; `ValueError` if one has none."""
     leaves = resolve(tree, names)
     named = {leaf.path for leaf in leaves}
+    if parts := [name_of(leaf.path) for leaf in leaves if leaf.name.part]:
+        raise ValueError(
+            f"`names` is for adapters: by it these leaves of `{argument}` are parts of parameters. "
+            "Use the table of the checkpoint. " + listing(parts)
+        )
     lost = [name_of(path) for path, _ in leaves_by_path(tree) if path not in named]
     if lost:
         raise ValueError(

@@ -163,9 +163,7 @@ CASES = {
     "llama-scanned": Case(LLAMA, ("LlamaConfig", SCALED), llama(scan_layers=True), LINEAR),
     "qwen3": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE), qwen3(scan_layers=False), LINEAR),
     "qwen3-scanned": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE), qwen3(scan_layers=True), LINEAR),
-    "qwen3-tied": Case(
-        QWEN3, ("Qwen3Config", PLAIN_ROPE | TIED), qwen3(scan_layers=True), LINEAR
-    ),
+    "qwen3-tied": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE | TIED), qwen3(scan_layers=True), LINEAR),
 }
 
 

@@ -1,5 +1,6 @@
 """The models of tunix and those of `transformers`, on the same files. Needs `google-tunix`."""
 
+import pathlib
 import warnings
 from typing import Any
 
@@ -65,13 +66,13 @@ def model(kind: Any, files: Any, config: Any) -> Model:
         mask = jnp.tile(jnp.tril(jnp.ones((length, length), bool)), (batch, 1, 1))
         return module(tokens, positions, None, mask)[0]
 
-    def load(folder: Any) -> Any:
+    def load(folder: pathlib.Path) -> Any:
         return files.create_model_from_safe_tensors(str(folder), config)
 
     return Model(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))), apply, load)
 
 
-def decoder(library: Any, kind: str, files: Any, tied: str, **more: Any) -> Any:
+def decoder(library: Any, kind: str, files: Any, tied: str) -> Any:
     """Llama's form, with the embedding `tied` to the head or not."""
 
     def build(config: Any) -> Model:
@@ -80,9 +81,20 @@ def decoder(library: Any, kind: str, files: Any, tied: str, **more: Any) -> Any:
             "norm_eps": config.rms_norm_eps,
             tied: config.tie_word_embeddings,
         }
-        return model(getattr(library, kind), files, library.ModelConfig(**own, **more))
+        return model(getattr(library, kind), files, library.ModelConfig(**own))
 
     return build
+
+
+def build_experts(config: Any) -> Model:
+    own = qwen3.ModelConfig(
+        **sizes(config, "vocab_size") | {"hidden_dim": config.moe_intermediate_size},
+        rope_theta=config.rope_parameters["rope_theta"],
+        norm_eps=config.rms_norm_eps,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+    )
+    return model(qwen3.Qwen3, qwen3_files, own)
 
 
 def build_gemma2(config: Any) -> Model:
@@ -121,6 +133,12 @@ FUSED_QKV = LoRA("/qkv_einsum", rank=4, slots=Slots(3, (0, 1, 2))), LINEAR
 # Of Llama 3 and Qwen 3, tunix 0.1.7 has this one whatever its configuration says.
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 TIED = {"tie_word_embeddings": True}
+EXPERTS = {
+    "moe_intermediate_size": 24,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
 ALIKE = {"num_key_value_heads": 4}
 
 CASES = {
@@ -130,6 +148,15 @@ CASES = {
     "qwen2-tied": Case(tables.tunix.QWEN2, ("Qwen2Config", TIED), QWEN2, (LINEAR,)),
     "qwen3": Case(tables.tunix.QWEN3, ("Qwen3Config", ROPE), QWEN3, (LINEAR,)),
     "qwen3-tied": Case(tables.tunix.QWEN3, ("Qwen3Config", ROPE | TIED), QWEN3, (LINEAR,)),
+    "qwen3-experts": Case(
+        tables.tunix.QWEN3_EXPERTS,
+        ("Qwen3MoeConfig", ROPE | EXPERTS),
+        build_experts,
+        (LINEAR, LoRA("mlp/(gate|up|down)_proj", rank=4)),
+        some=("q_proj", "down_proj"),
+        files=tables.tunix.QWEN3,
+        left="mlp.gate",  # no torch.nn.Linear there, so that PEFT takes it as a parameter only
+    ),
     "gemma2": Case(tables.tunix.GEMMA, ("Gemma2Config", GEMMA2), build_gemma2, FUSED_KV),
     "gemma2-qkv": Case(
         tables.tunix.GEMMA, ("Gemma2Config", GEMMA2 | ALIKE), build_gemma2, FUSED_QKV

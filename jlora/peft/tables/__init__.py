@@ -17,6 +17,7 @@ TABLES = {
     "tunix-llama3": tunix.LLAMA3,
     "tunix-qwen2": tunix.QWEN2,
     "tunix-qwen3": tunix.QWEN3,
+    "tunix-qwen3-experts": tunix.QWEN3_EXPERTS,
     "tunix-gemma": tunix.GEMMA,
     "gemma3": gemma.GEMMA3,
     "gemma2-2b": gemma.GEMMA2_2B,

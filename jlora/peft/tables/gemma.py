@@ -1,17 +1,17 @@
 """Name tables for the package `gemma` of Google DeepMind.
 
-`GEMMA3` is that of Gemma 3's text models (`Gemma3ForCausalLM` in `transformers`), and of Gemma 2 in 9B
-and 27B (`Gemma2ForCausalLM`); `GEMMA2_2B` is that of Gemma 2 in 2B, whose `gating_einsum` lies
+`GEMMA3` is that of Gemma 3's text models (`Gemma3ForCausalLM` of `transformers`), and of Gemma 2 in
+9B and 27B (`Gemma2ForCausalLM`); `GEMMA2_2B` is that of Gemma 2 in 2B, whose `gating_einsum` lies
 otherwise. Tested with gemma 4.0.1, transformers 5.24 and PEFT 0.21.
 
 Keys and values are one leaf here, as are gate and up; and q, k and v where there are as many heads
 of each. PEFT adapts each by an A and a B of its own, as do the rules
 
-    LoRA(r"(kv_einsum/w|gating_einsum)$", slots=Slots(2, (0, 1)))
+    LoRA(r"kv_einsum/w|gating_einsum", slots=Slots(2, (0, 1)))
     LoRA(r"qkv_einsum/w", slots=Slots(3, (0, 1, 2)))
 
-An A that they share, as without `slots`, is written for each. Norms need no change: both libraries
-multiply by 1 + scale.
+of which a model has a leaf for one or the other. An A that they share, as without `slots`, is
+written for each. Norms need no change: both libraries multiply by 1 + scale.
 """
 
 from .._names import Name
@@ -37,7 +37,10 @@ def decoder(layer: str) -> tuple[Name, ...]:
         Name(f"{layer}/attn/kv_einsum/w", kv, "soio"),
         Name(f"{layer}/attn/qkv_einsum/w", qkv, "soio"),
         Name(f"{layer}/attn/attn_vec_einsum/w", r"model.layers.\1.self_attn.o_proj", "iio"),
-        *(Name(f"{layer}/{ours}/scale", rf"model.layers.\1.{it}", "o") for ours, it in norms.items()),
+        *(
+            Name(f"{layer}/{ours}/scale", rf"model.layers.\1.{it}", "o")
+            for ours, it in norms.items()
+        ),
         Name("final_norm/scale", "model.norm", "o"),
     )
 

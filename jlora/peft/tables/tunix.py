@@ -1,21 +1,27 @@
 """Name tables for the models of tunix.
 
-| table | classes of tunix | of `transformers` |
-|---|---|---|
-| `LLAMA3` | `llama3.Llama3` | `LlamaForCausalLM` |
-| `QWEN2` | `qwen2.Qwen2` | `Qwen2ForCausalLM` |
-| `QWEN3` | `qwen3.Qwen3`, also with experts | `Qwen3ForCausalLM`, `Qwen3MoeForCausalLM` |
-| `GEMMA` | `gemma.Gemma` of Gemma 2, `gemma3.Gemma3` for text | `Gemma2ForCausalLM`, `Gemma3ForCausalLM` |
+`LLAMA3` is that of `Llama3`, `QWEN2` of `Qwen2`, `QWEN3` of `Qwen3`, with experts or without, and
+`GEMMA` of Gemma 2 (`gemma.Gemma`) and of Gemma 3's text models (`Gemma3`). In `transformers` these
+are `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`,
+`Gemma2ForCausalLM` and `Gemma3ForCausalLM`. Tested with google-tunix 0.1.7, transformers 5.24 and
+PEFT 0.21.
 
-Tested with google-tunix 0.1.7, transformers 5.24 and PEFT 0.21, and the experts of `QWEN3` also with
-transformers 4.57, where each is a module that PEFT adapts by itself. Of rotary embeddings tunix has
-only the plain ones: on Llama 3.1 and later, whose frequencies are scaled, its outputs differ.
+Of experts, checkpoints and adapters of `transformers` 4 have each as a module: `QWEN3`. Adapters of
+`transformers` 5 have them together, and gate and up as one parameter: `QWEN3_EXPERTS`. In PEFT
+these two share an A; here each has its own, which the file has beside one another once they are
+trained.
+
+In tunix 0.1.7 the rotary embeddings of `Llama3` and `Qwen3` have the base 1,000,000, whatever its
+configuration says, and none is scaled. Outputs on a checkpoint with others differ from those of
+`transformers`, with an adapter or without.
 
 Gemma's keys and values are one leaf, as are q, k and v where there are as many heads of each. PEFT
 adapts each by an A and a B of its own, as do the rules
 
     LoRA(r"/kv_einsum/w", slots=Slots(2, (0, 1)))
     LoRA(r"/qkv_einsum/w", slots=Slots(3, (0, 1, 2)))
+
+of which a model has a leaf for one or the other.
 """
 
 from .._names import Name
@@ -39,6 +45,19 @@ QWEN3 = (
     Name(r"(layers/\d+/mlp)/router/kernel", r"model/\1/gate", "io"),
     Name(r"(layers/\d+/mlp)/(\w+_proj)", r"model/\1/experts/{}/\2", "lio"),
     *_DECODER,
+)
+
+# As PEFT adapts the experts of `transformers` 5.
+QWEN3_EXPERTS = (
+    *(
+        Name(rf"(layers/\d+/mlp)/{ours}_proj", r"model/\1/experts", "eio", parameter, part=part)
+        for ours, parameter, part in (
+            ("gate", "gate_up_proj", (0, 2)),
+            ("up", "gate_up_proj", (1, 2)),
+            ("down", "down_proj", None),
+        )
+    ),
+    *QWEN3,
 )
 
 GEMMA = (
