@@ -167,6 +167,10 @@ LAYOUTS = {
     "experts": ("eio", (3, 4, 6), "m", "eio->eoi", 1, (3, 6, 4)),
     "scanned_experts": ("leio", (2, 3, 4, 6), "m.{}", "leio->leoi", 2, (3, 6, 4)),
     "experts_inside": ("ieo", (4, 3, 6), "m", "ieo->eoi", 1, (3, 6, 4)),
+    "modules": ("soio", (2, 3, 4, 2), ("k", "v"), "saib->sabi", 2, (6, 4)),
+    "modules_inside": ("iso", (4, 3, 6), ("k", "q", "v"), "iso->soi", 3, (6, 4)),
+    "scanned_modules": ("lsio", (2, 2, 4, 6), ("m.{}.k", "m.{}.v"), "lsio->lsoi", 4, (6, 4)),
+    "modules_of_scans": ("slio", (2, 3, 4, 6), ("m.{}.k", "m.{}.v"), "slio->lsoi", 6, (6, 4)),
 }
 
 
@@ -599,6 +603,12 @@ def test_save_refuses_options(tmp_path: Folder) -> None:
         ({"axes": "ee"}, "`axes` must be of the letters"),
         ({"module": "m.{}"}, "`module` needs one {} for each l"),
         ({"tied": "lm_head"}, "only an embedding is `tied`"),
+        ({"axes": "ssio", "module": ("k", "v")}, "`axes` must be of the letters"),
+        ({"axes": "sio"}, "`module` is a tuple where `axes` has an s"),
+        ({"module": ("k", "v")}, "`module` is a tuple where `axes` has an s"),
+        ({"axes": "sio", "module": ()}, "`module` is a tuple where `axes` has an s"),
+        ({"axes": "seio", "module": ("k", "v")}, "an s goes with i, o and l"),
+        ({"axes": "slio", "module": ("k.{}", "v")}, "`module` needs one {} for each l"),
     ],
 )
 def test_names_are_checked(options: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from ._low_rank import factor_shapes as factor_shapes
 from ._low_rank import low_rank_axes as low_rank_axes
 from ._low_rank import without_slots as without_slots
 from ._method import METHODS as METHODS
+from ._method import SLOTS as SLOTS
 from ._method import Method as Method
 from ._method import arrays as arrays
 from ._method import factor as factor

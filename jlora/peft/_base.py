@@ -21,7 +21,7 @@ from ..quantized import FP4, NF4, Int8, Quantized, is_quantized, spelled
 from ._checkpoint import LIMIT, ONE, Checkpoint, open_checkpoint
 from ._file import DTYPES, brief, listing, read_json, shown
 from ._names import Leaf, Name, weight, weights
-from ._weights import all_named, keys_of
+from ._weights import all_named
 from .formats import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
 from .formats import _bitsandbytes as bnb
 
@@ -125,22 +125,27 @@ def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | Non
         each = (*whole[:-2], *whole[-2:][::-1]) if name.swapped else whole
         found = [format.read(tensors, config, m, name.parameter, each) for m in leaf.modules]
         stored = [x for x in found if x is not None]
-        for key, x in zip(keys_of(leaf), found, strict=True):
+        if stored and not name.is_plain:
+            raise Unreadable(
+                f"{leaf.parameters[0]}: is quantized, but `names` changes the values or their "
+                "order; load a checkpoint that is not quantized, and use jlora.quantize"
+            )
+        for key, x in zip(leaf.parameters, found, strict=True):
             if x is not None:
                 check_finite(x, key, x.dtype or leaf.value.dtype)
         if len(stored) == len(found):
             return leaf_of(leaf, stored)
         if stored:
             raise Unreadable(
-                f"{keys_of(leaf)[0]}: {len(stored)} of {len(found)} layers that are one leaf here "
-                "are quantized"
+                f"{leaf.parameters[0]}: {len(stored)} of {len(found)} layers that are one leaf "
+                "here are quantized"
             )
-    parts = [tensors.read(key, DTYPES, whole) for key in keys_of(leaf)]
+    parts = [tensors.read(key, DTYPES, whole) for key in leaf.parameters]
     return jnp.asarray(_dense(leaf, parts))
 
 
 def _dense(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
-    for key, x in zip(keys_of(leaf), parts, strict=True):
+    for key, x in zip(leaf.parameters, parts, strict=True):
         if not np.isfinite(x.astype(np.float32)).all():
             raise Unreadable(f"{key}: has values that are not finite")
     return weight(leaf, parts)
@@ -194,7 +199,7 @@ def save_base(
     tensors: dict[str, np.ndarray] = {}
     floats = [leaf for leaf in leaves if not is_quantized(leaf.value)]
     for leaf in floats:
-        tensors |= dict(zip(keys_of(leaf), weights(leaf, leaf.value), strict=True))
+        tensors |= dict(zip(leaf.parameters, weights(leaf, leaf.value), strict=True))
     for leaf in packed:
         tensors |= bnb.write(leaf.value, list(leaf.modules), leaf.name.parameter)
     said = dict(config or {})
@@ -209,10 +214,12 @@ def save_base(
 
 def _unwritable(leaf: Leaf) -> str | None:
     value: Quantized = leaf.value
-    stack, order = leaf.name.where("l"), (*leaf.name.where("o"), *leaf.name.where("i"))
+    stack, order = leaf.name.where("ls"), (*leaf.name.where("o"), *leaf.name.where("i"))
     if leaf.name.kind == "embedding":
         order = (*leaf.name.where("v"), *leaf.name.where("o"))
     scheme: Any = value.scheme
+    if not leaf.name.is_plain:
+        return "`names` changes its values or their order; use jlora.dequantize"
     if type(scheme) not in (NF4, FP4) and not (type(scheme) is Int8 and scheme.block is None):
         return f"{spelled(scheme)} is not of bitsandbytes"
     if str(value.dtype) not in bnb.DTYPES:

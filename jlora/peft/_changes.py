@@ -34,7 +34,7 @@ from ._read import (
     with_values,
 )
 from ._renaming import Piece, View, Views, shapes_of, views
-from ._save import check_writable, from_leaves
+from ._save import check_writable, from_leaves, narrowed
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ def _of_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[s
     check_fits(base, found)
     leaves = resolve(base, names)
     check_writable(found, {leaf.path: leaf for leaf in leaves})
-    return from_leaves(leaves, found)
+    return from_leaves(narrowed(leaves, found), found)
 
 
 def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:

@@ -1,8 +1,9 @@
 """PEFT's files to an adapter tree, or without a base: all is checked, then all of it is read."""
 
+import dataclasses
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,18 @@ from .._tree import name_of, nest
 from .._types import PyTree
 from ..adapters import LowRank
 from ._file import CONFIG, DTYPES, Source, listing, shown
-from ._names import Leaf, Name, by_row, low_rank, resolve, tied_to, weight, weights
+from ._names import (
+    Leaf,
+    Name,
+    as_here,
+    by_row,
+    low_rank,
+    of_part,
+    resolve,
+    tied_to,
+    weight,
+    weights,
+)
 from ._read import (
     PREFIX,
     Adapter,
@@ -91,9 +103,10 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     warn_of_idle(adapter)
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
     for leaf, own in placed.low:
-        arrays = [(found[x.a.key], found[x.b.key]) for x in own]
-        rank = own[0].a.shape[0] // leaf.experts
-        nodes[leaf.path] = low_rank(leaf, arrays, rank, scale=own[0].scale, dropout=dropout)
+        arrays = of_part(leaf, [(found[x.a.key], found[x.b.key]) for x in own])
+        rank = arrays[0][0].shape[0] // leaf.experts
+        scale = own[0].scale * leaf.factor
+        nodes[leaf.path] = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout)
     for leaf, own in placed.full:
         nodes[leaf.path] = jnp.asarray(weight(leaf, [found[x.key] for x in own]))
     return nest(nodes)
@@ -124,9 +137,7 @@ class _Placed(NamedTuple):
 
 def _places(leaves: Sequence[Leaf]) -> dict[str, _Place]:
     return {
-        f"{module}.{leaf.name.parameter}": _Place(leaf, i)
-        for leaf in leaves
-        for i, module in enumerate(leaf.modules)
+        parameter: _Place(leaf, i) for leaf in leaves for i, parameter in enumerate(leaf.parameters)
     }
 
 
@@ -157,6 +168,8 @@ def _placed(
                 f"{shown(x.key)}: saved in full, which is not supported for an embedding that is "
                 "tied to the head"
             )
+        elif place.leaf.name.part:
+            wrong.append(f"{shown(x.key)}: saved in full, but its parts are leaves of `base`")
         elif bad := _misshapen(x, place.leaf.weight_shape):
             wrong += bad
         else:
@@ -168,7 +181,7 @@ def _placed(
         for name, leaf in tied.items()
         if (pair := _both(low.pop(name, None), low.get(f"{leaf.modules[0]}.weight"), leaf, wrong))
     ]
-    return _Placed(_whole(low, places, wrong), _whole(full, places, wrong), heads, frozen)
+    return _Placed(_whole(low, leaves, wrong), _whole(full, leaves, wrong), heads, frozen)
 
 
 def _both(
@@ -186,30 +199,40 @@ def _both(
 
 
 def _whole(
-    found: Mapping[str, Any], places: Mapping[str, _Place], wrong: list[str]
+    found: Mapping[str, Any], leaves: Sequence[Leaf], wrong: list[str]
 ) -> list[tuple[Leaf, list[Any]]]:
-    """By leaf, for all of its modules alike."""
-    leaves, by_path = dict[Any, Leaf](), dict[Any, dict[int, Any]]()
-    for name, x in found.items():
-        leaf, at, _ = places[name]
-        leaves[leaf.path] = leaf
-        by_path.setdefault(leaf.path, {})[at] = x
+    """By leaf, for all of its modules alike; of a leaf with slots for some of them alone."""
     whole = []
-    for path, own in by_path.items():
-        leaf, said = leaves[path], f"{name_of(path)}: its layers are one leaf"
-        left = [module for i, module in enumerate(leaf.modules) if i not in own]
-        forms = dict.fromkeys((x.a.shape[0], x.scale) for x in own.values() if isinstance(x, Part))
+    for leaf in leaves:
+        own = {name: found[name] for name in leaf.parameters if name in found}
+        if not own:
+            continue
+        parts = [x for x in own.values() if isinstance(x, Part)]
+        if leaf.layout.slots and parts:
+            leaf = leaf.only(_slots(leaf, own.keys()))
+        what, advice = "layers", "load into a tree without a scan"
+        if leaf.layout.slots:
+            what, advice = "modules", "adapt them alike"
+        said = f"{name_of(leaf.path)}: its {what} are one leaf"
+        left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
+        forms = dict.fromkeys((x.a.shape[0], x.scale) for x in parts)
         if left:
             wrong.append(
                 f"{said}, of which {len(own)} of {len(leaf.modules)} are adapted, {left[0]} not; "
-                "load into a tree without a scan"
+                f"{advice}"
             )
         elif len(forms) > 1:
             listed = ", ".join(f"rank {r // leaf.experts} and scale {s:g}" for r, s in forms)
-            wrong.append(f"{said} but differ: {listed}; load into a tree without a scan")
+            wrong.append(f"{said} but differ: {listed}; {advice}")
         else:
-            whole.append((leaf, [own[i] for i in range(len(leaf.modules))]))
+            whole.append((leaf, [own[name] for name in leaf.parameters]))
     return whole
+
+
+def _slots(leaf: Leaf, own: Set[str]) -> tuple[int, ...]:
+    """The slots of which `own` has a parameter."""
+    every = range(len(leaf.name.modules))
+    return tuple(i for i in every if not own.isdisjoint(leaf.only((i,)).parameters))
 
 
 def _misfits(part: Part, place: _Place) -> list[str]:
@@ -258,8 +281,10 @@ def _unlike(adapter: Adapter, placed: _Placed, found: Mapping[str, np.ndarray]) 
 def _is_that_of(place: _Place, x: np.ndarray) -> bool:
     if isinstance(place.leaf.value, jax.ShapeDtypeStruct):
         return True
-    own = weights(place.leaf, place.leaf.value)[place.at]
-    return np.array_equal(own, x.astype(own.dtype))
+    leaf = place.leaf
+    same = dataclasses.replace(leaf.name, times=None)
+    own = weights(leaf._replace(name=same), leaf.value)[place.at]
+    return np.array_equal(own, as_here(leaf, x.astype(own.dtype)))
 
 
 # ------------------------------------------------------------------------------ without a base

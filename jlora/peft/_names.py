@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ import numpy as np
 
 from .._tree import leaves_by_path, name_of
 from .._types import Layout, Path, PyTree
-from ..adapters import LowRank, is_node, low_rank_axes, without_slots
+from ..adapters import SLOTS, LowRank, is_node, low_rank_axes, without_slots
 
 RANK = -1  # stands for the rank beside the numbers of a weight's axes
 Groups = list[tuple[int, ...]]
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +29,29 @@ class Name:
     Attributes:
         path: a regular expression for the whole `/`-joined path, a leading `params/` left out.
         module: PyTorch's module. `\1` stands for a group of `path`, in which `/` becomes `.`, and
-            each `{}` for the index along a stacked axis.
+            each `{}` for the index along a stacked axis. A tuple for a leaf that holds several.
         axes: a letter for each axis of the leaf. `i`: inputs; `o`: outputs; `v`: rows that are
             looked up, of an embedding; `k`: an axis of a convolution's window; `l`: stacked, one
-            module for each index; `e`: experts of one PyTorch parameter. Several `i` or `o` are
-            flattened in order, as the kernels of `DenseGeneral` (d, heads, head_dim) are: `ioo`.
+            module for each index; `e`: experts of one PyTorch parameter; `s`: the outputs of the
+            modules of a tuple, one for each index, such as k and v (2, heads, d, head_dim): `soio`.
+            Several `i` or `o` are flattened in order, as the kernels of `DenseGeneral`
+            (d, heads, head_dim) are: `ioo`.
         parameter: the name of the parameter in the module.
         transposed: whether PyTorch keeps the weight as (inputs, outputs), as GPT-2's `Conv1D`
             does. Of experts: whether PEFT's A belongs to the outputs, as it does where a module
             keeps (experts, inputs, outputs) and has no `is_transposed`.
         tied: the module that shares an embedding as its weight. It counts as tied where no other
             leaf of the tree is that weight and the module that holds it is there.
+        part: (j, n) for what is the j-th of n equal parts of the parameter's outputs, as gate and
+            up are of the experts' `gate_up_proj`. PEFT has one A for all of them: it is loaded for
+            each, and written once if it is still the same; else their ranks add up. Such a row is
+            for adapters, not for checkpoints.
+        interleaved: whether the last `o` has in pairs what PyTorch has in two halves, one after the
+            other, as the queries and keys of some rotary positions do.
+        times: the number that PyTorch's parameter is multiplied with here, from the leaf's shape.
+            The scale of an adapter's ΔW is multiplied with it, A and B are not.
+
+    Each module of a tuple has an A and a B of its own, as by `LoRA(..., slots=Slots(2, (0, 1)))`.
 
     Raises:
         ValueError: if the fields contradict each other.
@@ -47,14 +60,19 @@ class Name:
         >>> from jlora import peft
         >>> peft.Name(r"blocks/(\w+)/kernel", r"model.layers.{}.\1_proj", "lio").kind
         'linear'
+        >>> peft.Name(r"attn/kv/w", ("attn.k_proj", "attn.v_proj"), "soio").layout.slots
+        (2, (0, 1), 0)
     """
 
     path: str
-    module: str
+    module: str | tuple[str, ...]
     axes: str
     parameter: str = "weight"
     transposed: bool = False
     tied: str | None = None
+    part: tuple[int, int] | None = None
+    interleaved: bool = False
+    times: Callable[[tuple[int, ...]], float] | None = None
 
     def __post_init__(self) -> None:
         if wrong := self._wrong():
@@ -65,13 +83,31 @@ class Name:
             re.compile(self.path)
         except re.error as e:
             return f"`path` is not a regular expression: {e}"
-        if set(self.axes) - set("iovkle") or self.axes.count("e") > 1 or "o" not in self.axes:
-            return "`axes` must be of the letters i, o, v, k, l and one e, with at least one o"
-        if self.module.count("{}") != self.axes.count("l"):
+        counts = collections.Counter(self.axes)
+        if counts.keys() - set("iovkles") or max(counts["e"], counts["s"]) > 1 or not counts["o"]:
+            return (
+                "`axes` must be of the letters i, o, v, k, l, one e and one s, with at least one o"
+            )
+        if isinstance(self.module, tuple) != ("s" in counts) or not self.modules:
+            return "`module` is a tuple where `axes` has an s"
+        if "s" in counts and counts.keys() - set("iols"):
+            return "an s goes with i, o and l"
+        if any(module.count("{}") != counts["l"] for module in self.modules):
             return "`module` needs one {} for each l of `axes`"
         if (self.tied or "v" in self.axes) and set(self.axes) != {"v", "o"}:
             return "an embedding has the axes v and o, and only an embedding is `tied`"
+        if self.part is not None:
+            j, n = self.part
+            if not 0 <= j < n:
+                return "`part` must be (j, n) with 0 <= j < n"
+            if self.transposed or self.kind not in ("linear", "experts") or "s" in counts:
+                return "a `part` is of a linear weight or of experts, which is not transposed"
         return None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules of one index along the stacked axes."""
+        return self.module if isinstance(self.module, tuple) else (self.module,)
 
     @property
     def kind(self) -> str | None:
@@ -84,9 +120,16 @@ class Name:
         return tuple(d for d, letter in enumerate(self.axes) if letter in letters)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the leaf is PyTorch's parameter but for its axes."""
+        return self.times is None and not self.interleaved
+
+    @property
     def layout(self) -> Layout:
         """The layout of a `LowRank` node."""
-        return Layout(self.where("le"), self.where("ikv"), self.where("o"))
+        count = len(self.modules)
+        slots = next(((count, tuple(range(count)), axis) for axis in self.where("s")), None)
+        return Layout(self.where("le"), self.where("ikv"), self.where("so"), slots)
 
     @property
     def swapped(self) -> bool:
@@ -135,7 +178,8 @@ class Leaf(NamedTuple):
         value: the leaf.
         shape: its shape.
         name: the row that names it.
-        modules: PyTorch's module for each index along the stacked axes, in C order.
+        modules: PyTorch's module for each index along the axes `l` and `s`, in C order.
+        slots: which modules of a tuple these are, if not all.
     """
 
     path: Path
@@ -143,6 +187,29 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     name: Name
     modules: tuple[str, ...]
+    slots: tuple[int, ...] | None = None
+
+    def only(self, slots: tuple[int, ...]) -> "Leaf":
+        """That of some modules of a tuple alone."""
+        [axis], stacked = self.name.where("s"), self.name.where("ls")
+        every = np.arange(len(self.modules)).reshape([self.shape[d] for d in stacked])
+        modules = tuple(self.modules[i] for i in every.take(slots, stacked.index(axis)).flat)
+        shape = (*self.shape[:axis], len(slots), *self.shape[axis + 1 :])
+        return self._replace(shape=shape, modules=modules, slots=slots)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of a `LowRank` node for these modules."""
+        layout = self.name.layout
+        if layout.slots is None or self.slots is None:
+            return layout
+        count, _, axis = layout.slots
+        return layout._replace(slots=(count, self.slots, axis))
+
+    @property
+    def parameters(self) -> list[str]:
+        """PyTorch's parameters, in the order of `modules`."""
+        return [f"{module}.{self.name.parameter}" for module in self.modules]
 
     def key(self, module: str) -> str:
         """What `target_modules`, or `target_parameters` for experts, and patterns match."""
@@ -150,8 +217,21 @@ class Leaf(NamedTuple):
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B of one module in the file."""
-        sizes = {**dict(enumerate(self.shape)), RANK: rank}
+        sizes = {**self._sizes, RANK: rank}
         return lengths(self.name.a_groups, sizes), lengths(self.name.b_groups, sizes)
+
+    @property
+    def factor(self) -> float:
+        """What PyTorch's parameter is multiplied with."""
+        return 1.0 if self.name.times is None else self.name.times(self.shape)
+
+    @property
+    def _sizes(self) -> dict[int, int]:
+        """The lengths of its axes, as they are in PyTorch."""
+        sizes = dict(enumerate(self.shape))
+        if self.name.part is not None:
+            sizes[self.name.where("o")[0]] *= self.name.part[1]
+        return sizes
 
     @property
     def experts(self) -> int:
@@ -161,7 +241,7 @@ class Leaf(NamedTuple):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of one module's parameter in PyTorch."""
-        return lengths(self.name.weight_groups, dict(enumerate(self.shape)))
+        return lengths(self.name.weight_groups, self._sizes)
 
 
 def lengths(groups: Sequence[tuple[int, ...]], sizes: dict[int, int]) -> tuple[int, ...]:
@@ -184,11 +264,15 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
         )
     found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))
     leaves = [leaf for leaf in found if leaf is not None]
-    owners = collections.defaultdict(list)
+    owners = collections.defaultdict[str, list[Leaf]](list)
     for leaf in leaves:
-        for module in leaf.modules:
-            owners[f"{module}.{leaf.name.parameter}"].append(name_of(leaf.path))
-    twice = [f"  {name}: {', '.join(paths)}" for name, paths in owners.items() if len(paths) > 1]
+        for parameter in leaf.parameters:
+            owners[parameter].append(leaf)
+    twice = [
+        f"  {name}: {', '.join(name_of(leaf.path) for leaf in own)}"
+        for name, own in owners.items()
+        if len(own) > 1 and not _are_parts(own)
+    ]
     if twice:
         raise ValueError(
             "`names` gives two leaves one name:\n" + "\n".join(twice) + "\nNarrow its patterns."
@@ -196,17 +280,33 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
     return leaves
 
 
+def _are_parts(leaves: Sequence[Leaf]) -> bool:
+    """Whether they are different parts of one parameter."""
+    parts = [leaf.name.part for leaf in leaves]
+    return None not in parts and len(set(parts)) == len(parts)
+
+
 def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
     shape = tuple(x.shape) if hasattr(x, "shape") else ()
     joined = "/".join(path).removeprefix("params/")
     for row in rows:
         matched = re.fullmatch(row.path, joined)
-        if matched and len(row.axes) == len(shape):
-            template = matched.expand(row.module).replace("/", ".")
-            counts = [range(shape[d]) for d in row.where("l")]
-            modules = tuple(template.format(*at) for at in itertools.product(*counts))
-            return Leaf(path, x, shape, row, modules)
+        if matched and len(row.axes) == len(shape) and _holds_all(row, shape):
+            templates = [matched.expand(module).replace("/", ".") for module in row.modules]
+            return Leaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
     return None
+
+
+def _holds_all(row: Name, shape: tuple[int, ...]) -> bool:
+    return all(shape[d] == len(row.modules) for d in row.where("s"))
+
+
+def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Iterator[str]:
+    stacked = row.where("ls")
+    for at in itertools.product(*(range(shape[d]) for d in stacked)):
+        slot = next((n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "s"), 0)
+        index = [n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "l"]
+        yield templates[slot].format(*index)
 
 
 def by_row(leaves: Sequence[Leaf], names: Sequence[Name]) -> list[Leaf]:
@@ -228,60 +328,128 @@ def tied_to(leaf: Leaf, leaves: Sequence[Leaf]) -> str | None:
 
 
 # ------------------------------------------------------------------------------- arrays
-# Axes are permuted and flattened; values never change.
+# Axes are permuted and flattened. Values of A and B never change, nor do those of a weight unless
+# its row says so.
 
 
-def factors(leaf: Leaf, delta: LowRank) -> list[tuple[np.ndarray, np.ndarray]]:
-    """PEFT's A and B for each module of `leaf`.
+def adapted(leaf: Leaf, delta: LowRank) -> Leaf:
+    """That of the modules of `leaf` which `delta` adapts."""
+    slots = _slots_by_module(leaf, delta)
+    return leaf if slots is None else leaf.only(slots)
 
-    Slots have no equivalent there: they become one A of rank slots·r and one B with zeros outside
-    of each slot's own outputs, which is the same ΔW exactly.
+
+def _slots_by_module(leaf: Leaf, delta: LowRank) -> tuple[int, ...] | None:
+    """The slots of `delta` if each is a module of `leaf`."""
+    ours, theirs = delta.layout.slots, leaf.layout.slots
+    return ours[1] if ours and theirs and ours[::2] == theirs[::2] else None
+
+
+def factors(leaf: Leaf, delta: LowRank) -> list[Pair]:
+    """PEFT's A and B for each module of `leaf`, which are those that `delta` adapts.
+
+    Slots of what is one module there have no equivalent: they become one A of rank slots·r and one
+    B with zeros outside of each slot's own outputs, which is the same ΔW exactly.
     """
-    whole = without_slots(delta, leaf.shape)
-    pair = list(zip((whole.a, whole.b), _axes(whole.layout), strict=True))
+    if _slots_by_module(leaf, delta) is None:
+        delta = without_slots(delta, leaf.shape)
+    b = delta.b
+    if (lone := _lone_axis(delta.layout)) is not None:
+        b = np.squeeze(b, lone)
+    pair = list(zip((delta.a, b), _axes(delta.layout), strict=True))
     a, b = pair[::-1] if leaf.name.swapped else pair
     packed = _pack(*a, leaf.name.a_groups, leaf), _pack(*b, leaf.name.b_groups, leaf)
     return list(zip(*packed, strict=True))
 
 
-def low_rank(
-    leaf: Leaf, pairs: Sequence[tuple[np.ndarray, np.ndarray]], rank: int, **static: Any
-) -> LowRank:
+def low_rank(leaf: Leaf, pairs: Sequence[Pair], rank: int, **static: Any) -> LowRank:
     """The node of `leaf` from PEFT's A and B of each of its modules: the inverse of `factors`."""
-    name, axes = leaf.name, _axes(leaf.name.layout)
+    name, axes = leaf.name, _axes(leaf.layout)
     axes_a, axes_b = axes[::-1] if name.swapped else axes
     a = _unpack([a for a, _ in pairs], axes_a, name.a_groups, leaf, rank)
     b = _unpack([b for _, b in pairs], axes_b, name.b_groups, leaf, rank)
     a, b = (b, a) if name.swapped else (a, b)
-    return LowRank(jnp.asarray(a), jnp.asarray(b), layout=name.layout, **static)
+    if (lone := _lone_axis(leaf.layout)) is not None:
+        b = np.expand_dims(b, lone)
+    return LowRank(jnp.asarray(a), jnp.asarray(b), layout=leaf.layout, **static)
+
+
+def of_part(leaf: Leaf, pairs: Sequence[Pair]) -> Sequence[Pair]:
+    """What of PEFT's A and B of each parameter belongs to `leaf`, where that is a part of them.
+
+    Of B the rows of its outputs. Of A and B its own ranks alone where those of all parts lie beside
+    one another, with zeros around each in B, as `save` writes parts of which each has its own A.
+    """
+    if leaf.name.part is None:
+        return pairs
+    (j, n), experts = leaf.name.part, leaf.experts
+    a = np.stack([a.reshape(experts, -1, a.shape[1]) for a, _ in pairs])
+    b = np.stack([b.reshape(n, len(b) // n, -1, experts) for _, b in pairs])
+    rank = b.shape[3] // n
+    if rank * n == b.shape[3]:
+        blocks = b.reshape(*b.shape[:3], n, rank, experts)
+        if np.array_equal(blocks.any(axis=(0, 2, 4, 5)), np.eye(n)):
+            a, b = a[:, :, j * rank : (j + 1) * rank], blocks[:, :, :, j]
+    each = zip(a, b[:, j], strict=True)
+    return [(x.reshape(-1, x.shape[-1]), y.reshape(len(y), -1)) for x, y in each]
 
 
 def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of A and of B: the rank beside those of the weight."""
-    found = low_rank_axes(layout)
-    a, b = (tuple(d if isinstance(d, int) else RANK for d in found[n]) for n in ("a", "b"))
+    """The axes of A and of B: the rank beside those of the weight, slots first of all outputs."""
+    slots = layout.slots
+    outputs = tuple(d for d in layout.outputs if slots is None or d != slots[2])
+    found = low_rank_axes(layout._replace(outputs=outputs))
+
+    def axis(of: int | str) -> int:
+        if of == SLOTS and slots is not None:
+            return slots[2]
+        return of if isinstance(of, int) else RANK
+
+    a, b = (tuple(map(axis, found[n])) for n in ("a", "b"))
     return a, b
+
+
+def _lone_axis(layout: Layout) -> int | None:
+    """The axis of B that has the length 1, as there is an axis of slots beside it."""
+    if layout.slots is None:
+        return None
+    return low_rank_axes(layout)["b"].index(layout.slots[2])
 
 
 def weights(leaf: Leaf, value: Any) -> list[np.ndarray]:
     """PyTorch's parameter for each module of `leaf`."""
-    return _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+    own = _rounded(lambda x: x / leaf.factor, leaf, value)
+    return _pack(own, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
 def weight(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of `weights`."""
-    return _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf, 0)
+    """The inverse of `weights`, but for rounding where values change."""
+    x = _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf, 0)
+    return as_here(leaf, x)
+
+
+def as_here(leaf: Leaf, x: np.ndarray) -> np.ndarray:
+    """Values of PyTorch's parameter as those of the leaf."""
+    return _rounded(lambda x: x * leaf.factor, leaf, x)
+
+
+def _rounded(change: Callable[[np.ndarray], np.ndarray], leaf: Leaf, x: Any) -> np.ndarray:
+    """`change` of the values of a leaf that is a multiple, in at least float32, rounded once."""
+    x = np.asarray(x)
+    if leaf.name.times is None:
+        return x
+    return change(x.astype(np.promote_types(x.dtype, np.float32))).astype(x.dtype)
 
 
 def _pack(x: Any, axes: tuple[int, ...], groups: Groups, leaf: Leaf) -> list[np.ndarray]:
     x = np.asarray(x)
-    stacked = leaf.name.where("l")
+    stacked = leaf.name.where("ls")
     order = [*stacked, *itertools.chain(*groups)]
     # Modules or experts that share a factor here get a copy each.
     shared = tuple(d for d in order if d not in axes)
     axes = (*shared, *axes)
     x = np.broadcast_to(x, (*(leaf.shape[d] for d in shared), *x.shape))
     sizes = dict(zip(axes, x.shape, strict=True))
+    x = _reordered(x, axes, leaf, lambda pairs: pairs.T)
     x = np.transpose(x, [axes.index(d) for d in order])
     x = x.reshape(lengths([stacked, *groups], sizes))
     # Contiguous: the writer of safetensors takes the memory as it lies.
@@ -292,6 +460,18 @@ def _unpack(
     parts: Sequence[np.ndarray], axes: tuple[int, ...], groups: Groups, leaf: Leaf, rank: int
 ) -> np.ndarray:
     sizes = {**dict(enumerate(leaf.shape)), RANK: rank}
-    order = [*leaf.name.where("l"), *itertools.chain(*groups)]
+    order = [*leaf.name.where("ls"), *itertools.chain(*groups)]
     x = np.stack(parts).reshape([sizes[d] for d in order])
-    return np.transpose(x, [order.index(d) for d in axes])
+    x = np.transpose(x, [order.index(d) for d in axes])
+    return _reordered(x, axes, leaf, lambda pairs: pairs.reshape(2, -1).T)
+
+
+def _reordered(
+    x: np.ndarray, axes: tuple[int, ...], leaf: Leaf, order: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """`x` with the entries of an interleaved axis in `order`, which is given them in pairs."""
+    last = leaf.name.where("o")[-1]
+    if not leaf.name.interleaved or last not in axes:
+        return x
+    pairs = np.arange(leaf.shape[last]).reshape(-1, 2)
+    return np.take(x, order(pairs).ravel(), axes.index(last))

@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from . import _vllm
 from ._config import DEFAULTS, dumps, problems
 from ._file import CONFIG, DTYPES, TENSORS
 from ._load import read_alone
-from ._names import Leaf, Name, by_row, factors, resolve, tied_to, weights
+from ._names import Leaf, Name, adapted, by_row, factors, resolve, tied_to, weights
 from ._read import BASE, PREFIX, SAVED_BY_NAME, Part, Stored, parse, parts_of, twins
 from ._select import Selection, suffixes, with_scales
 
@@ -79,7 +79,7 @@ def save(
     check_fits(base, found)
     leaves = by_row(resolve(base, names), names)
     check_writable(found, {leaf.path: leaf for leaf in leaves})
-    own = [leaf for leaf in leaves if is_node(found.get(leaf.path))]
+    own = narrowed([leaf for leaf in leaves if is_node(found.get(leaf.path))], found)
     fields = DEFAULTS | dict(config or {})
     if base_model is not None:
         fields["base_model_name_or_path"] = base_model
@@ -108,24 +108,60 @@ def save(
     write(dir, "`dir`", fields, tensors)
 
 
+def narrowed(leaves: Sequence[Leaf], found: Mapping[Path, Any]) -> list[Leaf]:
+    """The leaves of an adapter, those of several modules as of the adapted ones alone."""
+    nodes = ((leaf, found[leaf.path]) for leaf in leaves)
+    return [adapted(leaf, x) if isinstance(x, LowRank) else leaf for leaf, x in nodes]
+
+
 def from_leaves(
     leaves: Sequence[Leaf], found: Mapping[Path, Any]
 ) -> tuple[list[Part], dict[str, np.ndarray]]:
     """A and B, and what is in full, by PyTorch's names."""
-    parts, full = list[Part](), dict[str, np.ndarray]()
+    full = dict[str, np.ndarray]()
+    pieces = collections.defaultdict[str, list[tuple[Leaf, Part]]](list)
     for leaf in leaves:
         x, name = found[leaf.path], leaf.name
-        keys = [f"{module}.{name.parameter}" for module in leaf.modules]
         if not isinstance(x, LowRank):
-            full |= dict(zip(keys, weights(leaf, x), strict=True))
+            full |= dict(zip(leaf.parameters, weights(leaf, x), strict=True))
             continue
         # What is swapped has PEFT's B·A in the order of PyTorch's axes.
         transposed = name.transposed
         if name.kind == "experts":
             transposed = False if name.swapped else None
-        for key, module, (a, b) in zip(keys, leaf.modules, factors(leaf, x), strict=True):
-            parts.append(Part(key, name.kind or "", leaf.key(module), a, b, x.scale, transposed))
-    return parts, full
+        scale = x.scale / leaf.factor
+        each = zip(leaf.parameters, leaf.modules, factors(leaf, x), strict=True)
+        for key, module, (a, b) in each:
+            part = Part(key, name.kind or "", leaf.key(module), a, b, scale, transposed)
+            pieces[key].append((leaf, part))
+    return [_joined(own) for own in pieces.values()], full
+
+
+def _joined(pieces: Sequence[tuple[Leaf, Part]]) -> Part:
+    """A parameter, from what there is of its parts.
+
+    It has one A if all have the same; else all of them, and a B with zeros outside of each part's
+    own outputs.
+    """
+    leaf, first = pieces[0]
+    if leaf.name.part is None:
+        return first
+    (_, count), experts = leaf.name.part, leaf.experts
+    own = {other.name.part[0]: part for other, part in pieces if other.name.part}
+    a = [x.a.reshape(experts, -1, x.a.shape[1]) for x in own.values()]
+    ends = np.cumsum([x.shape[1] for x in a])
+    if len(own) == count and all(_is_alike(x, first) for x in own.values()):
+        a, ends = a[:1], [a[0].shape[1]] * count
+    b = np.zeros((count, len(first.b), ends[-1], experts), first.b.dtype)
+    for (j, x), end in zip(own.items(), ends, strict=True):
+        factor = x.b.reshape(len(x.b), -1, experts)
+        b[j, :, end - factor.shape[1] : end] = factor * np.asarray(x.scale / first.scale, b.dtype)
+    whole = np.concatenate(a, 1).reshape(-1, first.a.shape[1])
+    return first._replace(a=whole, b=b.reshape(count * len(first.b), -1))
+
+
+def _is_alike(x: Part, y: Part) -> bool:
+    return x.scale == y.scale and np.array_equal(x.a, y.a)
 
 
 def tensors_of(parts: Sequence[Part]) -> dict[str, np.ndarray]:
@@ -209,7 +245,7 @@ def _unwritable(x: Any, leaf: Leaf | None) -> str | None:
     if any(not np.isfinite(np.asarray(y)).all() for y in arrays):
         return "holds values that are not finite"
     if not isinstance(x, LowRank):
-        return None
+        return "in full, but is a part of a parameter of PyTorch" if leaf.name.part else None
     if leaf.name.kind is None:
         return (
             f"is adapted, but its row of `names` has axes {leaf.name.axes!r}, which are no matrix"
@@ -239,15 +275,15 @@ def _with_targets(
     """`fields` that select the leaves `own`, and the heads `tied` to them, and no others."""
     selection = Selection(fields)
     selection.prepare([m for leaf in leaves for m in leaf.modules])
-    paths = {leaf.path for leaf in own}
+    chosen = {name for leaf in own for name in leaf.parameters}
     as_wanted = all(
-        _adapts(selection, leaf, module) == (leaf.path in paths)
+        _adapts(selection, leaf, module) == (name in chosen)
         for leaf in leaves
-        for module in leaf.modules
+        for module, name in zip(leaf.modules, leaf.parameters, strict=True)
     )
     if as_wanted and all(ties(fields, m) or selection.adapts(h) for m, h in tied.items()):
         return fields
-    others = [leaf for leaf in leaves if leaf.path not in paths and leaf.name.kind]
+    others = [_but(leaf, chosen) for leaf in leaves if leaf.name.kind]
     ties_all = {"ensure_weight_tying": True}
     new: Fields = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     new["ensure_weight_tying"] = any(ties(ties_all, module) for module in tied)
@@ -264,12 +300,19 @@ def _with_targets(
     return fields | new
 
 
+def _but(leaf: Leaf, chosen: Collection[str]) -> Leaf:
+    """`leaf` without the modules of which `chosen` has the parameter."""
+    each = zip(leaf.modules, leaf.parameters, strict=True)
+    return leaf._replace(modules=tuple(module for module, name in each if name not in chosen))
+
+
 def _adapts(selection: Selection, leaf: Leaf, module: str) -> bool:
     if leaf.name.kind is None or selection.saves(module):
         return False
-    if leaf.name.kind == "experts":
-        return leaf.name.parameter in selection.parameters(module)
-    return leaf.name.parameter == "weight" and selection.adapts(module)
+    if leaf.name.parameter in selection.parameters(module):
+        return True
+    whole = leaf.name.kind != "experts" and leaf.name.parameter == "weight"
+    return whole and selection.adapts(module)
 
 
 def ties(fields: Mapping[str, Any], module: str) -> bool:
@@ -372,9 +415,7 @@ def _check_form(fields: Fields, tensors: Mapping[str, np.ndarray], leaves: Seque
     types = {dtype: name for name, dtype in DTYPES.items()}
     stored = [Stored(key, types[x.dtype], x.shape) for key, x in tensors.items()]
     adapter = parse(fields, stored, "`config`")
-    shapes = {
-        f"{m}.{leaf.name.parameter}": leaf.weight_shape for leaf in leaves for m in leaf.modules
-    }
+    shapes = {parameter: leaf.weight_shape for leaf in leaves for parameter in leaf.parameters}
     parts_of(adapter, shapes, "`base` under `names`", ordered=True)
     if adapter.wrong:
         raise ValueError(

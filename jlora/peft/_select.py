@@ -254,7 +254,12 @@ def suffixes(wanted: Iterable[str], others: Collection[str]) -> list[str]:
 def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """`fields` whose rank, alpha and patterns give each key its rank and scale."""
     said = Selection(fields)
-    if all((said.rank(k), said.scale(k)) == wanted for k, wanted in scales.items()):
+    # A scale that a row of `names` multiplied, and that was divided again, may be off by a bit.
+    same = (
+        said.rank(k) == rank and math.isclose(said.scale(k), scale, rel_tol=1e-15)
+        for k, (rank, scale) in scales.items()
+    )
+    if all(same):
         return fields
     ranks = {key: rank for key, (rank, _) in scales.items()}
     alphas = {key: _alpha(scale, divisor(fields, rank)) for key, (rank, scale) in scales.items()}

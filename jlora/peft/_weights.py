@@ -39,7 +39,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         (2, 4, 3)
     """
     leaves = all_named(like, names, "like")
-    wanted = {key: leaf.weight_shape for leaf in leaves for key in keys_of(leaf)}
+    wanted = {key: leaf.weight_shape for leaf in leaves for key in leaf.parameters}
     wrong = [f"{key}: missing, of shape {wanted[key]}" for key in wanted if key not in tensors]
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
@@ -50,7 +50,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
     if wrong:
         raise ValueError("`tensors` do not fit `like`. " + listing(wrong))
     values = [
-        jnp.asarray(weight(leaf, [np.asarray(tensors[key]) for key in keys_of(leaf)]))
+        jnp.asarray(weight(leaf, [np.asarray(tensors[key]) for key in leaf.parameters]))
         for leaf in leaves
     ]
     return jax.tree.unflatten(flatten(like)[1], values)
@@ -82,7 +82,7 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
     return {
         key: part
         for leaf in all_named(params, names, "params")
-        for key, part in zip(keys_of(leaf), weights(leaf, leaf.value), strict=True)
+        for key, part in zip(leaf.parameters, weights(leaf, leaf.value), strict=True)
     }
 
 
@@ -90,6 +90,11 @@ def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
     """The leaves with their names; `ValueError` if one has none."""
     leaves = resolve(tree, names)
     named = {leaf.path for leaf in leaves}
+    if parts := [name_of(leaf.path) for leaf in leaves if leaf.name.part]:
+        raise ValueError(
+            f"`names` is for adapters: by it these leaves of `{argument}` are parts of parameters. "
+            "Use the table of the checkpoint. " + listing(parts)
+        )
     lost = [name_of(path) for path, _ in leaves_by_path(tree) if path not in named]
     if lost:
         raise ValueError(
@@ -97,8 +102,3 @@ def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
             "axes. " + listing(lost)
         )
     return leaves
-
-
-def keys_of(leaf: Leaf) -> list[str]:
-    """The tensors of a leaf."""
-    return [f"{module}.{leaf.name.parameter}" for module in leaf.modules]

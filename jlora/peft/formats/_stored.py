@@ -66,7 +66,7 @@ def leaf_of(leaf: Leaf, modules: Sequence[Stored]) -> Any:
     Quantized if its axes can be cut into the blocks of the file; else dequantized, exactly.
     """
     name, dtype = leaf.name, modules[0].dtype or leaf.value.dtype
-    stack, first, last = name.where("le"), name.where("o"), name.where("i")
+    stack, first, last = name.where("les"), name.where("o"), name.where("i")
     if name.kind == "embedding":
         first, last = name.where("v"), name.where("o")
     order, alike = (*first, *last), all(_form_of(m) == _form_of(modules[0]) for m in modules)

@@ -1,0 +1,222 @@
+"""What every name table must do: the real PyTorch class beside another library's, on its files.
+
+A test file lists its `CASES`, makes the fixture `made` of them, and imports the laws below.
+"""
+
+import atexit
+import functools
+import json
+import os
+import pathlib
+import subprocess
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+from safetensors.numpy import load_file
+
+import jlora
+from jlora import peft
+from jlora._tree import leaves_by_path
+from jlora.peft import Name
+
+VOCABULARY = 40
+TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 13))
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+each_adapter = pytest.mark.parametrize("which", ["all", "some"])
+
+
+class Model(NamedTuple):
+    """A library's model.
+
+    Attributes:
+        like: its parameters; only shapes and dtypes matter.
+        apply: (parameters, tokens) to logits.
+        load: what the library itself makes of a checkpoint's folder, if it can.
+        tolerance: how far its logits may be from PyTorch's, where it rounds on its own account.
+    """
+
+    like: Any
+    apply: Callable[[Any, jax.Array], jax.Array]
+    load: Callable[[pathlib.Path], Any] | None = None
+    tolerance: float = 1e-4
+
+
+class Case(NamedTuple):
+    """A model of two libraries.
+
+    Attributes:
+        names: the table.
+        config: the class of its configuration in `transformers`, and what it has of fields.
+        build: from that configuration to the other library's model.
+        rules: those that adapt what PEFT's "all-linear" does.
+        some: modules that share a leaf with others, which PEFT adapts without those.
+        files: the table of the checkpoint, if it is another.
+        left: a module that PEFT adapts and the rules do not.
+    """
+
+    names: tuple[Name, ...]
+    config: tuple[str, Mapping[str, Any]]
+    build: Callable[[Any], Model]
+    rules: tuple[jlora.LoRA, ...]
+    some: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
+    files: tuple[Name, ...] | None = None
+    left: str = "none"
+
+
+class Made(NamedTuple):
+    """The files of a case.
+
+    Attributes:
+        case: the case.
+        model: the other library's model.
+        folder: of the checkpoint, `base`, and of PEFT's adapters.
+        logits: PyTorch's, of the base and with each adapter.
+        base: the parameters from the checkpoint, by the table.
+    """
+
+    case: Case
+    model: Model
+    folder: pathlib.Path
+    logits: dict[str, np.ndarray]
+    base: Any
+
+
+def make(case: Case, folder: pathlib.Path) -> Made:
+    """Writes what `transformers` and PEFT write of a random model."""
+    kind, fields = case.config
+    own = SIZES | dict(fields)
+    targets = {"all": "all-linear", "some": list(case.some)}
+    said = pytorch("make", str(folder), kind, own, targets, TOKENS.tolist())
+    logits = {which: np.asarray(x, np.float32) for which, x in said.items()}
+    model = case.build(getattr(transformers, kind)(**own))
+    return Made(case, model, folder, logits, _load_base(case, model, folder / "base"))
+
+
+# Of every configuration.
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def pytorch(call: str, *arguments: Any) -> Any:
+    """What `pytorch.py` answers, here or in the Python that the environment names."""
+    return _process()(call, *arguments)
+
+
+@functools.cache
+def _process() -> Callable[..., Any]:
+    python = os.environ.get("PYTORCH_PYTHON")
+    if python is None:
+        import pytorch
+
+        return lambda call, *arguments: getattr(pytorch, call)(*arguments)
+    script = pathlib.Path(__file__).with_name("pytorch.py")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([python, script], stdin=pipe, stdout=pipe, text=True)
+    atexit.register(process.communicate)
+
+    def ask(*line: Any) -> Any:
+        assert process.stdin and process.stdout
+        print(json.dumps([line[0], line[1:]]), file=process.stdin, flush=True)
+        return json.loads(process.stdout.readline())
+
+    return ask
+
+
+def _logits(folder: pathlib.Path, adapter: pathlib.Path | None = None) -> np.ndarray:
+    said = pytorch("logits", str(folder), TOKENS.tolist(), adapter and str(adapter))
+    return np.asarray(said, np.float32)
+
+
+def _load_base(case: Case, model: Model, folder: pathlib.Path) -> Any:
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.like)
+    return peft.load_base(folder, case.files or case.names, like=like)
+
+
+def our_logits(made: Made, adapter: Any) -> np.ndarray:
+    """The logits of the other library's model with an adapter."""
+    apply = jlora.transform(made.model.apply, jlora.LoRA()).apply
+    return np.asarray(jax.jit(apply)(made.base, adapter, jnp.asarray(TOKENS)))
+
+
+def _assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-4) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------ the laws
+
+
+def test_base(made: Made) -> None:
+    """The base by the table has PyTorch's logits, and the leaves that the library itself loads."""
+    _assert_close(our_logits(made, {}), made.logits["base"], made.model.tolerance)
+    if made.model.load is None:
+        return
+    theirs = dict(leaves_by_path(made.model.load(made.folder / "base")))
+    ours = dict(leaves_by_path(made.base))
+    assert ours.keys() == theirs.keys()
+    for path, x in ours.items():
+        assert x.dtype == theirs[path].dtype
+        np.testing.assert_array_equal(x, theirs[path], err_msg="/".join(path))
+
+
+def test_base_comes_back(made: Made) -> None:
+    """The tensors of the checkpoint are those of the base."""
+    expected = load_file(made.folder / "base" / "model.safetensors")
+    tensors = peft.to_tensors(made.base, made.case.files or made.case.names)
+    assert tensors.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(tensors[name], x, err_msg=name)
+
+
+@each_adapter
+def test_logits(which: str, made: Made) -> None:
+    """PEFT's adapter means the same here."""
+    adapter = peft.load(made.folder / which, made.base, made.case.names)
+    assert np.abs(made.logits[which] - made.logits["base"]).max() > 0.1
+    _assert_close(our_logits(made, adapter), made.logits[which], made.model.tolerance)
+
+
+@each_adapter
+def test_files_come_back(which: str, made: Made, tmp_path: pathlib.Path) -> None:
+    """Byte for byte."""
+    adapter = peft.load(made.folder / which, made.base, made.case.names)
+    config = peft.read_config(made.folder / which)
+    peft.save(tmp_path / "copy", made.base, adapter, made.case.names, config=config)
+    for file in FILES:
+        assert (tmp_path / "copy" / file).read_bytes() == (made.folder / which / file).read_bytes()
+
+
+@each_adapter
+def test_merged(which: str, made: Made, tmp_path: pathlib.Path) -> None:
+    """The checkpoint with the adapter's tree in its weights, in PyTorch."""
+    adapter = peft.load(made.folder / which, made.base, made.case.names)
+    peft.export_merged(made.folder / "base", adapter, tmp_path / "merged", names=made.case.names)
+    _assert_close(_logits(tmp_path / "merged"), made.logits[which])
+
+
+def test_own_adapter(made: Made, tmp_path: pathlib.Path) -> None:
+    """An adapter that was made here, in PEFT, whose configuration is found anew."""
+    lora = jlora.transform(made.model.apply, *made.case.rules)
+    _, adapter = lora.init(jax.random.key(0), made.base, jnp.asarray(TOKENS))
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    adapter = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), adapter)
+    peft.save(tmp_path / "own", made.base, adapter, made.case.names)
+    expected = _logits(made.folder / "base", tmp_path / "own")
+    _assert_close(our_logits(made, adapter), expected, made.model.tolerance)
+    own, theirs = (load_file(x / FILES[1]) for x in (tmp_path / "own", made.folder / "all"))
+    assert own.keys() == {key for key in theirs if f".{made.case.left}." not in key}

@@ -1,0 +1,106 @@
+"""The package `gemma` and `transformers`, on the same files. Needs `gemma`.
+
+It has no loader of PyTorch's files, so that the base is loaded by the table alone.
+"""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+with warnings.catch_warnings():  # of its own
+    warnings.simplefilter("ignore")
+    gm = pytest.importorskip("gemma.gm")
+    from common import (  # noqa: F401
+        Case,
+        Made,
+        Model,
+        make,
+        test_base,
+        test_base_comes_back,
+        test_files_come_back,
+        test_logits,
+        test_merged,
+        test_own_adapter,
+    )
+    from gemma.gm.nn import AttentionType, Transformer
+    from gemma.gm.nn.config import TransformerConfig
+
+from jlora import LoRA, Slots
+from jlora.peft import tables
+
+# What the libraries warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def build(config: Any, **more: Any) -> Model:
+    local, everywhere = AttentionType.LOCAL_SLIDING, AttentionType.GLOBAL
+    types = [local if kind == "sliding_attention" else everywhere for kind in config.layer_types]
+    own = TransformerConfig(
+        num_embed=config.vocab_size,
+        embed_dim=config.hidden_size,
+        hidden_dim=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        attention_types=tuple(types),
+        sliding_window_size=config.sliding_window,
+        final_logit_softcap=config.final_logit_softcapping,
+        attn_logits_soft_cap=config.attn_logit_softcapping,
+        **more,
+    )
+    module = Transformer(config=own, dtype=jnp.float32)
+    like = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 2), jnp.int32))
+    return Model(like, lambda params, tokens: module.apply(params, tokens).logits)
+
+
+def build_2b(config: Any) -> Model:
+    return build(config)
+
+
+def build_9b(config: Any) -> Model:
+    return build(config, transpose_gating_einsum=True)
+
+
+def build_gemma3(config: Any) -> Model:
+    return build(
+        config,
+        transpose_gating_einsum=True,
+        use_qk_norm=True,
+        local_base_frequency=10_000,
+        global_base_frequency=1_000_000,
+    )
+
+
+GEMMA2 = {"query_pre_attn_scalar": 8, "sliding_window": 5}
+GEMMA3 = GEMMA2 | {"num_hidden_layers": 6}  # the sixth layer sees everything
+ALIKE = {"num_key_value_heads": 4}
+RULES = (
+    LoRA("kv_einsum/w|gating_einsum", rank=4, slots=Slots(2, (0, 1))),
+    LoRA("(q_einsum|attn_vec_einsum)/w|linear", rank=4),
+)
+QKV_RULES = (
+    LoRA("qkv_einsum/w", rank=4, slots=Slots(3, (0, 1, 2))),
+    LoRA("gating_einsum", rank=4, slots=Slots(2, (0, 1))),
+    LoRA("attn_vec_einsum/w|linear", rank=4),
+)
+
+CASES = {
+    "gemma2-2b": Case(tables.gemma.GEMMA2_2B, ("Gemma2Config", GEMMA2), build_2b, RULES),
+    "gemma2-9b": Case(tables.gemma.GEMMA3, ("Gemma2Config", GEMMA2), build_9b, RULES),
+    "gemma3": Case(tables.gemma.GEMMA3, ("Gemma3TextConfig", GEMMA3), build_gemma3, RULES),
+    "gemma3-qkv": Case(
+        tables.gemma.GEMMA3, ("Gemma3TextConfig", GEMMA3 | ALIKE), build_gemma3, QKV_RULES
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(CASES[request.param], tmp_path_factory.mktemp(request.param))

@@ -1,0 +1,173 @@
+"""The models of tunix and those of `transformers`, on the same files. Needs `google-tunix`."""
+
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+with warnings.catch_warnings():  # of its own
+    warnings.simplefilter("ignore")
+    pytest.importorskip("tunix")
+    from common import (  # noqa: F401
+        Case,
+        Made,
+        Model,
+        make,
+        test_base,
+        test_base_comes_back,
+        test_files_come_back,
+        test_logits,
+        test_merged,
+        test_own_adapter,
+    )
+    from tunix.models.gemma import model as gemma2
+    from tunix.models.gemma import params_safetensors as gemma2_files
+    from tunix.models.gemma3 import model as gemma3
+    from tunix.models.gemma3 import params_safetensors as gemma3_files
+    from tunix.models.llama3 import model as llama3
+    from tunix.models.llama3 import params as llama3_files
+    from tunix.models.qwen2 import model as qwen2
+    from tunix.models.qwen2 import params as qwen2_files
+    from tunix.models.qwen3 import model as qwen3
+    from tunix.models.qwen3 import params as qwen3_files
+
+from jlora import LoRA, Slots
+from jlora.peft import tables
+
+# What the libraries warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def sizes(config: Any, vocabulary: str) -> dict[str, Any]:
+    """What all configurations of tunix have."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        vocabulary: config.vocab_size,
+        "embed_dim": config.hidden_size,
+        "hidden_dim": config.intermediate_size,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+    }
+
+
+def model(kind: Any, files: Any, config: Any) -> Model:
+    """The model, which takes positions and a mask beside the tokens."""
+
+    def apply(module: Any, tokens: jax.Array) -> jax.Array:
+        batch, length = tokens.shape
+        positions = jnp.tile(jnp.arange(length), (batch, 1))
+        mask = jnp.tile(jnp.tril(jnp.ones((length, length), bool)), (batch, 1, 1))
+        return module(tokens, positions, None, mask)[0]
+
+    def load(folder: pathlib.Path) -> Any:
+        return files.create_model_from_safe_tensors(str(folder), config)
+
+    return Model(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))), apply, load)
+
+
+def decoder(library: Any, kind: str, files: Any, tied: str) -> Any:
+    """Llama's form, with the embedding `tied` to the head or not."""
+
+    def build(config: Any) -> Model:
+        own = sizes(config, "vocab_size") | {
+            "rope_theta": config.rope_parameters["rope_theta"],
+            "norm_eps": config.rms_norm_eps,
+            tied: config.tie_word_embeddings,
+        }
+        return model(getattr(library, kind), files, library.ModelConfig(**own))
+
+    return build
+
+
+def build_experts(config: Any) -> Model:
+    own = qwen3.ModelConfig(
+        **sizes(config, "vocab_size") | {"hidden_dim": config.moe_intermediate_size},
+        rope_theta=config.rope_parameters["rope_theta"],
+        norm_eps=config.rms_norm_eps,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+    )
+    return model(qwen3.Qwen3, qwen3_files, own)
+
+
+def build_gemma2(config: Any) -> Model:
+    local, everywhere = gemma2.AttentionType.LOCAL_SLIDING, gemma2.AttentionType.GLOBAL
+    own = gemma2.ModelConfig(
+        **sizes(config, "num_embed"),
+        final_logit_softcap=config.final_logit_softcapping,
+        attn_logits_soft_cap=config.attn_logit_softcapping,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        attention_types=(local, everywhere),
+        sliding_window_size=config.sliding_window,
+    )
+    return model(gemma2.Gemma, gemma2_files, own)
+
+
+def build_gemma3(config: Any) -> Model:
+    own = gemma3.ModelConfig(
+        **sizes(config, "num_embed"),
+        sliding_window_size=config.sliding_window,
+        local_base_frequency=10_000,
+        global_base_frequency=1_000_000,
+        param_dtype=jnp.float32,
+    )
+    return model(gemma3.Gemma3, gemma3_files, own)
+
+
+LLAMA3 = decoder(llama3, "Llama3", llama3_files, "weight_tying")
+QWEN2 = decoder(qwen2, "Qwen2", qwen2_files, "use_tied_embedding")
+QWEN3 = decoder(qwen3, "Qwen3", qwen3_files, "use_tied_embedding")
+GEMMA2 = {"query_pre_attn_scalar": 8, "sliding_window": 5}
+GEMMA3 = GEMMA2 | {"num_hidden_layers": 6}  # the sixth layer sees everything
+LINEAR = LoRA(r"layers/.*(_proj|q_einsum|attn_vec_einsum)/(w|kernel)", rank=4)
+FUSED_KV = LoRA("/kv_einsum", rank=4, slots=Slots(2, (0, 1))), LINEAR
+FUSED_QKV = LoRA("/qkv_einsum", rank=4, slots=Slots(3, (0, 1, 2))), LINEAR
+# Of Llama 3 and Qwen 3, tunix 0.1.7 has this one whatever its configuration says.
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+TIED = {"tie_word_embeddings": True}
+EXPERTS = {
+    "moe_intermediate_size": 24,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+ALIKE = {"num_key_value_heads": 4}
+
+CASES = {
+    "llama3": Case(tables.tunix.LLAMA3, ("LlamaConfig", ROPE), LLAMA3, (LINEAR,)),
+    "llama3-tied": Case(tables.tunix.LLAMA3, ("LlamaConfig", ROPE | TIED), LLAMA3, (LINEAR,)),
+    "qwen2": Case(tables.tunix.QWEN2, ("Qwen2Config", {}), QWEN2, (LINEAR,)),
+    "qwen2-tied": Case(tables.tunix.QWEN2, ("Qwen2Config", TIED), QWEN2, (LINEAR,)),
+    "qwen3": Case(tables.tunix.QWEN3, ("Qwen3Config", ROPE), QWEN3, (LINEAR,)),
+    "qwen3-tied": Case(tables.tunix.QWEN3, ("Qwen3Config", ROPE | TIED), QWEN3, (LINEAR,)),
+    "qwen3-experts": Case(
+        tables.tunix.QWEN3_EXPERTS,
+        ("Qwen3MoeConfig", ROPE | EXPERTS),
+        build_experts,
+        (LINEAR, LoRA("mlp/(gate|up|down)_proj", rank=4)),
+        some=("q_proj", "down_proj"),
+        files=tables.tunix.QWEN3,
+        left="mlp.gate",  # no torch.nn.Linear there, so that PEFT takes it as a parameter only
+    ),
+    "gemma2": Case(tables.tunix.GEMMA, ("Gemma2Config", GEMMA2), build_gemma2, FUSED_KV),
+    "gemma2-qkv": Case(
+        tables.tunix.GEMMA, ("Gemma2Config", GEMMA2 | ALIKE), build_gemma2, FUSED_QKV
+    ),
+    "gemma3": Case(tables.tunix.GEMMA, ("Gemma3TextConfig", GEMMA3), build_gemma3, FUSED_KV),
+    "gemma3-qkv": Case(
+        tables.tunix.GEMMA, ("Gemma3TextConfig", GEMMA3 | ALIKE), build_gemma3, FUSED_QKV
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(CASES[request.param], tmp_path_factory.mktemp(request.param))

@@ -1,0 +1,368 @@
+"""Leaves of several modules of PyTorch, such as k and v, and several leaves of one, as experts."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora import Full, LoRA, Slots, peft
+from jlora._tree import nest
+from jlora._types import Layout
+from jlora.adapters import LowRank
+from jlora.peft import Name
+from jlora.peft._names import resolve
+
+Folder = pathlib.Path
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (3, 4))
+PREFIX = "base_model.model."
+NAMES = (
+    Name(r"(\d+)/kv/w", (r"h.\1.k_proj", r"h.\1.v_proj"), "soio"),
+    Name(r"(\d+)/kv/bias", (r"h.\1.k_proj", r"h.\1.v_proj"), "so", "bias"),
+)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def params() -> Any:
+    kv = lambda i: {"w": normal(i, 2, 3, 4, 2), "bias": normal(9 + i, 2, 6)}  # noqa: E731
+    return {"0": {"kv": kv(0)}, "1": {"kv": kv(1)}}
+
+
+def apply(params: Any, x: jax.Array) -> jax.Array:
+    """Keys times values, in both layers."""
+    total = jnp.zeros(())
+    for layer in params.values():
+        kv = jnp.einsum("td,skdh->stkh", x, layer["kv"]["w"])
+        k, v = kv + layer["kv"]["bias"].reshape(2, 1, 3, 2)
+        total = total + jnp.sin(k) * v
+    return total
+
+
+def adapted(*rules: Any) -> tuple[Any, Any]:
+    """Base and random adapter."""
+    base, adapter = jlora.transform(apply, *rules).init(KEY, params(), X)
+    return base, jax.tree.map(lambda x: x + normal(3, *x.shape), adapter)
+
+
+def rule(*chosen: int) -> LoRA:
+    return LoRA("kv/w", rank=2, alpha=3, slots=Slots(2, chosen))
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, actual, expected)
+
+
+@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1)])
+def test_only_some_modules(chosen: tuple[int, ...], tmp_path: Folder) -> None:
+    """Those of the adapted slots are in the file, are what it selects, and come back."""
+    base, adapter = adapted(rule(*chosen))
+    peft.save(tmp_path / "a", base, adapter, NAMES)
+    wanted = [f"{'kv'[i]}_proj" for i in chosen]
+    assert peft.read_config(tmp_path / "a")["target_modules"] == wanted
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
+    assert modules == {f"h.{layer}.{name}" for layer in range(2) for name in wanted}
+    node = adapter["1"]["kv"]["w"]
+    for at, name in enumerate(wanted):
+        np.testing.assert_array_equal(tensors[f"{PREFIX}h.1.{name}.lora_A.weight"], node.a[at].T)
+    assert_equal(peft.load(tmp_path / "a", base, NAMES), adapter)
+
+
+def test_slots_in_any_order(tmp_path: Folder) -> None:
+    """They come back in order, with the same ΔW."""
+    base, adapter = adapted(rule(1, 0))
+    peft.save(tmp_path / "a", base, adapter, NAMES)
+    again = peft.load(tmp_path / "a", base, NAMES)
+    assert again["0"]["kv"]["w"].layout.slots == (2, (0, 1), 0)
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
+
+
+def test_a_shared_factor_is_written_for_each(tmp_path: Folder) -> None:
+    """Without slots there is one A, of which each module gets a copy."""
+    base, adapter = adapted(LoRA("kv/w", rank=2))
+    peft.save(tmp_path / "a", base, adapter, NAMES)
+    again = peft.load(tmp_path / "a", base, NAMES)
+    node = again["0"]["kv"]["w"]
+    np.testing.assert_array_equal(node.a, np.stack([adapter["0"]["kv"]["w"].a] * 2))
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
+
+
+def test_slots_of_another_axis(tmp_path: Folder) -> None:
+    """Slots that are no modules are one A for each module."""
+    base, adapter = adapted(LoRA("kv/w", rank=2, slots=Slots(3, (0, 2), axis=1)))
+    peft.save(tmp_path / "a", base, adapter, NAMES)
+    assert peft.read_config(tmp_path / "a")["r"] == 4
+    again = peft.load(tmp_path / "a", base, NAMES)
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
+
+
+def test_in_full(tmp_path: Folder) -> None:
+    """Biases beside A and B, and whole modules."""
+    for rules in ((rule(0, 1), Full("bias")), (Full("1/kv"), rule(1))):
+        base, adapter = adapted(*rules)
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        peft.save(folder, base, adapter, NAMES)
+        assert_equal(peft.load(folder, base, NAMES), adapter)
+
+
+def test_checkpoints(tmp_path: Folder) -> None:
+    """Each module is a tensor; merging adds to those that are adapted and leaves the others."""
+    tensors = peft.to_tensors(params(), NAMES)
+    w = params()["1"]["kv"]["w"]
+    np.testing.assert_array_equal(
+        tensors["h.1.v_proj.weight"], w[1].transpose(0, 2, 1).reshape(6, 4)
+    )
+    assert {name: x.shape for name, x in tensors.items()} == {
+        f"h.{i}.{m}_proj.{p}": shape
+        for i in range(2)
+        for m in "kv"
+        for p, shape in (("weight", (6, 4)), ("bias", (6,)))
+    }
+    assert_equal(peft.from_tensors(tensors, params(), NAMES), params())
+
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    assert_equal(peft.load_base(tmp_path / "base", NAMES, like=params()), params())
+    base, adapter = adapted(rule(1))
+    peft.export_merged(tmp_path / "base", adapter, tmp_path / "merged", names=NAMES)
+    merged = peft.load_base(tmp_path / "merged", NAMES, like=base)
+    assert_close(merged, jlora.merge(base, adapter))
+    np.testing.assert_array_equal(merged["0"]["kv"]["w"][0], base["0"]["kv"]["w"][0])
+
+
+def test_quantized(tmp_path: Folder) -> None:
+    """A leaf of 4 bits is that of its modules, which are quantized one by one."""
+    names = [Name("kv/w", ("k_proj", "v_proj"), "soio")]
+    base = jlora.quantize({"kv": {"w": normal(0, 2, 2, 64, 4)}}, jlora.NF4("w", block=32))
+    dense = jlora.dequantize(base)
+    apart = {m: {"w": dense["kv"]["w"][i]} for i, m in enumerate(("k_proj", "v_proj"))}
+    each = [Name(r"(\w+)/w", r"\1", "oio")]
+    x = jnp.ones((1, 64))
+    layer = lambda p, x: [jnp.einsum("td,kdh->tkh", x, p[m]["w"]) for m in p]  # noqa: E731
+    sites = jlora.transform(layer, LoRA()).sites(apart, x)
+    packed = jlora.quantize(apart, jlora.NF4("w", block=32), sites=sites)
+    peft.save_base(tmp_path / "base", packed, each)
+    again = peft.load_base(tmp_path / "base", names, like=dense)
+    assert isinstance(again["kv"]["w"], jlora.Quantized)
+    expected = jlora.dequantize(packed)
+    np.testing.assert_array_equal(
+        jlora.dequantize(again)["kv"]["w"], np.stack([expected[m]["w"] for m in apart])
+    )
+
+
+def wider(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rank 3 of the values of layer 1."""
+    pads = {"lora_A": ((0, 1), (0, 0)), "lora_B": ((0, 0), (0, 1))}
+    return {
+        key: np.pad(x, pads[key.split(".")[-2]]) if "h.1.v_proj" in key else x
+        for key, x in tensors.items()
+    }
+
+
+def whole(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The keys of layer 1 in full, its values not."""
+    full = {
+        f"{PREFIX}h.1.k_proj.weight": np.zeros((6, 4), np.float32),
+        f"{PREFIX}h.1.k_proj.bias": np.zeros(6, np.float32),
+    }
+    return {key: x for key, x in tensors.items() if "h.1" not in key} | full
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        (
+            wider,
+            {"rank_pattern": {"h.1.v_proj": 3}},
+            "1/kv/w: its modules are one leaf but differ: rank 2 and scale 1.5, rank 3 and scale "
+            "1; adapt them alike",
+        ),
+        (
+            whole,
+            {"target_modules": ["h.0.k_proj", "h.0.v_proj"], "modules_to_save": ["h.1.k_proj"]},
+            "1/kv/w: its modules are one leaf, of which 1 of 2 are adapted, h.1.v_proj not; adapt "
+            "them alike",
+        ),
+    ],
+)
+def test_load_refuses(change: Any, fields: Any, message: str, tmp_path: Folder) -> None:
+    """What one node, or one array, cannot hold."""
+    base, adapter = adapted(rule(0, 1))
+    peft.save(tmp_path / "a", base, adapter, NAMES)
+    tensors = change(load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    config = peft.read_config(tmp_path / "a") | fields
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        peft.load(tmp_path / "a", base, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("table", "path", "shape", "modules"),
+    [
+        ("tunix-llama3", "layers/3/attn/q_proj/w", (4, 2, 8), ["model.layers.3.self_attn.q_proj"]),
+        ("tunix-qwen2", "layers/3/attn/k_bias", (16,), ["model.layers.3.self_attn.k_proj"]),
+        (
+            "tunix-qwen3",
+            "layers/3/mlp/down_proj",
+            (2, 4, 8),
+            [f"model.layers.3.mlp.experts.{i}.down_proj" for i in range(2)],
+        ),
+        ("tunix-qwen3", "layers/3/mlp/router/kernel", (4, 2), ["model.layers.3.mlp.gate"]),
+        (
+            "tunix-gemma",
+            "layers/3/attn/kv_einsum/w",
+            (2, 1, 4, 8),
+            [f"model.layers.3.self_attn.{m}_proj" for m in "kv"],
+        ),
+        (
+            "tunix-gemma",
+            "layers/3/post_attn_norm/scale",
+            (4,),
+            ["model.layers.3.post_attention_layernorm"],
+        ),
+        (
+            "gemma3",
+            "params/layer_3/attn/qkv_einsum/w",
+            (3, 2, 4, 8),
+            [f"model.layers.3.self_attn.{m}_proj" for m in "qkv"],
+        ),
+        (
+            "gemma3",
+            "params/layer_3/attn/_key_norm/scale",
+            (8,),
+            ["model.layers.3.self_attn.k_norm"],
+        ),
+        (
+            "gemma2-2b",
+            "params/layer_3/mlp/gating_einsum",
+            (2, 4, 8),
+            [f"model.layers.3.mlp.{m}_proj" for m in ("gate", "up")],
+        ),
+    ],
+)
+def test_tables(table: str, path: str, shape: tuple[int, ...], modules: list[str]) -> None:
+    """One path of each kind; whole models need their libraries: `tests/tables`."""
+    [leaf] = resolve(nest({tuple(path.split("/")): jnp.zeros(shape)}), peft.TABLES[table])
+    assert list(leaf.modules) == modules
+
+
+# --------------------------------------------------------------------------- parts of a parameter
+
+PARTS = (
+    Name("gate", "experts", "eio", "gate_up_proj", part=(0, 2)),
+    Name("up", "experts", "eio", "gate_up_proj", part=(1, 2)),
+    Name("down", "experts", "eio", "down_proj"),
+)
+LINEAR_PARTS = tuple(Name(n, "mlp.fused", "io", part=(j, 3)) for j, n in enumerate("abc"))
+
+
+def nodes(*names: str, rank: int = 2, shared: bool = False, scale: float = 1.5) -> Any:
+    """Random nodes of three experts, or, of one letter, of plain weights."""
+    lead = () if len(names[0]) == 1 else (3,)
+    layout = Layout((0,), (1,), (2,)) if lead else Layout((), (0,), (1,))
+    return {
+        name: LowRank(
+            normal(0 if shared else i, *lead, 4, rank), normal(7 + i, *lead, rank, 6), scale, layout
+        )
+        for i, name in enumerate(names)
+    }
+
+
+def zeros(adapter: Any) -> Any:
+    return {name: jnp.zeros((*x.a.shape[:-1], x.b.shape[-1])) for name, x in adapter.items()}
+
+
+def product(folder: Folder, module: str, experts: int) -> np.ndarray:
+    """B·A of each expert in the file, (experts, outputs, inputs)."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    a, b = (tensors[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
+    a = a.reshape(experts, -1, a.shape[-1])
+    b = b.reshape(len(b), -1, experts)
+    return np.einsum("ore,eri->eoi", b, a)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("table", "names", "module", "experts"),
+    [
+        (PARTS[:2], ("gate", "up"), "experts", 3),
+        (LINEAR_PARTS, ("a", "b", "c"), "mlp.fused", 1),
+    ],
+)
+def test_parts(
+    table: Any, names: Any, module: str, experts: int, shared: bool, tmp_path: Folder
+) -> None:
+    """One A if it is the same, else all of them; the same ΔW, and the same leaves again."""
+    adapter = nodes(*names, shared=shared)
+    base = zeros(adapter)
+    peft.save(tmp_path / "a", base, adapter, table)
+    each = [x.reshape(experts, 4, 6) for x in jlora.merge(base, adapter).values()]
+    expected = np.concatenate(each, axis=2).swapaxes(1, 2)
+    assert_close(1.5 * product(tmp_path / "a", module, experts), expected)
+    rank = max(peft.read_config(tmp_path / "a")["rank_pattern"].values(), default=0)
+    rank = rank or peft.read_config(tmp_path / "a")["r"]
+    assert rank == (2 if shared else 2 * len(names))
+    assert_equal(peft.load(tmp_path / "a", base, table), adapter)
+
+
+@pytest.mark.parametrize("change", ["one", "ranks", "scales"])
+def test_unequal_parts(change: str, tmp_path: Folder) -> None:
+    """What is not adapted gets zeros; ranks and scales may differ: the same ΔW."""
+    adapter = nodes("gate", "up", "down")
+    if change == "one":
+        del adapter["up"]
+    elif change == "ranks":
+        adapter |= nodes("gate", rank=3)
+    else:
+        adapter |= nodes("gate", scale=0.25)
+    base = zeros(nodes("gate", "up", "down"))
+    peft.save(tmp_path / "a", base, adapter, PARTS)
+    again = peft.load(tmp_path / "a", base, PARTS)
+    assert set(again) == {"gate", "up", "down"}
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
+
+
+def test_parts_of_untrained_factors(tmp_path: Folder) -> None:
+    """A B of zeros says nothing of blocks: A is that of all ranks."""
+    adapter = nodes("gate", "up", shared=True)
+    adapter = {n: x._replace(b=jnp.zeros_like(x.b)) for n, x in adapter.items()}
+    peft.save(tmp_path / "a", zeros(adapter), adapter, PARTS[:2])
+    assert_equal(peft.load(tmp_path / "a", zeros(adapter), PARTS[:2]), adapter)
+
+
+def test_parts_are_for_adapters(tmp_path: Folder) -> None:
+    """Whole weights are refused, with the leaf or the tensor."""
+    base = zeros(nodes("gate", "up", "down"))
+    with pytest.raises(ValueError, match="`names` is for adapters: by it these leaves of `params`"):
+        peft.to_tensors(base, PARTS)
+    with pytest.raises(ValueError, match="gate: in full, but is a part of a parameter"):
+        peft.save(tmp_path / "a", base, {"gate": base["gate"]}, PARTS)
+    with pytest.raises(ValueError, match="two leaves one name"):
+        resolve(base, (PARTS[0], Name("up", "experts", "eio", "gate_up_proj")))
+    with pytest.raises(ValueError, match=re.escape("`part` must be (j, n) with 0 <= j < n")):
+        Name("w", "m", "io", part=(2, 2))
+    with pytest.raises(ValueError, match="which is not transposed"):
+        Name("w", "m", "io", part=(0, 2), transposed=True)
+
+
+def test_sizes_tell_rows_apart() -> None:
+    """A row of two modules is none of a leaf of three."""
+    base = {"0": {"kv": {"w": jnp.zeros((3, 3, 4, 2))}}}
+    assert resolve(base, NAMES) == []
