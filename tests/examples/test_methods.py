@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from methods import METHODS, adapters, prefixes
+from methods import METHODS, PREFIXES, adapters, prefixes
 from models import bert, gpt, llama, parts
 
 import jlora
@@ -30,7 +30,6 @@ SIZES = {
     "pre_layer": {"l_p": 3, "l_i": 2, "after": AFTER},
     "prompt": {"l_p": 4},
 }
-PREFIXES = ["pre_embed", "pre_layer", "prompt"]
 ADDED = ["adapter_h", "adapter_l", *PREFIXES]
 IDS = np.random.default_rng(0).integers(8, VOCAB, (3, 7))
 MASK = (np.arange(7) < np.array([7, 5, 3])[:, None]).astype(np.int32)
@@ -49,6 +48,12 @@ every = pytest.mark.parametrize(
         ("roberta", "pre_layer"),
     ],
 )
+# Those that put no tokens into the text, two of them for every day.
+CACHED = [
+    name if name in ("adapter_l", "lora") else pytest.param(name, marks=pytest.mark.slow)
+    for name in METHODS
+    if name not in PREFIXES
+]
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -334,8 +339,10 @@ def by_hand(kind, trained, between):
     for i in range(L):
 
         def block(x, mask, i=i):
-            mask = mask[:, None, None].astype(bool) if kind == "gpt" else mask
-            return layer.apply({"params": layers[i]}, x, mask)[0]
+            own = {"params": layers[i]}
+            if kind == "gpt":  # which has no cache here
+                return layer.apply(own, x, None, mask[:, None, None].astype(bool), None)[0]
+            return layer.apply(own, x, mask)[0]
 
         x = between(i, block, x)
     if kind == "gpt":
@@ -343,6 +350,17 @@ def by_hand(kind, trained, between):
         return x @ params["wte"]["embedding"].T
     x = nn.LayerNorm(use_bias=False, use_scale=False).apply({}, bert.pool(x, MASK))
     return x @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_gpt_with_a_cache(name):
+    """Texts are written as the method changes the model."""
+    method, base, trained = start("gpt", name)[0], *moved("gpt", name)
+    apply = jax.jit(method.apply)
+    logits, cache = apply(base, trained, IDS[:, :4], cache=MODELS["gpt"].config.cache(3, 7))
+    again, _ = apply(base, trained, IDS[:, 4:], cache=cache)
+    whole = compiled("gpt", name)(base, trained, IDS, ALL)[0]
+    np.testing.assert_allclose(np.concatenate([logits, again], 1), whole, atol=3e-5)
 
 
 def check_by_hand(kind, name, between):
@@ -449,7 +467,7 @@ def test_refuses_scanned_layers_and_other_models(name):
     with pytest.raises(ValueError, match=r"got scan=True\. Load the variables and build the model"):
         METHODS[name](gpt.GPT(gpt.Config()))
     other = llama.Llama(llama.SIZES["smollm2-135m"])
-    with pytest.raises(TypeError, match=r"must be a bert\.Bert or gpt\.GPT; got a Llama"):
+    with pytest.raises(TypeError, match=r"must be a bert\.Bert or gpt\.GPT; got a Decoder"):
         METHODS[name](other)
 
 

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from models import bert, checkpoint, deberta, gpt, gpt_nnx, llama  # noqa: E402
+from models.generation import generate  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -197,6 +198,29 @@ def test_a_change_gets_there_and_back(case: Case, tmp_path: pathlib.Path) -> Non
     if not case.classes:
         actual, expected = actual[MASK > 0], expected[MASK > 0]
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation(name: str, tmp_path: pathlib.Path) -> None:
+    """Greedy, from prompts of three lengths, beyond every window, until a token that ends it."""
+    case, stop, limit = CASES[name], 5, 12
+    model = torch_model(case, tmp_path)
+    config, variables = case.module.load(tmp_path)
+    logits_fn = jax.tree_util.Partial(case.make(config).apply, variables)
+    prompts = [row[:n].tolist() for row, n in zip(IDS, (12, 7, 1), strict=True)]
+    answers = generate(logits_fn, prompts, config.cache, stop=stop, limit=limit)
+    left = np.array([[0] * (12 - len(prompt)) + prompt for prompt in prompts])
+    expected = model.generate(
+        torch.tensor(left),
+        attention_mask=torch.tensor(MASK[:, ::-1].copy()),
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=0,
+    )[:, 12:].tolist()
+    assert len({token for row in expected for token in row}) > 3
+    for answer, ids in zip(answers, expected, strict=True):
+        assert answer == (ids[: ids.index(stop)] if stop in ids else ids)
 
 
 @pytest.mark.parametrize("scan", [True, False])
