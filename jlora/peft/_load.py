@@ -14,17 +14,7 @@ from .._tree import name_of, nest
 from .._types import PyTree
 from ..adapters import LowRank
 from ._file import CONFIG, DTYPES, Source, listing, shown
-from ._names import (
-    Leaf,
-    Name,
-    by_row,
-    low_rank,
-    of_part,
-    resolve,
-    tied_to,
-    weight,
-    weights,
-)
+from ._names import Leaf, Name, by_row, low_rank, of_part, resolve, tied_to, weight, weights
 from ._read import (
     PREFIX,
     Adapter,
