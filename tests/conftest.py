@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 # With PyTorch, which the default tests do without.
-collect_ignore = ["fixtures", "peft_families.py"]
+collect_ignore = ["fixtures", "peft_families.py", "tables/pytorch.py"]
 # Run by `devices.py`; imported, for their doctests, only where there are devices for their meshes.
 collect_ignore_glob = (
     [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["*_on_devices.py"]

@@ -1,6 +1,5 @@
 """PEFT's files to an adapter tree, or without a base: all is checked, then all of it is read."""
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Mapping, Sequence, Set
@@ -15,18 +14,7 @@ from .._tree import name_of, nest
 from .._types import PyTree
 from ..adapters import LowRank
 from ._file import CONFIG, DTYPES, Source, listing, shown
-from ._names import (
-    Leaf,
-    Name,
-    as_here,
-    by_row,
-    low_rank,
-    of_part,
-    resolve,
-    tied_to,
-    weight,
-    weights,
-)
+from ._names import Leaf, Name, by_row, low_rank, of_part, resolve, tied_to, weight, weights
 from ._read import (
     PREFIX,
     Adapter,
@@ -281,10 +269,8 @@ def _unlike(adapter: Adapter, placed: _Placed, found: Mapping[str, np.ndarray]) 
 def _is_that_of(place: _Place, x: np.ndarray) -> bool:
     if isinstance(place.leaf.value, jax.ShapeDtypeStruct):
         return True
-    leaf = place.leaf
-    same = dataclasses.replace(leaf.name, times=None)
-    own = weights(leaf._replace(name=same), leaf.value)[place.at]
-    return np.array_equal(own, as_here(leaf, x.astype(own.dtype)))
+    own = weights(place.leaf, place.leaf.value)[place.at]
+    return np.array_equal(own, x.astype(own.dtype))
 
 
 # ------------------------------------------------------------------------------ without a base

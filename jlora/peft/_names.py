@@ -424,11 +424,6 @@ def weights(leaf: Leaf, value: Any) -> list[np.ndarray]:
 def weight(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     """The inverse of `weights`, but for rounding where values change."""
     x = _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf, 0)
-    return as_here(leaf, x)
-
-
-def as_here(leaf: Leaf, x: np.ndarray) -> np.ndarray:
-    """Values of PyTorch's parameter as those of the leaf."""
     return _rounded(lambda x: x * leaf.factor, leaf, x)
 
 

@@ -1,0 +1,127 @@
+"""Rows of a name table that say how the leaf's values differ from PyTorch's."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora import NF4, LoRA, checkpoint, peft
+from jlora.peft import Name, tables
+
+HEADS, SIZE, WIDTH = 3, 6, 8
+SHAPES = {"scanned": (WIDTH, 2, HEADS, SIZE), "one": (WIDTH, HEADS, SIZE)}
+PATHS = {
+    "scanned": "decoder/layers/self_attention/query/kernel",
+    "one": "decoder/layers_0/self_attention/query/kernel",
+}
+MODULES = {"scanned": ["model.layers.0", "model.layers.1"], "one": ["model.layers.0"]}
+TABLE = tables.maxtext.LLAMA
+EACH = pytest.mark.parametrize("form", SHAPES)
+
+
+def tree(form: str, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """A path with slashes may also be one key, as `Variable.path` of Keras is."""
+    return {PATHS[form]: jax.random.normal(jax.random.key(0), SHAPES[form]).astype(dtype)}
+
+
+def apply(params: Any, x: jax.Array) -> jax.Array:
+    [w] = jax.tree.leaves(params)
+    return jnp.einsum("bd,d...->b...", x, w)
+
+
+def as_in_pytorch(w: np.ndarray) -> np.ndarray:
+    """(d, heads, head_dim) to (heads · head_dim, d): the pairs of each head apart, and times √."""
+    w = w.astype(np.float32) * np.float32(SIZE**0.5)
+    halves = np.concatenate([w[..., 0::2], w[..., 1::2]], -1)
+    return halves.reshape(WIDTH, HEADS * SIZE).T
+
+
+def adapted(form: str) -> tuple[Any, Any, Any]:
+    lora = jlora.transform(apply, LoRA("query", rank=2, alpha=5))
+    base, adapter = lora.init(jax.random.key(1), tree(form), jnp.ones((1, WIDTH)))
+    noise = lambda x: x + jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
+    return lora, base, jax.tree.map(noise, adapter)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weights(form: str, dtype: Any) -> None:
+    params = tree(form, dtype)
+    [w] = map(np.asarray, params.values())
+    layers = [w] if form == "one" else [w[:, 0], w[:, 1]]
+    tensors = peft.to_tensors(params, TABLE)
+    assert list(tensors) == [f"{module}.self_attn.q_proj.weight" for module in MODULES[form]]
+    rounding = float(jnp.finfo(dtype).eps)
+    for x, layer in zip(tensors.values(), layers, strict=True):
+        assert x.dtype == dtype
+        expected = as_in_pytorch(layer)
+        np.testing.assert_allclose(x.astype(np.float32), expected, rtol=2 * rounding)
+    [again] = peft.from_tensors(tensors, params, TABLE).values()
+    assert again.dtype == dtype
+    wanted, got = w.astype(np.float32), np.asarray(again, np.float32)
+    np.testing.assert_allclose(got, wanted, rtol=2 * rounding)
+
+
+@EACH
+def test_change(form: str, tmp_path: pathlib.Path) -> None:
+    """ΔW is that of PEFT's A, B and scale, with A and B as they are."""
+    _, base, adapter = adapted(form)
+    peft.save(tmp_path / "a", base, adapter, TABLE)
+    [delta] = jax.tree.leaves(jax.tree.map(lambda m, b: m - b, jlora.merge(base, adapter), base))
+    layers = [delta] if form == "one" else [delta[:, 0], delta[:, 1]]
+    theirs = peft.read(tmp_path / "a")
+    for module, layer in zip(MODULES[form], layers, strict=True):
+        node = theirs[f"{module}.self_attn.q_proj"]
+        assert isinstance(node, jlora.LowRank)
+        product = node.scale * np.asarray(node.a) @ np.asarray(node.b)
+        expected = as_in_pytorch(np.asarray(layer))
+        np.testing.assert_allclose(product.T, expected, rtol=1e-4, atol=1e-5)
+
+
+@EACH
+@pytest.mark.parametrize("alpha", [1, 5, 7, 12, 0.3])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_files_come_back(form: str, alpha: float, rslora: bool, tmp_path: pathlib.Path) -> None:
+    """With a scale that is no power of two, byte for byte."""
+    _, base, adapter = adapted(form)
+    said = {"r": 2, "lora_alpha": alpha, "use_rslora": rslora, "target_modules": ["q_proj"]}
+    plain = [Name(row.path, row.module, row.axes) for row in TABLE]
+    [node] = jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, jlora.LowRank))
+    scale = alpha / (2**0.5 if rslora else 2)
+    theirs = {PATHS[form]: node._replace(scale=scale)}
+    peft.save(tmp_path / "theirs", base, theirs, plain, config=said)
+    config = peft.read_config(tmp_path / "theirs")
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (alpha, {})
+    ours = peft.load(tmp_path / "theirs", base, TABLE)
+    peft.save(tmp_path / "ours", base, ours, TABLE, config=config)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        expected = (tmp_path / "theirs" / name).read_bytes()
+        assert (tmp_path / "ours" / name).read_bytes() == expected
+
+
+def test_quantized(tmp_path: pathlib.Path) -> None:
+    """Codes have an order and a scale of their own."""
+    params = {PATHS["one"]: jnp.ones((64, 2, 32))}
+    sites = jlora.transform(apply, LoRA()).sites(params, jnp.ones((1, 64)))
+    packed = jlora.quantize(params, NF4(pattern="query"), sites=sites)
+    with pytest.raises(ValueError, match="changes its values or their order"):
+        peft.save_base(tmp_path / "ours", packed, TABLE)
+    plain = [Name(row.path, row.module, row.axes) for row in TABLE]
+    peft.save_base(tmp_path / "theirs", packed, plain)
+    with pytest.raises(ValueError, match="is quantized, but `names` changes the values or their"):
+        peft.load_base(tmp_path / "theirs", TABLE, like=params)
+
+
+def test_one_key_with_slashes(tmp_path: pathlib.Path) -> None:
+    """A tree that is one dict by path is kept as any other."""
+    _, base, adapter = adapted("one")
+    assert list(base) == list(adapter) == [PATHS["one"]]
+    checkpoint.save(tmp_path / "a", adapter, [LoRA("query", rank=2, alpha=5)], base=base)
+    for like in (adapter, None):
+        again = checkpoint.restore(tmp_path / "a", like=like, base=base)
+        assert jax.tree.structure(again) == jax.tree.structure(adapter)
+        assert jax.tree.all(jax.tree.map(np.array_equal, again, adapter))
