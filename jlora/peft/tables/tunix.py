@@ -6,10 +6,10 @@ are `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `Qwen3MoeForCaus
 `Gemma2ForCausalLM` and `Gemma3ForCausalLM`. Tested with google-tunix 0.1.7, transformers 5.24 and
 PEFT 0.21.
 
-Of experts, checkpoints and adapters of `transformers` 4 have each as a module: `QWEN3`. Adapters of
-`transformers` 5 have them together, and gate and up as one parameter: `QWEN3_EXPERTS`. In PEFT
-these two share an A; here each has its own, which the file has beside one another once they are
-trained.
+Of experts, checkpoints and adapters of `transformers` 4 (tested with 4.57) have each as a module:
+`QWEN3`. Adapters of `transformers` 5 have them together, and gate and up as one parameter:
+`QWEN3_EXPERTS`. In PEFT these two share an A; here each has its own, which the file has beside one
+another once they are trained.
 
 In tunix 0.1.7 the rotary embeddings of `Llama3` and `Qwen3` have the base 1,000,000, whatever its
 configuration says, and none is scaled. Outputs on a checkpoint with others differ from those of
