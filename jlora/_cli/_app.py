@@ -13,7 +13,8 @@ from ._command import Command
 FOLDER = click.Path(path_type=Path)
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
 llama-scanned, vit, tunix-llama3, tunix-qwen2, tunix-qwen3, tunix-qwen3-experts, tunix-gemma,
-gemma3, gemma2-2b, module:ATTRIBUTE or file.py:ATTRIBUTE."""
+gemma3, gemma2-2b, keras-hub-llama3, keras-hub-qwen3, keras-hub-gemma3, maxtext-llama,
+maxtext-qwen3, easydel, module:ATTRIBUTE or file.py:ATTRIBUTE."""
 
 
 @click.group(
