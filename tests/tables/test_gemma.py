@@ -1,8 +1,12 @@
 """The package `gemma` and `transformers`, on the same files. Needs `gemma`.
 
-It has no loader of PyTorch's files, so that the base is loaded by the table alone.
+It has no loader of PyTorch's files, so that the base is loaded by the table alone. It needs
+Python 3.12. Where PyTorch is not in the same environment, the variable PYTORCH_PYTHON names a Python
+that has it, with `transformers` and PEFT.
 """
 
+import importlib.util
+import os
 import warnings
 from typing import Any
 
@@ -10,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("peft")
+if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
+    pytest.skip("PyTorch is neither here nor in PYTORCH_PYTHON", allow_module_level=True)
 with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     gm = pytest.importorskip("gemma.gm")
