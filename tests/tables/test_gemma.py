@@ -1,8 +1,8 @@
 """The package `gemma` and `transformers`, on the same files. Needs `gemma`.
 
 It has no loader of PyTorch's files, so that the base is loaded by the table alone. It needs
-Python 3.12. Where PyTorch is not in the same environment, the variable PYTORCH_PYTHON names a Python
-that has it, with `transformers` and PEFT.
+Python 3.12. Where PyTorch is not in the same environment, the variable PYTORCH_PYTHON names a
+Python that has it, with `transformers` and PEFT.
 """
 
 import importlib.util
