@@ -295,6 +295,21 @@ def _checkpoints(names: Names) -> None:
     assert pathlib.Path(folder + "-merged", "model.safetensors").exists()
 
 
+@of("tunix", 1)
+def _tunix_files(names: Names) -> None:
+    """What the page says in words: a checkpoint in, and the merged one out."""
+    nnx, tables, folder = names["nnx"], names["tables"], names["folder"]
+    rows = tables.tunix.LLAMA3
+    model = lambda: names["Llama3"](names["adapted"].base.config, rngs=nnx.Rngs(0))  # noqa: E731
+    peft.save_base(folder + "/hub", names["base"], rows)
+    loaded = peft.load_base(folder + "/hub", rows, like=nnx.eval_shape(model))
+    assert isinstance(loaded, names["Llama3"])
+    close(nnx.state(loaded), nnx.state(names["base"]), 0)
+    peft.export_merged(folder + "/hub", folder + "/peft", folder + "/out")
+    merged = peft.load_base(folder + "/out", rows, like=nnx.eval_shape(model))
+    close(nnx.state(merged), nnx.state(names["merged"]), 1e-6)
+
+
 @of("tunix")
 def _tunix(names: Names) -> None:
     """Metrics are there, the adapter alone is saved, and a new trainer goes on from it."""
