@@ -97,6 +97,13 @@ def make(case: Case, folder: pathlib.Path) -> Made:
     return Made(case, model, folder, logits, _load_base(case, model, folder / "base"))
 
 
+def daily(cases: Mapping[str, Case], *names: str) -> list[Any]:
+    """The names of cases; all but these are slow."""
+    assert cases.keys() >= set(names)
+    slow = {name: [pytest.mark.slow] for name in cases if name not in names}
+    return [pytest.param(name, marks=slow.get(name, [])) for name in cases]
+
+
 # Of every configuration.
 SIZES = {
     "vocab_size": VOCABULARY,

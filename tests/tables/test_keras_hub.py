@@ -18,6 +18,7 @@ with warnings.catch_warnings():  # of its own
         Case,
         Made,
         Model,
+        daily,
         make,
         test_base,
         test_base_comes_back,
@@ -136,6 +137,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=daily(CASES, "llama3", "gemma3"))
 def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make(CASES[request.param], tmp_path_factory.mktemp(request.param))

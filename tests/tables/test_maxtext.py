@@ -26,6 +26,7 @@ with warnings.catch_warnings():  # of its own
         Case,
         Made,
         Model,
+        daily,
         make,
         test_base,
         test_files_come_back,
@@ -167,6 +168,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=daily(CASES, "llama-scanned"))
 def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make(CASES[request.param], tmp_path_factory.mktemp(request.param))
