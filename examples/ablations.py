@@ -13,7 +13,7 @@ Each run adds a row to RESULTS/ablations.csv: the held-out accuracy, or nats a t
 standard error over sentences, or over definitions. A run that is there already is skipped; to do
 all again, give other folders. RESULTS/movies.npz and RESULTS/definitions.npz have what
 `subspaces` computes from the adapters in OUT. `notebooks/paper.ipynb` shows all three, and
-RESULTS/ablations.png the most of it.
+RESULTS/ablations.png the most of it; the guides have a copy.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python examples/compare_table.py       # of examples/results, as far as the runs are
 
 Read OUT/methods_runs.csv, methods_costs.csv and methods_latency.csv; write OUT/methods.csv, a row
-for each method, and OUT/methods.png.
+for each method, and OUT/methods.png, of which the guides have a copy.
 """
 
 import collections

@@ -33,7 +33,8 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
         adapters: adapters of one base, `{}` among them if need be.
         weights: $w_i$, numbers or an array of shape (adapters,); 1 unless told.
         base: the parameters that the adapters are for. Needed where leaves are trained in full:
-            these become $W + \sum_i w_i (W_i - W)$.
+            these become $W + \sum_i w_i (W_i - W)$. One that a single adapter has, of weight 1,
+            stays as it is without.
 
     Returns:
         An adapter. Its dropout is that of the sites where all agree, else 0.
@@ -59,7 +60,7 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
         a = jnp.concatenate([x.a for x in nodes], -1)
         return _like(nodes, a, jnp.concatenate(b, n), scale)
 
-    return _each(trees, w, base, low_rank, lambda deltas, _: sum(deltas))
+    return _each(trees, w, base, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
 
 
 def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) -> PyTree:
@@ -114,7 +115,7 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
     return add([adapter, other], [1.0, -1.0], base=base)
 
 
-def truncate(adapter: PyTree, *, rank: int | None = None, energy: float | None = None) -> PyTree:
+def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:
     r"""The best approximation of each ΔW by one of a smaller rank (Eckart and Young, 1936).
 
     With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, and the singular values of the small
@@ -332,18 +333,26 @@ def _each(
     base: PyTree,
     low_rank: Callable[[list[LowRank], list[Any], Path], LowRank],
     full: Callable[[list[Any], Path], Any],
+    keeps_one: bool = False,
 ) -> PyTree:
-    """What `low_rank` makes of the nodes at each path, and `full` of the changes of leaves."""
+    """What `low_rank` makes of the nodes at each path, and `full` of the changes of leaves.
+
+    If it `keeps_one`, a leaf in full of one adapter alone, of weight 1, stays as it is.
+    """
     paths = list(dict.fromkeys(path for tree in trees for path in tree))
     held = {p: [(t[p], w) for t, w in zip(trees, weights, strict=True) if p in t] for p in paths}
     wrong = {p: why for p, pairs in held.items() if (why := _misfit([x for x, _ in pairs]))}
     _refuse(wrong, "Adapters that are combined must be of one base.")
-    kept = {p: x for p, [(x, w), *more] in held.items() if not (is_node(x) or more) and _is_one(w)}
-    lone = [p for p, [(x, _), *_] in held.items() if not is_node(x) and p not in kept]
+    kept = {
+        path: x
+        for path, [(x, w), *more] in held.items()
+        if keeps_one and not (is_node(x) or more) and _is_one(w)
+    }
+    changed = [p for p, [(x, _), *_] in held.items() if not is_node(x) and p not in kept]
     if base is None:
         needed = "is trained in full, so that its change is known from the base alone"
-        _refuse(dict.fromkeys(lone, needed), "Give `base`, the parameters that they are for.")
-    params = dict(leaves_by_path(base)) if lone else {}
+        _refuse(dict.fromkeys(changed, needed), "Give `base`, the parameters that they are for.")
+    params = dict(leaves_by_path(base)) if changed else {}
 
     def one(path: Path) -> Any:
         leaves, w = (list(x) for x in zip(*held[path], strict=True))

@@ -263,6 +263,19 @@ def test_one_leaf_in_full_needs_no_base() -> None:
     assert found["head"] is head
 
 
+def test_one_leaf_in_full_is_trimmed_and_dropped_all_the_same() -> None:
+    """That one adapter alone has it is no exception from a density."""
+    base, one = {"head": jnp.zeros(4)}, {"head": jnp.array([1.0, 2.0, 3.0, 4.0])}
+    found = arithmetic.ties([one], density=0.5, base=base)
+    np.testing.assert_allclose(found["head"], [0.0, 0.0, 3.0, 4.0])
+    base, one, key = {"head": jnp.zeros(64)}, {"head": jnp.ones(64)}, jax.random.key(0)
+    found = arithmetic.dare([one], key=key, density=0.5, base=base)["head"]
+    assert set(found.tolist()) == {0.0, 2.0}
+    for merge in (arithmetic.ties, lambda t: arithmetic.dare(t, key=key)):
+        with pytest.raises(ValueError, match="is trained in full, so that its change is known"):
+            merge([one])
+
+
 # ------------------------------------------------------------------------------------ refused
 
 

@@ -1,10 +1,13 @@
 """What every name table must do: the real PyTorch class beside another library's, on its files.
 
-A test file lists its `CASES`, makes the fixture `made` of them, and imports the laws below.
+A test file lists its `CASES`, makes the fixture `made` of them, and imports the laws below. Where
+PyTorch is not in the same environment, the variable PYTORCH_PYTHON names a Python that has it, with
+`transformers` and PEFT.
 """
 
 import atexit
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -23,6 +26,9 @@ import jlora
 from jlora import peft
 from jlora._tree import leaves_by_path
 from jlora.peft import Name
+
+if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
+    pytest.skip("PyTorch is neither here nor in PYTORCH_PYTHON", allow_module_level=True)
 
 VOCABULARY = 40
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 13))
@@ -97,11 +103,17 @@ def make(case: Case, folder: pathlib.Path) -> Made:
     return Made(case, model, folder, logits, _load_base(case, model, folder / "base"))
 
 
-def daily(cases: Mapping[str, Case], *names: str) -> list[Any]:
-    """The names of cases; all but these are slow."""
-    assert cases.keys() >= set(names)
-    slow = {name: [pytest.mark.slow] for name in cases if name not in names}
-    return [pytest.param(name, marks=slow.get(name, [])) for name in cases]
+def made_of(cases: Mapping[str, Case], *daily: str) -> Any:
+    """A fixture with what is made of each case; all but the `daily` ones are slow."""
+    assert cases.keys() >= set(daily)
+    slow = {name: [pytest.mark.slow] for name in cases if name not in daily}
+    names = [pytest.param(name, marks=slow.get(name, [])) for name in cases]
+
+    @pytest.fixture(scope="module", params=names)
+    def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+        return make(cases[request.param], tmp_path_factory.mktemp(request.param))
+
+    return made
 
 
 # Of every configuration.

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("peft")
 # Else it sets flags of the compiler that later releases do not know, and looks for other hosts.
 os.environ.update({"EASYDEL_AUTO": "0", "ENABLE_DISTRIBUTED_INIT": "0"})
 with warnings.catch_warnings():  # of its own
@@ -24,7 +22,7 @@ with warnings.catch_warnings():  # of its own
         Made,
         Model,
         each_adapter,
-        make,
+        made_of,
         our_logits,
         test_base,
         test_base_comes_back,
@@ -135,7 +133,4 @@ CASES = {
     ),
 }
 
-
-@pytest.fixture(scope="module", params=CASES)
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make(CASES[request.param], tmp_path_factory.mktemp(request.param))
+made = made_of(CASES, *CASES)

@@ -1,12 +1,9 @@
 """The package `gemma` and `transformers`, on the same files. Needs `gemma`.
 
 It has no loader of PyTorch's files, so that the base is loaded by the table alone. It needs
-Python 3.12. Where PyTorch is not in the same environment, the variable PYTORCH_PYTHON names a
-Python that has it, with `transformers` and PEFT.
+Python 3.12.
 """
 
-import importlib.util
-import os
 import warnings
 from typing import Any
 
@@ -14,17 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
-    pytest.skip("PyTorch is neither here nor in PYTORCH_PYTHON", allow_module_level=True)
 with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     gm = pytest.importorskip("gemma.gm")
     from common import (  # noqa: F401
         Case,
-        Made,
         Model,
-        daily,
-        make,
+        made_of,
         test_base,
         test_base_comes_back,
         test_files_come_back,
@@ -105,7 +98,4 @@ CASES = {
     ),
 }
 
-
-@pytest.fixture(scope="module", params=daily(CASES, "gemma2-2b", "gemma3"))
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make(CASES[request.param], tmp_path_factory.mktemp(request.param))
+made = made_of(CASES, "gemma2-2b", "gemma3")

@@ -8,18 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("peft")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     keras_hub = pytest.importorskip("keras_hub")
     from common import (  # noqa: F401
         Case,
-        Made,
         Model,
-        daily,
-        make,
+        made_of,
         test_base,
         test_base_comes_back,
         test_files_come_back,
@@ -136,7 +132,4 @@ CASES = {
     ),
 }
 
-
-@pytest.fixture(scope="module", params=daily(CASES, "llama3", "gemma3"))
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make(CASES[request.param], tmp_path_factory.mktemp(request.param))
+made = made_of(CASES, "llama3", "gemma3")

@@ -1,11 +1,8 @@
 """The decoders of MaxText and those of `transformers`, on the same files. Needs `maxtext`.
 
-MaxText needs Python 3.12 and JAX 0.11. Where PyTorch is not in the same environment, the variable
-PYTORCH_PYTHON names a Python that has it, with `transformers` and PEFT.
+MaxText needs Python 3.12 and JAX 0.11.
 """
 
-import importlib.util
-import os
 import pathlib
 import warnings
 from typing import Any
@@ -17,8 +14,6 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
-    pytest.skip("PyTorch is neither here nor in PYTORCH_PYTHON", allow_module_level=True)
 with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     maxtext = pytest.importorskip("maxtext")
@@ -26,8 +21,7 @@ with warnings.catch_warnings():  # of its own
         Case,
         Made,
         Model,
-        daily,
-        make,
+        made_of,
         test_base,
         test_files_come_back,
         test_logits,
@@ -167,7 +161,4 @@ CASES = {
     "qwen3-tied": Case(QWEN3, ("Qwen3Config", PLAIN_ROPE | TIED), qwen3(scan_layers=True), LINEAR),
 }
 
-
-@pytest.fixture(scope="module", params=daily(CASES, "llama-scanned"))
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make(CASES[request.param], tmp_path_factory.mktemp(request.param))
+made = made_of(CASES, "llama-scanned")

@@ -9,17 +9,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-pytest.importorskip("torch")
-pytest.importorskip("peft")
 with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     pytest.importorskip("tunix")
     from common import (  # noqa: F401
         Case,
-        Made,
         Model,
-        daily,
-        make,
+        made_of,
         test_base,
         test_base_comes_back,
         test_files_come_back,
@@ -168,7 +164,4 @@ CASES = {
     ),
 }
 
-
-@pytest.fixture(scope="module", params=daily(CASES, "llama3", "qwen3-experts", "gemma3"))
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return make(CASES[request.param], tmp_path_factory.mktemp(request.param))
+made = made_of(CASES, "llama3", "qwen3-experts", "gemma3")
