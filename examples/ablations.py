@@ -12,7 +12,7 @@ see the same texts in the same order.
 Each run adds a row to RESULTS/ablations.csv: the held-out accuracy, or nats a token, with its
 standard error over sentences, or over definitions. A run that is there already is skipped; to do
 all again, give other folders. RESULTS/movies.npz and RESULTS/definitions.npz have what
-`subspaces` computes from the adapters in OUT. `notebooks/paper.ipynb` shows all three, and
+`subspaces` computes from the adapters in OUT. `notebooks/section7.ipynb` shows all three, and
 RESULTS/ablations.png the most of it; the guides have a copy.
 """
 

@@ -10,7 +10,7 @@ model = nn.Sequential([nn.Dense(256), nn.relu, nn.Dense(256), nn.relu, nn.Dense(
 key = jax.random.key(0)
 x = jax.random.normal(key, (512, 64))
 labels = (x[:, 0] * x[:, 1] > 0).astype(int)
-variables = model.init(key, x)  # in earnest, a checkpoint's
+variables = model.init(key, x)  # in practice, those of a checkpoint
 
 lora = jlora.transform(
     model.apply, jlora.LoRA(r"layers_[02]/kernel", rank=8, alpha=16), jlora.Full("layers_4")

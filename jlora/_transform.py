@@ -33,7 +33,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
     $$\mathrm{apply}(base, adapter, \ldots) = \mathrm{apply\_fn}(W + s \cdot A B, \ldots)$$
 
-    with $A B$ never formed: each use of W is traced, and its factored form computed in its place.
+    Each use of W is traced, and its factored form computed in its place. Only CPUs form W + s·A·B,
+    in float32 and for one product at a time, where that is faster.
 
     Args:
         apply_fn: a function of parameters and anything else that JAX can trace, such as the

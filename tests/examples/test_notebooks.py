@@ -24,7 +24,7 @@ def test_stored_without_outputs(path):
     assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
 
 
-DAILY = ("paper",)
+DAILY = ("section7",)
 
 
 @pytest.mark.parametrize(
