@@ -18,7 +18,8 @@ def on_page_content(content: str, **_: Any) -> str:
     def draw(found: re.Match[str]) -> str:
         if found["inline"]:
             return convert(html.unescape(found["inline"]))
-        return f'<div class="formula">{convert(html.unescape(found["block"]), display="block")}</div>'
+        block = convert(html.unescape(found["block"]), display="block")
+        return f'<div class="formula">{block}</div>'
 
     return FORMULA.sub(draw, content)
 

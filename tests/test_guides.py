@@ -86,7 +86,7 @@ def test_blocks_run_and_print_what_is_shown(page, capsys):
         exec(compile(code, str(GUIDES / f"{page}.md"), "exec"), names)
         printed = capsys.readouterr().out
         if shown is not None:  # the lines of a reader's own file
-            assert re.sub(r"\w+\.md:\d+", "model.py:2", printed) == shown
+            assert re.sub(r"\S+\.md:\d+", "model.py:2", printed) == shown
         if "losses" in names:
             check_learned(names["losses"])
         names.setdefault("losses", losses)

@@ -13,7 +13,7 @@ from ..adapters import LowRank, weight_shape
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:
     r"""How much the leading directions of two adapters have in common, for all numbers of them.
 
-    $\phi(i, j) = \lVert U_1^{i\top} U_2^{j} \rVert_F^2 / \min(i, j)$, with $U^i$ the first i left
+    $\phi(i, j) = {\lVert U_1^{i\top} U_2^{j} \rVert}_F^2 / \min(i, j)$, with $U^i$ the first i left
     singular vectors: 1 where one space holds the other, 0 where they are orthogonal, and about
     max(i, j) / inputs for random ones.
 
@@ -59,8 +59,8 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
 def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Array:
     r"""By how much ΔW strengthens what W does in the directions of ΔW.
 
-    $\lVert \Delta W \rVert_F / \lVert U^\top W V \rVert_F$, with U and V the first `rank` singular
-    vectors of ΔW among inputs and outputs. From a site, no ΔW is formed.
+    ${\lVert \Delta W \rVert}_F / {\lVert U^\top W V \rVert}_F$, with U and V the first `rank`
+    singular vectors of ΔW among inputs and outputs. From a site, no ΔW is formed.
 
     Args:
         w: the weight, of the shape that the site adapts, or (…, inputs, outputs).

@@ -32,7 +32,7 @@ def delta_spectrum(site: LowRank) -> jax.Array:
 
 
 def norm(site: LowRank) -> jax.Array:
-    r"""The Frobenius norm $\lVert \Delta W \rVert_F$ of each ΔW of a site.
+    r"""The Frobenius norm ${\lVert \Delta W \rVert}_F$ of each ΔW of a site.
 
     Args:
         site: a `LowRank` leaf of an adapter.
@@ -51,7 +51,7 @@ def norm(site: LowRank) -> jax.Array:
 
 
 def distance(site: LowRank, other: LowRank) -> jax.Array:
-    r"""$\lVert \Delta W_1 - \Delta W_2 \rVert_F$ of two adapters at one weight.
+    r"""${\lVert \Delta W_1 - \Delta W_2 \rVert}_F$ of two adapters at one weight.
 
     The difference is itself of low rank: $[s_1 A_1, -s_2 A_2] [B_1; B_2]$.
 

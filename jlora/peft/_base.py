@@ -30,10 +30,10 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
     r"""The base that a checkpoint holds, its quantized weights as they are.
 
     A folder of Hugging Face's: bitsandbytes (NF4, FP4, with and without double quantization, and 8
-    bits), GPTQ and AWQ (4 bits), compressed-tensors (4 bits, and FP8 by output), FP8 in squares,
-    MXFP4 experts; or float. A file `.gguf`: Q4_0, Q4_1, Q8_0 and MXFP4, what else it has
-    dequantized. A weight becomes a `jlora.Quantized` leaf without a detour over its values where
-    its axes can be cut into the blocks of the file; else it is dequantized, exactly.
+    bits), GPTQ and AWQ (4 bits), compressed-tensors (4 bits, and FP8 by output), FP8 in square
+    blocks, MXFP4 experts; or float. A file `.gguf`: Q4_0, Q4_1, Q8_0 and MXFP4; its other types are
+    dequantized. A weight whose axes can be cut into the blocks of the file becomes a
+    `jlora.Quantized` leaf with the file's own codes; any other is dequantized, exactly.
 
     Args:
         dir: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
