@@ -53,6 +53,11 @@ class Checkpoint(NamedTuple):
     vocabulary: frozenset[int]
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the model; empty if there is none."""
+        return _config(self.source, self.kept)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors."""
         return {name: self.entry(name).shape for name in self.where}
