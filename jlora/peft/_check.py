@@ -43,7 +43,7 @@ def check(
     base: str | os.PathLike[str] | None = None,
     max_lora_rank: int | None = None,
 ) -> Checked:
-    """What an engine refuses of an adapter, and what of it is dropped silently.
+    r"""What an engine refuses of an adapter, and what of it is dropped silently.
 
     Of both folders configurations and headers are read, and no weights. The rules are about
     adapters: whether a model takes any, and of which embeddings, is in the engine's list of models.
@@ -74,9 +74,10 @@ def check(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
         ...     checked = peft.check(f"{folder}/adapter", "vllm")
-        >>> for finding in checked.findings:
-        ...     print(finding.what, "-", finding.why, "-", finding.remedy)
-        r - 20 is above --max-lora-rank 16 - Start the server with --max-lora-rank 32
+        >>> [finding] = checked.findings
+        >>> print(finding.why, finding.remedy, sep="\n")
+        20 is above --max-lora-rank 16
+        Start the server with --max-lora-rank 32, and say so here
     """
     if engine not in ENGINES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
@@ -87,10 +88,11 @@ def check(
     if wrong := misformed(fields):
         findings = [_misformed(problem) for problem in wrong]
     else:
-        model = None if base is None else _base(base)
-        served = _served(fields, header, model, rank)
+        served = _served(fields, header, None if base is None else _base(base), rank)
         findings = [found for rule in asked.rules for found in rule(served)]
-    start = asked.start.format(dir=shlex.quote(os.fspath(dir)), rank=_least(fields, rank))
+    folder, model = (shlex.quote(os.fspath(x)) for x in (dir, base or "BASE"))
+    largest = fields.get("r") if rank is None else rank
+    start = asked.start.format(dir=folder, base=model, rank=largest)
     title = f"{asked.title} {asked.version}"
     return Checked(os.fspath(dir), title, findings, start, base is not None)
 
@@ -102,11 +104,6 @@ def _rank(engine: Engine, given: int | None) -> int | None:
         wanted = f"one of {engine.ranks}" if engine.ranks else "at least 1"
         raise ValueError(f"`max_lora_rank` must be {wanted} for {engine.title}; got {given!r}.")
     return engine.rank if given is None else given
-
-
-def _least(fields: dict[str, Any], rank: int | None) -> int | None:
-    """The option with which it is started."""
-    return fields.get("r") if rank is None else rank
 
 
 def _misformed(problem: str) -> Finding:

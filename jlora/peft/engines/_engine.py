@@ -150,7 +150,7 @@ class Engine(NamedTuple):
         title: what it calls itself.
         version: the version whose source the rules are of.
         rules: what it is asked of an adapter.
-        start: how it is started, for `{dir}` and the largest `{rank}`.
+        start: how it is started, with `{base}`, `{dir}` and the largest `{rank}`.
         ranks: the values that its option `--max-lora-rank` has; empty for any.
         rank: the value that it has by default; None for that of the adapter.
     """

@@ -71,7 +71,9 @@ def field(
     return rule
 
 
-is_lora = field("peft_type", lambda x: x == "LORA", "is not LORA", WITHOUT)
+def is_lora(*, silent: bool = False) -> Rule:
+    """It is LoRA, and not another method of PEFT's."""
+    return field("peft_type", lambda x: x == "LORA", "is not LORA", WITHOUT, silent=silent)
 
 
 def off(*keys: str, silent: bool = False) -> Rule:
@@ -111,10 +113,18 @@ def starts(*known: str, silent: bool = False) -> Rule:
 # ---------------------------------------------------------------------------------- the tensors
 
 
-def matched(x: Served) -> Iterator[Finding]:
-    """There are A and B, in pairs."""
-    if not x.factors:
-        yield Finding("adapter_model.safetensors", "holds no A and B", AGAIN, False)
+def present(*, silent: bool = False) -> Rule:
+    """There are A and B."""
+
+    def rule(x: Served) -> Iterator[Finding]:
+        if not x.factors:
+            yield Finding("adapter_model.safetensors", "holds no A and B", AGAIN, silent)
+
+    return rule
+
+
+def paired(x: Served) -> Iterator[Finding]:
+    """There is a B for each A."""
     if lone := [f.key for pair in x.pairs.values() if len(pair) == 1 for f in pair.values()]:
         yield Finding(some(lone), "is there without its A or B", AGAIN, False)
 
@@ -126,26 +136,33 @@ def matrices(x: Served) -> Iterator[Finding]:
         yield Finding(some(odd), why, LEAVE_OUT, False)
 
 
-def ranks(rank: Callable[[Served, str], int]) -> Rule:
+def ranks(rank: Callable[[Served, str], int], remedy: str, *, silent: bool = False) -> Rule:
     """A and B have the `rank` that the engine takes a module to have."""
 
     def rule(x: Served) -> Iterator[Finding]:
         plain = (f for f in x.factors if len(f.shape) == 2 and not is_fused(f))
         if odd := [f for f in plain if f.shape[f.side == "B"] != rank(x, f.module)]:
             why = f"of shape {odd[0].shape}, is taken to have rank {rank(x, odd[0].module)}"
-            yield Finding(some(f.key for f in odd), why, PROFILE, False)
+            yield Finding(some(f.key for f in odd), why, remedy, silent)
 
     return rule
 
 
-def fits(x: Served) -> Iterator[Finding]:
-    """B·A has the shape of the base's weight."""
-    wrong: dict[str, str] = {}
-    for (module, _), pair in x.pairs.items():
-        if x.base is None or len(pair) < 2 or any(len(f.shape) != 2 for f in pair.values()):
-            continue
-        ours, theirs = (pair["B"].shape[0], pair["A"].shape[1]), x.base.shape(module)
-        if len(theirs) == 2 and ours not in (theirs, theirs[::-1]):
-            wrong[module] = f"A and B are of a weight of shape {ours}, the base's is {theirs}"
-    if wrong:
-        yield Finding(some(wrong), next(iter(wrong.values())), OTHER_BASE, False)
+def fits(*, silent: bool = False) -> Rule:
+    """B·A has the shape of the base's weight; `silent` is about one that is smaller."""
+
+    def rule(x: Served) -> Iterator[Finding]:
+        wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        for (module, _), pair in x.pairs.items():
+            if x.base is None or len(pair) < 2 or any(len(f.shape) != 2 for f in pair.values()):
+                continue
+            ours, theirs = (pair["B"].shape[0], pair["A"].shape[1]), x.base.shape(module)
+            if len(theirs) == 2 and ours not in (theirs, theirs[::-1]):
+                wrong[module] = ours, theirs
+        if wrong:
+            ours, theirs = next(iter(wrong.values()))
+            why = f"A and B are of a weight of shape {ours}, the base's is {theirs}"
+            is_smaller = ours[0] <= theirs[0] and ours[1] <= theirs[1]
+            yield Finding(some(wrong), why, OTHER_BASE, silent and is_smaller)
+
+    return rule

@@ -21,11 +21,17 @@ TARGETS = {
 }
 EMBEDDINGS = ("embed_tokens", "lm_head")
 _FROZEN = tuple(f"{name}.base_layer.weight" for name in EMBEDDINGS)
-# What a module is packed with, so that a layer must have both.
+# What it packs into one, and what of that a layer must have beside a module.
+_PACKED = (
+    {"q_proj", "k_proj", "v_proj", "qkv_proj"},
+    {"gate_proj", "up_proj", "gate_up_proj"},
+    {"q_a_proj", "kv_a_proj_with_mqa"},
+)
 _WITH = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"experts\.\d+\.")
 _SCALE = "is not read: the scale is lora_alpha / r everywhere"
+_RANK = "is not read: the rank is `r` everywhere"
 _UNKNOWN = "it has no buffers for a module of that name"
 
 
@@ -63,21 +69,22 @@ def _modules(x: Served) -> Iterator[Finding]:
     if lost := [f.module for f in outside if f.last not in EMBEDDINGS]:
         why = "is in no `layers.N`, and neither embed_tokens nor lm_head"
         yield Finding(some(lost), why, rules.MERGE, True)
-    listed = x.fields.get("target_modules")
-    named = {name.rpartition(".")[2] for name in listed} if isinstance(listed, list) else set()
-    tables = [f.module for f in outside if f.last in EMBEDDINGS and f.last not in named]
-    if tables and isinstance(listed, list):
-        remedy = "Add the last part of its name to the list"
-        yield Finding(some(tables), "is not listed in `target_modules`", remedy, True)
+    if not isinstance(listed := x.fields.get("target_modules"), list):
+        return
+    named = {name.rpartition(".")[2] for name in listed}
+    named |= {name for pack in _PACKED if pack & named for name in pack}
+    why, remedy = "is not listed in `target_modules`", "Add the last part of its name to the list"
+    if unlisted := [f.module for f in inside if f.last in TARGETS - named]:
+        yield Finding(some(unlisted), why, remedy, False)
+    if unlisted := [f.module for f in outside if f.last in set(EMBEDDINGS) - named]:
+        yield Finding(some(unlisted), why, remedy, True)
 
 
 def _together(x: Served) -> Iterator[Finding]:
     groups = _groups(x)
-    is_gated = x.base is None or "gate_proj" in x.base.lasts
     for name, other in _WITH.items():
         alone = (own for (i, n), own in groups.items() if n == name and (i, other) not in groups)
-        lone = [factor.module for own in alone for factor in own]
-        if lone and (is_gated or name != "up_proj"):
+        if lone := [factor.module for own in alone for factor in own]:
             why = f"is packed with {other}, which its layer has no A and B for"
             yield Finding(some(lone), why, f"Adapt both and train again, or {rules.MERGED}", False)
     if twice := [own for own in groups.values() if len(own) > 1]:
@@ -114,26 +121,28 @@ register(
         "SGLang",
         "0.5.23",
         (
-            rules.is_lora,
+            rules.is_lora(),
             rules.needs("peft_type", "r", "lora_alpha", "target_modules"),
-            rules.off("use_dora", "lora_bias"),
+            rules.off("use_dora"),
             rules.off(*SILENT, silent=True),
             rules.starts(*STARTS, silent=True),
             rules.field("use_rslora", lambda x: not x, _SCALE, rules.PROFILE, silent=True),
             rules.field("alpha_pattern", lambda x: not x, _SCALE, rules.PROFILE, silent=True),
+            rules.field("rank_pattern", lambda x: not x, _RANK, rules.PROFILE, silent=True),
             rules.unread("use_dora", *SILENT),
             _limit,
             _targets,
             _keys,
-            rules.matched,
+            rules.present(silent=True),
+            rules.paired,
             rules.matrices,
-            rules.ranks(lambda x, module: x.rank),
+            rules.ranks(lambda x, module: x.rank, rules.PROFILE),
             _modules,
             _together,
             _base,
-            rules.fits,
+            rules.fits(),
         ),
-        "python -m sglang.launch_server --model-path BASE --enable-lora --max-lora-rank {rank} "
+        "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
         "--lora-paths NAME={dir}",
     )
 )

@@ -78,8 +78,9 @@ def _names(x: Served) -> Iterator[Finding]:
         return
     lost = [m for m in dict.fromkeys(f.module for f in x.factors) if not base.called(m)]
     # It looks at the last part of a name; and then looks the whole of its own names up.
-    quiet = [m for m in lost if m.rpartition(".")[2] in base.lasts and ".experts." not in m]
-    if loud := [m for m in lost if m not in set(quiet)]:
+    ends = {m: m.rpartition(".")[2] in base.lasts and ".experts." not in m for m in lost}
+    quiet = [m for m in lost if ends[m]]
+    if loud := [m for m in lost if not ends[m]]:
         why = "the base has no module of that name"
         yield Finding(some(loud), why, rules.OTHER_BASE, False)
     if quiet:
@@ -117,7 +118,7 @@ def _is_turned(own: Shapes, hidden: int) -> bool:
 
 
 RULES = (
-    rules.is_lora,
+    rules.is_lora(silent=True),
     rules.needs("r", "lora_alpha", "target_modules"),
     rules.off(*FEATURES),
     rules.field("bias", lambda x: x == "none", "is not supported", rules.LEAVE_OUT),
@@ -128,13 +129,14 @@ RULES = (
     _limit,
     _heads,
     _keys,
-    rules.matched,
+    rules.present(),
+    rules.paired,
     rules.matrices,
-    rules.ranks(lambda x, module: x.ranks[module]),
+    rules.ranks(lambda x, module: x.ranks[module], rules.AGAIN, silent=True),
     _embeddings,
     _experts,
     _names,
-    rules.fits,
+    rules.fits(silent=True),
 )
-START = "vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={dir}"
+START = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={dir}"
 register(Engine("vllm", "vLLM", "0.33.0", RULES, START, RANKS, 16))
