@@ -373,6 +373,7 @@ DAMAGES: dict[str, tuple[Any, Any, dict[tuple[str, ...], list[Expected]]]] = {
         None,
         {(SGLANG,): [("target_modules", "must be a list", REFUSED)]},
     ),
+    "a word for all": (of(target_modules="all-linear"), None, {}),
     "other names": (
         lambda f, t: (
             f | {"target_modules": [*f["target_modules"], "query"]},

@@ -199,9 +199,9 @@ def _tied_vocabulary(config: Mapping[str, Any], rows: Sequence[int]) -> frozense
     parts = list(_parts(config))
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     names = config.get("architectures")
-    is_listed = isinstance(names, list) and names
+    names = names if isinstance(names, list) else []
     # Without a word about it `transformers` ties; without a head there is nothing to tie.
-    headed = any(_HEADS.search(str(name)) for name in names) if is_listed else True in said
+    headed = any(_HEADS.search(str(name)) for name in names) if names else True in said
     is_denied = [x is False for x in said]
     if not headed or not rows or (said and all(is_denied)):
         return frozenset()

@@ -47,6 +47,8 @@ def _limit(x: Served) -> Iterator[Finding]:
 
 def _targets(x: Served) -> Iterator[Finding]:
     listed = x.fields.get("target_modules")
+    if listed in ("all", "all-linear"):
+        return
     if not isinstance(listed, list):
         remedy = "List the modules by the ends of their names, as jlora.peft.save does"
         yield Finding("target_modules", "must be a list of names", remedy, False)
