@@ -423,6 +423,17 @@ DAMAGES: dict[str, tuple[Any, Any, dict[tuple[str, ...], list[Expected]]]] = {
         {},
     ),
     "a base without its head": (None, lambda w, c: (renamed(w, r"^model\.", ""), c), {}),
+    "a tower": (
+        holding(pair("visual.blocks.0.q_proj")),
+        lambda w, c: (
+            w | {"visual.blocks.0.q_proj.weight": np.ones((8, 8), np.float32)},
+            {"text_config": c, "vision_config": {"hidden_size": 4}},
+        ),
+        {
+            BOTH: [("visual.blocks.0.q_proj", "only the language model", SILENT)],
+            (SGLANG,): [("visual.blocks.0.q_proj", "is in no `layers.N`", SILENT)],
+        },
+    ),
     "too many layers": (
         holding(
             pair("model.layers.2.self_attn.q_proj") | pair("model.layers.2.self_attn.v_proj", 4)
@@ -654,6 +665,20 @@ def test_heads_without_a_base(task: str | None, tmp_path: Folder) -> None:
     place = write(tmp_path / "a", *change(*good()))
     found = peft.check(place, "vllm").findings
     assert [x.what for x in found] == ([] if task else ["modules_to_save score"])
+
+
+@pytest.mark.parametrize(("added", "count"), [({"<a>": 10}, 0), ({"<a>": 11, "<b>": 12}, 1)])
+def test_added_tokens(added: Any, count: int, tmp_path: Folder) -> None:
+    """SGLang reads a tokenizer's file beside the adapter; what the base has is no addition."""
+    place = write(tmp_path / "a", *good())
+    (place / "added_tokens.json").write_text(json.dumps(added))
+    base = checkpoint(tmp_path / "base", llama(), **LLAMA)
+    found = [x.what for x in peft.check(place, "sglang", base=base).findings]
+    assert found == ["added_tokens.json <a> and 1 more"] * count
+    assert not peft.check(place, "vllm", base=base).findings
+    (place / "added_tokens.json").write_text("[")
+    with pytest.raises(ValueError, match=r"`dir`: added_tokens.json is no valid JSON"):
+        peft.check(place, "sglang", base=base)
 
 
 RANKS = {

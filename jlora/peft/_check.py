@@ -88,7 +88,7 @@ def check(
     if wrong := misformed(fields):
         findings = [_misformed(problem) for problem in wrong]
     else:
-        served = _served(fields, header, None if base is None else _base(base), rank)
+        served = _served(source, fields, header, None if base is None else _base(base), rank)
         findings = [found for rule in asked.rules for found in rule(served)]
     folder, model = (shlex.quote(os.fspath(x)) for x in (dir, base or "BASE"))
     largest = fields.get("r") if rank is None else rank
@@ -112,7 +112,11 @@ def _misformed(problem: str) -> Finding:
 
 
 def _served(
-    fields: dict[str, Any], header: Header, base: Base | None, max_lora_rank: int | None
+    source: Source,
+    fields: dict[str, Any],
+    header: Header,
+    base: Base | None,
+    max_lora_rank: int | None,
 ) -> Served:
     factors, others = list[Factor](), list[str]()
     for key, entry in header.entries.items():
@@ -122,7 +126,7 @@ def _served(
             factors.append(Factor(key, *one))
         else:
             others.append(key)
-    return Served(fields, factors, others, base, max_lora_rank)
+    return Served(source, fields, factors, others, base, max_lora_rank)
 
 
 def _base(dir: str | os.PathLike[str]) -> Base:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from .._config import DEFAULTS
+from .._file import Source
 from .._select import Selection, parents
 
 
@@ -106,14 +107,16 @@ class Served:
 
     def __init__(
         self,
+        source: Source,
         fields: Mapping[str, Any],
         factors: list[Factor],
         others: list[str],
         base: Base | None,
         max_lora_rank: int | None,
     ):
-        """Of its configuration, each A and B, the keys of all else; the base if it is known."""
-        self.fields, self.factors, self.others = fields, factors, others
+        """In `source`: its configuration, each A and B, the keys of all else; and the base."""
+        self.source, self.fields = source, fields
+        self.factors, self.others = factors, others
         self.base, self.max_lora_rank = base, max_lora_rank
 
     @property

@@ -19,6 +19,7 @@ MIXED = (
     "Start the server with --enable-mixed-moe-lora-format and request the adapter with "
     f"is_3d_lora_weight=True, or {MERGED}"
 )
+TOWERS = f"Start the server with --enable-tower-connector-lora, which some models have, or {MERGED}"
 WITHOUT = "Train without it, or serve what PEFT merges (merge_and_unload)"
 CONVERT = "Convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
 OTHER_BASE = "Give the base that the adapter was trained on"

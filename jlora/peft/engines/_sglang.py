@@ -4,8 +4,8 @@ import collections
 import re
 from collections.abc import Iterator
 
-from .._config import STARTS
-from .._file import shown
+from .._config import LIMIT, STARTS
+from .._file import read_json, shown
 from .._select import Names
 from . import _rules as rules
 from ._engine import Engine, Factor, Finding, Served, register
@@ -28,6 +28,7 @@ _PACKED = (
     {"q_a_proj", "kv_a_proj_with_mqa"},
 )
 _WITH = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+_ADDED = "added_tokens.json"
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"experts\.\d+\.")
 _SCALE = "is not read: the scale is lora_alpha / r everywhere"
@@ -54,6 +55,17 @@ def _targets(x: Served) -> Iterator[Finding]:
         yield Finding("target_modules", "must be a list of names", remedy, False)
     elif odd := [name for name in listed if name.rpartition(".")[2] not in TARGETS]:
         yield Finding(f"target_modules {some(odd)}", _UNKNOWN, rules.LEAVE_OUT, False)
+
+
+def _tokens(x: Served) -> Iterator[Finding]:
+    size = x.base.number("vocab_size") if x.base else None
+    if size is None or not (x.source.folder / _ADDED).exists():
+        return
+    added = read_json(x.source, _ADDED, LIMIT)
+    if new := [token for token, i in added.items() if type(i) is int and i >= size]:
+        why = f"adds tokens to the {size} of the base"
+        remedy = f"Remove {_ADDED}, if the adapter does without them, or {rules.MERGED}"
+        yield Finding(f"{_ADDED} {some(new)}", why, remedy, False)
 
 
 def _keys(x: Served) -> Iterator[Finding]:
@@ -134,6 +146,7 @@ register(
             rules.unread("use_dora", *SILENT),
             _limit,
             _targets,
+            _tokens,
             _keys,
             rules.present(silent=True),
             rules.paired,

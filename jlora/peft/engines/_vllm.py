@@ -24,6 +24,8 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 # Frozen values, which it skips; and the heads of classifiers.
 _SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _HEAD = re.compile(rf"(.*\.)?({'|'.join(HEADS)})\.(weight|bias)")
+# What a model of models has beside its language model.
+_TOWER = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector)\.")
 _OLD = "is not read before vLLM 0.32, where all modules have `r` and `lora_alpha`"
 
 
@@ -89,6 +91,13 @@ def _names(x: Served) -> Iterator[Finding]:
         yield Finding(some(quiet), why, rules.RENAME, True)
 
 
+def _towers(x: Served) -> Iterator[Finding]:
+    if x.base is None or not {"vision_config", "audio_config"} & x.base.config.keys():
+        return
+    if found := [f.module for f in x.factors if _TOWER.search(f.module)]:
+        yield Finding(some(found), "only the language model is adapted", rules.TOWERS, True)
+
+
 Shapes = dict[int, dict[str, tuple[int, ...]]]
 
 
@@ -134,6 +143,7 @@ RULES = (
     rules.matrices,
     rules.ranks(lambda x, module: x.ranks[module], rules.AGAIN, silent=True),
     _embeddings,
+    _towers,
     _experts,
     _names,
     rules.fits(silent=True),
