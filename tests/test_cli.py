@@ -448,7 +448,7 @@ def test_convert_for_vllm(source: str, tmp_path: Folder) -> None:
     text = run("convert", args[0], out, *args[1:], "--profile", "vllm").stdout
     about = f"6 leaves of {jlora.count(adapter)} parameters as peft"
     assert text == f"{out}: {about}, for vLLM with --max-lora-rank 8 or more\n"
-    assert peft.check_vllm(out, max_lora_rank=8) == []
+    assert not peft.check(out, "vllm", max_lora_rank=8).findings
     run("diff", case.folder, out, code=1)
     run("diff", case.folder, out, "--tolerance", 1e-6)
 

@@ -418,7 +418,7 @@ def test_vllm_profile(tmp_path: Folder) -> None:
     assert {s[0] for s in shapes} == {8}
     again = peft.load(tmp_path / "a", case.base, case.names)
     assert_close(jlora.merge(case.base, again), jlora.merge(case.base, adapter), 1e-6)
-    assert peft.check_vllm(tmp_path / "a", max_lora_rank=8) == []
+    assert not peft.check(tmp_path / "a", "vllm", max_lora_rank=8).findings
 
 
 def test_vllm_profile_is_exact_for_powers_of_two(tmp_path: Folder) -> None:
@@ -449,32 +449,6 @@ def test_vllm_profile_refuses(name: str, message: str, tmp_path: Folder) -> None
     with pytest.raises(ValueError, match=re.escape(message)):
         peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
     assert not list(tmp_path.iterdir())
-
-
-VLLM = {
-    "qv": [],
-    "patterns": ["rank_pattern: ignored by vLLM; save with profile='vllm'"],
-    "modules_to_save": ["modules_to_save: must be null, got ['classifier', 'score']"],
-    "bias": ["bias: must be 'none', got 'lora_only'"],
-    "tied": [],
-    "experts": ["rank_pattern: ignored by vLLM; save with profile='vllm'"],
-}
-
-
-@pytest.mark.parametrize("name", VLLM)
-def test_check_vllm(name: str) -> None:
-    """VLLM's own rules, by name."""
-    found = peft.check_vllm(models.FIXTURES / name)
-    assert set(VLLM[name]) <= set(found)
-    assert bool(found) == bool(VLLM[name])
-
-
-def test_check_vllm_ranks(tmp_path: Folder) -> None:
-    """The server's limit, and which limits there are."""
-    with pytest.raises(ValueError, match=r"`max_lora_rank` must be one of \(1, 8, .*; got 9"):
-        peft.check_vllm(models.FIXTURES / "qv", max_lora_rank=9)
-    found = peft.check_vllm(models.FIXTURES / "qv", max_lora_rank=1)
-    assert found == ["r: 2 is above max_lora_rank 1"]
 
 
 # ----------------------------------------------------------------------- saving

@@ -164,6 +164,5 @@ def test_vllm_profile_in_peft(name: str, tmp_path: pathlib.Path) -> None:
     case = models.case(name)
     adapter = peft.load(case.folder, case.base, case.names)
     peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
-    assert peft.check_vllm(tmp_path / "a") == []
     model = in_peft(name, tmp_path / "a")
     assert_close(make.outputs(name, model).numpy(), outputs(case, adapter))

@@ -20,12 +20,12 @@ maxtext-qwen3, easydel, module:ATTRIBUTE or file.py:ATTRIBUTE."""
 @click.group(
     "jlora",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done, equal, or it fits; 1 the adapters differ, or it does not fit; "
-    "2 an error; 130 interrupted.",
+    epilog="Exit codes: 0 done, equal, or it fits; 1 the adapters differ, or it does not fit, or "
+    "an engine would not take it; 2 an error; 130 interrupted.",
 )
 @click.version_option(importlib.metadata.version("jlora"), prog_name="jlora")
 def cli() -> None:
-    """Look at, compare, convert and merge LoRA adapters of PEFT and of Orbax; plan training.
+    """Look at, compare, convert, merge and check LoRA adapters of PEFT and Orbax; plan training.
 
     Nothing is ever overwritten, and what is written appears complete or not at all.
     """
@@ -129,6 +129,32 @@ def diff(a: Path, b: Path, names: str | None, tolerance: float | None) -> Any:
     from ._diff import diff
 
     return diff(a, b, names=names, tolerance=tolerance)
+
+
+@cli.command(cls=Command)
+@click.argument("folder", type=FOLDER, metavar="DIR")
+@click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE",
+    required=True,
+    help="vllm, tpu-inference (vLLM on TPUs) or sglang.",
+)
+@click.option(
+    "--base",
+    type=FOLDER,
+    help="The model that is served, a checkpoint of Hugging Face, with which names and shapes are "
+    "compared. Only its configuration and headers are read.",
+)
+@click.option("--max-lora-rank", type=int, help="The server's option, if it is given one.")
+def check(folder: Path, engine: str, base: Path | None, max_lora_rank: int | None) -> Any:
+    """Show what ENGINE refuses of the adapter of PEFT in DIR, and what it drops silently.
+
+    Exit code 1 with a remedy for each, or 0 and how to start the engine.
+    """
+    from ._check import check
+
+    return check(folder, engine, base=base, max_lora_rank=max_lora_rank)
 
 
 @cli.command(cls=Command)

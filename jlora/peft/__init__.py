@@ -8,6 +8,8 @@ peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
 
 from ._base import load_base as load_base
 from ._base import save_base as save_base
+from ._check import Checked as Checked
+from ._check import check as check
 from ._checkpoint import holds as holds
 from ._config import read_config as read_config
 from ._export import export_merged as export_merged
@@ -20,9 +22,11 @@ from ._rewrite import matrices as matrices
 from ._rewrite import quantize_checkpoint as quantize_checkpoint
 from ._save import convert as convert
 from ._save import save as save
-from ._vllm import check_vllm as check_vllm
+from ._save import tensors as tensors
 from ._weights import from_tensors as from_tensors
 from ._weights import to_tensors as to_tensors
+from .engines import ENGINES as ENGINES
+from .engines import Finding as Finding
 from .tables import TABLES as TABLES
 from .tables.transformers import BERT as BERT
 from .tables.transformers import GPT2 as GPT2

@@ -53,6 +53,11 @@ class Checkpoint(NamedTuple):
     vocabulary: frozenset[int]
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the model; empty if there is none."""
+        return _config(self.source, self.kept)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors."""
         return {name: self.entry(name).shape for name in self.where}
@@ -194,6 +199,7 @@ def _tied_vocabulary(config: Mapping[str, Any], rows: Sequence[int]) -> frozense
     parts = list(_parts(config))
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     names = config.get("architectures")
+    names = names if isinstance(names, list) else []
     # Without a word about it `transformers` ties; without a head there is nothing to tie.
     headed = any(_HEADS.search(str(name)) for name in names) if names else True in said
     is_denied = [x is False for x in said]

@@ -57,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "velora_config": None,
 }
 # Initial values of A and B that leave the base as it is.
-_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # Keys whose every value is read or does not matter; any other must be off.
 _READ = {
     "alpha_pattern",
@@ -127,21 +127,42 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
     found = [f"{key}: missing" for key in ("peft_type", "target_modules") if key not in fields]
     if fields.get("peft_type", "LORA") != "LORA":
         found.append(f"peft_type: expected 'LORA', got {brief(fields['peft_type'])}")
-    for key, value in fields.items():
-        if key not in _READ and value and value != DEFAULTS.get(key):
-            found.append(f"{key}: {brief(value)} is a feature that jlora does not support")
+    found += [
+        f"{key}: {brief(value)} is a feature that jlora does not support"
+        for key, value in features(fields).items()
+    ]
+    start = fields.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in STARTS:
+        found.append(
+            f"init_lora_weights: {brief(start)} changes the base model, so that the adapter alone "
+            "means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)"
+        )
+    if fields.get("target_modules") == "all-linear":
+        found.append(
+            "target_modules: 'all-linear' is a word of PEFT's constructor; its own files list the "
+            "modules"
+        )
+    return found + misformed(fields)
+
+
+def features(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration uses of PEFT beside plain LoRA, by its keys."""
+    each = fields.items()
+    return {key: x for key, x in each if key not in _READ and x and x != DEFAULTS.get(key)}
+
+
+def misformed(fields: Mapping[str, Any]) -> list[str]:
+    """Why fields are not of the kind that PEFT writes."""
     wrong = [
         f"{key}: expected {what}, got {brief(fields[key])}"
         for key, (what, fits) in _FORMS.items()
         if key in fields and not fits(fields[key])
     ]
-    start = fields.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in _STARTS:
-        found.append(
-            f"init_lora_weights: {brief(start)} changes the base model, so that the adapter alone "
-            "means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)"
-        )
-    return found + (wrong or _bad_patterns(fields))
+    return wrong or [
+        f"{key}: {brief(pattern)} {why}"
+        for key, pattern, whole in _patterns(fields)
+        if (why := problem(whole))
+    ]
 
 
 def _is_rank(x: Any) -> bool:
@@ -200,19 +221,6 @@ _FORMS = {
         lambda x: x is None or isinstance(x, str) or _is_names(x),
     ),
 }
-
-
-def _bad_patterns(fields: Mapping[str, Any]) -> list[str]:
-    if fields.get("target_modules") == "all-linear":
-        return [
-            "target_modules: 'all-linear' is a word of PEFT's constructor; its own files list the "
-            "modules"
-        ]
-    return [
-        f"{key}: {brief(pattern)} {why}"
-        for key, pattern, whole in _patterns(fields)
-        if (why := problem(whole))
-    ]
 
 
 def _patterns(fields: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:

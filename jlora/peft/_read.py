@@ -42,7 +42,7 @@ SHARED = re.compile(
 )
 # PEFT lists these for every sequence classifier, whatever its head is called.
 HEADS = ("classifier", "score")
-_FACTOR = re.compile(
+FACTOR = re.compile(
     r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)"
     r"\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<table>[AB]))"
 )
@@ -154,7 +154,7 @@ def parse(fields: dict[str, Any], tensors: Iterable[Stored], what: str) -> Adapt
             wrong.append(f"{shown(x.key)}: unexpected; PEFT's keys start with {PREFIX!r}")
         elif x.dtype not in DTYPES:
             wrong.append(f"{shown(x.key)}: expected a floating-point dtype, got {x.dtype}")
-        elif found := _FACTOR.fullmatch(x.key.removeprefix(PREFIX)):
+        elif found := FACTOR.fullmatch(x.key.removeprefix(PREFIX)):
             module, depth, side, table = found.group("module", "depth", "side", "table")
             place = module, depth.count("."), bool(table)
             sides.setdefault(place, {})[side or table] = x

@@ -73,6 +73,62 @@ def save(
         >>> fields["target_modules"], fields["r"], fields["lora_alpha"]
         (['q_proj'], 2, 4)
     """
+    fields, found = _files(base, adapter, names, base_model, profile, config)
+    write(dir, "`dir`", fields, found)
+
+
+def tensors(
+    base: PyTree,
+    adapter: PyTree,
+    names: Sequence[Name],
+    *,
+    profile: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, np.ndarray]:
+    r"""The tensors that `save` writes, in memory: for an engine that takes weights without files.
+
+    Keys, shapes, dtypes and bits are those of `adapter_model.safetensors`. Only what has another
+    order of axes in PyTorch is copied; the rest shares memory with `adapter` where that lies on a
+    CPU. What is on other devices is fetched from them.
+
+    Args:
+        base: as `save`.
+        adapter: as `save`.
+        names: as `save`.
+        profile: as `save`.
+        config: as `save`.
+
+    Returns:
+        Arrays by PEFT's keys.
+
+    Raises:
+        TypeError: as `save`.
+        ValueError: as `save`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora import peft
+        >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
+        >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+        >>> for key, x in peft.tensors(base, adapter, peft.LLAMA).items():
+        ...     print(key, x.shape)
+        base_model.model.model.q_proj.lora_A.weight (2, 4)
+        base_model.model.model.q_proj.lora_B.weight (3, 2)
+    """
+    return _files(base, adapter, names, None, profile, config)[1]
+
+
+def _files(
+    base: PyTree,
+    adapter: PyTree,
+    names: Sequence[Name],
+    base_model: str | None,
+    profile: str | None,
+    config: Mapping[str, Any] | None,
+) -> tuple[Fields, dict[str, np.ndarray]]:
+    """The configuration and the tensors."""
     if profile not in (None, "vllm"):
         raise ValueError(f"`profile` must be None or 'vllm'; got {profile!r}.")
     found = adapter_leaves(adapter)
@@ -99,13 +155,13 @@ def save(
     if profile == "vllm":
         in_full = [key for _, keys in full for key in keys]
         fields, parts = _vllm.flattened(fields, parts, in_full)
-    tensors = tensors_of([*parts, *(_head(part, tied) for part in parts if part.key in tied)])
+    stored = tensors_of([*parts, *(_head(part, tied) for part in parts if part.key in tied)])
     for leaf, keys in full:
         value = found.get(leaf.path, leaf.value)
-        tensors |= dict(zip(keys, weights(leaf, value), strict=True))
-    tensors |= {key: weights(leaf, leaf.value)[0] for key, leaf in frozen.items()}
-    _check_form(fields, tensors, leaves)
-    write(dir, "`dir`", fields, tensors)
+        stored |= dict(zip(keys, weights(leaf, value), strict=True))
+    stored |= {key: weights(leaf, leaf.value)[0] for key, leaf in frozen.items()}
+    _check_form(fields, stored, leaves)
+    return fields, stored
 
 
 def narrowed(leaves: Sequence[Leaf], found: Mapping[Path, Any]) -> list[Leaf]:

@@ -1,0 +1,43 @@
+"""`jlora check`: whether an engine takes an adapter."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import peft
+from ._inputs import format_of
+
+
+class Answer(NamedTuple):
+    """The answer."""
+
+    checked: peft.Checked
+
+    @property
+    def exit_code(self) -> int:
+        """1 if anything is refused or dropped."""
+        return int(bool(self.checked.findings))
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields."""
+        findings = [finding._asdict() for finding in self.checked.findings]
+        return self.checked._asdict() | {"findings": findings}
+
+    def __str__(self) -> str:
+        return str(self.checked)
+
+
+def check(
+    folder: Path, engine: str, *, base: Path | None = None, max_lora_rank: int | None = None
+) -> Answer:
+    """Checks the adapter in `folder`."""
+    if engine not in peft.ENGINES:
+        known = ", ".join(peft.ENGINES)
+        raise ValueError(f"--for: there is no engine {engine!r}; expected one of {known}.")
+    match format_of(folder, "DIR"):
+        case "huggingface":
+            raise ValueError(f"DIR: {folder} holds a model; expected an adapter of PEFT.")
+        case "orbax":
+            raise ValueError(
+                f"DIR: {folder} is of Orbax; write it as PEFT first, with jlora convert."
+            )
+    return Answer(peft.check(folder, engine, base=base, max_lora_rank=max_lora_rank))

@@ -1,0 +1,176 @@
+"""What an engine is: rules by which it takes an adapter, of which only headers are read."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from .._config import DEFAULTS
+from .._file import Source
+from .._select import Selection, parents
+
+
+class Finding(NamedTuple):
+    """Something that an engine does not take as PEFT does.
+
+    Attributes:
+        what: the field of the configuration, or the tensors or modules.
+        why: what the engine does with it.
+        remedy: what to do.
+        silent: whether the engine says nothing, and computes without it or something else.
+    """
+
+    what: str
+    why: str
+    remedy: str
+    silent: bool
+
+    def __str__(self) -> str:
+        kind = "dropped silently" if self.silent else "refused"
+        return f"{kind}: {self.what}: {self.why}. {self.remedy}."
+
+
+class Factor(NamedTuple):
+    """An A or a B.
+
+    Attributes:
+        key: its key in the file.
+        module: the module, without `base_model.model.`.
+        depth: how many others are wrapped around it, of the parameters of one module.
+        side: `A` or `B`.
+        table: whether it is that of an embedding.
+        shape: its shape.
+    """
+
+    key: str
+    module: str
+    depth: int
+    side: str
+    table: bool
+    shape: tuple[int, ...]
+
+    @property
+    def last(self) -> str:
+        """The last part of the module's name."""
+        return self.module.rpartition(".")[2]
+
+
+class Base:
+    """The model that is served, by the headers and the configuration of its checkpoint."""
+
+    def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
+        """Of `config.json`, and the shapes of all tensors; () where it is not that of a weight."""
+        self.config, self.shapes = config, shapes
+        own = {name.rpartition(".")[0] for name in shapes}
+        self.modules = {parent for module in own for parent in parents(module)}
+        self.lasts = {module.rpartition(".")[2] for module in self.modules}
+
+    def number(self, key: str) -> int | None:
+        """A number of the configuration; of a model of models, that of its language model."""
+        text = self.config.get("text_config")
+        found = [part.get(key) for part in (text, self.config) if isinstance(part, dict)]
+        return next((n for n in found if type(n) is int), None)
+
+    def called(self, module: str) -> str | None:
+        """What the checkpoint calls a module; None if it has none that an engine takes for it.
+
+        Language models within others have two names. A checkpoint of a model without its head may
+        leave out the first `model.`. A head that is tied has the weight of the embedding.
+        """
+        if module == "lm_head" and "lm_head" not in self.lasts:
+            module = next((m for m in self.modules if m.endswith("embed_tokens")), module)
+        ways = (module, *_others(module))
+        return next((way for way in ways if way in self.modules), None)
+
+    def shape(self, module: str) -> tuple[int, ...]:
+        """The shape of a module's weight; () if not known."""
+        name = self.called(module)
+        return () if name is None else self.shapes.get(f"{name}.weight", ())
+
+    def alike(self, module: str) -> str:
+        """A module that ends as `module` does, as far as any."""
+        tail = module
+        while tail := tail.partition(".")[2]:
+            if found := [m for m in self.modules if m.endswith("." + tail)]:
+                return min(found, key=lambda m: (len(m), m))
+        return "others"
+
+
+def _others(module: str) -> Iterator[str]:
+    first, second = "model.language_model.", "language_model.model."
+    for one, other in ((first, second), (second, first), (first, "model."), ("model.", "")):
+        if module.startswith(one):
+            yield other + module.removeprefix(one)
+
+
+class Served:
+    """An adapter as an engine gets it."""
+
+    def __init__(
+        self,
+        source: Source,
+        fields: Mapping[str, Any],
+        factors: list[Factor],
+        others: list[str],
+        base: Base | None,
+        max_lora_rank: int | None,
+    ):
+        """In `source`: its configuration, each A and B, the keys of all else; and the base."""
+        self.source, self.fields = source, fields
+        self.factors, self.others = factors, others
+        self.base, self.max_lora_rank = base, max_lora_rank
+
+    @property
+    def rank(self) -> int:
+        """The rank of modules for which no other is given."""
+        return self.fields.get("r", DEFAULTS["r"])
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module by the configuration, matched in bounded time."""
+        fields = {"r": self.rank, "rank_pattern": self.fields.get("rank_pattern")}
+        said = Selection(fields | {"target_modules": None}, "`dir`")
+        modules = {factor.module for factor in self.factors}
+        said.prepare(modules)
+        return {module: said.rank(module) for module in modules}
+
+    @functools.cached_property
+    def pairs(self) -> dict[tuple[str, int], dict[str, Factor]]:
+        """A and B by module and depth."""
+        found: dict[tuple[str, int], dict[str, Factor]] = {}
+        for factor in self.factors:
+            found.setdefault((factor.module, factor.depth), {})[factor.side] = factor
+        return found
+
+
+Rule = Callable[[Served], Iterable[Finding]]
+
+
+class Engine(NamedTuple):
+    """An engine.
+
+    Attributes:
+        name: what it is called on the command line.
+        title: what it calls itself.
+        version: the version whose source the rules are of.
+        rules: what it is asked of an adapter.
+        start: how it is started, with `{base}`, `{dir}` and the largest `{rank}`.
+        ranks: the values that its option `--max-lora-rank` has; empty for any.
+        rank: the value that it has by default; None for that of the adapter.
+    """
+
+    name: str
+    title: str
+    version: str
+    rules: tuple[Rule, ...]
+    start: str
+    ranks: tuple[int, ...] = ()
+    rank: int | None = None
+
+
+ENGINES: dict[str, Engine] = {}
+
+
+def register(engine: Engine) -> Engine:
+    """Adds an engine to those that `check` knows."""
+    ENGINES[engine.name] = engine
+    return engine

@@ -1,0 +1,907 @@
+"""What engines are given: tensors in memory, and adapters that `check` has looked at.
+
+The rules of the engines are told by damages: each is made to one adapter that all of them take,
+with what each engine does with it.
+"""
+
+import functools
+import json
+import pathlib
+import random
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft_models as models
+import pytest
+from safetensors.numpy import save_file
+from test_cli import fails, run
+from test_peft import CONFIG, LAYOUTS, TENSORS, Files, mutate, node, normal
+from test_peft_hostile import PATTERNS
+from test_peft_merged import base_of, checkpoint
+from test_peft_modules import NAMES, PARTS, adapted, nodes, rule, zeros
+
+import jlora
+from jlora import Full, peft
+from jlora.peft import Name
+from jlora.peft.engines import Engine, Finding
+
+Folder = pathlib.Path
+Fields = dict[str, Any]
+Tensors = dict[str, np.ndarray]
+PREFIX = "base_model.model."
+PLAIN = ("qv", "all_linear", "patterns", "rslora", "embeddings", "tied", "gpt2", "gpt2_tied")
+
+# --------------------------------------------------------------------------------- in memory
+
+
+def assert_as_saved(folder: Folder, *args: Any, **options: Any) -> None:
+    """Keys, dtypes, shapes and bits of the file."""
+    peft.save(folder, *args, **options)
+    saved, ours = models.read(folder / TENSORS), peft.tensors(*args, **options)
+    assert saved.keys() == ours.keys()
+    for key, x in saved.items():
+        assert (ours[key].dtype, ours[key].shape) == (x.dtype, x.shape)
+        assert ours[key].tobytes() == x.tobytes()
+
+
+@pytest.mark.parametrize("name", models.CASES)
+def test_tensors_of_the_fixtures(name: str, tmp_path: Folder) -> None:
+    """As PEFT has them in its file too, as the configuration is kept."""
+    case = models.case(name)
+    args = case.base, peft.load(case.folder, case.base, case.names), case.names
+    config = peft.read_config(case.folder)
+    assert_as_saved(tmp_path / "a", *args)
+    assert_as_saved(tmp_path / "b", *args, config=config)
+    theirs = models.read(case.folder / TENSORS)
+    assert {k: x.tobytes() for k, x in peft.tensors(*args, config=config).items()} == {
+        k: x.tobytes() for k, x in theirs.items()
+    }
+    if name in PLAIN:
+        assert_as_saved(tmp_path / "c", *args, profile="vllm")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_of_any_layout(layout: str, tmp_path: Folder) -> None:
+    """Of each layout of axes."""
+    axes, shape, module, *_ = LAYOUTS[layout]
+    name = Name("w", module, axes)
+    assert_as_saved(
+        tmp_path / "a", {"w": normal(0, *shape)}, {"w": node(name, shape, 2, 1.5)}, [name]
+    )
+
+
+@pytest.mark.parametrize("chosen", [(0,), (0, 1), None])
+def test_tensors_of_several_modules(chosen: tuple[int, ...] | None, tmp_path: Folder) -> None:
+    """Of leaves of several modules, beside others in full."""
+    rules = (Full("1/kv"), rule(1)) if chosen is None else (rule(*chosen), Full("bias"))
+    assert_as_saved(tmp_path / "a", *adapted(*rules), NAMES)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_tensors_of_parts(shared: bool, tmp_path: Folder) -> None:
+    """Of leaves that are parts of one module."""
+    adapter = nodes("gate", "up", "down", shared=shared)
+    assert_as_saved(tmp_path / "a", zeros(adapter), adapter, PARTS)
+
+
+def test_tensors_copy_what_must_be_moved_alone() -> None:
+    """A leaf that lies as in PyTorch is not copied, and the caller's tree is as it was."""
+    names = [Name("w", "m", "io"), Name("b", "m", "o", "bias")]
+    base = {"w": normal(0, 4, 6), "b": normal(1, 6)}
+    adapter = {"w": node(names[0], (4, 6), 2, 1.5), "b": normal(2, 6)}
+    before = jax.tree.map(np.array, adapter)
+    found = peft.tensors(base, adapter, names)
+    assert np.shares_memory(found[f"{PREFIX}m.base_layer.bias"], np.asarray(adapter["b"]))
+    assert not np.shares_memory(found[f"{PREFIX}m.lora_A.weight"], np.asarray(adapter["w"].a))
+    jax.tree.map(np.testing.assert_array_equal, adapter, before)
+
+
+def test_tensors_keep_their_form_from_step_to_step() -> None:
+    """What an engine has been given once it is given again, with other values."""
+    case = models.case("scanned")
+    first = peft.load(case.folder, case.base, case.names)
+    second = jax.tree.map(lambda x: x + 1, first)
+    one, two = (peft.tensors(case.base, x, case.names, profile="vllm") for x in (first, second))
+    assert [(k, x.shape, x.dtype) for k, x in one.items()] == [
+        (k, x.shape, x.dtype) for k, x in two.items()
+    ]
+    assert any(not np.array_equal(one[k], two[k]) for k in one)
+
+
+def test_tensors_refuse_what_save_refuses() -> None:
+    """By the same words."""
+    case = models.case("conv")
+    adapter = peft.load(case.folder, case.base, case.names)
+    with pytest.raises(ValueError, match="`profile` 'vllm' takes linear and embedding sites alone"):
+        peft.tensors(case.base, adapter, case.names, profile="vllm")
+    with pytest.raises(ValueError, match="`profile` must be None or 'vllm'; got 'tgi'"):
+        peft.tensors(case.base, adapter, case.names, profile="tgi")
+    with pytest.raises(ValueError, match="no row of `names` fits"):
+        peft.tensors({"w": normal(0, 4, 6)}, {"w": normal(0, 4, 6)}, [Name("v", "m", "io")])
+
+
+# -------------------------------------------------------------------------- what engines take
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "vocab_size": 11,
+}
+Q, V = (f"{PREFIX}model.layers.0.self_attn.{name}.lora_" for name in ("q_proj", "v_proj"))
+
+
+def good() -> tuple[Fields, Tensors]:
+    """An adapter of a small Llama, of PEFT, of all of its linear modules."""
+    folder = models.FIXTURES / "all_linear"
+    fields = peft.read_config(folder)
+    lasts = {name.rpartition(".")[2] for name in fields["target_modules"]}
+    return fields | {"target_modules": sorted(lasts)}, models.read(folder / TENSORS)
+
+
+def write(folder: Folder, fields: Fields, tensors: Tensors) -> Folder:
+    folder.mkdir()
+    save_file(tensors, folder / TENSORS)
+    (folder / CONFIG).write_text(json.dumps(fields))
+    return folder
+
+
+@functools.cache
+def llama() -> Tensors:
+    return base_of(models.case("all_linear"))
+
+
+def renamed(tensors: Mapping[str, np.ndarray], old: str, new: str) -> Tensors:
+    return {re.sub(old, new, key): x for key, x in tensors.items()}
+
+
+def checked(
+    folder: Folder, engine: str, change: Any = None, base: Any = None, **options: Any
+) -> list[Finding]:
+    """What is found of the good adapter and its base, changed."""
+    fields, tensors = good()
+    if change is not None:
+        fields, tensors = change(fields, tensors)
+    place = write(folder / "adapter", fields, tensors)
+    weights, config = (llama(), LLAMA) if base is None else base(llama(), LLAMA)
+    model = checkpoint(folder / "base", weights, **config)
+    return peft.check(place, engine, base=model, **options).findings
+
+
+def of(**new: Any) -> Callable[[Fields, Tensors], tuple[Fields, Tensors]]:
+    """Other fields."""
+    return lambda fields, tensors: (fields | new, tensors)
+
+
+def without(key: str) -> Callable[[Fields, Tensors], tuple[Fields, Tensors]]:
+    """A field less."""
+    return lambda fields, tensors: ({k: x for k, x in fields.items() if k != key}, tensors)
+
+
+def holding(
+    new: Mapping[str, Any] = {}, drop: str = "^$", **fields: Any
+) -> Callable[[Fields, Tensors], tuple[Fields, Tensors]]:
+    """Other tensors, given by shape; and without those whose keys match."""
+
+    def change(old: Fields, tensors: Tensors) -> tuple[Fields, Tensors]:
+        kept = {k: x for k, x in tensors.items() if not re.search(drop, k)}
+        return old | fields, kept | {k: np.ones(x, np.float32) for k, x in new.items()}
+
+    return change
+
+
+def named(old: str, new: str) -> Callable[[Fields, Tensors], tuple[Fields, Tensors]]:
+    """Other keys."""
+    return lambda fields, tensors: (fields, renamed(tensors, old, new))
+
+
+def pair(module: str, rows: int = 8, columns: int = 8, rank: int = 4) -> dict[str, Any]:
+    """Shapes of A and B."""
+    key = f"{PREFIX}{module}.lora_"
+    return {f"{key}A.weight": (rank, columns), f"{key}B.weight": (rows, rank)}
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def experts(gate: tuple[int, int] = (24, 8), down: tuple[int, int] = (8, 12)) -> dict[str, Any]:
+    """Shapes of A and B of two experts, B·A of these shapes."""
+    return pair(f"{EXPERTS}.base_layer", *gate, rank=8) | pair(EXPERTS, *down, rank=8)
+
+
+def moe(weights: Tensors, config: Fields) -> tuple[Tensors, Fields]:
+    """A base that has experts as one parameter."""
+    fused = {"gate_up_proj": (2, 24, 8), "down_proj": (2, 8, 12)}
+    return weights | {f"{EXPERTS}.{n}": np.ones(s, np.float32) for n, s in fused.items()}, config
+
+
+def apart(weights: Tensors, config: Fields) -> tuple[Tensors, Fields]:
+    """A base that has them one by one."""
+    each = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
+    new = {
+        f"{EXPERTS}.{i}.{n}.weight": np.ones(s, np.float32) for i in (0, 1) for n, s in each.items()
+    }
+    return weights | new, config
+
+
+VLLM, TPU, SGLANG = "vllm", "tpu-inference", "sglang"
+ENGINES = (VLLM, TPU, SGLANG)
+REFUSED, SILENT = False, True
+Expected = tuple[str, str, bool]
+BOTH = (VLLM, TPU)
+# The damage; and what some engines find, as `what`, a part of `why`, and whether it is silent.
+DAMAGES: dict[str, tuple[Any, Any, dict[tuple[str, ...], list[Expected]]]] = {
+    "none": (None, None, {}),
+    "no rank": (
+        lambda f, t: ({k: x for k, x in f.items() if k != "r"}, {k: np.ones((8, 8)) for k in t}),
+        lambda w, c: ({k: np.ones((8, 8)) for k in w}, c),
+        {ENGINES: [("r", "is missing", REFUSED)]},
+    ),
+    "no alpha": (without("lora_alpha"), None, {ENGINES: [("lora_alpha", "is missing", REFUSED)]}),
+    "no kind": (without("peft_type"), None, {(SGLANG,): [("peft_type", "is missing", REFUSED)]}),
+    "another kind": (
+        of(peft_type="LOHA"),
+        None,
+        {
+            BOTH: [("peft_type", "is not LORA", SILENT)],
+            (SGLANG,): [("peft_type", "is not LORA", REFUSED)],
+        },
+    ),
+    "a rank in words": (of(r="4"), None, {ENGINES: [("r", "expected an integer", REFUSED)]}),
+    "a bad pattern": (
+        of(rank_pattern={"(": 3}),
+        None,
+        {ENGINES: [("rank_pattern", "is no regular expression", REFUSED)]},
+    ),
+    "DoRA": (
+        holding(
+            {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector": (8,)}, use_dora=True
+        ),
+        None,
+        {
+            ENGINES: [("use_dora", "True is not supported", REFUSED)],
+            BOTH: [(".*magnitude_vector", "neither A nor B", REFUSED)],
+            (SGLANG,): [(".*magnitude_vector", "is taken for a B", REFUSED)],
+        },
+    ),
+    "biases": (
+        holding(
+            {f"{PREFIX}model.layers.0.self_attn.q_proj.base_layer.bias": (8,)}, bias="lora_only"
+        ),
+        None,
+        {
+            BOTH: [
+                ("bias", "'lora_only' is not supported", REFUSED),
+                (".*base_layer.bias", "neither A nor B", REFUSED),
+            ],
+            (SGLANG,): [(".*base_layer.bias", "is taken for a B", REFUSED)],
+        },
+    ),
+    "bias of B": (
+        holding({f"{Q}B.bias": (8,)}, lora_bias=True),
+        None,
+        {
+            BOTH: [
+                ("lora_bias", "True is not supported", REFUSED),
+                (f"{Q}B.bias", "neither A nor B", REFUSED),
+            ],
+            (SGLANG,): [(f"{Q}B.bias", "is taken for a B", REFUSED)],
+        },
+    ),
+    "aLoRA": (
+        of(alora_invocation_tokens=[1]),
+        None,
+        {
+            BOTH: [("alora_invocation_tokens", "is not supported", REFUSED)],
+            (SGLANG,): [("alora_invocation_tokens", "is not read", SILENT)],
+        },
+    ),
+    "a later feature": (
+        of(zora_config=[1]),
+        None,
+        {ENGINES: [("zora_config", "not read", SILENT)]},
+    ),
+    "of training": (of(velora_config={"a": 1}), None, {}),
+    "PiSSA": (
+        of(init_lora_weights="pissa"),
+        None,
+        {
+            BOTH: [("init_lora_weights", "changes the base", REFUSED)],
+            (SGLANG,): [("init_lora_weights", "changes the base", SILENT)],
+        },
+    ),
+    "EVA": (of(init_lora_weights="eva", eva_config={"rho": 2.0}), None, {}),
+    "rsLoRA": (of(use_rslora=True), None, {(SGLANG,): [("use_rslora", "lora_alpha / r", SILENT)]}),
+    "ranks": (
+        of(rank_pattern={"nothing": 4}),
+        None,
+        {
+            BOTH: [("rank_pattern", "before vLLM 0.32", SILENT)],
+            (SGLANG,): [("rank_pattern", "is not read", SILENT)],
+        },
+    ),
+    "alphas": (
+        of(alpha_pattern={"q_proj": 2}),
+        None,
+        {
+            BOTH: [("alpha_pattern", "before vLLM 0.32", SILENT)],
+            (SGLANG,): [("alpha_pattern", "is not read", SILENT)],
+        },
+    ),
+    "another rank": (
+        holding({f"{Q}A.weight": (3, 8), f"{Q}B.weight": (8, 3)}),
+        None,
+        {
+            BOTH: [(f"{Q}A.* and 1 more", r"of shape \(3, 8\), is taken to have rank 4", SILENT)],
+            (SGLANG,): [(f"{Q}A.* and 1 more", "is taken to have rank 4", REFUSED)],
+        },
+    ),
+    "heads": (
+        holding(
+            {f"{PREFIX}score.weight": (3, 8)},
+            modules_to_save=["classifier", "score"],
+        ),
+        lambda w, c: (w, c | {"architectures": ["LlamaForSequenceClassification"]}),
+        {(SGLANG,): [(".*score.weight", "is left out", SILENT)]},
+    ),
+    "heads of none": (
+        holding({f"{PREFIX}score.weight": (3, 8)}, modules_to_save=["score"]),
+        None,
+        {
+            BOTH: [("modules_to_save score", "of classifiers alone", REFUSED)],
+            (SGLANG,): [(".*score.weight", "is left out", SILENT)],
+        },
+    ),
+    "norms": (
+        holding({f"{PREFIX}model.norm.weight": (8,)}, modules_to_save=["norm"]),
+        None,
+        {
+            BOTH: [
+                ("modules_to_save norm", "only classifier and score", REFUSED),
+                (".*model.norm.weight", "neither A nor B", REFUSED),
+            ],
+            (SGLANG,): [(".*model.norm.weight", "is left out", SILENT)],
+        },
+    ),
+    "a pattern of targets": (
+        of(target_modules=".*_proj"),
+        None,
+        {(SGLANG,): [("target_modules", "must be a list", REFUSED)]},
+    ),
+    "a word for all": (of(target_modules="all-linear"), None, {}),
+    "other names": (
+        lambda f, t: (
+            f | {"target_modules": [*f["target_modules"], "query"]},
+            renamed(t, "q_proj", "query"),
+        ),
+        None,
+        {
+            BOTH: [("model.layers.0.self_attn.query and 1 more", "has no module", REFUSED)],
+            (SGLANG,): [
+                ("target_modules query", "no buffers", REFUSED),
+                ("model.layers.0.self_attn.query and 1 more", "no buffers", REFUSED),
+                ("model.layers.0.self_attn.k_proj and 1 more", "packed with q_proj", REFUSED),
+                ("model.layers.0.self_attn.v_proj and 1 more", "packed with q_proj", REFUSED),
+                ("model.layers.0.self_attn.query and 1 more", "no such module", SILENT),
+            ],
+        },
+    ),
+    "another prefix": (
+        named(r"model\.layers", "decoder.layers"),
+        None,
+        {
+            BOTH: [
+                (
+                    "decoder.layers.0.mlp.down_proj and 13 more",
+                    "matches no module of the base, which has model.layers.0.mlp.down_proj",
+                    SILENT,
+                )
+            ]
+        },
+    ),
+    "a prefix less": (
+        named(r"\.model\.layers", ".layers"),
+        None,
+        {BOTH: [("layers.0.mlp.down_proj and 13 more", "which has model.layers.0", SILENT)]},
+    ),
+    "a model within another": (
+        None,
+        lambda w, c: (
+            renamed(w, "^model", "model.language_model"),
+            {"architectures": c["architectures"], "text_config": c},
+        ),
+        {BOTH: [(".* and 13 more", "which has model.language_model.layers.0", SILENT)]},
+    ),
+    "both within another": (
+        named(r"model\.model\.", "model.model.language_model."),
+        lambda w, c: (renamed(w, "^model", "language_model.model"), {"text_config": c}),
+        {},
+    ),
+    "a base without its head": (None, lambda w, c: (renamed(w, r"^model\.", ""), c), {}),
+    "a tower": (
+        holding(pair("visual.blocks.0.q_proj")),
+        lambda w, c: (
+            w | {"visual.blocks.0.q_proj.weight": np.ones((8, 8), np.float32)},
+            {"text_config": c, "vision_config": {"hidden_size": 4}},
+        ),
+        {
+            BOTH: [("visual.blocks.0.q_proj", "only the language model", SILENT)],
+            (SGLANG,): [("visual.blocks.0.q_proj", "is in no `layers.N`", SILENT)],
+        },
+    ),
+    "too many layers": (
+        holding(
+            pair("model.layers.2.self_attn.q_proj") | pair("model.layers.2.self_attn.v_proj", 4)
+        ),
+        None,
+        {
+            BOTH: [("model.layers.2.self_attn.q_proj and 1 more", "matches no module", SILENT)],
+            (SGLANG,): [
+                ("model.layers.2.self_attn.q_proj and 1 more", "has 2 layers", REFUSED),
+                ("model.layers.2.self_attn.q_proj and 1 more", "no such module", SILENT),
+            ],
+        },
+    ),
+    "smaller sizes": (
+        holding({f"{Q}A.weight": (4, 6)}),
+        None,
+        {
+            BOTH: [(".*0.self_attn.q_proj", r"shape \(8, 6\), the base's is \(8, 8\)", SILENT)],
+            (SGLANG,): [(".*0.self_attn.q_proj", r"shape \(8, 6\)", REFUSED)],
+        },
+    ),
+    "larger sizes": (
+        holding({f"{Q}A.weight": (4, 9)}),
+        None,
+        {ENGINES: [(".*0.self_attn.q_proj", r"shape \(8, 9\), the base's is \(8, 8\)", REFUSED)]},
+    ),
+    "a lone A": (
+        holding(drop=r"0\.self_attn\.q_proj\.lora_B"),
+        None,
+        {ENGINES: [(f"{Q}A.weight", "without its A or B", REFUSED)]},
+    ),
+    "nothing": (
+        holding(drop="."),
+        None,
+        {
+            BOTH: [("adapter_model.safetensors", "holds no A and B", REFUSED)],
+            (SGLANG,): [("adapter_model.safetensors", "holds no A and B", SILENT)],
+        },
+    ),
+    "q alone": (
+        holding(drop=r"\.[vk]_proj\."),
+        None,
+        {
+            (SGLANG,): [
+                ("model.layers.0.self_attn.q_proj and 1 more", "packed with v_proj", REFUSED)
+            ]
+        },
+    ),
+    "no k": (holding(drop=r"\.k_proj\."), None, {}),
+    "up alone": (
+        holding(drop=r"\.gate_proj\."),
+        None,
+        {(SGLANG,): [("model.layers.0.mlp.up_proj and 1 more", "packed with gate_proj", REFUSED)]},
+    ),
+    "two towers": (
+        holding(pair("vision.layers.0.self_attn.q_proj")),
+        lambda w, c: (
+            w | {"vision.layers.0.self_attn.q_proj.weight": np.ones((8, 8), np.float32)},
+            c,
+        ),
+        {(SGLANG,): [("model.layers.0.self_attn.q_proj", "is taken for vision.layers.0", SILENT)]},
+    ),
+    "no layers": (
+        holding(pair("model.h.0.q_proj") | pair("model.h.0.v_proj")),
+        lambda w, c: (
+            w | {f"model.h.0.{n}_proj.weight": np.ones((8, 8), np.float32) for n in "qv"},
+            c,
+        ),
+        {(SGLANG,): [("model.h.0.q_proj and 1 more", "is in no `layers.N`", SILENT)]},
+    ),
+    "embeddings": (
+        holding(
+            {
+                f"{PREFIX}model.embed_tokens.lora_embedding_A": (4, 11),
+                f"{PREFIX}model.embed_tokens.lora_embedding_B": (8, 4),
+                f"{PREFIX}model.embed_tokens.base_layer.weight": (11, 8),
+            }
+            | pair("lm_head", 11),
+            target_modules=["q_proj", "gate_proj", "down_proj", "model.embed_tokens"],
+        ),
+        None,
+        {
+            (SGLANG,): [
+                ("model.layers.0.self_attn.o_proj and 1 more", "is not listed", REFUSED),
+                ("lm_head", "is not listed in `target_modules`", SILENT),
+            ]
+        },
+    ),
+    "a longer vocabulary": (
+        holding(
+            {
+                f"{PREFIX}model.embed_tokens.lora_embedding_A": (4, 13),
+                f"{PREFIX}model.embed_tokens.lora_embedding_B": (8, 4),
+            },
+            target_modules=[*good()[0]["target_modules"], "embed_tokens"],
+        ),
+        None,
+        {
+            BOTH: [(".*embedding_A", "of 13 tokens, the base's `vocab_size` is 11", REFUSED)],
+            ENGINES: [("model.embed_tokens", r"shape \(8, 13\), the base's is \(11, 8\)", REFUSED)],
+        },
+    ),
+    "positions": (
+        holding(
+            {
+                f"{PREFIX}model.positions.lora_embedding_A": (4, 5),
+                f"{PREFIX}model.positions.lora_embedding_B": (8, 4),
+            }
+        ),
+        lambda w, c: (w | {"model.positions.weight": np.ones((5, 8), np.float32)}, c),
+        {
+            BOTH: [("model.positions", "only embed_tokens, lm_head, wte", REFUSED)],
+            (SGLANG,): [("model.positions", "is in no `layers.N`", SILENT)],
+        },
+    ),
+    "a convolution": (
+        holding(
+            {f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.weight": (4, 12, 1)}
+            | {f"{PREFIX}model.layers.0.mlp.down_proj.lora_B.weight": (8, 4, 1)}
+        ),
+        None,
+        {ENGINES: [(".*down_proj.lora_A.weight and 1 more", "that are matrices", REFUSED)]},
+    ),
+    "experts": (
+        holding(experts(), target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+        moe,
+        {
+            (TPU,): [(EXPERTS, "get no adapters on TPUs", REFUSED)],
+            (SGLANG,): [(EXPERTS, "no buffers", REFUSED)],
+        },
+    ),
+    "experts turned": (
+        holding(experts((8, 24), (12, 8))),
+        moe,
+        {
+            BOTH: [(EXPERTS, "A of gate_up_proj is read with 8 columns", SILENT)],
+            (TPU,): [(EXPERTS, "get no adapters on TPUs", REFUSED)],
+            (SGLANG,): [(EXPERTS, "no buffers", REFUSED)],
+        },
+    ),
+    "one of two": (
+        holding(pair(EXPERTS, 24, 8, rank=8)),
+        moe,
+        {
+            BOTH: [(EXPERTS, "both are expected", REFUSED)],
+            (TPU,): [(EXPERTS, "get no adapters on TPUs", REFUSED)],
+            (SGLANG,): [(EXPERTS, "no buffers", REFUSED)],
+        },
+    ),
+    "experts one by one in the base": (
+        holding(experts()),
+        apart,
+        {
+            BOTH: [(EXPERTS, "which are one by one in the base", REFUSED)],
+            (TPU,): [(EXPERTS, "get no adapters on TPUs", REFUSED)],
+            (SGLANG,): [(EXPERTS, "no buffers", REFUSED)],
+        },
+    ),
+    "experts one by one": (
+        holding(
+            {
+                key: shape
+                for i in (0, 1)
+                for n, shape in (
+                    ("gate_proj", (12, 8)),
+                    ("up_proj", (12, 8)),
+                    ("down_proj", (8, 12)),
+                )
+                for key, shape in pair(f"{EXPERTS}.{i}.{n}", *shape).items()
+            }
+        ),
+        apart,
+        {(TPU,): [(f"{EXPERTS}.0.down_proj and 5 more", "get no adapters on TPUs", REFUSED)]},
+    ),
+    "experts one by one in the adapter": (
+        holding(pair(f"{EXPERTS}.0.down_proj", 8, 12)),
+        moe,
+        {
+            BOTH: [(f"{EXPERTS}.0.down_proj", "has no module of that name", REFUSED)],
+            (TPU,): [(f"{EXPERTS}.0.down_proj", "get no adapters on TPUs", REFUSED)],
+            (SGLANG,): [(f"{EXPERTS}.0.down_proj", "no such module", SILENT)],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damages(damage: str, engine: str, tmp_path: Folder) -> None:
+    """Each is found by each engine as it should be, and nothing else is."""
+    change, base, expected = DAMAGES[damage]
+    wanted = [x for engines, found in expected.items() if engine in engines for x in found]
+    found = checked(tmp_path, engine, change, base)
+    for what, why, silent in wanted:
+        fits = [
+            x
+            for x in found
+            if re.fullmatch(what, x.what) and re.search(why, x.why) and x.silent == silent
+        ]
+        assert len(fits) == 1, (what, found)
+    assert len(found) == len(wanted), found
+    for x in found:
+        kind = "dropped silently" if x.silent else "refused"
+        assert str(x) == f"{kind}: {x.what}: {x.why}. {x.remedy}."
+        assert x.remedy[0].isupper()
+
+
+def test_an_adapter_that_is_taken(tmp_path: Folder) -> None:
+    """The answer says how to start the engine, on one line."""
+    place = write(tmp_path / "it's", *good())
+    base = checkpoint(tmp_path / "base", llama(), **LLAMA)
+    answer = peft.check(place, "vllm", base=base)
+    assert answer.compared and not answer.findings
+    start = (
+        f"vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules "
+        f"""NAME='{tmp_path}/it'"'"'s'"""
+    )
+    assert str(answer) == f"{place}: vLLM 0.33.0 takes it: {start}"
+    alone = str(peft.check(place, "tpu-inference", max_lora_rank=64))
+    assert "MODEL_IMPL_TYPE=vllm vllm serve BASE --enable-lora --max-lora-rank 64" in alone
+    assert alone.endswith("; without a base, names and shapes are not compared")
+    assert "--max-lora-rank 4 --lora-paths NAME=" in str(peft.check(place, "sglang"))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_heads_without_a_base(task: str | None, tmp_path: Folder) -> None:
+    """Whether it is a classifier is in the adapter's configuration."""
+    change = holding({f"{PREFIX}score.weight": (3, 8)}, modules_to_save=["score"], task_type=task)
+    place = write(tmp_path / "a", *change(*good()))
+    found = peft.check(place, "vllm").findings
+    assert [x.what for x in found] == ([] if task else ["modules_to_save score"])
+
+
+@pytest.mark.parametrize(("added", "count"), [({"<a>": 10}, 0), ({"<a>": 11, "<b>": 12}, 1)])
+def test_added_tokens(added: Any, count: int, tmp_path: Folder) -> None:
+    """SGLang reads a tokenizer's file beside the adapter; what the base has is no addition."""
+    place = write(tmp_path / "a", *good())
+    (place / "added_tokens.json").write_text(json.dumps(added))
+    base = checkpoint(tmp_path / "base", llama(), **LLAMA)
+    found = [x.what for x in peft.check(place, "sglang", base=base).findings]
+    assert found == ["added_tokens.json <a> and 1 more"] * count
+    assert not peft.check(place, "vllm", base=base).findings
+    (place / "added_tokens.json").write_text("[")
+    with pytest.raises(ValueError, match=r"`dir`: added_tokens.json is no valid JSON"):
+        peft.check(place, "sglang", base=base)
+
+
+RANKS = {
+    # engine, the rank of A and B, the option: what is said of it.
+    (VLLM, 16, None): None,
+    (VLLM, 17, None): "17 is above --max-lora-rank 16. Start the server with --max-lora-rank 32",
+    (TPU, 17, None): "17 is above --max-lora-rank 16. Start the server with --max-lora-rank 32",
+    (VLLM, 17, 32): None,
+    (VLLM, 9, 8): "9 is above --max-lora-rank 8. Start the server with --max-lora-rank 16",
+    (VLLM, 513, None): "513 is above 512, the largest rank it has. Lower it: jlora.arithmetic.",
+    (SGLANG, 513, None): None,
+    (SGLANG, 9, 8): "9 is above --max-lora-rank 8. Start the server with --max-lora-rank 9",
+}
+
+
+@pytest.mark.parametrize(("engine", "rank", "option"), RANKS)
+def test_ranks(engine: str, rank: int, option: int | None, tmp_path: Folder) -> None:
+    """The largest rank is that of the server, and of those that it has."""
+    shapes = pair("model.q_proj", rank=rank) | pair("model.v_proj", rank=rank)
+    place = write(tmp_path / "a", *holding(shapes, drop=".", r=rank)(*good()))
+    found = [str(x) for x in peft.check(place, engine, max_lora_rank=option).findings]
+    found = [x for x in found if x.startswith("refused: r: ")]
+    said = RANKS[engine, rank, option]
+    assert len(found) == (said is not None)
+    assert all(x.startswith(f"refused: r: {said}") for x in found)
+
+
+def test_the_largest_of_many_ranks(tmp_path: Folder) -> None:
+    """Those of patterns count."""
+    found = checked(tmp_path, "vllm", of(rank_pattern={"nothing": 65}))
+    assert "Start the server with --max-lora-rank 128" in str(found[1])
+
+
+def test_arguments(tmp_path: Folder) -> None:
+    """Engines and ranks that there are not."""
+    place = models.FIXTURES / "all_linear"
+    message = "`engine` must be one of sglang, vllm, tpu-inference; got 'tgi'."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        peft.check(place, "tgi")
+    with pytest.raises(ValueError, match=r"must be one of \(1, 8, .*\) for vLLM; got 9\."):
+        peft.check(place, "vllm", max_lora_rank=9)
+    with pytest.raises(ValueError, match="must be at least 1 for SGLang; got 0"):
+        peft.check(place, "sglang", max_lora_rank=0)
+    with pytest.raises(FileNotFoundError, match=r"`base`: there is no folder .*nowhere"):
+        peft.check(place, "vllm", base=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"`base`: .* holds neither model.safetensors nor"):
+        peft.check(place, "vllm", base=place.parent)
+
+
+# --------------------------------------------------------------------------------- remedies
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_profile_is_taken(name: str, tmp_path: Folder) -> None:
+    """What is written for vLLM it takes; embeddings by other names than it knows are refused."""
+    case = models.case(name)
+    adapter = peft.load(case.folder, case.base, case.names)
+    peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
+    peft.convert(case.folder, tmp_path / "b")
+    tables = {"embeddings": "embeddings.position_embeddings and 1 more"}
+    tables["gpt2_tied"] = "transformer.wpe"
+    for folder in ("a", "b"):
+        for engine in BOTH:
+            found = [x.what for x in peft.check(tmp_path / folder, engine).findings]
+            assert [x for x in found if "base_layer" not in x] == (
+                [tables[name]] if name in tables else []
+            )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["patterns", "rslora", "scanned"])
+def test_the_remedy_helps(name: str, engine: str, tmp_path: Folder) -> None:
+    """One rank and the scales in B: nothing is left of what that is said to help against."""
+    remedy = lambda x: "--profile vllm" in x.remedy  # noqa: E731
+    folder = models.FIXTURES / name
+    assert any(map(remedy, peft.check(folder, engine).findings)) != (
+        name == "rslora" and engine in BOTH
+    )
+    peft.convert(folder, tmp_path / "out")
+    assert not any(map(remedy, peft.check(tmp_path / "out", engine).findings))
+
+
+def test_what_jlora_saves_is_taken_by_all(tmp_path: Folder) -> None:
+    """Of a model by its table, against the base that `save_base` writes."""
+    case = models.case("scanned")
+    adapter = peft.load(case.folder, case.base, case.names)
+    peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
+    peft.save_base(tmp_path / "base", case.base, case.names, config=LLAMA)
+    for engine in ENGINES:
+        assert peft.check(tmp_path / "a", engine, base=tmp_path / "base").findings == []
+
+
+# ------------------------------------------------------------------------- the command line
+
+
+def test_command(tmp_path: Folder) -> None:
+    """Exit code 0 and one line, or 1 and a line for each finding."""
+    base = checkpoint(tmp_path / "base", llama(), **LLAMA)
+    place = write(tmp_path / "a", *good())
+    for engine in ENGINES:
+        text = run("check", place, "--for", engine, "--base", base).stdout
+        assert text.count("\n") == 1 and " takes it: " in text
+    bad = write(tmp_path / "b", *of(use_rslora=True, use_dora=True)(*good()))
+    lines = run("check", bad, "--for", "sglang", "--base", base, code=1).stdout.splitlines()
+    assert [line.split(":")[:2] for line in lines] == [
+        ["refused", " use_dora"],
+        ["dropped silently", " use_rslora"],
+    ]
+    run("check", place, "--for", "vllm", "--max-lora-rank", 1, code=1)
+
+
+def test_command_in_json(tmp_path: Folder) -> None:
+    """All of it for programs."""
+    place = write(tmp_path / "a", *of(use_rslora=True)(*good()))
+    found = json.loads(run("check", place, "--for", "sglang", "--json", code=1).stdout)
+    assert found == {
+        "dir": str(place),
+        "engine": "SGLang 0.5.23",
+        "findings": [
+            {
+                "what": "use_rslora",
+                "why": "True is not read: the scale is lora_alpha / r everywhere",
+                "remedy": "Write it with one rank and the scales in B (jlora convert DIR OUT "
+                "--profile vllm, or jlora.peft.save(..., profile='vllm'))",
+                "silent": True,
+            }
+        ],
+        "start": "python -m sglang.launch_server --model-path BASE --enable-lora --max-lora-rank 4 "
+        f"--lora-paths NAME={place}",
+        "compared": False,
+    }
+
+
+def test_command_errors(tmp_path: Folder) -> None:
+    """Exit code 2, and one line."""
+    place = write(tmp_path / "a", *good())
+    message = "--for: there is no engine 'tgi'; expected one of sglang, vllm, tpu-inference."
+    assert fails("check", place, "--for", "tgi") == f"jlora: {message}"
+    base = checkpoint(tmp_path / "base", llama(), **LLAMA)
+    assert "holds a model; expected an adapter" in fails("check", base, "--for", "vllm")
+    jlora.checkpoint.save(tmp_path / "o", {"w": jnp.ones(3)}, ())
+    assert "write it as PEFT first, with jlora convert" in fails(
+        "check", tmp_path / "o", "--for", "vllm"
+    )
+    (place / TENSORS).write_bytes(b"x" * 9)
+    assert "is no safetensors file" in fails("check", place, "--for", "vllm")
+    assert all(name in run("check", "--help").stdout for name in peft.ENGINES)
+
+
+def test_an_engine_is_one_registration(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function and the command know it by that."""
+
+    def small(served: Any) -> Any:
+        if len(served.factors) > 3:
+            yield Finding("tensors", "are more than 3", "Adapt less", False)
+
+    engine = Engine("own", "Own", "1", (small,), "own {base} {dir} {rank}")
+    monkeypatch.setitem(peft.ENGINES, "own", engine)
+    place = write(tmp_path / "a", *good())
+    text = run("check", place, "--for", "own", code=1).stdout
+    assert text == "refused: tensors: are more than 3. Adapt less.\n"
+
+
+# ----------------------------------------------------------------------- files from strangers
+
+SECONDS = 10
+
+
+def test_many_names(tmp_path: Folder) -> None:
+    """Tens of thousands of modules, none of them as in the base: a few lines in bounded time."""
+    modules = [f"a.layers.{i}.mlp.{n}_proj" for i in range(4000) for n in ("gate", "up")]
+    shapes = {k: s for m in modules for k, s in pair(m, 1, 1, 1).items()}
+    patterns = {rf"layers\.{i}\.mlp\.gate_proj": 2 for i in range(500)}
+    change = holding(shapes, drop=".", r=1, rank_pattern=patterns)
+    place = write(tmp_path / "a", *change(*good()))
+    names = [f"b.layers.{i}.mlp.{n}_proj.weight" for i in range(4000) for n in ("gate", "up")]
+    base = checkpoint(tmp_path / "base", {n: np.ones((1, 1), np.float32) for n in names}, **LLAMA)
+    for engine in ENGINES:
+        start = time.monotonic()
+        answer = peft.check(place, engine, base=base)
+        assert time.monotonic() - start < SECONDS
+        assert 1 < len(answer.findings) < 9
+        assert len(str(answer)) < 4000
+
+
+@pytest.mark.parametrize("pattern", ["nested", "five stars", "wide"])
+def test_patterns(pattern: str, tmp_path: Folder) -> None:
+    """Found or refused in bounded time."""
+    change = holding(pair(f"{'a' * 900}.q"), rank_pattern={PATTERNS[pattern]: 1})
+    place = write(tmp_path / "a", *change(*good()))
+    start = time.monotonic()
+    assert peft.check(place, "vllm").findings
+    assert time.monotonic() - start < SECONDS
+
+
+ODD = [None, True, -1, 2**70, "x" * 10_000, [], ["a"], {"a": []}, [[]]]
+
+
+@pytest.mark.parametrize("key", [*LLAMA, "text_config", "tie_word_embeddings"])
+def test_odd_bases(key: str, tmp_path: Folder) -> None:
+    """A configuration that is not what it should be says nothing, or little."""
+    place = write(tmp_path / "a", *good())
+    base = tmp_path / "base"
+    for value in ODD:
+        checkpoint(base, llama(), **LLAMA | {key: value})
+        for engine in ENGINES:
+            assert len(peft.check(place, engine, base=base).findings) < 3
+
+
+def test_fuzz(tmp_path: Folder) -> None:
+    """A hundred damages: findings, or an error that says what."""
+    taken = 0
+    for seed in range(100):
+        draw = random.Random(seed)
+        place = tmp_path / str(seed)
+        place.mkdir()
+        files = Files(place, draw.choice(["qv", "tied"]))
+        mutate(files, draw)
+        start = time.monotonic()
+        for engine in ENGINES:
+            try:
+                taken += not peft.check(files.folder, engine).findings
+            except (ValueError, FileNotFoundError) as e:
+                assert str(e).startswith("`dir`: "), (seed, e)
+        assert time.monotonic() - start < SECONDS, seed
+    assert 0 < taken < 200
