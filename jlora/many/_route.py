@@ -164,7 +164,8 @@ def _side_by_side(node: LowRank) -> Routed:
 
 def _with_gate(node: Routed, i: jax.Array, slots: int) -> Routed:
     """The gate of slot `i`: NaN if there is no such slot."""
-    gate = jnp.where((i >= -1) & (i < slots), jnp.arange(slots) == i, jnp.nan)
+    gate = (jnp.arange(slots) == i).astype(jnp.float32)
+    gate = jnp.where((i >= -1) & (i < slots), gate, jnp.nan)
     return node._replace(gate=jnp.repeat(gate, len(node.gate) // slots))
 
 
