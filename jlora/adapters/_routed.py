@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from .._types import Layout, short
@@ -51,10 +52,15 @@ def _static(x: Routed) -> tuple[Any, ...]:
     return x.scale, x.layout, x.dropout, x.materialize
 
 
+def _unflatten(static: tuple[Any, ...], children: Any) -> Routed:
+    a, b, gate, key = children
+    return Routed(a, b, gate, *static, key)
+
+
 jax.tree_util.register_pytree_with_keys(
     Routed,
     lambda x: (tuple(zip(map(GetAttrKey, _CHILDREN), _children(x), strict=True)), _static(x)),
-    lambda static, children: Routed(*children[:3], *static, children[3]),
+    _unflatten,
     lambda x: (_children(x), _static(x)),
 )
 
@@ -71,7 +77,7 @@ def _lower(node: Routed, shape: tuple[int, ...]) -> Change:
     whole = without_slots(LowRank(node.a, node.b, node.scale, node.layout), shape)
     if node.layout.slots is not None:  # the rank is slots·r then
         count = whole.a.shape[-1] // node.a.shape[-1]
-        node = node._replace(gate=jax.numpy.tile(node.gate, count))
+        node = node._replace(gate=jnp.tile(node.gate, count))
     node = node._replace(a=whole.a, b=whole.b, layout=whole.layout)
     key = None if node.key is None else factor(node, "key")
     a, b, gate = (factor(node, name) for name in ("a", "b", "gate"))

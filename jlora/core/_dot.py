@@ -168,7 +168,7 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
         raise Unfactorable
     first = adapted[0]
     z = first.eqn.low_rank_operand(1 - first.at).astype(first.dtype)
-    gates = [c.gate(*c.w.change.deltas, s) for c, s in zip(adapted, specs, strict=True)]
+    gates = [c.gate(c.w.change.deltas[0], s) for c, s in zip(adapted, specs, strict=True)]
     added = iter(lowrank(specs, z, ps, qs, gates))
     return [c.changed(next(added)) if c.w.change.deltas else c.changed() for c in each]
 
