@@ -54,7 +54,8 @@ def _static(x: Routed) -> tuple[Any, ...]:
 
 def _unflatten(static: tuple[Any, ...], children: Any) -> Routed:
     a, b, gate, key = children
-    return Routed(a, b, gate, *static, key)
+    scale, layout, dropout, materialize = static
+    return Routed(a, b, gate, scale, layout, dropout, materialize, key)
 
 
 jax.tree_util.register_pytree_with_keys(
