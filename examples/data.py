@@ -99,31 +99,44 @@ def smollm2() -> Path:
     return fetch(SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+RATED = {
+    "movies": "movieReviewSnippets",
+    "products": "amazonReviewSnippets",
+    "tweets": "tweets",
+    "editorials": "nytEditorialSnippets",
+}
+
+
 class Snippet(NamedTuple):
-    """A sentence of a movie review; its label is 1 if people find it positive, else 0."""
+    """A sentence; its label is 1 if people find it positive, else 0."""
 
     text: str
     label: int
 
 
 def movie_snippets(margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
-    """Sentences of movie reviews for training and for testing, each list shuffled.
+    """`snippets` of movie reviews."""
+    return snippets("movies", margin)
+
+
+def snippets(source: str, margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
+    """Sentences of one of `RATED` for training and for testing, each list shuffled.
 
     The label is the sign of the mean rating. Sentences rated within `margin` of zero are dropped:
-    at the default these are the 37 without a sign. Shuffling and splitting go by the hash of the
-    text, so a sentence never changes sides, and a repeated one is kept once.
+    at the default those without a sign, of the movies' 37. Shuffling and splitting go by the hash
+    of the text, so a sentence never changes sides, and a repeated one is kept once.
     """
     with tarfile.open(fetch(SNIPPETS) / "hutto_ICWSM_2014.tar.gz") as archive:
-        file = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        file = archive.extractfile(f"hutto_ICWSM_2014/{RATED[source]}_GroundTruth.txt")
         lines = io.TextIOWrapper(file, encoding="utf-8", newline="\r\n").readlines()
-    snippets = {}  # hash of the text -> Snippet
+    found = {}  # hash of the text -> Snippet
     for line in lines:
         _, rating, text = line.rstrip("\r\n").split("\t", 2)
         key = int(hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest(), 16)
         if abs(float(rating)) > margin:
-            snippets.setdefault(key, Snippet(text, int(float(rating) > 0)))
-    train = [snippets[key] for key in sorted(snippets) if key % 10]
-    test = [snippets[key] for key in sorted(snippets) if not key % 10]
+            found.setdefault(key, Snippet(text, int(float(rating) > 0)))
+    train = [found[key] for key in sorted(found) if key % 10]
+    test = [found[key] for key in sorted(found) if not key % 10]
     return train, test
 
 
@@ -136,8 +149,8 @@ def write_sst2(folder: Path, margin: float = 0.8) -> None:
     """
     folder = folder / "SST-2"
     folder.mkdir(parents=True, exist_ok=True)
-    for split, snippets in zip(("train", "dev"), movie_snippets(margin), strict=True):
-        lines = ["sentence\tlabel", *(f"{s.text}\t{s.label}" for s in snippets)]
+    for split, sentences in zip(("train", "dev"), movie_snippets(margin), strict=True):
+        lines = ["sentence\tlabel", *(f"{s.text}\t{s.label}" for s in sentences)]
         (folder / f"{split}.tsv").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ params = jlora.merge(base, adapter)
 
 from . import arithmetic as arithmetic
 from . import initializers as initializers
+from . import many as many
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
 from ._optimizer import Summary as Summary

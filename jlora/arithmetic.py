@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._alike import alike, misfit
 from ._factors import svd, times
 from ._tree import adapter_leaves, check_fits, fold, is_empty, leaves_by_path, name_of, nest
 from ._types import Path, PyTree
-from .adapters import LowRank, is_node, weight_shape, without_slots
+from .adapters import LowRank, is_node
 
 Weights = Sequence[Any] | jax.Array | None
 
@@ -341,7 +342,7 @@ def _each(
     """
     paths = list(dict.fromkeys(path for tree in trees for path in tree))
     held = {p: [(t[p], w) for t, w in zip(trees, weights, strict=True) if p in t] for p in paths}
-    wrong = {p: why for p, pairs in held.items() if (why := _misfit([x for x, _ in pairs]))}
+    wrong = {p: why for p, pairs in held.items() if (why := misfit([x for x, _ in pairs]))}
     _refuse(wrong, "Adapters that are combined must be of one base.")
     kept = {
         path: x
@@ -359,7 +360,7 @@ def _each(
         if path in kept:
             return kept[path]
         if is_node(leaves[0]):
-            return low_rank(_alike(leaves), w, path)
+            return low_rank(alike(leaves), w, path)
         start = jnp.asarray(params[path])
         wide = jnp.promote_types(start.dtype, jnp.float32)
         start, dtype = start.astype(wide), leaves[0].dtype
@@ -371,24 +372,6 @@ def _each(
 
 def _is_one(w: Any) -> bool:
     return isinstance(w, int | float) and w == 1
-
-
-def _misfit(leaves: Sequence[Any]) -> str | None:
-    """Why leaves at one path are not for one weight."""
-    if len({is_node(x) for x in leaves}) > 1:
-        return "is of low rank in one and trained in full in another"
-    if not is_node(leaves[0]):
-        shapes = list(dict.fromkeys(tuple(x.shape) for x in leaves))
-        return f"has the shapes {shapes}" if len(shapes) > 1 else None
-    weights = list(dict.fromkeys((weight_shape(x), *x.layout[:3]) for x in leaves))
-    return f"is for weights of (shape, stack, inputs, outputs) {weights}" if weights[1:] else None
-
-
-def _alike(nodes: Sequence[LowRank]) -> list[LowRank]:
-    """The same ΔW with slots as all have them, or with none."""
-    if len({x.layout.slots for x in nodes}) == 1:
-        return list(nodes)
-    return [without_slots(x, weight_shape(x)) for x in nodes]
 
 
 # ----------------------------------------------------------------------------------- the matrices

@@ -24,3 +24,4 @@ from ._method import state as state
 from ._method import static as static
 from ._method import trainable as trainable
 from ._method import weight_shape as weight_shape
+from ._routed import Routed as Routed

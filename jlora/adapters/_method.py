@@ -18,7 +18,8 @@ class Method(NamedTuple):
     A node is a NamedTuple, registered as a pytree, with arrays, a `layout` and static fields.
 
     Attributes:
-        rule: the type of the rule, a frozen dataclass with a `pattern`.
+        rule: the type of the rule, a frozen dataclass with a `pattern`; None for a node that no
+            rule makes, and of which `labels`, `axes` and `lower` are all that is used.
         node: the type of the node.
         labels: for each array of the node its label for the optimizer: `"a"`, `"b"`, any other
             for what is trained as it is, or `"base"` for what is not trained. None for what comes
@@ -31,7 +32,7 @@ class Method(NamedTuple):
         lower: `(node, shape) -> Change` of a weight of `shape`, in terms of `factor`.
     """
 
-    rule: type
+    rule: type | None
     node: type
     labels: Mapping[str, str | None]
     axes: Callable[[Layout], dict[str, tuple[AxisOrName, ...]]]
@@ -46,7 +47,9 @@ METHODS: dict[type, Method] = {}  # by the type of the rule and by that of the n
 
 def register(method: Method) -> None:
     """Adds a method to the set."""
-    METHODS[method.rule] = METHODS[method.node] = method
+    METHODS[method.node] = method
+    if method.rule is not None:
+        METHODS[method.rule] = method
 
 
 def is_node(x: Any) -> bool:

@@ -150,7 +150,7 @@ def _layout(**fields: Any) -> Layout:
 def _registered(kind: str, name: str) -> type:
     """The rule or the node that is registered by a name."""
     for method in METHODS.values():
-        if (found := getattr(method, kind)).__name__ == name:
+        if method.rule is not None and (found := getattr(method, kind)).__name__ == name:
             return found
     raise ValueError(
         f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "

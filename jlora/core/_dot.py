@@ -89,7 +89,8 @@ class _Contraction:
     def lowrank(self, delta: Delta, z: jax.Array) -> jax.Array:
         """The product of `z` with a delta."""
         spec, p, q = self.spec(delta)
-        return lowrank((spec,), delta.drop(z).astype(self.dtype), (p,), (q,))[0]
+        z = delta.drop(z).astype(self.dtype)
+        return lowrank((spec,), z, (p,), (q,), (self.gate(delta, spec),))[0]
 
     def is_summed(self) -> bool:
         """Whether W + ΔW may be formed for a CPU: there is one ΔW, and nothing rounds the sum."""
@@ -99,8 +100,10 @@ class _Contraction:
         if isinstance(self.w.value, Packed):  # which the backward pass would keep unpacked
             return False
         [delta], roles = self.w.change.deltas, self.roles
+        if delta.key is not None or delta.gate is not None:
+            return False
         p, q = delta.by_order(roles.inputs)
-        if delta.key is not None or {*q.axes} & {*roles.inputs} or {*p.axes} & {*roles.outputs}:
+        if {*q.axes} & {*roles.inputs} or {*p.axes} & {*roles.outputs}:
             return False
         length = dict(zip(self.w.axes, self.w.shape, strict=True))
         stack, inputs, outputs = (math.prod(length[a] for a in axes) for axes in roles)
@@ -117,9 +120,16 @@ class _Contraction:
 
     def spread(self, gain: Factor, of_inputs: bool) -> jax.Array:
         """The gain along the axes of z or y."""
+        return self.arranged(gain, self.z_axes if of_inputs else self.y_axes)
+
+    def gate(self, delta: Delta, spec: Spec) -> jax.Array | None:
+        """The gate of a delta along the axes of z·A."""
+        return delta.gate and self.arranged(delta.gate, spec.h)
+
+    def arranged(self, f: Factor, along: str) -> jax.Array:
+        """`f` with its axes in the order of letters."""
         axis = {letter: axis for axis, letter in self.letters.items()}
-        along = self.z_axes if of_inputs else self.y_axes
-        return gain.arranged([axis.get(c, OTHER) for c in along])
+        return f.arranged([axis.get(c, OTHER) for c in along])
 
     def factors(self) -> tuple[Spec, jax.Array, jax.Array]:
         """As `spec`, but the inputs of the first factor in the order in which z has them.
@@ -158,7 +168,8 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
         raise Unfactorable
     first = adapted[0]
     z = first.eqn.low_rank_operand(1 - first.at).astype(first.dtype)
-    added = iter(lowrank(specs, z, ps, qs))
+    gates = [c.gate(c.w.change.deltas[0], s) for c, s in zip(adapted, specs, strict=True)]
+    added = iter(lowrank(specs, z, ps, qs, gates))
     return [c.changed(next(added)) if c.w.change.deltas else c.changed() for c in each]
 
 
@@ -208,6 +219,9 @@ def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
             factors += [(f, y_letters) for f in ordered(t, y.w, y.roles, out.dtype)]
             spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y_axes
             values = [f.value for f, _ in factors]
+            values[0], values[2] = (
+                d.gated(values[i], factors[i][0].axes) for d, i in ((s, 0), (t, 2))
+            )
             cross = jnp.einsum(spec, *values, optimize="optimal", precision=x.precision)
             out = out + jnp.asarray(s.scale * t.scale, out.dtype) * cross
     return out

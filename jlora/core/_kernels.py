@@ -40,8 +40,10 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
         first, second = ordered(delta, w, roles, dtype)
         if inner in second.axes or outer in first.axes:
             raise Unfactorable("its inputs and outputs are mixed")
+        if delta.gate is not None and group in delta.gate.axes:
+            raise Unfactorable("its gate differs between groups")
         h = ragged(delta.drop(z.astype(dtype)), first, inner, RANK)
-        return ragged(delta.scale * h, second, RANK, outer)
+        return ragged(delta.scale * delta.gated(h, (OTHER, RANK)), second, RANK, outer)
 
     def spread(gain: Factor, of_inputs: bool) -> jax.Array:
         rest = inner if of_inputs else outer
@@ -78,11 +80,13 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
         window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
         z = delta.drop(z.astype(dtype))
         h = lax.conv_general_dilated(z, kernel, *window, numbers, groups, **how)
-        h = delta.scale * h.transpose(order)  # (batch, *spatial, groups * r)
+        h = h.transpose(order)  # (batch, *spatial, groups * r)
+        h = h.reshape(*h.shape[:-1], groups, a.length(RANK))
+        h = delta.scale * delta.gated(h, [*[OTHER] * (h.ndim - 1), RANK])
         b = b.arranged((RANK, out_axis))
         rank, outputs = b.shape
         b = b.reshape(rank, batches, groups, outputs // (groups * batches))
-        h = h.reshape(batches, h.shape[0] // batches, *h.shape[1:-1], groups, rank)
+        h = h.reshape(batches, h.shape[0] // batches, *h.shape[1:])
         y = jnp.einsum("bn...gr,rbgo->n...bgo", h, b, **how)
         return y.reshape(*y.shape[:-3], outputs).transpose(np.argsort(order))
 

@@ -62,7 +62,11 @@ class Spec(NamedTuple):
 # One program for all products of one form: traced once, however many layers there are.
 @functools.partial(jax.jit, static_argnums=0)
 def lowrank(
-    specs: tuple[Spec, ...], x: jax.Array, ps: Sequence[jax.Array], qs: Sequence[jax.Array]
+    specs: tuple[Spec, ...],
+    x: jax.Array,
+    ps: Sequence[jax.Array],
+    qs: Sequence[jax.Array],
+    gates: Sequence[jax.Array | None],
 ) -> list[jax.Array]:
     """s·(x·p)·q for each p and q, over the axes that `specs` name.
 
@@ -75,20 +79,22 @@ def lowrank(
         x: activation, of any floating dtype; sums are in float32 or better.
         ps: factors in the dtype of `x`.
         qs: factors in the dtype of `x`.
+        gates: for each product None, or what x·p is multiplied by, with the axes `spec.h`.
 
     Returns:
         Arrays with the axes `spec.y` and the dtype `spec.dtype`.
     """
     products = functools.partial(_products, specs)
-    return (products if is_kept(specs[0], x, ps[0]) else _computed_again(products))(x, ps, qs)
+    products = products if is_kept(specs[0], x, ps[0]) else _computed_again(products)
+    return products(x, ps, qs, gates)
 
 
 def _products(
-    specs: tuple[Spec, ...], x: jax.Array, ps: Sequence[jax.Array], qs: Sequence[jax.Array]
+    specs: tuple[Spec, ...], x: jax.Array, ps: Sequence[jax.Array], *rest: Sequence[Any]
 ) -> list[jax.Array]:
     # The backward pass keeps x, p, h and q, and not what becomes of them in either half.
     h = _computed_again(functools.partial(_reduced, specs))(x, ps)
-    return _computed_again(functools.partial(_expanded, specs))(h, qs)
+    return _computed_again(functools.partial(_expanded, specs))(h, *rest)
 
 
 def _computed_again(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,13 +119,26 @@ def _reduced(specs: tuple[Spec, ...], x: jax.Array, ps: Sequence[jax.Array]) -> 
     return einsum(spec.x, spec.p, spec.h, x, p, dtype=x.dtype, precision=spec.precision)
 
 
-def _expanded(specs: tuple[Spec, ...], h: jax.Array, qs: Sequence[jax.Array]) -> list[jax.Array]:
-    """For each q its part of h, times it."""
+def _expanded(
+    specs: tuple[Spec, ...],
+    h: jax.Array,
+    qs: Sequence[jax.Array],
+    gates: Sequence[jax.Array | None],
+) -> list[jax.Array]:
+    """For each q its part of h, times its gate and it."""
     parts = [h]
     if len(qs) > 1:
         ends = np.cumsum([q.shape[s.q.index("Z")] for s, q in zip(specs, qs, strict=True)])
         parts = jnp.split(h, ends[:-1], specs[0].h.index("Z"))
+    parts = [
+        part if gate is None else gated(part, gate) for part, gate in zip(parts, gates, strict=True)
+    ]
     return list(map(_expanded_part, specs, parts, qs))
+
+
+def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """`h` times `gate`, of as many axes: 0 where that is 0, whatever `h` is there."""
+    return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
 
 def _expanded_part(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def _summed(spec: Spec, x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) 
         return _base(spec, x, w)
 
     def apart(x: jax.Array, w: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
-        return _base(spec, x, w) + lowrank((spec,), x, (p,), (q,))[0]
+        return _base(spec, x, w) + lowrank((spec,), x, (p,), (q,), (None,))[0]
 
     on_cpu = _unless_batched(materialized, apart, lambda maps: any(maps[2:]) and not maps[1])
     return lax.platform_dependent(x, w, p, q, cpu=on_cpu, default=apart)
@@ -62,7 +62,7 @@ def _backward(spec: Spec, args: tuple[jax.Array, ...], g: jax.Array) -> tuple[ja
     dx = _summed(back, g, w, q, p)
     # Only where the user differentiates with respect to W; XLA drops it elsewhere.
     [dw] = jax.vjp(lambda w: _base(spec, x, w), w)[1](g)
-    (dp,), (dq,) = jax.vjp(functools.partial(lowrank, (spec,), x), (p,), (q,))[1]([g])
+    (dp,), (dq,) = jax.vjp(lambda p, q: lowrank((spec,), x, p, q, (None,)), (p,), (q,))[1]([g])
     return dx, dw, dp, dq
 
 

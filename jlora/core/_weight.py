@@ -29,7 +29,7 @@ from ._axes import (
 )
 from ._explicit import explicit
 from ._packed import Packed, laid, mesh_axes, unpacked_for
-from ._product import einsum, letters, promote
+from ._product import einsum, gated, letters, promote
 from ._trace import abstract
 from ._uses import Uses
 
@@ -39,20 +39,25 @@ FUSED = 16  # the largest rank at which a sum of outer products is faster than a
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """ΔW = scale · A·B; with keys, as a map of activations, a dropout before A."""
+    """ΔW = scale · A·diag(gate)·B; with keys, as a map of activations, a dropout before A."""
 
     a: Factor
     b: Factor
     scale: float = dataclasses.field(metadata={"static": True})
     key: Factor | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    gate: Factor | None = None  # along the rank; where it is 0, x·A may be anything
 
     def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
         """ΔW, of length 1 along axes of W that neither A nor B follows."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
-        return _sum_over_rank(tuple(axes), a, b)
+        return _sum_over_rank(tuple(axes), a.replace(self.gated(a.value, a.axes)), b)
+
+    def gated(self, h: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+        """What the gate lets through of `h`, which has the axes `axes`."""
+        return h if self.gate is None else gated(h, self.gate.arranged(axes))
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
         """A and B, first the one to contract an activation with over `contracted`."""
@@ -231,6 +236,7 @@ class Weight:
                 a=d.a.reshaped(groups, [d.b]),
                 b=d.b.reshaped(groups, [d.a]),
                 key=d.key and d.key.reshaped(groups, [d.a, d.b]),
+                gate=d.gate and d.gate.reshaped(groups, [d.a, d.b]),
             )
             for d in self.change.deltas
         ]
@@ -251,7 +257,9 @@ class Weight:
             a = d.a
             for axis in pads:
                 a = a if axis in d.b.axes else a.repeated(axis, lengths[axis])
-            return dataclasses.replace(d, a=pad(a, 0), b=pad(d.b, 0))
+            return dataclasses.replace(
+                d, a=pad(a, 0), b=pad(d.b, 0), gate=d.gate and pad(d.gate, 0)
+            )
 
         gain = self.change.gain
         if gain is not None:

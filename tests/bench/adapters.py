@@ -13,12 +13,14 @@ import numpy as np
 import optax
 
 import jlora
+from jlora import many
 
 from . import model, report, steps
 
 SHAPE = model.Shape(layers=4, dim=512, heads=8, batch=64, length=32)
 TINY = model.Shape(layers=2, dim=64, heads=2, batch=8, length=8, vocab=128)
 RULES = {"q, v": model.attention, "all-linear": model.all_linear}
+ROUTES = {"route": None, "side by side": "side by side", "gathered": "gathered"}
 
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
@@ -102,8 +104,8 @@ def serving(setting: Setting, name: str, counts: tuple[int, ...], rounds: int) -
         calls |= {(how, count): call for how, call in _ways(setting, count, ids).items()}
     for (how, count), call in calls.items():
         if how == "loop":
-            _check_rows(setting, call(), *(calls[way, count] for way in ("gather", "groups")))
-            _check_memory(setting, count, whole, calls["gather", count], calls["groups", count])
+            _check_rows(setting, call(), *(calls[way, count] for way in (*ROUTES, "groups")))
+            _check_memory(setting, count, whole, calls["gathered", count], calls["groups", count])
     seconds = steps.interleave(calls, None, rounds, f"serving, {name}")
     return [
         {
@@ -123,19 +125,17 @@ def serving(setting: Setting, name: str, counts: tuple[int, ...], rounds: int) -
 
 
 def _ways(setting: Setting, count: int, ids: jax.Array) -> dict[str, Call]:
-    """The same rows with the same adapters, computed in three ways.
+    """The same rows with the same adapters, computed in several ways.
 
-    - gather: row i names its adapter, i // (rows / count) here; any assignment would do;
+    - route, as it chooses, and in each of its forms: row i names its adapter, i // (rows / count)
+      here; any assignment would do;
     - groups: equally many rows for each adapter, which lie together;
     - loop: one adapter after another.
     """
     lora, base, adapters = setting.lora, setting.base, setting.stacked(count)
     each = len(ids) // count
     which = jnp.repeat(jnp.arange(count), each)
-
-    def gather(base: Any, adapters: Any, which: jax.Array, ids: jax.Array) -> jax.Array:
-        mine = jax.tree.map(lambda x: x[which], adapters)
-        return jax.vmap(lambda adapter, row: lora.apply(base, adapter, row[None])[0])(mine, ids)
+    routed = {how: many.route(lora.apply, form=form) for how, form in ROUTES.items()}
 
     def groups(base: Any, adapters: Any, ids: jax.Array) -> jax.Array:
         rows = ids.reshape(count, each, -1)
@@ -143,8 +143,8 @@ def _ways(setting: Setting, count: int, ids: jax.Array) -> dict[str, Call]:
         return out.reshape(len(ids), *out.shape[2:])
 
     parts = [(base, _nth(adapters, k), ids[k * each : (k + 1) * each]) for k in range(count)]
-    return {
-        "gather": Call.make(gather, (base, adapters, which, ids)),
+    calls = {how: Call.make(f, (base, adapters, which, ids)) for how, f in routed.items()}
+    return calls | {
         "groups": Call.make(groups, (base, adapters, ids)),
         "loop": Call.make(lora.apply, *parts),
     }

@@ -231,6 +231,15 @@ def test_smollm2():
         assert file.read(4) == b"GGUF"
 
 
+@pytest.mark.parametrize("source", list(data.RATED))
+def test_snippets_of_every_source(source):
+    train, test = data.snippets(source, 0.8)
+    assert len(train) > 1500
+    assert len({snippet.text for snippet in train + test}) == len(train) + len(test)
+    for part in (train, test):
+        assert 0.2 < sum(snippet.label for snippet in part) / len(part) < 0.8
+
+
 @pytest.mark.parametrize(("margin", "total"), [(0.0, 10566), (0.5, 10041)])
 def test_movie_snippets(margin, total):
     train, test = data.movie_snippets(margin)

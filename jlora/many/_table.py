@@ -1,0 +1,298 @@
+"""A table of adapters: one adapter tree, whose arrays have a leading axis of slots."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._alike import alike, misfit
+from .._tree import adapter_leaves, is_concrete, is_empty, leaves_by_path, name_of, nest
+from .._types import Path, PyTree
+from ..adapters import LowRank, is_node, state
+from ..core import promote
+
+Leaves = dict[Path, Any]
+
+
+def stack(
+    adapters: Sequence[PyTree],
+    size: int | None = None,
+    *,
+    rank: int | None = None,
+    base: PyTree = None,
+) -> PyTree:
+    r"""A table of adapters of one base: the arrays of all, stacked along a new first axis.
+
+    An adapter of a smaller rank than the others' at a site has columns of A and rows of B that are
+    0; one without a site, ΔW = 0 there; one whose scale is another, that scale in B. So slot k of
+    the table has the ΔW of adapter k.
+
+    Args:
+        adapters: at least one adapter, `{}` among them if need be. None may hold NaN or infinity.
+        size: the number of slots, at least that of adapters, which it is unless told. The slots
+            left over are those of the base.
+        rank: the rank of the table at each site, for adapters to come; the largest unless told.
+        base: the parameters that the adapters are for, needed where a leaf is trained in full by
+            some of them, or where slots are left over.
+
+    Returns:
+        A table: a nested dict of `LowRank` nodes whose `a` and `b`, and of arrays, have a first
+        axis of `size` slots. `jax.vmap` over it is over the adapters.
+
+    Raises:
+        TypeError: if `adapters` are none, or of a method other than LoRA.
+        ValueError: if sites do not fit one another, ranks do not fit in `rank`, or a value is not
+            finite; all paths are named.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> two = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
+        >>> jlora.many.stack([one, two], size=8)
+        {'w': LowRank(a=float32[8,4,2], b=float32[8,2,3], scale=1.0)}
+    """
+    trees = _checked(adapters)
+    count = len(trees) if size is None else size
+    if count < len(trees):
+        raise ValueError(f"`size` must be at least the {len(trees)} adapters; got {size}.")
+    sites = {
+        path: [tree[path] for tree in trees if path in tree]
+        for path in dict.fromkeys(path for tree in trees for path in tree)
+    }
+    _refuse(
+        {path: why for path, leaves in sites.items() if (why := misfit(leaves))},
+        "The adapters of a table must be of one base.",
+    )
+    empty = {path: _empty(leaves, rank) for path, leaves in sites.items()}
+    rows = [_row(tree, empty, base) for tree in [*trees, *[{}] * (count - len(trees))]]
+    return nest({p: jax.tree.map(lambda *xs: jnp.stack(xs), *(r[p] for r in rows)) for p in sites})
+
+
+def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTree = None) -> PyTree:
+    """A table with `adapter` in one of its slots, all shapes and types as they were.
+
+    So a function that was compiled for the table is not compiled again.
+
+    Args:
+        table: from `stack` or `init`.
+        slot: from 0 on, an integer or a traced one.
+        adapter: an adapter of at most the table's ranks, at some of its sites. Its values are
+            checked unless they are traced: under `jit` see to it that they are finite.
+        base: the parameters, needed where the table has leaves in full that `adapter` has not.
+
+    Returns:
+        A table.
+
+    Raises:
+        TypeError: if `table` or `adapter` is none.
+        ValueError: if `slot` is out of range, or the adapter does not fit the table or is not
+            finite; all paths are named.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> table = jlora.many.insert(jlora.many.stack([one, one]), 1, {})
+        >>> table["w"].b[:, 0, 0]
+        Array([1., 0.], dtype=float32)
+    """
+    found, count = table_leaves(table)
+    _check_slot(slot, count)
+    [tree] = _checked([adapter])
+    empty = {path: jax.tree.map(lambda x: jnp.zeros_like(x[0]), x) for path, x in found.items()}
+    row = _row(tree, empty, base)
+    put = lambda x, new: x.at[slot].set(new)  # noqa: E731
+    return nest({path: jax.tree.map(put, x, row[path]) for path, x in found.items()})
+
+
+def remove(table: PyTree, slot: int | jax.Array, *, base: PyTree = None) -> PyTree:
+    """A table with the base model in one of its slots.
+
+    Args:
+        table: from `stack` or `init`.
+        slot: from 0 on, an integer or a traced one.
+        base: the parameters, needed where the table has leaves in full.
+
+    Returns:
+        A table, of the same shapes and types.
+
+    Raises:
+        TypeError: if `table` is none.
+        ValueError: if `slot` is out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> jlora.many.remove(jlora.many.stack([one, one]), 0)["w"].b[:, 0, 0]
+        Array([0., 1.], dtype=float32)
+    """
+    return insert(table, slot, {}, base=base)
+
+
+def take(table: PyTree, slot: int | jax.Array) -> PyTree:
+    """The adapter in a slot of a table, of the table's ranks.
+
+    Args:
+        table: from `stack` or `init`.
+        slot: from 0 on, an integer or a traced one.
+
+    Returns:
+        An adapter for `apply`, `merge` and files; `arithmetic.truncate(adapter, energy=1.0)` drops
+        what of its rank is 0.
+
+    Raises:
+        TypeError: if `table` is none.
+        ValueError: if `slot` is out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> jlora.many.take(jlora.many.stack([one, {}]), 0)
+        {'w': LowRank(a=float32[4,2], b=float32[2,3], scale=1.0)}
+    """
+    _, count = table_leaves(table)
+    _check_slot(slot, count)
+    return jax.tree.map(lambda x: x[slot], table)
+
+
+def table_leaves(table: PyTree) -> tuple[Leaves, int]:
+    """The leaves of a table by path, and the number of its slots."""
+    found = adapter_leaves(table)
+    counts = {p: x.shape[:1] for p, leaf in found.items() for x in jax.tree.leaves(leaf)}
+    wrong = {p: x for p, x in found.items() if is_node(x) and x.a.ndim != _rank_of(x) + 1}
+    if len(set(counts.values())) != 1 or () in counts.values() or wrong:
+        listed = ", ".join(f"{name_of(p)}: {x!r}" for p, x in {**found, **wrong}.items())
+        raise TypeError(
+            "`table` must be an adapter with a leading axis of slots on each array, as "
+            f"jlora.many.stack returns it; got {listed}."
+        )
+    return found, next(iter(counts.values()))[0]
+
+
+def _rank_of(node: Any) -> int:
+    """The number of axes that the A of a `LowRank` has."""
+    stack, inputs, _, slots = node.layout
+    return len(stack) + len(inputs) + (slots is not None) + 1
+
+
+# -------------------------------------------------------------------------------------- the rows
+
+
+def _checked(adapters: Sequence[PyTree]) -> list[Leaves]:
+    """The leaves of each adapter by path; an error where one has a value that is not finite."""
+    if not isinstance(adapters, list | tuple) or not adapters or is_node(adapters):
+        raise TypeError(
+            "`adapters` must be a list of adapters, as `init` returns them; got "
+            f"{'an empty one' if isinstance(adapters, list | tuple) else type(adapters).__name__}."
+        )
+    trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
+    each = [(path, x) for tree in trees for path, x in tree.items()]
+    _refuse(
+        {p: f"is a {type(x).__name__}" for p, x in each if is_node(x) and type(x) is not LowRank},
+        "A table holds LowRank nodes and leaves in full.",
+    )
+    _refuse(
+        {p: "is not finite" for p, x in each if not _is_finite(x)},
+        "In one slot of a table it would reach the rows of others.",
+    )
+    return trees
+
+
+def _is_finite(leaf: Any) -> bool:
+    """Whether all values are finite that are known."""
+    return all(
+        bool(jnp.isfinite(x).all())
+        for x in jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
+        if is_concrete(x) or isinstance(x, np.ndarray)
+    )
+
+
+def _refuse(wrong: Mapping[Path, str], remedy: str) -> None:
+    if wrong:
+        listed = "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
+        raise ValueError(f"a table cannot hold what is at these paths:\n{listed}\n{remedy}")
+
+
+def _empty(leaves: Sequence[Any], rank: int | None) -> Any:
+    """Zeros that have room for each of `leaves`."""
+    if not is_node(leaves[0]):
+        return jnp.zeros(leaves[0].shape, promote(*(x.dtype for x in leaves)))
+    nodes = alike(leaves)
+    largest = max(x.a.shape[-1] for x in nodes) if rank is None else rank
+    scales, rates = {x.scale for x in nodes}, {x.dropout for x in nodes}
+    first = nodes[0]._replace(
+        a=jnp.zeros_like(nodes[0].a, promote(*(x.a.dtype for x in nodes))),
+        b=jnp.zeros_like(nodes[0].b, promote(*(x.b.dtype for x in nodes))),
+        scale=scales.pop() if len(scales) == 1 else 1.0,
+        dropout=rates.pop() if len(rates) == 1 else 0.0,
+        materialize=any(x.materialize for x in nodes),
+        key=None,
+    )
+    return _of_rank(first, largest)
+
+
+def _of_rank(node: LowRank, rank: int) -> LowRank:
+    """The same ΔW by factors of `rank` columns and rows, some 0."""
+    stacks = len(node.layout.stack) + (node.layout.slots is not None)
+
+    def resized(x: jax.Array, axis: int) -> jax.Array:
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = (0, max(0, rank - x.shape[axis]))
+        return jax.lax.slice_in_dim(jnp.pad(x, pads), 0, rank, axis=axis)
+
+    return node._replace(a=resized(node.a, node.a.ndim - 1), b=resized(node.b, stacks))
+
+
+def _row(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
+    """An adapter at all sites of a table, where `empty` are zeros of the table's types."""
+    _refuse(
+        {path: why for path, x in tree.items() if (why := _no_room(x, empty.get(path)))},
+        "Make the table with jlora.many.stack(adapters, rank=...) of adapters that have all sites.",
+    )
+    missing = [path for path, x in empty.items() if not is_node(x) and path not in tree]
+    if missing and base is None:
+        needed = "is trained in full, so that a slot without it holds the base's"
+        _refuse(dict.fromkeys(missing, needed), "Give `base`, the parameters that they are for.")
+    params = dict(leaves_by_path(base)) if missing else {}
+    row = {path: _placed(tree.get(path, x), x) for path, x in empty.items()}
+    return row | {path: jnp.asarray(params[path], empty[path].dtype) for path in missing}
+
+
+def _no_room(leaf: Any, empty: Any) -> str | None:
+    """Why a leaf cannot stand at a site of a table."""
+    if empty is None:
+        return "is no site of the table"
+    if why := misfit([empty, leaf]):
+        return why
+    for x, room in zip(jax.tree.leaves(leaf), jax.tree.leaves(empty), strict=True):
+        if promote(x.dtype, room.dtype) != room.dtype:
+            return f"is of {x.dtype}, where the table has {room.dtype}"
+    if not is_node(leaf):
+        return None
+    room, node = alike([empty, leaf])
+    if room.layout != empty.layout:
+        return f"has the slots {leaf.layout.slots}, where the table has {empty.layout.slots}"
+    rank, largest = node.a.shape[-1], empty.a.shape[-1]
+    return f"has the rank {rank}, above the table's {largest}" if rank > largest else None
+
+
+def _placed(leaf: Any, empty: Any) -> Any:
+    """The leaf in the form that the table has."""
+    if not is_node(leaf):
+        return jnp.asarray(leaf, empty.dtype)
+    node = alike([empty, leaf])[1]
+    if node.scale != empty.scale:
+        node = node._replace(b=node.b * (node.scale / empty.scale))
+    node = _of_rank(node, empty.a.shape[-1])
+    return empty._replace(a=node.a.astype(empty.a.dtype), b=node.b.astype(empty.b.dtype))
+
+
+def _check_slot(slot: Any, count: int) -> None:
+    known = not isinstance(slot, jax.core.Tracer)  # pyright: ignore
+    if known and not (jnp.ndim(slot) == 0 and 0 <= int(slot) < count):
+        raise ValueError(f"`slot` must lie in [0, {count}), the slots of the table; got {slot!r}.")

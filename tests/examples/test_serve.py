@@ -1,0 +1,32 @@
+"""`examples/serve.py`, with adapters of a few steps: every request is answered, or refused."""
+
+import json
+
+import pytest
+import serve
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("serve")
+
+
+def test_requests_are_answered_in_one_program(out):
+    argv = ["--steps", "2", "--each", "12", "--batch", "8", "--out", str(out)]
+    served = serve.main(argv)
+    assert served.compiled == 1
+    assert len(served.answers) == 48
+    early = [x for x in served.answers if "error" in x]
+    assert {x["adapter"] for x in early} == {serve.LATER}
+    answered = [x for x in served.answers if "positive" in x]
+    assert {x["adapter"] for x in answered} == {*serve.AT_FIRST, serve.LATER}
+    assert all(0 <= x["positive"] <= 1 for x in answered)
+    lines = (out / "answers.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == served.answers
+
+
+def test_requests_come_from_a_file(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"adapter": "movies", "text": "Horrible."}\n\n{"adapter": "x", "text": "y"}\n')
+    first, second = serve.read(file)
+    assert (first.text, first.label, second.adapter) == ("Horrible.", None, "x")

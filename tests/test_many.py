@@ -1,0 +1,396 @@
+"""A table of adapters, and rows of a batch with one each: each row is what it is alone."""
+
+import itertools
+from typing import Any
+
+import devices
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from cases import CASES, SUBJECTS, Case
+
+import jlora
+from jlora import many
+from jlora.many._route import FORMS
+
+LAYOUT = jlora.Layout((), (0,), (1,))
+
+
+# ------------------------------------------------------------------------------------- the cases
+
+
+def is_routed(case: Case) -> bool:
+    """Whether the whole call of a case can be a row: its model can be mapped over."""
+    return case.sites > 0 and case.jit and case.vmap and case.subject != "model"
+
+
+def table() -> list[Any]:
+    """A twelfth of each subject for every day."""
+    rows = []
+    for subject in SUBJECTS:
+        cases = [c for c in CASES if c.subject == subject and is_routed(c)]
+        for i, case in enumerate(cases):
+            slow = [pytest.mark.slow] if case.slow or i % 12 else []
+            rows += [pytest.param(case, f, id=f"{case.name}-{f}", marks=slow) for f in FORMS]
+    return rows
+
+
+@pytest.mark.parametrize(("case", "form"), table())
+def test_a_row_is_what_its_adapter_gives(case: Case, form: str) -> None:
+    """In values and in gradients; the call of the case is a row, -1 is the base."""
+    ids = (1, -1, 0)
+    with laws.precision(case, jnp.float32) as tolerance:
+        made = laws.make(case, jnp.float32)
+        adapters = [made.adapter, jax.tree.map(lambda x: x / 2, made.adapter)]
+
+        def apply(base: Any, adapter: Any, *args: Any) -> Any:
+            one = made._replace(base=base)
+            return [y[None] for y in one.value(adapter, *jax.tree.map(lambda x: x[0], args))]
+
+        rows = jax.tree.map(lambda x: jnp.stack([x] * len(ids)), made.traced)
+
+        def routed(adapters: Any) -> Any:
+            stacked = many.stack(adapters, base=made.base)
+            return many.route(apply, form=form)(made.base, stacked, jnp.array(ids), *rows)
+
+        def alone(adapters: Any) -> Any:
+            each = [made.value(adapters[i] if i >= 0 else {}, *made.traced) for i in ids]
+            return [jnp.stack(ys) for ys in zip(*each, strict=True)]
+
+        actual, expected = (
+            jax.jit(laws.value_and_slope(f, case.grad))(adapters) for f in (routed, alone)
+        )
+        laws.assert_close(actual, expected, max(tolerance, 1e-5))
+
+
+# ------------------------------------------------------------------------------------- the form
+
+
+def model(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["w"]) @ params["v"] + params["c"]
+
+
+def made(
+    count: int = 3, ranks: tuple[int, ...] = (2, 1, 3), full: bool = True
+) -> tuple[Any, Any, list[Any]]:
+    """The transform, its base and random adapters; their scales differ as their ranks do."""
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+    shapes = {"w": (64, 48), "v": (48, 4), "c": (4,)}
+    params = {name: jax.random.normal(next(keys), shape) / 8 for name, shape in shapes.items()}
+    adapters = []
+    for i, r in zip(range(count), itertools.cycle(ranks), strict=False):
+        rules = [jlora.LoRA("w|v", rank=r), *[jlora.Full("c")] * full]
+        lora = jlora.transform(model, *rules)
+        base, adapter = lora.init(jax.random.key(1), params, jnp.ones((1, 64)))
+        draw = lambda x, i=i: x + jax.random.normal(jax.random.key(i), x.shape) / 8  # noqa: E731
+        adapters.append(jax.tree.map(draw, adapter))
+    return lora, base, adapters
+
+
+X = jax.random.normal(jax.random.key(5), (6, 5, 64))
+IDS = (2, 0, -1, 1, 0, 2)
+each_form = pytest.mark.parametrize("form", [None, *FORMS])
+
+
+def alone(f: Any, base: Any, adapters: list[Any], ids: Any = IDS, x: Any = X) -> jax.Array:
+    each = [f(base, adapters[i] if i >= 0 else {}, x[k : k + 1]) for k, i in enumerate(ids)]
+    return jnp.stack(each) if each[0].ndim == 0 else jnp.concatenate(each)
+
+
+def close(actual: Any, expected: Any) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@each_form
+def test_ranks_scales_and_full_leaves_differ(form: str | None) -> None:
+    lora, base, adapters = made()
+    stacked = many.stack(adapters, base=base)
+    assert stacked["w"].a.shape == (3, 64, 3)
+    for ids in (jnp.array(IDS), np.array(IDS)):
+        y = many.route(lora.apply, form=form)(base, stacked, ids, X)
+        close(y, alone(lora.apply, base, adapters))
+
+
+@each_form
+def test_a_loss_is_one_for_each_row(form: str | None) -> None:
+    """With its gradients: each adapter's from its own rows."""
+    lora, base, adapters = made(full=False)
+
+    def loss(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        return (lora.apply(base, adapter, x) ** 2).sum()
+
+    ids, runs = jnp.array(IDS), np.array([1, 1, 0, 0, 2, 2])
+    for which in (ids, runs):
+        values = many.route(loss, form=form)(base, many.stack(adapters), which, X)
+        close(values, alone(loss, base, adapters, np.asarray(which)))
+
+    def total(adapters: Any) -> jax.Array:
+        return many.route(loss, form=form)(base, many.stack(adapters), ids, X).sum()
+
+    expected = jax.grad(lambda adapters: alone(loss, base, adapters).sum())(adapters)
+    laws.assert_close(jax.grad(total)(adapters), expected, 1e-5)
+
+
+@pytest.mark.parametrize("ids", [(0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (1,) * 6, IDS])
+def test_runs_of_known_ids_are_batches(ids: tuple[int, ...]) -> None:
+    lora, base, adapters = made()
+    seen = []
+
+    def apply(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        seen.append(len(x))
+        return lora.apply(base, adapter, x)
+
+    y = many.route(apply)(base, many.stack(adapters, base=base), np.array(ids), X)
+    close(y, alone(lora.apply, base, adapters, ids))
+    assert set(seen) == {{(1,) * 6: 6, IDS: 1}.get(ids, 2)}
+
+
+def test_form_follows_from_the_size() -> None:
+    """Side by side are the sites of which A and B of all slots are a quarter of W, or less."""
+
+    def forms(slots: int) -> dict[str, str]:
+        lora, base, adapters = made(1, (1,))
+        stacked, seen = many.stack(adapters * slots, base=base), {}
+
+        def apply(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
+            seen.update({path: type(node).__name__ for path, node in adapter.items()})
+            return lora.apply(base, adapter, x)
+
+        many.route(apply)(base, stacked, jnp.array(IDS) % slots, X)
+        return {path: seen[path] for path in ("w", "v")}
+
+    assert forms(1) == {"w": "Routed", "v": "LowRank"}  # 112 of 3,072, 52 of 192
+    assert forms(6) == {"w": "Routed", "v": "LowRank"}
+    assert forms(7) == {"w": "LowRank", "v": "LowRank"}
+
+
+def test_rows_lie_along_any_axis() -> None:
+    """Those of keyword arguments along the first; what is no array is shared."""
+    lora, base, adapters = made()
+    stacked = many.stack(adapters, base=base)
+
+    def apply(
+        base: Any, adapter: Any, x: jax.Array, shared: Any, double: bool, *, plus: Any
+    ) -> Any:
+        y = lora.apply(base, adapter, x.swapaxes(0, 1)) * shared * (2 if double else 1)
+        return {"y": y.swapaxes(0, 2) + plus, "n": None}
+
+    f = many.route(apply, in_axes=(1, None, 0), out_axes=2)
+    ids, plus = jnp.array(IDS), jnp.arange(6.0)
+    y = f(base, stacked, ids, X.swapaxes(0, 1), jnp.array(3.0), True, plus=plus)["y"]
+    close(y, 6 * alone(lora.apply, base, adapters).swapaxes(0, 2) + plus)
+
+
+def test_only_the_base_for_minus_one_to_the_bit() -> None:
+    lora, base, adapters = made()
+    for form in FORMS:
+        f = many.route(lora.apply, form=form)
+        y = f(base, many.stack(adapters, base=base), jnp.full(6, -1), X)
+        expected = f(base, many.stack([{}, {}, {}, adapters[0]], base=base), jnp.full(6, 0), X)
+        np.testing.assert_array_equal(y, expected)
+        close(y, model(base, X))
+
+
+def test_rows_without_a_slot_are_nan() -> None:
+    lora, base, adapters = made(full=False)
+    for form in FORMS:
+        f = jax.jit(many.route(lora.apply, form=form))
+        y = f(base, many.stack(adapters), jnp.array([0, 3, -1, -2, 1, 2]), X)
+        assert np.isnan(y).all((1, 2)).tolist() == [False, True, False, True, False, False]
+
+
+# ---------------------------------------------------------------------------------- isolation
+
+# What a value that is not finite, in a slot that they do not name, does to rows.
+SAFE = {
+    ("side by side", "a", "value"): True,
+    ("side by side", "a", "gradient"): False,
+    ("side by side", "b", "value"): False,
+    ("side by side", "b", "gradient"): False,
+    **{("gathered", x, y): True for x in "ab" for y in ("value", "gradient")},
+}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(("form", "factor", "what"), list(SAFE))
+def test_isolation_is_as_stated(form: str, factor: str, what: str, bad: float) -> None:
+    lora, base, adapters = made(full=False)
+    stacked = many.stack(adapters)
+    broken = jax.tree.map(
+        lambda x, label: x.at[1].set(bad) if label == factor else x, stacked, jlora.labels(stacked)
+    )
+    ids = jnp.array([0, 2, -1, 0, 2, 0])
+
+    def value(table: Any, x: jax.Array) -> jax.Array:
+        return many.route(lora.apply, form=form)(base, table, ids, x)
+
+    f = value if what == "value" else jax.grad(lambda t, x: value(t, x).sum(), argnums=1)
+    if SAFE[form, factor, what]:
+        close(f(broken, X), f(stacked, X))
+    else:
+        assert not np.isfinite(f(broken, X)).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    _, base, adapters = made()
+    broken = adapters[0] | {
+        "v": adapters[0]["v"]._replace(b=adapters[0]["v"].b.at[0, 0].set(bad)),
+        "c": np.full(4, bad, np.float32),
+    }
+    expected = (
+        r"a table cannot hold what is at these paths:\n  c: is not finite\n  v: is not finite\n"
+        r"In one slot of a table it would reach the rows of others\."
+    )
+    with pytest.raises(ValueError, match=expected):
+        many.stack([adapters[1], broken], base=base)
+    with pytest.raises(ValueError, match=expected):
+        many.insert(many.stack(adapters, base=base), 0, broken)
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+def test_insert_and_remove_compile_nothing() -> None:
+    lora, base, adapters = made()
+    traced = []
+
+    @jax.jit
+    def step(base: Any, table: Any, ids: jax.Array, x: jax.Array) -> jax.Array:
+        traced.append(1)
+        return many.route(lora.apply)(base, table, ids, x)
+
+    stacked = many.stack(adapters[:1], size=4, rank=3, base=base)
+    held: list[Any] = [adapters[0], {}, {}, {}]
+    ids = np.array([0, 1, 2, 3, -1, 0])
+    for slot, adapter in [(3, adapters[2]), (1, adapters[1]), (0, {}), (3, adapters[1])]:
+        stacked = many.insert(stacked, slot, adapter, base=base)
+        held[slot] = adapter
+        close(step(base, stacked, ids, X), alone(lora.apply, base, held, ids))
+    stacked = many.remove(stacked, jnp.array(1), base=base)
+    close(step(base, stacked, ids, X)[1], model(base, X[1]))
+    assert len(traced) == 1
+
+
+def test_take_is_the_inverse_of_stack() -> None:
+    _, base, adapters = made()
+    stacked = many.stack(adapters, base=base)
+    for i, adapter in enumerate(adapters):
+        found = many.take(stacked, i)
+        expected = jlora.merge(base, adapter)
+        jax.tree.map(close, jlora.merge(base, found), expected)
+        exact = jlora.arithmetic.truncate(found, energy=1.0)
+        assert exact["w"].a.shape == adapter["w"].a.shape
+    same = many.stack([adapters[0]] * 2)
+    jax.tree.map(np.testing.assert_array_equal, many.take(same, 1), adapters[0])
+
+
+def test_a_table_of_shapes_and_under_jit() -> None:
+    _, base, adapters = made()
+    expected = many.stack(adapters, base=base)
+    shapes = jax.eval_shape(lambda xs: many.stack(xs, base=base), adapters)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, expected)
+    inserted = jax.jit(many.insert)(expected, 1, adapters[1])
+    jax.tree.map(np.testing.assert_array_equal, inserted, expected)
+
+
+def node(rank: int, shape: tuple[int, int] = (6, 4), dtype: Any = jnp.float32) -> jlora.LowRank:
+    a, b = jnp.ones((shape[0], rank), dtype), jnp.ones((rank, shape[1]), dtype)
+    return jlora.LowRank(a, b, 1.0, LAYOUT)
+
+
+SLOTTED = jlora.LowRank(
+    jnp.ones((1, 6, 2)), jnp.ones((1, 2, 2)), 1.0, LAYOUT._replace(slots=(2, (1,), 1))
+)
+
+
+def test_slots_of_a_kernel_meet_whole_ones() -> None:
+    base = {"w": jnp.zeros((6, 4))}
+    stacked = many.stack([{"w": SLOTTED}, {"w": node(1)}])
+    for i, x in enumerate([SLOTTED, node(1)]):
+        expected = jlora.merge(base, {"w": x})
+        jax.tree.map(close, jlora.merge(base, many.take(stacked, i)), expected)
+
+
+WRONG = {
+    "another shape": (
+        {"w": node(1, (6, 5))},
+        r"  w: is for weights of \(shape, stack, inputs, outputs\) \[.*\(6, 4\).*\(6, 5\).*\]\n",
+    ),
+    "a site more": ({"w": node(1), "v": node(1)}, "  v: is no site of the table\n"),
+    "a rank above": ({"w": node(3)}, "  w: has the rank 3, above the table's 2\n"),
+    "in full": ({"w": jnp.ones((6, 4))}, "  w: is of low rank in one and trained in full in an"),
+}
+
+
+@pytest.mark.parametrize("why", list(WRONG))
+def test_what_does_not_fit_is_refused(why: str) -> None:
+    adapter, message = WRONG[why]
+    stacked = many.stack([{"w": node(2)}, {"w": node(1)}])
+    with pytest.raises(ValueError, match=message):
+        many.insert(stacked, 0, adapter)
+
+
+def test_errors_name_the_argument() -> None:
+    lora, base, adapters = made()
+    stacked = many.stack(adapters, base=base)
+    slotted, low = many.stack([{"w": SLOTTED}]), many.stack([{"w": node(2, dtype=jnp.bfloat16)}])
+    call = many.route(lora.apply)
+    for f, error, message in [
+        (lambda: many.stack([]), TypeError, r"`adapters` must be a list of adapters.*got an empty"),
+        (lambda: many.stack(adapters, size=2), ValueError, r"`size` must be at least the 3 adapt"),
+        (
+            lambda: many.stack(adapters, rank=2, base=base),
+            ValueError,
+            r"  v: has the rank 3, above",
+        ),
+        (lambda: many.stack([adapters[0], {}]), ValueError, r"  c: is trained in full, so that a"),
+        (lambda: many.insert(stacked, 3, {}), ValueError, r"`slot` must lie in \[0, 3\).*got 3"),
+        (lambda: many.take(stacked, -1), ValueError, r"`slot` must lie in \[0, 3\).*got -1"),
+        (lambda: many.remove(stacked, 0), ValueError, r"  c: is trained in full.*\nGive `base`"),
+        (
+            lambda: many.take(adapters[0], 0),
+            TypeError,
+            r"`table` must be an adapter with a leading",
+        ),
+        (
+            lambda: many.insert(slotted, 0, {"w": node(1)}),
+            ValueError,
+            r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n",
+        ),
+        (
+            lambda: many.insert(low, 0, {"w": node(1)}),
+            ValueError,
+            "  w: is of float32, where the table has bfloat16",
+        ),
+        (lambda: many.route(lora.apply, form="x"), ValueError, r"`form` must be one of 'side by s"),
+        (
+            lambda: call(base, stacked, jnp.ones(6), X),
+            TypeError,
+            r"`ids` must be integers of shape",
+        ),
+        (
+            lambda: call(base, stacked, [0, 1], X),
+            ValueError,
+            r"argument \[0\]\[0\] after `ids` must",
+        ),
+        (lambda: call(base, stacked, [0] * 5 + [3], X), ValueError, r"`ids` must lie in \[-1, 3\)"),
+        (
+            lambda: many.route(lambda *a: lora.apply(*a)[0])(base, stacked, jnp.array(IDS), X),
+            ValueError,
+            r"result of `apply` must have the rows along its axis 0, or no axis; got float32\[5,",
+        ),
+        (
+            lambda: call({"w": X}, stacked, jnp.array(IDS), X),
+            ValueError,
+            "does not fit `base` at 3",
+        ),
+    ]:
+        with pytest.raises(error, match=f"(?s){message}"):
+            f()
+
+
+def test_on_devices() -> None:
+    devices.run("many_on_devices.py")
