@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import jlora
+from jlora import many
+from jlora.many._route import FORMS
 from jlora.planning._topology import has_compiler, mesh_of
 
 from . import report, traffic
@@ -81,6 +84,22 @@ SHAPES = {
 SMALL = Layer(dim=1024, hidden=2816, heads=8, groups=8, batch=2, length=512)
 
 
+class Cost(NamedTuple):
+    """What XLA says of a program on one device.
+
+    Attributes:
+        flops: floating-point operations.
+        size: bytes that its operations access.
+        moved: those of them that go to and from main memory.
+        temp: bytes that are allocated beside arguments and results.
+    """
+
+    flops: float
+    size: float
+    moved: int
+    temp: int
+
+
 def run(quick: bool, out: pathlib.Path | None) -> None:
     """A row for each shape, chip and choice of what is trained."""
     if not has_compiler():
@@ -92,6 +111,8 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     for name, shape, chip, ranks in tqdm(work, "tpu", disable=None):
         rows += measure(name, shape, chip, ranks)
     report.table("tpu: operations and bytes over the frozen step's", rows, out)
+    report.table("routes: forward of 64 rows over that with one adapter", routes(quick), out)
+    report.table("tables: bytes of a device, planned", tables(quick), out)
 
 
 def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -122,20 +143,82 @@ def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[
     ]
 
 
-class Cost(NamedTuple):
-    """What XLA says of a program on one device.
+def routes(quick: bool) -> list[dict[str, Any]]:
+    """A table of all-linear adapters of rank 16, by how rows come to theirs; no gradients."""
+    layer = SMALL if quick else LLAMA
+    cases = [(1, 0), (64, 0)] if quick else [(1, 0), (64, 0), (1, 4)]
+    rows = []
+    for length, layers in tqdm(cases, "routes", disable=None):
+        shape = layer._replace(batch=64, length=length, layers=layers)
+        one = routed(shape, 1, None)
+        for slots in (8, 64):
+            for form in FORMS:
+                cost = routed(shape, slots, form)
+                rows.append(
+                    {
+                        "tokens a row": length,
+                        "scanned": layers,
+                        "adapters": slots,
+                        "form": form,
+                        "FLOPs": cost.flops / one.flops,
+                        "bytes": cost.size / one.size,
+                        "moved": cost.moved / one.moved,
+                        "temp MB": cost.temp / 1e6,
+                    }
+                )
+    return rows
 
-    Attributes:
-        flops: floating-point operations.
-        size: bytes that its operations access.
-        moved: those of them that go to and from main memory.
-        temp: bytes that are allocated beside arguments and results.
-    """
 
-    flops: float
-    size: float
-    moved: int
-    temp: int
+def routed(shape: Layer, slots: int, form: str | None) -> Cost:
+    """A forward pass of rows with `slots` adapters, or of one for all without a form."""
+    mesh = mesh_for("v5e:2x2", (1, 1))
+    w = {k: spec(mesh, s, PartitionSpec()) for k, s in _stacked(shape).items()}
+    x = spec(mesh, (shape.batch, shape.length, shape.dim), PartitionSpec())
+    lora, adapter = _adapted(shape, 16, w, x)
+    if form is None:
+        return _cost(jax.jit(lora.apply).lower({"w": w}, adapter, x).compile())
+    table = jax.tree.map(lambda v: spec(mesh, (slots, *v.shape), PartitionSpec()), adapter)
+    ids = jax.ShapeDtypeStruct((shape.batch,), jnp.int32, sharding=x.sharding)
+    f = many.route(lora.apply, form=form)
+    return _cost(jax.jit(f).lower({"w": w}, table, ids, x).compile())
+
+
+def tables(quick: bool) -> list[dict[str, Any]]:
+    """What a device of eight holds of a base of 7B and a table of adapters of rank 16, q and v."""
+    shape = (SMALL if quick else LLAMA)._replace(layers=32, batch=64, length=1)
+    mesh = mesh_for("v5e:2x4", (4, 2))
+    w = {k: spec(mesh, s, _partition(k, s, shape)) for k, s in _stacked(shape).items()}
+    x = spec(mesh, (shape.batch, shape.length, shape.dim), PartitionSpec("fsdp"))
+    ids = jax.ShapeDtypeStruct((shape.batch,), jnp.int32, sharding=x.sharding)
+    lora, adapter = _adapted(shape, 16, w, x, r"/[qv]$")
+
+    def loss(table: Any, base: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
+        return many.route(lora.apply)(base, table, ids, x).astype(jnp.float32).sum()
+
+    rows = []
+    for slots in (1, 100, 1000):
+        table = jax.tree.map(
+            lambda v, n=slots: spec(mesh, (n, *v.shape), PartitionSpec(None, *v.sharding.spec)),
+            adapter,
+        )
+        found = jlora.plan(loss, {"w": w}, table, (x, ids), optax.set_to_zero(), compile=False)
+        sizes = {"base GB": found.base / 1e9, "table GB": found.adapter / 1e9}
+        rows.append({"adapters": slots, **sizes, "devices": found.devices})
+    return rows
+
+
+def _adapted(
+    shape: Layer, rank: int, w: Any, x: Any, pattern: str = r"/(?!norm)"
+) -> tuple[jlora.Transformed, Any]:
+    """The transform, and the shapes of its adapter where they lie as the base does."""
+    lora = jlora.transform(
+        functools.partial(model, shape=shape),
+        jlora.LoRA(pattern, rank=rank, alpha=SCALE * rank, dtype=jnp.bfloat16),
+    )
+    _, adapter = jax.eval_shape(lora.init, jax.random.key(0), {"w": w}, x)
+    specs = jlora.sharding.specs({"w": jax.tree.map(lambda v: v.sharding, w)}, adapter)
+    mesh = x.sharding.mesh
+    return lora, jax.tree.map(lambda v, s: spec(mesh, v.shape, s.spec), adapter, specs)
 
 
 def step(
@@ -161,13 +244,7 @@ def step(
         first = norms if trained == "floor" else w
         rest = {k: v for k, v in w.items() if k not in first}
         return _compiled(lambda t, f, x: model({"w": {**f, **t}}, x, shape), first, rest, x)
-    lora = jlora.transform(
-        functools.partial(model, shape=shape),
-        jlora.LoRA(pattern or r"/(?!norm)", rank=rank, alpha=SCALE * rank, dtype=jnp.bfloat16),
-    )
-    _, adapter = jax.eval_shape(lora.init, jax.random.key(0), {"w": w}, x)
-    specs = jlora.sharding.specs({"w": jax.tree.map(lambda v: v.sharding, w)}, adapter)
-    adapter = jax.tree.map(lambda v, s: spec(mesh, v.shape, s.spec), adapter, specs)
+    lora, adapter = _adapted(shape, rank, w, x, pattern or r"/(?!norm)")
     if scheme is not None:
         places = jax.tree.map(lambda v: v.sharding, w)
         w = jlora.quantize(w, scheme)
@@ -185,8 +262,11 @@ def _compiled(f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any) ->
         y, back = jax.vjp(lambda trained, x: f(trained, frozen, x), trained, x)
         return y, back(g)
 
-    program = jax.jit(both).lower(trained, frozen, x, x).compile()
-    cost = program.cost_analysis()
+    return _cost(jax.jit(both).lower(trained, frozen, x, x).compile())
+
+
+def _cost(program: jax.stages.Compiled) -> Cost:
+    cost: Any = program.cost_analysis()
     moved, temp = traffic.main_memory(program.as_text()), program.memory_analysis()
     return Cost(cost["flops"], cost["bytes accessed"], moved, temp.temp_size_in_bytes)
 
