@@ -1,5 +1,6 @@
 """A table of adapters, and rows of a batch with one each: each row is what it is alone."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -181,6 +182,21 @@ def test_rows_lie_along_any_axis() -> None:
     ids, plus = jnp.array(IDS), jnp.arange(6.0)
     y = f(base, stacked, ids, X.swapaxes(0, 1), jnp.array(3.0), True, plus=plus)["y"]
     close(y, 6 * alone(lora.apply, base, adapters).swapaxes(0, 2) + plus)
+
+
+@each_form
+def test_a_prepared_table_is_the_table(form: str | None) -> None:
+    """To the bit; it is an adapter to nobody else."""
+    lora, base, adapters = made()
+    table = many.stack(adapters, base=base)
+    prepared = jax.jit(functools.partial(many.prepare, form=form))(table)
+    f = jax.jit(many.route(lora.apply, form=form))
+    y, expected = (f(base, t, jnp.array(IDS), X) for t in (prepared, table))
+    np.testing.assert_array_equal(y, expected)
+    assert jlora.count(prepared) == jlora.count(table)
+    if form == "side by side":
+        with pytest.raises(TypeError, match=r"`adapter` is a table from jlora\.many\.prepare, of"):
+            lora.apply(base, prepared, X)
 
 
 def test_only_the_base_for_minus_one_to_the_bit() -> None:

@@ -20,7 +20,9 @@ class Routed(NamedTuple):
     Attributes:
         a: the A of all slots of a table side by side, as in `LowRank` of rank slots·r.
         b: their B.
-        gate: g, shape (slots·r,). Where it is 0, x·A is taken for 0, whatever it is.
+        gate: g, shape (slots·r,). Where it is 0, x·A is taken for 0, whatever it is. None until a
+            call says which columns it uses.
+        slots: how many adapters there are.
         scale: as in `LowRank`, and so are the others.
         layout: which axes of W are which.
         dropout: probability of dropping an input of A.
@@ -30,7 +32,8 @@ class Routed(NamedTuple):
 
     a: jax.Array
     b: jax.Array
-    gate: jax.Array
+    gate: jax.Array | None
+    slots: int
     scale: float
     layout: Layout
     dropout: float = 0.0
@@ -38,7 +41,7 @@ class Routed(NamedTuple):
     key: jax.Array | None = None
 
     def __repr__(self) -> str:
-        return f"Routed(a={short(self.a)}, b={short(self.b)}, gate={short(self.gate)})"
+        return f"Routed(a={short(self.a)}, b={short(self.b)}, slots={self.slots})"
 
 
 _CHILDREN = ("a", "b", "gate", "key")
@@ -49,13 +52,13 @@ def _children(x: Routed) -> tuple[Any, ...]:
 
 
 def _static(x: Routed) -> tuple[Any, ...]:
-    return x.scale, x.layout, x.dropout, x.materialize
+    return x.slots, x.scale, x.layout, x.dropout, x.materialize
 
 
 def _unflatten(static: tuple[Any, ...], children: Any) -> Routed:
     a, b, gate, key = children
-    scale, layout, dropout, materialize = static
-    return Routed(a, b, gate, scale, layout, dropout, materialize, key)
+    slots, scale, layout, dropout, materialize = static
+    return Routed(a, b, gate, slots, scale, layout, dropout, materialize, key)
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -75,6 +78,11 @@ def _no_rule(*_: Any) -> NoReturn:
 
 
 def _lower(node: Routed, shape: tuple[int, ...]) -> Change:
+    if node.gate is None:
+        raise TypeError(
+            "`adapter` is a table from jlora.many.prepare, of which a call uses one slot a row: "
+            "call jlora.many.route(lora.apply)(base, table, ids, ...)."
+        )
     whole = without_slots(LowRank(node.a, node.b, node.scale, node.layout), shape)
     if node.layout.slots is not None:  # the rank is slots·r then
         count = whole.a.shape[-1] // node.a.shape[-1]

@@ -3,6 +3,7 @@
 A table is an adapter with a leading axis of slots on each of its arrays.
 """
 
+from ._route import prepare as prepare
 from ._route import route as route
 from ._table import insert as insert
 from ._table import remove as remove

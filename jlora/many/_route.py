@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._tree import check_fits, is_concrete, leaves_by_path, nest
+from .._tree import adapter_leaves, check_fits, is_concrete, leaves_by_path, nest
 from .._types import Path, PyTree, short
 from ..adapters import LowRank, Routed, is_node, weight_shape
 from ._table import Leaves, table_leaves
@@ -83,18 +83,18 @@ def route(
 
     @functools.wraps(apply)
     def routed(base: PyTree, table: PyTree, ids: Any, /, *args: Any, **kwargs: Any) -> Any:
-        leaves, slots = table_leaves(table)
-        check_fits(base, {path: jax.tree.map(_type_of_slot, x) for path, x in leaves.items()})
+        leaves, slots = _prepared(table, form)
+        beside = {path: x for path, x in leaves.items() if isinstance(x, Routed)}
+        own = {path: x for path, x in leaves.items() if path not in beside}
+        check_fits(base, beside | {p: jax.tree.map(_type_of_slot, x) for p, x in own.items()})
         ids = _checked(ids, slots)
         rows = _Rows((args, kwargs), (in_axes, 0), len(ids))
-        beside = {p: _side_by_side(x) for p, x in leaves.items() if _is_beside(x, slots, form)}
-        own = {p: x for p, x in leaves.items() if p not in beside}
 
         def runs(each: int) -> Any:
             """What `apply` gives for runs of so many rows."""
 
             def run(i: jax.Array, own: Leaves, mapped: list[jax.Array]) -> Any:
-                chosen = {path: _with_gate(x, i, slots) for path, x in beside.items()}
+                chosen = {path: _with_gate(x, i) for path, x in beside.items()}
                 args, kwargs = rows.joined(mapped)
                 out = apply(base, nest(own | chosen), *args, **kwargs)
                 return _leading(out, out_axes, each)
@@ -111,6 +111,49 @@ def route(
             return runs(1)
 
     return routed
+
+
+def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
+    """A table with the sites that `route` computes side by side laid out so.
+
+    `route` does it at each call, which is free where A and B need not be moved for it: they are
+    where layers are stacked, as under `jax.lax.scan`. For many calls do it once, and again after
+    an `insert` into the table that was prepared: shapes stay, so that nothing is compiled again.
+
+    Args:
+        table: from `stack` or `init`.
+        form: as in `route`.
+
+    Returns:
+        A table for `route` alone, of the same size in all.
+
+    Raises:
+        TypeError: if `table` is none.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((64, 1)), jnp.ones((1, 64)), 1.0, layout)}
+        >>> jlora.many.prepare(jlora.many.stack([one] * 3))
+        {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3)}
+    """
+    return nest(_prepared(table, form)[0])
+
+
+def _prepared(table: PyTree, form: str | None) -> tuple[Leaves, int]:
+    """The leaves of a table, those side by side as `Routed`, and the number of its slots."""
+    found = adapter_leaves(table)
+    routed = {path: x for path, x in found.items() if isinstance(x, Routed)}
+    counts = {x.slots for x in routed.values()}
+    others = {path: x for path, x in found.items() if path not in routed}
+    if others:
+        _, count = table_leaves(nest(others))
+        counts.add(count)
+    slots = max(counts)
+    if len(counts) > 1:
+        raise TypeError(f"`table` must have as many slots everywhere; got {sorted(counts)}.")
+    beside = {p: _side_by_side(x, slots) for p, x in others.items() if _is_beside(x, form)}
+    return {path: beside.get(path, x) for path, x in found.items()}, slots
 
 
 def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:
@@ -145,7 +188,7 @@ def _length_of_runs(ids: Any) -> int:
     return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
 
 
-def _is_beside(leaf: Any, slots: int, form: str | None) -> bool:
+def _is_beside(leaf: Any, form: str | None) -> bool:
     """Whether a site is computed side by side."""
     if not is_node(leaf) or form is not None:
         return is_node(leaf) and form == FORMS[0]
@@ -153,20 +196,20 @@ def _is_beside(leaf: Any, slots: int, form: str | None) -> bool:
     return SHARE * (leaf.a.size + leaf.b.size) <= weight
 
 
-def _side_by_side(node: LowRank) -> Routed:
+def _side_by_side(node: LowRank, slots: int) -> Routed:
     """The slots of a site as one A and one B."""
     n = len(node.layout.stack) + (node.layout.slots is not None)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
     b = b.reshape(*b.shape[:n], a.shape[-1], *b.shape[n + 2 :])
-    return Routed(a, b, jnp.ones(a.shape[-1:]), *node[2:])
+    return Routed(a, b, None, slots, *node[2:])
 
 
-def _with_gate(node: Routed, i: jax.Array, slots: int) -> Routed:
+def _with_gate(node: Routed, i: jax.Array) -> Routed:
     """The gate of slot `i`: NaN if there is no such slot."""
-    gate = (jnp.arange(slots) == i).astype(jnp.float32)
-    gate = jnp.where((i >= -1) & (i < slots), gate, jnp.nan)
-    return node._replace(gate=jnp.repeat(gate, len(node.gate) // slots))
+    gate = (jnp.arange(node.slots) == i).astype(jnp.float32)
+    gate = jnp.where((i >= -1) & (i < node.slots), gate, jnp.nan)
+    return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
 def _gathered(leaves: Leaves, ids: Any, slots: int, base: PyTree) -> Leaves:

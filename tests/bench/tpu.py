@@ -152,7 +152,7 @@ def routes(quick: bool) -> list[dict[str, Any]]:
         shape = layer._replace(batch=64, length=length, layers=layers)
         one = routed(shape, 1, None)
         for slots in (8, 64):
-            for form in FORMS:
+            for form in (*FORMS, "prepared"):
                 cost = routed(shape, slots, form)
                 rows.append(
                     {
@@ -179,6 +179,10 @@ def routed(shape: Layer, slots: int, form: str | None) -> Cost:
         return _cost(jax.jit(lora.apply).lower({"w": w}, adapter, x).compile())
     table = jax.tree.map(lambda v: spec(mesh, (slots, *v.shape), PartitionSpec()), adapter)
     ids = jax.ShapeDtypeStruct((shape.batch,), jnp.int32, sharding=x.sharding)
+    if form == "prepared":
+        form = FORMS[0]
+        table = jax.eval_shape(functools.partial(many.prepare, form=form), table)
+        table = jax.tree.map(lambda v: spec(mesh, v.shape, PartitionSpec()), table)
     f = many.route(lora.apply, form=form)
     return _cost(jax.jit(f).lower({"w": w}, table, ids, x).compile())
 
