@@ -196,7 +196,7 @@ def test_a_prepared_table_is_the_table(form: str | None) -> None:
     assert jlora.count(prepared) == jlora.count(table)
     if form == "side by side":
         with pytest.raises(TypeError, match=r"`adapter` is a table from jlora\.many\.prepare, of"):
-            lora.apply(base, prepared, X)
+            lora.apply(base, prepared | {"c": base["c"]}, X)
 
 
 def test_only_the_base_for_minus_one_to_the_bit() -> None:
