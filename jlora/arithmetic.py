@@ -4,11 +4,12 @@ The sum of two ΔW has their factors side by side, $[A_1, A_2] [B_1; B_2]$: exac
 the ranks. A·G and G⁻¹·B are other factors of the same ΔW, for which nothing here gives another ΔW.
 
 Leaves that are trained in full count as the change W' - W of the base, which must then be given.
-All functions are pure, and work under `jax.jit` and `jax.vmap` but where they say otherwise. Of
-adapters that lie on a mesh, `add`, `scale` and `difference` move nothing. The others factor A and B
-by blocks of rows and gather the blocks' triangles, of r columns: about r rows for each part in which
-A or B lies, and A or B itself where a part has fewer than 4·r rows. What they give lies as A and B
-do. Of leaves in full nothing is gathered; `ties` adds up counts. Nothing of W's size moves.
+All functions are pure, and work under `jax.jit` and `jax.vmap` but where they say otherwise.
+
+On a mesh `add`, `scale` and `difference` move nothing. The others factor A and B by blocks of rows,
+whose triangles of r columns are gathered: about r rows for each part of A or B in all, or A or B
+itself where its parts have fewer than 4·r rows. Of leaves in full `ties` adds up counts. Nothing of
+W's size is moved, and the result lies as A and B do.
 """
 
 import math
@@ -438,9 +439,11 @@ def _made(
         return a, b.astype(jnp.result_type(*(x.b for x in nodes)))
 
     places = explicit(like.a), explicit(like.b)
+    in_place: Any = shaped
     if None not in places:
-        shaped = jax.sharding.auto_axes(shaped, out_sharding=places)
-    return _like(nodes, *shaped(nodes, *operands), 1.0)
+        in_place = jax.sharding.auto_axes(shaped, out_sharding=places)
+    a, b = in_place(nodes, *operands)
+    return _like(nodes, a, b, 1.0)
 
 
 def _like(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array, scale: float) -> LowRank:

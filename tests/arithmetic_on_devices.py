@@ -95,7 +95,8 @@ def test_what_is_moved(name, paths):
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("add", "dare") else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS]
+    "name",
+    [n if n in ("add", "dare") else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS],
 )
 @pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_explicit_axes(name, jit):
