@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import arithmetic, checkpoint, peft
@@ -17,8 +18,8 @@ from ._command import Done
 from ._inputs import called, format_of
 
 
-def _dare(adapters: list[PyTree], *, seed: int = 0, **options: Any) -> PyTree:
-    return arithmetic.dare(adapters, key=jax.random.key(seed), **options)
+def _dare(adapters: list[PyTree], weights: list[float], *, seed: int = 0, **options: Any) -> PyTree:
+    return arithmetic.dare(adapters, weights, key=jax.random.key(seed), **options)
 
 
 # What each method is, and which options it has.
@@ -101,7 +102,7 @@ def _combine_orbax(
 
 def _wide(trees: PyTree) -> PyTree:
     """In float32 at least, so that sums are not rounded to 16 bits."""
-    return jax.tree.map(lambda x: np.asarray(x, np.promote_types(x.dtype, np.float32)), trees)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), trees)
 
 
 # ---------------------------------------------------------------------------------- what is asked
