@@ -81,7 +81,9 @@ def check(found, paths, f, like):
 
 
 @PATHS
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "dare" else ()) for n in FUNCTIONS]
+)
 def test_what_is_moved(name, paths):
     """At most a part of A and B, of 8 bytes × 256 rows; by what sums and scales, nothing."""
     f, (trees, base, _) = FUNCTIONS[name], placed(paths, AxisType.Auto)
