@@ -130,7 +130,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
         rank: the rank, at least 1; a site of at most this rank stays as it is.
         energy: instead of `rank`, the share of $\sum_i \sigma_i^2$ to keep, in (0, 1]: each site
             gets the smallest rank that keeps it in all its matrices. Needs values, so not under
-            `jit`.
+            `jit` and not along explicit axes of a mesh.
 
     Returns:
         An adapter, whose scales are 1 where a rank was cut.
@@ -389,6 +389,8 @@ def _each(
 
 
 def _summed(given: _Given) -> PyTree:
+    """The exact sum, of factors side by side."""
+
     def low_rank(nodes: list[LowRank], w: list[Any], _: Path) -> LowRank:
         scale = nodes[0].scale or 1.0
         n = len(nodes[0].layout.stack) + (nodes[0].layout.slots is not None)
@@ -456,7 +458,10 @@ def _like(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array, scale: float) ->
 def _enough(values: jax.Array, energy: float | None) -> int:
     """The smallest rank that keeps a share of the sum of squares, in all matrices of a stack."""
     if isinstance(values, jax.core.Tracer):  # pyright: ignore
-        raise ValueError("`energy` of truncate needs values, which jit does not have; give `rank`.")
+        raise ValueError(
+            "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "
+            "give `rank`."
+        )
     squares = np.asarray(values, np.float64) ** 2
     needed = (energy or 1) * squares.sum(-1, keepdims=True) * (1 - 1e-12)
     missing = (np.cumsum(squares, -1) < needed).sum(-1)

@@ -251,6 +251,9 @@ def test_orbax(tmp_path: Folder) -> None:
         np.testing.assert_array_equal(got[name].b, x.b)
         np.testing.assert_array_equal(got[name].a, x.a)
     assert checkpoint.read(tmp_path / "c").base == checkpoint.fingerprint(BASE, values=True)
+    run("combine", one, one, tmp_path / "d", "--weights", "2,-1")
+    got = arithmetic.difference(checkpoint.restore(tmp_path / "d"), first)
+    assert all(np.abs(delta(x)).max() < 1e-6 for x in got.values())
 
 
 # ------------------------------------------------------------------------------------ refused

@@ -84,11 +84,11 @@ def _combine_orbax(
     adapters: Sequence[Path], out: Path, made: Callable[[list[PyTree]], PyTree]
 ) -> PyTree:
     """Of one base, as far as they know theirs."""
-    bases = {folder: checkpoint.read(folder).base for folder in adapters}
-    first, base = next(((k, x) for k, x in bases.items() if x is not None), (None, None))
+    bases = [(folder, checkpoint.read(folder).base) for folder in adapters]
+    first, base = next((pair for pair in bases if pair[1] is not None), (None, None))
     with called(f"the base of {first}", "`base`"):
-        trees = [checkpoint.restore(k, base=x and base) for k, x in bases.items()]
-    for folder, tree in zip(bases, trees, strict=True):
+        trees = [checkpoint.restore(folder, base=own and base) for folder, own in bases]
+    for folder, tree in zip(adapters, trees, strict=True):
         if full := [name_of(p) for p, x in adapter_leaves(tree).items() if not is_node(x)]:
             raise ValueError(
                 f"ADAPTERS: {folder} has leaves that are trained in full, whose change is known "
