@@ -488,8 +488,8 @@ REFUSED = {
     "energy under jit": (
         lambda: jax.jit(lambda t: arithmetic.truncate(t, energy=0.5))({"w": NODE}),
         ValueError,
-        "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; give "
-        "`rank`.",
+        "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "
+        "give `rank`.",
     ),
     "density": (
         lambda: arithmetic.ties([{"w": NODE}], density=2),
