@@ -5,20 +5,27 @@ the ranks. A·G and G⁻¹·B are other factors of the same ΔW, for which nothi
 
 Leaves that are trained in full count as the change W' - W of the base, which must then be given.
 All functions are pure, and work under `jax.jit` and `jax.vmap` but where they say otherwise.
+
+On a mesh `add`, `scale` and `difference` move nothing. The others factor A and B by blocks of rows,
+whose triangles of r columns are gathered: about r rows for each part of A or B in all, or A or B
+itself where its parts have fewer than 4·r rows. Of leaves in full `ties` adds up counts. Nothing of
+W's size is moved, and the result lies as A and B do.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ._alike import alike, misfit
-from ._factors import svd, times
+from ._factors import qr, svd, times
 from ._tree import adapter_leaves, check_fits, fold, is_empty, leaves_by_path, name_of, nest
 from ._types import Path, PyTree
 from .adapters import LowRank, is_node
+from .core import explicit
 
 Weights = Sequence[Any] | jax.Array | None
 
@@ -52,16 +59,7 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
         >>> arithmetic.add([one, one], [1.0, -0.5])
         {'w': LowRank(a=float32[4,4], b=float32[4,3], scale=1.0)}
     """
-    trees, w = _checked(adapters, weights, base)
-
-    def low_rank(nodes: list[LowRank], w: list[Any], _: Path) -> LowRank:
-        scale = nodes[0].scale or 1.0
-        n = len(nodes[0].layout.stack) + (nodes[0].layout.slots is not None)
-        b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
-        a = jnp.concatenate([x.a for x in nodes], -1)
-        return _like(nodes, a, jnp.concatenate(b, n), scale)
-
-    return _each(trees, w, base, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
+    return _summed(_checked(adapters, weights, base, "`adapters` cannot be combined"))
 
 
 def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) -> PyTree:
@@ -87,7 +85,8 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
         >>> float(arithmetic.scale(one, -0.5)["w"].b[0, 0])
         -0.5
     """
-    return add([adapter], [factor], base=base)
+    _check_finite("factor", [factor])
+    return _summed(_checked([adapter], [factor], base, "`adapter` cannot be scaled"))
 
 
 def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
@@ -113,7 +112,8 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
         >>> round(float(analysis.norm(arithmetic.difference(one, one)["w"])), 5)
         0.0
     """
-    return add([adapter, other], [1.0, -1.0], base=base)
+    what = "`other` cannot be subtracted from `adapter`"
+    return _summed(_checked([adapter, other], [1.0, -1.0], base, what))
 
 
 def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:
@@ -122,14 +122,15 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, and the singular values of the small
     $R_1 R_2^\top = U \Sigma V^\top$, the result is $A' = Q_1 U \sqrt{\Sigma}$ and
     $B' = \sqrt{\Sigma}\, V^\top Q_2^\top$, cut to the rank. ΔW is never formed. Each matrix of a
-    stack and each slot is approximated for itself. Computed in float32 or better.
+    stack and each slot is approximated for itself. Computed in float32 or better. On a mesh A and B
+    stay where they lie, but for the triangles of blocks of their rows, which are gathered.
 
     Args:
         adapter: an adapter. Leaves trained in full stay as they are.
         rank: the rank, at least 1; a site of at most this rank stays as it is.
         energy: instead of `rank`, the share of $\sum_i \sigma_i^2$ to keep, in (0, 1]: each site
             gets the smallest rank that keeps it in all its matrices. Needs values, so not under
-            `jit`.
+            `jit` and not along explicit axes of a mesh.
 
     Returns:
         An adapter, whose scales are 1 where a rank was cut.
@@ -156,19 +157,18 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"`energy` must lie in (0, 1]; got {energy!r}.")
     found = {} if is_empty(adapter) else adapter_leaves(adapter)
-    _refuse_others([found])
+    _refuse_others([found], "`adapter` cannot be truncated")
 
-    def cut(x: Any) -> Any:
-        if not is_node(x) or (rank is not None and x.a.shape[-1] <= rank):
-            return x
-        a, b = _matrices(x)
-        u, values, v = svd(a, b)
+    def cut(nodes: Sequence[LowRank]) -> tuple[jax.Array, jax.Array]:
+        u, values, v = svd(*_matrices(nodes[0]))
         kept = rank if rank is not None else _enough(values, energy)
         root = jnp.sqrt(values[..., :kept])
-        new = u[..., :kept] * root[..., None, :], root[..., None] * v[..., :kept].mT
-        return _node([x], *new)
+        return u[..., :kept] * root[..., None, :], root[..., None] * v[..., :kept].mT
 
-    return nest({path: cut(x) for path, x in found.items()})
+    def is_small(x: Any) -> bool:
+        return not is_node(x) or (rank is not None and x.a.shape[-1] <= rank)
+
+    return nest({path: x if is_small(x) else _made(cut, [x]) for path, x in found.items()})
 
 
 def ties(
@@ -216,18 +216,16 @@ def ties(
         1.0
     """
     _check_density(density)
-    trees, w = _checked(adapters, weights, base)
+    given = _checked(adapters, weights, base, "`adapters` cannot be combined")
 
-    def merge(deltas: Sequence[jax.Array], matrix: int) -> jax.Array:
+    def merge(deltas: Sequence[jax.Array], matrix: int = 2) -> jax.Array:
         kept = jnp.stack([_largest(x, density, matrix) for x in deltas])
         agrees = (kept * jnp.sign(sum(kept)) > 0).astype(kept.dtype)
         return (kept * agrees).sum(0) / jnp.maximum(agrees.sum(0), 1)
 
     return _each(
-        trees,
-        w,
-        base,
-        lambda nodes, w, _: _in_core_space(nodes, w, lambda deltas: merge(deltas, 2)),
+        given,
+        lambda nodes, w, _: _in_core_space(nodes, w, merge),
         lambda deltas, _: merge(deltas, deltas[0].ndim),
     )
 
@@ -273,29 +271,44 @@ def dare(
         0.0
     """
     _check_density(density)
-    trees, w = _checked(adapters, weights, base)
+    given = _checked(adapters, weights, base, "`adapters` cannot be combined")
 
-    def drop(path: Path) -> Callable[[Sequence[jax.Array]], jax.Array]:
-        keys = jax.random.split(fold(key, path), len(trees))
-        kept = lambda k, x: jax.random.bernoulli(k, density, x.shape) * x / density  # noqa: E731
-        return lambda deltas: sum(map(kept, keys[: len(deltas)], deltas), start=jnp.zeros(()))
+    def keys(path: Path) -> jax.Array:
+        return jax.random.split(fold(key, path), len(given.trees))
+
+    def dropped(x: jax.Array, key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, density, x.shape) * x / density
+
+    def merge(deltas: Sequence[jax.Array], keys: jax.Array) -> jax.Array:
+        return sum(map(dropped, deltas, keys), start=jnp.zeros(()))
 
     return _each(
-        trees,
-        w,
-        base,
-        lambda nodes, w, path: _in_core_space(nodes, w, drop(path)),
-        lambda deltas, path: drop(path)(deltas),
+        given,
+        lambda nodes, w, path: _in_core_space(nodes, w, merge, keys(path)),
+        lambda deltas, path: merge(deltas, keys(path)),
     )
 
 
 # ------------------------------------------------------------------------------------- the trees
 
 
-def _checked(
-    adapters: Sequence[PyTree], weights: Weights, base: PyTree
-) -> tuple[list[dict[Path, Any]], list[Any]]:
-    """The leaves of each adapter by path, and the weights."""
+class _Given(NamedTuple):
+    """What a function was given.
+
+    Attributes:
+        trees: the leaves of each adapter by path.
+        weights: a weight for each.
+        base: the parameters, or None.
+        refusal: how its errors begin.
+    """
+
+    trees: list[dict[Path, Any]]
+    weights: list[Any]
+    base: PyTree
+    refusal: str
+
+
+def _checked(adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal: str) -> _Given:
     if not isinstance(adapters, list | tuple) or not adapters or is_node(adapters):
         raise TypeError(
             "`adapters` must be a list of adapters, as `init` returns them; got "
@@ -306,32 +319,35 @@ def _checked(
         raise ValueError(
             f"`weights` must be one for each of the {len(adapters)} adapters; got {len(w)}."
         )
-    if wrong := [x for x in w if isinstance(x, int | float) and not np.isfinite(x)]:
-        raise ValueError(f"`weights` must be finite; got {wrong[0]!r}.")
+    _check_finite("weights", w)
     trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
-    _refuse_others(trees)
+    _refuse_others(trees, refusal)
     if base is not None:
         for tree in trees:
             check_fits(base, tree)
-    return trees, w
+    return _Given(trees, w, base, refusal)
 
 
-def _refuse_others(trees: Sequence[Mapping[Path, Any]]) -> None:
+def _check_finite(argument: str, values: Sequence[Any]) -> None:
+    if wrong := [x for x in values if isinstance(x, int | float) and not np.isfinite(x)]:
+        raise ValueError(f"`{argument}` must be finite; got {wrong[0]!r}.")
+
+
+def _refuse_others(trees: Sequence[Mapping[Path, Any]], refusal: str) -> None:
     """Raises for nodes of other methods, whose sum is no node of theirs."""
     found = {p: x for t in trees for p, x in t.items() if is_node(x) and type(x) is not LowRank}
-    _refuse({p: f"is a {type(x).__name__}" for p, x in found.items()}, "Merge these with the base.")
+    wrong = {p: f"is a {type(x).__name__}" for p, x in found.items()}
+    _refuse(refusal, wrong, "Merge these with the base.")
 
 
-def _refuse(wrong: Mapping[Path, str], remedy: str) -> None:
+def _refuse(refusal: str, wrong: Mapping[Path, str], remedy: str) -> None:
     if wrong:
         listed = "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
-        raise ValueError(f"`adapters` cannot be combined at these paths:\n{listed}\n{remedy}")
+        raise ValueError(f"{refusal} at these paths:\n{listed}\n{remedy}")
 
 
 def _each(
-    trees: Sequence[Mapping[Path, Any]],
-    weights: Sequence[Any],
-    base: PyTree,
+    given: _Given,
     low_rank: Callable[[list[LowRank], list[Any], Path], LowRank],
     full: Callable[[list[Any], Path], Any],
     keeps_one: bool = False,
@@ -340,10 +356,11 @@ def _each(
 
     If it `keeps_one`, a leaf in full of one adapter alone, of weight 1, stays as it is.
     """
+    trees, weights, base, refusal = given
     paths = list(dict.fromkeys(path for tree in trees for path in tree))
     held = {p: [(t[p], w) for t, w in zip(trees, weights, strict=True) if p in t] for p in paths}
     wrong = {p: why for p, pairs in held.items() if (why := misfit([x for x, _ in pairs]))}
-    _refuse(wrong, "Adapters that are combined must be of one base.")
+    _refuse(refusal, wrong, "Adapters that are combined must be of one base.")
     kept = {
         path: x
         for path, [(x, w), *more] in held.items()
@@ -352,7 +369,8 @@ def _each(
     changed = [p for p, [(x, _), *_] in held.items() if not is_node(x) and p not in kept]
     if base is None:
         needed = "is trained in full, so that its change is known from the base alone"
-        _refuse(dict.fromkeys(changed, needed), "Give `base`, the parameters that they are for.")
+        remedy = "Give `base`, the parameters that they are for."
+        _refuse(refusal, dict.fromkeys(changed, needed), remedy)
     params = dict(leaves_by_path(base)) if changed else {}
 
     def one(path: Path) -> Any:
@@ -368,6 +386,19 @@ def _each(
         return (start + full(changes, path)).astype(dtype)
 
     return nest({path: one(path) for path in paths}) if paths else {}
+
+
+def _summed(given: _Given) -> PyTree:
+    """The exact sum, of factors side by side."""
+
+    def low_rank(nodes: list[LowRank], w: list[Any], _: Path) -> LowRank:
+        scale = nodes[0].scale or 1.0
+        n = len(nodes[0].layout.stack) + (nodes[0].layout.slots is not None)
+        b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
+        a = jnp.concatenate([x.a for x in nodes], -1)
+        return _like(nodes, a, jnp.concatenate(b, n), scale)
+
+    return _each(given, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
 
 
 def _is_one(w: Any) -> bool:
@@ -393,13 +424,29 @@ def _matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
     return node.scale * a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
 
 
-def _node(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array) -> LowRank:
-    """The node of such matrices, of scale 1, for the weight and in the dtypes of `nodes`."""
-    like, rank = nodes[0], a.shape[-1]
+def _made(
+    make: Callable[..., tuple[jax.Array, jax.Array]], nodes: Sequence[LowRank], *operands: Any
+) -> LowRank:
+    """The node of such matrices that `make` makes, of scale 1, in the dtypes of `nodes`.
+
+    Along explicit axes of a mesh its A and B lie as those of the first node.
+    """
+    like = nodes[0]
     n = len(like.layout.stack) + (like.layout.slots is not None)
-    a = a.reshape(*like.a.shape[:-1], rank).astype(jnp.result_type(*(x.a for x in nodes)))
-    b = b.reshape(*like.b.shape[:n], rank, *like.b.shape[n + 1 :])
-    return _like(nodes, a, b.astype(jnp.result_type(*(x.b for x in nodes))), 1.0)
+
+    def shaped(nodes: Sequence[LowRank], *operands: Any) -> tuple[jax.Array, jax.Array]:
+        a, b = make(nodes, *operands)
+        rank = a.shape[-1]
+        a = a.reshape(*like.a.shape[:-1], rank).astype(jnp.result_type(*(x.a for x in nodes)))
+        b = b.reshape(*like.b.shape[:n], rank, *like.b.shape[n + 1 :])
+        return a, b.astype(jnp.result_type(*(x.b for x in nodes)))
+
+    places = explicit(like.a), explicit(like.b)
+    in_place: Any = shaped
+    if None not in places:
+        in_place = jax.sharding.auto_axes(shaped, out_sharding=places)
+    a, b = in_place(nodes, *operands)
+    return _like(nodes, a, b, 1.0)
 
 
 def _like(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array, scale: float) -> LowRank:
@@ -411,7 +458,10 @@ def _like(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array, scale: float) ->
 def _enough(values: jax.Array, energy: float | None) -> int:
     """The smallest rank that keeps a share of the sum of squares, in all matrices of a stack."""
     if isinstance(values, jax.core.Tracer):  # pyright: ignore
-        raise ValueError("`energy` of truncate needs values, which jit does not have; give `rank`.")
+        raise ValueError(
+            "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "
+            "give `rank`."
+        )
     squares = np.asarray(values, np.float64) ** 2
     needed = (energy or 1) * squares.sum(-1, keepdims=True) * (1 - 1e-12)
     missing = (np.cumsum(squares, -1) < needed).sum(-1)
@@ -421,37 +471,47 @@ def _enough(values: jax.Array, energy: float | None) -> int:
 def _in_core_space(
     nodes: Sequence[LowRank],
     weights: Sequence[Any],
-    merge: Callable[[Sequence[jax.Array]], jax.Array],
+    merge: Callable[..., jax.Array],
+    *operands: Any,
 ) -> LowRank:
-    """The node of what `merge` makes of the coordinates of each weighted ΔW.
+    """The node of what `merge` makes of the coordinates of each weighted ΔW, and of `operands`.
 
     Along Q U, from the singular vectors of [ΔW_1, ΔW_2, …], and along those of the ΔW above one
     another: bases that follow from the ΔW, and not from how they are factored.
     """
-    pairs = [_matrices(x) for x in nodes]
-    ends = np.cumsum([a.shape[-1] for a, _ in pairs])[:-1]
-    scaled = [w * a for (a, _), w in zip(pairs, weights, strict=True)]
-    q_a, r_a = jnp.linalg.qr(jnp.concatenate(scaled, -1))
-    q_b, r_b = jnp.linalg.qr(jnp.concatenate([b.mT for _, b in pairs], -1))
-    parts = zip(jnp.split(r_a, ends, -1), jnp.split(r_b, ends, -1), strict=True)
-    cores = [times(x, y.mT) for x, y in parts]
-    u = jnp.linalg.svd(jnp.concatenate(cores, -1), full_matrices=False)[0]
-    v = jnp.linalg.svd(jnp.concatenate(cores, -2), full_matrices=False)[2].mT
-    core = merge([times(times(u.mT, m), v) for m in cores])
-    a, b = times(q_a, u), times(q_b, v).mT
-    # The rank is that of the smaller side of the core.
-    if core.shape[-1] <= core.shape[-2]:
-        return _node(nodes, times(a, core), b)
-    return _node(nodes, a, times(core, b))
+
+    def make(nodes: Sequence[LowRank], weights: Any, *operands: Any) -> Any:
+        pairs = [_matrices(x) for x in nodes]
+        ends = np.cumsum([a.shape[-1] for a, _ in pairs])[:-1]
+        scaled = [w * a for (a, _), w in zip(pairs, weights, strict=True)]
+        q_a, r_a = qr(jnp.concatenate(scaled, -1))
+        q_b, r_b = qr(jnp.concatenate([b.mT for _, b in pairs], -1))
+        parts = zip(jnp.split(r_a, ends, -1), jnp.split(r_b, ends, -1), strict=True)
+        cores = [times(x, y.mT) for x, y in parts]
+        u = jnp.linalg.svd(jnp.concatenate(cores, -1), full_matrices=False)[0]
+        v = jnp.linalg.svd(jnp.concatenate(cores, -2), full_matrices=False)[2].mT
+        core = merge([times(times(u.mT, m), v) for m in cores], *operands)
+        a, b = times(q_a, u), times(q_b, v).mT
+        # The rank is that of the smaller side of the core.
+        return (times(a, core), b) if core.shape[-1] <= core.shape[-2] else (a, times(core, b))
+
+    return _made(make, nodes, weights, *operands)
 
 
 def _largest(x: jax.Array, density: float, matrix: int) -> jax.Array:
     """`x`, of each matrix of its last axes the largest entries alone, others 0."""
-    lead = x.shape[: x.ndim - matrix]
-    flat = jnp.abs(x.reshape(*lead, -1))
-    count = max(1, round(density * flat.shape[-1]))
-    least = jax.lax.top_k(flat, count)[0][..., -1:]
-    return jnp.where(flat >= least, x.reshape(*lead, -1), 0).reshape(x.shape)
+    axes = tuple(range(-matrix, 0))
+    count = max(1, round(density * math.prod(x.shape[-matrix:])))
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+    # The least that is kept, bit by bit: sorting would bring all entries to one place.
+    def with_bit(i: jax.Array, least: jax.Array) -> jax.Array:
+        more = least | (jnp.ones_like(least) << (bits.dtype.itemsize * 8 - 1 - i))
+        return jnp.where((bits >= more).sum(axes, keepdims=True) >= count, more, least)
+
+    start = jnp.zeros_like(bits.max(axes, keepdims=True))
+    least = jax.lax.fori_loop(0, 8 * bits.dtype.itemsize, with_bit, start)
+    return jnp.where(bits >= least, x, 0)
 
 
 def _check_density(density: float) -> None:

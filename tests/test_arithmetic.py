@@ -3,14 +3,16 @@
 import functools
 from typing import Any
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from own_methods import GainNode
 from small import exactly
 
 import jlora
-from jlora import Layout, LowRank, arithmetic
+from jlora import Layout, LowRank, _factors, arithmetic
 
 # The shape of W, and the layouts that adapters of it may have.
 PLAIN = Layout((), (0,), (1,))
@@ -147,19 +149,93 @@ def test_truncate_leaves_alone_what_is_small_enough() -> None:
     assert found["b"] is tree["b"]
 
 
-@every_site
+# ------------------------------------------------------------------------- laws of all functions
+
+KEY = jax.random.key(3)
+FUNCTIONS: dict[str, Any] = {
+    "add": lambda t: arithmetic.add(t, WEIGHTS[:2]),
+    "scale": lambda t: arithmetic.scale(t[0], -0.7),
+    "difference": lambda t: arithmetic.difference(*t),
+    "truncate": lambda t: arithmetic.truncate(arithmetic.add(t), rank=2),
+    "ties": lambda t: arithmetic.ties(t, WEIGHTS[:2], density=0.4),
+    "dare": lambda t: arithmetic.dare(t, WEIGHTS[:2], key=KEY, density=0.6),
+}
+every_function = pytest.mark.parametrize("name", list(FUNCTIONS))
+slow = lambda x: pytest.param(x, marks=pytest.mark.slow)  # noqa: E731
+few_sites = pytest.mark.parametrize("site", ["experts", slow("heads"), slow("slots of two kinds")])
+DAILY = ("plain", "experts", "slots of two kinds")
+
+
+def close(found: Any, expected: np.ndarray, shape: tuple[int, ...]) -> None:
+    np.testing.assert_allclose(delta(found, shape), expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("site", [s if s in DAILY else slow(s) for s in SITES])
 def test_the_factors_do_not_matter(site: str) -> None:
     """Other factors of the same ΔW give the same ΔW, where PEFT's `ties` changes by its size."""
     shape, _ = SITES[site]
     trees = adapters(site)[:2]
     others = [{"w": regauged(t["w"], i)} for i, t in enumerate(trees)]
+    for f in FUNCTIONS.values():
+        close(f(others)["w"], delta(f(trees)["w"], shape), shape)
+    ranks = [arithmetic.truncate(t, energy=0.8)["w"].a.shape for t in (trees[0], others[0])]
+    assert ranks[0] == ranks[1]
+
+
+@few_sites
+@every_function
+def test_of_the_negative_it_is_the_negative(name: str, site: str) -> None:
+    f, (shape, _), trees = FUNCTIONS[name], SITES[site], adapters(site)[:2]
+    negative = [arithmetic.scale(t, -1) for t in trees]
+    close(f(negative)["w"], -delta(f(trees)["w"], shape), shape)
+    for x, y in zip(trees, (arithmetic.scale(t, -1) for t in negative), strict=True):
+        np.testing.assert_array_equal(x["w"].b, y["w"].b)
+
+
+@few_sites
+@every_function
+def test_under_jit_and_vmap(name: str, site: str) -> None:
+    """Of many pairs at once what it is of each."""
+    f, (shape, layouts) = FUNCTIONS[name], SITES[site]
+    pairs = [
+        [{"w": draw(10 * i + j, shape, layouts[j % len(layouts)], 2, 0.5)} for j in range(2)]
+        for i in range(3)
+    ]
+    expected = [delta(jax.jit(f)(pair)["w"], shape) for pair in pairs]
+    close(f(pairs[0])["w"], expected[0], shape)
+    many = jax.jit(jax.vmap(f))(jax.tree.map(lambda *x: jnp.stack(x), *pairs))
+    for i, x in enumerate(expected):
+        close(jax.tree.map(lambda y, i=i: y[i], many)["w"], x, shape)
+
+
+def test_where_an_adapter_has_no_site_it_has_no_part() -> None:
+    """There the result is that of the others."""
+    one, two, three = adapters("plain")
+    alone = {"more": three["more"]}
     for f in (
-        lambda t: arithmetic.add(t, WEIGHTS[:2]),
-        lambda t: arithmetic.truncate(arithmetic.add(t), rank=2),
-        lambda t: arithmetic.ties(t, WEIGHTS[:2], density=0.4),
+        lambda t: arithmetic.ties(t, density=0.4),
+        lambda t: arithmetic.dare(t, key=KEY, density=1.0),
+        arithmetic.add,
     ):
-        one, two = (delta(f(t)["w"], shape) for t in (trees, others))
-        np.testing.assert_allclose(one, two, atol=2e-4 * np.abs(one).max())
+        found = jax.jit(f)([three, one, two])
+        close(found["more"]["x"], delta(jax.jit(f)([alone])["more"]["x"], (5, 4)), (5, 4))
+        assert found.keys() == {"w", "more"}
+    found = arithmetic.difference(one, three)["more"]["x"]
+    close(found, -delta(three["more"]["x"], (5, 4)), (5, 4))
+
+
+def test_scales_of_rslora() -> None:
+    """One by alpha / √r, the other by alpha / r."""
+    params, x = {"w": jnp.ones((12, 9))}, jnp.ones((1, 12))
+    trees = []
+    for rank, rslora in ((4, True), (3, False)):
+        rule = jlora.LoRA("w", rank=rank, alpha=5, rslora=rslora)
+        lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+        _, tree = lora.init(jax.random.key(rank), params, x)
+        trees.append({"w": tree["w"]._replace(b=jnp.sin(jnp.arange(9.0 * rank)).reshape(rank, 9))})
+    a, b = ([np.asarray(t["w"][i], np.float64) for t in trees] for i in (0, 1))
+    expected = 5 / 2 * a[0] @ b[0] + 5 / 3 * a[1] @ b[1]
+    close(arithmetic.add(trees)["w"], expected, (12, 9))
 
 
 def dense_ties(deltas: list[np.ndarray], density: float) -> np.ndarray:
@@ -192,7 +268,7 @@ def test_ties_is_that_on_dense_coordinates(site: str) -> None:
 @every_site
 def test_dare_drops_by_its_seed_and_is_the_sum_on_average(site: str) -> None:
     shape, _ = SITES[site]
-    trees, key = adapters(site)[:2], jax.random.key(3)
+    trees, key = adapters(site)[:2], KEY
     everything = arithmetic.dare(trees, key=key, density=1.0)["w"]
     summed = delta(arithmetic.add(trees)["w"], shape)
     np.testing.assert_allclose(delta(everything, shape), summed, atol=1e-4 * np.abs(summed).max())
@@ -212,7 +288,7 @@ def test_dare_on_average() -> None:
     assert np.abs(dropped - summed).max() > 0.1 * np.abs(summed).max()
 
 
-def test_under_jit_and_vmap_with_weights_that_are_traced() -> None:
+def test_weights_that_are_traced() -> None:
     trees = adapters("stacked")[:2]
     shape, _ = SITES["stacked"]
     for f in (arithmetic.add, arithmetic.ties):
@@ -221,8 +297,6 @@ def test_under_jit_and_vmap_with_weights_that_are_traced() -> None:
         np.testing.assert_allclose(delta(found, shape), expected, atol=1e-5)
     many = jax.vmap(lambda c: arithmetic.scale(trees[0], c))(jnp.arange(3.0))["w"]
     assert many.b.shape == (3, *trees[0]["w"].b.shape)
-    cut = jax.jit(lambda t: arithmetic.truncate(t, rank=1))(trees[0])["w"]
-    assert cut.a.shape[-1] == 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -255,6 +329,33 @@ def test_leaves_in_full_are_changes_of_the_base() -> None:
     np.testing.assert_allclose(found["head"], one["head"])
 
 
+def test_leaves_in_full_under_jit_and_vmap() -> None:
+    rng = np.random.default_rng(0)
+    one, two = ({"head": jnp.asarray(rng.standard_normal((4, 5, 3)))} for _ in range(2))
+    base = {"head": jnp.ones((5, 3))}
+    for f in (
+        lambda x, y: arithmetic.add([x, y], WEIGHTS[:2], base=base),
+        lambda x, y: arithmetic.ties([x, y], density=0.4, base=base),
+        lambda x, y: arithmetic.dare([x, y], key=KEY, base=base),
+        lambda x, y: arithmetic.scale(x, -1.0, base=base),
+    ):
+        many = jax.jit(jax.vmap(f))(one, two)["head"]
+        for i in (0, 3):
+            each = f({"head": one["head"][i]}, {"head": two["head"][i]})["head"]
+            np.testing.assert_allclose(many[i], each, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 1.0])
+def test_ties_keeps_the_largest_entries(density: float) -> None:
+    """As many as sorting finds, equal ones together; of float32 to the last bit."""
+    x = np.float32(np.random.default_rng(0).standard_normal((7, 11)) * 10.0 ** np.arange(-5, 6))
+    x[3] = x[0] = 0.25
+    base, one = {"w": jnp.zeros((7, 11))}, {"w": jnp.asarray(x)}
+    least = np.sort(np.abs(x).ravel())[-max(1, round(density * x.size))]
+    found = arithmetic.ties([one], density=density, base=base)["w"]
+    np.testing.assert_array_equal(found, np.where(np.abs(x) >= least, x, 0))
+
+
 def test_one_leaf_in_full_needs_no_base() -> None:
     """That of the one adapter that trained it."""
     head = jnp.ones(3)
@@ -280,6 +381,12 @@ def test_one_leaf_in_full_is_trimmed_and_dropped_all_the_same() -> None:
 
 
 NODE = draw(0, (12, 9), PLAIN, 2, 1.0)
+GAIN = GainNode(jnp.ones(9), PLAIN)
+OTHERS = " at these paths:\n  deep/w: is a GainNode\n  v: is a GainNode\nMerge these with the base."
+FULL = (
+    " at these paths:\n  b: is trained in full, so that its change is known from the base alone\n"
+    "Give `base`, the parameters that they are for."
+)
 REFUSED = {
     "no list": (
         lambda: arithmetic.add({"w": NODE}),
@@ -317,8 +424,51 @@ REFUSED = {
     "full without a base": (
         lambda: arithmetic.add([{"b": jnp.ones(3)}, {"b": jnp.ones(3)}]),
         ValueError,
-        "`adapters` cannot be combined at these paths:\n  b: is trained in full, so that its "
-        "change is known from the base alone\nGive `base`, the parameters that they are for.",
+        "`adapters` cannot be combined" + FULL,
+    ),
+    "full in ties": (
+        lambda: arithmetic.ties([{"b": jnp.ones(3)}, {"w": NODE}]),
+        ValueError,
+        "`adapters` cannot be combined" + FULL,
+    ),
+    "full in scale": (
+        lambda: arithmetic.scale({"b": jnp.ones(3), "w": NODE}, 0.5),
+        ValueError,
+        "`adapter` cannot be scaled" + FULL,
+    ),
+    "full in difference": (
+        lambda: arithmetic.difference({"w": NODE}, {"b": jnp.ones(3)}),
+        ValueError,
+        "`other` cannot be subtracted from `adapter`" + FULL,
+    ),
+    "other methods": (
+        lambda: arithmetic.dare([{"deep": {"w": GAIN}, "w": NODE}, {"v": GAIN}], key=KEY),
+        ValueError,
+        "`adapters` cannot be combined" + OTHERS,
+    ),
+    "other methods in truncate": (
+        lambda: arithmetic.truncate({"v": GAIN, "w": NODE, "deep": {"w": GAIN}}, 1),
+        ValueError,
+        "`adapter` cannot be truncated" + OTHERS,
+    ),
+    "other methods in scale": (
+        lambda: arithmetic.scale({"v": GAIN, "deep": {"w": GAIN}}, 1),
+        ValueError,
+        "`adapter` cannot be scaled" + OTHERS,
+    ),
+    "factor": (
+        lambda: arithmetic.scale({"w": NODE}, float("inf")),
+        ValueError,
+        "`factor` must be finite; got inf.",
+    ),
+    "two paths": (
+        lambda: arithmetic.add(
+            [{"w": NODE, "b": jnp.ones(3)}, {"w": jnp.ones((12, 9)), "b": jnp.ones(2)}]
+        ),
+        ValueError,
+        "`adapters` cannot be combined at these paths:\n  b: has the shapes [(3,), (2,)]\n  w: is "
+        "of low rank in one and trained in full in another\nAdapters that are combined must be of "
+        "one base.",
     ),
     "both": (
         lambda: arithmetic.truncate({"w": NODE}, rank=1, energy=0.5),
@@ -338,7 +488,8 @@ REFUSED = {
     "energy under jit": (
         lambda: jax.jit(lambda t: arithmetic.truncate(t, energy=0.5))({"w": NODE}),
         ValueError,
-        "`energy` of truncate needs values, which jit does not have; give `rank`.",
+        "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "
+        "give `rank`.",
     ),
     "density": (
         lambda: arithmetic.ties([{"w": NODE}], density=2),
@@ -353,3 +504,29 @@ def test_refused(case: str) -> None:
     f, kind, message = REFUSED[case]
     with pytest.raises(kind, match=exactly(message)):
         f()
+
+
+# ----------------------------------------------------------------------------------- on a mesh
+
+
+def test_on_devices() -> None:
+    devices.run("arithmetic_on_devices.py")
+
+
+@pytest.mark.slow
+def test_on_devices_long() -> None:
+    devices.run("arithmetic_on_devices.py", marked="slow")
+
+
+@pytest.mark.parametrize("shape", [(512, 3), (2, 96, 5), (64, 16), (40, 60), (128, 1)])
+def test_qr_by_blocks_of_rows(shape: tuple[int, ...]) -> None:
+    """Q is orthonormal, R triangular, and Q·R what it was, columns that depend on others too."""
+    x = np.random.default_rng(0).standard_normal(shape)
+    x[..., -1] = x[..., 0]
+    x = jnp.asarray(x, jnp.float32)
+    q, r = _factors.qr(x)
+    np.testing.assert_allclose(q @ r, x, atol=1e-5)
+    np.testing.assert_allclose(
+        q.mT @ q, np.broadcast_to(np.eye(q.shape[-1]), r.shape[:-1] + q.shape[-1:]), atol=1e-5
+    )
+    np.testing.assert_array_equal(r, jnp.triu(r))

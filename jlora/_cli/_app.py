@@ -25,7 +25,7 @@ maxtext-qwen3, easydel, module:ATTRIBUTE or file.py:ATTRIBUTE."""
 )
 @click.version_option(importlib.metadata.version("jlora"), prog_name="jlora")
 def cli() -> None:
-    """Look at, compare, convert, merge and check LoRA adapters of PEFT and Orbax; plan training.
+    """Look at, compare, combine, convert, merge and check LoRA adapters; plan training.
 
     Nothing is ever overwritten, and what is written appears complete or not at all.
     """
@@ -110,6 +110,37 @@ def convert(source: Path, out: Path, **options: Any) -> Any:
     from ._write import convert
 
     return convert(source, out, **options)
+
+
+@cli.command(cls=Command)
+@click.argument("adapters", type=FOLDER, nargs=-1, required=True)
+@click.argument("out", type=FOLDER)
+@click.option("--weights", metavar="W,W,…", help="A number for each adapter; 1 unless told.")
+@click.option(
+    "--method", type=click.Choice(["add", "ties", "dare"]), default="add", show_default=True
+)
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="The share of entries that ties keeps (0.2 unless told), or dare (0.5).",
+)
+@click.option("--seed", type=click.IntRange(0), help="What dare draws by; 0 unless told.")
+@click.option("--rank", type=click.IntRange(1), help="Cut each site to this rank, if it has more.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Or to the least rank that keeps this share of ‖ΔW‖².",
+)
+def combine(adapters: tuple[Path, ...], out: Path, **options: Any) -> Any:
+    """Write the weighted sum of ADAPTERS, or their merge by another method, to OUT.
+
+    All are PEFT's, and so is OUT, or all are of Orbax. The model is not needed. What is added are
+    the ΔW = s·A·B, not A and B: the sum is exact, and of the sum of the ranks unless it is cut.
+    Values are computed and written in float32, or float64 where the adapters are.
+    """
+    from ._combine import combine
+
+    return combine(adapters, out, **options)
 
 
 @cli.command(cls=Command)

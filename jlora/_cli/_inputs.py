@@ -26,12 +26,12 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def called(what: str) -> Iterator[None]:
-    """Errors about the argument `path` are about what the user gave as `what`."""
+def called(what: str, argument: str = "`path`") -> Iterator[None]:
+    """Errors about the `argument` of a function are about what the user gave as `what`."""
     try:
         yield
     except ValueError as e:
-        raise ValueError(str(e).replace("`path`:", f"{what}:", 1)) from e
+        raise ValueError(str(e).replace(argument, what, 1)) from e
 
 
 def open_adapter(folder: Path, what: str) -> Opened:

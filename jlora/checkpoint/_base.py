@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from .._tree import nest
 from .._types import PyTree
+from ._fingerprint import shapes_of
 from ._restore import read
 from ._store import Where
-
-KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # what JAX has
 
 
 class _Variable(NamedTuple):
@@ -60,14 +58,7 @@ def _fingerprinted(folder: Path) -> PyTree:
             f"`path`: {folder} was saved without its base, so that the base's shapes are not "
             "known. Save it again with jlora.checkpoint.save(..., base=base)."
         )
-    kinds = (jax.random.key(0, impl=name).dtype for name in KEYS)
-    keys = {str(dtype): dtype for dtype in kinds}
-    return nest(
-        {
-            path: jax.ShapeDtypeStruct(x.shape, keys.get(x.dtype) or jnp.dtype(x.dtype))
-            for path, x in saved.base.items()
-        }
-    )
+    return shapes_of(saved.base)
 
 
 def base_values(path: Where) -> PyTree:

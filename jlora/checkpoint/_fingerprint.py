@@ -1,14 +1,14 @@
 """What a base is, without its weights: paths, shapes, dtypes and, on request, hashes."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._tree import is_abstract, leaves_by_path, name_of
+from .._tree import is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ..core import abstract
 from ..quantized import is_quantized
@@ -31,6 +31,24 @@ class Leaf(NamedTuple):
 
 
 Fingerprint = dict[Path, Leaf]
+KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # what JAX has
+
+
+def is_fingerprint(x: Any) -> TypeGuard[Fingerprint]:
+    """Whether `x` is what `fingerprint` returned."""
+    return isinstance(x, dict) and bool(x) and all(isinstance(leaf, Leaf) for leaf in x.values())
+
+
+def shapes_of(found: Fingerprint) -> PyTree:
+    """The base as a tree of `jax.ShapeDtypeStruct`s."""
+    kinds = (jax.random.key(0, impl=name).dtype for name in KEYS)
+    keys = {str(dtype): dtype for dtype in kinds}
+    return nest(
+        {
+            path: jax.ShapeDtypeStruct(x.shape, keys.get(x.dtype) or jnp.dtype(x.dtype))
+            for path, x in found.items()
+        }
+    )
 
 
 def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:

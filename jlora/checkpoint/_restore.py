@@ -12,7 +12,7 @@ from .._tree import adapter_leaves, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ..adapters import arrays as arrays_of
 from ..adapters import is_node, state, static
-from ._fingerprint import Leaf, as_in, differences, exact, fingerprint, hash_of
+from ._fingerprint import Leaf, as_in, differences, exact, fingerprint, hash_of, is_fingerprint
 from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
 from ._store import Where, place
@@ -71,7 +71,8 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
         base: the base that the adapter is to be used with, arrays or `jax.ShapeDtypeStruct`s; it
             is compared with the fingerprint that was saved, its values only where they were
             hashed and `base` holds arrays. A dtype of 64 bits counts as that of 32 where only one
-            of the two sessions has jax_enable_x64; the values of such a leaf are not compared.
+            of the two sessions has jax_enable_x64; the values of such a leaf are not compared. The
+            fingerprint that another checkpoint has will do, `read(path).base`.
 
     Returns:
         The adapter.
@@ -203,9 +204,12 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
             f"`base` cannot be checked: {place(path)} was saved without one. "
             "Restore without `base`, or save with it."
         )
-    hashed = any(leaf.hash for leaf in saved.base.values())
-    concrete = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
-    got = fingerprint(base, values=hashed and concrete)
+    if is_fingerprint(base):
+        got = base
+    else:
+        hashed = any(leaf.hash for leaf in saved.base.values())
+        concrete = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
+        got = fingerprint(base, values=hashed and concrete)
     if lines := differences(saved.base, as_in(saved.base, got)):
         raise ValueError(
             f"`base` is not the one that the adapter in {place(path)} was trained on:\n"

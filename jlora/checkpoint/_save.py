@@ -12,7 +12,7 @@ from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, nam
 from .._types import Path, PyTree
 from ..adapters import is_rule
 from ..quantized import is_quantized
-from ._fingerprint import fingerprint
+from ._fingerprint import fingerprint, is_fingerprint, shapes_of
 from ._meta import arrays, encode
 from ._store import Where, write
 from ._together import by_all
@@ -42,7 +42,8 @@ def save(
         adapter: from `init`, training or `restore`; dropout keys in it are ignored.
         rules: the `LoRA` and `Full` rules that made the adapter; `()` where there were none.
         step: the training step.
-        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s, to be recognized by `restore`.
+        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s, to be recognized by `restore`; or
+            the fingerprint that another checkpoint has of it, `read(path).base`.
         hash_values: whether the fingerprint includes the base's values.
 
     Raises:
@@ -110,9 +111,11 @@ def items(
         >>> sorted(args)
         ['adapter', 'data', 'jlora']
     """
-    found = by_all(lambda: _check(adapter, rules, base, hash_values))
-    print_of_base = None if base is None else fingerprint(base, hash_values)
-    meta = encode(found, rules, None if step is None else operator.index(step), print_of_base)
+    tree = shapes_of(base) if is_fingerprint(base) else base
+    found = by_all(lambda: _check(adapter, rules, tree, hash_values))
+    if base is not None and (hash_values or not is_fingerprint(base)):
+        base = fingerprint(tree, hash_values)
+    meta = encode(found, rules, None if step is None else operator.index(step), base)
     return {ADAPTER: ocp.args.StandardSave(nest(arrays(found))), METADATA: ocp.args.JsonSave(meta)}
 
 

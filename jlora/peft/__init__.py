@@ -11,6 +11,7 @@ from ._base import save_base as save_base
 from ._check import Checked as Checked
 from ._check import check as check
 from ._checkpoint import holds as holds
+from ._combine import combine as combine
 from ._config import read_config as read_config
 from ._export import export_merged as export_merged
 from ._load import load as load

@@ -309,38 +309,66 @@ def read(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
         >>> leaves["model.q_proj"].b.shape
         (2, 3)
     """
-    adapter, parts, full, _ = read_alone(dir)
-    dropout = float(adapter.fields.get("lora_dropout", 0.0))
-    shared = twins(parts)
-    leaves: dict[str, LowRank | np.ndarray] = {
-        part.key: _alone(part, adapter.selection.rank(part.key), dropout)
-        for part in parts
-        if part.kind == "embedding" or part.name not in shared
-    }
-    return leaves | full
+    alone = read_alone(dir)
+    return {**alone.nodes, **alone.full}
 
 
 class Alone(NamedTuple):
-    """An adapter with its values."""
+    """An adapter with its values.
+
+    Attributes:
+        adapter: what its files say.
+        parts: A and B of each parameter, but for the heads that are in `tied`.
+        ranks: r of each by its key, and of those heads.
+        tied: by the key of an embedding, the key of the head that has its A and B.
+        full: parameters that are replaced.
+        frozen: parameters that the base must have just so.
+    """
 
     adapter: Adapter
     parts: list[Part]
+    ranks: dict[str, int]
+    tied: dict[str, str]
     full: dict[str, np.ndarray]
     frozen: dict[str, np.ndarray]
 
+    @property
+    def nodes(self) -> dict[str, LowRank]:
+        """The node of each part by its key, with the axes of PyTorch's weight."""
+        dropout = float(self.adapter.fields.get("lora_dropout", 0.0))
+        found = {}
+        for part in self.parts:
+            pair, static = [(part.a, part.b)], {"scale": part.scale, "dropout": dropout}
+            found[part.key] = low_rank(self.leaf(part), pair, self.ranks[part.key], **static)
+        return found
 
-def read_alone(dir: str | os.PathLike[str]) -> Alone:
+    def leaf(self, part: Part) -> Leaf:
+        """The weight of a part, which lies as PyTorch's."""
+        (rows, columns), count = matrix(part), part.a.shape[0] // self.ranks[part.key]
+        window = part.a.shape[2:] if part.kind == "conv" else ()
+        axes, shape = {
+            "embedding": ("vo", (columns, rows)),
+            "linear": ("oi", (rows, columns)),
+            "conv": ("oi" + "k" * len(window), (rows, *part.a.shape[1:])),
+            "experts": ("eoi", (count, rows, columns)),
+        }[part.kind]
+        return Leaf((), None, shape, Name("", "", axes), ("",))
+
+
+def read_alone(dir: str | os.PathLike[str], argument: str = "dir") -> Alone:
     """Reads all of an adapter whose model is not at hand."""
 
     def refuse(found: Sequence[str]) -> None:
         if found:
-            raise ValueError(f"`dir`: the adapter in {dir} cannot be read. {listing(found)}")
+            raise ValueError(f"`{argument}`: the adapter in {dir} cannot be read. {listing(found)}")
 
-    source = Source(Path(dir))
+    source = Source(Path(dir), argument)
     adapter, header = read_adapter(source, refuse)
     without_biases(adapter)
     parts = parts_of(adapter, None, "")
     refuse(adapter.wrong)
+    # Before values are read, as patterns have a time of their own.
+    ranks = {part.key: adapter.selection.rank(part.key) for part in parts}
     every = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values())
     found = values(source, header, every, wrong := list[str]())
     refuse(wrong)
@@ -348,18 +376,8 @@ def read_alone(dir: str | os.PathLike[str]) -> Alone:
         {name: found[x.key] for name, x in group.items()}
         for group in (adapter.full, adapter.frozen)
     )
-    return Alone(adapter, with_values(parts, found), full, frozen)
-
-
-def _alone(part: Part, rank: int, dropout: float) -> LowRank:
-    """The node of a weight that lies as PyTorch's."""
-    (rows, columns), count = matrix(part), part.a.shape[0] // rank
-    window = part.a.shape[2:] if part.kind == "conv" else ()
-    axes, shape = {
-        "embedding": ("vo", (columns, rows)),
-        "linear": ("oi", (rows, columns)),
-        "conv": ("oi" + "k" * len(window), (rows, *part.a.shape[1:])),
-        "experts": ("eoi", (count, rows, columns)),
-    }[part.kind]
-    leaf = Leaf((), None, shape, Name("", "", axes), ("",))
-    return low_rank(leaf, [(part.a, part.b)], rank, scale=part.scale, dropout=dropout)
+    parts = with_values(parts, found)
+    shared = twins(parts)
+    tied = {x.key: shared[x.name].key for x in parts if x.kind == "embedding" and x.name in shared}
+    own = [x for x in parts if x.kind == "embedding" or x.name not in shared]
+    return Alone(adapter, own, ranks, tied, full, frozen)

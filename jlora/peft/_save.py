@@ -18,7 +18,7 @@ from ._config import DEFAULTS, dumps, problems
 from ._file import CONFIG, DTYPES, TENSORS
 from ._load import read_alone
 from ._names import Leaf, Name, adapted, by_row, factors, resolve, tied_to, weights
-from ._read import BASE, PREFIX, SAVED_BY_NAME, Part, Stored, parse, parts_of, twins
+from ._read import BASE, PREFIX, SAVED_BY_NAME, Part, Stored, parse, parts_of
 from ._select import Selection, suffixes, with_scales
 
 AB = ("A.weight", "B.weight")
@@ -262,15 +262,20 @@ def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Non
         >>> from jlora import peft
         >>> peft.convert("adapter", "for_vllm")  # doctest: +SKIP
     """
-    adapter, parts, full, frozen = read_alone(dir)
-    shared = twins(parts)
-    tied = {x.key: shared[x.name].key for x in parts if x.kind == "embedding" and x.name in shared}
-    own = [x for x in parts if x.kind == "embedding" or x.name not in shared]
-    fields, own = _vllm.flattened(DEFAULTS | adapter.fields, own, list(full))
-    tensors = tensors_of([*own, *(_head(part, tied) for part in own if part.key in tied)])
+    alone = read_alone(dir)
+    fields = DEFAULTS | alone.adapter.fields
+    fields, parts = _vllm.flattened(fields, alone.parts, list(alone.full))
+    write(out_dir, "`out_dir`", fields, tensors_alone(parts, alone.tied, alone.frozen))
+
+
+def tensors_alone(
+    parts: Sequence[Part], tied: Mapping[str, str], frozen: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """All tensors of an adapter without leaves in full, whose model is not at hand."""
     names = {name: name.rpartition(".") for name in frozen}
-    tensors |= {f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()}
-    write(out_dir, "`out_dir`", fields, tensors)
+    return tensors_of([*parts, *(_head(part, tied) for part in parts if part.key in tied)]) | {
+        f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()
+    }
 
 
 def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
@@ -466,11 +471,15 @@ def _check_values(leaves: Sequence[Leaf]) -> None:
         )
 
 
+def stored_as(tensors: Mapping[str, np.ndarray]) -> list[Stored]:
+    """The tensors as a file has them."""
+    types = {dtype: name for name, dtype in DTYPES.items()}
+    return [Stored(key, types[x.dtype], x.shape) for key, x in tensors.items()]
+
+
 def _check_form(fields: Fields, tensors: Mapping[str, np.ndarray], leaves: Sequence[Leaf]) -> None:
     """What is to be written must be read as the same."""
-    types = {dtype: name for name, dtype in DTYPES.items()}
-    stored = [Stored(key, types[x.dtype], x.shape) for key, x in tensors.items()]
-    adapter = parse(fields, stored, "`config`")
+    adapter = parse(fields, stored_as(tensors), "`config`")
     shapes = {parameter: leaf.weight_shape for leaf in leaves for parameter in leaf.parameters}
     parts_of(adapter, shapes, "`base` under `names`", ordered=True)
     if adapter.wrong:

@@ -239,16 +239,22 @@ def _at(places: _Places, key: str) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------- writing
 
 
-def suffixes(wanted: Iterable[str], others: Collection[str]) -> list[str]:
+def suffixes(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
     """Short endings that name all of `wanted` and none of `others`."""
-    found: list[str] = []
-    for name in wanted:
-        if any(ends(name, tail) for tail in found):
-            continue
-        parts = name.split(".")
-        tails = (".".join(parts[-n:]) for n in range(1, len(parts)))
-        found.append(next((t for t in tails if not any(ends(o, t) for o in others)), name))
-    return found
+    left = Names("." + name for name in others)
+    found = (
+        next((tail for tail in _endings(name) if not left.end_in("." + tail)), name)
+        for name in wanted
+    )
+    return list(dict.fromkeys(found))
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The last parts of `name`, the fewest first, and the whole."""
+    at = len(name)
+    while (at := name.rfind(".", 0, at)) >= 0:
+        yield name[at + 1 :]
+    yield name
 
 
 def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
@@ -287,10 +293,19 @@ def _alpha(scale: float, divisor: float) -> float:
 def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The most common value, and a pattern for each other one."""
     [(most, _)] = collections.Counter(values.values()).most_common(1)
-    patterns = {}
-    for value in dict.fromkeys(values.values()):
-        if value != most:
-            wanted = [key for key, v in values.items() if v == value]
-            others = [key for key, v in values.items() if v != value]
-            patterns |= {re.escape(s): value for s in suffixes(wanted, others)}
-    return most, patterns
+    # Names that end alike lie side by side: where do those of one value stop?
+    order = sorted((("." + name)[::-1], value) for name, value in values.items())
+    stop = [len(order)] * len(order)
+    for i in range(len(order) - 2, -1, -1):
+        stop[i] = stop[i + 1] if order[i][1] == order[i + 1][1] else i + 1
+
+    def is_alike(tail: str) -> bool:
+        back = ("." + tail)[::-1]
+        end = stop[bisect.bisect_left(order, back, key=lambda entry: entry[0])]
+        return end == len(order) or not order[end][0].startswith(back)
+
+    return most, {
+        re.escape(next((tail for tail in _endings(name) if is_alike(tail)), name)): value
+        for name, value in values.items()
+        if value != most
+    }

@@ -1,0 +1,225 @@
+"""Several adapters of PEFT's to one, without their model."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.dtypes import canonicalize_dtype
+
+from .._tree import adapter_leaves
+from .._types import PyTree
+from ..adapters import LowRank, weight_shape
+from ._config import DEFAULTS, problems
+from ._file import brief, listing, shown
+from ._load import Alone, read_alone
+from ._names import Leaf, factors
+from ._read import Part, parse, parts_of
+from ._save import stored_as, tensors_alone, write
+from ._select import with_scales
+
+Fields = dict[str, Any]
+Where = str | os.PathLike[str]
+
+SELECTION = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "ensure_weight_tying",
+)
+KEPT = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "task_type")  # where all have the same
+SHAPES = 1000  # each compiles programs of its own; real adapters have ten
+REMEDY = (
+    "Only adapters of one model can be combined. What needs the model is combined by "
+    "jlora.arithmetic once it is loaded onto it, by jlora.peft.load."
+)
+
+
+def combine(
+    dirs: Sequence[Where], out_dir: Where, merge: Callable[[list[PyTree]], PyTree]
+) -> dict[str, LowRank]:
+    r"""Writes what a function makes of several adapters of PEFT's as one of PEFT's.
+
+    The model is not needed. Each adapter is given to `merge` as a dict from module to `LowRank`, as
+    by `read`, with the scale that PEFT applies, rsLoRA's too. What is written has ranks and scales
+    by `rank_pattern` and `alpha_pattern`, alpha / r, and selects the modules of all adapters.
+
+    Args:
+        dirs: their folders.
+        out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
+            all.
+        merge: a function of a list of adapters that gives one with the modules of all, such as
+            those of `jlora.arithmetic`.
+
+    Returns:
+        What `merge` gave.
+
+    Raises:
+        FileExistsError: if `out_dir` is there and not an empty folder.
+        FileNotFoundError: if a folder or a file is missing.
+        ValueError: if files are damaged; if the adapters are of different models, or hold what has
+            no meaning without the model: leaves in full, several parameters of one module; if
+            `merge` gives other modules, or values that are not finite. All of it is listed.
+
+    Examples:
+        >>> import tempfile, jax, jax.numpy as jnp, jlora
+        >>> from jlora import arithmetic, peft
+        >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
+        >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in "ab":
+        ...         peft.save(f"{folder}/{name}", base, adapter, peft.LLAMA)
+        ...     both = [f"{folder}/a", f"{folder}/b"]
+        ...     made = peft.combine(both, f"{folder}/c", lambda x: arithmetic.add(x, [0.7, 0.3]))
+        ...     peft.read_config(f"{folder}/c")["r"]
+        4
+    """
+    each = [read_alone(dir, "dirs") for dir in dirs]
+    names = [os.fspath(dir) for dir in dirs]
+    wrong = [*_different(names, each), *_without_form(names, each)]
+    if wrong:
+        raise ValueError(f"`dirs`: the adapters cannot be combined. {listing(wrong)}\n{REMEDY}")
+    known = {part.key: (alone.leaf(part), part) for alone in each for part in alone.parts}
+    made = merge([alone.nodes for alone in each])
+    parts = _parts(made, known)
+    tied = {key: head for alone in each for key, head in alone.tied.items()}
+    tensors = tensors_alone(parts, tied, {k: x for alone in each for k, x in alone.frozen.items()})
+    fields = _fields([alone.adapter.fields for alone in each], parts, tied, made)
+    _check(fields, tensors)
+    write(out_dir, "`out_dir`", fields, tensors)
+    return made
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def _different(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
+    """What says that they are of different models."""
+    wrong = []
+    for field in ("base_model_name_or_path", "revision"):
+        said = [(x.adapter.fields.get(field), name) for x, name in zip(each, names, strict=True)]
+        said = [pair for pair in said if pair[0] is not None]
+        if any(value != said[0][0] for value, _ in said):
+            listed = ", ".join(f"{brief(value)} in {name}" for value, name in said)
+            wrong.append(f"{field}: {listed}; if this is one model, give it one name in all files")
+    first: dict[str, tuple[str, np.ndarray]] = {}
+    for alone, name in zip(each, names, strict=True):
+        for key, x in alone.frozen.items():
+            other, y = first.setdefault(key, (name, x))
+            if not np.array_equal(x, y):
+                wrong.append(f"{shown(key)}: frozen with other values in {other} than in {name}")
+    return wrong
+
+
+def _without_form(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
+    """What cannot be combined without the model."""
+    wrong = []
+    for alone, name in zip(each, names, strict=True):
+        for why, found in (
+            ("trained in full, so that the change is known from the base alone", [*alone.full]),
+            ("of several parameters, which the file does not tell apart", _several(alone)),
+            ("of float64, which needs jax_enable_x64", _narrowed(alone)),
+        ):
+            listed = ", ".join(map(shown, found[:9])) + ", …" * (len(found) > 9)
+            wrong += [f"{name}: {listed}: {why}"] if found else []
+    heads = {(x.key, alone.tied.get(x.key)) for alone in each for x in alone.parts}
+    wrong += [
+        f"{shown(key)}: has A and B of {shown(head)}, which shares its weight, in one adapter alone"
+        for key, head in heads
+        if head is not None and {(key, None), (head, None)} & heads
+    ]
+    shapes = {(part.a.shape, part.b.shape) for alone in each for part in alone.parts}
+    if len(shapes) > SHAPES:
+        wrong.append(f"{len(shapes)} pairs of shapes of A and B; expected at most {SHAPES}")
+    return wrong
+
+
+def _several(alone: Alone) -> list[str]:
+    selection = alone.adapter.selection
+    return [module for module in alone.adapter.pairs if len(selection.parameters(module)) > 1]
+
+
+def _narrowed(alone: Alone) -> list[str]:
+    types = {part.key: (part.a.dtype, part.b.dtype) for part in alone.parts}
+    return [k for k, pair in types.items() if any(canonicalize_dtype(x) != x for x in pair)]
+
+
+def _parts(made: PyTree, known: Mapping[str, tuple[Leaf, Part]]) -> list[Part]:
+    """A and B of what was made, in PEFT's layout."""
+    found = {"/".join(path): x for path, x in adapter_leaves(made).items()}
+    odd = [key for key in (*known, *found) if not _fits(found.get(key), known.get(key))]
+    if odd:
+        raise ValueError(
+            "`merge` must give a LowRank for the weight of each module of the adapters, and for no "
+            f"other. {listing([shown(key) for key in dict.fromkeys(odd)])}"
+        )
+    parts = []
+    for key, node in found.items():
+        leaf, part = known[key]
+        [(a, b)] = factors(leaf, node)
+        parts.append(part._replace(a=a, b=b, scale=node.scale))
+    return parts
+
+
+def _fits(node: Any, known: tuple[Leaf, Part] | None) -> bool:
+    if known is None or type(node) is not LowRank:
+        return False
+    leaf, _ = known
+    return weight_shape(node) == leaf.shape and node.layout[:3] == leaf.layout[:3]
+
+
+# ------------------------------------------------------------------------------- the configuration
+
+
+def _fields(
+    each: Sequence[Fields], parts: Sequence[Part], tied: Mapping[str, str], made: PyTree
+) -> Fields:
+    """A configuration that selects `parts` and the heads `tied` to them, with their scales."""
+    given = [DEFAULTS | fields for fields in each]
+    kept = {
+        key: given[0][key] for key in KEPT if all(given[0][key] == other[key] for other in given)
+    }
+    for key in ("base_model_name_or_path", "revision"):
+        kept[key] = next((fields[key] for fields in given if fields[key] is not None), None)
+    scales = {part.key: (made[part.key].a.shape[-1], part.scale) for part in parts}
+    scales |= {head: scales[key] for key, head in tied.items()}
+    return with_scales(DEFAULTS | kept | _selection(given, parts, tied), scales)
+
+
+def _selection(
+    each: Sequence[Fields], parts: Sequence[Part], tied: Mapping[str, str]
+) -> dict[str, Any]:
+    """What selects the modules of all adapters, and no other module of their model."""
+    said = [{key: _said(fields[key]) for key in SELECTION} for fields in each]
+    targets: list[Any] = [x["target_modules"] for x in said]
+    if all(x | {"target_modules": targets[0]} == said[0] for x in said):
+        if all(x == targets[0] for x in targets):
+            return {key: each[0][key] for key in SELECTION}
+        others = said[0].keys() - {"target_modules", "ensure_weight_tying"}
+        if all(isinstance(x, list) for x in targets) and all(said[0][k] is None for k in others):
+            union = list(dict.fromkeys(name for x in targets for name in x))
+            return {key: each[0][key] for key in SELECTION} | {"target_modules": union}
+    keys = {kind: [x.key for x in parts if (x.kind == "experts") == kind] for kind in (True, False)}
+    return {
+        "target_modules": [*keys[False], *tied.values()],
+        "target_parameters": keys[True] or None,
+    }
+
+
+def _said(value: Any) -> Any:
+    """None for all that PEFT takes for nothing; 0 is a layer."""
+    return None if value is False or value in ([], "") else value
+
+
+def _check(fields: Fields, tensors: Mapping[str, np.ndarray]) -> None:
+    """What is to be written must be finite, and be read as the same."""
+    adapter = parse(fields, stored_as(tensors), "`dirs`")
+    parts_of(adapter, None, "")
+    wrong = [*problems(fields), *adapter.wrong]
+    wrong += [f"{shown(k)}: is not finite" for k, x in tensors.items() if not np.isfinite(x).all()]
+    if wrong:
+        raise ValueError(f"`merge` gave what has no form in PEFT. {listing(wrong)}")

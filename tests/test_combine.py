@@ -1,0 +1,443 @@
+"""`peft.combine` and `jlora combine`: the ΔW of what is written, by PEFT's formulas in NumPy."""
+
+import functools
+import json
+import math
+import pathlib
+import random
+import re
+import shutil
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft_models as models
+import pytest
+from safetensors.numpy import save_file
+from test_cli import fails, run
+from test_peft import Files, mutate
+from test_peft_hostile import adapter as plain
+from test_peft_hostile import many
+
+import jlora
+from jlora import arithmetic, checkpoint, peft
+
+Folder = pathlib.Path
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+WEIGHTS = (0.7, -0.3)
+FULL = ("bias", "bias_all", "conv", "experts", "modules_to_save", "modules_to_save_head")
+CASES = [name for name in models.CASES if name not in FULL]
+SUM = functools.partial(arithmetic.add, weights=WEIGHTS)
+
+
+def other(folder: Folder, name: str, **fields: Any) -> Folder:
+    """A fixture with other values in A and B, and other fields."""
+    shutil.copytree(models.FIXTURES / name, folder, ignore=shutil.ignore_patterns("torch*"))
+    tensors = models.read(folder / TENSORS)
+    new = {
+        key: x if "base_layer" in key else np.sin(3 * x.astype(np.float32) + 1).astype(x.dtype)
+        for key, x in tensors.items()
+    }
+    save_file(new, folder / TENSORS, metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | fields))
+    return folder
+
+
+def deltas(folder: Folder) -> dict[str, np.ndarray]:
+    """ΔW of each module by PEFT's formula in float64, without jlora's reader."""
+    fields = json.loads((folder / CONFIG).read_text())
+    tensors, found = models.read(folder / TENSORS), {}
+
+    def of(pattern: str, module: str, default: float) -> float:
+        each = (fields.get(pattern) or {}).items()
+        hits = (v for p, v in each if re.match(rf"(.*\.)?({p})$", module))
+        return next(hits, default)
+
+    for key, a in tensors.items():
+        module, _, end = key.removeprefix(PREFIX).partition(".lora_")
+        if end not in ("A.weight", "embedding_A"):
+            continue
+        b = np.float64(tensors[key.replace("_A", "_B")])
+        rank = of("rank_pattern", module, fields["r"])
+        alpha = of("alpha_pattern", module, fields["lora_alpha"])
+        assert len(a) == rank
+        scale = alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+        found[module] = scale * b.reshape(len(b), -1) @ np.float64(a).reshape(len(a), -1)
+    return found
+
+
+def check_sum(folders: list[Folder], out: Folder, weights: tuple[float, ...] = WEIGHTS) -> None:
+    """To the rounding of float32."""
+    each, found = [deltas(folder) for folder in folders], deltas(out)
+    assert found.keys() == set().union(*each)
+    for module, x in found.items():
+        expected = sum(w * d[module] for w, d in zip(weights, each, strict=True) if module in d)
+        np.testing.assert_allclose(x, expected, atol=2e-7 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_sum(name: str, tmp_path: Folder) -> None:
+    """What is written says of itself what it is; it selects the model's modules as the inputs do.
+
+    rsLoRA, patterns, ties and embeddings too. The fixture's model takes it.
+    """
+    case, mine = models.case(name), other(tmp_path / "b", name)
+    text = run("combine", case.folder, mine, tmp_path / "c", "--weights", "0.7,-0.3").stdout
+    check_sum([case.folder, mine], tmp_path / "c")
+    peft.load(tmp_path / "c", case.base, case.names)
+    fields = peft.read_config(tmp_path / "c")
+    assert fields["use_rslora"] is False and "2 adapters by add" in text
+    assert fields["target_modules"] == peft.read_config(case.folder)["target_modules"]
+
+
+# One model, whose modules they select by a pattern, by lists, by layers and by names.
+LLAMAS = ("patterns", "excluded", "layers", "all_linear")
+
+
+@pytest.mark.parametrize("names", [LLAMAS[:2], LLAMAS[1:3], LLAMAS])
+def test_different_modules_ranks_and_scales(names: tuple[str, ...], tmp_path: Folder) -> None:
+    """Each module is selected that one of them has, and no other; the ranks add up."""
+    folders = [other(tmp_path / name, name) for name in names]
+    folders[0] = other(tmp_path / "rs", names[0], use_rslora=True)
+    weights = (0.5, -2.0, 1.0, 0.25)[: len(names)]
+    peft.combine(folders, tmp_path / "out", functools.partial(arithmetic.add, weights=weights))
+    check_sum(folders, tmp_path / "out", weights)
+    case = models.case(names[0])
+    peft.load(tmp_path / "out", case.base, case.names)
+
+
+def test_lists_of_modules_are_joined(tmp_path: Folder) -> None:
+    """As they are, so that the configuration stays short."""
+    one, two = (plain(tmp_path / n, [f"m.{n}", f"k.{n}"], target_modules=[n]) for n in "qv")
+    peft.combine([one, two], tmp_path / "out", arithmetic.add)
+    assert peft.read_config(tmp_path / "out")["target_modules"] == ["q", "v"]
+
+
+def test_layer_0_is_a_layer(tmp_path: Folder) -> None:
+    one = plain(tmp_path / "a", ["m.layers.0.q"], layers_to_transform=0)
+    two = plain(tmp_path / "b", ["m.layers.0.q", "m.layers.1.q"])
+    peft.combine([one, two], tmp_path / "out", arithmetic.add)
+    assert peft.read_config(tmp_path / "out")["target_modules"] == ["m.layers.0.q", "m.layers.1.q"]
+
+
+def test_what_is_kept_of_the_configurations(tmp_path: Folder) -> None:
+    """What all say; and the base of those that name one."""
+    given = [
+        {"base_model_name_or_path": None, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
+        {"base_model_name_or_path": "the/model", "lora_dropout": 0.2, "task_type": "CAUSAL_LM"},
+    ]
+    folders = [plain(tmp_path / str(i), ["m.q"], **fields) for i, fields in enumerate(given)]
+    peft.combine(folders, tmp_path / "out", arithmetic.add)
+    found = peft.read_config(tmp_path / "out")
+    kept = {key: found[key] for key in given[0]}
+    assert kept == given[1] | {"lora_dropout": 0.0}
+
+
+def test_one_parameter_of_experts(tmp_path: Folder) -> None:
+    """Chosen by its name, as experts are."""
+    rng, folders = np.random.default_rng(0), []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        shapes = {"A": (3 * 2, 5), "B": (4, 3 * 2)}
+        tensors = {
+            f"{PREFIX}mlp.experts.lora_{k}.weight": np.float32(rng.standard_normal(shape))
+            for k, shape in shapes.items()
+        }
+        save_file(tensors, tmp_path / name / TENSORS)
+        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": []}
+        fields |= {"target_parameters": ["experts.down_proj"]}
+        (tmp_path / name / CONFIG).write_text(json.dumps(fields))
+        folders.append(tmp_path / name)
+    peft.combine(folders, tmp_path / "out", SUM)
+    key = "mlp.experts.down_proj"
+    *each, found = (peft.read(x)[key] for x in (*folders, tmp_path / "out"))
+    expected = sum(w * delta(x) for w, x in zip(WEIGHTS, each, strict=True))
+    np.testing.assert_allclose(delta(found), expected, atol=1e-6)
+
+
+def delta(node: Any) -> np.ndarray:
+    """ΔW of a node, by `merge`."""
+    shape = jlora.adapters.weight_shape(node)
+    return np.asarray(jlora.merge({"w": np.zeros(shape, np.float32)}, {"w": node})["w"])
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+METHODS: dict[str, Any] = {
+    "--rank 3": lambda t: arithmetic.truncate(arithmetic.add(t), 3),
+    "--energy 0.9": lambda t: arithmetic.truncate(arithmetic.add(t), energy=0.9),
+    "--weights 2,-1 --method ties": lambda t: arithmetic.ties(t, (2.0, -1.0)),
+    "--method ties --density 0.5": lambda t: arithmetic.ties(t, density=0.5),
+    "--method dare": lambda t: arithmetic.dare(t, key=jax.random.key(0)),
+    "--method dare --density 0.9 --seed 4 --rank 2": lambda t: arithmetic.truncate(
+        arithmetic.dare(t, key=jax.random.key(4), density=0.9), 2
+    ),
+}
+
+
+DAILY = ("--energy 0.9", "--method dare --density 0.9 --seed 4 --rank 2")
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(x, marks=() if x in DAILY else pytest.mark.slow) for x in METHODS]
+)
+def test_methods(line: str, tmp_path: Folder) -> None:
+    """Those of `jlora.arithmetic`, whose numbers are in what is written."""
+    folders = [models.FIXTURES / "patterns", other(tmp_path / "b", "patterns")]
+    run("combine", *folders, tmp_path / "out", *line.split())
+    with jax.enable_x64(True):
+        expected = METHODS[line]([peft.read(folder) for folder in folders])
+        found = peft.read(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for key, x in expected.items():
+        assert found[key].a.shape == x.a.shape
+        np.testing.assert_allclose(delta(found[key]), delta(x), atol=1e-6)
+    case = models.case("patterns")
+    peft.load(tmp_path / "out", case.base, case.names)
+
+
+def test_what_it_says(tmp_path: Folder) -> None:
+    one, two = models.FIXTURES / "patterns", other(tmp_path / "b", "patterns")
+    out = tmp_path / "c"
+    text = run("combine", one, two, out).stdout
+    assert text == f"{out}: 2 adapters by add, 6 sites of rank 4–10, 552 parameters, as peft\n"
+    args = ("--json", "--rank", "1", "--weights", "1,0.5")
+    assert json.loads(run("combine", one, two, tmp_path / "d", *args).stdout) == {
+        "adapters": [str(one), str(two)],
+        "out": str(tmp_path / "d"),
+        "format": "peft",
+        "method": "add",
+        "weights": [1.0, 0.5],
+        "sites": 6,
+        "ranks": [1],
+        "parameters": 96,
+    }
+
+
+def test_sums_of_16_bits_are_written_in_32(tmp_path: Folder) -> None:
+    run("combine", models.FIXTURES / "bf16", other(tmp_path / "b", "bf16"), tmp_path / "c")
+    assert {x.dtype for x in models.read(tmp_path / "c" / TENSORS).values()} == {np.dtype("f4")}
+
+
+def saved(folder: Folder, seed: int, **options: Any) -> tuple[Folder, Any]:
+    """An adapter in Orbax, of two sites."""
+    rng, layout = np.random.default_rng(seed), jlora.Layout((), (0,), (1,))
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    tree = {
+        name: jlora.LowRank(normal(6, seed), normal(seed, 4), 0.5 * seed, layout) for name in "uv"
+    }
+    checkpoint.save(folder, tree, (), **options)
+    return folder, tree
+
+
+BASE = {"u": np.ones((6, 4), np.float32), "v": np.ones((6, 4), np.float32)}
+
+
+def test_orbax(tmp_path: Folder) -> None:
+    """Of one base, whose fingerprint with its hashes is kept though one does not know it."""
+    one, first = saved(tmp_path / "a", 1)
+    two, second = saved(tmp_path / "b", 2, base=BASE, hash_values=True)
+    found = json.loads(
+        run("combine", one, two, tmp_path / "c", "--weights", "0.7,-0.3", "--json").stdout
+    )
+    assert (found["format"], found["sites"], found["ranks"]) == ("orbax", 2, [3])
+    got = checkpoint.restore(tmp_path / "c", base=BASE)
+    for name, x in SUM([first, second]).items():
+        np.testing.assert_array_equal(got[name].b, x.b)
+        np.testing.assert_array_equal(got[name].a, x.a)
+    assert checkpoint.read(tmp_path / "c").base == checkpoint.fingerprint(BASE, values=True)
+    run("combine", one, one, tmp_path / "d", "--weights", "2,-1")
+    got = arithmetic.difference(checkpoint.restore(tmp_path / "d"), first)
+    assert all(np.abs(delta(x)).max() < 1e-6 for x in got.values())
+
+
+# ------------------------------------------------------------------------------------ refused
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    root = tmp_path_factory.mktemp("files")
+    for name in ("patterns", "modules_to_save", "experts", "tied"):
+        shutil.copytree(models.FIXTURES / name, root / name)
+    for name, fields in {
+        "x": {"base_model_name_or_path": "one"},
+        "y": {"base_model_name_or_path": "two", "revision": "main"},
+        "z": {"revision": "other"},
+        "dora": {"use_dora": True},
+        "wide": {"r": 2},
+    }.items():
+        plain(root / name, ["m.q"], **{"rank": fields.get("r", 1)} | fields)
+    save_file(
+        {f"{PREFIX}m.q.lora_{k}.weight": np.ones((2, 2), np.float32) for k in "AB"},
+        root / "wide" / TENSORS,
+    )
+    # The head of this one is another than its embedding.
+    tensors = models.read(root / "tied" / TENSORS)
+    shutil.copytree(root / "tied", root / "untied")
+    key = f"{PREFIX}lm_head.lora_A.weight"
+    save_file(tensors | {key: 2 * tensors[key]}, root / "untied" / TENSORS)
+    shutil.copytree(root / "tied", root / "trained")
+    key = f"{PREFIX}model.embed_tokens.base_layer.weight"
+    save_file(tensors | {key: 2 * tensors[key]}, root / "trained" / TENSORS)
+    saved(root / "orbax", 1, base=BASE)
+    saved(root / "foreign", 1, base=BASE | {"more": np.ones(3, np.float32)})
+    saved(root / "other", 1, base=BASE | {"u": 2 * BASE["u"]}, hash_values=True)
+    saved(root / "hashed", 1, base=BASE, hash_values=True)
+    checkpoint.save(root / "full", {"head": jnp.ones(3)}, ())
+    (root / "hf").mkdir()
+    (root / "hf" / "config.json").write_text("{}")
+    return root
+
+
+ONE = "Only adapters of one model can be combined. "
+ERRORS = {
+    "x orbax out": r"ADAPTERS must be adapters of one format; got \S+x .peft., \S+orbax .orbax.. "
+    "`jlora convert` writes an adapter of PEFT as one of Orbax, and back.",
+    "x hf out": r"ADAPTERS must be adapters of one format; got .*hf .huggingface.",
+    "x nowhere out": r"ADAPTERS: there is no folder \S+nowhere",
+    "x y out": r"ADAPTERS: the adapters cannot be combined. 1 problems: base_model_name_or_path: "
+    f"'one' in .*x, 'two' in .*y; if this is one model, give it one name in all files; {ONE}",
+    "y z out": "revision: 'main' in .*y, 'other' in .*z; if this is one model",
+    "x modules_to_save out": r"\S+modules_to_save: classifier.bias, classifier.weight: trained in "
+    f"full, so that the change is known from the base alone; {ONE}What needs the model is combined "
+    "by jlora.arithmetic once it is loaded onto it, by jlora.peft.load.",
+    "x experts out": r"\S+experts: experts: of several parameters, which the file does not tell",
+    "x dora out": "ADAPTERS: the adapter in .*dora cannot be read. 1 problems: use_dora: True is a "
+    "feature that jlora does not support",
+    "x wide out": r"`adapters` cannot be combined at these paths: m.q: is for weights of \(shape, "
+    r"stack, inputs, outputs\) \[.*\]; Adapters that are combined must be of one base.",
+    "tied untied out": "model.embed_tokens: has A and B of lm_head, which shares its weight, in "
+    "one adapter alone",
+    "tied trained out": "model.embed_tokens.weight: frozen with other values in .*tied than in "
+    ".*trained",
+    "x x patterns": "OUT: .*patterns exists and is not an empty folder",
+    "x x out --weights 1": "--weights: expected a finite number for each of the 2 adapters, such "
+    "as 0.5,0.5; got '1'.",
+    "x x out --weights 1,one": "--weights: expected .*; got '1,one'.",
+    "x x out --weights 1,nan": "--weights: expected .*; got '1,nan'.",
+    "x x out --rank 1 --energy 0.5": "--rank and --energy both say where to cut; give one of them.",
+    "x x out --density 0.5": "--density is for --method ties and dare; got --method add.",
+    "x x out --method ties --seed 1": "--seed is for --method dare; got --method ties.",
+    "x x out --weights 1e39,1": "`merge` gave what has no form in PEFT. 1 problems: .*lora_B.weight"
+    ": is not finite",
+    "orbax foreign out": r"the base of \S+orbax is not the one that the adapter in \S+foreign was "
+    "trained on: more: missing",
+    "hashed other out": "the base of .*hashed is not the one .* u: other values",
+    "orbax full out": "ADAPTERS: .*full has leaves that are trained in full, whose change is known "
+    "from the base alone: head. Combine them by jlora.arithmetic, whose functions take `base`.",
+}
+
+
+@pytest.mark.parametrize("line", ERRORS)
+def test_refused(line: str, files: Folder) -> None:
+    """By name, and nothing is written."""
+    before = sorted(files.rglob("*"))
+    names = {"nowhere", "out", *(path.name for path in files.iterdir())}
+    args = [str(files / a) if a in names else a for a in line.split()]
+    assert re.search(ERRORS[line], fails("combine", *args))
+    assert sorted(files.rglob("*")) == before
+
+
+USAGE = {
+    "a": "Missing argument 'ADAPTERS...'",
+    "a b --rank 0": "0 is not in the range x>=1",
+    "a b --energy 2": "2.0 is not in the range 0<x<=1",
+    "a b --method mean": "'mean' is not one of 'add', 'ties', 'dare'",
+}
+
+
+@pytest.mark.parametrize("line", USAGE)
+def test_usage_errors(line: str) -> None:
+    assert USAGE[line] in run("combine", *line.split(), code=2).stderr
+
+
+def test_a_function_that_gives_something_else(tmp_path: Folder) -> None:
+    folder = plain(tmp_path / "a", ["m.q", "m.k"], target_modules=["q", "k"])
+    for merge in (
+        lambda trees: {"m.q": trees[0]["m.q"]},
+        lambda trees: trees[0] | {"m.x": trees[0]["m.q"]},
+        lambda trees: trees[0] | {"m.k": jnp.ones((1, 1))},
+    ):
+        with pytest.raises(ValueError, match="`merge` must give a LowRank for the weight of each"):
+            peft.combine([folder], tmp_path / "out", merge)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_float64_needs_x64(tmp_path: Folder) -> None:
+    folder = plain(tmp_path / "a", ["m.q"])
+    tensors = {k: x.astype(np.float64) for k, x in models.read(folder / TENSORS).items()}
+    save_file(tensors, folder / TENSORS)
+    with pytest.raises(ValueError, match=r"a: m\.q: of float64, which needs jax_enable_x64"):
+        peft.combine([folder], tmp_path / "out", arithmetic.add)
+    run("combine", folder, tmp_path / "out")
+    assert {x.dtype for x in models.read(tmp_path / "out" / TENSORS).values()} == {np.dtype("f8")}
+
+
+# ------------------------------------------------------------------- files that nobody vouches for
+
+
+def fuzz(seeds: range, folder: Folder) -> int:
+    """Combines damaged adapters with whole ones; gives how many were right in spite of it."""
+    right = 0
+    for seed in seeds:
+        draw, place = random.Random(seed), folder / str(seed)
+        place.mkdir()
+        name = draw.choice(["tied", "gpt2_tied", "patterns", "layers"])
+        files = Files(place, name)
+        mutate(files, draw)
+        start = time.monotonic()
+        try:
+            peft.combine([files.folder, models.FIXTURES / name], place / "out", arithmetic.add)
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e).startswith(("`dirs`: ", "`adapters` ", "`merge` gave")), (seed, e)
+            assert not (place / "out").exists()
+        else:
+            right += 1
+            found = jax.tree.leaves(peft.read(place / "out"))
+            assert all(np.isfinite(x).all() for x in found), seed
+        assert time.monotonic() - start < 10, seed
+    return right
+
+
+def test_fuzz(tmp_path: Folder) -> None:
+    """An error that says what, or finite numbers."""
+    assert 0 < fuzz(range(60), tmp_path) < 60
+
+
+@pytest.mark.slow
+def test_fuzz_long(tmp_path: Folder) -> None:
+    assert 0 < fuzz(range(60, 5_000), tmp_path) < 4_940
+
+
+def test_many_modules_of_many_scales(tmp_path: Folder) -> None:
+    """The patterns that are written are found in bounded time."""
+    modules = many(1_000)
+    alphas = {name: 1 + i for i, name in enumerate(modules)}
+    targets = [f"q{i}" for i in range(10)]
+    folder = plain(tmp_path / "a", modules, alpha_pattern=alphas, target_modules=targets)
+    start = time.monotonic()
+    peft.combine([folder], tmp_path / "out", lambda trees: trees[0])
+    assert time.monotonic() - start < 10
+    found = peft.read(tmp_path / "out")
+    assert [found[name].scale for name in modules] == list(alphas.values())
+
+
+def test_many_shapes(tmp_path: Folder) -> None:
+    """Each would compile programs of its own."""
+    (tmp_path / "a").mkdir()
+    tensors = {
+        f"{PREFIX}m{i}.q.lora_{k}.weight": np.ones(shape, np.float32)
+        for i in range(1001)
+        for k, shape in {"A": (1, i + 1), "B": (1, 1)}.items()
+    }
+    save_file(tensors, tmp_path / "a" / TENSORS)
+    fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="1001 pairs of shapes of A and B; expected at most 1000"):
+        peft.combine([tmp_path / "a"], tmp_path / "out", arithmetic.add)
