@@ -29,7 +29,8 @@ class OptimizerState(NamedTuple):
 
     Attributes:
         inner: each run's own state of the transformation, with a count of its own.
-        hyperparams: by name, (n,). Others of the same shape may be put here between steps.
+        hyperparams: by name, (n,). Others of the same shape and dtype may be put here between
+            steps.
         running: (n,) bool: False for runs that were stopped, or stopped themselves.
         steps: (n,) int32: the updates that each run has taken.
     """
