@@ -105,9 +105,12 @@ RULES = {
     "clipped": (lambda r: (LoRA(rank=r, alpha=0.5 * r, init=jlora.initializers.gaussian),), 7),
     "slots": (lambda r: (LoRA("fused", rank=r, alpha=r, slots=jlora.Slots(2, (0, 1))),), 3),
 }
+LATER = ("rslora", "slots")
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name", ["alpha", "clipped", *(pytest.param(x, marks=pytest.mark.slow) for x in LATER)]
+)
 def test_ranks_are_those_of_single_runs(name: str) -> None:
     """Padded: the draws of each rank, 0 beyond it throughout, and the same run with decay."""
     rules, largest = RULES[name]
