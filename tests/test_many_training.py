@@ -71,29 +71,32 @@ def entries() -> list[Any]:
 @pytest.mark.parametrize("case", entries())
 def test_slots_are_the_single_runs(case: Case) -> None:
     """The draws and the base bit for bit, values and gradients of the mapped loss to rounding."""
-    with laws.precision(case, jnp.float32) as tolerance, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"\w+\(\) leaves \d+ weights as they are")
-        problem = case.build(jnp.float32)
+    dtype = jnp.float64 if case.float64 else jnp.float32
+    with laws.precision(case, dtype) as tolerance:
+        tolerance *= 1 if case.float64 else 5  # both programs round, each in its own way
+        problem = case.build(dtype)
         lora = jlora.transform(problem.apply, *case.rules)
-        base, table = many.init(lora, KEYS, problem.params, *problem.args, **problem.kwargs)
-        singles = [lora.init(k, problem.params, *problem.args, **problem.kwargs) for k in KEYS]
-    for x, y in zip(jax.tree.leaves(base), jax.tree.leaves(problem.params), strict=True):
-        assert x is y
-    for i, (_, single) in enumerate(singles):
-        assert jax.tree.structure(table) == jax.tree.structure(single)
-        assert raw(slot(table, i)) == raw(single)
-    table = stack([laws.randomize(single) for _, single in singles])
+        given = (problem.params, *problem.args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\w+\(\) leaves \d+ weights as they are")
+            base, table = many.init(lora, KEYS, *given, **problem.kwargs)
+            singles = [lora.init(key, *given, **problem.kwargs)[1] for key in KEYS]
+        for x, y in zip(jax.tree.leaves(base), jax.tree.leaves(problem.params), strict=True):
+            assert x is y
+        for i, single in enumerate(singles):
+            assert jax.tree.structure(table) == jax.tree.structure(single)
+            assert raw(slot(table, i)) == raw(single)
 
-    def value(adapter: Any, *args: Any) -> Any:
-        return laws.floats(lora.apply(base, adapter, *args, **problem.kwargs))
+        def value(adapter: Any, *args: Any) -> Any:
+            return laws.floats(lora.apply(base, adapter, *args, **problem.kwargs))
 
-    f = laws.value_and_slope(value)
-    shared = [None] * len(problem.args)
-    actual = jax.jit(jax.vmap(f, in_axes=(0, *shared)))(table, *problem.args)
-    single = jax.jit(f)
-    for i in range(N):
-        expected = single(slot(table, i), *problem.args)
-        laws.assert_close(slot(actual, i), expected, tolerance)
+        f, noisy = laws.value_and_slope(value), [laws.randomize(single) for single in singles]
+        shared = [None] * len(problem.args)
+        actual = jax.jit(jax.vmap(f, in_axes=(0, *shared)))(stack(noisy), *problem.args)
+        alone = jax.jit(f)
+        for i, single in enumerate(noisy):
+            expected = alone(single, *problem.args)
+            laws.assert_close(slot(actual, i), expected, tolerance)
 
 
 RATES = jnp.array([1e-2, 3e-2, 1e-1])
