@@ -64,10 +64,10 @@ class Work(NamedTuple):
         seeds: of the sweep.
     """
 
-    apply: Callable[..., jax.Array]
+    apply: Callable[..., Any]
     params: Any
     rules: Callable[[int], tuple[Any, ...]]
-    nll: Callable[[Callable[..., jax.Array], Any], tuple[jax.Array, Any]]
+    nll: Callable[[Any, Any], tuple[jax.Array, Any]]
     inputs: Callable[[Any], tuple[Any, ...]]
     train: Any
     held_out: Any

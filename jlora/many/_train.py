@@ -14,10 +14,9 @@ import optax
 from .._compat import is_concrete
 from .._optimizer import check_transformation, is_transformation
 from .._rules import is_floating
-from .._tree import adapter_leaves, name_of
 from .._types import PyTree, short
-from ..adapters import arrays, is_node, method_of
 from ..core import promote
+from ._table import table_leaves
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -41,9 +40,20 @@ class OptimizerState(NamedTuple):
     steps: jax.Array
 
 
-def optimizer(
-    tx: optax.GradientTransformation | Make, **hyperparams: Any
-) -> optax.GradientTransformationExtraArgs:
+class Optimizer(optax.GradientTransformationExtraArgs):
+    """The optax transformation that `many.optimizer` gives.
+
+    Attributes:
+        init: `(table, **hyperparams) -> OptimizerState`, of the values that the optimizer was made
+            with unless others are given.
+        update: `(grads, state, table, active=None, **extra) -> (updates, state)`.
+    """
+
+    init: Callable[..., OptimizerState]  # pyright: ignore[reportIncompatibleVariableOverride]
+    update: Callable[..., tuple[PyTree, OptimizerState]]  # pyright: ignore
+
+
+def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Optimizer:
     r"""An optimizer of a table: `tx` for each run apart.
 
     Moments, step counts, schedules and clipping by a norm are each run's own; the state has the
@@ -64,7 +74,7 @@ def optimizer(
             `lambda step: learning_rate * shape(step)`.
 
     Returns:
-        An optax transformation, whose state is an `OptimizerState`.
+        An optax transformation.
 
     Raises:
         TypeError: if `tx` is neither, or there are hyperparameters and no function of them; in
@@ -91,7 +101,7 @@ def optimizer(
     make = _maker(tx, hyperparams)
 
     def init(params: PyTree, **others: Any) -> OptimizerState:
-        n = _count(params)
+        n = table_leaves(params)[1]
         values = {name: _each(name, x, n) for name, x in {**hyperparams, **others}.items()}
         inner = jax.vmap(lambda p, h: make(p, h).init(p))(params, values)
         return OptimizerState(inner, values, jnp.ones(n, bool), jnp.zeros(n, jnp.int32))
@@ -122,10 +132,10 @@ def optimizer(
             raise ValueError("many.optimizer needs the table: call update(grads, state, table).")
         moves = state.running
         if active is not None:
-            moves &= _mask("active", active, _count(params))
+            moves &= _mask("active", active, len(moves))
         return jax.vmap(step)(moves, state, updates, params, extra)
 
-    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore
+    return Optimizer(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def stop(state: OptimizerState, slots: Any) -> OptimizerState:
@@ -157,7 +167,7 @@ def stop(state: OptimizerState, slots: Any) -> OptimizerState:
 
 
 def restart(
-    tx: optax.GradientTransformationExtraArgs,
+    tx: Optimizer,
     state: OptimizerState,
     table: PyTree,
     slots: Any,
@@ -204,7 +214,7 @@ def restart(
     for name, x in hyperparams.items():
         new = _each(name, x, n).astype(values[name].dtype)
         values[name] = jnp.where(hit, new, values[name])
-    fresh = tx.init(table, **values)  # pyright: ignore[reportCallIssue]
+    fresh = tx.init(table, **values)
     return jax.vmap(_choose)(hit, fresh, state)
 
 
@@ -241,28 +251,6 @@ def _each(name: str, value: Any, n: int) -> jax.Array:
             f"{x.shape}."
         )
     return jnp.broadcast_to(x, (n,)).astype(x.dtype)
-
-
-def _count(table: PyTree) -> int:
-    """The number of slots of a table."""
-    found = adapter_leaves(table)
-    sizes = {name_of(path): _slots(x) for path, x in found.items()}
-    if len(set(sizes.values())) == 1 and None not in sizes.values():
-        return next(iter(sizes.values()))  # pyright: ignore[reportReturnType]
-    listed = ", ".join(f"{name_of(p)}: {x if is_node(x) else short(x)}" for p, x in found.items())
-    raise TypeError(
-        "`table` must be an adapter with a leading axis of slots on each array, as "
-        f"jlora.many.init gives it; got {listed}."
-    )
-
-
-def _slots(leaf: Any) -> int | None:
-    """The length of the leading axis that a leaf of a table has; None if it is none."""
-    if not is_node(leaf):
-        return leaf.shape[0] if leaf.shape else None
-    axes, found = method_of(leaf).axes(leaf.layout), arrays(leaf)
-    sizes = {x.shape[0] if x.ndim == len(axes[k]) + 1 else None for k, x in found.items()}
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _mask(name: str, mask: Any, n: int) -> jax.Array:
