@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import DictKey, GetAttrKey
 
+from ._compat import is_concrete
 from ._rules import is_finite
 from ._table import aligned, readable
 from ._tree import count, leaves_by_path, name_of, size_in_bytes
@@ -96,7 +97,10 @@ def mask(tree: PyTree) -> PyTree:
 
 
 def optimizer(
-    tx: optax.GradientTransformation, *, lora_plus: float | None = None, freeze_a: bool = False
+    tx: optax.GradientTransformation,
+    *,
+    lora_plus: float | jax.Array | None = None,
+    freeze_a: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets `tx` train the adapter and nothing else.
 
@@ -111,7 +115,7 @@ def optimizer(
     Args:
         tx: any optax transformation.
         lora_plus: the ratio λ of B's learning rate to A's: updates of B are multiplied by it.
-            Hayou et al. find about 16 to be good. None means 1.
+            Hayou et al. find about 16 to be good. None means 1. It may be traced.
         freeze_a: train B (and full leaves) only; A gets no moments and zero updates.
 
     Returns:
@@ -136,12 +140,8 @@ def optimizer(
         >>> bool((optax.apply_updates(params, updates).base["w"] == 1).all())
         True
     """
-    # Not by type: optax.MultiSteps is none of its transformations, but acts as one.
-    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
-        raise TypeError(
-            f"`tx` must be an optax transformation, such as optax.adamw(2e-4); got {tx!r}."
-        )
-    if lora_plus is not None and not (is_finite(lora_plus) and lora_plus > 0):
+    check_transformation(tx)
+    if lora_plus is not None and is_concrete(lora_plus) and not _is_ratio(lora_plus):
         raise ValueError(f"`lora_plus` must be a positive finite number; got {lora_plus!r}.")
     frozen = {"base", "a"} if freeze_a else {"base"}
 
@@ -156,6 +156,23 @@ def optimizer(
         return whole.init(params)
 
     return whole._replace(init=init)
+
+
+def _is_ratio(x: Any) -> bool:
+    return is_finite(x) and x > 0
+
+
+def is_transformation(tx: Any) -> bool:
+    """Whether `tx` acts as an optax transformation; `optax.MultiSteps` does without being one."""
+    return all(callable(getattr(tx, name, None)) for name in ("init", "update"))
+
+
+def check_transformation(tx: Any) -> None:
+    """`TypeError` if `tx` is no optax transformation."""
+    if not is_transformation(tx):
+        raise TypeError(
+            f"`tx` must be an optax transformation, such as optax.adamw(2e-4); got {tx!r}."
+        )
 
 
 def _check_no_keys(params: PyTree) -> None:
@@ -186,7 +203,7 @@ def _freeze() -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _scale_b(ratio: float) -> optax.GradientTransformation:
+def _scale_b(ratio: float | jax.Array) -> optax.GradientTransformation:
     def scale(updates: PyTree, params: PyTree | None) -> PyTree:
         del params
         return jax.tree.map(

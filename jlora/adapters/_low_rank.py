@@ -93,6 +93,12 @@ class LoRA:
         """The factor s of ΔW = s·A·B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def of_rank(self, rank: int) -> "LoRA":
+        """The rule of another rank at the same scale."""
+        share = rank / self.rank
+        alpha = self.alpha * (math.sqrt(share) if self.rslora else share)
+        return dataclasses.replace(self, rank=rank, alpha=alpha)
+
     def factor_shapes(self, site: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and of B at a site."""
         return factor_shapes(site.layout, site.shape, self.rank)
@@ -195,9 +201,7 @@ def _fit(rule: LoRA, site: Any) -> tuple[LoRA, Layout]:
     if rule.rank <= largest:
         return rule, layout
     if rule.pattern is None:  # all-linear: as much as the site can take, at the same scale
-        share = largest / rule.rank
-        alpha = rule.alpha * (math.sqrt(share) if rule.rslora else share)
-        return dataclasses.replace(rule, rank=largest, alpha=alpha), layout
+        return rule.of_rank(largest), layout
     raise ValueError(
         f"`rank` of {rule_name(rule)} is {rule.rank}, above min(inputs, outputs) = {largest} "
         f"of {site.name} with shape {site.shape}. Lower the rank, or put a rule of its own "

@@ -1,11 +1,20 @@
-"""Many adapters on one base. Imports `_alike`, `_tree`, `_types`, `adapters`, `core`.
+"""Many adapters on one base.
+
+Imports `_alike`, `_compat`, `_optimizer`, `_rules`, `_transform`, `_tree`, `_types`, `adapters`,
+`core`.
 
 A table is an adapter with a leading axis of slots on each of its arrays.
 """
 
 from ._route import prepare as prepare
 from ._route import route as route
+from ._start import init as init
 from ._table import insert as insert
 from ._table import remove as remove
 from ._table import stack as stack
 from ._table import take as take
+from ._train import Optimizer as Optimizer
+from ._train import OptimizerState as OptimizerState
+from ._train import optimizer as optimizer
+from ._train import restart as restart
+from ._train import stop as stop

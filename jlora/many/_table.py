@@ -9,8 +9,8 @@ import numpy as np
 
 from .._alike import alike, misfit
 from .._tree import adapter_leaves, is_concrete, is_empty, leaves_by_path, name_of, nest
-from .._types import Path, PyTree
-from ..adapters import LowRank, is_node, state
+from .._types import Path, PyTree, short
+from ..adapters import LowRank, arrays, is_node, method_of, state
 from ..core import promote
 
 Leaves = dict[Path, Any]
@@ -163,21 +163,26 @@ def take(table: PyTree, slot: int | jax.Array) -> PyTree:
 def table_leaves(table: PyTree) -> tuple[Leaves, int]:
     """The leaves of a table by path, and the number of its slots."""
     found = adapter_leaves(table)
-    counts = {p: x.shape[:1] for p, leaf in found.items() for x in jax.tree.leaves(leaf)}
-    wrong = {p: x for p, x in found.items() if is_node(x) and x.a.ndim != _rank_of(x) + 1}
-    if len(set(counts.values())) != 1 or () in counts.values() or wrong:
-        listed = ", ".join(f"{name_of(p)}: {x!r}" for p, x in {**found, **wrong}.items())
+    counts = {_slots(leaf) for leaf in found.values()}
+    count = counts.pop()
+    if counts or count is None:
+        listed = ", ".join(
+            f"{name_of(p)}: {x if is_node(x) else short(x)}" for p, x in found.items()
+        )
         raise TypeError(
             "`table` must be an adapter with a leading axis of slots on each array, as "
-            f"jlora.many.stack returns it; got {listed}."
+            f"jlora.many.stack and jlora.many.init give it; got {listed}."
         )
-    return found, next(iter(counts.values()))[0]
+    return found, count
 
 
-def _rank_of(node: Any) -> int:
-    """The number of axes that the A of a `LowRank` has."""
-    stack, inputs, _, slots = node.layout
-    return len(stack) + len(inputs) + (slots is not None) + 1
+def _slots(leaf: Any) -> int | None:
+    """The length of the first axis of a leaf, if that is one of slots."""
+    if not is_node(leaf):
+        return leaf.shape[0] if leaf.shape else None
+    axes, found = method_of(leaf).axes(leaf.layout), arrays(leaf)
+    sizes = {x.shape[0] if x.ndim == len(axes[k]) + 1 else None for k, x in found.items()}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 # -------------------------------------------------------------------------------------- the rows

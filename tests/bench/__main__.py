@@ -9,7 +9,8 @@ from . import steps
 
 # Machine code that is made fast, not that runs fast: what XLA counts is known before it is made.
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-NAMES = ("floor", "real", "memory", "quantized", "peers", "growth", "adapters", "overheads")
+NAMES = ("floor", "real", "memory", "quantized", "peers", "growth", "adapters", "sweep")
+NAMES += ("overheads",)
 BY_NAME = ("tpu",)  # needs the compiler for TPUs
 
 

@@ -1,4 +1,4 @@
-"""Many adapters on one base: rows of a batch with an adapter each, and training several at once."""
+"""Many adapters on one base: rows of a batch with an adapter each."""
 
 import math
 import pathlib
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jlora
 from jlora import many
@@ -24,17 +23,15 @@ ROUTES = {"route": None, "side by side": "side by side", "gathered": "gathered"}
 
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
-    """A table for serving and one for training; target: 64 adapters at 0.9 of one's throughput."""
+    """Throughput by the number of adapters; target: 64 at 0.9 of one's."""
     shape, rounds = (TINY, 2) if quick else (SHAPE, 9)
     counts = (1, 8) if quick else (1, 8, 64)
-    served, trained = [], []
+    served = []
     for name, rules in RULES.items():
         setting = Setting.make(shape, rules(8))
         served += serving(setting, name, counts, rounds)
-        trained += training(setting, name, counts[1:], rounds)
     title = f"{shape.layers} layers, d={shape.dim}, {shape.batch} rows of {shape.length} tokens"
     report.table(f"serving: {title}, against one adapter", served, out)
-    report.table(f"training: {title} in all, against one adapter at a time", trained, out)
 
 
 class Setting(NamedTuple):
@@ -174,67 +171,6 @@ def _check_memory(setting: Setting, count: int, whole: Call, *calls: Call) -> No
         assert _largest(call) <= largest, f"an array of {_largest(call)} elements"
         limit = whole.temp + 2 * len(ids) * _bytes(adapter)
         assert call.temp <= limit, f"{call.temp} temporary bytes, more than {limit}"
-
-
-# ------------------------------------------------------------------------------------ training
-
-
-def training(setting: Setting, name: str, counts: tuple[int, ...], rounds: int) -> list[dict]:
-    """`count` adapters by a vmap of the step, against `count` steps of one; the same rows in all.
-
-    The states are not kept from step to step: each call repeats the first, which costs the same.
-    """
-    tx, lora = optax.adam(1e-4), setting.lora
-
-    def loss(adapter: Any, base: Any, ids: jax.Array) -> jax.Array:
-        return steps.next_token(lambda base, *args: lora.apply(base, adapter, *args), base, ids)
-
-    def step(base: Any, adapter: Any, moments: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
-        value, grads = jax.value_and_grad(loss)(adapter, base, ids)
-        updates, moments = tx.update(grads, moments, adapter)
-        return optax.apply_updates(adapter, updates), moments, value
-
-    rows = []
-    for count in counts:
-        adapters = setting.stacked(count)
-        moments = jax.vmap(tx.init)(adapters)
-        ids = setting.ids.reshape(count, len(setting.ids) // count, -1)
-        at_once = jax.vmap(step, in_axes=(None, 0, 0, 0))
-        parts = [(setting.base, _nth(adapters, k), _nth(moments, k), ids[k]) for k in range(count)]
-        calls = {
-            "vmap": Call.make(at_once, (setting.base, adapters, moments, ids)),
-            "one by one": Call.make(step, *parts),
-        }
-        _check_training(calls["vmap"], calls["one by one"])
-        state = _bytes((adapters, moments))
-        copies = calls["vmap"].compiled.memory_analysis().argument_size_in_bytes
-        assert copies == _bytes(setting.base) + state + ids.nbytes, "an argument is copied"
-        seconds = steps.interleave(calls, None, rounds, f"training, {name}, {count}")
-        rows += [
-            {
-                "sites": name,
-                "adapters": count,
-                "how": how,
-                "rows/s": len(setting.ids) / float(np.median(seconds[how])),
-                "throughput": steps.ratio(seconds["one by one"], seconds[how]),
-                "temp MB": call.temp / 1e6,
-            }
-            for how, call in calls.items()
-        ]
-    return rows
-
-
-def _check_training(vmapped: Call, alone: Call) -> None:
-    """The losses agree before and after an update of each adapter."""
-    [(base, adapters, moments, ids)] = vmapped.arguments
-    together = []
-    for _ in range(2):
-        adapters, moments, losses = vmapped.compiled(base, adapters, moments, ids)
-        together.append(losses)
-    for k, (base, adapter, moments, ids) in enumerate(alone.arguments):
-        for losses in together:
-            adapter, moments, value = alone.compiled(base, adapter, moments, ids)
-            np.testing.assert_allclose(losses[k], value, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------- trees

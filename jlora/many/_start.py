@@ -1,0 +1,180 @@
+"""How a table starts: one adapter for each key, of any ranks, on one base."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._compat import is_concrete
+from .._rules import is_int, rule_name
+from .._transform import transform
+from .._tree import flatten, leaves_by_path, name_of
+from .._types import PyTree, Transformed, short
+
+
+def init(
+    lora: Transformed,
+    keys: jax.Array,
+    params: PyTree,
+    *args: Any,
+    ranks: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[PyTree, PyTree]:
+    r"""One adapter for each key, on one base: slot i is what `lora.init(keys[i], ...)` gives.
+
+    Args:
+        lora: from `jlora.transform`.
+        keys: n PRNG keys, as `jax.random.split(key, n)` gives them; threefry ones, whose draws
+            under `vmap` are those of each key.
+        params: as for `lora.init`.
+        *args: as for `lora.init`.
+        ranks: n ranks, known when traced: slot i is that of rules with `rank=ranks[i]`, at their
+            scale s, so with `alpha` $= s \cdot r_i$, or $s \sqrt{r_i}$ with `rslora`. The table has
+            the rules' own ranks, of which none may be below; further columns of A and rows of B
+            are 0, and so are their gradients. They stay 0, and slot i is that single run, under
+            optimizers of which each step follows from entries and norms, as those of Adam, SGD and
+            LAMB do; not with noise, or means over the entries of a factor (adafactor).
+        **kwargs: as for `lora.init`.
+
+    Returns:
+        `(base, table)`. The base is that of `lora.init`, once: `params`, leaf for leaf the same
+        arrays, unless an initializer changes it. The table is an adapter of which each array has a
+        leading axis of n slots. Works under `jax.jit` with `out_shardings`, such as those of
+        `jlora.sharding.specs` with one more axis in front, and `jax.eval_shape`.
+
+    Raises:
+        TypeError: if `keys` are no such keys, or `ranks` are no integers that are known.
+        ValueError: if `ranks` are out of range or not n; or an initializer gives each key, or each
+            rank, another base, so that none can be shared.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2, alpha=2))
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> params, x = {"w": jnp.ones((4, 5))}, jnp.ones((1, 4))
+        >>> base, table = jlora.many.init(lora, keys, params, x, ranks=[1, 2, 2])
+        >>> table
+        {'w': LowRank(a=float32[3,4,2], b=float32[3,2,5], scale=1.0)}
+        >>> jax.vmap(lora.apply, in_axes=(None, 0, None))(base, table, x).shape
+        (3, 1, 5)
+    """
+    _check_keys(keys)
+
+    def starts(lora: Transformed, keys: jax.Array) -> tuple[PyTree, PyTree]:
+        one = lambda key: _start(lora, key, params, args, kwargs)  # noqa: E731
+        return jax.vmap(one, out_axes=(None, 0))(keys)
+
+    if ranks is None:
+        changed, table = starts(lora, keys)
+    else:
+        each = _checked_ranks(lora, ranks, len(keys))
+        like = jax.eval_shape(lambda key: lora.init(key, params, *args, **kwargs)[1], keys[0])
+        groups = [np.flatnonzero(each == r) for r in np.unique(each)]
+        found = [starts(_of_rank(lora, int(each[at[0]])), keys[at]) for at in groups]
+        changed = found[0][0]
+        if len(groups) > 1:
+            _refuse_changes(set().union(*(one for one, _ in found)), "rank")
+        order = np.argsort(np.concatenate(groups))
+        tables = [_padded(table, like) for _, table in found]
+        table = jax.tree.map(lambda *xs: jnp.concatenate(xs)[order], *tables)
+    leaves = [changed.get(name_of(path), w) for path, w in leaves_by_path(params)]
+    return jax.tree.unflatten(flatten(params)[1], leaves), table
+
+
+def _start(
+    lora: Transformed, key: jax.Array, params: PyTree, args: Any, kwargs: Any
+) -> tuple[dict[str, Any], PyTree]:
+    """The leaves by name in which the base differs from `params`, and the adapter."""
+    base, adapter = lora.init(key, params, *args, **kwargs)
+    pairs = zip(leaves_by_path(base), flatten(params)[0], strict=True)
+    changed = {name_of(path): w for (path, w), old in pairs if w is not old}
+    return _shared(changed) if changed else {}, adapter
+
+
+@jax.custom_batching.custom_vmap
+def _shared(changed: dict[str, Any]) -> dict[str, Any]:
+    """The leaves as they are; an error where they follow from a key."""
+    return changed
+
+
+@_shared.def_vmap
+def _refuse_batched(_: int, batched: list[Any], changed: dict[str, Any]) -> Any:
+    _refuse_changes({name for name in changed if any(jax.tree.leaves(batched[0][name]))}, "key")
+    return changed, batched[0]
+
+
+def _refuse_changes(names: set[str], reason: str) -> None:
+    if names:
+        raise ValueError(
+            f"an initializer gives each {reason} another base, so that the adapters cannot share "
+            f"one, at {', '.join(sorted(names))}. Use an initializer that leaves the weights as "
+            "they are, such as jlora.initializers.kaiming_uniform, or train these one by one."
+        )
+
+
+def _check_keys(keys: Any) -> None:
+    """`TypeError` if `keys` are not n threefry keys, new or old style."""
+    dtype, shape = getattr(keys, "dtype", None), tuple(getattr(keys, "shape", ()))
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    per_key = shape[1:] == (() if typed else (2,)) and (typed or dtype == jnp.uint32)
+    if not shape or not shape[0] or not per_key:
+        raise TypeError(
+            "`keys` must be one PRNG key for each adapter, such as "
+            f"jax.random.split(jax.random.key(0), 8); got {short(keys)}."
+        )
+    if typed and str(jax.random.key_impl(keys)) != "threefry2x32":
+        raise TypeError(
+            '`keys` must be of the implementation "threefry2x32", whose draws under vmap are those '
+            f"of each key alone; got {jax.random.key_impl(keys)!s}. Make them with "
+            'jax.random.key(seed, impl="threefry2x32").'
+        )
+
+
+# -------------------------------------------------------------------------------- runs of any rank
+
+
+def _rules(lora: Transformed) -> Sequence[Any]:
+    return getattr(lora.sites, "args", ((), ()))[1]
+
+
+def _of_rank(lora: Transformed, rank: int) -> Transformed:
+    """The transform whose rules have another rank, at their scales."""
+    rules = [x.of_rank(rank) if hasattr(x, "of_rank") else x for x in _rules(lora)]
+    return transform(lora.sites.args[0], *rules)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _checked_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
+    if not is_concrete(ranks):
+        raise TypeError(
+            "`ranks` must be known when many.init is traced, as shapes follow from them. Give a "
+            "list or a NumPy array, by a closure rather than as an argument of the jitted function."
+        )
+    found = list(np.asarray(ranks).ravel())
+    if not all(map(is_int, found)):
+        raise TypeError(f"`ranks` must be integers; got {ranks!r}.")
+    if len(found) != n:
+        raise ValueError(f"`ranks` must be one for each of the {n} keys; got {len(found)}.")
+    limits = {rule_name(x): x.rank for x in _rules(lora) if hasattr(x, "of_rank")}
+    if not limits:
+        raise ValueError("`ranks` is given, but no rule of `lora` has a rank: leave it out.")
+    for name, limit in limits.items():
+        if wrong := [r for r in found if not 1 <= r <= limit]:
+            raise ValueError(
+                f"`ranks` must lie in [1, {limit}], the rank of {name}; got {wrong[0]}. The rule's "
+                "rank is that of the table: raise it to the largest."
+            )
+    return np.array(found)
+
+
+def _padded(table: PyTree, like: PyTree) -> PyTree:
+    """The table with zeros up to the ranks of the adapter `like`, and its static fields."""
+
+    def pad(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.pad(
+            x, [(0, 0), *((0, m - n) for n, m in zip(x.shape[1:], y.shape, strict=True))]
+        )
+
+    leaves = map(pad, jax.tree.leaves(table), jax.tree.leaves(like))
+    return jax.tree.unflatten(jax.tree.structure(like), list(leaves))

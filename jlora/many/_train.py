@@ -1,0 +1,287 @@
+"""An optimizer of a table, with a state for each run.
+
+A run is a slot of the table with its optimizer's state. Runs share the base and nothing else.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .._compat import is_concrete
+from .._optimizer import check_transformation, is_transformation
+from .._rules import is_floating
+from .._types import PyTree, short
+from ..core import promote
+from ._table import table_leaves
+
+Make = Callable[..., optax.GradientTransformation]
+
+
+class OptimizerState(NamedTuple):
+    """The state of `many.optimizer`: every array has a leading axis of n runs.
+
+    So `jax.tree.map(lambda x: x[kept], (table, state))` is a smaller table with its state.
+
+    Attributes:
+        inner: each run's own state of the transformation, with a count of its own.
+        hyperparams: by name, (n,). Others of the same shape and dtype may be put here between
+            steps.
+        running: (n,) bool: False for runs that were stopped, or stopped themselves.
+        steps: (n,) int32: the updates that each run has taken.
+    """
+
+    inner: PyTree
+    hyperparams: dict[str, jax.Array]
+    running: jax.Array
+    steps: jax.Array
+
+
+class Optimizer(optax.GradientTransformationExtraArgs):
+    """The optax transformation that `many.optimizer` gives.
+
+    Attributes:
+        init: `(table, **hyperparams) -> OptimizerState`, of the values that the optimizer was made
+            with unless others are given.
+        update: `(grads, state, table, active=None, **extra) -> (updates, state)`.
+    """
+
+    init: Callable[..., OptimizerState]  # pyright: ignore[reportIncompatibleVariableOverride]
+    update: Callable[..., tuple[PyTree, OptimizerState]]  # pyright: ignore
+
+
+def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Optimizer:
+    r"""An optimizer of a table: `tx` for each run apart.
+
+    Moments, step counts, schedules and clipping by a norm are each run's own; the state has the
+    size of n single ones. A run that would write NaN or infinity into its parameters or its state
+    takes no such step: it keeps what it had, and stops. To the other runs all is as if it had not
+    diverged, bit for bit. A stopped run is computed on all the same: its updates are dropped.
+
+    `update(grads, state, table, active=mask, **extra)` may be given a mask, (n,) bool, of the runs
+    that take part in a step. The others stay as they are in every respect: no update, no decay of
+    weights or moments, no count. Other extra arguments, such as `value`, have one entry a run.
+
+    Args:
+        tx: an optax transformation, `jlora.optimizer` among them; or a function of hyperparameters
+            that returns one.
+        **hyperparams: the arguments of that function, each a number or an array of shape (n,), one
+            value for each run. They are traced, and kept in the state, so that other values need
+            no compilation. The function must not look at their values: a schedule is
+            `lambda step: learning_rate * shape(step)`.
+
+    Returns:
+        An optax transformation.
+
+    Raises:
+        TypeError: if `tx` is neither, or there are hyperparameters and no function of them; in
+            `init` and `update`, if the tree is no table, or `active` no mask.
+        ValueError: in `init`, if a hyperparameter has not one value for each run; in `update`,
+            without the table.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora, optax
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> keys, x = jax.random.split(jax.random.key(0), 2), jnp.ones((1, 4))
+        >>> base, table = jlora.many.init(lora, keys, {"w": jnp.ones((4, 3))}, x)
+        >>> def make(learning_rate):
+        ...     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate))
+        >>> tx = jlora.many.optimizer(make, learning_rate=jnp.array([1e-3, 1e-2]))
+        >>> state = tx.init(table)
+        >>> loss = lambda adapter, base, x: lora.apply(base, adapter, x).sum()
+        >>> losses, grads = jax.vmap(jax.value_and_grad(loss), (0, None, None))(table, base, x)
+        >>> updates, state = tx.update(grads, state, table)
+        >>> table = optax.apply_updates(table, updates)
+        >>> state.running, state.steps
+        (Array([ True,  True], dtype=bool), Array([1, 1], dtype=int32))
+    """
+    make = _maker(tx, hyperparams)
+
+    def init(params: PyTree, **others: Any) -> OptimizerState:
+        n = table_leaves(params)[1]
+        values = {name: _each(name, x, n) for name, x in {**hyperparams, **others}.items()}
+        inner = jax.vmap(lambda p, h: make(p, h).init(p))(params, values)
+        return OptimizerState(inner, values, jnp.ones(n, bool), jnp.zeros(n, jnp.int32))
+
+    def step(moves: jax.Array, state: OptimizerState, grads: PyTree, p: PyTree, extra: Any) -> Any:
+        tx = make(p, state.hyperparams)
+        updates, inner = tx.update(grads, state.inner, p, **extra)
+        finite = _stays_finite((p, state.inner), (optax.apply_updates(p, updates), inner))
+        moved = moves & finite
+        # -0.0 is the zero that leaves every float as it was.
+        still = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
+        after = state._replace(
+            inner=_choose(moved, inner, state.inner),
+            running=state.running & (finite | ~moves),
+            steps=state.steps + moved,
+        )
+        return _choose(moved, updates, still), after
+
+    def update(
+        updates: PyTree,
+        state: OptimizerState,
+        params: PyTree | None = None,
+        *,
+        active: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, OptimizerState]:
+        if params is None:
+            raise ValueError("many.optimizer needs the table: call update(grads, state, table).")
+        moves = state.running
+        if active is not None:
+            moves &= _mask("active", active, len(moves))
+        return jax.vmap(step)(moves, state, updates, params, extra)
+
+    return Optimizer(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def stop(state: OptimizerState, slots: Any) -> OptimizerState:
+    """Stops runs: from now on their adapters and states stay as they are.
+
+    Their steps are computed all the same. To save that, take those that run out of the table and
+    the state, as `OptimizerState` says, once enough have stopped to be worth a compilation.
+
+    Args:
+        state: of `many.optimizer`.
+        slots: an index, a list or array of indices, or a mask of shape (n,). Indices that are
+            traced are not checked.
+
+    Returns:
+        The state, of the same shapes and types.
+
+    Raises:
+        TypeError: if `slots` are neither.
+        ValueError: if an index is out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora, optax
+        >>> table = {"bias": jnp.ones((3, 5))}
+        >>> state = jlora.many.optimizer(optax.sgd(1.0)).init(table)
+        >>> jlora.many.stop(state, jnp.array([0.1, 0.9, 0.2]) > 0.5).running
+        Array([ True, False,  True], dtype=bool)
+    """
+    return state._replace(running=state.running & ~_hit(slots, len(state.running)))
+
+
+def restart(
+    tx: Optimizer,
+    state: OptimizerState,
+    table: PyTree,
+    slots: Any,
+    **hyperparams: Any,
+) -> OptimizerState:
+    """Starts new runs in slots whose adapters were replaced, nothing being compiled again.
+
+    `table = many.insert(table, slot, adapter)` puts the new adapter there; this gives it a fresh
+    state, a step count of 0, and its hyperparameters.
+
+    Args:
+        tx: of `many.optimizer`.
+        state: its state.
+        table: the table with the new adapters in place.
+        slots: an index, a list or array of indices, or a mask of shape (n,). Indices that are
+            traced are not checked.
+        **hyperparams: new values for these runs, each a number or an array of shape (n,), of which
+            those at `slots` count. The others stay as they are in the state.
+
+    Returns:
+        The state, of the same shapes and types.
+
+    Raises:
+        TypeError: if `slots` are neither, or a hyperparameter is none of the state's.
+        ValueError: if an index is out of range, or a value has a wrong shape.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora, optax
+        >>> table = {"bias": jnp.ones((2, 5))}
+        >>> tx = jlora.many.optimizer(optax.sgd, learning_rate=jnp.array([0.1, 0.2]))
+        >>> state = jlora.many.stop(tx.init(table), 1)
+        >>> state = jlora.many.restart(tx, state, table, 1, learning_rate=0.5)
+        >>> state.running, state.hyperparams["learning_rate"]
+        (Array([ True,  True], dtype=bool), Array([0.1, 0.5], dtype=float32))
+    """
+    if unknown := hyperparams.keys() - state.hyperparams.keys():
+        raise TypeError(
+            f"`{min(unknown)}` is no hyperparameter of this optimizer; it has "
+            f"{', '.join(map(repr, state.hyperparams)) or 'none'}."
+        )
+    n = len(state.running)
+    hit = _hit(slots, n)
+    values = dict(state.hyperparams)
+    for name, x in hyperparams.items():
+        new = _each(name, x, n).astype(values[name].dtype)
+        values[name] = jnp.where(hit, new, values[name])
+    fresh = tx.init(table, **values)
+    return jax.vmap(_choose)(hit, fresh, state)
+
+
+# ---------------------------------------------------------------------------------- what they share
+
+
+def _maker(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any]], Any]:
+    """A function of one adapter and its hyperparameters that gives a transformation."""
+    if is_transformation(tx) and (given := sorted(names)):
+        raise TypeError(
+            f"`{given[0]}` is given beside a transformation that is made already. Give a function "
+            "of it, such as many.optimizer(optax.adamw, learning_rate=...)."
+        )
+    if not (is_transformation(tx) or callable(tx)):
+        check_transformation(tx)
+
+    def make(adapter: PyTree, values: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+        dtypes = [x.dtype for x in jax.tree.leaves(adapter)]
+        dtype = promote(*(d for d in dtypes if is_floating(d)))
+        cast = {k: x.astype(dtype) if is_floating(x.dtype) else x for k, x in values.items()}
+        made: Any = tx if is_transformation(tx) else tx(**cast)
+        check_transformation(made)
+        return optax.with_extra_args_support(made)
+
+    return make
+
+
+def _each(name: str, value: Any, n: int) -> jax.Array:
+    """A value for each of the n runs, not weakly typed: the next step must not look different."""
+    x = jnp.asarray(value)
+    if x.shape not in ((), (n,)):
+        raise ValueError(
+            f"`{name}` must be a number, or have one value for each of the {n} runs; got shape "
+            f"{x.shape}."
+        )
+    return jnp.broadcast_to(x, (n,)).astype(x.dtype)
+
+
+def _mask(name: str, mask: Any, n: int) -> jax.Array:
+    x = jnp.asarray(mask)
+    if x.dtype != bool or x.shape != (n,):
+        raise TypeError(f"`{name}` must be a mask of shape ({n},) and bool; got {short(x)}.")
+    return x
+
+
+def _hit(slots: Any, n: int) -> jax.Array:
+    """The mask of chosen slots."""
+    x = jnp.asarray(slots)
+    if x.dtype == bool:
+        return _mask("slots", x, n)
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim > 1:
+        raise TypeError(f"`slots` must be indices or a mask of shape ({n},); got {short(x)}.")
+    if is_concrete(x) and np.any((x < 0) | (x >= n)):
+        raise ValueError(f"`slots` must lie in [0, {n}), the slots of the table; got {slots!r}.")
+    return jnp.zeros(n, bool).at[x].set(True)
+
+
+def _choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
+
+
+def _stays_finite(old: PyTree, new: PyTree) -> jax.Array:
+    """Whether no number becomes NaN or infinite. Some states start at infinity."""
+
+    def stays(x: jax.Array, y: jax.Array) -> Any:
+        if not jnp.issubdtype(y.dtype, jnp.inexact):
+            return True
+        return jnp.all(jnp.isfinite(y) | ~jnp.isfinite(x))
+
+    return jnp.all(jnp.stack([*map(stays, jax.tree.leaves(old), jax.tree.leaves(new))]))

@@ -1,0 +1,632 @@
+"""Training many adapters at once: slot i of a table is the single run i, whatever the others do.
+
+The laws of `init` run over the cases of `cases`, those of the optimizer over `OPTIMIZERS`: each run
+apart, one diverged among them, some that take no part, and new ones in the place of others.
+"""
+
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import devices
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import optax
+import pytest
+import small
+from cases import CASES, SUBJECTS, Case
+from small import ADAPTED, PARAMS, X, exactly
+
+import jlora
+from jlora import Full, LoRA, many
+
+N = 3
+KEYS = jax.random.split(jax.random.key(7), N)
+
+
+def slot(tree: Any, i: Any) -> Any:
+    """What a table, or a state, has for one run."""
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def stack(trees: list[Any]) -> Any:
+    """Trees of one structure, along a new first axis."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def raw(tree: Any) -> list[bytes]:
+    """The bytes of every leaf: zeros of two signs, and NaNs, are compared as they are."""
+    leaves = jax.tree.leaves(tree)
+    data = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
+    return [np.asarray(x).tobytes() for x in data]
+
+
+def is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+# ------------------------------------------------------------------------------------------- init
+
+
+def fits(case: Case) -> bool:
+    """Whether an adapter of the case can be trained, and mapped over."""
+    return case.vmap and case.grad and case.jit and case.sites > 0 and not case.leaks
+
+
+def entries() -> list[Any]:
+    """The first case of every other subject each day, the others in the long run."""
+    rows = []
+    for i, subject in enumerate(SUBJECTS):
+        found = [c for c in CASES if c.subject == subject and fits(c)]
+        for j, case in enumerate(found):
+            slow = [pytest.mark.slow] if j or i % 2 or case.slow else []
+            rows.append(pytest.param(case, id=case.name, marks=slow))
+    return rows
+
+
+@pytest.mark.parametrize("case", entries())
+def test_slots_are_the_single_runs(case: Case) -> None:
+    """The draws and the base bit for bit, values and gradients of the mapped loss to rounding."""
+    dtype = jnp.float64 if case.float64 else jnp.float32
+    with laws.precision(case, dtype) as tolerance:
+        tolerance *= 1 if case.float64 else 5  # both programs round, each in its own way
+        problem = case.build(dtype)
+        lora = jlora.transform(problem.apply, *case.rules)
+        given = (problem.params, *problem.args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\w+\(\) leaves \d+ weights as they are")
+            base, table = many.init(lora, KEYS, *given, **problem.kwargs)
+            singles = [lora.init(key, *given, **problem.kwargs)[1] for key in KEYS]
+        for x, y in zip(jax.tree.leaves(base), jax.tree.leaves(problem.params), strict=True):
+            assert x is y
+        for i, single in enumerate(singles):
+            assert jax.tree.structure(table) == jax.tree.structure(single)
+            assert raw(slot(table, i)) == raw(single)
+
+        def value(adapter: Any, *args: Any) -> Any:
+            return laws.floats(lora.apply(base, adapter, *args, **problem.kwargs))
+
+        f, noisy = laws.value_and_slope(value), [laws.randomize(single) for single in singles]
+        shared = [None] * len(problem.args)
+        actual = jax.jit(jax.vmap(f, in_axes=(0, *shared)))(stack(noisy), *problem.args)
+        alone = jax.jit(f)
+        for i, single in enumerate(noisy):
+            expected = alone(single, *problem.args)
+            laws.assert_close(slot(actual, i), expected, tolerance)
+
+
+RATES = jnp.array([1e-2, 3e-2, 1e-1])
+RANKS, STEPS = [1, 3, 2], 20
+# The rules of one rank, and a named rule beside one that clips its rank.
+RULES = {
+    "alpha": (lambda r: (LoRA("kernel", rank=r, alpha=2.0 * r), Full("bias")), 3),
+    "rslora": (lambda r: (LoRA("kernel", rank=r, alpha=2.0 * np.sqrt(r), rslora=True),), 4),
+    "clipped": (lambda r: (LoRA(rank=r, alpha=0.5 * r, init=jlora.initializers.gaussian),), 7),
+    "slots": (lambda r: (LoRA("fused", rank=r, alpha=r, slots=jlora.Slots(2, (0, 1))),), 3),
+}
+LATER = ("rslora", "slots")
+
+
+@pytest.mark.parametrize(
+    "name", ["alpha", "clipped", *(pytest.param(x, marks=pytest.mark.slow) for x in LATER)]
+)
+def test_ranks_are_those_of_single_runs(name: str) -> None:
+    """Padded: the draws of each rank, 0 beyond it throughout, and the same run with decay."""
+    rules, largest = RULES[name]
+    lora = jlora.transform(small.model, *rules(largest))
+    base, table = many.init(lora, KEYS, PARAMS, X, ranks=RANKS)
+    assert all(x is y for x, y in zip(jax.tree.leaves(base), jax.tree.leaves(PARAMS), strict=True))
+    of_table = jax.eval_shape(lora.init, KEYS[0], PARAMS, X)[1]
+    assert jax.tree.structure(of_table) == jax.tree.structure(table)
+    assert jax.tree.map(lambda x, y: x.shape[1:] == y.shape, table, of_table)
+    tx = many.optimizer(clipped_adamw, learning_rate=RATES, weight_decay=0.1)
+    trained, curves = train(lora, base, table, tx, mapped=True)
+    for i, rank in enumerate(RANKS):
+        single = jlora.transform(small.model, *rules(rank))
+        _, adapter = single.init(KEYS[i], PARAMS, X)
+        assert padding(slot(table, i), adapter) == 0
+        assert raw(cut(slot(table, i), adapter)) == raw(adapter)
+        expected, curve = train(single, base, adapter, clipped_adamw(float(RATES[i]), 0.1))
+        assert padding(slot(trained, i), adapter) == 0
+        laws.assert_close(cut(slot(trained, i), expected), expected, 1e-5)
+        np.testing.assert_allclose(curves[:, i], curve, rtol=1e-5)
+        assert curve[-1] < 0.95 * curve[0]
+
+
+def clipped_adamw(learning_rate: Any, weight_decay: Any) -> Any:
+    return optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(learning_rate, weight_decay=weight_decay)
+    )
+
+
+def loss(lora: Any, adapter: Any, base: Any) -> jax.Array:
+    """Of a target that takes some steps."""
+    return jnp.mean((lora.apply(base, adapter, X) - 1) ** 2)
+
+
+def train(lora: Any, base: Any, adapter: Any, tx: Any, mapped: bool = False) -> Any:
+    """An adapter, or a table of them, after some steps, and the losses of these."""
+    slope = jax.value_and_grad(functools.partial(loss, lora))
+    slope = jax.vmap(slope, (0, None)) if mapped else slope
+    state, losses = tx.init(adapter), []
+
+    @jax.jit
+    def step(adapter: Any, state: Any) -> Any:
+        value, grads = slope(adapter, base)
+        updates, state = tx.update(grads, state, adapter)
+        return optax.apply_updates(adapter, updates), state, value
+
+    for _ in range(STEPS):
+        adapter, state, value = step(adapter, state)
+        losses.append(value)
+    return adapter, np.array(losses)
+
+
+def cut(adapter: Any, like: Any) -> Any:
+    """The first entries along each axis, as many as `like` has, with its static fields."""
+    pairs = zip(jax.tree.leaves(adapter), jax.tree.leaves(like), strict=True)
+    leaves = [x[tuple(map(slice, y.shape))] for x, y in pairs]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def padding(adapter: Any, like: Any) -> int:
+    """How many of the other entries are not exactly 0."""
+    inside = cut(adapter, like)
+    return sum(
+        int(jnp.count_nonzero(x)) - int(jnp.count_nonzero(y))
+        for x, y in zip(jax.tree.leaves(adapter), jax.tree.leaves(inside), strict=True)
+    )
+
+
+def test_gradients_beyond_a_rank_are_zero() -> None:
+    """Exactly, with A and B of the rank itself anything."""
+    lora = jlora.transform(small.model, LoRA("kernel|fused", rank=3))
+    base, table = many.init(lora, KEYS, PARAMS, X, ranks=RANKS)
+    noisy = jax.tree.map(lambda x: jnp.where(x == 0, 0, x + 0.1), table)
+    noisy = {
+        k: jax.tree.map(lambda x: x.at[:, :1].add(0.1) if x.shape[1] == 3 else x, v)
+        for k, v in noisy.items()
+    }
+    grads = jax.vmap(jax.grad(functools.partial(loss, lora)), (0, None))(noisy, base)
+    for i, rank in enumerate(RANKS):
+        _, like = jlora.transform(small.model, LoRA("kernel|fused", rank=rank)).init(
+            KEYS[i], PARAMS, X
+        )
+        assert padding(slot(grads, i), like) == 0
+        assert np.any(slot(grads, i)["fused"].a)
+
+
+def absorbed(key: Any, w: Any, site: Any, rule: Any) -> Any:
+    """A part of W that follows from W alone, and goes from the base to A and B."""
+    del key
+    a, b = w[:, : rule.rank], jnp.ones((rule.rank, site.outputs))
+    return w - rule.scale * a @ b, a, b
+
+
+def drawn(key: Any, w: Any, site: Any, rule: Any) -> Any:
+    """The same with a part that is drawn."""
+    a, b = jax.random.normal(key, (site.inputs, rule.rank)), jnp.ones((rule.rank, site.outputs))
+    return w - rule.scale * a @ b, a, b
+
+
+def test_a_base_that_follows_from_the_weights_alone_is_shared() -> None:
+    lora = jlora.transform(small.model, LoRA("fused", rank=2, init=absorbed))
+    base, table = many.init(lora, KEYS, PARAMS, X, ranks=[2, 2, 2])
+    expected, adapter = lora.init(KEYS[0], PARAMS, X)
+    assert base["layer"] is not PARAMS["layer"] and base["position"] is PARAMS["position"]
+    assert raw(base) == raw(expected) and raw(base) != raw(PARAMS)
+    assert raw(slot(table, 2)) == raw(adapter)
+    y = jax.vmap(lora.apply, (None, 0, None))(base, table, X)
+    laws.assert_close(y[1], small.model(PARAMS, X), 1e-5)
+
+
+SHARED = (
+    "an initializer gives each {} another base, so that the adapters cannot share one, at fused, "
+    "layer/kernel. Use an initializer that leaves the weights as they are, such as "
+    "jlora.initializers.kaiming_uniform, or train these one by one."
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "ranks", "reason"), [(drawn, None, "key"), (absorbed, RANKS, "rank")]
+)
+def test_a_base_for_each_run_is_refused(start: Any, ranks: Any, reason: str) -> None:
+    lora = jlora.transform(small.model, LoRA("kernel|fused", rank=3, init=start))
+    with pytest.raises(ValueError, match=exactly(SHARED.format(reason))):
+        many.init(lora, KEYS, PARAMS, X, ranks=ranks)
+
+
+def test_init_is_traced_and_abstract() -> None:
+    """Under `jit`, of old keys and new, and on shapes, with quantized weights in the base."""
+    params = jlora.quantize(PARAMS, jlora.Int8("fused"))
+    lora = jlora.transform(small.model, *ADAPTED)
+    for keys, ranks in ((KEYS, [2, 1, 2]), (jax.random.key_data(KEYS), None)):
+        make = functools.partial(many.init, lora, ranks=ranks)
+        expected = make(keys, params, X)
+        assert raw(jax.jit(make)(keys, params, X)) == raw(expected)
+        shapes = jax.eval_shape(make, keys, params, X)
+        assert jax.tree.structure(shapes) == jax.tree.structure(expected)
+        assert [x.shape for x in jax.tree.leaves(shapes)] == [
+            x.shape for x in jax.tree.leaves(expected)
+        ]
+
+
+def test_scales_of_a_sweep() -> None:
+    """Of each run in the loss, as the guide has it."""
+    lora = jlora.transform(small.model, LoRA("kernel|fused", rank=2))
+    base, table = many.init(lora, KEYS, PARAMS, X)
+    table, scales = small.randomize(table), jnp.array([0.5, 1.0, 2.0])
+    outputs = lambda adapter, c: lora.apply(base, jlora.arithmetic.scale(adapter, c), X)  # noqa: E731
+    actual = jax.vmap(outputs)(table, scales)
+    for i, c in enumerate(scales):
+        other = jlora.transform(small.model, LoRA("kernel|fused", rank=2, alpha=16.0 * float(c)))
+        _, like = other.init(KEYS[0], PARAMS, X)
+        adapter = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(slot(table, i)))
+        laws.assert_close(actual[i], other.apply(base, adapter, X), 1e-5)
+
+
+# -------------------------------------------------------------------------------------- optimizers
+
+
+def scheduled(peak: Any, warmup: Any) -> Any:
+    """Integers and floats, traced, in a schedule."""
+    return optax.sgd(lambda count: peak * jnp.minimum(1.0, (count + 1) / warmup), momentum=0.9)
+
+
+def lora_plus(ratio: Any) -> Any:
+    return jlora.optimizer(optax.adam(1e-2), lora_plus=ratio)
+
+
+# A transformation or a function of hyperparameters, and these.
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (clipped_adamw, {"learning_rate": RATES, "weight_decay": 0.1}),
+    "sgd": (optax.sgd, {"learning_rate": RATES}),
+    "scheduled": (scheduled, {"peak": RATES, "warmup": jnp.array([1, 2, 4])}),
+    "lora_plus": (lora_plus, {"ratio": jnp.array([1.0, 4.0, 16.0])}),
+    "freeze_a": (jlora.optimizer(optax.adamw(1e-2), freeze_a=True), {}),
+    "accumulated": (optax.MultiSteps(optax.adam(1e-2), 2), {}),
+    "noisy": (optax.chain(optax.add_noise(0.1, 0.5, key=1), optax.sgd(1e-2)), {}),
+    "plateau": (optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)), {}),
+    "adafactor": (optax.adafactor(1e-2), {}),
+}
+EACH = pytest.mark.parametrize("name", OPTIMIZERS)
+ROUNDS = 4
+
+
+@functools.cache
+def table_and_grads() -> tuple[Any, list[Any]]:
+    """A table of random adapters, and gradients of each step."""
+    lora = jlora.transform(small.model, *ADAPTED)
+    _, table = many.init(lora, KEYS, PARAMS, X)
+    table = small.randomize(table)
+    grads = [jax.tree.map(lambda x, i=i: jnp.cos(x * (i + 1)), table) for i in range(ROUNDS)]
+    return table, grads
+
+
+class Run:
+    """Compiled steps of one optimizer, which count how often they are traced.
+
+    Args:
+        tx: the transformation.
+        extra: what `update` is given besides.
+    """
+
+    def __init__(self, tx: Any, extra: dict[str, Any]) -> None:  # noqa: D107
+        self.tx, self.extra, self.traced = tx, extra, 0
+        self.step = jax.jit(self._step)
+
+    def _step(self, table: Any, state: Any, grads: Any, kwargs: Any) -> Any:
+        self.traced += 1
+        updates, state = self.tx.update(grads, state, table, **kwargs)
+        return optax.apply_updates(table, updates), state
+
+    def __call__(self, table: Any, grads: list[Any], state: Any = None, **kwargs: Any) -> Any:
+        """Table and state after a step with each of `grads`."""
+        state = self.tx.init(table) if state is None else state
+        for g in grads:
+            table, state = self.step(table, state, g, {**self.extra, **kwargs})
+        return table, state
+
+
+def extra_of(name: str, *shape: int) -> dict[str, Any]:
+    """The loss, for the one that reads it."""
+    return {"value": jnp.ones(shape)} if name == "plateau" else {}
+
+
+@functools.cache
+def run_of(name: str) -> Run:
+    tx, hyperparams = OPTIMIZERS[name]
+    return Run(many.optimizer(tx, **hyperparams), extra_of(name, N))
+
+
+def single_of(name: str, i: int) -> Run:
+    tx, hyperparams = OPTIMIZERS[name]
+    values = {k: np.broadcast_to(np.asarray(v), N)[i].item() for k, v in hyperparams.items()}
+    tx = tx(**values) if values else tx
+    return Run(optax.with_extra_args_support(tx), extra_of(name))
+
+
+@EACH
+def test_each_run_is_its_own(name: str) -> None:
+    """Parameters and states of each slot are those of a single run; the state is no larger."""
+    table, grads = table_and_grads()
+    actual, state = run_of(name)(table, grads)
+    assert list(state.steps) == [ROUNDS] * N and all(state.running)
+    for i in range(N):
+        expected, inner = single_of(name, i)(slot(table, i), [slot(g, i) for g in grads])
+        close(slot(actual, i), expected)
+        close(slot(state.inner, i), inner)
+    assert all(x.shape[0] == N for x in jax.tree.leaves(state))
+
+
+def close(actual: Any, expected: Any) -> None:
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        if not is_key(x):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+BAD = 1
+
+
+def spoiled(grads: list[Any], at: int, value: float) -> list[Any]:
+    """Gradients of which those of one run have, in one step, a value that is not finite."""
+    bad = jax.tree.map(lambda x: x.at[BAD].set(value), grads[at])
+    return [*grads[:at], bad, *grads[at + 1 :]]
+
+
+VALUES = [(name, value) for name in OPTIMIZERS for value in (np.nan, np.inf)]
+VALUES += [("freeze_a", 1e30)]  # its square overflows in the state; the step alone would be finite
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES)
+def test_a_diverged_run_is_contained(name: str, value: float) -> None:
+    """It stops at what it had, for good; to the others, bit for bit, nothing has happened."""
+    table, grads = table_and_grads()
+    run, at = run_of(name), 2
+    before, state_before = run(table, grads[:at])
+    expected, state_expected = run(table, grads)
+    actual, state = run(table, spoiled(grads, at, value))
+    assert list(state.running) == [True, False, True]
+    assert list(state.steps) == [ROUNDS, at, ROUNDS]
+    assert raw(slot(actual, BAD)) == raw(slot(before, BAD))
+    assert raw(slot(state.inner, BAD)) == raw(slot(state_before.inner, BAD))
+    for i in {0, 1, 2} - {BAD}:
+        assert raw(slot(actual, i)) == raw(slot(expected, i))
+        assert raw(slot(state, i)) == raw(slot(state_expected, i))
+
+
+@EACH
+def test_runs_that_take_no_part_stay_as_they_are(name: str) -> None:
+    """Bit for bit, with whatever gradients; the others step as they do without them."""
+    table, grads = table_and_grads()
+    run, mask = run_of(name), jnp.array([True, False, True])
+    expected, state_expected = run(table, grads)
+    actual, state = run(table, spoiled(grads, 1, np.nan), active=mask)
+    start = run.tx.init(table)
+    assert list(state.running) == [True] * N
+    assert list(state.steps) == [ROUNDS, 0, ROUNDS]
+    assert raw((slot(actual, BAD), slot(state, BAD))) == raw((slot(table, BAD), slot(start, BAD)))
+    for i in {0, 1, 2} - {BAD}:
+        assert raw((slot(actual, i), slot(state, i))) == raw(
+            (slot(expected, i), slot(state_expected, i))
+        )
+    # Later it takes part as if there had been no steps before.
+    actual, state = run(actual, grads, state, active=~mask)
+    assert raw(slot(actual, BAD)) == raw(slot(expected, BAD))
+    assert list(state.steps) == [ROUNDS] * N
+
+
+@EACH
+def test_runs_are_replaced_without_compilation(name: str) -> None:
+    """One is stopped, and another starts in its place: as a fresh one, with one program for all."""
+    table, grads = table_and_grads()
+    run = run_of(name)
+    halfway, state = run(table, grads[:2])
+    traced = run.traced
+    state = many.stop(state, BAD)
+    still, state = run(halfway, grads[2:], state)
+    assert raw(slot(still, BAD)) == raw(slot(halfway, BAD))
+    assert list(state.steps) == [ROUNDS, 2, ROUNDS]
+    assert list(state.running) == [True, False, True]
+
+    values = {k: jnp.broadcast_to(v, N)[2] for k, v in OPTIMIZERS[name][1].items()}
+    fresh = jax.tree.map(lambda x, y: x.at[BAD].set(y[2] / 2), still, table)
+    state = many.restart(run.tx, state, fresh, BAD, **values)
+    assert list(state.steps) == [ROUNDS, 0, ROUNDS] and all(state.running)
+    actual, state = run(fresh, grads[:2], state)
+    expected, inner = single_of(name, 2)(slot(fresh, BAD), [slot(g, BAD) for g in grads[:2]])
+    close(slot(actual, BAD), expected)
+    close(slot(state.inner, BAD), inner)
+    other = stack([slot(table, i) for i in (0, 0, 2)])
+    doubled = {k: 2 * v for k, v in state.hyperparams.items()}  # between steps, with no new start
+    run(other, grads, state._replace(hyperparams=doubled))
+    assert run.traced == traced
+
+
+def test_a_smaller_table_of_what_still_runs() -> None:
+    """The state goes along: all its arrays are by run."""
+    table, grads = table_and_grads()
+    run = run_of("adamw")
+    expected, _ = run(table, grads)
+    halfway = run(table, grads[:2])
+    kept = np.array([0, 2])
+    table, state = jax.tree.map(lambda x: x[kept], halfway)
+    actual, state = run(table, [slot(g, kept) for g in grads[2:]], state)
+    for i, k in enumerate(kept):
+        close(slot(actual, i), slot(expected, k))
+    assert state.hyperparams["learning_rate"].shape == (2,)
+
+
+def test_many_slots_at_once() -> None:
+    """Lists and masks, as arguments of a compiled function too."""
+    table, _ = table_and_grads()
+    tx = many.optimizer(optax.sgd, learning_rate=RATES)
+    state = tx.init(table, learning_rate=jnp.array([1.0, 2.0, 3.0]))
+    masked = jax.jit(many.stop)(state, jnp.array([True, False, True]))
+    listed = jax.jit(many.stop)(state, jnp.array([0, 2]))
+    assert list(masked.running) == list(listed.running) == [False, True, False]
+    again = many.restart(tx, masked, table, [0, 1], learning_rate=jnp.array([5.0, 6.0, 7.0]))
+    assert list(again.running) == [True, True, False]
+    assert list(again.hyperparams["learning_rate"]) == [5.0, 6.0, 3.0]
+
+
+def test_a_function_of_nothing_and_a_narrow_adapter() -> None:
+    """Updates keep the dtype of bfloat16 factors, as with numbers that are no arrays."""
+    table = {"w": jnp.ones((2, 4), jnp.bfloat16)}
+    for tx in (
+        many.optimizer(lambda: optax.sgd(0.1)),
+        many.optimizer(optax.sgd, learning_rate=0.1),
+    ):
+        updates, _ = tx.update(table, tx.init(table), table)
+        expected, _ = optax.sgd(0.1).update(table, optax.sgd(0.1).init(table))
+        assert raw(updates) == raw(expected)
+
+
+def test_on_devices() -> None:
+    """Runs divided over a mesh, and each divided further."""
+    devices.run("many_training_on_devices.py")
+
+
+# ------------------------------------------------------------------------------------- what is said
+
+TABLE = {"w": jnp.ones((3, 4))}
+STATE = many.optimizer(optax.sgd, learning_rate=0.1).init(TABLE)
+LORA = jlora.transform(small.dense, LoRA("w", rank=2))
+NOT_A_TABLE = (
+    "`table` must be an adapter with a leading axis of slots on each array, as jlora.many.stack "
+    "and jlora.many.init give it; got "
+)
+
+
+def init(keys: Any, lora: Any = LORA, **kwargs: Any) -> Any:
+    return many.init(lora, keys, small.W, X, **kwargs)
+
+
+def step(tx: Any = optax.sgd(0.1), table: Any = TABLE, **kwargs: Any) -> Any:  # noqa: B008
+    tx = many.optimizer(tx)
+    return tx.update(TABLE, tx.init(TABLE), table, **kwargs)
+
+
+MISTAKES: list[tuple[Callable[[], Any], type, str]] = [
+    (
+        lambda: init(KEYS[0]),
+        TypeError,
+        "`keys` must be one PRNG key for each adapter, such as "
+        "jax.random.split(jax.random.key(0), 8); got key<fry>[].",
+    ),
+    (
+        lambda: init(7),
+        TypeError,
+        "`keys` must be one PRNG key for each adapter, such as "
+        "jax.random.split(jax.random.key(0), 8); got 7.",
+    ),
+    (
+        lambda: init(jax.random.split(jax.random.key(0, impl="rbg"), 2)),
+        TypeError,
+        '`keys` must be of the implementation "threefry2x32", whose draws under vmap are those of '
+        "each key alone; got rbg. Make them with "
+        'jax.random.key(seed, impl="threefry2x32").',
+    ),
+    (
+        lambda: init(KEYS, ranks=[1, 2]),
+        ValueError,
+        "`ranks` must be one for each of the 3 keys; got 2.",
+    ),
+    (
+        lambda: init(KEYS, ranks=[1, 1.5, 2]),
+        TypeError,
+        "`ranks` must be integers; got [1, 1.5, 2].",
+    ),
+    (
+        lambda: init(KEYS, ranks=[1, 4, 2]),
+        ValueError,
+        "`ranks` must lie in [1, 2], the rank of LoRA('w'); got 4. The rule's rank is that of the "
+        "table: raise it to the largest.",
+    ),
+    (
+        lambda: init(KEYS, lora=jlora.transform(small.dense, Full("w")), ranks=[1, 1, 1]),
+        ValueError,
+        "`ranks` is given, but no rule of `lora` has a rank: leave it out.",
+    ),
+    (
+        lambda: jax.jit(lambda r: init(KEYS, ranks=r))(jnp.array([1, 1, 2])),
+        TypeError,
+        "`ranks` must be known when many.init is traced, as shapes follow from them. Give a list "
+        "or a NumPy array, by a closure rather than as an argument of the jitted function.",
+    ),
+    (
+        lambda: many.optimizer(1e-3),  # pyright: ignore
+        TypeError,
+        "`tx` must be an optax transformation, such as optax.adamw(2e-4); got 0.001.",
+    ),
+    (
+        lambda: many.optimizer(optax.sgd(0.1), learning_rate=0.1),
+        TypeError,
+        "`learning_rate` is given beside a transformation that is made already. Give a function "
+        "of it, such as many.optimizer(optax.adamw, learning_rate=...).",
+    ),
+    (
+        lambda: many.optimizer(lambda rate: rate, rate=0.1).init(TABLE),
+        TypeError,
+        "`tx` must be an optax transformation, such as optax.adamw(2e-4); got ",
+    ),
+    (
+        lambda: many.optimizer(optax.sgd, learning_rate=RATES[:2]).init(TABLE),
+        ValueError,
+        "`learning_rate` must be a number, or have one value for each of the 3 runs; got shape "
+        "(2,).",
+    ),
+    (
+        lambda: many.optimizer(optax.sgd(0.1)).init(LORA.init(KEYS[0], small.W, X)[1]),
+        TypeError,
+        NOT_A_TABLE + "w: LowRank(a=float32[4,2], b=float32[2,6], scale=8.0).",
+    ),
+    (
+        lambda: many.optimizer(optax.sgd(0.1)).init({"w": jnp.ones((3, 4)), "b": jnp.ones(())}),
+        TypeError,
+        NOT_A_TABLE + "b: float32[], w: float32[3,4].",
+    ),
+    (
+        lambda: step(table=None),
+        ValueError,
+        "many.optimizer needs the table: call update(grads, state, table).",
+    ),
+    (
+        lambda: step(active=[0, 1, 2]),
+        TypeError,
+        "`active` must be a mask of shape (3,) and bool; got int32[3].",
+    ),
+    (
+        lambda: many.stop(STATE, [True, False]),
+        TypeError,
+        "`slots` must be a mask of shape (3,) and bool; got bool[2].",
+    ),
+    (
+        lambda: many.stop(STATE, 0.5),
+        TypeError,
+        "`slots` must be indices or a mask of shape (3,); got float32[].",
+    ),
+    (
+        lambda: many.stop(STATE, [0, 3]),
+        ValueError,
+        "`slots` must lie in [0, 3), the slots of the table; got [0, 3].",
+    ),
+    (
+        lambda: many.restart(
+            many.optimizer(optax.sgd, learning_rate=0.1), STATE, TABLE, 0, momentum=0.9
+        ),
+        TypeError,
+        "`momentum` is no hyperparameter of this optimizer; it has 'learning_rate'.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("provoke", "kind", "message"), MISTAKES)
+def test_mistakes(provoke: Callable[[], Any], kind: type, message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
+        provoke()
