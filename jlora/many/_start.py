@@ -1,6 +1,6 @@
 """How a table starts: one adapter for each key, of any ranks, on one base."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,23 +62,15 @@ def init(
     """
     _check_keys(keys)
 
-    def starts(lora: Transformed, keys: jax.Array) -> tuple[PyTree, PyTree]:
+    def starts(lora: Transformed, keys: jax.Array) -> tuple[dict[str, Any], PyTree]:
         one = lambda key: _start(lora, key, params, args, kwargs)  # noqa: E731
         return jax.vmap(one, out_axes=(None, 0))(keys)
 
     if ranks is None:
         changed, table = starts(lora, keys)
     else:
-        each = _checked_ranks(lora, ranks, len(keys))
         like = jax.eval_shape(lambda key: lora.init(key, params, *args, **kwargs)[1], keys[0])
-        groups = [np.flatnonzero(each == r) for r in np.unique(each)]
-        found = [starts(_of_rank(lora, int(each[at[0]])), keys[at]) for at in groups]
-        changed = found[0][0]
-        if len(groups) > 1:
-            _refuse_changes(set().union(*(one for one, _ in found)), "rank")
-        order = np.argsort(np.concatenate(groups))
-        tables = [_padded(table, like) for _, table in found]
-        table = jax.tree.map(lambda *xs: jnp.concatenate(xs)[order], *tables)
+        changed, table = _of_ranks(starts, lora, keys, ranks, like)
     leaves = [changed.get(name_of(path), w) for path, w in leaves_by_path(params)]
     return jax.tree.unflatten(flatten(params)[1], leaves), table
 
@@ -133,6 +125,25 @@ def _check_keys(keys: Any) -> None:
 
 
 # -------------------------------------------------------------------------------- runs of any rank
+
+
+def _of_ranks(
+    starts: Callable[[Transformed, jax.Array], tuple[dict[str, Any], PyTree]],
+    lora: Transformed,
+    keys: jax.Array,
+    ranks: Any,
+    like: PyTree,
+) -> tuple[dict[str, Any], PyTree]:
+    """What `starts` gives for the runs of each rank, as one table of the adapter `like`."""
+    each = _checked_ranks(lora, ranks, len(keys))
+    groups = [np.flatnonzero(each == r) for r in np.unique(each)]
+    found = [starts(_of_rank(lora, int(each[at[0]])), keys[at]) for at in groups]
+    if len(groups) > 1:
+        _refuse_changes(set().union(*(changed for changed, _ in found)), "rank")
+    order = np.argsort(np.concatenate(groups))
+    tables = [_padded(table, like) for _, table in found]
+    table = jax.tree.map(lambda *xs: jnp.concatenate(xs)[order], *tables)
+    return found[0][0], table
 
 
 def _rules(lora: Transformed) -> Sequence[Any]:
