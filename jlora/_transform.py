@@ -214,7 +214,7 @@ def _weight(leaf: Any, path: str) -> Weight:
         return leaf_weight(leaf, Change(), path, materialize=True)
     w, node = leaf.base, leaf.delta
     w = w if is_quantized(w) else jnp.asarray(w)
-    change = method_of(node).lower(node, w.shape)
+    change = method_of(node).lower(node, w)
     return leaf_weight(w, change, path, getattr(node, "materialize", False))
 
 
