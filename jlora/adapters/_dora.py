@@ -140,15 +140,23 @@ jax.tree_util.register_pytree_with_keys(
 # ------------------------------------------------------------------------------------- the norms
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def norms(w: Any, layout: Layout, scale: float, a: jax.Array, b: jax.Array) -> jax.Array:
+class _How(NamedTuple):
+    """What the arrays do not say; `cut` are mesh axes over which a `shard_map` cuts the inputs."""
+
+    layout: Layout
+    scale: float
+    cut: tuple[Any, ...] = ()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def norms(how: _How, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     r"""$\lVert W + s A B \rVert$ of each column, of the shape and the axes of m.
 
     It is 0 only where W and s·A·B are. Where they cancel it is their rounding error, at least.
     """
-    weight = leaf_weight(w, Change(), "", materialize=True)
+    weight, layout = leaf_weight(w, Change(), "", materialize=True), how.layout
     if layout.stack[:1] != (0,) or isinstance(weight.value, jax.Array):
-        return _norms(weight.array, layout, scale, a, b)
+        return _norms(how, weight.array, a, b)
     # Of a quantized stack one matrix is unpacked at a time.
     rest = Layout(*(tuple(d - 1 for d in axes if d) for axes in layout[:3]))
     if layout.slots is not None:
@@ -156,23 +164,20 @@ def norms(w: Any, layout: Layout, scale: float, a: jax.Array, b: jax.Array) -> j
 
     def of_matrix(parts: Any) -> jax.Array:
         w, a, b = parts
-        return _norms(w.of_slice().array, rest, scale, a, b)
+        return _norms(how._replace(layout=rest), w.of_slice().array, a, b)
 
     return lax.map(of_matrix, (weight.stacked(), a, b))
 
 
-def _norms(
-    w: jax.Array, layout: Layout, scale: float, a: jax.Array, b: jax.Array
-) -> jax.Array:
-    if layout.slots is None:
-        return _of_columns(w, layout, scale, a, b)
-    count, chosen, axis = layout.slots
-    length, n = w.shape[axis] // count, len(layout.stack)
+def _norms(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    if how.layout.slots is None:
+        return _of_columns(how, w, a, b)
+    count, chosen, axis = how.layout.slots
+    length, n = w.shape[axis] // count, len(how.layout.stack)
     each = [
         _of_columns(
+            how,
             lax.slice_in_dim(w, slot * length, (slot + 1) * length, axis=axis),
-            layout,
-            scale,
             *(lax.index_in_dim(f, i, n, keepdims=False) for f in (a, b)),
         )
         for i, slot in enumerate(chosen)
@@ -180,9 +185,8 @@ def _norms(
     return jnp.stack(each, n)
 
 
-def _of_columns(
-    w: jax.Array, layout: Layout, scale: float, a: jax.Array, b: jax.Array
-) -> jax.Array:
+def _of_columns(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    layout, scale, cut = how
     names = letters(w.ndim)
     stack, inputs, outputs = ("".join(names[d] for d in axes) for axes in layout[:3])
     wide, narrow = promote(w.dtype, jnp.float32), promote(w.dtype)
@@ -192,17 +196,35 @@ def _of_columns(
     def times(x: str, y: str, out: str, *values: jax.Array) -> jax.Array:
         return einsum(x, y, out, *values, precision="highest", dtype=wide)
 
-    of_a, of_out = f"{stack}{inputs}R", f"{stack}R{outputs}"
+    of_a, of_b = f"{stack}{inputs}R", f"{stack}R{outputs}"
     squares = jnp.square(w.astype(wide)).sum(layout.inputs)
     kept = [d for d in range(w.ndim) if d not in layout.inputs]
     squares = squares.transpose([kept.index(d) for d in (*layout.stack, *layout.outputs)])
-    p = times(of_a, names, of_out, a, w.astype(narrow))
+    p = times(of_a, names, of_b, a, w.astype(narrow))
     g = times(of_a, f"{stack}{inputs}S", f"{stack}RS", a, a)
+    if cut:
+        squares, p, g = lax.psum((squares, p, g), cut)
     b = b.astype(wide)
-    gb = times(f"{stack}RS", f"{stack}S{outputs}", of_out, g, b)
+    gb = times(f"{stack}RS", f"{stack}S{outputs}", of_b, g, b)
     cross, square = (scale * (b * x).sum(len(stack)) for x in (2 * p, scale * gb))
     least = jnp.finfo(wide).eps * (squares + square)
     return jnp.sqrt(jnp.maximum(squares + cross + square, least))
+
+
+def _varying(w: Any) -> frozenset[Any]:
+    """The mesh axes of an enclosing `shard_map` that W varies over."""
+    if _compat.unchecked_axes():
+        raise NotImplementedError(
+            "DoRA takes norms over all inputs of W, and a shard_map with check_vma=False hides "
+            "whether it has cut them. Use check_vma=True, or leave the mesh to jax.jit."
+        )
+    return frozenset().union(*map(_compat.varying, jax.tree.leaves(w)))
+
+
+def _cut(w: Any, node: Decomposed) -> tuple[Any, ...]:
+    """The mesh axes over which an enclosing `shard_map` cuts the inputs of W: A's, and not m's."""
+    of_inputs = (_varying(w) & _compat.varying(node.a)) - _compat.varying(node.m)
+    return tuple(sorted(of_inputs, key=str))
 
 
 # ---------------------------------------------------------------------------------- what it means
@@ -218,18 +240,23 @@ def _start(key: jax.Array, w: Any, site: Any, rule: DoRA) -> tuple[Any, Decompos
     w, a, b = drawn(key, w, site, rule)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
         raise ValueError(
-            f"`params` holds a shape at {site.path!r}, of which {rule_name(rule)} has no norms. "
+            f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take norms. "
             "Give arrays, or call init under jax.eval_shape."
         )
-    m = norms(w, site.layout, rule.scale, a, b)
+    if _varying(w):
+        raise NotImplementedError(
+            f"{rule_name(rule)} takes norms of the whole of {site.path!r}, of which a shard_map "
+            "around init has a part. Call init outside of it."
+        )
+    m = norms(_How(site.layout, rule.scale), w, a, b)
     m = m.astype(promote(m.dtype, a.dtype))
     return w, Decomposed(a, b, m, rule.scale, site.layout, rule.materialize)
 
 
 def _gain(node: Decomposed, w: Any) -> jax.Array:
-    """m / n, of all outputs: 1 in the slots that are not adapted."""
+    """The gain of all outputs, m / n: 1 in the slots that are not adapted."""
     w, a, b = lax.stop_gradient((w, node.a, node.b))
-    n = norms(w, node.layout, node.scale, a, b)
+    n = norms(_How(node.layout, node.scale, _cut(w, node)), w, a, b)
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
     if node.layout.slots is None:
         return gain
