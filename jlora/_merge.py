@@ -85,7 +85,8 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
 
     Raises:
         TypeError: if `adapter` is no adapter.
-        ValueError: if `adapter` does not fit `params`, or a weight that it adapts is quantized.
+        ValueError: if `adapter` does not fit `params`, a weight that it adapts is quantized, or the
+            method is one, as DoRA, of which W does not follow from W'.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

@@ -39,7 +39,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     Args:
         apply_fn: a function of parameters and anything else that JAX can trace, such as the
             `apply` of a Flax module. It is called with the parameters' own tree and container.
-        *rules: `LoRA` and `Full`; the first whose pattern a leaf's path matches takes it.
+        *rules: `LoRA`, `DoRA` and `Full`; the first whose pattern a leaf's path matches takes it.
 
     Returns:
         Three pure functions:

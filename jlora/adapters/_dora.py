@@ -158,9 +158,9 @@ def norms(how: _How, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     if layout.stack[:1] != (0,) or isinstance(weight.value, jax.Array):
         return _norms(how, weight.array, a, b)
     # Of a quantized stack one matrix is unpacked at a time.
-    rest = Layout(*(tuple(d - 1 for d in axes if d) for axes in layout[:3]))
-    if layout.slots is not None:
-        rest = rest._replace(slots=(*layout.slots[:2], layout.slots[2] - 1))
+    stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in layout[:3])
+    slots = layout.slots and (layout.slots[0], layout.slots[1], layout.slots[2] - 1)
+    rest = Layout(stack, inputs, outputs, slots)
 
     def of_matrix(parts: Any) -> jax.Array:
         w, a, b = parts
