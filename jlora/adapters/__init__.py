@@ -1,4 +1,4 @@
-"""Methods of adaptation, a file each. Imports `core`, `initializers`, `_rules`, `_types`.
+"""Methods, a file each. Imports `core`, `initializers`, `_compat`, `_rules`, `_types`.
 
 To add one, see `_method`: a rule, a node, and a `register`.
 """
