@@ -33,6 +33,8 @@ from ._types import Adapted as Adapted
 from ._types import Layout as Layout
 from ._types import Params as Params
 from ._types import Transformed as Transformed
+from .adapters import Decomposed as Decomposed
+from .adapters import DoRA as DoRA
 from .adapters import LoRA as LoRA
 from .adapters import LowRank as LowRank
 from .planning import Plan as Plan

@@ -85,7 +85,8 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
 
     Raises:
         TypeError: if `adapter` is no adapter.
-        ValueError: if `adapter` does not fit `params`, or a weight that it adapts is quantized.
+        ValueError: if `adapter` does not fit `params`, a weight that it adapts is quantized, or the
+            method is one, as DoRA, of which W does not follow from W'.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -152,7 +153,7 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
 def _change(w: Any, node: Any, sign: int) -> jax.Array:
     axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
     w = w.array(jnp.float32) if is_quantized(w) else w
-    return method_of(node).lower(node, w.shape).of(w, axes, sign).astype(dtype)
+    return method_of(node).lower(node, w).of(w, axes, sign).astype(dtype)
 
 
 def _like(w: Any, old: Any) -> Any:

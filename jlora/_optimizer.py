@@ -23,8 +23,8 @@ def labels(tree: PyTree) -> PyTree:
         tree: an adapter, or `Params(base, adapter)`.
 
     Returns:
-        `"a"` and `"b"` for the factors, `"full"` for leaves trained in full, `"base"` for frozen
-        ones. Dropout keys are `"base"`.
+        `"a"` and `"b"` for the factors, `"m"` for the magnitudes of DoRA, `"full"` for leaves
+        trained in full, `"base"` for frozen ones. Dropout keys are `"base"`.
 
     Raises:
         TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter.
@@ -106,7 +106,8 @@ def optimizer(
 
     For a tree of the adapter alone it is `tx`. For `Params(base, adapter)`, as in Flax's
     `TrainState`, base leaves get no moments and zero updates, whatever their gradients; norms,
-    clipping and weight decay inside `tx` see the adapter only.
+    clipping and weight decay inside `tx` see the adapter only. Weight decay should leave the
+    magnitudes of `DoRA` out, by a mask of their label: see `Decomposed`.
 
     Wrappers belong inside: `jlora.optimizer(optax.MultiSteps(tx, 4))` accumulates the gradients of
     the adapter, while `optax.MultiSteps(jlora.optimizer(tx), 4)` also accumulates those of the

@@ -254,7 +254,7 @@ class Traced(NamedTuple):
         def changed(path: Path, x: Any) -> Any:
             if (node := nodes.get(path)) is None:
                 return x
-            change = method_of(node).lower(node, x.shape)
+            change = method_of(node).lower(node, x)
             return leaf_weight(x, change, "/".join(path), getattr(node, "materialize", False))
 
         self._evaluate(changed)

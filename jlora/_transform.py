@@ -39,7 +39,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     Args:
         apply_fn: a function of parameters and anything else that JAX can trace, such as the
             `apply` of a Flax module. It is called with the parameters' own tree and container.
-        *rules: `LoRA` and `Full`; the first whose pattern a leaf's path matches takes it.
+        *rules: `LoRA`, `DoRA` and `Full`; the first whose pattern a leaf's path matches takes it.
 
     Returns:
         Three pure functions:
@@ -214,7 +214,7 @@ def _weight(leaf: Any, path: str) -> Weight:
         return leaf_weight(leaf, Change(), path, materialize=True)
     w, node = leaf.base, leaf.delta
     w = w if is_quantized(w) else jnp.asarray(w)
-    change = method_of(node).lower(node, w.shape)
+    change = method_of(node).lower(node, w)
     return leaf_weight(w, change, path, getattr(node, "materialize", False))
 
 

@@ -54,7 +54,7 @@ adapters.register(
         sizes=lambda rule, layout: {},
         fit=lambda rule, site: (rule, site.layout),
         start=_ones,
-        lower=lambda node, shape: Change(gain=adapters.factor(node, "gain")),
+        lower=lambda node, w: Change(gain=adapters.factor(node, "gain")),
     )
 )
 
@@ -108,8 +108,8 @@ def _drawn(key: Any, w: Any, site: Any, rule: Diagonal) -> tuple[Any, DiagonalNo
     return w, DiagonalNode(*(array(i, dims) for i, dims in enumerate(axes)), site.layout)
 
 
-def _lower(node: DiagonalNode, shape: tuple[int, ...]) -> Change:
-    del shape
+def _lower(node: DiagonalNode, w: Any) -> Change:
+    del w
     stack = len(node.layout.stack)
     d = node.d.reshape(*node.d.shape, *[1] * (node.b.ndim - stack - 1))
     factors = (adapters.factor(node._replace(b=d * node.b), name) for name in ("a", "b"))

@@ -131,6 +131,8 @@ def inspect(folder: Path, *, every: bool = False) -> "Inspection | Quantized":
 
 def wide(x: LowRank) -> LowRank:
     """The same with factors in float64."""
+    if not isinstance(x, LowRank):
+        raise TypeError(f"only a LowRank is measured, whose ΔW is s·A·B; got {x!r}.")
     return x._replace(a=np.asarray(x.a, np.float64), b=np.asarray(x.b, np.float64), key=None)
 
 

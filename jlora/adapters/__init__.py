@@ -1,9 +1,11 @@
-"""Methods of adaptation, a file each. Imports `core`, `initializers`, `_rules`, `_types`.
+"""Methods, a file each. Imports `core`, `initializers`, `_compat`, `_rules`, `_types`.
 
 To add one, see `_method`: a rule, a node, and a `register`.
 """
 
 from . import _low_rank  # noqa: F401 - it registers itself
+from ._dora import Decomposed as Decomposed
+from ._dora import DoRA as DoRA
 from ._low_rank import LoRA as LoRA
 from ._low_rank import LowRank as LowRank
 from ._low_rank import factor_shapes as factor_shapes

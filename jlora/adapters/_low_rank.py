@@ -182,7 +182,7 @@ def low_rank_axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
     }
 
 
-def _sizes(rank: int, layout: Layout) -> dict[str, int]:
+def sizes(rank: int, layout: Layout) -> dict[str, int]:
     return {"rank": rank} | ({SLOTS: len(layout.slots[1])} if layout.slots else {})
 
 
@@ -190,11 +190,11 @@ def factor_shapes(
     layout: Layout, shape: tuple[int, ...], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of A and B for a weight of `shape`."""
-    found = shapes(METHOD, layout, shape, _sizes(rank, layout))
+    found = shapes(METHOD, layout, shape, sizes(rank, layout))
     return found["a"], found["b"]
 
 
-def _fit(rule: LoRA, site: Any) -> tuple[LoRA, Layout]:
+def fit(rule: LoRA, site: Any) -> tuple[LoRA, Layout]:
     """The rule, of a rank that the site can have, and the layout with the rule's slots."""
     layout = site.layout if rule.slots is None else _slotted(rule, site)
     largest = min(site.inputs, site.outputs // (rule.slots.count if rule.slots else 1))
@@ -226,7 +226,8 @@ def _slotted(rule: LoRA, site: Any) -> Layout:
     return site.layout._replace(slots=(slots.count, slots.chosen, axis))
 
 
-def _start(key: jax.Array, w: Any, site: Any, rule: LoRA) -> tuple[Any, LowRank]:
+def drawn(key: jax.Array, w: Any, site: Any, rule: LoRA) -> tuple[Any, jax.Array, jax.Array]:
+    """W, A and B as the rule's initializer has them, checked."""
     made = (rule.init or kaiming_uniform)(key, w, site, rule)
     expected_shapes = (site.shape, *rule.factor_shapes(site))
     got = tuple(map(_form, made)) if isinstance(made, tuple) else made
@@ -236,7 +237,11 @@ def _start(key: jax.Array, w: Any, site: Any, rule: LoRA) -> tuple[Any, LowRank]
             f"`init` of {rule_name(rule)} must give W, A and B for {site.path!r}, floating-point, "
             f"of shapes {expected_shapes} and with W's dtype {w.dtype}; got {got}."
         )
-    w, a, b = made
+    return made
+
+
+def _start(key: jax.Array, w: Any, site: Any, rule: LoRA) -> tuple[Any, LowRank]:
+    w, a, b = drawn(key, w, site, rule)
     return w, LowRank(a, b, rule.scale, site.layout, rule.dropout, rule.materialize)
 
 
@@ -269,8 +274,8 @@ def without_slots(node: LowRank, shape: tuple[int, ...]) -> LowRank:
     return node._replace(a=a, b=b, layout=node.layout._replace(slots=None))
 
 
-def _lower(node: LowRank, shape: tuple[int, ...]) -> Change:
-    node = without_slots(node, shape)
+def _lower(node: LowRank, w: Any) -> Change:
+    node = without_slots(node, w.shape)
     key = None if node.key is None else factor(node, "key")
     return Change((Delta(factor(node, "a"), factor(node, "b"), node.scale, key, node.dropout),))
 
@@ -280,8 +285,8 @@ METHOD = Method(
     node=LowRank,
     labels={"a": "a", "b": "b", "key": None},
     axes=low_rank_axes,
-    sizes=lambda rule, layout: _sizes(rule.rank, layout),
-    fit=_fit,
+    sizes=lambda rule, layout: sizes(rule.rank, layout),
+    fit=fit,
     start=_start,
     lower=_lower,
 )

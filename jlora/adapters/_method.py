@@ -29,7 +29,8 @@ class Method(NamedTuple):
         sizes: `(rule, layout) -> lengths` of the axes that W has not.
         fit: `(rule, site) -> (rule, layout)`, or an error where the rule cannot apply to the site.
         start: `(key, w, site, rule) -> (w, node)`.
-        lower: `(node, shape) -> Change` of a weight of `shape`, in terms of `factor`.
+        lower: `(node, w) -> Change` of the weight `w`, an array or a quantized leaf, in terms of
+            `factor`.
     """
 
     rule: type | None
@@ -39,7 +40,7 @@ class Method(NamedTuple):
     sizes: Callable[[Any, Layout], dict[str, int]]
     fit: Callable[[Any, Any], tuple[Any, Layout]]
     start: Callable[..., tuple[Any, Any]]
-    lower: Callable[[Any, tuple[int, ...]], Change]
+    lower: Callable[[Any, Any], Change]
 
 
 METHODS: dict[type, Method] = {}  # by the type of the rule and by that of the node

@@ -77,13 +77,13 @@ def _no_rule(*_: Any) -> NoReturn:
     raise NotImplementedError("no rule makes a Routed")
 
 
-def _lower(node: Routed, shape: tuple[int, ...]) -> Change:
+def _lower(node: Routed, w: Any) -> Change:
     if node.gate is None:
         raise TypeError(
             "`adapter` is a table from jlora.many.prepare, of which a call uses one slot a row: "
             "call jlora.many.route(lora.apply)(base, table, ids, ...)."
         )
-    whole = without_slots(LowRank(node.a, node.b, node.scale, node.layout), shape)
+    whole = without_slots(LowRank(node.a, node.b, node.scale, node.layout), w.shape)
     if node.layout.slots is not None:  # the rank is slots·r then
         count = whole.a.shape[-1] // node.a.shape[-1]
         node = node._replace(gate=jnp.tile(node.gate, count))

@@ -15,6 +15,8 @@ from ._interpret import materialized as materialized
 from ._packed import Packed as Packed
 from ._packed import laid as laid
 from ._packed import mesh_axes as mesh_axes
+from ._product import einsum as einsum
+from ._product import letters as letters
 from ._product import promote as promote
 from ._trace import ValueReadError as ValueReadError
 from ._trace import abstract as abstract

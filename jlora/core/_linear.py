@@ -1,15 +1,18 @@
 """A product of an activation with a changed weight: that with W, plus what the deltas add."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ._axes import Axis, Factor, Unfactorable
 from ._product import promote
 from ._weight import Delta, Weight
 
 OTHER = Axis(-2)  # of an activation, not of the weight
+LEAST = 2.0**-60  # a gain
 
 
 class Roles(NamedTuple):
@@ -67,8 +70,36 @@ def plus_deltas(
 
 
 def times(x: jax.Array, gain: jax.Array) -> jax.Array:
+    """`x` times `gain`, in the dtype of `x`.
+
+    Of a dtype with the exponents of float32 the backward pass keeps the result, which the model
+    most often keeps too, in the place of `x`. So a gain is not quite 0 there, but `LEAST`.
+    """
+    return _scaled(x, gain) if jnp.finfo(x.dtype).minexp < math.log2(LEAST) else _product(x, gain)
+
+
+def _product(x: jax.Array, gain: jax.Array) -> jax.Array:
     wide = promote(x.dtype, gain.dtype)
     return (x.astype(wide) * gain.astype(wide)).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _scaled(x: jax.Array, gain: jax.Array) -> jax.Array:
+    return _product(x, _not_zero(gain))
+
+
+def _not_zero(gain: jax.Array) -> jax.Array:
+    least = jnp.asarray(LEAST, gain.dtype)
+    return jnp.where(jnp.abs(gain) < least, least, gain)
+
+
+@_scaled.defjvp
+def _scaled_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (_, gain), (dx, dgain) = primals, tangents
+    y, gain = _scaled(*primals), _not_zero(gain)
+    # Without the barrier XLA would compute y again, from x, and keep both.
+    of_gain = jax.checkpoint(_product, prevent_cse=True)(y, dgain / gain)
+    return y, _product(dx, gain) + of_gain
 
 
 def ordered(delta: Delta, w: Weight, roles: Roles, dtype: Any) -> tuple[Factor, Factor]:

@@ -101,3 +101,8 @@ def attention(rank: int) -> list[jlora.LoRA]:
 def all_linear(rank: int) -> list[jlora.LoRA]:
     """Every kernel of a layer."""
     return [jlora.LoRA(r"layer.*/kernel", rank=rank, alpha=16)]
+
+
+def all_linear_dora(rank: int) -> list[jlora.DoRA]:
+    """The same by DoRA."""
+    return [jlora.DoRA(r"layer.*/kernel", rank=rank, alpha=16)]
