@@ -105,7 +105,7 @@ def minilm() -> Work:
         take(rows, slice(HELD_OUT)),
         batch=16,
         steps=160,
-        learning_rates=(1e-3, 1e-2),
+        learning_rates=(1e-3, 3e-3),
         ranks=(2, 8),
         seeds=(0, 1),
     )
