@@ -106,9 +106,10 @@ RULES = {
     "alpha": (lambda r: (LoRA("kernel", rank=r, alpha=2.0 * r), Full("bias")), 3),
     "rslora": (lambda r: (LoRA("kernel", rank=r, alpha=2.0 * np.sqrt(r), rslora=True),), 4),
     "clipped": (lambda r: (LoRA(rank=r, alpha=0.5 * r, init=jlora.initializers.gaussian),), 7),
+    "dora": (lambda r: (jlora.DoRA("kernel", rank=r, alpha=2.0 * r),), 3),
     "slots": (lambda r: (LoRA("fused", rank=r, alpha=r, slots=jlora.Slots(2, (0, 1))),), 3),
 }
-LATER = ("rslora", "slots")
+LATER = ("rslora", "slots", "dora")
 
 
 @pytest.mark.parametrize(
