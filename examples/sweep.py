@@ -10,6 +10,8 @@ was. After a quarter of the steps, and again after half, the half of the runs wh
 held-out rows is worse is stopped, and taken out of the table, so that it costs nothing more. OUT
 then holds runs.csv with a row for each run, curves.csv and curves.png with the training losses, and
 `best`, the adapter of the lowest held-out loss, of its own rank, as an Orbax checkpoint.
+
+Without arguments: four minutes on two CPU cores, and as many with SmolLM2.
 """
 
 import argparse
