@@ -52,14 +52,15 @@ def tiny() -> sweep.Work:
     )
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """Result and output of a sweep, one that was there before replaced."""
-    monkeypatch.setitem(sweep.MODELS, "minilm", tiny)
-    out = tmp_path / "sweep"
-    (out / "best").mkdir(parents=True)
+    out = tmp_path_factory.mktemp("sweep")
+    (out / "best").mkdir()
     (out / "best" / "of_an_earlier_sweep").touch()
-    return sweep.main(["--out", str(out)]), out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sweep.MODELS, "minilm", tiny)
+        return sweep.main(["--out", str(out)]), out
 
 
 def test_each_run_is_the_one_that_it_is_alone(run):
