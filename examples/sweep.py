@@ -44,7 +44,7 @@ WARMUP = 0.1  # of the steps
 WEIGHT_DECAY = 0.01
 CLIP = 1.0  # the norm of a run's gradient
 RUNGS = (0.25, 0.5)  # of the steps: where the worse half stops
-TOGETHER = 2  # runs that are computed together: on a CPU, the activations of more leave its cache
+TOGETHER = 2  # runs that are computed together: on a CPU more of this size are slower
 SMOOTH = 10  # steps of which the picture shows the mean
 OUT = pathlib.Path("out/sweep")
 
@@ -242,10 +242,10 @@ def sweep(work: Work, runs: Sequence[Run], together: int = TOGETHER) -> Result:
                 table, state = jax.tree.map(lambda x, at=better: x[at], (table, state))
     scores[kept] = judge(table, state.running)
     best = int(np.argmin(scores[kept]))
-    adapter = jax.tree.map(lambda x: x[best], table)
-    return Result(
-        curves, scores, stopped, int(kept[best]), of_rank(work, adapter, runs[kept[best]])
-    )
+    if not np.isfinite(scores[kept[best]]):
+        raise SystemExit("Every run diverged: lower --learning-rates.")
+    adapter = of_rank(work, many.take(table, best), runs[kept[best]])
+    return Result(curves, scores, stopped, int(kept[best]), adapter)
 
 
 def of_rank(work: Work, adapter: Any, run: Run) -> Any:

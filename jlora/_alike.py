@@ -1,9 +1,34 @@
-"""Leaves of several adapters at one path: whether they are for one weight, and in one form."""
+"""Several adapters: their leaves, whether those at one path are for one weight, and in one form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ._tree import adapter_leaves, is_empty, name_of
+from ._types import Path, PyTree
 from .adapters import LowRank, is_node, weight_shape, without_slots
+
+
+def leaves_of(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
+    """The leaves of each adapter by path; `TypeError` if they are no adapters."""
+    if not isinstance(adapters, list | tuple) or not adapters or is_node(adapters):
+        raise TypeError(
+            "`adapters` must be a list of adapters, as `init` returns them; got "
+            f"{'an empty one' if isinstance(adapters, list | tuple) else type(adapters).__name__}."
+        )
+    return [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
+
+
+def of_other_methods(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, str]:
+    """The nodes that are no `LowRank`, and what they are."""
+    found = [(path, x) for path, x in leaves if is_node(x) and type(x) is not LowRank]
+    return {path: f"is a {type(x).__name__}" for path, x in found}
+
+
+def refuse(refusal: str, wrong: Mapping[Path, str], remedy: str) -> None:
+    """`ValueError`, if anything is wrong, that names all paths."""
+    if wrong:
+        listed = "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
+        raise ValueError(f"{refusal} at these paths:\n{listed}\n{remedy}")
 
 
 def misfit(leaves: Sequence[Any]) -> str | None:
@@ -22,3 +47,10 @@ def alike(nodes: Sequence[LowRank]) -> list[LowRank]:
     if len({x.layout.slots for x in nodes}) == 1:
         return list(nodes)
     return [without_slots(x, weight_shape(x)) for x in nodes]
+
+
+def joined(nodes: Sequence[LowRank], a: Any, b: Any, scale: float) -> LowRank:
+    """The node of A and B in the place of `nodes`; its dropout is theirs if they agree, else 0."""
+    rates = {x.dropout for x in nodes}
+    dropout = rates.pop() if len(rates) == 1 else 0.0
+    return LowRank(a, b, scale, nodes[0].layout, dropout, any(x.materialize for x in nodes))

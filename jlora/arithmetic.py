@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._alike import alike, misfit
+from ._alike import alike, joined, leaves_of, misfit, of_other_methods, refuse
 from ._factors import qr, svd, times
-from ._tree import adapter_leaves, check_fits, fold, is_empty, leaves_by_path, name_of, nest
+from ._tree import adapter_leaves, check_fits, fold, is_empty, leaves_by_path, nest
 from ._types import Path, PyTree
 from .adapters import LowRank, is_node
 from .core import explicit
@@ -309,18 +309,13 @@ class _Given(NamedTuple):
 
 
 def _checked(adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal: str) -> _Given:
-    if not isinstance(adapters, list | tuple) or not adapters or is_node(adapters):
-        raise TypeError(
-            "`adapters` must be a list of adapters, as `init` returns them; got "
-            f"{'an empty one' if isinstance(adapters, list | tuple) else type(adapters).__name__}."
-        )
+    trees = leaves_of(adapters)
     w = [1.0] * len(adapters) if weights is None else list(weights)
     if len(w) != len(adapters):
         raise ValueError(
             f"`weights` must be one for each of the {len(adapters)} adapters; got {len(w)}."
         )
     _check_finite("weights", w)
-    trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
     _refuse_others(trees, refusal)
     if base is not None:
         for tree in trees:
@@ -335,15 +330,8 @@ def _check_finite(argument: str, values: Sequence[Any]) -> None:
 
 def _refuse_others(trees: Sequence[Mapping[Path, Any]], refusal: str) -> None:
     """Raises for nodes of other methods, whose sum is no node of theirs."""
-    found = {p: x for t in trees for p, x in t.items() if is_node(x) and type(x) is not LowRank}
-    wrong = {p: f"is a {type(x).__name__}" for p, x in found.items()}
-    _refuse(refusal, wrong, "Merge these with the base.")
-
-
-def _refuse(refusal: str, wrong: Mapping[Path, str], remedy: str) -> None:
-    if wrong:
-        listed = "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
-        raise ValueError(f"{refusal} at these paths:\n{listed}\n{remedy}")
+    wrong = of_other_methods(leaf for tree in trees for leaf in tree.items())
+    refuse(refusal, wrong, "Merge these with the base.")
 
 
 def _each(
@@ -360,7 +348,7 @@ def _each(
     paths = list(dict.fromkeys(path for tree in trees for path in tree))
     held = {p: [(t[p], w) for t, w in zip(trees, weights, strict=True) if p in t] for p in paths}
     wrong = {p: why for p, pairs in held.items() if (why := misfit([x for x, _ in pairs]))}
-    _refuse(refusal, wrong, "Adapters that are combined must be of one base.")
+    refuse(refusal, wrong, "Adapters that are combined must be of one base.")
     kept = {
         path: x
         for path, [(x, w), *more] in held.items()
@@ -370,7 +358,7 @@ def _each(
     if base is None:
         needed = "is trained in full, so that its change is known from the base alone"
         remedy = "Give `base`, the parameters that they are for."
-        _refuse(refusal, dict.fromkeys(changed, needed), remedy)
+        refuse(refusal, dict.fromkeys(changed, needed), remedy)
     params = dict(leaves_by_path(base)) if changed else {}
 
     def one(path: Path) -> Any:
@@ -396,7 +384,7 @@ def _summed(given: _Given) -> PyTree:
         n = len(nodes[0].layout.stack) + (nodes[0].layout.slots is not None)
         b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
         a = jnp.concatenate([x.a for x in nodes], -1)
-        return _like(nodes, a, jnp.concatenate(b, n), scale)
+        return joined(nodes, a, jnp.concatenate(b, n), scale)
 
     return _each(given, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
 
@@ -446,13 +434,7 @@ def _made(
     if None not in places:
         in_place = jax.sharding.auto_axes(shaped, out_sharding=places)
     a, b = in_place(nodes, *operands)
-    return _like(nodes, a, b, 1.0)
-
-
-def _like(nodes: Sequence[LowRank], a: jax.Array, b: jax.Array, scale: float) -> LowRank:
-    rates = {x.dropout for x in nodes}
-    dropout = rates.pop() if len(rates) == 1 else 0.0
-    return LowRank(a, b, scale, nodes[0].layout, dropout, any(x.materialize for x in nodes))
+    return joined(nodes, a, b, 1.0)
 
 
 def _enough(values: jax.Array, energy: float | None) -> int:

@@ -28,13 +28,13 @@ def is_routed(case: Case) -> bool:
 
 
 def table() -> list[Any]:
-    """A twelfth of each subject for every day, in one of the forms."""
+    """A part of each subject for every day, in one of the forms by turns."""
     rows = []
-    for subject in SUBJECTS:
+    for n, subject in enumerate(SUBJECTS):
         cases = [c for c in CASES if c.subject == subject and is_routed(c)]
         for i, case in enumerate(cases):
             for k, form in enumerate(FORMS):
-                daily = not (case.slow or i % 12 or (i // 12 + k) % 2)
+                daily = not (case.slow or i % 24 or (n + i // 24 + k) % 2)
                 marks = [] if daily else [pytest.mark.slow]
                 rows.append(pytest.param(case, form, id=f"{case.name}-{form}", marks=marks))
     return rows
@@ -134,6 +134,22 @@ def test_a_loss_is_one_for_each_row(form: str | None) -> None:
 
     expected = jax.grad(lambda adapters: alone(loss, base, adapters).sum())(adapters)
     laws.assert_close(jax.grad(total)(adapters), expected, 1e-5)
+
+
+def test_tables_of_other_methods_are_for_vmap_alone() -> None:
+    """Zeros in DoRA's magnitudes are no adapter of the base: neither -1 nor an empty slot."""
+    params = {"w": jnp.eye(64, 4)}
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=1))
+    base, table = many.init(lora, jax.random.split(jax.random.key(0), 3), params, X)
+    message = r"a table cannot hold what is at these paths:\n  w: is a Decomposed\n"
+    for form in (None, *FORMS):
+        with pytest.raises(ValueError, match=message):
+            many.route(lora.apply, form=form)(base, table, jnp.array(IDS), X)
+        with pytest.raises(ValueError, match=message):
+            many.prepare(table, form=form)
+    with pytest.raises(ValueError, match=message):
+        many.insert(table, 0, {})
+    close(lora.apply(base, many.take(table, 1), X), X @ base["w"])
 
 
 @pytest.mark.parametrize("ids", [(0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (1,) * 6, IDS])
@@ -355,7 +371,7 @@ def test_errors_name_the_argument() -> None:
     lora, base, adapters = made()
     stacked = many.stack(adapters, base=base)
     slotted, low = many.stack([{"w": SLOTTED}]), many.stack([{"w": node(2, dtype=jnp.bfloat16)}])
-    call = many.route(lora.apply)
+    call, prepared = many.route(lora.apply), many.prepare(stacked, form="side by side")
     for f, error, message in [
         (lambda: many.stack([]), TypeError, r"`adapters` must be a list of adapters.*got an empty"),
         (lambda: many.stack(adapters, size=2), ValueError, r"`size` must be at least the 3 adapt"),
@@ -377,6 +393,16 @@ def test_errors_name_the_argument() -> None:
             lambda: many.insert(slotted, 0, {"w": node(1)}),
             ValueError,
             r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n",
+        ),
+        (
+            lambda: many.route(lora.apply, form="gathered")(base, prepared, jnp.array(IDS), X),
+            ValueError,
+            r"`form` is 'gathered', but `table` was prepared side by side: give the table from sta",
+        ),
+        (
+            lambda: many.remove(stacked, 0, base=base | {"c": jnp.ones(5)}),
+            ValueError,
+            r"  c: expected shape \(5,\) as in `base`, got \(4,\)",
         ),
         (
             lambda: many.insert(low, 0, {"w": node(1)}),
@@ -412,3 +438,8 @@ def test_errors_name_the_argument() -> None:
 
 def test_on_devices() -> None:
     devices.run("many_on_devices.py")
+
+
+@pytest.mark.slow
+def test_the_others_on_devices() -> None:
+    devices.run("many_on_devices.py", marked="slow")

@@ -13,7 +13,7 @@ from jax import lax
 from .._tree import adapter_leaves, check_fits, is_concrete, leaves_by_path, nest
 from .._types import Path, PyTree, short
 from ..adapters import LowRank, Routed, is_node, weight_shape
-from ._table import Leaves, table_leaves
+from ._table import Leaves, refuse_others, table_leaves
 
 FORMS = ("side by side", "gathered")
 SHARE = 4  # A and B of all slots lie side by side where they are no more than this part of W
@@ -64,7 +64,8 @@ def route(
     Raises:
         TypeError: if `table` or `ids` is none.
         ValueError: if an argument or a result has no axis of rows, `ids` names no slot, or the
-            table does not fit the base.
+            table does not fit the base, is of a method other than LoRA, or was prepared in another
+            form.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -129,6 +130,7 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
 
     Raises:
         TypeError: if `table` is none.
+        ValueError: if it is of a method other than LoRA.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -146,10 +148,15 @@ def _prepared(table: PyTree, form: str | None) -> tuple[Leaves, int]:
     routed = {path: x for path, x in found.items() if isinstance(x, Routed)}
     counts = {x.slots for x in routed.values()}
     others = {path: x for path, x in found.items() if path not in routed}
+    refuse_others(others.items())
     if others:
         _, count = table_leaves(nest(others))
         counts.add(count)
     slots = max(counts)
+    if routed and form == FORMS[1]:
+        raise ValueError(
+            f"`form` is {form!r}, but `table` was prepared side by side: give the table from stack."
+        )
     if len(counts) > 1:
         raise TypeError(f"`table` must have as many slots everywhere; got {sorted(counts)}.")
     beside = {p: _side_by_side(x, slots) for p, x in others.items() if _is_beside(x, form)}

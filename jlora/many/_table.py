@@ -1,19 +1,21 @@
 """A table of adapters: one adapter tree, whose arrays have a leading axis of slots."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._alike import alike, misfit
-from .._tree import adapter_leaves, is_concrete, is_empty, leaves_by_path, name_of, nest
+from .. import _compat
+from .._alike import alike, joined, leaves_of, misfit, of_other_methods, refuse
+from .._tree import adapter_leaves, check_fits, is_concrete, leaves_by_path, name_of, nest
 from .._types import Path, PyTree, short
 from ..adapters import LowRank, arrays, is_node, method_of, state
 from ..core import promote
 
 Leaves = dict[Path, Any]
+REFUSAL = "a table cannot hold what is"
 
 
 def stack(
@@ -62,7 +64,8 @@ def stack(
         path: [tree[path] for tree in trees if path in tree]
         for path in dict.fromkeys(path for tree in trees for path in tree)
     }
-    _refuse(
+    refuse(
+        REFUSAL,
         {path: why for path, leaves in sites.items() if (why := misfit(leaves))},
         "The adapters of a table must be of one base.",
     )
@@ -78,7 +81,7 @@ def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTre
 
     Args:
         table: from `stack` or `init`.
-        slot: from 0 on, an integer or a traced one.
+        slot: from 0 on, an integer or a traced one, which is not checked.
         adapter: an adapter of at most the table's ranks, at some of its sites. Its values are
             checked unless they are traced: under `jit` see to it that they are finite.
         base: the parameters, needed where the table has leaves in full that `adapter` has not.
@@ -102,6 +105,7 @@ def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTre
     found, count = table_leaves(table)
     _check_slot(slot, count)
     [tree] = _checked([adapter])
+    refuse_others(found.items())
     empty = {path: jax.tree.map(lambda x: jnp.zeros_like(x[0]), x) for path, x in found.items()}
     row = _row(tree, empty, base)
     put = lambda x, new: x.at[slot].set(new)  # noqa: E731
@@ -113,7 +117,7 @@ def remove(table: PyTree, slot: int | jax.Array, *, base: PyTree = None) -> PyTr
 
     Args:
         table: from `stack` or `init`.
-        slot: from 0 on, an integer or a traced one.
+        slot: from 0 on, an integer or a traced one, which is not checked.
         base: the parameters, needed where the table has leaves in full.
 
     Returns:
@@ -138,7 +142,7 @@ def take(table: PyTree, slot: int | jax.Array) -> PyTree:
 
     Args:
         table: from `stack` or `init`.
-        slot: from 0 on, an integer or a traced one.
+        slot: from 0 on, an integer or a traced one, which is not checked.
 
     Returns:
         An adapter for `apply`, `merge` and files; `arithmetic.truncate(adapter, energy=1.0)` drops
@@ -190,22 +194,21 @@ def _slots(leaf: Any) -> int | None:
 
 def _checked(adapters: Sequence[PyTree]) -> list[Leaves]:
     """The leaves of each adapter by path; an error where one has a value that is not finite."""
-    if not isinstance(adapters, list | tuple) or not adapters or is_node(adapters):
-        raise TypeError(
-            "`adapters` must be a list of adapters, as `init` returns them; got "
-            f"{'an empty one' if isinstance(adapters, list | tuple) else type(adapters).__name__}."
-        )
-    trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
-    each = [(path, x) for tree in trees for path, x in tree.items()]
-    _refuse(
-        {p: f"is a {type(x).__name__}" for p, x in each if is_node(x) and type(x) is not LowRank},
-        "A table holds LowRank nodes and leaves in full.",
-    )
-    _refuse(
+    trees = leaves_of(adapters)
+    each = [leaf for tree in trees for leaf in tree.items()]
+    refuse_others(each)
+    refuse(
+        REFUSAL,
         {p: "is not finite" for p, x in each if not _is_finite(x)},
         "In one slot of a table it would reach the rows of others.",
     )
     return trees
+
+
+def refuse_others(leaves: Iterable[tuple[Path, Any]]) -> None:
+    """`ValueError` for nodes of other methods: zeros in them are not ΔW = 0."""
+    remedy = "A table that is routed or changed holds LowRank nodes and leaves in full."
+    refuse(REFUSAL, of_other_methods(leaves), remedy)
 
 
 def _is_finite(leaf: Any) -> bool:
@@ -217,28 +220,16 @@ def _is_finite(leaf: Any) -> bool:
     )
 
 
-def _refuse(wrong: Mapping[Path, str], remedy: str) -> None:
-    if wrong:
-        listed = "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
-        raise ValueError(f"a table cannot hold what is at these paths:\n{listed}\n{remedy}")
-
-
 def _empty(leaves: Sequence[Any], rank: int | None) -> Any:
     """Zeros that have room for each of `leaves`."""
     if not is_node(leaves[0]):
         return jnp.zeros(leaves[0].shape, promote(*(x.dtype for x in leaves)))
     nodes = alike(leaves)
     largest = max(x.a.shape[-1] for x in nodes) if rank is None else rank
-    scales, rates = {x.scale for x in nodes}, {x.dropout for x in nodes}
-    first = nodes[0]._replace(
-        a=jnp.zeros_like(nodes[0].a, promote(*(x.a.dtype for x in nodes))),
-        b=jnp.zeros_like(nodes[0].b, promote(*(x.b.dtype for x in nodes))),
-        scale=scales.pop() if len(scales) == 1 else 1.0,
-        dropout=rates.pop() if len(rates) == 1 else 0.0,
-        materialize=any(x.materialize for x in nodes),
-        key=None,
-    )
-    return _of_rank(first, largest)
+    scales = {x.scale for x in nodes}
+    a = jnp.zeros_like(nodes[0].a, promote(*(x.a.dtype for x in nodes)))
+    b = jnp.zeros_like(nodes[0].b, promote(*(x.b.dtype for x in nodes)))
+    return _of_rank(joined(nodes, a, b, scales.pop() if len(scales) == 1 else 1.0), largest)
 
 
 def _of_rank(node: LowRank, rank: int) -> LowRank:
@@ -255,14 +246,18 @@ def _of_rank(node: LowRank, rank: int) -> LowRank:
 
 def _row(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
     """An adapter at all sites of a table, where `empty` are zeros of the table's types."""
-    _refuse(
+    refuse(
+        REFUSAL,
         {path: why for path, x in tree.items() if (why := _no_room(x, empty.get(path)))},
         "Make the table with jlora.many.stack(adapters, rank=...) of adapters that have all sites.",
     )
     missing = [path for path, x in empty.items() if not is_node(x) and path not in tree]
     if missing and base is None:
         needed = "is trained in full, so that a slot without it holds the base's"
-        _refuse(dict.fromkeys(missing, needed), "Give `base`, the parameters that they are for.")
+        remedy = "Give `base`, the parameters that they are for."
+        refuse(REFUSAL, dict.fromkeys(missing, needed), remedy)
+    if missing:
+        check_fits(base, {path: empty[path] for path in missing})
     params = dict(leaves_by_path(base)) if missing else {}
     row = {path: _placed(tree.get(path, x), x) for path, x in empty.items()}
     return row | {path: jnp.asarray(params[path], empty[path].dtype) for path in missing}
@@ -298,6 +293,5 @@ def _placed(leaf: Any, empty: Any) -> Any:
 
 
 def _check_slot(slot: Any, count: int) -> None:
-    known = not isinstance(slot, jax.core.Tracer)  # pyright: ignore
-    if known and not (jnp.ndim(slot) == 0 and 0 <= int(slot) < count):
+    if _compat.is_concrete(slot) and not (jnp.ndim(slot) == 0 and 0 <= int(slot) < count):
         raise ValueError(f"`slot` must lie in [0, {count}), the slots of the table; got {slot!r}.")

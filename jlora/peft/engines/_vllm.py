@@ -86,8 +86,7 @@ def _names(x: Served) -> Iterator[Finding]:
         why = "the base has no module of that name"
         yield Finding(some(loud), why, rules.OTHER_BASE, False)
     if quiet:
-        theirs = base.alike(quiet[0])
-        why = "matches no module of the base" + (f", which has {shown(theirs)}" if theirs else "")
+        why = f"matches no module of the base, which has {shown(base.alike(quiet[0]))}"
         yield Finding(some(quiet), why, rules.RENAME, True)
 
 
