@@ -17,6 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orders
 from cases import Case, Problem
 from own_schemes import Pairs
 
@@ -181,6 +182,20 @@ def leaks_checked() -> Iterator[None]:
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+def in_both_orders(made: Made, tolerance: float, every_law: bool) -> None:
+    """Adapted is merged, or every law but that of sites, with each order of the product forced."""
+    expected = made.merged()
+    for order in (orders.APART, orders.SUMMED):
+        with orders.forced(order) as planner:
+            adapted = made.adapted()
+            adapted_is_merged(made, adapted, expected, tolerance)
+            if every_law:
+                transforms_agree(made, adapted, tolerance)
+                zero_is_the_base(made, tolerance)
+        if not planner.called:
+            break  # no product allows both orders: the second would be the same program
 
 
 # ------------------------------------------------------------------------------ what they share

@@ -68,8 +68,15 @@ def alone(lora, adapters, base, which, ids):
     return jnp.concatenate(each)
 
 
-@pytest.mark.parametrize("apply", [model, constrained])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "apply"),
+    [
+        (FORMS[0], constrained),
+        (FORMS[1], model),
+        pytest.param(FORMS[0], model, marks=pytest.mark.slow),
+        pytest.param(FORMS[1], constrained, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_are_what_they_are_alone(form, apply):
     lora, adapters, (base, table, which, ids) = placed(apply)
     spmd = "data" if apply is constrained else None
@@ -80,7 +87,7 @@ def test_rows_are_what_they_are_alone(form, apply):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [FORMS[0], pytest.param(FORMS[1], marks=pytest.mark.slow)])
 def test_no_collective_has_the_size_of_a_weight_or_of_a_table(form):
     """But for sums: those of logits, as without adapters, and of h over the axis of inputs."""
     lora, _, arguments = placed(model)

@@ -26,7 +26,9 @@ def put(tree, specs):
     return jax.device_put(tree, places)
 
 
-@pytest.mark.parametrize(("name", "runs"), [("lists", "fsdp"), ("scanned", None)])
+@pytest.mark.parametrize(
+    ("name", "runs"), [("lists", "fsdp"), pytest.param("scanned", None, marks=pytest.mark.slow)]
+)
 def test_steps_are_those_of_one_device(name, runs):
     """Made, trained and kept at the places that `specs` and `moments` say, with an axis of runs."""
     model = models.MODELS[name]()

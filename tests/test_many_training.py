@@ -493,6 +493,12 @@ def test_on_devices() -> None:
     devices.run("many_training_on_devices.py")
 
 
+@pytest.mark.slow
+def test_the_others_on_devices() -> None:
+    """Layers in a scan, and runs that are not divided."""
+    devices.run("many_training_on_devices.py", marked="slow")
+
+
 # ------------------------------------------------------------------------------------- what is said
 
 TABLE = {"w": jnp.ones((3, 4))}

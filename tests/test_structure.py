@@ -1,6 +1,7 @@
 """The layout of the package: what a folder may import, what depends on what, what is registered."""
 
 import ast
+import functools
 import gc
 import pathlib
 import re
@@ -81,6 +82,7 @@ def test_imports_run_down() -> None:
 def test_merging_and_files_do_not_import_the_transform() -> None:
     found = graph()
 
+    @functools.cache
     def below(name: str) -> set[str]:
         return {name}.union(*(below(n) for n in found[name] if n in found))
 

@@ -2,17 +2,33 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+import quickstart
 import serve
+
+from jlora import checkpoint
+
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("serve")
+    """A folder with all adapters but one, as if an earlier run had trained them."""
+    out = tmp_path_factory.mktemp("serve")
+    model, variables, _ = quickstart.load()
+    example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    lora = quickstart.adapt(model)
+    base, adapter = lora.init(jax.random.key(1), variables, example, example)
+    rules = quickstart.make_rules(quickstart.RANK)
+    for name in (*serve.AT_FIRST[1:], serve.LATER):
+        checkpoint.save(out / "adapters" / f"{name}-{STEPS}", adapter, rules, base=base)
+    return out
 
 
 def test_requests_are_answered_in_one_program(out):
-    argv = ["--steps", "2", "--each", "12", "--batch", "8", "--out", str(out)]
+    argv = ["--steps", str(STEPS), "--each", "12", "--batch", "8", "--out", str(out)]
     served = serve.main(argv)
     assert served.compiled == 1
     assert len(served.answers) == 48
