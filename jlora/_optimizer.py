@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import DictKey, GetAttrKey
 
 from ._compat import is_concrete
+from ._precondition import preconditioned
 from ._rules import is_finite
 from ._table import aligned, readable
 from ._tree import count, leaves_by_path, name_of, size_in_bytes
@@ -101,6 +102,7 @@ def optimizer(
     *,
     lora_plus: float | jax.Array | None = None,
     freeze_a: bool = False,
+    precondition: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets `tx` train the adapter and nothing else.
 
@@ -118,6 +120,11 @@ def optimizer(
         lora_plus: the ratio λ of B's learning rate to A's: updates of B are multiplied by it.
             Hayou et al. find about 16 to be good. None means 1. It may be traced.
         freeze_a: train B (and full leaves) only; A gets no moments and zero updates.
+        precondition: the damping δ of Riemannian preconditioning, 1e-6 in the paper: before `tx`
+            sees them, the gradient of A is multiplied by $(B B^\top + \delta I)^{-1}$ and that of B
+            by $(A^\top A + \delta I)^{-1}$, so that a step changes ΔW alike however it is split
+            between A and B. The learning rate then has to be found anew. None leaves the gradients
+            as they are. It may be traced.
 
     Returns:
         An optax transformation.
@@ -125,10 +132,11 @@ def optimizer(
     Raises:
         TypeError: if `tx` is no optax transformation, or it is given a tree that is neither form,
             or a base with PRNG keys, to which `optax.apply_updates` can add nothing.
-        ValueError: if `lora_plus` is not a positive finite number.
+        ValueError: if `lora_plus` or `precondition` is not a positive finite number; in `update`,
+            if `precondition` is set and there are no parameters.
 
     Source: Hayou et al., LoRA+, arXiv 2402.12354; Zhang et al., LoRA-FA, arXiv 2308.03303, for
-    `freeze_a`.
+    `freeze_a`; Zhang and Pilanci, arXiv 2402.02347, algorithm 1, for `precondition`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax
@@ -142,15 +150,18 @@ def optimizer(
         True
     """
     check_transformation(tx)
-    if lora_plus is not None and is_concrete(lora_plus) and not _is_ratio(lora_plus):
-        raise ValueError(f"`lora_plus` must be a positive finite number; got {lora_plus!r}.")
+    for name, x in (("lora_plus", lora_plus), ("precondition", precondition)):
+        if x is not None and is_concrete(x) and not _is_positive(x):
+            raise ValueError(f"`{name}` must be a positive finite number; got {x!r}.")
     frozen = {"base", "a"} if freeze_a else {"base"}
 
     def group(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda label: "frozen" if label in frozen else "trained", labels(tree))
 
     parts = optax.partition({"trained": tx, "frozen": _freeze()}, group)
-    whole = optax.chain(parts, _scale_b(lora_plus)) if lora_plus is not None else parts
+    before = [] if precondition is None else [preconditioned(precondition)]
+    after = [] if lora_plus is None else [_scale_b(lora_plus)]
+    whole = optax.chain(*before, parts, *after) if before or after else parts
 
     def init(params: PyTree) -> PyTree:
         _check_no_keys(params)
@@ -159,7 +170,7 @@ def optimizer(
     return whole._replace(init=init)
 
 
-def _is_ratio(x: Any) -> bool:
+def _is_positive(x: Any) -> bool:
     return is_finite(x) and x > 0
 
 

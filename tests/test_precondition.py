@@ -1,0 +1,212 @@
+"""`jlora.optimizer(precondition=δ)`: each gradient times the inverse matrix of the other factor."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import devices
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from jlora import many
+
+
+class Model(NamedTuple):
+    """A function of one weight, its rule, and the axes of A and of B in letters, r the rank."""
+
+    apply: Callable[..., Any]
+    shape: tuple[int, ...]
+    x: tuple[int, ...]
+    rule: Any
+    a: str
+    b: str
+
+
+def layers(p: Any, x: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+
+def conv(p: Any, x: jax.Array) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=numbers)
+
+
+LORA, SLOTS = jlora.LoRA("w", rank=3), jlora.LoRA("w", rank=3, slots=jlora.Slots(3, (0, 2)))
+MODELS = {
+    "plain": Model(lambda p, x: x @ p["w"], (6, 4), (4, 6), LORA, "ir", "ro"),
+    "dora": Model(lambda p, x: x @ p["w"], (6, 5), (4, 6), jlora.DoRA("w", rank=3), "ir", "ro"),
+    "slots": Model(lambda p, x: x @ p["w"], (6, 12), (4, 6), SLOTS, "sir", "sro"),
+    "scanned": Model(layers, (2, 6, 6), (4, 6), LORA, "lir", "lro"),
+    "heads": Model(
+        lambda p, x: jnp.einsum("bij,ijkm->bkm", x, p["w"]),
+        (2, 3, 4, 2), (4, 2, 3), LORA, "ijr", "rkm",
+    ),
+    "experts": Model(
+        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["w"]),
+        (2, 6, 5), (2, 4, 6), LORA, "eir", "ero",
+    ),
+    "conv": Model(conv, (3, 3, 2, 4), (1, 5, 5, 2), LORA, "hwir", "ro"),
+    "embedding": Model(
+        lambda p, x: p["w"][jnp.asarray(x, jnp.int32)], (9, 5), (4,), LORA, "ir", "ro"
+    ),
+}  # fmt: skip
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def made(name: str) -> tuple[Any, Any, Any]:
+    """The base, an adapter with noise on all leaves, and gradients of its form, in float64."""
+    model = MODELS[name]
+    lora = jlora.transform(model.apply, model.rule)
+    params = {"w": normal(0, model.shape)}
+    base, adapter = lora.init(jax.random.key(0), params, normal(1, model.x))
+    leaves, tree = jax.tree.flatten(adapter)
+    noisy = [x + normal(i, x.shape) for i, x in enumerate(leaves)]
+    grads = [normal(i + 10, x.shape) for i, x in enumerate(leaves)]
+    return base, jax.tree.unflatten(tree, noisy), jax.tree.unflatten(tree, grads)
+
+
+def step(adapter: Any, grads: Any, **options: Any) -> Any:
+    """The updates of a step of descent at rate 1."""
+    tx = jlora.optimizer(optax.sgd(1.0), **options)
+    return tx.update(grads, tx.init(adapter), adapter)[0]
+
+
+def matrices(x: Any, axes: str) -> np.ndarray:
+    """(matrices, inputs or outputs, r): what is neither stack nor slot in one axis."""
+    order = sorted(range(len(axes)), key=lambda i: (axes[i] not in "les", axes[i] == "r"))
+    count = math.prod(x.shape[i] for i in order if axes[i] in "les")
+    return np.transpose(x, order).reshape(count, -1, x.shape[axes.index("r")])
+
+
+@every_model
+def test_is_the_formula(name: str) -> None:
+    """By NumPy, matrix by matrix; the magnitudes of DoRA as they were."""
+    damping, model = 0.1, MODELS[name]
+    with jax.enable_x64(True):
+        _, adapter, grads = made(name)
+        updates = step(adapter, grads, precondition=damping)["w"]
+        (node,), (grad,) = adapter.values(), grads.values()
+        factors = {"a": model.a, "b": model.b}
+        for mine, other in itertools.permutations(factors):
+            x = matrices(getattr(node, other), factors[other])
+            g = matrices(getattr(grad, mine), factors[mine])
+            gram = np.einsum("nir,nis->nrs", x, x) + damping * np.eye(3)
+            expected = -np.linalg.solve(gram, g.swapaxes(1, 2)).swapaxes(1, 2)
+            actual = matrices(getattr(updates, mine), factors[mine])
+            np.testing.assert_allclose(actual, expected, rtol=1e-9)
+        if name == "dora":
+            np.testing.assert_array_equal(updates.m, -grad.m)
+
+
+@every_model
+def test_a_step_changes_the_weight_alike_however_it_is_split(name: str) -> None:
+    """With A·M and M⁻¹·B, whose gradients are Ā·M⁻ᵀ and Mᵀ·B̄, ΔW has the same first change."""
+    model = MODELS[name]
+    whole = "".join(c for c in dict.fromkeys(model.a + model.b) if c != "r")
+
+    def turned(x: jax.Array, axes: str, by: jax.Array) -> jax.Array:
+        return jnp.einsum(f"{axes},rz->{axes.replace('r', 'z')}", x, by)
+
+    def change(node: Any, grad: Any, **options: Any) -> jax.Array:
+        update = step({"w": node}, {"w": grad}, **options)["w"]
+        product = f"{model.a},{model.b}->{whole}"
+        return jnp.einsum(product, update.a, node.b) + jnp.einsum(product, node.a, update.b)
+
+    with jax.enable_x64(True):
+        _, adapter, grads = made(name)
+        node, grad, m = adapter["w"], grads["w"], normal(5, (3, 3))
+        back = jnp.linalg.inv(m)
+        other = node._replace(a=turned(node.a, model.a, m), b=turned(node.b, model.b, back.T))
+        of_other = grad._replace(a=turned(grad.a, model.a, back.T), b=turned(grad.b, model.b, m))
+        each = [(node, grad), (other, of_other)]
+        expected, actual = (change(*pair, precondition=1e-12) for pair in each)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        expected, actual = (change(*pair) for pair in each)
+        assert not np.allclose(actual, expected, rtol=1e-2, atol=1e-2)  # without it they differ
+
+
+def test_comes_before_the_transformation_and_lora_plus_after() -> None:
+    """What `tx` sees are the new gradients, so that Adam's first step is their sign."""
+    _, adapter, grads = made("plain")
+    seen = step(adapter, grads, precondition=0.1)
+    tx = jlora.optimizer(optax.scale_by_sign(), precondition=0.1, lora_plus=4.0)
+    updates = tx.update(grads, tx.init(adapter), adapter)[0]["w"]
+    np.testing.assert_array_equal(updates.a, -jnp.sign(seen["w"].a))
+    np.testing.assert_array_equal(updates.b, -4 * jnp.sign(seen["w"].b))
+
+
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_both_trees_train_the_same_adapter(freeze_a: bool) -> None:
+    """Of `Params` the base stays as it is; A is in the matrix of B also where it is frozen."""
+    base, adapter, grads = made("scanned")
+    tx = jlora.optimizer(optax.adam(0.1), precondition=1e-6, freeze_a=freeze_a)
+
+    @jax.jit
+    def stepped(params: Any, grads: Any) -> Any:
+        return optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+
+    alone = stepped(adapter, grads)
+    both = stepped(jlora.Params(base, adapter), jlora.Params(base, grads))
+    assert jax.tree.all(jax.tree.map(np.array_equal, both, jlora.Params(base, alone)))
+    assert np.array_equal(alone["w"].a, adapter["w"].a) == freeze_a
+    free = stepped(adapter, grads | {"w": grads["w"]._replace(a=0 * grads["w"].a)})
+    np.testing.assert_array_equal(alone["w"].b, free["w"].b)
+
+
+def test_dtypes_stay_and_zero_is_no_division() -> None:
+    """bfloat16 in, bfloat16 out; B of zero gives A the gradient of zero that it has."""
+    _, adapter, grads = made("plain")
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (adapter, grads))
+    updates = step(*narrow, precondition=1e-6)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+    node, grad = adapter["w"]._replace(b=0 * adapter["w"].b), grads["w"]
+    updates = step({"w": node}, {"w": grad._replace(a=0 * grad.a)}, precondition=1e-6)
+    assert not np.any(updates["w"].a)
+    assert np.isfinite(updates["w"].b).all()
+
+
+def test_a_table_of_adapters_and_a_traced_damping() -> None:
+    """Each run has its own matrices, and a damping of its own."""
+    _, adapter, grads = made("scanned")
+    table, slopes = (many.stack([x, jax.tree.map(lambda y: -2 * y, x)]) for x in (adapter, grads))
+    tx = many.optimizer(
+        lambda damping: jlora.optimizer(optax.sgd(1.0), precondition=damping),
+        damping=jnp.array([1e-3, 1.0]),
+    )
+    updates, _ = tx.update(slopes, tx.init(table), table)
+    for i, damping in enumerate((1e-3, 1.0)):
+        one, slope, found = (many.take(x, i) for x in (table, slopes, updates))
+        expected = step(one, slope, precondition=damping)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
+    # A table without `many.optimizer` has an axis more, and the same answer.
+    whole = step(table, slopes, precondition=1.0)["w"]
+    np.testing.assert_allclose(whole.b[1], updates["w"].b[1], rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_are_needed() -> None:
+    _, adapter, grads = made("plain")
+    tx = jlora.optimizer(optax.sgd(1.0), precondition=1e-6)
+    with pytest.raises(
+        ValueError, match=r"needs the parameters: call update\(grads"
+    ):
+        tx.update(grads, tx.init(adapter))
+
+
+@pytest.mark.parametrize("damping", [0, -1e-6, float("nan"), float("inf"), True, "1e-6"])
+def test_a_damping_that_is_none(damping: Any) -> None:
+    with pytest.raises(ValueError, match="`precondition` must be a positive finite number; got"):
+        jlora.optimizer(optax.sgd(1.0), precondition=damping)
+
+
+def test_on_a_mesh() -> None:
+    devices.run("precondition_on_devices.py")
