@@ -132,12 +132,37 @@ def snippets(source: str, margin: float = 0.0) -> tuple[list[Snippet], list[Snip
     found = {}  # hash of the text -> Snippet
     for line in lines:
         _, rating, text = line.rstrip("\r\n").split("\t", 2)
-        key = int(hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest(), 16)
+        key = _hash(text)
         if abs(float(rating)) > margin:
             found.setdefault(key, Snippet(text, int(float(rating) > 0)))
     train = [found[key] for key in sorted(found) if key % 10]
     test = [found[key] for key in sorted(found) if not key % 10]
     return train, test
+
+
+def word_order() -> tuple[list[Snippet], list[Snippet]]:
+    """Sentences of movie reviews, in half of which two neighboring words have changed places.
+
+    The label is 1 where none have, as in *bigram shift* (Conneau et al., arXiv 1805.01070). Which
+    words of which sentences follows from the hash of the text.
+    """
+
+    def shifted(snippet: Snippet) -> Snippet:
+        words, number = snippet.text.split(), _hash(snippet.text) // 10
+        i = number // 2 % (len(words) - 1)
+        if number % 2 and words[i].casefold() != words[i + 1].casefold():
+            words[i : i + 2] = words[i + 1], words[i]
+            return Snippet(" ".join(words), 0)
+        return Snippet(" ".join(words), 1)
+
+    parts = ([x for x in part if len(x.text.split()) > 5] for part in movie_snippets())
+    train, test = (list(map(shifted, part)) for part in parts)
+    return train, test
+
+
+def _hash(text: str) -> int:
+    """A number by which to shuffle, to split and to choose."""
+    return int(hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest(), 16)
 
 
 def write_sst2(folder: Path, margin: float = 0.8) -> None:

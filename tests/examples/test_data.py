@@ -250,3 +250,16 @@ def test_movie_snippets(margin, total):
         assert 0.45 < sum(snippet.label for snippet in part) / len(part) < 0.55
     assert ("Horrible.", 0) in train + test
     assert all(text == text.strip() for text in texts)
+
+
+def test_word_order():
+    movies = [{" ".join(x.text.split()) for x in part} for part in data.movie_snippets()]
+    sides = data.word_order()
+    for own, part in zip(movies, sides, strict=True):
+        texts = [x.text for x in part]
+        assert 0.45 < sum(x.label for x in part) / len(part) < 0.55
+        kept = [x.text in own for x in part]
+        assert [x.label == 1 for x in part] == kept
+        words = {tuple(sorted(text.split())) for text in own}
+        assert all(tuple(sorted(text.split())) in words for text in texts)
+    assert (len(sides[0]), len(sides[1])) == (9003, 1001)

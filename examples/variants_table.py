@@ -1,0 +1,97 @@
+"""What `variants.py` measured, as one table and one picture.
+
+    python examples/variants_table.py       # of examples/results, as far as the runs are
+
+Read OUT/variants_runs.csv; write OUT/variants.csv, a row for each variant of each task, and
+OUT/variants.png, of which the guides have a copy. Errors are standard errors over the seeds.
+"""
+
+import collections
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import compare_table
+import matplotlib.pyplot as plt
+import numpy as np
+from compare_table import Row
+from variants import OUT, VARIANTS
+
+MEASURES = {  # of a task: the column, the factor, and what the picture calls it
+    "movies": ("held_out_right", 100, "movie reviews: accuracy, %"),
+    "order": ("held_out_right", 100, "word order: accuracy, %"),
+    "definitions": ("held_out", 1, "definitions: nats a token"),
+}
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """A row for each variant of each task, at the rate of the lowest validation loss."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row["task"], row["variant"]].append(row)
+    return sorted((_row(*key, group) for key, group in groups.items()), key=_place)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    return list(MEASURES).index(row["task"]), list(VARIANTS).index(row["variant"])
+
+
+def _row(task: str, variant: str, rows: Sequence[Row]) -> Row:
+    first = [row for row in rows if row["seed"] == 0]
+    rate = min((np.nan_to_num(r["validation"], nan=np.inf), r["rate"]) for r in first)[1]
+    column, factor, _ = MEASURES[task]
+    scores = factor * np.array([r[column] for r in rows if r["rate"] == rate])
+    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+    return {
+        "task": task,
+        "variant": variant,
+        "trained": rows[0]["trained"],
+        "rate": rate,
+        "rates": len({row["rate"] for row in first}),
+        "seeds": len(scores),
+        "score": round(float(scores.mean()), 3),
+        "standard_error": round(float(error), 3),
+    }
+
+
+def draw(path: pathlib.Path, table: Sequence[Row]) -> None:
+    """A panel for each task; a band is where LoRA on all linear layers is."""
+    tasks = [task for task in MEASURES if any(row["task"] == task for row in table)]
+    names = [name for name in VARIANTS if any(row["variant"] == name for row in table)]
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(4 * len(tasks), 1 + 0.3 * len(names)), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, task in zip(axes[0], tasks, strict=True):
+        found = {row["variant"]: row for row in table if row["task"] == task}
+        if row := found.get("lora_all"):
+            low, high = (row["score"] + sign * row["standard_error"] for sign in (-1, 1))
+            axis.axvspan(low, high, color="C0", alpha=0.2)
+        for name, row in found.items():
+            at = len(names) - names.index(name)
+            axis.errorbar(row["score"], at, xerr=row["standard_error"], fmt="o", capsize=3)
+        axis.set(xlabel=MEASURES[task][2])
+        axis.set_yticks(range(len(names), 0, -1), [VARIANTS[name].label for name in names])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write(out: pathlib.Path) -> list[Row]:
+    """Writes the table and the picture.
+
+    Raises:
+        ValueError: nothing has run.
+    """
+    rows = compare_table.read(out / "variants_runs.csv")
+    if not rows:
+        raise ValueError(f"`{out}` has no variants_runs.csv. Run variants.py first.")
+    table = summary(rows)
+    compare_table.write_rows(out / "variants.csv", table)
+    draw(out / "variants.png", table)
+    return table
+
+
+if __name__ == "__main__":
+    for row in write(pathlib.Path(sys.argv[1]) if sys.argv[1:] else OUT):
+        score = f"{row['score']:.2f} ± {row['standard_error']:.2f}"
+        print(f"{row['task']:<12} {row['variant']:<16} {score:<16} {row['rate']:g}")

@@ -1,0 +1,125 @@
+"""`examples/variants.py`: every variant trains, a run is done once, and the table is its mean."""
+
+import math
+import shutil
+
+import compare_table
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import variants
+import variants_table
+from flax import linen as nn
+from models import bert
+from variants import Rows
+
+import jlora
+
+DAILY = "lora_all", "dora", "full"
+
+
+def rows(n, seed):
+    """Texts whose label is whether the first token is even."""
+    ids = np.random.default_rng(seed).integers(3, 50, (n, 16)).astype(np.int32)
+    ones = np.ones_like(ids)
+    return Rows(ids, ones, ids[:, 0] % 2)
+
+
+@pytest.fixture(scope="module")
+def task():
+    """A small encoder, on which every variant fits."""
+    model = bert.Bert(bert.Config(50, 64, 2, 2, 64, 64, 2, 1e-12), classes=2)
+    params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    return variants.Task(
+        model.apply,
+        params,
+        lambda r: (r.ids, r.mask),
+        variants.score_classes,
+        (jlora.Full("classifier"),),
+        rank=9,
+        rate=-5,
+        steps=3,
+        batch=8,
+        train=rows(64, 0),
+        validation=rows(20, 1),
+        held_out=rows(20, 2),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in DAILY else pytest.mark.slow) for n in variants.VARIANTS],
+)
+def test_every_variant_trains(task, name):
+    runner = variants.Runner(task, variants.VARIANTS[name])
+    found = runner(1e-3, 0)
+    assert 0 <= found["held_out_right"] <= 1
+    assert all(math.isfinite(x) for x in found.values())
+    base, adapter = runner.lora.init(jax.random.key(0), runner.params, *task.inputs(task.train))
+    assert found["trained"] == jlora.count(adapter)
+    # The losses are the model's own before anything is learnt.
+    loss = runner.evaluate(adapter, base, task.validation)[0]
+    logits = runner.lora.apply(base, adapter, *task.inputs(task.validation))
+    each = np.asarray(jax.nn.log_softmax(logits))[np.arange(20), task.validation.labels]
+    np.testing.assert_allclose(loss, -each.mean(), rtol=1e-5)
+
+
+def test_tokens_are_scored_by_the_one_before():
+    """The logits at a place are for the next token, and count where that is marked."""
+    ids = np.array([[1, 2, 0]], np.int32)
+    logits = np.log(np.array([[[0.2, 0.3, 0.5], [0.6, 0.3, 0.1], [1.0, 1.0, 1.0]]]))
+    marked = Rows(ids, ids, np.array([[0, 1, 1]], np.float32))
+    nll, right, count = variants.score_tokens(logits, marked)
+    np.testing.assert_allclose(nll, -np.log(0.5) - np.log(0.6), rtol=1e-6)
+    assert (int(right), int(count)) == (2, 2)
+
+
+def test_the_rate_is_searched_until_it_is_not_the_outermost():
+    losses = {-7: 3.0, -6: 1.0, -5: 2.0, -4: 4.0, -3: float("nan")}
+    asked = []
+
+    def loss(rate, seed):
+        asked.append(rate)
+        return losses[rate] + seed
+
+    assert variants.best_rate(loss, -4) == -6
+    assert sorted(asked) == [-7, -6, -5, -4, -3]
+    assert variants.best_rate(lambda rate, seed: float(rate), 0) == -3  # at most five
+
+
+def test_runs_are_done_once_and_become_a_table(tmp_path):
+    path, calls = tmp_path / "variants_runs.csv", []
+
+    def runner(rate, seed):
+        calls.append((rate, seed))
+        right = 0.8 + 0.01 * seed + rate
+        return {
+            "trained": 10, "loss": 1.0, "validation": rate, "validation_right": right,
+            "held_out": 0.5, "held_out_right": right, "seconds": 1.0,
+        }  # fmt: skip
+
+    each = [(name, *x) for name in ("dora", "lora_all") for x in ((-4, 0), (-2, 0), (-4, 1))]
+    for name, half_decades, seed in 2 * each:
+        loss = variants.run(path, runner, "movies", name, half_decades, seed)
+        assert loss == 10 ** (half_decades / 2)
+    assert len(calls) == len(each)
+    variants_table.write(tmp_path)
+    first, second = compare_table.read(tmp_path / "variants.csv")
+    assert (first["variant"], second["variant"]) == ("lora_all", "dora")  # in the order of VARIANTS
+    assert (first["rate"], first["rates"], first["seeds"]) == (0.01, 2, 2)
+    assert first["score"] == pytest.approx(81.5)
+    assert first["standard_error"] == pytest.approx(0.5)
+    assert (tmp_path / "variants.png").stat().st_size > 5000
+
+
+def test_without_runs_there_is_no_table(tmp_path):
+    with pytest.raises(ValueError, match=r"has no variants_runs\.csv\. Run variants\.py first"):
+        variants_table.write(tmp_path)
+
+
+def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
+    shutil.copy(variants.OUT / "variants_runs.csv", tmp_path)
+    variants_table.write(tmp_path)
+    made, kept = ((folder / "variants.csv").read_text() for folder in (tmp_path, variants.OUT))
+    assert made == kept
