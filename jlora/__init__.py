@@ -48,3 +48,9 @@ from .quantized import Int8 as Int8
 from .quantized import Quantized as Quantized
 from .quantized import dequantize as dequantize
 from .quantized import is_quantized as is_quantized
+from .sketching import Allocation as Allocation
+from .sketching import Share as Share
+from .sketching import Sketch as Sketch
+from .sketching import Spectrum as Spectrum
+from .sketching import allocate as allocate
+from .sketching import sketch as sketch

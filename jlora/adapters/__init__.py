@@ -26,4 +26,5 @@ from ._method import state as state
 from ._method import static as static
 from ._method import trainable as trainable
 from ._method import weight_shape as weight_shape
+from ._probe import Probe as Probe
 from ._routed import Routed as Routed

@@ -115,7 +115,7 @@ class _Contraction:
         p, q = ordered(delta, self.w, self.roles, self.dtype)
         y = self.eqn.outputs[0]
         axes = (self.z_axes, self.w_axes, p.label(self.letters), q.label(self.letters), self.y_axes)
-        how = (delta.scale, y.dtype, self.precision, explicit(y))
+        how = (delta.scale, y.dtype, self.precision, explicit(y), delta.gating)
         return Spec(*axes, *how), p.value, q.value
 
     def spread(self, gain: Factor, of_inputs: bool) -> jax.Array:
@@ -161,15 +161,15 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
         raise Unfactorable
     specs, ps, qs = zip(*(c.factors() for c in adapted), strict=True)
     forms = {
-        (tuple(map(spec.x.index, spec.p[:-1])), c.dtype, str(spec.precision))
+        (tuple(map(spec.x.index, spec.p[:-1])), c.dtype, str(spec.precision), spec.gating)
         for c, spec in zip(adapted, specs, strict=True)
     }
     if len(forms) != 1:
         raise Unfactorable
     first = adapted[0]
-    z = first.eqn.low_rank_operand(1 - first.at).astype(first.dtype)
+    z = first.w.change.deltas[0].drop(first.eqn.low_rank_operand(1 - first.at))
     gates = [c.gate(c.w.change.deltas[0], s) for c, s in zip(adapted, specs, strict=True)]
-    added = iter(lowrank(specs, z, ps, qs, gates))
+    added = iter(lowrank(specs, z.astype(first.dtype), ps, qs, gates))
     return [c.changed(next(added)) if c.w.change.deltas else c.changed() for c in each]
 
 
@@ -220,7 +220,7 @@ def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
             spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y_axes
             values = [f.value for f, _ in factors]
             values[0], values[2] = (
-                d.gated(values[i], factors[i][0].axes) for d, i in ((s, 0), (t, 2))
+                d.gated_factor(factors[i][0]).value for d, i in ((s, 0), (t, 2))
             )
             cross = jnp.einsum(spec, *values, optimize="optimal", precision=x.precision)
             out = out + jnp.asarray(s.scale * t.scale, out.dtype) * cross

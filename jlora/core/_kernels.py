@@ -40,16 +40,18 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
         first, second = ordered(delta, w, roles, dtype)
         if inner in second.axes or outer in first.axes:
             raise Unfactorable("its inputs and outputs are mixed")
-        if delta.gate is not None and group in delta.gate.axes:
-            raise Unfactorable("its gate differs between groups")
         h = ragged(delta.drop(z.astype(dtype)), first, inner, RANK)
-        return ragged(delta.scale * delta.gated(h, (OTHER, RANK)), second, RANK, outer)
+        if delta.gate is not None:
+            h = delta.gating(h, by_row(delta.gate, RANK))
+        return ragged(delta.scale * h, second, RANK, outer)
+
+    def by_row(f: Factor, rest: Axis) -> jax.Array:
+        if group not in f.axes:
+            return f.arranged((OTHER, rest))
+        return jnp.repeat(f.arranged((group, rest)), group_sizes, 0, total_repeat_length=len(x))
 
     def spread(gain: Factor, of_inputs: bool) -> jax.Array:
-        rest = inner if of_inputs else outer
-        if group not in gain.axes:
-            return gain.arranged((OTHER, rest))
-        return jnp.repeat(gain.arranged((group, rest)), group_sizes, 0, total_repeat_length=len(x))
+        return by_row(gain, inner if of_inputs else outer)
 
     def base(value: jax.Array, z: jax.Array, group_sizes: jax.Array) -> jax.Array:
         return eqn.bind(z, value, group_sizes)

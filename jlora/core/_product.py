@@ -26,6 +26,11 @@ MANY = 64  # tokens, inputs; of fewer XLA's CPU compiler aborts on some batches 
 KEPT = 16  # h is kept for the backward pass where it is this many times smaller than x
 
 
+def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """`h` times `gate`, of as many axes: 0 where that is 0, whatever `h` is there."""
+    return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
+
+
 class Spec(NamedTuple):
     """Which axes meet: a letter for each axis of x, of W, of its two factors p and q, and of y.
 
@@ -41,6 +46,7 @@ class Spec(NamedTuple):
         dtype: dtype of the result.
         precision: as for `jax.lax.dot_general`.
         sharding: of the result along explicit mesh axes, if there are any.
+        gating: what s·x·p becomes, of it and its gate.
     """
 
     x: str
@@ -52,6 +58,7 @@ class Spec(NamedTuple):
     dtype: Any
     precision: Any
     sharding: NamedSharding | None = None
+    gating: Callable[[jax.Array, jax.Array], jax.Array] = gated
 
     @property
     def h(self) -> str:
@@ -131,14 +138,10 @@ def _expanded(
         ends = np.cumsum([q.shape[s.q.index("Z")] for s, q in zip(specs, qs, strict=True)])
         parts = jnp.split(h, ends[:-1], specs[0].h.index("Z"))
     parts = [
-        part if gate is None else gated(part, gate) for part, gate in zip(parts, gates, strict=True)
+        part if gate is None else spec.gating(part, gate)
+        for spec, part, gate in zip(specs, parts, gates, strict=True)
     ]
     return list(map(_expanded_part, specs, parts, qs))
-
-
-def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
-    """`h` times `gate`, of as many axes: 0 where that is 0, whatever `h` is there."""
-    return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
 
 def _expanded_part(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:

@@ -39,7 +39,10 @@ FUSED = 16  # the largest rank at which a sum of outer products is faster than a
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """ΔW = scale · A·diag(gate)·B; with keys, as a map of activations, a dropout before A."""
+    """ΔW = scale · A·diag(gate)·B; with keys, as a map of activations, a dropout before A.
+
+    With a `gating` of its own, which takes x·A and the gate, it is a map of activations alone.
+    """
 
     a: Factor
     b: Factor
@@ -47,17 +50,26 @@ class Delta:
     key: Factor | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
     gate: Factor | None = None  # along the rank; where it is 0, x·A may be anything
+    gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
+        default=gated, metadata={"static": True}
+    )
 
     def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
         """ΔW, of length 1 along axes of W that neither A nor B follows."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
-        return _sum_over_rank(tuple(axes), a.replace(self.gated(a.value, a.axes)), b)
+        return _sum_over_rank(tuple(axes), self.gated_factor(a), b)
 
     def gated(self, h: jax.Array, axes: Sequence[Axis]) -> jax.Array:
-        """What the gate lets through of `h`, which has the axes `axes`."""
-        return h if self.gate is None else gated(h, self.gate.arranged(axes))
+        """What the gate lets through of the activation `h`, which has the axes `axes`."""
+        return h if self.gate is None else self.gating(h, self.gate.arranged(axes))
+
+    def gated_factor(self, f: Factor) -> Factor:
+        """A·diag(gate) of A, or of the factor that comes first; `Unfactorable` if it is none."""
+        if not self.is_matrix:
+            raise Unfactorable("it would be multiplied with what is no activation")
+        return f.replace(self.gated(f.value, f.axes))
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
         """A and B, first the one to contract an activation with over `contracted`."""
@@ -65,7 +77,12 @@ class Delta:
         return (self.a, self.b) if in_a >= in_b else (self.b, self.a)
 
     def drop(self, x: jax.Array) -> jax.Array:
-        """Drops entries of the input `x` of A with probability `dropout`, and rescales the rest."""
+        """Drops entries of the input `x` of A with probability `dropout`, and rescales the rest.
+
+        Where it is no matrix, `x` gets no gradient from it.
+        """
+        if not self.is_matrix:
+            return lax.stop_gradient(x)
         if self.key is None:
             return x
         key = self.key.value if self.key.value.ndim == 0 else self.key.value.ravel()[0]
@@ -76,9 +93,14 @@ class Delta:
         return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether there is a ΔW, rather than a map of activations alone."""
+        return self.gating is gated
+
+    @property
     def is_row(self) -> bool:
         """Whether ΔW costs no more than an activation: A or B has an entry for each of the rank."""
-        return self.a.is_row or self.b.is_row
+        return self.is_matrix and (self.a.is_row or self.b.is_row)
 
 
 class NotInvertibleError(ValueError):
@@ -348,6 +370,10 @@ class Weight:
             names = {n for a in f.axes for n in mesh_axes(by_axis.get(a))}
             return f.may_vary(names & unchecked)
 
+        for d in self.change.deltas:
+            apart = {*d.a.axes} ^ {*d.b.axes}
+            if not d.is_matrix and (unchecked or any(map(by_axis.get, apart))):
+                raise Unfactorable("a device has a part of each matrix, or that is not checked")
         source = self.source._replace(unchecked=self.source.unchecked | unchecked)
         value = self.value.like(aval) if isinstance(self.value, Packed) else self.value
         return self.replace(value, self.change.map(shard), source=source)

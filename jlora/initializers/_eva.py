@@ -1,0 +1,47 @@
+"""EVA."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._draw import dtype_of
+from ._sketched import check_kind, spectrum
+
+
+def eva(sketch: Any) -> Callable[..., tuple[Any, Any, Any]]:
+    r"""A spans the leading principal components of the site's inputs, B zero.
+
+    A has orthonormal columns, and of all A keeps the most of the variance of the inputs. W stays.
+
+    Args:
+        sketch: from `jlora.sketch` with `kind="inputs"`, of the same rules.
+
+    Returns:
+        An initializer. It raises `ValueError` of a site that the sketch has not, or has with
+        another shape, or with fewer components than the rank.
+
+    Source: Paischer et al., arXiv 2410.07170. As in PEFT, the inputs are taken less their mean.
+    PEFT counts all that its labels do not mask; here an input counts where the loss depends on it.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> params, batches = {"w": jnp.ones((2, 3))}, [jnp.array([[4.0, 1], [-4, 1], [0, 1]])]
+        >>> loss = lambda params, x: jnp.sum((x @ params["w"]) ** 2)
+        >>> found = jlora.sketch(loss, params, jlora.LoRA("w", rank=1), batches, kind="inputs")
+        >>> rule = jlora.LoRA("w", rank=1, init=jlora.initializers.eva(found))
+        >>> lora = jlora.transform(lambda params, x: x @ params["w"], rule)
+        >>> _, adapter = lora.init(jax.random.key(0), params, batches[0])
+        >>> jnp.abs(adapter["w"].a).round(3).tolist()
+        [[1.0], [0.0]]
+    """
+    check_kind(sketch, "inputs", "eva")
+
+    def start(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+        del key
+        dtype = dtype_of(site, rule)
+        a = spectrum(sketch, site, rule, rule.rank).inputs[..., : rule.rank]
+        return w, jnp.asarray(a, dtype), jnp.zeros(rule.factor_shapes(site)[1], dtype)
+
+    return start
