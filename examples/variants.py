@@ -38,6 +38,7 @@ import jlora
 
 RANK, SCALE = 2, 2.0  # of all dense layers; s of every variant that does not change it
 SEEDS = 5
+SKETCHED = 8  # batches that starts from data and ranks are found by
 MOST_RATES = 5
 WIDTHS = np.array([16, 24, 32, 40, 48, 64])  # tokens that batches are padded to
 OUT = pathlib.Path(__file__).parent / "results"
@@ -226,6 +227,46 @@ def simple(rule: Callable[[Task], Any], **options: Any) -> Callable[[Task], Setu
     return lambda task: Setup((*task.head, rule(task)), options)
 
 
+def sketched(task: Task, kind: str, components: int) -> jlora.Sketch:
+    """What some batches tell of all linear sites.
+
+    The head of zeros, from which no gradient comes, is one drawn at random here.
+    """
+
+    def loss(params: Any, rows: Rows) -> jax.Array:
+        total, _, count = task.score(task.apply(params, *task.inputs(rows)), rows)
+        return total / count
+
+    def drawn(path: Any, x: jax.Array) -> jax.Array:
+        is_head = "classifier" in jax.tree_util.keystr(path) and x.ndim == 2
+        return jax.random.normal(jax.random.key(0), x.shape) * 0.05 if is_head else x
+
+    params = jax.tree_util.tree_map_with_path(drawn, task.params)
+    width = widths(task.train)
+    plan = compare.draw(width, SKETCHED, task.batch, seed=SEEDS)  # a seed of no run
+    batches = [narrow(take(task.train, index), width[index[0]]) for index in plan]
+    rules = *task.head, lora(None, RANK)
+    return jlora.sketch(loss, params, rules, batches, kind=kind, components=components)
+
+
+def eva(task: Task) -> jlora.LoRA:
+    """A from the principal components of the inputs."""
+    return lora(None, RANK, init=jlora.initializers.eva(sketched(task, "inputs", RANK)))
+
+
+def lora_ga(task: Task) -> jlora.LoRA:
+    """A and B from the gradient, which PEFT takes 2·r components of."""
+    return lora(None, RANK, init=jlora.initializers.lora_ga(sketched(task, "gradient", 2 * RANK)))
+
+
+def allocated(task: Task) -> Setup:
+    """Ranks of up to 8 by the gradient, with the parameters of one rank for all."""
+    sketch = sketched(task, "gradient", 4 * RANK)
+    rules = jlora.allocate(sketch, (*task.head, lora(None, RANK)), max_rank=4 * RANK)
+    print(rules)
+    return Setup(tuple(rules), {})
+
+
 VARIANTS = {
     "lora_all": Variant("LoRA, all linear", simple(lambda t: lora(None, RANK))),
     "lora_qv": Variant("LoRA, q and v", simple(lambda t: lora(QV, t.rank))),
@@ -239,6 +280,9 @@ VARIANTS = {
     "preconditioned": Variant(
         "LoRA, preconditioned", simple(lambda t: lora(None, RANK), precondition=1e-6)
     ),
+    "eva": Variant("EVA", simple(eva)),
+    "lora_ga": Variant("LoRA-GA", simple(lora_ga)),
+    "allocated": Variant("ranks by the gradient", allocated),
     "nf4": Variant(
         "LoRA on NF4", lambda t: Setup((*t.head, lora(None, RANK)), {}, (jlora.NF4(KERNELS),))
     ),

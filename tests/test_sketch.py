@@ -347,6 +347,19 @@ def test_lora_ga_of_more_than_there_are() -> None:
     close(lora.apply(base, adapter, batches[0]), linear_loss(params, batches[0]))
 
 
+@pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
+def test_a_start_leaves_the_sketch_to_the_next(start: Any, kind: str) -> None:
+    """A training step that donates the adapter deletes nothing of the sketch."""
+    params, rule, batches = LINEAR
+    rule = dataclasses.replace(rule, rank=4)  # all components, so that A is none of fewer
+    found = jlora.sketch(linear_loss, params, rule, batches, kind=kind)
+    lora = jlora.transform(linear_loss, dataclasses.replace(rule, init=start(found)))
+    for _ in range(2):
+        _, adapter = lora.init(jax.random.key(0), params, batches[0])
+        for x in jax.tree.leaves(adapter):
+            x.delete()
+
+
 def test_lora_ga_on_shapes() -> None:
     """Of shapes there is nothing to subtract from."""
     model = MODELS["fused"]()

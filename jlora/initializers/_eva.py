@@ -42,6 +42,6 @@ def eva(sketch: Any) -> Callable[..., tuple[Any, Any, Any]]:
         del key
         dtype = dtype_of(site, rule)
         a = spectrum(sketch, site, rule, rule.rank).inputs[..., : rule.rank]
-        return w, jnp.asarray(a, dtype), jnp.zeros(rule.factor_shapes(site)[1], dtype)
+        return w, jnp.array(a, dtype), jnp.zeros(rule.factor_shapes(site)[1], dtype)
 
     return start
