@@ -37,6 +37,8 @@ from .adapters import Decomposed as Decomposed
 from .adapters import DoRA as DoRA
 from .adapters import LoRA as LoRA
 from .adapters import LowRank as LowRank
+from .adapters import Replaced as Replaced
+from .adapters import Rows as Rows
 from .planning import Plan as Plan
 from .planning import plan as plan
 from .quantized import FP4 as FP4

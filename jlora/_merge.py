@@ -86,7 +86,7 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
     Raises:
         TypeError: if `adapter` is no adapter.
         ValueError: if `adapter` does not fit `params`, a weight that it adapts is quantized, or the
-            method is one, as DoRA, of which W does not follow from W'.
+            method is one, as DoRA and Rows, of which W does not follow from W'.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

@@ -24,8 +24,9 @@ def labels(tree: PyTree) -> PyTree:
         tree: an adapter, or `Params(base, adapter)`.
 
     Returns:
-        `"a"` and `"b"` for the factors, `"m"` for the magnitudes of DoRA, `"full"` for leaves
-        trained in full, `"base"` for frozen ones. Dropout keys are `"base"`.
+        `"a"` and `"b"` for the factors, `"m"` for the magnitudes of DoRA, `"rows"` for the values
+        of `Rows`, `"full"` for leaves trained in full, `"base"` for frozen ones. Dropout keys are
+        `"base"`.
 
     Raises:
         TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter.

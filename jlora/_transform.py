@@ -39,7 +39,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     Args:
         apply_fn: a function of parameters and anything else that JAX can trace, such as the
             `apply` of a Flax module. It is called with the parameters' own tree and container.
-        *rules: `LoRA`, `DoRA` and `Full`; the first whose pattern a leaf's path matches takes it.
+        *rules: `LoRA`, `DoRA`, `Rows` and `Full`; the first whose pattern a leaf's path matches
+            takes it.
 
     Returns:
         Three pure functions:
@@ -80,7 +81,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     check_apply_fn(apply_fn)
     for rule in rules:
         if not is_rule(rule):
-            raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {rule!r}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(
         functools.partial(_init, apply_fn, rules),

@@ -147,6 +147,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "excluded": {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
     "negative": {"target_modules": "all-linear", "lora_alpha": -2},
     "dora": {"target_modules": "all-linear", "use_dora": True},
+    "dora-embeddings": {
+        "target_modules": r".*(embed_tokens|word_embeddings|position_embeddings|wpe|embed_in)",
+        "use_dora": True,
+    },
+    "tokens": {"target_modules": "all-linear", "trainable_token_indices": [5, 1]},
     "bias-of-b": {"target_modules": "all-linear", "lora_bias": True},
     "replicated": {"target_modules": "all-linear", "layer_replication": [[0, 2], [1, 2]]},
 }

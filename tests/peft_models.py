@@ -22,7 +22,9 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "peft"
 CASES = sorted(path.parent.name for path in FIXTURES.glob("*/model.json"))
 TABLES = {"Bert": peft.BERT, "Roberta": peft.ROBERTA, "GPT2": peft.GPT2, "Llama": peft.LLAMA}
 TABLES |= {"ViT": peft.VIT}
-EXAMPLES = ("scanned", "tied")  # through examples/models/llama.py
+# What is not s·A·B alone.
+BEYOND = tuple(name for name in CASES if name.startswith(("dora", "tokens")))
+EXAMPLES = ("scanned", "tied", "dora_scanned", "tokens")  # through examples/models/llama.py
 EXPERTS = (
     peft.Name("experts/gate_up", "experts", "eio", "gate_up_proj"),
     peft.Name("experts/down", "experts", "eio", "down_proj"),

@@ -347,7 +347,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         checkpoint.save(path, {"x": 1.0}, ())
     with pytest.raises(TypeError, match=r"`adapter` must hold arrays to be saved; got .*up/a: S"):
         checkpoint.save(path, abstract(adapter), RULES)
-    with pytest.raises(TypeError, match=r"`rules` must be jlora.LoRA or jlora.Full; got 'up'"):
+    with pytest.raises(TypeError, match=r"`rules` must be rules, such as jlora.LoRA\(\); got 'up'"):
         checkpoint.save(path, adapter, ("up",))
     with pytest.raises(ValueError, match="`adapter` does not fit `base` at 1 of"):
         checkpoint.save(path, adapter, RULES, base={**base, "norm": jnp.ones(3)})

@@ -43,6 +43,11 @@ TABLES = {
     "gpt2_tied": "gpt2",
     "gpt2_untied": "gpt2",
     "conv": "vit",
+    "dora_conv": "vit",
+    "dora_gpt2": "gpt2",
+    "dora_scanned": "models.llama:NAMES",
+    "tokens": "models.llama:NAMES",
+    "tokens_by_name": "bert",
 } | dict.fromkeys(("qv", "embeddings", "bias", "bias_all", "modules_to_save"), "bert")
 # Where PEFT stores frozen values beside A and B.
 KEEPS = ("tied", "gpt2_tied", "gpt2_untied")
@@ -135,8 +140,53 @@ def test_inspect_peft(name: str) -> None:
     adapter = peft.load(case.folder, case.base, case.names)
     assert found["parameters"] == jlora.count(adapter)
     assert found["bytes"] == sum(x.nbytes for x in jax.tree.leaves(adapter))
-    scales = {x.scale for x in nodes(adapter).values() if isinstance(x, jlora.LowRank)}
+    kinds = jlora.LowRank | jlora.Decomposed
+    scales = {x.scale for x in nodes(adapter).values() if isinstance(x, kinds)}
     assert {site["scale"] for site in found["sites"]} == scales
+    method = "DoRA" if name.startswith("dora") else "LoRA"
+    assert {site["method"] for site in found["sites"]} == {method}
+    assert ("DoRA: ΔW is s·A·B" in run("inspect", models.FIXTURES / name).stdout) == (
+        method == "DoRA"
+    )
+
+
+def test_inspect_rows() -> None:
+    """Beside A and B, by module."""
+    found = json.loads(run("inspect", models.FIXTURES / "tokens_by_name", "--json").stdout)
+    rows = [(x["name"], x["shape"], x["dtype"], x["parameters"]) for x in found["rows"]]
+    assert rows == [
+        ("embeddings.token_type_embeddings", [1, 8], "float32", 8),
+        ("embeddings.word_embeddings", [2, 8], "float32", 16),
+    ]
+    text = run("inspect", models.FIXTURES / "tokens_by_name").stdout
+    assert re.search(r"\nrows of .*\nembeddings.token_type_embeddings +1×8 +float32\n", text)
+    assert "0 leaves in full, rows of 2; " in text
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "shown"),
+    [("dora", "magnitude", "m"), ("dora", "lora_B", "B"), ("tokens", "tokens_delta", "values")],
+)
+def test_diff_of_other_methods(name: str, part: str, shown: str, tmp_path: Folder) -> None:
+    folder = models.FIXTURES / name
+    assert "are equal" in run("diff", folder, folder).stdout
+    shutil.copytree(folder, tmp_path / "b")
+    tensors = models.read(folder / FILES[1])
+    save_file({k: -x if part in k else x for k, x in tensors.items()}, tmp_path / "b" / FILES[1])
+    text = run("diff", folder, tmp_path / "b", code=1).stdout
+    assert re.search(rf" {shown}$", text, re.M)
+
+
+def test_diff_of_rows_and_methods(tmp_path: Folder) -> None:
+    """What cannot be compared is said."""
+    shutil.copytree(models.FIXTURES / "tokens", tmp_path / "b")
+    config = json.loads((tmp_path / "b" / FILES[0]).read_text())
+    config["trainable_token_indices"] = [1, 2, 3]
+    (tmp_path / "b" / FILES[0]).write_text(json.dumps(config))
+    text = run("diff", models.FIXTURES / "tokens", tmp_path / "b", code=1).stdout
+    assert re.search(r"^model.embed_tokens +- +rows$", text, re.M)
+    text = run("diff", models.FIXTURES / "dora", models.FIXTURES / "all_linear", code=1).stdout
+    assert re.search(r"q_proj +- +DoRA → low rank$", text, re.M)
 
 
 def test_inspect_experts() -> None:
@@ -176,10 +226,10 @@ def test_inspect_orbax(tmp_path: Folder) -> None:
     assert short.splitlines()[-1].endswith("; step 7")
 
 
-INSPECTED = {"path", "format", "base_model", "parameters", "bytes", "sites", "full"}
+INSPECTED = {"path", "format", "base_model", "parameters", "bytes", "sites", "full", "rows"}
 SITE = {
-    "name", "shape", "inputs", "outputs", "rank", "scale", "dropout", "dtype", "parameters",
-    "matrices",
+    "name", "method", "shape", "inputs", "outputs", "rank", "scale", "dropout", "dtype",
+    "parameters", "matrices",
 }  # fmt: skip
 
 
@@ -477,7 +527,7 @@ def numpy_tree(folder: Folder) -> Any:
         return checkpointer.restore(folder.absolute())
 
 
-@pytest.mark.parametrize("name", ["all_linear", "bf16", "modules_to_save", "scanned"])
+@pytest.mark.parametrize("name", ["all_linear", "bf16", "modules_to_save", "scanned", "dora"])
 @pytest.mark.parametrize("kind", ["peft", "orbax"])
 def test_merge_into_orbax(name: str, kind: str, tmp_path: Folder) -> None:
     """Base in Orbax: the tree of `jlora.merge`, in the structure of the base."""
@@ -574,7 +624,9 @@ def test_merge_into_a_folder_with_another_adapter(tmp_path: Folder) -> None:
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["all_linear", "modules_to_save", "gpt2", "scanned", "conv"])
+@pytest.mark.parametrize(
+    "name", ["all_linear", "modules_to_save", "gpt2", "scanned", "conv", "dora_gpt2", "tokens"]
+)
 @pytest.mark.parametrize("kind", ["peft", "orbax"])
 def test_merge_into_hugging_face(name: str, kind: str, tmp_path: Folder) -> None:
     """What PyTorch merged, from either format of the adapter; other files are copied or named."""
@@ -635,7 +687,7 @@ ERRORS = {
     "inspect steps": "holds the steps 12 of a CheckpointManager; give one of them",
     "inspect cut": "describes .* bytes of data but holds .*; the file is cut off or damaged",
     "inspect pickle": "holds adapter_model.bin, a pickle, and no adapter_model.safetensors",
-    "inspect dora": "use_dora: True is a feature that jlora does not support",
+    "inspect dora": r"\S+lora_magnitude_vector: missing, though \S+lora_A.weight is there",
     "inspect damaged": "the metadata of .*damaged .* damaged .*Take another checkpoint",
     "diff p nowhere": "B: there is no folder .*nowhere",
     "diff p o": "--names is needed .*: one of bert, roberta, gpt2, llama, llama-scanned, vit, ",

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from test_own_methods import NOT_A_GAIN
 
 import jlora
-from jlora import Decomposed, DoRA, LoRA, Slots, adapters, checkpoint, peft
+from jlora import Decomposed, DoRA, LoRA, Slots, adapters, checkpoint
 
 
 def decomposed(rule: Any) -> Any:
@@ -249,13 +249,6 @@ def test_unmerge_is_refused(made: Any) -> None:
     _, base, adapter, _ = made
     with pytest.raises(ValueError, match=r"`unmerge` cannot take Decomposed back at 'w': "):
         jlora.unmerge(jlora.merge(base, adapter), adapter)
-
-
-def test_pefts_files_are_refused(made: Any, tmp_path: Any) -> None:
-    _, base, adapter, _ = made
-    names = [peft.Name("w", r"w.{}", "lio")]
-    with pytest.raises(ValueError, match="  w: PEFT's files have no place for a Decomposed"):
-        peft.save(tmp_path / "p", base, adapter, names)
 
 
 def test_an_m_of_another_shape_is_named(made: Any) -> None:

@@ -151,6 +151,19 @@ def _plain(names: Names) -> None:
     assert "trainable" in str(lora.sites(names["params"], x))
 
 
+@of("tokens")
+def _tokens(names: Names) -> None:
+    base, adapter, ids = names["base"], names["adapter"], names["ids"]
+    merged = jlora.merge(base, adapter)
+    assert np.asarray(merged["embed"][:100]).tobytes() == np.asarray(names["table"]).tobytes()
+    close(merged["embed"][100:], adapter["embed"].v)
+    close(names["model"](merged, ids), names["lora"].apply(base, adapter, ids), 1e-3)
+    # At the start an old token is about as likely as it was.
+    before = {"embed": names["table"], "w": base["w"]}
+    old, now = (jax.nn.log_softmax(names["model"](p, jnp.arange(100))) for p in (before, base))
+    assert float(abs(old - now[:, :100]).max()) < 0.05
+
+
 @of("linen")
 def _linen(names: Names) -> None:
     state = names["state"]

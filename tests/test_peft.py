@@ -565,8 +565,10 @@ def test_save_refuses_options(tmp_path: Folder) -> None:
     """A profile that there is not, and fields that mean something else."""
     with pytest.raises(ValueError, match="`profile` must be None or 'vllm'; got 'tgi'"):
         peft.save(tmp_path / "a", *small(), profile="tgi")
-    with pytest.raises(ValueError, match="`config` cannot be written:\n  use_dora: True is a feat"):
-        peft.save(tmp_path / "a", *small(), config={"use_dora": True})
+    with pytest.raises(
+        ValueError, match="`config` cannot be written:\n  use_qalora: True is a fea"
+    ):
+        peft.save(tmp_path / "a", *small(), config={"use_qalora": True})
 
 
 @pytest.mark.parametrize(
@@ -714,7 +716,7 @@ DAMAGES: dict[str, tuple[Callable[[Files], Any], str]] = {
                 {LAYER + "query.lora_magnitude_vector": t.pop(LAYER + "query.lora_A.weight")[0]}
             )
         ),
-        f"  {LAYER}query.lora_magnitude_vector: unexpected; DoRA is not supported",
+        f"  {LAYER}query.lora_magnitude_vector: unexpected; adapter_config.json has no use_dora",
     ),
     "misshapen": (
         lambda f: f.tensors(
@@ -747,7 +749,11 @@ DAMAGES: dict[str, tuple[Callable[[Files], Any], str]] = {
     "method": (lambda f: f.config(peft_type="LOHA"), "  peft_type: expected 'LORA', got 'LOHA'"),
     "use_dora": (
         lambda f: f.config(use_dora=True),
-        "  use_dora: True is a feature that jlora does not support",
+        f"  {LAYER}query.lora_magnitude_vector: missing, though {LAYER}query.lora_A.weight is ",
+    ),
+    "qalora": (
+        lambda f: f.config(use_qalora=True),
+        "  use_qalora: True is a feature that jlora does not support",
     ),
     "future": (
         lambda f: f.config(use_tomorrow={"a": 1}),

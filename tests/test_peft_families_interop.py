@@ -14,7 +14,6 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 # Why an adapter cannot be merged exactly: the guide lists them.
 REFUSED = (
-    "use_dora",
     "layer_replication",
     "the input embedding and the output head share this weight",
     "if it shares the input embedding's weight, the adapter must change both alike",

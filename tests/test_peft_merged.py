@@ -128,7 +128,7 @@ def test_files_are_those_of_the_library(shards: int, tmp_path: Folder) -> None:
 @pytest.mark.parametrize("sides", [(5, 8), (65, 67), (128, 96), (300, 1001)])
 def test_products_are_fused_multiply_adds(sides: tuple[int, int], rank: int) -> None:
     """In the order of the rank, whatever the shape: so does PyTorch for layers of real size."""
-    from jlora.peft._export import _product
+    from jlora.peft._blocks import _product
 
     draw = np.random.default_rng(rank)
     a = draw.standard_normal((rank, sides[1]), np.float32)
@@ -189,7 +189,7 @@ def test_blocks_change_no_bit(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
     base = checkpoint(tmp_path / "base", {"q.weight": np.ones((150, 70), np.float32)})
     given = adapter(tmp_path / "a", {"q": (a, b)}, r=8)
     peft.export_merged(base, given, tmp_path / "whole")
-    monkeypatch.setattr("jlora.peft._export.BLOCK", 64 * 70)
+    monkeypatch.setattr("jlora.peft._blocks.BLOCK", 64 * 70)
     peft.export_merged(base, given, tmp_path / "blocks")
     assert bytes_of(tmp_path / "blocks") == bytes_of(tmp_path / "whole")
 
@@ -657,7 +657,7 @@ def test_nothing_is_left_of_a_failure(
         raise OSError(28, "No space left on device")
 
     base, given = simple(tmp_path)
-    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft._export._chunk"}[where]
+    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft._blocks._chunk"}[where]
     monkeypatch.setattr(target, full)
     with pytest.raises(OSError, match="No space left"):
         peft.export_merged(base, given, tmp_path / "out")
@@ -729,7 +729,7 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
     ),
     "dora": (
         lambda x: x.modules.update({f"{Q}.lora_magnitude_vector": np.ones(4, np.float32)}),
-        f"{PREFIX}{Q}.lora_magnitude_vector: unexpected; DoRA is not supported",
+        f"{PREFIX}{Q}.lora_magnitude_vector: unexpected; {CONFIG} has no use_dora",
     ),
     "shape": (
         lambda x: x.modules.update({Q: low_rank((5, 6), 2)}),

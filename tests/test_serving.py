@@ -117,7 +117,7 @@ def test_tensors_refuse_what_save_refuses() -> None:
     """By the same words."""
     case = models.case("conv")
     adapter = peft.load(case.folder, case.base, case.names)
-    with pytest.raises(ValueError, match="`profile` 'vllm' takes linear and embedding sites alone"):
+    with pytest.raises(ValueError, match="`profile` 'vllm' takes LoRA of linear and embedding"):
         peft.tensors(case.base, adapter, case.names, profile="vllm")
     with pytest.raises(ValueError, match="`profile` must be None or 'vllm'; got 'tgi'"):
         peft.tensors(case.base, adapter, case.names, profile="tgi")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import analysis
 from .._table import aligned
-from ..adapters import is_node, weight_shape
+from ..adapters import Decomposed, LowRank, Replaced, is_node, weight_shape
 from ._inputs import Opened, open_alike
 from ._inspect import finite, wide
 
@@ -105,11 +105,29 @@ def _only(leaves: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
 
 
 def _compare(name: str, x: Any, y: Any) -> Compared:
-    if is_node(x) != is_node(y):
-        forms = ["low rank" if is_node(z) else "in full" for z in (x, y)]
-        return Compared(name, False, None, [" → ".join(forms)])
-    relative, changes = _compare_low(x, y) if is_node(x) else _compare_full(x, y)
+    if is_node(x) != is_node(y) or (is_node(x) and type(x) is not type(y)):
+        return Compared(name, False, None, [" → ".join(map(_form, (x, y)))])
+    compare = _compare_full if not is_node(x) else _COMPARE.get(type(x), _compare_low)
+    relative, changes = compare(x, y)
     return Compared(name, not changes, relative, changes)
+
+
+def _form(x: Any) -> str:
+    named = {LowRank: "low rank", Decomposed: "DoRA", Replaced: "rows"}
+    return named.get(type(x), type(x).__name__) if is_node(x) else "in full"
+
+
+def _compare_rows(x: Replaced, y: Replaced) -> tuple[float | None, list[str]]:
+    if x.rows != y.rows or x.layout != y.layout:
+        return None, ["rows"]
+    return _compare_full(x.v, y.v)
+
+
+def _compare_decomposed(x: Decomposed, y: Decomposed) -> tuple[float | None, list[str]]:
+    """What W' is depends on W: only whether it is the same is known."""
+    low = (LowRank(z.a, z.b, z.scale, z.layout) for z in (x, y))
+    changes = _compare_low(*low)[1] + ["m"] * (not _same(x.m, y.m))
+    return None if changes else 0.0, changes
 
 
 def _compare_low(x: Any, y: Any) -> tuple[float | None, list[str]]:
@@ -129,6 +147,9 @@ def _compare_low(x: Any, y: Any) -> tuple[float | None, list[str]]:
         return 0.0, changes
     x, y = wide(x), wide(y)
     return _relative(analysis.distance(x, y), analysis.norm(x)), changes
+
+
+_COMPARE = {Decomposed: _compare_decomposed, Replaced: _compare_rows}
 
 
 def _compare_full(x: Any, y: Any) -> tuple[float | None, list[str]]:

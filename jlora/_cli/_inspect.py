@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import analysis, peft
 from .._table import aligned, readable
 from .._tree import count, size_in_bytes
-from ..adapters import LowRank, is_node, weight_shape
+from ..adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from ._inputs import Opened, format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
@@ -34,9 +34,10 @@ class Matrix(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A leaf with A and B."""
+    """A leaf with A and B; of DoRA ΔW is s·A·B, to whose sum with W the norms are given."""
 
     name: str
+    method: str
     shape: tuple[int, ...]
     inputs: int
     outputs: int
@@ -49,7 +50,7 @@ class Site(NamedTuple):
 
 
 class Full(NamedTuple):
-    """A leaf that is trained in full."""
+    """A leaf that is trained in full, or so many rows of one."""
 
     name: str
     shape: tuple[int, ...]
@@ -63,6 +64,7 @@ class Inspection(NamedTuple):
     adapter: Opened
     sites: list[Site]
     full: list[Full]
+    rows: list[Full]
     every: bool
 
     exit_code = 0
@@ -77,19 +79,24 @@ class Inspection(NamedTuple):
             "bytes": size_in_bytes(self.adapter.leaves),
             "sites": [_site_json(site) for site in self.sites],
             "full": [x._asdict() for x in self.full],
+            "rows": [x._asdict() for x in self.rows],
         }
 
     def __str__(self) -> str:
         rows = [row for site in self.sites for row in _rows(site, self.every)]
         lines = aligned(HEADER, rows, RIGHT) if rows else []
-        full = [(x.name, "×".join(map(str, x.shape)), x.dtype) for x in self.full]
-        if full:
-            lines += [""] * bool(lines) + aligned(("in full", "shape", "dtype"), full, {"shape"})
+        if any(site.method == "DoRA" for site in self.sites):
+            lines.append("DoRA: ΔW is s·A·B, and W + ΔW is given norms")
+        for what, leaves in (("in full", self.full), ("rows of", self.rows)):
+            own = [(x.name, "×".join(map(str, x.shape)), x.dtype) for x in leaves]
+            lines += [""] * bool(lines and own)
+            lines += aligned((what, "shape", "dtype"), own, {"shape"}) if own else []
         leaves = self.adapter.leaves
         about = "".join(f"; {k.replace('_', ' ')} {v}" for k, v in _plain(self.adapter.about))
         total = f"{count(leaves):,} parameters, {readable(size_in_bytes(leaves))}"
         matrices = sum(len(site.matrices) for site in self.sites)
         sites = f"{len(self.sites)} sites of {matrices} matrices, {len(self.full)} leaves in full"
+        sites += f", rows of {len(self.rows)}" if self.rows else ""
         return "\n".join([*lines, "", f"{self.adapter.format} adapter: {sites}; {total}{about}"])
 
 
@@ -119,21 +126,26 @@ def inspect(folder: Path, *, every: bool = False) -> "Inspection | Quantized":
     if is_model and (found := peft.matrices(folder)):
         return Quantized(folder, found)
     adapter = open_adapter(folder, "DIR")
-    low = {name: x for name, x in adapter.leaves.items() if is_node(x)}
+    rows = {name: x.v for name, x in adapter.leaves.items() if isinstance(x, Replaced)}
+    full = {name: x for name, x in adapter.leaves.items() if not is_node(x)}
+    low = {name: x for name, x in adapter.leaves.items() if name not in rows and name not in full}
     bar = tqdm(low.items(), "sites", disable=None, leave=False, file=sys.stderr)
-    full = [
-        Full(name, tuple(x.shape), str(x.dtype), math.prod(x.shape))
-        for name, x in adapter.leaves.items()
-        if not is_node(x)
-    ]
-    return Inspection(adapter, [_site(name, x) for name, x in bar], full, every)
+    sites = [_site(name, x) for name, x in bar]
+    in_full, with_rows = (list(map(_full, x.items())) for x in (full, rows))
+    return Inspection(adapter, sites, in_full, with_rows, every)
 
 
-def wide(x: LowRank) -> LowRank:
-    """The same with factors in float64."""
-    if not isinstance(x, LowRank):
-        raise TypeError(f"only a LowRank is measured, whose ΔW is s·A·B; got {x!r}.")
-    return x._replace(a=np.asarray(x.a, np.float64), b=np.asarray(x.b, np.float64), key=None)
+def _full(item: tuple[str, Any]) -> Full:
+    name, x = item
+    return Full(name, tuple(x.shape), str(x.dtype), math.prod(x.shape))
+
+
+def wide(x: Any) -> LowRank:
+    """A and B of a site in float64."""
+    if not isinstance(x, LowRank | Decomposed):
+        raise TypeError(f"only a LowRank or Decomposed is measured; got {x!r}.")
+    a, b = (np.asarray(y, np.float64) for y in (x.a, x.b))
+    return LowRank(a, b, x.scale, x.layout)  # pyright: ignore[reportArgumentType]
 
 
 @jax.jit
@@ -143,7 +155,7 @@ def _measure(x: LowRank) -> tuple[jax.Array, ...]:
     return analysis.norm(x), spectrum, *ranks
 
 
-def _site(name: str, x: LowRank) -> Site:
+def _site(name: str, x: LowRank | Decomposed) -> Site:
     shape, layout = weight_shape(x), x.layout
     norm, spectrum, stable, effective = map(np.asarray, _measure(wide(x)))
     indices = itertools.product(*map(range, norm.shape))
@@ -153,8 +165,9 @@ def _site(name: str, x: LowRank) -> Site:
     ]
     inputs, outputs = (math.prod(shape[d] for d in axes) for axes in layout[1:3])
     rank, dtype = spectrum.shape[-1], str(x.a.dtype)
-    sizes = count((x.a, x.b))
-    return Site(name, shape, inputs, outputs, rank, x.scale, x.dropout, dtype, sizes, matrices)
+    method, dropout = ("LoRA", x.dropout) if isinstance(x, LowRank) else ("DoRA", 0.0)
+    about = inputs, outputs, rank, x.scale, dropout, dtype, count(state(x))
+    return Site(name, method, shape, *about, matrices)
 
 
 # ------------------------------------------------------------------------------------- printing

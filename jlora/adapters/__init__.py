@@ -6,6 +6,7 @@ To add one, see `_method`: a rule, a node, and a `register`.
 from . import _low_rank  # noqa: F401 - it registers itself
 from ._dora import Decomposed as Decomposed
 from ._dora import DoRA as DoRA
+from ._dora import decomposed_axes as decomposed_axes
 from ._low_rank import LoRA as LoRA
 from ._low_rank import LowRank as LowRank
 from ._low_rank import factor_shapes as factor_shapes
@@ -28,3 +29,5 @@ from ._method import trainable as trainable
 from ._method import weight_shape as weight_shape
 from ._probe import Probe as Probe
 from ._routed import Routed as Routed
+from ._rows import Replaced as Replaced
+from ._rows import Rows as Rows

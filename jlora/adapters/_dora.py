@@ -230,7 +230,8 @@ def _cut(w: Any, node: Decomposed) -> tuple[Any, ...]:
 # ---------------------------------------------------------------------------------- what it means
 
 
-def _axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
+def decomposed_axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
+    """What each axis of A, of B and of m follows."""
     found = low_rank_axes(layout)
     beside = (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
     return {"a": found["a"], "b": found["b"], "m": (*beside, *layout.outputs)}
@@ -278,7 +279,7 @@ register(
         rule=DoRA,
         node=Decomposed,
         labels={"a": "a", "b": "b", "m": "m"},
-        axes=_axes,
+        axes=decomposed_axes,
         sizes=lambda rule, layout: sizes(rule.rank, layout),
         fit=fit,
         start=_start,

@@ -31,6 +31,8 @@ class Method(NamedTuple):
         start: `(key, w, site, rule) -> (w, node)`.
         lower: `(node, w) -> Change` of the weight `w`, an array or a quantized leaf, in terms of
             `factor`.
+        misfit: `(node, shape) -> why` the node is none for a weight of `shape`, beyond what follows
+            from `axes`, or None.
     """
 
     rule: type | None
@@ -41,6 +43,7 @@ class Method(NamedTuple):
     fit: Callable[[Any, Any], tuple[Any, Layout]]
     start: Callable[..., tuple[Any, Any]]
     lower: Callable[[Any, Any], Change]
+    misfit: Callable[[Any, tuple[int, ...]], str | None] = lambda node, shape: None
 
 
 METHODS: dict[type, Method] = {}  # by the type of the rule and by that of the node
@@ -135,6 +138,8 @@ def misfit(node: Any, shape: tuple[int, ...]) -> str | None:
     axes = sorted((*layout.stack, *layout.inputs, *layout.outputs))
     if axes != list(range(len(shape))):
         return f"made for a weight of {len(axes)} axes, got one of shape {shape} in `base`"
+    if why := method.misfit(node, shape):
+        return why
     got = {name: tuple(x.shape) for name, x in state(node).items()}
     sizes = {d: n for d, n in lengths(node).items() if isinstance(d, str)}
     if layout.slots is not None:

@@ -197,6 +197,8 @@ def _encode_field(value: Any) -> Any:
             return value
         case Slots():
             return {"slots": dataclasses.asdict(value)}
+        case tuple():
+            return [_encode_field(x) for x in value]
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
@@ -216,6 +218,8 @@ def _decode_field(value: Any) -> Any:
             return jnp.dtype(name)
         case {"function": name}:
             return _function(name)
+        case list():
+            return tuple(map(_decode_field, value))
     return value
 
 

@@ -157,7 +157,7 @@ def _check(
     _check_names(flat)
     for rule in rules:
         if not is_rule(rule):
-            raise TypeError(f"`rules` must be jlora.LoRA or jlora.Full; got {rule!r}.")
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {rule!r}.")
     if base is not None:
         check_fits(base, found)
     elif hash_values:

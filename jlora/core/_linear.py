@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ._axes import Axis, Factor, Unfactorable
 from ._product import promote
-from ._weight import Delta, Weight
+from ._weight import Delta, Weight, plus
 
 OTHER = Axis(-2)  # of an activation, not of the weight
 LEAST = 2.0**-60  # a gain
@@ -61,11 +61,11 @@ def product(
 def plus_deltas(
     out: jax.Array, w: Weight, kind: str, roles: Roles, products: Iterable[jax.Array]
 ) -> jax.Array:
-    """`out`, the product with W, plus those with its deltas."""
+    """`out`, the product with W, plus those with its deltas; of rows as the merged W has them."""
     if w.source.uses is not None:
         w.source.uses.product(w, kind, roles)
     for product in products:
-        out = out + product.astype(out.dtype)
+        out = plus(out, product) if kind == "embed" else out + product.astype(out.dtype)
     return out
 
 

@@ -110,10 +110,17 @@ class NotInvertibleError(ValueError):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What an adapter makes of W: gain · (W + the sum of the deltas)."""
+    """What an adapter makes of W: gain · (W + the sum of the deltas).
+
+    Attributes:
+        deltas: the ΔW.
+        gain: the gain, or None.
+        invertible: whether the deltas are the same ones of the changed W.
+    """
 
     deltas: tuple[Delta, ...] = ()
     gain: Factor | None = None
+    invertible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def map(self, f: Callable[[Factor], Any]) -> "Change":
         """`f` of each factor."""
@@ -126,10 +133,12 @@ class Change:
         """
         if self.gain is not None and sign < 0:
             raise NotInvertibleError("its gain may depend on the weight before")
+        if not self.invertible and sign < 0:
+            raise NotInvertibleError("it depends on the weight before")
         wide = promote(w.dtype, jnp.float32)
         delta = sum((d.materialized(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
         if self.deltas:
-            w = _plus(w if self.gain is None else w.astype(wide), sign * delta)
+            w = plus(w if self.gain is None else w.astype(wide), sign * delta)
         if self.gain is None:
             return w
         return (w.astype(wide) * self.gain.arranged(axes).astype(wide)).astype(w.dtype)
@@ -431,7 +440,8 @@ def value_of(x: Any) -> Any:
 
 
 @jax.custom_jvp
-def _plus(w: jax.Array, change: jax.Array) -> jax.Array:
+def plus(w: jax.Array, change: jax.Array) -> jax.Array:
+    """W + ΔW in float32 or better, rounded once."""
     # A change of zero leaves every bit, also of -0.0 and of subnormals; the derivative is a sum's.
     wide = promote(w.dtype, jnp.float32)
     old = w.astype(wide)
@@ -439,11 +449,11 @@ def _plus(w: jax.Array, change: jax.Array) -> jax.Array:
     return jnp.where(new == old, old, new).astype(w.dtype)
 
 
-@_plus.defjvp
+@plus.defjvp
 def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     wide = promote(primals[0].dtype, jnp.float32)
     tangent = tangents[0].astype(wide) + tangents[1].astype(wide)
-    return _plus(*primals), tangent.astype(primals[0].dtype)
+    return plus(*primals), tangent.astype(primals[0].dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -6,6 +6,7 @@ adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
 """
 
+from ._alone import read as read
 from ._base import load_base as load_base
 from ._base import save_base as save_base
 from ._check import Checked as Checked
@@ -15,7 +16,6 @@ from ._combine import combine as combine
 from ._config import read_config as read_config
 from ._export import export_merged as export_merged
 from ._load import load as load
-from ._load import read as read
 from ._names import Name as Name
 from ._rewrite import Matrix as Matrix
 from ._rewrite import dequantize_checkpoint as dequantize_checkpoint

@@ -18,9 +18,10 @@ from .._folders import fresh
 from .._tree import flatten
 from .._types import PyTree
 from ..quantized import FP4, NF4, Int8, Quantized, is_quantized, spelled
+from ._arrays import weight, weights
 from ._checkpoint import LIMIT, ONE, Checkpoint, open_checkpoint
 from ._file import DTYPES, brief, listing, read_json, shown
-from ._names import Leaf, Name, weight, weights
+from ._names import Leaf, Name
 from ._weights import all_named
 from .formats import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
 from .formats import _bitsandbytes as bnb

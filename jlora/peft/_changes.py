@@ -1,9 +1,7 @@
 """What an adapter changes in a checkpoint, tensor by tensor: all is checked before one is read."""
 
-import collections
-import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,24 +15,13 @@ from ._checkpoint import Checkpoint, refuse
 from ._file import DTYPES, Source, shown
 from ._load import warn_of_idle
 from ._names import Name, resolve
-from ._read import (
-    SHARED,
-    Adapter,
-    Part,
-    Stored,
-    matrix,
-    missing,
-    names_of,
-    orientations,
-    parts_of,
-    read_adapter,
-    stored_in,
-    twins,
-    values,
-    with_values,
-)
+from ._parameters import matrix, missing, names_of, orientations, parts_of
+from ._parts import check_writable, from_leaves, narrowed
+from ._read import Adapter, Part, Stored, read_adapter
 from ._renaming import Piece, View, Views, shapes_of, views
-from ._save import check_writable, from_leaves, narrowed
+from ._ties import absent, not_there, untied, untied_heads, with_heads
+from ._tokens import Tokens, misfits, tokens_of, unlike
+from ._values import stored_in, values, with_values
 
 T = TypeVar("T")
 
@@ -46,16 +33,21 @@ class Sum(NamedTuple):
         left: (stack, rows, r).
         right: (stack, r, columns).
         scale: s.
+        m: the norms that DoRA gives the rows of the sum, (rows,), or its columns; or None.
+        by_rows: whether those of the rows.
     """
 
     left: np.ndarray
     right: np.ndarray
     scale: float
+    m: np.ndarray | None = None
+    by_rows: bool = True
 
     @property
     def transpose(self) -> "Sum":
         """The same for the transposed weight."""
-        return Sum(self.right.swapaxes(1, 2), self.left.swapaxes(1, 2), self.scale)
+        left, right = self.right.swapaxes(1, 2), self.left.swapaxes(1, 2)
+        return Sum(left, right, self.scale, self.m, not self.by_rows)
 
 
 class Changes(NamedTuple):
@@ -64,11 +56,13 @@ class Changes(NamedTuple):
     Attributes:
         sums: what is added to a tensor.
         full: what replaces a tensor.
+        rows: what replaces rows of a tensor.
         frozen: what a tensor must be.
     """
 
     sums: dict[str, Sum]
     full: dict[str, np.ndarray]
+    rows: dict[str, Tokens]
     frozen: dict[str, np.ndarray]
 
 
@@ -92,33 +86,38 @@ def changes(
             "`names` must say what the leaves of an adapter tree are called in PyTorch, by a "
             "table such as jlora.peft.LLAMA; got None."
         )
-    parts, full = _of_tree(adapter, names)
-    own = views([*(part.name for part in parts), *full], checkpoint.shapes)[0]
-    wrong = _misfits(checkpoint, own, parts, full)
+    parts, full, rows = _of_tree(adapter, names)
+    own = views([*(part.name for part in parts), *full, *rows], checkpoint.shapes)[0]
+    wrong = _misfits(checkpoint, own, parts, full) + _misfits_of_rows(checkpoint, own, rows)
     refuse(wrong)
-    parts, full = _stored(own, parts, wrong), _renamed(own, full)
+    parts, full, rows = _stored(own, parts, wrong), _renamed(own, full), _renamed(own, rows)
     wrong += absent(checkpoint, parts, full)
-    return _made(checkpoint, parts, full, {}, False, wrong)
+    return _made(checkpoint, parts, full, {}, False, wrong)._replace(rows=rows)
 
 
-def _of_tree(adapter: PyTree, names: Sequence[Name]) -> tuple[list[Part], dict[str, np.ndarray]]:
-    """The parts of an adapter tree, and its leaves in full, by PyTorch's names."""
+def _of_tree(
+    adapter: PyTree, names: Sequence[Name]
+) -> tuple[list[Part], dict[str, np.ndarray], dict[str, Tokens]]:
+    """The parts of an adapter tree, its leaves in full and its rows, by PyTorch's names."""
     found = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in found.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     check_fits(base, found)
     leaves = resolve(base, names)
     check_writable(found, {leaf.path: leaf for leaf in leaves})
-    return from_leaves(narrowed(leaves, found), found)
+    rows = {f"{x.module}.weight": x for x in tokens_of(leaves, found)}
+    return *from_leaves(narrowed(leaves, found), found), rows
 
 
 def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     adapter, header = read_adapter(source, refuse)
-    choices = views([*adapter.full, *names_of(adapter)], checkpoint.shapes)
+    choices = views([*adapter.full, *adapter.tokens, *names_of(adapter)], checkpoint.shapes)
     own = next((v for v in choices if not missing(adapter, shapes_of(v))), choices[0])
     shapes = shapes_of(own)
     parts = parts_of(adapter, shapes, "the checkpoint")
     full, frozen, wrong = adapter.full, adapter.frozen, adapter.wrong
+    tokens, heads = with_heads(checkpoint, own, adapter.tokens)
+    wrong += _misfits_of_rows(checkpoint, own, tokens) + untied_heads(checkpoint, adapter)
     strange = [part.name for part in parts if part.name not in own]
     added = _biases(adapter, own)
     if wrong and strange:
@@ -133,14 +132,12 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     there |= {x.shape for name, x in (full | frozen).items() if name in own}
     lost = {part.name: part.a for part in parts if part.name not in own}
     lost |= {name: x for name, x in (full | frozen).items() if name not in own}
-    refuse(_not_there(checkpoint, [name for name, x in lost.items() if x.shape not in there]))
-    found = values(
-        source,
-        header,
-        (*stored_in(parts), *full.values(), *frozen.values(), *(x for x, _ in added.values())),
-        wrong := list[str](),
-    )
-    refuse(wrong)
+    refuse(not_there(checkpoint, [name for name, x in lost.items() if x.shape not in there]))
+    rest = (*(x for x, _ in added.values()), *(x.v for x in adapter.tokens.values()))
+    stored = (*stored_in(parts), *full.values(), *frozen.values(), *rest)
+    found = values(source, header, stored, wrong := list[str]())
+    refuse(wrong or unlike(heads, found))
+    rows = {name: x._replace(v=found[x.v.key]) for name, x in tokens.items()}
     parts = _stored(own, with_values(parts, found), wrong)
     full, frozen = ({n: found[x.key] for n, x in d.items()} for d in (full, frozen))
     full, frozen = _renamed(own, full), _renamed(own, frozen)
@@ -153,7 +150,7 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
         own[name].pieces[0].tensor: Sum(found[x.key].reshape(1, -1, 1), one, scale)
         for name, (x, scale) in added.items()
     }
-    return made._replace(sums=made.sums | sums)
+    return made._replace(sums=made.sums | sums, rows=_renamed(own, rows))
 
 
 def _biases(adapter: Adapter, own: Views) -> dict[str, tuple[Stored, float]]:
@@ -218,8 +215,8 @@ def _made(
         else:
             sums[part.name] = as_sum(part, shapes[part.name], transposed)
     refuse(wrong)
-    there = ({n: x for n, x in d.items() if n in shapes} for d in (full, frozen))
-    return Changes(sums, *there)
+    full, frozen = ({n: x for n, x in d.items() if n in shapes} for d in (full, frozen))
+    return Changes(sums, full, {}, frozen)
 
 
 def _square(name: str) -> str:
@@ -263,6 +260,21 @@ def _misfits(
     return wrong
 
 
+def _misfits_of_rows(checkpoint: Checkpoint, own: Views, rows: Mapping[str, Tokens]) -> list[str]:
+    """Rows of what the checkpoint has in another shape, or in a dtype that cannot be changed."""
+    wrong = []
+    for name, x in rows.items():
+        if (view := own.get(name)) is None or len(view.shape) != 2:
+            wrong.append(
+                f"{shown(name)}: has rows in the adapter, and is no table of the checkpoint"
+            )
+        elif bad := misfits(x, view.shape):
+            wrong += bad
+        elif (dtype := checkpoint.entry(view.pieces[0].tensor).dtype) not in DTYPES:
+            wrong.append(f"{shown(name)}: of dtype {dtype}; expected one of {', '.join(DTYPES)}")
+    return wrong
+
+
 # ------------------------------------------------------------------------------- orientation
 
 
@@ -272,7 +284,7 @@ def as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
     rows, columns = matrix(part)
     b = part.b.reshape(rows, -1, count).transpose(2, 0, 1)  # rank outside of experts
     a = part.a.reshape(count, -1, columns)  # experts outside of rank
-    found = Sum(b, a, part.scale)
+    found = Sum(b, a, part.scale, None if part.m is None else part.m.reshape(-1))
     return found.transpose if transposed else found
 
 
@@ -309,74 +321,3 @@ class Orientation:
 def _group(kind: str, name: str) -> tuple[str, str]:
     """What has one orientation: the modules of one last name."""
     return kind, name.rpartition(".")[0].rpartition(".")[2]
-
-
-# ------------------------------------------------------------------------------- ties
-
-
-def absent(
-    checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
-) -> list[str]:
-    """Problems with what the checkpoint has no tensor for: a tied weight is there once."""
-    where, shared = checkpoint.where, twins(parts)
-    names = {part.name for part in parts if part.name in where}
-    lost = [
-        part.name
-        for part in parts
-        if part.name not in where
-        and (part.name not in shared or shared[part.name].name not in names)
-    ]
-    kept = {_digest(x) for name, x in full.items() if name in where}
-    lost += [n for n, x in full.items() if n not in where and _digest(x) not in kept]
-    return _not_there(checkpoint, lost)
-
-
-def _digest(x: np.ndarray) -> tuple[Any, ...]:
-    return x.shape, x.dtype, hashlib.sha256(x.tobytes()).digest()
-
-
-def _not_there(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    return [f"{shown(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in names]
-
-
-def _reason(name: str, checkpoint: Checkpoint) -> str:
-    if checkpoint.vocabulary and name.endswith((".weight", ".bias")):
-        return (
-            "; if it shares the input embedding's weight, the adapter must change both alike, or "
-            "the checkpoint must be saved untied"
-        )
-    return "; save the base model as it was adapted, with its head"
-
-
-def untied(
-    checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
-) -> list[str]:
-    """Changes of a shared weight that PEFT would apply in only one of its places."""
-    shared = twins(parts)
-    alone = [p.name for p in parts if is_shared(checkpoint, p.name) and p.name not in shared]
-    found = {name: _digest(x) for name, x in full.items()}
-    counts = collections.Counter(found.values())
-    alone += [n for n, x in found.items() if is_shared(checkpoint, n) and counts[x] == 1]
-    return [
-        f"{shown(name)}: the input embedding and the output head share this weight (config.json: "
-        "tie_word_embeddings), but the adapter does not change both alike; save the base model "
-        "untied first"
-        for name in alone
-    ]
-
-
-def copies(checkpoint: Checkpoint, changed: Collection[str]) -> Iterator[tuple[str, str]]:
-    """A changed weight that is shared, and another tensor that may be its copy."""
-    others = [n for n in checkpoint.where if n not in changed and is_shared(checkpoint, n)]
-    for name in (n for n in changed if is_shared(checkpoint, n)):
-        form = checkpoint.entry(name)[:2]
-        yield from ((name, other) for other in others if checkpoint.entry(other)[:2] == form)
-
-
-def is_shared(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is the weight that the input embedding and the output head share."""
-    module, _, parameter = name.rpartition(".")
-    if name not in checkpoint.where or parameter != "weight" or not SHARED.search(module):
-        return False
-    shape = checkpoint.entry(name).shape
-    return len(shape) == 2 and shape[0] in checkpoint.vocabulary

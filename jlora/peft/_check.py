@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from ._checkpoint import open_checkpoint
 from ._config import LIMIT, misformed
-from ._file import CONFIG, DTYPES, Header, Source, read_header, read_json
-from ._read import FACTOR, PREFIX
+from ._file import CONFIG, DTYPES, PREFIX, Header, Source, read_header, read_json
+from ._read import FACTOR
 from .engines import ENGINES, Base, Engine, Factor, Finding, Served
 
 

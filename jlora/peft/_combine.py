@@ -10,12 +10,15 @@ from jax.dtypes import canonicalize_dtype
 from .._tree import adapter_leaves
 from .._types import PyTree
 from ..adapters import LowRank, weight_shape
+from ._alone import Alone, read_alone
+from ._arrays import factors
 from ._config import DEFAULTS, problems
 from ._file import brief, listing, shown
-from ._load import Alone, read_alone
-from ._names import Leaf, factors
-from ._read import Part, parse, parts_of
-from ._save import stored_as, tensors_alone, write
+from ._names import Leaf
+from ._parameters import parts_of
+from ._parts import stored_as, tensors_alone
+from ._read import Part, parse
+from ._save import write
 from ._select import with_scales
 
 Fields = dict[str, Any]
@@ -60,8 +63,9 @@ def combine(
         FileExistsError: if `out_dir` is there and not an empty folder.
         FileNotFoundError: if a folder or a file is missing.
         ValueError: if files are damaged; if the adapters are of different models, or hold what has
-            no meaning without the model: leaves in full, several parameters of one module; if
-            `merge` gives other modules, or values that are not finite. All of it is listed.
+            no meaning without the model: DoRA, leaves in full, rows of embeddings, several
+            parameters of one module; if `merge` gives other modules, or values that are not
+            finite. All of it is listed.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -121,6 +125,8 @@ def _without_form(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     for alone, name in zip(each, names, strict=True):
         for why, found in (
             ("trained in full, so that the change is known from the base alone", [*alone.full]),
+            ("rows that are replaced, whose change is known from the base alone", [*alone.rows]),
+            ("of DoRA, whose change is no s·A·B and has no sum", _decomposed(alone)),
             ("of several parameters, which the file does not tell apart", _several(alone)),
             ("of float64, which needs jax_enable_x64", _narrowed(alone)),
         ):
@@ -141,6 +147,10 @@ def _without_form(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
 def _several(alone: Alone) -> list[str]:
     selection = alone.adapter.selection
     return [module for module in alone.adapter.pairs if len(selection.parameters(module)) > 1]
+
+
+def _decomposed(alone: Alone) -> list[str]:
+    return [part.key for part in alone.parts if part.m is not None]
 
 
 def _narrowed(alone: Alone) -> list[str]:

@@ -11,7 +11,7 @@ from ._file import CONFIG, Source, brief, read_json
 from ._patterns import of_key, of_layer, problem
 
 LIMIT = 4 * 2**20  # bytes
-PARAMETERS = 100  # of a module, by their names without it; each is looked for in every module
+PARAMETERS = 100  # names of which each is looked for in every module
 # All keys that PEFT 0.21 writes.
 DEFAULTS: dict[str, Any] = {
     "alora_invocation_tokens": None,
@@ -56,8 +56,23 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
+ROWS_ALONE = "TRAINABLE_TOKENS"
+ROWS_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "init_weights": True,
+    "peft_type": ROWS_ALONE,
+    "peft_version": DEFAULTS["peft_version"],
+    "revision": None,
+    "target_modules": [],
+    "task_type": None,
+    "token_indices": [],
+}
 # Initial values of A and B that leave the base as it is.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
+# What is read beside plain LoRA.
+METHODS = ("trainable_token_indices", "use_dora")
 # Keys whose every value is read or does not matter; any other must be off.
 _READ = {
     "alpha_pattern",
@@ -123,13 +138,21 @@ def dumps(fields: Mapping[str, Any]) -> str:
 
 
 def problems(fields: Mapping[str, Any]) -> list[str]:
-    """Why the fields cannot be read as an adapter of plain LoRA; empty if they can."""
+    """Why the fields cannot be read as an adapter; empty if they can."""
+    if fields.get("peft_type") == ROWS_ALONE:
+        return _problems_of_rows(fields) + misformed(fields)
     found = [f"{key}: missing" for key in ("peft_type", "target_modules") if key not in fields]
     if fields.get("peft_type", "LORA") != "LORA":
         found.append(f"peft_type: expected 'LORA', got {brief(fields['peft_type'])}")
     found += [
         f"{key}: {brief(value)} is a feature that jlora does not support"
         for key, value in features(fields).items()
+        if key not in METHODS
+    ]
+    found += [
+        f"{key}: {brief(fields[key])} is nothing that PEFT has beside use_dora"
+        for key in ("lora_bias", "target_parameters")
+        if fields.get("use_dora") and fields.get(key)
     ]
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in STARTS:
@@ -143,6 +166,16 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
             "modules"
         )
     return found + misformed(fields)
+
+
+def _problems_of_rows(fields: Mapping[str, Any]) -> list[str]:
+    """Why the fields cannot be read as an adapter of rows of embeddings alone."""
+    found = [f"{key}: missing" for key in ("target_modules", "token_indices") if key not in fields]
+    return found + [
+        f"{key}: {brief(value)} is a feature that jlora does not support"
+        for key, value in fields.items()
+        if key not in ROWS_DEFAULTS and value
+    ]
 
 
 def features(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,10 +214,25 @@ def _is_numbers(x: Any) -> bool:
     return _is_short(x, list) and all(type(n) is int for n in x)
 
 
+def _is_rows(x: Any) -> bool:
+    is_list = isinstance(x, list) and all(type(n) is int and 0 <= n < 2**31 for n in x)
+    return is_list and 0 < len(x) == len(set(x))
+
+
+def _is_rows_by_name(x: Any) -> bool:
+    return isinstance(x, dict) and 0 < len(x) <= PARAMETERS and all(map(_is_rows, x.values()))
+
+
 _FORMS = {
     "r": ("an integer of at least 1", _is_rank),
     "lora_alpha": ("a finite number", is_finite),
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
+    "token_indices": ("distinct rows", _is_rows),
+    "trainable_token_indices": (
+        f"distinct rows, or rows by the names of at most {PARAMETERS} modules, or null",
+        lambda x: x is None or _is_rows(x) or _is_rows_by_name(x),
+    ),
+    "use_dora": ("true or false", lambda x: isinstance(x, bool)),
     "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
     "lora_bias": ("true or false", lambda x: isinstance(x, bool)),
     "ensure_weight_tying": ("true or false", lambda x: isinstance(x, bool)),

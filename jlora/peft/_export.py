@@ -3,25 +3,21 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from .._folders import fresh, scratch
 from .._types import PyTree
 from ._base import configuration_of
-from ._changes import Changes, Sum, changes, copies
+from ._blocks import chunks, tensor
+from ._changes import Changes, changes
 from ._checkpoint import Checkpoint, open_checkpoint, refuse
-from ._file import DTYPES, Entry, opened, shown
+from ._file import DTYPES, opened, shown
 from ._names import Name
 from ._rewrite import dequantize_checkpoint, requantized
-
-BLOCK = 2**20  # numbers
-# Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
-_SIDE = 64
+from ._ties import copies
 
 
 def export_merged(
@@ -50,7 +46,9 @@ def export_merged(
     it does for ranks up to 192 and sides of at least 64. In other cases the two differ by the
     rounding of the product. In bfloat16 and float16 PEFT rounds the ΔW of embeddings and of
     experts before it adds. It keeps `modules_to_save` in their own dtype, here they get W's; to a
-    weight that embedding and head share it adds their common ΔW twice, here it is added once.
+    weight that embedding and head share it adds their common ΔW twice, here it is added once. The
+    norms of DoRA are of float32 values and are summed in float64; PEFT's are to a few roundings
+    the same in float32, and have those of W's dtype in narrower ones.
 
     A quantized checkpoint is dequantized first, exactly, and the result is in floats, as its
     configuration then says.
@@ -161,12 +159,12 @@ def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
 
 def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
     """The same for both copies of a shared weight that is stored twice."""
-    sums, full = dict(todo.sums), dict(todo.full)
-    for name, other in copies(checkpoint, {*sums, *full}):
+    sums, full, rows = dict(todo.sums), dict(todo.full), dict(todo.rows)
+    for name, other in copies(checkpoint, {*sums, *full, *rows}):
         if _same(checkpoint, name, other):
-            for changed in (sums, full):
+            for changed in (sums, full, rows):
                 changed |= {other: changed[name]} if name in changed else {}
-    return todo._replace(sums=sums, full=full)
+    return todo._replace(sums=sums, full=full, rows=rows)
 
 
 def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
@@ -178,7 +176,7 @@ def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
     file, entry = checkpoint.where[name], checkpoint.entry(name)
     with opened(checkpoint.source, file) as (source, _):
         source.seek(checkpoint.headers[file].data + entry.start)
-        yield from _chunks(source, entry.stop - entry.start)
+        yield from chunks(source, entry.stop - entry.start)
 
 
 def _write(
@@ -192,93 +190,13 @@ def _write(
     """One file: the header as it is, then the tensors in the order of their data."""
     header = checkpoint.headers[file]
     with opened(checkpoint.source, file) as (source, _):
-        for chunk in _chunks(source, header.data):
+        for chunk in chunks(source, header.data):
             target.write(chunk)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
-            new, bad = _tensor(source, entry, name, todo), 0
+            new, bad = tensor(source, entry, name, todo), 0
             for chunk in new:
                 target.write(chunk.data)
                 tick(len(chunk.data))
                 bad += chunk.bad
             if bad:
                 wrong.append(f"{shown(name)}: {bad} values are not finite after merging")
-
-
-class _Chunk(NamedTuple):
-    data: bytes
-    bad: int = 0  # values that are not finite
-
-
-def _tensor(source: BinaryIO, entry: Entry, name: str, todo: Changes) -> Iterator[_Chunk]:
-    """The bytes of one tensor of the result, read along `source`."""
-    if name in todo.sums:
-        yield from _added(source, entry, todo.sums[name])
-    elif name in todo.full:
-        for _ in _chunks(source, entry.stop - entry.start):
-            pass
-        yield _chunk(todo.full[name], DTYPES[entry.dtype])
-    else:
-        yield from map(_Chunk, _chunks(source, entry.stop - entry.start))
-
-
-def _added(source: BinaryIO, entry: Entry, change: Sum) -> Iterator[_Chunk]:
-    """W + s·B·A in blocks of rows."""
-    (count, rows, _), columns = change.left.shape, change.right.shape[2]
-    step = max(1, min(rows, BLOCK // max(columns, 1)))
-    dtype = DTYPES[entry.dtype]
-    for i in range(count):
-        times = _product(change.right[i], step)
-        for start in range(0, rows, step):
-            product = times(change.left[i, start : start + step])
-            w = np.frombuffer(_read(source, product.size * dtype.itemsize), dtype)
-            yield _chunk(_sum(w.reshape(product.shape), product, change.scale), dtype)
-
-
-# What overflows is counted by `_chunk`.
-@np.errstate(over="ignore", invalid="ignore")
-def _sum(w: np.ndarray, product: np.ndarray, scale: float) -> np.ndarray:
-    """W + s·B·A in float32 or better."""
-    return w.astype(np.promote_types(w.dtype, np.float32)) + product * np.float32(scale)
-
-
-def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The product of matrices of up to so many `rows` with `right`, by one program."""
-    cpu = jax.local_devices(backend="cpu")[0]
-    rank, columns = right.shape
-    factor = jax.device_put(_padded(right, (rank, _up(columns))), cpu)
-
-    def times(left: np.ndarray) -> np.ndarray:
-        block = jax.device_put(_padded(left, (_up(rows), rank)), cpu)
-        found = jnp.matmul(block, factor, precision=jax.lax.Precision.HIGHEST)
-        return np.asarray(found)[: len(left), :columns]
-
-    return times
-
-
-def _up(n: int) -> int:
-    return -(-n // _SIDE) * _SIDE
-
-
-def _padded(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """As float32, with zeros after its rows and columns."""
-    new = np.zeros(shape, np.float32)
-    new[: x.shape[0], : x.shape[1]] = x
-    return new
-
-
-@np.errstate(over="ignore")
-def _chunk(x: np.ndarray, dtype: np.dtype) -> _Chunk:
-    x = x.astype(dtype)
-    return _Chunk(x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x))))
-
-
-def _chunks(source: BinaryIO, size: int) -> Iterator[bytes]:
-    for start in range(0, size, 4 * BLOCK):
-        yield _read(source, min(4 * BLOCK, size - start))
-
-
-def _read(source: BinaryIO, size: int) -> bytes:
-    data = source.read(size)
-    if len(data) != size:
-        raise ValueError("`src_dir`: a file changed while it was read; start again.")
-    return data

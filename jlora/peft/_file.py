@@ -20,6 +20,7 @@ import numpy as np
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the keys in it
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 

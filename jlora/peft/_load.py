@@ -1,4 +1,4 @@
-"""PEFT's files to an adapter tree, or without a base: all is checked, then all of it is read."""
+"""PEFT's files to an adapter tree: all is checked, then all of it is read."""
 
 import os
 import warnings
@@ -12,23 +12,13 @@ import numpy as np
 
 from .._tree import name_of, nest
 from .._types import PyTree
-from ..adapters import LowRank
-from ._file import CONFIG, DTYPES, Source, listing, shown
-from ._names import Leaf, Name, by_row, low_rank, of_part, resolve, tied_to, weight, weights
-from ._read import (
-    PREFIX,
-    Adapter,
-    Part,
-    Stored,
-    matrix,
-    parts_of,
-    read_adapter,
-    stored_in,
-    twins,
-    values,
-    with_values,
-    without_biases,
-)
+from ._arrays import decomposed, low_rank, of_part, replaced, weight, weights
+from ._file import CONFIG, DTYPES, PREFIX, Source, listing, shown
+from ._names import Leaf, Name, by_row, resolve, tied_to
+from ._parameters import parts_of, without_biases
+from ._read import Adapter, Part, Stored, read_adapter
+from ._tokens import Tokens, lone_heads, misfits, unlike
+from ._values import stored_in, values
 
 
 def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> PyTree:
@@ -42,7 +32,8 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
 
     Returns:
         An adapter for `apply` and `merge`: $\Delta W = s \cdot A B$ with A, B of the file's dtype,
-        the layers of a scan stacked, `modules_to_save` and biases as leaves in full.
+        the layers of a scan stacked, `modules_to_save` and biases as leaves in full. Of `use_dora`
+        its nodes are those of `DoRA`; of `trainable_token_indices` an embedding has that of `Rows`.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -84,19 +75,26 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     parts = parts_of(adapter, shapes, where, ordered=True)
     placed = _placed(adapter, parts, places, leaves)
     refuse(adapter.wrong)
-    stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values())
+    tokens = [x.v for x in adapter.tokens.values()]
+    stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *tokens)
     found = values(source, header, stored, wrong := list[str]())
     wrong += _unlike(adapter, placed, found)
     refuse(wrong)
-    warn_of_idle(adapter)
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
+    if adapter.fields.get("use_dora") and dropout:
+        adapter.idle.append(f"lora_dropout: {dropout} is of training alone, and DoRA here has none")
+    warn_of_idle(adapter)
     for leaf, own in placed.low:
         arrays = of_part(leaf, [(found[x.a.key], found[x.b.key]) for x in own])
         rank = arrays[0][0].shape[0] // leaf.experts
         scale = own[0].scale * leaf.factor
-        nodes[leaf.path] = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout)
+        node = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout)
+        ms = [found[x.m.key] for x in own if x.m is not None]
+        nodes[leaf.path] = decomposed(leaf, node, ms) if ms else node
     for leaf, own in placed.full:
         nodes[leaf.path] = jnp.asarray(weight(leaf, [found[x.key] for x in own]))
+    for leaf, own in placed.rows:
+        nodes[leaf.path] = replaced(leaf, own.rows, found[own.v.key])
     return nest(nodes)
 
 
@@ -119,7 +117,9 @@ class _Placed(NamedTuple):
 
     low: list[tuple[Leaf, list[Part]]]
     full: list[tuple[Leaf, list[Stored]]]
+    rows: list[tuple[Leaf, Tokens]]
     heads: list[tuple[Part, Part]]
+    tied_rows: list[tuple[Tokens, Tokens]]
     frozen: list[tuple[_Place, Stored]]
 
 
@@ -169,14 +169,47 @@ def _placed(
         for name, leaf in tied.items()
         if (pair := _both(low.pop(name, None), low.get(f"{leaf.modules[0]}.weight"), leaf, wrong))
     ]
-    return _Placed(_whole(low, leaves, wrong), _whole(full, leaves, wrong), heads, frozen)
+    rows, tied_rows = _rows(adapter, everywhere, wrong)
+    low, full = _whole(low, leaves, wrong), _whole(full, leaves, wrong)
+    return _Placed(low, full, rows, heads, tied_rows, frozen)
+
+
+def _rows(
+    adapter: Adapter, places: Mapping[str, _Place], wrong: list[str]
+) -> tuple[list[tuple[Leaf, Tokens]], list[tuple[Tokens, Tokens]]]:
+    """The embeddings with rows, and the heads that are tied to some; `wrong` gets all else."""
+    rows, heads = [], []
+    for name, x in adapter.tokens.items():
+        place = places.get(name)
+        if place is None:
+            why = "unexpected; names no leaf of `base` under `names`"
+        elif place.is_head:
+            table = adapter.tokens.get(f"{place.leaf.modules[0]}.weight")
+            if table and table.rows == x.rows:
+                heads.append((x, table))
+                continue
+            why = f"rows of a head whose weight is that of {place.leaf.modules[0]}"
+        elif place.leaf.name.kind != "embedding":
+            why = "rows of what is no embedding by `names`"
+        else:
+            bad = misfits(x, place.leaf.weight_shape) or _misshapen(x.v, x.v.shape)
+            wrong += bad
+            rows += [] if bad else [(place.leaf, x)]
+            continue
+        wrong.append(f"{shown(x.v.key)}: {why}")
+    apart = [name.removesuffix(".weight") for name, place in places.items() if not place.is_head]
+    wrong += lone_heads(adapter.heads, apart)
+    return rows, heads
 
 
 def _both(
     head: Part | None, table: Part | None, leaf: Leaf, wrong: list[str]
 ) -> tuple[Part, Part] | None:
     """The A's and B's of a tied head and of its embedding, which must be the same."""
-    if head and table:
+    if alone := next((x for x in (head, table) if x and x.m is not None), None):
+        other = leaf.name.tied if alone is table else leaf.modules[0]
+        wrong.append(f"{alone.key}: of DoRA, which is not supported beside {other}, a tied weight")
+    elif head and table:
         if (head.scale, head.a.shape[0]) == (table.scale, table.a.shape[0]):
             return head, table
         wrong.append(f"{head.key}: shares its weight with {table.key}, but not rank and scale")
@@ -258,6 +291,7 @@ def _unlike(adapter: Adapter, placed: _Placed, found: Mapping[str, np.ndarray]) 
         for x, y in ((head.a, table.b), (head.b, table.a))
         if not np.array_equal(found[x.key], found[y.key].T)
     ]
+    wrong += unlike(placed.tied_rows, found)
     return wrong + [
         f"{shown(x.key)}: expected the values of `base` at {name_of(place.leaf.path)}, got others; "
         "a trained or resized embedding under an adapter is not supported"
@@ -271,113 +305,3 @@ def _is_that_of(place: _Place, x: np.ndarray) -> bool:
         return True
     own = weights(place.leaf, place.leaf.value)[place.at]
     return np.array_equal(own, x.astype(own.dtype))
-
-
-# ------------------------------------------------------------------------------ without a base
-
-
-def read(dir: str | os.PathLike[str]) -> dict[str, LowRank | np.ndarray]:
-    """Reads an adapter for a look at it, when the model is not at hand.
-
-    The checks are those of `load`; only whether it fits its model, and whether all that its
-    configuration names is there, cannot be known. Where several parameters of one module of experts
-    are adapted, the file does not say which is which: they are taken in the order of
-    `target_parameters` in which their ranks and numbers of experts agree.
-
-    Args:
-        dir: the adapter's folder.
-
-    Returns:
-        The leaves by PyTorch's names: a `LowRank` node for a module, or for a parameter of
-        experts, whose axes are those of PyTorch's weight; an array for a parameter in full. A head
-        that is tied to an embedding has no leaf of its own.
-
-    Raises:
-        FileNotFoundError: if the folder or a file is missing.
-        ValueError: as `load`.
-
-    Examples:
-        >>> import tempfile, jax, jax.numpy as jnp, jlora
-        >>> from jlora import peft
-        >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
-        >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
-        >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
-        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
-        ...     leaves = peft.read(f"{folder}/adapter")
-        >>> leaves["model.q_proj"].b.shape
-        (2, 3)
-    """
-    alone = read_alone(dir)
-    return {**alone.nodes, **alone.full}
-
-
-class Alone(NamedTuple):
-    """An adapter with its values.
-
-    Attributes:
-        adapter: what its files say.
-        parts: A and B of each parameter, but for the heads that are in `tied`.
-        ranks: r of each by its key, and of those heads.
-        tied: by the key of an embedding, the key of the head that has its A and B.
-        full: parameters that are replaced.
-        frozen: parameters that the base must have just so.
-    """
-
-    adapter: Adapter
-    parts: list[Part]
-    ranks: dict[str, int]
-    tied: dict[str, str]
-    full: dict[str, np.ndarray]
-    frozen: dict[str, np.ndarray]
-
-    @property
-    def nodes(self) -> dict[str, LowRank]:
-        """The node of each part by its key, with the axes of PyTorch's weight."""
-        dropout = float(self.adapter.fields.get("lora_dropout", 0.0))
-        found = {}
-        for part in self.parts:
-            pair, static = [(part.a, part.b)], {"scale": part.scale, "dropout": dropout}
-            found[part.key] = low_rank(self.leaf(part), pair, self.ranks[part.key], **static)
-        return found
-
-    def leaf(self, part: Part) -> Leaf:
-        """The weight of a part, which lies as PyTorch's."""
-        (rows, columns), count = matrix(part), part.a.shape[0] // self.ranks[part.key]
-        window = part.a.shape[2:] if part.kind == "conv" else ()
-        axes, shape = {
-            "embedding": ("vo", (columns, rows)),
-            "linear": ("oi", (rows, columns)),
-            "conv": ("oi" + "k" * len(window), (rows, *part.a.shape[1:])),
-            "experts": ("eoi", (count, rows, columns)),
-        }[part.kind]
-        return Leaf((), None, shape, Name("", "", axes), ("",))
-
-
-def read_alone(dir: str | os.PathLike[str], argument: str = "dir") -> Alone:
-    """Reads all of an adapter whose model is not at hand."""
-
-    def refuse(found: Sequence[str]) -> None:
-        if found:
-            raise ValueError(f"`{argument}`: the adapter in {dir} cannot be read. {listing(found)}")
-
-    source = Source(Path(dir), argument)
-    adapter, header = read_adapter(source, refuse)
-    without_biases(adapter)
-    parts = parts_of(adapter, None, "")
-    refuse(adapter.wrong)
-    # Before values are read, as patterns have a time of their own.
-    ranks = {part.key: adapter.selection.rank(part.key) for part in parts}
-    every = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values())
-    found = values(source, header, every, wrong := list[str]())
-    refuse(wrong)
-    full, frozen = (
-        {name: found[x.key] for name, x in group.items()}
-        for group in (adapter.full, adapter.frozen)
-    )
-    parts = with_values(parts, found)
-    shared = twins(parts)
-    tied = {x.key: shared[x.name].key for x in parts if x.kind == "embedding" and x.name in shared}
-    own = [x for x in parts if x.kind == "embedding" or x.name not in shared]
-    return Alone(adapter, own, ranks, tied, full, frozen)

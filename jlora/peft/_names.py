@@ -8,16 +8,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from .._tree import leaves_by_path, name_of
 from .._types import Layout, Path, PyTree
-from ..adapters import SLOTS, LowRank, is_node, low_rank_axes, without_slots
+from ..adapters import is_node
 
 RANK = -1  # stands for the rank beside the numbers of a weight's axes
 Groups = list[tuple[int, ...]]
-Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +148,12 @@ class Name:
         ones: Groups = [()] * len(self.where("k"))
         outer = self.where("i") if self.swapped else self.where("o")
         return [outer, (RANK, *self.where("e")), *ones]
+
+    @property
+    def m_groups(self) -> Groups:
+        """As `a_groups`, of PEFT's magnitudes."""
+        ones: Groups = [()] * len(self.where("k"))
+        return [(), self.where("o"), *ones] if self.kind == "conv" else [self.where("o")]
 
     @property
     def weight_groups(self) -> Groups:
@@ -325,148 +329,3 @@ def tied_to(leaf: Leaf, leaves: Sequence[Leaf]) -> str | None:
         return None
     parent, dot, _ = tied.rpartition(".")
     return tied if not dot or any(m.startswith(parent) for m in modules) else None
-
-
-# ------------------------------------------------------------------------------- arrays
-# Axes are permuted and flattened. Values of A and B never change, nor do those of a weight unless
-# its row says so.
-
-
-def adapted(leaf: Leaf, delta: LowRank) -> Leaf:
-    """That of the modules of `leaf` which `delta` adapts."""
-    slots = _slots_by_module(leaf, delta)
-    return leaf if slots is None else leaf.only(slots)
-
-
-def _slots_by_module(leaf: Leaf, delta: LowRank) -> tuple[int, ...] | None:
-    """The slots of `delta` if each is a module of `leaf`."""
-    ours, theirs = delta.layout.slots, leaf.layout.slots
-    return ours[1] if ours and theirs and ours[::2] == theirs[::2] else None
-
-
-def factors(leaf: Leaf, delta: LowRank) -> list[Pair]:
-    """PEFT's A and B for each module of `leaf`, which are those that `delta` adapts.
-
-    Slots of what is one module there have no equivalent: they become one A of rank slots·r and one
-    B with zeros outside of each slot's own outputs, which is the same ΔW exactly.
-    """
-    if _slots_by_module(leaf, delta) is None:
-        delta = without_slots(delta, leaf.shape)
-    b = delta.b
-    if (lone := _lone_axis(delta.layout)) is not None:
-        b = np.squeeze(b, lone)
-    pair = list(zip((delta.a, b), _axes(delta.layout), strict=True))
-    a, b = pair[::-1] if leaf.name.swapped else pair
-    packed = _pack(*a, leaf.name.a_groups, leaf), _pack(*b, leaf.name.b_groups, leaf)
-    return list(zip(*packed, strict=True))
-
-
-def low_rank(leaf: Leaf, pairs: Sequence[Pair], rank: int, **static: Any) -> LowRank:
-    """The node of `leaf` from PEFT's A and B of each of its modules: the inverse of `factors`."""
-    name, axes = leaf.name, _axes(leaf.layout)
-    axes_a, axes_b = axes[::-1] if name.swapped else axes
-    a = _unpack([a for a, _ in pairs], axes_a, name.a_groups, leaf, rank)
-    b = _unpack([b for _, b in pairs], axes_b, name.b_groups, leaf, rank)
-    a, b = (b, a) if name.swapped else (a, b)
-    if (lone := _lone_axis(leaf.layout)) is not None:
-        b = np.expand_dims(b, lone)
-    return LowRank(jnp.asarray(a), jnp.asarray(b), layout=leaf.layout, **static)
-
-
-def of_part(leaf: Leaf, pairs: Sequence[Pair]) -> Sequence[Pair]:
-    """What of PEFT's A and B of each parameter belongs to `leaf`, where that is a part of them.
-
-    Of B the rows of its outputs. Of A and B its own ranks alone where those of all parts lie beside
-    one another, with zeros around each in B, as `save` writes parts of which each has its own A.
-    """
-    if leaf.name.part is None:
-        return pairs
-    (j, n), experts = leaf.name.part, leaf.experts
-    a = np.stack([a.reshape(experts, -1, a.shape[1]) for a, _ in pairs])
-    b = np.stack([b.reshape(n, len(b) // n, -1, experts) for _, b in pairs])
-    rank = b.shape[3] // n
-    if rank * n == b.shape[3]:
-        blocks = b.reshape(*b.shape[:3], n, rank, experts)
-        if np.array_equal(blocks.any(axis=(0, 2, 4, 5)), np.eye(n)):
-            a, b = a[:, :, j * rank : (j + 1) * rank], blocks[:, :, :, j]
-    each = zip(a, b[:, j], strict=True)
-    return [(x.reshape(-1, x.shape[-1]), y.reshape(len(y), -1)) for x, y in each]
-
-
-def _axes(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of A and of B: the rank beside those of the weight, slots first of all outputs."""
-    slots = layout.slots
-    outputs = tuple(d for d in layout.outputs if slots is None or d != slots[2])
-    found = low_rank_axes(layout._replace(outputs=outputs))
-
-    def axis(of: int | str) -> int:
-        if of == SLOTS and slots is not None:
-            return slots[2]
-        return of if isinstance(of, int) else RANK
-
-    a, b = (tuple(map(axis, found[n])) for n in ("a", "b"))
-    return a, b
-
-
-def _lone_axis(layout: Layout) -> int | None:
-    """The axis of B that has the length 1, as there is an axis of slots beside it."""
-    if layout.slots is None:
-        return None
-    return low_rank_axes(layout)["b"].index(layout.slots[2])
-
-
-def weights(leaf: Leaf, value: Any) -> list[np.ndarray]:
-    """PyTorch's parameter for each module of `leaf`."""
-    own = _rounded(lambda x: x / leaf.factor, leaf, value)
-    return _pack(own, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
-
-
-def weight(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of `weights`, but for rounding where values change."""
-    x = _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf, 0)
-    return _rounded(lambda x: x * leaf.factor, leaf, x)
-
-
-def _rounded(change: Callable[[np.ndarray], np.ndarray], leaf: Leaf, x: Any) -> np.ndarray:
-    """`change` of the values of a leaf that is a multiple, in at least float32, rounded once."""
-    x = np.asarray(x)
-    if leaf.name.times is None:
-        return x
-    return change(x.astype(np.promote_types(x.dtype, np.float32))).astype(x.dtype)
-
-
-def _pack(x: Any, axes: tuple[int, ...], groups: Groups, leaf: Leaf) -> list[np.ndarray]:
-    x = np.asarray(x)
-    stacked = leaf.name.where("ls")
-    order = [*stacked, *itertools.chain(*groups)]
-    # Modules or experts that share a factor here get a copy each.
-    shared = tuple(d for d in order if d not in axes)
-    axes = (*shared, *axes)
-    x = np.broadcast_to(x, (*(leaf.shape[d] for d in shared), *x.shape))
-    sizes = dict(zip(axes, x.shape, strict=True))
-    x = _reordered(x, axes, leaf, lambda pairs: pairs.T)
-    x = np.transpose(x, [axes.index(d) for d in order])
-    x = x.reshape(lengths([stacked, *groups], sizes))
-    # Contiguous: the writer of safetensors takes the memory as it lies.
-    return [np.ascontiguousarray(part) for part in x]
-
-
-def _unpack(
-    parts: Sequence[np.ndarray], axes: tuple[int, ...], groups: Groups, leaf: Leaf, rank: int
-) -> np.ndarray:
-    sizes = {**dict(enumerate(leaf.shape)), RANK: rank}
-    order = [*leaf.name.where("ls"), *itertools.chain(*groups)]
-    x = np.stack(parts).reshape([sizes[d] for d in order])
-    x = np.transpose(x, [order.index(d) for d in axes])
-    return _reordered(x, axes, leaf, lambda pairs: pairs.reshape(2, -1).T)
-
-
-def _reordered(
-    x: np.ndarray, axes: tuple[int, ...], leaf: Leaf, order: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """`x` with the entries of an interleaved axis in `order`, which is given them in pairs."""
-    last = leaf.name.where("o")[-1]
-    if not leaf.name.interleaved or last not in axes:
-        return x
-    pairs = np.arange(leaf.shape[last]).reshape(-1, 2)
-    return np.take(x, order(pairs).ravel(), axes.index(last))

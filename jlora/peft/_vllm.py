@@ -11,18 +11,20 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def flattened(
-    fields: Mapping[str, Any], parts: Sequence[Part], full: Sequence[str]
+    fields: Mapping[str, Any], parts: Sequence[Part], full: Sequence[str], rows: Sequence[str]
 ) -> tuple[dict[str, Any], list[Part]]:
     """The adapter with one rank, and its scales in B.
 
     Raises:
-        ValueError: if parts of it, or what is in `full`, are nothing that vLLM has.
+        ValueError: if parts of it, or what is in `full` or has `rows`, are nothing that vLLM has.
     """
     wrong = [f"{key}: trained in full" for key in full]
+    wrong += [f"{key}: with rows of its own" for key in rows]
+    wrong += [f"{x.key}: of DoRA" for x in parts if x.m is not None]
     wrong += [f"{x.key}: of kind {x.kind}" for x in parts if x.kind not in ("linear", "embedding")]
     if wrong:
         raise ValueError(
-            "`profile` 'vllm' takes linear and embedding sites alone; got\n  "
+            "`profile` 'vllm' takes LoRA of linear and embedding sites alone; got\n  "
             + "\n  ".join(wrong)
             + "\nLeave these out of the rules, or merge the adapter and serve the merged model."
         )

@@ -9,8 +9,9 @@ import numpy as np
 
 from .._tree import flatten, leaves_by_path, name_of
 from .._types import PyTree
+from ._arrays import weight, weights
 from ._file import listing
-from ._names import Leaf, Name, resolve, weight, weights
+from ._names import Leaf, Name, resolve
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:

@@ -199,19 +199,19 @@ MALFORMED = [
     pytest.param(
         lambda: jlora.transform(model, [LoRA("w", rank=2)]),
         TypeError,
-        f"`rules` must be jlora.LoRA or jlora.Full; got [{LoRA('w', rank=2)!r}].",
+        f"`rules` must be rules, such as jlora.LoRA(); got [{LoRA('w', rank=2)!r}].",
         id="rules-list",
     ),
     pytest.param(
         lambda: jlora.transform(model, "kernel"),
         TypeError,
-        "`rules` must be jlora.LoRA or jlora.Full; got 'kernel'.",
+        "`rules` must be rules, such as jlora.LoRA(); got 'kernel'.",
         id="rules-string",
     ),
     pytest.param(
         lambda: jlora.transform(model, LoRA),
         TypeError,
-        f"`rules` must be jlora.LoRA or jlora.Full; got {LoRA!r}.",
+        f"`rules` must be rules, such as jlora.LoRA(); got {LoRA!r}.",
         id="rules-class",
     ),
     pytest.param(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .._config import features
+from .._config import METHODS, features
 from .._file import brief, shown
 from ._engine import Factor, Finding, Rule, Served
 
@@ -77,6 +77,11 @@ def is_lora(*, silent: bool = False) -> Rule:
     return field("peft_type", lambda x: x == "LORA", "is not LORA", WITHOUT, silent=silent)
 
 
+def _without(key: str) -> str:
+    """What to do about a feature, which jlora can merge or not."""
+    return f"Train without it, or {MERGED}" if key in METHODS else WITHOUT
+
+
 def off(*keys: str, silent: bool = False) -> Rule:
     """These features of PEFT are not used."""
 
@@ -84,7 +89,7 @@ def off(*keys: str, silent: bool = False) -> Rule:
         for key in keys:
             if value := x.fields.get(key):
                 why = "is not read" if silent else "is not supported"
-                yield Finding(key, f"{brief(value)} {why}", WITHOUT, silent)
+                yield Finding(key, f"{brief(value)} {why}", _without(key), silent)
 
     return rule
 
@@ -95,7 +100,7 @@ def unread(*known: str) -> Rule:
     def rule(x: Served) -> Iterator[Finding]:
         for key, value in features(x.fields).items():
             if key not in (*known, *_TRAINING):
-                yield Finding(shown(key), f"{brief(value)} is not read", WITHOUT, True)
+                yield Finding(shown(key), f"{brief(value)} is not read", _without(key), True)
 
     return rule
 

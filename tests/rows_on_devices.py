@@ -1,0 +1,83 @@
+"""Rows on a mesh of eight devices, in float64: run by `test_rows.py`.
+
+The vocabulary may be cut: each device has its part of E, and the rows come from where they lie.
+"""
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from dora_on_devices import MESHES, collectives, normal, value_and_slope
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlora
+
+VOCABULARY, DIM, NEW = 32, 8, (30, 3, 17)
+VOCABULARY_CUT, DIM_CUT = P("d"), P(None, "d")
+IDS = jnp.array([[3, 0, 30], [5, 17, 1]])
+
+
+def model(p, ids):
+    """A tied model, whose results are stated along explicit axes."""
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    table = p["table"]
+    if not explicit:
+        return jnp.tanh(table[ids]) @ table.T
+    rows, dim = jax.typeof(table).sharding.spec
+    h = jnp.tanh(table.at[ids].get(out_sharding=P(None, None, dim)))
+    return jnp.einsum("bti,vi->btv", h, table, out_sharding=P(None, None, rows))
+
+
+def made(spec, mesh):
+    """Transform, base and adapter on a mesh, and the two as they were."""
+    rows = jlora.transform(model, jlora.Rows("table", NEW))
+    base, adapter = rows.init(jax.random.key(0), {"table": normal(0, VOCABULARY, DIM)}, IDS)
+    whole = base, laws.randomize(adapter)
+    places = {"table": spec}, jlora.sharding.specs({"table": spec}, adapter)
+    put = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), whole, places)
+    return rows, put, whole
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("spec", [VOCABULARY_CUT, DIM_CUT])
+def test_on_a_mesh_is_as_on_one_device(spec, kind):
+    rows, (base, adapter), whole = made(spec, MESHES[kind])
+    expected = value_and_slope(lambda a: rows.apply(whole[0], a, IDS), whole[1])
+    with jax.set_mesh(MESHES[kind]):
+        ids = jax.device_put(IDS, NamedSharding(MESHES[kind], P()))
+        actual = value_and_slope(lambda a: rows.apply(base, a, ids), adapter)
+        merged = jlora.merge(base, adapter)["table"]
+        started = rows.init(jax.random.key(0), base, ids)[1]["table"].v
+    laws.assert_close(jax.device_get(actual), jax.device_get(expected), 1e-10)
+    laws.assert_close(merged, jlora.merge(*whole)["table"], 1e-10)
+    assert merged.sharding.is_equivalent_to(base["table"].sharding, 2)
+    np.testing.assert_array_equal(started, whole[0]["table"][jnp.array(NEW)])
+
+
+def test_nothing_of_the_table_is_moved():
+    """Beside what the model itself does: the rows alone, and what is looked up of E."""
+    mesh = MESHES[AxisType.Auto]
+    rows, (base, adapter), _ = made(VOCABULARY_CUT, mesh)
+    ids = jax.device_put(IDS, NamedSharding(mesh, P()))
+    found = collectives(jax.jit(rows.apply).lower(base, adapter, ids).compile())
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    assert sum(size for _, size in found) <= IDS.size * (DIM + len(NEW)) + len(NEW) * DIM
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_part_of_the_table_is_refused(check):
+    mesh = MESHES[AxisType.Auto]
+    rows, _, (base, adapter) = made(VOCABULARY_CUT, mesh)
+    f = jax.shard_map(
+        rows.apply,
+        mesh=mesh,
+        in_specs=({"table": VOCABULARY_CUT}, P(), P()),
+        out_specs=P(None, None, "d"),
+        check_vma=check,
+    )
+    few = jax.tree.map(lambda v: v[:1], adapter)
+    few = {"table": few["table"]._replace(rows=(3,))}  # within the part of each
+    with pytest.raises(NotImplementedError, match="counts the rows of the whole table"):
+        f(base, few, IDS)
