@@ -24,6 +24,7 @@ from ._rewrite import quantize_checkpoint as quantize_checkpoint
 from ._save import convert as convert
 from ._save import save as save
 from ._save import tensors as tensors
+from ._to_lora import to_lora as to_lora
 from ._weights import from_tensors as from_tensors
 from ._weights import to_tensors as to_tensors
 from .engines import ENGINES as ENGINES

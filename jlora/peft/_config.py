@@ -9,6 +9,7 @@ from typing import Any
 from .._rules import is_finite
 from ._file import CONFIG, Source, brief, read_json
 from ._patterns import of_key, of_layer, problem
+from .others import OTHERS
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names of which each is looked for in every module
@@ -143,7 +144,9 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
         return _problems_of_rows(fields) + misformed(fields)
     found = [f"{key}: missing" for key in ("peft_type", "target_modules") if key not in fields]
     if fields.get("peft_type", "LORA") != "LORA":
-        found.append(f"peft_type: expected 'LORA', got {brief(fields['peft_type'])}")
+        name = fields["peft_type"]
+        remedy = "; write it as LoRA first, by jlora.peft.to_lora" if name in tuple(OTHERS) else ""
+        found.append(f"peft_type: expected 'LORA', got {brief(name)}{remedy}")
     found += [
         f"{key}: {brief(value)} is a feature that jlora does not support"
         for key, value in features(fields).items()

@@ -1,0 +1,200 @@
+"""Other methods of PEFT's whose ΔW is s·A·B for some A and B, as LoRA."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ._checkpoint import open_checkpoint
+from ._config import DEFAULTS, LIMIT, features, misformed, problems
+from ._file import (
+    CONFIG,
+    DTYPES,
+    PREFIX,
+    TENSORS,
+    Header,
+    Source,
+    brief,
+    listing,
+    opened,
+    read_header,
+    read_json,
+    reader,
+    shown,
+)
+from ._parameters import parts_of
+from ._parts import AB, stored_as
+from ._read import parse
+from ._save import write
+from ._select import Selection, with_scales
+from .others import OTHERS, Form, Other
+
+Fields = dict[str, Any]
+
+ROOT = PREFIX.removesuffix("model.")
+LARGEST = 2**32  # bytes of all A and B
+_BIASES = {"vera_only": "lora_only"}
+# What these methods have in common with LoRA.
+KEPT = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "revision",
+    "task_type",
+]
+
+
+def to_lora(
+    dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> None:
+    r"""Writes an adapter of AdaLoRA, VeRA or LoKr as one of LoRA with the same ΔW.
+
+    In PEFT's layout, where ΔW is (outputs, inputs):
+
+    - AdaLoRA: $B\,\mathrm{diag}(e)\,A \cdot \alpha / (r_0 + 10^{-5})$, $r_0$ the rank before any
+      was taken away; what has none left is left out.
+    - VeRA: $\mathrm{diag}(b)\,B\,\mathrm{diag}(d)\,A$ with an A and a B that all modules share, cut
+      to their sizes. They have to be in the file (`save_projection`).
+    - LoKr: $s \cdot W_1 \otimes W_2$, which is $(X \otimes P)(Y \otimes Q)$ for $W_1 = X Y$ and
+      $W_2 = P Q$. The rank is at least that of W_2 times the smaller side of W_1; where it is not
+      below that of ΔW, as where W_2 is no product, the module is refused.
+
+    Args:
+        dir: the adapter's folder.
+        out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
+            all.
+        checkpoint: the folder of the base model, of which VeRA needs the sizes of the modules.
+
+    Raises:
+        FileExistsError: if `out_dir` is there and not an empty folder.
+        FileNotFoundError: if a folder or a file is missing.
+        ValueError: if the files are damaged or of another method, or have no such form; if A and B
+            would take more than 4 GiB. All of it is listed.
+
+    Source: Zhang et al., AdaLoRA, arXiv 2303.10512; Kopiczko et al., VeRA, arXiv 2310.11454; Yeh et
+    al., LoKr, arXiv 2309.14859; PEFT 0.21.
+
+    Examples:
+        >>> from jlora import peft
+        >>> peft.to_lora("adalora", "as_lora")  # doctest: +SKIP
+        >>> adapter = peft.load("as_lora", base, peft.LLAMA)  # doctest: +SKIP
+    """
+    source = Source(Path(dir))
+    fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
+    kind = _kind(fields)
+    _refuse(_problems(fields, kind))
+    shapes = {} if checkpoint is None else open_checkpoint(checkpoint, "checkpoint").shapes
+    forms, others = _forms(fields, kind, header, shapes)
+    selection = Selection(DEFAULTS | kind.scales(fields), "`dir`")
+    selection.prepare(forms)
+    scales = {module: (form.a[0], selection.scale(module)) for module, form in forms.items()}
+    tensors = _tensors(source, header, kind, forms, others)
+    kept = {key: fields[key] for key in KEPT if key in fields}
+    kept["bias"] = _BIASES.get(fields.get("bias", "none"), fields.get("bias", "none"))
+    new = with_scales(DEFAULTS | kept | {"target_modules": list(forms)}, scales)
+    _check(new, tensors)
+    write(out_dir, "`out_dir`", new, tensors)
+
+
+def _refuse(wrong: Sequence[str]) -> None:
+    if wrong:
+        raise ValueError(f"`dir`: the adapter has no form in LoRA. {listing(wrong)}")
+
+
+def _kind(fields: Fields) -> Other:
+    name = fields.get("peft_type")
+    if not isinstance(name, str) or name not in OTHERS:
+        raise ValueError(
+            f"`dir`: peft_type of {CONFIG} must be one of {', '.join(OTHERS)}; got {brief(name)}."
+        )
+    return OTHERS[name]
+
+
+def _problems(fields: Fields, kind: Other) -> list[str]:
+    """Why the configuration is none of the kind, or changes what is computed."""
+    wrong = [
+        f"{key}: {brief(value)} is a feature that jlora does not support"
+        for key, value in features(fields).items()
+        if key not in kind.fields
+    ]
+    for key in kind.ranks:
+        wrong += [key + why.removeprefix("r") for why in misformed({"r": fields.get(key)})]
+    wrong += misformed({key: x for key, x in fields.items() if key == "lora_alpha"})
+    return wrong or misformed(kind.scales(fields))
+
+
+# ------------------------------------------------------------------------------- what the file has
+
+
+def _forms(
+    fields: Fields, kind: Other, header: Header, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Form], list[str]]:
+    """The form of each module, and the keys of what is no part of one."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    shared, others, wrong = dict[str, tuple[int, ...]](), list[str](), list[str]()
+    for key, entry in header.entries.items():
+        module, _, end = key.removeprefix(PREFIX).rpartition(".")
+        if entry.dtype not in DTYPES:
+            wrong.append(f"{shown(key)}: expected a floating-point dtype, got {entry.dtype}")
+        elif key.removeprefix(ROOT) in kind.shared:
+            shared[key.removeprefix(ROOT)] = entry.shape
+        elif end in kind.tensors and key.startswith(PREFIX):
+            found.setdefault(module, {})[end] = entry.shape
+        else:
+            others.append(key)
+    wrong += [
+        f"{ROOT}{name}: missing; without it there are only the numbers that PyTorch's generator "
+        "gives. Save the adapter with save_projection=True"
+        for name in kind.shared
+        if name not in shared
+    ]
+    _refuse(wrong)
+    forms, flag = {}, bool(fields.get("fan_in_fan_out"))
+    for module, own in found.items():
+        weight = shapes.get(f"{module}.weight", ())
+        form = kind.form(fields, own | shared, weight[not flag] if len(weight) == 2 else None)
+        if isinstance(form, str):
+            wrong.append(f"{shown(module)}: {form}")
+        elif form.a[0]:
+            forms[module] = form
+    _refuse(wrong if forms else wrong or ["no module has a change"])
+    size = sum(4 * (math.prod(form.a) + math.prod(form.b)) for form in forms.values())
+    if size > LARGEST:
+        _refuse([f"A and B would take {size / 2**30:.1f} GiB; at most {LARGEST >> 30} are written"])
+    return forms, others
+
+
+def _tensors(
+    source: Source, header: Header, kind: Other, forms: Mapping[str, Form], others: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """All tensors of the adapter of LoRA."""
+    with opened(source, TENSORS) as (file, _):
+        read = reader(file, header)
+        made = {key: read(key) for key in others}
+        shared = {name: _wide(read(f"{ROOT}{name}")) for name in kind.shared}
+        for module, form in forms.items():
+            start = f"{PREFIX}{module}"
+            there = [name for name in kind.tensors if f"{start}.{name}" in header.entries]
+            own = {name: _wide(read(f"{start}.{name}")) for name in there}
+            pair = form.make(own | shared)
+            made |= {start + end: _wide(x) for end, x in zip(AB, pair, strict=True)}
+    return made
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x, np.float32)
+
+
+def _check(fields: Fields, tensors: Mapping[str, np.ndarray]) -> None:
+    """What is to be written must be finite, and be read as the same."""
+    adapter = parse(fields, stored_as(tensors), "`dir`")
+    parts_of(adapter, None, "")
+    wrong = [*problems(fields), *adapter.wrong]
+    odd = [f"{shown(k)}: not finite" for k, x in tensors.items() if not np.isfinite(x).all()]
+    _refuse(wrong + odd)

@@ -1,0 +1,41 @@
+"""AdaLoRA: A and B with a number for each of the rank, of which some were taken away."""
+
+from ._other import Fields, Form, Other, Shapes, no_matrices
+
+
+def _adalora(fields: Fields, shapes: Shapes, inputs: int | None) -> Form | str:
+    del inputs
+    if why := no_matrices(shapes, "lora_A", "lora_B", "lora_E"):
+        return why
+    a, b, e = (shapes[name] for name in ("lora_A", "lora_B", "lora_E"))
+    if e != (a[0], 1) or b[1] != a[0] or a[0] > fields["init_r"]:
+        return f"lora_A {a}, lora_B {b} and lora_E {e} do not fit at the rank {fields['init_r']}"
+    return Form(a, b, lambda x: (x["lora_A"] * x["lora_E"], x["lora_B"]))
+
+
+def _scaled(fields: Fields) -> Fields:
+    """AdaLoRA's: alpha over the rank before any was taken away, or 1 without an alpha."""
+    rank, alpha = fields["init_r"], fields.get("lora_alpha", 8)
+    return {"r": 1, "lora_alpha": (alpha if alpha > 0 else rank) / (rank + 1e-5)}
+
+
+ADALORA = Other(
+    fields=frozenset(
+        (
+            "beta1",
+            "beta2",
+            "deltaT",
+            "init_r",
+            "orth_reg_weight",
+            "target_r",
+            "tfinal",
+            "tinit",
+            "total_step",
+        )
+    ),
+    ranks=("init_r",),
+    tensors=("lora_A", "lora_B", "lora_E"),
+    shared=(),
+    form=_adalora,
+    scales=_scaled,
+)

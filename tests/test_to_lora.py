@@ -1,0 +1,220 @@
+"""`peft.to_lora` on files made by hand: ΔW is that of the formula; what has no A and B is named."""
+
+import json
+import pathlib
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jlora import peft
+
+PREFIX = "base_model.model."
+ADALORA = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 3, "target_modules": ["up"]}
+VERA = {"peft_type": "VERA", "r": 2, "target_modules": ["up"], "save_projection": True}
+LOKR = {"peft_type": "LOKR", "r": 2, "alpha": 3, "target_modules": ["up"]}
+Tensors = dict[str, np.ndarray]
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def adalora() -> Tensors:
+    return {"up.lora_A": normal(3, 8), "up.lora_B": normal(12, 3), "up.lora_E": normal(3, 1)}
+
+
+def vera() -> Tensors:
+    vectors = {"up.vera_lambda_b": normal(12), "up.vera_lambda_d": normal(2)}
+    return {"vera_A": normal(2, 9), "vera_B": normal(13, 2)} | vectors
+
+
+def lokr() -> Tensors:
+    return {"up.lokr_w1": normal(3, 2), "up.lokr_w2_a": normal(4, 1), "up.lokr_w2_b": normal(1, 4)}
+
+
+def of_adalora(x: Tensors) -> np.ndarray:
+    return 3 / (4 + 1e-5) * x["up.lora_B"] @ np.diag(x["up.lora_E"][:, 0]) @ x["up.lora_A"]
+
+
+def of_vera(x: Tensors) -> np.ndarray:
+    d, b = np.diag(x["up.vera_lambda_d"]), np.diag(x["up.vera_lambda_b"])
+    return b @ x["vera_B"][:12] @ d @ x["vera_A"][:, :8]
+
+
+def of_lokr(x: Tensors) -> np.ndarray:
+    return 3 / 2 * np.kron(x["up.lokr_w1"], x["up.lokr_w2_a"] @ x["up.lokr_w2_b"])
+
+
+METHODS: dict[
+    str, tuple[dict[str, Any], Callable[[], Tensors], Callable[[Tensors], np.ndarray]]
+] = {
+    "adalora": (ADALORA, adalora, of_adalora),
+    "vera": (VERA, vera, of_vera),
+    "lokr": (LOKR, lokr, of_lokr),
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def written(folder: pathlib.Path, fields: dict[str, Any], tensors: Tensors) -> pathlib.Path:
+    """The adapter's folder; beside it that of its base model."""
+    own, base = folder / "own", folder / "base"
+    for each in (own, base):
+        each.mkdir()
+    (own / "adapter_config.json").write_text(json.dumps(fields))
+    shared = ("vera_A", "vera_B")
+    keys = {key: ("base_model." if key in shared else PREFIX) + key for key in tensors}
+    save_file({keys[k]: x for k, x in tensors.items()}, own / "adapter_model.safetensors")
+    save_file({"up.weight": normal(12, 8)}, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    return own
+
+
+@every_method
+def test_is_the_formula(name: str, tmp_path: pathlib.Path) -> None:
+    """A and B of PyTorch's layout, and the scale that PEFT applies."""
+    fields, make, formula = METHODS[name]
+    tensors = make()
+    peft.to_lora(written(tmp_path, fields, tensors), tmp_path / "lora", tmp_path / "base")
+    node = peft.read(tmp_path / "lora")["up"]
+    found = node.scale * np.asarray(node.a @ node.b).T  # as PyTorch's weight
+    np.testing.assert_allclose(found, formula(tensors), rtol=1e-5, atol=1e-5)
+    config = peft.read_config(tmp_path / "lora")
+    assert (config["peft_type"], config["target_modules"]) == ("LORA", ["up"])
+
+
+def test_what_is_trained_beside_comes_along(tmp_path: pathlib.Path) -> None:
+    fields = ADALORA | {"modules_to_save": ["head"], "task_type": "SEQ_CLS", "revision": "main"}
+    tensors = adalora() | {"head.weight": normal(2, 12)}
+    peft.to_lora(written(tmp_path, fields, tensors), tmp_path / "lora")
+    found = load_file(tmp_path / "lora/adapter_model.safetensors")
+    np.testing.assert_array_equal(found[f"{PREFIX}head.weight"], tensors["head.weight"])
+    config = peft.read_config(tmp_path / "lora")
+    assert (config["task_type"], config["revision"]) == ("SEQ_CLS", "main")
+
+
+def test_modules_without_a_rank_are_left_out(tmp_path: pathlib.Path) -> None:
+    """AdaLoRA may take all of a module away; all of all modules is no adapter."""
+    empty = {"down.lora_A": normal(0, 8), "down.lora_B": normal(12, 0), "down.lora_E": normal(0, 1)}
+    peft.to_lora(written(tmp_path, ADALORA, adalora() | empty), tmp_path / "lora")
+    assert list(peft.read(tmp_path / "lora")) == ["up"]
+    (other := tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="no module has a change"):
+        peft.to_lora(written(other, ADALORA, empty), tmp_path / "none")
+
+
+def test_other_loaders_say_what_to_do(tmp_path: pathlib.Path) -> None:
+    folder = written(tmp_path, ADALORA, adalora())
+    with pytest.raises(
+        ValueError, match=r"got 'ADALORA'; write it as LoRA first, by jlora\.peft\.to_"
+    ):
+        peft.read(folder)
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+REFUSED = {
+    "of_another_method": (
+        {"peft_type": "LOHA"}, adalora(),
+        "peft_type of adapter_config.json must be one of ADALORA, LOKR, VERA; got 'LOHA'",
+    ),
+    "a_list_as_method": ({"peft_type": [1]}, adalora(), r"ADALORA, LOKR, VERA; got \[1\]"),
+    "a_feature": (ADALORA | {"use_dora": True}, adalora(), "use_dora: True is a feature that"),
+    "no_rank": (
+        {"peft_type": "ADALORA", "target_modules": ["up"]}, adalora(),
+        "init_r: expected an integer of at least 1, got None",
+    ),
+    "alpha_of_text": (
+        ADALORA | {"lora_alpha": "3"}, adalora(), "lora_alpha: expected a finite number, got '3'"
+    ),
+    "without_e": (
+        ADALORA, {k: x for k, x in adalora().items() if k[-1] != "E"}, "up: lora_E is missing"
+    ),
+    "of_two_ranks": (
+        ADALORA, adalora() | {"up.lora_B": normal(12, 2)},
+        r"up: lora_A \(3, 8\), lora_B \(12, 2\) and lora_E \(3, 1\) do not fit at the rank 4",
+    ),
+    "above_its_rank": (ADALORA | {"init_r": 2}, adalora(), "do not fit at the rank 2"),
+    "of_a_convolution": (
+        ADALORA, adalora() | {"up.lora_A": normal(3, 8, 1)},
+        r"up: lora_A has shape \(3, 8, 1\); expected a matrix, as of a linear module",
+    ),
+    "not_finite": (ADALORA, adalora() | {"up.lora_E": normal(3, 1) * np.nan}, "not finite"),
+    "strange_tensor": (ADALORA, adalora() | {"up.more": normal(3)}, "up.more: unexpected"),
+    "integers": (
+        ADALORA, adalora() | {"up.lora_E": np.ones((3, 1), np.int32)},
+        "expected a floating-point dtype, got I32",
+    ),
+    "without_projections": (
+        VERA, {k: x for k, x in vera().items() if k != "vera_B"},
+        "base_model.vera_B: missing; without it .* Save the adapter with save_projection=True",
+    ),
+    "of_another_base": (
+        VERA, {k.replace("up.", "left."): x for k, x in vera().items()},
+        "left: not among the matrices of `checkpoint`",
+    ),
+    "too_small_projections": (
+        VERA, vera() | {"vera_A": normal(2, 7)},
+        r"vera_A \(2, 7\) and vera_B \(13, 2\) do not fit 8 inputs, 12 outputs, rank 2",
+    ),
+    "lambda_lost": (
+        VERA, {k: x for k, x in vera().items() if "lambda_b" not in k}, "must be vectors; got"
+    ),
+    "of_full_rank": (
+        LOKR, {"up.lokr_w1": normal(3, 2), "up.lokr_w2": normal(4, 4)},
+        "up: its ΔW may have rank 8, of 8 inputs and 12 outputs; merge it into the model in PEFT",
+    ),
+    "whole_and_not": (
+        LOKR, lokr() | {"up.lokr_w2": normal(4, 4)}, "lokr_w2 is there both whole and as a product"
+    ),
+    "half_a_product": (
+        LOKR, {k: x for k, x in lokr().items() if k[-1] != "b"}, "up: lokr_w2_b is missing"
+    ),
+    "that_do_not_fit": (
+        LOKR, lokr() | {"up.lokr_w2_b": normal(2, 4)},
+        r"lokr_w2_a \(4, 1\) and lokr_w2_b \(2, 4\) do not fit",
+    ),
+    "of_a_kernel": (LOKR, lokr() | {"up.lokr_t2": normal(1, 1, 3, 3)}, "lokr_t2 is of a convolu"),
+    "a_pattern_that_is_none": (
+        LOKR | {"rank_pattern": {"(": 2}}, lokr(), r"rank_pattern: '\('"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_a_and_b_is_named(name: str, tmp_path: pathlib.Path) -> None:
+    """And nothing is written."""
+    fields, tensors, message = REFUSED[name]
+    own = written(tmp_path, fields, tensors)
+    with pytest.raises(ValueError, match=message):
+        peft.to_lora(own, tmp_path / "lora", tmp_path / "base")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_vera_needs_the_sizes_of_its_base(tmp_path: pathlib.Path) -> None:
+    own = written(tmp_path, VERA, vera())
+    with pytest.raises(
+        ValueError, match="the folder of the base model, which says how many inputs"
+    ):
+        peft.to_lora(own, tmp_path / "lora")
+
+
+def test_a_small_file_takes_little_memory(tmp_path: pathlib.Path) -> None:
+    """A Kronecker product of two long vectors would be 10¹⁰ numbers."""
+    long = 100_000
+    tensors = {
+        "up.lokr_w1_a": np.ones((long, 1), np.float32),
+        "up.lokr_w1_b": np.ones((1, long), np.float32),
+        "up.lokr_w2_a": np.ones((long, 1), np.float32),
+        "up.lokr_w2_b": np.ones((1, long), np.float32),
+    }
+    own = written(tmp_path, LOKR, tensors)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"A and B would take 74\.5 GiB; at most 4 are written"):
+        peft.to_lora(own, tmp_path / "lora")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26
