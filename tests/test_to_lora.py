@@ -135,7 +135,7 @@ REFUSED = {
     ),
     "of_two_ranks": (
         ADALORA, adalora() | {"up.lora_B": normal(12, 2)},
-        r"up: lora_A \(3, 8\), lora_B \(12, 2\) and lora_E \(3, 1\) do not fit at the rank 4",
+        r"up: lora_A \(3, 8\), lora_B \(12, 2\), lora_E \(3, 1\) do not fit at the rank 4",
     ),
     "above_its_rank": (ADALORA | {"init_r": 2}, adalora(), "do not fit at the rank 2"),
     "of_a_convolution": (

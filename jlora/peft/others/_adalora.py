@@ -4,13 +4,13 @@ from ._other import Fields, Form, Other, Shapes, no_matrices
 
 
 def _adalora(fields: Fields, shapes: Shapes, inputs: int | None) -> Form | str:
-    del inputs
     if why := no_matrices(shapes, "lora_A", "lora_B", "lora_E"):
         return why
-    a, b, e = (shapes[name] for name in ("lora_A", "lora_B", "lora_E"))
-    if e != (a[0], 1) or b[1] != a[0] or a[0] > fields["init_r"]:
-        return f"lora_A {a}, lora_B {b} and lora_E {e} do not fit at the rank {fields['init_r']}"
-    return Form(a, b, lambda x: (x["lora_A"] * x["lora_E"], x["lora_B"]))
+    (r, inputs), (outputs, other), e = (shapes[f"lora_{name}"] for name in "ABE")
+    if e != (r, 1) or other != r or r > fields["init_r"]:
+        listed = ", ".join(f"lora_{name} {shapes[f'lora_{name}']}" for name in "ABE")
+        return f"{listed} do not fit at the rank {fields['init_r']}"
+    return Form((r, inputs), (outputs, r), lambda x: (x["lora_A"] * x["lora_E"], x["lora_B"]))
 
 
 def _scaled(fields: Fields) -> Fields:
