@@ -196,9 +196,7 @@ def test_a_table_of_adapters_and_a_traced_damping() -> None:
 def test_parameters_are_needed() -> None:
     _, adapter, grads = made("plain")
     tx = jlora.optimizer(optax.sgd(1.0), precondition=1e-6)
-    with pytest.raises(
-        ValueError, match=r"needs the parameters: call update\(grads"
-    ):
+    with pytest.raises(ValueError, match=r"needs the parameters: call update\(grads"):
         tx.update(grads, tx.init(adapter))
 
 
