@@ -50,7 +50,12 @@ def alike(nodes: Sequence[LowRank]) -> list[LowRank]:
 
 
 def joined(nodes: Sequence[LowRank], a: Any, b: Any, scale: float) -> LowRank:
-    """The node of A and B in the place of `nodes`; its dropout is theirs if they agree, else 0."""
+    """The node of A and B in the place of `nodes`, with what is frozen in all.
+
+    Its dropout is theirs if they agree, else 0.
+    """
     rates = {x.dropout for x in nodes}
     dropout = rates.pop() if len(rates) == 1 else 0.0
-    return LowRank(a, b, scale, nodes[0].layout, dropout, any(x.materialize for x in nodes))
+    materialize = any(x.materialize for x in nodes)
+    frozen = tuple(sorted(set.intersection(*(set(x.frozen) for x in nodes))))
+    return LowRank(a, b, scale, nodes[0].layout, dropout, materialize, frozen=frozen)

@@ -8,11 +8,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from ._linalg import times
 from .adapters import LowRank, weight_shape, without_slots
-
-TALL = 4  # rows of a block, as a multiple of its columns
 
 
 def factors(site: LowRank) -> tuple[jax.Array, jax.Array]:
@@ -31,40 +29,3 @@ def factors(site: LowRank) -> tuple[jax.Array, jax.Array]:
 def core(a: jax.Array, b: jax.Array) -> jax.Array:
     """A small matrix with the singular values of A·B."""
     return times(jnp.linalg.qr(a, mode="r"), jnp.linalg.qr(b.mT, mode="r").mT)
-
-
-def svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U (…, inputs, n), S (…, n) and V (…, outputs, n) of A·B; n is at most r."""
-    (q_a, r_a), (q_b, r_b) = qr(a), qr(b.mT)
-    u, values, vt = jnp.linalg.svd(times(r_a, r_b.mT), full_matrices=False)
-    return times(q_a, u), values, times(q_b, vt.mT)
-
-
-def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and R of matrices (…, n, r), the tall ones by blocks of rows.
-
-    Householder's QR of each block, then of the blocks' R one above the other, and so on: as stable
-    as that of the whole. Rows that lie on several devices stay there; what is gathered are R's.
-
-    Source: Demmel et al., arXiv 0808.2664 (TSQR).
-    """
-    *stack, n, r = x.shape
-    blocks = _blocks(n, r)
-    if blocks == 1:
-        return jnp.linalg.qr(x)
-    q, each = jnp.linalg.qr(x.reshape(*stack, blocks, n // blocks, r))
-    top, whole = qr(each.reshape(*stack, blocks * r, r))
-    return times(q, top.reshape(*stack, blocks, r, r)).reshape(x.shape), whole
-
-
-def _blocks(n: int, r: int) -> int:
-    """The most equal blocks of n rows, a power of two as meshes are, of at least 4·r rows."""
-    blocks = 1
-    while n % (2 * blocks) == 0 and n >= 2 * blocks * TALL * r:
-        blocks *= 2
-    return blocks
-
-
-def times(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A matrix product in full precision."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

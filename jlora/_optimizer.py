@@ -14,7 +14,7 @@ from ._rules import is_finite
 from ._table import aligned, readable
 from ._tree import count, leaves_by_path, name_of, size_in_bytes
 from ._types import Adapted, Params, PyTree
-from .adapters import arrays, is_node, method_of
+from .adapters import arrays, is_node, labels_of
 
 
 def labels(tree: PyTree) -> PyTree:
@@ -25,8 +25,8 @@ def labels(tree: PyTree) -> PyTree:
 
     Returns:
         `"a"` and `"b"` for the factors, `"m"` for the magnitudes of DoRA, `"rows"` for the values
-        of `Rows`, `"full"` for leaves trained in full, `"base"` for frozen ones. Dropout keys are
-        `"base"`.
+        of `Rows`, `"full"` for leaves trained in full, `"base"` for frozen ones, among which are
+        dropout keys and what an initializer freezes.
 
     Raises:
         TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter.
@@ -46,8 +46,8 @@ def labels(tree: PyTree) -> PyTree:
             case Adapted():
                 return dataclasses.replace(leaf, base="base", delta=label(path, leaf.delta))
             case _ if is_node(leaf):
-                labels_of = method_of(leaf).labels
-                return leaf._replace(**{name: labels_of[name] or "base" for name in arrays(leaf)})
+                label_of = labels_of(leaf)
+                return leaf._replace(**{name: label_of[name] or "base" for name in arrays(leaf)})
         if not all(isinstance(key, DictKey) for key in path):
             raise TypeError(
                 "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), "

@@ -15,8 +15,8 @@ from ._rules import Full, matches, near, rule_name
 from ._sites import Site, Sites
 from ._table import aligned, readable
 from ._tree import flatten, is_abstract, is_concrete, leaves_by_path, name_of
-from ._types import Path, PyTree
-from .quantized import Form, Quantized, Scheme, is_quantized, quantized, spelled
+from ._types import Layout, Path, PyTree
+from .quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
 
 
 def quantize(
@@ -245,22 +245,14 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
             f"{name}, which {rule_name(site.rule)} trains in full: trained leaves must not be "
             f"quantized. Give {type(scheme).__name__} a pattern that leaves it out."
         )
-    stack, inputs, outputs = _roles(shape, site)
-    order, n = ((*inputs, *outputs), len(outputs)), len(inputs)
-    order, n = ((*outputs, *inputs), n) if site is None or site.kind != "embed" else order
+    layout, kind = (None, None) if site is None else (site.layout, site.kind)
+    if layout is None:
+        *stack, i, o = range(len(shape))
+        layout = Layout(tuple(stack), (i,), (o,))
     try:
-        return scheme.form(shape, stack, order, n)
+        return form_of(scheme, shape, layout, kind)
     except ValueError as e:
         raise ValueError(f"{name}. {e}") from None
-
-
-def _roles(
-    shape: tuple[int, ...], site: Site | None
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    if site is not None and site.layout is not None:
-        return site.layout.stack, site.layout.inputs, site.layout.outputs
-    *stack, i, o = range(len(shape))
-    return tuple(stack), (i,), (o,)
 
 
 # ------------------------------------------------------------------------------------------- work

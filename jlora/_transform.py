@@ -47,8 +47,9 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
         - `init(key, params, *args, **kwargs) -> (base, adapter)`. Arguments after `params` are
           `apply_fn`'s own, arrays or `jax.ShapeDtypeStruct`s, and only traced. `base` is `params`,
-          leaf for leaf the same arrays; `adapter` is a nested dict pruned to the adapted paths,
-          with `LowRank` nodes or, for `Full`, copies. Keys are folded per path.
+          leaf for leaf the same arrays, unless an initializer changes it; `adapter` is a nested
+          dict pruned to the adapted paths, with `LowRank` nodes or, for `Full`, copies. Keys are
+          folded per path.
         - `apply(base, adapter, *args, **kwargs)`: what `apply_fn` returns, adapted; with `{}` for
           the adapter, the base model.
         - `sites(params, *args, **kwargs) -> Sites`: what can be adapted, and what the rules take.

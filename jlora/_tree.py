@@ -232,8 +232,8 @@ def count(tree: PyTree) -> int:
     """The number of parameters in a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Args:
-        tree: a base, an adapter or any other pytree; dropout keys are not parameters, and a
-            quantized weight has as many as it has entries.
+        tree: a base, an adapter or any other pytree; dropout keys and factors that are frozen are
+            not parameters, and a quantized weight has as many as it has entries.
 
     Returns:
         The sum of the sizes of its numeric leaves.
@@ -243,7 +243,10 @@ def count(tree: PyTree) -> int:
         >>> jlora.count({"w": jnp.ones((4, 3)), "b": jnp.ones(3)})
         15
     """
-    return sum(math.prod(x.shape) for x in _numeric(tree))
+    nodes = jax.tree.leaves(tree, is_leaf=is_node)
+    frozen = [getattr(x, name) for x in nodes if is_node(x) for name in getattr(x, "frozen", ())]
+    trained, still = (sum(math.prod(x.shape) for x in _numeric(t)) for t in (tree, frozen))
+    return trained - still
 
 
 def size_in_bytes(tree: PyTree) -> int:

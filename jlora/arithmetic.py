@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._alike import alike, joined, leaves_of, misfit, of_other_methods, refuse
-from ._factors import qr, svd, times
+from ._linalg import qr, svd, times
 from ._tree import adapter_leaves, check_fits, fold, is_empty, leaves_by_path, nest
 from ._types import Path, PyTree
 from .adapters import LowRank, is_node
@@ -434,7 +434,7 @@ def _made(
     if None not in places:
         in_place = jax.sharding.auto_axes(shaped, out_sharding=places)
     a, b = in_place(nodes, *operands)
-    return joined(nodes, a, b, 1.0)
+    return joined(nodes, a, b, 1.0)._replace(frozen=())
 
 
 def _enough(values: jax.Array, energy: float | None) -> int:

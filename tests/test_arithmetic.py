@@ -12,7 +12,7 @@ from own_methods import GainNode
 from small import exactly
 
 import jlora
-from jlora import Layout, LowRank, _factors, arithmetic
+from jlora import Layout, LowRank, _linalg, arithmetic
 
 # The shape of W, and the layouts that adapters of it may have.
 PLAIN = Layout((), (0,), (1,))
@@ -527,7 +527,7 @@ def test_qr_by_blocks_of_rows(shape: tuple[int, ...]) -> None:
     x = np.random.default_rng(0).standard_normal(shape)
     x[..., -1] = x[..., 0]
     x = jnp.asarray(x, jnp.float32)
-    q, r = _factors.qr(x)
+    q, r = _linalg.qr(x)
     np.testing.assert_allclose(q @ r, x, atol=1e-5)
     np.testing.assert_allclose(
         q.mT @ q, np.broadcast_to(np.eye(q.shape[-1]), r.shape[:-1] + q.shape[-1:]), atol=1e-5

@@ -11,6 +11,7 @@ from ._low_rank import LoRA as LoRA
 from ._low_rank import LowRank as LowRank
 from ._low_rank import factor_shapes as factor_shapes
 from ._low_rank import low_rank_axes as low_rank_axes
+from ._low_rank import still as still
 from ._low_rank import without_slots as without_slots
 from ._method import METHODS as METHODS
 from ._method import SLOTS as SLOTS
@@ -19,6 +20,7 @@ from ._method import arrays as arrays
 from ._method import factor as factor
 from ._method import is_node as is_node
 from ._method import is_rule as is_rule
+from ._method import labels_of as labels_of
 from ._method import lengths as lengths
 from ._method import method_of as method_of
 from ._method import misfit as misfit

@@ -53,8 +53,8 @@ class DoRA(LoRA):
 
     Raises:
         TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is not a regular expression, a number is out of range, or
-            `dropout` is not 0.
+        ValueError: if `pattern` is not a regular expression, a number is out of range,
+            `dropout` is not 0, or `init` is one that freezes A, as `miss`.
 
     Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
 
@@ -72,6 +72,11 @@ class DoRA(LoRA):
             raise ValueError(
                 f"`dropout` of {rule_name(self)} must be 0, got {self.dropout}: PEFT's DoRA with "
                 "dropout multiplies W twice, which jlora does not. Leave it out, or use jlora.LoRA."
+            )
+        if self.frozen:
+            raise ValueError(
+                f"`init` of {rule_name(self)} wants {', '.join(self.frozen).upper()} to stay as it "
+                "starts, which DoRA trains. Use jlora.LoRA, or another initializer."
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.tree_util import GetAttrKey
 
 from .._rules import Slots, check_pattern, is_finite, is_floating, is_int, rule_name
@@ -32,7 +33,7 @@ class LoRA:
         materialize: allow W + ΔW to be formed where the model uses W in a way that has no
             factored form. Values and gradients stay exact; memory and time do not stay small.
         rslora: scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than alpha / r.
-        init: an initializer, `jlora.initializers.kaiming_uniform` unless told.
+        init: how A and B start, one of `jlora.initializers`; `kaiming_uniform` unless told.
         dtype: dtype of A and B; by default the weight's own, but at least float32.
 
     Raises:
@@ -93,6 +94,11 @@ class LoRA:
         """The factor s of ΔW = s·A·B."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Which of A and B, `"a"` or `"b"`, `init` wants as it made them."""
+        return getattr(self.init, "frozen", ())
+
     def of_rank(self, rank: int) -> "LoRA":
         """The rule of another rank at the same scale."""
         share = rank / self.rank
@@ -118,6 +124,7 @@ class LowRank(NamedTuple):
         dropout: probability of dropping an input of A, in [0, 1).
         materialize: whether W + ΔW may be formed where the model leaves no other way.
         key: keys of shape (stack…) while dropout is active, else None. See `jlora.dropout`.
+        frozen: `("a",)` or `("b",)` where that factor is not trained, as its initializer wants.
 
     The product is of two factors: twice A and twice B is four times ΔW. To scale ΔW, scale B alone.
 
@@ -138,6 +145,7 @@ class LowRank(NamedTuple):
     dropout: float = 0.0
     materialize: bool = False
     key: jax.Array | None = None
+    frozen: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         shown = {"a": short(self.a), "b": short(self.b), "scale": repr(self.scale)}
@@ -147,13 +155,18 @@ class LowRank(NamedTuple):
         shown |= {"dropout": repr(self.dropout)} if self.dropout else {}
         shown |= {"materialize": "True"} if self.materialize else {}
         shown |= {"key": short(self.key)} if self.key is not None else {}
+        shown |= {"frozen": repr(self.frozen)} if self.frozen else {}
         return f"LowRank({', '.join(f'{name}={x}' for name, x in shown.items())})"
 
 
 def _unflatten(static: tuple[Any, ...], children: Any) -> LowRank:
     a, b, key = children
-    scale, layout, dropout, materialize = static
-    return LowRank(a, b, scale, layout, dropout, materialize, key)
+    scale, layout, dropout, materialize, frozen = static
+    return LowRank(a, b, scale, layout, dropout, materialize, key, frozen)
+
+
+def _static(x: LowRank) -> tuple[Any, ...]:
+    return x.scale, x.layout, x.dropout, x.materialize, x.frozen
 
 
 # A NamedTuple, so that `flax.serialization` saves it without an import of Flax here; registered,
@@ -162,10 +175,10 @@ jax.tree_util.register_pytree_with_keys(
     LowRank,
     lambda x: (
         tuple((GetAttrKey(name), getattr(x, name)) for name in ("a", "b", "key")),
-        (x.scale, x.layout, x.dropout, x.materialize),
+        _static(x),
     ),
     _unflatten,
-    lambda x: ((x.a, x.b, x.key), (x.scale, x.layout, x.dropout, x.materialize)),
+    lambda x: ((x.a, x.b, x.key), _static(x)),
 )
 
 
@@ -242,7 +255,8 @@ def drawn(key: jax.Array, w: Any, site: Any, rule: LoRA) -> tuple[Any, jax.Array
 
 def _start(key: jax.Array, w: Any, site: Any, rule: LoRA) -> tuple[Any, LowRank]:
     w, a, b = drawn(key, w, site, rule)
-    return w, LowRank(a, b, rule.scale, site.layout, rule.dropout, rule.materialize)
+    static = {"dropout": rule.dropout, "materialize": rule.materialize, "frozen": rule.frozen}
+    return w, LowRank(a, b, rule.scale, site.layout, **static)
 
 
 def _form(x: Any) -> tuple[Any, str]:
@@ -274,8 +288,13 @@ def without_slots(node: LowRank, shape: tuple[int, ...]) -> LowRank:
     return node._replace(a=a, b=b, layout=node.layout._replace(slots=None))
 
 
+def still(node: LowRank) -> LowRank:
+    """The node, to whose frozen factors no gradient passes, whatever the optimizer."""
+    return node._replace(**{name: lax.stop_gradient(getattr(node, name)) for name in node.frozen})
+
+
 def _lower(node: LowRank, w: Any) -> Change:
-    node = without_slots(node, w.shape)
+    node = without_slots(still(node), w.shape)
     key = None if node.key is None else factor(node, "key")
     return Change((Delta(factor(node, "a"), factor(node, "b"), node.scale, key, node.dropout),))
 

@@ -23,7 +23,8 @@ class Method(NamedTuple):
         node: the type of the node.
         labels: for each array of the node its label for the optimizer: `"a"`, `"b"`, any other
             for what is trained as it is, or `"base"` for what is not trained. None for what comes
-            and goes with a call, as dropout keys do, and is neither checked nor saved.
+            and goes with a call, as dropout keys do, and is neither checked nor saved. A rule and a
+            node with a static field `frozen` name arrays that are `"base"` there.
         axes: what each axis of each array follows, of a layout: an axis of W, or a name for one
             that W has not. Where W's axis has slots, theirs is 1 / count as long.
         sizes: `(rule, layout) -> lengths` of the axes that W has not.
@@ -86,6 +87,11 @@ def static(node: Any) -> dict[str, Any]:
     return {name: getattr(node, name) for name in node._fields if name not in labels}
 
 
+def labels_of(x: Any) -> dict[str, str | None]:
+    """The label of each array of a node, or of that which a rule makes; of a frozen one "base"."""
+    return {**method_of(x).labels, **dict.fromkeys(getattr(x, "frozen", ()), "base")}
+
+
 def state(node: Any) -> dict[str, Any]:
     """The arrays of a node without those that come and go."""
     labels = method_of(node).labels
@@ -128,8 +134,8 @@ def trainable(rule: Any, layout: Layout, shape: tuple[int, ...]) -> int:
     """The number of parameters that a rule trains at a site."""
     method = method_of(rule)
     found = shapes(method, layout, shape, method.sizes(rule, layout))
-    frozen = (None, "base")
-    return sum(math.prod(s) for name, s in found.items() if method.labels[name] not in frozen)
+    labels, frozen = labels_of(rule), (None, "base")
+    return sum(math.prod(s) for name, s in found.items() if labels[name] not in frozen)
 
 
 def misfit(node: Any, shape: tuple[int, ...]) -> str | None:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._factors import factors, svd, times
+from .._factors import factors
+from .._linalg import svd, times
 from ..adapters import LowRank, weight_shape
 
 

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import initializers
+from .. import initializers, quantized
 from .._rules import Full, Rule, Slots, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ..adapters import METHODS, is_node, state, static
+from ..initializers import Initializer
+from ..quantized import Scheme
 from ._fingerprint import Fingerprint, Leaf, exact
 
 FORMAT = 1
@@ -136,6 +138,9 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
     for name, value in fields.items():
         if hints[name] is float and not is_finite(value):
             raise TypeError(f"`{name}` must be a number; got {value!r}")
+    frozen = fields.get("frozen", ())
+    if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
+        raise TypeError(f"`frozen` must name arrays of {method.node.__name__}; got {frozen!r}")
     return method.node(**parts | fields | {"layout": _layout(**fields["layout"])})
 
 
@@ -201,6 +206,11 @@ def _encode_field(value: Any) -> Any:
             return [_encode_field(x) for x in value]
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
+        case Initializer() if all(map(_is_known, vars(value).values())):
+            options = {name: _encode_field(x) for name, x in vars(value).items()}
+            return {"function": f"jlora.initializers.{value.name}", "options": options}
+        case Scheme():
+            return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
 
 
@@ -216,11 +226,31 @@ def _decode_field(value: Any) -> Any:
             return Slots(**_tuples(slots))
         case {"dtype": name}:
             return jnp.dtype(name)
+        case {"scheme": name, "fields": found}:
+            return _scheme(name)(**found)
+        case {"function": name, "options": options}:
+            made = _function(name)(**{key: _decode_field(x) for key, x in options.items()})
+            if not isinstance(made, Initializer):
+                raise TypeError(f"{name} takes no options")
+            return made
         case {"function": name}:
             return _function(name)
         case list():
             return tuple(map(_decode_field, value))
     return value
+
+
+def _is_known(option: Any) -> bool:
+    """Whether the option of an initializer can be read again: a scheme must be jlora's own."""
+    own = getattr(quantized, type(option).__name__, None)
+    return not isinstance(option, Scheme) or own is type(option)
+
+
+def _scheme(name: str) -> type[Scheme]:
+    found = getattr(quantized, name, None)
+    if not isinstance(found, type) or not issubclass(found, Scheme):
+        raise ValueError(f"the checkpoint has the scheme {name!r}, which is none of jlora's")
+    return found
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -1,11 +1,22 @@
-"""How A and B start, a file each. Imports `core`.
+"""How A and B start, a file each.
 
-An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W, an array or a
-`jax.ShapeDtypeStruct`; `site` and `rule` say what it is and what is asked for;
-`rule.factor_shapes(site)` gives the shapes of A and B. An initializer may change W.
+Imports `core`, `quantized`, `_compat`, `_linalg`, `_rules`, `_types`.
+
+An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W, an array, a
+`jax.ShapeDtypeStruct` or a `jlora.Quantized`; `site` and `rule` say what it is and what is asked
+for; `rule.factor_shapes(site)` gives the shapes of A and B. An initializer may change W, to one of
+the same shape and dtype, which may be a `jlora.Quantized`.
 """
 
 from ._eva import eva as eva
 from ._gaussian import gaussian as gaussian
+from ._initializer import Initializer as Initializer
+from ._initializer import freezing as freezing
 from ._kaiming_uniform import kaiming_uniform as kaiming_uniform
+from ._loftq import loftq as loftq
 from ._lora_ga import lora_ga as lora_ga
+from ._milora import milora as milora
+from ._miss import miss as miss
+from ._olora import olora as olora
+from ._pissa import pissa as pissa
+from ._pissa import pissa_niter as pissa_niter

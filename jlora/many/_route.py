@@ -12,7 +12,7 @@ from jax import lax
 
 from .._tree import adapter_leaves, check_fits, is_concrete, leaves_by_path, nest
 from .._types import Path, PyTree, short
-from ..adapters import LowRank, Routed, is_node, weight_shape
+from ..adapters import LowRank, Routed, is_node, still, weight_shape
 from ._table import Leaves, refuse_others, table_leaves
 
 FORMS = ("side by side", "gathered")
@@ -205,11 +205,11 @@ def _is_beside(leaf: Any, form: str | None) -> bool:
 
 def _side_by_side(node: LowRank, slots: int) -> Routed:
     """The slots of a site as one A and one B."""
-    n = len(node.layout.stack) + (node.layout.slots is not None)
+    n, node = len(node.layout.stack) + (node.layout.slots is not None), still(node)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
     b = b.reshape(*b.shape[:n], a.shape[-1], *b.shape[n + 2 :])
-    return Routed(a, b, None, slots, *node[2:])
+    return Routed(a, b, None, slots, *node[2:7])
 
 
 def _with_gate(node: Routed, i: jax.Array) -> Routed:

@@ -17,4 +17,5 @@ from ._leaf import quantized as quantized
 from ._mxfp4 import MXFP4 as MXFP4
 from ._nf4 import NF4 as NF4
 from ._scheme import Scheme as Scheme
+from ._scheme import form_of as form_of
 from ._scheme import spelled as spelled

@@ -52,6 +52,12 @@ class Form(NamedTuple):
         """For each axis of the codes that of W, None if it is that of a matrix as a whole."""
         return (*self.stack, None) if self.flat else tuple(range(len(self.shape)))
 
+    @property
+    def of_entry(self) -> "Form":
+        """That of each entry along the first axis, which is one of the stack."""
+        stack, order = (tuple(d - 1 for d in axes if d) for axes in (self.stack, self.order))
+        return self._replace(shape=self.shape[1:], stack=stack, order=order, blocks=self.blocks[1:])
+
     def is_whole(self, d: int) -> bool:
         """Whether one block is as long as axis `d`."""
         return 1 < self.shape[d] <= self.blocks[d]

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from .._rules import check_pattern, is_int, rule_name
+from .._types import Layout
 from ..core import explicit
 from ._form import Form, along
 
@@ -79,6 +80,14 @@ def spelled(scheme: Scheme) -> str:
     """How a table calls a scheme: its fields without the pattern."""
     fields = (f.name for f in dataclasses.fields(scheme) if f.name != "pattern")
     return f"{type(scheme).__name__}({', '.join(f'{n}={getattr(scheme, n)!r}' for n in fields)})"
+
+
+def form_of(scheme: Scheme, shape: tuple[int, ...], layout: Layout, kind: str | None) -> Form:
+    """How a weight is cut into blocks: along inputs, along a row where rows are looked up."""
+    stack, inputs, outputs, _ = layout
+    if kind == "embed":
+        return scheme.form(shape, stack, (*inputs, *outputs), len(outputs))
+    return scheme.form(shape, stack, (*outputs, *inputs), len(inputs))
 
 
 def check_block(scheme: Scheme, name: str) -> None:

@@ -1,0 +1,122 @@
+"""Codes, and A and B that make up for them."""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._rules import is_int, rule_name
+from ..quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
+from ._initializer import Initializer
+from ._pissa import largest
+from ._split import How, check, each_matrix, how_of, in_place, of_array
+
+
+def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
+    r"""LoftQ: quantizes W, and starts A and B at the best correction of what that lost.
+
+    From $A B = 0$ on, in turn $Q = q(W - s \cdot A B)$ and $s \cdot A B$ the r largest singular
+    values of $W - Q$. The base is Q, a `jlora.Quantized`: `params` must not be quantized at these
+    leaves, and those that the rule does not take stay as they are. QPiSSA, `jlora.quantize` of the
+    base that `pissa` gives, takes the largest part of W itself out of what is quantized: where
+    singular values decay it loses less.
+
+    Here $s \cdot A B$ is the correction for every scale; in PEFT it is $A B$, right where alpha is
+    the rank. The base is another than `params`: see the guide "Which rule".
+
+    It takes a full SVD of each matrix for each iteration, one matrix after the other, and gathers
+    what `pissa` does.
+
+    Args:
+        scheme: such as `jlora.NF4()`, without a pattern: the rule says which leaves.
+        iterations: how many times both are done, at least 1.
+
+    Returns:
+        An initializer. Its own errors are those of `pissa`, and a `ValueError` where W is quantized
+        already or blocks do not divide it.
+
+    Raises:
+        TypeError: if `scheme` is none.
+        ValueError: if `scheme` has a pattern, or `iterations` is no integer of at least 1.
+
+    Source: Li et al., LoftQ, arXiv 2310.08659, algorithm 1.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> start = jlora.initializers.loftq(jlora.NF4(), iterations=2)
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=4, init=start))
+        >>> params, x = {"w": jax.random.normal(jax.random.key(0), (64, 32))}, jnp.ones((1, 64))
+        >>> base, adapter = lora.init(jax.random.key(1), params, x)
+        >>> base
+        {'w': Quantized(float32[64,32], NF4(block=64, double=True))}
+    """
+    return LoftQ(scheme, iterations)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoftQ(Initializer):
+    """What `loftq` gives."""
+
+    scheme: Scheme
+    iterations: int
+
+    name: ClassVar[str] = "loftq"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scheme, Scheme):
+            raise TypeError(
+                f"`scheme` of loftq must be one such as jlora.NF4(); got {self.scheme!r}."
+            )
+        if self.scheme.pattern is not None:
+            raise ValueError(
+                f"`scheme` of loftq has the pattern {self.scheme.pattern!r}, but the rule says "
+                "which leaves it takes. Leave the pattern out."
+            )
+        if not is_int(self.iterations) or self.iterations < 1:
+            raise ValueError(
+                f"`iterations` of loftq must be an integer of at least 1; got {self.iterations!r}."
+            )
+        object.__setattr__(self, "iterations", int(self.iterations))
+
+    def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
+        check(w, site, rule)
+        how = how_of(w, site, rule, self._form(w, site, rule))
+        return in_place(how, functools.partial(_alternated, self), key, w)
+
+    def _form(self, w: Any, site: Any, rule: Any) -> Form:
+        if is_quantized(w):
+            raise ValueError(
+                f"{site.path!r} of `params` is quantized already, as {spelled(w.scheme)}, and "
+                f"loftq, the start of {rule_name(rule)}, quantizes it itself. Give "
+                "jlora.dequantize(params), or use jlora.initializers.pissa."
+            )
+        try:
+            return form_of(self.scheme, site.shape, site.layout, site.kind)
+        except ValueError as e:
+            raise ValueError(f"loftq cannot quantize {site.path!r}. {e}") from None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _alternated(start: LoftQ, how: How, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
+    def of_matrix(how: How, key: jax.Array, w: jax.Array) -> tuple[Quantized, Any, Any]:
+        wide = w.astype(jnp.float32)
+
+        def corrected(target: jax.Array) -> tuple[Quantized, Any, Any, Any]:
+            """The codes of `target`, W less codes, A and B, and A and B."""
+            assert how.form is not None
+            leaf = quantized(target, start.scheme, how.form)
+            return leaf, *of_array(largest, how, key, wide - leaf.array(jnp.float32))
+
+        def next_target(_: int, target: jax.Array) -> jax.Array:
+            leaf, rest, _, _ = corrected(target)
+            return leaf.array(jnp.float32) + rest
+
+        target = lax.fori_loop(0, start.iterations - 1, next_target, wide)
+        leaf, _, a, b = corrected(target)
+        return leaf, a, b
+
+    leaf, a, b = each_matrix(of_matrix, how, key, w)
+    return dataclasses.replace(leaf, dtype=w.dtype), a, b

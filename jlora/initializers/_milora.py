@@ -1,0 +1,49 @@
+"""The smallest singular values of W to A and B."""
+
+from typing import Any
+
+import jax
+
+from ._pissa import shared
+from ._split import split, svd
+
+
+def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
+    r"""MiLoRA: A and B are the r smallest singular values of W with their vectors, W the rest.
+
+    As `pissa`, with the other end of the spectrum: what is trained is what W needs least. Where W
+    has a rank below its size, A and B are nearly zero, and have no gradient to speak of.
+
+    The base is another than `params`, and the learning rate is to be tuned anew, as with `pissa`.
+    In reinforcement learning with verifiable rewards it was found to collapse (arXiv 2512.23165).
+
+    Args:
+        key: a PRNG key, not used.
+        w: W, an array or a `jlora.Quantized`.
+        site: the site, with its layout.
+        rule: the rule, with its rank, scale and dtype.
+
+    Returns:
+        `(w, a, b)`: the rest, A and B.
+
+    Raises:
+        ValueError: if W is a `jax.ShapeDtypeStruct`, or has values that are not finite.
+        NotImplementedError: within a `shard_map`.
+
+    Source: Wang et al., MiLoRA, arXiv 2406.09044, section 3.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> rule = jlora.LoRA("w", rank=1, alpha=1, init=jlora.initializers.milora)
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+        >>> params, x = {"w": jnp.diag(jnp.array([2.0, 9.0]))}, jnp.ones((1, 2))
+        >>> jnp.abs(jnp.round(lora.init(jax.random.key(0), params, x)[0]["w"], 5)).tolist()
+        [[0.0, 0.0], [0.0, 9.0]]
+    """
+    return split(_smallest, key, w, site, rule)
+
+
+def _smallest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+    del key
+    u, values, vt = svd(w, slice(-rank, None))
+    return shared(u, values, vt, scale)

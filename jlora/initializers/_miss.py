@@ -1,0 +1,48 @@
+"""A that sums inputs in groups, and is not trained."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._draw import dtype_of
+from ._initializer import freezing
+
+
+@freezing("a")
+def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
+    r"""MiSS: A repeats the identity down the inputs and stays; B, zero at first, is trained.
+
+    $\Delta W_{io} = s \, B_{i \bmod r, o}$: rows of ΔW that are r apart are the same. Half of the
+    parameters of LoRA at the same rank, and no random start. Inputs of several axes count as one.
+
+    MiSS has no scale: give `alpha` = `rank` for s = 1. A has no gradient, and under
+    `jlora.optimizer` no moments and no updates; another optimizer that decays weights would shrink
+    it. Its "bat" and "mini" forms are not this one. Files have it as the LoRA that it is.
+
+    Args:
+        key: a PRNG key, not used.
+        w: W, an array or a `jax.ShapeDtypeStruct`.
+        site: the site, with its layout.
+        rule: the rule, with its rank and dtype.
+
+    Returns:
+        `(w, a, b)`: W as it came, A and B.
+
+    Source: Kang and Yin, MiSS, arXiv 2409.15371, section 3.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> rule = jlora.LoRA("w", rank=2, alpha=2, init=jlora.initializers.miss)
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+        >>> _, adapter = lora.init(jax.random.key(0), {"w": jnp.ones((5, 3))}, jnp.ones((1, 5)))
+        >>> adapter["w"].a.T.tolist(), jlora.count(adapter)
+        ([[1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0, 0.0]], 6)
+    """
+    del key
+    dtype = dtype_of(site, rule)
+    a_shape, b_shape = rule.factor_shapes(site)
+    lengths = tuple(site.shape[d] for d in site.layout.inputs)
+    a = jnp.eye(rule.rank, dtype=dtype)[np.arange(site.inputs) % rule.rank]
+    return w, jnp.broadcast_to(a.reshape(*lengths, rule.rank), a_shape), jnp.zeros(b_shape, dtype)

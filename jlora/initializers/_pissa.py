@@ -1,0 +1,146 @@
+"""The largest singular values of W to A and B."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._linalg import times
+from .._rules import is_int
+from ._initializer import Initializer
+from ._split import orthonormal, split, svd, widened
+
+MORE = 8  # directions beside the rank, which make those of the rank exact sooner
+
+
+def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
+    r"""PiSSA: A and B are the r largest singular values of W with their vectors, W the rest.
+
+    With $W = U \Sigma V^\top$, $A = U_r \sqrt{\Sigma_r / s}$, $B = \sqrt{\Sigma_r / s}\, V_r^\top$
+    and the base is $W - s \cdot A B$, in float32 and rounded once to W's dtype. In bfloat16 the
+    adapted model is the given one at first up to that rounding.
+
+    `jlora.quantize` of that base is QPiSSA: it loses less than W would. Of a base that is quantized
+    when `init` gets it, the rest is quantized again in the same scheme, and the losses add up.
+
+    The base is another than `params`: see the guide "Which rule" for resuming and for files. Tune
+    the learning rate anew. In reinforcement learning with verifiable rewards PiSSA and MiLoRA were
+    found to collapse (arXiv 2512.23165).
+
+    It takes a full SVD of each matrix, of a stack one entry of its first axis at a time. A matrix
+    that lies on several devices is gathered for it, and so is a stack that is cut along its first
+    axis, at once. `pissa_niter` gathers nothing, and is faster on large ones.
+
+    Args:
+        key: a PRNG key, not used.
+        w: W, an array or a `jlora.Quantized`.
+        site: the site, with its layout.
+        rule: the rule, with its rank, scale and dtype.
+
+    Returns:
+        `(w, a, b)`: the rest, A and B.
+
+    Raises:
+        ValueError: if W is a `jax.ShapeDtypeStruct`, or has values that are not finite.
+        NotImplementedError: within a `shard_map`.
+
+    Source: Meng et al., PiSSA, arXiv 2404.02948, section 3.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> rule = jlora.LoRA("w", rank=1, alpha=1, init=jlora.initializers.pissa)
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+        >>> params, x = {"w": jnp.diag(jnp.array([2.0, 9.0]))}, jnp.ones((1, 2))
+        >>> base, adapter = lora.init(jax.random.key(0), params, x)
+        >>> base["w"].tolist(), jnp.round(lora.apply(base, adapter, x), 5).tolist()
+        ([[2.0, 0.0], [0.0, 0.0]], [[2.0, 9.0]])
+    """
+    return split(largest, key, w, site, rule)
+
+
+def largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+    """The largest singular values, by a full SVD."""
+    del key
+    u, values, vt = svd(w, slice(rank))
+    return shared(u, values, vt, scale)
+
+
+def shared(
+    u: jax.Array, values: jax.Array, vt: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """A and B of singular values and vectors, with a root of each value."""
+    root = jnp.sqrt(values / scale)
+    return u * root[..., None, :], root[..., :, None] * vt
+
+
+def pissa_niter(iterations: int = 16) -> "PissaNiter":
+    r"""PiSSA by randomized subspace iteration, for large matrices.
+
+    The r largest singular values are those within the span of $(W W^\top)^n W \Omega$, n the
+    iterations and Ω a Gaussian matrix of r + 8 columns. It takes 2·n + 2 products with W. All
+    matrices of a stack are taken at once, and on a mesh W stays where it lies: what moves are
+    products of r + 8 columns.
+
+    Args:
+        iterations: n. PEFT calls this `"pissa_niter_16"`.
+
+    Returns:
+        An initializer, as `pissa`. The base depends on the key, though less with each iteration.
+
+    Raises:
+        ValueError: if `iterations` is no integer of at least 0.
+
+    Source: Meng et al., arXiv 2404.02948, section 4; Halko et al., arXiv 0909.4061, section 4.5.
+
+    Examples:
+        >>> import jlora
+        >>> jlora.LoRA("w", init=jlora.initializers.pissa_niter(4)).init
+        pissa_niter(iterations=4)
+    """
+    return PissaNiter(iterations)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class PissaNiter(Initializer):
+    """What `pissa_niter` gives."""
+
+    iterations: int
+
+    name: ClassVar[str] = "pissa_niter"
+
+    def __post_init__(self) -> None:
+        if not is_int(self.iterations) or self.iterations < 0:
+            raise ValueError(
+                "`iterations` of pissa_niter must be an integer of at least 0; got "
+                f"{self.iterations!r}."
+            )
+        object.__setattr__(self, "iterations", int(self.iterations))
+
+    def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
+        return split(_Iterated(self.iterations), key, w, site, rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Iterated:
+    """The largest singular values, by randomized subspace iteration."""
+
+    iterations: int
+
+    def __call__(
+        self, key: jax.Array, w: jax.Array, rank: int, scale: float
+    ) -> tuple[jax.Array, jax.Array]:
+        w = widened(w)
+        *stack, inputs, outputs = w.shape
+        columns = min(rank + MORE, inputs, outputs)
+        omega = jax.random.normal(key, (*stack, outputs, columns), w.dtype)
+
+        def iterate(_: Any, q: jax.Array) -> jax.Array:
+            z, _ = orthonormal(times(w.mT, q))
+            return orthonormal(times(w, z))[0]
+
+        q = lax.fori_loop(0, self.iterations, iterate, orthonormal(times(w, omega))[0])
+        z, rest = orthonormal(times(w.mT, q))
+        u, values, vt = svd(rest.mT, slice(rank))
+        return shared(times(q, u), values, times(vt, z.mT), scale)

@@ -1,0 +1,228 @@
+"""What initializers share that take a part of W into A and B, and leave the rest as the base."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .. import _compat
+from .._linalg import each, qr
+from .._rules import rule_name
+from .._types import Layout
+from ..core import RANK, Axis, Change, Delta, Factor, explicit, leaf_weight, mesh_axes, promote
+from ..quantized import Form, Quantized, is_quantized, quantized
+from ._draw import dtype_of
+
+# `(key, w, rank, scale) -> (a, b)` of matrices (…, inputs, outputs): scale·A·B is taken from them.
+Factored = Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Array]]
+
+
+class How(NamedTuple):
+    """What the arrays do not say of a site.
+
+    Attributes:
+        layout: which axes of W are which.
+        rank: r.
+        scale: s.
+        dtype: of A and B.
+        form: how W is cut into blocks, of a base that is quantized.
+    """
+
+    layout: Layout
+    rank: int
+    scale: float
+    dtype: Any
+    form: Form | None = None
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether the first axis of W is one of the stack, also of its codes."""
+        return self.layout.stack[:1] == (0,) and (self.form is None or 0 in self.form.stack)
+
+    @property
+    def of_entry(self) -> "How":
+        """That of each entry along the first axis."""
+        stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in self.layout[:3])
+        slots = self.layout.slots and (*self.layout.slots[:2], self.layout.slots[2] - 1)
+        form = self.form and self.form.of_entry
+        return self._replace(layout=Layout(stack, inputs, outputs, slots), form=form)
+
+
+def how_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> How:
+    """What is known of a site under a rule."""
+    form = w.form if is_quantized(w) else form
+    return How(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
+
+
+def split(
+    factored: Factored, key: jax.Array, w: Any, site: Any, rule: Any
+) -> tuple[Any, jax.Array, jax.Array]:
+    """`(w, a, b)`: W less s·A·B, rounded once, with A and B from `factored`.
+
+    Each matrix of a stack and each slot is one of its own. What is quantized is so again.
+    """
+    check(w, site, rule)
+    return in_place(how_of(w, site, rule), functools.partial(_split, factored), key, w)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _split(factored: Factored, how: How, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
+    if not is_quantized(w):
+        return of_array(factored, how, key, w)
+
+    def again(how: How, key: jax.Array, w: Quantized) -> tuple[Any, Any, Any]:
+        rest, a, b = of_array(factored, how, key, w.array(jnp.float32))
+        return quantized(rest, w.scheme, w.form), a, b
+
+    leaf, a, b = each_matrix(again, how, key, dataclasses.replace(w, used=None))
+    error = None if w.error is None else leaf.error
+    return dataclasses.replace(leaf, dtype=w.dtype, used=w.used, error=error), a, b
+
+
+def each_matrix(f: Callable[..., Any], how: How, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
+    """`f(how, key, w)` of each entry along the leading axes of a stack, one after the other."""
+    if not how.is_stack:
+        return f(how, key, w)
+
+    def of_entry(xs: Any) -> Any:
+        key, w = xs
+        w = dataclasses.replace(w, form=how.of_entry.form) if is_quantized(w) else w
+        return each_matrix(f, how.of_entry, key, w)
+
+    leaf, a, b = lax.map(of_entry, (jax.random.split(key, w.shape[0]), w))
+    return dataclasses.replace(leaf, form=how.form) if is_quantized(leaf) else leaf, a, b
+
+
+def of_array(
+    factored: Factored, how: How, key: jax.Array, w: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """W less s·A·B, A and B; a slot that is not chosen stays as it is."""
+    if how.layout.slots is None:
+        a, b = _of_matrices(factored, how, key, w)
+        return _without(how, w, a, b), a, b
+    count, chosen, axis = how.layout.slots
+    parts = jnp.split(w, count, axis)
+    stack, inputs, outputs = (tuple(d + 1 for d in axes) for axes in how.layout[:3])
+    how = how._replace(layout=Layout((*stack, 0), inputs, outputs))  # slots are a stack, too
+    rest, a, b = of_array(factored, how, key, jnp.stack([parts[i] for i in chosen]))
+    for i, part in zip(chosen, rest, strict=True):
+        parts[i] = part
+    return jnp.concatenate(parts, axis), a, b
+
+
+def _of_matrices(
+    factored: Factored, how: How, key: jax.Array, w: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    stack, inputs, outputs = (tuple(w.shape[d] for d in axes) for axes in how.layout[:3])
+    x = lax.transpose(w, [d for axes in how.layout[:3] for d in axes])
+    x = x.reshape(*stack, math.prod(inputs), math.prod(outputs))
+    a, b = factored(key, x, how.rank, how.scale)
+    a, b = a.reshape(*stack, *inputs, how.rank), b.reshape(*stack, how.rank, *outputs)
+    return a.astype(how.dtype), b.astype(how.dtype)
+
+
+def _without(how: How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """W - s·A·B, summed in float32 or better and rounded once."""
+    stack, inputs, outputs = (tuple(map(Axis, axes)) for axes in how.layout[:3])
+    delta = Delta(
+        Factor(a, (*stack, *inputs, RANK)), Factor(b, (*stack, RANK, *outputs)), how.scale
+    )
+    return Change((delta,)).of(w, [Axis(d) for d in range(w.ndim)], -1)
+
+
+def svd(w: jax.Array, kept: slice) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Those of U, Σ and Vᵀ that are `kept`, of matrices (…, inputs, outputs).
+
+    Of a stack one entry of its first axis at a time: layers fit in memory one by one, and experts
+    behind them may lie on several devices, and stay there.
+    """
+
+    def of(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        u, values, vt = jnp.linalg.svd(widened(w), full_matrices=False)
+        return u[..., kept], values[..., kept], vt[..., kept, :]
+
+    return each(of, w) if w.ndim == 2 else lax.map(lambda w: each(of, w), w)
+
+
+def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q and R of matrices (…, n, r); where these lie on several devices, rows stay."""
+    return each(qr, x, on_cpu=lambda x: tuple(jnp.linalg.qr(x)))
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """In float32 or better."""
+    return x.astype(promote(x.dtype, jnp.float32))
+
+
+# ----------------------------------------------------------------------------------- the whole of W
+
+
+def check(w: Any, site: Any, rule: Any) -> None:
+    """Raises where W has no values that are finite, or is only a part."""
+    leaves, name = jax.tree.leaves(w), f"the start of {rule_name(rule)}"
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+        raise ValueError(
+            f"`params` has a shape at {site.path!r}, which {name} cannot factor. Give arrays, or "
+            "call init under jax.eval_shape."
+        )
+    if _compat.unchecked_axes() or any(map(_compat.varying, map(jnp.asarray, leaves))):
+        raise NotImplementedError(
+            f"{name} factors the whole of {site.path!r}, of which a shard_map around init has a "
+            "part. Call init outside of it."
+        )
+    if is_quantized(w) or not _compat.is_concrete(w):
+        return
+    if bad := int(jnp.sum(~jnp.isfinite(w))):
+        raise ValueError(
+            f"{site.path!r} of `params` has {bad} values that are NaN or infinite, which {name} "
+            "cannot factor. Use a checkpoint whose values are finite."
+        )
+
+
+def in_place(
+    how: How, f: Callable[..., Any], key: jax.Array, w: Any
+) -> tuple[Any, jax.Array, jax.Array]:
+    """`f(how, key, w)`, which gives `(w, a, b)`, where W lies; A and B too along explicit axes."""
+    f = functools.partial(f, how)
+    known = explicit(leaf_weight(w, Change(), "", materialize=True).type)
+    if known is not None:
+        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (key, w))
+        places = _places(how, known, *jax.eval_shape(f, *bare))
+        f = jax.sharding.auto_axes(f, out_sharding=places)
+    new, a, b = f(key, w)
+    if jax.tree.structure(new) == jax.tree.structure(w):
+        new = jax.tree.map(_moved, new, w)
+    return new, a, b
+
+
+def _moved(new: jax.Array, old: Any) -> jax.Array:
+    placed = isinstance(old, jax.Array) and _compat.is_concrete(old) and old.committed
+    return jax.device_put(new, old.sharding) if placed else new
+
+
+def _places(how: How, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
+    """Where W, A and B lie along the axes of a mesh on which W lies as `known`."""
+
+    def place(axes: Sequence[int | None], x: Any) -> NamedSharding:
+        spec = [None if d is None else known.spec[d] for d in axes]
+        parts = [math.prod(known.mesh.shape[n] for n in mesh_axes(entry)) for entry in spec]
+        fits = [n % k == 0 for n, k in zip(x.shape, parts, strict=True)]
+        spec = [entry if fit else None for entry, fit in zip(spec, fits, strict=True)]
+        return NamedSharding(known.mesh, PartitionSpec(*spec))
+
+    stack, inputs, outputs, slots = how.layout
+    beside = (*stack, *((None,) if slots is not None else ()))
+    of_a, of_b = place((*beside, *inputs, None), a), place((*beside, None, *outputs), b)
+    if not is_quantized(w):
+        return place(range(w.ndim), w), of_a, of_b
+    parts = {
+        name: jax.tree.map(place, axes, getattr(w, name), is_leaf=lambda x: type(x) is tuple)
+        for name, axes in w.axes().items()
+    }
+    return dataclasses.replace(w, **parts), of_a, of_b
