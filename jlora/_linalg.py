@@ -64,3 +64,21 @@ def each(f: Callable[[jax.Array], Any], x: jax.Array, on_cpu: Any = None) -> Any
 def times(a: jax.Array, b: jax.Array) -> jax.Array:
     """A matrix product in full precision."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def inverse(x: jax.Array) -> jax.Array:
+    """The inverses of symmetric positive definite matrices (…, r, r), by Gauss and Jordan in place.
+
+    Without LAPACK, so that on CPUs any number of them may be taken at once, and mapped: see `each`.
+    """
+    places = jnp.arange(x.shape[-1])
+
+    def step(k: jax.Array, x: jax.Array) -> jax.Array:
+        row, column = (lax.dynamic_index_in_dim(x, k, axis, keepdims=True) for axis in (-2, -1))
+        pivot = lax.dynamic_index_in_dim(row, k, -1, keepdims=True)
+        row = row / pivot
+        is_row, is_column = (places == k)[:, None], (places == k)[None, :]
+        rest = jnp.where(is_column, -column / pivot, x - column * row)
+        return jnp.where(is_row, jnp.where(is_column, 1 / pivot, row), rest)
+
+    return lax.fori_loop(0, x.shape[-1], step, x)

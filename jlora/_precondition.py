@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.scipy.linalg import cho_factor, cho_solve
 
+from ._linalg import inverse
 from ._types import PyTree
 from .adapters import is_node, method_of
 from .core import einsum, letters, promote
@@ -43,9 +43,10 @@ def _of_node(damping: Any, update: Any, param: Any) -> Any:
         return update
     (of_a, of_b), wide = _axes(param), promote(param.a.dtype, param.b.dtype, jnp.float32)
     a, b = param.a.astype(wide), param.b.astype(wide)
+    of_rank = "".join(c for c in of_a if c in of_b and c != RANK) + RANK + OTHER
     return update._replace(
-        a=_times(update.a, of_a, _inverse(b, of_b, of_a, damping)),
-        b=_times(update.b, of_b, _inverse(a, of_a, of_b, damping)),
+        a=_times(update.a, of_a, _inverse(b, of_b, of_rank, damping), of_rank),
+        b=_times(update.b, of_b, _inverse(a, of_a, of_rank, damping), of_rank),
     )
 
 
@@ -59,21 +60,16 @@ def _axes(node: Any) -> tuple[str, str]:
     return of_a, of_b
 
 
-def _inverse(x: jax.Array, axes: str, others: str, damping: Any) -> tuple[jax.Array, str]:
-    """The inverse of xᵀx + δI over the rank, for all along axes that the other factor has too."""
-    out = "".join(c for c in axes if c in others and c != RANK) + RANK + OTHER
+def _inverse(x: jax.Array, axes: str, out: str, damping: Any) -> jax.Array:
+    """The inverse of xᵀx + δI over the rank, along the other axes of `out` for each apart."""
     turned = axes.replace(RANK, OTHER)
     gram = einsum(axes, turned, out, x, x, precision="highest", dtype=x.dtype)
     eye = jnp.eye(gram.shape[-1], dtype=x.dtype)
-    factored = cho_factor(gram + jnp.asarray(damping, x.dtype) * eye)
-    return cho_solve(factored, jnp.broadcast_to(eye, gram.shape)), out
+    return inverse(gram + jnp.asarray(damping, x.dtype) * eye)
 
 
-def _times(update: jax.Array, axes: str, inverse: tuple[jax.Array, str]) -> jax.Array:
-    value, of_value = inverse
+def _times(update: jax.Array, axes: str, matrix: jax.Array, of_rank: str) -> jax.Array:
+    how = {"precision": "highest", "dtype": matrix.dtype}
     turned = axes.replace(RANK, OTHER)
-    found = einsum(
-        axes, of_value, turned, update.astype(value.dtype), value,
-        precision="highest", dtype=value.dtype,
-    )  # fmt: skip
-    return found.astype(update.dtype)
+    wide = update.astype(matrix.dtype)
+    return einsum(axes, of_rank, turned, wide, matrix, **how).astype(update.dtype)

@@ -193,6 +193,13 @@ def test_a_table_of_adapters_and_a_traced_damping() -> None:
     np.testing.assert_allclose(whole.b[1], updates["w"].b[1], rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_is_left_to_lapack() -> None:
+    """On CPUs JAX 0.10 factors stacks on threads, and waits for ever where there are too few."""
+    _, adapter, grads = made("scanned")
+    update = jax.jit(lambda *args: step(*args, precondition=1e-6))
+    assert "custom-call" not in update.lower(adapter, grads).compile().as_text()
+
+
 def test_parameters_are_needed() -> None:
     _, adapter, grads = made("plain")
     tx = jlora.optimizer(optax.sgd(1.0), precondition=1e-6)
