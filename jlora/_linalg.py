@@ -14,8 +14,13 @@ TALL = 4  # rows of a block, as a multiple of its columns
 def svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U (…, inputs, n), S (…, n) and V (…, outputs, n) of A·B; n is at most r."""
     (q_a, r_a), (q_b, r_b) = qr(a), qr(b.mT)
-    u, values, vt = jnp.linalg.svd(times(r_a, r_b.mT), full_matrices=False)
+    u, values, vt = svd_of(times(r_a, r_b.mT))
     return times(q_a, u), values, times(q_b, vt.mT)
+
+
+def svd_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """U, S and Vᵀ of small matrices (…, m, n)."""
+    return _where_alone(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)), x)
 
 
 def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -29,11 +34,20 @@ def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     *stack, n, r = x.shape
     blocks = _blocks(n, r)
     if blocks == 1:
-        q, whole = jnp.linalg.qr(x)
-        return q, whole
-    q, each = jnp.linalg.qr(x.reshape(*stack, blocks, n // blocks, r))
-    top, whole = qr(each.reshape(*stack, blocks * r, r))
+        return _where_alone(_qr, x)
+    q, below = _where_alone(_qr, x.reshape(*stack, blocks, n // blocks, r))
+    top, whole = qr(below.reshape(*stack, blocks * r, r))
     return times(q, top.reshape(*stack, blocks, r, r)).reshape(x.shape), whole
+
+
+def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q, r = jnp.linalg.qr(x)
+    return q, r
+
+
+def _where_alone(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """`f` of all matrices at once where they may lie on several devices, else as by `each`."""
+    return f(x) if jax.device_count() > 1 else each(f, x)
 
 
 def _blocks(n: int, r: int) -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._alike import alike, joined, leaves_of, misfit, of_other_methods, refuse
-from ._linalg import qr, svd, times
+from ._linalg import qr, svd, svd_of, times
 from ._tree import adapter_leaves, check_fits, fold, is_empty, leaves_by_path, nest
 from ._types import Path, PyTree
 from .adapters import LowRank, is_node
@@ -470,8 +470,7 @@ def _in_core_space(
         q_b, r_b = qr(jnp.concatenate([b.mT for _, b in pairs], -1))
         parts = zip(jnp.split(r_a, ends, -1), jnp.split(r_b, ends, -1), strict=True)
         cores = [times(x, y.mT) for x, y in parts]
-        u = jnp.linalg.svd(jnp.concatenate(cores, -1), full_matrices=False)[0]
-        v = jnp.linalg.svd(jnp.concatenate(cores, -2), full_matrices=False)[2].mT
+        u, v = svd_of(jnp.concatenate(cores, -1))[0], svd_of(jnp.concatenate(cores, -2))[2].mT
         core = merge([times(times(u.mT, m), v) for m in cores], *operands)
         a, b = times(q_a, u), times(q_b, v).mT
         # The rank is that of the smaller side of the core.

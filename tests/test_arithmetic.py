@@ -1,6 +1,7 @@
 """`jlora.arithmetic`: what each function means for ΔW, in float64, at sites of all kinds."""
 
 import functools
+import re
 from typing import Any
 
 import devices
@@ -132,6 +133,16 @@ def test_truncate_is_the_best_approximation(site: str, rank: int) -> None:
     next_one = s[..., rank] if rank < s.shape[-1] else 0
     bound = 1e-6 * s[..., 0] * np.maximum(1, s[..., 0] / (s[..., rank - 1] - next_one))
     assert (np.abs(got - best).max((-2, -1)) < bound).all()
+
+
+@pytest.mark.parametrize("name", ["truncate", "ties"])
+def test_a_program_factors_one_matrix_at_a_time(name: str) -> None:
+    """On CPUs JAX 0.10 waits for ever where stacks are factored at once, as of several sites."""
+    trees = adapters("stacked")[:2]
+    compiled = jax.jit(lambda *trees: FUNCTIONS[name](trees)).lower(*trees).compile()
+    calls = re.findall(r"= \(?f32\[([\d,]+)\].*custom_call_target=\"lapack", compiled.as_text())
+    assert calls
+    assert all(dims.count(",") == 1 for dims in calls), calls
 
 
 def test_truncate_by_energy() -> None:
