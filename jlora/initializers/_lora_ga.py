@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..core import RANK, Axis, Change, Delta, Factor
+from ..quantized import is_quantized
 from ._draw import dtype_of
 from ._sketched import check_kind, spectrum
+from ._split import how_of, less
 
 GAMMA = 16.0
 
@@ -54,7 +55,7 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> Callable[..., tuple[Any, Any, 
 
     def start(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
         del key
-        if hasattr(w, "packed"):
+        if is_quantized(w):
             raise ValueError(
                 f"lora_ga changes W of {site.path!r}, which is quantized. Call init with W as it "
                 "was, then jlora.quantize the base."
@@ -69,33 +70,8 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> Callable[..., tuple[Any, Any, 
         b = b * values.reshape(*values.shape, *[1] * (b.ndim - before - 1))
         missing = [(0, r - n if d == before else 0) for d, n in enumerate(b.shape)]
         b = jnp.pad(b, missing).astype(dtype)
-        return _minus(w, a, b, rule.scale, site.layout), a, b
+        if isinstance(w, jax.ShapeDtypeStruct):
+            return w, a, b
+        return less(how_of(w, site, rule), w, a, b), a, b
 
     return start
-
-
-def _minus(w: Any, a: jax.Array, b: jax.Array, scale: float, layout: Any) -> Any:
-    """W - s·A·B, rounded once; W itself where it is a shape alone."""
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return w
-    stack, inputs, outputs, slots = layout
-    of_a, of_b = (
-        tuple(RANK if d is None else Axis(d) for d in axes)
-        for axes in ((*stack, *inputs, None), (*stack, None, *outputs))
-    )
-    parts = [(a, b)]
-    if slots is not None:
-        count, chosen, axis = slots
-        n, length = len(stack), w.shape[axis] // count
-
-        def placed(b: jax.Array, slot: int) -> jax.Array:
-            """B of one slot for all outputs."""
-            around = [(0, 0)] * b.ndim
-            around[n + 1 + outputs.index(axis)] = (slot * length, (count - 1 - slot) * length)
-            return jnp.pad(b, around)
-
-        parts = [
-            (jnp.take(a, i, n), placed(jnp.take(b, i, n), slot)) for i, slot in enumerate(chosen)
-        ]
-    deltas = tuple(Delta(Factor(a, of_a), Factor(b, of_b), scale) for a, b in parts)
-    return Change(deltas).of(w, tuple(map(Axis, range(w.ndim))), sign=-1)

@@ -103,14 +103,28 @@ def of_array(
     factored: Factored, how: How, key: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """W less s·A·B, A and B; a slot that is not chosen stays as it is."""
-    if how.layout.slots is None:
+
+    def of(how: How, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         a, b = _of_matrices(factored, how, key, w)
         return _without(how, w, a, b), a, b
+
+    return _in_slots(of, how, w)
+
+
+def less(how: How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """W less s·A·B of the chosen slots, rounded once."""
+    return _in_slots(lambda how, w: (_without(how, w, a, b), a, b), how, w)[0]
+
+
+def _in_slots(f: Callable[..., Any], how: How, w: jax.Array) -> tuple[Any, Any, Any]:
+    """`f(how, w)`, which gives `(w, a, b)`, of the chosen slots as a stack."""
+    if how.layout.slots is None:
+        return f(how, w)
     count, chosen, axis = how.layout.slots
     parts = jnp.split(w, count, axis)
     stack, inputs, outputs = (tuple(d + 1 for d in axes) for axes in how.layout[:3])
-    how = how._replace(layout=Layout((*stack, 0), inputs, outputs))  # slots are a stack, too
-    rest, a, b = of_array(factored, how, key, jnp.stack([parts[i] for i in chosen]))
+    how = how._replace(layout=Layout((*stack, 0), inputs, outputs))
+    rest, a, b = f(how, jnp.stack([parts[i] for i in chosen]))
     for i, part in zip(chosen, rest, strict=True):
         parts[i] = part
     return jnp.concatenate(parts, axis), a, b
