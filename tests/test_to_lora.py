@@ -15,6 +15,7 @@ from jlora import peft
 PREFIX = "base_model.model."
 ADALORA = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 3, "target_modules": ["up"]}
 VERA = {"peft_type": "VERA", "r": 2, "target_modules": ["up"], "save_projection": True}
+MISS = {"peft_type": "MISS", "r": 3, "target_modules": ["up"], "init_weights": True, "mini_r": 1}
 LOKR = {"peft_type": "LOKR", "r": 2, "alpha": 3, "target_modules": ["up"]}
 Tensors = dict[str, np.ndarray]
 
@@ -49,12 +50,21 @@ def of_lokr(x: Tensors) -> np.ndarray:
     return 3 / 2 * np.kron(x["up.lokr_w1"], x["up.lokr_w2_a"] @ x["up.lokr_w2_b"])
 
 
+def miss() -> Tensors:
+    return {"up.miss_block": normal(3, 12)}
+
+
+def of_miss(x: Tensors) -> np.ndarray:
+    return np.stack([x["up.miss_block"][i % 3] for i in range(8)], 1)
+
+
 METHODS: dict[
     str, tuple[dict[str, Any], Callable[[], Tensors], Callable[[Tensors], np.ndarray]]
 ] = {
     "adalora": (ADALORA, adalora, of_adalora),
     "vera": (VERA, vera, of_vera),
     "lokr": (LOKR, lokr, of_lokr),
+    "miss": (MISS, miss, of_miss),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -119,9 +129,9 @@ def test_other_loaders_say_what_to_do(tmp_path: pathlib.Path) -> None:
 REFUSED = {
     "of_another_method": (
         {"peft_type": "LOHA"}, adalora(),
-        "peft_type of adapter_config.json must be one of ADALORA, LOKR, VERA; got 'LOHA'",
+        "peft_type of adapter_config.json must be one of ADALORA, LOKR, MISS, VERA; got 'LOHA'",
     ),
-    "a_list_as_method": ({"peft_type": [1]}, adalora(), r"ADALORA, LOKR, VERA; got \[1\]"),
+    "a_list_as_method": ({"peft_type": [1]}, adalora(), r"ADALORA, LOKR, MISS, VERA; got \[1\]"),
     "a_feature": (ADALORA | {"use_dora": True}, adalora(), "use_dora: True is a feature that"),
     "no_rank": (
         {"peft_type": "ADALORA", "target_modules": ["up"]}, adalora(),
@@ -178,6 +188,12 @@ REFUSED = {
         r"lokr_w2_a \(4, 1\) and lokr_w2_b \(2, 4\) do not fit",
     ),
     "of_a_kernel": (LOKR, lokr() | {"up.lokr_t2": normal(1, 1, 3, 3)}, "lokr_t2 is of a convolu"),
+    "another_form": (
+        MISS | {"init_weights": "bat"}, miss(), "up: init_weights 'bat' is another method"
+    ),
+    "of_another_rank": (
+        MISS | {"r": 4}, miss(), r"miss_block \(3, 12\) does not fit 8 inputs at the rank 4"
+    ),
     "a_pattern_that_is_none": (
         LOKR | {"rank_pattern": {"(": 2}}, lokr(), r"rank_pattern: '\('"
     ),

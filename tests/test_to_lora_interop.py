@@ -1,4 +1,4 @@
-"""AdaLoRA, VeRA and LoKr of the real PEFT, written as LoRA. Needs the extra `interop`."""
+"""AdaLoRA, VeRA, LoKr and MiSS of the real PEFT, written as LoRA. Needs the extra `interop`."""
 
 import copy
 import json
@@ -30,6 +30,8 @@ CONFIGS = {
     ),
     "vera": lambda: hf_peft.VeraConfig(r=4, target_modules=TARGETS, modules_to_save=["head"]),
     "vera_with_biases": lambda: hf_peft.VeraConfig(r=4, target_modules=TARGETS, bias="vera_only"),
+    "miss": lambda: hf_peft.MissConfig(r=4, target_modules=TARGETS, init_weights=False),
+    "miss_that_does_not_divide": lambda: hf_peft.MissConfig(r=5, target_modules=TARGETS),
     "lokr": lambda: hf_peft.LoKrConfig(
         r=2, alpha=3, target_modules=TARGETS, decompose_factor=4, init_weights=False
     ),

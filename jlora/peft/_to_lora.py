@@ -36,7 +36,7 @@ Fields = dict[str, Any]
 
 ROOT = PREFIX.removesuffix("model.")
 LARGEST = 2**32  # bytes of all A and B
-_BIASES = {"vera_only": "lora_only"}
+_BIASES = {"vera_only": "lora_only", "MiSS_only": "lora_only"}
 # What these methods have in common with LoRA.
 KEPT = [
     "auto_mapping",
@@ -53,7 +53,7 @@ def to_lora(
     out_dir: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> None:
-    r"""Writes an adapter of AdaLoRA, VeRA or LoKr as one of LoRA with the same ΔW.
+    r"""Writes an adapter of AdaLoRA, VeRA, LoKr or MiSS as one of LoRA with the same ΔW.
 
     In PEFT's layout, where ΔW is (outputs, inputs):
 
@@ -64,12 +64,14 @@ def to_lora(
     - LoKr: $s \cdot W_1 \otimes W_2$, which is $(X \otimes P)(Y \otimes Q)$ for $W_1 = X Y$ and
       $W_2 = P Q$. The rank is at least that of W_2 times the smaller side of W_1; where it is not
       below that of ΔW, as where W_2 is no product, the module is refused.
+    - MiSS: $D^\top A$ with an A that repeats the identity. Its other forms, "bat" and "mini", are
+      refused. It comes out as LoRA whose A may be trained; `initializers.miss` freezes it.
 
     Args:
         dir: the adapter's folder.
         out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
-        checkpoint: the folder of the base model, of which VeRA needs the sizes of the modules.
+        checkpoint: the folder of the base model, of which VeRA and MiSS need the sizes of modules.
 
     Raises:
         FileExistsError: if `out_dir` is there and not an empty folder.
@@ -78,7 +80,7 @@ def to_lora(
             would take more than 4 GiB. All of it is listed.
 
     Source: Zhang et al., AdaLoRA, arXiv 2303.10512; Kopiczko et al., VeRA, arXiv 2310.11454; Yeh et
-    al., LoKr, arXiv 2309.14859; PEFT 0.21.
+    al., LoKr, arXiv 2309.14859; Kang and Yin, MiSS, arXiv 2409.15371; PEFT 0.21.
 
     Examples:
         >>> from jlora import peft

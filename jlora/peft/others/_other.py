@@ -9,6 +9,11 @@ Fields = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = Mapping[str, np.ndarray]
 
+UNKNOWN = (
+    "not among the matrices of `checkpoint`, the folder of the base model, which says how many "
+    "inputs it has"
+)
+
 
 class Form(NamedTuple):
     """A and B of a module, before a value is read.

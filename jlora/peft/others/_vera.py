@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._other import Arrays, Fields, Form, Other, Shapes
+from ._other import UNKNOWN, Arrays, Fields, Form, Other, Shapes
 
 
 def _vera(fields: Fields, shapes: Shapes, inputs: int | None) -> Form | str:
@@ -12,10 +12,7 @@ def _vera(fields: Fields, shapes: Shapes, inputs: int | None) -> Form | str:
         return f"vera_lambda_d and vera_lambda_b must be vectors; got shapes {lengths}"
     (d,), (outputs,) = lengths
     if inputs is None:
-        return (
-            "not among the matrices of `checkpoint`, the folder of the base model, which says how "
-            "many inputs it has"
-        )
+        return UNKNOWN
     if d != r or a[:1] != (r,) or b[1:] != (r,) or inputs > a[1] or outputs > b[0]:
         return f"vera_A {a} and vera_B {b} do not fit {inputs} inputs, {outputs} outputs, rank {r}"
     if r > min(inputs, outputs):
