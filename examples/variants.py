@@ -35,6 +35,7 @@ from quickstart import WARMUP, WEIGHT_DECAY
 from tqdm import tqdm
 
 import jlora
+from jlora import initializers as starts
 
 RANK, SCALE = 2, 2.0  # of all dense layers; s of every variant that does not change it
 SEEDS = 5
@@ -251,12 +252,12 @@ def sketched(task: Task, kind: str, components: int) -> jlora.Sketch:
 
 def eva(task: Task) -> jlora.LoRA:
     """A from the principal components of the inputs."""
-    return lora(None, RANK, init=jlora.initializers.eva(sketched(task, "inputs", RANK)))
+    return lora(None, RANK, init=starts.eva(sketched(task, "inputs", RANK)))
 
 
 def lora_ga(task: Task) -> jlora.LoRA:
     """A and B from the gradient, which PEFT takes 2·r components of."""
-    return lora(None, RANK, init=jlora.initializers.lora_ga(sketched(task, "gradient", 2 * RANK)))
+    return lora(None, RANK, init=starts.lora_ga(sketched(task, "gradient", 2 * RANK)))
 
 
 def allocated(task: Task) -> Setup:
@@ -280,11 +281,16 @@ VARIANTS = {
     "preconditioned": Variant(
         "LoRA, preconditioned", simple(lambda t: lora(None, RANK), precondition=1e-6)
     ),
+    "pissa": Variant("PiSSA", simple(lambda t: lora(None, RANK, init=starts.pissa_niter(16)))),
+    "miss": Variant("MiSS", simple(lambda t: lora(None, 2 * RANK, 1.0, init=starts.miss))),
     "eva": Variant("EVA", simple(eva)),
     "lora_ga": Variant("LoRA-GA", simple(lora_ga)),
     "allocated": Variant("ranks by the gradient", allocated),
     "nf4": Variant(
         "LoRA on NF4", lambda t: Setup((*t.head, lora(None, RANK)), {}, (jlora.NF4(KERNELS),))
+    ),
+    "nf4_loftq": Variant(
+        "LoRA on NF4, by LoftQ", simple(lambda t: lora(None, RANK, init=starts.loftq(jlora.NF4())))
     ),
     "qv_scaled": Variant("q and v, s = 8", simple(lambda t: lora(QV, t.rank, 8.0))),
     "qv_wide": Variant("q and v, 4 times the rank", simple(lambda t: lora(QV, 4 * t.rank))),
