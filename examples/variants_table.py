@@ -25,11 +25,12 @@ MEASURES = {  # of a task: the column, the factor, and what the picture calls it
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """A row for each variant of each task, at the rate of the lowest validation loss."""
+    """A row for each variant of each task that has several seeds, at its best rate."""
     groups = collections.defaultdict(list)
     for row in rows:
         groups[row["task"], row["variant"]].append(row)
-    return sorted((_row(*key, group) for key, group in groups.items()), key=_place)
+    table = (_row(*key, group) for key, group in groups.items())
+    return sorted((row for row in table if row["seeds"] > 1), key=_place)
 
 
 def _place(row: Row) -> tuple[int, int]:
@@ -41,7 +42,7 @@ def _row(task: str, variant: str, rows: Sequence[Row]) -> Row:
     rate = min((np.nan_to_num(r["validation"], nan=np.inf), r["rate"]) for r in first)[1]
     column, factor, _ = MEASURES[task]
     scores = factor * np.array([r[column] for r in rows if r["rate"] == rate])
-    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+    error = scores.std(ddof=min(1, len(scores) - 1)) / len(scores) ** 0.5
     return {
         "task": task,
         "variant": variant,
