@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .._linalg import qr, svd_of, times
 from .._sites import Site
 from .._types import Layout
 from ..adapters import LoRA, LowRank, Probe, factor_shapes
@@ -22,7 +23,6 @@ from ._spectrum import Spectrum
 
 SPARE = 8  # columns beside those that are kept, twice
 
-_matmul = functools.partial(jnp.matmul, precision="highest")
 # Sites of one form share their programs.
 _program = functools.partial(jax.jit, static_argnums=(0, 1))
 
@@ -90,7 +90,7 @@ class Sketched:
         """Its leading columns, and random ones orthogonal to them."""
         kept = basis[..., : self.columns - self.spare]
         drawn = self._normal(key, 1, self.lengths[side], self.spare)
-        return jnp.concatenate([kept, drawn - _matmul(kept, _matmul(kept.mT, drawn))], -1)
+        return jnp.concatenate([kept, drawn - times(kept, times(kept.mT, drawn))], -1)
 
     @_program
     def node(self, side: int, basis: jax.Array, key: jax.Array) -> Any:
@@ -163,7 +163,7 @@ class Gradient(Sketched):
     def _spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
         n, k = self.columns - self.spare, self.components
         across, values, turned = _svd(image[..., :n])
-        along = _matmul(basis[..., :n], turned.mT)
+        along = times(basis[..., :n], turned.mT)
         total = jnp.sum(values**2, -1) + _rest(image[..., n:], image[..., n:])
         inputs, outputs = _by_side(side, along[..., :k], across[..., :k])
         found = (values[..., :k], total, self._as_a(inputs), self._as_b(outputs))
@@ -189,13 +189,13 @@ class Inputs(Sketched):
     def _image(self, side: int, basis: jax.Array, gradient: Probe, batches: int) -> jax.Array:
         a, count = self._matrix_of_a(gradient.a), gradient.gate[..., -1, None, None]
         image, total = a[..., :-1], a[..., -1:]
-        return image - _matmul(total, _matmul(total.mT, basis)) / jnp.maximum(count, 1)
+        return image - times(total, times(total.mT, basis)) / jnp.maximum(count, 1)
 
     def _spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
         n, k = self.columns - self.spare, self.components
-        squares, vectors = _eigh(_matmul(basis[..., :n].mT, image[..., :n]))
+        squares, vectors = _eigh(times(basis[..., :n].mT, image[..., :n]))
         total = jnp.sum(squares, -1) + _rest(basis[..., n:], image[..., n:])
-        inputs = self._as_a(_matmul(basis[..., :n], vectors[..., :k]))
+        inputs = self._as_a(times(basis[..., :n], vectors[..., :k]))
         values = jnp.sqrt(jnp.maximum(squares[..., :k], 0))
         return Spectrum(values, total, inputs, None, self.shape, self.layout)
 
@@ -227,9 +227,9 @@ def _by_side(side: int, along: jax.Array, across: jax.Array) -> tuple[jax.Array,
 
 
 def _svd(image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, r = jnp.linalg.qr(image)
-    u, values, v = jnp.linalg.svd(r, full_matrices=False)
-    return _matmul(q, u), values, v
+    q, r = qr(image)
+    u, values, v = svd_of(r)
+    return times(q, u), values, v
 
 
 def _eigh(square: jax.Array) -> tuple[jax.Array, jax.Array]:
