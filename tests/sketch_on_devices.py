@@ -153,8 +153,16 @@ def test_inputs_within_a_shard_map_that_checks_nothing_are_refused():
         sketched(f, PARAMS, BATCHES, "inputs")
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
+def starts():
+    """Each start on every mesh, one of each every day."""
+    rows = [(*x, mesh) for x in ((eva, "inputs"), (lora_ga, "gradient")) for mesh in MESHES]
+    return [
+        pytest.param(*row, marks=pytest.mark.slow if i in (1, 2) else [])
+        for i, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize(("start", "kind", "mesh"), starts())
 def test_starts_on_a_mesh(start, kind, mesh):
     """The base lies where it lay, and the model begins as it was."""
     mesh = MESHES[mesh]

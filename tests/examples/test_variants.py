@@ -16,7 +16,7 @@ from variants import Rows
 
 import jlora
 
-DAILY = "lora_all", "dora", "full"
+DAILY = "lora_all", "dora"
 
 
 def rows(n, seed):
