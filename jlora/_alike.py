@@ -38,6 +38,8 @@ def misfit(leaves: Sequence[Any]) -> str | None:
     if not is_node(leaves[0]):
         shapes = list(dict.fromkeys(tuple(x.shape) for x in leaves))
         return f"has the shapes {shapes}" if len(shapes) > 1 else None
+    if len({getattr(x, "residual", False) for x in leaves}) > 1:
+        return "is for the parameters in one, and in another for a base that its start changed"
     weights = list(dict.fromkeys((weight_shape(x), *x.layout[:3]) for x in leaves))
     return f"is for weights of (shape, stack, inputs, outputs) {weights}" if weights[1:] else None
 
@@ -58,4 +60,5 @@ def joined(nodes: Sequence[LowRank], a: Any, b: Any, scale: float) -> LowRank:
     dropout = rates.pop() if len(rates) == 1 else 0.0
     materialize = any(x.materialize for x in nodes)
     frozen = tuple(sorted(set.intersection(*(set(x.frozen) for x in nodes))))
-    return LowRank(a, b, scale, nodes[0].layout, dropout, materialize, frozen=frozen)
+    static = {"frozen": frozen, "residual": nodes[0].residual}
+    return LowRank(a, b, scale, nodes[0].layout, dropout, materialize, **static)

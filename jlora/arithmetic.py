@@ -92,6 +92,8 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
 def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
     r"""The exact difference $\Delta W = \Delta W_1 - \Delta W_2$, of the sum of the ranks.
 
+    Where an initializer changed the base to $W - \Delta W_2$ this is the adapter of W itself.
+
     Args:
         adapter: the first.
         other: what is taken away.
@@ -113,7 +115,7 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
         0.0
     """
     what = "`other` cannot be subtracted from `adapter`"
-    return _summed(_checked([adapter, other], [1.0, -1.0], base, what))
+    return _summed(_checked([adapter, other], [1.0, -1.0], base, what), cancels=True)
 
 
 def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:
@@ -376,15 +378,16 @@ def _each(
     return nest({path: one(path) for path in paths}) if paths else {}
 
 
-def _summed(given: _Given) -> PyTree:
-    """The exact sum, of factors side by side."""
+def _summed(given: _Given, cancels: bool = False) -> PyTree:
+    """The exact sum, of factors side by side; what a start took from the base may cancel in it."""
 
     def low_rank(nodes: list[LowRank], w: list[Any], _: Path) -> LowRank:
         scale = nodes[0].scale or 1.0
         n = len(nodes[0].layout.stack) + (nodes[0].layout.slots is not None)
         b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
         a = jnp.concatenate([x.a for x in nodes], -1)
-        return joined(nodes, a, jnp.concatenate(b, n), scale)
+        node = joined(nodes, a, jnp.concatenate(b, n), scale)
+        return node._replace(residual=False) if cancels and len(nodes) > 1 else node
 
     return _each(given, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
 

@@ -367,9 +367,11 @@ def test_lora_ga_on_shapes() -> None:
     found = jlora.sketch(model.loss, model.params, rule, [batch], kind="gradient")
     lora = jlora.transform(model.apply, dataclasses.replace(rule, init=lora_ga(found)))
     form = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
-    expected = form(lora.init(jax.random.key(0), model.params, batch))
+    expected = form(made := lora.init(jax.random.key(0), model.params, batch))
     shapes = jax.eval_shape(lambda: model.params)
-    assert form(lora.init(jax.random.key(0), shapes, batch)) == expected
+    abstract = lora.init(jax.random.key(0), shapes, batch)
+    assert form(abstract) == expected
+    assert jax.tree.structure(abstract[1]) == jax.tree.structure(made[1])
     assert form(jax.eval_shape(lora.init, jax.random.key(0), shapes, batch)) == expected
 
 

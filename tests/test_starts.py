@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from typing import Any
 
 import devices
@@ -15,10 +16,11 @@ import pytest
 from cases import CASES, SUBJECTS, Case
 from jax.sharding import PartitionSpec as P
 from own_schemes import Pairs
+from safetensors.numpy import save_file
 from small import KEY, array
 
 import jlora
-from jlora import LoRA, Slots, arithmetic, checkpoint, initializers
+from jlora import LoRA, Slots, arithmetic, checkpoint, initializers, peft
 from jlora.checkpoint._meta import digest
 from jlora.initializers import loftq, milora, miss, olora, pissa, pissa_niter
 
@@ -534,6 +536,75 @@ def test_miss_among_adapters() -> None:
         grads = jax.grad(lambda t, f=apply: f(base, t, jnp.array([0, 1]), x).sum())(table)
         assert not np.any(grads["w"].a)
         assert np.any(grads["w"].b)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_adapters_of_a_changed_base_are_marked(name: str) -> None:
+    """Also under transformations, for DoRA, and by initializers of one's own."""
+    lora, params, base, adapter, x = made("dense", STARTS[name])
+    changed = name != "miss"
+    assert (base["w"] is not params["w"]) == adapter["w"].residual == changed
+    assert ("residual=True" in repr(adapter)) == changed
+    for init in (jax.jit(lora.init), lambda *args: jax.eval_shape(lora.init, *args)):
+        assert init(KEY, params, x)[1]["w"].residual == changed
+    if changed:
+        dora = jlora.transform(dense, jlora.DoRA("w", rank=RANK, init=STARTS[name]))
+        magnitude = dora.init(KEY, params, x)[1]["w"]
+        assert magnitude.residual
+        assert "residual=True" in repr(magnitude)
+
+
+def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
+    """For the parameters: in PEFT's files, merged exports, sums, tables and checkpoints."""
+    lora, params, _, initial, x = made("dense", pissa)
+    adapter = {"w": initial["w"]._replace(b=initial["w"].b + 1)}
+    _, other = jlora.transform(dense, LoRA("w", rank=RANK, alpha=ALPHA)).init(KEY, params, x)
+    names = [peft.Name("w", "model.w", "io")]
+    refusal = re.escape(
+        "`adapter` is for a base that an initializer changed, and not for the parameters that PEFT "
+        "and engines have, at these paths:\n  w\nGive jlora.arithmetic.difference(adapter, initial)"
+        ", where `initial` is what init returned, or merge it with its base. If that base is saved "
+        "in the place of the parameters, give nodes that say so: node._replace(residual=False)."
+    )
+    with pytest.raises(ValueError, match=refusal):
+        peft.save(tmp_path / "adapter", params, adapter, names)
+    with pytest.raises(ValueError, match=refusal):
+        peft.tensors(params, adapter, names)
+    (tmp_path / "model").mkdir()
+    save_file({"model.w.weight": np.zeros((10, 12), "f")}, tmp_path / "model/model.safetensors")
+    with pytest.raises(ValueError, match=refusal):
+        peft.export_merged(tmp_path / "model", adapter, tmp_path / "merged", names=names)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    whole = arithmetic.difference(adapter, initial)
+    peft.save(tmp_path / "adapter", params, whole, names)
+    loaded = peft.load(tmp_path / "adapter", params, names)
+    expected = lora.apply(lora.init(KEY, params, x)[0], adapter, x)
+    np.testing.assert_allclose(lora.apply(params, loaded, x), expected, atol=1e-5)
+    own = {"w": adapter["w"]._replace(residual=False)}
+    assert jax.tree.structure(own) != jax.tree.structure(adapter)
+    peft.tensors(params, own, names)
+
+    mixed = "w: is for the parameters in one, and in another for a base that its start changed"
+    for combine in (
+        arithmetic.add,
+        jlora.many.stack,
+        lambda pair: arithmetic.difference(*pair),
+        lambda pair: jlora.many.insert(jlora.many.stack(pair[:1]), 0, pair[1]),
+    ):
+        with pytest.raises(ValueError, match=mixed):
+            combine([adapter, other])
+    assert arithmetic.add([adapter, initial])["w"].residual
+    assert arithmetic.scale(adapter, 2)["w"].residual
+    assert arithmetic.truncate(adapter, 1)["w"].residual
+    assert arithmetic.difference(adapter, {})["w"].residual
+    assert jlora.many.take(jlora.many.stack([adapter, initial]), 0)["w"].residual
+    assert jlora.many.init(lora, jax.random.split(KEY, 2), params, x)[1]["w"].residual
+
+    checkpoint.save(tmp_path / "checkpoint", adapter, lora.sites.args[1])
+    assert checkpoint.restore(tmp_path / "checkpoint")["w"].residual
+    with pytest.raises(ValueError, match="w: expected residual True, got False"):
+        checkpoint.restore(tmp_path / "checkpoint", like=other)
 
 
 def test_freezing_is_for_initializers_of_ones_own() -> None:

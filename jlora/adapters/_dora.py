@@ -93,6 +93,7 @@ class Decomposed(NamedTuple):
         scale: s, a number without units.
         layout: which axes of W are which.
         materialize: whether W' may be formed where the model leaves no other way.
+        residual: as in `LowRank`.
 
     Examples:
         Weight decay of m would shrink the layer. Decay the rest alone:
@@ -112,6 +113,7 @@ class Decomposed(NamedTuple):
     scale: float
     layout: Layout
     materialize: bool = False
+    residual: bool = False
 
     def __repr__(self) -> str:
         shown = {name: short(getattr(self, name)) for name in _CHILDREN}
@@ -120,6 +122,7 @@ class Decomposed(NamedTuple):
         shown |= {"stack": repr(stack)} if stack else {}
         shown |= {"slots": repr(slots)} if slots is not None else {}
         shown |= {"materialize": "True"} if self.materialize else {}
+        shown |= {"residual": "True"} if self.residual else {}
         return f"Decomposed({', '.join(f'{name}={x}' for name, x in shown.items())})"
 
 
@@ -131,7 +134,7 @@ def _children(x: Decomposed) -> tuple[Any, ...]:
 
 
 def _static(x: Decomposed) -> tuple[Any, ...]:
-    return x.scale, x.layout, x.materialize
+    return x.scale, x.layout, x.materialize, x.residual
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -243,20 +246,22 @@ def decomposed_axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
 
 
 def _start(key: jax.Array, w: Any, site: Any, rule: DoRA) -> tuple[Any, Decomposed]:
-    w, a, b = drawn(key, w, site, rule)
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
+    base, a, b = drawn(key, w, site, rule)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
         raise ValueError(
             f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take norms. "
             "Give arrays, or call init under jax.eval_shape."
         )
-    if _varying(w):
+    if _varying(base):
         raise NotImplementedError(
             f"{rule_name(rule)} takes norms of the whole of {site.path!r}, of which a shard_map "
             "around init has a part. Call init outside of it."
         )
-    m = norms(_How(site.layout, rule.scale), w, a, b)
+    m = norms(_How(site.layout, rule.scale), base, a, b)
     m = m.astype(promote(m.dtype, a.dtype))
-    return w, Decomposed(a, b, m, rule.scale, site.layout, rule.materialize)
+    return base, Decomposed(
+        a, b, m, rule.scale, site.layout, rule.materialize, residual=base is not w
+    )
 
 
 def _gain(node: Decomposed, w: Any) -> jax.Array:

@@ -125,6 +125,8 @@ class LowRank(NamedTuple):
         materialize: whether W + ΔW may be formed where the model leaves no other way.
         key: keys of shape (stack…) while dropout is active, else None. See `jlora.dropout`.
         frozen: `("a",)` or `("b",)` where that factor is not trained, as its initializer wants.
+        residual: whether it is for a base that its initializer changed, such as W - s·A·B, and not
+            for the parameters as they were.
 
     The product is of two factors: twice A and twice B is four times ΔW. To scale ΔW, scale B alone.
 
@@ -146,6 +148,7 @@ class LowRank(NamedTuple):
     materialize: bool = False
     key: jax.Array | None = None
     frozen: tuple[str, ...] = ()
+    residual: bool = False
 
     def __repr__(self) -> str:
         shown = {"a": short(self.a), "b": short(self.b), "scale": repr(self.scale)}
@@ -156,17 +159,18 @@ class LowRank(NamedTuple):
         shown |= {"materialize": "True"} if self.materialize else {}
         shown |= {"key": short(self.key)} if self.key is not None else {}
         shown |= {"frozen": repr(self.frozen)} if self.frozen else {}
+        shown |= {"residual": "True"} if self.residual else {}
         return f"LowRank({', '.join(f'{name}={x}' for name, x in shown.items())})"
 
 
 def _unflatten(static: tuple[Any, ...], children: Any) -> LowRank:
     a, b, key = children
-    scale, layout, dropout, materialize, frozen = static
-    return LowRank(a, b, scale, layout, dropout, materialize, key, frozen)
+    scale, layout, dropout, materialize, *rest = static
+    return LowRank(a, b, scale, layout, dropout, materialize, key, *rest)
 
 
 def _static(x: LowRank) -> tuple[Any, ...]:
-    return x.scale, x.layout, x.dropout, x.materialize, x.frozen
+    return x.scale, x.layout, x.dropout, x.materialize, x.frozen, x.residual
 
 
 # A NamedTuple, so that `flax.serialization` saves it without an import of Flax here; registered,
@@ -254,9 +258,9 @@ def drawn(key: jax.Array, w: Any, site: Any, rule: LoRA) -> tuple[Any, jax.Array
 
 
 def _start(key: jax.Array, w: Any, site: Any, rule: LoRA) -> tuple[Any, LowRank]:
-    w, a, b = drawn(key, w, site, rule)
+    base, a, b = drawn(key, w, site, rule)
     static = {"dropout": rule.dropout, "materialize": rule.materialize, "frozen": rule.frozen}
-    return w, LowRank(a, b, rule.scale, site.layout, **static)
+    return base, LowRank(a, b, rule.scale, site.layout, **static, residual=base is not w)
 
 
 def _form(x: Any) -> tuple[Any, str]:

@@ -138,6 +138,8 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
     for name, value in fields.items():
         if hints[name] is float and not is_finite(value):
             raise TypeError(f"`{name}` must be a number; got {value!r}")
+        if hints[name] is bool and not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be true or false; got {value!r}")
     frozen = fields.get("frozen", ())
     if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
         raise TypeError(f"`frozen` must name arrays of {method.node.__name__}; got {frozen!r}")

@@ -5,7 +5,8 @@ Imports `core`, `quantized`, `_compat`, `_linalg`, `_rules`, `_types`.
 An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W, an array, a
 `jax.ShapeDtypeStruct` or a `jlora.Quantized`; `site` and `rule` say what it is and what is asked
 for; `rule.factor_shapes(site)` gives the shapes of A and B. An initializer may change W, to one of
-the same shape and dtype, which may be a `jlora.Quantized`.
+the same shape and dtype, which may be a `jlora.Quantized`; else it returns the object that it got,
+by which the node's `residual` is known.
 """
 
 from ._eva import eva as eva

@@ -70,8 +70,8 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> Callable[..., tuple[Any, Any, 
         b = b * values.reshape(*values.shape, *[1] * (b.ndim - before - 1))
         missing = [(0, r - n if d == before else 0) for d, n in enumerate(b.shape)]
         b = jnp.pad(b, missing).astype(dtype)
-        if isinstance(w, jax.ShapeDtypeStruct):
-            return w, a, b
+        if isinstance(w, jax.ShapeDtypeStruct):  # another than W, though it looks the same
+            return w.update(shape=w.shape), a, b
         return less(how_of(w, site, rule), w, a, b), a, b
 
     return start

@@ -133,6 +133,16 @@ def stored_as(tensors: Mapping[str, np.ndarray]) -> list[Stored]:
 
 def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
     """Raises, naming every leaf that cannot be written."""
+    residual = [name_of(path) for path, x in found.items() if getattr(x, "residual", False)]
+    if residual:
+        raise ValueError(
+            "`adapter` is for a base that an initializer changed, and not for the parameters that "
+            "PEFT and engines have, at these paths:\n"
+            + "\n".join(f"  {name}" for name in residual)
+            + "\nGive jlora.arithmetic.difference(adapter, initial), where `initial` is what init "
+            "returned, or merge it with its base. If that base is saved in the place of the "
+            "parameters, give nodes that say so: node._replace(residual=False)."
+        )
     wrong = {path: why for path, x in found.items() if (why := _unwritable(x, leaves.get(path)))}
     wrong |= {path: why for path, why in _lone_parts(found, leaves) if path not in wrong}
     if wrong:
