@@ -2,14 +2,17 @@
 
 import json
 import pathlib
+import re
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jlora
 from jlora import peft
 
 PREFIX = "base_model.model."
@@ -164,7 +167,7 @@ REFUSED = {
     ),
     "of_another_base": (
         VERA, {k.replace("up.", "left."): x for k, x in vera().items()},
-        "left: not among the matrices of `checkpoint`",
+        "left: not among the matrices of the base model, such as the folder `checkpoint`",
     ),
     "too_small_projections": (
         VERA, vera() | {"vera_A": normal(2, 7)},
@@ -213,7 +216,7 @@ def test_what_has_no_a_and_b_is_named(name: str, tmp_path: pathlib.Path) -> None
 def test_vera_needs_the_sizes_of_its_base(tmp_path: pathlib.Path) -> None:
     own = written(tmp_path, VERA, vera())
     with pytest.raises(
-        ValueError, match="the folder of the base model, which says how many inputs"
+        ValueError, match="the base model, such as the folder `checkpoint`, which says how many"
     ):
         peft.to_lora(own, tmp_path / "lora")
 
@@ -234,3 +237,148 @@ def test_a_small_file_takes_little_memory(tmp_path: pathlib.Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**26
+
+
+# ------------------------------------------------------------------- loaded, and MiSS written again
+
+NAMES = [peft.Name(r"(\w+)/kernel", r"\1", "io"), peft.Name(r"(\w+)/bias", r"\1", "o", "bias")]
+BASE = {"up": {"kernel": normal(12, 8).T}, "down": {"kernel": normal(8, 12).T}}
+
+
+@every_method
+def test_load_takes_them(name: str, tmp_path: pathlib.Path) -> None:
+    """As LoRA, onto a tree that says how many inputs there are; the A of MiSS stays."""
+    fields, make, formula = METHODS[name]
+    own = written(tmp_path, fields, tensors := make())
+    adapter = peft.load(own, BASE, NAMES)
+    node = adapter["up"]["kernel"]
+    found = node.scale * np.asarray(node.a @ node.b).T
+    np.testing.assert_allclose(found, formula(tensors), rtol=1e-5, atol=1e-5)
+    assert (list(adapter), node.frozen) == (["up"], ("a",) if name == "miss" else ())
+    peft.to_lora(own, tmp_path / "lora", tmp_path / "base")
+    plain = peft.load(tmp_path / "lora", BASE, NAMES)["up"]["kernel"]
+    np.testing.assert_array_equal(plain.a, node.a)
+    np.testing.assert_array_equal(plain.b, node.b)
+    assert plain.scale == node.scale
+
+
+@every_method
+def test_load_misses_what_is_selected(name: str, tmp_path: pathlib.Path) -> None:
+    fields, make, _ = METHODS[name]
+    own = written(tmp_path, fields | {"target_modules": ["up", "down"]}, make())
+    with pytest.raises(ValueError, match=r"down\.weight: selected by adapter_config\.json, but"):
+        peft.load(own, BASE, NAMES)
+
+
+def test_load_reads_no_values_that_are_not_finite(tmp_path: pathlib.Path) -> None:
+    own = written(tmp_path, MISS, {"up.miss_block": np.full((3, 12), np.nan, "f")})
+    with pytest.raises(ValueError, match=r"up\.lora_B\.weight: 36 of 36 values are not finite"):
+        peft.load(own, BASE, NAMES)
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_miss_is_written_as_it_was_read(tmp_path: pathlib.Path) -> None:
+    """Byte for byte, with what is trained beside it; or as LoRA."""
+    fields = {
+        "auto_mapping": None, "base_model_name_or_path": "base", "bias": "MiSS_only",
+        "exclude_modules": None, "inference_mode": True, "init_weights": True,
+        "layers_pattern": None, "layers_to_transform": None, "mini_r": 1, "miss_dropout": 0.25,
+        "modules_to_save": ["down"], "peft_type": "MISS", "peft_version": "0.19.0", "r": 3,
+        "revision": None, "target_modules": ["up"], "task_type": "SEQ_CLS",
+    }  # fmt: skip
+    base = {**BASE, "up": {**BASE["up"], "bias": normal(12)}}
+    tensors = miss() | {"up.base_layer.bias": normal(12), "down.weight": normal(8, 12)}
+    own = written(tmp_path, fields, tensors)
+    (own / "adapter_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True))
+    save_file(
+        {PREFIX + key: x for key, x in tensors.items()},
+        own / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    adapter = peft.load(own, base, NAMES)
+    assert adapter["up"]["kernel"].dropout == 0.25
+    config = peft.read_config(own)
+    peft.save(tmp_path / "again", base, adapter, NAMES, config=config)
+    assert files(tmp_path / "again") == files(own)
+    stored = peft.tensors(base, adapter, NAMES, config=config)
+    assert stored.keys() == {PREFIX + key for key in tensors}
+    peft.save(tmp_path / "plain", base, adapter, NAMES)
+    assert peft.read_config(tmp_path / "plain")["peft_type"] == "LORA"
+
+
+def started(*rules: Any, base: Any = BASE) -> Any:
+    """An adapter of two layers, its B's not zero."""
+
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        return x @ params["up"]["kernel"] @ params["down"]["kernel"]
+
+    _, found = jlora.transform(model, *rules).init(jax.random.key(0), base, np.ones((1, 8), "f"))
+    return jax.tree.map(lambda x, label: x + 1 if label == "b" else x, found, jlora.labels(found))
+
+
+MISS_RULE = jlora.LoRA(rank=3, alpha=6, init=jlora.initializers.miss)
+
+
+def test_miss_of_any_scale_is_written(tmp_path: pathlib.Path) -> None:
+    """The scale is in the block, as PEFT has none."""
+    adapter = started(MISS_RULE)
+    peft.save(tmp_path / "own", BASE, adapter, NAMES, config={"peft_type": "MISS"})
+    assert peft.read_config(tmp_path / "own")["r"] == 3
+    loaded = peft.load(tmp_path / "own", BASE, NAMES)
+    for name in BASE:
+        own, other = adapter[name]["kernel"], loaded[name]["kernel"]
+        assert (other.scale, other.frozen) == (1, ("a",))
+        np.testing.assert_array_equal(other.b, 2 * own.b)
+
+
+NOT_WRITTEN = {
+    "lora": (
+        [jlora.LoRA(rank=3)], {"peft_type": "MISS"},
+        "`adapter` cannot be written as MISS, which `config` asks for:\n"
+        "  down: its A does not repeat the identity, as that of initializers.miss does\n"
+        "  up: its A does not repeat the identity, as that of initializers.miss does\n"
+        "Without that peft_type it is written as LoRA.",
+    ),
+    "two ranks": (
+        [MISS_RULE, jlora.LoRA("down", rank=2, init=jlora.initializers.miss)][::-1],
+        {"peft_type": "MISS"},
+        "its sites have the ranks [2, 3], where MiSS has one for all",
+    ),
+    "dora": ([jlora.DoRA(rank=3)], {"peft_type": "MISS"}, "up: is of DoRA"),
+    "bat": (
+        [MISS_RULE], {"peft_type": "MISS", "init_weights": "bat"},
+        "down: init_weights 'bat' is another method, whose change is no s·A·B",
+    ),
+    "a feature": (
+        [MISS_RULE], {"peft_type": "MISS", "use_dora": True},
+        "`config` cannot be written:\n  use_dora: True is a feature that jlora does not support",
+    ),
+    "vera": (
+        [MISS_RULE], {"peft_type": "VERA"},
+        "`config` cannot be written:\n  peft_type: VERA is read and not written",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_WRITTEN)
+def test_what_is_no_miss_is_not_written(name: str, tmp_path: pathlib.Path) -> None:
+    rules, config, message = NOT_WRITTEN[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        peft.save(tmp_path / "own", BASE, started(*rules), NAMES, config=config)
+    assert not (tmp_path / "own").exists()
+
+
+def test_miss_is_of_linear_modules_and_not_for_vllm() -> None:
+    adapter, config = started(MISS_RULE), {"peft_type": "MISS"}
+    expected = "`profile` 'vllm' is of LoRA, and `config` asks for MISS. Leave peft_type out of it."
+    with pytest.raises(ValueError, match=expected):
+        peft.tensors(BASE, adapter, NAMES, config=config, profile="vllm")
+    names = [peft.Name(r"(\w+)/kernel", r"\1", "io", transposed=True)]
+    with pytest.raises(ValueError, match="fan_in_fan_out: true, of weights that are stored as"):
+        peft.tensors(BASE, adapter, names, config=config)
+    names = [peft.Name(r"(\w+)/kernel", r"\1", "vo")]
+    with pytest.raises(ValueError, match="up: of kind embedding, not linear"):
+        peft.tensors(BASE, adapter, names, config=config)

@@ -31,7 +31,9 @@ CONFIGS = {
     "vera": lambda: hf_peft.VeraConfig(r=4, target_modules=TARGETS, modules_to_save=["head"]),
     "vera_with_biases": lambda: hf_peft.VeraConfig(r=4, target_modules=TARGETS, bias="vera_only"),
     "miss": lambda: hf_peft.MissConfig(r=4, target_modules=TARGETS, init_weights=False),
-    "miss_that_does_not_divide": lambda: hf_peft.MissConfig(r=5, target_modules=TARGETS),
+    "miss_that_does_not_divide": lambda: hf_peft.MissConfig(
+        r=5, target_modules=TARGETS, bias="MiSS_only", modules_to_save=["head"]
+    ),
     "lokr": lambda: hf_peft.LoKrConfig(
         r=2, alpha=3, target_modules=TARGETS, decompose_factor=4, init_weights=False
     ),
@@ -93,6 +95,18 @@ def test_peft_loads_the_same_model(name: str, tmp_path: pathlib.Path) -> None:
     peft.export_merged(base, tmp_path / "lora", tmp_path / "merged")
     from safetensors.torch import load_file
 
+    if name.startswith("miss"):
+        rows = peft.Name(r"(\w+)/kernel", r"\1", "io"), peft.Name(r"(\w+)/bias", r"\1", "o", "bias")
+        params = {
+            m: {"kernel": layer.weight.detach().numpy().T, "bias": layer.bias.detach().numpy()}
+            for m, layer in plain.named_children()
+        }
+        adapter = peft.load(tmp_path / "own", params, rows)
+        config = peft.read_config(tmp_path / "own")
+        peft.save(tmp_path / "again", params, adapter, rows, config=config)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            again, own = (tmp_path / folder / file for folder in ("again", "own"))
+            assert again.read_bytes() == own.read_bytes()
     merged = Model()
     merged.load_state_dict(load_file(tmp_path / "merged/model.safetensors"))
     np.testing.assert_allclose(merged(x).detach(), expected.detach(), atol=2e-5)

@@ -19,7 +19,8 @@ def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, 
 
     MiSS has no scale: give `alpha` = `rank` for s = 1. A has no gradient, and under
     `jlora.optimizer` no moments and no updates; another optimizer that decays weights would shrink
-    it. Its "bat" and "mini" forms are not this one. Files have it as the LoRA that it is.
+    it. Its "bat" and "mini" forms are not this one. PEFT's files have it as the LoRA that it is, or
+    with `peft.save(..., config={"peft_type": "MISS"})` as MiSS.
 
     Args:
         key: a PRNG key, not used.

@@ -1,8 +1,9 @@
 """PEFT's files to an adapter tree: all is checked, then all of it is read."""
 
+import functools
 import os
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,15 @@ import numpy as np
 from .._tree import name_of, nest
 from .._types import PyTree
 from ._arrays import decomposed, low_rank, of_part, replaced, weight, weights
-from ._file import CONFIG, DTYPES, PREFIX, Source, listing, shown
+from ._config import LIMIT
+from ._file import CONFIG, DTYPES, PREFIX, Source, listing, read_json, shown
 from ._names import Leaf, Name, by_row, resolve, tied_to
+from ._others import other_of
 from ._parameters import parts_of, without_biases
-from ._read import Adapter, Part, Stored, read_adapter
+from ._read import Adapter, Part, Stored, parse, read_adapter
+from ._to_lora import as_lora
 from ._tokens import Tokens, lone_heads, misfits, unlike
-from ._values import stored_in, values
+from ._values import stored_in, tensors_of, unfit
 
 
 def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> PyTree:
@@ -26,7 +30,7 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
 
     Args:
         dir: its folder, with `adapter_config.json` and `adapter_model.safetensors`; nothing else
-            in it is read.
+            in it is read. What `to_lora` takes is loaded as LoRA too.
         base: the frozen tree that it adapts, arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
 
@@ -34,6 +38,7 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
         An adapter for `apply` and `merge`: $\Delta W = s \cdot A B$ with A, B of the file's dtype,
         the layers of a scan stacked, `modules_to_save` and biases as leaves in full. Of `use_dora`
         its nodes are those of `DoRA`; of `trainable_token_indices` an embedding has that of `Rows`.
+        The A of MiSS is frozen.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -68,18 +73,17 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
             )
 
     source, where = Source(Path(dir)), "`base` under `names`"
-    adapter, header = read_adapter(source, refuse)
     places = _places(leaves)
     shapes = {name: place.leaf.weight_shape for name, place in places.items()}
+    adapter, read, frozen = _opened(source, shapes, refuse)
     without_biases(adapter)
     parts = parts_of(adapter, shapes, where, ordered=True)
     placed = _placed(adapter, parts, places, leaves)
     refuse(adapter.wrong)
     tokens = [x.v for x in adapter.tokens.values()]
     stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *tokens)
-    found = values(source, header, stored, wrong := list[str]())
-    wrong += _unlike(adapter, placed, found)
-    refuse(wrong)
+    found = read(stored)
+    refuse(unfit(found) + _unlike(adapter, placed, found))
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
     if adapter.fields.get("use_dora") and dropout:
         adapter.idle.append(f"lora_dropout: {dropout} is of training alone, and DoRA here has none")
@@ -88,7 +92,7 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
         arrays = of_part(leaf, [(found[x.a.key], found[x.b.key]) for x in own])
         rank = arrays[0][0].shape[0] // leaf.experts
         scale = own[0].scale * leaf.factor
-        node = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout)
+        node = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout, frozen=frozen)
         ms = [found[x.m.key] for x in own if x.m is not None]
         nodes[leaf.path] = decomposed(leaf, node, ms) if ms else node
     for leaf, own in placed.full:
@@ -96,6 +100,24 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     for leaf, own in placed.rows:
         nodes[leaf.path] = replaced(leaf, own.rows, found[own.v.key])
     return nest(nodes)
+
+
+def _opened(
+    source: Source, shapes: Mapping[str, tuple[int, ...]], refuse: Callable[[Sequence[str]], None]
+) -> tuple[Adapter, Callable[[Iterable[Stored]], dict[str, np.ndarray]], tuple[str, ...]]:
+    """The adapter, what reads its tensors, and which of A and B are not trained."""
+    fields = read_json(source, CONFIG, LIMIT)
+    if other_of(fields) is None:
+        adapter, header = read_adapter(source, refuse)
+        return adapter, functools.partial(tensors_of, source, header), ()
+    made = as_lora(source, fields, shapes)
+    adapter = parse(made.fields, made.tensors, f"`{source.argument}`")
+
+    def read(wanted: Iterable[Stored]) -> dict[str, np.ndarray]:
+        found = made.make()
+        return {x.key: found[x.key] for x in wanted}
+
+    return adapter, read, made.frozen
 
 
 def warn_of_idle(adapter: Adapter) -> None:

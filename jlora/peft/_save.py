@@ -18,6 +18,7 @@ from ._config import DEFAULTS, ROWS_DEFAULTS, dumps, problems
 from ._fields import Fields, frozen_beside, saved_in_full, with_full, with_targets, with_training
 from ._file import CONFIG, PREFIX, TENSORS
 from ._names import Leaf, Name, by_row, resolve, tied_to
+from ._others import asked_for, in_terms_of_lora, written
 from ._parameters import parts_of
 from ._parts import (
     check_one_method,
@@ -65,6 +66,7 @@ def save(
             it has kernels for, with zeros in A and B, and the scales folded into B (alpha = r).
         config: fields of `adapter_config.json` to keep, such as those of `read_config`. Selection,
             ranks and alphas among them are kept where they describe the adapter, else replaced.
+            With `{"peft_type": "MISS"}` what `initializers.miss` started is written as MiSS.
 
     Raises:
         FileExistsError: if `dir` is there and not an empty folder.
@@ -152,11 +154,18 @@ def _files(
     with_rows = [leaf for leaf in leaves if isinstance(found.get(leaf.path), Replaced)]
     check_one_method(own, leaves, found)
     given = dict(config or {})
+    if kind := asked_for(given):
+        config = in_terms_of_lora(given, kind)
+        if profile is not None:
+            raise ValueError(
+                f"`profile` {profile!r} is of LoRA, and `config` asks for {given['peft_type']}. "
+                "Leave peft_type out of it."
+            )
     if base_model is not None:
         given["base_model_name_or_path"] = base_model
     if len(with_rows) == len(found):
         return _rows_alone(given, with_rows, leaves, found, profile)
-    fields = DEFAULTS | given
+    fields = DEFAULTS | (given if kind is None else in_terms_of_lora(given, kind))
     if own:
         fields["use_dora"] = any(isinstance(found[leaf.path], Decomposed) for leaf in own)
     _check_config(fields)
@@ -182,7 +191,7 @@ def _files(
     stored |= {key: weights(leaf, leaf.value)[0] for key, leaf in frozen.items()}
     stored |= {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
     _check_form(fields, stored, leaves)
-    return fields, stored
+    return (fields, stored) if kind is None else written(kind, given, fields, parts, stored)
 
 
 def _rows_alone(

@@ -1,15 +1,16 @@
 """Other methods of PEFT's whose ΔW is s·A·B for some A and B, as LoRA."""
 
+import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ._checkpoint import open_checkpoint
-from ._config import DEFAULTS, LIMIT, features, misformed, problems
+from ._config import DEFAULTS, LIMIT, problems
 from ._file import (
     CONFIG,
     DTYPES,
@@ -17,7 +18,6 @@ from ._file import (
     TENSORS,
     Header,
     Source,
-    brief,
     listing,
     opened,
     read_header,
@@ -25,27 +25,32 @@ from ._file import (
     reader,
     shown,
 )
+from ._others import SELECTION, Fields, in_terms_of_lora, named, problems_of
 from ._parameters import parts_of
 from ._parts import AB, stored_as
-from ._read import parse
+from ._read import Stored, parse
 from ._save import write
 from ._select import Selection, with_scales
-from .others import OTHERS, Form, Other
-
-Fields = dict[str, Any]
+from .others import Form, Other
 
 ROOT = PREFIX.removesuffix("model.")
 LARGEST = 2**32  # bytes of all A and B
-_BIASES = {"vera_only": "lora_only", "MiSS_only": "lora_only"}
-# What these methods have in common with LoRA.
-KEPT = [
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "revision",
-    "task_type",
-]
+
+
+class AsLora(NamedTuple):
+    """An adapter of another method as one of LoRA.
+
+    Attributes:
+        fields: its configuration.
+        tensors: what it holds, before a value is read.
+        frozen: which of A and B are not trained.
+        make: the values, by their keys.
+    """
+
+    fields: Fields
+    tensors: list[Stored]
+    frozen: tuple[str, ...]
+    make: Callable[[], dict[str, np.ndarray]]
 
 
 def to_lora(
@@ -65,7 +70,7 @@ def to_lora(
       $W_2 = P Q$. The rank is at least that of W_2 times the smaller side of W_1; where it is not
       below that of ΔW, as where W_2 is no product, the module is refused.
     - MiSS: $D^\top A$ with an A that repeats the identity. Its other forms, "bat" and "mini", are
-      refused. It comes out as LoRA whose A may be trained; `initializers.miss` freezes it.
+      refused. It comes out as LoRA whose A may be trained; `load` freezes it.
 
     Args:
         dir: the adapter's folder.
@@ -88,20 +93,31 @@ def to_lora(
         >>> adapter = peft.load("as_lora", base, peft.LLAMA)  # doctest: +SKIP
     """
     source = Source(Path(dir))
-    fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
-    kind = _kind(fields)
-    _refuse(_problems(fields, kind))
     shapes = {} if checkpoint is None else open_checkpoint(checkpoint, "checkpoint").shapes
-    forms, others = _forms(fields, kind, header, shapes)
+    made = as_lora(source, read_json(source, CONFIG, LIMIT), shapes)
+    _check(made.fields, tensors := made.make())
+    write(out_dir, "`out_dir`", made.fields, tensors)
+
+
+def as_lora(source: Source, fields: Fields, shapes: Mapping[str, tuple[int, ...]]) -> AsLora:
+    """The adapter of a folder and its configuration; `shapes` are those of the base, if known."""
+    kind, header = named(fields), read_header(source)
+    _refuse(problems_of(fields, kind))
+    forms, others, absent = _forms(fields, kind, header, shapes)
     selection = Selection(DEFAULTS | kind.scales(fields), "`dir`")
     selection.prepare(forms)
     scales = {module: (form.a[0], selection.scale(module)) for module, form in forms.items()}
-    tensors = _tensors(source, header, kind, forms, others)
-    kept = {key: fields[key] for key in KEPT if key in fields}
-    kept["bias"] = _BIASES.get(fields.get("bias", "none"), fields.get("bias", "none"))
-    new = with_scales(DEFAULTS | kept | {"target_modules": list(forms)}, scales)
-    _check(new, tensors)
-    write(out_dir, "`out_dir`", new, tensors)
+    own = in_terms_of_lora(fields, kind)
+    if absent or own.get("target_modules") is None:
+        own |= {**dict.fromkeys(SELECTION), "target_modules": list(forms)}
+    tensors = [
+        Stored(f"{PREFIX}{module}{end}", "F32", shape)
+        for module, form in forms.items()
+        for end, shape in zip(AB, (form.a, form.b), strict=True)
+    ]
+    tensors += [Stored(key, header.entries[key].dtype, header.entries[key].shape) for key in others]
+    make = functools.partial(_tensors, source, header, kind, forms, others)
+    return AsLora(with_scales(DEFAULTS | own, scales), tensors, kind.frozen, make)
 
 
 def _refuse(wrong: Sequence[str]) -> None:
@@ -109,35 +125,13 @@ def _refuse(wrong: Sequence[str]) -> None:
         raise ValueError(f"`dir`: the adapter has no form in LoRA. {listing(wrong)}")
 
 
-def _kind(fields: Fields) -> Other:
-    name = fields.get("peft_type")
-    if not isinstance(name, str) or name not in OTHERS:
-        raise ValueError(
-            f"`dir`: peft_type of {CONFIG} must be one of {', '.join(OTHERS)}; got {brief(name)}."
-        )
-    return OTHERS[name]
-
-
-def _problems(fields: Fields, kind: Other) -> list[str]:
-    """Why the configuration is none of the kind, or changes what is computed."""
-    wrong = [
-        f"{key}: {brief(value)} is a feature that jlora does not support"
-        for key, value in features(fields).items()
-        if key not in kind.fields
-    ]
-    for key in kind.ranks:
-        wrong += [key + why.removeprefix("r") for why in misformed({"r": fields.get(key)})]
-    wrong += misformed({key: x for key, x in fields.items() if key == "lora_alpha"})
-    return wrong or misformed(kind.scales(fields))
-
-
 # ------------------------------------------------------------------------------- what the file has
 
 
 def _forms(
     fields: Fields, kind: Other, header: Header, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Form], list[str]]:
-    """The form of each module, and the keys of what is no part of one."""
+) -> tuple[dict[str, Form], list[str], bool]:
+    """The form of each module, the keys of what is no part of one, and whether some have none."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     shared, others, wrong = dict[str, tuple[int, ...]](), list[str](), list[str]()
     for key, entry in header.entries.items():
@@ -169,7 +163,7 @@ def _forms(
     size = sum(4 * (math.prod(form.a) + math.prod(form.b)) for form in forms.values())
     if size > LARGEST:
         _refuse([f"A and B would take {size / 2**30:.1f} GiB; at most {LARGEST >> 30} are written"])
-    return forms, others
+    return forms, others, len(forms) < len(found)
 
 
 def _tensors(

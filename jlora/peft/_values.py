@@ -15,20 +15,29 @@ def values(
     source: Source, header: Header, wanted: Iterable[Stored], wrong: list[str]
 ) -> dict[str, np.ndarray]:
     """Tensors by their keys; those that are not finite, or mean nothing, are added to `wrong`."""
+    wrong += unfit(found := tensors_of(source, header, wanted))
+    return found
+
+
+def tensors_of(source: Source, header: Header, wanted: Iterable[Stored]) -> dict[str, np.ndarray]:
+    """Tensors by their keys."""
     with opened(source, TENSORS) as (file, _):
         read = reader(file, header)
-        found = {x.key: read(x.key) for x in wanted}
-    wrong += [
+        return {x.key: read(x.key) for x in wanted}
+
+
+def unfit(found: Mapping[str, np.ndarray]) -> list[str]:
+    """Which of the tensors are not finite, or mean nothing."""
+    wrong = [
         f"{shown(key)}: {n} of {x.size} values are not finite"
         for key, x in found.items()
         if (n := x.size - np.count_nonzero(np.isfinite(x)))
     ]
-    wrong += [
+    return wrong + [
         f"{shown(key)}: all of its {x.size} values are 0, with which the module gives nothing"
         for key, x in found.items()
         if key.endswith(MAGNITUDE) and not x.any()
     ]
-    return found
 
 
 def with_values(parts: Iterable[Part], found: Mapping[str, np.ndarray]) -> list[Part]:

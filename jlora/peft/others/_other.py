@@ -10,9 +10,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 Arrays = Mapping[str, np.ndarray]
 
 UNKNOWN = (
-    "not among the matrices of `checkpoint`, the folder of the base model, which says how many "
-    "inputs it has"
+    "not among the matrices of the base model, such as the folder `checkpoint`, which says how "
+    "many inputs it has"
 )
+# Fields of its own, and tensors without PEFT's prefix; or why it is none.
+Written = tuple[Fields, dict[str, np.ndarray]] | list[str]
 
 
 class Form(NamedTuple):
@@ -29,6 +31,18 @@ class Form(NamedTuple):
     make: Callable[[Arrays], tuple[np.ndarray, np.ndarray]]
 
 
+class Back(NamedTuple):
+    """How adapters of LoRA are written.
+
+    Attributes:
+        defaults: all fields that PEFT writes.
+        make: what A and s·B of each module are, in PEFT's layout.
+    """
+
+    defaults: Fields
+    make: Callable[[Mapping[str, tuple[np.ndarray, np.ndarray]]], Written]
+
+
 class Other(NamedTuple):
     """A method.
 
@@ -40,6 +54,10 @@ class Other(NamedTuple):
         form: `(fields, shapes, inputs) -> Form`, of the shapes by those names; or why there is
             none. `inputs` are those of the module if the base model is known.
         scales: the fields by which LoRA has the same scales.
+        bias: what its field `bias` is where LoRA's is `lora_only`.
+        dropout: the field that is LoRA's `lora_dropout`.
+        frozen: `("a",)` where A is not trained.
+        back: how LoRA is written so; None where it is only read.
     """
 
     fields: frozenset[str]
@@ -48,6 +66,10 @@ class Other(NamedTuple):
     shared: tuple[str, ...]
     form: Callable[[Fields, Shapes, int | None], Form | str]
     scales: Callable[[Fields], Fields]
+    bias: str = "lora_only"
+    dropout: str = ""
+    frozen: tuple[str, ...] = ()
+    back: Back | None = None
 
 
 def no_matrices(shapes: Shapes, *names: str) -> str | None:

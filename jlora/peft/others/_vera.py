@@ -34,4 +34,6 @@ VERA = Other(
     shared=("vera_A", "vera_B"),
     form=_vera,
     scales=lambda fields: {"r": 1, "lora_alpha": 1},
+    bias="vera_only",
+    dropout="vera_dropout",
 )
