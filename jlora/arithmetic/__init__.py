@@ -1,0 +1,22 @@
+r"""Sums, differences and merges of adapters, on what they mean: ΔW, never on A and B apart.
+
+Imports `_alike`, `_linalg`, `_tree`, `_types`, `adapters`, `core`.
+
+The sum of two ΔW has their factors side by side, $[A_1, A_2] [B_1; B_2]$: exact, and of the sum of
+the ranks. A·G and G⁻¹·B are other factors of the same ΔW, for which nothing here gives another ΔW.
+
+Leaves that are trained in full count as the change W' - W of the base, which must then be given.
+All functions are pure, and work under `jax.jit` and `jax.vmap` but where they say otherwise.
+
+On a mesh `add`, `scale` and `difference` move nothing. The others factor A and B by blocks of rows,
+whose triangles of r columns are gathered: about r rows for each part of A or B in all, or A or B
+itself where its parts have fewer than 4·r rows. Of leaves in full `ties` adds up counts. Nothing of
+W's size is moved, and the result lies as A and B do.
+"""
+
+from ._dare import dare as dare
+from ._sum import add as add
+from ._sum import difference as difference
+from ._sum import scale as scale
+from ._ties import ties as ties
+from ._truncate import truncate as truncate

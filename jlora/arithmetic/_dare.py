@@ -1,0 +1,70 @@
+"""DARE."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from .._tree import fold
+from .._types import Path, PyTree
+from ._matrices import in_core_space
+from ._trees import Weights, check_density, checked, each
+
+
+def dare(
+    adapters: Sequence[PyTree],
+    weights: Weights = None,
+    *,
+    key: jax.Array,
+    density: float = 0.5,
+    base: PyTree = None,
+) -> PyTree:
+    r"""DARE merging: the sum of changes of which entries are dropped and the others rescaled.
+
+    $\Delta W = \sum_i w_i \, m_i \odot \Delta W_i / p$ where an entry of the mask $m_i$ is 1 with
+    probability p, the `density`, and else 0. Its expectation is `add`. As in `ties` the entries are
+    those in the core space.
+
+    Args:
+        adapters: adapters of one base.
+        weights: $w_i$, numbers or an array of shape (adapters,); 1 unless told.
+        key: a PRNG key; it is folded with each path and adapter.
+        density: p, in (0, 1].
+        base: the parameters that the adapters are for, needed for leaves trained in full.
+
+    Returns:
+        An adapter; see `truncate` for a smaller rank.
+
+    Raises:
+        TypeError: if `adapters` are none.
+        ValueError: if `density` is out of range, or sites do not fit one another; all paths are
+            named.
+
+    Source: Yu et al., arXiv 2311.03099.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> from jlora import analysis, arithmetic
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
+        >>> same = arithmetic.dare([one], key=jax.random.key(0), density=1.0)["w"]
+        >>> round(float(analysis.distance(same, one["w"])), 5)
+        0.0
+    """
+    check_density(density)
+    given = checked(adapters, weights, base, "`adapters` cannot be combined")
+
+    def keys(path: Path) -> jax.Array:
+        return jax.random.split(fold(key, path), len(given.trees))
+
+    def dropped(x: jax.Array, key: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(key, density, x.shape) * x / density
+
+    def merge(deltas: Sequence[jax.Array], keys: jax.Array) -> jax.Array:
+        return sum(map(dropped, deltas, keys), start=jnp.zeros(()))
+
+    return each(
+        given,
+        lambda nodes, w, path: in_core_space(nodes, w, merge, keys(path)),
+        lambda deltas, path: merge(deltas, keys(path)),
+    )

@@ -1,0 +1,121 @@
+"""Exact sums, of factors side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._alike import joined
+from .._types import Path, PyTree
+from ..adapters import LowRank
+from ._trees import Given, Weights, check_finite, checked, each, is_one
+
+
+def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = None) -> PyTree:
+    r"""The exact sum $\Delta W = \sum_i w_i \, \Delta W_i$.
+
+    At each site A is $[A_1, A_2, \ldots]$ and B is $[w_1 B_1; w_2 B_2; \ldots]$. The rank is the
+    sum of the ranks; see `truncate` for a smaller one. Adapters may differ in ranks, scales, slots
+    and sites: where one has no site, its ΔW is 0.
+
+    Args:
+        adapters: adapters of one base, `{}` among them if need be.
+        weights: $w_i$, numbers or an array of shape (adapters,); 1 unless told.
+        base: the parameters that the adapters are for. Needed where leaves are trained in full:
+            these become $W + \sum_i w_i (W_i - W)$. One that a single adapter has, of weight 1,
+            stays as it is without.
+
+    Returns:
+        An adapter. Its dropout is that of the sites where all agree, else 0.
+
+    Raises:
+        TypeError: if `adapters` are none.
+        ValueError: if sites do not fit one another, or cannot be added; all paths are named.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jlora import arithmetic
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> arithmetic.add([one, one], [1.0, -0.5])
+        {'w': LowRank(a=float32[4,4], b=float32[4,3], scale=1.0)}
+    """
+    return _summed(checked(adapters, weights, base, "`adapters` cannot be combined"))
+
+
+def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) -> PyTree:
+    r"""The adapter of $c \cdot \Delta W$: B times c, A as it is. The negation is that by -1.
+
+    Args:
+        adapter: an adapter.
+        factor: c.
+        base: the parameters that the adapter is for, needed for leaves trained in full.
+
+    Returns:
+        An adapter of the same structure.
+
+    Raises:
+        TypeError: if `adapter` is none.
+        ValueError: if it cannot be scaled; all paths are named.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jlora import arithmetic
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> float(arithmetic.scale(one, -0.5)["w"].b[0, 0])
+        -0.5
+    """
+    check_finite("factor", [factor])
+    return _summed(checked([adapter], [factor], base, "`adapter` cannot be scaled"))
+
+
+def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
+    r"""The exact difference $\Delta W = \Delta W_1 - \Delta W_2$, of the sum of the ranks.
+
+    Where an initializer changed the base to $W - \Delta W_2$ this is the adapter of W itself.
+
+    Args:
+        adapter: the first.
+        other: what is taken away.
+        base: the parameters that both are for, needed for leaves trained in full.
+
+    Returns:
+        An adapter.
+
+    Raises:
+        TypeError: if one is no adapter.
+        ValueError: if sites do not fit one another; all paths are named.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jlora import analysis, arithmetic
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> round(float(analysis.norm(arithmetic.difference(one, one)["w"])), 5)
+        0.0
+    """
+    what = "`other` cannot be subtracted from `adapter`"
+    return _summed(checked([adapter, other], [1.0, -1.0], base, what), cancels=True)
+
+
+def _summed(given: Given, cancels: bool = False) -> PyTree:
+    """The exact sum, of factors side by side; what a start took from the base may cancel in it."""
+
+    def low_rank(nodes: list[LowRank], w: list[Any], _: Path) -> LowRank:
+        scale = nodes[0].scale or 1.0
+        n = len(nodes[0].layout.stack) + (nodes[0].layout.slots is not None)
+        b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
+        a = jnp.concatenate([x.a for x in nodes], -1)
+        node = joined(nodes, a, jnp.concatenate(b, n), scale)
+        return node._replace(residual=False) if cancels and len(nodes) > 1 else node
+
+    return each(given, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
+
+
+def _times(b: jax.Array, *factors: Any) -> jax.Array:
+    """B times numbers, in B's dtype; as it is where all are 1."""
+    for x in factors:
+        b = b if is_one(x) else (b * x).astype(b.dtype)
+    return b

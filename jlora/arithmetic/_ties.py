@@ -1,0 +1,86 @@
+"""TIES."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from .._types import PyTree
+from ._matrices import in_core_space
+from ._trees import Weights, check_density, checked, each
+
+
+def ties(
+    adapters: Sequence[PyTree],
+    weights: Weights = None,
+    *,
+    density: float = 0.2,
+    base: PyTree = None,
+) -> PyTree:
+    r"""TIES merging: of each adapter what is largest, and where signs differ, what most agree on.
+
+    Of the weighted changes $M_i = w_i \Delta W_i$ the entries of largest magnitude are kept, a
+    share `density`; the others become 0. The sign of an entry is that of $\sum_i M_i$. The result
+    is the mean over the adapters whose entry has that sign.
+
+    The entries are those in the *core space* of the adapters: coordinates along the singular
+    vectors of all ΔW side by side, and of all ΔW one above the other, in which a ΔW is a matrix of
+    at most Σr × Σr. Nothing is lost, and the result has a rank of at most Σr: on the entries of ΔW
+    themselves it would have full rank, and be no adapter. Leaves trained in full are merged by
+    their own entries.
+
+    Args:
+        adapters: adapters of one base.
+        weights: $w_i$, numbers or an array of shape (adapters,); 1 unless told.
+        density: the share of entries to keep, in (0, 1]; of each matrix.
+        base: the parameters that the adapters are for, needed for leaves trained in full.
+
+    Returns:
+        An adapter; see `truncate` for a smaller rank.
+
+    Raises:
+        TypeError: if `adapters` are none.
+        ValueError: if `density` is out of range, or sites do not fit one another; all paths are
+            named.
+
+    Source: Yadav et al., arXiv 2306.01708; the core space: Panariello et al., arXiv 2509.17786.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jlora import arithmetic
+        >>> layout = jlora.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
+        >>> merged = arithmetic.ties([one, one], density=1.0)["w"]
+        >>> round(float((merged.a @ merged.b)[0, 0]), 5)  # a mean, not a sum
+        1.0
+    """
+    check_density(density)
+    given = checked(adapters, weights, base, "`adapters` cannot be combined")
+
+    def merge(deltas: Sequence[jax.Array], matrix: int = 2) -> jax.Array:
+        kept = jnp.stack([_largest(x, density, matrix) for x in deltas])
+        agrees = (kept * jnp.sign(sum(kept)) > 0).astype(kept.dtype)
+        return (kept * agrees).sum(0) / jnp.maximum(agrees.sum(0), 1)
+
+    return each(
+        given,
+        lambda nodes, w, _: in_core_space(nodes, w, merge),
+        lambda deltas, _: merge(deltas, deltas[0].ndim),
+    )
+
+
+def _largest(x: jax.Array, density: float, matrix: int) -> jax.Array:
+    """`x`, of each matrix of its last axes the largest entries alone, others 0."""
+    axes = tuple(range(-matrix, 0))
+    count = max(1, round(density * math.prod(x.shape[-matrix:])))
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+    # The least that is kept, bit by bit: sorting would bring all entries to one place.
+    def with_bit(i: jax.Array, least: jax.Array) -> jax.Array:
+        more = least | (jnp.ones_like(least) << (bits.dtype.itemsize * 8 - 1 - i))
+        return jnp.where((bits >= more).sum(axes, keepdims=True) >= count, more, least)
+
+    start = jnp.zeros_like(bits.max(axes, keepdims=True))
+    least = jax.lax.fori_loop(0, 8 * bits.dtype.itemsize, with_bit, start)
+    return jnp.where(bits >= least, x, 0)
