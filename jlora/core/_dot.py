@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import RANK, Axis, Factor, Unfactorable
+from ._change import Change, Delta
 from ._cpu import plan, rounds
 from ._explicit import explicit
 from ._interpret import Equation, rule
@@ -16,7 +17,7 @@ from ._linear import OTHER, Roles, ordered, plus_deltas, product
 from ._packed import Packed
 from ._product import Spec, is_kept, letters, lowrank, promote
 from ._summed import summed
-from ._weight import Change, Delta, Weight, value_of
+from ._weight import Weight, value_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,11 @@ import numpy as np
 from jax import lax
 
 from ._axes import RANK, Axis, Factor, Unfactorable
+from ._change import Delta
 from ._interpret import Equation, rule
 from ._linear import OTHER, Roles, ordered, product
 from ._product import promote
-from ._weight import Delta, Weight
+from ._weight import Weight
 
 
 @rule("ragged_dot_general", multiplies=True)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import Axis, Factor, Unfactorable
+from ._change import Delta, plus
 from ._product import promote
-from ._weight import Delta, Weight, plus
+from ._weight import Weight
 
 OTHER = Axis(-2)  # of an activation, not of the weight
 LEAST = 2.0**-60  # a gain

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._axes import RANK, Axis, Factor, Unfactorable
+from ._change import Change, Delta
 from ._interpret import Equation, rule
 from ._linear import Roles, plus_deltas, times
 from ._packed import Packed
-from ._weight import Change, Delta, Weight
+from ._weight import Weight
 
 
 @rule("gather", multiplies=True)

@@ -10,10 +10,11 @@ from jax import lax
 
 from .. import _compat
 from ._axes import REPEATED, Axis, Factor, Unfactorable
+from ._change import Change, is_factor
 from ._interpret import Equation, rule
 from ._packed import Packed, mesh_axes
 from ._product import promote
-from ._weight import Change, Weight, is_factor, value_of
+from ._weight import Weight, value_of
 
 # ---------------------------------------------------------------- element for element, as it is
 

@@ -1,13 +1,9 @@
-r"""A weight on its way through the model, with the change that an adapter makes to it.
+"""A weight on its way through the model, with the change that an adapter makes to it.
 
-$$W' = g \odot \Big(W + \sum_i s_i A_i B_i\Big)$$
-
-where each $A_i B_i$ is summed over the rank, and the gain g is constant along some axes of W. That
-is all that the interpreter knows of any method. ΔW is never formed on the way.
+ΔW is never formed on the way.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
 from ._axes import (
-    RANK,
     Along,
     Axis,
     Factor,
@@ -27,126 +22,12 @@ from ._axes import (
     new_names,
     reshape_groups,
 )
+from ._change import Change, Delta
 from ._explicit import explicit
 from ._packed import Packed, laid, mesh_axes, unpacked_for
-from ._product import einsum, gated, letters, promote
+from ._product import promote
 from ._trace import abstract
 from ._uses import Uses
-
-FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """ΔW = scale · A·diag(gate)·B; with keys, as a map of activations, a dropout before A.
-
-    With a `gating` of its own, which takes x·A and the gate, it is a map of activations alone.
-    """
-
-    a: Factor
-    b: Factor
-    scale: float = dataclasses.field(metadata={"static": True})
-    key: Factor | None = None
-    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
-    gate: Factor | None = None  # along the rank; where it is 0, x·A may be anything
-    gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
-        default=gated, metadata={"static": True}
-    )
-
-    def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
-        """ΔW, of length 1 along axes of W that neither A nor B follows."""
-        wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
-        a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
-        a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
-        return _sum_over_rank(tuple(axes), self.gated_factor(a), b)
-
-    def gated(self, h: jax.Array, axes: Sequence[Axis]) -> jax.Array:
-        """What the gate lets through of the activation `h`, which has the axes `axes`."""
-        return h if self.gate is None else self.gating(h, self.gate.arranged(axes))
-
-    def gated_factor(self, f: Factor) -> Factor:
-        """A·diag(gate) of A, or of the factor that comes first; `Unfactorable` if it is none."""
-        if not self.is_matrix:
-            raise Unfactorable("it would be multiplied with what is no activation")
-        return f.replace(self.gated(f.value, f.axes))
-
-    def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
-        """A and B, first the one to contract an activation with over `contracted`."""
-        in_a, in_b = (sum(axis in f.axes for axis in contracted) for f in (self.a, self.b))
-        return (self.a, self.b) if in_a >= in_b else (self.b, self.a)
-
-    def drop(self, x: jax.Array) -> jax.Array:
-        """Drops entries of the input `x` of A with probability `dropout`, and rescales the rest.
-
-        Where it is no matrix, `x` gets no gradient from it.
-        """
-        if not self.is_matrix:
-            return lax.stop_gradient(x)
-        if self.key is None:
-            return x
-        key = self.key.value if self.key.value.ndim == 0 else self.key.value.ravel()[0]
-        # Inside the model's own shard_map, each shard of x has inputs of its own.
-        for axis in sorted(_compat.varying(x) - _compat.varying(key), key=str):
-            key = jax.random.fold_in(key, lax.axis_index(axis))
-        keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros((), x.dtype))
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether there is a ΔW, rather than a map of activations alone."""
-        return self.gating is gated
-
-    @property
-    def is_row(self) -> bool:
-        """Whether ΔW costs no more than an activation: A or B has an entry for each of the rank."""
-        return self.is_matrix and (self.a.is_row or self.b.is_row)
-
-
-class NotInvertibleError(ValueError):
-    """The weight before a change does not follow from that after it."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """What an adapter makes of W: gain · (W + the sum of the deltas).
-
-    Attributes:
-        deltas: the ΔW.
-        gain: the gain, or None.
-        invertible: whether the deltas are the same ones of the changed W.
-    """
-
-    deltas: tuple[Delta, ...] = ()
-    gain: Factor | None = None
-    invertible: bool = dataclasses.field(default=True, metadata={"static": True})
-
-    def map(self, f: Callable[[Factor], Any]) -> "Change":
-        """`f` of each factor."""
-        return jax.tree.map(f, self, is_leaf=is_factor)
-
-    def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
-        """The changed `w`, computed in float32 or better and rounded once to its dtype.
-
-        With `sign` -1 the weight of which `w` is the changed one.
-        """
-        if self.gain is not None and sign < 0:
-            raise NotInvertibleError("its gain may depend on the weight before")
-        if not self.invertible and sign < 0:
-            raise NotInvertibleError("it depends on the weight before")
-        wide = promote(w.dtype, jnp.float32)
-        delta = sum((d.materialized(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
-        if self.deltas:
-            w = plus(w if self.gain is None else w.astype(wide), sign * delta)
-        if self.gain is None:
-            return w
-        return (w.astype(wide) * self.gain.arranged(axes).astype(wide)).astype(w.dtype)
-
-
-def is_factor(x: Any) -> bool:
-    """Whether `x` is a `Factor`."""
-    return isinstance(x, Factor)
 
 
 class Source(NamedTuple):
@@ -437,60 +318,3 @@ def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Wei
 def value_of(x: Any) -> Any:
     """W of a `Weight`; an array as it is."""
     return x.array if isinstance(x, Weight) else x
-
-
-@jax.custom_jvp
-def plus(w: jax.Array, change: jax.Array) -> jax.Array:
-    """W + ΔW in float32 or better, rounded once."""
-    # A change of zero leaves every bit, also of -0.0 and of subnormals; the derivative is a sum's.
-    wide = promote(w.dtype, jnp.float32)
-    old = w.astype(wide)
-    new = old + change.astype(wide)
-    return jnp.where(new == old, old, new).astype(w.dtype)
-
-
-@plus.defjvp
-def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    wide = promote(primals[0].dtype, jnp.float32)
-    tangent = tangents[0].astype(wide) + tangents[1].astype(wide)
-    return plus(*primals), tangent.astype(primals[0].dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
-    """A·B with the axes `axes`, of length 1 where neither factor follows.
-
-    Of low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
-    size of W is written for it. Its derivative is matrix products.
-    """
-    rank = a.length(RANK)
-    return _outer_products(axes, a, b) if rank <= FUSED else _matrix_product(axes, a, b)
-
-
-@_sum_over_rank.defjvp
-def _sum_over_rank_jvp(
-    axes: tuple[Axis, ...], primals: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
-    (a, b), (da, db) = primals, tangents
-    return _sum_over_rank(axes, a, b), _matrix_product(axes, da, b) + _matrix_product(axes, a, db)
-
-
-def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
-    def column(f: Factor, r: int) -> jax.Array:
-        value = lax.index_in_dim(f.value, r, f.axis(RANK), keepdims=False)
-        return f.replace(value, [x for x in f.axes if x != RANK]).arranged(axes)
-
-    return functools.reduce(jnp.add, [column(a, r) * column(b, r) for r in range(a.length(RANK))])
-
-
-def _matrix_product(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
-    names = lettered(axes)
-    known = [axis for axis in axes if axis in a.axes or axis in b.axes]
-    out = "".join(names[axis] for axis in known)
-    delta = einsum(a.label(names), b.label(names), out, a.value, b.value, precision="highest")
-    return lax.expand_dims(delta, [i for i, axis in enumerate(axes) if axis not in known])
-
-
-def lettered(axes: Sequence[Axis]) -> dict[Axis, str]:
-    """A letter for each axis and for the rank."""
-    return dict(zip(axes, letters(len(axes)), strict=True)) | {RANK: "Z"}
