@@ -3,25 +3,23 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import name_of, nest
+from .._tree import nest
 from .._types import PyTree
-from ._arrays import decomposed, low_rank, of_part, replaced, weight, weights
+from ._arrays import decomposed, low_rank, of_part, replaced, weight
 from ._config import LIMIT
-from ._file import CONFIG, DTYPES, PREFIX, Source, listing, read_json, shown
-from ._names import Leaf, Name, by_row, resolve, tied_to
+from ._file import CONFIG, Source, listing, read_json
+from ._names import Name, by_row, resolve
 from ._others import other_of
 from ._parameters import parts_of, without_biases
-from ._read import Adapter, Part, Stored, parse, read_adapter
+from ._places import differing, places_of, put_in_place
+from ._read import Adapter, Stored, parse, read_adapter
 from ._to_lora import as_lora
-from ._tokens import Tokens, lone_heads, misfits, unlike
 from ._values import stored_in, tensors_of, unfit
 
 
@@ -73,17 +71,17 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
             )
 
     source, where = Source(Path(dir)), "`base` under `names`"
-    places = _places(leaves)
+    places = places_of(leaves)
     shapes = {name: place.leaf.weight_shape for name, place in places.items()}
     adapter, read, frozen = _opened(source, shapes, refuse)
     without_biases(adapter)
     parts = parts_of(adapter, shapes, where, ordered=True)
-    placed = _placed(adapter, parts, places, leaves)
+    placed = put_in_place(adapter, parts, places, leaves)
     refuse(adapter.wrong)
     tokens = [x.v for x in adapter.tokens.values()]
     stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *tokens)
     found = read(stored)
-    refuse(unfit(found) + _unlike(adapter, placed, found))
+    refuse(unfit(found) + differing(adapter, placed, found))
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
     if adapter.fields.get("use_dora") and dropout:
         adapter.idle.append(f"lora_dropout: {dropout} is of training alone, and DoRA here has none")
@@ -124,206 +122,3 @@ def warn_of_idle(adapter: Adapter) -> None:
     """Says what of a configuration names nothing, as PEFT takes such."""
     if adapter.idle:
         warnings.warn(f"{CONFIG} of the adapter: {'; '.join(adapter.idle[:9])}.", stacklevel=3)
-
-
-class _Place(NamedTuple):
-    """A parameter of PyTorch: one of the modules of a leaf, or the head that shares its weight."""
-
-    leaf: Leaf
-    at: int
-    is_head: bool = False
-
-
-class _Placed(NamedTuple):
-    """Leaves with what they are made of, module by module; and frozen weights."""
-
-    low: list[tuple[Leaf, list[Part]]]
-    full: list[tuple[Leaf, list[Stored]]]
-    rows: list[tuple[Leaf, Tokens]]
-    heads: list[tuple[Part, Part]]
-    tied_rows: list[tuple[Tokens, Tokens]]
-    frozen: list[tuple[_Place, Stored]]
-
-
-def _places(leaves: Sequence[Leaf]) -> dict[str, _Place]:
-    return {
-        parameter: _Place(leaf, i) for leaf in leaves for i, parameter in enumerate(leaf.parameters)
-    }
-
-
-def _placed(
-    adapter: Adapter,
-    parts: Sequence[Part],
-    places: Mapping[str, _Place],
-    leaves: Sequence[Leaf],
-) -> _Placed:
-    """Where all of an adapter belongs; what has no place is added to `adapter.wrong`."""
-    wrong = adapter.wrong
-    tied = {f"{head}.weight": leaf for leaf in leaves if (head := tied_to(leaf, leaves))}
-    everywhere = {**{head: _Place(leaf, 0, True) for head, leaf in tied.items()}, **places}
-    low, full = dict[str, Part](), dict[str, Stored]()
-    for part in parts:
-        if (place := everywhere.get(part.name)) is None:
-            wrong.append(f"{_shown(part)}: unexpected; names no leaf of `base` under `names`")
-        elif bad := _misfits(part, place):
-            wrong += bad
-        else:
-            low[part.name] = part
-    shared = {leaf.path for leaf in tied.values()}
-    for name, x in adapter.full.items():
-        if (place := places.get(name)) is None:
-            wrong.append(f"{shown(x.key)}: unexpected; names no leaf of `base` under `names`")
-        elif place.leaf.path in shared:
-            wrong.append(
-                f"{shown(x.key)}: saved in full, which is not supported for an embedding that is "
-                "tied to the head"
-            )
-        elif place.leaf.name.part:
-            wrong.append(f"{shown(x.key)}: saved in full, but its parts are leaves of `base`")
-        elif bad := _misshapen(x, place.leaf.weight_shape):
-            wrong += bad
-        else:
-            full[name] = x
-    frozen = [(place, x) for n, x in adapter.frozen.items() if (place := everywhere.get(n))]
-    wrong += [p for place, x in frozen for p in _misshapen(x, place.leaf.weight_shape)]
-    heads = [
-        pair
-        for name, leaf in tied.items()
-        if (pair := _both(low.pop(name, None), low.get(f"{leaf.modules[0]}.weight"), leaf, wrong))
-    ]
-    rows, tied_rows = _rows(adapter, everywhere, wrong)
-    low, full = _whole(low, leaves, wrong), _whole(full, leaves, wrong)
-    return _Placed(low, full, rows, heads, tied_rows, frozen)
-
-
-def _rows(
-    adapter: Adapter, places: Mapping[str, _Place], wrong: list[str]
-) -> tuple[list[tuple[Leaf, Tokens]], list[tuple[Tokens, Tokens]]]:
-    """The embeddings with rows, and the heads that are tied to some; `wrong` gets all else."""
-    rows, heads = [], []
-    for name, x in adapter.tokens.items():
-        place = places.get(name)
-        if place is None:
-            why = "unexpected; names no leaf of `base` under `names`"
-        elif place.is_head:
-            table = adapter.tokens.get(f"{place.leaf.modules[0]}.weight")
-            if table and table.rows == x.rows:
-                heads.append((x, table))
-                continue
-            why = f"rows of a head whose weight is that of {place.leaf.modules[0]}"
-        elif place.leaf.name.kind != "embedding":
-            why = "rows of what is no embedding by `names`"
-        else:
-            bad = misfits(x, place.leaf.weight_shape) or _misshapen(x.v, x.v.shape)
-            wrong += bad
-            rows += [] if bad else [(place.leaf, x)]
-            continue
-        wrong.append(f"{shown(x.v.key)}: {why}")
-    apart = [name.removesuffix(".weight") for name, place in places.items() if not place.is_head]
-    wrong += lone_heads(adapter.heads, apart)
-    return rows, heads
-
-
-def _both(
-    head: Part | None, table: Part | None, leaf: Leaf, wrong: list[str]
-) -> tuple[Part, Part] | None:
-    """The A's and B's of a tied head and of its embedding, which must be the same."""
-    if alone := next((x for x in (head, table) if x and x.m is not None), None):
-        other = leaf.name.tied if alone is table else leaf.modules[0]
-        wrong.append(f"{alone.key}: of DoRA, which is not supported beside {other}, a tied weight")
-    elif head and table:
-        if (head.scale, head.a.shape[0]) == (table.scale, table.a.shape[0]):
-            return head, table
-        wrong.append(f"{head.key}: shares its weight with {table.key}, but not rank and scale")
-    elif lone := head or table:
-        other = leaf.modules[0] if head else leaf.name.tied
-        wrong.append(f"{lone.key}: adapted without {other}, which shares its weight")
-    return None
-
-
-def _whole(
-    found: Mapping[str, Any], leaves: Sequence[Leaf], wrong: list[str]
-) -> list[tuple[Leaf, list[Any]]]:
-    """By leaf, for all of its modules alike; of a leaf with slots for some of them alone."""
-    whole = []
-    for leaf in leaves:
-        own = {name: found[name] for name in leaf.parameters if name in found}
-        if not own:
-            continue
-        parts = [x for x in own.values() if isinstance(x, Part)]
-        if leaf.layout.slots and parts:
-            leaf = leaf.only(_slots(leaf, own.keys()))
-        what, advice = "layers", "load into a tree without a scan"
-        if leaf.layout.slots:
-            what, advice = "modules", "adapt them alike"
-        said = f"{name_of(leaf.path)}: its {what} are one leaf"
-        left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
-        forms = dict.fromkeys((x.a.shape[0], x.scale) for x in parts)
-        if left:
-            wrong.append(
-                f"{said}, of which {len(own)} of {len(leaf.modules)} are adapted, {left[0]} not; "
-                f"{advice}"
-            )
-        elif len(forms) > 1:
-            listed = ", ".join(f"rank {r // leaf.experts} and scale {s:g}" for r, s in forms)
-            wrong.append(f"{said} but differ: {listed}; {advice}")
-        else:
-            whole.append((leaf, [own[name] for name in leaf.parameters]))
-    return whole
-
-
-def _slots(leaf: Leaf, own: Set[str]) -> tuple[int, ...]:
-    """The slots of which `own` has a parameter."""
-    every = range(len(leaf.name.modules))
-    return tuple(i for i in every if not own.isdisjoint(leaf.only((i,)).parameters))
-
-
-def _misfits(part: Part, place: _Place) -> list[str]:
-    """Why A and B are not those of a leaf."""
-    leaf = place.leaf
-    kind = "linear" if place.is_head else leaf.name.kind
-    if kind != part.kind or (part.transposed is False and leaf.name.transposed):
-        return [
-            f"{_shown(part)}: expected A and B of {kind or 'nothing'}, got those of {part.kind}"
-        ]
-    shapes = leaf.shapes(part.a.shape[0] // leaf.experts)
-    if place.is_head:
-        shapes = shapes[1][::-1], shapes[0][::-1]
-    pairs = zip((part.a, part.b), shapes, strict=True)
-    return [p for x, shape in pairs for p in _misshapen(x, shape)]
-
-
-def _misshapen(x: Stored, shape: tuple[int, ...]) -> list[str]:
-    if x.shape != shape:
-        return [f"{shown(x.key)}: expected shape {shape}, got {x.shape}"]
-    if jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]:
-        return [f"{shown(x.key)}: dtype {x.dtype} needs jax_enable_x64"]
-    return []
-
-
-def _shown(part: Part) -> str:
-    return shown(PREFIX + part.name.rpartition(".")[0])
-
-
-def _unlike(adapter: Adapter, placed: _Placed, found: Mapping[str, np.ndarray]) -> list[str]:
-    """Where values differ that must be the same."""
-    wrong = [
-        f"{shown(x.key)}: expected the transpose of {shown(y.key)}, got other values"
-        for head, table in placed.heads
-        for x, y in ((head.a, table.b), (head.b, table.a))
-        if not np.array_equal(found[x.key], found[y.key].T)
-    ]
-    wrong += unlike(placed.tied_rows, found)
-    return wrong + [
-        f"{shown(x.key)}: expected the values of `base` at {name_of(place.leaf.path)}, got others; "
-        "a trained or resized embedding under an adapter is not supported"
-        for place, x in placed.frozen
-        if not _is_that_of(place, found[x.key])
-    ]
-
-
-def _is_that_of(place: _Place, x: np.ndarray) -> bool:
-    if isinstance(place.leaf.value, jax.ShapeDtypeStruct):
-        return True
-    own = weights(place.leaf, place.leaf.value)[place.at]
-    return np.array_equal(own, x.astype(own.dtype))
