@@ -283,6 +283,19 @@ def test_dtypes_are_kept(dtype: Any, tmp_path: Folder) -> None:
     assert_equal(peft.load(tmp_path / "a", base, [name]), adapter)
 
 
+def test_leaves_in_full_alone(tmp_path: Folder) -> None:
+    """PEFT has a word for targets that are none, and refuses an empty list."""
+    base = {"head": {"kernel": jnp.zeros((3, 2))}}
+    adapter = {"head": {"kernel": jnp.ones((3, 2))}}
+    names = [Name("(.*)/kernel", r"\1", "io")]
+    peft.save(tmp_path / "a", base, adapter, names)
+    assert peft.read_config(tmp_path / "a")["target_modules"] == "dummy-target-modules"
+    assert_equal(peft.load(tmp_path / "a", base, names), adapter)
+    given = {"target_modules": ["other"]}
+    peft.save(tmp_path / "b", base, adapter, names, config=given)
+    assert peft.read_config(tmp_path / "b")["target_modules"] == ["other"]
+
+
 def test_patterns_of_many_ranks(tmp_path: Folder) -> None:
     """Ranks and scales that differ by site become short patterns that select just those."""
     paths = [f"layers/{i}/{p}/kernel" for i in (1, 2, 11, 12) for p in ("q", "k", "kq")]

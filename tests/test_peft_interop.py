@@ -125,6 +125,7 @@ RULES = {
         "modules_to_save",
         [LoRA("query/kernel", rank=2), Full("LayerNorm"), Full("classifier/kernel")],
     ),
+    "no_factors": ("modules_to_save", [Full("LayerNorm"), Full("classifier")]),
     "scan": ("scanned", [LoRA("query|value|down", rank=4, alpha=1), Full("norm/scale")]),
     "scan_tied": ("scanned", [LoRA("embed", rank=3), LoRA("query", rank=2)]),
     "conv": ("conv", [LoRA("projection/kernel", rank=5), LoRA("key/kernel", rank=2, alpha=3)]),

@@ -11,6 +11,8 @@ from ._select import Selection, suffixes
 
 Fields = dict[str, Any]
 
+NO_MODULE = "dummy-target-modules"  # PEFT's word where nothing has A and B
+
 
 def with_targets(
     fields: Fields, leaves: Sequence[Leaf], own: Sequence[Leaf], tied: Mapping[str, str]
@@ -25,7 +27,8 @@ def with_targets(
         for module, name in zip(leaf.modules, leaf.parameters, strict=True)
     )
     if as_wanted and all(ties(fields, m) or selection.adapts(h) for m, h in tied.items()):
-        return fields
+        selects = own or fields["target_modules"] or fields["target_parameters"]
+        return fields if selects else fields | {"target_modules": NO_MODULE}
     others = [_but(leaf, chosen) for leaf in leaves if leaf.name.kind]
     ties_all = {"ensure_weight_tying": True}
     new: Fields = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
