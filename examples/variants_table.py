@@ -3,13 +3,15 @@
     python examples/variants_table.py       # of examples/results, as far as the runs are
 
 Read OUT/variants_runs.csv; write OUT/variants.csv, a row for each variant of each task, and
-OUT/variants.png, of which the guides have a copy. Errors are standard errors over the seeds.
+OUT/variants.png, of which the guides have a copy; print the table of the guide. Errors are standard
+errors over the seeds.
 """
 
 import collections
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import compare_table
 import matplotlib.pyplot as plt
@@ -17,10 +19,20 @@ import numpy as np
 from compare_table import Row
 from variants import OUT, VARIANTS
 
-MEASURES = {  # of a task: the column, the factor, and what the picture calls it
-    "movies": ("held_out_right", 100, "movie reviews: accuracy, %"),
-    "order": ("held_out_right", 100, "word order: accuracy, %"),
-    "definitions": ("held_out", 1, "definitions: nats a token"),
+
+class Measure(NamedTuple):
+    """How a task is measured: the column of a run, a factor, its digits, and its name."""
+
+    column: str
+    factor: int
+    digits: int
+    name: str
+
+
+MEASURES = {
+    "movies": Measure("held_out_right", 100, 1, "movie reviews: accuracy, %"),
+    "order": Measure("held_out_right", 100, 1, "word order: accuracy, %"),
+    "definitions": Measure("held_out", 1, 3, "definitions: nats a token"),
 }
 
 
@@ -40,8 +52,8 @@ def _place(row: Row) -> tuple[int, int]:
 def _row(task: str, variant: str, rows: Sequence[Row]) -> Row:
     first = [row for row in rows if row["seed"] == 0]
     rate = min((np.nan_to_num(r["validation"], nan=np.inf), r["rate"]) for r in first)[1]
-    column, factor, _ = MEASURES[task]
-    scores = factor * np.array([r[column] for r in rows if r["rate"] == rate])
+    measure = MEASURES[task]
+    scores = measure.factor * np.array([r[measure.column] for r in rows if r["rate"] == rate])
     error = scores.std(ddof=min(1, len(scores) - 1)) / len(scores) ** 0.5
     return {
         "task": task,
@@ -53,6 +65,22 @@ def _row(task: str, variant: str, rows: Sequence[Row]) -> Row:
         "score": round(float(scores.mean()), 3),
         "standard_error": round(float(error), 3),
     }
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """The table as the guide has it: the score of each variant on each task, and its best rate."""
+    tasks = [task for task in MEASURES if any(row["task"] == task for row in table)]
+    cells = {(row["variant"], row["task"]): _cell(row) for row in table}
+    names = [name for name in VARIANTS if any((name, task) in cells for task in tasks)]
+    lines = ["", *(MEASURES[task].name for task in tasks)], ["---"] * (1 + len(tasks))
+    each = ([VARIANTS[n].label, *(cells.get((n, t), "") for t in tasks)] for n in names)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (*lines, *each)) + "\n"
+
+
+def _cell(row: Row) -> str:
+    digits = MEASURES[row["task"]].digits
+    score, error = (f"{row[name]:.{digits}f}" for name in ("score", "standard_error"))
+    return f"{score} ± {error} at {row['rate']:g}"
 
 
 def draw(path: pathlib.Path, table: Sequence[Row]) -> None:
@@ -71,7 +99,7 @@ def draw(path: pathlib.Path, table: Sequence[Row]) -> None:
         for name, row in found.items():
             at = len(names) - names.index(name)
             axis.errorbar(row["score"], at, xerr=row["standard_error"], fmt="o", capsize=3)
-        axis.set(xlabel=MEASURES[task][2])
+        axis.set(xlabel=MEASURES[task].name)
         axis.set_yticks(range(len(names), 0, -1), [VARIANTS[name].label for name in names])
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -93,6 +121,4 @@ def write(out: pathlib.Path) -> list[Row]:
 
 
 if __name__ == "__main__":
-    for row in write(pathlib.Path(sys.argv[1]) if sys.argv[1:] else OUT):
-        score = f"{row['score']:.2f} ± {row['standard_error']:.2f}"
-        print(f"{row['task']:<12} {row['variant']:<16} {score:<16} {row['rate']:g}")
+    print(markdown(write(pathlib.Path(sys.argv[1]) if sys.argv[1:] else OUT)), end="")

@@ -39,10 +39,12 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
 def measure(
     shape: model.Shape, mode: str, flags: dict, ranks: Sequence[int], rounds: int
 ) -> list[dict]:
-    """The rows of one model: full fine-tuning, q and v, all-linear."""
+    """The rows of one model: full fine-tuning, q and v, all-linear by LoRA and by DoRA."""
     lm = model.LM(shape, **flags)
     ids, params = model.batch_and_params(lm)
     tasks = choices(lm.apply, params, ids, ranks=ranks) | kept_by_policy(lm, params, ids)
+    dora = model.all_linear_dora(ranks[0])
+    tasks[f"DoRA, all-linear r={ranks[0]}"] = steps.lora_task(lm.apply, params, dora, ids)
     return compare(tasks, ids, rounds, {"model": str(shape), "mode": mode})
 
 
