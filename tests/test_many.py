@@ -4,7 +4,6 @@ import functools
 import itertools
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import laws
@@ -434,12 +433,3 @@ def test_errors_name_the_argument() -> None:
     ]:
         with pytest.raises(error, match=f"(?s){message}"):
             f()
-
-
-def test_on_devices() -> None:
-    devices.run("many_on_devices.py")
-
-
-@pytest.mark.slow
-def test_the_others_on_devices() -> None:
-    devices.run("many_on_devices.py", marked="slow")

@@ -4,8 +4,7 @@ Every line and branch of the library that they take, and every primitive at the 
 weights, is taken by a case that runs every day too. One that is on no list runs every day.
 """
 
-ALIKE = frozenset(
-    """
+NAMES = """
     matmul_vector slice_twice used_in_both_directions scaled_by_complex one_output einsum_heads
     einsum_heads_in einsum_interleaved_axes einsum_three_operands tensordot partial_contraction
     transpose_three_axes reshape_merges_inputs jit_model weight_shared_by_layers
@@ -42,5 +41,5 @@ ALIKE = frozenset(
     nnx_state_as_argument nnx_whole_state nnx_method nnx_vmap nnx_unrolled nnx_lax_scan
     nnx_shared_module nnx_rnn_optimized_lstm nnx_fused_qkv model_llama_all_loop
     model_roberta_all_loop model_deberta_qv_scan hf_gpt2_everything hf_vit
-    """.split()
-)
+"""
+ALIKE = frozenset(NAMES.split())

@@ -1,17 +1,14 @@
-"""The models of `examples/models`: scanned, rematerialized, padded, saved, on a mesh, counted.
+"""The models of `examples/models`: scanned, rematerialized, padded, saved, counted.
 
 That adapted is merged for each of them is a law, see `cases/models.py`; that they compute what
-PyTorch does is in `test_models_interop.py`.
+PyTorch does is in `test_models_interop.py`; their meshes are in `models_on_devices.py`.
 """
 
 import dataclasses
 import doctest
 import functools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import chex
@@ -510,7 +507,7 @@ def test_examples_in_docstrings() -> None:
     assert doctest.testmod(hf).failed == 0 < doctest.testmod(hf).attempted
 
 
-# ---- axes and meshes ----------------------------------------------------------------------------
+# ---- axes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -525,52 +522,6 @@ def test_every_axis_of_a_matrix_has_a_name(name: str, scan: bool) -> None:
         assert len(leaf.names) == leaf.value.ndim and set(leaf.names) <= known
         assert leaf.value.ndim == 1 or any(leaf.names)
     assert any("layers" in leaf.names for leaf in leaves) == scan
-
-
-MESH = """
-import sys
-sys.path[:0] = sys.argv[1:]
-import flax.linen as nn, jax, numpy as np
-import jlora, test_models
-from models import parts
-
-mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-ids = np.random.default_rng(0).integers(2, 61, (8, 8)).astype(np.int32)
-for name in test_models.ONE_EACH:
-    small = test_models.SMALL[name]
-    config = {"pad_vocab": 4} if name == "gpt" else {"vocab": 64} if "llama" in name else {
-        "vocab_size": 64}
-    small = small._replace(config=test_models.dataclasses.replace(small.config, **config))
-    model = small.model(scan=True, remat=True)
-    whole = small.variables(True)
-    expected = jax.jit(model.apply)(whole, ids)
-    for rules in (parts.RULES, parts.SEQUENCE_RULES):
-        abstract = jax.eval_shape(model.init, jax.random.key(0), ids)
-        places = parts.shardings(abstract, mesh, rules)
-        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-            variables = jax.device_put(whole, places)
-            text = jax.jit(model.apply).lower(variables, ids).as_text()
-            test_models.assert_close(jax.jit(model.apply)(variables, ids), expected)
-        assert "sharding_constraint" in text or "@Sharding" in text
-        kernels = [x.sharding for x in jax.tree.leaves(variables) if x.ndim > 2]
-        assert len({x.spec for x in kernels}) >= 2
-        assert not any(x.is_fully_replicated for x in kernels)
-    print(name)
-"""
-
-
-def test_on_a_mesh() -> None:
-    """Eight devices, fully sharded × tensor parallel, with and without sequence parallelism."""
-    here, tests, root, *_ = pathlib.Path(__file__).parents
-    paths = map(str, (here, tests, root / "examples", root))
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", MESH, *paths],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.split() == list(ONE_EACH), done.stderr
 
 
 # ---- counts -------------------------------------------------------------------------------------
