@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 import quickstart
 import serve
+import two_layers
 
 from jlora import checkpoint
 
@@ -16,7 +17,12 @@ STEPS = 2
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """A folder with all adapters but one, as if an earlier run had trained them."""
-    out = tmp_path_factory.mktemp("serve")
+    with two_layers.minilm(tmp_path_factory.mktemp("minilm")):
+        yield trained(tmp_path_factory.mktemp("serve"))
+
+
+def trained(out):
+    """With an adapter as it starts for each name but the first."""
     model, variables, _ = quickstart.load()
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     lora = quickstart.adapt(model)
