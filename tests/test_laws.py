@@ -18,7 +18,7 @@ def some(step: int) -> set[str]:
     return found | {"hf_llama"}
 
 
-DAILY, QUANTIZED = some(12), some(36)  # all laws for every day; those on a quantized base too
+DAILY, QUANTIZED = some(24), some(48)  # all laws for every day; those on a quantized base too
 
 
 def entry(case: Case, dtype: Any, every_law: bool, slow: bool) -> Any:
