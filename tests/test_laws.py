@@ -9,13 +9,13 @@ from cases import ALIKE, CASES, SUBJECTS, Case
 
 
 def some(step: int) -> set[str]:
-    """One in `step` of each subject; of whole models the smallest."""
+    """One in `step` of each subject; of whole models the smallest; a scan and a `shard_map`."""
     found = {
         case.name
         for subject in SUBJECTS.keys() - {"model"}
         for case in [c for c in CASES if c.subject == subject and not c.slow][::step]
     }
-    return found | {"hf_llama"}
+    return found | {"hf_llama", "scan_layers", "shard_map_outputs"}
 
 
 DAILY, QUANTIZED = some(24), some(48)  # all laws for every day; those on a quantized base too
@@ -48,5 +48,7 @@ def test_laws(case: Case, dtype: Any, every_law: bool) -> None:
         made = laws.make(case, dtype)
         laws.sites_are_the_expected(made)
         laws.in_both_orders(made, tolerance, every_law)
+        if every_law:
+            laws.table_is_that_of_init(made)
         if every_law and (case.name in QUANTIZED or case.name not in DAILY):
             laws.quantized_is_dequantized(made, max(tolerance, 1e-5))
