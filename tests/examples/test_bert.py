@@ -1,6 +1,6 @@
 """`examples/models/bert.py` against transformers' Flax BERT, with real weights of MiniLM's.
 
-Of two of its layers, which its other four are like.
+Every day with two of its layers.
 """
 
 import json
@@ -16,10 +16,10 @@ from models import bert, hf
 from safetensors.numpy import load_file
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=two_layers.LAYERS)
+def folder(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("minilm")
-    with two_layers.minilm(folder):
+    with two_layers.minilm(folder, request.param):
         yield folder
 
 

@@ -14,10 +14,10 @@ from jlora import checkpoint
 STEPS = 2
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
+@pytest.fixture(scope="module", params=two_layers.LAYERS)
+def out(tmp_path_factory, request):
     """A folder with all adapters but one, as if an earlier run had trained them."""
-    with two_layers.minilm(tmp_path_factory.mktemp("minilm")):
+    with two_layers.minilm(tmp_path_factory.mktemp("minilm"), request.param):
         yield trained(tmp_path_factory.mktemp("serve"))
 
 
