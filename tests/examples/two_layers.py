@@ -23,7 +23,7 @@ def minilm(folder: pathlib.Path, layers: int) -> Iterator[None]:
     config = json.loads((whole / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
     shutil.copy(whole / "tokenizer.json", folder)
-    later = f"layer.[{layers}-9]."
+    later = rf"layer\.[{layers}-9]\."
     tensors = load_file(whole / "model.safetensors")
     kept = {name: x for name, x in tensors.items() if not re.search(later, name)}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
