@@ -1,4 +1,4 @@
-"""`jlora.arithmetic` of adapters on a mesh, in float64: run by `test_arithmetic.py`.
+"""`jlora.arithmetic` of adapters on a mesh, in float64.
 
 By hand: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_ENABLE_X64=1 pytest -n 0 FILE
 """

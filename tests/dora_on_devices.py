@@ -1,4 +1,4 @@
-"""DoRA on a mesh of eight devices, in float64: run by `test_dora.py`.
+"""DoRA on a mesh of eight devices, in float64.
 
 The norms are over all inputs: where a mesh cuts those, their parts are added up, and nothing of W's
 size is moved for it.

@@ -106,8 +106,13 @@ def sites_are_the_expected(made: Made) -> None:
     for x, y in zip(jax.tree.leaves(made.base), jax.tree.leaves(problem.params), strict=True):
         assert x is y
     assert not any(np.any(np.asarray(x.b)) for x in low_rank)
+
+
+def table_is_that_of_init(made: Made) -> None:
+    """`sites` counts what `init` made, and all parameters."""
+    problem = made.problem
     table = made.lora.sites(problem.params, *problem.args, **problem.kwargs)
-    assert table.trainable == case.trainable
+    assert table.trainable == made.case.trainable
     assert table.total == jlora.count(problem.params)
 
 

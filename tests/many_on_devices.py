@@ -1,4 +1,4 @@
-"""Rows of one batch with an adapter each on a mesh of eight devices: run by `test_many.py`."""
+"""Rows of one batch with an adapter each on a mesh of eight devices."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Many runs on a mesh of eight devices, in float64: run by `test_many_training.py`.
+"""Many runs on a mesh of eight devices, in float64.
 
 By hand: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_ENABLE_X64=1 pytest -n 0 FILE
 """

@@ -1,4 +1,4 @@
-"""Plans against measured bytes, on eight devices: run by `test_plan.py`."""
+"""Plans against measured bytes, on eight devices."""
 
 import functools
 

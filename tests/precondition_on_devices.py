@@ -1,4 +1,4 @@
-"""Preconditioned gradients of an adapter on a mesh: run by `test_precondition.py`."""
+"""Preconditioned gradients of an adapter on a mesh."""
 
 import math
 import re

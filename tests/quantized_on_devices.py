@@ -1,4 +1,4 @@
-"""Quantized bases on a mesh of eight devices, in float64: run by `test_quantized_mesh.py`.
+"""Quantized bases on a mesh of eight devices, in float64.
 
 Whatever the mesh, a step gives what it gives on one device on the weights that the codes stand for.
 
@@ -53,8 +53,9 @@ FEW = pytest.mark.parametrize("scheme", list(map(entry, THREE)), ids=str)
 
 
 def all_and_few(name, of_all, of_few):
-    """Every scheme with `of_all` as `name`, and three with `of_few`."""
-    cases = [*(entry(s, of_all) for s in SCHEMES), *(entry(s, of_few) for s in THREE)]
+    """Every scheme with `of_all` as `name`, in the long run, and three with `of_few`."""
+    long = [pytest.param(s, of_all, marks=pytest.mark.slow) for s in SCHEMES]
+    cases = [*long, *(entry(s, of_few) for s in THREE)]
     return pytest.mark.parametrize(("scheme", name), cases, ids=str)
 
 
@@ -179,7 +180,7 @@ def resharded(w, x):
 
 
 @schemes
-@pytest.mark.parametrize("form", ["plain", "scan+remat"])
+@pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "scan+remat"])
 def test_explicit_axes(scheme, form):
     forms = {"plain": lambda f: f, "scan+remat": lambda f: scanned(jax.checkpoint(f))}
     model, dense = map(forms[form], (resharded, layer))
@@ -239,7 +240,11 @@ def test_quantized_where_it_lies(scheme, stacked):
             np.testing.assert_allclose(x.error, y.error, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", [Int4("up|down", group=128), FP8("up|down")], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [Int4("up|down", group=128), pytest.param(FP8("up|down"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_shards_that_are_no_blocks(scheme):
     """Codes whole on each device: of a part of a block there are no codes."""
     lora, base, adapter, x, _ = problem(layer, scheme)

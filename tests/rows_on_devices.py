@@ -1,4 +1,4 @@
-"""Rows on a mesh of eight devices, in float64: run by `test_rows.py`.
+"""Rows on a mesh of eight devices, in float64.
 
 The vocabulary may be cut: each device has its part of E, and the rows come from where they lie.
 """

@@ -1,4 +1,4 @@
-"""An adapter on a mesh of eight devices, in float64: run by `test_sharding.py`.
+"""An adapter on a mesh of eight devices, in float64.
 
 By hand: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_ENABLE_X64=1 pytest -n 0 FILE
 """
@@ -157,7 +157,7 @@ def test_automatic_step_is_that_of_one_device(model):
     close(jax.jit(lora.apply)(base, adapter, *args), lora.apply(model.params, alone, *model.args))
 
 
-@pytest.mark.parametrize("name", ["merge", "unmerge"])
+@pytest.mark.parametrize("name", ["merge", pytest.param("unmerge", marks=pytest.mark.slow)])
 def test_automatic_merge_moves_nothing(model, name):
     """Shardings are the base's, and no byte goes from one device to another.
 

@@ -1,4 +1,4 @@
-"""`lora.apply` within a `shard_map` of the user's own: run by `test_shards.py` with eight devices.
+"""`lora.apply` within a `shard_map` of the user's own, with eight devices.
 
 A and B may vary over other mesh axes than W does, and where JAX does not check what varies, only
 what is known not to may be left as it is when W is gathered.

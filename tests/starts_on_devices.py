@@ -1,4 +1,4 @@
-"""Starts on a mesh of eight devices: run by `test_starts.py`.
+"""Starts on a mesh of eight devices.
 
 W lies as it did, along automatic and explicit axes; products and small factorizations move nothing
 of W's size.

@@ -4,7 +4,6 @@ import functools
 import re
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -520,16 +519,7 @@ def test_refused(case: str) -> None:
         f()
 
 
-# ----------------------------------------------------------------------------------- on a mesh
-
-
-def test_on_devices() -> None:
-    devices.run("arithmetic_on_devices.py")
-
-
-@pytest.mark.slow
-def test_on_devices_long() -> None:
-    devices.run("arithmetic_on_devices.py", marked="slow")
+# ------------------------------------------------------------------------- what meshes need of it
 
 
 @pytest.mark.parametrize("shape", [(512, 3), (2, 96, 5), (64, 16), (40, 60), (128, 1)])

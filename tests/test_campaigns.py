@@ -304,7 +304,7 @@ def test_indices(count: int, tmp_path: Folder) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_orbax(count: int, tmp_path: Folder, saved: Any) -> None:
     folder, base, adapter = saved
     right = 0

@@ -1,7 +1,7 @@
 """The tables of cases are whole: what must be exact has cases, and each case has its own name."""
 
 import pytest
-from cases import CASES, SUBJECTS
+from cases import ALIKE, CASES, SUBJECTS
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -18,3 +18,9 @@ def test_every_case_has_a_subject() -> None:
 def test_names_are_unique() -> None:
     """A name is a pytest id."""
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_those_of_one_kind_leave_some_of_each_subject() -> None:
+    """The long run's are cases, and every subject has others."""
+    assert {case.name for case in CASES} >= ALIKE
+    assert {case.subject for case in CASES if case.name not in ALIKE} == SUBJECTS.keys()

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import laws
@@ -222,10 +221,6 @@ def test_saved_and_restored(made: Any, tmp_path: Any) -> None:
     restored = checkpoint.restore(tmp_path / "a", base=base)
     assert jax.tree.structure(restored) == jax.tree.structure(adapter)
     jax.tree.map(np.testing.assert_array_equal, restored, adapter)
-
-
-def test_on_devices() -> None:
-    devices.run("dora_on_devices.py")
 
 
 # ---------------------------------------------------------------------------------------- refusals

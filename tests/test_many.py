@@ -4,7 +4,6 @@ import functools
 import itertools
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import laws
@@ -126,14 +125,19 @@ def test_a_loss_is_one_for_each_row(form: str | None) -> None:
 
     ids, runs = jnp.array(IDS), np.array([1, 1, 0, 0, 2, 2])
     for which in (ids, runs):
-        values = many.route(loss, form=form)(base, many.stack(adapters), which, X)
-        close(values, alone(loss, base, adapters, np.asarray(which)))
 
-    def total(adapters: Any) -> jax.Array:
-        return many.route(loss, form=form)(base, many.stack(adapters), ids, X).sum()
+        def total(adapters: Any, which: Any = which) -> tuple[jax.Array, jax.Array]:
+            values = many.route(loss, form=form)(base, many.stack(adapters), which, X)
+            return values.sum(), values
 
-    expected = jax.grad(lambda adapters: alone(loss, base, adapters).sum())(adapters)
-    laws.assert_close(jax.grad(total)(adapters), expected, 1e-5)
+        def one_by_one(adapters: Any, which: Any = which) -> tuple[jax.Array, jax.Array]:
+            values = alone(loss, base, adapters, np.asarray(which))
+            return values.sum(), values
+
+        slopes = (jax.jit(jax.grad(f, has_aux=True)) for f in (total, one_by_one))
+        (actual, values), (expected, of_each) = (f(adapters) for f in slopes)
+        close(values, of_each)
+        laws.assert_close(actual, expected, 1e-5)
 
 
 def test_tables_of_other_methods_are_for_vmap_alone() -> None:
@@ -434,12 +438,3 @@ def test_errors_name_the_argument() -> None:
     ]:
         with pytest.raises(error, match=f"(?s){message}"):
             f()
-
-
-def test_on_devices() -> None:
-    devices.run("many_on_devices.py")
-
-
-@pytest.mark.slow
-def test_the_others_on_devices() -> None:
-    devices.run("many_on_devices.py", marked="slow")

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import laws
@@ -486,17 +485,6 @@ def test_a_function_of_nothing_and_a_narrow_adapter() -> None:
         updates, _ = tx.update(table, tx.init(table), table)
         expected, _ = optax.sgd(0.1).update(table, optax.sgd(0.1).init(table))
         assert raw(updates) == raw(expected)
-
-
-def test_on_devices() -> None:
-    """Runs divided over a mesh, and each divided further."""
-    devices.run("many_training_on_devices.py")
-
-
-@pytest.mark.slow
-def test_the_others_on_devices() -> None:
-    """Layers in a scan, and runs that are not divided."""
-    devices.run("many_training_on_devices.py", marked="slow")
 
 
 # ------------------------------------------------------------------------------------- what is said

@@ -162,8 +162,15 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
 # ------------------------------------------------------------------------------------ the base
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("freeze_a", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "freeze_a"),
+    [
+        (jnp.float32, True),
+        (jnp.bfloat16, False),
+        pytest.param(jnp.float32, False, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, True, marks=pytest.mark.slow),
+    ],
+)
 def test_base_is_unchanged_after_100_steps(dtype: Any, freeze_a: bool) -> None:
     """Under weight decay, clipping and LoRA+, compiled, every byte; every adapter leaf moves."""
     s = setup(param_dtype=dtype)
@@ -290,7 +297,9 @@ def train_step(s: Setup, tx: Any, form: str) -> Any:
     return jax.jit(step_alone, donate_argnums=0).lower(state, s.base, s.batch).compile()
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(
+    "stack", [pytest.param(s, marks=pytest.mark.slow) if s == "loop" else s for s in STACKS]
+)
 def test_a_step_holds_nothing_of_the_size_of_the_base(stack: str) -> None:
     """By XLA's own account: the base once, as an argument, and no gradient or moment of it."""
     s = setup(**STACKS[stack])
@@ -412,8 +421,15 @@ def through_dict(like: Any, tree: Any) -> Any:
     return serialization.from_state_dict(like, serialization.to_state_dict(tree))
 
 
-@FORMS
-@pytest.mark.parametrize("through", [through_bytes, through_dict])
+@pytest.mark.parametrize(
+    ("form", "through"),
+    [
+        ("adapter", through_bytes),
+        ("params", through_dict),
+        pytest.param("adapter", through_dict, marks=pytest.mark.slow),
+        pytest.param("params", through_bytes, marks=pytest.mark.slow),
+    ],
+)
 def test_training_goes_on_from_a_saved_state(small: Setup, form: str, through: Any) -> None:
     """Three steps, saved and loaded over a fresh state, three more: as six, bit for bit."""
     tx = optax.chain(

@@ -4,7 +4,6 @@ import json
 import pathlib
 
 import click.testing
-import devices
 import jax
 import jax.numpy as jnp
 import optax
@@ -221,7 +220,3 @@ def test_without_libtpu_it_says_so(monkeypatch):
     text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
     assert "estimate" in text
     assert "libtpu is not installed" in text
-
-
-def test_on_devices():
-    devices.run("plan_on_devices.py")

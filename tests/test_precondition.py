@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,7 +210,3 @@ def test_parameters_are_needed() -> None:
 def test_a_damping_that_is_none(damping: Any) -> None:
     with pytest.raises(ValueError, match="`precondition` must be a positive finite number; got"):
         jlora.optimizer(optax.sgd(1.0), precondition=damping)
-
-
-def test_on_a_mesh() -> None:
-    devices.run("precondition_on_devices.py")

@@ -4,7 +4,6 @@ import dataclasses
 import re
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import laws
@@ -292,10 +291,6 @@ def test_on_shapes(made: Any) -> None:
         ValueError, match=r"`params` has a shape at 'table', of which Rows\('table'"
     ):
         lora.init(jax.random.key(0), shapes, IDS)
-
-
-def test_on_devices() -> None:
-    devices.run("rows_on_devices.py")
 
 
 # -------------------------------------------------------------------------------------- refusals

@@ -1,10 +1,8 @@
 """`jlora.sharding`: where the factors of real models belong, and what is refused.
 
-What needs a mesh of several devices is in `sharding_on_devices.py`, which runs here in a process
-that has them.
+What needs a mesh of several devices is in `sharding_on_devices.py`.
 """
 
-import devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -369,16 +367,6 @@ def test_every_path_of_the_adapter_is_placed(model):
 
 
 # -------------------------------------------------------------------------- on a mesh of devices
-
-
-@pytest.mark.parametrize("part", ["automatic", "explicit"])
-def test_on_devices(part):
-    devices.run("sharding_on_devices.py", part)
-
-
-@pytest.mark.slow
-def test_on_devices_the_rest():
-    devices.run("sharding_on_devices.py", marked="slow")
 
 
 # ------------------------------------------------------------------------------ whole along axes

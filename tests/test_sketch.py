@@ -5,7 +5,6 @@ import functools
 import re
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import laws
@@ -285,11 +284,6 @@ def test_memory_is_that_of_a_training_step(kind: str, packed: bool) -> None:
     of_w = 4 * d * f
     assert ours.temp_size_in_bytes - step.temp_size_in_bytes < of_w / 5
     assert ours.output_size_in_bytes < of_w
-
-
-@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_on_devices(marked: str) -> None:
-    devices.run("sketch_on_devices.py", marked=marked)
 
 
 # ------------------------------------------------------------------------------------- the starts

@@ -6,7 +6,6 @@ import json
 import re
 from typing import Any
 
-import devices
 import jax
 import jax.numpy as jnp
 import laws
@@ -320,10 +319,6 @@ def test_refusals(build: Any, message: str) -> None:
 def test_loftq_of_no_scheme() -> None:
     with pytest.raises(TypeError, match=r"`scheme` of loftq must be one such as jlora\.NF4"):
         loftq("nf4")  # pyright: ignore[reportArgumentType]
-
-
-def test_on_devices() -> None:
-    devices.run("starts_on_devices.py")
 
 
 # ----------------------------------------------------------------------------- a base in fewer bits

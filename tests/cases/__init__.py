@@ -6,6 +6,7 @@
 """
 
 from . import control, hf, linen, models, nnx_models, plain, trees
+from ._alike import ALIKE as ALIKE
 from ._case import SUBJECTS as SUBJECTS
 from ._case import Case as Case
 from ._case import Problem as Problem

@@ -1,4 +1,4 @@
-"""Collectives of real programs on eight devices: run by `test_collectives.py`."""
+"""Collectives of real programs on eight devices."""
 
 import jax
 import jax.numpy as jnp

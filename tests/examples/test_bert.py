@@ -1,21 +1,26 @@
-"""`examples/models/bert.py` against transformers' Flax BERT, with MiniLM's real weights."""
+"""`examples/models/bert.py` against transformers' Flax BERT, with real weights of MiniLM's.
+
+Every day with two of its layers.
+"""
 
 import json
 import shutil
 import warnings
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import two_layers
 from models import bert, hf
 from safetensors.numpy import load_file
 
 
-@pytest.fixture(scope="module")
-def folder():
-    return data.minilm()
+@pytest.fixture(scope="module", params=two_layers.LAYERS)
+def folder(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("minilm")
+    with two_layers.minilm(folder, request.param):
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +175,7 @@ def test_files_without_buffers_and_pooler(minilm, tensors):
 
 def test_every_misfit_is_listed(minilm, tensors):
     wrong = dict(tensors)
-    del wrong["encoder.layer.3.attention.self.query.weight"]
+    del wrong["encoder.layer.1.attention.self.query.weight"]
     wrong["encoder.layer.7.output.dense.bias"] = np.zeros(384, np.float32)
     wrong["embeddings.LayerNorm.bias"] = np.zeros(383, np.float32)
     wrong["encoder.layer.0.output.dense.weight"] = np.zeros((1536, 384), np.float32)  # transposed
@@ -178,7 +183,7 @@ def test_every_misfit_is_listed(minilm, tensors):
         bert.from_hf(wrong, minilm[0])
     assert str(error.value) == (
         "`tensors` do not fit `like`. 4 problems:\n"
-        "  encoder.layer.3.attention.self.query.weight: missing, of shape (384, 384)\n"
+        "  encoder.layer.1.attention.self.query.weight: missing, of shape (384, 384)\n"
         "  embeddings.LayerNorm.bias: expected shape (384,), got (383,)\n"
         "  encoder.layer.0.output.dense.weight: expected shape (384, 1536), got (1536, 384)\n"
         "  encoder.layer.7.output.dense.bias: unexpected, of shape (384,)"

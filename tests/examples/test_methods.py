@@ -57,6 +57,11 @@ CACHED = [
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
+def marked(*long):
+    """Every method, some in the long run: those whose program no other test of the day needs."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in long else n for n in METHODS]
+
+
 def rules(kind):
     return () if kind == "gpt" else (jlora.Full("pooler|classifier"),)
 
@@ -151,7 +156,7 @@ def test_what_is_padding_changes_nothing(kind, name):
     np.testing.assert_allclose(before[real], after[real], atol=1e-5)
 
 
-@every_method
+@pytest.mark.parametrize("name", marked("full", "lora_all", "pre_embed"))
 def test_gpt_stays_causal(name):
     other = IDS.copy()
     other[:, 4] = (IDS[:, 4] + 1) % 7 + 20
@@ -161,7 +166,7 @@ def test_gpt_stays_causal(name):
     assert np.abs(before - after)[:, 4:].max() > 1e-2
 
 
-@every_method
+@pytest.mark.parametrize("name", marked("lora", "bitfit"))
 def test_merges(name):
     base, trained = moved("bert", name)
     params = jlora.merge(base, trained)

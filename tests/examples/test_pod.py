@@ -124,7 +124,8 @@ def check_restart(start, out: pathlib.Path, processes: int, whole: dict[int, flo
 # ------------------------------------------------------------------------------------ the same run
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=slow)])
+@slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_the_number_of_processes_changes_no_bit(processes, folder, start, whole):
     losses = finish(start(f"by{processes}", processes))
     assert losses.keys() == whole.keys()
@@ -199,7 +200,7 @@ def test_where_one_is_gone_or_hangs_all_others_end(how, victim, folder, start, w
         run.ends()
     assert re.search(GONE, run.said(1 - victim)), run.report()
     check_fault(run, folder / name, whole)
-    check_restart(start, folder / name, 1, whole)
+    check_restart(start, folder / name, 2, whole)
 
 
 @slow

@@ -7,16 +7,22 @@ import jax.numpy as jnp
 import pytest
 import quickstart
 import serve
+import two_layers
 
 from jlora import checkpoint
 
 STEPS = 2
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
+@pytest.fixture(scope="module", params=two_layers.LAYERS)
+def out(tmp_path_factory, request):
     """A folder with all adapters but one, as if an earlier run had trained them."""
-    out = tmp_path_factory.mktemp("serve")
+    with two_layers.minilm(tmp_path_factory.mktemp("minilm"), request.param):
+        yield trained(tmp_path_factory.mktemp("serve"))
+
+
+def trained(out):
+    """With an adapter as it starts for each name but the first."""
     model, variables, _ = quickstart.load()
     example = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     lora = quickstart.adapt(model)

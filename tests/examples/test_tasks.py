@@ -1132,11 +1132,12 @@ def test_logits_that_are_no_numbers():
 def test_search_over_a_model():
     config = gpt.Config(vocab=50, positions=16, layers=1, dim=16, heads=2)
     model = gpt.GPT(config)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     variables = jax.tree.map(lambda x: 3 * x, variables)
     logits_fn = jax.tree_util.Partial(model.apply, variables)
     rules = {"beams": 3, "new_tokens": 6, "stop": (7,), "penalty": 0.9, "no_repeat": 2}
     prompts = [(1, 2, 3), (4,)]
+    apply = jax.jit(model.apply)
     found = beam.search(beam.uncached(logits_fn), prompts, **rules)
     again = beam.search(beam.cached(logits_fn, config.cache), prompts, **rules)
     for texts, others in zip(found, again, strict=True):
@@ -1147,7 +1148,8 @@ def test_search_over_a_model():
         assert len(texts) == 3
         for text in texts:
             ids = np.array([[*prompt, *text.ids]])
-            scores = jax.nn.log_softmax(model.apply(variables, ids)[0])
+            filled = np.pad(ids, ((0, 0), (0, config.positions - ids.size)))  # of one length
+            scores = jax.nn.log_softmax(apply(variables, filled)[0])
             total = sum(scores[len(prompt) - 1 + i, token] for i, token in enumerate(text.ids))
             assert text.score == pytest.approx(float(total) / len(text.ids) ** 0.9, abs=1e-4)
             assert not has_repeats(ids[0].tolist(), 2)
