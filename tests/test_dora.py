@@ -25,9 +25,11 @@ def decomposed(rule: Any) -> Any:
 
 
 def is_for(case: Case) -> bool:
-    """Whether the case has sites, none with dropout, and joins no weight along its inputs."""
+    """Whether the case has sites, none with dropout, whose gains have a use and a gradient."""
     drops = any(r.dropout for r in case.rules if isinstance(r, LoRA))
-    return case.sites > 0 and case.subject != "model" and not drops and case.name not in NOT_A_GAIN
+    # Where a kernel is divided by its norms, m is of no effect, and its gradient rounding alone.
+    no_gain = {*NOT_A_GAIN, "linen_weight_norm"}
+    return case.sites > 0 and case.subject != "model" and not drops and case.name not in no_gain
 
 
 def table() -> list[Any]:
@@ -50,6 +52,8 @@ def test_laws(case: Case, every_law: bool) -> None:
     case = dataclasses.replace(case, rules=rules, exact_at_zero=False)
     with laws.precision(case, jnp.float32) as tolerance:
         made = laws.make(case, jnp.float32)
+        # Statistics of the batch take m out again: its gradient is what a difference leaves.
+        tolerance = max(tolerance, 5e-5) if case.name == "linen_train" else tolerance
         laws.in_both_orders(made, tolerance, every_law)
         if every_law:
             laws.quantized_is_dequantized(made, max(tolerance, 1e-5))

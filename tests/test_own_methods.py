@@ -26,6 +26,7 @@ NOT_A_GAIN = {
     "weight_times_weight",
     "weights_multiplied",
     "weights_multiplied_with_one_repeated",
+    "two_weights_meet_along_a_new_axis",
     "linen_attention_bfloat16",
     "nnx_train",
     "nnx_state_as_argument",

@@ -79,7 +79,7 @@ class _Contraction:
             def base(value: jax.Array, z: jax.Array) -> jax.Array:
                 return summed(spec, z, value, p, q)
 
-        z = (self.z, self.eqn.low_rank_operand(1 - self.at))
+        z = (self.z, value_of(self.eqn.low_rank_operand(1 - self.at)))
         return product(w, "dense", self.roles, z, base, low_rank, self.spread)
 
     def plus_deltas(self, out: jax.Array) -> jax.Array:
@@ -177,8 +177,9 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
 @rule("dot_general", multiplies=True, together=_together)
 def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
     first, *others = _contractions(eqn)
-    if not others:
-        return first.changed()
+    changed = [c for c in (first, *others) if c.w.is_changed]
+    if not others or len(changed) == 1:  # what else is a weight, is one that has to be unpacked
+        return (changed or [first])[0].changed()
     x, y = first.w, others[0].w
     if x.change.gain is not None or y.change.gain is not None:
         raise Unfactorable("two adapted weights are multiplied, one of them with a gain")
