@@ -281,10 +281,10 @@ VARIANTS = {
     "preconditioned": Variant(
         "LoRA, preconditioned", simple(lambda t: lora(None, RANK), precondition=1e-6)
     ),
-    "pissa": Variant("PiSSA", simple(lambda t: lora(None, RANK, init=starts.pissa_niter(16)))),
-    "miss": Variant("MiSS", simple(lambda t: lora(None, 2 * RANK, 1.0, init=starts.miss))),
-    "eva": Variant("EVA", simple(eva)),
-    "lora_ga": Variant("LoRA-GA", simple(lora_ga)),
+    "pissa": Variant("PiSSA", simple(lambda t: lora(None, RANK, init=starts.pissa_niter(16))), -1),
+    "miss": Variant("MiSS", simple(lambda t: lora(None, 2 * RANK, 1.0, init=starts.miss)), -1),
+    "eva": Variant("EVA", simple(eva), -1),
+    "lora_ga": Variant("LoRA-GA", simple(lora_ga), -1),
     "allocated": Variant("ranks by the gradient", allocated),
     "nf4": Variant(
         "LoRA on NF4", lambda t: Setup((*t.head, lora(None, RANK)), {}, (jlora.NF4(KERNELS),))
