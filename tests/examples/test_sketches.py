@@ -1,5 +1,9 @@
-"""Sketches of real models: MiniLM on film reviews, SmolLM2 as its file has it, in 4 and 8 bits."""
+"""Sketches of real models: MiniLM on film reviews, SmolLM2 as its file has it, in 4 and 8 bits.
 
+Every day on two of MiniLM's layers.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import data
@@ -8,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import two_layers
 from models import bert, llama
 from quickstart import encode
 from tasks import encoding
@@ -16,7 +21,14 @@ import jlora
 from jlora import LoRA
 from jlora.initializers import eva
 
-LAYERS, RULE = 6, LoRA(r"encoder/.*kernel", rank=4)
+RULE = LoRA(r"encoder/.*kernel", rank=4)
+
+
+@pytest.fixture(params=two_layers.LAYERS)
+def layers(tmp_path: Any, request: Any) -> Iterator[int]:
+    """How many of its layers MiniLM has."""
+    with two_layers.minilm(tmp_path, request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +77,7 @@ def check(s: jlora.Spectrum, i: Any, z: np.ndarray) -> None:
     np.testing.assert_allclose(s.total[i], np.sum(values**2), rtol=0.1)
 
 
-def test_inputs_of_minilm_in_a_loop(sentences: list[Any]) -> None:
+def test_inputs_of_minilm_in_a_loop(sentences: list[Any], layers: int) -> None:
     """Padding has inputs too, which do not count, in any of the rematerialized layers."""
     _, variables, loss = of_minilm(scan=True)
     found = jlora.sketch(loss, variables, RULE, sentences, kind="inputs")
@@ -73,7 +85,7 @@ def test_inputs_of_minilm_in_a_loop(sentences: list[Any]) -> None:
     expected = inputs_of(model, variables, sentences)
     assert len(found.sites) == 6
     for path, s in found.sites.items():
-        for i in range(LAYERS):
+        for i in range(layers):
             name = path.removeprefix("params/").removesuffix("/kernel")
             check(s, i, expected[name.replace("encoder/layer/", f"encoder/layer_{i}/")])
 
