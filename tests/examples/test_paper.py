@@ -344,6 +344,7 @@ def test_gpt_has_no_dropout_of_its_own(checkpoints):
     np.testing.assert_array_equal(dropped, apply())
 
 
+@pytest.mark.slow
 def test_what_was_trained_outlives_a_failure_of_the_test(checkpoints, tmp_path):
     write(tmp_path, TEXTS["e2e"])
     model, out = "gpt2-medium", tmp_path / "out"

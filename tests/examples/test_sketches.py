@@ -1,9 +1,5 @@
-"""Sketches of real models: MiniLM on film reviews, SmolLM2 as its file has it, in 4 and 8 bits.
+"""Sketches of real models: MiniLM on film reviews, SmolLM2 as its file has it, in 4 and 8 bits."""
 
-Every day on two of MiniLM's layers.
-"""
-
-from collections.abc import Iterator
 from typing import Any
 
 import data
@@ -12,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import two_layers
 from models import bert, llama
 from quickstart import encode
 from tasks import encoding
@@ -21,14 +16,7 @@ import jlora
 from jlora import LoRA
 from jlora.initializers import eva
 
-RULE = LoRA(r"encoder/.*kernel", rank=4)
-
-
-@pytest.fixture(params=two_layers.LAYERS)
-def layers(tmp_path: Any, request: Any) -> Iterator[int]:
-    """How many of its layers MiniLM has."""
-    with two_layers.minilm(tmp_path, request.param):
-        yield request.param
+LAYERS, RULE = 6, LoRA(r"encoder/.*kernel", rank=4)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +65,8 @@ def check(s: jlora.Spectrum, i: Any, z: np.ndarray) -> None:
     np.testing.assert_allclose(s.total[i], np.sum(values**2), rtol=0.1)
 
 
-def test_inputs_of_minilm_in_a_loop(sentences: list[Any], layers: int) -> None:
+@pytest.mark.slow
+def test_inputs_of_minilm_in_a_loop(sentences: list[Any]) -> None:
     """Padding has inputs too, which do not count, in any of the rematerialized layers."""
     _, variables, loss = of_minilm(scan=True)
     found = jlora.sketch(loss, variables, RULE, sentences, kind="inputs")
@@ -85,7 +74,7 @@ def test_inputs_of_minilm_in_a_loop(sentences: list[Any], layers: int) -> None:
     expected = inputs_of(model, variables, sentences)
     assert len(found.sites) == 6
     for path, s in found.sites.items():
-        for i in range(layers):
+        for i in range(LAYERS):
             name = path.removeprefix("params/").removesuffix("/kernel")
             check(s, i, expected[name.replace("encoder/layer/", f"encoder/layer_{i}/")])
 

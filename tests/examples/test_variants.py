@@ -16,7 +16,7 @@ from variants import Rows
 
 import jlora
 
-DAILY = "lora_all", "dora"
+DAILY = ("dora",)
 
 
 def rows(n, seed):
