@@ -137,18 +137,20 @@ def kill_and_resume(run: Run, kills: int, rng: random.Random) -> None:
     assert len(run.check(f"killed{number}")) == 3
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(run):
-    kill_and_resume(run, kills=1, rng=random.Random(0))
-
-
 @pytest.mark.slow
 def test_a_hundred_kills(tmp_path):
     kill_and_resume(Run(tmp_path, steps=100), kills=100, rng=random.Random(1))
 
 
-def test_a_preempted_run_saves_and_stops_and_has_its_folder_alone(run):
-    endless = ["--steps=100000", "--save-every=100000"]
-    process = run.start("endless", *endless)
+def test_a_run_that_is_killed_and_then_preempted_goes_on_as_if_it_had_not_been(run):
+    """On SIGTERM it saves and stops; it has its folder alone."""
+    process = run.start("endless", "--steps=100000", *OFTEN)
+    run.wait(process, "endless", 5)
+    process.kill()
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    assert run.check("endless")
+    process = run.start("endless", "--steps=100000", "--save-every=100000")
     run.wait(process, "endless", 1)
     with (
         pytest.raises(SystemExit, match=r"endless is in use by another run: give another --out\."),

@@ -27,6 +27,7 @@ def run(folder: pathlib.Path, tasks: str, devices: int, processes: int = 1) -> N
     assert [worker.returncode for worker in workers] == [0] * processes, "\n".join(outputs)
 
 
+@pytest.mark.slow
 def test_from_one_mesh_to_others(tmp_path):
     run(tmp_path, "save:2x2,restore:4x1,restore:1x2,restore:1x1", devices=4)
 

@@ -3,6 +3,7 @@
 Most runs are in this process, through click's runner; those that are about processes are not.
 """
 
+import itertools
 import json
 import pathlib
 import random
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import click.testing
@@ -116,12 +118,17 @@ def by_formula(name: str) -> dict[str, np.ndarray]:
     return found
 
 
-# Of each kind one for every day; the conversion has them all.
+def daily(names: Iterable[Any], *some: Any) -> list[Any]:
+    """Parameters: some of them for every day, the others in the long run."""
+    marks = lambda n: () if n in some else pytest.mark.slow  # noqa: E731
+    return [pytest.param(*(n if isinstance(n, tuple) else (n,)), marks=marks(n)) for n in names]
+
+
+# Of each kind one for every day.
 KINDS = ("all_linear", "bias", "conv", "dora", "experts", "modules_to_save", "scanned", "tokens")
-some = [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in models.CASES]
 
 
-@pytest.mark.parametrize("name", [name for name in some if name != "experts"])
+@pytest.mark.parametrize("name", daily([n for n in models.CASES if n != "experts"], *KINDS))
 def test_inspect_peft(name: str) -> None:
     """Norm, spectrum and ranks of each module are those of ΔW formed densely."""
     found = json.loads(run("inspect", models.FIXTURES / name, "--json").stdout)
@@ -336,7 +343,7 @@ def test_inspect_of_odd_keys(name: str, tmp_path: Folder) -> None:
 # ----------------------------------------------------------------------------------------- diff
 
 
-@pytest.mark.parametrize("name", some)
+@pytest.mark.parametrize("name", daily(models.CASES, "dora", "experts", "scanned", "tokens"))
 def test_diff_of_equal(name: str, tmp_path: Folder) -> None:
     """Exit code 0, also between the two formats."""
     folder, case, _ = orbax(tmp_path / "a", name)
@@ -404,7 +411,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", daily(CHANGES, "scale", "rank", "full"))
 def test_diff_of_one_site(name: str, tmp_path: Folder) -> None:
     """Exit code 1, and what differs."""
     change, relative, words = CHANGES[name]
@@ -454,7 +461,13 @@ def test_diff_of_full_leaves(tmp_path: Folder) -> None:
 # -------------------------------------------------------------------------------------- convert
 
 
-@pytest.mark.parametrize("name", models.CASES)
+OFTEN = (
+    *("all_linear", "bf16", "bias", "conv", "dora", "experts", "gpt2_tied", "modules_to_save"),
+    *("scanned", "tied", "tokens"),
+)
+
+
+@pytest.mark.parametrize("name", daily(models.CASES, *OFTEN))
 def test_convert_there_and_back(name: str, tmp_path: Folder) -> None:
     """PEFT to Orbax to PEFT: the tensors bit for bit, and with --config the files."""
     case = models.case(name)
@@ -532,8 +545,16 @@ def numpy_tree(folder: Folder) -> Any:
         return checkpointer.restore(folder.absolute())
 
 
-@pytest.mark.parametrize("name", ["all_linear", "bf16", "modules_to_save", "scanned", "dora"])
-@pytest.mark.parametrize("kind", ["peft", "orbax"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    daily(
+        itertools.product(
+            ("peft", "orbax"), ("all_linear", "bf16", "modules_to_save", "scanned", "dora")
+        ),
+        *(("peft", "all_linear"), ("peft", "bf16"), ("peft", "modules_to_save")),
+        *(("orbax", "dora"), ("orbax", "scanned")),
+    ),
+)
 def test_merge_into_orbax(name: str, kind: str, tmp_path: Folder) -> None:
     """Base in Orbax: the tree of `jlora.merge`, in the structure of the base."""
     folder, case, adapter = orbax(tmp_path / "o", name)
@@ -794,18 +815,23 @@ main()
 """
 
 
+def start(command: list[str], *args: Any) -> subprocess.CompletedProcess[str]:
+    """A process that runs to its end."""
+    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True)
+
+
 def test_processes(files: Folder) -> None:
     """Both ways to start it: answers on stdout, errors on stderr, no progress bar in a pipe."""
-
-    def start(command: list[str], *args: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *map(str, args)], capture_output=True, text=True)
-
     done = start(SCRIPT, "inspect", files / "p")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == run("inspect", files / "p").stdout
-    assert start(MODULE, "diff", files / "p", models.FIXTURES / "patterns").returncode == 1
     failed = start(MODULE, "inspect", files / "cut")
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.slow
+def test_process_that_finds_a_difference(files: Folder) -> None:
+    assert start(MODULE, "diff", files / "p", models.FIXTURES / "patterns").returncode == 1
 
 
 LARGE = (8192, 8192)
@@ -825,7 +851,7 @@ def large(root: Folder, kind: str) -> tuple[Folder, Folder]:
     return root / "base", root / "a"
 
 
-@pytest.mark.parametrize("kind", ["huggingface", "orbax"])
+@pytest.mark.parametrize("kind", daily(["huggingface", "orbax"], "huggingface"))
 def test_interrupt(kind: str, tmp_path: Folder) -> None:
     """Ctrl-C while it writes: exit code 130, one line, and nothing is left."""
     args = [*large(tmp_path, kind), tmp_path / "out" / "m", "--names", "llama"]

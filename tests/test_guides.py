@@ -46,7 +46,9 @@ def blocks(page: str) -> list[tuple[str, str | None]]:
 PAGES = [p.relative_to(GUIDES).with_suffix("").as_posix() for p in sorted(GUIDES.rglob("*.md"))]
 PAGES = [page for page in PAGES if blocks(page)]
 LOOPS = [page for page in PAGES if page.startswith("loops/")]
-SLOW = {f"loops/{page}" for page in ("grpo", "haiku", "keras", "remat")}  # to import or to compile
+# To import or to compile.
+SLOW = {f"loops/{page}" for page in ("grpo", "haiku", "keras", "remat", "tokens")}
+SLOW |= {"adapters", "rules"}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES

@@ -206,8 +206,8 @@ print(peak() - before)
 
 
 def test_memory_is_bounded(tmp_path: Folder) -> None:
-    """A weight of 256 MB is merged in less than 96 MB, as blocks are what is held."""
-    small, large = (64, 64), (8192, 8192)
+    """A weight of 128 MB is merged in less than 96 MB, as blocks are what is held."""
+    small, large = (64, 64), (4096, 8192)
     for name, given, shape in (("small", "adapter", small), ("large", "large_adapter", large)):
         weights = {"q.weight": np.ones(shape, np.float32), "k.weight": np.ones(shape, np.float16)}
         checkpoint(tmp_path / name, weights)

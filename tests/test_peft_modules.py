@@ -50,7 +50,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
 
 def adapted(*rules: Any) -> tuple[Any, Any]:
     """Base and random adapter."""
-    base, adapter = jlora.transform(apply, *rules).init(KEY, params(), X)
+    base, adapter = jax.jit(jlora.transform(apply, *rules).init)(KEY, params(), X)
     return base, jax.tree.map(lambda x: x + normal(3, *x.shape), adapter)
 
 
@@ -68,7 +68,7 @@ def assert_close(actual: Any, expected: Any) -> None:
     jax.tree.map(close, actual, expected)
 
 
-@pytest.mark.parametrize("chosen", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("chosen", [pytest.param((0,), marks=pytest.mark.slow), (1,), (0, 1)])
 def test_only_some_modules(chosen: tuple[int, ...], tmp_path: Folder) -> None:
     """Those of the adapted slots are in the file, are what it selects, and come back."""
     base, adapter = adapted(rule(*chosen))

@@ -8,7 +8,7 @@ import pytest
 
 import jlora
 
-DIM, LAYERS, ROWS = 32, 3, 64
+DIM, LAYERS, ROWS = 32, 2, 64
 
 
 class Block(nn.Module):

@@ -32,7 +32,7 @@ def small():
     ids = jnp.ones((1, 8), jnp.int32)
     model = bert.Bert(bert.Config(50, 64, 3, 4, 64, 16, 2, 1e-12), scan=True)
     attention = lambda tree: tree["params"]["encoder"]["layer"]["attention"]  # noqa: E731
-    variables = nn.unbox(model.init(jax.random.key(0), ids))
+    variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids))
     return ablations.Task(model.apply, variables, (ids,), (), attention, print, print)
 
 

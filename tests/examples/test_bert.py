@@ -3,6 +3,7 @@
 Every day with two of its layers.
 """
 
+import functools
 import json
 import shutil
 import warnings
@@ -46,6 +47,12 @@ def batch():
 # ---- the computation ----------------------------------------------------------------------------
 
 
+@functools.cache
+def compiled(config, **options):
+    """The model, which takes the variables first."""
+    return jax.jit(bert.Bert(config, **options).apply)
+
+
 def test_agrees_with_transformers(folder, minilm, batch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers deprecates its Flax models
@@ -53,9 +60,10 @@ def test_agrees_with_transformers(folder, minilm, batch):
 
         reference = FlaxBertModel.from_pretrained(folder)
     ids, mask, types = batch
-    expected = reference(ids, mask, types).last_hidden_state
+    apply = jax.jit(lambda params: reference(ids, mask, types, params=params).last_hidden_state)
+    expected = apply(reference.params)
     config, variables = minilm
-    hidden = bert.Bert(config).apply(variables, ids, mask, types)
+    hidden = compiled(config)(variables, ids, mask, types)
     seen = mask[..., None] > 0
     assert hidden.shape == expected.shape == (4, 24, 384)
     assert np.abs(expected).max() > 1
@@ -65,7 +73,7 @@ def test_agrees_with_transformers(folder, minilm, batch):
 def test_types_default_to_zero(minilm, batch):
     config, variables = minilm
     ids, mask, types = batch
-    apply = jax.jit(bert.Bert(config).apply)
+    apply = compiled(config)
     hidden = apply(variables, ids, mask)
     np.testing.assert_array_equal(hidden, apply(variables, ids, mask, np.zeros_like(ids)))
     assert np.abs(hidden - apply(variables, ids, mask, types)).max() > 0.1
@@ -74,11 +82,11 @@ def test_types_default_to_zero(minilm, batch):
 def test_padding_changes_nothing(minilm, batch):
     config, variables = minilm
     ids, mask, _ = batch
-    model = bert.Bert(config, classes=2)
+    apply = compiled(config, classes=2)
     variables = with_random_head(variables)
-    logits = model.apply(variables, ids, mask)
-    other = model.apply(variables, np.where(mask, ids, 7), mask)
-    short = model.apply(variables, ids[1:2, :9], mask[1:2, :9])
+    logits = apply(variables, ids, mask)
+    other = apply(variables, np.where(mask, ids, 7), mask)
+    short = apply(variables, ids[1:2, :9], mask[1:2, :9])
     assert logits.shape == (4, 2)
     np.testing.assert_array_equal(logits, other)
     np.testing.assert_allclose(logits[1:2], short, rtol=1e-5, atol=1e-4)
@@ -88,8 +96,8 @@ def test_head_reads_the_normalized_mean(minilm, batch):
     config, variables = minilm
     ids, mask, _ = batch
     variables = with_random_head(variables)
-    logits = bert.Bert(config, classes=2).apply(variables, ids, mask)
-    hidden = np.asarray(bert.Bert(config).apply(variables, ids, mask), np.float64)
+    logits = compiled(config, classes=2)(variables, ids, mask)
+    hidden = np.asarray(compiled(config)(variables, ids, mask), np.float64)
     for row, length in enumerate([24, 9, 1, 17]):
         mean = hidden[row, :length].mean(0)
         x = (mean - mean.mean()) / mean.std()
@@ -100,7 +108,7 @@ def test_head_reads_the_normalized_mean(minilm, batch):
 def test_new_head_prefers_no_class(minilm, batch):
     config, variables = minilm
     headed = bert.add_head(variables, classes=3)
-    logits = bert.Bert(config, classes=3).apply(headed, *batch)
+    logits = compiled(config, classes=3)(headed, *batch)
     np.testing.assert_array_equal(logits, np.zeros((4, 3)))
     assert "classifier" not in variables["params"]
 
@@ -108,7 +116,8 @@ def test_new_head_prefers_no_class(minilm, batch):
 def test_runs_under_strict_promotion(minilm, batch):
     config, variables = minilm
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        logits = bert.Bert(config, classes=2).apply(bert.add_head(variables, 2), *batch)
+        model = bert.Bert(config, classes=2)
+        logits = jax.eval_shape(model.apply, bert.add_head(variables, 2), *batch)
     assert logits.dtype == jnp.float32
 
 
@@ -138,8 +147,8 @@ def test_scanned_is_the_same_file_and_the_same_function(folder, minilm, batch, t
     bert.save(tmp_path / "model.safetensors", variables, config)
     expected = (folder / "model.safetensors").read_bytes()
     assert (tmp_path / "model.safetensors").read_bytes() == expected
-    hidden = bert.Bert(config, scan=True).apply(variables, *batch)
-    np.testing.assert_allclose(hidden, bert.Bert(config).apply(minilm[1], *batch), atol=1e-5)
+    hidden = compiled(config, scan=True)(variables, *batch)
+    np.testing.assert_allclose(hidden, compiled(config)(minilm[1], *batch), atol=1e-5)
 
 
 def test_tensors_survive_jit(minilm, tensors):

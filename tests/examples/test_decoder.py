@@ -34,6 +34,7 @@ def slow(value: Any) -> Any:
 # What has every kind of layer, for every day.
 DAILY = ("qwen3_moe", "gemma3")
 SOME = [name if name in DAILY else slow(name) for name in decoders.FAMILIES]
+ONE = [name if name == "gemma3" else slow(name) for name in decoders.FAMILIES]
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
@@ -68,7 +69,7 @@ def adapted(name: str) -> Adapted:
     return Adapted(config, lora, base, adapter, apply, apply(base, adapter, IDS))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", ONE)
 def test_adapted_and_scanned_is_merged_and_unscanned(name: str) -> None:
     """Every kernel is adapted, with an A and a B for each layer and each expert."""
     config, lora, base, adapter, _, logits = adapted(name)
@@ -195,7 +196,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+OFTEN = "Llama-3.2-1B", "Qwen3-30B-A3B", "gemma-2-2b"
+
+
+@pytest.mark.parametrize("name", [name if name in OFTEN else slow(name) for name in PUBLISHED])
 def test_parameters_of_published_models(name: str) -> None:
     """To the last one."""
     (kind, *sizes), own, expected = PUBLISHED[name]
@@ -332,7 +336,7 @@ def test_positions_and_a_cache(kind: str) -> None:
 # ---- generation ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gemma3", *map(slow, set(decoders.FAMILIES) - {"gemma3"})])
+@pytest.mark.parametrize("name", ONE)
 def test_generated_as_without_a_cache(name: str) -> None:
     """The most likely token after each prefix, by an adapted model on whole texts."""
     config, lora, base, adapter, apply, _ = adapted(name)

@@ -48,6 +48,12 @@ def packed():
     return llama.load_gguf(data.smollm2(), packed=True)
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    """That of the file, without its weights."""
+    return llama._tokenizer(gguf.GGUFReader(data.smollm2()))
+
+
 @pytest.fixture
 def lenient():
     """Allows `transformers`, optax's Adam and a bfloat16 norm to mix dtypes and ranks."""
@@ -104,7 +110,7 @@ def logits_of(config, variables, ids, **options):
 
 
 def transformers_logits(config, variables, ids, monkeypatch=None):
-    """The same weights in the Flax Llama of `transformers`, without jit."""
+    """The same weights in the Flax Llama of `transformers`."""
     from transformers.models.llama import modeling_flax_llama as modeling
 
     if monkeypatch:
@@ -149,7 +155,8 @@ def transformers_logits(config, variables, ids, monkeypatch=None):
     params["model/embed_tokens/embedding"] = flat["embed/embedding"]
     params["model/norm/weight"] = flat["norm/scale"]
     params["lm_head/kernel"] = flat["embed/embedding"].T
-    return model(input_ids=ids, params=unflatten_dict(params, sep="/")).logits
+    logits = jax.jit(lambda params: model(input_ids=ids, params=params).logits)
+    return logits(unflatten_dict(params, sep="/"))
 
 
 @pytest.mark.usefixtures("lenient")
@@ -291,14 +298,12 @@ def test_gguf_of_another_kind_is_refused(tiny, tmp_path, field, message):
         "<|im_start|>user\nhi<|im_end|>\n",
     ],
 )
-def test_tokenizer_round_trip(packed, text):
-    _, _, tokenizer = packed
+def test_tokenizer_round_trip(tokenizer, text):
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(packed):
-    _, _, tokenizer = packed
+def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(tokenizer):
     assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]
     assert tokenizer.encode("<|im_start|>hi<|im_end|>").ids[::2] == [1, llama.STOP]
 
@@ -325,6 +330,7 @@ def test_generate_takes_the_most_likely_token_after_each_prefix(tiny):
         assert answer == likely[len(prompt) - 1 :][:6].tolist()
 
 
+@pytest.mark.slow
 def test_smollm2_stays_packed(packed):
     found = jlora.quantization(packed[1]).leaves
     assert {type(e.leaf.scheme).__name__ for e in found} == {"Int4", "Int8"}
@@ -355,8 +361,7 @@ def setting(tiny, tmp_path):
     return [*argv, "--length=200", "--batch=4", "--rank=4", "--steps=6", "--save-every=2"]
 
 
-def test_only_answers_count(packed):
-    _, _, tokenizer = packed
+def test_only_answers_count(tokenizer):
     pairs = [finetune_lm.Pair("Hi", "Hello there."), finetune_lm.Pair("And now?", "Bye")]
     rows = finetune_lm.encode(pairs, tokenizer, 64)
     for pair, ids, counts in zip(pairs, *rows, strict=True):
@@ -385,8 +390,7 @@ def test_the_loss_sees_exactly_the_logits_before_answer_tokens():
     np.testing.assert_array_equal(seen, counts[:, 1:] > 0)
 
 
-def test_pairs_that_are_too_long_are_left_out(packed):
-    _, _, tokenizer = packed
+def test_pairs_that_are_too_long_are_left_out(tokenizer):
     pairs = [finetune_lm.Pair("Hi", "Hello."), finetune_lm.Pair("Hi", "Hello. " * 40)]
     assert len(finetune_lm.encode(pairs, tokenizer, 64).ids) == 1
     with pytest.raises(ValueError, match="none of 1 pairs fits in `length` = 64 tokens"):
@@ -426,18 +430,20 @@ def test_read_wordnet(tmp_path):
 
 
 @pytest.mark.usefixtures("lenient")
-def test_a_resumed_run_equals_one_that_was_not_interrupted(setting, tmp_path):
+def test_a_resumed_run_equals_one_that_was_not_interrupted(setting, tmp_path, monkeypatch):
     whole = finetune_lm.main(setting)
     assert list(whole.losses) == list(range(6))
     assert whole.after < whole.before
 
-    with pytest.raises(SystemExit):  # the folder is in use
-        finetune_lm.main(setting)
     shutil.rmtree(tmp_path / "out" / "6")  # as if the run had ended after step 4
     resumed = finetune_lm.main([*setting, "--resume"])
     assert resumed.losses == {step: whole.losses[step] for step in (4, 5)}
     assert resumed.after == whole.after
 
+    monkeypatch.setattr(llama, "generate", lambda *_, **__: [])  # what is done before these
+    monkeypatch.setattr(finetune_lm, "evaluate", lambda *_: 0.0)
+    with pytest.raises(SystemExit):  # the folder is in use
+        finetune_lm.main(setting)
     with pytest.raises(ValueError, match=r"cannot resume from .*: batch was 4, is 8"):
         finetune_lm.main([*setting, "--resume", "--batch=8"])
 

@@ -44,17 +44,16 @@ every = pytest.mark.parametrize(
             for j, kind in enumerate(("bert", "gpt"))
             for i, name in enumerate(METHODS)
         ),
-        ("roberta", "adapter_h"),
+        pytest.param("roberta", "adapter_h", marks=pytest.mark.slow),
         ("roberta", "pre_layer"),
     ],
 )
-# Those that put no tokens into the text, two of them for every day.
+# Those that put no tokens into the text, one of them for every day.
 CACHED = [
-    name if name in ("adapter_l", "lora") else pytest.param(name, marks=pytest.mark.slow)
+    name if name == "adapter_l" else pytest.param(name, marks=pytest.mark.slow)
     for name in METHODS
     if name not in PREFIXES
 ]
-every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def marked(*long):
@@ -156,7 +155,7 @@ def test_what_is_padding_changes_nothing(kind, name):
     np.testing.assert_allclose(before[real], after[real], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", marked("full", "lora_all", "pre_embed"))
+@pytest.mark.parametrize("name", marked("full", "lora_all", "pre_embed", "prompt", "adapter_h"))
 def test_gpt_stays_causal(name):
     other = IDS.copy()
     other[:, 4] = (IDS[:, 4] + 1) % 7 + 20
@@ -186,7 +185,7 @@ def test_draws_by_the_key(name):
     assert not jax.tree.all(jax.tree.map(np.array_equal, other, trained))
 
 
-@every_method
+@pytest.mark.parametrize("name", marked("full", "bitfit", "adapter_l", "pre_embed"))
 def test_init_and_apply_need_shapes_alone(name):
     model = MODELS["bert"].clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     method = METHODS[name](model, **SIZES.get(name, {}))
@@ -196,7 +195,7 @@ def test_init_and_apply_need_shapes_alone(name):
     assert jax.eval_shape(method.apply, base, trained, IDS, MASK).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", ["adapter_h", "pre_layer"])
+@pytest.mark.parametrize("name", ["adapter_h", pytest.param("pre_layer", marks=pytest.mark.slow)])
 def test_same_with_layers_computed_again(name):
     method = METHODS[name](MODELS["gpt"].clone(remat=True), **SIZES[name])
     base, trained = moved("gpt", name)
@@ -205,7 +204,7 @@ def test_same_with_layers_computed_again(name):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), got, expected)
 
 
-@pytest.mark.parametrize("name", ["adapter_h", "lora"])
+@pytest.mark.parametrize("name", ["adapter_h", pytest.param("lora", marks=pytest.mark.slow)])
 def test_takes_dropout_of_the_model(name):
     method, base, trained = start("gpt", name)
     fn = jax.jit(lambda key: method.apply(base, trained, IDS, MASK, rngs={"dropout": key}))
@@ -388,12 +387,13 @@ def test_adapter_l_norm_in_bfloat16():
     names = {"kernel": jnp.eye(64), "bias": jnp.full(64, 9.0)}  # so that relu cuts nothing
     p = {"norm": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}, "down": names, "up": names}
     small = x.astype(jnp.bfloat16)
-    actual = adapters.perceptron(p, small).astype(jnp.float32)
-    expected = adapters.perceptron(p, small.astype(jnp.float32))
+    perceptron = jax.jit(adapters.perceptron)
+    actual = perceptron(p, small).astype(jnp.float32)
+    expected = perceptron(p, small.astype(jnp.float32))
     np.testing.assert_allclose(actual, expected, atol=0.15)  # of 20
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
+@pytest.mark.parametrize("kind", [pytest.param("bert", marks=pytest.mark.slow), "gpt"])
 def test_adapter_l_follows_each_layer(kind):
     def between(block, x, added):
         return adapters.perceptron(added["layer"], block(x, MASK))
@@ -441,7 +441,7 @@ def test_pre_embed_is_more_words_in_the_vocabulary_of_gpt():
         positions.append(at)
     model = MODELS["gpt"].clone(config=gpt.Config(VOCAB + 5, 40, L, D, 2))
     more = {"params": {**params, "wte": {"embedding": table}}}
-    logits = model.apply(more, np.array(longer), None, np.array(positions))[..., :VOCAB]
+    logits = jax.jit(model.apply)(more, np.array(longer), None, np.array(positions))[..., :VOCAB]
     expected = np.take_along_axis(np.asarray(logits), np.array(places)[..., None], 1)
     got, _ = compiled("gpt", "pre_embed")(base, trained, ids, ALL)
     np.testing.assert_allclose(got, expected, atol=3e-5)

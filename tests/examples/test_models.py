@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 import jlora
 
-ENCODER = (61, 16, 3, 4, 24, 20)
+ENCODER = (61, 16, 2, 4, 24, 20)
 V2 = {
     "relative_attention": True,
     "pos_att_type": ("p2c", "c2p"),
@@ -91,7 +91,7 @@ DEBERTA = deberta.Config(*ENCODER, 0, 1e-7, **V2)
 OWN = deberta.Config(
     *ENCODER, 2, 1e-7, relative_attention=True, pos_att_type=("c2p",), max_relative_positions=9
 )
-GPT = gpt.Config(61, 16, 3, 16, 4, 24)
+GPT = gpt.Config(61, 16, 2, 16, 4, 24)
 replace = dataclasses.replace
 SMALL = {
     "gpt": Small(gpt, gpt.GPT, GPT),
@@ -119,8 +119,12 @@ def slow(value: Any) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-# One of each kind for every day.
-SOME = [name if name in ONE_EACH else slow(name) for name in SMALL]
+def daily(*names: str) -> list[Any]:
+    """All small models, and these of them for every day."""
+    return [name if name in names else slow(name) for name in SMALL]
+
+
+SOME = daily(*ONE_EACH)  # one of each kind
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
@@ -133,9 +137,12 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 # ---- one function, whichever way it is compiled ------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", daily("gpt", "deberta"))
 def test_scanned_is_unscanned(name: str) -> None:
-    """The same outputs, and the blocks' parameters stacked."""
+    """The same outputs, and the blocks' parameters stacked.
+
+    Of the others every day in `test_bert.py` and `test_decoder.py`.
+    """
     small = SMALL[name]
     outputs = [
         jax.jit(small.model(scan=scan).apply)(small.variables(scan), IDS, MASK)
@@ -145,9 +152,10 @@ def test_scanned_is_unscanned(name: str) -> None:
     assert len(jax.tree.leaves(small.shapes(True))) < len(jax.tree.leaves(small.shapes(False)))
 
 
-@pytest.mark.parametrize("name", ["gpt", *map(slow, ONE_EACH[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_remat_is_plain(name: str) -> None:
-    """Values and gradients, with nothing kept and with a policy."""
+    """Values and gradients, nothing kept or by a policy; every day it is in `test_llama.py`."""
     small, scan = SMALL[name], name != "llama_untied"
 
     def slope(**options: Any) -> Any:
@@ -343,7 +351,7 @@ def test_padded_vocabulary(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["bert_lm", "roberta_lm", "deberta_lm"])
+@pytest.mark.parametrize("name", [slow("bert_lm"), "roberta_lm", slow("deberta_lm")])
 def test_new_head(name: str) -> None:
     """What was trained on words gets a head for classes in its place."""
     small = SMALL[name]
@@ -452,7 +460,13 @@ def test_what_microsofts_files_have_besides(name: str, tmp_path: pathlib.Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("gpt", 16), ("bert", 20), ("roberta_lm", 18), ("deberta_lm", 20)]
+    ("name", "most"),
+    [
+        ("gpt", 16),
+        pytest.param("bert", 20, marks=pytest.mark.slow),
+        ("roberta_lm", 18),
+        ("deberta_lm", 20),
+    ],
 )
 def test_more_tokens_than_positions(name: str, most: int) -> None:
     """An error: reads beyond the table would be NaN."""
@@ -512,7 +526,9 @@ def test_examples_in_docstrings() -> None:
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", daily("gpt", "llama_untied", "mixtral", "gemma3", "roberta_cls", "deberta_lm")
+)
 def test_every_axis_of_a_matrix_has_a_name(name: str, scan: bool) -> None:
     """And the rules know it."""
     model = SMALL[name].model(scan=scan)
@@ -543,19 +559,21 @@ TOTALS = {
 }
 
 
-def test_sizes() -> None:
+OFTEN = "gpt2", "llama2-7b", "smollm2-135m", "roberta-base"
+
+
+@pytest.mark.parametrize("name", [name if name in OFTEN else slow(name) for name in TOTALS])
+def test_sizes(name: str) -> None:
     """The parameters of the published models."""
-    for module in (gpt, llama, bert, deberta):
-        for name, config in module.SIZES.items():
-            if name in TOTALS:
-                assert jlora.count(module.shapes(config)) == TOTALS[name], name
+    [module] = [module for module in (gpt, llama, bert, deberta) if name in module.SIZES]
+    assert jlora.count(module.shapes(module.SIZES[name])) == TOTALS[name]
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, id=f"{row.name}, {row.adapted}", marks=pytest.mark.slow if i % 4 else [])
-        for i, row in enumerate(counts.rows())
+        pytest.param(row, id=f"{row.name}, {row.adapted}", marks=pytest.mark.slow if i != 8 else [])
+        for i, row in enumerate(counts.rows())  # the first is that of the table below
     ],
 )
 def test_counts_of_the_paper(row: counts.Row) -> None:
@@ -572,12 +590,12 @@ def test_counts_of_the_paper(row: counts.Row) -> None:
 
 def test_counts_do_not_depend_on_the_scan() -> None:
     """An unscanned model has the same matrices."""
-    model = gpt.GPT(gpt.SIZES["gpt2-medium"], scan=False)
+    model = gpt.GPT(replace(gpt.SIZES["gpt2-medium"], layers=3), scan=False)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     sites = jlora.transform(model.apply, *counts.gpt_rules("qv", 4)).sites(
         gpt.shapes(model.config, scan=False), ids
     )
-    assert sites.trainable == 393_216
+    assert sites.trainable == 393_216 // 24 * 3
 
 
 def test_counts_print_a_table(capsys: pytest.CaptureFixture[str]) -> None:

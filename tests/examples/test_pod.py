@@ -200,7 +200,7 @@ def test_where_one_is_gone_or_hangs_all_others_end(how, victim, folder, start, w
         run.ends()
     assert re.search(GONE, run.said(1 - victim)), run.report()
     check_fault(run, folder / name, whole)
-    check_restart(start, folder / name, 2, whole)
+    check_restart(start, folder / name, 1, whole)
 
 
 @slow

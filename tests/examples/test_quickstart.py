@@ -58,8 +58,8 @@ def test_the_saved_adapter_gives_the_exported_weights(run):
     ids = np.arange(1000, 1016, dtype=np.int32).reshape(2, 8)
     _, params = bert.load(out / "merged")
     np.testing.assert_allclose(
-        lora.apply(base, adapter, ids, np.ones_like(ids)),
-        model.apply(params, ids, np.ones_like(ids)),
+        jax.jit(lora.apply)(base, adapter, ids, np.ones_like(ids)),
+        jax.jit(model.apply)(params, ids, np.ones_like(ids)),
         atol=1e-5,
     )
 

@@ -65,6 +65,7 @@ def check(s: jlora.Spectrum, i: Any, z: np.ndarray) -> None:
     np.testing.assert_allclose(s.total[i], np.sum(values**2), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_inputs_of_minilm_in_a_loop(sentences: list[Any]) -> None:
     """Padding has inputs too, which do not count, in any of the rematerialized layers."""
     _, variables, loss = of_minilm(scan=True)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import two_layers
 from models import bert, gpt
 from nltk.translate.nist_score import corpus_nist
 from tasks import batches, beam, encoding, files, glue, metrics, ngrams, nlg, table, wikisql
@@ -983,13 +984,15 @@ def test_rows_that_cannot_be_batched():
 
 
 def test_from_a_file_to_the_score(tmp_path, tokenizer):
-    """Sentences as SST-2's file, through MiniLM with a head that prefers no class."""
+    """Sentences as SST-2's file, through two layers of MiniLM with a head that prefers no class."""
     snippets = data.movie_snippets()[1][:40]
     lines = [f"{snippet.text}|{snippet.label}" for snippet in snippets]
     write(tmp_path, {"SST-2/dev.tsv": tsv("sentence label", *lines)})
     texts, labels = zip(*glue.read(tmp_path, "sst2", "dev"), strict=True)
     assert texts == tuple((snippet.text,) for snippet in snippets)
-    config, variables = bert.load(data.minilm())
+    (tmp_path / "minilm").mkdir()
+    with two_layers.minilm(tmp_path / "minilm", 2):
+        config, variables = bert.load(data.minilm())
     variables = bert.add_head(variables, 2)
     apply = jax.jit(bert.Bert(config, classes=2).apply)
     predictions = []
@@ -1041,7 +1044,9 @@ def brute_force(step, prompt, new_tokens, stop, penalty, no_repeat, prompt_count
     return sorted(texts, key=lambda text: -text.score)
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.9, 2.0, -1.0])
+@pytest.mark.parametrize(
+    "penalty", [0.0, 0.9, *(pytest.param(x, marks=pytest.mark.slow) for x in (2.0, -1.0))]
+)
 @pytest.mark.parametrize(("no_repeat", "prompt_counts"), [(0, True), (2, True), (2, False)])
 @pytest.mark.parametrize("stop", [(STOP,), (STOP, 2), ()])
 def test_many_beams_find_what_brute_force_finds(penalty, no_repeat, prompt_counts, stop):
