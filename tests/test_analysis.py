@@ -324,6 +324,7 @@ def test_intruders(name: str) -> None:
                 np.testing.assert_array_equal(jitted(*pair, k, threshold), cosines < threshold)
 
 
+@pytest.mark.slow
 def test_intruders_of_many() -> None:
     """Under vmap over adapters: as one by one."""
     sites = [site("dense", seed, scale=5.0) for seed in range(4)]

@@ -26,14 +26,17 @@ def is_routed(case: Case) -> bool:
     return case.sites > 0 and case.jit and case.vmap and case.subject != "model"
 
 
+LATER = ("dense", "call", "tree", "nnx", "no_site")  # subjects of the long run
+
+
 def table() -> list[Any]:
-    """The first of each subject for every day, in one of the forms by turns."""
+    """The first of most subjects for every day, in one of the forms by turns."""
     rows = []
     for n, subject in enumerate(SUBJECTS):
         cases = [c for c in CASES if c.subject == subject and is_routed(c)]
         for i, case in enumerate(cases):
             for k, form in enumerate(FORMS):
-                daily = not (case.slow or i or (n + k) % 2)
+                daily = not (case.slow or i or (n + k) % 2 or subject in LATER)
                 marks = [] if daily else [pytest.mark.slow]
                 rows.append(pytest.param(case, form, id=f"{case.name}-{form}", marks=marks))
     return rows
@@ -97,8 +100,12 @@ IDS = (2, 0, -1, 1, 0, 2)
 each_form = pytest.mark.parametrize("form", [None, *FORMS])
 
 
+compiled = functools.cache(jax.jit)  # one program for each function
+
+
 def alone(f: Any, base: Any, adapters: list[Any], ids: Any = IDS, x: Any = X) -> jax.Array:
-    each = [f(base, adapters[i] if i >= 0 else {}, x[k : k + 1]) for k, i in enumerate(ids)]
+    one = compiled(f)
+    each = [one(base, adapters[i] if i >= 0 else {}, x[k : k + 1]) for k, i in enumerate(ids)]
     return jnp.stack(each) if each[0].ndim == 0 else jnp.concatenate(each)
 
 
@@ -113,7 +120,9 @@ def test_ranks_scales_and_full_leaves_differ(form: str | None) -> None:
     assert stacked["w"].a.shape == (3, 64, 3)
     expected = alone(lora.apply, base, adapters)
     for ids in (jnp.array(IDS), np.array(IDS)):
-        close(many.route(lora.apply, form=form)(base, stacked, ids, X), expected)
+        route = many.route(lora.apply, form=form)
+        f = jax.jit(lambda base, table, x, ids=ids, route=route: route(base, table, ids, x))
+        close(f(base, stacked, X), expected)
 
 
 def loss(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
@@ -234,7 +243,7 @@ def test_a_prepared_table_is_the_table(form: str | None) -> None:
 def test_only_the_base_for_minus_one_to_the_bit() -> None:
     lora, base, adapters = made()
     for form in FORMS:
-        f = many.route(lora.apply, form=form)
+        f = jax.jit(many.route(lora.apply, form=form))
         y = f(base, many.stack(adapters, base=base), jnp.full(6, -1), X)
         expected = f(base, many.stack([{}, {}, {}, adapters[0]], base=base), jnp.full(6, 0), X)
         np.testing.assert_array_equal(y, expected)
@@ -329,8 +338,8 @@ def test_take_is_the_inverse_of_stack() -> None:
         found = many.take(stacked, i)
         expected = jlora.merge(base, adapter)
         jax.tree.map(close, jlora.merge(base, found), expected)
-        exact = jlora.arithmetic.truncate(found, energy=1.0)
-        assert exact["w"].a.shape == adapter["w"].a.shape
+    exact = jlora.arithmetic.truncate(found, energy=1.0)
+    assert exact["w"].a.shape == adapter["w"].a.shape == (64, 1)
     same = many.stack([adapters[0]] * 2)
     jax.tree.map(np.testing.assert_array_equal, many.take(same, 1), adapters[0])
 

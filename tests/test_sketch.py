@@ -101,14 +101,14 @@ def test_gradient_in_both_orders_of_the_product(order: Any) -> None:
 
 
 def case_table() -> list[Any]:
-    """The first of some subjects for every day: a loop, a container."""
+    """Every case, of which the first loop every day."""
     rows = []
     for subject in SUBJECTS:
         fit = [
             c for c in CASES if c.subject == subject and c.sites and c.grad and c.jit and c.float64
         ]
         for i, case in enumerate(fit):
-            daily = not case.slow and not i and subject in ("control", "tree")
+            daily = not case.slow and not i and subject == "control"
             slow = [] if daily else [pytest.mark.slow]
             rows.append(pytest.param(case, id=case.name, marks=slow))
     return rows
@@ -310,7 +310,7 @@ def test_eva(name: str) -> None:
             assert not np.any(node.b)
 
 
-@every(MODELS, "groups", "fused")
+@every(MODELS, "groups")
 def test_lora_ga(name: str) -> None:
     """The model begins as it was, and A and B are vectors of the gradient."""
     model = MODELS[name]()

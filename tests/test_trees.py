@@ -111,6 +111,7 @@ class Setup(NamedTuple):
     adapter: Any
 
 
+@functools.cache
 def setup(
     container: str = "dict",
     dtype: Any = jnp.float32,
