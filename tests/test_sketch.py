@@ -101,14 +101,14 @@ def test_gradient_in_both_orders_of_the_product(order: Any) -> None:
 
 
 def case_table() -> list[Any]:
-    """Every case, of which the first loop every day."""
+    """Every case; of tied embeddings and of loops the first every day."""
     rows = []
     for subject in SUBJECTS:
         fit = [
             c for c in CASES if c.subject == subject and c.sites and c.grad and c.jit and c.float64
         ]
         for i, case in enumerate(fit):
-            daily = not case.slow and not i and subject == "control"
+            daily = not case.slow and not i and subject in ("lookup", "control")
             slow = [] if daily else [pytest.mark.slow]
             rows.append(pytest.param(case, id=case.name, marks=slow))
     return rows
