@@ -295,7 +295,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plateau": (optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)), {}),
     "adafactor": (optax.adafactor(1e-2), {}),
 }
-LATER = ("sgd", "freeze_a", "accumulated", "adafactor")  # the long run's
+LATER = ("sgd", "freeze_a", "accumulated", "adafactor")  # in the long run
 EACH = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in LATER else ()) for n in OPTIMIZERS]
 )

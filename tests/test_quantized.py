@@ -43,8 +43,7 @@ def entry(*row):
     return pytest.param(*row, marks=[] if row[0] is first else pytest.mark.slow)
 
 
-FIRST = [entry(s) for s, _, _ in KEPT]
-schemes = pytest.mark.parametrize("scheme", FIRST, ids=str)
+schemes = pytest.mark.parametrize("scheme", [entry(s) for s, _, _ in KEPT], ids=str)
 
 
 def test_every_scheme_is_in_the_table():
