@@ -56,8 +56,15 @@ def value_and_slope(f, adapter):
     return jax.jit(jax.value_and_grad(lambda a: jnp.sin(f(a)).sum()))(adapter)
 
 
-@pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("spec", [ROWS, COLUMNS])
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (ROWS, AxisType.Auto),
+        (COLUMNS, AxisType.Explicit),
+        pytest.param(ROWS, AxisType.Explicit, marks=pytest.mark.slow),
+        pytest.param(COLUMNS, AxisType.Auto, marks=pytest.mark.slow),
+    ],
+)
 def test_on_a_mesh_is_as_on_one_device(spec, kind):
     dora, (base, adapter), whole, x = made(spec, MESHES[kind])
     expected = value_and_slope(lambda a: dora.apply(whole[0], a, x), whole[1])
@@ -97,7 +104,7 @@ def test_no_sum_where_outputs_are_cut():
     assert collectives(jax.jit(dora.apply).lower(base, adapter, x).compile()) == []
 
 
-@pytest.mark.parametrize("spec", [ROWS, COLUMNS])
+@pytest.mark.parametrize("spec", [ROWS, pytest.param(COLUMNS, marks=pytest.mark.slow)])
 def test_within_the_users_shard_map(spec):
     """W, A, B and m lie as `sharding.specs` has them."""
     mesh = MESHES[AxisType.Auto]

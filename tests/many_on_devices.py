@@ -61,8 +61,9 @@ def placed(apply):
 def alone(lora, adapters, base, which, ids):
     """Each row by itself, on one device."""
     base, which, ids = jax.device_put((base, which, ids), jax.devices()[0])
+    one = jax.jit(lora.apply)
     each = [
-        lora.apply(base, adapters[i] if i >= 0 else {}, ids[k : k + 1])
+        one(base, adapters[i] if i >= 0 else {}, ids[k : k + 1])
         for k, i in enumerate(np.asarray(which))
     ]
     return jnp.concatenate(each)

@@ -22,8 +22,17 @@ def on_one(tree):
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", ["lists", "experts", "gpt2"])
-@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize(
+    ("compile", "name"),
+    [
+        (True, "lists"),
+        (False, "lists"),
+        (False, "experts"),
+        (False, "gpt2"),
+        pytest.param(True, "experts", marks=pytest.mark.slow),
+        pytest.param(True, "gpt2", marks=pytest.mark.slow),
+    ],
+)
 def test_exact_parts_are_measured_bytes(name, compile):
     """Base, adapter, moments and batch, against arrays that lie there."""
     model = models.MODELS[name]()

@@ -14,11 +14,18 @@ from jax.sharding import PartitionSpec as P
 import jlora
 
 PLACES = {"plain": P("x", "y"), "scanned": P(None, "y", "x"), "heads": P("y", None, "x", None)}
+DAILY = (("plain", AxisType.Auto), ("scanned", AxisType.Explicit))
 COLLECTIVE = re.compile(r"= \(?\w+\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|collective-p)")
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[] if (name, kind) in DAILY else pytest.mark.slow)
+        for name in PLACES
+        for kind in (AxisType.Auto, AxisType.Explicit)
+    ],
+)
 def test_only_matrices_of_the_rank_are_summed(name, kind):
     """The same updates, in their places, and no A or B is gathered."""
     mesh = jax.make_mesh((2, 2), ("x", "y"), (kind, kind), devices=jax.devices()[:4])

@@ -149,13 +149,17 @@ def test_a_step(scheme, form):
     assert codes <= (0.35 if isinstance(scheme, FP8) else 0.25) * values
 
 
+@pytest.mark.slow
 @FEW
 def test_a_scan(scheme):
     check(scanned(layer), scheme, True, brought=gathered_on)
 
 
 @FEW
-@pytest.mark.parametrize(("brought", "named"), [(as_it_is, True), (gathered, False)])
+@pytest.mark.parametrize(
+    ("brought", "named"),
+    [pytest.param(as_it_is, True, marks=pytest.mark.slow), (gathered, False)],
+)
 def test_the_models_own_constraint(scheme, brought, named):
     def constrained(w, x):
         for name, spec in {"up": P(None, "tensor"), "down": P("tensor")}.items():
@@ -210,7 +214,10 @@ def test_the_models_own_shard_map(scheme, checked):
 
 
 @FEW
-@pytest.mark.parametrize(("checked", "brought"), [(True, gathered), (False, as_it_is)])
+@pytest.mark.parametrize(
+    ("checked", "brought"),
+    [(True, gathered), pytest.param(False, as_it_is, marks=pytest.mark.slow)],
+)
 def test_a_scan_in_the_models_own_shard_map(scheme, checked, brought):
     check(by_hand(checked, True), scheme, True, brought=brought, dense=scanned(layer))
 

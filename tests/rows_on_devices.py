@@ -40,8 +40,15 @@ def made(spec, mesh):
     return rows, put, whole
 
 
-@pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("spec", [VOCABULARY_CUT, DIM_CUT])
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (VOCABULARY_CUT, AxisType.Auto),
+        (DIM_CUT, AxisType.Explicit),
+        pytest.param(VOCABULARY_CUT, AxisType.Explicit, marks=pytest.mark.slow),
+        pytest.param(DIM_CUT, AxisType.Auto, marks=pytest.mark.slow),
+    ],
+)
 def test_on_a_mesh_is_as_on_one_device(spec, kind):
     rows, (base, adapter), whole = made(spec, MESHES[kind])
     expected = value_and_slope(lambda a: rows.apply(whole[0], a, IDS), whole[1])

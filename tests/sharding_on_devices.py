@@ -70,11 +70,8 @@ def close(actual, expected, tolerance=1e-9):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale)
 
 
-FEW = ("scanned", "gpt2")
-
-
 @pytest.fixture(
-    params=[pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in models.MODELS]
+    params=[n if n == "scanned" else pytest.param(n, marks=pytest.mark.slow) for n in models.MODELS]
 )
 def model(request):
     """Each of the models."""
@@ -373,12 +370,9 @@ def name_of(case):
     return f"{case[0].__name__}{len(case[2][0])}"
 
 
-ALWAYS = (layers, fused)
-
-
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=() if c[0] in ALWAYS else pytest.mark.slow) for c in CASES],
+    [pytest.param(c, marks=() if c[0] is fused else pytest.mark.slow) for c in CASES],
     ids=[name_of(c) for c in CASES],
 )
 def test_explicit(case):

@@ -82,7 +82,7 @@ def scanned(p, x, gather=lambda w: w):
     return lax.scan(lambda h, w: (jnp.tanh(h @ gather(w)), None), x, p["w"])[0]
 
 
-@pytest.mark.parametrize("columns", [4, 16])
+@pytest.mark.parametrize("columns", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_weights_gathered_in_the_layers(columns):
     """As with FSDP: W, A and B lie as `sharding.specs` has them, one column a device too."""
     gather = functools.partial(lax.all_gather, axis_name="d", axis=1, tiled=True)

@@ -75,10 +75,10 @@ def check(found, kind):
 
 
 def placed():
-    """Every spec on every mesh, one of each kind every day."""
+    """Every spec on every mesh, one every day; starts are on explicit axes then."""
     rows = [(spec, mesh, kind) for kind in KINDS for mesh in MESHES for spec in SPECS]
-    daily = [("both", AxisType.Auto, "gradient"), ("fsdp", AxisType.Explicit, "inputs")]
-    return [pytest.param(*row, marks=[] if row in daily else pytest.mark.slow) for row in rows]
+    daily = ("both", AxisType.Auto, "inputs")
+    return [pytest.param(*row, marks=[] if row == daily else pytest.mark.slow) for row in rows]
 
 
 @pytest.mark.parametrize(("spec", "mesh", "kind"), placed(), ids=str)
@@ -103,7 +103,7 @@ def within(body, specs, **how):
     return loss
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["inputs", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_within_the_models_own_shard_map(kind):
     """Over tokens."""
     body = lambda p, x: lax.scan(layer, x, p)[0]  # noqa: E731
@@ -129,6 +129,7 @@ def test_inputs_of_matrices_that_a_shard_map_cuts_are_refused():
             jlora.sketch(f, PARAMS, LoRA(path, rank=1), BATCHES, kind="inputs")
 
 
+@pytest.mark.slow
 def test_experts_that_a_shard_map_cuts():
     """Each device has some of them whole."""
     params = {"up": normal(0, 4, D, F), "down": normal(1, 4, F, D)}
@@ -154,11 +155,13 @@ def test_inputs_within_a_shard_map_that_checks_nothing_are_refused():
 
 
 def starts():
-    """Each start on every mesh, one of each every day."""
+    """Each start on every mesh, every day the one that changes the base."""
     rows = [(*x, mesh) for x in ((eva, "inputs"), (lora_ga, "gradient")) for mesh in MESHES]
     return [
-        pytest.param(*row, marks=pytest.mark.slow if i in (1, 2) else [])
-        for i, row in enumerate(rows)
+        pytest.param(
+            *row, marks=[] if row[::2] == (lora_ga, AxisType.Explicit) else pytest.mark.slow
+        )
+        for row in rows
     ]
 
 

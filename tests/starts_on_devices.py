@@ -4,6 +4,7 @@ W lies as it did, along automatic and explicit axes; products and small factoriz
 of W's size.
 """
 
+import itertools
 import math
 import re
 
@@ -53,9 +54,14 @@ def init(start, params):
     return w, a, b
 
 
-@pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", STARTS)
+def placed():
+    """Every start and spec on both meshes; of each start two every day."""
+    daily = {("inputs", AxisType.Auto), ("stack", AxisType.Explicit)}
+    rows = itertools.product(STARTS, SPECS, MESHES)
+    return [pytest.param(*r, marks=[] if r[1:] in daily else pytest.mark.slow) for r in rows]
+
+
+@pytest.mark.parametrize(("name", "spec", "kind"), placed())
 def test_the_base_lies_where_it_did(name, spec, kind):
     place = NamedSharding(MESHES[kind], SPECS[spec])
     expected = init(STARTS[name], PARAMS)
@@ -67,8 +73,15 @@ def test_the_base_lies_where_it_did(name, spec, kind):
     laws.assert_close((np.asarray(w), of(a, b)), (np.asarray(expected[0]), of(*expected[1:])), 1e-4)
 
 
-@pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("start", [pissa, loftq(jlora.NF4())])
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (pissa, AxisType.Auto),
+        (loftq(jlora.NF4()), AxisType.Explicit),
+        pytest.param(pissa, AxisType.Explicit, marks=pytest.mark.slow),
+        pytest.param(loftq(jlora.NF4()), AxisType.Auto, marks=pytest.mark.slow),
+    ],
+)
 def test_codes(start, kind):
     """As on one device; what was quantized before lies as it did."""
     given = jlora.quantize(PARAMS, jlora.NF4("w")) if start is pissa else PARAMS
@@ -91,7 +104,9 @@ def whole(w, a, b):
     return np.asarray(jlora.dequantize({"w": w})["w"]) + a @ b
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec", [n if n == "inputs" else pytest.param(n, marks=pytest.mark.slow) for n in SPECS]
+)
 @pytest.mark.parametrize("name", ["pissa_niter", "olora"])
 def test_nothing_of_the_size_of_a_matrix_moves(name, spec):
     """Under jit; what moves in one collective is smaller than a matrix."""

@@ -80,7 +80,9 @@ def regauged(node: LowRank, seed: int = 0) -> LowRank:
     return node._replace(a=jnp.asarray(node.a @ g, jnp.float32), b=jnp.asarray(b, jnp.float32))
 
 
-every_site = pytest.mark.parametrize("site", list(SITES))
+slow = lambda *x: pytest.param(*x, marks=pytest.mark.slow)  # noqa: E731
+DAILY = ("heads", "experts", "slots of two kinds")
+every_site = pytest.mark.parametrize("site", [s if s in DAILY else slow(s) for s in SITES])
 
 
 @every_site
@@ -115,8 +117,14 @@ def test_scale_and_difference() -> None:
     np.testing.assert_allclose(found, delta(one["w"], shape) - delta(two["w"], shape), atol=3e-6)
 
 
-@every_site
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rank", "site"),
+    [
+        (rank, s) if s == "experts" or (s in DAILY and rank == 1) else slow(rank, s)
+        for rank in (1, 2, 3)
+        for s in SITES
+    ],
+)
 def test_truncate_is_the_best_approximation(site: str, rank: int) -> None:
     """The dense SVD's, of each matrix of a stack and each slot."""
     shape, _ = SITES[site]
@@ -174,16 +182,14 @@ FUNCTIONS: dict[str, Any] = {
     "dare": lambda t: arithmetic.dare(t, WEIGHTS[:2], key=KEY, density=0.6),
 }
 every_function = pytest.mark.parametrize("name", list(FUNCTIONS))
-slow = lambda x: pytest.param(x, marks=pytest.mark.slow)  # noqa: E731
-few_sites = pytest.mark.parametrize("site", ["experts", slow("heads"), slow("slots of two kinds")])
-DAILY = ("plain", "experts", "slots of two kinds")
+few_sites = pytest.mark.parametrize("site", ["heads", slow("experts"), slow("slots of two kinds")])
 
 
 def close(found: Any, expected: np.ndarray, shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(delta(found, shape), expected, atol=2e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("site", [s if s in DAILY else slow(s) for s in SITES])
+@pytest.mark.parametrize("site", [s if s == DAILY[-1] else slow(s) for s in SITES])
 def test_the_factors_do_not_matter(site: str) -> None:
     """Other factors of the same ΔW give the same ΔW, where PEFT's `ties` changes by its size."""
     shape, _ = SITES[site]
@@ -266,7 +272,10 @@ def dense_ties(deltas: list[np.ndarray], density: float) -> np.ndarray:
     return u @ ((np.stack(kept) * agrees).sum(0) / np.maximum(agrees.sum(0), 1)) @ v.T
 
 
-@pytest.mark.parametrize("site", [s for s in SITES if s != "slots of two kinds"])
+@pytest.mark.parametrize(
+    "site",
+    [s if s in (*DAILY, "slots") else slow(s) for s in SITES if s != "slots of two kinds"],
+)
 def test_ties_is_that_on_dense_coordinates(site: str) -> None:
     shape, [layout] = SITES[site]
     trees = [{"w": t["w"]} for t in adapters(site)]
@@ -312,7 +321,7 @@ def test_weights_that_are_traced() -> None:
     assert many.b.shape == (3, *trees[0]["w"].b.shape)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16), slow(jnp.float32)])
 def test_dtypes_stay(dtype: Any) -> None:
     trees = jax.tree.map(lambda x: x.astype(dtype), adapters("plain")[:2])
     key = jax.random.key(0)
@@ -522,7 +531,7 @@ def test_refused(case: str) -> None:
 # ------------------------------------------------------------------------- what meshes need of it
 
 
-@pytest.mark.parametrize("shape", [(512, 3), (2, 96, 5), (64, 16), (40, 60), (128, 1)])
+@pytest.mark.parametrize("shape", [(512, 3), (2, 96, 5), (64, 16), (40, 60), slow((128, 1))])
 def test_qr_by_blocks_of_rows(shape: tuple[int, ...]) -> None:
     """Q is orthonormal, R triangular, and Q·R what it was, columns that depend on others too."""
     x = np.random.default_rng(0).standard_normal(shape)

@@ -32,14 +32,17 @@ def is_for(case: Case) -> bool:
     return case.sites > 0 and case.subject != "model" and not drops and case.name not in no_gain
 
 
+LATER = ("dense", "call", "tree", "nnx", "no_site")  # subjects of the long run
+
+
 def table() -> list[Any]:
-    """One of each subject for every day, all laws for the first of a few."""
+    """The first of most subjects for every day, all laws for that of experts."""
     rows = []
     for subject in SUBJECTS:
         cases = [c for c in CASES if c.subject == subject and is_for(c)]
         for i, case in enumerate(cases):
-            daily = i == 0 and not case.slow
-            every_law = not daily or subject in ("lookup", "experts")
+            daily = i == 0 and not case.slow and subject not in LATER
+            every_law = not daily or subject == "experts"
             marks = [] if daily else [pytest.mark.slow]
             rows.append(pytest.param(case, every_law, id=case.name, marks=marks))
     return rows
@@ -121,7 +124,7 @@ def test_starts_as_the_base(made: Any) -> None:
     np.testing.assert_allclose(dora.apply(base, adapter, x), x @ base["w"], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", [jlora.Int8, jlora.NF4])
+@pytest.mark.parametrize("scheme", [jlora.Int8, pytest.param(jlora.NF4, marks=pytest.mark.slow)])
 def test_norms_are_those_of_the_quantized_base(made: Any, scheme: Any) -> None:
     dora, base, adapter, x = made
     packed = jlora.quantize(base, scheme("w"))
@@ -143,7 +146,7 @@ def one(w: Any, **changed: Any) -> tuple[Any, Any]:
     return dora, {"w": adapter["w"]._replace(**changed)}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_nothing_is_nan_where_the_change_cancels_the_weight(dtype: Any) -> None:
     a, b = jnp.eye(4, 2, dtype=jnp.float32), jnp.ones((2, 3), jnp.float32)
     w = -(a @ b).astype(dtype)

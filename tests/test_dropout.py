@@ -115,14 +115,13 @@ def over_keys(f: Any, keys: jax.Array) -> Any:
     return jax.vmap(f)(keys)
 
 
-# Dense, convolution, table, experts, a loop.
-DAILY = ("dense", "conv", "embed", "experts_ragged", "map")
-ONE_EACH = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in DAILY else pytest.mark.slow) for n in LINEAR]
-)
+def some(*daily: str) -> Any:
+    """Some entries of `LINEAR` every day, the rest in the long run."""
+    rows = [pytest.param(n, marks=[] if n in daily else pytest.mark.slow) for n in LINEAR]
+    return pytest.mark.parametrize("name", rows)
 
 
-@ONE_EACH
+@some("dense", "conv", "experts_ragged", "map")
 def test_mean_and_variance_over_keys(name: str) -> None:
     """The mean is the output without dropout; the variance is that of one coin for each input.
 
@@ -143,7 +142,7 @@ def test_mean_and_variance_over_keys(name: str) -> None:
     assert np.all(np.abs(actual - variance) <= 6 * np.sqrt(2 / n) * variance + 1e-6)
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@some("dense", "conv", "embed", "experts_ragged", "map", "fused")
 def test_off_without_a_key(name: str) -> None:
     """Bit for bit what a rule without dropout gives."""
     lora, base, adapter, x = linear(name, dropout=0.5)
@@ -154,7 +153,7 @@ def test_off_without_a_key(name: str) -> None:
     assert not identical(noisy, plain.apply(base, same, x))
 
 
-@ONE_EACH
+@some("dense", "embed")
 def test_jit_checkpoint_and_vmap_draw_the_same_mask(name: str) -> None:
     """One key, one mask: compiled, computed again in the backward pass, or mapped over keys."""
     lora, base, adapter, x = linear(name, dropout=0.5)
@@ -286,7 +285,7 @@ def masks(slope: Any, axis: int = 0) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("axis", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, -1))])
 def test_masks_differ_by_site_and_by_layer(axis: int) -> None:
     """Seven products, seven masks, of which any two agree at about half of the inputs."""
     found = masks(gradient(*model(axis=axis), KEY))
@@ -320,7 +319,10 @@ def test_rows_of_a_batch_have_masks_of_their_own() -> None:
     assert len({row.tobytes() for row in np.asarray(rows)}) == 4
 
 
-@pytest.mark.parametrize("policy", [None, "dots_saveable", "nothing_saveable"])
+LATER = [pytest.param(f"{x}_saveable", marks=pytest.mark.slow) for x in ("dots", "nothing")]
+
+
+@pytest.mark.parametrize("policy", [None, *LATER])
 def test_remat_computes_the_same_mask_again(policy: str | None) -> None:
     """A rematerialized model has the gradient of the plain one, whatever is saved."""
     lora, base, adapter = model()
@@ -466,8 +468,8 @@ def test_several_adapters_with_keys_of_their_own() -> None:
     lora, base, adapter = model()
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adapter)
     keys = jax.random.split(KEY, 2)
-    apply = lambda a, k: lora.apply(base, jlora.dropout(a, k), ONE)  # noqa: E731
-    mapped = jax.jit(jax.vmap(apply))(many, keys)
+    apply = jax.jit(lambda a, k: lora.apply(base, jlora.dropout(a, k), ONE))
+    mapped = jax.vmap(apply)(many, keys)
     alone = [apply(jax.tree.map(lambda x, i=i: x[i], many), keys[i]) for i in range(2)]
     assert_close(mapped, jnp.stack(alone))
 
@@ -481,9 +483,10 @@ WHOLE = [
     and not case.name.startswith("linen")  # slow to trace, and made of the others
     and not any(getattr(r, "materialize", False) for r in case.rules)
 ]
+DAILY = ("used_twice", "slots_transposed", "experts_ragged_dot", "tied_row_under_vmap")
 TABLE = [
-    pytest.param(case, id=case.name, marks=[] if i % 6 == 0 else [pytest.mark.slow])
-    for i, case in enumerate(WHOLE)
+    pytest.param(case, id=case.name, marks=[] if case.name in DAILY else [pytest.mark.slow])
+    for case in WHOLE
 ]
 
 

@@ -9,13 +9,13 @@ from cases import ALIKE, CASES, SUBJECTS, Case
 
 
 def some(step: int) -> set[str]:
-    """One in `step` of each subject; of whole models the smallest; a scan and a `shard_map`."""
+    """One in `step` of each subject but whole models; a scan and a `shard_map`."""
     found = {
         case.name
         for subject in SUBJECTS.keys() - {"model"}
         for case in [c for c in CASES if c.subject == subject and not c.slow][::step]
     }
-    return found | {"hf_llama", "scan_layers", "shard_map_outputs"}
+    return found | {"scan_layers", "shard_map_outputs"}
 
 
 DAILY, QUANTIZED = some(24), some(48)  # all laws for every day; those on a quantized base too

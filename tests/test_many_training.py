@@ -56,13 +56,16 @@ def fits(case: Case) -> bool:
     return case.vmap and case.grad and case.jit and case.sites > 0 and not case.leaks
 
 
+DAILY = ("jit_helper", "nnx_linear", "fori_loop", "tree_dict")
+
+
 def entries() -> list[Any]:
-    """The first case of every other subject each day, the others in the long run."""
+    """The first case of some subjects each day, the others in the long run."""
     rows = []
-    for i, subject in enumerate(SUBJECTS):
+    for subject in SUBJECTS:
         found = [c for c in CASES if c.subject == subject and fits(c)]
-        for j, case in enumerate(found):
-            slow = [pytest.mark.slow] if j or i % 2 or case.slow else []
+        for case in found:
+            slow = [] if case.name in DAILY else [pytest.mark.slow]
             rows.append(pytest.param(case, id=case.name, marks=slow))
     return rows
 
@@ -108,11 +111,10 @@ RULES = {
     "dora": (lambda r: (jlora.DoRA("kernel", rank=r, alpha=2.0 * r),), 3),
     "slots": (lambda r: (LoRA("fused", rank=r, alpha=r, slots=jlora.Slots(2, (0, 1))),), 3),
 }
-LATER = ("rslora", "slots", "dora")
 
 
 @pytest.mark.parametrize(
-    "name", ["alpha", "clipped", *(pytest.param(x, marks=pytest.mark.slow) for x in LATER)]
+    "name", [x if x == "alpha" else pytest.param(x, marks=pytest.mark.slow) for x in RULES]
 )
 def test_ranks_are_those_of_single_runs(name: str) -> None:
     """Padded: the draws of each rank, 0 beyond it throughout, and the same run with decay."""
@@ -191,11 +193,11 @@ def test_gradients_beyond_a_rank_are_zero() -> None:
         k: jax.tree.map(lambda x: x.at[:, :1].add(0.1) if x.shape[1] == 3 else x, v)
         for k, v in noisy.items()
     }
-    grads = jax.vmap(jax.grad(functools.partial(loss, lora)), (0, None))(noisy, base)
+    slope = jax.vmap(jax.grad(functools.partial(loss, lora)), (0, None))
+    grads = jax.jit(slope)(noisy, base)
     for i, rank in enumerate(RANKS):
-        _, like = jlora.transform(small.model, LoRA("kernel|fused", rank=rank)).init(
-            KEYS[i], PARAMS, X
-        )
+        single = jlora.transform(small.model, LoRA("kernel|fused", rank=rank))
+        _, like = jax.eval_shape(single.init, KEYS[i], PARAMS, X)
         assert padding(slot(grads, i), like) == 0
         assert np.any(slot(grads, i)["fused"].a)
 
@@ -293,7 +295,10 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plateau": (optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)), {}),
     "adafactor": (optax.adafactor(1e-2), {}),
 }
-EACH = pytest.mark.parametrize("name", OPTIMIZERS)
+LATER = ("sgd", "freeze_a", "accumulated", "adafactor")  # in the long run
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in LATER else ()) for n in OPTIMIZERS]
+)
 ROUNDS = 4
 
 
@@ -379,7 +384,11 @@ def spoiled(grads: list[Any], at: int, value: float) -> list[Any]:
     return [*grads[:at], bad, *grads[at + 1 :]]
 
 
-VALUES = [(name, value) for name in OPTIMIZERS for value in (np.nan, np.inf)]
+VALUES: list[Any] = [
+    pytest.param(name, value, marks=pytest.mark.slow if name in LATER else ())
+    for name in OPTIMIZERS
+    for value in (np.nan, np.inf)
+]
 VALUES += [("freeze_a", 1e30)]  # its square overflows in the state; the step alone would be finite
 
 

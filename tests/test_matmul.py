@@ -117,8 +117,15 @@ def test_gradients_of_the_base_and_twice(rows):
             chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("rows", [MANY * 4, FEW])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [
+        (MANY * 4, jnp.float32),
+        (FEW, jnp.bfloat16),
+        pytest.param(MANY * 4, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(FEW, jnp.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_error_is_no_worse_than_the_plain_form(rows, dtype):
     lora, base, adapter, x = _problem(rows, dtype, dim=64)
     [leaf] = jax.tree.leaves(adapter, is_leaf=lambda v: isinstance(v, jlora.LowRank))
@@ -156,7 +163,9 @@ def test_operations_are_the_frozen_step_and_the_low_rank_products(rows):
     assert elementwise < 2 * rows * DIM * DIM
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, MANY])
+@pytest.mark.parametrize(
+    "rows", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4)), MANY]
+)
 @pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("axes", [(0, None), (0, 0), (None, 0)], ids=str)
 def test_gradients_under_vmap(rows, rank, axes):
@@ -249,7 +258,7 @@ def test_a_product_of_another_dtype_is_not_summed():
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("rows", [MANY, FEW])
+@pytest.mark.parametrize("rows", [MANY, pytest.param(FEW, marks=pytest.mark.slow)])
 def test_an_activation_that_sites_share_is_kept_once(rows):
     """As q, k and v do."""
     names = ("q", "k", "v")

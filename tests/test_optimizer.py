@@ -166,7 +166,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
     ("dtype", "freeze_a"),
     [
         (jnp.float32, True),
-        (jnp.bfloat16, False),
+        pytest.param(jnp.bfloat16, False, marks=pytest.mark.slow),
         pytest.param(jnp.float32, False, marks=pytest.mark.slow),
         pytest.param(jnp.bfloat16, True, marks=pytest.mark.slow),
     ],
@@ -298,7 +298,7 @@ def train_step(s: Setup, tx: Any, form: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "stack", [pytest.param(s, marks=pytest.mark.slow) if s == "loop" else s for s in STACKS]
+    "stack", [s if s == "scan" else pytest.param(s, marks=pytest.mark.slow) for s in STACKS]
 )
 def test_a_step_holds_nothing_of_the_size_of_the_base(stack: str) -> None:
     """By XLA's own account: the base once, as an argument, and no gradient or moment of it."""
@@ -318,6 +318,7 @@ def test_a_step_holds_nothing_of_the_size_of_the_base(stack: str) -> None:
         assert memory.alias_size_in_bytes >= 3 * adapter + (base if form == "params" else 0), form
 
 
+@pytest.mark.slow
 def test_memory_analysis_would_see_moments_of_the_base() -> None:
     """The same account of a step that trains the base in full is far above it."""
     s = setup(**STACKS["loop"])
@@ -327,6 +328,7 @@ def test_memory_analysis_would_see_moments_of_the_base() -> None:
     assert memory.temp_size_in_bytes > size(s.base) / 2
 
 
+@pytest.mark.slow
 def test_both_forms_cost_the_same() -> None:
     """XLA removes the gradient of the base, which nothing reads, also from a scan."""
     s = setup(**STACKS["scan"])
@@ -348,8 +350,16 @@ RATES = {
 }
 
 
-@FORMS
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(
+            n, form, marks=[] if (n == "adafactor") == (form == "params") else pytest.mark.slow
+        )
+        for n in RATES
+        for form in ("adapter", "params")
+    ],
+)
 def test_lora_plus_is_a_learning_rate_of_its_own_for_b(small: Setup, name: str, form: str) -> None:
     """As two runs: B with 16 times the rate, everything else with the rate. Bit for bit."""
     grads = some_grads(small, 3)
@@ -425,7 +435,7 @@ def through_dict(like: Any, tree: Any) -> Any:
     ("form", "through"),
     [
         ("adapter", through_bytes),
-        ("params", through_dict),
+        pytest.param("params", through_dict, marks=pytest.mark.slow),
         pytest.param("adapter", through_dict, marks=pytest.mark.slow),
         pytest.param("params", through_bytes, marks=pytest.mark.slow),
     ],
@@ -500,11 +510,22 @@ COMPOSED = {
         optax.adam(1e-2), optax.contrib.reduce_on_plateau(patience=1)
     ),
 }
+DAILY = {
+    ("multi_steps", False),
+    ("hyperparams", False),
+    ("mask_by_label", True),
+    ("partition_by_label", False),
+    ("on_plateau", False),
+}
 
 
 @pytest.mark.parametrize(
     ("name", "freeze_a"),
-    [*((name, False) for name in COMPOSED), *((name, True) for name in COMPOSED if "by_" in name)],
+    [
+        pytest.param(name, freeze_a, marks=[] if (name, freeze_a) in DAILY else pytest.mark.slow)
+        for name in COMPOSED
+        for freeze_a in ([False, True] if "by_" in name else [False])
+    ],
 )
 def test_both_forms_agree_under(small: Setup, name: str, freeze_a: bool) -> None:
     """Any optax transformation trains the adapter as if it were alone."""
@@ -530,7 +551,7 @@ def test_both_forms_agree_compiled(small: Setup) -> None:
     assert_close(ends[1].adapter, ends[0], 1e-4)
 
 
-@FORMS
+@pytest.mark.parametrize("form", ["adapter", pytest.param("params", marks=pytest.mark.slow)])
 def test_multi_steps_is_the_mean_gradient(small: Setup, form: str) -> None:
     """Two steps of half a batch are one of the whole, for B with LoRA+ too."""
     first, second = some_grads(small, 2)
@@ -544,7 +565,9 @@ def test_multi_steps_is_the_mean_gradient(small: Setup, form: str) -> None:
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("outside", ["multi_steps", "hyperparams"])
+@pytest.mark.parametrize(
+    "outside", [pytest.param("multi_steps", marks=pytest.mark.slow), "hyperparams"]
+)
 def test_wrappers_around_the_adapters_form(small: Setup, outside: str) -> None:
     """What holds an optimizer may hold this one."""
     grads = some_grads(small, 4)

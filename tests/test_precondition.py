@@ -54,7 +54,12 @@ MODELS = {
         lambda p, x: p["w"][jnp.asarray(x, jnp.int32)], (9, 5), (4,), LORA, "ir", "ro"
     ),
 }  # fmt: skip
-every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def models(*daily: str) -> Any:
+    """Some every day, the others in the long run."""
+    rows = [pytest.param(n, marks=[] if n in daily else pytest.mark.slow) for n in MODELS]
+    return pytest.mark.parametrize("name", rows)
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
@@ -86,7 +91,7 @@ def matrices(x: Any, axes: str) -> np.ndarray:
     return np.transpose(x, order).reshape(count, -1, x.shape[axes.index("r")])
 
 
-@every_model
+@models("plain", "slots", "scanned", "experts", "embedding", "dora")
 def test_is_the_formula(name: str) -> None:
     """By NumPy, matrix by matrix; the magnitudes of DoRA as they were."""
     damping, model = 0.1, MODELS[name]
@@ -106,7 +111,7 @@ def test_is_the_formula(name: str) -> None:
             np.testing.assert_array_equal(updates.m, -grad.m)
 
 
-@every_model
+@models("slots", "scanned", "dora")
 def test_a_step_changes_the_weight_alike_however_it_is_split(name: str) -> None:
     """With A·M and M⁻¹·B, whose gradients are Ā·M⁻ᵀ and Mᵀ·B̄, ΔW has the same first change."""
     model = MODELS[name]

@@ -1,5 +1,7 @@
 """Quantized bases: what a scheme keeps, which leaves it takes, and what the step makes of them."""
 
+import itertools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,15 @@ KEPT = [
     (jlora.FP8("w", block=None), 8 + 32 / 512, 0.0263),
     (jlora.MXFP4("w"), 4.25, 0.1152),
 ]
-schemes = pytest.mark.parametrize("scheme", [s for s, _, _ in KEPT], ids=str)
+
+
+def entry(*row):
+    """A case of a scheme: every day the first of each type."""
+    first = next(s for s, _, _ in KEPT if type(s) is type(row[0]))
+    return pytest.param(*row, marks=[] if row[0] is first else pytest.mark.slow)
+
+
+schemes = pytest.mark.parametrize("scheme", [entry(s) for s, _, _ in KEPT], ids=str)
 
 
 def test_every_scheme_is_in_the_table():
@@ -42,7 +52,7 @@ def test_every_scheme_is_in_the_table():
     assert {type(s) for s, _, _ in KEPT} == set(public)
 
 
-@pytest.mark.parametrize(("scheme", "bits", "error"), KEPT, ids=str)
+@pytest.mark.parametrize(("scheme", "bits", "error"), [entry(*row) for row in KEPT], ids=str)
 def test_bits_and_error(scheme, bits, error):
     w = normal(512, 640)
     found = jlora.quantization(jlora.quantize({"w": w}, scheme)).leaves[0]
@@ -54,7 +64,9 @@ def test_bits_and_error(scheme, bits, error):
 
 
 @schemes
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+)
 def test_a_second_time(scheme, dtype):
     """The dtype stays; and what codes stand for is of codes for it, but for an affine scheme."""
     once = jlora.dequantize(jlora.quantize({"w": normal(256, 128, dtype=dtype)}, scheme))["w"]
@@ -88,7 +100,7 @@ def test_zeros(scheme):
     np.testing.assert_array_equal(back, np.zeros((256, 128)))
 
 
-@hypothesis.settings(deadline=None, max_examples=10)
+@hypothesis.settings(deadline=None, max_examples=6)
 @hypothesis.given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
     block=st.sampled_from([2, 4, 6]),
@@ -209,7 +221,7 @@ def problem(scheme, tokens=8):
     return lora, base, laws.randomize(adapter), x
 
 
-@pytest.mark.parametrize("scheme", [s for s, _, _ in KEPT], ids=str)
+@schemes
 def test_the_step_is_that_on_dequantized_weights(scheme):
     lora, base, adapter, x = problem(type(scheme)(**vars(scheme) | {"pattern": "w|v"}))
     value = laws.value_and_slope(lambda a, base: lora.apply(base, a, x))
@@ -331,9 +343,19 @@ LAYERS, DIM, TOKENS = 8, 512, 64
 NEWEST = jax.__version_info__ >= (0, 11)
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if NEWEST or "scan" in f])
-@pytest.mark.parametrize("pattern", [r"w\d?$", r"w0?$"])
-@pytest.mark.parametrize("scheme", [jlora.NF4("w"), jlora.Int8("w")], ids=str)
+def memory_cases():
+    """Every form, of which all or the first weights are adapted; of Int8 one every day."""
+    forms = [f for f in FORMS if NEWEST or "scan" in f]
+    for scheme, pattern, form in itertools.product(TWO, (r"w\d?$", r"w0?$"), forms):
+        daily = (scheme is TWO[0] and pattern != r"w0?$") or (scheme, pattern, form) == LAST
+        yield pytest.param(form, pattern, scheme, marks=[] if daily else pytest.mark.slow)
+
+
+TWO = [jlora.NF4("w"), jlora.Int8("w")]
+LAST = (TWO[1], r"w0?$", "scan")
+
+
+@pytest.mark.parametrize(("form", "pattern", "scheme"), list(memory_cases()), ids=str)
 def test_one_weight_at_a_time(form, pattern, scheme):
     """Beside what the step holds on a dense base, one weight of the many is unpacked."""
     stack = (LAYERS,) if "scan" in form else ()

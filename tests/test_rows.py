@@ -80,7 +80,7 @@ EMBEDDINGS = [
     "hf_llama",
     "hf_llama_by_name",
 ]
-DAILY = ("tied_embedding", "lookup_stored_transposed", "row_looked_up_under_vmap")
+DAILY = ("tied_embedding", "row_looked_up_under_vmap")
 
 
 def tables(problem: Problem) -> list[jlora.Site]:
@@ -171,8 +171,15 @@ def test_merged(dtype: Any) -> None:
     np.testing.assert_allclose(merged[list(NEW)].astype(np.float32), node.v, rtol=eps, atol=4e-7)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "jit"),
+    [
+        (jnp.float32, False),
+        (jnp.bfloat16, True),
+        pytest.param(jnp.float32, True, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, False, marks=pytest.mark.slow),
+    ],
+)
 def test_other_rows_are_looked_up_as_they_are(dtype: Any, jit: bool) -> None:
     base = {"table": normal(0, 64, 4, dtype=dtype).at[0, 0].set(-0.0)}
     lora = jlora.transform(lambda p, ids: p["table"][ids], Rows("table", range(20, 60)))
@@ -232,7 +239,7 @@ def test_beside_all_linear(made: Any) -> None:
     np.testing.assert_allclose(lora.apply(base, adapter, IDS), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", [jlora.Int8, jlora.NF4])
+@pytest.mark.parametrize("scheme", [jlora.Int8, pytest.param(jlora.NF4, marks=pytest.mark.slow)])
 def test_of_a_quantized_table_only_the_rows_are_unpacked(scheme: Any) -> None:
     """Whose blocks run along its rows, as they do where `quantize` is told that it is a table."""
     params = {"table": normal(0, 256, 64)}

@@ -24,9 +24,11 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 MESH = AbstractMesh(tuple(models.MESH.values()), tuple(models.MESH), (AUTO, AUTO))
 
 
-@pytest.fixture(params=models.MODELS)
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.slow if n == "linen" else ()) for n in models.MODELS]
+)
 def model(request):
-    """Each of the models."""
+    """Each of the models; that of linen is below with its boxes, every day."""
     return models.MODELS[request.param]()
 
 

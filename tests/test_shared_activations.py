@@ -78,7 +78,9 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("adapted", ["q", "k", "v", "qv", "qkv"])
+@pytest.mark.parametrize(
+    "adapted", ["q", "v", "qkv", *(pytest.param(x, marks=pytest.mark.slow) for x in ("k", "qv"))]
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_large_terms_meet_first(model, adapted):
     weights = {n: jnp.zeros((1, 1)) for n in "qkv"}
@@ -178,12 +180,12 @@ RULES_ALIKE = [jlora.LoRA("[qkv]", rank=4)]
 RULES_MIXED = [jlora.LoRA("q", rank=2), jlora.LoRA("k", rank=4, alpha=3), jlora.LoRA("v", rank=1)]
 # the model, the rules, and the columns of A by which the activation is multiplied
 SIDE_BY_SIDE = [
-    (query_key_value, RULES_ALIKE, [12]),
+    pytest.param(query_key_value, RULES_ALIKE, [12], marks=pytest.mark.slow),
     (query_key_value, RULES_MIXED, [7]),
-    (query_key_value, [jlora.LoRA("[qv]", rank=4)], [8]),
+    pytest.param(query_key_value, [jlora.LoRA("[qv]", rank=4)], [8], marks=pytest.mark.slow),
     (query_key_value, [jlora.LoRA("[qkv]", rank=DIM)], [DIM] * 3),  # as wide as the activation
     (with_moves, RULES_ALIKE, [12]),
-    (from_the_left, RULES_ALIKE, [12]),
+    pytest.param(from_the_left, RULES_ALIKE, [12], marks=pytest.mark.slow),
     (from_both_sides, [jlora.LoRA("q", rank=4), jlora.LoRA("v", rank=2)], [6]),
     (in_a_scanned_layer, RULES_ALIKE, [12]),
     (of_a_product, RULES_ALIKE, [4, 8]),

@@ -26,9 +26,8 @@ def float64():
         yield
 
 
-def every(table: dict[str, Any]) -> Any:
-    """The first rows of a table every day, the rest in the long run."""
-    daily = ("scan", "groups", "fused")
+def every(table: dict[str, Any], *daily: str) -> Any:
+    """Some rows of a table every day, the rest in the long run."""
     marks = lambda name: [] if name in daily else [pytest.mark.slow]  # noqa: E731
     return pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in table])
 
@@ -48,7 +47,7 @@ def as_matrices(s: jlora.Spectrum) -> tuple[np.ndarray, np.ndarray, np.ndarray |
 # ------------------------------------------------------------------- all singular vectors there are
 
 
-@every(MODELS)
+@every(MODELS, "scan", "groups")
 def test_inputs_are_those_of_all_batches(name: str) -> None:
     """V·diag(values²)·Vᵀ is the covariance as the model is written; V is orthonormal."""
     model = MODELS[name]()
@@ -83,7 +82,7 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {"/".join(path): x for path, x in jlora._tree.leaves_by_path(tree)}
 
 
-@every(MODELS)
+@every(MODELS, "groups")
 def test_gradient_is_that_of_all_batches(name: str) -> None:
     model = MODELS[name]()
     batches = [model.batch(1), model.batch(2)]
@@ -102,14 +101,14 @@ def test_gradient_in_both_orders_of_the_product(order: Any) -> None:
 
 
 def case_table() -> list[Any]:
-    """The first of some subjects for every day: tied embeddings, a loop, a container."""
+    """Every case; of tied embeddings and of loops the first every day."""
     rows = []
     for subject in SUBJECTS:
         fit = [
             c for c in CASES if c.subject == subject and c.sites and c.grad and c.jit and c.float64
         ]
         for i, case in enumerate(fit):
-            daily = not case.slow and not i and subject in ("lookup", "control", "tree")
+            daily = not case.slow and not i and subject in ("lookup", "control")
             slow = [] if daily else [pytest.mark.slow]
             rows.append(pytest.param(case, id=case.name, marks=slow))
     return rows
@@ -160,22 +159,21 @@ def test_few_of_many(kind: str) -> None:
     assert np.linalg.svd(along[:, :4].T @ more.inputs, compute_uv=False).min() > 1 - 1e-6
 
 
-def test_weights_of_one_activation() -> None:
+@pytest.mark.parametrize("kind", ["inputs", pytest.param("gradient", marks=pytest.mark.slow)])
+def test_weights_of_one_activation(kind: str) -> None:
     """Whose A lie side by side."""
     x = jnp.asarray(decaying(0, 90, 400, 0.8))
     params = {name: normal(i, 400, 2 + i) for i, name in enumerate("qkv")}
     loss = lambda p, x: sum(jnp.sum(jnp.sin(x @ w)) for w in p.values())  # noqa: E731
     f = functools.partial(jlora.sketch, loss, params, LoRA(rank=1), [x], passes=12)
-    for path, s in f(kind="inputs").sites.items():
-        expected = np.linalg.svd(np.asarray(x - x.mean(0)), compute_uv=False)[:2]
+    whole = dict.fromkeys(params, x - x.mean(0)) if kind == "inputs" else jax.grad(loss)(params, x)
+    for path, s in f(kind=kind).sites.items():
+        expected = np.linalg.svd(np.asarray(whole[path]), compute_uv=False)[:2]
         np.testing.assert_allclose(s.values, expected, rtol=1e-6, err_msg=path)
-    for path, s in f(kind="gradient").sites.items():
-        g = np.asarray(jax.grad(loss)(params, x)[path])
-        np.testing.assert_allclose(s.values, np.linalg.svd(g, compute_uv=False)[:2], rtol=1e-6)
 
 
 def test_the_same_key_gives_the_same() -> None:
-    model = MODELS["scan"]()
+    model = MODELS["groups"]()
     f = functools.partial(jlora.sketch, model.loss, model.params, model.rules, [model.batch(1)])
     one, same, other = (f(kind="inputs", components=1, key=jax.random.key(i)) for i in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, same)
@@ -198,7 +196,7 @@ def attention(p: Any, batch: Any) -> jax.Array:
     return jnp.sum(jnp.sin(x).sum(-1) * mask)
 
 
-@pytest.mark.parametrize("kind", ["inputs", "gradient"])
+@pytest.mark.parametrize("kind", ["inputs", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_padding_does_not_count(kind: str) -> None:
     params = {name: normal(i, 2, WIDTH, WIDTH) for i, name in enumerate("qkv")}
     x, lengths = normal(5, 2, 7, WIDTH), (7, 4)
@@ -225,7 +223,7 @@ def test_inputs_in_bfloat16() -> None:
     np.testing.assert_allclose(found.values, expected, rtol=1e-2)
 
 
-@every(MODELS)
+@every(MODELS, "scan", "groups")
 def test_what_observes_changes_nothing(name: str) -> None:
     """Not the loss, nor a gradient that passes through the sites."""
     model = MODELS[name]()
@@ -241,7 +239,7 @@ def test_what_observes_changes_nothing(name: str) -> None:
 # ---------------------------------------------------------------------------- bases, meshes, memory
 
 
-@pytest.mark.parametrize("kind", ["inputs", "gradient"])
+@pytest.mark.parametrize("kind", ["gradient", pytest.param("inputs", marks=pytest.mark.slow)])
 def test_of_a_quantized_base(kind: str) -> None:
     """As of what its codes stand for."""
     model = layers_of(64, 32)
@@ -259,8 +257,15 @@ def layers_of(d: int, f: int) -> Model:
     return MODELS["scan"]()._replace(params=params, batch=lambda seed: normal(seed, 2, 9, d))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", ["inputs", "gradient"])
+@pytest.mark.parametrize(
+    ("kind", "packed"),
+    [
+        ("inputs", True),
+        ("gradient", False),
+        pytest.param("inputs", False, marks=pytest.mark.slow),
+        pytest.param("gradient", True, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_is_that_of_a_training_step(kind: str, packed: bool) -> None:
     """Of a LoRA of as many columns; no gradient of the size of a W, nor another one."""
     d, f = 512, 256
@@ -289,7 +294,7 @@ def test_memory_is_that_of_a_training_step(kind: str, packed: bool) -> None:
 # ------------------------------------------------------------------------------------- the starts
 
 
-@every(MODELS)
+@every(MODELS, "groups", "fused")
 def test_eva(name: str) -> None:
     """A has the leading components, B is zero, the base is the user's own."""
     model = MODELS[name]()
@@ -305,7 +310,7 @@ def test_eva(name: str) -> None:
             assert not np.any(node.b)
 
 
-@every(MODELS)
+@every(MODELS, "groups")
 def test_lora_ga(name: str) -> None:
     """The model begins as it was, and A and B are vectors of the gradient."""
     model = MODELS[name]()

@@ -8,7 +8,6 @@ import collections
 import copy
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import pickle
@@ -27,8 +26,6 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jlora
 
@@ -114,6 +111,7 @@ class Setup(NamedTuple):
     adapter: Any
 
 
+@functools.cache
 def setup(
     container: str = "dict",
     dtype: Any = jnp.float32,
@@ -268,8 +266,14 @@ def test_bind_copies_nothing(container: str) -> None:
 # ----------------------------------------------------------------------------- merge, unmerge
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "container"),
+    [
+        pytest.param(x, name, marks=[] if x == jnp.float32 or name == "dict" else pytest.mark.slow)
+        for x in (jnp.float32, jnp.bfloat16, jnp.float16)
+        for name in CONTAINERS
+    ],
+)
 def test_merge_and_unmerge_keep_what_a_tree_is(container: str, dtype: Any) -> None:
     """Structure, container, shapes and dtypes, eagerly and compiled; back to within rounding."""
     s = setup(container, dtype)
@@ -315,7 +319,7 @@ def test_merging_a_fresh_adapter_gives_the_parameters(leaf: str) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("value", ["negative_zero", "subnormal", "infinity"])
-@pytest.mark.parametrize("rank", [1, 9])
+@pytest.mark.parametrize("rank", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_merging_a_fresh_adapter_keeps_every_bit(value: str, dtype: Any, rank: int) -> None:
     """Also of those floats that adding zero changes."""
     tiny = float(jnp.finfo(dtype).tiny)
@@ -346,14 +350,15 @@ def test_merge_has_a_gradient_where_nothing_is_added(change: Any, compiled: bool
     assert_close(loss(change), loss(plainly))
 
 
+DAILY = ((jlora.merge, 16), (jlora.merge, 17), (jlora.unmerge, 17))
+
+
 @pytest.mark.parametrize(
     ("change", "rank"),
     [
-        *((jlora.merge, rank) for rank in (1, 16, 17, 24)),
-        *(
-            pytest.param(jlora.unmerge, rank, marks=pytest.mark.slow if rank != 17 else [])
-            for rank in (1, 16, 17, 24)
-        ),
+        pytest.param(change, rank, marks=[] if (change, rank) in DAILY else pytest.mark.slow)
+        for change in (jlora.merge, jlora.unmerge)
+        for rank in (1, 16, 17, 24)
     ],
 )
 def test_merge_at_every_rank(change: Any, rank: int) -> None:
@@ -544,8 +549,17 @@ def test_rows_that_are_looked_up_have_one_input() -> None:
     assert 0.99 < np.abs(adapter["w"].a).max() <= 1
 
 
-@pytest.mark.parametrize("base", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("chosen", [None, "float16", "bfloat16", "float32", "float64"])
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "base"),
+    [
+        pytest.param(x, y, marks=[] if x is None or "float32" in (x, y) else pytest.mark.slow)
+        for x in (None, *DTYPES)
+        for y in DTYPES
+    ],
+)
 def test_dtype_of_the_factors(base: str, chosen: str | None) -> None:
     """The weight's own, at least float32, or the rule's; outputs keep the model's."""
     with jax.enable_x64("float64" in (base, chosen)):
@@ -558,9 +572,16 @@ def test_dtype_of_the_factors(base: str, chosen: str | None) -> None:
 
 def test_shapes_everywhere() -> None:
     """Any mix of arrays and shapes gives the same adapter; so do `jit` and `eval_shape`."""
-    module, params = transformer()
-    rules = (jlora.LoRA("kernel", rank=2), jlora.LoRA("tokens", rank=3), jlora.Full("positions"))
-    lora = jlora.transform(module.apply, *rules)
+    sizes = {"tokens": (11, 4), "positions": (4, 4), "blocks": (2, 4, 4)}
+    params = {"params": {name: normal(i, *s) for i, (name, s) in enumerate(sizes.items())}}
+
+    def f(p: Any, ids: jax.Array) -> jax.Array:
+        p = p["params"]
+        x = p["tokens"][ids] + p["positions"][None]
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["blocks"])[0]
+
+    rules = (jlora.LoRA("blocks", rank=2), jlora.LoRA("tokens", rank=3), jlora.Full("positions"))
+    lora = jlora.transform(f, *rules)
     shapes, ids = kinds(params), Struct(IDS.shape, IDS.dtype)
     base, adapter = lora.init(KEY, params, IDS)
     assert raw(base) == raw(params)
@@ -675,7 +696,9 @@ def serving_models() -> dict[str, tuple[Any, Any, jax.Array]]:
     }
 
 
-@pytest.mark.parametrize("name", ["mlp", "stack", "tied", "transformer"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "stack", "tied", pytest.param("transformer", marks=pytest.mark.slow)]
+)
 def test_a_mixed_batch_is_served_in_one_program(name: str) -> None:
     """Row i uses adapter `which[i]`: `vmap` over gathered adapters is one call after another."""
     f, params, x = serving_models()[name]
@@ -702,7 +725,7 @@ def test_a_mixed_batch_is_served_in_one_program(name: str) -> None:
 def test_adapters_drawn_and_merged_by_vmap() -> None:
     """A sweep: `init` mapped over keys is `init` at each key, and so is `merge`."""
     s = setup()
-    keys = jax.random.split(KEY, 3)
+    keys = jax.random.split(KEY, 2)
     many = jax.vmap(lambda key: s.lora.init(key, s.params, s.x)[1])(keys)
     merged = jax.vmap(jlora.merge, (None, 0))(s.base, many)
     for i, key in enumerate(keys):
@@ -957,141 +980,7 @@ def python(code: str, **environment: str) -> str:
     return done.stdout
 
 
-@functools.cache
-def on_four_devices() -> dict[str, str | None]:
-    """Runs all of `PLACES` in one process: for each its error, or None."""
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
-    code = "import test_trees; test_trees.report()"
-    printed = python(code, JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
-    return json.loads(printed.splitlines()[-1])
-
-
-def report() -> None:
-    """Writes what each of `PLACES` raises."""
-    results = {}
-    for name, check in PLACES.items():
-        try:
-            check()
-            results[name] = None
-        except Exception as e:
-            results[name] = f"{type(e).__name__}: {e}"
-    sys.stdout.write("\n" + json.dumps(results) + "\n")
-
-
-def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
-    """Two by two devices."""
-    return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
-
-
-def sharded_setup() -> Setup:
-    """The dict model with `up` over both axes, `down` over one."""
-    s = setup()
-    specs = {"up": P("data", "model"), "down": P(None, "model")}
-    params = {k: jax.device_put(w, NamedSharding(mesh(), specs[k])) for k, w in s.params.items()}
-    return s._replace(params=params, base=params)
-
-
-def shardings(tree: Any) -> Any:
-    """Where each leaf lies."""
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def merge_keeps_shardings() -> None:
-    """Eagerly, back, compiled, and for an adapter that is on the mesh or on one device."""
-    s = sharded_setup()
-    everywhere = jax.device_put(s.adapter, NamedSharding(mesh(), P()))
-    for adapter in (s.adapter, everywhere):
-        merged = jlora.merge(s.base, adapter)
-        assert shardings(merged) == shardings(s.params)
-        assert shardings(jlora.unmerge(merged, adapter)) == shardings(s.params)
-        assert_close(merged, jlora.merge(setup().base, setup().adapter))
-    placed = jax.jit(jlora.merge, out_shardings=shardings(s.params))(s.base, everywhere)
-    assert shardings(placed) == shardings(s.params)
-
-
-def init_keeps_shardings() -> None:
-    """The base is the user's; leaves trained in full lie as they do; outputs are as on one."""
-    s = sharded_setup()
-    lora = jlora.transform(s.f, jlora.LoRA("up", rank=2), jlora.Full("down"))
-    base, adapter = lora.init(KEY, s.params, s.x)
-    assert all(base[name] is s.params[name] for name in base)
-    assert adapter["down"].sharding == s.params["down"].sharding
-    assert_close(jax.jit(s.lora.apply)(s.base, s.adapter, s.x), s.lora.apply(*setup()[4:], s.x))
-
-
-def init_under_jit_with_out_shardings() -> None:
-    """Parameters that are made and adapted in one program never lie in one place."""
-    s = sharded_setup()
-    make = lambda key: s.lora.init(key, s.params, s.x)  # noqa: E731
-    _, adapter = jax.eval_shape(make, KEY)
-    replicated = NamedSharding(mesh(), P())
-    out = (shardings(s.params), jax.tree.map(lambda _: replicated, adapter))
-    made = jax.jit(make, out_shardings=out)(KEY)
-    assert shardings(made) == out
-    assert_close(made[1], s.adapter, 1e-6)
-
-
-def merge_on_an_explicit_mesh() -> None:
-    """Axes of explicit type keep theirs too."""
-    m = mesh(AxisType.Explicit)
-    with jax.set_mesh(m):
-        w = jax.device_put(normal(1, 8, 8), NamedSharding(m, P("data", "model")))
-        lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2, init=random))
-        base, adapter = lora.init(KEY, {"w": w}, jnp.ones((1, 8)))
-        for merged in (jlora.merge(base, adapter), jax.jit(jlora.merge)(base, adapter)):
-            assert merged["w"].sharding == w.sharding
-
-
-def merge_does_not_commit_to_a_device() -> None:
-    """Parameters that follow their data still do so when merged."""
-    s = setup()
-    x = jax.device_put(jnp.ones((4, 6)), NamedSharding(mesh(), P("data")))
-    assert not s.params["up"].committed
-    jax.jit(s.f)(s.params, x)
-    jax.jit(s.f)(jlora.merge(s.base, s.adapter), x)
-
-
-def merge_puts_full_leaves_where_the_base_lies() -> None:
-    """Also from an adapter that was restored on the host."""
-    s = sharded_setup()
-    lora = jlora.transform(s.f, jlora.Full("up|down"))
-    base, adapter = lora.init(KEY, s.params, s.x)
-    merged = jlora.merge(base, jax.tree.map(np.asarray, adapter))
-    assert shardings(merged) == shardings(s.params)
-
-
-def dropout_masks_differ_by_shard() -> None:
-    """Rows that lie on different devices have masks of their own, also inside of `shard_map`."""
-    product = jax.shard_map(
-        lambda w, x: x @ w, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data")
-    )
-    rule, x = jlora.LoRA("w", rank=2, dropout=0.5, init=random), jnp.ones((4, 64))
-    lora = jlora.transform(lambda p, x: product(p["w"], x), rule)
-    base, adapter = lora.init(KEY, {"w": jnp.ones((64, 4))}, x)
-    rows = np.asarray(lora.apply(base, jlora.dropout(adapter, KEY), x))
-    assert len({row.tobytes() for row in rows}) == len(rows), "two shards drew one mask"
-
-
-PLACES = {
-    f.__name__: f
-    for f in (
-        merge_keeps_shardings,
-        init_keeps_shardings,
-        init_under_jit_with_out_shardings,
-        merge_on_an_explicit_mesh,
-        merge_does_not_commit_to_a_device,
-        merge_puts_full_leaves_where_the_base_lies,
-        dropout_masks_differ_by_shard,
-    )
-}
-
-
-@pytest.mark.parametrize("check", list(PLACES))
-def test_places(check: str) -> None:
-    """Shardings on a mesh of four devices."""
-    assert on_four_devices()[check] is None
-
-
+@pytest.mark.slow
 def test_second_derivatives() -> None:
     """Reverse mode twice: the Hessian of the adapted model is that of the merged one."""
 
