@@ -1,6 +1,7 @@
 """`examples/variants.py`: every variant trains, a run is done once, and the table is its mean."""
 
 import math
+import pathlib
 import shutil
 
 import compare_table
@@ -123,3 +124,11 @@ def test_the_committed_table_is_that_of_the_committed_runs(tmp_path):
     variants_table.write(tmp_path)
     made, kept = ((folder / "variants.csv").read_text() for folder in (tmp_path, variants.OUT))
     assert made == kept
+
+
+def test_the_guide_has_the_table_and_the_picture():
+    guides = pathlib.Path(__file__).parents[2] / "notebooks"
+    table = compare_table.read(variants.OUT / "variants.csv")
+    assert variants_table.markdown(table) in (guides / "variants.md").read_text(encoding="utf-8")
+    picture = (variants.OUT / "variants.png").read_bytes()
+    assert (guides / "pictures/variants.png").read_bytes() == picture
