@@ -379,6 +379,11 @@ def test_miss_is_of_linear_modules_and_not_for_vllm() -> None:
     names = [peft.Name(r"(\w+)/kernel", r"\1", "io", transposed=True)]
     with pytest.raises(ValueError, match="fan_in_fan_out: true, of weights that are stored as"):
         peft.tensors(BASE, adapter, names, config=config)
+    table = {"embed": {"embedding": np.ones((4, 8), np.float32)}}
+    rows = jlora.Replaced(np.ones((2, 8), np.float32), (1, 2), jlora.Layout((), (0,), (1,)))
+    names = [*NAMES, peft.Name(r"(\w+)/embedding", r"\1", "vo")]
+    with pytest.raises(ValueError, match="trainable_token_indices: rows of an embedding, which"):
+        peft.tensors(BASE | table, adapter | {"embed": {"embedding": rows}}, names, config=config)
     names = [peft.Name(r"(\w+)/kernel", r"\1", "vo")]
     with pytest.raises(ValueError, match="up: of kind embedding, not linear"):
         peft.tensors(BASE, adapter, names, config=config)

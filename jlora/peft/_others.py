@@ -90,6 +90,8 @@ def written(
     assert kind.back is not None
     wrong = [f"{x.key}: of kind {x.kind}, not linear" for x in parts if x.kind != "linear"]
     wrong += [f"{x.key}: is of DoRA" for x in parts if x.m is not None]
+    if fields["trainable_token_indices"] is not None:
+        wrong.append("trainable_token_indices: rows of an embedding, which only LoRA has beside it")
     if fields["fan_in_fan_out"]:
         wrong.append("fan_in_fan_out: true, of weights that are stored as (inputs, outputs)")
     if wrong:
