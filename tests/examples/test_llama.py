@@ -50,7 +50,7 @@ def packed():
 
 @pytest.fixture(scope="module", params=["bytes", pytest.param("smollm2", marks=pytest.mark.slow)])
 def tokenizer(request, tiny, tmp_path_factory):
-    """That of a file, without its weights: whose tokens are bytes, or SmolLM2's, read in seconds."""
+    """That of a file without its weights: of bytes, and in the long run SmolLM2's."""
     if request.param == "smollm2":
         return llama._tokenizer(gguf.GGUFReader(data.smollm2()))
     path = tmp_path_factory.mktemp("tokenizer") / "tiny.gguf"
