@@ -114,11 +114,12 @@ def on_one(scheme, stacked=False):
 def check(model, scheme, stacked=False, mesh=AUTO, brought=lambda base, specs: base):
     """`model` on the mesh, of layers however they are written, gives what they do on one device."""
     _, base, adapter, x, specs = problem(scheme, stacked)
+    expected = on_one(scheme, stacked)
     base, adapter, x = on_mesh(mesh, base, adapter, x, specs)
     ours = jlora.transform(model, jlora.LoRA(rank=2))
     with jax.set_mesh(mesh):
         f = step(ours, lambda base: brought(base, specs)).lower(adapter, base, x).compile()
-        laws.assert_close(f(adapter, base, x), on_one(scheme, stacked), 1e-5)
+        laws.assert_close(f(adapter, base, x), expected, 1e-5)
     return f.as_text()
 
 
