@@ -3,7 +3,8 @@
     checkpoint_worker.py FOLDER save:2x2,restore:4x1 DEVICES [PROCESS PROCESSES PORT]
     checkpoint_worker.py FOLDER fail:2x1 DEVICES [PROCESS PROCESSES PORT]
 
-Each task has the shape of its mesh; each process has DEVICES forced CPU devices.
+Each task has the shape of its mesh; each process has DEVICES forced CPU devices. What fails does so
+in FOLDER/fail.
 """
 
 import contextlib
@@ -139,7 +140,7 @@ def fail(folder, mesh):
     from jlora import checkpoint, merge
 
     base, adapter, rules = problem(mesh)
-    number = jax.process_index()
+    number, folder = jax.process_index(), f"{folder}/fail"
 
     def save(path, given):
         checkpoint.save(path, given, rules, base=base)

@@ -48,7 +48,8 @@ def made(spec, mesh):
     whole = base, laws.randomize(adapter)
     specs = {"w": spec}
     places = specs, jlora.sharding.specs(specs, adapter)
-    put = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), whole, places)
+    put = lambda x, s: jax.device_put(np.asarray(x), NamedSharding(mesh, s))  # noqa: E731
+    put = jax.tree.map(put, whole, places)
     return dora, put, whole, x
 
 

@@ -37,23 +37,20 @@ def constrained(params, ids):
 
 def placed(apply):
     """The transform, and base, table, slots and rows where they lie on the mesh."""
-    keys = iter(jax.random.split(jax.random.key(0), 9))
-    params = {k: jax.random.normal(next(keys), s) / 16 for k, s in SHAPES.items()}
-    ids = jax.random.randint(next(keys), (ROWS, LENGTH), 0, 96)
+    rng = np.random.default_rng(0)
+    params = {k: jnp.asarray(rng.standard_normal(s) / 16) for k, s in SHAPES.items()}
+    ids = rng.integers(0, 96, (ROWS, LENGTH))
     lora = jlora.transform(apply, jlora.LoRA("embed|up|down", rank=2))
-    base, adapter = lora.init(next(keys), params, ids)
-    key = next(keys)
+    adapter = jax.eval_shape(lora.init, jax.random.key(0), params, ids)[1]
     adapters = [
-        jax.tree.map(
-            lambda x, k=k: jax.random.normal(jax.random.fold_in(key, k), x.shape) / 8, adapter
-        )
-        for k in range(SLOTS)
+        jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape) / 8), adapter)
+        for _ in range(SLOTS)
     ]
-    which = jnp.arange(ROWS) % (SLOTS + 1) - 1
+    which = np.arange(ROWS) % (SLOTS + 1) - 1
     specs = sharding.specs(LIES, adapter)
     specs = jax.tree.map(lambda s: P(None, *s), specs, is_leaf=lambda s: isinstance(s, P))
-    put = lambda x, s: jax.device_put(x, NamedSharding(MESH, s))  # noqa: E731
-    base = {k: put(x, LIES[k]) for k, x in base.items()}
+    put = lambda x, s: jax.device_put(jax.device_get(x), NamedSharding(MESH, s))  # noqa: E731
+    base = {k: put(x, LIES[k]) for k, x in params.items()}
     table = jax.tree.map(put, many.stack(adapters), specs)
     return lora, adapters, (base, table, put(which, P("data")), put(ids, P("data")))
 

@@ -23,7 +23,7 @@ def put(tree, specs):
     """Arrays at their specs; None for replicated."""
     is_spec = lambda x: x is None or isinstance(x, P)  # noqa: E731
     places = jax.tree.map(lambda s: NamedSharding(MESH, s or P()), specs, is_leaf=is_spec)
-    return jax.device_put(tree, places)
+    return jax.device_put(jax.device_get(tree), places)
 
 
 @pytest.mark.parametrize(

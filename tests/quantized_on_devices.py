@@ -71,12 +71,13 @@ def scanned(layer):
     return lambda p, x: lax.scan(lambda x, w: (layer(w, x), None), x, p)[0]
 
 
-def problem(model, scheme, stacked=False):
-    """The transform, a quantized base and an adapter on one device, and where weights lie."""
+@functools.cache
+def problem(scheme, stacked=False):
+    """Transform, quantized base, adapter and input on one device, and where weights lie."""
     lead = (LAYERS,) if stacked else ()
     params = {"up": normal(0, *lead, D, F), "down": normal(1, *lead, F, D)}
     x = normal(2, ROWS, D)
-    lora = jlora.transform(model, jlora.LoRA(rank=2))
+    lora = jlora.transform(scanned(layer) if stacked else layer, jlora.LoRA(rank=2))
     base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, scheme), x)
     return lora, base, laws.randomize(adapter), x, STACKED if stacked else SPECS
 
@@ -84,9 +85,9 @@ def problem(model, scheme, stacked=False):
 def on_mesh(mesh, base, adapter, x, specs):
     """All of it on a mesh, by the partitions of the dense weights."""
     return (
-        jax.device_put(base, sharding.specs(specs, base, mesh)),
-        jax.device_put(adapter, sharding.specs(specs, adapter, mesh)),
-        jax.device_put(x, NamedSharding(mesh, P("fsdp"))),
+        jax.device_put(jax.device_get(base), sharding.specs(specs, base, mesh)),
+        jax.device_put(jax.device_get(adapter), sharding.specs(specs, adapter, mesh)),
+        jax.device_put(jax.device_get(x), NamedSharding(mesh, P("fsdp"))),
     )
 
 
@@ -101,11 +102,19 @@ def step(lora, brought=lambda base: base):
     return jax.jit(laws.value_and_slope(lambda a, b, x: lora.apply(brought(b), a, x)))
 
 
-def check(model, scheme, stacked=False, mesh=AUTO, brought=lambda base, specs: base, dense=None):
-    """`model` on the mesh is `dense`, or itself, on one device on dequantized weights."""
-    lora, base, adapter, x, specs = problem(dense or model, scheme, stacked)
+@functools.cache
+def on_one(scheme, stacked=False):
+    """What a step gives on one device on dequantized weights."""
+    lora, base, adapter, x, _ = problem(scheme, stacked)
     expected = step(lora)(adapter, jlora.dequantize(base), x)
     assert np.abs(expected[0][0]).max() > 0.1
+    return expected
+
+
+def check(model, scheme, stacked=False, mesh=AUTO, brought=lambda base, specs: base):
+    """`model` on the mesh, of layers however they are written, gives what they do on one device."""
+    _, base, adapter, x, specs = problem(scheme, stacked)
+    expected = on_one(scheme, stacked)
     base, adapter, x = on_mesh(mesh, base, adapter, x, specs)
     ours = jlora.transform(model, jlora.LoRA(rank=2))
     with jax.set_mesh(mesh):
@@ -168,9 +177,9 @@ def test_the_models_own_constraint(scheme, brought, named):
         return layer(w, x)
 
     if named:
-        check(constrained, scheme, brought=brought, dense=layer)
+        check(constrained, scheme, brought=brought)
     else:
-        check(scanned(constrained), scheme, True, brought=brought, dense=scanned(layer))
+        check(scanned(constrained), scheme, True, brought=brought)
 
 
 # ------------------------------------------------------------------------ explicit axes, shard_map
@@ -187,8 +196,7 @@ def resharded(w, x):
 @pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "scan+remat"])
 def test_explicit_axes(scheme, form):
     forms = {"plain": lambda f: f, "scan+remat": lambda f: scanned(jax.checkpoint(f))}
-    model, dense = map(forms[form], (resharded, layer))
-    check(model, scheme, form != "plain", EXPLICIT, dense=dense)
+    check(forms[form](resharded), scheme, form != "plain", EXPLICIT)
 
 
 def by_hand(checked, stacked=False):
@@ -210,7 +218,7 @@ def by_hand(checked, stacked=False):
 
 @all_and_few("checked", True, False)
 def test_the_models_own_shard_map(scheme, checked):
-    check(by_hand(checked), scheme, dense=layer)
+    check(by_hand(checked), scheme)
 
 
 @FEW
@@ -219,7 +227,7 @@ def test_the_models_own_shard_map(scheme, checked):
     [(True, gathered), pytest.param(False, as_it_is, marks=pytest.mark.slow)],
 )
 def test_a_scan_in_the_models_own_shard_map(scheme, checked, brought):
-    check(by_hand(checked, True), scheme, True, brought=brought, dense=scanned(layer))
+    check(by_hand(checked, True), scheme, True, brought=brought)
 
 
 # ------------------------------------------------------------------------- where leaves come to lie
@@ -228,7 +236,6 @@ def test_a_scan_in_the_models_own_shard_map(scheme, checked, brought):
 @all_and_few("stacked", False, True)
 def test_quantized_where_it_lies(scheme, stacked):
     """Of arrays on the mesh, and in a program with `out_shardings`: there, and the same codes."""
-    _, base, _, _, specs = problem(layer, scheme)
     lead = (LAYERS,) if stacked else ()
     specs = STACKED if stacked else SPECS
     params = {"up": normal(0, *lead, D, F), "down": normal(1, *lead, F, D)}
@@ -254,18 +261,17 @@ def test_quantized_where_it_lies(scheme, stacked):
 )
 def test_shards_that_are_no_blocks(scheme):
     """Codes whole on each device: of a part of a block there are no codes."""
-    lora, base, adapter, x, _ = problem(layer, scheme)
-    expected = step(lora)(adapter, jlora.dequantize(base), x)
+    _, base, adapter, x, _ = problem(scheme)
     for checked in (True, False):
         ours = jlora.transform(by_hand(checked), jlora.LoRA(rank=2))
-        laws.assert_close(step(ours)(adapter, base, x), expected, 1e-5)
+        laws.assert_close(step(ours)(adapter, base, x), on_one(scheme), 1e-5)
 
 
 @FEW
 @pytest.mark.parametrize("jitted", [True, False])
 def test_merging(scheme, jitted):
     """Merged weights lie as their codes do, those that are quantized again as they did before."""
-    _, base, adapter, x, specs = problem(layer, scheme)
+    _, base, adapter, x, specs = problem(scheme)
     adapter = {"up": adapter["up"]}
     expected = jlora.merge(base, adapter)
     base, adapter, _ = on_mesh(AUTO, base, adapter, x, specs)
@@ -278,7 +284,7 @@ def test_merging(scheme, jitted):
 @FEW
 def test_quantized_again(scheme):
     """As before, and what is not adapted is what it was."""
-    _, base, adapter, x, specs = problem(layer, scheme)
+    _, base, adapter, x, specs = problem(scheme)
     adapter = {"up": adapter["up"]}
     expected = jlora.dequantize(jlora.merge(base, adapter, requantize=True))
     base, adapter, _ = on_mesh(AUTO, base, adapter, x, specs)
@@ -290,7 +296,7 @@ def test_quantized_again(scheme):
 
 @FEW
 def test_dequantized_where_it_lies(scheme):
-    _, base, adapter, x, specs = problem(layer, scheme)
+    _, base, adapter, x, specs = problem(scheme)
     there = on_mesh(AUTO, base, adapter, x, specs)[0]
     plain = jlora.dequantize(there)
     laws.assert_close(plain, jlora.dequantize(base), 1e-6)
@@ -316,7 +322,7 @@ def test_loaded_where_it_is_to_lie(tmp_path):
 @FEW
 def test_init(scheme):
     """The adapter of a base on the mesh, eagerly and where `out_shardings` says."""
-    lora, base, adapter, x, specs = problem(layer, scheme)
+    lora, base, adapter, x, specs = problem(scheme)
     base, key = on_mesh(AUTO, base, adapter, x, specs)[0], jax.random.key(0)
     expected = lora.init(key, jlora.dequantize(base), x)[1]
     same, found = lora.init(key, base, x)
@@ -332,7 +338,7 @@ def test_init(scheme):
 @pytest.mark.parametrize("compile", [True, False])
 def test_a_plan(scheme, compile):
     """The base's bytes are those of codes and scales on a device."""
-    lora, base, adapter, x, specs = problem(layer, scheme)
+    lora, base, adapter, x, specs = problem(scheme)
     base, adapter, x = on_mesh(AUTO, base, adapter, x, specs)
     loss = lambda adapter, base, x: lora.apply(base, adapter, x).var()  # noqa: E731
     found = jlora.plan(loss, base, adapter, (x,), compile=compile)

@@ -36,7 +36,8 @@ def made(spec, mesh):
     base, adapter = rows.init(jax.random.key(0), {"table": normal(0, VOCABULARY, DIM)}, IDS)
     whole = base, laws.randomize(adapter)
     places = {"table": spec}, jlora.sharding.specs({"table": spec}, adapter)
-    put = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), whole, places)
+    put = lambda x, s: jax.device_put(np.asarray(x), NamedSharding(mesh, s))  # noqa: E731
+    put = jax.tree.map(put, whole, places)
     return rows, put, whole
 
 

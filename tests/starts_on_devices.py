@@ -66,7 +66,7 @@ def test_the_base_lies_where_it_did(name, spec, kind):
     place = NamedSharding(MESHES[kind], SPECS[spec])
     expected = init(STARTS[name], PARAMS)
     with jax.set_mesh(MESHES[kind]):
-        put = jax.device_put(PARAMS, place)
+        put = jax.device_put(jax.device_get(PARAMS), place)
         w, a, b = init(STARTS[name], put)
         assert w.sharding.is_equivalent_to(place, 3)
     of = lambda a, b: np.asarray(a) @ np.asarray(b)  # noqa: E731 - signs are free
@@ -89,7 +89,7 @@ def test_codes(start, kind):
     place = jlora.sharding.specs(place, given) if start is pissa else place
     w, *_ = expected = init(start, given)
     with jax.set_mesh(MESHES[kind]):
-        put = jax.device_put(given, place)
+        put = jax.device_put(jax.device_get(given), place)
         actual = init(start, put)
     assert actual[0].form == w.form
     if start is pissa:
@@ -111,7 +111,7 @@ def whole(w, a, b):
 def test_nothing_of_the_size_of_a_matrix_moves(name, spec):
     """Under jit; what moves in one collective is smaller than a matrix."""
     place = NamedSharding(MESHES[AxisType.Auto], SPECS[spec])
-    put = jax.device_put(PARAMS, place)
+    put = jax.device_put(jax.device_get(PARAMS), place)
     f = jax.jit(lambda p: init(STARTS[name], p), out_shardings=(place, None, None))
     shapes = COLLECTIVE.findall(f.lower(put).compile().as_text())
     sizes = [

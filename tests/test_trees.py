@@ -1003,7 +1003,13 @@ def test_second_derivatives() -> None:
 
 
 def test_import_is_light() -> None:
-    """`import jlora` loads JAX and optax, and neither Flax nor Orbax nor any file format."""
+    """`import jlora` loads JAX and optax, and neither Flax nor Orbax nor any file format.
+
+    `jlora.peft` then loads no library of PyTorch.
+    """
     heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
-    printed = python(f"import sys, jlora; print([m for m in {heavy!r} if m in sys.modules])")
-    assert printed.strip() == "[]"
+    code = (
+        f"import sys, jlora; print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "
+        "import jlora.peft; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+    )
+    assert python(code).split() == ["[]", "set()"]

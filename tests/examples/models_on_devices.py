@@ -32,7 +32,7 @@ def test_on_a_mesh_is_as_on_one_device(name):
         abstract = jax.eval_shape(model.init, jax.random.key(0), IDS)
         places = parts.shardings(abstract, mesh, rules)
         with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-            variables = jax.device_put(whole, places)
+            variables = jax.device_put(jax.device_get(whole), places)
             program = jax.jit(model.apply).lower(variables, IDS)
             assert_close(program.compile()(variables, IDS), expected)
         text = program.as_text()

@@ -105,11 +105,17 @@ def check_end(out: pathlib.Path) -> None:
 def check_fault(run: pods.Run, out: pathlib.Path, whole: dict[int, float]) -> None:
     """All was right before the fault, and every checkpoint is whole."""
     check_losses(run.losses(), whole)
+    check_checkpoints(out)
+
+
+def check_checkpoints(out: pathlib.Path) -> list[int]:
+    """Every checkpoint is whole; gives their steps."""
     steps = steps_of(out)
     assert steps[-1] >= 8
     for step in steps:
         assert checkpoint.read(out / "checkpoints" / str(step)).step == step
         checkpoint.restore(out / "checkpoints" / str(step))  # checks the hash of every array
+    return steps
 
 
 def check_restart(start, out: pathlib.Path, processes: int, whole: dict[int, float]) -> None:
@@ -188,8 +194,28 @@ def test_where_one_raises_all_end(culprit, folder, data, start, whole):
     check_restart(start, folder / name, 1, whole)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=slow), 1])
-@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=slow)])
+def test_where_one_of_two_is_killed_the_other_ends_and_one_goes_on(folder, start):
+    """From the checkpoint before the last one to the last, in which it has what the two had."""
+    out = folder / "two"
+    with start("two", 2, steps=1000) as run:
+        run.reach(FAULT)
+        run.workers[1].kill()
+        assert run.workers[0].wait(MINUTE), run.report()
+        run.ends()
+    assert re.search(GONE, run.said()), run.report()
+    *_, before, last = check_checkpoints(out)
+    (out / "checkpoints" / str(last)).rename(folder / "last")
+    losses = finish(start("two", 1, steps=last))
+    assert list(losses) == list(range(before + 1, last + 1))
+    check_losses(losses, run.losses())
+    theirs, ours = map(checkpoint.restore, (folder / "last", out / "checkpoints" / str(last)))
+    assert_equal(ours, theirs)
+    assert steps_of(out) == [before, last] and (out / "merged" / str(last)).is_dir()
+
+
+@slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 def test_where_one_is_gone_or_hangs_all_others_end(how, victim, folder, start, whole):
     name = f"{how}{victim}"
     with start(name, 2) as run:

@@ -67,14 +67,11 @@ def test_each_run_is_the_one_that_it_is_alone(run):
     result, _ = run
     work = tiny()
     assert sorted(result.stopped) == [6, 6, 6, 6, 12, 12, 24, 24]
-    single = result
-    for i in (0, result.best):
-        single = sweep.sweep(work, [sweep.Run(*grid(work)[i])])
-        steps = result.stopped[i]
-        np.testing.assert_allclose(
-            result.curves[:steps, i], single.curves[:steps, 0], rtol=1e-5, atol=1e-6
-        )
-        assert np.isnan(result.curves[steps:, i]).all()
+    single = sweep.sweep(work, [sweep.Run(*grid(work)[result.best])])
+    curve = result.curves[:, result.best]
+    np.testing.assert_allclose(curve, single.curves[:, 0], rtol=1e-5, atol=1e-6)
+    for steps, curve in zip(result.stopped, result.curves.T, strict=True):
+        assert np.isfinite(curve[:steps]).all() and np.isnan(curve[steps:]).all()
     for x, y in zip(jax.tree.leaves(result.adapter), jax.tree.leaves(single.adapter), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
     assert result.scores[result.best] == pytest.approx(single.scores[0], rel=1e-5)

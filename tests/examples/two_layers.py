@@ -1,4 +1,4 @@
-"""MiniLM without four of its six layers, for tests that hold for any number of them."""
+"""MiniLM with fewer than its six layers, for tests that hold for any number of them."""
 
 import contextlib
 import json
@@ -12,8 +12,9 @@ import data
 import pytest
 from safetensors.numpy import load_file, save_file
 
-# For fixtures: two layers every day, all of them in the long run.
-LAYERS = [2, pytest.param(6, marks=pytest.mark.slow)]
+# For fixtures: one or two layers every day, all of them in the long run.
+ALL = pytest.param(6, marks=pytest.mark.slow)
+ONE, LAYERS = [1, ALL], [2, ALL]
 
 
 @contextlib.contextmanager
