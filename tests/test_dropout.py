@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import optax
 import pytest
@@ -31,10 +32,7 @@ def draw(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(signs * rng.uniform(0.5, 1.5, shape), jnp.float32)
 
 
-def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:
-    """An initializer with a B that is not zero."""
-    w, a, b = jlora.initializers.kaiming_uniform(key, w, site, rule)
-    return w, a, 0.3 * jax.random.normal(key, b.shape, b.dtype)
+random = functools.partial(laws.start, of_b=0.5)  # a B that is not zero
 
 
 def adapt(apply: Any, params: Any, x: Any, **options: Any) -> tuple[Any, Any, Any]:

@@ -45,7 +45,7 @@ def entries(case: Case) -> list[Any]:
 def test_laws(case: Case, dtype: Any, every_law: bool) -> None:
     """One problem and one `init` for all; each in both orders of the product."""
     with laws.precision(case, dtype) as tolerance:
-        made = laws.make(case, dtype)
+        made = laws.make(case, dtype, default_start=every_law)
         laws.sites_are_the_expected(made)
         laws.in_both_orders(made, tolerance, every_law)
         if every_law:
