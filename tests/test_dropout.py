@@ -177,7 +177,7 @@ def test_jit_checkpoint_and_vmap_draw_the_same_mask(name: str) -> None:
         assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.1, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.5, 0.9))])
 def test_the_fraction_of_dropped_inputs_is_p(p: float) -> None:
     """Each entry of x is multiplied by 0 or by 1 / (1 - p); the first with probability p."""
     n = 200

@@ -179,7 +179,10 @@ def test_tables_of_other_methods_are_for_vmap_alone() -> None:
     close(lora.apply(base, many.take(table, 1), X), X @ base["w"])
 
 
-@pytest.mark.parametrize("ids", [(0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (1,) * 6, IDS])
+ALIKE = pytest.param((0, 0, 1, 1, 2, 2), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("ids", [ALIKE, (0, 0, 0, 0, 1, 1), (1,) * 6, IDS])
 def test_runs_of_known_ids_are_batches(ids: tuple[int, ...]) -> None:
     lora, base, adapters = made()
     seen = []

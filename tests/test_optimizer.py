@@ -206,7 +206,7 @@ def _check_moved(moved: bool, name: str, freeze_a: bool) -> None:
     assert moved == (name != "a" or not freeze_a)
 
 
-@pytest.mark.parametrize("fill", [jnp.nan, 1e30])
+@pytest.mark.parametrize("fill", [jnp.nan, pytest.param(1e30, marks=pytest.mark.slow)])
 def test_gradients_of_the_base_do_not_matter(small: Setup, fill: float) -> None:
     """Neither the base nor the adapter nor the clipping norm sees them, not even NaN."""
     tx = jlora.optimizer(optax.chain(optax.clip_by_global_norm(1e-3), optax.adamw(1e-2)))
