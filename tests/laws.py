@@ -7,6 +7,7 @@ weights that its codes stand for.
 """
 
 import contextlib
+import dataclasses
 import gc
 import re
 import warnings
@@ -22,6 +23,7 @@ from cases import Case, Problem
 from own_schemes import Pairs
 
 import jlora
+from jlora.initializers._draw import dtype_of
 
 
 @contextlib.contextmanager
@@ -64,26 +66,21 @@ class Made(NamedTuple):
         args = traced or self.problem.args
         return floats(self.lora.apply(self.base, adapter, *args, **self.problem.kwargs))
 
-    def adapted(self) -> Callable[..., Any]:
-        """`value` and its slope, to be called with an adapter and `traced`."""
-        f = value_and_slope(self.value, self.case.grad)
-        return jax.jit(f) if self.case.jit else f
+    def merged(self, adapter: Any) -> list[jax.Array]:
+        """What `value` must give: the model itself at merged parameters, no argument traced."""
+        params = jlora.merge(self.base, adapter)
+        return floats(self.problem.apply(params, *self.problem.args, **self.problem.kwargs))
 
-    def merged(self) -> Any:
-        """What `adapted` must give: the model itself at merged parameters, no argument traced."""
-
-        def value(adapter: Any) -> list[jax.Array]:
-            params = jlora.merge(self.base, adapter)
-            return floats(self.problem.apply(params, *self.problem.args, **self.problem.kwargs))
-
-        f = value_and_slope(value, self.case.grad)
-        return (jax.jit(f) if self.case.jit else f)(self.adapter)
+    def compiled(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """`f` of an adapter and `traced`, one program where the case has programs."""
+        return jax.jit(f).lower(self.adapter, *self.traced).compile() if self.case.jit else f
 
 
-def make(case: Case, dtype: Any) -> Made:
-    """Builds the problem and calls `init`."""
+def make(case: Case, dtype: Any, default_start: bool = False) -> Made:
+    """Builds the problem and calls `init`, with A as rules have it unless told, or from NumPy."""
     problem = case.build(dtype)
-    lora = jlora.transform(problem.apply, *case.rules)
+    rules = case.rules if default_start else map(from_numpy, case.rules)
+    lora = jlora.transform(problem.apply, *rules)
     with warnings.catch_warnings():  # some cases are there for the weights that are left alone
         warnings.filterwarnings("ignore", r"\w+\(\) leaves \d+ weights as they are")
         base, adapter = lora.init(
@@ -116,26 +113,42 @@ def table_is_that_of_init(made: Made) -> None:
     assert table.total == jlora.count(problem.params)
 
 
+def adapted_is_merged(made: Made, tolerance: float) -> tuple[Callable[..., Any], Any]:
+    """Values, and gradients with respect to A, B and full leaves; no tracer outlives its trace.
+
+    Gives the function of an adapter and `traced` that finds all of these in each order, by name,
+    and what it found.
+    """
+    merged, adapted = (value_and_slope(f, made.case.grad) for f in (made.merged, made.value))
+
+    def both(adapter: Any, *traced: Any) -> dict[str, Any]:
+        return {"merged": merged(adapter)} | in_each_order(lambda: adapted(adapter, *traced))
+
+    with contextlib.nullcontext() if made.case.leaks else leaks_checked():
+        program = made.compiled(both)
+        found = program(made.adapter, *made.traced)
+    expected = found.pop("merged")
+    for order, actual in found.items():
+        assert_close(actual, expected, tolerance, f"adapted is merged, {order}")
+    assert not made.case.grad or any(np.any(np.asarray(x)) for x in jax.tree.leaves(expected[1]))
+    return program, found
+
+
 def zero_is_the_base(made: Made, tolerance: float) -> None:
     """At B = 0 the adapted model is the base model: bit for bit where its product is unchanged."""
-    problem = made.problem
-    actual = made.lora.apply(made.base, made.initial, *problem.args, **problem.kwargs)
-    expected = problem.apply(problem.params, *problem.args, **problem.kwargs)
-    assert_close(actual, expected, 0.0 if made.case.exact_at_zero else tolerance)
+    args, kwargs = made.problem.args, made.problem.kwargs
+    found = in_each_order(lambda: made.lora.apply(made.base, made.initial, *args, **kwargs))
+    expected = made.problem.apply(made.problem.params, *args, **kwargs)
+    for order, actual in found.items():
+        bound = 0.0 if made.case.exact_at_zero else tolerance
+        assert_close(actual, expected, bound, f"zero is the base, {order}")
 
 
-def adapted_is_merged(made: Made, adapted: Any, expected: Any, tolerance: float) -> None:
-    """Values, and gradients with respect to A, B and full leaves; no tracer outlives its trace."""
-    with contextlib.nullcontext() if made.case.leaks else leaks_checked():
-        actual = adapted(made.adapter, *made.traced)
-    assert_close(actual, expected, tolerance, "adapted is merged")
-    assert not made.case.grad or any(np.any(np.asarray(x)) for x in jax.tree.leaves(expected[1]))
-
-
-def transforms_agree(made: Made, adapted: Any, tolerance: float) -> None:
+def transforms_agree(made: Made, program: Any, at_one: Any, tolerance: float) -> None:
     """`checkpoint`, `scan` and `vmap` around `apply` are `apply` itself, all under `jit`."""
     case = made.case
-    two = jax.tree.map(lambda x: np.stack([x, np.asarray(x) / 2]), made.adapter)
+    half = jax.tree.map(lambda x: np.asarray(x) / np.asarray(2, x.dtype), made.adapter)
+    two = jax.tree.map(lambda *x: np.stack(x), made.adapter, half)
 
     def transformed(adapter: Any, two: Any, *traced: Any) -> dict[str, Any]:
         value = made.value
@@ -146,12 +159,13 @@ def transforms_agree(made: Made, adapted: Any, tolerance: float) -> None:
             found["checkpoint"] = value_and_slope(jax.checkpoint(value), True)(adapter, *traced)
         return found
 
-    found = jax.jit(transformed)(made.adapter, two, *made.traced)
-    one_by_one = [adapted(jax.tree.map(lambda x, i=i: x[i], two), *made.traced) for i in range(2)]
-    stacked = jax.tree.map(lambda *xs: np.stack(xs), *(outputs for outputs, _ in one_by_one))
-    expected = {"scan": stacked, "vmap": stacked, "checkpoint": one_by_one[0]}
-    for name, actual in found.items():
-        assert_close(actual, expected[name], tolerance, name)
+    in_all = jax.jit(lambda *args: in_each_order(lambda: transformed(*args)))
+    at_half = program(half, *made.traced)
+    for order, found in in_all(made.adapter, two, *made.traced).items():
+        stacked = jax.tree.map(lambda *xs: np.stack(xs), at_one[order][0], at_half[order][0])
+        expected = {"scan": stacked, "vmap": stacked, "checkpoint": at_one[order]}
+        for name, actual in found.items():
+            assert_close(actual, expected[name], tolerance, f"{name}, {order}")
 
 
 def quantized_is_dequantized(made: Made, tolerance: float) -> None:
@@ -162,10 +176,12 @@ def quantized_is_dequantized(made: Made, tolerance: float) -> None:
     if not names:
         return
     base = jlora.quantize(made.base, Pairs(f"^({'|'.join(names)})$"), sites=sites)
-    actual, expected = (
-        made._replace(base=x).adapted()(made.adapter, *made.traced)
+    both = [
+        value_and_slope(made._replace(base=x).value, made.case.grad)
         for x in (base, jlora.dequantize(base))
-    )
+    ]
+    program = made.compiled(lambda *given: [f(*given) for f in both])
+    actual, expected = program(made.adapter, *made.traced)
     assert_close(actual, expected, tolerance, "quantized is dequantized")
 
 
@@ -189,29 +205,54 @@ def leaks_checked() -> Iterator[None]:
         gc.enable()
 
 
-def in_both_orders(made: Made, tolerance: float, every_law: bool) -> None:
-    """Adapted is merged, or every law but that of sites, with each order of the product forced."""
-    expected = made.merged()
+def in_each_order(f: Callable[[], Any]) -> dict[str, Any]:
+    """What `f` gives with each order of the product forced; one where no product allows both."""
+    found = {}
     for order in (orders.APART, orders.SUMMED):
         with orders.forced(order) as planner:
-            adapted = made.adapted()
-            adapted_is_merged(made, adapted, expected, tolerance)
-            if every_law:
-                transforms_agree(made, adapted, tolerance)
-                zero_is_the_base(made, tolerance)
+            found[order] = f()
         if not planner.called:
-            break  # no product allows both orders: the second would be the same program
+            break  # the second would be the same program
+    return found
+
+
+def in_both_orders(made: Made, tolerance: float, every_law: bool) -> None:
+    """Adapted is merged, or every law but that of sites, with each order of the product forced."""
+    program, found = adapted_is_merged(made, tolerance)
+    if every_law:
+        transforms_agree(made, program, found, tolerance)
+        zero_is_the_base(made, tolerance)
 
 
 # ------------------------------------------------------------------------------ what they share
 
 
+def start(
+    key: jax.Array, w: Any, site: jlora.Site, rule: Any, of_b: float = 0.0
+) -> tuple[Any, Any, Any]:
+    """An initializer that compiles nothing: A and `of_b` times B drawn by NumPy, always alike."""
+    del key
+    rng, dtype = np.random.default_rng(1), dtype_of(site, rule)
+    a, b = (rng.uniform(-1, 1, shape) for shape in rule.factor_shapes(site))
+    a = a / max(site.inputs, 1) ** 0.5
+    return w, *(jnp.asarray(np.asarray(x, dtype), dtype) for x in (a, of_b * b))
+
+
+def from_numpy(rule: Any) -> Any:
+    """The rule, from `start` where it has no initializer of its own."""
+    draws = isinstance(rule, jlora.LoRA | jlora.DoRA) and rule.init is None
+    return dataclasses.replace(rule, init=start) if draws else rule
+
+
 def randomize(adapter: Any) -> Any:
     """Every leaf plus noise, so that B is not zero."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x) + 0.3 * rng.standard_normal(x.shape), x.dtype), adapter
-    )
+
+    def noisy(x: Any) -> jax.Array:
+        sums = np.asarray(x) + 0.3 * rng.standard_normal(x.shape)
+        return jnp.asarray(np.asarray(sums, x.dtype), x.dtype)  # nothing is compiled
+
+    return jax.tree.map(noisy, adapter)
 
 
 def floats(tree: Any) -> list[jax.Array]:

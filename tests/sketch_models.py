@@ -16,7 +16,8 @@ D, F, LAYERS = 6, 5, 3
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    draw, dtype = np.random.default_rng(seed).standard_normal(shape), jnp.result_type(float)
+    return jnp.asarray(draw.astype(dtype), dtype)  # nothing is compiled
 
 
 class Model(NamedTuple):

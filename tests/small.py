@@ -18,7 +18,8 @@ KEY = jax.random.key(0)
 
 def array(*shape: int) -> jax.Array:
     """Normal values, the same for the same shape."""
-    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
+    draw = np.random.default_rng(shape).standard_normal(shape)
+    return jnp.asarray(np.float32(draw), jnp.float32)  # nothing is compiled
 
 
 X = array(2, 4)
@@ -55,7 +56,8 @@ def init(*rules: Any, apply: Callable[..., Any] = model, params: Any = None) -> 
 
 def randomize(adapter: Any) -> Any:
     """Every floating leaf plus noise, so that B is not zero."""
-    return jax.tree.map(lambda a: a + 0.3 * array(*a.shape), adapter)
+    noisy = jax.tree.map(lambda a: np.asarray(a) + 0.3 * np.asarray(array(*a.shape)), adapter)
+    return jax.tree.map(jnp.asarray, noisy)
 
 
 def exactly(message: str) -> str:

@@ -35,8 +35,12 @@ FORWARD = {
 @pytest.mark.parametrize("mode", FORWARD)
 def test_forward_mode(mode):
     lora, base, adapter, x = problem(4)
-    actual = FORWARD[mode](lambda a: lora.apply(base, a, x), adapter)
-    expected = FORWARD[mode](lambda a: dense(jlora.merge(base, a), x), adapter)
+    actual, expected = jax.jit(
+        lambda adapter: (
+            FORWARD[mode](lambda a: lora.apply(base, a, x), adapter),
+            FORWARD[mode](lambda a: dense(jlora.merge(base, a), x), adapter),
+        )
+    )(adapter)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), actual, expected
     )

@@ -85,7 +85,7 @@ def scanned(p: Any, x: jax.Array) -> jax.Array:
     return jax.lax.map(lambda wx: wx[1] @ wx[0], (p["w"], x))
 
 
-@pytest.fixture(params=[None, Slots(3, (2, 0))], ids=["whole", "slots"])
+@pytest.fixture(params=[None, Slots(3, (2, 0))], ids=["whole", "slots"], scope="module")
 def made(request: Any) -> tuple[Any, ...]:
     """Transform, base, random adapter and input of three matrices in a stack."""
     rng = np.random.default_rng(0)
@@ -100,7 +100,8 @@ def test_formula(made: Any) -> None:
     dora, base, adapter, x = made
     expected = weight_of(adapter["w"], np.asarray(base["w"]))
     np.testing.assert_allclose(jlora.merge(base, adapter)["w"], expected, rtol=0, atol=3e-6)
-    np.testing.assert_allclose(dora.apply(base, adapter, x), x @ expected, rtol=0, atol=2e-5)
+    y = jax.jit(dora.apply)(base, adapter, x)
+    np.testing.assert_allclose(y, x @ expected, rtol=0, atol=2e-5)
 
 
 def test_no_gradient_passes_through_the_norm(made: Any) -> None:
@@ -114,26 +115,27 @@ def test_no_gradient_passes_through_the_norm(made: Any) -> None:
         n = adapter["w"]
         return jnp.sin(x @ ((w + n.scale * n.a @ n.b) * (n.m / norm)[:, None])).sum()
 
-    actual = jax.grad(lambda a: jnp.sin(dora.apply(base, a, x)).sum())(adapter)
-    laws.assert_close(actual, jax.grad(dense)(adapter), 1e-5)
+    actual = jax.jit(jax.grad(lambda a: jnp.sin(dora.apply(base, a, x)).sum()))(adapter)
+    laws.assert_close(actual, jax.jit(jax.grad(dense))(adapter), 1e-5)
 
 
 def test_starts_as_the_base(made: Any) -> None:
     dora, base, _, x = made
     _, adapter = dora.init(jax.random.key(0), base, x)
-    np.testing.assert_allclose(dora.apply(base, adapter, x), x @ base["w"], rtol=1e-6, atol=1e-6)
+    y = jax.jit(dora.apply)(base, adapter, x)
+    np.testing.assert_allclose(y, x @ base["w"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", [jlora.Int8, pytest.param(jlora.NF4, marks=pytest.mark.slow)])
 def test_norms_are_those_of_the_quantized_base(made: Any, scheme: Any) -> None:
     dora, base, adapter, x = made
     packed = jlora.quantize(base, scheme("w"))
-    plain = jlora.dequantize(packed)
-    for tree in (adapter, dora.init(jax.random.key(0), packed, x)[1]):
-        actual = jax.jit(dora.apply)(packed, tree, x)
-        np.testing.assert_allclose(actual, dora.apply(plain, tree, x), rtol=1e-5, atol=2e-5)
-    m, of_plain = (dora.init(jax.random.key(0), b, x)[1]["w"].m for b in (packed, plain))
-    np.testing.assert_allclose(m, of_plain, rtol=1e-6)
+    plain, apply = jlora.dequantize(packed), jax.jit(dora.apply)
+    fresh, of_plain = (dora.init(jax.random.key(0), b, x)[1] for b in (packed, plain))
+    for tree in (adapter, fresh):
+        actual, expected = (apply(b, tree, x) for b in (packed, plain))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(fresh["w"].m, of_plain["w"].m, rtol=1e-6)
 
 
 # --------------------------------------------------------------------------- where norms are none
@@ -152,35 +154,38 @@ def test_nothing_is_nan_where_the_change_cancels_the_weight(dtype: Any) -> None:
     w = -(a @ b).astype(dtype)
     dora, adapter = one(w, a=a, b=b)
     loss = lambda a: jnp.sum(dora.apply({"w": w}, a, jnp.ones((1, 4), dtype)))  # noqa: E731
-    value, grads = jax.value_and_grad(loss)(adapter)
+    value, grads = jax.jit(jax.value_and_grad(loss))(adapter)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, grads)))
 
 
 def test_a_column_of_zeros_stays(made: Any) -> None:
     w = jnp.ones((4, 3)).at[:, 1].set(0)
     dora, adapter = one(w)
-    f = lambda a: dora.apply({"w": w}, a, jnp.ones((1, 4)))  # noqa: E731
+    f = jax.jit(lambda a: dora.apply({"w": w}, a, jnp.ones((1, 4))))
+    slope = jax.jit(jax.grad(lambda a: f(a).sum()))
     for tree in (adapter, {"w": adapter["w"]._replace(b=jnp.ones((2, 3)))}):
         np.testing.assert_allclose(f(tree)[:, 1], 0, atol=1e-12)
-        grads = jax.grad(lambda a: f(a).sum())(tree)
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope(tree)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+)
 def test_a_gain_of_zero_has_a_gradient(dtype: Any) -> None:
     """Of what it multiplies, which the backward pass has from the result alone."""
     w, x = jnp.eye(4, 3, dtype=dtype), jnp.asarray([[1.0, 2.0, 3.0, 4.0]], dtype)
     dora, adapter = one(w, m=jnp.zeros(3))
     f = lambda a: dora.apply({"w": w}, a, x).sum().astype(jnp.float32)  # noqa: E731
-    np.testing.assert_allclose(jax.grad(f)(adapter)["w"].m, [1, 2, 3], rtol=1e-2)
+    np.testing.assert_allclose(jax.jit(jax.grad(f))(adapter)["w"].m, [1, 2, 3], rtol=1e-2)
 
 
 def test_forward_mode(made: Any) -> None:
     dora, base, adapter, x = made
     f = lambda a: jnp.sin(dora.apply(base, a, x)).sum()  # noqa: E731
-    v = jax.tree.map(jnp.cos, adapter)
-    slope = sum(map(jnp.vdot, *map(jax.tree.leaves, (jax.grad(f)(adapter), v))))
-    np.testing.assert_allclose(jax.jvp(f, (adapter,), (v,))[1], slope, rtol=1e-5)
+    v = jax.tree.map(np.cos, adapter)
+    gradient, along = jax.jit(lambda a, v: (jax.grad(f)(a), jax.jvp(f, (a,), (v,))[1]))(adapter, v)
+    slope = sum(map(np.vdot, *map(jax.tree.leaves, (gradient, v))))
+    np.testing.assert_allclose(along, slope, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------- the tree

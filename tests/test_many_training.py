@@ -348,6 +348,7 @@ def run_of(name: str) -> Run:
     return Run(many.optimizer(tx, **hyperparams), extra_of(name, N))
 
 
+@functools.cache
 def single_of(name: str, i: int) -> Run:
     tx, hyperparams = OPTIMIZERS[name]
     values = {k: np.broadcast_to(np.asarray(v), N)[i].item() for k, v in hyperparams.items()}

@@ -3,8 +3,10 @@
 import chex
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
+from small import array
 
 import jlora
 from jlora.core._cpu import plan
@@ -29,13 +31,11 @@ def test_plan(tokens, inputs, outputs, rank, dtype, choice):
 
 
 def _problem(rows, dtype=jnp.float32, dim=DIM, **rule):
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (rows, dim), dtype)
-    params = {"w": jax.random.normal(keys[1], (dim, dim), dtype) / dim**0.5}
-    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=4, alpha=8, **rule))
-    base, adapter = lora.init(keys[2], params, x)
-    adapter = jax.tree.map(lambda v: v + 0.1 * jax.random.normal(keys[3], v.shape), adapter)
-    return lora, base, adapter, x
+    x, w = array(rows, dim).astype(dtype), (array(dim, dim) / dim**0.5).astype(dtype)
+    rule = jlora.LoRA("w", rank=4, alpha=8, init=laws.start, **rule)
+    lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+    base, adapter = lora.init(jax.random.key(0), {"w": w}, x)
+    return lora, base, jax.tree.map(lambda v: v + 0.1 * array(*v.shape), adapter), x
 
 
 def _forms_the_sum(f, *args, shape=(DIM, DIM)):
@@ -170,12 +170,11 @@ def test_operations_are_the_frozen_step_and_the_low_rank_products(rows):
 @pytest.mark.parametrize("axes", [(0, None), (0, 0), (None, 0)], ids=str)
 def test_gradients_under_vmap(rows, rank, axes):
     """Also of one to three rows, whose products XLA's CPU compiler emits on other paths."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (3, rows, DIM))
-    params = {"w": jax.random.normal(keys[1], (DIM, 5)) / DIM}
-    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=rank, alpha=rank))
-    base, adapter = lora.init(keys[2], params, x[0])
-    many = jax.tree.map(lambda v: jax.random.normal(keys[3], (3, *v.shape)) / DIM, adapter)
+    x, params = array(3, rows, DIM), {"w": array(DIM, 5) / DIM}
+    rule = jlora.LoRA("w", rank=rank, alpha=rank, init=laws.start)
+    lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+    base, adapter = lora.init(jax.random.key(0), params, x[0])
+    many = jax.tree.map(lambda v: array(3, *v.shape) / DIM, adapter)
 
     def slope(adapter, x):
         return jax.grad(lambda adapter: (lora.apply(base, adapter, x) ** 2).sum())(adapter)
@@ -262,16 +261,14 @@ def test_a_product_of_another_dtype_is_not_summed():
 def test_an_activation_that_sites_share_is_kept_once(rows):
     """As q, k and v do."""
     names = ("q", "k", "v")
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = {n: jax.random.normal(key, (DIM, DIM)) for n, key in zip(names, keys, strict=False)}
-    x = jax.random.normal(keys[3], (rows, DIM))
+    params, x = {n: i * array(DIM, DIM) for i, n in enumerate(names, 1)}, array(rows, DIM)
 
     def model(params, x):
         y = jnp.exp(x)
         return [y @ params[n] for n in names]
 
     lora = jlora.transform(model, jlora.LoRA(rank=1))
-    base, adapter = lora.init(keys[0], params, x)
+    base, adapter = lora.init(jax.random.key(0), params, x)
     _, backward = jax.vjp(lambda adapter: lora.apply(base, adapter, x), adapter)
     kept = {id(v): v.shape for v in jax.tree.leaves(backward) if hasattr(v, "shape")}
     assert list(kept.values()).count(x.shape) == 1, kept

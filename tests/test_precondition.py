@@ -63,7 +63,8 @@ def models(*daily: str) -> Any:
 
 
 def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    draw = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(draw.astype(jnp.result_type(float)), jnp.result_type(float))
 
 
 def made(name: str) -> tuple[Any, Any, Any]:
@@ -81,7 +82,8 @@ def made(name: str) -> tuple[Any, Any, Any]:
 def step(adapter: Any, grads: Any, **options: Any) -> Any:
     """The updates of a step of descent at rate 1."""
     tx = jlora.optimizer(optax.sgd(1.0), **options)
-    return tx.update(grads, tx.init(adapter), adapter)[0]
+    update = jax.jit(lambda grads, adapter: tx.update(grads, tx.init(adapter), adapter)[0])
+    return update(grads, adapter)
 
 
 def matrices(x: Any, axes: str) -> np.ndarray:

@@ -17,7 +17,8 @@ from jlora.quantized import Scheme
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+    draw = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(draw.astype(dtype), dtype)  # nothing is compiled
 
 
 # Bits a parameter and relative error of normally distributed weights (512, 640).
@@ -65,7 +66,7 @@ def test_bits_and_error(scheme, bits, error):
 
 @schemes
 @pytest.mark.parametrize(
-    "dtype", [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+    "dtype", [jnp.bfloat16, *(pytest.param(x, marks=pytest.mark.slow) for x in ("f4", "f2"))]
 )
 def test_a_second_time(scheme, dtype):
     """The dtype stays; and what codes stand for is of codes for it, but for an affine scheme."""
@@ -227,7 +228,8 @@ def test_the_step_is_that_on_dequantized_weights(scheme):
     value = laws.value_and_slope(lambda a, base: lora.apply(base, a, x))
     actual, expected = (jax.jit(value)(adapter, b) for b in (base, jlora.dequantize(base)))
     laws.assert_close(actual, expected, 1e-6)
-    plain, none = (lora.apply(b, {}, x) for b in (base, jlora.dequantize(base)))
+    apply = jax.jit(lora.apply)
+    plain, none = (apply(b, {}, x) for b in (base, jlora.dequantize(base)))
     laws.assert_close(plain, none, 1e-6)
 
 
@@ -245,7 +247,8 @@ def test_transforms(mode):
             jax.tree.map(lambda v: jnp.stack([v, v / 2]), adapter)
         ),
     }[mode]
-    laws.assert_close(transformed(base), transformed(jlora.dequantize(base)), 1e-5)
+    f = jax.jit(transformed)
+    laws.assert_close(f(base), f(jlora.dequantize(base)), 1e-5)
 
 
 def test_a_scale_that_is_trained_has_its_gradient():
@@ -268,7 +271,7 @@ def test_rows_that_are_trained_beside_a_quantized_table():
         lambda p, x: x @ jnp.concatenate([p["table"], p["new"]]).T, jlora.Full("new")
     )
     base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, jlora.NF4("table")), x)
-    f = laws.value_and_slope(lambda a, base: lora.apply(base, a, x))
+    f = jax.jit(laws.value_and_slope(lambda a, base: lora.apply(base, a, x)))
     laws.assert_close(f(adapter, base), f(adapter, jlora.dequantize(base)), 1e-6)
 
 
@@ -280,9 +283,8 @@ def test_params_in_one_tree():
     params = jlora.Params(base, adapter)
     tx = jlora.optimizer(optax.adamw(1e-2))
     state = tx.init(params)
-    grads = jax.grad(lambda p: (lora.apply(p.base, p.adapter, x) ** 2).sum(), allow_int=True)(
-        params
-    )
+    loss = lambda p: (lora.apply(p.base, p.adapter, x) ** 2).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss, allow_int=True))(params)
     updates, _ = tx.update(grads, state, params)
     new = optax.apply_updates(params, updates)
     jax.tree.map(np.testing.assert_array_equal, new.base, base)

@@ -47,14 +47,21 @@ def as_matrices(s: jlora.Spectrum) -> tuple[np.ndarray, np.ndarray, np.ndarray |
 # ------------------------------------------------------------------- all singular vectors there are
 
 
+def whole(name: str, kind: str) -> tuple[Model, list[Any], jlora.Sketch]:
+    """A model, two batches, and all that they tell."""
+    model = MODELS[name]()
+    batches = [model.batch(1), model.batch(2)]
+    found = jlora.sketch(model.loss, model.params, model.rules, batches, kind=kind, components=99)
+    return model, batches, found
+
+
+once = functools.cache(whole)
+
+
 @every(MODELS, "scan", "groups")
 def test_inputs_are_those_of_all_batches(name: str) -> None:
     """V·diag(values²)·Vᵀ is the covariance as the model is written; V is orthonormal."""
-    model = MODELS[name]()
-    batches = [model.batch(1), model.batch(2)]
-    found = jlora.sketch(
-        model.loss, model.params, model.rules, batches, kind="inputs", components=99
-    )
+    model, batches, found = once(name, "inputs")
     expected = of_all(model, batches)
     assert found.sites.keys() == expected.keys()
     for path, s in found.sites.items():
@@ -84,20 +91,20 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 @every(MODELS, "groups")
 def test_gradient_is_that_of_all_batches(name: str) -> None:
-    model = MODELS[name]()
-    batches = [model.batch(1), model.batch(2)]
-    found = jlora.sketch(
-        model.loss, model.params, model.rules, batches, kind="gradient", components=99
-    )
+    check_gradient_of(*once(name, "gradient"))
+
+
+def check_gradient_of(model: Model, batches: list[Any], found: jlora.Sketch) -> None:
     mean = lambda params: sum(model.loss(params, b) for b in batches) / 2  # noqa: E731
-    check_gradient(found, by_path(jax.grad(mean)(model.params)), 1e-10)
+    check_gradient(found, by_path(jax.jit(jax.grad(mean))(model.params)), 1e-10)
 
 
 @pytest.mark.parametrize("order", [orders.APART, orders.SUMMED])
 def test_gradient_in_both_orders_of_the_product(order: Any) -> None:
     with orders.forced(order) as planner:
-        test_gradient_is_that_of_all_batches("scan")
+        found = whole("scan", "gradient")
     assert planner.called
+    check_gradient_of(*found)
 
 
 def case_table() -> list[Any]:
@@ -297,9 +304,7 @@ def test_memory_is_that_of_a_training_step(kind: str, packed: bool) -> None:
 @every(MODELS, "groups", "fused")
 def test_eva(name: str) -> None:
     """A has the leading components, B is zero, the base is the user's own."""
-    model = MODELS[name]()
-    batch = model.batch(1)
-    found = jlora.sketch(model.loss, model.params, model.rules, [batch], kind="inputs")
+    model, (batch, _), found = once(name, "inputs")
     [lora_rule] = model.rules
     for rule in (lora_rule, DoRA(lora_rule.pattern, rank=1, slots=lora_rule.slots)):
         lora = jlora.transform(model.apply, dataclasses.replace(rule, init=eva(found)))
@@ -313,10 +318,8 @@ def test_eva(name: str) -> None:
 @every(MODELS, "groups")
 def test_lora_ga(name: str) -> None:
     """The model begins as it was, and A and B are vectors of the gradient."""
-    model = MODELS[name]()
-    batch, [rule] = model.batch(1), model.rules
+    (model, (batch, _), found), [rule] = once(name, "gradient"), MODELS[name]().rules
     rule = dataclasses.replace(rule, alpha=3.0)
-    found = jlora.sketch(model.loss, model.params, rule, [batch], kind="gradient")
     lora = jlora.transform(model.apply, dataclasses.replace(rule, init=lora_ga(found)))
     base, adapter = lora.init(jax.random.key(0), model.params, batch)
     close(lora.apply(base, adapter, batch), model.apply(model.params, batch))

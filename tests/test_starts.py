@@ -1,6 +1,7 @@
 """Starts that take a part of W into A and B, or freeze A: the laws, and each one's own formula."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -75,14 +76,16 @@ def table() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "name"), table())
 def test_laws(case: Case, name: str) -> None:
-    """Those of LoRA; at the start the model as it was, but for what LoftQ's codes lose."""
+    """Those of LoRA, all for PiSSA; at the start the model as it was, but for LoftQ's codes."""
     # What unpacks codes outlives its trace, in JAX's caches of derivatives.
     case = dataclasses.replace(started(case, STARTS[name]), leaks=case.leaks or name == "loftq")
     with laws.precision(case, jnp.float32) as tolerance:
         made = laws.make(case, jnp.float32)
         # W is the sum of a rest and a product that may be larger; statistics of batches amplify it.
         tolerance = tolerance if name == "miss" else max(tolerance, 5e-5)
-        laws.in_both_orders(made, tolerance, every_law=name != "loftq")
+        laws.in_both_orders(made, tolerance, every_law=name == "pissa")
+        if name not in ("pissa", "loftq"):
+            laws.zero_is_the_base(made, tolerance)
 
 
 # ------------------------------------------------------------------------------------- the formulas
@@ -141,6 +144,7 @@ FORMS: dict[str, Any] = {
 RANK, ALPHA = 3, 5.0
 
 
+@functools.cache
 def made(form: str, init: Any, kind: Any = jnp.float32, **options: Any) -> Any:
     """Transform, parameters, base, adapter and x of one of `FORMS`."""
     apply, shape, of_x, slots, _ = FORMS[form]
