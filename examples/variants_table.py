@@ -21,18 +21,27 @@ from variants import OUT, VARIANTS
 
 
 class Measure(NamedTuple):
-    """How a task is measured: the column of a run, a factor, its digits, and its name."""
+    """How a task is measured.
+
+    Attributes:
+        column: of a run.
+        factor: of that column.
+        digits: that are shown.
+        name: what it is.
+        less: whether less is better.
+    """
 
     column: str
     factor: int
     digits: int
     name: str
+    less: bool = False
 
 
 MEASURES = {
     "movies": Measure("held_out_right", 100, 1, "movie reviews: accuracy, %"),
     "order": Measure("held_out_right", 100, 1, "word order: accuracy, %"),
-    "definitions": Measure("held_out", 1, 3, "definitions: nats a token"),
+    "definitions": Measure("held_out", 1, 3, "definitions: nats a token", less=True),
 }
 
 
@@ -84,7 +93,7 @@ def _cell(row: Row) -> str:
 
 
 def draw(path: pathlib.Path, table: Sequence[Row]) -> None:
-    """A panel for each task; a band is where LoRA on all linear layers is."""
+    """A panel for each task, better to the right; a band is where LoRA on all linear layers is."""
     tasks = [task for task in MEASURES if any(row["task"] == task for row in table)]
     names = [name for name in VARIANTS if any(row["variant"] == name for row in table)]
     figure, axes = plt.subplots(
@@ -98,8 +107,9 @@ def draw(path: pathlib.Path, table: Sequence[Row]) -> None:
             axis.axvspan(low, high, color="C0", alpha=0.2)
         for name, row in found.items():
             at = len(names) - names.index(name)
-            axis.errorbar(row["score"], at, xerr=row["standard_error"], fmt="o", capsize=3)
+            axis.errorbar(row["score"], at, xerr=row["standard_error"], fmt="C0o", capsize=3)
         axis.set(xlabel=MEASURES[task].name)
+        axis.xaxis.set_inverted(MEASURES[task].less)
         axis.set_yticks(range(len(names), 0, -1), [VARIANTS[name].label for name in names])
     figure.savefig(path, dpi=100)
     plt.close(figure)
