@@ -396,10 +396,10 @@ def test_the_loss_sees_exactly_the_logits_before_answer_tokens():
 
 
 def test_pairs_that_are_too_long_are_left_out(tokenizer):
-    pairs = [finetune_lm.Pair("Hi", "Hello."), finetune_lm.Pair("Hi", "Hello. " * 40)]
-    assert len(finetune_lm.encode(pairs, tokenizer, 64).ids) == 1
-    with pytest.raises(ValueError, match="none of 1 pairs fits in `length` = 64 tokens"):
-        finetune_lm.encode(pairs[1:], tokenizer, 64)
+    pairs = [finetune_lm.Pair("Hi", "Hello."), finetune_lm.Pair("Hi", "Hello. " * 200)]
+    assert len(finetune_lm.encode(pairs, tokenizer, 256).ids) == 1
+    with pytest.raises(ValueError, match="none of 1 pairs fits in `length` = 256 tokens"):
+        finetune_lm.encode(pairs[1:], tokenizer, 256)
 
 
 def test_an_epoch_visits_every_row_once():
