@@ -745,15 +745,20 @@ ERRORS = {
 }
 
 
+def present(folder: Folder) -> list[Folder]:
+    """All that is there but the compiled modules of tables."""
+    return sorted(p for p in folder.rglob("*") if "__pycache__" not in p.parts)
+
+
 @pytest.mark.parametrize("line", ERRORS)
 def test_errors(line: str, files: Folder) -> None:
     """Exit code 2, one line on stderr that says what and where; nothing is written."""
-    before = sorted(files.rglob("*"))
+    before = present(files)
     words = ("nowhere", "x", *(path.name for path in files.iterdir()))
     command, *args = line.split()
     full = [str(files / a) if a.split(":")[0] in words else a for a in args]
     assert re.search(ERRORS[line], fails(command, *full))
-    assert [p for p in sorted(files.rglob("*")) if "__pycache__" not in p.parts] == before
+    assert present(files) == before
 
 
 def test_debug_shows_the_traceback(files: Folder) -> None:
