@@ -184,7 +184,7 @@ def test_a_checkpoint_takes_it_for_rules(tmp_path: Any) -> None:
 
 def test_other_rules_keep_their_places() -> None:
     sites = {"a/kernel": (1, (4, 4), (3.0, 2.0)), "b/kernel": (1, (4, 4), (1.0, 0.5))}
-    given = (Full("norm"), LoRA("a/k", rank=1), Full("bias"), LoRA("kernel", rank=3, alpha=3))
+    given = (Full("norm"), LoRA("a/kernel", rank=1), Full("bias"), LoRA("kernel", rank=3, alpha=3))
     allocation = jlora.allocate(of(sites), given, budget=24)
     assert list(allocation) == [
         Full("norm"),

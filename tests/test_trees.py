@@ -803,7 +803,7 @@ def test_the_table_word_for_word() -> None:
     rules = (
         jlora.LoRA("blocks", rank=2, slots=jlora.Slots(3, (0, 2))),
         jlora.Full("scale"),
-        jlora.LoRA("^.o", rank=4),
+        jlora.LoRA("^.o.*", rank=4),
     )
     sites = jlora.transform(f, *rules).sites(params, Struct((2, 4), jnp.int32))
     table = re.sub(r"at \S*py:\d+ \(.*\)", "at …", str(sites))

@@ -108,7 +108,7 @@ def decode(fields: Fields) -> Saved:
         leaves[path] = _decode_leaf(item, {n: _struct(leaf) for n, leaf in parts.items()})
     base, rules = fields["base"], fields["rules"]
     if fields["format"] < 2:
-        rules = [_of_components(rule, ["/".join(path) for path in leaves]) for rule in rules]
+        rules = _of_components(rules, ["/".join(path) for path in leaves])
     return Saved(
         adapter=nest(leaves),
         rules=tuple(map(_decode_rule, rules)),
@@ -219,22 +219,22 @@ def _encode_field(value: Any) -> Any:
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
 
 
-def _of_components(rule: Fields, adapted: Sequence[str]) -> Fields:
-    """A rule of format 1, with a pattern that takes the same leaves by whole components.
+def _of_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
+    """Rules of format 1, with patterns that take the same leaves by whole components.
 
-    What the pattern matches by whole components it matched before, and every leaf that it matched
-    is in the adapter: no other leaf needs to be looked at.
+    A pattern matches no more by whole components, and what it matched before is adapted. So it
+    stays as it is where it still matches the leaves that no earlier rule takes.
     """
-    pattern = rule.get("pattern")
-    if pattern is None or (
-        pattern.strip("/") == pattern
-        and all(
-            bool(re.search(pattern, path)) == bool(compiled(pattern).search(path))
-            for path in adapted
-        )
-    ):
-        return rule
-    return rule | {"pattern": anywhere(pattern)}
+    new, left = [], list(adapted)
+    for rule in rules:
+        if (pattern := rule.get("pattern")) is not None:
+            hits = [path for path in left if re.search(pattern, path)]
+            left = [path for path in left if path not in hits]
+            is_same = all(compiled(pattern).search(path) for path in hits)
+            if not is_same or pattern.strip("/") != pattern:
+                rule = rule | {"pattern": anywhere(pattern)}
+        new.append(rule)
+    return new
 
 
 def _decode_rule(fields: Fields) -> Rule:

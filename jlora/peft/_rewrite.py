@@ -150,18 +150,17 @@ def _skips(skip: str | None, name: str) -> bool:
 def _check_patterns(checkpoint: Checkpoint, scheme: Scheme, skip: str | None) -> None:
     """Raises where a pattern that the user wrote matches no tensor."""
     names = [name for header in checkpoint.headers.values() for name in header.entries]
-    patterns = {
-        rule_name(scheme): scheme.pattern,
-        f"`skip` {skip!r}": skip if skip != SKIP else None,
-    }
-    for written, pattern in patterns.items():
+    written = {rule_name(scheme): scheme.pattern, f"`skip` {skip!r}": skip}
+    for what, pattern in written.items():
+        if pattern is None or pattern == SKIP:
+            continue
         try:
-            hits = pattern is None or any(compiled(pattern, ".").search(name) for name in names)
+            hits = any(compiled(pattern, ".").search(name) for name in names)
         except re.error as e:
-            raise ValueError(f"{written} is not a regular expression: {e}.") from None
+            raise ValueError(f"{what} is not a regular expression: {e}.") from None
         if not hits:
             advice = unmatched(pattern, names, ".")
-            raise ValueError(f"{written} matches no tensor of `src_dir`. {advice}")
+            raise ValueError(f"{what} matches no tensor of `src_dir`. {advice}")
 
 
 def dequantize_checkpoint(
