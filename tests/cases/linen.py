@@ -286,7 +286,11 @@ stacked("linen_scan_axis_1", partial(scan, axis=1), slow=True)
 stacked("linen_scan_axis_last", partial(scan, axis=-1))
 stacked("linen_scan_reverse_unrolled", partial(scan, reverse=True, unroll=2), slow=True)
 stacked(
-    "linen_scan_only_up", scan, sites=1, trainable=3 * 2 * (6 + 5), rules=(LoRA("up/kernel", rank=2),)
+    "linen_scan_only_up",
+    scan,
+    sites=1,
+    trainable=3 * 2 * (6 + 5),
+    rules=(LoRA("up/kernel", rank=2),),
 )
 stacked("linen_remat", nn.remat, trainable=LAYER)
 stacked("linen_scan_of_remat", lambda layer: scan(nn.remat(layer, prevent_cse=False)))
