@@ -166,7 +166,7 @@ def test_rows_of_an_embedding_are_blocks():
     """So that a lookup reads its rows alone."""
     params, ids = language_params(), jnp.array([[3, 95], [0, 3]])
     lora = jlora.transform(language_model, jlora.LoRA("embed|head", rank=2))
-    base = jlora.quantize(params, jlora.NF4("."), sites=lora.sites(params, ids))
+    base = jlora.quantize(params, jlora.NF4(".*"), sites=lora.sites(params, ids))
     assert base["embed"].form.order == (0, 1)
     assert base["head"].form.order == (1, 0)
     base, adapter = lora.init(jax.random.key(0), base, ids)
@@ -206,7 +206,7 @@ def test_donated_arrays_are_deleted():
     tree = dict.fromkeys("abc", shared)
     base = jlora.quantize(tree, jlora.NF4("a|b"), donate=True)
     np.testing.assert_array_equal(base["c"], np.ones((64, 64)))
-    base = jlora.quantize(tree, jlora.NF4("."), donate=True)
+    base = jlora.quantize(tree, jlora.NF4(".*"), donate=True)
     assert shared.is_deleted()
     np.testing.assert_array_equal(jlora.dequantize(base)["b"], np.ones((64, 64)))
 
@@ -324,7 +324,7 @@ def test_layers_joined_and_moved():
 
     x = normal(5, 64, seed=9)
     lora = jlora.transform(model, jlora.LoRA("q|v", rank=2))
-    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, jlora.NF4(".")), x)
+    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, jlora.NF4(".*")), x)
     adapter = laws.randomize(adapter)
     f = jax.jit(laws.value_and_slope(lambda a, base: lora.apply(base, a, x)))
     laws.assert_close(f(adapter, base), f(adapter, jlora.dequantize(base)), 2e-2)
@@ -353,7 +353,7 @@ def memory_cases():
         yield pytest.param(form, pattern, scheme, marks=[] if daily else pytest.mark.slow)
 
 
-TWO = [jlora.NF4("w"), jlora.Int8("w")]
+TWO = [jlora.NF4(r"w\d?"), jlora.Int8(r"w\d?")]
 LAST = (TWO[1], r"w0?$", "scan")
 
 

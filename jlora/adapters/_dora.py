@@ -39,7 +39,7 @@ class DoRA(LoRA):
     time, by the dropped input, which is not done here.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
+        pattern: a regular expression for whole components of a leaf's path. None means
             *all-linear*: every dense and convolutional site, no embeddings.
         rank: r, at least 1 and at most the smaller of the site's inputs and outputs.
         alpha: the numerator of the scale s = alpha / r, positive.

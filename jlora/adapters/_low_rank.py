@@ -23,7 +23,7 @@ class LoRA:
     r"""Adapts the weights whose path matches `pattern` by $W + s \cdot A B$.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
+        pattern: a regular expression for whole components of a leaf's path. None means
             *all-linear*: every dense and convolutional site, no embeddings.
         rank: r, at least 1 and at most the smaller of the site's inputs and outputs.
         alpha: the numerator of the scale, positive.

@@ -47,7 +47,7 @@ class Rows:
     are. A list of rules adapts the rest of the model: `Rows("embed", new), LoRA()`.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf.
+        pattern: a regular expression for whole components of a leaf's path.
         rows: the numbers of the rows, distinct, in any order: `range(49152, 49160)`.
 
     Raises:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import initializers, quantized
-from .._rules import Full, Rule, Slots, is_finite
+from .._rules import Full, Rule, Slots, anywhere, compiled, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ..adapters import METHODS, is_node, state, static
@@ -21,7 +22,7 @@ from ..initializers import Initializer
 from ..quantized import Scheme
 from ._fingerprint import Fingerprint, Leaf, exact
 
-FORMAT = 1
+FORMAT = 2  # up to 1, patterns matched inside of the components of a path too
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
 FULL = "full"
 
@@ -105,10 +106,12 @@ def decode(fields: Fields) -> Saved:
         parts = {name: _leaf(*leaf) for name, leaf in item["arrays"].items()}
         hashes |= {(*path, name): leaf.hash for name, leaf in parts.items()}
         leaves[path] = _decode_leaf(item, {n: _struct(leaf) for n, leaf in parts.items()})
-    base = fields["base"]
+    base, rules = fields["base"], fields["rules"]
+    if fields["format"] < 2:
+        rules = _of_components(rules, ["/".join(path) for path in leaves])
     return Saved(
         adapter=nest(leaves),
-        rules=tuple(_decode_rule(rule) for rule in fields["rules"]),
+        rules=tuple(map(_decode_rule, rules)),
         step=fields["step"],
         versions=dict(fields["versions"]),
         base=None if base is None else {_strings(p): _leaf(*leaf) for p, *leaf in base},
@@ -214,6 +217,24 @@ def _encode_field(value: Any) -> Any:
         case Scheme():
             return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
+
+
+def _of_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
+    """Rules of format 1, with patterns that take the same leaves by whole components.
+
+    A pattern matches no more by whole components, and what it matched before is adapted. So it
+    stays as it is where it still matches the leaves that no earlier rule takes.
+    """
+    new, left = [], list(adapted)
+    for rule in rules:
+        if (pattern := rule.get("pattern")) is not None:
+            hits = [path for path in left if re.search(pattern, path)]
+            left = [path for path in left if path not in hits]
+            is_same = all(compiled(pattern).search(path) for path in hits)
+            if not is_same or pattern.strip("/") != pattern:
+                rule = rule | {"pattern": anywhere(pattern)}
+        new.append(rule)
+    return new
 
 
 def _decode_rule(fields: Fields) -> Rule:

@@ -172,7 +172,7 @@ single(
     Block,
     (2, 3, 6),
     2 * (6 + 5) + 2 * (5 + 6) + 6 + 6 + 6,  # up, down; scale and bias, scale
-    rules=(LoRA("Dense_./kernel", rank=2, alpha=4), Full("LayerNorm|RMSNorm")),
+    rules=(LoRA("Dense_./kernel", rank=2, alpha=4), Full("(Layer|RMS)Norm_0")),
     sites=2,
     strict=False,
 )
@@ -286,7 +286,11 @@ stacked("linen_scan_axis_1", partial(scan, axis=1), slow=True)
 stacked("linen_scan_axis_last", partial(scan, axis=-1))
 stacked("linen_scan_reverse_unrolled", partial(scan, reverse=True, unroll=2), slow=True)
 stacked(
-    "linen_scan_only_up", scan, sites=1, trainable=3 * 2 * (6 + 5), rules=(LoRA("up/k", rank=2),)
+    "linen_scan_only_up",
+    scan,
+    sites=1,
+    trainable=3 * 2 * (6 + 5),
+    rules=(LoRA("up/kernel", rank=2),),
 )
 stacked("linen_remat", nn.remat, trainable=LAYER)
 stacked("linen_scan_of_remat", lambda layer: scan(nn.remat(layer, prevent_cse=False)))

@@ -1368,7 +1368,7 @@ along_one()
 
 @case(
     subject="product",
-    rules=(LoRA("", rank=1),),
+    rules=(LoRA(".*", rank=1),),
     sites=2,
     trainable=2 * (3 + 4),
     exact_at_zero=False,

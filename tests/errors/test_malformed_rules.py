@@ -149,6 +149,27 @@ MALFORMED = [
         id="pattern-glob",
     ),
     pytest.param(
+        lambda: Full("encoder/"),
+        ValueError,
+        "`pattern` 'encoder/' of Full starts or ends with `/`, but a pattern matches whole "
+        "components of a path: write 'encoder'.",
+        id="pattern-slash-at-the-end",
+    ),
+    pytest.param(
+        lambda: jlora.DoRA("/(q|v)/kernel"),
+        ValueError,
+        "`pattern` '/(q|v)/kernel' of DoRA starts or ends with `/`, but a pattern matches whole "
+        "components of a path: write '(q|v)/kernel'.",
+        id="pattern-slash-at-the-start",
+    ),
+    pytest.param(
+        lambda: LoRA("head(?i)"),
+        ValueError,
+        "`pattern` 'head(?i)' is not a regular expression: "
+        "global flags not at the start of the expression at position 4.",
+        id="pattern-flags-at-the-end",
+    ),
+    pytest.param(
         lambda: LoRA("w", slots=3),
         TypeError,
         "`slots` of LoRA('w') must be a jlora.Slots; got 3.",

@@ -18,8 +18,8 @@ configuration says, and none is scaled. Outputs on a checkpoint with others diff
 Gemma's keys and values are one leaf, as are q, k and v where there are as many heads of each. PEFT
 adapts each by an A and a B of its own, as do the rules
 
-    LoRA(r"/kv_einsum/w", slots=Slots(2, (0, 1)))
-    LoRA(r"/qkv_einsum/w", slots=Slots(3, (0, 1, 2)))
+    LoRA(r"kv_einsum/w", slots=Slots(2, (0, 1)))
+    LoRA(r"qkv_einsum/w", slots=Slots(3, (0, 1, 2)))
 
 of which a model has a leaf for one or the other.
 """
