@@ -172,6 +172,39 @@ def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
     assert checkpoint.read(tmp_path / "b").rules == (rule,)
 
 
+@pytest.mark.parametrize("kind", ["inputs", "gradient"])
+def test_a_start_from_a_sketch_says_that_it_needs_one(kind, tmp_path):
+    """Of this format, and of the one before, which had the name of a function in it."""
+    name = {"inputs": "eva", "gradient": "lora_ga"}[kind]
+    params, x = {"w": jnp.eye(4)}, jnp.eye(4)
+    loss = lambda p, x: jnp.sum((x @ p["w"]) ** 2)  # noqa: E731
+    sketch = jlora.sketch(loss, params, LoRA("w", rank=1), [x], kind=kind)
+    rules = (LoRA("w", rank=1, init=getattr(jlora.initializers, name)(sketch)),)
+
+    def start(rules):
+        return jlora.transform(lambda p, x: x @ p["w"], *rules).init(jax.random.key(0), params, x)
+
+    _, adapter = start(rules)
+    checkpoint.save(tmp_path / "a", adapter, rules)
+    checkpoint.save(tmp_path / "b", adapter, checkpoint.read(tmp_path / "a").rules)
+    assert_equal(checkpoint.restore(tmp_path / "b"), adapter)
+    shutil.copytree(tmp_path / "a", tmp_path / "before")
+    fields = json.loads((tmp_path / "a" / "jlora" / "metadata").read_text())
+    assert fields["rules"][0]["init"] == {"function": f"jlora.initializers.{name}"}
+    fields["rules"][0]["init"]["function"] = f"jlora.initializers._{name}.{name}.<locals>.start"
+    fields["format"] = 1
+    edit(tmp_path / "before", **fields | {"sha256": checkpoint._meta.digest(fields)})
+    message = re.escape(
+        f"`init` was jlora.initializers.{name} when the adapter was saved, which starts from a "
+        "sketch: a checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
+        f"init=jlora.initializers.{name}(sketch)), where sketch is of jlora.sketch(..., "
+        f"kind={kind!r})."
+    )
+    for folder in ("a", "b", "before"):
+        with pytest.raises(NotImplementedError, match=message):
+            start(checkpoint.read(tmp_path / folder).rules)
+
+
 def test_items_join_a_managers_checkpoint(tmp_path):
     base, adapter = made()
     with ocp.CheckpointManager(tmp_path / "run") as manager:

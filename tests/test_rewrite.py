@@ -192,8 +192,8 @@ ERRORS = [
         "`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got Int4(pattern=None, group=128).",
     ),
     (
-        lambda base, out: peft.quantize_checkpoint(base, out, jlora.NF4(), skip="."),
-        "`src_dir`: 1 problems:\n  no matrix is left to quantize, with `skip` '.'",
+        lambda base, out: peft.quantize_checkpoint(base, out, jlora.NF4(), skip=".*"),
+        "`src_dir`: 1 problems:\n  no matrix is left to quantize, with `skip` '.*'",
     ),
     (
         lambda base, out: peft.dequantize_checkpoint(base, out),

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import pickle
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import laws
@@ -483,6 +485,23 @@ def test_starts_refuse(start: Any, kind: str) -> None:
     needed = 3 if kind == "inputs" else 4  # all there are
     with pytest.raises(ValueError, match=f"2 components of 'w'; rank 3 needs {needed}. Sketch"):
         init({"w": np.eye(4)}, LoRA("w", rank=3))
+
+
+@pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
+def test_starts_are_pickled_with_their_sketch(start: Any, kind: str) -> None:
+    """A rule, as a sweep sends it to its workers, starts A and B as it did."""
+    params, _, [x] = LINEAR
+    rule = LoRA("w", rank=1, init=start(one(kind=kind)))
+    again = pickle.loads(pickle.dumps(rule))
+    assert repr(again) == repr(rule)
+    assert f"{start.__name__}(sketch=Sketch(1 sites, kind={kind!r})" in repr(rule)
+
+    def init(rule: LoRA) -> Any:
+        lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+        return lora.init(jax.random.key(0), params, x)
+
+    chex.assert_trees_all_equal(init(again), init(rule))
+    assert rule == LoRA("w", rank=1, init=start(rule.init.sketch))  # of the same sketch
 
 
 def test_a_site_that_the_loss_does_not_see() -> None:

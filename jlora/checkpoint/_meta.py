@@ -18,13 +18,14 @@ from .._rules import Full, Rule, Slots, anywhere, compiled, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ..adapters import METHODS, is_node, state, static
-from ..initializers import Initializer
+from ..initializers import Initializer, Sketched
 from ..quantized import Scheme
 from ._fingerprint import Fingerprint, Leaf, exact
 
 FORMAT = 2  # up to 1, patterns matched inside of the components of a path too
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
 FULL = "full"
+SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, and the kind of their sketch
 
 Fields = dict[str, Any]
 
@@ -62,6 +63,12 @@ class Foreign:
 
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
+        if kind := SKETCHED.get(self.name.removeprefix("jlora.initializers.")):
+            raise NotImplementedError(
+                f"`init` was {self.name} when the adapter was saved, which starts from a sketch: a "
+                "checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
+                f"init={self.name}(sketch)), where sketch is of jlora.sketch(..., kind={kind!r})."
+            )
         raise NotImplementedError(
             f"`init` was {self.name} when the adapter was saved, which is not a part of jlora. "
             "Give the rule your own: dataclasses.replace(rule, init=...)."
@@ -211,6 +218,8 @@ def _encode_field(value: Any) -> Any:
             return [_encode_field(x) for x in value]
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
+        case Sketched():
+            return {"function": f"jlora.initializers.{value.name}"}
         case Initializer() if all(map(_is_known, vars(value).values())):
             options = {name: _encode_field(x) for name, x in vars(value).items()}
             return {"function": f"jlora.initializers.{value.name}", "options": options}
@@ -286,6 +295,11 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _function(name: str) -> Callable[..., Any]:
+    for sketched in SKETCHED:
+        known = f"jlora.initializers.{sketched}"
+        # Format 1 had the function in `_eva.py` that it was.
+        if name in (known, f"jlora.initializers._{sketched}.{sketched}.<locals>.start"):
+            return Foreign(known)
     module, _, last = name.rpartition(".")
     # Version 0.1 had the initializers in `jlora` itself.
     known = module in ("jlora", "jlora.initializers") and not last.startswith("_")
