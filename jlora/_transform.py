@@ -33,8 +33,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
     $$\mathrm{apply}(base, adapter, \ldots) = \mathrm{apply\_fn}(W + s \cdot A B, \ldots)$$
 
-    Each use of W is traced, and its factored form computed in its place. Only CPUs form W + s·A·B,
-    in float32 and for one product at a time, where that is faster.
+    Each use of W is traced, and its factored form x·W + s·(x·A)·B computed in its place. W + s·A·B
+    is not formed.
 
     Args:
         apply_fn: a function of parameters and anything else that JAX can trace, such as the
@@ -170,8 +170,8 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
             stay as they are: Python values remain Python values, concrete arrays concrete.
 
     Returns:
-        A function with `fn`'s arguments and outputs. Differentiable to any order; in forward mode
-        not through float32 products of many tokens. It traces `fn` at each call: call it under
+        A function with `fn`'s arguments and outputs. It can be differentiated to any order, in
+        forward and in reverse mode. It traces `fn` at each call: call it under
         `jax.jit`, above all where `fn` has loops, which are compiled at every call outside of it.
 
     Raises:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
-import orders
 import pytest
 from cases import CASES, SUBJECTS, Case
 from sketch_models import MODELS, Model, matrices, normal, of_all
@@ -91,7 +90,7 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {"/".join(path): x for path, x in jlora._tree.leaves_by_path(tree)}
 
 
-@every(MODELS, "groups")
+@every(MODELS, "scan", "groups")
 def test_gradient_is_that_of_all_batches(name: str) -> None:
     check_gradient_of(*once(name, "gradient"))
 
@@ -99,14 +98,6 @@ def test_gradient_is_that_of_all_batches(name: str) -> None:
 def check_gradient_of(model: Model, batches: list[Any], found: jlora.Sketch) -> None:
     mean = lambda params: sum(model.loss(params, b) for b in batches) / 2  # noqa: E731
     check_gradient(found, by_path(jax.jit(jax.grad(mean))(model.params)), 1e-10)
-
-
-@pytest.mark.parametrize("order", [orders.APART, orders.SUMMED])
-def test_gradient_in_both_orders_of_the_product(order: Any) -> None:
-    with orders.forced(order) as planner:
-        found = whole("scan", "gradient")
-    assert planner.called
-    check_gradient_of(*found)
 
 
 def case_table() -> list[Any]:
