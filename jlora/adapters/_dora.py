@@ -45,7 +45,9 @@ class DoRA(LoRA):
     Attributes:
         pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
             *all-linear*: every dense and convolutional site, no embeddings.
-        rank: r, at least 1 and at most the smaller of the site's inputs and outputs.
+        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
+            a site that has no room for it gets the largest rank that trains no more parameters
+            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
         alpha: the numerator of the scale s = alpha / r, positive.
         slots: adapt only some parts of a fused output axis; the others keep their norms.
         dropout: 0.
