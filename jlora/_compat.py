@@ -109,6 +109,11 @@ def unchecked_axes() -> frozenset[Any]:
     return frozenset() if checked else frozenset(axes)
 
 
+def may_be_cut_over(tree: Any) -> frozenset[Any]:
+    """The mesh axes over which an enclosing `shard_map` may have cut the arrays of `tree`."""
+    return unchecked_axes().union(*map(varying, jax.tree.leaves(tree)))
+
+
 def vary_with(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
     """`x` as an array that varies over all mesh axes over which `others` do."""
     missing = frozenset().union(*map(varying, others)) - varying(x)

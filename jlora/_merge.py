@@ -9,7 +9,7 @@ import numpy as np
 
 from ._tree import bind, flatten, is_adapted, is_concrete, leaves_by_path, name_of
 from ._types import Adapted, PyTree
-from .adapters import arrays, method_of, state
+from .adapters import PartialWeightError, arrays, lowered, state
 from .core import Axis, NotInvertibleError
 from .quantized import Quantized, dequantize, is_quantized, quantized
 
@@ -144,6 +144,8 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
     node = leaf.delta._replace(**dict.fromkeys(keys))
     try:
         return program(leaf.base, node, sign)
+    except PartialWeightError as e:
+        raise e.at(path) from None
     except NotInvertibleError as e:
         raise ValueError(
             f"`unmerge` cannot take {type(node).__name__} back at {path!r}: {e}. Keep the base."
@@ -153,7 +155,7 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
 def _change(w: Any, node: Any, sign: int) -> jax.Array:
     axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
     w = w.array(jnp.float32) if is_quantized(w) else w
-    return method_of(node).lower(node, w).of(w, axes, sign).astype(dtype)
+    return lowered(node, w).of(w, axes, sign).astype(dtype)
 
 
 def _like(w: Any, old: Any) -> Any:

@@ -17,7 +17,8 @@ class Slots:
     """Chosen parts of a fused output axis, such as q and v of a fused qkv kernel.
 
     The output axis is cut into `count` equal parts. Each chosen part gets an A and a B of its own;
-    the others stay as they are.
+    the others stay as they are. Within a `shard_map` around `apply` or `merge` the fused axis must
+    be whole, and its type must say so: gather it with `to="invarying"`.
 
     Attributes:
         count: number of equal parts, at least 1.

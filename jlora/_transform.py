@@ -23,7 +23,7 @@ from ._tree import (
     nest,
 )
 from ._types import Path, PyTree, Transformed
-from .adapters import is_node, is_rule, lengths, method_of
+from .adapters import change_of, is_node, is_rule, lengths, method_of
 from .core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
 from .quantized import is_quantized
 
@@ -216,7 +216,7 @@ def _weight(leaf: Any, path: str) -> Weight:
         return leaf_weight(leaf, Change(), path, materialize=True)
     w, node = leaf.base, leaf.delta
     w = w if is_quantized(w) else jnp.asarray(w)
-    change = method_of(node).lower(node, w)
+    change = change_of(node, w, path)
     return leaf_weight(w, change, path, getattr(node, "materialize", False))
 
 

@@ -185,7 +185,7 @@ def check(w: Any, site: Any, rule: Any) -> None:
             f"`params` has a shape at {site.path!r}, which {name} cannot factor. Give arrays, or "
             "call init under jax.eval_shape."
         )
-    if _compat.unchecked_axes() or any(map(_compat.varying, map(jnp.asarray, leaves))):
+    if _compat.may_be_cut_over(w):
         raise NotImplementedError(
             f"{name} factors the whole of {site.path!r}, of which a shard_map around init has a "
             "part. Call init outside of it."
