@@ -104,7 +104,7 @@ def _of_tree(
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     check_fits(base, found)
     leaves = resolve(base, names)
-    check_writable(found, {leaf.path: leaf for leaf in leaves})
+    check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
     rows = {f"{x.module}.weight": x for x in tokens_of(leaves, found)}
     return *from_leaves(narrowed(leaves, found), found), rows
 
