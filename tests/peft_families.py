@@ -127,7 +127,10 @@ RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llava": (
         "LlavaForConditionalGeneration",
-        {"text_config": SIZES | LLAMA, "vision_config": VISION | {"model_type": "clip_vision_model"}},
+        {
+            "text_config": SIZES | LLAMA,
+            "vision_config": VISION | {"model_type": "clip_vision_model"},
+        },
     ),
     "llava-tied": (
         "LlavaForConditionalGeneration",
@@ -139,7 +142,11 @@ RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3-vl": (
         "Gemma3ForConditionalGeneration",
-        {"text_config": SIZES | {"head_dim": 16}, "vision_config": VISION, "mm_tokens_per_image": 1},
+        {
+            "text_config": SIZES | {"head_dim": 16},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 1,
+        },
     ),
     "swin": (
         "SwinForImageClassification",
@@ -156,12 +163,22 @@ RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-vl-moe": (
         "Qwen3VLMoeForConditionalGeneration",
         {
-            "text_config": SIZES | MOE | {"head_dim": 16, "rope_scaling": MROPE, "rope_parameters": MROPE},
-            "vision_config": {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+            "text_config": SIZES
+            | MOE
+            | {"head_dim": 16, "rope_scaling": MROPE, "rope_parameters": MROPE},
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "intermediate_size": 48,
+            }
             | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
         },
     ),
-    "trocr": ("VisionEncoderDecoderModel", {"encoder": VISION | {"model_type": "vit"}, "decoder": DECODER}),
+    "trocr": (
+        "VisionEncoderDecoderModel",
+        {"encoder": VISION | {"model_type": "vit"}, "decoder": DECODER},
+    ),
 }
 FAMILIES |= RENAMED
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -124,7 +124,8 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
         wrong.insert(
             0,
             f"{shown(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
-            "save both by the same release of `transformers`",
+            "save the base under the names that the model has in memory, in `transformers` 5 by "
+            "save_pretrained(..., save_original_format=False)",
         )
     refuse(wrong + _misfits(checkpoint, own, parts, full | frozen))
     # What the checkpoint has no tensor for must be the same as something that it has.

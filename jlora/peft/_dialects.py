@@ -28,8 +28,14 @@ _HIERARCHICAL: Dialect = (
     (r"\.attention\.self\.value\.", ".attention.v_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
 )
+# LLaVA, Gemma 3, PaliGemma and others whose language model is a part.
+_LLAVA: Dialect = (
+    (r"^(language|text)_model\.model\.", r"model.\1_model."),
+    (r"^(language|text)_model\.lm_head\.", "lm_head."),
+    (r"^(?!model\.|lm_head\.)", "model."),
+)
 # From a checkpoint's names to the modules of `transformers` 5: what is replaced, in this order. The
-# first pattern of a dialect is found in every checkpoint that has it.
+# first pattern of a dialect is found in every checkpoint of it.
 DIALECTS: tuple[Dialect, ...] = (
     ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
     ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp.")),  # PhiMoE
@@ -51,8 +57,8 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     ),
     (  # Segformer
-        (r"\bencoder\.patch_embeddings\.(\d+)\.", r"stages.\1.patch_embeddings."),
         (r"\bencoder\.block\.(\d+)\.", r"stages.\1.blocks."),
+        (r"\bencoder\.patch_embeddings\.(\d+)\.", r"stages.\1.patch_embeddings."),
         (r"\bencoder\.layer_norm\.(\d+)\.", r"stages.\1.layer_norm."),
         *_HIERARCHICAL,
         (r"\.attention\.self\.sr\.", ".attention.sequence_reduction.sequence_reduction."),
@@ -62,12 +68,8 @@ DIALECTS: tuple[Dialect, ...] = (
         (r"\.layer_norm_2\.", ".layernorm_after."),
         (r"^decode_head\.linear_c\.", "decode_head.linear_projections."),
     ),
-    (  # LLaVA, Gemma 3, PaliGemma and others whose language model is a part
-        (r"^(language|text)_model\.model\.", r"model.\1_model."),
-        (r"^(language|text)_model\.lm_head\.", "lm_head."),
-        (r"^(?!model\.|lm_head\.)", "model."),
-        (r"^model\.(\w+_tower)\.vision_model\.", r"model.\1."),
-    ),
+    _LLAVA,
+    (*_LLAVA, (r"^model\.(\w+_tower)\.vision_model\.", r"model.\1.")),  # read from the hub
     ((r"\blanguage_model\.model\.", "language_model."),),  # ColPali, and LLaVA without its head
     (  # Qwen2-VL, Qwen2.5-VL and Omni
         (r"^(thinker\.)?visual\.", "model.visual."),

@@ -165,6 +165,14 @@ def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
         if _same(checkpoint, name, other):
             for changed in (sums, full, rows):
                 changed |= {other: changed[name]} if name in changed else {}
+        elif name in rows:
+            refuse(
+                [
+                    f"{shown(name)}: has rows in the adapter, which PEFT gives {shown(other)} too "
+                    "where the two are tied; by config.json they are, but the checkpoint has other "
+                    "values of it. Set tie_word_embeddings there"
+                ]
+            )
     return todo._replace(sums=sums, full=full, rows=rows)
 
 
