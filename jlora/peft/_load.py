@@ -9,8 +9,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import nest
+from .._tree import leaves_by_path, nest
 from .._types import PyTree
+from ..adapters import is_node
+from ._advice import advice
 from ._arrays import decomposed, low_rank, of_part, replaced, weight
 from ._config import LIMIT
 from ._file import CONFIG, Source, listing, read_json
@@ -52,25 +54,32 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
-        ...     again = peft.load(f"{folder}/adapter", base, peft.LLAMA)
+        ...     peft.save(f"{folder}/adapter", base, adapter, names)
+        ...     again = peft.load(f"{folder}/adapter", base, names)
         >>> jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), again, adapter))
         True
     """
     leaves = by_row(resolve(base, names), names)
 
+    source, where = Source(Path(dir)), "`base` under `names`"
+    named = {leaf.path for leaf in leaves}
+    every = {path: getattr(x, "shape", ()) for path, x in leaves_by_path(base, is_node)}
+    lost = {path: shape for path, shape in every.items() if path not in named and len(shape) > 1}
+
     def refuse(found: Sequence[str]) -> None:
         if found:
+            unnamed = lost and any(where in problem for problem in found)
             raise ValueError(
                 f"`dir`: the adapter in {dir} cannot be loaded onto `base` with `names`; "
                 f"nothing was loaded. {listing(found)}"
+                + (f"\n{advice(names, lost)}" if unnamed else "")
             )
 
-    source, where = Source(Path(dir)), "`base` under `names`"
     places = places_of(leaves)
     shapes = {name: place.leaf.weight_shape for name, place in places.items()}
     adapter, read, frozen = _opened(source, shapes, refuse)

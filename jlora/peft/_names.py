@@ -292,12 +292,22 @@ def _are_parts(leaves: Sequence[Leaf]) -> bool:
 
 def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
     shape = tuple(x.shape) if hasattr(x, "shape") else ()
+    if (found := row_of(path, shape, rows)) is None:
+        return None
+    row, matched = found
+    templates = [matched.expand(module).replace("/", ".") for module in row.modules]
+    return Leaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
+
+
+def row_of(
+    path: Path, shape: tuple[int, ...], rows: Sequence[Name]
+) -> tuple[Name, re.Match[str]] | None:
+    """The row that names a leaf, and how its pattern matches."""
     joined = "/".join(path).removeprefix("params/")
     for row in rows:
         matched = re.fullmatch(row.path, joined)
         if matched and len(row.axes) == len(shape) and _holds_all(row, shape):
-            templates = [matched.expand(module).replace("/", ".") for module in row.modules]
-            return Leaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
+            return row, matched
     return None
 
 

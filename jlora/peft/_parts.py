@@ -9,10 +9,11 @@ import numpy as np
 
 from .._tree import name_of
 from .._types import Path
-from ..adapters import Decomposed, LowRank, Replaced, is_node, state
+from ..adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from ._advice import advice
 from ._arrays import adapted, factors, magnitudes, weights
 from ._file import DTYPES, PREFIX
-from ._names import Leaf, tied_to
+from ._names import Leaf, Name, tied_to
 from ._read import BASE, MAGNITUDE, Part, Stored
 
 AB = (".lora_A.weight", ".lora_B.weight")
@@ -131,7 +132,7 @@ def stored_as(tensors: Mapping[str, np.ndarray]) -> list[Stored]:
 # --------------------------------------------------------------------------------- what is refused
 
 
-def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
+def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf], names: Sequence[Name]) -> None:
     """Raises, naming every leaf that cannot be written."""
     residual = [name_of(path) for path, x in found.items() if getattr(x, "residual", False)]
     if residual:
@@ -145,11 +146,13 @@ def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
         )
     wrong = {path: why for path, x in found.items() if (why := _unwritable(x, leaves.get(path)))}
     wrong |= {path: why for path, why in _lone_parts(found, leaves) if path not in wrong}
+    unnamed = {path: x for path, x in found.items() if path not in leaves}
+    lost = {path: weight_shape(x) if is_node(x) else x.shape for path, x in unnamed.items()}
     if wrong:
         raise ValueError(
             "`adapter` cannot be written with `names`:\n"
             + "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
-            + "\nAdd rows to `names`, such as jlora.peft.Name(r'(.*)/kernel', r'\\1', 'io')."
+            + (f"\n{advice(names, lost)}" if lost else "")
         )
 
 

@@ -79,11 +79,12 @@ def save(
         >>> import json, pathlib, tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2, alpha=4))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
+        ...     peft.save(f"{folder}/adapter", base, adapter, names)
         ...     fields = peft.read_config(f"{folder}/adapter")
         >>> fields["target_modules"], fields["r"], fields["lora_alpha"]
         (['q_proj'], 2, 4)
@@ -124,10 +125,11 @@ def tensors(
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
-        >>> for key, x in peft.tensors(base, adapter, peft.LLAMA).items():
+        >>> for key, x in peft.tensors(base, adapter, names).items():
         ...     print(key, x.shape)
         base_model.model.model.q_proj.lora_A.weight (2, 4)
         base_model.model.model.q_proj.lora_B.weight (3, 2)
@@ -149,7 +151,7 @@ def _files(
     found = adapter_leaves(adapter)
     check_fits(base, found)
     leaves = by_row(resolve(base, names), names)
-    check_writable(found, {leaf.path: leaf for leaf in leaves})
+    check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
     own = narrowed([leaf for leaf in leaves if is_factored(found.get(leaf.path))], found)
     with_rows = [leaf for leaf in leaves if isinstance(found.get(leaf.path), Replaced)]
     check_one_method(own, leaves, found)
