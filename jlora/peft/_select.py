@@ -7,7 +7,6 @@ ends in sorted lists, and what must be tried one by one is counted.
 import bisect
 import collections
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
