@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
+import optax
 import pytest
 from cases import CASES, SUBJECTS, Case
 
@@ -263,6 +264,77 @@ def test_rows_without_a_slot_are_nan() -> None:
         f = jax.jit(many.route(lora.apply, form=form))
         y = f(base, many.stack(adapters), jnp.array([0, 3, -1, -2, 1, 2]), X)
         assert np.isnan(y).all((1, 2)).tolist() == [False, True, False, True, False, False]
+
+
+INTEGERS = [
+    x if x in ("int8", "uint8", "uint32", "int64") else pytest.param(x, marks=pytest.mark.slow)
+    for x in (f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64))
+]
+
+
+def numbered(count: int) -> tuple[Any, Any, Any]:
+    """Transform, base and a table in whose slot i every output is i of x = 1."""
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=1))
+    ones = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 2)) / 4, 1.0, LAYOUT)}
+    table = many.stack([ones] * count)
+    scale = jnp.arange(float(count))[:, None, None]
+    return lora, {"w": jnp.zeros((4, 2))}, {"w": table["w"]._replace(b=table["w"].b * scale)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_ids_may_be_integers_of_any_dtype(dtype: str, form: str) -> None:
+    """Also where the table has more slots than they have numbers: known, or traced."""
+    with jax.enable_x64(dtype.endswith("64")):
+        lora, base, table = numbered(200)
+        limits = jnp.iinfo(dtype)
+        ids = [0, 5, min(101, limits.max), 1, *[-1] * (limits.min < 0)]
+        expected = np.array([max(i, 0) for i in ids], "f")
+        ids, x = jnp.array(ids, dtype), jnp.ones((len(ids), 4))
+        routed = many.route(lora.apply, form=form)
+        for found in (ids, np.asarray(ids), [int(i) for i in ids], list(ids)):
+            np.testing.assert_allclose(routed(base, table, found, x)[:, 0], expected)
+        y = jax.jit(routed)(base, table, ids, x)
+        np.testing.assert_allclose(y[:, 0], expected)
+        none = jnp.array([limits.max, limits.min, 0], dtype)
+        is_none = [not -1 <= int(i) < 200 for i in none]
+        y = jax.jit(routed)(base, table, none, jnp.ones((3, 4)))
+        assert np.isnan(y[:, 0]).tolist() == is_none
+        if any(is_none):
+            with pytest.raises(ValueError, match=r"`ids` must lie in \[-1, 200\)"):
+                routed(base, table, none, jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_slots_may_be_integers_of_any_dtype(dtype: str) -> None:
+    """Of `take`, `insert`, `remove`, `stop` and `restart`, known or traced."""
+    with jax.enable_x64(dtype.endswith("64")):
+        _, _, table = numbered(200)
+        tx = many.optimizer(optax.sgd, learning_rate=0.1)
+        state, i = tx.init(table), min(101, int(jnp.iinfo(dtype).max))
+        new = jax.tree.map(lambda x: x[0] + 7, table)
+        first = lambda table: np.array(table["w"].b[:, 0, 0])  # noqa: E731
+        for slot in (jnp.array(i, dtype), np.array(i, dtype)):
+            for jit in (lambda f: f, jax.jit):
+                expected = first(table)
+                np.testing.assert_allclose(jit(many.take)(table, slot)["w"].b[0, 0], expected[i])
+                expected[i] = 7
+                np.testing.assert_allclose(first(jit(many.insert)(table, slot, new)), expected)
+                expected[i] = 0
+                np.testing.assert_allclose(first(jit(many.remove)(table, slot)), expected)
+                for slots in (slot, slot[None], [slot]):
+                    stopped = jit(many.stop)(state, slots)
+                    assert np.flatnonzero(~stopped.running).tolist() == [i]
+                    again = jit(functools.partial(many.restart, tx))(stopped, table, slots)
+                    assert again.running.all()
+
+
+@pytest.mark.parametrize("slot", [True, 1.0, jnp.array([1]), jnp.array(1.0), None, "0"])
+def test_a_slot_is_one_integer(slot: Any) -> None:
+    _, _, table = numbered(3)
+    for f in (many.take, many.remove):
+        with pytest.raises(TypeError, match=r"`slot` must be one integer, from 0 on; got "):
+            f(table, slot)
 
 
 # ---------------------------------------------------------------------------------- isolation

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._compat import is_concrete
 from .._linalg import svd
 from .._tree import adapter_leaves, is_empty, nest
 from .._types import PyTree
@@ -72,7 +73,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
 
 def _enough(values: jax.Array, energy: float | None) -> int:
     """The smallest rank that keeps a share of the sum of squares, in all matrices of a stack."""
-    if isinstance(values, jax.core.Tracer):  # pyright: ignore
+    if not is_concrete(values):
         raise ValueError(
             "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "
             "give `rank`."

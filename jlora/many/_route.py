@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._tree import adapter_leaves, check_fits, is_concrete, leaves_by_path, nest
+from .._compat import is_concrete
+from .._tree import adapter_leaves, check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
 from ..adapters import LowRank, Routed, is_node, still, weight_shape
-from ._table import Leaves, refuse_others, table_leaves
+from ._table import Leaves, as_array, refuse_others, table_leaves, within
 
 FORMS = ("side by side", "gathered")
 SHARE = 4  # A and B of all slots lie side by side where they are no more than this part of W
@@ -171,21 +172,21 @@ def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _checked(ids: Any, slots: int) -> Any:
-    """`ids`; as NumPy's where they are known as the program is traced."""
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    """`ids` in int32, of which `slots` is none; NumPy's where they were not JAX's."""
+    ids = as_array(ids)
     if ids.ndim != 1 or not len(ids) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
             "`ids` must be integers of shape (rows,), one slot of the table for each row; got "
             f"{short(ids)}."
         )
-    if isinstance(ids, np.ndarray) or is_concrete(ids):
-        wrong = [int(i) for i in np.asarray(ids) if not -1 <= i < slots]
+    if is_concrete(ids):
+        wrong = [i for i in map(int, np.asarray(ids)) if not -1 <= i < slots]
         if wrong:
             raise ValueError(
                 f"`ids` must lie in [-1, {slots}), the slots of the table or -1 for the base alone;"
                 f" got {wrong[0]}."
             )
-    return ids
+    return within(ids, slots, -1)
 
 
 def _length_of_runs(ids: Any) -> int:
@@ -215,21 +216,19 @@ def _side_by_side(node: LowRank, slots: int) -> Routed:
 def _with_gate(node: Routed, i: jax.Array) -> Routed:
     """The gate of slot `i`: NaN if there is no such slot."""
     gate = (jnp.arange(node.slots) == i).astype(jnp.float32)
-    gate = jnp.where((i >= -1) & (i < node.slots), gate, jnp.nan)
+    gate = jnp.where(i < node.slots, gate, jnp.nan)
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
 def _gathered(leaves: Leaves, ids: Any, slots: int, base: PyTree) -> Leaves:
     """The leaves of each of `ids`: of -1 those of the base, of what is no slot NaN."""
     ids = jnp.asarray(ids)
-    at = jnp.where((ids >= 0) & (ids < slots), ids, slots)
     params = dict(leaves_by_path(base)) if leaves else {}
 
     def take(x: jax.Array, none: Any) -> jax.Array:
         row = lambda i: lax.expand_dims(i, range(1, x.ndim))  # noqa: E731
-        found = jnp.take(x, at, axis=0, mode="fill", fill_value=0)
-        found = jnp.where(row(at < slots), found, jnp.asarray(none, x.dtype))
-        return jnp.where(row((ids >= -1) & (ids < slots)), found, jnp.asarray(jnp.nan, x.dtype))
+        found = jnp.take(x, ids, axis=0, mode="fill", fill_value=jnp.nan)
+        return jnp.where(row(ids >= 0), found, jnp.asarray(none, x.dtype))
 
     def of(path: Path, leaf: Any) -> Any:
         return (
