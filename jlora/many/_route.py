@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._alike import FROM_THE_START, RESIDUAL, is_residual, refuse
 from .._compat import is_concrete
 from .._tree import adapter_leaves, check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
@@ -149,7 +150,13 @@ def _prepared(table: PyTree, form: str | None) -> tuple[Leaves, int]:
     routed = {path: x for path, x in found.items() if isinstance(x, Routed)}
     counts = {x.slots for x in routed.values()}
     others = {path: x for path, x in found.items() if path not in routed}
+    residual = [path for path, x in others.items() if is_residual(x)]
     refuse_others(others.items())
+    refuse(
+        "a table that is routed cannot hold what is",
+        {path: f"{RESIDUAL}, so that -1 would not be the model" for path in residual},
+        FROM_THE_START,
+    )
     if others:
         _, count = table_leaves(nest(others))
         counts.add(count)

@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._alike import alike, joined, leaves_of, misfit, of_other_methods, refuse
+from .._alike import (
+    FROM_THE_START,
+    RESIDUAL,
+    alike,
+    is_residual,
+    joined,
+    leaves_of,
+    misfit_in_table,
+    of_other_methods,
+    refuse,
+)
 from .._compat import is_concrete, known
 from .._tree import adapter_leaves, check_fits, leaves_by_path, name_of, nest
 from .._types import Path, PyTree, short
@@ -66,7 +76,7 @@ def stack(
     }
     refuse(
         REFUSAL,
-        {path: why for path, leaves in sites.items() if (why := misfit(leaves))},
+        {path: why for path, leaves in sites.items() if (why := misfit_in_table(leaves))},
         "The adapters of a table must be of one base.",
     )
     empty = {path: _empty(leaves, rank) for path, leaves in sites.items()}
@@ -249,6 +259,9 @@ def _row(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
         {path: why for path, x in tree.items() if (why := _no_room(x, empty.get(path)))},
         "Make the table with jlora.many.stack(adapters, rank=...) of adapters that have all sites.",
     )
+    residual = [path for path, x in empty.items() if is_residual(x) and path not in tree]
+    needed = f"{RESIDUAL}, so that a slot without it would not be the model"
+    refuse(REFUSAL, dict.fromkeys(residual, needed), FROM_THE_START)
     missing = [path for path, x in empty.items() if not is_node(x) and path not in tree]
     if missing and base is None:
         needed = "is trained in full, so that a slot without it holds the base's"
@@ -265,7 +278,7 @@ def _no_room(leaf: Any, empty: Any) -> str | None:
     """Why a leaf cannot stand at a site of a table."""
     if empty is None:
         return "is no site of the table"
-    if why := misfit([empty, leaf]):
+    if why := misfit_in_table([empty, leaf]):
         return why
     for x, room in zip(jax.tree.leaves(leaf), jax.tree.leaves(empty), strict=True):
         if promote(x.dtype, room.dtype) != room.dtype:
