@@ -432,6 +432,39 @@ def test_a_table_of_shapes_and_under_jit() -> None:
     jax.tree.map(np.testing.assert_array_equal, inserted, expected)
 
 
+def test_what_a_traced_function_closes_over_is_known() -> None:
+    """Tables, adapters, slots and ids: the same results, and the same refusals."""
+    lora, base, adapters = made()
+    table = many.stack(adapters, base=base)
+    tx = many.optimizer(optax.sgd, learning_rate=0.1)
+    state, one, ids = tx.init(table), jnp.array(1), jnp.array(IDS)
+    broken, three, bad = jax.tree.map(lambda x: x * jnp.nan, adapters[0]), one + 2, ids + 2
+    for f in (
+        lambda: many.stack(adapters, base=base),
+        lambda: many.insert(table, one, adapters[0]),
+        lambda: many.remove(table, one, base=base),
+        lambda: many.take(table, one),
+        lambda: many.prepare(table),
+        lambda: many.route(lora.apply)(base, table, ids, X),
+        lambda: many.stop(state, one),
+        lambda: many.stop(state, [0, 2]),
+        lambda: many.restart(tx, state, table, one, learning_rate=0.2),
+    ):
+        expected = f()
+        laws.assert_close(jax.jit(f)(), expected, 1e-5)
+        assert jax.tree.structure(jax.eval_shape(f)) == jax.tree.structure(expected)
+    for f, message in (
+        (lambda: many.stack([broken], base=base), "is not finite"),
+        (lambda: many.insert(table, 0, broken), "is not finite"),
+        (lambda: many.take(table, three), r"`slot` must lie in \[0, 3\)"),
+        (lambda: many.stop(state, [0, 3]), r"`slots` must lie in \[0, 3\)"),
+        (lambda: many.stop(state, three), r"`slots` must lie in \[0, 3\)"),
+        (lambda: many.route(lora.apply)(base, table, bad, X), r"`ids` must lie in \[-1, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.jit(f)()
+
+
 def node(rank: int, shape: tuple[int, int] = (6, 4), dtype: Any = jnp.float32) -> jlora.LowRank:
     a, b = jnp.ones((shape[0], rank), dtype), jnp.ones((rank, shape[1]), dtype)
     return jlora.LowRank(a, b, 1.0, LAYOUT)
