@@ -339,34 +339,42 @@ def test_a_slot_is_one_integer(slot: Any) -> None:
 
 # ---------------------------------------------------------------------------------- isolation
 
-# What a value that is not finite, in a slot that they do not name, does to rows.
-SAFE = {
-    ("side by side", "a", "value"): True,
-    ("side by side", "a", "gradient"): False,
-    ("side by side", "b", "value"): False,
-    ("side by side", "b", "gradient"): False,
-    **{("gathered", x, y): True for x in "ab" for y in ("value", "gradient")},
+# A use of W, and the factor that an activation, or an index, meets first.
+USES: dict[str, Any] = {
+    "dense": (lambda p, x: x @ p["w"], "a"),
+    "lookup": (lambda p, x: p["w"][x[:, 0].astype(int)], "a"),
+    "tied head": (lambda p, x: x @ p["w"].T, "b"),
+    "both": (lambda p, x: p["w"][x[:, 0].astype(int)] @ p["w"].T, None),
 }
 
 
 @pytest.mark.parametrize("bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("form", "factor", "what"), list(SAFE))
-def test_isolation_is_as_stated(form: str, factor: str, what: str, bad: float) -> None:
-    lora, base, adapters = made(full=False)
-    stacked = many.stack(adapters)
+@pytest.mark.parametrize("factor", "ab")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("use", USES)
+def test_isolation_is_as_stated(use: str, form: str, factor: str, bad: float) -> None:
+    """What a value that is not finite does to rows that do not name its slot."""
+    model, first = USES[use]
+    lora, rng = jlora.transform(model, jlora.LoRA("w")), np.random.default_rng(3)
+    table = {"w": jlora.LowRank(normal(rng, 3, 8, 2), normal(rng, 3, 2, 8), 1.0, LAYOUT)}
+    table = jax.tree.map(jnp.asarray, table)
     broken = jax.tree.map(
-        lambda x, label: x.at[1].set(bad) if label == factor else x, stacked, jlora.labels(stacked)
+        lambda x, label: x.at[1].set(bad) if label == factor else x, table, jlora.labels(table)
     )
-    ids = jnp.array([0, 2, -1, 0, 2, 0])
+    ids, x = jnp.array([0, 2, -1, 0]), jnp.asarray(normal(rng, 4, 8))
 
     def value(table: Any, x: jax.Array) -> jax.Array:
-        return many.route(lora.apply, form=form)(base, table, ids, x)
+        return many.route(lora.apply, form=form)(params, table, ids, x)
 
-    f = value if what == "value" else jax.grad(lambda t, x: value(t, x).sum(), argnums=1)
-    if SAFE[form, factor, what]:
-        close(f(broken, X), f(stacked, X))
-    else:
-        assert not np.isfinite(f(broken, X)).all()
+    def slope(table: Any, x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: (value(table, x) ** 2).sum())(x)
+
+    params = {"w": jnp.asarray(normal(rng, 8, 8))}
+    for f, alone in ((value, factor == first), (slope, use in ("lookup", "both"))):
+        if form == "gathered" or alone:
+            close(f(broken, x), f(table, x))
+        else:
+            assert not np.isfinite(f(broken, x)).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])

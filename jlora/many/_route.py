@@ -38,14 +38,15 @@ def route(
     batch normalization, are not that model's. There are two forms, chosen at each site by its size:
 
     - side by side: the A of all slots are one matrix, and of $x_i A$ the columns of other slots
-      count as 0. One product of all rows, at the cost of the rank slots·r. A NaN or infinity in A
-      of one slot leaves the outputs of the other rows alone, but not their gradients; one in B
-      reaches all rows.
+      count as 0. One product of all rows, at the cost of the rank slots·r. A NaN or infinity of one
+      slot in A leaves the outputs of the other rows alone, but not gradients through the site; one
+      in B reaches all rows. Where W is used transposed, as an embedding in a tied head, the
+      activation meets B first, and A and B change places.
     - gathered: each row takes its A and B out of the table. Costs the rank r alone, but their bytes
       for each row, and products of one row each. Nothing of a slot reaches rows of another.
 
-    `stack` and `insert` refuse what is not finite, so that both are safe. Leaves trained in full
-    are gathered.
+    `stack` and `insert` refuse what is not finite, where values are known, so that both are safe.
+    Leaves trained in full are gathered.
 
     Args:
         apply: a function of a base, an adapter and more, such as `lora.apply` or a loss of it.
