@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._tree import bind, flatten, is_adapted, is_concrete, leaves_by_path, name_of
+from ._compat import is_concrete, place_of
+from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import Adapted, PyTree
 from .adapters import PartialWeightError, arrays, lowered, state
 from .core import Axis, NotInvertibleError
@@ -62,7 +63,7 @@ def merge(
     if requantize:
         merged = _requantized(merged, base, adapter)
     if check:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(merged)):  # pyright: ignore
+        if not all(map(is_concrete, jax.tree.leaves(merged))):
             raise ValueError(
                 "`check` of merge needs concrete values; under jit, grad or vmap there are none. "
                 "Merge without it there, and check the result outside."
@@ -124,7 +125,7 @@ def _requantized(merged: PyTree, base: PyTree, adapter: PyTree) -> PyTree:
 def _again(w: Any, old: Quantized) -> Quantized:
     """Quantized as it was, where it lay."""
     leaf = quantized(w, old.scheme, old.form)
-    if not is_concrete(old.data) or not old.data.committed:
+    if not is_concrete(leaf.data) or place_of(old.data) is None:
         return leaf
     place = jax.tree.map(lambda x: x.sharding, dataclasses.replace(old, error=None))
     moved = jax.device_put(dataclasses.replace(leaf, error=None), place)
@@ -171,7 +172,7 @@ def _place(w: Any) -> Any:
     """The sharding that the user gave `w`, if any."""
     if is_quantized(w):
         return None if w.form.flat else _place(w.data)
-    return w.sharding if is_concrete(w) and w.committed else None
+    return place_of(w)
 
 
 def _check_finite(params: PyTree) -> None:

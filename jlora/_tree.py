@@ -100,11 +100,6 @@ def is_abstract(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
-def is_concrete(x: Any) -> bool:
-    """Whether `x` is a JAX array with a value and a place, not one being traced."""
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)  # pyright: ignore
-
-
 def is_adapted(x: Any) -> bool:
     """Whether `x` is a leaf of a bound tree with its adapter."""
     return isinstance(x, Adapted)

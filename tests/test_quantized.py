@@ -86,6 +86,11 @@ def test_shapes_and_jit_and_stacks(scheme):
     jax.tree.map(np.testing.assert_array_equal, eager, jitted)
     abstract = jlora.quantize({"w": jax.ShapeDtypeStruct(w.shape, w.dtype)}, scheme)
     assert jax.eval_shape(lambda: eager) == abstract
+    quantize = lambda: jlora.quantize({"w": w}, scheme)  # noqa: E731 - closes over w
+    assert jax.eval_shape(quantize) == abstract
+    closed = jax.jit(quantize)()
+    assert jax.tree.structure(closed) == jax.tree.structure(eager)
+    laws.assert_close(jlora.dequantize(closed), jlora.dequantize(eager), 1e-3)
     assert jlora.dequantize(abstract)["w"].shape == w.shape
     for i in range(3):
         alone = jlora.quantize({"w": w[i]}, scheme)["w"]
@@ -194,6 +199,19 @@ def test_a_table_says_what_is_quantized():
     small, large = (jlora.summary(x, {}).base_bytes for x in (base, params))
     assert small == large - 2 * 4 * 64 * 128 + sum(base[k].nbytes for k in ("up", "down"))
     assert repr(base["up"]) == "Quantized(float32[64,128], NF4(block=64, double=True))"
+
+
+def test_what_a_traced_function_closes_over_is_checked_and_kept():
+    """Its values are known: those that are not finite are named, and none is donated."""
+    params = {"w": normal(64, 32)}
+    jax.jit(lambda: jlora.quantize(params, jlora.NF4("w"), donate=True))()
+    assert not params["w"].is_deleted()
+    broken = {"w": params["w"].at[0, :2].set(jnp.nan)}
+    with pytest.raises(ValueError, match="'w' of `params` has 2 values that are NaN or infinite"):
+        jax.jit(lambda: jlora.quantize(broken, jlora.NF4("w")))()
+    base, lines = jlora.quantize(params, jlora.NF4("w")), []
+    jax.jit(lambda: lines.append(str(jlora.quantization(base))))()
+    assert lines == [str(jlora.quantization(base))]
 
 
 def test_donated_arrays_are_deleted():
