@@ -35,11 +35,11 @@ def scales(*shape, seed=1, dtype=np.float16):
     return (np.random.default_rng(seed).random(shape) / 8 + 0.01).astype(dtype)
 
 
-def words(codes, order=range(8)):
-    """Codes of 4 bits along the last axis as int32; number k of 8 in place `order[k]`."""
-    codes = codes.reshape(*codes.shape[:-1], -1, 8).astype(np.uint32)
-    shifts = np.uint32(4) * np.asarray(list(order), np.uint32)
-    return np.bitwise_or.reduce(codes << shifts, -1).view(np.int32)
+def words(codes, order=None, bits=4):
+    """Codes along the last axis as int32; number k of those of a word in place `order[k]`."""
+    codes = codes.reshape(*codes.shape[:-1], -1, 32 // bits).astype(np.uint32)
+    places = np.uint32(bits) * np.asarray(order or range(32 // bits), np.uint32)
+    return np.bitwise_or.reduce(codes << places, -1).view(np.int32)
 
 
 class File(dict):
@@ -51,25 +51,39 @@ class File(dict):
         self.config, self.matrix = config, matrix
 
 
-def gptq(seed=0, group=32, zeros="gptq"):
-    codes, scale = draw(ROWS, COLUMNS, seed=seed), scales(ROWS, COLUMNS // group, seed=seed)
-    zero = draw(ROWS, COLUMNS // group, low=1, seed=seed + 1)
+def grouped(codes, zero, scale, order):
+    """(q - z)·s, by the group of each input."""
+    zero, scale = np.asarray(zero, np.float32), np.asarray(scale, np.float32)
+    return (codes - (zero[:, order] if zero.ndim else zero)) * scale[:, order]
+
+
+def order_of(group, mixed=False):
+    """The group of each input, next to each other or not."""
+    order = np.arange(COLUMNS) // group
+    return np.random.default_rng(9).permutation(order) if mixed else order
+
+
+def gptq(seed=0, group=32, zeros="gptq", bits=4, half=False, mixed=False):
+    top, groups, order = 2**bits, COLUMNS // group, order_of(group, mixed)
+    codes, scale = draw(ROWS, COLUMNS, high=top, seed=seed), scales(ROWS, groups, seed=seed)
+    zero = draw(ROWS, groups, low=1, high=top, seed=seed + 1)
+    zero = np.full_like(zero, top // 2) if half else zero
     stored = zero - (zeros == "gptq")
-    matrix = (codes - np.repeat(zero, group, 1).astype(np.float32)) * np.repeat(scale, group, 1)
+    said = {"bits": bits, "group_size": group, "checkpoint_format": zeros, "desc_act": mixed}
     return File(
-        {"quant_method": "gptq", "bits": 4, "group_size": group, "checkpoint_format": zeros},
-        matrix,
-        qweight=np.ascontiguousarray(words(codes).T),
-        qzeros=words(np.ascontiguousarray(stored.T)),
+        {"quant_method": "gptq", **said},
+        grouped(codes, zero, scale, order),
+        qweight=np.ascontiguousarray(words(codes, bits=bits).T),
+        qzeros=words(np.ascontiguousarray(stored.T), bits=bits),
         scales=np.ascontiguousarray(scale.T),
-        g_idx=(np.arange(COLUMNS) // group).astype(np.int32),
+        g_idx=order.astype(np.int32),
     )
 
 
 def awq(seed=0, group=64):
     codes, scale = draw(ROWS, COLUMNS, seed=seed), scales(ROWS, COLUMNS // group, seed=seed)
     zero = draw(ROWS, COLUMNS // group, seed=seed + 1)
-    order = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])  # nibble k holds output [0, 2, …][k]
+    order = np.argsort([0, 2, 4, 6, 1, 3, 5, 7]).tolist()  # nibble k holds output [0, 2, …][k]
     return File(
         {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"},
         (codes - np.repeat(zero, group, 1).astype(np.float32)) * np.repeat(scale, group, 1),
@@ -79,44 +93,73 @@ def awq(seed=0, group=64):
     )
 
 
-def compressed(seed=0, group=32, symmetric=True):
-    codes, scale = draw(ROWS, COLUMNS, seed=seed), scales(ROWS, COLUMNS // group, seed=seed)
-    zero = draw(ROWS, COLUMNS // group, seed=seed + 1)
-    used = 8.0 if symmetric else np.repeat(zero, group, 1).astype(np.float32)
+def compressed(seed=0, group=32, symmetric=True, bits=4, mixed=False, bytes=False):
+    """With `bytes` the zero points are in a byte each, as older versions wrote them."""
+    top, groups, order = 2**bits, COLUMNS // group, order_of(group, mixed)
+    codes, scale = draw(ROWS, COLUMNS, high=top, seed=seed), scales(ROWS, groups, seed=seed)
+    zero, scale = draw(ROWS, groups, high=top, seed=seed + 1), scale.astype(jnp.bfloat16)
     tensors = {
-        "weight_packed": words(codes),
-        "weight_scale": scale.astype(jnp.bfloat16),
+        "weight_packed": words(codes, bits=bits),
+        "weight_scale": scale,
         "weight_shape": np.array([ROWS, COLUMNS], np.int64),
     }
-    if not symmetric:
-        tensors["weight_zero_point"] = np.ascontiguousarray(words(np.ascontiguousarray(zero.T)).T)
-    scale = scale.astype(jnp.bfloat16).astype(np.float32)
+    if bytes:
+        tensors["weight_zero_point"] = (zero.astype(np.int16) - top // 2).astype(np.int8)
+    elif not symmetric:
+        packed = words(np.ascontiguousarray(zero.T), bits=bits).T
+        tensors["weight_zero_point"] = np.ascontiguousarray(packed)
+    if mixed:
+        tensors["weight_g_idx"] = order.astype(np.int32)
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    return File(config, (codes - used) * np.repeat(scale, group, 1), **tensors)
+    used = top // 2 if symmetric and not bytes else zero
+    return File(config, grouped(codes, used, scale, order), **tensors)
 
 
-def fp8(seed=0, block=32, exponents=False):
-    codes = np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(E4M3)
-    grid = scales(-(-ROWS // block), -(-COLUMNS // block), dtype=np.float32, seed=seed)
+def int8(seed=0, zero=None, each=True):
+    """W8A8, with a scale of each output or of all."""
+    codes = draw(ROWS, COLUMNS, low=-128, high=128, dtype=np.int8, seed=seed)
+    scale = scales(ROWS if each else 1, 1, dtype=jnp.bfloat16, seed=seed)
+    tensors = {"weight": codes, "weight_scale": scale}
+    if zero is not None:
+        tensors["weight_zero_point"] = np.full(scale.shape, zero, np.int8)
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    matrix = (codes - np.float32(zero or 0)) * scale.astype(np.float32)
+    return File(config, matrix, **tensors)
+
+
+def floats8(seed=0):
+    return np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(E4M3)
+
+
+def in_blocks(codes, grid, block):
+    """Codes times the scale of their block."""
+    each = np.repeat(np.repeat(np.float32(grid), block[0], 0), block[1], 1)[:ROWS, :COLUMNS]
+    return codes.astype(np.float32) * each
+
+
+def fp8(seed=0, block=(32, 32), exponents=False):
+    codes = floats8(seed)
+    shape = -(-ROWS // block[0]), -(-COLUMNS // block[1])
+    grid = scales(*shape, dtype=np.float32, seed=seed)
     grid = np.exp2(np.floor(np.log2(grid))) if exponents else grid
-    each = np.repeat(np.repeat(grid, block, 0), block, 1)[:ROWS, :COLUMNS]
-    return File(
-        {"quant_method": "fp8", "weight_block_size": [block, block]},
-        codes.astype(np.float32) * each,
-        weight=codes,
-        weight_scale_inv=grid.astype(np.float32),
-    )
+    config = {"quant_method": "fp8", "weight_block_size": list(block)}
+    matrix = in_blocks(codes, grid, block)
+    return File(config, matrix, weight=codes, weight_scale_inv=grid.astype(np.float32))
 
 
-def fp8_by_output(seed=0):
-    codes = np.random.default_rng(seed).standard_normal((ROWS, COLUMNS)).astype(E4M3)
-    scale = scales(ROWS, 1, dtype=jnp.bfloat16, seed=seed)
-    return File(
-        {"quant_method": "compressed-tensors", "format": "float-quantized"},
-        codes.astype(np.float32) * scale.astype(np.float32),
-        weight=codes,
-        weight_scale=scale,
-    )
+def fp8_at_once(config, shape, *, name="weight_scale", dtype=jnp.bfloat16, seed=0, **more):
+    """With one scale, of the tensor or of each output."""
+    codes, scale = floats8(seed), scales(*shape, dtype=dtype, seed=seed)
+    matrix = codes.astype(np.float32) * scale.reshape(-1, 1).astype(np.float32)
+    return File(config, matrix, weight=codes, **{name: scale}, **more)
+
+
+def compressed_fp8_blocks(seed=0, block=(32, 32)):
+    codes = floats8(seed)
+    grid = scales(-(-ROWS // block[0]), -(-COLUMNS // block[1]), dtype=jnp.bfloat16, seed=seed)
+    groups = {"group_0": {"weights": {"strategy": "block", "block_structure": list(block)}}}
+    config = {"format": "float-quantized", "config_groups": groups}
+    return File(COMPRESSED | config, in_blocks(codes, grid, block), weight=codes, weight_scale=grid)
 
 
 def mxfp4(seed=0, experts=3):
@@ -132,17 +175,54 @@ def mxfp4(seed=0, experts=3):
     )
 
 
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+SCALAR = {"input_scale": np.ones((), np.float32), "dtype": np.float32}
 FORMATS = {
     "gptq": gptq,
     "gptq_v2": lambda seed=0: gptq(seed, zeros="gptq_v2"),
     "gptq, all inputs": lambda seed=0: gptq(seed, group=COLUMNS),
+    "gptq, 8 bits": lambda seed=0: gptq(seed, bits=8, half=True),
     "awq": awq,
     "compressed-tensors": compressed,
     "compressed-tensors, asymmetric": lambda seed=0: compressed(seed, symmetric=False),
+    "compressed-tensors, asymmetric by bytes": lambda seed=0: compressed(seed, bytes=True),
+    "compressed-tensors, 8 bits": lambda seed=0: compressed(seed, bits=8),
+    "compressed-tensors, 8 bits by output": lambda seed=0: compressed(seed, COLUMNS, bits=8),
+    "int8 by output": int8,
+    "int8 by tensor": lambda seed=0: int8(seed, each=False),
+    "int8, zero points of 0": lambda seed=0: int8(seed, zero=0),
     "fp8": fp8,
-    "fp8, uneven": lambda seed=0: fp8(seed, block=512),
-    "fp8 by output": fp8_by_output,
+    "fp8, uneven": lambda seed=0: fp8(seed, block=(512, 512)),
+    "fp8 by tensor": lambda seed=0: fp8_at_once({"quant_method": "fp8"}, (), seed=seed, **SCALAR),
+    "fp8 by tensor, inverse": lambda seed=0: fp8_at_once(
+        {"quant_method": "fp8", "weight_block_size": None},
+        (1,),
+        name="weight_scale_inv",
+        dtype=np.float32,
+        seed=seed,
+    ),
+    "fbgemm": lambda seed=0: fp8_at_once(
+        {"quant_method": "fbgemm_fp8"}, (ROWS, 1), dtype=np.float32, seed=seed
+    ),
+    "fp8 by output": lambda seed=0: fp8_at_once(COMPRESSED, (ROWS, 1), seed=seed),
+    "compressed-tensors, fp8 by tensor": lambda seed=0: fp8_at_once(COMPRESSED, (1,), seed=seed),
+    "compressed-tensors, fp8 in blocks": compressed_fp8_blocks,
     "mxfp4": mxfp4,
+}
+# What no scheme has, and is dequantized.
+DENSE = {
+    "gptq, by activation": lambda seed=0: gptq(seed, mixed=True),
+    "gptq, groups of 8": lambda seed=0: gptq(seed, group=8),
+    "gptq, 8 bits, asymmetric": lambda seed=0: gptq(seed, bits=8),
+    "gptq, 8 bits, by activation": lambda seed=0: gptq(seed, bits=8, half=True, mixed=True),
+    "compressed-tensors, by activation": lambda seed=0: compressed(seed, mixed=True),
+    "compressed-tensors, 8 bits, asymmetric": lambda seed=0: compressed(
+        seed, bits=8, symmetric=False
+    ),
+    "int8, zero points": lambda seed=0: int8(seed, zero=-3),
+    "fp8, no squares": lambda seed=0: fp8(seed, block=(32, 64)),
+    "fp8, squares of 48": lambda seed=0: fp8(seed, block=(48, 48)),
+    "compressed-tensors, fp8 in groups": lambda seed=0: compressed_fp8_blocks(seed, (1, 32)),
 }
 
 
@@ -171,16 +251,19 @@ def like(dtype=jnp.float32, kernel="kernel", shape=(2, COLUMNS, ROWS)):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS | DENSE)
 def test_stacked_layers(format, dtype, tmp_path):
-    files = [FORMATS[format](seed=seed) for seed in (0, 5)]
+    files = [(FORMATS | DENSE)[format](seed=seed) for seed in (0, 5)]
     folder = write(tmp_path / "base", {f"h.{i}.up": file for i, file in enumerate(files)})
     matrix = np.stack([np.moveaxis(f.matrix, -1, -2) for f in files])
     kernel = "experts" if format == "mxfp4" else "kernel"
     base = peft.load_base(folder, NAMES, like=like(dtype, kernel, matrix.shape))
     leaf = base["layers"]["up"][kernel]
-    assert isinstance(leaf, jlora.Quantized)
+    assert jlora.is_quantized(leaf) == (format in FORMATS)
     assert leaf.dtype == dtype
+    if format in DENSE:
+        np.testing.assert_array_equal(leaf, matrix.astype(dtype))
+        return
     np.testing.assert_array_equal(np.float32(leaf.array(jnp.float32)), matrix)
     np.testing.assert_array_equal(leaf.array(), matrix.astype(dtype))
     jitted = jax.jit(jlora.dequantize)(base)["layers"]["up"][kernel]
@@ -295,18 +378,34 @@ def test_lies(change, message, tmp_path):
 
 
 CONFIGURATIONS = [
-    ("gptq", {"bits": 8}, "`bits` of the quantization: expected 4, got 8"),
-    ("gptq", {"bits": True}, "`bits` of the quantization: expected 4, got True"),
-    ("gptq", {"desc_act": True}, "h.0.up: `desc_act` reorders its inputs by activation"),
+    ("gptq", {"bits": 3}, "`bits` of the quantization: expected 4 or 8, got 3"),
+    ("gptq", {"bits": True}, "`bits` of the quantization: expected 4 or 8, got True"),
+    ("gptq", {"bits": 8}, "h.0.up.qweight: expected I32 of shape (32, 64), got I32 (16, 64)"),
+    ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, "`format` of the quantization: ex"),
+    ("compressed-tensors", {"format": "marlin-24"}, "naive-quantized, pack-quantized; got 'marlin"),
+    (
+        "compressed-tensors",
+        {"config_groups": {"group_0": {"format": "mxfp8-quantized"}}},
+        "got 'mxfp8-quantized'",
+    ),
+    (
+        "compressed-tensors",
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        "`sparsity_config` of the quantization: 'sparse-24-bitmask' is not supported",
+    ),
+    (
+        "compressed-tensors",
+        {"transform_config": {"config_groups": {}}},
+        "`transform_config` of the quantization: turned weights are not supported",
+    ),
     ("gptq", {"checkpoint_format": "marlin"}, "expected gptq or gptq_v2, got 'marlin'"),
     (
         "awq",
         {"version": "gemv"},
         "`version` of the quantization: expected gemm or GEMM, got 'gemv'",
     ),
-    ("fp8", {"weight_block_size": [32, 64]}, "expected squares, got [32, 64]"),
-    ("fp8", {"weight_block_size": None}, "expected squares, got None"),
-    ("fp8", {"weight_block_size": [48, 48]}, "`block` of FP8() must be one of 32, 64, 128, 256"),
+    ("fp8", {"weight_block_size": [48, 48]}, "says, blocks of 48 × 48; got shape (2, 4)"),
+    ("fp8", {"weight_block_size": [0, 48]}, "expected two numbers or null, got [0, 48]"),
     ("gptq", {"quant_method": "hqq"}, "has the `quant_method` 'hqq'; known are awq, bitsandbytes"),
     ("gptq", {"quant_method": 3}, "has the `quant_method` 3; known are"),
 ]
@@ -321,12 +420,49 @@ def test_configurations(format, config, message, tmp_path):
     assert message in str(e.value)
 
 
-def test_reordered_inputs_are_refused(tmp_path):
-    file = gptq()
-    file["g_idx"] = file["g_idx"][::-1].copy()
-    folder = write(tmp_path / "base", {"h.0.up": file, "h.1.up": gptq()})
-    with pytest.raises(ValueError, match=r"h\.0\.up\.g_idx: reorders its inputs, which is not sup"):
+GROUPS = [
+    ("gptq", "g_idx", lambda x: x + 1, r"h\.0\.up: has inputs of other groups than the 4 with"),
+    (
+        "gptq",
+        "g_idx",
+        lambda x: x[:-1],
+        r"h\.0\.up\.g_idx: expected I32 of shape \(128,\), got I32",
+    ),
+    ("gptq, by activation", "g_idx", None, r"h\.0\.up\.g_idx: missing"),
+    (
+        "compressed-tensors, by activation",
+        "weight_g_idx",
+        lambda x: x + 1,
+        r"h\.0\.up: has inputs of other groups than the 4 with",
+    ),
+    (
+        "compressed-tensors",
+        "weight_scale",
+        lambda x: x[:, :3],
+        r"h\.0\.up: 3 groups of scales do not divide 128 inputs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("format", "name", "change", "message"), GROUPS)
+def test_groups_that_are_none(format, name, change, message, tmp_path):
+    files = [(FORMATS | DENSE)[format]() for _ in range(2)]
+    value = files[0].pop(name)
+    if change is not None:
+        files[0][name] = change(value).copy()
+    folder = write(tmp_path / "base", {f"h.{i}.up": file for i, file in enumerate(files)})
+    with pytest.raises(ValueError, match=message):
         peft.load_base(folder, NAMES, like=like())
+
+
+def test_an_order_that_is_not_known_yet(tmp_path):
+    """As compressed-tensors wrote it of groups next to each other."""
+    files = {f"h.{i}.up": compressed() for i in range(2)}
+    for file in files.values():
+        file["weight_g_idx"] = np.full(COLUMNS, -1, np.int32)
+    base = peft.load_base(write(tmp_path / "base", files), NAMES, like=like())
+    leaf = base["layers"]["up"]["kernel"]
+    np.testing.assert_array_equal(leaf.array()[0], files["h.0.up"].matrix.T)
 
 
 def mutants(seed, tensors):

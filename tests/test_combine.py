@@ -332,7 +332,7 @@ ERRORS = {
     "x x out --density 0.5": "--density is for --method ties and dare; got --method add.",
     "x x out --method ties --seed 1": "--seed is for --method dare; got --method ties.",
     "x x out --weights 1e39,1": "`merge` gave what has no form in PEFT. 1 problems: .*lora_B.weight"
-    ": is not finite",
+    ": 1 of 2 values are not finite",
     "orbax foreign out": r"the base of \S+orbax is not the one that the adapter in \S+foreign was "
     "trained on: more: missing",
     "hashed other out": "the base of .*hashed is not the one .* u: other values",

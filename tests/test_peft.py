@@ -24,7 +24,7 @@ import pytest
 from flax import nnx
 
 import jlora
-from jlora import Full, Layout, LoRA, LowRank, Slots, peft
+from jlora import DoRA, Full, Layout, LoRA, LowRank, Slots, initializers, peft
 from jlora.peft import Name
 
 KEY = jax.random.key(0)
@@ -560,7 +560,7 @@ UNWRITABLE: list[Any] = [
     pytest.param(
         lambda b, a, n: (b | {"v": b["w"]}, a, [*n, Name("v", "x.m", "io")]),
         ValueError,
-        "as it cannot select its modules apart from others",
+        "as where its modules cannot be selected apart from others",
         id="inseparable",
     ),
 ]
@@ -965,6 +965,54 @@ def test_a_tied_weight_is_adapted_on_both_sides(tmp_path: Folder) -> None:
     head = "base_model.model.lm_head.lora_B.weight"
     files.tensors(lambda t: t.update({head: 2 * t[head]}))
     with pytest.raises(ValueError, match=f"{head}: expected the transpose of .*lora_embedding_A"):
+        files.load()
+
+
+TIED_IN_FULL = {
+    "with LoRA": ("scanned", [LoRA("query/kernel", rank=2)], "embed/embedding", {}),
+    "alone": ("scanned", [], "embed/embedding", {}),
+    "with DoRA": ("scanned", [DoRA("query/kernel", rank=2)], "embed/embedding", {}),
+    "GPT-2": ("gpt2_tied", [LoRA("mlp/c_proj/kernel", rank=2)], "wte/embedding", {}),
+    "MiSS": (
+        "scanned",
+        [LoRA("query/kernel", rank=2, alpha=2, init=initializers.miss)],
+        "embed/embedding",
+        {"peft_type": "MISS"},
+    ),
+    "as configured": (
+        "scanned",
+        [LoRA("query/kernel", rank=2)],
+        "embed/embedding",
+        {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", TIED_IN_FULL)
+def test_a_tied_weight_in_full(form: str, tmp_path: Folder) -> None:
+    """It is written for the embedding and for the head; read, both must be there and the same."""
+    name, rules, path, config = TIED_IN_FULL[form]
+    case = models.case(name)
+    lora = jlora.transform(case.apply, *rules, Full(path))
+    base, adapter = lora.init(KEY, case.base, jnp.asarray(case.torch["inputs"]))
+    adapter = jax.tree_util.tree_map_with_path(  # the A of MiSS is known
+        lambda at, x: x if getattr(at[-1], "name", "") == "a" else x + 0.3, adapter
+    )
+    files = Files(tmp_path, name)
+    shutil.rmtree(files.folder)
+    peft.save(files.folder, base, adapter, case.names, config=config)
+    assert_equal(files.load(), adapter)
+    fields, tensors = peft.read_config(files.folder), models.read(files.folder / TENSORS)
+    own = [key for key in tensors if "lora" not in key and "miss" not in key]
+    assert len(own) == 2 and np.array_equal(tensors[own[0]], tensors[own[1]])
+    assert fields["modules_to_save"][-1] == "lm_head"
+    assert fields.get("ensure_weight_tying", True)
+    table = next(key for key in own if key != HEAD + ".weight")
+    files.tensors(lambda t: t.update({HEAD + ".weight": t[table] + 1}))
+    with pytest.raises(ValueError, match=f"{HEAD}.weight: expected the values of {table}, got"):
+        files.load()
+    files.tensors(lambda t: t.pop(HEAD + ".weight"))
+    with pytest.raises(ValueError, match=f"{table}: saved in full without lm_head, which shares"):
         files.load()
 
 

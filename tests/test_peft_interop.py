@@ -17,7 +17,7 @@ hf_peft = pytest.importorskip("peft")
 import peft_models as models  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import Full, LoRA, Slots, peft  # noqa: E402
+from jlora import Full, LoRA, Slots, initializers, peft  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -127,6 +127,10 @@ RULES = {
     ),
     "no_factors": ("modules_to_save", [Full("LayerNorm"), Full("classifier")]),
     "scan": ("scanned", [LoRA("query|value|down", rank=4, alpha=1), Full("norm/scale")]),
+    "full_tied": ("scanned", [LoRA("query/kernel", rank=2), Full("embed/embedding")]),
+    "full_tied_alone": ("scanned", [Full("embed/embedding")]),
+    "full_tied_and_norm": ("scanned", [LoRA("query/kernel", rank=2), Full("embed|norm/scale")]),
+    "full_tied_wte": ("gpt2_tied", [LoRA("c_attn/kernel", rank=2), Full("wte/embedding")]),
     "scan_tied": ("scanned", [LoRA("embed", rank=3), LoRA("query", rank=2)]),
     "conv": ("conv", [LoRA("projection/kernel", rank=5), LoRA("key/kernel", rank=2, alpha=3)]),
     "untied_head": ("all_linear", [LoRA("lm_head|embed_tokens", rank=2), LoRA(rank=3)]),
@@ -167,3 +171,15 @@ def test_vllm_profile_in_peft(name: str, tmp_path: pathlib.Path) -> None:
     peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
     model = in_peft(name, tmp_path / "a")
     assert_close(make.outputs(name, model).numpy(), outputs(case, adapter))
+
+
+def test_tied_weight_in_full_beside_miss(tmp_path: pathlib.Path) -> None:
+    """MiSS has no `ensure_weight_tying`: embedding and head are listed, with the same values."""
+    case = models.case("scanned")
+    start = LoRA("query/kernel", rank=2, alpha=2, init=initializers.miss)
+    lora = jlora.transform(case.apply, start, Full("embed/embedding"))
+    base, adapter = lora.init(KEY, case.base, jnp.asarray(case.torch["inputs"]))
+    adapter["params"]["embed"]["embedding"] += 0.3
+    peft.save(tmp_path / "a", base, adapter, case.names, config={"peft_type": "MISS"})
+    model = in_peft("scanned", tmp_path / "a")
+    assert_close(make.outputs("scanned", model).numpy(), outputs(case, adapter))

@@ -1,7 +1,7 @@
 """An adapter of PEFT's whose model is not at hand."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ from ._arrays import decomposed, low_rank
 from ._file import Source, listing
 from ._names import Leaf, Name
 from ._parameters import matrix, parts_of, without_biases
-from ._read import Adapter, Part, read_adapter
+from ._read import Adapter, Part
+from ._saved import Saved, read_adapter, saved_in
 from ._tokens import Tokens
 from ._values import stored_in, twins, values, with_values
 
@@ -116,8 +117,12 @@ def read_alone(dir: str | os.PathLike[str], argument: str = "dir") -> Alone:
         if found:
             raise ValueError(f"`{argument}`: the adapter in {dir} cannot be read. {listing(found)}")
 
-    source = Source(Path(dir), argument)
-    adapter, header = read_adapter(source, refuse)
+    return alone_in(saved_in(Source(Path(dir), argument)), refuse)
+
+
+def alone_in(saved: Saved, refuse: Callable[[Sequence[str]], None]) -> Alone:
+    """All of an adapter whose model is not at hand; `refuse` is given what is wrong with it."""
+    adapter = read_adapter(saved, refuse)
     without_biases(adapter)
     parts = parts_of(adapter, None, "")
     refuse(adapter.wrong)
@@ -125,7 +130,7 @@ def read_alone(dir: str | os.PathLike[str], argument: str = "dir") -> Alone:
     ranks = {part.key: adapter.selection.rank(part.key) for part in parts}
     stored = [x.v for x in adapter.tokens.values()]
     every = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *stored)
-    found = values(source, header, every, wrong := list[str]())
+    found = values(saved, every, wrong := list[str]())
     refuse(wrong)
     full, frozen = (
         {name: found[x.key] for name, x in group.items()}

@@ -17,8 +17,9 @@ from ._load import warn_of_idle
 from ._names import Name, resolve
 from ._parameters import matrix, missing, names_of, orientations, parts_of
 from ._parts import check_writable, from_leaves, narrowed
-from ._read import Adapter, Part, Stored, read_adapter
+from ._read import Adapter, Part, Stored
 from ._renaming import Piece, View, Views, shapes_of, views
+from ._saved import read_adapter, saved_in
 from ._ties import absent, not_there, untied, untied_heads, with_heads
 from ._tokens import Tokens, misfits, tokens_of, unlike
 from ._values import stored_in, values, with_values
@@ -110,7 +111,8 @@ def _of_tree(
 
 
 def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
-    adapter, header = read_adapter(source, refuse)
+    saved = saved_in(source)
+    adapter = read_adapter(saved, refuse)
     choices = views([*adapter.full, *adapter.tokens, *names_of(adapter)], checkpoint.shapes)
     own = next((v for v in choices if not missing(adapter, shapes_of(v))), choices[0])
     shapes = shapes_of(own)
@@ -136,8 +138,8 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     refuse(not_there(checkpoint, [name for name, x in lost.items() if x.shape not in there]))
     rest = (*(x for x, _ in added.values()), *(x.v for x in adapter.tokens.values()))
     stored = (*stored_in(parts), *full.values(), *frozen.values(), *rest)
-    found = values(source, header, stored, wrong := list[str]())
-    refuse(wrong or unlike(heads, found))
+    found = values(saved, stored, wrong := list[str]())
+    refuse(wrong or unlike(((x.v, y.v) for x, y in heads), found))
     rows = {name: x._replace(v=found[x.v.key]) for name, x in tokens.items()}
     parts = _stored(own, with_values(parts, found), wrong)
     full, frozen = ({n: found[x.key] for n, x in d.items()} for d in (full, frozen))

@@ -10,15 +10,14 @@ from jax.dtypes import canonicalize_dtype
 from .._tree import adapter_leaves
 from .._types import PyTree
 from ..adapters import LowRank, weight_shape
-from ._alone import Alone, read_alone
+from ._alone import Alone, alone_in, read_alone
 from ._arrays import factors
-from ._config import DEFAULTS, problems
+from ._config import DEFAULTS
 from ._file import brief, listing, shown
 from ._names import Leaf
-from ._parameters import parts_of
-from ._parts import stored_as, tensors_alone
-from ._read import Part, parse
-from ._save import write
+from ._parts import tensors_alone
+from ._read import Part
+from ._saved import in_memory, write
 from ._select import with_scales
 
 Fields = dict[str, Any]
@@ -94,7 +93,7 @@ def combine(
     tied = {key: head for alone in each for key, head in alone.tied.items()}
     tensors = tensors_alone(parts, tied, {k: x for alone in each for k, x in alone.frozen.items()})
     fields = _fields([alone.adapter.fields for alone in each], parts, tied, made)
-    _check(fields, tensors)
+    alone_in(in_memory(fields, tensors, "dirs"), _refuse)
     write(out_dir, "`out_dir`", fields, tensors)
     return made
 
@@ -226,11 +225,6 @@ def _said(value: Any) -> Any:
     return None if value is False or value in ([], "") else value
 
 
-def _check(fields: Fields, tensors: Mapping[str, np.ndarray]) -> None:
-    """What is to be written must be finite, and be read as the same."""
-    adapter = parse(fields, stored_as(tensors), "`dirs`")
-    parts_of(adapter, None, "")
-    wrong = [*problems(fields), *adapter.wrong]
-    wrong += [f"{shown(k)}: is not finite" for k, x in tensors.items() if not np.isfinite(x).all()]
+def _refuse(wrong: Sequence[str]) -> None:
     if wrong:
         raise ValueError(f"`merge` gave what has no form in PEFT. {listing(wrong)}")

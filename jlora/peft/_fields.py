@@ -6,7 +6,7 @@ from typing import Any
 from .._types import Path
 from ._file import PREFIX
 from ._names import Leaf
-from ._read import BASE, SAVED_BY_NAME
+from ._read import BASE, SAVED_BY_NAME, may_tie
 from ._select import Selection, suffixes
 
 Fields = dict[str, Any]
@@ -73,14 +73,22 @@ def _keys(leaves: Sequence[Leaf], *, experts: bool) -> list[str]:
 
 
 def with_full(
-    fields: Fields, leaves: Sequence[Leaf], own: Sequence[Leaf], wanted: set[Path]
+    fields: Fields,
+    leaves: Sequence[Leaf],
+    own: Sequence[Leaf],
+    wanted: set[Path],
+    tied: Mapping[str, str],
 ) -> Fields:
-    """`fields` that save the leaves trained in full: by `bias`, the rest by `modules_to_save`."""
+    """`fields` that save the leaves trained in full: by `bias`, the rest by `modules_to_save`.
+
+    So they do with the heads that are `tied` to some of them.
+    """
 
     def saved(fields: Fields) -> set[Path]:
         return {leaf.path for leaf, _ in saved_in_full(fields, leaves, own)}
 
-    if saved(fields) == wanted:
+    saves = Selection(fields).saves
+    if saved(fields) == wanted and all(may_tie(fields, h) or saves(h) for h in tied.values()):
         return fields
     every, of_lora = (
         saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("all", "lora_only")
@@ -89,7 +97,10 @@ def with_full(
     bias = "all" if wanted == every else "lora_only" if wanted & of_lora else "none"
     rest = {"all": set(), "lora_only": wanted - of_lora, "none": wanted}[bias]
     modules = [m for leaf in leaves if leaf.path in rest for m in leaf.modules]
-    return fields | {"bias": bias, "modules_to_save": list(dict.fromkeys(modules)) or None}
+    # PEFT keeps a head and its embedding one weight by `ensure_weight_tying` alone.
+    ensured = bool(tied) or fields["ensure_weight_tying"]
+    modules = list(dict.fromkeys([*modules, *tied.values()])) or None
+    return fields | {"bias": bias, "modules_to_save": modules, "ensure_weight_tying": ensured}
 
 
 def saved_in_full(

@@ -1,10 +1,10 @@
 """PEFT's files to an adapter tree: all is checked, then all of it is read."""
 
-import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +14,17 @@ from .._types import PyTree
 from ..adapters import is_node
 from ._advice import advice
 from ._arrays import decomposed, low_rank, of_part, replaced, weight
-from ._config import LIMIT
-from ._file import CONFIG, Source, listing, read_json
-from ._names import Name, by_row, resolve
+from ._file import CONFIG, Source, listing
+from ._names import Leaf, Name, by_row, resolve
 from ._others import other_of
 from ._parameters import parts_of, without_biases
-from ._places import differing, places_of, put_in_place
-from ._read import Adapter, Stored, parse, read_adapter
+from ._places import Placed, differing, places_of, put_in_place
+from ._read import Adapter
+from ._saved import Saved, read_adapter, saved_in
 from ._to_lora import as_lora
-from ._values import stored_in, tensors_of, unfit
+from ._values import stored_in, unfit
+
+WHERE = "`base` under `names`"
 
 
 def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> PyTree:
@@ -65,32 +67,20 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
         True
     """
     leaves = by_row(resolve(base, names), names)
-
-    source, where = Source(Path(dir)), "`base` under `names`"
     named = {leaf.path for leaf in leaves}
     every = {path: getattr(x, "shape", ()) for path, x in leaves_by_path(base, is_node)}
     lost = {path: shape for path, shape in every.items() if path not in named and len(shape) > 1}
 
     def refuse(found: Sequence[str]) -> None:
         if found:
-            unnamed = lost and any(where in problem for problem in found)
+            unnamed = lost and any(WHERE in problem for problem in found)
             raise ValueError(
                 f"`dir`: the adapter in {dir} cannot be loaded onto `base` with `names`; "
                 f"nothing was loaded. {listing(found)}"
                 + (f"\n{advice(names, lost)}" if unnamed else "")
             )
 
-    places = places_of(leaves)
-    shapes = {name: place.leaf.weight_shape for name, place in places.items()}
-    adapter, read, frozen = _opened(source, shapes, refuse)
-    without_biases(adapter)
-    parts = parts_of(adapter, shapes, where, ordered=True)
-    placed = put_in_place(adapter, parts, places, leaves)
-    refuse(adapter.wrong)
-    tokens = [x.v for x in adapter.tokens.values()]
-    stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *tokens)
-    found = read(stored)
-    refuse(unfit(found) + differing(adapter, placed, found))
+    adapter, placed, found, frozen = fitted(saved_in(Source(Path(dir))), leaves, refuse)
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
     if adapter.fields.get("use_dora") and dropout:
         adapter.idle.append(f"lora_dropout: {dropout} is of training alone, and DoRA here has none")
@@ -109,22 +99,39 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
     return nest(nodes)
 
 
-def _opened(
-    source: Source, shapes: Mapping[str, tuple[int, ...]], refuse: Callable[[Sequence[str]], None]
-) -> tuple[Adapter, Callable[[Iterable[Stored]], dict[str, np.ndarray]], tuple[str, ...]]:
-    """The adapter, what reads its tensors, and which of A and B are not trained."""
-    fields = read_json(source, CONFIG, LIMIT)
-    if other_of(fields) is None:
-        adapter, header = read_adapter(source, refuse)
-        return adapter, functools.partial(tensors_of, source, header), ()
-    made = as_lora(source, fields, shapes)
-    adapter = parse(made.fields, made.tensors, f"`{source.argument}`")
+class Fitted(NamedTuple):
+    """An adapter that fits a tree.
 
-    def read(wanted: Iterable[Stored]) -> dict[str, np.ndarray]:
-        found = made.make()
-        return {x.key: found[x.key] for x in wanted}
+    Attributes:
+        adapter: what its files say.
+        placed: the leaves that it is of.
+        values: its tensors by their keys.
+        frozen: which of A and B are not trained.
+    """
 
-    return adapter, read, made.frozen
+    adapter: Adapter
+    placed: Placed
+    values: dict[str, np.ndarray]
+    frozen: tuple[str, ...]
+
+
+def fitted(saved: Saved, leaves: Sequence[Leaf], refuse: Callable[[Sequence[str]], None]) -> Fitted:
+    """An adapter on the tree that has `leaves`; `refuse` is given what does not fit."""
+    places = places_of(leaves)
+    shapes = {name: place.leaf.weight_shape for name, place in places.items()}
+    frozen: tuple[str, ...] = ()
+    if other_of(saved.fields) is not None:
+        saved, frozen = as_lora(saved, shapes)
+    adapter = read_adapter(saved, refuse)
+    without_biases(adapter)
+    parts = parts_of(adapter, shapes, WHERE, ordered=True)
+    placed = put_in_place(adapter, parts, places, leaves)
+    refuse(adapter.wrong)
+    tokens = [x.v for x in adapter.tokens.values()]
+    stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *tokens)
+    found = saved.read(stored)
+    refuse(unfit(found) + differing(placed, found))
+    return Fitted(adapter, placed, found, frozen)
 
 
 def warn_of_idle(adapter: Adapter) -> None:

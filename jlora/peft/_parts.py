@@ -14,7 +14,7 @@ from ._advice import advice
 from ._arrays import adapted, factors, magnitudes, weights
 from ._file import DTYPES, PREFIX
 from ._names import Leaf, Name, tied_to
-from ._read import BASE, MAGNITUDE, Part, Stored
+from ._read import BASE, MAGNITUDE, Part
 
 AB = (".lora_A.weight", ".lora_B.weight")
 OF_TABLE = (".lora_embedding_A", ".lora_embedding_B")
@@ -121,12 +121,6 @@ def head_of(table: Part, tied: Mapping[str, str]) -> Part:
     a, b = (np.ascontiguousarray(x.T) for x in (table.b, table.a))
     head = tied[table.key]
     return table._replace(name=f"{head}.weight", kind="linear", key=head, a=a, b=b)
-
-
-def stored_as(tensors: Mapping[str, np.ndarray]) -> list[Stored]:
-    """The tensors as a file has them."""
-    types = {dtype: name for name, dtype in DTYPES.items()}
-    return [Stored(key, types[x.dtype], x.shape) for key, x in tensors.items()]
 
 
 # --------------------------------------------------------------------------------- what is refused

@@ -23,13 +23,22 @@ class Place(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Leaves with what they are made of, module by module; and frozen weights."""
+    """Leaves with what they are made of, module by module; and what must agree.
+
+    Attributes:
+        low: those with A and B.
+        full: those in full.
+        rows: those with rows.
+        heads: A and B of a head, and of the embedding that shares its weight.
+        alike: a tensor of a head, and that of the embedding, which must have the same values.
+        frozen: what must be the values of the base.
+    """
 
     low: list[tuple[Leaf, list[Part]]]
     full: list[tuple[Leaf, list[Stored]]]
     rows: list[tuple[Leaf, Tokens]]
     heads: list[tuple[Part, Part]]
-    tied_rows: list[tuple[Tokens, Tokens]]
+    alike: list[tuple[Stored, Stored]]
     frozen: list[tuple[Place, Stored]]
 
 
@@ -57,15 +66,9 @@ def put_in_place(
             wrong += bad
         else:
             low[part.name] = part
-    shared = {leaf.path for leaf in tied.values()}
     for name, x in adapter.full.items():
-        if (place := places.get(name)) is None:
+        if (place := everywhere.get(name)) is None:
             wrong.append(f"{shown(x.key)}: unexpected; names no leaf of `base` under `names`")
-        elif place.leaf.path in shared:
-            wrong.append(
-                f"{shown(x.key)}: saved in full, which is not supported for an embedding that is "
-                "tied to the head"
-            )
         elif place.leaf.name.part:
             wrong.append(f"{shown(x.key)}: saved in full, but its parts are leaves of `base`")
         elif bad := _misshapen(x, place.leaf.weight_shape):
@@ -79,15 +82,29 @@ def put_in_place(
         for name, leaf in tied.items()
         if (pair := _both(low.pop(name, None), low.get(f"{leaf.modules[0]}.weight"), leaf, wrong))
     ]
-    rows, tied_rows = _rows(adapter, everywhere, wrong)
+    rows, alike = _rows(adapter, everywhere, wrong)
+    for name, leaf in tied.items():
+        alike += _both_in_full(full.pop(name, None), full.get(leaf.parameters[0]), leaf, wrong)
     low, full = _whole(low, leaves, wrong), _whole(full, leaves, wrong)
-    return Placed(low, full, rows, heads, tied_rows, frozen)
+    return Placed(low, full, rows, heads, alike, frozen)
+
+
+def _both_in_full(
+    head: Stored | None, table: Stored | None, leaf: Leaf, wrong: list[str]
+) -> list[tuple[Stored, Stored]]:
+    """What is saved in full of a tied head and of its embedding, which must be the same."""
+    if head and table:
+        return [(head, table)]
+    if lone := head or table:
+        other = leaf.modules[0] if head else leaf.name.tied
+        wrong.append(f"{shown(lone.key)}: saved in full without {other}, which shares its weight")
+    return []
 
 
 def _rows(
     adapter: Adapter, places: Mapping[str, Place], wrong: list[str]
-) -> tuple[list[tuple[Leaf, Tokens]], list[tuple[Tokens, Tokens]]]:
-    """The embeddings with rows, and the heads that are tied to some; `wrong` gets all else."""
+) -> tuple[list[tuple[Leaf, Tokens]], list[tuple[Stored, Stored]]]:
+    """The embeddings with rows, and the rows of tied heads; `wrong` gets all else."""
     rows, heads = [], []
     for name, x in adapter.tokens.items():
         place = places.get(name)
@@ -96,7 +113,7 @@ def _rows(
         elif place.is_head:
             table = adapter.tokens.get(f"{place.leaf.modules[0]}.weight")
             if table and table.rows == x.rows:
-                heads.append((x, table))
+                heads.append((x.v, table.v))
                 continue
             why = f"rows of a head whose weight is that of {place.leaf.modules[0]}"
         elif place.leaf.name.kind != "embedding":
@@ -193,7 +210,7 @@ def _shown(part: Part) -> str:
     return shown(PREFIX + part.name.rpartition(".")[0])
 
 
-def differing(adapter: Adapter, placed: Placed, found: Mapping[str, np.ndarray]) -> list[str]:
+def differing(placed: Placed, found: Mapping[str, np.ndarray]) -> list[str]:
     """Where values differ that must be the same."""
     wrong = [
         f"{shown(x.key)}: expected the transpose of {shown(y.key)}, got other values"
@@ -201,7 +218,7 @@ def differing(adapter: Adapter, placed: Placed, found: Mapping[str, np.ndarray])
         for x, y in ((head.a, table.b), (head.b, table.a))
         if not np.array_equal(found[x.key], found[y.key].T)
     ]
-    wrong += unlike(placed.tied_rows, found)
+    wrong += unlike(placed.alike, found)
     return wrong + [
         f"{shown(x.key)}: expected the values of `base` at {name_of(place.leaf.path)}, got others; "
         "a trained or resized embedding under an adapter is not supported"

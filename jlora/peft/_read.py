@@ -1,21 +1,11 @@
 """PEFT's files, read once: what the configuration selects, and what each tensor is."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ._config import LIMIT, PARAMETERS, ROWS_ALONE, problems
-from ._file import (
-    CONFIG,
-    DTYPES,
-    PREFIX,
-    TENSORS,
-    Header,
-    Source,
-    read_header,
-    read_json,
-    shown,
-)
+from ._config import PARAMETERS, ROWS_ALONE
+from ._file import CONFIG, DTYPES, PREFIX, TENSORS, shown
 from ._select import Selection
 from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, told
 
@@ -125,22 +115,6 @@ class Adapter(NamedTuple):
     heads: list[str]
     wrong: list[str]
     idle: list[str]
-
-
-def read_adapter(
-    source: Source, raise_if: Callable[[Sequence[str]], None]
-) -> tuple[Adapter, Header]:
-    """Configuration and header of an adapter's folder.
-
-    Raises:
-        FileNotFoundError: if the folder or a file is missing.
-        ValueError: if the files are damaged; and what `raise_if` does of a configuration.
-    """
-    fields = read_json(source, CONFIG, LIMIT)
-    header = read_header(source)
-    raise_if(problems(fields))
-    tensors = [Stored(key, x.dtype, x.shape) for key, x in header.entries.items()]
-    return parse(fields, tensors, f"`{source.argument}`"), header
 
 
 def parse(fields: dict[str, Any], tensors: Iterable[Stored], what: str) -> Adapter:

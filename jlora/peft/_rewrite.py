@@ -22,7 +22,7 @@ from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
 from ._base import configuration_of, format_of
 from ._checkpoint import INDEX, LIMIT, Checkpoint, open_checkpoint
 from ._file import brief, listing, read_json
-from .formats import Stored, Tensors, Unreadable, array_of, check_finite
+from .formats import Dense, Stored, Tensors, Unreadable, array_of, check_finite, left_of
 from .formats import _bitsandbytes as bnb
 
 FLOATS = ("F32", "F16", "BF16")
@@ -41,7 +41,7 @@ class Matrix(NamedTuple):
         scheme: the scheme, spelled.
         size: the bytes that it takes.
         error: ‖W - Q‖ / ‖W‖ where W was there, or None.
-        made: the scheme itself.
+        made: the scheme itself; None where no scheme has such codes.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Matrix(NamedTuple):
     scheme: str
     size: int
     error: float | None
-    made: Scheme
+    made: Scheme | None
 
 
 def quantize_checkpoint(
@@ -96,8 +96,7 @@ def quantize_checkpoint(
         >>> found[0].name, found[0].shape, found[0].scheme
         ('up.weight', (32, 64), 'NF4(block=64, double=True)')
     """
-    by_row = isinstance(scheme, Int8) and scheme.block is None
-    if not isinstance(scheme, NF4 | FP4) and not by_row:
+    if not _is_of_bitsandbytes(scheme):
         raise ValueError(f"`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got {scheme!r}.")
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
     if config := configuration_of(checkpoint):
@@ -198,6 +197,10 @@ def dequantize_checkpoint(
         new = tensors.taken - helpers
         helpers |= new
         main[min(new)] = name  # in its place the weight is written
+    if left := left_of(tensors, helpers):
+        raise ValueError(_said(checkpoint, config, "these tensors were not read", left))
+    if not found:
+        raise ValueError(_said(checkpoint, config, "no weight of it is", []))
 
     def convert(name: str) -> dict[str, np.ndarray] | None:
         if name not in main:
@@ -213,17 +216,33 @@ def dequantize_checkpoint(
     return found
 
 
+def _is_of_bitsandbytes(scheme: Scheme) -> bool:
+    return isinstance(scheme, NF4 | FP4) or (isinstance(scheme, Int8) and scheme.block is None)
+
+
+def _said(
+    checkpoint: Checkpoint, config: Mapping[str, Any], what: str, found: Sequence[str]
+) -> str:
+    method = brief(config.get("quant_method"))
+    return (
+        f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its config.json says, "
+        f"but {what}. Give the checkpoint that it was made of, or take out what is not of it."
+        + (f" {listing(found)}" if found else "")
+    )
+
+
 def requantized(
     src_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], old: Sequence[Matrix]
 ) -> list[Matrix]:
     """Quantizes again what `old` says was."""
     schemes = {m.scheme for m in old}
-    if len(schemes) > 1 or type(old[0].made) not in (NF4, FP4, Int8):
+    first = old[0].made
+    if first is None or len(schemes) > 1 or not _is_of_bitsandbytes(first):
         raise ValueError(
             f"`requantize` is of bitsandbytes alone; `src_dir` has {', '.join(sorted(schemes))}."
         )
     names = "|".join(re.escape(m.name) for m in old)
-    scheme = dataclasses.replace(old[0].made, pattern=f"^({names})$")
+    scheme = dataclasses.replace(first, pattern=f"^({names})$")
     return quantize_checkpoint(src_dir, out_dir, scheme, skip=None)
 
 
@@ -245,10 +264,10 @@ class _Source:
         self.tensors, self.config, self.argument, self.dtype = tensors, config, argument, dtype
         self.format = format_of(config, argument)
         with self.errors():
-            each = self.format.find(tensors) if self.format else ()
+            each = self.format.find(tensors, config) if self.format else ()
             self.modules = {f"{m}.{p}": (m, p, shape) for m, p, shape in each}
 
-    def read(self, name: str) -> Stored:
+    def read(self, name: str) -> Stored | Dense:
         assert self.format is not None
         with self.errors():
             stored = self.format.read(self.tensors, self.config, *self.modules[name])
@@ -272,7 +291,10 @@ def _float_dtype(checkpoint: Checkpoint) -> Any:
     return jnp.dtype(said if said in ("float32", "float16") else "bfloat16")
 
 
-def _matrix(name: str, stored: Stored) -> Matrix:
+def _matrix(name: str, stored: Stored | Dense) -> Matrix:
+    if isinstance(stored, Dense):
+        size = stored.values.size * stored.bits // 8
+        return Matrix(name, stored.values.shape, stored.what, size, None, None)
     parts = (stored.scale, stored.zero, *(stored.nested or ()))
     size = sum(x.nbytes for x in parts if x is not None)
     size += stored.codes.size * stored.scheme.bits // 8

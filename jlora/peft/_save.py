@@ -5,21 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from .._folders import fresh
 from .._tree import adapter_leaves, check_fits, is_abstract, name_of
 from .._types import Path, PyTree
 from ..adapters import Decomposed, Replaced, is_node
 from . import _vllm
-from ._alone import read_alone
+from ._alone import alone_in, read_alone
 from ._arrays import weights
-from ._config import DEFAULTS, ROWS_DEFAULTS, dumps, problems
+from ._config import DEFAULTS, ROWS_DEFAULTS, problems
 from ._fields import Fields, frozen_beside, saved_in_full, with_full, with_targets, with_training
-from ._file import CONFIG, PREFIX, TENSORS
+from ._file import PREFIX, listing
+from ._load import fitted
 from ._names import Leaf, Name, by_row, resolve, tied_to
 from ._others import asked_for, in_terms_of_lora, written
-from ._parameters import parts_of
 from ._parts import (
     check_one_method,
     check_writable,
@@ -28,11 +26,10 @@ from ._parts import (
     is_factored,
     narrowed,
     rank_of,
-    stored_as,
     tensors_alone,
     tensors_of,
 )
-from ._read import parse
+from ._saved import in_memory, write
 from ._select import with_scales
 from ._tokens import DELTA, DELTA_ALONE, tokens_of, with_rows_alone, with_tokens
 
@@ -145,12 +142,26 @@ def _files(
     profile: str | None,
     config: Mapping[str, Any] | None,
 ) -> tuple[Fields, dict[str, np.ndarray]]:
-    """The configuration and the tensors."""
+    """The configuration and the tensors, of which `load` makes the same adapter."""
+    leaves = by_row(resolve(base, names), names)
+    fields, stored = _of_leaves(leaves, base, adapter, names, base_model, profile, config)
+    fitted(in_memory(fields, stored, "config"), leaves, _refuse)
+    return fields, stored
+
+
+def _of_leaves(
+    leaves: Sequence[Leaf],
+    base: PyTree,
+    adapter: PyTree,
+    names: Sequence[Name],
+    base_model: str | None,
+    profile: str | None,
+    config: Mapping[str, Any] | None,
+) -> tuple[Fields, dict[str, np.ndarray]]:
     if profile not in (None, "vllm"):
         raise ValueError(f"`profile` must be None or 'vllm'; got {profile!r}.")
     found = adapter_leaves(adapter)
     check_fits(base, found)
-    leaves = by_row(resolve(base, names), names)
     check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
     own = narrowed([leaf for leaf in leaves if is_factored(found.get(leaf.path))], found)
     with_rows = [leaf for leaf in leaves if isinstance(found.get(leaf.path), Replaced)]
@@ -177,7 +188,13 @@ def _files(
     scales = {part.key: (rank_of(part, own), part.scale) for part in parts}
     scales |= {head: scales[module] for module, head in tied.items()}
     fields = with_scales(fields, scales) if scales else fields
-    fields = with_full(fields, leaves, own, {p for p, x in found.items() if not is_node(x)})
+    in_full = {path for path, x in found.items() if not is_node(x)}
+    heads = {
+        leaf.modules[0]: head
+        for leaf in leaves
+        if leaf.path in in_full and (head := tied_to(leaf, leaves))
+    }
+    fields = with_full(fields, leaves, own, in_full, heads)
     fields = with_training(fields, own, found, config or {})
     fields = with_tokens(fields, with_rows, leaves, found)
     full = saved_in_full(fields, leaves, own)
@@ -190,9 +207,10 @@ def _files(
     for leaf, keys in full:
         value = found.get(leaf.path, leaf.value)
         stored |= dict(zip(keys, weights(leaf, value), strict=True))
+        if head := heads.get(leaf.modules[0]):
+            stored[f"{PREFIX}{head}.weight"] = weights(leaf, value)[0]
     stored |= {key: weights(leaf, leaf.value)[0] for key, leaf in frozen.items()}
     stored |= {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
-    _check_form(fields, stored, leaves)
     return (fields, stored) if kind is None else written(kind, given, fields, parts, stored)
 
 
@@ -214,26 +232,12 @@ def _rows_alone(
     heads = {leaf.modules[0]: tied_to(leaf, leaves) for leaf in own}
     each = ((m, x.v) for x in tokens for m in (x.module, heads[x.module]) if m)
     stored = {f"{PREFIX}{m}{DELTA_ALONE}": v for m, v in each}
-    _check_form(fields, stored, leaves)
     return fields, stored
 
 
 def _check_config(fields: Fields) -> None:
     if wrong := problems(fields):
         raise ValueError("`config` cannot be written:\n  " + "\n  ".join(wrong))
-
-
-def write(
-    dir: str | os.PathLike[str],
-    what: str,
-    fields: Mapping[str, Any],
-    tensors: dict[str, np.ndarray],
-) -> None:
-    """Both files of an adapter in a new folder `dir`, or nothing."""
-    with fresh(dir, what) as folder:
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        # As bytes: text would get other line ends on Windows.
-        (folder / CONFIG).write_bytes(dumps(fields).encode())
 
 
 def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
@@ -255,7 +259,9 @@ def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Non
     alone = read_alone(dir)
     fields = DEFAULTS | alone.adapter.fields
     fields, parts = _vllm.flattened(fields, alone.parts, list(alone.full), list(alone.rows))
-    write(out_dir, "`out_dir`", fields, tensors_alone(parts, alone.tied, alone.frozen))
+    tensors = tensors_alone(parts, alone.tied, alone.frozen)
+    alone_in(in_memory(fields, tensors, "dir"), _refuse)
+    write(out_dir, "`out_dir`", fields, tensors)
 
 
 def _check_values(leaves: Sequence[Leaf]) -> None:
@@ -267,13 +273,9 @@ def _check_values(leaves: Sequence[Leaf]) -> None:
         )
 
 
-def _check_form(fields: Fields, tensors: Mapping[str, np.ndarray], leaves: Sequence[Leaf]) -> None:
-    """What is to be written must be read as the same."""
-    adapter = parse(fields, stored_as(tensors), "`config`")
-    shapes = {parameter: leaf.weight_shape for leaf in leaves for parameter in leaf.parameters}
-    parts_of(adapter, shapes, "`base` under `names`", ordered=True)
-    if adapter.wrong:
+def _refuse(wrong: Sequence[str]) -> None:
+    if wrong:
         raise ValueError(
-            "`adapter` has no form in PEFT, as it cannot select its modules apart from others. "
-            "Read again, it would have\n  " + "\n  ".join(adapter.wrong)
+            "`adapter` has no form in PEFT that `load` would read as the same, as where its "
+            f"modules cannot be selected apart from others. {listing(wrong)}"
         )

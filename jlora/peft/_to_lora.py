@@ -1,56 +1,25 @@
 """Other methods of PEFT's whose ΔW is s·A·B for some A and B, as LoRA."""
 
-import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from ._alone import alone_in
 from ._checkpoint import open_checkpoint
-from ._config import DEFAULTS, LIMIT, problems
-from ._file import (
-    CONFIG,
-    DTYPES,
-    PREFIX,
-    TENSORS,
-    Header,
-    Source,
-    listing,
-    opened,
-    read_header,
-    read_json,
-    reader,
-    shown,
-)
+from ._config import DEFAULTS
+from ._file import DTYPES, PREFIX, Source, listing, shown
 from ._others import SELECTION, Fields, in_terms_of_lora, named, problems_of
-from ._parameters import parts_of
-from ._parts import AB, stored_as
-from ._read import Stored, parse
-from ._save import write
+from ._parts import AB
+from ._read import Stored
+from ._saved import Saved, in_memory, saved_in, write
 from ._select import Selection, with_scales
 from .others import Form, Other
 
 ROOT = PREFIX.removesuffix("model.")
 LARGEST = 2**32  # bytes of all A and B
-
-
-class AsLora(NamedTuple):
-    """An adapter of another method as one of LoRA.
-
-    Attributes:
-        fields: its configuration.
-        tensors: what it holds, before a value is read.
-        frozen: which of A and B are not trained.
-        make: the values, by their keys.
-    """
-
-    fields: Fields
-    tensors: list[Stored]
-    frozen: tuple[str, ...]
-    make: Callable[[], dict[str, np.ndarray]]
 
 
 def to_lora(
@@ -92,18 +61,22 @@ def to_lora(
         >>> peft.to_lora("adalora", "as_lora")  # doctest: +SKIP
         >>> adapter = peft.load("as_lora", base, peft.LLAMA)  # doctest: +SKIP
     """
-    source = Source(Path(dir))
     shapes = {} if checkpoint is None else open_checkpoint(checkpoint, "checkpoint").shapes
-    made = as_lora(source, read_json(source, CONFIG, LIMIT), shapes)
-    _check(made.fields, tensors := made.make())
+    made, _ = as_lora(saved_in(Source(Path(dir))), shapes)
+    tensors = made.read(made.tensors)
+    alone_in(in_memory(made.fields, tensors, "dir"), _refuse)
     write(out_dir, "`out_dir`", made.fields, tensors)
 
 
-def as_lora(source: Source, fields: Fields, shapes: Mapping[str, tuple[int, ...]]) -> AsLora:
-    """The adapter of a folder and its configuration; `shapes` are those of the base, if known."""
-    kind, header = named(fields), read_header(source)
+def as_lora(saved: Saved, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Saved, tuple[str, ...]]:
+    """An adapter of another method as one of LoRA, and which of A and B are not trained.
+
+    `shapes` are those of the base, if known.
+    """
+    fields, entries = saved.fields, {x.key: x for x in saved.tensors}
+    kind = named(fields)
     _refuse(problems_of(fields, kind))
-    forms, others, absent = _forms(fields, kind, header, shapes)
+    forms, others, absent = _forms(fields, kind, entries, shapes)
     selection = Selection(DEFAULTS | kind.scales(fields), "`dir`")
     selection.prepare(forms)
     scales = {module: (form.a[0], selection.scale(module)) for module, form in forms.items()}
@@ -115,9 +88,14 @@ def as_lora(source: Source, fields: Fields, shapes: Mapping[str, tuple[int, ...]
         for module, form in forms.items()
         for end, shape in zip(AB, (form.a, form.b), strict=True)
     ]
-    tensors += [Stored(key, header.entries[key].dtype, header.entries[key].shape) for key in others]
-    make = functools.partial(_tensors, source, header, kind, forms, others)
-    return AsLora(with_scales(DEFAULTS | own, scales), tensors, kind.frozen, make)
+    tensors += [entries[key] for key in others]
+
+    def read(wanted: Iterable[Stored]) -> dict[str, np.ndarray]:
+        found = _tensors(saved.read(saved.tensors), kind, forms, others)
+        return {x.key: found[x.key] for x in wanted}
+
+    made = Saved(with_scales(DEFAULTS | own, scales), tensors, read, saved.argument)
+    return made, kind.frozen
 
 
 def _refuse(wrong: Sequence[str]) -> None:
@@ -129,12 +107,15 @@ def _refuse(wrong: Sequence[str]) -> None:
 
 
 def _forms(
-    fields: Fields, kind: Other, header: Header, shapes: Mapping[str, tuple[int, ...]]
+    fields: Fields,
+    kind: Other,
+    entries: Mapping[str, Stored],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[str, Form], list[str], bool]:
     """The form of each module, the keys of what is no part of one, and whether some have none."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     shared, others, wrong = dict[str, tuple[int, ...]](), list[str](), list[str]()
-    for key, entry in header.entries.items():
+    for key, entry in entries.items():
         module, _, end = key.removeprefix(PREFIX).rpartition(".")
         if entry.dtype not in DTYPES:
             wrong.append(f"{shown(key)}: expected a floating-point dtype, got {entry.dtype}")
@@ -167,30 +148,18 @@ def _forms(
 
 
 def _tensors(
-    source: Source, header: Header, kind: Other, forms: Mapping[str, Form], others: Sequence[str]
+    found: Mapping[str, np.ndarray], kind: Other, forms: Mapping[str, Form], others: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """All tensors of the adapter of LoRA."""
-    with opened(source, TENSORS) as (file, _):
-        read = reader(file, header)
-        made = {key: read(key) for key in others}
-        shared = {name: _wide(read(f"{ROOT}{name}")) for name in kind.shared}
-        for module, form in forms.items():
-            start = f"{PREFIX}{module}"
-            there = [name for name in kind.tensors if f"{start}.{name}" in header.entries]
-            own = {name: _wide(read(f"{start}.{name}")) for name in there}
-            pair = form.make(own | shared)
-            made |= {start + end: _wide(x) for end, x in zip(AB, pair, strict=True)}
+    made = {key: found[key] for key in others}
+    shared = {name: _wide(found[f"{ROOT}{name}"]) for name in kind.shared}
+    for module, form in forms.items():
+        start = f"{PREFIX}{module}"
+        own = {n: _wide(found[key]) for n in kind.tensors if (key := f"{start}.{n}") in found}
+        pair = form.make(own | shared)
+        made |= {start + end: _wide(x) for end, x in zip(AB, pair, strict=True)}
     return made
 
 
 def _wide(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, np.float32)
-
-
-def _check(fields: Fields, tensors: Mapping[str, np.ndarray]) -> None:
-    """What is to be written must be finite, and be read as the same."""
-    adapter = parse(fields, stored_as(tensors), "`dir`")
-    parts_of(adapter, None, "")
-    wrong = [*problems(fields), *adapter.wrong]
-    odd = [f"{shown(k)}: not finite" for k, x in tensors.items() if not np.isfinite(x).all()]
-    _refuse(wrong + odd)

@@ -145,12 +145,12 @@ def tied_rows(name: str, tokens: Mapping[str, Tokens]) -> Tokens | None:
     return next((x for x in others if x.rows == tokens[name].rows), None)
 
 
-def unlike(pairs: Iterable[tuple[Tokens, Tokens]], found: Mapping[str, np.ndarray]) -> list[str]:
-    """Heads and embeddings that are one weight, of which the values differ."""
+def unlike(pairs: Iterable[tuple[Any, Any]], found: Mapping[str, np.ndarray]) -> list[str]:
+    """Tensors of heads and embeddings that are one weight, of which the values differ."""
     return [
-        f"{shown(head.v.key)}: expected the values of {shown(table.v.key)}, got others"
+        f"{shown(head.key)}: expected the values of {shown(table.key)}, got others"
         for head, table in pairs
-        if not np.array_equal(found[head.v.key], found[table.v.key])
+        if not np.array_equal(found[head.key], found[table.key])
     ]
 
 

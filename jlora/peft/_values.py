@@ -7,23 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ._file import TENSORS, Header, Source, opened, reader, shown
+from ._file import shown
 from ._read import MAGNITUDE, Part, Stored
+from ._saved import Saved
 
 
-def values(
-    source: Source, header: Header, wanted: Iterable[Stored], wrong: list[str]
-) -> dict[str, np.ndarray]:
+def values(saved: Saved, wanted: Iterable[Stored], wrong: list[str]) -> dict[str, np.ndarray]:
     """Tensors by their keys; those that are not finite, or mean nothing, are added to `wrong`."""
-    wrong += unfit(found := tensors_of(source, header, wanted))
+    wrong += unfit(found := saved.read(wanted))
     return found
-
-
-def tensors_of(source: Source, header: Header, wanted: Iterable[Stored]) -> dict[str, np.ndarray]:
-    """Tensors by their keys."""
-    with opened(source, TENSORS) as (file, _):
-        read = reader(file, header)
-        return {x.key: read(x.key) for x in wanted}
 
 
 def unfit(found: Mapping[str, np.ndarray]) -> list[str]:

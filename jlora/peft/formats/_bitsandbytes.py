@@ -111,8 +111,9 @@ def _state(tensors: Tensors, key: str, kind: str, shape: tuple[int, ...]) -> dic
     return state
 
 
-def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def find(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Parameters with a state of 4 bits, which says their shape, and those with row maxima."""
+    del config
     for name in tensors:
         key, _, kind = name.partition(f".{STATE}")
         module, _, parameter = key.rpartition(".")

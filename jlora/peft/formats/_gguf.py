@@ -118,8 +118,9 @@ def _codes(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.concatenate([data & 15, data >> 4], -1).reshape(shape)
 
 
-def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def find(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Tensors of the types of which codes can be made."""
+    del config
     yield from tensors.packed()
 
 

@@ -30,8 +30,9 @@ def read(
     return Stored(MXFP4(), codes, scale)
 
 
-def find(tensors: Tensors) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def find(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Parameters in blocks."""
+    del config
     for name in tensors:
         if name.endswith("_blocks"):
             module, _, parameter = name.removesuffix("_blocks").rpartition(".")

@@ -33,12 +33,33 @@ class Stored(NamedTuple):
     dtype: Any = None
 
 
+class Dense(NamedTuple):
+    """One parameter that no scheme has, dequantized.
+
+    Attributes:
+        values: its values in float32.
+        what: what it was, in words.
+        bits: how many an entry had.
+        dtype: of the weight; None for that of the leaf it is read for.
+    """
+
+    values: np.ndarray
+    what: str
+    bits: int
+    dtype: Any = None
+
+
 # The largest magnitude that a code may stand for, times its scale.
 _LARGEST = {NF4: 1, FP4: 1, Int4: 16, Int8: 128, FP8: 448}
 
 
-def check_finite(m: Stored, name: str, dtype: Any) -> None:
+def check_finite(m: Stored | Dense, name: str, dtype: Any) -> None:
     """`Unreadable` if a value of `dtype` may not be finite."""
+    if isinstance(m, Dense):
+        with np.errstate(over="ignore"):
+            if not np.isfinite(m.values.astype(dtype).astype(np.float32)).all():
+                raise Unreadable(f"{name}: has values that are not finite in {dtype}")
+        return
     if m.codes.dtype.kind not in "iu" and _has_nan(m.codes):
         raise Unreadable(f"{name}: has values that are NaN")
     limit = float(jnp.finfo(dtype).max)
@@ -60,7 +81,7 @@ def _has_nan(codes: np.ndarray) -> bool:
     return bool(np.isnan(every.view(codes.dtype).astype(np.float32))[codes.view(np.uint8)].any())
 
 
-def leaf_of(leaf: Leaf, modules: Sequence[Stored]) -> Any:
+def leaf_of(leaf: Leaf, modules: Sequence[Stored | Dense]) -> Any:
     """The leaf of which `modules` are the stack.
 
     Quantized if its axes can be cut into the blocks of the file; else dequantized, exactly.
@@ -69,18 +90,21 @@ def leaf_of(leaf: Leaf, modules: Sequence[Stored]) -> Any:
     stack, first, last = name.where("les"), name.where("o"), name.where("i")
     if name.kind == "embedding":
         first, last = name.where("v"), name.where("o")
-    order, alike = (*first, *last), all(_form_of(m) == _form_of(modules[0]) for m in modules)
-    form = _form(modules[0].scheme, leaf.shape, stack, order, len(last)) if alike else None
+    order, coded = (*first, *last), [m for m in modules if isinstance(m, Stored)]
+    alike = len(coded) == len(modules) and all(_form_of(m) == _form_of(coded[0]) for m in coded)
+    form = _form(coded[0].scheme, leaf.shape, stack, order, len(last)) if alike else None
     if form is not None:
-        return _quantized(_joined(modules), form, dtype)
+        return _quantized(_joined(coded), form, dtype)
     x = jnp.stack([array_of(m, dtype) for m in modules]).reshape(
         [leaf.shape[d] for d in (*stack, *order)]
     )
     return jnp.transpose(x, [int(d) for d in np.argsort((*stack, *order))])
 
 
-def array_of(m: Stored, dtype: Any) -> jax.Array:
-    """What the codes stand for, (…, rows, columns)."""
+def array_of(m: Stored | Dense, dtype: Any) -> jax.Array:
+    """The values, (…, rows, columns)."""
+    if isinstance(m, Dense):
+        return jnp.asarray(m.values).astype(dtype)
     *lead, i, j = range(m.codes.ndim)
     return _quantized(m, m.scheme.form(m.codes.shape, tuple(lead), (i, j), 1), dtype).array()
 

@@ -1,6 +1,7 @@
 """The tensors of a checkpoint, each read when it is asked for, and checked before."""
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checkpoint import Checkpoint
-from .._file import DTYPES, brief, opened
+from .._file import DTYPES, brief, opened, shown
 
 FLOATS = ("F32", "F16", "BF16")
+# Scales of what goes into a module or comes out of it: here activations are not quantized.
+OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "input_scale_ub")
+OF_ACTIVATIONS += ("input_zero_point", "output_zero_point", "input_global_scale")
 READ = DTYPES | {
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
@@ -19,6 +23,13 @@ READ = DTYPES | {
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
     "F8_E8M0": np.dtype(np.uint8),  # exponents of 2
 }
+
+# What belongs to codes and is in floats, by the last part of its name.
+_OF_CODES = re.compile(
+    r"(nested_)?(absmax|quant_map)|SCB|scales"
+    r"|(weight|\w*proj)_(scale|scale_inv|global_scale|zero_point)"
+)
+_BUFFERS = ("num_batches_tracked", "position_ids", "relative_position_index", "token_type_ids")
 
 
 class Unreadable(Exception):  # noqa: N818 - collected into one ValueError
@@ -81,6 +92,11 @@ class Tensors:
             raise Unreadable(f"{name}: its dtype {entry.dtype} cannot be copied")
         return self.read(name, (entry.dtype,), entry.shape)
 
+    def leave_activations(self, module: str) -> None:
+        """Takes the scales of the activations of a module, which are of no use here."""
+        names = (f"{module}.{name}" for name in OF_ACTIVATIONS)
+        self.taken.update(name for name in names if name in self)
+
     def bytes(self, name: str) -> np.ndarray:
         """A tensor of any dtype as bytes."""
         return self._read(name)
@@ -96,12 +112,27 @@ class Tensors:
         return np.frombuffer(data, np.uint8)
 
 
-def nibbles(words: np.ndarray, axis: int, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
-    """The 8 codes of 4 bits in each int32, along an axis; of them number `order[k]` comes k-th."""
+def left_of(tensors: Tensors, read: Collection[str]) -> list[str]:
+    """The tensors not `read` that belong to codes, or are neither floats nor known buffers."""
+    left = (name for name in tensors if name not in read and _is_coded(tensors, name))
+    return [f"{shown(name)}: {tensors.dtype(name)} {tensors.shape(name)}" for name in left]
+
+
+def _is_coded(tensors: Tensors, name: str) -> bool:
+    last, dtype = name.rpartition(".")[2], tensors.dtype(name)
+    if dtype in DTYPES:
+        return bool(_OF_CODES.fullmatch(last))
+    return dtype != "BOOL" and not (dtype == "I64" and last in _BUFFERS)
+
+
+def unpacked(
+    words: np.ndarray, axis: int, bits: int = 4, order: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """The codes in each int32, lowest bits first, along an axis; number `order[k]` comes k-th."""
     words = np.moveaxis(words.view(np.uint32), axis, -1)
-    codes = np.stack([words >> np.uint32(4 * k) & np.uint32(15) for k in order], -1)
-    codes = codes.reshape(*words.shape[:-1], 8 * words.shape[-1]).astype(np.uint8)
-    return np.moveaxis(codes, -1, axis)
+    places, mask = order or range(32 // bits), np.uint32(2**bits - 1)
+    codes = np.stack([(words >> np.uint32(bits * k) & mask).astype(np.uint8) for k in places], -1)
+    return np.moveaxis(codes.reshape(*words.shape[:-1], -1), -1, axis)
 
 
 def integer(config: dict[str, Any], field: str, legal: Collection[Any]) -> Any:
