@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from . import sharding
-from ._rules import Full, matches, near, rule_name
+from ._rules import Full, matches, misplaced, near, rule_name
 from ._sites import Site, Sites
 from ._table import aligned, readable
 from ._tree import flatten, is_abstract, is_concrete, leaves_by_path, name_of
@@ -67,7 +67,7 @@ def quantize(
         if not isinstance(scheme, Scheme):
             raise TypeError(
                 "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or "
-                f"jlora.MXFP4; got {scheme!r}."
+                f"jlora.MXFP4; got {misplaced(scheme, 'quantize(params, *schemes)')}."
             )
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]

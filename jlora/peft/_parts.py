@@ -9,10 +9,10 @@ import numpy as np
 
 from .._tree import name_of
 from .._types import Path
-from ..adapters import Decomposed, LowRank, Replaced, is_node, state
+from ..adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from ._arrays import adapted, factors, magnitudes, weights
 from ._file import DTYPES, PREFIX
-from ._names import Leaf, tied_to
+from ._names import Leaf, path_in_names, tied_to
 from ._read import BASE, MAGNITUDE, Part, Stored
 
 AB = (".lora_A.weight", ".lora_B.weight")
@@ -143,7 +143,7 @@ def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
             "returned, or merge it with its base. If that base is saved in the place of the "
             "parameters, give nodes that say so: node._replace(residual=False)."
         )
-    wrong = {path: why for path, x in found.items() if (why := _unwritable(x, leaves.get(path)))}
+    wrong = {path: why for path, x in found.items() if (why := _unwritable(path, x, leaves))}
     wrong |= {path: why for path, why in _lone_parts(found, leaves) if path not in wrong}
     if wrong:
         raise ValueError(
@@ -153,9 +153,10 @@ def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
         )
 
 
-def _unwritable(x: Any, leaf: Leaf | None) -> str | None:
-    if leaf is None:
-        return "no row of `names` fits its path and number of axes"
+def _unwritable(path: Path, x: Any, leaves: Mapping[Path, Leaf]) -> str | None:
+    if (leaf := leaves.get(path)) is None:
+        axes = len(weight_shape(x) if is_node(x) else x.shape)
+        return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
         return f"PEFT's files have no place for a {type(x).__name__}"
     arrays = _arrays(x)
