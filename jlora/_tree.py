@@ -78,7 +78,8 @@ def check_key(key: Any) -> None:
 
 def refuse_rngs(expected: str, key: Any) -> None:
     """`TypeError` if `key` is what NNX draws keys from, which has attributes of any name."""
-    if callable(key) and any(c.__module__.startswith("flax.nnx") for c in type(key).__mro__):
+    is_of_nnx = any(c.__module__.startswith("flax.nnx") for c in type(key).__mro__)
+    if is_of_nnx and callable(key):
         raise TypeError(f"{expected}; got {type(key).__name__} of flax.nnx. Give rngs.params().")
 
 
