@@ -148,6 +148,12 @@ def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:
                 ]
             )
         )
+    if [s.parts for s in sites.leaves] == [()]:
+        raise ValueError(
+            f"{rule_name(rule)} matches no leaf of `params`, which is one array of shape "
+            f"{sites.leaves[0].shape}. Are the arguments in another order? The parameters come "
+            "first: init(key, params, *args), and apply_fn(params, *args)."
+        )
     wanted = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
     raise ValueError(
         f"{rule_name(rule)} matches no leaf of `params`. "

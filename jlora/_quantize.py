@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import sharding
 from ._compat import is_concrete, known, place_of
-from ._rules import Full, matches, rule_name, unmatched
+from ._rules import Full, matches, misplaced, rule_name, unmatched
 from ._sites import Site, Sites
 from ._table import aligned, readable
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
@@ -68,7 +68,7 @@ def quantize(
         if not isinstance(scheme, Scheme):
             raise TypeError(
                 "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or "
-                f"jlora.MXFP4; got {scheme!r}."
+                f"jlora.MXFP4; got {misplaced(scheme, 'quantize(params, *schemes)')}."
             )
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]

@@ -219,3 +219,15 @@ def is_floating(dtype: Any) -> bool:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
         return False
+
+
+def misplaced(x: Any, unpacked: str | None = None) -> str:
+    """How an error calls what is given in the place of a rule or a scheme.
+
+    `unpacked` is the call into which a list belongs after a `*`, if there is one.
+    """
+    if isinstance(x, type) and dataclasses.is_dataclass(x):
+        return f"the class {x.__name__}; call it, {x.__name__}(...)"
+    if unpacked is not None and isinstance(x, Sequence) and not isinstance(x, str):
+        return f"a {type(x).__name__}; unpack it with `*`, {unpacked}"
+    return repr(x)

@@ -8,17 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._foreign import check_apply_fn
+from ._foreign import advised, check_apply_fn
 from ._match import match, wanted
-from ._rules import Full, Rule, rule_name
+from ._rules import Full, Rule, misplaced, rule_name
 from ._sites import Sites, Traced, find_sites
 from ._tree import (
+    adapter_leaves,
     bind,
     check_key,
     flatten,
     fold,
     is_abstract,
     is_adapted,
+    is_empty,
     leaves_by_path,
     nest,
 )
@@ -82,7 +84,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     check_apply_fn(apply_fn)
     for rule in rules:
         if not is_rule(rule):
-            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {rule!r}.")
+            got = misplaced(rule, "transform(apply_fn, *rules)")
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(
         functools.partial(_init, apply_fn, rules),
@@ -104,14 +107,18 @@ def _find(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Sites, Traced]:
-    sites, traced = find_sites(apply_fn, params, args, kwargs, functools.partial(wanted, rules))
+    with advised(apply_fn, params):
+        takes = functools.partial(wanted, rules)
+        sites, traced = find_sites(apply_fn, params, args, kwargs, takes)
     return match(sites, rules), traced
 
 
 def _apply(
     apply_fn: Callable[..., Any], base: PyTree, adapter: PyTree, /, *args: Any, **kwargs: Any
 ) -> Any:
-    return wrap(apply_fn)(bind(base, adapter), *args, **kwargs)
+    bound = bind(base, adapter)
+    with advised(apply_fn, base):
+        return wrap(apply_fn)(bound, *args, **kwargs)
 
 
 def _init(
@@ -245,6 +252,8 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
         (1, 3)
     """
     check_key(key)
+    if not is_empty(adapter):
+        adapter_leaves(adapter)  # raises unless it is an adapter
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 

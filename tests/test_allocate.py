@@ -263,7 +263,7 @@ TWO: dict[str, Site] = {"a": (1, (4, 4), (3.0, 2.0)), "head": (1, (4, 4), (0.5,)
         (LoRA(".*"), {"min_rank": 2, "max_rank": 1}, ValueError, r"`max_rank` must .* at least 2"),
         (LoRA("b"), {}, ValueError, r"LoRA\('b'\) takes no site of `sketch`. Near misses: "),
         ((LoRA(".*"), LoRA("a")), {}, ValueError, r"LoRA\('a'\) takes no site of `sketch`"),
-        (3, {}, TypeError, "`rules` must be rules such as jlora.LoRA; got 3"),
+        (3, {}, TypeError, r"`rules` must be rules, such as jlora.LoRA\(\); got 3\."),
         (
             (LoRA(".*", rank=1), Full("head")),
             {"budget": 8},

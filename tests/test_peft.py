@@ -529,8 +529,14 @@ UNWRITABLE: list[Any] = [
     pytest.param(
         lambda b, a, n: (b, a, [Name("v", "m", "io")]),
         ValueError,
-        "w: no row of `names` fits its path and number of axes",
+        "w: no row of `names` fits 'w' with 2 axes",
         id="unnamed",
+    ),
+    pytest.param(  # as rows have it, whose paths leave out a leading params/
+        lambda b, a, n: ({"params": b}, {"params": a}, [Name("params/w", "m", "io")]),
+        ValueError,
+        "params/w: no row of `names` fits 'w' with 2 axes",
+        id="unnamed-in-a-collection",
     ),
     pytest.param(
         lambda b, a, n: (b, a, [Name("w", "m", "oi")]),

@@ -189,7 +189,8 @@ def test_command_line(floats, tmp_path):
 ERRORS = [
     (
         lambda base, out: peft.quantize_checkpoint(base, out, jlora.Int4()),
-        "`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got Int4(pattern=None, group=128).",
+        "`scheme` must be of bitsandbytes: NF4(), FP4() or Int8(); got "
+        "Int4(pattern=None, group=128).",
     ),
     (
         lambda base, out: peft.quantize_checkpoint(base, out, jlora.NF4(), skip=".*"),

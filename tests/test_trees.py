@@ -8,6 +8,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import importlib.metadata
 import os
 import pathlib
 import pickle
@@ -1009,7 +1010,23 @@ def test_import_is_light() -> None:
     """
     heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
     code = (
-        f"import sys, jlora; print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "
-        "import jlora.peft; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+        "import sys, jlora; dir(jlora), jlora.__version__; "
+        f"print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "
+        "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
     )
     assert python(code).split() == ["[]", "set()"]
+
+
+@pytest.mark.parametrize("name", ["analysis", "checkpoint", "peft", "sharding"])
+def test_a_submodule_is_an_attribute(name: str) -> None:
+    """After `import jlora` alone, as errors that say `jlora.peft.Name` have it."""
+    code = f"import jlora; print({name!r} in dir(jlora), jlora.{name}.__name__)"
+    assert python(code).split() == ["True", f"jlora.{name}"]
+
+
+def test_version() -> None:
+    """That of the installed package; other names are an error as of any module."""
+    assert jlora.__version__ == importlib.metadata.version("jlora")
+    assert "__version__" in dir(jlora)
+    with pytest.raises(AttributeError, match="module 'jlora' has no attribute 'pfet'"):
+        jlora.pfet  # noqa: B018

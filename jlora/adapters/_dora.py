@@ -19,10 +19,12 @@ from .. import _compat
 from .._rules import rule_name
 from .._types import Layout, short
 from ..core import Axis, Change, Delta, Factor, einsum, leaf_weight, letters, promote
+from ._keywords import refuse_keywords_of_peft
 from ._low_rank import LoRA, LowRank, drawn, fit, low_rank_axes, sizes, without_slots
 from ._method import SLOTS, AxisOrName, Method, PartialWeightError, factor, register
 
 
+@refuse_keywords_of_peft
 @dataclasses.dataclass(frozen=True)
 class DoRA(LoRA):
     r"""Adapts W by $m \odot (W + s A B) / \lVert W + s A B \rVert$, a magnitude and a direction.

@@ -16,9 +16,11 @@ from .._rules import Slots, check_pattern, is_finite, is_floating, is_int, rule_
 from .._types import Layout, short
 from ..core import Change, Delta
 from ..initializers import kaiming_uniform
+from ._keywords import refuse_keywords_of_peft
 from ._method import SLOTS, AxisOrName, Method, factor, register, shapes, trainable
 
 
+@refuse_keywords_of_peft
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     r"""Adapts the weights whose path matches `pattern` by $W + s \cdot A B$.

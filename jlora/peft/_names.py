@@ -290,6 +290,11 @@ def _are_parts(leaves: Sequence[Leaf]) -> bool:
     return None not in parts and len(set(parts)) == len(parts)
 
 
+def path_in_names(path: Path) -> str:
+    """A path as the rows of a table have it."""
+    return "/".join(path).removeprefix("params/")
+
+
 def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
     shape = tuple(x.shape) if hasattr(x, "shape") else ()
     if (found := row_of(path, shape, rows)) is None:
@@ -303,9 +308,8 @@ def row_of(
     path: Path, shape: tuple[int, ...], rows: Sequence[Name]
 ) -> tuple[Name, re.Match[str]] | None:
     """The row that names a leaf, and how its pattern matches."""
-    joined = "/".join(path).removeprefix("params/")
     for row in rows:
-        matched = re.fullmatch(row.path, joined)
+        matched = re.fullmatch(row.path, path_in_names(path))
         if matched and len(row.axes) == len(shape) and _holds_all(row, shape):
             return row, matched
     return None

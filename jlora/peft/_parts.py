@@ -13,7 +13,7 @@ from ..adapters import Decomposed, LowRank, Replaced, is_node, state, weight_sha
 from ._advice import advice
 from ._arrays import adapted, factors, magnitudes, weights
 from ._file import DTYPES, PREFIX
-from ._names import Leaf, Name, tied_to
+from ._names import Leaf, Name, path_in_names, tied_to
 from ._read import BASE, MAGNITUDE, Part
 
 AB = (".lora_A.weight", ".lora_B.weight")
@@ -138,7 +138,7 @@ def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf], names: Sequ
             "returned, or merge it with its base. If that base is saved in the place of the "
             "parameters, give nodes that say so: node._replace(residual=False)."
         )
-    wrong = {path: why for path, x in found.items() if (why := _unwritable(x, leaves.get(path)))}
+    wrong = {path: why for path, x in found.items() if (why := _unwritable(path, x, leaves))}
     wrong |= {path: why for path, why in _lone_parts(found, leaves) if path not in wrong}
     unnamed = {path: x for path, x in found.items() if path not in leaves}
     lost = {path: weight_shape(x) if is_node(x) else x.shape for path, x in unnamed.items()}
@@ -150,9 +150,10 @@ def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf], names: Sequ
         )
 
 
-def _unwritable(x: Any, leaf: Leaf | None) -> str | None:
-    if leaf is None:
-        return "no row of `names` fits its path and number of axes"
+def _unwritable(path: Path, x: Any, leaves: Mapping[Path, Leaf]) -> str | None:
+    if (leaf := leaves.get(path)) is None:
+        axes = len(weight_shape(x) if is_node(x) else x.shape)
+        return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
         return f"PEFT's files have no place for a {type(x).__name__}"
     arrays = _arrays(x)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .._folders import fresh
-from .._rules import compiled, matches, rule_name, unmatched
+from .._rules import compiled, matches, misplaced, rule_name, unmatched
 from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
 from ._base import configuration_of, format_of
 from ._checkpoint import INDEX, LIMIT, Checkpoint, open_checkpoint
@@ -97,7 +97,8 @@ def quantize_checkpoint(
         ('up.weight', (32, 64), 'NF4(block=64, double=True)')
     """
     if not _is_of_bitsandbytes(scheme):
-        raise ValueError(f"`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got {scheme!r}.")
+        got = misplaced(scheme)
+        raise ValueError(f"`scheme` must be of bitsandbytes: NF4(), FP4() or Int8(); got {got}.")
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
     if config := configuration_of(checkpoint):
         raise ValueError(

@@ -12,7 +12,7 @@ from .._types import PyTree
 from ._advice import advice
 from ._arrays import weight, weights
 from ._file import listing
-from ._names import Leaf, Name, resolve
+from ._names import Leaf, Name, path_in_names, resolve
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:
@@ -101,6 +101,6 @@ def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
     if lost:
         raise ValueError(
             f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            f"axes. {listing(list(map(name_of, lost)))}\n{advice(names, lost)}"
+            f"axes. {listing(list(map(path_in_names, lost)))}\n{advice(names, lost)}"
         )
     return leaves

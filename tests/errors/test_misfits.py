@@ -64,10 +64,9 @@ MISFITS = [
     ),
     pytest.param(
         lambda base, adapter: (base, {"adapter": adapter}),
-        "`adapter` does not fit `base` at 3 of 3 paths:\n"
-        "  adapter/fused: not in `base`\n"
-        "  adapter/layer/bias: not in `base`\n"
-        f"  adapter/layer/kernel: not in `base`\n{USE}",
+        "`adapter` does not fit `base`: the paths of `adapter` begin with 'adapter/', those of "
+        "`base` do not. Give both with it, as variables has it, or both without, as "
+        "variables['adapter'].",
         id="one-level-too-deep",
     ),
     pytest.param(
