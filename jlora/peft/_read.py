@@ -220,8 +220,8 @@ def resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str |
         return None
     n = shape[0]
     return (
-        f"{shown(name)}: has {n} rows in the adapter, which was saved with a resized vocabulary, and "
-        f"{wanted[0]} in the base; resize that too, by resize_token_embeddings({n}) in "
+        f"{shown(name)}: has {n} rows in the adapter, which was saved with a resized vocabulary, "
+        f"and {wanted[0]} in the base; resize that too, by resize_token_embeddings({n}) in "
         "`transformers`, and save it. The values of all rows are in the adapter"
     )
 
