@@ -1010,7 +1010,7 @@ def test_rows_of_a_table_of_several_modules(tmp_path: Folder) -> None:
     found = peft.load(rows_alone(tmp_path / "a", own, [5, 1]), base, names)
     assert_close(jlora.merge(base, found)["shared"][jnp.array([5, 1])], new, 1e-6)
     own["encoder.embed_tokens.trainable_tokens_delta"] = new + 1
-    with pytest.raises(ValueError, match=r"encoder.embed_tokens.* expected the values of .*shared"):
+    with pytest.raises(ValueError, match=r"encoder.embed_tokens.* expected the values of "):
         peft.load(rows_alone(tmp_path / "b", own, [5, 1]), base, names)
 
 
