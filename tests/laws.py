@@ -1,9 +1,10 @@
 """The laws of the transform, each a function of a case that `init` was called on once.
 
 With random A and B: adapted is merged, in values and in gradients; at B = 0 it is the base model;
-`jit`, `vmap`, `checkpoint` and `scan` around `apply` change nothing; derivatives of second order, in
-both modes, are the merged model's; only the expected sites are found, and nothing of a weight's size
-is trained; on a base that is quantized all is as on the weights that its codes stand for.
+`jit`, `vmap`, `checkpoint` and `scan` around `apply` change nothing; second derivatives, in forward
+and reverse mode, are the merged model's; only the expected sites are found, and nothing of a
+weight's size is trained; on a base that is quantized all is as on the weights that its codes stand
+for.
 """
 
 import contextlib
@@ -295,7 +296,7 @@ def derivatives(f: Callable[..., Any], along: Any, case: Case) -> Callable[..., 
         if case.forward:
             found["jvp"] = forward(lambda a: floats(f(a, *args)))(adapter)
             found["jvp of jvp"] = forward(forward(loss))(adapter)
-        if case.grad:
+        if case.grad and case.twice:
             found["grad of grad"] = jax.grad(reverse(loss))(adapter)
         if case.grad and case.forward:
             found["jvp of grad"] = forward(jax.grad(loss))(adapter)
