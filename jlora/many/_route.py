@@ -61,8 +61,8 @@ def route(
     Returns:
         `routed(base, table, ids, *args, **kwargs)`, where `ids`, integers of shape (rows,) and of
         any dtype, names the slot of each row; -1 is the base alone. A traced id that names no slot
-        gives NaN. Where `ids` is a NumPy array of equally long runs, each run is one batch for its adapter.
-        Differentiable with respect to the table, so that many adapters train in one step.
+        gives NaN. Where `ids` is a NumPy array of equally long runs, each run is one batch for its
+        adapter. Differentiable with respect to the table, so that many adapters train in one step.
 
     Raises:
         TypeError: if `table` or `ids` is none.
