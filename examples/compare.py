@@ -141,9 +141,11 @@ def make_step(method: Method, tx: optax.GradientTransformation) -> Any:
 
 
 def make_optimizer() -> optax.GradientTransformation:
-    """AdamW with the rate left out, which is an argument of the step: one program for all rates."""
-    adam = optax.scale_by_adam(), optax.add_decayed_weights(WEIGHT_DECAY)
-    return jlora.optimizer(optax.chain(*adam))
+    """AdamW with the rate left out, which is an argument of the step: one program for all rates.
+
+    It gets the trained tree alone, in which nothing is frozen.
+    """
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(WEIGHT_DECAY))
 
 
 def accuracy(logits_fn: Any, batch: Batch) -> float:

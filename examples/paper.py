@@ -99,7 +99,7 @@ def sizes_of(method: str, recipe: Recipe, given: Sequence[str]) -> dict[str, flo
 def adapt(loaded: Loaded, problem: Problem, recipe: Recipe, args: argparse.Namespace) -> Method:
     """The model with a method, and with a head that is trained in full."""
     model, _ = pretrained.with_head(loaded, problem.outputs, recipe, jax.random.key(0))
-    head = [jlora.Full(rf"^params/({'|'.join(HEAD)})/")] if problem.outputs else []
+    head = [jlora.Full(rf"^params/({'|'.join(HEAD)})")] if problem.outputs else []
     sizes = sizes_of(args.method, recipe, args.sizes)
     try:
         return METHODS[args.method](model, *head, **sizes)

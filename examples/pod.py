@@ -400,7 +400,7 @@ def plan_step(args: argparse.Namespace, method: str, mesh: jax.sharding.Mesh) ->
             return mean_loss(model.apply(params, ids[:, :-1]), ids)
 
         return loss_fn, {}, base, (ids,), pod_plan.in_float32(optax.adamw(LEARNING_RATE))
-    norms = (jlora.Full(r"(norm|ln_\w)/scale$"),)
+    norms = (jlora.Full(r"(.*norm|ln_\w)/scale$"),)
     adapt = "all" if method == "nf4" else method
     rules = norms if method == "floor" else make_rules(model, adapt, args.rank)
     lora, token = jlora.transform(model.apply, *rules), jax.ShapeDtypeStruct((1, 1), jnp.int32)

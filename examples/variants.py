@@ -272,7 +272,7 @@ VARIANTS = {
     "lora_all": Variant("LoRA, all linear", simple(lambda t: lora(None, RANK))),
     "lora_qv": Variant("LoRA, q and v", simple(lambda t: lora(QV, t.rank))),
     "head": Variant("the head alone", lambda t: Setup(t.head, {})),
-    "full": Variant("full fine-tuning", simple(lambda t: jlora.Full("params/")), -3),
+    "full": Variant("full fine-tuning", simple(lambda t: jlora.Full("params")), -3),
     "rslora": Variant("rsLoRA, all linear", simple(lambda t: jlora.LoRA(rank=RANK, rslora=True))),
     "lora_plus": Variant("LoRA+, λ = 16", simple(lambda t: lora(None, RANK), lora_plus=16.0), -1),
     "dora": Variant(
@@ -322,8 +322,8 @@ class Runner:
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(adapter: Any, state: Any, base: Any, rows: Rows, rate: Any) -> tuple[Any, ...]:
             value, grads = jax.value_and_grad(loss)(adapter, base, rows)
-            updates, state = self.tx.update(grads, state, adapter)
-            updates = jax.tree.map(lambda u: -rate * u, updates)
+            updates, state = self.tx.update(alone(grads), state, alone(adapter))
+            updates = jax.tree.map(lambda u: -rate * u, updates.adapter)
             return optax.apply_updates(adapter, updates), state, value
 
         self.step, self.score = step, jax.jit(score)
@@ -334,7 +334,7 @@ class Runner:
         example = task.inputs(take(task.train, slice(task.batch)))
         base, adapter = self.lora.init(jax.random.key(seed), self.params, *example)
         trained = jlora.count(adapter)
-        state, losses, width = self.tx.init(adapter), [], widths(task.train)
+        state, losses, width = self.tx.init(alone(adapter)), [], widths(task.train)
         schedule = optax.warmup_cosine_decay_schedule(0, rate, int(WARMUP * task.steps), task.steps)
         plan = compare.draw(width, task.steps, task.batch, seed)
         for i, index in enumerate(tqdm(plan, leave=False, disable=None)):
@@ -355,6 +355,11 @@ class Runner:
             for i in range(0, len(some.ids), 64):
                 sums += [float(x) for x in self.score(adapter, base, take(some, slice(i, i + 64)))]
         return sums[0] / sums[2], sums[1] / sums[2]
+
+
+def alone(adapter: Any) -> jlora.Params:
+    """Says that it is an adapter, which one of `Full` leaves alone does not say of itself."""
+    return jlora.Params({}, adapter)
 
 
 def decayed(tree: Any) -> Any:

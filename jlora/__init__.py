@@ -4,11 +4,17 @@ lora = jlora.transform(model.apply, jlora.LoRA(r"(query|value)/kernel", rank=8, 
 base, adapter = lora.init(key, variables, tokens)
 logits = lora.apply(base, adapter, tokens)
 params = jlora.merge(base, adapter)
+
+`jlora.analysis`, `jlora.checkpoint` and `jlora.peft` are loaded when they are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from . import arithmetic as arithmetic
 from . import initializers as initializers
 from . import many as many
+from . import sharding as sharding
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
 from ._optimizer import Summary as Summary
@@ -56,3 +62,26 @@ from .sketching import Sketch as Sketch
 from .sketching import Spectrum as Spectrum
 from .sketching import allocate as allocate
 from .sketching import sketch as sketch
+
+if TYPE_CHECKING:
+    from . import analysis as analysis
+    from . import checkpoint as checkpoint
+    from . import peft as peft
+
+    __version__: str
+
+_LATER = ("analysis", "checkpoint", "peft")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version(__name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, "__version__"})

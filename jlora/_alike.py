@@ -1,4 +1,8 @@
-"""Several adapters: their leaves, whether those at one path are for one weight, and in one form."""
+"""Several adapters: their leaves, whether those at one path are for one weight, and in one form.
+
+Of the static fields of `LowRank` scales and slots may differ, as ΔW can be written with others;
+dropout is 0 where it differs. `residual` must be one, and in a table `frozen` too.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,14 +12,36 @@ from ._types import Path, PyTree
 from .adapters import LowRank, is_node, weight_shape, without_slots
 
 
+RESIDUAL = "is for a base that its start changed"
+FROM_THE_START = (
+    "Give jlora.arithmetic.difference(adapter, initial) in its place, where `initial` is what init "
+    "returned: that is for the parameters."
+)
+
+
 def leaves_of(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
-    """The leaves of each adapter by path; `TypeError` if they are no adapters."""
+    """The leaves of each adapter by path; an error if they are none, or hold dropout keys."""
     if not isinstance(adapters, list | tuple) or not adapters or is_node(adapters):
         raise TypeError(
             "`adapters` must be a list of adapters, as `init` returns them; got "
             f"{'an empty one' if isinstance(adapters, list | tuple) else type(adapters).__name__}."
         )
-    return [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
+    trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
+    refuse(
+        "adapters with dropout keys cannot be combined, and there are some",
+        {p: "has a key" for tree in trees for p, x in tree.items() if has_key(x)},
+        "Give jlora.dropout what comes out.",
+    )
+    return trees
+
+
+def has_key(leaf: Any) -> bool:
+    return getattr(leaf, "key", None) is not None
+
+
+def is_residual(leaf: Any) -> bool:
+    """Whether a leaf is of low rank, and for a base that its start changed."""
+    return getattr(leaf, "residual", False)
 
 
 def of_other_methods(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, str]:
@@ -38,10 +64,21 @@ def misfit(leaves: Sequence[Any]) -> str | None:
     if not is_node(leaves[0]):
         shapes = list(dict.fromkeys(tuple(x.shape) for x in leaves))
         return f"has the shapes {shapes}" if len(shapes) > 1 else None
-    if len({getattr(x, "residual", False) for x in leaves}) > 1:
+    if len(set(map(is_residual, leaves))) > 1:
         return "is for the parameters in one, and in another for a base that its start changed"
     weights = list(dict.fromkeys((weight_shape(x), *x.layout[:3]) for x in leaves))
     return f"is for weights of (shape, stack, inputs, outputs) {weights}" if weights[1:] else None
+
+
+def misfit_in_table(leaves: Sequence[Any]) -> str | None:
+    """Why leaves at one path are not for one weight, or what trains them is another."""
+    frozen = list(dict.fromkeys(getattr(x, "frozen", ()) for x in leaves))
+    if (why := misfit(leaves)) or not frozen[1:]:
+        return why
+    return (
+        f"trains other factors in one than in another: `frozen` is {frozen[0]} and {frozen[1]}; "
+        "node._replace(frozen=()) trains both"
+    )
 
 
 def alike(nodes: Sequence[LowRank]) -> list[LowRank]:

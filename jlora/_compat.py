@@ -11,7 +11,7 @@ Differences between JAX 0.10 and 0.12 that matter here:
 import contextlib
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -109,6 +109,11 @@ def unchecked_axes() -> frozenset[Any]:
     return frozenset() if checked else frozenset(axes)
 
 
+def may_be_cut_over(tree: Any) -> frozenset[Any]:
+    """The mesh axes over which an enclosing `shard_map` may have cut the arrays of `tree`."""
+    return unchecked_axes().union(*map(varying, jax.tree.leaves(tree)))
+
+
 def vary_with(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
     """`x` as an array that varies over all mesh axes over which `others` do."""
     missing = frozenset().union(*map(varying, others)) - varying(x)
@@ -116,5 +121,23 @@ def vary_with(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether `x` has a value and is not being traced."""
-    return not isinstance(x, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    """Whether `x` has a value: it is neither being traced nor a shape."""
+    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)  # pyright: ignore
+
+
+def known(f: Callable[..., Any], *args: Any) -> Any:
+    """`f(*args)`, one array, if its value can be known now, else None.
+
+    It can while a function is traced that closes over `args`, which are arrays with values then:
+    operations on them would be traced all the same.
+    """
+    if not all(map(is_concrete, jax.tree.leaves(args))):
+        return None
+    with jax.ensure_compile_time_eval():
+        found = f(*args)
+    return found if is_concrete(found) else None
+
+
+def place_of(x: Any) -> Any:
+    """The sharding to which the user committed the array `x`, or None."""
+    return x.sharding if isinstance(x, jax.Array) and is_concrete(x) and x.committed else None

@@ -1,8 +1,10 @@
 """Objects of other libraries where a function or an array belongs, and what to give instead."""
 
+import contextlib
 import functools
+import inspect
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -65,6 +67,57 @@ def check_apply_fn(apply_fn: Any) -> None:
             "`apply_fn` must be a function of parameters; got one of type "
             f"{type(apply_fn).__name__}. Give it first: transform(model.apply, LoRA(...))."
         )
+
+
+@contextlib.contextmanager
+def advised(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
+    """Errors of `apply_fn` get a note where `params` may not be what it takes first."""
+    try:
+        yield
+    except Exception as e:
+        if advice := _collection(apply_fn, params) or _order(apply_fn):
+            e.add_note(f"jlora: {advice}")
+        raise
+
+
+PARAMETERS = ("params", "parameters", "variables", "weights", "p")
+
+
+def _order(apply_fn: Callable[..., Any]) -> str | None:
+    """What to do if the parameters are not the first argument, as their name says."""
+    try:
+        names = list(inspect.signature(apply_fn).parameters)
+    except (TypeError, ValueError):
+        return None
+    later = [name for name in names[1:] if name in PARAMETERS]
+    if not later or names[0] in PARAMETERS:
+        return None
+    return (
+        f"`apply_fn` is called with the parameters first, as its `{names[0]}`. If they are its "
+        f"`{later[0]}`, give jlora.transform a function that takes them first: "
+        f"lambda {later[0]}, {names[0]}: apply_fn({names[0]}, {later[0]})."
+    )
+
+
+def _collection(apply_fn: Callable[..., Any], params: PyTree) -> str | None:
+    """What to do if the method of a linen module gets a collection for its variables."""
+    while not inspect.ismethod(apply_fn) and (inner := _inner(apply_fn)) is not None:
+        apply_fn = inner
+    module = getattr(apply_fn, "__self__", None)
+    if not _is_a("flax.linen", "Module", module) or not isinstance(params, Mapping):
+        return None
+    if "params" in params:
+        return None
+    return (
+        f"{type(module).__name__}.apply takes the variables of model.init, a dict with the key "
+        f"'params'; got the keys {', '.join(map(repr, params))}. Give variables, not "
+        "variables['params']."
+    )
+
+
+def _inner(fn: Any) -> Any:
+    """The function that a partial application or a compiled function is of."""
+    return fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
 
 
 def check_leaf(x: Any, path: Path) -> None:

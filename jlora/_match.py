@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from ._rules import Full, Rule, matches, near, rule_name
+from ._rules import Full, Rule, compiled, matches, rule_name, unmatched
 from ._sites import Site, Sites
 from .adapters import method_of
 
@@ -109,7 +109,10 @@ def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
     mine = rf"\b{re.escape(site.parts[-1])}\b"
     for name in dict.fromkeys(re.escape(s.parts[-1]) for s in beside if s.parts):
         renamed = re.sub(mine, lambda _, name=name: name, rule.pattern)
-        for pattern in (renamed, f"{rule.pattern}/.*{name}", f"{rule.pattern}.*{name}"):
+        below = (
+            f"{p}/{way}{name}" for way in ("", ".*") for p in (rule.pattern, f"({rule.pattern})")
+        )
+        for pattern in (renamed, *below):
             if _hits_sites(pattern, sites):
                 return pattern
     return None
@@ -118,7 +121,7 @@ def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
 def _hits_sites(pattern: str, sites: Sites) -> bool:
     """Whether `pattern`, which may be no regular expression, matches sites and nothing else."""
     try:
-        hits = [s for s in sites.leaves if re.search(pattern, s.path)]
+        hits = [s for s in sites.leaves if compiled(pattern).search(s.path)]
     except re.error:
         return False
     return bool(hits) and all(s.layout is not None for s in hits)
@@ -145,8 +148,14 @@ def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:
                 ]
             )
         )
+    if [s.parts for s in sites.leaves] == [()]:
+        raise ValueError(
+            f"{rule_name(rule)} matches no leaf of `params`, which is one array of shape "
+            f"{sites.leaves[0].shape}. Are the arguments in another order? The parameters come "
+            "first: init(key, params, *args), and apply_fn(params, *args)."
+        )
     wanted = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
     raise ValueError(
         f"{rule_name(rule)} matches no leaf of `params`. "
-        + near(rule.pattern, [s.path for s in wanted])
+        + unmatched(rule.pattern, [s.path for s in wanted])
     )

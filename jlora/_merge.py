@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._tree import bind, flatten, is_adapted, is_concrete, leaves_by_path, name_of
+from ._compat import is_concrete, place_of
+from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import Adapted, PyTree
-from .adapters import arrays, method_of, state
+from .adapters import PartialWeightError, arrays, lowered, state
 from .core import Axis, NotInvertibleError
 from .quantized import Quantized, dequantize, is_quantized, quantized
 
@@ -62,7 +63,7 @@ def merge(
     if requantize:
         merged = _requantized(merged, base, adapter)
     if check:
-        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(merged)):  # pyright: ignore
+        if not all(map(is_concrete, jax.tree.leaves(merged))):
             raise ValueError(
                 "`check` of merge needs concrete values; under jit, grad or vmap there are none. "
                 "Merge without it there, and check the result outside."
@@ -124,7 +125,7 @@ def _requantized(merged: PyTree, base: PyTree, adapter: PyTree) -> PyTree:
 def _again(w: Any, old: Quantized) -> Quantized:
     """Quantized as it was, where it lay."""
     leaf = quantized(w, old.scheme, old.form)
-    if not is_concrete(old.data) or not old.data.committed:
+    if not is_concrete(leaf.data) or place_of(old.data) is None:
         return leaf
     place = jax.tree.map(lambda x: x.sharding, dataclasses.replace(old, error=None))
     moved = jax.device_put(dataclasses.replace(leaf, error=None), place)
@@ -144,6 +145,8 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
     node = leaf.delta._replace(**dict.fromkeys(keys))
     try:
         return program(leaf.base, node, sign)
+    except PartialWeightError as e:
+        raise e.at(path) from None
     except NotInvertibleError as e:
         raise ValueError(
             f"`unmerge` cannot take {type(node).__name__} back at {path!r}: {e}. Keep the base."
@@ -153,7 +156,7 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
 def _change(w: Any, node: Any, sign: int) -> jax.Array:
     axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
     w = w.array(jnp.float32) if is_quantized(w) else w
-    return method_of(node).lower(node, w).of(w, axes, sign).astype(dtype)
+    return lowered(node, w).of(w, axes, sign).astype(dtype)
 
 
 def _like(w: Any, old: Any) -> Any:
@@ -169,7 +172,7 @@ def _place(w: Any) -> Any:
     """The sharding that the user gave `w`, if any."""
     if is_quantized(w):
         return None if w.form.flat else _place(w.data)
-    return w.sharding if is_concrete(w) and w.committed else None
+    return place_of(w)
 
 
 def _check_finite(params: PyTree) -> None:

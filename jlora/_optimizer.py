@@ -29,7 +29,9 @@ def labels(tree: PyTree) -> PyTree:
         dropout keys and what an initializer freezes.
 
     Raises:
-        TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter.
+        TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter;
+            or if the tree has arrays alone, as parameters have. An adapter of `Full` leaves alone
+            looks like them, and is told by `Params({}, adapter)`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -38,11 +40,28 @@ def labels(tree: PyTree) -> PyTree:
         >>> jlora.labels(adapter)["w"].a
         'a'
     """
+    found = _labels(tree)
+    leaves = jax.tree.leaves(tree, is_leaf=_is_marked)
+    if leaves and not any(map(_is_marked, leaves)):
+        raise TypeError(
+            "`tree` must be an adapter or jlora.Params(base, adapter), but has arrays alone, as a "
+            "model's parameters have, all of which would be trained. Give the adapter that `init` "
+            "returned. If it is one, of jlora.Full leaves alone, say so: "
+            "jlora.Params({}, adapter)."
+        )
+    return found
 
+
+def _is_marked(x: Any) -> bool:
+    """Whether it says of itself what of it is trained."""
+    return is_node(x) or isinstance(x, Params | Adapted)
+
+
+def _labels(tree: PyTree) -> PyTree:
     def label(path: tuple[Any, ...], leaf: Any) -> Any:
         match leaf:
             case Params():
-                return Params(jax.tree.map(lambda _: "base", leaf.base), labels(leaf.adapter))
+                return Params(jax.tree.map(lambda _: "base", leaf.base), _labels(leaf.adapter))
             case Adapted():
                 return dataclasses.replace(leaf, base="base", delta=label(path, leaf.delta))
             case _ if is_node(leaf):
@@ -55,9 +74,7 @@ def labels(tree: PyTree) -> PyTree:
             )
         return "full"
 
-    return jax.tree_util.tree_map_with_path(
-        label, tree, is_leaf=lambda x: is_node(x) or isinstance(x, Params | Adapted)
-    )
+    return jax.tree_util.tree_map_with_path(label, tree, is_leaf=_is_marked)
 
 
 def _remedy(path: tuple[Any, ...]) -> str:
@@ -87,6 +104,9 @@ def mask(tree: PyTree) -> PyTree:
     Returns:
         Booleans in the structure of `tree`.
 
+    Raises:
+        TypeError: as in `labels`.
+
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
@@ -107,10 +127,11 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets `tx` train the adapter and nothing else.
 
-    For a tree of the adapter alone it is `tx`. For `Params(base, adapter)`, as in Flax's
-    `TrainState`, base leaves get no moments and zero updates, whatever their gradients; norms,
-    clipping and weight decay inside `tx` see the adapter only. Weight decay should leave the
-    magnitudes of `DoRA` out, by a mask of their label: see `Decomposed`.
+    For a tree of the adapter alone it is `tx`. Give one of `Full` leaves alone, which looks like
+    parameters, as `Params({}, adapter)`. For `Params(base, adapter)`, as in Flax's `TrainState`,
+    base leaves get no moments and zero updates, whatever their gradients; norms, clipping and
+    weight decay inside `tx` see the adapter only. Weight decay should leave the magnitudes of
+    `DoRA` out, by a mask of their label: see `Decomposed`.
 
     Wrappers belong inside: `jlora.optimizer(optax.MultiSteps(tx, 4))` accumulates the gradients of
     the adapter, while `optax.MultiSteps(jlora.optimizer(tx), 4)` also accumulates those of the
@@ -132,7 +153,8 @@ def optimizer(
 
     Raises:
         TypeError: if `tx` is no optax transformation, or it is given a tree that is neither form,
-            or a base with PRNG keys, to which `optax.apply_updates` can add nothing.
+            as the parameters are, or a base with PRNG keys, to which `optax.apply_updates` can add
+            nothing.
         ValueError: if `lora_plus` or `precondition` is not a positive finite number; in `update`,
             if `precondition` is set and there are no parameters.
 

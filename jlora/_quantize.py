@@ -11,10 +11,11 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from . import sharding
-from ._rules import Full, matches, near, rule_name
+from ._compat import is_concrete, known, place_of
+from ._rules import Full, matches, misplaced, rule_name, unmatched
 from ._sites import Site, Sites
 from ._table import aligned, readable
-from ._tree import flatten, is_abstract, is_concrete, leaves_by_path, name_of
+from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 from .quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
 
@@ -67,7 +68,7 @@ def quantize(
         if not isinstance(scheme, Scheme):
             raise TypeError(
                 "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or "
-                f"jlora.MXFP4; got {scheme!r}."
+                f"jlora.MXFP4; got {misplaced(scheme, 'quantize(params, *schemes)')}."
             )
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]
@@ -76,7 +77,8 @@ def quantize(
     for i, path in enumerate(shown):
         if path in taken:
             old, leaves[i] = leaves[i], _quantized(leaves[i], path, *taken[path])
-            if donate and is_concrete(old) and not any(x is old for x in leaves):
+            gone = isinstance(old, jax.Array) and is_concrete(leaves[i].data)
+            if donate and gone and not any(x is old for x in leaves):
                 old.delete()
     return jax.tree.unflatten(tree, leaves)
 
@@ -146,8 +148,8 @@ def quantization(tree: PyTree) -> Quantization:
 
 def _entry(path: Path, leaf: Quantized) -> Entry:
     before = leaf.size * np.dtype(leaf.dtype).itemsize
-    error = float(jnp.max(leaf.error)) if is_concrete(leaf.error) else None
-    return Entry(path, leaf, before, leaf.nbytes, error)
+    error = None if leaf.error is None else known(jnp.max, leaf.error)
+    return Entry(path, leaf, before, leaf.nbytes, None if error is None else float(error))
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
@@ -212,7 +214,7 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
             )
         raise ValueError(
             f"{name} matches no leaf of `params`. "
-            + near(scheme.pattern, [name_of(path) for path in leaves])
+            + unmatched(scheme.pattern, ["/".join(path) for path in leaves])
         )
     if sites is None:
         raise ValueError(
@@ -263,18 +265,17 @@ def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     if is_abstract(x):
         return jax.eval_shape(lambda x: quantized(x, scheme, form), x)
     x = jnp.asarray(x)
-    if is_concrete(x) and not bool(jnp.isfinite(x).all()):
-        bad = int(jnp.sum(~jnp.isfinite(x)))
+    if bad := known(lambda x: jnp.sum(~jnp.isfinite(x)), x):
         raise ValueError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
         )
     leaf = quantized(x, scheme, form)
-    place = x.sharding if is_concrete(x) and x.committed else None
+    place = place_of(x) if is_concrete(leaf.data) else None
     if not isinstance(place, NamedSharding):
         return leaf
     return jax.device_put(leaf, sharding.specs({"w": place}, {"w": leaf})["w"])
 
 
 def _is_eager(leaves: Sequence[Any]) -> bool:
-    return not any(isinstance(x, jax.core.Tracer) for x in leaves)  # pyright: ignore
+    return all(map(is_concrete, jax.tree.leaves(leaves)))

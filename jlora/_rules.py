@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import re
@@ -16,7 +17,8 @@ class Slots:
     """Chosen parts of a fused output axis, such as q and v of a fused qkv kernel.
 
     The output axis is cut into `count` equal parts. Each chosen part gets an A and a B of its own;
-    the others stay as they are.
+    the others stay as they are. Within a `shard_map` around `apply` or `merge` the fused axis must
+    be whole, and its type must say so: gather it with `to="invarying"`.
 
     Attributes:
         count: number of equal parts, at least 1.
@@ -65,15 +67,16 @@ class Slots:
 class Full:
     """Trains the leaves whose path matches `pattern` in full: heads, norms, biases.
 
-    It takes any floating-point leaf, also one that is no weight: a pattern such as `BatchNorm`
-    matches running statistics in `batch_stats` too, so name the collection, `params/.*BatchNorm`.
+    It takes any floating-point leaf, also one that is no weight: a pattern such as `BatchNorm_0`
+    matches running statistics in `batch_stats` too, so name the collection, `params/BatchNorm_0`.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf.
+        pattern: a regular expression for whole components of a leaf's path: `head` matches
+            `lm/head/kernel`, but not `multi_head/kernel`, as `.*head` does.
 
     Raises:
         TypeError: if `pattern` is not a string.
-        ValueError: if `pattern` is not a regular expression.
+        ValueError: if `pattern` is not a regular expression, or starts or ends with `/`.
 
     Examples:
         >>> import jlora
@@ -90,9 +93,44 @@ class Full:
 Rule = Any  # `Full` or the rule of a method: a frozen dataclass with a `pattern`
 
 
-def matches(rule: Rule, path: str) -> bool:
-    """Whether the pattern of `rule` is found in `path`; never for a rule without one."""
-    return rule.pattern is not None and re.search(rule.pattern, path) is not None
+FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # which Python takes only at a pattern's start
+
+
+@functools.lru_cache(4096)
+def compiled(pattern: str, separator: str = "/") -> re.Pattern[str]:
+    r"""What to search for in a path, so that `pattern` matches whole components of it.
+
+    >>> head = compiled("head")
+    >>> [bool(head.search(path)) for path in ("head", "lm/head/kernel", "multi_head", "heads/0")]
+    [True, True, False, False]
+    """
+    flags, edge = re.compile(pattern).flags, re.escape(separator)
+    return re.compile(rf"(?:\A|{edge}){_group(pattern)}(?:{edge}|\Z)", flags)
+
+
+def _group(pattern: str) -> str:
+    """`pattern` as a part of another, without the flags at its start."""
+    end = "\n" if re.compile(pattern).flags & re.X else ""  # a comment takes the rest of its line
+    return f"(?:{FLAGS.sub('', pattern)}{end})"
+
+
+def anywhere(pattern: str) -> str:
+    """The pattern that matches wherever `pattern` is found, also inside of a component.
+
+    >>> anywhere("head"), anywhere("(?i)head|norm")
+    ('.*head.*', '(?i).*(?:head|norm).*')
+    """
+    if not pattern or pattern.isidentifier():
+        return f".*{pattern}.*" if pattern else ".*"
+    flags = pattern.removesuffix(FLAGS.sub("", pattern))
+    return f"{flags}.*{_group(pattern)}.*"
+
+
+def matches(rule: Rule, path: str, separator: str = "/") -> bool:
+    """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
+    if rule.pattern is None:
+        return False
+    return compiled(rule.pattern, separator).search(path) is not None
 
 
 def rule_name(rule: Any) -> str:
@@ -112,18 +150,52 @@ def near(pattern: str, paths: Sequence[str]) -> str:
         return sum(best) / max(len(best), 1)
 
     near = sorted(paths, key=likeness, reverse=True)[:3]
-    return f"Near misses: {', '.join(near)}." if near else "There is no leaf to match."
+    if not near:
+        return "There is no leaf to match."
+    return f"Near misses: {', '.join(path or 'the root' for path in near)}."
+
+
+def unmatched(pattern: str, paths: Sequence[str], separator: str = "/") -> str:
+    """What to write instead of a pattern that matches whole components of no path.
+
+    >>> unmatched("head", ["multi_head/w", "norm/w"])
+    "A pattern matches whole components of a path, and this one is found only inside of multi_head.\
+ Did you mean 'multi_head'?"
+    """
+    found = [path for path in paths if compiled(pattern, separator).search(path)]
+    hits = [] if found else [(path, m) for path in paths if (m := re.search(pattern, path))]
+    names = list(dict.fromkeys(_components(path, m, separator) for path, m in hits))
+    if not names:
+        return near(pattern, paths)
+    few = len(names) <= 3 and all(m[0] for _, m in hits)
+    better = "|".join(map(re.escape, names)) if few else anywhere(pattern)
+    return (
+        "A pattern matches whole components of a path, and this one is found only inside of "
+        f"{', '.join(names[:3])}{', …' if names[3:] else ''}. Did you mean {better!r}?"
+    )
+
+
+def _components(path: str, found: re.Match[str], separator: str) -> str:
+    """The components of `path` in which a match lies."""
+    start = path.rfind(separator, 0, found.start()) + 1
+    end = path.find(separator, found.end())
+    return path[start : len(path) if end < 0 else end]
 
 
 def check_pattern(rule: Rule, pattern: Any) -> None:
-    """Raises if `pattern` is no regular expression."""
+    """Raises if `pattern` is no regular expression for components of a path."""
     if not isinstance(pattern, str):
         raise TypeError(
             f"`pattern` of {type(rule).__name__} must be a regular expression as a string; "
             f"got {pattern!r} of type {type(pattern).__name__}."
         )
+    if pattern.strip("/") != pattern:
+        raise ValueError(
+            f"`pattern` {pattern!r} of {type(rule).__name__} starts or ends with `/`, but a "
+            f"pattern matches whole components of a path: write {pattern.strip('/')!r}."
+        )
     try:
-        re.compile(pattern)
+        compiled(pattern)
     except re.error as e:
         raise ValueError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
 
@@ -147,3 +219,15 @@ def is_floating(dtype: Any) -> bool:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
         return False
+
+
+def misplaced(x: Any, unpacked: str | None = None) -> str:
+    """How an error calls what is given in the place of a rule or a scheme.
+
+    `unpacked` is the call into which a list belongs after a `*`, if there is one.
+    """
+    if isinstance(x, type) and dataclasses.is_dataclass(x):
+        return f"the class {x.__name__}; call it, {x.__name__}(...)"
+    if unpacked is not None and isinstance(x, Sequence) and not isinstance(x, str):
+        return f"a {type(x).__name__}; unpack it with `*`, {unpacked}"
+    return repr(x)

@@ -18,7 +18,7 @@ from ._rules import Full, Rule, near, rule_name
 from ._table import aligned
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
-from .adapters import is_node, method_of, trainable
+from .adapters import change_of, is_node, trainable
 from .core import (
     Change,
     Product,
@@ -254,8 +254,9 @@ class Traced(NamedTuple):
         def changed(path: Path, x: Any) -> Any:
             if (node := nodes.get(path)) is None:
                 return x
-            change = method_of(node).lower(node, x)
-            return leaf_weight(x, change, "/".join(path), getattr(node, "materialize", False))
+            name = "/".join(path)
+            change = change_of(node, x, name)
+            return leaf_weight(x, change, name, getattr(node, "materialize", False))
 
         self._evaluate(changed)
 

@@ -8,22 +8,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._foreign import check_apply_fn
+from ._foreign import advised, check_apply_fn
 from ._match import match, wanted
-from ._rules import Full, Rule, rule_name
+from ._rules import Full, Rule, misplaced, rule_name
 from ._sites import Sites, Traced, find_sites
 from ._tree import (
+    adapter_leaves,
     bind,
     check_key,
     flatten,
     fold,
     is_abstract,
     is_adapted,
+    is_empty,
     leaves_by_path,
     nest,
 )
 from ._types import Path, PyTree, Transformed
-from .adapters import is_node, is_rule, lengths, method_of
+from .adapters import change_of, is_node, is_rule, lengths, method_of
 from .core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
 from .quantized import is_quantized
 
@@ -33,8 +35,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 
     $$\mathrm{apply}(base, adapter, \ldots) = \mathrm{apply\_fn}(W + s \cdot A B, \ldots)$$
 
-    Each use of W is traced, and its factored form computed in its place. Only CPUs form W + s·A·B,
-    in float32 and for one product at a time, where that is faster.
+    Each use of W is traced, and its factored form x·W + s·(x·A)·B computed in its place. W + s·A·B
+    is not formed.
 
     Args:
         apply_fn: a function of parameters and anything else that JAX can trace, such as the
@@ -82,7 +84,8 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     check_apply_fn(apply_fn)
     for rule in rules:
         if not is_rule(rule):
-            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {rule!r}.")
+            got = misplaced(rule, "transform(apply_fn, *rules)")
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(
         functools.partial(_init, apply_fn, rules),
@@ -104,14 +107,18 @@ def _find(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Sites, Traced]:
-    sites, traced = find_sites(apply_fn, params, args, kwargs, functools.partial(wanted, rules))
+    with advised(apply_fn, params):
+        takes = functools.partial(wanted, rules)
+        sites, traced = find_sites(apply_fn, params, args, kwargs, takes)
     return match(sites, rules), traced
 
 
 def _apply(
     apply_fn: Callable[..., Any], base: PyTree, adapter: PyTree, /, *args: Any, **kwargs: Any
 ) -> Any:
-    return wrap(apply_fn)(bind(base, adapter), *args, **kwargs)
+    bound = bind(base, adapter)
+    with advised(apply_fn, base):
+        return wrap(apply_fn)(bound, *args, **kwargs)
 
 
 def _init(
@@ -170,8 +177,8 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
             stay as they are: Python values remain Python values, concrete arrays concrete.
 
     Returns:
-        A function with `fn`'s arguments and outputs. Differentiable to any order; in forward mode
-        not through float32 products of many tokens. It traces `fn` at each call: call it under
+        A function with `fn`'s arguments and outputs. It can be differentiated to any order, in
+        forward and in reverse mode. It traces `fn` at each call: call it under
         `jax.jit`, above all where `fn` has loops, which are compiled at every call outside of it.
 
     Raises:
@@ -216,7 +223,7 @@ def _weight(leaf: Any, path: str) -> Weight:
         return leaf_weight(leaf, Change(), path, materialize=True)
     w, node = leaf.base, leaf.delta
     w = w if is_quantized(w) else jnp.asarray(w)
-    change = method_of(node).lower(node, w)
+    change = change_of(node, w, path)
     return leaf_weight(w, change, path, getattr(node, "materialize", False))
 
 
@@ -245,6 +252,8 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
         (1, 3)
     """
     check_key(key)
+    if not is_empty(adapter):
+        adapter_leaves(adapter)  # raises unless it is an adapter
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
 

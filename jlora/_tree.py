@@ -68,11 +68,19 @@ def name_of(path: Path) -> str:
 
 def check_key(key: Any) -> None:
     """`TypeError` if `key` is not one PRNG key, new or old style."""
+    refuse_rngs("`key` must be one PRNG key", key)
     dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
         got = type(key).__name__ if dtype is None else f"an array of {dtype} and shape {key.shape}"
         raise TypeError(f"`key` must be one PRNG key, such as jax.random.key(0); got {got}.")
+
+
+def refuse_rngs(expected: str, key: Any) -> None:
+    """`TypeError` if `key` is what NNX draws keys from, which has attributes of any name."""
+    is_of_nnx = any(c.__module__.startswith("flax.nnx") for c in type(key).__mro__)
+    if is_of_nnx and callable(key):
+        raise TypeError(f"{expected}; got {type(key).__name__} of flax.nnx. Give rngs.params().")
 
 
 def nest(leaves: dict[Path, Any]) -> PyTree:
@@ -100,11 +108,6 @@ def is_abstract(x: Any) -> bool:
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
-def is_concrete(x: Any) -> bool:
-    """Whether `x` is a JAX array with a value and a place, not one being traced."""
-    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)  # pyright: ignore
-
-
 def is_adapted(x: Any) -> bool:
     """Whether `x` is a leaf of a bound tree with its adapter."""
     return isinstance(x, Adapted)
@@ -117,11 +120,8 @@ def is_empty(adapter: PyTree) -> bool:
 
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
     """The `LowRank` nodes and arrays of an adapter by path; `TypeError` if it is none."""
-    if isinstance(adapter, Params):
-        raise TypeError(
-            "`adapter` must be a nested dict of LowRank nodes and arrays; got Params. Give its "
-            "`base` and `adapter` one by one."
-        )
+    if pair := _pair(adapter):
+        raise TypeError(f"`adapter` must be a nested dict of LowRank nodes and arrays; got {pair}")
     found = dict(leaves_by_path(adapter, lambda x: is_node(x) or isinstance(x, Adapted)))
     wrong = {p: x for p, x in found.items() if not is_node(x) and not _is_array(x)}
     if not found:
@@ -142,16 +142,36 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
-    """Raises, naming every path of the adapter `found` that differs from `base`."""
-    leaves = leaves_by_path(base, is_node)
-    if any(is_node(x) for _, x in leaves):
+def check_base(base: PyTree) -> None:
+    """`TypeError` if there is an adapter in what is given as the base."""
+    if pair := _pair(base):
+        raise TypeError(f"`base` must be the frozen tree alone; got {pair}")
+    if _has_nodes(base):
         raise TypeError(
             "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
             "and `adapter` swapped?"
         )
-    shapes = {path: tuple(jnp.shape(x)) for path, x in leaves}
+
+
+def _pair(x: Any) -> str | None:
+    """How an error calls base and adapter in one, and what to do; None if `x` is not both."""
+    if isinstance(x, Params):
+        return "Params. Give its `base` and `adapter` one by one."
+    if type(x) is tuple and _has_nodes(x):
+        return "the pair that `init` returns. Unpack it: base, adapter = lora.init(...)."
+    return None
+
+
+def _has_nodes(tree: PyTree) -> bool:
+    return any(map(is_node, jax.tree.leaves(tree, is_leaf=is_node)))
+
+
+def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
+    """Raises, naming every path of the adapter `found` that differs from `base`."""
+    check_base(base)
+    shapes = {path: tuple(jnp.shape(x)) for path, x in leaves_by_path(base)}
     _check_not_forgotten(found, shapes)
+    _check_collection(found, shapes)
     wrong = [f"  {name_of(p)}: {e}" for p, x in found.items() if (e := _misfit(x, shapes.get(p)))]
     if wrong:
         raise ValueError(
@@ -171,6 +191,24 @@ def _check_not_forgotten(found: dict[Path, Any], shapes: dict[Path, tuple[int, .
         f"paths of `base`; got {listed}. Was it forgotten, as in apply(base, x) for "
         "apply(base, adapter, x)? For the base model alone it is {}."
     )
+
+
+def _check_collection(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]]) -> None:
+    """Raises if either tree is the only collection of what the other is, as `params` in Flax."""
+    if not found or any(p in shapes for p in found):
+        return
+    for name in dict.fromkeys(p[0] for p in [*found, *shapes] if p):
+        if all(p[:1] == (name,) and p[1:] in shapes for p in found):
+            inner, outer = "base", "adapter"
+        elif all((name, *p) in shapes for p in found):
+            inner, outer = "adapter", "base"
+        else:
+            continue
+        raise ValueError(
+            f"`adapter` does not fit `base`: the paths of `{outer}` begin with {name + '/'!r}, "
+            f"those of `{inner}` do not. Give both with it, as variables has it, or both without, "
+            f"as variables[{name!r}]."
+        )
 
 
 def _misfit(leaf: Any, shape: tuple[int, ...] | None) -> str | None:

@@ -6,12 +6,14 @@ size is moved for it.
 
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,40 +107,203 @@ def test_no_sum_where_outputs_are_cut():
     assert collectives(jax.jit(dora.apply).lower(base, adapter, x).compile()) == []
 
 
-@pytest.mark.parametrize("spec", [ROWS, pytest.param(COLUMNS, marks=pytest.mark.slow)])
-def test_within_the_users_shard_map(spec):
-    """W, A, B and m lie as `sharding.specs` has them."""
-    mesh = MESHES[AxisType.Auto]
-    dora, _, (base, adapter), x = made(spec, mesh)
+# ------------------------------------------------------------------------ the user's own shard_map
+
+
+class Way(NamedTuple):
+    """How a user's own `shard_map` brings W, A, B and m to each device.
+
+    Attributes:
+        of_w: the partition of W.
+        of_adapter: that of the adapter, if it is not that of `sharding.specs`.
+        gathered: over which axis of the mesh all is gathered, and to which type.
+        varying: names of arrays that are made to vary.
+        of_x: the partition of x, (layers, rows, inputs).
+        of_y: that of the result, (layers, rows, outputs).
+        refused: what of W the type does not show to be whole: its inputs, its outputs.
+    """
+
+    of_w: P
+    of_adapter: P | None = None
+    gathered: str | None = None
+    varying: tuple[str, ...] = ()
+    of_x: P = P(None, "d")
+    of_y: P = P(None, "d")
+    refused: tuple[str, ...] = ()
+
+
+STACK, WHOLE, BOTH = P("d"), P(), ("inputs", "outputs")
+BY_INPUTS = {"of_x": P(None, None, "d"), "of_y": P()}
+BY_OUTPUTS = {"of_x": P(), "of_y": P(None, None, "d")}
+BY_STACK = {"of_x": STACK, "of_y": STACK}
+WAYS = {
+    "replicated": Way(WHOLE),
+    "all varying": Way(WHOLE, varying=("w", "a", "b", "m"), refused=BOTH),
+    "base gathered": Way(ROWS, WHOLE, gathered="varying"),
+    "base gathered, m varying": Way(ROWS, WHOLE, gathered="varying", varying=("m",)),
+    "base gathered along columns": Way(COLUMNS, WHOLE, gathered="varying"),
+    "rows gathered": Way(ROWS, gathered="varying", refused=("inputs",)),
+    "rows gathered to whole": Way(ROWS, gathered="invarying"),
+    "columns gathered": Way(COLUMNS, gathered="varying", refused=("outputs",)),
+    "columns gathered to whole": Way(COLUMNS, gathered="invarying"),
+    "stack gathered": Way(STACK, gathered="varying", refused=BOTH),
+    "stack gathered to whole": Way(STACK, gathered="invarying"),
+    "rows": Way(ROWS, **BY_INPUTS, refused=("inputs",)),
+    "rows, m varying": Way(ROWS, varying=("m",), **BY_INPUTS, refused=("inputs",)),
+    "columns": Way(COLUMNS, **BY_OUTPUTS, refused=("outputs",)),
+    "columns, A varying": Way(COLUMNS, varying=("a",), **BY_OUTPUTS, refused=BOTH),
+    "stack": Way(STACK, **BY_STACK, refused=BOTH),
+}
+SLOTS = jlora.Slots(2, (1,))
+UNDER = {
+    "LoRA": jlora.LoRA("w", rank=RANK),
+    "DoRA": jlora.DoRA("w", rank=RANK),
+    "LoRA of slots": jlora.LoRA("w", rank=RANK, slots=SLOTS),
+    "DoRA of slots": jlora.DoRA("w", rank=RANK, slots=SLOTS),
+}
+# What a rule needs whole, and how it says so.
+NEEDS = {
+    "LoRA": {},
+    "DoRA": {"inputs": "DoRA takes norms over all inputs of W"},
+    "LoRA of slots": {"outputs": "its slots are parts of a whole axis of W"},
+}
+NEEDS["DoRA of slots"] = NEEDS["LoRA of slots"] | NEEDS["DoRA"]
+
+
+def refusal(way, under):
+    """The error of a rule in a `shard_map`, if it is one."""
+    needs = [need for of, need in NEEDS[under].items() if of in way.refused]
+    return needs and re.escape(
+        f"'w' cannot be adapted here: {needs[0]}, and the shard_map around it may have cut W over "
+        "the mesh axes 'd'."
+    )
+
+
+def gather(x, spec, to):
+    """`x`, whole along each axis that `spec` cuts."""
+    for i, name in enumerate(spec):
+        x = x if name is None else lax.all_gather(x, name, axis=i, tiled=True, to=to)
+    return x
+
+
+def mapped(way, f, adapter, checked=True):
+    """`f` of base, adapter and x on each device."""
+    specs = {"w": way.of_w}
+    places = jlora.sharding.specs({"w": way.of_adapter or way.of_w}, adapter)
+    if way.of_adapter is not None:
+        places = jax.tree.map(lambda _: P(), places)
 
     def own(base, adapter, x):
-        y = dora.apply(base, adapter, x)
-        return jax.lax.psum(y, "d") if spec == ROWS else y
+        if way.gathered:
+            base = jax.tree.map(lambda v, s: gather(v, s, way.gathered), base, specs)
+            adapter = jax.tree.map(lambda v, s: gather(v, s, way.gathered), adapter, places)
+        if "w" in way.varying:
+            base = {"w": lax.pcast(base["w"], "d", to="varying")}
+        node = adapter["w"]
+        names = [n for n in way.varying if n in node._fields]
+        node = node._replace(**{n: lax.pcast(getattr(node, n), "d", to="varying") for n in names})
+        y = f(base, {"w": node}, x)
+        return lax.psum(y, "d") if way.of_y == P() else y
 
-    specs = {"w": spec}
-    of_x, of_y = (P(None, None, "d"), P()) if spec == ROWS else (P(), P(None, None, "d"))
-    f = jax.shard_map(
+    return jax.shard_map(
         own,
-        mesh=mesh,
-        in_specs=(specs, jlora.sharding.specs(specs, adapter), of_x),
-        out_specs=of_y,
+        mesh=MESHES[AxisType.Auto],
+        in_specs=(specs, places, way.of_x),
+        out_specs=way.of_y,
+        check_vma=checked,
     )
+
+
+def problem(rule):
+    """As many layers as devices: transform, base, adapter, input."""
+    params, x = {"w": normal(0, 4, INPUTS, OUTPUTS)}, normal(1, 4, 4, INPUTS)
+    lora = jlora.transform(model, rule)
+    base, adapter = lora.init(jax.random.key(0), params, x)
+    return lora, base, laws.randomize(adapter), x
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    ("under", "merged"),
+    [
+        ("DoRA", False),
+        ("LoRA of slots", False),
+        *(pytest.param(u, True, marks=pytest.mark.slow) for u in UNDER),
+        *(pytest.param(u, False, marks=pytest.mark.slow) for u in ("LoRA", "DoRA of slots")),
+    ],
+)
+def test_within_the_users_shard_map(name, under, merged):
+    """As without it, or refused."""
+    way, (lora, base, adapter, x) = WAYS[name], problem(UNDER[under])
+    f = (lambda b, a, x: model(jlora.merge(b, a), x)) if merged else lora.apply
+    inside = mapped(way, f, adapter)
+    if message := refusal(way, under):
+        with pytest.raises(NotImplementedError, match=message):
+            inside(base, adapter, x)
+        return
+    actual = value_and_slope(lambda a: inside(base, a, x), adapter)
+    expected = value_and_slope(lambda a: lora.apply(base, a, x), adapter)
+    laws.assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["replicated", "base gathered", "rows"])
+@pytest.mark.parametrize("under", UNDER)
+def test_what_a_shard_map_hides_is_refused(under, name):
+    lora, base, adapter, x = problem(UNDER[under])
+    f = mapped(WAYS[name], lora.apply, adapter, checked=False)
+    if NEEDS[under]:
+        with pytest.raises(NotImplementedError, match="check_vma=False hides both"):
+            f(base, adapter, x)
+    else:
+        laws.assert_close(f(base, adapter, x), lora.apply(base, adapter, x), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["replicated", "rows gathered", "rows gathered to whole"])
+def test_codes_within_the_users_shard_map(name):
+    """All codes and scales, as of a quantized leaf that is cut there is no shape."""
+    way, mesh = WAYS[name], MESHES[AxisType.Auto]
+    params, x = {"w": normal(0, 64, 8)}, normal(1, 4, 64)
+    dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=RANK))
+    base, adapter = dora.init(jax.random.key(0), jlora.quantize(params, jlora.Int8("w")), x)
+    adapter, spec = laws.randomize(adapter), {"w": P(*way.of_w[1:])}
+    places = jlora.sharding.specs(spec, base), jlora.sharding.specs(spec, adapter)
+
+    def own(base, adapter, x):
+        whole = (base, adapter)
+        if way.gathered:
+            whole = jax.tree.map(lambda v, s: gather(v, s, way.gathered), whole, places)
+        return dora.apply(*whole, x)
+
+    f = jax.shard_map(own, mesh=mesh, in_specs=(*places, P("d")), out_specs=P("d"))
+    if message := refusal(way, "DoRA"):
+        with pytest.raises(NotImplementedError, match=message):
+            f(base, adapter, x)
+        return
     actual = value_and_slope(lambda a: f(base, a, x), adapter)
     expected = value_and_slope(lambda a: dora.apply(base, a, x), adapter)
     laws.assert_close(actual, expected, 1e-10)
 
 
-def test_what_a_shard_map_hides_is_refused():
-    dora, _, (base, adapter), x = made(ROWS, MESHES[AxisType.Auto])
-    f = jax.shard_map(
-        dora.apply,
-        mesh=MESHES[AxisType.Auto],
-        in_specs=P(),
-        out_specs=P(),
-        check_vma=False,
-    )
-    with pytest.raises(NotImplementedError, match="hides whether it has cut them"):
-        f(base, adapter, x)
+@pytest.mark.parametrize("name", ["rows", "columns", "stack"])
+def test_within_the_models_own_shard_map(name):
+    """What the error advises for weights that are cut: the norms are taken outside."""
+    way, (_, base, adapter, x) = WAYS[name], problem(UNDER["DoRA"])
+
+    def parallel(p, x):
+        def own(p, x):
+            y = model(p, x)
+            return lax.psum(y, "d") if name == "rows" else y
+
+        return jax.shard_map(
+            own,
+            mesh=MESHES[AxisType.Auto],
+            in_specs=({"w": way.of_w}, way.of_x),
+            out_specs=way.of_y,
+        )(p, x)
+
+    both = [jlora.transform(f, UNDER["DoRA"]).apply for f in (parallel, model)]
+    actual, expected = (value_and_slope(lambda a, f=f: f(base, a, x), adapter) for f in both)
+    laws.assert_close(actual, expected, 1e-10)
 
 
 def test_init_of_a_part_is_refused():

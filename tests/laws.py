@@ -1,9 +1,9 @@
 """The laws of the transform, each a function of a case that `init` was called on once.
 
 With random A and B: adapted is merged, in values and in gradients; at B = 0 it is the base model;
-`jit`, `vmap`, `checkpoint` and `scan` around `apply` change nothing; only the expected sites are
-found, and nothing of a weight's size is trained; on a base that is quantized all is as on the
-weights that its codes stand for.
+`jit`, `vmap`, `checkpoint` and `scan` around `apply` change nothing; derivatives of second order, in
+both modes, are the merged model's; only the expected sites are found, and nothing of a weight's size
+is trained; on a base that is quantized all is as on the weights that its codes stand for.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orders
 from cases import Case, Problem
 from own_schemes import Pairs
 
@@ -116,32 +115,24 @@ def table_is_that_of_init(made: Made) -> None:
 def adapted_is_merged(made: Made, tolerance: float) -> tuple[Callable[..., Any], Any]:
     """Values, and gradients with respect to A, B and full leaves; no tracer outlives its trace.
 
-    Gives the function of an adapter and `traced` that finds all of these in each order, by name,
-    and what it found.
+    Gives the function of an adapter and `traced` that finds both, and what it found.
     """
     merged, adapted = (value_and_slope(f, made.case.grad) for f in (made.merged, made.value))
-
-    def both(adapter: Any, *traced: Any) -> dict[str, Any]:
-        return {"merged": merged(adapter)} | in_each_order(lambda: adapted(adapter, *traced))
-
     with contextlib.nullcontext() if made.case.leaks else leaks_checked():
-        program = made.compiled(both)
-        found = program(made.adapter, *made.traced)
-    expected = found.pop("merged")
-    for order, actual in found.items():
-        assert_close(actual, expected, tolerance, f"adapted is merged, {order}")
+        program = made.compiled(lambda a, *traced: (adapted(a, *traced), merged(a)))
+        actual, expected = program(made.adapter, *made.traced)
+    assert_close(actual, expected, tolerance, "adapted is merged")
     assert not made.case.grad or any(np.any(np.asarray(x)) for x in jax.tree.leaves(expected[1]))
-    return program, found
+    return lambda *args: program(*args)[0], actual
 
 
 def zero_is_the_base(made: Made, tolerance: float) -> None:
     """At B = 0 the adapted model is the base model: bit for bit where its product is unchanged."""
     args, kwargs = made.problem.args, made.problem.kwargs
-    found = in_each_order(lambda: made.lora.apply(made.base, made.initial, *args, **kwargs))
+    actual = made.lora.apply(made.base, made.initial, *args, **kwargs)
     expected = made.problem.apply(made.problem.params, *args, **kwargs)
-    for order, actual in found.items():
-        bound = 0.0 if made.case.exact_at_zero else tolerance
-        assert_close(actual, expected, bound, f"zero is the base, {order}")
+    bound = 0.0 if made.case.exact_at_zero else tolerance
+    assert_close(actual, expected, bound, "zero is the base")
 
 
 def transforms_agree(made: Made, program: Any, at_one: Any, tolerance: float) -> None:
@@ -159,13 +150,21 @@ def transforms_agree(made: Made, program: Any, at_one: Any, tolerance: float) ->
             found["checkpoint"] = value_and_slope(jax.checkpoint(value), True)(adapter, *traced)
         return found
 
-    in_all = jax.jit(lambda *args: in_each_order(lambda: transformed(*args)))
     at_half = program(half, *made.traced)
-    for order, found in in_all(made.adapter, two, *made.traced).items():
-        stacked = jax.tree.map(lambda *xs: np.stack(xs), at_one[order][0], at_half[order][0])
-        expected = {"scan": stacked, "vmap": stacked, "checkpoint": at_one[order]}
-        for name, actual in found.items():
-            assert_close(actual, expected[name], tolerance, f"{name}, {order}")
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), at_one[0], at_half[0])
+    expected = {"scan": stacked, "vmap": stacked, "checkpoint": at_one}
+    for name, actual in jax.jit(transformed)(made.adapter, two, *made.traced).items():
+        assert_close(actual, expected[name], tolerance, name)
+
+
+def derivatives_are_merged(made: Made, tolerance: float) -> None:
+    """Derivatives of first and second order, in each mode that the merged model itself has."""
+    along = jax.tree.map(lambda x: np.cos(np.arange(x.size)).reshape(x.shape), made.adapter)
+    adapted, merged = (derivatives(f, along, made.case) for f in (made.value, made.merged))
+    program = made.compiled(lambda a, *traced: (adapted(a, *traced), merged(a)))
+    actual, expected = program(made.adapter, *made.traced)
+    for order, found in actual.items():
+        assert_close(found, expected[order], 10 * tolerance, f"{order} of adapted is of merged")
 
 
 def quantized_is_dequantized(made: Made, tolerance: float) -> None:
@@ -205,23 +204,13 @@ def leaks_checked() -> Iterator[None]:
         gc.enable()
 
 
-def in_each_order(f: Callable[[], Any]) -> dict[str, Any]:
-    """What `f` gives with each order of the product forced; one where no product allows both."""
-    found = {}
-    for order in (orders.APART, orders.SUMMED):
-        with orders.forced(order) as planner:
-            found[order] = f()
-        if not planner.called:
-            break  # the second would be the same program
-    return found
-
-
-def in_both_orders(made: Made, tolerance: float, every_law: bool) -> None:
-    """Adapted is merged, or every law but that of sites, with each order of the product forced."""
+def hold(made: Made, tolerance: float, every_law: bool) -> None:
+    """Adapted is merged; or every law but those of sites and of quantized bases."""
     program, found = adapted_is_merged(made, tolerance)
     if every_law:
         transforms_agree(made, program, found, tolerance)
         zero_is_the_base(made, tolerance)
+        derivatives_are_merged(made, tolerance)
 
 
 # ------------------------------------------------------------------------------ what they share
@@ -282,6 +271,38 @@ def value_and_slope(f: Callable[..., Any], grad: bool = True) -> Callable[..., A
         return outputs, slope
 
     return both
+
+
+def derivatives(f: Callable[..., Any], along: Any, case: Case) -> Callable[..., dict[str, Any]]:
+    """The function that finds directional derivatives of the floats that `f` gives.
+
+    Those of second order are of their `scalar`, by forward and reverse mode in each order.
+    """
+
+    def of_each_order(adapter: Any, *args: Any) -> dict[str, Any]:
+        t = jax.tree.map(lambda x, d: jnp.asarray(d, x.dtype), adapter, along)
+
+        def forward(g: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            return lambda a: jax.jvp(g, (a,), (t,))[1]
+
+        def reverse(g: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            return lambda a: sum(map(jnp.vdot, *map(jax.tree.leaves, (jax.grad(g)(a), t))))
+
+        def loss(a: Any) -> jax.Array:
+            return scalar(f(a, *args))
+
+        found: dict[str, Any] = {}
+        if case.forward:
+            found["jvp"] = forward(lambda a: floats(f(a, *args)))(adapter)
+            found["jvp of jvp"] = forward(forward(loss))(adapter)
+        if case.grad:
+            found["grad of grad"] = jax.grad(reverse(loss))(adapter)
+        if case.grad and case.forward:
+            found["jvp of grad"] = forward(jax.grad(loss))(adapter)
+            found["grad of jvp"] = jax.grad(forward(loss))(adapter)
+        return found
+
+    return of_each_order
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float, law: str = "") -> None:

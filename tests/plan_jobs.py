@@ -45,6 +45,18 @@ def large(mesh):
     return job(mesh, layers=64, d=8192, width=32768)
 
 
+def lost(mesh):
+    """The base that `jax.eval_shape` gives, without shardings."""
+    loss, base, adapter, args = job(mesh)
+    return loss, jax.eval_shape(lambda x: x, base), adapter, args
+
+
+def nowhere(mesh):
+    """All of it without shardings."""
+    loss, *trees = job(mesh)
+    return loss, *jax.eval_shape(lambda *x: x, *trees)
+
+
 def wrong(mesh):
     """Not what plan needs."""
     return mesh

@@ -76,16 +76,40 @@ def test_nothing_of_the_table_is_moved():
 
 @pytest.mark.parametrize("check", [True, False])
 def test_a_part_of_the_table_is_refused(check):
-    mesh = MESHES[AxisType.Auto]
-    rows, _, (base, adapter) = made(VOCABULARY_CUT, mesh)
-    f = jax.shard_map(
-        rows.apply,
-        mesh=mesh,
-        in_specs=({"table": VOCABULARY_CUT}, P(), P()),
-        out_specs=P(None, None, "d"),
-        check_vma=check,
-    )
+    _, _, (base, adapter) = made(VOCABULARY_CUT, MESHES[AxisType.Auto])
+    rows = jlora.transform(model, jlora.Rows("table", [3]))
     few = jax.tree.map(lambda v: v[:1], adapter)
     few = {"table": few["table"]._replace(rows=(3,))}  # within the part of each
-    with pytest.raises(NotImplementedError, match="counts the rows of the whole table"):
-        f(base, few, IDS)
+
+    def inside(f):
+        specs = {"table": VOCABULARY_CUT}, P(), P()
+        how = {"in_specs": specs, "out_specs": P("d"), "check_vma": check}
+        return jax.shard_map(f, mesh=MESHES[AxisType.Auto], **how)
+
+    message = "'table' cannot be adapted here: Rows counts the rows of the whole table, and the"
+    with pytest.raises(NotImplementedError, match=f"{message} .* over the mesh axes 'd'"):
+        inside(rows.apply)(base, few, IDS)
+    with pytest.raises(NotImplementedError, match=message):
+        inside(lambda base, adapter, _: jlora.merge(base, adapter))(base, few, IDS)
+    with pytest.raises(NotImplementedError, match=r"\('table'\) counts .*Call init outside of it"):
+        inside(lambda base, _, ids: rows.init(jax.random.key(0), base, ids)[1])(base, few, IDS)
+
+
+@pytest.mark.parametrize("to", ["varying", "invarying"])
+def test_a_gathered_table(to):
+    """Its type must say that it is whole."""
+    rows, _, (base, adapter) = made(VOCABULARY_CUT, MESHES[AxisType.Auto])
+
+    def own(base, adapter, ids):
+        whole = jax.lax.all_gather(base["table"], "d", tiled=True, to=to)
+        return rows.apply({"table": whole}, adapter, ids)
+
+    ids, specs = jnp.arange(8).reshape(4, 2), ({"table": VOCABULARY_CUT}, P(), P("d"))
+    f = jax.shard_map(own, mesh=MESHES[AxisType.Auto], in_specs=specs, out_specs=P("d"))
+    if to == "varying":
+        with pytest.raises(NotImplementedError, match="may have cut W over the mesh axes 'd'"):
+            f(base, adapter, ids)
+        return
+    actual = value_and_slope(lambda a: f(base, a, ids), adapter)
+    expected = value_and_slope(lambda a: rows.apply(base, a, ids), adapter)
+    laws.assert_close(actual, expected, 1e-10)

@@ -1,5 +1,6 @@
 """`LoRA()`: ranks that a site cannot have, and weights without a factored form."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,7 +9,8 @@ import pytest
 from jax import lax
 
 import jlora
-from jlora import LoRA
+from jlora import DoRA, LoRA, Slots
+from jlora.initializers import miss
 
 KEY, X = jax.random.key(0), jnp.ones((3, 16))
 
@@ -26,11 +28,60 @@ def test_the_rank_is_clipped_and_the_scale_is_kept(rslora):
     lora = jlora.transform(head_of_two, rule)
     _, adapter = lora.init(KEY, PARAMS, X)
     assert adapter["layer"].a.shape == (16, 8)
-    assert adapter["head"].a.shape == (16, 2)
+    assert adapter["head"].a.shape == (16, 1)
     assert adapter["head"].scale == pytest.approx(rule.scale)
     table = str(lora.sites(PARAMS, X))
     [line] = [line for line in table.split("\n") if line.startswith("head")]
-    assert line.split()[-4:] == ["2", "(of", "8)", "36"]
+    assert line.split()[-4:] == ["1", "(of", "8)", "18"]
+
+
+def scanned(params, x):
+    return lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
+
+
+def plain(params, x):
+    return x @ params["w"]
+
+
+FUSED = Slots(2, (1,))
+
+
+@pytest.mark.parametrize(
+    ("rule", "model", "shape", "rank"),
+    [
+        (LoRA(), plain, (16, 4), 3),
+        (LoRA(), plain, (4, 16), 3),
+        (LoRA(), plain, (16, 16), 8),
+        (LoRA(), plain, (16, 15), 7),
+        (LoRA(rank=3), plain, (16, 4), 3),
+        (LoRA(), plain, (2, 1), 1),
+        (LoRA(rank=1), plain, (16, 1), 1),
+        (LoRA(), plain, (1000, 1000), 8),
+        (LoRA(rank=1000), plain, (1000, 1000), 500),
+        (LoRA(), scanned, (3, 4, 4), 2),
+        (LoRA(slots=FUSED), plain, (16, 8), 3),
+        (LoRA(slots=FUSED, rank=2), plain, (16, 8), 2),
+        (LoRA(init=miss), plain, (16, 4), 4),
+        (DoRA(), plain, (16, 4), 3),
+        (DoRA(), plain, (16, 16), 7),
+        (DoRA(), scanned, (3, 4, 4), 1),
+        (DoRA(slots=FUSED), plain, (16, 32), 7),
+    ],
+    ids=str,
+)
+def test_no_more_is_trained_than_a_weight_has(rule, model, shape, rank):
+    """But at rank 1; of slots, than those that are adapted. A named rule has the rank it says."""
+    params, x = {"w": jnp.ones(shape)}, jnp.ones((3, shape[-2]))
+    lora = jlora.transform(model, rule)
+    _, adapter = lora.init(KEY, params, x)
+    site = lora.sites(params, x)["w"]
+    assert adapter["w"].a.shape[-1] == site.rule.rank == rank
+    assert adapter["w"].scale == pytest.approx(rule.scale)
+    assert site.asked_rank == (None if rank == rule.rank else rule.rank)
+    share = 2 if rule.slots else 1
+    assert rank == 1 or site.trainable <= site.size / share
+    named = dataclasses.replace(rule, pattern="w", rank=min(rule.rank, min(shape[-2:]) // share))
+    assert jlora.transform(model, named).sites(params, x)["w"].rule == named
 
 
 def test_a_named_rule_is_not_clipped():

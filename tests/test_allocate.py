@@ -119,7 +119,7 @@ def test_by_gain_for_each_parameter() -> None:
     sites = {"a": (1, (4, 4), (3.0, 2.0)), "b": (1, (8, 8), (3.0, 2.9)), "c": (3, (4, 4), (2, 1))}
     order = []
     for budget in range(8, 120):
-        ranks = jlora.allocate(of(sites), LoRA("", rank=1), budget=budget).ranks
+        ranks = jlora.allocate(of(sites), LoRA(".*", rank=1), budget=budget).ranks
         order += [path for path, r in ranks.items() for _ in range(r - order.count(path))]
     # 9/8, 9/16, 8.41/16, 4/8, 12/24 and 3/24
     assert order == ["a", "b", "b", "a", "c", "c"]
@@ -128,14 +128,14 @@ def test_by_gain_for_each_parameter() -> None:
 def test_of_inputs_it_is_by_explained_variance() -> None:
     """Whatever their size."""
     sites = {"a": (1, (4, 4), (3.0, 2.0, 1.0)), "b": (1, (4, 4), (300.0, 100.0, 1.0))}
-    f = lambda kind: jlora.allocate(of(sites, kind), LoRA("", rank=2), budget=24)  # noqa: E731
+    f = lambda kind: jlora.allocate(of(sites, kind), LoRA(".*", rank=2), budget=24)  # noqa: E731
     assert f("inputs").ranks == {"a": 2, "b": 1}
     assert f("gradient").ranks == {"a": 1, "b": 2}
 
 
 def test_limits() -> None:
     sites = {"a": (1, (8, 8), tuple(range(9, 1, -1))), "b": (1, (8, 8), (0.1, 0.1, 0.1))}
-    f = lambda **given: jlora.allocate(of(sites), LoRA("", rank=2), **given).ranks  # noqa: E731
+    f = lambda **given: jlora.allocate(of(sites), LoRA(".*", rank=2), **given).ranks  # noqa: E731
     assert f() == {"a": 4, "b": 0}  # as many parameters as by the rules, twice the rank at most
     assert f(budget=999) == {"a": 4, "b": 3}
     assert f(budget=999, max_rank=6) == {"a": 6, "b": 3}
@@ -184,7 +184,7 @@ def test_a_checkpoint_takes_it_for_rules(tmp_path: Any) -> None:
 
 def test_other_rules_keep_their_places() -> None:
     sites = {"a/kernel": (1, (4, 4), (3.0, 2.0)), "b/kernel": (1, (4, 4), (1.0, 0.5))}
-    given = (Full("norm"), LoRA("a/k", rank=1), Full("bias"), LoRA("kernel", rank=3, alpha=3))
+    given = (Full("norm"), LoRA("a/kernel", rank=1), Full("bias"), LoRA("kernel", rank=3, alpha=3))
     allocation = jlora.allocate(of(sites), given, budget=24)
     assert list(allocation) == [
         Full("norm"),
@@ -238,7 +238,7 @@ def test_pefts_files_have_the_ranks(tmp_path: Any) -> None:
 
 def test_table() -> None:
     sites = {"a": (1, (40, 60), (3.0, 2.0)), "b": (1, (40, 60), (1.0, 0.5))}
-    assert str(jlora.allocate(of(sites), LoRA("", rank=1), budget=201)).splitlines() == [
+    assert str(jlora.allocate(of(sites), LoRA(".*", rank=1), budget=201)).splitlines() == [
         "site  score  rank  parameters",
         "─────────────────────────────",
         "a        13     2         200",
@@ -256,22 +256,22 @@ TWO: dict[str, Site] = {"a": (1, (4, 4), (3.0, 2.0)), "head": (1, (4, 4), (0.5,)
 @pytest.mark.parametrize(
     ("rules", "given", "error", "message"),
     [
-        (LoRA(""), {"budget": 7}, ValueError, "`budget` is 7; the first rank takes 8 parameters"),
-        (LoRA(""), {"budget": 9, "min_rank": 1}, ValueError, "`min_rank` 1 takes 16 parameters"),
-        (LoRA(""), {"budget": 1.5}, ValueError, "`budget` must be an integer of at least 1"),
-        (LoRA(""), {"min_rank": None}, ValueError, "`min_rank` must be an integer of at least 0"),
-        (LoRA(""), {"min_rank": 2, "max_rank": 1}, ValueError, r"`max_rank` must .* at least 2"),
+        (LoRA(".*"), {"budget": 7}, ValueError, "`budget` is 7; the first rank takes 8 parameters"),
+        (LoRA(".*"), {"budget": 9, "min_rank": 1}, ValueError, "`min_rank` 1 takes 16 parameters"),
+        (LoRA(".*"), {"budget": 1.5}, ValueError, "`budget` must be an integer of at least 1"),
+        (LoRA(".*"), {"min_rank": None}, ValueError, "`min_rank` must be an integer of at least 0"),
+        (LoRA(".*"), {"min_rank": 2, "max_rank": 1}, ValueError, r"`max_rank` must .* at least 2"),
         (LoRA("b"), {}, ValueError, r"LoRA\('b'\) takes no site of `sketch`. Near misses: "),
-        ((LoRA(""), LoRA("a")), {}, ValueError, r"LoRA\('a'\) takes no site of `sketch`"),
-        (3, {}, TypeError, "`rules` must be rules such as jlora.LoRA; got 3"),
+        ((LoRA(".*"), LoRA("a")), {}, ValueError, r"LoRA\('a'\) takes no site of `sketch`"),
+        (3, {}, TypeError, r"`rules` must be rules, such as jlora.LoRA\(\); got 3\."),
         (
-            (LoRA("", rank=1), Full("head")),
+            (LoRA(".*", rank=1), Full("head")),
             {"budget": 8},
             ValueError,
             r"'head' has rank 0, which would leave it to Full\('head'\). Narrow",
         ),
         (
-            LoRA("", slots=Slots(2, (0,))),
+            LoRA(".*", slots=Slots(2, (0,))),
             {},
             ValueError,
             r"has other slots than 'a' had in the sketch: \(0,\) of 2, not \(0,\) of 1",
@@ -284,18 +284,18 @@ def test_refused(rules: Any, given: Any, error: Any, message: str) -> None:
 
 
 def test_edits_are_checked() -> None:
-    allocation = jlora.allocate(of(TWO), LoRA("", rank=1))
+    allocation = jlora.allocate(of(TWO), LoRA(".*", rank=1))
     with pytest.raises(ValueError, match=r"`ranks` has 'b'. Near misses: "):
         allocation.with_ranks({"b": 1})
     with pytest.raises(ValueError, match=r"the rank of 'a' must be an integer in \[0, 4\]; got 5"):
         allocation.with_ranks({"a": 5})
     with pytest.raises(TypeError, match=r"`sketch` must be one from jlora.sketch; got {}"):
-        jlora.allocate({}, LoRA(""))  # pyright: ignore[reportArgumentType]
+        jlora.allocate({}, LoRA(".*"))  # pyright: ignore[reportArgumentType]
 
 
 def edited(**changed: Any) -> str:
     """The JSON of an allocation, its first site changed."""
-    fields = json.loads(jlora.allocate(of(TWO), LoRA("", rank=1)).to_json())
+    fields = json.loads(jlora.allocate(of(TWO), LoRA(".*", rank=1)).to_json())
     fields["sites"][0] |= changed
     return json.dumps(fields)
 
@@ -328,11 +328,11 @@ def edited(**changed: Any) -> str:
 )
 def test_json_is_checked(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Allocation.from_json(text, LoRA("", rank=1))
+        Allocation.from_json(text, LoRA(".*", rank=1))
 
 
 def test_json_is_of_a_string_and_of_rules_that_take_its_sites() -> None:
     with pytest.raises(TypeError, match="`text` must be a string of JSON; got b''"):
-        Allocation.from_json(b"", LoRA(""))  # pyright: ignore[reportArgumentType]
+        Allocation.from_json(b"", LoRA(".*"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="no LoRA or DoRA of `rules` takes 'head'"):
         Allocation.from_json(edited(), LoRA("^a"))

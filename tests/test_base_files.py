@@ -582,7 +582,7 @@ def test_what_bitsandbytes_has_not_is_refused(tmp_path):
         "  up/kernel: Int4(group=128) is not of bitsandbytes"
     )
     mixed = {"a": params["up"], "b": params["up"]}
-    mixed = jlora.quantize(mixed, jlora.NF4("a/"), jlora.Int8("b/"))
+    mixed = jlora.quantize(mixed, jlora.NF4("a"), jlora.Int8("b"))
     message = "NF4.block=64, double=True. and Int8.block=None., of which a configuration of bitsan"
     with pytest.raises(ValueError, match=f"`base` has weights of {message}"):
         peft.save_base(tmp_path / "base", mixed, NAMES)

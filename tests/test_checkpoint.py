@@ -23,6 +23,7 @@ from laws import make
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint
+from jlora._rules import matches
 
 # One case of each subject for every day; in the long run whole models, and those whose trees are
 # like the trees of others.
@@ -169,6 +170,39 @@ def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
     assert made((dataclasses.replace(rule, init=jlora.initializers.gaussian),))[1].keys() == {"up"}
     checkpoint.save(tmp_path / "b", adapter, (rule,))
     assert checkpoint.read(tmp_path / "b").rules == (rule,)
+
+
+@pytest.mark.parametrize("kind", ["inputs", "gradient"])
+def test_a_start_from_a_sketch_says_that_it_needs_one(kind, tmp_path):
+    """Of this format, and of the one before, which had the name of a function in it."""
+    name = {"inputs": "eva", "gradient": "lora_ga"}[kind]
+    params, x = {"w": jnp.eye(4)}, jnp.eye(4)
+    loss = lambda p, x: jnp.sum((x @ p["w"]) ** 2)  # noqa: E731
+    sketch = jlora.sketch(loss, params, LoRA("w", rank=1), [x], kind=kind)
+    rules = (LoRA("w", rank=1, init=getattr(jlora.initializers, name)(sketch)),)
+
+    def start(rules):
+        return jlora.transform(lambda p, x: x @ p["w"], *rules).init(jax.random.key(0), params, x)
+
+    _, adapter = start(rules)
+    checkpoint.save(tmp_path / "a", adapter, rules)
+    checkpoint.save(tmp_path / "b", adapter, checkpoint.read(tmp_path / "a").rules)
+    assert_equal(checkpoint.restore(tmp_path / "b"), adapter)
+    shutil.copytree(tmp_path / "a", tmp_path / "before")
+    fields = json.loads((tmp_path / "a" / "jlora" / "metadata").read_text())
+    assert fields["rules"][0]["init"] == {"function": f"jlora.initializers.{name}"}
+    fields["rules"][0]["init"]["function"] = f"jlora.initializers._{name}.{name}.<locals>.start"
+    fields["format"] = 1
+    edit(tmp_path / "before", **fields | {"sha256": checkpoint._meta.digest(fields)})
+    message = re.escape(
+        f"`init` was jlora.initializers.{name} when the adapter was saved, which starts from a "
+        "sketch: a checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
+        f"init=jlora.initializers.{name}(sketch)), where sketch is of jlora.sketch(..., "
+        f"kind={kind!r})."
+    )
+    for folder in ("a", "b", "before"):
+        with pytest.raises(NotImplementedError, match=message):
+            start(checkpoint.read(tmp_path / folder).rules)
 
 
 def test_items_join_a_managers_checkpoint(tmp_path):
@@ -402,12 +436,72 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
     edit(path, step=8)
     with pytest.raises(ValueError, match=r"the metadata of .* are damaged: their hash is another"):
         checkpoint.read(path)
-    edit(path, format=2)
-    with pytest.raises(ValueError, match=r"has format 2; .* reads format 1\. Update jlora"):
+    edit(path, format=3)
+    with pytest.raises(ValueError, match=r"has format 3; .* reads formats 1 to 2\. Update jlora"):
         checkpoint.restore(path)
     (path / "jlora" / "metadata").write_text("[]")
     with pytest.raises(ValueError, match=r"the metadata of .* are damaged \(TypeError"):
         checkpoint.restore(path)
+
+
+# ---------------------------------------------------------------------------- checkpoints of before
+
+BEFORE = pathlib.Path(__file__).parent / "fixtures" / "checkpoint"  # as jlora 0.2 wrote it
+
+
+def heads(p: Any, x: jax.Array) -> jax.Array:
+    """The model of that checkpoint; its rules were "quer", "out/w", and "head" in full."""
+    x = x @ p["multi_head"]["query"]["w"] @ p["multi_head"]["out"]["w"]
+    return x @ p["head"]["w"] + p["head"]["b"]
+
+
+def test_a_checkpoint_of_before_is_read():
+    told = checkpoint.read(BEFORE)
+    assert told.rules == (LoRA(".*quer.*", rank=2), LoRA("out/w", rank=1), Full("head"))
+    params = {"query": {"w": jnp.ones((4, 6))}, "out": {"w": jnp.ones((6, 4))}}
+    params = {"multi_head": params, "head": {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}}
+    lora = jlora.transform(heads, *told.rules)
+    base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+    restored = checkpoint.restore(BEFORE, like=adapter, base=base)
+    assert_equal(restored, checkpoint.restore(BEFORE))
+    for array in (restored["head"]["b"], restored["multi_head"]["query"]["w"].b):
+        np.testing.assert_array_equal(array, jnp.ones_like(array))  # trained from zero to one
+
+
+PATHS = ("lm/head/kernel", "lm/head/bias", "multi_head/query/kernel", "0/Up/kernel")
+PATTERNS_BEFORE = {  # and what they are read as
+    "kernel": "kernel",
+    "(head|query)/kernel$": "(head|query)/kernel$",
+    "^lm": "^lm",
+    "head": ".*head.*",
+    "^l": ".*(?:^l).*",
+    "head/": ".*(?:head/).*",
+    "/kernel": ".*(?:/kernel).*",
+    "": ".*",
+    "a|nel$": ".*(?:a|nel$).*",
+    "(?i)up": "(?i)up",
+    "(?i)U": "(?i).*(?:U).*",
+    "(?x) u  # of up": "(?x).*(?: u  # of up\n).*",
+    r"(e)r.*\1": r".*(?:(e)r.*\1).*",
+    "(?<!lm/)head": ".*(?:(?<!lm/)head).*",
+    "query/(?!bias)": ".*(?:query/(?!bias)).*",
+}
+
+
+@pytest.mark.parametrize("before", list(PATTERNS_BEFORE))
+def test_a_pattern_of_before_takes_the_same_leaves(before, tmp_path):
+    """Up to format 1, a pattern was searched for anywhere in a path."""
+    adapted = {path: jnp.ones(3) for path in PATHS if re.search(before, path)}
+    leaves = {tuple(path.split("/")): x for path, x in (adapted or {PATHS[0]: jnp.ones(3)}).items()}
+    checkpoint.save(tmp_path / "a", jlora._tree.nest(leaves), (Full("x"), Full("x")))
+    rule = {"rule": "Full", "pattern": before}
+    file = tmp_path / "a" / "jlora" / "metadata"
+    fields = json.loads(file.read_text()) | {"format": 1, "rules": [rule, rule]}
+    edit(tmp_path / "a", **fields | {"sha256": checkpoint._meta.digest(fields)})
+    first, second = checkpoint.read(tmp_path / "a").rules
+    assert first == Full(PATTERNS_BEFORE[before])
+    assert [path for path in PATHS if matches(first, path)] == list(adapted)
+    assert second.pattern.strip("/") == second.pattern  # it takes nothing, and may stay as it is
 
 
 def damage(path: pathlib.Path, how: str, rng: random.Random) -> None:

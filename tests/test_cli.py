@@ -847,12 +847,13 @@ def large(root: Folder, kind: str) -> tuple[Folder, Folder]:
     site = jlora.LowRank(
         jnp.ones((8192, 1)), jnp.ones((1, 8192)), 1.0, jlora.Layout((), (0,), (1,))
     )
-    checkpoint.save(root / "a", {"w": {"kernel": site}}, ())
+    checkpoint.save(root / "a", {"lm_head": {"kernel": site}}, ())
     if kind == "orbax":
-        checkpoint.export(root / "base", {"w": {"kernel": jnp.zeros(LARGE)}})
+        checkpoint.export(root / "base", {"lm_head": {"kernel": jnp.zeros(LARGE)}})
     else:
         (root / "base").mkdir()
-        save_file({"w.weight": np.zeros(LARGE, np.float32)}, root / "base" / "model.safetensors")
+        weights = {"lm_head.weight": np.zeros(LARGE, np.float32)}
+        save_file(weights, root / "base" / "model.safetensors")
     return root / "base", root / "a"
 
 

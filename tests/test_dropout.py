@@ -37,7 +37,7 @@ random = functools.partial(laws.start, of_b=0.5)  # a B that is not zero
 
 def adapt(apply: Any, params: Any, x: Any, **options: Any) -> tuple[Any, Any, Any]:
     """Transform, base and adapter of all sites."""
-    rule = jlora.LoRA(**{"pattern": "", "rank": 2, "dropout": 0.25, "init": random} | options)
+    rule = jlora.LoRA(**{"pattern": ".*", "rank": 2, "dropout": 0.25, "init": random} | options)
     lora = jlora.transform(apply, rule)
     return lora, *lora.init(jax.random.key(0), params, x)
 

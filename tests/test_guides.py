@@ -108,6 +108,26 @@ def test_every_page_has_an_address_of_its_own():
     assert len(set(pages)) == len(pages)
 
 
+def texts() -> dict[str, str]:
+    """The Markdown of all pages, of notebooks and of the README, by path."""
+    root = GUIDES.parent
+    found = {p: p.read_text(encoding="utf-8") for p in [*root.glob("*.md"), *GUIDES.rglob("*.md")]}
+    for path in GUIDES.rglob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        written = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        found[path] = "\n".join(written)
+    return {path.relative_to(root).as_posix(): text for path, text in found.items()}
+
+
+def test_what_is_copied_from_a_table_works():
+    r"""A bar in a table is written `\|`, backslash and all where the text is copied as it is."""
+    rows = re.compile(r"^\|.*\|$", re.M)
+    cells = [(path, row) for path, text in texts().items() for row in rows.findall(text)]
+    assert len(cells) > 100
+    wrong = [(path, x) for path, row in cells for x in re.findall("`[^`]*`", row) if r"\|" in x]
+    assert not wrong, "write it without `|`, or outside of the table"
+
+
 def test_loops_are_short():
     for page in LOOPS:
         for code, _ in blocks(page):

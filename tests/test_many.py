@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
+import optax
 import pytest
 from cases import CASES, SUBJECTS, Case
 
@@ -265,36 +266,115 @@ def test_rows_without_a_slot_are_nan() -> None:
         assert np.isnan(y).all((1, 2)).tolist() == [False, True, False, True, False, False]
 
 
+INTEGERS = [
+    x if x in ("int8", "uint8", "uint32", "int64") else pytest.param(x, marks=pytest.mark.slow)
+    for x in (f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64))
+]
+
+
+def numbered(count: int) -> tuple[Any, Any, Any]:
+    """Transform, base and a table in whose slot i every output is i of x = 1."""
+    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=1))
+    ones = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 2)) / 4, 1.0, LAYOUT)}
+    table = many.stack([ones] * count)
+    scale = jnp.arange(float(count))[:, None, None]
+    return lora, {"w": jnp.zeros((4, 2))}, {"w": table["w"]._replace(b=table["w"].b * scale)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_ids_may_be_integers_of_any_dtype(dtype: str, form: str) -> None:
+    """Also where the table has more slots than they have numbers: known, or traced."""
+    with jax.enable_x64(dtype.endswith("64")):
+        lora, base, table = numbered(200)
+        limits = jnp.iinfo(dtype)
+        ids = [0, 5, min(101, limits.max), 1, *[-1] * (limits.min < 0)]
+        expected = np.array([max(i, 0) for i in ids], "f")
+        ids, x = jnp.array(ids, dtype), jnp.ones((len(ids), 4))
+        routed = many.route(lora.apply, form=form)
+        for found in (ids, np.asarray(ids), [int(i) for i in ids], list(ids)):
+            np.testing.assert_allclose(routed(base, table, found, x)[:, 0], expected)
+        y = jax.jit(routed)(base, table, ids, x)
+        np.testing.assert_allclose(y[:, 0], expected)
+        none = jnp.array([limits.max, limits.min, 0], dtype)
+        is_none = [not -1 <= int(i) < 200 for i in none]
+        y = jax.jit(routed)(base, table, none, jnp.ones((3, 4)))
+        assert np.isnan(y[:, 0]).tolist() == is_none
+        if any(is_none):
+            with pytest.raises(ValueError, match=r"`ids` must lie in \[-1, 200\)"):
+                routed(base, table, none, jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_slots_may_be_integers_of_any_dtype(dtype: str) -> None:
+    """Of `take`, `insert`, `remove`, `stop` and `restart`, known or traced."""
+    with jax.enable_x64(dtype.endswith("64")):
+        _, _, table = numbered(200)
+        tx = many.optimizer(optax.sgd, learning_rate=0.1)
+        state, i = tx.init(table), min(101, int(jnp.iinfo(dtype).max))
+        new = jax.tree.map(lambda x: x[0] + 7, table)
+        first = lambda table: np.array(table["w"].b[:, 0, 0])  # noqa: E731
+        for slot in (jnp.array(i, dtype), np.array(i, dtype)):
+            for jit in (lambda f: f, jax.jit):
+                expected = first(table)
+                np.testing.assert_allclose(jit(many.take)(table, slot)["w"].b[0, 0], expected[i])
+                expected[i] = 7
+                np.testing.assert_allclose(first(jit(many.insert)(table, slot, new)), expected)
+                expected[i] = 0
+                np.testing.assert_allclose(first(jit(many.remove)(table, slot)), expected)
+                for slots in (slot, slot[None], [slot]):
+                    stopped = jit(many.stop)(state, slots)
+                    assert np.flatnonzero(~stopped.running).tolist() == [i]
+                    again = jit(functools.partial(many.restart, tx))(stopped, table, slots)
+                    assert again.running.all()
+
+
+@pytest.mark.parametrize("slot", [True, 1.0, jnp.array([1]), jnp.array(1.0), None, "0"])
+def test_a_slot_is_one_integer(slot: Any) -> None:
+    _, _, table = numbered(3)
+    for f in (many.take, many.remove):
+        with pytest.raises(TypeError, match=r"`slot` must be one integer, from 0 on; got "):
+            f(table, slot)
+
+
 # ---------------------------------------------------------------------------------- isolation
 
-# What a value that is not finite, in a slot that they do not name, does to rows.
-SAFE = {
-    ("side by side", "a", "value"): True,
-    ("side by side", "a", "gradient"): False,
-    ("side by side", "b", "value"): False,
-    ("side by side", "b", "gradient"): False,
-    **{("gathered", x, y): True for x in "ab" for y in ("value", "gradient")},
+# A use of W, and the factor that an activation, or an index, meets first.
+USES: dict[str, Any] = {
+    "dense": (lambda p, x: x @ p["w"], "a"),
+    "lookup": (lambda p, x: p["w"][x[:, 0].astype(int)], "a"),
+    "tied head": (lambda p, x: x @ p["w"].T, "b"),
+    "both": (lambda p, x: p["w"][x[:, 0].astype(int)] @ p["w"].T, None),
 }
 
 
 @pytest.mark.parametrize("bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("form", "factor", "what"), list(SAFE))
-def test_isolation_is_as_stated(form: str, factor: str, what: str, bad: float) -> None:
-    lora, base, adapters = made(full=False)
-    stacked = many.stack(adapters)
+@pytest.mark.parametrize("factor", "ab")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("use", USES)
+def test_isolation_is_as_stated(use: str, form: str, factor: str, bad: float) -> None:
+    """What a value that is not finite does to rows that do not name its slot."""
+    model, first = USES[use]
+    lora, rng = jlora.transform(model, jlora.LoRA("w")), np.random.default_rng(3)
+    table = {"w": jlora.LowRank(normal(rng, 3, 8, 2), normal(rng, 3, 2, 8), 1.0, LAYOUT)}
+    table = jax.tree.map(jnp.asarray, table)
     broken = jax.tree.map(
-        lambda x, label: x.at[1].set(bad) if label == factor else x, stacked, jlora.labels(stacked)
+        lambda x, label: x.at[1].set(bad) if label == factor else x, table, jlora.labels(table)
     )
-    ids = jnp.array([0, 2, -1, 0, 2, 0])
+    ids, x = jnp.array([0, 2, -1, 0]), jnp.asarray(normal(rng, 4, 8))
 
     def value(table: Any, x: jax.Array) -> jax.Array:
-        return many.route(lora.apply, form=form)(base, table, ids, x)
+        return many.route(lora.apply, form=form)(params, table, ids, x)
 
-    f = value if what == "value" else jax.grad(lambda t, x: value(t, x).sum(), argnums=1)
-    if SAFE[form, factor, what]:
-        close(f(broken, X), f(stacked, X))
-    else:
-        assert not np.isfinite(f(broken, X)).all()
+    def slope(table: Any, x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: (value(table, x) ** 2).sum())(x)
+
+    params = {"w": jnp.asarray(normal(rng, 8, 8))}
+    for f, alone in ((value, factor == first), (slope, use in ("lookup", "both"))):
+        if form == "gathered" or alone:
+            close(f(broken, x), f(table, x))
+        else:
+            assert not np.isfinite(f(broken, x)).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
@@ -358,6 +438,39 @@ def test_a_table_of_shapes_and_under_jit() -> None:
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, expected)
     inserted = jax.jit(many.insert)(expected, 1, adapters[1])
     jax.tree.map(np.testing.assert_array_equal, inserted, expected)
+
+
+def test_what_a_traced_function_closes_over_is_known() -> None:
+    """Tables, adapters, slots and ids: the same results, and the same refusals."""
+    lora, base, adapters = made()
+    table = many.stack(adapters, base=base)
+    tx = many.optimizer(optax.sgd, learning_rate=0.1)
+    state, one, ids = tx.init(table), jnp.array(1), jnp.array(IDS)
+    broken, three, bad = jax.tree.map(lambda x: x * jnp.nan, adapters[0]), one + 2, ids + 2
+    for f in (
+        lambda: many.stack(adapters, base=base),
+        lambda: many.insert(table, one, adapters[0]),
+        lambda: many.remove(table, one, base=base),
+        lambda: many.take(table, one),
+        lambda: many.prepare(table),
+        lambda: many.route(lora.apply)(base, table, ids, X),
+        lambda: many.stop(state, one),
+        lambda: many.stop(state, [0, 2]),
+        lambda: many.restart(tx, state, table, one, learning_rate=0.2),
+    ):
+        expected = f()
+        laws.assert_close(jax.jit(f)(), expected, 1e-5)
+        assert jax.tree.structure(jax.eval_shape(f)) == jax.tree.structure(expected)
+    for f, message in (
+        (lambda: many.stack([broken], base=base), "is not finite"),
+        (lambda: many.insert(table, 0, broken), "is not finite"),
+        (lambda: many.take(table, three), r"`slot` must lie in \[0, 3\)"),
+        (lambda: many.stop(state, [0, 3]), r"`slots` must lie in \[0, 3\)"),
+        (lambda: many.stop(state, three), r"`slots` must lie in \[0, 3\)"),
+        (lambda: many.route(lora.apply)(base, table, bad, X), r"`ids` must lie in \[-1, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.jit(f)()
 
 
 def node(rank: int, shape: tuple[int, int] = (6, 4), dtype: Any = jnp.float32) -> jlora.LowRank:

@@ -614,7 +614,7 @@ MISTAKES: list[tuple[Callable[[], Any], type, str]] = [
     (
         lambda: many.stop(STATE, 0.5),
         TypeError,
-        "`slots` must be indices or a mask of shape (3,); got float32[].",
+        "`slots` must be indices or a mask of shape (3,); got 0.5.",
     ),
     (
         lambda: many.stop(STATE, [0, 3]),

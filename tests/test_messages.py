@@ -47,7 +47,7 @@ BOUND = (
 
 def bound(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
     """The tree of `fn` with an adapter at every matrix in it."""
-    return jlora.bind(*jlora.transform(fn, LoRA(".", rank=1)).init(KEY, params, *args))
+    return jlora.bind(*jlora.transform(fn, LoRA(".*", rank=1)).init(KEY, params, *args))
 
 
 def linen(module: nn.Module, x: jax.Array) -> tuple[Callable[..., Any], Any]:
@@ -145,14 +145,14 @@ def block(params: Any, x: jax.Array) -> jax.Array:
 
 
 PATTERNS = {  # a pattern: the leaf that it should not match, and what is advised
-    "out": ("out/bias", "out/.*kernel"),
-    "out/": ("out/bias", "out/.*kernel"),
+    "out": ("out/bias", "out/kernel"),
+    "blocks": ("blocks/0/query/bias", "blocks/.*kernel"),
     "out/bias": ("out/bias", "out/kernel"),
     "bias": ("blocks/0/query/bias", "kernel"),
     "(query|out)/bias$": ("blocks/0/query/bias", "(query|out)/kernel$"),
-    "(query|out)": ("blocks/0/query/bias", "(query|out)/.*kernel"),
-    "query|out": ("blocks/0/query/bias", None),
-    "": ("blocks/0/query/bias", "/.*kernel"),
+    "(query|out)": ("blocks/0/query/bias", "(query|out)/kernel"),
+    "query|out": ("blocks/0/query/bias", "(query|out)/kernel"),
+    ".*": ("blocks/0/query/bias", ".*/kernel"),
     "scale": ("norm/scale", None),
 }
 

@@ -421,7 +421,9 @@ def test_tensors_need_a_name_for_every_leaf() -> None:
             call()
         assert str(error.value) == (
             f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            "axes. 2 problems:\n  b/c\n  b/kernel"
+            "axes. 2 problems:\n  b/c\n  b/kernel\n`names` has rows for paths like "
+            r"'(\\w+)/kernel'. Give the table of this model, or add rows of your own, such as "
+            r"jlora.peft.Name(r'(.*)/kernel', r'\1', 'io')."
         )
 
 
@@ -527,8 +529,14 @@ UNWRITABLE: list[Any] = [
     pytest.param(
         lambda b, a, n: (b, a, [Name("v", "m", "io")]),
         ValueError,
-        "w: no row of `names` fits its path and number of axes",
+        "w: no row of `names` fits 'w' with 2 axes",
         id="unnamed",
+    ),
+    pytest.param(  # as rows have it, whose paths leave out a leading params/
+        lambda b, a, n: ({"params": b}, {"params": a}, [Name("params/w", "m", "io")]),
+        ValueError,
+        "params/w: no row of `names` fits 'w' with 2 axes",
+        id="unnamed-in-a-collection",
     ),
     pytest.param(
         lambda b, a, n: (b, a, [Name("w", "m", "oi")]),

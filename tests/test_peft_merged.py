@@ -5,6 +5,7 @@ changed; whatever keeps it from being that is listed, and leaves nothing behind.
 """
 
 import json
+import math
 import os
 import pathlib
 import random
@@ -399,6 +400,78 @@ def test_vision_as_it_is_called_now(layers: str, tmp_path: Folder) -> None:
     for (a, b), (name, w) in zip(pairs.values(), weights.items(), strict=True):
         scale = json.loads((given / CONFIG).read_text())["lora_alpha"] / 2
         np.testing.assert_allclose(merged[name], w + scale * b @ a, rtol=1e-5, atol=1e-5)
+
+
+RENAMED: dict[str, Any] = json.loads((models.FIXTURES / "renamed.json").read_text())
+RENAMED["llava-read"] = {  # from the hub, whose names of the tower it keeps
+    name: [home.replace("vision_tower.", "vision_tower.vision_model."), shape]
+    for name, (home, shape) in RENAMED["llava"].items()
+}
+
+
+@pytest.mark.parametrize("which", ["", "language_model|layers|blocks", "q_proj|query"])
+@pytest.mark.parametrize("family", RENAMED)
+def test_names_of_today(family: str, which: str, tmp_path: Folder) -> None:
+    """What `transformers` 5 saves under other names than its modules have in memory."""
+    draw, weights, expected = np.random.default_rng(8), {}, {}
+    given, modules, parameters = {}, [], []
+    for i, (name, (home, shape)) in enumerate(RENAMED[family].items()):
+        weights[home] = draw.standard_normal(shape, np.float32)
+        if not re.search(which, name):
+            continue
+        (*stack, rows, columns), module = shape, name.removesuffix(".weight")
+        count = math.prod(stack)
+        a, b = low_rank((rows, columns), 2 * count, i)
+        each = [b[:, e::count] @ a[2 * e : 2 * e + 2] for e in range(count)]
+        expected[home] = weights[home] + np.stack(each).reshape(shape)
+        if stack:
+            parameters.append(name)
+            module = name.rpartition(".")[0] + ".base_layer" * ("gate_up" in name)
+        else:
+            modules.append(module)
+        given[module] = a, b
+    base = checkpoint(tmp_path / "base", weights)
+    fields: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": modules}
+    given = adapter(tmp_path / "a", given, target_parameters=parameters or None, **fields)
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    assert merged.keys() == weights.keys() and expected
+    for home, w in weights.items():
+        x = expected.get(home, w)
+        np.testing.assert_allclose(merged[home], x, rtol=1e-5, atol=1e-5, err_msg=home)
+
+
+def test_names_of_no_known_family(tmp_path: Folder) -> None:
+    """The error says how to save the base so that it is read."""
+    base = checkpoint(tmp_path / "base", {"m.layers.0.qkv.weight": np.ones((4, 6), np.float32)})
+    remedy = r"in `transformers` 5 by save_pretrained\(..., save_original_format=False\)"
+    for i, (saved, why) in enumerate(((None, "not in the ch"), (["qkv"], "in the adapter, but"))):
+        pairs = {"m.h.0.q_proj": low_rank((4, 6), 2)}
+        given = adapter(tmp_path / str(i), pairs, modules_to_save=saved)
+        with pytest.raises(ValueError, match=f"0.q_proj.weight: {why}.* {remedy}"):
+            peft.export_merged(base, given, tmp_path / "out")
+
+
+def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
+    """PEFT gives them to the head where it is tied, which a checkpoint may contradict."""
+    base = tied(tmp_path / "base", twice=True)
+    weights = read(base)
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    weights["q.weight"] = np.ones((4, 6), np.float32)
+    config = json.loads((base / "config.json").read_text())
+    checkpoint(base, weights, **config)
+    rows = np.full((2, 4), 5, np.float32)
+    delta = {"model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
+    indices = {"embed_tokens": [3, 1]}
+    delta = {"q": low_rank((4, 6), 2)} | delta
+    given = adapter(tmp_path / "a", delta, trainable_token_indices=indices)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight: .* Set tie_word_embeddings there"):
+        peft.export_merged(base, given, tmp_path / "out")
+    checkpoint(base, weights, **config | {"tie_word_embeddings": False})
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    assert (merged["model.embed_tokens.weight"][[3, 1]] == rows).all()
+    assert (merged["lm_head.weight"] == weights["lm_head.weight"]).all()
 
 
 def test_square_weights_by_their_kin(tmp_path: Folder) -> None:
@@ -912,7 +985,7 @@ def test_arguments(tmp_path: Folder) -> None:
         peft.export_merged(base, tree, tmp_path / "out", names=[Name("v", "v", "io")])
     nan = jax.tree.map(lambda x: x * jnp.nan, tree)
     with pytest.raises(ValueError, match="q/kernel: holds values that are not finite"):
-        peft.export_merged(base, nan, tmp_path / "out", names=peft.LLAMA)
+        peft.export_merged(base, nan, tmp_path / "out", names=[Name("(.*)/kernel", r"\1", "io")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
 

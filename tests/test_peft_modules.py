@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -261,6 +262,108 @@ def test_tables(table: str, path: str, shape: tuple[int, ...], modules: list[str
     """One path of each kind; whole models need their libraries: `tests/tables`."""
     [leaf] = resolve(nest({tuple(path.split("/")): jnp.zeros(shape)}), peft.TABLES[table])
     assert list(leaf.modules) == modules
+
+
+FLAX = {
+    "bert": ("BertFor(CausalLM|PreTraining|SequenceClassification|QuestionAnswering)", "BertModel"),
+    "roberta": ("(XLM)?RobertaFor(CausalLM|SequenceClassification|TokenClass.*)", "RobertaModel"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Model"),
+    "llama": ("(Llama|Mistral|Gemma)ForCausalLM", "LlamaModel"),
+    "vit": ("ViTForImageClassification", "ViTModel"),
+}
+
+
+def flax_shapes(table: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The leaves of the models of `transformers` that a table is for, by path."""
+    import transformers
+
+    found = {}
+    for name in dir(transformers):
+        if any(re.fullmatch(f"Flax{pattern}", name) for pattern in FLAX[table]):
+            cls = getattr(transformers, name)
+            sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 12}
+            sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+            sizes |= {"is_decoder": True, "add_cross_attention": True} if "Causal" in name else {}
+            sizes |= {"add_cross_attention": True} if "LMHead" in name else {}
+            model = cls(cls.config_class(vocab_size=9, image_size=16, **sizes), _do_init=False)
+            leaves = jlora._tree.leaves_by_path(model.params_shape_tree)
+            found[name] = {"/".join(path): x.shape for path, x in leaves}
+    return found
+
+
+@pytest.mark.parametrize("table", FLAX)
+def test_tables_of_flax_models(table: str) -> None:
+    """Every leaf but ViT's own parameters is called as in PyTorch, with any head or none."""
+    models = flax_shapes(table)
+    assert len(models) >= len(FLAX[table])
+    for shapes in models.values():
+        leaves = [tree_of(path, shape) for path, shape in shapes.items()]
+        resolved = [resolve(leaf, peft.TABLES[table]) for leaf in leaves]
+        for (path, shape), found in zip(shapes.items(), resolved, strict=True):
+            if len(shape) == 3:  # ViT's token and positions
+                assert not found
+                continue
+            module, _, last = path.replace("/", ".").rpartition(".")
+            assert [(x.modules, x.name.parameter) for x in found] == [
+                ((module,), "bias" if last == "bias" else "weight")
+            ]
+            is_conv1d = re.search(r"/(c_attn|q_attn|c_proj|c_fc)/kernel", path) is not None
+            assert [x.name.transposed for x in found] == [is_conv1d]
+
+
+def tree_of(path: str, shape: tuple[int, ...]) -> Any:
+    return nest({tuple(path.split("/")): jnp.zeros(shape)})
+
+
+# Trees of no library's model.
+FOREIGN = ("down/kernel", "Dense_0/kernel", "params/layers_0/kernel", "linear/w", "mlp/up/kernel")
+
+
+@pytest.mark.parametrize("table", peft.TABLES)
+def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
+    """Both ways, and says what it is for and what else to give."""
+    names = peft.TABLES[table]
+    said = re.escape(f"`names` is jlora.peft.TABLES[{first_alike(table)!r}], for paths such ")
+    for other in FOREIGN:
+        base = tree_of(other, (4, 3))
+        adapter = jax.tree.map(jnp.ones_like, base)
+        expected = rf"{other}: no row of `names` fits .*\n{said}.*own, such as jlora.peft.Name\("
+        with pytest.raises(ValueError, match=expected):
+            peft.save(tmp_path / "a", base, adapter, names)
+        with pytest.raises(ValueError, match=rf"no row that fits .*\n  {other}\n{said}"):
+            peft.to_tensors(base, names)
+        own = [Name(other.removeprefix("params/"), "m", "io")]
+        peft.save(tmp_path / "own", base, adapter, own)
+        expected = rf"unexpected; names no leaf of `base` under `names`\n{said}"
+        with pytest.raises(ValueError, match=expected):
+            peft.load(tmp_path / "own", base, names)
+        shutil.rmtree(tmp_path / "own")
+
+
+@pytest.mark.parametrize("table", peft.TABLES)
+def test_a_table_refuses_the_models_of_others(table: str) -> None:
+    """The error names the tables that have rows for them."""
+    from jlora.peft._advice import advice
+    from jlora.peft._names import row_of
+
+    names, path = peft.tables.WITH_PATHS[table]
+    for other, (rows, theirs) in peft.tables.WITH_PATHS.items():
+        parts = tuple(theirs.split("/"))
+        [shape] = (s for n in (2, 3, 4) if row_of(parts, s := (3,) * n, rows))
+        if row_of(parts, shape, names):
+            assert theirs == path or {table, other} <= ALIKE
+        else:
+            said = advice(names, {parts: shape})
+            assert re.search(f"for paths such as {path}. These .* by .*'{other}'", said)
+
+
+# Whose layers are called the same.
+ALIKE = {"llama", "llama-scanned", "easydel"}
+
+
+def first_alike(table: str) -> str:
+    """The first of the tables with the same rows."""
+    return next(name for name, rows in peft.TABLES.items() if rows == peft.TABLES[table])
 
 
 # --------------------------------------------------------------------------- parts of a parameter

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import click.testing
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
+from jlora import sharding
 from jlora._cli._app import cli
 from jlora.planning import _topology
 from jlora.planning._estimate import held
@@ -83,11 +85,86 @@ def test_explicit_axes_are_followed():
     assert one < found.activations < 8 * one
 
 
-def test_leaves_without_shardings_are_replicated():
+WHOLE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), plan_jobs.job(MESH)[1])
+
+
+def lost(part):
+    """A job of which some leaves have lost their shardings."""
+    loss, base, adapter, (x,) = plan_jobs.job(MESH)
+    bare = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    node = jax.tree.map(lambda a, s: a.update(sharding=s), adapter, sharding.specs(base, adapter))
+    return {
+        "base": (loss, WHOLE, adapter, (x,)),  # as jax.eval_shape(lora.init, ...) gives it
+        "one": (loss, base | {"extra": bare}, adapter, (x,)),
+        "quantized": (loss, jlora.quantize(base, jlora.NF4(".")), adapter, (x,)),
+        "args": (loss, base, adapter, ({"ids": bare},)),
+        "adapter": (loss, base, {**node, "up": adapter["up"]}, (x,)),
+        "full": (loss, {}, WHOLE, (x,)),
+    }[part]
+
+
+LOST = {
+    "base": "`base` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 2 "
+    "paths: down, up. jax.eval_shape drops shardings along automatic mesh axes: in the place of "
+    "the `base` that it returns, give the parameters that `init` was given. A leaf takes one as "
+    "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)); with PartitionSpec() "
+    "every device holds all of it.",
+    "one": "`base` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 1 of 3 "
+    "paths: extra. jax.eval_shape drops",
+    "quantized": "at 2 of 2 paths: down, up. jax.eval_shape",
+    "args": "`args` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 1 of 1 "
+    "paths: 0/ids. A leaf takes one",
+    "adapter": "`adapter` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 4 "
+    "paths: up/a, up/b. jlora.sharding.specs(base, adapter) has those of an adapter.",
+    "full": "`adapter` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 2",
+}
+
+
+@pytest.mark.parametrize("part", LOST)
+def test_shapes_that_lost_their_shardings_are_refused(part):
+    """Rather than planned whole on every device, as an exact number."""
+    with pytest.raises(ValueError, match=re.escape(LOST[part])):
+        jlora.plan(*lost(part))
+
+
+def test_what_eval_shape_gives_along_explicit_axes():
+    """There it keeps them, so that its base is planned as it lies."""
+    mesh = AbstractMesh((4, 2), ("fsdp", "tensor"), (AxisType.Explicit,) * 2)
+    rows = NamedSharding(mesh, P("fsdp"))
+    params, x = (jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=rows) for _ in range(2))
+    key = jax.random.key(0)
+    with jax.sharding.use_abstract_mesh(mesh):
+        spread = lambda w: jax.sharding.reshard(w, P())  # noqa: E731
+        lora = jlora.transform(lambda p, x: x @ spread(p["w"]), jlora.LoRA(rank=2))
+        base, adapter = jax.eval_shape(lora.init, key, {"w": params}, x)
+        found = jlora.plan(lambda a, b, x: lora.apply(b, a, x).sum(), base, adapter, (x,))
+    assert (found.base, found.replicated) == (4 * 64 * 64 // 4, False)
+
+
+@pytest.mark.parametrize("kind", ["spec", "arrays"])
+def test_a_base_that_is_whole_on_every_device(kind):
+    """Data parallelism: accepted, and said where the bytes are."""
+    loss, base, adapter, args = plan_jobs.job(MESH, d=16, width=32)
+    everywhere = NamedSharding(MESH, P())
+    if kind == "spec":
+        base = jax.tree.map(lambda x: x.update(sharding=everywhere), base)
+    else:  # on no mesh, as jax.jit replicates them
+        base = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), base)
+        adapter = jax.tree.map(lambda x: x.update(sharding=everywhere), adapter)
+    found = jlora.plan(loss, base, adapter, args)
+    assert (found.base, found.replicated) == (2 * (2 * 4 * 16 * 32), True)
+    [line] = [line for line in str(found).splitlines() if line.startswith("base")]
+    assert line.endswith("exact, all of it on every device")
+    assert "on every device" not in str(jlora.plan(*plan_jobs.job(MESH)))
+
+
+def test_numbers_need_no_sharding():
+    """A step's count is everywhere, and no part of what a base takes."""
     loss, base, adapter, args = plan_jobs.job(MESH)
-    bare = base | {"extra": jax.ShapeDtypeStruct((100,), jnp.float32)}
-    found = jlora.plan(lambda a, b, x: loss(a, {k: b[k] for k in base}, x), bare, adapter, args)
-    assert found.base == jlora.plan(loss, base, adapter, args).base + 400
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    step = lambda adapter, base, x, count: loss(adapter, base, x) + count  # noqa: E731
+    found = jlora.plan(step, base, adapter, (*args, count))
+    assert found.batch == jlora.plan(loss, base, adapter, args).batch + 4
 
 
 def test_compiling_needs_devices():
@@ -188,6 +265,12 @@ def test_what_does_not_fit_is_exit_code_1():
     ("args", "message"),
     [
         ((f"{JOBS}:wrong", *SLICE), "must return (loss, base, adapter, args) or"),
+        (
+            (f"{JOBS}:nowhere", *SLICE),
+            f"JOB: nothing that {JOBS}:nowhere returned is on the mesh that it was given. Give "
+            "each leaf of the base and of the arguments its place, jax.ShapeDtypeStruct(",
+        ),
+        ((f"{JOBS}:lost", *SLICE), "jlora: `base` has shapes without `sharding`, on a mesh of"),
         ((f"{JOBS}:missing", *SLICE), "plan_jobs.py has no missing"),
         ((f"{JOBS}", *SLICE), "JOB: expected module:NAME or file.py:NAME"),
         (("nowhere:job", *SLICE), "JOB: nowhere cannot be imported (ModuleNotFoundError"),
@@ -219,4 +302,20 @@ def test_without_libtpu_it_says_so(monkeypatch):
     monkeypatch.setattr(_topology.importlib.util, "find_spec", lambda name: None)
     text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
     assert "estimate" in text
-    assert "libtpu is not installed" in text
+    assert text.endswith(
+        'as libtpu is not installed; compiled figures need it: pip install "jax[tpu]"\n'
+    )
+
+
+def test_the_job_of_the_guide(tmp_path):
+    """It is whole: the file alone, as the page has it, gives a base that is divided."""
+    page = pathlib.Path(__file__).parents[1] / "notebooks" / "pods.md"
+    [code] = [
+        b
+        for b in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+        if "def job(mesh)" in b
+    ]
+    (tmp_path / "job.py").write_text(code)
+    found = json.loads(run(f"{tmp_path}/job.py:job", *SLICE, "--json").stdout)
+    assert found["base"] == 2 * 4 * 4096 * 16384 // 8
+    assert (found["replicated"], found["fits"]) == (False, True)

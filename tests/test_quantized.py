@@ -86,6 +86,11 @@ def test_shapes_and_jit_and_stacks(scheme):
     jax.tree.map(np.testing.assert_array_equal, eager, jitted)
     abstract = jlora.quantize({"w": jax.ShapeDtypeStruct(w.shape, w.dtype)}, scheme)
     assert jax.eval_shape(lambda: eager) == abstract
+    quantize = lambda: jlora.quantize({"w": w}, scheme)  # noqa: E731 - closes over w
+    assert jax.eval_shape(quantize) == abstract
+    closed = jax.jit(quantize)()
+    assert jax.tree.structure(closed) == jax.tree.structure(eager)
+    laws.assert_close(jlora.dequantize(closed), jlora.dequantize(eager), 1e-3)
     assert jlora.dequantize(abstract)["w"].shape == w.shape
     for i in range(3):
         alone = jlora.quantize({"w": w[i]}, scheme)["w"]
@@ -166,7 +171,7 @@ def test_rows_of_an_embedding_are_blocks():
     """So that a lookup reads its rows alone."""
     params, ids = language_params(), jnp.array([[3, 95], [0, 3]])
     lora = jlora.transform(language_model, jlora.LoRA("embed|head", rank=2))
-    base = jlora.quantize(params, jlora.NF4("."), sites=lora.sites(params, ids))
+    base = jlora.quantize(params, jlora.NF4(".*"), sites=lora.sites(params, ids))
     assert base["embed"].form.order == (0, 1)
     assert base["head"].form.order == (1, 0)
     base, adapter = lora.init(jax.random.key(0), base, ids)
@@ -196,6 +201,19 @@ def test_a_table_says_what_is_quantized():
     assert repr(base["up"]) == "Quantized(float32[64,128], NF4(block=64, double=True))"
 
 
+def test_what_a_traced_function_closes_over_is_checked_and_kept():
+    """Its values are known: those that are not finite are named, and none is donated."""
+    params = {"w": normal(64, 32)}
+    jax.jit(lambda: jlora.quantize(params, jlora.NF4("w"), donate=True))()
+    assert not params["w"].is_deleted()
+    broken = {"w": params["w"].at[0, :2].set(jnp.nan)}
+    with pytest.raises(ValueError, match="'w' of `params` has 2 values that are NaN or infinite"):
+        jax.jit(lambda: jlora.quantize(broken, jlora.NF4("w")))()
+    base, lines = jlora.quantize(params, jlora.NF4("w")), []
+    jax.jit(lambda: lines.append(str(jlora.quantization(base))))()
+    assert lines == [str(jlora.quantization(base))]
+
+
 def test_donated_arrays_are_deleted():
     params = language_params()
     base = jlora.quantize(params, jlora.NF4("up"), donate=True)
@@ -206,7 +224,7 @@ def test_donated_arrays_are_deleted():
     tree = dict.fromkeys("abc", shared)
     base = jlora.quantize(tree, jlora.NF4("a|b"), donate=True)
     np.testing.assert_array_equal(base["c"], np.ones((64, 64)))
-    base = jlora.quantize(tree, jlora.NF4("."), donate=True)
+    base = jlora.quantize(tree, jlora.NF4(".*"), donate=True)
     assert shared.is_deleted()
     np.testing.assert_array_equal(jlora.dequantize(base)["b"], np.ones((64, 64)))
 
@@ -324,7 +342,7 @@ def test_layers_joined_and_moved():
 
     x = normal(5, 64, seed=9)
     lora = jlora.transform(model, jlora.LoRA("q|v", rank=2))
-    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, jlora.NF4(".")), x)
+    base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, jlora.NF4(".*")), x)
     adapter = laws.randomize(adapter)
     f = jax.jit(laws.value_and_slope(lambda a, base: lora.apply(base, a, x)))
     laws.assert_close(f(adapter, base), f(adapter, jlora.dequantize(base)), 2e-2)
@@ -353,7 +371,7 @@ def memory_cases():
         yield pytest.param(form, pattern, scheme, marks=[] if daily else pytest.mark.slow)
 
 
-TWO = [jlora.NF4("w"), jlora.Int8("w")]
+TWO = [jlora.NF4(r"w\d?"), jlora.Int8(r"w\d?")]
 LAST = (TWO[1], r"w0?$", "scan")
 
 

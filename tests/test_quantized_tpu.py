@@ -100,9 +100,9 @@ def test_codes_are_gathered(form, layers, spec):
 def test_the_work_is_that_of_a_dense_base():
     mesh, rank = tpu.mesh_for("v5e:2x2", (1, 1)), 16
     weights = {k: tpu.spec(mesh, s, P()) for k, s in tpu.SMALL.weights().items()}
-    base = jlora.quantize({"w": weights}, NF4(r"/(?!norm)"))
+    base = jlora.quantize({"w": weights}, NF4(r"w/(?!norm).*"))
     x = tpu.spec(mesh, (tpu.SMALL.batch, tpu.SMALL.length, tpu.SMALL.dim), P())
-    rule = LoRA(r"/(?!norm)", rank=rank, alpha=tpu.SCALE * rank, dtype=jnp.bfloat16)
+    rule = LoRA(r"w/(?!norm).*", rank=rank, alpha=tpu.SCALE * rank, dtype=jnp.bfloat16)
     lora = jlora.transform(functools.partial(tpu.model, shape=tpu.SMALL), rule)
     base, adapter = jax.eval_shape(lora.init, jax.random.key(0), base, x)
     everywhere = NamedSharding(mesh, P())

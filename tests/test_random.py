@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import orders
 import pytest
 from cases.random_einsum import Product, products
 from hypothesis import HealthCheck, given, settings
@@ -30,12 +29,8 @@ def check(product: Product) -> None:
     merged = jax.jit(value_and_slope(lambda a: problem.apply(jlora.merge(base, a), *problem.args)))(
         adapter
     )
-    for order in (orders.APART, orders.SUMMED):
-        with orders.forced(order) as planner:
-            f = jax.jit(value_and_slope(lambda a: lora.apply(base, a, *problem.args)))
-            assert_close(f(adapter), merged, 1e-5, order)
-        if not planner.called:
-            break
+    f = jax.jit(value_and_slope(lambda a: lora.apply(base, a, *problem.args)))
+    assert_close(f(adapter), merged, 1e-5, "adapted is merged")
 
 
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

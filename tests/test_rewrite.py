@@ -289,11 +289,12 @@ def test_command_line(floats, tmp_path):
 ERRORS = [
     (
         lambda base, out: peft.quantize_checkpoint(base, out, jlora.Int4()),
-        "`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got Int4(pattern=None, group=128).",
+        "`scheme` must be of bitsandbytes: NF4(), FP4() or Int8(); got "
+        "Int4(pattern=None, group=128).",
     ),
     (
-        lambda base, out: peft.quantize_checkpoint(base, out, jlora.NF4(), skip="."),
-        "`src_dir`: 1 problems:\n  no matrix is left to quantize, with `skip` '.'",
+        lambda base, out: peft.quantize_checkpoint(base, out, jlora.NF4(), skip=".*"),
+        "`src_dir`: 1 problems:\n  no matrix is left to quantize, with `skip` '.*'",
     ),
     (
         lambda base, out: peft.dequantize_checkpoint(base, out),

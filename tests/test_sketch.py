@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
+import pickle
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
-import orders
 import pytest
 from cases import CASES, SUBJECTS, Case
 from sketch_models import MODELS, Model, matrices, normal, of_all
@@ -89,7 +90,7 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {"/".join(path): x for path, x in jlora._tree.leaves_by_path(tree)}
 
 
-@every(MODELS, "groups")
+@every(MODELS, "scan", "groups")
 def test_gradient_is_that_of_all_batches(name: str) -> None:
     check_gradient_of(*once(name, "gradient"))
 
@@ -97,14 +98,6 @@ def test_gradient_is_that_of_all_batches(name: str) -> None:
 def check_gradient_of(model: Model, batches: list[Any], found: jlora.Sketch) -> None:
     mean = lambda params: sum(model.loss(params, b) for b in batches) / 2  # noqa: E731
     check_gradient(found, by_path(jax.jit(jax.grad(mean))(model.params)), 1e-10)
-
-
-@pytest.mark.parametrize("order", [orders.APART, orders.SUMMED])
-def test_gradient_in_both_orders_of_the_product(order: Any) -> None:
-    with orders.forced(order) as planner:
-        found = whole("scan", "gradient")
-    assert planner.called
-    check_gradient_of(*found)
 
 
 def case_table() -> list[Any]:
@@ -483,6 +476,23 @@ def test_starts_refuse(start: Any, kind: str) -> None:
     needed = 3 if kind == "inputs" else 4  # all there are
     with pytest.raises(ValueError, match=f"2 components of 'w'; rank 3 needs {needed}. Sketch"):
         init({"w": np.eye(4)}, LoRA("w", rank=3))
+
+
+@pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
+def test_starts_are_pickled_with_their_sketch(start: Any, kind: str) -> None:
+    """A rule, as a sweep sends it to its workers, starts A and B as it did."""
+    params, _, [x] = LINEAR
+    rule = LoRA("w", rank=1, init=start(one(kind=kind)))
+    again = pickle.loads(pickle.dumps(rule))
+    assert repr(again) == repr(rule)
+    assert f"{start.__name__}(sketch=Sketch(1 sites, kind={kind!r})" in repr(rule)
+
+    def init(rule: LoRA) -> Any:
+        lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+        return lora.init(jax.random.key(0), params, x)
+
+    chex.assert_trees_all_equal(init(again), init(rule))
+    assert rule == LoRA("w", rank=1, init=start(rule.init.sketch))  # of the same sketch
 
 
 def test_a_site_that_the_loss_does_not_see() -> None:

@@ -8,6 +8,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import importlib.metadata
 import os
 import pathlib
 import pickle
@@ -702,7 +703,7 @@ def serving_models() -> dict[str, tuple[Any, Any, jax.Array]]:
 def test_a_mixed_batch_is_served_in_one_program(name: str) -> None:
     """Row i uses adapter `which[i]`: `vmap` over gathered adapters is one call after another."""
     f, params, x = serving_models()[name]
-    rules = [jlora.LoRA("" if name == "tied" else None, rank=2, init=random)]
+    rules = [jlora.LoRA(".*" if name == "tied" else None, rank=2, init=random)]
     if name == "transformer":
         rules = [jlora.LoRA("kernel|tokens", rank=2, init=random), jlora.Full("norm|positions")]
     lora = jlora.transform(f, *rules)
@@ -777,11 +778,11 @@ TABLE = """\
 path    shape   kind   axes        parameters  rule            rank  trainable  reason
 ───────────────────────────────────────────────────────────────────────────────────────────────
 blocks  3×8×24  dense  3 | 8 → 24         576  LoRA('blocks')     2        192  -
-conv    5×8×8   conv   5·8 → 8            320  LoRA('^.o')        4        192  -
+conv    5×8×8   conv   5·8 → 8            320  LoRA('^.o.*')      4        192  -
 head    2×4×3   dense  2·4 → 3             24  -                  -          -  -
 scale   8       -      -                    8  Full('scale')      -          8  -
 shift   4×8     -      -                   32  -                  -          -  used in `add` at …
-tokens  1000×8  embed  1000 → 8         8,000  LoRA('^.o')        4      4,032  -
+tokens  1000×8  embed  1000 → 8         8,000  LoRA('^.o.*')      4      4,032  -
 ───────────────────────────────────────────────────────────────────────────────────────────────
 3 of 4 sites adapted; 4,424 of 8,960 parameters trainable (49.4%)"""
 
@@ -803,7 +804,7 @@ def test_the_table_word_for_word() -> None:
     rules = (
         jlora.LoRA("blocks", rank=2, slots=jlora.Slots(3, (0, 2))),
         jlora.Full("scale"),
-        jlora.LoRA("^.o", rank=4),
+        jlora.LoRA("^.o.*", rank=4),
     )
     sites = jlora.transform(f, *rules).sites(params, Struct((2, 4), jnp.int32))
     table = re.sub(r"at \S*py:\d+ \(.*\)", "at …", str(sites))
@@ -1009,7 +1010,23 @@ def test_import_is_light() -> None:
     """
     heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
     code = (
-        f"import sys, jlora; print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "
-        "import jlora.peft; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+        "import sys, jlora; dir(jlora), jlora.__version__; "
+        f"print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "
+        "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
     )
     assert python(code).split() == ["[]", "set()"]
+
+
+@pytest.mark.parametrize("name", ["analysis", "checkpoint", "peft", "sharding"])
+def test_a_submodule_is_an_attribute(name: str) -> None:
+    """After `import jlora` alone, as errors that say `jlora.peft.Name` have it."""
+    code = f"import jlora; print({name!r} in dir(jlora), jlora.{name}.__name__)"
+    assert python(code).split() == ["True", f"jlora.{name}"]
+
+
+def test_version() -> None:
+    """That of the installed package; other names are an error as of any module."""
+    assert jlora.__version__ == importlib.metadata.version("jlora")
+    assert "__version__" in dir(jlora)
+    with pytest.raises(AttributeError, match="module 'jlora' has no attribute 'pfet'"):
+        jlora.pfet  # noqa: B018

@@ -3,7 +3,7 @@
     method = METHODS["adapter_h"](model, jlora.Full("classifier"), bottleneck=8)
     base, trained = method.init(key, variables, ids)   # ids: an array or its shape
     logits = method.apply(base, trained, ids, mask)    # the model's own arguments
-    tx = jlora.optimizer(optax.adamw(1e-3))            # trains `trained`
+    tx = optax.adamw(1e-3)                             # trains `trained`
 
 Each is ``METHODS[name](model, *rules, **sizes) -> Method``. The rules say what else is trained,
 such as a head, and come first: a leaf that they take is not the method's. The sizes are
@@ -14,7 +14,7 @@ such as a head, and come first: a leaf that they take is not the method's. The s
     pre_embed, pre_layer    l_p=8, l_i=0, after=None
     prompt                  l_p=20, tokens=None
 
-The trained tree is a nested dict, for `jlora.optimizer`, `jlora.count`, `jlora.dropout` and
+The trained tree is a nested dict, for optax, `jlora.count`, `jlora.dropout` and
 `jlora.checkpoint`. Where a method adds parameters, they are its collection ``"added"``, and the
 model's layers must not be scanned.
 """

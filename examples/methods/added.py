@@ -95,7 +95,7 @@ def with_added(
         begin: see `change`.
         *rules: of `jlora.transform`.
     """
-    rules = jlora.Full("^added/"), *rules
+    rules = jlora.Full("^added"), *rules
     adapted = jlora.transform(change(model.apply, begin), *rules)
 
     def init(key: jax.Array, variables: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from .added import Method, Rule, with_rules
 
 def full(model: nn.Module, *rules: Rule) -> Method:
     """Full fine-tuning: every parameter."""
-    return with_rules(model, *rules, jlora.Full("^params/"))
+    return with_rules(model, *rules, jlora.Full("^params"))
 
 
 def bitfit(model: nn.Module, *rules: Rule) -> Method:

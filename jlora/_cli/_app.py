@@ -54,7 +54,11 @@ def inspect(folder: Path, every: bool) -> Any:
 @click.option(
     "--scheme", type=click.Choice(["nf4", "fp4", "int8"]), default="nf4", show_default=True
 )
-@click.option("--skip", metavar="REGEX", help="Tensors to leave; embeddings and the head.")
+@click.option(
+    "--skip",
+    metavar="REGEX",
+    help="Tensors to leave, by whole components of their names; embeddings and the head.",
+)
 def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Any:
     """Write the model BASE with its matrices in 4 or 8 bits to OUT, as bitsandbytes does.
 

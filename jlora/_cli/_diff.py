@@ -125,7 +125,7 @@ def _compare_rows(x: Replaced, y: Replaced) -> tuple[float | None, list[str]]:
 
 def _compare_decomposed(x: Decomposed, y: Decomposed) -> tuple[float | None, list[str]]:
     """What W' is depends on W: only whether it is the same is known."""
-    low = (LowRank(z.a, z.b, z.scale, z.layout) for z in (x, y))
+    low = (LowRank(z.a, z.b, z.scale, z.layout, residual=z.residual) for z in (x, y))
     changes = _compare_low(*low)[1] + ["m"] * (not _same(x.m, y.m))
     return None if changes else 0.0, changes
 
@@ -138,10 +138,14 @@ def _compare_low(x: Any, y: Any) -> tuple[float | None, list[str]]:
         "scale": (x.scale, y.scale),
         "dropout": (x.dropout, y.dropout),
         "dtype": (str(x.a.dtype), str(y.a.dtype)),
+        "frozen": (x.frozen, y.frozen),
+        "residual": (x.residual, y.residual),
     }
     changes = [f"{what} {p} → {q}" for what, (p, q) in pairs.items() if p != q]
     changes += [name for name in "AB" if not _same(*(getattr(z, name.lower()) for z in (x, y)))]
-    if pairs["weight"][0] != pairs["weight"][1] or x.layout[:3] != y.layout[:3]:
+    if weight_shape(x) != weight_shape(y) or x.layout[:3] != y.layout[:3]:
+        return None, changes
+    if x.residual != y.residual:  # of two bases
         return None, changes
     if not changes or changes == [f"dropout {x.dropout} → {y.dropout}"]:
         return 0.0, changes

@@ -6,6 +6,7 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
 from .. import _compat
 from ..planning import Plan, has_compiler, mesh_of, parse
@@ -14,7 +15,7 @@ from ._inputs import attribute
 
 WITHOUT = (
     "activations are estimated, as libtpu is not installed; compiled figures need it: "
-    "pip install jlora[tpu]"
+    'pip install "jax[tpu]"'
 )
 
 
@@ -52,6 +53,12 @@ def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) ->
                 f"JOB: {job} must return (loss, base, adapter, args) or (loss, base, adapter, "
                 f"args, tx), as jlora.plan takes them; got {type(returned).__name__}."
             )
+        if not any(map(_is_placed, jax.tree.leaves(returned[1:4]))):
+            raise ValueError(
+                f"JOB: nothing that {job} returned is on the mesh that it was given. Give each "
+                "leaf of the base and of the arguments its place, jax.ShapeDtypeStruct(shape, "
+                "dtype, sharding=NamedSharding(mesh, spec))."
+            )
         found = make(
             *returned,
             capacity=chip.capacity,
@@ -60,6 +67,10 @@ def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) ->
         )
     found = found._replace(device=chip.kind)
     return Answer(topology, found, None if has_compiler() or arithmetic else WITHOUT)
+
+
+def _is_placed(x: Any) -> bool:
+    return isinstance(getattr(x, "sharding", None), NamedSharding)
 
 
 def _axes(text: str) -> dict[str, int]:

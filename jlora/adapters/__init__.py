@@ -16,12 +16,15 @@ from ._low_rank import without_slots as without_slots
 from ._method import METHODS as METHODS
 from ._method import SLOTS as SLOTS
 from ._method import Method as Method
+from ._method import PartialWeightError as PartialWeightError
 from ._method import arrays as arrays
+from ._method import change_of as change_of
 from ._method import factor as factor
 from ._method import is_node as is_node
 from ._method import is_rule as is_rule
 from ._method import labels_of as labels_of
 from ._method import lengths as lengths
+from ._method import lowered as lowered
 from ._method import method_of as method_of
 from ._method import misfit as misfit
 from ._method import register as register

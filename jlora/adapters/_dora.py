@@ -19,10 +19,12 @@ from .. import _compat
 from .._rules import rule_name
 from .._types import Layout, short
 from ..core import Axis, Change, Delta, Factor, einsum, leaf_weight, letters, promote
+from ._keywords import refuse_keywords_of_peft
 from ._low_rank import LoRA, LowRank, drawn, fit, low_rank_axes, sizes, without_slots
-from ._method import SLOTS, AxisOrName, Method, factor, register
+from ._method import SLOTS, AxisOrName, Method, PartialWeightError, factor, register
 
 
+@refuse_keywords_of_peft
 @dataclasses.dataclass(frozen=True)
 class DoRA(LoRA):
     r"""Adapts W by $m \odot (W + s A B) / \lVert W + s A B \rVert$, a magnitude and a direction.
@@ -35,13 +37,19 @@ class DoRA(LoRA):
     Of an embedding, an output is a column of the table, whose norm is over the whole vocabulary,
     and a tied head has its inputs scaled. An output whose column is zero stays zero.
 
+    Within a `shard_map` around `apply` or `merge`, a weight is refused if it and its A both vary
+    over a mesh axis, as its inputs may be cut: gather it with `to="invarying"`, or put the
+    `shard_map` into the function that `transform` takes.
+
     Fields are those of `LoRA`, but for dropout: PEFT's DoRA with dropout multiplies W a second
     time, by the dropped input, which is not done here.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
+        pattern: a regular expression for whole components of a leaf's path. None means
             *all-linear*: every dense and convolutional site, no embeddings.
-        rank: r, at least 1 and at most the smaller of the site's inputs and outputs.
+        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
+            a site that has no room for it gets the largest rank that trains no more parameters
+            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
         alpha: the numerator of the scale s = alpha / r, positive.
         slots: adapt only some parts of a fused output axis; the others keep their norms.
         dropout: 0.
@@ -149,11 +157,10 @@ jax.tree_util.register_pytree_with_keys(
 
 
 class _How(NamedTuple):
-    """What the arrays do not say; `cut` are mesh axes over which a `shard_map` cuts the inputs."""
+    """What the arrays do not say."""
 
     layout: Layout
     scale: float
-    cut: tuple[Any, ...] = ()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -194,7 +201,7 @@ def _norms(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _of_columns(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    layout, scale, cut = how
+    layout, scale = how
     names = letters(w.ndim)
     stack, inputs, outputs = ("".join(names[d] for d in axes) for axes in layout[:3])
     wide, narrow = promote(w.dtype, jnp.float32), promote(w.dtype)
@@ -210,8 +217,6 @@ def _of_columns(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Arra
     squares = squares.transpose([kept.index(d) for d in (*layout.stack, *layout.outputs)])
     p = times(of_a, names, of_b, a, w.astype(narrow))
     g = times(of_a, f"{stack}{inputs}S", f"{stack}RS", a, a)
-    if cut:
-        squares, p, g = lax.psum((squares, p, g), cut)
     b = b.astype(wide)
     gb = times(f"{stack}RS", f"{stack}S{outputs}", of_b, g, b)
     cross, square = (scale * (b * x).sum(len(stack)) for x in (2 * p, scale * gb))
@@ -219,20 +224,11 @@ def _of_columns(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Arra
     return jnp.sqrt(jnp.maximum(squares + cross + square, least))
 
 
-def _varying(w: Any) -> frozenset[Any]:
-    """The mesh axes of an enclosing `shard_map` that W varies over."""
-    if _compat.unchecked_axes():
-        raise NotImplementedError(
-            "DoRA takes norms over all inputs of W, and a shard_map with check_vma=False hides "
-            "whether it has cut them. Use check_vma=True, or leave the mesh to jax.jit."
-        )
-    return frozenset().union(*map(_compat.varying, jax.tree.leaves(w)))
-
-
-def _cut(w: Any, node: Decomposed) -> tuple[Any, ...]:
-    """The mesh axes over which an enclosing `shard_map` cuts the inputs of W: A's, and not m's."""
-    of_inputs = (_varying(w) & _compat.varying(node.a)) - _compat.varying(node.m)
-    return tuple(sorted(of_inputs, key=str))
+def _check_whole(node: Decomposed, w: Any) -> None:
+    """Raises where an enclosing `shard_map` may have cut the inputs of W, which then cuts A's."""
+    may_be_cut = _compat.may_be_cut_over
+    if axes := may_be_cut(w) & may_be_cut(node.a):
+        raise PartialWeightError("DoRA takes norms over all inputs of W", axes)
 
 
 # ---------------------------------------------------------------------------------- what it means
@@ -252,7 +248,7 @@ def _start(key: jax.Array, w: Any, site: Any, rule: DoRA) -> tuple[Any, Decompos
             f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take norms. "
             "Give arrays, or call init under jax.eval_shape."
         )
-    if _varying(base):
+    if _compat.may_be_cut_over(base):
         raise NotImplementedError(
             f"{rule_name(rule)} takes norms of the whole of {site.path!r}, of which a shard_map "
             "around init has a part. Call init outside of it."
@@ -266,8 +262,9 @@ def _start(key: jax.Array, w: Any, site: Any, rule: DoRA) -> tuple[Any, Decompos
 
 def _gain(node: Decomposed, w: Any) -> jax.Array:
     """The gain of all outputs, m / n: 1 in the slots that are not adapted."""
+    _check_whole(node, w)
     w, a, b = lax.stop_gradient((w, node.a, node.b))
-    n = norms(_How(node.layout, node.scale, _cut(w, node)), w, a, b)
+    n = norms(_How(node.layout, node.scale), w, a, b)
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
     if node.layout.slots is None:
         return gain

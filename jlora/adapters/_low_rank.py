@@ -1,5 +1,6 @@
 """LoRA: the rule, the node, and what it means."""
 
+import bisect
 import dataclasses
 import math
 import re
@@ -15,17 +16,21 @@ from .._rules import Slots, check_pattern, is_finite, is_floating, is_int, rule_
 from .._types import Layout, short
 from ..core import Change, Delta
 from ..initializers import kaiming_uniform
-from ._method import SLOTS, AxisOrName, Method, factor, register, shapes
+from ._keywords import refuse_keywords_of_peft
+from ._method import SLOTS, AxisOrName, Method, factor, register, shapes, trainable
 
 
+@refuse_keywords_of_peft
 @dataclasses.dataclass(frozen=True)
 class LoRA:
     r"""Adapts the weights whose path matches `pattern` by $W + s \cdot A B$.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
+        pattern: a regular expression for whole components of a leaf's path. None means
             *all-linear*: every dense and convolutional site, no embeddings.
-        rank: r, at least 1 and at most the smaller of the site's inputs and outputs.
+        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
+            a site that has no room for it gets the largest rank that trains no more parameters
+            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
         alpha: the numerator of the scale, positive.
         slots: adapt only some parts of a fused output axis.
         dropout: probability of dropping an input of A, in [0, 1); active only under
@@ -215,15 +220,28 @@ def fit(rule: LoRA, site: Any) -> tuple[LoRA, Layout]:
     """The rule, of a rank that the site can have, and the layout with the rule's slots."""
     layout = site.layout if rule.slots is None else _slotted(rule, site)
     largest = min(site.inputs, site.outputs // (rule.slots.count if rule.slots else 1))
+    if rule.pattern is None:
+        return _clipped(rule, site, layout, largest), layout
     if rule.rank <= largest:
         return rule, layout
-    if rule.pattern is None:  # all-linear: as much as the site can take, at the same scale
-        return rule.of_rank(largest), layout
     raise ValueError(
         f"`rank` of {rule_name(rule)} is {rule.rank}, above min(inputs, outputs) = {largest} "
         f"of {site.name} with shape {site.shape}. Lower the rank, or put a rule of its own "
         f"for this leaf first, such as jlora.Full({re.escape(site.path)!r})."
     )
+
+
+def _clipped(rule: LoRA, site: Any, layout: Layout, largest: int) -> LoRA:
+    """The rule at the same scale, of a rank up to `largest` that trains no more than W has."""
+    count, chosen, _ = layout.slots or (1, (0,), None)
+    size = math.prod(site.shape) // count * len(chosen)
+
+    def trained(rank: int) -> int:
+        return trainable(dataclasses.replace(rule, rank=rank), layout, site.shape)
+
+    ranks = range(1, min(rule.rank, largest) + 1)
+    rank = max(1, bisect.bisect_right(ranks, size, key=trained))
+    return rule if rank == rule.rank else rule.of_rank(rank)
 
 
 def _slotted(rule: LoRA, site: Any) -> Layout:

@@ -1,9 +1,10 @@
 """What a method of adaptation says of itself, and the registry of methods."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from .. import _compat
 from .._rules import Full
 from .._types import Layout
 from ..core import RANK, Axis, Change, Factor
@@ -70,6 +71,43 @@ def is_rule(x: Any) -> bool:
 def method_of(x: Any) -> Method:
     """The method of a rule or a node."""
     return METHODS[type(x)]
+
+
+class PartialWeightError(Exception):
+    """A method needs the whole of a weight, of which an enclosing `shard_map` may have a part."""
+
+    def __init__(self, need: str, mesh_axes: Collection[Any]) -> None:
+        names = ", ".join(sorted(map(repr, mesh_axes)))
+        super().__init__(
+            f"{need}, and the shard_map around it may have cut W over the mesh axes {names}. "
+            "What varies over a mesh axis may be a part or whole, and check_vma=False hides both. "
+            "Gather what is whole by jax.lax.all_gather(..., to='invarying') with check_vma=True. "
+            "For weights that are cut, put the shard_map into the function that jlora.transform "
+            "takes, or leave the mesh to jax.jit."
+        )
+
+    def at(self, path: str) -> NotImplementedError:
+        """The error that says which weight it is."""
+        return NotImplementedError(f"{path!r} cannot be adapted here: {self}")
+
+
+def change_of(node: Any, w: Any, path: str) -> Change:
+    """What `node` makes of the weight `w` at `path`."""
+    try:
+        return lowered(node, w)
+    except PartialWeightError as e:
+        raise e.at(path) from None
+
+
+def lowered(node: Any, w: Any) -> Change:
+    """What `node` makes of the weight `w`; raises `PartialWeightError`."""
+    method, slots = method_of(node), node.layout.slots
+    if slots is not None:
+        axes = method.axes(node.layout)
+        alike = [w, *(x for name, x in arrays(node).items() if slots[2] in axes[name])]
+        if may_be_cut := frozenset.intersection(*map(_compat.may_be_cut_over, alike)):
+            raise PartialWeightError("its slots are parts of a whole axis of W", may_be_cut)
+    return method.lower(node, w)
 
 
 # ---------------------------------------------------------------- what follows from `Method.axes`

@@ -33,7 +33,7 @@ from ..core import (
     promote,
     trace,
 )
-from ._method import AxisOrName, Method, factor, lengths, register
+from ._method import AxisOrName, Method, PartialWeightError, factor, lengths, register
 
 SHOWN = 4  # rows of a node that is printed
 
@@ -47,7 +47,7 @@ class Rows:
     are. A list of rules adapts the rest of the model: `Rows("embed", new), LoRA()`.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf.
+        pattern: a regular expression for whole components of a leaf's path.
         rows: the numbers of the rows, distinct, in any order: `range(49152, 49160)`.
 
     Raises:
@@ -163,7 +163,11 @@ def _start(key: jax.Array, w: Any, site: Any, rule: Rows) -> tuple[Any, Replaced
             f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take rows. "
             "Give arrays, or call init under jax.eval_shape."
         )
-    _refuse_parts(w)
+    if _compat.may_be_cut_over(w):
+        raise NotImplementedError(
+            f"{rule_name(rule)} counts the rows of the whole of {site.path!r}, of which a "
+            "shard_map around init may have a part. Call init outside of it."
+        )
     rows = tuple(rule.rows)
     v = _rows_of(w if hasattr(w, "packed") else jnp.asarray(w), site.layout, rows)
     return w, Replaced(v.astype(promote(v.dtype, jnp.float32)), rows, site.layout)
@@ -191,7 +195,7 @@ def _misfit(node: Replaced, shape: tuple[int, ...]) -> str | None:
 
 
 def _lower(node: Replaced, w: Any) -> Change:
-    _refuse_parts(w)
+    _check_whole(w)
     old, dtype = _rows_of(w, node.layout, node.rows), promote(w.dtype, node.v.dtype)
     b = factor(node._replace(v=node.v.astype(dtype) - old.astype(dtype)), "v")
     return Change((Delta(_chosen(node, w), b, 1.0),), invertible=False)
@@ -237,12 +241,10 @@ def _sharding(w: Any) -> NamedSharding | None:
     return None if hasattr(w, "packed") else explicit(w)
 
 
-def _refuse_parts(w: Any) -> None:
-    if _compat.unchecked_axes() or any(map(_compat.varying, jax.tree.leaves(w))):
-        raise NotImplementedError(
-            "Rows counts the rows of the whole table, of which a shard_map around it may have a "
-            "part. Leave the mesh to jax.jit."
-        )
+def _check_whole(w: Any) -> None:
+    """Raises where an enclosing `shard_map` may have a part of the table."""
+    if axes := _compat.may_be_cut_over(w):
+        raise PartialWeightError("Rows counts the rows of the whole table", axes)
 
 
 register(

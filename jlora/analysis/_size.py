@@ -64,7 +64,8 @@ def distance(site: LowRank, other: LowRank) -> jax.Array:
         Shape (stack…).
 
     Raises:
-        ValueError: if the two are for weights of different shapes or axes.
+        ValueError: if the two are for weights of different shapes or axes, or one is for a base
+            that its start changed, and the other is not.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -77,6 +78,12 @@ def distance(site: LowRank, other: LowRank) -> jax.Array:
         raise ValueError(
             "`site` and `other` must be for one weight; got weights with (shape, stack, inputs, "
             f"outputs) of {mine} and {its}."
+        )
+    if site.residual != other.residual:
+        raise ValueError(
+            "`site` and `other` must be for one base, but one of them is `residual`, for a base "
+            "that its start changed. Give jlora.arithmetic.difference(adapter, initial) in its "
+            "place, where `initial` is what init returned."
         )
     (a, b), (c, d) = factors(site), factors(other)
     return jnp.linalg.norm(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._tree import fold
 from .._types import Path, PyTree
 from ._matrices import in_core_space
-from ._trees import Weights, check_density, checked, each
+from ._trees import Weights, check_density, checked, each, refuse_residual
 
 
 def dare(
@@ -53,6 +53,7 @@ def dare(
     """
     check_density(density)
     given = checked(adapters, weights, base, "`adapters` cannot be combined")
+    refuse_residual(given)
 
     def keys(path: Path) -> jax.Array:
         return jax.random.split(fold(key, path), len(given.trees))

@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._alike import joined
+from .._alike import FROM_THE_START, RESIDUAL, is_residual, joined, misfit, refuse
+from .._compat import known
 from .._types import Path, PyTree
 from ..adapters import LowRank
 from ._trees import Given, Weights, check_finite, checked, each, is_one
+
+ROUNDING = 1e-5  # of weights that add up to 1
 
 
 def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = None) -> PyTree:
@@ -97,21 +100,44 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
         0.0
     """
     what = "`other` cannot be subtracted from `adapter`"
-    return _summed(checked([adapter, other], [1.0, -1.0], base, what), cancels=True)
+    return _summed(checked([adapter, other], [1.0, -1.0], base, what))
 
 
-def _summed(given: Given, cancels: bool = False) -> PyTree:
-    """The exact sum, of factors side by side; what a start took from the base may cancel in it."""
+def _summed(given: Given) -> PyTree:
+    """The exact sum, of factors side by side."""
+    residual = _residual(given)
 
-    def low_rank(nodes: list[LowRank], w: list[Any], _: Path) -> LowRank:
+    def low_rank(nodes: list[LowRank], w: list[Any], path: Path) -> LowRank:
         scale = nodes[0].scale or 1.0
         n = len(nodes[0].layout.stack) + (nodes[0].layout.slots is not None)
         b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
         a = jnp.concatenate([x.a for x in nodes], -1)
         node = joined(nodes, a, jnp.concatenate(b, n), scale)
-        return node._replace(residual=False) if cancels and len(nodes) > 1 else node
+        return node._replace(residual=residual.get(path, False))
 
     return each(given, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
+
+
+def _residual(given: Given) -> dict[Path, bool]:
+    """Whether the sum is for the base that a start changed, at each path of which adapters are.
+
+    It is where the weights of all adapters add up to 1. Where they add up to 0 the base cancels.
+    """
+    total = known(lambda *w: sum(w), *given.weights)
+    near = [n for n in (0, 1) if total is not None and abs(float(total) - n) < ROUNDING]
+    got = "traced ones" if total is None else f"{float(total):g}"
+
+    def wrong(path: Path) -> str | None:
+        leaves = [tree.get(path) for tree in given.trees]
+        if any(x is None for x in leaves):
+            return f"{RESIDUAL}, and one adapter has no such site"
+        if near or misfit(leaves):  # which `each` refuses
+            return None
+        return f"{RESIDUAL}, so that weights must add up to 1 or to 0; got {got}"
+
+    paths = dict.fromkeys(p for tree in given.trees for p, x in tree.items() if is_residual(x))
+    refuse(given.refusal, {p: why for p in paths if (why := wrong(p))}, FROM_THE_START)
+    return dict.fromkeys(paths, near == [1])
 
 
 def _times(b: jax.Array, *factors: Any) -> jax.Array:

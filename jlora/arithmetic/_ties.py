@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._types import PyTree
 from ._matrices import in_core_space
-from ._trees import Weights, check_density, checked, each
+from ._trees import Weights, check_density, checked, each, refuse_residual
 
 
 def ties(
@@ -57,6 +57,7 @@ def ties(
     """
     check_density(density)
     given = checked(adapters, weights, base, "`adapters` cannot be combined")
+    refuse_residual(given)
 
     def merge(deltas: Sequence[jax.Array], matrix: int = 2) -> jax.Array:
         kept = jnp.stack([_largest(x, density, matrix) for x in deltas])

@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._alike import alike, leaves_of, misfit, of_other_methods, refuse
+from .._alike import (
+    FROM_THE_START,
+    RESIDUAL,
+    alike,
+    is_residual,
+    leaves_of,
+    misfit,
+    of_other_methods,
+    refuse,
+)
+from .._compat import is_concrete
 from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree
 from ..adapters import LowRank, is_node
@@ -33,6 +43,8 @@ class Given(NamedTuple):
 
 def checked(adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal: str) -> Given:
     trees = leaves_of(adapters)
+    if isinstance(weights, jax.Array) and is_concrete(weights):
+        weights = np.asarray(weights)  # whose entries have values under jit too
     w = [1.0] * len(adapters) if weights is None else list(weights)
     if len(w) != len(adapters):
         raise ValueError(
@@ -46,8 +58,15 @@ def checked(adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal:
     return Given(trees, w, base, refusal)
 
 
+def refuse_residual(given: Given) -> None:
+    """Raises for adapters of a base that a start changed, of which 0 is not the model."""
+    residual = [path for tree in given.trees for path, x in tree.items() if is_residual(x)]
+    wrong = dict.fromkeys(residual, f"{RESIDUAL}, so that a ΔW of 0 is not the model")
+    refuse(given.refusal, wrong, FROM_THE_START)
+
+
 def check_finite(argument: str, values: Sequence[Any]) -> None:
-    if wrong := [x for x in values if isinstance(x, int | float) and not np.isfinite(x)]:
+    if wrong := [x for x in values if is_concrete(x) and not np.isfinite(x)]:
         raise ValueError(f"`{argument}` must be finite; got {wrong[0]!r}.")
 
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._alike import leaves_of
+from .._compat import is_concrete
 from .._linalg import svd
-from .._tree import adapter_leaves, is_empty, nest
+from .._tree import nest
 from .._types import PyTree
 from ..adapters import LowRank, is_node
 from ._matrices import made, matrices
@@ -55,7 +57,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
         raise ValueError(f"`rank` must be an integer of at least 1; got {rank!r}.")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"`energy` must lie in (0, 1]; got {energy!r}.")
-    found = {} if is_empty(adapter) else adapter_leaves(adapter)
+    [found] = leaves_of([adapter])
     refuse_others([found], "`adapter` cannot be truncated")
 
     def cut(nodes: Sequence[LowRank]) -> tuple[jax.Array, jax.Array]:
@@ -72,7 +74,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
 
 def _enough(values: jax.Array, energy: float | None) -> int:
     """The smallest rank that keeps a share of the sum of squares, in all matrices of a stack."""
-    if isinstance(values, jax.core.Tracer):  # pyright: ignore
+    if not is_concrete(values):
         raise ValueError(
             "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "
             "give `rank`."

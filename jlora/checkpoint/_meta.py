@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,17 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import initializers, quantized
-from .._rules import Full, Rule, Slots, is_finite
+from .._rules import Full, Rule, Slots, anywhere, compiled, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ..adapters import METHODS, is_node, state, static
-from ..initializers import Initializer
+from ..initializers import Initializer, Sketched
 from ..quantized import Scheme
 from ._fingerprint import Fingerprint, Leaf, exact
 
-FORMAT = 1
+FORMAT = 2  # up to 1, patterns matched inside of the components of a path too
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
 FULL = "full"
+SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, and the kind of their sketch
 
 Fields = dict[str, Any]
 
@@ -61,6 +63,12 @@ class Foreign:
 
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
+        if kind := SKETCHED.get(self.name.removeprefix("jlora.initializers.")):
+            raise NotImplementedError(
+                f"`init` was {self.name} when the adapter was saved, which starts from a sketch: a "
+                "checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
+                f"init={self.name}(sketch)), where sketch is of jlora.sketch(..., kind={kind!r})."
+            )
         raise NotImplementedError(
             f"`init` was {self.name} when the adapter was saved, which is not a part of jlora. "
             "Give the rule your own: dataclasses.replace(rule, init=...)."
@@ -105,10 +113,12 @@ def decode(fields: Fields) -> Saved:
         parts = {name: _leaf(*leaf) for name, leaf in item["arrays"].items()}
         hashes |= {(*path, name): leaf.hash for name, leaf in parts.items()}
         leaves[path] = _decode_leaf(item, {n: _struct(leaf) for n, leaf in parts.items()})
-    base = fields["base"]
+    base, rules = fields["base"], fields["rules"]
+    if fields["format"] < 2:
+        rules = _of_components(rules, ["/".join(path) for path in leaves])
     return Saved(
         adapter=nest(leaves),
-        rules=tuple(_decode_rule(rule) for rule in fields["rules"]),
+        rules=tuple(map(_decode_rule, rules)),
         step=fields["step"],
         versions=dict(fields["versions"]),
         base=None if base is None else {_strings(p): _leaf(*leaf) for p, *leaf in base},
@@ -208,12 +218,32 @@ def _encode_field(value: Any) -> Any:
             return [_encode_field(x) for x in value]
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
+        case Sketched():
+            return {"function": f"jlora.initializers.{value.name}"}
         case Initializer() if all(map(_is_known, vars(value).values())):
             options = {name: _encode_field(x) for name, x in vars(value).items()}
             return {"function": f"jlora.initializers.{value.name}", "options": options}
         case Scheme():
             return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
+
+
+def _of_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
+    """Rules of format 1, with patterns that take the same leaves by whole components.
+
+    A pattern matches no more by whole components, and what it matched before is adapted. So it
+    stays as it is where it still matches the leaves that no earlier rule takes.
+    """
+    new, left = [], list(adapted)
+    for rule in rules:
+        if (pattern := rule.get("pattern")) is not None:
+            hits = [path for path in left if re.search(pattern, path)]
+            left = [path for path in left if path not in hits]
+            is_same = all(compiled(pattern).search(path) for path in hits)
+            if not is_same or pattern.strip("/") != pattern:
+                rule = rule | {"pattern": anywhere(pattern)}
+        new.append(rule)
+    return new
 
 
 def _decode_rule(fields: Fields) -> Rule:
@@ -265,6 +295,11 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _function(name: str) -> Callable[..., Any]:
+    for sketched in SKETCHED:
+        known = f"jlora.initializers.{sketched}"
+        # Format 1 had the function in `_eva.py` that it was.
+        if name in (known, f"jlora.initializers._{sketched}.{sketched}.<locals>.start"):
+            return Foreign(known)
     module, _, last = name.rpartition(".")
     # Version 0.1 had the initializers in `jlora` itself.
     known = module in ("jlora", "jlora.initializers") and not last.startswith("_")

@@ -123,10 +123,10 @@ def _fields(path: Where) -> Fields:
         number = fields["format"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
         raise _damaged(path, e) from e
-    if number != FORMAT:
+    if number not in range(1, FORMAT + 1):
         raise ValueError(
-            f"`path`: {folder} has format {number!r}; this version of jlora reads format {FORMAT}. "
-            "Update jlora."
+            f"`path`: {folder} has format {number!r}; this version of jlora reads formats 1 to "
+            f"{FORMAT}. Update jlora."
         )
     return fields
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from .._rules import Rule
+from .._rules import Rule, misplaced
 from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ..adapters import is_rule
@@ -157,7 +157,7 @@ def _check(
     _check_names(flat)
     for rule in rules:
         if not is_rule(rule):
-            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {rule!r}.")
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {misplaced(rule)}.")
     if base is not None:
         check_fits(base, found)
     elif hash_values:

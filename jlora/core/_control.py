@@ -12,7 +12,6 @@ from ._axes import Unfactorable
 from ._explicit import explicit
 from ._interpret import Equation, materialized, rule
 from ._packed import mesh_axes
-from ._summed import NAME
 from ._weight import Weight
 
 
@@ -37,21 +36,6 @@ def _call(eqn: Equation, *_: Any) -> list[Any]:
     return eqn.evaluate(eqn.params["call_jaxpr"], *eqn.forked)
 
 
-@rule("custom_vjp_call")
-def _custom_vjp(eqn: Equation, *operands: Any) -> list[Any]:
-    # A user's own derivative says nothing of W + ΔW; that of a product of ours is that of x·W.
-    if not _is_own(eqn):
-        raise Unfactorable
-    return eqn.evaluate(eqn.params["call_jaxpr"], *operands)
-
-
-def _is_own(eqn: Equation | None) -> bool:
-    """Whether it belongs to a product of an adapted function, which is adapted again."""
-    while eqn is not None and eqn.params.get("name") != NAME:
-        eqn = eqn.within
-    return eqn is not None
-
-
 @rule("remat2")
 def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
@@ -68,8 +52,6 @@ def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
     branches = eqn.params["branches"]
     index = materialized(index, lambda: f"the predicate of {eqn.where}")
     platforms = eqn.params.get("branches_platforms")
-    if platforms is not None and _is_own(eqn):
-        return eqn.evaluate(branches[platforms.index(None)], *operands)
     same = _common([_forwarded(b) for b in branches])
     n = len(branches[0].outvars)
     computed = [i for i in range(n) if i not in same]

@@ -1,7 +1,6 @@
 """`dot_general` with a weight, alone or together with others of the same activation."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from ._axes import RANK, Axis, Factor, Unfactorable
-from ._change import Change, Delta
-from ._cpu import plan, rounds
+from ._change import Delta
 from ._explicit import explicit
 from ._interpret import Equation, rule
 from ._linear import OTHER, Roles, ordered, plus_deltas, product
-from ._packed import Packed
 from ._product import Spec, is_kept, letters, lowrank, promote
-from ._summed import summed
 from ._weight import Weight, value_of
 
 
@@ -64,7 +60,6 @@ class _Contraction:
 
     def changed(self, added: jax.Array | None = None) -> jax.Array:
         """The product of z with the changed weight; `added` is what ΔW adds if that is known."""
-        w = self.w
 
         def base(value: jax.Array, z: jax.Array) -> jax.Array:
             return self.eqn.bind(*((value, z) if self.at == 0 else (z, value)))
@@ -72,15 +67,8 @@ class _Contraction:
         def low_rank(delta: Delta, z: jax.Array) -> jax.Array:
             return self.lowrank(delta, z) if added is None else added
 
-        if self.is_summed():
-            spec, p, q = self.spec(*w.change.deltas)
-            w = w.replace(w.value, Change((), w.change.gain))
-
-            def base(value: jax.Array, z: jax.Array) -> jax.Array:
-                return summed(spec, z, value, p, q)
-
         z = (self.z, value_of(self.eqn.low_rank_operand(1 - self.at)))
-        return product(w, "dense", self.roles, z, base, low_rank, self.spread)
+        return product(self.w, "dense", self.roles, z, base, low_rank, self.spread)
 
     def plus_deltas(self, out: jax.Array) -> jax.Array:
         """`out`, the product with W, plus what the deltas add to it."""
@@ -92,24 +80,6 @@ class _Contraction:
         spec, p, q = self.spec(delta)
         z = delta.drop(z).astype(self.dtype)
         return lowrank((spec,), z, (p,), (q,), (self.gate(delta, spec),))[0]
-
-    def is_summed(self) -> bool:
-        """Whether W + ΔW may be formed for a CPU: there is one ΔW, and nothing rounds the sum."""
-        same = self.z.dtype == self.w.dtype == self.eqn.outputs[0].dtype
-        if len(self.w.change.deltas) != 1 or not same or rounds(self.precision):
-            return False
-        if isinstance(self.w.value, Packed):  # which the backward pass would keep unpacked
-            return False
-        [delta], roles = self.w.change.deltas, self.roles
-        if delta.key is not None or delta.gate is not None:
-            return False
-        p, q = delta.by_order(roles.inputs)
-        if {*q.axes} & {*roles.inputs} or {*p.axes} & {*roles.outputs}:
-            return False
-        length = dict(zip(self.w.axes, self.w.shape, strict=True))
-        stack, inputs, outputs = (math.prod(length[a] for a in axes) for axes in roles)
-        tokens = self.z.size // max(1, stack * inputs)
-        return plan(tokens, inputs, outputs, p.length(RANK), self.dtype) == "summed"
 
     def spec(self, delta: Delta) -> tuple[Spec, jax.Array, jax.Array]:
         """The letters of a product, and the two factors in the order in which they are used."""
@@ -138,7 +108,7 @@ class _Contraction:
         `Unfactorable` unless z·A is small, and needs nothing but z and A.
         """
         w, inputs = self.w, {*self.roles.inputs}
-        if len(w.change.deltas) != 1 or self.roles.stack or self.is_summed():
+        if len(w.change.deltas) != 1 or self.roles.stack:
             raise Unfactorable
         [delta], gain = w.change.deltas, w.change.gain
         p, q = delta.by_order(self.roles.inputs)

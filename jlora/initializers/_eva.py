@@ -1,16 +1,16 @@
 """EVA."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from ._draw import dtype_of
-from ._sketched import check_kind, spectrum
+from ._sketched import Sketched, spectrum
 
 
-def eva(sketch: Any) -> Callable[..., tuple[Any, Any, Any]]:
+def eva(sketch: Any) -> "Eva":
     r"""A spans the leading principal components of the site's inputs, B zero.
 
     A has orthonormal columns, and of all A keeps the most of the variance of the inputs. W stays.
@@ -36,12 +36,18 @@ def eva(sketch: Any) -> Callable[..., tuple[Any, Any, Any]]:
         >>> jnp.abs(adapter["w"].a).round(3).tolist()
         [[1.0], [0.0]]
     """
-    check_kind(sketch, "inputs", "eva")
+    return Eva(sketch)
 
-    def start(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Eva(Sketched):
+    """What `eva` gives."""
+
+    name: ClassVar[str] = "eva"
+    kind: ClassVar[str] = "inputs"
+
+    def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
         del key
         dtype = dtype_of(site, rule)
-        a = spectrum(sketch, site, rule, rule.rank).inputs[..., : rule.rank]
+        a = spectrum(self.sketch, site, rule, rule.rank).inputs[..., : rule.rank]
         return w, jnp.array(a, dtype), jnp.zeros(rule.factor_shapes(site)[1], dtype)
-
-    return start

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._rules import is_int, rule_name
+from .._rules import is_int, misplaced, rule_name
 from ..quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
 from ._initializer import Initializer
 from ._pissa import largest
@@ -68,7 +68,7 @@ class LoftQ(Initializer):
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme):
             raise TypeError(
-                f"`scheme` of loftq must be one such as jlora.NF4(); got {self.scheme!r}."
+                f"`scheme` of loftq must be one such as jlora.NF4(); got {misplaced(self.scheme)}."
             )
         if self.scheme.pattern is not None:
             raise ValueError(

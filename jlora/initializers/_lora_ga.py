@@ -1,21 +1,21 @@
 """LoRA-GA."""
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from ..quantized import is_quantized
 from ._draw import dtype_of
-from ._sketched import check_kind, spectrum
+from ._sketched import Sketched, spectrum
 from ._split import how_of, less
 
 GAMMA = 16.0
 
 
-def lora_ga(sketch: Any, gamma: float = GAMMA) -> Callable[..., tuple[Any, Any, Any]]:
+def lora_ga(sketch: Any, gamma: float = GAMMA) -> "LoraGA":
     r"""A and B along the gradient, so that the first step is near that of full fine-tuning.
 
     Of the gradient $G = \sum_i \sigma_i u_i v_i^T$ of W, with n outputs, and the rank r,
@@ -49,11 +49,24 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> Callable[..., tuple[Any, Any, 
         >>> bool(jnp.allclose(lora.apply(base, adapter, batches[0]), 1, atol=1e-5))
         True
     """
-    check_kind(sketch, "gradient", "lora_ga")
-    if not gamma > 0:
-        raise ValueError(f"`gamma` of lora_ga must be positive; got {gamma!r}.")
+    return LoraGA(sketch, gamma)
 
-    def start(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LoraGA(Sketched):
+    """What `lora_ga` gives."""
+
+    gamma: float
+
+    name: ClassVar[str] = "lora_ga"
+    kind: ClassVar[str] = "gradient"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.gamma > 0:
+            raise ValueError(f"`gamma` of lora_ga must be positive; got {self.gamma!r}.")
+
+    def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
         del key
         if is_quantized(w):
             raise ValueError(
@@ -61,17 +74,15 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> Callable[..., tuple[Any, Any, 
                 "was, then jlora.quantize the base."
             )
         r, dtype = rule.rank, dtype_of(site, rule)
-        found = spectrum(sketch, site, rule, 2 * r)
+        found = spectrum(self.sketch, site, rule, 2 * r)
         before = found.values.ndim - 1  # the stack and the slots
         a = jnp.array(found.inputs[..., :r], dtype)
         b = found.outputs[(slice(None),) * before + (slice(r, 2 * r),)]
         outputs = math.prod(b.shape[before + 1 :])
-        values = found.values[..., r : 2 * r] * (outputs**0.25 / math.sqrt(gamma))
+        values = found.values[..., r : 2 * r] * (outputs**0.25 / math.sqrt(self.gamma))
         b = b * values.reshape(*values.shape, *[1] * (b.ndim - before - 1))
         missing = [(0, r - n if d == before else 0) for d, n in enumerate(b.shape)]
         b = jnp.pad(b, missing).astype(dtype)
         if isinstance(w, jax.ShapeDtypeStruct):  # another than W, though it looks the same
             return w.update(shape=w.shape), a, b
         return less(how_of(w, site, rule), w, a, b), a, b
-
-    return start

@@ -1,8 +1,28 @@
 """What initializers that start from a `jlora.Sketch` share."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import numpy as np
+
+from ._initializer import Initializer
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Sketched(Initializer):
+    """One that starts from a sketch of the same rules, which checkpoints do not hold.
+
+    Attributes:
+        sketch: from `jlora.sketch`.
+        kind: that of the sketch.
+    """
+
+    sketch: Any
+
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_kind(self.sketch, self.kind, self.name)
 
 
 def check_kind(sketch: Any, kind: str, name: str) -> None:

@@ -185,14 +185,15 @@ def check(w: Any, site: Any, rule: Any) -> None:
             f"`params` has a shape at {site.path!r}, which {name} cannot factor. Give arrays, or "
             "call init under jax.eval_shape."
         )
-    if _compat.unchecked_axes() or any(map(_compat.varying, map(jnp.asarray, leaves))):
+    if _compat.may_be_cut_over(w):
         raise NotImplementedError(
             f"{name} factors the whole of {site.path!r}, of which a shard_map around init has a "
             "part. Call init outside of it."
         )
-    if is_quantized(w) or not _compat.is_concrete(w):
+    if is_quantized(w):
         return
-    if bad := int(jnp.sum(~jnp.isfinite(w))):
+    bad = _compat.known(lambda w: jnp.sum(~jnp.isfinite(w)), w)
+    if bad:
         raise ValueError(
             f"{site.path!r} of `params` has {bad} values that are NaN or infinite, which {name} "
             "cannot factor. Use a checkpoint whose values are finite."
@@ -216,8 +217,8 @@ def in_place(
 
 
 def _moved(new: jax.Array, old: Any) -> jax.Array:
-    placed = isinstance(old, jax.Array) and _compat.is_concrete(old) and old.committed
-    return jax.device_put(new, old.sharding) if placed else new
+    place = _compat.place_of(old) if _compat.is_concrete(new) else None
+    return new if place is None else jax.device_put(new, place)
 
 
 def _places(how: How, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._tree import adapter_leaves, check_fits, is_concrete, leaves_by_path, nest
+from .._alike import FROM_THE_START, RESIDUAL, is_residual, refuse
+from .._compat import is_concrete
+from .._tree import adapter_leaves, check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
 from ..adapters import LowRank, Routed, is_node, still, weight_shape
-from ._table import Leaves, refuse_others, table_leaves
+from ._table import Leaves, as_array, refuse_others, table_leaves, within
 
 FORMS = ("side by side", "gathered")
 SHARE = 4  # A and B of all slots lie side by side where they are no more than this part of W
@@ -36,14 +38,15 @@ def route(
     batch normalization, are not that model's. There are two forms, chosen at each site by its size:
 
     - side by side: the A of all slots are one matrix, and of $x_i A$ the columns of other slots
-      count as 0. One product of all rows, at the cost of the rank slots·r. A NaN or infinity in A
-      of one slot leaves the outputs of the other rows alone, but not their gradients; one in B
-      reaches all rows.
+      count as 0. One product of all rows, at the cost of the rank slots·r. A NaN or infinity of one
+      slot in A leaves the outputs of the other rows alone, but not gradients through the site; one
+      in B reaches all rows. Where W is used transposed, as an embedding in a tied head, the
+      activation meets B first, and A and B change places.
     - gathered: each row takes its A and B out of the table. Costs the rank r alone, but their bytes
       for each row, and products of one row each. Nothing of a slot reaches rows of another.
 
-    `stack` and `insert` refuse what is not finite, so that both are safe. Leaves trained in full
-    are gathered.
+    `stack` and `insert` refuse what is not finite, where values are known, so that both are safe.
+    Leaves trained in full are gathered.
 
     Args:
         apply: a function of a base, an adapter and more, such as `lora.apply` or a loss of it.
@@ -148,7 +151,13 @@ def _prepared(table: PyTree, form: str | None) -> tuple[Leaves, int]:
     routed = {path: x for path, x in found.items() if isinstance(x, Routed)}
     counts = {x.slots for x in routed.values()}
     others = {path: x for path, x in found.items() if path not in routed}
+    residual = [path for path, x in others.items() if is_residual(x)]
     refuse_others(others.items())
+    refuse(
+        "a table that is routed cannot hold what is",
+        {path: f"{RESIDUAL}, so that -1 would not be the model" for path in residual},
+        FROM_THE_START,
+    )
     if others:
         _, count = table_leaves(nest(others))
         counts.add(count)
@@ -171,21 +180,21 @@ def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _checked(ids: Any, slots: int) -> Any:
-    """`ids`; as NumPy's where they are known as the program is traced."""
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    """`ids` in int32, of which `slots` is none; NumPy's where they were not JAX's."""
+    ids = as_array(ids)
     if ids.ndim != 1 or not len(ids) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
             "`ids` must be integers of shape (rows,), one slot of the table for each row; got "
             f"{short(ids)}."
         )
-    if isinstance(ids, np.ndarray) or is_concrete(ids):
-        wrong = [int(i) for i in np.asarray(ids) if not -1 <= i < slots]
+    if is_concrete(ids):
+        wrong = [i for i in map(int, np.asarray(ids)) if not -1 <= i < slots]
         if wrong:
             raise ValueError(
                 f"`ids` must lie in [-1, {slots}), the slots of the table or -1 for the base alone;"
                 f" got {wrong[0]}."
             )
-    return ids
+    return within(ids, slots, -1)
 
 
 def _length_of_runs(ids: Any) -> int:
@@ -215,21 +224,19 @@ def _side_by_side(node: LowRank, slots: int) -> Routed:
 def _with_gate(node: Routed, i: jax.Array) -> Routed:
     """The gate of slot `i`: NaN if there is no such slot."""
     gate = (jnp.arange(node.slots) == i).astype(jnp.float32)
-    gate = jnp.where((i >= -1) & (i < node.slots), gate, jnp.nan)
+    gate = jnp.where(i < node.slots, gate, jnp.nan)
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
 def _gathered(leaves: Leaves, ids: Any, slots: int, base: PyTree) -> Leaves:
     """The leaves of each of `ids`: of -1 those of the base, of what is no slot NaN."""
     ids = jnp.asarray(ids)
-    at = jnp.where((ids >= 0) & (ids < slots), ids, slots)
     params = dict(leaves_by_path(base)) if leaves else {}
 
     def take(x: jax.Array, none: Any) -> jax.Array:
         row = lambda i: lax.expand_dims(i, range(1, x.ndim))  # noqa: E731
-        found = jnp.take(x, at, axis=0, mode="fill", fill_value=0)
-        found = jnp.where(row(at < slots), found, jnp.asarray(none, x.dtype))
-        return jnp.where(row((ids >= -1) & (ids < slots)), found, jnp.asarray(jnp.nan, x.dtype))
+        found = jnp.take(x, ids, axis=0, mode="fill", fill_value=jnp.nan)
+        return jnp.where(row(ids >= 0), found, jnp.asarray(none, x.dtype))
 
     def of(path: Path, leaf: Any) -> Any:
         return (

@@ -10,7 +10,7 @@ import numpy as np
 from .._compat import is_concrete
 from .._rules import is_int, rule_name
 from .._transform import transform
-from .._tree import flatten, leaves_by_path, name_of
+from .._tree import flatten, leaves_by_path, name_of, refuse_rngs
 from .._types import PyTree, Transformed, short
 
 
@@ -108,6 +108,7 @@ def _refuse_changes(names: set[str], reason: str) -> None:
 
 def _check_keys(keys: Any) -> None:
     """`TypeError` if `keys` are not n threefry keys, new or old style."""
+    refuse_rngs("`keys` must be an array of PRNG keys, such as jax.random.split(key, 8)", keys)
     dtype, shape = getattr(keys, "dtype", None), tuple(getattr(keys, "shape", ()))
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     per_key = shape[1:] == (() if typed else (2,)) and (typed or dtype == jnp.uint32)

@@ -7,9 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _compat
-from .._alike import alike, joined, leaves_of, misfit, of_other_methods, refuse
-from .._tree import adapter_leaves, check_fits, is_concrete, leaves_by_path, name_of, nest
+from .._alike import (
+    FROM_THE_START,
+    RESIDUAL,
+    alike,
+    is_residual,
+    joined,
+    leaves_of,
+    misfit_in_table,
+    of_other_methods,
+    refuse,
+)
+from .._compat import is_concrete, known
+from .._tree import adapter_leaves, check_fits, leaves_by_path, name_of, nest
 from .._types import Path, PyTree, short
 from ..adapters import LowRank, arrays, is_node, method_of, state
 from ..core import promote
@@ -66,7 +76,7 @@ def stack(
     }
     refuse(
         REFUSAL,
-        {path: why for path, leaves in sites.items() if (why := misfit(leaves))},
+        {path: why for path, leaves in sites.items() if (why := misfit_in_table(leaves))},
         "The adapters of a table must be of one base.",
     )
     empty = {path: _empty(leaves, rank) for path, leaves in sites.items()}
@@ -103,7 +113,7 @@ def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTre
         Array([1., 0.], dtype=float32)
     """
     found, count = table_leaves(table)
-    _check_slot(slot, count)
+    slot = _checked_slot(slot, count)
     [tree] = _checked([adapter])
     refuse_others(found.items())
     empty = {path: jax.tree.map(lambda x: jnp.zeros_like(x[0]), x) for path, x in found.items()}
@@ -160,7 +170,7 @@ def take(table: PyTree, slot: int | jax.Array) -> PyTree:
         {'w': LowRank(a=float32[4,2], b=float32[2,3], scale=1.0)}
     """
     _, count = table_leaves(table)
-    _check_slot(slot, count)
+    slot = _checked_slot(slot, count)
     return jax.tree.map(lambda x: x[slot], table)
 
 
@@ -213,11 +223,9 @@ def refuse_others(leaves: Iterable[tuple[Path, Any]]) -> None:
 
 def _is_finite(leaf: Any) -> bool:
     """Whether all values are finite that are known."""
-    return all(
-        bool(jnp.isfinite(x).all())
-        for x in jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
-        if is_concrete(x) or isinstance(x, np.ndarray)
-    )
+    values = jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
+    found = [known(lambda x: jnp.isfinite(x).all(), x) for x in values]
+    return all(bool(x) for x in found if x is not None)
 
 
 def _empty(leaves: Sequence[Any], rank: int | None) -> Any:
@@ -251,6 +259,9 @@ def _row(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
         {path: why for path, x in tree.items() if (why := _no_room(x, empty.get(path)))},
         "Make the table with jlora.many.stack(adapters, rank=...) of adapters that have all sites.",
     )
+    residual = [path for path, x in empty.items() if is_residual(x) and path not in tree]
+    needed = f"{RESIDUAL}, so that a slot without it would not be the model"
+    refuse(REFUSAL, dict.fromkeys(residual, needed), FROM_THE_START)
     missing = [path for path, x in empty.items() if not is_node(x) and path not in tree]
     if missing and base is None:
         needed = "is trained in full, so that a slot without it holds the base's"
@@ -267,7 +278,7 @@ def _no_room(leaf: Any, empty: Any) -> str | None:
     """Why a leaf cannot stand at a site of a table."""
     if empty is None:
         return "is no site of the table"
-    if why := misfit([empty, leaf]):
+    if why := misfit_in_table([empty, leaf]):
         return why
     for x, room in zip(jax.tree.leaves(leaf), jax.tree.leaves(empty), strict=True):
         if promote(x.dtype, room.dtype) != room.dtype:
@@ -292,6 +303,27 @@ def _placed(leaf: Any, empty: Any) -> Any:
     return empty._replace(a=node.a.astype(empty.a.dtype), b=node.b.astype(empty.b.dtype))
 
 
-def _check_slot(slot: Any, count: int) -> None:
-    if _compat.is_concrete(slot) and not (jnp.ndim(slot) == 0 and 0 <= int(slot) < count):
+def _checked_slot(slot: Any, count: int) -> Any:
+    """A slot as an index of arrays of `count` slots."""
+    x = as_array(slot)
+    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim:
+        raise TypeError(f"`slot` must be one integer, from 0 on; got {short(slot)}.")
+    if is_concrete(x) and not 0 <= int(x) < count:
         raise ValueError(f"`slot` must lie in [0, {count}), the slots of the table; got {slot!r}.")
+    return slot if isinstance(slot, int) else within(x, count)
+
+
+def as_array(x: Any) -> Any:
+    """`x`, or an array of the numbers in it: NumPy's where none is JAX's."""
+    if hasattr(x, "dtype"):
+        return x
+    numpy: Any = jnp if any(isinstance(v, jax.Array) for v in jax.tree.leaves(x)) else np
+    return numpy.asarray(x)
+
+
+def within(ids: Any, count: int, least: int = 0) -> Any:
+    """Integers of any dtype as int32, those that do not lie in [least, count) as `count`."""
+    limits = jnp.iinfo(ids.dtype)  # `count` itself may be none of the dtype's numbers
+    inside = (ids >= max(least, int(limits.min))) & (ids <= min(count - 1, int(limits.max)))
+    numpy: Any = jnp if isinstance(ids, jax.Array) else np
+    return numpy.where(inside, ids.astype(np.int32), np.int32(count))

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from .._compat import is_concrete
+from .._compat import known
 from .._optimizer import check_transformation, is_transformation
 from .._rules import is_floating
 from .._types import PyTree, short
 from ..core import promote
-from ._table import table_leaves
+from ._table import as_array, table_leaves, within
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -262,14 +261,14 @@ def _mask(name: str, mask: Any, n: int) -> jax.Array:
 
 def _hit(slots: Any, n: int) -> jax.Array:
     """The mask of chosen slots."""
-    x = jnp.asarray(slots)
+    x = as_array(slots)
     if x.dtype == bool:
         return _mask("slots", x, n)
     if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim > 1:
-        raise TypeError(f"`slots` must be indices or a mask of shape ({n},); got {short(x)}.")
-    if is_concrete(x) and np.any((x < 0) | (x >= n)):
+        raise TypeError(f"`slots` must be indices or a mask of shape ({n},); got {short(slots)}.")
+    if known(lambda x: (within(x, n) == n).any(), x):
         raise ValueError(f"`slots` must lie in [0, {n}), the slots of the table; got {slots!r}.")
-    return jnp.zeros(n, bool).at[x].set(True)
+    return jnp.zeros(n, bool).at[within(x, n)].set(True)
 
 
 def _choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:

@@ -21,7 +21,7 @@ from ._values import stored_in, twins, values, with_values
 
 
 def read(dir: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Replaced | np.ndarray]:
-    """Reads an adapter for a look at it, when the model is not at hand.
+    r"""Reads an adapter for a look at it, when the model is not at hand.
 
     The checks are those of `load`; only whether it fits its model, and whether all that its
     configuration names is there, cannot be known. Where several parameters of one module of experts
@@ -45,11 +45,12 @@ def read(dir: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Replac
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
+        ...     peft.save(f"{folder}/adapter", base, adapter, names)
         ...     leaves = peft.read(f"{folder}/adapter")
         >>> leaves["model.q_proj"].b.shape
         (2, 3)

@@ -105,7 +105,7 @@ def _of_tree(
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     check_fits(base, found)
     leaves = resolve(base, names)
-    check_writable(found, {leaf.path: leaf for leaf in leaves})
+    check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
     rows = {f"{x.module}.weight": x for x in tokens_of(leaves, found)}
     return *from_leaves(narrowed(leaves, found), found), rows
 
@@ -126,7 +126,8 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
         wrong.insert(
             0,
             f"{shown(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
-            "save both by the same release of `transformers`",
+            "save the base under the names that the model has in memory, in `transformers` 5 by "
+            "save_pretrained(..., save_original_format=False)",
         )
     refuse(wrong + _misfits(checkpoint, own, parts, full | frozen))
     # What the checkpoint has no tensor for must be the same as something that it has.

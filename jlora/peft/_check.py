@@ -68,11 +68,12 @@ def check(
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((64, 64))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=20))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 64)))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
+        ...     peft.save(f"{folder}/adapter", base, adapter, names)
         ...     checked = peft.check(f"{folder}/adapter", "vllm")
         >>> [finding] = checked.findings
         >>> print(finding.why, finding.remedy, sep="\n")

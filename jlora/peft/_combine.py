@@ -70,12 +70,13 @@ def combine(
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import arithmetic, peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name in "ab":
-        ...         peft.save(f"{folder}/{name}", base, adapter, peft.LLAMA)
+        ...         peft.save(f"{folder}/{name}", base, adapter, names)
         ...     both = [f"{folder}/a", f"{folder}/b"]
         ...     made = peft.combine(both, f"{folder}/c", lambda x: arithmetic.add(x, [0.7, 0.3]))
         ...     peft.read_config(f"{folder}/c")["r"]

@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._rules import is_finite
 from ._file import CONFIG, Source, brief, read_json
-from ._patterns import of_key, of_layer, problem
+from ._patterns import PLAIN, of_key, of_layer, problems_of
 from .others import OTHERS
 
 LIMIT = 4 * 2**20  # bytes
@@ -194,10 +194,14 @@ def misformed(fields: Mapping[str, Any]) -> list[str]:
         for key, (what, fits) in _FORMS.items()
         if key in fields and not fits(fields[key])
     ]
-    return wrong or [
-        f"{key}: {brief(pattern)} {why}"
-        for key, pattern, whole in _patterns(fields)
-        if (why := problem(whole))
+    if wrong:
+        return wrong
+    patterns = list(_patterns(fields))
+    refused = problems_of([whole for _, _, whole in patterns])
+    return [
+        f"{key}: {brief(pattern)} {refused[whole]}"
+        for key, pattern, whole in patterns
+        if whole in refused
     ]
 
 
@@ -274,13 +278,13 @@ _FORMS = {
 }
 
 
-def _patterns(fields: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
-    """Each pattern as it is written, and as it is matched."""
+def _patterns(fields: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Each pattern as it is written, and as it is matched if it is not plain."""
     for key in ("target_modules", "exclude_modules"):
         if isinstance(pattern := fields.get(key), str):
             yield key, pattern, pattern
-    for key in ("rank_pattern", "alpha_pattern"):
-        yield from ((key, p, of_key(p)) for p in fields.get(key) or {})
     layers = fields.get("layers_pattern") or []
-    for pattern in [layers] if isinstance(layers, str) else layers:
-        yield "layers_pattern", pattern, of_layer(pattern)
+    keys = {key: (fields.get(key) or (), of_key) for key in ("rank_pattern", "alpha_pattern")}
+    keys["layers_pattern"] = [layers] if isinstance(layers, str) else layers, of_layer
+    for key, (patterns, form) in keys.items():
+        yield from ((key, p, p if PLAIN.fullmatch(p) else form(p)) for p in patterns)

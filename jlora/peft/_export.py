@@ -84,6 +84,7 @@ def export_merged(
         >>> from jlora import peft
         >>> from safetensors.numpy import load_file, save_file
         >>> params = {"q": {"kernel": jnp.ones((4, 3))}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> lora = jlora.transform(lambda p, x: x @ p["q"]["kernel"], jlora.LoRA("q", rank=2))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +92,7 @@ def export_merged(
         ...     weights = {"q.weight": jnp.ones((3, 4)).__array__()}
         ...     save_file(weights, f"{folder}/base/model.safetensors")
         ...     left_out = peft.export_merged(
-        ...         f"{folder}/base", adapter, f"{folder}/merged", names=peft.LLAMA
+        ...         f"{folder}/base", adapter, f"{folder}/merged", names=names
         ...     )
         ...     merged = load_file(f"{folder}/merged/model.safetensors")
         >>> merged["q.weight"].shape, left_out
@@ -164,6 +165,14 @@ def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
         if _same(checkpoint, name, other):
             for changed in (sums, full, rows):
                 changed |= {other: changed[name]} if name in changed else {}
+        elif name in rows:
+            refuse(
+                [
+                    f"{shown(name)}: has rows in the adapter, which PEFT gives {shown(other)} too "
+                    "where the two are tied; by config.json they are, but the checkpoint has other "
+                    "values of it. Set tie_word_embeddings there"
+                ]
+            )
     return todo._replace(sums=sums, full=full, rows=rows)
 
 

@@ -19,7 +19,7 @@ def with_targets(
 ) -> Fields:
     """`fields` that select the leaves `own`, and the heads `tied` to them, and no others."""
     selection = Selection(fields)
-    selection.prepare([m for leaf in leaves for m in leaf.modules])
+    selection.prepare([*(m for leaf in leaves for m in leaf.modules), *tied.values()])
     chosen = {name for leaf in own for name in leaf.parameters}
     as_wanted = all(
         _adapts(selection, leaf, module) == (name in chosen)

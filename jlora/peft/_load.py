@@ -9,8 +9,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .._tree import nest
+from .._tree import leaves_by_path, nest
 from .._types import PyTree
+from ..adapters import is_node
+from ._advice import advice
 from ._arrays import decomposed, low_rank, of_part, replaced, weight
 from ._file import CONFIG, Source, listing
 from ._names import Leaf, Name, by_row, resolve
@@ -21,6 +23,8 @@ from ._read import Adapter
 from ._saved import Saved, read_adapter, saved_in
 from ._to_lora import as_lora
 from ._values import stored_in, unfit
+
+WHERE = "`base` under `names`"
 
 
 def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> PyTree:
@@ -52,22 +56,28 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
         >>> import tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
-        ...     again = peft.load(f"{folder}/adapter", base, peft.LLAMA)
+        ...     peft.save(f"{folder}/adapter", base, adapter, names)
+        ...     again = peft.load(f"{folder}/adapter", base, names)
         >>> jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), again, adapter))
         True
     """
     leaves = by_row(resolve(base, names), names)
+    named = {leaf.path for leaf in leaves}
+    every = {path: getattr(x, "shape", ()) for path, x in leaves_by_path(base, is_node)}
+    lost = {path: shape for path, shape in every.items() if path not in named and len(shape) > 1}
 
     def refuse(found: Sequence[str]) -> None:
         if found:
+            unnamed = lost and any(WHERE in problem for problem in found)
             raise ValueError(
                 f"`dir`: the adapter in {dir} cannot be loaded onto `base` with `names`; "
                 f"nothing was loaded. {listing(found)}"
+                + (f"\n{advice(names, lost)}" if unnamed else "")
             )
 
     adapter, placed, found, frozen = fitted(saved_in(Source(Path(dir))), leaves, refuse)
@@ -114,7 +124,7 @@ def fitted(saved: Saved, leaves: Sequence[Leaf], refuse: Callable[[Sequence[str]
         saved, frozen = as_lora(saved, shapes)
     adapter = read_adapter(saved, refuse)
     without_biases(adapter)
-    parts = parts_of(adapter, shapes, "`base` under `names`", ordered=True)
+    parts = parts_of(adapter, shapes, WHERE, ordered=True)
     placed = put_in_place(adapter, parts, places, leaves)
     refuse(adapter.wrong)
     tokens = [x.v for x in adapter.tokens.values()]

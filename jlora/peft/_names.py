@@ -290,14 +290,28 @@ def _are_parts(leaves: Sequence[Leaf]) -> bool:
     return None not in parts and len(set(parts)) == len(parts)
 
 
+def path_in_names(path: Path) -> str:
+    """A path as the rows of a table have it."""
+    return "/".join(path).removeprefix("params/")
+
+
 def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
     shape = tuple(x.shape) if hasattr(x, "shape") else ()
-    joined = "/".join(path).removeprefix("params/")
+    if (found := row_of(path, shape, rows)) is None:
+        return None
+    row, matched = found
+    templates = [matched.expand(module).replace("/", ".") for module in row.modules]
+    return Leaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
+
+
+def row_of(
+    path: Path, shape: tuple[int, ...], rows: Sequence[Name]
+) -> tuple[Name, re.Match[str]] | None:
+    """The row that names a leaf, and how its pattern matches."""
     for row in rows:
-        matched = re.fullmatch(row.path, joined)
+        matched = re.fullmatch(row.path, path_in_names(path))
         if matched and len(row.axes) == len(shape) and _holds_all(row, shape):
-            templates = [matched.expand(module).replace("/", ".") for module in row.modules]
-            return Leaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
+            return row, matched
     return None
 
 

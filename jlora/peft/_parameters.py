@@ -40,6 +40,7 @@ def parts_of(
     selection, wrong = adapter.selection, adapter.wrong
     order = {name: i for i, name in enumerate(shapes or ())}
     selection.prepare({name.rpartition(".")[0] for name in order})
+    selection.prepare(f"{m}.{p}" for m in adapter.pairs for p in selection.parameters(m))
     parts = list[Part]()
     for module, pairs in adapter.pairs.items():
         names = [f"{module}.{parameter}" for parameter in selection.parameters(module)]
@@ -99,19 +100,17 @@ def _of_parameters(
     ordered: bool,
 ) -> list[Part]:
     """Those of parameters that the keys do not name, told apart by their shapes and ranks."""
-    selection, fitting = adapter.selection, list[list[Part]]()
     # As there are n! ways. Of a model that is not at hand there may be fewer than are named.
     few = len(pairs) <= 6 and (shapes is None or len(pairs) == len(names))
-    for order in itertools.permutations(names[:6], len(pairs)) if few else ():
-        selection.clock.left()
-        kinds = [_kind((shapes or {}).get(name)) for name in order]
-        parts = [
-            Part(name, *kind[:1], name, x.a, x.b, selection.scale(name), kind[1])
-            for name, kind, x in zip(order, kinds, pairs, strict=True)
-        ]
-        if _all_fit(selection, parts, shapes):
-            fitting.append(parts)
-            if ordered or shapes is None:
+    tried, selection = names[:6] if few else [], adapter.selection
+    each = [{name: _part_of(selection, name, x, shapes) for name in tried} for x in pairs]
+    fitting = list[list[Part]]()
+    for order in itertools.permutations(tried, len(pairs)):
+        selection.patterns.spend(len(order))
+        found = [x for fits, name in zip(each, order, strict=True) if (x := fits[name])]
+        if len(found) == len(pairs) and len({experts for _, experts in found}) == 1:
+            fitting.append([part for part, _ in found])
+            if ordered or shapes is None or len(fitting) > 1:
                 break
     if len(fitting) == 1:
         return fitting[0]
@@ -129,21 +128,17 @@ def _kind(shape: tuple[int, ...] | None) -> tuple[str, bool | None]:
     return ("experts", None) if shape is None or len(shape) == 3 else ("linear", False)
 
 
-def _all_fit(selection: Selection, parts: Sequence[Part], shapes: Shapes | None) -> bool:
-    ranks = [selection.rank(part.name) for part in parts]
+def _part_of(
+    selection: Selection, name: str, pair: Pair, shapes: Shapes | None
+) -> tuple[Part, int | None] | None:
+    """A and B if they may be of a parameter, and of how many experts that seems to be."""
+    kind, transposed = _kind((shapes or {}).get(name))
+    part = Part(name, kind, name, pair.a, pair.b, selection.scale(name), transposed)
+    rank, wide = selection.rank(name), pair.a.shape[0]
     if shapes is None:
-        counts = {x / r for part, r in zip(parts, ranks, strict=True) for x in _wide(part)}
-        return len(counts) == 1 and counts.pop().is_integer()
-    return all(
-        orientations(part, shapes[part.name])
-        and part.a.shape[0] == rank * (shapes[part.name][0] if part.kind == "experts" else 1)
-        for part, rank in zip(parts, ranks, strict=True)
-    )
-
-
-def _wide(part: Part) -> tuple[int, int]:
-    """The rank of all experts together, by A and by B."""
-    return part.a.shape[0], part.b.shape[1]
+        return (part, wide // rank) if wide == pair.b.shape[1] and wide % rank == 0 else None
+    experts = shapes[name][0] if kind == "experts" else 1
+    return (part, None) if orientations(part, shapes[name]) and wide == rank * experts else None
 
 
 def orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:

@@ -9,10 +9,11 @@ import numpy as np
 
 from .._tree import name_of
 from .._types import Path
-from ..adapters import Decomposed, LowRank, Replaced, is_node, state
+from ..adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from ._advice import advice
 from ._arrays import adapted, factors, magnitudes, weights
 from ._file import DTYPES, PREFIX
-from ._names import Leaf, tied_to
+from ._names import Leaf, Name, path_in_names, tied_to
 from ._read import BASE, MAGNITUDE, Part
 
 AB = (".lora_A.weight", ".lora_B.weight")
@@ -125,7 +126,7 @@ def head_of(table: Part, tied: Mapping[str, str]) -> Part:
 # --------------------------------------------------------------------------------- what is refused
 
 
-def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
+def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf], names: Sequence[Name]) -> None:
     """Raises, naming every leaf that cannot be written."""
     residual = [name_of(path) for path, x in found.items() if getattr(x, "residual", False)]
     if residual:
@@ -137,19 +138,22 @@ def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf]) -> None:
             "returned, or merge it with its base. If that base is saved in the place of the "
             "parameters, give nodes that say so: node._replace(residual=False)."
         )
-    wrong = {path: why for path, x in found.items() if (why := _unwritable(x, leaves.get(path)))}
+    wrong = {path: why for path, x in found.items() if (why := _unwritable(path, x, leaves))}
     wrong |= {path: why for path, why in _lone_parts(found, leaves) if path not in wrong}
+    unnamed = {path: x for path, x in found.items() if path not in leaves}
+    lost = {path: weight_shape(x) if is_node(x) else x.shape for path, x in unnamed.items()}
     if wrong:
         raise ValueError(
             "`adapter` cannot be written with `names`:\n"
             + "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
-            + "\nAdd rows to `names`, such as jlora.peft.Name(r'(.*)/kernel', r'\\1', 'io')."
+            + (f"\n{advice(names, lost)}" if lost else "")
         )
 
 
-def _unwritable(x: Any, leaf: Leaf | None) -> str | None:
-    if leaf is None:
-        return "no row of `names` fits its path and number of axes"
+def _unwritable(path: Path, x: Any, leaves: Mapping[Path, Leaf]) -> str | None:
+    if (leaf := leaves.get(path)) is None:
+        axes = len(weight_shape(x) if is_node(x) else x.shape)
+        return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
         return f"PEFT's files have no place for a {type(x).__name__}"
     arrays = _arrays(x)

@@ -1,68 +1,71 @@
-"""Patterns of files that nobody vouches for, matched in bounded time."""
+"""Patterns of files that nobody vouches for, matched with a bounded amount of work."""
 
-import functools
+import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
-from typing import Any
-
-import re2
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
 
 from ._file import brief
 
-SECONDS = 5.0  # for all patterns of an adapter
+SECONDS = 5.0  # of CPU time, for all patterns of an adapter
+STEPS = 10_000_000  # comparisons of a pattern or a name with a module
 LENGTH = 10_000  # characters of a pattern
-_OPTIONS = re2.Options()
-_OPTIONS.log_errors = False
-# Groups, characters of classes: Python reads these otherwise than RE2, or only one of them does.
-_OTHERWISE = re.compile(r"\[:|\\[pPCQEz]")
-# For what RE2 lacks: a process that can be stopped, which a search of Python's cannot be.
+# A pattern that is a name; dots may be escaped, or any character. It matches without backtracking.
+PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
+# A search of Python's cannot be stopped, but a process can. It answers a pattern a line: its error,
+# or for each name null, true, or the number of the layer.
 _CHILD = """
-import json, re, sys
+import json, re, sys, time
+jobs, names, seconds = json.load(sys.stdin)
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+    limits = ("CORE", 0), ("AS", 2**29), ("CPU", seconds)
 except ImportError:
-    pass  # where there are no such limits the time is one
-kind, pattern, names = json.load(sys.stdin)
-found = [getattr(re, kind)(pattern, name) for name in names]
-json.dump([None if m is None else m.groupdict() for m in found], sys.stdout)
-"""
-
-
-class Clock:
-    """The time that all patterns of an adapter have together."""
-
-    def __init__(self, what: str) -> None:
-        """Of the adapter that the user gave as the argument `what`."""
-        self.what, self.end = what, time.monotonic() + SECONDS
-
-    def left(self) -> float:
-        """Seconds.
-
-        Raises:
-            ValueError: if none are.
-        """
-        if (left := self.end - time.monotonic()) <= 0:
-            raise ValueError(
-                f"{self.what}: adapter_config.json takes more than {SECONDS:g} seconds to match "
-                "with the modules of the adapter and the model. List the modules by their names."
-            )
-        return left
-
-
-def problem(pattern: str) -> str | None:
-    """Why a pattern is refused, or None."""
-    if len(pattern) > LENGTH:
-        return f"is of {len(pattern)} characters; expected at most {LENGTH}"
+    limits = ()
+for name, limit in limits:
     try:
-        re.compile(pattern)
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    except (OSError, ValueError):
+        pass  # not of this system
+
+def layer(match):
+    return match and match["idx"] and int(match["idx"])
+
+for kind, pattern in jobs:
+    try:
+        pattern = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as e:
-        return f"is no regular expression: {e}"
-    return None
+        print(json.dumps(str(e)))
+        continue
+    if kind == "layer":
+        found = [layer(pattern.match(name)) for name in names]
+    else:
+        match = getattr(pattern, kind)
+        found = [match(name) and True for name in names]
+    print(json.dumps(found))
+print(time.process_time())
+"""
+_HAS_LIMITS = importlib.util.find_spec("resource") is not None
+
+
+def problems_of(patterns: Collection[str]) -> dict[str, str]:
+    """Why patterns are refused, by those that are."""
+    wrong = {
+        p: f"is of {len(p)} characters; expected at most {LENGTH}"
+        for p in patterns
+        if len(p) > LENGTH
+    }
+    jobs = [("fullmatch", p) for p in patterns if p not in wrong and not PLAIN.fullmatch(p)]
+    lines = _matched(jobs, [], SECONDS) if jobs else []
+    if lines is None:
+        why = f"cannot be compiled in {SECONDS:g} seconds of CPU time and 512 MB"
+        return wrong | {p: why for _, p in jobs}
+    each = zip(jobs, lines, strict=False)
+    return wrong | {p: f"is no regular expression: {e}" for (_, p), e in each if e}
 
 
 def of_key(pattern: str) -> str:
@@ -76,60 +79,86 @@ def of_layer(pattern: str | None) -> str:
     return rf"{start}{pattern}\.(?P<idx>\d{{1,9}})\."
 
 
-class Matcher:
-    """A pattern, and what it was found to match.
+class Patterns:
+    """All patterns of an adapter, and the names that they were matched with.
 
-    RE2 matches in time that is linear in the name. A pattern with lookaround or what else RE2 lacks
-    is left to Python in a process of its own, which is stopped when the time is over.
+    Python matches them, as it does for PEFT, in a process whose CPU time and memory are limited.
     """
 
-    def __init__(self, pattern: str, clock: Clock, kind: str = "fullmatch"):
-        """For `re.fullmatch` or `re.match`."""
-        self.pattern, self.clock, self.kind = pattern, clock, kind
-        self.found: dict[str, dict[str, Any] | None] = {}
+    def __init__(self, what: str) -> None:
+        """Of the adapter that the user gave as the argument `what`."""
+        self.what, self.seconds, self.steps = what, SECONDS, STEPS
+        self.jobs: list[tuple[str, str]] = []
+        self.found: list[list[Any]] = []
+        self.at: dict[str, int] = {}
+
+    def add(self, pattern: str, kind: str) -> "Matcher":
+        """A function of names, which matches by `fullmatch`, `match` or as that of a `layer`."""
+        self.jobs.append((kind, pattern))
+        self.found.append([])
+        return Matcher(self, len(self.jobs) - 1)
+
+    def spend(self, steps: int) -> None:
+        """Raises once all of an adapter takes more than `STEPS`."""
+        self.steps -= steps
+        if self.steps < 0:
+            raise ValueError(self._too_much(f"{STEPS:,} comparisons"))
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Matches many names at once, which a process of its own takes much less time for."""
-        new = [name for name in dict.fromkeys(names) if name not in self.found]
-        if (linear := _compiled(self.pattern)) is None or not "".join(new).isascii():
-            self.found |= zip(new, self._apart(new) if new else (), strict=True)
+        """Matches all patterns with the names that are new, in one process."""
+        new = [name for name in dict.fromkeys(names) if name not in self.at] if self.jobs else []
+        if not new:
             return
-        match = getattr(linear, self.kind)
-        for name in new:
-            self.clock.left()
-            found = match(name)
-            self.found[name] = None if found is None else found.groupdict()
+        self.spend(len(new) * len(self.jobs))
+        lines = _matched(self.jobs, new, self.seconds) if self.seconds > 0 else None
+        if lines is None:
+            raise ValueError(self._too_much(f"{SECONDS:g} seconds of CPU time or 512 MB"))
+        *lines, seconds = lines
+        self.seconds -= seconds
+        for own, line, (_, pattern) in zip(self.found, lines, self.jobs, strict=True):
+            if isinstance(line, str):
+                raise ValueError(
+                    f"{self.what}: the pattern {brief(pattern)} of adapter_config.json is no "
+                    f"regular expression: {line}."
+                )
+            own += line
+        self.at |= {name: i for i, name in enumerate(new, len(self.at))}
 
-    def __call__(self, name: str) -> dict[str, Any] | None:
-        """The named groups of a match, or None."""
-        if name not in self.found:
-            self.prepare([name])
-        return self.found[name]
-
-    def _apart(self, names: list[str]) -> list[dict[str, Any] | None]:
-        command = [sys.executable, "-I", "-S", "-c", _CHILD]
-        text = json.dumps([self.kind, self.pattern, names])
-        try:
-            done = subprocess.run(
-                command, input=text, capture_output=True, text=True, timeout=self.clock.left()
-            )
-        except subprocess.TimeoutExpired:
-            self.clock.left()
-            raise
-        if done.returncode:
-            raise ValueError(
-                f"{self.clock.what}: the pattern {brief(self.pattern)} of adapter_config.json "
-                "cannot be matched in 512 MB. List the modules by their names."
-            )
-        return json.loads(done.stdout)
+    def _too_much(self, amount: str) -> str:
+        return (
+            f"{self.what}: adapter_config.json takes more than {amount} to match with the modules "
+            "of the adapter and the model. List the modules by their names."
+        )
 
 
-@functools.lru_cache(1000)
-def _compiled(pattern: str) -> Any:
-    """RE2's form of a pattern; None where it has none that means the same."""
-    if not pattern.isascii() or _OTHERWISE.search(pattern):
-        return None
+class Matcher(NamedTuple):
+    """One of the patterns."""
+
+    patterns: Patterns
+    number: int
+
+    def __call__(self, name: str) -> Any:
+        """None without a match; else True, or the number of the layer."""
+        if name not in self.patterns.at:
+            self.patterns.prepare([name])
+        return self.patterns.found[self.number][self.patterns.at[name]]
+
+
+def _matched(
+    jobs: Collection[tuple[str, str]], names: Collection[str], seconds: float
+) -> list[Any] | None:
+    """What each pattern finds, and the seconds that this took; None if it took too much."""
+    command = [sys.executable, "-I", "-S", "-c", _CHILD]
+    text = json.dumps([list(jobs), list(names), math.ceil(seconds)])
     try:
-        return re2.compile(pattern, _OPTIONS)
-    except re2.error:
+        done = subprocess.run(
+            command,
+            input=text,
+            capture_output=True,
+            text=True,
+            # A clock only where the system knows no other limit.
+            timeout=None if _HAS_LIMITS else 60,
+        )
+    except subprocess.TimeoutExpired:
         return None
+    return None if done.returncode else list(map(json.loads, done.stdout.splitlines()))

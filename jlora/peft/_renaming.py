@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
+from ._dialects import dialects
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -37,24 +39,6 @@ class View(NamedTuple):
 
 Views = dict[str, View]
 
-# Names of old checkpoints, which are replaced as they are loaded.
-_OLD = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-_VISION = (
-    (r"\.attention\.attention\.query\.", ".attention.q_proj."),
-    (r"\.attention\.attention\.key\.", ".attention.k_proj."),
-    (r"\.attention\.attention\.value\.", ".attention.v_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-)
-# From a checkpoint's names to the modules of `transformers`: of version 4, and then of version 5.
-_DIALECTS: tuple[tuple[tuple[str, str], ...], ...] = (
-    _OLD,
-    ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
-    ((r"^embed_out\.", "lm_head."),),  # GPT-NeoX
-    _VISION,  # DINOv2, BEiT
-    ((r"\.encoder\.layer\.", ".layers."), *_VISION),  # ViT, DeiT
-)
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
 # The parameters of all experts together, and the modules of each that they are made of.
 _FUSED = {
@@ -73,12 +57,13 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
         ValueError: if names with either of two first parts find as many.
     """
     best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
-    for dialect in _DIALECTS:
+    for dialect in dialects(shapes):
         named = _named(dialect, shapes)
         fused = named.keys() | _fused(named, shapes).keys()
+        known = fused | shapes.keys()  # as a part of a model may have the names of the checkpoint
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
         counts = [
-            sum(name in fused or _there(name, *way) in fused for name in wanted) for way in ways
+            sum(name in known or _there(name, *way) in fused for name in wanted) for way in ways
         ]
         if max(counts) > most:
             best, most = [], max(counts)
@@ -97,8 +82,10 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
 def _views(
     wanted: Collection[str], named: Mapping[str, str], add: str, strip: str, shapes: Shapes
 ) -> Views:
-    own = {n: named[n] for n in wanted if n in named}
-    named = {strip + n.removeprefix(add): x for n, x in named.items() if n.startswith(add)} | own
+    own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
+    taken = set(own.values())
+    rest = {n: x for n, x in named.items() if n.startswith(add) and x not in taken}
+    named = {strip + n.removeprefix(add): x for n, x in rest.items()} | own
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
     fused = _fused(named, shapes)
     # Whoever adapts no expert by itself has no modules of them.

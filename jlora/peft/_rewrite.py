@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .._folders import fresh
-from .._rules import matches
+from .._rules import compiled, matches, misplaced, rule_name, unmatched
 from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
 from ._base import configuration_of, format_of
 from ._checkpoint import INDEX, LIMIT, Checkpoint, open_checkpoint
@@ -27,7 +27,7 @@ from .formats import _bitsandbytes as bnb
 
 FLOATS = ("F32", "F16", "BF16")
 # What `transformers` leaves as it is: embeddings, and the head.
-SKIP = r"embed|wte|wpe|lm_head|cls|classifier|score|head|pooler"
+SKIP = r".*(embed|wte|wpe|lm_head|cls|classifier|score|head|pooler).*"
 # Models whose weights lie as (inputs, outputs), in a `Conv1D`, which bitsandbytes would turn.
 TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
@@ -57,7 +57,7 @@ def quantize_checkpoint(
     out_dir: str | os.PathLike[str],
     scheme: Scheme,
     *,
-    skip: str = SKIP,
+    skip: str | None = SKIP,
     follow_links: bool = False,
 ) -> list[Matrix]:
     r"""Writes a Hugging Face checkpoint with its matrices in 4 or 8 bits, as bitsandbytes does.
@@ -68,8 +68,10 @@ def quantize_checkpoint(
         src_dir: a folder with `model.safetensors`, or with shards and their index.
         out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
             all. Configuration and tokenizer are copied.
-        scheme: `NF4`, `FP4` or `Int8`; of a pattern, for the names of tensors that it matches.
-        skip: a regular expression for tensors that stay as they are, embeddings and the head.
+        scheme: `NF4`, `FP4` or `Int8`. A pattern matches whole components, between dots, of the
+            name of a tensor: `q_proj` or `layers.0`.
+        skip: a pattern, likewise, for the tensors that stay as they are: by default those of
+            embeddings and of the head. None skips none.
         follow_links: whether files of `src_dir` may be links out of it.
 
     Returns:
@@ -78,7 +80,8 @@ def quantize_checkpoint(
     Raises:
         FileExistsError: if `out_dir` is there and not an empty folder.
         ValueError: if the checkpoint is damaged, quantized already, of a model whose weights lie
-            turned, or has nothing to quantize; or the scheme is not of bitsandbytes.
+            turned, or has nothing to quantize; if the scheme is not of bitsandbytes, or a pattern
+            matches no tensor.
 
     Examples:
         >>> import tempfile, jlora, numpy as np
@@ -94,7 +97,8 @@ def quantize_checkpoint(
         ('up.weight', (32, 64), 'NF4(block=64, double=True)')
     """
     if not _is_of_bitsandbytes(scheme):
-        raise ValueError(f"`scheme` must be of bitsandbytes: NF4, FP4 or Int8(); got {scheme!r}.")
+        got = misplaced(scheme)
+        raise ValueError(f"`scheme` must be of bitsandbytes: NF4(), FP4() or Int8(); got {got}.")
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
     if config := configuration_of(checkpoint):
         raise ValueError(
@@ -107,6 +111,7 @@ def quantize_checkpoint(
             f"`src_dir`: weights of {kind} lie as (inputs, outputs), which bitsandbytes would "
             "turn. Load it, use jlora.quantize, and keep it in Orbax."
         )
+    _check_patterns(checkpoint, scheme, skip)
     tensors, found = Tensors(checkpoint), list[Matrix]()
     dtypes, floats = list[Any](), list[str]()
 
@@ -115,8 +120,8 @@ def quantize_checkpoint(
         module, _, parameter = name.rpartition(".")
         if len(shape) != 2 or 0 in shape or tensors.dtype(name) not in FLOATS:
             return None
-        taken = parameter == "weight" if scheme.pattern is None else matches(scheme, name)
-        if not taken or re.search(skip, name):
+        taken = parameter == "weight" if scheme.pattern is None else matches(scheme, name, ".")
+        if not taken or _skips(skip, name):
             floats.append(module)
             return None
         w = jnp.asarray(tensors.read(name, FLOATS, shape))
@@ -136,6 +141,26 @@ def quantize_checkpoint(
 
     _rewrite(checkpoint, out_dir, convert, config_of, "quantize")
     return found
+
+
+def _skips(skip: str | None, name: str) -> bool:
+    return skip is not None and compiled(skip, ".").search(name) is not None
+
+
+def _check_patterns(checkpoint: Checkpoint, scheme: Scheme, skip: str | None) -> None:
+    """Raises where a pattern that the user wrote matches no tensor."""
+    names = [name for header in checkpoint.headers.values() for name in header.entries]
+    written = {rule_name(scheme): scheme.pattern, f"`skip` {skip!r}": skip}
+    for what, pattern in written.items():
+        if pattern is None or pattern == SKIP:
+            continue
+        try:
+            hits = any(compiled(pattern, ".").search(name) for name in names)
+        except re.error as e:
+            raise ValueError(f"{what} is not a regular expression: {e}.") from None
+        if not hits:
+            advice = unmatched(pattern, names, ".")
+            raise ValueError(f"{what} matches no tensor of `src_dir`. {advice}")
 
 
 def dequantize_checkpoint(
@@ -219,7 +244,7 @@ def requantized(
         )
     names = "|".join(re.escape(m.name) for m in old)
     scheme = dataclasses.replace(first, pattern=f"^({names})$")
-    return quantize_checkpoint(src_dir, out_dir, scheme, skip=r"(?!)")
+    return quantize_checkpoint(src_dir, out_dir, scheme, skip=None)
 
 
 def matrices(dir: str | os.PathLike[str]) -> list[Matrix]:

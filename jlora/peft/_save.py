@@ -76,11 +76,12 @@ def save(
         >>> import json, pathlib, tempfile, jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2, alpha=4))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     peft.save(f"{folder}/adapter", base, adapter, peft.LLAMA)
+        ...     peft.save(f"{folder}/adapter", base, adapter, names)
         ...     fields = peft.read_config(f"{folder}/adapter")
         >>> fields["target_modules"], fields["r"], fields["lora_alpha"]
         (['q_proj'], 2, 4)
@@ -121,10 +122,11 @@ def tensors(
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import peft
         >>> params = {"model": {"q_proj": {"kernel": jnp.ones((4, 3))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
         >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
         >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=2))
         >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
-        >>> for key, x in peft.tensors(base, adapter, peft.LLAMA).items():
+        >>> for key, x in peft.tensors(base, adapter, names).items():
         ...     print(key, x.shape)
         base_model.model.model.q_proj.lora_A.weight (2, 4)
         base_model.model.model.q_proj.lora_B.weight (3, 2)
@@ -142,7 +144,7 @@ def _files(
 ) -> tuple[Fields, dict[str, np.ndarray]]:
     """The configuration and the tensors, of which `load` makes the same adapter."""
     leaves = by_row(resolve(base, names), names)
-    fields, stored = _of_leaves(leaves, base, adapter, base_model, profile, config)
+    fields, stored = _of_leaves(leaves, base, adapter, names, base_model, profile, config)
     fitted(in_memory(fields, stored, "config"), leaves, _refuse)
     return fields, stored
 
@@ -151,6 +153,7 @@ def _of_leaves(
     leaves: Sequence[Leaf],
     base: PyTree,
     adapter: PyTree,
+    names: Sequence[Name],
     base_model: str | None,
     profile: str | None,
     config: Mapping[str, Any] | None,
@@ -159,7 +162,7 @@ def _of_leaves(
         raise ValueError(f"`profile` must be None or 'vllm'; got {profile!r}.")
     found = adapter_leaves(adapter)
     check_fits(base, found)
-    check_writable(found, {leaf.path: leaf for leaf in leaves})
+    check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
     own = narrowed([leaf for leaf in leaves if is_factored(found.get(leaf.path))], found)
     with_rows = [leaf for leaf in leaves if isinstance(found.get(leaf.path), Replaced)]
     check_one_method(own, leaves, found)

@@ -1,23 +1,23 @@
 """Which modules a configuration selects with which rank and scale, and how to say so shortly.
 
 A file may list ten thousand patterns for a hundred thousand modules: names are looked up by their
-ends in sorted lists, and what must be tried one by one has a clock.
+ends in sorted lists, and what must be tried one by one is counted.
 """
 
 import bisect
 import collections
-import itertools
+import functools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ._config import DEFAULTS
 from ._file import brief
-from ._patterns import Clock, Matcher, of_key, of_layer
+from ._first import First
+from ._patterns import PLAIN, Patterns, of_layer
 
-# A key of `rank_pattern` that is a name; dots may be escaped, or any character.
-_PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
+_LAYERS = 10  # patterns of layers that are plain and need no process
 
 
 def ends(name: str, tail: str) -> bool:
@@ -60,9 +60,9 @@ class Selection:
 
     def __init__(self, fields: Mapping[str, Any], what: str = "`config`"):
         """By its `fields`; `what` is the user's argument that has them."""
-        self.fields, self.clock = fields, Clock(what)
-        self._target = _Modules(fields["target_modules"], self.clock)
-        self._exclude = _Modules(fields.get("exclude_modules"), self.clock)
+        self.fields, self.patterns = fields, Patterns(what)
+        self._target = _Modules(fields["target_modules"], self.patterns)
+        self._exclude = _Modules(fields.get("exclude_modules"), self.patterns)
         self._saved = Ends(fields.get("modules_to_save") or [])
         # By their modules, or None; and all of them in the order in which they are listed.
         self._parameters: dict[str | None, set[str]] = collections.defaultdict(set)
@@ -74,17 +74,13 @@ class Selection:
         layers = fields.get("layers_to_transform")
         self._layers = None if layers in (None, []) else set(_listed(layers))
         patterns = _listed(fields.get("layers_pattern") or None) or [None]
-        self._patterns = [Matcher(of_layer(p), self.clock, "match") for p in patterns]
-        self._ranks = _First(fields.get("rank_pattern"), self.clock)
-        self._alphas = _First(fields.get("alpha_pattern"), self.clock)
+        self._numbers = [] if self._layers is None else _layer_matchers(patterns, self.patterns)
+        self._ranks = First(fields.get("rank_pattern"), self.patterns)
+        self._alphas = First(fields.get("alpha_pattern"), self.patterns)
 
-    def prepare(self, modules: Collection[str]) -> None:
-        """Matches many modules at once."""
-        layers = self._patterns if self._layers is not None else []
-        ranks = [*self._ranks.matchers.values(), *self._alphas.matchers.values()]
-        for matcher in (self._target.matcher, self._exclude.matcher, *layers, *ranks):
-            if matcher:
-                matcher.prepare(modules)
+    def prepare(self, names: Iterable[str]) -> None:
+        """Matches many modules or parameters at once."""
+        self.patterns.prepare(names)
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT would adapt `module`: `check_target_module_exists` of `peft.tuners`."""
@@ -92,10 +88,8 @@ class Selection:
             return False
         if self._target.matcher or self._layers is None or module in self._target.whole:
             return True
-        for pattern in self._patterns:
-            if found := pattern(module):
-                return int(found["idx"]) in self._layers
-        return False
+        numbers = (number(module) for number in self._numbers)
+        return next((n for n in numbers if n is not None), None) in self._layers
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names `module` or one that holds it, as PEFT matches it."""
@@ -159,81 +153,40 @@ def _listed(values: Any) -> list[Any]:
     return values if isinstance(values, list) else [] if values is None else [values]
 
 
+def _matcher(pattern: str, patterns: Patterns, kind: str) -> Callable[[str], Any]:
+    """In this process if the pattern is plain."""
+    if PLAIN.fullmatch(pattern):
+        return getattr(re.compile(pattern), kind)
+    return patterns.add(pattern, kind)
+
+
+def _layer_matchers(
+    layers: Sequence[str | None], patterns: Patterns
+) -> list[Callable[[str], int | None]]:
+    """What finds the number of a module's layer, or None."""
+    if len(layers) <= _LAYERS and all(p is None or PLAIN.fullmatch(p) for p in layers):
+        return [functools.partial(_layer, re.compile(of_layer(p))) for p in layers]
+    return [patterns.add(of_layer(p), "layer") for p in layers]
+
+
+def _layer(pattern: re.Pattern[str], module: str) -> int | None:
+    found = pattern.match(module)
+    return None if found is None else int(found["idx"])
+
+
 class _Modules:
     """A pattern of modules, or their names."""
 
-    def __init__(self, target: str | list[str] | None, clock: Clock):
-        self.matcher = Matcher(target, clock) if isinstance(target, str) else None
-        self.whole = set() if isinstance(target, str) else set(target or ())
+    def __init__(self, target: str | list[str] | None, patterns: Patterns):
+        is_pattern = isinstance(target, str)
+        self.matcher = _matcher(target, patterns, "fullmatch") if is_pattern else None
+        self.whole = set() if is_pattern else set(target or ())
         self.ends = Ends("." + name for name in self.whole)
 
     def __contains__(self, module: str) -> bool:
         if self.matcher:
             return self.matcher(module) is not None
         return "." + module in self.ends
-
-
-class _First:
-    r"""The value of the first pattern that matches, as PEFT looks up `rank_pattern`.
-
-    PEFT matches `(.*\.)?(pattern)$`. Most patterns are names, which are looked up in tables: one
-    for each length and each set of places at which any character may stand.
-    """
-
-    def __init__(self, patterns: Mapping[str, Any] | None, clock: Clock):
-        self.patterns, self.values = list(patterns or ()), list((patterns or {}).values())
-        self.clock = clock
-        self.tables: dict[_Places, dict[tuple[str, ...], list[int]]] = {}
-        self.matchers: dict[int, Matcher] = {}
-        for i, pattern in enumerate(self.patterns):
-            if _PLAIN.fullmatch(pattern):
-                places, parts = _plain(pattern)
-                self.tables.setdefault(places, {}).setdefault(parts, []).append(i)
-            else:
-                self.matchers[i] = Matcher(of_key(pattern), clock, "match")
-
-    def __call__(self, key: str, default: Any) -> Any:
-        found = min(self._matching(key), default=None)
-        return default if found is None else self.values[found]
-
-    def _matching(self, key: str) -> Iterator[int]:
-        self.clock.left()
-        for places, table in self.tables.items():
-            yield from table.get(_at(places, key), ())[:1]
-        yield from (i for i, matcher in self.matchers.items() if matcher(key) is not None)
-
-    def unused(self, keys: Collection[str]) -> list[str]:
-        """The patterns that match none of `keys`."""
-        used = set[int]()
-        for places, table in self.tables.items():
-            self.clock.left()
-            for parts in {_at(places, key) for key in keys} & table.keys():
-                used |= set(table[parts])
-        for i, matcher in self.matchers.items():
-            matcher.prepare(keys)
-            used |= {i} if any(matcher(key) is not None for key in keys) else set()
-        return [pattern for i, pattern in enumerate(self.patterns) if i not in used]
-
-
-_Places = tuple[tuple[int, int | None], ...]
-
-
-def _plain(pattern: str) -> tuple[_Places, tuple[str, ...]]:
-    """What the end of a key must be where, for a pattern that is a name."""
-    characters = [".", *re.findall(r"\\?.", pattern)]
-    known = [bool(at == 0 or c != ".") for at, c in enumerate(characters)]
-    n, places, parts = len(characters), [], []
-    for is_known, run in itertools.groupby(range(n), known.__getitem__):
-        if is_known:
-            run = list(run)
-            places.append((run[0] - n, run[-1] + 1 - n or None))
-            parts.append("".join(characters[at][-1] for at in run))
-    return tuple(places), tuple(parts)
-
-
-def _at(places: _Places, key: str) -> tuple[str, ...]:
-    key = "." + key
-    return tuple(key[start:stop] for start, stop in places)
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -260,6 +213,7 @@ def _endings(name: str) -> Iterator[str]:
 def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """`fields` whose rank, alpha and patterns give each key its rank and scale."""
     said = Selection(fields)
+    said.prepare(scales)
     # A scale that a row of `names` multiplied, and that was divided again, may be off by a bit.
     same = (
         said.rank(k) == rank and math.isclose(said.scale(k), scale, rel_tol=1e-15)

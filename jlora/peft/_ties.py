@@ -46,7 +46,10 @@ def _reason(name: str, checkpoint: Checkpoint) -> str:
             "; if it shares the input embedding's weight, the adapter must change both alike, or "
             "the checkpoint must be saved untied"
         )
-    return "; save the base model as it was adapted, with its head"
+    return (
+        "; save the base model as it was adapted, with its head, and in `transformers` 5 by "
+        "save_pretrained(..., save_original_format=False)"
+    )
 
 
 def untied(

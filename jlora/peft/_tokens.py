@@ -93,9 +93,11 @@ def with_rows_alone(
     wanted = [leaf.modules[0] for leaf in own]
     others = {m for leaf in leaves for m in leaf.modules} - set(wanted)
     new = {"peft_type": ROWS_ALONE, "token_indices": list(*lists)}
-    selects = None if misformed(fields | new) else Selection(fields).adapts
-    if selects and all(map(selects, wanted)) and not any(map(selects, others)):
-        return fields | new
+    if not misformed(fields | new):
+        selection = Selection(fields)
+        selection.prepare([*wanted, *others])
+        if all(map(selection.adapts, wanted)) and not any(map(selection.adapts, others)):
+            return fields | new
     return fields | new | {"target_modules": suffixes(wanted, others)}
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from .._tree import flatten, leaves_by_path, name_of
 from .._types import PyTree
+from ._advice import advice
 from ._arrays import weight, weights
 from ._file import listing
-from ._names import Leaf, Name, resolve
+from ._names import Leaf, Name, path_in_names, resolve
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:
@@ -96,10 +97,10 @@ def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
             f"`names` is for adapters: by it these leaves of `{argument}` are parts of parameters. "
             "Use the table of the checkpoint. " + listing(parts)
         )
-    lost = [name_of(path) for path, _ in leaves_by_path(tree) if path not in named]
+    lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
     if lost:
         raise ValueError(
             f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            "axes. " + listing(lost)
+            f"axes. {listing(list(map(path_in_names, lost)))}\n{advice(names, lost)}"
         )
     return leaves

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
 from .._table import aligned, readable
+from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
 from ._estimate import held, layout_of
 from ._topology import CHIPS
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
         capacity: what a device has, if known.
         program: the compiled step `(adapter, state, base, args) -> (adapter, state, loss)`, with
             its HLO, if it was compiled and fits.
+        replicated: whether every one of several devices holds the whole base.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Plan(NamedTuple):
     peak: int
     capacity: int | None
     program: jax.stages.Compiled | None = None
+    replicated: bool = False
 
     @property
     def fits(self) -> bool | None:
@@ -63,8 +66,9 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         estimated = "compiled" if self.method == "compiled" else "estimate"
         names = {"base": "base (frozen)", "adapter": "adapter (trainable)"}
+        notes = {"base": ", all of it on every device"} if self.replicated else {}
         rows = [
-            (names.get(name, name), readable(getattr(self, name)), how)
+            (names.get(name, name), readable(getattr(self, name)), how + notes.get(name, ""))
             for name, how in [
                 *((n, "exact") for n in ("base", "adapter", "moments", "batch", "gradients")),
                 ("activations", estimated),
@@ -102,10 +106,12 @@ def plan(
 
     Args:
         loss: a function `(adapter, base, *args)` to a scalar.
-        base: the frozen tree, as arrays or `jax.ShapeDtypeStruct`s with shardings. Without one, a
-            leaf is replicated.
-        adapter: the trainable tree, likewise. Without shardings it lies as `sharding.specs` says.
-            A plain tree of parameters is full fine-tuning, with `base` as an empty tree.
+        base: the frozen tree, as arrays or `jax.ShapeDtypeStruct`s with shardings. Give the
+            parameters that `init` was given: along automatic mesh axes `jax.eval_shape` drops the
+            shardings of the `base` that it returns. Arrays that are on no mesh are replicated, as
+            `jax.jit` does with them.
+        adapter: the trainable tree, likewise. Without shardings it is sharded as `sharding.specs`
+            says. A plain tree of parameters is full fine-tuning, with `base` as an empty tree.
         args: the loss function's other arguments, likewise.
         tx: an optax transformation; AdamW by default.
         capacity: bytes that a device has; known for TPUs and where a device says it.
@@ -116,19 +122,25 @@ def plan(
         A `Plan`. If the compiler finds that the step does not fit, the peak is what it needs.
 
     Raises:
-        ValueError: if `compile` is True and the shardings are of an `AbstractMesh`.
+        ValueError: if `compile` is True and the shardings are of an `AbstractMesh`; or if, on a
+            mesh of several devices, a `jax.ShapeDtypeStruct` has no sharding.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
-        >>> params, x = {"w": jnp.ones((256, 256))}, jnp.ones((64, 256))
+        >>> from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
+        >>> mesh = AbstractMesh((8,), ("fsdp",), (AxisType.Auto,))
+        >>> by_rows = NamedSharding(mesh, P("fsdp"))
+        >>> params = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=by_rows)}
+        >>> x = jax.ShapeDtypeStruct((64, 256), jnp.float32, sharding=by_rows)
         >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
-        >>> base, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
+        >>> _, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
         >>> loss = lambda adapter, base, x: lora.apply(base, adapter, x).mean()
-        >>> found = jlora.plan(loss, base, adapter, (x,), compile=False)
-        >>> found.base, found.adapter, found.moments, found.gradients
-        (262144, 4096, 8196, 4096)
+        >>> found = jlora.plan(loss, params, adapter, (x,))
+        >>> found.base, found.adapter, found.moments, found.gradients  # of A an eighth, B whole
+        (32768, 2304, 4612, 2304)
     """
     mesh = _mesh(base, adapter, args)
+    _check_places(mesh, base, adapter, args)
     abstract = isinstance(mesh, AbstractMesh)
     if compile and abstract:
         raise ValueError(
@@ -154,13 +166,51 @@ def plan(
     kind = getattr(device, "device_kind", None)
     # Compiled, not all gradients need exist at once.
     activations = max(0, peak - sum(fixed))
-    return Plan(method, count, kind, axes, *fixed, activations, peak, capacity, program)
+    numbers = (*fixed, activations, peak, capacity)
+    return Plan(method, count, kind, axes, *numbers, program, _is_replicated(count, base))
 
 
 def _mesh(*trees: PyTree) -> Any:
     """The mesh of the first leaf that lies on one."""
     found = (getattr(x, "sharding", None) for x in jax.tree.leaves(trees))
     return next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
+
+
+def _check_places(mesh: Any, base: PyTree, adapter: PyTree, args: Any) -> None:
+    """Raises where shapes do not say where they lie, so that all would be planned everywhere."""
+    if mesh is None or mesh.size == 1:
+        return
+    trees = {"base": (base, OF_BASE), "args": (tuple(args), "")}
+    if _mesh(adapter) is not None or not jax.tree.leaves(base):
+        trees["adapter"] = adapter, OF_ADAPTER
+    for name, (tree, remedy) in trees.items():
+        leaves = leaves_by_path(tree)
+        bare = [name_of(path) for path, x in leaves if any(map(_is_bare, jax.tree.leaves(x)))]
+        if bare:
+            axes = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+            raise ValueError(
+                f"`{name}` has shapes without `sharding`, on a mesh of {axes}, at {len(bare)} of "
+                f"{len(leaves)} paths: {', '.join(bare[:3])}{', …' if len(bare) > 3 else ''}. "
+                f"{remedy}A leaf takes one as jax.ShapeDtypeStruct(shape, dtype, "
+                "sharding=NamedSharding(mesh, spec)); with PartitionSpec() every device holds all "
+                "of it."
+            )
+
+
+OF_BASE = (
+    "jax.eval_shape drops shardings along automatic mesh axes: in the place of the `base` that it "
+    "returns, give the parameters that `init` was given. "
+)
+OF_ADAPTER = "jlora.sharding.specs(base, adapter) has those of an adapter. "
+
+
+def _is_bare(x: Any) -> bool:
+    return is_abstract(x) and x.sharding is None and x.ndim > 0
+
+
+def _is_replicated(devices: int, base: PyTree) -> bool:
+    leaves = [x for x in jax.tree.leaves(base) if x.ndim]
+    return devices > 1 and bool(leaves) and all(x.sharding.is_fully_replicated for x in leaves)
 
 
 def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> tuple[Any, ...]:

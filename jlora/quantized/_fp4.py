@@ -18,7 +18,7 @@ class FP4(Table):
     choice where there is one: its error on weights that are normally distributed is smaller.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+        pattern: a regular expression for whole components of a leaf's path; None for every
             dense site that is neither an embedding nor the head.
         block: entries that share a scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
         double: whether the scales are codes of 8 bits themselves.

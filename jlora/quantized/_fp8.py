@@ -18,7 +18,7 @@ class FP8(Scheme):
     r"""8-bit floating point, e4m3: $w = q\,s$ with $s = \max |w| / 448$, of squares or outputs.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+        pattern: a regular expression for whole components of a leaf's path; None for every
             dense site that is neither an embedding nor the head.
         block: rows and columns that share a scale, 32 to 512, a power of 2, 128 × 128 as DeepSeek
             and Qwen ship it; blocks at the ends may be smaller. None for all inputs of an output.

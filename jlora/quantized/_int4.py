@@ -21,7 +21,7 @@ class Int4(Scheme):
     z is 8. This scheme's own scales are bfloat16: 4.19 bits a parameter in groups of 128.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+        pattern: a regular expression for whole components of a leaf's path; None for every
             dense site that is neither an embedding nor the head.
         group: entries along the last input axis that share s and z, 16 to 1,024, a power of 2.
 

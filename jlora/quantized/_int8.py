@@ -22,7 +22,7 @@ class Int8(Scheme):
     bit as bitsandbytes stores weights in 8 bits. With blocks it is $s$, as in GGUF's Q8_0.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+        pattern: a regular expression for whole components of a leaf's path; None for every
             dense site that is neither an embedding nor the head.
         block: entries along the last input axis that share a scale, 16 to 1,024, a power of 2; None
             for all inputs of an output.

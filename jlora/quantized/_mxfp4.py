@@ -27,7 +27,7 @@ class MXFP4(Scheme):
     experts: 4.25 bits a parameter.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+        pattern: a regular expression for whole components of a leaf's path; None for every
             dense site that is neither an embedding nor the head.
 
     Raises:

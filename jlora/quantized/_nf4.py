@@ -78,7 +78,7 @@ class NF4(Table):
     axis; where they do not divide it, along the whole matrix as it is in a file, (outputs, inputs).
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf; None for every
+        pattern: a regular expression for whole components of a leaf's path; None for every
             dense site that is neither an embedding nor the head.
         block: entries that share a scale: 32, 64, 128, 256, 512, 1,024, 2,048 or 4,096.
         double: whether the scales are codes of 8 bits themselves: at blocks of 64, 4.127 bits a

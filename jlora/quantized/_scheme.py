@@ -34,7 +34,7 @@ class Scheme:
     """Quantizes the weights whose path matches `pattern`; the base of each scheme.
 
     Attributes:
-        pattern: a regular expression, searched for in the `/`-joined path of a leaf. None means
+        pattern: a regular expression for whole components of a leaf's path. None means
             every dense site that is neither an embedding nor the head.
     """
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
-from .._tree import leaves_by_path
+from .._tree import check_base, leaves_by_path
 from .._types import Path, PyTree
 from ..adapters import is_node
 from ..quantized import Quantized, is_quantized
@@ -27,12 +27,8 @@ def places_of(base: PyTree) -> dict[Path, Any]:
     def is_leaf(x: Any) -> bool:
         return x is None or is_node(x) or is_quantized(x) or _is_annotated(x)
 
+    check_base(base)
     leaves = jax.tree.leaves(base, is_leaf=is_leaf)
-    if any(map(is_node, leaves)):
-        raise TypeError(
-            "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
-            "and `adapter` swapped?"
-        )
     # As Flax takes it: beside leaves with metadata, those without are replicated.
     annotated = any(map(_is_annotated, leaves))
     own = [_place(x) for x in leaves]

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
-from .._rules import Rule, Slots, is_int, matches, near, rule_name
+from .._rules import Rule, Slots, is_int, matches, misplaced, near, rule_name
 from .._table import aligned
-from .._types import short
 from ..adapters import LoRA, is_rule, trainable
 from ._shares import Share, decode, encode
 
@@ -162,7 +161,7 @@ def as_rules(rules: Any) -> tuple[Rule, ...]:
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     for rule in rules:
         if not is_rule(rule):
-            raise TypeError(f"`rules` must be rules such as jlora.LoRA; got {short(rule)}.")
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {misplaced(rule)}.")
     return rules
 
 

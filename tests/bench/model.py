@@ -95,7 +95,7 @@ def batch_and_params(lm: LM) -> tuple[jax.Array, Any]:
 
 def attention(rank: int) -> list[jlora.LoRA]:
     """The paper's choice: query and value."""
-    return [jlora.LoRA(r"/(q|v|query|value)/kernel", rank=rank, alpha=16)]
+    return [jlora.LoRA(r"(q|v|query|value)/kernel", rank=rank, alpha=16)]
 
 
 def all_linear(rank: int) -> list[jlora.LoRA]:

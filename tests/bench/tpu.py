@@ -118,13 +118,13 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
 def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[dict[str, Any]]:
     """The rows of one layer; the first is the floor."""
     programs = {"floor": step(shape, chip, "floor"), "full": step(shape, chip, "full")}
-    programs["q, v r=8"] = step(shape, chip, "jlora", 8, r"/[qv]$")
+    programs["q, v r=8"] = step(shape, chip, "jlora", 8, r"[qv]")
     for rank in ranks:
         programs[f"plain r={rank}"] = step(shape, chip, "plain", rank)
-        programs[f"all-linear r={rank}"] = step(shape, chip, "jlora", rank, r"/(?!norm)")
-    for scheme in (jlora.NF4("^(?!norm)"), jlora.Int8("^(?!norm)")):
+        programs[f"all-linear r={rank}"] = step(shape, chip, "jlora", rank, r"w/(?!norm).*")
+    for scheme in (jlora.NF4("^(?!norm).*"), jlora.Int8("^(?!norm).*")):
         name = f"all-linear r={ranks[0]}, {type(scheme).__name__}"
-        programs[name] = step(shape, chip, "jlora", ranks[0], r"/(?!norm)", scheme)
+        programs[name] = step(shape, chip, "jlora", ranks[0], r"w/(?!norm).*", scheme)
     floor = programs["floor"]
     return [
         {
@@ -194,7 +194,7 @@ def tables(quick: bool) -> list[dict[str, Any]]:
     w = {k: spec(mesh, s, _partition(k, s, shape)) for k, s in _stacked(shape).items()}
     x = spec(mesh, (shape.batch, shape.length, shape.dim), PartitionSpec("fsdp"))
     ids = jax.ShapeDtypeStruct((shape.batch,), jnp.int32, sharding=x.sharding)
-    lora, adapter = _adapted(shape, 16, w, x, r"/[qv]$")
+    lora, adapter = _adapted(shape, 16, w, x, r"[qv]")
 
     def loss(table: Any, base: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
         return many.route(lora.apply)(base, table, ids, x).astype(jnp.float32).sum()
@@ -212,7 +212,7 @@ def tables(quick: bool) -> list[dict[str, Any]]:
 
 
 def _adapted(
-    shape: Layer, rank: int, w: Any, x: Any, pattern: str = r"/(?!norm)"
+    shape: Layer, rank: int, w: Any, x: Any, pattern: str = r"w/(?!norm).*"
 ) -> tuple[jlora.Transformed, Any]:
     """The transform, and the shapes of its adapter where they lie as the base does."""
     lora = jlora.transform(
@@ -248,7 +248,7 @@ def step(
         first = norms if trained == "floor" else w
         rest = {k: v for k, v in w.items() if k not in first}
         return _compiled(lambda t, f, x: model({"w": {**f, **t}}, x, shape), first, rest, x)
-    lora, adapter = _adapted(shape, rank, w, x, pattern or r"/(?!norm)")
+    lora, adapter = _adapted(shape, rank, w, x, pattern or r"w/(?!norm).*")
     if scheme is not None:
         places = jax.tree.map(lambda v: v.sharding, w)
         w = jlora.quantize(w, scheme)

@@ -58,6 +58,7 @@ class Case:
             the base product is rearranged, or compiled together with the low-rank one.
         jit: Whether `args` may be traced. `kwargs` are never traced.
         grad: Whether the base model has a reverse-mode derivative.
+        forward: Whether it has a forward-mode derivative.
         vmap: Whether the base model can be mapped over its parameters.
         strict: Whether the base model runs, in both float dtypes, under strict dtype promotion
             and with rank promotion as an error.
@@ -76,6 +77,7 @@ class Case:
     exact_at_zero: bool = True
     jit: bool = True
     grad: bool = True
+    forward: bool = True
     vmap: bool = True
     strict: bool = True
     leaks: bool = False

@@ -234,7 +234,7 @@ def scan_carries_the_weight(dtype):
     return square(dtype, apply)
 
 
-@case(subject="control", rules=(LORA,), sites=1, trainable=2 * (3 + 4))
+@case(subject="control", rules=(LORA,), sites=1, trainable=2 * (4 + 4))
 def recurrence(dtype):
     """A scan over time with the weight as a constant, and outputs."""
 
@@ -245,7 +245,7 @@ def recurrence(dtype):
 
         return lax.scan(step, jnp.zeros((2, 4), xs.dtype), xs)
 
-    return Problem(apply, normals(dtype, w=(3, 4)), (normal("xs", (5, 2, 3), dtype),))
+    return Problem(apply, normals(dtype, w=(4, 4)), (normal("xs", (5, 2, 4), dtype),))
 
 
 @case(**ONE, grad=False)
@@ -523,7 +523,7 @@ def weight_chosen_by_cond(dtype):
 # --------------------------------------------------------------------------------------------
 
 
-@case(subject="control", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 3))
+@case(subject="control", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 4))
 def force_of_an_energy(dtype):
     """An energy and its negative gradient with respect to the positions."""
 
@@ -534,10 +534,10 @@ def force_of_an_energy(dtype):
         value, slope = jax.value_and_grad(energy)(x)
         return {"energy": value, "force": -slope}
 
-    return Problem(apply, normals(dtype, w=(6, 5), v=(5, 3)), (normal("x", (3, 6), dtype),))
+    return Problem(apply, normals(dtype, w=(6, 5), v=(5, 4)), (normal("x", (3, 6), dtype),))
 
 
-@case(subject="control", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 3))
+@case(subject="control", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 4))
 def jacobian_and_hessian(dtype):
     """Forward and reverse Jacobians, and a Hessian, inside of the model."""
 
@@ -548,7 +548,7 @@ def jacobian_and_hessian(dtype):
         hessian = jax.hessian(lambda row: jnp.sum(jnp.sin(f(row))))(x[0])
         return jax.vmap(jax.jacfwd(f))(x), jax.jacrev(f)(x[1]), hessian
 
-    return Problem(apply, normals(dtype, w=(6, 5), v=(5, 3)), (normal("x", (2, 6), dtype),))
+    return Problem(apply, normals(dtype, w=(6, 5), v=(5, 4)), (normal("x", (2, 6), dtype),))
 
 
 @case(**ONE)

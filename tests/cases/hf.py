@@ -63,7 +63,7 @@ def hf_bert(dtype):
 
 
 @case(
-    rules=(LoRA("(query|value)/kernel$", rank=4, alpha=8), Full("^pooler/")),
+    rules=(LoRA("(query|value)/kernel$", rank=4, alpha=8), Full("^pooler")),
     sites=4,
     trainable=2 * 2 * 4 * (8 + 8) + 8 * 8 + 8,  # q and v of two layers; pooler in full
     slow=True,
@@ -123,7 +123,7 @@ def hf_roberta(dtype):
 
 
 @case(
-    rules=(LoRA("attention/.*kernel$", rank=2, alpha=4), Full("^classifier/")),
+    rules=(LoRA("attention/.*kernel$", rank=2, alpha=4), Full("^classifier")),
     sites=4,
     trainable=4 * 2 * (8 + 8) + (8 * 8 + 8) + (8 * 3 + 3),  # q, k, v, o; classifier in full
     slow=True,
@@ -225,7 +225,7 @@ def hf_llama(dtype):
 
 
 @case(
-    rules=(LoRA("[qv]_proj", rank=4, alpha=8), Full("^model/norm/|^lm_head/")),
+    rules=(LoRA("[qv]_proj", rank=4, alpha=8), Full("^model/norm|^lm_head")),
     sites=2,
     trainable=4 * (8 + 8) + 4 * (8 + 4) + 8 + 8 * 11,  # q, v; final norm, head
     float64=False,
@@ -263,7 +263,7 @@ def hf_vit(dtype):
 
 
 @case(
-    rules=(LoRA("(query|value)/kernel$", rank=2, alpha=4), Full("^classifier/")),
+    rules=(LoRA("(query|value)/kernel$", rank=2, alpha=4), Full("^classifier")),
     sites=2,
     trainable=2 * 2 * (8 + 8) + 8 * 5 + 5,  # q, v; head in full
     slow=True,

@@ -172,7 +172,7 @@ single(
     Block,
     (2, 3, 6),
     2 * (6 + 5) + 2 * (5 + 6) + 6 + 6 + 6,  # up, down; scale and bias, scale
-    rules=(LoRA("Dense_./kernel", rank=2, alpha=4), Full("LayerNorm|RMSNorm")),
+    rules=(LoRA("Dense_./kernel", rank=2, alpha=4), Full("(Layer|RMS)Norm_0")),
     sites=2,
     strict=False,
 )
@@ -286,7 +286,11 @@ stacked("linen_scan_axis_1", partial(scan, axis=1), slow=True)
 stacked("linen_scan_axis_last", partial(scan, axis=-1))
 stacked("linen_scan_reverse_unrolled", partial(scan, reverse=True, unroll=2), slow=True)
 stacked(
-    "linen_scan_only_up", scan, sites=1, trainable=3 * 2 * (6 + 5), rules=(LoRA("up/k", rank=2),)
+    "linen_scan_only_up",
+    scan,
+    sites=1,
+    trainable=3 * 2 * (6 + 5),
+    rules=(LoRA("up/kernel", rank=2),),
 )
 stacked("linen_remat", nn.remat, trainable=LAYER)
 stacked("linen_scan_of_remat", lambda layer: scan(nn.remat(layer, prevent_cse=False)))
@@ -618,7 +622,7 @@ def conv_masked(dtype):
     subject="convolution",
     rules=(LORA,),
     sites=4,
-    trainable=2 * (27 + 4) + 2 * (9 + 4) + 2 * (4 + 5) + 2 * (5 + 3),
+    trainable=2 * (27 + 4) + 2 * (9 + 4) + 2 * (4 + 5) + 2 * (5 + 4),
     strict=False,
 )
 def conv_network(dtype):
@@ -631,18 +635,18 @@ def conv_network(dtype):
             x = nn.relu(nn.GroupNorm(num_groups=2, param_dtype=dtype)(x))
             x = nn.Conv(4, (3, 3), feature_group_count=4, param_dtype=dtype)(x)
             x = nn.max_pool(nn.gelu(nn.Conv(5, (1, 1), param_dtype=dtype)(x)), (2, 2), (2, 2))
-            return nn.Dense(3, param_dtype=dtype)(x.mean(axis=(1, 2)))
+            return nn.Dense(4, param_dtype=dtype)(x.mean(axis=(1, 2)))
 
     return linen(Model(), dtype, normal("x", (2, 8, 8, 3), dtype))
 
 
 def recurrent(name, cell, sites, trainable, slow=False, **options):
-    """Adds an `nn.RNN` of 4 features over (2, 5, 3)."""
+    """Adds an `nn.RNN` of 4 features over (2, 5, 4)."""
     single(
         name,
         "convolution",
         lambda param_dtype: nn.RNN(cell(4, param_dtype=param_dtype), **options),
-        (2, 5, 3),
+        (2, 5, 4),
         trainable,
         sites=sites,
         exact_at_zero=False,
@@ -650,8 +654,8 @@ def recurrent(name, cell, sites, trainable, slow=False, **options):
     )
 
 
-# Each gate has a kernel (3, 4) of the input and one (4, 4) of the state.
-GATE = 2 * (3 + 4) + 2 * (4 + 4)
+# Each gate has a kernel (4, 4) of the input and one of the state.
+GATE = 2 * (4 + 4) + 2 * (4 + 4)
 LSTM = (nn.OptimizedLSTMCell, 8, 4 * GATE)
 recurrent("rnn_optimized_lstm", *LSTM)
 recurrent("rnn_optimized_lstm_reverse", *LSTM, reverse=True, slow=True)
@@ -688,7 +692,7 @@ def rnn_bidirectional(dtype):
         nn.RNN(nn.OptimizedLSTMCell(4, param_dtype=dtype)),
         nn.RNN(nn.GRUCell(4, param_dtype=dtype)),
     )
-    x = normal("x", (2, 5, 3), dtype)
+    x = normal("x", (2, 5, 4), dtype)
     return linen(model, dtype, x, seq_lengths=jnp.array([5, 3]))
 
 
@@ -743,14 +747,14 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, *, scale: float = 1.0) -> dict[str, Any]:
-        """(batch, 6) to logits (batch, 3) and more."""
+        """(batch, 6) to logits (batch, 4) and more."""
         if train is not True and train is not False:
             raise TypeError("`train` must stay a Python bool")
         h = nn.Dense(5, param_dtype=self.param_dtype)(x)
         h = nn.BatchNorm(use_running_average=not train, param_dtype=self.param_dtype)(h)
         self.sow("intermediates", "hidden", h)
         h = nn.Dropout(0.5, deterministic=not train)(jnp.tanh(h))
-        logits = nn.Dense(3, param_dtype=self.param_dtype)(h) * scale
+        logits = nn.Dense(4, param_dtype=self.param_dtype)(h) * scale
         return {"logits": logits, "hidden": [h, None]}
 
 
@@ -758,7 +762,7 @@ NETWORK = {
     "subject": "call",
     "rules": (LORA,),
     "sites": 2,
-    "trainable": 2 * (6 + 5) + 2 * (5 + 3),
+    "trainable": 2 * (6 + 5) + 2 * (5 + 4),
     "strict": False,
 }
 

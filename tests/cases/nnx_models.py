@@ -135,11 +135,11 @@ class Network(nnx.Module):
             ]
         )
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.head = nnx.Linear(5, 3, param_dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(5, 4, param_dtype=dtype, rngs=rngs)
         self.calls = nnx.Variable(jnp.array(0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, 6) to logits (batch, 3)."""
+        """(batch, 6) to logits (batch, 4)."""
         self.calls[...] += 1
         for layer in self.layers:
             x = layer(x)
@@ -156,7 +156,7 @@ NETWORK = {
     "subject": "nnx",
     "rules": (LORA,),
     "sites": 2,
-    "trainable": 2 * (6 + 5) + 2 * (5 + 3),
+    "trainable": 2 * (6 + 5) + 2 * (5 + 4),
 }
 
 
@@ -216,7 +216,7 @@ def nnx_functional_call(dtype):
     subject="nnx",
     rules=(LoRA("layers/0/kernel", rank=2, alpha=4), Full("head|scale")),
     sites=1,
-    trainable=2 * (6 + 5) + 5 * 3 + 3 + 5,  # low-rank; head's kernel and bias; norm's scale
+    trainable=2 * (6 + 5) + 5 * 4 + 4 + 5,  # low-rank; head's kernel and bias; norm's scale
 )
 def nnx_by_path(dtype):
     """Paths through a list, and leaves trained in full."""
@@ -402,21 +402,21 @@ def nnx_shared_module(dtype):
 # Convolutions, slots, and what is no site.
 # --------------------------------------------------------------------------------------------
 
-GATE = 2 * (3 + 4) + 2 * (4 + 4)  # of the input (3, 4), of the state (4, 4)
-# NNX's cells but the LSTM fuse their gates: (3, gates * 4) and (4, gates * 4).
+GATE = 2 * (4 + 4) + 2 * (4 + 4)  # of the input and of the state
+# NNX's cells but the LSTM fuse their gates: (4, gates * 4) of each.
 CELLS = {
     "nnx_rnn_lstm": (nnx.LSTMCell, 8, 4 * GATE),
-    "nnx_rnn_optimized_lstm": (nnx.OptimizedLSTMCell, 2, 2 * (3 + 16) + 2 * (4 + 16)),
-    "nnx_rnn_gru": (nnx.GRUCell, 2, 2 * (3 + 12) + 2 * (4 + 12)),
+    "nnx_rnn_optimized_lstm": (nnx.OptimizedLSTMCell, 2, 2 * (4 + 16) + 2 * (4 + 16)),
+    "nnx_rnn_gru": (nnx.GRUCell, 2, 2 * (4 + 12) + 2 * (4 + 12)),
     "nnx_rnn_simple": (nnx.SimpleCell, 2, GATE),
 }
 for cell_name, (cell, cell_sites, cell_trainable) in CELLS.items():
 
     def build_rnn(dtype, cell=cell):
-        """An nnx.RNN over (2, 5, 3)."""
+        """An nnx.RNN over (2, 5, 4)."""
         rngs = nnx.Rngs(0)
-        model = nnx.RNN(cell(3, 4, dtype=dtype, param_dtype=dtype, rngs=rngs), rngs=rngs)
-        return split(model, dtype, normal("x", (2, 5, 3), dtype))
+        model = nnx.RNN(cell(4, 4, dtype=dtype, param_dtype=dtype, rngs=rngs), rngs=rngs)
+        return split(model, dtype, normal("x", (2, 5, 4), dtype))
 
     CASES.append(
         Case(

@@ -160,7 +160,7 @@ def unpacked(dtype):
     return Problem(apply, normals(dtype, w=(2, 6, 5), o=(5, 5)), (normal("x", (3, 6), dtype),))
 
 
-@case(subject="product", rules=(LoRA(rank=5, alpha=5),), sites=1, trainable=5 * (6 + 5))
+@case(subject="product", rules=(LoRA("w", rank=5, alpha=5),), sites=1, trainable=5 * (6 + 5))
 def full_rank(dtype):
     """The largest rank that there is: min(inputs, outputs)."""
     return Problem(lambda p, x: x @ p["w"], normals(dtype, w=(6, 5)), (normal("x", (3, 6), dtype),))
@@ -1368,7 +1368,7 @@ along_one()
 
 @case(
     subject="product",
-    rules=(LoRA("", rank=1),),
+    rules=(LoRA(".*", rank=1),),
     sites=2,
     trainable=2 * (3 + 4),
     exact_at_zero=False,

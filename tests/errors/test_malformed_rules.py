@@ -1,5 +1,7 @@
 """What cannot mean anything is refused where it is written: rules, slots, the optimizer."""
 
+import dataclasses
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,8 @@ import pytest
 from small import exactly, model
 
 import jlora
-from jlora import Full, LoRA, Slots
+from jlora import Full, LoRA, Slots, checkpoint
+from jlora.adapters import _keywords
 
 MALFORMED = [
     pytest.param(
@@ -149,6 +152,27 @@ MALFORMED = [
         id="pattern-glob",
     ),
     pytest.param(
+        lambda: Full("encoder/"),
+        ValueError,
+        "`pattern` 'encoder/' of Full starts or ends with `/`, but a pattern matches whole "
+        "components of a path: write 'encoder'.",
+        id="pattern-slash-at-the-end",
+    ),
+    pytest.param(
+        lambda: jlora.DoRA("/(q|v)/kernel"),
+        ValueError,
+        "`pattern` '/(q|v)/kernel' of DoRA starts or ends with `/`, but a pattern matches whole "
+        "components of a path: write '(q|v)/kernel'.",
+        id="pattern-slash-at-the-start",
+    ),
+    pytest.param(
+        lambda: LoRA("head(?i)"),
+        ValueError,
+        "`pattern` 'head(?i)' is not a regular expression: "
+        "global flags not at the start of the expression at position 4.",
+        id="pattern-flags-at-the-end",
+    ),
+    pytest.param(
         lambda: LoRA("w", slots=3),
         TypeError,
         "`slots` of LoRA('w') must be a jlora.Slots; got 3.",
@@ -199,7 +223,8 @@ MALFORMED = [
     pytest.param(
         lambda: jlora.transform(model, [LoRA("w", rank=2)]),
         TypeError,
-        f"`rules` must be rules, such as jlora.LoRA(); got [{LoRA('w', rank=2)!r}].",
+        "`rules` must be rules, such as jlora.LoRA(); got a list; unpack it with `*`, "
+        "transform(apply_fn, *rules).",
         id="rules-list",
     ),
     pytest.param(
@@ -211,8 +236,56 @@ MALFORMED = [
     pytest.param(
         lambda: jlora.transform(model, LoRA),
         TypeError,
-        f"`rules` must be rules, such as jlora.LoRA(); got {LoRA!r}.",
+        "`rules` must be rules, such as jlora.LoRA(); got the class LoRA; call it, LoRA(...).",
         id="rules-class",
+    ),
+    pytest.param(
+        lambda: jlora.transform(model, jlora.NF4()),
+        TypeError,
+        f"`rules` must be rules, such as jlora.LoRA(); got {jlora.NF4()!r}.",
+        id="rules-scheme",
+    ),
+    pytest.param(
+        lambda: jlora.quantize({}, jlora.NF4),
+        TypeError,
+        "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or jlora.MXFP4; "
+        "got the class NF4; call it, NF4(...).",
+        id="schemes-class",
+    ),
+    pytest.param(
+        lambda: jlora.quantize({}, [jlora.NF4()]),
+        TypeError,
+        "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or jlora.MXFP4; "
+        "got a list; unpack it with `*`, quantize(params, *schemes).",
+        id="schemes-list",
+    ),
+    pytest.param(
+        lambda: jlora.initializers.loftq(jlora.Int8),
+        TypeError,
+        "`scheme` of loftq must be one such as jlora.NF4(); got the class Int8; call it, "
+        "Int8(...).",
+        id="loftq-class",
+    ),
+    pytest.param(
+        lambda: checkpoint.save("nowhere", {"w": jnp.ones((2, 2))}, [Full]),
+        TypeError,
+        "`rules` must be rules, such as jlora.LoRA(); got the class Full; call it, Full(...).",
+        id="checkpoint-class",
+    ),
+    pytest.param(
+        lambda: LoRA(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+        TypeError,
+        "LoRA does not have the keywords of PEFT: `r` is `rank`; `lora_alpha` is `alpha`; "
+        "`target_modules` is `pattern`, a regular expression for paths, such as "
+        "'(query|value)/kernel'.",
+        id="keywords-of-peft",
+    ),
+    pytest.param(
+        lambda: jlora.DoRA("w", use_dora=True, modules_to_save=["head"]),
+        TypeError,
+        "DoRA does not have the keywords of PEFT: `use_dora` is jlora.DoRA in the place of LoRA; "
+        "`modules_to_save` is a rule of its own, jlora.Full(pattern).",
+        id="keywords-of-peft-dora",
     ),
     pytest.param(
         lambda: jlora.optimizer(optax.sgd(1.0), lora_plus=0),
@@ -259,3 +332,23 @@ def test_lora_plus_bool() -> None:
     """`lora_plus=True` does not mean a ratio of 1."""
     with pytest.raises(ValueError, match=re.escape("`lora_plus` must be a positive")):
         jlora.optimizer(optax.sgd(1.0), lora_plus=True)
+
+
+@pytest.mark.parametrize("rule", [LoRA, jlora.DoRA])
+def test_keywords_of_peft(rule: type) -> None:
+    """Each says what to give; another keyword is Python's own error, and the signature stays."""
+    for name, remedy in _keywords.PEFT.items():
+        message = f"{rule.__name__} does not have the keywords of PEFT: `{name}` is {remedy}."
+        with pytest.raises(TypeError, match=exactly(message)):
+            rule("w", **{name: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
+        rule("w", ranks=1)
+    fields = [field.name for field in dataclasses.fields(rule)]
+    assert list(inspect.signature(rule).parameters) == fields
+
+
+@pytest.mark.parametrize("scheme", ["NF4", "FP4", "Int8", "Int4", "FP8", "MXFP4"])
+def test_class_of_a_scheme(scheme: str) -> None:
+    """Every scheme is called."""
+    with pytest.raises(TypeError, match=rf"got the class {scheme}; call it, {scheme}\(\.\.\.\)"):
+        jlora.quantize({}, getattr(jlora, scheme))

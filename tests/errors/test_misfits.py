@@ -4,16 +4,18 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small import ADAPTED, W, X, array, dense, exactly, init, model, swap
+from flax.training.train_state import TrainState
+from small import ADAPTED, PARAMS, W, X, array, assert_same, dense, exactly, init, model, swap
 
 import jlora
-from jlora import LoRA, Params
+from jlora import Full, LoRA, Params
 
 USE = "Use the adapter with the parameters that it was made for, or make one with `init`."
 
@@ -62,10 +64,9 @@ MISFITS = [
     ),
     pytest.param(
         lambda base, adapter: (base, {"adapter": adapter}),
-        "`adapter` does not fit `base` at 3 of 3 paths:\n"
-        "  adapter/fused: not in `base`\n"
-        "  adapter/layer/bias: not in `base`\n"
-        f"  adapter/layer/kernel: not in `base`\n{USE}",
+        "`adapter` does not fit `base`: the paths of `adapter` begin with 'adapter/', those of "
+        "`base` do not. Give both with it, as variables has it, or both without, as "
+        "variables['adapter'].",
         id="one-level-too-deep",
     ),
     pytest.param(
@@ -210,6 +211,58 @@ def test_optimizer_refuses_the_state_of_a_module() -> None:
     )
     with pytest.raises(TypeError, match=exactly(message)):
         jlora.optimizer(optax.sgd(1.0), lora_plus=16).init(state)
+
+
+def fully_trained() -> Any:
+    """An adapter of `Full` leaves alone, which looks like parameters."""
+    return init(Full("layer/kernel"))[1]
+
+
+PLAIN: dict[str, Callable[[], Any]] = {
+    "parameters": lambda: PARAMS,
+    "one-array": lambda: X,
+    "frozen-dict": lambda: flax.core.freeze(PARAMS),
+    "shapes": lambda: jax.eval_shape(lambda: PARAMS),
+    "full-alone": fully_trained,
+    "bound-to-nothing": lambda: jlora.bind(PARAMS, fully_trained()),
+}
+SGD = optax.sgd(1.0)
+LABELING: dict[str, Callable[[Any], Any]] = {
+    "labels": jlora.labels,
+    "mask": jlora.mask,
+    "optimizer": jlora.optimizer(SGD).init,
+    "options": jlora.optimizer(SGD, lora_plus=4.0, freeze_a=True, precondition=1e-6).init,
+    "train-state": lambda params: TrainState.create(
+        apply_fn=model, params=params, tx=jlora.optimizer(SGD)
+    ),
+    "shapes": lambda params: jax.eval_shape(jlora.optimizer(SGD).init, params),
+    "partition": optax.partition({"full": SGD, "base": optax.set_to_zero()}, jlora.labels).init,
+}
+
+
+@pytest.mark.parametrize("tree", list(PLAIN))
+@pytest.mark.parametrize("call", list(LABELING))
+def test_parameters_are_no_adapter(call: str, tree: str) -> None:
+    """All of them would be trained, as if they were an adapter of `Full` leaves alone."""
+    message = (
+        "`tree` must be an adapter or jlora.Params(base, adapter), but has arrays alone, as a "
+        "model's parameters have, all of which would be trained. Give the adapter that `init` "
+        "returned. If it is one, of jlora.Full leaves alone, say so: jlora.Params({}, adapter)."
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        LABELING[call](PLAIN[tree]())
+
+
+def test_an_adapter_of_full_leaves_alone() -> None:
+    """It trains in `Params`, with its base or without, as by the optimizer itself."""
+    base, adapter = init(Full("layer/kernel"))
+    assert jlora.labels(jlora.Params({}, adapter)).adapter == {"layer": {"kernel": "full"}}
+    expected, _ = optax.adam(0.1).update(adapter, optax.adam(0.1).init(adapter))
+    for tree in (jlora.Params({}, adapter), jlora.Params(base, adapter)):
+        tx = jlora.optimizer(optax.adam(0.1))
+        updates, _ = tx.update(tree, tx.init(tree), tree)
+        assert_same(updates.adapter, expected)
+    assert jlora.labels({}) == {}  # there is nothing that could be trained
 
 
 def test_merge_check_names_paths() -> None:

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.errors import FlaxError
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from small import KEY, array, exactly, swap
@@ -126,7 +129,7 @@ REFUSED = [
     pytest.param(
         lambda: quantize(NF4),
         TypeError,
-        f"{SCHEMES}<class 'jlora.quantized._nf4.NF4'>.",
+        f"{SCHEMES}the class NF4; call it, NF4(...).",
         id="scheme-class",
     ),
     pytest.param(
@@ -318,6 +321,20 @@ USES = {
     "array": jnp.asarray,
     "numpy": np.asarray,
 }
+
+
+def test_a_module_that_is_given_codes() -> None:
+    """Linen compares shapes first, those of codes of 4 bits too; NNX and codes of 8 bits do not."""
+    module = nn.Dense(64)
+    params, x = module.init(KEY, array(1, 64)), array(2, 64)
+    four, eight = (jlora.quantize(params, scheme) for scheme in (NF4("kernel"), Int8("kernel")))
+    with pytest.raises(FlaxError, match=r"existing parameter it received has shape \(32, 64\)"):
+        module.apply(four, x)
+    with refused(TypeError, NO_ARRAY):
+        module.apply(eight, x)
+    graph, params = nnx.split(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+    with refused(TypeError, NO_ARRAY):
+        nnx.merge(graph, jlora.quantize(params, NF4("kernel")))(x)
 
 
 def test_attributes_of_arrays():

@@ -95,7 +95,7 @@ UNFIT = [
     pytest.param(
         lambda: init(LoRA("layer", rank=2)),
         "LoRA('layer') matches 'layer/bias' of shape (6,), which is used by nothing linear: it is "
-        "no matrix (shape (6,)). Narrow the pattern (did you mean 'layer/.*kernel'?), or train the "
+        "no matrix (shape (6,)). Narrow the pattern (did you mean 'layer/kernel'?), or train the "
         "leaf in full with jlora.Full.",
         id="bias",
     ),

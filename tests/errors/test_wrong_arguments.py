@@ -1,13 +1,15 @@
 """Wrong arguments are named, and the errors of other libraries arrive as they are."""
 
+import functools
 from typing import Any
 
 import jax
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.errors import FlaxError
-from small import ADAPTED, KEY, PARAMS, W, X, dense, exactly, init, message_of
+from small import ADAPTED, KEY, PARAMS, W, X, dense, exactly, init, message_of, model
 
 import jlora
 from jlora import LoRA, Slots
@@ -82,6 +84,70 @@ LEAKS = {
 }
 
 
+def pair() -> Any:
+    """What `init` returns, as one value."""
+    return init(*ADAPTED)
+
+
+BASE = "`base` must be the frozen tree alone; got "
+ADAPTER = "`adapter` must be a nested dict of LowRank nodes and arrays; got "
+ROWS = [jlora.peft.Name("(.*)/kernel", r"\1", "io")]
+PAIRS = {
+    "apply": (lambda x: jlora.transform(model).apply(x, X), BASE),
+    "apply-base": (lambda x: jlora.transform(model).apply(x, {}, X), BASE),
+    "apply-adapter": (lambda x: jlora.transform(model).apply(PARAMS, x, X), ADAPTER),
+    "merge-base": (lambda x: jlora.merge(x, pair()[1]), BASE),
+    "merge-adapter": (lambda x: jlora.merge(PARAMS, x), ADAPTER),
+    "bind": (lambda x: jlora.bind(x, {}), BASE),
+    "dropout": (lambda x: jlora.dropout(x, KEY), ADAPTER),
+    "specs-base": (lambda x: jlora.sharding.specs(x, pair()[1]), BASE),
+    "specs-adapter": (lambda x: jlora.sharding.specs(PARAMS, x), ADAPTER),
+    "arithmetic": (lambda x: jlora.arithmetic.add([x, x]), ADAPTER),
+    "many": (lambda x: jlora.many.stack([x, x]), ADAPTER),
+    "checkpoint": (lambda x: jlora.checkpoint.save("nowhere", x, ()), ADAPTER),
+    "peft-base": (lambda x: jlora.peft.save("nowhere", x, pair()[1], ROWS), BASE),
+    "peft-adapter": (lambda x: jlora.peft.save("nowhere", PARAMS, x, ROWS), ADAPTER),
+}
+UNPACK = "the pair that `init` returns. Unpack it: base, adapter = lora.init(...)."
+APART = "Params. Give its `base` and `adapter` one by one."
+
+
+@pytest.mark.parametrize("case", list(PAIRS))
+def test_base_and_adapter_in_one(case: str) -> None:
+    """A pair that was not unpacked, and Params, wherever one of both belongs."""
+    provoke, start = PAIRS[case]
+    for x, got in ((pair(), UNPACK), (jlora.Params(*pair()), APART)):
+        with pytest.raises(TypeError, match=exactly(start + got)):
+            provoke(x)
+
+
+DRAWN = "`key` must be one PRNG key; got {} of flax.nnx. Give rngs.params()."
+KEYS = {
+    "init": (lambda key: init_by(key), DRAWN),
+    "dropout": (lambda key: jlora.dropout(init(*ADAPTED)[1], key), DRAWN),
+    "many": (
+        lambda key: jlora.many.init(jlora.transform(dense, LoRA("w", rank=2)), key, W, X),
+        "`keys` must be an array of PRNG keys, such as jax.random.split(key, 8); got {} of "
+        "flax.nnx. Give rngs.params().",
+    ),
+}
+
+
+def init_by(key: Any) -> Any:
+    """`init` of one site."""
+    return jlora.transform(dense, LoRA("w", rank=2)).init(key, W, X)
+
+
+@pytest.mark.parametrize("case", list(KEYS))
+def test_keys_of_nnx(case: str) -> None:
+    """`nnx.Rngs` has every attribute; a key that it draws is taken."""
+    provoke, message = KEYS[case]
+    for rngs in (nnx.Rngs(0), nnx.Rngs(0).params):
+        with pytest.raises(TypeError, match=exactly(message.format(type(rngs).__name__))):
+            provoke(rngs)
+    assert init_by(nnx.Rngs(0).params())
+
+
 @pytest.mark.parametrize("case", list(LEAKS))
 def test_clear_error(case: str) -> None:
     """The argument or the path is named."""
@@ -90,14 +156,71 @@ def test_clear_error(case: str) -> None:
 
 
 def test_module_instead_of_its_apply() -> None:
-    """A module says what to give; parameters without their collection are Flax's own error."""
+    """A module says what to give; its `apply` is taken."""
     module = nn.Dense(3)
     variables = module.init(KEY, X)
     lora = jlora.transform(module.apply, LoRA("kernel", rank=2))
     with pytest.raises(TypeError, match="Give its apply"):
         jlora.transform(module, LoRA("kernel", rank=2))
-    with pytest.raises(FlaxError, match="collections"):
-        lora.init(KEY, variables["params"], X)
+    assert lora.init(KEY, variables, X)
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit, lambda f: functools.partial(f)])
+def test_a_collection_of_linen_variables(wrapped: Any) -> None:
+    """Flax's own error arrives, with a note; the trees of `apply` and `merge` are compared."""
+    module = nn.Dense(3)
+    variables = module.init(KEY, X)
+    lora = jlora.transform(wrapped(module.apply), LoRA("kernel", rank=2))
+    adapter = lora.init(KEY, variables, X)[1]
+    for call in (
+        lambda: lora.init(KEY, variables["params"], X),
+        lambda: lora.sites(variables["params"], X),
+        lambda: lora.apply(variables["params"], {}, X),
+    ):
+        with pytest.raises(FlaxError, match="collection") as caught:
+            call()
+        assert caught.value.__notes__[-1] == (
+            "jlora: Dense.apply takes the variables of model.init, a dict with the key 'params'; "
+            "got the keys 'kernel', 'bias'. Give variables, not variables['params']."
+        )
+    message = (
+        "`adapter` does not fit `base`: the paths of `{}` begin with 'params/', those of `{}` do "
+        "not. Give both with it, as variables has it, or both without, as variables['params']."
+    )
+    for f in (lora.apply, jlora.merge):
+        args = (X,) if f is lora.apply else ()
+        with pytest.raises(ValueError, match=exactly(message.format("adapter", "base"))):
+            f(variables["params"], adapter, *args)
+        with pytest.raises(ValueError, match=exactly(message.format("base", "adapter"))):
+            f(variables, adapter["params"], *args)
+
+
+def test_parameters_that_are_not_the_first_argument() -> None:
+    """The model's own error, with a note; and rules that match no path of an activation."""
+    lora = jlora.transform(lambda x, params: x @ params["w"], LoRA("w", rank=2))
+    for call in (lambda: lora.init(KEY, W, X), lambda: lora.sites(W, X)):
+        with pytest.raises(TypeError, match="string index") as caught:
+            call()
+        assert caught.value.__notes__[-1] == (
+            "jlora: `apply_fn` is called with the parameters first, as its `x`. If they are its "
+            "`params`, give jlora.transform a function that takes them first: "
+            "lambda params, x: apply_fn(x, params)."
+        )
+    message = (
+        "LoRA('w') matches no leaf of `params`, which is one array of shape (2, 4). Are the "
+        "arguments in another order? The parameters come first: init(key, params, *args), and "
+        "apply_fn(params, *args)."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        lora.init(KEY, X, W)
+
+
+def test_no_note_where_the_parameters_come_first() -> None:
+    """Errors of a model that is called as it should be stay as they are."""
+    lora = jlora.transform(lambda p, params: p["v"] @ params, LoRA("w", rank=2))
+    with pytest.raises(KeyError) as caught:
+        lora.init(KEY, W, X)
+    assert not any("jlora" in note for note in getattr(caught.value, "__notes__", ()))
 
 
 def test_errors_of_the_model_pass() -> None:

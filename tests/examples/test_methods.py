@@ -221,7 +221,7 @@ def test_lora_takes_dropout_of_the_adapter():
 
 def test_saves_and_restores(tmp_path):
     base, trained = moved("bert", "adapter_l")
-    used = (jlora.Full("^added/"), *rules("bert"))
+    used = (jlora.Full("^added"), *rules("bert"))
     checkpoint.save(tmp_path / "adapter", trained, used, step=1, base=base)
     restored = checkpoint.restore(tmp_path / "adapter", like=trained, base=base)
     jax.tree.map(np.testing.assert_array_equal, restored, trained)

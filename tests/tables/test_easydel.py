@@ -112,7 +112,7 @@ TIED = {"tie_word_embeddings": True}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 # The sixth layer sees everything. A window of EasyDeL is one longer than it says.
 GEMMA3 = {"query_pre_attn_scalar": 8, "sliding_window": 5, "num_hidden_layers": 6}
-LINEAR = (LoRA(r"_proj/kernel", rank=4),)
+LINEAR = (LoRA(r".*_proj/kernel", rank=4),)
 TABLE = tables.easydel.EASYDEL
 
 CASES = {

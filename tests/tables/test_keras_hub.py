@@ -92,7 +92,7 @@ LLAMA31 = decoder(
 TIED = {"tie_word_embeddings": True}
 # The sixth layer sees everything; the seventh is local again.
 GEMMA3 = {"query_pre_attn_scalar": 8, "sliding_window": 5, "num_hidden_layers": 7}
-LINEAR = (LoRA(r"attention/.*kernel|dense/kernel|ffw.*kernel", rank=4),)
+LINEAR = (LoRA(r".*attention/.*kernel|.*dense/kernel|ffw.*kernel", rank=4),)
 
 CASES = {
     "llama3": Case(tables.keras_hub.LLAMA3, ("LlamaConfig", {}), decoder("Llama3"), LINEAR),

@@ -125,8 +125,8 @@ QWEN3 = decoder(qwen3, "Qwen3", qwen3_files, "use_tied_embedding")
 GEMMA2 = {"query_pre_attn_scalar": 8, "sliding_window": 5}
 GEMMA3 = GEMMA2 | {"num_hidden_layers": 6}  # the sixth layer sees everything
 LINEAR = LoRA(r"layers/.*(_proj|q_einsum|attn_vec_einsum)/(w|kernel)", rank=4)
-FUSED_KV = LoRA("/kv_einsum", rank=4, slots=Slots(2, (0, 1))), LINEAR
-FUSED_QKV = LoRA("/qkv_einsum", rank=4, slots=Slots(3, (0, 1, 2))), LINEAR
+FUSED_KV = LoRA("kv_einsum", rank=4, slots=Slots(2, (0, 1))), LINEAR
+FUSED_QKV = LoRA("qkv_einsum", rank=4, slots=Slots(3, (0, 1, 2))), LINEAR
 # Of Llama 3 and Qwen 3, tunix 0.1.7 has this one whatever its configuration says.
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 TIED = {"tie_word_embeddings": True}

@@ -7,24 +7,30 @@ from . import maxtext as maxtext
 from . import transformers as transformers
 from . import tunix as tunix
 
-TABLES = {
-    "bert": transformers.BERT,
-    "roberta": transformers.ROBERTA,
-    "gpt2": transformers.GPT2,
-    "llama": transformers.LLAMA,
-    "llama-scanned": transformers.LLAMA_SCANNED,
-    "vit": transformers.VIT,
-    "tunix-llama3": tunix.LLAMA3,
-    "tunix-qwen2": tunix.QWEN2,
-    "tunix-qwen3": tunix.QWEN3,
-    "tunix-qwen3-experts": tunix.QWEN3_EXPERTS,
-    "tunix-gemma": tunix.GEMMA,
-    "gemma3": gemma.GEMMA3,
-    "gemma2-2b": gemma.GEMMA2_2B,
-    "keras-hub-llama3": keras_hub.LLAMA3,
-    "keras-hub-qwen3": keras_hub.QWEN3,
-    "keras-hub-gemma3": keras_hub.GEMMA3,
-    "maxtext-llama": maxtext.LLAMA,
-    "maxtext-qwen3": maxtext.QWEN3,
-    "easydel": easydel.EASYDEL,
+_LAYER = "layers/0/attn/q_proj/w"
+_GEMMA = "layer_0/attn/q_einsum/w"
+_KERAS = "transformer_layer_0/self_attention/query/kernel"
+_MAXTEXT = "decoder/layers/self_attention/query/kernel"
+# Each table with one of its paths, for errors.
+WITH_PATHS = {
+    "bert": (transformers.BERT, "bert/encoder/layer/0/attention/self/query/kernel"),
+    "roberta": (transformers.ROBERTA, "roberta/encoder/layer/0/attention/self/query/kernel"),
+    "gpt2": (transformers.GPT2, "transformer/h/0/attn/c_attn/kernel"),
+    "llama": (transformers.LLAMA, "model/layers/0/self_attn/q_proj/kernel"),
+    "llama-scanned": (transformers.LLAMA_SCANNED, "model/layers/self_attn/q_proj/kernel"),
+    "vit": (transformers.VIT, "vit/encoder/layer/0/attention/attention/query/kernel"),
+    "tunix-llama3": (tunix.LLAMA3, _LAYER),
+    "tunix-qwen2": (tunix.QWEN2, _LAYER),
+    "tunix-qwen3": (tunix.QWEN3, _LAYER),
+    "tunix-qwen3-experts": (tunix.QWEN3_EXPERTS, _LAYER),
+    "tunix-gemma": (tunix.GEMMA, "layers/0/attn/q_einsum/w"),
+    "gemma3": (gemma.GEMMA3, _GEMMA),
+    "gemma2-2b": (gemma.GEMMA2_2B, _GEMMA),
+    "keras-hub-llama3": (keras_hub.LLAMA3, _KERAS),
+    "keras-hub-qwen3": (keras_hub.QWEN3, _KERAS),
+    "keras-hub-gemma3": (keras_hub.GEMMA3, "decoder_block_0/attention/query/kernel"),
+    "maxtext-llama": (maxtext.LLAMA, _MAXTEXT),
+    "maxtext-qwen3": (maxtext.QWEN3, _MAXTEXT),
+    "easydel": (easydel.EASYDEL, "model/layers/0/self_attn/q_proj/kernel"),
 }
+TABLES = {name: table for name, (table, _) in WITH_PATHS.items()}

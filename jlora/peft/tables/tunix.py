@@ -18,8 +18,8 @@ configuration says, and none is scaled. Outputs on a checkpoint with others diff
 Gemma's keys and values are one leaf, as are q, k and v where there are as many heads of each. PEFT
 adapts each by an A and a B of its own, as do the rules
 
-    LoRA(r"/kv_einsum/w", slots=Slots(2, (0, 1)))
-    LoRA(r"/qkv_einsum/w", slots=Slots(3, (0, 1, 2)))
+    LoRA(r"kv_einsum/w", slots=Slots(2, (0, 1)))
+    LoRA(r"qkv_einsum/w", slots=Slots(3, (0, 1, 2)))
 
 of which a model has a leaf for one or the other.
 """
@@ -27,14 +27,15 @@ of which a model has a leaf for one or the other.
 from .._names import Name
 from .gemma import decoder
 
+_MLP = "(?:gate|up|down)_proj"
 _DECODER = (
     Name("embedder/input_embedding", "model.embed_tokens", "vo", tied="lm_head"),
     Name(r"(layers/\d+)/attn/([qkv])_proj/w", r"model/\1/self_attn/\2_proj", "ioo"),
     Name(r"(layers/\d+)/attn/([qkv])_bias", r"model/\1/self_attn/\2_proj", "o", "bias"),
     Name(r"(layers/\d+)/attn/([qk]_norm)/w", r"model/\1/self_attn/\2", "o"),
     Name(r"(layers/\d+)/attn/o_proj/w", r"model/\1/self_attn/o_proj", "iio"),
-    Name(r"(layers/\d+/mlp/\w+_proj)/kernel", r"model/\1", "io"),
-    Name(r"(layers/\d+/\w+_layernorm)/w", r"model/\1", "o"),
+    Name(rf"(layers/\d+/mlp/{_MLP})/kernel", r"model/\1", "io"),
+    Name(r"(layers/\d+/(?:input|post_attention)_layernorm)/w", r"model/\1", "o"),
     Name("final_norm/w", "model/norm", "o"),
     Name("lm_head/w", "lm_head", "io"),
 )
@@ -43,7 +44,7 @@ LLAMA3 = QWEN2 = _DECODER
 
 QWEN3 = (
     Name(r"(layers/\d+/mlp)/router/kernel", r"model/\1/gate", "io"),
-    Name(r"(layers/\d+/mlp)/(\w+_proj)", r"model/\1/experts/{}/\2", "lio"),
+    Name(rf"(layers/\d+/mlp)/({_MLP})", r"model/\1/experts/{}/\2", "lio"),
     *_DECODER,
 )
 
@@ -62,5 +63,5 @@ QWEN3_EXPERTS = (
 
 GEMMA = (
     *decoder(r"layers/(\d+)"),
-    Name(r"(layers/\d+/mlp/\w+_proj)/kernel", r"model/\1", "io"),
+    Name(rf"(layers/\d+/mlp/{_MLP})/kernel", r"model/\1", "io"),
 )

@@ -1,0 +1,95 @@
+"""What checkpoints call modules that `transformers` calls otherwise, as data.
+
+`transformers` 5 renames modules as it reads a checkpoint, and back as it saves one. An adapter has
+the names of the modules in memory.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+
+Dialect = tuple[tuple[str, str], ...]
+
+# Names of old checkpoints, which are replaced as they are loaded.
+OLD: Dialect = (
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+    (r"LayerNorm\.beta$", "LayerNorm.bias"),
+)
+_VISION: Dialect = (
+    (r"\.attention\.attention\.query\.", ".attention.q_proj."),
+    (r"\.attention\.attention\.key\.", ".attention.k_proj."),
+    (r"\.attention\.attention\.value\.", ".attention.v_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
+_HIERARCHICAL: Dialect = (
+    (r"\.attention\.self\.query\.", ".attention.q_proj."),
+    (r"\.attention\.self\.key\.", ".attention.k_proj."),
+    (r"\.attention\.self\.value\.", ".attention.v_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+)
+# LLaVA, Gemma 3, PaliGemma and others whose language model is a part.
+_LLAVA: Dialect = (
+    (r"^(language|text)_model\.model\.", r"model.\1_model."),
+    (r"^(language|text)_model\.lm_head\.", "lm_head."),
+    (r"^(?!model\.|lm_head\.)", "model."),
+)
+# From a checkpoint's names to the modules of `transformers` 5: what is replaced, in this order. The
+# first pattern of a dialect is found in every checkpoint of it.
+DIALECTS: tuple[Dialect, ...] = (
+    ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
+    ((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp.")),  # PhiMoE
+    (  # GraniteMoE
+        (r"\.block_sparse_moe\.input_linear\.weight$", ".block_sparse_moe.experts.gate_up_proj"),
+        (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
+        (r"\.block_sparse_moe\.router\.layer\.", ".block_sparse_moe.router."),
+    ),
+    ((r"^embed_out\.", "lm_head."),),  # GPT-NeoX
+    _VISION,  # DINOv2
+    ((r"\bencoder\.layer\.", "layers."), *_VISION),  # ViT, DeiT, BEiT
+    (  # Swin
+        *_HIERARCHICAL,
+        (
+            r"\.self\.relative_position_bias_table$",
+            ".relative_position_bias.relative_position_bias_table",
+        ),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    ),
+    (  # Segformer
+        (r"\bencoder\.block\.(\d+)\.", r"stages.\1.blocks."),
+        (r"\bencoder\.patch_embeddings\.(\d+)\.", r"stages.\1.patch_embeddings."),
+        (r"\bencoder\.layer_norm\.(\d+)\.", r"stages.\1.layer_norm."),
+        *_HIERARCHICAL,
+        (r"\.attention\.self\.sr\.", ".attention.sequence_reduction.sequence_reduction."),
+        (r"\.attention\.self\.layer_norm\.", ".attention.sequence_reduction.layer_norm."),
+        (r"\.mlp\.dense([12])\.", r".mlp.fc\1."),
+        (r"\.layer_norm_1\.", ".layernorm_before."),
+        (r"\.layer_norm_2\.", ".layernorm_after."),
+        (r"^decode_head\.linear_c\.", "decode_head.linear_projections."),
+    ),
+    _LLAVA,
+    (*_LLAVA, (r"^model\.(\w+_tower)\.vision_model\.", r"model.\1.")),  # read from the hub
+    ((r"\blanguage_model\.model\.", "language_model."),),  # ColPali, and LLaVA without its head
+    (  # Qwen2-VL, Qwen2.5-VL and Omni
+        (r"^(thinker\.)?visual\.", "model.visual."),
+        (r"^(thinker\.)?audio_tower\.", "model.audio_tower."),
+        (r"^(thinker\.)?model\.(?!(language_model|visual|audio_tower)\.)", "model.language_model."),
+        (r"^thinker\.", ""),
+    ),
+    (  # DETR, RT-DETR
+        (r"\bout_proj\.", "o_proj."),
+        (r"\blayers\.(\d+)\.fc([12])\.", r"layers.\1.mlp.fc\2."),
+        (r"\bencoder\.encoder\.(\d+)\.layers\.", r"encoder.aifi.\1.layers."),
+        (r"\bbackbone\.conv_encoder\.", "backbone."),
+    ),
+)
+
+
+def dialects(names: Collection[str]) -> Iterator[Dialect]:
+    """The names as they are, and the dialects that they may be of."""
+    yield OLD
+    lines = "\n".join(names)
+    for dialect in DIALECTS:
+        if re.search(dialect[0][0], lines, re.MULTILINE):
+            yield (*OLD, *dialect)

@@ -1,0 +1,170 @@
+"""A pattern matches whole components of a path, whoever takes it."""
+
+import functools
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from own_methods import Gain
+from safetensors.numpy import save_file
+from small import exactly
+
+import jlora
+from jlora import NF4, DoRA, Full, LoRA, Rows, peft
+from jlora._rules import compiled
+
+PATHS = (
+    "encoder/layers_0/query/kernel",
+    "encoder/layers_12/value/kernel",
+    "multi_head/q_proj/kernel",
+    "embed_tokens/kernel",
+    "head/kernel",
+)
+PARAMS = jlora._tree.nest({tuple(path.split("/")): jnp.ones((32, 64)) for path in PATHS})
+X, IDS = jnp.ones((1, 32)), jnp.arange(2)
+PATTERNS = {  # and which of the paths it matches
+    "head": [4],
+    "kernel": [0, 1, 2, 3, 4],
+    "kernel$": [0, 1, 2, 3, 4],
+    "^encoder": [0, 1],
+    "^head/kernel$": [4],
+    "layers_[02]": [0],
+    "layers_.*/kernel": [0, 1],
+    "encoder/.*": [0, 1],
+    "(query|value)/kernel": [0, 1],
+    "query|head": [0, 4],
+    ".*_proj/kernel": [2],
+    ".*head": [2, 4],
+    "(?:multi_)?head": [2, 4],
+    "embed_tokens": [3],
+    r"(e)mb\1d_\w+": [3],
+    "(?<!query/)kernel": [1, 2, 3, 4],
+    "encoder/(?!layers_0).*": [1],
+    ".*[^d]/kernel": [0, 1, 2, 3],
+    "(?i)HEAD": [4],
+    "(?i)(?s)HEAD|QUERY": [0, 4],
+    "(?x) head  # in full": [4],
+    "(?x: he ad )": [4],
+}
+
+
+def taken(*rules: Any, use: Callable[[Any], Any] = lambda w: X @ w) -> list[str]:
+    """The leaves that rules take."""
+    lora = jlora.transform(lambda params, x: sum(map(use, jax.tree.leaves(params))), *rules)
+    return [site.path for site in lora.sites(PARAMS, X).leaves if site.rule]
+
+
+def quantized(pattern: str) -> list[str]:
+    """The leaves that a scheme takes."""
+    found = jlora.quantization(jlora.quantize(PARAMS, NF4(pattern)))
+    return ["/".join(entry.path) for entry in found.leaves]
+
+
+@functools.cache
+def sketch() -> jlora.Sketch:
+    """That of all sites."""
+    loss = lambda params, x: sum(jnp.sum((x @ w) ** 2) for w in jax.tree.leaves(params))  # noqa: E731
+    return jlora.sketch(loss, PARAMS, LoRA(rank=1), [X], kind="gradient")
+
+
+def allocated(pattern: str) -> list[str]:
+    """The sites that get a rank."""
+    return list(jlora.allocate(sketch(), LoRA(pattern, rank=1), min_rank=1).ranks)
+
+
+TAKERS: dict[str, Callable[[str], Sequence[str]]] = {
+    "LoRA": lambda pattern: taken(LoRA(pattern, rank=1)),
+    "DoRA": lambda pattern: taken(DoRA(pattern, rank=1)),
+    "Rows": lambda pattern: taken(Rows(pattern, [3]), use=lambda w: w[IDS]),
+    "Full": lambda pattern: taken(Full(pattern)),
+    "Gain": lambda pattern: taken(Gain(pattern)),
+    "NF4": quantized,
+    "allocate": allocated,
+}
+
+
+@pytest.mark.parametrize("pattern", list(PATTERNS))
+@pytest.mark.parametrize("taker", list(TAKERS))
+def test_whole_components(taker: str, pattern: str) -> None:
+    """Rules, schemes and allocations agree."""
+    assert sorted(TAKERS[taker](pattern)) == sorted(PATHS[i] for i in PATTERNS[pattern])
+
+
+def test_the_root_has_the_empty_path() -> None:
+    """A tree that is one array."""
+    for pattern in ("", "^$", ".*"):
+        sites = jlora.transform(lambda w, x: x @ w, LoRA(pattern, rank=1)).sites(X.T, X)
+        assert [site.rule is not None for site in sites] == [True]
+
+
+INSIDE = {  # a pattern, where it is found, and what is advised
+    "hea": ("head, multi_head", "head|multi_head"),
+    "embed": ("embed_tokens", "embed_tokens"),
+    "layers_": ("layers_0, layers_12", "layers_0|layers_12"),
+    "_(proj|tokens)": ("embed_tokens, q_proj", "embed_tokens|q_proj"),
+    "ern": ("kernel", "kernel"),
+    "e": ("embed_tokens, encoder, head, …", ".*e.*"),
+    "(?i)E|H": ("embed_tokens, encoder, head, …", "(?i).*(?:E|H).*"),
+    "s_0/quer": ("layers_0/query", "layers_0/query"),
+    "": ("embed_tokens, encoder, head, …", ".*"),
+}
+
+
+@pytest.mark.parametrize("taker", ["LoRA", "DoRA", "Rows", "Full", "Gain", "NF4", "allocate"])
+@pytest.mark.parametrize("pattern", list(INSIDE))
+def test_a_pattern_inside_of_components(taker: str, pattern: str) -> None:
+    """Where it is found, and a pattern that takes those leaves."""
+    names, better = INSIDE[pattern]
+    kind = "takes no site of `sketch`" if taker == "allocate" else "matches no leaf of `params`"
+    message = (
+        f"{'LoRA' if taker == 'allocate' else taker}({pattern!r}) {kind}. A pattern matches whole "
+        f"components of a path, and this one is found only inside of {names}. Did you mean "
+        f"{better!r}?"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        TAKERS[taker](pattern)
+    assert sorted(TAKERS[taker](better)) == sorted(p for p in PATHS if re.search(pattern, p))
+
+
+def test_names_of_tensors(tmp_path: pathlib.Path) -> None:
+    """In a checkpoint of Hugging Face, components lie between dots."""
+    names = [path.replace("/", ".").replace("kernel", "weight") for path in PATHS]
+    (tmp_path / "base").mkdir()
+    weights = {name: np.ones((32, 64), np.float32) for name in names}
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+
+    def left(scheme: Any, **options: Any) -> list[str]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        found = peft.quantize_checkpoint(tmp_path / "base", out, scheme, **options)
+        return sorted(set(names) - {m.name for m in found})
+
+    assert left(NF4()) == sorted(names[2:])  # embeddings, and whatever is called a head
+    assert left(NF4(), skip=None) == []
+    assert left(NF4(), skip="head") == [names[4]]
+    assert left(NF4(), skip=r"encoder\.layers_0") == [names[0]]
+    assert left(NF4("query"), skip=None) == sorted(names[1:])
+    assert left(NF4(r"encoder.*"), skip=None) == sorted(names[2:])
+    inside = (
+        "matches no tensor of `src_dir`. A pattern matches whole components of a path, and this "
+    )
+    inside += "one is found only inside of {}. Did you mean {!r}?"
+    for scheme, skip, message in [
+        (NF4("embed"), None, f"NF4('embed') {inside.format('embed_tokens', 'embed_tokens')}"),
+        (NF4(), "embed", f"`skip` 'embed' {inside.format('embed_tokens', 'embed_tokens')}"),
+        (NF4(), "(", "`skip` '(' is not a regular expression: missing ), unterminated subpattern"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            left(scheme, skip=skip)
+
+
+def test_what_compiled_takes() -> None:
+    """All that Python's own patterns may have, and nothing that they may not."""
+    for pattern in PATTERNS:
+        assert compiled(pattern).groups == re.compile(pattern).groups
+    with pytest.raises(re.error):
+        compiled("a)|(b")
