@@ -73,6 +73,9 @@ def test_norm_and_shape(name: str) -> None:
     np.testing.assert_allclose(
         analysis.norm(x), np.linalg.norm(dense(x, name), axis=(-2, -1)), rtol=1e-5
     )
+    for size in (2.0**-70, 2.0**70):  # whose squares float32 has not
+        scaled = analysis.norm(x._replace(scale=size * x.scale))
+        np.testing.assert_allclose(scaled / size, analysis.norm(x), rtol=1e-5)
     assert weight_shape(x) == SITES[name][0]
 
 

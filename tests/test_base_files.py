@@ -561,6 +561,40 @@ def test_gguf(kind, tmp_path):
     np.testing.assert_array_equal(np.float32(value), expected.T)
 
 
+def in_float64(tmp_path, kind):
+    """A file with a matrix in 64 bits, and the matrix."""
+    w = np.random.default_rng(0).standard_normal((ROWS, 32))
+    if kind == "safetensors":
+        (tmp_path / "base").mkdir()
+        save_file({"up.weight": w}, tmp_path / "base" / "model.safetensors")
+        return tmp_path / "base", w
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("up.weight", w)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "a.gguf", w
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "GGUF", "tensors"])
+def test_64_bits_are_not_narrowed(kind, tmp_path):
+    tree = {"up": {"kernel": jax.ShapeDtypeStruct((32, ROWS), jnp.float32)}}
+    path, w = in_float64(tmp_path, kind)
+
+    def load():
+        if kind == "tensors":
+            return peft.from_tensors({"up.weight": w}, tree, NAMES)
+        return peft.load_base(path, NAMES, like=tree)
+
+    with pytest.raises(ValueError, match="up.weight: its dtype float64 needs jax_enable_x64"):
+        load()
+    with jax.enable_x64(True):
+        leaf = load()["up"]["kernel"]
+        assert leaf.dtype == jnp.float64
+        np.testing.assert_array_equal(leaf, w.T)
+
+
 def test_gguf_that_is_none(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(ValueError, match=r"`dir`: .*a\.gguf is no sound GGUF file: "):

@@ -62,6 +62,9 @@ def test_bits_and_error(scheme, bits, error):
     back = jlora.dequantize(jlora.quantize({"w": w}, scheme))["w"]
     expected = np.linalg.norm(back - w) / np.linalg.norm(w)
     assert found.error == pytest.approx(expected, rel=1e-3)
+    for power in (-70, 70):  # whose squares float32 has not
+        [entry] = jlora.quantization(jlora.quantize({"w": w * 2.0**power}, scheme)).leaves
+        assert entry.error == pytest.approx(found.error, rel=1e-3)
 
 
 @schemes

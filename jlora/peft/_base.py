@@ -22,7 +22,7 @@ from ._arrays import weight, weights
 from ._checkpoint import LIMIT, ONE, Checkpoint, open_checkpoint
 from ._file import DTYPES, brief, listing, read_json, shown
 from ._names import Leaf, Name
-from ._weights import all_named
+from ._weights import all_named, narrowed
 from .formats import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
 from .formats import _bitsandbytes as bnb
 
@@ -147,7 +147,9 @@ def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | Non
 
 def _dense(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     for key, x in zip(leaf.parameters, parts, strict=True):
-        if not np.isfinite(x.astype(np.float32)).all():
+        if why := narrowed(x.dtype):
+            raise Unreadable(f"{key}: {why}")
+        if not np.isfinite(x).all():
             raise Unreadable(f"{key}: has values that are not finite")
     return weight(leaf, parts)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,11 +69,16 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    dir: str | os.PathLike[str], argument: str = "src_dir", *, follow_links: bool = False
+    dir: str | os.PathLike[str],
+    argument: str = "src_dir",
+    *,
+    follow_links: bool = False,
+    copied: bool = False,
 ) -> Checkpoint:
     """Reads headers, index and configuration of the folder that the user's `argument` names.
 
-    Its files may be links to within the folder, or anywhere with `follow_links`.
+    Its files may be links to within the folder, or anywhere with `follow_links`. If it is to be
+    `copied`, none of them may be missing.
 
     Raises:
         FileNotFoundError: if there is no such folder, or a shard is missing.
@@ -94,7 +100,12 @@ def open_checkpoint(
         ]
     if wrong:
         raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {listing(wrong)}")
-    kept, left_out = _others(source.folder, {*files, INDEX} if mapped else set(files))
+    kept, left_out, odd = _others(source.folder, {*files, INDEX} if mapped else set(files))
+    if odd := [name for name in odd if copied or name == "config.json"]:
+        raise ValueError(
+            f"`{argument}`: {source.folder} has other things in the places of files. Put the files "
+            f"there, or remove these. {listing([_what_is(source, name) for name in odd])}"
+        )
     for name in kept if not follow_links else ():
         check_within(source, source.folder / name)
     if mapped is not None:
@@ -169,22 +180,43 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
     return sorted(set(mapped.values())), mapped
 
 
-def _others(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
-    """The other files, as paths in the folder: those to copy, and those to leave out."""
-    kept, left_out = [], []
+def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copies what is kept beside the weights."""
+    for name in checkpoint.kept:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.source.folder / name, folder / name)
+
+
+def _what_is(source: Source, name: str) -> str:
+    path = source.folder / name
+    what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
+    return f"{shown(name)}: is {'a folder' if path.is_dir() else what}"
+
+
+def _others(folder: Path, read: set[str]) -> tuple[list[str], list[str], list[str]]:
+    """What else there is, as paths: what to copy, what to leave out, and what is no file."""
+    kept, left_out, odd = [], [], []
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
         if name in read:
             continue
         # An adapter_config.json would have transformers apply the adapter once more.
-        drop = not path.is_file() or _WEIGHTS.search(path.name) or name in (CONFIG, TENSORS)
-        (left_out if drop else kept).append(name)
-    return sorted(kept), sorted(left_out)
+        is_folder = path.is_dir() and not _is_called_a_file(path)
+        if is_folder or _WEIGHTS.search(path.name) or name in (CONFIG, TENSORS):
+            left_out.append(name)
+        else:
+            (kept if path.is_file() else odd).append(name)
+    return sorted(kept), sorted(left_out), sorted(odd)
+
+
+def _is_called_a_file(path: Path) -> bool:
+    return path.suffix in (".json", ".jinja", ".model", ".txt")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for path in folder.iterdir():
-        if not path.is_dir() or path.is_symlink() or path.name in (".git", ".cache"):
+        is_whole = path.is_symlink() or path.name in (".git", ".cache") or _is_called_a_file(path)
+        if is_whole or not path.is_dir():
             yield path
         else:
             yield from _walk(path)

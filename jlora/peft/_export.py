@@ -1,7 +1,6 @@
 """A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -13,7 +12,7 @@ from .._types import PyTree
 from ._base import configuration_of
 from ._blocks import chunks, tensor
 from ._changes import Changes, changes
-from ._checkpoint import Checkpoint, open_checkpoint, refuse
+from ._checkpoint import Checkpoint, copy_others, open_checkpoint, refuse
 from ._file import DTYPES, opened, shown
 from ._names import Name
 from ._rewrite import dequantize_checkpoint, requantized
@@ -98,7 +97,7 @@ def export_merged(
         >>> merged["q.weight"].shape, left_out
         ((3, 4), [])
     """
-    checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if configuration_of(checkpoint):
         return _onto_quantized(checkpoint, adapter, out_dir, names, requantize, follow_links)
     if requantize:
@@ -122,9 +121,7 @@ def export_merged(
             with open(folder / file, "wb") as target:
                 _write(checkpoint, file, todo, target, bar.update, wrong)
         refuse(wrong)
-        for name in checkpoint.kept:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.source.folder / name, folder / name)
+        copy_others(checkpoint, folder)
     return checkpoint.left_out
 
 
