@@ -106,11 +106,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 71, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2},
     ),
     "albert": ("AlbertForSequenceClassification", SIZES | {"embedding_size": 24}),
+    "codegen": ("CodeGenForCausalLM", GPT | {"rotary_dim": 4}),
     "t5": ("T5ForConditionalGeneration", T5),
     "bart": ("BartForConditionalGeneration", SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", SEQ2SEQ | {"max_target_positions": 40}),
     "vit": ("ViTForImageClassification", VISION),
     "dinov2": ("Dinov2ForImageClassification", VISION),
+    "resnet": (
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3},
+    ),
     "clip": (
         "CLIPModel",
         {"text_config": SIZES | {"projection_dim": 32}, "vision_config": VISION},
@@ -220,6 +225,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "use_dora": True,
     },
     "tokens": {"target_modules": "all-linear", "trainable_token_indices": [5, 1]},
+    "head": {"target_modules": ["lm_head", "q_proj", "qkv_proj", "c_attn", "convolution"]},
+    "saved-norms": {"target_modules": "all-linear", "modules_to_save": ["normalization", "norm"]},
     "bias-of-b": {"target_modules": "all-linear", "lora_bias": True},
     "replicated": {"target_modules": "all-linear", "layer_replication": [[0, 2], [1, 2]]},
 }
@@ -238,14 +245,22 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def outcome(family: str, configuration: str, folder: pathlib.Path) -> Outcome:
-    """Adapts, saves, merges twice and compares."""
+def outcome(
+    family: str, configuration: str, folder: pathlib.Path, vocabulary: int | None = None
+) -> Outcome:
+    """Adapts, saves, merges twice and compares; if asked for, with a resized vocabulary.
+
+    The new rows of the base are then others than those that the adapter was trained with.
+    """
     architecture, sizes = FAMILIES[family]
     cls = getattr(transformers, architecture)
     torch.manual_seed(0)
     model = cls(cls.config_class(**copy.deepcopy(sizes))).eval()
     options = {"r": 2, "lora_alpha": 4} | copy.deepcopy(CONFIGURATIONS[configuration])
     model.save_pretrained(folder / "base")
+    if vocabulary is not None:
+        model = cls.from_pretrained(folder / "base")
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     try:
         adapted = hf_peft.get_peft_model(model, hf_peft.LoraConfig(**options))
         for name, x in adapted.named_parameters():
@@ -253,6 +268,10 @@ def outcome(family: str, configuration: str, folder: pathlib.Path) -> Outcome:
                 generator = torch.Generator().manual_seed(len(name))
                 x.data += 0.1 * torch.randn(x.shape, generator=generator)
         adapted.save_pretrained(folder / "a")
+        if vocabulary is not None:
+            other = cls.from_pretrained(folder / "base")
+            other.resize_token_embeddings(vocabulary, mean_resizing=False)
+            other.save_pretrained(folder / "base")
         adapted.merge_and_unload().save_pretrained(folder / "theirs")
     except Exception as e:
         return Outcome("not by PEFT", brief(e))

@@ -13,7 +13,7 @@ import re
 import shutil
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import jlora
 from jlora import DoRA, Full, Layout, LoRA, LowRank, Slots, initializers, peft
@@ -650,8 +651,6 @@ class Files:
 
     def tensors(self, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
         """Changes the tensors."""
-        from safetensors.numpy import save_file
-
         tensors = {k: np.array(x) for k, x in models.read(self.folder / TENSORS).items()}
         change(tensors)
         save_file(tensors, self.folder / TENSORS, metadata={"format": "pt"})
@@ -911,9 +910,117 @@ def test_what_peft_ties_itself_alone(tmp_path: Folder) -> None:
     files.config(modules_to_save=[*saved, "embed_tokens"], ensure_weight_tying=True)
     leaves = peft.read(files.folder)
     assert {"embed_tokens.weight", "lm_head.weight"} <= leaves.keys()
+    # Which it also does once the vocabulary has been resized, whatever is listed.
     files.config(ensure_weight_tying=False)
-    with pytest.raises(ValueError, match=r"lm_head\.weight: unexpected"):
+    assert peft.read(files.folder).keys() == leaves.keys()
+    files.tensors(lambda t: t.update({names[0].replace("embed_tokens", "proj"): table}))
+    with pytest.raises(ValueError, match=r"proj\.weight: unexpected"):
         peft.read(files.folder)
+
+
+VOCABULARY = (
+    Name("embed/embedding", "embed_tokens", "vo", tied="lm_head"),
+    Name("(q|lm_head)/kernel", r"\1", "io"),
+    Name("lm_head/bias", "lm_head", "o", "bias"),
+    Name("norm/weight", "norm", "o"),
+    Name("norm/running_mean", "norm", "o", "running_mean"),
+)
+
+
+def vocabulary(*, tied: bool) -> Any:
+    """A base of an embedding and a head, which may share a weight, and a projection."""
+    tree = {"embed": {"embedding": normal(0, 11, 4)}, "q": {"kernel": normal(1, 4, 6)}}
+    head = {"kernel": normal(2, 4, 11), "bias": normal(3, 11)}
+    return tree if tied else tree | {"lm_head": head}
+
+
+def pefts(folder: Folder, tensors: Mapping[str, Any], **fields: Any) -> Folder:
+    """A folder with A and B of `q`, unless they are given, and other tensors."""
+    a, b = np.ones((2, 4), np.float32), np.ones((6, 2), np.float32)
+    pair = {} if any("lora" in key for key in tensors) else {"q.lora_A.weight": a}
+    pair |= {"q.lora_B.weight": b} if pair else {}
+    found = {f"base_model.model.{k}": np.asarray(x) for k, x in (pair | dict(tensors)).items()}
+    folder.mkdir()
+    save_file({k: np.asarray(x, order="C") for k, x in found.items()}, folder / TENSORS)
+    usual = {"peft_type": "LORA", "target_modules": ["q"], "r": 2, "lora_alpha": 2}
+    (folder / CONFIG).write_text(json.dumps(usual | fields))
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary(tied: bool, tmp_path: Folder) -> None:
+    """PEFT saves embedding and head by itself: their values are those of the adapter."""
+    table = np.ones((11, 4), "f4")
+    own = {"embed_tokens.weight": table, "lm_head.weight": table if tied else 2 * table}
+    own |= {} if tied else {"lm_head.bias": np.ones(11, "f4")}
+    base = vocabulary(tied=tied)
+    merged = jlora.merge(base, peft.load(pefts(tmp_path / "a", own), base, VOCABULARY))
+    assert_close(merged["q"]["kernel"], base["q"]["kernel"] + 2, 1e-6)
+    assert (merged["embed"]["embedding"] == 1).all()
+    if not tied:
+        assert (merged["lm_head"]["kernel"] == 2).all() and (merged["lm_head"]["bias"] == 1).all()
+    small = jax.tree.map(lambda x: x, base) | {"embed": {"embedding": jnp.ones((9, 4))}}
+    message = r"embed_tokens.weight: has 11 rows in the adapter, .* and 9 in the base; resize that "
+    with pytest.raises(ValueError, match=message + r"too, by resize_token_embeddings\(11\)"):
+        peft.load(tmp_path / "a", small, VOCABULARY)
+
+
+def test_a_head_with_a_bias(tmp_path: Folder) -> None:
+    """PEFT saves the frozen weight and bias beside its A and B; they must be those of the base."""
+    base = vocabulary(tied=False)
+    frozen = {
+        "lm_head.base_layer.weight": base["lm_head"]["kernel"].T,
+        "lm_head.base_layer.bias": base["lm_head"]["bias"],
+    }
+    pair = {"lm_head.lora_A.weight": np.ones((2, 4), "f4")}
+    pair |= {"lm_head.lora_B.weight": np.ones((11, 2), "f4")}
+    targets = {"target_modules": ["lm_head"]}
+    adapter = peft.load(pefts(tmp_path / "a", pair | frozen, **targets), base, VOCABULARY)
+    assert adapter.keys() == {"lm_head"} and adapter["lm_head"].keys() == {"kernel"}
+    merged = jlora.merge(base, adapter)["lm_head"]
+    assert_close(merged["kernel"], base["lm_head"]["kernel"] + 2, 1e-6)
+    frozen["lm_head.base_layer.bias"] += 1
+    with pytest.raises(ValueError, match=r"lm_head.base_layer.bias: expected the values of `base`"):
+        peft.load(pefts(tmp_path / "b", pair | frozen, **targets), base, VOCABULARY)
+    # Trained, by `bias`, they take the place of the base's.
+    found = peft.load(pefts(tmp_path / "c", pair | frozen, **targets, bias="all"), base, VOCABULARY)
+    assert_close(found["lm_head"]["bias"], base["lm_head"]["bias"] + 1, 1e-6)
+
+
+def test_counts_of_batches(tmp_path: Folder) -> None:
+    """A batch norm of PyTorch's that is saved counts its batches, which Flax's does not."""
+    base = vocabulary(tied=True) | {"norm": {"weight": jnp.ones(4), "running_mean": jnp.zeros(4)}}
+    norm = {"norm.weight": np.ones(4, "f4") * 3, "norm.running_mean": np.ones(4, "f4") * 2}
+    norm["norm.num_batches_tracked"] = np.asarray(7)
+    given = pefts(tmp_path / "a", norm, modules_to_save=["norm"])
+    found = peft.load(given, base, VOCABULARY)["norm"]
+    assert (found["weight"] == 3).all() and (found["running_mean"] == 2).all()
+    assert peft.read(given)["norm.num_batches_tracked"] == 7
+    with pytest.raises(ValueError, match=r"norm.weight: expected a floating-point dtype, got I64"):
+        wrong = norm | {"norm.weight": np.ones(4, int)}
+        peft.load(pefts(tmp_path / "b", wrong, modules_to_save=["norm"]), base, VOCABULARY)
+
+
+def test_rows_of_a_table_of_several_modules(tmp_path: Folder) -> None:
+    """T5's `shared` is the table of encoder and decoder, which PEFT writes once each."""
+    base, new = {"shared": normal(0, 11, 4)}, np.ones((2, 4), np.float32)
+    names = [Name("shared", "shared", "vo", tied="lm_head")]
+    modules = ("decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared")
+    own = {f"{module}.trainable_tokens_delta": new for module in modules}
+    found = peft.load(rows_alone(tmp_path / "a", own, [5, 1]), base, names)
+    assert_close(jlora.merge(base, found)["shared"][jnp.array([5, 1])], new, 1e-6)
+    own["encoder.embed_tokens.trainable_tokens_delta"] = new + 1
+    with pytest.raises(ValueError, match=r"encoder.embed_tokens.* expected the values of "):
+        peft.load(rows_alone(tmp_path / "b", own, [5, 1]), base, names)
+
+
+def rows_alone(folder: Folder, tensors: Mapping[str, Any], rows: list[int]) -> Folder:
+    """A folder of PEFT's with nothing but rows of `shared` and of what is tied to it."""
+    folder.mkdir()
+    save_file({f"base_model.model.{k}": x for k, x in tensors.items()}, folder / TENSORS)
+    fields = {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["shared"], "token_indices": rows}
+    (folder / CONFIG).write_text(json.dumps(fields))
+    return folder
 
 
 @pytest.mark.parametrize(

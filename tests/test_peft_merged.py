@@ -159,7 +159,7 @@ def adapter(folder: Folder, modules: Mapping[str, Any], **fields: Any) -> Folder
             tensors[f"{PREFIX}{module}.lora_A.weight"] = x[0]
             tensors[f"{PREFIX}{module}.lora_B.weight"] = x[1]
     save_file(
-        {k: np.ascontiguousarray(x) for k, x in tensors.items()},
+        {k: np.asarray(x, order="C") for k, x in tensors.items()},
         folder / TENSORS,
         metadata={"format": "pt"},
     )
@@ -472,6 +472,78 @@ def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
     merged = read(tmp_path / "out")
     assert (merged["model.embed_tokens.weight"][[3, 1]] == rows).all()
     assert (merged["lm_head.weight"] == weights["lm_head.weight"]).all()
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "bert"])
+def test_a_resized_vocabulary(kind: str, tmp_path: Folder) -> None:
+    """PEFT saves embedding and head by itself; a base of another size is refused."""
+    table, head, bias = {
+        "untied": ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"),
+        "tied": ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"),
+        "bert": (
+            "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.weight",
+            "cls.predictions.decoder.bias",
+        ),
+    }[kind]
+    ones, home = np.ones((11, 4), np.float32), bias.replace("decoder.", "")
+    weights = {table: 0 * ones, "q.weight": np.ones((4, 6), np.float32)}
+    given = {"q": low_rank((4, 6), 2), table: ones, head: ones * (1 + (kind == "untied"))}
+    if kind != "tied":
+        given[bias], weights[home] = np.full(11, 3, np.float32), np.zeros(11, np.float32)
+    if kind == "untied":
+        weights[head] = 0 * ones
+    config = {"architectures": ["AForMaskedLM"], "tie_word_embeddings": kind != "untied"}
+    config["vocab_size"] = 11
+    base = checkpoint(tmp_path / "base", weights, **config)
+    given = adapter(tmp_path / "a", given)
+    peft.export_merged(base, given, tmp_path / "out")
+    merged = read(tmp_path / "out")
+    assert merged.keys() == weights.keys() and (merged[table] == 1).all()
+    assert kind == "tied" or (merged[home] == 3).all()
+    assert kind != "untied" or (merged[head] == 2).all()
+    checkpoint(base, {k: x[:9] if 11 in x.shape else x for k, x in weights.items()}, **config)
+    message = rf"{table}: has 11 rows in the adapter, .* by resize_token_embeddings\(11\)"
+    with pytest.raises(ValueError, match=message):
+        peft.export_merged(base, given, tmp_path / "no")
+
+
+def test_a_frozen_bias_and_counts_of_batches(tmp_path: Folder) -> None:
+    """A bias that PEFT saves beside A and B is the base's; counts of a batch norm are replaced."""
+    bias, count = np.ones(5, np.float32), "norm.num_batches_tracked"
+    weights = {"lm_head.weight": np.ones((5, 4), np.float32), "lm_head.bias": bias}
+    weights |= {"norm.weight": np.ones(4, np.float32), count: np.asarray(2)}
+    given = {"lm_head": low_rank((5, 4), 2), "lm_head.base_layer.weight": weights["lm_head.weight"]}
+    given |= {"lm_head.base_layer.bias": bias, "norm.weight": weights["norm.weight"] * 3}
+    given[count] = np.asarray(7)
+    base = checkpoint(tmp_path / "base", weights)
+    files = adapter(tmp_path / "a", given, target_modules=["lm_head"], modules_to_save=["norm"])
+    peft.export_merged(base, files, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / ONE)
+    assert merged[count] == 7 and merged[count].dtype == np.int64
+    assert (merged["norm.weight"] == 3).all() and (merged["lm_head.bias"] == bias).all()
+    given["lm_head.base_layer.bias"] = bias + 1
+    files = adapter(tmp_path / "b", given, target_modules=["lm_head"], modules_to_save=["norm"])
+    with pytest.raises(ValueError, match=r"lm_head.bias: the adapter holds other values of it"):
+        peft.export_merged(base, files, tmp_path / "no")
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_rows_of_a_table_of_several_modules(other: int, tmp_path: Folder) -> None:
+    """T5's `shared` is the table of encoder, decoder and head: all must have the same rows."""
+    base = checkpoint(tmp_path / "base", {"shared.weight": np.zeros((11, 4), np.float32)})
+    modules = ("decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared")
+    rows = {f"{m}.trainable_tokens_delta": np.ones((2, 4), np.float32) for m in modules}
+    rows["encoder.embed_tokens.trainable_tokens_delta"] += other
+    given = adapter(tmp_path / "a", rows)
+    fields = {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["shared"]}
+    (given / CONFIG).write_text(json.dumps(fields | {"token_indices": [5, 1]}))
+    if other:
+        with pytest.raises(ValueError, match=r"encoder.embed_tokens.* expected the values of .*sh"):
+            peft.export_merged(base, given, tmp_path / "out")
+        return
+    peft.export_merged(base, given, tmp_path / "out")
+    assert np.flatnonzero(read(tmp_path / "out")["shared.weight"].any(1)).tolist() == [1, 5]
 
 
 def test_square_weights_by_their_kin(tmp_path: Folder) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._changes import Changes, Sum
-from ._file import DTYPES, Entry
+from ._file import COUNTS, DTYPES, Entry
 from ._tokens import Tokens, placed
 
 BLOCK = 2**20  # numbers
@@ -30,7 +30,7 @@ def tensor(source: BinaryIO, entry: Entry, name: str, todo: Changes) -> Iterator
     elif name in todo.full:
         for _ in chunks(source, entry.stop - entry.start):
             pass
-        yield _chunk(todo.full[name], DTYPES[entry.dtype])
+        yield _chunk(todo.full[name], (DTYPES | COUNTS)[entry.dtype])
     elif name in todo.rows:
         yield from _with_rows(source, entry, todo.rows[name])
     else:

@@ -12,12 +12,12 @@ from .._tree import adapter_leaves, check_fits, nest
 from .._types import PyTree
 from ..adapters import is_node, weight_shape
 from ._checkpoint import Checkpoint, refuse
-from ._file import DTYPES, Source, shown
+from ._file import COUNT, COUNTS, DTYPES, Source, shown
 from ._load import warn_of_idle
 from ._names import Name, resolve
 from ._parameters import matrix, missing, names_of, orientations, parts_of
 from ._parts import check_writable, from_leaves, narrowed
-from ._read import Adapter, Part, Stored
+from ._read import Adapter, Part, Stored, resized
 from ._renaming import Piece, View, Views, shapes_of, views
 from ._saved import read_adapter, saved_in
 from ._ties import absent, not_there, untied, untied_heads, with_heads
@@ -117,7 +117,7 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     own = next((v for v in choices if not missing(adapter, shapes_of(v))), choices[0])
     shapes = shapes_of(own)
     parts = parts_of(adapter, shapes, "the checkpoint")
-    full, frozen, wrong = adapter.full, adapter.frozen, adapter.wrong
+    full, frozen, wrong = _with_tied_biases(adapter.full, own), adapter.frozen, adapter.wrong
     tokens, heads = with_heads(checkpoint, own, adapter.tokens)
     wrong += _misfits_of_rows(checkpoint, own, tokens) + untied_heads(checkpoint, adapter)
     strange = [part.name for part in parts if part.name not in own]
@@ -154,6 +154,16 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
         for name, (x, scale) in added.items()
     }
     return made._replace(sums=made.sums | sums, rows=_renamed(own, rows))
+
+
+def _with_tied_biases(full: dict[str, T], own: Views) -> dict[str, T]:
+    """`full` with the bias of BERT's decoder as that of its module, whose tensor it shares."""
+    found = dict(full)
+    for name in full.keys() - own.keys():
+        home = name.removesuffix(".decoder.bias") + ".bias"
+        if name.endswith(".decoder.bias") and home in own and home not in full:
+            found[home] = found.pop(name)
+    return found
 
 
 def _biases(adapter: Adapter, own: Views) -> dict[str, tuple[Stored, float]]:
@@ -253,7 +263,10 @@ def _misfits(
         if (view := own.get(name)) is None:
             continue
         dtype = checkpoint.entry(view.pieces[0].tensor).dtype
-        if view.shape != x.shape or dtype not in DTYPES:
+        known = COUNTS if name.endswith(COUNT) else DTYPES
+        if why := resized(name, x.shape, view.shape):
+            wrong.append(why)
+        elif view.shape != x.shape or dtype not in known:
             wrong.append(
                 f"{shown(name)}: expected {dtype} of shape {view.shape}, got {x.shape} in the "
                 "adapter"

@@ -163,7 +163,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-# Known so that their place in the file can be checked; none of them is loaded.
+COUNT, COUNTS = ".num_batches_tracked", {"I64": np.dtype(np.int64)}  # of a BatchNorm
+# Known so that their place in the file can be checked; of them only counts are loaded.
 OTHERS = {
     **dict.fromkeys(("I64", "U64", "C64"), 8),
     **dict.fromkeys(("I32", "U32"), 4),
@@ -262,6 +263,6 @@ def reader(file: BinaryIO, header: Header) -> Callable[[str], np.ndarray]:
         entry = header.entries[name]
         file.seek(header.data + entry.start)
         data = file.read(entry.stop - entry.start)
-        return np.frombuffer(data, DTYPES[entry.dtype]).reshape(entry.shape)
+        return np.frombuffer(data, (DTYPES | COUNTS)[entry.dtype]).reshape(entry.shape)
 
     return read

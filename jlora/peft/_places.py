@@ -8,10 +8,10 @@ import numpy as np
 
 from .._tree import name_of
 from ._arrays import weights
-from ._file import DTYPES, PREFIX, shown
+from ._file import COUNT, DTYPES, PREFIX, shown
 from ._names import Leaf, tied_to
-from ._read import Adapter, Part, Stored
-from ._tokens import Tokens, lone_heads, misfits, unlike
+from ._read import SHARED, Adapter, Part, Stored, resized
+from ._tokens import Tokens, lone_heads, misfits, tied_rows, unlike
 
 
 class Place(NamedTuple):
@@ -67,10 +67,14 @@ def put_in_place(
         else:
             low[part.name] = part
     for name, x in adapter.full.items():
+        if name.endswith(COUNT):
+            continue  # Flax counts no batches
         if (place := everywhere.get(name)) is None:
             wrong.append(f"{shown(x.key)}: unexpected; names no leaf of `base` under `names`")
         elif place.leaf.name.part:
             wrong.append(f"{shown(x.key)}: saved in full, but its parts are leaves of `base`")
+        elif why := resized(name, x.shape, place.leaf.weight_shape):
+            wrong.append(why)
         elif bad := _misshapen(x, place.leaf.weight_shape):
             wrong += bad
         else:
@@ -109,6 +113,11 @@ def _rows(
     for name, x in adapter.tokens.items():
         place = places.get(name)
         if place is None:
+            # Of T5, of which `base` has the shared table alone.
+            shared = tied_rows(name, adapter.tokens, places) if SHARED.search(x.module) else None
+            if shared is not None:
+                heads.append((x.v, shared.v))
+                continue
             why = "unexpected; names no leaf of `base` under `names`"
         elif place.is_head:
             table = adapter.tokens.get(f"{place.leaf.modules[0]}.weight")

@@ -1,11 +1,11 @@
 """PEFT's files, read once: what the configuration selects, and what each tensor is."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ._config import PARAMETERS, ROWS_ALONE
-from ._file import CONFIG, DTYPES, PREFIX, TENSORS, shown
+from ._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, shown
 from ._select import Selection
 from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, told
 
@@ -128,7 +128,7 @@ def parse(fields: dict[str, Any], tensors: Iterable[Stored], what: str) -> Adapt
     for x in tensors:
         if not x.key.startswith(PREFIX):
             wrong.append(f"{shown(x.key)}: unexpected; PEFT's keys start with {PREFIX!r}")
-        elif x.dtype not in DTYPES:
+        elif x.dtype not in (COUNTS if x.key.endswith(COUNT) else DTYPES):
             wrong.append(f"{shown(x.key)}: expected a floating-point dtype, got {x.dtype}")
         elif found := FACTOR.fullmatch(x.key.removeprefix(PREFIX)):
             module, depth, side, table = found.group("module", "depth", "side", "table")
@@ -153,8 +153,10 @@ def parse(fields: dict[str, Any], tensors: Iterable[Stored], what: str) -> Adapt
         feature = next((f"; {what}" for part, what in _FEATURES.items() if part in x.key), "")
         if name in full or name in frozen:
             wrong.append(f"{shown(x.key)}: there twice, with and without {BASE[1:]}")
-        elif inner != module and (inner in modules or inner in deltas) and parameter == "weight":
+        elif inner != module and _is_frozen(selection, inner, parameter, {*modules, *deltas}):
             frozen[name] = x
+        elif inner == module and _is_of_vocabulary(inner, parameter) and inner not in modules:
+            full[name] = x
         elif feature or not _is_full(selection, inner, parameter, inner in modules):
             wrong.append(f"{shown(x.key)}: unexpected{feature}")
         elif inner in modules and parameter != "bias":
@@ -198,6 +200,30 @@ def _rows_alone(
         else:
             found[f"{module}.weight"] = Tokens(module, rows, x)
     return found
+
+
+def _is_frozen(selection: Selection, module: str, parameter: str, adapted: Collection[str]) -> bool:
+    """Whether a parameter that an adapter wraps is that of the base: of embeddings and heads."""
+    is_own = parameter == "bias" and not _is_full(selection, module, parameter, True)
+    return module in adapted and (parameter == "weight" or is_own)
+
+
+def _is_of_vocabulary(module: str, parameter: str) -> bool:
+    """Whether PEFT saves a parameter by itself, once the vocabulary has been resized."""
+    return parameter in ("weight", "bias") and bool(SHARED.search(module))
+
+
+def resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+    """Why a parameter in full does not fit, if it is of a vocabulary of another size."""
+    module, _, parameter = name.rpartition(".")
+    if shape == wanted or shape[1:] != wanted[1:] or not _is_of_vocabulary(module, parameter):
+        return None
+    n = shape[0]
+    return (
+        f"{shown(name)}: has {n} rows in the adapter, which was saved with a resized vocabulary, "
+        f"and {wanted[0]} in the base; resize that too, by resize_token_embeddings({n}) in "
+        "`transformers`, and save it. The values of all rows are in the adapter"
+    )
 
 
 def _is_full(selection: Selection, module: str, parameter: str, adapted: bool) -> bool:

@@ -83,7 +83,7 @@ def _views(
     wanted: Collection[str], named: Mapping[str, str], add: str, strip: str, shapes: Shapes
 ) -> Views:
     own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
-    taken = set(own.values())
+    taken = own.keys() - named.keys()  # by the checkpoint's names, and so by no others
     rest = {n: x for n, x in named.items() if n.startswith(add) and x not in taken}
     named = {strip + n.removeprefix(add): x for n, x in rest.items()} | own
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}

@@ -92,9 +92,9 @@ def with_heads(
     """The rows that the checkpoint has tables for, and the heads that are tied to one of them."""
     heads, there = [], dict(tokens)
     for name, x in tokens.items():
-        table = tied_rows(name, tokens) if SHARED.search(x.module) else None
+        table = tied_rows(name, tokens, own) if SHARED.search(x.module) else None
         is_lost = name not in own
-        if table is None or (is_lost and f"{table.module}.weight" not in own):
+        if table is None:
             continue
         if is_lost or is_shared(checkpoint, own[name].pieces[0].tensor):
             heads.append((x, table))

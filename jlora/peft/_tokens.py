@@ -1,6 +1,6 @@
 """Rows of embeddings that PEFT trains: what its configuration says of them, and their values."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,9 +139,9 @@ def lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[str]:
     ]
 
 
-def tied_rows(name: str, tokens: Mapping[str, Tokens]) -> Tokens | None:
-    """The rows of the embedding that the head `name` may be tied to."""
-    others = (x for other, x in tokens.items() if other != name)
+def tied_rows(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -> Tokens | None:
+    """The rows of that of the `tables` which the head or embedding `name` may be tied to."""
+    others = (x for other, x in tokens.items() if other != name and other in tables)
     return next((x for x in others if x.rows == tokens[name].rows), None)
 
 
