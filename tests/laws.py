@@ -322,3 +322,15 @@ def assert_close(actual: Any, expected: Any, tolerance: float, law: str = "") ->
         x, y = (np.asarray(v, np.result_type(v.dtype, np.float64)) for v in (x, y))
         scale = max(np.max(np.abs(x), initial=0.0), 1e-6)
         np.testing.assert_allclose(y / scale, x / scale, rtol=0, atol=tolerance, err_msg=where)
+
+
+def assert_same_codes(actual: Any, expected: Any) -> None:
+    """Codes of one weight by two programs: other ones only where rounding decides, one in 1,000."""
+    chex.assert_trees_all_equal_structs(actual, expected)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        if x.dtype.itemsize == 1:
+            assert np.mean(x.view(np.uint8) != y.view(np.uint8)) <= 1e-3
+        else:
+            np.testing.assert_allclose(x, y, rtol=1e-4)
