@@ -18,7 +18,7 @@ from .._rules import Full, Rule, Slots, anywhere, compiled, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ..adapters import METHODS, is_node, state, static
-from ..initializers import Initializer, Sketched
+from ..initializers import Initializer
 from ..quantized import Scheme
 from ._fingerprint import Fingerprint, Leaf, exact
 
@@ -36,7 +36,9 @@ class Saved(NamedTuple):
     Attributes:
         adapter: the adapter as saved, a nested dict of `LowRank` nodes and leaves with
             `jax.ShapeDtypeStruct` in place of each array. It can be the `like` of `restore`.
-        rules: the rules as saved. An initializer that is not jlora's own is a `Foreign`.
+        rules: the rules as saved; of format 1, with patterns that take the same leaves by whole
+            components of a path. An initializer that is not jlora's own, or starts from a sketch,
+            is a `Foreign`.
         step: the training step, or None.
         versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
         base: the fingerprint of the base, or None.
@@ -218,7 +220,7 @@ def _encode_field(value: Any) -> Any:
             return [_encode_field(x) for x in value]
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
-        case Sketched():
+        case Initializer() if value.name in SKETCHED:
             return {"function": f"jlora.initializers.{value.name}"}
         case Initializer() if all(map(_is_known, vars(value).values())):
             options = {name: _encode_field(x) for name, x in vars(value).items()}
