@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from . import sharding
-from ._rules import Full, matches, rule_name, unmatched
+from ._rules import Full, explain_no_match, matches, rule_name
 from ._sites import Site, Sites
 from ._table import aligned, readable
 from ._tree import flatten, is_abstract, is_concrete, leaves_by_path, name_of
@@ -212,7 +212,7 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
             )
         raise ValueError(
             f"{name} matches no leaf of `params`. "
-            + unmatched(scheme.pattern, ["/".join(path) for path in leaves])
+            + explain_no_match(scheme.pattern, ["/".join(path) for path in leaves])
         )
     if sites is None:
         raise ValueError(
