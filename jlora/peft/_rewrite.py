@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .._folders import fresh
-from .._rules import compiled, matches, misplaced, rule_name, unmatched
+from .._rules import compile_pattern, explain_no_match, matches, misplaced, rule_name
 from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
 from ._base import configuration_of, format_of
 from ._checkpoint import INDEX, LIMIT, Checkpoint, copy_others, open_checkpoint
@@ -143,7 +143,7 @@ def quantize_checkpoint(
 
 
 def _skips(skip: str | None, name: str) -> bool:
-    return skip is not None and compiled(skip, ".").search(name) is not None
+    return skip is not None and compile_pattern(skip, ".").search(name) is not None
 
 
 def _check_patterns(checkpoint: Checkpoint, scheme: Scheme, skip: str | None) -> None:
@@ -154,11 +154,11 @@ def _check_patterns(checkpoint: Checkpoint, scheme: Scheme, skip: str | None) ->
         if pattern is None or pattern == SKIP:
             continue
         try:
-            hits = any(compiled(pattern, ".").search(name) for name in names)
+            hits = any(compile_pattern(pattern, ".").search(name) for name in names)
         except re.error as e:
             raise ValueError(f"{what} is not a regular expression: {e}.") from None
         if not hits:
-            advice = unmatched(pattern, names, ".")
+            advice = explain_no_match(pattern, names, ".")
             raise ValueError(f"{what} matches no tensor of `src_dir`. {advice}")
 
 
