@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
-<<<<<<< HEAD
-from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, write
+from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, assert_rounded, write
 from test_base_files import tensors_of as tensors_in
-=======
-from test_base_files import COLUMNS, FORMATS, NAMES, ROWS, File, assert_rounded, write
->>>>>>> dora
 
 import jlora
 from jlora import peft
