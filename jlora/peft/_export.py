@@ -1,5 +1,7 @@
 """A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
 
+import functools
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -160,16 +162,19 @@ def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
 def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
     """The same for both copies of a shared weight that is stored twice."""
     sums, full, rows = dict(todo.sums), dict(todo.full), dict(todo.rows)
-    for name, other in copies(checkpoint, {*sums, *full, *rows}):
-        if _same(checkpoint, name, other):
-            for changed in (sums, full, rows):
-                changed |= {other: changed[name]} if name in changed else {}
+    digest = functools.partial(_digest, checkpoint)
+    for name, other in copies(checkpoint, {*sums, *full, *rows}, digest):
+        for changed in (sums, full, rows):
+            changed |= {other: changed[name]} if name in changed else {}
     return todo._replace(sums=sums, full=full, rows=rows)
 
 
-def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    pieces = (_pieces(checkpoint, name) for name in (one, two))
-    return all(x == y for x, y in zip(*pieces, strict=True))
+def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+    """The hash of a tensor's bytes."""
+    found = hashlib.sha256()
+    for piece in _pieces(checkpoint, name):
+        found.update(piece)
+    return found.digest()
 
 
 def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 CONFIG = "adapter_config.json"
+VALUES = 4_000_000  # of a JSON file; each takes memory of its own
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the keys in it
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
@@ -108,8 +109,10 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
     """A JSON object without duplicate keys and without numbers that are not finite.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for more than `VALUES` values.
     """
+    if sum(map(data.count, (b"{", b"[", b","))) > VALUES:
+        raise ValueError(f"{what} holds more than {VALUES:,} values.")
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError:
