@@ -16,6 +16,7 @@ from .. import initializers, quantized
 from .._rules import Full, Rule, Slots, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
+from .._untrusted import shown
 from ..adapters import METHODS, is_node, state, static
 from ..initializers import Initializer
 from ..quantized import Scheme
@@ -62,7 +63,7 @@ class Foreign:
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
         raise NotImplementedError(
-            f"`init` was {self.name} when the adapter was saved, which is not a part of jlora. "
+            f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of jlora. "
             "Give the rule your own: dataclasses.replace(rule, init=...)."
         )
 
