@@ -63,8 +63,8 @@ class Foreign:
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
         raise NotImplementedError(
-            f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of jlora. "
-            "Give the rule your own: dataclasses.replace(rule, init=...)."
+            f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of "
+            "jlora. Give the rule your own: dataclasses.replace(rule, init=...)."
         )
 
 

@@ -12,7 +12,16 @@ from .._types import Path, PyTree
 from .._untrusted import shown
 from ..adapters import arrays as arrays_of
 from ..adapters import is_node, state, static
-from ._fingerprint import Leaf, as_in, differences, exact, fingerprint, hash_of, is_fingerprint
+from ._fingerprint import (
+    Leaf,
+    as_in,
+    differences,
+    exact,
+    fingerprint,
+    hash_of,
+    is_fingerprint,
+    shapes_of,
+)
 from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
 from ._store import Where, check_files, place
@@ -51,6 +60,7 @@ def read(path: Where) -> Saved:
     try:
         saved = decode(fields)
         adapter_leaves(saved.adapter)  # raises unless it is an adapter
+        shapes_of(saved.base or {})  # raises unless all dtypes are known
         return saved
     except Exception as e:
         raise _damaged(path, e) from e

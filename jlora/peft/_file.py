@@ -70,8 +70,8 @@ def check_within(source: Source, path: Path) -> None:
     if not any(real.is_relative_to(root) for root in (folder, *cache)):
         raise ValueError(
             f"`{source.argument}`: {shown(str(path))} is a link to {shown(str(real))}, out of the "
-            "folder; what it holds would come to be in the output. Give a copy with links followed (cp -rL), or "
-            "follow_links=True."
+            "folder; what it holds would come to be in the output. Give a copy with links followed "
+            "(cp -rL), or follow_links=True."
         )
 
 
