@@ -17,6 +17,7 @@ from .. import initializers, quantized
 from .._rules import Full, Rule, Slots, compile_pattern, is_finite, pattern_anywhere
 from .._tree import nest
 from .._types import Layout, Path, PyTree
+from .._untrusted import shown
 from ..adapters import METHODS, is_node, state, static
 from ..initializers import Initializer
 from ..quantized import Scheme
@@ -72,8 +73,8 @@ class Foreign:
                 f"init={self.name}(sketch)), where sketch is of jlora.sketch(..., kind={kind!r})."
             )
         raise NotImplementedError(
-            f"`init` was {self.name} when the adapter was saved, which is not a part of jlora. "
-            "Give the rule your own: dataclasses.replace(rule, init=...)."
+            f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of "
+            "jlora. Give the rule your own: dataclasses.replace(rule, init=...)."
         )
 
 

@@ -19,8 +19,8 @@ from .._tree import flatten
 from .._types import PyTree
 from ..quantized import FP4, NF4, Int8, Quantized, is_quantized, spelled
 from ._arrays import weight, weights
-from ._checkpoint import LIMIT, ONE, Checkpoint, open_checkpoint
-from ._file import DTYPES, brief, listing, read_json, shown
+from ._checkpoint import ONE, Checkpoint, open_checkpoint
+from ._file import DTYPES, brief, listing, shown
 from ._names import Leaf, Name
 from ._weights import all_named, narrowed
 from .formats import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
@@ -93,9 +93,7 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
 
 def configuration_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """`quantization_config`, also where it is within another part, as of models of models."""
-    if "config.json" not in checkpoint.kept:
-        return {}
-    left: list[Any] = [read_json(checkpoint.source, "config.json", LIMIT)]
+    left: list[Any] = [checkpoint.config]
     while left:
         part = left.pop()
         found = part.get("quantization_config")

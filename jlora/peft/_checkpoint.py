@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint: which of its files holds which tensor, and what else is there."""
 
+import collections
 import os
 import re
 import shutil
@@ -44,6 +45,7 @@ class Checkpoint(NamedTuple):
         kept: all other files to be copied, as paths in the folder.
         left_out: what is not copied.
         vocabulary: the lengths that the input embedding may have, if the output head shares it.
+        config: the configuration of the model; empty if there is none.
     """
 
     source: Source
@@ -52,11 +54,7 @@ class Checkpoint(NamedTuple):
     kept: list[str]
     left_out: list[str]
     vocabulary: frozenset[int]
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The configuration of the model; empty if there is none."""
-        return _config(self.source, self.kept)
+    config: Mapping[str, Any]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -111,8 +109,9 @@ def open_checkpoint(
     if mapped is not None:
         kept.append(INDEX)
     matrices = (e.shape for h in headers.values() for e in h.entries.values() if len(e.shape) == 2)
-    vocabulary = _tied_vocabulary(_config(source, kept), [rows for rows, _ in matrices])
-    return Checkpoint(source, headers, where, kept, left_out, vocabulary)
+    config = read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
+    vocabulary = _tied_vocabulary(config, collections.Counter(rows for rows, _ in matrices))
+    return Checkpoint(source, headers, where, kept, left_out, vocabulary, config)
 
 
 def holds(dir: str | os.PathLike[str]) -> set[str]:
@@ -222,12 +221,11 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield from _walk(path)
 
 
-def _config(source: Source, kept: list[str]) -> Mapping[str, Any]:
-    return read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
+def _tied_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> frozenset[int]:
+    """The lengths that a shared embedding may have; or none.
 
-
-def _tied_vocabulary(config: Mapping[str, Any], rows: Sequence[int]) -> frozenset[int]:
-    """The lengths that a shared embedding may have, of matrices of so many rows; or none."""
+    `rows` counts the matrices by how many rows they have.
+    """
     parts = list(_parts(config))
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     names = config.get("architectures")
@@ -237,10 +235,10 @@ def _tied_vocabulary(config: Mapping[str, Any], rows: Sequence[int]) -> frozense
     is_denied = [x is False for x in said]
     if not headed or not rows or (said and all(is_denied)):
         return frozenset()
-    sizes = {n for part in parts if isinstance(n := part.get("vocab_size"), int)} & set(rows)
+    sizes = {n for part in parts if isinstance(n := part.get("vocab_size"), int)} & rows.keys()
     sizes = sizes or {max(rows)}
     if any(is_denied):  # a model of models, and no file tells whose word counts
-        sizes = {size for size in sizes if rows.count(size) < 2}
+        sizes = {size for size in sizes if rows[size] < 2}
     return frozenset(sizes)
 
 

@@ -1,5 +1,7 @@
 """A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
 
+import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -158,24 +160,28 @@ def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
 def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
     """The same for both copies of a shared weight that is stored twice."""
     sums, full, rows = dict(todo.sums), dict(todo.full), dict(todo.rows)
-    for name, other in copies(checkpoint, {*sums, *full, *rows}):
-        if _same(checkpoint, name, other):
+    digest = functools.partial(_digest, checkpoint)
+    for other, own, copied in copies(checkpoint, {*sums, *full, *rows}, digest):
+        if copied is not None:
             for changed in (sums, full, rows):
-                changed |= {other: changed[name]} if name in changed else {}
-        elif name in rows:
+                changed |= {other: changed[copied]} if copied in changed else {}
+        elif unlike := [name for name in own if name in rows]:
             refuse(
                 [
-                    f"{shown(name)}: has rows in the adapter, which PEFT gives {shown(other)} too "
-                    "where the two are tied; by config.json they are, but the checkpoint has other "
-                    "values of it. Set tie_word_embeddings there"
+                    f"{shown(unlike[0])}: has rows in the adapter, which PEFT gives {shown(other)} "
+                    "too where the two are tied; by config.json they are, but the checkpoint has "
+                    "other values of it. Set tie_word_embeddings there"
                 ]
             )
     return todo._replace(sums=sums, full=full, rows=rows)
 
 
-def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    pieces = (_pieces(checkpoint, name) for name in (one, two))
-    return all(x == y for x, y in zip(*pieces, strict=True))
+def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+    """The hash of a tensor's bytes."""
+    found = hashlib.sha256()
+    for piece in _pieces(checkpoint, name):
+        found.update(piece)
+    return found.digest()
 
 
 def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
