@@ -23,6 +23,7 @@ from ._file import (
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DEEPEST = 32  # folders in each other
 LIMIT = 64 * 2**20  # bytes of an index; of 400,000 tensors
 # Weights in other forms, which would stay unmerged, and pickles, which hold weights or code.
 _WEIGHTS = re.compile(
@@ -94,7 +95,7 @@ def open_checkpoint(
         ]
     if wrong:
         raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {listing(wrong)}")
-    kept, left_out = _others(source.folder, {*files, INDEX} if mapped else set(files))
+    kept, left_out = _others(source, {*files, INDEX} if mapped else set(files))
     for name in kept if not follow_links else ():
         check_within(source, source.folder / name)
     if mapped is not None:
@@ -169,11 +170,11 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
     return sorted(set(mapped.values())), mapped
 
 
-def _others(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
+def _others(source: Source, read: set[str]) -> tuple[list[str], list[str]]:
     """The other files, as paths in the folder: those to copy, and those to leave out."""
     kept, left_out = [], []
-    for path in _walk(folder):
-        name = path.relative_to(folder).as_posix()
+    for path in _walk(source, source.folder, DEEPEST):
+        name = path.relative_to(source.folder).as_posix()
         if name in read:
             continue
         # An adapter_config.json would have transformers apply the adapter once more.
@@ -182,12 +183,17 @@ def _others(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
     return sorted(kept), sorted(left_out)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
+    if not depth:
+        raise ValueError(
+            f"`{source.argument}`: {source.folder} has folders in each other, more than {DEEPEST}: "
+            f"{shown(folder.relative_to(source.folder).as_posix())}. Move them out."
+        )
     for path in folder.iterdir():
         if not path.is_dir() or path.is_symlink() or path.name in (".git", ".cache"):
             yield path
         else:
-            yield from _walk(path)
+            yield from _walk(source, path, depth - 1)
 
 
 def _config(source: Source, kept: list[str]) -> Mapping[str, Any]:
