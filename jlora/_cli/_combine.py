@@ -77,7 +77,8 @@ def combine(
 def _combine_peft(
     adapters: Sequence[Path], out: Path, made: Callable[[list[PyTree]], PyTree]
 ) -> PyTree:
-    with called(dirs=("ADAPTERS", None), out_dir=("OUT", out)):
+    each: Any = {f"dirs[{i}]": ("ADAPTERS", folder) for i, folder in enumerate(adapters)}
+    with called(dirs=("ADAPTERS", None), out_dir=("OUT", out), **each):
         return peft.combine(adapters, out, made)
 
 

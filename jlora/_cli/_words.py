@@ -29,7 +29,7 @@ def called(**arguments: Given) -> Iterator[None]:
 
 def _is_said(path: Path, text: str) -> bool:
     names = (re.escape(str(x)) for x in (os.path.abspath(path), path))
-    return any(re.search(rf"(?<![\w/.-]){name}(?![\w/-])", text) for name in names)
+    return any(re.search(rf"(?<![\w/.-]){name}(?![\w-])", text) for name in names)
 
 
 def _renamed(text: str, argument: str, what: str, path: Path | None) -> str:
