@@ -420,11 +420,12 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize(("format", "config", "message"), CONFIGURATIONS)
 def test_configurations(format, config, message, tmp_path):
+    """Said once, though it is wrong for each layer."""
     files = {f"h.{i}.up": FORMATS[format]() for i in range(2)}
     folder = write(tmp_path / "base", files, **config)
     with pytest.raises(ValueError) as e:
         peft.load_base(folder, NAMES, like=like())
-    assert message in str(e.value)
+    assert str(e.value).count(message) == 1
 
 
 GROUPS = [

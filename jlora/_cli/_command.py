@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -76,10 +77,14 @@ class Command(click.Command):
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """Prints warnings as lines on stderr, before the error if there is one."""
+    # Of what Orbax logs, an error says what matters.
+    orbax, level = logging.getLogger("absl"), logging.getLogger("absl").level
+    orbax.setLevel(logging.ERROR)
     with warnings.catch_warnings(record=True) as found:
         try:
             yield
         finally:
+            orbax.setLevel(level)
             for x in found:
                 said = " ".join(str(x.message).split())
                 click.echo(printable(f"jlora: warning: {said}"), err=True)

@@ -97,6 +97,8 @@ def _metadata(folder: Path) -> PyTree:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             found = checkpointer.metadata(folder.absolute()).item_metadata
+        if found is None:
+            raise ValueError("its metadata are missing or damaged")
         tree = found.tree
     except Exception as e:
         raise _unreadable(folder, e) from e

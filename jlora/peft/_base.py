@@ -86,7 +86,9 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
             unread += leaf.modules
     prefixes = tuple(f"{module}." for module in unread)
     left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
-    if wrong := [*wrong, *(f"{shown(name)}: unexpected" for name in left)]:
+    # What the configuration says is wrong of each leaf in the same words.
+    wrong = list(dict.fromkeys(wrong)) + [f"{shown(name)}: unexpected" for name in left]
+    if wrong:
         raise ValueError(f"`dir`: {path} does not fit `like`. {listing(wrong)}")
     return jax.tree.unflatten(flatten(like)[1], values)
 
@@ -111,8 +113,8 @@ def format_of(config: Mapping[str, Any], argument: str = "dir") -> Format | None
     if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
             f"`{argument}`: its config.json has the `quant_method` {brief(method)}; known are "
-            f"{', '.join(sorted(FORMATS))}. Load a checkpoint that is not quantized, and use "
-            "jlora.quantize."
+            f"{', '.join(sorted(FORMATS))}. Give the checkpoint that it was made of, and quantize "
+            "that by jlora."
         )
     return FORMATS[method]
 

@@ -25,6 +25,7 @@ from ._file import (
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DEEPEST = 32  # folders in each other
 LIMIT = 64 * 2**20  # bytes of an index; of 400,000 tensors
 # Weights in other forms, which would stay unmerged, and pickles, which hold weights or code.
 _WEIGHTS = re.compile(
@@ -98,7 +99,7 @@ def open_checkpoint(
         ]
     if wrong:
         raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {listing(wrong)}")
-    kept, left_out, odd = _others(source.folder, {*files, INDEX} if mapped else set(files))
+    kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
         raise ValueError(
             f"`{argument}`: {source.folder} has other things in the places of files. Put the files "
@@ -192,11 +193,11 @@ def _what_is(source: Source, name: str) -> str:
     return f"{shown(name)}: is {'a folder' if path.is_dir() else what}"
 
 
-def _others(folder: Path, read: set[str]) -> tuple[list[str], list[str], list[str]]:
+def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[str]]:
     """What else there is, as paths: what to copy, what to leave out, and what is no file."""
     kept, left_out, odd = [], [], []
-    for path in _walk(folder):
-        name = path.relative_to(folder).as_posix()
+    for path in _walk(source, source.folder, DEEPEST):
+        name = path.relative_to(source.folder).as_posix()
         if name in read:
             continue
         # An adapter_config.json would have transformers apply the adapter once more.
@@ -212,13 +213,18 @@ def _is_called_a_file(path: Path) -> bool:
     return path.suffix in (".json", ".jinja", ".model", ".txt")
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
+    if not depth:
+        raise ValueError(
+            f"`{source.argument}`: {source.folder} has folders in each other, more than {DEEPEST}: "
+            f"{shown(folder.relative_to(source.folder).as_posix())}. Move them out."
+        )
     for path in folder.iterdir():
         is_whole = path.is_symlink() or path.name in (".git", ".cache") or _is_called_a_file(path)
         if is_whole or not path.is_dir():
             yield path
         else:
-            yield from _walk(path)
+            yield from _walk(source, path, depth - 1)
 
 
 def _tied_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> frozenset[int]:

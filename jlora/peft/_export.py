@@ -135,7 +135,7 @@ def _onto_quantized(
     requantize: bool,
     follow_links: bool,
 ) -> list[str]:
-    with scratch(out_dir) as folder:
+    with scratch(out_dir, "`out_dir`") as folder:
         src_dir, dense = checkpoint.source.folder, folder / "dense"
         found = dequantize_checkpoint(src_dir, dense, follow_links=follow_links)
         if not requantize:
