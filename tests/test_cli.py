@@ -783,7 +783,7 @@ ERRORS = {
     "inspect deep": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
     "inspect lost": "^jlora: DIR: the arrays of .*lost cannot be read",
     "inspect folders": "^jlora: DIR: .*folders has folders in each other, more than 32: d/d/",
-    "inspect bits3": "^jlora: DIR .*bits3: `bits` of the quantization: expected 4, got 3.$",
+    "inspect bits3": "^jlora: DIR .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
     "inspect other": "^jlora: DIR .*other: its config.json has the `quant_method` 'hqq'; known are",
     "diff p deep": "^jlora: B .*deep: adapter_config.json is nested too deeply.$",
     "diff lost o": "^jlora: A: the arrays of .*lost cannot be read",
@@ -800,7 +800,7 @@ ERRORS = {
     "BASE, .*model, is in floats.$",
     "merge linked p x": "^jlora: BASE: .* is a link to .*, or --follow-links.$",
     "merge folders p x": "^jlora: BASE: .*folders has folders in each other, more than 32",
-    "merge bits3 p x": "^jlora: BASE .*bits3: `bits` of the quantization: expected 4, got 3.$",
+    "merge bits3 p x": "^jlora: BASE .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
     "merge base deep x --names llama": "^jlora: ADAPTER .*deep: adapter_config.json is nested",
     "merge gone o x": "^jlora: BASE: .*gone cannot be read as parameters .* .ValueError: its "
     "metadata are missing or damaged.",
