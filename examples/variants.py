@@ -322,7 +322,7 @@ class Runner:
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(adapter: Any, state: Any, base: Any, rows: Rows, rate: Any) -> tuple[Any, ...]:
             value, grads = jax.value_and_grad(loss)(adapter, base, rows)
-            updates, state = self.tx.update(alone(grads), state, alone(adapter))
+            updates, state = self.tx.update(as_adapter(grads), state, as_adapter(adapter))
             updates = jax.tree.map(lambda u: -rate * u, updates.adapter)
             return optax.apply_updates(adapter, updates), state, value
 
@@ -334,7 +334,7 @@ class Runner:
         example = task.inputs(take(task.train, slice(task.batch)))
         base, adapter = self.lora.init(jax.random.key(seed), self.params, *example)
         trained = jlora.count(adapter)
-        state, losses, width = self.tx.init(alone(adapter)), [], widths(task.train)
+        state, losses, width = self.tx.init(as_adapter(adapter)), [], widths(task.train)
         schedule = optax.warmup_cosine_decay_schedule(0, rate, int(WARMUP * task.steps), task.steps)
         plan = compare.draw(width, task.steps, task.batch, seed)
         for i, index in enumerate(tqdm(plan, leave=False, disable=None)):
@@ -357,7 +357,7 @@ class Runner:
         return sums[0] / sums[2], sums[1] / sums[2]
 
 
-def alone(adapter: Any) -> jlora.Params:
+def as_adapter(adapter: Any) -> jlora.Params:
     """Says that it is an adapter, which one of `Full` leaves alone does not say of itself."""
     return jlora.Params({}, adapter)
 

@@ -11,7 +11,6 @@ from ._tree import adapter_leaves, is_empty, name_of
 from ._types import Path, PyTree
 from .adapters import LowRank, is_node, weight_shape, without_slots
 
-
 RESIDUAL = "is for a base that its start changed"
 FROM_THE_START = (
     "Give jlora.arithmetic.difference(adapter, initial) in its place, where `initial` is what init "

@@ -24,16 +24,17 @@ def fresh(dir: Where, what: str) -> Iterator[Path]:
     Raises:
         FileExistsError: if `dir`, which errors call `what`, is there and no empty folder, or is a
             mount point.
+        OSError: if there is no room or no permission to write it.
     """
     final = Path(os.path.abspath(dir))
     check_vacant(final, what)
-    with scratch(final) as stage:
+    with scratch(final, what) as stage:
         yield stage
         commit(stage, final, what)
 
 
 @contextlib.contextmanager
-def scratch(dir: Where) -> Iterator[Path]:
+def scratch(dir: Where, what: str) -> Iterator[Path]:
     """A folder beside `dir`, on the same disk, that is removed in the end."""
     final = Path(os.path.abspath(dir))
     remove_left(final)
@@ -41,8 +42,32 @@ def scratch(dir: Where) -> Iterator[Path]:
     try:
         stage.mkdir(parents=True)
         yield stage
+    except Exception as e:
+        if isinstance(e, FileExistsError) or (number := _failed_write(e, stage)) is None:
+            raise
+        error = OSError(
+            f"{what}: could not write {final}: {os.strerror(number)}. Nothing is left of it, and "
+            "nothing else was touched. Make room or permission there, or give another path."
+        )
+        error.errno = number
+        raise error from e
     finally:
         discard(stage)
+
+
+# What only writing can fail with.
+_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def _failed_write(error: Exception, stage: Path) -> int | None:
+    """The number of an error of the system that is about `stage`, or the disk that it is on."""
+    if isinstance(error, OSError):
+        number, path = error.errno, str(error.filename or "")
+        about = path.startswith(str(stage)) or path == str(stage.parent)
+        return number if number in _WRITING or (number and about) else None
+    # As the writer of safetensors, which is no Python, says it.
+    found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
+    return None if found is None else int(found[1])
 
 
 def check_vacant(final: os.PathLike[str], what: str) -> None:
@@ -60,8 +85,11 @@ def token() -> str:
 
 
 def beside(final: Path, token: str) -> Path:
-    """Where `final` is made."""
-    return final.with_name(f".{final.name[:100]}.{token}")
+    """Where `final` is made; of a long name a part, as a name has at most 255 bytes."""
+    name = final.name
+    while len(os.fsencode(name)) > 100:
+        name = name[:-1]
+    return final.with_name(f".{name}.{token}")
 
 
 def commit(stage: Path, final: Path, what: str) -> None:

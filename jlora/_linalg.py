@@ -23,6 +23,13 @@ def svd_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return _where_alone(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)), x)
 
 
+def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """‖x‖ over some axes, also where the squares of its entries are too small or too large."""
+    largest = jnp.abs(x).max(axes, keepdims=True, initial=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return jnp.squeeze(unit, axes) * jnp.sqrt(jnp.square(x / unit).sum(axes))
+
+
 def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q and R of matrices (…, n, r), the tall ones by blocks of rows.
 

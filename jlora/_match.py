@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from ._rules import Full, Rule, compiled, matches, rule_name, unmatched
+from ._rules import Full, Rule, compile_pattern, explain_no_match, matches, rule_name
 from ._sites import Site, Sites
 from .adapters import method_of
 
@@ -121,7 +121,7 @@ def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
 def _hits_sites(pattern: str, sites: Sites) -> bool:
     """Whether `pattern`, which may be no regular expression, matches sites and nothing else."""
     try:
-        hits = [s for s in sites.leaves if compiled(pattern).search(s.path)]
+        hits = [s for s in sites.leaves if compile_pattern(pattern).search(s.path)]
     except re.error:
         return False
     return bool(hits) and all(s.layout is not None for s in hits)
@@ -157,5 +157,5 @@ def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:
     wanted = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
     raise ValueError(
         f"{rule_name(rule)} matches no leaf of `params`. "
-        + unmatched(rule.pattern, [s.path for s in wanted])
+        + explain_no_match(rule.pattern, [s.path for s in wanted])
     )

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import sharding
 from ._compat import is_concrete, known, place_of
-from ._rules import Full, matches, misplaced, rule_name, unmatched
+from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
 from ._table import aligned, readable
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
@@ -214,7 +214,7 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
             )
         raise ValueError(
             f"{name} matches no leaf of `params`. "
-            + unmatched(scheme.pattern, ["/".join(path) for path in leaves])
+            + explain_no_match(scheme.pattern, ["/".join(path) for path in leaves])
         )
     if sites is None:
         raise ValueError(

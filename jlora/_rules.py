@@ -97,10 +97,10 @@ FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # which Python takes only at a pa
 
 
 @functools.lru_cache(4096)
-def compiled(pattern: str, separator: str = "/") -> re.Pattern[str]:
+def compile_pattern(pattern: str, separator: str = "/") -> re.Pattern[str]:
     r"""What to search for in a path, so that `pattern` matches whole components of it.
 
-    >>> head = compiled("head")
+    >>> head = compile_pattern("head")
     >>> [bool(head.search(path)) for path in ("head", "lm/head/kernel", "multi_head", "heads/0")]
     [True, True, False, False]
     """
@@ -114,10 +114,10 @@ def _group(pattern: str) -> str:
     return f"(?:{FLAGS.sub('', pattern)}{end})"
 
 
-def anywhere(pattern: str) -> str:
+def pattern_anywhere(pattern: str) -> str:
     """The pattern that matches wherever `pattern` is found, also inside of a component.
 
-    >>> anywhere("head"), anywhere("(?i)head|norm")
+    >>> pattern_anywhere("head"), pattern_anywhere("(?i)head|norm")
     ('.*head.*', '(?i).*(?:head|norm).*')
     """
     if not pattern or pattern.isidentifier():
@@ -130,7 +130,7 @@ def matches(rule: Rule, path: str, separator: str = "/") -> bool:
     """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
     if rule.pattern is None:
         return False
-    return compiled(rule.pattern, separator).search(path) is not None
+    return compile_pattern(rule.pattern, separator).search(path) is not None
 
 
 def rule_name(rule: Any) -> str:
@@ -155,20 +155,20 @@ def near(pattern: str, paths: Sequence[str]) -> str:
     return f"Near misses: {', '.join(path or 'the root' for path in near)}."
 
 
-def unmatched(pattern: str, paths: Sequence[str], separator: str = "/") -> str:
+def explain_no_match(pattern: str, paths: Sequence[str], separator: str = "/") -> str:
     """What to write instead of a pattern that matches whole components of no path.
 
-    >>> unmatched("head", ["multi_head/w", "norm/w"])
+    >>> explain_no_match("head", ["multi_head/w", "norm/w"])
     "A pattern matches whole components of a path, and this one is found only inside of multi_head.\
  Did you mean 'multi_head'?"
     """
-    found = [path for path in paths if compiled(pattern, separator).search(path)]
+    found = [path for path in paths if compile_pattern(pattern, separator).search(path)]
     hits = [] if found else [(path, m) for path in paths if (m := re.search(pattern, path))]
     names = list(dict.fromkeys(_components(path, m, separator) for path, m in hits))
     if not names:
         return near(pattern, paths)
     few = len(names) <= 3 and all(m[0] for _, m in hits)
-    better = "|".join(map(re.escape, names)) if few else anywhere(pattern)
+    better = "|".join(map(re.escape, names)) if few else pattern_anywhere(pattern)
     return (
         "A pattern matches whole components of a path, and this one is found only inside of "
         f"{', '.join(names[:3])}{', …' if names[3:] else ''}. Did you mean {better!r}?"
@@ -195,7 +195,7 @@ def check_pattern(rule: Rule, pattern: Any) -> None:
             f"pattern matches whole components of a path: write {pattern.strip('/')!r}."
         )
     try:
-        compiled(pattern)
+        compile_pattern(pattern)
     except re.error as e:
         raise ValueError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
 

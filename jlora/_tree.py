@@ -12,6 +12,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from ._types import Adapted, Params, Path, PyTree, short
+from ._untrusted import printable
 from .adapters import is_node, misfit, state
 from .quantized import is_quantized
 
@@ -63,7 +64,7 @@ def _part(key: Any) -> str:
 
 def name_of(path: Path) -> str:
     """How errors call a path."""
-    return "/".join(path) or "the root"
+    return printable("/".join(path)).replace("\n", r"\n") or "the root"
 
 
 def check_key(key: Any) -> None:

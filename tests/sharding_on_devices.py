@@ -288,7 +288,6 @@ def column(p, x):
 
 IDS = (jax.random.randint(jax.random.key(1), (B,), 0, V), P("fsdp"))
 ROWS = (models.normal(2, B, D), P("fsdp", None))
-MANY = (models.normal(2, 4096, D), P("fsdp", None))
 PAIR = {"w": ((D, F), P("fsdp", "tensor")), "v": ((F, D), P("tensor", "fsdp"))}
 STACK = {name: ((3, *shape), P(None, *spec)) for name, (shape, spec) in PAIR.items()}
 TABLE = {"w": ((V, D), P("tensor", "fsdp"))}
@@ -325,7 +324,6 @@ CASES = [
     (convolved, {"w": ((1, 3, 3, F), P(None, None, None, "tensor"))}, ROWS, RULE),
     (formed, COLUMN, ROWS, LoRA("w", rank=2, materialize=True)),
     (column, COLUMN, ROWS, RULE),
-    (column, COLUMN, MANY, RULE),  # many tokens: W + s·A·B is formed for one product
 ]
 
 

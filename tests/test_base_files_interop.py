@@ -245,6 +245,62 @@ def test_compressed_tensors(shape, symmetric, tmp_path):
     np.testing.assert_array_equal(loaded(folder, shape), expected.numpy())
 
 
+# Format, type, bits, scales of which shape, and what the configuration says besides.
+SCHEMES = {
+    "W8A16": ("pack-quantized", "int", 8, (64, 4), {"strategy": "group", "group_size": 32}),
+    "W8A16, channel": ("pack-quantized", "int", 8, (64, 1), {"strategy": "channel"}),
+    "W8A8": ("int-quantized", "int", 8, (64, 1), {"strategy": "channel"}),
+    "W8A8, tensor": ("int-quantized", "int", 8, (1,), {"strategy": "tensor"}),
+    "FP8, channel": ("float-quantized", "float", 8, (64, 1), {"strategy": "channel"}),
+    "FP8, tensor": ("float-quantized", "float", 8, (1,), {"strategy": "tensor"}),
+    "FP8, blocks": (
+        "float-quantized",
+        "float",
+        8,
+        (2, 4),
+        {"strategy": "block", "block_structure": [32, 32]},
+    ),
+    "FP8, long blocks": (
+        "float-quantized",
+        "float",
+        8,
+        (2, 2),
+        {"strategy": "block", "block_structure": [32, 64]},
+    ),
+}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_compressed_tensors_by_its_compressors(scheme, symmetric, tmp_path):
+    """Compressed and decompressed by the library, whatever its scheme."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    form, kind, bits, shape, said = SCHEMES[scheme]
+    if not symmetric and kind == "float":
+        pytest.skip("floats have no zero points")
+    args = QuantizationArgs(num_bits=bits, type=kind, symmetric=symmetric, **said)
+    made = QuantizationScheme(targets=["Linear"], weights=args, format=form)
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "weight": torch.randn(64, 128, generator=generator),
+        "weight_scale": torch.rand(shape, generator=generator) / 50 + 0.01,
+    }
+    if not symmetric:
+        state["weight_zero_point"] = draw(*shape)
+    compressor = BaseCompressor.get_value_from_registry(form)
+    small = compressor.compress(state, made)
+    expected = compressor.decompress(dict(small), made)["weight"]
+    groups = {"group_0": json.loads(made.model_dump_json())}
+    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+    folder = written(tmp_path / "base", {f"up.{k}": x for k, x in small.items()}, config)
+    like = {"up": {"kernel": jax.ShapeDtypeStruct((128, 64), jnp.float32)}}
+    base = peft.load_base(folder, NAMES, like=like)
+    found = jlora.dequantize(base)["up"]["kernel"].T
+    np.testing.assert_array_equal(found, expected.float().numpy())
+
+
 def test_awq(tmp_path):
     """As compressed-tensors' converter of AutoAWQ's files reads the words."""
     from compressed_tensors.compressors import pack_quantized as helpers

@@ -116,8 +116,9 @@ def test_without_like_arrays_lie_on_the_host(saved):
     path, base, adapter = saved
     restored = checkpoint.restore(path, base=base)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(restored))
-    y = jlora.transform(model).apply(base, restored, jnp.ones((1, 4)))
-    np.testing.assert_array_equal(y, jlora.transform(model).apply(base, adapter, jnp.ones((1, 4))))
+    apply = jax.jit(jlora.transform(model).apply)
+    y, expected = (apply(base, x, jnp.ones((1, 4))) for x in (restored, adapter))
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_the_base_is_not_in_the_files(tmp_path):
@@ -468,7 +469,13 @@ def test_a_checkpoint_of_before_is_read():
         np.testing.assert_array_equal(array, jnp.ones_like(array))  # trained from zero to one
 
 
-PATHS = ("lm/head/kernel", "lm/head/bias", "multi_head/query/kernel", "0/Up/kernel")
+PATHS = (
+    "lm/head/kernel",
+    "layers_2/kernel",
+    "lm/head/bias",
+    "multi_head/query/kernel",
+    "0/Up/kernel",
+)
 PATTERNS_BEFORE = {  # and what they are read as
     "kernel": "kernel",
     "(head|query)/kernel$": "(head|query)/kernel$",
@@ -479,7 +486,10 @@ PATTERNS_BEFORE = {  # and what they are read as
     "/kernel": ".*(?:/kernel).*",
     "": ".*",
     "a|nel$": ".*(?:a|nel$).*",
-    "(?i)up": "(?i)up",
+    "up$|lm": ".*(?:up$|lm).*",
+    "layers_[02]": "layers_[02]",
+    "layers_[1-3]/.*kernel": ".*(?:layers_[1-3]/.*kernel).*",
+    "(?i)up": "(?i).*(?:up).*",
     "(?i)U": "(?i).*(?:U).*",
     "(?x) u  # of up": "(?x).*(?: u  # of up\n).*",
     r"(e)r.*\1": r".*(?:(e)r.*\1).*",
@@ -502,6 +512,19 @@ def test_a_pattern_of_before_takes_the_same_leaves(before, tmp_path):
     assert first == Full(PATTERNS_BEFORE[before])
     assert [path for path in PATHS if matches(first, path)] == list(adapted)
     assert second.pattern.strip("/") == second.pattern  # it takes nothing, and may stay as it is
+
+
+def test_a_pattern_of_before_is_not_tried(tmp_path):
+    """A file may have one that takes for ever: exponential in a path, or in its own length."""
+    leaves = {"a" * 50: jnp.ones(3), "b": jnp.ones(3)}
+    checkpoint.save(tmp_path / "a", leaves, ())
+    hostile = ["(a+)+$", "(a|a)" * 40 + "c", "(a|aa)*$", ".*.*.*.*.*.*.*.*x", r"(a*)*\1$"]
+    rules = [{"rule": "Full", "pattern": pattern} for pattern in hostile]
+    fields = json.loads((tmp_path / "a" / "jlora" / "metadata").read_text())
+    fields |= {"format": 1, "rules": rules}
+    edit(tmp_path / "a", **fields | {"sha256": checkpoint._meta.digest(fields)})
+    read = checkpoint.read(tmp_path / "a").rules
+    assert [rule.pattern for rule in read] == [f".*(?:{pattern}).*" for pattern in hostile]
 
 
 def damage(path: pathlib.Path, how: str, rng: random.Random) -> None:

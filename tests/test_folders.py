@@ -1,5 +1,6 @@
 """Folders appear whole or not at all, and what a killed process leaves is cleaned up."""
 
+import errno
 import functools
 import json
 import os
@@ -11,11 +12,13 @@ import subprocess
 import sys
 import time
 
+import disks
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jlora import _folders, peft
+import jlora
+from jlora import _folders, checkpoint, peft
 from jlora._folders import fresh
 
 Folder = pathlib.Path
@@ -42,6 +45,62 @@ def test_where_another_was_first(tmp_path: Folder) -> None:
         (tmp_path / "m").mkdir()
         (tmp_path / "m" / "theirs").write_text("")
     assert [p.name for p in tmp_path.rglob("*")] == ["m", "theirs"]
+
+
+LONG = ["a" * 255, "漢" * 80, "é" * 127, "a" + "\U0001d54f" * 60]
+
+
+@pytest.mark.parametrize("name", LONG, ids=["ascii", "three", "two", "four"])
+def test_names_as_long_as_the_disk_takes(name: str, tmp_path: Folder) -> None:
+    """A name has at most 255 bytes, those of the folder in the making too, and Orbax's."""
+    adapter = {"w": {"kernel": jlora.LowRank(np.ones((4, 1)), np.ones((1, 3)), 1.0, LAYOUT)}}
+    base = {"w": {"kernel": np.ones((4, 3), np.float32)}}
+    rows = [peft.Name("(.*)/kernel", r"\1", "io")]
+    (tmp_path / "orbax").mkdir()
+    peft.save(tmp_path / name, base, adapter, rows)
+    checkpoint.save(tmp_path / "orbax" / name, adapter, ())
+    left = list(tmp_path.rglob(".*"))
+    assert (tmp_path / name).is_dir() and (tmp_path / "orbax" / name).is_dir() and not left
+
+
+LAYOUT = jlora.Layout((), (0,), (1,))
+
+
+@pytest.mark.parametrize("kind", ["nothing", "readonly", "nested"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_disk_that_cannot_be_written(kind: str, number: int, tmp_path: Folder) -> None:
+    """The argument, the folder and the reason, with the error's number; errors of reading stay."""
+    final = tmp_path / "m"
+    message = (
+        f"OUT: could not write {final}: {os.strerror(number)}. Nothing is left of it, and nothing "
+        "else was touched. Make room or permission there, or give another path."
+    )
+    said = re.escape(message)
+    with pytest.raises(OSError, match=rf"\A{said}\Z") as caught, fresh(final, "OUT") as folder:
+        if kind == "nested":  # a folder in a folder in the making
+            with fresh(folder / "inner", "OUT"):
+                raise OSError(number, "x")
+        raise OSError(number, "x", "elsewhere" if kind == "nothing" else str(folder / "file"))
+    assert caught.value.errno == number and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Folder) -> None:
+    """Within a file, or where nobody may write; a file that cannot be read is another error."""
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OSError, match=r"^OUT: could not write .*file/m: Not a directory\. Nothing"),
+        fresh(tmp_path / "file" / "m", "OUT"),
+    ):
+        pass
+    (tmp_path / "locked").mkdir()
+    with (
+        disks.read_only(tmp_path / "locked"),
+        pytest.raises(OSError, match=r"^OUT: could not write .*locked/m: (Read-only|Permission)"),
+        fresh(tmp_path / "locked" / "m", "OUT"),
+    ):
+        pass
+    with pytest.raises(FileNotFoundError, match="of-theirs"), fresh(tmp_path / "m", "OUT"):
+        (tmp_path / "of-theirs").read_text()
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "full"])

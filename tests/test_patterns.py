@@ -16,7 +16,7 @@ from small import exactly
 
 import jlora
 from jlora import NF4, DoRA, Full, LoRA, Rows, peft
-from jlora._rules import compiled
+from jlora._rules import compile_pattern
 
 PATHS = (
     "encoder/layers_0/query/kernel",
@@ -53,13 +53,13 @@ PATTERNS = {  # and which of the paths it matches
 }
 
 
-def taken(*rules: Any, use: Callable[[Any], Any] = lambda w: X @ w) -> list[str]:
+def take_by_rules(*rules: Any, use: Callable[[Any], Any] = lambda w: X @ w) -> list[str]:
     """The leaves that rules take."""
     lora = jlora.transform(lambda params, x: sum(map(use, jax.tree.leaves(params))), *rules)
     return [site.path for site in lora.sites(PARAMS, X).leaves if site.rule]
 
 
-def quantized(pattern: str) -> list[str]:
+def take_by_scheme(pattern: str) -> list[str]:
     """The leaves that a scheme takes."""
     found = jlora.quantization(jlora.quantize(PARAMS, NF4(pattern)))
     return ["/".join(entry.path) for entry in found.leaves]
@@ -72,19 +72,19 @@ def sketch() -> jlora.Sketch:
     return jlora.sketch(loss, PARAMS, LoRA(rank=1), [X], kind="gradient")
 
 
-def allocated(pattern: str) -> list[str]:
+def take_by_rank(pattern: str) -> list[str]:
     """The sites that get a rank."""
     return list(jlora.allocate(sketch(), LoRA(pattern, rank=1), min_rank=1).ranks)
 
 
 TAKERS: dict[str, Callable[[str], Sequence[str]]] = {
-    "LoRA": lambda pattern: taken(LoRA(pattern, rank=1)),
-    "DoRA": lambda pattern: taken(DoRA(pattern, rank=1)),
-    "Rows": lambda pattern: taken(Rows(pattern, [3]), use=lambda w: w[IDS]),
-    "Full": lambda pattern: taken(Full(pattern)),
-    "Gain": lambda pattern: taken(Gain(pattern)),
-    "NF4": quantized,
-    "allocate": allocated,
+    "LoRA": lambda pattern: take_by_rules(LoRA(pattern, rank=1)),
+    "DoRA": lambda pattern: take_by_rules(DoRA(pattern, rank=1)),
+    "Rows": lambda pattern: take_by_rules(Rows(pattern, [3]), use=lambda w: w[IDS]),
+    "Full": lambda pattern: take_by_rules(Full(pattern)),
+    "Gain": lambda pattern: take_by_rules(Gain(pattern)),
+    "NF4": take_by_scheme,
+    "allocate": take_by_rank,
 }
 
 
@@ -162,9 +162,9 @@ def test_names_of_tensors(tmp_path: pathlib.Path) -> None:
             left(scheme, skip=skip)
 
 
-def test_what_compiled_takes() -> None:
+def test_what_a_pattern_may_have() -> None:
     """All that Python's own patterns may have, and nothing that they may not."""
     for pattern in PATTERNS:
-        assert compiled(pattern).groups == re.compile(pattern).groups
+        assert compile_pattern(pattern).groups == re.compile(pattern).groups
     with pytest.raises(re.error):
-        compiled("a)|(b")
+        compile_pattern("a)|(b")

@@ -26,7 +26,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_peft import Files, mutate
 
-from jlora import LowRank, peft
+from jlora import NF4, LowRank, peft
 from jlora.peft import Name
 
 Folder = pathlib.Path
@@ -184,15 +184,16 @@ def test_one_rounding(dtype: Any, tmp_path: Folder) -> None:
     assert (np.abs(merged.astype(np.float64) - exact) <= half + slack).all()
 
 
-def test_blocks_change_no_bit(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are merged in blocks, the last of them shorter."""
+def test_blocks_change_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But rounding: rows are merged in blocks, the last of them shorter."""
     a, b = low_rank((150, 70), 8)
     base = checkpoint(tmp_path / "base", {"q.weight": np.ones((150, 70), np.float32)})
     given = adapter(tmp_path / "a", {"q": (a, b)}, r=8)
     peft.export_merged(base, given, tmp_path / "whole")
     monkeypatch.setattr("jlora.peft._blocks.BLOCK", 64 * 70)
     peft.export_merged(base, given, tmp_path / "blocks")
-    assert bytes_of(tmp_path / "blocks") == bytes_of(tmp_path / "whole")
+    whole, blocks = (read(tmp_path / name)["q.weight"] for name in ("whole", "blocks"))
+    np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)
 
 
 MEMORY = """
@@ -730,6 +731,52 @@ def test_other_files(tmp_path: Folder) -> None:
     after = bytes_of(tmp_path / "out")
     assert set(after) == {*kept, ONE, "config.json"}
     assert all(after[name] == name.encode() for name in kept)
+
+
+def in_the_way(path: Folder, kind: str) -> None:
+    """Something in the place of a file."""
+    path.unlink(missing_ok=True)
+    if kind == "link":
+        path.symlink_to("nowhere")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+        (path / "more").write_text("")
+
+
+ODD = {"link": "a link to nothing", "loop": "a link to nothing", "pipe": "no regular file"}
+ODD["folder"] = "a folder"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes pipes")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "m.py"])
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_in_the_place_of_a_file(kind: str, name: str, tmp_path: Folder) -> None:
+    """The output is never without a file that the source should have; nothing waits for a pipe."""
+    base, given = simple(tmp_path)
+    in_the_way(base / name, kind)
+    if (kind, name) == ("folder", "m.py"):  # may be called anything
+        peft.export_merged(base, given, tmp_path / "out")
+        assert (tmp_path / "out" / name / "more").exists()
+        return
+    ways = [
+        lambda out: peft.export_merged(base, given, out),
+        lambda out: peft.export_merged(base, given, out, follow_links=True),
+        lambda out: peft.quantize_checkpoint(base, out, NF4(), skip="k"),
+        lambda out: peft.dequantize_checkpoint(base, out),
+    ]
+    if name == "config.json":  # it says what the weights are
+        ways += [
+            lambda _: peft.load_base(base, [Name(".*", "m", "io")], like={}),
+            lambda _: peft.matrices(base),
+        ]
+    for way in ways:
+        with pytest.raises(ValueError, match=f"1 problems:\n  {name}: is {ODD[kind]}"):
+            way(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def linked(base: Folder, blobs: Folder) -> None:

@@ -96,7 +96,7 @@ def lost(part):
     return {
         "base": (loss, WHOLE, adapter, (x,)),  # as jax.eval_shape(lora.init, ...) gives it
         "one": (loss, base | {"extra": bare}, adapter, (x,)),
-        "quantized": (loss, jlora.quantize(base, jlora.NF4(".")), adapter, (x,)),
+        "quantized": (loss, jlora.quantize(base, jlora.NF4(".*")), adapter, (x,)),
         "args": (loss, base, adapter, ({"ids": bare},)),
         "adapter": (loss, base, {**node, "up": adapter["up"]}, (x,)),
         "full": (loss, {}, WHOLE, (x,)),

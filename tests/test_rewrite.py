@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
-from test_base_files import COLUMNS, FORMATS, NAMES, ROWS, File, write
+from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, assert_rounded, write
+from test_base_files import tensors_of as tensors_in
 
 import jlora
 from jlora import peft
@@ -76,7 +77,10 @@ def test_there_and_back(scheme, floats, tmp_path):
     assert new.keys() == old.keys()
     for name, x in old.items():
         assert new[name].dtype == x.dtype
-        np.testing.assert_array_equal(new[name], expected.get(name, x))
+        if name in expected:
+            assert_rounded(new[name], expected[name])
+        else:
+            np.testing.assert_array_equal(new[name], x)
     assert config_of(tmp_path / "dense") == config_of(floats)
     for folder in ("small", "dense"):
         index = json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
@@ -84,10 +88,10 @@ def test_there_and_back(scheme, floats, tmp_path):
         assert (tmp_path / folder / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS | DENSE)
 def test_dequantized(format, tmp_path):
     """Of each format: the weights by its formula, and nothing else that it has."""
-    files = {f"h.{i}.up": FORMATS[format](seed=i) for i in range(2)}
+    files = {f"h.{i}.up": (FORMATS | DENSE)[format](seed=i) for i in range(2)}
     folder = write(tmp_path / "base", files)
     found = peft.dequantize_checkpoint(folder, tmp_path / "dense")
     new = tensors_of(tmp_path / "dense")
@@ -96,7 +100,7 @@ def test_dequantized(format, tmp_path):
     assert [m.name for m in found] == [f"h.{i}.up.{parameter}" for i in range(2)]
     for name, file in files.items():
         expected = file.matrix.swapaxes(-1, -2) if format == "mxfp4" else file.matrix
-        np.testing.assert_array_equal(new[f"{name}.{parameter}"], expected.astype(jnp.bfloat16))
+        assert_rounded(new[f"{name}.{parameter}"], expected.astype(jnp.bfloat16))
     assert "quantization_config" not in config_of(tmp_path / "dense")
 
 
@@ -159,7 +163,7 @@ def test_merged_onto_quantized(floats, tmp_path, capsys):
     dense = jlora.merge(jlora.dequantize(base), adapter)["layers"]["up"]["kernel"]
     new = tensors_of(tmp_path / "merged")
     for i in range(2):
-        np.testing.assert_array_equal(new[f"h.{i}.up.weight"].T, dense[i])
+        assert_rounded(new[f"h.{i}.up.weight"].T, dense[i])
     assert "quantization_config" not in config_of(tmp_path / "merged")
     again = tmp_path / "again"
     peft.export_merged(tmp_path / "nf4", adapter, again, names=NAMES, requantize=True)
@@ -168,6 +172,105 @@ def test_merged_onto_quantized(floats, tmp_path, capsys):
     assert len(printed) == 2
     assert printed[0].startswith("h.0.up.weight: NF4(block=64, double=True), error 0.0")
     assert {p.name for p in tmp_path.iterdir()} == {"base", "nf4", "merged", "again"}
+
+
+def beside(folder, format, **more):
+    """A quantized module `up`, a float one `q`, and an adapter of `q`; `more` tensors."""
+    if format == "bitsandbytes":
+        weights = {"up.weight": normal(ROWS, COLUMNS), "q.weight": normal(8, 16)}
+        (folder / "float").mkdir()
+        save_file(weights, folder / "float" / "model.safetensors")
+        scheme = jlora.NF4("up.weight")
+        peft.quantize_checkpoint(folder / "float", folder / "base", scheme)
+        tensors = load_file(folder / "base" / "model.safetensors")
+    else:
+        modules = {"up": (FORMATS | DENSE)[format]()}
+        tensors = tensors_in(modules)
+        write(folder / "base", modules)
+    tensors |= {"q.weight": normal(8, 16), **more}
+    save_file(tensors, folder / "base" / "model.safetensors")
+    params = {"q": {"kernel": jnp.ones((16, 8))}}
+    lora = jlora.transform(lambda p, x: x @ p["q"]["kernel"], jlora.LoRA(rank=2))
+    _, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 16)))
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    peft.save(folder / "a", params, adapter, NAMES)
+    return folder / "base", folder / "a", jlora.merge(params, adapter)["q"]["kernel"] - 1
+
+
+@pytest.mark.parametrize("format", ["bitsandbytes", *FORMATS, *DENSE])
+def test_merged_beside_what_is_quantized(format, tmp_path):
+    """Codes never come to stand as weights, whatever the adapter is of."""
+    base, adapter, change = beside(tmp_path, format)
+    peft.export_merged(base, adapter, tmp_path / "merged")
+    new = tensors_of(tmp_path / "merged")
+    np.testing.assert_allclose(new["q.weight"], normal(8, 16) + change.T, rtol=1e-5, atol=1e-6)
+    assert "quantization_config" not in config_of(tmp_path / "merged")
+    assert {str(x.dtype) for x in new.values()} <= {"float32", "bfloat16"}
+    if format != "bitsandbytes":
+        expected = (FORMATS | DENSE)[format]().matrix
+        expected = expected.swapaxes(-1, -2) if format == "mxfp4" else expected
+        found = new["up.w" if format == "mxfp4" else "up.weight"]
+        np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
+
+
+METHODS = ("bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm", "mxfp4")
+LEFT = {
+    "codes": {"more.codes": np.ones((8, 8), np.int8)},
+    "a byte each": {"more.weights": np.ones((8, 8), np.uint8)},
+    "words": {"more.weight_words": np.ones((8, 8), np.int32)},
+    "long": {"more.long": np.ones((8, 8), np.int64)},
+    "scales": {"more.weight_scale": np.ones((8, 1), np.float32)},
+}
+WAYS = {
+    "export_merged": lambda base, adapter, out: peft.export_merged(base, adapter, out),
+    "dequantize": lambda base, adapter, out: peft.dequantize_checkpoint(base, out),
+    "merge": lambda base, adapter, out: CliRunner().invoke(
+        cli, ["merge", str(base), str(adapter), str(out)], catch_exceptions=False
+    ),
+    "load_base": lambda base, adapter, out: peft.load_base(
+        base, NAMES, like={"q": {"kernel": jax.ShapeDtypeStruct((16, 8), jnp.float32)}}
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("left", LEFT)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_left_unread_is_refused(method, left, way, tmp_path):
+    base, adapter, _ = beside(tmp_path, method, **LEFT[left])
+    [(name, x)] = LEFT[left].items()
+    try:
+        said = WAYS[way](base, adapter, tmp_path / "out").output
+    except ValueError as e:
+        said = str(e)
+    if way == "load_base":
+        assert f"{name}: unexpected" in said
+    else:
+        kind = {"int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64"}.get(
+            x.dtype.name, "F32"
+        )
+        assert "but these tensors were not read. Give the checkpoint" in said
+        assert f"1 problems: {name}: {kind} {x.shape}" in " ".join(said.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", METHODS)
+def test_buffers_are_kept(format, tmp_path):
+    """Numbers that are no codes."""
+    more = {"embed.position_ids": np.arange(8)[None]}
+    base, adapter, _ = beside(tmp_path, format, **more)
+    peft.export_merged(base, adapter, tmp_path / "out")
+    np.testing.assert_array_equal(
+        tensors_of(tmp_path / "out")["embed.position_ids"][0], np.arange(8)
+    )
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_a_configuration_without_codes(requantize, tmp_path):
+    base, adapter, _ = beside(tmp_path, "bitsandbytes")
+    save_file({"q.weight": normal(8, 16)}, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"quantized by 'bitsandbytes', as .* but no weight of it"):
+        peft.export_merged(base, adapter, tmp_path / "out", requantize=requantize)
 
 
 def test_command_line(floats, tmp_path):

@@ -337,7 +337,7 @@ def test_what_is_closed_over_must_be_finite(way: str) -> None:
 def test_numpy_parameters() -> None:
     lora, params, base, _, x = made("dense", pissa)
     other, _ = lora.init(KEY, jax.tree.map(np.asarray, params), x)
-    np.testing.assert_array_equal(other["w"], base["w"])
+    laws.assert_close(other["w"], base["w"], 1e-5)
 
 
 def test_shapes_cannot_be_factored() -> None:
@@ -433,7 +433,7 @@ def test_what_is_quantized_stays_so(name: str, kind: str) -> None:
         again = jlora.quantize(rest, SCHEMES[kind])
         laws.assert_close(jlora.dequantize(base), jlora.dequantize(again), 2e-2)
     assert error(base, adapter, plain["w"]) < 1.2 * float(jnp.max(packed["w"].error))
-    np.testing.assert_array_equal(jax.jit(lora.init)(KEY, packed, x)[0]["w"].data, base["w"].data)
+    laws.assert_same_codes(jax.jit(lora.init)(KEY, packed, x)[0]["w"].data, base["w"].data)
 
 
 @pytest.mark.parametrize("form", every({("stack of slots",)}, FORMS))

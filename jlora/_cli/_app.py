@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def inspect(folder: Path, every: bool) -> Any:
     metavar="REGEX",
     help="Tensors to leave, by whole components of their names; embeddings and the head.",
 )
-def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Any:
+@click.option("--follow-links", is_flag=True, help="Copy what links out of BASE point to.")
+def quantize(base: Path, out: Path, **options: Any) -> Any:
     """Write the model BASE with its matrices in 4 or 8 bits to OUT, as bitsandbytes does.
 
     BASE is a checkpoint of Hugging Face (safetensors). For each matrix: bits a parameter, and the
@@ -67,7 +69,7 @@ def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Any:
     """
     from ._write import quantize
 
-    return quantize(base, out, scheme, skip)
+    return quantize(base, out, **options)
 
 
 @cli.command(cls=Command)
@@ -221,4 +223,11 @@ def main() -> None:
     """The entry point: on the CPU, where the work is, unless JAX_PLATFORMS says otherwise."""
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
+    sys.unraisablehook = _report_unraisable
     cli(prog_name="jlora")
+
+
+def _report_unraisable(x: Any) -> None:
+    """As Python does, but for a thread of Orbax's that ends after a load that was refused."""
+    if not isinstance(x.exc_value, RuntimeError) or str(x.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(x)

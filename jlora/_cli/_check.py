@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .. import peft
 from ._inputs import format_of
+from ._words import called
 
 
 class Answer(NamedTuple):
@@ -40,4 +41,6 @@ def check(
             raise ValueError(
                 f"DIR: {folder} is of Orbax; write it as PEFT first, with jlora convert."
             )
-    return Answer(peft.check(folder, engine, base=base, max_lora_rank=max_lora_rank))
+    words: Any = {"base": ("--base", base), "max_lora_rank": ("--max-lora-rank", None)}
+    with called(dir=("DIR", folder), **words):
+        return Answer(peft.check(folder, engine, base=base, max_lora_rank=max_lora_rank))

@@ -15,7 +15,8 @@ from .._tree import adapter_leaves, count, name_of
 from .._types import PyTree
 from ..adapters import is_node
 from ._command import Done
-from ._inputs import called, format_of
+from ._inputs import format_of
+from ._words import called
 
 
 def _dare(adapters: list[PyTree], weights: list[float], *, seed: int = 0, **options: Any) -> PyTree:
@@ -76,7 +77,8 @@ def combine(
 def _combine_peft(
     adapters: Sequence[Path], out: Path, made: Callable[[list[PyTree]], PyTree]
 ) -> PyTree:
-    with called("ADAPTERS", "`dirs`"):
+    each: Any = {f"dirs[{i}]": ("ADAPTERS", folder) for i, folder in enumerate(adapters)}
+    with called(dirs=("ADAPTERS", None), out_dir=("OUT", out), **each):
         return peft.combine(adapters, out, made)
 
 
@@ -84,10 +86,12 @@ def _combine_orbax(
     adapters: Sequence[Path], out: Path, made: Callable[[list[PyTree]], PyTree]
 ) -> PyTree:
     """Of one base, as far as they know theirs."""
-    bases = [(folder, checkpoint.read(folder).base) for folder in adapters]
+    bases = [(folder, _read(folder).base) for folder in adapters]
     first, base = next((pair for pair in bases if pair[1] is not None), (None, None))
-    with called(f"the base of {first}", "`base`"):
-        trees = [checkpoint.restore(folder, base=own and base) for folder, own in bases]
+    trees = []
+    for folder, own in bases:
+        with called(base=(f"the base of {first}", None), path=("ADAPTERS", folder)):
+            trees.append(checkpoint.restore(folder, base=own and base))
     for folder, tree in zip(adapters, trees, strict=True):
         if full := [name_of(p) for p, x in adapter_leaves(tree).items() if not is_node(x)]:
             raise ValueError(
@@ -96,8 +100,14 @@ def _combine_orbax(
                 "functions take `base`."
             )
     found = made(trees)
-    checkpoint.save(out, found, (), base=base)
+    with called(path=("OUT", out)):
+        checkpoint.save(out, found, (), base=base)
     return found
+
+
+def _read(folder: Path) -> Any:
+    with called(path=("ADAPTERS", folder)):
+        return checkpoint.read(folder)
 
 
 def _wide(trees: PyTree) -> PyTree:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import click
 import jax
+
+from .._untrusted import printable
 
 ERROR, INTERRUPTED = 2, 130
 LINES = 12  # of an error's list that are shown without --debug
@@ -53,7 +56,8 @@ class Command(click.Command):
             # Without it JAX would narrow float64 and int64 that a file holds.
             with jax.enable_x64(True), _told():
                 answer = super().invoke(ctx)
-            click.echo(json.dumps(answer.as_json(), indent=2) if as_json else str(answer))
+            text = json.dumps(answer.as_json(), indent=2) if as_json else str(answer)
+            click.echo(printable(text))
         except KeyboardInterrupt:
             click.echo("jlora: interrupted; nothing is half written.", err=True)
             sys.stderr.flush()
@@ -63,9 +67,9 @@ class Command(click.Command):
             raise
         except Exception as e:
             if debug:
-                traceback.print_exc()
+                click.echo(printable(traceback.format_exc()), err=True, nl=False)
                 ctx.exit(ERROR)
-            click.echo(f"jlora: {one_line(e)}", err=True)
+            click.echo(printable(f"jlora: {one_line(e)}"), err=True)
             ctx.exit(ERROR)
         ctx.exit(answer.exit_code)
 
@@ -73,12 +77,17 @@ class Command(click.Command):
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """Prints warnings as lines on stderr, before the error if there is one."""
+    # Of what Orbax logs, an error says what matters.
+    orbax, level = logging.getLogger("absl"), logging.getLogger("absl").level
+    orbax.setLevel(logging.ERROR)
     with warnings.catch_warnings(record=True) as found:
         try:
             yield
         finally:
+            orbax.setLevel(level)
             for x in found:
-                click.echo(f"jlora: warning: {' '.join(str(x.message).split())}", err=True)
+                said = " ".join(str(x.message).split())
+                click.echo(printable(f"jlora: warning: {said}"), err=True)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,16 +1,15 @@
 """What the user names: folders and what they hold, name tables, functions in modules and files."""
 
-import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import checkpoint, peft
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
+from ._words import called
 
 # Of Orbax: the first is in every checkpoint, the second in those of one tree.
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")
@@ -25,23 +24,15 @@ class Opened(NamedTuple):
     about: dict[str, Any]
 
 
-@contextlib.contextmanager
-def called(what: str, argument: str = "`path`") -> Iterator[None]:
-    """Errors about the `argument` of a function are about what the user gave as `what`."""
-    try:
-        yield
-    except ValueError as e:
-        raise ValueError(str(e).replace(argument, what, 1)) from e
-
-
 def open_adapter(folder: Path, what: str) -> Opened:
     """The adapter in `folder`, which the user gave as `what`."""
-    match format_of(folder, what):
-        case "peft":
+    kind = format_of(folder, what)
+    with called(dir=(what, folder)):
+        if kind == "peft":
             base = peft.read_config(folder).get("base_model_name_or_path")
             return Opened(folder, "peft", peft.read(folder), {"base_model": base})
-        case "orbax":
-            return _open_orbax(folder)
+    if kind == "orbax":
+        return _open_orbax(folder, what)
     raise ValueError(f"{what}: {folder} holds a model; expected an adapter of PEFT or of Orbax.")
 
 
@@ -49,9 +40,9 @@ def open_alike(a: Path, b: Path, names: str | None) -> tuple[Opened, Opened]:
     """Two adapters by the same names; one of PEFT beside one of Orbax is read onto its base."""
     formats = format_of(a, "A"), format_of(b, "B")
     if formats == ("peft", "orbax"):
-        return _open_peft_as(a, b, "B", names), _open_orbax(b)
+        return _open_peft_as((a, "A"), (b, "B"), names), _open_orbax(b, "B")
     if formats == ("orbax", "peft"):
-        return _open_orbax(a), _open_peft_as(b, a, "A", names)
+        return _open_orbax(a, "A"), _open_peft_as((b, "B"), (a, "A"), names)
     return open_adapter(a, "A"), open_adapter(b, "B")
 
 
@@ -78,16 +69,21 @@ def format_of(folder: Path, what: str, *, model: bool = False) -> str:
     )
 
 
-def _open_peft_as(folder: Path, other: Path, what: str, names: str | None) -> Opened:
-    with called(what):
-        shapes = checkpoint.base_shapes(other)
-    return Opened(folder, "peft", _by_name(peft.load(folder, shapes, table(names))), {})
+def _open_peft_as(given: tuple[Path, str], other: tuple[Path, str], names: str | None) -> Opened:
+    (folder, what), (of_orbax, its_name) = given, other
+    with called(path=(its_name, of_orbax)):
+        shapes = checkpoint.base_shapes(of_orbax)
+    rows = table(names)
+    base = f"the base of {its_name}"
+    with called(dir=(what, folder), base=(base, of_orbax), names=("--names", None)):
+        return Opened(folder, "peft", _by_name(peft.load(folder, shapes, rows)), {})
 
 
-def _open_orbax(folder: Path) -> Opened:
-    saved = checkpoint.read(folder)
-    about = {"step": saved.step, "versions": saved.versions}
-    return Opened(folder, "orbax", _by_name(checkpoint.restore(folder)), about)
+def _open_orbax(folder: Path, what: str) -> Opened:
+    with called(path=(what, folder)):
+        saved = checkpoint.read(folder)
+        about = {"step": saved.step, "versions": saved.versions}
+        return Opened(folder, "orbax", _by_name(checkpoint.restore(folder)), about)
 
 
 def _by_name(adapter: PyTree) -> dict[str, Any]:

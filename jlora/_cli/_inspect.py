@@ -16,6 +16,7 @@ from .._table import aligned, readable
 from .._tree import count, size_in_bytes
 from ..adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from ._inputs import Opened, format_of, open_adapter
+from ._words import called
 
 SHOWN = 4  # singular values in the table
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
@@ -123,8 +124,9 @@ class Quantized(NamedTuple):
 def inspect(folder: Path, *, every: bool = False) -> "Inspection | Quantized":
     """Reads the adapter in `folder` and measures each ΔW; of a quantized model its matrices."""
     is_model = format_of(folder, "DIR") == "huggingface" and "weights" in peft.holds(folder)
-    if is_model and (found := peft.matrices(folder)):
-        return Quantized(folder, found)
+    with called(dir=("DIR", folder)):
+        if is_model and (found := peft.matrices(folder)):
+            return Quantized(folder, found)
     adapter = open_adapter(folder, "DIR")
     rows = {name: x.v for name, x in adapter.leaves.items() if isinstance(x, Replaced)}
     full = {name: x for name, x in adapter.leaves.items() if not is_node(x)}

@@ -12,6 +12,7 @@ from .. import _compat
 from ..planning import Plan, has_compiler, mesh_of, parse
 from ..planning import plan as make
 from ._inputs import attribute
+from ._words import called
 
 WITHOUT = (
     "activations are estimated, as libtpu is not installed; compiled figures need it: "
@@ -43,8 +44,9 @@ class Answer(NamedTuple):
 
 def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) -> Answer:
     """Calls the user's function with a mesh of the topology, and plans what it returns."""
-    chip, _ = parse(topology)
-    where = mesh_of(topology, _axes(mesh))
+    with called(topology=("--topology", None), mesh=("--mesh", None)):
+        chip, _ = parse(topology)
+        where = mesh_of(topology, _axes(mesh))
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     with jax.enable_x64(False):
         returned = attribute(job, "JOB")(where)

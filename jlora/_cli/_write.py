@@ -10,9 +10,15 @@ from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
 from ._command import Done
-from ._inputs import called, format_of, table
+from ._inputs import format_of, table
 from ._inspect import Quantized
+from ._words import Given, called
 
+# What functions call by the names of options.
+OPTIONS: dict[str, Given] = {
+    name: (f"--{name.replace('_', '-')}", None)
+    for name in ("names", "requantize", "follow_links", "skip", "scheme", "profile", "config")
+}
 SCHEMES = {"nf4": jlora.NF4, "fp4": jlora.FP4, "int8": jlora.Int8}
 
 
@@ -47,14 +53,17 @@ def merge(
         )
     left_out: list[str] = []
     options: Any = {"requantize": requantize, "follow_links": follow_links}
-    match formats:
-        case "huggingface", "peft":
-            left_out = peft.export_merged(base, adapter, out, **options)
-        case "huggingface", _:
-            tree, rows = checkpoint.restore(adapter), table(names)
-            left_out = peft.export_merged(base, tree, out, names=rows, **options)
-        case _:
-            _merge_orbax(base, adapter, out, names)
+    if formats[0] == "orbax":
+        _merge_orbax(base, adapter, out, names)
+    else:
+        given: Any = adapter
+        if formats[1] == "orbax":
+            with called(path=("ADAPTER", adapter)):
+                given = checkpoint.restore(adapter)
+            options["names"] = table(names)
+        words: Any = {"dir": ("ADAPTER", adapter), "out_dir": ("OUT", out)} | OPTIONS
+        with called(adapter=("ADAPTER", adapter), src_dir=("BASE", base), **words):
+            left_out = peft.export_merged(base, given, out, **options)
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}
     text = f"{out}: {base} with {adapter} merged, as {formats[0]}"
     text += f"; not copied: {', '.join(left_out)}" if left_out else ""
@@ -62,17 +71,22 @@ def merge(
 
 
 def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> None:
-    with called("BASE"):
+    with called(path=("BASE", base)):
         params = checkpoint.base_values(base)
-    merged = jlora.merge(params, _adapter(adapter, params, names))
-    checkpoint.export(out, checkpoint.as_saved(merged))
+    with called(adapter=("ADAPTER", adapter), base=("BASE", base)):
+        merged = jlora.merge(params, _adapter(adapter, params, names))
+    with called(path=("OUT", out)):
+        checkpoint.export(out, checkpoint.as_saved(merged))
 
 
 def _adapter(folder: Path, params: PyTree, names: str | None) -> PyTree:
     if format_of(folder, "ADAPTER") == "peft":
-        return peft.load(folder, params, table(names))
-    known = checkpoint.read(folder).base is not None
-    return checkpoint.restore(folder, base=params if known else None)
+        rows = table(names)
+        with called(dir=("ADAPTER", folder), **OPTIONS):
+            return peft.load(folder, params, rows)
+    with called(path=("ADAPTER", folder)):
+        known = checkpoint.read(folder).base is not None
+        return checkpoint.restore(folder, base=params if known else None)
 
 
 # ------------------------------------------------------------------------------------ convert
@@ -132,17 +146,21 @@ def _to_peft(
     config: Path | None,
 ) -> PyTree:
     rows = table(names)
-    fields = None if config is None else peft.read_config(config)
-    adapter = checkpoint.restore(source)
-    if base is None and checkpoint.read(source).base is None:
-        raise ValueError(
-            f"IN: {source} was saved without its base, so that the base's shapes are not known. "
-            "Give --base, an Orbax checkpoint of the base's parameters."
-        )
-    with called("--base"):
-        given = base and checkpoint.base_values(base)
-    params = checkpoint.base_shapes(source) if given is None else given
-    peft.save(out, params, adapter, rows, profile=profile, config=fields)
+    with called(dir=("--config", config)):
+        fields = None if config is None else peft.read_config(config)
+    with called(path=("IN", source)):
+        adapter = checkpoint.restore(source)
+        if base is None and checkpoint.read(source).base is None:
+            raise ValueError(
+                f"IN: {source} was saved without its base, so that the base's shapes are not "
+                "known. Give --base, an Orbax checkpoint of the base's parameters."
+            )
+        params = checkpoint.base_shapes(source) if base is None else None
+    with called(path=("--base", base)):
+        params = checkpoint.base_values(base) if base is not None else params
+    words: Any = {"base": ("the base", None) if base is None else ("--base", base)} | OPTIONS
+    with called(adapter=("IN", source), dir=("OUT", out), **words):
+        peft.save(out, params, adapter, rows, profile=profile, config=fields)
     return adapter
 
 
@@ -157,10 +175,12 @@ def _to_orbax(
             "--base is needed to read an adapter of PEFT: an Orbax checkpoint of the base's "
             "parameters, of which only the shapes are read, or of an adapter that knows its base."
         )
-    with called("--base"):
+    with called(path=("--base", base)):
         params = checkpoint.base_shapes(base)
-    adapter = peft.load(source, params, rows)
-    checkpoint.save(out, adapter, (), base=params)
+    with called(dir=("IN", source), base=("--base", base), **OPTIONS):
+        adapter = peft.load(source, params, rows)
+    with called(path=("OUT", out)):
+        checkpoint.save(out, adapter, (), base=params)
     return adapter
 
 
@@ -174,15 +194,24 @@ def _to_profile(
     for option, value in (("--names", names), ("--base", base), ("--config", config)):
         if value is not None:
             raise ValueError(f"{option} is not needed: IN is an adapter of PEFT, and so is OUT.")
-    peft.convert(source, out)
-    return peft.read(source)
+    with called(dir=("IN", source), out_dir=("OUT", out), **OPTIONS):
+        peft.convert(source, out)
+        return peft.read(source)
 
 
 # ----------------------------------------------------------------------------------- quantize
 
 
-def quantize(base: Path, out: Path, scheme: str, skip: str | None) -> Quantized:
+def quantize(
+    base: Path,
+    out: Path,
+    *,
+    scheme: str = "nf4",
+    skip: str | None = None,
+    follow_links: bool = False,
+) -> Quantized:
     """Writes the model in `base` to `out` with its matrices in few bits."""
     check_vacant(out, "OUT")
-    options: Any = {} if skip is None else {"skip": skip}
-    return Quantized(out, peft.quantize_checkpoint(base, out, SCHEMES[scheme](), **options))
+    options: Any = {"follow_links": follow_links} | ({} if skip is None else {"skip": skip})
+    with called(src_dir=("BASE", base), out_dir=("OUT", out), **OPTIONS):
+        return Quantized(out, peft.quantize_checkpoint(base, out, SCHEMES[scheme](), **options))

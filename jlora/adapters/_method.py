@@ -32,7 +32,7 @@ class Method(NamedTuple):
         fit: `(rule, site) -> (rule, layout)`, or an error where the rule cannot apply to the site.
         start: `(key, w, site, rule) -> (w, node)`.
         lower: `(node, w) -> Change` of the weight `w`, an array or a quantized leaf, in terms of
-            `factor`.
+            `factor`. It raises `PartialWeightError` where it needs more than a shard of `w`.
         misfit: `(node, shape) -> why` the node is none for a weight of `shape`, beyond what follows
             from `axes`, or None.
     """

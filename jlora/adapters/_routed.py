@@ -20,8 +20,8 @@ class Routed(NamedTuple):
     Attributes:
         a: the A of all slots of a table side by side, as in `LowRank` of rank slots·r.
         b: their B.
-        gate: g, shape (slots·r,). Where it is 0, x·A is taken for 0, whatever it is. None until a
-            call says which columns it uses.
+        gate: g, shape (slots·r,). Where it is 0, x·A is taken for 0, whatever it is, as is x·Bᵀ in
+            a tied head. None until a call says which columns it uses.
         slots: how many adapters there are.
         scale: as in `LowRank`, and so are the others.
         layout: which axes of W are which.

@@ -3,8 +3,8 @@
 All from its factors: ΔW is formed only where a function says so. Each function works on one site,
 under `jit` and `vmap` too; counts of directions are static.
 
-The ΔW of a site that is `residual`, as `pissa` starts it, has in it what the start took from W. What
-training changed is that of `arithmetic.difference(adapter, initial)`.
+The ΔW of a site that is `residual`, as `pissa` starts it, has in it what the start took from W.
+What training changed is that of `arithmetic.difference(adapter, initial)`.
 """
 
 from ._directions import amplification as amplification

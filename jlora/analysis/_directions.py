@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._factors import factors
-from .._linalg import svd, times
+from .._linalg import norm, svd, times
 from ..adapters import LowRank, weight_shape
 
 
@@ -89,8 +89,8 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
     held = _held(values, w.shape)[..., None, :rank]
     u, v = (jnp.where(held, x[..., :rank], 0) for x in (u, v))
     within = times(times(u.mT, w), v)
-    size = jnp.linalg.norm(values, axis=-1)
-    return size / jnp.where(size == 0, 1, jnp.linalg.norm(within, axis=(-2, -1)))
+    size = norm(values, (-1,))
+    return size / jnp.where(size == 0, 1, norm(within, (-2, -1)))
 
 
 def intruder_dimensions(

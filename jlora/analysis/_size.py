@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from .._factors import core, factors
+from .._linalg import norm as size_of
 from ..adapters import LowRank, weight_shape
 
 
@@ -47,7 +48,7 @@ def norm(site: LowRank) -> jax.Array:
         >>> float(analysis.norm(jlora.LowRank(a, b, 2.0, jlora.Layout((), (0,), (1,)))))
         10.0
     """
-    return jnp.linalg.norm(core(*factors(site)), axis=(-2, -1))
+    return size_of(core(*factors(site)), (-2, -1))
 
 
 def distance(site: LowRank, other: LowRank) -> jax.Array:
@@ -86,9 +87,8 @@ def distance(site: LowRank, other: LowRank) -> jax.Array:
             "place, where `initial` is what init returned."
         )
     (a, b), (c, d) = factors(site), factors(other)
-    return jnp.linalg.norm(
-        core(jnp.concatenate([a, -c], -1), jnp.concatenate([b, d], -2)), axis=(-2, -1)
-    )
+    change = core(jnp.concatenate([a, -c], -1), jnp.concatenate([b, d], -2))
+    return size_of(change, (-2, -1))
 
 
 def stable_rank(values: jax.Array) -> jax.Array:

@@ -6,6 +6,11 @@ The sum of two ΔW has their factors side by side, $[A_1, A_2] [B_1; B_2]$: exac
 the ranks. A·G and G⁻¹·B are other factors of the same ΔW, for which nothing here gives another ΔW.
 
 Leaves that are trained in full count as the change W' - W of the base, which must then be given.
+
+Adapters of a base that their start changed (`LowRank.residual`, as by `pissa`) are not changes of
+the model: ΔW = 0 is not the model there. A sum of them is defined where the weights add up to 1,
+and is for that base again, or to 0, and is for the parameters. All else is refused; it is defined
+for `difference(adapter, initial)`, where `initial` is what `init` returned.
 All functions are pure, and work under `jax.jit` and `jax.vmap` but where they say otherwise.
 
 On a mesh `add`, `scale` and `difference` move nothing. The others factor A and B by blocks of rows,

@@ -37,8 +37,8 @@ def dare(
 
     Raises:
         TypeError: if `adapters` are none.
-        ValueError: if `density` is out of range, or sites do not fit one another; all paths are
-            named.
+        ValueError: if `density` is out of range, or sites do not fit one another or are for a base
+            that a start changed; all paths are named.
 
     Source: Yu et al., arXiv 2311.03099.
 

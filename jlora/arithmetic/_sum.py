@@ -30,11 +30,13 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
             stays as it is without.
 
     Returns:
-        An adapter. Its dropout is that of the sites where all agree, else 0.
+        An adapter. Its dropout is that of the sites where all agree, else 0; a factor is frozen
+        where it is in all.
 
     Raises:
         TypeError: if `adapters` are none.
-        ValueError: if sites do not fit one another, or cannot be added; all paths are named.
+        ValueError: if sites do not fit one another, cannot be added, or are for a base that a start
+            changed while the weights add up to neither 1 nor 0; all paths are named.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -60,7 +62,8 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
 
     Raises:
         TypeError: if `adapter` is none.
-        ValueError: if it cannot be scaled; all paths are named.
+        ValueError: if it cannot be scaled, as where it is for a base that its start changed; all
+            paths are named.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -77,7 +80,8 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
 def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
     r"""The exact difference $\Delta W = \Delta W_1 - \Delta W_2$, of the sum of the ranks.
 
-    Where an initializer changed the base to $W - \Delta W_2$ this is the adapter of W itself.
+    Where an initializer changed the base to $W - \Delta W_2$ this is the adapter of W itself. Give
+    it there in the place of `adapter` to all that takes ΔW = 0 for the model.
 
     Args:
         adapter: the first.

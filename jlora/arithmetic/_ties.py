@@ -41,8 +41,8 @@ def ties(
 
     Raises:
         TypeError: if `adapters` are none.
-        ValueError: if `density` is out of range, or sites do not fit one another; all paths are
-            named.
+        ValueError: if `density` is out of range, or sites do not fit one another or are for a base
+            that a start changed; all paths are named.
 
     Source: Yadav et al., arXiv 2306.01708; the core space: Panariello et al., arXiv 2509.17786.
 

@@ -43,9 +43,7 @@ class Given(NamedTuple):
 
 def checked(adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal: str) -> Given:
     trees = leaves_of(adapters)
-    if isinstance(weights, jax.Array) and is_concrete(weights):
-        weights = np.asarray(weights)  # whose entries have values under jit too
-    w = [1.0] * len(adapters) if weights is None else list(weights)
+    w = [1.0] * len(adapters) if weights is None else _entries(weights)
     if len(w) != len(adapters):
         raise ValueError(
             f"`weights` must be one for each of the {len(adapters)} adapters; got {len(w)}."
@@ -56,6 +54,12 @@ def checked(adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal:
         for tree in trees:
             check_fits(base, tree)
     return Given(trees, w, base, refusal)
+
+
+def _entries(weights: Sequence[Any] | jax.Array) -> list[Any]:
+    """One by one. Those of an array that a traced function closes over have values."""
+    known = isinstance(weights, jax.Array) and is_concrete(weights)
+    return list(np.asarray(weights) if known else weights)
 
 
 def refuse_residual(given: Given) -> None:

@@ -24,7 +24,8 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     $R_1 R_2^\top = U \Sigma V^\top$, the result is $A' = Q_1 U \sqrt{\Sigma}$ and
     $B' = \sqrt{\Sigma}\, V^\top Q_2^\top$, cut to the rank. ΔW is never formed. Each matrix of a
     stack and each slot is approximated for itself. Computed in float32 or better. On a mesh A and B
-    stay where they lie, but for the triangles of blocks of their rows, which are gathered.
+    stay where they lie, but for the triangles of blocks of their rows, which are gathered. The
+    adapter of a base that its start changed is again one of that base.
 
     Args:
         adapter: an adapter. Leaves trained in full stay as they are.

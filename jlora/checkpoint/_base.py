@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from .._types import PyTree
 from ._fingerprint import shapes_of
 from ._restore import read
-from ._store import Where
+from ._store import Where, check_files
 
 
 class _Variable(NamedTuple):
@@ -93,9 +93,12 @@ def as_saved(tree: PyTree) -> PyTree:
 
 
 def _metadata(folder: Path) -> PyTree:
+    check_files(folder)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             found = checkpointer.metadata(folder.absolute()).item_metadata
+        if found is None:
+            raise ValueError("its metadata are missing or damaged")
         tree = found.tree
     except Exception as e:
         raise _unreadable(folder, e) from e

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import initializers, quantized
-from .._rules import Full, Rule, Slots, anywhere, compiled, is_finite
+from .._rules import Full, Rule, Slots, compile_pattern, is_finite, pattern_anywhere
 from .._tree import nest
 from .._types import Layout, Path, PyTree
+from .._untrusted import shown
 from ..adapters import METHODS, is_node, state, static
-from ..initializers import Initializer, Sketched
+from ..initializers import Initializer
 from ..quantized import Scheme
 from ._fingerprint import Fingerprint, Leaf, exact
 
@@ -36,7 +37,9 @@ class Saved(NamedTuple):
     Attributes:
         adapter: the adapter as saved, a nested dict of `LowRank` nodes and leaves with
             `jax.ShapeDtypeStruct` in place of each array. It can be the `like` of `restore`.
-        rules: the rules as saved. An initializer that is not jlora's own is a `Foreign`.
+        rules: the rules as saved; of format 1, with patterns that take the same leaves by whole
+            components of a path. An initializer that is not jlora's own, or starts from a sketch,
+            is a `Foreign`.
         step: the training step, or None.
         versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
         base: the fingerprint of the base, or None.
@@ -70,8 +73,8 @@ class Foreign:
                 f"init={self.name}(sketch)), where sketch is of jlora.sketch(..., kind={kind!r})."
             )
         raise NotImplementedError(
-            f"`init` was {self.name} when the adapter was saved, which is not a part of jlora. "
-            "Give the rule your own: dataclasses.replace(rule, init=...)."
+            f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of "
+            "jlora. Give the rule your own: dataclasses.replace(rule, init=...)."
         )
 
 
@@ -115,7 +118,7 @@ def decode(fields: Fields) -> Saved:
         leaves[path] = _decode_leaf(item, {n: _struct(leaf) for n, leaf in parts.items()})
     base, rules = fields["base"], fields["rules"]
     if fields["format"] < 2:
-        rules = _of_components(rules, ["/".join(path) for path in leaves])
+        rules = _match_components(rules, ["/".join(path) for path in leaves])
     return Saved(
         adapter=nest(leaves),
         rules=tuple(map(_decode_rule, rules)),
@@ -218,7 +221,7 @@ def _encode_field(value: Any) -> Any:
             return [_encode_field(x) for x in value]
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
-        case Sketched():
+        case Initializer() if value.name in SKETCHED:
             return {"function": f"jlora.initializers.{value.name}"}
         case Initializer() if all(map(_is_known, vars(value).values())):
             options = {name: _encode_field(x) for name, x in vars(value).items()}
@@ -228,20 +231,25 @@ def _encode_field(value: Any) -> Any:
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
 
 
-def _of_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
+# A pattern that matches in time that is linear in the path: without repetition, one group at most.
+PLAIN = re.compile(r"\^?[\w/]*(?:\((?:\?:)?[\w|]+\)|\[\w+\])?[\w/]*\$?")
+
+
+def _match_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
     """Rules of format 1, with patterns that take the same leaves by whole components.
 
-    A pattern matches no more by whole components, and what it matched before is adapted. So it
-    stays as it is where it still matches the leaves that no earlier rule takes.
+    A pattern matches no more by whole components, and what it matched before is adapted. So a plain
+    one stays as it is where it still matches the leaves that no earlier rule takes. Others are not
+    tried, as a file may have one that takes for ever.
     """
     new, left = [], list(adapted)
     for rule in rules:
         if (pattern := rule.get("pattern")) is not None:
-            hits = [path for path in left if re.search(pattern, path)]
+            is_plain = PLAIN.fullmatch(pattern) and pattern.strip("/") == pattern
+            hits = {path for path in left if re.search(pattern, path)} if is_plain else set()
             left = [path for path in left if path not in hits]
-            is_same = all(compiled(pattern).search(path) for path in hits)
-            if not is_same or pattern.strip("/") != pattern:
-                rule = rule | {"pattern": anywhere(pattern)}
+            if not is_plain or not all(map(compile_pattern(pattern).search, hits)):
+                rule = rule | {"pattern": pattern_anywhere(pattern)}
         new.append(rule)
     return new
 

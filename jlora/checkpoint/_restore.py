@@ -1,7 +1,6 @@
 """An adapter from an Orbax checkpoint, checked against what it is to fit."""
 
 import json
-import os
 from typing import Any
 
 import jax
@@ -10,12 +9,22 @@ import orbax.checkpoint as ocp
 
 from .._tree import adapter_leaves, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
+from .._untrusted import shown
 from ..adapters import arrays as arrays_of
 from ..adapters import is_node, state, static
-from ._fingerprint import Leaf, as_in, differences, exact, fingerprint, hash_of, is_fingerprint
+from ._fingerprint import (
+    Leaf,
+    as_in,
+    differences,
+    exact,
+    fingerprint,
+    hash_of,
+    is_fingerprint,
+    shapes_of,
+)
 from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
-from ._store import Where, place
+from ._store import Where, check_files, place
 from ._together import brief, by_all, in_step
 
 
@@ -51,6 +60,7 @@ def read(path: Where) -> Saved:
     try:
         saved = decode(fields)
         adapter_leaves(saved.adapter)  # raises unless it is an adapter
+        shapes_of(saved.base or {})  # raises unless all dtypes are known
         return saved
     except Exception as e:
         raise _damaged(path, e) from e
@@ -117,7 +127,7 @@ def _fields(path: Where) -> Fields:
     file = folder / METADATA / "metadata"
     if not folder.is_dir() or not file.exists():
         raise ValueError(_foreign(folder))
-    _check_files(folder)
+    check_files(folder)
     try:
         fields = json.loads(file.read_text())
         number = fields["format"]
@@ -138,16 +148,6 @@ def _damaged(path: Where, error: Exception) -> ValueError:
     )
 
 
-def _check_files(folder: Any) -> None:
-    """Raises where reading might never end: at pipes and devices."""
-    if "://" in os.fspath(folder):
-        return
-    for parent, _, names in os.walk(folder):
-        for path in (os.path.join(parent, name) for name in names):
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise ValueError(f"`path`: {path} is no regular file. Take another checkpoint.")
-
-
 def _foreign(folder: Any) -> str:
     names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
     steps = [name for name in names if name.isdigit()]
@@ -156,7 +156,9 @@ def _foreign(folder: Any) -> str:
             f"`path`: {folder} holds the steps {', '.join(sorted(steps, key=int))} of a "
             f"CheckpointManager; give one of them, such as {folder / max(steps, key=int)}."
         )
-    held = f"it holds {', '.join(names)}" if names else "it is no folder, or an empty one"
+    held = (
+        f"it holds {', '.join(map(shown, names))}" if names else "it is no folder, or an empty one"
+    )
     return (
         f"`path`: {folder} is no checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} "
         f"in it, but {held}. Give a folder that jlora.checkpoint.save wrote."

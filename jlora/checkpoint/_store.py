@@ -9,15 +9,57 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from .. import _folders
+from .._untrusted import check_values, shown
 from ._together import brief, by_first, in_step, shared
 
 Where = str | os.PathLike[str]
+
+LIMIT = 64 * 2**20  # bytes of a file that describes arrays
+_DESCRIBING = {
+    "metadata",
+    "_METADATA",
+    "_CHECKPOINT_METADATA",
+    "_sharding",
+    "array_metadatas",
+    "manifest.ocdbt",
+    "commit_success.txt",
+    ".zarray",
+    "zarr.json",
+}
 
 
 def place(path: Where) -> epath.Path:
     """`path` as Orbax wants it: absolute, or a URL such as `gs://…`."""
     name = os.fspath(path)
     return epath.Path(name if "://" in name else os.path.abspath(name))
+
+
+def check_files(folder: Where) -> None:
+    """Raises where reading might never end, or take more memory than a checkpoint has reason to.
+
+    Orbax reads what it finds: pipes and devices, and all of what describes the arrays.
+
+    Raises:
+        ValueError: for a local folder with such a file.
+    """
+    if "://" in os.fspath(folder):
+        return
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            if path.exists() and not path.is_file():
+                raise ValueError(
+                    f"`path`: {shown(str(path))} is no regular file. Take another checkpoint."
+                )
+            if path.exists() and (path.name in _DESCRIBING or path.parent.name in _DESCRIBING):
+                _check_size(path)
+
+
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > LIMIT:
+        raise ValueError(
+            f"`path`: {path} has {size} bytes; expected at most {LIMIT}. Take another checkpoint."
+        )
+    check_values(path.read_bytes(), f"`path`: {path}")
 
 
 def write(path: Where, handler: Any, args: Any) -> None:

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from .._untrusted import printable
+
 LENGTH = 1000  # bytes of an error that the other processes are told
 MISMATCH = "sync_global_devices name mismatch"  # JAX's words
 
@@ -78,4 +80,5 @@ def _tell(error: Exception | None) -> list[str]:
 def brief(error: Exception) -> str:
     """An error in a line, without what TensorStore adds for its developers."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")
+    text = re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")
+    return printable(text)

@@ -8,7 +8,6 @@ import jax
 from jax import lax
 
 from .. import _compat
-from ._axes import Unfactorable
 from ._explicit import explicit
 from ._interpret import Equation, materialized, rule
 from ._packed import mesh_axes

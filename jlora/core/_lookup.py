@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ._axes import RANK, Axis, Factor, Unfactorable
@@ -36,9 +37,11 @@ def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
         return value * keep.arranged(found.axes)
 
     products = map(product, w.change.deltas, moved.change.deltas)
-    out = plus_deltas(out, w, "embed", found.roles, products)
+    out = plus_deltas(out, w, "embed", found.roles, map(found.detach_out_of_bounds, products))
     gain = moved.change.gain
-    return out if gain is None else times(out, gain.arranged(found.axes))
+    if gain is None:
+        return out
+    return times(out, found.detach_out_of_bounds(gain.arranged(found.axes)))
 
 
 class _Lookup:
@@ -47,6 +50,7 @@ class _Lookup:
     Attributes:
         picked: the axes of the weight along which one place is looked up.
         roles: those, and the axes that are taken whole.
+        last: for each axis that is indexed, in this order, the last index within bounds.
         axes: the axes of the result.
         batch: those of them that are axes of the indices.
     """
@@ -60,6 +64,7 @@ class _Lookup:
         self.index_of = {w.axes[d]: i for i, d in enumerate(numbers.start_index_map)}
         by_axis = dict(zip(w.axes, sizes, strict=True))
         lengths = dict(zip(w.axes, w.shape, strict=True))
+        self.last = {a: lengths[a] - by_axis[a] for a in self.index_of}
         collapsed = {w.axes[d] for d in numbers.collapsed_slice_dims}
         whole = tuple(
             a
@@ -117,12 +122,25 @@ class _Lookup:
         if packed is None:
             return self.eqn.bind(w.array, self.indices)
         rows = packed.map(self.rows)
-        bounds = [(a, n) for a, n in zip(w.axes, w.shape, strict=True) if self.fills(a)]
-        if bounds:
-            each = [(self.indices[..., self.index_of[a]], n) for a, n in bounds]
-            is_row = jnp.all(jnp.stack([(i >= 0) & (i < n) for i, n in each]), 0)
-            rows = self._filled_rows(rows, Factor(is_row, self.batch))
+        if any(map(self.fills, w.axes)):
+            rows = self._filled_rows(rows, self._is_row())
         return rows.like(self.eqn.outputs[0]).named(self.axes)
+
+    def detach_out_of_bounds(self, x: jax.Array) -> jax.Array:
+        """`x`, a part of the result, with a gradient only where the indices are within bounds.
+
+        So is the gradient of W, as JAX derives it, unless the mode clips the indices.
+        """
+        if self.params["mode"] == lax.GatherScatterMode.CLIP:
+            return x
+        return jnp.where(self._is_row().arranged(self.axes), x, lax.stop_gradient(x))
+
+    def _is_row(self) -> Factor:
+        """Whether the indices are within bounds."""
+        i = self.indices
+        last = np.minimum(list(self.last.values()), jnp.iinfo(i.dtype).max).astype(i.dtype)
+        within = (i >= 0) & (i <= np.expand_dims(last, tuple(range(i.ndim - 1))))
+        return Factor(jnp.all(within, -1), self.batch)
 
     def _filled_rows(self, rows: Packed, is_row: Factor) -> Packed:
         """Rows of a packed weight, filled where `is_row` is false."""

@@ -21,4 +21,3 @@ from ._miss import miss as miss
 from ._olora import olora as olora
 from ._pissa import pissa as pissa
 from ._pissa import pissa_niter as pissa_niter
-from ._sketched import Sketched as Sketched

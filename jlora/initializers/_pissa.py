@@ -25,9 +25,10 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
     `jlora.quantize` of that base is QPiSSA: it loses less than W would. Of a base that is quantized
     when `init` gets it, the rest is quantized again in the same scheme, and the losses add up.
 
-    The base is another than `params`: see the guide "Which rule" for resuming and for files. Tune
-    the learning rate anew. In reinforcement learning with verifiable rewards PiSSA and MiLoRA were
-    found to collapse (arXiv 2512.23165).
+    The base is another than `params`: see the guide "Which rule" for resuming and for files.
+    Without the adapter, as in `apply(base, {}, ...)`, it is not the model; dropout drops parts of
+    W, and weight decay pulls away from W. Tune the learning rate anew. In reinforcement learning
+    with verifiable rewards PiSSA and MiLoRA were found to collapse (arXiv 2512.23165).
 
     It takes a full SVD of each matrix, of a stack one entry of its first axis at a time. A matrix
     that lies on several devices is gathered for it, and so is a stack that is cut along its first

@@ -59,16 +59,16 @@ def route(
             constrain the sharding of activations.
 
     Returns:
-        `routed(base, table, ids, *args, **kwargs)`, where `ids`, integers of shape (rows,), names
-        the slot of each row; -1 is the base alone. A traced id that names no slot gives NaN. Where
-        `ids` is a NumPy array of equally long runs, each run is one batch for its adapter.
-        Differentiable with respect to the table, so that many adapters train in one step.
+        `routed(base, table, ids, *args, **kwargs)`, where `ids`, integers of shape (rows,) and of
+        any dtype, names the slot of each row; -1 is the base alone. A traced id that names no slot
+        gives NaN. Where `ids` is a NumPy array of equally long runs, each run is one batch for its
+        adapter. Differentiable with respect to the table, so that many adapters train in one step.
 
     Raises:
         TypeError: if `table` or `ids` is none.
         ValueError: if an argument or a result has no axis of rows, `ids` names no slot, or the
-            table does not fit the base, is of a method other than LoRA, or was prepared in another
-            form.
+            table does not fit the base, is of a method other than LoRA, is for a base that a start
+            changed, which -1 would take for the model, or was prepared in another form.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -133,7 +133,7 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
 
     Raises:
         TypeError: if `table` is none.
-        ValueError: if it is of a method other than LoRA.
+        ValueError: if it is of a method other than LoRA, or for a base that a start changed.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -155,7 +155,7 @@ def _prepared(table: PyTree, form: str | None) -> tuple[Leaves, int]:
     refuse_others(others.items())
     refuse(
         "a table that is routed cannot hold what is",
-        {path: f"{RESIDUAL}, so that -1 would not be the model" for path in residual},
+        dict.fromkeys(residual, f"{RESIDUAL}, so that -1 would not be the model"),
         FROM_THE_START,
     )
     if others:

@@ -40,9 +40,10 @@ def init(
 
     Returns:
         `(base, table)`. The base is that of `lora.init`, once: `params`, leaf for leaf the same
-        arrays, unless an initializer changes it. The table is an adapter of which each array has a
-        leading axis of n slots. Works under `jax.jit` with `out_shardings`, such as those of
-        `jlora.sharding.specs` with one more axis in front, and `jax.eval_shape`.
+        arrays, unless an initializer changes it; `route` refuses a table of such a base. The table
+        is an adapter of which each array has a leading axis of n slots. Works under `jax.jit` with
+        `out_shardings`, such as those of `jlora.sharding.specs` with one more axis in front, and
+        `jax.eval_shape`.
 
     Raises:
         TypeError: if `keys` are no such keys, or `ranks` are no integers that are known.

@@ -39,7 +39,11 @@ def stack(
 
     An adapter of a smaller rank than the others' at a site has columns of A and rows of B that are
     0; one without a site, ΔW = 0 there; one whose scale is another, that scale in B. So slot k of
-    the table has the ΔW of adapter k.
+    the table has the ΔW of adapter k. Dropout is the table's: that of the adapters where they
+    agree, else 0.
+
+    Adapters of a base that their start changed (`LowRank.residual`) must fill all slots, as ΔW = 0
+    is not the model there. Their table is for `jax.vmap`; `route` refuses it.
 
     Args:
         adapters: at least one adapter, `{}` among them if need be. None may hold NaN or infinity.
@@ -54,9 +58,11 @@ def stack(
         axis of `size` slots. `jax.vmap` over it is over the adapters.
 
     Raises:
-        TypeError: if `adapters` are none, or of a method other than LoRA.
-        ValueError: if sites do not fit one another, ranks do not fit in `rank`, or a value is not
-            finite; all paths are named.
+        TypeError: if `adapters` are none.
+        ValueError: if sites do not fit one another, are of a method other than LoRA, or train other
+            factors (`LowRank.frozen`); if ranks do not fit in `rank`, a slot would be without a
+            site of a changed base, an adapter has dropout keys, or a value is not finite; all paths
+            are named.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -93,16 +99,17 @@ def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTre
         table: from `stack` or `init`.
         slot: from 0 on, an integer or a traced one, which is not checked.
         adapter: an adapter of at most the table's ranks, at some of its sites. Its values are
-            checked unless they are traced: under `jit` see to it that they are finite.
+            checked unless they are traced: under `jit` see to it that they are finite. Its dropout
+            becomes the table's.
         base: the parameters, needed where the table has leaves in full that `adapter` has not.
 
     Returns:
         A table.
 
     Raises:
-        TypeError: if `table` or `adapter` is none.
-        ValueError: if `slot` is out of range, or the adapter does not fit the table or is not
-            finite; all paths are named.
+        TypeError: if `table` or `adapter` is none, or `slot` no integer.
+        ValueError: if `slot` is out of range, or the adapter does not fit the table, as in `stack`,
+            or is not finite; all paths are named.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -134,8 +141,8 @@ def remove(table: PyTree, slot: int | jax.Array, *, base: PyTree = None) -> PyTr
         A table, of the same shapes and types.
 
     Raises:
-        TypeError: if `table` is none.
-        ValueError: if `slot` is out of range.
+        TypeError: if `table` is none, or `slot` no integer.
+        ValueError: if `slot` is out of range, or the table is for a base that a start changed.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -159,7 +166,7 @@ def take(table: PyTree, slot: int | jax.Array) -> PyTree:
         what of its rank is 0.
 
     Raises:
-        TypeError: if `table` is none.
+        TypeError: if `table` is none, or `slot` no integer.
         ValueError: if `slot` is out of range.
 
     Examples:

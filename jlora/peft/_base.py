@@ -19,10 +19,10 @@ from .._tree import flatten
 from .._types import PyTree
 from ..quantized import FP4, NF4, Int8, Quantized, is_quantized, spelled
 from ._arrays import weight, weights
-from ._checkpoint import LIMIT, ONE, Checkpoint, open_checkpoint
-from ._file import DTYPES, brief, listing, read_json, shown
+from ._checkpoint import ONE, Checkpoint, open_checkpoint
+from ._file import DTYPES, brief, listing, shown
 from ._names import Leaf, Name
-from ._weights import all_named
+from ._weights import all_named, narrowed
 from .formats import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
 from .formats import _bitsandbytes as bnb
 
@@ -86,16 +86,16 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
             unread += leaf.modules
     prefixes = tuple(f"{module}." for module in unread)
     left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
-    if wrong := [*wrong, *(f"{shown(name)}: unexpected" for name in left)]:
+    # What the configuration says is wrong of each leaf in the same words.
+    wrong = list(dict.fromkeys(wrong)) + [f"{shown(name)}: unexpected" for name in left]
+    if wrong:
         raise ValueError(f"`dir`: {path} does not fit `like`. {listing(wrong)}")
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
 def configuration_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """`quantization_config`, also where it is within another part, as of models of models."""
-    if "config.json" not in checkpoint.kept:
-        return {}
-    left: list[Any] = [read_json(checkpoint.source, "config.json", LIMIT)]
+    left: list[Any] = [checkpoint.config]
     while left:
         part = left.pop()
         found = part.get("quantization_config")
@@ -113,8 +113,8 @@ def format_of(config: Mapping[str, Any], argument: str = "dir") -> Format | None
     if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
             f"`{argument}`: its config.json has the `quant_method` {brief(method)}; known are "
-            f"{', '.join(sorted(FORMATS))}. Load a checkpoint that is not quantized, and use "
-            "jlora.quantize."
+            f"{', '.join(sorted(FORMATS))}. Give the checkpoint that it was made of, and quantize "
+            "that by jlora."
         )
     return FORMATS[method]
 
@@ -147,7 +147,9 @@ def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | Non
 
 def _dense(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     for key, x in zip(leaf.parameters, parts, strict=True):
-        if not np.isfinite(x.astype(np.float32)).all():
+        if why := narrowed(x.dtype):
+            raise Unreadable(f"{key}: {why}")
+        if not np.isfinite(x).all():
             raise Unreadable(f"{key}: has values that are not finite")
     return weight(leaf, parts)
 

@@ -1,7 +1,9 @@
 """A Hugging Face checkpoint: which of its files holds which tensor, and what else is there."""
 
+import collections
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from ._file import (
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DEEPEST = 32  # folders in each other
 LIMIT = 64 * 2**20  # bytes of an index; of 400,000 tensors
 # Weights in other forms, which would stay unmerged, and pickles, which hold weights or code.
 _WEIGHTS = re.compile(
@@ -43,6 +46,7 @@ class Checkpoint(NamedTuple):
         kept: all other files to be copied, as paths in the folder.
         left_out: what is not copied.
         vocabulary: the lengths that the input embedding may have, if the output head shares it.
+        config: the configuration of the model; empty if there is none.
     """
 
     source: Source
@@ -51,11 +55,7 @@ class Checkpoint(NamedTuple):
     kept: list[str]
     left_out: list[str]
     vocabulary: frozenset[int]
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The configuration of the model; empty if there is none."""
-        return _config(self.source, self.kept)
+    config: Mapping[str, Any]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -68,11 +68,16 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    dir: str | os.PathLike[str], argument: str = "src_dir", *, follow_links: bool = False
+    dir: str | os.PathLike[str],
+    argument: str = "src_dir",
+    *,
+    follow_links: bool = False,
+    copied: bool = False,
 ) -> Checkpoint:
     """Reads headers, index and configuration of the folder that the user's `argument` names.
 
-    Its files may be links to within the folder, or anywhere with `follow_links`.
+    Its files may be links to within the folder, or anywhere with `follow_links`. If it is to be
+    `copied`, none of them may be missing.
 
     Raises:
         FileNotFoundError: if there is no such folder, or a shard is missing.
@@ -94,14 +99,20 @@ def open_checkpoint(
         ]
     if wrong:
         raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {listing(wrong)}")
-    kept, left_out = _others(source.folder, {*files, INDEX} if mapped else set(files))
+    kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
+    if odd := [name for name in odd if copied or name == "config.json"]:
+        raise ValueError(
+            f"`{argument}`: {source.folder} has other things in the places of files. Put the files "
+            f"there, or remove these. {listing([_what_is(source, name) for name in odd])}"
+        )
     for name in kept if not follow_links else ():
         check_within(source, source.folder / name)
     if mapped is not None:
         kept.append(INDEX)
     matrices = (e.shape for h in headers.values() for e in h.entries.values() if len(e.shape) == 2)
-    vocabulary = _tied_vocabulary(_config(source, kept), [rows for rows, _ in matrices])
-    return Checkpoint(source, headers, where, kept, left_out, vocabulary)
+    config = read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
+    vocabulary = _tied_vocabulary(config, collections.Counter(rows for rows, _ in matrices))
+    return Checkpoint(source, headers, where, kept, left_out, vocabulary, config)
 
 
 def holds(dir: str | os.PathLike[str]) -> set[str]:
@@ -169,33 +180,58 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
     return sorted(set(mapped.values())), mapped
 
 
-def _others(folder: Path, read: set[str]) -> tuple[list[str], list[str]]:
-    """The other files, as paths in the folder: those to copy, and those to leave out."""
-    kept, left_out = [], []
-    for path in _walk(folder):
-        name = path.relative_to(folder).as_posix()
+def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copies what is kept beside the weights."""
+    for name in checkpoint.kept:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.source.folder / name, folder / name)
+
+
+def _what_is(source: Source, name: str) -> str:
+    path = source.folder / name
+    what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
+    return f"{shown(name)}: is {'a folder' if path.is_dir() else what}"
+
+
+def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[str]]:
+    """What else there is, as paths: what to copy, what to leave out, and what is no file."""
+    kept, left_out, odd = [], [], []
+    for path in _walk(source, source.folder, DEEPEST):
+        name = path.relative_to(source.folder).as_posix()
         if name in read:
             continue
         # An adapter_config.json would have transformers apply the adapter once more.
-        drop = not path.is_file() or _WEIGHTS.search(path.name) or name in (CONFIG, TENSORS)
-        (left_out if drop else kept).append(name)
-    return sorted(kept), sorted(left_out)
+        is_folder = path.is_dir() and not _is_called_a_file(path)
+        if is_folder or _WEIGHTS.search(path.name) or name in (CONFIG, TENSORS):
+            left_out.append(name)
+        else:
+            (kept if path.is_file() else odd).append(name)
+    return sorted(kept), sorted(left_out), sorted(odd)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _is_called_a_file(path: Path) -> bool:
+    return path.suffix in (".json", ".jinja", ".model", ".txt")
+
+
+def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
+    if not depth:
+        raise ValueError(
+            f"`{source.argument}`: {source.folder} has folders in each other, more than {DEEPEST}: "
+            f"{shown(folder.relative_to(source.folder).as_posix())}. Move them out."
+        )
     for path in folder.iterdir():
-        if not path.is_dir() or path.is_symlink() or path.name in (".git", ".cache"):
+        is_whole = path.is_symlink() or path.name in (".git", ".cache") or _is_called_a_file(path)
+        if is_whole or not path.is_dir():
             yield path
         else:
-            yield from _walk(path)
+            yield from _walk(source, path, depth - 1)
 
 
-def _config(source: Source, kept: list[str]) -> Mapping[str, Any]:
-    return read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
+def _tied_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> frozenset[int]:
+    """The lengths that a shared embedding may have; or none.
 
-
-def _tied_vocabulary(config: Mapping[str, Any], rows: Sequence[int]) -> frozenset[int]:
-    """The lengths that a shared embedding may have, of matrices of so many rows; or none."""
+    `rows` counts the matrices by how many rows they have.
+    """
     parts = list(_parts(config))
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     names = config.get("architectures")
@@ -205,10 +241,10 @@ def _tied_vocabulary(config: Mapping[str, Any], rows: Sequence[int]) -> frozense
     is_denied = [x is False for x in said]
     if not headed or not rows or (said and all(is_denied)):
         return frozenset()
-    sizes = {n for part in parts if isinstance(n := part.get("vocab_size"), int)} & set(rows)
+    sizes = {n for part in parts if isinstance(n := part.get("vocab_size"), int)} & rows.keys()
     sizes = sizes or {max(rows)}
     if any(is_denied):  # a model of models, and no file tells whose word counts
-        sizes = {size for size in sizes if rows.count(size) < 2}
+        sizes = {size for size in sizes if rows[size] < 2}
     return frozenset(sizes)
 
 

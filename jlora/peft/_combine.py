@@ -82,7 +82,7 @@ def combine(
         ...     peft.read_config(f"{folder}/c")["r"]
         4
     """
-    each = [read_alone(dir, "dirs") for dir in dirs]
+    each = [read_alone(dir, f"dirs[{i}]") for i, dir in enumerate(dirs)]
     names = [os.fspath(dir) for dir in dirs]
     wrong = [*_different(names, each), *_without_form(names, each)]
     if wrong:

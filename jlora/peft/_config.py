@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._rules import is_finite
-from ._file import CONFIG, Source, brief, read_json
+from ._file import CONFIG, Source, brief, read_json, shown
 from ._patterns import PLAIN, of_key, of_layer, problems_of
 from .others import OTHERS
 
@@ -148,7 +148,7 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
         remedy = "; write it as LoRA first, by jlora.peft.to_lora" if name in tuple(OTHERS) else ""
         found.append(f"peft_type: expected 'LORA', got {brief(name)}{remedy}")
     found += [
-        f"{key}: {brief(value)} is a feature that jlora does not support"
+        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
         for key, value in features(fields).items()
         if key not in METHODS
     ]
@@ -175,7 +175,7 @@ def _problems_of_rows(fields: Mapping[str, Any]) -> list[str]:
     """Why the fields cannot be read as an adapter of rows of embeddings alone."""
     found = [f"{key}: missing" for key in ("target_modules", "token_indices") if key not in fields]
     return found + [
-        f"{key}: {brief(value)} is a feature that jlora does not support"
+        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
         for key, value in fields.items()
         if key not in ROWS_DEFAULTS and value
     ]

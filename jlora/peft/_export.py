@@ -1,7 +1,8 @@
 """A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
 
+import functools
+import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -13,7 +14,7 @@ from .._types import PyTree
 from ._base import configuration_of
 from ._blocks import chunks, tensor
 from ._changes import Changes, changes
-from ._checkpoint import Checkpoint, open_checkpoint, refuse
+from ._checkpoint import Checkpoint, copy_others, open_checkpoint, refuse
 from ._file import DTYPES, opened, shown
 from ._names import Name
 from ._rewrite import dequantize_checkpoint, requantized
@@ -98,7 +99,7 @@ def export_merged(
         >>> merged["q.weight"].shape, left_out
         ((3, 4), [])
     """
-    checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if configuration_of(checkpoint):
         return _onto_quantized(checkpoint, adapter, out_dir, names, requantize, follow_links)
     if requantize:
@@ -122,9 +123,7 @@ def export_merged(
             with open(folder / file, "wb") as target:
                 _write(checkpoint, file, todo, target, bar.update, wrong)
         refuse(wrong)
-        for name in checkpoint.kept:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.source.folder / name, folder / name)
+        copy_others(checkpoint, folder)
     return checkpoint.left_out
 
 
@@ -136,7 +135,7 @@ def _onto_quantized(
     requantize: bool,
     follow_links: bool,
 ) -> list[str]:
-    with scratch(out_dir) as folder:
+    with scratch(out_dir, "`out_dir`") as folder:
         src_dir, dense = checkpoint.source.folder, folder / "dense"
         found = dequantize_checkpoint(src_dir, dense, follow_links=follow_links)
         if not requantize:
@@ -161,24 +160,28 @@ def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
 def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
     """The same for both copies of a shared weight that is stored twice."""
     sums, full, rows = dict(todo.sums), dict(todo.full), dict(todo.rows)
-    for name, other in copies(checkpoint, {*sums, *full, *rows}):
-        if _same(checkpoint, name, other):
+    digest = functools.partial(_digest, checkpoint)
+    for other, own, copied in copies(checkpoint, {*sums, *full, *rows}, digest):
+        if copied is not None:
             for changed in (sums, full, rows):
-                changed |= {other: changed[name]} if name in changed else {}
-        elif name in rows:
+                changed |= {other: changed[copied]} if copied in changed else {}
+        elif unlike := [name for name in own if name in rows]:
             refuse(
                 [
-                    f"{shown(name)}: has rows in the adapter, which PEFT gives {shown(other)} too "
-                    "where the two are tied; by config.json they are, but the checkpoint has other "
-                    "values of it. Set tie_word_embeddings there"
+                    f"{shown(unlike[0])}: has rows in the adapter, which PEFT gives {shown(other)} "
+                    "too where the two are tied; by config.json they are, but the checkpoint has "
+                    "other values of it. Set tie_word_embeddings there"
                 ]
             )
     return todo._replace(sums=sums, full=full, rows=rows)
 
 
-def _same(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    pieces = (_pieces(checkpoint, name) for name in (one, two))
-    return all(x == y for x, y in zip(*pieces, strict=True))
+def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+    """The hash of a tensor's bytes."""
+    found = hashlib.sha256()
+    for piece in _pieces(checkpoint, name):
+        found.update(piece)
+    return found.digest()
 
 
 def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import reprlib
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from .._untrusted import brief as brief
+from .._untrusted import check_values
+from .._untrusted import shown as shown
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -66,9 +69,9 @@ def check_within(source: Source, path: Path) -> None:
     cache = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
     if not any(real.is_relative_to(root) for root in (folder, *cache)):
         raise ValueError(
-            f"`{source.argument}`: {path} is a link to {real}, out of the folder; what it holds "
-            "would come to be in the output. Give a copy with links followed (cp -rL), or "
-            "follow_links=True."
+            f"`{source.argument}`: {shown(str(path))} is a link to {shown(str(real))}, out of the "
+            "folder; what it holds would come to be in the output. Give a copy with links followed "
+            "(cp -rL), or follow_links=True."
         )
 
 
@@ -108,8 +111,9 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
     """A JSON object without duplicate keys and without numbers that are not finite.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, or too many values.
     """
+    check_values(data, what)
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError:
@@ -126,18 +130,6 @@ def listing(found: Sequence[str]) -> str:
     shown = [f"  {p}" for p in found[:100]]
     shown += [f"  … and {len(found) - 100} more"] * (len(found) > 100)
     return f"{len(found)} problems:\n" + "\n".join(shown)
-
-
-def shown(key: str) -> str:
-    """A key of a file as it is, unless it is long or would garble the message."""
-    return key if key.isprintable() and len(key) <= 300 else brief(key)
-
-
-def brief(value: Any) -> str:
-    """What a file says, in few characters and without line breaks, however it is nested."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = 100
-    return short.repr(value)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ._config import features, misformed
-from ._file import CONFIG, PREFIX, brief
+from ._file import CONFIG, PREFIX, brief, shown
 from ._parts import AB
 from ._read import Part
 from .others import OTHERS, Other
@@ -45,7 +45,7 @@ def named(fields: Mapping[str, Any]) -> Other:
 def problems_of(fields: Fields, kind: Other) -> list[str]:
     """Why the configuration is none of the kind, or changes what is computed."""
     wrong = [
-        f"{key}: {brief(value)} is a feature that jlora does not support"
+        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
         for key, value in features(fields).items()
         if key not in kind.fields
     ]

@@ -5,8 +5,9 @@ modules otherwise than its checkpoints do, and adapts experts as one parameter t
 by one. Which names are meant follows from those that an adapter has.
 """
 
+import collections
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ._dialects import dialects
@@ -57,14 +58,16 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
         ValueError: if names with either of two first parts find as many.
     """
     best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
+    tried = list[dict[str, str]]()
     for dialect in dialects(shapes):
         named = _named(dialect, shapes)
+        if named in tried:
+            continue
+        tried.append(named)
         fused = named.keys() | _fused(named, shapes).keys()
         known = fused | shapes.keys()  # as a part of a model may have the names of the checkpoint
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
-        counts = [
-            sum(name in known or _there(name, *way) in fused for name in wanted) for way in ways
-        ]
+        counts = _counts(ways, wanted, fused, known)
         if max(counts) > most:
             best, most = [], max(counts)
         if max(counts) == most:
@@ -105,12 +108,12 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _named(dialect: Iterable[tuple[str, str]], names: Iterable[str]) -> dict[str, str]:
+def _named(dialect: Sequence[tuple[str, str]], names: Iterable[str]) -> dict[str, str]:
     """The names of a dialect, and what the checkpoint calls them."""
-    found = {}
+    found, is_old = {}, re.compile("|".join(f"(?:{old})" for old, _ in dialect)).search
     for name in names:
         new = name
-        for old, modern in dialect:
+        for old, modern in dialect if is_old(name) else ():
             new = re.sub(old, modern, new)
         found.setdefault(new, name)
     return found
@@ -120,8 +123,19 @@ def _firsts(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.partition(".")[0] + "." for name in names))[:_FIRSTS]
 
 
-def _there(name: str, add: str, strip: str) -> str:
-    return add + name.removeprefix(strip)
+def _counts(
+    ways: Collection[tuple[str, str]],
+    wanted: Collection[str],
+    named: Collection[str],
+    known: Collection[str],
+) -> list[int]:
+    """How many of `wanted` each way finds: as they are, or with a first part added or taken off."""
+    lost, same = {n for n in wanted if n not in known}, sum(n in known for n in wanted)
+    longer = (name.partition(".") for name in named)
+    added = collections.Counter(first + "." for first, _, rest in longer if rest in lost)
+    shorter = (name.partition(".") for name in lost)
+    stripped = collections.Counter(first + "." for first, _, rest in shorter if rest in named)
+    return [same + (added[add] if add else stripped[strip] if strip else 0) for add, strip in ways]
 
 
 def _fused(named: Mapping[str, str], shapes: Shapes) -> Views:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,10 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .._folders import fresh
-from .._rules import compiled, matches, misplaced, rule_name, unmatched
+from .._rules import compile_pattern, explain_no_match, matches, misplaced, rule_name
 from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
 from ._base import configuration_of, format_of
-from ._checkpoint import INDEX, LIMIT, Checkpoint, open_checkpoint
+from ._checkpoint import INDEX, LIMIT, Checkpoint, copy_others, open_checkpoint
 from ._file import brief, listing, read_json
 from .formats import Dense, Stored, Tensors, Unreadable, array_of, check_finite, left_of
 from .formats import _bitsandbytes as bnb
@@ -99,7 +98,7 @@ def quantize_checkpoint(
     if not _is_of_bitsandbytes(scheme):
         got = misplaced(scheme)
         raise ValueError(f"`scheme` must be of bitsandbytes: NF4(), FP4() or Int8(); got {got}.")
-    checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if config := configuration_of(checkpoint):
         raise ValueError(
             f"`src_dir`: {checkpoint.source.folder} is quantized already, by "
@@ -144,7 +143,7 @@ def quantize_checkpoint(
 
 
 def _skips(skip: str | None, name: str) -> bool:
-    return skip is not None and compiled(skip, ".").search(name) is not None
+    return skip is not None and compile_pattern(skip, ".").search(name) is not None
 
 
 def _check_patterns(checkpoint: Checkpoint, scheme: Scheme, skip: str | None) -> None:
@@ -155,11 +154,11 @@ def _check_patterns(checkpoint: Checkpoint, scheme: Scheme, skip: str | None) ->
         if pattern is None or pattern == SKIP:
             continue
         try:
-            hits = any(compiled(pattern, ".").search(name) for name in names)
+            hits = any(compile_pattern(pattern, ".").search(name) for name in names)
         except re.error as e:
             raise ValueError(f"{what} is not a regular expression: {e}.") from None
         if not hits:
-            advice = unmatched(pattern, names, ".")
+            advice = explain_no_match(pattern, names, ".")
             raise ValueError(f"{what} matches no tensor of `src_dir`. {advice}")
 
 
@@ -184,7 +183,7 @@ def dequantize_checkpoint(
         FileExistsError: if `out_dir` is there and not an empty folder.
         ValueError: if the checkpoint is damaged, or not quantized.
     """
-    checkpoint = open_checkpoint(src_dir, follow_links=follow_links)
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     tensors, config = Tensors(checkpoint), configuration_of(checkpoint)
     if not config:
         raise ValueError(
@@ -310,7 +309,7 @@ def _rewrite(
     what: str,
 ) -> None:
     """Each file with what `convert` makes of its tensors; None is a tensor as it is."""
-    tensors, source = Tensors(checkpoint), checkpoint.source
+    tensors = Tensors(checkpoint)
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
     weight_map, size = {}, 0
@@ -330,9 +329,7 @@ def _rewrite(
             config = config_of(_config(checkpoint))
         except Unreadable as e:
             raise ValueError(f"`src_dir`: {listing([str(e)])}") from None
-        for name in checkpoint.kept:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.folder / name, folder / name)
+        copy_others(checkpoint, folder)
         _write_json(folder / "config.json", config)
         if INDEX in checkpoint.kept:
             _write_json(

@@ -93,7 +93,7 @@ class Selection:
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names `module` or one that holds it, as PEFT matches it."""
-        return any(parent in self._saved for parent in parents(module))
+        return bool(self._saved.backwards) and any(p in self._saved for p in parents(module))
 
     def parameters(self, module: str) -> list[str]:
         """The parameters of `module` that `target_parameters` names, if it is not adapted whole."""

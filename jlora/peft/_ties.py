@@ -2,7 +2,7 @@
 
 import collections
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,12 +69,21 @@ def untied(
     ]
 
 
-def copies(checkpoint: Checkpoint, changed: Collection[str]) -> Iterator[tuple[str, str]]:
-    """A changed weight that is shared, and another tensor that may be its copy."""
-    others = [n for n in checkpoint.where if n not in changed and is_shared(checkpoint, n)]
-    for name in (n for n in changed if is_shared(checkpoint, n)):
-        form = checkpoint.entry(name)[:2]
-        yield from ((name, other) for other in others if checkpoint.entry(other)[:2] == form)
+def copies(
+    checkpoint: Checkpoint, changed: Collection[str], digest: Callable[[str], bytes]
+) -> Iterator[tuple[str, list[str], str | None]]:
+    """A shared weight that is not changed, those of its form that are, and which it is a copy of.
+
+    `digest` is of the values of a tensor. It is asked once for each tensor that may be a copy.
+    """
+    forms = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
+    for name in checkpoint.where:
+        if is_shared(checkpoint, name):
+            forms[checkpoint.entry(name)[:2]][name in changed].append(name)
+    for others, own in forms.values():
+        if own and others:
+            values = {digest(name): name for name in own}
+            yield from ((other, own, values.get(digest(other))) for other in others)
 
 
 def is_shared(checkpoint: Checkpoint, name: str) -> bool:

@@ -28,8 +28,8 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
 
     Raises:
         TypeError: if `names` is no table.
-        ValueError: if a leaf has no name, or tensors are missing, unexpected or misshapen; all of
-            them are listed.
+        ValueError: if a leaf has no name, or tensors are missing, unexpected, misshapen, or of 64
+            bits where JAX has 32; all of them are listed.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -49,6 +49,8 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
             wrong.append(f"{key}: unexpected, of shape {shape}")
         elif shape != wanted[key]:
             wrong.append(f"{key}: expected shape {wanted[key]}, got {shape}")
+        elif why := narrowed(np.asarray(tensor).dtype):
+            wrong.append(f"{key}: {why}")
     if wrong:
         raise ValueError("`tensors` do not fit `like`. " + listing(wrong))
     values = [
@@ -86,6 +88,12 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
         for leaf in all_named(params, names, "params")
         for key, part in zip(leaf.parameters, weights(leaf, leaf.value), strict=True)
     }
+
+
+def narrowed(dtype: np.dtype) -> str | None:
+    """Why JAX, as it is set, has no arrays of a dtype."""
+    is_narrowed = jax.dtypes.canonicalize_dtype(dtype) != dtype
+    return f"its dtype {dtype} needs jax_enable_x64" if is_narrowed else None
 
 
 def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:

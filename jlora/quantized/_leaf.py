@@ -235,8 +235,12 @@ def quantized(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
         scale, nested = _nested(scale, form)
     scheme = dataclasses.replace(scheme, pattern=None)
     leaf = Quantized(data, scale, zero, nested, None, scheme, form, w.dtype)
+    # Of the largest, as squares of small and of large numbers are none in float32.
+    largest = jnp.abs(wide).max(form.order, keepdims=True, initial=0)
+    unit = jnp.where(largest > 0, largest, 1)
     difference, norm = (
-        jnp.sqrt((x * x).sum(form.order)) for x in (leaf.array(jnp.float32) - wide, wide)
+        jnp.sqrt(jnp.square(x / unit).sum(form.order))
+        for x in (leaf.array(jnp.float32) - wide, wide)
     )
     error = jnp.where(norm > 0, difference / jnp.where(norm > 0, norm, 1), 0)
     return dataclasses.replace(leaf, error=error)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .._rules import Rule, is_int, near, rule_name, unmatched
+from .._rules import Rule, explain_no_match, is_int, near, rule_name
 from .._types import short
 from ..adapters import LoRA
 from ._allocation import Allocation, as_rules, index_of, rule_of, takes_by_rank, trained
@@ -79,7 +79,7 @@ def allocate(
     paths = [path for path in sketch.sites if takes_by_rank(path, given)]
     for i, rule in enumerate(given):
         if isinstance(rule, LoRA) and not any(index_of(path, given) == i for path in paths):
-            advice = near if rule.pattern is None else unmatched
+            advice = near if rule.pattern is None else explain_no_match
             raise ValueError(
                 f"{rule_name(rule)} takes no site of `sketch`. "
                 + advice(rule.pattern or "", list(sketch.sites))

@@ -58,7 +58,8 @@ class Case:
             the base product is rearranged, or compiled together with the low-rank one.
         jit: Whether `args` may be traced. `kwargs` are never traced.
         grad: Whether the base model has a reverse-mode derivative.
-        forward: Whether it has a forward-mode derivative.
+        forward: Whether it has a forward-mode derivative, the transpose of that of reverse mode.
+        twice: Whether its reverse-mode derivative has one itself.
         vmap: Whether the base model can be mapped over its parameters.
         strict: Whether the base model runs, in both float dtypes, under strict dtype promotion
             and with rank promotion as an error.
@@ -78,6 +79,7 @@ class Case:
     jit: bool = True
     grad: bool = True
     forward: bool = True
+    twice: bool = True
     vmap: bool = True
     strict: bool = True
     leaks: bool = False

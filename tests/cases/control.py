@@ -403,7 +403,7 @@ def custom_jvp(dtype):
     return one(dtype, apply)
 
 
-@case(**ONE)
+@case(**ONE, forward=False)
 def custom_vjp(dtype):
     """A user's custom_vjp of an activation: its backward pass is kept."""
 
@@ -413,7 +413,7 @@ def custom_vjp(dtype):
     return one(dtype, apply)
 
 
-@case(**ONE)
+@case(**ONE, forward=False)
 def custom_vjp_in_remat(dtype):
     """The same inside of a checkpoint with a policy, under jit."""
 
@@ -445,7 +445,7 @@ def doubling_backward(operands, cotangent):
 doubling.defvjp(doubling_forward, doubling_backward)
 
 
-@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
+@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5), forward=False)
 def custom_vjp_of_the_weight(dtype):
     """A custom_vjp that takes the weight: W + ΔW is formed, its backward pass is kept."""
     return one(dtype, lambda p, x: jnp.tanh(doubling(x, p["w"])))

@@ -341,7 +341,7 @@ def test_gpt_has_no_dropout_of_its_own(checkpoints):
     ids = np.arange(5, 13, dtype=np.int32)[None]
     apply = jax.jit(lambda **given: model.apply(variables, ids, **given))
     dropped = apply(rngs={"dropout": jax.random.key(1)})
-    np.testing.assert_array_equal(dropped, apply())
+    np.testing.assert_allclose(dropped, apply(), rtol=0, atol=1e-5 * np.abs(dropped).max())
 
 
 @pytest.mark.slow

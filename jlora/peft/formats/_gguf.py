@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...quantized import MXFP4, Int4, Int8
+from . import _gguf_file
 from ._format import Format
 from ._stored import Stored
 from ._tensors import Unreadable
@@ -36,10 +37,10 @@ class Tensors:
         if not path.is_file():
             raise FileNotFoundError(f"`dir`: there is no file {path}.")
         try:
-            reader = gguf.GGUFReader(path)
-        except Exception as e:  # of a damaged file it raises what it comes upon
+            found = list(_gguf_file.tensors(path, gguf))
+        except (ValueError, KeyError) as e:
             raise ValueError(f"`dir`: {path} is no sound GGUF file: {e}.") from None
-        self._gguf, self._tensors = gguf, {t.name: t for t in reader.tensors}
+        self._gguf, self._tensors = gguf, {t.name: t for t in found}
         self.taken = set[str]()
 
     def __iter__(self) -> Iterator[str]:

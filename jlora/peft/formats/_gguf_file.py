@@ -1,0 +1,112 @@
+"""The header of a GGUF file: its tensors, at a cost that follows from the size of the file."""
+
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_VERSIONS = (2, 3)
+# Bytes of a value by its type; those of strings and arrays follow from what they say.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+
+
+class Tensor(NamedTuple):
+    """A tensor whose bytes are mapped into memory; `shape` has the axis of the blocks first."""
+
+    name: str
+    tensor_type: Any
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+def tensors(path: Path, gguf: Any) -> Iterator[Tensor]:
+    """All tensors of a file; `gguf` is the package, which knows the types.
+
+    Raises:
+        ValueError: if the file is not whole and sound.
+    """
+    if path.stat().st_size < 24:
+        raise ValueError("it has fewer than 24 bytes")
+    data: Any = np.memmap(path, mode="r")
+    file = _File(memoryview(data))
+    magic, version, count, fields = file.numbers("4sIQQ")
+    if magic != b"GGUF" or version not in _VERSIONS:
+        raise ValueError(f"expected version {' or '.join(map(str, _VERSIONS))} of little endian")
+    alignment = 32
+    for _ in range(fields):
+        key, kind = file.string(), *file.numbers("I")
+        at = file.at
+        file.skip(kind)
+        if key == b"general.alignment" and kind == _UINT32:
+            (alignment,) = struct.unpack_from("<I", file.data, at)
+    infos = [_info(file) for _ in range(count)]
+    if not 0 < alignment <= 2**20:
+        raise ValueError(f"its alignment is {alignment}")
+    start = -(-file.at // alignment) * alignment
+    names = set[str]()
+    for name, shape, kind, offset in infos:
+        if name in names:
+            raise ValueError(f"it has two tensors {name!r}")
+        names.add(name)
+        type_ = gguf.GGMLQuantizationType(kind)
+        block, size = gguf.GGML_QUANT_SIZES[type_]
+        if shape and shape[0] % block:
+            raise ValueError(f"{name!r} of shape {shape} is not of blocks of {block}")
+        end = start + offset + math.prod(shape) // block * size
+        if end > len(data):
+            raise ValueError(f"{name!r} ends at byte {end} of {len(data)}")
+        rows = tuple(reversed(shape[1:]))
+        bytes_ = np.asarray(data[start + offset : end])
+        yield Tensor(name, type_, shape, bytes_.reshape(*rows, -1) if bytes_.size else bytes_)
+
+
+def _info(file: "_File") -> tuple[str, tuple[int, ...], int, int]:
+    name = file.string().decode()
+    (axes,) = file.numbers("I")
+    if axes > 16:
+        raise ValueError(f"{name!r} has {axes} axes")
+    return name, file.numbers("Q" * axes), *file.numbers("IQ")
+
+
+class _File:
+    """Bytes, and how far they have been read."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, count: int) -> int:
+        """Where the next `count` bytes start."""
+        start, self.at = self.at, self.at + count
+        if self.at > len(self.data):
+            raise ValueError(f"it ends at byte {len(self.data)}, but goes on to byte {self.at}")
+        return start
+
+    def numbers(self, form: str) -> Any:
+        return struct.unpack_from("<" + form, self.data, self.take(struct.calcsize("<" + form)))
+
+    def string(self) -> bytes:
+        (size,) = self.numbers("Q")
+        start = self.take(size)
+        return self.data[start : self.at].tobytes()
+
+    def skip(self, kind: int) -> None:
+        """A value of a type, without keeping it."""
+        if kind in _SIZES:
+            self.take(_SIZES[kind])
+        elif kind == _STRING:
+            self.take(*self.numbers("Q"))
+        elif kind == _ARRAY:
+            each, count = self.numbers("IQ")
+            if each in _SIZES:
+                self.take(count * _SIZES[each])
+            elif each == _STRING:
+                for _ in range(count):
+                    self.take(*self.numbers("Q"))
+            else:
+                raise ValueError(f"it has an array of values of type {each}")
+        else:
+            raise ValueError(f"it has a value of type {kind}")

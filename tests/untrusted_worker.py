@@ -1,0 +1,309 @@
+"""Reads hostile folders under an audit hook, in a process of its own, as a hook cannot be removed.
+
+Prints, for each folder, the events that no folder may cause, and all messages.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click.testing
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+import jlora
+from jlora import checkpoint, peft
+from jlora._cli._app import cli
+
+Folder = pathlib.Path
+PREFIX = "base_model.model."
+MODULE = "model.layers.0.self_attn.q_proj"
+TABLE = [peft.Name("q/kernel", MODULE, "io")]
+ODD = "a\0b\u202ec\x1b[2Jd\u2028e"  # NUL, a bidirectional mark, an escape sequence, a line's end
+STARTS = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.system")
+
+
+# ---------------------------------------------------------------------------------- the folders
+
+
+def params() -> Any:
+    return {"q": {"kernel": np.ones((3, 4), np.float32)}}
+
+
+def write_json(path: Folder, **fields: Any) -> None:
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(old | fields))
+
+
+def harmless(root: Folder) -> Folder:
+    """A folder with a base, an adapter for it, and a checkpoint of Orbax."""
+    base, adapter = root / "base", root / "adapter"
+    base.mkdir(parents=True)
+    adapter.mkdir()
+    save_file({f"{MODULE}.weight": np.ones((4, 3), np.float32)}, base / "model.safetensors")
+    write_json(base / "config.json", architectures=["LlamaForCausalLM"], vocab_size=8)
+    factors = {"A": np.ones((2, 3), np.float32), "B": np.ones((4, 2), np.float32)}
+    tensors = {f"{PREFIX}{MODULE}.lora_{side}.weight": x for side, x in factors.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    write_json(adapter / "adapter_config.json", **fields)
+    rule = jlora.LoRA("q/kernel", rank=2)
+    lora = jlora.transform(lambda p, x: x @ p["q"]["kernel"], rule)
+    _, node = lora.init(jax.random.key(0), params(), np.ones((1, 3), np.float32))
+    checkpoint.save(root / "orbax", node, (rule,), base=params())
+    return root
+
+
+class Bomb:
+    """Runs a command as it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        """As pickle calls it."""
+        return os.system, ("touch bomb",)
+
+
+def of_config(**fields: Any) -> Callable[[Folder], None]:
+    return lambda root: write_json(root / "adapter/adapter_config.json", **fields)
+
+
+def of_model(**fields: Any) -> Callable[[Folder], None]:
+    return lambda root: write_json(root / "base/config.json", **fields)
+
+
+def of_orbax(change: Callable[[Any], Any]) -> Callable[[Folder], None]:
+    """With other metadata, whose hash is right."""
+
+    def damage(root: Folder) -> None:
+        from jlora.checkpoint._meta import digest
+
+        path = root / "orbax/jlora/metadata"
+        fields = json.loads(path.read_text())
+        change(fields)
+        path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
+
+    return damage
+
+
+def rename(text: str) -> Callable[[Folder], None]:
+    """Another name in the headers of both safetensors files."""
+
+    def damage(root: Folder) -> None:
+        for path in (root / "base/model.safetensors", root / "adapter/adapter_model.safetensors"):
+            data = path.read_bytes()
+            n = int.from_bytes(data[:8], "little")
+            header = data[8 : 8 + n].decode().replace(MODULE, json.dumps(text)[1:-1]).encode()
+            path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + n :])
+
+    return damage
+
+
+def pickles(root: Folder) -> None:
+    for path in (root / "adapter/adapter_model.bin", root / "base/pytorch_model.bin"):
+        path.write_bytes(pickle.dumps(Bomb()))
+    (root / "adapter/adapter_model.safetensors").unlink()
+    (root / "base/model.safetensors").unlink()
+
+
+def code(root: Folder) -> None:
+    for name in ("evil.py", "modeling_evil.py", "adapter.py", "sitecustomize.py", "re.py"):
+        for folder in ("base", "adapter", "orbax"):
+            (root / folder / name).write_text("import os; os.system('touch bomb')")
+    of_model(auto_map={"AutoModel": "modeling_evil.Evil"})(root)
+    auto = {"base_model_class": "Evil", "parent_library": "evil"}
+    of_config(auto_mapping=auto, base_model_name_or_path="evil/evil")(root)
+
+
+def links(root: Folder) -> None:
+    outside = root.parent / "outside"
+    outside.write_text("{}")
+    for path in (root / "adapter/adapter_config.json", root / "base/config.json"):
+        path.unlink()
+        path.symlink_to(outside)
+
+
+def index(root: Folder, file: str) -> None:
+    base = root / "base"
+    (base / "model.safetensors").rename(base / "model-1.safetensors")
+    mapped = {"weight_map": {f"{MODULE}.weight": file}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(mapped))
+
+
+def odd_files(root: Folder) -> None:
+    for folder in ("base", "adapter", "orbax"):
+        (root / folder / ODD.replace("\0", "")).write_text("{}")
+    (root / "orbax/jlora/metadata").unlink()
+
+
+def rule(**fields: Any) -> Callable[[Folder], None]:
+    return of_orbax(lambda found: found["rules"][0].update(fields))
+
+
+FOLDERS: dict[str, Callable[[Folder], Any]] = {
+    "pickles": pickles,
+    "code": code,
+    "links": links,
+    "index out of the folder": lambda root: index(root, "../outside.safetensors"),
+    "index of odd names": lambda root: index(root, ODD),
+    "index of a missing file": lambda root: index(root, "model-2.safetensors"),
+    "odd names": rename(ODD),
+    "odd marks": rename("a\u202eb"),
+    "odd files": odd_files,
+    "odd targets": of_config(target_modules=["q_proj", ODD], modules_to_save=[ODD]),
+    "odd pattern": of_config(target_modules=f"(?=.*{ODD})"),
+    "odd ranks": of_config(rank_pattern={ODD: 2, f"{ODD}*": 2}, alpha_pattern={ODD: 2}),
+    "odd type": of_config(peft_type=ODD),
+    "odd feature": of_config(**{"loftq_config": {ODD: ODD}, ODD: ODD}),
+    "odd base": of_config(base_model_name_or_path=ODD, task_type=ODD, revision=ODD),
+    "odd architecture": of_model(architectures=[ODD], model_type=ODD),
+    "odd quantization": of_model(quantization_config={"quant_method": ODD}),
+    "another address": of_config(base_model_name_or_path="https://example.com/x"),
+    "function of a rule": rule(init={"function": "os.system"}),
+    "module of a rule": rule(init={"function": "jlora.initializers._split.os.system"}),
+    "odd function": rule(init={"function": ODD}),
+    "odd rule": rule(rule=ODD),
+    "odd pattern of a rule": rule(pattern=ODD),
+    "odd node": of_orbax(lambda found: found["adapter"][0].update(node=ODD)),
+    "odd path": of_orbax(lambda found: found["adapter"][0].update(path=["q", ODD])),
+    "odd base path": of_orbax(lambda found: found["base"][0][0].append(ODD)),
+    "odd version": of_orbax(lambda found: found["versions"].update({ODD: ODD})),
+    "odd dtype": of_orbax(lambda found: found["base"][0].__setitem__(2, ODD)),
+    "odd format": of_orbax(lambda found: found.update(format=ODD)),
+}
+
+WITH_PATTERNS = ("odd pattern", "odd ranks")  # which are matched in a process
+
+
+# ------------------------------------------------------------------------- what is done with them
+
+
+def operations(root: Folder, good: Folder) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """By name; the hostile base with a good adapter, and the other way around."""
+    base, adapter, orbax = root / "base", root / "adapter", root / "orbax"
+    out = iter(root / f"out{i}" for i in range(100))
+    yield "load", lambda: peft.load(adapter, params(), TABLE)
+    yield "read", lambda: peft.read(adapter)
+    yield "merge", lambda: peft.export_merged(good / "base", adapter, next(out))
+    yield "merge onto", lambda: peft.export_merged(base, good / "adapter", next(out))
+    yield "convert", lambda: peft.convert(adapter, next(out))
+    yield "check", lambda: str(peft.check(adapter, "vllm", base=base))
+    yield "load base", lambda: peft.load_base(base, TABLE, like=params())
+    yield "restore", lambda: checkpoint.restore(orbax)
+    yield "restore of base", lambda: checkpoint.restore(orbax, base=params())
+    yield "metadata", lambda: str(checkpoint.read(orbax).rules)
+    yield "shapes", lambda: checkpoint.base_shapes(orbax)
+    for command in (
+        ("inspect", adapter),
+        ("inspect", base),
+        ("inspect", orbax),
+        ("merge", good / "base", adapter, next(out)),
+        ("merge", base, good / "adapter", next(out)),
+        ("convert", adapter, next(out), "--to", "vllm"),
+        ("check", adapter, "--engine", "vllm", "--base", base),
+        ("diff", adapter, good / "adapter"),
+    ):
+        yield " ".join(map(str, command[:1])), lambda c=command: command_line(*c)
+
+
+def command_line(*args: Any) -> str:
+    result = click.testing.CliRunner().invoke(cli, [str(x) for x in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+def messages(root: Folder, good: Folder) -> Iterator[tuple[str, str]]:
+    """What each operation says."""
+    for name, do in operations(root, good):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            try:
+                answer = do()
+                yield name, answer if isinstance(answer, str) else ""
+            except (ValueError, FileNotFoundError, NotImplementedError) as e:
+                yield name, str(e)
+            yield from ((name, str(x.message)) for x in found)
+
+
+class Audit:
+    """Events that a folder must not cause, while it is open."""
+
+    def __init__(self, root: Folder) -> None:
+        """Files may be opened below `root`, and those of Python and its packages."""
+        roots = {root, sys.prefix, sys.base_prefix, *sys.path[1:], jlora.__path__[0], "/proc"}
+        self.roots = tuple(os.path.realpath(x) + os.sep for x in roots if str(x))
+        self.known = {name.partition(".")[0] for name in sys.modules}
+        self.events: list[str] = []
+        self.is_open = False
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        """As Python calls it."""
+        if not self.is_open:
+            return
+        # A pair of sockets within the process, as of an event loop, leads nowhere.
+        if event in STARTS or (event.startswith("socket.") and event != "socket.__new__"):
+            self.events.append(f"{event} {args!r:.200}")
+        if event == "open" and not isinstance(args[0], int) and not self.may_open(args[0]):
+            self.events.append(f"open of {args[0]!r}")
+
+    def may_open(self, path: Any) -> bool:
+        """Whether a file lies where one may be opened."""
+        real = os.path.realpath(os.fsdecode(path))
+        return real == os.devnull or real.startswith(self.roots)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[list[str]]:
+        """The events from now on, and in the end the modules that are new."""
+        self.events, self.is_open = [], True
+        try:
+            yield self.events
+        finally:
+            self.is_open = False
+            modules = {name.partition(".")[0] for name in sys.modules}
+            self.events += [f"import of {name}" for name in sorted(modules - self.known)]
+            self.known |= modules
+
+
+def main() -> None:
+    """Prints {folder: {"events": […], "messages": [[operation, text], …]}} for all folders."""
+    with tempfile.TemporaryDirectory() as name:
+        top = Folder(os.path.realpath(name))
+        good = harmless(top / "good")
+        list(messages(harmless(top / "once"), good))  # imports what is imported when first needed
+        shutil.rmtree(top / "once")
+        answers = {}
+        roots = {case: harmless(top / str(i)) for i, case in enumerate(FOLDERS)}
+        audit = Audit(top)
+        # That the hook sees anything.
+        with audit.listening() as seen:
+            subprocess.run([sys.executable, "-c", ""], check=True)
+            (top.parent / f"{top.name}.outside").touch()
+            importlib.import_module("colorsys")
+        (top.parent / f"{top.name}.outside").unlink()
+        answers["the hook itself"] = {"events": list(seen), "messages": []}
+        for case, root in roots.items():
+            FOLDERS[case](root)
+            os.chdir(root / "adapter")
+            allowed = STARTS[:1] if case in WITH_PATTERNS else ()
+            with audit.listening() as events:
+                said = list(messages(root, good))
+            bad = [x for x in events if x.partition(" ")[0] not in allowed]
+            bad += [f"a command was run in {x}" for x in top.rglob("bomb")]
+            answers[case] = {"events": bad, "messages": said}
+        os.chdir("/")
+    sys.stdout.write(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
