@@ -17,6 +17,7 @@ REFUSED = (
     "layer_replication",
     "the input embedding and the output head share this weight",
     "if it shares the input embedding's weight, the adapter must change both alike",
+    "has rows in the adapter, which PEFT gives",
 )
 NAMES = list(families.CONFIGURATIONS)
 SLICE = [

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._changes import Changes, Sum
+from ._changes import Changes
 from ._file import COUNTS, DTYPES, Entry
+from ._orientation import Sum
 from ._tokens import Tokens, placed
 
 BLOCK = 2**20  # numbers
