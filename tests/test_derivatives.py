@@ -99,7 +99,8 @@ def test_every_order_in_both_modes(model, dtype, compiled):
     def loss(p, x):  # a sum of squares, whose second derivatives do not cancel
         return jnp.square(model(p, x).astype(jnp.float32)).sum()
 
-    lora = jlora.transform(loss, jlora.LoRA("q" if model is one_product_by_row else None, rank=2))
+    pattern = "q" if model is one_product_by_row else None
+    lora = jlora.transform(loss, jlora.LoRA(pattern, rank=2, alpha=1))
     base, adapter = lora.init(jax.random.key(0), params, x)
     case = Case("", "", lambda dtype: Problem(loss, params, (x,)), (), 0, 0, jit=compiled)
     made = laws.Made(case, case.build(dtype), lora, base, adapter, laws.randomize(adapter))
