@@ -264,13 +264,12 @@ def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
         return jax.eval_shape(lambda x: quantized(x, scheme, form), x)
-    x = jnp.asarray(x)
     if bad := known(lambda x: jnp.sum(~jnp.isfinite(x)), x):
         raise ValueError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
         )
-    leaf = quantized(x, scheme, form)
+    leaf = quantized(jnp.asarray(x), scheme, form)
     place = place_of(x) if is_concrete(leaf.data) else None
     if not isinstance(place, NamedSharding):
         return leaf

@@ -415,7 +415,26 @@ FULL = (
     " at these paths:\n  b: is trained in full, so that its change is known from the base alone\n"
     "Give `base`, the parameters that they are for."
 )
+KEYED = {"w": NODE._replace(dropout=0.5, key=KEY)}
+KEYS = (
+    "adapters with dropout keys cannot be combined, and there are some at these paths:\n  w: has a "
+    "key\nGive jlora.dropout what comes out."
+)
 REFUSED = {
+    "keys in add": (lambda: arithmetic.add([{}, KEYED]), ValueError, KEYS),
+    "keys in scale": (lambda: arithmetic.scale(KEYED, 2), ValueError, KEYS),
+    "keys in truncate": (lambda: arithmetic.truncate(KEYED, 1), ValueError, KEYS),
+    "keys in a table": (lambda: jlora.many.stack([KEYED]), ValueError, KEYS),
+    "keys in a slot": (
+        lambda: jlora.many.insert(jlora.many.stack([{"w": NODE}]), 0, KEYED),
+        ValueError,
+        KEYS,
+    ),
+    "weights of an array": (
+        lambda: arithmetic.add([{"w": NODE}], jnp.array([jnp.nan])),
+        ValueError,
+        "`weights` must be finite; got nan.",
+    ),
     "no list": (
         lambda: arithmetic.add({"w": NODE}),
         TypeError,

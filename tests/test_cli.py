@@ -407,6 +407,8 @@ def other_shape(leaves: dict[str, Any]) -> dict[str, Any]:
 CHANGES = {
     "scale": (with_up(scale=4.0), 1.0, ["scale 2.0 → 4.0"]),
     "dropout": (with_up(dropout=0.5), 0.0, ["dropout 0.0 → 0.5"]),
+    "frozen": (with_up(frozen=("a",)), 0.0, ["frozen () → ('a',)"]),
+    "residual": (with_up(residual=True), None, ["residual False → True"]),
     "values": (scaled, 2.0, ["B"]),
     "rank": (padded, 0.0, ["rank 2 → 4", "A", "B"]),
     "full": (full, None, ["low rank → in full"]),
@@ -414,7 +416,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", daily(CHANGES, "scale", "rank", "full"))
+@pytest.mark.parametrize("name", daily(CHANGES, "scale", "rank", "full", "residual"))
 def test_diff_of_one_site(name: str, tmp_path: Folder) -> None:
     """Exit code 1, and what differs."""
     change, relative, words = CHANGES[name]

@@ -147,7 +147,7 @@ def _compare_low(x: Any, y: Any) -> tuple[float | None, list[str]]:
         return None, changes
     if x.residual != y.residual:  # of two bases
         return None, changes
-    if not changes or changes == [f"dropout {x.dropout} → {y.dropout}"]:
+    if all(change.startswith(("dropout ", "frozen ")) for change in changes):
         return 0.0, changes
     x, y = wide(x), wide(y)
     return _relative(analysis.distance(x, y), analysis.norm(x)), changes

@@ -127,6 +127,9 @@ def _residual(given: Given) -> dict[Path, bool]:
 
     It is where the weights of all adapters add up to 1. Where they add up to 0 the base cancels.
     """
+    paths = dict.fromkeys(p for tree in given.trees for p, x in tree.items() if is_residual(x))
+    if not paths:
+        return {}
     total = known(lambda *w: sum(w), *given.weights)
     near = [n for n in (0, 1) if total is not None and abs(float(total) - n) < ROUNDING]
     got = "traced ones" if total is None else f"{float(total):g}"
@@ -139,7 +142,6 @@ def _residual(given: Given) -> dict[Path, bool]:
             return None
         return f"{RESIDUAL}, so that weights must add up to 1 or to 0; got {got}"
 
-    paths = dict.fromkeys(p for tree in given.trees for p, x in tree.items() if is_residual(x))
     refuse(given.refusal, {p: why for p in paths if (why := wrong(p))}, FROM_THE_START)
     return dict.fromkeys(paths, near == [1])
 

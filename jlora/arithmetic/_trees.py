@@ -71,7 +71,7 @@ def refuse_residual(given: Given) -> None:
 
 def check_finite(argument: str, values: Sequence[Any]) -> None:
     if wrong := [x for x in values if is_concrete(x) and not np.isfinite(x)]:
-        raise ValueError(f"`{argument}` must be finite; got {wrong[0]!r}.")
+        raise ValueError(f"`{argument}` must be finite; got {wrong[0]}.")
 
 
 def check_density(density: float) -> None:

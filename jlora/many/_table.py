@@ -99,8 +99,8 @@ def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTre
         table: from `stack` or `init`.
         slot: from 0 on, an integer or a traced one, which is not checked.
         adapter: an adapter of at most the table's ranks, at some of its sites. Its values are
-            checked unless they are traced: under `jit` see to it that they are finite. Its dropout
-            becomes the table's.
+            checked unless they are traced: under `jit` see to it that they are finite. It gets
+            the table's dropout.
         base: the parameters, needed where the table has leaves in full that `adapter` has not.
 
     Returns:
