@@ -8,8 +8,9 @@ import re
 import resource
 import struct
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hypothesis
@@ -426,3 +427,46 @@ def test_many_vocabularies(tmp_path: Folder) -> None:
     folder = base(tmp_path / "b", weights, **HEADED, parts=parts)
     with bounded():
         assert len(open_checkpoint(folder).vocabulary) == 20_000
+
+
+# ------------------------------------------------------------------------------ memory
+
+MEASURED = """
+import pathlib, resource, sys, time
+from jlora import peft
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, start = peak(), time.process_time()
+try:
+    peft.export_merged("base", "adapter", "out")
+except ValueError:
+    pass
+print(time.process_time() - start, (peak() - before) * 1024)
+"""
+
+
+def largest_config(folder: Folder) -> None:
+    (folder / "config.json").write_bytes(b'{"x":[' + b"{}," * 1_999_000 + b"{}]}")
+
+
+def largest_header(folder: Folder) -> None:
+    save_file({f"{i:x}": ONE for i in range(250_000)}, folder / "model.safetensors")
+
+
+def largest_index(folder: Folder) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    mapped = {f"{i:0140x}": "model-1.safetensors" for i in range(380_000)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapped}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [largest_config, largest_header, largest_index])
+def test_the_largest_that_is_read(largest: Callable[[Folder], Any], tmp_path: Folder) -> None:
+    """What is just below the limits takes 1 GB, and seconds."""
+    largest(base(tmp_path / "base", {"q.weight": ONE}))
+    adapter(tmp_path / "adapter", ["q"])
+    command = [sys.executable, "-c", MEASURED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    seconds, memory = map(float, done.stdout.split())
+    assert seconds < 2 * SECONDS  # of two slow cores; 10 where nothing else runs
+    assert memory < 2**30
