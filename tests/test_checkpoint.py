@@ -11,6 +11,7 @@ import pathlib
 import random
 import re
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -562,6 +563,29 @@ def check_damage(saved: Any, tmp_path: pathlib.Path, how: str, times: int) -> in
 )
 def test_a_damaged_checkpoint_is_refused_or_right(saved, tmp_path, how):
     assert check_damage(saved, tmp_path, how, times=1) >= 3
+
+
+@pytest.mark.parametrize("content", ["sparse", "values"])
+def test_what_describes_arrays_is_bounded(saved, tmp_path, content):
+    """A file of 3 GiB, or of millions of values, is refused before it is read or parsed."""
+    path, base, _ = saved
+    checkpoint.export(tmp_path / "base", base)
+    folders = {path: checkpoint.restore, tmp_path / "base": checkpoint.base_shapes}
+    files = [(x, f) for x, f in folders.items() for f in x.rglob("*") if f.is_file()]
+    describing = [(x, f) for x, f in files if f.parent.name != "d"]
+    assert len(describing) > 10
+    for folder, file in describing:
+        before = file.read_bytes()
+        if content == "sparse":
+            os.truncate(file, 3 * 2**30)
+        else:
+            file.write_bytes(b"[" + b"0," * 4_000_000 + b"0]")
+        wanted = rf"^`path`: {file} (has 3221225472 bytes|holds more than 4,000,000 values)"
+        start = time.process_time()
+        with pytest.raises(ValueError, match=wanted):
+            folders[folder](folder)
+        assert time.process_time() - start < 1
+        file.write_bytes(before)
 
 
 @pytest.mark.slow

@@ -3,11 +3,14 @@
 import contextlib
 import json
 import pathlib
+import random
 import re
 import resource
+import struct
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hypothesis
@@ -17,10 +20,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from jlora import peft
-from jlora.peft import _patterns
+from jlora.peft import _file, _patterns
+from jlora.peft._checkpoint import open_checkpoint
 from jlora.peft._config import problems
 from jlora.peft._patterns import Patterns
+from jlora.peft._renaming import _counts, views
 from jlora.peft._select import Selection
+from jlora.peft._ties import copies
 
 Folder = pathlib.Path
 PREFIX = "base_model.model."
@@ -66,7 +72,7 @@ PATTERNS = {
 FIELDS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
 TOO_MUCH = "takes more than (1|5) seconds of CPU time or 512 MB to match"
 ANSWERS = (
-    TOO_MUCH + "|takes more than 10,000,000 comparisons to match|does not select it"
+    TOO_MUCH + "|takes more than 20,000,000 comparisons to match|does not select it"
     "|is no regular expression|cannot be compiled in|names no module"
     "|target_parameters: expected names of at most 100"
 )
@@ -276,3 +282,191 @@ def test_lists(name: str, modules: int, tmp_path: Folder) -> None:
             peft.read(folder)
         except ValueError as e:
             assert re.search(ANSWERS + "|names none of the adapter's tensors", str(e))
+
+
+def test_ranks_of_every_form(tmp_path: Folder) -> None:
+    """Plain patterns are compared with names of their length alone, place by place, and counted."""
+    names, draw = [f"{'x.' * 60}{i:04}.q" for i in range(4_000)], random.Random(0)
+    ranks = {"".join(draw.choices("x.", k=80)): 1 for _ in range(400)}
+    folder = adapter(tmp_path / "a", names, rank_pattern=ranks)
+    with bounded(), pytest.raises(ValueError, match="takes more than 20,000,000 comparisons"):
+        peft.read(folder)
+
+
+def test_parameters_in_every_order(tmp_path: Folder) -> None:
+    """Six parameters a module can be told apart in 720 ways, for each of many modules."""
+    tensors, one = {}, np.ones((4, 4), np.float32)
+    for i in range(1_000):
+        for depth in range(6):
+            key = f"{PREFIX}m{i}{'.base_layer' * depth}"
+            tensors |= {f"{key}.lora_A.weight": one, f"{key}.lora_B.weight": one}
+    named = [f"p{i}" for i in range(6)]
+    folder = adapter(tmp_path / "a", [], target_modules=[], target_parameters=named, r=3)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with bounded(), pytest.raises(ValueError, match=r"are not those of|takes more than"):
+        peft.read(folder)
+
+
+# ------------------------------------------------------------------------------ bases and GGUF
+
+ONE = np.ones((1, 1), np.float32)
+HEADED: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+
+
+def base(folder: Folder, weights: dict[str, np.ndarray], **config: Any) -> Folder:
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+GGUF_CLAIMS = {
+    "numbers": struct.pack("<IIQ", 9, 4, 10**12),
+    "strings": struct.pack("<IIQ", 9, 8, 10**12),
+    "arrays": struct.pack("<IIQ", 9, 9, 10**12),
+    "a long string": struct.pack("<IQ", 8, 10**12),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("claim", GGUF_CLAIMS)
+@pytest.mark.parametrize("counts", [(0, 1), (0, 10**12), (10**12, 1), (10**12, 0)])
+def test_a_gguf_file_claims_much(claim: str, counts: tuple[int, int], tmp_path: Folder) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "a.gguf"
+    key = struct.pack("<Q", 1) + b"k" if counts[1] else b""
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + key + GGUF_CLAIMS[claim])
+    with bounded(1), pytest.raises(ValueError, match="is no sound GGUF file: it "):
+        peft.load_base(path, [peft.Name("w", "w", "io")], like={"w": ONE})
+
+
+def test_copies_are_read_once(tmp_path: Folder) -> None:
+    """400 embeddings and 400 heads: each is read once, not once a pair."""
+    tables = {f"m{i}.embed_tokens.weight": np.full((3, 2), i, np.float32) for i in range(400)}
+    heads = {f"m{i}.lm_head.weight": np.full((3, 2), i, np.float32) for i in range(400)}
+    folder = base(tmp_path / "b", tables | heads, **HEADED, vocab_size=3)
+    every, read = tables | heads, list[str]()
+
+    def digest(name: str) -> bytes:
+        read.append(name)
+        return every[name].tobytes()
+
+    found = dict(copies(open_checkpoint(folder), tables.keys(), digest))
+    assert found == dict(zip(tables, heads, strict=True))
+    assert sorted(read) == sorted(every)
+
+
+FIRSTS = st.lists(
+    st.sampled_from(["", "a.", "b.", "a.b.", "model."]).flatmap(
+        lambda first: NAMES.map(lambda name: first + name)
+    ),
+    max_size=8,
+)
+
+
+@hypothesis.given(FIRSTS, FIRSTS)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_first_parts_are_counted(wanted: list[str], known: list[str]) -> None:
+    """As each name with each first part, one by one."""
+    wanted, known = list(dict.fromkeys(wanted)), list(dict.fromkeys(known))
+    firsts = [name.partition(".")[0] + "." for name in (*wanted, *known)]
+    ways = [("", ""), *((first, "") for first in firsts), *(("", first) for first in firsts)]
+    one_by_one = [
+        sum(n in known or add + n.removeprefix(strip) in known for n in wanted)
+        for add, strip in ways
+    ]
+    assert _counts(ways, set(wanted), set(known)) == one_by_one
+
+
+def test_a_hundred_first_parts(tmp_path: Folder) -> None:
+    shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(20_000)}
+    wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(20_000)]
+    with bounded():
+        assert views(wanted, shapes)
+
+
+def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, parse = [], _file.parse
+    monkeypatch.setattr(_file, "parse", lambda x, what: parsed.append(what) or parse(x, what))
+    folder = base(tmp_path / "b", {"q.weight": ONE}, **HEADED)
+    peft.export_merged(folder, adapter(tmp_path / "a", ["q"]), tmp_path / "out")
+    peft.load_base(folder, [peft.Name("q", "q", "io")], like={"q": ONE})
+    assert sum("config.json" in what and "adapter" not in what for what in parsed) == 2
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors.index.json", "model.safetensors"]
+)
+@pytest.mark.parametrize("value", ["[]", "{}", "0"])
+def test_too_many_values(file: str, value: str, tmp_path: Folder) -> None:
+    """Each takes twenty times the memory that it takes of the file."""
+    folder = base(tmp_path / "b", {"q.weight": ONE})
+    text = b'{"x":[' + f"{value},".encode() * 4_000_000 + b"0]}"
+    is_header = file.endswith(".safetensors")
+    (folder / file).write_bytes(len(text).to_bytes(8, "little") * is_header + text)
+    source = adapter(tmp_path / "a", ["q"])
+    with bounded(3), pytest.raises(ValueError, match=rf"{file} holds more than 4,000,000 values"):
+        peft.export_merged(folder, source, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_too_many_tensors(tmp_path: Folder) -> None:
+    folder = base(tmp_path / "b", {"q.weight": ONE})
+    entry = '"%x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    text = "{" + ",".join(entry % i for i in range(250_001)) + "}"
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    source = adapter(tmp_path / "a", ["q"])
+    with bounded(), pytest.raises(ValueError, match="has 250001 tensors; expected at most 250000"):
+        peft.export_merged(folder, source, tmp_path / "out")
+
+
+def test_many_vocabularies(tmp_path: Folder) -> None:
+    weights = {f"m{i}.weight": np.ones((i + 1, 0), np.float32) for i in range(20_000)}
+    parts = {f"{i}": {"vocab_size": i + 1, "tie_word_embeddings": i % 2} for i in range(20_000)}
+    parts["no"] = {"tie_word_embeddings": False}
+    folder = base(tmp_path / "b", weights, **HEADED, parts=parts)
+    with bounded():
+        assert len(open_checkpoint(folder).vocabulary) == 20_000
+
+
+# ------------------------------------------------------------------------------ memory
+
+MEASURED = """
+import pathlib, resource, sys, time
+from jlora import peft
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, start = peak(), time.process_time()
+try:
+    peft.export_merged("base", "adapter", "out")
+except ValueError:
+    pass
+print(time.process_time() - start, (peak() - before) * 1024)
+"""
+
+
+def largest_config(folder: Folder) -> None:
+    (folder / "config.json").write_bytes(b'{"x":[' + b"{}," * 1_999_000 + b"{}]}")
+
+
+def largest_header(folder: Folder) -> None:
+    save_file({f"{i:x}": ONE for i in range(250_000)}, folder / "model.safetensors")
+
+
+def largest_index(folder: Folder) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    mapped = {f"{i:0140x}": "model-1.safetensors" for i in range(380_000)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapped}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [largest_config, largest_header, largest_index])
+def test_the_largest_that_is_read(largest: Callable[[Folder], Any], tmp_path: Folder) -> None:
+    """What is just below the limits takes 1 GB, and seconds."""
+    largest(base(tmp_path / "base", {"q.weight": ONE}))
+    adapter(tmp_path / "adapter", ["q"])
+    command = [sys.executable, "-c", MEASURED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    seconds, memory = map(float, done.stdout.split())
+    assert seconds < 2 * SECONDS  # of two slow cores; 10 where nothing else runs
+    assert memory < 2**30

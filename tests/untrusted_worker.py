@@ -295,7 +295,7 @@ def main() -> None:
         for case, root in roots.items():
             FOLDERS[case](root)
             os.chdir(root / "adapter")
-            allowed = STARTS[:1] if case in WITH_PATTERNS else ()
+            allowed = STARTS if case in WITH_PATTERNS else ()
             with audit.listening() as events:
                 said = list(messages(root, good))
             bad = [x for x in events if x.partition(" ")[0] not in allowed]

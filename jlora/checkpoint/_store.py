@@ -20,12 +20,12 @@ _DESCRIBING = {
     "_METADATA",
     "_CHECKPOINT_METADATA",
     "_sharding",
-    "array_metadatas",
     "manifest.ocdbt",
     "commit_success.txt",
     ".zarray",
     "zarr.json",
 }
+_BY_PROCESS = "array_metadatas"  # a folder of them
 
 
 def place(path: Where) -> epath.Path:
@@ -50,7 +50,7 @@ def check_files(folder: Where) -> None:
                 raise ValueError(
                     f"`path`: {shown(str(path))} is no regular file. Take another checkpoint."
                 )
-            if path.exists() and (path.name in _DESCRIBING or path.parent.name in _DESCRIBING):
+            if path.exists() and (path.name in _DESCRIBING or path.parent.name == _BY_PROCESS):
                 _check_size(path)
 
 

@@ -147,7 +147,7 @@ def _refuse(constant: str) -> None:
 
 # --------------------------------------------------------------------------------- safetensors
 
-HEADER_LIMIT = 32 * 2**20  # bytes; the names of 200,000 tensors
+HEADER_LIMIT, TENSORS_LIMIT = 32 * 2**20, 250_000  # bytes and tensors of a file
 NAME_LIMIT, DEPTH_LIMIT = 1000, 100  # characters and dots of a name; real ones have a tenth
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -198,6 +198,10 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError(
             f"{what} has the `__metadata__` {brief(metadata)}; expected an object of strings."
+        )
+    if len(raw) > TENSORS_LIMIT:
+        raise ValueError(
+            f"{what} has {len(raw)} tensors; expected at most {TENSORS_LIMIT}. Save it in shards."
         )
     entries = {}
     for key, fields in raw.items():

@@ -22,7 +22,7 @@ class First:
         self.patterns = patterns
         self.tables: dict[int, dict[_Places, dict[tuple[str, ...], list[int]]]] = {}
         self.matchers: dict[int, Callable[[str], Any]] = {}
-        self.found: dict[str, int | None] = {}
+        self.found: dict[str, list[list[int]]] = {}
         for i, pattern in enumerate(self.names):
             if PLAIN.fullmatch(pattern):
                 length, places, parts = _plain(pattern)
@@ -32,16 +32,19 @@ class First:
                 self.matchers[i] = patterns.add(of_key(pattern), "match")
 
     def __call__(self, key: str, default: Any) -> Any:
-        if key not in self.found:
-            self.found[key] = min((own[0] for own in self._matching(key)), default=None)
-        first = self.found[key]
+        first = min((own[0] for own in self._matching(key)), default=None)
         return default if first is None else self.values[first]
 
-    def _matching(self, key: str) -> Iterator[list[int]]:
+    def _matching(self, key: str) -> list[list[int]]:
         """The patterns that match, those that are the same together."""
+        if key not in self.found:
+            self.found[key] = list(self._looked_up(key))
+        return self.found[key]
+
+    def _looked_up(self, key: str) -> Iterator[list[int]]:
         for start in _starts(key) if self.tables else ():
             tables = self.tables.get(len(key) - start, {})
-            self.patterns.spend(len(tables))
+            self.patterns.spend(sum(map(len, tables)))
             for places, table in tables.items():
                 if own := table.get(_at(places, key)):
                     yield own

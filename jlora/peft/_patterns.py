@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ._file import brief
 
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
-STEPS = 10_000_000  # comparisons of a pattern or a name with a module
+STEPS = 20_000_000  # comparisons of a pattern or a name with a module
 LENGTH = 10_000  # characters of a pattern
 # A pattern that is a name; dots may be escaped, or any character. It matches without backtracking.
 PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
