@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_exit_code_1():
         ),
         (
             (f"{JOBS}:job", "--topology", "v5p-8", "--mesh", "fsdp=4"),
-            "jlora: --topology must be a chip and the slice's shape, such as v5p:4x4x8, with one of ",
+            "jlora: --topology must be a chip and the slice's shape, such as v5p:4x4x8, with one ",
         ),
         (
             (f"{JOBS}:job", "--topology", "tpu7x:2x2x1", "--mesh", "fsdp=4"),
