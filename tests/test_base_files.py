@@ -420,12 +420,22 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize(("format", "config", "message"), CONFIGURATIONS)
 def test_configurations(format, config, message, tmp_path):
-    """Said once, though it is wrong for each layer."""
     files = {f"h.{i}.up": FORMATS[format]() for i in range(2)}
     folder = write(tmp_path / "base", files, **config)
     with pytest.raises(ValueError) as e:
         peft.load_base(folder, NAMES, like=like())
-    assert str(e.value).count(message) == 1
+    assert message in str(e.value)
+
+
+def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):
+    folder = write(tmp_path / "base", {f"h.{i}.up": gptq() for i in range(3)}, bits=3)
+    names = [peft.Name(rf"h{i}", f"h.{i}.up", "io") for i in range(3)]
+    names.append(peft.Name("norm", "norm", "o"))
+    layers = {f"h{i}": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32) for i in range(3)}
+    norm = {"norm": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}
+    message = r"does not fit `like`. 1 problems:\n  `bits` of the quantization: expected 4[^\n]*\Z"
+    with pytest.raises(ValueError, match=message):
+        peft.load_base(folder, names, like=layers | norm)
 
 
 GROUPS = [

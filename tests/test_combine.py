@@ -403,7 +403,10 @@ def fuzz(seeds: range, folder: Folder) -> int:
         try:
             peft.combine([files.folder, models.FIXTURES / name], place / "out", arithmetic.add)
         except (ValueError, FileNotFoundError) as e:
-            assert str(e).startswith(("`dirs`: ", "`adapters` ", "`merge` gave")), (seed, e)
+            assert str(e).startswith(("`dirs`: ", "`dirs[", "`adapters` ", "`merge` gave")), (
+                seed,
+                e,
+            )
             assert not (place / "out").exists()
         else:
             right += 1

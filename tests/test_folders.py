@@ -53,8 +53,9 @@ LONG = ["a" * 255, "漢" * 80, "é" * 127, "a" + "\U0001d54f" * 60]
 @pytest.mark.parametrize("name", LONG, ids=["ascii", "three", "two", "four"])
 def test_names_as_long_as_the_disk_takes(name: str, tmp_path: Folder) -> None:
     """A name has at most 255 bytes, those of the folder in the making too, and Orbax's."""
-    adapter = {"w": {"kernel": jlora.LowRank(np.ones((4, 1)), np.ones((1, 3)), 1.0, LAYOUT)}}
-    base = {"w": {"kernel": np.ones((4, 3), np.float32)}}
+    ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
+    adapter = {"w": {"kernel": jlora.LowRank(ones(4, 1), ones(1, 3), 1.0, LAYOUT)}}
+    base = {"w": {"kernel": ones(4, 3)}}
     rows = [peft.Name("(.*)/kernel", r"\1", "io")]
     (tmp_path / "orbax").mkdir()
     peft.save(tmp_path / name, base, adapter, rows)

@@ -276,11 +276,11 @@ def test_what_does_not_fit_is_exit_code_1():
         (("nowhere:job", *SLICE), "JOB: nowhere cannot be imported (ModuleNotFoundError"),
         (
             (f"{JOBS}:job", "--topology", "v5p:2x2x2", "--mesh", "fsdp=4"),
-            "`mesh` must have the 8 devices of v5p:2x2x2; got fsdp=4 = 4.",
+            "jlora: --mesh must have the 8 devices of v5p:2x2x2; got fsdp=4 = 4.",
         ),
         (
             (f"{JOBS}:job", "--topology", "v5p-8", "--mesh", "fsdp=4"),
-            "`topology` must be a chip and the slice's shape, such as v5p:4x4x8, with one of v4, ",
+            "jlora: --topology must be a chip and the slice's shape, such as v5p:4x4x8, with one ",
         ),
         (
             (f"{JOBS}:job", "--topology", "tpu7x:2x2x1", "--mesh", "fsdp=4"),

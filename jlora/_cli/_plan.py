@@ -6,10 +6,9 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
 
 from .. import _compat
-from ..planning import Plan, has_compiler, mesh_of, parse
+from ..planning import Plan, has_compiler, mesh_of, mesh_of_leaves, parse
 from ..planning import plan as make
 from ._inputs import attribute
 from ._words import called
@@ -55,7 +54,7 @@ def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) ->
                 f"JOB: {job} must return (loss, base, adapter, args) or (loss, base, adapter, "
                 f"args, tx), as jlora.plan takes them; got {type(returned).__name__}."
             )
-        if not any(map(_is_placed, jax.tree.leaves(returned[1:4]))):
+        if mesh_of_leaves(returned[1:4]) is None:
             raise ValueError(
                 f"JOB: nothing that {job} returned is on the mesh that it was given. Give each "
                 "leaf of the base and of the arguments its place, jax.ShapeDtypeStruct(shape, "
@@ -69,10 +68,6 @@ def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) ->
         )
     found = found._replace(device=chip.kind)
     return Answer(topology, found, None if has_compiler() or arithmetic else WITHOUT)
-
-
-def _is_placed(x: Any) -> bool:
-    return isinstance(getattr(x, "sharding", None), NamedSharding)
 
 
 def _axes(text: str) -> dict[str, int]:

@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
 from .._table import aligned, readable
-from .._tree import is_abstract, leaves_by_path, name_of
 from .._types import PyTree
 from ._estimate import held, layout_of
+from ._placed import check_places, is_replicated, mesh_of_leaves
 from ._topology import CHIPS
 
 
@@ -139,8 +139,8 @@ def plan(
         >>> found.base, found.adapter, found.moments, found.gradients  # of A an eighth, B whole
         (32768, 2304, 4612, 2304)
     """
-    mesh = _mesh(base, adapter, args)
-    _check_places(mesh, base, adapter, args)
+    mesh = mesh_of_leaves(base, adapter, args)
+    check_places(mesh, base, adapter, args)
     abstract = isinstance(mesh, AbstractMesh)
     if compile and abstract:
         raise ValueError(
@@ -167,50 +167,7 @@ def plan(
     # Compiled, not all gradients need exist at once.
     activations = max(0, peak - sum(fixed))
     numbers = (*fixed, activations, peak, capacity)
-    return Plan(method, count, kind, axes, *numbers, program, _is_replicated(count, base))
-
-
-def _mesh(*trees: PyTree) -> Any:
-    """The mesh of the first leaf that lies on one."""
-    found = (getattr(x, "sharding", None) for x in jax.tree.leaves(trees))
-    return next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
-
-
-def _check_places(mesh: Any, base: PyTree, adapter: PyTree, args: Any) -> None:
-    """Raises where shapes do not say where they lie, so that all would be planned everywhere."""
-    if mesh is None or mesh.size == 1:
-        return
-    trees = {"base": (base, OF_BASE), "args": (tuple(args), "")}
-    if _mesh(adapter) is not None or not jax.tree.leaves(base):
-        trees["adapter"] = adapter, OF_ADAPTER
-    for name, (tree, remedy) in trees.items():
-        leaves = leaves_by_path(tree)
-        bare = [name_of(path) for path, x in leaves if any(map(_is_bare, jax.tree.leaves(x)))]
-        if bare:
-            axes = " × ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-            raise ValueError(
-                f"`{name}` has shapes without `sharding`, on a mesh of {axes}, at {len(bare)} of "
-                f"{len(leaves)} paths: {', '.join(bare[:3])}{', …' if len(bare) > 3 else ''}. "
-                f"{remedy}A leaf takes one as jax.ShapeDtypeStruct(shape, dtype, "
-                "sharding=NamedSharding(mesh, spec)); with PartitionSpec() every device holds all "
-                "of it."
-            )
-
-
-OF_BASE = (
-    "jax.eval_shape drops shardings along automatic mesh axes: in the place of the `base` that it "
-    "returns, give the parameters that `init` was given. "
-)
-OF_ADAPTER = "jlora.sharding.specs(base, adapter) has those of an adapter. "
-
-
-def _is_bare(x: Any) -> bool:
-    return is_abstract(x) and x.sharding is None and x.ndim > 0
-
-
-def _is_replicated(devices: int, base: PyTree) -> bool:
-    leaves = [x for x in jax.tree.leaves(base) if x.ndim]
-    return devices > 1 and bool(leaves) and all(x.sharding.is_fully_replicated for x in leaves)
+    return Plan(method, count, kind, axes, *numbers, program, is_replicated(count, base))
 
 
 def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> tuple[Any, ...]:
@@ -224,7 +181,7 @@ def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> t
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
 
     base, args = jax.tree.map(shape, (base, tuple(args)))
-    if mesh is not None and _mesh(adapter) is None:
+    if mesh is not None and mesh_of_leaves(adapter) is None:
         adapter = jax.tree.map(shape, adapter, sharding.specs(base, adapter))
     adapter = jax.tree.map(shape, adapter)
     state = jax.eval_shape(tx.init, adapter)
