@@ -605,7 +605,7 @@ def test_64_bits_are_not_narrowed(kind, tmp_path):
             return peft.from_tensors({"up.weight": w}, tree, NAMES)
         return peft.load_base(path, NAMES, like=tree)
 
-    with pytest.raises(ValueError, match="up.weight: its dtype float64 needs jax_enable_x64"):
+    with pytest.raises(ValueError, match=r"up\.weight: its dtype float64 needs jax_enable_x64"):
         load()
     with jax.enable_x64(True):
         leaf = load()["up"]["kernel"]

@@ -16,10 +16,10 @@ from ._combine import combine as combine
 from ._config import read_config as read_config
 from ._export import export_merged as export_merged
 from ._load import load as load
+from ._matrices import Matrix as Matrix
+from ._matrices import matrices as matrices
 from ._names import Name as Name
-from ._rewrite import Matrix as Matrix
 from ._rewrite import dequantize_checkpoint as dequantize_checkpoint
-from ._rewrite import matrices as matrices
 from ._rewrite import quantize_checkpoint as quantize_checkpoint
 from ._save import convert as convert
 from ._save import save as save

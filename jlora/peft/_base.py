@@ -31,10 +31,12 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
     r"""The base that a checkpoint holds, its quantized weights as they are.
 
     A folder of Hugging Face's: bitsandbytes (NF4, FP4, with and without double quantization, and 8
-    bits), GPTQ and AWQ (4 bits), compressed-tensors (4 bits, and FP8 by output), FP8 in square
-    blocks, MXFP4 experts; or float. A file `.gguf`: Q4_0, Q4_1, Q8_0 and MXFP4; its other types are
-    dequantized. A weight whose axes can be cut into the blocks of the file becomes a
-    `jlora.Quantized` leaf with the file's own codes; any other is dequantized, exactly.
+    bits), GPTQ (4 and 8 bits), AWQ (4 bits), compressed-tensors (4 and 8 bits, and FP8), FP8 with a
+    scale for the tensor, for each output or for each block, MXFP4 experts; or float. A file
+    `.gguf`: Q4_0, Q4_1, Q8_0 and MXFP4; its other types are dequantized. A weight whose axes can be
+    cut into the blocks of the file becomes a `jlora.Quantized` leaf with the file's own codes; any
+    other is dequantized, exactly, as are codes that no scheme has: those of inputs that are
+    reordered by activation, and of 8 bits with zero points. Scales of activations are left out.
 
     Args:
         dir: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
@@ -48,8 +50,8 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
     Raises:
         FileNotFoundError: if there is no such folder, or a file is missing.
         ImportError: for a GGUF file if the package `gguf` is not installed.
-        ValueError: if tensors are missing, unexpected, misshapen, not finite or contradict the
-            configuration; all of it is listed, and nothing is loaded.
+        ValueError: if tensors are missing, unexpected, misshapen, not finite, of 64 bits where JAX
+            has 32, or contradict the configuration; all of it is listed, and nothing is loaded.
 
     Source: bitsandbytes 0.50, GPTQModel, AutoAWQ, compressed-tensors 0.20 and `transformers` 5, of
     which it is a reader of its own.

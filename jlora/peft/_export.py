@@ -52,7 +52,7 @@ def export_merged(
     the same in float32, and have those of W's dtype in narrower ones.
 
     A quantized checkpoint is dequantized first, exactly, and the result is in floats, as its
-    configuration then says.
+    configuration then says. What of it is neither read nor in floats is an error.
 
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and

@@ -1,14 +1,13 @@
 """A checkpoint to one with the same tensors in another form: in few bits, or dequantized."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +17,11 @@ from tqdm import tqdm
 from .._folders import fresh
 from .._rules import compile_pattern, explain_no_match, matches, misplaced, rule_name
 from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
-from ._base import configuration_of, format_of
+from ._base import configuration_of
 from ._checkpoint import INDEX, LIMIT, Checkpoint, copy_others, open_checkpoint
 from ._file import brief, listing, read_json
-from .formats import Dense, Stored, Tensors, Unreadable, array_of, check_finite, left_of
+from ._matrices import Matrices, Matrix, matrix_of
+from .formats import Tensors, Unreadable, array_of, left_of
 from .formats import _bitsandbytes as bnb
 
 FLOATS = ("F32", "F16", "BF16")
@@ -29,26 +29,6 @@ FLOATS = ("F32", "F16", "BF16")
 SKIP = r".*(embed|wte|wpe|lm_head|cls|classifier|score|head|pooler).*"
 # Models whose weights lie as (inputs, outputs), in a `Conv1D`, which bitsandbytes would turn.
 TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-
-
-class Matrix(NamedTuple):
-    """A quantized tensor of a checkpoint.
-
-    Attributes:
-        name: the tensor.
-        shape: its shape.
-        scheme: the scheme, spelled.
-        size: the bytes that it takes.
-        error: ‖W - Q‖ / ‖W‖ where W was there, or None.
-        made: the scheme itself; None where no scheme has such codes.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    scheme: str
-    size: int
-    error: float | None
-    made: Scheme | None
 
 
 def quantize_checkpoint(
@@ -190,10 +170,10 @@ def dequantize_checkpoint(
             f"`src_dir`: {checkpoint.source.folder} is not quantized; use it as it is."
         )
     dtype = _float_dtype(checkpoint)
-    source = _Source(tensors, config, "src_dir", dtype)
+    source = Matrices(tensors, config, "src_dir", dtype)
     found, main, helpers = list[Matrix](), dict[str, str](), set[str]()
     for name in source.modules:
-        found.append(_matrix(name, source.read(name)))
+        found.append(matrix_of(name, source.read(name)))
         new = tensors.taken - helpers
         helpers |= new
         main[min(new)] = name  # in its place the weight is written
@@ -246,42 +226,7 @@ def requantized(
     return quantize_checkpoint(src_dir, out_dir, scheme, skip=None)
 
 
-def matrices(dir: str | os.PathLike[str]) -> list[Matrix]:
-    """The quantized tensors of a checkpoint; none of one in floats."""
-    checkpoint = open_checkpoint(dir, "dir", follow_links=True)
-    config = configuration_of(checkpoint)
-    source = _Source(Tensors(checkpoint), config, "dir", jnp.float32)
-    return [_matrix(name, source.read(name)) for name in source.modules]
-
-
 # --------------------------------------------------------------------------------- tensor by tensor
-
-
-class _Source:
-    """The quantized parameters of a checkpoint by name."""
-
-    def __init__(self, tensors: Tensors, config: dict[str, Any], argument: str, dtype: Any) -> None:
-        self.tensors, self.config, self.argument, self.dtype = tensors, config, argument, dtype
-        self.format = format_of(config, argument)
-        with self.errors():
-            each = self.format.find(tensors, config) if self.format else ()
-            self.modules = {f"{m}.{p}": (m, p, shape) for m, p, shape in each}
-
-    def read(self, name: str) -> Stored | Dense:
-        assert self.format is not None
-        with self.errors():
-            stored = self.format.read(self.tensors, self.config, *self.modules[name])
-            if stored is None:
-                raise Unreadable(f"{name}: is not quantized as the configuration says")
-            check_finite(stored, name, stored.dtype or self.dtype)
-        return stored
-
-    @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Unreadable as e:
-            raise ValueError(f"`{self.argument}`: {e}.") from None
 
 
 def _float_dtype(checkpoint: Checkpoint) -> Any:
@@ -289,16 +234,6 @@ def _float_dtype(checkpoint: Checkpoint) -> Any:
     config = _config(checkpoint)
     said = config.get("dtype", config.get("torch_dtype"))
     return jnp.dtype(said if said in ("float32", "float16") else "bfloat16")
-
-
-def _matrix(name: str, stored: Stored | Dense) -> Matrix:
-    if isinstance(stored, Dense):
-        size = stored.values.size * stored.bits // 8
-        return Matrix(name, stored.values.shape, stored.what, size, None, None)
-    parts = (stored.scale, stored.zero, *(stored.nested or ()))
-    size = sum(x.nbytes for x in parts if x is not None)
-    size += stored.codes.size * stored.scheme.bits // 8
-    return Matrix(name, stored.codes.shape, spelled(stored.scheme), size, None, stored.scheme)
 
 
 def _rewrite(
