@@ -198,7 +198,7 @@ def einsum_heads(dtype):
     )
 
 
-@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6), exact_at_zero=False)
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (2 * 4 + 6))
 def einsum_heads_in(dtype):
     """Several input axes: (h, k, d), contracted in another order than stored."""
     return Problem(
@@ -208,7 +208,7 @@ def einsum_heads_in(dtype):
     )
 
 
-@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (3 * 2 + 4 * 5), exact_at_zero=False)
+@case(subject="product", rules=(LORA,), sites=1, trainable=2 * (3 * 2 + 4 * 5))
 def einsum_interleaved_axes(dtype):
     """Inputs and outputs take turns in the leaf: (o, i, p, j)."""
     return Problem(
