@@ -133,7 +133,8 @@ def floats8(seed=0):
 
 def in_blocks(codes, grid, block):
     """Codes times the scale of their block."""
-    each = np.repeat(np.repeat(np.float32(grid), block[0], 0), block[1], 1)[:ROWS, :COLUMNS]
+    rows, columns = min(block[0], ROWS), min(block[1], COLUMNS)
+    each = np.repeat(np.repeat(np.float32(grid), rows, 0), columns, 1)[:ROWS, :COLUMNS]
     return codes.astype(np.float32) * each
 
 
@@ -221,6 +222,7 @@ DENSE = {
     ),
     "int8, zero points": lambda seed=0: int8(seed, zero=-3),
     "fp8, no squares": lambda seed=0: fp8(seed, block=(32, 64)),
+    "fp8, blocks higher than all": lambda seed=0: fp8(seed, block=(10**12, 32)),
     "fp8, squares of 48": lambda seed=0: fp8(seed, block=(48, 48)),
     "compressed-tensors, fp8 in groups": lambda seed=0: compressed_fp8_blocks(seed, (1, 32)),
 }

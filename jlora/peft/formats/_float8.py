@@ -47,5 +47,6 @@ def _in_blocks(codes: np.ndarray, scale: np.ndarray, block: Block) -> Stored | D
     if block[0] == block[1] and block[0] in FP8.legal:
         return Stored(FP8(block=block[0]), codes, scale)
     rows, columns = codes.shape
-    each = np.repeat(np.repeat(scale, block[0], 0), block[1], 1)[:rows, :columns]
+    high, wide = min(block[0], rows), min(block[1], columns)
+    each = np.repeat(np.repeat(scale, high, 0), wide, 1)[:rows, :columns]
     return Dense(codes.astype(np.float32) * each, "8-bit floats", 8)
