@@ -67,7 +67,6 @@ FUSED = Slots(2, (1,))
         (DoRA(), scanned, (3, 4, 4), 1),
         (DoRA(slots=FUSED), plain, (16, 32), 7),
     ],
-    ids=str,
 )
 def test_no_more_is_trained_than_a_weight_has(rule, model, shape, rank):
     """But at rank 1; of slots, than those that are adapted. A named rule has the rank it says."""
