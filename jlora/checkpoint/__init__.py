@@ -1,6 +1,7 @@
 """Orbax.
 
-Imports `_folders`, `_rules`, `_tree`, `_types`, `adapters`, `core`, `initializers`, `quantized`.
+Imports `_folders`, `_rules`, `_tree`, `_types`, `_untrusted`, `adapters`, `core`,
+`initializers`, `quantized`.
 
 A checkpoint is the adapter alone, and all that it takes to rebuild it.
 

@@ -1,6 +1,6 @@
 """PEFT's files.
 
-Imports `_folders`, `_rules`, `_tree`, `_types`, `adapters`, `quantized`, `sharding`.
+Imports `_folders`, `_rules`, `_tree`, `_types`, `_untrusted`, `adapters`, `quantized`, `sharding`.
 
 adapter = peft.load("adapter", base, peft.LLAMA)
 peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
