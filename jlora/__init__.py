@@ -79,7 +79,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib import metadata
 
-        return metadata.version(__name__)
+        try:
+            return metadata.version(__name__)
+        except metadata.PackageNotFoundError as e:
+            raise AttributeError("jlora has no `__version__`, as it is not installed") from e
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -27,7 +27,7 @@ def leaves_of(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
         )
     trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
     refuse(
-        "adapters with dropout keys cannot be combined, and there are some",
+        "adapters must have no dropout keys, and there are some",
         {p: "has a key" for tree in trees for p, x in tree.items() if has_key(x)},
         "Give jlora.dropout what comes out.",
     )

@@ -45,7 +45,7 @@ def scratch(dir: Where, what: str) -> Iterator[Path]:
     except Exception as e:
         if isinstance(e, FileExistsError) or (number := _failed_write(e, stage)) is None:
             raise
-        error = OSError(
+        error = (type(e) if isinstance(e, OSError) else OSError)(
             f"{what}: could not write {final}: {os.strerror(number)}. Nothing is left of it, and "
             "nothing else was touched. Make room or permission there, or give another path."
         )

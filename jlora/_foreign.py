@@ -80,7 +80,7 @@ def advised(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
         raise
 
 
-PARAMETERS = ("params", "parameters", "variables", "weights", "p")
+PARAMETERS = ("params", "parameters", "variables")
 
 
 def _order(apply_fn: Callable[..., Any]) -> str | None:
@@ -94,7 +94,7 @@ def _order(apply_fn: Callable[..., Any]) -> str | None:
         return None
     return (
         f"`apply_fn` is called with the parameters first, as its `{names[0]}`. If they are its "
-        f"`{later[0]}`, give jlora.transform a function that takes them first: "
+        f"`{later[0]}`, give jlora.transform a function that takes them first, such as "
         f"lambda {later[0]}, {names[0]}: apply_fn({names[0]}, {later[0]})."
     )
 

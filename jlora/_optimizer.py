@@ -1,6 +1,7 @@
 """Optimizers that train the adapter alone, whatever tree they are given."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ def labels(tree: PyTree) -> PyTree:
     Raises:
         TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter;
             or if the tree has arrays alone, as parameters have. An adapter of `Full` leaves alone
-            looks like them, and is told by `Params({}, adapter)`.
+            looks like them: give it as `Params({}, adapter)`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -41,15 +42,43 @@ def labels(tree: PyTree) -> PyTree:
         'a'
     """
     found = _labels(tree)
-    leaves = jax.tree.leaves(tree, is_leaf=_is_marked)
-    if leaves and not any(map(_is_marked, leaves)):
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: _is_marked(x) or _is_left_out(x))
+    if leaves and not any(_is_marked(x) or _is_left_out(x) for x in leaves):
         raise TypeError(
             "`tree` must be an adapter or jlora.Params(base, adapter), but has arrays alone, as a "
             "model's parameters have, all of which would be trained. Give the adapter that `init` "
-            "returned. If it is one, of jlora.Full leaves alone, say so: "
+            "returned. If it is one, of jlora.Full leaves alone, give `tx` itself, or "
             "jlora.Params({}, adapter)."
         )
+    if name := _base_beside_adapter(tree):
+        raise TypeError(
+            "`tree` must be an adapter or jlora.Params(base, adapter), but is a dict of both: at "
+            f"{name!r} are arrays alone, which would be trained, at the paths of the adapter "
+            "beside them. Give jlora.Params(base, adapter)."
+        )
     return found
+
+
+def _base_beside_adapter(tree: PyTree) -> str | None:
+    """The key of a base that stands beside its adapter in one dict, if there is one."""
+    for name in ("base", "params") if isinstance(tree, Mapping) else ():
+        own = _paths(tree[name]) if name in tree else {}
+        others = [_paths(x) for key, x in tree.items() if key != name]
+        nodes = {path for found in others for path, is_marked in found.items() if is_marked}
+        if nodes and nodes <= own.keys() and not any(own.values()):
+            return name
+    return None
+
+
+def _paths(tree: PyTree) -> dict[str, bool]:
+    """Which leaves say of themselves what of them is trained."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_marked)
+    return {jax.tree_util.keystr(path): _is_marked(x) for path, x in flat}
+
+
+def _is_left_out(x: Any) -> bool:
+    """Whether it stands for a leaf that is none of this optimizer's."""
+    return isinstance(x, optax.MaskedNode)
 
 
 def _is_marked(x: Any) -> bool:

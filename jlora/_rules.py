@@ -6,7 +6,7 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -189,10 +189,10 @@ def check_pattern(rule: Rule, pattern: Any) -> None:
             f"`pattern` of {type(rule).__name__} must be a regular expression as a string; "
             f"got {pattern!r} of type {type(pattern).__name__}."
         )
-    if pattern.strip("/") != pattern:
+    if (components := pattern.strip("/")) != pattern:
         raise ValueError(
             f"`pattern` {pattern!r} of {type(rule).__name__} starts or ends with `/`, but a "
-            f"pattern matches whole components of a path: write {pattern.strip('/')!r}."
+            f"pattern matches whole components of a path: write {components or '.*'!r}."
         )
     try:
         compile_pattern(pattern)
@@ -230,4 +230,4 @@ def misplaced(x: Any, unpacked: str | None = None) -> str:
         return f"the class {x.__name__}; call it, {x.__name__}(...)"
     if unpacked is not None and isinstance(x, Sequence) and not isinstance(x, str):
         return f"a {type(x).__name__}; unpack it with `*`, {unpacked}"
-    return repr(x)
+    return type(x).__name__ if isinstance(x, Mapping) or hasattr(x, "dtype") else repr(x)

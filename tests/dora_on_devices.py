@@ -252,7 +252,7 @@ def test_what_a_shard_map_hides_is_refused(under, name):
     lora, base, adapter, x = problem(UNDER[under])
     f = mapped(WAYS[name], lora.apply, adapter, checked=False)
     if NEEDS[under]:
-        with pytest.raises(NotImplementedError, match="check_vma=False hides both"):
+        with pytest.raises(NotImplementedError, match=r"check_vma=False, and jax.pmap, hide both"):
             f(base, adapter, x)
     else:
         laws.assert_close(f(base, adapter, x), lora.apply(base, adapter, x), 1e-10)

@@ -133,6 +133,14 @@ def test_of_inputs_it_is_by_explained_variance() -> None:
     assert f("gradient").ranks == {"a": 1, "b": 2}
 
 
+def test_all_linear_rules_train_no_more_than_a_weight_has() -> None:
+    """Rank 4 of 16 × 4 would train 80 parameters for 64; a rule with a pattern may."""
+    sketch = of({"a": (1, (16, 4), (4.0, 3.0, 2.0, 1.0)), "b": (2, (4, 16), (4.0, 3.0, 2.0, 1.0))})
+    for rule, rank in ((LoRA(), 3), (LoRA(".*"), 4)):
+        assert jlora.allocate(sketch, rule, budget=1000).ranks == {"a": rank, "b": rank}
+        assert jlora.allocate(sketch, rule).ranks == {"a": rank, "b": rank}
+
+
 def test_limits() -> None:
     sites = {"a": (1, (8, 8), tuple(range(9, 1, -1))), "b": (1, (8, 8), (0.1, 0.1, 0.1))}
     f = lambda **given: jlora.allocate(of(sites), LoRA(".*", rank=2), **given).ranks  # noqa: E731

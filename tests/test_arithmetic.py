@@ -417,7 +417,7 @@ FULL = (
 )
 KEYED = {"w": NODE._replace(dropout=0.5, key=KEY)}
 KEYS = (
-    "adapters with dropout keys cannot be combined, and there are some at these paths:\n  w: has a "
+    "adapters must have no dropout keys, and there are some at these paths:\n  w: has a "
     "key\nGive jlora.dropout what comes out."
 )
 REFUSED = {

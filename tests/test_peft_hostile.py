@@ -351,8 +351,9 @@ def test_copies_are_read_once(tmp_path: Folder) -> None:
         read.append(name)
         return every[name].tobytes()
 
-    found = dict(copies(open_checkpoint(folder), tables.keys(), digest))
-    assert found == dict(zip(tables, heads, strict=True))
+    found = list(copies(open_checkpoint(folder), tables.keys(), digest))
+    assert {other: copied for other, _, copied in found} == dict(zip(heads, tables, strict=True))
+    assert all(sorted(own) == sorted(tables) for _, own, _ in found)
     assert sorted(read) == sorted(every)
 
 
@@ -364,18 +365,18 @@ FIRSTS = st.lists(
 )
 
 
-@hypothesis.given(FIRSTS, FIRSTS)
+@hypothesis.given(FIRSTS, FIRSTS, FIRSTS)
 @hypothesis.settings(max_examples=100, deadline=None)
-def test_first_parts_are_counted(wanted: list[str], known: list[str]) -> None:
+def test_first_parts_are_counted(wanted: list[str], named: list[str], rest: list[str]) -> None:
     """As each name with each first part, one by one."""
-    wanted, known = list(dict.fromkeys(wanted)), list(dict.fromkeys(known))
+    wanted, known = list(dict.fromkeys(wanted)), {*named, *rest}
     firsts = [name.partition(".")[0] + "." for name in (*wanted, *known)]
     ways = [("", ""), *((first, "") for first in firsts), *(("", first) for first in firsts)]
     one_by_one = [
-        sum(n in known or add + n.removeprefix(strip) in known for n in wanted)
+        sum(n in known or add + n.removeprefix(strip) in named for n in wanted)
         for add, strip in ways
     ]
-    assert _counts(ways, set(wanted), set(known)) == one_by_one
+    assert _counts(ways, set(wanted), set(named), known) == one_by_one
 
 
 def test_a_hundred_first_parts(tmp_path: Folder) -> None:

@@ -54,7 +54,7 @@ def schedule(recipe: Recipe, examples: int) -> optax.Schedule:
 
 
 def optimizer(recipe: Recipe, examples: int) -> optax.GradientTransformation:
-    """AdamW for the adapter; biases and norms do not decay, as in `transformers`."""
+    """AdamW for all that a method trains; biases and norms do not decay, as in `transformers`."""
 
     def decays(tree: Any) -> Any:
         def decay(path: Any, _: Any) -> bool:
@@ -65,7 +65,7 @@ def optimizer(recipe: Recipe, examples: int) -> optax.GradientTransformation:
     rate = schedule(recipe, examples)
     adamw = optax.adamw(rate, weight_decay=recipe.weight_decay, mask=decays)
     clip = optax.clip_by_global_norm(recipe.clip) if recipe.clip else optax.identity()
-    return jlora.optimizer(optax.chain(clip, adamw))
+    return optax.chain(clip, adamw)
 
 
 def trainer(apply: Callable[..., jax.Array], problem: Problem, recipe: Recipe) -> Trainer:

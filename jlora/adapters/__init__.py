@@ -9,6 +9,7 @@ from ._dora import DoRA as DoRA
 from ._dora import decomposed_axes as decomposed_axes
 from ._low_rank import LoRA as LoRA
 from ._low_rank import LowRank as LowRank
+from ._low_rank import clipped_rank as clipped_rank
 from ._low_rank import factor_shapes as factor_shapes
 from ._low_rank import low_rank_axes as low_rank_axes
 from ._low_rank import still as still

@@ -233,15 +233,21 @@ def fit(rule: LoRA, site: Any) -> tuple[LoRA, Layout]:
 
 def _clipped(rule: LoRA, site: Any, layout: Layout, largest: int) -> LoRA:
     """The rule at the same scale, of a rank up to `largest` that trains no more than W has."""
-    count, chosen, _ = layout.slots or (1, (0,), None)
-    size = math.prod(site.shape) // count * len(chosen)
 
     def trained(rank: int) -> int:
         return trainable(dataclasses.replace(rule, rank=rank), layout, site.shape)
 
-    ranks = range(1, min(rule.rank, largest) + 1)
-    rank = max(1, bisect.bisect_right(ranks, size, key=trained))
+    rank = clipped_rank(min(rule.rank, largest), layout, site.shape, trained)
     return rule if rank == rule.rank else rule.of_rank(rank)
+
+
+def clipped_rank(
+    rank: int, layout: Layout, shape: tuple[int, ...], trained: Callable[[int], int]
+) -> int:
+    """The largest rank up to `rank`, and at least 1, that trains no more than W has."""
+    count, chosen, _ = layout.slots or (1, (0,), None)
+    size = math.prod(shape) // count * len(chosen)
+    return max(1, bisect.bisect_right(range(1, rank + 1), size, key=trained))
 
 
 def _slotted(rule: LoRA, site: Any) -> Layout:

@@ -80,7 +80,8 @@ class PartialWeightError(Exception):
         names = ", ".join(sorted(map(repr, mesh_axes)))
         super().__init__(
             f"{need}, and the shard_map around it may have cut W over the mesh axes {names}. "
-            "What varies over a mesh axis may be a part or whole, and check_vma=False hides both. "
+            "What varies over a mesh axis may be a part or whole; check_vma=False, and jax.pmap, "
+            "hide both. "
             "Gather what is whole by jax.lax.all_gather(..., to='invarying') with check_vma=True. "
             "For weights that are cut, put the shard_map into the function that jlora.transform "
             "takes, or leave the mesh to jax.jit."

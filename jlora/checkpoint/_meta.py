@@ -70,7 +70,8 @@ class Foreign:
             raise NotImplementedError(
                 f"`init` was {self.name} when the adapter was saved, which starts from a sketch: a "
                 "checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
-                f"init={self.name}(sketch)), where sketch is of jlora.sketch(..., kind={kind!r})."
+                f"init={self.name}(sketch)), with the options that it had, where sketch is of "
+                f"jlora.sketch(..., kind={kind!r})."
             )
         raise NotImplementedError(
             f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of "
@@ -231,6 +232,7 @@ def _encode_field(value: Any) -> Any:
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
 
 
+LONGEST = 1000  # characters of a pattern that is tried
 # A pattern that matches in time that is linear in the path: without repetition, one group at most.
 PLAIN = re.compile(r"\^?[\w/]*(?:\((?:\?:)?[\w|]+\)|\[\w+\])?[\w/]*\$?")
 
@@ -238,14 +240,15 @@ PLAIN = re.compile(r"\^?[\w/]*(?:\((?:\?:)?[\w|]+\)|\[\w+\])?[\w/]*\$?")
 def _match_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
     """Rules of format 1, with patterns that take the same leaves by whole components.
 
-    A pattern matches no more by whole components, and what it matched before is adapted. So a plain
-    one stays as it is where it still matches the leaves that no earlier rule takes. Others are not
-    tried, as a file may have one that takes for ever.
+    By whole components a pattern matches a part of what it matched before, and every leaf that it
+    took before is in the adapter. So a plain pattern stays if it still matches those leaves. Others
+    are not tried, as a file may have one that takes for ever.
     """
     new, left = [], list(adapted)
     for rule in rules:
         if (pattern := rule.get("pattern")) is not None:
-            is_plain = PLAIN.fullmatch(pattern) and pattern.strip("/") == pattern
+            is_short = len(pattern) <= LONGEST
+            is_plain = is_short and PLAIN.fullmatch(pattern) and pattern.strip("/") == pattern
             hits = {path for path in left if re.search(pattern, path)} if is_plain else set()
             left = [path for path in left if path not in hits]
             if not is_plain or not all(map(compile_pattern(pattern).search, hits)):

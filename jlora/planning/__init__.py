@@ -1,6 +1,5 @@
 """A step's needs. Imports `core`, `sharding`, `_compat`, `_policy`, `_table`, `_tree`, `_types`."""
 
-from ._placed import mesh_of_leaves as mesh_of_leaves
 from ._plan import Plan as Plan
 from ._plan import plan as plan
 from ._topology import has_compiler as has_compiler

@@ -1,5 +1,6 @@
 """`allocate`: which sites, and which rank each, for a number of trained parameters."""
 
+import functools
 import heapq
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from .._rules import Rule, explain_no_match, is_int, near, rule_name
 from .._types import short
-from ..adapters import LoRA
+from ..adapters import LoRA, clipped_rank
 from ._allocation import Allocation, as_rules, index_of, rule_of, takes_by_rank, trained
 from ._shares import Share
 from ._spectrum import Sketch, Spectrum
@@ -108,14 +109,18 @@ def _ranks(
 ) -> dict[str, int]:
     """Takes the components in order, each after those before it at its site."""
     rules = {path: rule_of(path, given) for path in shares}
-    largest = {
-        path: min(len(gains[path]), share.largest, max_rank or 2 * rules[path].rank)
-        for path, share in shares.items()
-    }
-    ranks = {path: min(min_rank, n) for path, n in largest.items()}
 
     def cost(path: str, rank: int) -> int:
         return trained(shares[path], rules[path], rank)
+
+    def most(path: str, share: Share) -> int:
+        n = min(len(gains[path]), share.largest, max_rank or 2 * rules[path].rank)
+        if rules[path].pattern is not None:
+            return n
+        return clipped_rank(n, share.layout, share.shape, functools.partial(cost, path))
+
+    largest = {path: most(path, share) for path, share in shares.items()}
+    ranks = {path: min(min_rank, n) for path, n in largest.items()}
 
     if budget is None:
         budget = sum(cost(path, min(rules[path].rank, n)) for path, n in largest.items())

@@ -247,10 +247,34 @@ def test_parameters_are_no_adapter(call: str, tree: str) -> None:
     message = (
         "`tree` must be an adapter or jlora.Params(base, adapter), but has arrays alone, as a "
         "model's parameters have, all of which would be trained. Give the adapter that `init` "
-        "returned. If it is one, of jlora.Full leaves alone, say so: jlora.Params({}, adapter)."
+        "returned. If it is one, of jlora.Full leaves alone, give `tx` itself, or "
+        "jlora.Params({}, adapter)."
     )
     with pytest.raises(TypeError, match=exactly(message)):
         LABELING[call](PLAIN[tree]())
+
+
+@pytest.mark.parametrize("name", ["base", "params"])
+@pytest.mark.parametrize("call", ["labels", "optimizer", "train-state"])
+def test_a_base_beside_its_adapter(call: str, name: str) -> None:
+    """In one dict, where nothing says which is which, the base would be trained too."""
+    base, adapter = init(*ADAPTED)
+    message = (
+        "`tree` must be an adapter or jlora.Params(base, adapter), but is a dict of both: at "
+        f"{name!r} are arrays alone, which would be trained, at the paths of the adapter beside "
+        "them. Give jlora.Params(base, adapter)."
+    )
+    with pytest.raises(TypeError, match=exactly(message)):
+        LABELING[call]({name: base, "adapter": adapter})
+
+
+def test_an_optimizer_for_some_leaves() -> None:
+    """A part of an adapter may have arrays alone, where something else chose it."""
+    _, adapter = init(*ADAPTED)
+    kinds = jax.tree.map(lambda x: "full" if x == "full" else "low rank", jlora.labels(adapter))
+    tx = optax.partition({"full": jlora.optimizer(SGD), "low rank": jlora.optimizer(SGD)}, kinds)
+    updates, _ = tx.update(adapter, tx.init(adapter), adapter)
+    assert_same(updates, jax.tree.map(lambda x: -x, adapter))
 
 
 def test_an_adapter_of_full_leaves_alone() -> None:

@@ -203,7 +203,7 @@ def test_parameters_that_are_not_the_first_argument() -> None:
             call()
         assert caught.value.__notes__[-1] == (
             "jlora: `apply_fn` is called with the parameters first, as its `x`. If they are its "
-            "`params`, give jlora.transform a function that takes them first: "
+            "`params`, give jlora.transform a function that takes them first, such as "
             "lambda params, x: apply_fn(x, params)."
         )
     message = (
