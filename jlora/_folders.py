@@ -65,6 +65,8 @@ def _failed_write(error: Exception, stage: Path) -> int | None:
         number, path = error.errno, str(error.filename or "")
         about = path.startswith(str(stage)) or path == str(stage.parent)
         return number if number in _WRITING or (number and about) else None
+    if type(error).__name__ != "SafetensorError":
+        return None
     # As the writer of safetensors, which is no Python, says it.
     found = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))
     return None if found is None else int(found[1])

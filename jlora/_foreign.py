@@ -81,6 +81,7 @@ def advised(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
 
 
 PARAMETERS = ("params", "parameters", "variables")
+FIRST = (*PARAMETERS, "weights", "p")  # what else the first argument is called, and others are too
 
 
 def _order(apply_fn: Callable[..., Any]) -> str | None:
@@ -90,7 +91,7 @@ def _order(apply_fn: Callable[..., Any]) -> str | None:
     except (TypeError, ValueError):
         return None
     later = [name for name in names[1:] if name in PARAMETERS]
-    if not later or names[0] in PARAMETERS:
+    if not later or names[0] in FIRST:
         return None
     return (
         f"`apply_fn` is called with the parameters first, as its `{names[0]}`. If they are its "

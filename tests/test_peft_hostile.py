@@ -167,6 +167,26 @@ def test_names_need_no_process(
     assert len(started) <= processes
 
 
+def test_a_merge_needs_few_processes(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of modules that the base has beside those of the adapter."""
+    started, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: started.append(a) or run(*a, **k))
+    own, others = many(300), [f"model.layers.{i}.other" for i in range(300)]
+    folder = adapter(tmp_path / "a", own, target_modules=r".*\.q\d")
+    peft.export_merged(model(tmp_path / "b", own + others), folder, tmp_path / "out")
+    assert len(started) <= 6
+
+
+@pytest.mark.parametrize("executable", [None, "/nowhere/python", sys.executable + "-of-old"])
+def test_no_process_can_be_started(
+    executable: str | None, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    folder = adapter(tmp_path / "a", many(2), target_modules=r".*\.q\d")
+    with pytest.raises(ValueError, match=r"but Python could not be started for it \(.+\)\. List"):
+        peft.read(folder)
+
+
 # ------------------------------------------------------------------------------ the same answers
 
 WORDS = st.sampled_from(["a", "b", "q", "aq", "a-b", "layers", "0", "12", "naïve"])

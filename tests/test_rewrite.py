@@ -256,13 +256,14 @@ def test_what_is_left_unread_is_refused(method, left, way, tmp_path):
 
 @pytest.mark.parametrize("format", METHODS)
 def test_buffers_are_kept(format, tmp_path):
-    """Numbers that are no codes."""
-    more = {"embed.position_ids": np.arange(8)[None]}
+    """Numbers that are no codes; what is left out beside them is said."""
+    mask = np.tril(np.ones((1, 1, 4, 4), np.uint8))
+    more = {"embed.position_ids": np.arange(8)[None], "attn.bias": mask}
     base, adapter, _ = beside(tmp_path, format, **more)
-    peft.export_merged(base, adapter, tmp_path / "out")
-    np.testing.assert_array_equal(
-        tensors_of(tmp_path / "out")["embed.position_ids"][0], np.arange(8)
-    )
+    (base / "old.bin").write_bytes(b"")
+    assert peft.export_merged(base, adapter, tmp_path / "out") == ["old.bin"]
+    for name, x in more.items():
+        np.testing.assert_array_equal(tensors_of(tmp_path / "out")[name], x)
 
 
 @pytest.mark.parametrize("requantize", [False, True])

@@ -201,7 +201,7 @@ def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[
         if name in read:
             continue
         # An adapter_config.json would have transformers apply the adapter once more.
-        is_folder = path.is_dir() and not _is_called_a_file(path)
+        is_folder = path.is_dir() and not _is_called_a_file(source, path)
         if is_folder or _WEIGHTS.search(path.name) or name in (CONFIG, TENSORS):
             left_out.append(name)
         else:
@@ -209,8 +209,9 @@ def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[
     return sorted(kept), sorted(left_out), sorted(odd)
 
 
-def _is_called_a_file(path: Path) -> bool:
-    return path.suffix in (".json", ".jinja", ".model", ".txt")
+def _is_called_a_file(source: Source, path: Path) -> bool:
+    """Whether it is called as the files are that a model needs beside its weights."""
+    return path.parent == source.folder and path.suffix in (".json", ".jinja", ".model", ".txt")
 
 
 def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
@@ -220,8 +221,8 @@ def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
             f"{shown(folder.relative_to(source.folder).as_posix())}. Move them out."
         )
     for path in folder.iterdir():
-        is_whole = path.is_symlink() or path.name in (".git", ".cache") or _is_called_a_file(path)
-        if is_whole or not path.is_dir():
+        is_whole = path.is_symlink() or path.name in (".git", ".cache")
+        if is_whole or not path.is_dir() or _is_called_a_file(source, path):
             yield path
         else:
             yield from _walk(source, path, depth - 1)

@@ -139,11 +139,12 @@ def _onto_quantized(
         src_dir, dense = checkpoint.source.folder, folder / "dense"
         found = dequantize_checkpoint(src_dir, dense, follow_links=follow_links)
         if not requantize:
-            return export_merged(dense, adapter, out_dir, names=names)
-        left_out = export_merged(dense, adapter, folder / "merged", names=names)
+            export_merged(dense, adapter, out_dir, names=names)
+            return checkpoint.left_out
+        export_merged(dense, adapter, folder / "merged", names=names)
         for matrix in requantized(folder / "merged", out_dir, found):
             tqdm.write(f"{matrix.name}: {matrix.scheme}, error {matrix.error:.3g}")
-        return left_out
+        return checkpoint.left_out
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:

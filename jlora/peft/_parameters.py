@@ -173,6 +173,7 @@ def missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     selection, modules = adapter.selection, adapter.pairs.keys()
     bias, found = adapter.fields.get("bias", "none"), []
     is_alone = adapter.fields.get("peft_type") == ROWS_ALONE
+    selection.prepare(name.rpartition(".")[0] for name in shapes)
     for name, shape in shapes.items():
         module, _, parameter = name.rpartition(".")
         if selection.saves(module) or (

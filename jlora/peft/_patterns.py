@@ -161,4 +161,15 @@ def _matched(
         )
     except subprocess.TimeoutExpired:
         return None
+    except (OSError, TypeError) as e:  # `sys.executable` is None where Python is embedded
+        raise _not_started(e) from e
+    if done.returncode > 0 and "MemoryError" not in done.stderr:
+        raise _not_started(done.stderr.strip().rpartition("\n")[2])
     return None if done.returncode else list(map(json.loads, done.stdout.splitlines()))
+
+
+def _not_started(why: Any) -> ValueError:
+    return ValueError(
+        "patterns of adapter_config.json are matched in a process of their own, but Python could "
+        f"not be started for it ({why}). List the modules by their names."
+    )

@@ -122,7 +122,9 @@ def _is_coded(tensors: Tensors, name: str) -> bool:
     last, dtype = name.rpartition(".")[2], tensors.dtype(name)
     if dtype in DTYPES:
         return bool(_OF_CODES.fullmatch(last))
-    return dtype != "BOOL" and not (dtype == "I64" and last in _BUFFERS)
+    of_attention = last == "bias" and len(tensors.shape(name)) == 4
+    is_mask = dtype == "BOOL" or (dtype == "U8" and of_attention)
+    return not is_mask and not (dtype == "I64" and last in _BUFFERS)
 
 
 def unpacked(
