@@ -386,6 +386,11 @@ def test_lies(change, message, tmp_path):
     assert f"`dir`: {tmp_path / 'base'} does not fit `like`. 1 problems:\n" in str(e.value)
 
 
+def groups_of(*sizes):
+    """A configuration of compressed-tensors with a group of modules for each of the sizes."""
+    return {"config_groups": {f"group_{n}": {"weights": {"group_size": n}} for n in sizes}}
+
+
 CONFIGURATIONS = [
     ("gptq", {"bits": 3}, "`bits` of the quantization: expected 4 or 8, got 3"),
     ("gptq", {"bits": True}, "`bits` of the quantization: expected 4 or 8, got True"),
@@ -415,6 +420,14 @@ CONFIGURATIONS = [
     ),
     ("fp8", {"weight_block_size": [48, 48]}, "says, blocks of 48 × 48; got shape (2, 4)"),
     ("fp8", {"weight_block_size": [0, 48]}, "expected two numbers or null, got [0, 48]"),
+    (
+        "awq",
+        {"group_size": 96},
+        "h.0.up: 2 groups of scales for 128 inputs contradict `group_size` of the quantization, 96",
+    ),
+    ("awq", {"group_size": 256}, "h.0.up: 2 groups of scales for 128 inputs contradict"),
+    ("compressed-tensors", groups_of(48, 64), "h.0.up: 4 groups of scales for 128 inputs contra"),
+    ("int8 by output", groups_of(64), "h.0.up: 1 groups of scales for 128 inputs contradict"),
     ("gptq", {"quant_method": "hqq"}, "has the `quant_method` 'hqq'; known are awq, bitsandbytes"),
     ("gptq", {"quant_method": 3}, "has the `quant_method` 3; known are"),
 ]
@@ -427,6 +440,28 @@ def test_configurations(format, config, message, tmp_path):
     with pytest.raises(ValueError) as e:
         peft.load_base(folder, NAMES, like=like())
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("format", "config"),
+    [
+        ("awq", {"group_size": None}),
+        ("gptq, all inputs", {"group_size": -1}),
+        ("gptq, all inputs", {"group_size": 256}),
+        ("compressed-tensors", groups_of(64, 32)),
+        ("compressed-tensors", groups_of(None)),
+        ("int8 by output", groups_of(64, -1)),
+        ("int8 by tensor", groups_of(None, 64)),
+    ],
+)
+@pytest.mark.parametrize("has_order", [False, True])
+def test_groups_that_the_configuration_has(has_order, format, config, tmp_path):
+    files = {f"h.{i}.up": FORMATS[format]() for i in range(2)}
+    for file in files.values() if not has_order else ():
+        file.pop("g_idx", None)
+    loaded = peft.load_base(write(tmp_path / "base", files, **config), NAMES, like=like())
+    expected = np.stack([file.matrix.T for file in files.values()])
+    assert_rounded(jlora.dequantize(loaded)["layers"]["up"]["kernel"], expected)
 
 
 def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):

@@ -1101,6 +1101,35 @@ TIED_IN_FULL = {
 }
 
 
+@pytest.mark.parametrize("dtype", [np.int32, jnp.float8_e4m3fn])
+def test_what_is_saved_beside_it_must_be_floats(dtype: Any, tmp_path: Folder) -> None:
+    """PEFT saves a module whole, with the leaves of the base that are not trained."""
+    base = {"q": {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3).astype(dtype)}}
+    names = [peft.Name("(.*)/kernel", r"\1", "io"), peft.Name("(.*)/bias", r"\1", "o", "bias")]
+    adapter = {"q": {"kernel": np.ones((4, 3), np.float32)}}
+    message = re.escape(
+        "`base` must hold floats, of F64, F32, F16, BF16, where PEFT stores frozen values with the "
+        f"adapter; got {np.dtype(dtype)} at q/bias. Adapt another leaf, or export the merged model."
+    )
+    for call in (peft.tensors, functools.partial(peft.save, tmp_path / "a")):
+        with pytest.raises(ValueError, match=message):
+            call(base, adapter, names)
+    assert not (tmp_path / "a").exists()
+
+
+def test_convert_names_what_vllm_would_read_otherwise(tmp_path: Folder) -> None:
+    """A scale that is folded into B may take it beyond what its dtype holds."""
+    base = {"q": {"kernel": np.ones((4, 3), np.float32)}}
+    ab = np.ones((4, 1), "f"), np.full((1, 3), 1e30, "f")
+    node = LowRank(*ab, 1e30, Layout((), (0,), (1,)))
+    peft.save(tmp_path / "a", base, {"q": {"kernel": node}}, [peft.Name("q/kernel", "q", "io")])
+    message = (
+        r"`dir`: the adapter in .*a has no form for vLLM that would be read as (?s:.*)not finite"
+    )
+    with pytest.raises(ValueError, match=message), np.errstate(over="ignore"):
+        peft.convert(tmp_path / "a", tmp_path / "b")
+
+
 @pytest.mark.parametrize("form", TIED_IN_FULL)
 def test_a_tied_weight_in_full(form: str, tmp_path: Folder) -> None:
     """It is written for the embedding and for the head; read, both must be there and the same."""

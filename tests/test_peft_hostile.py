@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import jlora
 from jlora import peft
 from jlora.peft import _file, _patterns
 from jlora.peft._checkpoint import open_checkpoint
@@ -412,7 +413,9 @@ def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.Mo
     folder = base(tmp_path / "b", {"q.weight": ONE}, **HEADED)
     peft.export_merged(folder, adapter(tmp_path / "a", ["q"]), tmp_path / "out")
     peft.load_base(folder, [peft.Name("q", "q", "io")], like={"q": ONE})
-    assert sum("config.json" in what and "adapter" not in what for what in parsed) == 2
+    peft.quantize_checkpoint(folder, tmp_path / "nf4", jlora.NF4())
+    peft.dequantize_checkpoint(tmp_path / "nf4", tmp_path / "dense")
+    assert sum("config.json" in what and "adapter" not in what for what in parsed) == 4
 
 
 @pytest.mark.parametrize(
@@ -454,6 +457,7 @@ def test_many_vocabularies(tmp_path: Folder) -> None:
 
 MEASURED = """
 import pathlib, resource, sys, time
+import jlora
 from jlora import peft
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

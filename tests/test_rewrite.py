@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from test_base_files import tensors_of as tensors_in
 import jlora
 from jlora import peft
 from jlora._cli._app import cli
+from jlora._rules import compile_pattern
+from jlora.peft._rewrite import SKIP
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -102,6 +105,37 @@ def test_dequantized(format, tmp_path):
         expected = file.matrix.swapaxes(-1, -2) if format == "mxfp4" else file.matrix
         assert_rounded(new[f"{name}.{parameter}"], expected.astype(jnp.bfloat16))
     assert "quantization_config" not in config_of(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("way", ["dequantize", "export_merged"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda q: {"text_config": {"quantization_config": q}},
+        lambda q: {"a": {"b": {"quantization_config": q}, "c": 1}, "quantization_config": None},
+        lambda q: {"quantization_config": q, "text_config": {"quantization_config": q, "c": 1}},
+    ],
+)
+def test_a_configuration_within_another(config, way, tmp_path):
+    """Wherever it says that the weights are quantized, it no longer does."""
+    base, adapter, _ = beside(tmp_path, "fp8")
+    said = config(config_of(base)["quantization_config"]) | {"model_type": "x"}
+    (base / "config.json").write_text(json.dumps(said))
+    WAYS[way](base, adapter, tmp_path / "out")
+    left = (tmp_path / "out" / "config.json").read_text()
+    assert "quantization_config" not in left
+    assert left.count('"c": 1') == json.dumps(said).count('"c": 1')
+    assert config_of(tmp_path / "out")["model_type"] == "x"
+    assert peft.matrices(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head." * 20_000 + "weight", "x." * 100_000 + "weight", "e" * 200_000, "a.embed"]
+)
+def test_embeddings_and_heads_are_found_in_linear_time(name):
+    found, seconds = compile_pattern(SKIP, ".").search, time.process_time()
+    assert (found(name) is not None) == ("head" in name or "embed" in name)
+    assert time.process_time() - seconds < 1
 
 
 MEMORY = """

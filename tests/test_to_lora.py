@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import peft
+from jlora.peft import _to_lora
 
 PREFIX = "base_model.model."
 ADALORA = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 3, "target_modules": ["up"]}
@@ -332,6 +333,31 @@ def test_miss_of_any_scale_is_written(tmp_path: pathlib.Path) -> None:
         own, other = adapter[name]["kernel"], loaded[name]["kernel"]
         assert (other.scale, other.frozen) == (1, ("a",))
         np.testing.assert_array_equal(other.b, 2 * own.b)
+
+
+def test_what_is_large_is_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is for files, which may say anything."""
+    monkeypatch.setattr(_to_lora, "LARGEST", 100)
+    peft.save(tmp_path / "own", BASE, started(MISS_RULE), NAMES, config={"peft_type": "MISS"})
+    with pytest.raises(
+        ValueError, match=r"`dir`: the adapter in (?s:.*) A and B would take 0\.0 GiB"
+    ):
+        peft.load(tmp_path / "own", BASE, NAMES)
+
+
+@pytest.mark.parametrize("config", [None, {"peft_type": "MISS"}])
+def test_float64_is_written_as_it_is(config: Any, tmp_path: pathlib.Path) -> None:
+    """Only JAX needs to be told of 64 bits."""
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), started(MISS_RULE))
+    wide["up"]["bias"], base = np.full(12, 1 / 3), BASE | {"up": BASE["up"] | {"bias": np.ones(12)}}
+    found = peft.tensors(base, wide, NAMES, config=config)
+    assert {x.dtype.name for x in found.values()} == {"float64"}
+    peft.save(tmp_path / "own", base, wide, NAMES, config=config)
+    with pytest.raises(ValueError, match=r"up.*: dtype F64 needs jax_enable_x64"):
+        peft.load(tmp_path / "own", base, NAMES)
+    with jax.enable_x64(True):
+        assert_bits = np.testing.assert_array_equal
+        assert_bits(peft.load(tmp_path / "own", base, NAMES)["up"]["bias"], wide["up"]["bias"])
 
 
 NOT_WRITTEN = {

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from ._names import Leaf, Name
 from ._weights import all_named, narrowed
 from .formats import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
 from .formats import _bitsandbytes as bnb
+
+QUANTIZATION = "quantization_config"  # of `config.json`
 
 
 def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTree) -> PyTree:
@@ -97,14 +99,25 @@ def load_base(dir: str | os.PathLike[str], names: Sequence[Name], *, like: PyTre
 
 def configuration_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """`quantization_config`, also where it is within another part, as of models of models."""
-    left: list[Any] = [checkpoint.config]
+    found = (part.get(QUANTIZATION) for part in _parts(checkpoint.config))
+    return next((x for x in found if isinstance(x, dict)), {})
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without what `configuration_of` finds, wherever it is."""
+    config = json.loads(json.dumps(config))
+    for part in _parts(config):
+        part.pop(QUANTIZATION, None)
+    return config
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Any]:
+    """A configuration, and those within it."""
+    left: list[Any] = [config]
     while left:
         part = left.pop()
-        found = part.get("quantization_config")
-        if isinstance(found, dict):
-            return found
+        yield part
         left += [value for value in part.values() if isinstance(value, dict)]
-    return {}
 
 
 def format_of(config: Mapping[str, Any], argument: str = "dir") -> Format | None:
@@ -211,7 +224,7 @@ def save_base(
     if packed:
         modules = [m for leaf in floats if leaf.name.kind == "linear" for m in leaf.modules]
         first = packed[0].value
-        said["quantization_config"] = bnb.configuration(first.scheme, first.dtype, modules)
+        said[QUANTIZATION] = bnb.configuration(first.scheme, first.dtype, modules)
     with fresh(dir, "`dir`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
         (folder / "config.json").write_bytes(json.dumps(said, indent=2).encode())

@@ -18,7 +18,7 @@ from ._file import CONFIG, Source, listing
 from ._names import Leaf, Name, by_row, resolve
 from ._others import other_of
 from ._parameters import parts_of, without_biases
-from ._places import Placed, differing, places_of, put_in_place
+from ._places import Placed, differing, narrowed, places_of, put_in_place
 from ._read import Adapter
 from ._saved import Saved, read_adapter, saved_in
 from ._to_lora import as_lora
@@ -121,14 +121,14 @@ def fitted(saved: Saved, leaves: Sequence[Leaf], refuse: Callable[[Sequence[str]
     shapes = {name: place.leaf.weight_shape for name, place in places.items()}
     frozen: tuple[str, ...] = ()
     if other_of(saved.fields) is not None:
-        saved, frozen = as_lora(saved, shapes)
+        saved, frozen = as_lora(saved, shapes, refuse)
     adapter = read_adapter(saved, refuse)
     without_biases(adapter)
     parts = parts_of(adapter, shapes, WHERE, ordered=True)
     placed = put_in_place(adapter, parts, places, leaves)
-    refuse(adapter.wrong)
     tokens = [x.v for x in adapter.tokens.values()]
     stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *tokens)
+    refuse(adapter.wrong + ([] if saved.is_own else narrowed(stored)))
     found = saved.read(stored)
     refuse(unfit(found) + differing(placed, found))
     return Fitted(adapter, placed, found, frozen)

@@ -1,6 +1,6 @@
 """Where each part of an adapter belongs in a tree, and what has no place."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +128,7 @@ def _rows(
         elif place.leaf.name.kind != "embedding":
             why = "rows of what is no embedding by `names`"
         else:
-            bad = misfits(x, place.leaf.weight_shape) or _misshapen(x.v, x.v.shape)
+            bad = misfits(x, place.leaf.weight_shape)
             wrong += bad
             rows += [] if bad else [(place.leaf, x)]
             continue
@@ -210,9 +210,16 @@ def _misfits(part: Part, place: Place) -> list[str]:
 def _misshapen(x: Stored, shape: tuple[int, ...]) -> list[str]:
     if x.shape != shape:
         return [f"{shown(x.key)}: expected shape {shape}, got {x.shape}"]
-    if jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]:
-        return [f"{shown(x.key)}: dtype {x.dtype} needs jax_enable_x64"]
     return []
+
+
+def narrowed(stored: Iterable[Stored]) -> list[str]:
+    """Which of the tensors JAX, as it is set, has no arrays for."""
+    return [
+        f"{shown(x.key)}: dtype {x.dtype} needs jax_enable_x64"
+        for x in stored
+        if x.dtype in DTYPES and jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]
+    ]
 
 
 def _shown(part: Part) -> str:

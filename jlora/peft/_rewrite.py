@@ -17,16 +17,15 @@ from tqdm import tqdm
 from .._folders import fresh
 from .._rules import compile_pattern, explain_no_match, matches, misplaced, rule_name
 from ..quantized import FP4, NF4, Int8, Scheme, quantized, spelled
-from ._base import configuration_of
-from ._checkpoint import INDEX, LIMIT, Checkpoint, copy_others, open_checkpoint
-from ._file import brief, listing, read_json
+from ._base import QUANTIZATION, configuration_of, without_quantization
+from ._checkpoint import INDEX, Checkpoint, copy_others, open_checkpoint
+from ._file import brief, listing
 from ._matrices import Matrices, Matrix, matrix_of
-from .formats import Tensors, Unreadable, array_of, left_of
+from .formats import FLOATS, Tensors, Unreadable, array_of, left_of
 from .formats import _bitsandbytes as bnb
 
-FLOATS = ("F32", "F16", "BF16")
 # What `transformers` leaves as it is: embeddings, and the head.
-SKIP = r".*(embed|wte|wpe|lm_head|cls|classifier|score|head|pooler).*"
+SKIP = r"[^.]*(embed|wte|wpe|lm_head|cls|classifier|score|head|pooler)[^.]*"
 # Models whose weights lie as (inputs, outputs), in a `Conv1D`, which bitsandbytes would turn.
 TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
@@ -84,7 +83,7 @@ def quantize_checkpoint(
             f"`src_dir`: {checkpoint.source.folder} is quantized already, by "
             f"{brief(config.get('quant_method'))}. Give the one that it was made of."
         )
-    kind = _config(checkpoint).get("model_type")
+    kind = checkpoint.config.get("model_type")
     if kind in TURNED:
         raise ValueError(
             f"`src_dir`: weights of {kind} lie as (inputs, outputs), which bitsandbytes would "
@@ -113,10 +112,10 @@ def quantize_checkpoint(
         dtypes.append(leaf.dtype)
         return bnb.write(leaf, [module], parameter)
 
-    def config_of(config: dict[str, Any]) -> dict[str, Any]:
+    def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
         if not found:
             raise Unreadable(f"no matrix is left to quantize, with `skip` {skip!r}")
-        return config | {"quantization_config": bnb.configuration(scheme, dtypes[0], floats)}
+        return {**config, QUANTIZATION: bnb.configuration(scheme, dtypes[0], floats)}
 
     _rewrite(checkpoint, out_dir, convert, config_of, "quantize")
     return found
@@ -189,10 +188,7 @@ def dequantize_checkpoint(
         w = np.asarray(array_of(stored, stored.dtype or dtype))
         return {main[name]: w.swapaxes(-1, -2) if w.ndim == 3 else w}
 
-    def config_of(config: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in config.items() if k != "quantization_config"}
-
-    _rewrite(checkpoint, out_dir, convert, config_of, "dequantize")
+    _rewrite(checkpoint, out_dir, convert, without_quantization, "dequantize")
     return found
 
 
@@ -231,7 +227,7 @@ def requantized(
 
 def _float_dtype(checkpoint: Checkpoint) -> Any:
     """What the configuration says that floats are in; bfloat16 where it says nothing."""
-    config = _config(checkpoint)
+    config = checkpoint.config
     said = config.get("dtype", config.get("torch_dtype"))
     return jnp.dtype(said if said in ("float32", "float16") else "bfloat16")
 
@@ -240,7 +236,7 @@ def _rewrite(
     checkpoint: Checkpoint,
     out_dir: str | os.PathLike[str],
     convert: Callable[[str], Mapping[str, np.ndarray] | None],
-    config_of: Callable[[dict[str, Any]], dict[str, Any]],
+    config_of: Callable[[Mapping[str, Any]], dict[str, Any]],
     what: str,
 ) -> None:
     """Each file with what `convert` makes of its tensors; None is a tensor as it is."""
@@ -261,7 +257,7 @@ def _rewrite(
                     save_file(written, folder / file, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(written, file)
                 size += sum(x.nbytes for x in written.values())
-            config = config_of(_config(checkpoint))
+            config = config_of(checkpoint.config)
         except Unreadable as e:
             raise ValueError(f"`src_dir`: {listing([str(e)])}") from None
         copy_others(checkpoint, folder)
@@ -280,11 +276,6 @@ def _on_disk(x: np.ndarray, file: BinaryIO) -> np.ndarray:
     file.write(x.tobytes())
     file.flush()
     return np.memmap(file, x.dtype, "r", start, x.shape)
-
-
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    has_one = "config.json" in checkpoint.kept
-    return read_json(checkpoint.source, "config.json", LIMIT) if has_one else {}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from ._alone import alone_in, read_alone
 from ._arrays import weights
 from ._config import DEFAULTS, ROWS_DEFAULTS, problems
 from ._fields import Fields, frozen_beside, saved_in_full, with_full, with_targets, with_training
-from ._file import PREFIX, listing
+from ._file import DTYPES, PREFIX, listing
 from ._load import fitted
 from ._names import Leaf, Name, by_row, resolve, tied_to
 from ._others import asked_for, in_terms_of_lora, written
@@ -260,7 +260,15 @@ def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Non
     fields = DEFAULTS | alone.adapter.fields
     fields, parts = _vllm.flattened(fields, alone.parts, list(alone.full), list(alone.rows))
     tensors = tensors_alone(parts, alone.tied, alone.frozen)
-    alone_in(in_memory(fields, tensors, "dir"), _refuse)
+
+    def refuse(wrong: Sequence[str]) -> None:
+        if wrong:
+            raise ValueError(
+                f"`dir`: the adapter in {dir} has no form for vLLM that would be read as the same. "
+                f"{listing(wrong)}"
+            )
+
+    alone_in(in_memory(fields, tensors, "dir"), refuse)
     write(out_dir, "`out_dir`", fields, tensors)
 
 
@@ -270,6 +278,17 @@ def _check_values(leaves: Sequence[Leaf]) -> None:
         raise ValueError(
             "`base` must hold arrays where PEFT stores frozen values with the adapter; got "
             f"jax.ShapeDtypeStruct at {', '.join(bare)}."
+        )
+    odd = {
+        name_of(leaf.path): leaf.value.dtype
+        for leaf in leaves
+        if leaf.value.dtype not in DTYPES.values()
+    }
+    if odd:
+        raise ValueError(
+            f"`base` must hold floats, of {', '.join(DTYPES)}, where PEFT stores frozen values "
+            f"with the adapter; got {', '.join(f'{x} at {name}' for name, x in odd.items())}. "
+            "Adapt another leaf, or export the merged model."
         )
 
 

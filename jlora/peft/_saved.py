@@ -21,12 +21,14 @@ class Saved(NamedTuple):
         tensors: what is there, before a value is read.
         read: the values of some of the tensors, by their keys.
         argument: what the user gave them by, for errors.
+        is_own: whether they are of this process, and not a file's that may say anything.
     """
 
     fields: dict[str, Any]
     tensors: list[Stored]
     read: Callable[[Iterable[Stored]], dict[str, np.ndarray]]
     argument: str
+    is_own: bool = False
 
 
 def saved_in(source: Source) -> Saved:
@@ -55,7 +57,7 @@ def in_memory(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argu
     def read(wanted: Iterable[Stored]) -> dict[str, np.ndarray]:
         return {x.key: tensors[x.key] for x in wanted}
 
-    return Saved(dict(fields), stored, read, argument)
+    return Saved(dict(fields), stored, read, argument, True)
 
 
 def read_adapter(saved: Saved, raise_if: Callable[[Sequence[str]], None]) -> Adapter:

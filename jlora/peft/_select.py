@@ -20,11 +20,6 @@ from ._patterns import PLAIN, Patterns, of_layer
 _LAYERS = 10  # patterns of layers that are plain and need no process
 
 
-def ends(name: str, tail: str) -> bool:
-    """Whether `tail` names `name`, as a whole or as its last parts."""
-    return name == tail or name.endswith("." + tail)
-
-
 class Ends:
     """The ends of many names, of which one may have to be the end of another."""
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,22 +62,27 @@ def to_lora(
         >>> adapter = peft.load("as_lora", base, peft.LLAMA)  # doctest: +SKIP
     """
     shapes = {} if checkpoint is None else open_checkpoint(checkpoint, "checkpoint").shapes
-    made, _ = as_lora(saved_in(Source(Path(dir))), shapes)
+    made, _ = as_lora(saved_in(Source(Path(dir))), shapes, _refuse)
     tensors = made.read(made.tensors)
     alone_in(in_memory(made.fields, tensors, "dir"), _refuse)
     write(out_dir, "`out_dir`", made.fields, tensors)
 
 
-def as_lora(saved: Saved, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Saved, tuple[str, ...]]:
+def as_lora(
+    saved: Saved, shapes: Mapping[str, tuple[int, ...]], refuse: Callable[[Sequence[str]], None]
+) -> tuple[Saved, tuple[str, ...]]:
     """An adapter of another method as one of LoRA, and which of A and B are not trained.
 
-    `shapes` are those of the base, if known.
+    `shapes` are those of the base, if known; `refuse` is given what has no form in LoRA.
     """
     fields, entries = saved.fields, {x.key: x for x in saved.tensors}
     kind = named(fields)
-    _refuse(problems_of(fields, kind))
-    forms, others, absent = _forms(fields, kind, entries, shapes)
-    selection = Selection(DEFAULTS | kind.scales(fields), "`dir`")
+    refuse(problems_of(fields, kind))
+    forms, others, absent = _forms(fields, kind, entries, shapes, refuse)
+    size = sum(4 * (math.prod(form.a) + math.prod(form.b)) for form in forms.values())
+    if size > LARGEST and not saved.is_own:
+        refuse([f"A and B would take {size / 2**30:.1f} GiB; at most {LARGEST >> 30} are written"])
+    selection = Selection(DEFAULTS | kind.scales(fields), f"`{saved.argument}`")
     selection.prepare(forms)
     scales = {module: (form.a[0], selection.scale(module)) for module, form in forms.items()}
     own = in_terms_of_lora(fields, kind)
@@ -94,7 +99,7 @@ def as_lora(saved: Saved, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Saved,
         found = _tensors(saved.read(saved.tensors), kind, forms, others)
         return {x.key: found[x.key] for x in wanted}
 
-    made = Saved(with_scales(DEFAULTS | own, scales), tensors, read, saved.argument)
+    made = Saved(with_scales(DEFAULTS | own, scales), tensors, read, saved.argument, saved.is_own)
     return made, kind.frozen
 
 
@@ -111,6 +116,7 @@ def _forms(
     kind: Other,
     entries: Mapping[str, Stored],
     shapes: Mapping[str, tuple[int, ...]],
+    refuse: Callable[[Sequence[str]], None],
 ) -> tuple[dict[str, Form], list[str], bool]:
     """The form of each module, the keys of what is no part of one, and whether some have none."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -131,7 +137,7 @@ def _forms(
         for name in kind.shared
         if name not in shared
     ]
-    _refuse(wrong)
+    refuse(wrong)
     forms, flag = {}, bool(fields.get("fan_in_fan_out"))
     for module, own in found.items():
         weight = shapes.get(f"{module}.weight", ())
@@ -140,10 +146,7 @@ def _forms(
             wrong.append(f"{shown(module)}: {form}")
         elif form.a[0]:
             forms[module] = form
-    _refuse(wrong if forms else wrong or ["no module has a change"])
-    size = sum(4 * (math.prod(form.a) + math.prod(form.b)) for form in forms.values())
-    if size > LARGEST:
-        _refuse([f"A and B would take {size / 2**30:.1f} GiB; at most {LARGEST >> 30} are written"])
+    refuse(wrong if forms else wrong or ["no module has a change"])
     return forms, others, len(forms) < len(found)
 
 

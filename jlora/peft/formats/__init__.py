@@ -11,6 +11,7 @@ from ._stored import Stored as Stored
 from ._stored import array_of as array_of
 from ._stored import check_finite as check_finite
 from ._stored import leaf_of as leaf_of
+from ._tensors import FLOATS as FLOATS
 from ._tensors import Tensors as Tensors
 from ._tensors import Unreadable as Unreadable
 from ._tensors import left_of as left_of

@@ -27,7 +27,7 @@ def read(
     zeros = tensors.read(f"{module}.qzeros", ("I32",), (groups, outputs // 8))
     scale = tensors.read(f"{module}.scales", FLOATS, (groups, outputs))
     codes, zeros = (unpacked(x, 1, order=ORDER).T for x in (words, zeros))
-    return affine(module, 4, codes, scale.T, zeros)
+    return affine(module, 4, codes, scale.T, zeros, None, [config.get("group_size")])
 
 
 def find(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:

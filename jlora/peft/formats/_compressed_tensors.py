@@ -28,17 +28,19 @@ def read(
     _check(config)
     tensors.leave_activations(module)
     if packed in tensors:
-        return _packed(tensors, module, shape)
+        return _packed(tensors, config, module, shape)
     codes = tensors.read(key, (kind or "",), shape)
     if kind == "I8":
-        return _integers(tensors, module, 8, codes.view(np.uint8) ^ 128)
+        return _integers(tensors, config, module, 8, codes.view(np.uint8) ^ 128)
     zero = f"{key}_zero_point"  # some versions wrote one, of zeros
     if zero in tensors and tensors.bytes(zero).any():
         raise Unreadable(f"{zero}: expected zeros for {key} in FP8")
     return float8(tensors, key, f"{key}_scale", _blocks(config))
 
 
-def _packed(tensors: Tensors, module: str, shape: tuple[int, ...]) -> Stored | Dense:
+def _packed(
+    tensors: Tensors, config: dict[str, Any], module: str, shape: tuple[int, ...]
+) -> Stored | Dense:
     outputs, inputs = shape
     said = tensors.read(f"{module}.weight_shape", ("I64", "I32"), (2,))
     if tuple(said) != shape:
@@ -50,10 +52,12 @@ def _packed(tensors: Tensors, module: str, shape: tuple[int, ...]) -> Stored | D
         raise Unreadable(f"{packed}: expected {wanted}; got {words}")
     bits = forms[words]
     codes = unpacked(tensors.read(packed, ("I32",), words), 1, bits)
-    return _integers(tensors, module, bits, codes[:, :inputs])
+    return _integers(tensors, config, module, bits, codes[:, :inputs])
 
 
-def _integers(tensors: Tensors, module: str, bits: int, codes: np.ndarray) -> Stored | Dense:
+def _integers(
+    tensors: Tensors, config: dict[str, Any], module: str, bits: int, codes: np.ndarray
+) -> Stored | Dense:
     """Unsigned codes with their scales, zero points and order."""
     name, rows = f"{module}.weight_scale", len(codes)
     scale, form = tensors.read(name, FLOATS, tensors.shape(name)), tensors.shape(name)
@@ -66,7 +70,8 @@ def _integers(tensors: Tensors, module: str, bits: int, codes: np.ndarray) -> St
         order = tensors.read(key, ("I32", "I64"), codes.shape[1:])
         order = None if (order == -1).any() else order  # as it was before it was known
     zero = _zero(tensors, f"{module}.weight_zero_point", bits, scale.shape)
-    return affine(module, bits, codes, scale, zero, order)
+    sizes = [weights.get("group_size") for weights in _weights(config)]
+    return affine(module, bits, codes, scale, zero, order, sizes)
 
 
 def _zero(tensors: Tensors, name: str, bits: int, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -106,10 +111,14 @@ def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [g for g in found.values() if isinstance(g, dict)] if isinstance(found, dict) else []
 
 
+def _weights(config: dict[str, Any]) -> list[dict[str, Any]]:
+    found = (group.get("weights") for group in _groups(config))
+    return [weights for weights in found if isinstance(weights, dict)]
+
+
 def _blocks(config: dict[str, Any]) -> list[Block]:
     """The sizes of blocks that the configuration speaks of."""
-    weights = (group.get("weights") for group in _groups(config))
-    said = [w.get("block_structure") for w in weights if isinstance(w, dict)]
+    said = [weights.get("block_structure") for weights in _weights(config)]
     each = (x.split("x") if isinstance(x, str) else x for x in said)
     pairs = (x for x in each if isinstance(x, list) and len(x) == 2)
     return [

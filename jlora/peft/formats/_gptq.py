@@ -40,7 +40,7 @@ def read(
     if f"{module}.g_idx" in tensors or config.get("desc_act") not in (None, False):
         order = tensors.read(f"{module}.g_idx", ("I32",), (inputs,))
     codes, zeros = unpacked(words, 0, bits).T, unpacked(zeros, 1, bits).T
-    return affine(module, bits, codes, scale.T, zeros, order)
+    return affine(module, bits, codes, scale.T, zeros, order, [config.get("group_size")])
 
 
 def find(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
