@@ -475,7 +475,7 @@ def largest_config(folder: Folder) -> None:
 
 
 def largest_header(folder: Folder) -> None:
-    save_file({f"{i:x}": ONE for i in range(250_000)}, folder / "model.safetensors")
+    save_file({f"{i:x}": ONE for i in range(200_000)}, folder / "model.safetensors")
 
 
 def largest_index(folder: Folder) -> None:

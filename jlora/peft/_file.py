@@ -147,7 +147,7 @@ def _refuse(constant: str) -> None:
 
 # --------------------------------------------------------------------------------- safetensors
 
-HEADER_LIMIT, TENSORS_LIMIT = 32 * 2**20, 250_000  # bytes and tensors of a file
+HEADER_LIMIT, TENSORS_LIMIT = 32 * 2**20, 200_000  # bytes and tensors of a file
 NAME_LIMIT, DEPTH_LIMIT = 1000, 100  # characters and dots of a name; real ones have a tenth
 DTYPES = {
     "F64": np.dtype(np.float64),
