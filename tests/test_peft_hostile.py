@@ -400,8 +400,25 @@ def test_first_parts_are_counted(wanted: list[str], named: list[str], rest: list
     assert _counts(ways, set(wanted), set(named), known) == one_by_one
 
 
-def test_a_hundred_first_parts(tmp_path: Folder) -> None:
+SPOKEN = (  # a name for each dialect
+    "a.block_sparse_moe.q.weight",
+    "a.block_sparse_moe.gate.weight",
+    "a.block_sparse_moe.input_linear.weight",
+    "embed_out.weight",
+    "a.attention.attention.query.weight",
+    "a.encoder.layer.0.q.weight",
+    "a.attention.self.query.weight",
+    "a.encoder.block.0.q.weight",
+    "language_model.model.q.weight",
+    "visual.q.weight",
+    "a.out_proj.weight",
+)
+
+
+@pytest.mark.parametrize("spoken", [(), SPOKEN])
+def test_a_hundred_first_parts(spoken: Sequence[str], tmp_path: Folder) -> None:
     shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(20_000)}
+    shapes |= dict.fromkeys(spoken, (1, 1))
     wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(20_000)]
     with bounded():
         assert views(wanted, shapes)

@@ -105,10 +105,10 @@ def configuration_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` without what `configuration_of` finds, wherever it is."""
-    config = json.loads(json.dumps(config))
-    for part in _parts(config):
+    left: dict[str, Any] = json.loads(json.dumps(config))
+    for part in _parts(left):
         part.pop(QUANTIZATION, None)
-    return config
+    return left
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Any]:

@@ -7,8 +7,8 @@ by one. Which names are meant follows from those that an adapter has.
 
 import collections
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ._dialects import dialects
 
@@ -39,6 +39,7 @@ class View(NamedTuple):
 
 
 Views = dict[str, View]
+Experts = Mapping[str, re.Match[str]]
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
 # The parameters of all experts together, and the modules of each that they are made of.
@@ -59,13 +60,17 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
     """
     best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
     tried = list[dict[str, str]]()
-    for dialect in dialects(shapes):
-        named = _named(dialect, shapes)
+    spoken, experts = list(dialects(shapes)), _experts(shapes)
+    touched = list(filter(_touches(rule for x in spoken for rule in x), shapes))
+    for dialect in spoken:
+        named = _named(dialect, shapes, touched)
         if named in tried:
             continue
         tried.append(named)
-        fused = named.keys() | _fused(named, shapes).keys()
-        known = fused | shapes.keys()  # as a part of a model may have the names of the checkpoint
+        fused = _fused(named, shapes, experts)
+        fused = named.keys() | fused.keys() if fused else named.keys()
+        # A part of a model may have the names of the checkpoint.
+        known = {name for name in wanted if name in fused or name in shapes}
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
         counts = _counts(ways, wanted, fused, known)
         if max(counts) > most:
@@ -79,18 +84,26 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
             f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
             "Rename its modules as they are in the checkpoint."
         )
-    return [_views(wanted, named, add, strip, shapes) for named, (add, strip) in clear]
+    each = {name: View(shape, (Piece(name),)) for name, shape in shapes.items()}
+    return [_views(wanted, named, *way, each, shapes, experts) for named, way in clear]
 
 
 def _views(
-    wanted: Collection[str], named: Mapping[str, str], add: str, strip: str, shapes: Shapes
+    wanted: Collection[str],
+    named: Mapping[str, str],
+    add: str,
+    strip: str,
+    each: Views,
+    shapes: Shapes,
+    experts: Experts,
 ) -> Views:
     own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
     taken = own.keys() - named.keys()  # by the checkpoint's names, and so by no others
-    rest = {n: x for n, x in named.items() if n.startswith(add) and x not in taken}
-    named = {strip + n.removeprefix(add): x for n, x in rest.items()} | own
-    plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
-    fused = _fused(named, shapes)
+    if taken or add or strip:
+        rest = (n for n, x in named.items() if n.startswith(add) and x not in taken)
+        named = {strip + n.removeprefix(add): named[n] for n in rest} | own
+    plain = {name: each[x] for name, x in named.items()}
+    fused = _fused(named, shapes, experts)
     # Whoever adapts no expert by itself has no modules of them.
     apart = {piece.tensor for view in fused.values() for piece in view.pieces}
     alone = {name for name, x in named.items() if x in apart}
@@ -108,14 +121,27 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _named(dialect: Sequence[tuple[str, str]], names: Iterable[str]) -> dict[str, str]:
-    """The names of a dialect, and what the checkpoint calls them."""
-    found, is_old = {}, re.compile("|".join(f"(?:{old})" for old, _ in dialect)).search
-    for name in names:
+def _touches(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
+    """Whether any of the rules changes a name."""
+    return re.compile("|".join(f"(?:{old})" for old, _ in dict.fromkeys(rules))).search
+
+
+def _named(
+    dialect: Sequence[tuple[str, str]], names: Iterable[str], touched: Iterable[str]
+) -> dict[str, str]:
+    """The names of a dialect, and what the checkpoint calls them.
+
+    No rule of any dialect changes others than `touched`.
+    """
+    renamed, rules = {}, [(re.compile(old), modern) for old, modern in dialect]
+    for name in filter(_touches(dialect), touched):
         new = name
-        for old, modern in dialect if is_old(name) else ():
-            new = re.sub(old, modern, new)
-        found.setdefault(new, name)
+        for old, modern in rules:
+            new = old.sub(modern, new)
+        renamed[name] = new
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(renamed.get(name, name), name)
     return found
 
 
@@ -131,6 +157,7 @@ def _counts(
 ) -> list[int]:
     """How many of `wanted` each way finds: as they are, or with a first part added or taken off."""
     lost, same = {n for n in wanted if n not in known}, sum(n in known for n in wanted)
+    named = named if lost else ()
     longer = (name.partition(".") for name in named)
     added = collections.Counter(first + "." for first, _, rest in longer if rest in lost)
     shorter = (name.partition(".") for name in lost)
@@ -138,11 +165,19 @@ def _counts(
     return [same + (added[add] if add else stripped[strip] if strip else 0) for add, strip in ways]
 
 
-def _fused(named: Mapping[str, str], shapes: Shapes) -> Views:
+def _experts(names: Iterable[str]) -> Experts:
+    """Those that are weights of experts, with the parts of their names."""
+    return {name: found for name in names if (found := _EXPERT.fullmatch(name))}
+
+
+def _fused(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> Views:
     """Parameters of all experts together: (experts, rows, columns)."""
     modules: dict[str, dict[str, dict[int, str]]] = {}
-    for name, tensor in named.items():
-        if (found := _EXPERT.fullmatch(name)) and len(shapes[tensor]) == 2:
+    new = {name: _EXPERT.fullmatch(name) for name in named if name not in shapes}
+    both = {**experts, **new} if new else experts
+    for name, found in both.items():
+        tensor = named.get(name)
+        if found and tensor is not None and len(shapes[tensor]) == 2:
             parts = modules.setdefault(found["module"], {})
             parts.setdefault(found["part"], {})[int(found["expert"])] = tensor
     views = {}
