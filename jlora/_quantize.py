@@ -264,7 +264,7 @@ def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
         return jax.eval_shape(lambda x: quantized(x, scheme, form), x)
-    x = jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    x = known(jnp.asarray, x) if isinstance(x, np.ndarray) else x
     if bad := known(lambda x: jnp.sum(~jnp.isfinite(x)), x):
         raise ValueError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
