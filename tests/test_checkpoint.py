@@ -199,9 +199,8 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, tmp_path):
     message = re.escape(
         f"`init` was jlora.initializers.{name} when the adapter was saved, which starts from a "
         "sketch: a checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
-        f"init=jlora.initializers.{name}(sketch)), with the options that it had, where sketch is of "
-        "jlora.sketch(..., "
-        f"kind={kind!r})."
+        f"init=jlora.initializers.{name}(sketch)), with the options that it had, where sketch is "
+        f"of jlora.sketch(..., kind={kind!r})."
     )
     for folder in ("a", "b", "before"):
         with pytest.raises(NotImplementedError, match=message):
