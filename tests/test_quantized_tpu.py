@@ -49,7 +49,7 @@ def compiled(form, layers, mesh, scheme, *spec):
     params, places = dict.fromkeys(names, weight), dict.fromkeys(names, place)
     if scheme is not None:
         params = jlora.quantize(params, scheme)
-    lora = jlora.transform(FORMS[form], LoRA("w", rank=8, dtype=jnp.bfloat16))
+    lora = jlora.transform(FORMS[form], LoRA(r"w\d*", rank=8, dtype=jnp.bfloat16))
     x = tpu.spec(mesh, (mesh.size, TOKENS, DIM), P("fsdp"))
     base, adapter = jax.eval_shape(lora.init, jax.random.key(0), params, x)
     adapter = placed(adapter, sharding.specs(places, adapter))
@@ -73,7 +73,7 @@ def test_one_weight_at_a_time(form):
     """Of the many, two at most are unpacked at once: one in use, and the next."""
     mesh, layers = tpu.mesh_for("v5e:2x2", (1, 1)), 8
     dense, _ = compiled(form, layers, mesh, None)
-    ours, (adapter, _, x) = compiled(form, layers, mesh, NF4("w"))
+    ours, (adapter, _, x) = compiled(form, layers, mesh, NF4(r"w\d*"))
     dense, ours = dense.memory_analysis(), ours.memory_analysis()
     assert ours.temp_size_in_bytes <= dense.temp_size_in_bytes + 2 * W
     base = ours.argument_size_in_bytes - size((adapter, x))
@@ -92,7 +92,7 @@ def test_codes_are_gathered(form, layers, spec):
         found = collectives(compiled(form, layers, mesh, scheme, *spec)[0].as_text())
         return sum(c.size * c.count for c in found if c.kind == "all-gather")
 
-    dense, ours = map(gathered, (None, NF4("w")))
+    dense, ours = map(gathered, (None, NF4(r"w\d*")))
     assert dense >= layers * W
     assert ours <= 0.55 * dense
 
