@@ -165,7 +165,8 @@ def derivatives_are_merged(made: Made, tolerance: float) -> None:
     program = made.compiled(lambda a, *traced: (adapted(a, *traced), merged(a)))
     actual, expected = program(made.adapter, *made.traced)
     # Some of second order are 0, but for rounding of what is summed.
-    least = 0.01 * max(float(np.max(np.abs(x), initial=0.0)) for x in jax.tree.leaves(expected))
+    sizes = [float(np.max(np.abs(x), initial=0.0)) for x in jax.tree.leaves(expected)]
+    least = 0.01 * max(sizes, default=0.0)
     for order, found in actual.items():
         law = f"{order} of adapted is of merged"
         assert_close(found, expected[order], 10 * tolerance, law, least)

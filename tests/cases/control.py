@@ -470,7 +470,14 @@ def custom_jvp_of_the_weight(dtype):
     return one(dtype, lambda p, x: jnp.tanh(product(x, p["w"])))
 
 
-@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5), grad=False)
+@case(
+    subject="control",
+    rules=(FORMED,),
+    sites=1,
+    trainable=2 * (6 + 5),
+    grad=False,
+    forward=False,
+)
 def pallas_kernel(dtype):
     """A Pallas kernel takes the weight: W + ΔW is formed."""
 
