@@ -31,8 +31,9 @@ def labels(tree: PyTree) -> PyTree:
 
     Raises:
         TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter;
-            or if the tree has arrays alone, as parameters have. An adapter of `Full` leaves alone
-            looks like them: give it as `Params({}, adapter)`.
+            if the tree has arrays alone, as parameters have; or if it is a dict of base and
+            adapter. An adapter of `Full` leaves alone looks like parameters: give it as
+            `Params({}, adapter)`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora

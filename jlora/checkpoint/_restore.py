@@ -25,7 +25,7 @@ from ._fingerprint import (
 from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
 from ._save import ADAPTER, METADATA
 from ._store import Where, check_files, place
-from ._together import brief, by_all, in_step
+from ._together import by_all, in_step, one_line
 
 
 def read(path: Where) -> Saved:
@@ -144,7 +144,7 @@ def _fields(path: Where) -> Fields:
 def _damaged(path: Where, error: Exception) -> ValueError:
     return ValueError(
         f"`path`: the metadata of {place(path)} are damaged ({type(error).__name__}: "
-        f"{brief(error)[:300]}). Take another checkpoint, or save this one again."
+        f"{one_line(error)[:300]}). Take another checkpoint, or save this one again."
     )
 
 
@@ -175,7 +175,7 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     except Exception as e:
         raise ValueError(
             f"`path`: the arrays of {folder} cannot be read, as it is cut off or damaged: "
-            f"{brief(e)}. Take another checkpoint."
+            f"{one_line(e)}. Take another checkpoint."
         ) from e
     return dict(leaves_by_path(tree))
 

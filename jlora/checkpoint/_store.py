@@ -10,7 +10,7 @@ from etils import epath
 
 from .. import _folders
 from .._untrusted import check_values, shown
-from ._together import brief, by_first, in_step, shared
+from ._together import by_first, in_step, one_line, shared
 
 Where = str | os.PathLike[str]
 
@@ -84,8 +84,8 @@ def write(path: Where, handler: Any, args: Any) -> None:
         raise
     except Exception as e:
         raise OSError(
-            f"`path`: could not write the checkpoint {final}: {brief(e)}. Nothing is left of it, "
-            "and nothing else was touched. Make room or permission there, or give another path."
+            f"`path`: could not write the checkpoint {final}: {one_line(e)}. Nothing is left of "
+            "it, and nothing else was touched. Make room or permission there, or give another path."
         ) from e
     finally:
         if stage is not final and jax.process_index() == 0:

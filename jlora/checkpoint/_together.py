@@ -70,14 +70,14 @@ def shared(text: str) -> str:
 
 def _tell(error: Exception | None) -> list[str]:
     """A line for each process that has an error, the same list on all."""
-    text = "" if error is None else f"{type(error).__name__}: {brief(error)}"
+    text = "" if error is None else f"{type(error).__name__}: {one_line(error)}"
     row = np.frombuffer(text.encode()[:LENGTH].ljust(LENGTH), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, LENGTH)
     texts = [bytes(x).decode(errors="replace").rstrip() for x in rows]
     return [f"process {i}: {text}" for i, text in enumerate(texts) if text]
 
 
-def brief(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error in a line, without what TensorStore adds for its developers."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bits, a file for each scheme. Imports `_rules`, `_types`, `core`.
+"""Weights in 4 and 8 bits, a file for each scheme. Imports `_linalg`, `_rules`, `_types`, `core`.
 
 In the order in which to read: `_form`, `_scheme`, `_leaf`, `_nf4`.
 """

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._linalg import norm
 from .._types import PyTree
 from .._types import short as short_name
 from ..core import Axis, Factor, Packed, laid
@@ -235,14 +236,9 @@ def quantized(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
         scale, nested = _nested(scale, form)
     scheme = dataclasses.replace(scheme, pattern=None)
     leaf = Quantized(data, scale, zero, nested, None, scheme, form, w.dtype)
-    # Of the largest, as squares of small and of large numbers are none in float32.
-    largest = jnp.abs(wide).max(form.order, keepdims=True, initial=0)
-    unit = jnp.where(largest > 0, largest, 1)
-    difference, norm = (
-        jnp.sqrt(jnp.square(x / unit).sum(form.order))
-        for x in (leaf.array(jnp.float32) - wide, wide)
-    )
-    error = jnp.where(norm > 0, difference / jnp.where(norm > 0, norm, 1), 0)
+    size = norm(wide, form.order)
+    difference = norm(leaf.array(jnp.float32) - wide, form.order)
+    error = jnp.where(size > 0, difference / jnp.where(size > 0, size, 1), 0)
     return dataclasses.replace(leaf, error=error)
 
 
