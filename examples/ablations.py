@@ -265,12 +265,14 @@ def subspaces(task: Task, folders: Sequence[pathlib.Path]) -> Iterator[tuple[str
             yield f"{part}/spectrum/{site.a.shape[-1]}", spectrum
 
 
-def at(site: jlora.LowRank, layer: int) -> jlora.LowRank:
+def at(site: jlora.types.LowRank, layer: int) -> jlora.types.LowRank:
     """A site of one layer of a stack."""
-    return site._replace(a=site.a[layer], b=site.b[layer], layout=jlora.Layout((), (0,), (1,)))
+    return site._replace(
+        a=site.a[layer], b=site.b[layer], layout=jlora.types.Layout((), (0,), (1,))
+    )
 
 
-def norms(w: jax.Array, site: jlora.LowRank) -> list[float]:
+def norms(w: jax.Array, site: jlora.types.LowRank) -> list[float]:
     """The norm of ΔW, and of W between directions of ΔW, its own first, and random ones."""
     rank = site.a.shape[-1]
     u, _, vt = np.linalg.svd(w)

@@ -186,7 +186,7 @@ class State(NamedTuple):
     optimizer: Any
 
 
-def make_loss(lora: jlora.Transformed, places: Any, dtype: Any) -> Any:
+def make_loss(lora: jlora.types.Transformed, places: Any, dtype: Any) -> Any:
     """The mean loss of (adapter, base, ids), for an adapter that lies as `places` say.
 
     The factors are cast and gathered once, and not in every layer.

@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
     method: str
     topology: str
-    plan: jlora.Plan
+    plan: jlora.types.Plan
     flops: float
     collectives: Mapping[str, tuple[int, int]] | None
 

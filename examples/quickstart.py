@@ -85,7 +85,7 @@ def make_rules(rank: int) -> tuple[jlora.LoRA, jlora.Full]:
     return jlora.LoRA(r"(query|value)/kernel", rank=rank, alpha=ALPHA), jlora.Full(r"classifier")
 
 
-def adapt(model: bert.Bert, rank: int = RANK) -> jlora.Transformed:
+def adapt(model: bert.Bert, rank: int = RANK) -> jlora.types.Transformed:
     """`model`, adapted."""
     return jlora.transform(model.apply, *make_rules(rank))
 
@@ -107,7 +107,7 @@ def draw(n: int, steps: int, size: int, seed: int) -> np.ndarray:
 
 
 def train(
-    lora: jlora.Transformed,
+    lora: jlora.types.Transformed,
     base: Any,
     adapter: Any,
     batch: Batch,

@@ -85,7 +85,7 @@ class State(NamedTuple):
     key: jax.Array
 
 
-def make_step(lora: jlora.Transformed, tx: optax.GradientTransformation) -> Any:
+def make_step(lora: jlora.types.Transformed, tx: optax.GradientTransformation) -> Any:
     """The compiled training step: (state, base, batch) to (state, loss)."""
 
     def loss_fn(adapter, key, base, batch):

@@ -55,7 +55,7 @@ class Request(NamedTuple):
 
 
 def trained(
-    name: str, lora: jlora.Transformed, base: Any, like: Any, tokenizer: Any, args: Any
+    name: str, lora: jlora.types.Transformed, base: Any, like: Any, tokenizer: Any, args: Any
 ) -> Any:
     """The adapter for the sentences of `name`: that of an earlier run, or trained now."""
     folder = args.out / "adapters" / f"{name}-{args.steps}"
@@ -107,7 +107,7 @@ class Served(NamedTuple):
 
 
 def serve(
-    lora: jlora.Transformed,
+    lora: jlora.types.Transformed,
     base: Any,
     adapters: dict[str, Any],
     tokenizer: Any,
@@ -171,7 +171,7 @@ def accuracy(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def speeds(
-    lora: jlora.Transformed, base: Any, adapters: dict[str, Any], tokenizer: Any, batch: int
+    lora: jlora.types.Transformed, base: Any, adapters: dict[str, Any], tokenizer: Any, batch: int
 ) -> dict[str, float]:
     """Tokens a second of one batch, by how its rows come to their adapters; medians of turns."""
     sentences = drawn(list(adapters), batch // len(adapters))

@@ -228,7 +228,7 @@ def simple(rule: Callable[[Task], Any], **options: Any) -> Callable[[Task], Setu
     return lambda task: Setup((*task.head, rule(task)), options)
 
 
-def sketched(task: Task, kind: str, components: int) -> jlora.Sketch:
+def sketched(task: Task, kind: str, components: int) -> jlora.types.Sketch:
     """What some batches tell of all linear sites.
 
     The head of zeros, from which no gradient comes, is one drawn at random here.

@@ -7,9 +7,9 @@ dropout is 0 where it differs. `residual` must be one, and in a table `frozen` t
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ._adapters import LowRank, is_node, weight_shape, without_slots
 from ._tree import adapter_leaves, is_empty, name_of
 from ._types import Path, PyTree
-from .adapters import LowRank, is_node, weight_shape, without_slots
 
 RESIDUAL = "is for a base that its start changed"
 FROM_THE_START = (

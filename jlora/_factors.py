@@ -9,14 +9,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ._adapters import LowRank, weight_shape, without_slots
 from ._linalg import times
-from .adapters import LowRank, weight_shape, without_slots
 
 
 def factors(site: LowRank) -> tuple[jax.Array, jax.Array]:
     """s·A as (stack…, inputs, r) and B as (stack…, r, outputs), slots side by side."""
     if not isinstance(site, LowRank):
-        raise TypeError(f"`site` must be a jlora.LowRank, whose ΔW is s·A·B; got {site!r}.")
+        raise TypeError(f"`site` must be a jlora.types.LowRank, whose ΔW is s·A·B; got {site!r}.")
     whole = without_slots(site, weight_shape(site))
     wide = jnp.promote_types(jnp.result_type(site.a, site.b), jnp.float32)
     a, b = (jnp.asarray(x, wide) for x in (whole.a, whole.b))

@@ -18,15 +18,15 @@ Where = str | os.PathLike[str]
 
 
 @contextlib.contextmanager
-def fresh(dir: Where, what: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `dir` at the end, or is removed on failure.
+def fresh(path: Where, what: str) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` at the end, or is removed on failure.
 
     Raises:
-        FileExistsError: if `dir`, which errors call `what`, is there and no empty folder, or is a
+        FileExistsError: if `path`, which errors call `what`, is there and no empty folder, or is a
             mount point.
         OSError: if there is no room or no permission to write it.
     """
-    final = Path(os.path.abspath(dir))
+    final = Path(os.path.abspath(path))
     check_vacant(final, what)
     with scratch(final, what) as stage:
         yield stage
@@ -34,9 +34,9 @@ def fresh(dir: Where, what: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def scratch(dir: Where, what: str) -> Iterator[Path]:
-    """A folder beside `dir`, on the same disk, that is removed in the end."""
-    final = Path(os.path.abspath(dir))
+def scratch(path: Where, what: str) -> Iterator[Path]:
+    """A folder beside `path`, on the same disk, that is removed in the end."""
+    final = Path(os.path.abspath(path))
     remove_left(final)
     stage = beside(final, token())
     try:

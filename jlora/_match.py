@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from ._adapters import method_of
 from ._rules import Full, Rule, compile_pattern, explain_no_match, matches, rule_name
 from ._sites import Site, Sites
-from .adapters import method_of
 
 
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._adapters import PartialWeightError, arrays, lowered, state
 from ._compat import is_concrete, place_of
+from ._core import Axis, NotInvertibleError
+from ._quantized import Quantized, dequantize, is_quantized, quantized
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import Adapted, PyTree
-from .adapters import PartialWeightError, arrays, lowered, state
-from .core import Axis, NotInvertibleError
-from .quantized import Quantized, dequantize, is_quantized, quantized
 
 
 def merge(

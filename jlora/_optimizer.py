@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import DictKey, GetAttrKey
 
+from ._adapters import arrays, is_node, labels_of
 from ._compat import is_concrete
 from ._precondition import preconditioned
 from ._rules import is_finite
 from ._table import aligned, readable
 from ._tree import count, leaves_by_path, name_of, size_in_bytes
 from ._types import Adapted, Params, PyTree
-from .adapters import arrays, is_node, labels_of
 
 
 def labels(tree: PyTree) -> PyTree:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._adapters import is_node, method_of
+from ._core import einsum, letters, promote
 from ._linalg import inverse
 from ._types import PyTree
-from .adapters import is_node, method_of
-from .core import einsum, letters, promote
 
 RANK, OTHER = "RS"  # the rank twice
 

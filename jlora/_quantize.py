@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from . import sharding
 from ._compat import is_concrete, known, place_of
+from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
 from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
 from ._table import aligned, readable
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
-from .quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
 
 
 def quantize(

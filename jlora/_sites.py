@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._foreign import check_kept, check_leaf
-from ._rules import Full, Rule, near, rule_name
-from ._table import aligned
-from ._tree import flatten, is_abstract, leaves_by_path, name_of
-from ._types import Layout, Path, PyTree
-from .adapters import change_of, is_node, trainable
-from .core import (
+from ._adapters import change_of, is_node, trainable
+from ._core import (
     Change,
     Product,
     Unsupported,
@@ -33,7 +28,12 @@ from .core import (
     take,
     trace,
 )
-from .quantized import Scheme, is_quantized, spelled
+from ._foreign import check_kept, check_leaf
+from ._quantized import Scheme, is_quantized, spelled
+from ._rules import Full, Rule, near, rule_name
+from ._table import aligned
+from ._tree import flatten, is_abstract, leaves_by_path, name_of
+from ._types import Layout, Path, PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._adapters import change_of, is_node, is_rule, lengths, method_of
+from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
 from ._foreign import advised, check_apply_fn
 from ._match import match, wanted
+from ._quantized import is_quantized
 from ._rules import Full, Rule, misplaced, rule_name
 from ._sites import Sites, Traced, find_sites
 from ._tree import (
@@ -25,9 +28,6 @@ from ._tree import (
     nest,
 )
 from ._types import Path, PyTree, Transformed
-from .adapters import change_of, is_node, is_rule, lengths, method_of
-from .core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
-from .quantized import is_quantized
 
 
 def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:

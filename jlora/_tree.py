@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from ._adapters import is_node, misfit, state
+from ._quantized import is_quantized
 from ._types import Adapted, Params, Path, PyTree, short
 from ._untrusted import printable
-from .adapters import is_node, misfit, state
-from .quantized import is_quantized
 
 
 def leaves_by_path(

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import Layout, LowRank, arithmetic, sharding
+from jlora import arithmetic, sharding
+from jlora.types import Layout, LowRank
 
 # Shapes and specs of W, and the layouts of its adapters.
 SITES = {
@@ -46,7 +47,7 @@ def normal(seed, shape):
 def adapter(seed, rank):
     found = {}
     for i, (name, (shape, _, layout)) in enumerate(SITES.items()):
-        a, b = jlora.adapters.factor_shapes(layout, shape, rank)
+        a, b = jlora._adapters.factor_shapes(layout, shape, rank)
         found[name] = LowRank(normal(10 * seed + i, a), normal(-i % 99 + seed, b), 0.5, layout)
     return found | {"head": normal(seed, HEAD[0])}
 

@@ -51,7 +51,7 @@ class Made(NamedTuple):
 
     case: Case
     problem: Problem
-    lora: jlora.Transformed
+    lora: jlora.types.Transformed
     base: Any
     initial: Any
     adapter: Any
@@ -95,8 +95,8 @@ def make(case: Case, dtype: Any, default_start: bool = False) -> Made:
 def sites_are_the_expected(made: Made) -> None:
     """The expected leaves are adapted, the base is the user's own tree, B is zero."""
     case, problem = made.case, made.problem
-    found = jax.tree.leaves(made.initial, is_leaf=lambda x: isinstance(x, jlora.LowRank))
-    low_rank = [x for x in found if isinstance(x, jlora.LowRank)]
+    found = jax.tree.leaves(made.initial, is_leaf=lambda x: isinstance(x, jlora.types.LowRank))
+    low_rank = [x for x in found if isinstance(x, jlora.types.LowRank)]
     assert len(low_rank) == case.sites
     assert jlora.count(made.initial) == case.trainable
     assert jax.tree.structure(made.base) == jax.tree.structure(problem.params)
@@ -189,7 +189,7 @@ def quantized_is_dequantized(made: Made, tolerance: float) -> None:
     assert_close(actual, expected, tolerance, "quantized is dequantized")
 
 
-def is_quantizable(site: jlora.Site) -> bool:
+def is_quantizable(site: jlora.types.Site) -> bool:
     """Whether a leaf is a matrix that the traced call uses, and not trained in full."""
     matrix = len(site.shape) >= 2 and 0 not in site.shape and site.used is not False
     floating = jnp.issubdtype(site.dtype, jnp.floating)
@@ -222,7 +222,7 @@ def hold(made: Made, tolerance: float, every_law: bool) -> None:
 
 
 def start(
-    key: jax.Array, w: Any, site: jlora.Site, rule: Any, of_b: float = 0.0
+    key: jax.Array, w: Any, site: jlora.types.Site, rule: Any, of_b: float = 0.0
 ) -> tuple[Any, Any, Any]:
     """An initializer that compiles nothing: A and `of_b` times B drawn by NumPy, always alike."""
     del key

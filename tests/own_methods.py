@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from jlora import adapters
-from jlora.core import Change, Delta
+from jlora import _adapters as adapters
+from jlora._core import Change, Delta
 
 # ------------------------------------------------------------------------------- a gain alone
 
@@ -27,7 +27,7 @@ class GainNode(NamedTuple):
     """g, of shape (stack…, outputs…)."""
 
     gain: Any
-    layout: jlora.Layout
+    layout: jlora.types.Layout
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -75,7 +75,7 @@ class DiagonalNode(NamedTuple):
     a: Any
     d: Any
     b: Any
-    layout: jlora.Layout
+    layout: jlora.types.Layout
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -88,7 +88,7 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def _axes(layout: jlora.Layout) -> dict[str, Any]:
+def _axes(layout: jlora.types.Layout) -> dict[str, Any]:
     stack = layout.stack
     return {
         "a": (*stack, *layout.inputs, "rank"),

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jlora.quantized._nf4 import NORMAL, Table
+from jlora._quantized._nf4 import NORMAL, Table
 
 
 @dataclasses.dataclass(frozen=True)

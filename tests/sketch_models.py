@@ -9,7 +9,8 @@ import laws
 import numpy as np
 from jax import lax
 
-from jlora import Layout, LoRA, Slots
+from jlora import LoRA, Slots
+from jlora.types import Layout
 
 Batch = Any
 D, F, LAYERS = 6, 5, 3

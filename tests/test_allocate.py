@@ -16,19 +16,9 @@ import pytest
 from sketch_models import MODELS, normal
 
 import jlora
-from jlora import (
-    Allocation,
-    DoRA,
-    Full,
-    Layout,
-    LoRA,
-    Sketch,
-    Slots,
-    Spectrum,
-    checkpoint,
-    peft,
-)
+from jlora import DoRA, Full, LoRA, Slots, checkpoint, peft
 from jlora.initializers import eva
+from jlora.types import Allocation, Layout, Sketch, Spectrum
 
 Site = tuple[int, tuple[int, int], tuple[float, ...]]  # layers, inputs and outputs, values
 

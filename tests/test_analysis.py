@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import Layout, LowRank, analysis, merge
-from jlora.adapters import factor_shapes, weight_shape
+from jlora import analysis, merge
+from jlora._adapters import factor_shapes, weight_shape
+from jlora.types import Layout, LowRank
 
 # Shape of W, its layout, r.
 SITES = {

@@ -12,7 +12,8 @@ from own_methods import GainNode
 from small import exactly
 
 import jlora
-from jlora import Layout, LowRank, _linalg, arithmetic
+from jlora import _linalg, arithmetic
+from jlora.types import Layout, LowRank
 
 # The shape of W, and the layouts that adapters of it may have.
 PLAIN = Layout((), (0,), (1,))
@@ -35,7 +36,7 @@ RANKS, SCALES, WEIGHTS = (2, 3, 1), (2.0, 0.5, 2.0), (0.7, -1.0, 0.4)
 
 def draw(seed: int, shape: tuple[int, ...], layout: Layout, rank: int, scale: float) -> LowRank:
     rng = np.random.default_rng(seed)
-    a, b = jlora.adapters.factor_shapes(layout, shape, rank)
+    a, b = jlora._adapters.factor_shapes(layout, shape, rank)
     a, b = (jnp.asarray(np.float32(rng.standard_normal(x)), jnp.float32) for x in (a, b))
     return LowRank(a, b, scale, layout)
 

@@ -268,7 +268,7 @@ def test_stacked_layers(format, dtype, tmp_path):
     kernel = "experts" if format == "mxfp4" else "kernel"
     base = peft.load_base(folder, NAMES, like=like(dtype, kernel, matrix.shape))
     leaf = base["layers"]["up"][kernel]
-    assert jlora.is_quantized(leaf) == (format in FORMATS)
+    assert isinstance(leaf, jlora.Quantized) == (format in FORMATS)
     assert leaf.dtype == dtype
     if format in DENSE:
         np.testing.assert_array_equal(leaf, matrix.astype(dtype))
@@ -291,7 +291,7 @@ def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_pat
         "norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)},
     }
     leaf = peft.load_base(folder, NAMES, like=tree)["out"]["heads"]
-    assert jlora.is_quantized(leaf) == is_quantized
+    assert isinstance(leaf, jlora.Quantized) == is_quantized
     value = leaf.array() if is_quantized else leaf
     assert_rounded(value, file.matrix.T.reshape(*heads, ROWS))
 
@@ -383,7 +383,7 @@ def test_lies(change, message, tmp_path):
     with pytest.raises(ValueError) as e:
         peft.load_base(tmp_path / "base", NAMES, like=params)
     assert message in str(e.value)
-    assert f"`dir`: {tmp_path / 'base'} does not fit `like`. 1 problems:\n" in str(e.value)
+    assert f"`path`: {tmp_path / 'base'} does not fit `like`. 1 problems:\n" in str(e.value)
 
 
 def groups_of(*sizes):
@@ -575,7 +575,7 @@ def test_random_lies(count, tmp_path):
         try:
             base = peft.load_base(folder, NAMES, like=tree)
         except ValueError as e:
-            assert str(e).startswith("`dir`: ")
+            assert str(e).startswith("`path`: ")
             refused += 1
             continue
         for x in jax.tree.leaves(jlora.dequantize(base)):
@@ -610,7 +610,7 @@ def test_gguf(kind, tmp_path):
     tree = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
     leaf = peft.load_base(tmp_path / "a.gguf", NAMES, like=tree)["up"]["kernel"]
     packed = kind in ("Q4_0", "Q4_1", "Q8_0", "MXFP4")
-    assert jlora.is_quantized(leaf) == packed
+    assert isinstance(leaf, jlora.Quantized) == packed
     expected = np.float32(data) if kind == "F16" else gguf.dequantize(data, type_)
     value = jax.jit(jlora.Quantized.array)(leaf) if packed else leaf
     assert_rounded(value, expected.T)
@@ -652,9 +652,9 @@ def test_64_bits_are_not_narrowed(kind, tmp_path):
 
 def test_gguf_that_is_none(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(ValueError, match=r"`dir`: .*a\.gguf is no sound GGUF file: "):
+    with pytest.raises(ValueError, match=r"`path`: .*a\.gguf is no sound GGUF file: "):
         peft.load_base(tmp_path / "a.gguf", NAMES, like=like())
-    with pytest.raises(FileNotFoundError, match=r"`dir`: there is no file .*b\.gguf\."):
+    with pytest.raises(FileNotFoundError, match=r"`path`: there is no file .*b\.gguf\."):
         peft.load_base(tmp_path / "b.gguf", NAMES, like=like())
 
 

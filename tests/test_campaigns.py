@@ -106,7 +106,7 @@ def lie_in_config(draw: random.Random, folder: Folder) -> None:
 
 
 def peft_fields() -> list[str]:
-    from jlora.peft._config import DEFAULTS
+    from jlora.peft.adapter._config import DEFAULTS
 
     return list(DEFAULTS)
 
@@ -192,10 +192,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, Any, Any]:
     """An adapter in Orbax, with its base."""
     folder = tmp_path_factory.mktemp("orbax")
     base = {"up": {"kernel": jnp.ones((600, 8))}, "head": jnp.ones((3, 4))}
-    layout = jlora.Layout((), (0,), (1,))
+    layout = jlora.types.Layout((), (0,), (1,))
     draw = np.random.default_rng(2)
     a, b = (jnp.asarray(draw.standard_normal(s), jnp.float32) for s in ((600, 2), (2, 8)))
-    node = jlora.LowRank(a, b, 1.0, layout)
+    node = jlora.types.LowRank(a, b, 1.0, layout)
     adapter = {"up": {"kernel": node}, "head": jnp.ones((3, 4))}
     rules = (jlora.LoRA("up", rank=2), jlora.Full("head"))
     checkpoint.save(folder / "a", adapter, rules, base=base, step=3)

@@ -358,7 +358,7 @@ def test_another_form_is_refused_with_all_differences(saved):
     path, _, adapter = saved
     like = {
         "up": adapter["up"]._replace(scale=5.0, a=jnp.zeros((4, 3))),
-        "down": adapter["down"]._replace(layout=jlora.Layout((0,), (), (1,))),
+        "down": adapter["down"]._replace(layout=jlora.types.Layout((0,), (), (1,))),
         "qkv": adapter["qkv"].a,
         "out": jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter["out"]),
         "more": jnp.zeros(2),

@@ -155,7 +155,7 @@ def test_inspect_peft(name: str) -> None:
     adapter = peft.load(case.folder, case.base, case.names)
     assert found["parameters"] == jlora.count(adapter)
     assert found["bytes"] == sum(x.nbytes for x in jax.tree.leaves(adapter))
-    kinds = jlora.LowRank | jlora.Decomposed
+    kinds = jlora.types.LowRank | jlora.types.Decomposed
     scales = {x.scale for x in nodes(adapter).values() if isinstance(x, kinds)}
     assert {site["scale"] for site in found["sites"]} == scales
     method = "DoRA" if name.startswith("dora") else "LoRA"
@@ -263,8 +263,8 @@ def test_inspect_json_schema() -> None:
 
 def test_inspect_of_what_is_not_finite(tmp_path: Folder) -> None:
     """A broken run can be looked at; JSON stays JSON."""
-    site = jlora.LowRank(
-        jnp.full((4, 2), jnp.nan), jnp.ones((2, 3)), 1.0, jlora.Layout((), (0,), (1,))
+    site = jlora.types.LowRank(
+        jnp.full((4, 2), jnp.nan), jnp.ones((2, 3)), 1.0, jlora.types.Layout((), (0,), (1,))
     )
     checkpoint.save(tmp_path / "a", {"w": site}, ())
     text = run("inspect", tmp_path / "a", "--json").stdout
@@ -275,7 +275,9 @@ def test_inspect_of_what_is_not_finite(tmp_path: Folder) -> None:
 
 def test_inspect_of_zero(tmp_path: Folder) -> None:
     """An adapter that was not trained yet changes nothing."""
-    site = jlora.LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), 1.0, jlora.Layout((), (0,), (1,)))
+    site = jlora.types.LowRank(
+        jnp.ones((4, 2)), jnp.zeros((2, 3)), 1.0, jlora.types.Layout((), (0,), (1,))
+    )
     checkpoint.save(tmp_path / "a", {"w": site}, ())
     [matrix] = json.loads(run("inspect", tmp_path / "a", "--json").stdout)["sites"][0]["matrices"]
     assert matrix == {
@@ -296,7 +298,7 @@ def fuzz(seeds: range, folder: Folder) -> int:
         try:
             leaves = peft.read(files.folder)
         except (ValueError, FileNotFoundError) as e:
-            assert str(e).startswith("`dir`: "), (seed, e)
+            assert str(e).startswith("`path`: "), (seed, e)
         else:
             right += 1
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(leaves)), seed
@@ -591,8 +593,8 @@ def test_merge_of_nnx_and_numbers(tmp_path: Folder) -> None:
 
     assert checkpoint.read(tmp_path / "a").base == checkpoint.fingerprint(base)
 
-    layout = jlora.Layout((), (0,), (1,))
-    site = jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)
+    layout = jlora.types.Layout((), (0,), (1,))
+    site = jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)
     checkpoint.save(tmp_path / "b", {"w": site}, ())
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(
@@ -606,8 +608,8 @@ def test_merge_of_nnx_and_numbers(tmp_path: Folder) -> None:
 
 def test_random_keys_stay_keys(tmp_path: Folder) -> None:
     """Orbax has them as integers until they are read."""
-    layout = jlora.Layout((), (0,), (1,))
-    site = jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)
+    layout = jlora.types.Layout((), (0,), (1,))
+    site = jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)
     base = {
         "w": jnp.zeros((4, 3)),
         "key": jax.random.key(3),
@@ -781,7 +783,7 @@ ERRORS = {
     "merge small unknown x": "ADAPTER .*unknown does not fit BASE .*small at 14 of 14 paths: ",
     "merge base o p": "exists and is not an empty folder",
     "merge base o /": "OUT: / is a mount point; give a folder in it",
-    # What functions call `dir`, `path`, `src_dir`, `out_dir`, `adapter`, `base` and `names`.
+    # What functions call `path`, `path`, `src_dir`, `out_dir`, `adapter`, `base` and `names`.
     "inspect deep": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
     "inspect lost": "^jlora: DIR: the arrays of .*lost cannot be read",
     "inspect folders": "^jlora: DIR: .*folders has folders in each other, more than 32: d/d/",
@@ -985,8 +987,8 @@ LARGE = (8192, 8192)
 
 def large(root: Folder, kind: str) -> tuple[Folder, Folder]:
     """A model of one large weight, and an adapter of it."""
-    site = jlora.LowRank(
-        jnp.ones((8192, 1)), jnp.ones((1, 8192)), 1.0, jlora.Layout((), (0,), (1,))
+    site = jlora.types.LowRank(
+        jnp.ones((8192, 1)), jnp.ones((1, 8192)), 1.0, jlora.types.Layout((), (0,), (1,))
     )
     checkpoint.save(root / "a", {"lm_head": {"kernel": site}}, ())
     if kind == "orbax":

@@ -166,7 +166,7 @@ def test_one_parameter_of_experts(tmp_path: Folder) -> None:
 
 def delta(node: Any) -> np.ndarray:
     """ΔW of a node, by `merge`."""
-    shape = jlora.adapters.weight_shape(node)
+    shape = jlora._adapters.weight_shape(node)
     return np.asarray(jlora.merge({"w": np.zeros(shape, np.float32)}, {"w": node})["w"])
 
 
@@ -231,10 +231,11 @@ def test_sums_of_16_bits_are_written_in_32(tmp_path: Folder) -> None:
 
 def saved(folder: Folder, seed: int, **options: Any) -> tuple[Folder, Any]:
     """An adapter in Orbax, of two sites."""
-    rng, layout = np.random.default_rng(seed), jlora.Layout((), (0,), (1,))
+    rng, layout = np.random.default_rng(seed), jlora.types.Layout((), (0,), (1,))
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     tree = {
-        name: jlora.LowRank(normal(6, seed), normal(seed, 4), 0.5 * seed, layout) for name in "uv"
+        name: jlora.types.LowRank(normal(6, seed), normal(seed, 4), 0.5 * seed, layout)
+        for name in "uv"
     }
     checkpoint.save(folder, tree, (), **options)
     return folder, tree

@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 from test_own_methods import NOT_A_GAIN
 
 import jlora
-from jlora import Decomposed, DoRA, LoRA, Slots, adapters, checkpoint
+from jlora import DoRA, LoRA, Slots, checkpoint
+from jlora import _adapters as adapters
+from jlora.types import Decomposed
 
 
 def decomposed(rule: Any) -> Any:

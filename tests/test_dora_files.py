@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from test_dora import scanned
 
 import jlora
-from jlora import Decomposed, DoRA, Slots, peft
+from jlora import DoRA, Slots, peft
+from jlora.types import Decomposed
 
 W = np.random.default_rng(0).standard_normal((3, 8, 6)).astype(np.float32)
 NAMES = [peft.Name("w", r"w.{}", "lio"), peft.Name("v", "v", "io"), peft.Name("e", "e", "eio", "e")]
@@ -124,7 +125,7 @@ def test_what_peft_has_not_is_refused_by_name(made: Any, tmp_path: Any) -> None:
     refused(tmp_path, zero, base, NAMES, "  w: has magnitudes that are all 0")
     message = "  e: is a Decomposed, and of a parameter of experts PEFT has LoRA alone"
     refused(tmp_path, {"e": node}, {"e": base["w"]}, NAMES, message)
-    layout = jlora.Layout((), (0, 1), (2,))
+    layout = jlora.types.Layout((), (0, 1), (2,))
     whole = Decomposed(jnp.ones((3, 8, 1)), jnp.ones((1, 6)), jnp.ones(6), 1.0, layout)
     message = "  w: has norms over (0, 1), PEFT over (1,)"
     refused(tmp_path, {"w": whole}, base, NAMES, message)
@@ -133,7 +134,9 @@ def test_what_peft_has_not_is_refused_by_name(made: Any, tmp_path: Any) -> None:
 def test_a_mixed_adapter_is_refused_with_all_paths_but_merged(made: Any, tmp_path: Any) -> None:
     base, adapter = made
     base = base | {"v": base["w"][0]}
-    low = jlora.LowRank(jnp.ones((8, 1)), jnp.ones((1, 6)), 1.0, jlora.Layout((), (0,), (1,)))
+    low = jlora.types.LowRank(
+        jnp.ones((8, 1)), jnp.ones((1, 6)), 1.0, jlora.types.Layout((), (0,), (1,))
+    )
     message = (
         "`adapter` has DoRA at some sites and LoRA at others; PEFT has one of them for all "
         "(`use_dora`):\n  LowRank: v\n  Decomposed: w\nMerge it into the model: "

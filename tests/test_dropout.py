@@ -261,7 +261,7 @@ def model(axis: int = 0, pattern: str | None = None) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def compiled_gradient(lora: jlora.Transformed) -> Any:
+def compiled_gradient(lora: jlora.types.Transformed) -> Any:
     """The gradient of a loss with dropout with respect to the adapter."""
 
     def loss(adapter: Any, base: Any, key: jax.Array) -> jax.Array:
@@ -270,7 +270,7 @@ def compiled_gradient(lora: jlora.Transformed) -> Any:
     return jax.jit(jax.grad(loss))
 
 
-def gradient(lora: jlora.Transformed, base: Any, adapter: Any, key: jax.Array) -> Any:
+def gradient(lora: jlora.types.Transformed, base: Any, adapter: Any, key: jax.Array) -> Any:
     """That gradient, compiled once for a transform."""
     return compiled_gradient(lora)(adapter, base, key)
 

@@ -54,7 +54,7 @@ LONG = ["a" * 255, "漢" * 80, "é" * 127, "a" + "\U0001d54f" * 60]
 def test_names_as_long_as_the_disk_takes(name: str, tmp_path: Folder) -> None:
     """A name has at most 255 bytes, those of the folder in the making too, and Orbax's."""
     ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
-    adapter = {"w": {"kernel": jlora.LowRank(ones(4, 1), ones(1, 3), 1.0, LAYOUT)}}
+    adapter = {"w": {"kernel": jlora.types.LowRank(ones(4, 1), ones(1, 3), 1.0, LAYOUT)}}
     base = {"w": {"kernel": ones(4, 3)}}
     rows = [peft.Name("(.*)/kernel", r"\1", "io")]
     (tmp_path / "orbax").mkdir()
@@ -64,7 +64,7 @@ def test_names_as_long_as_the_disk_takes(name: str, tmp_path: Folder) -> None:
     assert (tmp_path / name).is_dir() and (tmp_path / "orbax" / name).is_dir() and not left
 
 
-LAYOUT = jlora.Layout((), (0,), (1,))
+LAYOUT = jlora.types.Layout((), (0,), (1,))
 
 
 @pytest.mark.parametrize("kind", ["nothing", "readonly", "nested"])

@@ -16,7 +16,7 @@ import jlora
 from jlora import many
 from jlora.many._route import FORMS
 
-LAYOUT = jlora.Layout((), (0,), (1,))
+LAYOUT = jlora.types.Layout((), (0,), (1,))
 
 
 # ------------------------------------------------------------------------------------- the cases
@@ -276,7 +276,7 @@ INTEGERS = [
 def numbered(count: int) -> tuple[Any, Any, Any]:
     """Transform, base and a table in whose slot i every output is i of x = 1."""
     lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=1))
-    ones = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 2)) / 4, 1.0, LAYOUT)}
+    ones = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 2)) / 4, 1.0, LAYOUT)}
     table = many.stack([ones] * count)
     scale = jnp.arange(float(count))[:, None, None]
     return lora, {"w": jnp.zeros((4, 2))}, {"w": table["w"]._replace(b=table["w"].b * scale)}
@@ -357,7 +357,7 @@ def test_isolation_is_as_stated(use: str, form: str, factor: str, bad: float) ->
     """What a value that is not finite does to rows that do not name its slot."""
     model, first = USES[use]
     lora, rng = jlora.transform(model, jlora.LoRA("w")), np.random.default_rng(3)
-    table = {"w": jlora.LowRank(normal(rng, 3, 8, 2), normal(rng, 3, 2, 8), 1.0, LAYOUT)}
+    table = {"w": jlora.types.LowRank(normal(rng, 3, 8, 2), normal(rng, 3, 2, 8), 1.0, LAYOUT)}
     table = jax.tree.map(jnp.asarray, table)
     broken = jax.tree.map(
         lambda x, label: x.at[1].set(bad) if label == factor else x, table, jlora.labels(table)
@@ -474,12 +474,14 @@ def test_what_a_traced_function_closes_over_is_known() -> None:
             jax.jit(f)()
 
 
-def node(rank: int, shape: tuple[int, int] = (6, 4), dtype: Any = jnp.float32) -> jlora.LowRank:
+def node(
+    rank: int, shape: tuple[int, int] = (6, 4), dtype: Any = jnp.float32
+) -> jlora.types.LowRank:
     a, b = jnp.ones((shape[0], rank), dtype), jnp.ones((rank, shape[1]), dtype)
-    return jlora.LowRank(a, b, 1.0, LAYOUT)
+    return jlora.types.LowRank(a, b, 1.0, LAYOUT)
 
 
-SLOTTED = jlora.LowRank(
+SLOTTED = jlora.types.LowRank(
     jnp.ones((1, 6, 2)), jnp.ones((1, 2, 2)), 1.0, LAYOUT._replace(slots=(2, (1,), 1))
 )
 

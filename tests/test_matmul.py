@@ -105,7 +105,7 @@ def test_gradients_of_the_base_and_twice(rows):
 )
 def test_error_is_no_worse_than_the_plain_form(rows, dtype):
     lora, base, adapter, x = _problem(rows, dtype, dim=64)
-    [leaf] = jax.tree.leaves(adapter, is_leaf=lambda v: isinstance(v, jlora.LowRank))
+    [leaf] = jax.tree.leaves(adapter, is_leaf=lambda v: isinstance(v, jlora.types.LowRank))
     a, b = leaf.a.astype(dtype), leaf.b.astype(dtype)
     exact = [np.asarray(v, np.float64) for v in (x, base["w"], a, b)]
     want = exact[0] @ exact[1] + leaf.scale * (exact[0] @ exact[2]) @ exact[3]

@@ -355,6 +355,6 @@ def test_print_of_a_transform(case: str) -> None:
     """The function and the rules on one line, where `sites` says what they are."""
     fn, name = PRINTED[case]
     sites = functools.partial(lambda *_: None, fn, RULES)
-    assert str(jlora.Transformed(max, min, sites)) == (
+    assert str(jlora.types.Transformed(max, min, sites)) == (
         f"Transformed({name}, LoRA('(query|value)/kernel'), Full('classifier'))"
     )

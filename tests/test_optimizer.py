@@ -65,7 +65,7 @@ class Setup(NamedTuple):
     """A model, its transform, base and adapter, and one batch."""
 
     model: Model
-    lora: jlora.Transformed
+    lora: jlora.types.Transformed
     base: Any
     adapter: Any
     batch: tuple[jax.Array, jax.Array]
@@ -79,7 +79,7 @@ class Setup(NamedTuple):
         return self.adapter if form == "adapter" else jlora.Params(self.base, self.adapter)
 
 
-def loss(lora: jlora.Transformed, adapter: Any, base: Any, batch: Any) -> jax.Array:
+def loss(lora: jlora.types.Transformed, adapter: Any, base: Any, batch: Any) -> jax.Array:
     """That of a transform."""
     x, y = batch
     return jnp.mean((lora.apply(base, adapter, x).astype(jnp.float32) - y) ** 2)
@@ -100,7 +100,9 @@ def setup(**options: Any) -> Setup:
     return Setup(model, lora, base, adapter, (x, jnp.ones((4, 2))))
 
 
-def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:
+def random(
+    key: jax.Array, w: Any, site: jlora.types.Site, rule: jlora.LoRA
+) -> tuple[Any, Any, Any]:
     """B as A: at B = 0 a wrong gradient of A would not show."""
     w, a, b = jlora.initializers.kaiming_uniform(key, w, site, rule)
     return w, a, 0.1 * jax.random.normal(key, b.shape, b.dtype)
@@ -414,7 +416,9 @@ def test_lora_plus_out_of_range(ratio: float) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def one_step(form: str, lora: jlora.Transformed, state: TrainState, base: Any, batch: Any) -> Any:
+def one_step(
+    form: str, lora: jlora.types.Transformed, state: TrainState, base: Any, batch: Any
+) -> Any:
     """A step of training, one program for a transform and a `TrainState` of one kind."""
     if form == "adapter":
         return state.apply_gradients(grads=jax.grad(loss, 1)(lora, state.params, base, batch))
@@ -480,7 +484,7 @@ def test_a_saved_adapter_keeps_what_is_static() -> None:
         restored = through(jax.tree.map(jnp.zeros_like, other), saved)
         assert jax.tree.structure(restored) == jax.tree.structure(saved)
         assert raw(restored) == raw(saved)
-    assert isinstance(through_bytes(other, saved)["w"], jlora.LowRank)
+    assert isinstance(through_bytes(other, saved)["w"], jlora.types.LowRank)
 
 
 def test_a_state_dict_names_the_factors(small: Setup) -> None:
@@ -488,7 +492,7 @@ def test_a_state_dict_names_the_factors(small: Setup) -> None:
     saved = serialization.to_state_dict(small.tree("params"))
     assert set(saved) == {"base", "adapter"}
     site = saved["adapter"]["params"]["layers"]["up"]["kernel"]
-    assert set(site) == set(jlora.LowRank._fields)
+    assert set(site) == set(jlora.types.LowRank._fields)
     assert set(saved["adapter"]["params"]["head"]) == {"kernel", "bias"}
 
 

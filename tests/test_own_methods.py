@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from small import array
 
 import jlora
-from jlora import adapters, checkpoint, peft
+from jlora import _adapters as adapters
+from jlora import checkpoint, peft
 
 METHODS = (own_methods.Gain, own_methods.Diagonal)
 # A gain is no factor: where W is joined, or multiplied with another weight, along the inputs of the

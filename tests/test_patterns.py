@@ -66,7 +66,7 @@ def take_by_scheme(pattern: str) -> list[str]:
 
 
 @functools.cache
-def sketch() -> jlora.Sketch:
+def sketch() -> jlora.types.Sketch:
     """That of all sites."""
     loss = lambda params, x: sum(jnp.sum((x @ w) ** 2) for w in jax.tree.leaves(params))  # noqa: E731
     return jlora.sketch(loss, PARAMS, LoRA(rank=1), [X], kind="gradient")

@@ -25,8 +25,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import jlora
-from jlora import DoRA, Full, Layout, LoRA, LowRank, Slots, initializers, peft
+from jlora import DoRA, Full, LoRA, Slots, initializers, peft
 from jlora.peft import Name
+from jlora.types import Layout, LowRank
 
 KEY = jax.random.key(0)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -184,7 +185,7 @@ LAYOUTS = {
 
 def node(name: Name, shape: tuple[int, ...], rank: int, scale: float) -> LowRank:
     """A random node for a leaf."""
-    from jlora.adapters import factor_shapes
+    from jlora._adapters import factor_shapes
 
     a, b = factor_shapes(name.layout, shape, rank)
     return LowRank(normal(1, *a), normal(2, *b), scale, name.layout)
@@ -346,7 +347,7 @@ def test_tables(
     table: str, path: str, shape: tuple[int, ...], module: str | None, kind: str | None
 ) -> None:
     """One path of each shipped table; without a module, the path itself with dots."""
-    from jlora.peft._names import resolve
+    from jlora.peft.names._names import resolve
 
     base = jlora._tree.nest({tuple(path.split("/")): jnp.zeros(shape)})
     [leaf] = resolve(base, getattr(peft, table))
@@ -358,7 +359,7 @@ def test_tables_of_the_examples() -> None:
     """One for all sizes of a model: the same names as of this one's own configuration."""
     from models import bert, llama
 
-    from jlora.peft._names import resolve
+    from jlora.peft.names._names import resolve
 
     config = bert.Config(11, 8, 2, 2, 12, 16, 2, 1e-12, bare=True)
     sizes = llama.Config(11, 2, 8, 12, 2, 1)
@@ -493,7 +494,7 @@ def test_never_overwrites(tmp_path: Folder) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     for name in ("full", "file", "link"):
         with pytest.raises(
-            FileExistsError, match=r"`dir`: .* is not an empty folder; nothing is ever"
+            FileExistsError, match=r"`path`: .* is not an empty folder; nothing is ever"
         ):
             peft.save(tmp_path / name, *small())
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "link", "notes"]
@@ -867,7 +868,7 @@ def test_load_refuses(damage: str, tmp_path: Folder) -> None:
     change(files)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         files.load()
-    assert str(caught.value).startswith("`dir`: ")
+    assert str(caught.value).startswith("`path`: ")
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Folder) -> None:
@@ -883,7 +884,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Folder) -> None:
     with pytest.raises(ValueError) as caught:
         files.load()
     assert str(caught.value) == (
-        f"`dir`: the adapter in {files.folder} cannot be loaded onto `base` with `names`; nothing "
+        f"`path`: the adapter in {files.folder} cannot be loaded onto `base` with `names`; nothing "
         "was loaded. 3 problems:\n"
         "  x: unexpected; PEFT's keys start with 'base_model.model.'\n"
         f"  {LAYER}query.lora_A.weight: missing, though {LAYER}query.lora_B.weight is there\n"
@@ -1124,7 +1125,7 @@ def test_convert_names_what_vllm_would_read_otherwise(tmp_path: Folder) -> None:
     node = LowRank(*ab, 1e30, Layout((), (0,), (1,)))
     peft.save(tmp_path / "a", base, {"q": {"kernel": node}}, [peft.Name("q/kernel", "q", "io")])
     message = (
-        r"`dir`: the adapter in .*a has no form for vLLM that would be read as (?s:.*)not finite"
+        r"`path`: the adapter in .*a has no form for vLLM that would be read as (?s:.*)not finite"
     )
     with pytest.raises(ValueError, match=message), np.errstate(over="ignore"):
         peft.convert(tmp_path / "a", tmp_path / "b")
@@ -1198,7 +1199,7 @@ def test_links_and_pipes_are_refused(file: str, tmp_path: Folder) -> None:
 
 def test_no_folder(tmp_path: Folder) -> None:
     """Its absence is said as such."""
-    with pytest.raises(FileNotFoundError, match="`dir`: there is no folder"):
+    with pytest.raises(FileNotFoundError, match="`path`: there is no folder"):
         peft.load(tmp_path / "a", *small()[::2])
 
 
@@ -1283,7 +1284,7 @@ def fuzz(seeds: range, folder: Folder) -> int:
         try:
             adapter = files.load()
         except (ValueError, FileNotFoundError) as e:
-            assert str(e).startswith("`dir`: "), (seed, e)
+            assert str(e).startswith("`path`: "), (seed, e)
         else:
             right += 1
             assert [x.shape for x in jax.tree.leaves(adapter)] == whole[name], seed

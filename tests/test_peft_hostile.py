@@ -21,13 +21,14 @@ from safetensors.numpy import save_file
 
 import jlora
 from jlora import peft
-from jlora.peft import _file, _patterns
+from jlora.peft import _file
 from jlora.peft._checkpoint import open_checkpoint
-from jlora.peft._config import problems
-from jlora.peft._patterns import Patterns
-from jlora.peft._renaming import _counts, views
-from jlora.peft._select import Selection
-from jlora.peft._ties import copies
+from jlora.peft.adapter import _patterns
+from jlora.peft.adapter._config import problems
+from jlora.peft.adapter._patterns import Patterns
+from jlora.peft.adapter._select import Selection
+from jlora.peft.merge._renaming import _counts, views
+from jlora.peft.merge._ties import copies
 
 Folder = pathlib.Path
 PREFIX = "base_model.model."
@@ -118,7 +119,7 @@ def test_patterns(
             peft.read(folder)
         except ValueError as e:
             assert re.search(TOO_MUCH if field in FIELDS[:2] else ANSWERS, str(e))
-            assert str(e).startswith("`dir`: ")
+            assert str(e).startswith("`path`: ")
 
 
 # What takes Python seconds, or minutes, to compile.
@@ -203,7 +204,7 @@ SEARCHED = st.one_of(NAMES, ESCAPED, ODD_PATTERNS)
 @hypothesis.given(SEARCHED, st.lists(NAMES, max_size=6))
 @hypothesis.settings(max_examples=100, deadline=None)
 def test_a_pattern_matches_what_it_does_in_python(pattern: str, names: list[str]) -> None:
-    patterns = Patterns("`dir`")
+    patterns = Patterns("`path`")
     matcher = patterns.add(pattern, "fullmatch")
     patterns.prepare(names)
     for name in names:

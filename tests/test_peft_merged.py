@@ -26,8 +26,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_peft import Files, mutate
 
-from jlora import NF4, LowRank, peft
+from jlora import NF4, peft
 from jlora.peft import Name
+from jlora.types import LowRank
 
 Folder = pathlib.Path
 Tensors = Mapping[str, np.ndarray]
@@ -129,7 +130,7 @@ def test_files_are_those_of_the_library(shards: int, tmp_path: Folder) -> None:
 @pytest.mark.parametrize("sides", [(5, 8), (65, 67), (128, 96), (300, 1001)])
 def test_products_are_fused_multiply_adds(sides: tuple[int, int], rank: int) -> None:
     """In the order of the rank, whatever the shape: so does PyTorch for layers of real size."""
-    from jlora.peft._blocks import _product
+    from jlora.peft.merge._blocks import _product
 
     draw = np.random.default_rng(rank)
     a = draw.standard_normal((rank, sides[1]), np.float32)
@@ -190,7 +191,7 @@ def test_blocks_change_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
     base = checkpoint(tmp_path / "base", {"q.weight": np.ones((150, 70), np.float32)})
     given = adapter(tmp_path / "a", {"q": (a, b)}, r=8)
     peft.export_merged(base, given, tmp_path / "whole")
-    monkeypatch.setattr("jlora.peft._blocks.BLOCK", 64 * 70)
+    monkeypatch.setattr("jlora.peft.merge._blocks.BLOCK", 64 * 70)
     peft.export_merged(base, given, tmp_path / "blocks")
     whole, blocks = (read(tmp_path / name)["q.weight"] for name in ("whole", "blocks"))
     np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)
@@ -849,7 +850,7 @@ def test_nothing_is_left_of_a_failure(
         raise OSError(28, "No space left on device")
 
     base, given = simple(tmp_path)
-    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft._blocks._chunk"}[where]
+    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft.merge._blocks._chunk"}[where]
     monkeypatch.setattr(target, full)
     with pytest.raises(OSError, match="No space left"):
         peft.export_merged(base, given, tmp_path / "out")

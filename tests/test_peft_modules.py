@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import Full, LoRA, Slots, peft
+from jlora._adapters import LowRank
 from jlora._tree import nest
 from jlora._types import Layout
-from jlora.adapters import LowRank
 from jlora.peft import Name
-from jlora.peft._names import resolve
+from jlora.peft.names._names import resolve
 
 Folder = pathlib.Path
 KEY = jax.random.key(0)
@@ -344,8 +344,8 @@ def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
 @pytest.mark.parametrize("table", peft.TABLES)
 def test_a_table_refuses_the_models_of_others(table: str) -> None:
     """The error names the tables that have rows for them."""
-    from jlora.peft._advice import advice
-    from jlora.peft._names import row_of
+    from jlora.peft.names._advice import advice
+    from jlora.peft.names._names import row_of
 
     names, path = peft.tables.WITH_PATHS[table]
     for other, (rows, theirs) in peft.tables.WITH_PATHS.items():

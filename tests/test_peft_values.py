@@ -76,7 +76,7 @@ def test_change(form: str, tmp_path: pathlib.Path) -> None:
     theirs = peft.read(tmp_path / "a")
     for module, layer in zip(MODULES[form], layers, strict=True):
         node = theirs[f"{module}.self_attn.q_proj"]
-        assert isinstance(node, jlora.LowRank)
+        assert isinstance(node, jlora.types.LowRank)
         product = node.scale * np.asarray(node.a) @ np.asarray(node.b)
         expected = as_in_pytorch(np.asarray(layer))
         np.testing.assert_allclose(product.T, expected, rtol=1e-4, atol=1e-5)
@@ -90,7 +90,7 @@ def test_files_come_back(form: str, alpha: float, rslora: bool, tmp_path: pathli
     _, base, adapter = adapted(form)
     said = {"r": 2, "lora_alpha": alpha, "use_rslora": rslora, "target_modules": ["q_proj"]}
     plain = [Name(row.path, row.module, row.axes) for row in TABLE]
-    [node] = jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, jlora.LowRank))
+    [node] = jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, jlora.types.LowRank))
     scale = alpha / (2**0.5 if rslora else 2)
     theirs = {PATHS[form]: node._replace(scale=scale)}
     peft.save(tmp_path / "theirs", base, theirs, plain, config=said)

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import sharding
 from jlora._cli._app import cli
-from jlora.planning import _topology
-from jlora.planning._estimate import held
+from jlora._planning import _topology
+from jlora._planning._estimate import held
 
 JOBS = pathlib.Path(plan_jobs.__file__)
 MESH = AbstractMesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
@@ -40,7 +40,7 @@ def test_arithmetic():
 
 def test_the_table():
     sizes = (2**20, 512, 1024, 64, 512, 2**30, 2**31)
-    found = jlora.Plan("arithmetic", 8, None, dict(MESH.shape), *sizes, capacity=None)
+    found = jlora.types.Plan("arithmetic", 8, None, dict(MESH.shape), *sizes, capacity=None)
     assert str(found) == (
         "8 × device, fsdp=4 × tensor=2  a device\n"
         "base (frozen)                   1.0 MiB  exact\n"

@@ -85,11 +85,11 @@ def test_scales_of_scales(shape, under):
     assert np.abs(codes - state.absmax.numpy().astype(int)).max() <= 1
     assert (codes != state.absmax.numpy()).mean() < 0.01
     np.testing.assert_allclose(leaf.nested.offset, state.offset.item(), rtol=1e-6)
-    nested = jlora.quantized.Nested(
+    nested = jlora._quantized.Nested(
         jnp.asarray(state.state2.absmax.numpy()), jnp.asarray(state.offset.numpy())
     )
     shaped = state.absmax.numpy().reshape(np.asarray(leaf.scale).T.shape).T
-    leaf = jlora.quantized.Quantized(
+    leaf = jlora._quantized.Quantized(
         leaf.data, jnp.asarray(shaped), None, nested, None, leaf.scheme, leaf.form, leaf.dtype
     )
     values = under(jlora.dequantize)({"w": leaf})["w"]

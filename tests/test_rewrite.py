@@ -18,7 +18,7 @@ import jlora
 from jlora import peft
 from jlora._cli._app import cli
 from jlora._rules import compile_pattern
-from jlora.peft._rewrite import SKIP
+from jlora.peft.formats._rewrite import SKIP
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

@@ -14,7 +14,9 @@ from cases import CASES, Case, Problem
 from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import Full, LoRA, Replaced, Rows, adapters, arithmetic, checkpoint
+from jlora import Full, LoRA, Rows, arithmetic, checkpoint
+from jlora import _adapters as adapters
+from jlora.types import Replaced
 
 BY_NAME = {case.name: case for case in CASES}
 EMBEDDINGS = [
@@ -86,7 +88,7 @@ EMBEDDINGS = [
 DAILY = ("tied_embedding", "row_looked_up_under_vmap")
 
 
-def tables(problem: Problem) -> list[jlora.Site]:
+def tables(problem: Problem) -> list[jlora.types.Site]:
     """The sites that are embeddings."""
     sites = jlora.transform(problem.apply).sites(problem.params, *problem.args, **problem.kwargs)
     return [s for s in sites if s.kind == "embed" and s.layout and len(s.layout.inputs) == 1]
@@ -166,7 +168,7 @@ def test_values_and_gradients_are_those_of_the_table(made: Any) -> None:
 def test_merged(dtype: Any) -> None:
     """The rows are V to one rounding of the sum, and all others the bits that they were."""
     base = {"table": normal(0, 7, 4, dtype=dtype).at[0, 0].set(-0.0)}
-    node = Replaced(normal(1, 3, 4), NEW, jlora.Layout((), (0,), (1,)))
+    node = Replaced(normal(1, 3, 4), NEW, jlora.types.Layout((), (0,), (1,)))
     merged = np.asarray(jlora.merge(base, {"table": node})["table"])
     kept = [i for i in range(7) if i not in NEW]
     assert merged[kept].tobytes() == np.asarray(base["table"])[kept].tobytes()
@@ -286,7 +288,7 @@ def test_saved_and_restored(made: Any, tmp_path: Any) -> None:
 def test_print(made: Any) -> None:
     _, _, adapter = made
     assert repr(adapter["table"]) == "Replaced(v=float32[3,4], rows=(6, 1, 3))"
-    many = Replaced(jnp.ones((9, 2, 4)), tuple(range(2, 4)), jlora.Layout((0,), (1,), (2,)))
+    many = Replaced(jnp.ones((9, 2, 4)), tuple(range(2, 4)), jlora.types.Layout((0,), (1,), (2,)))
     assert repr(many) == "Replaced(v=float32[9,2,4], rows=(2, 3), stack=(0,))"
     many = many._replace(rows=tuple(range(10, 60)))
     assert repr(many) == "Replaced(v=float32[9,2,4], rows=(10, 11, …, 59), stack=(0,))"
@@ -353,7 +355,7 @@ def test_sites_are_checked(made: Any, rule: Rows, message: str) -> None:
         ({"rows": 3}, "table: its `rows` must be a tuple of integers; got 3"),
         ({"rows": (6, 1, -1)}, "table: its `rows` must be counted from 0; got -1"),
         (
-            {"layout": jlora.Layout((), (0, 1), ())},
+            {"layout": jlora.types.Layout((), (0, 1), ())},
             "table: it must have one axis of inputs, got (0, 1)",
         ),
         ({"v": jnp.ones(())}, "table: it has 3 `rows`, and values for 0"),

@@ -10,7 +10,8 @@ import pytest
 from test_rows import IDS, NEW, normal
 
 import jlora
-from jlora import Replaced, Rows, peft
+from jlora import Rows, peft
+from jlora.types import Replaced
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_different_lists_alone_are_refused(tmp_path: Any) -> None:
 
 
 def test_pefts_files_have_rows_of_embeddings_alone(tmp_path: Any) -> None:
-    node = Replaced(normal(1, 3, 4), NEW, jlora.Layout((), (0,), (1,)))
+    node = Replaced(normal(1, 3, 4), NEW, jlora.types.Layout((), (0,), (1,)))
     message = "  t: has rows of its own, but is no embedding by `names`"
     with pytest.raises(ValueError, match=message):
         peft.save(tmp_path / "a", {"t": normal(0, 7, 4)}, {"t": node}, [peft.Name("t", "t", "io")])

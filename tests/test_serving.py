@@ -677,7 +677,7 @@ def test_added_tokens(added: Any, count: int, tmp_path: Folder) -> None:
     assert found == ["added_tokens.json <a> and 1 more"] * count
     assert not peft.check(place, "vllm", base=base).findings
     (place / "added_tokens.json").write_text("[")
-    with pytest.raises(ValueError, match=r"`dir`: added_tokens.json is no valid JSON"):
+    with pytest.raises(ValueError, match=r"`path`: added_tokens.json is no valid JSON"):
         peft.check(place, "sglang", base=base)
 
 
@@ -795,7 +795,7 @@ def test_command_in_json(tmp_path: Folder) -> None:
     place = write(tmp_path / "a", *of(use_rslora=True)(*good()))
     found = json.loads(run("check", place, "--for", "sglang", "--json", code=1).stdout)
     assert found == {
-        "dir": str(place),
+        "path": str(place),
         "engine": "SGLang 0.5.23",
         "findings": [
             {
@@ -873,7 +873,7 @@ def test_patterns(pattern: str, tmp_path: Folder) -> None:
         try:
             assert peft.check(place, "vllm").findings
         except ValueError as e:
-            assert re.match(rf"`dir`: .*{TOO_MUCH}", str(e))
+            assert re.match(rf"`path`: .*{TOO_MUCH}", str(e))
 
 
 ODD = [None, True, -1, 2**70, "x" * 10_000, [], ["a"], {"a": []}, [[]]]
@@ -904,6 +904,6 @@ def test_fuzz(tmp_path: Folder) -> None:
             try:
                 taken += not peft.check(files.folder, engine).findings
             except (ValueError, FileNotFoundError) as e:
-                assert str(e).startswith("`dir`: "), (seed, e)
+                assert str(e).startswith("`path`: "), (seed, e)
         assert time.monotonic() - start < SECONDS, seed
     assert 0 < taken < 200

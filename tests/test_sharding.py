@@ -17,8 +17,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 import jlora
 from jlora import sharding
+from jlora._adapters import is_node
 from jlora._tree import adapter_leaves
-from jlora.adapters import is_node
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 MESH = AbstractMesh(tuple(models.MESH.values()), tuple(models.MESH), (AUTO, AUTO))

@@ -15,8 +15,8 @@ import pytest
 from laws import assert_close, randomize
 
 import jlora
-from jlora.core._interpret import RULES
-from jlora.core._shared import shared
+from jlora._core._interpret import RULES
+from jlora._core._shared import shared
 
 LARGE = 2.0**40
 

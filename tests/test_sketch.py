@@ -17,8 +17,8 @@ from sketch_models import MODELS, Model, matrices, normal, of_all
 
 import jlora
 from jlora import DoRA, Full, LoRA
+from jlora._sketching import _kinds as kinds
 from jlora.initializers import eva, lora_ga
-from jlora.sketching import _kinds as kinds
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
     np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, rtol=0, atol=tolerance)
 
 
-def as_matrices(s: jlora.Spectrum) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def as_matrices(s: jlora.types.Spectrum) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Of each matrix the vectors along the inputs, the values, and those along the outputs."""
     n, k = s.total.size, s.values.shape[-1]
     outputs = None if s.outputs is None else np.asarray(s.outputs).reshape(n, k, -1)
@@ -48,7 +48,7 @@ def as_matrices(s: jlora.Spectrum) -> tuple[np.ndarray, np.ndarray, np.ndarray |
 # ------------------------------------------------------------------- all singular vectors there are
 
 
-def whole(name: str, kind: str) -> tuple[Model, list[Any], jlora.Sketch]:
+def whole(name: str, kind: str) -> tuple[Model, list[Any], jlora.types.Sketch]:
     """A model, two batches, and all that they tell."""
     model = MODELS[name]()
     batches = [model.batch(1), model.batch(2)]
@@ -75,7 +75,7 @@ def test_inputs_are_those_of_all_batches(name: str) -> None:
         close(v.mT @ v, np.broadcast_to(np.eye(v.shape[2]), (len(v), *2 * v.shape[2:])))
 
 
-def check_gradient(found: jlora.Sketch, gradients: dict[str, Any], tolerance: float) -> None:
+def check_gradient(found: jlora.types.Sketch, gradients: dict[str, Any], tolerance: float) -> None:
     """U·diag(values)·V is the gradient, and the values are those of its SVD."""
     for path, s in found.sites.items():
         g = matrices(gradients[path], s.layout)
@@ -95,7 +95,7 @@ def test_gradient_is_that_of_all_batches(name: str) -> None:
     check_gradient_of(*once(name, "gradient"))
 
 
-def check_gradient_of(model: Model, batches: list[Any], found: jlora.Sketch) -> None:
+def check_gradient_of(model: Model, batches: list[Any], found: jlora.types.Sketch) -> None:
     mean = lambda params: sum(model.loss(params, b) for b in batches) / 2  # noqa: E731
     check_gradient(found, by_path(jax.jit(jax.grad(mean))(model.params)), 1e-10)
 

@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import Primitive
 
 import jlora
-from jlora.core._interpret import RULES
+from jlora._core._interpret import RULES
 
 ROOT = pathlib.Path(jlora.__file__).parent
 FOLDERS = sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
@@ -37,7 +37,7 @@ def is_module(name: str) -> bool:
 
 
 def test_every_folder_is_checked() -> None:
-    assert {"core", "adapters", "initializers", "sharding", "planning"} <= set(FOLDERS)
+    assert {"_core", "_adapters", "initializers", "sharding", "_planning"} <= set(FOLDERS)
 
 
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if f != "_cli"])
@@ -45,7 +45,7 @@ def test_a_folder_imports_what_its_first_line_says(folder: str) -> None:
     text = (ROOT / folder / "__init__.py").read_text()
     said = re.search(r"Imports (`[^.]*)\.", text)
     assert said, text
-    files = (ROOT / folder).glob("*.py")
+    files = (ROOT / folder).rglob("*.py")
     used = {name.split(".")[0] for file in files for name in imported(file)} - {folder}
     assert used == set(re.findall(r"`(\w+)`", said[1]))
 
@@ -75,7 +75,7 @@ def test_imports_run_down() -> None:
     """No circle; and few floors in the core."""
     found = graph()
     assert floors(found)
-    core = {n: deps for n, deps in found.items() if n.startswith("core.") or n == "_compat"}
+    core = {n: deps for n, deps in found.items() if n.startswith("_core.") or n == "_compat"}
     assert max(floors(core).values()) <= 6
 
 

@@ -340,7 +340,7 @@ def test_what_is_large_is_written(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(_to_lora, "LARGEST", 100)
     peft.save(tmp_path / "own", BASE, started(MISS_RULE), NAMES, config={"peft_type": "MISS"})
     with pytest.raises(
-        ValueError, match=r"`dir`: the adapter in (?s:.*) A and B would take 0\.0 GiB"
+        ValueError, match=r"`path`: the adapter in (?s:.*) A and B would take 0\.0 GiB"
     ):
         peft.load(tmp_path / "own", BASE, NAMES)
 
@@ -406,7 +406,9 @@ def test_miss_is_of_linear_modules_and_not_for_vllm() -> None:
     with pytest.raises(ValueError, match="fan_in_fan_out: true, of weights that are stored as"):
         peft.tensors(BASE, adapter, names, config=config)
     table = {"embed": {"embedding": np.ones((4, 8), np.float32)}}
-    rows = jlora.Replaced(np.ones((2, 8), np.float32), (1, 2), jlora.Layout((), (0,), (1,)))
+    rows = jlora.types.Replaced(
+        np.ones((2, 8), np.float32), (1, 2), jlora.types.Layout((), (0,), (1,))
+    )
     names = [*NAMES, peft.Name(r"(\w+)/embedding", r"\1", "vo")]
     with pytest.raises(ValueError, match="trainable_token_indices: rows of an embedding, which"):
         peft.tensors(BASE | table, adapter | {"embed": {"embedding": rows}}, names, config=config)

@@ -39,7 +39,9 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def random(key: jax.Array, w: Any, site: jlora.Site, rule: jlora.LoRA) -> tuple[Any, Any, Any]:
+def random(
+    key: jax.Array, w: Any, site: jlora.types.Site, rule: jlora.LoRA
+) -> tuple[Any, Any, Any]:
     """An initializer with a B that is not zero."""
     w, a, b = jlora.initializers.kaiming_uniform(key, w, site, rule)
     return w, a, 0.3 * jax.random.normal(key, b.shape).astype(b.dtype)
@@ -107,7 +109,7 @@ class Setup(NamedTuple):
     f: Any
     params: Any
     x: Any
-    lora: jlora.Transformed
+    lora: jlora.types.Transformed
     base: Any
     adapter: Any
 
@@ -256,10 +258,10 @@ def test_bind_copies_nothing(container: str) -> None:
     s = setup(container, pattern="up|0|u$")
     bound = jlora.bind(s.base, s.adapter)
     assert type(bound) is type(s.params)
-    leaves = jax.tree.leaves(bound, is_leaf=lambda x: isinstance(x, jlora.Adapted))
-    adapted = [x for x in leaves if isinstance(x, jlora.Adapted)]
+    leaves = jax.tree.leaves(bound, is_leaf=lambda x: isinstance(x, jlora.types.Adapted))
+    adapted = [x for x in leaves if isinstance(x, jlora.types.Adapted)]
     assert len(adapted) == 1
-    kept = [x.base if isinstance(x, jlora.Adapted) else x for x in leaves]
+    kept = [x.base if isinstance(x, jlora.types.Adapted) else x for x in leaves]
     assert all(x is y for x, y in zip(kept, jax.tree.leaves(s.params), strict=True))
     assert adapted[0].delta.a is jax.tree.leaves(s.adapter)[0]
 
@@ -365,8 +367,10 @@ DAILY = ((jlora.merge, 16), (jlora.merge, 17), (jlora.unmerge, 17))
 def test_merge_at_every_rank(change: Any, rank: int) -> None:
     """A stack of W with two input axes ± s·A·B, and its derivatives, forward and backward."""
     w = {"w": normal(1, 2, 3, 4, 5)}
-    layout = jlora.Layout((0,), (1, 2), (3,))
-    adapter = {"w": jlora.LowRank(normal(2, 2, 3, 4, rank), normal(3, 2, rank, 5), 0.3, layout)}
+    layout = jlora.types.Layout((0,), (1, 2), (3,))
+    adapter = {
+        "w": jlora.types.LowRank(normal(2, 2, 3, 4, rank), normal(3, 2, rank, 5), 0.3, layout)
+    }
     sign = 1 if change is jlora.merge else -1
 
     def plainly(w: Any, adapter: Any) -> Any:
@@ -382,8 +386,8 @@ def test_merge_at_every_rank(change: Any, rank: int) -> None:
 def test_merge_of_low_rank_writes_no_change() -> None:
     """Nothing of the size of W is beside it, also in bfloat16."""
     for dtype in (jnp.float32, jnp.bfloat16):
-        node = jlora.LowRank(
-            jnp.ones((64, 16)), jnp.ones((16, 32)), 1.0, jlora.Layout((), (0,), (1,))
+        node = jlora.types.LowRank(
+            jnp.ones((64, 16)), jnp.ones((16, 32)), 1.0, jlora.types.Layout((), (0,), (1,))
         )
         merge = jax.jit(jlora.merge, donate_argnums=0)
         program = merge.lower({"w": jnp.ones((64, 32), dtype)}, {"w": node}).compile()
@@ -397,8 +401,8 @@ def test_merge_rounds_once() -> None:
     """
     w = normal(1, 64, 32, dtype=jnp.bfloat16)
     a, b = (jnp.round(8 * normal(i, *shape)) / 8 for i, shape in ((2, (64, 4)), (3, (4, 32))))
-    layout = jlora.Layout((), (0,), (1,))
-    merged = jlora.merge({"w": w}, {"w": jlora.LowRank(a, b, 0.5, layout)})["w"]
+    layout = jlora.types.Layout((), (0,), (1,))
+    merged = jlora.merge({"w": w}, {"w": jlora.types.LowRank(a, b, 0.5, layout)})["w"]
     delta = 0.5 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     exact = np.asarray(w, np.float64) + delta
     assert raw(merged) == raw(exact.astype(np.float32).astype(ml_dtypes.bfloat16))
@@ -411,8 +415,8 @@ def test_merge_rounds_once() -> None:
 def test_small_changes_survive_where_the_dtype_has_room() -> None:
     """ΔW of 2^-12 on weights of 1: lost in bfloat16, as it must be, and kept in float32."""
     for dtype, kept in ((jnp.float32, True), (jnp.bfloat16, False)):
-        node = jlora.LowRank(
-            jnp.ones((4, 1)), jnp.full((1, 4), 2.0**-12), 1.0, jlora.Layout((), (0,), (1,))
+        node = jlora.types.LowRank(
+            jnp.ones((4, 1)), jnp.full((1, 4), 2.0**-12), 1.0, jlora.types.Layout((), (0,), (1,))
         )
         merged = jlora.merge({"w": jnp.ones((4, 4), dtype)}, {"w": node})["w"]
         assert bool(jnp.all(merged == 1)) != kept
@@ -763,7 +767,7 @@ def test_count_and_summary() -> None:
     assert jlora.count({}) == 0
     s = setup(dtype=jnp.bfloat16)
     found = jlora.summary(s.base, s.adapter)
-    assert found == jlora.Summary(80, 2 * (6 + 8) + 2 * (8 + 4), 160, 4 * 52)
+    assert found == jlora.types.Summary(80, 2 * (6 + 8) + 2 * (8 + 4), 160, 4 * 52)
     assert found.share == 52 / 80
     assert str(found) == (
         "                     parameters   size\n"
@@ -886,7 +890,7 @@ def test_sites_as_a_collection() -> None:
     sites = lora.sites(params, IDS)
     assert len(list(sites)) == len(sites) == 8
     assert len(sites.leaves) == len(jax.tree.leaves(params))
-    assert all(isinstance(site, jlora.Site) and sites[site.path] is site for site in sites)
+    assert all(isinstance(site, jlora.types.Site) and sites[site.path] is site for site in sites)
     assert {site.kind for site in sites} == {"dense", "embed"}
     assert sites["params/positions"].kind is None
     assert sites["params/positions"].trainable == 32
@@ -895,7 +899,7 @@ def test_sites_as_a_collection() -> None:
     _, adapter = lora.init(KEY, params, IDS)
     assert sites.trainable == jlora.count(adapter) == sum(s.trainable for s in sites.leaves)
     query = sites["params/blocks/attention/query/kernel"]
-    assert query.layout == jlora.Layout((0,), (1,), (2, 3))
+    assert query.layout == jlora.types.Layout((0,), (1,), (2, 3))
     assert (query.inputs, query.outputs, query.size) == (8, 8, 192)
     with pytest.raises(KeyError, match=r"no leaf 'params/blocks/query'.*attention/query"):
         sites["params/blocks/query"]

@@ -42,5 +42,5 @@ def check(
                 f"DIR: {folder} is of Orbax; write it as PEFT first, with jlora convert."
             )
     words: Any = {"base": ("--base", base), "max_lora_rank": ("--max-lora-rank", None)}
-    with called(dir=("DIR", folder), **words):
+    with called(path=("DIR", folder), **words):
         return Answer(peft.check(folder, engine, base=base, max_lora_rank=max_lora_rank))

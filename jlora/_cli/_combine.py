@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import arithmetic, checkpoint, peft
+from .._adapters import is_node
 from .._folders import check_vacant
 from .._tree import adapter_leaves, count, name_of
 from .._types import PyTree
-from ..adapters import is_node
 from ._command import Done
 from ._inputs import format_of
 from ._words import called
@@ -78,7 +78,7 @@ def _combine_peft(
     adapters: Sequence[Path], out: Path, made: Callable[[list[PyTree]], PyTree]
 ) -> PyTree:
     each: Any = {f"dirs[{i}]": ("ADAPTERS", folder) for i, folder in enumerate(adapters)}
-    with called(dirs=("ADAPTERS", None), out_dir=("OUT", out), **each):
+    with called(dirs=("ADAPTERS", None), out=("OUT", out), **each):
         return peft.combine(adapters, out, made)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import analysis
+from .._adapters import Decomposed, LowRank, Replaced, is_node, weight_shape
 from .._table import aligned
-from ..adapters import Decomposed, LowRank, Replaced, is_node, weight_shape
 from ._inputs import Opened, open_alike
 from ._inspect import finite, wide
 

@@ -27,7 +27,7 @@ class Opened(NamedTuple):
 def open_adapter(folder: Path, what: str) -> Opened:
     """The adapter in `folder`, which the user gave as `what`."""
     kind = format_of(folder, what)
-    with called(dir=(what, folder)):
+    with called(path=(what, folder)):
         if kind == "peft":
             base = peft.read_config(folder).get("base_model_name_or_path")
             return Opened(folder, "peft", peft.read(folder), {"base_model": base})
@@ -75,7 +75,7 @@ def _open_peft_as(given: tuple[Path, str], other: tuple[Path, str], names: str |
         shapes = checkpoint.base_shapes(of_orbax)
     rows = table(names)
     base = f"the base of {its_name}"
-    with called(dir=(what, folder), base=(base, of_orbax), names=("--names", None)):
+    with called(path=(what, folder), base=(base, of_orbax), names=("--names", None)):
         return Opened(folder, "peft", _by_name(peft.load(folder, shapes, rows)), {})
 
 

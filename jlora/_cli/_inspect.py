@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import analysis, peft
+from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._table import aligned, readable
 from .._tree import count, size_in_bytes
-from ..adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from ._inputs import Opened, format_of, open_adapter
 from ._words import called
 
@@ -124,7 +124,7 @@ class Quantized(NamedTuple):
 def inspect(folder: Path, *, every: bool = False) -> "Inspection | Quantized":
     """Reads the adapter in `folder` and measures each ΔW; of a quantized model its matrices."""
     is_model = format_of(folder, "DIR") == "huggingface" and "weights" in peft.holds(folder)
-    with called(dir=("DIR", folder)):
+    with called(path=("DIR", folder)):
         if is_model and (found := peft.matrices(folder)):
             return Quantized(folder, found)
     adapter = open_adapter(folder, "DIR")

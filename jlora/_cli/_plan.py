@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 
 from .. import _compat
-from ..planning import Plan, has_compiler, mesh_of, parse
-from ..planning import plan as make
-from ..planning._placed import mesh_of_leaves
+from .._planning import Plan, has_compiler, mesh_of, parse
+from .._planning import plan as make
+from .._planning._placed import mesh_of_leaves
 from ._inputs import attribute
 from ._words import called
 

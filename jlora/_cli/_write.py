@@ -61,7 +61,7 @@ def merge(
             with called(path=("ADAPTER", adapter)):
                 given = checkpoint.restore(adapter)
             options["names"] = table(names)
-        words: Any = {"dir": ("ADAPTER", adapter), "out_dir": ("OUT", out)} | OPTIONS
+        words: Any = {"path": ("ADAPTER", adapter), "out": ("OUT", out)} | OPTIONS
         with called(adapter=("ADAPTER", adapter), src_dir=("BASE", base), **words):
             left_out = peft.export_merged(base, given, out, **options)
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}
@@ -82,7 +82,7 @@ def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> Non
 def _adapter(folder: Path, params: PyTree, names: str | None) -> PyTree:
     if format_of(folder, "ADAPTER") == "peft":
         rows = table(names)
-        with called(dir=("ADAPTER", folder), **OPTIONS):
+        with called(path=("ADAPTER", folder), **OPTIONS):
             return peft.load(folder, params, rows)
     with called(path=("ADAPTER", folder)):
         known = checkpoint.read(folder).base is not None
@@ -146,7 +146,7 @@ def _to_peft(
     config: Path | None,
 ) -> PyTree:
     rows = table(names)
-    with called(dir=("--config", config)):
+    with called(path=("--config", config)):
         fields = None if config is None else peft.read_config(config)
     with called(path=("IN", source)):
         adapter = checkpoint.restore(source)
@@ -159,7 +159,7 @@ def _to_peft(
     with called(path=("--base", base)):
         params = checkpoint.base_values(base) if base is not None else params
     words: Any = {"base": ("the base", None) if base is None else ("--base", base)} | OPTIONS
-    with called(adapter=("IN", source), dir=("OUT", out), **words):
+    with called(adapter=("IN", source), path=("OUT", out), **words):
         peft.save(out, params, adapter, rows, profile=profile, config=fields)
     return adapter
 
@@ -177,7 +177,7 @@ def _to_orbax(
         )
     with called(path=("--base", base)):
         params = checkpoint.base_shapes(base)
-    with called(dir=("IN", source), base=("--base", base), **OPTIONS):
+    with called(path=("IN", source), base=("--base", base), **OPTIONS):
         adapter = peft.load(source, params, rows)
     with called(path=("OUT", out)):
         checkpoint.save(out, adapter, (), base=params)
@@ -194,7 +194,7 @@ def _to_profile(
     for option, value in (("--names", names), ("--base", base), ("--config", config)):
         if value is not None:
             raise ValueError(f"{option} is not needed: IN is an adapter of PEFT, and so is OUT.")
-    with called(dir=("IN", source), out_dir=("OUT", out), **OPTIONS):
+    with called(path=("IN", source), out=("OUT", out), **OPTIONS):
         peft.convert(source, out)
         return peft.read(source)
 
@@ -213,5 +213,5 @@ def quantize(
     """Writes the model in `base` to `out` with its matrices in few bits."""
     check_vacant(out, "OUT")
     options: Any = {"follow_links": follow_links} | ({} if skip is None else {"skip": skip})
-    with called(src_dir=("BASE", base), out_dir=("OUT", out), **OPTIONS):
+    with called(src_dir=("BASE", base), out=("OUT", out), **OPTIONS):
         return Quantized(out, peft.quantize_checkpoint(base, out, SCHEMES[scheme](), **options))

@@ -1,4 +1,4 @@
-"""What an adapter changes. Imports `_factors`, `_linalg`, `adapters`.
+"""What an adapter changes. Imports `_factors`, `_linalg`, `_adapters`.
 
 All from its factors: ΔW is formed only where a function says so. Each function works on one site,
 under `jit` and `vmap` too; counts of directions are static.

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._adapters import LowRank, weight_shape
 from .._factors import factors
 from .._linalg import norm, svd, times
-from ..adapters import LowRank, weight_shape
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from .._adapters import LowRank, weight_shape
 from .._factors import core, factors
 from .._linalg import norm as size_of
-from ..adapters import LowRank, weight_shape
 
 
 def delta_spectrum(site: LowRank) -> jax.Array:
@@ -22,7 +22,7 @@ def delta_spectrum(site: LowRank) -> jax.Array:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis
         >>> a, b = jnp.eye(4, 2), jnp.diag(jnp.array([3.0, 1.0]))
-        >>> site = jlora.LowRank(a, b, scale=2.0, layout=jlora.Layout((), (0,), (1,)))
+        >>> site = jlora.types.LowRank(a, b, scale=2.0, layout=jlora.types.Layout((), (0,), (1,)))
         >>> analysis.delta_spectrum(site).tolist()
         [6.0, 2.0]
     """
@@ -45,7 +45,7 @@ def norm(site: LowRank) -> jax.Array:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis
         >>> a, b = jnp.eye(4, 2), jnp.diag(jnp.array([3.0, 4.0]))
-        >>> float(analysis.norm(jlora.LowRank(a, b, 2.0, jlora.Layout((), (0,), (1,)))))
+        >>> float(analysis.norm(jlora.types.LowRank(a, b, 2.0, jlora.types.Layout((), (0,), (1,)))))
         10.0
     """
     return size_of(core(*factors(site)), (-2, -1))
@@ -71,7 +71,8 @@ def distance(site: LowRank, other: LowRank) -> jax.Array:
     Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis
-        >>> site = jlora.LowRank(jnp.eye(4, 2), jnp.eye(2), 1.0, jlora.Layout((), (0,), (1,)))
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> site = jlora.types.LowRank(jnp.eye(4, 2), jnp.eye(2), 1.0, layout)
         >>> round(float(analysis.distance(site, site._replace(scale=4.0))), 4)
         4.2426
     """

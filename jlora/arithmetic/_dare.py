@@ -45,8 +45,8 @@ def dare(
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import analysis, arithmetic
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
         >>> same = arithmetic.dare([one], key=jax.random.key(0), density=1.0)["w"]
         >>> round(float(analysis.distance(same, one["w"])), 5)
         0.0

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._adapters import LowRank
 from .._alike import joined
+from .._core import explicit
 from .._linalg import qr, svd_of, times
-from ..adapters import LowRank
-from ..core import explicit
 
 
 def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:

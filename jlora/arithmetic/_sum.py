@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._adapters import LowRank
 from .._alike import FROM_THE_START, RESIDUAL, is_residual, joined, misfit, refuse
 from .._compat import known
 from .._types import Path, PyTree
-from ..adapters import LowRank
 from ._trees import Given, Weights, check_finite, checked, each, is_one
 
 ROUNDING = 1e-5  # of weights that add up to 1
@@ -41,8 +41,8 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
     Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import arithmetic
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
         >>> arithmetic.add([one, one], [1.0, -0.5])
         {'w': LowRank(a=float32[4,4], b=float32[4,3], scale=1.0)}
     """
@@ -68,8 +68,8 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
     Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import arithmetic
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
         >>> float(arithmetic.scale(one, -0.5)["w"].b[0, 0])
         -0.5
     """
@@ -98,8 +98,8 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
     Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis, arithmetic
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
         >>> round(float(analysis.norm(arithmetic.difference(one, one)["w"])), 5)
         0.0
     """

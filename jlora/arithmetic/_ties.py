@@ -49,8 +49,8 @@ def ties(
     Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import arithmetic
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
         >>> merged = arithmetic.ties([one, one], density=1.0)["w"]
         >>> round(float((merged.a @ merged.b)[0, 0]), 5)  # a mean, not a sum
         1.0

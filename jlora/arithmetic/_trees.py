@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._adapters import LowRank, is_node
 from .._alike import (
     FROM_THE_START,
     RESIDUAL,
@@ -20,7 +21,6 @@ from .._alike import (
 from .._compat import is_concrete
 from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree
-from ..adapters import LowRank, is_node
 
 Weights = Sequence[Any] | jax.Array | None
 

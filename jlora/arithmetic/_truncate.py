@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._adapters import LowRank, is_node
 from .._alike import leaves_of
 from .._compat import is_concrete
 from .._linalg import svd
 from .._tree import nest
 from .._types import PyTree
-from ..adapters import LowRank, is_node
 from ._matrices import made, matrices
 from ._trees import refuse_others
 
@@ -44,8 +44,9 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     Examples:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis, arithmetic
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> site = jlora.LowRank(jnp.eye(4, 3), jnp.diag(jnp.array([5.0, 4.0, 1.0])), 1.0, layout)
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> b = jnp.diag(jnp.array([5.0, 4.0, 1.0]))
+        >>> site = jlora.types.LowRank(jnp.eye(4, 3), b, 1.0, layout)
         >>> small = arithmetic.truncate({"w": site}, rank=2)
         >>> [round(float(x), 4) for x in analysis.delta_spectrum(small["w"])]
         [5.0, 4.0]

@@ -1,7 +1,7 @@
 """Orbax.
 
-Imports `_folders`, `_rules`, `_tree`, `_types`, `_untrusted`, `adapters`, `core`,
-`initializers`, `quantized`.
+Imports `_folders`, `_rules`, `_tree`, `_types`, `_untrusted`, `_adapters`, `_core`,
+`initializers`, `_quantized`.
 
 A checkpoint is the adapter alone, and all that it takes to rebuild it.
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._core import abstract
+from .._quantized import is_quantized
 from .._tree import is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
-from ..core import abstract
-from ..quantized import is_quantized
 
 SEEDS = (0x9E3779B9, 0x85EBCA6B)
 

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import initializers, quantized
+from .. import _quantized as quantized
+from .. import initializers
+from .._adapters import METHODS, is_node, state, static
+from .._quantized import Scheme
 from .._rules import Full, Rule, Slots, compile_pattern, is_finite, pattern_anywhere
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from .._untrusted import shown
-from ..adapters import METHODS, is_node, state, static
 from ..initializers import Initializer
-from ..quantized import Scheme
 from ._fingerprint import Fingerprint, Leaf, exact
 
 FORMAT = 2  # up to 1, patterns matched inside of the components of a path too

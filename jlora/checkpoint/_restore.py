@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from .._adapters import arrays as arrays_of
+from .._adapters import is_node, state, static
 from .._tree import adapter_leaves, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from .._untrusted import shown
-from ..adapters import arrays as arrays_of
-from ..adapters import is_node, state, static
 from ._fingerprint import (
     Leaf,
     as_in,

@@ -7,11 +7,11 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from .._adapters import is_rule
+from .._quantized import is_quantized
 from .._rules import Rule, misplaced
 from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
-from ..adapters import is_rule
-from ..quantized import is_quantized
 from ._fingerprint import fingerprint, is_fingerprint, shapes_of
 from ._meta import arrays, encode
 from ._store import Where, write

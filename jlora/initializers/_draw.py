@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..core import promote
+from .._core import promote
 
 
 def dtype_of(site: Any, rule: Any) -> jnp.dtype:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
 from .._rules import is_int, misplaced, rule_name
-from ..quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
 from ._initializer import Initializer
 from ._pissa import largest
 from ._split import How, check, each_matrix, how_of, in_place, of_array

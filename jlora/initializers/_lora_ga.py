@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from ..quantized import is_quantized
+from .._quantized import is_quantized
 from ._draw import dtype_of
 from ._sketched import Sketched, spectrum
 from ._split import how_of, less

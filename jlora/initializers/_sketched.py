@@ -1,4 +1,4 @@
-"""What initializers that start from a `jlora.Sketch` share."""
+"""What initializers that start from a `jlora.types.Sketch` share."""
 
 import dataclasses
 from typing import Any, ClassVar

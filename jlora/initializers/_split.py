@@ -12,11 +12,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
+from .._core import RANK, Axis, Change, Delta, Factor, explicit, leaf_weight, mesh_axes, promote
 from .._linalg import each, qr
+from .._quantized import Form, Quantized, is_quantized, quantized
 from .._rules import rule_name
 from .._types import Layout
-from ..core import RANK, Axis, Change, Delta, Factor, explicit, leaf_weight, mesh_axes, promote
-from ..quantized import Form, Quantized, is_quantized, quantized
 from ._draw import dtype_of
 
 # `(key, w, rank, scale) -> (a, b)` of matrices (…, inputs, outputs): scale·A·B is taken from them.

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .._adapters import LowRank, Routed, is_node, still, weight_shape
 from .._alike import FROM_THE_START, RESIDUAL, is_residual, refuse
 from .._compat import is_concrete
 from .._tree import adapter_leaves, check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
-from ..adapters import LowRank, Routed, is_node, still, weight_shape
 from ._table import Leaves, as_array, refuse_others, table_leaves, within
 
 FORMS = ("side by side", "gathered")
@@ -137,8 +137,8 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
 
     Examples:
         >>> import jax.numpy as jnp, jlora
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((64, 1)), jnp.ones((1, 64)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((64, 1)), jnp.ones((1, 64)), 1.0, layout)}
         >>> jlora.many.prepare(jlora.many.stack([one] * 3))
         {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3)}
     """

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._adapters import LowRank, arrays, is_node, method_of, state
 from .._alike import (
     FROM_THE_START,
     RESIDUAL,
@@ -19,10 +20,9 @@ from .._alike import (
     refuse,
 )
 from .._compat import is_concrete, known
+from .._core import promote
 from .._tree import adapter_leaves, check_fits, leaves_by_path, name_of, nest
 from .._types import Path, PyTree, short
-from ..adapters import LowRank, arrays, is_node, method_of, state
-from ..core import promote
 
 Leaves = dict[Path, Any]
 REFUSAL = "a table cannot hold what is"
@@ -66,9 +66,9 @@ def stack(
 
     Examples:
         >>> import jax.numpy as jnp, jlora
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
-        >>> two = {"w": jlora.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> two = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
         >>> jlora.many.stack([one, two], size=8)
         {'w': LowRank(a=float32[8,4,2], b=float32[8,2,3], scale=1.0)}
     """
@@ -113,8 +113,8 @@ def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTre
 
     Examples:
         >>> import jax.numpy as jnp, jlora
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
         >>> table = jlora.many.insert(jlora.many.stack([one, one]), 1, {})
         >>> table["w"].b[:, 0, 0]
         Array([1., 0.], dtype=float32)
@@ -146,8 +146,8 @@ def remove(table: PyTree, slot: int | jax.Array, *, base: PyTree = None) -> PyTr
 
     Examples:
         >>> import jax.numpy as jnp, jlora
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
         >>> jlora.many.remove(jlora.many.stack([one, one]), 0)["w"].b[:, 0, 0]
         Array([0., 1.], dtype=float32)
     """
@@ -171,8 +171,8 @@ def take(table: PyTree, slot: int | jax.Array) -> PyTree:
 
     Examples:
         >>> import jax.numpy as jnp, jlora
-        >>> layout = jlora.Layout((), (0,), (1,))
-        >>> one = {"w": jlora.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)), 1.0, layout)}
         >>> jlora.many.take(jlora.many.stack([one, {}]), 0)
         {'w': LowRank(a=float32[4,2], b=float32[2,3], scale=1.0)}
     """

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from .._compat import known
+from .._core import promote
 from .._optimizer import check_transformation, is_transformation
 from .._rules import is_floating
 from .._types import PyTree, short
-from ..core import promote
 from ._table import as_array, table_leaves, within
 
 Make = Callable[..., optax.GradientTransformation]

@@ -68,7 +68,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    dir: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     argument: str = "src_dir",
     *,
     follow_links: bool = False,
@@ -83,7 +83,7 @@ def open_checkpoint(
         FileNotFoundError: if there is no such folder, or a shard is missing.
         ValueError: if the folder holds no safetensors checkpoint, or a damaged one.
     """
-    source = Source(Path(dir), argument, "all" if follow_links else "within")
+    source = Source(Path(path), argument, "all" if follow_links else "within")
     files, mapped = _files(source)
     headers = {file: read_header(source, file) for file in files}
     where: dict[str, str] = {}
@@ -115,11 +115,11 @@ def open_checkpoint(
     return Checkpoint(source, headers, where, kept, left_out, vocabulary, config)
 
 
-def holds(dir: str | os.PathLike[str]) -> set[str]:
+def holds(path: str | os.PathLike[str]) -> set[str]:
     """What is in a folder, by the names of its files.
 
     Args:
-        dir: the folder.
+        path: the folder.
 
     Returns:
         Of `"adapter"` (PEFT's files), `"model"` (a model of Hugging Face) and `"weights"` (that
@@ -133,7 +133,7 @@ def holds(dir: str | os.PathLike[str]) -> set[str]:
         ...     peft.holds(folder)
         {'model'}
     """
-    names = set(os.listdir(dir))
+    names = set(os.listdir(path))
     found = {
         "adapter": names & {CONFIG, TENSORS, *PICKLES[:2]},
         "weights": names & {ONE, INDEX},

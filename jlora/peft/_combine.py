@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from jax.dtypes import canonicalize_dtype
 
+from .._adapters import LowRank, weight_shape
 from .._tree import adapter_leaves
 from .._types import PyTree
-from ..adapters import LowRank, weight_shape
-from ._alone import Alone, alone_in, read_alone
-from ._arrays import factors
-from ._config import DEFAULTS
 from ._file import brief, listing, shown
-from ._names import Leaf
-from ._parts import tensors_alone
-from ._read import Part
-from ._saved import in_memory, write
-from ._select import with_scales
+from .adapter._alone import Alone, alone_in, read_alone
+from .adapter._config import DEFAULTS
+from .adapter._parts import tensors_alone
+from .adapter._read import Part
+from .adapter._saved import in_memory, write
+from .adapter._select import with_scales
+from .names._arrays import factors
+from .names._names import Leaf
 
 Fields = dict[str, Any]
 Where = str | os.PathLike[str]

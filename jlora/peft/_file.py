@@ -38,7 +38,7 @@ class Source(NamedTuple):
     """
 
     folder: Path
-    argument: str = "dir"
+    argument: str = "path"
     links: Literal["none", "within", "all"] = "none"
 
 

@@ -9,29 +9,29 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
-from ..adapters import is_node
-from ._advice import advice
-from ._arrays import decomposed, low_rank, of_part, replaced, weight
 from ._file import CONFIG, Source, listing
-from ._names import Leaf, Name, by_row, resolve
-from ._others import other_of
-from ._parameters import parts_of, without_biases
-from ._places import Placed, differing, narrowed, places_of, put_in_place
-from ._read import Adapter
-from ._saved import Saved, read_adapter, saved_in
 from ._to_lora import as_lora
-from ._values import stored_in, unfit
+from .adapter._others import other_of
+from .adapter._parameters import parts_of, without_biases
+from .adapter._places import Placed, differing, narrowed, places_of, put_in_place
+from .adapter._read import Adapter
+from .adapter._saved import Saved, read_adapter, saved_in
+from .adapter._values import stored_in, unfit
+from .names._advice import advice
+from .names._arrays import decomposed, low_rank, of_part, replaced, weight
+from .names._names import Leaf, Name, by_row, resolve
 
 WHERE = "`base` under `names`"
 
 
-def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> PyTree:
+def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> PyTree:
     r"""Reads an adapter that PEFT or `save` wrote.
 
     Args:
-        dir: its folder, with `adapter_config.json` and `adapter_model.safetensors`; nothing else
+        path: its folder, with `adapter_config.json` and `adapter_model.safetensors`; nothing else
             in it is read. What `to_lora` takes is loaded as LoRA too.
         base: the frozen tree that it adapts, arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
@@ -75,12 +75,12 @@ def load(dir: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> Py
         if found:
             unnamed = lost and any(WHERE in problem for problem in found)
             raise ValueError(
-                f"`dir`: the adapter in {dir} cannot be loaded onto `base` with `names`; "
+                f"`path`: the adapter in {path} cannot be loaded onto `base` with `names`; "
                 f"nothing was loaded. {listing(found)}"
                 + (f"\n{advice(names, lost)}" if unnamed else "")
             )
 
-    adapter, placed, found, frozen = fitted(saved_in(Source(Path(dir))), leaves, refuse)
+    adapter, placed, found, frozen = fitted(saved_in(Source(Path(path))), leaves, refuse)
     dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
     if adapter.fields.get("use_dora") and dropout:
         adapter.idle.append(f"lora_dropout: {dropout} is of training alone, and DoRA here has none")

@@ -6,19 +6,24 @@ from typing import Any
 
 import numpy as np
 
+from .._adapters import Decomposed, Replaced, is_node
 from .._tree import adapter_leaves, check_fits, is_abstract, name_of
 from .._types import Path, PyTree
-from ..adapters import Decomposed, Replaced, is_node
-from . import _vllm
-from ._alone import alone_in, read_alone
-from ._arrays import weights
-from ._config import DEFAULTS, ROWS_DEFAULTS, problems
-from ._fields import Fields, frozen_beside, saved_in_full, with_full, with_targets, with_training
 from ._file import DTYPES, PREFIX, listing
 from ._load import fitted
-from ._names import Leaf, Name, by_row, resolve, tied_to
-from ._others import asked_for, in_terms_of_lora, written
-from ._parts import (
+from .adapter import _vllm
+from .adapter._alone import alone_in, read_alone
+from .adapter._config import DEFAULTS, ROWS_DEFAULTS, problems
+from .adapter._fields import (
+    Fields,
+    frozen_beside,
+    saved_in_full,
+    with_full,
+    with_targets,
+    with_training,
+)
+from .adapter._others import asked_for, in_terms_of_lora, written
+from .adapter._parts import (
     check_one_method,
     check_writable,
     from_leaves,
@@ -29,13 +34,15 @@ from ._parts import (
     tensors_alone,
     tensors_of,
 )
-from ._saved import in_memory, write
-from ._select import with_scales
-from ._tokens import DELTA, DELTA_ALONE, tokens_of, with_rows_alone, with_tokens
+from .adapter._saved import in_memory, write
+from .adapter._select import with_scales
+from .adapter._tokens import DELTA, DELTA_ALONE, tokens_of, with_rows_alone, with_tokens
+from .names._arrays import weights
+from .names._names import Leaf, Name, by_row, resolve, tied_to
 
 
 def save(
-    dir: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     base: PyTree,
     adapter: PyTree,
     names: Sequence[Name],
@@ -54,7 +61,7 @@ def save(
     base's values for what is not trained.
 
     Args:
-        dir: a folder that does not exist yet, or an empty one. It appears complete or not at all.
+        path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
         base: the frozen tree; `jax.ShapeDtypeStruct`s will do for what is not written.
         adapter: from `init`, training or `load`; dropout keys in it are ignored.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
@@ -66,7 +73,7 @@ def save(
             With `{"peft_type": "MISS"}` what `initializers.miss` started is written as MiSS.
 
     Raises:
-        FileExistsError: if `dir` is there and not an empty folder.
+        FileExistsError: if `path` is there and not an empty folder.
         TypeError: if `adapter` is no adapter of arrays.
         ValueError: if a part of the adapter has no name or no form in PEFT; all are listed.
 
@@ -87,7 +94,7 @@ def save(
         (['q_proj'], 2, 4)
     """
     fields, found = _files(base, adapter, names, base_model, profile, config)
-    write(dir, "`dir`", fields, found)
+    write(path, "`path`", fields, found)
 
 
 def tensors(
@@ -240,15 +247,15 @@ def _check_config(fields: Fields) -> None:
         raise ValueError("`config` cannot be written:\n  " + "\n  ".join(wrong))
 
 
-def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
+def convert(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Writes an adapter of PEFT's as vLLM takes it, as `save` does with `profile="vllm"`.
 
     Args:
-        dir: its folder.
-        out_dir: a folder that does not exist yet, or an empty one.
+        path: its folder.
+        out: a folder that does not exist yet, or an empty one.
 
     Raises:
-        FileExistsError: if `out_dir` is there and not an empty folder.
+        FileExistsError: if `out` is there and not an empty folder.
         FileNotFoundError: if the folder or a file is missing.
         ValueError: if the files are damaged, or hold what vLLM has not.
 
@@ -256,7 +263,7 @@ def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Non
         >>> from jlora import peft
         >>> peft.convert("adapter", "for_vllm")  # doctest: +SKIP
     """
-    alone = read_alone(dir)
+    alone = read_alone(path)
     fields = DEFAULTS | alone.adapter.fields
     fields, parts = _vllm.flattened(fields, alone.parts, list(alone.full), list(alone.rows))
     tensors = tensors_alone(parts, alone.tied, alone.frozen)
@@ -264,12 +271,12 @@ def convert(dir: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> Non
     def refuse(wrong: Sequence[str]) -> None:
         if wrong:
             raise ValueError(
-                f"`dir`: the adapter in {dir} has no form for vLLM that would be read as the same. "
-                f"{listing(wrong)}"
+                f"`path`: the adapter in {path} has no form for vLLM that would be read as the "
+                f"same. {listing(wrong)}"
             )
 
-    alone_in(in_memory(fields, tensors, "dir"), refuse)
-    write(out_dir, "`out_dir`", fields, tensors)
+    alone_in(in_memory(fields, tensors, "path"), refuse)
+    write(out, "`out`", fields, tensors)
 
 
 def _check_values(leaves: Sequence[Leaf]) -> None:

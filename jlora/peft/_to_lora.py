@@ -7,23 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ._alone import alone_in
 from ._checkpoint import open_checkpoint
-from ._config import DEFAULTS
 from ._file import DTYPES, PREFIX, Source, listing, shown
-from ._others import SELECTION, Fields, in_terms_of_lora, named, problems_of
-from ._parts import AB
-from ._read import Stored
-from ._saved import Saved, in_memory, saved_in, write
-from ._select import Selection, with_scales
-from .others import Form, Other
+from .adapter._alone import alone_in
+from .adapter._config import DEFAULTS
+from .adapter._others import SELECTION, Fields, in_terms_of_lora, named, problems_of
+from .adapter._parts import AB
+from .adapter._read import Stored
+from .adapter._saved import Saved, in_memory, saved_in, write
+from .adapter._select import Selection, with_scales
+from .adapter.others import Form, Other
 
 ROOT = PREFIX.removesuffix("model.")
 LARGEST = 2**32  # bytes of all A and B
 
 
 def to_lora(
-    dir: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> None:
@@ -42,7 +42,7 @@ def to_lora(
       refused. It comes out as LoRA whose A may be trained; `load` freezes it.
 
     Args:
-        dir: the adapter's folder.
+        path: the adapter's folder.
         out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         checkpoint: the folder of the base model, of which VeRA and MiSS need the sizes of modules.
@@ -62,9 +62,9 @@ def to_lora(
         >>> adapter = peft.load("as_lora", base, peft.LLAMA)  # doctest: +SKIP
     """
     shapes = {} if checkpoint is None else open_checkpoint(checkpoint, "checkpoint").shapes
-    made, _ = as_lora(saved_in(Source(Path(dir))), shapes, _refuse)
+    made, _ = as_lora(saved_in(Source(Path(path))), shapes, _refuse)
     tensors = made.read(made.tensors)
-    alone_in(in_memory(made.fields, tensors, "dir"), _refuse)
+    alone_in(in_memory(made.fields, tensors, "path"), _refuse)
     write(out_dir, "`out_dir`", made.fields, tensors)
 
 
@@ -105,7 +105,7 @@ def as_lora(
 
 def _refuse(wrong: Sequence[str]) -> None:
     if wrong:
-        raise ValueError(f"`dir`: the adapter has no form in LoRA. {listing(wrong)}")
+        raise ValueError(f"`path`: the adapter has no form in LoRA. {listing(wrong)}")
 
 
 # ------------------------------------------------------------------------------- what the file has

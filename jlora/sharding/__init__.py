@@ -1,4 +1,7 @@
-"""How trees lie on a mesh. Imports `adapters`, `core`, `quantized`, `_rules`, `_tree`, `_types`."""
+"""How trees are sharded.
+
+Imports `_adapters`, `_core`, `_quantized`, `_rules`, `_tree`, `_types`.
+"""
 
 from ._quantized import gathered as gathered
 from ._specs import moments as moments

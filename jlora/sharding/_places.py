@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
+from .._adapters import is_node
+from .._quantized import Quantized, is_quantized
 from .._tree import check_base, leaves_by_path
 from .._types import Path, PyTree
-from ..adapters import is_node
-from ..quantized import Quantized, is_quantized
 
 Place = PartitionSpec | Sharding
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from .._core import mesh_axes
+from .._quantized import Quantized, is_quantized, spelled
 from .._tree import leaves_by_path, name_of
 from .._types import PyTree
-from ..core import mesh_axes
-from ..quantized import Quantized, is_quantized, spelled
 from ._places import Place
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh

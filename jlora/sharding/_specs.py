@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .._adapters import arrays, is_node, method_of, weight_shape
+from .._core import mesh_axes
+from .._quantized import is_quantized
 from .._rules import near
 from .._tree import adapter_leaves, leaves_by_path, name_of
 from .._types import Path, PyTree
-from ..adapters import arrays, is_node, method_of, weight_shape
-from ..core import mesh_axes
-from ..quantized import is_quantized
 from ._places import Place, Unknown, everywhere, places_of, with_spec
 from ._quantized import Mesh, Misfit, along, check_blocks, devices, quantized_places
 

@@ -37,7 +37,7 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
 class Setting(NamedTuple):
     """A model, its base, and what makes adapters for it."""
 
-    lora: jlora.Transformed
+    lora: jlora.types.Transformed
     base: Any
     template: Any
     ids: jax.Array

@@ -40,7 +40,7 @@ class Setting(NamedTuple):
     """
 
     name: str
-    lora: jlora.Transformed
+    lora: jlora.types.Transformed
     base: Any
     inputs: Callable[[Any], tuple[Any, ...]]
     loss: steps.Loss

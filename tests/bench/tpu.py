@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import jlora
 from jlora import many
+from jlora._planning._topology import has_compiler, mesh_of
 from jlora.many._route import FORMS
-from jlora.planning._topology import has_compiler, mesh_of
 
 from . import report, traffic
 
@@ -213,7 +213,7 @@ def tables(quick: bool) -> list[dict[str, Any]]:
 
 def _adapted(
     shape: Layer, rank: int, w: Any, x: Any, pattern: str = r"w/(?!norm).*"
-) -> tuple[jlora.Transformed, Any]:
+) -> tuple[jlora.types.Transformed, Any]:
     """The transform, and the shapes of its adapter where they lie as the base does."""
     lora = jlora.transform(
         functools.partial(model, shape=shape),

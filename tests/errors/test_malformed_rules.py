@@ -13,7 +13,7 @@ from small import exactly, model
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint
-from jlora.adapters import _keywords
+from jlora._adapters import _keywords
 
 MALFORMED = [
     pytest.param(

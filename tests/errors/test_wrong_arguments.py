@@ -15,7 +15,7 @@ import jlora
 from jlora import LoRA, Slots
 
 
-def one_site() -> jlora.LowRank:
+def one_site() -> jlora.types.LowRank:
     """The node of an adapter of `dense`."""
     return init(LoRA("w", rank=2), apply=dense, params=W)[1]["w"]
 

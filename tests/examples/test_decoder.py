@@ -47,7 +47,7 @@ class Adapted(NamedTuple):
     """A small model that is adapted, and its logits of `IDS`."""
 
     config: decoder.Config
-    lora: jlora.Transformed
+    lora: jlora.types.Transformed
     base: Any
     adapter: Any
     apply: Any

@@ -360,7 +360,7 @@ def test_what_was_trained_outlives_a_failure_of_the_test(checkpoints, tmp_path):
     with pytest.raises(MemoryError):
         paper.run(args, recipe, loaded, problem)
     adapter = checkpoint.restore(out / "seed-0")
-    sites = jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, jlora.LowRank))
+    sites = jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, jlora.types.LowRank))
     assert sites and all(site.b.any() for site in sites)
     assert not (out / "seeds.csv").exists()
 

@@ -56,7 +56,7 @@ def inputs_of(model: Any, variables: Any, batches: list[Any]) -> dict[str, np.nd
     return {path: z - z.mean(0) for path, z in inputs.items()}
 
 
-def check(s: jlora.Spectrum, i: Any, z: np.ndarray) -> None:
+def check(s: jlora.types.Spectrum, i: Any, z: np.ndarray) -> None:
     """The leading components, and what they hold of all."""
     values = np.linalg.svd(z, compute_uv=False)
     a, k = np.asarray(s.inputs[i]), s.values.shape[-1]

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from .._config import DEFAULTS
 from .._file import Source
-from .._select import Selection, parents
+from ..adapter._config import DEFAULTS
+from ..adapter._select import Selection, parents
 
 
 class Finding(NamedTuple):
@@ -128,7 +128,7 @@ class Served:
     def ranks(self) -> dict[str, int]:
         """The rank of each module by the configuration, matched in bounded time."""
         fields = {"r": self.rank, "rank_pattern": self.fields.get("rank_pattern")}
-        said = Selection(fields | {"target_modules": None}, "`dir`")
+        said = Selection(fields | {"target_modules": None}, "`path`")
         modules = {factor.module for factor in self.factors}
         said.prepare(modules)
         return {module: said.rank(module) for module in modules}

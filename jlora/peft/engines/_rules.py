@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .._config import METHODS, features
 from .._file import brief, shown
+from ..adapter._config import METHODS, features
 from ._engine import Factor, Finding, Rule, Served
 
 PROFILE = (

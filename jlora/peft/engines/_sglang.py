@@ -4,9 +4,9 @@ import collections
 import re
 from collections.abc import Iterator
 
-from .._config import LIMIT, STARTS
 from .._file import read_json, shown
-from .._select import Names
+from ..adapter._config import LIMIT, STARTS
+from ..adapter._select import Names
 from . import _rules as rules
 from ._engine import Engine, Factor, Finding, Served, register
 from ._rules import is_fused, some

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from .._vllm import RANKS
+from ..adapter._vllm import RANKS
 from ._engine import Engine, Finding, Served, register
 from ._rules import LEAVE_OUT, some
 from ._vllm import RULES, START

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator
 
-from .._config import STARTS
 from .._file import shown
-from .._read import HEADS
-from .._vllm import RANKS
+from ..adapter._config import STARTS
+from ..adapter._read import HEADS
+from ..adapter._vllm import RANKS
 from . import _rules as rules
 from ._engine import Engine, Finding, Served, register
 from ._rules import is_fused, some

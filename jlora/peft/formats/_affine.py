@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ...quantized import Int4, Int8
+from ..._quantized import Int4, Int8
 from .._file import brief
 from ._stored import Dense, Stored
 from ._tensors import Unreadable

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...quantized import DYNAMIC, FP4, NF4, Int8, Quantized
+from ..._quantized import DYNAMIC, FP4, NF4, Int8, Quantized
 from .._file import brief, parse
 from ._format import Format, register
 from ._stored import Stored, codes_of, scales_of

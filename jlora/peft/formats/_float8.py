@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ...quantized import FP8
+from ..._quantized import FP8
 from ._stored import Dense, Stored
 from ._tensors import FLOATS, Tensors, Unreadable
 

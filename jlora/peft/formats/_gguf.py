@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ...quantized import MXFP4, Int4, Int8
+from ..._quantized import MXFP4, Int4, Int8
 from . import _gguf_file
 from ._format import Format
 from ._stored import Stored
@@ -32,14 +32,14 @@ class Tensors:
             import gguf
         except ImportError:
             raise ImportError(
-                "`dir` is a GGUF file, for which gguf is needed: pip install gguf."
+                "`path` is a GGUF file, for which gguf is needed: pip install gguf."
             ) from None
         if not path.is_file():
-            raise FileNotFoundError(f"`dir`: there is no file {path}.")
+            raise FileNotFoundError(f"`path`: there is no file {path}.")
         try:
             found = list(_gguf_file.tensors(path, gguf))
         except (ValueError, KeyError) as e:
-            raise ValueError(f"`dir`: {path} is no sound GGUF file: {e}.") from None
+            raise ValueError(f"`path`: {path} is no sound GGUF file: {e}.") from None
         self._gguf, self._tensors = gguf, {t.name: t for t in found}
         self.taken = set[str]()
 

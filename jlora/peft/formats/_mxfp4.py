@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ...quantized import MXFP4
+from ..._quantized import MXFP4
 from ._format import Format, register
 from ._stored import Stored
 from ._tensors import Tensors, Unreadable

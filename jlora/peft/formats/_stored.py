@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme
-from .._names import Leaf
+from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme
+from ..names._names import Leaf
 from ._tensors import Unreadable
 
 

@@ -1,0 +1,295 @@
+r"""DoRA: a magnitude for each output beside the direction that LoRA turns.
+
+The norms of the columns of $W + s A B$ follow from A and B without that sum:
+
+$$P = A^T W,\quad G = A^T A,\quad
+n_o^2 = \sum_i W_{io}^2 + 2 s \sum_r B_{ro} P_{ro} + s^2 \sum_r B_{ro} (G B)_{ro}$$
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import GetAttrKey
+
+from .. import _compat
+from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, letters, promote
+from .._rules import rule_name
+from .._types import Layout, short
+from ._keywords import refuse_keywords_of_peft
+from ._low_rank import LoRA, LowRank, drawn, fit, low_rank_axes, sizes, without_slots
+from ._method import SLOTS, AxisOrName, Method, PartialWeightError, factor, register
+
+
+@refuse_keywords_of_peft
+@dataclasses.dataclass(frozen=True)
+class DoRA(LoRA):
+    r"""Adapts W by $m \odot (W + s A B) / \lVert W + s A B \rVert$, a magnitude and a direction.
+
+    The norm is that of each output's column, over all inputs. No gradient passes through it, as
+    in the paper's section 4.3. It is computed once a call for each weight, in float32 or better,
+    from $A^T W$ and $A^T A$: W + s·A·B is not formed. m starts as the norm, so that the adapted
+    model is the base at first, up to rounding.
+
+    Of an embedding, an output is a column of the table, whose norm is over the whole vocabulary,
+    and a tied head has its inputs scaled. An output whose column is zero stays zero.
+
+    Within a `shard_map` around `apply` or `merge`, a weight is refused if it and its A both vary
+    over a mesh axis, as its inputs may be cut: gather it with `to="invarying"`, or put the
+    `shard_map` into the function that `transform` takes.
+
+    Fields are those of `LoRA`, but for dropout: PEFT's DoRA with dropout multiplies W a second
+    time, by the dropped input, which is not done here.
+
+    Attributes:
+        pattern: a regular expression for whole components of a leaf's path. None means
+            *all-linear*: every dense and convolutional site, no embeddings.
+        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
+            a site that has no room for it gets the largest rank that trains no more parameters
+            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
+        alpha: the numerator of the scale s = alpha / r, positive.
+        slots: adapt only some parts of a fused output axis; the others keep their norms.
+        dropout: 0.
+        materialize: allow W' to be formed where the model leaves no other way.
+        rslora: scale by alpha / √r rather than alpha / r.
+        init: an initializer, `jlora.initializers.kaiming_uniform` unless told.
+        dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
+            narrower than float32.
+
+    Raises:
+        TypeError: if a field is of a wrong type.
+        ValueError: if `pattern` is not a regular expression, a number is out of range,
+            `dropout` is not 0, or `init` is one that freezes A, as `miss`.
+
+    Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
+        >>> base, adapter = dora.init(jax.random.key(0), {"w": jnp.eye(4, 3)}, jnp.ones((1, 4)))
+        >>> adapter["w"].m.tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout:
+            raise ValueError(
+                f"`dropout` of {rule_name(self)} must be 0, got {self.dropout}: PEFT's DoRA with "
+                "dropout multiplies W twice, which jlora does not. Leave it out, or use jlora.LoRA."
+            )
+        if self.frozen:
+            raise ValueError(
+                f"`init` of {rule_name(self)} wants {', '.join(self.frozen).upper()} to stay as it "
+                "starts, which DoRA trains. Use jlora.LoRA, or another initializer."
+            )
+
+
+class Decomposed(NamedTuple):
+    r"""One weight adapted by DoRA: $W' = m \odot (W + s A B) / \lVert W + s A B \rVert$.
+
+    A pytree node with the children `a`, `b` and `m`; the rest is static.
+
+    Attributes:
+        a: A, as in `LowRank`.
+        b: B, as in `LowRank`.
+        m: m, shape (stack…, outputs…), or (stack…, slots, outputs…) with slots. Its label for the
+            optimizer is `"m"`.
+        scale: s, a number without units.
+        layout: which axes of W are which.
+        materialize: whether W' may be formed where the model leaves no other way.
+        residual: as in `LowRank`.
+
+    Examples:
+        Weight decay of m would shrink the layer. Decay the rest alone:
+
+        >>> import jax, jax.numpy as jnp, jlora, optax
+        >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
+        >>> _, adapter = dora.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, jnp.ones((1, 4)))
+        >>> print(adapter)
+        {'w': Decomposed(a=float32[4,2], b=float32[2,3], m=float32[3], scale=8.0)}
+        >>> decayed = lambda tree: jax.tree.map(lambda x: x != "m", jlora.labels(tree))
+        >>> tx = jlora.optimizer(optax.adamw(2e-4, weight_decay=0.1, mask=decayed))
+    """
+
+    a: jax.Array
+    b: jax.Array
+    m: jax.Array
+    scale: float
+    layout: Layout
+    materialize: bool = False
+    residual: bool = False
+
+    def __repr__(self) -> str:
+        shown = {name: short(getattr(self, name)) for name in _CHILDREN}
+        shown["scale"] = repr(self.scale)
+        stack, _, _, slots = self.layout
+        shown |= {"stack": repr(stack)} if stack else {}
+        shown |= {"slots": repr(slots)} if slots is not None else {}
+        shown |= {"materialize": "True"} if self.materialize else {}
+        shown |= {"residual": "True"} if self.residual else {}
+        return f"Decomposed({', '.join(f'{name}={x}' for name, x in shown.items())})"
+
+
+_CHILDREN = ("a", "b", "m")
+
+
+def _children(x: Decomposed) -> tuple[Any, ...]:
+    return x.a, x.b, x.m
+
+
+def _static(x: Decomposed) -> tuple[Any, ...]:
+    return x.scale, x.layout, x.materialize, x.residual
+
+
+jax.tree_util.register_pytree_with_keys(
+    Decomposed,
+    lambda x: (tuple(zip(map(GetAttrKey, _CHILDREN), _children(x), strict=True)), _static(x)),
+    lambda static, children: Decomposed(*children, *static),
+    lambda x: (_children(x), _static(x)),
+)
+
+
+# ------------------------------------------------------------------------------------- the norms
+
+
+class _How(NamedTuple):
+    """What the arrays do not say."""
+
+    layout: Layout
+    scale: float
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def norms(how: _How, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    r"""$\lVert W + s A B \rVert$ of each column, of the shape and the axes of m.
+
+    It is 0 only where W and s·A·B are. Where they cancel it is their rounding error, at least.
+    """
+    weight, layout = leaf_weight(w, Change(), "", materialize=True), how.layout
+    if layout.stack[:1] != (0,) or isinstance(weight.value, jax.Array):
+        return _norms(how, weight.array, a, b)
+    # Of a quantized stack one matrix is unpacked at a time.
+    stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in layout[:3])
+    slots = layout.slots and (layout.slots[0], layout.slots[1], layout.slots[2] - 1)
+    rest = Layout(stack, inputs, outputs, slots)
+
+    def of_matrix(parts: Any) -> jax.Array:
+        w, a, b = parts
+        return _norms(how._replace(layout=rest), w.of_slice().array, a, b)
+
+    return lax.map(of_matrix, (weight.stacked(), a, b))
+
+
+def _norms(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    if how.layout.slots is None:
+        return _of_columns(how, w, a, b)
+    count, chosen, axis = how.layout.slots
+    length, n = w.shape[axis] // count, len(how.layout.stack)
+    each = [
+        _of_columns(
+            how,
+            lax.slice_in_dim(w, slot * length, (slot + 1) * length, axis=axis),
+            *(lax.index_in_dim(f, i, n, keepdims=False) for f in (a, b)),
+        )
+        for i, slot in enumerate(chosen)
+    ]
+    return jnp.stack(each, n)
+
+
+def _of_columns(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    layout, scale = how
+    names = letters(w.ndim)
+    stack, inputs, outputs = ("".join(names[d] for d in axes) for axes in layout[:3])
+    wide, narrow = promote(w.dtype, jnp.float32), promote(w.dtype)
+    # The rounded A and B are what the model multiplies with.
+    a, b = a.astype(narrow), b.astype(narrow)
+
+    def times(x: str, y: str, out: str, *values: jax.Array) -> jax.Array:
+        return einsum(x, y, out, *values, precision="highest", dtype=wide)
+
+    of_a, of_b = f"{stack}{inputs}R", f"{stack}R{outputs}"
+    squares = jnp.square(w.astype(wide)).sum(layout.inputs)
+    kept = [d for d in range(w.ndim) if d not in layout.inputs]
+    squares = squares.transpose([kept.index(d) for d in (*layout.stack, *layout.outputs)])
+    p = times(of_a, names, of_b, a, w.astype(narrow))
+    g = times(of_a, f"{stack}{inputs}S", f"{stack}RS", a, a)
+    b = b.astype(wide)
+    gb = times(f"{stack}RS", f"{stack}S{outputs}", of_b, g, b)
+    cross, square = (scale * (b * x).sum(len(stack)) for x in (2 * p, scale * gb))
+    least = jnp.finfo(wide).eps * (squares + square)
+    return jnp.sqrt(jnp.maximum(squares + cross + square, least))
+
+
+def _check_whole(node: Decomposed, w: Any) -> None:
+    """Raises where an enclosing `shard_map` may have cut the inputs of W, which then cuts A's."""
+    may_be_cut = _compat.may_be_cut_over
+    if axes := may_be_cut(w) & may_be_cut(node.a):
+        raise PartialWeightError("DoRA takes norms over all inputs of W", axes)
+
+
+# ---------------------------------------------------------------------------------- what it means
+
+
+def decomposed_axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
+    """What each axis of A, of B and of m follows."""
+    found = low_rank_axes(layout)
+    beside = (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
+    return {"a": found["a"], "b": found["b"], "m": (*beside, *layout.outputs)}
+
+
+def _start(key: jax.Array, w: Any, site: Any, rule: DoRA) -> tuple[Any, Decomposed]:
+    base, a, b = drawn(key, w, site, rule)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
+        raise ValueError(
+            f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take norms. "
+            "Give arrays, or call init under jax.eval_shape."
+        )
+    if _compat.may_be_cut_over(base):
+        raise NotImplementedError(
+            f"{rule_name(rule)} takes norms of the whole of {site.path!r}, of which a shard_map "
+            "around init has a part. Call init outside of it."
+        )
+    m = norms(_How(site.layout, rule.scale), base, a, b)
+    m = m.astype(promote(m.dtype, a.dtype))
+    return base, Decomposed(
+        a, b, m, rule.scale, site.layout, rule.materialize, residual=base is not w
+    )
+
+
+def _gain(node: Decomposed, w: Any) -> jax.Array:
+    """The gain of all outputs, m / n: 1 in the slots that are not adapted."""
+    _check_whole(node, w)
+    w, a, b = lax.stop_gradient((w, node.a, node.b))
+    n = norms(_How(node.layout, node.scale), w, a, b)
+    gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
+    if node.layout.slots is None:
+        return gain
+    count, chosen, axis = node.layout.slots
+    at = len(node.layout.stack)
+    each = [lax.index_in_dim(gain, i, at, keepdims=False) for i in range(len(chosen))]
+    parts = [each[chosen.index(i)] if i in chosen else jnp.ones_like(each[0]) for i in range(count)]
+    return jnp.concatenate(parts, at + node.layout.outputs.index(axis))
+
+
+def _lower(node: Decomposed, w: Any) -> Change:
+    gain = Factor(_gain(node, w), tuple(map(Axis, (*node.layout.stack, *node.layout.outputs))))
+    whole = without_slots(LowRank(node.a, node.b, node.scale, node.layout), w.shape)
+    return Change((Delta(factor(whole, "a"), factor(whole, "b"), node.scale),), gain)
+
+
+register(
+    Method(
+        rule=DoRA,
+        node=Decomposed,
+        labels={"a": "a", "b": "b", "m": "m"},
+        axes=decomposed_axes,
+        sizes=lambda rule, layout: sizes(rule.rank, layout),
+        fit=fit,
+        start=_start,
+        lower=_lower,
+    )
+)

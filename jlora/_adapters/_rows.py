@@ -1,0 +1,263 @@
+r"""Chosen rows of an embedding, trained in full.
+
+$$W' = W + E\,(V - W_{rows})$$
+
+where E has the columns of the identity that `rows` name. So it is a change of rank k like any
+other, in lookups and in a tied head, and the other rows get a sum with 0.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
+
+from .. import _compat
+from .._core import (
+    RANK,
+    Axis,
+    Change,
+    Delta,
+    Factor,
+    Weight,
+    evaluate,
+    explicit,
+    leaf_weight,
+    promote,
+    trace,
+)
+from .._rules import check_pattern, is_int, rule_name
+from .._types import Layout, short
+from ._method import AxisOrName, Method, PartialWeightError, factor, lengths, register
+
+SHOWN = 4  # rows of a node that is printed
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    r"""Trains chosen rows of an embedding in full, such as those of new tokens.
+
+    The table has the values V in the place of these rows, wherever the model uses it: in lookups
+    and, if it is tied, in the head. V starts as the rows themselves. All other rows stay as they
+    are. A list of rules adapts the rest of the model: `Rows("embed", new), LoRA()`.
+
+    Attributes:
+        pattern: a regular expression for whole components of a leaf's path.
+        rows: the numbers of the rows, distinct, in any order: `range(49152, 49160)`.
+
+    Raises:
+        TypeError: if a field is of a wrong type.
+        ValueError: if `pattern` is not a regular expression, or a row is negative or there twice.
+
+    Source: PEFT's `trainable_token_indices`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> new = jlora.transform(lambda p, ids: p["embed"][ids], jlora.Rows("embed", [4, 5]))
+        >>> params = {"embed": jnp.arange(12.0).reshape(6, 2)}
+        >>> base, adapter = new.init(jax.random.key(0), params, jnp.array([0]))
+        >>> adapter
+        {'embed': Replaced(v=float32[2,2], rows=(4, 5))}
+        >>> adapter["embed"].v.tolist()
+        [[8.0, 9.0], [10.0, 11.0]]
+    """
+
+    pattern: str
+    rows: Sequence[int]
+
+    def __post_init__(self) -> None:
+        check_pattern(self, self.pattern)
+        name, rows = rule_name(self), self.rows
+        if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(map(is_int, rows)):
+            raise TypeError(f"`rows` of {name} must be a list of integers; got {rows!r}.")
+        rows = tuple(map(int, rows))
+        if wrong := _wrong(rows):
+            raise ValueError(f"`rows` of {name} must be {wrong}.")
+        object.__setattr__(self, "rows", rows)
+
+
+class Replaced(NamedTuple):
+    r"""One weight with new rows: $W' = W + E\,(V - W_{rows})$.
+
+    A pytree node with the child `v`; the rest is static.
+
+    Attributes:
+        v: V, shape (stack…, k, outputs…). Its label for the optimizer is `"rows"`.
+        rows: the number of each row, along the one axis of inputs of W.
+        layout: which axes of W are which.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> node = jlora.types.Replaced(jnp.ones((2, 3)), (7, 8), layout)
+        >>> jlora.merge({"embed": jnp.zeros((9, 3))}, {"embed": node})["embed"][6:, 0].tolist()
+        [0.0, 1.0, 1.0]
+    """
+
+    v: jax.Array
+    rows: tuple[int, ...]
+    layout: Layout
+
+    def __repr__(self) -> str:
+        few = [*self.rows[:2], *self.rows[-1:]] if len(self.rows) > SHOWN else self.rows
+        shown = [*map(str, few)]
+        shown[2:2] = ["…"] * (len(self.rows) > SHOWN)
+        stack = f", stack={self.layout.stack!r}" if self.layout.stack else ""
+        return f"Replaced(v={short(self.v)}, rows=({', '.join(shown)}){stack})"
+
+
+def _unflatten(static: tuple[Any, ...], children: Any) -> Replaced:
+    [v], (rows, layout) = children, static
+    return Replaced(v, rows, layout)
+
+
+jax.tree_util.register_pytree_with_keys(
+    Replaced,
+    lambda x: (((GetAttrKey("v"), x.v),), (x.rows, x.layout)),
+    _unflatten,
+    lambda x: ((x.v,), (x.rows, x.layout)),
+)
+
+
+def _wrong(rows: Any) -> str | None:
+    """What rows must be that these are not."""
+    if not isinstance(rows, tuple) or not all(map(is_int, rows)):
+        return f"a tuple of integers; got {repr(rows)[:80]}"
+    if not rows:
+        return "at least one row"
+    if negative := [i for i in rows if i < 0]:
+        return f"counted from 0; got {_few(negative)}"
+    if twice := [i for i, n in collections.Counter(rows).items() if n > 1]:
+        return f"distinct; got {_few(twice)} more than once"
+    return None
+
+
+def _few(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
+
+
+def _fit(rule: Rows, site: Any) -> tuple[Rows, Layout]:
+    if site.kind != "embed" or len(site.layout.inputs) != 1:
+        raise ValueError(
+            f"{rule_name(rule)} matches {site.name}, a {site.kind} site of shape {site.shape}; it "
+            "needs a table of which rows are looked up. Narrow the pattern, or give the site a "
+            "jlora.LoRA or a jlora.Full."
+        )
+    [axis] = site.layout.inputs
+    if beyond := [i for i in rule.rows if i >= site.shape[axis]]:
+        raise ValueError(
+            f"`rows` of {rule_name(rule)} must lie in [0, {site.shape[axis]}), the rows of "
+            f"{site.name}; got {_few(beyond)}. Grow the table first, to have rows for new tokens."
+        )
+    return rule, site.layout
+
+
+def _start(key: jax.Array, w: Any, site: Any, rule: Rows) -> tuple[Any, Replaced]:
+    del key
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
+        raise ValueError(
+            f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take rows. "
+            "Give arrays, or call init under jax.eval_shape."
+        )
+    if _compat.may_be_cut_over(w):
+        raise NotImplementedError(
+            f"{rule_name(rule)} counts the rows of the whole of {site.path!r}, of which a "
+            "shard_map around init may have a part. Call init outside of it."
+        )
+    rows = tuple(rule.rows)
+    v = _rows_of(w if hasattr(w, "packed") else jnp.asarray(w), site.layout, rows)
+    return w, Replaced(v.astype(promote(v.dtype, jnp.float32)), rows, site.layout)
+
+
+# ---------------------------------------------------------------------------------- what it means
+
+
+def _axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
+    return {"v": (*layout.stack, "rows", *layout.outputs)}
+
+
+def _misfit(node: Replaced, shape: tuple[int, ...]) -> str | None:
+    if len(node.layout.inputs) != 1:
+        return f"it must have one axis of inputs, got {node.layout.inputs}"
+    if wrong := _wrong(node.rows):
+        return f"its `rows` must be {wrong}"
+    [axis], k = node.layout.inputs, lengths(node).get("rows", 0)
+    if len(node.rows) != k:
+        return f"it has {len(node.rows)} `rows`, and values for {k}"
+    # A weight that is known by its adapter alone has a length of 0 here.
+    if shape[axis] and (beyond := [i for i in node.rows if i >= shape[axis]]):
+        return f"its `rows` must lie in [0, {shape[axis]}); got {_few(beyond)}"
+    return None
+
+
+def _lower(node: Replaced, w: Any) -> Change:
+    _check_whole(w)
+    old, dtype = _rows_of(w, node.layout, node.rows), promote(w.dtype, node.v.dtype)
+    b = factor(node._replace(v=node.v.astype(dtype) - old.astype(dtype)), "v")
+    return Change((Delta(_chosen(node, w), b, 1.0),), invertible=False)
+
+
+def _chosen(node: Replaced, w: Any) -> Factor:
+    """E, for each matrix of a stack."""
+    [axis], stack = node.layout.inputs, node.layout.stack
+    shape = (w.shape[axis], len(node.rows))
+    chosen = lax.broadcasted_iota(jnp.int32, shape, 0) == jnp.asarray(node.rows, jnp.int32)[None]
+    chosen = chosen.astype(promote(w.dtype))
+    chosen = jnp.broadcast_to(chosen, (*(w.shape[d] for d in stack), *shape))
+    if (known := _sharding(w)) is not None:
+        spec = PartitionSpec(*(known.spec[d] for d in (*stack, axis)), None)
+        chosen = jax.sharding.reshard(chosen, NamedSharding(known.mesh, spec))
+    return Factor(chosen, (*map(Axis, (*stack, axis)), RANK))
+
+
+def _rows_of(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
+    """The rows of W as V has them. Of a quantized W they alone are unpacked, if blocks allow it."""
+    stack, [axis], outputs, _ = layout
+    at = (*[slice(None)] * axis, jnp.asarray(rows, jnp.int32))
+    place = None
+    if (known := _sharding(w)) is not None:
+        spec = [None if d == axis else known.spec[d] for d in range(w.ndim)]
+        place = NamedSharding(known.mesh, PartitionSpec(*spec))
+
+    def take(w: jax.Array) -> jax.Array:
+        return w.at[at].get(mode="promise_in_bounds", out_sharding=place)
+
+    if hasattr(w, "packed"):
+        weight = leaf_weight(w, Change(), "", materialize=True)
+        jaxpr, _ = trace(take, [weight.type], [""])
+        [found] = evaluate(jaxpr, weight)
+        found = found.array if isinstance(found, Weight) else found
+    else:
+        found = take(w)
+    return found.transpose((*stack, axis, *outputs))
+
+
+def _sharding(w: Any) -> NamedSharding | None:
+    """Where W lies along explicit mesh axes."""
+    return None if hasattr(w, "packed") else explicit(w)
+
+
+def _check_whole(w: Any) -> None:
+    """Raises where an enclosing `shard_map` may have a part of the table."""
+    if axes := _compat.may_be_cut_over(w):
+        raise PartialWeightError("Rows counts the rows of the whole table", axes)
+
+
+register(
+    Method(
+        rule=Rows,
+        node=Replaced,
+        labels={"v": "rows"},
+        axes=_axes,
+        sizes=lambda rule, layout: {"rows": len(rule.rows)},
+        fit=_fit,
+        start=_start,
+        lower=_lower,
+        misfit=_misfit,
+    )
+)

@@ -1,0 +1,15 @@
+"""Statistics of sites, and ranks by them.
+
+Imports `_linalg`, `_rules`, `_sites`, `_table`, `_transform`, `_tree`, `_types`, `_adapters`,
+`_core`.
+
+In the order in which to read: `_spectrum`, `_kinds`, `_sketch`, `_shares`,
+`_allocation`, `_allocate`.
+"""
+
+from ._allocate import allocate as allocate
+from ._allocation import Allocation as Allocation
+from ._shares import Share as Share
+from ._sketch import sketch as sketch
+from ._spectrum import Sketch as Sketch
+from ._spectrum import Spectrum as Spectrum

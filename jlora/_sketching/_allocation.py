@@ -1,0 +1,188 @@
+"""Rules with a rank for each site."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+from .._adapters import LoRA, is_rule, trainable
+from .._rules import Rule, Slots, is_int, matches, misplaced, near, rule_name
+from .._table import aligned
+from ._shares import Share, decode, encode
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation(Sequence[Rule]):
+    """Rules with a rank for each site: a sequence of rules, whose `str()` is a table.
+
+    It has a rule for each site with a rank of at least 1, whose pattern is the site's path and
+    whose scale is that of the rule that it comes from; rules of other methods are as they were.
+
+    Attributes:
+        shares: the rank of each site.
+        given: the rules that it comes from.
+
+    Raises:
+        ValueError: if a rank is out of range, the rules take a site in another way than the shares
+            say, or a site of rank 0 would be left to another rule.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> params = {"a": jnp.eye(4), "b": jnp.eye(4) / 2}
+        >>> loss = lambda params, x: jnp.sum((x @ params["a"] @ params["b"]) ** 2)
+        >>> rule = jlora.LoRA(rank=1)
+        >>> found = jlora.sketch(loss, params, rule, [jnp.eye(4)], kind="gradient")
+        >>> allocation = jlora.allocate(found, rule, budget=16)
+        >>> print(allocation)
+        site  score  rank  parameters
+        ─────────────────────────────
+        a       0.5     0           0
+        b         2     2          16
+        ─────────────────────────────
+        1 of 2 sites; 16 parameters
+        >>> allocation[0].pattern, allocation[0].rank, allocation[0].alpha
+        ('^b$', 2, 32.0)
+        >>> edited = allocation.with_ranks({"a": 1})
+        >>> jlora.types.Allocation.from_json(edited.to_json(), rule) == edited
+        True
+    """
+
+    shares: tuple[Share, ...]
+    given: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shares", tuple(self.shares))
+        object.__setattr__(self, "given", as_rules(self.given))
+        if len(self.ranks) < len(self.shares):
+            raise ValueError("`shares` has a site twice.")
+        for share in self.shares:
+            self._check(share)
+
+    def _check(self, share: Share) -> None:
+        path, rule = share.path, rule_of(share.path, self.given)
+        if not is_int(share.rank) or not 0 <= share.rank <= share.largest:
+            raise ValueError(
+                f"the rank of {path!r} must be an integer in [0, {share.largest}]; got "
+                f"{share.rank!r}."
+            )
+        count, chosen, _ = share.layout.slots or (1, (0,), 0)
+        mine = rule.slots or Slots(1, (0,))
+        if (count, chosen) != (mine.count, mine.chosen):
+            raise ValueError(
+                f"{rule_name(rule)} has other slots than {path!r} had in the sketch: {mine.chosen} "
+                f"of {mine.count}, not {chosen} of {count}. Sketch with these rules."
+            )
+        others = [r for r in self.given if not isinstance(r, LoRA) and _takes(r, path)]
+        if not share.rank and others:
+            raise ValueError(
+                f"{path!r} has rank 0, which would leave it to {rule_name(others[0])}. Narrow the "
+                "pattern of that rule, or give `min_rank`."
+            )
+
+    @functools.cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules, in the order of those that they come from."""
+        return tuple(r for i, rule in enumerate(self.given) for r in self._rules_of(i, rule))
+
+    def _rules_of(self, i: int, rule: Rule) -> Iterator[Rule]:
+        if not isinstance(rule, LoRA):
+            yield rule
+            return
+        for share in self.shares:
+            if share.rank and index_of(share.path, self.given) == i:
+                pattern = f"^{re.escape(share.path)}$"
+                yield dataclasses.replace(rule.of_rank(share.rank), pattern=pattern)
+
+    @overload
+    def __getitem__(self, i: int) -> Rule: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Rule, ...]: ...
+    def __getitem__(self, i: Any) -> Any:
+        return self.rules[i]
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each site by its path."""
+        return {share.path: share.rank for share in self.shares}
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many parameters each site trains, by its path."""
+        return {s.path: trained(s, rule_of(s.path, self.given), s.rank) for s in self.shares}
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> "Allocation":
+        """The same with other ranks for the sites at some paths."""
+        if unknown := [path for path in ranks if path not in self.ranks]:
+            raise ValueError(f"`ranks` has {unknown[0]!r}. {near(unknown[0], list(self.ranks))}")
+        shares = (s._replace(rank=ranks.get(s.path, s.rank)) for s in self.shares)
+        return dataclasses.replace(self, shares=tuple(shares))
+
+    def __str__(self) -> str:
+        header, counts = ("site", "score", "rank", "parameters"), self.parameters
+        rows = [
+            (s.path or "(root)", f"{s.score:.3g}", str(s.rank), f"{counts[s.path]:,}")
+            for s in self.shares
+        ]
+        lines = aligned(header, rows, header[1:])
+        line, chosen = "─" * max(map(len, lines)), sum(s.rank > 0 for s in self.shares)
+        last = f"{chosen} of {len(rows)} sites; {sum(counts.values()):,} parameters"
+        return "\n".join([lines[0], line, *lines[1:], line, last])
+
+    # ---------------------------------------------------------------------------------- as JSON
+
+    def to_json(self) -> str:
+        """The sites, with scores and ranks to read and to edit, but not the rules."""
+        return encode(self.shares)
+
+    @staticmethod
+    def from_json(text: str, rules: Rule | Sequence[Rule]) -> "Allocation":
+        """What `to_json` gave, of `rules`.
+
+        Raises:
+            ValueError: if `text` is anything else, with what and where.
+        """
+        return Allocation(decode(text), as_rules(rules))
+
+
+def trained(share: Share, rule: LoRA, rank: int) -> int:
+    """How many parameters a site trains at a rank."""
+    return trainable(rule.of_rank(rank), share.layout, share.shape) if rank else 0
+
+
+# ------------------------------------------------------------------------------------ the rules
+
+
+def as_rules(rules: Any) -> tuple[Rule, ...]:
+    """One rule or several, checked."""
+    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
+    for rule in rules:
+        if not is_rule(rule):
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {misplaced(rule)}.")
+    return rules
+
+
+def _takes(rule: Rule, path: str) -> bool:
+    return rule.pattern is None or matches(rule, path)
+
+
+def index_of(path: str, given: Sequence[Rule]) -> int | None:
+    """Which rule takes the site at `path`, or None."""
+    return next((i for i, rule in enumerate(given) if _takes(rule, path)), None)
+
+
+def takes_by_rank(path: str, given: Sequence[Rule]) -> bool:
+    """Whether a rule with a rank takes the site at `path`."""
+    i = index_of(path, given)
+    return i is not None and isinstance(given[i], LoRA)
+
+
+def rule_of(path: str, given: Sequence[Rule]) -> LoRA:
+    """The rule with a rank that takes the site at `path`."""
+    i = index_of(path, given)
+    if i is None or not isinstance(given[i], LoRA):
+        raise ValueError(f"no LoRA or DoRA of `rules` takes {path!r}.")
+    return given[i]

@@ -1,0 +1,243 @@
+r"""The two matrices that are sketched, each as what multiplies it with a basis of a few columns.
+
+Pass by pass a basis goes in, and its image comes out of the gradient of a node at the site. The
+leading left singular vectors of the image are the next basis. In the last pass some columns are
+random directions orthogonal to the rest: they measure what the basis leaves out.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._adapters import LoRA, LowRank, Probe, factor_shapes
+from .._core import promote
+from .._linalg import qr, svd_of, times
+from .._sites import Site
+from .._types import Layout
+from ._spectrum import Spectrum
+
+SPARE = 8  # columns beside those that are kept, twice
+
+# Sites of one form share their programs.
+_program = functools.partial(jax.jit, static_argnums=(0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketched:
+    """A stack of matrices, one for each slot, of which `components` singular vectors are wanted.
+
+    Attributes:
+        shape: of W.
+        layout: of W.
+        dtype: of the basis.
+        components: how many, at most as many as there are.
+        materialize: whether the rule lets W + ΔW be formed.
+    """
+
+    shape: tuple[int, ...]
+    layout: Layout
+    dtype: Any
+    components: int
+    materialize: bool
+
+    @classmethod
+    def of(cls, site: Site, components: int | None) -> "Sketched":
+        """Of a site with a rule, unless told with twice its rank."""
+        assert site.layout is not None
+        assert isinstance(site.rule, LoRA)
+        k = min(components or 2 * site.rule.rank, *_lengths(site.shape, site.layout))
+        dtype = promote(site.dtype, jnp.float32)
+        return cls(site.shape, site.layout, dtype, k, site.rule.materialize)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The numbers of inputs and of outputs of each matrix."""
+        return _lengths(self.shape, self.layout)
+
+    @property
+    def most(self) -> int:
+        """The number of columns of a complete basis."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> int:
+        """The number of columns of a basis."""
+        return min(self.components + 2 * SPARE, self.most)
+
+    @property
+    def spare(self) -> int:
+        """How many of them are random in the last pass: none of a complete basis."""
+        return 0 if self.columns == self.most else SPARE
+
+    def side(self, turn: int) -> int:
+        """0 where the basis lies along the inputs, 1 along the outputs."""
+        raise NotImplementedError
+
+    # In what follows a matrix is (…, n, columns), the axes before of the stack and the slots.
+
+    @_program
+    def first_basis(self, side: int, key: jax.Array) -> jax.Array:
+        """A random one."""
+        return leading(self._normal(key, 0, self.lengths[side], self.columns))
+
+    @_program
+    def last_basis(self, side: int, basis: jax.Array, key: jax.Array) -> jax.Array:
+        """Its leading columns, and random ones orthogonal to them."""
+        kept = basis[..., : self.columns - self.spare]
+        drawn = self._normal(key, 1, self.lengths[side], self.spare)
+        return jnp.concatenate([kept, drawn - times(kept, times(kept.mT, drawn))], -1)
+
+    @_program
+    def node(self, side: int, basis: jax.Array, key: jax.Array) -> Any:
+        """The node whose gradient has the image of the basis."""
+        return self._node(side, basis, key)
+
+    @_program
+    def image(self, side: int, basis: jax.Array, gradient: Any, batches: int) -> jax.Array:
+        """The image of the basis, from the sum of gradients over batches."""
+        return self._image(side, basis, gradient, batches)
+
+    @_program
+    def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
+        """What the last basis and its image tell."""
+        return self._spectrum(side, basis, image)
+
+    def _node(self, side: int, basis: jax.Array, key: jax.Array) -> Any:
+        raise NotImplementedError
+
+    def _image(self, side: int, basis: jax.Array, gradient: Any, batches: int) -> jax.Array:
+        raise NotImplementedError
+
+    def _spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
+        raise NotImplementedError
+
+    def _normal(self, key: jax.Array, number: int, rows: int, columns: int) -> jax.Array:
+        stack, _, _, slots = self.layout
+        beside = [self.shape[d] for d in stack] + ([] if slots is None else [len(slots[1])])
+        key = jax.random.fold_in(key, number)
+        return jax.random.normal(key, (*beside, rows, columns), self.dtype)
+
+    @property
+    def _beside(self) -> int:
+        return len(self.layout.stack) + (self.layout.slots is not None)
+
+    def _as_a(self, matrix: jax.Array) -> jax.Array:
+        """(…, inputs, r) with the axes of A."""
+        return matrix.reshape(factor_shapes(self.layout, self.shape, matrix.shape[-1])[0])
+
+    def _as_b(self, matrix: jax.Array) -> jax.Array:
+        """(…, outputs, r) with the axes of B."""
+        return matrix.mT.reshape(factor_shapes(self.layout, self.shape, matrix.shape[-1])[1])
+
+    def _matrix_of_a(self, a: jax.Array) -> jax.Array:
+        return a.reshape(*a.shape[: self._beside], -1, a.shape[-1])
+
+    def _matrix_of_b(self, b: jax.Array) -> jax.Array:
+        return b.reshape(*b.shape[: self._beside + 1], -1).mT
+
+
+class Gradient(Sketched):
+    r"""G: $G^T Q$ is the gradient of B where A is Q, and $G Q$ that of A where B is Q."""
+
+    @property
+    def most(self) -> int:
+        return min(self.lengths)
+
+    def side(self, turn: int) -> int:
+        return turn % 2
+
+    def _node(self, side: int, basis: jax.Array, key: jax.Array) -> LowRank:
+        del key
+        across = (*basis.shape[:-2], self.lengths[1 - side], self.columns)
+        a, b = _by_side(side, basis, jnp.zeros(across, basis.dtype))
+        return LowRank(self._as_a(a), self._as_b(b), 1.0, self.layout, materialize=self.materialize)
+
+    def _image(self, side: int, basis: jax.Array, gradient: LowRank, batches: int) -> jax.Array:
+        return (self._matrix_of_a(gradient.a) if side else self._matrix_of_b(gradient.b)) / batches
+
+    def _spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
+        n, k = self.columns - self.spare, self.components
+        across, values, turned = _svd(image[..., :n])
+        along = times(basis[..., :n], turned.mT)
+        total = jnp.sum(values**2, -1) + _rest(image[..., n:], image[..., n:])
+        inputs, outputs = _by_side(side, along[..., :k], across[..., :k])
+        found = (values[..., :k], total, self._as_a(inputs), self._as_b(outputs))
+        return Spectrum(*found, self.shape, self.layout)
+
+
+class Inputs(Sketched):
+    r"""$C = \sum_t (z_t - \bar z)(z_t - \bar z)^T$, over all inputs z."""
+
+    @property
+    def most(self) -> int:
+        return self.lengths[0]
+
+    def side(self, turn: int) -> int:
+        return 0
+
+    def _node(self, side: int, basis: jax.Array, key: jax.Array) -> Probe:
+        a = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, 1)])
+        gate = jnp.zeros((*basis.shape[:-2], self.columns + 1), basis.dtype).at[..., -1].set(1)
+        b = self._as_b(self._normal(key, 2, self.lengths[1], self.columns + 1))
+        return Probe(self._as_a(a), b, gate, self.layout)
+
+    def _image(self, side: int, basis: jax.Array, gradient: Probe, batches: int) -> jax.Array:
+        a, count = self._matrix_of_a(gradient.a), gradient.gate[..., -1, None, None]
+        image, total = a[..., :-1], a[..., -1:]
+        return image - times(total, times(total.mT, basis)) / jnp.maximum(count, 1)
+
+    def _spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
+        n, k = self.columns - self.spare, self.components
+        squares, vectors = _eigh(times(basis[..., :n].mT, image[..., :n]))
+        total = jnp.sum(squares, -1) + _rest(basis[..., n:], image[..., n:])
+        inputs = self._as_a(times(basis[..., :n], vectors[..., :k]))
+        values = jnp.sqrt(jnp.maximum(squares[..., :k], 0))
+        return Spectrum(values, total, inputs, None, self.shape, self.layout)
+
+
+KINDS: dict[str, type[Sketched]] = {"inputs": Inputs, "gradient": Gradient}
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`x`, of which each device of a mesh has all."""
+    if not isinstance(x.sharding, NamedSharding):
+        return x
+    return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+
+
+@jax.jit
+def leading(image: jax.Array) -> jax.Array:
+    """The left singular vectors of a tall matrix, in order."""
+    return _svd(image)[0]
+
+
+def _lengths(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
+    inputs, outputs = (math.prod(shape[d] for d in dims) for dims in layout[1:3])
+    return inputs, outputs // (1 if layout.slots is None else layout.slots[0])
+
+
+def _by_side(side: int, along: jax.Array, across: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What lies along the inputs, and what along the outputs."""
+    return (across, along) if side else (along, across)
+
+
+def _svd(image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, r = qr(image)
+    u, values, v = svd_of(r)
+    return times(q, u), values, v
+
+
+def _eigh(square: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors, the largest first."""
+    values, vectors = jnp.linalg.eigh((square + square.mT) / 2)
+    return values[..., ::-1], vectors[..., ::-1]
+
+
+def _rest(x: jax.Array, y: jax.Array) -> jax.Array:
+    """What random columns estimate."""
+    return jnp.sum(x * y, (-2, -1)) / max(x.shape[-1], 1)

@@ -1,0 +1,191 @@
+"""`sketch`: the loop over batches."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._adapters import LoRA, is_node
+from .._rules import Rule, is_int
+from .._sites import Site
+from .._transform import transform, wrap
+from .._tree import bind, check_key, fold, leaves_by_path, nest
+from .._types import Path, PyTree, short
+from ._kinds import KINDS, Sketched, leading, whole
+from ._spectrum import Sketch, Spectrum
+
+
+def sketch(
+    loss: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    rules: Rule | Sequence[Rule],
+    batches: Iterable[Any],
+    *,
+    kind: str,
+    components: int | None = None,
+    passes: int = 4,
+    key: jax.Array | None = None,
+) -> Sketch:
+    r"""The leading singular vectors of what goes into each site, or of its gradient.
+
+    With `kind="gradient"` they are those of $G = \partial L / \partial W$, L being the mean of the
+    losses of the batches. With `kind="inputs"` they are the principal components of the inputs z of
+    the site: singular vectors of all $z - \bar z$. An input counts where the loss depends on what W
+    makes of it, so that padding does not count, nor what a mask hides.
+
+    A batch costs what a training step of a LoRA does, in time and in memory, of a rank of
+    `components` + 16. No gradient of the size of W is formed; the base may be quantized, and lie
+    on a mesh. All batches count as one.
+
+    Args:
+        loss: a function of parameters and a batch, as one trains with, but without an adapter.
+        params: its parameters, as `init` takes them.
+        rules: what `transform` takes, or one rule: sketched are the sites of `LoRA` and `DoRA`.
+        batches: a list, or what can be iterated over several times. Those of one shape share a
+            program.
+        kind: `"inputs"` or `"gradient"`.
+        components: how many singular vectors; unless told, twice the rule's rank. A site that has
+            fewer has all.
+        passes: how often to go through the batches, at least twice; the more, the more exact.
+        key: of the random basis to begin with; `jax.random.key(0)` unless told.
+
+    Returns:
+        A `Sketch`, for `initializers.eva`, `initializers.lora_ga` and `allocate`.
+
+    Raises:
+        TypeError: if an argument is of a wrong type, or `batches` can be iterated over only once.
+        ValueError: if a number is out of range, a rule cannot apply, a site has no inputs to
+            sketch, or what is sketched is not finite, or zero at every site.
+        NotImplementedError: if the inputs of a site are not to be had, as where the model's own
+            `shard_map` cuts its matrices.
+
+    Source: Paischer et al., EVA, arXiv 2410.07170; Wang et al., LoRA-GA, arXiv 2407.05000; Halko
+    et al., arXiv 0909.4061, for the iteration.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> params = {"w": jnp.diag(jnp.array([3.0, 2.0, 1.0, 0.0]))}
+        >>> loss = lambda params, x: jnp.sum((x @ params["w"]) ** 2) / 2
+        >>> batches = [jnp.eye(4)[:2], jnp.eye(4)[2:]]
+        >>> print(jlora.sketch(loss, params, jlora.LoRA("w", rank=1), batches, kind="gradient"))
+        site  matrices  inputs  outputs  components  largest  share
+        ───────────────────────────────────────────────────────────
+        w            1       4        4           2      1.5  92.9%
+    """
+    key = jax.random.key(0) if key is None else key
+    _check(loss, kind, components, passes, key, batches)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("`batches` is empty; at least one batch is needed.")
+    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
+    leaves = transform(loss, *rules).sites(params, first).leaves
+    found = {s.parts: _sketched(s, kind, components) for s in leaves if _is_low_rank(s)}
+    if not found:
+        raise ValueError("`rules` take no site by jlora.LoRA or jlora.DoRA.")
+    spectra = _iterated(loss, params, found, batches, passes, key)
+    _check_found(spectra, kind)
+    return Sketch(spectra, kind)
+
+
+def _iterated(
+    loss: Callable[[PyTree, Any], jax.Array],
+    params: PyTree,
+    found: Mapping[Path, Sketched],
+    batches: Iterable[Any],
+    passes: int,
+    key: jax.Array,
+) -> dict[str, Spectrum]:
+    """The spectrum of each site by its path, after so many passes."""
+    from tqdm import tqdm  # not at the import of jlora
+
+    @jax.jit
+    def gradient(params: PyTree, adapter: PyTree, batch: Any) -> PyTree:
+        def value(adapter: PyTree) -> jax.Array:
+            y = wrap(loss)(bind(params, adapter), batch)
+            if getattr(y, "shape", None) != ():
+                raise TypeError(f"`loss` must return a scalar; got {short(y)}.")
+            return y
+
+        return jax.grad(value)(adapter)
+
+    add = jax.jit(lambda x, y: jax.tree.map(jnp.add, x, y))
+    keys = {path: fold(key, path) for path in found}
+    bases = {path: s.first_basis(s.side(0), keys[path]) for path, s in found.items()}
+    images: dict[Path, jax.Array] = {}
+    sides: dict[Path, int] = {}
+    total = passes * len(batches) if isinstance(batches, Sized) else None
+    with tqdm(total=total, desc="sketch", leave=False, disable=None) as bar:
+        for turn in range(passes):
+            sides = {p: s.side(turn) for p, s in found.items()}
+            if turn:
+                bases = {p: leading(image) for p, image in images.items()}
+            if turn == passes - 1:
+                bases = {p: s.last_basis(sides[p], bases[p], keys[p]) for p, s in found.items()}
+            adapter = nest({p: s.node(sides[p], bases[p], keys[p]) for p, s in found.items()})
+            sums, count = None, 0
+            for batch in batches:
+                new = gradient(params, adapter, batch)
+                sums, count = new if sums is None else add(sums, new), count + 1
+                bar.update()
+            if sums is None:
+                raise TypeError(_ONCE)
+            by_path = dict(leaves_by_path(jax.tree.map(whole, sums), is_node))
+            images = {p: s.image(sides[p], bases[p], by_path[p], count) for p, s in found.items()}
+    return {"/".join(p): s.spectrum(sides[p], bases[p], images[p]) for p, s in found.items()}
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+_ONCE = (
+    "`batches` must be a list, or what can be iterated over several times, as there are several "
+    "passes; got an iterator, which ends after one. Give list(batches)."
+)
+
+
+def _check(
+    loss: Any, kind: Any, components: Any, passes: Any, key: jax.Array, batches: Any
+) -> None:
+    if not callable(loss):
+        raise TypeError(f"`loss` must be a function of parameters and a batch; got {short(loss)}.")
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be {' or '.join(map(repr, KINDS))}; got {kind!r}.")
+    for name, n, least in (("components", components, 1), ("passes", passes, 2)):
+        if (name, n) != ("components", None) and (not is_int(n) or n < least):
+            raise ValueError(f"`{name}` must be an integer of at least {least}; got {n!r}.")
+    check_key(key)
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"`batches` must be a list of batches; got {short(batches)}.")
+    if iter(batches) is batches:
+        raise TypeError(_ONCE)
+
+
+def _is_low_rank(site: Site) -> bool:
+    return isinstance(site.rule, LoRA)
+
+
+def _sketched(site: Site, kind: str, components: int | None) -> Sketched:
+    if kind == "inputs" and site.kind not in ("dense", "conv"):
+        why = "its inputs are numbers of rows" if site.kind == "embed" else "W + ΔW is formed there"
+        raise ValueError(
+            f"`kind` is 'inputs', of which {site.name} has none: {why}. Leave it out of the rules, "
+            "or sketch its gradient."
+        )
+    return KINDS[kind].of(site, components)
+
+
+def _check_found(spectra: Mapping[str, Spectrum], kind: str) -> None:
+    totals = {path: np.asarray(s.total) for path, s in spectra.items()}
+    for path, total in totals.items():
+        if not np.isfinite(total).all() or not np.isfinite(spectra[path].values).all():
+            raise ValueError(
+                f"what is sketched of {path!r}, its {kind}, is not finite. Look for NaN and "
+                "infinity in `params` and `batches`, and in the loss."
+            )
+    if not any(total.any() for total in totals.values()):
+        zero = "is zero" if kind == "gradient" else "are all alike, or the loss depends on none"
+        raise ValueError(
+            f"there is nothing to sketch: of every site the {kind} {zero}. Give a loss and batches "
+            "as one trains with."
+        )

@@ -1,0 +1,1 @@
+"""An adapter in PEFT format: its configuration, what it selects, and reading and writing it."""

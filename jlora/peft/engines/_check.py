@@ -1,0 +1,138 @@
+"""Whether an engine takes an adapter as it is meant: by its headers, and those of its base."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .._checkpoint import open_checkpoint
+from .._file import CONFIG, DTYPES, PREFIX, Header, Source, read_header, read_json
+from ..adapter._config import LIMIT, misformed
+from ..adapter._read import FACTOR
+from . import ENGINES, Base, Engine, Factor, Finding, Served
+
+
+class Checked(NamedTuple):
+    """The answer of `check`, of which the `str` is for people.
+
+    Attributes:
+        path: the adapter's folder.
+        engine: the engine and its version.
+        findings: what it refuses or drops; empty if it takes the adapter as it is meant.
+        start: how to start it with the adapter.
+        compared: whether names and shapes were compared with those of a base.
+    """
+
+    path: str
+    engine: str
+    findings: list[Finding]
+    start: str
+    compared: bool
+
+    def __str__(self) -> str:
+        if self.findings:
+            return "\n".join(map(str, self.findings))
+        unknown = "" if self.compared else "; without a base, names and shapes are not compared"
+        return f"{self.path}: {self.engine} takes it: {self.start}{unknown}"
+
+
+def check(
+    path: str | os.PathLike[str],
+    engine: str,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    max_lora_rank: int | None = None,
+) -> Checked:
+    r"""What an engine refuses of an adapter, and what of it is dropped silently.
+
+    Of both folders configurations and headers are read, and no weights. The rules are about
+    adapters: whether a model takes any, and of which embeddings, is in the engine's list of models.
+
+    Args:
+        path: the adapter's folder, as PEFT or `save` wrote it.
+        engine: `"vllm"`, `"tpu-inference"` (vLLM on TPUs) or `"sglang"`.
+        base: the folder of the model that is served, a checkpoint of Hugging Face. Without it names
+            and shapes are not compared.
+        max_lora_rank: the option of the server; None for its default.
+
+    Returns:
+        The findings, each with a remedy.
+
+    Raises:
+        FileNotFoundError: if a folder or a file is missing.
+        ValueError: if there is no such engine or rank, or the files are damaged.
+
+    Source: vLLM 0.33.0, tpu-inference 0.32.0 and SGLang 0.5.23.
+
+    Examples:
+        >>> import tempfile, jax, jax.numpy as jnp, jlora
+        >>> from jlora import peft
+        >>> params = {"model": {"q_proj": {"kernel": jnp.ones((64, 64))}}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
+        >>> f = lambda p, x: x @ p["model"]["q_proj"]["kernel"]
+        >>> lora = jlora.transform(f, jlora.LoRA("q_proj", rank=20))
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 64)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     peft.save(f"{folder}/adapter", base, adapter, names)
+        ...     checked = peft.check(f"{folder}/adapter", "vllm")
+        >>> [finding] = checked.findings
+        >>> print(finding.why, finding.remedy, sep="\n")
+        20 is above --max-lora-rank 16
+        Start the server with --max-lora-rank 32, and say so here
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
+    asked = ENGINES[engine]
+    rank = _rank(asked, max_lora_rank)
+    source = Source(Path(path))
+    fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
+    if wrong := misformed(fields):
+        findings = [_misformed(problem) for problem in wrong]
+    else:
+        served = _served(source, fields, header, None if base is None else _base(base), rank)
+        findings = [found for rule in asked.rules for found in rule(served)]
+    folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
+    largest = fields.get("r") if rank is None else rank
+    start = asked.start.format(dir=folder, base=model, rank=largest)
+    title = f"{asked.title} {asked.version}"
+    return Checked(os.fspath(path), title, findings, start, base is not None)
+
+
+def _rank(engine: Engine, given: int | None) -> int | None:
+    """The largest rank that the server takes; None for any."""
+    fits = given in engine.ranks if engine.ranks else isinstance(given, int) and given > 0
+    if given is not None and not fits:
+        wanted = f"one of {engine.ranks}" if engine.ranks else "at least 1"
+        raise ValueError(f"`max_lora_rank` must be {wanted} for {engine.title}; got {given!r}.")
+    return engine.rank if given is None else given
+
+
+def _misformed(problem: str) -> Finding:
+    what, _, why = problem.partition(": ")
+    return Finding(what, why, "Save the adapter again", False)
+
+
+def _served(
+    source: Source,
+    fields: dict[str, Any],
+    header: Header,
+    base: Base | None,
+    max_lora_rank: int | None,
+) -> Served:
+    factors, others = list[Factor](), list[str]()
+    for key, entry in header.entries.items():
+        if found := FACTOR.fullmatch(key.removeprefix(PREFIX)):
+            module, depth, side, table = found.group("module", "depth", "side", "table")
+            one = (module, depth.count("."), side or table, bool(table), entry.shape)
+            factors.append(Factor(key, *one))
+        else:
+            others.append(key)
+    return Served(source, fields, factors, others, base, max_lora_rank)
+
+
+def _base(path: str | os.PathLike[str]) -> Base:
+    checkpoint = open_checkpoint(path, "base", follow_links=True)
+    entries = {name: checkpoint.entry(name) for name in checkpoint.where}
+    # Of what is packed the shape is not that of the weight.
+    shapes = {name: x.shape if x.dtype in DTYPES else () for name, x in entries.items()}
+    return Base(checkpoint.config, shapes)

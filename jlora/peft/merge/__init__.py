@@ -1,0 +1,1 @@
+"""A merged checkpoint from a checkpoint and an adapter."""

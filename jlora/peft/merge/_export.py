@@ -1,0 +1,215 @@
+"""A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from ..._folders import fresh, scratch
+from ..._types import PyTree
+from .._checkpoint import Checkpoint, copy_others, open_checkpoint, refuse
+from .._file import DTYPES, opened, shown
+from ..formats._base import configuration_of
+from ..formats._rewrite import dequantize_checkpoint, requantized
+from ..names._names import Name
+from ._blocks import chunks, tensor
+from ._changes import Changes, changes
+from ._ties import copies
+
+
+def export_merged(
+    src_dir: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | PyTree,
+    out: str | os.PathLike[str],
+    *,
+    names: Sequence[Name] | None = None,
+    requantize: bool = False,
+    follow_links: bool = False,
+) -> list[str]:
+    r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
+
+    The files, tensors, dtypes and metadata of the new checkpoint are those of the old one; only
+    values change. Weights are read, changed and written in blocks, so that memory beside the
+    adapter's stays below a hundred megabytes for weights of any size.
+
+    Everything else in `src_dir` is copied: configuration, generation and tokenizer files, code,
+    folders. Left out are weights in other formats (`pytorch_model.bin`, `.h5`, `.msgpack`, `.onnx`,
+    `.gguf`, other safetensors files and the like), as they would stay unmerged; all pickles
+    (`.bin`, `.pt`, `.pkl`); an adapter; linked folders, `.git` and `.cache`.
+
+    B·A is summed in float32 by fused multiply-adds in the order of the rank, times s, plus W in
+    float32 (float64 over float64), and rounded once to W's dtype. PEFT's `merge_and_unload` does
+    the same in float32, and has the same bits where PyTorch's matrix product sums in this order:
+    it does for ranks up to 192 and sides of at least 64. In other cases the two differ by the
+    rounding of the product. In bfloat16 and float16 PEFT rounds the ΔW of embeddings and of
+    experts before it adds. It keeps `modules_to_save` in their own dtype, here they get W's; to a
+    weight that embedding and head share it adds their common ΔW twice, here it is added once. The
+    norms of DoRA are of float32 values and are summed in float64; PEFT's are to a few roundings
+    the same in float32, and have those of W's dtype in narrower ones.
+
+    A quantized checkpoint is dequantized first, exactly, and the result is in floats, as its
+    configuration then says. What of it is neither read nor in floats is an error.
+
+    Args:
+        src_dir: a folder with `model.safetensors`, or with shards and
+            `model.safetensors.index.json`. Files may be links within it, or within the download
+            cache that it is of.
+        adapter: a folder that PEFT or `save` wrote, whose modules are called as the checkpoint's
+            tensors, up to a first part such as `bert.`; or an adapter tree.
+        out: a folder that does not exist yet, or an empty one. It appears complete or not at
+            all.
+        names: for a tree, the table of `Name` rows that says what its leaves are called in
+            PyTorch, such as `jlora.peft.LLAMA`.
+        requantize: of a checkpoint of bitsandbytes, quantize again what was, and print the error of
+            each; few bits hold little of ΔW, so that this takes away much of what was learned.
+        follow_links: whether files of `src_dir` may be links out of it, whose contents are copied.
+
+    Returns:
+        The files of `src_dir` that were left out, as paths in it.
+
+    Raises:
+        FileExistsError: if `out` is there and not an empty folder.
+        FileNotFoundError: if a folder or a file is missing.
+        TypeError: if `adapter` is neither a path nor an adapter tree.
+        ValueError: if the checkpoint is damaged, the adapter does not fit it, or merged values
+            are not finite; all of it is listed, and nothing is written.
+
+    Source: PEFT 0.21, `peft.tuners.lora.layer.Linear.merge`.
+
+    Examples:
+        >>> import pathlib, tempfile, jax, jax.numpy as jnp, jlora
+        >>> from jlora import peft
+        >>> from safetensors.numpy import load_file, save_file
+        >>> params = {"q": {"kernel": jnp.ones((4, 3))}}
+        >>> names = [peft.Name(r"(.*)/kernel", r"\1", "io")]
+        >>> lora = jlora.transform(lambda p, x: x @ p["q"]["kernel"], jlora.LoRA("q", rank=2))
+        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pathlib.Path(folder, "base").mkdir()
+        ...     weights = {"q.weight": jnp.ones((3, 4)).__array__()}
+        ...     save_file(weights, f"{folder}/base/model.safetensors")
+        ...     left_out = peft.export_merged(
+        ...         f"{folder}/base", adapter, f"{folder}/merged", names=names
+        ...     )
+        ...     merged = load_file(f"{folder}/merged/model.safetensors")
+        >>> merged["q.weight"].shape, left_out
+        ((3, 4), [])
+    """
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
+    if configuration_of(checkpoint):
+        return _onto_quantized(checkpoint, adapter, out, names, requantize, follow_links)
+    if requantize:
+        raise ValueError(
+            f"`requantize` needs a quantized checkpoint; `src_dir`, {src_dir}, is in floats."
+        )
+    todo = _with_twins(checkpoint, changes(checkpoint, adapter, names))
+    refuse(
+        [
+            f"{shown(name)}: the adapter holds other values of it; a trained embedding under an "
+            "adapter is not supported"
+            for name, x in todo.frozen.items()
+            if not _holds(checkpoint, name, x)
+        ]
+    )
+    total = sum(header.size for header in checkpoint.headers.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
+    wrong: list[str] = []
+    with fresh(out, "`out`") as folder, bar:
+        for file in checkpoint.headers:
+            with open(folder / file, "wb") as target:
+                _write(checkpoint, file, todo, target, bar.update, wrong)
+        refuse(wrong)
+        copy_others(checkpoint, folder)
+    return checkpoint.left_out
+
+
+def _onto_quantized(
+    checkpoint: Checkpoint,
+    adapter: Any,
+    out: str | os.PathLike[str],
+    names: Sequence[Name] | None,
+    requantize: bool,
+    follow_links: bool,
+) -> list[str]:
+    with scratch(out, "`out`") as folder:
+        src_dir, dense = checkpoint.source.folder, folder / "dense"
+        found = dequantize_checkpoint(src_dir, dense, follow_links=follow_links)
+        if not requantize:
+            export_merged(dense, adapter, out, names=names)
+            return checkpoint.left_out
+        export_merged(dense, adapter, folder / "merged", names=names)
+        for matrix in requantized(folder / "merged", out, found):
+            tqdm.write(f"{matrix.name}: {matrix.scheme}, error {matrix.error:.3g}")
+        return checkpoint.left_out
+
+
+def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
+    """Whether the tensor has just these values."""
+    dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
+    for piece in _pieces(checkpoint, name):
+        own = np.frombuffer(piece, dtype)
+        if not np.array_equal(own, value.reshape(-1)[at : at + own.size].astype(dtype)):
+            return False
+        at += own.size
+    return True
+
+
+def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
+    """The same for both copies of a shared weight that is stored twice."""
+    sums, full, rows = dict(todo.sums), dict(todo.full), dict(todo.rows)
+    digest = functools.partial(_digest, checkpoint)
+    for other, own, copied in copies(checkpoint, {*sums, *full, *rows}, digest):
+        if copied is not None:
+            for changed in (sums, full, rows):
+                changed |= {other: changed[copied]} if copied in changed else {}
+        elif unlike := [name for name in own if name in rows]:
+            refuse(
+                [
+                    f"{shown(unlike[0])}: has rows in the adapter, which PEFT gives {shown(other)} "
+                    "too where the two are tied; by config.json they are, but the checkpoint has "
+                    "other values of it. Set tie_word_embeddings there"
+                ]
+            )
+    return todo._replace(sums=sums, full=full, rows=rows)
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+    """The hash of a tensor's bytes."""
+    found = hashlib.sha256()
+    for piece in _pieces(checkpoint, name):
+        found.update(piece)
+    return found.digest()
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+    file, entry = checkpoint.where[name], checkpoint.entry(name)
+    with opened(checkpoint.source, file) as (source, _):
+        source.seek(checkpoint.headers[file].data + entry.start)
+        yield from chunks(source, entry.stop - entry.start)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    file: str,
+    todo: Changes,
+    target: BinaryIO,
+    tick: Callable[[int], object],
+    wrong: list[str],
+) -> None:
+    """One file: the header as it is, then the tensors in the order of their data."""
+    header = checkpoint.headers[file]
+    with opened(checkpoint.source, file) as (source, _):
+        for chunk in chunks(source, header.data):
+            target.write(chunk)
+        for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
+            new, bad = tensor(source, entry, name, todo), 0
+            for chunk in new:
+                target.write(chunk.data)
+                tick(len(chunk.data))
+                bad += chunk.bad
+            if bad:
+                wrong.append(f"{shown(name)}: {bad} values are not finite after merging")

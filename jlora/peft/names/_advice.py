@@ -1,0 +1,32 @@
+"""What to do about leaves that a name table has no row for."""
+
+from collections.abc import Mapping, Sequence
+
+from ..._types import Path
+from ._names import Name, row_of
+from .tables import TABLES, WITH_PATHS
+
+
+def advice(names: Sequence[Name], lost: Mapping[Path, tuple[int, ...]]) -> str:
+    """Says what `names` is for, and which table has rows for the `lost` leaves, by their shapes."""
+    fit = [
+        repr(other)
+        for other, rows in TABLES.items()
+        if all(row_of(path, shape, rows) is not None for path, shape in lost.items())
+    ]
+    if lost and fit:
+        which = " and ".join(f"jlora.peft.TABLES[{name}]" for name in fit)
+        return f"{_purpose(names)} These leaves are named by {which}."
+    row = r"jlora.peft.Name(r'(.*)/kernel', r'\1', 'io')"
+    return (
+        f"{_purpose(names)} Give the table of this model, or add rows of your own, such as {row}."
+    )
+
+
+def _purpose(names: Sequence[Name]) -> str:
+    rows = tuple(names)
+    for name, (table, path) in WITH_PATHS.items():
+        if rows == table:
+            return f"`names` is jlora.peft.TABLES[{name!r}], for paths such as {path}."
+    listed = ", ".join(repr(row.path) for row in rows[:3])
+    return f"`names` has rows for paths like {listed}{', …' * (len(rows) > 3)}."

@@ -1,0 +1,114 @@
+"""The tensors of a PyTorch checkpoint to a tree of JAX and back, by a name table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..._tree import flatten, leaves_by_path, name_of
+from ..._types import PyTree
+from .._file import listing
+from ._advice import advice
+from ._arrays import weight, weights
+from ._names import Leaf, Name, path_in_names, resolve
+
+
+def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:
+    r"""The parameters that a PyTorch checkpoint holds: axes in our order, layers stacked.
+
+    Args:
+        tensors: arrays by PyTorch's names, as of `safetensors.numpy.load_file`.
+        like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s; only its shapes matter.
+        names: the table that says what its leaves are called in PyTorch.
+
+    Returns:
+        A tree like `like` with the values and dtypes of `tensors`.
+
+    Raises:
+        TypeError: if `names` is no table.
+        ValueError: if a leaf has no name, or tensors are missing, unexpected, misshapen, or of 64
+            bits where JAX has 32; all of them are listed.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from jlora import peft
+        >>> like = {"layers": {"up": {"kernel": jax.ShapeDtypeStruct((2, 4, 3), jnp.float32)}}}
+        >>> names = [peft.Name(r"layers/(\w+)/kernel", r"h.{}.\1", "lio")]
+        >>> tensors = {f"h.{i}.up.weight": jnp.ones((3, 4)) for i in range(2)}
+        >>> peft.from_tensors(tensors, like, names)["layers"]["up"]["kernel"].shape
+        (2, 4, 3)
+    """
+    leaves = all_named(like, names, "like")
+    wanted = {key: leaf.weight_shape for leaf in leaves for key in leaf.parameters}
+    wrong = [f"{key}: missing, of shape {wanted[key]}" for key in wanted if key not in tensors]
+    for key, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if key not in wanted:
+            wrong.append(f"{key}: unexpected, of shape {shape}")
+        elif shape != wanted[key]:
+            wrong.append(f"{key}: expected shape {wanted[key]}, got {shape}")
+        elif why := narrowed(np.asarray(tensor).dtype):
+            wrong.append(f"{key}: {why}")
+    if wrong:
+        raise ValueError("`tensors` do not fit `like`. " + listing(wrong))
+    values = [
+        jnp.asarray(weight(leaf, [np.asarray(tensors[key]) for key in leaf.parameters]))
+        for leaf in leaves
+    ]
+    return jax.tree.unflatten(flatten(like)[1], values)
+
+
+def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
+    r"""The tensors of a PyTorch checkpoint from parameters: the inverse of `from_tensors`.
+
+    Args:
+        params: the tree of parameters.
+        names: the table that says what its leaves are called in PyTorch.
+
+    Returns:
+        Arrays by PyTorch's names, in the dtypes of `params`, as `safetensors.numpy.save_file`
+        takes them.
+
+    Raises:
+        TypeError: if `names` is no table.
+        ValueError: if a leaf has no name, or two have one.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jlora import peft
+        >>> names = [peft.Name(r"layers/(\w+)/kernel", r"h.{}.\1", "lio")]
+        >>> tensors = peft.to_tensors({"layers": {"up": {"kernel": jnp.ones((2, 4, 3))}}}, names)
+        >>> {name: x.shape for name, x in tensors.items()}
+        {'h.0.up.weight': (3, 4), 'h.1.up.weight': (3, 4)}
+    """
+    return {
+        key: part
+        for leaf in all_named(params, names, "params")
+        for key, part in zip(leaf.parameters, weights(leaf, leaf.value), strict=True)
+    }
+
+
+def narrowed(dtype: np.dtype) -> str | None:
+    """Why JAX, as it is set, has no arrays of a dtype."""
+    is_narrowed = jax.dtypes.canonicalize_dtype(dtype) != dtype
+    return f"its dtype {dtype} needs jax_enable_x64" if is_narrowed else None
+
+
+def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
+    """The leaves with their names; `ValueError` if one has none."""
+    leaves = resolve(tree, names)
+    named = {leaf.path for leaf in leaves}
+    if parts := [name_of(leaf.path) for leaf in leaves if leaf.name.part]:
+        raise ValueError(
+            f"`names` is for adapters: by it these leaves of `{argument}` are parts of parameters. "
+            "Use the table of the checkpoint. " + listing(parts)
+        )
+    lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
+    if lost:
+        raise ValueError(
+            f"`names` has no row that fits these leaves of `{argument}` by path and number of "
+            f"axes. {listing(list(map(path_in_names, lost)))}\n{advice(names, lost)}"
+        )
+    return leaves

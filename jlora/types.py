@@ -1,0 +1,19 @@
+"""The types of what jlora's functions return, for annotations and `isinstance`."""
+
+from ._adapters import Decomposed as Decomposed
+from ._adapters import LowRank as LowRank
+from ._adapters import Replaced as Replaced
+from ._optimizer import Summary as Summary
+from ._planning import Plan as Plan
+from ._quantize import Quantization as Quantization
+from ._quantized import Quantized as Quantized
+from ._sites import Site as Site
+from ._sites import Sites as Sites
+from ._sketching import Allocation as Allocation
+from ._sketching import Share as Share
+from ._sketching import Sketch as Sketch
+from ._sketching import Spectrum as Spectrum
+from ._types import Adapted as Adapted
+from ._types import Layout as Layout
+from ._types import Params as Params
+from ._types import Transformed as Transformed
