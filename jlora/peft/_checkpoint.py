@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ._file import (
     CONFIG,
@@ -18,6 +18,7 @@ from ._file import (
     brief,
     check_within,
     listing,
+    opened,
     read_header,
     read_json,
     shown,
@@ -25,6 +26,8 @@ from ._file import (
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+QUANTIZATION = "quantization_config"  # of `config.json`
+PIECE = 4 * 2**20  # bytes
 DEEPEST = 32  # folders in each other
 LIMIT = 64 * 2**20  # bytes of an index; of 400,000 tensors
 # Weights in other forms, which would stay unmerged, and pickles, which hold weights or code.
@@ -59,12 +62,25 @@ class Checkpoint(NamedTuple):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors."""
+        """The shapes of all tensors."""
         return {name: self.entry(name).shape for name in self.where}
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What the configuration says of codes, wherever in it; empty for weights in floats."""
+        found = (part.get(QUANTIZATION) for part in parts(self.config))
+        return next((x for x in found if isinstance(x, dict)), {})
 
     def entry(self, name: str) -> Entry:
         """The tensor `name`."""
         return self.headers[self.where[name]].entries[name]
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Reads the bytes of a tensor, in pieces of bounded size."""
+        file, entry = self.where[name], self.entry(name)
+        with opened(self.source, file) as (data, _):
+            data.seek(self.headers[file].data + entry.start)
+            yield from read_pieces(data, entry.stop - entry.start)
 
 
 def open_checkpoint(
@@ -140,6 +156,29 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
         "model": "config.json" in names or any(n.endswith(".safetensors") for n in names),
     }
     return {what for what, there in found.items() if there}
+
+
+def parts(config: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields a configuration and all objects within it, as models of models have them."""
+    left: list[Any] = [config]
+    while left:
+        part = left.pop()
+        yield part
+        left += [value for value in part.values() if isinstance(value, dict)]
+
+
+def read_pieces(data: BinaryIO, size: int) -> Iterator[bytes]:
+    """Reads the next `size` bytes of a file, in pieces."""
+    for start in range(0, size, PIECE):
+        yield read_exactly(data, min(PIECE, size - start))
+
+
+def read_exactly(data: BinaryIO, size: int) -> bytes:
+    """Reads the next `size` bytes of a file."""
+    found = data.read(size)
+    if len(found) != size:
+        raise ValueError("`src_dir`: a file changed while it was read; start again.")
+    return found
 
 
 def refuse(found: Sequence[str]) -> None:
@@ -233,8 +272,8 @@ def _tied_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> froz
 
     `rows` counts the matrices by how many rows they have.
     """
-    parts = list(_parts(config))
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    each = list(parts(config))
+    said = [part["tie_word_embeddings"] for part in each if "tie_word_embeddings" in part]
     names = config.get("architectures")
     names = names if isinstance(names, list) else []
     # Without a word about it `transformers` ties; without a head there is nothing to tie.
@@ -242,17 +281,8 @@ def _tied_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> froz
     is_denied = [x is False for x in said]
     if not headed or not rows or (said and all(is_denied)):
         return frozenset()
-    sizes = {n for part in parts if isinstance(n := part.get("vocab_size"), int)} & rows.keys()
+    sizes = {n for part in each if isinstance(n := part.get("vocab_size"), int)} & rows.keys()
     sizes = sizes or {max(rows)}
     if any(is_denied):  # a model of models, and no file tells whose word counts
         sizes = {size for size in sizes if rows[size] < 2}
     return frozenset(sizes)
-
-
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A configuration and those within it."""
-    left = [config]
-    while left:
-        part = left.pop()
-        yield part
-        left += [value for value in part.values() if isinstance(value, dict)]

@@ -23,8 +23,8 @@ class Tensor(NamedTuple):
     data: np.ndarray
 
 
-def tensors(path: Path, gguf: Any) -> Iterator[Tensor]:
-    """All tensors of a file; `gguf` is the package, which knows the types.
+def read_tensors(path: Path, gguf: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a file; `gguf` is the package, which knows the types.
 
     Raises:
         ValueError: if the file is not whole and sound.

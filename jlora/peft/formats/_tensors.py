@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checkpoint import Checkpoint
-from .._file import DTYPES, brief, opened, shown
+from .._file import DTYPES, opened, shown
 
 FLOATS = ("F32", "F16", "BF16")
 # Scales of what goes into a module or comes out of it: here activations are not quantized.
@@ -33,7 +33,7 @@ _BUFFERS = ("num_batches_tracked", "position_ids", "relative_position_index", "t
 
 
 class Unreadable(Exception):  # noqa: N818 - collected into one ValueError
-    """A tensor that is not there, or not what its format says."""
+    """A tensor is missing, or is not what its format says."""
 
 
 class Tensors:
@@ -92,8 +92,8 @@ class Tensors:
             raise Unreadable(f"{name}: its dtype {entry.dtype} cannot be copied")
         return self.read(name, (entry.dtype,), entry.shape)
 
-    def leave_activations(self, module: str) -> None:
-        """Takes the scales of the activations of a module, which are of no use here."""
+    def skip_activations(self, module: str) -> None:
+        """Marks the scales of a module's activations as read, as they are of no use here."""
         names = (f"{module}.{name}" for name in OF_ACTIVATIONS)
         self.taken.update(name for name in names if name in self)
 
@@ -127,20 +127,11 @@ def _is_coded(tensors: Tensors, name: str) -> bool:
     return not is_mask and not (dtype == "I64" and last in _BUFFERS)
 
 
-def unpacked(
+def unpack(
     words: np.ndarray, axis: int, bits: int = 4, order: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """The codes in each int32, lowest bits first, along an axis; number `order[k]` comes k-th."""
+    """Takes the codes out of int32 words, lowest bits first; number `order[k]` comes k-th."""
     words = np.moveaxis(words.view(np.uint32), axis, -1)
     places, mask = order or range(32 // bits), np.uint32(2**bits - 1)
     codes = np.stack([(words >> np.uint32(bits * k) & mask).astype(np.uint8) for k in places], -1)
     return np.moveaxis(codes.reshape(*words.shape[:-1], -1), -1, axis)
-
-
-def integer(config: dict[str, Any], field: str, legal: Collection[Any]) -> Any:
-    """A field of a configuration that must be one of `legal`."""
-    value = config.get(field)
-    if type(value) not in {type(x) for x in legal} or value not in legal:
-        expected = " or ".join(map(str, legal))
-        raise Unreadable(f"`{field}` of the quantization: expected {expected}, got {brief(value)}")
-    return value

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -13,8 +13,7 @@ from ..._folders import fresh, scratch
 from ..._types import PyTree
 from .._checkpoint import Checkpoint, copy_others, open_checkpoint, refuse
 from .._file import DTYPES, opened, shown
-from ..formats._base import configuration_of
-from ..formats._rewrite import dequantize_checkpoint, requantized
+from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
 from ._blocks import chunks, tensor
 from ._changes import Changes, changes
@@ -27,7 +26,6 @@ def export_merged(
     out: str | os.PathLike[str],
     *,
     names: Sequence[Name] | None = None,
-    requantize: bool = False,
     follow_links: bool = False,
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
@@ -64,8 +62,6 @@ def export_merged(
             all.
         names: for a tree, the table of `Name` rows that says what its leaves are called in
             PyTorch, such as `jlora.peft.LLAMA`.
-        requantize: of a checkpoint of bitsandbytes, quantize again what was, and print the error of
-            each; few bits hold little of ΔW, so that this takes away much of what was learned.
         follow_links: whether files of `src_dir` may be links out of it, whose contents are copied.
 
     Returns:
@@ -100,12 +96,11 @@ def export_merged(
         ((3, 4), [])
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
-    if configuration_of(checkpoint):
-        return _onto_quantized(checkpoint, adapter, out, names, requantize, follow_links)
-    if requantize:
-        raise ValueError(
-            f"`requantize` needs a quantized checkpoint; `src_dir`, {src_dir}, is in floats."
-        )
+    if checkpoint.quantization:
+        with scratch(out, "`out`") as folder:
+            dequantize_checkpoint(src_dir, folder / "dense", follow_links=follow_links)
+            export_merged(folder / "dense", adapter, out, names=names)
+        return checkpoint.left_out
     todo = _with_twins(checkpoint, changes(checkpoint, adapter, names))
     refuse(
         [
@@ -125,26 +120,6 @@ def export_merged(
         refuse(wrong)
         copy_others(checkpoint, folder)
     return checkpoint.left_out
-
-
-def _onto_quantized(
-    checkpoint: Checkpoint,
-    adapter: Any,
-    out: str | os.PathLike[str],
-    names: Sequence[Name] | None,
-    requantize: bool,
-    follow_links: bool,
-) -> list[str]:
-    with scratch(out, "`out`") as folder:
-        src_dir, dense = checkpoint.source.folder, folder / "dense"
-        found = dequantize_checkpoint(src_dir, dense, follow_links=follow_links)
-        if not requantize:
-            export_merged(dense, adapter, out, names=names)
-            return checkpoint.left_out
-        export_merged(dense, adapter, folder / "merged", names=names)
-        for matrix in requantized(folder / "merged", out, found):
-            tqdm.write(f"{matrix.name}: {matrix.scheme}, error {matrix.error:.3g}")
-        return checkpoint.left_out
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
