@@ -81,10 +81,16 @@ def _without(key: str) -> str:
     return f"Train without it, or {MERGED}" if key in METHODS else WITHOUT
 
 
-def off(*keys: str, silent: bool = False) -> list[Rule]:
+def off(*keys: str, silent: bool = False) -> Rule:
     """Demands that these features of PEFT are not used."""
     why = "is not read" if silent else "is not supported"
-    return [field(key, lambda x: not x, why, _without(key), silent=silent) for key in keys]
+
+    def rule(x: Served) -> Iterator[Finding]:
+        for key in keys:
+            if value := x.fields.get(key):
+                yield Finding(key, f"{brief(value)} {why}", _without(key), silent)
+
+    return rule
 
 
 def unread(*known: str) -> Rule:

@@ -137,8 +137,8 @@ register(
         (
             rules.is_lora(),
             rules.needs("peft_type", "r", "lora_alpha", "target_modules"),
-            *rules.off("use_dora"),
-            *rules.off(*SILENT, silent=True),
+            rules.off("use_dora"),
+            rules.off(*SILENT, silent=True),
             rules.starts(*STARTS, silent=True),
             *rules.empty(_SCALE, "use_rslora", "alpha_pattern"),
             *rules.empty(_RANK, "rank_pattern"),

@@ -127,7 +127,7 @@ def _is_transposed(own: Shapes, hidden: int) -> bool:
 RULES = (
     rules.is_lora(silent=True),
     rules.needs("r", "lora_alpha", "target_modules"),
-    *rules.off(*FEATURES),
+    rules.off(*FEATURES),
     rules.field("bias", lambda x: x == "none", "is not supported", rules.LEAVE_OUT),
     rules.starts(*STARTS, "lora_ga"),
     *rules.empty(_OLD, "rank_pattern", "alpha_pattern"),

@@ -1,6 +1,5 @@
-"""The tensors of a checkpoint, each read when it is asked for, and checked before."""
+"""The tensors of a checkpoint, each checked and read when it is asked for."""
 
-import os
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checkpoint import Checkpoint
-from .._file import DTYPES, opened, shown
+from .._file import DTYPES, shown
 
 FLOATS = ("F32", "F16", "BF16")
-# Scales of what goes into a module or comes out of it: here activations are not quantized.
+# Scales of inputs and outputs of a module: here activations are not quantized.
 OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "input_scale_ub")
 OF_ACTIVATIONS += ("input_zero_point", "output_zero_point", "input_global_scale")
 READ = DTYPES | {
@@ -24,7 +23,7 @@ READ = DTYPES | {
     "F8_E8M0": np.dtype(np.uint8),  # exponents of 2
 }
 
-# What belongs to codes and is in floats, by the last part of its name.
+# The last part of the names of floats that belong to codes.
 _OF_CODES = re.compile(
     r"(nested_)?(absmax|quant_map)|SCB|scales"
     r"|(weight|\w*proj)_(scale|scale_inv|global_scale|zero_point)"
@@ -44,19 +43,19 @@ class Tensors:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Of a checkpoint whose headers are sound."""
+        """Reads nothing yet; the headers of the checkpoint are sound."""
         self._checkpoint, self.taken = checkpoint, set[str]()
 
     def __contains__(self, name: str) -> bool:
-        """Whether it is there."""
+        """Whether there is a tensor of a name."""
         return name in self._checkpoint.where
 
     def __iter__(self) -> Iterator[str]:
-        """Their names."""
+        """Iterates over their names."""
         return iter(self._checkpoint.where)
 
     def dtype(self, name: str) -> str:
-        """The dtype of a tensor as safetensors calls it."""
+        """The dtype of a tensor, as safetensors calls it."""
         return self._entry(name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -76,7 +75,7 @@ class Tensors:
         return self._checkpoint.entry(name)
 
     def read(self, name: str, dtypes: Collection[str], shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor of one of `dtypes` and of `shape`; `Unreadable` if it is another."""
+        """Reads a tensor; `Unreadable` if it has neither of the `dtypes` or another shape."""
         entry = self._entry(name)
         if entry.dtype not in dtypes or entry.shape != shape:
             wanted = " or ".join(dtypes)
@@ -86,7 +85,7 @@ class Tensors:
         return self._read(name).view(READ[entry.dtype]).reshape(shape)
 
     def as_stored(self, name: str) -> np.ndarray:
-        """A tensor as it is."""
+        """Reads a tensor as it is."""
         entry = self._entry(name)
         if entry.dtype not in READ:
             raise Unreadable(f"{name}: its dtype {entry.dtype} cannot be copied")
@@ -98,22 +97,18 @@ class Tensors:
         self.taken.update(name for name in names if name in self)
 
     def bytes(self, name: str) -> np.ndarray:
-        """A tensor of any dtype as bytes."""
+        """Reads the bytes of a tensor of any dtype."""
         return self._read(name)
 
     def _read(self, name: str) -> np.ndarray:
-        entry, file = self._entry(name), self._checkpoint.where[name]
+        entry = self._entry(name)
         self.taken.add(name)
-        with opened(self._checkpoint.source, file) as (source, _):
-            source.seek(self._checkpoint.headers[file].data + entry.start, os.SEEK_SET)
-            data = source.read(entry.stop - entry.start)
-        if len(data) != entry.stop - entry.start:
-            raise Unreadable(f"{name}: its file changed while it was read")
-        return np.frombuffer(data, np.uint8)
+        whole = b"".join(self._checkpoint.pieces(name, max(entry.stop - entry.start, 1)))
+        return np.frombuffer(whole, np.uint8)
 
 
 def left_of(tensors: Tensors, read: Collection[str]) -> list[str]:
-    """The tensors not `read` that belong to codes, or are neither floats nor known buffers."""
+    """Lists tensors not `read` that belong to codes, or are neither floats nor known buffers."""
     left = (name for name in tensors if name not in read and _is_coded(tensors, name))
     return [f"{shown(name)}: {tensors.dtype(name)} {tensors.shape(name)}" for name in left]
 

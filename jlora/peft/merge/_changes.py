@@ -1,7 +1,7 @@
-"""What an adapter changes in a checkpoint, tensor by tensor: all is checked before one is read."""
+"""What an adapter changes in a checkpoint: all is checked before a value is read."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,128 +9,153 @@ import jax
 import numpy as np
 
 from ..._adapters import is_node, weight_shape
-from ..._tree import adapter_leaves, check_fits, nest
+from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
-from .._checkpoint import Checkpoint, refuse
+from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source, shown
-from .._load import warn_of_idle
-from ..adapter._parameters import matrix, missing, names_of, orientations, parts_of
-from ..adapter._parts import check_writable, from_leaves, narrowed
-from ..adapter._read import Adapter, Part, Stored, resized
-from ..adapter._saved import read_adapter, saved_in
-from ..adapter._tokens import Tokens, misfits, tokens_of, unlike
-from ..adapter._values import stored_in, values, with_values
-from ..names._names import Name, resolve
-from ._orientation import Orientation, Sum, as_sum
-from ._renaming import Piece, View, Views, shapes_of, views
-from ._ties import absent, not_there, untied, untied_heads, with_heads
+from .._problems import Problems
+from ..adapter._contents import Adapter, Part, resized, sort_tensors
+from ..adapter._files import Files, open_files
+from ..adapter._parameters import assign_parameters, matrix, missing, names_of, orientations
+from ..adapter._tokens import Tokens, misfits, unlike
+from ..adapter._tree import arrange
+from ..names._convert import weights
+from ..names._names import Name
+from ._blocks import Change, Full, Rows, Sum
+from ._orientation import Orientation, as_sum
+from ._renaming import Views, shapes_of, tensor_of, views
+from ._ties import absent, separate_heads, untied, untied_heads, with_copies
 
 T = TypeVar("T")
 
 
-class Changes(NamedTuple):
-    """What is to be done to the tensors of a checkpoint.
+class Wanted(NamedTuple):
+    """What an adapter has for the parameters of the model, by their names there.
 
     Attributes:
-        sums: what is added to a tensor.
-        full: what replaces a tensor.
-        rows: what replaces rows of a tensor.
-        frozen: what a tensor must be.
+        parts: A and B.
+        full: what replaces a parameter.
+        rows: what replaces rows of an embedding.
+        frozen: what a parameter must be.
+        biases: what is added to a bias, and its scale.
+        flag: `fan_in_fan_out`.
     """
 
-    sums: dict[str, Sum]
-    full: dict[str, np.ndarray]
+    parts: list[Part]
+    full: dict[str, Any]
     rows: dict[str, Tokens]
-    frozen: dict[str, np.ndarray]
+    frozen: dict[str, Any]
+    biases: dict[str, tuple[Any, float]]
+    flag: bool = False
 
 
-def changes(
-    checkpoint: Checkpoint, adapter: str | os.PathLike[str] | PyTree, names: Sequence[Name] | None
-) -> Changes:
-    """The changes by a PEFT folder, or by a tree with `names`.
-
-    Raises:
-        ValueError: if the adapter does not fit the checkpoint, with all that is wrong.
-    """
+def find_changes(
+    checkpoint: Checkpoint,
+    adapter: str | os.PathLike[str] | PyTree,
+    names: Sequence[Name] | None,
+    problems: Problems,
+) -> dict[str, Change]:
+    """Finds what a PEFT folder, or a tree with `names`, changes in which tensor, or raises."""
     if isinstance(adapter, str | os.PathLike):
         if names is not None:
             raise ValueError(
                 "`names` is for an adapter tree; PEFT's files name the modules themselves. "
                 "Leave it out."
             )
-        return _by_files(checkpoint, Source(Path(adapter), "adapter"))
-    if names is None:
+        own, wanted = _in_files(checkpoint, Source(Path(adapter), "adapter"), problems)
+    elif names is None:
         raise ValueError(
             "`names` must say what the leaves of an adapter tree are called in PyTorch, by a "
             "table such as jlora.peft.LLAMA; got None."
         )
-    parts, full, rows = _of_tree(adapter, names)
-    own = views([*(part.name for part in parts), *full, *rows], checkpoint.shapes)[0]
-    wrong = _misfits(checkpoint, own, parts, full) + _misfits_of_rows(checkpoint, own, rows)
-    refuse(wrong)
-    parts, full, rows = _stored(own, parts, wrong), _renamed(own, full), _renamed(own, rows)
-    wrong += absent(checkpoint, parts, full)
-    return _made(checkpoint, parts, full, {}, False, wrong)._replace(rows=rows)
+    else:
+        own, wanted = _in_tree(checkpoint, adapter, names, problems)
+    problems.found += absent(checkpoint, own, wanted.parts, wanted.full | wanted.frozen)
+    found = _by_tensor(own, wanted, problems)
+    problems.stop()
+    found = with_copies(checkpoint, found, problems)
+    problems.found += [
+        f"{shown(name)}: the adapter holds other values of it; a trained embedding under an "
+        "adapter is not supported"
+        for name, x in wanted.frozen.items()
+        if name in own and not _holds(checkpoint, tensor_of(own, name), x)
+    ]
+    problems.stop()
+    return found
 
 
-def _of_tree(
-    adapter: PyTree, names: Sequence[Name]
-) -> tuple[list[Part], dict[str, np.ndarray], dict[str, Tokens]]:
-    """The parts of an adapter tree, its leaves in full and its rows, by PyTorch's names."""
+# ------------------------------------------------------------------------------ what is wanted
+
+
+def _in_tree(
+    checkpoint: Checkpoint, adapter: PyTree, names: Sequence[Name], problems: Problems
+) -> tuple[Views, Wanted]:
     found = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in found.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
-    check_fits(base, found)
-    leaves = resolve(base, names)
-    check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
-    rows = {f"{x.module}.weight": x for x in tokens_of(leaves, found)}
-    return *from_leaves(narrowed(leaves, found), found), rows
+    tree = arrange(base, adapter, names)
+    pairs = (
+        zip(leaf.parameters, weights(leaf, found[leaf.path]), strict=True) for leaf in tree.full
+    )
+    full = {name: x for each in pairs for name, x in each}
+    rows = {f"{x.module}.weight": x for x in tree.tokens}
+    wanted = Wanted(tree.parts, full, rows, {}, {})
+    own = views([*(part.name for part in wanted.parts), *full, *rows], checkpoint.shapes)[0]
+    _check(checkpoint, own, wanted, problems)
+    problems.stop()
+    return own, wanted
 
 
-def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
-    saved = saved_in(source)
-    adapter = read_adapter(saved, refuse)
+def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tuple[Views, Wanted]:
+    files = open_files(source)
+    adapter = sort_tensors(files, problems)
     choices = views([*adapter.full, *adapter.tokens, *names_of(adapter)], checkpoint.shapes)
     own = next((v for v in choices if not missing(adapter, shapes_of(v))), choices[0])
-    shapes = shapes_of(own)
-    parts = parts_of(adapter, shapes, "the checkpoint")
-    full, frozen, wrong = _with_tied_biases(adapter.full, own), adapter.frozen, adapter.wrong
-    tokens, heads = with_heads(checkpoint, own, adapter.tokens)
-    wrong += _misfits_of_rows(checkpoint, own, tokens) + untied_heads(checkpoint, adapter)
+    parts = assign_parameters(adapter, shapes_of(own), "the checkpoint", problems)
+    rows, heads = separate_heads(checkpoint, own, adapter.tokens)
+    wanted = Wanted(
+        parts,
+        _with_tied_biases(adapter.full, own),
+        rows,
+        adapter.frozen,
+        _biases(adapter, own, problems),
+        bool(adapter.fields.get("fan_in_fan_out")),
+    )
+    problems.found += untied_heads(checkpoint, adapter)
     strange = [part.name for part in parts if part.name not in own]
-    added = _biases(adapter, own)
-    if wrong and strange:
-        wrong.insert(
+    if problems.found and strange:
+        problems.found.insert(
             0,
             f"{shown(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
             "save the base under the names that the model has in memory, in `transformers` 5 by "
             "save_pretrained(..., save_original_format=False)",
         )
-    refuse(wrong + _misfits(checkpoint, own, parts, full | frozen))
-    # What the checkpoint has no tensor for must be the same as something that it has.
-    there = {x.shape[::-1] for part in parts if part.name in own for x in (part.a, part.b)}
-    there |= {x.shape for name, x in (full | frozen).items() if name in own}
-    lost = {part.name: part.a for part in parts if part.name not in own}
-    lost |= {name: x for name, x in (full | frozen).items() if name not in own}
-    refuse(not_there(checkpoint, [name for name, x in lost.items() if x.shape not in there]))
-    rest = (*(x for x, _ in added.values()), *(x.v for x in adapter.tokens.values()))
-    stored = (*stored_in(parts), *full.values(), *frozen.values(), *rest)
-    found = values(saved, stored, wrong := list[str]())
-    refuse(wrong or unlike(((x.v, y.v) for x, y in heads), found))
-    rows = {name: x._replace(v=found[x.v.key]) for name, x in tokens.items()}
-    parts = _stored(own, with_values(parts, found), wrong)
-    full, frozen = ({n: found[x.key] for n, x in d.items()} for d in (full, frozen))
-    full, frozen = _renamed(own, full), _renamed(own, frozen)
-    wrong += absent(checkpoint, parts, full | frozen) + untied(checkpoint, parts, full)
-    flag = bool(adapter.fields.get("fan_in_fan_out"))
-    made = _made(checkpoint, parts, full, frozen, flag, wrong)
-    warn_of_idle(adapter)
-    one = np.ones((1, 1, 1), np.float32)
-    sums = {
-        own[name].pieces[0].tensor: Sum(found[x.key].reshape(1, -1, 1), one, scale)
-        for name, (x, scale) in added.items()
-    }
-    return made._replace(sums=made.sums | sums, rows=_renamed(own, rows))
+    _check(checkpoint, own, wanted, problems)
+    problems.stop()
+    problems.found += absent(checkpoint, own, parts, wanted.full | wanted.frozen)
+    problems.stop()
+    wanted, values = _read(files, wanted, adapter, problems)
+    problems.stop(*unlike(((x.v, y.v) for x, y in heads), values))
+    problems.found += untied(checkpoint, own, wanted.parts, wanted.full)
+    return own, wanted
+
+
+def _read(
+    files: Files, wanted: Wanted, adapter: Adapter, problems: Problems
+) -> tuple[Wanted, dict[str, np.ndarray]]:
+    """Reads the values of all that is wanted."""
+    tensors = [x for part in wanted.parts for x in part.arrays]
+    tensors += [*wanted.full.values(), *wanted.frozen.values()]
+    tensors += [*(x for x, _ in wanted.biases.values()), *(x.v for x in adapter.tokens.values())]
+    values = files.values(tensors, problems)
+    return Wanted(
+        [part.read(values) for part in wanted.parts],
+        {name: values[x.key] for name, x in wanted.full.items()},
+        {name: x._replace(v=values[x.v.key]) for name, x in wanted.rows.items()},
+        {name: values[x.key] for name, x in wanted.frozen.items()},
+        {name: (values[x.key], scale) for name, (x, scale) in wanted.biases.items()},
+        wanted.flag,
+    ), values
 
 
 def _with_tied_biases(full: dict[str, T], own: Views) -> dict[str, T]:
@@ -143,126 +168,102 @@ def _with_tied_biases(full: dict[str, T], own: Views) -> dict[str, T]:
     return found
 
 
-def _biases(adapter: Adapter, own: Views) -> dict[str, tuple[Stored, float]]:
-    """What is added to biases, and its scale; what has no place is added to `adapter.wrong`."""
+def _biases(adapter: Adapter, own: Views, problems: Problems) -> dict[str, tuple[Any, float]]:
+    """What is added to biases, and its scale."""
     found = {}
     for name, x in adapter.biases.items():
         module = name.rpartition(".")[0]
-        if module not in adapter.pairs or name not in own or own[name].shape != x.shape:
+        if module not in adapter.parts or name not in own or own[name].shape != x.shape:
             there = f"of shape {own[name].shape}" if name in own else "none"
-            adapter.wrong.append(
+            problems.found.append(
                 f"{shown(x.key)}: of shape {x.shape}, is to be added to the bias of an adapted "
                 f"module, of which the checkpoint has {there}"
             )
         elif name in adapter.full:
-            adapter.wrong.append(f"{shown(x.key)}: added to a bias that is replaced")
+            problems.found.append(f"{shown(x.key)}: added to a bias that is replaced")
         else:
             found[name] = x, adapter.selection.scale(module)
     return found
 
 
-def _renamed(own: Views, full: Mapping[str, T]) -> dict[str, T]:
-    """By the checkpoint's names."""
-    return {own[n].pieces[0].tensor if n in own else n: x for n, x in full.items()}
+# ------------------------------------------------------------------------ what becomes of tensors
 
 
-def _stored(own: Views, parts: Sequence[Part], wrong: list[str]) -> list[Part]:
-    """A and B of each tensor of the checkpoint."""
-    shapes = shapes_of(own)
-    find, found = Orientation(parts, shapes, False), list[Part]()
-    for part in parts:
-        view = own.get(part.name) or View((), (Piece(part.name),))
-        if view.pieces[0].expert is None:
-            found.append(part._replace(name=view.pieces[0].tensor))
-        elif (transposed := find.of(part, orientations(part, view.shape))) is None:
-            wrong.append(_square(part.name))
-        else:
-            change = as_sum(part, view.shape, transposed)
-            for tensor, expert, start, rows in view.pieces:
-                left, right = change.left[expert, start : start + rows], change.right[expert]
-                one = part._replace(name=tensor, kind="linear", a=right, b=left)
-                found.append(one._replace(transposed=False))
-    return found
-
-
-def _made(
-    checkpoint: Checkpoint,
-    parts: Sequence[Part],
-    full: Mapping[str, np.ndarray],
-    frozen: Mapping[str, np.ndarray],
-    flag: bool,
-    wrong: list[str],
-) -> Changes:
-    shapes = checkpoint.shapes
-    find, sums = Orientation(parts, shapes, flag), dict[str, Sum]()
-    for part in parts:
-        if part.name not in shapes:
+def _by_tensor(own: Views, wanted: Wanted, problems: Problems) -> dict[str, Change]:
+    """The change of each tensor of the checkpoint; without what the checkpoint has no tensor for."""
+    found: dict[str, Change] = {
+        tensor_of(own, n): Full(x) for n, x in wanted.full.items() if n in own
+    }
+    find = Orientation(wanted.parts, shapes_of(own), wanted.flag)
+    for part in wanted.parts:
+        if (view := own.get(part.name)) is None:
             continue  # it is the same as one that is there
-        if part.name in sums or part.name in full:
-            wrong.append(f"{shown(part.name)}: changed twice by the adapter, under two names")
-        if (transposed := find.of(part, orientations(part, shapes[part.name]))) is None:
-            wrong.append(_square(part.name))
-        else:
-            sums[part.name] = as_sum(part, shapes[part.name], transposed)
-    refuse(wrong)
-    full, frozen = ({n: x for n, x in d.items() if n in shapes} for d in (full, frozen))
-    return Changes(sums, full, {}, frozen)
+        if (transposed := find.of(part, orientations(part, view.shape))) is None:
+            problems.found.append(
+                f"{shown(part.name)}: is square, and nothing tells whether it is (inputs, outputs) "
+                "or (outputs, inputs)"
+            )
+            continue
+        change = as_sum(part, view.shape, transposed)
+        for tensor, expert, start, rows in view.pieces:
+            if tensor in found:
+                problems.found.append(
+                    f"{shown(tensor)}: changed twice by the adapter, under two names"
+                )
+            found[tensor] = change if expert is None else change.of_rows(expert, start, rows)
+    one = np.ones((1, 1, 1), np.float32)
+    biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in wanted.biases.items()}
+    rows = {name: Rows(x) for name, x in wanted.rows.items()}
+    return found | {tensor_of(own, name): x for name, x in (biases | rows).items()}
 
 
-def _square(name: str) -> str:
-    return (
-        f"{shown(name)}: is square, and nothing tells whether it is (inputs, outputs) or (outputs, "
-        "inputs)"
-    )
-
-
-def _misfits(
-    checkpoint: Checkpoint, own: Views, parts: Iterable[Part], full: Mapping[str, Any]
-) -> list[str]:
-    """What the checkpoint has in another shape, or in a dtype that cannot be changed."""
-    wrong = []
-    for part in parts:
+def _check(checkpoint: Checkpoint, own: Views, wanted: Wanted, problems: Problems) -> None:
+    """Adds what the checkpoint has in another shape, or in a dtype that cannot be changed."""
+    for name, x in wanted.rows.items():
+        if (view := own.get(name)) is None or len(view.shape) != 2:
+            why = "has rows in the adapter, and is no table of the checkpoint"
+            problems.found.append(f"{shown(name)}: {why}")
+        elif bad := misfits(x, view.shape):
+            problems.found += bad
+        elif (dtype := checkpoint.entry(view.pieces[0].tensor).dtype) not in DTYPES:
+            why = f"of dtype {dtype}; expected one of {', '.join(DTYPES)}"
+            problems.found.append(f"{shown(name)}: {why}")
+    for part in wanted.parts:
         if (view := own.get(part.name)) is None:
             continue
         types = {checkpoint.entry(piece.tensor).dtype for piece in view.pieces}
         if not orientations(part, view.shape):
-            need = f"A {part.a.shape} and B {part.b.shape} make {matrix(part)}"
-            wrong.append(
-                f"{shown(part.name)}: expected a {part.kind} weight of shape {view.shape}, but "
-                f"{need}"
+            problems.found.append(
+                f"{shown(part.name)}: expected a {part.kind} weight of shape {view.shape}, but A "
+                f"{part.a.shape} and B {part.b.shape} make {matrix(part)}"
             )
         elif odd := sorted(types - DTYPES.keys()):
-            wrong.append(
+            problems.found.append(
                 f"{shown(part.name)}: of dtype {odd[0]}; expected one of "
                 f"{', '.join(DTYPES)}. Dequantize the checkpoint first"
             )
-    for name, x in full.items():
+    for name, x in (wanted.full | wanted.frozen).items():
         if (view := own.get(name)) is None:
             continue
         dtype = checkpoint.entry(view.pieces[0].tensor).dtype
         known = COUNTS if name.endswith(COUNT) else DTYPES
         if why := resized(name, x.shape, view.shape):
-            wrong.append(why)
+            problems.found.append(why)
         elif view.shape != x.shape or dtype not in known:
-            wrong.append(
+            problems.found.append(
                 f"{shown(name)}: expected {dtype} of shape {view.shape}, got {x.shape} in the "
                 "adapter"
             )
         elif len(view.pieces) > 1:
-            wrong.append(f"{shown(name)}: in full, but the checkpoint has it in parts")
-    return wrong
+            problems.found.append(f"{shown(name)}: in full, but the checkpoint has it in parts")
 
 
-def _misfits_of_rows(checkpoint: Checkpoint, own: Views, rows: Mapping[str, Tokens]) -> list[str]:
-    """Rows of what the checkpoint has in another shape, or in a dtype that cannot be changed."""
-    wrong = []
-    for name, x in rows.items():
-        if (view := own.get(name)) is None or len(view.shape) != 2:
-            wrong.append(
-                f"{shown(name)}: has rows in the adapter, and is no table of the checkpoint"
-            )
-        elif bad := misfits(x, view.shape):
-            wrong += bad
-        elif (dtype := checkpoint.entry(view.pieces[0].tensor).dtype) not in DTYPES:
-            wrong.append(f"{shown(name)}: of dtype {dtype}; expected one of {', '.join(DTYPES)}")
-    return wrong
+def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
+    """Whether a tensor has just these values."""
+    dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
+    for piece in checkpoint.pieces(name):
+        own = np.frombuffer(piece, dtype)
+        if not np.array_equal(own, value.reshape(-1)[at : at + own.size].astype(dtype)):
+            return False
+        at += own.size
+    return True

@@ -1,23 +1,20 @@
 """A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
 
-import functools
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
 
-import numpy as np
 from tqdm import tqdm
 
 from ..._folders import fresh, scratch
 from ..._types import PyTree
-from .._checkpoint import Checkpoint, copy_others, open_checkpoint, refuse
-from .._file import DTYPES, opened, shown
+from .._checkpoint import REFUSAL, Checkpoint, copy_others, open_checkpoint, read_pieces
+from .._file import opened, shown
+from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
-from ._blocks import chunks, tensor
-from ._changes import Changes, changes
-from ._ties import copies
+from ._blocks import Change
+from ._changes import find_changes
 
 
 def export_merged(
@@ -101,90 +98,38 @@ def export_merged(
             dequantize_checkpoint(src_dir, folder / "dense", follow_links=follow_links)
             export_merged(folder / "dense", adapter, out, names=names)
         return checkpoint.left_out
-    todo = _with_twins(checkpoint, changes(checkpoint, adapter, names))
-    refuse(
-        [
-            f"{shown(name)}: the adapter holds other values of it; a trained embedding under an "
-            "adapter is not supported"
-            for name, x in todo.frozen.items()
-            if not _holds(checkpoint, name, x)
-        ]
-    )
+    problems = Problems(REFUSAL)
+    changes = find_changes(checkpoint, adapter, names, problems)
+    problems.warn()
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
-    wrong: list[str] = []
     with fresh(out, "`out`") as folder, bar:
         for file in checkpoint.headers:
             with open(folder / file, "wb") as target:
-                _write(checkpoint, file, todo, target, bar.update, wrong)
-        refuse(wrong)
+                _write(checkpoint, file, changes, target, bar.update, problems)
+        problems.stop()
         copy_others(checkpoint, folder)
     return checkpoint.left_out
-
-
-def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
-    """Whether the tensor has just these values."""
-    dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
-    for piece in _pieces(checkpoint, name):
-        own = np.frombuffer(piece, dtype)
-        if not np.array_equal(own, value.reshape(-1)[at : at + own.size].astype(dtype)):
-            return False
-        at += own.size
-    return True
-
-
-def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
-    """The same for both copies of a shared weight that is stored twice."""
-    sums, full, rows = dict(todo.sums), dict(todo.full), dict(todo.rows)
-    digest = functools.partial(_digest, checkpoint)
-    for other, own, copied in copies(checkpoint, {*sums, *full, *rows}, digest):
-        if copied is not None:
-            for changed in (sums, full, rows):
-                changed |= {other: changed[copied]} if copied in changed else {}
-        elif unlike := [name for name in own if name in rows]:
-            refuse(
-                [
-                    f"{shown(unlike[0])}: has rows in the adapter, which PEFT gives {shown(other)} "
-                    "too where the two are tied; by config.json they are, but the checkpoint has "
-                    "other values of it. Set tie_word_embeddings there"
-                ]
-            )
-    return todo._replace(sums=sums, full=full, rows=rows)
-
-
-def _digest(checkpoint: Checkpoint, name: str) -> bytes:
-    """The hash of a tensor's bytes."""
-    found = hashlib.sha256()
-    for piece in _pieces(checkpoint, name):
-        found.update(piece)
-    return found.digest()
-
-
-def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
-    file, entry = checkpoint.where[name], checkpoint.entry(name)
-    with opened(checkpoint.source, file) as (source, _):
-        source.seek(checkpoint.headers[file].data + entry.start)
-        yield from chunks(source, entry.stop - entry.start)
 
 
 def _write(
     checkpoint: Checkpoint,
     file: str,
-    todo: Changes,
+    changes: Mapping[str, Change],
     target: BinaryIO,
     tick: Callable[[int], object],
-    wrong: list[str],
+    problems: Problems,
 ) -> None:
-    """One file: the header as it is, then the tensors in the order of their data."""
+    """Writes one file: the header as it is, then the tensors in the order of their data."""
     header = checkpoint.headers[file]
-    with opened(checkpoint.source, file) as (source, _):
-        for chunk in chunks(source, header.data):
-            target.write(chunk)
+    with opened(checkpoint.source, file) as (data, _):
+        for piece in read_pieces(data, header.data):
+            target.write(piece)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
-            new, bad = tensor(source, entry, name, todo), 0
-            for chunk in new:
+            bad = 0
+            for chunk in changes.get(name, Change()).chunks(data, entry):
                 target.write(chunk.data)
                 tick(len(chunk.data))
                 bad += chunk.bad
             if bad:
-                wrong.append(f"{shown(name)}: {bad} values are not finite after merging")
+                problems.found.append(f"{shown(name)}: {bad} values are not finite after merging")

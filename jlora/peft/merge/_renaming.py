@@ -112,9 +112,14 @@ def _views(
     return (fused if fused.keys() & set(wanted) else {}) | plain
 
 
-def shapes_of(views: Views) -> dict[str, tuple[int, ...]]:
-    """Of all parameters."""
-    return {name: view.shape for name, view in views.items()}
+def shapes_of(own: Views) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters."""
+    return {name: view.shape for name, view in own.items()}
+
+
+def tensor_of(own: Views, name: str) -> str:
+    """The first tensor of a parameter; its own name if the checkpoint has none."""
+    return own[name].pieces[0].tensor if name in own else name
 
 
 def _module(name: str) -> str:
