@@ -4,7 +4,7 @@ import collections
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -12,9 +12,9 @@ from ._file import (
     CONFIG,
     PICKLES,
     TENSORS,
-    Entry,
     Header,
     Source,
+    Tensor,
     brief,
     check_within,
     listing,
@@ -28,6 +28,7 @@ ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
+REFUSAL = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
 DEEPEST = 32  # nested folders
 LIMIT = 64 * 2**20  # bytes of an index, which may list 400,000 tensors
 # Weights in other formats, which would stay unmerged, and pickles, which hold weights or code.
@@ -72,7 +73,7 @@ class Checkpoint(NamedTuple):
         found = (part.get(QUANTIZATION) for part in parts(self.config))
         return next((x for x in found if isinstance(x, dict)), {})
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> Tensor:
         """The tensor `name`."""
         return self.headers[self.where[name]].entries[name]
 
@@ -183,15 +184,6 @@ def read_exactly(data: BinaryIO, size: int) -> bytes:
     if len(found) != size:
         raise ValueError("`src_dir`: a file changed while it was read; start again.")
     return found
-
-
-def refuse(found: Sequence[str]) -> None:
-    """Raises if there is anything that keeps an adapter from being merged."""
-    if found:
-        raise ValueError(
-            "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written. "
-            + listing(found)
-        )
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:

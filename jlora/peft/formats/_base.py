@@ -20,8 +20,9 @@ from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import ONE, open_checkpoint
 from .._file import DTYPES, listing, shown
-from ..names._arrays import weight, weights
-from ..names._names import Leaf, Name
+from ..names._convert import weight, weights
+from ..names._leaves import Leaf
+from ..names._names import Name
 from ..names._weights import all_named, narrowed
 from ._codes import leaf_of
 from ._format import Format, format_of

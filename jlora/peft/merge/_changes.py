@@ -1,7 +1,7 @@
 """What an adapter changes in a checkpoint: all is checked before a value is read."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -190,7 +190,7 @@ def _biases(adapter: Adapter, own: Views, problems: Problems) -> dict[str, tuple
 
 
 def _by_tensor(own: Views, wanted: Wanted, problems: Problems) -> dict[str, Change]:
-    """The change of each tensor of the checkpoint; without what the checkpoint has no tensor for."""
+    """The changes of the tensors that the checkpoint has."""
     found: dict[str, Change] = {
         tensor_of(own, n): Full(x) for n, x in wanted.full.items() if n in own
     }

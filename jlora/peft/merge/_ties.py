@@ -3,14 +3,14 @@
 import collections
 import functools
 import hashlib
-import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from .._checkpoint import Checkpoint
-from .._file import Tensor, shown
+from .._file import shown
 from .._problems import Problems
 from ..adapter._contents import SHARED, Adapter, Part
+from ..adapter._parameters import identity, twins
 from ..adapter._tokens import Tokens, lone_heads, tied_rows
 from ._blocks import Change, Rows
 from ._renaming import Views, tensor_of
@@ -34,11 +34,11 @@ def absent(
     """
     lost = [part.name for part in parts if part.name not in own]
     if lost:
-        shared = _twins(parts)
+        shared = twins(parts)
         lost = [name for name in lost if name not in shared or shared[name].name not in own]
     lone = {name: x for name, x in full.items() if name not in own}
-    kept = {_identity(x) for name, x in full.items() if name in own} if lone else set()
-    lost += [name for name, x in lone.items() if _identity(x) not in kept]
+    kept = {identity(x) for name, x in full.items() if name in own} if lone else set()
+    lost += [name for name, x in lone.items() if identity(x) not in kept]
     return [f"{shown(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
 
 
@@ -54,39 +54,17 @@ def _reason(name: str, checkpoint: Checkpoint) -> str:
     )
 
 
-def _identity(x: Any, transposed: bool = False) -> tuple[Any, ...]:
-    """What two tensors must have in common to be the same."""
-    shape = x.shape[::-1] if transposed else x.shape
-    if isinstance(x, Tensor):
-        return shape, x.dtype
-    data = (x.T if transposed else x).tobytes()
-    return shape, x.dtype, hashlib.sha256(data).digest()
-
-
-def _twins(parts: Iterable[Part]) -> dict[str, Part]:
-    """By name, the part that is the same on the other side of a weight that two modules share."""
-    groups: dict[Any, dict[str, Part]] = {}
-    for part in parts:
-        if part.kind in ("embedding", "linear") and part.m is None:
-            is_table = part.kind == "embedding"
-            a, b = (part.b, part.a) if is_table else (part.a, part.b)
-            key = part.scale, _identity(a, is_table), _identity(b, is_table)
-            groups.setdefault(key, {}).setdefault(part.kind, part)
-    pairs = (group.values() for group in groups.values() if len(group) == 2)
-    return {x.name: y for pair in pairs for x, y in itertools.permutations(pair)}
-
-
 def untied(
     checkpoint: Checkpoint, own: Views, parts: Sequence[Part], full: Mapping[str, Any]
 ) -> list[str]:
     """Changes of a shared weight that PEFT would apply in only one of its places."""
     alone = [part.name for part in parts if is_shared(checkpoint, tensor_of(own, part.name))]
     if alone:
-        shared = _twins(parts)
+        shared = twins(parts)
         alone = [name for name in alone if name not in shared]
     if both := [name for name in full if is_shared(checkpoint, tensor_of(own, name))]:
-        counts = collections.Counter(map(_identity, full.values()))
-        alone += [name for name in both if counts[_identity(full[name])] == 1]
+        counts = collections.Counter(map(identity, full.values()))
+        alone += [name for name in both if counts[identity(full[name])] == 1]
     return [
         f"{shown(tensor_of(own, name))}: the input embedding and the output head share this weight "
         "(config.json: tie_word_embeddings), but the adapter does not change both alike; save the "
