@@ -1,202 +1,26 @@
-"""What an adapter changes in a checkpoint: all is checked before a value is read."""
+"""The changes of tensors, and which weights are transposed as against B·A."""
 
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Collection, Iterable
 
-import jax
 import numpy as np
 
-from ..._adapters import is_node, weight_shape
-from ..._tree import adapter_leaves, nest
-from ..._types import PyTree
-from .._checkpoint import Checkpoint
-from .._file import COUNT, COUNTS, DTYPES, Source, shown
+from .._file import shown
 from .._problems import Problems
-from ..adapter._contents import Adapter, Part, resized, sort_tensors
-from ..adapter._files import Files, open_files
-from ..adapter._parameters import assign_parameters, matrix, missing, names_of, orientations
-from ..adapter._tokens import Tokens, misfits, unlike
-from ..adapter._tree import arrange
-from ..names._convert import weights
-from ..names._names import Name
+from ..adapter._contents import Part
+from ..adapter._parameters import Shapes, matrix, orientations
 from ._blocks import Change, Full, Rows, Sum
-from ._orientation import Orientation, as_sum
-from ._renaming import Views, shapes_of, tensor_of, views
-from ._ties import absent, separate_heads, untied, untied_heads, with_copies
-
-T = TypeVar("T")
+from ._renaming import Views, shapes_of, tensor_of
+from ._wanted import Wanted
 
 
-class Wanted(NamedTuple):
-    """What an adapter has for the parameters of the model, by their names there.
-
-    Attributes:
-        parts: A and B.
-        full: what replaces a parameter.
-        rows: what replaces rows of an embedding.
-        frozen: what a parameter must be.
-        biases: what is added to a bias, and its scale.
-        flag: `fan_in_fan_out`.
-    """
-
-    parts: list[Part]
-    full: dict[str, Any]
-    rows: dict[str, Tokens]
-    frozen: dict[str, Any]
-    biases: dict[str, tuple[Any, float]]
-    flag: bool = False
-
-
-def find_changes(
-    checkpoint: Checkpoint,
-    adapter: str | os.PathLike[str] | PyTree,
-    names: Sequence[Name] | None,
-    problems: Problems,
-) -> dict[str, Change]:
-    """Finds what a PEFT folder, or a tree with `names`, changes in which tensor, or raises."""
-    if isinstance(adapter, str | os.PathLike):
-        if names is not None:
-            raise ValueError(
-                "`names` is for an adapter tree; PEFT's files name the modules themselves. "
-                "Leave it out."
-            )
-        own, wanted = _in_files(checkpoint, Source(Path(adapter), "adapter"), problems)
-    elif names is None:
-        raise ValueError(
-            "`names` must say what the leaves of an adapter tree are called in PyTorch, by a "
-            "table such as jlora.peft.LLAMA; got None."
-        )
-    else:
-        own, wanted = _in_tree(checkpoint, adapter, names, problems)
-    problems.found += absent(checkpoint, own, wanted.parts, wanted.full | wanted.frozen)
-    found = _by_tensor(own, wanted, problems)
-    problems.stop()
-    found = with_copies(checkpoint, found, problems)
-    problems.found += [
-        f"{shown(name)}: the adapter holds other values of it; a trained embedding under an "
-        "adapter is not supported"
-        for name, x in wanted.frozen.items()
-        if name in own and not _holds(checkpoint, tensor_of(own, name), x)
-    ]
-    problems.stop()
-    return found
-
-
-# ------------------------------------------------------------------------------ what is wanted
-
-
-def _in_tree(
-    checkpoint: Checkpoint, adapter: PyTree, names: Sequence[Name], problems: Problems
-) -> tuple[Views, Wanted]:
-    found = adapter_leaves(adapter)
-    shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in found.items()}
-    base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
-    tree = arrange(base, adapter, names)
-    pairs = (
-        zip(leaf.parameters, weights(leaf, found[leaf.path]), strict=True) for leaf in tree.full
-    )
-    full = {name: x for each in pairs for name, x in each}
-    rows = {f"{x.module}.weight": x for x in tree.tokens}
-    wanted = Wanted(tree.parts, full, rows, {}, {})
-    own = views([*(part.name for part in wanted.parts), *full, *rows], checkpoint.shapes)[0]
-    _check(checkpoint, own, wanted, problems)
-    problems.stop()
-    return own, wanted
-
-
-def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tuple[Views, Wanted]:
-    files = open_files(source)
-    adapter = sort_tensors(files, problems)
-    choices = views([*adapter.full, *adapter.tokens, *names_of(adapter)], checkpoint.shapes)
-    own = next((v for v in choices if not missing(adapter, shapes_of(v))), choices[0])
-    parts = assign_parameters(adapter, shapes_of(own), "the checkpoint", problems)
-    rows, heads = separate_heads(checkpoint, own, adapter.tokens)
-    wanted = Wanted(
-        parts,
-        _with_tied_biases(adapter.full, own),
-        rows,
-        adapter.frozen,
-        _biases(adapter, own, problems),
-        bool(adapter.fields.get("fan_in_fan_out")),
-    )
-    problems.found += untied_heads(checkpoint, adapter)
-    strange = [part.name for part in parts if part.name not in own]
-    if problems.found and strange:
-        problems.found.insert(
-            0,
-            f"{shown(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
-            "save the base under the names that the model has in memory, in `transformers` 5 by "
-            "save_pretrained(..., save_original_format=False)",
-        )
-    _check(checkpoint, own, wanted, problems)
-    problems.stop()
-    problems.found += absent(checkpoint, own, parts, wanted.full | wanted.frozen)
-    problems.stop()
-    wanted, values = _read(files, wanted, adapter, problems)
-    problems.stop(*unlike(((x.v, y.v) for x, y in heads), values))
-    problems.found += untied(checkpoint, own, wanted.parts, wanted.full)
-    return own, wanted
-
-
-def _read(
-    files: Files, wanted: Wanted, adapter: Adapter, problems: Problems
-) -> tuple[Wanted, dict[str, np.ndarray]]:
-    """Reads the values of all that is wanted."""
-    tensors = [x for part in wanted.parts for x in part.arrays]
-    tensors += [*wanted.full.values(), *wanted.frozen.values()]
-    tensors += [*(x for x, _ in wanted.biases.values()), *(x.v for x in adapter.tokens.values())]
-    values = files.values(tensors, problems)
-    return Wanted(
-        [part.read(values) for part in wanted.parts],
-        {name: values[x.key] for name, x in wanted.full.items()},
-        {name: x._replace(v=values[x.v.key]) for name, x in wanted.rows.items()},
-        {name: values[x.key] for name, x in wanted.frozen.items()},
-        {name: (values[x.key], scale) for name, (x, scale) in wanted.biases.items()},
-        wanted.flag,
-    ), values
-
-
-def _with_tied_biases(full: dict[str, T], own: Views) -> dict[str, T]:
-    """`full` with the bias of BERT's decoder as that of its module, whose tensor it shares."""
-    found = dict(full)
-    for name in full.keys() - own.keys():
-        home = name.removesuffix(".decoder.bias") + ".bias"
-        if name.endswith(".decoder.bias") and home in own and home not in full:
-            found[home] = found.pop(name)
-    return found
-
-
-def _biases(adapter: Adapter, own: Views, problems: Problems) -> dict[str, tuple[Any, float]]:
-    """What is added to biases, and its scale."""
-    found = {}
-    for name, x in adapter.biases.items():
-        module = name.rpartition(".")[0]
-        if module not in adapter.parts or name not in own or own[name].shape != x.shape:
-            there = f"of shape {own[name].shape}" if name in own else "none"
-            problems.found.append(
-                f"{shown(x.key)}: of shape {x.shape}, is to be added to the bias of an adapted "
-                f"module, of which the checkpoint has {there}"
-            )
-        elif name in adapter.full:
-            problems.found.append(f"{shown(x.key)}: added to a bias that is replaced")
-        else:
-            found[name] = x, adapter.selection.scale(module)
-    return found
-
-
-# ------------------------------------------------------------------------ what becomes of tensors
-
-
-def _by_tensor(own: Views, wanted: Wanted, problems: Problems) -> dict[str, Change]:
-    """The changes of the tensors that the checkpoint has."""
+def find_changes(model: Views, wanted: Wanted, problems: Problems) -> dict[str, Change]:
+    """Says what is to be done to each tensor of the checkpoint that changes."""
     found: dict[str, Change] = {
-        tensor_of(own, n): Full(x) for n, x in wanted.full.items() if n in own
+        tensor_of(model, n): Full(x) for n, x in wanted.full.items() if n in model
     }
-    find = Orientation(wanted.parts, shapes_of(own), wanted.flag)
+    find = _Orientation(wanted.parts, shapes_of(model), wanted.flag)
     for part in wanted.parts:
-        if (view := own.get(part.name)) is None:
+        if (view := model.get(part.name)) is None:
             continue  # it is the same as one that is there
         if (transposed := find.of(part, orientations(part, view.shape))) is None:
             problems.found.append(
@@ -204,7 +28,7 @@ def _by_tensor(own: Views, wanted: Wanted, problems: Problems) -> dict[str, Chan
                 "or (outputs, inputs)"
             )
             continue
-        change = as_sum(part, view.shape, transposed)
+        change = _as_sum(part, view.shape, transposed)
         for tensor, expert, start, rows in view.pieces:
             if tensor in found:
                 problems.found.append(
@@ -214,56 +38,49 @@ def _by_tensor(own: Views, wanted: Wanted, problems: Problems) -> dict[str, Chan
     one = np.ones((1, 1, 1), np.float32)
     biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in wanted.biases.items()}
     rows = {name: Rows(x) for name, x in wanted.rows.items()}
-    return found | {tensor_of(own, name): x for name, x in (biases | rows).items()}
+    return found | {tensor_of(model, name): x for name, x in (biases | rows).items()}
 
 
-def _check(checkpoint: Checkpoint, own: Views, wanted: Wanted, problems: Problems) -> None:
-    """Adds what the checkpoint has in another shape, or in a dtype that cannot be changed."""
-    for name, x in wanted.rows.items():
-        if (view := own.get(name)) is None or len(view.shape) != 2:
-            why = "has rows in the adapter, and is no table of the checkpoint"
-            problems.found.append(f"{shown(name)}: {why}")
-        elif bad := misfits(x, view.shape):
-            problems.found += bad
-        elif (dtype := checkpoint.entry(view.pieces[0].tensor).dtype) not in DTYPES:
-            why = f"of dtype {dtype}; expected one of {', '.join(DTYPES)}"
-            problems.found.append(f"{shown(name)}: {why}")
-    for part in wanted.parts:
-        if (view := own.get(part.name)) is None:
-            continue
-        types = {checkpoint.entry(piece.tensor).dtype for piece in view.pieces}
-        if not orientations(part, view.shape):
-            problems.found.append(
-                f"{shown(part.name)}: expected a {part.kind} weight of shape {view.shape}, but A "
-                f"{part.a.shape} and B {part.b.shape} make {matrix(part)}"
-            )
-        elif odd := sorted(types - DTYPES.keys()):
-            problems.found.append(
-                f"{shown(part.name)}: of dtype {odd[0]}; expected one of "
-                f"{', '.join(DTYPES)}. Dequantize the checkpoint first"
-            )
-    for name, x in (wanted.full | wanted.frozen).items():
-        if (view := own.get(name)) is None:
-            continue
-        dtype = checkpoint.entry(view.pieces[0].tensor).dtype
-        known = COUNTS if name.endswith(COUNT) else DTYPES
-        if why := resized(name, x.shape, view.shape):
-            problems.found.append(why)
-        elif view.shape != x.shape or dtype not in known:
-            problems.found.append(
-                f"{shown(name)}: expected {dtype} of shape {view.shape}, got {x.shape} in the "
-                "adapter"
-            )
-        elif len(view.pieces) > 1:
-            problems.found.append(f"{shown(name)}: in full, but the checkpoint has it in parts")
+def _as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
+    """What `part` adds to the weight of a shape."""
+    count = shape[0] if part.kind == "experts" else 1
+    rows, columns = matrix(part)
+    b = part.b.reshape(rows, -1, count).transpose(2, 0, 1)  # rank outside of experts
+    a = part.a.reshape(count, -1, columns)  # experts outside of rank
+    found = Sum(b, a, part.scale, None if part.m is None else part.m.reshape(-1))
+    return found.transpose if transposed else found
 
 
-def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
-    """Whether a tensor has just these values."""
-    dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
-    for piece in checkpoint.pieces(name):
-        own = np.frombuffer(piece, dtype)
-        if not np.array_equal(own, value.reshape(-1)[at : at + own.size].astype(dtype)):
-            return False
-        at += own.size
-    return True
+class _Orientation:
+    """Finds out whether square weights are transposed, from others that are not square."""
+
+    def __init__(self, parts: Iterable[Part], shapes: Shapes, flag: bool):
+        """Learns from parts, the shapes of all tensors, and `fan_in_fan_out`."""
+        self.flag = flag
+        self.seen: dict[bool, set[tuple[str, str]]] = {False: set(), True: set()}
+        for part in parts:
+            if len(found := orientations(part, shapes.get(part.name, ()))) == 1:
+                self.seen[found[0]].add(_group(part.kind, part.name))
+        # A bias has the length of the outputs. It tells nothing of experts: whether PEFT's A
+        # belongs to their inputs depends on the version of `transformers`.
+        for name, shape in shapes.items():
+            (outputs,) = shapes.get(name.removesuffix("weight") + "bias", (0,))[:1] or (0,)
+            if len(shape) == 2 and shape[0] != shape[1] and outputs in shape:
+                self.seen[outputs == shape[1]].add(_group("linear", name))
+
+    def of(self, part: Part, fits: Collection[bool]) -> bool | None:
+        """Whether `part` is transposed, of the orientations that fit; None if nothing tells."""
+        if len(fits) == 1:
+            return next(iter(fits))
+        assert fits, part.name
+        group = _group(part.kind, part.name)
+        votes = [t for t in (False, True) if group in self.seen[t]]
+        if len(votes) == 1:
+            return votes[0]
+        mixed = any(kind == "linear" for kind, _ in self.seen[not self.flag])
+        return None if votes or mixed or part.kind == "experts" else self.flag
+
+
+def _group(kind: str, name: str) -> tuple[str, str]:
+    """The modules that have one orientation: those of one last name."""
+    return kind, name.rpartition(".")[0].rpartition(".")[2]

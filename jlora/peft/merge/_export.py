@@ -15,6 +15,8 @@ from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
 from ._blocks import Change
 from ._changes import find_changes
+from ._ties import with_copies
+from ._wanted import check_frozen, read_wanted
 
 
 def export_merged(
@@ -41,7 +43,7 @@ def export_merged(
     the same in float32, and has the same bits where PyTorch's matrix product sums in this order:
     it does for ranks up to 192 and sides of at least 64. In other cases the two differ by the
     rounding of the product. In bfloat16 and float16 PEFT rounds the ΔW of embeddings and of
-    experts before it adds. It keeps `modules_to_save` in their own dtype, here they get W's; to a
+    experts before it adds. It keeps `modules_to_save` in their model dtype, here they get W's; to a
     weight that embedding and head share it adds their common ΔW twice, here it is added once. The
     norms of DoRA are of float32 values and are summed in float64; PEFT's are to a few roundings
     the same in float32, and have those of W's dtype in narrower ones.
@@ -99,7 +101,12 @@ def export_merged(
             export_merged(folder / "dense", adapter, out, names=names)
         return checkpoint.left_out
     problems = Problems(REFUSAL)
-    changes = find_changes(checkpoint, adapter, names, problems)
+    model, wanted = read_wanted(checkpoint, adapter, names, problems)
+    changes = find_changes(model, wanted, problems)
+    problems.stop()
+    changes = with_copies(checkpoint, changes, problems)
+    check_frozen(checkpoint, model, wanted, problems)
+    problems.stop()
     problems.warn()
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)

@@ -1,4 +1,4 @@
-"""A weight that the input embedding and the output head of a checkpoint share: it is there once."""
+"""A weight that the input embedding and the output head of a checkpoint share."""
 
 import collections
 import functools
@@ -26,18 +26,18 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def absent(
-    checkpoint: Checkpoint, own: Views, parts: Sequence[Part], full: Mapping[str, Any]
+    checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
 ) -> list[str]:
     """Problems with what the checkpoint has no tensor for, unless another has the same values.
 
     Values that are not read yet are compared by their shapes.
     """
-    lost = [part.name for part in parts if part.name not in own]
+    lost = [part.name for part in parts if part.name not in model]
     if lost:
         shared = twins(parts)
-        lost = [name for name in lost if name not in shared or shared[name].name not in own]
-    lone = {name: x for name, x in full.items() if name not in own}
-    kept = {identity(x) for name, x in full.items() if name in own} if lone else set()
+        lost = [name for name in lost if name not in shared or shared[name].name not in model]
+    lone = {name: x for name, x in full.items() if name not in model}
+    kept = {identity(x) for name, x in full.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identity(x) not in kept]
     return [f"{shown(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
 
@@ -55,20 +55,20 @@ def _reason(name: str, checkpoint: Checkpoint) -> str:
 
 
 def untied(
-    checkpoint: Checkpoint, own: Views, parts: Sequence[Part], full: Mapping[str, Any]
+    checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
 ) -> list[str]:
     """Changes of a shared weight that PEFT would apply in only one of its places."""
-    alone = [part.name for part in parts if is_shared(checkpoint, tensor_of(own, part.name))]
+    alone = [part.name for part in parts if is_shared(checkpoint, tensor_of(model, part.name))]
     if alone:
         shared = twins(parts)
         alone = [name for name in alone if name not in shared]
-    if both := [name for name in full if is_shared(checkpoint, tensor_of(own, name))]:
+    if both := [name for name in full if is_shared(checkpoint, tensor_of(model, name))]:
         counts = collections.Counter(map(identity, full.values()))
         alone += [name for name in both if counts[identity(full[name])] == 1]
     return [
-        f"{shown(tensor_of(own, name))}: the input embedding and the output head share this weight "
-        "(config.json: tie_word_embeddings), but the adapter does not change both alike; save the "
-        "base model untied first"
+        f"{shown(tensor_of(model, name))}: the input embedding and the output head share this "
+        "weight (config.json: tie_word_embeddings), but the adapter does not change both alike; "
+        "save the base model untied first"
         for name in alone
     ]
 
@@ -77,23 +77,23 @@ def untied(
 
 
 def separate_heads(
-    checkpoint: Checkpoint, own: Views, tokens: Mapping[str, Tokens]
+    checkpoint: Checkpoint, model: Views, tokens: Mapping[str, Tokens]
 ) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
     """The rows that the checkpoint has tables for, and the heads that are tied to one of them."""
     heads, there = [], dict(tokens)
     for name, x in tokens.items():
-        table = tied_rows(name, tokens, own) if SHARED.search(x.module) else None
+        table = tied_rows(name, tokens, model) if SHARED.search(x.module) else None
         if table is None:
             continue
-        if name not in own or is_shared(checkpoint, tensor_of(own, name)):
+        if name not in model or is_shared(checkpoint, tensor_of(model, name)):
             heads.append((x, table))
-        if name not in own:
+        if name not in model:
             del there[name]
     return there, heads
 
 
 def untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
-    """What lists the rows of an embedding once more, and is no head that is tied to it."""
+    """Problems with rows that are listed for a head which is not tied to their embedding."""
     apart = (name for name in checkpoint.where if not is_shared(checkpoint, name))
     return lone_heads(adapter.heads, [n.removesuffix(".weight") for n in apart])
 
