@@ -14,7 +14,7 @@ from ._file import (
     TENSORS,
     Header,
     Source,
-    Tensor,
+    TensorInfo,
     brief,
     check_within,
     listing,
@@ -62,7 +62,7 @@ class Checkpoint(NamedTuple):
         """Of all tensors."""
         return {name: self.entry(name).shape for name in self.where}
 
-    def entry(self, name: str) -> Tensor:
+    def entry(self, name: str) -> TensorInfo:
         """The tensor `name`."""
         return self.headers[self.where[name]].entries[name]
 

@@ -21,7 +21,7 @@ from ..._types import PyTree
 from .._checkpoint import ONE, Checkpoint, open_checkpoint
 from .._file import DTYPES, brief, listing, shown
 from ..names._convert import weight, weights
-from ..names._leaves import Leaf
+from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import all_named, narrowed
 from . import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
@@ -135,7 +135,7 @@ def format_of(config: Mapping[str, Any], argument: str = "path") -> Format | Non
     return FORMATS[method]
 
 
-def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | None) -> Any:
+def _read(leaf: NamedLeaf, tensors: Any, config: dict[str, Any], format: Format | None) -> Any:
     name, whole = leaf.name, leaf.weight_shape
     matrix = name.kind in ("linear", "embedding", "experts")
     if format is not None and matrix and not (name.transposed and name.kind == "linear"):
@@ -161,7 +161,7 @@ def _read(leaf: Leaf, tensors: Any, config: dict[str, Any], format: Format | Non
     return jnp.asarray(_dense(leaf, parts))
 
 
-def _dense(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
+def _dense(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     for key, x in zip(leaf.parameters, parts, strict=True):
         if why := narrowed(x.dtype):
             raise Unreadable(f"{key}: {why}")
@@ -231,7 +231,7 @@ def save_base(
         (folder / "config.json").write_bytes(json.dumps(said, indent=2).encode())
 
 
-def _unwritable(leaf: Leaf) -> str | None:
+def _unwritable(leaf: NamedLeaf) -> str | None:
     value: Quantized = leaf.value
     stack, order = leaf.name.where("ls"), (*leaf.name.where("o"), *leaf.name.where("i"))
     if leaf.name.kind == "embedding":

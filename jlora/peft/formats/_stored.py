@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme
-from ..names._leaves import Leaf
+from ..names._leaves import NamedLeaf
 from ._tensors import Unreadable
 
 
@@ -81,7 +81,7 @@ def _has_nan(codes: np.ndarray) -> bool:
     return bool(np.isnan(every.view(codes.dtype).astype(np.float32))[codes.view(np.uint8)].any())
 
 
-def leaf_of(leaf: Leaf, modules: Sequence[Stored | Dense]) -> Any:
+def leaf_of(leaf: NamedLeaf, modules: Sequence[Stored | Dense]) -> Any:
     """The leaf of which `modules` are the stack.
 
     Quantized if its axes can be cut into the blocks of the file; else dequantized, exactly.

@@ -12,7 +12,7 @@ from ..._adapters import is_node, weight_shape
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._checkpoint import REFUSAL, Checkpoint, refuse
-from .._file import COUNT, COUNTS, DTYPES, Source, Tensor, shown
+from .._file import COUNT, COUNTS, DTYPES, Source, TensorInfo, shown
 from .._problems import Problems
 from ..adapter._contents import Adapter, Part, resized, sort_tensors
 from ..adapter._files import open_files
@@ -145,7 +145,7 @@ def _with_tied_biases(full: dict[str, T], own: Views) -> dict[str, T]:
     return found
 
 
-def _biases(adapter: Adapter, own: Views, wrong: list[str]) -> dict[str, tuple[Tensor, float]]:
+def _biases(adapter: Adapter, own: Views, wrong: list[str]) -> dict[str, tuple[TensorInfo, float]]:
     """What is added to biases, and its scale; what has no place is added to `wrong`."""
     found = {}
     for name, x in adapter.biases.items():
