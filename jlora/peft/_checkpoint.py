@@ -14,7 +14,7 @@ from ._file import (
     TENSORS,
     Header,
     Source,
-    Tensor,
+    TensorInfo,
     brief,
     check_within,
     listing,
@@ -73,7 +73,7 @@ class Checkpoint(NamedTuple):
         found = (part.get(QUANTIZATION) for part in parts(self.config))
         return next((x for x in found if isinstance(x, dict)), {})
 
-    def entry(self, name: str) -> Tensor:
+    def entry(self, name: str) -> TensorInfo:
         """The tensor `name`."""
         return self.headers[self.where[name]].entries[name]
 

@@ -21,7 +21,7 @@ from ..._types import PyTree
 from .._checkpoint import ONE, open_checkpoint
 from .._file import DTYPES, listing, shown
 from ..names._convert import weight, weights
-from ..names._leaves import Leaf
+from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import all_named, narrowed
 from ._codes import leaf_of
@@ -95,7 +95,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
-def _read(leaf: Leaf, format: Format) -> Any:
+def _read(leaf: NamedLeaf, format: Format) -> Any:
     name, whole = leaf.name, leaf.weight_shape
     if name.kind in ("embedding", "experts") or (name.kind == "linear" and not name.transposed):
         each = (*whole[:-2], *whole[-2:][::-1]) if name.swapped else whole

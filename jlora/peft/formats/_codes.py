@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spelled
-from ..names._leaves import Leaf
+from ..names._leaves import NamedLeaf
 from ._tensors import Unreadable
 
 # The largest magnitude that a code may stand for, times its scale.
@@ -114,7 +114,7 @@ def _has_nan(codes: np.ndarray) -> bool:
     return bool(np.isnan(every.view(codes.dtype).astype(np.float32))[codes.view(np.uint8)].any())
 
 
-def leaf_of(leaf: Leaf, modules: Sequence[Codes | Dense]) -> Any:
+def leaf_of(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
     """Makes a leaf of its stack of modules.
 
     It is quantized if its axes can be cut into the blocks of the file; else it is dequantized.

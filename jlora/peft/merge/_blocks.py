@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checkpoint import read_exactly, read_pieces
-from .._file import COUNTS, DTYPES, Tensor
+from .._file import COUNTS, DTYPES, TensorInfo
 from ..adapter._tokens import Tokens, placed
 
 BLOCK = 2**20  # numbers
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 class Change:
     """Computes the new bytes of a tensor from the old ones; here they stay."""
 
-    def chunks(self, data: BinaryIO, tensor: Tensor) -> Iterator[Chunk]:
+    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
         """Yields the new bytes of a tensor, whose old ones are next in `data`."""
         yield from map(Chunk, read_pieces(data, tensor.stop - tensor.start))
 
@@ -38,7 +38,7 @@ class Full(Change):
 
     value: np.ndarray
 
-    def chunks(self, data: BinaryIO, tensor: Tensor) -> Iterator[Chunk]:
+    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
         """Yields the value."""
         data.seek(tensor.stop - tensor.start, 1)
         yield _chunk(self.value, (DTYPES | COUNTS)[tensor.dtype])
@@ -50,7 +50,7 @@ class Rows(Change):
 
     tokens: Tokens
 
-    def chunks(self, data: BinaryIO, tensor: Tensor) -> Iterator[Chunk]:
+    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
         """Yields the table with the other rows."""
         (rows, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
         step = max(1, BLOCK // max(columns, 1))
@@ -89,7 +89,7 @@ class Sum(Change):
         left = self.left[expert : expert + 1, start : start + rows]
         return Sum(left, self.right[expert : expert + 1], self.scale)
 
-    def chunks(self, data: BinaryIO, tensor: Tensor) -> Iterator[Chunk]:
+    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
         """Yields W + s·B·A in blocks of rows, with the norms of DoRA if it has them."""
         gains, dtype = None, DTYPES[tensor.dtype]
         if self.m is not None and not self.by_rows:  # the norm of a column needs all of W
