@@ -13,7 +13,7 @@ from .._file import opened, shown
 from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
-from ._blocks import Change
+from ._blocks import Edit
 from ._changes import find_changes
 from ._ties import with_copies
 from ._wanted import check_frozen, read_wanted
@@ -122,7 +122,7 @@ def export_merged(
 def _write(
     checkpoint: Checkpoint,
     file: str,
-    changes: Mapping[str, Change],
+    changes: Mapping[str, Edit],
     target: BinaryIO,
     tick: Callable[[int], object],
     problems: Problems,
@@ -134,7 +134,7 @@ def _write(
             target.write(piece)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
             bad = 0
-            for chunk in changes.get(name, Change()).chunks(data, entry):
+            for chunk in changes.get(name, Edit()).chunks(data, entry):
                 target.write(chunk.data)
                 tick(len(chunk.data))
                 bad += chunk.bad
