@@ -102,14 +102,14 @@ def untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
 
 
 def with_copies(
-    checkpoint: Checkpoint, changes: Mapping[str, Edit], problems: Problems
+    checkpoint: Checkpoint, edits: Mapping[str, Edit], problems: Problems
 ) -> dict[str, Edit]:
-    """The changes, and those of the other copies of shared weights that are stored twice."""
-    found = dict(changes)
-    for other, own, copied in copies(checkpoint, changes, functools.partial(_digest, checkpoint)):
+    """The edits, and those of the other copies of shared weights that are stored twice."""
+    found = dict(edits)
+    for other, own, copied in copies(checkpoint, edits, functools.partial(_digest, checkpoint)):
         if copied is not None:
-            found[other] = changes[copied]
-        elif rows := [name for name in own if isinstance(changes[name], NewRows)]:
+            found[other] = edits[copied]
+        elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
             problems.stop(
                 f"{shown(rows[0])}: has rows in the adapter, which PEFT gives {shown(other)} too "
                 "where the two are tied; by config.json they are, but the checkpoint has other "

@@ -13,7 +13,7 @@ from ._renaming import Views, shapes_of, tensor_of
 from ._wanted import Wanted
 
 
-def find_changes(model: Views, wanted: Wanted, problems: Problems) -> dict[str, Edit]:
+def find_edits(model: Views, wanted: Wanted, problems: Problems) -> dict[str, Edit]:
     """Says what is to be done to each tensor of the checkpoint that changes."""
     found: dict[str, Edit] = {
         tensor_of(model, n): NewValues(x) for n, x in wanted.full.items() if n in model
