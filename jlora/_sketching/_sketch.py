@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapters import LoRA, is_node
+from .._keys import check_key, fold
 from .._rules import Rule, is_int
 from .._sites import Site
 from .._transform import transform, wrap
-from .._tree import bind, check_key, fold, leaves_by_path, nest
+from .._tree import bind, leaves_by_path, nest
 from .._types import Path, PyTree, short
 from ._kinds import KINDS, Sketched, leading, whole
 from ._spectrum import Sketch, Spectrum
