@@ -20,10 +20,10 @@ from . import types as types
 from ._adapters import DoRA as DoRA
 from ._adapters import LoRA as LoRA
 from ._adapters import Rows as Rows
+from ._labels import labels as labels
+from ._labels import mask as mask
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
-from ._optimizer import labels as labels
-from ._optimizer import mask as mask
 from ._optimizer import optimizer as optimizer
 from ._optimizer import summary as summary
 from ._planning import plan as plan
@@ -40,6 +40,8 @@ from ._quantized import Quantized as Quantized
 from ._quantized import dequantize as dequantize
 from ._rules import Full as Full
 from ._rules import Slots as Slots
+from ._scaling import lora_plus as lora_plus
+from ._scaling import precondition as precondition
 from ._sketching import allocate as allocate
 from ._sketching import sketch as sketch
 from ._transform import dropout as dropout

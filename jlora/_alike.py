@@ -35,12 +35,12 @@ def leaves_of(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
 
 
 def has_key(leaf: Any) -> bool:
-    return getattr(leaf, "key", None) is not None
+    return is_node(leaf) and leaf.key is not None
 
 
 def is_residual(leaf: Any) -> bool:
     """Whether a leaf is of low rank, and for a base that its start changed."""
-    return getattr(leaf, "residual", False)
+    return is_node(leaf) and leaf.residual
 
 
 def of_other_methods(leaves: Iterable[tuple[Path, Any]]) -> dict[Path, str]:
@@ -71,7 +71,7 @@ def misfit(leaves: Sequence[Any]) -> str | None:
 
 def misfit_in_table(leaves: Sequence[Any]) -> str | None:
     """Why leaves at one path are not for one weight, or what trains them is another."""
-    frozen = list(dict.fromkeys(getattr(x, "frozen", ()) for x in leaves))
+    frozen = list(dict.fromkeys(x.frozen if is_node(x) else () for x in leaves))
     if (why := misfit(leaves)) or not frozen[1:]:
         return why
     return (

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapters import PartialWeightError, arrays, lowered, state
+from ._adapters import PartialWeightError, arrays, lower, state
 from ._compat import is_concrete, place_of
 from ._core import Axis, NotInvertibleError
 from ._quantized import Quantized, dequantize, is_quantized, quantized
@@ -156,7 +156,7 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
 def _change(w: Any, node: Any, sign: int) -> jax.Array:
     axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
     w = w.array(jnp.float32) if is_quantized(w) else w
-    return lowered(node, w).of(w, axes, sign).astype(dtype)
+    return lower(node, w).of(w, axes, sign).astype(dtype)
 
 
 def _like(w: Any, old: Any) -> Any:

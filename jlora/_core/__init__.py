@@ -9,12 +9,15 @@ from . import _control, _dot, _kernels, _lookup, _moves  # noqa: F401
 from ._axes import RANK as RANK
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
+from ._axes import Unfactorable as Unfactorable
 from ._change import Change as Change
 from ._change import Delta as Delta
 from ._change import NotInvertibleError as NotInvertibleError
 from ._explicit import explicit as explicit
+from ._interpret import Equation as Equation
 from ._interpret import evaluate as evaluate
 from ._interpret import materialized as materialized
+from ._interpret import rule as rule
 from ._packed import Packed as Packed
 from ._packed import laid as laid
 from ._packed import mesh_axes as mesh_axes

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._adapters import LowRank, Routed, is_node, still, weight_shape
+from .._adapters import LowRank, Routed, is_node, stop_gradients, weight_shape
 from .._alike import FROM_THE_START, RESIDUAL, is_residual, refuse
 from .._compat import is_concrete
 from .._tree import adapter_leaves, check_fits, leaves_by_path, nest
@@ -140,7 +140,7 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
         >>> layout = jlora.types.Layout((), (0,), (1,))
         >>> one = {"w": jlora.types.LowRank(jnp.ones((64, 1)), jnp.ones((1, 64)), 1.0, layout)}
         >>> jlora.many.prepare(jlora.many.stack([one] * 3))
-        {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3)}
+        {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3, scale=1.0)}
     """
     return nest(_prepared(table, form)[0])
 
@@ -214,11 +214,12 @@ def _is_beside(leaf: Any, form: str | None) -> bool:
 
 def _side_by_side(node: LowRank, slots: int) -> Routed:
     """The slots of a site as one A and one B."""
-    n, node = len(node.layout.stack) + (node.layout.slots is not None), still(node)
+    n, node = len(node.layout.stack) + (node.layout.slots is not None), stop_gradients(node)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
     b = b.reshape(*b.shape[:n], a.shape[-1], *b.shape[n + 2 :])
-    return Routed(a, b, None, slots, *node[2:7])
+    fields = (node.scale, node.layout, node.dropout, node.materialize, node.key)
+    return Routed(a, b, None, slots, *fields)
 
 
 def _with_gate(node: Routed, i: jax.Array) -> Routed:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapters import LowRank, arrays, is_node, method_of, state
+from .._adapters import LowRank, arrays, is_node, state
 from .._alike import (
     FROM_THE_START,
     RESIDUAL,
@@ -201,7 +201,7 @@ def _slots(leaf: Any) -> int | None:
     """The length of the first axis of a leaf, if that is one of slots."""
     if not is_node(leaf):
         return leaf.shape[0] if leaf.shape else None
-    axes, found = method_of(leaf).axes(leaf.layout), arrays(leaf)
+    axes, found = leaf.axes(leaf.layout), arrays(leaf)
     sizes = {x.shape[0] if x.ndim == len(axes[k]) + 1 else None for k, x in found.items()}
     return sizes.pop() if len(sizes) == 1 else None
 

@@ -144,7 +144,7 @@ def with_training(
     fields: Fields, own: Sequence[Leaf], found: Mapping[Path, Any], config: Mapping[str, Any]
 ) -> Fields:
     """`fields` with dropout and orientation."""
-    dropouts = {getattr(found[leaf.path], "dropout", 0.0) for leaf in own}
+    dropouts = {found[leaf.path].dropout for leaf in own}
     if "lora_dropout" not in config and len(dropouts) > 1:
         raise ValueError(
             f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all. "

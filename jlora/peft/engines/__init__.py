@@ -7,3 +7,4 @@ from ._engine import Engine as Engine
 from ._engine import Factor as Factor
 from ._engine import Finding as Finding
 from ._engine import Served as Served
+from ._engine import register as register

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, decomposed_axes, without_slots
+from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
 from ..._types import Layout
 from ._names import RANK, Groups, Leaf, lengths
 
@@ -128,7 +128,7 @@ def _axes(layout: Layout) -> dict[str, tuple[int, ...]]:
             return slots[2]
         return of if isinstance(of, int) else RANK
 
-    found = decomposed_axes(layout._replace(outputs=outputs))
+    found = Decomposed.axes(layout._replace(outputs=outputs))
     return {name: tuple(map(axis, axes)) for name, axes in found.items()}
 
 
@@ -136,7 +136,7 @@ def _lone_axes(layout: Layout, name: str) -> tuple[int, ...]:
     """The axis of B or m that has the length 1, as there is an axis of slots beside it."""
     if layout.slots is None or name == "a":
         return ()
-    return (decomposed_axes(layout)[name].index(layout.slots[2]),)
+    return (Decomposed.axes(layout)[name].index(layout.slots[2]),)
 
 
 def _squeezed(x: Any, layout: Layout, name: str) -> Any:
