@@ -120,9 +120,8 @@ def precondition(damping: float | jax.Array) -> optax.GradientTransformationExtr
 def _precondition(damping: Any, update: Any, param: Any) -> Any:
     if is_left_out(param.a) or is_left_out(param.b):
         raise ValueError(
-            "jlora.precondition needs A and B, and a mask around it hides one of them. Chain it "
-            "outside of the mask, and give optax.MultiSteps(...).gradient_transformation() where "
-            "optax.MultiSteps(...) is around it."
+            "jlora.precondition needs A and B, and what is around it hides one that is frozen. "
+            "Chain it before that: optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
         )
     (of_a, of_b), wide = _axes(param), promote(param.a.dtype, param.b.dtype, jnp.float32)
     a, b = param.a.astype(wide), param.b.astype(wide)

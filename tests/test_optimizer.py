@@ -319,9 +319,7 @@ def train_step(s: Setup, tx: Any, form: str) -> Any:
 def test_a_step_holds_nothing_of_the_size_of_the_base(stack: str) -> None:
     """By XLA's own account: the base once, as an argument, and no gradient or moment of it."""
     s = setup(**STACKS[stack])
-    tx = jlora.optimizer(
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), lora_plus=16
-    )
+    tx = with_lora_plus(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 16)
     base, adapter = size(s.base), size(s.adapter)
     assert adapter < base / 30
     for form in ("adapter", "params"):
