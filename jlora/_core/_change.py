@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
-from ._axes import RANK, Axis, Factor, Unfactorable
+from ._axes import RANK, Axis, Factor, Unfactorable, is_factor
 from ._product import einsum, gated, letters, promote
 
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
@@ -39,6 +39,10 @@ class Delta:
     gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
         default=gated, metadata={"static": True}
     )
+
+    def map(self, f: Callable[[Factor], Any]) -> "Delta":
+        """Applies `f` to each factor."""
+        return jax.tree.map(f, self, is_leaf=is_factor)
 
     def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
         """ΔW, of length 1 along axes of W that neither A nor B follows."""
@@ -109,7 +113,7 @@ class Change:
     invertible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def map(self, f: Callable[[Factor], Any]) -> "Change":
-        """`f` of each factor."""
+        """Applies `f` to each factor."""
         return jax.tree.map(f, self, is_leaf=is_factor)
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
@@ -128,11 +132,6 @@ class Change:
         if self.gain is None:
             return w
         return (w.astype(wide) * self.gain.arranged(axes).astype(wide)).astype(w.dtype)
-
-
-def is_factor(x: Any) -> bool:
-    """Whether `x` is a `Factor`."""
-    return isinstance(x, Factor)
 
 
 @jax.custom_jvp

@@ -1,6 +1,5 @@
 """Higher-order primitives, each rebuilt through its public combinator."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from jax import lax
 from .. import _compat
 from ._explicit import explicit
 from ._interpret import Equation, materialized, rule
-from ._packed import mesh_axes
+from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Weight
 
 
@@ -26,7 +25,7 @@ def _constrain(x: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return x
     if isinstance(x, Weight):
-        return x.constrained(sharding)
+        return constrain(x, sharding)
     return lax.with_sharding_constraint(x, sharding)
 
 
@@ -111,7 +110,7 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     }
 
     def body(state: Any, slices: Any) -> tuple[Any, list[Any]]:
-        inside = [x.of_slice() if isinstance(x, Weight) else x for x in slices]
+        inside = [x.as_slice() if isinstance(x, Weight) else x for x in slices]
         outs = eqn.evaluate(jaxpr, *consts, *loop.carry(state), *inside)
         ys = [y for i, y in enumerate(outs[n_carry:]) if i not in whole]
         return loop.state(outs[:n_carry]), eqn.arrays(ys)
@@ -119,7 +118,7 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     state, ys = lax.scan(
         body,
         loop.state(init),
-        [x.stacked() if isinstance(x, Weight) else x for x in xs],
+        [x.as_stack() if isinstance(x, Weight) else x for x in xs],
         p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
@@ -153,20 +152,20 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     sizes = dict(p["mesh"].shape)
     operands = tuple(
-        x.sliceable(_pieces(x, spec, sizes)) if isinstance(x, Weight) else x
+        x.replace(x.w.cut(pieces(x, spec, sizes))) if isinstance(x, Weight) else x
         for x, spec in zip(operands, p["in_specs"], strict=True)
     )
     pairs = list(zip(operands, p["in_specs"], strict=True))
     # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
     operands = tuple(
-        x.placed(p["mesh"], spec) if isinstance(x, Weight) and explicit(x.value) else x
+        place(x, p["mesh"], spec) if isinstance(x, Weight) and explicit(x.type) else x
         for x, spec in pairs
     )
     unchecked = frozenset() if p["check_vma"] else frozenset(p["newly_manual_axes"])
 
     def inner(*xs: Any) -> tuple[Any, ...]:
         inside = [
-            x.within_shards(spec, unchecked, var.aval) if isinstance(x, Weight) else x
+            shard_of(x, spec, unchecked, var.aval) if isinstance(x, Weight) else x
             for x, (_, spec), var in zip(xs, pairs, p["jaxpr"].invars, strict=True)
         ]
         return tuple(eqn.arrays(eqn.evaluate(p["jaxpr"], *inside)))
@@ -174,18 +173,12 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     body = jax.shard_map(
         inner,
         mesh=p["mesh"],
-        in_specs=tuple(x.specs(s) if isinstance(x, Weight) else s for x, s in pairs),
+        in_specs=tuple(specs(x, s) if isinstance(x, Weight) else s for x, s in pairs),
         out_specs=tuple(p["out_specs"]),
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
     return list(body(*operands))
-
-
-def _pieces(w: Weight, spec: Any, sizes: Mapping[Any, int]) -> dict[Any, int]:
-    """Into how many pieces a `shard_map` cuts axes of a weight."""
-    entries = zip(w.axes, spec, strict=False)
-    return {a: math.prod(sizes[n] for n in mesh_axes(e)) for a, e in entries if e is not None}
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:

@@ -41,3 +41,10 @@ def joint(
         used |= each
     order = sorted(out, key=lambda c: c not in x)
     return renamed(NamedSharding(known.mesh, PartitionSpec(*parts)), "".join(order), out)
+
+
+def mesh_axes(entry: Any) -> tuple[Any, ...]:
+    """The mesh axes of an entry of a partition."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

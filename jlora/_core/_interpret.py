@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from .. import _compat
 from ._axes import Unfactorable
-from ._packed import Packed
 from ._shared import fork, low_rank_operand, main, shared, variables
 from ._weight import Weight
 
@@ -89,12 +88,6 @@ class Equation:
         """What its primitive, as it is, makes of `values`."""
         outs = _compat.bind(self._eqn, *values)
         return outs if self._eqn.primitive.multiple_results else outs[0]
-
-    def moved(self, w: Weight, *operands: Any) -> Any:
-        """What its primitive makes of W and `operands`; of a packed W, which follows, the type."""
-        if not isinstance(w.value, Packed):
-            return self.bind(w.value, *operands)
-        return self.outputs if self._eqn.primitive.multiple_results else self.outputs[0]
 
     def low_rank_operand(self, i: int) -> Any:
         """Operand `i` as the low-rank path sees it."""
@@ -178,12 +171,12 @@ def materialized(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
     """
     if not isinstance(x, Weight):
         return x
-    if x.source.uses is not None:
-        x.source.uses.no_product(x, reason(), added)
+    if x.origin.uses is not None:
+        x.origin.uses.no_product(x, reason(), added)
         return x.array
-    if not x.source.materialize and not x.is_row:
+    if not x.origin.materialize and not x.is_row:
         raise NotImplementedError(
-            f"the weight {' + '.join(x.source.paths)!r} reaches {reason()}, for which there is no "
+            f"the weight {' + '.join(x.origin.paths)!r} reaches {reason()}, for which there is no "
             "factored form of W + s·A·B. Leave the weight out of the rules, or let W + ΔW be "
             "formed there with LoRA(..., materialize=True): exact, but at full memory and time."
         )

@@ -54,7 +54,7 @@ def product(
             raise Unfactorable("its gain has axes of the inputs and of the outputs")
         x, z = (times(y, spread(gain, True)) for y in (x, z))
     out = plus_deltas(
-        w.multiplied(base, x, *operands), w, kind, roles, (lowrank(d, z) for d in w.change.deltas)
+        w.w.multiply(base, x, *operands), w, kind, roles, (lowrank(d, z) for d in w.change.deltas)
     )
     return out if gain is None or of_inputs else times(out, spread(gain, False))
 
@@ -63,8 +63,8 @@ def plus_deltas(
     out: jax.Array, w: Weight, kind: str, roles: Roles, products: Iterable[jax.Array]
 ) -> jax.Array:
     """`out`, the product with W, plus those with its deltas; of rows as the merged W has them."""
-    if w.source.uses is not None:
-        w.source.uses.product(w, kind, roles)
+    if w.origin.uses is not None:
+        w.origin.uses.product(w, kind, roles)
     for product in products:
         out = plus(out, product) if kind == "embed" else out + product.astype(out.dtype)
     return out

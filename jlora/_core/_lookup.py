@@ -20,9 +20,9 @@ from ._weight import Weight
 def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     found = _Lookup(eqn, w, indices)
     rows = found.filled(w).map(found.rows)
-    moved = w.replace(found.value(w), rows, axes=found.axes).with_picked(found.picked)
+    moved = w.replace(found.value(w), rows).mark_picked(found.picked)
     if found.is_weight(w):
-        return moved.unsteady()
+        return moved.mark_varying()
     out = moved.array
 
     def product(delta: Delta, rows: Delta) -> jax.Array:
@@ -97,7 +97,7 @@ class _Lookup:
     def is_weight(self, w: Weight) -> bool:
         """Whether the result is a weight again: a row of a stack is a matrix, of a matrix none."""
         if not w.change.deltas:  # a gain is applied to the rows at once
-            stays = w.source.uses is not None or isinstance(w.value, Packed)
+            stays = w.origin.uses is not None or isinstance(w.w, Packed)
             return stays and w.change.gain is None and len(self.roles.outputs) >= 2
         lengths = dict(zip(w.axes, w.shape, strict=True))
         stack = {axis for axis in self.picked if lengths[axis] > 1}
@@ -118,13 +118,13 @@ class _Lookup:
 
     def value(self, w: Weight) -> Any:
         """The rows of W; if it is packed and its parts have such rows, packed."""
-        packed = w.value.freed(self.picked) if isinstance(w.value, Packed) else None
-        if packed is None:
-            return self.eqn.bind(w.array, self.indices)
-        rows = packed.map(self.rows)
+        found = w.w.freed(self.picked)
+        if not isinstance(found, Packed):
+            return Factor(self.eqn.bind(found.array, self.indices), self.axes)
+        rows = found.map(self.rows)
         if any(map(self.fills, w.axes)):
             rows = self._filled_rows(rows, self._is_row())
-        return rows.like(self.eqn.outputs[0]).named(self.axes)
+        return rows.with_type(self.axes, self.eqn.outputs[0])
 
     def detach_out_of_bounds(self, x: jax.Array) -> jax.Array:
         """`x`, a part of the result, with a gradient only where the indices are within bounds.
@@ -151,7 +151,7 @@ class _Lookup:
             f = parts[0].factor()
             return f.replace(jnp.where(parts[1].arranged(f.axes), f.value, fill))
 
-        return Packed((rows, is_row), unpack, rows.shape, rows.dtype)
+        return Packed((rows, is_row), unpack, rows.axes, rows.shape, rows.dtype)
 
     def rows(self, f: Factor) -> Factor:
         """The rows of a factor: 0 where those of W are filled, 1 for a gain."""
