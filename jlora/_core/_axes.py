@@ -234,10 +234,6 @@ class Factor:
         rest = [a for a in self.axes if a not in axes]
         return self.replace(self.arranged([*axes, *rest]), [*axes, *rest])
 
-    def label(self, letters: Mapping[Axis, str]) -> str:
-        """A letter for each axis, as in an einsum."""
-        return "".join(letters[a] for a in self.axes)
-
     def arranged(self, axes: Sequence[Any]) -> jax.Array:
         """The array with all its axes in the order of `axes`, of length 1 along the others."""
         order = [self.axis(a) for a in axes if a in self.axes]

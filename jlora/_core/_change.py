@@ -17,9 +17,14 @@ from jax import lax
 
 from .. import _compat
 from ._axes import RANK, Axis, Factor, Unfactorable, is_factor
-from ._product import einsum, gated, letters, promote
+from ._einsum import einsum, promote
 
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
+
+
+def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """`h` times `gate`, which has as many axes: 0 where the gate is 0, whatever `h` is there."""
+    return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +56,7 @@ class Delta:
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
         return _sum_over_rank(tuple(axes), self.gated_factor(a), b)
 
-    def gated(self, h: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    def gated(self, h: jax.Array, axes: Sequence[Any]) -> jax.Array:
         """What the gate lets through of the activation `h`, which has the axes `axes`."""
         return h if self.gate is None else self.gating(h, self.gate.arranged(axes))
 
@@ -179,13 +184,6 @@ def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
 
 
 def _matrix_product(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
-    names = _lettered(axes)
     known = [axis for axis in axes if axis in a.axes or axis in b.axes]
-    out = "".join(names[axis] for axis in known)
-    delta = einsum(a.label(names), b.label(names), out, a.value, b.value, precision="highest")
-    return lax.expand_dims(delta, [i for i, axis in enumerate(axes) if axis not in known])
-
-
-def _lettered(axes: Sequence[Axis]) -> dict[Axis, str]:
-    """A letter for each axis and for the rank."""
-    return dict(zip(axes, letters(len(axes)), strict=True)) | {RANK: "Z"}
+    delta = einsum(a.axes, b.axes, known, a.value, b.value, precision="highest")
+    return a.replace(delta, known).arranged(axes)

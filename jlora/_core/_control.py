@@ -13,12 +13,12 @@ from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Weight
 
 
-@rule("jit", calls="jaxpr")
-def _jit(eqn: Equation, *_: Any) -> list[Any]:
+@rule("jit", is_move=False)
+def _jit(eqn: Equation, *operands: Any) -> list[Any]:
     # Inlined: a new function under `jax.jit` would be compiled at every eager call.
     p = eqn.params
-    operands = map(_constrain, eqn.forked, p["in_shardings"])
-    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *operands), p["out_shardings"]))
+    args = map(_constrain, operands, p["in_shardings"])
+    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
 
 
 def _constrain(x: Any, sharding: Any) -> Any:
@@ -29,12 +29,12 @@ def _constrain(x: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(x, sharding)
 
 
-@rule("closed_call", calls="call_jaxpr")
-def _call(eqn: Equation, *_: Any) -> list[Any]:
-    return eqn.evaluate(eqn.params["call_jaxpr"], *eqn.forked)
+@rule("closed_call", is_move=False)
+def _call(eqn: Equation, *operands: Any) -> list[Any]:
+    return eqn.evaluate(eqn.params["call_jaxpr"], *operands)
 
 
-@rule("remat2")
+@rule("remat2", is_move=False)
 def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     body = jax.checkpoint(
@@ -45,7 +45,7 @@ def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
     return body(*operands)
 
 
-@rule("cond")
+@rule("cond", is_move=False)
 def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
     branches = eqn.params["branches"]
     index = materialized(index, lambda: f"the predicate of {eqn.where}")
@@ -74,7 +74,7 @@ def _common(maps: list[dict[int, int]]) -> dict[int, int]:
     return {i: s for i, s in first.items() if all(m.get(i) == s for m in others)}
 
 
-@rule("while")
+@rule("while", is_move=False)
 def _while(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -92,7 +92,7 @@ def _while(eqn: Equation, *operands: Any) -> list[Any]:
     return loop.carry(lax.while_loop(cond, body, loop.state(init)))
 
 
-@rule("scan")
+@rule("scan", is_move=False)
 def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
@@ -147,7 +147,7 @@ class _Loop:
         return [self.fixed[i] if i in self.fixed else next(changing) for i in range(self.size)]
 
 
-@rule("shard_map")
+@rule("shard_map", is_move=False)
 def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     sizes = dict(p["mesh"].shape)

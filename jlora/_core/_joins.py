@@ -10,9 +10,9 @@ from jax import lax
 
 from ._axes import Axis, Factor, Unfactorable, is_factor
 from ._change import Change, Delta
+from ._einsum import promote
 from ._interpret import Equation, rule
 from ._packed import Packed
-from ._product import promote
 from ._weight import Weight, value_of
 
 Padding = tuple[int, int, int]  # as in `lax.pad`

@@ -11,8 +11,8 @@ from jax import lax
 from .. import _compat
 from ._axes import REPEATED, Axis, Unfactorable
 from ._change import Change, Delta
+from ._einsum import promote
 from ._interpret import Equation, rule
-from ._product import promote
 from ._weight import Weight
 
 # --------------------------------------------------------------------------- element for element
