@@ -239,7 +239,7 @@ class Traced(NamedTuple):
 
         def weight(path: Path, x: Any) -> Weight:
             w = leaf_weight(x, Change(), "/".join(path), materialize=True)
-            return w.replace(x, source=w.source._replace(uses=found))
+            return dataclasses.replace(w, origin=w.origin._replace(uses=found))
 
         self._evaluate(lambda path, x: weight(path, x) if path in weights else x)
         return found

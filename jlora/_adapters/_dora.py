@@ -180,7 +180,7 @@ def norms(how: _How, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     It is 0 only where W and s·A·B are. Where they cancel it is their rounding error, at least.
     """
     weight, layout = leaf_weight(w, Change(), "", materialize=True), how.layout
-    if layout.stack[:1] != (0,) or isinstance(weight.value, jax.Array):
+    if layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
         return _norms(how, weight.array, a, b)
     # Of a quantized stack one matrix is unpacked at a time.
     stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in layout[:3])
@@ -189,9 +189,9 @@ def norms(how: _How, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
 
     def of_matrix(parts: Any) -> jax.Array:
         w, a, b = parts
-        return _norms(how._replace(layout=rest), w.of_slice().array, a, b)
+        return _norms(how._replace(layout=rest), w.as_slice().array, a, b)
 
-    return lax.map(of_matrix, (weight.stacked(), a, b))
+    return lax.map(of_matrix, (weight.as_stack(), a, b))
 
 
 def _norms(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
