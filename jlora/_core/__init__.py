@@ -18,8 +18,8 @@ from ._einsum import einsum as einsum
 from ._einsum import letters as letters
 from ._einsum import promote as promote
 from ._explicit import explicit as explicit
-from ._interpret import Equation as Equation
 from ._explicit import mesh_axes as mesh_axes
+from ._interpret import Equation as Equation
 from ._interpret import evaluate as evaluate
 from ._interpret import materialized as materialized
 from ._interpret import rule as rule

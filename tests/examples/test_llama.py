@@ -337,8 +337,8 @@ def test_generate_takes_the_most_likely_token_after_each_prefix(tiny):
 
 @pytest.mark.slow
 def test_smollm2_stays_packed(packed):
-    found = jlora.quantization(packed[1]).leaves
-    assert {type(e.leaf.scheme).__name__ for e in found} == {"Int4", "Int8"}
+    found = jlora.summary(packed[1]).quantized
+    assert {type(e.scheme).__name__ for e in found} == {"Int4", "Int8"}
     assert sum(e.after for e in found) < 100e6
 
 
