@@ -705,7 +705,7 @@ def test_sites_of_two_bases_have_no_distance() -> None:
     _, params, _, initial, x = made("dense", pissa)
     _, other = jlora.transform(dense, LoRA("w", rank=RANK)).init(KEY, params, x)
     assert float(analysis.distance(initial["w"], initial["w"])) < 1e-4
-    with pytest.raises(ValueError, match=r"`site` and `other` must be for one base, but one of"):
+    with pytest.raises(ValueError, match=r"`node` and `other` must be for one base, but one of"):
         analysis.distance(initial["w"], other["w"])
 
 
