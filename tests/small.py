@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +63,11 @@ def randomize(adapter: Any) -> Any:
 def exactly(message: str) -> str:
     """A pattern that matches `message` as a whole, with or without JAX's note on tracebacks."""
     return r"\A" + re.escape(message) + r"(\n-+\nFor simplicity, JAX has removed .*)?\Z"
+
+
+def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
+    """The values of one parameter, of which all but `daily` are for the long run."""
+    return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
 
 
 def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, SUBJECTS, Case
+from small import some
 
 import jlora
 from jlora import many
@@ -27,7 +28,7 @@ def is_routed(case: Case) -> bool:
     return case.sites > 0 and case.jit and case.vmap and case.subject != "model"
 
 
-LATER = ("dense", "call", "tree", "nnx", "no_site")  # subjects of the long run
+DAILY = ("product", "convolution", "layers", "experts")  # subjects
 
 
 def table() -> list[Any]:
@@ -37,7 +38,7 @@ def table() -> list[Any]:
         cases = [c for c in CASES if c.subject == subject and is_routed(c)]
         for i, case in enumerate(cases):
             for k, form in enumerate(FORMS):
-                daily = not (case.slow or i or (n + k) % 2 or subject in LATER)
+                daily = not (case.slow or i or (n + k) % 2) and subject in DAILY
                 marks = [] if daily else [pytest.mark.slow]
                 rows.append(pytest.param(case, form, id=f"{case.name}-{form}", marks=marks))
     return rows
@@ -102,7 +103,7 @@ def made(
 
 X = jnp.asarray(normal(np.random.default_rng(5), 6, 5, 64))
 IDS = (2, 0, -1, 1, 0, 2)
-each_form = pytest.mark.parametrize("form", [None, *FORMS])
+each_form = pytest.mark.parametrize("form", some([None, *FORMS], None))
 
 
 compiled = functools.cache(jax.jit)  # one program for each function
@@ -149,6 +150,7 @@ def one_by_one(ids: tuple[int, ...]) -> tuple[Any, jax.Array]:
     return slope(lambda adapters: alone(loss, made(full=False)[1], adapters, ids))
 
 
+@pytest.mark.slow
 @each_form
 def test_a_loss_is_one_for_each_row(form: str | None) -> None:
     """With its gradients: each adapter's from its own rows."""
@@ -180,10 +182,10 @@ def test_tables_of_other_methods_are_for_vmap_alone() -> None:
     close(lora.apply(base, many.take(table, 1), X), X @ base["w"])
 
 
-ALIKE = pytest.param((0, 0, 1, 1, 2, 2), marks=pytest.mark.slow)
+RUNS = [(0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (1,) * 6, IDS]
 
 
-@pytest.mark.parametrize("ids", [ALIKE, (0, 0, 0, 0, 1, 1), (1,) * 6, IDS])
+@pytest.mark.parametrize("ids", some(RUNS, RUNS[1]))
 def test_runs_of_known_ids_are_batches(ids: tuple[int, ...]) -> None:
     lora, base, adapters = made()
     seen = []
@@ -267,10 +269,7 @@ def test_rows_without_a_slot_are_nan() -> None:
         assert np.isnan(y).all((1, 2)).tolist() == [False, True, False, True, False, False]
 
 
-INTEGERS = [
-    x if x in ("int8", "uint8", "uint32", "int64") else pytest.param(x, marks=pytest.mark.slow)
-    for x in (f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64))
-]
+INTEGERS = some([f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)], "int8")
 
 
 def numbered(count: int) -> tuple[Any, Any, Any]:
@@ -349,10 +348,10 @@ USES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bad", some([np.nan, np.inf], np.nan))
 @pytest.mark.parametrize("factor", "ab")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", some(USES, "dense", "both"))
 def test_isolation_is_as_stated(use: str, form: str, factor: str, bad: float) -> None:
     """What a value that is not finite does to rows that do not name its slot."""
     model, first = USES[use]

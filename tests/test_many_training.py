@@ -56,7 +56,7 @@ def fits(case: Case) -> bool:
     return case.vmap and case.grad and case.jit and case.sites > 0 and not case.leaks
 
 
-DAILY = ("jit_helper", "nnx_linear", "fori_loop", "tree_dict")
+DAILY = ("nnx_linear", "fori_loop")
 
 
 def entries() -> list[Any]:
@@ -263,7 +263,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plateau": (optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)), {}),
     "adafactor": (optax.adafactor(1e-2), {}),
 }
-LATER = ("sgd", "freeze_a", "accumulated", "adafactor")  # in the long run
+LATER = ("sgd", "scheduled", "freeze_a", "accumulated", "plateau", "adafactor")  # in the long run
 EACH = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in LATER else ()) for n in OPTIMIZERS]
 )
