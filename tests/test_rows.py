@@ -80,23 +80,6 @@ def made() -> tuple[Any, ...]:
     return lora, base, laws.randomize(adapter)
 
 
-def replaced(table: jax.Array, v: jax.Array, rows: Any = NEW) -> jax.Array:
-    """What the table is to be."""
-    return table.at[jnp.array(rows)].set(v.astype(table.dtype))
-
-
-def test_values_and_gradients_are_those_of_the_table(made: Any) -> None:
-    lora, base, adapter = made
-
-    def dense(v: jax.Array) -> jax.Array:
-        return jnp.sin(model(base | {"table": replaced(base["table"], v)}, IDS)).sum()
-
-    f = jax.value_and_grad(lambda a: jnp.sin(lora.apply(base, a, IDS)).sum())
-    value, slope = jax.jit(f)(adapter)
-    expected, of_v = jax.value_and_grad(dense)(adapter["table"].v)
-    laws.assert_close((value, slope["table"].v), (expected, of_v), 1e-5)
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_merged(dtype: Any) -> None:
     """The rows are V to one rounding of the sum, and all others the bits that they were."""

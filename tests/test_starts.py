@@ -474,17 +474,6 @@ def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> Non
         rule.init()
 
 
-def test_runs_share_the_base_of_an_exact_start() -> None:
-    lora, params, base, adapter, x = made("dense", pissa)
-    keys = jax.random.split(KEY, 2)
-    shared, table = jlora.many.init(lora, keys, params, x)
-    np.testing.assert_allclose(shared["w"], base["w"], atol=1e-6)
-    assert table["w"].a.shape == (2, *adapter["w"].a.shape)
-    drawn = made("dense", pissa_niter(1))[0]
-    with pytest.raises(ValueError, match="an initializer gives each key another base"):
-        jlora.many.init(drawn, keys, params, x)
-
-
 # --------------------------------------------------------------------------------------------- MiSS
 
 

@@ -143,13 +143,6 @@ def test_leaf_that_is_no_array() -> None:
         init(LoRA("kernel", rank=2), params=params)
 
 
-def test_same_rule_twice() -> None:
-    """The second of two equal rules takes nothing."""
-    rule = LoRA("w", rank=2)
-    with pytest.raises(ValueError, match=re.escape("LoRA('w') is left with no leaf")):
-        init(rule, rule, apply=dense, params=W)
-
-
 @pytest.mark.parametrize(
     ("pattern", "no_help"),
     [
