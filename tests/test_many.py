@@ -508,65 +508,41 @@ def test_errors_name_the_argument() -> None:
     stacked = many.stack(adapters, base=base)
     slotted, low = many.stack([{"w": SLOTTED}]), many.stack([{"w": node(2, dtype=jnp.bfloat16)}])
     call, prepared = many.route(lora.apply), many.prepare(stacked, form="side by side")
-    for f, error, message in [
-        (lambda: many.stack([]), TypeError, r"`adapters` must be a list of adapters.*got an empty"),
-        (lambda: many.stack(adapters, size=2), ValueError, r"`size` must be at least the 3 adapt"),
-        (
-            lambda: many.stack(adapters, rank=2, base=base),
-            ValueError,
-            r"  v: has the rank 3, above",
-        ),
-        (lambda: many.stack([adapters[0], {}]), ValueError, r"  c: is trained in full, so that a"),
-        (lambda: many.insert(stacked, 3, {}), ValueError, r"`slot` must lie in \[0, 3\).*got 3"),
-        (lambda: many.take(stacked, -1), ValueError, r"`slot` must lie in \[0, 3\).*got -1"),
-        (lambda: many.remove(stacked, 0), ValueError, r"  c: is trained in full.*\nGive `base`"),
-        (
-            lambda: many.take(adapters[0], 0),
-            TypeError,
-            r"`table` must be an adapter with a leading",
-        ),
-        (
-            lambda: many.insert(slotted, 0, {"w": node(1)}),
-            ValueError,
-            r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n",
-        ),
-        (
-            lambda: many.route(lora.apply, form="gathered")(base, prepared, jnp.array(IDS), X),
-            ValueError,
-            r"`form` is 'gathered', but `table` was prepared side by side: give the table from sta",
-        ),
-        (
-            lambda: many.remove(stacked, 0, base=base | {"c": jnp.ones(5)}),
-            ValueError,
-            r"  c: expected shape \(5,\) as in `base`, got \(4,\)",
-        ),
-        (
-            lambda: many.insert(low, 0, {"w": node(1)}),
-            ValueError,
-            "  w: is of float32, where the table has bfloat16",
-        ),
-        (lambda: many.route(lora.apply, form="x"), ValueError, r"`form` must be one of 'side by s"),
-        (
-            lambda: call(base, stacked, jnp.ones(6), X),
-            TypeError,
-            r"`ids` must be integers of shape",
-        ),
-        (
-            lambda: call(base, stacked, [0, 1], X),
-            ValueError,
-            r"argument \[0\]\[0\] after `ids` must",
-        ),
-        (lambda: call(base, stacked, [0] * 5 + [3], X), ValueError, r"`ids` must lie in \[-1, 3\)"),
-        (
-            lambda: many.route(lambda *a: lora.apply(*a)[0])(base, stacked, jnp.array(IDS), X),
-            ValueError,
-            r"result of `apply` must have the rows along its axis 0, or no axis; got float32\[5,",
-        ),
-        (
-            lambda: call({"w": X}, stacked, jnp.array(IDS), X),
-            ValueError,
-            "does not fit `base` at 3",
-        ),
-    ]:
-        with pytest.raises(error, match=f"(?s){message}"):
-            f()
+    table = {
+        TypeError: {
+            r"`adapters` must be a list of adapters.*got an empty": lambda: many.stack([]),
+            r"`table` must be an adapter with a leading": lambda: many.take(adapters[0], 0),
+            r"`ids` must be integers of shape": lambda: call(base, stacked, jnp.ones(6), X),
+        },
+        ValueError: {
+            r"`size` must be at least the 3 adapt": lambda: many.stack(adapters, size=2),
+            r"  v: has the rank 3, above": lambda: many.stack(adapters, rank=2, base=base),
+            r"  c: is trained in full, so that a": lambda: many.stack([adapters[0], {}]),
+            r"`slot` must lie in \[0, 3\).*got 3": lambda: many.insert(stacked, 3, {}),
+            r"`slot` must lie in \[0, 3\).*got -1": lambda: many.take(stacked, -1),
+            r"  c: is trained in full.*\nGive `base`": lambda: many.remove(stacked, 0),
+            r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n": lambda: many.insert(
+                slotted, 0, {"w": node(1)}
+            ),
+            r"`form` is 'gathered', but `table` was prepared side by side: give the": (
+                lambda: many.route(lora.apply, form="gathered")(base, prepared, jnp.array(IDS), X)
+            ),
+            r"  c: expected shape \(5,\) as in `base`, got \(4,\)": lambda: many.remove(
+                stacked, 0, base=base | {"c": jnp.ones(5)}
+            ),
+            "  w: is of float32, where the table has bfloat16": lambda: many.insert(
+                low, 0, {"w": node(1)}
+            ),
+            r"`form` must be one of 'side by s": lambda: many.route(lora.apply, form="x"),
+            r"argument \[0\]\[0\] after `ids` must": lambda: call(base, stacked, [0, 1], X),
+            r"`ids` must lie in \[-1, 3\)": lambda: call(base, stacked, [0] * 5 + [3], X),
+            r"result of `apply` must have the rows along its axis 0, or no axis; got ": (
+                lambda: many.route(lambda *a: lora.apply(*a)[0])(base, stacked, jnp.array(IDS), X)
+            ),
+            "does not fit `base` at 3": lambda: call({"w": X}, stacked, jnp.array(IDS), X),
+        },
+    }
+    for error, found in table.items():
+        for message, provoke in found.items():
+            with pytest.raises(error, match=f"(?s){message}"):
+                provoke()
