@@ -166,3 +166,10 @@ def registered(kind: str, name: str, types: Mapping[str, Any]) -> Any:
             "module that registers it"
         )
     return types[name]
+
+
+def to_tuples(x: Any) -> Any:
+    """JSON's lists as tuples, at any depth."""
+    if isinstance(x, dict):
+        return {name: to_tuples(value) for name, value in x.items()}
+    return tuple(map(to_tuples, x)) if isinstance(x, list) else x
