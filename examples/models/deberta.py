@@ -17,9 +17,9 @@ distances in one direction.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,7 @@ import numpy as np
 from jlora import peft
 
 from . import bert, hf, parts
-from .parts import check_length, constrain, conv, dense, dropout, embed, layer_norm, stack
+from .parts import Part, constrain, conv, dense, dropout, embed, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -69,6 +69,7 @@ class Config:
     head: str = ""
     bare: bool = False
     legacy: bool = False
+    model_type: ClassVar[str] = "deberta-v2"
 
     @property
     def positions(self) -> int:
@@ -124,50 +125,13 @@ def buckets(length: int, span: int, farthest: int, logarithmic: bool) -> np.ndar
     return np.clip(distance + span, 0, 2 * span - 1)
 
 
-class Embeddings(nn.Module):
-    """Word embeddings, with those of position and token type where there are any, normalized."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
-
-    def setup(self) -> None:
-        """The tables and the norm."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.word = embed(c.vocab_size, c.hidden_size, "vocab", **options)
-        if c.position_biased_input:
-            self.position = embed(c.max_position_embeddings, c.hidden_size, "position", **options)
-        if c.type_vocab_size:
-            self.token_type = embed(c.type_vocab_size, c.hidden_size, "position", **options)
-        self.norm = layer_norm(c.layer_norm_eps, **options)
-
-    def __call__(self, ids: jax.Array, mask: jax.Array, types: jax.Array) -> jax.Array:
-        """``(B, L)`` token ids, mask and types to ``(B, L, D)``, zero where there is no token."""
-        x = self.word(ids)
-        if self.config.position_biased_input:
-            check_length(ids, self.config.positions)
-            x += self.position(jnp.arange(ids.shape[1])[None])
-        if self.config.type_vocab_size:
-            x += self.token_type(types)
-        x = self.norm(x)
-        return x * mask[..., None].astype(x.dtype)
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Products with the word embeddings: ``(B, L, D)`` to ``(B, L, V)``."""
-        return self.word.attend(x)
-
-
-class Attention(nn.Module):
+class Attention(Part):
     """Disentangled multi-head attention of every token to all tokens under the mask."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, relative: jax.Array | None) -> jax.Array:
         """``(B, L, D)``, ``(B, L)`` and the distances ``(1, 2·S, D)`` to ``(B, L, D)``."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         heads, size = c.num_attention_heads, c.hidden_size
 
         def project(name):
@@ -203,49 +167,33 @@ class Attention(nn.Module):
         return dense(size, ("heads", "embed"), **options, name="out")(y)
 
 
-class Layer(nn.Module):
-    """Attention and a two-layer perceptron, each with a residual and a norm after it."""
+class Layer(bert.Layer):
+    """A layer of BERT with this attention, and what the first one gets added."""
 
-    config: Config
-    dtype: Any
-    param_dtype: Any
+    attention_class: ClassVar[Any] = Attention
 
     @nn.compact
     def __call__(self, carry: Any, mask: jax.Array, relative: jax.Array | None, first: Any) -> Any:
         """The layer's number and ``(B, L, D)`` to the next; see `Encoder` for `first`."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        number, x = carry
-        x = constrain(x, "batch", "residual", None)
-        y = Attention(c, **options, name="attention")(x, mask, relative)
-        y = dropout(self, c.hidden_dropout_prob, y)
-        x = layer_norm(c.layer_norm_eps, **options, name="attention_norm")(x + y)
-        x = constrain(x, "batch", "residual", None)
-        y = dense(c.intermediate_size, ("embed", "mlp"), **options, name="up")(x)  # (B, L, F)
-        y = constrain(nn.gelu(y, approximate=False), "batch", "length", "mlp")
-        y = dense(c.hidden_size, ("mlp", "embed"), **options, name="down")(y)  # (B, L, D)
-        y = dropout(self, c.hidden_dropout_prob, y)
-        x = layer_norm(c.layer_norm_eps, **options, name="norm")(x + y)
+        number, before = carry
+        x, _ = super().__call__(before, mask, relative)
         if first is not None:
             added, scale, bias = first
-            y = nn.LayerNorm(c.layer_norm_eps, use_bias=False, use_scale=False, **options)(
-                x + added
+            norm = nn.LayerNorm(
+                self.config.layer_norm_eps, use_bias=False, use_scale=False, **self.options
             )
-            y = (y * scale + bias) * mask[..., None].astype(x.dtype)
-            x = jnp.where(number == 0, y, x)
-        return (number + 1, constrain(x, "batch", "residual", None)), None
+            y = (norm(x + added) * scale + bias) * mask[..., None].astype(x.dtype)
+            x = constrain(jnp.where(number == 0, y, x), "batch", "residual", None)
+        return (number + 1, x), None
 
 
-class Convolution(nn.Module):
+class Convolution(Part):
     """What the first layer's output gets added, and how the sum is normalized."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``, a scale and a bias, both ``(1, 1, D)``."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         size, width, padding = c.hidden_size, c.conv_kernel_size, (c.conv_kernel_size - 1) // 2
         groups = {"feature_group_count": c.conv_groups, "padding": [(padding, padding)]}
         y = conv(size, width, ("embed", None), **groups, **options, name="conv")(x)
@@ -287,48 +235,21 @@ class Encoder(nn.Module):
         return carry[1]
 
 
-class Deberta(nn.Module):
-    """DeBERTa-v2.
+class Deberta(bert.Bert):
+    """DeBERTa-v2; for its fields see `bert.Bert`."""
 
-    Attributes:
-        config: the sizes and the head.
-        classes: of the head "cls".
-        scan: whether the layers are one compiled block in a loop, ``encoder/layer`` with parameters
-            stacked on axis 0, or modules ``encoder/layer_0``, ``encoder/layer_1``, ….
-        remat: whether the backward pass computes each layer again instead of keeping activations.
-        policy: what is kept nevertheless, as `jlora.checkpoint_policy`.
-        dtype: of activations and products.
-        param_dtype: of the parameters that `init` draws.
-    """
+    encoder_class: ClassVar[Any] = Encoder
 
-    config: Config
-    classes: int = 0
-    scan: bool = False
-    remat: bool = False
-    policy: Callable[..., bool] | None = None
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    def embedded(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """The embeddings, zero where there is no token: ``(B, L, D)`` and ``(B, L)``."""
+        return x * mask[..., None].astype(x.dtype)
 
-    @nn.compact
-    def __call__(
-        self, ids: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None
-    ) -> jax.Array:
-        """``(B, L)`` ids, mask and token types to hidden states ``(B, L, D)``, or to logits."""
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """The classifier's input from the first token: ``(B, D)``."""
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        types = jnp.zeros_like(ids) if types is None else types
-        mask = jnp.ones_like(ids) if mask is None else mask
-        embeddings = Embeddings(c, **options, name="embeddings")
-        x = dropout(self, c.hidden_dropout_prob, embeddings(ids, mask, types))
-        how = {"scan": self.scan, "remat": self.remat, "policy": self.policy}
-        x = Encoder(c, how, options, name="encoder")(x, mask)
-        if c.head == "lm":
-            return bert.WordHead(c, **options, name="lm")(x, embeddings.attend)
-        if c.head != "cls" or not self.classes:
-            return x
-        y = dense(c.hidden_size, ("embed", None), **options, name="pooler")(x[:, 0])  # (B, D)
+        y = dense(c.hidden_size, ("embed", None), **options, name="pooler")(x)
         rate = c.hidden_dropout_prob if c.cls_dropout is None else c.cls_dropout
-        y = dropout(self, rate, nn.gelu(y, approximate=False))
-        return dense(self.classes, ("embed", None), **options, name="classifier")(y)
+        return dropout(self, rate, nn.gelu(y, approximate=False))
 
 
 def new_head(
@@ -341,26 +262,10 @@ def new_head(
 # ---- checkpoints --------------------------------------------------------------------------------
 
 # Our module to Hugging Face's in the encoder; {} is the number of the layer.
-_TABLES = {
-    "embeddings/word": "embeddings.word_embeddings",
-    "embeddings/position": "embeddings.position_embeddings",
-    "embeddings/token_type": "embeddings.token_type_embeddings",
-    "encoder/relative": "encoder.rel_embeddings",
-}
-_DENSE = {
-    r"encoder/layer/attention/(\w*query|\w*key|value)": (
-        r"encoder.layer.{}.attention.self.\1_proj"
-    ),
-    "encoder/layer/attention/out": "encoder.layer.{}.attention.output.dense",
-    "encoder/layer/up": "encoder.layer.{}.intermediate.dense",
-    "encoder/layer/down": "encoder.layer.{}.output.dense",
-}
-_NORMS = {
-    "embeddings/norm": "embeddings.LayerNorm",
-    "encoder/relative_norm": "encoder.LayerNorm",
-    "encoder/layer/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
-    "encoder/layer/norm": "encoder.layer.{}.output.LayerNorm",
-}
+_TABLES = {**bert.TABLES, "encoder/relative": "encoder.rel_embeddings"}
+_PROJECTIONS = r"encoder/layer/attention/(\w*query|\w*key|value)"
+_DENSE = {_PROJECTIONS: r"encoder.layer.{}.attention.self.\1_proj", **bert.OUTER}
+_NORMS = {**bert.NORMS, "encoder/relative_norm": "encoder.LayerNorm"}
 # And in the heads.
 _HEADS = {
     "": {},
@@ -370,33 +275,22 @@ _HEADS = {
         "lm/dense": "lm_predictions.lm_head.dense",
         "lm/norm": "lm_predictions.lm_head.LayerNorm",
     },
-    "legacy": {
-        "lm": "cls.predictions",
-        "lm/dense": "cls.predictions.transform.dense",
-        "lm/norm": "cls.predictions.transform.LayerNorm",
-    },
+    "legacy": bert.PREDICTIONS,
 }
-_KERNEL, _BIAS, _SCALE = ("io", "weight"), ("o", "bias"), ("o", "weight")
 
 
 def names(config: Config) -> tuple[peft.Name, ...]:
     """What our leaves are called in the checkpoint, and how their axes lie there."""
     prefix = "" if config.bare else "deberta."
     heads = _HEADS["legacy" if config.legacy and config.head == "lm" else config.head]
-    tied = {"embeddings/word": "cls.predictions.decoder"} if config.legacy else {}
+    tied = "cls.predictions.decoder" if config.legacy else None
     conv = f"{prefix}encoder.conv"
     return (
-        *(
-            peft.Name(f"{ours}/embedding", prefix + theirs, "vo", tied=tied.get(ours))
-            for ours, theirs in _TABLES.items()
-        ),
-        *hf.rows(_DENSE, {"kernel": _KERNEL, "bias": _BIAS}, "layer", prefix),
-        *hf.rows(_NORMS, {"scale": _SCALE, "bias": _BIAS}, "layer", prefix),
+        *bert.rows_of(_TABLES, _DENSE, _NORMS, heads, prefix, tied),
         peft.Name("encoder/conv/conv/kernel", f"{conv}.conv", "kio"),
         peft.Name("encoder/conv/conv/bias", f"{conv}.conv", "o", "bias"),
         peft.Name("encoder/conv/norm_scale", f"{conv}.LayerNorm", "o"),
         peft.Name("encoder/conv/norm_bias", f"{conv}.LayerNorm", "o", "bias"),
-        *hf.rows(heads, {"kernel": _KERNEL, "scale": _SCALE, "bias": _BIAS}),
     )
 
 

@@ -24,7 +24,7 @@ from . import cache as caches
 from .attention import Attention, Layer, Tokens, norm
 from .cache import Cache
 from .experts import Experts
-from .parts import constrain, dense, embed, stack
+from .parts import Part, constrain, dense, embed, stack
 from .rope import Linear, Llama3, frequencies
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -125,17 +125,13 @@ def layers_of(c: Config) -> Layer:
 # ---- layers -------------------------------------------------------------------------------------
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """The gated feed-forward layer, down(act(gate(x)) * up(x))."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # (batch, length, dim)
         """Applies the layer to every position."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
 
         def layer(name: str, size: int, *axes: str) -> nn.Dense:
             return dense(size, axes, use_bias=name in c.biases, **options, name=name)
@@ -146,17 +142,13 @@ class MLP(nn.Module):
         return layer("down", c.dim, "mlp", "embed")(y)
 
 
-class Block(nn.Module):
+class Block(Part):
     """One layer: attention and then the MLP, each on normalized inputs, are added to x."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: Layer, tokens: Tokens) -> tuple[jax.Array, Any]:
         """The next x, (batch, length, dim), and what attention has written into the cache."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
 
         def normalized(name: str, y: jax.Array) -> jax.Array:
             return constrain(norm(c, name, **options)(y), "batch", "length", None)

@@ -32,7 +32,7 @@ from jlora import peft
 from . import cache as caches
 from . import hf, parts
 from .cache import Cache
-from .parts import check_length, constrain, dense, dropout, embed, fused, layer_norm, stack
+from .parts import Part, check_length, constrain, dense, dropout, embed, fused, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -100,19 +100,15 @@ SIZES = {
 Cached = tuple[jax.Array, jax.Array] | None  # keys and values of a layer
 
 
-class Block(nn.Module):
+class Block(Part):
     """Causal attention and a two-layer perceptron, each on normalized inputs, added to x."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(
         self, x: jax.Array, cached: Cached, mask: jax.Array | None, slots: jax.Array | None
     ) -> tuple[jax.Array, Cached]:
         """``(B, L, D)`` to the same, and what the cache then holds; see `Attention`."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         x = constrain(x, "batch", "residual", None)
         y = layer_norm(c.norm_eps, **options, name="ln_1")(x)
         y = constrain(y, "batch", "length", None)
@@ -124,12 +120,8 @@ class Block(nn.Module):
         return constrain(x + dropout(self, c.dropout, y), "batch", "residual", None), cached
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Multi-head attention of every token to itself and those before it."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(
@@ -143,7 +135,7 @@ class Attention(nn.Module):
             mask: True where a key is seen, ``(B, 1, 1, L)``; with a cache ``(B, 1, L, S)``.
             slots: of the cache, where these tokens go, ``(B, L)``.
         """
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         y = fused(3, c.dim, c.dim, ("embed", "heads"), **options, name="c_attn")(x)  # (B, L, 3, D)
         y = y.reshape(*x.shape[:2], 3, c.heads, c.dim // c.heads)  # (B, L, 3, H, K)
         y = constrain(y, "batch", "length", None, "heads", None)
@@ -158,17 +150,13 @@ class Attention(nn.Module):
         return dense(c.dim, ("heads", "embed"), **options, name="c_proj")(y), cached
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """Dense, GELU by its tanh approximation, dense."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(B, L, D)`` to ``(B, L, D)``."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         y = dense(c.inner or 4 * c.dim, ("embed", "mlp"), **options, name="c_fc")(x)  # (B, L, F)
         y = constrain(nn.gelu(y, approximate=True), "batch", "length", "mlp")
         return dense(c.dim, ("mlp", "embed"), **options, name="c_proj")(y)

@@ -1,6 +1,5 @@
-"""`examples/ablations.py`: one run from a table with a gap, and the pictures of small adapters."""
+"""`python examples/paper ablations`: a run from a table with a gap, and pictures of adapters."""
 
-import ablations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import tables
 from models import bert
+from paper import ablations
 
 import jlora
 from jlora import checkpoint

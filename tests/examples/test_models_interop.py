@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from models import bert, checkpoint, deberta, gpt, gpt_nnx, llama  # noqa: E402
+from models import bert, checkpoint, deberta, gpt, llama  # noqa: E402
 from models.generation import generate  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
@@ -221,16 +221,6 @@ def test_generation(name: str, tmp_path: pathlib.Path) -> None:
     assert len({token for row in expected for token in row}) > 3
     for answer, ids in zip(answers, expected, strict=True):
         assert answer == (ids[: ids.index(stop)] if stop in ids else ids)
-
-
-@pytest.mark.parametrize("scan", [True, False])
-def test_nnx(scan: bool, tmp_path: pathlib.Path) -> None:
-    """GPT-2 in NNX."""
-    model, given = torch_model(CASES["gpt2"], tmp_path), inputs(CASES["gpt2"])
-    _, graph, params = gpt_nnx.load(tmp_path, scan=scan)
-    actual = np.asarray(gpt_nnx.apply(graph, params, *given.values()))
-    expected = torch_outputs(model, given)
-    np.testing.assert_allclose(actual[MASK > 0], expected[MASK > 0], rtol=0, atol=1e-4)
 
 
 def test_shards_and_the_model_without_a_head(tmp_path: pathlib.Path) -> None:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import bert, llama
+from paper.tasks import encoding
 from quickstart import encode
-from tasks import encoding
 
 import jlora
 from jlora import LoRA

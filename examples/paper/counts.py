@@ -1,6 +1,6 @@
 """What LoRA trains and stores in the paper's models, at full size and without memory.
 
-    python examples/counts.py
+    python examples/paper counts
 
 Every model is built, adapted and differentiated in shapes alone: trainable parameters, the bytes
 of an adapter and of a merged checkpoint in float16, and the bytes of gradients and of Adam's
@@ -136,11 +136,12 @@ def readable(count: int) -> str:
     return f"{count:.3g} TB"
 
 
-def main(table: Sequence[Row]) -> None:
+def main(argv: Sequence[str] | None = None, table: Sequence[Row] | None = None) -> None:
     """Prints the figures of each row, in Markdown."""
+    del argv  # there are no options
     print("| model | parameters | adapted | trainable | adapter | merged | gradients | Adam |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in tqdm(table, disable=None):
+    for row in tqdm(table or rows(), disable=None):
         f = measure(row.model, row.rules)
         cells = (
             row.name,
@@ -153,7 +154,3 @@ def main(table: Sequence[Row]) -> None:
             f"{readable(f.moment_bytes)} of {readable(f.full_moment_bytes)}",
         )
         tqdm.write(f"| {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    main(rows())
