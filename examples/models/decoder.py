@@ -1,13 +1,13 @@
-"""The decoder of today's language models in Flax linen: Llama, Mistral, Qwen, Gemma and Mixtral.
+"""A decoder in Flax linen: Llama, and what Mistral, Qwen, Gemma and Mixtral do in their own ways.
 
-    config, variables = families.load(folder)                  # of Hugging Face's files
+    config, variables = checkpoint.load(folder)                # Llama of Hugging Face's files
     logits = Decoder(config).apply(variables, ids)             # (batch, length, vocab)
 
-They are one model. What a family does in its own way is a field of `Config`, and `families` reads
-it off a config.json. Every kernel is (inputs, outputs), and those of the layers are stacked on axis
-0, one leaf for all: `layers/attention/query/kernel` of SmolLM2-135M is (30, 576, 576); those of
-experts are (layers, experts, inputs, outputs). With ``scan=False`` the layers are modules
-`layers_0`, `layers_1`, …. For a mesh see `parts`; for texts, `cache` and `generation`.
+What a family does in its own way is a field of `Config`. Every kernel is (inputs, outputs), and
+those of the layers are stacked on axis 0, one leaf for all: `layers/attention/query/kernel` of
+SmolLM2-135M is (30, 576, 576); those of experts are (layers, experts, inputs, outputs). With
+``scan=False`` the layers are modules `layers_0`, `layers_1`, …. For a mesh see `parts`; for texts,
+`cache` and `generation`.
 """
 
 import functools
@@ -50,7 +50,6 @@ class Config:
         norm_eps: added to mean squares.
         tied: whether the head is the embedding.
         bare: whether the checkpoint is that of a model without a head, whose names lack `model.`.
-        model_type: what config.json calls the family; it names the tensors.
         head_size: of one head; None is dim / heads.
         biases: the dense layers that have one, of query, key, value, out, gate, up and down.
         qk_norm: whether queries and keys are normalized, each head by itself.
@@ -80,7 +79,6 @@ class Config:
     norm_eps: float = 1e-6
     tied: bool = True
     bare: bool = False
-    model_type: str = "llama"
     head_size: int | None = None
     biases: tuple[str, ...] = ()
     qk_norm: bool = False
