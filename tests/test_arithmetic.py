@@ -248,20 +248,6 @@ def test_where_an_adapter_has_no_site_it_has_no_part() -> None:
     close(found, -delta(three["more"]["x"], (5, 4)), (5, 4))
 
 
-def test_scales_of_rslora() -> None:
-    """One by alpha / √r, the other by alpha / r."""
-    params, x = {"w": jnp.ones((12, 9))}, jnp.ones((1, 12))
-    trees = []
-    for rank, rslora in ((4, True), (3, False)):
-        rule = jlora.LoRA("w", rank=rank, alpha=5, rslora=rslora)
-        lora = jlora.transform(lambda p, x: x @ p["w"], rule)
-        _, tree = lora.init(jax.random.key(rank), params, x)
-        trees.append({"w": tree["w"]._replace(b=jnp.sin(jnp.arange(9.0 * rank)).reshape(rank, 9))})
-    a, b = ([np.asarray(t["w"][i], np.float64) for t in trees] for i in (0, 1))
-    expected = 5 / 2 * a[0] @ b[0] + 5 / 3 * a[1] @ b[1]
-    close(arithmetic.add(trees)["w"], expected, (12, 9))
-
-
 def dense_ties(deltas: list[np.ndarray], density: float) -> np.ndarray:
     """TIES on the coordinates of matrices, written densely."""
     rank = min(sum(np.linalg.matrix_rank(x) for x in deltas), *deltas[0].shape)
@@ -356,22 +342,6 @@ def test_leaves_in_full_are_changes_of_the_base() -> None:
     np.testing.assert_allclose(found["head"], [2.5, 0.0, 3.0, 0.0])
     found = arithmetic.dare([one], key=jax.random.key(0), density=1.0, base=base)
     np.testing.assert_allclose(found["head"], one["head"])
-
-
-def test_leaves_in_full_under_jit_and_vmap() -> None:
-    rng = np.random.default_rng(0)
-    one, two = ({"head": jnp.asarray(rng.standard_normal((4, 5, 3)))} for _ in range(2))
-    base = {"head": jnp.ones((5, 3))}
-    for f in (
-        lambda x, y: arithmetic.add([x, y], WEIGHTS[:2], base=base),
-        lambda x, y: arithmetic.ties([x, y], density=0.4, base=base),
-        lambda x, y: arithmetic.dare([x, y], key=KEY, base=base),
-        lambda x, y: arithmetic.scale(x, -1.0, base=base),
-    ):
-        many, alone = jax.jit(jax.vmap(f))(one, two)["head"], jax.jit(f)
-        for i in (0, 3):
-            each = alone({"head": one["head"][i]}, {"head": two["head"][i]})["head"]
-            np.testing.assert_allclose(many[i], each, atol=1e-6)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 1.0])

@@ -432,15 +432,6 @@ def test_take_is_the_inverse_of_stack() -> None:
     jax.tree.map(np.testing.assert_array_equal, many.take(same, 1), adapters[0])
 
 
-def test_a_table_of_shapes_and_under_jit() -> None:
-    _, base, adapters = made()
-    expected = many.stack(adapters, base=base)
-    shapes = jax.eval_shape(lambda xs: many.stack(xs, base=base), adapters)
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, expected)
-    inserted = jax.jit(many.insert)(expected, 1, adapters[1])
-    jax.tree.map(np.testing.assert_array_equal, inserted, expected)
-
-
 def test_what_a_traced_function_closes_over_is_known() -> None:
     """Tables, adapters, slots and ids: the same results, and the same refusals."""
     lora, base, adapters = made()

@@ -184,24 +184,6 @@ def padding(adapter: Any, like: Any) -> int:
     )
 
 
-def test_gradients_beyond_a_rank_are_zero() -> None:
-    """Exactly, with A and B of the rank itself anything."""
-    lora = jlora.transform(small.model, LoRA("kernel|fused", rank=3))
-    base, table = many.init(lora, KEYS, PARAMS, X, ranks=RANKS)
-    noisy = jax.tree.map(lambda x: jnp.where(x == 0, 0, x + 0.1), table)
-    noisy = {
-        k: jax.tree.map(lambda x: x.at[:, :1].add(0.1) if x.shape[1] == 3 else x, v)
-        for k, v in noisy.items()
-    }
-    slope = jax.vmap(jax.grad(functools.partial(loss, lora)), (0, None))
-    grads = jax.jit(slope)(noisy, base)
-    for i, rank in enumerate(RANKS):
-        single = jlora.transform(small.model, LoRA("kernel|fused", rank=rank))
-        _, like = jax.eval_shape(single.init, KEYS[i], PARAMS, X)
-        assert padding(slot(grads, i), like) == 0
-        assert np.any(slot(grads, i)["fused"].a)
-
-
 def absorbed(key: Any, w: Any, site: Any, rule: Any) -> Any:
     """A part of W that follows from W alone, and goes from the base to A and B."""
     del key
@@ -255,20 +237,6 @@ def test_init_is_traced_and_abstract() -> None:
         assert [x.shape for x in jax.tree.leaves(shapes)] == [
             x.shape for x in jax.tree.leaves(expected)
         ]
-
-
-def test_scales_of_a_sweep() -> None:
-    """Of each run in the loss, as the guide has it."""
-    lora = jlora.transform(small.model, LoRA("kernel|fused", rank=2))
-    base, table = many.init(lora, KEYS, PARAMS, X)
-    table, scales = small.randomize(table), jnp.array([0.5, 1.0, 2.0])
-    outputs = lambda adapter, c: lora.apply(base, jlora.arithmetic.scale(adapter, c), X)  # noqa: E731
-    actual = jax.vmap(outputs)(table, scales)
-    for i, c in enumerate(scales):
-        other = jlora.transform(small.model, LoRA("kernel|fused", rank=2, alpha=16.0 * float(c)))
-        _, like = other.init(KEYS[0], PARAMS, X)
-        adapter = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(slot(table, i)))
-        laws.assert_close(actual[i], other.apply(base, adapter, X), 1e-5)
 
 
 # -------------------------------------------------------------------------------------- optimizers
@@ -456,20 +424,6 @@ def test_runs_are_replaced_without_compilation(name: str) -> None:
     doubled = {k: 2 * v for k, v in state.hyperparams.items()}  # between steps, with no new start
     run(other, grads, state._replace(hyperparams=doubled))
     assert run.traced == traced
-
-
-def test_a_smaller_table_of_what_still_runs() -> None:
-    """The state goes along: all its arrays are by run."""
-    table, grads = table_and_grads()
-    run = run_of("adamw")
-    expected, _ = run(table, grads)
-    halfway = run(table, grads[:2])
-    kept = np.array([0, 2])
-    table, state = jax.tree.map(lambda x: x[kept], halfway)
-    actual, state = run(table, [slot(g, kept) for g in grads[2:]], state)
-    for i, k in enumerate(kept):
-        close(slot(actual, i), slot(expected, k))
-    assert state.hyperparams["learning_rate"].shape == (2,)
 
 
 def test_many_slots_at_once() -> None:

@@ -219,17 +219,6 @@ def test_gradients_of_the_base_do_not_matter(small: Setup, fill: float) -> None:
     assert raw(both.base) == raw(small.base)
 
 
-@FORMS
-def test_clipping_norm_is_the_adapters(small: Setup, form: str) -> None:
-    """Clipped updates of plain descent have the norm of the bound, counted over the adapter."""
-    tx = jlora.optimizer(optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0)))
-    [grads] = some_grads(small, 1)
-    if form == "params":
-        grads = as_params(grads, small.base, 100.0)
-    updates, _ = tx.update(grads, tx.init(small.tree(form)), small.tree(form))
-    np.testing.assert_allclose(norm(updates), 1e-3, rtol=1e-5)
-
-
 def test_frozen_a_is_not_in_the_clipping_norm(small: Setup) -> None:
     """What is frozen has no part in the norm of what is trained."""
     tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
@@ -247,18 +236,6 @@ def test_frozen_updates_are_negative_zero(small: Setup) -> None:
     frozen = jax.tree.map(lambda u, m: m in ("a", "base"), updates, jlora.labels(params))
     for u, is_frozen in zip(jax.tree.leaves(updates), jax.tree.leaves(frozen), strict=True):
         assert bool(jnp.all((u == 0) & jnp.signbit(u))) == is_frozen
-
-
-def test_an_integer_leaf_in_the_base() -> None:
-    """A counter or an int8 weight in the base stays, as floats do."""
-    params = {"w": jnp.ones((4, 4)), "seen": jnp.array(3)}
-    lora = jlora.transform(lambda p, x: x @ p["w"] * p["seen"], jlora.LoRA("w", rank=2))
-    x = jnp.ones((1, 4))
-    both = jlora.Params(*lora.init(jax.random.key(0), params, x))
-    loss = lambda p: lora.apply(p.base, p.adapter, x).sum()  # noqa: E731
-    grads = jax.grad(loss, allow_int=True)(both)
-    after, _ = run(jlora.optimizer(optax.adamw(1e-2)), both, [grads])
-    assert raw(after.base) == raw(both.base)
 
 
 # ----------------------------------------------------------------------------- state and memory
@@ -328,28 +305,6 @@ def test_a_step_holds_nothing_of_the_size_of_the_base(stack: str) -> None:
         assert memory.alias_size_in_bytes >= 3 * adapter + (base if form == "params" else 0), form
 
 
-@pytest.mark.slow
-def test_memory_analysis_would_see_moments_of_the_base() -> None:
-    """The same account of a step that trains the base in full is far above it."""
-    s = setup(**STACKS["loop"])
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
-    memory = train_step(s, tx, "params").memory_analysis()
-    assert memory.argument_size_in_bytes > 3 * size(s.base)
-    assert memory.temp_size_in_bytes > size(s.base) / 2
-
-
-@pytest.mark.slow
-def test_both_forms_cost_the_same() -> None:
-    """XLA removes the gradient of the base, which nothing reads, also from a scan."""
-    s = setup(**STACKS["scan"])
-    tx = jlora.optimizer(optax.adamw(1e-2))
-    steps = [train_step(s, tx, form) for form in ("adapter", "params")]
-    flops = [step.cost_analysis()["flops"] for step in steps]
-    np.testing.assert_allclose(flops[1], flops[0], rtol=1e-3)
-    temporary = [step.memory_analysis().temp_size_in_bytes for step in steps]
-    np.testing.assert_allclose(temporary[1], temporary[0], rtol=1e-2)
-
-
 # ------------------------------------------------------------------------- LoRA+ and LoRA-FA
 
 RATES = {
@@ -403,13 +358,6 @@ def test_freeze_a_trains_the_rest_as_before(small: Setup, form: str) -> None:
         lambda name, old, new: old if name == "a" else new, jlora.labels(tree), tree, free
     )
     assert raw(frozen) == raw(expected)
-
-
-@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
-def test_lora_plus_out_of_range(ratio: float) -> None:
-    """A ratio that would freeze, reverse or break B is refused."""
-    with pytest.raises(ValueError, match="`lora_plus` must be a positive finite number"):
-        jlora.optimizer(optax.sgd(1.0), lora_plus=ratio)
 
 
 # ----------------------------------------------------------------------------- serialization
@@ -553,49 +501,6 @@ def test_both_forms_agree_under(small: Setup, name: str, freeze_a: bool) -> None
     assert size(wide_state) == size(state)
 
 
-def test_both_forms_agree_compiled(small: Setup) -> None:
-    """Twenty whole steps, gradients and all."""
-    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, weight_decay=0.1))
-    tx = jlora.optimizer(tx, lora_plus=16)
-    ends = []
-    for form in ("adapter", "params"):
-        start = TrainState.create(apply_fn=small.model.apply, params=small.tree(form), tx=tx)
-        ends.append(trained(small, form, start, 20).params)
-    assert_close(ends[1].adapter, ends[0], 1e-4)
-
-
-@pytest.mark.parametrize("form", ["adapter", pytest.param("params", marks=pytest.mark.slow)])
-def test_multi_steps_is_the_mean_gradient(small: Setup, form: str) -> None:
-    """Two steps of half a batch are one of the whole, for B with LoRA+ too."""
-    first, second = some_grads(small, 2)
-    mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
-    if form == "params":
-        first, second, mean = (as_params(g, small.base, 1.0) for g in (first, second, mean))
-    inner = optax.adamw(1e-2)
-    many = optax.MultiSteps(inner, 2).gradient_transformation()
-    actual, _ = run_compiled(jlora.optimizer(many, lora_plus=8), small.tree(form), [first, second])
-    expected, _ = run_compiled(jlora.optimizer(inner, lora_plus=8), small.tree(form), [mean])
-    assert_close(actual, expected)
-
-
-@pytest.mark.parametrize(
-    "outside", [pytest.param("multi_steps", marks=pytest.mark.slow), "hyperparams"]
-)
-def test_wrappers_around_the_adapters_form(small: Setup, outside: str) -> None:
-    """What holds an optimizer may hold this one."""
-    grads = some_grads(small, 4)
-    if outside == "multi_steps":
-        inside = jlora.optimizer(optax.MultiSteps(optax.adamw(1e-2), 2), lora_plus=4)
-        around = jlora.optimizer(optax.adamw(1e-2), lora_plus=4)
-        around = optax.MultiSteps(around, 2).gradient_transformation()
-    else:
-        inside = jlora.optimizer(optax.adamw(1e-2), lora_plus=4)
-        make = lambda rate: jlora.optimizer(optax.adamw(rate), lora_plus=4)  # noqa: E731
-        around = optax.inject_hyperparams(make)(rate=1e-2)
-    expected, actual = (run_compiled(tx, small.adapter, grads)[0] for tx in (inside, around))
-    assert_close(actual, expected)
-
-
 @FORMS
 def test_an_injected_rate_can_be_changed(small: Setup, form: str) -> None:
     """The rate that is written into the state is the one that is used, on all labels."""
@@ -610,45 +515,6 @@ def test_an_injected_rate_can_be_changed(small: Setup, form: str) -> None:
     after, _ = tx.update(grads, state, small.tree(form))
     assert raw(jax.tree.map(lambda u: u / 2, before)) == raw(after)
     assert any(np.any(u) for u in jax.tree.leaves(after))
-
-
-@FORMS
-@pytest.mark.parametrize("freeze_a", [False, True])
-def test_the_mask_of_weight_decay(small: Setup, form: str, freeze_a: bool) -> None:
-    """At zero gradients only what the mask names decays; it may be a tree or a function."""
-    tree = small.tree(form)
-    zeros = jax.tree.map(jnp.zeros_like, tree)
-    for mask in (by_label, by_label(tree)):
-        tx = optax.adamw(1.0, weight_decay=0.25, mask=mask)
-        tx = jlora.optimizer(tx, freeze_a=freeze_a)
-        after, _ = run(tx, tree, [zeros])
-        expected = jax.tree.map(
-            lambda name, x: 0.75 * x if name == "b" else x, jlora.labels(tree), tree
-        )
-        assert_close(after, expected)
-
-
-def test_a_sweep_is_one_program(small: Setup) -> None:
-    """`vmap` over adapters and their states trains each as alone."""
-    tx = jlora.optimizer(optax.adamw(1e-2), lora_plus=4)
-    many = jax.tree.map(lambda x: jnp.stack([x, x / 2, -x]), small.adapter)
-
-    def step(adapter: Any, state: Any) -> tuple[Any, Any]:
-        grads = jax.grad(small.loss)(adapter, small.base, small.batch)
-        updates, state = tx.update(grads, state, adapter)
-        return optax.apply_updates(adapter, updates), state
-
-    states = jax.vmap(tx.init)(many)
-    mapped, alone = jax.jit(jax.vmap(step)), jax.jit(step)
-    swept = many
-    for _ in range(3):
-        swept, states = mapped(swept, states)
-    for i in range(3):
-        one = jax.tree.map(lambda x, i=i: x[i], many)
-        state = tx.init(one)
-        for _ in range(3):
-            one, state = alone(one, state)
-        assert_close(jax.tree.map(lambda x, i=i: x[i], swept), one, 1e-4)
 
 
 # ------------------------------------------------------------------------------------- labels
@@ -674,17 +540,6 @@ def test_labels_and_mask(small: Setup, abstract: bool) -> None:
     assert all(jax.tree.leaves(jlora.mask(tree.adapter)))
 
 
-def test_labels_inside_eval_shape(small: Setup) -> None:
-    """Also of tracers: optax asks for them in `update`."""
-
-    def f(tree: Any) -> Any:
-        assert jlora.labels(tree) == jlora.labels(small.tree("params"))
-        return jlora.mask(tree)
-
-    shapes = jax.eval_shape(f, small.tree("params"))
-    assert {(x.shape, x.dtype.name) for x in jax.tree.leaves(shapes)} == {((), "bool")}
-
-
 @pytest.mark.parametrize("bare", [jnp.ones((4, 4)), [jnp.ones((4, 4))]])
 def test_labels_of_trees_without_names(bare: Any) -> None:
     """Parameters that are one array, or a list."""
@@ -695,15 +550,3 @@ def test_labels_of_trees_without_names(bare: Any) -> None:
     tx = jlora.optimizer(optax.adamw(1e-2))
     after, _ = run(tx, both, [jax.tree.map(jnp.ones_like, both)])
     assert raw(after.base) == raw(both.base)
-
-
-def test_params_inside_of_another_tree(small: Setup) -> None:
-    """Two models in one tree, such as actor and critic: both bases are frozen, or it is refused."""
-    tree = {"actor": small.tree("params"), "critic": small.tree("params")}
-    try:
-        labels = jlora.labels(tree)
-    except (TypeError, ValueError):
-        return
-    assert set(jax.tree.leaves(labels["actor"].base)) == {"base"}
-    after, _ = run(jlora.optimizer(optax.sgd(0.1)), tree, [jax.tree.map(jnp.ones_like, tree)])
-    assert raw(after["critic"].base) == raw(small.base)

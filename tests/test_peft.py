@@ -1128,7 +1128,7 @@ def test_convert_names_what_vllm_would_read_otherwise(tmp_path: Folder) -> None:
         r"`path`: the adapter in .*a has no form for vLLM that would be read as (?s:.*)not finite"
     )
     with pytest.raises(ValueError, match=message), np.errstate(over="ignore"):
-        peft.convert(tmp_path / "a", tmp_path / "b")
+        peft.to_vllm(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("form", TIED_IN_FULL)

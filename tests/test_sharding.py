@@ -18,7 +18,6 @@ from jax.tree_util import keystr, tree_leaves_with_path
 import jlora
 from jlora import sharding
 from jlora._adapters import is_node
-from jlora._tree import adapter_leaves
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 MESH = AbstractMesh(tuple(models.MESH.values()), tuple(models.MESH), (AUTO, AUTO))
@@ -361,11 +360,6 @@ def test_shardings_that_name_no_axes():
     base, adapter = replaced(up=Other())
     with pytest.raises(ValueError, match="a Other names no axes; expected a NamedSharding"):
         sharding.specs(base, adapter)
-
-
-def test_every_path_of_the_adapter_is_placed(model):
-    adapter = models.adapter_of(model, abstract=True)
-    assert set(model.expected) == {"/".join(path) for path in adapter_leaves(adapter)}
 
 
 # -------------------------------------------------------------------------- on a mesh of devices

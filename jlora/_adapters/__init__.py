@@ -14,6 +14,8 @@ from ._low_rank import factor_shapes as factor_shapes
 from ._low_rank import low_rank_axes as low_rank_axes
 from ._low_rank import still as still
 from ._low_rank import without_slots as without_slots
+from ._matrices import leading_axes as leading_axes
+from ._matrices import matrices as matrices
 from ._method import METHODS as METHODS
 from ._method import SLOTS as SLOTS
 from ._method import Method as Method

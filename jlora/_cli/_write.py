@@ -195,7 +195,7 @@ def _to_profile(
         if value is not None:
             raise ValueError(f"{option} is not needed: IN is an adapter of PEFT, and so is OUT.")
     with called(path=("IN", source), out=("OUT", out), **OPTIONS):
-        peft.convert(source, out)
+        peft.to_vllm(source, out)
         return peft.read(source)
 
 

@@ -13,8 +13,7 @@ from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
 from ._file import CONFIG, Source, listing
-from ._to_lora import as_lora
-from .adapter._others import other_of
+from .adapter._miss import as_lora, is_miss, problems_of_miss
 from .adapter._parameters import parts_of, without_biases
 from .adapter._places import Placed, differing, narrowed, places_of, put_in_place
 from .adapter._read import Adapter
@@ -32,7 +31,7 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
 
     Args:
         path: its folder, with `adapter_config.json` and `adapter_model.safetensors`; nothing else
-            in it is read. What `to_lora` takes is loaded as LoRA too.
+            in it is read. MiSS is loaded as LoRA.
         base: the frozen tree that it adapts, arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
 
@@ -120,8 +119,11 @@ def fitted(saved: Saved, leaves: Sequence[Leaf], refuse: Callable[[Sequence[str]
     places = places_of(leaves)
     shapes = {name: place.leaf.weight_shape for name, place in places.items()}
     frozen: tuple[str, ...] = ()
-    if other_of(saved.fields) is not None:
-        saved, frozen = as_lora(saved, shapes, refuse)
+    if is_miss(saved.fields):
+        refuse(problems_of_miss(saved.fields))
+        wrong = list[str]()
+        saved, frozen = as_lora(saved, shapes, wrong), ("a",)
+        refuse(wrong)
     adapter = read_adapter(saved, refuse)
     without_biases(adapter)
     parts = parts_of(adapter, shapes, WHERE, ordered=True)

@@ -13,7 +13,7 @@ from ._file import DTYPES, PREFIX, listing
 from ._load import fitted
 from .adapter import _vllm
 from .adapter._alone import alone_in, read_alone
-from .adapter._config import DEFAULTS, ROWS_DEFAULTS, problems
+from .adapter._config import DEFAULTS, MISS, MISS_DEFAULTS, ROWS_DEFAULTS, problems
 from .adapter._fields import (
     Fields,
     frozen_beside,
@@ -22,7 +22,7 @@ from .adapter._fields import (
     with_targets,
     with_training,
 )
-from .adapter._others import asked_for, in_terms_of_lora, written
+from .adapter._miss import fields_of_lora, from_lora, is_miss, problems_of_miss
 from .adapter._parts import (
     check_one_method,
     check_writable,
@@ -174,21 +174,23 @@ def _of_leaves(
     with_rows = [leaf for leaf in leaves if isinstance(found.get(leaf.path), Replaced)]
     check_one_method(own, leaves, found)
     given = dict(config or {})
-    if kind := asked_for(given):
-        config = in_terms_of_lora(given, kind)
+    as_miss = is_miss(given)
+    if as_miss:
+        config = fields_of_lora(given)
+        _refuse_config(problems_of_miss(MISS_DEFAULTS | given))
         if profile is not None:
             raise ValueError(
-                f"`profile` {profile!r} is of LoRA, and `config` asks for {given['peft_type']}. "
+                f"`profile` {profile!r} is of LoRA, and `config` asks for {MISS}. "
                 "Leave peft_type out of it."
             )
     if base_model is not None:
         given["base_model_name_or_path"] = base_model
     if len(with_rows) == len(found):
         return _rows_alone(given, with_rows, leaves, found, profile)
-    fields = DEFAULTS | (given if kind is None else in_terms_of_lora(given, kind))
+    fields = DEFAULTS | (fields_of_lora(given) if as_miss else given)
     if own:
         fields["use_dora"] = any(isinstance(found[leaf.path], Decomposed) for leaf in own)
-    _check_config(fields)
+    _refuse_config(problems(fields))
     parts, tokens = from_leaves(own, found)[0], tokens_of(with_rows, found)
     tied = {leaf.modules[0]: head for leaf in own if (head := tied_to(leaf, leaves))}
     fields = with_targets(fields, leaves, own, tied)
@@ -218,7 +220,7 @@ def _of_leaves(
             stored[f"{PREFIX}{head}.weight"] = weights(leaf, value)[0]
     stored |= {key: weights(leaf, leaf.value)[0] for key, leaf in frozen.items()}
     stored |= {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
-    return (fields, stored) if kind is None else written(kind, given, fields, parts, stored)
+    return from_lora(given, fields, parts, stored) if as_miss else (fields, stored)
 
 
 def _rows_alone(
@@ -233,7 +235,7 @@ def _rows_alone(
         with_rows_alone(ROWS_DEFAULTS | given, own, leaves, found),
         tokens_of(own, found),
     )
-    _check_config(fields)
+    _refuse_config(problems(fields))
     if profile is not None:
         _vllm.flattened(fields, [], [], [x.module for x in tokens])
     heads = {leaf.modules[0]: tied_to(leaf, leaves) for leaf in own}
@@ -242,12 +244,12 @@ def _rows_alone(
     return fields, stored
 
 
-def _check_config(fields: Fields) -> None:
-    if wrong := problems(fields):
+def _refuse_config(wrong: Sequence[str]) -> None:
+    if wrong:
         raise ValueError("`config` cannot be written:\n  " + "\n  ".join(wrong))
 
 
-def convert(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Writes an adapter of PEFT's as vLLM takes it, as `save` does with `profile="vllm"`.
 
     Args:
@@ -261,7 +263,7 @@ def convert(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
 
     Examples:
         >>> from jlora import peft
-        >>> peft.convert("adapter", "for_vllm")  # doctest: +SKIP
+        >>> peft.to_vllm("adapter", "for_vllm")  # doctest: +SKIP
     """
     alone = read_alone(path)
     fields = DEFAULTS | alone.adapter.fields

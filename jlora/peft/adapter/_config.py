@@ -9,7 +9,6 @@ from typing import Any
 from ..._rules import is_finite
 from .._file import CONFIG, Source, brief, read_json, shown
 from ._patterns import PLAIN, of_key, of_layer, problems_of
-from .others import OTHERS
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names of which each is looked for in every module
@@ -69,6 +68,26 @@ ROWS_DEFAULTS: dict[str, Any] = {
     "target_modules": [],
     "task_type": None,
     "token_indices": [],
+}
+MISS = "MISS"
+MISS_DEFAULTS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "exclude_modules": None,
+    "inference_mode": True,
+    "init_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "mini_r": 1,
+    "miss_dropout": 0.0,
+    "modules_to_save": None,
+    "peft_type": MISS,
+    "peft_version": DEFAULTS["peft_version"],
+    "r": 64,
+    "revision": None,
+    "target_modules": [],
+    "task_type": None,
 }
 # Initial values of A and B that leave the base as it is.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
@@ -145,8 +164,8 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
     found = [f"{key}: missing" for key in ("peft_type", "target_modules") if key not in fields]
     if fields.get("peft_type", "LORA") != "LORA":
         name = fields["peft_type"]
-        remedy = "; write it as LoRA first, by jlora.peft.to_lora" if name in tuple(OTHERS) else ""
-        found.append(f"peft_type: expected 'LORA', got {brief(name)}{remedy}")
+        remedy = _LOAD_MISS if name == MISS else _CONVERT
+        found.append(f"peft_type: expected 'LORA', got {brief(name)}; {remedy}")
     found += [
         f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
         for key, value in features(fields).items()
@@ -169,6 +188,13 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
             "modules"
         )
     return found + misformed(fields)
+
+
+_LOAD_MISS = "load it onto its base by jlora.peft.load"
+_CONVERT = (
+    "write it as LoRA in PEFT, by peft.save_as_lora, or where that does not take it, as AdaLoRA, "
+    "merge it there, by merge_and_unload"
+)
 
 
 def _problems_of_rows(fields: Mapping[str, Any]) -> list[str]:
