@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import Partial
-from models import llama
+from models import beam, llama
 from quickstart import take as take
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
     def measure(adapter):
         logits_fn = Partial(lora.apply, base, adapter)
-        answers = llama.generate(logits_fn, prompts, config.cache, stop=llama.STOP)
+        answers = beam.greedy(logits_fn, prompts, config.cache, llama.STOP)
         return evaluate(logits_fn, held_out, args.batch), tokenizer.decode_batch(answers)
 
     before, first = measure(adapter)  # B is zero: the model as it came

@@ -8,8 +8,8 @@
 Every run is the one that it would be alone, with the same batches; one that diverges stops where it
 was. After a quarter of the steps, and again after half, the half of the runs whose loss on
 held-out rows is worse is stopped, and taken out of the table, so that it costs nothing more. OUT
-then holds runs.csv with a row for each run, curves.csv and curves.png with the training losses, and
-`best`, the adapter of the lowest held-out loss, of its own rank, as an Orbax checkpoint.
+then holds runs.csv with a row for each run, curves.csv with the training losses, and `best`, the
+adapter of the lowest held-out loss, of its own rank, as an Orbax checkpoint.
 
 Without arguments: four minutes on two CPU cores, and as many with SmolLM2.
 """
@@ -24,13 +24,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tables
 import trials
-from quickstart import draw as draw_rows
-from quickstart import take
+from quickstart import draw, take
 from tqdm import tqdm
 from trials import Task
 
@@ -44,7 +42,6 @@ WEIGHT_DECAY = 0.01
 CLIP = 1.0  # the norm of a run's gradient
 RUNGS = (0.25, 0.5)  # of the steps: where the worse half stops
 TOGETHER = 2  # runs that are computed together: on a CPU more of this size are slower
-SMOOTH = 10  # steps of which the picture shows the mean
 OUT = pathlib.Path("out/sweep")
 
 
@@ -92,7 +89,7 @@ class Run(NamedTuple):
     seed: int
 
     def __str__(self) -> str:
-        """As the picture and the list name it."""
+        """As the list names it."""
         return f"lr {self.learning_rate:g}, r {self.rank}, seed {self.seed}"
 
 
@@ -162,7 +159,7 @@ def sweep(grid: Grid, task: Task, runs: Sequence[Run], together: int = TOGETHER)
         totals, counts = np.sum([each_nll(table, base, rows) for rows in batches], axis=0)
         return np.where(running, totals / counts, np.inf)
 
-    plan = draw_rows(len(task.train[0]), task.steps, task.batch, seed=0)
+    plan = draw(len(task.train[0]), task.steps, task.batch, seed=0)
     rungs = {int(share * task.steps) for share in RUNGS}
     kept = np.arange(len(runs))  # the runs that are in the table
     curves = np.full((task.steps, len(runs)), np.nan)
@@ -201,7 +198,7 @@ def of_rank(grid: Grid, task: Task, adapter: Any, run: Run) -> Any:
 
 
 def write(out: pathlib.Path, grid: Grid, task: Task, runs: Sequence[Run], result: Result) -> None:
-    """Writes the tables, the picture and the best adapter in the place of an earlier sweep's."""
+    """Writes the tables and the best adapter in the place of an earlier sweep's."""
     rows = [
         run._asdict() | {"steps": steps, "held_out_loss": f"{score:.5f}", "best": i == result.best}
         for i, (run, steps, score) in enumerate(
@@ -211,31 +208,9 @@ def write(out: pathlib.Path, grid: Grid, task: Task, runs: Sequence[Run], result
     tables.write(out / "runs.csv", rows)
     names = ",".join(f"{r.learning_rate:g}/{r.rank}/{r.seed}" for r in runs)
     np.savetxt(out / "curves.csv", result.curves, "%.5f", ",", header=names, comments="")
-    draw(out / "curves.png", runs, result)
     shutil.rmtree(out / "best", ignore_errors=True)
     rules = grid.rules(task, runs[result.best].rank)
     checkpoint.save(out / "best", result.adapter, rules, step=task.steps, base=task.params)
-
-
-def draw(path: pathlib.Path, runs: Sequence[Run], result: Result) -> None:
-    """Training losses by step: a color for each learning rate, a style for each rank."""
-    rates, ranks = (sorted({run[k] for run in runs}) for k in (0, 1))
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    width = min(SMOOTH, len(result.curves))
-    for i, run in enumerate(runs):
-        smooth = np.convolve(result.curves[:, i], np.ones(width) / width, "valid")
-        axis.plot(
-            np.arange(len(smooth)) + width,
-            smooth,
-            color=f"C{rates.index(run.learning_rate)}",
-            linestyle=("-", "--", ":", "-.")[ranks.index(run.rank) % 4],
-            linewidth=2.5 if i == result.best else 1,
-            label=f"{run}{', best' if i == result.best else ''}",
-        )
-    axis.set(xlabel="step", ylabel=f"training loss, mean of {width} steps")
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> Result:

@@ -267,22 +267,12 @@ def add_head(variables: Mapping[str, Any], classes: int) -> dict[str, Any]:
 def new_head(
     key: jax.Array, config: Config, variables: Mapping[str, Any], classes: int, std: float = 0.02
 ) -> tuple[Config, dict[str, Any]]:
-    """Config and variables with a new "cls" head, drawn as `transformers` does.
-
-    A pooler is kept where the checkpoint has one; what else the model has no use for goes.
-    """
-    size, kept = config.hidden_size, variables.get("unused", {})
+    """Config and variables with a new "cls" head, drawn as `transformers` does."""
+    size = config.hidden_size
     params = {name: variables["params"][name] for name in ("embeddings", "encoder")}
     shapes = {"pooler": (size, size), "classifier": (size, classes)}
     for draw, (name, shape) in zip(jax.random.split(key), shapes.items(), strict=True):
         params[name] = {"kernel": std * jax.random.normal(draw, shape), "bias": jnp.zeros(shape[1])}
-    pooler = {
-        name.rpartition("pooler.dense.")[2]: x for name, x in kept.items() if "pooler" in name
-    }
-    if "pooler" in variables["params"]:
-        params["pooler"] = variables["params"]["pooler"]
-    elif pooler and config.model_type == "bert":
-        params["pooler"] = {"kernel": pooler["weight"].T, "bias": pooler["bias"]}
     return dataclasses.replace(config, head="cls", bare=False), {"params": params}
 
 

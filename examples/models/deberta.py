@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and -v3 in Flax linen, reading and writing Hugging Face checkpoints.
+"""DeBERTa-v2 in Flax linen, of its published kind, reading and writing Hugging Face checkpoints.
 
     config, variables = deberta.load(folder)    # config.json and model.safetensors, or shards
     model = deberta.Deberta(config)
@@ -53,16 +53,8 @@ class Config:
     max_position_embeddings: int
     type_vocab_size: int
     layer_norm_eps: float
-    relative_attention: bool = False
-    pos_att_type: tuple[str, ...] = ()  # of "c2p", content to position, and "p2c"
-    position_buckets: int = -1
-    max_relative_positions: int = -1
-    norm_rel_ebd: str = "none"
-    share_att_key: bool = False
-    position_biased_input: bool = True
+    position_buckets: int  # S
     conv_kernel_size: int = 0
-    conv_groups: int = 1
-    conv_act: str = "tanh"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     cls_dropout: float | None = None
@@ -70,58 +62,37 @@ class Config:
     bare: bool = False
     legacy: bool = False
     model_type: ClassVar[str] = "deberta-v2"
+    position_biased_input: ClassVar[bool] = False
 
     @property
     def positions(self) -> int:
-        """The most tokens of a sequence, where there is a table of positions."""
+        """The most tokens of a sequence in training; the model takes more."""
         return self.max_position_embeddings
 
-    @property
-    def farthest(self) -> int:
-        """The largest distance between tokens that has a bucket of its own."""
-        most = self.max_relative_positions
-        return most if most > 0 else self.max_position_embeddings
 
-    @property
-    def span(self) -> int:
-        """S: the number of buckets in each direction."""
-        return self.position_buckets if self.position_buckets > 0 else self.farthest
-
-
-_V2 = {
-    "relative_attention": True,
-    "pos_att_type": ("p2c", "c2p"),
-    "position_buckets": 256,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "position_biased_input": False,
-    "head": "lm",
-}
-_CONV = {"conv_kernel_size": 3, "conv_act": "gelu"}
 SIZES = {
-    "deberta-v2-xlarge": Config(128100, 1536, 24, 24, 6144, 512, 0, 1e-7, **_V2, **_CONV),
-    "deberta-v2-xxlarge": Config(128100, 1536, 48, 24, 6144, 512, 0, 1e-7, **_V2, **_CONV),
-    "deberta-v3-base": Config(128100, 768, 12, 12, 3072, 512, 0, 1e-7, **_V2),
+    "deberta-v2-xxlarge": Config(
+        128100, 1536, 48, 24, 6144, 512, 0, 1e-7, 256, conv_kernel_size=3, head="lm"
+    ),
 }
 
 # ---- the model ----------------------------------------------------------------------------------
 
 
-def buckets(length: int, span: int, farthest: int, logarithmic: bool) -> np.ndarray:
+def buckets(length: int, span: int, farthest: int) -> np.ndarray:
     """Which of the 2·S distances lies between query i and key j: ``(L, L)`` of integers.
 
     Distances of up to S/2 are their own buckets; beyond that, and up to `farthest`, the buckets
     grow with the distance.
     """
     distance = np.arange(length)[:, None] - np.arange(length)[None]
-    if logarithmic:
-        middle = span // 2
-        far = np.maximum(np.abs(distance), middle).astype(np.float32)
-        # In float32, as PyTorch computes it: the ceiling shows the last bit.
-        grown = np.log(far / np.float32(middle)) / np.log(np.float32((farthest - 1) / middle))
-        grown = np.ceil(grown * np.float32(middle - 1)) + middle
-        grown = (grown * np.sign(distance)).astype(distance.dtype)
-        distance = np.where(np.abs(distance) <= middle, distance, grown)
+    middle = span // 2
+    far = np.maximum(np.abs(distance), middle).astype(np.float32)
+    # In float32, as PyTorch computes it: the ceiling shows the last bit.
+    grown = np.log(far / np.float32(middle)) / np.log(np.float32((farthest - 1) / middle))
+    grown = np.ceil(grown * np.float32(middle - 1)) + middle
+    grown = (grown * np.sign(distance)).astype(distance.dtype)
+    distance = np.where(np.abs(distance) <= middle, distance, grown)
     return np.clip(distance + span, 0, 2 * span - 1)
 
 
@@ -129,7 +100,7 @@ class Attention(Part):
     """Disentangled multi-head attention of every token to all tokens under the mask."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, relative: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, relative: jax.Array) -> jax.Array:
         """``(B, L, D)``, ``(B, L)`` and the distances ``(1, 2·S, D)`` to ``(B, L, D)``."""
         c, options = self.config, self.options
         heads, size = c.num_attention_heads, c.hidden_size
@@ -147,18 +118,13 @@ class Attention(Part):
         to_query, to_key, to_value = project("query"), project("key"), project("value")
         query, key, value = to_query(x), to_key(x), to_value(x)
         scores = jnp.einsum("bqhk,bshk->bhqs", query, key)
-        if c.relative_attention:
-            relative = dropout(self, c.hidden_dropout_prob, relative)
-            index = buckets(x.shape[1], c.span, c.farthest, c.position_buckets > 0)[None, None]
-            if "c2p" in c.pos_att_type:
-                far_key = (to_key if c.share_att_key else project("pos_key"))(relative)[0]
-                y = jnp.einsum("bqhk,dhk->bhqd", query, far_key)  # (B, H, L, 2·S)
-                scores += jnp.take_along_axis(y, index, axis=-1)
-            if "p2c" in c.pos_att_type:
-                far_query = (to_query if c.share_att_key else project("pos_query"))(relative)[0]
-                y = jnp.einsum("bshk,dhk->bhsd", key, far_query)  # (B, H, L, 2·S)
-                scores += jnp.take_along_axis(y, index.mT, axis=-1).mT
-        scores /= (size // heads * (1 + len(c.pos_att_type))) ** 0.5
+        relative = dropout(self, c.hidden_dropout_prob, relative)
+        index = buckets(x.shape[1], c.position_buckets, c.max_position_embeddings)[None, None]
+        y = jnp.einsum("bqhk,dhk->bhqd", query, to_key(relative)[0])  # (B, H, L, 2·S)
+        scores += jnp.take_along_axis(y, index, axis=-1)
+        y = jnp.einsum("bshk,dhk->bhsd", key, to_query(relative)[0])  # (B, H, L, 2·S)
+        scores += jnp.take_along_axis(y, index.mT, axis=-1).mT
+        scores /= (size // heads * 3) ** 0.5  # a sum of three products
         seen = (mask[:, None, :, None] * mask[:, None, None, :]) > 0  # (B, 1, L, L)
         weights = nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min))
         weights = dropout(self, c.attention_probs_dropout_prob, weights)
@@ -173,7 +139,7 @@ class Layer(bert.Layer):
     attention_class: ClassVar[Any] = Attention
 
     @nn.compact
-    def __call__(self, carry: Any, mask: jax.Array, relative: jax.Array | None, first: Any) -> Any:
+    def __call__(self, carry: Any, mask: jax.Array, relative: jax.Array, first: Any) -> Any:
         """The layer's number and ``(B, L, D)`` to the next; see `Encoder` for `first`."""
         number, before = carry
         x, _ = super().__call__(before, mask, relative)
@@ -195,10 +161,10 @@ class Convolution(Part):
         """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``, a scale and a bias, both ``(1, 1, D)``."""
         c, options = self.config, self.options
         size, width, padding = c.hidden_size, c.conv_kernel_size, (c.conv_kernel_size - 1) // 2
-        groups = {"feature_group_count": c.conv_groups, "padding": [(padding, padding)]}
-        y = conv(size, width, ("embed", None), **groups, **options, name="conv")(x)
+        options |= {"padding": [(padding, padding)]}
+        y = conv(size, width, ("embed", None), **options, name="conv")(x)
         y = dropout(self, c.hidden_dropout_prob, y * mask[..., None].astype(y.dtype))
-        y = {"tanh": nn.tanh, "gelu": lambda y: nn.gelu(y, approximate=False)}[c.conv_act](y)
+        y = nn.gelu(y, approximate=False)
         ones, zeros = (
             nn.with_logical_partitioning(init, ("norm",))
             for init in (nn.initializers.ones, nn.initializers.zeros)
@@ -219,13 +185,10 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``."""
         c, options = self.config, self.options
-        relative = first = None
-        if c.relative_attention:
-            table = embed(2 * c.span, c.hidden_size, "position", **options, name="relative")
-            relative = table(jnp.arange(2 * c.span)[None])  # (1, 2·S, D)
-            if "layer_norm" in c.norm_rel_ebd:
-                norm = layer_norm(c.layer_norm_eps, **options, name="relative_norm")
-                relative = norm(relative)
+        first, count = None, 2 * c.position_buckets
+        table = embed(count, c.hidden_size, "position", **options, name="relative")
+        norm = layer_norm(c.layer_norm_eps, **options, name="relative_norm")
+        relative = norm(table(jnp.arange(count)[None]))  # (1, 2·S, D)
         if c.conv_kernel_size > 0:
             first = Convolution(c, **options, name="conv")(x, mask)
         carry = jnp.zeros((), jnp.int32), x
@@ -252,12 +215,7 @@ class Deberta(bert.Bert):
         return dropout(self, rate, nn.gelu(y, approximate=False))
 
 
-def new_head(
-    key: jax.Array, config: Config, variables: Mapping[str, Any], classes: int
-) -> tuple[Config, dict[str, Any]]:
-    """Config and variables with a new "cls" head, drawn as `transformers` does."""
-    return bert.new_head(key, config, {"params": variables["params"]}, classes)
-
+new_head = bert.new_head
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
@@ -295,12 +253,23 @@ def names(config: Config) -> tuple[peft.Name, ...]:
 
 
 # In Microsoft's own files: another head, and positions that the model does not add.
-_UNUSED = rf"{hf.UNUSED}|mask_predictions\..*"
-_POSITIONS = r"|(deberta\.)?embeddings\.position_embeddings\.weight"
+_UNUSED = rf"{hf.UNUSED}|mask_predictions\..*|(deberta\.)?embeddings\.position_embeddings\.weight"
 
 _OURS = ("head", "bare", "legacy")
 FIELDS = {f.name: f.name for f in dataclasses.fields(Config) if f.name not in _OURS}
-KNOWN = {"model_type": "deberta-v2", "hidden_act": "gelu", "pooler_hidden_act": "gelu"}
+KNOWN = {
+    "model_type": "deberta-v2",
+    "hidden_act": "gelu",
+    "pooler_hidden_act": "gelu",
+    "relative_attention": True,
+    "pos_att_type": ("p2c|c2p", "c2p|p2c", ["p2c", "c2p"], ["c2p", "p2c"]),
+    "max_relative_positions": -1,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "conv_groups": 1,
+    "conv_act": "gelu",
+}
 
 
 def load(folder: str | Path, scan: bool = False) -> tuple[Config, dict[str, Any]]:
@@ -311,8 +280,6 @@ def load(folder: str | Path, scan: bool = False) -> tuple[Config, dict[str, Any]
         scan: of the model that the variables are for.
     """
     config = hf.read_config(folder, Config, FIELDS, KNOWN)
-    if isinstance(config.pos_att_type, str):  # as in "p2c|c2p"
-        config = dataclasses.replace(config, pos_att_type=tuple(config.pos_att_type.split("|")))
     tensors = hf.read_tensors(folder)
     is_legacy = any(name.startswith("cls.predictions.") for name in tensors)
     is_lm = is_legacy or any(name.startswith("lm_predictions.") for name in tensors)
@@ -323,13 +290,12 @@ def load(folder: str | Path, scan: bool = False) -> tuple[Config, dict[str, Any]
         legacy=is_legacy,
     )
     like = shapes(config, len(tensors.get("classifier.bias", ())), scan)
-    unused = _UNUSED if config.position_biased_input else _UNUSED + _POSITIONS
     table = f"{names(config)[0].module}.weight"
     copies = {
         "cls.predictions.decoder.weight": table,
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
-    return config, hf.to_variables(tensors, like, names(config), unused=unused, copies=copies)
+    return config, hf.to_variables(tensors, like, names(config), unused=_UNUSED, copies=copies)
 
 
 def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None:

@@ -7,7 +7,7 @@ What a family does in its own way is a field of `Config`. Every kernel is (input
 those of the layers are stacked on axis 0, one leaf for all: `layers/attention/query/kernel` of
 SmolLM2-135M is (30, 576, 576); those of experts are (layers, experts, inputs, outputs). With
 ``scan=False`` the layers are modules `layers_0`, `layers_1`, …. For a mesh see `parts`; for texts,
-`cache` and `generation`.
+`cache` and `beam`.
 """
 
 import functools
@@ -205,16 +205,11 @@ class Decoder(nn.Module):
             The logits; with a cache, these and the cache that holds these tokens too.
         """
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        layer, place = layers_of(c), None
-        if cache is None:
-            seen = None if mask is None else mask[:, None, None].astype(bool)
-            positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
-            keys = positions
-        elif positions is not None:
-            raise ValueError("`positions`: expected none with a cache, which says where it is")
-        else:
-            place = cache.place(ids.shape, mask)
-            positions, seen, keys = place.positions, place.seen, jnp.arange(cache.slots)[None]
+        layer = layers_of(c)
+        place, positions, seen = caches.begin(cache, ids, mask, positions)
+        keys = positions
+        if cache is not None:
+            keys = jnp.arange(cache.slots)[None]
             layer = layer._replace(keys=cache.keys, values=cache.values)
         distance = (positions[:, None, :, None] - keys[:, None, None]) if c.windows else None
         tokens = Tokens(positions, seen, distance, None if place is None else place.slots)
@@ -233,6 +228,4 @@ class Decoder(nn.Module):
         logits = constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
         if c.logit_cap is not None:
             logits = c.logit_cap * jnp.tanh(logits / c.logit_cap)
-        if place is None:
-            return logits
-        return place.checked(logits), Cache(*written, place.lengths)
+        return caches.end(place, logits, written)

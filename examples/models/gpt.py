@@ -2,7 +2,7 @@
 
     config, variables = gpt.load(folder)     # config.json and model.safetensors, or shards
     model = gpt.GPT(config)
-    logits = model.apply(variables, ids)     # (B, L, V); for texts see `cache` and `generation`
+    logits = model.apply(variables, ids)     # (B, L, V); for texts see `cache` and `beam`
     gpt.save(path, variables, config)        # the same tensors
 
     model = gpt.GPT(gpt.SIZES["gpt3-175b"], remat=True, param_dtype=jnp.bfloat16)
@@ -205,17 +205,11 @@ class GPT(nn.Module):
             ValueError: there are more tokens than positions, or positions beside a cache.
         """
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        seen = None if mask is None else mask[:, None, None].astype(bool)  # (B, 1, 1, L)
-        place, slots, cached = None, None, None
-        if cache is not None:
-            if positions is not None:
-                raise ValueError("`positions`: expected none with a cache, which says where it is")
-            place = cache.place(ids.shape, mask)
-            positions, slots, seen = place.positions, place.slots, place.seen
-            cached = cache.keys, cache.values
-        elif positions is None:
+        if positions is None and cache is None:
             check_length(ids, c.positions)
-            positions = jnp.arange(ids.shape[1])[None]
+        place, positions, seen = caches.begin(cache, ids, mask, positions)
+        cached = None if cache is None else (cache.keys, cache.values)
+        slots = None if place is None else place.slots
         wte = embed(c.rows, c.dim, "vocab", **options, name="wte")
         wpe = embed(c.positions, c.dim, "position", **options, name="wpe")
         x = dropout(self, c.dropout, wte(ids) + wpe(positions))  # (B, L, D)
@@ -227,9 +221,7 @@ class GPT(nn.Module):
         if c.rows > c.vocab:
             least = jnp.finfo(jnp.float32).min
             logits = jnp.where(jnp.arange(c.rows) < c.vocab, logits, least)
-        if place is None:
-            return logits
-        return place.checked(logits), Cache(*written, place.lengths)
+        return caches.end(place, logits, written)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 import transformers
 from cases._case import fill
-from jax.tree_util import Partial
-from models import attention, cache, checkpoint, decoder, experts, gpt, rope
-from models.generation import generate
+from models import cache, checkpoint, decoder, experts, gpt, rope
 
 import jlora
 
@@ -111,19 +109,6 @@ def test_no_expert_drops_a_token() -> None:
             hidden = y / (1 + np.exp(-y)) * (x[at] @ up[i])
             expected[at] += scores[i] * (hidden @ down[i])
     assert_close(jax.jit(layer.apply)(params, x), expected)
-
-
-def test_capped_attention_without_a_cap_in_reach_is_attention() -> None:
-    """Against JAX's own, with shared keys, a mask, a scale, causal or not."""
-    draw = functools.partial(np.random.default_rng(0).normal)
-    query, key, value = (draw(size=(2, 5, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
-    mask = (np.arange(5) < np.array([[5], [3]]))[:, None, None]
-    attend = jax.jit(attention.attend, static_argnums=(4, 5, 6))
-    for causal, seen in ((True, mask), (True, None), (False, mask)):
-        given = query, key, value, seen, causal, 0.3
-        actual = attend(*given, 1e4)
-        assert_close(actual, attend(*given, None))
-        assert np.abs(actual - attend(*given, 0.5)).max() > 1e-2
 
 
 def test_scaled_rope() -> None:
@@ -239,46 +224,3 @@ def test_positions_and_a_cache() -> None:
     )
     with pytest.raises(ValueError, match="`positions`: expected none with a cache"):
         jax.eval_shape(apply, checkpoint.shapes(config), IDS)
-
-
-# ---- generation ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ONE)
-def test_generated_as_without_a_cache(name: str) -> None:
-    """The most likely token after each prefix, by an adapted model on whole texts."""
-    lora, base, adapter, apply, _ = adapted(name)
-    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    logits_fn = Partial(lora.apply, base, adapter)
-    answers = generate(logits_fn, prompts, decoders.CONFIGS[name].cache, stop=-1, limit=4)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert len(answer) == 4
-        ids = np.array([[*prompt, *answer, *[0] * 5][:9]] * 3, np.int32)
-        likely = np.asarray(apply(base, adapter, ids)[0].argmax(-1))
-        assert answer == likely[len(prompt) - 1 :][:4].tolist()
-
-
-def successor(ids: jax.Array, mask: Any = None, *, cache: Any) -> tuple[jax.Array, Any]:
-    """A model that counts on."""
-    return 9.0 * jax.nn.one_hot(ids + 1, 20), cache
-
-
-def nothing(batch: int, slots: int) -> cache.Cache:
-    """Its cache."""
-    return cache.empty(1, batch, slots, 1, 1)
-
-
-def test_answers_end() -> None:
-    """At a stop token, or at the limit."""
-    prompts = [[3], [6, 7], [1, 2]]
-    count = functools.partial(generate, Partial(successor), prompts, nothing)
-    assert count(stop=9, limit=5) == [[4, 5, 6, 7, 8], [8], [3, 4, 5, 6, 7]]
-    assert count(stop=[9, 6], limit=5) == [[4, 5], [8], [3, 4, 5]]
-    assert count(stop=9, limit=1) == [[4], [8], [3]]
-    assert count(stop=4, limit=3) == [[], [8, 9, 10], [3]]
-
-
-def test_what_cannot_be_generated() -> None:
-    """Errors before anything is computed."""
-    with pytest.raises(ValueError, match="`prompts`: expected at least one, of at least one token"):
-        generate(Partial(successor), [[1], []], nothing, stop=9)

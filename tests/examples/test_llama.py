@@ -15,11 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
-from models import llama, rope
+from models import llama
 
-import jlora
 from jlora import checkpoint, peft
 
 TINY = llama.Config(
@@ -33,18 +31,6 @@ def tiny():
     variables = nn.unbox(llama.Llama(TINY).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     # Larger than the default draw, so that a change of any part changes the logits.
     return jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, variables)
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """The real thing: sizes, variables and tokenizer."""
-    return llama.load_gguf(data.smollm2())
-
-
-@pytest.fixture(scope="module")
-def packed():
-    """The same from the blocks of the file as they are."""
-    return llama.load_gguf(data.smollm2(), packed=True)
 
 
 @pytest.fixture(scope="module", params=["bytes", pytest.param("smollm2", marks=pytest.mark.slow)])
@@ -106,83 +92,6 @@ def write_gguf(path, config, variables, tensors=None, **fields):
 # --------------------------------------------------------------------------- model
 
 
-def logits_of(config, variables, ids, **options):
-    """The logits of the Llama under test."""
-    return jax.jit(llama.Llama(config, **options).apply)(variables, ids)
-
-
-def transformers_logits(config, variables, ids):
-    """The same weights in the Flax Llama of `transformers`."""
-    from transformers.models.llama import modeling_flax_llama as modeling
-
-    model = modeling.FlaxLlamaForCausalLM(
-        modeling.LlamaConfig(
-            vocab_size=config.vocab,
-            hidden_size=config.dim,
-            intermediate_size=config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=256,
-            rms_norm_eps=config.norm_eps,
-        ),
-        _do_init=False,
-    )
-    flat = flatten_dict(variables["params"], sep="/")
-    names = {
-        "attention/query/kernel": "self_attn/q_proj/kernel",
-        "attention/key/kernel": "self_attn/k_proj/kernel",
-        "attention/value/kernel": "self_attn/v_proj/kernel",
-        "attention/out/kernel": "self_attn/o_proj/kernel",
-        "mlp/gate/kernel": "mlp/gate_proj/kernel",
-        "mlp/up/kernel": "mlp/up_proj/kernel",
-        "mlp/down/kernel": "mlp/down_proj/kernel",
-        "attention_norm/scale": "input_layernorm/weight",
-        "mlp_norm/scale": "post_attention_layernorm/weight",
-    }
-    params = {
-        f"model/layers/{i}/{theirs}": flat[f"layers/{ours}"][i]
-        for ours, theirs in names.items()
-        for i in range(config.layers)
-    }
-    params["model/embed_tokens/embedding"] = flat["embed/embedding"]
-    params["model/norm/weight"] = flat["norm/scale"]
-    params["lm_head/kernel"] = flat["embed/embedding"].T
-    logits = jax.jit(lambda params: model(input_ids=ids, params=params).logits)
-    return logits(unflatten_dict(params, sep="/"))
-
-
-@pytest.mark.usefixtures("lenient")
-def test_tiny_logits_match_transformers(tiny):
-    ids = jax.random.randint(jax.random.key(1), (2, 33), 0, TINY.vocab)
-    expected = transformers_logits(TINY, tiny, ids)
-    logits = logits_of(TINY, tiny, ids)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("lenient")
-def test_smollm2_at_base_10000_matches_transformers_as_it_is(smollm2):
-    config, variables, tokenizer = smollm2
-    config = dataclasses.replace(config, rope_base=10_000.0)
-    ids = jnp.array([tokenizer.encode("The quick brown fox jumps over the lazy dog.").ids])
-    expected = transformers_logits(config, variables, ids)
-    logits = logits_of(config, variables, ids)
-    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
-
-
-def test_rope_turns_each_pair_by_its_angle():
-    x = jax.random.normal(jax.random.key(0), (1, 7, 1, 8))
-    pairs = np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:])
-    frequencies = rope.frequencies(8, 100.0)
-    angles = np.outer(np.arange(7), frequencies)
-    turned = pairs * np.exp(1j * angles)[None, :, None]
-    expected = np.concatenate([turned.real, turned.imag], -1)
-    turned = rope.rope(x, frequencies, jnp.arange(7)[None])
-    np.testing.assert_allclose(turned, expected, atol=1e-5)
-
-
 # --------------------------------------------------------------------------- GGUF
 
 
@@ -239,35 +148,6 @@ def test_tokenizer_round_trip(tokenizer, text):
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(tokenizer):
-    assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]
-    assert len(tokenizer.pre_tokenizer.pre_tokenize_str("2024")) == 4  # whatever the merges
-    start, *_, end = tokenizer.encode("<|im_start|>hi<|im_end|>").ids
-    assert (start, end) == (1, llama.STOP)
-
-
-@pytest.mark.slow
-def test_chat_follows_the_template_of_the_model():
-    reader = gguf.GGUFReader(data.smollm2())
-    template = reader.fields["tokenizer.chat_template"].contents()
-    assert f"{{{{ '<|im_start|>system\n{llama.SYSTEM}<|im_end|>\n' }}}}" in template
-    assert llama.chat("hi", system="Be brief.") == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nhi<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-
-
-@pytest.mark.slow
-def test_smollm2_answers(packed):
-    """The heads of queries and keys of the file are turned."""
-    config, variables, tokenizer = packed
-    prompt = tokenizer.encode(llama.chat("What is the capital of France?")).ids
-    logits_fn = Partial(jlora.transform(llama.Llama(config).apply).apply, variables, {})
-    [answer] = llama.generate(logits_fn, [prompt], config.cache, stop=llama.STOP, limit=12)
-    assert tokenizer.decode(answer) == "The capital of France is Paris."
-
-
 # --------------------------------------------------------------------------- fine-tuning
 
 
@@ -318,14 +198,6 @@ def test_pairs_that_are_too_long_are_left_out(tokenizer):
         finetune_lm.encode(pairs[1:], tokenizer, 256)
 
 
-def test_an_epoch_visits_every_row_once():
-    steps = [finetune_lm.batch_index(seed=0, step=s, batch=4, size=10) for s in range(5)]
-    visits = np.concatenate(steps)
-    assert sorted(visits[:10]) == sorted(visits[10:]) == list(range(10))
-    assert visits[:10].tolist() != visits[10:].tolist()
-    np.testing.assert_array_equal(finetune_lm.batch_index(0, 3, 4, 10), steps[3])
-
-
 def test_read_jsonl_names_the_line_that_is_wrong(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
@@ -345,4 +217,5 @@ def test_learns_and_saves(setting, tmp_path):
 @pytest.mark.usefixtures("lenient")
 def test_smollm2_learns_to_define(tmp_path):
     result = finetune_lm.main(["--out", str(tmp_path / "out"), "--steps=12"])
+    assert result.before == pytest.approx(5.145, abs=0.05)  # as the guides say
     assert result.after < result.before - 1

@@ -75,7 +75,7 @@ def test_each_run_is_the_one_that_it_is_alone(run):
 def test_what_is_written(run):
     result, out = run
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["best", "curves.csv", "curves.png", "runs.csv"]
+    assert names == ["best", "curves.csv", "runs.csv"]
     with (out / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["learning_rate"]) for row in rows] == [run[0] for run in RUNS]

@@ -13,11 +13,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from models import beam
 from models.cache import Cache
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from . import batches, beam, encoding, metrics, nlg, table
+from . import batches, encoding, metrics, nlg, table
 from .problems import EVALUATED, Model, Problem, Result, cross_entropy, lengths, shuffled
 
 DECODED = 8  # prompts that are searched together
