@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         variables = jlora.quantize(variables, SCHEMES[args.quantize], sites=sites, donate=True)
     base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
     if args.quantize:
-        tqdm.write(str(jlora.quantization(base)))
+        tqdm.write(str(jlora.summary(base)))
     warmup = min(WARMUP, args.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
     tx = jlora.optimizer(optax.adamw(schedule))

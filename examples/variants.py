@@ -38,12 +38,14 @@ class Setup(NamedTuple):
 
     Attributes:
         rules: what is adapted, and how.
-        options: of `jlora.optimizer`.
+        before: transformations of the gradients, before Adam.
+        after: transformations of the updates, after Adam.
         schemes: of the base's weights.
     """
 
     rules: tuple[Any, ...]
-    options: dict[str, Any]
+    before: tuple[Any, ...] = ()
+    after: tuple[Any, ...] = ()
     schemes: tuple[Any, ...] = ()
 
 
@@ -71,7 +73,7 @@ class Variant(NamedTuple):
 
 def simple(rule: Callable[[Task], Any], **options: Any) -> Callable[[Task], Setup]:
     """One rule beside the head."""
-    return lambda task: Setup((*task.head, rule(task)), options)
+    return lambda task: Setup((*task.head, rule(task)), **options)
 
 
 def sketched(task: Task, kind: str, components: int) -> jlora.types.Sketch:
@@ -109,21 +111,24 @@ def allocated(task: Task) -> Setup:
     sketch = sketched(task, "gradient", 4 * RANK)
     rules = jlora.allocate(sketch, (*task.head, lora(None, RANK)), max_rank=4 * RANK)
     print(rules)
-    return Setup(tuple(rules), {})
+    return Setup(tuple(rules))
 
 
 VARIANTS = {
     "lora_all": Variant("LoRA, all linear", simple(lambda t: lora(None, RANK))),
     "lora_qv": Variant("LoRA, q and v", simple(lambda t: lora(QV, t.rank))),
-    "head": Variant("the head alone", lambda t: Setup(t.head, {})),
+    "head": Variant("the head alone", lambda t: Setup(t.head)),
     "full": Variant("full fine-tuning", simple(lambda t: jlora.Full("params")), -3),
     "rslora": Variant("rsLoRA, all linear", simple(lambda t: jlora.LoRA(rank=RANK, rslora=True))),
-    "lora_plus": Variant("LoRA+, λ = 16", simple(lambda t: lora(None, RANK), lora_plus=16.0), -1),
+    "lora_plus": Variant(
+        "LoRA+, λ = 16", simple(lambda t: lora(None, RANK), after=(jlora.lora_plus(16.0),)), -1
+    ),
     "dora": Variant(
         "DoRA, +25% parameters", simple(lambda t: jlora.DoRA(rank=RANK, alpha=SCALE * RANK))
     ),
     "preconditioned": Variant(
-        "LoRA, preconditioned", simple(lambda t: lora(None, RANK), precondition=1e-6)
+        "LoRA, preconditioned",
+        simple(lambda t: lora(None, RANK), before=(jlora.precondition(1e-6),)),
     ),
     "pissa": Variant("PiSSA", simple(lambda t: lora(None, RANK, init=starts.pissa_niter(16))), -1),
     "miss": Variant("MiSS", simple(lambda t: lora(None, 2 * RANK, 1.0, init=starts.miss)), -1),
@@ -131,7 +136,7 @@ VARIANTS = {
     "lora_ga": Variant("LoRA-GA", simple(lora_ga), -1),
     "allocated": Variant("ranks by the gradient", allocated),
     "nf4": Variant(
-        "LoRA on NF4", lambda t: Setup((*t.head, lora(None, RANK)), {}, (jlora.NF4(KERNELS),))
+        "LoRA on NF4", simple(lambda t: lora(None, RANK), schemes=(jlora.NF4(KERNELS),))
     ),
     "nf4_loftq": Variant(
         "LoRA on NF4, by LoftQ", simple(lambda t: lora(None, RANK, init=starts.loftq(jlora.NF4())))
@@ -146,12 +151,12 @@ VARIANTS = {
 
 def make_runner(task: Task, variant: Variant) -> Runner:
     """Runs of a variant on a task."""
-    rules, options, schemes = variant.setup(task)
-    if schemes:
-        task = task._replace(params=jlora.quantize(task.params, *schemes))
-    lora = jlora.transform(task.apply, *rules)
+    own = variant.setup(task)
+    if own.schemes:
+        task = task._replace(params=jlora.quantize(task.params, *own.schemes))
+    lora = jlora.transform(task.apply, *own.rules)
     adam = optax.scale_by_adam(), optax.add_decayed_weights(WEIGHT_DECAY, decays)
-    tx = jlora.optimizer(optax.chain(*adam), **options)
+    tx = jlora.optimizer(optax.chain(*own.before, *adam, *own.after))
 
     # An adapter of `Full` leaves alone does not say that it is one: `Params` does.
     def update(updates: Any, state: Any, adapter: Any) -> tuple[Any, Any]:

@@ -384,7 +384,7 @@ def test_keys_are_not_trained() -> None:
     for tree in (noisy, jlora.Params(base, noisy)):
         labels = jlora.labels(tree)
         assert jax.tree.structure(labels) == jax.tree.structure(tree)
-        state = jlora.optimizer(optax.adamw(1e-2), lora_plus=4).init(tree)
+        state = jlora.optimizer(optax.chain(optax.adamw(1e-2), jlora.lora_plus(4))).init(tree)
         shapes = [x.shape for x in jax.tree.leaves(state) if x.ndim]
         assert sorted(shapes) == sorted(2 * [x.shape for x in jax.tree.leaves(adapter)])
     site = jlora.labels(noisy)["params"]["head"]["kernel"]

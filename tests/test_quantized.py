@@ -56,14 +56,14 @@ def test_every_scheme_is_in_the_table():
 @pytest.mark.parametrize(("scheme", "bits", "error"), [entry(*row) for row in KEPT], ids=str)
 def test_bits_and_error(scheme, bits, error):
     w = normal(512, 640)
-    found = jlora.quantization(jlora.quantize({"w": w}, scheme)).leaves[0]
+    found = jlora.summary(jlora.quantize({"w": w}, scheme)).quantized[0]
     assert 8 * found.after / w.size == pytest.approx(bits, rel=0.01)
     assert found.error == pytest.approx(error, rel=0.02)
     back = jlora.dequantize(jlora.quantize({"w": w}, scheme))["w"]
     expected = np.linalg.norm(back - w) / np.linalg.norm(w)
     assert found.error == pytest.approx(expected, rel=1e-3)
     for power in (-70, 70):  # whose squares float32 has not
-        [entry] = jlora.quantization(jlora.quantize({"w": w * 2.0**power}, scheme)).leaves
+        [entry] = jlora.summary(jlora.quantize({"w": w * 2.0**power}, scheme)).quantized
         assert entry.error == pytest.approx(found.error, rel=1e-3)
 
 
@@ -216,8 +216,8 @@ def test_what_a_traced_function_closes_over_is_checked_and_kept():
         with pytest.raises(ValueError, match="'w' of `params` has 2 values that are NaN or infini"):
             jax.jit(lambda tree=tree: jlora.quantize(tree, jlora.NF4("w")))()
     base, lines = jlora.quantize(params, jlora.NF4("w")), []
-    jax.jit(lambda: lines.append(str(jlora.quantization(base))))()
-    assert lines == [str(jlora.quantization(base))]
+    jax.jit(lambda: lines.append(str(jlora.summary(base))))()
+    assert lines == [str(jlora.summary(base))]
 
 
 def test_donated_arrays_are_deleted():
@@ -333,7 +333,7 @@ def test_merging():
     again = jlora.merge(base, adapter, requantize=True)
     assert again["v"] is base["v"]
     back, dense = (np.asarray(x) for x in (again["w"].array(), jlora.merge(base, adapter)["w"]))
-    found = {e.path: e.error for e in jlora.quantization(again).leaves}
+    found = {e.path: e.error for e in jlora.summary(again).quantized}
     error = np.linalg.norm(back - dense) / np.linalg.norm(dense)
     assert found["w",] == pytest.approx(error, rel=1e-3)
 

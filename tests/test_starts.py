@@ -352,8 +352,13 @@ def test_shapes_cannot_be_factored() -> None:
             lambda: made("dense", loftq(jlora.MXFP4())),
             r"loftq cannot quantize 'w'. `block` of MXFP",
         ),
-        (lambda: initializers.freezing("m"), "`names` of freezing must be 'a' or 'b'; got 'm'"),
-        (lambda: jlora.DoRA("w", init=miss), r"`init` of DoRA\('w'\) wants A to stay as it start"),
+        (
+            lambda: jlora.DoRA("w", init=miss),
+            r"`frozen` of DoRA\('w'\) must be \(\), as DoRA tr",
+        ),
+        (lambda: LoRA("w", frozen=("m",)), r"\('b',\); got \('m',\)\.$"),
+        (lambda: LoRA("w", frozen="a b"), r"`frozen` of LoRA\('w'\) must be \(\), \('a',\) or"),
+        (lambda: LoRA("w", frozen=("b",), init=miss), r"got \('b',\), and `init` freezes \('a',\)"),
     ],
 )
 def test_refusals(build: Any, message: str) -> None:
@@ -709,15 +714,15 @@ def test_sites_of_two_bases_have_no_distance() -> None:
         analysis.distance(initial["w"], other["w"])
 
 
-def test_freezing_is_for_initializers_of_ones_own() -> None:
+def test_a_rule_freezes_a_factor() -> None:
     """B at chance and fixed, A zero and trained: MiCA's form."""
 
-    @initializers.freezing("b")
     def swapped(key: Any, w: Any, site: Any, rule: Any) -> Any:
         _, a, b = initializers.gaussian(key, w, site, rule)
         return w, 0 * a, jax.random.normal(key, b.shape)
 
-    lora, _, base, adapter, x = made("dense", swapped)
+    lora, _, base, adapter, x = made("dense", swapped, frozen=("b",))
+    assert lora.sites(base, x).trainable == jlora.count(adapter) == adapter["w"].a.size
     grads = jax.grad(lambda a: jnp.sin(lora.apply(base, a, x)).sum())(adapter)["w"]
     assert np.any(grads.a)
     assert not np.any(grads.b)

@@ -15,9 +15,9 @@ import numpy as np
 
 from .. import _quantized as quantized
 from .. import initializers
-from .._adapters import METHODS, is_node, state, static
+from .._adapters import RULES, LoRA, is_node, state, static
 from .._quantized import Scheme
-from .._rules import Full, Rule, Slots, compile_pattern, is_finite, pattern_anywhere
+from .._rules import Rule, Slots, compile_pattern, is_finite, pattern_anywhere
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from .._untrusted import shown
@@ -146,10 +146,11 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full
-    method = METHODS[_registered("node", item.get("node", "LowRank"))]
-    names = [name for name in method.node._fields if name in item and name not in method.labels]
+    nodes = {x.node.__name__: x.node for x in RULES.values() if x.node is not None}
+    kind = _registered("node", item.get("node", "LowRank"), nodes)
+    names = [name for name in kind._fields if name in item and name not in kind.labels]
     fields = {name: _tuples(item[name]) for name in names}
-    hints = typing.get_type_hints(method.node)
+    hints = typing.get_type_hints(kind)
     for name, value in fields.items():
         if hints[name] is float and not is_finite(value):
             raise TypeError(f"`{name}` must be a number; got {value!r}")
@@ -157,8 +158,8 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
             raise TypeError(f"`{name}` must be true or false; got {value!r}")
     frozen = fields.get("frozen", ())
     if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
-        raise TypeError(f"`frozen` must name arrays of {method.node.__name__}; got {frozen!r}")
-    return method.node(**parts | fields | {"layout": _layout(**fields["layout"])})
+        raise TypeError(f"`frozen` must name arrays of {kind.__name__}; got {frozen!r}")
+    return kind(**parts | fields | {"layout": _layout(**fields["layout"])})
 
 
 def _layout(**fields: Any) -> Layout:
@@ -169,15 +170,14 @@ def _layout(**fields: Any) -> Layout:
     return found
 
 
-def _registered(kind: str, name: str) -> type:
-    """The rule or the node that is registered by a name."""
-    for method in METHODS.values():
-        if method.rule is not None and (found := getattr(method, kind)).__name__ == name:
-            return found
-    raise ValueError(
-        f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "
-        "module that registers it"
-    )
+def _registered(kind: str, name: str, types: Mapping[str, Any]) -> Any:
+    """The class of `types` by a name."""
+    if name not in types:
+        raise ValueError(
+            f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "
+            "module that registers it"
+        )
+    return types[name]
 
 
 def _leaf(shape: Any, dtype: str, hash: str | None) -> Leaf:
@@ -206,9 +206,9 @@ def _tuples(x: Any) -> Any:
 # ------------------------------------------------------------------------------------------- rules
 
 
-def _encode_rule(rule: Rule) -> Fields:
+def _encode_rule(rule: Any) -> Fields:
     fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
-    if hasattr(rule, "scale"):
+    if isinstance(rule, LoRA):
         fields["scale"] = rule.scale  # for whoever reads the file; it follows from the others
     return {"rule": type(rule).__name__, **fields}
 
@@ -259,7 +259,7 @@ def _match_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[F
 
 
 def _decode_rule(fields: Fields) -> Rule:
-    kind = Full if fields["rule"] == "Full" else _registered("rule", fields["rule"])
+    kind = _registered("rule", fields["rule"], RULES)
     names = [f.name for f in dataclasses.fields(kind) if f.name in fields]
     return kind(**{name: _decode_field(fields[name]) for name in names})
 

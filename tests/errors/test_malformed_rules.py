@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import optax
 import pytest
 from small import exactly, model
 
@@ -288,27 +287,27 @@ MALFORMED = [
         id="keywords-of-peft-dora",
     ),
     pytest.param(
-        lambda: jlora.optimizer(optax.sgd(1.0), lora_plus=0),
+        lambda: jlora.lora_plus(0),
         ValueError,
-        "`lora_plus` must be a positive finite number; got 0.",
+        "`ratio` must be a positive finite number; got 0.",
         id="lora-plus-zero",
     ),
     pytest.param(
-        lambda: jlora.optimizer(optax.sgd(1.0), lora_plus=-16.0),
+        lambda: jlora.lora_plus(-16.0),
         ValueError,
-        "`lora_plus` must be a positive finite number; got -16.0.",
+        "`ratio` must be a positive finite number; got -16.0.",
         id="lora-plus-negative",
     ),
     pytest.param(
-        lambda: jlora.optimizer(optax.sgd(1.0), lora_plus=float("nan")),
+        lambda: jlora.lora_plus(float("nan")),
         ValueError,
-        "`lora_plus` must be a positive finite number; got nan.",
+        "`ratio` must be a positive finite number; got nan.",
         id="lora-plus-nan",
     ),
     pytest.param(
-        lambda: jlora.optimizer(optax.sgd(1.0), lora_plus=float("inf")),
+        lambda: jlora.lora_plus(float("inf")),
         ValueError,
-        "`lora_plus` must be a positive finite number; got inf.",
+        "`ratio` must be a positive finite number; got inf.",
         id="lora-plus-infinite",
     ),
 ]
@@ -329,9 +328,9 @@ def test_flag_that_is_a_string(flag: str) -> None:
 
 
 def test_lora_plus_bool() -> None:
-    """`lora_plus=True` does not mean a ratio of 1."""
-    with pytest.raises(ValueError, match=re.escape("`lora_plus` must be a positive")):
-        jlora.optimizer(optax.sgd(1.0), lora_plus=True)
+    """`lora_plus(True)` does not mean a ratio of 1."""
+    with pytest.raises(ValueError, match=re.escape("`ratio` must be a positive")):
+        jlora.lora_plus(True)
 
 
 @pytest.mark.parametrize("rule", [LoRA, jlora.DoRA])

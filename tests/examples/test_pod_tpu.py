@@ -67,16 +67,10 @@ def test_collectives(model, topology, axes, sequence, method, monkeypatch):
 
 @pytest.mark.parametrize("method", ["qv", "all"])
 def test_memory(method):
-    """Of the real Llama 7B, compiled and estimated."""
+    """Of the real Llama 7B, compiled."""
     floor = row("7b", V5P, (4, 2), False, "floor")
     peak = row("7b", V5P, (4, 2), False, method).plan.peak
     assert peak <= 1.02 * floor.plan.peak
-    mesh = pod_plan.mesh_of(V5P, (4, 2))
-    args = argparse.Namespace(shape="7b", rank=8, rows=1, length=LENGTH["7b"])
-    operands = pod.plan_step(args, method, mesh)
-    with jax.set_mesh(mesh), pod.nn.logical_axis_rules(RULES):
-        estimated = pod.jlora.plan(*operands, compile=False)
-    assert 0.85 * peak <= estimated.peak <= 1.15 * peak
 
 
 def sizes(model, method):

@@ -1,62 +1,90 @@
-"""An adapter tree to A and B of PyTorch's parameters, and those to PEFT's tensors."""
+"""An adapter tree as A and B of PyTorch's parameters, and those as PEFT's tensors."""
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ..._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
-from ..._tree import name_of
-from ..._types import Path
+from ..._tree import adapter_leaves, check_fits, name_of
+from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
 from ..names._advice import advice
-from ..names._arrays import adapted, factors, magnitudes, weights
-from ..names._names import Leaf, Name, path_in_names, tied_to
-from ._read import BASE, MAGNITUDE, Part
+from ..names._convert import adapted, factors, rows_of
+from ..names._leaves import Leaf, by_row, path_in_names, resolve, tied_to
+from ..names._names import Name
+from ._contents import BASE, Part
+from ._files import MAGNITUDE
+from ._tokens import Tokens
 
 AB = (".lora_A.weight", ".lora_B.weight")
-OF_TABLE = (".lora_embedding_A", ".lora_embedding_B")
 _FACTORED = (LowRank, Decomposed)
 
 
-def is_factored(x: Any) -> bool:
-    """Whether it is a node with A and B."""
-    return isinstance(x, _FACTORED)
+class Tree(NamedTuple):
+    """An adapter tree whose leaves have PyTorch's names.
+
+    Attributes:
+        leaves: the leaves of the base, in the order in which PEFT wraps them.
+        found: what the adapter has, by paths.
+        low: those with A and B, with their adapted modules alone.
+        full: those in full.
+        rows: those with rows.
+        tied: by the module of an embedding, the head that shares its weight.
+    """
+
+    leaves: list[Leaf]
+    found: dict[Path, Any]
+    low: list[Leaf]
+    full: list[Leaf]
+    rows: list[Leaf]
+    tied: dict[str, str]
+
+    @property
+    def modules(self) -> set[str]:
+        """All modules of the base."""
+        return {module for leaf in self.leaves for module in leaf.modules}
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        """The rows of embeddings, as PyTorch has them."""
+        each = ((leaf, self.found[leaf.path]) for leaf in self.rows)
+        return [Tokens(leaf.modules[0], x.rows, rows_of(leaf, x)) for leaf, x in each]
+
+    @property
+    def parts(self) -> list[Part]:
+        """A and B of each parameter."""
+        pieces = collections.defaultdict[str, list[tuple[Leaf, Part]]](list)
+        for leaf in self.low:
+            x, name = self.found[leaf.path], leaf.name
+            # What is swapped has PEFT's B·A in the order of PyTorch's axes.
+            transposed = name.transposed
+            if name.kind == "experts":
+                transposed = False if name.swapped else None
+            scale, each = x.scale / leaf.factor, factors(leaf, x)
+            for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
+                own = (a, b, scale, transposed, m[0] if m else None)
+                pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
+        return [_joined(own) for own in pieces.values()]
 
 
-def narrowed(leaves: Sequence[Leaf], found: Mapping[Path, Any]) -> list[Leaf]:
-    """The leaves of an adapter, those of several modules as of the adapted ones alone."""
-    nodes = ((leaf, found[leaf.path]) for leaf in leaves)
-    return [adapted(leaf, x) if isinstance(x, _FACTORED) else leaf for leaf, x in nodes]
-
-
-def from_leaves(
-    leaves: Sequence[Leaf], found: Mapping[Path, Any]
-) -> tuple[list[Part], dict[str, np.ndarray]]:
-    """A and B of each parameter, and what is in full, by PyTorch's names."""
-    full = dict[str, np.ndarray]()
-    pieces = collections.defaultdict[str, list[tuple[Leaf, Part]]](list)
-    for leaf in leaves:
-        x, name = found[leaf.path], leaf.name
-        if isinstance(x, Replaced):
-            continue
-        if not is_node(x):
-            full |= dict(zip(leaf.parameters, weights(leaf, x), strict=True))
-            continue
-        # What is swapped has PEFT's B·A in the order of PyTorch's axes.
-        transposed = name.transposed
-        if name.kind == "experts":
-            transposed = False if name.swapped else None
-        scale = x.scale / leaf.factor
-        pairs = factors(leaf, LowRank(x.a, x.b, x.scale, x.layout))
-        ms = magnitudes(leaf, x) if isinstance(x, Decomposed) else [None] * len(pairs)
-        each = zip(leaf.parameters, leaf.modules, pairs, ms, strict=True)
-        for key, module, (a, b), m in each:
-            part = Part(key, name.kind or "", leaf.key(module), a, b, scale, transposed, m)
-            pieces[key].append((leaf, part))
-    return [_joined(own) for own in pieces.values()], full
+def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
+    """Names the leaves of an adapter tree; raises for what has no form in PEFT."""
+    found = adapter_leaves(adapter)
+    check_fits(base, found)
+    leaves = by_row(resolve(base, names), names)
+    _check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
+    own = [(leaf, found[leaf.path]) for leaf in leaves if leaf.path in found]
+    return Tree(
+        leaves,
+        found,
+        low=[adapted(leaf, x) for leaf, x in own if isinstance(x, _FACTORED)],
+        full=[leaf for leaf, x in own if not is_node(x)],
+        rows=[leaf for leaf, x in own if isinstance(x, Replaced)],
+        tied={leaf.modules[0]: head for leaf in leaves if (head := tied_to(leaf, leaves))},
+    )
 
 
 def _joined(pieces: Sequence[tuple[Leaf, Part]]) -> Part:
@@ -72,7 +100,9 @@ def _joined(pieces: Sequence[tuple[Leaf, Part]]) -> Part:
     own = {other.name.part[0]: part for other, part in pieces if other.name.part}
     a = [x.a.reshape(experts, -1, x.a.shape[1]) for x in own.values()]
     ends = np.cumsum([x.shape[1] for x in a])
-    if len(own) == count and all(_is_alike(x, first) for x in own.values()):
+    if len(own) == count and all(
+        x.scale == first.scale and np.array_equal(x.a, first.a) for x in own.values()
+    ):
         a, ends = a[:1], [a[0].shape[1]] * count
     b = np.zeros((count, len(first.b), ends[-1], experts), first.b.dtype)
     for (j, x), end in zip(own.items(), ends, strict=True):
@@ -83,52 +113,44 @@ def _joined(pieces: Sequence[tuple[Leaf, Part]]) -> Part:
     return first._replace(a=whole, b=b.reshape(count * len(first.b), -1), m=m)
 
 
-def _is_alike(x: Part, y: Part) -> bool:
-    return x.scale == y.scale and np.array_equal(x.a, y.a)
+def tensors_of(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The tensors of parts, and of the heads that are `tied` to some, by PEFT's keys.
 
-
-def tensors_of(parts: Sequence[Part]) -> dict[str, np.ndarray]:
-    """What parts hold by PEFT's keys: each parameter of a module wraps those before it."""
+    Each parameter of a module wraps those before it.
+    """
+    parts = [*parts, *(_head_of(x, tied[x.key]) for x in parts if x.key in tied)]
     left = collections.Counter(part.name.rpartition(".")[0] for part in parts)
     tensors: dict[str, np.ndarray] = {}
     for part in parts:
         module = part.name.rpartition(".")[0]
         left[module] -= 1
         start = f"{PREFIX}{module}{BASE * left[module]}"
-        ends = OF_TABLE if part.kind == "embedding" else AB
+        is_table = part.kind == "embedding"
+        ends = (".lora_embedding_A", ".lora_embedding_B") if is_table else AB
         tensors |= {start + end: x for end, x in zip((*ends, MAGNITUDE), part.arrays, strict=False)}
     return tensors
 
 
-def tensors_alone(
-    parts: Sequence[Part], tied: Mapping[str, str], frozen: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """All tensors of an adapter without leaves in full, whose model is not at hand."""
-    names = {name: name.rpartition(".") for name in frozen}
-    return tensors_of([*parts, *(head_of(part, tied) for part in parts if part.key in tied)]) | {
-        f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()
-    }
-
-
-def rank_of(part: Part, leaves: Sequence[Leaf]) -> int:
-    """The rank in the file, where slots lie beside one another."""
-    experts = {leaf.key(module): leaf.experts for leaf in leaves for module in leaf.modules}
-    return part.a.shape[0] // experts[part.key]
-
-
-def head_of(table: Part, tied: Mapping[str, str]) -> Part:
+def _head_of(table: Part, head: str) -> Part:
     """The head that shares the weight of an embedding."""
     a, b = (np.ascontiguousarray(x.T) for x in (table.b, table.a))
-    head = tied[table.key]
     return table._replace(name=f"{head}.weight", kind="linear", key=head, a=a, b=b)
+
+
+def frozen_tensors(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of parameters that an adapter wraps and leaves as they are."""
+    names = {name: name.rpartition(".") for name in frozen}
+    return {f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()}
 
 
 # --------------------------------------------------------------------------------- what is refused
 
 
-def check_writable(found: dict[Path, Any], leaves: dict[Path, Leaf], names: Sequence[Name]) -> None:
+def _check_writable(
+    found: dict[Path, Any], leaves: dict[Path, Leaf], names: Sequence[Name]
+) -> None:
     """Raises, naming every leaf that cannot be written."""
-    residual = [name_of(path) for path, x in found.items() if getattr(x, "residual", False)]
+    residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
     if residual:
         raise ValueError(
             "`adapter` is for a base that an initializer changed, and not for the parameters that "
@@ -156,7 +178,7 @@ def _unwritable(path: Path, x: Any, leaves: Mapping[Path, Leaf]) -> str | None:
         return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
     if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
         return f"PEFT's files have no place for a {type(x).__name__}"
-    arrays = _arrays(x)
+    arrays: list[Any] = list(state(x).values()) if is_node(x) else [x]
     if any(isinstance(y, jax.ShapeDtypeStruct) for y in arrays):
         return "expected arrays, got jax.ShapeDtypeStruct"
     if odd := [y.dtype for y in arrays if y.dtype not in DTYPES.values()]:
@@ -176,10 +198,6 @@ def _unwritable(path: Path, x: Any, leaves: Mapping[Path, Leaf]) -> str | None:
     if not (set(wanted.inputs) <= set(ours.inputs) and set(wanted.outputs) <= set(ours.outputs)):
         return f"expected {wanted} by `names`, got {ours}"
     return _without_magnitudes(x, leaf) if isinstance(x, Decomposed) else None
-
-
-def _arrays(x: Any) -> list[Any]:
-    return list(state(x).values()) if is_node(x) else [x]
 
 
 def _without_magnitudes(x: Decomposed, leaf: Leaf) -> str | None:
@@ -209,12 +227,10 @@ def _lone_parts(
             yield path, f"has magnitudes for {there[name]} of the {n} parts of {name}, PEFT for all"
 
 
-def check_one_method(
-    own: Sequence[Leaf], leaves: Sequence[Leaf], found: Mapping[Path, Any]
-) -> None:
+def check_one_method(tree: Tree) -> None:
     """Raises where PEFT has not the method of a site: it has one for all."""
     paths = {
-        kind: [name_of(leaf.path) for leaf in own if isinstance(found[leaf.path], kind)]
+        kind: [name_of(leaf.path) for leaf in tree.low if isinstance(tree.found[leaf.path], kind)]
         for kind in _FACTORED
     }
     if all(paths.values()):
@@ -223,10 +239,11 @@ def check_one_method(
             "`adapter` has DoRA at some sites and LoRA at others; PEFT has one of them for all "
             "(`use_dora`):\n" + "\n".join(listed) + f"\n{_MERGE}"
         )
-    tied = (
-        (leaf, tied_to(leaf, leaves)) for leaf in own if name_of(leaf.path) in paths[Decomposed]
-    )
-    heads = [f"  {name_of(leaf.path)}: {head}" for leaf, head in tied if head]
+    heads = [
+        f"  {name_of(leaf.path)}: {tree.tied[leaf.modules[0]]}"
+        for leaf in tree.low
+        if name_of(leaf.path) in paths[Decomposed] and leaf.modules[0] in tree.tied
+    ]
     if heads:
         raise ValueError(
             "`adapter` has DoRA at an embedding that the head shares, where PEFT has norms of its "

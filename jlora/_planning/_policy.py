@@ -1,9 +1,9 @@
-"""A policy for `jax.checkpoint` that keeps what a training step with frozen weights has to keep."""
+"""A policy for `jax.checkpoint` that saves only what a training step with frozen weights needs."""
 
 from typing import Any
 
-# Element for element, or moves alone: XLA fuses them into whatever reads their result. Division
-# and roots are kept, as they take longer than a read.
+# Elementwise operations and moves: XLA fuses them into whatever reads their result. Division and
+# roots are saved, as computing them takes longer than a read.
 _NAMES = """
     abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos eq erf exp exp2
     expand_dims expm1 floor ge gt integer_pow iota is_finite le log1p logistic lt max min mul ne neg
@@ -13,7 +13,7 @@ CHEAP = frozenset(_NAMES.split())
 
 
 def checkpoint_policy(prim: Any, *_: Any, **params: Any) -> bool:
-    r"""What `jax.checkpoint` may save: all but the results of elementwise operations.
+    r"""Lets `jax.checkpoint` save everything but the results of elementwise operations.
 
     With frozen weights, a step needs the input x of a product $x W$ only for $\bar A = s\, x^T
     \bar h$. Where x is the output of a norm or of an activation function, it costs less to compute
