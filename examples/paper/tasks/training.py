@@ -42,7 +42,7 @@ def schedule(recipe: Recipe, examples: int) -> optax.Schedule:
     """The learning rate of each step: linear from 0 to the highest, then back to 0.
 
     Example:
-        >>> from tasks import table
+        >>> from paper.tasks import table
         >>> rate = schedule(table.Recipe(1.0, 2, 3, 8, 4, 4, warmup_steps=2), examples=4)
         >>> [float(rate(step)) for step in range(6)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]

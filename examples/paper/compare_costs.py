@@ -1,6 +1,6 @@
 """What a method costs: bytes, memory and time of a training step, and latency of inference.
 
-`compare.py` calls `measure`, which writes OUT/methods_costs.csv and OUT/methods_latency.csv unless
+`compare` calls `measure`, which writes OUT/methods_costs.csv and OUT/methods_latency.csv unless
 they are there, of the same methods and sizes. Times are of rounds in which everything takes its
 turn, so that what else a machine does meets all alike; a quotient is taken within each round, and
 the median is reported. A process that has one core, as under `taskset -c 0`, counts its own time on
@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import compare_table
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tables
 from quickstart import LENGTH, Batch
 from safetensors.numpy import save
 from tqdm import tqdm
@@ -43,22 +43,22 @@ def measure(
         out: the folder.
         model: whose latency, with `variables`, is that of full fine-tuning and of merged LoRA.
         variables: the model's.
-        runners: by the method's name, with `method`, its compiled `step` and its optimizer `tx`.
+        runners: by the method's name, each a `trials.Runner`.
         settings: batch and tokens, and how many rounds.
     """
-    trained = {name: trained_by(runner.method, variables) for name, runner in runners.items()}
+    trained = {name: trained_by(runner, variables) for name, runner in runners.items()}
     path = out / "methods_costs.csv"
-    is_there = trained == {row["method"]: row["trained"] for row in compare_table.read(path)}
+    is_there = trained == {row["method"]: row["trained"] for row in tables.read(path)}
     if not is_there:
-        compare_table.write_rows(path, costs(variables, runners))
+        tables.write(path, costs(variables, runners))
     path = out / "methods_latency.csv"
     if not (is_there and path.exists()):
-        compare_table.write_rows(path, latencies(model, variables, runners, settings))
+        tables.write(path, latencies(model, variables, runners, settings))
 
 
-def trained_by(method: Any, variables: Any) -> int:
+def trained_by(runner: Any, variables: Any) -> int:
     """The number of parameters that a method trains."""
-    init, ids = functools.partial(method.init, jax.random.key(0)), jnp.ones((1, 8), jnp.int32)
+    init, ids = functools.partial(runner.init, jax.random.key(0)), jnp.ones((1, 8), jnp.int32)
     return jlora.count(jax.eval_shape(init, variables, ids)[1])
 
 
@@ -85,7 +85,7 @@ def costs(variables: Any, runners: Mapping[str, Any]) -> list[dict[str, Any]]:
     batch = Batch(ids, np.ones_like(ids), np.arange(BATCH, dtype=np.int32) % 2)
     rows, calls = {}, {}
     for name, runner in runners.items():
-        base, trained = runner.method.init(jax.random.key(0), variables, ids, ids)
+        base, trained = runner.init(jax.random.key(0), variables, ids, ids)
         state, rate = runner.tx.init(trained), jnp.float32(1e-3)
         step = runner.step.lower(trained, state, base, batch, rate).compile()
         used = step.memory_analysis()
@@ -145,11 +145,11 @@ def latencies(
     ids = jnp.ones((1, 8), jnp.int32)
     programs = {BASE: (jax.jit(model.apply), (variables,))}
     for name, runner in runners.items():
-        base, trained = runner.method.init(jax.random.key(0), variables, ids, ids)
+        base, trained = runner.init(jax.random.key(0), variables, ids, ids)
         if name == "lora":
             programs["lora_merged"] = programs[BASE][0], (jlora.merge(base, trained),)
         if name not in (BASE, "bitfit"):
-            programs[name] = jax.jit(runner.method.apply), (base, trained)
+            programs[name] = jax.jit(runner.apply), (base, trained)
     return [row for shape, n in settings.items() for row in latency(programs, shape, n)]
 
 

@@ -6,8 +6,8 @@
     examples = glue.read(DIR, "mnli", "dev_matched")
 
 The order of the classes is that of Hugging Face's data sets. JSON lines give the class by its
-number or by its name, as SuperGLUE does, whose `val.jsonl` is read too. Test files as distributed
-have no labels: None.
+number or by its name, as SuperGLUE does, whose `val.jsonl` is read too. Test files have no labels
+and are not read.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from . import files
 
 
 class Example(NamedTuple):
-    """One or two texts; the number of their class, or a score, or None where it is not known."""
+    """One or two texts, and the number of their class or their score."""
 
     texts: tuple[str, ...]
-    label: int | float | None
+    label: int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Task:
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits."""
-        return ("train", *self.dev, *(name.replace("dev", "test") for name in self.dev))
+        return ("train", *self.dev)
 
 
 PAIR = ("sentence1", "sentence2")
@@ -102,15 +102,13 @@ TASKS = {
 }
 
 
-def read(folder: str | Path, task: str, split: str, damaged: int | None = None) -> list[Example]:
-    """The examples of a split.
+def read(folder: str | Path, task: str, split: str) -> list[Example]:
+    """The examples of a split; damaged lines, where some may be, are left out with a warning.
 
     Args:
         folder: that of GLUE, or that of the task.
         task: a key of `TASKS`.
         split: one of `TASKS[task].splits`.
-        damaged: how many lines may have too few fields; None means as many as the task allows,
-            which is none but for QQP. They are left out with a warning that lists them.
 
     Raises:
         FileNotFoundError: there is no such file; the message says what to put where.
@@ -126,10 +124,9 @@ def read(folder: str | Path, task: str, split: str, damaged: int | None = None) 
         )
     path = _find(Path(folder), spec, split)
     if path.suffix == ".tsv":
-        damaged = spec.damaged if damaged is None else damaged
-        return files.some(path, _read_tsv(path, spec, split, damaged))
-    unlabeled, lines = split.startswith("test"), files.json_lines(path)
-    return files.some(path, (_from_json(place, item, spec, unlabeled) for place, item in lines))
+        return files.some(path, _read_tsv(path, spec))
+    lines = files.json_lines(path)
+    return files.some(path, (_from_json(place, item, spec) for place, item in lines))
 
 
 def _find(folder: Path, spec: Task, split: str) -> Path:
@@ -140,36 +137,32 @@ def _find(folder: Path, spec: Task, split: str) -> Path:
     return files.find(inner if inner.is_dir() else folder, [f"{split}.tsv", *names], source)
 
 
-def _read_tsv(path: Path, spec: Task, split: str, damaged: int) -> Iterator[Example]:
-    unlabeled = split.startswith("test")
-    columns, rows = files.tsv(path, () if unlabeled else spec.headless)
-    needed = spec.texts if unlabeled else (*spec.texts, spec.label)
-    if lost := [name for name in needed if name not in columns]:
+def _read_tsv(path: Path, spec: Task) -> Iterator[Example]:
+    columns, rows = files.tsv(path, spec.headless)
+    if lost := [name for name in (*spec.texts, spec.label) if name not in columns]:
         raise files.Place(path, 1).error(f"a header with {_quoted(lost)}", _quoted(columns))
     where = [columns.index(name) for name in spec.texts]
     skipped = []
     for number, row in rows:
         place = files.Place(path, number)
-        if len(row) < len(columns) and len(skipped) < damaged:
+        if len(row) < len(columns) and len(skipped) < spec.damaged:
             skipped.append(number)
             continue
         if len(row) != len(columns):
-            more = f" after {len(skipped)} damaged lines, the most that `damaged` allows"
+            more = f" after {len(skipped)} damaged lines, the most that there may be"
             got = f"{len(row)}{more if skipped else ''}"
             raise place.error(f"{len(columns)} fields, {_quoted(columns)}", got)
-        label = None if unlabeled else _label(place, row[columns.index(spec.label)], spec)
+        label = _label(place, row[columns.index(spec.label)], spec)
         yield Example(tuple(row[i] for i in where), label)
     if skipped:
         message = f"`{path}`: left out {len(skipped)} lines with too few fields: {skipped}"
         warnings.warn(message, stacklevel=3)
 
 
-def _from_json(place: files.Place, record: Any, spec: Task, unlabeled: bool) -> Example:
+def _from_json(place: files.Place, record: Any, spec: Task) -> Example:
     own = not spec.fields or all(name in record for name in spec.texts)
     names = spec.texts if own else spec.fields
     texts = tuple(place.text(record, name) for name in names)
-    if unlabeled and record.get("label", -1) == -1:
-        return Example(texts, None)
     label = place.field(record, "label", (int, float, str), "a number or a name")
     return Example(texts, _label(place, label, spec))
 

@@ -1,4 +1,4 @@
-"""Tasks of texts: E2E, WebNLG, DART, SAMSum, WikiSQL, and MNLI as GPT-3 does it.
+"""Tasks of texts: E2E, WebNLG and DART.
 
     problem = texts.generation(folder, "e2e", tokenizer, recipe)
 
@@ -9,28 +9,20 @@ writes by beam search until the end of the text or an empty line.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from models import beam
 from models.cache import Cache
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from . import batches, beam, encoding, glue, metrics, nlg, table, wikisql
+from . import batches, encoding, metrics, nlg, table
 from .problems import EVALUATED, Model, Problem, Result, cross_entropy, lengths, shuffled
 
 DECODED = 8  # prompts that are searched together
 END, BREAK = "<|endoftext|>", "ĊĊ"  # GPT-2's tokens 50256 and 628, two line feeds
-
-
-class Text(NamedTuple):
-    """A prompt, its answers, and the example that they are of."""
-
-    prompt: str
-    answers: tuple[str, ...]
-    example: Any
 
 
 def generation(
@@ -49,7 +41,7 @@ def generation(
 
     Args:
         folder: of the data.
-        task: a key of `TASKS`.
+        task: a key of `nlg.READERS`.
         tokenizer: of the model.
         recipe: the settings.
         limit: the most prompts of a split.
@@ -60,7 +52,7 @@ def generation(
         FormatError: a file is not as it should be.
         ValueError: an answer is longer than `recipe.length`, or the tokenizer is not GPT-2's.
     """
-    kind, decoding, tokenizer = TASKS[task], table.DECODING[task], encoding.plain(tokenizer)
+    decoding, tokenizer = table.DECODING[task], encoding.plain(tokenizer)
     end = tokenizer.token_to_id(END)
     if end is None:
         raise ValueError(f"the tokenizer has no token {END}: expected that of a GPT-2 or GPT-3")
@@ -72,13 +64,13 @@ def generation(
             f"{recipe.length}"
         )
 
-    def rows(texts: Sequence[Text]) -> list[encoding.Row]:
-        pairs = [(text.prompt, f" {answer}") for text in texts for answer in text.answers]
+    def rows(examples: Sequence[nlg.Example]) -> list[encoding.Row]:
+        pairs = [(prompt, f" {text}") for prompt, text in nlg.pairs(examples)]
         return encoding.generation(pairs, tokenizer, recipe.length, end, end)
 
-    read = {split: kind.read(folder, split)[:limit] for split in ("train", kind.dev, kind.test)}
-    train, given, shape = rows(read["train"]), read[kind.test], {"lengths": lengths(recipe.length)}
-    data = batches.batches(rows(read[kind.dev]), EVALUATED, **shape)
+    read = {split: nlg.read(folder, task, split)[:limit] for split in nlg.SPLITS}
+    train, given, shape = rows(read["train"]), read["test"], {"lengths": lengths(recipe.length)}
+    data = batches.batches(rows(read["dev"]), EVALUATED, **shape)
 
     def loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
         each = cross_entropy(logits[:, :-1], batch["ids"][:, 1:], recipe.label_smoothing)
@@ -95,7 +87,7 @@ def generation(
         ids = [[*prompt.ids, end][-room:] for prompt in prompts]
         step = beam.cached(model, cache) if cache else beam.uncached(model)
         texts = _written(step, ids, stop, decoding, tokenizer)
-        return Result(kind.score(texts, given, read["train"]), tuple(texts))
+        return Result(score(task, texts, given, read["train"]), tuple(texts))
 
     return Problem(
         examples=len(train),
@@ -141,75 +133,19 @@ def _written(
     return texts
 
 
-class Kind(NamedTuple):
-    """How a task of texts is read and scored, and the splits for both.
-
-    Attributes:
-        read: the examples of a split in a folder.
-        score: of texts, the examples that they are for, and those of the training set.
-        dev: the split that finds the best epoch.
-        test: the split that texts are written for.
-    """
-
-    read: Callable[[str | Path, str], list[Text]]
-    score: Callable[[Sequence[str], Sequence[Text], Sequence[Text]], dict[str, float]]
-    dev: str = "dev"
-    test: str = "test"
-
-
-def _read_nlg(task: str, folder: str | Path, split: str) -> list[Text]:
-    return [Text(e.prompt, e.references, e) for e in nlg.read(folder, task, split)]
-
-
-def _read_wikisql(folder: str | Path, split: str) -> list[Text]:
-    return [Text(e.prompt, (e.answer,), e) for e in wikisql.read(folder, split)]
-
-
-def _read_mnli(folder: str | Path, split: str) -> list[Text]:
-    """The answer is the name of the class; the paper does not say how GPT-3 reads the pair."""
-    names = glue.TASKS["mnli"].classes
-    return [
-        Text(f"{e.texts[0]}\n{e.texts[1]}\n\n", (names[int(e.label)],), e)
-        for e in glue.read(folder, "mnli", split)
-    ]
-
-
-def _score(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
-    return metrics.generation(texts, [g.answers for g in given])
-
-
-def _score_webnlg(
-    texts: Sequence[str], given: Sequence[Text], train: Sequence[Text]
+def score(
+    task: str, texts: Sequence[str], given: Sequence[nlg.Example], train: Sequence[nlg.Example]
 ) -> dict[str, float]:
-    """Also BLEU for the categories of the training set, and for the others."""
-    scores, known = _score(texts, given, train), {t.example.category for t in train}
-    for name, is_seen in (("seen", True), ("unseen", False)):
-        chosen = [i for i, g in enumerate(given) if (g.example.category in known) == is_seen]
+    """The official scores of texts for the examples `given`.
+
+    Of WebNLG also BLEU for the categories of the training set, and for the others.
+    """
+    scores = metrics.generation(texts, [g.references for g in given])
+    known = {t.category for t in train}
+    for name, is_seen in (("seen", True), ("unseen", False)) if task == "webnlg" else ():
+        chosen = [i for i, g in enumerate(given) if (g.category in known) == is_seen]
         if chosen:
-            references = [given[i].answers for i in chosen]
+            references = [given[i].references for i in chosen]
             bleu = metrics.bleu([texts[i] for i in chosen], references, lowercase=True)
             scores[f"bleu_lower_{name}"] = bleu
     return scores
-
-
-def _score_samsum(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
-    return metrics.rouge(texts, [g.answers for g in given])
-
-
-def _score_wikisql(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
-    return {"accuracy": wikisql.accuracy(texts, [g.example for g in given])}
-
-
-def _score_mnli(texts: Sequence[str], given: Sequence[Text], train: Any) -> dict[str, float]:
-    return {"accuracy": metrics.accuracy(np.array(texts), np.array([g.answers[0] for g in given]))}
-
-
-# The paper scores WikiSQL and MNLI on their dev sets.
-TASKS: Mapping[str, Kind] = {
-    "e2e": Kind(functools.partial(_read_nlg, "e2e"), _score),
-    "webnlg": Kind(functools.partial(_read_nlg, "webnlg"), _score_webnlg),
-    "dart": Kind(functools.partial(_read_nlg, "dart"), _score),
-    "samsum": Kind(functools.partial(_read_nlg, "samsum"), _score_samsum),
-    "wikisql": Kind(_read_wikisql, _score_wikisql, test="dev"),
-    "mnli": Kind(_read_mnli, _score_mnli, dev="dev_matched", test="dev_matched"),
-}

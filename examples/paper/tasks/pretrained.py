@@ -25,7 +25,6 @@ FAMILIES = {
     "deberta-v2-xxlarge": (deberta, deberta.Deberta, "deberta-v2"),
     "gpt2-medium": (gpt, gpt.GPT, "gpt2"),
     "gpt2-large": (gpt, gpt.GPT, "gpt2"),
-    "gpt3-175b": (gpt, gpt.GPT, "gpt2"),
     "minilm": (bert, bert.Bert, "bert"),
 }
 

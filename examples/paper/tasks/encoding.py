@@ -26,7 +26,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def classification(
     texts: Sequence[tuple[str, ...]],
-    labels: Sequence[int | float | None],
+    labels: Sequence[int | float],
     tokenizer: Tokenizer,
     length: int,
 ) -> list[Row]:
@@ -36,7 +36,7 @@ def classification(
 
     Args:
         texts: one or two each.
-        labels: of the same number; None becomes -1.
+        labels: of the same number.
         tokenizer: of the model; it is not changed.
         length: the most tokens.
 
@@ -52,7 +52,7 @@ def classification(
         {
             "ids": np.array(e.ids, np.int32),
             "types": np.array(e.type_ids, np.int32),
-            "label": np.array(-1 if label is None else label, dtype),
+            "label": np.array(label, dtype),
         }
         for e, label in zip(encoded, labels, strict=True)
     ]

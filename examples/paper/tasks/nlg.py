@@ -1,10 +1,9 @@
-"""E2E, WebNLG, DART and SAMSum: prompts and the texts that people wrote for them.
+"""E2E, WebNLG and DART: prompts and the texts that people wrote for them.
 
     DIR/trainset.csv  devset.csv  testset_w_refs.csv               # E2E
     DIR/train.json  dev.json  test.json                            # WebNLG 2017 as JSON
     DIR/train/**/*.xml  dev/**/*.xml  test/**/*.xml                # WebNLG's releases as XML
     DIR/dart-v1.1.1-full-train.json …                              # DART
-    DIR/train.json  val.json  test.json                            # SAMSum
 
     examples = nlg.read(DIR, "e2e", "test")
 
@@ -38,7 +37,7 @@ def read(folder: str | Path, task: str, split: str) -> list[Example]:
 
     Args:
         folder: that of the data set.
-        task: e2e, webnlg, dart or samsum.
+        task: e2e, webnlg or dart.
         split: train, dev or test.
 
     Raises:
@@ -162,19 +161,10 @@ def _dart(folder: Path, split: str) -> Iterator[Example]:
         yield Example(prompt, tuple(place.text(text, "text") for text in texts))
 
 
-def _samsum(folder: Path, split: str) -> Iterator[Example]:
-    name = f"{'val' if split == 'dev' else split}.json"
-    path = files.find(folder, [name], f"{name} of the SAMSum corpus")
-    for place, record in _records(path):
-        dialogue = place.text(record, "dialogue").replace("\r\n", "\n")
-        yield Example(f"{dialogue}\n\n", (place.text(record, "summary"),))
-
-
 READERS: dict[str, Callable[[Path, str], Iterator[Example]]] = {
     "e2e": _e2e,
     "webnlg": _webnlg,
     "dart": _dart,
-    "samsum": _samsum,
 }
 
 

@@ -98,15 +98,6 @@ def ter(texts: Sequence[str], references: References) -> float:
     return TER(normalized=True).corpus_score(texts, _columns(texts, references)).score
 
 
-def rouge(texts: Sequence[str], references: References) -> dict[str, float]:
-    """The means of ROUGE-1, ROUGE-2 and ROUGE-L from 0 to 100: F1 with stems, best reference."""
-    _check(texts, references)
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = rouge_scorer.RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score_multi(r, t) for t, r in zip(texts, references, strict=True)]
-    return {name: 100 * float(np.mean([s[name].fmeasure for s in scores])) for name in names}
-
-
 def rouge_l(texts: Sequence[str], references: References) -> float:
     """ROUGE-L from 0 to 100 as E2E's script, coco-caption, computes it.
 

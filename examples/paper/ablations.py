@@ -1,7 +1,7 @@
 """Which matrices, which rank, which directions: section 7 of the LoRA paper on two small models.
 
-    python examples/ablations.py                      # goes on where it stopped
-    python examples/ablations.py --tasks movies --seeds 0
+    python examples/paper ablations                  # goes on where it stopped
+    python examples/paper ablations --tasks movies --seeds 0
 
 MiniLM learns the sentiment of movie reviews as in `quickstart.py`, SmolLM2-135M definitions of
 words as in `finetune_lm.py`, with shorter texts. Each run adapts some of the attention's matrices
@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import ablation_plots
 import data
 import finetune_lm
 import jax
@@ -37,10 +36,12 @@ import tables
 from jax.tree_util import Partial
 from models import bert, llama
 from tokenizers import Tokenizer
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 import jlora
 from jlora import analysis, checkpoint
+
+from . import ablation_plots
 
 MATRICES = {"q": 8, "k": 8, "v": 8, "o": 8, "q,k": 4, "q,v": 4, "q,k,v,o": 2}  # and the rank
 RANKS = (1, 2, 4, 8, 64)
@@ -147,10 +148,8 @@ def definitions() -> Task:
         )
         tx = jlora.optimizer(optax.adamw(schedule))
         step, state = finetune_lm.make_step(lora, tx), finetune_lm.State(adapter, tx.init(adapter))
-        for i in trange(steps, disable=None):
-            index = finetune_lm.batch_index(seed, i, BATCH["definitions"], len(rows.ids))
-            state, _ = step(state, base, finetune_lm.take(rows, index))
-        return state.adapter
+        size = BATCH["definitions"]
+        return finetune_lm.train(state, base, rows, step, steps, size, seed)[0].adapter
 
     def measure(lora, base, adapter):
         nll = jax.jit(jax.vmap(finetune_lm.answer_nll, in_axes=(None, 0)))
@@ -228,12 +227,9 @@ def execute(task: Task, run: Run, steps: int, out: pathlib.Path) -> dict[str, An
     }
 
 
-def read(path: pathlib.Path) -> dict[Run, dict[str, str]]:
+def read(path: pathlib.Path) -> dict[Run, tables.Row]:
     """The rows of the table by run."""
-    return {
-        Run(row["task"], row["matrices"], int(row["rank"]), int(row["seed"])): row
-        for row in tables.read(path)
-    }
+    return {Run(*(row[name] for name in Run._fields)): row for row in tables.read(path)}
 
 
 # ---- directions ---------------------------------------------------------------------------------
@@ -310,27 +306,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     load = functools.cache(lambda name: TASKS[name]())
     for run in planned(args.tasks, args.seeds):
-        pictures = args.results / f"{run.task}.npz"
-        shown = pictured(run.task)
-        rows = read(table)
-        is_row = run in rows
-        is_kept = run not in shown or run.folder(args.out).exists()
-        if not is_row or not (is_kept or pictures.exists()):
+        if run not in read(table):
             row = execute(load(run.task), run, steps[run.task], args.out)
             tqdm.write(" ".join(str(x) for x in row.values()))
-            if not is_row:
-                tables.append(table, row)
-                rows = read(table)
-        folders = [other.folder(args.out) for other in shown if other in rows]
-        is_complete = len(folders) == len(shown) and all(folder.exists() for folder in folders)
-        if is_complete and not pictures.exists():
-            np.savez_compressed(pictures, **dict(subspaces(load(run.task), folders)))
+            tables.append(table, row)
+    for task in args.tasks:
+        path, shown = args.results / f"{task}.npz", pictured(task)
+        if path.exists() or not read(table).keys() >= set(shown):
+            continue
+        for run in shown:
+            if not run.folder(args.out).exists():
+                execute(load(task), run, steps[task], args.out)
+        folders = [run.folder(args.out) for run in shown]
+        np.savez_compressed(path, **dict(subspaces(load(task), folders)))
     found = {task: args.results / f"{task}.npz" for task in TASKS}
     if all(path.exists() for path in found.values()):
         arrays = {task: np.load(path) for task, path in found.items()}
         path = args.results / "ablations.png"
         ablation_plots.overview(path, read(table), arrays, list(MATRICES.items()), RANKS)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ such as a head, and come first: a leaf that they take is not the method's. The s
     full, bitfit            none
     lora, lora_all          rank=8, alpha=16.0, dropout=0.0
     adapter_h, adapter_l    bottleneck=8, 16
-    pre_embed, pre_layer    l_p=8, l_i=0, after=None
+    pre_embed, pre_layer    l_p=8
     prompt                  l_p=20, tokens=None
 
 The trained tree is a nested dict, for optax, `jlora.count`, `jlora.dropout` and

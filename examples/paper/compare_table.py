@@ -1,23 +1,20 @@
-"""What `compare.py` measured, as one table and one picture.
+"""What `compare` measured, as one table and one picture.
 
-    python examples/compare_table.py       # of examples/results, as far as the runs are
+    python examples/paper compare_table       # of examples/paper/results, as far as the runs are
 
 Read OUT/methods_runs.csv, methods_costs.csv and methods_latency.csv; write OUT/methods.csv, a row
 for each method, and OUT/methods.png, of which the guides have a copy.
 """
 
 import collections
-import csv
 import pathlib
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import tables
-
-Row = dict[str, Any]
+from tables import Row
 
 LABELS = {
     "full": "full fine-tuning",
@@ -33,28 +30,6 @@ LABELS = {
 }
 
 
-def read(path: pathlib.Path) -> list[Row]:
-    """The rows of a CSV file, none where there is no file; what looks like a number is one."""
-    return [{k: _number(v) for k, v in row.items()} for row in tables.read(path)]
-
-
-def write_rows(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Writes rows of equal fields."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
 # ---- the table ----------------------------------------------------------------------------------
 
 
@@ -66,11 +41,11 @@ def best(rows: Iterable[Row]) -> float:
 def summary(out: pathlib.Path) -> list[Row]:
     """A row for each method that has run, and whose costs are measured."""
     runs, times = collections.defaultdict(list), collections.defaultdict(dict)
-    for row in read(out / "methods_runs.csv"):
+    for row in tables.read(out / "methods_runs.csv"):
         runs[row["method"]].append(row)
-    for row in read(out / "methods_latency.csv"):
+    for row in tables.read(out / "methods_latency.csv"):
         times[row["method"]][f"latency_{row['batch']}x{row['tokens']}"] = row["ratio"]
-    costs = {row["method"]: row for row in read(out / "methods_costs.csv")}
+    costs = {row["method"]: row for row in tables.read(out / "methods_costs.csv")}
     times["bitfit"] = times["full"]  # the same program
     both = [name for name in LABELS if name in runs and name in costs]
     return [_row(runs[name], costs[name], times[name]) for name in both]
@@ -139,15 +114,16 @@ def write(out: pathlib.Path) -> None:
     if not (table := summary(out)):
         raise ValueError(
             f"`{out}` must have methods_runs.csv, and methods_costs.csv of the same methods. "
-            "`compare.py` writes them, the costs last."
+            "`compare` writes them, the costs last."
         )
-    write_rows(out / "methods.csv", table)
+    tables.write(out / "methods.csv", table)
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     plot_accuracy(axes[0], table)
-    plot_latency(axes[1], read(out / "methods_latency.csv"))
+    plot_latency(axes[1], tables.read(out / "methods_latency.csv"))
     figure.savefig(out / "methods.png", dpi=100)
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    write(pathlib.Path(sys.argv[1] if sys.argv[1:] else pathlib.Path(__file__).parent / "results"))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes them for the folder that `argv` names, else for the one beside this file."""
+    write(pathlib.Path(argv[0]) if argv else pathlib.Path(__file__).parent / "results")

@@ -1,4 +1,4 @@
-"""Beam search with a length penalty and without repeated n-grams.
+"""Texts from a causal model: greedy, or by beam search with a length penalty.
 
     logits_fn = jax.tree_util.Partial(lora.apply, base, adapter)
     step = beam.cached(logits_fn, config.cache)  # or beam.uncached(logits_fn)
@@ -6,7 +6,7 @@
 
 The score of a text is the sum of its tokens' log probabilities, the stop included, divided by their
 number to the power of the penalty: that of `transformers`, whose search with early_stopping="never"
-finds the same texts. One beam with penalty 0 is greedy. The search ends when no unfinished text can
+finds the same texts. `greedy` is one beam. The search ends when no unfinished text can
 become better than those kept. Shapes are fixed: with a cache two programs are compiled, one for the
 prompts and one for a token of each text; without, one for whole texts.
 
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from models.cache import Cache
-from models.generation import fill
+
+from .cache import Cache
 
 
 class Text(NamedTuple):
@@ -75,8 +75,9 @@ def cached(logits_fn: Callable[..., Any], cache: Callable[[int, int], Cache]) ->
 
 @jax.jit
 def _read(logits_fn: Any, cache: Cache, ids: jax.Array, lengths: jax.Array) -> Cache:
-    """The cache with all but the last token of each row."""
-    return fill(logits_fn, cache, ids, jnp.arange(ids.shape[1]) < lengths[:, None] - 1)
+    """The cache with all but the last token of each row; XLA leaves out logits nobody reads."""
+    mask = jnp.arange(ids.shape[1]) < lengths[:, None] - 1
+    return logits_fn(ids, mask, cache=cache)[1] if ids.shape[1] > 1 else cache
 
 
 @jax.jit
@@ -142,6 +143,19 @@ def search(
             break
         parents = np.concatenate([i * beams + one.parents for i, one in enumerate(searches)])
     return [one.best(rules) for one in searches]
+
+
+def greedy(
+    logits_fn: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    cache: Callable[[int, int], Cache],
+    stop: int,
+    new_tokens: int = 32,
+) -> list[list[int]]:
+    """The most likely token after each prompt, and so on until `stop`, which is left out."""
+    step, options = cached(logits_fn, cache), {"beams": 1, "stop": (stop,), "penalty": 0.0}
+    found = search(step, prompts, new_tokens=new_tokens, **options)
+    return [[token for token in texts[0].ids if token != stop] for texts in found]
 
 
 class _Rules(NamedTuple):
