@@ -14,10 +14,7 @@ from ._command import Answer
 from ._inputs import attribute
 from ._words import called
 
-WITHOUT = (
-    "activations are estimated, as libtpu is not installed; compiled figures need it: "
-    'pip install "jax[tpu]"'
-)
+WITHOUT = 'activations need the compiler for TPUs, which is not installed: pip install "jax[tpu]"'
 
 
 def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) -> Answer:

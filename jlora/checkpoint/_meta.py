@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._adapters import METHODS, is_node, state, static
+from .._adapters import RULES, is_node, state, static
 from .._rules import Rule, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
@@ -111,10 +111,11 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full
-    method = METHODS[registered("node", item.get("node", "LowRank"))]
-    names = [name for name in method.node._fields if name in item and name not in method.labels]
+    nodes = {x.node.__name__: x.node for x in RULES.values() if x.node is not None}
+    kind = registered("node", item.get("node", "LowRank"), nodes)
+    names = [name for name in kind._fields if name in item and name not in kind.labels]
     fields = {name: to_tuples(item[name]) for name in names}
-    hints = typing.get_type_hints(method.node)
+    hints = typing.get_type_hints(kind)
     for name, value in fields.items():
         if hints[name] is float and not is_finite(value):
             raise TypeError(f"`{name}` must be a number; got {value!r}")
@@ -122,8 +123,8 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
             raise TypeError(f"`{name}` must be true or false; got {value!r}")
     frozen = fields.get("frozen", ())
     if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
-        raise TypeError(f"`frozen` must name arrays of {method.node.__name__}; got {frozen!r}")
-    return method.node(**parts | fields | {"layout": _layout(**fields["layout"])})
+        raise TypeError(f"`frozen` must name arrays of {kind.__name__}; got {frozen!r}")
+    return kind(**parts | fields | {"layout": _layout(**fields["layout"])})
 
 
 def _layout(**fields: Any) -> Layout:

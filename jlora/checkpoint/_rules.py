@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ import numpy as np
 
 from .. import _quantized as quantized
 from .. import initializers
-from .._adapters import METHODS
+from .._adapters import RULES, LoRA
 from .._quantized import Scheme
-from .._rules import Full, Rule, Slots, compile_pattern, pattern_anywhere
+from .._rules import Rule, Slots, compile_pattern, pattern_anywhere
 from .._untrusted import shown
 from ..initializers import Initializer
 
@@ -45,9 +45,9 @@ class Foreign:
         )
 
 
-def encode_rule(rule: Rule) -> Fields:
+def encode_rule(rule: Any) -> Fields:
     fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
-    if hasattr(rule, "scale"):
+    if isinstance(rule, LoRA):
         fields["scale"] = rule.scale  # for whoever reads the file; it follows from the others
     return {"rule": type(rule).__name__, **fields}
 
@@ -98,7 +98,7 @@ def match_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fi
 
 
 def decode_rule(fields: Fields) -> Rule:
-    kind = Full if fields["rule"] == "Full" else registered("rule", fields["rule"])
+    kind = registered("rule", fields["rule"], RULES)
     names = [f.name for f in dataclasses.fields(kind) if f.name in fields]
     return kind(**{name: _decode_field(fields[name]) for name in names})
 
@@ -158,15 +158,14 @@ def _function(name: str) -> Callable[..., Any]:
     return function if callable(function) else Foreign(name)
 
 
-def registered(kind: str, name: str) -> type:
-    """The rule or the node that is registered by a name."""
-    for method in METHODS.values():
-        if method.rule is not None and (found := getattr(method, kind)).__name__ == name:
-            return found
-    raise ValueError(
-        f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "
-        "module that registers it"
-    )
+def registered(kind: str, name: str, types: Mapping[str, Any]) -> Any:
+    """The class of `types` by a name."""
+    if name not in types:
+        raise ValueError(
+            f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "
+            "module that registers it"
+        )
+    return types[name]
 
 
 def to_tuples(x: Any) -> Any:

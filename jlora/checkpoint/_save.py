@@ -7,7 +7,6 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from .._adapters import is_rule
 from .._quantized import is_quantized
 from .._rules import Rule, misplaced
 from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
@@ -157,7 +156,7 @@ def _check(
     found = adapter_leaves(adapter)
     _check_arrays(flatten_leaves(found), "adapter")
     for rule in rules:
-        if not is_rule(rule):
+        if not isinstance(rule, Rule):
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {misplaced(rule)}.")
     if base is not None:
         check_fits(base, found)
