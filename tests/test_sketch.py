@@ -430,7 +430,7 @@ def one(**changed: Any) -> Any:
                 "rules": LoRA("w", rank=1, materialize=True),
             },
             ValueError,
-            "of which 'w' has none: W . ΔW is formed there",
+            "and 'w' has none: W . ΔW is formed there",
         ),
     ],
 )

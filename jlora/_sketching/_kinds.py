@@ -7,9 +7,9 @@ columns are random directions orthogonal to the rest: they measure what the basi
 
 import abc
 import dataclasses
-import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,13 @@ from ._spectrum import Spectrum
 
 SPARE = 8  # columns beside those that are kept, twice
 
-# Sites of one form share their programs.
-_program = functools.partial(jax.jit, static_argnums=(0, 1))
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _program(method: F) -> F:
+    """Compiles a method, so that sites of one form share their programs."""
+    compiled: Any = jax.jit(method, static_argnums=(0, 1))
+    return compiled
 
 
 @dataclasses.dataclass(frozen=True)
