@@ -25,10 +25,6 @@ LONG = {
     "_planning._estimate",
     "_quantized._leaf",
     "_sites",
-    "_tree",
-    "checkpoint._meta",
-    "many._route",
-    "many._table",
 }
 GONE = {"closed_call"}  # primitives of JAX 0.10 that the newest has not
 
