@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint: everything but the numbers, as JSON and back."""
+"""The metadata of a checkpoint as JSON and back: everything but the arrays."""
 
 import hashlib
 import importlib.metadata
@@ -14,7 +14,7 @@ from .._adapters import RULES, is_node, state, static
 from .._rules import Rule, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
-from ._fingerprint import Fingerprint, Leaf, exact
+from ._fingerprint import Fingerprint, Leaf, leaf_of
 from ._rules import Fields, decode_rule, encode_rule, match_components, registered, to_tuples
 
 FORMAT = 2  # up to 1, patterns matched inside of the components of a path too
@@ -23,14 +23,14 @@ FULL = "full"
 
 
 class Saved(NamedTuple):
-    """What a checkpoint says of itself.
+    """The metadata of a checkpoint.
 
     Attributes:
         adapter: the adapter as saved, a nested dict of `LowRank` nodes and leaves with
             `jax.ShapeDtypeStruct` in place of each array. It can be the `like` of `restore`.
-        rules: the rules as saved; of format 1, with patterns that take the same leaves by whole
-            components of a path. An initializer that is not jlora's own, or starts from a sketch,
-            is a `Foreign`.
+        rules: the rules as saved. From format 1, their patterns are rewritten to take the same
+            leaves by whole components of a path. An initializer that is not jlora's own, or starts
+            from a sketch, is a `Foreign`.
         step: the training step, or None.
         versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
         base: the fingerprint of the base, or None.
@@ -46,7 +46,7 @@ class Saved(NamedTuple):
 
 
 def flatten_leaves(found: Mapping[Path, Any]) -> dict[Path, Any]:
-    """The arrays of an adapter by path, each with the name of what it is at the end."""
+    """The arrays of an adapter by path, whose last part is the name of the array in its node."""
     flat = {}
     for path, x in found.items():
         parts = state(x) if is_node(x) else {FULL: x}
@@ -70,7 +70,7 @@ def encode(
 
 
 def digest(fields: Fields) -> str:
-    """The hash that metadata carry of themselves."""
+    """The hash of metadata, which they hold under `sha256`."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -100,7 +100,7 @@ def decode(fields: Fields) -> Saved:
 
 
 def _encode_leaf(path: Path, x: Any) -> Fields:
-    parts = {p[-1]: exact(array, values=True) for p, array in flatten_leaves({path: x}).items()}
+    parts = {p[-1]: leaf_of(array, values=True) for p, array in flatten_leaves({path: x}).items()}
     item = {"path": list(path), "arrays": parts}
     if is_node(x):
         item |= static(x) | {"node": type(x).__name__, "layout": x.layout._asdict()}

@@ -78,11 +78,11 @@ PLAIN = re.compile(r"\^?[\w/]*(?:\((?:\?:)?[\w|]+\)|\[\w+\])?[\w/]*\$?")
 
 
 def match_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
-    """Rules of format 1, with patterns that take the same leaves by whole components.
+    """Rewrites rules of format 1 so that their patterns take the same leaves by whole components.
 
-    By whole components a pattern matches a part of what it matched before, and every leaf that it
-    took before is in the adapter. So a plain pattern stays if it still matches those leaves. Others
-    are not tried, as a file may have one that takes for ever.
+    By whole components a pattern matches fewer paths than before, and every leaf that it took is in
+    the adapter. So a plain pattern stays if it still matches those leaves. Other patterns are not
+    tried, as a file may hold one that takes for ever.
     """
     new, left = [], list(adapted)
     for rule in rules:
@@ -169,7 +169,7 @@ def registered(kind: str, name: str, types: Mapping[str, Any]) -> Any:
 
 
 def to_tuples(x: Any) -> Any:
-    """JSON's lists as tuples, at any depth."""
+    """Turns the lists of JSON into tuples, at any depth."""
     if isinstance(x, dict):
         return {name: to_tuples(value) for name, value in x.items()}
     return tuple(map(to_tuples, x)) if isinstance(x, list) else x

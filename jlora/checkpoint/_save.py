@@ -1,4 +1,4 @@
-"""An adapter, or a merged tree, to an Orbax checkpoint."""
+"""Writes an adapter, or a merged tree, as an Orbax checkpoint."""
 
 import collections
 import operator
@@ -37,7 +37,7 @@ def save(
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at
-            all. In an object store (`gs://…`) that is as Orbax has it.
+            all. In an object store (`gs://…`) Orbax's own guarantee holds.
         adapter: from `init`, training or `restore`; dropout keys in it are ignored.
         rules: the `LoRA` and `Full` rules that made the adapter; `()` where there were none.
         step: the training step.
@@ -66,7 +66,7 @@ def save(
         (8.0, True)
     """
     saved = items(adapter, rules, step=step, base=base, hash_values=hash_values)
-    # Folders made in the background would be waited for where no error is heard.
+    # Orbax would wait for folders that it makes in the background where their errors are lost.
     options = ocp.CompositeOptions(
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False)
     )
@@ -82,7 +82,7 @@ def items(
     base: PyTree | None = None,
     hash_values: bool = False,
 ) -> dict[str, ocp.args.CheckpointArgs]:
-    """What `save` writes, for a `CheckpointManager` that saves it with other items.
+    """Returns what `save` writes, for a `CheckpointManager` that saves it with other items.
 
     Each step's folder is then a checkpoint that `read` and `restore` take, whatever else is in it.
 
@@ -134,7 +134,7 @@ def export(path: Where, merged: PyTree) -> None:
         FileExistsError: if `path` is there and not an empty folder.
         OSError: as in `save`.
         RuntimeError: as in `save`.
-        TypeError: if `merged` holds no array, or what is none.
+        TypeError: if `merged` holds no array, or something else.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp
