@@ -18,6 +18,7 @@ from chain import FORMS
 from collectives import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import some
 
 import jlora
 from jlora import NF4, LoRA, sharding
@@ -68,7 +69,7 @@ def size(tree):
     return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("form", some(FORMS, "plain", "scan+remat"))
 def test_one_weight_at_a_time(form):
     """Of the many, two at most are unpacked at once: one in use, and the next."""
     mesh, layers = tpu.mesh_for("v5e:2x2", (1, 1)), 8
@@ -157,6 +158,7 @@ def test_7b_on_one_chip():
     assert compiled.base < 0.31 * dense.base
 
 
+@pytest.mark.slow
 def test_70b_on_a_slice():
     """Sixteen chips of 16 GB each."""
     mesh = tpu.mesh_of("v5e:4x4", {"fsdp": 2, "tensor": 8})
