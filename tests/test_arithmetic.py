@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from own_methods import GainNode
-from small import each_refusal, exactly, some
+from small import each_refusal, exactly
 
 import jlora
 from jlora import _linalg, arithmetic

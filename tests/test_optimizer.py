@@ -16,6 +16,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
+from small import raw
 
 import jlora
 
@@ -112,11 +113,6 @@ def random(
 def small() -> Setup:
     """The scanned model."""
     return setup()
-
-
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf, so that zeros of different signs differ."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def size(tree: Any) -> int:

@@ -25,6 +25,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 from jax import lax
+from small import raw
 
 import jlora
 
@@ -43,11 +44,6 @@ def random(
     """An initializer with a B that is not zero."""
     w, a, b = jlora.initializers.kaiming_uniform(key, w, site, rule)
     return w, a, 0.3 * jax.random.normal(key, b.shape).astype(b.dtype)
-
-
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf, so that zeros of different signs differ."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def kinds(tree: Any) -> Any:
