@@ -332,7 +332,7 @@ def test_remat_computes_the_same_mask_again(policy: str | None) -> None:
 # -------------------------------------------------------------------------------- keys and trees
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("impl", ["threefry2x32", pytest.param("rbg", marks=pytest.mark.slow)])
 def test_raw_and_typed_keys_are_one(impl: str) -> None:
     """`jax.random.PRNGKey` and `jax.random.key` of a seed give the same output."""
     lora, base, adapter = model()
@@ -384,7 +384,7 @@ def test_keys_are_not_trained() -> None:
     for tree in (noisy, jlora.Params(base, noisy)):
         labels = jlora.labels(tree)
         assert jax.tree.structure(labels) == jax.tree.structure(tree)
-        state = jlora.optimizer(optax.adamw(1e-2), lora_plus=4).init(tree)
+        state = jlora.optimizer(optax.chain(optax.adamw(1e-2), jlora.lora_plus(4))).init(tree)
         shapes = [x.shape for x in jax.tree.leaves(state) if x.ndim]
         assert sorted(shapes) == sorted(2 * [x.shape for x in jax.tree.leaves(adapter)])
     site = jlora.labels(noisy)["params"]["head"]["kernel"]

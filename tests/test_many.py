@@ -28,7 +28,7 @@ def is_routed(case: Case) -> bool:
     return case.sites > 0 and case.jit and case.vmap and case.subject != "model"
 
 
-DAILY = ("product", "convolution", "layers", "experts")  # subjects
+DAILY = ("convolution", "experts")  # subjects
 
 
 def table() -> list[Any]:
@@ -305,6 +305,7 @@ def test_ids_may_be_integers_of_any_dtype(dtype: str, form: str) -> None:
                 routed(base, table, none, jnp.ones((3, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_slots_may_be_integers_of_any_dtype(dtype: str) -> None:
     """Of `take`, `insert`, `remove`, `stop` and `restart`, known or traced."""

@@ -122,7 +122,7 @@ def test_leaf_is_no_array(use: str) -> None:
 def test_bound_leaf_has_no_attributes_of_an_array() -> None:
     """`w.T`, `w.shape`; and what asks politely, as `hasattr` and copies do, gets an answer."""
     leaf = bound(dense, W, X)["w"]
-    with pytest.raises(AttributeError, match=exactly(f"Adapted has no attribute 'T'. {BOUND}")):
+    with pytest.raises(AttributeError, match=exactly(f"Adapted has no attribute 'T': {BOUND}")):
         leaf.T  # noqa: B018
     assert not hasattr(leaf, "shape")
     for same in (copy.deepcopy(leaf), pickle.loads(pickle.dumps(leaf))):

@@ -209,11 +209,11 @@ def test_unconstrained_axes_stay_so():
     "tx",
     [
         jlora.optimizer(optax.adamw(1e-3)),
-        jlora.optimizer(optax.chain(optax.clip(1.0), optax.adam(1e-3)), freeze_a=True, lora_plus=4),
+        jlora.optimizer(optax.chain(optax.clip(1.0), optax.adam(1e-3), jlora.lora_plus(4))),
         optax.MultiSteps(optax.adam(1e-3), 2),
         optax.sgd(1e-3),
     ],
-    ids=["adamw", "freeze_a", "multisteps", "sgd"],
+    ids=["adamw", "lora_plus", "multisteps", "sgd"],
 )
 def test_moments(tx):
     """What has a parameter's path and shape lies as it does, the rest is replicated."""

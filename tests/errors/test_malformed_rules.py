@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import optax
 import pytest
 from small import each_refusal, exactly, model
 
@@ -77,9 +76,7 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         "`chosen` of Slots must lie in [0, 3), the slots; got [3].": lambda: Slots(3, (0, 3)),
         "`chosen` of Slots must lie in [0, 3), the slots; got [-1].": lambda: Slots(3, (-1, 1)),
         **{
-            f"`lora_plus` {NUMBERS}; got {x}.": (
-                lambda x=x: jlora.optimizer(optax.sgd(1.0), lora_plus=x)
-            )
+            f"`ratio` {NUMBERS}; got {x}.": (lambda x=x: jlora.lora_plus(x))
             for x in (0, -16.0, math.nan, math.inf, True)
         },
     },

@@ -182,7 +182,7 @@ def test_optimizer_refuses_the_state_of_a_module() -> None:
         "the adapter alone, give `tx` itself."
     )
     with pytest.raises(TypeError, match=exactly(message)):
-        jlora.optimizer(optax.sgd(1.0), lora_plus=16).init(state)
+        jlora.optimizer(optax.sgd(1.0)).init(state)
 
 
 def fully_trained() -> Any:
@@ -203,7 +203,9 @@ LABELING: dict[str, Callable[[Any], Any]] = {
     "labels": jlora.labels,
     "mask": jlora.mask,
     "optimizer": jlora.optimizer(SGD).init,
-    "options": jlora.optimizer(SGD, lora_plus=4.0, freeze_a=True, precondition=1e-6).init,
+    "chained": jlora.optimizer(
+        optax.chain(jlora.precondition(1e-6), SGD, jlora.lora_plus(4.0))
+    ).init,
     "train-state": lambda params: TrainState.create(
         apply_fn=model, params=params, tx=jlora.optimizer(SGD)
     ),
