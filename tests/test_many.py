@@ -261,14 +261,6 @@ def test_only_the_base_for_minus_one_to_the_bit() -> None:
         close(y, model(base, X))
 
 
-def test_rows_without_a_slot_are_nan() -> None:
-    lora, base, adapters = made(full=False)
-    for form in FORMS:
-        f = jax.jit(many.route(lora.apply, form=form))
-        y = f(base, many.stack(adapters), jnp.array([0, 3, -1, -2, 1, 2]), X)
-        assert np.isnan(y).all((1, 2)).tolist() == [False, True, False, True, False, False]
-
-
 INTEGERS = some([f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)], "int8")
 
 
