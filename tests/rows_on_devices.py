@@ -45,7 +45,7 @@ def made(spec, mesh):
     ("spec", "kind"),
     [
         (VOCABULARY_CUT, AxisType.Auto),
-        (DIM_CUT, AxisType.Explicit),
+        pytest.param(DIM_CUT, AxisType.Explicit, marks=pytest.mark.slow),
         pytest.param(VOCABULARY_CUT, AxisType.Explicit, marks=pytest.mark.slow),
         pytest.param(DIM_CUT, AxisType.Auto, marks=pytest.mark.slow),
     ],
