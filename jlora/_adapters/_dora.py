@@ -7,8 +7,7 @@ n_o^2 = \sum_i W_{io}^2 + 2 s \sum_r B_{ro} P_{ro} + s^2 \sum_r B_{ro} (G B)_{ro
 """
 
 import dataclasses
-import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +155,7 @@ class DoRA(LoRA):
                 f"{rule_name(self)} takes norms of the whole of {site.path!r}, of which a "
                 "shard_map around init has a part. Call init outside of it."
             )
-        m = norms(_How(site.layout, self.scale), base, a, b)
+        m = norms(base, LowRank(a, b, self.scale, site.layout))
         m = m.astype(promote(m.dtype, a.dtype))
         return base, Decomposed(
             a, b, m, self.scale, site.layout, self.materialize, residual=base is not w
@@ -166,57 +165,45 @@ class DoRA(LoRA):
 # ------------------------------------------------------------------------------------- the norms
 
 
-class _How(NamedTuple):
-    """What the arrays do not say."""
-
-    layout: Layout
-    scale: float
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def norms(how: _How, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+@jax.jit
+def norms(w: Any, direction: LowRank) -> jax.Array:
     r"""$\lVert W + s A B \rVert$ of each column, of the shape and the axes of m.
 
-    It is 0 only where W and s·A·B are. Where they cancel it is their rounding error, at least.
+    It is 0 only where both W and s·A·B are. Where they cancel, it is at least their rounding error.
     """
-    weight, layout = leaf_weight(w, Change(), "", materialize=True), how.layout
+    weight, layout = leaf_weight(w, Change(), "", materialize=True), direction.layout
     if layout.stack[:1] != (0,) or isinstance(weight.value, jax.Array):
-        return _norms(how, weight.array, a, b)
-    # Of a quantized stack one matrix is unpacked at a time.
+        return _slot_norms(weight.array, direction)
+    # A quantized stack is unpacked one matrix at a time.
     stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in layout[:3])
     slots = layout.slots and (layout.slots[0], layout.slots[1], layout.slots[2] - 1)
-    rest = Layout(stack, inputs, outputs, slots)
-
-    def of_matrix(parts: Any) -> jax.Array:
-        w, a, b = parts
-        return _norms(how._replace(layout=rest), w.of_slice().array, a, b)
-
-    return lax.map(of_matrix, (weight.stacked(), a, b))
+    rest = direction._replace(layout=Layout(stack, inputs, outputs, slots))
+    return lax.map(lambda x: _slot_norms(x[0].of_slice().array, x[1]), (weight.stacked(), rest))
 
 
-def _norms(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    if how.layout.slots is None:
-        return _of_columns(how, w, a, b)
-    count, chosen, axis = how.layout.slots
-    length, n = w.shape[axis] // count, len(how.layout.stack)
-    each = [
-        _of_columns(
-            how,
-            lax.slice_in_dim(w, slot * length, (slot + 1) * length, axis=axis),
-            *(lax.index_in_dim(f, i, n, keepdims=False) for f in (a, b)),
-        )
-        for i, slot in enumerate(chosen)
-    ]
-    return jnp.stack(each, n)
+def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:
+    """The norms of the columns in the chosen slots, one slot after another."""
+    if direction.layout.slots is None:
+        return _column_norms(w, direction)
+    count, chosen, axis = direction.layout.slots
+    length, n = w.shape[axis] // count, len(direction.layout.stack)
+
+    def of_slot(i: int, slot: int) -> jax.Array:
+        part = lax.slice_in_dim(w, slot * length, (slot + 1) * length, axis=axis)
+        a, b = (lax.index_in_dim(x, i, n, keepdims=False) for x in (direction.a, direction.b))
+        return _column_norms(part, direction._replace(a=a, b=b))
+
+    return jnp.stack([of_slot(i, slot) for i, slot in enumerate(chosen)], n)
 
 
-def _of_columns(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    layout, scale = how
+def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
+    """The norms of all columns of W + s·A·B."""
+    layout, scale = direction.layout, direction.scale
     names = letters(w.ndim)
     stack, inputs, outputs = ("".join(names[d] for d in axes) for axes in layout[:3])
     wide, narrow = promote(w.dtype, jnp.float32), promote(w.dtype)
     # The rounded A and B are what the model multiplies with.
-    a, b = a.astype(narrow), b.astype(narrow)
+    a, b = direction.a.astype(narrow), direction.b.astype(narrow)
 
     def times(x: str, y: str, out: str, *values: jax.Array) -> jax.Array:
         return einsum(x, y, out, *values, precision="highest", dtype=wide)
@@ -244,8 +231,7 @@ def _check_whole(node: Decomposed, w: Any) -> None:
 def _gain(node: Decomposed, w: Any) -> jax.Array:
     """The gain of all outputs, m / n: 1 in the slots that are not adapted."""
     _check_whole(node, w)
-    w, a, b = lax.stop_gradient((w, node.a, node.b))
-    n = norms(_How(node.layout, node.scale), w, a, b)
+    n = norms(*lax.stop_gradient((w, LowRank(node.a, node.b, node.scale, node.layout))))
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
     if node.layout.slots is None:
         return gain
