@@ -1,4 +1,4 @@
-r"""DoRA: a magnitude for each output beside the direction that LoRA turns.
+r"""DoRA: a magnitude for each output, beside a direction that LoRA adapts.
 
 The norms of the columns of $W + s A B$ follow from A and B without that sum:
 
@@ -68,7 +68,7 @@ class Decomposed(Node):
         return {"a": axes["a"], "b": axes["b"], "m": (*stack_and_slots(layout), *layout.outputs)}
 
     def lower(self, w: Any) -> Change:
-        """The gain m / ‖W + s·A·B‖ of W + s·A·B."""
+        """The sum W + s·A·B, with the gain m / ‖W + s·A·B‖."""
         outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
         whole = without_slots(self, w.shape)
         delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)
@@ -86,15 +86,15 @@ class DoRA(LoRA):
     from $A^T W$ and $A^T A$: W + s·A·B is not formed. m starts as the norm, so that the adapted
     model is the base at first, up to rounding.
 
-    Of an embedding, an output is a column of the table, whose norm is over the whole vocabulary,
-    and a tied head has its inputs scaled. An output whose column is zero stays zero.
+    In an embedding an output is a column of the table: its norm is over the whole vocabulary, and a
+    tied head has its inputs scaled. A column of zeros stays zero.
 
     Within a `shard_map` around `apply` or `merge`, a weight is refused if it and its A both vary
-    over a mesh axis, as its inputs may be cut: gather it with `to="invarying"`, or put the
+    over a mesh axis, as its inputs may be sharded: gather it with `to="invarying"`, or put the
     `shard_map` into the function that `transform` takes.
 
-    Fields are those of `LoRA`, but for dropout: PEFT's DoRA with dropout multiplies W a second
-    time, by the dropped input, which is not done here.
+    It has the fields of `LoRA`, but no dropout: PEFT's DoRA with dropout multiplies W a second
+    time, by the dropped input, which jlora does not.
 
     Attributes:
         pattern: a regular expression for whole components of a leaf's path. None means
@@ -107,7 +107,7 @@ class DoRA(LoRA):
         dropout: 0.
         materialize: allow W' to be formed where the model leaves no other way.
         rslora: scale by alpha / √r rather than alpha / r.
-        init: an initializer, `jlora.initializers.kaiming_uniform` unless told.
+        init: an initializer, by default `jlora.initializers.kaiming_uniform`.
         dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
             narrower than float32.
         frozen: ().
@@ -222,14 +222,14 @@ def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
 
 
 def _check_whole(node: Decomposed, w: Any) -> None:
-    """Raises where an enclosing `shard_map` may have cut the inputs of W, which then cuts A's."""
+    """Raises if an enclosing `shard_map` may have sharded the inputs of W, and so those of A."""
     may_be_cut = _compat.may_be_cut_over
     if axes := may_be_cut(w) & may_be_cut(node.a):
         raise PartialWeightError("DoRA takes norms over all inputs of W", axes)
 
 
 def _gain(node: Decomposed, w: Any) -> jax.Array:
-    """The gain of all outputs, m / n: 1 in the slots that are not adapted."""
+    """The gain m / n of each output; 1 in the slots that are not adapted."""
     _check_whole(node, w)
     n = norms(*lax.stop_gradient((w, LowRank(node.a, node.b, node.scale, node.layout))))
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)

@@ -37,7 +37,7 @@ class LoRA(Rule):
         materialize: allow W + ΔW to be formed where the model uses W in a way that has no
             factored form. Values and gradients stay exact; memory and time do not stay small.
         rslora: scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than alpha / r.
-        init: how A and B start, one of `jlora.initializers`; `kaiming_uniform` unless told.
+        init: how A and B start, one of `jlora.initializers`; by default `kaiming_uniform`.
         dtype: dtype of A and B; by default the weight's own, but at least float32.
         frozen: `("a",)` to train B alone, which takes half of the moments (LoRA-FA, arXiv
             2308.03303), or `("b",)`. An initializer may demand it, as `miss` does.
@@ -102,7 +102,7 @@ class LoRA(Rule):
                 f"`frozen` of {name} must be (), ('a',) or ('b',); got {self.frozen!r}{also}."
             )
         object.__setattr__(self, "frozen", frozen)
-        # Plain numbers, whatever a sweep gave: they are saved and compared.
+        # They are saved and compared: plain numbers, whatever a sweep gave.
         object.__setattr__(self, "rank", int(self.rank))
         object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "dropout", float(self.dropout))
