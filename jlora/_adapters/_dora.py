@@ -17,6 +17,7 @@ from .. import _compat
 from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, letters, promote
 from .._rules import rule_name
 from .._types import Layout
+from .._whole import check_whole
 from ._keywords import refuse_keywords_of_peft
 from ._lora import LoRA
 from ._low_rank import LowRank, stack_and_slots, without_slots
@@ -145,16 +146,7 @@ class DoRA(LoRA):
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
         """W and the node of what `init` draws, with the norms as m."""
         base, a, b = self.draw(key, w, site)
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
-            raise ValueError(
-                f"`params` has a shape at {site.path!r}, of which {rule_name(self)} cannot take "
-                "norms. Give arrays, or call init under jax.eval_shape."
-            )
-        if _compat.may_be_cut_over(base):
-            raise NotImplementedError(
-                f"{rule_name(self)} takes norms of the whole of {site.path!r}, of which a "
-                "shard_map around init has a part. Call init outside of it."
-            )
+        check_whole(f"{rule_name(self)} takes norms of", base, site.path)
         m = norms(base, LowRank(a, b, self.scale, site.layout))
         m = m.astype(promote(m.dtype, a.dtype))
         return base, Decomposed(

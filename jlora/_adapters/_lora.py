@@ -14,7 +14,7 @@ from .._rules import Rule, Slots, check_pattern, is_finite, is_floating, is_int,
 from .._types import Layout
 from ..initializers import kaiming_uniform
 from ._keywords import refuse_keywords_of_peft
-from ._low_rank import LowRank, factor_shapes
+from ._low_rank import LowRank
 from ._node import SLOTS, register
 
 
@@ -120,7 +120,8 @@ class LoRA(Rule):
 
     def factor_shapes(self, site: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and of B at a site."""
-        return factor_shapes(site.layout, site.shape, self.rank)
+        found = self.shapes(site.layout, site.shape)
+        return found["a"], found["b"]
 
     def fit(self, site: Any) -> tuple["LoRA", Layout]:
         """The rule, of a rank that the site can have, and the layout with the rule's slots."""

@@ -33,6 +33,7 @@ from .._core import (
 from .._quantized import is_quantized
 from .._rules import Rule, check_pattern, is_int, rule_name
 from .._types import Layout
+from .._whole import check_whole
 from ._node import SHOWN, Axes, Node, PartialWeightError, lengths, register
 
 
@@ -158,16 +159,7 @@ class Rows(Rule):
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Replaced]:
         """W, and its rows as V."""
         del key
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
-            raise ValueError(
-                f"`params` has a shape at {site.path!r}, of which {rule_name(self)} cannot take "
-                "rows. Give arrays, or call init under jax.eval_shape."
-            )
-        if _compat.may_be_cut_over(w):
-            raise NotImplementedError(
-                f"{rule_name(self)} counts the rows of the whole of {site.path!r}, of which a "
-                "shard_map around init may have a part. Call init outside of it."
-            )
+        check_whole(f"{rule_name(self)} takes rows of", w, site.path)
         rows = tuple(self.rows)
         v = _take_rows(w if is_quantized(w) else jnp.asarray(w), site.layout, rows)
         return w, Replaced(v.astype(promote(v.dtype, jnp.float32)), rows, site.layout)
