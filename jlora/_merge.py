@@ -39,7 +39,7 @@ def merge(
         check: raise if a merged leaf is not finite. Needs concrete values, so not under `jit`.
         requantize: quantize adapted weights again, in their own schemes, and leave the others as
             they are. This rounds ΔW to what a few bits can hold, which may undo the training:
-            `print(jlora.quantization(merged))` lists the error of each leaf.
+            `print(jlora.summary(merged))` lists the error of each leaf.
 
     Returns:
         A tree with the structure, shapes, dtypes and shardings of `base`.

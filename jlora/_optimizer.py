@@ -1,6 +1,6 @@
 """An optimizer that trains the adapter alone, whatever tree it is given."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ import optax
 
 from ._adapters import is_node
 from ._labels import labels
-from ._table import aligned, readable
-from ._tree import count, leaves_by_path, name_of, size_in_bytes
+from ._tree import leaves_by_path, name_of
 from ._types import PyTree
 
 
@@ -111,57 +110,3 @@ def _freeze() -> optax.GradientTransformation:
         return jax.tree.map(zero, updates, updates if params is None else params)
 
     return optax.stateless(update)
-
-
-class Summary(NamedTuple):
-    """Parameters and bytes of a base and its adapter; `str()` is a table.
-
-    Attributes:
-        base: parameters of the base.
-        trainable: parameters of the adapter.
-        base_bytes: bytes of the base.
-        trainable_bytes: bytes of the adapter, which is also what a checkpoint of it holds.
-    """
-
-    base: int
-    trainable: int
-    base_bytes: int
-    trainable_bytes: int
-
-    @property
-    def share(self) -> float:
-        """Trainable parameters as a share of the base's."""
-        return self.trainable / max(self.base, 1)
-
-    def __str__(self) -> str:
-        rows = [
-            ("base (frozen)", f"{self.base:,}", readable(self.base_bytes)),
-            ("adapter (trainable)", f"{self.trainable:,}", readable(self.trainable_bytes)),
-            ("Adam moments", f"{2 * self.trainable:,}", readable(2 * self.trainable_bytes)),
-        ]
-        lines = aligned(("", "parameters", "size"), rows, {"parameters", "size"})
-        return "\n".join([*lines, f"trainable share {100 * self.share:.3g}%"])
-
-
-def summary(base: PyTree, adapter: PyTree) -> Summary:
-    """Parameters and bytes of a base and its adapter.
-
-    Args:
-        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s.
-        adapter: the trainable tree, likewise.
-
-    Returns:
-        A `Summary`; printed, a table.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
-        >>> params, x = {"w": jnp.ones((64, 64))}, jnp.ones((1, 64))
-        >>> print(jlora.summary(*lora.init(jax.random.key(0), params, x)))
-                             parameters      size
-        base (frozen)             4,096  16.0 KiB
-        adapter (trainable)         256   1.0 KiB
-        Adam moments                512   2.0 KiB
-        trainable share 6.25%
-    """
-    return Summary(count(base), count(adapter), size_in_bytes(base), size_in_bytes(adapter))

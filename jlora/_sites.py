@@ -30,8 +30,8 @@ from ._core import (
 )
 from ._foreign import check_kept, check_leaf
 from ._quantized import Scheme, is_quantized, spelled
+from ._report import aligned
 from ._rules import Full, Rule, near, rule_name
-from ._table import aligned
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 
@@ -239,7 +239,7 @@ class Traced(NamedTuple):
 
         def weight(path: Path, x: Any) -> Weight:
             w = leaf_weight(x, Change(), "/".join(path), materialize=True)
-            return w.replace(x, source=w.source._replace(uses=found))
+            return dataclasses.replace(w, origin=w.origin._replace(uses=found))
 
         self._evaluate(lambda path, x: weight(path, x) if path in weights else x)
         return found

@@ -347,7 +347,7 @@ def test_tables(
     table: str, path: str, shape: tuple[int, ...], module: str | None, kind: str | None
 ) -> None:
     """One path of each shipped table; without a module, the path itself with dots."""
-    from jlora.peft.names._names import resolve
+    from jlora.peft.names._leaves import resolve
 
     base = jlora._tree.nest({tuple(path.split("/")): jnp.zeros(shape)})
     [leaf] = resolve(base, getattr(peft, table))
@@ -359,7 +359,7 @@ def test_tables_of_the_examples() -> None:
     """One for all sizes of a model: the same names as of this one's own configuration."""
     from models import bert, llama
 
-    from jlora.peft.names._names import resolve
+    from jlora.peft.names._leaves import resolve
 
     config = bert.Config(11, 8, 2, 2, 12, 16, 2, 1e-12, bare=True)
     sizes = llama.Config(11, 2, 8, 12, 2, 1)

@@ -265,7 +265,7 @@ def test_merge_has_a_gradient_where_nothing_is_added(change: Any, compiled: bool
     assert_close(loss(change), loss(plainly))
 
 
-DAILY = ((jlora.merge, 16), (jlora.merge, 17), (jlora.unmerge, 17))
+DAILY = ((jlora.merge, 16), (jlora.unmerge, 17))
 
 
 @pytest.mark.parametrize(
@@ -324,17 +324,10 @@ def test_merge_rounds_once() -> None:
     assert np.any(twice != np.asarray(merged, np.float64))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        "float32",
-        "float64",
-    ],
-)
-def test_merge_in_float64(dtype: Any) -> None:
+def test_merge_in_float64() -> None:
     """Over float64 all is in float64, also with a float32 adapter: adapted is merged to 1e-10."""
     with jax.enable_x64(True):
-        s = setup(dtype=jnp.float64, dtype_of_adapter=dtype)
+        s = setup(dtype=jnp.float64, dtype_of_adapter="float32")
         merged = jlora.merge(s.base, s.adapter)
         assert_close(s.lora.apply(s.base, s.adapter, s.x), s.f(merged, s.x), 1e-10)
         for name, w in s.base.items():
@@ -443,7 +436,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 @pytest.mark.parametrize(
     ("chosen", "base"),
     [
-        pytest.param(x, y, marks=[] if x is None or "float32" in (x, y) else pytest.mark.slow)
+        pytest.param(x, y, marks=[] if x is None or x == y == "float16" else pytest.mark.slow)
         for x in (None, *DTYPES)
         for y in DTYPES
     ],
@@ -697,25 +690,22 @@ def python(code: str, **environment: str) -> str:
     return done.stdout
 
 
+SUBMODULES = ["analysis", "arithmetic", "checkpoint", "initializers", "many", "peft", "sharding"]
+
+
 def test_import_is_light() -> None:
     """`import jlora` loads JAX and optax, and neither Flax nor Orbax nor any file format.
 
-    `jlora.peft` then loads no library of PyTorch.
+    `jlora.peft` then loads no library of PyTorch, and every submodule is there as an attribute.
     """
     heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
     code = (
         "import sys, jlora; dir(jlora), jlora.__version__; "
         f"print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "
-        "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+        "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules)); "
+        f"print(*[n for n in {SUBMODULES} if n not in dir(jlora) or not getattr(jlora, n)])"
     )
     assert python(code).split() == ["[]", "set()"]
-
-
-@pytest.mark.parametrize("name", ["analysis", "checkpoint", "peft", "sharding"])
-def test_a_submodule_is_an_attribute(name: str) -> None:
-    """After `import jlora` alone, as errors that say `jlora.peft.Name` have it."""
-    code = f"import jlora; print({name!r} in dir(jlora), jlora.{name}.__name__)"
-    assert python(code).split() == ["True", f"jlora.{name}"]
 
 
 def test_version() -> None:

@@ -164,13 +164,13 @@ def norms(w: Any, direction: LowRank) -> jax.Array:
     It is 0 only where both W and s·A·B are. Where they cancel, it is at least their rounding error.
     """
     weight, layout = leaf_weight(w, Change(), "", materialize=True), direction.layout
-    if layout.stack[:1] != (0,) or isinstance(weight.value, jax.Array):
+    if layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
         return _slot_norms(weight.array, direction)
     # A quantized stack is unpacked one matrix at a time.
     stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in layout[:3])
     slots = layout.slots and (layout.slots[0], layout.slots[1], layout.slots[2] - 1)
     rest = direction._replace(layout=Layout(stack, inputs, outputs, slots))
-    return lax.map(lambda x: _slot_norms(x[0].of_slice().array, x[1]), (weight.stacked(), rest))
+    return lax.map(lambda x: _slot_norms(x[0].as_slice().array, x[1]), (weight.as_stack(), rest))
 
 
 def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:

@@ -16,10 +16,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
-from ._axes import RANK, Axis, Factor, Unfactorable
-from ._product import einsum, gated, letters, promote
+from ._axes import RANK, Axis, Factor, Unfactorable, is_factor
+from ._einsum import einsum, promote
 
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
+
+
+def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """`h` times `gate`, which has as many axes: 0 where the gate is 0, whatever `h` is there."""
+    return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +45,10 @@ class Delta:
         default=gated, metadata={"static": True}
     )
 
+    def map(self, f: Callable[[Factor], Any]) -> "Delta":
+        """Applies `f` to each factor."""
+        return jax.tree.map(f, self, is_leaf=is_factor)
+
     def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
         """ΔW, of length 1 along axes of W that neither A nor B follows."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
@@ -47,7 +56,7 @@ class Delta:
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
         return _sum_over_rank(tuple(axes), self.gated_factor(a), b)
 
-    def gated(self, h: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    def gated(self, h: jax.Array, axes: Sequence[Any]) -> jax.Array:
         """What the gate lets through of the activation `h`, which has the axes `axes`."""
         return h if self.gate is None else self.gating(h, self.gate.arranged(axes))
 
@@ -109,7 +118,7 @@ class Change:
     invertible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def map(self, f: Callable[[Factor], Any]) -> "Change":
-        """`f` of each factor."""
+        """Applies `f` to each factor."""
         return jax.tree.map(f, self, is_leaf=is_factor)
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
@@ -128,11 +137,6 @@ class Change:
         if self.gain is None:
             return w
         return (w.astype(wide) * self.gain.arranged(axes).astype(wide)).astype(w.dtype)
-
-
-def is_factor(x: Any) -> bool:
-    """Whether `x` is a `Factor`."""
-    return isinstance(x, Factor)
 
 
 @jax.custom_jvp
@@ -180,13 +184,6 @@ def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
 
 
 def _matrix_product(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
-    names = _lettered(axes)
     known = [axis for axis in axes if axis in a.axes or axis in b.axes]
-    out = "".join(names[axis] for axis in known)
-    delta = einsum(a.label(names), b.label(names), out, a.value, b.value, precision="highest")
-    return lax.expand_dims(delta, [i for i, axis in enumerate(axes) if axis not in known])
-
-
-def _lettered(axes: Sequence[Axis]) -> dict[Axis, str]:
-    """A letter for each axis and for the rank."""
-    return dict(zip(axes, letters(len(axes)), strict=True)) | {RANK: "Z"}
+    delta = einsum(a.axes, b.axes, known, a.value, b.value, precision="highest")
+    return a.replace(delta, known).arranged(axes)

@@ -59,7 +59,7 @@ class Uses:
         if not roles.inputs or not (roles.outputs or vector):
             self.no_product(w, "a product that is no matrix product")
             return
-        for path in w.source.paths:
+        for path in w.origin.paths:
             inputs, outputs = (_of(path, axes) for axes in (roles.inputs, roles.outputs))
             picked = frozenset(d for p, d in w.picked if p == path)
             if inputs - picked and (vector or outputs - picked):  # one of a stack was looked up
@@ -68,7 +68,7 @@ class Uses:
 
     def no_product(self, w: Any, reason: str, added: bool = False) -> None:
         """Writes down a use of the weight `w` that is no product; a row looked up is one."""
-        for path in w.source.paths:
+        for path in w.origin.paths:
             axes = tuple(_of(path, [a]) for a, n in zip(w.axes, w.shape, strict=True) if n > 1)
             picked = frozenset(d for p, d in w.picked if p == path)
             if picked:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._core import Axis, Factor, Packed, laid
+from .._core import Axis, Factor, Packed, shard_part
 from .._linalg import norm
 from .._types import NotAnArray, PyTree
 from .._types import short as short_name
@@ -126,13 +126,14 @@ class Quantized(NotAnArray):
         packed = Packed(
             parts,
             functools.partial(_unpack, self._how(axes, jnp.dtype(dtype))),
+            tuple(axes),
             self.shape,
             jnp.dtype(dtype),
             free=frozenset(axes[d] for d in self.form.stack),
             even=frozenset(axes[d] for d in self.form.stack),
-        ).named(axes)
-        loosened = functools.partial(_loosened, self._how(axes, packed.dtype))
-        return packed.replace(loosened=loosened) if self.nested is not None else loosened(packed)
+        )
+        loosen = functools.partial(_loosen, self._how(axes, packed.dtype))
+        return packed.replace(loosen=loosen) if self.nested is not None else loosen(packed)
 
     def _check_dtypes(self) -> None:
         """Raises where the arrays have been cast, as by a map over all arrays of a tree."""
@@ -155,7 +156,7 @@ class Quantized(NotAnArray):
     def array(self, dtype: Any = None) -> jax.Array:
         """The weight, dequantized."""
         axes = [Axis(d) for d in range(self.ndim)]
-        return self.packed(axes, dtype).array(axes)
+        return self.packed(axes, dtype).array
 
     def __repr__(self) -> str:
         what = jax.ShapeDtypeStruct(self.shape, self.dtype)
@@ -277,7 +278,7 @@ def _unpack(how: _How, parts: Parts) -> Factor:
     # Within the model's own shard_map the parts are those of a shard.
     if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
         parts = jax.tree.map(
-            lambda f: laid(f, used, axes), parts, is_leaf=lambda x: isinstance(x, Factor)
+            lambda f: shard_part(f, used, axes), parts, is_leaf=lambda x: isinstance(x, Factor)
         )
     data, scale, zero = parts["data"], parts["scale"], parts.get("zero")
     if "nested" in parts:
@@ -312,14 +313,14 @@ def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> 
     )
 
 
-def _loosened(how: "_How", packed: Packed) -> Packed:
-    """With scales that are numbers, so that more axes are free, and even."""
+def _loosen(how: "_How", packed: Packed) -> Packed:
+    """Computes scales that are codes, so that more axes are free, and even."""
     form, axes = how.form, how.axes
     parts = dict(packed.parts)
     if (nested := parts.pop("nested", None)) is not None:
         parts["scale"] = _scales(parts["scale"], nested, form, axes)
     if form.flat:
-        return packed.replace(parts=parts, loosened=None)
+        return packed.replace(parts=parts, loosen=None)
     lengths = zip(axes, form.shape, form.blocks, strict=True)
     even = {a for a, n, block in lengths if n % block == 0 or block > n}
     if how.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
@@ -329,5 +330,5 @@ def _loosened(how: "_How", packed: Packed) -> Packed:
         parts=parts,
         free=packed.free | (free - {axes[form.axis]} - packed.touched),
         even=packed.even | (even - packed.touched),
-        loosened=None,
+        loosen=None,
     )

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from .._adapters import LoRA
+from .._report import aligned
 from .._rules import Rule, Slots, is_int, matches, misplaced, near, rule_name
-from .._table import aligned
 from ._shares import Share, decode, encode
 
 

@@ -12,9 +12,9 @@ from ._combine import combine as combine
 from ._load import load as load
 from ._save import save as save
 from ._save import tensors as tensors
-from ._save import to_vllm as to_vllm
 from .adapter._alone import read as read
 from .adapter._config import read_config as read_config
+from .adapter._vllm import to_vllm as to_vllm
 from .engines import ENGINES as ENGINES
 from .engines import Finding as Finding
 from .engines._check import Checked as Checked

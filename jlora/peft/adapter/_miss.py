@@ -9,30 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from .._file import DTYPES, PREFIX, brief, shown
-from ._config import DEFAULTS, MISS, MISS_DEFAULTS, features, misformed
-from ._parts import AB
-from ._read import Part, Stored
-from ._saved import Saved
-from ._select import with_scales
+from .._file import DTYPES, PREFIX, Tensor, brief, shown
+from .._problems import Problems
+from ._config import COMMON, DEFAULTS, MISS, features, misformed
+from ._contents import Part
+from ._describe import with_scales
+from ._files import Files
+from ._tree import AB
 
 Fields = dict[str, Any]
 
 BLOCK = ".miss_block"
-OWN = ("init_weights", "mini_r", "miss_dropout")  # fields that LoRA has not
-# What both methods have by the same name.
-SHARED = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "layers_pattern",
-    "layers_to_transform",
-    "modules_to_save",
-    "revision",
-    "target_modules",
-    "task_type",
+OWN = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}  # fields that LoRA has not
+# What both have by the same name and with the same meaning.
+_SELECTION = dict.fromkeys(
+    ("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
 )
-# The names of what both have by other names, and of one value of it.
+SHARED = (COMMON.keys() - {"inference_mode", "peft_version"}) | _SELECTION.keys()
+MISS_DEFAULTS: Fields = COMMON | _SELECTION | OWN | {"bias": "none", "peft_type": MISS, "r": 64}
+# The name of LoRA's dropout, and of its bias "lora_only".
 DROPOUT, BIAS = "miss_dropout", "MiSS_only"
 
 
@@ -61,52 +56,46 @@ def fields_of_lora(fields: Fields) -> Fields:
     return found | {"bias": "lora_only" if bias == BIAS else bias}
 
 
-def as_lora(saved: Saved, shapes: Mapping[str, tuple[int, ...]], wrong: list[str]) -> Saved:
-    """An adapter of MiSS as one of LoRA.
-
-    Args:
-        saved: its files, whose configuration is checked.
-        shapes: those of the base's parameters, by PyTorch's names.
-        wrong: gets what has no such form.
-    """
-    fields, rank = saved.fields, saved.fields["r"]
-    made, blocks = list[Stored](), dict[str, tuple[Stored, int]]()  # and the inputs of each module
-    for x in saved.tensors:
+def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> Files:
+    """An adapter of MiSS as one of LoRA, for parameters of these `shapes` by PyTorch's names."""
+    problems.stop(*problems_of_miss(files.fields))
+    fields, rank = files.fields, files.fields["r"]
+    blocks, others = dict[str, Tensor](), list[Tensor]()
+    inputs: dict[str, int] = {}  # of the modules
+    for x in files.tensors:
         if not (x.key.startswith(PREFIX) and x.key.endswith(BLOCK)):
-            made.append(x)
+            others.append(x)
             continue
         module = x.key.removeprefix(PREFIX).removesuffix(BLOCK)
         weight = shapes.get(f"{module}.weight", ())
-        inputs = weight[1] if len(weight) == 2 else 0
+        n = weight[1] if len(weight) == 2 else 0
         if x.dtype not in DTYPES:
-            wrong.append(f"{shown(x.key)}: expected a floating-point dtype, got {x.dtype}")
-        elif not inputs:
-            wrong.append(f"{shown(module)}: is no matrix of the base, which MiSS needs to know")
-        elif len(x.shape) != 2 or x.shape[0] != rank or rank > min(inputs, x.shape[1]):
-            wrong.append(
-                f"{shown(module)}: miss_block {x.shape} does not fit {inputs} inputs at the rank "
-                f"{rank}"
-            )
+            problems.add_not_floating(x)
+        elif not n:
+            problems.add(module, "is no matrix of the base, which MiSS needs to know")
+        elif len(x.shape) != 2 or x.shape[0] != rank or rank > min(n, x.shape[1]):
+            problems.add(module, f"miss_block {x.shape} does not fit {n} inputs at the rank {rank}")
         else:
-            blocks[f"{PREFIX}{module}"] = x, inputs
-            pair = (rank, inputs), (x.shape[1], rank)
-            each = zip(AB, pair, strict=True)
-            made += [Stored(f"{PREFIX}{module}{end}", "F32", shape) for end, shape in each]
+            blocks[module], inputs[module] = x, n
+    problems.stop()
 
-    def read(wanted: Iterable[Stored]) -> dict[str, np.ndarray]:
-        wanted = list(wanted)
-        keys = {x.key for x in wanted}
-        own = {k: x for k, x in blocks.items() if not keys.isdisjoint(k + end for end in AB)}
-        found = saved.read([*(x for x, _ in own.values()), *(x for x in wanted if x in others)])
-        for start, (x, inputs) in own.items():
-            b = np.ascontiguousarray(found.pop(x.key).T, np.float32)
-            found |= {start + AB[0]: repeated_identity(rank, inputs), start + AB[1]: b}
-        return {key: found[key] for key in keys}
+    def read(wanted: Iterable[Tensor]) -> dict[str, np.ndarray]:
+        """All of it: whoever reads wants all."""
+        found = files.read(files.tensors)
+        for module, x in blocks.items():
+            a, b = (f"{PREFIX}{module}{end}" for end in AB)
+            found[a] = repeated_identity(rank, inputs[module])
+            found[b] = np.ascontiguousarray(found.pop(x.key).T, np.float32)
+        return {x.key: found[x.key] for x in wanted}
 
-    others = {x for x in saved.tensors if x in made}
-    modules = [key.removeprefix(PREFIX) for key in blocks]
-    lora = with_scales(DEFAULTS | fields_of_lora(fields), dict.fromkeys(modules, (rank, 1.0)))
-    return saved._replace(fields=lora, tensors=made, read=read)
+    made = [
+        Tensor(f"{PREFIX}{module}{end}", "F32", shape)
+        for module, x in blocks.items()
+        for end, shape in zip(AB, ((rank, inputs[module]), x.shape[::-1]), strict=True)
+    ]
+    scales = dict.fromkeys(blocks, (rank, 1.0))
+    lora = with_scales(DEFAULTS | fields_of_lora(fields), scales)
+    return files._replace(fields=lora, tensors=made + others, read=read)
 
 
 def repeated_identity(rank: int, inputs: int) -> np.ndarray:
