@@ -91,7 +91,7 @@ def test_a_part_of_the_table_is_refused(check):
         inside(rows.apply)(base, few, IDS)
     with pytest.raises(NotImplementedError, match=message):
         inside(lambda base, adapter, _: jlora.merge(base, adapter))(base, few, IDS)
-    with pytest.raises(NotImplementedError, match=r"\('table'\) counts .*Call init outside of it"):
+    with pytest.raises(NotImplementedError, match=r"\('table'\) takes .*Call init outside of it"):
         inside(lambda base, _, ids: rows.init(jax.random.key(0), base, ids)[1])(base, few, IDS)
 
 

@@ -337,8 +337,8 @@ def test_numpy_parameters() -> None:
 def test_shapes_cannot_be_factored() -> None:
     lora, params, _, _, x = made("dense", pissa)
     expected = (
-        r"`params` has a shape at 'w', which the start of LoRA\('w'\) cannot factor. Give arrays, "
-        "or call init under jax.eval_shape."
+        r"`params` has a shape at 'w', but the start of LoRA\('w'\) factors its values. Give "
+        "arrays, or call init under jax.eval_shape."
     )
     with pytest.raises(ValueError, match=expected):
         lora.init(KEY, jax.eval_shape(lambda: params), x)
