@@ -425,7 +425,7 @@ def one(**changed: Any) -> Any:
         (
             {"loss": lambda p, x: jnp.sum(p["w"][x.astype(int)] ** 2)},
             ValueError,
-            "of which 'w' has none: its inputs are numbers of rows",
+            "and 'w' has none: its inputs are numbers of rows",
         ),
         (
             {

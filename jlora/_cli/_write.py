@@ -9,9 +9,9 @@ from .. import checkpoint, peft
 from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
-from ._command import Done
+from ._command import Answer
 from ._inputs import format_of, table
-from ._inspect import Quantized
+from ._inspect import list_quantized
 from ._words import Given, called
 
 # What functions call by the names of options.
@@ -33,7 +33,7 @@ def merge(
     names: str | None = None,
     requantize: bool = False,
     follow_links: bool = False,
-) -> Done:
+) -> Answer:
     """Writes the model in `base` with `adapter` merged to `out`, in the format of `base`.
 
     Args:
@@ -67,7 +67,7 @@ def merge(
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}
     text = f"{out}: {base} with {adapter} merged, as {formats[0]}"
     text += f"; not copied: {', '.join(left_out)}" if left_out else ""
-    return Done(text, fields | {"left_out": left_out})
+    return Answer(text, fields | {"left_out": left_out})
 
 
 def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> None:
@@ -100,7 +100,7 @@ def convert(
     base: Path | None = None,
     profile: str | None = None,
     config: Path | None = None,
-) -> Done:
+) -> Answer:
     """Writes the adapter in `source` to `out`: PEFT's as Orbax, Orbax's or with a profile as PEFT.
 
     Args:
@@ -134,7 +134,7 @@ def convert(
     if profile == "vllm":
         fields["rank"] = peft.read_config(out)["r"]
         text += f", for vLLM with --max-lora-rank {fields['rank']} or more"
-    return Done(text, fields)
+    return Answer(text, fields)
 
 
 def _to_peft(
@@ -209,9 +209,11 @@ def quantize(
     scheme: str = "nf4",
     skip: str | None = None,
     follow_links: bool = False,
-) -> Quantized:
+) -> Answer:
     """Writes the model in `base` to `out` with its matrices in few bits."""
     check_vacant(out, "OUT")
     options: Any = {"follow_links": follow_links} | ({} if skip is None else {"skip": skip})
     with called(src_dir=("BASE", base), out=("OUT", out), **OPTIONS):
-        return Quantized(out, peft.quantize_checkpoint(base, out, SCHEMES[scheme](), **options))
+        return list_quantized(
+            out, peft.quantize_checkpoint(base, out, SCHEMES[scheme](), **options)
+        )
