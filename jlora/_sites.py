@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._adapters import change_of, is_node, trainable
+from ._adapters import change_of, is_node
 from ._core import (
     Change,
     ProductUse,
@@ -30,8 +30,8 @@ from ._core import (
 )
 from ._foreign import check_kept, check_leaf
 from ._quantized import Scheme, is_quantized, spelled
+from ._report import aligned
 from ._rules import Full, Rule, near, rule_name
-from ._table import aligned
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 
@@ -98,10 +98,7 @@ class Site:
     @property
     def trainable(self) -> int:
         """The number of trainable parameters under the rule."""
-        if self.rule is None or isinstance(self.rule, Full):
-            return 0 if self.rule is None else self.size
-        assert self.layout is not None
-        return trainable(self.rule, self.layout, self.shape)
+        return 0 if self.rule is None else self.rule.trainable(self.layout, self.shape)
 
     @property
     def unsupported_uses(self) -> tuple[str, ...]:
@@ -207,7 +204,7 @@ def _reason(site: Site) -> str:
 
 
 def _rank(site: Site) -> str:
-    rank = getattr(site.rule, "rank", "-")
+    rank = "-" if site.rule is None else site.rule.sizes(site.layout).get("rank", "-")
     return f"{rank} (of {site.asked_rank})" if site.asked_rank else str(rank)
 
 
@@ -256,7 +253,7 @@ class Traced(NamedTuple):
                 return x
             name = "/".join(path)
             change = change_of(node, x, name)
-            return leaf_weight(x, change, name, getattr(node, "materialize", False))
+            return leaf_weight(x, change, name, node.materialize)
 
         self._evaluate(changed)
 

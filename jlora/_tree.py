@@ -283,9 +283,9 @@ def count(tree: PyTree) -> int:
         15
     """
     nodes = jax.tree.leaves(tree, is_leaf=is_node)
-    frozen = [getattr(x, name) for x in nodes if is_node(x) for name in getattr(x, "frozen", ())]
-    trained, still = (sum(math.prod(x.shape) for x in _numeric(t)) for t in (tree, frozen))
-    return trained - still
+    frozen = [getattr(x, name) for x in nodes if is_node(x) for name in x.frozen]
+    every, untrained = (sum(math.prod(x.shape) for x in _numeric(t)) for t in (tree, frozen))
+    return every - untrained
 
 
 def size_in_bytes(tree: PyTree) -> int:

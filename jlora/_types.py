@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jax
 
@@ -38,13 +38,31 @@ def short(x: Any) -> str:
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
+class NoArray:
+    """What stands for a weight and is no array.
+
+    Code that takes it for one, as a function that is not under `jlora.wrap` does, gets an error
+    that says so.
+    """
+
+    _remedy: ClassVar[str]  # what errors say
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(self._remedy)
+
+    # Where JAX, NumPy, Flax and models first take it for an array.
+    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __matmul__ = __rmatmul__ = astype = reshape = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: {self._remedy}")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adapted:
-    """A leaf of a bound tree: the frozen weight beside its adapter.
-
-    It is no array. Code that takes it for one, as a function that is not under `jlora.wrap` does,
-    gets a `TypeError` that says so.
+class Adapted(NoArray):
+    """A leaf of a bound tree: the frozen weight beside its adapter. It is no array.
 
     Attributes:
         base: W.
@@ -54,26 +72,14 @@ class Adapted:
     base: jax.Array
     delta: Any
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_BOUND)
-
-    # Where JAX, NumPy, Flax and models first take it for an array.
-    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __matmul__ = _refuse
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"Adapted has no attribute {name!r}. {_BOUND}")
+    _remedy: ClassVar = (
+        "`params` is a tree from jlora.bind, with adapters beside its weights, which only a "
+        "function under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place "
+        "of model.apply(params, ...), or lora.apply(base, adapter, ...)."
+    )
 
     def __repr__(self) -> str:
         return f"Adapted(base={short(self.base)}, delta={self.delta!r})"
-
-
-_BOUND = (
-    "`params` is a tree from jlora.bind, with adapters beside its weights, which only a function "
-    "under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place of "
-    "model.apply(params, ...), or lora.apply(base, adapter, ...)."
-)
 
 
 class Params(NamedTuple):

@@ -404,7 +404,7 @@ def fuzz(seeds: range, folder: Folder) -> int:
         try:
             peft.combine([files.folder, models.FIXTURES / name], place / "out", arithmetic.add)
         except (ValueError, FileNotFoundError) as e:
-            assert str(e).startswith(("`dirs`: ", "`dirs[", "`adapters` ", "`merge` gave")), (
+            assert str(e).startswith(("`paths`: ", "`paths[", "`adapters` ", "`merge` gave")), (
                 seed,
                 e,
             )

@@ -105,7 +105,10 @@ def refusal(paths: str) -> str:
 
 def test_keys_in_the_base() -> None:
     """`optax.apply_updates` cannot add to a key, so `init` says it, also of shapes."""
-    params, tx = setup(rngs={"key": KEY}), jlora.optimizer(optax.adam(1e-3), lora_plus=4)
+    params, tx = (
+        setup(rngs={"key": KEY}),
+        jlora.optimizer(optax.adam(1e-3)),
+    )
     for init in (tx.init, lambda p: jax.eval_shape(tx.init, p), jax.jit(tx.init)):
         with pytest.raises(TypeError, match=refusal("base/rngs/key")):
             init(params)

@@ -41,6 +41,9 @@ def own_rules(case: Case, method: type) -> tuple[Any, ...]:
     return tuple(method(r.pattern) if isinstance(r, jlora.LoRA) else r for r in case.rules)
 
 
+LATER = ("dense", "call", "tree", "nnx", "no_site", "lookup", "jit")  # subjects of the long run
+
+
 def is_for(case: Case, method: type) -> bool:
     """Whether the case is one for another method than LoRA."""
     plain = all(
@@ -63,7 +66,7 @@ def table() -> list[Any]:
             cases = [c for c in CASES if c.subject == subject and is_for(c, method)]
             for i, case in enumerate(cases):
                 name = f"{method.__name__}-{case.name}"
-                daily = not (case.slow or i or (n + k) % 2)
+                daily = not (case.slow or i or (n + k) % 2) and subject not in LATER
                 every_law = not daily or subject in ("product", "experts")
                 marks = [] if daily else [pytest.mark.slow]
                 rows.append(pytest.param(case, method, every_law, id=name, marks=marks))

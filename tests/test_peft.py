@@ -347,7 +347,7 @@ def test_tables(
     table: str, path: str, shape: tuple[int, ...], module: str | None, kind: str | None
 ) -> None:
     """One path of each shipped table; without a module, the path itself with dots."""
-    from jlora.peft.names._names import resolve
+    from jlora.peft.names._leaves import resolve
 
     base = jlora._tree.nest({tuple(path.split("/")): jnp.zeros(shape)})
     [leaf] = resolve(base, getattr(peft, table))
@@ -359,7 +359,7 @@ def test_tables_of_the_examples() -> None:
     """One for all sizes of a model: the same names as of this one's own configuration."""
     from models import bert, llama
 
-    from jlora.peft.names._names import resolve
+    from jlora.peft.names._leaves import resolve
 
     config = bert.Config(11, 8, 2, 2, 12, 16, 2, 1e-12, bare=True)
     sizes = llama.Config(11, 2, 8, 12, 2, 1)
@@ -1128,7 +1128,7 @@ def test_convert_names_what_vllm_would_read_otherwise(tmp_path: Folder) -> None:
         r"`path`: the adapter in .*a has no form for vLLM that would be read as (?s:.*)not finite"
     )
     with pytest.raises(ValueError, match=message), np.errstate(over="ignore"):
-        peft.convert(tmp_path / "a", tmp_path / "b")
+        peft.to_vllm(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("form", TIED_IN_FULL)

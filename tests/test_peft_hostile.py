@@ -24,7 +24,7 @@ from jlora import peft
 from jlora.peft import _file
 from jlora.peft._checkpoint import open_checkpoint
 from jlora.peft.adapter import _patterns
-from jlora.peft.adapter._config import problems
+from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Patterns
 from jlora.peft.adapter._select import Selection
 from jlora.peft.merge._renaming import _counts, views
@@ -220,7 +220,7 @@ def looked_up(patterns: dict[str, int], key: str) -> int:
 @hypothesis.given(st.dictionaries(SEARCHED, st.integers(1, 9), max_size=6), st.lists(NAMES))
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_ranks_are_looked_up_as_peft_does(patterns: dict[str, int], names: list[str]) -> None:
-    if problems({"peft_type": "LORA", "target_modules": ["q"], "rank_pattern": patterns}):
+    if problems_of({"peft_type": "LORA", "target_modules": ["q"], "rank_pattern": patterns}):
         return
     patterns.pop("", None)
     selection = Selection({"target_modules": ["q"], "rank_pattern": patterns, "r": 7})

@@ -18,7 +18,7 @@ from jlora._adapters import LowRank
 from jlora._tree import nest
 from jlora._types import Layout
 from jlora.peft import Name
-from jlora.peft.names._names import resolve
+from jlora.peft.names._leaves import resolve
 
 Folder = pathlib.Path
 KEY = jax.random.key(0)
@@ -345,7 +345,7 @@ def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
 def test_a_table_refuses_the_models_of_others(table: str) -> None:
     """The error names the tables that have rows for them."""
     from jlora.peft.names._advice import advice
-    from jlora.peft.names._names import row_of
+    from jlora.peft.names._leaves import row_of
 
     names, path = peft.tables.WITH_PATHS[table]
     for other, (rows, theirs) in peft.tables.WITH_PATHS.items():

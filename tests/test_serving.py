@@ -737,7 +737,7 @@ def test_the_profile_is_taken(name: str, tmp_path: Folder) -> None:
     case = models.case(name)
     adapter = peft.load(case.folder, case.base, case.names)
     peft.save(tmp_path / "a", case.base, adapter, case.names, profile="vllm")
-    peft.convert(case.folder, tmp_path / "b")
+    peft.to_vllm(case.folder, tmp_path / "b")
     tables = {"embeddings": "embeddings.position_embeddings and 1 more"}
     tables["gpt2_tied"] = "transformer.wpe"
     for folder in ("a", "b"):
@@ -757,7 +757,7 @@ def test_the_remedy_helps(name: str, engine: str, tmp_path: Folder) -> None:
     assert any(map(remedy, peft.check(folder, engine).findings)) != (
         name == "rslora" and engine in BOTH
     )
-    peft.convert(folder, tmp_path / "out")
+    peft.to_vllm(folder, tmp_path / "out")
     assert not any(map(remedy, peft.check(tmp_path / "out", engine).findings))
 
 

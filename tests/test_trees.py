@@ -17,7 +17,6 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -26,7 +25,6 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 import jlora
 
@@ -135,54 +133,7 @@ def setup(
     return Setup(f, params, x, lora, *lora.init(KEY, params, x))
 
 
-class Block(nn.Module):
-    """Attention and an MLP, as `nn.scan` wants it."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        """(batch, time, 8) to the same."""
-        h = nn.LayerNorm(name="norm")(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(h)
-        h = nn.gelu(nn.Dense(16, name="up")(x))
-        return x + nn.Dense(8, name="down")(h), None
-
-
-class Transformer(nn.Module):
-    """Token ids to logits, through three scanned blocks."""
-
-    @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """(batch, time) to (batch, time, 11)."""
-        x = nn.Embed(11, 8, name="tokens")(ids)
-        x = x + self.param("positions", nn.initializers.normal(), (4, 8))[None]
-        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        x, _ = stack(name="blocks")(x, None)
-        return nn.Dense(11, name="head")(x)
-
-
-class Vision(nnx.Module):
-    """A convolution and a head, with statistics and a dropout key beside the parameters."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        """Draws the parameters."""
-        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
-        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
-        self.head = nnx.Linear(8, 5, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, height, width, 3) to (batch, 5)."""
-        x = self.dropout(nnx.relu(self.norm(self.conv(x))))
-        return self.head(x.mean((1, 2)))
-
-
 IDS = jnp.array([[1, 2, 3, 4], [5, 6, 7, 10]])
-
-
-@functools.cache
-def transformer() -> tuple[Transformer, Any]:
-    """The model and its variables."""
-    return Transformer(), jax.jit(Transformer().init)(KEY, IDS)
 
 
 # ------------------------------------------------------------------------------ bind and wrap
@@ -205,51 +156,12 @@ def test_bound_trees_in_any_argument() -> None:
     assert_close(actual, expected)
 
 
-def test_gradients_reach_both_bound_trees() -> None:
-    """Those of a product of two adapted models, each with respect to its own adapter."""
-    one, two = setup(), setup("tuple")
-
-    def f(p: Any, q: Any) -> jax.Array:
-        return (one.f(p, one.x) * two.f(q, one.x)).sum()
-
-    def loss(join: Any, call: Any) -> Any:
-        return jax.grad(lambda a, b: call(join(one.base, a), join(two.base, b)), (0, 1))
-
-    actual = loss(jlora.bind, jlora.wrap(f))(one.adapter, two.adapter)
-    assert_close(actual, loss(jlora.merge, f)(one.adapter, two.adapter))
-
-
-def test_one_tree_bound_twice() -> None:
-    """The same base under two adapters in one call, as in a preference loss."""
-    one = setup()
-    other = jax.tree.map(lambda x: x / 2, one.adapter)
-    f = jlora.wrap(lambda p, q, x: one.f(p, x) - one.f(q, x))
-    actual = f(jlora.bind(one.base, one.adapter), jlora.bind(one.base, other), one.x)
-    expected = [one.f(jlora.merge(one.base, a), one.x) for a in (one.adapter, other)]
-    assert_close(actual, expected[0] - expected[1])
-
-
 def test_wrap_of_plain_trees_is_the_function() -> None:
     """Without a bound leaf nothing changes, and the name stays."""
     one = setup()
     wrapped = jlora.wrap(one.f)
     assert_close(wrapped(one.params, one.x), one.f(one.params, one.x), 1e-6)
     assert wrapped.__name__ == one.f.__name__
-
-
-def test_wrap_as_a_decorator_of_a_method() -> None:
-    """`self` and static attributes pass through."""
-    one = setup()
-
-    class Trainer:
-        scale = 3.0
-
-        @jlora.wrap
-        def loss(self, params: Any, x: jax.Array) -> jax.Array:
-            return self.scale * one.f(params, x).sum()
-
-    actual = Trainer().loss(jlora.bind(one.base, one.adapter), one.x)
-    assert_close(actual, Trainer().loss(jlora.merge(one.base, one.adapter), one.x))
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -353,7 +265,7 @@ def test_merge_has_a_gradient_where_nothing_is_added(change: Any, compiled: bool
     assert_close(loss(change), loss(plainly))
 
 
-DAILY = ((jlora.merge, 16), (jlora.merge, 17), (jlora.unmerge, 17))
+DAILY = ((jlora.merge, 16), (jlora.unmerge, 17))
 
 
 @pytest.mark.parametrize(
@@ -412,40 +324,15 @@ def test_merge_rounds_once() -> None:
     assert np.any(twice != np.asarray(merged, np.float64))
 
 
-def test_small_changes_survive_where_the_dtype_has_room() -> None:
-    """ΔW of 2^-12 on weights of 1: lost in bfloat16, as it must be, and kept in float32."""
-    for dtype, kept in ((jnp.float32, True), (jnp.bfloat16, False)):
-        node = jlora.types.LowRank(
-            jnp.ones((4, 1)), jnp.full((1, 4), 2.0**-12), 1.0, jlora.types.Layout((), (0,), (1,))
-        )
-        merged = jlora.merge({"w": jnp.ones((4, 4), dtype)}, {"w": node})["w"]
-        assert bool(jnp.all(merged == 1)) != kept
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        "float32",
-        "float64",
-    ],
-)
-def test_merge_in_float64(dtype: Any) -> None:
+def test_merge_in_float64() -> None:
     """Over float64 all is in float64, also with a float32 adapter: adapted is merged to 1e-10."""
     with jax.enable_x64(True):
-        s = setup(dtype=jnp.float64, dtype_of_adapter=dtype)
+        s = setup(dtype=jnp.float64, dtype_of_adapter="float32")
         merged = jlora.merge(s.base, s.adapter)
         assert_close(s.lora.apply(s.base, s.adapter, s.x), s.f(merged, s.x), 1e-10)
         for name, w in s.base.items():
             a, b = (np.asarray(x, np.float64) for x in (s.adapter[name].a, s.adapter[name].b))
             np.testing.assert_allclose(merged[name], w + 2 * a @ b, rtol=1e-13, atol=1e-13)
-
-
-def test_leaves_that_no_rule_takes_are_the_users() -> None:
-    """In base and merged trees, the very same arrays."""
-    s = setup(pattern="up")
-    assert all(x is y for x, y in zip(*map(jax.tree.leaves, (s.base, s.params)), strict=True))
-    assert jlora.merge(s.base, s.adapter)["down"] is s.params["down"]
-    assert jlora.unmerge(s.base, s.adapter)["down"] is s.params["down"]
 
 
 def test_full_leaves_are_copies() -> None:
@@ -468,17 +355,6 @@ def test_unmerge_leaves_full_leaves_alone() -> None:
     base, adapter = lora.init(KEY, s.params, s.x)
     later = {"up": base["up"], "down": base["down"] + 1}
     assert raw(jlora.unmerge(later, adapter)["down"]) == raw(later["down"])
-
-
-def test_check_names_what_is_not_finite() -> None:
-    """Every path with the number of values, and nothing on a finite tree."""
-    s = setup("nested")
-    jlora.merge(s.base, s.adapter, check=True)
-    b = s.adapter["a"]["u"].b.at[0, 1].set(jnp.nan)
-    bad = {"a": {"u": s.adapter["a"]["u"]._replace(b=b)}, "b": s.adapter["b"]}
-    with pytest.raises(ValueError, match=r"not finite at:\n  a/u: 6 of 48 values\n") as e:
-        jlora.merge(s.base, bad, check=True)
-    assert "b/1" not in str(e.value)
 
 
 def test_python_scalars_among_the_parameters() -> None:
@@ -560,7 +436,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 @pytest.mark.parametrize(
     ("chosen", "base"),
     [
-        pytest.param(x, y, marks=[] if x is None or "float32" in (x, y) else pytest.mark.slow)
+        pytest.param(x, y, marks=[] if x is None or x == y == "float16" else pytest.mark.slow)
         for x in (None, *DTYPES)
         for y in DTYPES
     ],
@@ -608,33 +484,6 @@ def test_shapes_everywhere() -> None:
     assert kinds(closed) == kinds(adapter)
 
 
-def test_init_computes_nothing_of_the_model() -> None:
-    """Arguments are traced: a call that would not fit into any memory costs nothing."""
-    params = {"w": Struct((2**20, 2**20), jnp.bfloat16)}
-    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
-    x = Struct((2**20, 2**20), jnp.bfloat16)
-    base, adapter = jax.eval_shape(lora.init, KEY, params, x)
-    assert jlora.summary(base, adapter).base_bytes == 2**41
-    assert jlora.count(adapter) == 2 * 2 * 2**20
-    assert jax.eval_shape(lora.apply, base, adapter, x).shape == (2**20, 2**20)
-    assert jlora.summary(base, adapter).share == 2**-18
-
-
-@pytest.mark.parametrize("order", ["first", "last"])
-def test_a_field_named_value(order: str) -> None:
-    """Only an NNX variable is its path without `value`: query, key and value are three sites."""
-    names = ["value", "query"] if order == "first" else ["query", "value"]
-    attention = collections.namedtuple("attention", names)
-    params = {"attention": attention(normal(1, 4, 4), normal(2, 4, 4))}
-    f = lambda p, x: x @ p["attention"].query + jnp.sin(x @ p["attention"].value)  # noqa: E731
-    lora, x = jlora.transform(f, jlora.LoRA("query|value", rank=2, init=random)), normal(3, 1, 4)
-    assert {site.path for site in lora.sites(params, x)} == {"attention/query", "attention/value"}
-    base, adapter = lora.init(KEY, params, x)
-    assert jlora.count(adapter) == 2 * 2 * (4 + 4)
-    merged = jlora.merge(base, adapter)
-    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (merged, params)), strict=True))
-
-
 # --------------------------------------------------------------------------------------- nodes
 
 
@@ -678,65 +527,6 @@ def test_nodes_of_different_rules_are_different_structures() -> None:
 
 
 # -------------------------------------------------------------------------------------- serving
-
-
-def serving_models() -> dict[str, tuple[Any, Any, jax.Array]]:
-    """Models with inputs whose first axis is the batch."""
-    one = setup()
-    stack = {"w": 0.5 * normal(1, 3, 6, 6), "v": normal(2, 6, 4)}
-    deep = lambda p, x: (  # noqa: E731
-        lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, p["w"])[0] @ p["v"]
-    )
-    tied = lambda p, ids: jnp.tanh(p["w"][ids]) @ p["w"].T  # noqa: E731
-    module, params = transformer()
-    return {
-        "mlp": (one.f, one.params, normal(3, 5, 6)),
-        "stack": (deep, stack, normal(3, 5, 6)),
-        "tied": (tied, {"w": normal(1, 7, 4)}, jnp.arange(5)),
-        "transformer": (
-            lambda p, ids: module.apply(p, ids[None])[0],
-            params,
-            jnp.arange(20).reshape(5, 4) % 11,
-        ),
-    }
-
-
-@pytest.mark.parametrize(
-    "name", ["mlp", "stack", "tied", pytest.param("transformer", marks=pytest.mark.slow)]
-)
-def test_a_mixed_batch_is_served_in_one_program(name: str) -> None:
-    """Row i uses adapter `which[i]`: `vmap` over gathered adapters is one call after another."""
-    f, params, x = serving_models()[name]
-    rules = [jlora.LoRA(".*" if name == "tied" else None, rank=2, init=random)]
-    if name == "transformer":
-        rules = [jlora.LoRA("kernel|tokens", rank=2, init=random), jlora.Full("norm|positions")]
-    lora = jlora.transform(f, *rules)
-    base, first = lora.init(KEY, params, x[0])
-    adapters = [first] + [jax.tree.map(lambda w, i=i: w * (1 + i / 2), first) for i in (1, 2)]
-    stacked = jax.tree.map(lambda *ws: jnp.stack(ws), *adapters)
-    which = jnp.array([2, 0, 0, 1, 2])
-
-    @jax.jit
-    def serve(stacked: Any, which: jax.Array, x: jax.Array) -> jax.Array:
-        mine = jax.tree.map(lambda w: w[which], stacked)
-        return jax.vmap(lora.apply, (None, 0, 0))(base, mine, x)
-
-    one = jax.jit(lora.apply)
-    expected = jnp.stack([one(base, adapters[k], row) for k, row in zip(which, x, strict=True)])
-    assert_close(serve(stacked, which, x), expected)
-    assert all(np.any(one(base, adapters[i], x[0]) != one(base, adapters[0], x[0])) for i in (1, 2))
-
-
-def test_adapters_drawn_and_merged_by_vmap() -> None:
-    """A sweep: `init` mapped over keys is `init` at each key, and so is `merge`."""
-    s = setup()
-    keys = jax.random.split(KEY, 2)
-    many = jax.vmap(lambda key: s.lora.init(key, s.params, s.x)[1])(keys)
-    merged = jax.vmap(jlora.merge, (None, 0))(s.base, many)
-    for i, key in enumerate(keys):
-        base, adapter = s.lora.init(key, s.params, s.x)
-        assert_close(jax.tree.map(lambda x, i=i: x[i], many), adapter, 1e-6)
-        assert_close(jax.tree.map(lambda x, i=i: x[i], merged), jlora.merge(base, adapter), 1e-6)
 
 
 def test_serving_does_not_copy_the_base() -> None:
@@ -814,104 +604,19 @@ def test_the_table_word_for_word() -> None:
     table = re.sub(r"at \S*py:\d+ \(.*\)", "at …", str(sites))
     assert re.sub("─+", "─", table) == re.sub("─+", "─", TABLE)
     assert sites.trainable == 2 * 3 * 2 * (8 + 8) + 4 * (40 + 8) + 8 + 4 * (1000 + 8)
-
-
-def assert_aligned(table: str) -> None:
-    """Each column starts or ends where its title does, and two blanks separate columns."""
-    header, line, *rows, last, totals = table.split("\n")
-    assert set(line) == set(last) == {"─"}
-    assert len(line) == len(last) == max(map(len, [header, *rows]))
-    right = {"parameters", "rank", "trainable"}
-    for name in header.split():
-        start = header.index(name)
-        end = start + len(name)
-        for row in rows:
-            if name in right:
-                assert row[end - 1] != " "
-                assert row[end : end + 2] in ("", "  ")
-            else:
-                assert row[start] != " "
-                assert start == 0 or row[start - 2 : start] == "  "
-    assert totals.endswith("%)")
-    assert not any(x.endswith(" ") for x in table.split("\n"))
-
-
-def test_table_of_a_scanned_transformer() -> None:
-    """One line a site, the layers as a stack; totals that add up."""
-    module, params = transformer()
-    rules = (jlora.LoRA("(query|value)/kernel", rank=2), jlora.Full("head|norm"))
-    sites = jlora.transform(module.apply, *rules).sites(params, IDS)
-    table = str(sites)
-    assert_aligned(table)
-    assert len(sites) == 8  # q, k, v, out; up, down; tokens; head
-    [query] = [line for line in table.split("\n") if "query/kernel" in line]
-    assert query.split() == [
-        "params/blocks/attention/query/kernel",
-        "3×8×2×4",
-        "dense",
-        *("3", "|", "8", "→", "2·4"),
-        "192",
-        "LoRA('(query|value)/kernel')",
-        "2",
-        "96",
-        "-",
-    ]
-    [norm] = [line for line in table.split("\n") if "norm/scale" in line]
-    assert norm.split()[1:] == ["3×8", "-", "-", "24", "Full('head|norm')", "-", "24", "-"]
-    [positions] = [line for line in table.split("\n") if "positions" in line]
-    assert re.search(r"  used in `add` at .*\.py:\d+ \(.*\)$", positions)
-    trainable = 2 * 96 + (8 * 11 + 11) + 2 * 24
-    assert table.endswith(
-        f"2 of 8 sites adapted; {trainable} of {jlora.count(params):,} parameters trainable "
-        f"({100 * trainable / jlora.count(params):.3g}%)"
-    )
-
-
-def test_table_of_an_nnx_model() -> None:
-    """Paths without `value`; what is no parameter is no line."""
-    graph, state = nnx.split(Vision(nnx.Rngs(0)))
-    f = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
-    rules = (jlora.LoRA("conv/kernel$", rank=2), jlora.Full("norm/(scale|bias)$"))
-    lora = jlora.transform(f, *rules)
-    sites = lora.sites(state, Struct((1, 8, 8, 3), jnp.float32))
-    assert_aligned(str(sites))
-    paths = [line.split()[0] for line in str(sites).split("\n")[2:-2]]
-    assert paths == ["conv/kernel", "head/kernel", "norm/bias", "norm/scale"]
-    assert sites.trainable == 2 * (27 + 8) + 8 + 8
-    base, adapter = lora.init(KEY, state, Struct((1, 8, 8, 3), jnp.float32))
-    assert jlora.count(adapter) == sites.trainable
-    assert sites.total == jlora.count(base)
-
-
-def test_sites_as_a_collection() -> None:
-    """Iteration and `len` are over sites, `[path]` over leaves; sums are over all leaves."""
-    module, params = transformer()
-    lora = jlora.transform(module.apply, jlora.LoRA("kernel", rank=2), jlora.Full("positions"))
-    sites = lora.sites(params, IDS)
-    assert len(list(sites)) == len(sites) == 8
-    assert len(sites.leaves) == len(jax.tree.leaves(params))
-    assert all(isinstance(site, jlora.types.Site) and sites[site.path] is site for site in sites)
-    assert {site.kind for site in sites} == {"dense", "embed"}
-    assert sites["params/positions"].kind is None
-    assert sites["params/positions"].trainable == 32
-    assert sites["params/blocks/norm/scale"].trainable == 0
+    # As a collection: of sites, by path, with sums over all leaves.
+    assert [site.path for site in sites] == ["blocks", "conv", "head", "tokens"]
+    assert (len(sites), len(sites.leaves)) == (4, 6)
     assert sites.total == jlora.count(params) == sum(s.size for s in sites.leaves)
-    _, adapter = lora.init(KEY, params, IDS)
-    assert sites.trainable == jlora.count(adapter) == sum(s.trainable for s in sites.leaves)
-    query = sites["params/blocks/attention/query/kernel"]
-    assert query.layout == jlora.types.Layout((0,), (1,), (2, 3))
-    assert (query.inputs, query.outputs, query.size) == (8, 8, 192)
-    with pytest.raises(KeyError, match=r"no leaf 'params/blocks/query'.*attention/query"):
-        sites["params/blocks/query"]
-
-
-def test_sites_without_rules() -> None:
-    """The table comes before the rules: every site, nothing trained."""
-    module, params = transformer()
-    sites = jlora.transform(module.apply).sites(kinds(params), IDS)
-    assert_aligned(str(sites))
-    assert (len(sites), sites.trainable) == (8, 0)
-    assert "0 of 8 sites adapted" in str(sites)
+    assert sites.trainable == sum(s.trainable for s in sites.leaves)
+    assert (sites["shift"].kind, sites["shift"].trainable, sites["tokens"].kind) == (
+        None,
+        0,
+        "embed",
+    )
+    assert (sites["head"].inputs, sites["head"].outputs, sites["head"].size) == (8, 3, 24)
+    with pytest.raises(KeyError, match=r"no leaf 'heads'.*head"):
+        sites["heads"]
 
 
 # ---------------------------------------------------------------------------------- wrong uses
@@ -985,47 +690,22 @@ def python(code: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_second_derivatives() -> None:
-    """Reverse mode twice: the Hessian of the adapted model is that of the merged one."""
-
-    def f(p: Any, x: jax.Array) -> jax.Array:
-        return jnp.tanh(x @ p["w"]) @ p["v"]
-
-    def curvature(loss: Any, adapter: Any) -> Any:
-        flat, unravel = ravel_pytree(adapter)
-        return jax.jit(jax.jacrev(jax.grad(lambda v: loss(unravel(v)))))(flat)
-
-    with jax.enable_x64(True):
-        w, v, x = (jax.random.normal(KEY, s, jnp.float64) for s in ((4, 3), (3, 2), (5, 4)))
-        lora = jlora.transform(f, jlora.LoRA(rank=2, init=random))
-        base, adapter = lora.init(KEY, {"w": w, "v": v}, x)
-        actual = curvature(lambda a: (lora.apply(base, a, x) ** 2).sum(), adapter)
-        expected = curvature(lambda a: (f(jlora.merge(base, a), x) ** 2).sum(), adapter)
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    scale = np.max(np.abs(expected))
-    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=1e-10)
+SUBMODULES = ["analysis", "arithmetic", "checkpoint", "initializers", "many", "peft", "sharding"]
 
 
 def test_import_is_light() -> None:
     """`import jlora` loads JAX and optax, and neither Flax nor Orbax nor any file format.
 
-    `jlora.peft` then loads no library of PyTorch.
+    `jlora.peft` then loads no library of PyTorch, and every submodule is there as an attribute.
     """
     heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
     code = (
         "import sys, jlora; dir(jlora), jlora.__version__; "
         f"print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "
-        "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+        "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules)); "
+        f"print(*[n for n in {SUBMODULES} if n not in dir(jlora) or not getattr(jlora, n)])"
     )
     assert python(code).split() == ["[]", "set()"]
-
-
-@pytest.mark.parametrize("name", ["analysis", "checkpoint", "peft", "sharding"])
-def test_a_submodule_is_an_attribute(name: str) -> None:
-    """After `import jlora` alone, as errors that say `jlora.peft.Name` have it."""
-    code = f"import jlora; print({name!r} in dir(jlora), jlora.{name}.__name__)"
-    assert python(code).split() == ["True", f"jlora.{name}"]
 
 
 def test_version() -> None:

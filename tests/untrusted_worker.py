@@ -195,7 +195,7 @@ def operations(root: Folder, good: Folder) -> Iterator[tuple[str, Callable[[], A
     yield "read", lambda: peft.read(adapter)
     yield "merge", lambda: peft.export_merged(good / "base", adapter, next(out))
     yield "merge onto", lambda: peft.export_merged(base, good / "adapter", next(out))
-    yield "convert", lambda: peft.convert(adapter, next(out))
+    yield "convert", lambda: peft.to_vllm(adapter, next(out))
     yield "check", lambda: str(peft.check(adapter, "vllm", base=base))
     yield "load base", lambda: peft.load_base(base, TABLE, like=params())
     yield "restore", lambda: checkpoint.restore(orbax)

@@ -3,7 +3,7 @@
     config, variables, tokenizer = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     logits_fn = jax.tree_util.Partial(Llama(config).apply, variables)
     prompt = tokenizer.encode(chat("What is the capital of France?")).ids
-    [answer] = generate(logits_fn, [prompt], config.cache, stop=STOP)
+    [answer] = beam.greedy(logits_fn, [prompt], config.cache, STOP)
     tokenizer.decode(answer)
 
 The model is `decoder` and its other files are those of `checkpoint`:
@@ -32,7 +32,6 @@ from .checkpoint import save as save
 from .checkpoint import shapes as shapes
 from .decoder import Config as Config
 from .decoder import Decoder
-from .generation import generate as generate
 
 Llama = Decoder
 

@@ -8,87 +8,24 @@ n_o^2 = \sum_i W_{io}^2 + 2 s \sum_r B_{ro} P_{ro} + s^2 \sum_r B_{ro} (G B)_{ro
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import GetAttrKey
 
 from .. import _compat
 from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, letters, promote
 from .._rules import rule_name
-from .._types import Layout, short
+from .._types import Layout
 from ._keywords import refuse_keywords_of_peft
-from ._low_rank import LoRA, LowRank, drawn, fit, low_rank_axes, sizes, without_slots
-from ._method import SLOTS, AxisOrName, Method, PartialWeightError, factor, register
+from ._lora import LoRA
+from ._low_rank import LowRank, stack_and_slots, without_slots
+from ._node import Axes, Node, PartialWeightError, register
 
 
-@refuse_keywords_of_peft
-@dataclasses.dataclass(frozen=True)
-class DoRA(LoRA):
-    r"""Adapts W by $m \odot (W + s A B) / \lVert W + s A B \rVert$, a magnitude and a direction.
-
-    The norm is that of each output's column, over all inputs. No gradient passes through it, as
-    in the paper's section 4.3. It is computed once a call for each weight, in float32 or better,
-    from $A^T W$ and $A^T A$: W + s·A·B is not formed. m starts as the norm, so that the adapted
-    model is the base at first, up to rounding.
-
-    Of an embedding, an output is a column of the table, whose norm is over the whole vocabulary,
-    and a tied head has its inputs scaled. An output whose column is zero stays zero.
-
-    Within a `shard_map` around `apply` or `merge`, a weight is refused if it and its A both vary
-    over a mesh axis, as its inputs may be cut: gather it with `to="invarying"`, or put the
-    `shard_map` into the function that `transform` takes.
-
-    Fields are those of `LoRA`, but for dropout: PEFT's DoRA with dropout multiplies W a second
-    time, by the dropped input, which is not done here.
-
-    Attributes:
-        pattern: a regular expression for whole components of a leaf's path. None means
-            *all-linear*: every dense and convolutional site, no embeddings.
-        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
-            a site that has no room for it gets the largest rank that trains no more parameters
-            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
-        alpha: the numerator of the scale s = alpha / r, positive.
-        slots: adapt only some parts of a fused output axis; the others keep their norms.
-        dropout: 0.
-        materialize: allow W' to be formed where the model leaves no other way.
-        rslora: scale by alpha / √r rather than alpha / r.
-        init: an initializer, `jlora.initializers.kaiming_uniform` unless told.
-        dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
-            narrower than float32.
-
-    Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is not a regular expression, a number is out of range,
-            `dropout` is not 0, or `init` is one that freezes A, as `miss`.
-
-    Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
-        >>> base, adapter = dora.init(jax.random.key(0), {"w": jnp.eye(4, 3)}, jnp.ones((1, 4)))
-        >>> adapter["w"].m.tolist()
-        [1.0, 1.0, 1.0]
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dropout:
-            raise ValueError(
-                f"`dropout` of {rule_name(self)} must be 0, got {self.dropout}: PEFT's DoRA with "
-                "dropout multiplies W twice, which jlora does not. Leave it out, or use jlora.LoRA."
-            )
-        if self.frozen:
-            raise ValueError(
-                f"`init` of {rule_name(self)} wants {', '.join(self.frozen).upper()} to stay as it "
-                "starts, which DoRA trains. Use jlora.LoRA, or another initializer."
-            )
-
-
-class Decomposed(NamedTuple):
+@register
+class Decomposed(Node):
     r"""One weight adapted by DoRA: $W' = m \odot (W + s A B) / \lVert W + s A B \rVert$.
 
     A pytree node with the children `a`, `b` and `m`; the rest is static.
@@ -123,34 +60,107 @@ class Decomposed(NamedTuple):
     materialize: bool = False
     residual: bool = False
 
-    def __repr__(self) -> str:
-        shown = {name: short(getattr(self, name)) for name in _CHILDREN}
-        shown["scale"] = repr(self.scale)
-        stack, _, _, slots = self.layout
-        shown |= {"stack": repr(stack)} if stack else {}
-        shown |= {"slots": repr(slots)} if slots is not None else {}
-        shown |= {"materialize": "True"} if self.materialize else {}
-        shown |= {"residual": "True"} if self.residual else {}
-        return f"Decomposed({', '.join(f'{name}={x}' for name, x in shown.items())})"
+    labels: ClassVar = {"a": "a", "b": "b", "m": "m"}
+
+    @staticmethod
+    def axes(layout: Layout) -> Axes:
+        """What each axis of A, of B and of m follows."""
+        axes = LowRank.axes(layout)
+        return {"a": axes["a"], "b": axes["b"], "m": (*stack_and_slots(layout), *layout.outputs)}
+
+    def lower(self, w: Any) -> Change:
+        """The gain m / ‖W + s·A·B‖ of W + s·A·B."""
+        outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
+        whole = without_slots(self, w.shape)
+        delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)
+        return Change((delta,), Factor(_gain(self, w), outputs))
 
 
-_CHILDREN = ("a", "b", "m")
+@register
+@refuse_keywords_of_peft
+@dataclasses.dataclass(frozen=True)
+class DoRA(LoRA):
+    r"""Adapts W by $m \odot (W + s A B) / \lVert W + s A B \rVert$, a magnitude and a direction.
 
+    The norm is that of each output's column, over all inputs. No gradient passes through it, as
+    in the paper's section 4.3. It is computed once a call for each weight, in float32 or better,
+    from $A^T W$ and $A^T A$: W + s·A·B is not formed. m starts as the norm, so that the adapted
+    model is the base at first, up to rounding.
 
-def _children(x: Decomposed) -> tuple[Any, ...]:
-    return x.a, x.b, x.m
+    Of an embedding, an output is a column of the table, whose norm is over the whole vocabulary,
+    and a tied head has its inputs scaled. An output whose column is zero stays zero.
 
+    Within a `shard_map` around `apply` or `merge`, a weight is refused if it and its A both vary
+    over a mesh axis, as its inputs may be cut: gather it with `to="invarying"`, or put the
+    `shard_map` into the function that `transform` takes.
 
-def _static(x: Decomposed) -> tuple[Any, ...]:
-    return x.scale, x.layout, x.materialize, x.residual
+    Fields are those of `LoRA`, but for dropout: PEFT's DoRA with dropout multiplies W a second
+    time, by the dropped input, which is not done here.
 
+    Attributes:
+        pattern: a regular expression for whole components of a leaf's path. None means
+            *all-linear*: every dense and convolutional site, no embeddings.
+        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
+            a site that has no room for it gets the largest rank that trains no more parameters
+            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
+        alpha: the numerator of the scale s = alpha / r, positive.
+        slots: adapt only some parts of a fused output axis; the others keep their norms.
+        dropout: 0.
+        materialize: allow W' to be formed where the model leaves no other way.
+        rslora: scale by alpha / √r rather than alpha / r.
+        init: an initializer, `jlora.initializers.kaiming_uniform` unless told.
+        dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
+            narrower than float32.
+        frozen: ().
 
-jax.tree_util.register_pytree_with_keys(
-    Decomposed,
-    lambda x: (tuple(zip(map(GetAttrKey, _CHILDREN), _children(x), strict=True)), _static(x)),
-    lambda static, children: Decomposed(*children, *static),
-    lambda x: (_children(x), _static(x)),
-)
+    Raises:
+        TypeError: if a field is of a wrong type.
+        ValueError: if `pattern` is not a regular expression, a number is out of range,
+            `dropout` is not 0, or a factor is frozen, as by `init=miss`.
+
+    Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
+        >>> base, adapter = dora.init(jax.random.key(0), {"w": jnp.eye(4, 3)}, jnp.ones((1, 4)))
+        >>> adapter["w"].m.tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    node: ClassVar[Any] = Decomposed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout:
+            raise ValueError(
+                f"`dropout` of {rule_name(self)} must be 0, got {self.dropout}: PEFT's DoRA with "
+                "dropout multiplies W twice, which jlora does not. Leave it out, or use jlora.LoRA."
+            )
+        if self.frozen:
+            raise ValueError(
+                f"`frozen` of {rule_name(self)} must be (), as DoRA trains A and B; got "
+                f"{self.frozen}, by the rule or by its `init`. Use jlora.LoRA."
+            )
+
+    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
+        """W and the node of what `init` draws, with the norms as m."""
+        base, a, b = self.draw(key, w, site)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
+            raise ValueError(
+                f"`params` has a shape at {site.path!r}, of which {rule_name(self)} cannot take "
+                "norms. Give arrays, or call init under jax.eval_shape."
+            )
+        if _compat.may_be_cut_over(base):
+            raise NotImplementedError(
+                f"{rule_name(self)} takes norms of the whole of {site.path!r}, of which a "
+                "shard_map around init has a part. Call init outside of it."
+            )
+        m = norms(_How(site.layout, self.scale), base, a, b)
+        m = m.astype(promote(m.dtype, a.dtype))
+        return base, Decomposed(
+            a, b, m, self.scale, site.layout, self.materialize, residual=base is not w
+        )
 
 
 # ------------------------------------------------------------------------------------- the norms
@@ -231,35 +241,6 @@ def _check_whole(node: Decomposed, w: Any) -> None:
         raise PartialWeightError("DoRA takes norms over all inputs of W", axes)
 
 
-# ---------------------------------------------------------------------------------- what it means
-
-
-def decomposed_axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
-    """What each axis of A, of B and of m follows."""
-    found = low_rank_axes(layout)
-    beside = (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
-    return {"a": found["a"], "b": found["b"], "m": (*beside, *layout.outputs)}
-
-
-def _start(key: jax.Array, w: Any, site: Any, rule: DoRA) -> tuple[Any, Decomposed]:
-    base, a, b = drawn(key, w, site, rule)
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
-        raise ValueError(
-            f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take norms. "
-            "Give arrays, or call init under jax.eval_shape."
-        )
-    if _compat.may_be_cut_over(base):
-        raise NotImplementedError(
-            f"{rule_name(rule)} takes norms of the whole of {site.path!r}, of which a shard_map "
-            "around init has a part. Call init outside of it."
-        )
-    m = norms(_How(site.layout, rule.scale), base, a, b)
-    m = m.astype(promote(m.dtype, a.dtype))
-    return base, Decomposed(
-        a, b, m, rule.scale, site.layout, rule.materialize, residual=base is not w
-    )
-
-
 def _gain(node: Decomposed, w: Any) -> jax.Array:
     """The gain of all outputs, m / n: 1 in the slots that are not adapted."""
     _check_whole(node, w)
@@ -273,23 +254,3 @@ def _gain(node: Decomposed, w: Any) -> jax.Array:
     each = [lax.index_in_dim(gain, i, at, keepdims=False) for i in range(len(chosen))]
     parts = [each[chosen.index(i)] if i in chosen else jnp.ones_like(each[0]) for i in range(count)]
     return jnp.concatenate(parts, at + node.layout.outputs.index(axis))
-
-
-def _lower(node: Decomposed, w: Any) -> Change:
-    gain = Factor(_gain(node, w), tuple(map(Axis, (*node.layout.stack, *node.layout.outputs))))
-    whole = without_slots(LowRank(node.a, node.b, node.scale, node.layout), w.shape)
-    return Change((Delta(factor(whole, "a"), factor(whole, "b"), node.scale),), gain)
-
-
-register(
-    Method(
-        rule=DoRA,
-        node=Decomposed,
-        labels={"a": "a", "b": "b", "m": "m"},
-        axes=decomposed_axes,
-        sizes=lambda rule, layout: sizes(rule.rank, layout),
-        fit=fit,
-        start=_start,
-        lower=_lower,
-    )
-)

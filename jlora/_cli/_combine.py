@@ -77,8 +77,8 @@ def combine(
 def _combine_peft(
     adapters: Sequence[Path], out: Path, made: Callable[[list[PyTree]], PyTree]
 ) -> PyTree:
-    each: Any = {f"dirs[{i}]": ("ADAPTERS", folder) for i, folder in enumerate(adapters)}
-    with called(dirs=("ADAPTERS", None), out=("OUT", out), **each):
+    each: Any = {f"paths[{i}]": ("ADAPTERS", folder) for i, folder in enumerate(adapters)}
+    with called(paths=("ADAPTERS", None), out=("OUT", out), **each):
         return peft.combine(adapters, out, made)
 
 

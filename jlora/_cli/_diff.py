@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import analysis
 from .._adapters import Decomposed, LowRank, Replaced, is_node, weight_shape
-from .._table import aligned
+from .._report import aligned
 from ._inputs import Opened, open_alike
 from ._inspect import finite, wide
 

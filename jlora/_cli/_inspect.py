@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .. import analysis, peft
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
-from .._table import aligned, readable
+from .._report import aligned, readable
 from .._tree import count, size_in_bytes
 from ._inputs import Opened, format_of, open_adapter
 from ._words import called

@@ -14,10 +14,7 @@ from .._planning._placed import mesh_of_leaves
 from ._inputs import attribute
 from ._words import called
 
-WITHOUT = (
-    "activations are estimated, as libtpu is not installed; compiled figures need it: "
-    'pip install "jax[tpu]"'
-)
+WITHOUT = 'activations need the compiler for TPUs, which is not installed: pip install "jax[tpu]"'
 
 
 class Answer(NamedTuple):
@@ -34,8 +31,7 @@ class Answer(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """All numbers."""
-        numbers = self.plan._replace(program=None)._asdict()
-        del numbers["program"]
+        numbers = {k: v for k, v in self.plan._asdict().items() if k != "program"}
         return {"topology": self.topology, **numbers, "fits": self.plan.fits}
 
     def __str__(self) -> str:

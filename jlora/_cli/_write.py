@@ -76,7 +76,7 @@ def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> Non
     with called(adapter=("ADAPTER", adapter), base=("BASE", base)):
         merged = jlora.merge(params, _adapter(adapter, params, names))
     with called(path=("OUT", out)):
-        checkpoint.export(out, checkpoint.as_saved(merged))
+        checkpoint.export(out, merged)
 
 
 def _adapter(folder: Path, params: PyTree, names: str | None) -> PyTree:
@@ -195,7 +195,7 @@ def _to_profile(
         if value is not None:
             raise ValueError(f"{option} is not needed: IN is an adapter of PEFT, and so is OUT.")
     with called(path=("IN", source), out=("OUT", out), **OPTIONS):
-        peft.convert(source, out)
+        peft.to_vllm(source, out)
         return peft.read(source)
 
 

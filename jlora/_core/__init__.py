@@ -9,6 +9,7 @@ from . import _control, _dot, _joins, _kernels, _lookup, _moves, _places  # noqa
 from ._axes import RANK as RANK
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
+from ._axes import Unfactorable as Unfactorable
 from ._axes import abstract as abstract
 from ._change import Change as Change
 from ._change import Delta as Delta
@@ -18,8 +19,10 @@ from ._einsum import letters as letters
 from ._einsum import promote as promote
 from ._explicit import explicit as explicit
 from ._explicit import mesh_axes as mesh_axes
+from ._interpret import Equation as Equation
 from ._interpret import evaluate as evaluate
 from ._interpret import materialized as materialized
+from ._interpret import rule as rule
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
 from ._trace import ValueReadError as ValueReadError

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import lax
 
 from .._core import Axis, Factor, Packed, shard_part
 from .._linalg import norm
-from .._types import PyTree
+from .._types import NoArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales, quantize_scales
 from ._form import Form, joined, pack, split, spread, unpack
@@ -37,7 +37,7 @@ class Nested(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class Quantized(NoArray):
     r"""A weight of a base in 4 or 8 bits: codes, and a scale for each block of them.
 
     A pytree node with the children `data`, `scale`, `zero`, `nested` and `error`; the rest is
@@ -69,6 +69,12 @@ class Quantized:
     form: Form = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     used: Any = dataclasses.field(default=None, metadata={"static": True})
+
+    _remedy: ClassVar = (
+        "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap "
+        "take: call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
+        "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -163,27 +169,9 @@ class Quantized:
         axes = [Axis(d) for d in range(self.ndim)]
         return self.packed(axes, dtype).array
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_NO_ARRAY)
-
-    # Where JAX, NumPy, Flax and models first take it for an array.
-    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __matmul__ = __rmatmul__ = astype = reshape = _refuse
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"Quantized has no attribute {name!r}: {_NO_ARRAY}")
-
     def __repr__(self) -> str:
         what = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return f"Quantized({short_name(what)}, {spelled(self.scheme)})"
-
-
-_NO_ARRAY = (
-    "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap take: "
-    "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
-    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
-)
 
 
 def is_quantized(x: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from .._table import aligned
+from .._report import aligned
 from .._types import Layout, short
 
 

@@ -1,9 +1,9 @@
-"""What an adapter changes. Imports `_factors`, `_linalg`, `_adapters`.
+"""What an adapter changes. Imports `_linalg`, `_adapters`.
 
-All from its factors: ΔW is formed only where a function says so. Each function works on one site,
-under `jit` and `vmap` too; counts of directions are static.
+All from its factors: ΔW is formed only where a function says so. Each function works on one
+`LowRank` node, under `jit` and `vmap` too; counts of directions are static.
 
-The ΔW of a site that is `residual`, as `pissa` starts it, has in it what the start took from W.
+The ΔW of a node that is `residual`, as `pissa` starts it, includes what the start took from W.
 What training changed is that of `arithmetic.difference(adapter, initial)`.
 """
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._adapters import LowRank, weight_shape
-from .._factors import factors
 from .._linalg import norm, svd, times
+from ._factors import factors
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:
@@ -24,7 +24,7 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
 
     Args:
         a1: directions as the columns of a matrix, shape (…, inputs, r₁): A, as the paper has it,
-            with its inputs on one axis, or the transpose of B. A `LowRank` site stands for its ΔW:
+            with its inputs on one axis, or the transpose of B. A `LowRank` node stands for its ΔW:
             the directions among the inputs, in the order of the singular values of ΔW.
         a2: the same, shape (…, inputs, r₂).
 
@@ -61,11 +61,11 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
     r"""By how much ΔW strengthens what W does in the directions of ΔW.
 
     ${\lVert \Delta W \rVert}_F / {\lVert U^\top W V \rVert}_F$, with U and V the first `rank`
-    singular vectors of ΔW among inputs and outputs. From a site, no ΔW is formed.
+    singular vectors of ΔW among inputs and outputs. From a node, no ΔW is formed.
 
     Args:
-        w: the weight, of the shape that the site adapts, or (…, inputs, outputs).
-        delta: a `LowRank` site, or ΔW itself as a dense array of W's shape.
+        w: the weight, of the shape that the node adapts, or (…, inputs, outputs).
+        delta: a `LowRank` node, or ΔW itself as a dense array of W's shape.
         rank: how many directions of ΔW; those that ΔW lacks (as in `subspace_similarity`) add
             nothing.
 
@@ -108,8 +108,8 @@ def intruder_dimensions(
     values of W are equal, its vectors are arbitrary, and so is the answer.
 
     Args:
-        w: the weight, of the shape that the site adapts, or (…, inputs, outputs).
-        delta: a `LowRank` site, or ΔW itself as a dense array of W's shape.
+        w: the weight, of the shape that the node adapts, or (…, inputs, outputs).
+        delta: a `LowRank` node, or ΔW itself as a dense array of W's shape.
         k: how many directions of W + ΔW are looked at.
         threshold: ε.
 
@@ -170,7 +170,7 @@ def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
     if (expected := weight_shape(delta)) != jnp.shape(w):
         raise ValueError(
             f"`w` must be the weight that `delta` adapts, of shape {expected}; got shape "
-            f"{jnp.shape(w)}. Take it from the base at the path of the site."
+            f"{jnp.shape(w)}. Take it from the base at the path of the node."
         )
     stack, inputs, outputs, _ = delta.layout
     w = _wide(w).transpose(*stack, *inputs, *outputs)

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from .._adapters import LowRank, weight_shape
-from .._factors import core, factors
-from .._linalg import norm as size_of
+from .._linalg import norm as norm_of
+from ._factors import core, factors
 
 
-def delta_spectrum(site: LowRank) -> jax.Array:
-    r"""The singular values of each ΔW of a site, a matrix of all inputs by all outputs.
+def delta_spectrum(node: LowRank) -> jax.Array:
+    r"""The singular values of each ΔW of a node, a matrix of all inputs by all outputs.
 
     Args:
-        site: a `LowRank` leaf of an adapter; dropout keys in it are ignored.
+        node: a `LowRank` node of an adapter; dropout keys in it are ignored.
 
     Returns:
         Shape (stack…, r), or (stack…, slots·r) with slots; descending, zero beyond the rank that
@@ -22,21 +22,21 @@ def delta_spectrum(site: LowRank) -> jax.Array:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis
         >>> a, b = jnp.eye(4, 2), jnp.diag(jnp.array([3.0, 1.0]))
-        >>> site = jlora.types.LowRank(a, b, scale=2.0, layout=jlora.types.Layout((), (0,), (1,)))
-        >>> analysis.delta_spectrum(site).tolist()
+        >>> node = jlora.types.LowRank(a, b, scale=2.0, layout=jlora.types.Layout((), (0,), (1,)))
+        >>> analysis.delta_spectrum(node).tolist()
         [6.0, 2.0]
     """
-    a, b = factors(site)
+    a, b = factors(node)
     values = jnp.linalg.svd(core(a, b), compute_uv=False)
     missing = a.shape[-1] - values.shape[-1]
     return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
 
 
-def norm(site: LowRank) -> jax.Array:
-    r"""The Frobenius norm ${\lVert \Delta W \rVert}_F$ of each ΔW of a site.
+def norm(node: LowRank) -> jax.Array:
+    r"""The Frobenius norm ${\lVert \Delta W \rVert}_F$ of each ΔW of a node.
 
     Args:
-        site: a `LowRank` leaf of an adapter.
+        node: a `LowRank` node of an adapter.
 
     Returns:
         Shape (stack…).
@@ -48,16 +48,16 @@ def norm(site: LowRank) -> jax.Array:
         >>> float(analysis.norm(jlora.types.LowRank(a, b, 2.0, jlora.types.Layout((), (0,), (1,)))))
         10.0
     """
-    return size_of(core(*factors(site)), (-2, -1))
+    return norm_of(core(*factors(node)), (-2, -1))
 
 
-def distance(site: LowRank, other: LowRank) -> jax.Array:
+def distance(node: LowRank, other: LowRank) -> jax.Array:
     r"""${\lVert \Delta W_1 - \Delta W_2 \rVert}_F$ of two adapters at one weight.
 
     The difference is itself of low rank: $[s_1 A_1, -s_2 A_2] [B_1; B_2]$.
 
     Args:
-        site: a `LowRank` leaf of one adapter.
+        node: a `LowRank` node of one adapter.
         other: that of the other, for a weight of the same shape and axes; rank, scale and slots
             may differ.
 
@@ -72,24 +72,24 @@ def distance(site: LowRank, other: LowRank) -> jax.Array:
         >>> import jax.numpy as jnp, jlora
         >>> from jlora import analysis
         >>> layout = jlora.types.Layout((), (0,), (1,))
-        >>> site = jlora.types.LowRank(jnp.eye(4, 2), jnp.eye(2), 1.0, layout)
-        >>> round(float(analysis.distance(site, site._replace(scale=4.0))), 4)
+        >>> node = jlora.types.LowRank(jnp.eye(4, 2), jnp.eye(2), 1.0, layout)
+        >>> round(float(analysis.distance(node, node._replace(scale=4.0))), 4)
         4.2426
     """
-    if (mine := _weight(site)) != (its := _weight(other)):
+    if (mine := _weight(node)) != (its := _weight(other)):
         raise ValueError(
-            "`site` and `other` must be for one weight; got weights with (shape, stack, inputs, "
+            "`node` and `other` must be for one weight; got weights with (shape, stack, inputs, "
             f"outputs) of {mine} and {its}."
         )
-    if site.residual != other.residual:
+    if node.residual != other.residual:
         raise ValueError(
-            "`site` and `other` must be for one base, but one of them is `residual`, for a base "
+            "`node` and `other` must be for one base, but one of them is `residual`, for a base "
             "that its start changed. Give jlora.arithmetic.difference(adapter, initial) in its "
             "place, where `initial` is what init returned."
         )
-    (a, b), (c, d) = factors(site), factors(other)
+    (a, b), (c, d) = factors(node), factors(other)
     change = core(jnp.concatenate([a, -c], -1), jnp.concatenate([b, d], -2))
-    return size_of(change, (-2, -1))
+    return norm_of(change, (-2, -1))
 
 
 def stable_rank(values: jax.Array) -> jax.Array:
@@ -136,8 +136,8 @@ def effective_rank(values: jax.Array) -> jax.Array:
     return jnp.where(total == 0, 0, jnp.exp(-jnp.sum(shares * logs, axis=-1)))
 
 
-def _weight(site: LowRank) -> tuple[tuple[int, ...], ...]:
-    return (weight_shape(site), *site.layout[:3])
+def _weight(node: LowRank) -> tuple[tuple[int, ...], ...]:
+    return (weight_shape(node), *node.layout[:3])
 
 
 def _relative(values: jax.Array) -> jax.Array:

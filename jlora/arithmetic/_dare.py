@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from .._tree import fold
 from .._types import Path, PyTree
-from ._matrices import in_core_space
-from ._trees import Weights, check_density, checked, each, refuse_residual
+from ._matrices import merge_in_core_space
+from ._trees import Weights, check_merge, combine_leaves
 
 
 def dare(
@@ -51,21 +51,19 @@ def dare(
         >>> round(float(analysis.distance(same, one["w"])), 5)
         0.0
     """
-    check_density(density)
-    given = checked(adapters, weights, base, "`adapters` cannot be combined")
-    refuse_residual(given)
+    given = check_merge(adapters, weights, base, density)
 
     def keys(path: Path) -> jax.Array:
         return jax.random.split(fold(key, path), len(given.trees))
 
-    def dropped(x: jax.Array, key: jax.Array) -> jax.Array:
+    def drop(x: jax.Array, key: jax.Array) -> jax.Array:
         return jax.random.bernoulli(key, density, x.shape) * x / density
 
     def merge(deltas: Sequence[jax.Array], keys: jax.Array) -> jax.Array:
-        return sum(map(dropped, deltas, keys), start=jnp.zeros(()))
+        return sum(map(drop, deltas, keys), start=jnp.zeros(()))
 
-    return each(
+    return combine_leaves(
         given,
-        lambda nodes, w, path: in_core_space(nodes, w, merge, keys(path)),
+        lambda nodes, w, path: merge_in_core_space(nodes, w, merge, keys(path)),
         lambda deltas, path: merge(deltas, keys(path)),
     )

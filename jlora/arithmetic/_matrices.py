@@ -1,4 +1,4 @@
-"""The matrices of a site, and the core space of several."""
+"""Nodes from matrices, and the core space of several ΔW."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,30 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapters import LowRank
-from .._alike import joined
+from .._adapters import LowRank, leading_axes, matrices
 from .._core import explicit
 from .._linalg import qr, svd_of, times
+from ._several import join
 
 
-def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
-    """s·A as (stack and slots…, inputs, r) and B as (stack and slots…, r, outputs)."""
-    wide = jnp.promote_types(jnp.result_type(node.a, node.b), jnp.float32)
-    a, b = (jnp.asarray(x, wide) for x in (node.a, node.b))
-    n = len(node.layout.stack) + (node.layout.slots is not None)
-    lead, rank = a.shape[:n], a.shape[-1]
-    return node.scale * a.reshape(*lead, -1, rank), b.reshape(*lead, rank, -1)
-
-
-def made(
+def build(
     make: Callable[..., tuple[jax.Array, jax.Array]], nodes: Sequence[LowRank], *operands: Any
 ) -> LowRank:
-    """The node of such matrices that `make` makes, of scale 1, in the dtypes of `nodes`.
+    """The node, of scale 1 and in the dtypes of `nodes`, of the matrices that `make` returns.
 
-    Along explicit axes of a mesh its A and B lie as those of the first node.
+    Along explicit axes of a mesh, its A and B are sharded like those of the first node.
     """
-    like = nodes[0]
-    n = len(like.layout.stack) + (like.layout.slots is not None)
+    like, n = nodes[0], leading_axes(nodes[0])
 
     def shaped(nodes: Sequence[LowRank], *operands: Any) -> tuple[jax.Array, jax.Array]:
         a, b = make(nodes, *operands)
@@ -44,19 +34,19 @@ def made(
     if None not in places:
         in_place = jax.sharding.auto_axes(shaped, out_sharding=places)
     a, b = in_place(nodes, *operands)
-    return joined(nodes, a, b, 1.0)._replace(frozen=())
+    return join(nodes, a, b, 1.0)._replace(frozen=())
 
 
-def in_core_space(
+def merge_in_core_space(
     nodes: Sequence[LowRank],
     weights: Sequence[Any],
     merge: Callable[..., jax.Array],
     *operands: Any,
 ) -> LowRank:
-    """The node of what `merge` makes of the coordinates of each weighted ΔW, and of `operands`.
+    """The node of `merge(coordinates of each weighted ΔW, *operands)`.
 
-    Along Q U, from the singular vectors of [ΔW_1, ΔW_2, …], and along those of the ΔW above one
-    another: bases that follow from the ΔW, and not from how they are factored.
+    The coordinates are along the singular vectors of the ΔW side by side, and of the ΔW one above
+    the other: two bases that follow from the ΔW, however they are factored.
     """
 
     def make(nodes: Sequence[LowRank], weights: Any, *operands: Any) -> Any:
@@ -73,4 +63,4 @@ def in_core_space(
         # The rank is that of the smaller side of the core.
         return (times(a, core), b) if core.shape[-1] <= core.shape[-2] else (a, times(core, b))
 
-    return made(make, nodes, weights, *operands)
+    return build(make, nodes, weights, *operands)

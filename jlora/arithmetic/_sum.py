@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapters import LowRank
-from .._alike import FROM_THE_START, RESIDUAL, is_residual, joined, misfit, refuse
+from .._adapters import LowRank, leading_axes
 from .._compat import known
 from .._types import Path, PyTree
-from ._trees import Given, Weights, check_finite, checked, each, is_one
+from ._several import FROM_THE_START, RESIDUAL, is_residual, join, mismatch, refuse
+from ._trees import Operands, Weights, check_finite, check_operands, combine_leaves, is_one
 
 ROUNDING = 1e-5  # of weights that add up to 1
 
@@ -46,7 +46,7 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
         >>> arithmetic.add([one, one], [1.0, -0.5])
         {'w': LowRank(a=float32[4,4], b=float32[4,3], scale=1.0)}
     """
-    return _summed(checked(adapters, weights, base, "`adapters` cannot be combined"))
+    return _sum(check_operands(adapters, weights, base, "`adapters` cannot be combined"))
 
 
 def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) -> PyTree:
@@ -74,7 +74,7 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
         -0.5
     """
     check_finite("factor", [factor])
-    return _summed(checked([adapter], [factor], base, "`adapter` cannot be scaled"))
+    return _sum(check_operands([adapter], [factor], base, "`adapter` cannot be scaled"))
 
 
 def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
@@ -104,25 +104,24 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
         0.0
     """
     what = "`other` cannot be subtracted from `adapter`"
-    return _summed(checked([adapter, other], [1.0, -1.0], base, what))
+    return _sum(check_operands([adapter, other], [1.0, -1.0], base, what))
 
 
-def _summed(given: Given) -> PyTree:
+def _sum(given: Operands) -> PyTree:
     """The exact sum, of factors side by side."""
     residual = _residual(given)
 
     def low_rank(nodes: list[LowRank], w: list[Any], path: Path) -> LowRank:
         scale = nodes[0].scale or 1.0
-        n = len(nodes[0].layout.stack) + (nodes[0].layout.slots is not None)
         b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
         a = jnp.concatenate([x.a for x in nodes], -1)
-        node = joined(nodes, a, jnp.concatenate(b, n), scale)
+        node = join(nodes, a, jnp.concatenate(b, leading_axes(nodes[0])), scale)
         return node._replace(residual=residual.get(path, False))
 
-    return each(given, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
+    return combine_leaves(given, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
 
 
-def _residual(given: Given) -> dict[Path, bool]:
+def _residual(given: Operands) -> dict[Path, bool]:
     """Whether the sum is for the base that a start changed, at each path of which adapters are.
 
     It is where the weights of all adapters add up to 1. Where they add up to 0 the base cancels.
@@ -138,7 +137,7 @@ def _residual(given: Given) -> dict[Path, bool]:
         leaves = [tree.get(path) for tree in given.trees]
         if any(x is None for x in leaves):
             return f"{RESIDUAL}, and one adapter has no such site"
-        if near or misfit(leaves):  # which `each` refuses
+        if near or mismatch(leaves):  # which `combine_leaves` refuses
             return None
         return f"{RESIDUAL}, so that weights must add up to 1 or to 0; got {got}"
 

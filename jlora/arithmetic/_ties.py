@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from .._types import PyTree
-from ._matrices import in_core_space
-from ._trees import Weights, check_density, checked, each, refuse_residual
+from ._matrices import merge_in_core_space
+from ._trees import Weights, check_merge, combine_leaves
 
 
 def ties(
@@ -55,18 +55,16 @@ def ties(
         >>> round(float((merged.a @ merged.b)[0, 0]), 5)  # a mean, not a sum
         1.0
     """
-    check_density(density)
-    given = checked(adapters, weights, base, "`adapters` cannot be combined")
-    refuse_residual(given)
+    given = check_merge(adapters, weights, base, density)
 
     def merge(deltas: Sequence[jax.Array], matrix: int = 2) -> jax.Array:
         kept = jnp.stack([_largest(x, density, matrix) for x in deltas])
         agrees = (kept * jnp.sign(sum(kept)) > 0).astype(kept.dtype)
         return (kept * agrees).sum(0) / jnp.maximum(agrees.sum(0), 1)
 
-    return each(
+    return combine_leaves(
         given,
-        lambda nodes, w, _: in_core_space(nodes, w, merge),
+        lambda nodes, w, _: merge_in_core_space(nodes, w, merge),
         lambda deltas, _: merge(deltas, deltas[0].ndim),
     )
 

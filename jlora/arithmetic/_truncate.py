@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapters import LowRank, is_node
-from .._alike import leaves_of
+from .._adapters import LowRank, is_node, matrices
 from .._compat import is_concrete
 from .._linalg import svd
+from .._rules import is_int
 from .._tree import nest
 from .._types import PyTree
-from ._matrices import made, matrices
-from ._trees import refuse_others
+from ._matrices import build
+from ._several import flatten_each, refuse_other_methods
+from ._trees import MERGE
 
 
 def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:
@@ -55,12 +56,12 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     """
     if (rank is None) == (energy is None):
         raise ValueError("truncate takes one of `rank` and `energy`.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and (not is_int(rank) or rank < 1):
         raise ValueError(f"`rank` must be an integer of at least 1; got {rank!r}.")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"`energy` must lie in (0, 1]; got {energy!r}.")
-    [found] = leaves_of([adapter])
-    refuse_others([found], "`adapter` cannot be truncated")
+    [found] = flatten_each([adapter])
+    refuse_other_methods("`adapter` cannot be truncated", found.items(), MERGE)
 
     def cut(nodes: Sequence[LowRank]) -> tuple[jax.Array, jax.Array]:
         u, values, v = svd(*matrices(nodes[0]))
@@ -71,7 +72,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     def is_small(x: Any) -> bool:
         return not is_node(x) or (rank is not None and x.a.shape[-1] <= rank)
 
-    return nest({path: x if is_small(x) else made(cut, [x]) for path, x in found.items()})
+    return nest({path: x if is_small(x) else build(cut, [x]) for path, x in found.items()})
 
 
 def _enough(values: jax.Array, energy: float | None) -> int:

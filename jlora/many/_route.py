@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._adapters import LowRank, Routed, is_node, still, weight_shape
-from .._alike import FROM_THE_START, RESIDUAL, is_residual, refuse
-from .._compat import is_concrete
+from .._adapters import LowRank, Routed, is_node, leading_axes, stop_gradients, weight_shape
 from .._tree import adapter_leaves, check_fits, leaves_by_path, nest
-from .._types import Path, PyTree, short
-from ._table import Leaves, as_array, refuse_others, table_leaves, within
+from .._types import Path, PyTree
+from ..arithmetic._several import FROM_THE_START, RESIDUAL, is_residual, refuse
+from ._fill import Leaves, check_methods
+from ._ids import check_ids
+from ._rows import Batch, NoRowsError, join_runs, rows_first
+from ._table import table_leaves
 
 FORMS = ("side by side", "gathered")
 SHARE = 4  # A and B of all slots lie side by side where they are no more than this part of W
@@ -87,32 +89,31 @@ def route(
 
     @functools.wraps(apply)
     def routed(base: PyTree, table: PyTree, ids: Any, /, *args: Any, **kwargs: Any) -> Any:
-        leaves, slots = _prepared(table, form)
+        leaves, slots = _prepare(table, form)
         beside = {path: x for path, x in leaves.items() if isinstance(x, Routed)}
         own = {path: x for path, x in leaves.items() if path not in beside}
         check_fits(base, beside | {p: jax.tree.map(_type_of_slot, x) for p, x in own.items()})
-        ids = _checked(ids, slots)
-        rows = _Rows((args, kwargs), (in_axes, 0), len(ids))
+        ids = check_ids(ids, slots)
+        batch = Batch((args, kwargs), (in_axes, 0), len(ids))
 
-        def runs(each: int) -> Any:
-            """What `apply` gives for runs of so many rows."""
+        def apply_in_runs(length: int) -> Any:
+            """Calls `apply` for each run of `length` rows, all of one slot."""
 
-            def run(i: jax.Array, own: Leaves, mapped: list[jax.Array]) -> Any:
+            def apply_run(i: jax.Array, own: Leaves, run: list[jax.Array]) -> Any:
                 chosen = {path: _with_gate(x, i) for path, x in beside.items()}
-                args, kwargs = rows.joined(mapped)
+                args, kwargs = batch.arguments(run)
                 out = apply(base, nest(own | chosen), *args, **kwargs)
-                return _leading(out, out_axes, each)
+                return rows_first(out, out_axes, length)
 
-            first = ids[::each]
-            over = jax.vmap(run, (0, 0, rows.axes), spmd_axis_name=spmd_axis_name)
-            return _in_place(
-                over(first, _gathered(own, first, slots, base), rows.cut(each)), out_axes
-            )
+            first = ids[::length]
+            over_runs = jax.vmap(apply_run, (0, 0, batch.axes), spmd_axis_name=spmd_axis_name)
+            out = over_runs(first, _gather(own, first, base), batch.cut(length))
+            return join_runs(out, out_axes)
 
         try:
-            return runs(_length_of_runs(ids))
-        except _NoRows:  # such as a loss, of which each row has one
-            return runs(1)
+            return apply_in_runs(_length_of_runs(ids))
+        except NoRowsError:  # such as a loss, of which each row has one
+            return apply_in_runs(1)
 
     return routed
 
@@ -140,19 +141,19 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
         >>> layout = jlora.types.Layout((), (0,), (1,))
         >>> one = {"w": jlora.types.LowRank(jnp.ones((64, 1)), jnp.ones((1, 64)), 1.0, layout)}
         >>> jlora.many.prepare(jlora.many.stack([one] * 3))
-        {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3)}
+        {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3, scale=1.0)}
     """
-    return nest(_prepared(table, form)[0])
+    return nest(_prepare(table, form)[0])
 
 
-def _prepared(table: PyTree, form: str | None) -> tuple[Leaves, int]:
-    """The leaves of a table, those side by side as `Routed`, and the number of its slots."""
+def _prepare(table: PyTree, form: str | None) -> tuple[Leaves, int]:
+    """The leaves of a table, concatenated ones as `Routed`, and the number of its slots."""
     found = adapter_leaves(table)
     routed = {path: x for path, x in found.items() if isinstance(x, Routed)}
     counts = {x.slots for x in routed.values()}
     others = {path: x for path, x in found.items() if path not in routed}
     residual = [path for path, x in others.items() if is_residual(x)]
-    refuse_others(others.items())
+    check_methods(others.items())
     refuse(
         "a table that is routed cannot hold what is",
         dict.fromkeys(residual, f"{RESIDUAL}, so that -1 would not be the model"),
@@ -168,7 +169,7 @@ def _prepared(table: PyTree, form: str | None) -> tuple[Leaves, int]:
         )
     if len(counts) > 1:
         raise TypeError(f"`table` must have as many slots everywhere; got {sorted(counts)}.")
-    beside = {p: _side_by_side(x, slots) for p, x in others.items() if _is_beside(x, form)}
+    beside = {p: _concatenate(x, slots) for p, x in others.items() if _is_beside(x, form)}
     return {path: beside.get(path, x) for path, x in found.items()}, slots
 
 
@@ -176,25 +177,7 @@ def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
 
-# --------------------------------------------------------------------------------- who has which
-
-
-def _checked(ids: Any, slots: int) -> Any:
-    """`ids` in int32, of which `slots` is none; NumPy's where they were not JAX's."""
-    ids = as_array(ids)
-    if ids.ndim != 1 or not len(ids) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(
-            "`ids` must be integers of shape (rows,), one slot of the table for each row; got "
-            f"{short(ids)}."
-        )
-    if is_concrete(ids):
-        wrong = [i for i in map(int, np.asarray(ids)) if not -1 <= i < slots]
-        if wrong:
-            raise ValueError(
-                f"`ids` must lie in [-1, {slots}), the slots of the table or -1 for the base alone;"
-                f" got {wrong[0]}."
-            )
-    return within(ids, slots, -1)
+# ---------------------------------------------------------------------- which slot, which form
 
 
 def _length_of_runs(ids: Any) -> int:
@@ -212,13 +195,14 @@ def _is_beside(leaf: Any, form: str | None) -> bool:
     return SHARE * (leaf.a.size + leaf.b.size) <= weight
 
 
-def _side_by_side(node: LowRank, slots: int) -> Routed:
-    """The slots of a site as one A and one B."""
-    n, node = len(node.layout.stack) + (node.layout.slots is not None), still(node)
+def _concatenate(node: LowRank, slots: int) -> Routed:
+    """The A of all slots as one, and their B."""
+    n, node = leading_axes(node), stop_gradients(node)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
     b = b.reshape(*b.shape[:n], a.shape[-1], *b.shape[n + 2 :])
-    return Routed(a, b, None, slots, *node[2:7])
+    fields = (node.scale, node.layout, node.dropout, node.materialize, node.key)
+    return Routed(a, b, None, slots, *fields)
 
 
 def _with_gate(node: Routed, i: jax.Array) -> Routed:
@@ -228,90 +212,19 @@ def _with_gate(node: Routed, i: jax.Array) -> Routed:
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
-def _gathered(leaves: Leaves, ids: Any, slots: int, base: PyTree) -> Leaves:
-    """The leaves of each of `ids`: of -1 those of the base, of what is no slot NaN."""
+def _gather(leaves: Leaves, ids: Any, base: PyTree) -> Leaves:
+    """Takes the leaves of each of `ids`: those of the base for -1, NaN for what is no slot."""
     ids = jnp.asarray(ids)
     params = dict(leaves_by_path(base)) if leaves else {}
 
-    def take(x: jax.Array, none: Any) -> jax.Array:
-        row = lambda i: lax.expand_dims(i, range(1, x.ndim))  # noqa: E731
+    def take(x: jax.Array, without: Any) -> jax.Array:
         found = jnp.take(x, ids, axis=0, mode="fill", fill_value=jnp.nan)
-        return jnp.where(row(ids >= 0), found, jnp.asarray(none, x.dtype))
+        is_slot = lax.expand_dims(ids >= 0, range(1, x.ndim))
+        return jnp.where(is_slot, found, jnp.asarray(without, x.dtype))
 
-    def of(path: Path, leaf: Any) -> Any:
-        return (
-            jax.tree.map(lambda x: take(x, 0), leaf) if is_node(leaf) else take(leaf, params[path])
-        )
+    def take_leaf(path: Path, leaf: Any) -> Any:
+        if not is_node(leaf):
+            return take(leaf, params[path])
+        return jax.tree.map(lambda x: take(x, 0), leaf)
 
-    return {path: of(path, leaf) for path, leaf in leaves.items()}
-
-
-# ------------------------------------------------------------------------------------- the rows
-
-
-class _NoRows(Exception):  # noqa: N818 - a signal, never the user's error
-    """A result of several rows has no axis of rows."""
-
-
-class _Rows:
-    """The arguments of a call: what is cut into rows, and what all rows share."""
-
-    def __init__(self, arguments: Any, in_axes: Any, count: int):
-        """`ValueError` where an argument has no `count` rows along its axis."""
-        is_none = lambda x: x is None  # noqa: E731
-        axes = jax.tree.leaves(jax.tree.broadcast(in_axes, arguments, is_none), is_leaf=is_none)
-        flat, self._tree = jax.tree_util.tree_flatten_with_path(arguments, is_none)
-        self._leaves = [x for _, x in flat]
-        self._at, self.axes = [], []
-        for i, ((path, x), axis) in enumerate(zip(flat, axes, strict=True)):
-            if axis is None or not hasattr(x, "shape"):
-                continue
-            if not -x.ndim <= axis < x.ndim or x.shape[axis] != count:
-                raise ValueError(
-                    f"argument {jax.tree_util.keystr(path)} after `ids` must have {count} rows "
-                    f"along its axis {axis}, as `ids` has; got {short(x)}. Name the axis in "
-                    "`in_axes` of route, or None for what all rows share."
-                )
-            self._at.append(i)
-            self.axes.append(axis % x.ndim)
-
-    def cut(self, each: int) -> list[jax.Array]:
-        """The rows in runs of `each`, along an axis of its own before that of rows."""
-        return [
-            jnp.reshape(x, (*x.shape[:axis], -1, each, *x.shape[axis + 1 :]))
-            for x, axis in zip((self._leaves[i] for i in self._at), self.axes, strict=True)
-        ]
-
-    def joined(self, mapped: list[jax.Array]) -> Any:
-        """The arguments of a run."""
-        leaves = dict(enumerate(self._leaves)) | dict(zip(self._at, mapped, strict=True))
-        return jax.tree.unflatten(self._tree, leaves.values())
-
-
-def _leading(out: Any, out_axes: Any, each: int) -> Any:
-    """Results with their `each` rows first."""
-
-    def move(path: Any, x: Any, axis: int) -> jax.Array:
-        if jnp.ndim(x) == 0:
-            if each > 1:
-                raise _NoRows
-            return jnp.reshape(x, (1,))
-        if not -x.ndim <= axis < x.ndim or x.shape[axis] != each:
-            raise ValueError(
-                f"result {jax.tree_util.keystr(path) or 'of `apply`'} must have the rows along its "
-                f"axis {axis}, or no axis; got {short(x)} for a batch of {each}. Name the axis in "
-                "`out_axes` of route."
-            )
-        return jnp.moveaxis(x, axis, 0)
-
-    return jax.tree_util.tree_map_with_path(move, out, jax.tree.broadcast(out_axes, out))
-
-
-def _in_place(out: Any, out_axes: Any) -> Any:
-    """Results of runs, with all rows where `out_axes` says."""
-
-    def move(x: jax.Array, axis: int) -> jax.Array:
-        x = x.reshape(-1, *x.shape[2:])
-        return x if x.ndim == 1 else jnp.moveaxis(x, 0, axis)
-
-    return jax.tree.map(move, out, jax.tree.broadcast(out_axes, out))
+    return {path: take_leaf(path, leaf) for path, leaf in leaves.items()}

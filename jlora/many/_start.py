@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._adapters import LoRA
 from .._compat import is_concrete
 from .._rules import is_int, rule_name
 from .._transform import transform
@@ -71,7 +72,7 @@ def init(
         changed, table = starts(lora, keys)
     else:
         like = jax.eval_shape(lambda key: lora.init(key, params, *args, **kwargs)[1], keys[0])
-        changed, table = _of_ranks(starts, lora, keys, ranks, like)
+        changed, table = _start_ranks(starts, lora, keys, ranks, like)
     leaves = [changed.get(name_of(path), w) for path, w in leaves_by_path(params)]
     return jax.tree.unflatten(flatten(params)[1], leaves), table
 
@@ -129,7 +130,7 @@ def _check_keys(keys: Any) -> None:
 # -------------------------------------------------------------------------------- runs of any rank
 
 
-def _of_ranks(
+def _start_ranks(
     starts: Callable[[Transformed, jax.Array], tuple[dict[str, Any], PyTree]],
     lora: Transformed,
     keys: jax.Array,
@@ -137,13 +138,13 @@ def _of_ranks(
     like: PyTree,
 ) -> tuple[dict[str, Any], PyTree]:
     """What `starts` gives for the runs of each rank, as one table of the adapter `like`."""
-    each = _checked_ranks(lora, ranks, len(keys))
+    each = _check_ranks(lora, ranks, len(keys))
     groups = [np.flatnonzero(each == r) for r in np.unique(each)]
-    found = [starts(_of_rank(lora, int(each[at[0]])), keys[at]) for at in groups]
+    found = [starts(_with_rank(lora, int(each[at[0]])), keys[at]) for at in groups]
     if len(groups) > 1:
         _refuse_changes(set().union(*(changed for changed, _ in found)), "rank")
     order = np.argsort(np.concatenate(groups))
-    tables = [_padded(table, like) for _, table in found]
+    tables = [_pad(table, like) for _, table in found]
     table = jax.tree.map(lambda *xs: jnp.concatenate(xs)[order], *tables)
     return found[0][0], table
 
@@ -152,13 +153,13 @@ def _rules(lora: Transformed) -> Sequence[Any]:
     return getattr(lora.sites, "args", ((), ()))[1]
 
 
-def _of_rank(lora: Transformed, rank: int) -> Transformed:
+def _with_rank(lora: Transformed, rank: int) -> Transformed:
     """The transform whose rules have another rank, at their scales."""
-    rules = [x.of_rank(rank) if hasattr(x, "of_rank") else x for x in _rules(lora)]
+    rules = [x.of_rank(rank) if isinstance(x, LoRA) else x for x in _rules(lora)]
     return transform(lora.sites.args[0], *rules)  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _checked_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
+def _check_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
     if not is_concrete(ranks):
         raise TypeError(
             "`ranks` must be known when many.init is traced, as shapes follow from them. Give a "
@@ -169,7 +170,7 @@ def _checked_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
         raise TypeError(f"`ranks` must be integers; got {ranks!r}.")
     if len(found) != n:
         raise ValueError(f"`ranks` must be one for each of the {n} keys; got {len(found)}.")
-    limits = {rule_name(x): x.rank for x in _rules(lora) if hasattr(x, "of_rank")}
+    limits = {rule_name(x): x.rank for x in _rules(lora) if isinstance(x, LoRA)}
     if not limits:
         raise ValueError("`ranks` is given, but no rule of `lora` has a rank: leave it out.")
     for name, limit in limits.items():
@@ -181,13 +182,12 @@ def _checked_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
     return np.array(found)
 
 
-def _padded(table: PyTree, like: PyTree) -> PyTree:
-    """The table with zeros up to the ranks of the adapter `like`, and its static fields."""
+def _pad(table: PyTree, like: PyTree) -> PyTree:
+    """Pads a table with zeros to the ranks of the adapter `like`, whose static fields it takes."""
 
     def pad(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.pad(
-            x, [(0, 0), *((0, m - n) for n, m in zip(x.shape[1:], y.shape, strict=True))]
-        )
+        more = ((0, m - n) for n, m in zip(x.shape[1:], y.shape, strict=True))
+        return jnp.pad(x, [(0, 0), *more])
 
     leaves = map(pad, jax.tree.leaves(table), jax.tree.leaves(like))
     return jax.tree.unflatten(jax.tree.structure(like), list(leaves))

@@ -1,31 +1,25 @@
 """A table of adapters: one adapter tree, whose arrays have a leading axis of slots."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .._adapters import LowRank, arrays, is_node, method_of, state
-from .._alike import (
-    FROM_THE_START,
-    RESIDUAL,
-    alike,
-    is_residual,
-    joined,
-    leaves_of,
-    misfit_in_table,
-    of_other_methods,
-    refuse,
+from .._adapters import arrays, is_node
+from .._tree import adapter_leaves, name_of, nest
+from .._types import PyTree, short
+from ..arithmetic._several import refuse
+from ._fill import (
+    REFUSAL,
+    Leaves,
+    check_adapters,
+    check_methods,
+    fill,
+    mismatch_in_table,
+    zeros_for,
 )
-from .._compat import is_concrete, known
-from .._core import promote
-from .._tree import adapter_leaves, check_fits, leaves_by_path, name_of, nest
-from .._types import Path, PyTree, short
-
-Leaves = dict[Path, Any]
-REFUSAL = "a table cannot hold what is"
+from ._ids import check_slot
 
 
 def stack(
@@ -72,7 +66,7 @@ def stack(
         >>> jlora.many.stack([one, two], size=8)
         {'w': LowRank(a=float32[8,4,2], b=float32[8,2,3], scale=1.0)}
     """
-    trees = _checked(adapters)
+    trees = check_adapters(adapters)
     count = len(trees) if size is None else size
     if count < len(trees):
         raise ValueError(f"`size` must be at least the {len(trees)} adapters; got {size}.")
@@ -82,11 +76,11 @@ def stack(
     }
     refuse(
         REFUSAL,
-        {path: why for path, leaves in sites.items() if (why := misfit_in_table(leaves))},
+        {path: why for path, leaves in sites.items() if (why := mismatch_in_table(leaves))},
         "The adapters of a table must be of one base.",
     )
-    empty = {path: _empty(leaves, rank) for path, leaves in sites.items()}
-    rows = [_row(tree, empty, base) for tree in [*trees, *[{}] * (count - len(trees))]]
+    empty = {path: zeros_for(leaves, rank) for path, leaves in sites.items()}
+    rows = [fill(tree, empty, base) for tree in [*trees, *[{}] * (count - len(trees))]]
     return nest({p: jax.tree.map(lambda *xs: jnp.stack(xs), *(r[p] for r in rows)) for p in sites})
 
 
@@ -120,11 +114,11 @@ def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTre
         Array([1., 0.], dtype=float32)
     """
     found, count = table_leaves(table)
-    slot = _checked_slot(slot, count)
-    [tree] = _checked([adapter])
-    refuse_others(found.items())
+    slot = check_slot(slot, count)
+    [tree] = check_adapters([adapter])
+    check_methods(found.items())
     empty = {path: jax.tree.map(lambda x: jnp.zeros_like(x[0]), x) for path, x in found.items()}
-    row = _row(tree, empty, base)
+    row = fill(tree, empty, base)
     put = lambda x, new: x.at[slot].set(new)  # noqa: E731
     return nest({path: jax.tree.map(put, x, row[path]) for path, x in found.items()})
 
@@ -177,7 +171,7 @@ def take(table: PyTree, slot: int | jax.Array) -> PyTree:
         {'w': LowRank(a=float32[4,2], b=float32[2,3], scale=1.0)}
     """
     _, count = table_leaves(table)
-    slot = _checked_slot(slot, count)
+    slot = check_slot(slot, count)
     return jax.tree.map(lambda x: x[slot], table)
 
 
@@ -201,136 +195,6 @@ def _slots(leaf: Any) -> int | None:
     """The length of the first axis of a leaf, if that is one of slots."""
     if not is_node(leaf):
         return leaf.shape[0] if leaf.shape else None
-    axes, found = method_of(leaf).axes(leaf.layout), arrays(leaf)
+    axes, found = leaf.axes(leaf.layout), arrays(leaf)
     sizes = {x.shape[0] if x.ndim == len(axes[k]) + 1 else None for k, x in found.items()}
     return sizes.pop() if len(sizes) == 1 else None
-
-
-# -------------------------------------------------------------------------------------- the rows
-
-
-def _checked(adapters: Sequence[PyTree]) -> list[Leaves]:
-    """The leaves of each adapter by path; an error where one has a value that is not finite."""
-    trees = leaves_of(adapters)
-    each = [leaf for tree in trees for leaf in tree.items()]
-    refuse_others(each)
-    refuse(
-        REFUSAL,
-        {p: "is not finite" for p, x in each if not _is_finite(x)},
-        "In one slot of a table it would reach the rows of others.",
-    )
-    return trees
-
-
-def refuse_others(leaves: Iterable[tuple[Path, Any]]) -> None:
-    """`ValueError` for nodes of other methods: zeros in them are not ΔW = 0."""
-    remedy = "A table that is routed or changed holds LowRank nodes and leaves in full."
-    refuse(REFUSAL, of_other_methods(leaves), remedy)
-
-
-def _is_finite(leaf: Any) -> bool:
-    """Whether all values are finite that are known."""
-    values = jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
-    found = [known(lambda x: jnp.isfinite(x).all(), x) for x in values]
-    return all(bool(x) for x in found if x is not None)
-
-
-def _empty(leaves: Sequence[Any], rank: int | None) -> Any:
-    """Zeros that have room for each of `leaves`."""
-    if not is_node(leaves[0]):
-        return jnp.zeros(leaves[0].shape, promote(*(x.dtype for x in leaves)))
-    nodes = alike(leaves)
-    largest = max(x.a.shape[-1] for x in nodes) if rank is None else rank
-    scales = {x.scale for x in nodes}
-    a = jnp.zeros_like(nodes[0].a, promote(*(x.a.dtype for x in nodes)))
-    b = jnp.zeros_like(nodes[0].b, promote(*(x.b.dtype for x in nodes)))
-    return _of_rank(joined(nodes, a, b, scales.pop() if len(scales) == 1 else 1.0), largest)
-
-
-def _of_rank(node: LowRank, rank: int) -> LowRank:
-    """The same ΔW by factors of `rank` columns and rows, some 0."""
-    stacks = len(node.layout.stack) + (node.layout.slots is not None)
-
-    def resized(x: jax.Array, axis: int) -> jax.Array:
-        pads = [(0, 0)] * x.ndim
-        pads[axis] = (0, max(0, rank - x.shape[axis]))
-        return jax.lax.slice_in_dim(jnp.pad(x, pads), 0, rank, axis=axis)
-
-    return node._replace(a=resized(node.a, node.a.ndim - 1), b=resized(node.b, stacks))
-
-
-def _row(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
-    """An adapter at all sites of a table, where `empty` are zeros of the table's types."""
-    refuse(
-        REFUSAL,
-        {path: why for path, x in tree.items() if (why := _no_room(x, empty.get(path)))},
-        "Make the table with jlora.many.stack(adapters, rank=...) of adapters that have all sites.",
-    )
-    residual = [path for path, x in empty.items() if is_residual(x) and path not in tree]
-    needed = f"{RESIDUAL}, so that a slot without it would not be the model"
-    refuse(REFUSAL, dict.fromkeys(residual, needed), FROM_THE_START)
-    missing = [path for path, x in empty.items() if not is_node(x) and path not in tree]
-    if missing and base is None:
-        needed = "is trained in full, so that a slot without it holds the base's"
-        remedy = "Give `base`, the parameters that they are for."
-        refuse(REFUSAL, dict.fromkeys(missing, needed), remedy)
-    if missing:
-        check_fits(base, {path: empty[path] for path in missing})
-    params = dict(leaves_by_path(base)) if missing else {}
-    row = {path: _placed(tree.get(path, x), x) for path, x in empty.items()}
-    return row | {path: jnp.asarray(params[path], empty[path].dtype) for path in missing}
-
-
-def _no_room(leaf: Any, empty: Any) -> str | None:
-    """Why a leaf cannot stand at a site of a table."""
-    if empty is None:
-        return "is no site of the table"
-    if why := misfit_in_table([empty, leaf]):
-        return why
-    for x, room in zip(jax.tree.leaves(leaf), jax.tree.leaves(empty), strict=True):
-        if promote(x.dtype, room.dtype) != room.dtype:
-            return f"is of {x.dtype}, where the table has {room.dtype}"
-    if not is_node(leaf):
-        return None
-    room, node = alike([empty, leaf])
-    if room.layout != empty.layout:
-        return f"has the slots {leaf.layout.slots}, where the table has {empty.layout.slots}"
-    rank, largest = node.a.shape[-1], empty.a.shape[-1]
-    return f"has the rank {rank}, above the table's {largest}" if rank > largest else None
-
-
-def _placed(leaf: Any, empty: Any) -> Any:
-    """The leaf in the form that the table has."""
-    if not is_node(leaf):
-        return jnp.asarray(leaf, empty.dtype)
-    node = alike([empty, leaf])[1]
-    if node.scale != empty.scale:
-        node = node._replace(b=node.b * (node.scale / empty.scale))
-    node = _of_rank(node, empty.a.shape[-1])
-    return empty._replace(a=node.a.astype(empty.a.dtype), b=node.b.astype(empty.b.dtype))
-
-
-def _checked_slot(slot: Any, count: int) -> Any:
-    """A slot as an index of arrays of `count` slots."""
-    x = as_array(slot)
-    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim:
-        raise TypeError(f"`slot` must be one integer, from 0 on; got {short(slot)}.")
-    if is_concrete(x) and not 0 <= int(x) < count:
-        raise ValueError(f"`slot` must lie in [0, {count}), the slots of the table; got {slot!r}.")
-    return slot if isinstance(slot, int) else within(x, count)
-
-
-def as_array(x: Any) -> Any:
-    """`x`, or an array of the numbers in it: NumPy's where none is JAX's."""
-    if hasattr(x, "dtype"):
-        return x
-    numpy: Any = jnp if any(isinstance(v, jax.Array) for v in jax.tree.leaves(x)) else np
-    return numpy.asarray(x)
-
-
-def within(ids: Any, count: int, least: int = 0) -> Any:
-    """Integers of any dtype as int32, those that do not lie in [least, count) as `count`."""
-    limits = jnp.iinfo(ids.dtype)  # `count` itself may be none of the dtype's numbers
-    inside = (ids >= max(least, int(limits.min))) & (ids <= min(count - 1, int(limits.max)))
-    numpy: Any = jnp if isinstance(ids, jax.Array) else np
-    return numpy.where(inside, ids.astype(np.int32), np.int32(count))

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._compat import known
 from .._core import promote
 from .._optimizer import check_transformation, is_transformation
 from .._rules import is_floating
-from .._types import PyTree, short
-from ._table import as_array, table_leaves, within
+from .._types import PyTree
+from ._ids import check_mask, mask_of
+from ._table import table_leaves
 
 Make = Callable[..., optax.GradientTransformation]
 
@@ -97,11 +97,11 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
         >>> state.running, state.steps
         (Array([ True,  True], dtype=bool), Array([1, 1], dtype=int32))
     """
-    make = _maker(tx, hyperparams)
+    make = _make_with(tx, hyperparams)
 
     def init(params: PyTree, **others: Any) -> OptimizerState:
         n = table_leaves(params)[1]
-        values = {name: _each(name, x, n) for name, x in {**hyperparams, **others}.items()}
+        values = {name: _per_run(name, x, n) for name, x in {**hyperparams, **others}.items()}
         inner = jax.vmap(lambda p, h: make(p, h).init(p))(params, values)
         return OptimizerState(inner, values, jnp.ones(n, bool), jnp.zeros(n, jnp.int32))
 
@@ -131,7 +131,7 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
             raise ValueError("many.optimizer needs the table: call update(grads, state, table).")
         moves = state.running
         if active is not None:
-            moves &= _mask("active", active, len(moves))
+            moves &= check_mask("active", active, len(moves))
         return jax.vmap(step)(moves, state, updates, params, extra)
 
     return Optimizer(init, update)  # pyright: ignore[reportArgumentType]
@@ -162,7 +162,7 @@ def stop(state: OptimizerState, slots: Any) -> OptimizerState:
         >>> jlora.many.stop(state, jnp.array([0.1, 0.9, 0.2]) > 0.5).running
         Array([ True, False,  True], dtype=bool)
     """
-    return state._replace(running=state.running & ~_hit(slots, len(state.running)))
+    return state._replace(running=state.running & ~mask_of(slots, len(state.running)))
 
 
 def restart(
@@ -208,10 +208,10 @@ def restart(
             f"{', '.join(map(repr, state.hyperparams)) or 'none'}."
         )
     n = len(state.running)
-    hit = _hit(slots, n)
+    hit = mask_of(slots, n)
     values = dict(state.hyperparams)
     for name, x in hyperparams.items():
-        new = _each(name, x, n).astype(values[name].dtype)
+        new = _per_run(name, x, n).astype(values[name].dtype)
         values[name] = jnp.where(hit, new, values[name])
     fresh = tx.init(table, **values)
     return jax.vmap(_choose)(hit, fresh, state)
@@ -220,7 +220,7 @@ def restart(
 # ---------------------------------------------------------------------------------- what they share
 
 
-def _maker(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any]], Any]:
+def _make_with(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any]], Any]:
     """A function of one adapter and its hyperparameters that gives a transformation."""
     if is_transformation(tx) and (given := sorted(names)):
         raise TypeError(
@@ -241,7 +241,7 @@ def _maker(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any]], 
     return make
 
 
-def _each(name: str, value: Any, n: int) -> jax.Array:
+def _per_run(name: str, value: Any, n: int) -> jax.Array:
     """A value for each of the n runs, not weakly typed: the next step must not look different."""
     x = jnp.asarray(value)
     if x.shape not in ((), (n,)):
@@ -250,25 +250,6 @@ def _each(name: str, value: Any, n: int) -> jax.Array:
             f"{x.shape}."
         )
     return jnp.broadcast_to(x, (n,)).astype(x.dtype)
-
-
-def _mask(name: str, mask: Any, n: int) -> jax.Array:
-    x = jnp.asarray(mask)
-    if x.dtype != bool or x.shape != (n,):
-        raise TypeError(f"`{name}` must be a mask of shape ({n},) and bool; got {short(x)}.")
-    return x
-
-
-def _hit(slots: Any, n: int) -> jax.Array:
-    """The mask of chosen slots."""
-    x = as_array(slots)
-    if x.dtype == bool:
-        return _mask("slots", x, n)
-    if not jnp.issubdtype(x.dtype, jnp.integer) or x.ndim > 1:
-        raise TypeError(f"`slots` must be indices or a mask of shape ({n},); got {short(slots)}.")
-    if known(lambda x: (within(x, n) == n).any(), x):
-        raise ValueError(f"`slots` must lie in [0, {n}), the slots of the table; got {slots!r}.")
-    return jnp.zeros(n, bool).at[within(x, n)].set(True)
 
 
 def _choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:

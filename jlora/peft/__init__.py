@@ -10,12 +10,11 @@ peft.save("copy", base, adapter, peft.LLAMA, config=peft.read_config("adapter"))
 from ._checkpoint import holds as holds
 from ._combine import combine as combine
 from ._load import load as load
-from ._save import convert as convert
 from ._save import save as save
 from ._save import tensors as tensors
-from ._to_lora import to_lora as to_lora
 from .adapter._alone import read as read
 from .adapter._config import read_config as read_config
+from .adapter._vllm import to_vllm as to_vllm
 from .engines import ENGINES as ENGINES
 from .engines import Finding as Finding
 from .engines._check import Checked as Checked

@@ -12,9 +12,9 @@ from ._file import (
     CONFIG,
     PICKLES,
     TENSORS,
-    Entry,
     Header,
     Source,
+    Tensor,
     brief,
     check_within,
     listing,
@@ -62,7 +62,7 @@ class Checkpoint(NamedTuple):
         """Of all tensors."""
         return {name: self.entry(name).shape for name in self.where}
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> Tensor:
         """The tensor `name`."""
         return self.headers[self.where[name]].entries[name]
 
@@ -142,13 +142,13 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
     return {what for what, there in found.items() if there}
 
 
+REFUSAL = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
+
+
 def refuse(found: Sequence[str]) -> None:
     """Raises if there is anything that keeps an adapter from being merged."""
     if found:
-        raise ValueError(
-            "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written. "
-            + listing(found)
-        )
+        raise ValueError(f"{REFUSAL}. {listing(found)}")
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:

@@ -1,5 +1,6 @@
 """Several adapters of PEFT's to one, without their model."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,14 +12,14 @@ from .._adapters import LowRank, weight_shape
 from .._tree import adapter_leaves
 from .._types import PyTree
 from ._file import brief, listing, shown
-from .adapter._alone import Alone, alone_in, read_alone
+from .adapter._alone import Alone, check_alone, read_alone
 from .adapter._config import DEFAULTS
-from .adapter._parts import tensors_alone
-from .adapter._read import Part
-from .adapter._saved import in_memory, write
-from .adapter._select import with_scales
-from .names._arrays import factors
-from .names._names import Leaf
+from .adapter._contents import Part
+from .adapter._describe import with_scales
+from .adapter._files import write
+from .adapter._tree import frozen_tensors, tensors_of
+from .names._convert import factors
+from .names._leaves import Leaf
 
 Fields = dict[str, Any]
 Where = str | os.PathLike[str]
@@ -40,7 +41,7 @@ REMEDY = (
 
 
 def combine(
-    dirs: Sequence[Where], out_dir: Where, merge: Callable[[list[PyTree]], PyTree]
+    paths: Sequence[Where], out: Where, merge: Callable[[list[PyTree]], PyTree]
 ) -> dict[str, LowRank]:
     r"""Writes what a function makes of several adapters of PEFT's as one of PEFT's.
 
@@ -49,8 +50,8 @@ def combine(
     by `rank_pattern` and `alpha_pattern`, alpha / r, and selects the modules of all adapters.
 
     Args:
-        dirs: their folders.
-        out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
+        paths: their folders.
+        out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all.
         merge: a function of a list of adapters that gives one with the modules of all, such as
             those of `jlora.arithmetic`.
@@ -59,7 +60,7 @@ def combine(
         What `merge` gave.
 
     Raises:
-        FileExistsError: if `out_dir` is there and not an empty folder.
+        FileExistsError: if `out` is there and not an empty folder.
         FileNotFoundError: if a folder or a file is missing.
         ValueError: if files are damaged; if the adapters are of different models, or hold what has
             no meaning without the model: DoRA, leaves in full, rows of embeddings, several
@@ -82,19 +83,20 @@ def combine(
         ...     peft.read_config(f"{folder}/c")["r"]
         4
     """
-    each = [read_alone(dir, f"dirs[{i}]") for i, dir in enumerate(dirs)]
-    names = [os.fspath(dir) for dir in dirs]
+    each = [read_alone(path, f"paths[{i}]") for i, path in enumerate(paths)]
+    names = [os.fspath(path) for path in paths]
     wrong = [*_different(names, each), *_without_form(names, each)]
     if wrong:
-        raise ValueError(f"`dirs`: the adapters cannot be combined. {listing(wrong)}\n{REMEDY}")
+        raise ValueError(f"`paths`: the adapters cannot be combined. {listing(wrong)}\n{REMEDY}")
     known = {part.key: (alone.leaf(part), part) for alone in each for part in alone.parts}
     made = merge([alone.nodes for alone in each])
     parts = _parts(made, known)
     tied = {key: head for alone in each for key, head in alone.tied.items()}
-    tensors = tensors_alone(parts, tied, {k: x for alone in each for k, x in alone.frozen.items()})
+    frozen = {name: x for alone in each for name, x in alone.frozen.items()}
+    tensors = tensors_of(parts, tied) | frozen_tensors(frozen)
     fields = _fields([alone.adapter.fields for alone in each], parts, tied, made)
-    alone_in(in_memory(fields, tensors, "dirs"), _refuse)
-    write(out_dir, "`out_dir`", fields, tensors)
+    check_alone(fields, tensors, "paths", "`merge` gave what has no form in PEFT")
+    write(out, "`out`", fields, tensors)
     return made
 
 
@@ -146,7 +148,7 @@ def _without_form(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
 
 def _several(alone: Alone) -> list[str]:
     selection = alone.adapter.selection
-    return [module for module in alone.adapter.pairs if len(selection.parameters(module)) > 1]
+    return [module for module in alone.adapter.parts if len(selection.parameters(module)) > 1]
 
 
 def _decomposed(alone: Alone) -> list[str]:
@@ -204,15 +206,17 @@ def _selection(
     each: Sequence[Fields], parts: Sequence[Part], tied: Mapping[str, str]
 ) -> dict[str, Any]:
     """What selects the modules of all adapters, and no other module of their model."""
-    said = [{key: _said(fields[key]) for key in SELECTION} for fields in each]
-    targets: list[Any] = [x["target_modules"] for x in said]
-    if all(x | {"target_modules": targets[0]} == said[0] for x in said):
-        if all(x == targets[0] for x in targets):
-            return {key: each[0][key] for key in SELECTION}
-        others = said[0].keys() - {"target_modules", "ensure_weight_tying"}
-        if all(isinstance(x, list) for x in targets) and all(said[0][k] is None for k in others):
-            union = list(dict.fromkeys(name for x in targets for name in x))
-            return {key: each[0][key] for key in SELECTION} | {"target_modules": union}
+    rows = [{key: _or_none(fields[key]) for key in SELECTION} for fields in each]
+    targets = [row.pop("target_modules") for row in rows]
+    common = {key: each[0][key] for key in SELECTION}
+    if all(row == rows[0] for row in rows):
+        if all(target == targets[0] for target in targets):
+            return common
+        is_narrowed = any(
+            x is not None for key, x in rows[0].items() if key != "ensure_weight_tying"
+        )
+        if all(isinstance(target, list) for target in targets) and not is_narrowed:
+            return common | {"target_modules": list(dict.fromkeys(itertools.chain(*targets)))}
     keys = {kind: [x.key for x in parts if (x.kind == "experts") == kind] for kind in (True, False)}
     return {
         "target_modules": [*keys[False], *tied.values()],
@@ -220,11 +224,6 @@ def _selection(
     }
 
 
-def _said(value: Any) -> Any:
+def _or_none(value: Any) -> Any:
     """None for all that PEFT takes for nothing; 0 is a layer."""
     return None if value is False or value in ([], "") else value
-
-
-def _refuse(wrong: Sequence[str]) -> None:
-    if wrong:
-        raise ValueError(f"`merge` gave what has no form in PEFT. {listing(wrong)}")

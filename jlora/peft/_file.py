@@ -166,19 +166,28 @@ OTHERS = {
 }
 
 
-class Entry(NamedTuple):
-    """One tensor of the header; `start` and `stop` count from the end of the header."""
+class Tensor(NamedTuple):
+    """What a tensor of a file is, before its values are read.
 
+    Attributes:
+        key: its name in the file.
+        dtype: its dtype, as safetensors call it.
+        shape: its shape.
+        start: where its bytes start, counted from the end of the header.
+        stop: where they end.
+    """
+
+    key: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    start: int = 0
+    stop: int = 0
 
 
 class Header(NamedTuple):
     """The tensors of a file by name, where their data starts, and where it ends."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, Tensor]
     data: int
     size: int
 
@@ -210,7 +219,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
                 f"{what} names a tensor {brief(key)}; expected at most {NAME_LIMIT} printable "
                 f"characters, with at most {DEPTH_LIMIT} dots."
             )
-        entry = _entry(fields)
+        entry = _tensor(key, fields)
         if entry is None:
             raise ValueError(f"{what} describes {brief(key)} wrongly: {brief(fields)}.")
         entries[key] = entry
@@ -218,7 +227,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     return Header(entries, 8 + count, size)
 
 
-def _entry(fields: Any) -> Entry | None:
+def _tensor(key: str, fields: Any) -> Tensor | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = (fields[k] for k in ("dtype", "shape", "data_offsets"))
@@ -228,17 +237,17 @@ def _entry(fields: Any) -> Entry | None:
     itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else OTHERS[dtype]
     if len(shape) > 16 or math.prod(shape) * itemsize != offsets[1] - offsets[0]:
         return None
-    return Entry(dtype, tuple(shape), *offsets)
+    return Tensor(key, dtype, tuple(shape), *offsets)
 
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
-def _check_extents(entries: dict[str, Entry], size: int, what: str) -> None:
+def _check_extents(entries: dict[str, Tensor], size: int, what: str) -> None:
     """The tensors must fill the data without a hole and without an overlap."""
     end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][3:]):
         if entry.start != end:
             raise ValueError(
                 f"{what} has {brief(name)} at byte {entry.start} of the data; "

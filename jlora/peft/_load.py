@@ -1,10 +1,9 @@
 """PEFT's files to an adapter tree: all is checked, then all of it is read."""
 
 import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,17 +11,18 @@ import numpy as np
 from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
-from ._file import CONFIG, Source, listing
-from ._to_lora import as_lora
-from .adapter._others import other_of
-from .adapter._parameters import parts_of, without_biases
-from .adapter._places import Placed, differing, narrowed, places_of, put_in_place
-from .adapter._read import Adapter
-from .adapter._saved import Saved, read_adapter, saved_in
-from .adapter._values import stored_in, unfit
+from ._file import Source, Tensor
+from ._problems import Problems
+from .adapter._contents import Adapter, sort_tensors
+from .adapter._files import Files, open_files
+from .adapter._match import Match, match_to_tree, refuse_wide
+from .adapter._miss import as_lora, is_miss
+from .adapter._parameters import assign_parameters, refuse_biases
+from .adapter._tokens import Tokens
 from .names._advice import advice
-from .names._arrays import decomposed, low_rank, of_part, replaced, weight
-from .names._names import Leaf, Name, by_row, resolve
+from .names._convert import node_of, replaced, weight
+from .names._leaves import Leaf, by_row, resolve
+from .names._names import Name
 
 WHERE = "`base` under `names`"
 
@@ -32,15 +32,15 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
 
     Args:
         path: its folder, with `adapter_config.json` and `adapter_model.safetensors`; nothing else
-            in it is read. What `to_lora` takes is loaded as LoRA too.
+            in it is read. MiSS is loaded as LoRA whose A is frozen.
         base: the frozen tree that it adapts, arrays or `jax.ShapeDtypeStruct`s.
         names: a table of `Name` rows, such as `jlora.peft.LLAMA`.
 
     Returns:
         An adapter for `apply` and `merge`: $\Delta W = s \cdot A B$ with A, B of the file's dtype,
-        the layers of a scan stacked, `modules_to_save` and biases as leaves in full. Of `use_dora`
-        its nodes are those of `DoRA`; of `trainable_token_indices` an embedding has that of `Rows`.
-        The A of MiSS is frozen.
+        the layers of a scan stacked, `modules_to_save` and biases as leaves in full. With
+        `use_dora` its nodes are those of `DoRA`; with `trainable_token_indices` an embedding has
+        the node of `Rows`.
 
     Raises:
         FileNotFoundError: if the folder or a file is missing.
@@ -48,7 +48,7 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
             there twice or not supported; all of it is listed, and nothing is loaded.
 
     Warns:
-        UserWarning: of what its configuration names and nothing has, as PEFT takes it.
+        UserWarning: about what its configuration names and nothing has, which PEFT accepts.
 
     Source: PEFT 0.21, `peft.utils.save_and_load`.
 
@@ -70,71 +70,64 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
     named = {leaf.path for leaf in leaves}
     every = {path: getattr(x, "shape", ()) for path, x in leaves_by_path(base, is_node)}
     lost = {path: shape for path, shape in every.items() if path not in named and len(shape) > 1}
+    problems = Problems(
+        f"`path`: the adapter in {path} cannot be loaded onto `base` with `names`; nothing was "
+        "loaded",
+        lambda found: f"\n{advice(names, lost)}" if lost and any(WHERE in x for x in found) else "",
+    )
+    files = open_files(Source(Path(path)))
+    fitted = fit(files, leaves, problems)
+    static: dict[str, Any] = {"dropout": float(fitted.adapter.fields.get("lora_dropout", 0.0))}
+    if is_miss(files.fields):
+        static["frozen"] = ("a",)
+    if fitted.adapter.fields.get("use_dora") and (rate := static["dropout"]):
+        problems.unused.append(f"lora_dropout: {rate} is of training alone, and DoRA here has none")
+    problems.warn()
+    each = fitted.match.leaves
+    return nest({leaf.path: _value(leaf, own, fitted.values, static) for leaf, own in each})
 
-    def refuse(found: Sequence[str]) -> None:
-        if found:
-            unnamed = lost and any(WHERE in problem for problem in found)
-            raise ValueError(
-                f"`path`: the adapter in {path} cannot be loaded onto `base` with `names`; "
-                f"nothing was loaded. {listing(found)}"
-                + (f"\n{advice(names, lost)}" if unnamed else "")
-            )
 
-    adapter, placed, found, frozen = fitted(saved_in(Source(Path(path))), leaves, refuse)
-    dropout, nodes = float(adapter.fields.get("lora_dropout", 0.0)), {}
-    if adapter.fields.get("use_dora") and dropout:
-        adapter.idle.append(f"lora_dropout: {dropout} is of training alone, and DoRA here has none")
-    warn_of_idle(adapter)
-    for leaf, own in placed.low:
-        arrays = of_part(leaf, [(found[x.a.key], found[x.b.key]) for x in own])
-        rank = arrays[0][0].shape[0] // leaf.experts
-        scale = own[0].scale * leaf.factor
-        node = low_rank(leaf, arrays, rank, scale=scale, dropout=dropout, frozen=frozen)
-        ms = [found[x.m.key] for x in own if x.m is not None]
-        nodes[leaf.path] = decomposed(leaf, node, ms) if ms else node
-    for leaf, own in placed.full:
-        nodes[leaf.path] = jnp.asarray(weight(leaf, [found[x.key] for x in own]))
-    for leaf, own in placed.rows:
-        nodes[leaf.path] = replaced(leaf, own.rows, found[own.v.key])
-    return nest(nodes)
+def _value(
+    leaf: Leaf, own: Any, values: Mapping[str, np.ndarray], static: Mapping[str, Any]
+) -> Any:
+    """The leaf of an adapter tree."""
+    if isinstance(own, Tokens):
+        return replaced(leaf, own.rows, values[own.v.key])
+    if isinstance(own[0], Tensor):
+        return jnp.asarray(weight(leaf, [values[x.key] for x in own]))
+    arrays = [part.read(values).arrays for part in own]
+    return node_of(leaf, arrays, scale=own[0].scale * leaf.factor, **static)
 
 
 class Fitted(NamedTuple):
     """An adapter that fits a tree.
 
     Attributes:
-        adapter: what its files say.
-        placed: the leaves that it is of.
+        adapter: what its tensors are.
+        match: what it has for the leaves.
         values: its tensors by their keys.
-        frozen: which of A and B are not trained.
     """
 
     adapter: Adapter
-    placed: Placed
+    match: Match
     values: dict[str, np.ndarray]
-    frozen: tuple[str, ...]
 
 
-def fitted(saved: Saved, leaves: Sequence[Leaf], refuse: Callable[[Sequence[str]], None]) -> Fitted:
-    """An adapter on the tree that has `leaves`; `refuse` is given what does not fit."""
-    places = places_of(leaves)
-    shapes = {name: place.leaf.weight_shape for name, place in places.items()}
-    frozen: tuple[str, ...] = ()
-    if other_of(saved.fields) is not None:
-        saved, frozen = as_lora(saved, shapes, refuse)
-    adapter = read_adapter(saved, refuse)
-    without_biases(adapter)
-    parts = parts_of(adapter, shapes, WHERE, ordered=True)
-    placed = put_in_place(adapter, parts, places, leaves)
-    tokens = [x.v for x in adapter.tokens.values()]
-    stored = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *tokens)
-    refuse(adapter.wrong + ([] if saved.is_own else narrowed(stored)))
-    found = saved.read(stored)
-    refuse(unfit(found) + differing(placed, found))
-    return Fitted(adapter, placed, found, frozen)
-
-
-def warn_of_idle(adapter: Adapter) -> None:
-    """Says what of a configuration names nothing, as PEFT takes such."""
-    if adapter.idle:
-        warnings.warn(f"{CONFIG} of the adapter: {'; '.join(adapter.idle[:9])}.", stacklevel=3)
+def fit(files: Files, leaves: Sequence[Leaf], problems: Problems) -> Fitted:
+    """Fits an adapter to the tree that has `leaves`, or raises."""
+    shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
+    if is_miss(files.fields):
+        files = as_lora(files, shapes, problems)
+    adapter = sort_tensors(files, problems)
+    refuse_biases(adapter, problems)
+    parts = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
+    match = match_to_tree(adapter, parts, leaves, problems)
+    every = [x for part in parts for x in part.arrays]
+    every += [*adapter.full.values(), *adapter.frozen.values()]
+    every += [tokens.v for tokens in adapter.tokens.values()]
+    if not files.is_own:
+        refuse_wide(every, problems)
+    values = files.values(every, problems)
+    match.check(values, problems)
+    problems.stop()
+    return Fitted(adapter, match, values)

@@ -6,39 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from .._adapters import Decomposed, Replaced, is_node
-from .._tree import adapter_leaves, check_fits, is_abstract, name_of
-from .._types import Path, PyTree
-from ._file import DTYPES, PREFIX, listing
-from ._load import fitted
-from .adapter import _vllm
-from .adapter._alone import alone_in, read_alone
-from .adapter._config import DEFAULTS, ROWS_DEFAULTS, problems
-from .adapter._fields import (
-    Fields,
-    frozen_beside,
-    saved_in_full,
-    with_full,
-    with_targets,
-    with_training,
-)
-from .adapter._others import asked_for, in_terms_of_lora, written
-from .adapter._parts import (
-    check_one_method,
-    check_writable,
-    from_leaves,
-    head_of,
-    is_factored,
-    narrowed,
-    rank_of,
-    tensors_alone,
-    tensors_of,
-)
-from .adapter._saved import in_memory, write
-from .adapter._select import with_scales
-from .adapter._tokens import DELTA, DELTA_ALONE, tokens_of, with_rows_alone, with_tokens
-from .names._arrays import weights
-from .names._names import Leaf, Name, by_row, resolve, tied_to
+from .._tree import is_abstract, name_of
+from .._types import PyTree
+from ._file import DTYPES, PREFIX
+from ._load import fit
+from ._problems import Problems
+from .adapter._config import DEFAULTS, MISS, ROWS_DEFAULTS, problems_of
+from .adapter._describe import Fields, describe, describe_rows_alone, frozen_beside, saved_in_full
+from .adapter._files import in_memory, write
+from .adapter._miss import MISS_DEFAULTS, fields_of_lora, from_lora, is_miss, problems_of_miss
+from .adapter._tokens import DELTA, DELTA_ALONE
+from .adapter._tree import Tree, arrange, check_one_method, frozen_tensors, tensors_of
+from .adapter._vllm import flattened
+from .names._convert import weights
+from .names._leaves import Leaf
+from .names._names import Name
+
+Written = tuple[Fields, dict[str, np.ndarray]]  # a configuration, and tensors by their keys
 
 
 def save(
@@ -148,135 +132,76 @@ def _files(
     base_model: str | None,
     profile: str | None,
     config: Mapping[str, Any] | None,
-) -> tuple[Fields, dict[str, np.ndarray]]:
+) -> Written:
     """The configuration and the tensors, of which `load` makes the same adapter."""
-    leaves = by_row(resolve(base, names), names)
-    fields, stored = _of_leaves(leaves, base, adapter, names, base_model, profile, config)
-    fitted(in_memory(fields, stored, "config"), leaves, _refuse)
-    return fields, stored
-
-
-def _of_leaves(
-    leaves: Sequence[Leaf],
-    base: PyTree,
-    adapter: PyTree,
-    names: Sequence[Name],
-    base_model: str | None,
-    profile: str | None,
-    config: Mapping[str, Any] | None,
-) -> tuple[Fields, dict[str, np.ndarray]]:
     if profile not in (None, "vllm"):
         raise ValueError(f"`profile` must be None or 'vllm'; got {profile!r}.")
-    found = adapter_leaves(adapter)
-    check_fits(base, found)
-    check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
-    own = narrowed([leaf for leaf in leaves if is_factored(found.get(leaf.path))], found)
-    with_rows = [leaf for leaf in leaves if isinstance(found.get(leaf.path), Replaced)]
-    check_one_method(own, leaves, found)
-    given = dict(config or {})
-    if kind := asked_for(given):
-        config = in_terms_of_lora(given, kind)
-        if profile is not None:
-            raise ValueError(
-                f"`profile` {profile!r} is of LoRA, and `config` asks for {given['peft_type']}. "
-                "Leave peft_type out of it."
-            )
+    tree, given = arrange(base, adapter, names), dict(config or {})
     if base_model is not None:
         given["base_model_name_or_path"] = base_model
-    if len(with_rows) == len(found):
-        return _rows_alone(given, with_rows, leaves, found, profile)
-    fields = DEFAULTS | (given if kind is None else in_terms_of_lora(given, kind))
-    if own:
-        fields["use_dora"] = any(isinstance(found[leaf.path], Decomposed) for leaf in own)
-    _check_config(fields)
-    parts, tokens = from_leaves(own, found)[0], tokens_of(with_rows, found)
-    tied = {leaf.modules[0]: head for leaf in own if (head := tied_to(leaf, leaves))}
-    fields = with_targets(fields, leaves, own, tied)
-    scales = {part.key: (rank_of(part, own), part.scale) for part in parts}
-    scales |= {head: scales[module] for module, head in tied.items()}
-    fields = with_scales(fields, scales) if scales else fields
-    in_full = {path for path, x in found.items() if not is_node(x)}
-    heads = {
-        leaf.modules[0]: head
-        for leaf in leaves
-        if leaf.path in in_full and (head := tied_to(leaf, leaves))
-    }
-    fields = with_full(fields, leaves, own, in_full, heads)
-    fields = with_training(fields, own, found, config or {})
-    fields = with_tokens(fields, with_rows, leaves, found)
-    full = saved_in_full(fields, leaves, own)
-    frozen = frozen_beside(fields, own, tied)
-    _check_values([*(leaf for leaf, _ in full if leaf.path not in found), *frozen.values()])
+    write = (
+        _rows_alone
+        if len(tree.rows) == len(tree.found)
+        else _as_miss
+        if is_miss(given)
+        else _as_lora
+    )
+    fields, found = write(tree, given, profile)
+    title = (
+        "`adapter` has no form in PEFT that `load` would read as the same, as where its modules "
+        "cannot be selected apart from others"
+    )
+    fit(in_memory(fields, found, "config"), tree.leaves, Problems(title))
+    return fields, found
+
+
+def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
+    check_one_method(tree)
+    fields, parts, tokens = DEFAULTS | given, tree.parts, tree.tokens
+    if parts:
+        fields["use_dora"] = any(part.m is not None for part in parts)
+    _refuse_config(problems_of(fields))
+    fields = describe(fields, given, tree, parts)
+    full, frozen = saved_in_full(fields, tree), frozen_beside(fields, tree)
+    unchanged = [leaf for leaf, _ in full if leaf.path not in tree.found]
+    _check_values([*unchanged, *frozen.values()])
     if profile == "vllm":
         keys = [key for _, keys in full for key in keys]
-        fields, parts = _vllm.flattened(fields, parts, keys, [x.module for x in tokens])
-    stored = tensors_of([*parts, *(head_of(part, tied) for part in parts if part.key in tied)])
+        fields, parts = flattened(fields, parts, keys, [x.module for x in tokens])
+    found = tensors_of(parts, tree.tied)
     for leaf, keys in full:
-        value = found.get(leaf.path, leaf.value)
-        stored |= dict(zip(keys, weights(leaf, value), strict=True))
-        if head := heads.get(leaf.modules[0]):
-            stored[f"{PREFIX}{head}.weight"] = weights(leaf, value)[0]
-    stored |= {key: weights(leaf, leaf.value)[0] for key, leaf in frozen.items()}
-    stored |= {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
-    return (fields, stored) if kind is None else written(kind, given, fields, parts, stored)
+        each = weights(leaf, tree.found.get(leaf.path, leaf.value))
+        found |= dict(zip(keys, each, strict=True))
+        if leaf.path in tree.found and (head := tree.tied.get(leaf.modules[0])):
+            found[f"{PREFIX}{head}.weight"] = each[0]
+    found |= frozen_tensors({name: weights(x, x.value)[0] for name, x in frozen.items()})
+    return fields, found | {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
 
 
-def _rows_alone(
-    given: Fields,
-    own: Sequence[Leaf],
-    leaves: Sequence[Leaf],
-    found: Mapping[Path, Any],
-    profile: str | None,
-) -> tuple[Fields, dict[str, np.ndarray]]:
-    """Those of an adapter that has nothing but the rows of `own`."""
-    fields, tokens = (
-        with_rows_alone(ROWS_DEFAULTS | given, own, leaves, found),
-        tokens_of(own, found),
-    )
-    _check_config(fields)
+def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
+    _refuse_config(problems_of_miss(MISS_DEFAULTS | given))
     if profile is not None:
-        _vllm.flattened(fields, [], [], [x.module for x in tokens])
-    heads = {leaf.modules[0]: tied_to(leaf, leaves) for leaf in own}
-    each = ((m, x.v) for x in tokens for m in (x.module, heads[x.module]) if m)
-    stored = {f"{PREFIX}{m}{DELTA_ALONE}": v for m, v in each}
-    return fields, stored
+        raise ValueError(
+            f"`profile` {profile!r} is of LoRA, and `config` asks for {MISS}. "
+            "Leave peft_type out of it."
+        )
+    fields, found = _as_lora(tree, fields_of_lora(given), None)
+    return from_lora(given, fields, tree.parts, found)
 
 
-def _check_config(fields: Fields) -> None:
-    if wrong := problems(fields):
+def _rows_alone(tree: Tree, given: Fields, profile: str | None) -> Written:
+    """An adapter that has nothing but rows."""
+    fields, tokens = describe_rows_alone(ROWS_DEFAULTS | given, tree), tree.tokens
+    _refuse_config(problems_of(fields))
+    if profile is not None:
+        flattened(fields, [], [], [x.module for x in tokens])
+    each = ((m, x.v) for x in tokens for m in (x.module, tree.tied.get(x.module)) if m)
+    return fields, {f"{PREFIX}{m}{DELTA_ALONE}": v for m, v in each}
+
+
+def _refuse_config(wrong: Sequence[str]) -> None:
+    if wrong:
         raise ValueError("`config` cannot be written:\n  " + "\n  ".join(wrong))
-
-
-def convert(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Writes an adapter of PEFT's as vLLM takes it, as `save` does with `profile="vllm"`.
-
-    Args:
-        path: its folder.
-        out: a folder that does not exist yet, or an empty one.
-
-    Raises:
-        FileExistsError: if `out` is there and not an empty folder.
-        FileNotFoundError: if the folder or a file is missing.
-        ValueError: if the files are damaged, or hold what vLLM has not.
-
-    Examples:
-        >>> from jlora import peft
-        >>> peft.convert("adapter", "for_vllm")  # doctest: +SKIP
-    """
-    alone = read_alone(path)
-    fields = DEFAULTS | alone.adapter.fields
-    fields, parts = _vllm.flattened(fields, alone.parts, list(alone.full), list(alone.rows))
-    tensors = tensors_alone(parts, alone.tied, alone.frozen)
-
-    def refuse(wrong: Sequence[str]) -> None:
-        if wrong:
-            raise ValueError(
-                f"`path`: the adapter in {path} has no form for vLLM that would be read as the "
-                f"same. {listing(wrong)}"
-            )
-
-    alone_in(in_memory(fields, tensors, "path"), refuse)
-    write(out, "`out`", fields, tensors)
 
 
 def _check_values(leaves: Sequence[Leaf]) -> None:
@@ -296,12 +221,4 @@ def _check_values(leaves: Sequence[Leaf]) -> None:
             f"`base` must hold floats, of {', '.join(DTYPES)}, where PEFT stores frozen values "
             f"with the adapter; got {', '.join(f'{x} at {name}' for name, x in odd.items())}. "
             "Adapt another leaf, or export the merged model."
-        )
-
-
-def _refuse(wrong: Sequence[str]) -> None:
-    if wrong:
-        raise ValueError(
-            "`adapter` has no form in PEFT that `load` would read as the same, as where its "
-            f"modules cannot be selected apart from others. {listing(wrong)}"
         )

@@ -1,6 +1,6 @@
 """How trees are sharded.
 
-Imports `_adapters`, `_core`, `_quantized`, `_rules`, `_tree`, `_types`.
+Imports `_adapters`, `_compat`, `_core`, `_quantized`, `_rules`, `_tree`, `_types`.
 """
 
 from ._quantized import gathered as gathered

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from .._adapters import is_node
+from .._compat import is_concrete
 from .._quantized import Quantized, is_quantized
 from .._tree import check_base, leaves_by_path
 from .._types import Path, PyTree
@@ -76,7 +77,7 @@ def _place(x: Any) -> Any:
         return _of_quantized(x)
     if _is_annotated(x):
         return _of_annotated(x)
-    if isinstance(x, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(x, jax.Array) and not is_concrete(x):
         return _of_tracer(x)
     found = getattr(x, "sharding", None)
     return found if isinstance(found, Sharding) else Unknown(x, " without a sharding")

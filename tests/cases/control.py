@@ -62,16 +62,6 @@ def scan_layers(dtype):
 
 
 @case(**STACK)
-def scan_layers_axis_1(dtype):
-    """Layers along axis 1 of the leaf, moved to the front."""
-    return Problem(
-        lambda p, x: lax.scan(layer, x, jnp.moveaxis(p["w"], 1, 0))[0],
-        normals(dtype, w=(5, 3, 5)),
-        (normal("x", (2, 5), dtype),),
-    )
-
-
-@case(**STACK)
 def scan_layers_reversed(dtype):
     """The last layer first, unrolled by two; outputs and carry are trees."""
 
@@ -95,44 +85,6 @@ def scan_layers_and_a_constant(dtype):
     return Problem(apply, normals(dtype, w=(3, 5, 5), shared=(5, 5)), (normal("x", (2, 5), dtype),))
 
 
-@case(subject="layers", rules=(LORA,), sites=1, trainable=2 * 3 * 2 * (5 + 5))
-def scan_of_scan(dtype):
-    """A stack of two axes."""
-
-    def group(x, w):
-        return lax.scan(layer, x, w)[0], None
-
-    return Problem(
-        lambda p, x: lax.scan(group, x, p["w"])[0],
-        normals(dtype, w=(2, 3, 5, 5)),
-        (normal("x", (2, 5), dtype),),
-    )
-
-
-@case(subject="layers", rules=(LORA,), sites=1, trainable=6 * 2 * (5 + 5))
-def scan_layers_in_groups(dtype):
-    """A stack of six layers is reshaped to two groups of three, then scanned twice."""
-
-    def group(x, w):
-        return lax.scan(layer, x, w)[0], None
-
-    return Problem(
-        lambda p, x: lax.scan(group, x, p["w"].reshape(2, 3, 5, 5))[0],
-        normals(dtype, w=(6, 5, 5)),
-        (normal("x", (2, 5), dtype),),
-    )
-
-
-@case(**STACK)
-def scan_first_layers(dtype):
-    """The first layer by itself, the others in a scan."""
-
-    def apply(p, x):
-        return lax.scan(layer, jnp.sin(x @ p["w"][0]), p["w"][1:])[0]
-
-    return stack(dtype, apply)
-
-
 @case(**STACK)
 def scan_of_remat(dtype):
     """Each layer is a checkpoint with a policy."""
@@ -150,12 +102,6 @@ def remat(dtype):
         return jnp.sin(checkpoint_name(jnp.tanh(x @ w), "hidden"))
 
     return one(dtype, lambda p, x: block(p["w"], x))
-
-
-@case(**STACK)
-def fori_loop_indexes_the_stack(dtype):
-    """A fori_loop takes layer i of the stack by a dynamic index."""
-    return stack(dtype, lambda p, x: lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"][i]), x))
 
 
 @case(**STACK)
@@ -206,20 +152,6 @@ def while_loop(dtype):
     return square(dtype, apply)
 
 
-@case(**SQUARE, grad=False)
-def while_loop_carries_the_weight(dtype):
-    """The weight is part of the carry and comes back as it was."""
-
-    def apply(p, x):
-        def body(state):
-            i, w, x = state
-            return i + 1, w, jnp.tanh(x @ w)
-
-        return lax.while_loop(lambda s: s[0] < 3, body, (0, p["w"], x))[2]
-
-    return square(dtype, apply)
-
-
 @case(**SQUARE)
 def scan_carries_the_weight(dtype):
     """The parameters are part of the carry of a scan and come back as they were."""
@@ -232,20 +164,6 @@ def scan_carries_the_weight(dtype):
         return lax.scan(body, (p, x), jnp.arange(3, dtype=x.dtype))[0][1]
 
     return square(dtype, apply)
-
-
-@case(subject="control", rules=(LORA,), sites=1, trainable=2 * (4 + 4))
-def recurrence(dtype):
-    """A scan over time with the weight as a constant, and outputs."""
-
-    def apply(p, xs):
-        def step(h, x):
-            h = jnp.tanh(x @ p["w"] + h)
-            return h, h * h
-
-        return lax.scan(step, jnp.zeros((2, 4), xs.dtype), xs)
-
-    return Problem(apply, normals(dtype, w=(4, 4)), (normal("xs", (5, 2, 4), dtype),))
 
 
 @case(**ONE, grad=False)
@@ -275,12 +193,6 @@ def cond(dtype):
         return lax.cond(first, lambda w, x: jnp.tanh(x @ w), lambda w, x: x @ p["v"], p["w"], x)
 
     return Problem(apply, normals(dtype, w=(6, 5), v=(6, 5)), (normal("x", (3, 6), dtype),))
-
-
-@case(subject="control", rules=(LoRA("^w$", rank=2, alpha=4),), sites=1, trainable=2 * (6 + 5))
-def cond_one_branch_adapted(dtype):
-    """Only the weight of one branch is adapted."""
-    return cond.build(dtype)
 
 
 @case(subject="control", rules=(LORA,), sites=3, trainable=3 * 2 * (6 + 5))
@@ -331,17 +243,6 @@ def associative_scan(dtype):
     return one(dtype, apply)
 
 
-@case(**ONE)
-def cumulative_and_sorted(dtype):
-    """Cumulative sums, sorting and top-k of activations."""
-
-    def apply(p, x):
-        h = x @ p["w"]
-        return jnp.cumsum(h, axis=0), jnp.sort(h, axis=1), lax.top_k(h, 2)[0], lax.cumlogsumexp(h)
-
-    return one(dtype, apply)
-
-
 # --------------------------------------------------------------------------------------------
 # Custom derivatives.
 # --------------------------------------------------------------------------------------------
@@ -378,18 +279,6 @@ def clipped_backward(bound, cotangent):
 
 
 clipped.defvjp(clipped_forward, clipped_backward)
-
-
-@case(**ONE)
-def custom_jvp_builtin(dtype):
-    """JAX's own activations with custom derivatives, some of them jitted."""
-
-    def apply(p, x):
-        h = x @ p["w"]
-        parts = jax.nn.relu(h), jax.nn.silu(h), jax.nn.gelu(h), jax.nn.softplus(h)
-        return sum(parts) + jax.nn.logsumexp(h, keepdims=True) + jax.nn.relu6(h)
-
-    return one(dtype, apply)
 
 
 @case(**ONE)
@@ -503,12 +392,6 @@ def weight_standardized(dtype):
 
 
 @case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
-def weight_decay_in_the_output(dtype):
-    """The product, and a penalty of the weight itself."""
-    return one(dtype, lambda p, x: (x @ p["w"], jnp.sum(p["w"] ** 2)))
-
-
-@case(subject="control", rules=(FORMED,), sites=1, trainable=2 * (6 + 5))
 def weight_in_the_output(dtype):
     """The product, and the weight itself."""
     return one(dtype, lambda p, x: {"y": x @ p["w"], "w": p["w"]})
@@ -531,20 +414,6 @@ def weight_chosen_by_cond(dtype):
 
 
 @case(subject="control", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 4))
-def force_of_an_energy(dtype):
-    """An energy and its negative gradient with respect to the positions."""
-
-    def apply(p, x):
-        def energy(x):
-            return jnp.sum(jnp.sin(jnp.tanh(x @ p["w"]) @ p["v"]))
-
-        value, slope = jax.value_and_grad(energy)(x)
-        return {"energy": value, "force": -slope}
-
-    return Problem(apply, normals(dtype, w=(6, 5), v=(5, 4)), (normal("x", (3, 6), dtype),))
-
-
-@case(subject="control", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 4))
 def jacobian_and_hessian(dtype):
     """Forward and reverse Jacobians, and a Hessian, inside of the model."""
 
@@ -556,12 +425,6 @@ def jacobian_and_hessian(dtype):
         return jax.vmap(jax.jacfwd(f))(x), jax.jacrev(f)(x[1]), hessian
 
     return Problem(apply, normals(dtype, w=(6, 5), v=(5, 4)), (normal("x", (2, 6), dtype),))
-
-
-@case(**ONE)
-def jvp_inside(dtype):
-    """A directional derivative with respect to the input."""
-    return one(dtype, lambda p, x: jax.jvp(lambda x: jnp.tanh(x @ p["w"]), (x,), (jnp.cos(x),)))
 
 
 @case(**ONE)
@@ -601,18 +464,6 @@ def vmap_inside(dtype):
             return jnp.tanh(h - lax.pmean(h, "batch"))
 
         return jax.vmap(f, axis_name="batch")(x)
-
-    return one(dtype, apply)
-
-
-@case(**ONE)
-def named_scopes(dtype):
-    """`named_scope`, `named_call` and `jnp.vectorize` leave no trace."""
-
-    def apply(p, x):
-        f = jnp.vectorize(lambda row: jnp.tanh(row @ p["w"]), signature="(i)->(o)")
-        with jax.named_scope("layer"):
-            return jax.named_call(f, name="inner")(x)
 
     return one(dtype, apply)
 

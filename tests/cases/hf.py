@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 
-from jlora import Full, LoRA, Slots
+from jlora import LoRA, Slots
 
 from ._case import Case, Problem, entry, fill, normal
 
@@ -63,30 +62,6 @@ def hf_bert(dtype):
 
 
 @case(
-    rules=(LoRA("(query|value)/kernel$", rank=4, alpha=8), Full("^pooler")),
-    sites=4,
-    trainable=2 * 2 * 4 * (8 + 8) + 8 * 8 + 8,  # q and v of two layers; pooler in full
-    slow=True,
-)
-def hf_bert_by_name(dtype):
-    """BERT with q and v by name, hidden states and attentions in the output."""
-    more = {"output_hidden_states": True, "output_attentions": True}
-    return whole("BertModel", dtype, jnp.array(IDS), config=ENCODER, **more)
-
-
-@case(
-    rules=(LoRA("layer/1/.*kernel$", rank=3, alpha=3), Full("LayerNorm/scale$")),
-    sites=6,
-    trainable=4 * 3 * (8 + 8) + 2 * 3 * (8 + 12) + 5 * 8,  # one layer; five norms
-    slow=True,
-)
-def hf_bert_train(dtype):
-    """The second layer alone, in train mode: dropout has its key."""
-    more = {"train": True, "dropout_rng": jax.random.key(1)}
-    return whole("BertModel", dtype, jnp.array(IDS), config=ENCODER, **more)
-
-
-@case(
     rules=(LoRA("word_embeddings", rank=3, alpha=3), LORA),
     sites=8,
     trainable=3 * (11 + 8) + LAYER + 2 * (8 + 8),  # the tied table; one layer; transform
@@ -96,41 +71,6 @@ def hf_bert_masked_lm(dtype):
     """The head is tied to the table of words, which is adapted by name."""
     config = {**ENCODER, "num_hidden_layers": 1}
     return whole("BertForMaskedLM", dtype, jnp.array(IDS), config=config)
-
-
-# --------------------------------------------------------------------------------------------
-# RoBERTa.
-# --------------------------------------------------------------------------------------------
-
-ROBERTA = {**ENCODER, "num_hidden_layers": 1, "num_labels": 3, "pad_token_id": 1}
-
-
-@case(
-    rules=(LORA,),
-    sites=8,
-    trainable=LAYER + 2 * (8 + 8) + 2 * (8 + 3),  # classifier: two
-    slow=True,
-)
-def hf_roberta(dtype):
-    """RoBERTa for classification, all-linear."""
-    return whole(
-        "RobertaForSequenceClassification",
-        dtype,
-        jnp.array(IDS),
-        config=ROBERTA,
-        attention_mask=jnp.array(MASK),
-    )
-
-
-@case(
-    rules=(LoRA("attention/.*kernel$", rank=2, alpha=4), Full("^classifier")),
-    sites=4,
-    trainable=4 * 2 * (8 + 8) + (8 * 8 + 8) + (8 * 3 + 3),  # q, k, v, o; classifier in full
-    slow=True,
-)
-def hf_roberta_by_name(dtype):
-    """RoBERTa with its attention by name and the classifier in full."""
-    return hf_roberta.build(dtype)
 
 
 # --------------------------------------------------------------------------------------------
@@ -157,18 +97,6 @@ def hf_gpt2(dtype):
     """GPT-2 with its tied head, all-linear: the table is left alone."""
     mask = jnp.array(MASK)
     return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2, attention_mask=mask)
-
-
-@case(
-    rules=(QV,),
-    sites=2,
-    trainable=2 * 2 * 2 * (8 + 8),  # layers, slots, rank
-    float64=False,
-    slow=True,
-)
-def hf_gpt2_query_value(dtype):
-    """GPT-2 as in the paper: the slots q and v of c_attn."""
-    return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2)
 
 
 @case(
@@ -224,18 +152,6 @@ def hf_llama(dtype):
     return whole("LlamaForCausalLM", dtype, jnp.array(IDS), config=LLAMA, attention_mask=mask)
 
 
-@case(
-    rules=(LoRA("[qv]_proj", rank=4, alpha=8), Full("^model/norm|^lm_head")),
-    sites=2,
-    trainable=4 * (8 + 8) + 4 * (8 + 4) + 8 + 8 * 11,  # q, v; final norm, head
-    float64=False,
-    slow=True,
-)
-def hf_llama_by_name(dtype):
-    """Llama with q and v by name, the final norm and the head in full."""
-    return whole("LlamaForCausalLM", dtype, jnp.array(IDS), config=LLAMA)
-
-
 # --------------------------------------------------------------------------------------------
 # ViT.
 # --------------------------------------------------------------------------------------------
@@ -259,15 +175,4 @@ def images(dtype):
 @case(rules=(LORA,), sites=8, trainable=2 * (4 * 4 * 3 + 8) + LAYER + 2 * (8 + 5))  # patches, head
 def hf_vit(dtype):
     """ViT, all-linear: the patch embedding is a site, class token and positions are not."""
-    return whole("ViTForImageClassification", dtype, images(dtype), config=VIT)
-
-
-@case(
-    rules=(LoRA("(query|value)/kernel$", rank=2, alpha=4), Full("^classifier")),
-    sites=2,
-    trainable=2 * 2 * (8 + 8) + 8 * 5 + 5,  # q, v; head in full
-    slow=True,
-)
-def hf_vit_by_name(dtype):
-    """ViT with q and v by name and the head in full."""
     return whole("ViTForImageClassification", dtype, images(dtype), config=VIT)

@@ -58,14 +58,7 @@ def single(name, make, x_shape, trainable, *, subject="nnx", rules=(LORA,), **fl
 # --------------------------------------------------------------------------------------------
 
 single("nnx_linear", partial(nnx.Linear, 6, 5), (3, 6), 2 * (6 + 5))
-single("nnx_linear_no_bias", partial(nnx.Linear, 6, 5, use_bias=False), (6,), 2 * (6 + 5))
 single("nnx_linear_general", partial(nnx.LinearGeneral, 6, (2, 4)), (2, 3, 6), 2 * (6 + 8))
-single(
-    "nnx_linear_general_inputs",
-    partial(nnx.LinearGeneral, (2, 4), 6, axis=(-2, -1)),
-    (2, 3, 2, 4),
-    2 * (8 + 6),
-)
 single(  # a kernel for each entry of the batch axis: (3, 6, 5)
     "nnx_linear_general_batch",
     partial(nnx.LinearGeneral, 6, 5, batch_axis={0: 3}),
@@ -73,23 +66,10 @@ single(  # a kernel for each entry of the batch axis: (3, 6, 5)
     3 * 2 * (6 + 5),
 )
 single(
-    "nnx_einsum",
-    partial(nnx.Einsum, "bsd,dhk->bshk", (6, 2, 4), (2, 4)),
-    (2, 3, 6),
-    2 * (6 + 8),
-)
-single(
     "nnx_einsum_per_head",
     partial(nnx.Einsum, "bshk,hkl->bshl", (2, 4, 5)),
     (2, 3, 2, 4),
     2 * 2 * (4 + 5),
-)
-single("nnx_conv", partial(nnx.Conv, 4, 5, (3,)), (2, 7, 4), 2 * (3 * 4 + 5))
-single(
-    "nnx_conv_2d_depthwise",
-    partial(nnx.Conv, 4, 4, (3, 3), strides=2, feature_group_count=4),
-    (2, 5, 5, 4),
-    2 * (3 * 3 * 1 + 4),
 )
 single(
     "nnx_conv_transpose",
@@ -102,15 +82,6 @@ ATTENTION = partial(
 )
 single(  # q, k, v (6, 2, 4); out (2, 4, 6)
     "nnx_attention", ATTENTION, (2, 3, 6), 3 * 2 * (6 + 8) + 2 * (8 + 6), sites=4, strict=False
-)
-single(
-    "nnx_attention_query_value",
-    ATTENTION,
-    (2, 3, 6),
-    2 * 3 * (6 + 8),
-    sites=2,
-    rules=(LoRA("(query|value)/kernel$", rank=3, alpha=3),),
-    strict=False,
 )
 single(
     "nnx_linear_bfloat16",
@@ -165,14 +136,6 @@ def nnx_train(dtype):
     """In train mode: statistics are updated, dropout draws from its stream, a counter counts."""
     model = Network(dtype, nnx.Rngs(0, dropout=1))
     return split(model, dtype, normal("x", (4, 6), dtype), call=stateful)
-
-
-@case(**NETWORK)
-def nnx_eval(dtype):
-    """In eval mode."""
-    model = Network(dtype, nnx.Rngs(0))
-    model.eval()
-    return split(model, dtype, normal("x", (4, 6), dtype))
 
 
 @case(**NETWORK, strict=False)
@@ -311,12 +274,6 @@ def run_unrolled(layers, x):
     return x
 
 
-def run_lax(layers, x):
-    """`lax.scan` over the split state."""
-    graph, state = nnx.split(layers)
-    return jax.lax.scan(lambda x, state: (nnx.merge(graph, state)(x), None), x, state)[0]
-
-
 stack("nnx_scan", lambda layers, x: run(layers, x))
 stack("nnx_scan_of_remat", lambda layers, x: run_remat(layers, x))
 stack(  # all see one input: to up, the layers are outputs as any other; down is a stack
@@ -325,7 +282,6 @@ stack(  # all see one input: to up, the layers are outputs as any other; down is
     trainable=2 * (6 + 3 * 5) + 3 * 2 * (5 + 6),
 )
 stack("nnx_unrolled", run_unrolled)
-stack("nnx_lax_scan", run_lax)
 stack(
     "nnx_scan_only_up",
     lambda layers, x: run(layers, x),
@@ -367,15 +323,6 @@ class Shared(nnx.Module):
 
 
 @case(
-    subject="lookup", rules=(LoRA("embedding$", rank=2, alpha=4),), sites=1, trainable=2 * (7 + 4)
-)
-def nnx_embed(dtype):
-    """An Embed, by name."""
-    model = nnx.Embed(7, 4, param_dtype=dtype, rngs=nnx.Rngs(0))
-    return split(model, dtype, jnp.array(IDS))
-
-
-@case(
     subject="lookup",
     rules=(LoRA("embedding$", rank=3, alpha=3), LORA),
     sites=2,
@@ -383,12 +330,6 @@ def nnx_embed(dtype):
 )
 def nnx_tied(dtype):
     """Lookup and `attend` of one Embed: one adapter."""
-    return split(Tied(dtype, nnx.Rngs(0)), dtype, jnp.array(IDS))
-
-
-@case(subject="lookup", rules=(LORA,), sites=1, trainable=2 * (4 + 4))
-def nnx_tied_not_named(dtype):
-    """All-linear leaves a tied table alone."""
     return split(Tied(dtype, nnx.Rngs(0)), dtype, jnp.array(IDS))
 
 
@@ -449,25 +390,3 @@ def nnx_fused_qkv(dtype):
 
     model = nnx.Linear(6, 24, param_dtype=dtype, rngs=nnx.Rngs(0))
     return split(model, dtype, normal("x", (2, 3, 6), dtype), call=call)
-
-
-class Positions(nnx.Module):
-    """Parameters that are added or multiplied, norms, and one Linear."""
-
-    def __init__(self, dtype: Any, rngs: nnx.Rngs):
-        """Makes the parameters."""
-        self.position = nnx.Param(jnp.zeros((4, 6), dtype))
-        self.gate = nnx.Param(jnp.zeros((4, 6), dtype))
-        self.layer_norm = nnx.LayerNorm(6, param_dtype=dtype, rngs=rngs)
-        self.rms_norm = nnx.RMSNorm(6, param_dtype=dtype, rngs=rngs)
-        self.head = nnx.Linear(6, 5, param_dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(4, 6) to (4, 5)."""
-        return self.head(self.rms_norm(self.layer_norm(x + self.position) * self.gate[...]))
-
-
-@case(subject="no_site", rules=(LORA,), sites=1, trainable=2 * (6 + 5), strict=False)
-def nnx_positions(dtype):
-    """A positional embedding, a gate and norms are no sites."""
-    return split(Positions(dtype, nnx.Rngs(0)), dtype, normal("x", (4, 6), dtype))

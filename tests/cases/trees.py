@@ -113,7 +113,6 @@ def named(weight, bias, head):
 
 WEIGHT_ONLY = {"sites": 1, "trainable": 2 * (6 + 5)}
 container("tree_dict", named, by_name)
-container("tree_frozen_dict", lambda *leaves: FrozenDict(named(*leaves)), by_name)
 container(
     "tree_frozen_dict_by_path",
     lambda *leaves: FrozenDict(named(*leaves)),
@@ -121,7 +120,6 @@ container(
     rules=(LoRA("^layer/weight$", rank=2, alpha=4),),
     **WEIGHT_ONLY,
 )
-container("tree_nnx_state", lambda *leaves: nnx.State(named(*leaves)), by_name)
 container(
     "tree_nnx_state_of_params",
     lambda *leaves: nnx.State(jax.tree.map(nnx.Param, named(*leaves))),
@@ -132,17 +130,8 @@ container(
 )
 container("tree_named_tuple", lambda w, b, h: {"layer": Pair(w, b), "head": h}, by_attribute)
 container(
-    "tree_named_tuple_by_path",
-    lambda w, b, h: {"layer": Pair(w, b), "head": h},
-    by_attribute,
-    rules=(LoRA("^layer/weight$", rank=2, alpha=4),),
-    **WEIGHT_ONLY,
-)
-container(
     "tree_named_tuple_root", lambda w, b, h: Pair((w, h), b), lambda p: (p[0][0], p[1], p[0][1])
 )
-container("tree_list", lambda *leaves: list(leaves), lambda p: p)
-container("tree_tuple", lambda *leaves: leaves, lambda p: p)
 container(
     "tree_list_by_path",
     lambda w, b, h: [[w, b], [h]],
@@ -152,19 +141,8 @@ container(
     trainable=2 * (6 + 5) + 5 + 5 * 4,
 )
 container(
-    "tree_flax_dataclass", lambda w, b, h: {"layer": FlaxLayer(w, b), "head": h}, by_attribute
-)
-container(
     "tree_flax_dataclass_by_path",
     lambda w, b, h: {"layer": FlaxLayer(w, b), "head": h},
-    by_attribute,
-    rules=(LoRA("^layer/weight$", rank=2, alpha=4),),
-    **WEIGHT_ONLY,
-)
-container("tree_jax_dataclass", lambda w, b, h: {"layer": JaxLayer(w, b), "head": h}, by_attribute)
-container(
-    "tree_jax_dataclass_by_path",
-    lambda w, b, h: {"layer": JaxLayer(w, b), "head": h},
     by_attribute,
     rules=(LoRA("^layer/weight$", rank=2, alpha=4),),
     **WEIGHT_ONLY,

@@ -1,1 +1,5 @@
-"""An adapter in PEFT format: its configuration, what it selects, and reading and writing it."""
+"""An adapter in PEFT's files: its configuration, what it selects, reading and writing.
+
+Imports `_adapters`, `_folders`, `_rules`, `_tree`, `_types`, `peft._file`, `peft._problems`,
+`peft.names`.
+"""

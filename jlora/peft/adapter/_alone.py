@@ -1,7 +1,7 @@
-"""An adapter of PEFT's whose model is not at hand."""
+"""An adapter whose model is not at hand."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,14 +10,15 @@ import numpy as np
 
 from ..._adapters import Decomposed, LowRank, Replaced
 from ..._types import Layout
-from .._file import Source, listing
-from ..names._arrays import decomposed, low_rank
-from ..names._names import Leaf, Name
-from ._parameters import matrix, parts_of, without_biases
-from ._read import Adapter, Part
-from ._saved import Saved, read_adapter, saved_in
+from .._file import Source
+from .._problems import Problems
+from ..names._convert import node_of
+from ..names._leaves import Leaf
+from ..names._names import Name
+from ._contents import Adapter, Part, sort_tensors
+from ._files import Files, in_memory, open_files
+from ._parameters import assign_parameters, matrix, refuse_biases, twins
 from ._tokens import Tokens
-from ._values import stored_in, twins, values, with_values
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Replaced | np.ndarray]:
@@ -63,12 +64,12 @@ class Alone(NamedTuple):
     """An adapter with its values.
 
     Attributes:
-        adapter: what its files say.
+        adapter: what its tensors are.
         parts: A and B of each parameter, but for the heads that are in `tied`.
         ranks: r of each by its key, and of those heads.
         tied: by the key of an embedding, the key of the head that has its A and B.
         full: parameters that are replaced.
-        frozen: parameters that the base must have just so.
+        frozen: parameters that must have the values of the base.
         tokens: rows of embeddings.
     """
 
@@ -90,15 +91,13 @@ class Alone(NamedTuple):
     def nodes(self) -> dict[str, LowRank | Decomposed]:
         """The node of each part by its key, with the axes of PyTorch's weight."""
         dropout = float(self.adapter.fields.get("lora_dropout", 0.0))
-        found = {}
-        for part in self.parts:
-            leaf, pair, static = self.leaf(part), [(part.a, part.b)], {"scale": part.scale}
-            node = low_rank(leaf, pair, self.ranks[part.key], dropout=dropout, **static)
-            found[part.key] = node if part.m is None else decomposed(leaf, node, [part.m])
-        return found
+        return {
+            part.key: node_of(self.leaf(part), [part.arrays], scale=part.scale, dropout=dropout)
+            for part in self.parts
+        }
 
     def leaf(self, part: Part) -> Leaf:
-        """The weight of a part, which lies as PyTorch's."""
+        """The weight of a part, with PyTorch's axes."""
         (rows, columns), count = matrix(part), part.a.shape[0] // self.ranks[part.key]
         window = part.a.shape[2:] if part.kind == "conv" else ()
         axes, shape = {
@@ -112,35 +111,35 @@ class Alone(NamedTuple):
 
 def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
     """Reads all of an adapter whose model is not at hand."""
-
-    def refuse(found: Sequence[str]) -> None:
-        if found:
-            raise ValueError(
-                f"`{argument}`: the adapter in {path} cannot be read. {listing(found)}"
-            )
-
-    return alone_in(saved_in(Source(Path(path), argument)), refuse)
+    title = f"`{argument}`: the adapter in {path} cannot be read"
+    return _read(open_files(Source(Path(path), argument)), Problems(title))
 
 
-def alone_in(saved: Saved, refuse: Callable[[Sequence[str]], None]) -> Alone:
-    """All of an adapter whose model is not at hand; `refuse` is given what is wrong with it."""
-    adapter = read_adapter(saved, refuse)
-    without_biases(adapter)
-    parts = parts_of(adapter, None, "")
-    refuse(adapter.wrong)
+def check_alone(
+    fields: Mapping[str, object], tensors: Mapping[str, np.ndarray], argument: str, title: str
+) -> None:
+    """Raises if what is about to be written would not be read as the same."""
+    _read(in_memory(fields, tensors, argument), Problems(title))
+
+
+def _read(files: Files, problems: Problems) -> Alone:
+    adapter = sort_tensors(files, problems)
+    refuse_biases(adapter, problems)
+    parts = assign_parameters(adapter, None, "", problems)
+    problems.stop()
     # Before values are read, as patterns have a time of their own.
     ranks = {part.key: adapter.selection.rank(part.key) for part in parts}
-    stored = [x.v for x in adapter.tokens.values()]
-    every = (*stored_in(parts), *adapter.full.values(), *adapter.frozen.values(), *stored)
-    found = values(saved, every, wrong := list[str]())
-    refuse(wrong)
+    every = [x for part in parts for x in part.arrays]
+    every += [*adapter.full.values(), *adapter.frozen.values()]
+    values = files.values([*every, *(x.v for x in adapter.tokens.values())], problems)
+    problems.stop()
     full, frozen = (
-        {name: found[x.key] for name, x in group.items()}
+        {name: values[x.key] for name, x in group.items()}
         for group in (adapter.full, adapter.frozen)
     )
-    parts = with_values(parts, found)
+    parts = [part.read(values) for part in parts]
     shared = twins(parts)
     tied = {x.key: shared[x.name].key for x in parts if x.kind == "embedding" and x.name in shared}
     own = [x for x in parts if x.kind == "embedding" or x.name not in shared]
-    tokens = [x._replace(v=found[x.v.key]) for x in adapter.tokens.values()]
+    tokens = [x._replace(v=values[x.v.key]) for x in adapter.tokens.values()]
     return Alone(adapter, own, ranks, tied, full, frozen, tokens)

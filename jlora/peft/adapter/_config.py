@@ -2,31 +2,37 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..._rules import is_finite
 from .._file import CONFIG, Source, brief, read_json, shown
-from ._patterns import PLAIN, of_key, of_layer, problems_of
-from .others import OTHERS
+from ._patterns import PLAIN, of_key, of_layer, refused_patterns
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names of which each is looked for in every module
-# All keys that PEFT 0.21 writes.
-DEFAULTS: dict[str, Any] = {
+# What PEFT 0.21 writes for every method.
+COMMON: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "peft_version": "0.21.2",
+    "revision": None,
+    "target_modules": [],
+    "task_type": None,
+}
+# And for LoRA.
+DEFAULTS = COMMON | {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
     "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
     "bias": "none",
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
     "exclude_modules": None,
     "fan_in_fan_out": False,
-    "inference_mode": True,
     "init_lora_weights": True,
     "kasa_config": None,
     "layer_replication": None,
@@ -42,14 +48,10 @@ DEFAULTS: dict[str, Any] = {
     "modules_to_save": None,
     "monteclora_config": None,
     "peft_type": "LORA",
-    "peft_version": "0.21.2",
     "qalora_group_size": 16,
     "r": 8,
     "rank_pattern": {},
-    "revision": None,
-    "target_modules": [],
     "target_parameters": None,
-    "task_type": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_dora": False,
@@ -57,52 +59,27 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "velora_config": None,
 }
-ROWS_ALONE = "TRAINABLE_TOKENS"
-ROWS_DEFAULTS: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "inference_mode": True,
-    "init_weights": True,
-    "peft_type": ROWS_ALONE,
-    "peft_version": DEFAULTS["peft_version"],
-    "revision": None,
-    "target_modules": [],
-    "task_type": None,
-    "token_indices": [],
-}
+MISS, ROWS_ALONE = "MISS", "TRAINABLE_TOKENS"  # other methods
+ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
 # Initial values of A and B that leave the base as it is.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # What is read beside plain LoRA.
 METHODS = ("trainable_token_indices", "use_dora")
-# Keys whose every value is read or does not matter; any other must be off.
-_READ = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "bias",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_bias",
-    "lora_dropout",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "target_modules",
-    "target_parameters",
-    "task_type",
-    "use_rslora",
+# What goes beyond plain LoRA, as does every key that is not among the defaults.
+_FEATURES = {
+    *METHODS,
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
 }
 
 
@@ -138,21 +115,36 @@ def dumps(fields: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------- checking
 
 
-def problems(fields: Mapping[str, Any]) -> list[str]:
+def problems_of(fields: Mapping[str, Any]) -> list[str]:
     """Why the fields cannot be read as an adapter; empty if they can."""
-    if fields.get("peft_type") == ROWS_ALONE:
-        return _problems_of_rows(fields) + misformed(fields)
-    found = [f"{key}: missing" for key in ("peft_type", "target_modules") if key not in fields]
-    if fields.get("peft_type", "LORA") != "LORA":
-        name = fields["peft_type"]
-        remedy = "; write it as LoRA first, by jlora.peft.to_lora" if name in tuple(OTHERS) else ""
-        found.append(f"peft_type: expected 'LORA', got {brief(name)}{remedy}")
+    method = fields.get("peft_type", "LORA")
+    if method == ROWS_ALONE:
+        required, unread = ("target_modules", "token_indices"), fields.keys() - ROWS_DEFAULTS.keys()
+        strange = {key: fields[key] for key in fields if key in unread and fields[key]}
+    else:
+        required = ("peft_type", "target_modules")
+        strange = {key: x for key, x in features(fields).items() if key not in METHODS}
+    found = [f"{key}: missing" for key in required if key not in fields]
+    if method not in ("LORA", ROWS_ALONE):
+        remedy = _LOAD_MISS if method == MISS else _CONVERT
+        found.append(f"peft_type: expected 'LORA', got {brief(method)}; {remedy}")
     found += [
         f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
-        for key, value in features(fields).items()
-        if key not in METHODS
+        for key, value in strange.items()
     ]
-    found += [
+    return found + ([] if method == ROWS_ALONE else _contradictions(fields)) + misformed(fields)
+
+
+_LOAD_MISS = "load it onto its base by jlora.peft.load"
+_CONVERT = (
+    "write it as LoRA in PEFT, by peft.save_as_lora, or where that does not take it, as AdaLoRA, "
+    "merge it there, by merge_and_unload"
+)
+
+
+def _contradictions(fields: Mapping[str, Any]) -> list[str]:
+    """What PEFT's own files of LoRA do not have, or have only for a changed base."""
+    found = [
         f"{key}: {brief(fields[key])} is nothing that PEFT has beside use_dora"
         for key in ("lora_bias", "target_parameters")
         if fields.get("use_dora") and fields.get(key)
@@ -168,23 +160,14 @@ def problems(fields: Mapping[str, Any]) -> list[str]:
             "target_modules: 'all-linear' is a word of PEFT's constructor; its own files list the "
             "modules"
         )
-    return found + misformed(fields)
-
-
-def _problems_of_rows(fields: Mapping[str, Any]) -> list[str]:
-    """Why the fields cannot be read as an adapter of rows of embeddings alone."""
-    found = [f"{key}: missing" for key in ("target_modules", "token_indices") if key not in fields]
-    return found + [
-        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
-        for key, value in fields.items()
-        if key not in ROWS_DEFAULTS and value
-    ]
+    return found
 
 
 def features(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration uses of PEFT beside plain LoRA, by its keys."""
-    each = fields.items()
-    return {key: x for key, x in each if key not in _READ and x and x != DEFAULTS.get(key)}
+    known = DEFAULTS.keys() - _FEATURES
+    each = ((key, x) for key, x in fields.items() if key not in known)
+    return {key: x for key, x in each if x and x != DEFAULTS.get(key)}
 
 
 def misformed(fields: Mapping[str, Any]) -> list[str]:
@@ -197,12 +180,16 @@ def misformed(fields: Mapping[str, Any]) -> list[str]:
     if wrong:
         return wrong
     patterns = list(_patterns(fields))
-    refused = problems_of([whole for _, _, whole in patterns])
+    refused = refused_patterns([whole for _, _, whole in patterns])
     return [
         f"{key}: {brief(pattern)} {refused[whole]}"
         for key, pattern, whole in patterns
         if whole in refused
     ]
+
+
+def _is_short(x: Any, kind: type) -> bool:
+    return isinstance(x, kind) and len(x) <= 10_000  # so that matching all of them stays quick
 
 
 def _is_rank(x: Any) -> bool:
@@ -211,10 +198,6 @@ def _is_rank(x: Any) -> bool:
 
 def _is_names(x: Any) -> bool:
     return _is_short(x, list) and all(isinstance(name, str) and name for name in x)
-
-
-def _is_short(x: Any, kind: type) -> bool:
-    return isinstance(x, kind) and len(x) <= 10_000  # so that matching all of them stays quick
 
 
 def _is_numbers(x: Any) -> bool:
@@ -230,51 +213,50 @@ def _is_rows_by_name(x: Any) -> bool:
     return isinstance(x, dict) and 0 < len(x) <= PARAMETERS and all(map(_is_rows, x.values()))
 
 
-_FORMS = {
+def _is_parameters(x: Any) -> bool:
+    return _is_names(x) and len({name.rpartition(".")[2] for name in x}) <= PARAMETERS
+
+
+def _by_pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: _is_short(x, dict) and all(map(fits, x.values()))
+
+
+def _or_null(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: x is None or any(fits(x) for fits in kinds)
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+_Form = tuple[str, Callable[[Any], bool]]
+_FLAG: _Form = "true or false", lambda x: isinstance(x, bool)
+_MODULES: _Form = "a pattern, names or null", _or_null(_is_text, _is_names)
+_FORMS: dict[str, _Form] = {
     "r": ("an integer of at least 1", _is_rank),
     "lora_alpha": ("a finite number", is_finite),
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
     "token_indices": ("distinct rows", _is_rows),
     "trainable_token_indices": (
         f"distinct rows, or rows by the names of at most {PARAMETERS} modules, or null",
-        lambda x: x is None or _is_rows(x) or _is_rows_by_name(x),
+        _or_null(_is_rows, _is_rows_by_name),
     ),
-    "use_dora": ("true or false", lambda x: isinstance(x, bool)),
-    "use_rslora": ("true or false", lambda x: isinstance(x, bool)),
-    "lora_bias": ("true or false", lambda x: isinstance(x, bool)),
-    "ensure_weight_tying": ("true or false", lambda x: isinstance(x, bool)),
+    "use_dora": _FLAG,
+    "use_rslora": _FLAG,
+    "lora_bias": _FLAG,
+    "ensure_weight_tying": _FLAG,
     "bias": ("'none', 'all' or 'lora_only'", lambda x: x in ("none", "all", "lora_only")),
-    "rank_pattern": (
-        "an object of ranks",
-        lambda x: x is None or (_is_short(x, dict) and all(map(_is_rank, x.values()))),
-    ),
-    "alpha_pattern": (
-        "an object of finite numbers",
-        lambda x: x is None or (_is_short(x, dict) and all(map(is_finite, x.values()))),
-    ),
-    "target_modules": (
-        "a pattern, names or null",
-        lambda x: x is None or isinstance(x, str) or _is_names(x),
-    ),
-    "exclude_modules": (
-        "a pattern, names or null",
-        lambda x: x is None or isinstance(x, str) or _is_names(x),
-    ),
+    "rank_pattern": ("an object of ranks", _or_null(_by_pattern(_is_rank))),
+    "alpha_pattern": ("an object of finite numbers", _or_null(_by_pattern(is_finite))),
+    "target_modules": _MODULES,
+    "exclude_modules": _MODULES,
     "target_parameters": (
         f"names of at most {PARAMETERS} parameters, or null",
-        lambda x: (
-            x is None or (_is_names(x) and len({n.rpartition(".")[2] for n in x}) <= PARAMETERS)
-        ),
+        _or_null(_is_parameters),
     ),
-    "modules_to_save": ("names or null", lambda x: x is None or _is_names(x)),
-    "layers_to_transform": (
-        "numbers or null",
-        lambda x: x is None or type(x) is int or _is_numbers(x),
-    ),
-    "layers_pattern": (
-        "a name, names or null",
-        lambda x: x is None or isinstance(x, str) or _is_names(x),
-    ),
+    "modules_to_save": ("names or null", _or_null(_is_names)),
+    "layers_to_transform": ("numbers or null", _or_null(lambda x: type(x) is int, _is_numbers)),
+    "layers_pattern": ("a name, names or null", _or_null(_is_text, _is_names)),
 }
 
 

@@ -1,144 +1,141 @@
-"""Which parameter each A and B is of.
+"""Which parameter each A and B belongs to.
 
-Whoever has a model, a tree or a checkpoint, gives the shapes of its parameters by PyTorch's names,
+Whoever has a model, a tree or a checkpoint, passes the shapes of its parameters by PyTorch's names,
 and gets A and B of each.
 """
 
+import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from .._file import CONFIG, PREFIX, TENSORS, brief, shown
+from .._problems import Problems
 from ._config import ROWS_ALONE
-from ._read import HEADS, Adapter, Pair, Part, may_tie
+from ._contents import HEADS, Adapter, Part, may_tie
 from ._select import Names, Selection, parents
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def without_biases(adapter: Adapter) -> None:
-    """Adds to `adapter.wrong` what only a merge into a checkpoint has a place for."""
-    adapter.wrong.extend(
-        f"{shown(x.key)}: lora_bias adds to a bias, for which an adapter here has no place; merge "
-        "it by jlora.peft.export_merged"
-        for x in adapter.biases.values()
-    )
+def refuse_biases(adapter: Adapter, problems: Problems) -> None:
+    """Adds what only a merge into a checkpoint has a place for."""
+    for x in adapter.biases.values():
+        why = "lora_bias adds to a bias, for which an adapter here has no place"
+        problems.add(x.key, f"{why}; merge it by jlora.peft.export_merged")
 
 
-def parts_of(
-    adapter: Adapter, shapes: Shapes | None, where: str, *, ordered: bool = False
+def assign_parameters(
+    adapter: Adapter,
+    shapes: Shapes | None,
+    where: str,
+    problems: Problems,
+    *,
+    ordered: bool = False,
 ) -> list[Part]:
-    """A and B of each parameter; what does not fit is added to `adapter.wrong`.
+    """A and B of each parameter.
 
     Args:
-        adapter: as it was parsed.
+        adapter: what its tensors are.
         shapes: all parameters of the model, by the names of the adapter; None if not known.
         where: what to call the model in errors.
+        problems: gets what does not fit.
         ordered: whether the parameters of a module come in the order in which PEFT wraps them, so
             that those of one shape can be told apart.
     """
-    selection, wrong = adapter.selection, adapter.wrong
+    selection = adapter.selection
     order = {name: i for i, name in enumerate(shapes or ())}
     selection.prepare({name.rpartition(".")[0] for name in order})
-    selection.prepare(f"{m}.{p}" for m in adapter.pairs for p in selection.parameters(m))
-    parts = list[Part]()
-    for module, pairs in adapter.pairs.items():
+    selection.prepare(f"{m}.{p}" for m in adapter.parts for p in selection.parameters(m))
+    found = list[Part]()
+    for module, parts in adapter.parts.items():
         names = [f"{module}.{parameter}" for parameter in selection.parameters(module)]
         if shapes is not None:
             names = sorted((name for name in names if name in order), key=order.__getitem__)
-        if names and pairs:
-            parts += _of_parameters(adapter, module, names, pairs, shapes, ordered)
-        else:
-            parts += _of_module(adapter, module, pairs)
+        if names and parts:
+            found += _of_parameters(selection, module, names, parts, shapes, ordered, problems)
+        elif parts:
+            found += _of_module(selection, module, parts, problems)
     if shapes is not None:
-        wrong += missing(adapter, shapes)
+        problems.found += missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
-        adapter.idle.extend(selection.idle([*(part.key for part in parts), *known], where))
-    adapter.idle.extend(_idle_names(adapter))
-    adapter.idle.extend(selection.unused([part.key for part in parts]))
-    if not (parts or adapter.full or adapter.tokens or wrong):
-        wrong.append(f"{TENSORS} holds neither A and B nor a parameter in full")
-    return parts
+        problems.unused += selection.idle([*(part.key for part in found), *known], where)
+    problems.unused += _idle_names(adapter)
+    problems.unused += selection.unused([part.key for part in found])
+    if not (found or adapter.full or adapter.tokens or problems.found):
+        problems.found.append(f"{TENSORS} holds neither A and B nor a parameter in full")
+    return found
 
 
 def names_of(adapter: Adapter) -> list[str]:
     """The parameters that A and B may belong to."""
-    each = ((m, adapter.selection.parameters(m) or ["weight"]) for m in adapter.pairs)
+    each = ((m, adapter.selection.parameters(m) or ["weight"]) for m in adapter.parts)
     return [f"{module}.{parameter}" for module, parameters in each for parameter in parameters]
 
 
-def _of_module(adapter: Adapter, module: str, pairs: Sequence[Pair]) -> Iterator[Part]:
-    """The weight of a module."""
-    selection, key = adapter.selection, shown(PREFIX + module)
-    rank, scale = selection.rank(module), selection.scale(module)
+def _of_module(
+    selection: Selection, module: str, parts: list[Part], problems: Problems
+) -> list[Part]:
+    """A and B of the weight of a module."""
+    key, part, rank = PREFIX + module, parts[0], selection.rank(module)
     is_taken = selection.adapts(module) or may_tie(selection.fields, module)
-    for pair in pairs:
-        kind = "embedding" if pair.table else "linear" if len(pair.a.shape) == 2 else "conv"
-        if pair.depth or len(pairs) > 1:
-            adapter.wrong.append(f"{key}: adapted more than once")
-            return
-        if not is_taken or selection.saves(module):
-            adapter.wrong.append(f"{key}: unexpected; {CONFIG} does not select it")
-            return
-        if pair.a.shape[0] != rank:
-            adapter.wrong.append(
-                f"{key}: expected rank {rank} by {CONFIG}, got an A of shape {pair.a.shape}"
-            )
-        part = Part(f"{module}.weight", kind, module, pair.a, pair.b, scale, m=pair.m)
-        if pair.m is not None and pair.m.shape != (shape := magnitude_shape(part)):
-            adapter.wrong.append(f"{shown(pair.m.key)}: expected shape {shape}, got {pair.m.shape}")
-            return
-        yield part
+    if len(parts) > 1:
+        problems.add(key, "adapted more than once")
+        return []
+    if not is_taken or selection.saves(module):
+        problems.add(key, f"unexpected; {CONFIG} does not select it")
+        return []
+    if part.a.shape[0] != rank:
+        problems.add(key, f"expected rank {rank} by {CONFIG}, got an A of shape {part.a.shape}")
+    if part.m is not None and part.m.shape != (shape := magnitude_shape(part)):
+        problems.add(part.m.key, f"expected shape {shape}, got {part.m.shape}")
+    return parts
 
 
 def _of_parameters(
-    adapter: Adapter,
+    selection: Selection,
     module: str,
     names: Sequence[str],
-    pairs: Sequence[Pair],
+    parts: Sequence[Part],
     shapes: Shapes | None,
     ordered: bool,
+    problems: Problems,
 ) -> list[Part]:
-    """Those of parameters that the keys do not name, told apart by their shapes and ranks."""
+    """A and B of parameters that the keys do not name, told apart by their shapes and ranks."""
     # As there are n! ways. Of a model that is not at hand there may be fewer than are named.
-    few = len(pairs) <= 6 and (shapes is None or len(pairs) == len(names))
-    tried, selection = names[:6] if few else [], adapter.selection
-    each = [{name: _part_of(selection, name, x, shapes) for name in tried} for x in pairs]
+    few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
+    tried = names[:6] if few else []
+    each = [{name: _as_parameter(selection, name, x, shapes) for name in tried} for x in parts]
     fitting = list[list[Part]]()
-    for order in itertools.permutations(tried, len(pairs)):
+    for order in itertools.permutations(tried, len(parts)):
         selection.patterns.spend(len(order))
         found = [x for fits, name in zip(each, order, strict=True) if (x := fits[name])]
-        if len(found) == len(pairs) and len({experts for _, experts in found}) == 1:
+        if len(found) == len(parts) and len({experts for _, experts in found}) == 1:
             fitting.append([part for part, _ in found])
             if ordered or shapes is None or len(fitting) > 1:
                 break
     if len(fitting) == 1:
         return fitting[0]
     listed = ", ".join(f"{n} {shapes[n]}" if shapes else f"{n} {selection.rank(n)}" for n in names)
-    got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in pairs)
+    got = ", ".join(f"A {x.a.shape} with B {x.b.shape}" for x in parts)
     what = "may be those of either of" if fitting else "are not those of"
-    adapter.wrong.append(
-        f"{shown(PREFIX + module)}: {got} {what} {'' if shapes else 'the ranks of '}{listed}"
-    )
+    problems.add(PREFIX + module, f"{got} {what} {'' if shapes else 'the ranks of '}{listed}")
     return []
 
 
-def _kind(shape: tuple[int, ...] | None) -> tuple[str, bool | None]:
-    """The kind of a parameter that is chosen by its name, and whether it is transposed."""
-    return ("experts", None) if shape is None or len(shape) == 3 else ("linear", False)
-
-
-def _part_of(
-    selection: Selection, name: str, pair: Pair, shapes: Shapes | None
+def _as_parameter(
+    selection: Selection, name: str, part: Part, shapes: Shapes | None
 ) -> tuple[Part, int | None] | None:
     """A and B if they may be of a parameter, and of how many experts that seems to be."""
-    kind, transposed = _kind((shapes or {}).get(name))
-    part = Part(name, kind, name, pair.a, pair.b, selection.scale(name), transposed)
-    rank, wide = selection.rank(name), pair.a.shape[0]
-    if shapes is None:
-        return (part, wide // rank) if wide == pair.b.shape[1] and wide % rank == 0 else None
-    experts = shapes[name][0] if kind == "experts" else 1
-    return (part, None) if orientations(part, shapes[name]) and wide == rank * experts else None
+    shape, rank, wide = (shapes or {}).get(name), selection.rank(name), part.a.shape[0]
+    part = part._replace(name=name, kind="experts", key=name, scale=selection.scale(name))
+    if shape is not None and len(shape) != 3:
+        part = part._replace(kind="linear", transposed=False)
+    if shape is None:
+        return (part, wide // rank) if wide == part.b.shape[1] and wide % rank == 0 else None
+    experts = shape[0] if part.kind == "experts" else 1
+    return (part, None) if orientations(part, shape) and wide == rank * experts else None
 
 
 def orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
@@ -170,7 +167,7 @@ def matrix(part: Part) -> tuple[int, int]:
 
 def missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     """What the configuration selects of the model and the file lacks."""
-    selection, modules = adapter.selection, adapter.pairs.keys()
+    selection, modules = adapter.selection, adapter.parts.keys()
     bias, found = adapter.fields.get("bias", "none"), []
     is_alone = adapter.fields.get("peft_type") == ROWS_ALONE
     selection.prepare(name.rpartition(".")[0] for name in shapes)
@@ -201,3 +198,16 @@ def _idle_names(adapter: Adapter) -> list[str]:
         for name in adapter.fields.get("modules_to_save") or []
         if name not in HEADS and not holders.end_in(name)
     ]
+
+
+def twins(parts: Iterable[Part]) -> dict[str, Part]:
+    """By name, the part that is the same on the other side of a weight that two modules share."""
+    groups: dict[Any, dict[str, Part]] = {}
+    for part in parts:
+        if part.kind in ("embedding", "linear") and part.m is None:
+            a, b = (part.a, part.b) if part.kind == "linear" else (part.b.T, part.a.T)
+            values = hashlib.sha256(a.tobytes() + b.tobytes()).digest()
+            group = groups.setdefault((part.scale, a.shape, b.shape, a.dtype, values), {})
+            group.setdefault(part.kind, part)
+    pairs = (group.values() for group in groups.values() if len(group) == 2)
+    return {x.name: y for pair in pairs for x, y in itertools.permutations(pair)}

@@ -1,13 +1,14 @@
 """Patterns of files that nobody vouches for, matched with a bounded amount of work."""
 
+import functools
 import importlib.util
 import json
 import math
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from .._file import brief
 
@@ -16,8 +17,8 @@ STEPS = 20_000_000  # comparisons of a pattern or a name with a module
 LENGTH = 10_000  # characters of a pattern
 # A pattern that is a name; dots may be escaped, or any character. It matches without backtracking.
 PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
-# A search of Python's cannot be stopped, but a process can. It answers a pattern a line: its error,
-# or for each name null, true, or the number of the layer.
+# A search of Python's cannot be stopped, but a process can. It answers each pattern by its error or
+# by what each name gives: null, true, or the number of the layer; and all of them by its seconds.
 _CHILD = """
 import json, re, sys, time
 jobs, names, seconds = json.load(sys.stdin)
@@ -32,27 +33,23 @@ for name, limit in limits:
     except (OSError, ValueError):
         pass  # not of this system
 
-def layer(match):
-    return match and match["idx"] and int(match["idx"])
-
-for kind, pattern in jobs:
+def answer(kind, pattern):
     try:
         pattern = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as e:
-        print(json.dumps(str(e)))
-        continue
-    if kind == "layer":
-        found = [layer(pattern.match(name)) for name in names]
-    else:
+        return str(e)
+    if kind != "layer":
         match = getattr(pattern, kind)
-        found = [match(name) and True for name in names]
-    print(json.dumps(found))
-print(time.process_time())
+        return [match(name) and True for name in names]
+    found = map(pattern.match, names)
+    return [match and match["idx"] and int(match["idx"]) for match in found]
+
+print(json.dumps([[answer(*job) for job in jobs], time.process_time()]))
 """
 _HAS_LIMITS = importlib.util.find_spec("resource") is not None
 
 
-def problems_of(patterns: Collection[str]) -> dict[str, str]:
+def refused_patterns(patterns: Collection[str]) -> dict[str, str]:
     """Why patterns are refused, by those that are."""
     wrong = {
         p: f"is of {len(p)} characters; expected at most {LENGTH}"
@@ -60,11 +57,12 @@ def problems_of(patterns: Collection[str]) -> dict[str, str]:
         if len(p) > LENGTH
     }
     jobs = [("fullmatch", p) for p in patterns if p not in wrong and not PLAIN.fullmatch(p)]
-    lines = _matched(jobs, [], SECONDS) if jobs else []
-    if lines is None:
+    if not jobs:
+        return wrong
+    if (answers := _ask(jobs, [], SECONDS)) is None:
         why = f"cannot be compiled in {SECONDS:g} seconds of CPU time and 512 MB"
         return wrong | {p: why for _, p in jobs}
-    each = zip(jobs, lines, strict=False)
+    each = zip(jobs, answers[0], strict=True)
     return wrong | {p: f"is no regular expression: {e}" for (_, p), e in each if e}
 
 
@@ -79,24 +77,42 @@ def of_layer(pattern: str | None) -> str:
     return rf"{start}{pattern}\.(?P<idx>\d{{1,9}})\."
 
 
+def unescape(pattern: str) -> tuple[str, tuple[int, ...]]:
+    """The name that a plain pattern is, and the places at which it takes any character."""
+    characters = re.findall(r"\\?.", pattern)
+    places = tuple(at for at, c in enumerate(characters) if c == ".")
+    return "".join(c[-1] for c in characters), places
+
+
 class Patterns:
-    """All patterns of an adapter, and the names that they were matched with.
+    """All patterns of an adapter, and what they found in the names that they were matched with.
 
     Python matches them, as it does for PEFT, in a process whose CPU time and memory are limited.
     """
 
     def __init__(self, what: str) -> None:
-        """Of the adapter that the user gave as the argument `what`."""
+        """`what` is the user's argument that has the adapter."""
         self.what, self.seconds, self.steps = what, SECONDS, STEPS
-        self.jobs: list[tuple[str, str]] = []
-        self.found: list[list[Any]] = []
-        self.at: dict[str, int] = {}
+        self.found: dict[tuple[str, str], list[Any]] = {}
+        self.at: dict[str, int] = {}  # of each name in these lists
 
-    def add(self, pattern: str, kind: str) -> "Matcher":
-        """A function of names, which matches by `fullmatch`, `match` or as that of a `layer`."""
-        self.jobs.append((kind, pattern))
-        self.found.append([])
-        return Matcher(self, len(self.jobs) - 1)
+    def add(self, pattern: str, kind: str, is_plain: bool = False) -> Callable[[str], Any]:
+        """A function of names that gives None without a match, else True or a layer's number.
+
+        Args:
+            pattern: the pattern.
+            kind: how it is matched: `fullmatch`, `match`, or `layer`, of which the number counts.
+            is_plain: whether it can be matched in this process.
+        """
+        if is_plain:
+            return functools.partial(_find, re.compile(pattern), kind)
+        self.found[kind, pattern] = []
+        return functools.partial(self._look_up, (kind, pattern))
+
+    def _look_up(self, job: tuple[str, str], name: str) -> Any:
+        if name not in self.at:
+            self.prepare([name])
+        return self.found[job][self.at[name]]
 
     def spend(self, steps: int) -> None:
         """Raises once all of an adapter takes more than `STEPS`."""
@@ -106,22 +122,21 @@ class Patterns:
 
     def prepare(self, names: Iterable[str]) -> None:
         """Matches all patterns with the names that are new, in one process."""
-        new = [name for name in dict.fromkeys(names) if name not in self.at] if self.jobs else []
-        if not new:
+        new = [name for name in dict.fromkeys(names) if name not in self.at]
+        if not new or not self.found:
             return
-        self.spend(len(new) * len(self.jobs))
-        lines = _matched(self.jobs, new, self.seconds) if self.seconds > 0 else None
-        if lines is None:
+        self.spend(len(new) * len(self.found))
+        answers = _ask(self.found, new, self.seconds) if self.seconds > 0 else None
+        if answers is None:
             raise ValueError(self._too_much(f"{SECONDS:g} seconds of CPU time or 512 MB"))
-        *lines, seconds = lines
-        self.seconds -= seconds
-        for own, line, (_, pattern) in zip(self.found, lines, self.jobs, strict=True):
-            if isinstance(line, str):
+        self.seconds -= answers[1]
+        for ((_, pattern), own), answer in zip(self.found.items(), answers[0], strict=True):
+            if isinstance(answer, str):
                 raise ValueError(
                     f"{self.what}: the pattern {brief(pattern)} of adapter_config.json is no "
-                    f"regular expression: {line}."
+                    f"regular expression: {answer}."
                 )
-            own += line
+            own += answer
         self.at |= {name: i for i, name in enumerate(new, len(self.at))}
 
     def _too_much(self, amount: str) -> str:
@@ -131,22 +146,15 @@ class Patterns:
         )
 
 
-class Matcher(NamedTuple):
-    """One of the patterns."""
-
-    patterns: Patterns
-    number: int
-
-    def __call__(self, name: str) -> Any:
-        """None without a match; else True, or the number of the layer."""
-        if name not in self.patterns.at:
-            self.patterns.prepare([name])
-        return self.patterns.found[self.number][self.patterns.at[name]]
+def _find(pattern: re.Pattern[str], kind: str, name: str) -> Any:
+    """As the process does it."""
+    match = pattern.match(name) if kind == "layer" else getattr(pattern, kind)(name)
+    return match and (int(match["idx"]) if kind == "layer" else True)
 
 
-def _matched(
+def _ask(
     jobs: Collection[tuple[str, str]], names: Collection[str], seconds: float
-) -> list[Any] | None:
+) -> tuple[list[Any], float] | None:
     """What each pattern finds, and the seconds that this took; None if it took too much."""
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
     text = json.dumps([list(jobs), list(names), math.ceil(seconds)])
@@ -165,7 +173,7 @@ def _matched(
         raise _not_started(e) from e
     if done.returncode > 0 and "MemoryError" not in done.stderr:
         raise _not_started(done.stderr.strip().rpartition("\n")[2])
-    return None if done.returncode else list(map(json.loads, done.stdout.splitlines()))
+    return None if done.returncode else json.loads(done.stdout)
 
 
 def _not_started(why: Any) -> ValueError:

@@ -1,18 +1,13 @@
-"""Rows of embeddings that PEFT trains: what its configuration says of them, and their values."""
+"""Rows of embeddings that PEFT trains, and the heads that are tied to them."""
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..._adapters import Replaced
-from ..._tree import name_of
-from ..._types import Path
 from .._file import PREFIX, TENSORS, shown
-from ..names._arrays import rows_of
-from ..names._names import Leaf
-from ._config import PARAMETERS, ROWS_ALONE, misformed
-from ._select import Selection, suffixes
+from .._problems import Problems
+from ._config import PARAMETERS
 
 DELTA = ".token_adapter.trainable_tokens_delta"
 DELTA_ALONE = ".trainable_tokens_delta"
@@ -36,86 +31,38 @@ class Tokens(NamedTuple):
     v: Any
 
 
-def told(
-    fields: Mapping[str, Any], modules: Iterable[str], wrong: list[str]
+def rows_by_module(
+    fields: Mapping[str, Any], modules: Iterable[str], problems: Problems
 ) -> tuple[dict[str, Rows], list[str]]:
     """The rows of each of the `modules` that have values, and what is listed without values.
 
-    That may be a head that is tied to an embedding with the same rows; any other is added to
-    `wrong`.
+    The latter may be a head that is tied to an embedding with the same rows; else it is a problem.
     """
-    said, modules = fields.get(INDICES), list(modules)
-    is_one = not isinstance(said, dict)  # of the model's input embedding
-    said = {"": said} if is_one and said else said or {}
-    said = {key: tuple(rows) for key, rows in said.items()}
+    listed, modules = fields.get(INDICES), list(modules)
+    is_one = not isinstance(listed, dict)  # of the model's input embedding
+    listed = {"": listed} if is_one and listed else listed or {}
+    listed = {key: tuple(rows) for key, rows in listed.items()}
     if len(modules) > (1 if is_one else PARAMETERS):
         few = "one embedding" if is_one else f"at most {PARAMETERS}"
-        wrong.append(f"{INDICES}: expected rows of {few}; there are values for {len(modules)}")
+        problems.add(INDICES, f"expected rows of {few}; there are values for {len(modules)}")
         return {}, []
     found = dict[str, Rows]()
     for module in modules:
         # As PEFT finds it: also within a part of a name.
-        each = {rows for key, rows in said.items() if module.endswith(key)}
+        each = {rows for key, rows in listed.items() if module.endswith(key)}
         if len(each) == 1:
             found[module] = each.pop()
         else:
             why = f"{INDICES} lists {'other rows too' if each else 'none of its rows'}"
-            wrong.append(f"{shown(PREFIX + module)}{DELTA}: unexpected; {why}")
-    alone = [key for key in said if not any(module.endswith(key) for module in modules)]
-    lost = [key for key in alone if said[key] not in found.values()]
-    wrong += [f"{INDICES}: selects {shown(key) or 'rows'}, missing in {TENSORS}" for key in lost]
-    return found, [key for key in alone if key not in lost]
+            problems.add(f"{PREFIX}{module}{DELTA}", f"unexpected; {why}")
+    alone = [key for key in listed if not any(module.endswith(key) for module in modules)]
+    heads = [key for key in alone if listed[key] in found.values()]
+    problems.found += [_without_values(key) for key in alone if key not in heads]
+    return found, heads
 
 
-def with_tokens(
-    fields: dict[str, Any], own: Sequence[Leaf], leaves: Sequence[Leaf], found: Mapping[Path, Any]
-) -> dict[str, Any]:
-    """`fields` that list the rows of the leaves `own`, and no others."""
-    wanted = {leaf.modules[0]: found[leaf.path].rows for leaf in own}
-    others = {module for leaf in leaves for module in leaf.modules} - wanted.keys()
-    said, alone = told(fields, wanted, wrong := list[str]())
-    if said == wanted and not (wrong or lone_heads(alone, others)):
-        return fields
-    named = {_ending(module, others): list(rows) for module, rows in wanted.items()}
-    return fields | {INDICES: named or None}
-
-
-def with_rows_alone(
-    fields: dict[str, Any], own: Sequence[Leaf], leaves: Sequence[Leaf], found: Mapping[Path, Any]
-) -> dict[str, Any]:
-    """`fields` of an adapter of nothing but the rows of `own`, of which PEFT has one list."""
-    lists = {found[leaf.path].rows: name_of(leaf.path) for leaf in own}
-    if len(lists) > 1:
-        raise ValueError(
-            "`adapter` has nothing but rows, of which PEFT has one list for all embeddings; got "
-            f"different ones at {', '.join(lists.values())}. Save them one by one."
-        )
-    wanted = [leaf.modules[0] for leaf in own]
-    others = {m for leaf in leaves for m in leaf.modules} - set(wanted)
-    new = {"peft_type": ROWS_ALONE, "token_indices": list(*lists)}
-    if not misformed(fields | new):
-        selection = Selection(fields)
-        selection.prepare([*wanted, *others])
-        if all(map(selection.adapts, wanted)) and not any(map(selection.adapts, others)):
-            return fields | new
-    return fields | new | {"target_modules": suffixes(wanted, others)}
-
-
-def _ending(module: str, others: Iterable[str]) -> str:
-    """The last parts of `module`, as few as end none of the others."""
-    parts = module.split(".")
-    tails = (".".join(parts[-n:]) for n in range(1, len(parts)))
-    return next((t for t in tails if not any(other.endswith(t) for other in others)), module)
-
-
-def tokens_of(leaves: Iterable[Leaf], found: Mapping[Path, Any]) -> list[Tokens]:
-    """The rows of those of `leaves` that have some."""
-    each = ((leaf, found.get(leaf.path)) for leaf in leaves)
-    return [
-        Tokens(leaf.modules[0], x.rows, rows_of(leaf, x))
-        for leaf, x in each
-        if isinstance(x, Replaced)
-    ]
+def _without_values(key: str) -> str:
+    return f"{INDICES}: selects {shown(key) or 'rows'}, missing in {TENSORS}"
 
 
 def misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
@@ -130,13 +77,9 @@ def misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
 
 
 def lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Those `heads` of an adapter that name modules of their own."""
+    """The problems with `heads` of an adapter that name modules of their own."""
     modules = list(modules)
-    return [
-        f"{INDICES}: selects {shown(key)}, missing in {TENSORS}"
-        for key in heads
-        if any(module.endswith(key) for module in modules)
-    ]
+    return [_without_values(k) for k in heads if any(module.endswith(k) for module in modules)]
 
 
 def tied_rows(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -> Tokens | None:

@@ -1,13 +1,44 @@
 """What vLLM takes: one rank, no patterns, nothing but A and B."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ._read import Part
+from ._alone import check_alone, read_alone
+from ._config import DEFAULTS
+from ._contents import Part
+from ._files import write
+from ._tree import frozen_tensors, tensors_of
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Writes an adapter of PEFT's as vLLM takes it, as `save` does with `profile="vllm"`.
+
+    Args:
+        path: its folder.
+        out: a folder that does not exist yet, or an empty one.
+
+    Raises:
+        FileExistsError: if `out` is there and not an empty folder.
+        FileNotFoundError: if the folder or a file is missing.
+        ValueError: if the files are damaged, or hold what vLLM has not.
+
+    Examples:
+        >>> from jlora import peft
+        >>> peft.to_vllm("adapter", "for_vllm")  # doctest: +SKIP
+    """
+    alone = read_alone(path)
+    fields = DEFAULTS | alone.adapter.fields
+    fields, parts = flattened(fields, alone.parts, list(alone.full), list(alone.rows))
+    tensors = tensors_of(parts, alone.tied) | frozen_tensors(alone.frozen)
+
+    title = f"`path`: the adapter in {path} has no form for vLLM that would be read as the same"
+    check_alone(fields, tensors, "path", title)
+    write(out, "`out`", fields, tensors)
 
 
 def flattened(

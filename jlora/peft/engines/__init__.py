@@ -1,4 +1,7 @@
-"""Engines that serve adapters: what each refuses, and what it drops silently; a file for each."""
+"""Engines that serve adapters: what each refuses, and what it drops silently; a file for each.
+
+Imports `peft._checkpoint`, `peft._file`, `peft.adapter`.
+"""
 
 from . import _sglang, _tpu_inference, _vllm  # noqa: F401
 from ._engine import ENGINES as ENGINES
@@ -7,3 +10,4 @@ from ._engine import Engine as Engine
 from ._engine import Factor as Factor
 from ._engine import Finding as Finding
 from ._engine import Served as Served
+from ._engine import register as register

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .._checkpoint import open_checkpoint
 from .._file import CONFIG, DTYPES, PREFIX, Header, Source, read_header, read_json
 from ..adapter._config import LIMIT, misformed
-from ..adapter._read import FACTOR
+from ..adapter._contents import FACTOR
 from . import ENGINES, Base, Engine, Factor, Finding, Served
 
 

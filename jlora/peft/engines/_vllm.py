@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from .._file import shown
 from ..adapter._config import STARTS
-from ..adapter._read import HEADS
+from ..adapter._contents import HEADS
 from ..adapter._vllm import RANKS
 from . import _rules as rules
 from ._engine import Engine, Finding, Served, register

@@ -1,6 +1,9 @@
 """How checkpoints store weights in few bits: a file for each format.
 
 A format says how the tensors of a module become codes and scales; `_stored` makes leaves of those.
+
+Imports `_folders`, `_quantized`, `_rules`, `_tree`, `_types`, `sharding`, `peft._checkpoint`,
+`peft._file`, `peft.names`.
 """
 
 from . import _awq, _bitsandbytes, _compressed_tensors, _fp8, _gptq, _mxfp4  # noqa: F401

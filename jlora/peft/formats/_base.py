@@ -20,8 +20,9 @@ from ..._tree import flatten
 from ..._types import PyTree
 from .._checkpoint import ONE, Checkpoint, open_checkpoint
 from .._file import DTYPES, brief, listing, shown
-from ..names._arrays import weight, weights
-from ..names._names import Leaf, Name
+from ..names._convert import weight, weights
+from ..names._leaves import Leaf
+from ..names._names import Name
 from ..names._weights import all_named, narrowed
 from . import FORMATS, Format, Tensors, Unreadable, _gguf, check_finite, leaf_of
 from . import _bitsandbytes as bnb

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme
-from ..names._names import Leaf
+from ..names._leaves import Leaf
 from ._tensors import Unreadable
 
 

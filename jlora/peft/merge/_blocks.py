@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._file import COUNTS, DTYPES, Entry
+from .._file import COUNTS, DTYPES, Tensor
 from ..adapter._tokens import Tokens, placed
 from ._changes import Changes
 from ._orientation import Sum
@@ -24,7 +24,7 @@ class Chunk(NamedTuple):
     bad: int = 0  # values that are not finite
 
 
-def tensor(source: BinaryIO, entry: Entry, name: str, todo: Changes) -> Iterator[Chunk]:
+def tensor(source: BinaryIO, entry: Tensor, name: str, todo: Changes) -> Iterator[Chunk]:
     """The bytes of one tensor of the result, read along `source`."""
     if name in todo.sums:
         yield from _added(source, entry, todo.sums[name])
@@ -38,7 +38,7 @@ def tensor(source: BinaryIO, entry: Entry, name: str, todo: Changes) -> Iterator
         yield from map(Chunk, chunks(source, entry.stop - entry.start))
 
 
-def _with_rows(source: BinaryIO, entry: Entry, new: Tokens) -> Iterator[Chunk]:
+def _with_rows(source: BinaryIO, entry: Tensor, new: Tokens) -> Iterator[Chunk]:
     """W with other rows."""
     (rows, columns), dtype = entry.shape, DTYPES[entry.dtype]
     step = max(1, BLOCK // max(columns, 1))
@@ -50,7 +50,7 @@ def _with_rows(source: BinaryIO, entry: Entry, new: Tokens) -> Iterator[Chunk]:
         yield _chunk(block, dtype)
 
 
-def _added(source: BinaryIO, entry: Entry, change: Sum) -> Iterator[Chunk]:
+def _added(source: BinaryIO, entry: Tensor, change: Sum) -> Iterator[Chunk]:
     """W + s·B·A in blocks of rows, with the norms that DoRA gives it if it is that."""
     gains = None
     if change.m is not None and not change.by_rows:  # all of W comes before the norm of a column
@@ -68,7 +68,7 @@ def _added(source: BinaryIO, entry: Entry, change: Sum) -> Iterator[Chunk]:
         yield _chunk(block, DTYPES[entry.dtype])
 
 
-def _sums(source: BinaryIO, entry: Entry, change: Sum) -> Iterator[tuple[slice, np.ndarray]]:
+def _sums(source: BinaryIO, entry: Tensor, change: Sum) -> Iterator[tuple[slice, np.ndarray]]:
     """W + s·B·A in blocks, each with its rows."""
     (count, rows, _), columns = change.left.shape, change.right.shape[2]
     step = max(1, min(rows, BLOCK // max(columns, 1)))

@@ -9,18 +9,18 @@ import jax
 import numpy as np
 
 from ..._adapters import is_node, weight_shape
-from ..._tree import adapter_leaves, check_fits, nest
+from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
-from .._checkpoint import Checkpoint, refuse
-from .._file import COUNT, COUNTS, DTYPES, Source, shown
-from .._load import warn_of_idle
-from ..adapter._parameters import matrix, missing, names_of, orientations, parts_of
-from ..adapter._parts import check_writable, from_leaves, narrowed
-from ..adapter._read import Adapter, Part, Stored, resized
-from ..adapter._saved import read_adapter, saved_in
-from ..adapter._tokens import Tokens, misfits, tokens_of, unlike
-from ..adapter._values import stored_in, values, with_values
-from ..names._names import Name, resolve
+from .._checkpoint import REFUSAL, Checkpoint, refuse
+from .._file import COUNT, COUNTS, DTYPES, Source, Tensor, shown
+from .._problems import Problems
+from ..adapter._contents import Adapter, Part, resized, sort_tensors
+from ..adapter._files import open_files
+from ..adapter._parameters import assign_parameters, matrix, missing, names_of, orientations
+from ..adapter._tokens import Tokens, misfits, unlike
+from ..adapter._tree import arrange
+from ..names._convert import weights
+from ..names._names import Name
 from ._orientation import Orientation, Sum, as_sum
 from ._renaming import Piece, View, Views, shapes_of, views
 from ._ties import absent, not_there, untied, untied_heads, with_heads
@@ -80,25 +80,27 @@ def _of_tree(
     found = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in found.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
-    check_fits(base, found)
-    leaves = resolve(base, names)
-    check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
-    rows = {f"{x.module}.weight": x for x in tokens_of(leaves, found)}
-    return *from_leaves(narrowed(leaves, found), found), rows
+    tree = arrange(base, adapter, names)
+    full = {
+        name: x
+        for leaf in tree.full
+        for name, x in zip(leaf.parameters, weights(leaf, found[leaf.path]), strict=True)
+    }
+    return tree.parts, full, {f"{x.module}.weight": x for x in tree.tokens}
 
 
 def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
-    saved = saved_in(source)
-    adapter = read_adapter(saved, refuse)
+    files, problems = open_files(source), Problems(REFUSAL)
+    adapter = sort_tensors(files, problems)
     choices = views([*adapter.full, *adapter.tokens, *names_of(adapter)], checkpoint.shapes)
     own = next((v for v in choices if not missing(adapter, shapes_of(v))), choices[0])
     shapes = shapes_of(own)
-    parts = parts_of(adapter, shapes, "the checkpoint")
-    full, frozen, wrong = _with_tied_biases(adapter.full, own), adapter.frozen, adapter.wrong
+    parts = assign_parameters(adapter, shapes, "the checkpoint", problems)
+    full, frozen, wrong = _with_tied_biases(adapter.full, own), adapter.frozen, problems.found
     tokens, heads = with_heads(checkpoint, own, adapter.tokens)
     wrong += _misfits_of_rows(checkpoint, own, tokens) + untied_heads(checkpoint, adapter)
     strange = [part.name for part in parts if part.name not in own]
-    added = _biases(adapter, own)
+    added = _biases(adapter, own, wrong)
     if wrong and strange:
         wrong.insert(
             0,
@@ -114,17 +116,17 @@ def _by_files(checkpoint: Checkpoint, source: Source) -> Changes:
     lost |= {name: x for name, x in (full | frozen).items() if name not in own}
     refuse(not_there(checkpoint, [name for name, x in lost.items() if x.shape not in there]))
     rest = (*(x for x, _ in added.values()), *(x.v for x in adapter.tokens.values()))
-    stored = (*stored_in(parts), *full.values(), *frozen.values(), *rest)
-    found = values(saved, stored, wrong := list[str]())
+    stored = [x for part in parts for x in part.arrays]
+    found = files.values([*stored, *full.values(), *frozen.values(), *rest], problems)
     refuse(wrong or unlike(((x.v, y.v) for x, y in heads), found))
     rows = {name: x._replace(v=found[x.v.key]) for name, x in tokens.items()}
-    parts = _stored(own, with_values(parts, found), wrong)
+    parts = _stored(own, [part.read(found) for part in parts], wrong)
     full, frozen = ({n: found[x.key] for n, x in d.items()} for d in (full, frozen))
     full, frozen = _renamed(own, full), _renamed(own, frozen)
     wrong += absent(checkpoint, parts, full | frozen) + untied(checkpoint, parts, full)
     flag = bool(adapter.fields.get("fan_in_fan_out"))
     made = _made(checkpoint, parts, full, frozen, flag, wrong)
-    warn_of_idle(adapter)
+    problems.warn()
     one = np.ones((1, 1, 1), np.float32)
     sums = {
         own[name].pieces[0].tensor: Sum(found[x.key].reshape(1, -1, 1), one, scale)
@@ -143,19 +145,19 @@ def _with_tied_biases(full: dict[str, T], own: Views) -> dict[str, T]:
     return found
 
 
-def _biases(adapter: Adapter, own: Views) -> dict[str, tuple[Stored, float]]:
-    """What is added to biases, and its scale; what has no place is added to `adapter.wrong`."""
+def _biases(adapter: Adapter, own: Views, wrong: list[str]) -> dict[str, tuple[Tensor, float]]:
+    """What is added to biases, and its scale; what has no place is added to `wrong`."""
     found = {}
     for name, x in adapter.biases.items():
         module = name.rpartition(".")[0]
-        if module not in adapter.pairs or name not in own or own[name].shape != x.shape:
+        if module not in adapter.parts or name not in own or own[name].shape != x.shape:
             there = f"of shape {own[name].shape}" if name in own else "none"
-            adapter.wrong.append(
+            wrong.append(
                 f"{shown(x.key)}: of shape {x.shape}, is to be added to the bias of an adapted "
                 f"module, of which the checkpoint has {there}"
             )
         elif name in adapter.full:
-            adapter.wrong.append(f"{shown(x.key)}: added to a bias that is replaced")
+            wrong.append(f"{shown(x.key)}: added to a bias that is replaced")
         else:
             found[name] = x, adapter.selection.scale(module)
     return found

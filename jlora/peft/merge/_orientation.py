@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..adapter._contents import Part
 from ..adapter._parameters import matrix, orientations
-from ..adapter._read import Part
 
 
 class Sum(NamedTuple):

@@ -9,9 +9,9 @@ import numpy as np
 
 from .._checkpoint import Checkpoint
 from .._file import shown
-from ..adapter._read import SHARED, Adapter, Part
+from ..adapter._contents import SHARED, Adapter, Part
+from ..adapter._parameters import twins
 from ..adapter._tokens import Tokens, lone_heads, tied_rows
-from ..adapter._values import twins
 from ._renaming import Views
 
 
@@ -79,7 +79,7 @@ def copies(
     forms = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
     for name in checkpoint.where:
         if is_shared(checkpoint, name):
-            forms[checkpoint.entry(name)[:2]][name in changed].append(name)
+            forms[checkpoint.entry(name)[1:3]][name in changed].append(name)
     for others, own in forms.values():
         if own and others:
             values = {digest(name): name for name in own}

@@ -1,6 +1,6 @@
 """What leaves and weights are called in PyTorch, and how their axes correspond.
 
-Imports `_folders`.
+Imports `_adapters`, `_tree`, `_types`, `peft._file`.
 """
 
 from . import tables as tables

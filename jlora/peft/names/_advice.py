@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from ..._types import Path
-from ._names import Name, row_of
+from ._leaves import row_of
+from ._names import Name
 from .tables import TABLES, WITH_PATHS
 
 

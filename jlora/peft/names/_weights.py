@@ -11,8 +11,9 @@ from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._file import listing
 from ._advice import advice
-from ._arrays import weight, weights
-from ._names import Leaf, Name, path_in_names, resolve
+from ._convert import weight, weights
+from ._leaves import Leaf, path_in_names, resolve
+from ._names import Name
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:

@@ -1,0 +1,137 @@
+"""An adapter as the contents of a slot, with the shapes and dtypes of the table."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._adapters import LowRank, is_node, leading_axes, state
+from .._compat import known
+from .._core import promote
+from .._tree import check_fits, leaves_by_path
+from .._types import Path, PyTree
+from ..arithmetic._several import (
+    FROM_THE_START,
+    RESIDUAL,
+    flatten_each,
+    is_residual,
+    join,
+    mismatch,
+    refuse,
+    refuse_other_methods,
+    with_equal_slots,
+)
+
+Leaves = dict[Path, Any]
+REFUSAL = "a table cannot hold what is"
+
+
+def check_adapters(adapters: Sequence[PyTree]) -> list[Leaves]:
+    """The leaves of each adapter by path; raises where a value is not finite."""
+    trees = flatten_each(adapters)
+    leaves = [leaf for tree in trees for leaf in tree.items()]
+    check_methods(leaves)
+    refuse(
+        REFUSAL,
+        {p: "is not finite" for p, x in leaves if not _is_finite(x)},
+        "In one slot of a table it would reach the rows of others.",
+    )
+    return trees
+
+
+def check_methods(leaves: Iterable[tuple[Path, Any]]) -> None:
+    """Raises for nodes of other methods than LoRA: zeros in them are not ΔW = 0."""
+    remedy = "A table that is routed or changed holds LowRank nodes and leaves in full."
+    refuse_other_methods(REFUSAL, leaves, remedy)
+
+
+def _is_finite(leaf: Any) -> bool:
+    """Whether all values that are known are finite."""
+    values = jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
+    found = [known(lambda x: jnp.isfinite(x).all(), x) for x in values]
+    return all(bool(x) for x in found if x is not None)
+
+
+def mismatch_in_table(leaves: Sequence[Any]) -> str | None:
+    """Why leaves at one path cannot share a table: other weights, or other factors are trained."""
+    frozen = list(dict.fromkeys(x.frozen if is_node(x) else () for x in leaves))
+    if (why := mismatch(leaves)) or not frozen[1:]:
+        return why
+    return (
+        f"trains other factors in one than in another: `frozen` is {frozen[0]} and {frozen[1]}; "
+        "node._replace(frozen=()) trains both"
+    )
+
+
+def zeros_for(leaves: Sequence[Any], rank: int | None) -> Any:
+    """Zeros with room for each of `leaves`, of their largest rank unless `rank` is given."""
+    if not is_node(leaves[0]):
+        return jnp.zeros(leaves[0].shape, promote(*(x.dtype for x in leaves)))
+    nodes = with_equal_slots(leaves)
+    largest = max(x.a.shape[-1] for x in nodes) if rank is None else rank
+    scales = {x.scale for x in nodes}
+    a = jnp.zeros_like(nodes[0].a, promote(*(x.a.dtype for x in nodes)))
+    b = jnp.zeros_like(nodes[0].b, promote(*(x.b.dtype for x in nodes)))
+    return _resize(join(nodes, a, b, scales.pop() if len(scales) == 1 else 1.0), largest)
+
+
+def _resize(node: LowRank, rank: int) -> LowRank:
+    """A node whose A has `rank` columns, and whose B `rank` rows: zeros are added, or some cut."""
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        pads = [(0, rank - n if d == axis else 0, 0) for d, n in enumerate(x.shape)]
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
+
+    return node._replace(a=pad(node.a, node.a.ndim - 1), b=pad(node.b, leading_axes(node)))
+
+
+def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
+    """An adapter at all sites of a table, where `empty` holds zeros of the table's types."""
+    refuse(
+        REFUSAL,
+        {path: why for path, x in tree.items() if (why := _why_no_room(x, empty.get(path)))},
+        "Make the table with jlora.many.stack(adapters, rank=...) of adapters that have all sites.",
+    )
+    residual = [path for path, x in empty.items() if is_residual(x) and path not in tree]
+    needed = f"{RESIDUAL}, so that a slot without it would not be the model"
+    refuse(REFUSAL, dict.fromkeys(residual, needed), FROM_THE_START)
+    missing = [path for path, x in empty.items() if not is_node(x) and path not in tree]
+    if missing and base is None:
+        needed = "is trained in full, so that a slot without it holds the base's"
+        remedy = "Give `base`, the parameters that they are for."
+        refuse(REFUSAL, dict.fromkeys(missing, needed), remedy)
+    if missing:
+        check_fits(base, {path: empty[path] for path in missing})
+    params = dict(leaves_by_path(base)) if missing else {}
+    row = {path: _convert(tree.get(path, x), x) for path, x in empty.items()}
+    return row | {path: jnp.asarray(params[path], empty[path].dtype) for path in missing}
+
+
+def _why_no_room(leaf: Any, empty: Any) -> str | None:
+    """Why a table has no room for a leaf where it has `empty`, or None."""
+    if empty is None:
+        return "is no site of the table"
+    if why := mismatch_in_table([empty, leaf]):
+        return why
+    for x, room in zip(jax.tree.leaves(leaf), jax.tree.leaves(empty), strict=True):
+        if promote(x.dtype, room.dtype) != room.dtype:
+            return f"is of {x.dtype}, where the table has {room.dtype}"
+    if not is_node(leaf):
+        return None
+    room, node = with_equal_slots([empty, leaf])
+    if room.layout != empty.layout:
+        return f"has the slots {leaf.layout.slots}, where the table has {empty.layout.slots}"
+    rank, largest = node.a.shape[-1], empty.a.shape[-1]
+    return f"has the rank {rank}, above the table's {largest}" if rank > largest else None
+
+
+def _convert(leaf: Any, empty: Any) -> Any:
+    """The leaf with the rank, scale, slots and dtypes of `empty`."""
+    if not is_node(leaf):
+        return jnp.asarray(leaf, empty.dtype)
+    node = with_equal_slots([empty, leaf])[1]
+    if node.scale != empty.scale:
+        node = node._replace(b=node.b * (node.scale / empty.scale))
+    node = _resize(node, empty.a.shape[-1])
+    return empty._replace(a=node.a.astype(empty.a.dtype), b=node.b.astype(empty.b.dtype))

@@ -1,0 +1,41 @@
+"""What is wrong with the files that a user gave: it is collected, and raised together."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+from ._file import CONFIG, Tensor, listing, shown
+
+
+class Problems:
+    """Collects problems until `stop` raises all of them in one error.
+
+    Attributes:
+        found: what is wrong.
+        unused: what a configuration names and nothing has, which PEFT accepts and so do we.
+    """
+
+    def __init__(self, title: str, advice: Callable[[Sequence[str]], str] = lambda found: ""):
+        """The error begins with `title` and ends with the `advice` for what was found."""
+        self.title, self.advice = title, advice
+        self.found: list[str] = []
+        self.unused: list[str] = []
+
+    def add(self, where: str, why: str) -> None:
+        """Adds what is wrong with a tensor, module or field, which the files may call anything."""
+        self.found.append(f"{shown(where)}: {why}")
+
+    def add_not_floating(self, tensor: Tensor) -> None:
+        """Adds a tensor of integers or the like, where numbers are expected."""
+        self.add(tensor.key, f"expected a floating-point dtype, got {tensor.dtype}")
+
+    def stop(self, *more: str) -> None:
+        """Raises if anything is wrong, with what is passed as well."""
+        self.found += more
+        if self.found:
+            raise ValueError(f"{self.title}. {listing(self.found)}{self.advice(self.found)}")
+
+    def warn(self) -> None:
+        """Warns the caller's caller of what is unused."""
+        if self.unused:
+            text = "; ".join(self.unused[:9])
+            warnings.warn(f"{CONFIG} of the adapter: {text}.", stacklevel=3)

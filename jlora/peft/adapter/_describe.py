@@ -1,0 +1,272 @@
+"""The configuration that describes an adapter tree: what a given one says is kept where it fits."""
+
+import bisect
+import collections
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ..._tree import name_of
+from ..._types import Path
+from .._file import PREFIX
+from .._problems import Problems
+from ..names._leaves import Leaf
+from ._config import ROWS_ALONE, misformed
+from ._contents import BASE, SAVED_BY_NAME, Part, may_tie
+from ._select import Names, Selection, divisor, tails
+from ._tokens import INDICES, lone_heads, rows_by_module
+from ._tree import Tree
+
+Fields = dict[str, Any]
+
+NO_MODULE = "dummy-target-modules"  # PEFT's word where nothing has A and B
+
+
+def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterable[Part]) -> Fields:
+    """The `fields` with what describes an adapter; those that the user has `given` stay."""
+    fields = _with_targets(fields, tree)
+    experts = {leaf.key(module): leaf.experts for leaf in tree.low for module in leaf.modules}
+    scales = {part.key: (len(part.a) // experts[part.key], part.scale) for part in parts}
+    scales |= {head: scales[module] for module, head in tree.tied.items() if module in scales}
+    fields = _with_full(with_scales(fields, scales), tree)
+    return _with_tokens(_with_training(fields, given, tree), tree)
+
+
+# ------------------------------------------------------------------------- which are adapted
+
+
+def _with_targets(fields: Fields, tree: Tree) -> Fields:
+    """Selects what has A and B, and the heads that are tied to it, and nothing else."""
+    selection, chosen = Selection(fields), {name for leaf in tree.low for name in leaf.parameters}
+    tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in chosen}
+    selection.prepare([*tree.modules, *tied.values()])
+    every = [
+        (leaf, module, name)
+        for leaf in tree.leaves
+        for module, name in zip(leaf.modules, leaf.parameters, strict=True)
+    ]
+    as_wanted = all(_adapts(selection, leaf, m) == (name in chosen) for leaf, m, name in every)
+    if as_wanted and all(_ties(fields, m) or selection.adapts(h) for m, h in tied.items()):
+        selects = chosen or fields["target_modules"] or fields["target_parameters"]
+        return fields if selects else fields | {"target_modules": NO_MODULE}
+    keys = collections.defaultdict[tuple[bool, bool], list[str]](list)  # chosen, of experts
+    for leaf, module, name in every:
+        if leaf.name.kind:
+            keys[name in chosen, leaf.name.kind == "experts"].append(leaf.key(module))
+    is_tied = any(_ties({"ensure_weight_tying": True}, module) for module in tied)
+    # What PEFT does not tie itself is selected by name.
+    wanted = keys[True, False] + ([] if is_tied else [*tied.values()])
+    # By a bare name of these, PEFT would store the frozen weights too.
+    whole = [m for m in wanted if m.rpartition(".")[2] in SAVED_BY_NAME]
+    short = _suffixes([m for m in wanted if m not in whole], keys[False, False])
+    return fields | {
+        "target_modules": whole + short,
+        "target_parameters": _suffixes(keys[True, True], keys[False, True]) or None,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "ensure_weight_tying": is_tied,
+    }
+
+
+def _adapts(selection: Selection, leaf: Leaf, module: str) -> bool:
+    if leaf.name.kind is None or selection.saves(module):
+        return False
+    if leaf.name.parameter in selection.parameters(module):
+        return True
+    whole = leaf.name.kind != "experts" and leaf.name.parameter == "weight"
+    return whole and selection.adapts(module)
+
+
+def _ties(fields: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT gives the head that is tied to the embedding `module` the same A and B."""
+    # It knows embeddings by these names alone.
+    return bool(fields.get("ensure_weight_tying")) and module.rpartition(".")[2] in SAVED_BY_NAME
+
+
+# ------------------------------------------------------------------------- what is saved whole
+
+
+def _with_full(fields: Fields, tree: Tree) -> Fields:
+    """Saves leaves in full, and heads that are tied to one: by `bias`, or `modules_to_save`."""
+    wanted = {leaf.path for leaf in tree.full}
+    heads = [h for leaf in tree.full if (h := tree.tied.get(leaf.modules[0]))]
+
+    def saved(fields: Fields) -> set[Path]:
+        return {leaf.path for leaf, _ in saved_in_full(fields, tree)}
+
+    saves = Selection(fields).saves
+    if saved(fields) == wanted and all(may_tie(fields, head) or saves(head) for head in heads):
+        return fields
+    every, of_lora = (
+        saved(fields | {"modules_to_save": None, "bias": bias}) for bias in ("all", "lora_only")
+    )
+    # Beside "all", PEFT would store the biases of `modules_to_save` three times.
+    bias = "all" if wanted == every else "lora_only" if wanted & of_lora else "none"
+    rest = {"all": set(), "lora_only": wanted - of_lora, "none": wanted}[bias]
+    modules = [m for leaf in tree.leaves if leaf.path in rest for m in leaf.modules]
+    return fields | {
+        "bias": bias,
+        "modules_to_save": list(dict.fromkeys(modules + heads)) or None,
+        # PEFT keeps a head and its embedding one weight by this alone.
+        "ensure_weight_tying": bool(heads) or fields["ensure_weight_tying"],
+    }
+
+
+def saved_in_full(fields: Fields, tree: Tree) -> list[tuple[Leaf, list[str]]]:
+    """The leaves that are saved in full, with a key for each of their modules."""
+    selection, bias = Selection(fields), fields.get("bias", "none")
+    adapted = {module for leaf in tree.low for module in leaf.modules}
+
+    def key(leaf: Leaf, module: str) -> str | None:
+        parameter = leaf.name.parameter
+        if selection.saves(module):
+            return f"{PREFIX}{module}.{parameter}"
+        if parameter == "bias" and module in adapted and bias in ("all", "lora_only"):
+            return f"{PREFIX}{module}{BASE}.bias"
+        return f"{PREFIX}{module}.bias" if parameter == "bias" and bias == "all" else None
+
+    keys = [(leaf, [key(leaf, module) for module in leaf.modules]) for leaf in tree.leaves]
+    found = [(leaf, [k for k in each if k]) for leaf, each in keys]
+    return [(leaf, each) for leaf, each in found if len(each) == len(leaf.modules)]
+
+
+def frozen_beside(fields: Fields, tree: Tree) -> dict[str, Leaf]:
+    """The frozen embeddings and heads that PEFT stores beside A and B, by their names."""
+    if fields.get(INDICES) is not None:  # PEFT then stores none
+        return {}
+    target = fields["target_modules"]
+    lasts = [module.rpartition(".")[2] for leaf in tree.low for module in leaf.modules]
+    if not any(name in (target if isinstance(target, list) else lasts) for name in SAVED_BY_NAME):
+        return {}
+    return {
+        f"{module}.weight": leaf
+        for leaf in tree.low
+        if leaf.name.tied or leaf.modules[0].rpartition(".")[2] in SAVED_BY_NAME
+        for module in (*leaf.modules, tree.tied.get(leaf.modules[0]))
+        if module
+    }
+
+
+# ------------------------------------------------------------------------- how it is trained
+
+
+def _with_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
+    """Says dropout, orientation and DoRA."""
+    dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
+    if "lora_dropout" not in given and len(dropouts) > 1:
+        raise ValueError(
+            f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all. "
+            "Choose it by config={'lora_dropout': 0.1}."
+        )
+    new: Fields = {}
+    if "lora_dropout" not in given:
+        new["lora_dropout"] = next(iter(dropouts), 0.0)
+    if "fan_in_fan_out" not in given:
+        linear = (leaf.name for leaf in tree.low if leaf.name.kind == "linear")
+        new["fan_in_fan_out"] = any(name.transposed for name in linear)
+    return fields | new
+
+
+def _with_tokens(fields: Fields, tree: Tree) -> Fields:
+    """Lists the rows of embeddings, and no others."""
+    wanted = {leaf.modules[0]: tree.found[leaf.path].rows for leaf in tree.rows}
+    others = tree.modules - wanted.keys()
+    listed, alone = rows_by_module(fields, wanted, problems := Problems(""))
+    if listed == wanted and not (problems.found or lone_heads(alone, others)):
+        return fields
+    named = {_ending(module, others): list(rows) for module, rows in wanted.items()}
+    return fields | {INDICES: named or None}
+
+
+def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
+    """The `fields` of an adapter of nothing but rows, for which PEFT has one list."""
+    lists = {tree.found[leaf.path].rows: name_of(leaf.path) for leaf in tree.rows}
+    if len(lists) > 1:
+        raise ValueError(
+            "`adapter` has nothing but rows, of which PEFT has one list for all embeddings; got "
+            f"different ones at {', '.join(lists.values())}. Save them one by one."
+        )
+    wanted = [leaf.modules[0] for leaf in tree.rows]
+    others = tree.modules - set(wanted)
+    fields = fields | {"peft_type": ROWS_ALONE, "token_indices": list(*lists)}
+    if not misformed(fields):
+        selection = Selection(fields)
+        selection.prepare([*wanted, *others])
+        if all(map(selection.adapts, wanted)) and not any(map(selection.adapts, others)):
+            return fields
+    return fields | {"target_modules": _suffixes(wanted, others)}
+
+
+# ------------------------------------------------------------------------- short names
+
+
+def _ending(module: str, others: Iterable[str]) -> str:
+    """The last parts of `module`, as few as end none of the others."""
+    return next((t for t in _endings(module) if not any(x.endswith(t) for x in others)), module)
+
+
+def _suffixes(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Short endings that name all of `wanted` and none of `others`."""
+    left = Names("." + name for name in others)
+    found = (
+        next((tail for tail in _endings(name) if not left.end_in("." + tail)), name)
+        for name in wanted
+    )
+    return list(dict.fromkeys(found))
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The last parts of `name`, the fewest first, and the whole."""
+    return reversed([*tails(name)])
+
+
+def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """`fields` whose rank, alpha and patterns give each key its rank and scale."""
+    selection = Selection(fields)
+    selection.prepare(scales)
+    # A scale that a row of `names` multiplied, and that was divided again, may be off by a bit.
+    same = (
+        selection.rank(k) == rank and math.isclose(selection.scale(k), scale, rel_tol=1e-15)
+        for k, (rank, scale) in scales.items()
+    )
+    if all(same):
+        return fields
+    ranks = {key: rank for key, (rank, _) in scales.items()}
+    alphas = {key: _alpha(scale, divisor(fields, rank)) for key, (rank, scale) in scales.items()}
+    r, rank_pattern = _common(ranks)
+    alpha, alpha_pattern = _common(alphas)
+    new = {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    return fields | new
+
+
+def _alpha(scale: float, divisor: float) -> float:
+    alpha = scale * divisor
+    return round(alpha) if round(alpha) / divisor == scale else alpha
+
+
+def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and a pattern for each other one."""
+    [(most, _)] = collections.Counter(values.values()).most_common(1)
+    # Names that end alike lie side by side: where do those of one value stop?
+    order = sorted((("." + name)[::-1], value) for name, value in values.items())
+    stop = [len(order)] * len(order)
+    for i in range(len(order) - 2, -1, -1):
+        stop[i] = stop[i + 1] if order[i][1] == order[i + 1][1] else i + 1
+
+    def is_alike(tail: str) -> bool:
+        back = ("." + tail)[::-1]
+        end = stop[bisect.bisect_left(order, back, key=lambda entry: entry[0])]
+        return end == len(order) or not order[end][0].startswith(back)
+
+    return most, {
+        re.escape(next((tail for tail in _endings(name) if is_alike(tail)), name)): value
+        for name, value in values.items()
+        if value != most
+    }

@@ -1,0 +1,101 @@
+"""The two files of an adapter, as a folder has them or as they are about to be written."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ..._folders import fresh
+from .._file import (
+    CONFIG,
+    DTYPES,
+    TENSORS,
+    Source,
+    Tensor,
+    opened,
+    read_header,
+    read_json,
+    reader,
+    shown,
+)
+from .._problems import Problems
+from ._config import LIMIT, dumps
+
+MAGNITUDE = ".lora_magnitude_vector"
+
+
+class Files(NamedTuple):
+    """The two files of an adapter.
+
+    Attributes:
+        fields: the configuration.
+        tensors: what tensors there are.
+        read: reads the values of some of them, by their keys.
+        argument: the argument by which the user gave them, for errors.
+        is_own: whether this process made them, so that they need not be distrusted.
+    """
+
+    fields: dict[str, Any]
+    tensors: list[Tensor]
+    read: Callable[[Iterable[Tensor]], dict[str, np.ndarray]]
+    argument: str
+    is_own: bool = False
+
+    def values(self, wanted: Iterable[Tensor], problems: Problems) -> dict[str, np.ndarray]:
+        """Reads tensors, by their keys; values that are not finite, or mean nothing, are problems.
+
+        It is called when all else is known to be right.
+        """
+        problems.stop()
+        found = self.read(wanted)
+        problems.found += [
+            f"{shown(key)}: {n} of {x.size} values are not finite"
+            for key, x in found.items()
+            if (n := x.size - np.count_nonzero(np.isfinite(x)))
+        ]
+        problems.found += [
+            f"{shown(key)}: all of its {x.size} values are 0, with which the module gives nothing"
+            for key, x in found.items()
+            if key.endswith(MAGNITUDE) and not x.any()
+        ]
+        return found
+
+
+def open_files(source: Source) -> Files:
+    """Reads configuration and header of a folder.
+
+    Raises:
+        FileNotFoundError: if the folder or a file is missing.
+        ValueError: if the files are damaged.
+    """
+    fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
+
+    def read(wanted: Iterable[Tensor]) -> dict[str, np.ndarray]:
+        with opened(source, TENSORS) as (file, _):
+            value = reader(file, header)
+            return {x.key: value(x.key) for x in wanted}
+
+    return Files(fields, list(header.entries.values()), read, source.argument)
+
+
+def in_memory(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
+    """The files that `write` would write."""
+    types = {dtype: name for name, dtype in DTYPES.items()}
+    found = [Tensor(key, types[x.dtype], x.shape) for key, x in tensors.items()]
+    read = lambda wanted: {x.key: tensors[x.key] for x in wanted}  # noqa: E731
+    return Files(dict(fields), found, read, argument, True)
+
+
+def write(
+    path: str | os.PathLike[str],
+    what: str,
+    fields: Mapping[str, Any],
+    tensors: dict[str, np.ndarray],
+) -> None:
+    """Writes both files into a new folder `path`, or nothing."""
+    with fresh(path, what) as folder:
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        # As bytes: text would get other line ends on Windows.
+        (folder / CONFIG).write_bytes(dumps(fields).encode())

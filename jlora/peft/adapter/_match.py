@@ -1,0 +1,235 @@
+"""The leaves of a tree that an adapter is for, and whether it fits them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..._tree import name_of
+from .._file import COUNT, DTYPES, PREFIX, Tensor, shown
+from .._problems import Problems
+from ..names._convert import weights
+from ..names._leaves import Leaf, tied_to
+from ._contents import SHARED, Adapter, Part, resized
+from ._tokens import Tokens, lone_heads, misfits, tied_rows, unlike
+
+LOST = "unexpected; names no leaf of `base` under `names`"
+
+
+class Place(NamedTuple):
+    """A parameter of PyTorch: one of the modules of a leaf, or the head that shares its weight."""
+
+    leaf: Leaf
+    at: int
+    is_head: bool = False
+
+
+class Match(NamedTuple):
+    """What an adapter has for each leaf, and which values must agree.
+
+    Attributes:
+        leaves: leaves, each with the `Part`s or the `Tensor`s of its modules, or with `Tokens`.
+        same: a tensor of a head, and that of the embedding that is the same weight.
+        transposed: a factor of a head, and that of the embedding, which is its transpose.
+        frozen: a tensor, and the place in the base whose values it must have.
+    """
+
+    leaves: list[tuple[Leaf, Any]]
+    same: list[tuple[Tensor, Tensor]]
+    transposed: list[tuple[Tensor, Tensor]]
+    frozen: list[tuple[Tensor, Place]]
+
+    def check(self, values: Mapping[str, np.ndarray], problems: Problems) -> None:
+        """Adds the tensors whose values differ from what they must be."""
+        for x, y in self.transposed:
+            if not np.array_equal(values[x.key], values[y.key].T):
+                problems.add(x.key, f"expected the transpose of {shown(y.key)}, got other values")
+        problems.found += unlike(self.same, values)
+        for x, place in self.frozen:
+            if not _is_of_base(values[x.key], place):
+                problems.add(
+                    x.key,
+                    f"expected the values of `base` at {name_of(place.leaf.path)}, got others; a "
+                    "trained or resized embedding under an adapter is not supported",
+                )
+
+
+def _is_of_base(x: np.ndarray, place: Place) -> bool:
+    if isinstance(place.leaf.value, jax.ShapeDtypeStruct):
+        return True
+    own = weights(place.leaf, place.leaf.value)[place.at]
+    return np.array_equal(own, x.astype(own.dtype))
+
+
+def match_to_tree(
+    adapter: Adapter, parts: Iterable[Part], leaves: Sequence[Leaf], problems: Problems
+) -> Match:
+    """Finds the leaf of everything in an adapter; what has none, or does not fit, is a problem."""
+    tied = {f"{head}.weight": leaf for leaf in leaves if (head := tied_to(leaf, leaves))}
+    places = {name: Place(leaf, 0, True) for name, leaf in tied.items()}
+    places |= {name: Place(leaf, i) for leaf in leaves for i, name in enumerate(leaf.parameters)}
+    low, full, found = dict[str, Part](), dict[str, Tensor](), Match([], [], [], [])
+    for part in parts:
+        if wrong := _misfits(part, places.get(part.name)):
+            problems.found += wrong
+        else:
+            low[part.name] = part
+    for name, x in adapter.full.items():
+        if name.endswith(COUNT):
+            continue  # Flax counts no batches
+        if wrong := _misfits_in_full(name, x, places.get(name)):
+            problems.found += wrong
+        else:
+            full[name] = x
+    for name, x in adapter.frozen.items():
+        if place := places.get(name):
+            problems.found += _misshapen(x, place.leaf.weight_shape)
+            found.frozen.append((x, place))
+    rows = _match_rows(adapter, places, found, problems)
+    for name, leaf in tied.items():
+        table = leaf.parameters[0]
+        _match_head(low.pop(name, None), low.get(table), leaf, found, problems)
+        _match_head(full.pop(name, None), full.get(table), leaf, found, problems)
+    found.leaves.extend(_gather(low, leaves, problems))
+    found.leaves.extend(_gather(full, leaves, problems))
+    found.leaves.extend(rows)
+    return found
+
+
+# -------------------------------------------------------------------------------- does it fit?
+
+
+def _misfits(part: Part, place: Place | None) -> list[str]:
+    """Why A and B are not those of a place."""
+    key = shown(PREFIX + part.name.rpartition(".")[0])
+    if place is None:
+        return [f"{key}: {LOST}"]
+    leaf = place.leaf
+    kind = "linear" if place.is_head else leaf.name.kind
+    if kind != part.kind or (part.transposed is False and leaf.name.transposed):
+        return [f"{key}: expected A and B of {kind or 'nothing'}, got those of {part.kind}"]
+    shapes = leaf.shapes(part.a.shape[0] // leaf.experts)
+    if place.is_head:
+        shapes = shapes[1][::-1], shapes[0][::-1]
+    return [*_misshapen(part.a, shapes[0]), *_misshapen(part.b, shapes[1])]
+
+
+def _misfits_in_full(name: str, x: Tensor, place: Place | None) -> list[str]:
+    if place is None:
+        return [f"{shown(x.key)}: {LOST}"]
+    if place.leaf.name.part:
+        return [f"{shown(x.key)}: saved in full, but its parts are leaves of `base`"]
+    why = resized(name, x.shape, place.leaf.weight_shape)
+    return [why] if why else _misshapen(x, place.leaf.weight_shape)
+
+
+def _misshapen(x: Tensor, shape: tuple[int, ...]) -> list[str]:
+    if x.shape == shape:
+        return []
+    return [f"{shown(x.key)}: expected shape {shape}, got {x.shape}"]
+
+
+def refuse_wide(tensors: Iterable[Tensor], problems: Problems) -> None:
+    """Adds the tensors of 64 bits where JAX, as it is set, has no arrays of those."""
+    problems.found += [
+        f"{shown(x.key)}: dtype {x.dtype} needs jax_enable_x64"
+        for x in tensors
+        if x.dtype in DTYPES and jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]
+    ]
+
+
+# ------------------------------------------------------------- a head that shares an embedding
+
+
+def _match_head(
+    head: Part | Tensor | None,
+    table: Part | Tensor | None,
+    leaf: Leaf,
+    found: Match,
+    problems: Problems,
+) -> None:
+    """A tied head and its embedding must have the same A and B, or the same values."""
+    pair = {leaf.modules[0]: head, leaf.name.tied: table}  # each by the name of the other
+    lone = [(other, x) for other, x in pair.items() if x]
+    if dora := [(other, x) for other, x in lone if isinstance(x, Part) and x.m is not None]:
+        [(other, part), *_] = dora
+        problems.add(part.key, f"of DoRA, which is not supported beside {other}, a tied weight")
+    elif isinstance(head, Part) and isinstance(table, Part):
+        if (head.scale, head.a.shape[0]) == (table.scale, table.a.shape[0]):
+            found.transposed.extend([(head.a, table.b), (head.b, table.a)])
+        else:
+            why = f"shares its weight with {table.key}, but not rank and scale"
+            problems.add(head.key, why)
+    elif isinstance(head, Tensor) and isinstance(table, Tensor):
+        found.same.append((head, table))
+    elif lone:
+        [(other, x)] = lone
+        how = "adapted" if isinstance(x, Part) else "saved in full"
+        problems.add(x.key, f"{how} without {other}, which shares its weight")
+
+
+def _match_rows(
+    adapter: Adapter, places: Mapping[str, Place], found: Match, problems: Problems
+) -> list[tuple[Leaf, Tokens]]:
+    """The embeddings with rows; those of tied heads must be the same."""
+    rows = []
+    for name, x in adapter.tokens.items():
+        place, table = places.get(name), None
+        if place is None:
+            # Of T5, of which `base` has the shared table alone.
+            table = tied_rows(name, adapter.tokens, places) if SHARED.search(x.module) else None
+            why = LOST
+        elif place.is_head:
+            own = adapter.tokens.get(f"{place.leaf.modules[0]}.weight")
+            table = own if own and own.rows == x.rows else None
+            why = f"rows of a head whose weight is that of {place.leaf.modules[0]}"
+        elif place.leaf.name.kind != "embedding":
+            why = "rows of what is no embedding by `names`"
+        else:
+            problems.found += misfits(x, place.leaf.weight_shape)
+            rows.append((place.leaf, x))
+            continue
+        if table is None:
+            problems.add(x.v.key, f"{why}")
+        else:
+            found.same.append((x.v, table.v))
+    apart = [name.removesuffix(".weight") for name, place in places.items() if not place.is_head]
+    problems.found += lone_heads(adapter.heads, apart)
+    return rows
+
+
+# ---------------------------------------------------------------------- modules that are one leaf
+
+
+def _gather(
+    found: Mapping[str, Any], leaves: Sequence[Leaf], problems: Problems
+) -> Iterator[tuple[Leaf, list[Any]]]:
+    """By leaf what all of its modules have alike; of a leaf with slots what some of them have."""
+    for leaf in leaves:
+        own = {name: found[name] for name in leaf.parameters if name in found}
+        if not own:
+            continue
+        parts = [x for x in own.values() if isinstance(x, Part)]
+        if leaf.layout.slots and parts:
+            leaf = leaf.only(_slots(leaf, own.keys()))
+        what, advice = "layers", "load into a tree without a scan"
+        if leaf.layout.slots:
+            what, advice = "modules", "adapt them alike"
+        path, start = name_of(leaf.path), f"its {what} are one leaf"
+        left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
+        forms = dict.fromkeys((x.a.shape[0], x.scale) for x in parts)
+        if left:
+            count = f"{len(own)} of {len(leaf.modules)}"
+            problems.add(path, f"{start}, of which {count} are adapted, {left[0]} not; {advice}")
+        elif len(forms) > 1:
+            listed = ", ".join(f"rank {r // leaf.experts} and scale {s:g}" for r, s in forms)
+            problems.add(path, f"{start} but differ: {listed}; {advice}")
+        else:
+            yield leaf, [own[name] for name in leaf.parameters]
+
+
+def _slots(leaf: Leaf, own: Set[str]) -> tuple[int, ...]:
+    """The slots of which `own` has a parameter."""
+    every = range(len(leaf.name.modules))
+    return tuple(i for i in every if not own.isdisjoint(leaf.only((i,)).parameters))

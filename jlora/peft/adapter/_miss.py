@@ -1,0 +1,148 @@
+"""MiSS, which is LoRA with an A that repeats the identity and is not trained.
+
+In PEFT's layout ΔW is Dᵀ·A with D, the `miss_block`, of shape (r, outputs), and A of (r, inputs).
+Source: Kang and Yin, MiSS, arXiv 2409.15371; PEFT 0.21.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .._file import DTYPES, PREFIX, Tensor, brief, shown
+from .._problems import Problems
+from ._config import COMMON, DEFAULTS, MISS, features, misformed
+from ._contents import Part
+from ._describe import with_scales
+from ._files import Files
+from ._tree import AB
+
+Fields = dict[str, Any]
+
+BLOCK = ".miss_block"
+OWN = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}  # fields that LoRA has not
+# What both have by the same name and with the same meaning.
+_SELECTION = dict.fromkeys(
+    ("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
+)
+SHARED = (COMMON.keys() - {"inference_mode", "peft_version"}) | _SELECTION.keys()
+MISS_DEFAULTS: Fields = COMMON | _SELECTION | OWN | {"bias": "none", "peft_type": MISS, "r": 64}
+# The name of LoRA's dropout, and of its bias "lora_only".
+DROPOUT, BIAS = "miss_dropout", "MiSS_only"
+
+
+def is_miss(fields: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one of MiSS."""
+    return fields.get("peft_type") == MISS
+
+
+def problems_of_miss(fields: Fields) -> list[str]:
+    """Why a configuration cannot be read as LoRA."""
+    wrong = [
+        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
+        for key, value in features(fields).items()
+        if key not in OWN
+    ]
+    if (start := fields.get("init_weights", True)) not in (True, False):
+        wrong.append(f"init_weights: {brief(start)} is another method, whose change is no s·A·B")
+    return wrong + misformed({"r": fields.get("r")})
+
+
+def fields_of_lora(fields: Fields) -> Fields:
+    """The fields of MiSS that LoRA has too, by its names."""
+    found = {key: fields[key] for key in SHARED if key in fields}
+    found |= {"lora_dropout": fields[DROPOUT]} if DROPOUT in fields else {}
+    bias = fields.get("bias", "none")
+    return found | {"bias": "lora_only" if bias == BIAS else bias}
+
+
+def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> Files:
+    """An adapter of MiSS as one of LoRA, for parameters of these `shapes` by PyTorch's names."""
+    problems.stop(*problems_of_miss(files.fields))
+    fields, rank = files.fields, files.fields["r"]
+    blocks, others = dict[str, Tensor](), list[Tensor]()
+    inputs: dict[str, int] = {}  # of the modules
+    for x in files.tensors:
+        if not (x.key.startswith(PREFIX) and x.key.endswith(BLOCK)):
+            others.append(x)
+            continue
+        module = x.key.removeprefix(PREFIX).removesuffix(BLOCK)
+        weight = shapes.get(f"{module}.weight", ())
+        n = weight[1] if len(weight) == 2 else 0
+        if x.dtype not in DTYPES:
+            problems.add_not_floating(x)
+        elif not n:
+            problems.add(module, "is no matrix of the base, which MiSS needs to know")
+        elif len(x.shape) != 2 or x.shape[0] != rank or rank > min(n, x.shape[1]):
+            problems.add(module, f"miss_block {x.shape} does not fit {n} inputs at the rank {rank}")
+        else:
+            blocks[module], inputs[module] = x, n
+    problems.stop()
+
+    def read(wanted: Iterable[Tensor]) -> dict[str, np.ndarray]:
+        """All of it: whoever reads wants all."""
+        found = files.read(files.tensors)
+        for module, x in blocks.items():
+            a, b = (f"{PREFIX}{module}{end}" for end in AB)
+            found[a] = repeated_identity(rank, inputs[module])
+            found[b] = np.ascontiguousarray(found.pop(x.key).T, np.float32)
+        return {x.key: found[x.key] for x in wanted}
+
+    made = [
+        Tensor(f"{PREFIX}{module}{end}", "F32", shape)
+        for module, x in blocks.items()
+        for end, shape in zip(AB, ((rank, inputs[module]), x.shape[::-1]), strict=True)
+    ]
+    scales = dict.fromkeys(blocks, (rank, 1.0))
+    lora = with_scales(DEFAULTS | fields_of_lora(fields), scales)
+    return files._replace(fields=lora, tensors=made + others, read=read)
+
+
+def repeated_identity(rank: int, inputs: int) -> np.ndarray:
+    """The A of MiSS, (rank, inputs)."""
+    return np.eye(rank, dtype=np.float32)[:, np.arange(inputs) % rank]
+
+
+def from_lora(
+    given: Fields, fields: Fields, parts: Sequence[Part], tensors: Mapping[str, np.ndarray]
+) -> tuple[Fields, dict[str, np.ndarray]]:
+    """An adapter of LoRA as one of MiSS.
+
+    Args:
+        given: the fields of MiSS that the user gave.
+        fields: the configuration of LoRA.
+        parts: A and B of each module.
+        tensors: all tensors of the adapter.
+
+    Raises:
+        ValueError: if it has no such form.
+    """
+    wrong = [f"{x.key}: of kind {x.kind}, not linear" for x in parts if x.kind != "linear"]
+    wrong += [f"{x.key}: is of DoRA" for x in parts if x.m is not None]
+    if fields["trainable_token_indices"] is not None:
+        wrong.append("trainable_token_indices: rows of an embedding, which only LoRA has beside it")
+    if fields["fan_in_fan_out"]:
+        wrong.append("fan_in_fan_out: true, of weights that are stored as (inputs, outputs)")
+    wrong = wrong or [
+        f"{x.key}: its A does not repeat the identity, as that of initializers.miss does"
+        for x in parts
+        if not np.array_equal(x.a, repeated_identity(*x.a.shape))
+    ]
+    ranks = sorted({len(x.a) for x in parts})
+    if not wrong and len(ranks) != 1:
+        wrong.append(f"its sites have the ranks {ranks}, where MiSS has one for all")
+    if wrong:
+        raise ValueError(
+            f"`adapter` cannot be written as {MISS}, which `config` asks for:\n  "
+            + "\n  ".join(wrong)
+            + "\nWithout that peft_type it is written as LoRA."
+        )
+    kept = {key: fields[key] for key in SHARED} | {DROPOUT: fields["lora_dropout"], "r": ranks[0]}
+    kept["bias"] = BIAS if fields["bias"] == "lora_only" else fields["bias"]
+    rest, starts = dict(tensors), {PREFIX + x.key: x for x in parts}
+    for start, x in starts.items():
+        for end in AB:
+            del rest[start + end]
+        b = x.b * np.asarray(x.scale, x.b.dtype)
+        rest[start + BLOCK] = np.ascontiguousarray(b.T)
+    return MISS_DEFAULTS | given | kept, rest

@@ -1,0 +1,254 @@
+"""An adapter tree as A and B of PyTorch's parameters, and those as PEFT's tensors."""
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
+from ..._tree import adapter_leaves, check_fits, name_of
+from ..._types import Path, PyTree
+from .._file import DTYPES, PREFIX
+from ..names._advice import advice
+from ..names._convert import adapted, factors, rows_of
+from ..names._leaves import Leaf, by_row, path_in_names, resolve, tied_to
+from ..names._names import Name
+from ._contents import BASE, Part
+from ._files import MAGNITUDE
+from ._tokens import Tokens
+
+AB = (".lora_A.weight", ".lora_B.weight")
+_FACTORED = (LowRank, Decomposed)
+
+
+class Tree(NamedTuple):
+    """An adapter tree whose leaves have PyTorch's names.
+
+    Attributes:
+        leaves: the leaves of the base, in the order in which PEFT wraps them.
+        found: what the adapter has, by paths.
+        low: those with A and B, with their adapted modules alone.
+        full: those in full.
+        rows: those with rows.
+        tied: by the module of an embedding, the head that shares its weight.
+    """
+
+    leaves: list[Leaf]
+    found: dict[Path, Any]
+    low: list[Leaf]
+    full: list[Leaf]
+    rows: list[Leaf]
+    tied: dict[str, str]
+
+    @property
+    def modules(self) -> set[str]:
+        """All modules of the base."""
+        return {module for leaf in self.leaves for module in leaf.modules}
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        """The rows of embeddings, as PyTorch has them."""
+        each = ((leaf, self.found[leaf.path]) for leaf in self.rows)
+        return [Tokens(leaf.modules[0], x.rows, rows_of(leaf, x)) for leaf, x in each]
+
+    @property
+    def parts(self) -> list[Part]:
+        """A and B of each parameter."""
+        pieces = collections.defaultdict[str, list[tuple[Leaf, Part]]](list)
+        for leaf in self.low:
+            x, name = self.found[leaf.path], leaf.name
+            # What is swapped has PEFT's B·A in the order of PyTorch's axes.
+            transposed = name.transposed
+            if name.kind == "experts":
+                transposed = False if name.swapped else None
+            scale, each = x.scale / leaf.factor, factors(leaf, x)
+            for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
+                own = (a, b, scale, transposed, m[0] if m else None)
+                pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
+        return [_joined(own) for own in pieces.values()]
+
+
+def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
+    """Names the leaves of an adapter tree; raises for what has no form in PEFT."""
+    found = adapter_leaves(adapter)
+    check_fits(base, found)
+    leaves = by_row(resolve(base, names), names)
+    _check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
+    own = [(leaf, found[leaf.path]) for leaf in leaves if leaf.path in found]
+    return Tree(
+        leaves,
+        found,
+        low=[adapted(leaf, x) for leaf, x in own if isinstance(x, _FACTORED)],
+        full=[leaf for leaf, x in own if not is_node(x)],
+        rows=[leaf for leaf, x in own if isinstance(x, Replaced)],
+        tied={leaf.modules[0]: head for leaf in leaves if (head := tied_to(leaf, leaves))},
+    )
+
+
+def _joined(pieces: Sequence[tuple[Leaf, Part]]) -> Part:
+    """A parameter, from what there is of its parts.
+
+    It has one A if all have the same; else all of them, and a B with zeros outside of each part's
+    own outputs.
+    """
+    leaf, first = pieces[0]
+    if leaf.name.part is None:
+        return first
+    (_, count), experts = leaf.name.part, leaf.experts
+    own = {other.name.part[0]: part for other, part in pieces if other.name.part}
+    a = [x.a.reshape(experts, -1, x.a.shape[1]) for x in own.values()]
+    ends = np.cumsum([x.shape[1] for x in a])
+    if len(own) == count and all(
+        x.scale == first.scale and np.array_equal(x.a, first.a) for x in own.values()
+    ):
+        a, ends = a[:1], [a[0].shape[1]] * count
+    b = np.zeros((count, len(first.b), ends[-1], experts), first.b.dtype)
+    for (j, x), end in zip(own.items(), ends, strict=True):
+        factor = x.b.reshape(len(x.b), -1, experts)
+        b[j, :, end - factor.shape[1] : end] = factor * np.asarray(x.scale / first.scale, b.dtype)
+    whole = np.concatenate(a, 1).reshape(-1, first.a.shape[1])
+    m = None if first.m is None else np.concatenate([own[j].m for j in range(count)])
+    return first._replace(a=whole, b=b.reshape(count * len(first.b), -1), m=m)
+
+
+def tensors_of(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The tensors of parts, and of the heads that are `tied` to some, by PEFT's keys.
+
+    Each parameter of a module wraps those before it.
+    """
+    parts = [*parts, *(_head_of(x, tied[x.key]) for x in parts if x.key in tied)]
+    left = collections.Counter(part.name.rpartition(".")[0] for part in parts)
+    tensors: dict[str, np.ndarray] = {}
+    for part in parts:
+        module = part.name.rpartition(".")[0]
+        left[module] -= 1
+        start = f"{PREFIX}{module}{BASE * left[module]}"
+        is_table = part.kind == "embedding"
+        ends = (".lora_embedding_A", ".lora_embedding_B") if is_table else AB
+        tensors |= {start + end: x for end, x in zip((*ends, MAGNITUDE), part.arrays, strict=False)}
+    return tensors
+
+
+def _head_of(table: Part, head: str) -> Part:
+    """The head that shares the weight of an embedding."""
+    a, b = (np.ascontiguousarray(x.T) for x in (table.b, table.a))
+    return table._replace(name=f"{head}.weight", kind="linear", key=head, a=a, b=b)
+
+
+def frozen_tensors(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of parameters that an adapter wraps and leaves as they are."""
+    names = {name: name.rpartition(".") for name in frozen}
+    return {f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()}
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def _check_writable(
+    found: dict[Path, Any], leaves: dict[Path, Leaf], names: Sequence[Name]
+) -> None:
+    """Raises, naming every leaf that cannot be written."""
+    residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
+    if residual:
+        raise ValueError(
+            "`adapter` is for a base that an initializer changed, and not for the parameters that "
+            "PEFT and engines have, at these paths:\n"
+            + "\n".join(f"  {name}" for name in residual)
+            + "\nGive jlora.arithmetic.difference(adapter, initial), where `initial` is what init "
+            "returned, or merge it with its base. If that base is saved in the place of the "
+            "parameters, give nodes that say so: node._replace(residual=False)."
+        )
+    wrong = {path: why for path, x in found.items() if (why := _unwritable(path, x, leaves))}
+    wrong |= {path: why for path, why in _lone_parts(found, leaves) if path not in wrong}
+    unnamed = {path: x for path, x in found.items() if path not in leaves}
+    lost = {path: weight_shape(x) if is_node(x) else x.shape for path, x in unnamed.items()}
+    if wrong:
+        raise ValueError(
+            "`adapter` cannot be written with `names`:\n"
+            + "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
+            + (f"\n{advice(names, lost)}" if lost else "")
+        )
+
+
+def _unwritable(path: Path, x: Any, leaves: Mapping[Path, Leaf]) -> str | None:
+    if (leaf := leaves.get(path)) is None:
+        axes = len(weight_shape(x) if is_node(x) else x.shape)
+        return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
+    if is_node(x) and not isinstance(x, (*_FACTORED, Replaced)):
+        return f"PEFT's files have no place for a {type(x).__name__}"
+    arrays: list[Any] = list(state(x).values()) if is_node(x) else [x]
+    if any(isinstance(y, jax.ShapeDtypeStruct) for y in arrays):
+        return "expected arrays, got jax.ShapeDtypeStruct"
+    if odd := [y.dtype for y in arrays if y.dtype not in DTYPES.values()]:
+        return f"expected a dtype of {', '.join(DTYPES)}, got {odd[0]}"
+    if any(not np.isfinite(np.asarray(y)).all() for y in arrays):
+        return "holds values that are not finite"
+    if not is_node(x):
+        return "in full, but is a part of a parameter of PyTorch" if leaf.name.part else None
+    if leaf.name.kind is None:
+        return (
+            f"is adapted, but its row of `names` has axes {leaf.name.axes!r}, which are no matrix"
+        )
+    ours, wanted = x.layout, leaf.name.layout
+    if isinstance(x, Replaced):
+        is_one = leaf.name.kind == "embedding" and ours == wanted
+        return None if is_one else "has rows of its own, but is no embedding by `names`"
+    if not (set(wanted.inputs) <= set(ours.inputs) and set(wanted.outputs) <= set(ours.outputs)):
+        return f"expected {wanted} by `names`, got {ours}"
+    return _without_magnitudes(x, leaf) if isinstance(x, Decomposed) else None
+
+
+def _without_magnitudes(x: Decomposed, leaf: Leaf) -> str | None:
+    """Why PEFT has no such magnitudes."""
+    if leaf.name.kind == "experts":
+        return "is a Decomposed, and of a parameter of experts PEFT has LoRA alone"
+    if set(x.layout.inputs) != set(leaf.name.layout.inputs):
+        return f"has norms over {x.layout.inputs}, PEFT over {leaf.name.layout.inputs}"
+    if not np.asarray(x.m).any():
+        return "has magnitudes that are all 0"
+    slots = x.layout.slots
+    if slots is not None and len(slots[1]) < slots[0] and adapted(leaf, x) is leaf:
+        return f"has magnitudes for the slots {slots[1]} alone, PEFT for all {slots[0]}"
+    return None
+
+
+def _lone_parts(
+    found: Mapping[Path, Any], leaves: Mapping[Path, Leaf]
+) -> Iterator[tuple[Path, str]]:
+    """Parts of parameters that have magnitudes, where others of the parameter have none."""
+    parts = {p: leaves[p] for p, x in found.items() if isinstance(x, Decomposed) and p in leaves}
+    parts = {path: leaf for path, leaf in parts.items() if leaf.name.part}
+    there = collections.Counter(leaf.parameters[0] for leaf in parts.values())
+    for path, leaf in parts.items():
+        name, (_, n) = leaf.parameters[0], leaf.name.part or (0, 1)
+        if there[name] < n:
+            yield path, f"has magnitudes for {there[name]} of the {n} parts of {name}, PEFT for all"
+
+
+def check_one_method(tree: Tree) -> None:
+    """Raises where PEFT has not the method of a site: it has one for all."""
+    paths = {
+        kind: [name_of(leaf.path) for leaf in tree.low if isinstance(tree.found[leaf.path], kind)]
+        for kind in _FACTORED
+    }
+    if all(paths.values()):
+        listed = (f"  {kind.__name__}: {', '.join(each)}" for kind, each in paths.items())
+        raise ValueError(
+            "`adapter` has DoRA at some sites and LoRA at others; PEFT has one of them for all "
+            "(`use_dora`):\n" + "\n".join(listed) + f"\n{_MERGE}"
+        )
+    heads = [
+        f"  {name_of(leaf.path)}: {tree.tied[leaf.modules[0]]}"
+        for leaf in tree.low
+        if name_of(leaf.path) in paths[Decomposed] and leaf.modules[0] in tree.tied
+    ]
+    if heads:
+        raise ValueError(
+            "`adapter` has DoRA at an embedding that the head shares, where PEFT has norms of its "
+            "own for each of the two:\n" + "\n".join(heads) + f"\n{_MERGE}"
+        )
+
+
+_MERGE = "Merge it into the model: jlora.peft.export_merged, or jlora merge."

@@ -1,0 +1,201 @@
+"""The arrays of a leaf as those of PyTorch's modules and back, by the row that names the leaf.
+
+Axes are permuted and flattened. Values of A and B never change, nor do those of magnitudes and of
+weights unless their row says so.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
+from ..._types import Layout
+from ._leaves import Leaf
+from ._names import RANK, Axes, Groups, lengths
+
+Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitudes where it has some
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+def weights(leaf: Leaf, value: Any) -> list[np.ndarray]:
+    """PyTorch's parameter for each module of `leaf`."""
+    own = _rescale(leaf, value, np.divide)
+    return _pack(own, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+
+
+def weight(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverse of `weights`, but for rounding where values change."""
+    x = _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+    return _rescale(leaf, x, np.multiply)
+
+
+def rows_of(leaf: Leaf, node: Replaced) -> np.ndarray:
+    """PyTorch's rows in the place of those that `node` replaces, (k, dim)."""
+    v = _rescale(leaf, node.v, np.divide)
+    [found] = _pack(v, leaf.name.where("v") + leaf.name.where("o"), leaf.name.weight_groups, leaf)
+    return found
+
+
+def replaced(leaf: Leaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
+    """The node of `leaf` from PyTorch's rows: the inverse of `rows_of`."""
+    [axis] = leaf.name.where("v")
+    few = leaf._replace(shape=(*leaf.shape[:axis], len(rows), *leaf.shape[axis + 1 :]))
+    v = _unpack([v], (axis, *leaf.name.where("o")), leaf.name.weight_groups, few)
+    return Replaced(jnp.asarray(_rescale(leaf, v, np.multiply)), rows, leaf.layout)
+
+
+# --------------------------------------------------------------------------------------- A and B
+
+
+def adapted(leaf: Leaf, node: LowRank | Decomposed) -> Leaf:
+    """The leaf with those of its modules alone that `node` adapts."""
+    slots = node.layout.slots
+    return leaf.only(slots[1]) if slots and _slots_are_modules(leaf, node) else leaf
+
+
+def _slots_are_modules(leaf: Leaf, node: LowRank | Decomposed) -> bool:
+    ours, theirs = node.layout.slots, leaf.layout.slots
+    return bool(ours and theirs and ours[::2] == theirs[::2])
+
+
+def factors(leaf: Leaf, node: LowRank | Decomposed) -> list[Arrays]:
+    """PEFT's A, B and magnitudes for each module of `leaf`, all of which `node` adapts.
+
+    Slots of what is one module there have no equivalent: they become one A of rank slots·r and one
+    B with zeros outside of each slot's own outputs, which is the same ΔW exactly.
+    """
+    low = LowRank(node.a, node.b, node.scale, node.layout)
+    m = np.asarray(node.m) if isinstance(node, Decomposed) else None
+    if low.layout.slots is not None and not _slots_are_modules(leaf, node):
+        m = None if m is None else _join_slots(m, low.layout)
+        low = without_slots(low, leaf.shape)
+    found: dict[str, Any] = {"a": low.a, "b": low.b}
+    if m is not None:
+        found["m"] = _rescale(leaf, m, np.divide)
+    packed = [
+        _pack(_squeeze(found[name], low.layout, name), _axes(low.layout, name), groups, leaf)
+        for name, groups in leaf.name.factor_groups.items()
+        if name in found
+    ]
+    return list(zip(*packed, strict=True))
+
+
+def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
+    """The magnitudes of all slots of a module as one vector."""
+    assert layout.slots is not None
+    count, chosen, axis = layout.slots
+    at = len(layout.stack)
+    parts = [m.take(chosen.index(i), at) for i in range(count)]
+    return np.concatenate(parts, at + layout.outputs.index(axis))
+
+
+def node_of(leaf: Leaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
+    """The node of `leaf` from what each of its modules has: the inverse of `factors`."""
+    modules, found = _of_part(leaf, modules), dict[str, Any]()
+    rank = len(modules[0][0]) // leaf.experts
+    each = zip(leaf.name.factor_groups.items(), zip(*modules, strict=True), strict=False)
+    for (name, groups), parts in each:
+        x = _unpack(parts, _axes(leaf.layout, name), groups, leaf, rank)
+        x = _rescale(leaf, x, np.multiply) if name == "m" else x
+        found[name] = jnp.asarray(np.expand_dims(x, _axes_of_length_one(leaf.layout, name)))
+    if "m" in found:
+        return Decomposed(**found, scale=static["scale"], layout=leaf.layout)
+    return LowRank(**found, **static, layout=leaf.layout)
+
+
+def _of_part(leaf: Leaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
+    """What belongs to `leaf` of each parameter, where that is a part of it.
+
+    Of B the rows of its outputs. Of A and B its own ranks alone where those of all parts lie beside
+    one another, with zeros around each in B, as `save` writes parts of which each has its own A.
+    """
+    if leaf.name.part is None:
+        return modules
+    (j, n), experts = leaf.name.part, leaf.experts
+    a = np.stack([a.reshape(experts, -1, a.shape[1]) for a, *_ in modules])
+    b = np.stack([b.reshape(n, len(b) // n, -1, experts) for _, b, *_ in modules])
+    rank = b.shape[3] // n
+    if rank * n == b.shape[3]:
+        blocks = b.reshape(*b.shape[:3], n, rank, experts)
+        if np.array_equal(blocks.any(axis=(0, 2, 4, 5)), np.eye(n)):
+            a, b = a[:, :, j * rank : (j + 1) * rank], blocks[:, :, :, j]
+    each = zip(a, b[:, j], modules, strict=True)
+    return [
+        (x.reshape(-1, x.shape[-1]), y.reshape(len(y), -1), *(np.split(m, n)[j] for m in own[2:]))
+        for x, y, own in each
+    ]
+
+
+def _axes(layout: Layout, name: str) -> Axes:
+    """The axes of A, B or m. Slots that are modules are the weight's own axis."""
+    found = Decomposed.axes(layout)[name]
+    if layout.slots is None:
+        return found
+    axis = layout.slots[2]
+    return tuple(axis if d == SLOTS else d for d in found if d != axis)
+
+
+def _axes_of_length_one(layout: Layout, name: str) -> tuple[int, ...]:
+    """Where B and m have the outputs of a slot, one each, beside the axis of slots."""
+    found = Decomposed.axes(layout)[name]
+    return () if layout.slots is None or name == "a" else (found.index(layout.slots[2]),)
+
+
+def _squeeze(x: Any, layout: Layout, name: str) -> Any:
+    return np.squeeze(x, _axes_of_length_one(layout, name))
+
+
+# ------------------------------------------------------------------------------- axes and values
+
+
+def _rescale(leaf: Leaf, x: Any, operation: Callable[..., np.ndarray]) -> np.ndarray:
+    """Multiplies or divides by the factor of a row, in at least float32, rounded once."""
+    x = np.asarray(x)
+    if leaf.name.times is None:
+        return x
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    return operation(wide, leaf.factor).astype(x.dtype)
+
+
+def _pack(x: Any, axes: Axes, groups: Groups, leaf: Leaf) -> list[np.ndarray]:
+    """An array of the leaf as those of its modules, whose axes flatten the `groups`."""
+    x = np.asarray(x)
+    stacked = leaf.name.where("ls")
+    order = [*stacked, *itertools.chain(*groups)]
+    # Modules or experts that share a factor here get a copy each.
+    shared = [d for d in order if isinstance(d, int) and d not in axes]
+    axes = (*shared, *axes)
+    x = np.broadcast_to(x, (*(leaf.shape[d] for d in shared), *x.shape))
+    sizes = dict(zip(axes, x.shape, strict=True))
+    x = _reorder(x, axes, leaf, lambda pairs: pairs.T)
+    x = np.transpose(x, [axes.index(d) for d in order])
+    x = x.reshape(lengths([stacked, *groups], sizes))
+    # Contiguous: the writer of safetensors takes the memory as it lies.
+    return [np.ascontiguousarray(part) for part in x]
+
+
+def _unpack(
+    parts: Sequence[np.ndarray], axes: Axes, groups: Groups, leaf: Leaf, rank: int = 0
+) -> np.ndarray:
+    """The inverse of `_pack`."""
+    sizes = {**dict(enumerate(leaf.shape)), RANK: rank}
+    order = [*leaf.name.where("ls"), *itertools.chain(*groups)]
+    x = np.stack(parts).reshape([sizes[d] for d in order])
+    x = np.transpose(x, [order.index(d) for d in axes])
+    return _reorder(x, axes, leaf, lambda pairs: pairs.reshape(2, -1).T)
+
+
+def _reorder(
+    x: np.ndarray, axes: Axes, leaf: Leaf, order: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Puts the entries of an interleaved axis into `order`, which is given them in pairs."""
+    last = leaf.name.where("o")[-1]
+    if not leaf.name.interleaved or last not in axes:
+        return x
+    pairs = np.arange(leaf.shape[last]).reshape(-1, 2)
+    return np.take(x, order(pairs).ravel(), axes.index(last))

@@ -1,0 +1,182 @@
+"""The leaves of a JAX tree with the rows that name them in PyTorch."""
+
+import collections
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..._adapters import is_node
+from ..._tree import leaves_by_path, name_of
+from ..._types import Layout, Path, PyTree
+from ._names import RANK, Name, lengths
+
+
+class Leaf(NamedTuple):
+    """A leaf of the base with its name.
+
+    Attributes:
+        path: its path.
+        value: the leaf.
+        shape: its shape.
+        name: the row that names it.
+        modules: PyTorch's module for each index along the axes `l` and `s`, in C order.
+        slots: which modules of a tuple these are, if not all.
+    """
+
+    path: Path
+    value: Any
+    shape: tuple[int, ...]
+    name: Name
+    modules: tuple[str, ...]
+    slots: tuple[int, ...] | None = None
+
+    def only(self, slots: tuple[int, ...]) -> "Leaf":
+        """That of some modules of a tuple alone."""
+        [axis], stacked = self.name.where("s"), self.name.where("ls")
+        every = np.arange(len(self.modules)).reshape([self.shape[d] for d in stacked])
+        modules = tuple(self.modules[i] for i in every.take(slots, stacked.index(axis)).flat)
+        shape = (*self.shape[:axis], len(slots), *self.shape[axis + 1 :])
+        return self._replace(shape=shape, modules=modules, slots=slots)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of a `LowRank` node for these modules."""
+        layout = self.name.layout
+        if layout.slots is None or self.slots is None:
+            return layout
+        count, _, axis = layout.slots
+        return layout._replace(slots=(count, self.slots, axis))
+
+    @property
+    def parameters(self) -> list[str]:
+        """PyTorch's parameters, in the order of `modules`."""
+        return [f"{module}.{self.name.parameter}" for module in self.modules]
+
+    def key(self, module: str) -> str:
+        """What `target_modules`, or `target_parameters` for experts, and patterns match."""
+        return f"{module}.{self.name.parameter}" if self.name.kind == "experts" else module
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B of one module in the file."""
+        sizes = self._sizes | {RANK: rank}
+        a, b, *_ = self.name.factor_groups.values()
+        return lengths(a, sizes), lengths(b, sizes)
+
+    @property
+    def factor(self) -> float:
+        """What PyTorch's parameter is multiplied with."""
+        return 1.0 if self.name.times is None else self.name.times(self.shape)
+
+    @property
+    def _sizes(self) -> dict[int | str, int]:
+        """The lengths of its axes, as they are in PyTorch."""
+        sizes: dict[int | str, int] = dict(enumerate(self.shape))
+        if self.name.part is not None:
+            sizes[self.name.where("o")[0]] *= self.name.part[1]
+        return sizes
+
+    @property
+    def experts(self) -> int:
+        """How many experts share a parameter."""
+        return math.prod(self.shape[d] for d in self.name.where("e"))
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of one module's parameter in PyTorch."""
+        return lengths(self.name.weight_groups, self._sizes)
+
+
+def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
+    """The leaves of `base` that `names` name, in tree order.
+
+    Raises:
+        TypeError: if `names` is no table.
+        ValueError: if two leaves have one name.
+    """
+    rows = list(names)
+    if not rows or not all(isinstance(row, Name) for row in rows):
+        raise TypeError(
+            "`names` must be a table of jlora.peft.Name rows, such as jlora.peft.LLAMA; "
+            f"got {names!r}."
+        )
+    found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))
+    leaves = [leaf for leaf in found if leaf is not None]
+    owners = collections.defaultdict[str, list[Leaf]](list)
+    for leaf in leaves:
+        for parameter in leaf.parameters:
+            owners[parameter].append(leaf)
+    twice = [
+        f"  {name}: {', '.join(name_of(leaf.path) for leaf in own)}"
+        for name, own in owners.items()
+        if len(own) > 1 and not _are_parts(own)
+    ]
+    if twice:
+        raise ValueError(
+            "`names` gives two leaves one name:\n" + "\n".join(twice) + "\nNarrow its patterns."
+        )
+    return leaves
+
+
+def _are_parts(leaves: Sequence[Leaf]) -> bool:
+    """Whether they are different parts of one parameter."""
+    parts = [leaf.name.part for leaf in leaves]
+    return None not in parts and len(set(parts)) == len(parts)
+
+
+def path_in_names(path: Path) -> str:
+    """A path as the rows of a table have it."""
+    return "/".join(path).removeprefix("params/")
+
+
+def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
+    shape = tuple(x.shape) if hasattr(x, "shape") else ()
+    if (found := row_of(path, shape, rows)) is None:
+        return None
+    row, matched = found
+    templates = [matched.expand(module).replace("/", ".") for module in row.modules]
+    return Leaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
+
+
+def row_of(
+    path: Path, shape: tuple[int, ...], rows: Sequence[Name]
+) -> tuple[Name, re.Match[str]] | None:
+    """The row that names a leaf, and how its pattern matches."""
+    for row in rows:
+        matched = re.fullmatch(row.path, path_in_names(path))
+        if matched and len(row.axes) == len(shape) and _holds_all(row, shape):
+            return row, matched
+    return None
+
+
+def _holds_all(row: Name, shape: tuple[int, ...]) -> bool:
+    return all(shape[d] == len(row.modules) for d in row.where("s"))
+
+
+def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Iterator[str]:
+    stacked = row.where("ls")
+    for at in itertools.product(*(range(shape[d]) for d in stacked)):
+        slot = next((n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "s"), 0)
+        index = [n for n, d in zip(at, stacked, strict=True) if row.axes[d] == "l"]
+        yield templates[slot].format(*index)
+
+
+def by_row(leaves: Sequence[Leaf], names: Sequence[Name]) -> list[Leaf]:
+    """The leaves in the order of the rows that name them, in which PEFT wraps parameters."""
+    order = {name: i for i, name in reversed(list(enumerate(names)))}
+    return sorted(leaves, key=lambda leaf: order[leaf.name])
+
+
+def tied_to(leaf: Leaf, leaves: Sequence[Leaf]) -> str | None:
+    """The module that shares the embedding `leaf`, if it is tied in this tree."""
+    tied = leaf.name.tied
+    if tied is None:
+        return None
+    modules = {m for other in leaves for m in other.modules}
+    if tied in modules:
+        return None
+    parent, dot, _ = tied.rpartition(".")
+    return tied if not dot or any(m.startswith(parent) for m in modules) else None
