@@ -19,7 +19,7 @@ from .adapter._describe import with_scales
 from .adapter._files import write
 from .adapter._tree import frozen_tensors, tensors_of
 from .names._convert import factors
-from .names._leaves import Leaf
+from .names._leaves import NamedLeaf
 
 Fields = dict[str, Any]
 Where = str | os.PathLike[str]
@@ -160,7 +160,7 @@ def _narrowed(alone: Alone) -> list[str]:
     return [k for k, pair in types.items() if any(canonicalize_dtype(x) != x for x in pair)]
 
 
-def _parts(made: PyTree, known: Mapping[str, tuple[Leaf, Part]]) -> list[Part]:
+def _parts(made: PyTree, known: Mapping[str, tuple[NamedLeaf, Part]]) -> list[Part]:
     """A and B of what was made, in PEFT's layout."""
     found = {"/".join(path): x for path, x in adapter_leaves(made).items()}
     odd = [key for key in (*known, *found) if not _fits(found.get(key), known.get(key))]
@@ -177,7 +177,7 @@ def _parts(made: PyTree, known: Mapping[str, tuple[Leaf, Part]]) -> list[Part]:
     return parts
 
 
-def _fits(node: Any, known: tuple[Leaf, Part] | None) -> bool:
+def _fits(node: Any, known: tuple[NamedLeaf, Part] | None) -> bool:
     if known is None or type(node) is not LowRank:
         return False
     leaf, _ = known

@@ -166,7 +166,7 @@ OTHERS = {
 }
 
 
-class Tensor(NamedTuple):
+class TensorInfo(NamedTuple):
     """What a tensor of a file is, before its values are read.
 
     Attributes:
@@ -187,7 +187,7 @@ class Tensor(NamedTuple):
 class Header(NamedTuple):
     """The tensors of a file by name, where their data starts, and where it ends."""
 
-    entries: dict[str, Tensor]
+    entries: dict[str, TensorInfo]
     data: int
     size: int
 
@@ -227,7 +227,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     return Header(entries, 8 + count, size)
 
 
-def _tensor(key: str, fields: Any) -> Tensor | None:
+def _tensor(key: str, fields: Any) -> TensorInfo | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = (fields[k] for k in ("dtype", "shape", "data_offsets"))
@@ -237,14 +237,14 @@ def _tensor(key: str, fields: Any) -> Tensor | None:
     itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else OTHERS[dtype]
     if len(shape) > 16 or math.prod(shape) * itemsize != offsets[1] - offsets[0]:
         return None
-    return Tensor(key, dtype, tuple(shape), *offsets)
+    return TensorInfo(key, dtype, tuple(shape), *offsets)
 
 
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
-def _check_extents(entries: dict[str, Tensor], size: int, what: str) -> None:
+def _check_extents(entries: dict[str, TensorInfo], size: int, what: str) -> None:
     """The tensors must fill the data without a hole and without an overlap."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][3:]):

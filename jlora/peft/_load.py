@@ -11,7 +11,7 @@ import numpy as np
 from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
-from ._file import Source, Tensor
+from ._file import Source, TensorInfo
 from ._problems import Problems
 from .adapter._contents import Adapter, sort_tensors
 from .adapter._files import Files, open_files
@@ -21,7 +21,7 @@ from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._tokens import Tokens
 from .names._advice import advice
 from .names._convert import node_of, replaced, weight
-from .names._leaves import Leaf, by_row, resolve
+from .names._leaves import NamedLeaf, by_row, resolve
 from .names._names import Name
 
 WHERE = "`base` under `names`"
@@ -88,12 +88,12 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
 
 
 def _value(
-    leaf: Leaf, own: Any, values: Mapping[str, np.ndarray], static: Mapping[str, Any]
+    leaf: NamedLeaf, own: Any, values: Mapping[str, np.ndarray], static: Mapping[str, Any]
 ) -> Any:
     """The leaf of an adapter tree."""
     if isinstance(own, Tokens):
         return replaced(leaf, own.rows, values[own.v.key])
-    if isinstance(own[0], Tensor):
+    if isinstance(own[0], TensorInfo):
         return jnp.asarray(weight(leaf, [values[x.key] for x in own]))
     arrays = [part.read(values).arrays for part in own]
     return node_of(leaf, arrays, scale=own[0].scale * leaf.factor, **static)
@@ -113,7 +113,7 @@ class Fitted(NamedTuple):
     values: dict[str, np.ndarray]
 
 
-def fit(files: Files, leaves: Sequence[Leaf], problems: Problems) -> Fitted:
+def fit(files: Files, leaves: Sequence[NamedLeaf], problems: Problems) -> Fitted:
     """Fits an adapter to the tree that has `leaves`, or raises."""
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
     if is_miss(files.fields):
@@ -122,9 +122,7 @@ def fit(files: Files, leaves: Sequence[Leaf], problems: Problems) -> Fitted:
     refuse_biases(adapter, problems)
     parts = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
     match = match_to_tree(adapter, parts, leaves, problems)
-    every = [x for part in parts for x in part.arrays]
-    every += [*adapter.full.values(), *adapter.frozen.values()]
-    every += [tokens.v for tokens in adapter.tokens.values()]
+    every = adapter.tensors(parts)
     if not files.is_own:
         refuse_wide(every, problems)
     values = files.values(every, problems)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 
-from ._file import CONFIG, Tensor, listing, shown
+from ._file import CONFIG, TensorInfo, listing, shown
 
 
 class Problems:
@@ -24,7 +24,7 @@ class Problems:
         """Adds what is wrong with a tensor, module or field, which the files may call anything."""
         self.found.append(f"{shown(where)}: {why}")
 
-    def add_not_floating(self, tensor: Tensor) -> None:
+    def add_not_floating(self, tensor: TensorInfo) -> None:
         """Adds a tensor of integers or the like, where numbers are expected."""
         self.add(tensor.key, f"expected a floating-point dtype, got {tensor.dtype}")
 

@@ -19,7 +19,7 @@ from .adapter._tokens import DELTA, DELTA_ALONE
 from .adapter._tree import Tree, arrange, check_one_method, frozen_tensors, tensors_of
 from .adapter._vllm import flattened
 from .names._convert import weights
-from .names._leaves import Leaf
+from .names._leaves import NamedLeaf
 from .names._names import Name
 
 Written = tuple[Fields, dict[str, np.ndarray]]  # a configuration, and tensors by their keys
@@ -204,7 +204,7 @@ def _refuse_config(wrong: Sequence[str]) -> None:
         raise ValueError("`config` cannot be written:\n  " + "\n  ".join(wrong))
 
 
-def _check_values(leaves: Sequence[Leaf]) -> None:
+def _check_values(leaves: Sequence[NamedLeaf]) -> None:
     bare = dict.fromkeys(name_of(leaf.path) for leaf in leaves if is_abstract(leaf.value))
     if bare:
         raise ValueError(

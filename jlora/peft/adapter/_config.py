@@ -174,7 +174,7 @@ def misformed(fields: Mapping[str, Any]) -> list[str]:
     """Why fields are not of the kind that PEFT writes."""
     wrong = [
         f"{key}: expected {what}, got {brief(fields[key])}"
-        for key, (what, fits) in _FORMS.items()
+        for key, (what, fits) in _KINDS.items()
         if key in fields and not fits(fields[key])
     ]
     if wrong:
@@ -229,10 +229,10 @@ def _is_text(x: Any) -> bool:
     return isinstance(x, str)
 
 
-_Form = tuple[str, Callable[[Any], bool]]
-_FLAG: _Form = "true or false", lambda x: isinstance(x, bool)
-_MODULES: _Form = "a pattern, names or null", _or_null(_is_text, _is_names)
-_FORMS: dict[str, _Form] = {
+_Kind = tuple[str, Callable[[Any], bool]]
+_FLAG: _Kind = "true or false", lambda x: isinstance(x, bool)
+_MODULES: _Kind = "a pattern, names or null", _or_null(_is_text, _is_names)
+_KINDS: dict[str, _Kind] = {
     "r": ("an integer of at least 1", _is_rank),
     "lora_alpha": ("a finite number", is_finite),
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, Tensor, shown
+from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, shown
 from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
@@ -37,7 +37,7 @@ class Part(NamedTuple):
         name: PyTorch's parameter.
         kind: `linear`, `embedding`, `conv` or `experts`.
         key: what patterns match: the module, or the parameter where it is chosen by its name.
-        a: PEFT's A, an array or a `Tensor` of the file.
+        a: PEFT's A, an array or a `TensorInfo` of the file.
         b: PEFT's B.
         scale: s.
         transposed: whether PyTorch keeps the weight as (inputs, outputs); None if not known.
@@ -82,11 +82,17 @@ class Adapter(NamedTuple):
     fields: dict[str, Any]
     selection: Selection
     parts: dict[str, list[Part]]
-    full: dict[str, Tensor]
-    frozen: dict[str, Tensor]
-    biases: dict[str, Tensor]
+    full: dict[str, TensorInfo]
+    frozen: dict[str, TensorInfo]
+    biases: dict[str, TensorInfo]
     tokens: dict[str, Tokens]
     heads: list[str]
+
+    def tensors(self, parts: Iterable[Part]) -> list[TensorInfo]:
+        """All tensors that are to be read, with those of `parts`."""
+        low = [x for part in parts for x in part.arrays]
+        whole = (*self.full.values(), *self.frozen.values(), *self.biases.values())
+        return [*low, *whole, *(tokens.v for tokens in self.tokens.values())]
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:
@@ -97,10 +103,10 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
     if fields.get("peft_type") == ROWS_ALONE:
         tokens = _rows_alone(selection, files.tensors, problems)
         return Adapter(fields, selection, {}, {}, {}, {}, tokens, [])
-    sides = collections.defaultdict[tuple[str, int, bool], dict[str, Tensor]](dict)
+    sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     endings = (MAGNITUDE, DELTA, B_BIAS) if fields.get("lora_bias") else (MAGNITUDE, DELTA)
-    by_ending = {end: dict[str, Tensor]() for end in (MAGNITUDE, DELTA, B_BIAS)}
-    others = dict[str, Tensor]()
+    by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, DELTA, B_BIAS)}
+    others = dict[str, TensorInfo]()
     for x in files.tensors:
         name = x.key.removeprefix(PREFIX)
         if not x.key.startswith(PREFIX):
@@ -129,7 +135,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
 
 
 def _rows_alone(
-    selection: Selection, tensors: Iterable[Tensor], problems: Problems
+    selection: Selection, tensors: Iterable[TensorInfo], problems: Problems
 ) -> dict[str, Tokens]:
     """The rows of an adapter of nothing else."""
     rows, found = tuple(selection.fields["token_indices"]), dict[str, Tokens]()
@@ -158,23 +164,25 @@ def _rows_alone(
 
 def _others(
     selection: Selection,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, TensorInfo],
     adapted: Collection[str],
     with_rows: Collection[str],
     problems: Problems,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
     """The parameters that are replaced, and those that must be the base's."""
-    full, frozen = dict[str, Tensor](), dict[str, Tensor]()
+    full, frozen = dict[str, TensorInfo](), dict[str, TensorInfo]()
     for key, x in tensors.items():
         wrapped, _, parameter = key.rpartition(".")
         module = wrapped.removesuffix(BASE).removesuffix(WRAPPED)
         name, is_wrapped, is_adapted = f"{module}.{parameter}", module != wrapped, module in adapted
         feature = "modules_to_save" in key or "original_module" in key
-        is_full = _is_full(selection, module, parameter, is_adapted)
-        is_frozen = is_wrapped and (is_adapted or module in with_rows)
-        is_frozen &= parameter == "weight" or (
-            parameter == "bias" and not _is_full(selection, module, parameter, True)
+        ties = may_tie(selection.fields, module)
+        is_full = ties or selection.saves_whole(module, parameter, is_adapted)
+        is_bias_of_base = parameter == "bias" and not (
+            ties or selection.saves_whole(module, parameter, True)
         )
+        is_frozen = is_wrapped and (is_adapted or module in with_rows)
+        is_frozen &= parameter == "weight" or is_bias_of_base
         is_resized = _is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
         if name in full or name in frozen:
             problems.add(x.key, f"there twice, with and without {BASE[1:]}")
@@ -193,13 +201,6 @@ def _others(
 def _is_of_vocabulary(module: str, parameter: str) -> bool:
     """Whether PEFT saves a parameter by itself, once the vocabulary has been resized."""
     return parameter in ("weight", "bias") and bool(SHARED.search(module))
-
-
-def _is_full(selection: Selection, module: str, parameter: str, is_adapted: bool) -> bool:
-    """Whether a parameter is saved as a whole."""
-    bias = selection.fields.get("bias", "none")
-    by_bias = parameter == "bias" and (bias == "all" or (bias == "lora_only" and is_adapted))
-    return by_bias or selection.saves(module) or may_tie(selection.fields, module)
 
 
 def may_tie(fields: Mapping[str, Any], module: str) -> bool:
@@ -225,8 +226,8 @@ def resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str |
 
 def _parts(
     selection: Selection,
-    sides: Mapping[tuple[str, int, bool], Mapping[str, Tensor]],
-    magnitudes: Mapping[str, Tensor],
+    sides: Mapping[tuple[str, int, bool], Mapping[str, TensorInfo]],
+    magnitudes: Mapping[str, TensorInfo],
     problems: Problems,
 ) -> dict[str, list[Part]]:
     """A and B of each module, the deepest first, with magnitudes; none where one of them lacks."""
@@ -259,5 +260,5 @@ def _parts(
     return found
 
 
-def _without(there: Tensor) -> str:
+def _without(there: TensorInfo) -> str:
     return f"missing, though {shown(there.key)} is there"

@@ -11,7 +11,7 @@ from ..._tree import name_of
 from ..._types import Path
 from .._file import PREFIX
 from .._problems import Problems
-from ..names._leaves import Leaf
+from ..names._leaves import NamedLeaf
 from ._config import ROWS_ALONE, misformed
 from ._contents import BASE, SAVED_BY_NAME, Part, may_tie
 from ._select import Names, Selection, divisor, tails
@@ -70,7 +70,7 @@ def _with_targets(fields: Fields, tree: Tree) -> Fields:
     }
 
 
-def _adapts(selection: Selection, leaf: Leaf, module: str) -> bool:
+def _adapts(selection: Selection, leaf: NamedLeaf, module: str) -> bool:
     if leaf.name.kind is None or selection.saves(module):
         return False
     if leaf.name.parameter in selection.parameters(module):
@@ -114,25 +114,24 @@ def _with_full(fields: Fields, tree: Tree) -> Fields:
     }
 
 
-def saved_in_full(fields: Fields, tree: Tree) -> list[tuple[Leaf, list[str]]]:
+def saved_in_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
     """The leaves that are saved in full, with a key for each of their modules."""
-    selection, bias = Selection(fields), fields.get("bias", "none")
+    selection = Selection(fields)
     adapted = {module for leaf in tree.low for module in leaf.modules}
 
-    def key(leaf: Leaf, module: str) -> str | None:
-        parameter = leaf.name.parameter
-        if selection.saves(module):
-            return f"{PREFIX}{module}.{parameter}"
-        if parameter == "bias" and module in adapted and bias in ("all", "lora_only"):
-            return f"{PREFIX}{module}{BASE}.bias"
-        return f"{PREFIX}{module}.bias" if parameter == "bias" and bias == "all" else None
+    def key(leaf: NamedLeaf, module: str) -> str | None:
+        parameter, is_adapted = leaf.name.parameter, module in adapted
+        if not selection.saves_whole(module, parameter, is_adapted):
+            return None
+        is_wrapped = is_adapted and not selection.saves(module)
+        return f"{PREFIX}{module}{BASE * is_wrapped}.{parameter}"
 
     keys = [(leaf, [key(leaf, module) for module in leaf.modules]) for leaf in tree.leaves]
     found = [(leaf, [k for k in each if k]) for leaf, each in keys]
     return [(leaf, each) for leaf, each in found if len(each) == len(leaf.modules)]
 
 
-def frozen_beside(fields: Fields, tree: Tree) -> dict[str, Leaf]:
+def frozen_beside(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
     """The frozen embeddings and heads that PEFT stores beside A and B, by their names."""
     if fields.get(INDICES) is not None:  # PEFT then stores none
         return {}

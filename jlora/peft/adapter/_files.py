@@ -13,7 +13,7 @@ from .._file import (
     DTYPES,
     TENSORS,
     Source,
-    Tensor,
+    TensorInfo,
     opened,
     read_header,
     read_json,
@@ -38,12 +38,12 @@ class Files(NamedTuple):
     """
 
     fields: dict[str, Any]
-    tensors: list[Tensor]
-    read: Callable[[Iterable[Tensor]], dict[str, np.ndarray]]
+    tensors: list[TensorInfo]
+    read: Callable[[Iterable[TensorInfo]], dict[str, np.ndarray]]
     argument: str
     is_own: bool = False
 
-    def values(self, wanted: Iterable[Tensor], problems: Problems) -> dict[str, np.ndarray]:
+    def values(self, wanted: Iterable[TensorInfo], problems: Problems) -> dict[str, np.ndarray]:
         """Reads tensors, by their keys; values that are not finite, or mean nothing, are problems.
 
         It is called when all else is known to be right.
@@ -72,7 +72,7 @@ def open_files(source: Source) -> Files:
     """
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
 
-    def read(wanted: Iterable[Tensor]) -> dict[str, np.ndarray]:
+    def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
         with opened(source, TENSORS) as (file, _):
             value = reader(file, header)
             return {x.key: value(x.key) for x in wanted}
@@ -83,7 +83,7 @@ def open_files(source: Source) -> Files:
 def in_memory(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
     """The files that `write` would write."""
     types = {dtype: name for name, dtype in DTYPES.items()}
-    found = [Tensor(key, types[x.dtype], x.shape) for key, x in tensors.items()]
+    found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]
     read = lambda wanted: {x.key: tensors[x.key] for x in wanted}  # noqa: E731
     return Files(dict(fields), found, read, argument, True)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._file import DTYPES, PREFIX, Tensor, brief, shown
+from .._file import DTYPES, PREFIX, TensorInfo, brief, shown
 from .._problems import Problems
 from ._config import COMMON, DEFAULTS, MISS, features, misformed
 from ._contents import Part
@@ -60,7 +60,7 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
     """An adapter of MiSS as one of LoRA, for parameters of these `shapes` by PyTorch's names."""
     problems.stop(*problems_of_miss(files.fields))
     fields, rank = files.fields, files.fields["r"]
-    blocks, others = dict[str, Tensor](), list[Tensor]()
+    blocks, others = dict[str, TensorInfo](), list[TensorInfo]()
     inputs: dict[str, int] = {}  # of the modules
     for x in files.tensors:
         if not (x.key.startswith(PREFIX) and x.key.endswith(BLOCK)):
@@ -79,7 +79,7 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
             blocks[module], inputs[module] = x, n
     problems.stop()
 
-    def read(wanted: Iterable[Tensor]) -> dict[str, np.ndarray]:
+    def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
         """All of it: whoever reads wants all."""
         found = files.read(files.tensors)
         for module, x in blocks.items():
@@ -89,7 +89,7 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
         return {x.key: found[x.key] for x in wanted}
 
     made = [
-        Tensor(f"{PREFIX}{module}{end}", "F32", shape)
+        TensorInfo(f"{PREFIX}{module}{end}", "F32", shape)
         for module, x in blocks.items()
         for end, shape in zip(AB, ((rank, inputs[module]), x.shape[::-1]), strict=True)
     ]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .._file import CONFIG, PREFIX, TENSORS, brief, shown
+from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, brief, shown
 from .._problems import Problems
 from ._config import ROWS_ALONE
 from ._contents import HEADS, Adapter, Part, may_tie
@@ -168,16 +168,12 @@ def matrix(part: Part) -> tuple[int, int]:
 def missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     """What the configuration selects of the model and the file lacks."""
     selection, modules = adapter.selection, adapter.parts.keys()
-    bias, found = adapter.fields.get("bias", "none"), []
+    found = []
     is_alone = adapter.fields.get("peft_type") == ROWS_ALONE
     selection.prepare(name.rpartition(".")[0] for name in shapes)
     for name, shape in shapes.items():
         module, _, parameter = name.rpartition(".")
-        if selection.saves(module) or (
-            parameter == "bias"
-            and len(shape) == 1
-            and (bias == "all" or (bias == "lora_only" and module in modules))
-        ):
+        if selection.saves_whole(module, parameter, module in modules):
             lost = name not in adapter.full
         elif parameter == "weight" and len(shape) > 1 and selection.adapts(module):
             lost = module not in modules and not (is_alone and name in adapter.tokens)
@@ -200,14 +196,23 @@ def _idle_names(adapter: Adapter) -> list[str]:
     ]
 
 
+def identity(x: Any, transposed: bool = False) -> tuple[Any, ...]:
+    """What two tensors must have in common to be the same."""
+    shape = x.shape[::-1] if transposed else x.shape
+    if isinstance(x, TensorInfo):
+        return shape, x.dtype
+    data = (x.T if transposed else x).tobytes()
+    return shape, x.dtype, hashlib.sha256(data).digest()
+
+
 def twins(parts: Iterable[Part]) -> dict[str, Part]:
     """By name, the part that is the same on the other side of a weight that two modules share."""
     groups: dict[Any, dict[str, Part]] = {}
     for part in parts:
         if part.kind in ("embedding", "linear") and part.m is None:
-            a, b = (part.a, part.b) if part.kind == "linear" else (part.b.T, part.a.T)
-            values = hashlib.sha256(a.tobytes() + b.tobytes()).digest()
-            group = groups.setdefault((part.scale, a.shape, b.shape, a.dtype, values), {})
-            group.setdefault(part.kind, part)
+            is_table = part.kind == "embedding"
+            a, b = (part.b, part.a) if is_table else (part.a, part.b)
+            key = part.scale, identity(a, is_table), identity(b, is_table)
+            groups.setdefault(key, {}).setdefault(part.kind, part)
     pairs = (group.values() for group in groups.values() if len(group) == 2)
     return {x.name: y for pair in pairs for x, y in itertools.permutations(pair)}

@@ -104,6 +104,12 @@ class Selection:
         """Whether `modules_to_save` names `module` or one that holds it, as PEFT matches it."""
         return bool(self._saved.backwards) and any(p in self._saved for p in parents(module))
 
+    def saves_whole(self, module: str, parameter: str, is_adapted: bool) -> bool:
+        """Whether PEFT saves a parameter as a whole, by `modules_to_save` or `bias`."""
+        bias = self.fields.get("bias", "none")
+        by_bias = bias == "all" or (bias == "lora_only" and is_adapted)
+        return (parameter == "bias" and by_bias) or self.saves(module)
+
     def parameters(self, module: str) -> list[str]:
         """The parameters of `module` that `target_parameters` names, if it is not adapted whole."""
         if not self._parameters or self.adapts(module):

@@ -14,7 +14,7 @@ DELTA_ALONE = ".trainable_tokens_delta"
 WRAPPED = ".token_adapter"
 INDICES = "trainable_token_indices"
 
-Rows = tuple[int, ...]
+RowNumbers = tuple[int, ...]
 
 
 class Tokens(NamedTuple):
@@ -27,13 +27,13 @@ class Tokens(NamedTuple):
     """
 
     module: str
-    rows: Rows
+    rows: RowNumbers
     v: Any
 
 
 def rows_by_module(
     fields: Mapping[str, Any], modules: Iterable[str], problems: Problems
-) -> tuple[dict[str, Rows], list[str]]:
+) -> tuple[dict[str, RowNumbers], list[str]]:
     """The rows of each of the `modules` that have values, and what is listed without values.
 
     The latter may be a head that is tied to an embedding with the same rows; else it is a problem.
@@ -46,7 +46,7 @@ def rows_by_module(
         few = "one embedding" if is_one else f"at most {PARAMETERS}"
         problems.add(INDICES, f"expected rows of {few}; there are values for {len(modules)}")
         return {}, []
-    found = dict[str, Rows]()
+    found = dict[str, RowNumbers]()
     for module in modules:
         # As PEFT finds it: also within a part of a name.
         each = {rows for key, rows in listed.items() if module.endswith(key)}

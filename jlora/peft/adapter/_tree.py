@@ -13,7 +13,7 @@ from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
 from ..names._advice import advice
 from ..names._convert import adapted, factors, rows_of
-from ..names._leaves import Leaf, by_row, path_in_names, resolve, tied_to
+from ..names._leaves import NamedLeaf, by_row, path_in_names, resolve, tied_to
 from ..names._names import Name
 from ._contents import BASE, Part
 from ._files import MAGNITUDE
@@ -35,11 +35,11 @@ class Tree(NamedTuple):
         tied: by the module of an embedding, the head that shares its weight.
     """
 
-    leaves: list[Leaf]
+    leaves: list[NamedLeaf]
     found: dict[Path, Any]
-    low: list[Leaf]
-    full: list[Leaf]
-    rows: list[Leaf]
+    low: list[NamedLeaf]
+    full: list[NamedLeaf]
+    rows: list[NamedLeaf]
     tied: dict[str, str]
 
     @property
@@ -56,7 +56,7 @@ class Tree(NamedTuple):
     @property
     def parts(self) -> list[Part]:
         """A and B of each parameter."""
-        pieces = collections.defaultdict[str, list[tuple[Leaf, Part]]](list)
+        pieces = collections.defaultdict[str, list[tuple[NamedLeaf, Part]]](list)
         for leaf in self.low:
             x, name = self.found[leaf.path], leaf.name
             # What is swapped has PEFT's B·A in the order of PyTorch's axes.
@@ -87,7 +87,7 @@ def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
     )
 
 
-def _joined(pieces: Sequence[tuple[Leaf, Part]]) -> Part:
+def _joined(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
     """A parameter, from what there is of its parts.
 
     It has one A if all have the same; else all of them, and a B with zeros outside of each part's
@@ -147,7 +147,7 @@ def frozen_tensors(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check_writable(
-    found: dict[Path, Any], leaves: dict[Path, Leaf], names: Sequence[Name]
+    found: dict[Path, Any], leaves: dict[Path, NamedLeaf], names: Sequence[Name]
 ) -> None:
     """Raises, naming every leaf that cannot be written."""
     residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
@@ -172,7 +172,7 @@ def _check_writable(
         )
 
 
-def _unwritable(path: Path, x: Any, leaves: Mapping[Path, Leaf]) -> str | None:
+def _unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str | None:
     if (leaf := leaves.get(path)) is None:
         axes = len(weight_shape(x) if is_node(x) else x.shape)
         return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
@@ -200,7 +200,7 @@ def _unwritable(path: Path, x: Any, leaves: Mapping[Path, Leaf]) -> str | None:
     return _without_magnitudes(x, leaf) if isinstance(x, Decomposed) else None
 
 
-def _without_magnitudes(x: Decomposed, leaf: Leaf) -> str | None:
+def _without_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
     """Why PEFT has no such magnitudes."""
     if leaf.name.kind == "experts":
         return "is a Decomposed, and of a parameter of experts PEFT has LoRA alone"
@@ -215,7 +215,7 @@ def _without_magnitudes(x: Decomposed, leaf: Leaf) -> str | None:
 
 
 def _lone_parts(
-    found: Mapping[Path, Any], leaves: Mapping[Path, Leaf]
+    found: Mapping[Path, Any], leaves: Mapping[Path, NamedLeaf]
 ) -> Iterator[tuple[Path, str]]:
     """Parts of parameters that have magnitudes, where others of the parameter have none."""
     parts = {p: leaves[p] for p, x in found.items() if isinstance(x, Decomposed) and p in leaves}

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
 from ..._types import Layout
-from ._leaves import Leaf
+from ._leaves import NamedLeaf
 from ._names import RANK, Axes, Groups, lengths
 
 Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitudes where it has some
@@ -22,26 +22,26 @@ Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitude
 # --------------------------------------------------------------------------------------- weights
 
 
-def weights(leaf: Leaf, value: Any) -> list[np.ndarray]:
+def weights(leaf: NamedLeaf, value: Any) -> list[np.ndarray]:
     """PyTorch's parameter for each module of `leaf`."""
     own = _rescale(leaf, value, np.divide)
     return _pack(own, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
-def weight(leaf: Leaf, parts: Sequence[np.ndarray]) -> np.ndarray:
+def weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     """The inverse of `weights`, but for rounding where values change."""
     x = _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
     return _rescale(leaf, x, np.multiply)
 
 
-def rows_of(leaf: Leaf, node: Replaced) -> np.ndarray:
+def rows_of(leaf: NamedLeaf, node: Replaced) -> np.ndarray:
     """PyTorch's rows in the place of those that `node` replaces, (k, dim)."""
     v = _rescale(leaf, node.v, np.divide)
     [found] = _pack(v, leaf.name.where("v") + leaf.name.where("o"), leaf.name.weight_groups, leaf)
     return found
 
 
-def replaced(leaf: Leaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
+def replaced(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
     """The node of `leaf` from PyTorch's rows: the inverse of `rows_of`."""
     [axis] = leaf.name.where("v")
     few = leaf._replace(shape=(*leaf.shape[:axis], len(rows), *leaf.shape[axis + 1 :]))
@@ -52,18 +52,18 @@ def replaced(leaf: Leaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
 # --------------------------------------------------------------------------------------- A and B
 
 
-def adapted(leaf: Leaf, node: LowRank | Decomposed) -> Leaf:
+def adapted(leaf: NamedLeaf, node: LowRank | Decomposed) -> NamedLeaf:
     """The leaf with those of its modules alone that `node` adapts."""
     slots = node.layout.slots
     return leaf.only(slots[1]) if slots and _slots_are_modules(leaf, node) else leaf
 
 
-def _slots_are_modules(leaf: Leaf, node: LowRank | Decomposed) -> bool:
+def _slots_are_modules(leaf: NamedLeaf, node: LowRank | Decomposed) -> bool:
     ours, theirs = node.layout.slots, leaf.layout.slots
     return bool(ours and theirs and ours[::2] == theirs[::2])
 
 
-def factors(leaf: Leaf, node: LowRank | Decomposed) -> list[Arrays]:
+def factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
     """PEFT's A, B and magnitudes for each module of `leaf`, all of which `node` adapts.
 
     Slots of what is one module there have no equivalent: they become one A of rank slots·r and one
@@ -94,7 +94,7 @@ def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
     return np.concatenate(parts, at + layout.outputs.index(axis))
 
 
-def node_of(leaf: Leaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
+def node_of(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
     """The node of `leaf` from what each of its modules has: the inverse of `factors`."""
     modules, found = _of_part(leaf, modules), dict[str, Any]()
     rank = len(modules[0][0]) // leaf.experts
@@ -108,7 +108,7 @@ def node_of(leaf: Leaf, modules: Sequence[Arrays], **static: Any) -> LowRank | D
     return LowRank(**found, **static, layout=leaf.layout)
 
 
-def _of_part(leaf: Leaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
+def _of_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
     """What belongs to `leaf` of each parameter, where that is a part of it.
 
     Of B the rows of its outputs. Of A and B its own ranks alone where those of all parts lie beside
@@ -153,7 +153,7 @@ def _squeeze(x: Any, layout: Layout, name: str) -> Any:
 # ------------------------------------------------------------------------------- axes and values
 
 
-def _rescale(leaf: Leaf, x: Any, operation: Callable[..., np.ndarray]) -> np.ndarray:
+def _rescale(leaf: NamedLeaf, x: Any, operation: Callable[..., np.ndarray]) -> np.ndarray:
     """Multiplies or divides by the factor of a row, in at least float32, rounded once."""
     x = np.asarray(x)
     if leaf.name.times is None:
@@ -162,7 +162,7 @@ def _rescale(leaf: Leaf, x: Any, operation: Callable[..., np.ndarray]) -> np.nda
     return operation(wide, leaf.factor).astype(x.dtype)
 
 
-def _pack(x: Any, axes: Axes, groups: Groups, leaf: Leaf) -> list[np.ndarray]:
+def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarray]:
     """An array of the leaf as those of its modules, whose axes flatten the `groups`."""
     x = np.asarray(x)
     stacked = leaf.name.where("ls")
@@ -180,7 +180,7 @@ def _pack(x: Any, axes: Axes, groups: Groups, leaf: Leaf) -> list[np.ndarray]:
 
 
 def _unpack(
-    parts: Sequence[np.ndarray], axes: Axes, groups: Groups, leaf: Leaf, rank: int = 0
+    parts: Sequence[np.ndarray], axes: Axes, groups: Groups, leaf: NamedLeaf, rank: int = 0
 ) -> np.ndarray:
     """The inverse of `_pack`."""
     sizes = {**dict(enumerate(leaf.shape)), RANK: rank}
@@ -191,7 +191,7 @@ def _unpack(
 
 
 def _reorder(
-    x: np.ndarray, axes: Axes, leaf: Leaf, order: Callable[[np.ndarray], np.ndarray]
+    x: np.ndarray, axes: Axes, leaf: NamedLeaf, order: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
     """Puts the entries of an interleaved axis into `order`, which is given them in pairs."""
     last = leaf.name.where("o")[-1]

@@ -15,7 +15,7 @@ from ..._types import Layout, Path, PyTree
 from ._names import RANK, Name, lengths
 
 
-class Leaf(NamedTuple):
+class NamedLeaf(NamedTuple):
     """A leaf of the base with its name.
 
     Attributes:
@@ -34,7 +34,7 @@ class Leaf(NamedTuple):
     modules: tuple[str, ...]
     slots: tuple[int, ...] | None = None
 
-    def only(self, slots: tuple[int, ...]) -> "Leaf":
+    def only(self, slots: tuple[int, ...]) -> "NamedLeaf":
         """That of some modules of a tuple alone."""
         [axis], stacked = self.name.where("s"), self.name.where("ls")
         every = np.arange(len(self.modules)).reshape([self.shape[d] for d in stacked])
@@ -90,7 +90,7 @@ class Leaf(NamedTuple):
         return lengths(self.name.weight_groups, self._sizes)
 
 
-def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
+def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
     """The leaves of `base` that `names` name, in tree order.
 
     Raises:
@@ -105,7 +105,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
         )
     found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))
     leaves = [leaf for leaf in found if leaf is not None]
-    owners = collections.defaultdict[str, list[Leaf]](list)
+    owners = collections.defaultdict[str, list[NamedLeaf]](list)
     for leaf in leaves:
         for parameter in leaf.parameters:
             owners[parameter].append(leaf)
@@ -121,7 +121,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
     return leaves
 
 
-def _are_parts(leaves: Sequence[Leaf]) -> bool:
+def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
     """Whether they are different parts of one parameter."""
     parts = [leaf.name.part for leaf in leaves]
     return None not in parts and len(set(parts)) == len(parts)
@@ -132,13 +132,13 @@ def path_in_names(path: Path) -> str:
     return "/".join(path).removeprefix("params/")
 
 
-def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
+def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> NamedLeaf | None:
     shape = tuple(x.shape) if hasattr(x, "shape") else ()
     if (found := row_of(path, shape, rows)) is None:
         return None
     row, matched = found
     templates = [matched.expand(module).replace("/", ".") for module in row.modules]
-    return Leaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
+    return NamedLeaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
 
 
 def row_of(
@@ -164,13 +164,13 @@ def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Ite
         yield templates[slot].format(*index)
 
 
-def by_row(leaves: Sequence[Leaf], names: Sequence[Name]) -> list[Leaf]:
+def by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[NamedLeaf]:
     """The leaves in the order of the rows that name them, in which PEFT wraps parameters."""
     order = {name: i for i, name in reversed(list(enumerate(names)))}
     return sorted(leaves, key=lambda leaf: order[leaf.name])
 
 
-def tied_to(leaf: Leaf, leaves: Sequence[Leaf]) -> str | None:
+def tied_to(leaf: NamedLeaf, leaves: Sequence[NamedLeaf]) -> str | None:
     """The module that shares the embedding `leaf`, if it is tied in this tree."""
     tied = leaf.name.tied
     if tied is None:

@@ -12,7 +12,7 @@ from ..._types import PyTree
 from .._file import listing
 from ._advice import advice
 from ._convert import weight, weights
-from ._leaves import Leaf, path_in_names, resolve
+from ._leaves import NamedLeaf, path_in_names, resolve
 from ._names import Name
 
 
@@ -97,7 +97,7 @@ def narrowed(dtype: np.dtype) -> str | None:
     return f"its dtype {dtype} needs jax_enable_x64" if is_narrowed else None
 
 
-def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[Leaf]:
+def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLeaf]:
     """The leaves with their names; `ValueError` if one has none."""
     leaves = resolve(tree, names)
     named = {leaf.path for leaf in leaves}
