@@ -139,7 +139,7 @@ def _read(leaf: NamedLeaf, tensors: Any, config: dict[str, Any], format: Format 
     name, whole = leaf.name, leaf.weight_shape
     matrix = name.kind in ("linear", "embedding", "experts")
     if format is not None and matrix and not (name.transposed and name.kind == "linear"):
-        each = (*whole[:-2], *whole[-2:][::-1]) if name.swapped else whole
+        each = (*whole[:-2], *whole[-2:][::-1]) if name.is_swapped else whole
         found = [format.read(tensors, config, m, name.parameter, each) for m in leaf.modules]
         stored = [x for x in found if x is not None]
         if stored and not name.is_plain:

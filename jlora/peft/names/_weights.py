@@ -1,4 +1,4 @@
-"""The tensors of a PyTorch checkpoint to a tree of JAX and back, by a name table."""
+"""Converts the tensors of a PyTorch checkpoint to a JAX tree and back, by a name table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from ._names import Name
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:
-    r"""The parameters that a PyTorch checkpoint holds: axes in our order, layers stacked.
+    r"""Converts the tensors of a PyTorch checkpoint to parameters: axes in JAX's order.
 
     Args:
         tensors: arrays by PyTorch's names, as of `safetensors.numpy.load_file`.
@@ -62,7 +62,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
 
 
 def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
-    r"""The tensors of a PyTorch checkpoint from parameters: the inverse of `from_tensors`.
+    r"""Converts parameters to the tensors of a PyTorch checkpoint: the inverse of `from_tensors`.
 
     Args:
         params: the tree of parameters.
@@ -92,13 +92,13 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
 
 
 def narrowed(dtype: np.dtype) -> str | None:
-    """Why JAX, as it is set, has no arrays of a dtype."""
+    """Explains why JAX, as it is configured, has no arrays of a dtype."""
     is_narrowed = jax.dtypes.canonicalize_dtype(dtype) != dtype
     return f"its dtype {dtype} needs jax_enable_x64" if is_narrowed else None
 
 
 def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLeaf]:
-    """The leaves with their names; `ValueError` if one has none."""
+    """Names all leaves; `ValueError` if one has no name."""
     leaves = resolve(tree, names)
     named = {leaf.path for leaf in leaves}
     if parts := [name_of(leaf.path) for leaf in leaves if leaf.name.part]:
