@@ -21,7 +21,7 @@ from ._words import called
 SHOWN = 4  # singular values in the table
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
 RIGHT = set(HEADER[1:-1])
-MATRICES = ("tensor", "shape", "scheme", "bits", "size", "error")
+MATRICES = ("tensor", "shape", "scheme", "bits", "size")
 
 
 class Matrix(NamedTuple):
@@ -111,12 +111,10 @@ class Quantized(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """A row for each tensor."""
-        fields = peft.Matrix._fields[:-1]
-        rows = [{name: getattr(m, name) for name in fields} for m in self.matrices]
-        return {"path": str(self.folder), "tensors": rows}
+        return {"path": str(self.folder), "tensors": [m._asdict() for m in self.matrices]}
 
     def __str__(self) -> str:
-        lines = aligned(MATRICES, list(map(_quantized, self.matrices)), {"bits", "size", "error"})
+        lines = aligned(MATRICES, list(map(_quantized, self.matrices)), {"bits", "size"})
         size = readable(sum(m.size for m in self.matrices))
         return "\n".join([*lines, "", f"{self.folder}: {len(self.matrices)} matrices, {size}"])
 
@@ -227,5 +225,4 @@ def _quantized(m: peft.Matrix) -> tuple[str, ...]:
         m.scheme,
         f"{8 * m.size / math.prod(m.shape):.3f}",
         readable(m.size),
-        "-" if m.error is None else f"{m.error:.3g}",
     )

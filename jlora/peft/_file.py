@@ -43,7 +43,7 @@ class Source(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
+def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
     """Opens a regular file of `source`, and gives it with its size in bytes."""
     path = source.folder / name
     if source.links == "within":
@@ -99,7 +99,7 @@ def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
 
 def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
     """Reads the object in a JSON file of at most `limit` bytes."""
-    with opened(source, name) as (file, size):
+    with open_file(source, name) as (file, size):
         if size > limit:
             raise ValueError(
                 f"`{source.argument}`: {name} has {size} bytes; expected at most {limit}."
@@ -195,7 +195,7 @@ class Header(NamedTuple):
 def read_header(source: Source, name: str = TENSORS) -> Header:
     """Reads the header of a file of `source`; `ValueError` if the file is damaged."""
     what = f"`{source.argument}`: {name}"
-    with opened(source, name) as (file, size):
+    with open_file(source, name) as (file, size):
         count = int.from_bytes(file.read(8), "little")
         if not 2 <= count <= min(size - 8, HEADER_LIMIT):
             raise ValueError(

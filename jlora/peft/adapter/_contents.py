@@ -208,7 +208,7 @@ def may_tie(fields: Mapping[str, Any], module: str) -> bool:
     return bool(fields.get("ensure_weight_tying")) and bool(SHARED.search(module))
 
 
-def resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
     """Explains why a parameter does not fit if its vocabulary has another size."""
     module, _, parameter = name.rpartition(".")
     if shape == wanted or shape[1:] != wanted[1:] or not _is_of_vocabulary(module, parameter):

@@ -14,7 +14,7 @@ from .._file import (
     TENSORS,
     Source,
     TensorInfo,
-    opened,
+    open_file,
     read_header,
     read_json,
     reader,
@@ -70,7 +70,7 @@ def open_files(source: Source) -> Files:
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
-        with opened(source, TENSORS) as (file, _):
+        with open_file(source, TENSORS) as (file, _):
             value = reader(file, header)
             return {x.key: value(x.key) for x in wanted}
 

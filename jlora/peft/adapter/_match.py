@@ -11,8 +11,8 @@ from .._file import COUNT, DTYPES, PREFIX, TensorInfo, shown
 from .._problems import Problems
 from ..names._convert import weights
 from ..names._leaves import NamedLeaf, tied_heads
-from ._contents import SHARED, Adapter, Part, resized
-from ._tokens import Tokens, lone_heads, misfits, tied_rows, unlike
+from ._contents import SHARED, Adapter, Part, explain_resized
+from ._tokens import Tokens, list_unequal, lone_heads, misfits, tied_rows
 
 LOST = "unexpected; names no leaf of `base` under `names`"
 
@@ -45,7 +45,7 @@ class Match(NamedTuple):
         for x, y in self.transposed:
             if not np.array_equal(values[x.key], values[y.key].T):
                 problems.add(x.key, f"expected the transpose of {shown(y.key)}, got other values")
-        problems.found += unlike(self.same, values)
+        problems.found += list_unequal(self.same, values)
         for x, place in self.frozen:
             if not _is_of_base(values[x.key], place):
                 problems.add(
@@ -120,7 +120,7 @@ def _misfits_in_full(name: str, x: TensorInfo, place: Place | None) -> list[str]
         return [f"{shown(x.key)}: {LOST}"]
     if place.leaf.name.part:
         return [f"{shown(x.key)}: saved in full, but its parts are leaves of `base`"]
-    why = resized(name, x.shape, place.leaf.weight_shape)
+    why = explain_resized(name, x.shape, place.leaf.weight_shape)
     return [why] if why else _misshapen(x, place.leaf.weight_shape)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .._file import CONFIG, PREFIX, TENSORS, brief, shown
+from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, brief, shown
 from .._problems import Problems
 from ._config import ROWS_ALONE
 from ._contents import HEADS, Adapter, Part, may_tie
@@ -58,7 +58,7 @@ def assign_parameters(
         elif parts:
             found += _of_module(selection, module, parts, problems)
     if shapes is not None:
-        problems.found += missing(adapter, shapes)
+        problems.found += list_missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
         problems.unused += selection.idle([*(part.key for part in found), *known], where)
     problems.unused += _idle_names(adapter)
@@ -165,7 +165,7 @@ def matrix(part: Part) -> tuple[int, int]:
     return part.b.shape[0], math.prod(part.a.shape[1:])
 
 
-def missing(adapter: Adapter, shapes: Shapes) -> list[str]:
+def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     """Lists the parameters of the model that are selected and missing in the file."""
     selection, modules = adapter.selection, adapter.parts.keys()
     found = []
@@ -196,14 +196,23 @@ def _idle_names(adapter: Adapter) -> list[str]:
     ]
 
 
+def identity(x: Any, transposed: bool = False) -> tuple[Any, ...]:
+    """What two tensors must have in common to be the same."""
+    shape = x.shape[::-1] if transposed else x.shape
+    if isinstance(x, TensorInfo):
+        return shape, x.dtype
+    data = (x.T if transposed else x).tobytes()
+    return shape, x.dtype, hashlib.sha256(data).digest()
+
+
 def twins(parts: Iterable[Part]) -> dict[str, Part]:
     """Finds pairs of parts that change one shared weight alike; maps each name to the other."""
     groups: dict[Any, dict[str, Part]] = {}
     for part in parts:
         if part.kind in ("embedding", "linear") and part.m is None:
-            a, b = (part.a, part.b) if part.kind == "linear" else (part.b.T, part.a.T)
-            values = hashlib.sha256(a.tobytes() + b.tobytes()).digest()
-            group = groups.setdefault((part.scale, a.shape, b.shape, a.dtype, values), {})
-            group.setdefault(part.kind, part)
+            is_table = part.kind == "embedding"
+            a, b = (part.b, part.a) if is_table else (part.a, part.b)
+            key = part.scale, identity(a, is_table), identity(b, is_table)
+            groups.setdefault(key, {}).setdefault(part.kind, part)
     pairs = (group.values() for group in groups.values() if len(group) == 2)
     return {x.name: y for pair in pairs for x, y in itertools.permutations(pair)}

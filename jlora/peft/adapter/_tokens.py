@@ -89,7 +89,7 @@ def tied_rows(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -
     return next((x for x in others if x.rows == tokens[name].rows), None)
 
 
-def unlike(pairs: Iterable[tuple[Any, Any]], found: Mapping[str, np.ndarray]) -> list[str]:
+def list_unequal(pairs: Iterable[tuple[Any, Any]], found: Mapping[str, np.ndarray]) -> list[str]:
     """Lists heads whose values differ from those of the embedding that is the same weight."""
     return [
         f"{shown(head.key)}: expected the values of {shown(table.key)}, got others"
@@ -99,7 +99,7 @@ def unlike(pairs: Iterable[tuple[Any, Any]], found: Mapping[str, np.ndarray]) ->
 
 
 @np.errstate(over="ignore")  # it is counted by `_blocks`
-def placed(tokens: Tokens, x: np.ndarray, start: int) -> None:
+def put_rows(tokens: Tokens, x: np.ndarray, start: int) -> None:
     """Writes those rows that lie in the block `x` of the table's rows from `start` on."""
     rows = np.asarray(tokens.rows)
     here = np.flatnonzero((rows >= start) & (rows < start + len(x)))
