@@ -21,7 +21,7 @@ from ._words import called
 
 SHOWN = 4  # singular values in the table
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
-MATRICES = ("tensor", "shape", "scheme", "bits", "size", "error")
+MATRICES = ("tensor", "shape", "scheme", "bits", "size")
 
 Fields = dict[str, Any]  # of JSON
 
@@ -62,15 +62,13 @@ def list_quantized(folder: Path, found: Sequence[peft.Matrix]) -> Answer:
             m.scheme,
             f"{8 * m.size / math.prod(m.shape):.3f}",
             readable(m.size),
-            "-" if m.error is None else f"{m.error:.3g}",
         )
         for m in found
     ]
-    lines = aligned(MATRICES, rows, {"bits", "size", "error"})
+    lines = aligned(MATRICES, rows, {"bits", "size"})
     size = readable(sum(m.size for m in found))
     text = "\n".join([*lines, "", f"{folder}: {len(found)} matrices, {size}"])
-    tensors = [{name: getattr(m, name) for name in peft.Matrix._fields[:-1]} for m in found]
-    return Answer(text, {"path": str(folder), "tensors": tensors})
+    return Answer(text, {"path": str(folder), "tensors": [m._asdict() for m in found]})
 
 
 # --------------------------------------------------------------------------------------- measuring
