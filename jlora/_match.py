@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from ._adapters import method_of
 from ._rules import Full, Rule, compile_pattern, explain_no_match, matches, rule_name
 from ._sites import Site, Sites
 
@@ -38,21 +37,20 @@ def _fitted(site: Site, rule: Rule, sites: Sites) -> Site:
     if isinstance(rule, Full):
         _check_full(rule, site)
         return dataclasses.replace(site, rule=rule)
-    materialize = getattr(rule, "materialize", False)
-    if site.layout is None and materialize and site.materialized is not None:
+    if site.layout is None and rule.materialize and site.materialized is not None:
         site = dataclasses.replace(site, kind="materialized", layout=site.materialized)
     if site.layout is None:
         raise ValueError(_not_linear(rule, site, sites))
-    if site.unsupported_uses and not materialize:
+    if site.unsupported_uses and not rule.materialize:
         raise NotImplementedError(
             f"{rule_name(rule)} matches {site.name}, which the model also uses where W + s·A·B "
             f"has no factored form: {'; '.join(site.unsupported_uses)}. Leave it out of the rules, "
             "or let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full "
             "memory and time."
         )
-    fitted, layout = method_of(rule).fit(rule, site)
-    asked = getattr(rule, "rank", None)
-    asked = None if asked == getattr(fitted, "rank", None) else asked
+    fitted, layout = rule.fit(site)
+    asked, got = (x.sizes(layout).get("rank") for x in (rule, fitted))
+    asked = None if asked == got else asked
     return dataclasses.replace(site, rule=fitted, layout=layout, asked_rank=asked)
 
 

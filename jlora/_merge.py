@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapters import PartialWeightError, arrays, lowered, state
+from ._adapters import PartialWeightError, arrays, lower, state
 from ._compat import is_concrete, place_of
 from ._core import Axis, NotInvertibleError
 from ._quantized import Quantized, dequantize, is_quantized, quantized
@@ -39,7 +39,7 @@ def merge(
         check: raise if a merged leaf is not finite. Needs concrete values, so not under `jit`.
         requantize: quantize adapted weights again, in their own schemes, and leave the others as
             they are. This rounds ΔW to what a few bits can hold, which may undo the training:
-            `print(jlora.quantization(merged))` lists the error of each leaf.
+            `print(jlora.summary(merged))` lists the error of each leaf.
 
     Returns:
         A tree with the structure, shapes, dtypes and shardings of `base`.
@@ -156,7 +156,7 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
 def _change(w: Any, node: Any, sign: int) -> jax.Array:
     axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
     w = w.array(jnp.float32) if is_quantized(w) else w
-    return lowered(node, w).of(w, axes, sign).astype(dtype)
+    return lower(node, w).of(w, axes, sign).astype(dtype)
 
 
 def _like(w: Any, old: Any) -> Any:

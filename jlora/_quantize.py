@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from ._compat import is_concrete, known, place_of
 from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
 from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
-from ._table import aligned, readable
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 
@@ -42,8 +41,8 @@ def quantize(
             that memory holds one more weight, not one more tree.
 
     Returns:
-        A tree like `params`, with `Quantized` leaves. `print(jlora.quantization(tree))` says what
-        they take and how far they are off.
+        A tree like `params`, with `Quantized` leaves. `print(jlora.summary(tree))` shows their
+        bytes and errors.
 
     Raises:
         TypeError: if a scheme is none.
@@ -81,88 +80,6 @@ def quantize(
             if donate and gone and not any(x is old for x in leaves):
                 old.delete()
     return jax.tree.unflatten(tree, leaves)
-
-
-class Entry(NamedTuple):
-    """What `quantization` says of a leaf.
-
-    Attributes:
-        path: its path.
-        leaf: the leaf.
-        before: bytes of the weight in its own dtype.
-        after: bytes that it takes.
-        error: ‖W - Q‖ / ‖W‖, of a stack the largest; None if it was read from a file or has no
-            value.
-    """
-
-    path: Path
-    leaf: Quantized
-    before: int
-    after: int
-    error: float | None
-
-
-class Quantization(NamedTuple):
-    """The quantized leaves of a tree; `str()` is a table.
-
-    Attributes:
-        leaves: an entry for each.
-        rest: bytes of all other leaves.
-    """
-
-    leaves: tuple[Entry, ...]
-    rest: int
-
-    def __str__(self) -> str:
-        rows = list(map(_row, self.leaves))
-        header = ("path", "shape", "scheme", "bits", "before", "after", "error")
-        lines = aligned(header, rows, {"bits", "before", "after", "error"})
-        before = self.rest + sum(e.before for e in self.leaves)
-        after = self.rest + sum(e.after for e in self.leaves)
-        total = f"{readable(before)} before, {readable(after)} after"
-        return "\n".join([*lines, f"{total}, of which {readable(self.rest)} are not quantized"])
-
-
-def quantization(tree: PyTree) -> Quantization:
-    """Which leaves of a tree are quantized, what they take, and how far they are off.
-
-    Args:
-        tree: a base, of arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-        A `Quantization`; printed, a table. Bits are a parameter's.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> params = {"w": jax.random.normal(jax.random.key(0), (256, 256)), "b": jnp.ones(256)}
-        >>> print(jlora.quantization(jlora.quantize(params, jlora.NF4("w"))))
-        path  shape    scheme                       bits     before     after  error
-        w     256×256  NF4(block=64, double=True)  4.127  256.0 KiB  33.0 KiB  0.092
-        257.0 KiB before, 34.0 KiB after, of which 1.0 KiB are not quantized
-    """
-    leaves = leaves_by_path(tree)
-    found = [_entry(path, x) for path, x in leaves if is_quantized(x)]
-    rest = [x for _, x in leaves if not is_quantized(x)]
-    return Quantization(tuple(found), sum(np.size(x) * jnp.result_type(x).itemsize for x in rest))
-
-
-def _entry(path: Path, leaf: Quantized) -> Entry:
-    before = leaf.size * np.dtype(leaf.dtype).itemsize
-    error = None if leaf.error is None else known(jnp.max, leaf.error)
-    return Entry(path, leaf, before, leaf.nbytes, None if error is None else float(error))
-
-
-def _row(entry: Entry) -> tuple[str, ...]:
-    leaf = entry.leaf
-    return (
-        name_of(entry.path),
-        "×".join(map(str, leaf.shape)),
-        spelled(leaf.scheme),
-        f"{8 * entry.after / max(1, leaf.size):.3f}",
-        readable(entry.before),
-        readable(entry.after),
-        "-" if entry.error is None else f"{entry.error:.3g}",
-    )
 
 
 # ---------------------------------------------------------------------------- which leaves, and how

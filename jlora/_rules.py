@@ -7,9 +7,57 @@ import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
+
+
+class Rule:
+    """What a user writes: which leaves are adapted, and how. The base of every rule.
+
+    A subclass is a frozen dataclass with a field `pattern`. It names its `node`, the class of what
+    it puts into the adapter, and defines `start`; the rest has defaults, which a field may replace.
+
+    Attributes:
+        pattern: a regular expression for whole components of a leaf's path. None means
+            *all-linear*: every dense and convolutional site, no embeddings.
+        node: a subclass of `jlora.extend.Node`.
+        materialize: whether W + ΔW may be formed where the model leaves no other way.
+        frozen: names of arrays of the node that are not trained.
+    """
+
+    pattern: Any
+    node: ClassVar[Any] = None
+    materialize: bool = False
+    frozen: tuple[str, ...] = ()
+
+    def fit(self, site: Any) -> tuple["Rule", Any]:
+        """The rule and the layout for a `Site`; `ValueError` where the rule cannot apply to it."""
+        return self, site.layout
+
+    def sizes(self, layout: Any) -> dict[str, int]:
+        """The lengths of the axes of the node's arrays that W has not, as `{"rank": 8}`."""
+        del layout
+        return {}
+
+    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
+        """W and the node for it, drawn with `key`.
+
+        `w` is W, an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`. It is returned as it
+        came, unless the base is to be changed.
+        """
+        raise NotImplementedError
+
+    def shapes(self, layout: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of the node for a weight of `shape`."""
+        return self.node.shapes(layout, shape, self.sizes(layout))
+
+    def trainable(self, layout: Any, shape: tuple[int, ...]) -> int:
+        """The number of parameters that the rule trains of a weight of `shape`."""
+        frozen = {name for name, x in self.node.labels.items() if x in (None, "base")}
+        found = self.shapes(layout, shape).items()
+        return sum(math.prod(n) for name, n in found if name not in frozen.union(self.frozen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +112,7 @@ class Slots:
 
 
 @dataclasses.dataclass(frozen=True)
-class Full:
+class Full(Rule):
     """Trains the leaves whose path matches `pattern` in full: heads, norms, biases.
 
     It takes any floating-point leaf, also one that is no weight: a pattern such as `BatchNorm_0`
@@ -89,8 +137,15 @@ class Full:
     def __post_init__(self) -> None:
         check_pattern(self, self.pattern)
 
+    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
+        """W, and a copy, so that a training step that donates the adapter keeps the base."""
+        del key, site
+        return w, w if isinstance(w, jax.ShapeDtypeStruct) else jnp.array(w)
 
-Rule = Any  # `Full` or the rule of a method: a frozen dataclass with a `pattern`
+    def trainable(self, layout: Any, shape: tuple[int, ...]) -> int:
+        """The number of entries of W."""
+        del layout
+        return math.prod(shape)
 
 
 FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # which Python takes only at a pattern's start
@@ -126,7 +181,7 @@ def pattern_anywhere(pattern: str) -> str:
     return f"{flags}.*{_group(pattern)}.*"
 
 
-def matches(rule: Rule, path: str) -> bool:
+def matches(rule: Any, path: str) -> bool:
     """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
     if rule.pattern is None:
         return False
@@ -182,7 +237,7 @@ def _components(path: str, found: re.Match[str]) -> str:
     return path[start : len(path) if end < 0 else end]
 
 
-def check_pattern(rule: Rule, pattern: Any) -> None:
+def check_pattern(rule: Any, pattern: Any) -> None:
     """Raises if `pattern` is no regular expression for components of a path."""
     if not isinstance(pattern, str):
         raise TypeError(

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._adapters import change_of, is_node, trainable
+from ._adapters import change_of, is_node
 from ._core import (
     Change,
-    Product,
+    ProductUse,
     Unsupported,
     Uses,
     ValueReadError,
@@ -30,8 +30,8 @@ from ._core import (
 )
 from ._foreign import check_kept, check_leaf
 from ._quantized import Scheme, is_quantized, spelled
+from ._report import aligned
 from ._rules import Full, Rule, near, rule_name
-from ._table import aligned
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 
@@ -98,10 +98,7 @@ class Site:
     @property
     def trainable(self) -> int:
         """The number of trainable parameters under the rule."""
-        if self.rule is None or isinstance(self.rule, Full):
-            return 0 if self.rule is None else self.size
-        assert self.layout is not None
-        return trainable(self.rule, self.layout, self.shape)
+        return 0 if self.rule is None else self.rule.trainable(self.layout, self.shape)
 
     @property
     def unsupported_uses(self) -> tuple[str, ...]:
@@ -207,7 +204,7 @@ def _reason(site: Site) -> str:
 
 
 def _rank(site: Site) -> str:
-    rank = getattr(site.rule, "rank", "-")
+    rank = "-" if site.rule is None else site.rule.sizes(site.layout).get("rank", "-")
     return f"{rank} (of {site.asked_rank})" if site.asked_rank else str(rank)
 
 
@@ -242,7 +239,7 @@ class Traced(NamedTuple):
 
         def weight(path: Path, x: Any) -> Weight:
             w = leaf_weight(x, Change(), "/".join(path), materialize=True)
-            return w.replace(x, source=w.source._replace(uses=found))
+            return dataclasses.replace(w, origin=w.origin._replace(uses=found))
 
         self._evaluate(lambda path, x: weight(path, x) if path in weights else x)
         return found
@@ -256,7 +253,7 @@ class Traced(NamedTuple):
                 return x
             name = "/".join(path)
             change = change_of(node, x, name)
-            return leaf_weight(x, change, name, getattr(node, "materialize", False))
+            return leaf_weight(x, change, name, node.materialize)
 
         self._evaluate(changed)
 
@@ -355,7 +352,7 @@ def _is_matrix(x: Any) -> bool:
     return x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _site(path: Path, x: Any, products: list[Product], unsupported: list[Unsupported]) -> Site:
+def _site(path: Path, x: Any, products: list[ProductUse], unsupported: list[Unsupported]) -> Site:
     kinds = {u.kind for u in products}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
     # A tied embedding is laid out as its lookup has it: A by rows.

@@ -8,20 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import change_of, is_node, is_rule, lengths, method_of
+from ._adapters import change_of, is_node, lengths
 from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
 from ._foreign import advised, check_apply_fn
+from ._keys import check_key, fold
 from ._match import match, wanted
 from ._quantized import is_quantized
-from ._rules import Full, Rule, misplaced, rule_name
+from ._rules import Rule, misplaced, rule_name
 from ._sites import Sites, Traced, find_sites
 from ._tree import (
     adapter_leaves,
     bind,
-    check_key,
     flatten,
-    fold,
-    is_abstract,
     is_adapted,
     is_empty,
     leaves_by_path,
@@ -83,7 +81,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     """
     check_apply_fn(apply_fn)
     for rule in rules:
-        if not is_rule(rule):
+        if not isinstance(rule, Rule):
             got = misplaced(rule, "transform(apply_fn, *rules)")
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.
@@ -150,20 +148,12 @@ def _init(
     flat, tree = flatten(params)
     base, adapter = [], {}
     for site, w in zip(sites.leaves, flat, strict=True):
-        if isinstance(site.rule, Full):
-            adapter[site.parts] = _copy(w)
-        elif site.rule is not None:
-            start = method_of(site.rule).start
-            w, adapter[site.parts] = start(fold(key, site.parts), w, site, site.rule)
+        if site.rule is not None:
+            w, adapter[site.parts] = site.rule.start(fold(key, site.parts), w, site)
         base.append(w)
     adapter = nest(adapter)
     traced.check(dict(leaves_by_path(dropout(adapter, key), is_node)))
     return jax.tree.unflatten(tree, base), adapter
-
-
-def _copy(w: Any) -> Any:
-    # A copy, so that a training step that donates the adapter does not delete the base.
-    return w if is_abstract(w) else jnp.array(w)
 
 
 def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,7 +214,7 @@ def _weight(leaf: Any, path: str) -> Weight:
     w, node = leaf.base, leaf.delta
     w = w if is_quantized(w) else jnp.asarray(w)
     change = change_of(node, w, path)
-    return leaf_weight(w, change, path, getattr(node, "materialize", False))
+    return leaf_weight(w, change, path, node.materialize)
 
 
 def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
@@ -258,7 +248,7 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
         key = jax.random.wrap_key_data(key)
 
     def seed(path: Path, leaf: Any) -> Any:
-        if not is_node(leaf) or not getattr(leaf, "dropout", 0):
+        if not is_node(leaf) or not leaf.dropout:
             return leaf
         mine = fold(key, path)
         stack = tuple(lengths(leaf)[d] for d in leaf.layout.stack)

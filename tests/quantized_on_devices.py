@@ -345,7 +345,7 @@ def test_a_plan(scheme, compile):
     base, adapter, x = on_mesh(AUTO, base, adapter, x, specs)
     loss = lambda adapter, base, x: lora.apply(base, adapter, x).var()  # noqa: E731
     found = jlora.plan(loss, base, adapter, (x,), compile=compile)
-    assert found.method == ("compiled" if compile else "arithmetic")
+    assert (found.peak is not None) == compile
     assert found.base == sum(v.addressable_shards[0].data.nbytes for v in jax.tree.leaves(base))
     bits = {"NF4": 4.127, "Int8": 8.2, "Int4": 4.75}[type(scheme).__name__]
     assert found.base == pytest.approx(bits * 2 * D * F / 8 / AUTO.size, rel=0.06)

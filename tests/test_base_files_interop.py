@@ -78,9 +78,9 @@ def test_every_leaf_to_a_bit(folder, kind, scan):
     model, path = quantized(folder, kind)
     like, names = llama.shapes(CONFIG, scan), llama.names(CONFIG)
     base = peft.load_base(path, names, like=like)
-    found = jlora.quantization(base).leaves
+    found = jlora.summary(base).quantized
     assert len(found) == (7 if scan else 14)
-    assert {type(e.leaf.scheme).__name__.lower() for e in found} == {kind.partition("-")[0]}
+    assert {type(e.scheme).__name__.lower() for e in found} == {kind.partition("-")[0]}
     tensors = peft.to_tensors(jlora.dequantize(base), names)
     modules = dict(model.named_modules())
     for name, x in tensors.items():

@@ -1,5 +1,6 @@
-"""Where results lie along explicit mesh axes, on which JAX has them stated."""
+"""How results are sharded along explicit mesh axes, where JAX wants this stated."""
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -15,29 +16,32 @@ def explicit(x: Any) -> NamedSharding | None:
     return found
 
 
-def renamed(sharding: NamedSharding, old: str, new: str) -> NamedSharding:
-    """The same for an array whose axes `old` are in the order `new`."""
-    entries = dict(zip(old, sharding.spec, strict=True))
-    return NamedSharding(sharding.mesh, PartitionSpec(*(entries[c] for c in new)))
-
-
-def joint(
-    x: str, y: str, out: str, of_x: NamedSharding | None, of_y: NamedSharding | None
+def join_shardings(
+    x: Sequence[Hashable],
+    y: Sequence[Hashable],
+    out: Sequence[Hashable],
+    of_x: NamedSharding | None,
+    of_y: NamedSharding | None,
 ) -> NamedSharding | None:
-    """Each axis of `out` as in x, or else as in y, and no mesh axis twice."""
+    """Shards each axis of `out` as in x, or else as in y, and uses no mesh axis twice."""
     known = of_x or of_y
     if known is None:
         return None
-    entries: dict[str, Any] = {}
+    entries: dict[Hashable, Any] = {}
     for axes, sharding in ((y, of_y), (x, of_x)):
         parts = sharding.spec if sharding else [None] * len(axes)
-        entries |= {c: e for c, e in zip(axes, parts, strict=True) if e is not None}
+        entries |= {a: e for a, e in zip(axes, parts, strict=True) if e is not None}
     used: set[Any] = set()
-    parts = []
-    for c in sorted(out, key=lambda c: c not in x):
-        names = entries.get(c)
-        each = set(names) if isinstance(names, tuple) else {names} - {None}
-        parts.append(None if each & used else names)
-        used |= each
-    order = sorted(out, key=lambda c: c not in x)
-    return renamed(NamedSharding(known.mesh, PartitionSpec(*parts)), "".join(order), out)
+    found: dict[Hashable, Any] = {}
+    for a in sorted(out, key=lambda a: a not in x):
+        names = set(mesh_axes(entries.get(a)))
+        found[a] = None if names & used else entries.get(a)
+        used |= names
+    return NamedSharding(known.mesh, PartitionSpec(*(found[a] for a in out)))
+
+
+def mesh_axes(entry: Any) -> tuple[Any, ...]:
+    """The mesh axes of an entry of a partition."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

@@ -4,16 +4,16 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._core import Axis, Factor, Packed, laid
+from .._core import Axis, Factor, Packed, shard_part
 from .._linalg import norm
-from .._types import PyTree
+from .._types import NotAnArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales, quantize_scales
 from ._form import Form, joined, pack, split, spread, unpack
@@ -37,7 +37,7 @@ class Nested(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class Quantized(NotAnArray):
     r"""A weight of a base in 4 or 8 bits: codes, and a scale for each block of them.
 
     A pytree node with the children `data`, `scale`, `zero`, `nested` and `error`; the rest is
@@ -69,6 +69,12 @@ class Quantized:
     form: Form = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     used: Any = dataclasses.field(default=None, metadata={"static": True})
+
+    _remedy: ClassVar = (
+        "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap "
+        "take: call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
+        "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,13 +126,25 @@ class Quantized:
         packed = Packed(
             parts,
             functools.partial(_unpack, self._how(axes, jnp.dtype(dtype))),
+            tuple(axes),
             self.shape,
             jnp.dtype(dtype),
-            free=frozenset(axes[d] for d in self.form.stack),
-            even=frozenset(axes[d] for d in self.form.stack),
-        ).named(axes)
-        loosened = functools.partial(_loosened, self._how(axes, packed.dtype))
-        return packed.replace(loosened=loosened) if self.nested is not None else loosened(packed)
+            frozenset(axes[d] for d in self.form.stack),
+            functools.partial(_loosen, self._how(axes, jnp.dtype(dtype))),
+            self._even(axes),
+        )
+        return packed if self.nested is not None else packed.replace(even=packed.loose, loosen=None)
+
+    def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
+        """The axes that can be split as the codes and the blocks are, if scales are numbers."""
+        form = self.form
+        if form.flat:
+            return frozenset(axes[d] for d in form.stack)
+        lengths = zip(axes, form.shape, form.blocks, strict=True)
+        even = {a for a, n, block in lengths if n % block == 0 or block > n}
+        if self.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
+            even.remove(axes[form.axis])
+        return frozenset(even)
 
     def _check_dtypes(self) -> None:
         """Raises where the arrays have been cast, as by a map over all arrays of a tree."""
@@ -149,29 +167,11 @@ class Quantized:
     def array(self, dtype: Any = None) -> jax.Array:
         """The weight, dequantized."""
         axes = [Axis(d) for d in range(self.ndim)]
-        return self.packed(axes, dtype).array(axes)
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_NO_ARRAY)
-
-    # Where JAX, NumPy, Flax and models first take it for an array.
-    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __matmul__ = __rmatmul__ = astype = reshape = _refuse
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"Quantized has no attribute {name!r}: {_NO_ARRAY}")
+        return self.packed(axes, dtype).array
 
     def __repr__(self) -> str:
         what = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return f"Quantized({short_name(what)}, {spelled(self.scheme)})"
-
-
-_NO_ARRAY = (
-    "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap take: "
-    "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
-    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
-)
 
 
 def is_quantized(x: Any) -> bool:
@@ -289,7 +289,7 @@ def _unpack(how: _How, parts: Parts) -> Factor:
     # Within the model's own shard_map the parts are those of a shard.
     if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
         parts = jax.tree.map(
-            lambda f: laid(f, used, axes), parts, is_leaf=lambda x: isinstance(x, Factor)
+            lambda f: shard_part(f, used, axes), parts, is_leaf=lambda x: isinstance(x, Factor)
         )
     data, scale, zero = parts["data"], parts["scale"], parts.get("zero")
     if "nested" in parts:
@@ -324,22 +324,7 @@ def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> 
     )
 
 
-def _loosened(how: "_How", packed: Packed) -> Packed:
-    """With scales that are numbers, so that more axes are free, and even."""
-    form, axes = how.form, how.axes
-    parts = dict(packed.parts)
-    if (nested := parts.pop("nested", None)) is not None:
-        parts["scale"] = _scales(parts["scale"], nested, form, axes)
-    if form.flat:
-        return packed.replace(parts=parts, loosened=None)
-    lengths = zip(axes, form.shape, form.blocks, strict=True)
-    even = {a for a, n, block in lengths if n % block == 0 or block > n}
-    if how.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
-        even.remove(axes[form.axis])
-    free = frozenset(axes[d] for d, block in enumerate(form.blocks) if block == 1)
-    return packed.replace(
-        parts=parts,
-        free=packed.free | (free - {axes[form.axis]} - packed.touched),
-        even=packed.even | (even - packed.touched),
-        loosened=None,
-    )
+def _loosen(how: "_How", parts: Parts) -> Parts:
+    """Computes the scales of which there are codes."""
+    scale = _scales(parts["scale"], parts["nested"], how.form, how.axes)
+    return {name: f for name, f in parts.items() if name != "nested"} | {"scale": scale}

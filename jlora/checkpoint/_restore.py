@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from .._adapters import arrays as arrays_of
-from .._adapters import is_node, state, static
+from .._adapters import arrays, is_node, state, static
 from .._tree import adapter_leaves, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from .._untrusted import shown
@@ -22,7 +21,8 @@ from ._fingerprint import (
     is_fingerprint,
     shapes_of,
 )
-from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
+from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
+from ._rules import Fields
 from ._save import ADAPTER, METADATA
 from ._store import Where, check_files, place
 from ._together import by_all, in_step, one_line
@@ -101,7 +101,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
     if base is not None:
         by_all(lambda: _check_base(path, saved, base))
     wanted = by_all(lambda: _check_like(path, saved, like))
-    flat = _read_arrays(path, arrays(wanted))
+    flat = _read_arrays(path, flatten_leaves(wanted))
     _check_hashes(path, saved.hashes, flat)
     leaves = {p: _fill(x, p, flat) for p, x in wanted.items()}
     if like is None:
@@ -113,7 +113,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
 def _fill(x: Any, path: Path, flat: dict[Path, Any]) -> Any:
     if not is_node(x):
         return flat[*path, FULL]
-    return x._replace(**{n: flat[*path, n] if n in state(x) else None for n in arrays_of(x)})
+    return x._replace(**{n: flat[*path, n] if n in state(x) else None for n in arrays(x)})
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -243,7 +243,7 @@ def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Pat
 
 
 def _forms(found: dict[Path, Any]) -> dict[Path, Leaf]:
-    return {_place_of(p): exact(x, values=False) for p, x in arrays(found).items()}
+    return {_place_of(p): exact(x, values=False) for p, x in flatten_leaves(found).items()}
 
 
 def _place_of(path: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._adapters import arrays, is_node, method_of, weight_shape
+from .._adapters import arrays, is_node, weight_shape
 from .._core import mesh_axes
 from .._quantized import is_quantized
 from .._rules import near
@@ -241,7 +241,7 @@ def _each(leaf: Any, place: Callable[[Sequence[Any]], Place]) -> Any:
     """`leaf` with the places of its arrays, made from what each of their axes follows."""
     if not is_node(leaf):
         return place(())
-    axes = method_of(leaf).axes(leaf.layout)
+    axes = leaf.axes(leaf.layout)
     return leaf._replace(**{name: place(axes[name]) for name in arrays(leaf)})
 
 

@@ -153,7 +153,7 @@ def frozen_beside(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
 
 def _with_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
     """Sets dropout and orientation."""
-    dropouts = {getattr(tree.found[leaf.path], "dropout", 0.0) for leaf in tree.low}
+    dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
     if "lora_dropout" not in given and len(dropouts) > 1:
         raise ValueError(
             f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all. "

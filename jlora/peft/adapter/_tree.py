@@ -150,7 +150,7 @@ def _check_writable(
     found: dict[Path, Any], leaves: dict[Path, NamedLeaf], names: Sequence[Name]
 ) -> None:
     """Raises, naming every leaf that cannot be written."""
-    residual = [name_of(path) for path, x in found.items() if getattr(x, "residual", False)]
+    residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
     if residual:
         raise ValueError(
             "`adapter` is for a base that an initializer changed, and not for the parameters that "

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, decomposed_axes, without_slots
+from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
 from ..._types import Layout
 from ._leaves import NamedLeaf
 from ._names import RANK, Axes, Groups, lengths
@@ -133,7 +133,7 @@ def _of_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
 
 def _axes(layout: Layout, name: str) -> Axes:
     """The axes of A, B or m. For slots that are modules, the weight has an axis itself."""
-    found = decomposed_axes(layout)[name]
+    found = Decomposed.axes(layout)[name]
     if layout.slots is None:
         return found
     axis = layout.slots[2]
@@ -142,7 +142,7 @@ def _axes(layout: Layout, name: str) -> Axes:
 
 def _axes_of_length_one(layout: Layout, name: str) -> tuple[int, ...]:
     """The position of a slot's own outputs in B and m, which has length 1 beside the slots."""
-    found = decomposed_axes(layout)[name]
+    found = Decomposed.axes(layout)[name]
     return () if layout.slots is None or name == "a" else (found.index(layout.slots[2]),)
 
 
