@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._arrays import explicit, spell
 from ._axes import RANK, Axis, Factor, Unfactorable
 from ._change import Delta
-from ._einsum import spell
-from ._explicit import explicit
 from ._interpret import Equation, rule
 from ._low_rank import Spec, low_rank
 from ._product import Product, Roles

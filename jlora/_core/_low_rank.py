@@ -18,8 +18,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
+from ._arrays import einsum
 from ._axes import RANK, Axis
-from ._einsum import einsum
 
 KEPT = 16  # h is kept for the backward pass where it is this many times smaller than x
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._arrays import promote
 from ._axes import Axis, Factor, Unfactorable
 from ._change import Delta
-from ._einsum import promote
 from ._weight import Weight
 
 LEAST = 2.0**-60  # a gain

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from .. import _compat
+from ._arrays import explicit
 from ._axes import RANK, Unfactorable
-from ._explicit import explicit
 from ._low_rank import is_kept, low_rank
 
 
