@@ -13,7 +13,7 @@ from jax import lax
 
 from .._core import Axis, Factor, Packed, shard_part
 from .._linalg import norm
-from .._types import NoArray, PyTree
+from .._types import NotAnArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales, quantize_scales
 from ._form import Form, joined, pack, split, spread, unpack
@@ -37,7 +37,7 @@ class Nested(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantized(NoArray):
+class Quantized(NotAnArray):
     r"""A weight of a base in 4 or 8 bits: codes, and a scale for each block of them.
 
     A pytree node with the children `data`, `scale`, `zero`, `nested` and `error`; the rest is
