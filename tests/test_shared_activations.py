@@ -19,7 +19,6 @@ from jlora._core._interpret import RULES
 from jlora._core._shared import groups
 
 LARGE = 2.0**40
-WIDTH = 16  # of an activation beside which x·A is small
 
 
 def three_products(p, x):
@@ -57,13 +56,14 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("adapted", ["q", "qkv"])
+@pytest.mark.parametrize(("adapted", "width"), [("q", 16), ("qkv", 16), ("qkv", 1)])
 @pytest.mark.parametrize("model", MODELS)
-def test_large_terms_meet_first(model, adapted):
-    weights = {n: jnp.zeros((WIDTH, WIDTH)) for n in "qkv"}
+def test_large_terms_meet_first(model, adapted, width):
+    """Also where x·A is not small beside x, so that each A has a product of its own."""
+    weights = {n: jnp.zeros((width, width)) for n in "qkv"}
     weights[adapted[0]] += LARGE
     weights["v"] -= LARGE
-    x = jnp.ones((1, WIDTH))
+    x = jnp.ones((1, width))
     lora = jlora.transform(model, jlora.LoRA(f"[{adapted}]", rank=1, alpha=1))
     base, adapter = lora.init(jax.random.key(0), weights, x)
     adapter = jax.tree.map(jnp.ones_like, adapter)  # each ΔW is 1

@@ -5,7 +5,12 @@ made to it. Of a method it knows only this `Change`. Read the modules in this or
 `_change`, `_weight`, `_interpret`, `_moves`, `_product`, `_dot`, `_low_rank`, `_control`.
 """
 
-from . import _control, _dot, _joins, _kernels, _lookup, _moves, _places  # noqa: F401
+from . import _control, _dot, _joins, _kernels, _lookup, _moves  # noqa: F401
+from ._arrays import einsum as einsum
+from ._arrays import explicit as explicit
+from ._arrays import letters as letters
+from ._arrays import mesh_axes as mesh_axes
+from ._arrays import promote as promote
 from ._axes import RANK as RANK
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
@@ -14,11 +19,6 @@ from ._axes import abstract as abstract
 from ._change import Change as Change
 from ._change import Delta as Delta
 from ._change import NotInvertibleError as NotInvertibleError
-from ._einsum import einsum as einsum
-from ._einsum import letters as letters
-from ._einsum import promote as promote
-from ._explicit import explicit as explicit
-from ._explicit import mesh_axes as mesh_axes
 from ._interpret import Equation as Equation
 from ._interpret import evaluate as evaluate
 from ._interpret import materialized as materialized

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .. import _compat
-from ._explicit import explicit
+from ._arrays import explicit
 
 
 class Axis(NamedTuple):

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
+from ._arrays import einsum, promote
 from ._axes import RANK, Axis, Factor, Unfactorable, is_factor
-from ._einsum import einsum, promote
 
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 

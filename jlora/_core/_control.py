@@ -7,7 +7,7 @@ import jax
 from jax import lax
 
 from .. import _compat
-from ._explicit import explicit
+from ._arrays import explicit
 from ._interpret import Equation, materialized, rule
 from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Weight

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._arrays import explicit, spell
 from ._axes import RANK, Axis, Factor, Unfactorable
 from ._change import Delta
-from ._einsum import spell
-from ._explicit import explicit
 from ._interpret import Equation, rule
 from ._low_rank import Spec, low_rank
 from ._product import Product, Roles
@@ -30,7 +29,6 @@ class Contraction(Product):
         roles: what the contraction does with the axes of W.
         x_axes: the axes of x.
         y_axes: the axes of y.
-        term: what the only delta adds, where that is known.
     """
 
     eqn: Equation
@@ -40,7 +38,6 @@ class Contraction(Product):
     roles: Roles
     x_axes: tuple[Axis, ...]
     y_axes: tuple[Axis, ...]
-    term: jax.Array | None = None
 
     def base(self, x: jax.Array) -> jax.Array:
         def dot(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -49,8 +46,6 @@ class Contraction(Product):
         return self.w.w.multiply(dot, x)
 
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
-        if self.term is not None:
-            return self.term
         spec, p, q, gate = self.parts(delta)
         return low_rank((spec,), delta.drop(x).astype(self.dtype), (p,), (q,), (gate,))[0]
 
@@ -84,15 +79,17 @@ def _contraction(eqn: Equation, at: int) -> Contraction:
 
 
 def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
-    """The products of an activation with several weights."""
+    """The products of an activation with several weights; what deltas add is computed first."""
     each = [_contraction(eqn, i) for eqn in eqns for i in _weights(eqn)]
-    if len(each) != len(eqns):
+    adapted = [c for c in each if c.w.change.deltas]
+    if len(each) != len(eqns) or len(adapted) < 2:
         raise Unfactorable
-    terms = multiply_together([c for c in each if c.w.change.deltas])
-    return [
-        (dataclasses.replace(c, term=next(terms)) if c.w.change.deltas else c).result()
-        for c in each
-    ]
+    try:
+        terms = iter(multiply_together(adapted))
+        started = [(c.x, [next(terms)]) if c.w.change.deltas else c.start() for c in each]
+    except Unfactorable:
+        started = [c.start() for c in each]
+    return [c.finish(*begun) for c, begun in zip(each, started, strict=True)]
 
 
 @rule("dot_general", is_move=False, together=_together)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._arrays import promote
 from ._axes import Axis, Factor, Unfactorable, is_factor
 from ._change import Change, Delta
-from ._einsum import promote
 from ._interpret import Equation, rule
 from ._packed import Packed
 from ._weight import Weight, value_of

@@ -18,10 +18,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 
+from ._arrays import einsum
 from ._axes import RANK, Axis
-from ._einsum import einsum
 
-MANY = 64  # tokens, inputs; with fewer XLA's CPU compiler aborts on some batches of thin gradients
 KEPT = 16  # h is kept for the backward pass where it is this many times smaller than x
 
 
@@ -119,7 +118,6 @@ def _reduce(specs: tuple[Spec, ...], x: jax.Array, ps: Sequence[jax.Array]) -> j
     p = jnp.concatenate(ps, spec.p.index(RANK)) if len(ps) > 1 else ps[0]
     # Where a mesh leaves h in parts, XLA adds these up along with the model's own activations, in
     # one collective, if they have one dtype.
-    p = _with_thin_gradient(p) if _is_thin(spec, x, p) else p
     return einsum(spec.x, spec.p, spec.h, x, p, dtype=x.dtype, precision=spec.precision)
 
 
@@ -158,23 +156,3 @@ def _expand_part(spec: Spec, h: jax.Array, q: jax.Array) -> jax.Array:
     if not in_order or len(spec.y) == 2 or spec.sharding is not None:
         return straight(h, q)
     return lax.platform_dependent(h, q, cpu=flat, default=straight)
-
-
-@jax.custom_jvp
-def _with_thin_gradient(p: jax.Array) -> jax.Array:
-    """`p`, whose gradient is computed as hᵀ·x, because a CPU takes ten times as long for xᵀ·h."""
-    return p
-
-
-@_with_thin_gradient.defjvp
-def _with_thin_gradient_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # Without the barrier XLA would transpose the product again.
-    tangent = lax.optimization_barrier(jnp.moveaxis(tangents[0], -1, 0))
-    return _with_thin_gradient(*primals), jnp.moveaxis(tangent, 0, -1)
-
-
-def _is_thin(spec: Spec, x: jax.Array, p: jax.Array) -> bool:
-    """Whether the gradient of p is one product of many tokens, rather than a batch of them."""
-    batch = set(spec.x) & set(spec.p) & set(spec.h)
-    contracted = math.prod(n for a, n in zip(spec.x, x.shape, strict=True) if a in spec.p)
-    return not batch and contracted >= MANY and x.size >= MANY * contracted

@@ -18,8 +18,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
+from ._arrays import explicit, mesh_axes
 from ._axes import Along, Axis, Factor, Group, is_factor, new_names
-from ._explicit import explicit, mesh_axes
 
 Move = Callable[[Factor], Factor]
 

@@ -2,14 +2,15 @@
 
 import abc
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ._arrays import promote
 from ._axes import Axis, Factor, Unfactorable
 from ._change import Delta
-from ._einsum import promote
 from ._weight import Weight
 
 LEAST = 2.0**-60  # a gain
@@ -51,23 +52,32 @@ class Product(abc.ABC):
         """The gain along the axes of x, or else of y."""
 
     def result(self) -> jax.Array:
-        """y; a gain along inputs scales x, another one y."""
-        gain, x, roles = self.w.change.gain, self.x, self.roles
-        on_x = (
-            gain is not None
-            and self.kind != "embed"
-            and not set(gain.axes).isdisjoint(roles.inputs)
-        )
-        if gain is not None and on_x:
-            if not set(gain.axes).isdisjoint(roles.outputs):
+        """Y."""
+        return self.finish(*self.start())
+
+    def start(self) -> tuple[jax.Array, list[jax.Array]]:
+        """x, times a gain along inputs, and what each delta adds to y."""
+        gain, x = self.w.change.gain, self.x
+        if gain is not None and self._scales_x:
+            if not set(gain.axes).isdisjoint(self.roles.outputs):
                 raise Unfactorable("its gain has axes of the inputs and of the outputs")
             x = times(x, self.spread(gain, True))
-        # Before x·W, so that the backward pass adds their gradient of x to the sum of all others.
-        terms = self.terms(x)
-        y = self.base(x)
+        return x, self.terms(x)
+
+    def finish(self, x: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
+        """Y of what `start` gives: first, so that the backward pass adds its gradient of x last."""
+        gain, y = self.w.change.gain, self.base(x)
         for term in terms:
             y = self.add(y, term)
-        return y if gain is None or on_x else times(y, self.spread(gain, False))
+        return y if gain is None or self._scales_x else times(y, self.spread(gain, False))
+
+    @property
+    def _scales_x(self) -> bool:
+        """Whether the gain has axes of the inputs; rows that are looked up are scaled in y."""
+        gain = self.w.change.gain
+        return (
+            gain is not None and self.kind != "embed" and bool({*gain.axes} & {*self.roles.inputs})
+        )
 
     def terms(self, x: jax.Array) -> list[jax.Array]:
         """What each delta adds; the use is recorded while sites are searched."""

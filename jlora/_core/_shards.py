@@ -8,8 +8,8 @@ import jax
 from jax import lax
 from jax.sharding import NamedSharding
 
+from ._arrays import mesh_axes
 from ._axes import Axis, Factor, Unfactorable
-from ._explicit import mesh_axes
 from ._packed import Packed, shard_part
 from ._weight import Weight
 
