@@ -70,7 +70,7 @@ class Checkpoint(NamedTuple):
     @property
     def quantization(self) -> dict[str, Any]:
         """What the configuration says of codes, wherever in it; empty for weights in floats."""
-        found = (part.get(QUANTIZATION) for part in parts(self.config))
+        found = (part.get(QUANTIZATION) for part in nested_objects(self.config))
         return next((x for x in found if isinstance(x, dict)), {})
 
     def entry(self, name: str) -> TensorInfo:
@@ -163,7 +163,7 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
     return {what for what, there in found.items() if there}
 
 
-def parts(config: Mapping[str, Any]) -> Iterator[Any]:
+def nested_objects(config: Mapping[str, Any]) -> Iterator[Any]:
     """Yields a configuration and all objects within it, as models of models have them."""
     left: list[Any] = [config]
     while left:
@@ -265,7 +265,7 @@ def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
 
 def _tied_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> frozenset[int]:
     """The lengths that a shared embedding may have; `rows` counts the matrices by their rows."""
-    each = list(parts(config))
+    each = list(nested_objects(config))
     ties = [part["tie_word_embeddings"] for part in each if "tie_word_embeddings" in part]
     names = config.get("architectures")
     names = names if isinstance(names, list) else []

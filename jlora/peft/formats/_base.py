@@ -25,7 +25,7 @@ from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import explain_narrowing, name_all
 from ._codes import leaf_of
-from ._format import Format, format_of
+from ._format import Format, open_format
 from ._gguf import Gguf, GgufTensors
 from ._tensors import Unreadable
 
@@ -77,7 +77,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     if path.suffix == ".gguf":
         format = Gguf(GgufTensors(path), {})
     else:
-        format = format_of(open_checkpoint(path, "path", follow_links=True))
+        format = open_format(open_checkpoint(path, "path", follow_links=True))
     values, wrong = [], []
     unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
     for leaf in tqdm(leaves, "load", unit="leaf", disable=None):

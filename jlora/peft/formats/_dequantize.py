@@ -14,10 +14,17 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..._folders import fresh
-from .._checkpoint import INDEX, QUANTIZATION, Checkpoint, copy_others, open_checkpoint, parts
+from .._checkpoint import (
+    INDEX,
+    QUANTIZATION,
+    Checkpoint,
+    copy_others,
+    nested_objects,
+    open_checkpoint,
+)
 from .._file import brief, listing
 from ._codes import Codes, Dense
-from ._format import Format, Parameter, format_of
+from ._format import Format, Parameter, open_format
 from ._tensors import Unreadable, left_of
 
 
@@ -47,7 +54,7 @@ def matrices(path: str | os.PathLike[str]) -> list[Matrix]:
         FileNotFoundError: if there is no such folder, or a file is missing.
         ValueError: if the checkpoint is damaged.
     """
-    format = format_of(open_checkpoint(path, "path", follow_links=True))
+    format = open_format(open_checkpoint(path, "path", follow_links=True))
     with _errors_about("path"):
         found = {f"{m}.{p}": (m, p, shape) for m, p, shape in format.find()}
         return [_matrix(name, _read(format, x, jnp.float32)) for name, x in found.items()]
@@ -79,7 +86,7 @@ def dequantize_checkpoint(
         raise ValueError(
             f"`src_dir`: {checkpoint.source.folder} is not quantized; use it as it is."
         )
-    format, dtype = format_of(checkpoint), _float_dtype(checkpoint)
+    format, dtype = open_format(checkpoint), _float_dtype(checkpoint)
     found = list[Matrix]()
     places = dict[str, Parameter]()  # the tensors in whose places the weights are written
     read = set[str]()
@@ -166,7 +173,7 @@ def _write(
             size += sum(x.nbytes for x in written.values())
         copy_others(checkpoint, folder)
         config = json.loads(json.dumps(checkpoint.config))
-        for part in parts(config):
+        for part in nested_objects(config):
             part.pop(QUANTIZATION, None)
         _write_json(folder / "config.json", config)
         if INDEX in checkpoint.kept:

@@ -64,8 +64,8 @@ def register(*methods: str) -> Callable[[F], F]:
     return add
 
 
-def format_of(checkpoint: Checkpoint) -> Format:
-    """Returns the format that the configuration of a checkpoint names."""
+def open_format(checkpoint: Checkpoint) -> Format:
+    """Opens a checkpoint in the format that its configuration names."""
     tensors, config = Tensors(checkpoint), checkpoint.quantization
     method = config.get("quant_method")
     if not config:

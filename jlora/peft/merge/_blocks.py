@@ -24,7 +24,7 @@ class Chunk(NamedTuple):
     bad: int = 0  # values that are not finite
 
 
-class Change:
+class Edit:
     """Computes the new bytes of a tensor from the old ones; here they stay."""
 
     def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
@@ -33,7 +33,7 @@ class Change:
 
 
 @dataclasses.dataclass
-class Full(Change):
+class NewValues(Edit):
     """Replaces a tensor."""
 
     value: np.ndarray
@@ -45,7 +45,7 @@ class Full(Change):
 
 
 @dataclasses.dataclass
-class Rows(Change):
+class NewRows(Edit):
     """Replaces rows of a table."""
 
     tokens: Tokens
@@ -61,7 +61,7 @@ class Rows(Change):
 
 
 @dataclasses.dataclass
-class Sum(Change):
+class Sum(Edit):
     """Adds s·B·A to a weight whose axes are flattened to (stack, rows, columns).
 
     Attributes:

@@ -13,8 +13,8 @@ from .._file import open_file, shown
 from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
-from ._blocks import Change
-from ._changes import find_changes
+from ._blocks import Edit
+from ._edits import find_edits
 from ._ties import with_copies
 from ._wanted import check_frozen, read_wanted
 
@@ -102,9 +102,9 @@ def export_merged(
         return checkpoint.left_out
     problems = Problems(REFUSAL)
     model, wanted = read_wanted(checkpoint, adapter, names, problems)
-    changes = find_changes(model, wanted, problems)
+    edits = find_edits(model, wanted, problems)
     problems.stop()
-    changes = with_copies(checkpoint, changes, problems)
+    edits = with_copies(checkpoint, edits, problems)
     check_frozen(checkpoint, model, wanted, problems)
     problems.stop()
     problems.warn()
@@ -113,7 +113,7 @@ def export_merged(
     with fresh(out, "`out`") as folder, bar:
         for file in checkpoint.headers:
             with open(folder / file, "wb") as target:
-                _write(checkpoint, file, changes, target, bar.update, problems)
+                _write(checkpoint, file, edits, target, bar.update, problems)
         problems.stop()
         copy_others(checkpoint, folder)
     return checkpoint.left_out
@@ -122,7 +122,7 @@ def export_merged(
 def _write(
     checkpoint: Checkpoint,
     file: str,
-    changes: Mapping[str, Change],
+    edits: Mapping[str, Edit],
     target: BinaryIO,
     tick: Callable[[int], object],
     problems: Problems,
@@ -134,7 +134,7 @@ def _write(
             target.write(piece)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
             bad = 0
-            for chunk in changes.get(name, Change()).chunks(data, entry):
+            for chunk in edits.get(name, Edit()).chunks(data, entry):
                 target.write(chunk.data)
                 tick(len(chunk.data))
                 bad += chunk.bad

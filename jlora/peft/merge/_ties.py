@@ -12,7 +12,7 @@ from .._problems import Problems
 from ..adapter._contents import SHARED, Adapter, Part
 from ..adapter._parameters import identity, twins
 from ..adapter._tokens import Tokens, lone_heads, tied_rows
-from ._blocks import Change, Rows
+from ._blocks import Edit, NewRows
 from ._renaming import Views, tensor_of
 
 
@@ -102,14 +102,14 @@ def untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
 
 
 def with_copies(
-    checkpoint: Checkpoint, changes: Mapping[str, Change], problems: Problems
-) -> dict[str, Change]:
-    """The changes, and those of the other copies of shared weights that are stored twice."""
-    found = dict(changes)
-    for other, own, copied in copies(checkpoint, changes, functools.partial(_digest, checkpoint)):
+    checkpoint: Checkpoint, edits: Mapping[str, Edit], problems: Problems
+) -> dict[str, Edit]:
+    """The edits, and those of the other copies of shared weights that are stored twice."""
+    found = dict(edits)
+    for other, own, copied in copies(checkpoint, edits, functools.partial(_digest, checkpoint)):
         if copied is not None:
-            found[other] = changes[copied]
-        elif rows := [name for name in own if isinstance(changes[name], Rows)]:
+            found[other] = edits[copied]
+        elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
             problems.stop(
                 f"{shown(rows[0])}: has rows in the adapter, which PEFT gives {shown(other)} too "
                 "where the two are tied; by config.json they are, but the checkpoint has other "

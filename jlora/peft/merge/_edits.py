@@ -8,15 +8,15 @@ from .._file import shown
 from .._problems import Problems
 from ..adapter._contents import Part
 from ..adapter._parameters import Shapes, matrix, orientations
-from ._blocks import Change, Full, Rows, Sum
+from ._blocks import Edit, NewRows, NewValues, Sum
 from ._renaming import Views, shapes_of, tensor_of
 from ._wanted import Wanted
 
 
-def find_changes(model: Views, wanted: Wanted, problems: Problems) -> dict[str, Change]:
+def find_edits(model: Views, wanted: Wanted, problems: Problems) -> dict[str, Edit]:
     """Says what is to be done to each tensor of the checkpoint that changes."""
-    found: dict[str, Change] = {
-        tensor_of(model, n): Full(x) for n, x in wanted.full.items() if n in model
+    found: dict[str, Edit] = {
+        tensor_of(model, n): NewValues(x) for n, x in wanted.full.items() if n in model
     }
     find = _Orientation(wanted.parts, shapes_of(model), wanted.flag)
     for part in wanted.parts:
@@ -37,7 +37,7 @@ def find_changes(model: Views, wanted: Wanted, problems: Problems) -> dict[str, 
             found[tensor] = change if expert is None else change.of_rows(expert, start, rows)
     one = np.ones((1, 1, 1), np.float32)
     biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in wanted.biases.items()}
-    rows = {name: Rows(x) for name, x in wanted.rows.items()}
+    rows = {name: NewRows(x) for name, x in wanted.rows.items()}
     return found | {tensor_of(model, name): x for name, x in (biases | rows).items()}
 
 
