@@ -10,7 +10,7 @@ import numpy as np
 from ._adapters import PartialWeightError, arrays, lower, state
 from ._compat import is_concrete, place_of
 from ._core import Axis, NotInvertibleError
-from ._quantized import Quantized, dequantize, is_quantized, quantized
+from ._quantized import Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import Adapted, PyTree
 
@@ -124,7 +124,7 @@ def _requantized(merged: PyTree, base: PyTree, adapter: PyTree) -> PyTree:
 
 def _again(w: Any, old: Quantized) -> Quantized:
     """Quantized as it was, where it lay."""
-    leaf = quantized(w, old.scheme, old.form)
+    leaf = quantize_weight(w, old.scheme, old.form)
     if not is_concrete(leaf.data) or place_of(old.data) is None:
         return leaf
     place = jax.tree.map(lambda x: x.sharding, dataclasses.replace(old, error=None))

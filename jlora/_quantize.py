@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import sharding
 from ._compat import is_concrete, known, place_of
-from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
+from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
 from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
@@ -180,14 +180,14 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
 def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
-        return jax.eval_shape(lambda x: quantized(x, scheme, form), x)
+        return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
     x = known(jnp.asarray, x) if isinstance(x, np.ndarray) else x
     if bad := known(lambda x: jnp.sum(~jnp.isfinite(x)), x):
         raise ValueError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
         )
-    leaf = quantized(jnp.asarray(x), scheme, form)
+    leaf = quantize_weight(jnp.asarray(x), scheme, form)
     place = place_of(x) if is_concrete(leaf.data) else None
     if not isinstance(place, NamedSharding):
         return leaf

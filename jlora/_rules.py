@@ -42,10 +42,10 @@ class Rule:
         return {}
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """W and the node for it, drawn with `key`.
+        """Returns W and the node for it, drawn with `key`.
 
-        `w` is W, an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`. It is returned as it
-        came, unless the base is to be changed.
+        `w` is W: an array, a `jax.ShapeDtypeStruct` or a `jlora.types.Quantized`. A rule that does
+        not change the base returns the same object.
         """
         raise NotImplementedError
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from ._adapters import change_of, is_node, lengths
 from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
+from ._find_sites import Traced, find_sites
 from ._foreign import advised, check_apply_fn
 from ._match import match, wanted
 from ._quantized import is_quantized
 from ._rules import Rule, misplaced, rule_name
-from ._sites import Sites, Traced, find_sites
+from ._sites import Sites
 from ._tree import (
     adapter_leaves,
     bind,

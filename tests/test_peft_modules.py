@@ -160,7 +160,7 @@ def test_quantized(tmp_path: Folder) -> None:
     packed = jlora.quantize(apart, jlora.NF4("w", block=32), sites=sites)
     peft.save_base(tmp_path / "base", packed, each)
     again = peft.load_base(tmp_path / "base", names, like=dense)
-    assert isinstance(again["kv"]["w"], jlora.Quantized)
+    assert isinstance(again["kv"]["w"], jlora.types.Quantized)
     expected = jlora.dequantize(packed)
     np.testing.assert_array_equal(
         jlora.dequantize(again)["kv"]["w"], np.stack([expected[m]["w"] for m in apart])

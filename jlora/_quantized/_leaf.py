@@ -9,14 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from .._core import Axis, Factor, Packed, shard_part
-from .._linalg import norm
 from .._types import NoArray, PyTree
 from .._types import short as short_name
-from ._dynamic import dequantize_scales, quantize_scales
-from ._form import Form, joined, pack, split, spread, unpack
+from ._dynamic import dequantize_scales
+from ._form import Form, spread, unpack
 from ._scheme import Scheme, spelled
 
 FLAT = Axis(-3)  # a matrix as a whole
@@ -71,9 +69,10 @@ class Quantized(NoArray):
     used: Any = dataclasses.field(default=None, metadata={"static": True})
 
     _remedy: ClassVar = (
-        "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap "
-        "take: call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
-        "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
+        "a weight is a jlora.types.Quantized, which only lora.apply and a function under "
+        "jlora.wrap take: call lora.apply(base, adapter, ...), with {} as the adapter for the base "
+        "model, or jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain "
+        "arrays."
     )
 
     @property
@@ -146,8 +145,8 @@ class Quantized(NoArray):
             f"a quantized weight has scales of {found}; those of {spelled(self.scheme)} are "
             f"{' or '.join(legal)}, and what they are computed from is float32. Was the whole tree "
             "cast? Leave quantized weights as they are: "
-            "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else x.astype(dtype), "
-            "params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
+            "jax.tree.map(lambda x: x if isinstance(x, jlora.types.Quantized) else "
+            "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.types.Quantized))."
         )
 
     def _how(self, axes: Sequence[Axis], dtype: Any) -> "_How":
@@ -195,65 +194,6 @@ def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
 
 
 _array = jax.jit(Quantized.array, static_argnums=1)
-
-# --------------------------------------------------------------------------------------- to codes
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def quantized(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
-    """A weight in codes."""
-    wide = w.astype(jnp.float32)
-    x, blocks, axis = wide, form.blocks, form.axis
-    if form.flat:
-        lead = [form.shape[d] for d in form.stack]
-        x = lax.transpose(wide, (*form.stack, *form.order)).reshape(*lead, math.prod(form.matrix))
-        blocks, axis = (*[1] * len(lead), form.blocks[form.axis]), len(lead)
-    cut, within = split(x, blocks)
-    code = scheme.encode(cut, within, _short(x.shape, blocks, cut.shape, axis))
-    if scheme.bits == 4:
-        counts = zip(cut.shape[::2], blocks, strict=True)
-        bytes_of = [c * b // (2 if d == axis else 1) for d, (c, b) in enumerate(counts)]
-        data = joined(pack(code.codes, axis), bytes_of)
-    else:
-        data = joined(code.codes, x.shape)
-    kept = form.scaled if not form.flat else range(x.ndim)
-    lost = [*within, *(2 * d for d in range(x.ndim) if d not in kept)]
-    scale: Any = lax.squeeze(code.scale, lost)
-    zero = None if code.zero is None else lax.squeeze(code.zero, lost)
-    nested = None
-    if getattr(scheme, "double", False):
-        scale, nested = _nested(scale, form)
-    scheme = dataclasses.replace(scheme, pattern=None)
-    leaf = Quantized(data, scale, zero, nested, None, scheme, form, w.dtype)
-    size = norm(wide, form.order)
-    difference = norm(leaf.array(jnp.float32) - wide, form.order)
-    error = jnp.where(size > 0, difference / jnp.where(size > 0, size, 1), 0)
-    return dataclasses.replace(leaf, error=error)
-
-
-def _short(
-    shape: Sequence[int], blocks: Sequence[int], cut: Sequence[int], axis: int
-) -> jax.Array | None:
-    """True for the last block along `axis` if it is not full, for arrays of shape `cut`."""
-    if shape[axis] % blocks[axis] == 0:
-        return None
-    place = lax.broadcasted_iota(
-        jnp.int32, [1 if i % 2 else n for i, n in enumerate(cut)], 2 * axis
-    )
-    return place == cut[2 * axis] - 1
-
-
-def _nested(scale: jax.Array, form: Form) -> tuple[jax.Array, Nested]:
-    """Scales as codes, and of what."""
-    at = [d for d in form.scaled if d is not None]
-    order = [*form.stack, *(d for d in form.order if d in at)] if not form.flat else at
-    x = lax.transpose(scale, [at.index(d) for d in order]) if not form.flat else scale
-    lead = x.shape[: len(form.stack)]
-    codes, of_groups, offset = quantize_scales(x.reshape(*lead, math.prod(x.shape[len(lead) :])))
-    codes = codes.reshape(x.shape)
-    if not form.flat:
-        codes = lax.transpose(codes, [order.index(d) for d in at])
-    return codes, Nested(of_groups, offset)
 
 
 # ------------------------------------------------------------------------------------- from codes

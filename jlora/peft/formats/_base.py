@@ -37,9 +37,9 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     bits), GPTQ (4 and 8 bits), AWQ (4 bits), compressed-tensors (4 and 8 bits, and FP8), FP8 with a
     scale for the tensor, for each output or for each block, MXFP4 experts; or float. A file
     `.gguf`: Q4_0, Q4_1, Q8_0 and MXFP4; its other types are dequantized. A weight whose axes can be
-    cut into the blocks of the file becomes a `jlora.Quantized` leaf with the file's own codes; any
-    other is dequantized, exactly, as are codes that no scheme has: those of inputs that are
-    reordered by activation, and of 8 bits with zero points. Scales of activations are left out.
+    cut into the blocks of the file becomes a `jlora.types.Quantized` leaf with the file's own
+    codes; any other is dequantized, exactly, as are codes that no scheme has: those of inputs that
+    are reordered by activation, and of 8 bits with zero points. Scales of activations are left out.
 
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..._folders import fresh
-from ..._quantized import FP4, NF4, Int8, Scheme, quantized, spelled
+from ..._quantized import FP4, NF4, Int8, Scheme, quantize_weight, spelled
 from ..._rules import compile_pattern, explain_no_match, matches, misplaced, rule_name
 from .._checkpoint import INDEX, Checkpoint, copy_others, open_checkpoint
 from .._file import brief, listing
@@ -105,7 +105,7 @@ def quantize_checkpoint(
         w = jnp.asarray(tensors.read(name, FLOATS, shape))
         if not bool(jnp.isfinite(w).all()):
             raise Unreadable(f"{name}: has values that are not finite")
-        leaf = quantized(w, scheme, scheme.form(shape, (), (0, 1), 1))
+        leaf = quantize_weight(w, scheme, scheme.form(shape, (), (0, 1), 1))
         found.append(
             Matrix(name, shape, spelled(scheme), leaf.nbytes, float(jnp.max(leaf.error)), scheme)
         )
