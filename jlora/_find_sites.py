@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ._adapters import change_of, is_node
 from ._core import (
     Change,
-    Product,
+    ProductUse,
     Unsupported,
     Uses,
     ValueReadError,
@@ -166,7 +166,7 @@ def _is_matrix(x: Any) -> bool:
     return x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _site(path: Path, x: Any, products: list[Product], unsupported: list[Unsupported]) -> Site:
+def _site(path: Path, x: Any, products: list[ProductUse], unsupported: list[Unsupported]) -> Site:
     kinds = {u.kind for u in products}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
     # The layout of a tied embedding is that of its lookup: A has the rows.

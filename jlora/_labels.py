@@ -13,7 +13,7 @@ from ._types import Adapted, Params, PyTree
 
 
 def labels(tree: PyTree) -> PyTree:
-    """A tree like `tree` that says what each leaf is.
+    """Labels each leaf of a tree with what it is.
 
     Args:
         tree: an adapter, or `Params(base, adapter)`.
@@ -24,7 +24,7 @@ def labels(tree: PyTree) -> PyTree:
         dropout keys and what a rule freezes.
 
     Raises:
-        TypeError: if an array stands where an adapter has none, as in a tuple of base and adapter;
+        TypeError: if an array is where an adapter has none, as in a tuple of base and adapter;
             if the tree has arrays alone, as parameters have; or if it is a dict of base and
             adapter. An adapter of `Full` leaves alone looks like parameters: give it as
             `Params({}, adapter)`.
@@ -37,8 +37,8 @@ def labels(tree: PyTree) -> PyTree:
         'a'
     """
     found = _labels(tree)
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: _is_marked(x) or is_left_out(x))
-    if leaves and not any(_is_marked(x) or is_left_out(x) for x in leaves):
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: _is_labeled(x) or is_masked(x))
+    if leaves and not any(_is_labeled(x) or is_masked(x) for x in leaves):
         raise TypeError(
             "`tree` must be an adapter or jlora.Params(base, adapter), but has arrays alone, as a "
             "model's parameters have, all of which would be trained. Give the adapter that `init` "
@@ -57,27 +57,27 @@ def labels(tree: PyTree) -> PyTree:
 def _base_beside_adapter(tree: PyTree) -> str | None:
     """The key of a base that stands beside its adapter in one dict, if there is one."""
     for name in ("base", "params") if isinstance(tree, Mapping) else ():
-        own = _paths(tree[name]) if name in tree else {}
-        others = [_paths(x) for key, x in tree.items() if key != name]
-        nodes = {path for found in others for path, is_marked in found.items() if is_marked}
+        own = _labeled_by_path(tree[name]) if name in tree else {}
+        others = [_labeled_by_path(x) for key, x in tree.items() if key != name]
+        nodes = {path for found in others for path, is_labeled in found.items() if is_labeled}
         if nodes and nodes <= own.keys() and not any(own.values()):
             return name
     return None
 
 
-def _paths(tree: PyTree) -> dict[str, bool]:
-    """Which leaves say of themselves what of them is trained."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_marked)
-    return {jax.tree_util.keystr(path): _is_marked(x) for path, x in flat}
+def _labeled_by_path(tree: PyTree) -> dict[str, bool]:
+    """For each leaf by its path, whether it says itself what is trained."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_labeled)
+    return {jax.tree_util.keystr(path): _is_labeled(x) for path, x in flat}
 
 
-def is_left_out(x: Any) -> bool:
-    """Whether it stands for a leaf that is none of this optimizer's."""
+def is_masked(x: Any) -> bool:
+    """Whether `x` stands in for a leaf that a mask hides."""
     return isinstance(x, optax.MaskedNode)
 
 
-def _is_marked(x: Any) -> bool:
-    """Whether it says of itself what of it is trained."""
+def _is_labeled(x: Any) -> bool:
+    """Whether `x` says itself what is trained: a node, a bound leaf or `Params`."""
     return is_node(x) or isinstance(x, Params | Adapted)
 
 
@@ -98,7 +98,7 @@ def _labels(tree: PyTree) -> PyTree:
             )
         return "full"
 
-    return jax.tree_util.tree_map_with_path(label, tree, is_leaf=_is_marked)
+    return jax.tree_util.tree_map_with_path(label, tree, is_leaf=_is_labeled)
 
 
 def _remedy(path: tuple[Any, ...]) -> str:
@@ -111,12 +111,12 @@ def _remedy(path: tuple[Any, ...]) -> str:
 
 
 def mask(tree: PyTree) -> PyTree:
-    """A tree like `tree` with True where it is trained, as optax's masks are.
+    """Says of each leaf whether it is trained, as the masks of optax do.
 
-    For masks that say what a transformation acts on, such as that of `optax.add_decayed_weights`.
+    Use it where a mask says what a transformation acts on, as in `optax.add_decayed_weights`.
     It freezes nothing: `optax.masked(tx, jlora.mask)` passes the gradients of the base on as its
-    updates, so that `optax.apply_updates` adds them to the base. What freezes the base is
-    `jlora.optimizer(tx)`, or, spelled out,
+    updates, and `optax.apply_updates` adds them to the base. `jlora.optimizer(tx)` freezes the
+    base. Spelled out, it does
 
         words = {True: "trained", False: "frozen"}
         group = lambda params: jax.tree.map(words.get, jlora.mask(params))

@@ -18,7 +18,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     For a tree of the adapter alone it is `tx`. Give one of `Full` leaves alone, which looks like
     parameters, as `Params({}, adapter)`. For `Params(base, adapter)`, as in Flax's `TrainState`,
     base leaves get no moments and zero updates, whatever their gradients; norms, clipping and
-    weight decay inside `tx` see the adapter only. So it is with a factor that is frozen, as by
+    weight decay inside `tx` see the adapter only. The same holds for frozen factors, as those of
     `LoRA(..., frozen=("a",))`. Weight decay should leave the magnitudes of `DoRA` out, by a mask of
     their label: see `Decomposed`.
 

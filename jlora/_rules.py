@@ -152,15 +152,15 @@ FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # which Python takes only at a pa
 
 
 @functools.lru_cache(4096)
-def compile_pattern(pattern: str, separator: str = "/") -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
     r"""Returns the expression by which `pattern` matches whole components of a path.
 
     >>> head = compile_pattern("head")
     >>> [bool(head.search(path)) for path in ("head", "lm/head/kernel", "multi_head", "heads/0")]
     [True, True, False, False]
     """
-    flags, edge = re.compile(pattern).flags, re.escape(separator)
-    return re.compile(rf"(?:\A|{edge}){_group(pattern)}(?:{edge}|\Z)", flags)
+    flags = re.compile(pattern).flags
+    return re.compile(rf"(?:\A|/){_group(pattern)}(?:/|\Z)", flags)
 
 
 def _group(pattern: str) -> str:
@@ -181,11 +181,11 @@ def pattern_anywhere(pattern: str) -> str:
     return f"{flags}.*{_group(pattern)}.*"
 
 
-def matches(rule: Any, path: str, separator: str = "/") -> bool:
+def matches(rule: Any, path: str) -> bool:
     """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
     if rule.pattern is None:
         return False
-    return compile_pattern(rule.pattern, separator).search(path) is not None
+    return compile_pattern(rule.pattern).search(path) is not None
 
 
 def rule_name(rule: Any) -> str:
@@ -210,16 +210,16 @@ def near(pattern: str, paths: Sequence[str]) -> str:
     return f"Near misses: {', '.join(path or 'the root' for path in near)}."
 
 
-def explain_no_match(pattern: str, paths: Sequence[str], separator: str = "/") -> str:
+def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
     """Says what to write instead of a pattern that matches whole components of no path.
 
     >>> explain_no_match("head", ["multi_head/w", "norm/w"])
     "A pattern matches whole components of a path, and this one is found only inside of multi_head.\
  Did you mean 'multi_head'?"
     """
-    found = [path for path in paths if compile_pattern(pattern, separator).search(path)]
+    found = [path for path in paths if compile_pattern(pattern).search(path)]
     hits = [] if found else [(path, m) for path in paths if (m := re.search(pattern, path))]
-    names = list(dict.fromkeys(_components(path, m, separator) for path, m in hits))
+    names = list(dict.fromkeys(_components(path, m) for path, m in hits))
     if not names:
         return near(pattern, paths)
     few = len(names) <= 3 and all(m[0] for _, m in hits)
@@ -230,10 +230,10 @@ def explain_no_match(pattern: str, paths: Sequence[str], separator: str = "/") -
     )
 
 
-def _components(path: str, found: re.Match[str], separator: str) -> str:
+def _components(path: str, found: re.Match[str]) -> str:
     """Returns the components of `path` that a match touches."""
-    start = path.rfind(separator, 0, found.start()) + 1
-    end = path.find(separator, found.end())
+    start = path.rfind("/", 0, found.start()) + 1
+    end = path.find("/", found.end())
     return path[start : len(path) if end < 0 else end]
 
 

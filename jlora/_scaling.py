@@ -10,7 +10,7 @@ import optax
 from ._adapters import is_node
 from ._compat import is_concrete
 from ._core import einsum, letters, promote
-from ._labels import is_left_out
+from ._labels import is_masked
 from ._linalg import inverse
 from ._rules import is_finite
 from ._types import PyTree
@@ -21,8 +21,8 @@ RANK, OTHER = "RS"  # the rank twice
 def lora_plus(ratio: float | jax.Array) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies the updates of B by λ, so that B learns λ times as fast as A.
 
-    Chain it after the optimizer, `optax.chain(optax.adamw(2e-4), jlora.lora_plus(16))`: Adam does
-    not see how large gradients are, so that before Adam it would do nothing.
+    Chain it after the optimizer, `optax.chain(optax.adamw(2e-4), jlora.lora_plus(16))`. Before Adam
+    it would do nothing, as Adam divides by the size of the gradients.
 
     Args:
         ratio: λ, positive. Hayou et al. find about 16 to be good. It may be traced.
@@ -66,12 +66,12 @@ def precondition(damping: float | jax.Array) -> optax.GradientTransformationExtr
     $$\bar A \leftarrow \bar A\,(B B^\top + \delta I)^{-1},\qquad
     \bar B \leftarrow (A^\top A + \delta I)^{-1} \bar B$$
 
-    for each matrix of a stack and each slot by itself, in float32 or better. A step then changes
-    ΔW alike however it is split between A and B. Gradients are of another size: find the learning
-    rate anew.
+    for each matrix of a stack and each slot by itself, in float32 or better. Then the step of ΔW
+    does not depend on how ΔW is split into A and B. Gradients are of another size: find the
+    learning rate anew.
 
-    Chain it before the optimizer, `optax.chain(jlora.precondition(1e-6), optax.adamw(2e-4))`: it
-    is of gradients, and after Adam it would scale steps that have lost theirs.
+    Chain it before the optimizer, `optax.chain(jlora.precondition(1e-6), optax.adamw(2e-4))`: the
+    formula is for gradients, and the steps of Adam are none.
 
     Args:
         damping: δ, positive, 1e-6 in the paper. It may be traced.
@@ -100,7 +100,7 @@ def precondition(damping: float | jax.Array) -> optax.GradientTransformationExtr
     def of_node(update: Any, param: Any) -> Any:
         if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
             return update
-        is_trained = not (is_left_out(update.a) and is_left_out(update.b))
+        is_trained = not (is_masked(update.a) and is_masked(update.b))
         return _precondition(damping, update, param) if is_trained else update
 
     def update(updates: PyTree, params: PyTree | None, **extra: Any) -> PyTree:
@@ -111,31 +111,31 @@ def precondition(damping: float | jax.Array) -> optax.GradientTransformationExtr
                 "The update of jlora.precondition needs the parameters: call "
                 "update(grads, state, params)."
             )
-        stop = lambda x: is_node(x) or is_left_out(x)  # noqa: E731
+        stop = lambda x: is_node(x) or is_masked(x)  # noqa: E731
         return jax.tree.map(of_node, updates, params, is_leaf=stop)
 
     return _stateless("precondition", update)
 
 
 def _precondition(damping: Any, update: Any, param: Any) -> Any:
-    if is_left_out(param.a) or is_left_out(param.b):
+    if is_masked(param.a) or is_masked(param.b):
         raise ValueError(
             "jlora.precondition needs A and B, and what is around it hides one that is frozen. "
             "Chain it before that: optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
         )
-    (of_a, of_b), wide = _axes(param), promote(param.a.dtype, param.b.dtype, jnp.float32)
+    (of_a, of_b), wide = _letters(param), promote(param.a.dtype, param.b.dtype, jnp.float32)
     a, b = param.a.astype(wide), param.b.astype(wide)
     of_rank = "".join(c for c in of_a if c in of_b and c != RANK) + RANK + OTHER
 
     def times(update: Any, axes: str, other: jax.Array, axes_of_other: str) -> Any:
-        if is_left_out(update):
+        if is_masked(update):
             return update
-        return _times(update, axes, _inverse(other, axes_of_other, of_rank, damping), of_rank)
+        return _multiply(update, axes, _inverse(other, axes_of_other, of_rank, damping), of_rank)
 
     return update._replace(a=times(update.a, of_a, b, of_b), b=times(update.b, of_b, a, of_a))
 
 
-def _axes(node: Any) -> tuple[str, str]:
+def _letters(node: Any) -> tuple[str, str]:
     """A letter for each axis of A and of B; a table's adapters are one more axis in front."""
     axes = node.axes(node.layout)
     names = dict.fromkeys((*axes["a"], *axes["b"]))
@@ -152,7 +152,7 @@ def _inverse(x: jax.Array, axes: str, out: str, damping: Any) -> jax.Array:
     return inverse(gram + jnp.asarray(damping, x.dtype) * eye)
 
 
-def _times(update: jax.Array, axes: str, matrix: jax.Array, of_rank: str) -> jax.Array:
+def _multiply(update: jax.Array, axes: str, matrix: jax.Array, of_rank: str) -> jax.Array:
     how = {"precision": "highest", "dtype": matrix.dtype}
     out, wide = axes.replace(RANK, OTHER), update.astype(matrix.dtype)
     return einsum(axes, of_rank, out, wide, matrix, **how).astype(update.dtype)

@@ -12,6 +12,7 @@ from ._adapters import change_of, is_node, lengths
 from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
 from ._find_sites import Traced, find_sites
 from ._foreign import advised, check_apply_fn
+from ._keys import check_key, fold
 from ._match import match, wanted
 from ._quantized import is_quantized
 from ._rules import Rule, misplaced, rule_name
@@ -19,9 +20,7 @@ from ._sites import Sites
 from ._tree import (
     adapter_leaves,
     bind,
-    check_key,
     flatten,
-    fold,
     is_adapted,
     is_empty,
     leaves_by_path,

@@ -32,18 +32,14 @@ class Layout(NamedTuple):
 
 
 def short(x: Any) -> str:
-    """An array, or what stands for one, by dtype and shape, as JAX's own messages have it."""
+    """Writes an array, or a stand-in, as its dtype and shape, as JAX's messages do."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         return repr(x)
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
-class NoArray:
-    """What stands for a weight and is no array.
-
-    Code that takes it for one, as a function that is not under `jlora.wrap` does, gets an error
-    that says so.
-    """
+class NotAnArray:
+    """Stands in for a weight, and is no array: code that takes it for one gets an error."""
 
     _remedy: ClassVar[str]  # what errors say
 
@@ -61,7 +57,7 @@ class NoArray:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adapted(NoArray):
+class Adapted(NotAnArray):
     """A leaf of a bound tree: the frozen weight beside its adapter. It is no array.
 
     Attributes:
@@ -117,7 +113,7 @@ class Transformed(NamedTuple):
 
 
 def function_name(fn: Any) -> str:
-    """How a message calls a function: a method by the type that it is bound to."""
+    """The name of a function for a message; for a method, with its type."""
     if isinstance(fn, functools.partial):
         return f"partial({function_name(fn.func)})"
     if inspect.ismethod(fn):

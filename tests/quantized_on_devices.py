@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+import test_base_files as base_files
 from collectives import collectives
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
 
 import jlora
 from jlora import FP8, NF4, Int4, Int8, peft, sharding
@@ -304,17 +306,20 @@ def test_dequantized_where_it_lies(scheme):
 def test_loaded_where_it_is_to_lie(tmp_path):
     """A checkpoint of bitsandbytes onto the mesh that the shapes say."""
     names = (peft.Name(r"(\w+)", r"\1", "io"),)
-    specs, shapes = SPECS, {"up": (D, F), "down": (F, D)}
-    params = {name: normal(0, *shape).astype(jnp.float32) for name, shape in shapes.items()}
-    base = jlora.quantize(params, SCHEMES[0])
-    peft.save_base(tmp_path / "base", base, names)
+    files = {name: base_files.four_bits(seed=i) for i, name in enumerate(SPECS)}
+    folder, shape = tmp_path / "base", (base_files.COLUMNS, base_files.ROWS)
+    tensors = {f"{name}.{key}": x for name, file in files.items() for key, x in file.items()}
+    base_files.write(folder, files)
+    save_file(tensors, folder / "model.safetensors")
     like = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(AUTO, specs[name]))
-        for name, x in base.items()
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(AUTO, spec))
+        for name, spec in SPECS.items()
     }
-    loaded = peft.load_base(tmp_path / "base", names, like=like)
+    loaded = peft.load_base(folder, names, like=like)
+    assert all(isinstance(x, jlora.types.Quantized) for x in loaded.values())
     assert lies_as(loaded, sharding.specs(jax.tree.map(lambda x: x.sharding, like), loaded))
-    laws.assert_close(jlora.dequantize(loaded), jlora.dequantize(base), 1e-6)
+    expected = {name: file.matrix.T.astype(jnp.bfloat16) for name, file in files.items()}
+    laws.assert_close(jlora.dequantize(loaded), expected, 1e-2)
 
 
 @FEW

@@ -392,6 +392,7 @@ def squares(tree):
     return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_explicit_many_adapters():
     """`vmap` over adapters, and dropout."""
     lora = jlora.transform(gathered, LoRA(rank=2, dropout=0.5))

@@ -112,6 +112,11 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=tolerance)
 
 
+def raw(tree: Any) -> list[bytes]:
+    """The bytes of every leaf, so that zeros of different signs differ."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
 def message_of(provoke: Callable[[], Any]) -> str:
     """The message of the error that `provoke` raises."""
     with pytest.raises(Exception) as caught:

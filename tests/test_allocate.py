@@ -166,6 +166,7 @@ def test_its_rules_give_those_ranks(rule: LoRA) -> None:
     assert list(dropped.init(jax.random.key(0), model.params, batch)[1]) == ["down"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_takes_it_for_rules(tmp_path: Any) -> None:
     """And says of the start what it was, whose sketch it has not."""
     model = MODELS["scan"]()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from own_methods import GainNode
-from small import each_refusal, exactly
+from small import each_refusal, exactly, some
 
 import jlora
 from jlora import _linalg, arithmetic
@@ -152,6 +152,7 @@ def test_a_program_factors_one_matrix_at_a_time(name: str) -> None:
     assert all(dims.count(",") == 1 for dims in calls), calls
 
 
+@pytest.mark.slow
 def test_truncate_by_energy() -> None:
     """The smallest rank that keeps the share in every matrix of the stack."""
     values = np.array([[4.0, 2.0, 1.0], [4.0, 0.0, 0.0]])
@@ -182,9 +183,7 @@ FUNCTIONS: dict[str, Any] = {
     "dare": lambda t: arithmetic.dare(t, WEIGHTS[:2], key=KEY, density=0.6),
 }
 COMPILED = {name: jax.jit(f) for name, f in FUNCTIONS.items()}
-every_function = pytest.mark.parametrize(
-    "name", [n if n in ("add", "ties") else slow(n) for n in FUNCTIONS]
-)
+every_function = pytest.mark.parametrize("name", some(FUNCTIONS, "ties"))
 few_sites = pytest.mark.parametrize("site", ["heads", slow("experts"), slow("slots of two kinds")])
 
 

@@ -1,7 +1,6 @@
 """`peft.load_base`: each format by its formula in NumPy, files that lie, and GGUF."""
 
 import contextlib
-import dataclasses
 import json
 import shutil
 
@@ -14,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora import peft
+from jlora._quantized import DYNAMIC
 
 E4M3 = jnp.float8_e4m3fn
 MXFP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -45,10 +45,10 @@ def words(codes, order=None, bits=4):
 class File(dict):
     """Tensors of a module, its configuration, and the (outputs, inputs) matrix that they mean."""
 
-    def __init__(self, config, matrix, **tensors):
-        """Of tensors without the module's name."""
+    def __init__(self, config, matrix, dtype=None, **tensors):
+        """Of tensors without the module's name; `dtype` is what the file says of the weight."""
         super().__init__(tensors)
-        self.config, self.matrix = config, matrix
+        self.config, self.matrix, self.dtype = config, matrix, dtype
 
 
 def grouped(codes, zero, scale, order):
@@ -176,6 +176,46 @@ def mxfp4(seed=0, experts=3):
     )
 
 
+def four_bits(seed=0, kind="nf4", double=True, group=256):
+    """Blocks of 64 along the whole matrix, two codes a byte, the first in the high bits."""
+    codes, blocks = draw(ROWS, COLUMNS, seed=seed), ROWS * COLUMNS // 64
+    table = np.asarray(TABLES[kind].table)
+    absmax = scales(blocks, dtype=np.float32, seed=seed)
+    state = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16", "shape": [ROWS, COLUMNS]}
+    more = {}
+    if double:
+        eights, groups = draw(blocks, high=256, seed=seed), -(-blocks // group)
+        nested, offset = scales(groups, dtype=np.float32, seed=seed), 0.0625
+        absmax = DYNAMIC[eights] * np.repeat(nested, group)[:blocks] + np.float32(offset)
+        said = {"blocksize": group, "dtype": "float32", "offset": offset}
+        state |= {f"nested_{key}": value for key, value in said.items()}
+        more = {"weight.nested_absmax": nested, "weight.nested_quant_map": np.asarray(DYNAMIC)}
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    pairs = codes.reshape(-1, 2)
+    return File(
+        {"quant_method": "bitsandbytes"},
+        (table[codes].reshape(blocks, 64) * absmax[:, None]).reshape(ROWS, COLUMNS),
+        jnp.bfloat16,
+        weight=(pairs[:, :1] << 4 | pairs[:, 1:]),
+        **{"weight.absmax": eights if double else absmax, "weight.quant_map": table, **more},
+        **{f"weight.quant_state.bitsandbytes__{kind}": text},
+    )
+
+
+def eight_bits(seed=0):
+    """A maximum of each row, by which codes are multiplied, over 127."""
+    codes, absmax = draw(ROWS, COLUMNS, low=-127, high=128, dtype=np.int8, seed=seed), scales(ROWS)
+    each = absmax.astype(np.float32)
+    return File(
+        {"quant_method": "bitsandbytes"},
+        codes * each[:, None] * np.float32(1 / 127),
+        weight=codes,
+        SCB=each,
+        weight_format=np.zeros((), np.uint8),
+    )
+
+
+TABLES = {"nf4": jlora.NF4, "fp4": jlora.FP4}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 SCALAR = {"input_scale": np.ones((), np.float32), "dtype": np.float32}
 FORMATS = {
@@ -209,6 +249,11 @@ FORMATS = {
     "compressed-tensors, fp8 by tensor": lambda seed=0: fp8_at_once(COMPRESSED, (1,), seed=seed),
     "compressed-tensors, fp8 in blocks": compressed_fp8_blocks,
     "mxfp4": mxfp4,
+    "nf4": four_bits,
+    "nf4, not double": lambda seed=0: four_bits(seed, double=False),
+    "nf4, other groups": lambda seed=0: four_bits(seed, group=64),
+    "fp4": lambda seed=0: four_bits(seed, "fp4"),
+    "bitsandbytes, 8 bits": eight_bits,
 }
 # What no scheme has, and is dequantized.
 DENSE = {
@@ -232,7 +277,7 @@ def tensors_of(modules):
     """Their tensors, and a norm that is not quantized."""
     found = {f"{m}.{name}": x for m, file in modules.items() for name, x in file.items()}
     found["norm.weight"] = np.ones(ROWS, np.float32)
-    return {name: np.ascontiguousarray(x) for name, x in found.items()}
+    return {name: np.array(x, order="C") for name, x in found.items()}
 
 
 def write(folder, modules, **config):
@@ -269,6 +314,7 @@ def test_stacked_layers(format, dtype, tmp_path):
     base = peft.load_base(folder, NAMES, like=like(dtype, kernel, matrix.shape))
     leaf = base["layers"]["up"][kernel]
     assert isinstance(leaf, jlora.types.Quantized) == (format in FORMATS)
+    dtype = files[0].dtype or dtype
     assert leaf.dtype == dtype
     if format in DENSE:
         np.testing.assert_array_equal(leaf, matrix.astype(dtype))
@@ -298,16 +344,8 @@ def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_pat
 
 # ------------------------------------------------------------------------------- files that lie
 
-
-def nf4(tmp_path):
-    """A folder of bitsandbytes with one kernel, by `save_base`."""
-    params = {"up": {"kernel": jnp.asarray(draw(COLUMNS, ROWS), jnp.float32) - 7.5}}
-    params["norm"] = {"scale": jnp.ones(ROWS)}
-    base = jlora.quantize(params, jlora.NF4("kernel"))
-    peft.save_base(tmp_path / "base", base, NAMES)
-    return params, base
-
-
+ONE = {"up": {"kernel": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32)}}
+ONE |= {"norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}}
 STATE = "up.weight.quant_state.bitsandbytes__nf4"
 
 
@@ -376,12 +414,12 @@ LIES = [
 
 @pytest.mark.parametrize(("change", "message"), LIES, ids=[m for _, m in LIES])
 def test_lies(change, message, tmp_path):
-    params, _ = nf4(tmp_path)
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    folder = write(tmp_path / "base", {"up": four_bits()})
+    tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError) as e:
-        peft.load_base(tmp_path / "base", NAMES, like=params)
+        peft.load_base(folder, NAMES, like=ONE)
     assert message in str(e.value)
     assert f"`path`: {tmp_path / 'base'} does not fit `like`. 1 problems:\n" in str(e.value)
 
@@ -551,7 +589,6 @@ def mutants(seed, tensors):
 )
 def test_random_lies(count, tmp_path):
     """Refused in our words, or read as finite values; never anything else."""
-    params, _ = nf4(tmp_path)
     others = {
         name: {f"h.{i}.up": make(seed=i) for i in range(2)}
         for name, make in FORMATS.items()
@@ -559,10 +596,8 @@ def test_random_lies(count, tmp_path):
     }
     for i, files in enumerate(others.values()):
         write(tmp_path / f"{i}", files)
-    cases = [(tmp_path / "base", params)]
-    cases += [(tmp_path / f"{i}", like()) for i in range(len(others))]
-    sound = [load_file(tmp_path / "base" / "model.safetensors")]
-    sound += [tensors_of(files) for files in others.values()]
+    cases = [(tmp_path / f"{i}", like()) for i in range(len(others))]
+    sound = [tensors_of(files) for files in others.values()]
     refused, dense = 0, tmp_path / "dense"
     for seed in range(count):
         (folder, tree), tensors = cases[seed % len(cases)], dict(sound[seed % len(cases)])
@@ -658,25 +693,12 @@ def test_gguf_that_is_none(tmp_path):
         peft.load_base(tmp_path / "b.gguf", NAMES, like=like())
 
 
-# --------------------------------------------------------------------------------- the way back
-
-
-def test_what_bitsandbytes_has_not_is_refused(tmp_path):
-    params = {"up": {"kernel": jnp.ones((COLUMNS, ROWS))}}
-    base = jlora.quantize(params, jlora.Int4("kernel"))
-    with pytest.raises(ValueError) as e:
-        peft.save_base(tmp_path / "base", base, NAMES)
-    assert str(e.value) == (
-        "`base` cannot be written as bitsandbytes does. 1 problems:\n"
-        "  up/kernel: Int4(group=128) is not of bitsandbytes"
+def test_codes_are_not_written(tmp_path):
+    base = jlora.quantize({"up": {"kernel": jnp.ones((COLUMNS, ROWS))}}, jlora.Int4("kernel"))
+    message = (
+        r"`base` must be in floats: write jlora.dequantize\(base\), and quantize that by "
+        r"`transformers` with bitsandbytes, or by llm-compressor. 1 problems:\n  up/kernel: "
     )
-    mixed = {"a": params["up"], "b": params["up"]}
-    mixed = jlora.quantize(mixed, jlora.NF4("a"), jlora.Int8("b"))
-    message = "NF4.block=64, double=True. and Int8.block=None., of which a configuration of bitsan"
-    with pytest.raises(ValueError, match=f"`base` has weights of {message}"):
-        peft.save_base(tmp_path / "base", mixed, NAMES)
-    wide = jlora.quantize(params, jlora.NF4("kernel"))
-    wide["up"]["kernel"] = dataclasses.replace(wide["up"]["kernel"], dtype=jnp.dtype("float64"))
-    with pytest.raises(ValueError, match="up/kernel: float64 is not of bitsandbytes; expected flo"):
-        peft.save_base(tmp_path / "base", wide, NAMES)
+    with pytest.raises(ValueError, match=message):
+        peft.save_base(tmp_path / "base", base, NAMES)
     assert not (tmp_path / "base").exists()

@@ -765,11 +765,11 @@ ERRORS = {
     "convert o x": "--names is needed",
     "convert o x --names bort": "--names: there is no table 'bort'; expected one of bert,",
     "convert o x --names nomodule:X": "--names: nomodule cannot be imported .*ModuleNotFoundError",
-    "convert o x --names rows.py:ROWS": "ROWS of .*rows.py must be a list of jlora.peft.Name rows; "
+    "convert o x --names rows.py:ROWS": "rows.py:ROWS must be a list of jlora.peft.Name rows; "
     "got int",
-    "convert o x --names rows.py:MISSING": "must be a list of jlora.peft.Name rows; got NoneType",
+    "convert o x --names rows.py:MISSING": "--names: .*rows.py has no MISSING",
     "convert o x --names raises.py:X": "raises.py cannot be imported .ZeroDivisionError: division",
-    "convert o x --names vit:": "must be a list|cannot be imported",
+    "convert o x --names vit:": "--names: expected module:NAME or file.py:NAME; got .vit:.",
     "convert unknown x --names llama": "IN: .*unknown was saved without its base, .* Give --base",
     "convert p x --names llama": "--base is needed to read an adapter of PEFT",
     "convert p x --names llama --base small": "nothing was loaded. .* problems: ",
@@ -800,17 +800,12 @@ ERRORS = {
     "merge model o x --names rows.py:OTHER": "^jlora: ADAPTER .*o cannot be written with --names: ",
     "merge model p x": "^jlora: ADAPTER .*p cannot be merged into the checkpoint of BASE .*model; "
     "nothing was written. ",
-    "merge model p x --requantize": "^jlora: --requantize needs a quantized checkpoint; "
-    "BASE, .*model, is in floats.$",
     "merge linked p x": "^jlora: BASE: .* is a link to .*, or --follow-links.$",
     "merge folders p x": "^jlora: BASE: .*folders has folders in each other, more than 32",
     "merge bits3 p x": "^jlora: BASE .*bits3: `bits` of the quantization: expected 4 or 8, got 3.$",
     "merge base deep x --names llama": "^jlora: ADAPTER .*deep: adapter_config.json is nested",
     "merge gone o x": "^jlora: BASE: .*gone cannot be read as parameters .* .ValueError: its "
     "metadata are missing or damaged.",
-    "quantize linked x": "^jlora: BASE: .* is a link to .*, or --follow-links.$",
-    "quantize bits3 x": "^jlora: BASE: .*bits3 is quantized already, by 'gptq'.",
-    "quantize model x --skip .": "^jlora: BASE .*model: .* no matrix is left .*, with --skip '.'",
     "convert lost x --names llama": "^jlora: IN: the arrays of .*lost cannot be read",
     "convert o x --names rows.py:OTHER": "^jlora: IN .*o cannot be written with --names: ",
     "convert o x --names llama --config deep": "^jlora: --config .*deep: adapter_config.json is ",
@@ -937,14 +932,13 @@ main()
 # A command that writes, up to OUT and after it.
 WRITERS = {
     "merge": ("merge model p", ""),
-    "merge-requantize": ("merge four p", "--requantize"),
+    "merge-quantized": ("merge codes p", ""),
     "merge-orbax": ("merge base o", ""),
     "convert": ("convert o", "--names llama"),
     "convert-back": ("convert p", "--names llama --base base"),
     "convert-profile": ("convert p", "--profile vllm"),
     "combine": ("combine p p", ""),
     "combine-orbax": ("combine o o", ""),
-    "quantize": ("quantize model", ""),
 }
 
 
@@ -971,7 +965,13 @@ def written_models(files: Folder, root: Folder) -> Folder:
     """Models that the adapter of `files` is for: in floats, and in codes."""
     case = models.case("all_linear")
     peft.save_base(root / "model", case.base, case.names)
-    peft.quantize_checkpoint(root / "model", root / "four", jlora.NF4(block=32))
+    (root / "codes").mkdir()
+    tensors = peft.to_tensors(case.base, case.names)
+    codes = {key: x.astype(jnp.float8_e4m3fn) for key, x in tensors.items() if x.ndim == 2}
+    scales = {f"{key}_scale_inv": np.ones(1, np.float32) for key in codes}
+    save_file(tensors | codes | scales, root / "codes" / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8"}}
+    (root / "codes" / "config.json").write_text(json.dumps(config))
     for name in ("p", "o", "base"):
         (root / name).symlink_to(files / name)
     return root

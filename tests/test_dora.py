@@ -234,7 +234,7 @@ def test_dropout_is_refused() -> None:
 def test_shapes_have_no_norms(made: Any) -> None:
     dora, base, _, x = made
     shapes = jax.eval_shape(lambda: base)
-    with pytest.raises(ValueError, match=r"`params` has a shape at 'w', of which DoRA\('w'\)"):
+    with pytest.raises(ValueError, match=r"`params` has a shape at 'w', but DoRA\('w'\)"):
         dora.init(jax.random.key(0), shapes, x)
     assert jax.eval_shape(dora.init, jax.random.key(0), shapes, x)[1]["w"].m.ndim >= 2
 

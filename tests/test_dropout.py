@@ -332,7 +332,7 @@ def test_remat_computes_the_same_mask_again(policy: str | None) -> None:
 # -------------------------------------------------------------------------------- keys and trees
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("impl", ["threefry2x32", pytest.param("rbg", marks=pytest.mark.slow)])
 def test_raw_and_typed_keys_are_one(impl: str) -> None:
     """`jax.random.PRNGKey` and `jax.random.key` of a seed give the same output."""
     lora, base, adapter = model()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small import raw
 
 import jlora
 
@@ -31,11 +32,6 @@ def step(tx: Any, params: Any, steps: int = 1) -> tuple[Any, Any]:
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
     return params, state
-
-
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def group(params: Any) -> Any:

@@ -48,7 +48,12 @@ PAGES = [page for page in PAGES if blocks(page)]
 LOOPS = [page for page in PAGES if page.startswith("loops/")]
 # To import or to compile.
 SLOW = {f"loops/{page}" for page in ("grpo", "haiku", "keras", "remat", "tokens")}
-SLOW |= {"adapters", "rules", "pods", *(f"loops/{page}" for page in ("equinox", "evaluation"))}
+SLOW |= {
+    "adapters",
+    "rules",
+    "pods",
+    *(f"loops/{page}" for page in ("equinox", "evaluation", "nnx")),
+}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES

@@ -113,6 +113,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [x if x == "alpha" else pytest.param(x, marks=pytest.mark.slow) for x in RULES]
 )

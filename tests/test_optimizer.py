@@ -16,6 +16,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
+from small import raw
 
 import jlora
 
@@ -124,11 +125,6 @@ def frozen_a(tree: Any) -> Any:
 def with_lora_plus(tx: Any, ratio: Any = 4) -> Any:
     """`tx`, with another learning rate for B."""
     return jlora.optimizer(optax.chain(tx, jlora.lora_plus(ratio)))
-
-
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf, so that zeros of different signs differ."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def size(tree: Any) -> int:

@@ -26,7 +26,6 @@ NOT_A_GAIN = {
     "padded",
     "concatenate_inputs",
     "weight_times_weight",
-    "weights_multiplied",
     "weights_multiplied_with_one_repeated",
     "two_weights_meet_along_a_new_axis",
     "linen_attention_bfloat16",

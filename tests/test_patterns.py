@@ -1,21 +1,18 @@
 """A pattern matches whole components of a path, whoever takes it."""
 
 import functools
-import pathlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from own_methods import Gain
-from safetensors.numpy import save_file
 from small import exactly
 
 import jlora
-from jlora import NF4, DoRA, Full, LoRA, Rows, peft
+from jlora import NF4, DoRA, Full, LoRA, Rows
 from jlora._rules import compile_pattern
 
 PATHS = (
@@ -129,37 +126,6 @@ def test_a_pattern_inside_of_components(taker: str, pattern: str) -> None:
     with pytest.raises(ValueError, match=exactly(message)):
         TAKERS[taker](pattern)
     assert sorted(TAKERS[taker](better)) == sorted(p for p in PATHS if re.search(pattern, p))
-
-
-def test_names_of_tensors(tmp_path: pathlib.Path) -> None:
-    """In a checkpoint of Hugging Face, components lie between dots."""
-    names = [path.replace("/", ".").replace("kernel", "weight") for path in PATHS]
-    (tmp_path / "base").mkdir()
-    weights = {name: np.ones((32, 64), np.float32) for name in names}
-    save_file(weights, tmp_path / "base" / "model.safetensors")
-
-    def left(scheme: Any, **options: Any) -> list[str]:
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        found = peft.quantize_checkpoint(tmp_path / "base", out, scheme, **options)
-        return sorted(set(names) - {m.name for m in found})
-
-    assert left(NF4()) == sorted(names[2:])  # embeddings, and whatever is called a head
-    assert left(NF4(), skip=None) == []
-    assert left(NF4(), skip="head") == [names[4]]
-    assert left(NF4(), skip=r"encoder\.layers_0") == [names[0]]
-    assert left(NF4("query"), skip=None) == sorted(names[1:])
-    assert left(NF4(r"encoder.*"), skip=None) == sorted(names[2:])
-    inside = (
-        "matches no tensor of `src_dir`. A pattern matches whole components of a path, and this "
-    )
-    inside += "one is found only inside of {}. Did you mean {!r}?"
-    for scheme, skip, message in [
-        (NF4("embed"), None, f"NF4('embed') {inside.format('embed_tokens', 'embed_tokens')}"),
-        (NF4(), "embed", f"`skip` 'embed' {inside.format('embed_tokens', 'embed_tokens')}"),
-        (NF4(), "(", "`skip` '(' is not a regular expression: missing ), unterminated subpattern"),
-    ]:
-        with pytest.raises(ValueError, match=re.escape(message)):
-            left(scheme, skip=skip)
 
 
 def test_what_a_pattern_may_have() -> None:

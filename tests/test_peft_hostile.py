@@ -15,11 +15,11 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import jlora
 from jlora import peft
 from jlora.peft import _file
 from jlora.peft._checkpoint import open_checkpoint
@@ -431,9 +431,10 @@ def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.Mo
     folder = base(tmp_path / "b", {"q.weight": ONE}, **HEADED)
     peft.export_merged(folder, adapter(tmp_path / "a", ["q"]), tmp_path / "out")
     peft.load_base(folder, [peft.Name("q", "q", "io")], like={"q": ONE})
-    peft.quantize_checkpoint(folder, tmp_path / "nf4", jlora.NF4())
-    peft.dequantize_checkpoint(tmp_path / "nf4", tmp_path / "dense")
-    assert sum("config.json" in what and "adapter" not in what for what in parsed) == 4
+    quantization = {"quantization_config": {"quant_method": "fp8"}}
+    codes = {"q.weight": ONE.astype(jnp.float8_e4m3fn), "q.weight_scale": ONE[0]}
+    peft.dequantize_checkpoint(base(tmp_path / "fp8", codes, **quantization), tmp_path / "dense")
+    assert sum("config.json" in what and "adapter" not in what for what in parsed) == 3
 
 
 @pytest.mark.parametrize(

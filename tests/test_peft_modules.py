@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_base_files as base_files
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -149,22 +150,15 @@ def test_checkpoints(tmp_path: Folder) -> None:
 
 def test_quantized(tmp_path: Folder) -> None:
     """A leaf of 4 bits is that of its modules, which are quantized one by one."""
-    names = [Name("kv/w", ("k_proj", "v_proj"), "soio")]
-    base = jlora.quantize({"kv": {"w": normal(0, 2, 2, 64, 4)}}, jlora.NF4("w", block=32))
-    dense = jlora.dequantize(base)
-    apart = {m: {"w": dense["kv"]["w"][i]} for i, m in enumerate(("k_proj", "v_proj"))}
-    each = [Name(r"(\w+)/w", r"\1", "oio")]
-    x = jnp.ones((1, 64))
-    layer = lambda p, x: [jnp.einsum("td,kdh->tkh", x, p[m]["w"]) for m in p]  # noqa: E731
-    sites = jlora.transform(layer, LoRA()).sites(apart, x)
-    packed = jlora.quantize(apart, jlora.NF4("w", block=32), sites=sites)
-    peft.save_base(tmp_path / "base", packed, each)
-    again = peft.load_base(tmp_path / "base", names, like=dense)
-    assert isinstance(again["kv"]["w"], jlora.types.Quantized)
-    expected = jlora.dequantize(packed)
-    np.testing.assert_array_equal(
-        jlora.dequantize(again)["kv"]["w"], np.stack([expected[m]["w"] for m in apart])
-    )
+    names = [Name("kv/w", ("k_proj", "v_proj"), "soio"), Name("norm", "norm", "o")]
+    files = {m: base_files.gptq(seed=i) for i, m in enumerate(("k_proj", "v_proj"))}
+    shape = (2, 2, base_files.COLUMNS, base_files.ROWS // 2)
+    like = {"kv": {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, "norm": normal(0, 64)}
+    base = peft.load_base(base_files.write(tmp_path / "base", files), names, like=like)
+    assert isinstance(base["kv"]["w"], jlora.types.Quantized)
+    for w, file in zip(jlora.dequantize(base)["kv"]["w"], files.values(), strict=True):
+        w = np.moveaxis(w, 1, 0).reshape(base_files.COLUMNS, base_files.ROWS)
+        base_files.assert_rounded(w.T, file.matrix)
 
 
 def wider(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

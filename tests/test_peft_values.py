@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_base_files as base_files
 
 import jlora
-from jlora import NF4, LoRA, checkpoint, peft
+from jlora import LoRA, checkpoint, peft
 from jlora.peft import Name, tables
 
 HEADS, SIZE, WIDTH = 3, 6, 8
@@ -105,15 +106,10 @@ def test_files_come_back(form: str, alpha: float, rslora: bool, tmp_path: pathli
 
 def test_quantized(tmp_path: pathlib.Path) -> None:
     """Codes have an order and a scale of their own."""
-    params = {PATHS["one"]: jnp.ones((64, 2, 32))}
-    sites = jlora.transform(apply, LoRA()).sites(params, jnp.ones((1, 64)))
-    packed = jlora.quantize(params, NF4(pattern="query"), sites=sites)
-    with pytest.raises(ValueError, match="changes its values or their order"):
-        peft.save_base(tmp_path / "ours", packed, TABLE)
-    plain = [Name(row.path, row.module, row.axes) for row in TABLE]
-    peft.save_base(tmp_path / "theirs", packed, plain)
+    params = {PATHS["one"]: jnp.ones((base_files.COLUMNS, 2, base_files.ROWS // 2))}
+    files = {f"{MODULES['one'][0]}.self_attn.q_proj": base_files.gptq()}
     with pytest.raises(ValueError, match="is quantized, but `names` changes the values or their"):
-        peft.load_base(tmp_path / "theirs", TABLE, like=params)
+        peft.load_base(base_files.write(tmp_path / "base", files), TABLE, like=params)
 
 
 def test_one_key_with_slashes(tmp_path: pathlib.Path) -> None:

@@ -190,6 +190,7 @@ def test_dtypes_stay_and_zero_is_no_division() -> None:
     assert np.isfinite(updates["w"].b).all()
 
 
+@pytest.mark.slow
 def test_a_table_of_adapters_and_a_traced_damping() -> None:
     """Each run has its own matrices, and a damping of its own."""
     _, adapter, grads = made("scanned")

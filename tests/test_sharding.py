@@ -378,17 +378,6 @@ def test_replicated(spec, axes, expected):
     assert sharding.replicated({"w": spec}, *axes) == {"w": expected}
 
 
-def test_replicated_adapter(model):
-    """Of a whole adapter, with the mesh and memory kept; nothing lies along the axis any more."""
-    base = on(MESH, model.base, memory_kind="pinned_host")
-    found = sharding.specs(base, models.adapter_of(model, abstract=True))
-    whole = sharding.replicated(found, "tensor")
-    assert jax.tree.structure(whole) == jax.tree.structure(found)
-    for old, new in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
-        assert (new.mesh, new.memory_kind, len(new.spec)) == (MESH, "pinned_host", len(old.spec))
-        assert "tensor" not in str(new.spec)
-
-
 def test_replicated_along_an_axis_that_is_not_there():
     places = on(MESH, {"w": P("fsdp")})
     with pytest.raises(ValueError, match=r"^`axes` has 'data', but the mesh of `specs` has fsdp,"):

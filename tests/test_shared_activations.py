@@ -148,8 +148,10 @@ SIDE_BY_SIDE = [
     pytest.param(query_key_value, RULES_ALIKE, [12], marks=pytest.mark.slow),
     (query_key_value, RULES_MIXED, [7]),
     pytest.param(query_key_value, [jlora.LoRA("[qv]", rank=4)], [8], marks=pytest.mark.slow),
-    (query_key_value, [jlora.LoRA("[qkv]", rank=DIM)], [DIM] * 3),  # as wide as the activation
-    (with_moves, RULES_ALIKE, [12]),
+    pytest.param(
+        query_key_value, [jlora.LoRA("[qkv]", rank=DIM)], [DIM] * 3, marks=pytest.mark.slow
+    ),  # as wide as the activation
+    pytest.param(with_moves, RULES_ALIKE, [12], marks=pytest.mark.slow),
     pytest.param(from_the_left, RULES_ALIKE, [12], marks=pytest.mark.slow),
     (from_both_sides, [jlora.LoRA("q", rank=4), jlora.LoRA("v", rank=2)], [6]),
     (in_a_scanned_layer, RULES_ALIKE, [12]),

@@ -140,6 +140,7 @@ def decaying(seed: int, n: int, m: int, power: float) -> np.ndarray:
     return (u * (1 + np.arange(min(n, m))) ** -power) @ v.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", some(["inputs", "gradient"], "inputs"))
 def test_few_of_many(kind: str) -> None:
     """Four of 64: values to 1e-3, and the rest as a whole to a tenth."""
@@ -320,6 +321,7 @@ def test_lora_ga(name: str) -> None:
         close(b, v[:, 1:2] * values[:, 1:2, None] * b.shape[-1] ** 0.25 / 4)
 
 
+@pytest.mark.slow
 def test_lora_ga_of_more_than_there_are() -> None:
     """Singular values that a small W has not are zero."""
     params, rule, batches = LINEAR
@@ -334,6 +336,7 @@ def test_lora_ga_of_more_than_there_are() -> None:
     close(lora.apply(base, adapter, batches[0]), linear_loss(params, batches[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
 def test_a_start_leaves_the_sketch_to_the_next(start: Any, kind: str) -> None:
     """A training step that donates the adapter deletes nothing of the sketch."""
@@ -422,7 +425,7 @@ def one(**changed: Any) -> Any:
         (
             {"loss": lambda p, x: jnp.sum(p["w"][x.astype(int)] ** 2)},
             ValueError,
-            "of which 'w' has none: its inputs are numbers of rows",
+            "and 'w' has none: its inputs are numbers of rows",
         ),
         (
             {

@@ -70,7 +70,6 @@ class Config:
 
 _ROBERTA = {"model_type": "roberta", "pad_token_id": 1, "head": "lm"}
 SIZES = {
-    "bert-base-uncased": Config(30522, 768, 12, 12, 3072, 512, 2, 1e-12, head="lm"),
     "roberta-base": Config(50265, 768, 12, 12, 3072, 514, 1, 1e-5, **_ROBERTA),
     "roberta-large": Config(50265, 1024, 24, 16, 4096, 514, 1, 1e-5, **_ROBERTA),
 }

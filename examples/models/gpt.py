@@ -90,7 +90,6 @@ SIZES = {
     "gpt2": Config(),
     "gpt2-medium": Config(layers=24, dim=1024, heads=16),
     "gpt2-large": Config(layers=36, dim=1280, heads=20),
-    "gpt2-xl": Config(layers=48, dim=1600, heads=25),
     "gpt3-175b": Config(positions=2048, layers=96, dim=12288, heads=96),
 }
 

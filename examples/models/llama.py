@@ -42,8 +42,6 @@ SIZES = {
     "llama2-7b": Config(32000, 32, 4096, 11008, 32, 32, 1e4, 1e-5, tied=False),
     "llama2-70b": Config(32000, 80, 8192, 28672, 64, 8, 1e4, 1e-5, tied=False),
     "smollm2-135m": Config(49152, 30, 576, 1536, 9, 3, 1e5, 1e-5),
-    "smollm2-360m": Config(49152, 32, 960, 2560, 15, 5, 1e5, 1e-5),
-    "smollm2-1.7b": Config(49152, 24, 2048, 8192, 32, 32, 1.3e5, 1e-5),
 }
 
 # Of a model with its head: `--names models.llama:NAMES`.

@@ -1,4 +1,4 @@
-"""Pictures of what `ablations.py` measured: scores with their errors, and maps of similarities."""
+"""Pictures of what `ablations` measured: scores with their errors, and maps of similarities."""
 
 import pathlib
 from collections.abc import Mapping, Sequence

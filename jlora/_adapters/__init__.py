@@ -1,4 +1,6 @@
-"""Methods. Imports `_core`, `initializers`, `_quantized`, `_compat`, `_rules`, `_types`.
+"""Methods.
+
+Imports `_core`, `initializers`, `_quantized`, `_compat`, `_rules`, `_types`, `_whole`.
 
 A method is a rule, which the user writes, and a node, which the rule puts into the adapter: `_node`
 says what both are. Each is a class, and a method is a file.

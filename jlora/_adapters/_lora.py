@@ -14,7 +14,7 @@ from .._rules import Rule, Slots, check_pattern, is_finite, is_floating, is_int,
 from .._types import Layout
 from ..initializers import kaiming_uniform
 from ._keywords import refuse_keywords_of_peft
-from ._low_rank import LowRank, factor_shapes
+from ._low_rank import LowRank
 from ._node import SLOTS, register
 
 
@@ -37,7 +37,7 @@ class LoRA(Rule):
         materialize: allow W + ΔW to be formed where the model uses W in a way that has no
             factored form. Values and gradients stay exact; memory and time do not stay small.
         rslora: scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than alpha / r.
-        init: how A and B start, one of `jlora.initializers`; `kaiming_uniform` unless told.
+        init: how A and B start, one of `jlora.initializers`; by default `kaiming_uniform`.
         dtype: dtype of A and B; by default the weight's own, but at least float32.
         frozen: `("a",)` to train B alone, which takes half of the moments (LoRA-FA, arXiv
             2308.03303), or `("b",)`. An initializer may demand it, as `miss` does.
@@ -102,7 +102,7 @@ class LoRA(Rule):
                 f"`frozen` of {name} must be (), ('a',) or ('b',); got {self.frozen!r}{also}."
             )
         object.__setattr__(self, "frozen", frozen)
-        # Plain numbers, whatever a sweep gave: they are saved and compared.
+        # They are saved and compared: plain numbers, whatever a sweep gave.
         object.__setattr__(self, "rank", int(self.rank))
         object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "dropout", float(self.dropout))
@@ -120,7 +120,8 @@ class LoRA(Rule):
 
     def factor_shapes(self, site: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and of B at a site."""
-        return factor_shapes(site.layout, site.shape, self.rank)
+        found = self.shapes(site.layout, site.shape)
+        return found["a"], found["b"]
 
     def fit(self, site: Any) -> tuple["LoRA", Layout]:
         """The rule, of a rank that the site can have, and the layout with the rule's slots."""

@@ -29,10 +29,10 @@ class LowRank(Node):
         materialize: whether W + ΔW may be formed where the model leaves no other way.
         key: keys of shape (stack…) while dropout is active, else None. See `jlora.dropout`.
         frozen: `("a",)` or `("b",)` where that factor is not trained.
-        residual: whether it is for a base that its initializer changed, such as W - s·A·B, and not
-            for the parameters as they were.
+        residual: whether it is for a base that its initializer changed, such as W - s·A·B, rather
+            than for the original parameters.
 
-    The product is of two factors: twice A and twice B is four times ΔW. To scale ΔW, scale B alone.
+    ΔW is a product: twice A and twice B is four times ΔW. To scale ΔW, scale B alone.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -88,7 +88,7 @@ def factor_shapes(
 
 
 def without_slots(node: N, shape: tuple[int, ...]) -> N:
-    """A node that makes the same ΔW of a weight of `shape` by one A and one B.
+    """Replaces the A and B of each slot by one A and one B with the same ΔW.
 
     A has the rank slots·r, and the rows of B reach only their own slot of the outputs.
     """
@@ -111,5 +111,5 @@ def without_slots(node: N, shape: tuple[int, ...]) -> N:
 
 
 def stop_gradients(node: LowRank) -> LowRank:
-    """The node, to whose frozen factors no gradient passes, whatever the optimizer."""
+    """Stops the gradients of frozen factors, whatever the optimizer does."""
     return node._replace(**{name: lax.stop_gradient(getattr(node, name)) for name in node.frozen})

@@ -1,10 +1,11 @@
-r"""What sketches of inputs are made with: it changes nothing, and its gradient is a statistic.
+r"""A node for sketches of inputs: it changes nothing, and its gradient is a statistic.
 
-The product adds 0. In place of the cotangent of $h = x A$ it gives h itself, so that A gets
+The product adds 0, and its backward pass gives h itself as the cotangent of $h = x A$. The gradient
+of A is then
 
 $$\bar A = x^T (x A),$$
 
-summed over all that the model multiplies with W, wherever it does: gradients come out of loops,
+summed over all inputs that the model multiplies with W, as gradients come out of loops,
 rematerialized layers and meshes by themselves.
 """
 
@@ -22,9 +23,9 @@ from ._node import Axes, Node, register
 
 @register
 class Probe(Node):
-    r"""Observes the inputs x of a weight: its gradient has $x^T(x A)$, sums and counts.
+    r"""Observes the inputs x of a weight: its gradient has $x^T(x A)$, their sum and their number.
 
-    An input counts where what the weight makes of it has a gradient, so that padding does not.
+    An input counts only if its output has a gradient, so that padding does not.
 
     Attributes:
         a: A, as in `LowRank`. Its last column stands for an h of ones: its gradient is the sum of
@@ -54,11 +55,11 @@ class Probe(Node):
         node = self._replace(gate=self.gate.reshape(*stack, -1))  # with slots the rank is slots·r
         node = without_slots(node, w.shape)
         a, b, gate = (node.factor(name) for name in ("a", "b", "gate"))
-        return Change((Delta(a, b, 1.0, gate=gate, gating=_observed),))
+        return Change((Delta(a, b, 1.0, gate=gate, gating=_observe),))
 
 
-def _observed(h: jax.Array, gate: jax.Array) -> jax.Array:
-    """0; the cotangents of `h` and `gate` are what is to be summed."""
+def _observe(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """Gives 0, with the statistics as the cotangents of `h` and `gate`."""
     return _zero(h, _compat.vary_with(gate, [h]))
 
 

@@ -1,4 +1,4 @@
-"""The adapters of a whole table at a site, side by side, of which a call uses one."""
+"""All adapters of a table at one site, concatenated, of which each call uses one."""
 
 from typing import Any, ClassVar
 
@@ -13,17 +13,17 @@ from ._node import Axes, Node, register
 
 @register
 class Routed(Node):
-    r"""$\Delta W = s \, A \, \mathrm{diag}(g) \, B$, with g 1 for the columns that a call uses.
+    r"""$\Delta W = s \, A \, \mathrm{diag}(g) \, B$, with g = 1 for the columns that a call uses.
 
-    What `jlora.many.route` gives the apply function: no state, and nothing that is saved.
+    `jlora.many.route` gives it to the apply function. It is neither trained nor saved.
 
     Attributes:
-        a: the A of all slots of a table side by side, as in `LowRank` of rank slots·r.
-        b: their B.
+        a: the A of all slots of a table, concatenated to that of a `LowRank` of rank slots·r.
+        b: their B, likewise.
         gate: g, shape (slots·r,). Where it is 0, x·A is taken for 0, whatever it is, as is x·Bᵀ in
-            a tied head. None until a call says which columns it uses.
+            a tied head. None until a call chooses its columns.
         slots: how many adapters there are.
-        scale: as in `LowRank`, and so are the others.
+        scale: as in `LowRank`.
         layout: which axes of W are which.
         dropout: probability of dropping an input of A.
         materialize: whether W + ΔW may be formed.

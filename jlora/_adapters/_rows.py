@@ -2,8 +2,8 @@ r"""Chosen rows of an embedding, trained in full.
 
 $$W' = W + E\,(V - W_{rows})$$
 
-where E has the columns of the identity that `rows` name. So it is a change of rank k like any
-other, in lookups and in a tied head, and the other rows get a sum with 0.
+where E has the columns of the identity that `rows` names. It is a change of rank k, in lookups and
+in a tied head; the other rows are added to 0.
 """
 
 import collections
@@ -33,6 +33,7 @@ from .._core import (
 from .._quantized import is_quantized
 from .._rules import Rule, check_pattern, is_int, rule_name
 from .._types import Layout
+from .._whole import check_whole
 from ._node import SHOWN, Axes, Node, PartialWeightError, lengths, register
 
 
@@ -67,25 +68,25 @@ class Replaced(Node):
         return {"v": (*layout.stack, "rows", *layout.outputs)}
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Why the rows are none of a table of `shape`."""
+        """Why a table of `shape` cannot have these rows, or None."""
         if len(self.layout.inputs) != 1:
             return f"it must have one axis of inputs, got {self.layout.inputs}"
-        if wrong := _wrong(self.rows):
+        if wrong := _problem(self.rows):
             return f"its `rows` must be {wrong}"
         [axis], k = self.layout.inputs, lengths(self).get("rows", 0)
         if len(self.rows) != k:
             return f"it has {len(self.rows)} `rows`, and values for {k}"
-        # A weight that is known by its adapter alone has a length of 0 here.
+        # The length is 0 where only the adapter of the weight is known.
         if shape[axis] and (beyond := [i for i in self.rows if i >= shape[axis]]):
-            return f"its `rows` must lie in [0, {shape[axis]}); got {_few(beyond)}"
+            return f"its `rows` must lie in [0, {shape[axis]}); got {_list_few(beyond)}"
         return None
 
     def lower(self, w: Any) -> Change:
         """W with V in the place of its rows."""
         _check_whole(w)
-        old, dtype = _rows_of(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
+        old, dtype = _take_rows(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
-        return Change((Delta(_chosen(self, w), b, 1.0),), invertible=False)
+        return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
 
 
 @register
@@ -93,9 +94,9 @@ class Replaced(Node):
 class Rows(Rule):
     r"""Trains chosen rows of an embedding in full, such as those of new tokens.
 
-    The table has the values V in the place of these rows, wherever the model uses it: in lookups
-    and, if it is tied, in the head. V starts as the rows themselves. All other rows stay as they
-    are. A list of rules adapts the rest of the model: `Rows("embed", new), LoRA()`.
+    V replaces these rows wherever the model uses the table: in lookups and, if it is tied, in the
+    head. V starts as the rows themselves; all other rows stay. Further rules adapt the rest of the
+    model: `Rows("embed", new), LoRA()`.
 
     Attributes:
         pattern: a regular expression for whole components of a leaf's path.
@@ -129,7 +130,7 @@ class Rows(Rule):
         if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(map(is_int, rows)):
             raise TypeError(f"`rows` of {name} must be a list of integers; got {rows!r}.")
         rows = tuple(map(int, rows))
-        if wrong := _wrong(rows):
+        if wrong := _problem(rows):
             raise ValueError(f"`rows` of {name} must be {wrong}.")
         object.__setattr__(self, "rows", rows)
 
@@ -145,7 +146,7 @@ class Rows(Rule):
         if beyond := [i for i in self.rows if i >= site.shape[axis]]:
             raise ValueError(
                 f"`rows` of {rule_name(self)} must lie in [0, {site.shape[axis]}), the rows of "
-                f"{site.name}; got {_few(beyond)}. Grow the table first, to have rows for "
+                f"{site.name}; got {_list_few(beyond)}. Grow the table first, to have rows for "
                 "new tokens."
             )
         return self, site.layout
@@ -158,40 +159,31 @@ class Rows(Rule):
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Replaced]:
         """W, and its rows as V."""
         del key
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
-            raise ValueError(
-                f"`params` has a shape at {site.path!r}, of which {rule_name(self)} cannot take "
-                "rows. Give arrays, or call init under jax.eval_shape."
-            )
-        if _compat.may_be_cut_over(w):
-            raise NotImplementedError(
-                f"{rule_name(self)} counts the rows of the whole of {site.path!r}, of which a "
-                "shard_map around init may have a part. Call init outside of it."
-            )
+        check_whole(f"{rule_name(self)} takes rows of", w, site.path)
         rows = tuple(self.rows)
-        v = _rows_of(w if is_quantized(w) else jnp.asarray(w), site.layout, rows)
+        v = _take_rows(w if is_quantized(w) else jnp.asarray(w), site.layout, rows)
         return w, Replaced(v.astype(promote(v.dtype, jnp.float32)), rows, site.layout)
 
 
-def _wrong(rows: Any) -> str | None:
-    """What rows must be that these are not."""
+def _problem(rows: Any) -> str | None:
+    """What rows must be, if these are not; else None."""
     if not isinstance(rows, tuple) or not all(map(is_int, rows)):
         return f"a tuple of integers; got {repr(rows)[:80]}"
     if not rows:
         return "at least one row"
     if negative := [i for i in rows if i < 0]:
-        return f"counted from 0; got {_few(negative)}"
+        return f"counted from 0; got {_list_few(negative)}"
     if twice := [i for i, n in collections.Counter(rows).items() if n > 1]:
-        return f"distinct; got {_few(twice)} more than once"
+        return f"distinct; got {_list_few(twice)} more than once"
     return None
 
 
-def _few(rows: Sequence[int]) -> str:
+def _list_few(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
 
 
-def _chosen(node: Replaced, w: Any) -> Factor:
-    """E, for each matrix of a stack."""
+def _one_hot(node: Replaced, w: Any) -> Factor:
+    """The matrix E of ones and zeros, for each matrix of a stack."""
     [axis], stack = node.layout.inputs, node.layout.stack
     shape = (w.shape[axis], len(node.rows))
     chosen = lax.broadcasted_iota(jnp.int32, shape, 0) == jnp.asarray(node.rows, jnp.int32)[None]
@@ -203,8 +195,8 @@ def _chosen(node: Replaced, w: Any) -> Factor:
     return Factor(chosen, (*map(Axis, (*stack, axis)), RANK))
 
 
-def _rows_of(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
-    """The rows of W as V has them. Of a quantized W they alone are unpacked, if blocks allow it."""
+def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
+    """Takes rows of W, laid out as V. If its blocks allow it, no others are unpacked."""
     stack, [axis], outputs, _ = layout
     at = (*[slice(None)] * axis, jnp.asarray(rows, jnp.int32))
     place = None
@@ -226,11 +218,11 @@ def _rows_of(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
 
 
 def _sharding(w: Any) -> NamedSharding | None:
-    """Where W lies along explicit mesh axes."""
+    """The sharding of W over explicit mesh axes, if it has one."""
     return None if is_quantized(w) else explicit(w)
 
 
 def _check_whole(w: Any) -> None:
-    """Raises where an enclosing `shard_map` may have a part of the table."""
+    """Raises if an enclosing `shard_map` may have sharded the table."""
     if axes := _compat.may_be_cut_over(w):
         raise PartialWeightError("Rows counts the rows of the whole table", axes)

@@ -51,35 +51,9 @@ def inspect(folder: Path, every: bool) -> Any:
 
 @cli.command(cls=Command)
 @click.argument("base", type=FOLDER)
-@click.argument("out", type=FOLDER)
-@click.option(
-    "--scheme", type=click.Choice(["nf4", "fp4", "int8"]), default="nf4", show_default=True
-)
-@click.option(
-    "--skip",
-    metavar="REGEX",
-    help="Tensors to leave, by whole components of their names; embeddings and the head.",
-)
-@click.option("--follow-links", is_flag=True, help="Copy what links out of BASE point to.")
-def quantize(base: Path, out: Path, **options: Any) -> Any:
-    """Write the model BASE with its matrices in 4 or 8 bits to OUT, as bitsandbytes does.
-
-    BASE is a checkpoint of Hugging Face (safetensors). For each matrix: bits a parameter, and the
-    error ‖W - Q‖ / ‖W‖.
-    """
-    from ._write import quantize
-
-    return quantize(base, out, **options)
-
-
-@cli.command(cls=Command)
-@click.argument("base", type=FOLDER)
 @click.argument("adapter", type=FOLDER)
 @click.argument("out", type=FOLDER)
 @click.option("--names", metavar="TABLE", help=NAMES)
-@click.option(
-    "--requantize", is_flag=True, help="Of a quantized BASE: quantize again what was, with a loss."
-)
 @click.option("--follow-links", is_flag=True, help="Copy what links out of BASE point to.")
 def merge(base: Path, adapter: Path, out: Path, **options: Any) -> Any:
     """Write the model BASE with ADAPTER merged into its weights to OUT.

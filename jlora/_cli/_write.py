@@ -1,4 +1,4 @@
-"""`jlora merge`, `convert` and `quantize`: the commands that write a folder."""
+"""`jlora merge` and `convert`: the commands that write a folder."""
 
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,15 @@ from .. import checkpoint, peft
 from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
-from ._command import Done
+from ._command import Answer
 from ._inputs import format_of, table
-from ._inspect import Quantized
 from ._words import Given, called
 
 # What functions call by the names of options.
 OPTIONS: dict[str, Given] = {
     name: (f"--{name.replace('_', '-')}", None)
-    for name in ("names", "requantize", "follow_links", "skip", "scheme", "profile", "config")
+    for name in ("names", "follow_links", "profile", "config")
 }
-SCHEMES = {"nf4": jlora.NF4, "fp4": jlora.FP4, "int8": jlora.Int8}
 
 
 # -------------------------------------------------------------------------------------- merge
@@ -31,9 +29,8 @@ def merge(
     out: Path,
     *,
     names: str | None = None,
-    requantize: bool = False,
     follow_links: bool = False,
-) -> Done:
+) -> Answer:
     """Writes the model in `base` with `adapter` merged to `out`, in the format of `base`.
 
     Args:
@@ -41,7 +38,6 @@ def merge(
         adapter: an adapter of PEFT or of Orbax.
         out: a folder that is not there yet.
         names: the name table, as the user types it, where formats of PyTorch and JAX meet.
-        requantize: whether to quantize again what is quantized in `base`.
         follow_links: whether files of `base` may be links out of it.
     """
     check_vacant(out, "OUT")
@@ -52,7 +48,7 @@ def merge(
             f"{adapter} ({formats[1]})."
         )
     left_out: list[str] = []
-    options: Any = {"requantize": requantize, "follow_links": follow_links}
+    options: Any = {"follow_links": follow_links}
     if formats[0] == "orbax":
         _merge_orbax(base, adapter, out, names)
     else:
@@ -67,7 +63,7 @@ def merge(
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}
     text = f"{out}: {base} with {adapter} merged, as {formats[0]}"
     text += f"; not copied: {', '.join(left_out)}" if left_out else ""
-    return Done(text, fields | {"left_out": left_out})
+    return Answer(text, fields | {"left_out": left_out})
 
 
 def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> None:
@@ -100,7 +96,7 @@ def convert(
     base: Path | None = None,
     profile: str | None = None,
     config: Path | None = None,
-) -> Done:
+) -> Answer:
     """Writes the adapter in `source` to `out`: PEFT's as Orbax, Orbax's or with a profile as PEFT.
 
     Args:
@@ -134,7 +130,7 @@ def convert(
     if profile == "vllm":
         fields["rank"] = peft.read_config(out)["r"]
         text += f", for vLLM with --max-lora-rank {fields['rank']} or more"
-    return Done(text, fields)
+    return Answer(text, fields)
 
 
 def _to_peft(
@@ -197,21 +193,3 @@ def _to_profile(
     with called(path=("IN", source), out=("OUT", out), **OPTIONS):
         peft.to_vllm(source, out)
         return peft.read(source)
-
-
-# ----------------------------------------------------------------------------------- quantize
-
-
-def quantize(
-    base: Path,
-    out: Path,
-    *,
-    scheme: str = "nf4",
-    skip: str | None = None,
-    follow_links: bool = False,
-) -> Quantized:
-    """Writes the model in `base` to `out` with its matrices in few bits."""
-    check_vacant(out, "OUT")
-    options: Any = {"follow_links": follow_links} | ({} if skip is None else {"skip": skip})
-    with called(src_dir=("BASE", base), out=("OUT", out), **OPTIONS):
-        return Quantized(out, peft.quantize_checkpoint(base, out, SCHEMES[scheme](), **options))

@@ -1,8 +1,8 @@
 """The interpreter and its product. Imports `_compat`.
 
-It evaluates a traced function with a `Weight`, W and the change that is made to it, in the place of
-some of its parameters, and knows of a method only that `Change`. In the order in which to read:
-`_axes`, `_change`, `_weight`, `_interpret`, `_moves`, `_linear`, `_dot`, `_control`.
+It evaluates a traced function in which some parameters are a `Weight`: W and the change that is
+made to it. Of a method it knows only this `Change`. Read the modules in this order: `_axes`,
+`_change`, `_weight`, `_interpret`, `_moves`, `_product`, `_dot`, `_low_rank`, `_control`.
 """
 
 from . import _control, _dot, _joins, _kernels, _lookup, _moves, _places  # noqa: F401
@@ -28,7 +28,7 @@ from ._packed import shard_part as shard_part
 from ._trace import ValueReadError as ValueReadError
 from ._trace import take as take
 from ._trace import trace as trace
-from ._uses import Product as Product
+from ._uses import ProductUse as ProductUse
 from ._uses import Unsupported as Unsupported
 from ._uses import Uses as Uses
 from ._weight import Weight as Weight

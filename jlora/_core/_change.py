@@ -30,9 +30,17 @@ def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """ΔW = scale · A·diag(gate)·B; with keys, as a map of activations, a dropout before A.
+    """ΔW = scale · A·diag(gate)·B, or what takes its place where activations are multiplied.
 
-    With a `gating` of its own, which takes x·A and the gate, it is a map of activations alone.
+    Attributes:
+        a: A.
+        b: B.
+        scale: a number.
+        key: keys of a dropout of the inputs of A, or None.
+        dropout: the probability of that.
+        gate: a factor along the rank, or None. Where it is 0, x·A may be anything.
+        gating: computes what x·A becomes from x·A and the gate. If it is not `gated`, there is no
+            ΔW, and the delta only acts on activations.
     """
 
     a: Factor
@@ -40,7 +48,7 @@ class Delta:
     scale: float = dataclasses.field(metadata={"static": True})
     key: Factor | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
-    gate: Factor | None = None  # along the rank; where it is 0, x·A may be anything
+    gate: Factor | None = None
     gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
         default=gated, metadata={"static": True}
     )
@@ -50,7 +58,7 @@ class Delta:
         return jax.tree.map(f, self, is_leaf=is_factor)
 
     def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
-        """ΔW, of length 1 along axes of W that neither A nor B follows."""
+        """ΔW, of length 1 along axes of W that neither A nor B has."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
@@ -61,20 +69,20 @@ class Delta:
         return h if self.gate is None else self.gating(h, self.gate.arranged(axes))
 
     def gated_factor(self, f: Factor) -> Factor:
-        """A·diag(gate) of A, or of the factor that comes first; `Unfactorable` if it is none."""
+        """f·diag(gate) for A, or B if that comes first; `Unfactorable` without a ΔW."""
         if not self.is_matrix:
             raise Unfactorable("it would be multiplied with what is no activation")
         return f.replace(self.gated(f.value, f.axes))
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
-        """A and B, first the one to contract an activation with over `contracted`."""
+        """A and B, first the one that an activation meets if it is contracted over `contracted`."""
         in_a, in_b = (sum(axis in f.axes for axis in contracted) for f in (self.a, self.b))
         return (self.a, self.b) if in_a >= in_b else (self.b, self.a)
 
     def drop(self, x: jax.Array) -> jax.Array:
         """Drops entries of the input `x` of A with probability `dropout`, and rescales the rest.
 
-        Where it is no matrix, `x` gets no gradient from it.
+        Without a ΔW, no gradient passes to `x`.
         """
         if not self.is_matrix:
             return lax.stop_gradient(x)
@@ -110,7 +118,7 @@ class Change:
     Attributes:
         deltas: the ΔW.
         gain: the gain, or None.
-        invertible: whether the deltas are the same ones of the changed W.
+        invertible: whether the deltas do not depend on W, so that they can be taken back.
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -124,7 +132,7 @@ class Change:
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
         """The changed `w`, computed in float32 or better and rounded once to its dtype.
 
-        With `sign` -1 the weight of which `w` is the changed one.
+        With `sign` -1 it takes the change back: `w` is the changed weight.
         """
         if self.gain is not None and sign < 0:
             raise NotInvertibleError("its gain may depend on the weight before")
@@ -158,9 +166,9 @@ def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
-    """A·B with the axes `axes`, of length 1 where neither factor follows.
+    """A·B with the axes `axes`, of length 1 where neither factor has the axis.
 
-    Of low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
+    At low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
     size of W is written for it. Its derivative is matrix products.
     """
     rank = a.length(RANK)

@@ -153,12 +153,12 @@ def _reason(eqn: Equation, e: Unfactorable) -> str:
 def materialized(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
     """W + ΔW where `x` is a `Weight` whose rule allows it or one row; `x` where it is an array.
 
-    While sites are searched it is W, and the use is written down.
+    While sites are searched it is W, and the use is recorded.
 
     Args:
         x: a weight or an array.
         reason: gives what stands in the way.
-        added: whether it is an activation itself: added to one, joined with one, or returned.
+        added: whether it is an activation: added to one, concatenated with one, or returned.
     """
     if not isinstance(x, Weight):
         return x

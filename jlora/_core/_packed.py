@@ -35,12 +35,11 @@ class Packed:
         axes: the axes of W now.
         shape: the shape of W now.
         dtype: the dtype of W now.
-        free: axes along which every part has an entry for each of W's.
         even: axes along which W can be split into equal pieces by splitting each part.
-        loosen: computes the same W from larger parts, which have more free and even axes; None if
-            there are no such parts.
-        moves: what the model did with W that `unpack` does not know of.
-        touched: the axes along which `moves` act; these are neither free nor even.
+        loosen: computes larger parts of the same W that have more even axes; None if there are
+            none such.
+        loose: the even axes of those.
+        moves: what the model did with W along other axes, which `unpack` does not know of.
         last: the highest name of an axis that W had before and has no more.
     """
 
@@ -49,13 +48,10 @@ class Packed:
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
-    free: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
     even: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
-    loosen: "Callable[[Packed], Packed] | None" = dataclasses.field(
-        default=None, metadata={"static": True}
-    )
+    loosen: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
+    loose: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
     moves: tuple[Move, ...] = dataclasses.field(default=(), metadata={"static": True})
-    touched: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
     last: int = dataclasses.field(default=-1, metadata={"static": True})
 
     def replace(self, **fields: Any) -> "Packed":
@@ -89,6 +85,13 @@ class Packed:
             known = NamedSharding(known.mesh, PartitionSpec(*map(by_axis.get, self.axes)))
         return _compat.abstract(self.shape, self.dtype, known, like=codes.value)
 
+    @property
+    def free(self) -> set[Axis]:
+        """Axes along which every part has an entry for each of W's."""
+        lengths = {a: n for a, n in zip(self.axes, self.shape, strict=True) if a in self.even}
+        shapes = [dict(zip(f.axes, f.shape, strict=True)) for f in self.factors]
+        return {a for a, n in lengths.items() if all(shape.get(a) == n for shape in shapes)}
+
     def new_names(self) -> Iterator[int]:
         """Names that no axis of W has or had."""
         return new_names([*self.axes, Axis(self.last)])
@@ -110,9 +113,8 @@ class Packed:
         """Remembers `move`, which acts along `axes`, until W is unpacked."""
         return self.replace(
             moves=(*self.moves, move),
-            free=self.free.difference(axes),
             even=self.even.difference(axes),
-            touched=self.touched.union(axes),
+            loose=self.loose.difference(axes),
         )
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Packed":
@@ -151,8 +153,8 @@ class Packed:
         groups = [g for g in groups if g.old != g.new]
         now = [g for g in groups if self.free.issuperset(g.old)]
         rest = [g for g in groups if g not in now]
-        free = self.free.union(*(g.new for g in now))
-        packed = self.map(lambda f: f.reshaped(now)).replace(free=free) if now else self
+        even, loose = (axes.union(*(g.new for g in now)) for axes in (self.even, self.loose))
+        packed = self.map(lambda f: f.reshaped(now)).replace(even=even, loose=loose)
         old = frozenset[Axis]().union(*(g.old for g in groups))
         return packed.then(lambda f: f.reshaped(rest), old)._with_shape(new)
 
@@ -171,13 +173,16 @@ class Packed:
         )
         if fits:
             return self
-        return self.to_dense() if self.loosen is None else self.loosen(self).cut(pieces)
+        return self.to_dense() if self.loosen is None else self._loosened(self.loosen).cut(pieces)
 
     def freed(self, axes: Collection[Axis]) -> "Packed | Factor":
         """W with parts along which `axes` are free, or else unpacked."""
         if self.free.issuperset(axes):
             return self
-        return self.to_dense() if self.loosen is None else self.loosen(self).freed(axes)
+        return self.to_dense() if self.loosen is None else self._loosened(self.loosen).freed(axes)
+
+    def _loosened(self, loosen: Callable[[Any], Any]) -> "Packed":
+        return self.replace(parts=loosen(self.parts), even=self.loose, loosen=None)
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
         """`f(W, *xs)`, linear in the first of `xs`; W is unpacked for it in each pass."""

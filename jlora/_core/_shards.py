@@ -39,10 +39,9 @@ def place(w: Weight, mesh: Any, spec: Any) -> Weight:
 
 
 def pieces(w: Weight, spec: Any, sizes: Any) -> dict[Axis, int]:
-    """Into how many pieces a partition splits each axis of W, of which it splits any."""
+    """Into how many pieces a partition splits axes of W, also into one."""
     entries = zip(w.axes, spec, strict=False)
-    found = {a: math.prod(sizes[n] for n in mesh_axes(e)) for a, e in entries}
-    return {a: n for a, n in found.items() if n > 1}
+    return {a: math.prod(sizes[n] for n in mesh_axes(e)) for a, e in entries if mesh_axes(e)}
 
 
 def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weight:

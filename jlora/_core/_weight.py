@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 
 from .. import _compat
-from ._axes import Along, Axis, Factor, axes_of_leaf, reshape_groups
+from ._axes import Along, Axis, Factor, axes_of_leaf
 from ._change import Change
 from ._packed import Packed
+from ._reshape import reshape_groups
 from ._uses import Uses
 
 

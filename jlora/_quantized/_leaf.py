@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core import Axis, Factor, Packed, shard_part
-from .._types import NoArray, PyTree
+from .._types import NotAnArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales
 from ._form import Form, spread, unpack
@@ -36,7 +36,7 @@ class Nested(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantized(NoArray):
+class Quantized(NotAnArray):
     r"""A weight of a base in 4 or 8 bits: codes, and a scale for each block of them.
 
     It is a pytree node with the children `data`, `scale`, `zero`, `nested` and `error`; the rest is
@@ -129,11 +129,22 @@ class Quantized(NoArray):
             tuple(axes),
             self.shape,
             jnp.dtype(dtype),
-            free=frozenset(axes[d] for d in self.form.stack),
-            even=frozenset(axes[d] for d in self.form.stack),
+            frozenset(axes[d] for d in self.form.stack),
+            functools.partial(_loosen, self._how(axes, jnp.dtype(dtype))),
+            self._even(axes),
         )
-        loosen = functools.partial(_loosen, self._how(axes, packed.dtype))
-        return packed.replace(loosen=loosen) if self.nested is not None else loosen(packed)
+        return packed if self.nested is not None else packed.replace(even=packed.loose, loosen=None)
+
+    def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
+        """The axes that can be split as the codes and the blocks are, if scales are numbers."""
+        form = self.form
+        if form.flat:
+            return frozenset(axes[d] for d in form.stack)
+        lengths = zip(axes, form.shape, form.blocks, strict=True)
+        even = {a for a, n, block in lengths if n % block == 0 or block > n}
+        if self.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
+            even.remove(axes[form.axis])
+        return frozenset(even)
 
     def _check_dtypes(self) -> None:
         """Raises if the arrays were cast, as by a map over all arrays of a tree."""
@@ -254,22 +265,7 @@ def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> 
     )
 
 
-def _loosen(how: "_How", packed: Packed) -> Packed:
-    """Computes scales that are codes, so that more axes are free, and even."""
-    form, axes = how.form, how.axes
-    parts = dict(packed.parts)
-    if (nested := parts.pop("nested", None)) is not None:
-        parts["scale"] = _scales(parts["scale"], nested, form, axes)
-    if form.flat:
-        return packed.replace(parts=parts, loosen=None)
-    lengths = zip(axes, form.shape, form.blocks, strict=True)
-    even = {a for a, n, block in lengths if n % block == 0 or block > n}
-    if how.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
-        even.remove(axes[form.axis])
-    free = frozenset(axes[d] for d, block in enumerate(form.blocks) if block == 1)
-    return packed.replace(
-        parts=parts,
-        free=packed.free | (free - {axes[form.axis]} - packed.touched),
-        even=packed.even | (even - packed.touched),
-        loosen=None,
-    )
+def _loosen(how: "_How", parts: Parts) -> Parts:
+    """Computes the scales of which there are codes."""
+    scale = _scales(parts["scale"], parts["nested"], how.form, how.axes)
+    return {name: f for name, f in parts.items() if name != "nested"} | {"scale": scale}

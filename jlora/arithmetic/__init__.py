@@ -1,6 +1,6 @@
 r"""Sums, differences and merges of adapters, on what they mean: ΔW, never on A and B apart.
 
-Imports `_compat`, `_linalg`, `_rules`, `_tree`, `_types`, `_adapters`, `_core`.
+Imports `_compat`, `_keys`, `_linalg`, `_rules`, `_tree`, `_types`, `_adapters`, `_core`.
 
 The sum of two ΔW has their factors side by side, $[A_1, A_2] [B_1; B_2]$: exact, and of the sum of
 the ranks. A·G and G⁻¹·B are other factors of the same ΔW, for which nothing here gives another ΔW.

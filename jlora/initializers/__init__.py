@@ -1,6 +1,6 @@
 """How A and B start, a file each.
 
-Imports `_core`, `_quantized`, `_compat`, `_linalg`, `_rules`, `_types`.
+Imports `_core`, `_quantized`, `_compat`, `_linalg`, `_rules`, `_types`, `_whole`.
 
 An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W: an array, a
 `jax.ShapeDtypeStruct` or a `jlora.types.Quantized`. `site` says what the model does with it, and

@@ -17,6 +17,7 @@ from .._linalg import each, qr
 from .._quantized import Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
 from .._types import Layout
+from .._whole import check_whole
 from ._draw import dtype_of
 
 # `(key, w, rank, scale) -> (a, b)` of matrices (…, inputs, outputs): scale·A·B is taken from them.
@@ -179,17 +180,8 @@ def widened(x: jax.Array) -> jax.Array:
 
 def check(w: Any, site: Any, rule: Any) -> None:
     """Raises where W has no values that are finite, or is only a part."""
-    leaves, name = jax.tree.leaves(w), f"the start of {rule_name(rule)}"
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        raise ValueError(
-            f"`params` has a shape at {site.path!r}, which {name} cannot factor. Give arrays, or "
-            "call init under jax.eval_shape."
-        )
-    if _compat.may_be_cut_over(w):
-        raise NotImplementedError(
-            f"{name} factors the whole of {site.path!r}, of which a shard_map around init has a "
-            "part. Call init outside of it."
-        )
+    name = f"the start of {rule_name(rule)}"
+    check_whole(f"{name} factors", w, site.path)
     if is_quantized(w):
         return
     bad = _compat.known(lambda w: jnp.sum(~jnp.isfinite(w)), w)

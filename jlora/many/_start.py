@@ -9,9 +9,10 @@ import numpy as np
 
 from .._adapters import LoRA
 from .._compat import is_concrete
+from .._keys import refuse_rngs
 from .._rules import is_int, rule_name
 from .._transform import transform
-from .._tree import flatten, leaves_by_path, name_of, refuse_rngs
+from .._tree import flatten, leaves_by_path, name_of
 from .._types import PyTree, Transformed, short
 
 

@@ -21,10 +21,9 @@ from .engines._check import Checked as Checked
 from .engines._check import check as check
 from .formats._base import load_base as load_base
 from .formats._base import save_base as save_base
-from .formats._matrices import Matrix as Matrix
-from .formats._matrices import matrices as matrices
-from .formats._rewrite import dequantize_checkpoint as dequantize_checkpoint
-from .formats._rewrite import quantize_checkpoint as quantize_checkpoint
+from .formats._dequantize import Matrix as Matrix
+from .formats._dequantize import dequantize_checkpoint as dequantize_checkpoint
+from .formats._dequantize import matrices as matrices
 from .merge._export import export_merged as export_merged
 from .names import tables as tables
 from .names._names import Name as Name

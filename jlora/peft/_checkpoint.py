@@ -1,12 +1,12 @@
-"""A Hugging Face checkpoint: which of its files holds which tensor, and what else is there."""
+"""A Hugging Face checkpoint: which file holds which tensor, and what other files there are."""
 
 import collections
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ._file import (
     CONFIG,
@@ -14,10 +14,11 @@ from ._file import (
     TENSORS,
     Header,
     Source,
-    Tensor,
+    TensorInfo,
     brief,
     check_within,
     listing,
+    open_file,
     read_header,
     read_json,
     shown,
@@ -25,9 +26,12 @@ from ._file import (
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DEEPEST = 32  # folders in each other
-LIMIT = 64 * 2**20  # bytes of an index; of 400,000 tensors
-# Weights in other forms, which would stay unmerged, and pickles, which hold weights or code.
+QUANTIZATION = "quantization_config"  # of `config.json`
+PIECE = 4 * 2**20  # bytes
+REFUSAL = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
+DEEPEST = 32  # nested folders
+LIMIT = 64 * 2**20  # bytes of an index, which may list 400,000 tensors
+# Weights in other formats, which would stay unmerged, and pickles, which hold weights or code.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|pkl|pickle|ckpt|h5|keras|msgpack|npz|npy|ot|onnx|onnx_data"
     r"|tflite|gguf|ggml|mlmodel|mlpackage|pb|nemo|dduf|index\.json|data-\d+-of-\d+)$",
@@ -43,9 +47,10 @@ class Checkpoint(NamedTuple):
         source: its folder.
         headers: the header of each safetensors file.
         where: the file of each tensor.
-        kept: all other files to be copied, as paths in the folder.
-        left_out: what is not copied.
-        vocabulary: the lengths that the input embedding may have, if the output head shares it.
+        kept: the other files that are copied, as paths in the folder.
+        left_out: the files and folders that are not copied.
+        vocabulary: the lengths that the input embedding may have if the output head shares it;
+            empty if it does not.
         config: the configuration of the model; empty if there is none.
     """
 
@@ -59,12 +64,25 @@ class Checkpoint(NamedTuple):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors."""
+        """The shapes of all tensors."""
         return {name: self.entry(name).shape for name in self.where}
 
-    def entry(self, name: str) -> Tensor:
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What the configuration says of codes, wherever in it; empty for weights in floats."""
+        found = (part.get(QUANTIZATION) for part in parts(self.config))
+        return next((x for x in found if isinstance(x, dict)), {})
+
+    def entry(self, name: str) -> TensorInfo:
         """The tensor `name`."""
         return self.headers[self.where[name]].entries[name]
+
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[bytes]:
+        """Reads the bytes of a tensor, in pieces of a size."""
+        file, entry = self.where[name], self.entry(name)
+        with open_file(self.source, file) as (data, _):
+            data.seek(self.headers[file].data + entry.start)
+            yield from read_pieces(data, entry.stop - entry.start, size)
 
 
 def open_checkpoint(
@@ -74,10 +92,13 @@ def open_checkpoint(
     follow_links: bool = False,
     copied: bool = False,
 ) -> Checkpoint:
-    """Reads headers, index and configuration of the folder that the user's `argument` names.
+    """Reads headers, index and configuration of a folder.
 
-    Its files may be links to within the folder, or anywhere with `follow_links`. If it is to be
-    `copied`, none of them may be missing.
+    Args:
+        path: the folder.
+        argument: the user's argument that named it, for errors.
+        follow_links: whether its files may be links to anywhere, or else to within the folder.
+        copied: whether its other files will be copied, so that none of them may be missing.
 
     Raises:
         FileNotFoundError: if there is no such folder, or a shard is missing.
@@ -116,14 +137,14 @@ def open_checkpoint(
 
 
 def holds(path: str | os.PathLike[str]) -> set[str]:
-    """What is in a folder, by the names of its files.
+    """Says what is in a folder, by the names of its files.
 
     Args:
         path: the folder.
 
     Returns:
-        Of `"adapter"` (PEFT's files), `"model"` (a model of Hugging Face) and `"weights"` (that
-        model's safetensors) those that are there.
+        Those of `"adapter"` (PEFT's files), `"model"` (a model of Hugging Face) and `"weights"`
+        (that model's safetensors) that are there.
 
     Examples:
         >>> import pathlib, tempfile
@@ -142,13 +163,27 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
     return {what for what, there in found.items() if there}
 
 
-REFUSAL = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
+def parts(config: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields a configuration and all objects within it, as models of models have them."""
+    left: list[Any] = [config]
+    while left:
+        part = left.pop()
+        yield part
+        left += [value for value in part.values() if isinstance(value, dict)]
 
 
-def refuse(found: Sequence[str]) -> None:
-    """Raises if there is anything that keeps an adapter from being merged."""
-    if found:
-        raise ValueError(f"{REFUSAL}. {listing(found)}")
+def read_pieces(data: BinaryIO, count: int, size: int = PIECE) -> Iterator[bytes]:
+    """Reads the next `count` bytes of a file, in pieces of a size."""
+    for start in range(0, count, size):
+        yield read_exactly(data, min(size, count - start))
+
+
+def read_exactly(data: BinaryIO, size: int) -> bytes:
+    """Reads the next `size` bytes of a file."""
+    found = data.read(size)
+    if len(found) != size:
+        raise ValueError("`src_dir`: a file changed while it was read; start again.")
+    return found
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
@@ -181,7 +216,7 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
 
 
 def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copies what is kept beside the weights."""
+    """Copies the files that are kept beside the weights."""
     for name in checkpoint.kept:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.source.folder / name, folder / name)
@@ -194,14 +229,14 @@ def _what_is(source: Source, name: str) -> str:
 
 
 def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[str]]:
-    """What else there is, as paths: what to copy, what to leave out, and what is no file."""
+    """Lists the other paths: files to copy, those to leave out, and what is no file."""
     kept, left_out, odd = [], [], []
     for path in _walk(source, source.folder, DEEPEST):
         name = path.relative_to(source.folder).as_posix()
         if name in read:
             continue
         # An adapter_config.json would have transformers apply the adapter once more.
-        is_folder = path.is_dir() and not _is_called_a_file(source, path)
+        is_folder = path.is_dir() and not _has_name_of_file(source, path)
         if is_folder or _WEIGHTS.search(path.name) or name in (CONFIG, TENSORS):
             left_out.append(name)
         else:
@@ -209,8 +244,8 @@ def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[
     return sorted(kept), sorted(left_out), sorted(odd)
 
 
-def _is_called_a_file(source: Source, path: Path) -> bool:
-    """Whether it is called as the files are that a model needs beside its weights."""
+def _has_name_of_file(source: Source, path: Path) -> bool:
+    """Whether a path has the name of a file that a model needs beside its weights."""
     return path.parent == source.folder and path.suffix in (".json", ".jinja", ".model", ".txt")
 
 
@@ -222,37 +257,25 @@ def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
         )
     for path in folder.iterdir():
         is_whole = path.is_symlink() or path.name in (".git", ".cache")
-        if is_whole or not path.is_dir() or _is_called_a_file(source, path):
+        if is_whole or not path.is_dir() or _has_name_of_file(source, path):
             yield path
         else:
             yield from _walk(source, path, depth - 1)
 
 
 def _tied_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> frozenset[int]:
-    """The lengths that a shared embedding may have; or none.
-
-    `rows` counts the matrices by how many rows they have.
-    """
-    parts = list(_parts(config))
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    """The lengths that a shared embedding may have; `rows` counts the matrices by their rows."""
+    each = list(parts(config))
+    ties = [part["tie_word_embeddings"] for part in each if "tie_word_embeddings" in part]
     names = config.get("architectures")
     names = names if isinstance(names, list) else []
-    # Without a word about it `transformers` ties; without a head there is nothing to tie.
-    headed = any(_HEADS.search(str(name)) for name in names) if names else True in said
-    is_denied = [x is False for x in said]
-    if not headed or not rows or (said and all(is_denied)):
+    # By default `transformers` ties; without a head there is nothing to tie.
+    has_head = any(_HEADS.search(str(name)) for name in names) if names else True in ties
+    is_denied = [x is False for x in ties]
+    if not has_head or not rows or (ties and all(is_denied)):
         return frozenset()
-    sizes = {n for part in parts if isinstance(n := part.get("vocab_size"), int)} & rows.keys()
+    sizes = {n for part in each if isinstance(n := part.get("vocab_size"), int)} & rows.keys()
     sizes = sizes or {max(rows)}
-    if any(is_denied):  # a model of models, and no file tells whose word counts
+    if any(is_denied):  # a model of models, and no file tells which part decides
         sizes = {size for size in sizes if rows[size] < 2}
     return frozenset(sizes)
-
-
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A configuration and those within it."""
-    left = [config]
-    while left:
-        part = left.pop()
-        yield part
-        left += [value for value in part.values() if isinstance(value, dict)]

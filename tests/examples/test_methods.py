@@ -44,7 +44,7 @@ every = pytest.mark.parametrize(
             for name in METHODS
         ),
         pytest.param("roberta", "adapter_h", marks=pytest.mark.slow),
-        ("roberta", "pre_layer"),
+        pytest.param("roberta", "pre_layer", marks=pytest.mark.slow),
     ],
 )
 # Those that put no tokens into the text, one of them for every day.

@@ -210,6 +210,7 @@ def test_saves_the_adapter_of_the_best_epoch(run, checkpoints):
         assert problem.dev(jax.tree_util.Partial(method.apply, base, like)) != scores
 
 
+@pytest.mark.slow
 def test_goes_on_with_the_seeds_that_lack(run):
     """A seed that is there stays; one whose row was not written is trained again."""
     args, out, _ = run

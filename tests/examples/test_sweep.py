@@ -90,6 +90,7 @@ def test_what_is_written(run):
     assert total / count == pytest.approx(result.scores[result.best], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_left_behind():
     """Among others, which are as they are without it."""
     runs = [sweep.Run(*x) for x in ((1e-2, 3, 0), (1e30, 3, 1), (3e-2, 1, 0))]

@@ -279,28 +279,6 @@ WEBNLG_XML = """<?xml version="1.0" ?>
 </entries></benchmark>
 """
 AIRPORT = 'Aarhus_Airport : cityServed : "Aarhus, Denmark" | Aarhus : leader : Jacob & Co'
-TRIPLES = [
-    {"subject": "Aarhus_Airport", "property": "cityServed", "object": '"Aarhus, Denmark"'},
-    {"subject": "Aarhus", "property": "leader", "object": "Jacob & Co"},
-]
-LEX = [
-    {"comment": "good", "lex": "Aarhus airport serves Aarhus.", "xml_id": "Id1", "lang": ""},
-    {"comment": "bad", "lex": "Airport.", "xml_id": "Id2", "lang": ""},
-    {"comment": "good", "lex": "Jacob leads Aarhus.", "xml_id": "Id4", "lang": ""},
-]
-WEBNLG_JSON = {
-    "entries": [
-        {
-            "1": {
-                "category": "Airport",
-                "size": "2",
-                "originaltriplesets": {"originaltripleset": [TRIPLES]},
-                "modifiedtripleset": TRIPLES,
-                "lexicalisations": LEX,
-            }
-        }
-    ]
-}
 WEBNLG = [nlg.Example(AIRPORT, ("Aarhus airport serves Aarhus.", "Jacob leads Aarhus."), "Airport")]
 DART = [
     {
@@ -329,7 +307,7 @@ DATASETS = {  # task, split -> the file, and the examples in it
         ],
     ),
     ("webnlg", "train"): ("train/2triples/Airport.xml", WEBNLG_XML, WEBNLG),
-    ("webnlg", "test"): ("test.json", json.dumps(WEBNLG_JSON), WEBNLG),
+    ("webnlg", "test"): ("test/testdata_with_lex.xml", WEBNLG_XML, WEBNLG),
     ("dart", "dev"): (
         "dart-v1.1.1-full-dev.json",
         json.dumps(DART),
@@ -346,12 +324,12 @@ DATASETS = {  # task, split -> the file, and the examples in it
 @pytest.mark.parametrize(("task", "split"), DATASETS)
 def test_prompts_and_references(tmp_path, task, split):
     name, content, expected = DATASETS[task, split]
-    write(tmp_path, {name: content, "unrelated.txt": ""})
+    foreign = WEBNLG_XML.replace("Ajoblanco", "Gazpacho")  # a part of the test set
+    write(tmp_path, {name: content, "test/testdata_unseen_with_lex.xml": foreign})
     expected = DATASETS[task, "test"][2] if expected is None else expected
     assert nlg.read(tmp_path, task, split) == expected
 
 
-ENTRY = {k: v for k, v in WEBNLG_JSON["entries"][0]["1"].items() if k != "lexicalisations"}
 DAMAGED_DATASETS = [  # task, file, content, message after the name of the file
     ("e2e", "devset.csv", "mr,refs\n", ", line 1: expected the header mr,ref, got mr,refs"),
     ("e2e", "devset.csv", "mr,ref\nname[a],b,c\n", ", line 2: expected 2 fields, got ['name[a]'"),
@@ -362,10 +340,6 @@ DAMAGED_DATASETS = [  # task, file, content, message after the name of the file
     (
         *("webnlg", "dev/a.xml", WEBNLG_XML.replace("Ajoblanco | region", "Ajoblanco")),
         ", entry Id2: expected <mtriple>subject | property | object</mtriple>, got ['Ajoblanco",
-    ),
-    (
-        *("webnlg", "dev.json", json.dumps({"entries": [{"1": ENTRY}]})),
-        ', entry 1: expected an object with a field "lexicalisations", got fields [',
     ),
     ("dart", "dart-v1-full-dev.json", "{}", ": expected a list, got dict"),
     ("dart", "dart-v1-full-dev.json", "[\n{]", ", line 2: expected JSON, got Expecting property"),

@@ -1,8 +1,7 @@
 """E2E, WebNLG and DART: prompts and the texts that people wrote for them.
 
     DIR/trainset.csv  devset.csv  testset_w_refs.csv               # E2E
-    DIR/train.json  dev.json  test.json                            # WebNLG 2017 as JSON
-    DIR/train/**/*.xml  dev/**/*.xml  test/**/*.xml                # WebNLG's releases as XML
+    DIR/train/**/*.xml  dev/**/*.xml  test/**/*.xml                # WebNLG's releases
     DIR/dart-v1.1.1-full-train.json …                              # DART
 
     examples = nlg.read(DIR, "e2e", "test")
@@ -89,19 +88,15 @@ def _e2e(folder: Path, split: str) -> Iterator[Example]:
 
 
 def _webnlg(folder: Path, split: str) -> Iterator[Example]:
-    if (folder / split).is_dir():
-        paths = sorted((folder / split).rglob("*.xml"))
-        # Beside it lie parts of it, its inputs alone, and the set of another task.
-        paths = [path for path in paths if path.name in WEBNLG_TESTS] or paths
-        if not paths:
-            raise FileNotFoundError(
-                f"`{folder / split}` holds no *.xml. Put the XML files of a WebNLG release there."
-            )
-        for path in paths:
-            yield from _webnlg_xml(path)
-    else:
-        source = f"{split}.json of WebNLG 2017, or the folder {split} of a release in XML,"
-        yield from _webnlg_json(files.find(folder, [f"{split}.json"], source))
+    paths = sorted((folder / split).rglob("*.xml"))
+    # Beside it lie parts of it, its inputs alone, and the set of another task.
+    paths = [path for path in paths if path.name in WEBNLG_TESTS] or paths
+    if not paths:
+        raise FileNotFoundError(
+            f"`{folder / split}` holds no *.xml. Put the XML files of a WebNLG release there."
+        )
+    for path in paths:
+        yield from _webnlg_xml(path)
 
 
 def _webnlg_xml(path: Path) -> Iterator[Example]:
@@ -127,25 +122,6 @@ def _webnlg_xml(path: Path) -> Iterator[Example]:
             if lex.get("comment", "good") == "good" and lex.get("lang") in (None, "", "en")
         ]
         yield Example(_joined(parts), tuple(texts), entry.attrib["category"])
-
-
-def _webnlg_json(path: Path) -> Iterator[Example]:
-    entries = files.Place(path).field(files.json_file(path), "entries", list, "a list")
-    for item in entries:
-        if not isinstance(item, dict) or len(item) != 1:
-            raise files.Place(path).error("entries of one number each", item)
-        ((number, entry),) = item.items()
-        place = files.Place(path, inside=f"entry {number}")
-        triples = [
-            [place.text(triple, name) for name in ("subject", "property", "object")]
-            for triple in place.field(entry, "modifiedtripleset", list, "a list")
-        ]
-        texts = [
-            place.text(text, "lex")
-            for text in place.field(entry, "lexicalisations", list, "a list")
-            if place.text(text, "comment") == "good"
-        ]
-        yield Example(_joined(triples), tuple(texts), place.text(entry, "category"))
 
 
 def _dart(folder: Path, split: str) -> Iterator[Example]:

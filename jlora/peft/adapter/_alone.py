@@ -1,4 +1,4 @@
-"""An adapter whose model is not at hand."""
+"""Reads an adapter whose model is not at hand."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ..._types import Layout
 from .._file import Source
 from .._problems import Problems
 from ..names._convert import node_of
-from ..names._leaves import Leaf
+from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ._contents import Adapter, Part, sort_tensors
 from ._files import Files, in_memory, open_files
@@ -96,8 +96,8 @@ class Alone(NamedTuple):
             for part in self.parts
         }
 
-    def leaf(self, part: Part) -> Leaf:
-        """The weight of a part, with PyTorch's axes."""
+    def leaf(self, part: Part) -> NamedLeaf:
+        """The leaf that a part adapts, with PyTorch's axes."""
         (rows, columns), count = matrix(part), part.a.shape[0] // self.ranks[part.key]
         window = part.a.shape[2:] if part.kind == "conv" else ()
         axes, shape = {
@@ -106,7 +106,7 @@ class Alone(NamedTuple):
             "conv": ("oi" + "k" * len(window), (rows, *part.a.shape[1:])),
             "experts": ("eoi", (count, rows, columns)),
         }[part.kind]
-        return Leaf((), None, shape, Name("", "", axes), ("",))
+        return NamedLeaf((), None, shape, Name("", "", axes), ("",))
 
 
 def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
@@ -118,7 +118,7 @@ def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
 def check_alone(
     fields: Mapping[str, object], tensors: Mapping[str, np.ndarray], argument: str, title: str
 ) -> None:
-    """Raises if what is about to be written would not be read as the same."""
+    """Raises if what is about to be written could not be read."""
     _read(in_memory(fields, tensors, argument), Problems(title))
 
 
@@ -129,9 +129,7 @@ def _read(files: Files, problems: Problems) -> Alone:
     problems.stop()
     # Before values are read, as patterns have a time of their own.
     ranks = {part.key: adapter.selection.rank(part.key) for part in parts}
-    every = [x for part in parts for x in part.arrays]
-    every += [*adapter.full.values(), *adapter.frozen.values()]
-    values = files.values([*every, *(x.v for x in adapter.tokens.values())], problems)
+    values = files.values(adapter.tensors(parts), problems)
     problems.stop()
     full, frozen = (
         {name: values[x.key] for name, x in group.items()}

@@ -1,11 +1,11 @@
-"""What each tensor of an adapter is, by its key and by the configuration."""
+"""Sorts the tensors of an adapter by their keys and its configuration."""
 
 import collections
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, Tensor, shown
+from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, shown
 from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
@@ -37,7 +37,7 @@ class Part(NamedTuple):
         name: PyTorch's parameter.
         kind: `linear`, `embedding`, `conv` or `experts`.
         key: what patterns match: the module, or the parameter where it is chosen by its name.
-        a: PEFT's A, an array or a `Tensor` of the file.
+        a: PEFT's A, an array or a `TensorInfo` of the file.
         b: PEFT's B.
         scale: s.
         transposed: whether PyTorch keeps the weight as (inputs, outputs); None if not known.
@@ -59,7 +59,7 @@ class Part(NamedTuple):
         return (self.a, self.b) if self.m is None else (self.a, self.b, self.m)
 
     def read(self, values: Mapping[str, Any]) -> "Part":
-        """The part with the values of its tensors."""
+        """Replaces each tensor by its values."""
         a, b, *m = (values[x.key] for x in self.arrays)
         return self._replace(a=a, b=b, m=m[0] if m else None)
 
@@ -82,25 +82,31 @@ class Adapter(NamedTuple):
     fields: dict[str, Any]
     selection: Selection
     parts: dict[str, list[Part]]
-    full: dict[str, Tensor]
-    frozen: dict[str, Tensor]
-    biases: dict[str, Tensor]
+    full: dict[str, TensorInfo]
+    frozen: dict[str, TensorInfo]
+    biases: dict[str, TensorInfo]
     tokens: dict[str, Tokens]
     heads: list[str]
 
+    def tensors(self, parts: Iterable[Part]) -> list[TensorInfo]:
+        """All tensors that are to be read, with those of `parts`."""
+        low = [x for part in parts for x in part.arrays]
+        whole = (*self.full.values(), *self.frozen.values(), *self.biases.values())
+        return [*low, *whole, *(tokens.v for tokens in self.tokens.values())]
+
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:
-    """Says what each tensor is; raises for a configuration that is not supported."""
+    """Finds out what each tensor is; raises for a configuration that is not supported."""
     fields = files.fields
     problems.stop(*problems_of(fields))
     selection = Selection(fields, f"`{files.argument}`")
     if fields.get("peft_type") == ROWS_ALONE:
         tokens = _rows_alone(selection, files.tensors, problems)
         return Adapter(fields, selection, {}, {}, {}, {}, tokens, [])
-    sides = collections.defaultdict[tuple[str, int, bool], dict[str, Tensor]](dict)
+    sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     endings = (MAGNITUDE, DELTA, B_BIAS) if fields.get("lora_bias") else (MAGNITUDE, DELTA)
-    by_ending = {end: dict[str, Tensor]() for end in (MAGNITUDE, DELTA, B_BIAS)}
-    others = dict[str, Tensor]()
+    by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, DELTA, B_BIAS)}
+    others = dict[str, TensorInfo]()
     for x in files.tensors:
         name = x.key.removeprefix(PREFIX)
         if not x.key.startswith(PREFIX):
@@ -129,9 +135,9 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
 
 
 def _rows_alone(
-    selection: Selection, tensors: Iterable[Tensor], problems: Problems
+    selection: Selection, tensors: Iterable[TensorInfo], problems: Problems
 ) -> dict[str, Tokens]:
-    """The rows of an adapter of nothing else."""
+    """The rows of an adapter that has nothing else."""
     rows, found = tuple(selection.fields["token_indices"]), dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:
@@ -158,23 +164,25 @@ def _rows_alone(
 
 def _others(
     selection: Selection,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, TensorInfo],
     adapted: Collection[str],
     with_rows: Collection[str],
     problems: Problems,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters that are replaced, and those that must be the base's."""
-    full, frozen = dict[str, Tensor](), dict[str, Tensor]()
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """Separates the parameters that are replaced from those that must be the base's."""
+    full, frozen = dict[str, TensorInfo](), dict[str, TensorInfo]()
     for key, x in tensors.items():
         wrapped, _, parameter = key.rpartition(".")
         module = wrapped.removesuffix(BASE).removesuffix(WRAPPED)
         name, is_wrapped, is_adapted = f"{module}.{parameter}", module != wrapped, module in adapted
         feature = "modules_to_save" in key or "original_module" in key
-        is_full = _is_full(selection, module, parameter, is_adapted)
-        is_frozen = is_wrapped and (is_adapted or module in with_rows)
-        is_frozen &= parameter == "weight" or (
-            parameter == "bias" and not _is_full(selection, module, parameter, True)
+        ties = may_tie(selection.fields, module)
+        is_full = ties or selection.saves_whole(module, parameter, is_adapted)
+        is_bias_of_base = parameter == "bias" and not (
+            ties or selection.saves_whole(module, parameter, True)
         )
+        is_frozen = is_wrapped and (is_adapted or module in with_rows)
+        is_frozen &= parameter == "weight" or is_bias_of_base
         is_resized = _is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
         if name in full or name in frozen:
             problems.add(x.key, f"there twice, with and without {BASE[1:]}")
@@ -195,20 +203,13 @@ def _is_of_vocabulary(module: str, parameter: str) -> bool:
     return parameter in ("weight", "bias") and bool(SHARED.search(module))
 
 
-def _is_full(selection: Selection, module: str, parameter: str, is_adapted: bool) -> bool:
-    """Whether a parameter is saved as a whole."""
-    bias = selection.fields.get("bias", "none")
-    by_bias = parameter == "bias" and (bias == "all" or (bias == "lora_only" and is_adapted))
-    return by_bias or selection.saves(module) or may_tie(selection.fields, module)
-
-
 def may_tie(fields: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT may have changed `module` because it shares its weight with another."""
     return bool(fields.get("ensure_weight_tying")) and bool(SHARED.search(module))
 
 
-def resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
-    """Why a parameter in full does not fit, if it is of a vocabulary of another size."""
+def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+    """Explains why a parameter does not fit if its vocabulary has another size."""
     module, _, parameter = name.rpartition(".")
     if shape == wanted or shape[1:] != wanted[1:] or not _is_of_vocabulary(module, parameter):
         return None
@@ -225,11 +226,11 @@ def resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str |
 
 def _parts(
     selection: Selection,
-    sides: Mapping[tuple[str, int, bool], Mapping[str, Tensor]],
-    magnitudes: Mapping[str, Tensor],
+    sides: Mapping[tuple[str, int, bool], Mapping[str, TensorInfo]],
+    magnitudes: Mapping[str, TensorInfo],
     problems: Problems,
 ) -> dict[str, list[Part]]:
-    """A and B of each module, the deepest first, with magnitudes; none where one of them lacks."""
+    """Pairs A and B of each module, the deepest first, with their magnitudes."""
     found: dict[str, list[Part]] = {module: [] for module, *_ in sides}
     shallowest: dict[str, int] = {}
     is_dora = bool(selection.fields.get("use_dora"))
@@ -259,5 +260,5 @@ def _parts(
     return found
 
 
-def _without(there: Tensor) -> str:
+def _without(there: TensorInfo) -> str:
     return f"missing, though {shown(there.key)} is there"

@@ -13,8 +13,8 @@ from .._file import (
     DTYPES,
     TENSORS,
     Source,
-    Tensor,
-    opened,
+    TensorInfo,
+    open_file,
     read_header,
     read_json,
     reader,
@@ -38,16 +38,13 @@ class Files(NamedTuple):
     """
 
     fields: dict[str, Any]
-    tensors: list[Tensor]
-    read: Callable[[Iterable[Tensor]], dict[str, np.ndarray]]
+    tensors: list[TensorInfo]
+    read: Callable[[Iterable[TensorInfo]], dict[str, np.ndarray]]
     argument: str
     is_own: bool = False
 
-    def values(self, wanted: Iterable[Tensor], problems: Problems) -> dict[str, np.ndarray]:
-        """Reads tensors, by their keys; values that are not finite, or mean nothing, are problems.
-
-        It is called when all else is known to be right.
-        """
+    def values(self, wanted: Iterable[TensorInfo], problems: Problems) -> dict[str, np.ndarray]:
+        """Reads tensors, once nothing else is wrong; values that are not finite are problems."""
         problems.stop()
         found = self.read(wanted)
         problems.found += [
@@ -72,8 +69,8 @@ def open_files(source: Source) -> Files:
     """
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
 
-    def read(wanted: Iterable[Tensor]) -> dict[str, np.ndarray]:
-        with opened(source, TENSORS) as (file, _):
+    def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
+        with open_file(source, TENSORS) as (file, _):
             value = reader(file, header)
             return {x.key: value(x.key) for x in wanted}
 
@@ -81,9 +78,9 @@ def open_files(source: Source) -> Files:
 
 
 def in_memory(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
-    """The files that `write` would write."""
+    """Presents what is about to be written as files."""
     types = {dtype: name for name, dtype in DTYPES.items()}
-    found = [Tensor(key, types[x.dtype], x.shape) for key, x in tensors.items()]
+    found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]
     read = lambda wanted: {x.key: tensors[x.key] for x in wanted}  # noqa: E731
     return Files(dict(fields), found, read, argument, True)
 

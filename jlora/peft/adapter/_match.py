@@ -1,4 +1,4 @@
-"""The leaves of a tree that an adapter is for, and whether it fits them."""
+"""Matches an adapter to the leaves of a tree."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from ..._tree import name_of
-from .._file import COUNT, DTYPES, PREFIX, Tensor, shown
+from .._file import COUNT, DTYPES, PREFIX, TensorInfo, shown
 from .._problems import Problems
 from ..names._convert import weights
-from ..names._leaves import Leaf, tied_to
-from ._contents import SHARED, Adapter, Part, resized
-from ._tokens import Tokens, lone_heads, misfits, tied_rows, unlike
+from ..names._leaves import NamedLeaf, tied_heads
+from ._contents import SHARED, Adapter, Part, explain_resized
+from ._tokens import Tokens, list_unequal, lone_heads, misfits, tied_rows
 
 LOST = "unexpected; names no leaf of `base` under `names`"
 
@@ -20,7 +20,7 @@ LOST = "unexpected; names no leaf of `base` under `names`"
 class Place(NamedTuple):
     """A parameter of PyTorch: one of the modules of a leaf, or the head that shares its weight."""
 
-    leaf: Leaf
+    leaf: NamedLeaf
     at: int
     is_head: bool = False
 
@@ -29,23 +29,23 @@ class Match(NamedTuple):
     """What an adapter has for each leaf, and which values must agree.
 
     Attributes:
-        leaves: leaves, each with the `Part`s or the `Tensor`s of its modules, or with `Tokens`.
+        leaves: leaves, each with the `Part`s or the `TensorInfo`s of its modules, or with `Tokens`.
         same: a tensor of a head, and that of the embedding that is the same weight.
         transposed: a factor of a head, and that of the embedding, which is its transpose.
         frozen: a tensor, and the place in the base whose values it must have.
     """
 
-    leaves: list[tuple[Leaf, Any]]
-    same: list[tuple[Tensor, Tensor]]
-    transposed: list[tuple[Tensor, Tensor]]
-    frozen: list[tuple[Tensor, Place]]
+    leaves: list[tuple[NamedLeaf, Any]]
+    same: list[tuple[TensorInfo, TensorInfo]]
+    transposed: list[tuple[TensorInfo, TensorInfo]]
+    frozen: list[tuple[TensorInfo, Place]]
 
     def check(self, values: Mapping[str, np.ndarray], problems: Problems) -> None:
         """Adds the tensors whose values differ from what they must be."""
         for x, y in self.transposed:
             if not np.array_equal(values[x.key], values[y.key].T):
                 problems.add(x.key, f"expected the transpose of {shown(y.key)}, got other values")
-        problems.found += unlike(self.same, values)
+        problems.found += list_unequal(self.same, values)
         for x, place in self.frozen:
             if not _is_of_base(values[x.key], place):
                 problems.add(
@@ -63,13 +63,13 @@ def _is_of_base(x: np.ndarray, place: Place) -> bool:
 
 
 def match_to_tree(
-    adapter: Adapter, parts: Iterable[Part], leaves: Sequence[Leaf], problems: Problems
+    adapter: Adapter, parts: Iterable[Part], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Match:
     """Finds the leaf of everything in an adapter; what has none, or does not fit, is a problem."""
-    tied = {f"{head}.weight": leaf for leaf in leaves if (head := tied_to(leaf, leaves))}
+    tied = {f"{head}.weight": leaf for head, leaf in tied_heads(leaves).items()}
     places = {name: Place(leaf, 0, True) for name, leaf in tied.items()}
     places |= {name: Place(leaf, i) for leaf in leaves for i, name in enumerate(leaf.parameters)}
-    low, full, found = dict[str, Part](), dict[str, Tensor](), Match([], [], [], [])
+    low, full, found = dict[str, Part](), dict[str, TensorInfo](), Match([], [], [], [])
     for part in parts:
         if wrong := _misfits(part, places.get(part.name)):
             problems.found += wrong
@@ -101,7 +101,7 @@ def match_to_tree(
 
 
 def _misfits(part: Part, place: Place | None) -> list[str]:
-    """Why A and B are not those of a place."""
+    """Explains why A and B do not fit a place."""
     key = shown(PREFIX + part.name.rpartition(".")[0])
     if place is None:
         return [f"{key}: {LOST}"]
@@ -115,22 +115,22 @@ def _misfits(part: Part, place: Place | None) -> list[str]:
     return [*_misshapen(part.a, shapes[0]), *_misshapen(part.b, shapes[1])]
 
 
-def _misfits_in_full(name: str, x: Tensor, place: Place | None) -> list[str]:
+def _misfits_in_full(name: str, x: TensorInfo, place: Place | None) -> list[str]:
     if place is None:
         return [f"{shown(x.key)}: {LOST}"]
     if place.leaf.name.part:
         return [f"{shown(x.key)}: saved in full, but its parts are leaves of `base`"]
-    why = resized(name, x.shape, place.leaf.weight_shape)
+    why = explain_resized(name, x.shape, place.leaf.weight_shape)
     return [why] if why else _misshapen(x, place.leaf.weight_shape)
 
 
-def _misshapen(x: Tensor, shape: tuple[int, ...]) -> list[str]:
+def _misshapen(x: TensorInfo, shape: tuple[int, ...]) -> list[str]:
     if x.shape == shape:
         return []
     return [f"{shown(x.key)}: expected shape {shape}, got {x.shape}"]
 
 
-def refuse_wide(tensors: Iterable[Tensor], problems: Problems) -> None:
+def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
     """Adds the tensors of 64 bits where JAX, as it is set, has no arrays of those."""
     problems.found += [
         f"{shown(x.key)}: dtype {x.dtype} needs jax_enable_x64"
@@ -143,13 +143,13 @@ def refuse_wide(tensors: Iterable[Tensor], problems: Problems) -> None:
 
 
 def _match_head(
-    head: Part | Tensor | None,
-    table: Part | Tensor | None,
-    leaf: Leaf,
+    head: Part | TensorInfo | None,
+    table: Part | TensorInfo | None,
+    leaf: NamedLeaf,
     found: Match,
     problems: Problems,
 ) -> None:
-    """A tied head and its embedding must have the same A and B, or the same values."""
+    """Requires the same A and B, or the same values, of a tied head and its embedding."""
     pair = {leaf.modules[0]: head, leaf.name.tied: table}  # each by the name of the other
     lone = [(other, x) for other, x in pair.items() if x]
     if dora := [(other, x) for other, x in lone if isinstance(x, Part) and x.m is not None]:
@@ -161,7 +161,7 @@ def _match_head(
         else:
             why = f"shares its weight with {table.key}, but not rank and scale"
             problems.add(head.key, why)
-    elif isinstance(head, Tensor) and isinstance(table, Tensor):
+    elif isinstance(head, TensorInfo) and isinstance(table, TensorInfo):
         found.same.append((head, table))
     elif lone:
         [(other, x)] = lone
@@ -171,8 +171,8 @@ def _match_head(
 
 def _match_rows(
     adapter: Adapter, places: Mapping[str, Place], found: Match, problems: Problems
-) -> list[tuple[Leaf, Tokens]]:
-    """The embeddings with rows; those of tied heads must be the same."""
+) -> list[tuple[NamedLeaf, Tokens]]:
+    """Finds the embeddings that have rows, and requires the same rows of tied heads."""
     rows = []
     for name, x in adapter.tokens.items():
         place, table = places.get(name), None
@@ -191,7 +191,7 @@ def _match_rows(
             rows.append((place.leaf, x))
             continue
         if table is None:
-            problems.add(x.v.key, f"{why}")
+            problems.add(x.v.key, why)
         else:
             found.same.append((x.v, table.v))
     apart = [name.removesuffix(".weight") for name, place in places.items() if not place.is_head]
@@ -203,16 +203,16 @@ def _match_rows(
 
 
 def _gather(
-    found: Mapping[str, Any], leaves: Sequence[Leaf], problems: Problems
-) -> Iterator[tuple[Leaf, list[Any]]]:
-    """By leaf what all of its modules have alike; of a leaf with slots what some of them have."""
+    found: Mapping[str, Any], leaves: Sequence[NamedLeaf], problems: Problems
+) -> Iterator[tuple[NamedLeaf, list[Any]]]:
+    """Collects what the modules of a leaf have, which must be all of them, or some of its slots."""
     for leaf in leaves:
         own = {name: found[name] for name in leaf.parameters if name in found}
         if not own:
             continue
         parts = [x for x in own.values() if isinstance(x, Part)]
         if leaf.layout.slots and parts:
-            leaf = leaf.only(_slots(leaf, own.keys()))
+            leaf = leaf.with_slots(_slots(leaf, own.keys()))
         what, advice = "layers", "load into a tree without a scan"
         if leaf.layout.slots:
             what, advice = "modules", "adapt them alike"
@@ -229,7 +229,7 @@ def _gather(
             yield leaf, [own[name] for name in leaf.parameters]
 
 
-def _slots(leaf: Leaf, own: Set[str]) -> tuple[int, ...]:
+def _slots(leaf: NamedLeaf, own: Set[str]) -> tuple[int, ...]:
     """The slots of which `own` has a parameter."""
     every = range(len(leaf.name.modules))
-    return tuple(i for i in every if not own.isdisjoint(leaf.only((i,)).parameters))
+    return tuple(i for i in every if not own.isdisjoint(leaf.with_slots((i,)).parameters))

@@ -1,4 +1,4 @@
-"""Which modules a configuration selects, and with which rank and scale.
+"""Selects modules by a configuration, and finds their ranks and scales.
 
 A file may list ten thousand patterns for a hundred thousand modules: names are looked up by their
 ends in sorted lists, and what must be tried one by one is counted.
@@ -103,6 +103,12 @@ class Selection:
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names `module` or one that holds it, as PEFT matches it."""
         return bool(self._saved.backwards) and any(p in self._saved for p in parents(module))
+
+    def saves_whole(self, module: str, parameter: str, is_adapted: bool) -> bool:
+        """Whether PEFT saves a parameter as a whole, by `modules_to_save` or `bias`."""
+        bias = self.fields.get("bias", "none")
+        by_bias = bias == "all" or (bias == "lora_only" and is_adapted)
+        return (parameter == "bias" and by_bias) or self.saves(module)
 
     def parameters(self, module: str) -> list[str]:
         """The parameters of `module` that `target_parameters` names, if it is not adapted whole."""

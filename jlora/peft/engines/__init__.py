@@ -7,7 +7,7 @@ from . import _sglang, _tpu_inference, _vllm  # noqa: F401
 from ._engine import ENGINES as ENGINES
 from ._engine import Base as Base
 from ._engine import Engine as Engine
-from ._engine import Factor as Factor
 from ._engine import Finding as Finding
 from ._engine import Served as Served
+from ._engine import Side as Side
 from ._engine import register as register

@@ -9,11 +9,12 @@ from .._checkpoint import open_checkpoint
 from .._file import CONFIG, DTYPES, PREFIX, Header, Source, read_header, read_json
 from ..adapter._config import LIMIT, misformed
 from ..adapter._contents import FACTOR
-from . import ENGINES, Base, Engine, Factor, Finding, Served
+from . import ENGINES, Base, Engine, Finding, Served, Side
+from ._rules import AGAIN
 
 
 class Checked(NamedTuple):
-    """The answer of `check`, of which the `str` is for people.
+    """The answer of `check`; its `str` is for people.
 
     Attributes:
         path: the adapter's folder.
@@ -43,10 +44,10 @@ def check(
     base: str | os.PathLike[str] | None = None,
     max_lora_rank: int | None = None,
 ) -> Checked:
-    r"""What an engine refuses of an adapter, and what of it is dropped silently.
+    r"""Finds out what an engine refuses of an adapter, and what of it the engine drops silently.
 
-    Of both folders configurations and headers are read, and no weights. The rules are about
-    adapters: whether a model takes any, and of which embeddings, is in the engine's list of models.
+    It reads configurations and headers of both folders, and no weights. The rules are about
+    adapters: the engine's list of models says which models take one, and for which embeddings.
 
     Args:
         path: the adapter's folder, as PEFT or `save` wrote it.
@@ -87,7 +88,8 @@ def check(
     source = Source(Path(path))
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
     if wrong := misformed(fields):
-        findings = [_misformed(problem) for problem in wrong]
+        parts = (problem.partition(": ") for problem in wrong)
+        findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
     else:
         served = _served(source, fields, header, None if base is None else _base(base), rank)
         findings = [found for rule in asked.rules for found in rule(served)]
@@ -107,11 +109,6 @@ def _rank(engine: Engine, given: int | None) -> int | None:
     return engine.rank if given is None else given
 
 
-def _misformed(problem: str) -> Finding:
-    what, _, why = problem.partition(": ")
-    return Finding(what, why, "Save the adapter again", False)
-
-
 def _served(
     source: Source,
     fields: dict[str, Any],
@@ -119,12 +116,12 @@ def _served(
     base: Base | None,
     max_lora_rank: int | None,
 ) -> Served:
-    factors, others = list[Factor](), list[str]()
+    factors, others = list[Side](), list[str]()
     for key, entry in header.entries.items():
         if found := FACTOR.fullmatch(key.removeprefix(PREFIX)):
             module, depth, side, table = found.group("module", "depth", "side", "table")
             one = (module, depth.count("."), side or table, bool(table), entry.shape)
-            factors.append(Factor(key, *one))
+            factors.append(Side(key, *one))
         else:
             others.append(key)
     return Served(source, fields, factors, others, base, max_lora_rank)
@@ -133,6 +130,6 @@ def _served(
 def _base(path: str | os.PathLike[str]) -> Base:
     checkpoint = open_checkpoint(path, "base", follow_links=True)
     entries = {name: checkpoint.entry(name) for name in checkpoint.where}
-    # Of what is packed the shape is not that of the weight.
+    # The shape of packed codes is not that of the weight.
     shapes = {name: x.shape if x.dtype in DTYPES else () for name, x in entries.items()}
     return Base(checkpoint.config, shapes)

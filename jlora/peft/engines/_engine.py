@@ -1,7 +1,8 @@
 """What an engine is: rules by which it takes an adapter, of which only headers are read."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .._file import Source
@@ -29,15 +30,15 @@ class Finding(NamedTuple):
         return f"{kind}: {self.what}: {self.why}. {self.remedy}."
 
 
-class Factor(NamedTuple):
-    """An A or a B.
+class Side(NamedTuple):
+    """The A or the B of a module.
 
     Attributes:
         key: its key in the file.
         module: the module, without `base_model.model.`.
-        depth: how many others are wrapped around it, of the parameters of one module.
+        depth: how many other parameters of the module are wrapped around it.
         side: `A` or `B`.
-        table: whether it is that of an embedding.
+        table: whether the module is an embedding.
         shape: its shape.
     """
 
@@ -73,21 +74,22 @@ class Base:
     def called(self, module: str) -> str | None:
         """What the checkpoint calls a module; None if it has none that an engine takes for it.
 
-        Language models within others have two names. A checkpoint of a model without its head may
-        leave out the first `model.`. A head that is tied has the weight of the embedding.
+        A language model within another model has two names. A checkpoint of a model without its
+        head may leave out the first `model.`. A tied head has the weight of the embedding.
         """
         if module == "lm_head" and "lm_head" not in self.lasts:
             module = next((m for m in self.modules if m.endswith("embed_tokens")), module)
-        ways = (module, *_others(module))
-        return next((way for way in ways if way in self.modules), None)
+        names = [module]
+        names += [new + module.removeprefix(old) for old, new in _WAYS if module.startswith(old)]
+        return next((name for name in names if name in self.modules), None)
 
     def shape(self, module: str) -> tuple[int, ...]:
         """The shape of a module's weight; () if not known."""
         name = self.called(module)
         return () if name is None else self.shapes.get(f"{name}.weight", ())
 
-    def alike(self, module: str) -> str:
-        """A module that ends as `module` does, as far as any."""
+    def nearest(self, module: str) -> str:
+        """The module of the base that shares the longest end with `module`."""
         tail = module
         while tail := tail.partition(".")[2]:
             if found := [m for m in self.modules if m.endswith("." + tail)]:
@@ -95,29 +97,33 @@ class Base:
         return "others"
 
 
-def _others(module: str) -> Iterator[str]:
-    first, second = "model.language_model.", "language_model.model."
-    for one, other in ((first, second), (second, first), (first, "model."), ("model.", "")):
-        if module.startswith(one):
-            yield other + module.removeprefix(one)
+_WAYS = (
+    ("model.language_model.", "language_model.model."),
+    ("language_model.model.", "model.language_model."),
+    ("model.language_model.", "model."),
+    ("model.", ""),
+)
 
 
+@dataclasses.dataclass
 class Served:
-    """An adapter as an engine gets it."""
+    """An adapter as an engine gets it.
 
-    def __init__(
-        self,
-        source: Source,
-        fields: Mapping[str, Any],
-        factors: list[Factor],
-        others: list[str],
-        base: Base | None,
-        max_lora_rank: int | None,
-    ):
-        """In `source`: its configuration, each A and B, the keys of all else; and the base."""
-        self.source, self.fields = source, fields
-        self.factors, self.others = factors, others
-        self.base, self.max_lora_rank = base, max_lora_rank
+    Attributes:
+        source: its folder.
+        fields: its configuration.
+        factors: each A and B.
+        others: the keys of all other tensors.
+        base: the model that is served, or None.
+        max_lora_rank: the largest rank that the server takes; None for any.
+    """
+
+    source: Source
+    fields: Mapping[str, Any]
+    factors: list[Side]
+    others: list[str]
+    base: Base | None
+    max_lora_rank: int | None
 
     @property
     def rank(self) -> int:
@@ -128,17 +134,17 @@ class Served:
     def ranks(self) -> dict[str, int]:
         """The rank of each module by the configuration, matched in bounded time."""
         fields = {"r": self.rank, "rank_pattern": self.fields.get("rank_pattern")}
-        said = Selection(fields | {"target_modules": None}, "`path`")
-        modules = {factor.module for factor in self.factors}
-        said.prepare(modules)
-        return {module: said.rank(module) for module in modules}
+        selection = Selection(fields | {"target_modules": None}, "`path`")
+        modules = {side.module for side in self.factors}
+        selection.prepare(modules)
+        return {module: selection.rank(module) for module in modules}
 
     @functools.cached_property
-    def pairs(self) -> dict[tuple[str, int], dict[str, Factor]]:
+    def pairs(self) -> dict[tuple[str, int], dict[str, Side]]:
         """A and B by module and depth."""
-        found: dict[tuple[str, int], dict[str, Factor]] = {}
-        for factor in self.factors:
-            found.setdefault((factor.module, factor.depth), {})[factor.side] = factor
+        found: dict[tuple[str, int], dict[str, Side]] = {}
+        for side in self.factors:
+            found.setdefault((side.module, side.depth), {})[side.side] = side
         return found
 
 

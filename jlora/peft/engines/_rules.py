@@ -5,7 +5,7 @@ from typing import Any
 
 from .._file import brief, shown
 from ..adapter._config import METHODS, features
-from ._engine import Factor, Finding, Rule, Served
+from ._engine import Finding, Rule, Served, Side
 
 PROFILE = (
     "Write it with one rank and the scales in B (jlora convert DIR OUT --profile vllm, or "
@@ -34,22 +34,16 @@ def some(names: Iterable[str]) -> str:
     return shown(first) + (f" and {len(rest)} more" if rest else "")
 
 
-def is_fused(factor: Factor) -> bool:
+def is_fused(side: Side) -> bool:
     """Whether it is of all experts of a module together, by `target_parameters`."""
-    return factor.depth > 0 or factor.last == "experts"
-
-
-def above(rank: int, limit: int, least: int) -> Finding:
-    """A rank above the server's option, which should be `least`."""
-    remedy = f"Start the server with --max-lora-rank {least}, and say so here"
-    return Finding("r", f"{rank} is above --max-lora-rank {limit}", remedy, False)
+    return side.depth > 0 or side.last == "experts"
 
 
 # ---------------------------------------------------------------------------- the configuration
 
 
 def needs(*keys: str) -> Rule:
-    """These fields are there."""
+    """Demands that these fields are there."""
 
     def rule(x: Served) -> Iterator[Finding]:
         for key in keys:
@@ -62,7 +56,7 @@ def needs(*keys: str) -> Rule:
 def field(
     key: str, allows: Callable[[Any], bool], why: str, remedy: str, *, silent: bool = False
 ) -> Rule:
-    """A field is as `allows` says, where it is there and not null."""
+    """Demands that a field is as `allows` says, where it is there and not null."""
 
     def rule(x: Served) -> Iterator[Finding]:
         value = x.fields.get(key)
@@ -73,8 +67,13 @@ def field(
 
 
 def is_lora(*, silent: bool = False) -> Rule:
-    """It is LoRA, and not another method of PEFT's."""
+    """Demands LoRA, and not another method of PEFT's."""
     return field("peft_type", lambda x: x == "LORA", "is not LORA", WITHOUT, silent=silent)
+
+
+def empty(why: str, *keys: str) -> list[Rule]:
+    """Demands that fields are empty, which the engine does not read."""
+    return [field(key, lambda x: not x, why, PROFILE, silent=True) for key in keys]
 
 
 def _without(key: str) -> str:
@@ -83,19 +82,19 @@ def _without(key: str) -> str:
 
 
 def off(*keys: str, silent: bool = False) -> Rule:
-    """These features of PEFT are not used."""
+    """Demands that these features of PEFT are not used."""
+    why = "is not read" if silent else "is not supported"
 
     def rule(x: Served) -> Iterator[Finding]:
         for key in keys:
             if value := x.fields.get(key):
-                why = "is not read" if silent else "is not supported"
                 yield Finding(key, f"{brief(value)} {why}", _without(key), silent)
 
     return rule
 
 
 def unread(*known: str) -> Rule:
-    """No other features are used, of later versions of PEFT neither."""
+    """Demands that no other features are used, nor those of later versions of PEFT."""
 
     def rule(x: Served) -> Iterator[Finding]:
         for key, value in features(x.fields).items():
@@ -106,7 +105,7 @@ def unread(*known: str) -> Rule:
 
 
 def starts(*known: str, silent: bool = False) -> Rule:
-    """A and B started in a way that left the base as it was."""
+    """Demands that A and B started in a way that left the base as it was."""
     return field(
         "init_lora_weights",
         lambda x: not isinstance(x, str) or x.lower() in known,
@@ -116,11 +115,17 @@ def starts(*known: str, silent: bool = False) -> Rule:
     )
 
 
+def above(rank: int, limit: int, least: int) -> Finding:
+    """A rank above the server's option, which should be `least`."""
+    remedy = f"Start the server with --max-lora-rank {least}, and say so here"
+    return Finding("r", f"{rank} is above --max-lora-rank {limit}", remedy, False)
+
+
 # ---------------------------------------------------------------------------------- the tensors
 
 
 def present(*, silent: bool = False) -> Rule:
-    """There are A and B."""
+    """Demands that there are A and B."""
 
     def rule(x: Served) -> Iterator[Finding]:
         if not x.factors:
@@ -130,37 +135,37 @@ def present(*, silent: bool = False) -> Rule:
 
 
 def paired(x: Served) -> Iterator[Finding]:
-    """There is a B for each A."""
-    if lone := [f.key for pair in x.pairs.values() if len(pair) == 1 for f in pair.values()]:
+    """Demands a B for each A."""
+    if lone := [s.key for pair in x.pairs.values() if len(pair) == 1 for s in pair.values()]:
         yield Finding(some(lone), "is there without its A or B", AGAIN, False)
 
 
 def matrices(x: Served) -> Iterator[Finding]:
-    """A and B are matrices."""
-    if odd := [f.key for f in x.factors if len(f.shape) != 2]:
+    """Demands that A and B are matrices."""
+    if odd := [s.key for s in x.factors if len(s.shape) != 2]:
         why = "only A and B that are matrices are supported"
         yield Finding(some(odd), why, LEAVE_OUT, False)
 
 
 def ranks(rank: Callable[[Served, str], int], remedy: str, *, silent: bool = False) -> Rule:
-    """A and B have the `rank` that the engine takes a module to have."""
+    """Demands that A and B have the `rank` that the engine takes a module to have."""
 
     def rule(x: Served) -> Iterator[Finding]:
-        plain = (f for f in x.factors if len(f.shape) == 2 and not is_fused(f))
-        if odd := [f for f in plain if f.shape[f.side == "B"] != rank(x, f.module)]:
+        plain = (s for s in x.factors if len(s.shape) == 2 and not is_fused(s))
+        if odd := [s for s in plain if s.shape[s.side == "B"] != rank(x, s.module)]:
             why = f"of shape {odd[0].shape}, is taken to have rank {rank(x, odd[0].module)}"
-            yield Finding(some(f.key for f in odd), why, remedy, silent)
+            yield Finding(some(s.key for s in odd), why, remedy, silent)
 
     return rule
 
 
 def fits(*, silent: bool = False) -> Rule:
-    """B·A has the shape of the base's weight; `silent` is about one that is smaller."""
+    """Demands that B·A has the shape of the base's weight; a smaller one may be `silent`."""
 
     def rule(x: Served) -> Iterator[Finding]:
         wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         for (module, _), pair in x.pairs.items():
-            if x.base is None or len(pair) < 2 or any(len(f.shape) != 2 for f in pair.values()):
+            if x.base is None or len(pair) < 2 or any(len(s.shape) != 2 for s in pair.values()):
                 continue
             ours, theirs = (pair["B"].shape[0], pair["A"].shape[1]), x.base.shape(module)
             if len(theirs) == 2 and ours not in (theirs, theirs[::-1]):

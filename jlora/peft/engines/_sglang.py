@@ -8,7 +8,7 @@ from .._file import read_json, shown
 from ..adapter._config import LIMIT, STARTS
 from ..adapter._select import Names
 from . import _rules as rules
-from ._engine import Engine, Factor, Finding, Served, register
+from ._engine import Engine, Finding, Served, Side, register
 from ._rules import is_fused, some
 
 SILENT = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
@@ -76,11 +76,11 @@ def _keys(x: Served) -> Iterator[Finding]:
 
 
 def _modules(x: Served) -> Iterator[Finding]:
-    inside = [f for f in x.factors if _layer(f.module) is not None]
-    outside = [f for f in x.factors if _layer(f.module) is None]
-    if odd := [f.module for f in inside if f.last not in TARGETS or is_fused(f)]:
+    inside = [s for s in x.factors if _layer(s.module) is not None]
+    outside = [s for s in x.factors if _layer(s.module) is None]
+    if odd := [s.module for s in inside if s.last not in TARGETS or is_fused(s)]:
         yield Finding(some(odd), _UNKNOWN, rules.LEAVE_OUT, False)
-    if lost := [f.module for f in outside if f.last not in EMBEDDINGS]:
+    if lost := [s.module for s in outside if s.last not in EMBEDDINGS]:
         why = "is in no `layers.N`, and neither embed_tokens nor lm_head"
         yield Finding(some(lost), why, rules.MERGE, True)
     if not isinstance(listed := x.fields.get("target_modules"), list):
@@ -88,9 +88,9 @@ def _modules(x: Served) -> Iterator[Finding]:
     named = {name.rpartition(".")[2] for name in listed}
     named |= {name for pack in _PACKED if pack & named for name in pack}
     why, remedy = "is not listed in `target_modules`", "Add the last part of its name to the list"
-    if unlisted := [f.module for f in inside if f.last in TARGETS - named]:
+    if unlisted := [s.module for s in inside if s.last in TARGETS - named]:
         yield Finding(some(unlisted), why, remedy, False)
-    if unlisted := [f.module for f in outside if f.last in set(EMBEDDINGS) - named]:
+    if unlisted := [s.module for s in outside if s.last in set(EMBEDDINGS) - named]:
         yield Finding(some(unlisted), why, remedy, True)
 
 
@@ -98,7 +98,7 @@ def _together(x: Served) -> Iterator[Finding]:
     groups = _groups(x)
     for name, other in _WITH.items():
         alone = (own for (i, n), own in groups.items() if n == name and (i, other) not in groups)
-        if lone := [factor.module for own in alone for factor in own]:
+        if lone := [side.module for own in alone for side in own]:
             why = f"is packed with {other}, which its layer has no A and B for"
             yield Finding(some(lone), why, f"Adapt both and train again, or {rules.MERGED}", False)
     if twice := [own for own in groups.values() if len(own) > 1]:
@@ -107,20 +107,20 @@ def _together(x: Served) -> Iterator[Finding]:
         yield Finding(some(own[0].module for own in twice), why, rules.MERGE, True)
 
 
-def _groups(x: Served) -> dict[tuple[int, str], list[Factor]]:
-    """The A's that it takes for those of one module: by layer, expert, and the end of a name."""
-    found = collections.defaultdict[tuple[int, str], list[Factor]](list)
-    for f in x.factors:
-        layer, expert = _layer(f.module), _EXPERT.search(f.module)
-        if layer is not None and f.side == "A" and not is_fused(f):
-            found[layer, (expert[0] if expert else "") + f.last].append(f)
+def _groups(x: Served) -> dict[tuple[int, str], list[Side]]:
+    """The A's that it takes for one module's: by layer, expert, and the end of a name."""
+    found = collections.defaultdict[tuple[int, str], list[Side]](list)
+    for s in x.factors:
+        layer, expert = _layer(s.module), _EXPERT.search(s.module)
+        if layer is not None and s.side == "A" and not is_fused(s):
+            found[layer, (expert[0] if expert else "") + s.last].append(s)
     return found
 
 
 def _base(x: Served) -> Iterator[Finding]:
     if x.base is None:
         return
-    layers = {f.module: at for f in x.factors if (at := _LAYER.search(f.module))}
+    layers = {s.module: at for s in x.factors if (at := _LAYER.search(s.module))}
     count = x.base.number("num_hidden_layers")
     if odd := [m for m, at in layers.items() if count is not None and int(at[1]) >= count]:
         yield Finding(some(odd), f"the base has {count} layers", rules.OTHER_BASE, False)
@@ -140,9 +140,8 @@ register(
             rules.off("use_dora"),
             rules.off(*SILENT, silent=True),
             rules.starts(*STARTS, silent=True),
-            rules.field("use_rslora", lambda x: not x, _SCALE, rules.PROFILE, silent=True),
-            rules.field("alpha_pattern", lambda x: not x, _SCALE, rules.PROFILE, silent=True),
-            rules.field("rank_pattern", lambda x: not x, _RANK, rules.PROFILE, silent=True),
+            *rules.empty(_SCALE, "use_rslora", "alpha_pattern"),
+            *rules.empty(_RANK, "rank_pattern"),
             rules.unread("use_dora", *SILENT),
             _limit,
             _targets,

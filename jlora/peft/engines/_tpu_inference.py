@@ -9,7 +9,7 @@ from ._vllm import RULES, START
 
 
 def _experts(x: Served) -> Iterator[Finding]:
-    if found := [f.module for f in x.factors if ".experts." in f".{f.module}."]:
+    if found := [s.module for s in x.factors if ".experts." in f".{s.module}."]:
         yield Finding(some(found), "experts get no adapters on TPUs", LEAVE_OUT, False)
 
 

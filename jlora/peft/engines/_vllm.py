@@ -64,36 +64,35 @@ def _keys(x: Served) -> Iterator[Finding]:
 
 
 def _embeddings(x: Served) -> Iterator[Finding]:
-    tables = [f for f in x.factors if f.table]
-    if odd := [f.module for f in tables if f.last not in EMBEDDINGS]:
+    tables = [s for s in x.factors if s.table]
+    if odd := [s.module for s in tables if s.last not in EMBEDDINGS]:
         why = f"of embeddings, only {', '.join(EMBEDDINGS)} are adapted"
         yield Finding(some(odd), why, rules.LEAVE_OUT, False)
     size = x.base.number("vocab_size") if x.base else None
-    for f in tables:
-        if size is not None and f.side == "A" and f.last in EMBEDDINGS and f.shape[-1] != size:
-            why = f"is of {f.shape[-1]} tokens, the base's `vocab_size` is {size}"
-            yield Finding(shown(f.key), why, rules.LEAVE_OUT, False)
+    for s in tables:
+        if size is not None and s.side == "A" and s.last in EMBEDDINGS and s.shape[-1] != size:
+            why = f"is of {s.shape[-1]} tokens, the base's `vocab_size` is {size}"
+            yield Finding(shown(s.key), why, rules.LEAVE_OUT, False)
 
 
 def _names(x: Served) -> Iterator[Finding]:
     if (base := x.base) is None:
         return
-    lost = [m for m in dict.fromkeys(f.module for f in x.factors) if not base.called(m)]
-    # It looks at the last part of a name; and then looks the whole of its own names up.
-    ends = {m: m.rpartition(".")[2] in base.lasts and ".experts." not in m for m in lost}
-    quiet = [m for m in lost if ends[m]]
-    if loud := [m for m in lost if not ends[m]]:
+    lost = [m for m in dict.fromkeys(s.module for s in x.factors) if not base.called(m)]
+    # It looks at the last part of a name, and then looks up each of its own names as a whole.
+    quiet = [m for m in lost if m.rpartition(".")[2] in base.lasts and ".experts." not in m]
+    if loud := [m for m in lost if m not in quiet]:
         why = "the base has no module of that name"
         yield Finding(some(loud), why, rules.OTHER_BASE, False)
     if quiet:
-        why = f"matches no module of the base, which has {shown(base.alike(quiet[0]))}"
+        why = f"matches no module of the base, which has {shown(base.nearest(quiet[0]))}"
         yield Finding(some(quiet), why, rules.RENAME, True)
 
 
 def _towers(x: Served) -> Iterator[Finding]:
     if x.base is None or not {"vision_config", "audio_config"} & x.base.config.keys():
         return
-    if found := [f.module for f in x.factors if _TOWER.search(f.module)]:
+    if found := [s.module for s in x.factors if _TOWER.search(s.module)]:
         yield Finding(some(found), "only the language model is adapted", rules.TOWERS, True)
 
 
@@ -101,25 +100,25 @@ Shapes = dict[int, dict[str, tuple[int, ...]]]
 
 
 def _experts(x: Served) -> Iterator[Finding]:
-    """Of all experts together: gate_up_proj is wrapped by down_proj, so it has a depth of 1."""
+    """Checks all experts together: down_proj wraps gate_up_proj, whose depth is 1 so."""
     found: dict[str, Shapes] = {}
-    for f in filter(is_fused, x.factors):
-        found.setdefault(f.module, {}).setdefault(f.depth, {})[f.side] = f.shape
+    for s in filter(is_fused, x.factors):
+        found.setdefault(s.module, {}).setdefault(s.depth, {})[s.side] = s.shape
     if lone := [m for m, own in found.items() if own.keys() != {0, 1}]:
         why = "one of gate_up_proj and down_proj is adapted; both are expected"
         yield Finding(some(lone), why, rules.LEAVE_OUT, False)
     if x.base is None:
         return
     hidden = x.base.number("hidden_size")
-    if turned := [m for m, own in found.items() if hidden and _is_turned(own, hidden)]:
+    if other := [m for m, own in found.items() if hidden and _is_transposed(own, hidden)]:
         why = f"A of gate_up_proj is read with {hidden} columns, B of down_proj with so many rows"
-        yield Finding(some(turned), why, rules.MERGE, True)
+        yield Finding(some(other), why, rules.MERGE, True)
     if apart := [m for m in found if f"{x.base.called(m)}.0" in x.base.modules]:
         why = "is of all experts together, which are one by one in the base"
         yield Finding(some(apart), why, rules.MIXED, False)
 
 
-def _is_turned(own: Shapes, hidden: int) -> bool:
+def _is_transposed(own: Shapes, hidden: int) -> bool:
     """Whether A of gate_up_proj belongs to its outputs, or B of down_proj to its inputs."""
     a, b = own.get(1, {}).get("A"), own.get(0, {}).get("B")
     return 1 in own and ((a is not None and a[-1] != hidden) or (b is not None and b[0] != hidden))
@@ -131,8 +130,7 @@ RULES = (
     rules.off(*FEATURES),
     rules.field("bias", lambda x: x == "none", "is not supported", rules.LEAVE_OUT),
     rules.starts(*STARTS, "lora_ga"),
-    rules.field("rank_pattern", lambda x: not x, _OLD, rules.PROFILE, silent=True),
-    rules.field("alpha_pattern", lambda x: not x, _OLD, rules.PROFILE, silent=True),
+    *rules.empty(_OLD, "rank_pattern", "alpha_pattern"),
     rules.unread(*FEATURES),
     _limit,
     _heads,

@@ -1,44 +1,86 @@
-"""FP8 in blocks, as DeepSeek and Qwen ship it, or with a scale of each tensor or output."""
+"""FP8 with scales of the tensor, of its outputs, or of blocks, as DeepSeek and Qwen ship it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ._float8 import float8
-from ._format import Format, register
-from ._stored import Dense, Stored
-from ._tensors import Tensors, Unreadable
+import numpy as np
+
+from ..._quantized import FP8
+from ._codes import Codes, Dense
+from ._format import Format, Parameter, register
+from ._tensors import FLOATS, Tensors, Unreadable
+
+Block = tuple[int, int]
 
 
-def read(
-    tensors: Tensors, config: dict[str, Any], module: str, parameter: str, shape: tuple[int, ...]
-) -> Stored | Dense | None:
+@register("fp8", "fbgemm_fp8")
+class Fp8(Format):
     """W = q·s, where `weight_scale_inv` is s in spite of its name."""
-    key = f"{module}.{parameter}"
-    if key not in tensors or tensors.dtype(key) != "F8_E4M3":
-        return None
-    tensors.read(key, ("F8_E4M3",), shape)
-    said = config.get("weight_block_size")
-    if said is not None and not _is_block(said):
-        raise Unreadable(
-            f"`weight_block_size` of the quantization: expected two numbers or null, got {said!r}"
-        )
-    tensors.leave_activations(module)
-    name = f"{key}_scale" if f"{key}_scale" in tensors else f"{key}_scale_inv"
-    return float8(tensors, key, name, [] if said is None else [(said[0], said[1])])
+
+    def read(self, module: str, parameter: str, shape: tuple[int, ...]) -> Codes | Dense | None:
+        """Reads a parameter whose tensor is in FP8."""
+        key = f"{module}.{parameter}"
+        if key not in self.tensors or self.tensors.dtype(key) != "F8_E4M3":
+            return None
+        self.tensors.read(key, ("F8_E4M3",), shape)
+        block = self.config.get("weight_block_size")
+        if block is not None and not _is_block(block):
+            raise Unreadable(
+                f"`weight_block_size` of the quantization: expected two numbers or null, "
+                f"got {block!r}"
+            )
+        self.tensors.skip_activations(module)
+        name = f"{key}_scale" if f"{key}_scale" in self.tensors else f"{key}_scale_inv"
+        return read_float8(self.tensors, key, name, [] if block is None else [tuple(block)])
+
+    def find(self) -> Iterator[Parameter]:
+        """Yields the tensors in FP8."""
+        for name in self.tensors:
+            if self.tensors.dtype(name) == "F8_E4M3":
+                module, _, parameter = name.rpartition(".")
+                yield module, parameter, self.tensors.matrix(name)
 
 
-def _is_block(said: Any) -> bool:
-    return isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said)
+def _is_block(x: Any) -> bool:
+    return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x)
 
 
-def find(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Tensors in FP8."""
-    del config
-    for name in tensors:
-        if tensors.dtype(name) == "F8_E4M3":
-            module, _, parameter = name.rpartition(".")
-            yield module, parameter, tensors.matrix(name)
+def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) -> Codes | Dense:
+    """Reads W = q·s, where tensor `key` is q and tensor `name` is s.
+
+    The shape of s tells which entries share a scale: all of W, those of an output, those of a
+    block of one of the sizes `blocks`, or neighboring inputs of an output.
+    """
+    rows, columns = tensors.matrix(key)
+    codes = tensors.read(key, ("F8_E4M3",), (rows, columns))
+    scale, shape = _read_scale(tensors, name), tensors.shape(name)
+    if scale.size == 1 or shape in ((rows,), (rows, 1)):
+        return Codes(FP8(block=None), codes, np.broadcast_to(scale.reshape(-1, 1), (rows, 1)))
+    for block in blocks:
+        if shape == (-(-rows // block[0]), -(-columns // block[1])):
+            return _in_blocks(codes, scale, block)
+    if len(shape) == 2 and shape[0] == rows and shape[1] and columns % shape[1] == 0:
+        return _in_blocks(codes, scale, (1, columns // shape[1]))
+    known = ", ".join(f"blocks of {a} × {b}" for a, b in blocks) or "no blocks"
+    raise Unreadable(
+        f"{name}: expected one scale, one of each of {rows} outputs, or as the configuration says, "
+        f"{known}; got shape {shape}"
+    )
 
 
-register(Format("fp8", find, read))
-register(Format("fbgemm_fp8", find, read))
+def _read_scale(tensors: Tensors, name: str) -> np.ndarray:
+    scale = tensors.read(name, (*FLOATS, "F8_E8M0"), tensors.shape(name))
+    if tensors.dtype(name) == "F8_E8M0":
+        scale = np.where(scale == 255, np.nan, np.exp2(scale.astype(np.float32) - 127))
+    if not np.isfinite(scale.astype(np.float32)).all():
+        raise Unreadable(f"{name}: has values that are not finite")
+    return scale.astype(np.float32)
+
+
+def _in_blocks(codes: np.ndarray, scale: np.ndarray, block: Block) -> Codes | Dense:
+    if block[0] == block[1] and block[0] in FP8.legal:
+        return Codes(FP8(block=block[0]), codes, scale)
+    rows, columns = codes.shape
+    high, wide = min(block[0], rows), min(block[1], columns)
+    each = np.repeat(np.repeat(scale, high, 0), wide, 1)[:rows, :columns]
+    return Dense(codes.astype(np.float32) * each, "8-bit floats", 8)

@@ -2,15 +2,14 @@
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..._quantized import MXFP4, Int4, Int8
-from . import _gguf_file
+from ._codes import Codes
 from ._format import Format
-from ._stored import Stored
+from ._gguf_file import read_tensors
 from ._tensors import Unreadable
 
 BLOCK = 32
@@ -19,7 +18,7 @@ FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 FLOATS["F64"] = np.dtype(np.float64)
 
 
-class Tensors:
+class GgufTensors:
     """The tensors of a GGUF file by name.
 
     Attributes:
@@ -37,75 +36,55 @@ class Tensors:
         if not path.is_file():
             raise FileNotFoundError(f"`path`: there is no file {path}.")
         try:
-            found = list(_gguf_file.tensors(path, gguf))
+            self._tensors = {t.name: t for t in read_tensors(path, gguf)}
         except (ValueError, KeyError) as e:
             raise ValueError(f"`path`: {path} is no sound GGUF file: {e}.") from None
-        self._gguf, self._tensors = gguf, {t.name: t for t in found}
-        self.taken = set[str]()
+        self._gguf, self.taken = gguf, set[str]()
 
     def __iter__(self) -> Iterator[str]:
-        """Their names."""
+        """Iterates over their names."""
         return iter(self._tensors)
 
-    def blocks(self, name: str, shape: tuple[int, ...]) -> tuple[str, np.ndarray] | None:
-        """The type of a tensor and its blocks, (…, blocks, bytes), if codes can be made of them."""
-        tensor = self._tensor(name, shape)
-        kind = tensor.tensor_type.name
-        if kind not in SIZES:
-            return None
-        self.taken.add(name)
-        data = np.asarray(tensor.data).reshape(-1).view(np.uint8)
-        return kind, data.reshape(*shape[:-1], shape[-1] // BLOCK, SIZES[kind])
-
-    def packed(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Module, parameter and shape of the tensors of which codes can be made."""
-        for name, tensor in self._tensors.items():
-            if tensor.tensor_type.name in SIZES:
-                module, _, parameter = name.rpartition(".")
-                yield module, parameter, tuple(int(n) for n in reversed(tensor.shape))
-
-    def read(self, name: str, dtypes: Collection[str], shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor of `shape`, in its own dtype if that is floating-point, else in float32."""
-        del dtypes
-        tensor = self._tensor(name, shape)
-        self.taken.add(name)
-        kind = tensor.tensor_type
-        if kind.name in FLOATS:
-            data = np.asarray(tensor.data).reshape(-1).view(np.uint8)
-            return data.view(FLOATS[kind.name]).reshape(shape)
-        try:
-            return self._gguf.dequantize(tensor.data, kind).reshape(shape)
-        except NotImplementedError:
-            raise Unreadable(f"{name}: its type {kind.name} is not known to gguf") from None
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+    def take(self, name: str, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
+        """Returns the type of a tensor of a shape, and its bytes."""
         if name not in self._tensors:
             raise Unreadable(f"{name}: missing")
         tensor = self._tensors[name]
-        got = tuple(int(n) for n in reversed(tensor.shape))
-        if got != shape:
+        if (got := tensor.shape[::-1]) != shape:
             raise Unreadable(f"{name}: expected shape {shape}, got {got}")
-        return tensor
+        self.taken.add(name)
+        return tensor.tensor_type.name, tensor.data
+
+    def read(self, name: str, dtypes: Collection[str], shape: tuple[int, ...]) -> np.ndarray:
+        """Reads a tensor of a shape in its own dtype if that is floating-point, else in float32."""
+        del dtypes
+        kind, data = self.take(name, shape)
+        if kind in FLOATS:
+            return data.reshape(-1).view(FLOATS[kind]).reshape(shape)
+        try:
+            return self._gguf.dequantize(data, self._tensors[name].tensor_type).reshape(shape)
+        except NotImplementedError:
+            raise Unreadable(f"{name}: its type {kind} is not known to gguf") from None
 
 
-def read(
-    tensors: Tensors, config: dict[str, Any], module: str, parameter: str, shape: tuple[int, ...]
-) -> Stored | None:
-    """Codes 0 to 15 of a block in the low bits, 16 to 31 in the high ones."""
-    del config
-    name = f"{module}.{parameter}"
-    found = tensors.blocks(name, shape)
-    if found is None:
-        return None
-    kind, blocks = found
-    if kind == "MXFP4":  # twice the numbers and half the power
-        return Stored(MXFP4(), _codes(blocks[..., 1:], shape), blocks[..., 0])
-    scale = _halves(name, blocks, 0)
-    if kind == "Q8_0":
-        return Stored(Int8(block=BLOCK), blocks[..., 2:].view(np.int8).reshape(shape), scale)
-    zero = _halves(name, blocks, 2) if kind == "Q4_1" else None
-    codes = _codes(blocks[..., 4 if kind == "Q4_1" else 2 :], shape)
-    return Stored(Int4(group=BLOCK), codes, scale, zero)
+class Gguf(Format):
+    """Blocks of 32 whose codes 0 to 15 are in the low bits of a byte, 16 to 31 in the high ones."""
+
+    def read(self, module: str, parameter: str, shape: tuple[int, ...]) -> Codes | None:
+        """Reads a parameter of one of the types of which codes can be made."""
+        name = f"{module}.{parameter}"
+        kind, data = self.tensors.take(name, shape)
+        if kind not in SIZES:
+            return None
+        blocks = data.reshape(*shape[:-1], shape[-1] // BLOCK, SIZES[kind])
+        if kind == "MXFP4":  # twice the numbers and half the power
+            return Codes(MXFP4(), _codes(blocks[..., 1:], shape), blocks[..., 0])
+        scale = _halves(name, blocks, 0)
+        if kind == "Q8_0":
+            return Codes(Int8(block=BLOCK), blocks[..., 2:].view(np.int8).reshape(shape), scale)
+        zero = _halves(name, blocks, 2) if kind == "Q4_1" else None
+        codes = _codes(blocks[..., 4 if kind == "Q4_1" else 2 :], shape)
+        return Codes(Int4(group=BLOCK), codes, scale, zero)
 
 
 def _halves(name: str, blocks: np.ndarray, at: int) -> np.ndarray:
@@ -117,12 +96,3 @@ def _halves(name: str, blocks: np.ndarray, at: int) -> np.ndarray:
 
 def _codes(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.concatenate([data & 15, data >> 4], -1).reshape(shape)
-
-
-def find(tensors: Tensors, config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Tensors of the types of which codes can be made."""
-    del config
-    yield from tensors.packed()
-
-
-FORMAT = Format("gguf", find, read)

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its tensors, at a cost that follows from the size of the file."""
+"""The header of a GGUF file, read at a cost that follows from the size of the file."""
 
 import math
 import struct
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _VERSIONS = (2, 3)
-# Bytes of a value by its type; those of strings and arrays follow from what they say.
+# Bytes of a value by its type; strings and arrays say their own lengths.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
 class Tensor(NamedTuple):
-    """A tensor whose bytes are mapped into memory; `shape` has the axis of the blocks first."""
+    """A tensor whose bytes are mapped into memory; `shape` begins with the axis of the blocks."""
 
     name: str
     tensor_type: Any
@@ -23,8 +23,8 @@ class Tensor(NamedTuple):
     data: np.ndarray
 
 
-def tensors(path: Path, gguf: Any) -> Iterator[Tensor]:
-    """All tensors of a file; `gguf` is the package, which knows the types.
+def read_tensors(path: Path, gguf: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a file; `gguf` is the package, which knows the types.
 
     Raises:
         ValueError: if the file is not whole and sound.
@@ -73,13 +73,13 @@ def _info(file: "_File") -> tuple[str, tuple[int, ...], int, int]:
 
 
 class _File:
-    """Bytes, and how far they have been read."""
+    """Bytes, with the place up to which they have been read."""
 
     def __init__(self, data: memoryview) -> None:
         self.data, self.at = data, 0
 
     def take(self, count: int) -> int:
-        """Where the next `count` bytes start."""
+        """Takes the next `count` bytes, and returns where they start."""
         start, self.at = self.at, self.at + count
         if self.at > len(self.data):
             raise ValueError(f"it ends at byte {len(self.data)}, but goes on to byte {self.at}")
@@ -94,7 +94,7 @@ class _File:
         return self.data[start : self.at].tobytes()
 
     def skip(self, kind: int) -> None:
-        """A value of a type, without keeping it."""
+        """Takes a value of a type, and does not keep it."""
         if kind in _SIZES:
             self.take(_SIZES[kind])
         elif kind == _STRING:

@@ -1,6 +1,5 @@
-"""The tensors of a checkpoint, each read when it is asked for, and checked before."""
+"""The tensors of a checkpoint, each checked and read when it is asked for."""
 
-import os
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checkpoint import Checkpoint
-from .._file import DTYPES, brief, opened, shown
+from .._file import DTYPES, shown
 
 FLOATS = ("F32", "F16", "BF16")
-# Scales of what goes into a module or comes out of it: here activations are not quantized.
+# Scales of inputs and outputs of a module: here activations are not quantized.
 OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "input_scale_ub")
 OF_ACTIVATIONS += ("input_zero_point", "output_zero_point", "input_global_scale")
 READ = DTYPES | {
@@ -24,7 +23,7 @@ READ = DTYPES | {
     "F8_E8M0": np.dtype(np.uint8),  # exponents of 2
 }
 
-# What belongs to codes and is in floats, by the last part of its name.
+# The last part of the names of floats that belong to codes.
 _OF_CODES = re.compile(
     r"(nested_)?(absmax|quant_map)|SCB|scales"
     r"|(weight|\w*proj)_(scale|scale_inv|global_scale|zero_point)"
@@ -33,7 +32,7 @@ _BUFFERS = ("num_batches_tracked", "position_ids", "relative_position_index", "t
 
 
 class Unreadable(Exception):  # noqa: N818 - collected into one ValueError
-    """A tensor that is not there, or not what its format says."""
+    """A tensor is missing, or is not what its format says."""
 
 
 class Tensors:
@@ -44,19 +43,19 @@ class Tensors:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Of a checkpoint whose headers are sound."""
+        """Reads nothing yet; the headers of the checkpoint are sound."""
         self._checkpoint, self.taken = checkpoint, set[str]()
 
     def __contains__(self, name: str) -> bool:
-        """Whether it is there."""
+        """Whether there is a tensor of a name."""
         return name in self._checkpoint.where
 
     def __iter__(self) -> Iterator[str]:
-        """Their names."""
+        """Iterates over their names."""
         return iter(self._checkpoint.where)
 
     def dtype(self, name: str) -> str:
-        """The dtype of a tensor as safetensors calls it."""
+        """The dtype of a tensor, as safetensors calls it."""
         return self._entry(name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -76,7 +75,7 @@ class Tensors:
         return self._checkpoint.entry(name)
 
     def read(self, name: str, dtypes: Collection[str], shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor of one of `dtypes` and of `shape`; `Unreadable` if it is another."""
+        """Reads a tensor; `Unreadable` if it has neither of the `dtypes` or another shape."""
         entry = self._entry(name)
         if entry.dtype not in dtypes or entry.shape != shape:
             wanted = " or ".join(dtypes)
@@ -86,34 +85,30 @@ class Tensors:
         return self._read(name).view(READ[entry.dtype]).reshape(shape)
 
     def as_stored(self, name: str) -> np.ndarray:
-        """A tensor as it is."""
+        """Reads a tensor as it is."""
         entry = self._entry(name)
         if entry.dtype not in READ:
             raise Unreadable(f"{name}: its dtype {entry.dtype} cannot be copied")
         return self.read(name, (entry.dtype,), entry.shape)
 
-    def leave_activations(self, module: str) -> None:
-        """Takes the scales of the activations of a module, which are of no use here."""
+    def skip_activations(self, module: str) -> None:
+        """Marks the scales of a module's activations as read, as they are of no use here."""
         names = (f"{module}.{name}" for name in OF_ACTIVATIONS)
         self.taken.update(name for name in names if name in self)
 
     def bytes(self, name: str) -> np.ndarray:
-        """A tensor of any dtype as bytes."""
+        """Reads the bytes of a tensor of any dtype."""
         return self._read(name)
 
     def _read(self, name: str) -> np.ndarray:
-        entry, file = self._entry(name), self._checkpoint.where[name]
+        entry = self._entry(name)
         self.taken.add(name)
-        with opened(self._checkpoint.source, file) as (source, _):
-            source.seek(self._checkpoint.headers[file].data + entry.start, os.SEEK_SET)
-            data = source.read(entry.stop - entry.start)
-        if len(data) != entry.stop - entry.start:
-            raise Unreadable(f"{name}: its file changed while it was read")
-        return np.frombuffer(data, np.uint8)
+        whole = b"".join(self._checkpoint.pieces(name, max(entry.stop - entry.start, 1)))
+        return np.frombuffer(whole, np.uint8)
 
 
 def left_of(tensors: Tensors, read: Collection[str]) -> list[str]:
-    """The tensors not `read` that belong to codes, or are neither floats nor known buffers."""
+    """Lists tensors not `read` that belong to codes, or are neither floats nor known buffers."""
     left = (name for name in tensors if name not in read and _is_coded(tensors, name))
     return [f"{shown(name)}: {tensors.dtype(name)} {tensors.shape(name)}" for name in left]
 
@@ -127,20 +122,11 @@ def _is_coded(tensors: Tensors, name: str) -> bool:
     return not is_mask and not (dtype == "I64" and last in _BUFFERS)
 
 
-def unpacked(
+def unpack(
     words: np.ndarray, axis: int, bits: int = 4, order: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """The codes in each int32, lowest bits first, along an axis; number `order[k]` comes k-th."""
+    """Takes the codes out of int32 words, lowest bits first; number `order[k]` comes k-th."""
     words = np.moveaxis(words.view(np.uint32), axis, -1)
     places, mask = order or range(32 // bits), np.uint32(2**bits - 1)
     codes = np.stack([(words >> np.uint32(bits * k) & mask).astype(np.uint8) for k in places], -1)
     return np.moveaxis(codes.reshape(*words.shape[:-1], -1), -1, axis)
-
-
-def integer(config: dict[str, Any], field: str, legal: Collection[Any]) -> Any:
-    """A field of a configuration that must be one of `legal`."""
-    value = config.get(field)
-    if type(value) not in {type(x) for x in legal} or value not in legal:
-        expected = " or ".join(map(str, legal))
-        raise Unreadable(f"`{field}` of the quantization: expected {expected}, got {brief(value)}")
-    return value

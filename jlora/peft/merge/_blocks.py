@@ -1,5 +1,6 @@
-"""The bytes of one merged tensor, in blocks of bounded size."""
+"""What is done to a tensor of a checkpoint, in blocks of bounded size."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -7,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._file import COUNTS, DTYPES, Tensor
-from ..adapter._tokens import Tokens, placed
-from ._changes import Changes
-from ._orientation import Sum
+from .._checkpoint import read_exactly, read_pieces
+from .._file import COUNTS, DTYPES, TensorInfo
+from ..adapter._tokens import Tokens, put_rows
 
 BLOCK = 2**20  # numbers
 # Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
@@ -24,62 +24,98 @@ class Chunk(NamedTuple):
     bad: int = 0  # values that are not finite
 
 
-def tensor(source: BinaryIO, entry: Tensor, name: str, todo: Changes) -> Iterator[Chunk]:
-    """The bytes of one tensor of the result, read along `source`."""
-    if name in todo.sums:
-        yield from _added(source, entry, todo.sums[name])
-    elif name in todo.full:
-        for _ in chunks(source, entry.stop - entry.start):
-            pass
-        yield _chunk(todo.full[name], (DTYPES | COUNTS)[entry.dtype])
-    elif name in todo.rows:
-        yield from _with_rows(source, entry, todo.rows[name])
-    else:
-        yield from map(Chunk, chunks(source, entry.stop - entry.start))
+class Change:
+    """Computes the new bytes of a tensor from the old ones; here they stay."""
+
+    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
+        """Yields the new bytes of a tensor, whose old ones are next in `data`."""
+        yield from map(Chunk, read_pieces(data, tensor.stop - tensor.start))
 
 
-def _with_rows(source: BinaryIO, entry: Tensor, new: Tokens) -> Iterator[Chunk]:
-    """W with other rows."""
-    (rows, columns), dtype = entry.shape, DTYPES[entry.dtype]
-    step = max(1, BLOCK // max(columns, 1))
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
-        w = np.frombuffer(_read(source, count * columns * dtype.itemsize), dtype)
-        block = w.reshape(count, columns).copy()
-        placed(new, block, start)
-        yield _chunk(block, dtype)
+@dataclasses.dataclass
+class Full(Change):
+    """Replaces a tensor."""
+
+    value: np.ndarray
+
+    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
+        """Yields the value."""
+        data.seek(tensor.stop - tensor.start, 1)
+        yield _chunk(self.value, (DTYPES | COUNTS)[tensor.dtype])
 
 
-def _added(source: BinaryIO, entry: Tensor, change: Sum) -> Iterator[Chunk]:
-    """W + s·B·A in blocks of rows, with the norms that DoRA gives it if it is that."""
-    gains = None
-    if change.m is not None and not change.by_rows:  # all of W comes before the norm of a column
-        start = source.tell()
-        squares = np.zeros(change.m.shape)
-        for _, block in _sums(source, entry, change):
-            squares += _squares(block, 0)
-        gains = _gain(change.m, squares)
-        source.seek(start)
-    for rows, block in _sums(source, entry, change):
-        if gains is not None:
-            block = _times(block, gains)
-        elif change.m is not None:
-            block = _times(block, _gain(change.m[rows], _squares(block, 1))[:, None])
-        yield _chunk(block, DTYPES[entry.dtype])
+@dataclasses.dataclass
+class Rows(Change):
+    """Replaces rows of a table."""
 
+    tokens: Tokens
 
-def _sums(source: BinaryIO, entry: Tensor, change: Sum) -> Iterator[tuple[slice, np.ndarray]]:
-    """W + s·B·A in blocks, each with its rows."""
-    (count, rows, _), columns = change.left.shape, change.right.shape[2]
-    step = max(1, min(rows, BLOCK // max(columns, 1)))
-    dtype = DTYPES[entry.dtype]
-    for i in range(count):
-        times = _product(change.right[i], step)
+    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
+        """Yields the table with the other rows."""
+        (rows, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
+        step = max(1, BLOCK // max(columns, 1))
         for start in range(0, rows, step):
-            own = slice(start, start + step)
-            product = times(change.left[i, own])
-            w = np.frombuffer(_read(source, product.size * dtype.itemsize), dtype)
-            yield own, _sum(w.reshape(product.shape), product, change.scale)
+            block = _read(data, dtype, (min(step, rows - start), columns)).copy()
+            put_rows(self.tokens, block, start)
+            yield _chunk(block, dtype)
+
+
+@dataclasses.dataclass
+class Sum(Change):
+    """Adds s·B·A to a weight whose axes are flattened to (stack, rows, columns).
+
+    Attributes:
+        left: (stack, rows, r).
+        right: (stack, r, columns).
+        scale: s.
+        m: the norms that DoRA gives the rows of the sum, (rows,), or its columns; or None.
+        by_rows: whether `m` belongs to the rows.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    scale: float
+    m: np.ndarray | None = None
+    by_rows: bool = True
+
+    @property
+    def transpose(self) -> "Sum":
+        """The sum for the transposed weight."""
+        left, right = self.right.swapaxes(1, 2), self.left.swapaxes(1, 2)
+        return Sum(left, right, self.scale, self.m, not self.by_rows)
+
+    def of_rows(self, expert: int, start: int, rows: int) -> "Sum":
+        """The sum for some rows of one matrix of the stack."""
+        left = self.left[expert : expert + 1, start : start + rows]
+        return Sum(left, self.right[expert : expert + 1], self.scale)
+
+    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
+        """Yields W + s·B·A in blocks of rows, with the norms of DoRA if it has them."""
+        gains, dtype = None, DTYPES[tensor.dtype]
+        if self.m is not None and not self.by_rows:  # the norm of a column needs all of W
+            start = data.tell()
+            squares = np.zeros(self.m.shape)
+            for _, block in self._sums(data, dtype):
+                squares += _squares(block, 0)
+            gains = _gain(self.m, squares)
+            data.seek(start)
+        for rows, block in self._sums(data, dtype):
+            if gains is not None:
+                block = _times(block, gains)
+            elif self.m is not None:
+                block = _times(block, _gain(self.m[rows], _squares(block, 1))[:, None])
+            yield _chunk(block, dtype)
+
+    def _sums(self, data: BinaryIO, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields W + s·B·A in blocks, each with its rows."""
+        (count, rows, _), columns = self.left.shape, self.right.shape[2]
+        step = max(1, min(rows, BLOCK // max(columns, 1)))
+        for i in range(count):
+            times = _product(self.right[i], step)
+            for start in range(0, rows, step):
+                own = slice(start, start + step)
+                product = times(self.left[i, own])
+                yield own, _sum(_read(data, dtype, product.shape), product, self.scale)
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -88,7 +124,7 @@ def _squares(block: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _gain(m: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """What is multiplied with rows or columns: m over their norms, 0 where these are 0."""
+    """The factors of rows or columns: m over their norms, 0 where these are 0."""
     n = np.sqrt(squares)
     return np.divide(m.astype(np.float64), n, out=np.zeros_like(n), where=n > 0)
 
@@ -106,7 +142,7 @@ def _sum(w: np.ndarray, product: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The product of matrices of up to so many `rows` with `right`, by one program."""
+    """Multiplies matrices of up to so many `rows` with `right`, by one program."""
     cpu = jax.local_devices(backend="cpu")[0]
     rank, columns = right.shape
     factor = jax.device_put(_padded(right, (rank, _up(columns))), cpu)
@@ -124,26 +160,19 @@ def _up(n: int) -> int:
 
 
 def _padded(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """As float32, with zeros after its rows and columns."""
+    """The array as float32, with zeros after its rows and columns."""
     new = np.zeros(shape, np.float32)
     new[: x.shape[0], : x.shape[1]] = x
     return new
+
+
+def _read(data: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads the next numbers of a file."""
+    count = int(np.prod(shape)) * dtype.itemsize
+    return np.frombuffer(read_exactly(data, count), dtype).reshape(shape)
 
 
 @np.errstate(over="ignore")
 def _chunk(x: np.ndarray, dtype: np.dtype) -> Chunk:
     x = x.astype(dtype)
     return Chunk(x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x))))
-
-
-def chunks(source: BinaryIO, size: int) -> Iterator[bytes]:
-    """The next `size` bytes, in pieces."""
-    for start in range(0, size, 4 * BLOCK):
-        yield _read(source, min(4 * BLOCK, size - start))
-
-
-def _read(source: BinaryIO, size: int) -> bytes:
-    data = source.read(size)
-    if len(data) != size:
-        raise ValueError("`src_dir`: a file changed while it was read; start again.")
-    return data

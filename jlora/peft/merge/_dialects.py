@@ -1,7 +1,7 @@
-"""What checkpoints call modules that `transformers` calls otherwise, as data.
+"""The modules that `transformers` renames, as data.
 
-`transformers` 5 renames modules as it reads a checkpoint, and back as it saves one. An adapter has
-the names of the modules in memory.
+`transformers` 5 renames modules when it reads a checkpoint, and back when it saves one. An adapter
+has the names of the modules in memory.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 
 Dialect = tuple[tuple[str, str], ...]
 
-# Names of old checkpoints, which are replaced as they are loaded.
+# Names in old checkpoints, which are replaced when these are loaded.
 OLD: Dialect = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
@@ -28,13 +28,13 @@ _HIERARCHICAL: Dialect = (
     (r"\.attention\.self\.value\.", ".attention.v_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
 )
-# LLaVA, Gemma 3, PaliGemma and others whose language model is a part.
+# LLaVA, Gemma 3, PaliGemma and others that contain a language model.
 _LLAVA: Dialect = (
     (r"^(language|text)_model\.model\.", r"model.\1_model."),
     (r"^(language|text)_model\.lm_head\.", "lm_head."),
     (r"^(?!model\.|lm_head\.)", "model."),
 )
-# From a checkpoint's names to the modules of `transformers` 5: what is replaced, in this order. The
+# Replacements from a checkpoint's names to the modules of `transformers` 5, in their order. The
 # first pattern of a dialect is found in every checkpoint of it.
 DIALECTS: tuple[Dialect, ...] = (
     ((r"\.block_sparse_moe\.", ".mlp."),),  # Mixtral, MiniMax
@@ -87,7 +87,7 @@ DIALECTS: tuple[Dialect, ...] = (
 
 
 def dialects(names: Collection[str]) -> Iterator[Dialect]:
-    """The names as they are, and the dialects that they may be of."""
+    """Yields old names alone, and the dialects that a checkpoint with `names` may use."""
     yield OLD
     lines = "\n".join(names)
     for dialect in DIALECTS:

@@ -1,24 +1,22 @@
 """A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
 
-import functools
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import BinaryIO
 
-import numpy as np
 from tqdm import tqdm
 
 from ..._folders import fresh, scratch
 from ..._types import PyTree
-from .._checkpoint import Checkpoint, copy_others, open_checkpoint, refuse
-from .._file import DTYPES, opened, shown
-from ..formats._base import configuration_of
-from ..formats._rewrite import dequantize_checkpoint, requantized
+from .._checkpoint import REFUSAL, Checkpoint, copy_others, open_checkpoint, read_pieces
+from .._file import open_file, shown
+from .._problems import Problems
+from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
-from ._blocks import chunks, tensor
-from ._changes import Changes, changes
-from ._ties import copies
+from ._blocks import Change
+from ._changes import find_changes
+from ._ties import with_copies
+from ._wanted import check_frozen, read_wanted
 
 
 def export_merged(
@@ -27,7 +25,6 @@ def export_merged(
     out: str | os.PathLike[str],
     *,
     names: Sequence[Name] | None = None,
-    requantize: bool = False,
     follow_links: bool = False,
 ) -> list[str]:
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
@@ -46,7 +43,7 @@ def export_merged(
     the same in float32, and has the same bits where PyTorch's matrix product sums in this order:
     it does for ranks up to 192 and sides of at least 64. In other cases the two differ by the
     rounding of the product. In bfloat16 and float16 PEFT rounds the ΔW of embeddings and of
-    experts before it adds. It keeps `modules_to_save` in their own dtype, here they get W's; to a
+    experts before it adds. It keeps `modules_to_save` in their model dtype, here they get W's; to a
     weight that embedding and head share it adds their common ΔW twice, here it is added once. The
     norms of DoRA are of float32 values and are summed in float64; PEFT's are to a few roundings
     the same in float32, and have those of W's dtype in narrower ones.
@@ -64,8 +61,6 @@ def export_merged(
             all.
         names: for a tree, the table of `Name` rows that says what its leaves are called in
             PyTorch, such as `jlora.peft.LLAMA`.
-        requantize: of a checkpoint of bitsandbytes, quantize again what was, and print the error of
-            each; few bits hold little of ΔW, so that this takes away much of what was learned.
         follow_links: whether files of `src_dir` may be links out of it, whose contents are copied.
 
     Returns:
@@ -100,116 +95,48 @@ def export_merged(
         ((3, 4), [])
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
-    if configuration_of(checkpoint):
-        return _onto_quantized(checkpoint, adapter, out, names, requantize, follow_links)
-    if requantize:
-        raise ValueError(
-            f"`requantize` needs a quantized checkpoint; `src_dir`, {src_dir}, is in floats."
-        )
-    todo = _with_twins(checkpoint, changes(checkpoint, adapter, names))
-    refuse(
-        [
-            f"{shown(name)}: the adapter holds other values of it; a trained embedding under an "
-            "adapter is not supported"
-            for name, x in todo.frozen.items()
-            if not _holds(checkpoint, name, x)
-        ]
-    )
+    if checkpoint.quantization:
+        with scratch(out, "`out`") as folder:
+            dequantize_checkpoint(src_dir, folder / "dense", follow_links=follow_links)
+            export_merged(folder / "dense", adapter, out, names=names)
+        return checkpoint.left_out
+    problems = Problems(REFUSAL)
+    model, wanted = read_wanted(checkpoint, adapter, names, problems)
+    changes = find_changes(model, wanted, problems)
+    problems.stop()
+    changes = with_copies(checkpoint, changes, problems)
+    check_frozen(checkpoint, model, wanted, problems)
+    problems.stop()
+    problems.warn()
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
-    wrong: list[str] = []
     with fresh(out, "`out`") as folder, bar:
         for file in checkpoint.headers:
             with open(folder / file, "wb") as target:
-                _write(checkpoint, file, todo, target, bar.update, wrong)
-        refuse(wrong)
+                _write(checkpoint, file, changes, target, bar.update, problems)
+        problems.stop()
         copy_others(checkpoint, folder)
     return checkpoint.left_out
-
-
-def _onto_quantized(
-    checkpoint: Checkpoint,
-    adapter: Any,
-    out: str | os.PathLike[str],
-    names: Sequence[Name] | None,
-    requantize: bool,
-    follow_links: bool,
-) -> list[str]:
-    with scratch(out, "`out`") as folder:
-        src_dir, dense = checkpoint.source.folder, folder / "dense"
-        found = dequantize_checkpoint(src_dir, dense, follow_links=follow_links)
-        if not requantize:
-            export_merged(dense, adapter, out, names=names)
-            return checkpoint.left_out
-        export_merged(dense, adapter, folder / "merged", names=names)
-        for matrix in requantized(folder / "merged", out, found):
-            tqdm.write(f"{matrix.name}: {matrix.scheme}, error {matrix.error:.3g}")
-        return checkpoint.left_out
-
-
-def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
-    """Whether the tensor has just these values."""
-    dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
-    for piece in _pieces(checkpoint, name):
-        own = np.frombuffer(piece, dtype)
-        if not np.array_equal(own, value.reshape(-1)[at : at + own.size].astype(dtype)):
-            return False
-        at += own.size
-    return True
-
-
-def _with_twins(checkpoint: Checkpoint, todo: Changes) -> Changes:
-    """The same for both copies of a shared weight that is stored twice."""
-    sums, full, rows = dict(todo.sums), dict(todo.full), dict(todo.rows)
-    digest = functools.partial(_digest, checkpoint)
-    for other, own, copied in copies(checkpoint, {*sums, *full, *rows}, digest):
-        if copied is not None:
-            for changed in (sums, full, rows):
-                changed |= {other: changed[copied]} if copied in changed else {}
-        elif unlike := [name for name in own if name in rows]:
-            refuse(
-                [
-                    f"{shown(unlike[0])}: has rows in the adapter, which PEFT gives {shown(other)} "
-                    "too where the two are tied; by config.json they are, but the checkpoint has "
-                    "other values of it. Set tie_word_embeddings there"
-                ]
-            )
-    return todo._replace(sums=sums, full=full, rows=rows)
-
-
-def _digest(checkpoint: Checkpoint, name: str) -> bytes:
-    """The hash of a tensor's bytes."""
-    found = hashlib.sha256()
-    for piece in _pieces(checkpoint, name):
-        found.update(piece)
-    return found.digest()
-
-
-def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
-    file, entry = checkpoint.where[name], checkpoint.entry(name)
-    with opened(checkpoint.source, file) as (source, _):
-        source.seek(checkpoint.headers[file].data + entry.start)
-        yield from chunks(source, entry.stop - entry.start)
 
 
 def _write(
     checkpoint: Checkpoint,
     file: str,
-    todo: Changes,
+    changes: Mapping[str, Change],
     target: BinaryIO,
     tick: Callable[[int], object],
-    wrong: list[str],
+    problems: Problems,
 ) -> None:
-    """One file: the header as it is, then the tensors in the order of their data."""
+    """Writes one file: the header as it is, then the tensors in the order of their data."""
     header = checkpoint.headers[file]
-    with opened(checkpoint.source, file) as (source, _):
-        for chunk in chunks(source, header.data):
-            target.write(chunk)
+    with open_file(checkpoint.source, file) as (data, _):
+        for piece in read_pieces(data, header.data):
+            target.write(piece)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
-            new, bad = tensor(source, entry, name, todo), 0
-            for chunk in new:
+            bad = 0
+            for chunk in changes.get(name, Change()).chunks(data, entry):
                 target.write(chunk.data)
                 tick(len(chunk.data))
                 bad += chunk.bad
             if bad:
-                wrong.append(f"{shown(name)}: {bad} values are not finite after merging")
+                problems.found.append(f"{shown(name)}: {bad} values are not finite after merging")

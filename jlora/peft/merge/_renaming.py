@@ -1,8 +1,8 @@
-"""What a model calls the tensors of its checkpoint, where they may have other names, or lie apart.
+"""The parameters of a model and the tensors of its checkpoint, which may have other names.
 
-A model with a head and the same model without one differ in a first part; `transformers` 5 calls
-modules otherwise than its checkpoints do, and adapts experts as one parameter that are stored one
-by one. Which names are meant follows from those that an adapter has.
+A model with a head and the same model without one differ in the first part of their names.
+`transformers` 5 renames modules of checkpoints, and makes one parameter of experts that are stored
+one by one. The names in an adapter decide which of this applies.
 """
 
 import collections
@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Piece(NamedTuple):
-    """A tensor of the checkpoint that is a part of a parameter: rows of one of its experts.
+    """A tensor of the checkpoint that is a parameter, or rows of one of its experts.
 
     Attributes:
         tensor: its name.
@@ -51,19 +51,19 @@ _FIRSTS = 100  # first parts of names that are tried
 
 
 def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
-    """The parameters of the model, under the names that find the most of `wanted`.
+    """Finds the parameters of the model, under the names that find the most of `wanted`.
 
-    Several where the names of several versions find as many.
+    There are several answers where the names of several versions find as many.
 
     Raises:
         ValueError: if names with either of two first parts find as many.
     """
     best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
     tried = list[dict[str, str]]()
-    spoken, experts = list(dialects(shapes)), _experts(shapes)
-    touched = list(filter(_touches(rule for x in spoken for rule in x), shapes))
-    for dialect in spoken:
-        named = _named(dialect, shapes, touched)
+    possible, experts = list(dialects(shapes)), _experts(shapes)
+    old = list(filter(_finder(rule for dialect in possible for rule in dialect), shapes))
+    for dialect in possible:
+        named = _renamed(dialect, shapes, old)
         if named in tried:
             continue
         tried.append(named)
@@ -77,15 +77,14 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
             best, most = [], max(counts)
         if max(counts) == most:
             best.append((named, [w for w, n in zip(ways, counts, strict=True) if n == most]))
-    clear = [(named, w[0]) for named, w in best if len(w) == 1 or w[0] == ("", "")]
-    if not clear:
+    unique = [(named, w[0]) for named, w in best if len(w) == 1 or w[0] == ("", "")]
+    if not unique:
         parts = ", ".join(repr(add or strip) for add, strip in best[0][1])
         raise ValueError(
             f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
             "Rename its modules as they are in the checkpoint."
         )
-    each = {name: View(shape, (Piece(name),)) for name, shape in shapes.items()}
-    return [_views(wanted, named, *way, each, shapes, experts) for named, way in clear]
+    return [_views(wanted, named, *way, shapes, experts) for named, way in unique]
 
 
 def _views(
@@ -93,51 +92,52 @@ def _views(
     named: Mapping[str, str],
     add: str,
     strip: str,
-    each: Views,
     shapes: Shapes,
     experts: Experts,
 ) -> Views:
     own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
-    taken = own.keys() - named.keys()  # by the checkpoint's names, and so by no others
-    if taken or add or strip:
-        rest = (n for n, x in named.items() if n.startswith(add) and x not in taken)
+    as_stored = own.keys() - named.keys()  # these have the checkpoint's names, and no others
+    if as_stored or add or strip:
+        rest = (n for n, x in named.items() if n.startswith(add) and x not in as_stored)
         named = {strip + n.removeprefix(add): named[n] for n in rest} | own
-    plain = {name: each[x] for name, x in named.items()}
+    plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
     fused = _fused(named, shapes, experts)
-    # Whoever adapts no expert by itself has no modules of them.
-    apart = {piece.tensor for view in fused.values() for piece in view.pieces}
-    alone = {name for name, x in named.items() if x in apart}
-    if not {_module(name) for name in wanted} & {_module(name) for name in alone}:
-        plain = {name: view for name, view in plain.items() if name not in alone}
+    # A model has modules of single experts only where the adapter adapts one by itself.
+    pieces = {piece.tensor for view in fused.values() for piece in view.pieces}
+    single = {name for name, x in named.items() if x in pieces}
+    if not {_module(name) for name in wanted} & {_module(name) for name in single}:
+        plain = {name: view for name, view in plain.items() if name not in single}
     return (fused if fused.keys() & set(wanted) else {}) | plain
 
 
-def shapes_of(views: Views) -> dict[str, tuple[int, ...]]:
-    """Of all parameters."""
-    return {name: view.shape for name, view in views.items()}
+def shapes_of(model: Views) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters."""
+    return {name: view.shape for name, view in model.items()}
+
+
+def tensor_of(model: Views, name: str) -> str:
+    """The first tensor of a parameter; its model name if the checkpoint has none."""
+    return model[name].pieces[0].tensor if name in model else name
 
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _touches(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
-    """Whether any of the rules changes a name."""
+def _finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
+    """A function that says whether any of the rules changes a name."""
     return re.compile("|".join(f"(?:{old})" for old, _ in dict.fromkeys(rules))).search
 
 
-def _named(
-    dialect: Sequence[tuple[str, str]], names: Iterable[str], touched: Iterable[str]
+def _renamed(
+    dialect: Sequence[tuple[str, str]], names: Iterable[str], old: Iterable[str]
 ) -> dict[str, str]:
-    """The names of a dialect, and what the checkpoint calls them.
-
-    No rule of any dialect changes others than `touched`.
-    """
-    renamed, rules = {}, [(re.compile(old), modern) for old, modern in dialect]
-    for name in filter(_touches(dialect), touched):
+    """Maps names by a dialect to the checkpoint's `names`; a dialect renames `old` ones alone."""
+    renamed, rules = {}, [(re.compile(pattern), modern) for pattern, modern in dialect]
+    for name in filter(_finder(dialect), old):
         new = name
-        for old, modern in rules:
-            new = old.sub(modern, new)
+        for pattern, modern in rules:
+            new = pattern.sub(modern, new)
         renamed[name] = new
     found: dict[str, str] = {}
     for name in names:
@@ -155,7 +155,7 @@ def _counts(
     named: Collection[str],
     known: Collection[str],
 ) -> list[int]:
-    """How many of `wanted` each way finds: as they are, or with a first part added or taken off."""
+    """Counts the `wanted` that each way finds: as they are, or a first part added or taken off."""
     lost, same = {n for n in wanted if n not in known}, sum(n in known for n in wanted)
     named = named if lost else ()
     longer = (name.partition(".") for name in named)
@@ -166,12 +166,12 @@ def _counts(
 
 
 def _experts(names: Iterable[str]) -> Experts:
-    """Those that are weights of experts, with the parts of their names."""
+    """The weights of single experts, with the parts of their names."""
     return {name: found for name in names if (found := _EXPERT.fullmatch(name))}
 
 
 def _fused(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> Views:
-    """Parameters of all experts together: (experts, rows, columns)."""
+    """The parameters that hold all experts of a module: (experts, rows, columns)."""
     modules: dict[str, dict[str, dict[int, str]]] = {}
     new = {name: _EXPERT.fullmatch(name) for name in named if name not in shapes}
     both = {**experts, **new} if new else experts
@@ -190,7 +190,7 @@ def _fused(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> Views:
 
 
 def _together(parts: list[dict[int, str]], shapes: Shapes) -> View | None:
-    """The rows of `parts` one below the other, for each expert."""
+    """Concatenates the rows of `parts` for each expert; None if they do not fit together."""
     count = len(parts[0])
     sizes = [{shapes[tensor] for tensor in part.values()} for part in parts]
     if not count or any(set(part) != set(range(count)) for part in parts):

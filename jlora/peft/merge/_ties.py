@@ -1,43 +1,45 @@
-"""A weight that the input embedding and the output head of a checkpoint share: it is there once."""
+"""A weight that the input embedding and the output head of a checkpoint share."""
 
 import collections
+import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from .._checkpoint import Checkpoint
 from .._file import shown
+from .._problems import Problems
 from ..adapter._contents import SHARED, Adapter, Part
-from ..adapter._parameters import twins
+from ..adapter._parameters import identity, twins
 from ..adapter._tokens import Tokens, lone_heads, tied_rows
-from ._renaming import Views
+from ._blocks import Change, Rows
+from ._renaming import Views, tensor_of
+
+
+def is_shared(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the weight that the input embedding and the output head share."""
+    module, _, parameter = name.rpartition(".")
+    if name not in checkpoint.where or parameter != "weight" or not SHARED.search(module):
+        return False
+    shape = checkpoint.entry(name).shape
+    return len(shape) == 2 and shape[0] in checkpoint.vocabulary
 
 
 def absent(
-    checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
 ) -> list[str]:
-    """Problems with what the checkpoint has no tensor for: a tied weight is there once."""
-    where, shared = checkpoint.where, twins(parts)
-    names = {part.name for part in parts if part.name in where}
-    lost = [
-        part.name
-        for part in parts
-        if part.name not in where
-        and (part.name not in shared or shared[part.name].name not in names)
-    ]
-    kept = {_digest(x) for name, x in full.items() if name in where}
-    lost += [n for n, x in full.items() if n not in where and _digest(x) not in kept]
-    return not_there(checkpoint, lost)
+    """Problems with what the checkpoint has no tensor for, unless another has the same values.
 
-
-def _digest(x: np.ndarray) -> tuple[Any, ...]:
-    return x.shape, x.dtype, hashlib.sha256(x.tobytes()).digest()
-
-
-def not_there(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    return [f"{shown(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in names]
+    Values that are not read yet are compared by their shapes.
+    """
+    lost = [part.name for part in parts if part.name not in model]
+    if lost:
+        shared = twins(parts)
+        lost = [name for name in lost if name not in shared or shared[name].name not in model]
+    lone = {name: x for name, x in full.items() if name not in model}
+    kept = {identity(x) for name, x in full.items() if name in model} if lone else set()
+    lost += [name for name, x in lone.items() if identity(x) not in kept]
+    return [f"{shown(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
 
 
 def _reason(name: str, checkpoint: Checkpoint) -> str:
@@ -53,66 +55,90 @@ def _reason(name: str, checkpoint: Checkpoint) -> str:
 
 
 def untied(
-    checkpoint: Checkpoint, parts: Sequence[Part], full: Mapping[str, np.ndarray]
+    checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
 ) -> list[str]:
     """Changes of a shared weight that PEFT would apply in only one of its places."""
-    shared = twins(parts)
-    alone = [p.name for p in parts if is_shared(checkpoint, p.name) and p.name not in shared]
-    found = {name: _digest(x) for name, x in full.items()}
-    counts = collections.Counter(found.values())
-    alone += [n for n, x in found.items() if is_shared(checkpoint, n) and counts[x] == 1]
+    alone = [part.name for part in parts if is_shared(checkpoint, tensor_of(model, part.name))]
+    if alone:
+        shared = twins(parts)
+        alone = [name for name in alone if name not in shared]
+    if both := [name for name in full if is_shared(checkpoint, tensor_of(model, name))]:
+        counts = collections.Counter(map(identity, full.values()))
+        alone += [name for name in both if counts[identity(full[name])] == 1]
     return [
-        f"{shown(name)}: the input embedding and the output head share this weight (config.json: "
-        "tie_word_embeddings), but the adapter does not change both alike; save the base model "
-        "untied first"
+        f"{shown(tensor_of(model, name))}: the input embedding and the output head share this "
+        "weight (config.json: tie_word_embeddings), but the adapter does not change both alike; "
+        "save the base model untied first"
         for name in alone
     ]
 
 
-def copies(
-    checkpoint: Checkpoint, changed: Collection[str], digest: Callable[[str], bytes]
-) -> Iterator[tuple[str, list[str], str | None]]:
-    """A shared weight that is not changed, those of its form that are, and which it is a copy of.
-
-    `digest` is of the values of a tensor. It is asked once for each tensor that may be a copy.
-    """
-    forms = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
-    for name in checkpoint.where:
-        if is_shared(checkpoint, name):
-            forms[checkpoint.entry(name)[1:3]][name in changed].append(name)
-    for others, own in forms.values():
-        if own and others:
-            values = {digest(name): name for name in own}
-            yield from ((other, own, values.get(digest(other))) for other in others)
+# -------------------------------------------------------------------------------- rows of tables
 
 
-def is_shared(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor is the weight that the input embedding and the output head share."""
-    module, _, parameter = name.rpartition(".")
-    if name not in checkpoint.where or parameter != "weight" or not SHARED.search(module):
-        return False
-    shape = checkpoint.entry(name).shape
-    return len(shape) == 2 and shape[0] in checkpoint.vocabulary
-
-
-def with_heads(
-    checkpoint: Checkpoint, own: Views, tokens: Mapping[str, Tokens]
+def separate_heads(
+    checkpoint: Checkpoint, model: Views, tokens: Mapping[str, Tokens]
 ) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
     """The rows that the checkpoint has tables for, and the heads that are tied to one of them."""
     heads, there = [], dict(tokens)
     for name, x in tokens.items():
-        table = tied_rows(name, tokens, own) if SHARED.search(x.module) else None
-        is_lost = name not in own
+        table = tied_rows(name, tokens, model) if SHARED.search(x.module) else None
         if table is None:
             continue
-        if is_lost or is_shared(checkpoint, own[name].pieces[0].tensor):
+        if name not in model or is_shared(checkpoint, tensor_of(model, name)):
             heads.append((x, table))
-        if is_lost:
+        if name not in model:
             del there[name]
     return there, heads
 
 
 def untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
-    """What lists the rows of an embedding once more, and is no head that is tied to it."""
+    """Problems with rows that are listed for a head which is not tied to their embedding."""
     apart = (name for name in checkpoint.where if not is_shared(checkpoint, name))
     return lone_heads(adapter.heads, [n.removesuffix(".weight") for n in apart])
+
+
+# ------------------------------------------------------------------------- weights stored twice
+
+
+def with_copies(
+    checkpoint: Checkpoint, changes: Mapping[str, Change], problems: Problems
+) -> dict[str, Change]:
+    """The changes, and those of the other copies of shared weights that are stored twice."""
+    found = dict(changes)
+    for other, own, copied in copies(checkpoint, changes, functools.partial(_digest, checkpoint)):
+        if copied is not None:
+            found[other] = changes[copied]
+        elif rows := [name for name in own if isinstance(changes[name], Rows)]:
+            problems.stop(
+                f"{shown(rows[0])}: has rows in the adapter, which PEFT gives {shown(other)} too "
+                "where the two are tied; by config.json they are, but the checkpoint has other "
+                "values of it. Set tie_word_embeddings there"
+            )
+    return found
+
+
+def copies(
+    checkpoint: Checkpoint, changed: Collection[str], digest: Callable[[str], bytes]
+) -> Iterator[tuple[str, list[str], str | None]]:
+    """Yields shared weights that do not change, the like that do, and which of these each equals.
+
+    `digest` hashes the values of a tensor. It is called once for each that may be a copy.
+    """
+    alike = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
+    for name in checkpoint.where:
+        if is_shared(checkpoint, name):
+            tensor = checkpoint.entry(name)
+            alike[tensor.dtype, tensor.shape][name in changed].append(name)
+    for others, own in alike.values():
+        if own and others:
+            values = {digest(name): name for name in own}
+            yield from ((other, own, values.get(digest(other))) for other in others)
+
+
+def _digest(checkpoint: Checkpoint, name: str) -> bytes:
+    """The hash of a tensor's bytes."""
+    found = hashlib.sha256()
+    for piece in checkpoint.pieces(name):
+        found.update(piece)
+    return found.digest()

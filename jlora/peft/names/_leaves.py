@@ -15,7 +15,7 @@ from ..._types import Layout, Path, PyTree
 from ._names import RANK, Name, lengths
 
 
-class Leaf(NamedTuple):
+class NamedLeaf(NamedTuple):
     """A leaf of the base with its name.
 
     Attributes:
@@ -34,8 +34,8 @@ class Leaf(NamedTuple):
     modules: tuple[str, ...]
     slots: tuple[int, ...] | None = None
 
-    def only(self, slots: tuple[int, ...]) -> "Leaf":
-        """That of some modules of a tuple alone."""
+    def with_slots(self, slots: tuple[int, ...]) -> "NamedLeaf":
+        """Keeps some modules of a tuple."""
         [axis], stacked = self.name.where("s"), self.name.where("ls")
         every = np.arange(len(self.modules)).reshape([self.shape[d] for d in stacked])
         modules = tuple(self.modules[i] for i in every.take(slots, stacked.index(axis)).flat)
@@ -73,7 +73,7 @@ class Leaf(NamedTuple):
 
     @property
     def _sizes(self) -> dict[int | str, int]:
-        """The lengths of its axes, as they are in PyTorch."""
+        """The lengths of the leaf's axes in PyTorch."""
         sizes: dict[int | str, int] = dict(enumerate(self.shape))
         if self.name.part is not None:
             sizes[self.name.where("o")[0]] *= self.name.part[1]
@@ -90,8 +90,8 @@ class Leaf(NamedTuple):
         return lengths(self.name.weight_groups, self._sizes)
 
 
-def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
-    """The leaves of `base` that `names` name, in tree order.
+def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
+    """Finds the leaves of `base` that `names` name, in tree order.
 
     Raises:
         TypeError: if `names` is no table.
@@ -105,7 +105,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
         )
     found = (_leaf(path, x, rows) for path, x in leaves_by_path(base, is_node))
     leaves = [leaf for leaf in found if leaf is not None]
-    owners = collections.defaultdict[str, list[Leaf]](list)
+    owners = collections.defaultdict[str, list[NamedLeaf]](list)
     for leaf in leaves:
         for parameter in leaf.parameters:
             owners[parameter].append(leaf)
@@ -121,8 +121,8 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[Leaf]:
     return leaves
 
 
-def _are_parts(leaves: Sequence[Leaf]) -> bool:
-    """Whether they are different parts of one parameter."""
+def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
+    """Whether leaves are different parts of one parameter."""
     parts = [leaf.name.part for leaf in leaves]
     return None not in parts and len(set(parts)) == len(parts)
 
@@ -132,13 +132,13 @@ def path_in_names(path: Path) -> str:
     return "/".join(path).removeprefix("params/")
 
 
-def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> Leaf | None:
+def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> NamedLeaf | None:
     shape = tuple(x.shape) if hasattr(x, "shape") else ()
     if (found := row_of(path, shape, rows)) is None:
         return None
     row, matched = found
     templates = [matched.expand(module).replace("/", ".") for module in row.modules]
-    return Leaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
+    return NamedLeaf(path, x, shape, row, tuple(_modules(row, shape, templates)))
 
 
 def row_of(
@@ -164,19 +164,19 @@ def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Ite
         yield templates[slot].format(*index)
 
 
-def by_row(leaves: Sequence[Leaf], names: Sequence[Name]) -> list[Leaf]:
-    """The leaves in the order of the rows that name them, in which PEFT wraps parameters."""
+def sort_by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[NamedLeaf]:
+    """Sorts leaves by the rows that name them, the order in which PEFT wraps parameters."""
     order = {name: i for i, name in reversed(list(enumerate(names)))}
     return sorted(leaves, key=lambda leaf: order[leaf.name])
 
 
-def tied_to(leaf: Leaf, leaves: Sequence[Leaf]) -> str | None:
-    """The module that shares the embedding `leaf`, if it is tied in this tree."""
-    tied = leaf.name.tied
-    if tied is None:
-        return None
-    modules = {m for other in leaves for m in other.modules}
-    if tied in modules:
-        return None
-    parent, dot, _ = tied.rpartition(".")
-    return tied if not dot or any(m.startswith(parent) for m in modules) else None
+def tied_heads(leaves: Sequence[NamedLeaf]) -> dict[str, NamedLeaf]:
+    """Maps each head that shares the weight of an embedding of this tree to the embedding."""
+    modules = {m for leaf in leaves for m in leaf.modules}
+
+    def is_tied(head: str) -> bool:
+        parent, dot, _ = head.rpartition(".")
+        has_parent = not dot or any(m.startswith(parent) for m in modules)
+        return head not in modules and has_parent
+
+    return {head: leaf for leaf in leaves if (head := leaf.name.tied) and is_tied(head)}

@@ -1,0 +1,203 @@
+"""A weight as a file has it, in codes, and the leaf that is made of it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spelled
+from ..names._leaves import NamedLeaf
+from ._tensors import Unreadable
+
+# The largest magnitude that a code may stand for, times its scale.
+_LARGEST = {NF4: 1, FP4: 1, Int4: 16, Int8: 128, FP8: 448}
+
+
+class Codes(NamedTuple):
+    """A parameter in codes.
+
+    Attributes:
+        scheme: the scheme.
+        codes: a code for each entry, (…, rows, columns), in PyTorch's order.
+        scale: a number for each block, (…, blocks of rows, blocks of columns) or their product.
+        zero: what a scheme adds or subtracts in each block, or None.
+        nested: the scale and the offset of the scales where these are codes too, or None.
+        dtype: the dtype of the weight; None if that of the leaf counts.
+    """
+
+    scheme: Any
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray | None = None
+    nested: tuple[Any, Any] | None = None
+    dtype: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.codes.shape
+
+    @property
+    def spelled(self) -> str:
+        """The scheme in words."""
+        return spelled(self.scheme)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that codes and scales take."""
+        parts = [x for x in (self.scale, self.zero, *(self.nested or ())) if x is not None]
+        return self.codes.size * self.scheme.bits // 8 + sum(x.nbytes for x in parts)
+
+    def array(self, dtype: Any) -> jax.Array:
+        """The values, (…, rows, columns)."""
+        *lead, i, j = range(self.codes.ndim)
+        form = self.scheme.form(self.codes.shape, tuple(lead), (i, j), 1)
+        return _quantized(self, form, dtype).array()
+
+    def check_finite(self, name: str, dtype: Any) -> None:
+        """Raises `Unreadable` if a value of a dtype may not be finite."""
+        if self.codes.dtype.kind not in "iu" and _has_nan(self.codes):
+            raise Unreadable(f"{name}: has values that are NaN")
+        if self.scale.dtype == np.uint8 and self.nested is None:  # powers of 2
+            largest = 6 * 2.0 ** (float(self.scale.max(initial=0)) - 127)
+        else:
+            zero = np.zeros(()) if self.zero is None or self.zero.dtype.kind in "iu" else self.zero
+            parts = self.nested or (self.scale, zero)
+            scale, added = (float(np.abs(x.astype(np.float64)).max(initial=0)) for x in parts)
+            by_row = type(self.scheme) is Int8 and self.scheme.block is None
+            largest = scale * (1 if by_row else _LARGEST[type(self.scheme)]) + added
+        if not largest <= float(jnp.finfo(dtype).max):
+            raise Unreadable(f"{name}: has scales beyond what {jnp.dtype(dtype)} holds")
+
+
+class Dense(NamedTuple):
+    """A parameter whose codes no scheme has, dequantized.
+
+    Attributes:
+        values: its values in float32.
+        spelled: what it was, in words.
+        bits: the bits that an entry had.
+        dtype: the dtype of the weight; None if that of the leaf counts.
+    """
+
+    values: np.ndarray
+    spelled: str
+    bits: int
+    dtype: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the codes took."""
+        return self.values.size * self.bits // 8
+
+    def array(self, dtype: Any) -> jax.Array:
+        """The values, (…, rows, columns)."""
+        return jnp.asarray(self.values).astype(dtype)
+
+    def check_finite(self, name: str, dtype: Any) -> None:
+        """Raises `Unreadable` if a value of a dtype is not finite."""
+        with np.errstate(over="ignore"):
+            if not np.isfinite(self.values.astype(dtype).astype(np.float32)).all():
+                raise Unreadable(f"{name}: has values that are not finite in {dtype}")
+
+
+def _has_nan(codes: np.ndarray) -> bool:
+    """Whether floats of 8 bits have one, by a table, as converting takes long."""
+    every = np.arange(256, dtype=np.uint8)
+    return bool(np.isnan(every.view(codes.dtype).astype(np.float32))[codes.view(np.uint8)].any())
+
+
+def leaf_of(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
+    """Makes a leaf of its stack of modules.
+
+    It is quantized if its axes can be cut into the blocks of the file; else it is dequantized.
+    """
+    name, dtype = leaf.name, modules[0].dtype or leaf.value.dtype
+    stack, first, last = name.where("les"), name.where("o"), name.where("i")
+    if name.kind == "embedding":
+        first, last = name.where("v"), name.where("o")
+    order, coded = (*first, *last), [m for m in modules if isinstance(m, Codes)]
+    if len(coded) == len(modules) and len(set(map(_signature, coded))) == 1:
+        form = _cut(coded[0].scheme, leaf.shape, stack, order, len(last))
+        if form is not None:
+            stacked = jax.tree.map(lambda *xs: np.stack(xs), *(m[1:5] for m in coded))
+            return _quantized(Codes(coded[0].scheme, *stacked), form, dtype)
+    x = jnp.stack([m.array(dtype) for m in modules]).reshape(
+        [leaf.shape[d] for d in (*stack, *order)]
+    )
+    return jnp.transpose(x, [int(d) for d in np.argsort((*stack, *order))])
+
+
+def _signature(m: Codes) -> Any:
+    """What modules of one leaf must have in common."""
+    arrays, tree = jax.tree.flatten((m.scale, m.zero, m.nested))
+    return m.scheme, tree, *((x.shape, x.dtype) for x in arrays)
+
+
+def _cut(
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    stack: tuple[int, ...],
+    order: tuple[int, ...],
+    inputs: int,
+) -> Form | None:
+    """Cuts a leaf as the rows and columns of its file are cut; None if that cannot be."""
+    try:
+        form = scheme.form(shape, stack, order, inputs)
+    except ValueError:
+        return None
+    if form.flat:
+        return form
+    # Where several axes are rows or columns, a block must not run from one to the next.
+    for dims in (order[:-inputs], order[-inputs:]):
+        *outer, last = [d for d in dims if shape[d] > 1] or dims[-1:]
+        if any(form.blocks[d] not in (1, shape[d]) for d in outer):
+            return None
+        torn = form.blocks[last] > 1 and shape[last] % form.blocks[last]
+        if outer and torn:
+            return None
+    return form
+
+
+def _quantized(m: Codes, form: Form, dtype: Any) -> Quantized:
+    lead = [form.shape[d] for d in form.stack]
+    data = _arranged(m.codes, form, form.shape)
+    if form.flat:
+        n, block = data.shape[-1], form.blocks[form.axis]
+        data = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, -n % block)])
+    if m.scheme.bits == 4:
+        data = _pack(data, data.ndim - 1 if form.flat else form.axis, form.blocks[form.axis])
+    counts = [-(-n // block) for n, block in zip(form.shape, form.blocks, strict=True)]
+    whole = tuple(d for d in form.order if form.is_whole(d) and not form.flat)
+    scale, zero = (
+        None if x is None else jnp.asarray(np.squeeze(_arranged(x, form, counts), whole))
+        for x in (m.scale, m.zero)
+    )
+    nested = None
+    if m.nested is not None:
+        scales, offset = map(jnp.asarray, m.nested)
+        nested = Nested(scales.reshape(*lead, scales.shape[-1]), offset.reshape(lead))
+    return Quantized(jnp.asarray(data), scale, zero, nested, None, m.scheme, form, jnp.dtype(dtype))
+
+
+def _arranged(x: np.ndarray, form: Form, lengths: Sequence[int]) -> np.ndarray:
+    """Moves numbers from the order of the file to the axes of a leaf, which have `lengths`."""
+    axes = (*form.stack, *form.order)
+    if form.flat:
+        return x.reshape(*(form.shape[d] for d in form.stack), -1)
+    return np.transpose(x.reshape([lengths[d] for d in axes]), np.argsort(axes))
+
+
+def _pack(codes: np.ndarray, axis: int, block: int) -> np.ndarray:
+    """Packs two codes into a byte, as `Quantized.data` has them."""
+    before, n, after = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
+    halves = codes.reshape(*before, n // block, 2, block // 2, *after)
+    first, second = (np.take(halves, i, axis + 1) for i in (0, 1))
+    return (first << 4 | second).reshape(*before, n // 2, *after)

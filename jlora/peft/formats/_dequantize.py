@@ -1,0 +1,193 @@
+"""A quantized checkpoint to one in floats."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from ..._folders import fresh
+from .._checkpoint import INDEX, QUANTIZATION, Checkpoint, copy_others, open_checkpoint, parts
+from .._file import brief, listing
+from ._codes import Codes, Dense
+from ._format import Format, Parameter, format_of
+from ._tensors import Unreadable, left_of
+
+
+class Matrix(NamedTuple):
+    """A quantized tensor of a checkpoint.
+
+    Attributes:
+        name: the tensor.
+        shape: its shape.
+        scheme: the scheme, spelled.
+        size: the bytes that it takes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: str
+    size: int
+
+
+def matrices(path: str | os.PathLike[str]) -> list[Matrix]:
+    """Lists the quantized tensors of a checkpoint; a checkpoint in floats has none.
+
+    Args:
+        path: a folder in a format that `load_base` reads.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a file is missing.
+        ValueError: if the checkpoint is damaged.
+    """
+    format = format_of(open_checkpoint(path, "path", follow_links=True))
+    with _errors_about("path"):
+        found = {f"{m}.{p}": (m, p, shape) for m, p, shape in format.find()}
+        return [_matrix(name, _read(format, x, jnp.float32)) for name, x in found.items()]
+
+
+def dequantize_checkpoint(
+    src_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    follow_links: bool = False,
+) -> list[Matrix]:
+    """Writes a quantized Hugging Face checkpoint with its weights in floats, exactly.
+
+    Args:
+        src_dir: a folder in a format that `load_base` reads.
+        out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
+            all; its configuration no longer says that it is quantized.
+        follow_links: whether files of `src_dir` may be links out of it.
+
+    Returns:
+        The tensors that were quantized.
+
+    Raises:
+        FileExistsError: if `out_dir` is there and not an empty folder.
+        ValueError: if the checkpoint is damaged, or not quantized.
+    """
+    checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
+    if not checkpoint.quantization:
+        raise ValueError(
+            f"`src_dir`: {checkpoint.source.folder} is not quantized; use it as it is."
+        )
+    format, dtype = format_of(checkpoint), _float_dtype(checkpoint)
+    found = list[Matrix]()
+    places = dict[str, Parameter]()  # the tensors in whose places the weights are written
+    read = set[str]()
+    with _errors_about("src_dir"):
+        for parameter in {f"{m}.{p}": (m, p, shape) for m, p, shape in format.find()}.values():
+            found.append(_matrix(_name(parameter), _read(format, parameter, dtype)))
+            new = format.tensors.taken - read
+            read |= new
+            places[min(new)] = parameter
+        if left := left_of(format.tensors, read):
+            raise ValueError(_contradiction(checkpoint, "these tensors were not read", left))
+        if not found:
+            raise ValueError(_contradiction(checkpoint, "no weight of it is", []))
+        _write(checkpoint, format, out_dir, places, read, dtype)
+    return found
+
+
+def _name(parameter: Parameter) -> str:
+    return f"{parameter[0]}.{parameter[1]}"
+
+
+def _read(format: Format, parameter: Parameter, dtype: Any) -> Codes | Dense:
+    """Reads a parameter that `find` found."""
+    found = format.read(*parameter)
+    if found is None:
+        raise Unreadable(f"{_name(parameter)}: is not quantized as the configuration says")
+    found.check_finite(_name(parameter), found.dtype or dtype)
+    return found
+
+
+def _matrix(name: str, x: Codes | Dense) -> Matrix:
+    return Matrix(name, x.shape, x.spelled, x.nbytes)
+
+
+@contextlib.contextmanager
+def _errors_about(argument: str) -> Iterator[None]:
+    try:
+        yield
+    except Unreadable as e:
+        raise ValueError(f"`{argument}`: {e}.") from None
+
+
+def _contradiction(checkpoint: Checkpoint, what: str, found: list[str]) -> str:
+    method = brief(checkpoint.quantization.get("quant_method"))
+    return (
+        f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its config.json says, "
+        f"but {what}. Give the checkpoint that it was made of, or take out what is not of it."
+        + (f" {listing(found)}" if found else "")
+    )
+
+
+def _float_dtype(checkpoint: Checkpoint) -> Any:
+    """The dtype of floats by the configuration; bfloat16 if it names none."""
+    config = checkpoint.config
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return jnp.dtype(dtype if dtype in ("float32", "float16") else "bfloat16")
+
+
+def _write(
+    checkpoint: Checkpoint,
+    format: Format,
+    out_dir: str | os.PathLike[str],
+    places: Mapping[str, Parameter],
+    read: set[str],
+    dtype: Any,
+) -> None:
+    """Writes file after file: weights in the `places` of tensors, others that are not `read`."""
+    total = sum(header.size for header in checkpoint.headers.values())
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="dequantize", disable=None)
+    weight_map, size = {}, 0
+    with fresh(out_dir, "`out_dir`") as folder, bar:
+        for file, header in checkpoint.headers.items():
+            written: dict[str, np.ndarray] = {}
+            with tempfile.TemporaryFile(dir=folder) as disk:
+                for name, entry in header.entries.items():
+                    if name in places:
+                        w = _dequantized(_read(format, places[name], dtype), dtype)
+                        written[_name(places[name])] = _on_disk(w, disk)
+                    elif name not in read:
+                        written[name] = _on_disk(format.tensors.as_stored(name), disk)
+                    bar.update(entry.stop - entry.start)
+                save_file(written, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(written, file)
+            size += sum(x.nbytes for x in written.values())
+        copy_others(checkpoint, folder)
+        config = json.loads(json.dumps(checkpoint.config))
+        for part in parts(config):
+            part.pop(QUANTIZATION, None)
+        _write_json(folder / "config.json", config)
+        if INDEX in checkpoint.kept:
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            _write_json(folder / INDEX, index)
+
+
+def _dequantized(x: Codes | Dense, dtype: Any) -> np.ndarray:
+    w = np.asarray(x.array(x.dtype or dtype))
+    return w.swapaxes(-1, -2) if w.ndim == 3 else w  # experts are (experts, inputs, outputs)
+
+
+def _on_disk(x: np.ndarray, file: BinaryIO) -> np.ndarray:
+    """Maps an array from the end of a file: the writer of safetensors wants all at once."""
+    if not x.size:  # nothing can be mapped
+        return x
+    start = file.seek(0, os.SEEK_END)
+    file.write(x.tobytes())
+    file.flush()
+    return np.memmap(file, x.dtype, "r", start, x.shape)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_bytes(json.dumps(value, indent=2).encode())
