@@ -1,4 +1,4 @@
-"""Which rule each leaf gets, and the errors of rules that do nothing or cannot apply."""
+"""Gives each leaf its rule, and raises for rules that match nothing or cannot apply."""
 
 import dataclasses
 import re
@@ -11,18 +11,18 @@ from ._sites import Site, Sites
 
 
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
-    """Gives each leaf the first rule that it matches; raises where one does nothing or cannot."""
+    """Gives each leaf the first rule that it matches; raises if a rule is left without any."""
     first = [next((i for i, r in enumerate(rules) if _takes(r, s)), None) for s in sites.leaves]
     for i, rule in enumerate(rules):
         if i not in first:
             taken = [j for s, j in zip(sites.leaves, first, strict=True) if _takes(rule, s)]
             _raise_idle(rule, sites, [rules[j] for j in taken if j is not None])
     pairs = zip(sites.leaves, first, strict=True)
-    return Sites(tuple(s if i is None else _fitted(s, rules[i], sites) for s, i in pairs))
+    return Sites(tuple(s if i is None else _fit(s, rules[i], sites) for s, i in pairs))
 
 
 def wanted(rules: Sequence[Rule], path: str) -> type | None:
-    """The type of the first rule that may take the leaf at `path`."""
+    """Returns the type of the first rule that may take the leaf at `path`, or None."""
     return next((type(r) for r in rules if r.pattern is None or matches(r, path)), None)
 
 
@@ -32,8 +32,8 @@ def _takes(rule: Rule, site: Site) -> bool:
     return matches(rule, site.path)
 
 
-def _fitted(site: Site, rule: Rule, sites: Sites) -> Site:
-    """The site under `rule`, which may be adapted to it."""
+def _fit(site: Site, rule: Rule, sites: Sites) -> Site:
+    """Gives the site its rule, fitted to its shape; raises if the rule cannot apply."""
     if isinstance(rule, Full):
         _check_full(rule, site)
         return dataclasses.replace(site, rule=rule)
@@ -100,7 +100,7 @@ def _not_linear(rule: Rule, site: Site, sites: Sites) -> str:
 
 
 def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
-    """A pattern like that of `rule` for the sites that it matches, or those beside `site`."""
+    """Finds a pattern like that of `rule` that matches only sites, such as siblings of `site`."""
     if rule.pattern is None or not site.parts:
         return None
     beside = [s for s in sites if s.parts[:-1] == site.parts[:-1] or matches(rule, s.path)]
@@ -117,7 +117,7 @@ def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
 
 
 def _hits_sites(pattern: str, sites: Sites) -> bool:
-    """Whether `pattern`, which may be no regular expression, matches sites and nothing else."""
+    """Whether `pattern` is a regular expression that matches sites and nothing else."""
     try:
         hits = [s for s in sites.leaves if compile_pattern(pattern).search(s.path)]
     except re.error:
@@ -126,7 +126,7 @@ def _hits_sites(pattern: str, sites: Sites) -> bool:
 
 
 def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:
-    """Of a rule that gets no leaf; `taken` are the rules that take those that it matches."""
+    """Raises for a rule that gets no leaf; rules in `taken` got the leaves that it matches."""
     if taken:
         earlier = ", ".join(dict.fromkeys(map(rule_name, taken)))
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: `quantize`, and what it saved and cost."""
+"""`quantize`: a base in 4 or 8 bits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import sharding
 from ._compat import is_concrete, known, place_of
-from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
+from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
 from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
@@ -22,11 +22,11 @@ from ._types import Layout, Path, PyTree
 def quantize(
     params: PyTree, *schemes: Scheme, sites: Sites | None = None, donate: bool = False
 ) -> PyTree:
-    r"""Parameters of which those that `schemes` take are in 4 or 8 bits.
+    r"""Quantizes the parameters that `schemes` take to 4 or 8 bits.
 
-    The result takes the place of a base: `init`, `apply`, `merge` and the rest have it as it is.
-    One weight after the other is quantized, on the devices where it lies. Under `jax.jit`, and on
-    `jax.ShapeDtypeStruct`s, it is a part of the program, or shapes.
+    The result is a base: give it to `init`, `apply`, `merge` and the rest in the place of `params`.
+    Weights are quantized one after the other, each on its own devices. `quantize` also works under
+    `jax.jit`, and on `jax.ShapeDtypeStruct`s, for which it gives shapes.
 
     Args:
         params: a tree of arrays.
@@ -34,21 +34,21 @@ def quantize(
             path of a leaf takes it. One without a pattern takes every dense site that is neither an
             embedding nor the head (as many outputs as the largest embedding has rows), nor trained
             in full.
-        sites: what the model does with each leaf, from `lora.sites(params, ...)`, by which blocks
-            run along inputs. Without it the last axis of a leaf is its outputs, the one before its
-            inputs, and those before a stack.
-        donate: whether to delete each array of `params` that is quantized, as soon as it is, so
-            that memory holds one more weight, not one more tree.
+        sites: how the model uses each leaf, from `lora.sites(params, ...)`, so that blocks run
+            along inputs. Without it the last axis of a leaf counts as outputs, the one before as
+            inputs, and the axes before as a stack.
+        donate: whether to delete each array of `params` as soon as it is quantized, so that memory
+            holds one more weight, not one more tree.
 
     Returns:
         A tree like `params`, with `Quantized` leaves. `print(jlora.summary(tree))` shows their
         bytes and errors.
 
     Raises:
-        TypeError: if a scheme is none.
-        ValueError: if a scheme takes nothing, has no pattern where `sites` is not given, or cannot
-            take a leaf: it has less than two axes, is not floating-point, is quantized already, is
-            not finite (where that can be seen), or has an axis that blocks do not divide.
+        TypeError: if one of `schemes` is no scheme.
+        ValueError: if a scheme takes nothing, has no pattern although `sites` is not given, or
+            cannot take a leaf: a leaf must have two axes or more, be floating-point, not quantized
+            yet, finite (where that can be seen), and have axes that blocks divide.
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
 
@@ -88,7 +88,7 @@ def quantize(
 def _taken(
     leaves: dict[Path, Any], schemes: Sequence[Scheme], sites: Sites | None
 ) -> dict[Path, tuple[Scheme, Form]]:
-    """The scheme and the form of each leaf that is to be quantized."""
+    """Finds the scheme and the form of each leaf that is to be quantized."""
     found = {} if sites is None else {s.parts: s for s in sites.leaves}
     if sites is not None and found.keys() != leaves.keys():
         [first, *_] = sorted(found.keys() ^ leaves.keys())
@@ -180,14 +180,14 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
 def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
-        return jax.eval_shape(lambda x: quantized(x, scheme, form), x)
+        return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
     x = known(jnp.asarray, x) if isinstance(x, np.ndarray) else x
     if bad := known(lambda x: jnp.sum(~jnp.isfinite(x)), x):
         raise ValueError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
         )
-    leaf = quantized(jnp.asarray(x), scheme, form)
+    leaf = quantize_weight(jnp.asarray(x), scheme, form)
     place = place_of(x) if is_concrete(leaf.data) else None
     if not isinstance(place, NamedSharding):
         return leaf

@@ -42,10 +42,10 @@ class Rule:
         return {}
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """W and the node for it, drawn with `key`.
+        """Returns W and the node for it, drawn with `key`.
 
-        `w` is W, an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`. It is returned as it
-        came, unless the base is to be changed.
+        `w` is W: an array, a `jax.ShapeDtypeStruct` or a `jlora.types.Quantized`. A rule that does
+        not change the base returns the same object.
         """
         raise NotImplementedError
 
@@ -138,12 +138,12 @@ class Full(Rule):
         check_pattern(self, self.pattern)
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """W, and a copy, so that a training step that donates the adapter keeps the base."""
+        """Returns W and a copy, so that a step that donates the adapter keeps the base."""
         del key, site
         return w, w if isinstance(w, jax.ShapeDtypeStruct) else jnp.array(w)
 
     def trainable(self, layout: Any, shape: tuple[int, ...]) -> int:
-        """The number of entries of W."""
+        """Counts the entries of W."""
         del layout
         return math.prod(shape)
 
@@ -153,7 +153,7 @@ FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # which Python takes only at a pa
 
 @functools.lru_cache(4096)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    r"""What to search for in a path, so that `pattern` matches whole components of it.
+    r"""Returns the expression by which `pattern` matches whole components of a path.
 
     >>> head = compile_pattern("head")
     >>> [bool(head.search(path)) for path in ("head", "lm/head/kernel", "multi_head", "heads/0")]
@@ -164,13 +164,13 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _group(pattern: str) -> str:
-    """`pattern` as a part of another, without the flags at its start."""
+    """Makes `pattern` a group of another pattern, without the flags at its start."""
     end = "\n" if re.compile(pattern).flags & re.X else ""  # a comment takes the rest of its line
     return f"(?:{FLAGS.sub('', pattern)}{end})"
 
 
 def pattern_anywhere(pattern: str) -> str:
-    """The pattern that matches wherever `pattern` is found, also inside of a component.
+    """Returns the pattern that matches wherever `pattern` is found, also within a component.
 
     >>> pattern_anywhere("head"), pattern_anywhere("(?i)head|norm")
     ('.*head.*', '(?i).*(?:head|norm).*')
@@ -189,17 +189,17 @@ def matches(rule: Any, path: str) -> bool:
 
 
 def rule_name(rule: Any) -> str:
-    """How errors and tables call a rule: its type and pattern."""
+    """Names a rule for errors and tables: its type and pattern."""
     pattern = rule.pattern
     return type(rule).__name__ + ("()" if pattern is None else f"({pattern!r})")
 
 
 def near(pattern: str, paths: Sequence[str]) -> str:
-    """The paths that look most like `pattern`."""
+    """Lists the paths that look most like `pattern`."""
     words = re.findall(r"\w+", pattern.lower())
 
     def likeness(path: str) -> float:
-        """How well each word of the pattern is met by some part of the path."""
+        """Scores how well the parts of the path match the words of the pattern."""
         parts = path.lower().split("/")
         best = [max(difflib.SequenceMatcher(None, w, p).ratio() for p in parts) for w in words]
         return sum(best) / max(len(best), 1)
@@ -211,7 +211,7 @@ def near(pattern: str, paths: Sequence[str]) -> str:
 
 
 def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
-    """What to write instead of a pattern that matches whole components of no path.
+    """Says what to write instead of a pattern that matches whole components of no path.
 
     >>> explain_no_match("head", ["multi_head/w", "norm/w"])
     "A pattern matches whole components of a path, and this one is found only inside of multi_head.\
@@ -231,7 +231,7 @@ def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
 
 
 def _components(path: str, found: re.Match[str]) -> str:
-    """The components of `path` in which a match lies."""
+    """Returns the components of `path` that a match touches."""
     start = path.rfind("/", 0, found.start()) + 1
     end = path.find("/", found.end())
     return path[start : len(path) if end < 0 else end]
@@ -277,7 +277,7 @@ def is_floating(dtype: Any) -> bool:
 
 
 def misplaced(x: Any, unpacked: str | None = None) -> str:
-    """How an error calls what is given in the place of a rule or a scheme.
+    """Names, for an error, what was given in the place of a rule or a scheme.
 
     `unpacked` is the call into which a list belongs after a `*`, if there is one.
     """

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
+from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
 from .._rules import is_int, misplaced, rule_name
 from ._initializer import Initializer
 from ._pissa import largest
@@ -19,10 +19,10 @@ def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
     r"""LoftQ: quantizes W, and starts A and B at the best correction of the error.
 
     Two steps alternate, from $A B = 0$ on: $Q = q(W - s \cdot A B)$, and $s \cdot A B$ becomes the
-    r largest singular values of $W - Q$. The base is Q, a `jlora.Quantized`. `params` must not be
-    quantized at these leaves, and leaves that the rule does not take stay as they are. QPiSSA,
-    `jlora.quantize` of the base that `pissa` returns, takes the largest part of W itself out of
-    what is quantized: if singular values decay it loses less.
+    r largest singular values of $W - Q$. The base is Q, a `jlora.types.Quantized`. `params` must
+    not be quantized at these leaves, and leaves that the rule does not take stay as they are.
+    QPiSSA, `jlora.quantize` of the base that `pissa` returns, takes the largest part of W itself
+    out of what is quantized: if singular values decay it loses less.
 
     Here $s \cdot A B$ is the correction for every scale; in PEFT it is $A B$, right where alpha is
     the rank. The base is another than `params`: see the guide "Which rule".
@@ -107,7 +107,7 @@ def _alternate(start: LoftQ, how: How, key: jax.Array, w: jax.Array) -> tuple[An
         def correct(target: jax.Array) -> tuple[Quantized, Any, Any, Any]:
             """The codes of `target`, then W - codes - s·A·B, A and B."""
             assert how.form is not None
-            leaf = quantized(target, start.scheme, how.form)
+            leaf = quantize_weight(target, start.scheme, how.form)
             return leaf, *of_array(largest, how, key, wide - leaf.array(jnp.float32))
 
         def next_target(_: int, target: jax.Array) -> jax.Array:

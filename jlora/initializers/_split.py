@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .. import _compat
 from .._core import RANK, Axis, Change, Delta, Factor, explicit, leaf_weight, mesh_axes, promote
 from .._linalg import each, qr
-from .._quantized import Form, Quantized, is_quantized, quantized
+from .._quantized import Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
 from .._types import Layout
 from .._whole import check_whole
@@ -79,7 +79,7 @@ def _split(factored: Factored, how: How, key: jax.Array, w: Any) -> tuple[Any, A
 
     def requantize(how: How, key: jax.Array, w: Quantized) -> tuple[Any, Any, Any]:
         rest, a, b = of_array(factored, how, key, w.array(jnp.float32))
-        return quantized(rest, w.scheme, w.form), a, b
+        return quantize_weight(rest, w.scheme, w.form), a, b
 
     leaf, a, b = each_matrix(requantize, how, key, dataclasses.replace(w, used=None))
     error = None if w.error is None else leaf.error
