@@ -2,8 +2,6 @@
 
     python examples/finetune_lm.py                               # on examples/definitions.jsonl
     python examples/finetune_lm.py --data FILE --length 128 --steps 200
-    python examples/finetune_lm.py --wordnet /usr/share/wordnet  # Debian package wordnet-base
-    python examples/finetune_lm.py --resume                      # go on from the last checkpoint
     python examples/finetune_lm.py --quantize nf4                # on frozen weights of 4 bits
     python examples/finetune_lm.py --quantize gguf               # on those of the file as they are
 
@@ -11,17 +9,15 @@ Each line of FILE is a JSON object, {"prompt": "...", "answer": "..."}. The loss
 of the answers only. Without arguments: two minutes on two CPU cores, in which the loss on held-out
 answers falls from 5.1 to 2.4 nats per token.
 
-A run that is stopped and resumed computes the same losses, bit for bit, as one that was not: the
-checkpoint holds the adapter, the optimizer's state and the step, and which pairs a step sees
-follows from the seed and the step alone.
+OUT/adapter then holds the adapter. For a run that can be stopped and resumed see `resume.py`.
 """
 
 import argparse
 import functools
-import hashlib
 import json
 import pathlib
 import random
+import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.tree_util import Partial
-from models import llama
+from models import beam, llama
+from quickstart import take as take
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -49,9 +45,7 @@ LENGTH = 64  # the most tokens of a prompt and its answer together
 HELD_OUT = 24
 SHOWN = 3  # of the held-out prompts, answered before and after
 SEED = 0
-SAVE_EVERY = 10
 DATA = pathlib.Path(__file__).parent / "definitions.jsonl"
-WORDNET = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}  # data.* files
 OUT = pathlib.Path("out/finetune_lm")
 SCHEMES = {"nf4": jlora.NF4(), "int8": jlora.Int8()}
 
@@ -85,21 +79,6 @@ def read_jsonl(path: pathlib.Path) -> list[Pair]:
     return pairs
 
 
-def read_wordnet(folder: pathlib.Path) -> list[Pair]:
-    """A pair for each of WordNet's 117,659 meanings: its first word, and the gloss."""
-    pairs = []
-    for suffix, kind in WORDNET.items():
-        with (folder / f"data.{suffix}").open(encoding="latin-1") as lines:
-            for line in lines:
-                if line.startswith("  "):  # the license
-                    continue
-                fields, gloss = line.split(" | ", 1)
-                word = fields.split()[4].replace("_", " ").split("(")[0]  # as in `galore(ip)`
-                meaning = gloss.split(";")[0].strip()  # examples follow
-                pairs.append(Pair(f'Define the {kind} "{word}".', meaning))
-    return pairs
-
-
 def encode(
     pairs: Sequence[Pair], tokenizer: Tokenizer, length: int, system: str = llama.SYSTEM
 ) -> Rows:
@@ -116,11 +95,6 @@ def encode(
         ids[: len(p) + len(a)] = p + a
         counts[len(p) : len(p) + len(a)] = 1
     return rows
-
-
-def take(rows: Rows, index: Any) -> Rows:
-    """The rows at `index`."""
-    return Rows(rows.ids[index], rows.counts[index])
 
 
 @functools.lru_cache(maxsize=2)
@@ -177,53 +151,16 @@ def make_step(lora: Any, tx: optax.GradientTransformation) -> Any:
     return step
 
 
-def restore(
-    manager: ocp.CheckpointManager, like: State, base: Any, run: dict[str, Any]
-) -> tuple[int, State]:
-    """The step and state of the last checkpoint; step 0 and `like` where there is none.
-
-    Raises:
-        ValueError: if the checkpoint belongs to a run with other settings or data.
-    """
-    if (step := manager.latest_step()) is None:
-        return 0, like
-    # The settings first: with another rank, say, the state would not fit its template.
-    saved = manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
-    if changed := [f"{k} was {saved.get(k)}, is {v}" for k, v in run.items() if saved.get(k) != v]:
-        raise ValueError(f"cannot resume from {manager.directory}: " + "; ".join(changed))
-    adapter = checkpoint.restore(manager.directory / str(step), like=like.adapter, base=base)
-    args = ocp.args.Composite(optimizer=ocp.args.StandardRestore(like.optimizer))
-    return step, State(adapter, manager.restore(step, args=args).optimizer)
-
-
 def train(
-    state: State,
-    base: Any,
-    rows: Rows,
-    rules: Sequence[Any],
-    step_fn: Any,
-    args: argparse.Namespace,
-    run: dict[str, Any],
-) -> tuple[State, dict[int, float]]:
-    """Trains from the last checkpoint in `args.out`, if any, to step `args.steps`."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=args.save_every)
-    losses = {}
-    with ocp.CheckpointManager(args.out.absolute(), options=options) as manager:
-        start, state = restore(manager, state, base, run)
-        bar = tqdm(range(start, args.steps), initial=start, total=args.steps, disable=None)
-        for step in bar:
-            index = batch_index(args.seed, step, args.batch, len(rows.ids))
-            state, loss = step_fn(state, base, take(rows, index))
-            losses[step] = float(loss)
-            bar.set_postfix(loss=f"{losses[step]:.3f}")
-            done = step + 1
-            if done == args.steps or manager.should_save(done):
-                items = ocp.args.Composite(
-                    **checkpoint.items(state.adapter, rules, step=done, base=base),
-                    optimizer=ocp.args.StandardSave(state.optimizer),
-                    run=ocp.args.JsonSave(run),
-                )
-                manager.save(done, args=items, force=True)
+    state: State, base: Any, rows: Rows, step_fn: Any, steps: int, batch: int, seed: int
+) -> tuple[State, list[float]]:
+    """The state after `steps` steps of `batch` rows, and the loss of each."""
+    losses = []
+    for step in (bar := tqdm(range(steps), disable=None)):
+        index = batch_index(seed, step, batch, len(rows.ids))
+        state, loss = step_fn(state, base, take(rows, index))
+        losses.append(float(loss))
+        bar.set_postfix(loss=f"{losses[step]:.3f}")
     return state, losses
 
 
@@ -235,13 +172,13 @@ class Result(NamedTuple):
 
     before: float
     after: float
-    losses: dict[int, float]  # by step, for the steps that this run took
+    losses: list[float]
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
     """Fine-tunes, and answers some held-out prompts before and after."""
     args = parse(argv)
-    pairs = read_wordnet(args.wordnet) if args.wordnet else read_jsonl(args.data)
+    pairs = read_jsonl(args.data)
     random.Random(args.seed).shuffle(pairs)
     packed = args.quantize == "gguf"
     config, variables, tokenizer = llama.load_gguf(args.gguf or data.smollm2(), packed)
@@ -258,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         variables = jlora.quantize(variables, SCHEMES[args.quantize], sites=sites, donate=True)
     base, adapter = lora.init(jax.random.key(args.seed), variables, rows.ids[:1])
     if args.quantize:
-        tqdm.write(str(jlora.quantization(base)))
+        tqdm.write(str(jlora.summary(base)))
     warmup = min(WARMUP, args.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
     tx = jlora.optimizer(optax.adamw(schedule))
@@ -268,27 +205,22 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
     def measure(adapter):
         logits_fn = Partial(lora.apply, base, adapter)
-        answers = llama.generate(logits_fn, prompts, config.cache, stop=llama.STOP)
+        answers = beam.greedy(logits_fn, prompts, config.cache, llama.STOP)
         return evaluate(logits_fn, held_out, args.batch), tokenizer.decode_batch(answers)
 
     before, first = measure(adapter)  # B is zero: the model as it came
     tqdm.write(f"held-out NLL per token of the answers, before: {before:.3f}")
     state = State(adapter, tx.init(adapter))
-    step_fn, run = make_step(lora, tx), fingerprint(args, pairs)
-    state, losses = train(state, base, rows, rules, step_fn, args, run)
+    step_fn = make_step(lora, tx)
+    state, losses = train(state, base, rows, step_fn, args.steps, args.batch, args.seed)
+    saved = args.out / "adapter"
+    shutil.rmtree(saved, ignore_errors=True)  # of an earlier run
+    checkpoint.save(saved, state.adapter, rules, step=args.steps, base=base)
     after, then = measure(state.adapter)
     tqdm.write(f"held-out NLL per token of the answers, after: {after:.3f}")
     for pair, old, new in zip(pairs, first, then, strict=False):
         tqdm.write(f"\n{pair.prompt}\n  given:  {pair.answer}\n  before: {old}\n  after:  {new}")
     return Result(before, after, losses)
-
-
-def fingerprint(args: argparse.Namespace, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """All that the losses depend on; a run with another one is another run."""
-    names = ("seed", "steps", "batch", "length", "rank", "alpha", "learning_rate", "dtype")
-    names += ("remat", "quantize")
-    digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
-    return {name: getattr(args, name) for name in names} | {"gguf": str(args.gguf), "data": digest}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -299,12 +231,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", type=pathlib.Path, default=DATA, help="JSON lines of prompt and answer")
-    add("--wordnet", type=pathlib.Path, help="folder of WordNet's data.*, in place of --data")
     add("--gguf", type=pathlib.Path, help="a Llama other than SmolLM2-135M-Instruct")
     add("--quantize", choices=(*SCHEMES, "gguf"), help="what the frozen weights are kept in")
-    add("--out", type=pathlib.Path, default=OUT, help="folder for checkpoints")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
-    add("--save-every", type=int, default=SAVE_EVERY, help="steps from checkpoint to checkpoint")
+    add("--out", type=pathlib.Path, default=OUT, help="folder for the adapter")
     add("--steps", type=int, default=STEPS, help="training steps")
     add("--batch", type=int, default=BATCH, help="pairs a step")
     add("--length", type=int, default=LENGTH, help="the most tokens of a pair")
@@ -314,10 +243,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=SEED, help="of the adapter, the split and the order")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
     add("--remat", action="store_true", help="recompute the layers in the backward pass")
-    args = parser.parse_args(argv)
-    if not args.resume and args.out.exists():
-        parser.error(f"{args.out} exists: pass --resume to go on from there, or another --out")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

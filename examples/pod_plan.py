@@ -11,7 +11,6 @@ takes `pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt` in JAX's version
 """
 
 import argparse
-import csv
 import importlib.util
 import math
 import os
@@ -23,6 +22,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+import tables
 from collectives import collectives, summary
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
@@ -161,7 +161,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def run(args: argparse.Namespace, job: Job, names: Any) -> None:
-    """Measures, prints a table, and writes it to `args.out` with a plot."""
+    """Measures, prints a table, and writes it to `args.out`."""
     methods = args.methods or list(METHODS)
     if args.smallest:
         rows = smallest(args.smallest, methods, job, names)
@@ -170,11 +170,9 @@ def run(args: argparse.Namespace, job: Job, names: Any) -> None:
         rows = [measure(method, args.topology, args.mesh, job, names) for method in bar]
     print(table(rows))
     folder = pathlib.Path(args.out) / "plan"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{args.shape}-{(args.smallest or args.topology).replace(':', '-')}"
-    write(rows, folder / f"{name}.csv")
-    plot(rows, folder / f"{name}.png", f"{args.shape}, {args.smallest or args.topology}")
-    print(f"also {folder / name}.csv and .png")
+    path = folder / f"{args.shape}-{(args.smallest or args.topology).replace(':', '-')}.csv"
+    tables.write(path, [cells(row) for row in rows])
+    print(f"also {path}")
 
 
 def smallest(chip: str, methods: Sequence[str], job: Job, names: Any) -> list[Row]:
@@ -217,46 +215,3 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(["a device, in GB and TFLOPs:", *padded])
-
-
-def write(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """The table as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(cells(rows[0])))
-        writer.writeheader()
-        writer.writerows(map(cells, rows))
-
-
-def plot(rows: Sequence[Row], path: pathlib.Path, title: str) -> None:
-    """Bytes a device by what they hold, beside the bytes of the collectives."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (memory, wires) = plt.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 2))
-    names = [f"{METHODS[row.method]}\n{row.topology}" for row in rows]
-    left = np.zeros(len(rows))
-    for part in PARTS:
-        sizes = np.array([getattr(row.plan, part) / 1e9 for row in rows])
-        memory.barh(names, sizes, left=left, label=part)
-        left += sizes
-    capacity = rows[0].plan.capacity
-    if capacity is not None:
-        memory.axvline(capacity / 1e9, color="black", linestyle="--", label="what a device has")
-    memory.set(xlabel="GB a device", title=title)
-    memory.legend(fontsize="small")
-    kinds = sorted({k for row in rows for k in row.collectives or {}} - {"total"})
-    left = np.zeros(len(rows))
-    for kind in kinds:
-        sizes = np.array([(row.collectives or {}).get(kind, (0, 0))[1] / 1e9 for row in rows])
-        wires.barh(names, sizes, left=left, label=kind)
-        left += sizes
-    wires.set(xlabel="GB that collectives give a device, a step", yticks=[])
-    if kinds:
-        wires.legend(fontsize="small")
-    for panel in (memory, wires):
-        panel.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)

@@ -64,9 +64,9 @@ def encode(tokenizer: Tokenizer, snippets: Sequence[data.Snippet], length: int =
     return Batch(ids, mask, np.array([snippet.label for snippet in snippets], np.int32))
 
 
-def take(batch: Batch, rows: Any) -> Batch:
-    """The chosen rows of a batch."""
-    return Batch(*(x[rows] for x in batch))
+def take(batch: Any, rows: Any) -> Any:
+    """The chosen rows of a batch, a NamedTuple of arrays."""
+    return type(batch)(*(x[rows] for x in batch))
 
 
 # ---- model --------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from models import bert
-from quickstart import Batch, encode
+from quickstart import Batch, encode, take
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -71,7 +71,7 @@ class Reader:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.batch.labels))
         rows = order[self.position : self.position + self.size]
         self.position += self.size
-        return Batch(*(x[rows] for x in self.batch))
+        return take(self.batch, rows)
 
 
 # ---- training -----------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
-"""Tables of results: CSV files that grow by a row at a time."""
+"""Tables of results: CSV files that are written at once, or grow by a row at a time."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows, in the order in which they were appended; none where there is no file."""
+
+def read(path: Path) -> list[Row]:
+    """The rows in their order, none where there is no file; what looks like a number is one."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -23,3 +25,19 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         if is_new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces the file by one with these rows, whose fields are the same."""
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append(path, row)
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

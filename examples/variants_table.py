@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import compare_table
 import matplotlib.pyplot as plt
 import numpy as np
-from compare_table import Row
+import tables
+from tables import Row
 from variants import OUT, VARIANTS
 
 
@@ -121,11 +121,11 @@ def write(out: pathlib.Path) -> list[Row]:
     Raises:
         ValueError: nothing has run.
     """
-    rows = compare_table.read(out / "variants_runs.csv")
+    rows = tables.read(out / "variants_runs.csv")
     if not rows:
         raise ValueError(f"`{out}` has no variants_runs.csv. Run variants.py first.")
     table = summary(rows)
-    compare_table.write_rows(out / "variants.csv", table)
+    tables.write(out / "variants.csv", table)
     draw(out / "variants.png", table)
     return table
 

@@ -8,8 +8,7 @@ params = jlora.merge(base, adapter)
 `jlora.analysis`, `jlora.checkpoint` and `jlora.peft` are loaded when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
 from . import arithmetic as arithmetic
 from . import extend as extend
@@ -20,15 +19,13 @@ from . import types as types
 from ._adapters import DoRA as DoRA
 from ._adapters import LoRA as LoRA
 from ._adapters import Rows as Rows
+from ._labels import labels as labels
+from ._labels import mask as mask
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
-from ._optimizer import labels as labels
-from ._optimizer import mask as mask
 from ._optimizer import optimizer as optimizer
-from ._optimizer import summary as summary
+from ._planning import checkpoint_policy as checkpoint_policy
 from ._planning import plan as plan
-from ._policy import checkpoint_policy as checkpoint_policy
-from ._quantize import quantization as quantization
 from ._quantize import quantize as quantize
 from ._quantized import FP4 as FP4
 from ._quantized import FP8 as FP8
@@ -36,10 +33,12 @@ from ._quantized import MXFP4 as MXFP4
 from ._quantized import NF4 as NF4
 from ._quantized import Int4 as Int4
 from ._quantized import Int8 as Int8
-from ._quantized import Quantized as Quantized
 from ._quantized import dequantize as dequantize
+from ._report import summary as summary
 from ._rules import Full as Full
 from ._rules import Slots as Slots
+from ._scaling import lora_plus as lora_plus
+from ._scaling import precondition as precondition
 from ._sketching import allocate as allocate
 from ._sketching import sketch as sketch
 from ._transform import dropout as dropout
@@ -49,7 +48,7 @@ from ._tree import bind as bind
 from ._tree import count as count
 from ._types import Params as Params
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from . import analysis as analysis
     from . import checkpoint as checkpoint
     from . import peft as peft
@@ -59,12 +58,13 @@ if TYPE_CHECKING:
 _LATER = ("analysis", "checkpoint", "peft")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
+    import importlib
+    from importlib import metadata
+
     if name in _LATER:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "__version__":
-        from importlib import metadata
-
         try:
             return metadata.version(__name__)
         except metadata.PackageNotFoundError as e:
@@ -73,4 +73,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER, "__version__"})
+    public = {name for name in globals() if not name.startswith("_")}
+    return sorted({*public, *_LATER, "__version__"})

@@ -1,4 +1,4 @@
-"""Objects of other libraries where a function or an array belongs, and what to give instead."""
+"""Errors for objects of other libraries, given in the place of a function or an array."""
 
 import contextlib
 import functools
@@ -55,7 +55,7 @@ _MODULES = [
 
 
 def check_apply_fn(apply_fn: Any) -> None:
-    """`TypeError` if `apply_fn` is a module that holds its parameters, or no function."""
+    """Raises a `TypeError` if `apply_fn` is a module that holds its parameters, or no function."""
     for package, name, remedy in _MODULES:
         if _is_a(package, name, apply_fn):
             raise TypeError(
@@ -71,7 +71,7 @@ def check_apply_fn(apply_fn: Any) -> None:
 
 @contextlib.contextmanager
 def advised(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
-    """Errors of `apply_fn` get a note where `params` may not be what it takes first."""
+    """Adds a note to errors of `apply_fn` if `params` may not be its first argument."""
     try:
         yield
     except Exception as e:
@@ -85,7 +85,7 @@ FIRST = (*PARAMETERS, "weights", "p")  # what else the first argument is called,
 
 
 def _order(apply_fn: Callable[..., Any]) -> str | None:
-    """What to do if the parameters are not the first argument, as their name says."""
+    """Advises what to do if, by its name, a later argument is the parameters."""
     try:
         names = list(inspect.signature(apply_fn).parameters)
     except (TypeError, ValueError):
@@ -101,7 +101,7 @@ def _order(apply_fn: Callable[..., Any]) -> str | None:
 
 
 def _collection(apply_fn: Callable[..., Any], params: PyTree) -> str | None:
-    """What to do if the method of a linen module gets a collection for its variables."""
+    """Advises what to do if a linen module gets a collection in the place of its variables."""
     while not inspect.ismethod(apply_fn) and (inner := _inner(apply_fn)) is not None:
         apply_fn = inner
     module = getattr(apply_fn, "__self__", None)
@@ -117,12 +117,12 @@ def _collection(apply_fn: Callable[..., Any], params: PyTree) -> str | None:
 
 
 def _inner(fn: Any) -> Any:
-    """The function that a partial application or a compiled function is of."""
+    """Returns the function inside a partial application or a compiled function, or None."""
     return fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
 
 
 def check_leaf(x: Any, path: Path) -> None:
-    """`TypeError` if a leaf of the parameters is neither an array nor a number."""
+    """Raises a `TypeError` if a leaf of the parameters is neither an array nor a number."""
     if isinstance(x, _ARRAYS | int | float | complex):
         return
     raise TypeError(
@@ -132,9 +132,9 @@ def check_leaf(x: Any, path: Path) -> None:
 
 
 def check_kept(params: PyTree, before: Mapping[Path, Any]) -> None:
-    """`ValueError` if the function has changed variables of an NNX module, its parameters.
+    """Raises a `ValueError` if the function changed variables of an NNX module.
 
-    It is called with a module of its own each time, so that what it changes is lost.
+    The function gets a new module at each call, so its changes would be lost.
 
     Args:
         params: the parameters that it was called with.
@@ -165,7 +165,7 @@ def _remedy(x: Any) -> str:
 
 
 def _is_a(package: str, name: str, x: Any) -> bool:
-    """Whether `x` is of a class `name` of `package`, which need not be installed."""
+    """Whether `x` is an instance of `name` in `package`, which need not be installed."""
     return any(
         c.__name__ == name and f"{c.__module__}.".startswith(f"{package}.") for c in type(x).__mro__
     )

@@ -1,4 +1,4 @@
-"""Which rule each leaf gets, and the errors of rules that do nothing or cannot apply."""
+"""Gives each leaf its rule, and raises for rules that match nothing or cannot apply."""
 
 import dataclasses
 import re
@@ -6,24 +6,23 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from ._adapters import method_of
 from ._rules import Full, Rule, compile_pattern, explain_no_match, matches, rule_name
 from ._sites import Site, Sites
 
 
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
-    """Gives each leaf the first rule that it matches; raises where one does nothing or cannot."""
+    """Gives each leaf the first rule that it matches; raises if a rule is left without any."""
     first = [next((i for i, r in enumerate(rules) if _takes(r, s)), None) for s in sites.leaves]
     for i, rule in enumerate(rules):
         if i not in first:
             taken = [j for s, j in zip(sites.leaves, first, strict=True) if _takes(rule, s)]
             _raise_idle(rule, sites, [rules[j] for j in taken if j is not None])
     pairs = zip(sites.leaves, first, strict=True)
-    return Sites(tuple(s if i is None else _fitted(s, rules[i], sites) for s, i in pairs))
+    return Sites(tuple(s if i is None else _fit(s, rules[i], sites) for s, i in pairs))
 
 
 def wanted(rules: Sequence[Rule], path: str) -> type | None:
-    """The type of the first rule that may take the leaf at `path`."""
+    """Returns the type of the first rule that may take the leaf at `path`, or None."""
     return next((type(r) for r in rules if r.pattern is None or matches(r, path)), None)
 
 
@@ -33,26 +32,25 @@ def _takes(rule: Rule, site: Site) -> bool:
     return matches(rule, site.path)
 
 
-def _fitted(site: Site, rule: Rule, sites: Sites) -> Site:
-    """The site under `rule`, which may be adapted to it."""
+def _fit(site: Site, rule: Rule, sites: Sites) -> Site:
+    """Gives the site its rule, fitted to its shape; raises if the rule cannot apply."""
     if isinstance(rule, Full):
         _check_full(rule, site)
         return dataclasses.replace(site, rule=rule)
-    materialize = getattr(rule, "materialize", False)
-    if site.layout is None and materialize and site.materialized is not None:
+    if site.layout is None and rule.materialize and site.materialized is not None:
         site = dataclasses.replace(site, kind="materialized", layout=site.materialized)
     if site.layout is None:
         raise ValueError(_not_linear(rule, site, sites))
-    if site.unsupported_uses and not materialize:
+    if site.unsupported_uses and not rule.materialize:
         raise NotImplementedError(
             f"{rule_name(rule)} matches {site.name}, which the model also uses where W + s·A·B "
             f"has no factored form: {'; '.join(site.unsupported_uses)}. Leave it out of the rules, "
             "or let W + ΔW be formed there with LoRA(..., materialize=True): exact, but at full "
             "memory and time."
         )
-    fitted, layout = method_of(rule).fit(rule, site)
-    asked = getattr(rule, "rank", None)
-    asked = None if asked == getattr(fitted, "rank", None) else asked
+    fitted, layout = rule.fit(site)
+    asked, got = (x.sizes(layout).get("rank") for x in (rule, fitted))
+    asked = None if asked == got else asked
     return dataclasses.replace(site, rule=fitted, layout=layout, asked_rank=asked)
 
 
@@ -102,7 +100,7 @@ def _not_linear(rule: Rule, site: Site, sites: Sites) -> str:
 
 
 def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
-    """A pattern like that of `rule` for the sites that it matches, or those beside `site`."""
+    """Finds a pattern like that of `rule` that matches only sites, such as siblings of `site`."""
     if rule.pattern is None or not site.parts:
         return None
     beside = [s for s in sites if s.parts[:-1] == site.parts[:-1] or matches(rule, s.path)]
@@ -119,7 +117,7 @@ def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
 
 
 def _hits_sites(pattern: str, sites: Sites) -> bool:
-    """Whether `pattern`, which may be no regular expression, matches sites and nothing else."""
+    """Whether `pattern` is a regular expression that matches sites and nothing else."""
     try:
         hits = [s for s in sites.leaves if compile_pattern(pattern).search(s.path)]
     except re.error:
@@ -128,7 +126,7 @@ def _hits_sites(pattern: str, sites: Sites) -> bool:
 
 
 def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:
-    """Of a rule that gets no leaf; `taken` are the rules that take those that it matches."""
+    """Raises for a rule that gets no leaf; rules in `taken` got the leaves that it matches."""
     if taken:
         earlier = ", ".join(dict.fromkeys(map(rule_name, taken)))
         raise ValueError(

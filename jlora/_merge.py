@@ -1,4 +1,4 @@
-"""W + ΔW for export and serving, and back."""
+"""`merge` adds ΔW to W, for export and serving; `unmerge` takes it away again."""
 
 import dataclasses
 from typing import Any
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._adapters import PartialWeightError, arrays, lowered, state
+from ._adapters import PartialWeightError, arrays, lower, state
 from ._compat import is_concrete, place_of
 from ._core import Axis, NotInvertibleError
-from ._quantized import Quantized, dequantize, is_quantized, quantized
+from ._quantized import Quantized, dequantize, is_quantized, quantize_weight
 from ._tree import bind, flatten, is_adapted, leaves_by_path, name_of
 from ._types import Adapted, PyTree
 
@@ -18,20 +18,20 @@ from ._types import Adapted, PyTree
 def merge(
     base: PyTree, adapter: PyTree, *, check: bool = False, requantize: bool = False
 ) -> PyTree:
-    r"""The adapted parameters as plain ones: $W' = W + s \cdot A B$.
+    r"""Merges an adapter into its base: $W' = W + s \cdot A B$.
 
     The sum is in float32 (float64 over float64) and rounded once to W's dtype. Leaves trained in
     full replace the base's; all others are the base's own arrays. Quantized weights become plain
     arrays: the sum is with their values in float32.
 
-    Eagerly, one ΔW exists at a time, and at ranks up to 16 none. In a program of your own, as
-    `jax.jit(jlora.merge, donate_argnums=0)`, which updates the base in place, XLA's CPU compiler
-    forms all ΔW of higher ranks at once, unless the environment variable `XLA_FLAGS` has
+    Called eagerly, it holds one ΔW at a time, and none at ranks up to 16. To update the base in
+    place, call `jax.jit(jlora.merge, donate_argnums=0)`. XLA's CPU compiler then forms all ΔW of
+    higher ranks at once, unless the environment variable `XLA_FLAGS` has
     `--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED`.
 
-    The result has ΔW in it and is plain arrays, so that nothing can tell it from a base:
-    `apply(merge(base, adapter), adapter, ...)` counts ΔW twice. Give merged parameters to the
-    model itself, or to `apply` with the adapter `{}`.
+    Give merged parameters to the model itself, or to `apply` with the adapter `{}`. They are plain
+    arrays and cannot be told from a base: `apply(merge(base, adapter), adapter, ...)` would count
+    ΔW twice.
 
     Args:
         base: the frozen tree.
@@ -39,7 +39,7 @@ def merge(
         check: raise if a merged leaf is not finite. Needs concrete values, so not under `jit`.
         requantize: quantize adapted weights again, in their own schemes, and leave the others as
             they are. This rounds ΔW to what a few bits can hold, which may undo the training:
-            `print(jlora.quantization(merged))` lists the error of each leaf.
+            `print(jlora.summary(merged))` lists the error of each leaf.
 
     Returns:
         A tree with the structure, shapes, dtypes and shardings of `base`.
@@ -61,7 +61,7 @@ def merge(
     """
     merged = _combine(base, adapter, 1)
     if requantize:
-        merged = _requantized(merged, base, adapter)
+        merged = _requantize(merged, base, adapter)
     if check:
         if not all(map(is_concrete, jax.tree.leaves(merged))):
             raise ValueError(
@@ -73,7 +73,7 @@ def merge(
 
 
 def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
-    r"""The base of merged parameters: $W = W' - s \cdot A B$, up to the rounding of W's dtype.
+    r"""Recovers the base of merged parameters: $W = W' - s \cdot A B$, up to rounding.
 
     Leaves trained in full stay as they are in `params`: `apply` takes those from the adapter.
 
@@ -86,8 +86,8 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
 
     Raises:
         TypeError: if `adapter` is no adapter.
-        ValueError: if `adapter` does not fit `params`, a weight that it adapts is quantized, or the
-            method is one, as DoRA and Rows, of which W does not follow from W'.
+        ValueError: if `adapter` does not fit `params`, a weight that it adapts is quantized, or W
+            does not follow from W', as with DoRA and Rows.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -111,20 +111,20 @@ def _combine(base: PyTree, adapter: PyTree, sign: int) -> PyTree:
     return jax.tree.unflatten(tree, leaves)
 
 
-def _requantized(merged: PyTree, base: PyTree, adapter: PyTree) -> PyTree:
-    """The merged tree with what was quantized in its own scheme; as it was where not adapted."""
+def _requantize(merged: PyTree, base: PyTree, adapter: PyTree) -> PyTree:
+    """Quantizes merged weights again in their own schemes; others stay as in `base`."""
     bound = [x for _, x in leaves_by_path(bind(base, adapter), is_adapted)]
     new, tree = flatten(merged)
     leaves = [
-        x if not is_quantized(old) else _again(x, old) if is_adapted(w) else old
+        x if not is_quantized(old) else _quantize_like(x, old) if is_adapted(w) else old
         for w, x, old in zip(bound, new, flatten(base)[0], strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
 
 
-def _again(w: Any, old: Quantized) -> Quantized:
-    """Quantized as it was, where it lay."""
-    leaf = quantized(w, old.scheme, old.form)
+def _quantize_like(w: Any, old: Quantized) -> Quantized:
+    """Quantizes `w` with the scheme, form and sharding of `old`."""
+    leaf = quantize_weight(w, old.scheme, old.form)
     if not is_concrete(leaf.data) or place_of(old.data) is None:
         return leaf
     place = jax.tree.map(lambda x: x.sharding, dataclasses.replace(old, error=None))
@@ -156,7 +156,7 @@ def _changed(leaf: Adapted, path: str, sign: int) -> Any:
 def _change(w: Any, node: Any, sign: int) -> jax.Array:
     axes, dtype = [Axis(d) for d in range(w.ndim)], w.dtype
     w = w.array(jnp.float32) if is_quantized(w) else w
-    return lowered(node, w).of(w, axes, sign).astype(dtype)
+    return lower(node, w).of(w, axes, sign).astype(dtype)
 
 
 def _like(w: Any, old: Any) -> Any:
@@ -169,7 +169,7 @@ def _like(w: Any, old: Any) -> Any:
 
 
 def _place(w: Any) -> Any:
-    """The sharding that the user gave `w`, if any."""
+    """Returns the sharding that the user gave `w`, or None."""
     if is_quantized(w):
         return None if w.form.flat else _place(w.data)
     return place_of(w)

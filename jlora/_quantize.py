@@ -1,8 +1,8 @@
-"""A base in 4 or 8 bits: `quantize`, and what it saved and cost."""
+"""`quantize`: a base in 4 or 8 bits."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from . import sharding
 from ._compat import is_concrete, known, place_of
-from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
+from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
 from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
-from ._table import aligned, readable
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
 
@@ -23,11 +22,11 @@ from ._types import Layout, Path, PyTree
 def quantize(
     params: PyTree, *schemes: Scheme, sites: Sites | None = None, donate: bool = False
 ) -> PyTree:
-    r"""Parameters of which those that `schemes` take are in 4 or 8 bits.
+    r"""Quantizes the parameters that `schemes` take to 4 or 8 bits.
 
-    The result takes the place of a base: `init`, `apply`, `merge` and the rest have it as it is.
-    One weight after the other is quantized, on the devices where it lies. Under `jax.jit`, and on
-    `jax.ShapeDtypeStruct`s, it is a part of the program, or shapes.
+    The result is a base: give it to `init`, `apply`, `merge` and the rest in the place of `params`.
+    Weights are quantized one after the other, each on its own devices. `quantize` also works under
+    `jax.jit`, and on `jax.ShapeDtypeStruct`s, for which it gives shapes.
 
     Args:
         params: a tree of arrays.
@@ -35,21 +34,21 @@ def quantize(
             path of a leaf takes it. One without a pattern takes every dense site that is neither an
             embedding nor the head (as many outputs as the largest embedding has rows), nor trained
             in full.
-        sites: what the model does with each leaf, from `lora.sites(params, ...)`, by which blocks
-            run along inputs. Without it the last axis of a leaf is its outputs, the one before its
-            inputs, and those before a stack.
-        donate: whether to delete each array of `params` that is quantized, as soon as it is, so
-            that memory holds one more weight, not one more tree.
+        sites: how the model uses each leaf, from `lora.sites(params, ...)`, so that blocks run
+            along inputs. Without it the last axis of a leaf counts as outputs, the one before as
+            inputs, and the axes before as a stack.
+        donate: whether to delete each array of `params` as soon as it is quantized, so that memory
+            holds one more weight, not one more tree.
 
     Returns:
-        A tree like `params`, with `Quantized` leaves. `print(jlora.quantization(tree))` says what
-        they take and how far they are off.
+        A tree like `params`, with `Quantized` leaves. `print(jlora.summary(tree))` shows their
+        bytes and errors.
 
     Raises:
-        TypeError: if a scheme is none.
-        ValueError: if a scheme takes nothing, has no pattern where `sites` is not given, or cannot
-            take a leaf: it has less than two axes, is not floating-point, is quantized already, is
-            not finite (where that can be seen), or has an axis that blocks do not divide.
+        TypeError: if one of `schemes` is no scheme.
+        ValueError: if a scheme takes nothing, has no pattern although `sites` is not given, or
+            cannot take a leaf: a leaf must have two axes or more, be floating-point, not quantized
+            yet, finite (where that can be seen), and have axes that blocks divide.
 
     Source: Dettmers et al., QLoRA, arXiv 2305.14314.
 
@@ -83,95 +82,13 @@ def quantize(
     return jax.tree.unflatten(tree, leaves)
 
 
-class Entry(NamedTuple):
-    """What `quantization` says of a leaf.
-
-    Attributes:
-        path: its path.
-        leaf: the leaf.
-        before: bytes of the weight in its own dtype.
-        after: bytes that it takes.
-        error: ‖W - Q‖ / ‖W‖, of a stack the largest; None if it was read from a file or has no
-            value.
-    """
-
-    path: Path
-    leaf: Quantized
-    before: int
-    after: int
-    error: float | None
-
-
-class Quantization(NamedTuple):
-    """The quantized leaves of a tree; `str()` is a table.
-
-    Attributes:
-        leaves: an entry for each.
-        rest: bytes of all other leaves.
-    """
-
-    leaves: tuple[Entry, ...]
-    rest: int
-
-    def __str__(self) -> str:
-        rows = list(map(_row, self.leaves))
-        header = ("path", "shape", "scheme", "bits", "before", "after", "error")
-        lines = aligned(header, rows, {"bits", "before", "after", "error"})
-        before = self.rest + sum(e.before for e in self.leaves)
-        after = self.rest + sum(e.after for e in self.leaves)
-        total = f"{readable(before)} before, {readable(after)} after"
-        return "\n".join([*lines, f"{total}, of which {readable(self.rest)} are not quantized"])
-
-
-def quantization(tree: PyTree) -> Quantization:
-    """Which leaves of a tree are quantized, what they take, and how far they are off.
-
-    Args:
-        tree: a base, of arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-        A `Quantization`; printed, a table. Bits are a parameter's.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> params = {"w": jax.random.normal(jax.random.key(0), (256, 256)), "b": jnp.ones(256)}
-        >>> print(jlora.quantization(jlora.quantize(params, jlora.NF4("w"))))
-        path  shape    scheme                       bits     before     after  error
-        w     256×256  NF4(block=64, double=True)  4.127  256.0 KiB  33.0 KiB  0.092
-        257.0 KiB before, 34.0 KiB after, of which 1.0 KiB are not quantized
-    """
-    leaves = leaves_by_path(tree)
-    found = [_entry(path, x) for path, x in leaves if is_quantized(x)]
-    rest = [x for _, x in leaves if not is_quantized(x)]
-    return Quantization(tuple(found), sum(np.size(x) * jnp.result_type(x).itemsize for x in rest))
-
-
-def _entry(path: Path, leaf: Quantized) -> Entry:
-    before = leaf.size * np.dtype(leaf.dtype).itemsize
-    error = None if leaf.error is None else known(jnp.max, leaf.error)
-    return Entry(path, leaf, before, leaf.nbytes, None if error is None else float(error))
-
-
-def _row(entry: Entry) -> tuple[str, ...]:
-    leaf = entry.leaf
-    return (
-        name_of(entry.path),
-        "×".join(map(str, leaf.shape)),
-        spelled(leaf.scheme),
-        f"{8 * entry.after / max(1, leaf.size):.3f}",
-        readable(entry.before),
-        readable(entry.after),
-        "-" if entry.error is None else f"{entry.error:.3g}",
-    )
-
-
 # ---------------------------------------------------------------------------- which leaves, and how
 
 
 def _taken(
     leaves: dict[Path, Any], schemes: Sequence[Scheme], sites: Sites | None
 ) -> dict[Path, tuple[Scheme, Form]]:
-    """The scheme and the form of each leaf that is to be quantized."""
+    """Finds the scheme and the form of each leaf that is to be quantized."""
     found = {} if sites is None else {s.parts: s for s in sites.leaves}
     if sites is not None and found.keys() != leaves.keys():
         [first, *_] = sorted(found.keys() ^ leaves.keys())
@@ -263,14 +180,14 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
 def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
-        return jax.eval_shape(lambda x: quantized(x, scheme, form), x)
+        return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
     x = known(jnp.asarray, x) if isinstance(x, np.ndarray) else x
     if bad := known(lambda x: jnp.sum(~jnp.isfinite(x)), x):
         raise ValueError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."
         )
-    leaf = quantized(jnp.asarray(x), scheme, form)
+    leaf = quantize_weight(jnp.asarray(x), scheme, form)
     place = place_of(x) if is_concrete(leaf.data) else None
     if not isinstance(place, NamedSharding):
         return leaf

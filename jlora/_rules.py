@@ -7,9 +7,57 @@ import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
+
+
+class Rule:
+    """What a user writes: which leaves are adapted, and how. The base of every rule.
+
+    A subclass is a frozen dataclass with a field `pattern`. It names its `node`, the class of what
+    it puts into the adapter, and defines `start`; the rest has defaults, which a field may replace.
+
+    Attributes:
+        pattern: a regular expression for whole components of a leaf's path. None means
+            *all-linear*: every dense and convolutional site, no embeddings.
+        node: a subclass of `jlora.extend.Node`.
+        materialize: whether W + ΔW may be formed where the model leaves no other way.
+        frozen: names of arrays of the node that are not trained.
+    """
+
+    pattern: Any
+    node: ClassVar[Any] = None
+    materialize: bool = False
+    frozen: tuple[str, ...] = ()
+
+    def fit(self, site: Any) -> tuple["Rule", Any]:
+        """The rule and the layout for a `Site`; `ValueError` where the rule cannot apply to it."""
+        return self, site.layout
+
+    def sizes(self, layout: Any) -> dict[str, int]:
+        """The lengths of the axes of the node's arrays that W has not, as `{"rank": 8}`."""
+        del layout
+        return {}
+
+    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
+        """Returns W and the node for it, drawn with `key`.
+
+        `w` is W: an array, a `jax.ShapeDtypeStruct` or a `jlora.types.Quantized`. A rule that does
+        not change the base returns the same object.
+        """
+        raise NotImplementedError
+
+    def shapes(self, layout: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of the node for a weight of `shape`."""
+        return self.node.shapes(layout, shape, self.sizes(layout))
+
+    def trainable(self, layout: Any, shape: tuple[int, ...]) -> int:
+        """The number of parameters that the rule trains of a weight of `shape`."""
+        frozen = {name for name, x in self.node.labels.items() if x in (None, "base")}
+        found = self.shapes(layout, shape).items()
+        return sum(math.prod(n) for name, n in found if name not in frozen.union(self.frozen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +112,7 @@ class Slots:
 
 
 @dataclasses.dataclass(frozen=True)
-class Full:
+class Full(Rule):
     """Trains the leaves whose path matches `pattern` in full: heads, norms, biases.
 
     It takes any floating-point leaf, also one that is no weight: a pattern such as `BatchNorm_0`
@@ -89,8 +137,15 @@ class Full:
     def __post_init__(self) -> None:
         check_pattern(self, self.pattern)
 
+    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
+        """Returns W and a copy, so that a step that donates the adapter keeps the base."""
+        del key, site
+        return w, w if isinstance(w, jax.ShapeDtypeStruct) else jnp.array(w)
 
-Rule = Any  # `Full` or the rule of a method: a frozen dataclass with a `pattern`
+    def trainable(self, layout: Any, shape: tuple[int, ...]) -> int:
+        """Counts the entries of W."""
+        del layout
+        return math.prod(shape)
 
 
 FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # which Python takes only at a pattern's start
@@ -98,7 +153,7 @@ FLAGS = re.compile(r"\A(?:\(\?[aimsux]+\))+")  # which Python takes only at a pa
 
 @functools.lru_cache(4096)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    r"""What to search for in a path, so that `pattern` matches whole components of it.
+    r"""Returns the expression by which `pattern` matches whole components of a path.
 
     >>> head = compile_pattern("head")
     >>> [bool(head.search(path)) for path in ("head", "lm/head/kernel", "multi_head", "heads/0")]
@@ -109,13 +164,13 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _group(pattern: str) -> str:
-    """`pattern` as a part of another, without the flags at its start."""
+    """Makes `pattern` a group of another pattern, without the flags at its start."""
     end = "\n" if re.compile(pattern).flags & re.X else ""  # a comment takes the rest of its line
     return f"(?:{FLAGS.sub('', pattern)}{end})"
 
 
 def pattern_anywhere(pattern: str) -> str:
-    """The pattern that matches wherever `pattern` is found, also inside of a component.
+    """Returns the pattern that matches wherever `pattern` is found, also within a component.
 
     >>> pattern_anywhere("head"), pattern_anywhere("(?i)head|norm")
     ('.*head.*', '(?i).*(?:head|norm).*')
@@ -126,7 +181,7 @@ def pattern_anywhere(pattern: str) -> str:
     return f"{flags}.*{_group(pattern)}.*"
 
 
-def matches(rule: Rule, path: str) -> bool:
+def matches(rule: Any, path: str) -> bool:
     """Whether the pattern of `rule` matches components of `path`; never for a rule without one."""
     if rule.pattern is None:
         return False
@@ -134,17 +189,17 @@ def matches(rule: Rule, path: str) -> bool:
 
 
 def rule_name(rule: Any) -> str:
-    """How errors and tables call a rule: its type and pattern."""
+    """Names a rule for errors and tables: its type and pattern."""
     pattern = rule.pattern
     return type(rule).__name__ + ("()" if pattern is None else f"({pattern!r})")
 
 
 def near(pattern: str, paths: Sequence[str]) -> str:
-    """The paths that look most like `pattern`."""
+    """Lists the paths that look most like `pattern`."""
     words = re.findall(r"\w+", pattern.lower())
 
     def likeness(path: str) -> float:
-        """How well each word of the pattern is met by some part of the path."""
+        """Scores how well the parts of the path match the words of the pattern."""
         parts = path.lower().split("/")
         best = [max(difflib.SequenceMatcher(None, w, p).ratio() for p in parts) for w in words]
         return sum(best) / max(len(best), 1)
@@ -156,7 +211,7 @@ def near(pattern: str, paths: Sequence[str]) -> str:
 
 
 def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
-    """What to write instead of a pattern that matches whole components of no path.
+    """Says what to write instead of a pattern that matches whole components of no path.
 
     >>> explain_no_match("head", ["multi_head/w", "norm/w"])
     "A pattern matches whole components of a path, and this one is found only inside of multi_head.\
@@ -176,13 +231,13 @@ def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
 
 
 def _components(path: str, found: re.Match[str]) -> str:
-    """The components of `path` in which a match lies."""
+    """Returns the components of `path` that a match touches."""
     start = path.rfind("/", 0, found.start()) + 1
     end = path.find("/", found.end())
     return path[start : len(path) if end < 0 else end]
 
 
-def check_pattern(rule: Rule, pattern: Any) -> None:
+def check_pattern(rule: Any, pattern: Any) -> None:
     """Raises if `pattern` is no regular expression for components of a path."""
     if not isinstance(pattern, str):
         raise TypeError(
@@ -222,7 +277,7 @@ def is_floating(dtype: Any) -> bool:
 
 
 def misplaced(x: Any, unpacked: str | None = None) -> str:
-    """How an error calls what is given in the place of a rule or a scheme.
+    """Names, for an error, what was given in the place of a rule or a scheme.
 
     `unpacked` is the call into which a list belongs after a `*`, if there is one.
     """

@@ -1,4 +1,4 @@
-"""`transform`, and what is under it: `bind`, `wrap` and `dropout`."""
+"""`transform`, and what it is made of: `wrap` and `dropout`."""
 
 import functools
 import warnings
@@ -8,20 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import change_of, is_node, is_rule, lengths, method_of
+from ._adapters import change_of, is_node, lengths
 from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
+from ._find_sites import Traced, find_sites
 from ._foreign import advised, check_apply_fn
+from ._keys import check_key, fold
 from ._match import match, wanted
 from ._quantized import is_quantized
-from ._rules import Full, Rule, misplaced, rule_name
-from ._sites import Sites, Traced, find_sites
+from ._rules import Rule, misplaced, rule_name
+from ._sites import Sites
 from ._tree import (
     adapter_leaves,
     bind,
-    check_key,
     flatten,
-    fold,
-    is_abstract,
     is_adapted,
     is_empty,
     leaves_by_path,
@@ -31,18 +30,18 @@ from ._types import Path, PyTree, Transformed
 
 
 def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
-    r"""Low-rank adaptation of any function whose first argument is a pytree of parameters.
+    r"""Adapts a function whose first argument is a pytree of parameters.
 
     $$\mathrm{apply}(base, adapter, \ldots) = \mathrm{apply\_fn}(W + s \cdot A B, \ldots)$$
 
-    Each use of W is traced, and its factored form x·W + s·(x·A)·B computed in its place. W + s·A·B
-    is not formed.
+    Each use of W is traced, and replaced by its factored form x·W + s·(x·A)·B. W + s·A·B is not
+    formed.
 
     Args:
         apply_fn: a function of parameters and anything else that JAX can trace, such as the
             `apply` of a Flax module. It is called with the parameters' own tree and container.
-        *rules: `LoRA`, `DoRA`, `Rows` and `Full`; the first whose pattern a leaf's path matches
-            takes it.
+        *rules: `LoRA`, `DoRA`, `Rows` and `Full`; the first rule whose pattern matches the path of
+            a leaf takes it.
 
     Returns:
         Three pure functions:
@@ -57,7 +56,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
         - `sites(params, *args, **kwargs) -> Sites`: what can be adapted, and what the rules take.
 
     Raises:
-        TypeError: if a rule is none, or a tree is of a wrong type.
+        TypeError: if one of `rules` is no rule, or a tree is of a wrong type.
         ValueError: in `init` and `sites`, if a rule takes no leaf or cannot apply to one; in
             `apply`, if the adapter does not fit the base.
         NotImplementedError: if an adapted weight is used in a way that has no factored form.
@@ -83,7 +82,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     """
     check_apply_fn(apply_fn)
     for rule in rules:
-        if not is_rule(rule):
+        if not isinstance(rule, Rule):
             got = misplaced(rule, "transform(apply_fn, *rules)")
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.
@@ -150,27 +149,19 @@ def _init(
     flat, tree = flatten(params)
     base, adapter = [], {}
     for site, w in zip(sites.leaves, flat, strict=True):
-        if isinstance(site.rule, Full):
-            adapter[site.parts] = _copy(w)
-        elif site.rule is not None:
-            start = method_of(site.rule).start
-            w, adapter[site.parts] = start(fold(key, site.parts), w, site, site.rule)
+        if site.rule is not None:
+            w, adapter[site.parts] = site.rule.start(fold(key, site.parts), w, site)
         base.append(w)
     adapter = nest(adapter)
     traced.check(dict(leaves_by_path(dropout(adapter, key), is_node)))
     return jax.tree.unflatten(tree, base), adapter
 
 
-def _copy(w: Any) -> Any:
-    # A copy, so that a training step that donates the adapter does not delete the base.
-    return w if is_abstract(w) else jnp.array(w)
-
-
 def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
     r"""Makes `fn` accept, in any argument, trees from `jlora.bind`.
 
-    The result computes what `fn` computes with W + s·A·B at the adapted leaves, in factored form:
-    `fn` is traced to a jaxpr with W in place, which is evaluated with the factors beside W.
+    The new function computes what `fn` computes with W + s·A·B at the adapted leaves, in factored
+    form: it traces `fn` to a jaxpr with W, and evaluates the jaxpr with the factors beside W.
 
     Args:
         fn: any function that JAX can trace with respect to the adapted leaves. Other arguments
@@ -178,8 +169,8 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
         A function with `fn`'s arguments and outputs. It can be differentiated to any order, in
-        forward and in reverse mode. It traces `fn` at each call: call it under
-        `jax.jit`, above all where `fn` has loops, which are compiled at every call outside of it.
+        forward and in reverse mode. Call it under `jax.jit`: it traces `fn` at each call, and
+        outside of `jit` loops in `fn` are compiled at each call.
 
     Raises:
         NotImplementedError: where `fn` uses an adapted weight in a way that has no factored form,
@@ -224,21 +215,21 @@ def _weight(leaf: Any, path: str) -> Weight:
     w, node = leaf.base, leaf.delta
     w = w if is_quantized(w) else jnp.asarray(w)
     change = change_of(node, w, path)
-    return leaf_weight(w, change, path, getattr(node, "materialize", False))
+    return leaf_weight(w, change, path, node.materialize)
 
 
 def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
-    r"""An adapter whose low-rank paths drop inputs: $y = x W + s\,(\mathrm{drop}(x) A) B$.
+    r"""Makes an adapter whose low-rank paths drop inputs: $y = x W + s\,(\mathrm{drop}(x) A) B$.
 
-    Each input of A is zero with the rule's probability p and else divided by 1 - p, so that the
-    expectation is that without dropout. One mask for a site, a layer of a stack and a key.
+    Each input of A is set to zero with the rule's probability p, and divided by 1 - p otherwise, so
+    that the expectation does not change. Each site, layer of a stack and key has a mask of its own.
 
     Args:
-        adapter: from `init`; sites whose rule has `dropout=0` are left as they are.
+        adapter: an adapter from `init`; sites whose rule has `dropout=0` stay as they are.
         key: a PRNG key, folded with each site's path and split over its stack.
 
     Returns:
-        An adapter for `apply`, with keys in it. Differentiate with respect to the one without.
+        An adapter with keys, for `apply`. Differentiate with respect to the adapter without keys.
 
     Source: Hu et al., arXiv 2106.09685, appendix D.
 
@@ -258,7 +249,7 @@ def dropout(adapter: PyTree, key: jax.Array) -> PyTree:
         key = jax.random.wrap_key_data(key)
 
     def seed(path: Path, leaf: Any) -> Any:
-        if not is_node(leaf) or not getattr(leaf, "dropout", 0):
+        if not is_node(leaf) or not leaf.dropout:
             return leaf
         mine = fold(key, path)
         stack = tuple(lengths(leaf)[d] for d in leaf.layout.stack)

@@ -1,8 +1,7 @@
-"""Paths, and what an adapter's tree must be."""
+"""Paths of leaves, and what the trees of a base and an adapter must be."""
 
 import collections
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,7 +40,7 @@ def leaves_by_path(
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
-    """The leaves of a base, a quantized one being one leaf, and its structure."""
+    """The leaves of a base and its structure; a quantized weight is one leaf."""
     return jax.tree.flatten(tree, is_leaf=is_quantized)
 
 
@@ -63,25 +62,8 @@ def _part(key: Any) -> str:
 
 
 def name_of(path: Path) -> str:
-    """How errors call a path."""
+    """The name of a path in errors."""
     return printable("/".join(path)).replace("\n", r"\n") or "the root"
-
-
-def check_key(key: Any) -> None:
-    """`TypeError` if `key` is not one PRNG key, new or old style."""
-    refuse_rngs("`key` must be one PRNG key", key)
-    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
-        got = type(key).__name__ if dtype is None else f"an array of {dtype} and shape {key.shape}"
-        raise TypeError(f"`key` must be one PRNG key, such as jax.random.key(0); got {got}.")
-
-
-def refuse_rngs(expected: str, key: Any) -> None:
-    """`TypeError` if `key` is what NNX draws keys from, which has attributes of any name."""
-    is_of_nnx = any(c.__module__.startswith("flax.nnx") for c in type(key).__mro__)
-    if is_of_nnx and callable(key):
-        raise TypeError(f"{expected}; got {type(key).__name__} of flax.nnx. Give rngs.params().")
 
 
 def nest(leaves: dict[Path, Any]) -> PyTree:
@@ -97,15 +79,8 @@ def nest(leaves: dict[Path, Any]) -> PyTree:
     return tree
 
 
-def fold(key: jax.Array, parts: Path) -> jax.Array:
-    """A key of its own for a path, whatever the other paths are."""
-    # So that the one part `a/b` is not the two parts `a` and `b`.
-    name = "/".join(part.replace("/", "\0") for part in parts)
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
-
-
 def is_abstract(x: Any) -> bool:
-    """Whether `x` stands for an array that is not there."""
+    """Whether `x` is a shape and dtype without values."""
     return isinstance(x, jax.ShapeDtypeStruct)
 
 
@@ -115,27 +90,21 @@ def is_adapted(x: Any) -> bool:
 
 
 def is_empty(adapter: PyTree) -> bool:
-    """Whether `adapter` is `{}`, that of the base model; None is an adapter that was not found."""
+    """Whether `adapter` is `{}`, which means the base model; None is a missing adapter."""
     return isinstance(adapter, Mapping) and not adapter
 
 
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
-    """The `LowRank` nodes and arrays of an adapter by path; `TypeError` if it is none."""
+    """The nodes and arrays of an adapter by path; raises `TypeError` if it is none."""
+    expected = "`adapter` must be a nested dict of LowRank nodes and arrays"
     if pair := _pair(adapter):
-        raise TypeError(f"`adapter` must be a nested dict of LowRank nodes and arrays; got {pair}")
+        raise TypeError(f"{expected}; got {pair}")
     found = dict(leaves_by_path(adapter, lambda x: is_node(x) or isinstance(x, Adapted)))
     wrong = {p: x for p, x in found.items() if not is_node(x) and not _is_array(x)}
-    if not found:
-        raise TypeError(
-            "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-            f"got {adapter!r}, which holds none."
-        )
-    if wrong:
+    if wrong or not found:
         listed = ", ".join(f"{name_of(p)}: {type(x).__name__}" for p, x in wrong.items())
-        raise TypeError(
-            "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-            f"got {listed}."
-        )
+        got = listed or f"{adapter!r}, which holds none"
+        raise TypeError(f"{expected}, as `init` returns it; got {got}.")
     return found
 
 
@@ -144,7 +113,7 @@ def _is_array(x: Any) -> bool:
 
 
 def check_base(base: PyTree) -> None:
-    """`TypeError` if there is an adapter in what is given as the base."""
+    """Raises `TypeError` if there is an adapter in what is given as the base."""
     if pair := _pair(base):
         raise TypeError(f"`base` must be the frozen tree alone; got {pair}")
     if _has_nodes(base):
@@ -155,7 +124,7 @@ def check_base(base: PyTree) -> None:
 
 
 def _pair(x: Any) -> str | None:
-    """How an error calls base and adapter in one, and what to do; None if `x` is not both."""
+    """What an error says of base and adapter in one; None if `x` is not both."""
     if isinstance(x, Params):
         return "Params. Give its `base` and `adapter` one by one."
     if type(x) is tuple and _has_nodes(x):
@@ -183,7 +152,7 @@ def check_fits(base: PyTree, found: dict[Path, Any]) -> None:
 
 
 def _check_not_forgotten(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]]) -> None:
-    """Raises if the adapter `found` looks like an argument of the model."""
+    """Raises if `found` looks like an argument of the model: the adapter was forgotten."""
     if not found or any(is_node(x) or p in shapes for p, x in found.items()):
         return
     listed = ", ".join(f"{name_of(path)}: {short(x)}" for path, x in found.items())
@@ -195,7 +164,7 @@ def _check_not_forgotten(found: dict[Path, Any], shapes: dict[Path, tuple[int, .
 
 
 def _check_collection(found: dict[Path, Any], shapes: dict[Path, tuple[int, ...]]) -> None:
-    """Raises if either tree is the only collection of what the other is, as `params` in Flax."""
+    """Raises if one tree is under a name such as `params`, as in Flax, and the other is not."""
     if not found or any(p in shapes for p in found):
         return
     for name in dict.fromkeys(p[0] for p in [*found, *shapes] if p):
@@ -283,9 +252,9 @@ def count(tree: PyTree) -> int:
         15
     """
     nodes = jax.tree.leaves(tree, is_leaf=is_node)
-    frozen = [getattr(x, name) for x in nodes if is_node(x) for name in getattr(x, "frozen", ())]
-    trained, still = (sum(math.prod(x.shape) for x in _numeric(t)) for t in (tree, frozen))
-    return trained - still
+    frozen = [getattr(x, name) for x in nodes if is_node(x) for name in x.frozen]
+    every, untrained = (sum(math.prod(x.shape) for x in _numeric(t)) for t in (tree, frozen))
+    return every - untrained
 
 
 def size_in_bytes(tree: PyTree) -> int:

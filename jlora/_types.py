@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jax
 
@@ -32,19 +32,33 @@ class Layout(NamedTuple):
 
 
 def short(x: Any) -> str:
-    """An array, or what stands for one, by dtype and shape, as JAX's own messages have it."""
+    """Writes an array, or a stand-in, as its dtype and shape, as JAX's messages do."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         return repr(x)
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
+class NotAnArray:
+    """Stands in for a weight, and is no array: code that takes it for one gets an error."""
+
+    _remedy: ClassVar[str]  # what errors say
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(self._remedy)
+
+    # Where JAX, NumPy, Flax and models first take it for an array.
+    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __truediv__ = __matmul__ = __rmatmul__ = astype = reshape = _refuse
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: {self._remedy}")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Adapted:
-    """A leaf of a bound tree: the frozen weight beside its adapter.
-
-    It is no array. Code that takes it for one, as a function that is not under `jlora.wrap` does,
-    gets a `TypeError` that says so.
+class Adapted(NotAnArray):
+    """A leaf of a bound tree: the frozen weight beside its adapter. It is no array.
 
     Attributes:
         base: W.
@@ -54,26 +68,14 @@ class Adapted:
     base: jax.Array
     delta: Any
 
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_BOUND)
-
-    # Where JAX, NumPy, Flax and models first take it for an array.
-    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __matmul__ = _refuse
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"Adapted has no attribute {name!r}. {_BOUND}")
+    _remedy: ClassVar = (
+        "`params` is a tree from jlora.bind, with adapters beside its weights, which only a "
+        "function under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place "
+        "of model.apply(params, ...), or lora.apply(base, adapter, ...)."
+    )
 
     def __repr__(self) -> str:
         return f"Adapted(base={short(self.base)}, delta={self.delta!r})"
-
-
-_BOUND = (
-    "`params` is a tree from jlora.bind, with adapters beside its weights, which only a function "
-    "under jlora.wrap takes: call jlora.wrap(model.apply)(params, ...) in the place of "
-    "model.apply(params, ...), or lora.apply(base, adapter, ...)."
-)
 
 
 class Params(NamedTuple):
@@ -111,7 +113,7 @@ class Transformed(NamedTuple):
 
 
 def function_name(fn: Any) -> str:
-    """How a message calls a function: a method by the type that it is bound to."""
+    """The name of a function for a message; for a method, with its type."""
     if isinstance(fn, functools.partial):
         return f"partial({function_name(fn.func)})"
     if inspect.ismethod(fn):

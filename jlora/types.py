@@ -3,10 +3,10 @@
 from ._adapters import Decomposed as Decomposed
 from ._adapters import LowRank as LowRank
 from ._adapters import Replaced as Replaced
-from ._optimizer import Summary as Summary
 from ._planning import Plan as Plan
-from ._quantize import Quantization as Quantization
 from ._quantized import Quantized as Quantized
+from ._report import QuantizedLeaf as QuantizedLeaf
+from ._report import Summary as Summary
 from ._sites import Site as Site
 from ._sites import Sites as Sites
 from ._sketching import Allocation as Allocation

@@ -37,7 +37,7 @@ FUNCTIONS = MOVE_NOTHING | {
     "dare": lambda t, base: arithmetic.dare(t, [0.5, -2.0], key=KEY, base=base),
 }
 
-LATER = ("truncate", "dare")  # which factor and draw as `ties` does
+LATER = ("truncate", "dare", "scale", "difference")  # which factor and draw as `ties` does
 
 
 def normal(seed, shape):

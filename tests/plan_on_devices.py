@@ -48,11 +48,11 @@ def test_exact_parts_are_measured_bytes(name, compile):
     lora = jlora.transform(model.apply, *model.rules)
     loss = lambda adapter, base, *args: lora.apply(base, adapter, *args).var()  # noqa: E731
     found = jlora.plan(loss, base, adapter, args, tx, compile=compile)
-    assert found.method == ("compiled" if compile else "arithmetic")
+    assert (found.peak is not None) == compile
     assert (found.devices, found.mesh) == (8, {"fsdp": 4, "tensor": 2})
     parts = [on_one(tree) for tree in (base, adapter, state, args, adapter)]
-    assert list(found[4:9]) == parts
-    assert found.peak == sum(parts) + found.activations
+    assert list(found[3:8]) == parts
+    assert not compile or found.peak == sum(parts) + found.activations
 
 
 def places_of(tree):
@@ -79,11 +79,3 @@ def test_a_compiled_plan_is_the_step():
     held -= used.alias_size_in_bytes
     assert found.moments == 0
     assert found.peak == pytest.approx(held, rel=0.02)
-
-
-@pytest.mark.parametrize("remat", [True, False])
-def test_the_estimate_is_near(remat):
-    """Within half of what XLA's CPU compiler allocates, which fuses less than those for TPUs."""
-    operands = plan_jobs.job(MESH, layers=8, rows=64, dtype=jnp.float32, remat=remat)
-    compiled, estimated = (jlora.plan(*operands, compile=c) for c in (True, False))
-    assert compiled.activations / 1.5 < estimated.activations < 1.5 * compiled.activations

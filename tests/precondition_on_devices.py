@@ -30,7 +30,7 @@ def test_only_matrices_of_the_rank_are_summed(name, kind):
     """The same updates, in their places, and no A or B is gathered."""
     mesh = jax.make_mesh((2, 2), ("x", "y"), (kind, kind), devices=jax.devices()[:4])
     base, adapter, grads = models.made(name)
-    tx = jlora.optimizer(optax.sgd(1.0), precondition=0.1)
+    tx = jlora.optimizer(optax.chain(jlora.precondition(0.1), optax.sgd(1.0)))
 
     @jax.jit
     def step(grads, adapter):

@@ -316,7 +316,7 @@ def test_loaded_where_it_is_to_lie(tmp_path):
         for name, spec in SPECS.items()
     }
     loaded = peft.load_base(folder, names, like=like)
-    assert all(isinstance(x, jlora.Quantized) for x in loaded.values())
+    assert all(isinstance(x, jlora.types.Quantized) for x in loaded.values())
     assert lies_as(loaded, sharding.specs(jax.tree.map(lambda x: x.sharding, like), loaded))
     expected = {name: file.matrix.T for name, file in files.items()}
     laws.assert_close(jlora.dequantize(loaded), expected, 1e-6)
@@ -345,7 +345,7 @@ def test_a_plan(scheme, compile):
     base, adapter, x = on_mesh(AUTO, base, adapter, x, specs)
     loss = lambda adapter, base, x: lora.apply(base, adapter, x).var()  # noqa: E731
     found = jlora.plan(loss, base, adapter, (x,), compile=compile)
-    assert found.method == ("compiled" if compile else "arithmetic")
+    assert (found.peak is not None) == compile
     assert found.base == sum(v.addressable_shards[0].data.nbytes for v in jax.tree.leaves(base))
     bits = {"NF4": 4.127, "Int8": 8.2, "Int4": 4.75}[type(scheme).__name__]
     assert found.base == pytest.approx(bits * 2 * D * F / 8 / AUTO.size, rel=0.06)

@@ -45,7 +45,7 @@ def made(spec, mesh):
     ("spec", "kind"),
     [
         (VOCABULARY_CUT, AxisType.Auto),
-        (DIM_CUT, AxisType.Explicit),
+        pytest.param(DIM_CUT, AxisType.Explicit, marks=pytest.mark.slow),
         pytest.param(VOCABULARY_CUT, AxisType.Explicit, marks=pytest.mark.slow),
         pytest.param(DIM_CUT, AxisType.Auto, marks=pytest.mark.slow),
     ],
@@ -91,7 +91,7 @@ def test_a_part_of_the_table_is_refused(check):
         inside(rows.apply)(base, few, IDS)
     with pytest.raises(NotImplementedError, match=message):
         inside(lambda base, adapter, _: jlora.merge(base, adapter))(base, few, IDS)
-    with pytest.raises(NotImplementedError, match=r"\('table'\) counts .*Call init outside of it"):
+    with pytest.raises(NotImplementedError, match=r"\('table'\) takes .*Call init outside of it"):
         inside(lambda base, _, ids: rows.init(jax.random.key(0), base, ids)[1])(base, few, IDS)
 
 

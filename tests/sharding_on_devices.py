@@ -133,7 +133,7 @@ def loss_of(lora):
 def test_automatic_step_is_that_of_one_device(model):
     """Outputs, gradients, and a step of the optimizer whose state is made on the mesh."""
     lora = jlora.transform(model.apply, *model.rules)
-    tx = jlora.optimizer(optax.adamw(1e-2), lora_plus=4)
+    tx = jlora.optimizer(optax.chain(optax.adamw(1e-2), jlora.lora_plus(4)))
     loss = loss_of(lora)
 
     def step(adapter, state, base, *args):
@@ -392,6 +392,7 @@ def squares(tree):
     return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_explicit_many_adapters():
     """`vmap` over adapters, and dropout."""
     lora = jlora.transform(gathered, LoRA(rank=2, dropout=0.5))

@@ -57,7 +57,9 @@ def gathered(axis, spec, checked, scaled=False, cut=False):
 
 
 @pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize(("axis", "spec"), [(0, P("d")), (1, P(None, "d"))])
+@pytest.mark.parametrize(
+    ("axis", "spec"), [(0, P("d")), pytest.param(1, P(None, "d"), marks=pytest.mark.slow)]
+)
 def test_gathered_along_its_shards(axis, spec, checked):
     check(gathered(axis, spec, checked), {"w": normal(0, 4, 8)}, normal(1, 3, 16))
 

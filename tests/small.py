@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -65,9 +65,29 @@ def exactly(message: str) -> str:
     return r"\A" + re.escape(message) + r"(\n-+\nFor simplicity, JAX has removed .*)?\Z"
 
 
+def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
+    """The values of one parameter, of which all but `daily` are for the long run."""
+    return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
+
+
+def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:
+    """Parametrizes by (provoke, error, message) over a table of calls by error and message."""
+    rows = [(f, error, message) for error, found in table.items() for message, f in found.items()]
+    ids = [re.sub(r"\W+", "-", message)[:60] for *_, message in rows]
+    return pytest.mark.parametrize(("provoke", "error", "message"), rows, ids=ids)
+
+
 REMEDY = (
     "Narrow the pattern, train the leaf in full with jlora.Full, or let W + ΔW be formed with "
     "LoRA(..., materialize=True)."
+)
+
+
+# Of a quantized leaf that a model takes for an array.
+NO_ARRAY = (
+    "a weight is a jlora.types.Quantized, which only lora.apply and a function under jlora.wrap "
+    "take: call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
+    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
 )
 
 
@@ -90,6 +110,11 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
         scale = max(float(jnp.max(jnp.abs(y))), 1e-6)
         np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=tolerance)
+
+
+def raw(tree: Any) -> list[bytes]:
+    """The bytes of every leaf, so that zeros of different signs differ."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def message_of(provoke: Callable[[], Any]) -> str:

@@ -60,24 +60,6 @@ def test_pattern_of_a_field_named_value() -> None:
     assert sum(site.rule is not None for site in table) == 2
 
 
-class Scaled(NamedTuple):
-    """A weight and the scale of its outputs."""
-
-    value: jax.Array
-    scale: jax.Array
-
-
-def test_field_named_value_with_a_sibling() -> None:
-    """A `value` with a sibling that is trained in full."""
-    _, adapter = init(
-        LoRA("w/value", rank=2),
-        Full("scale"),
-        apply=lambda p, x: x @ p["w"].value * p["w"].scale,
-        params={"w": Scaled(array(4, 6), array(6))},
-    )
-    assert sorted(adapter["w"]) == ["scale", "value"]
-
-
 def test_sites_need_no_rules() -> None:
     """`sites` of a transform without rules lists the model, as its errors advise."""
     table = jlora.transform(model).sites(PARAMS, X)

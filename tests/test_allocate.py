@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sketch_models import MODELS, normal
+from small import some
 
 import jlora
 from jlora import DoRA, Full, LoRA, Slots, checkpoint, peft
@@ -144,7 +145,9 @@ def test_limits() -> None:
 # ----------------------------------------------------------------------------------------- as rules
 
 
-@pytest.mark.parametrize("rule", [LoRA(rank=2, alpha=6), LoRA(rank=2, rslora=True), DoRA(rank=2)])
+@pytest.mark.parametrize(
+    "rule", some([LoRA(rank=2, alpha=6), LoRA(rank=2, rslora=True), DoRA(rank=2)], DoRA(rank=2))
+)
 def test_its_rules_give_those_ranks(rule: LoRA) -> None:
     """And the scale of the rule; what is trained is what the table says."""
     model = MODELS["scan"]()
@@ -163,6 +166,7 @@ def test_its_rules_give_those_ranks(rule: LoRA) -> None:
     assert list(dropped.init(jax.random.key(0), model.params, batch)[1]) == ["down"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_takes_it_for_rules(tmp_path: Any) -> None:
     """And says of the start what it was, whose sketch it has not."""
     model = MODELS["scan"]()

@@ -27,7 +27,7 @@ SITES = {
 }
 
 # A stack of slots, and one of more columns than W has, for what is compiled.
-DAILY = ("stacked_slots", "rank_above_shape")
+DAILY = ("stacked_slots",)
 SOME = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in DAILY else pytest.mark.slow) for n in SITES]
 )
@@ -193,6 +193,7 @@ def test_similarity_of_sites(name: str) -> None:
         np.testing.assert_allclose(grid.reshape(expected.shape), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("r1", "r2"),
     [(9, 4), *(pytest.param(*r, marks=pytest.mark.slow) for r in ((3, 2), (1, 5), (7, 6)))],
@@ -220,6 +221,7 @@ def test_similarity_with_itself() -> None:
     np.testing.assert_allclose(grid, np.ones((3, 3)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_similarity_of_what_is_not_there() -> None:
     """Directions beyond the rank overlap with none; with B = 0 there are none at all."""
     a = jax.random.normal(jax.random.key(0), (8, 2))
@@ -254,6 +256,7 @@ def test_amplification(name: str) -> None:
         np.testing.assert_allclose(function(*pair, rank), expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_amplification_at_the_limits() -> None:
     """0 for ΔW = 0, infinite for W = 0; directions beyond the rank of ΔW add nothing."""
     x, w = site("dense"), weight("dense")
@@ -311,6 +314,7 @@ def test_intruders(name: str) -> None:
                 np.testing.assert_array_equal(jitted(*pair, k, threshold), cosines < threshold)
 
 
+@pytest.mark.slow
 def test_intruders_at_the_limits() -> None:
     """None for ΔW = 0; all directions that there are for W = 0, or where W has nothing."""
     x, w = site("dense"), weight("dense")

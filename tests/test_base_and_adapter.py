@@ -35,11 +35,6 @@ def setup() -> tuple[Any, Any]:
     return base, jax.tree.map(lambda x: x + 0.3, adapter)
 
 
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
-
-
 # ------------------------------------------------------------------------------ the empty adapter
 
 
@@ -174,31 +169,3 @@ def test_names_without_slashes_keep_their_draw() -> None:
 
 
 # ------------------------------------------------------------------------- ΔW twice, and by halves
-
-
-def change(base: Any, adapter: Any) -> np.ndarray:
-    """ΔW of the one low-rank site."""
-    return np.asarray(jlora.merge(base, adapter)["body"]["w"] - base["body"]["w"])
-
-
-def test_merged_parameters_are_a_base() -> None:
-    """As `merge` says: with its adapter ΔW counts twice, with the empty one it counts once."""
-    base, adapter = setup()
-    merged = jlora.merge(base, adapter)
-    np.testing.assert_allclose(change(merged, adapter), change(base, adapter), atol=1e-5)
-    once, twice = (LORA.apply(merged, a, X) for a in ({}, adapter))
-    expected = LORA.apply(base, adapter, X)
-    np.testing.assert_allclose(once, expected, atol=1e-5)
-    assert np.abs(twice - expected).max() > 0.1
-
-
-def test_scaling_an_adapter() -> None:
-    """As `LowRank` says: halving both factors quarters ΔW, halving B halves it."""
-    base, adapter = setup()
-    whole = change(base, adapter)
-    both = jax.tree.map(lambda x: x / 2, adapter)
-    np.testing.assert_allclose(change(base, both), whole / 4, atol=1e-6)
-    halve = lambda x, label: x / 2 if label == "b" else x  # noqa: E731
-    half = jax.tree.map(halve, adapter, jlora.labels(adapter))
-    np.testing.assert_allclose(change(base, half), whole / 2, atol=1e-6)
-    assert half["head"] is adapter["head"]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from bench import tpu, traffic
 from jax.sharding import PartitionSpec
+from small import some
 
 import jlora
 
@@ -26,7 +27,10 @@ LIMITS = [
 step = functools.cache(tpu.step)
 
 
-@pytest.mark.parametrize(("layer", "limit"), LIMITS)
+@pytest.mark.parametrize(
+    ("layer", "limit"),
+    [pytest.param(*x, marks=[] if x in LIMITS[1:3] else pytest.mark.slow) for x in LIMITS],
+)
 def test_all_linear(layer, limit):
     floor, plain, ours = (step(layer, "v5e", form, 8) for form in ("floor", "plain", "jlora"))
     assert ours.size <= limit * floor.size
@@ -42,7 +46,7 @@ def test_a_layer_of_llama_7b():
     assert ours.moved <= 0.99 * plain.moved
 
 
-@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("rank", some([8, 64], 64))
 def test_merging_forms_no_delta(rank):
     """Of many leaves, in place: each is read and written once, and no other array of its size."""
     mesh, n = tpu.mesh_for("v5e:2x2", (1, 1)), 8192  # too large for the core's own memory
@@ -56,6 +60,7 @@ def test_merging_forms_no_delta(rank):
     assert traffic.main_memory(merge.as_text()) == pytest.approx(2 * 4 * 2 * n * n, rel=0.02)
 
 
+@pytest.mark.slow
 def test_query_and_value():
     floor, ours = (step(tpu.SMALL, "v5e", *form) for form in (["floor"], ["jlora", 8, r"[qv]"]))
     assert ours.size <= 1.08 * floor.size

@@ -293,18 +293,18 @@ def campaign(
 
 
 @pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_configurations(count: int, tmp_path: Folder) -> None:
     assert 0 < campaign(range(count), tmp_path, lie_in_config, False) < count
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [80, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_indices(count: int, tmp_path: Folder) -> None:
     assert 0 < campaign(range(count), tmp_path, lie_in_index, True) < count
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_orbax(count: int, tmp_path: Folder, saved: Any) -> None:
     folder, base, adapter = saved
     right = 0

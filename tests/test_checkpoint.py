@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import random
 import re
 import shutil
 import time
@@ -21,21 +20,16 @@ import orbax.checkpoint as ocp
 import pytest
 from cases import CASES
 from laws import make
+from small import some
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint
 from jlora._rules import matches
 
-# One case of each subject for every day; in the long run whole models, and those whose trees are
-# like the trees of others.
-LIKE_OTHERS = ("linen_jit", "linen_scan_with_batch_norm", "nnx_rnn_simple", "nnx_fused_qkv")
-DAILY = [
-    case
-    for case in {case.subject: case for case in CASES if case.subject != "model"}.values()
-    if case.name not in LIKE_OTHERS
-]
+# Every day; in the long run all.
+DAILY = ("nnx_scan_only_up", "stacked_with_factors_of_two_dtypes", "tree_with_integers_and_scalars")
 TABLE = [
-    pytest.param(case, id=case.name, marks=[] if case in DAILY else [pytest.mark.slow])
+    pytest.param(case, id=case.name, marks=[] if case.name in DAILY else [pytest.mark.slow])
     for case in CASES
 ]
 RULES = (
@@ -141,7 +135,9 @@ def test_dropout_and_materialize_are_those_of_like(saved):
     assert_equal(checkpoint.restore(path, like=like), like)
 
 
-@pytest.mark.parametrize("form", ["root", "frozen", "dots", "names", "many", "scalar"])
+@pytest.mark.parametrize(
+    "form", some(["root", "frozen", "dots", "names", "many", "scalar"], "frozen", "names")
+)
 def test_any_tree_comes_back(form, tmp_path):
     _, adapter = made()
     many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), adapter)
@@ -174,7 +170,7 @@ def test_a_foreign_initializer_keeps_its_name_and_says_so(tmp_path):
     assert checkpoint.read(tmp_path / "b").rules == (rule,)
 
 
-@pytest.mark.parametrize("kind", ["inputs", "gradient"])
+@pytest.mark.parametrize("kind", some(["inputs", "gradient"], "gradient"))
 def test_a_start_from_a_sketch_says_that_it_needs_one(kind, tmp_path):
     """Of this format, and of the one before, which had the name of a function in it."""
     name = {"inputs": "eva", "gradient": "lora_ga"}[kind]
@@ -528,44 +524,7 @@ def test_a_pattern_of_before_is_not_tried(tmp_path):
     assert [rule.pattern for rule in read] == [f".*(?:{pattern}).*" for pattern in hostile]
 
 
-def damage(path: pathlib.Path, how: str, rng: random.Random) -> None:
-    """Deletes, empties or cuts a file, or flips a bit of it."""
-    content = bytearray(path.read_bytes())
-    if how == "delete":
-        path.unlink()
-    elif how == "flip":
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        path.write_bytes(content)
-    else:
-        path.write_bytes(content[: 0 if how == "empty" else len(content) // 2])
-
-
-def check_damage(saved: Any, tmp_path: pathlib.Path, how: str, times: int) -> int:
-    """Damages file after file: an error that names the folder, or the right adapter."""
-    path, _, adapter = saved
-    rng, refused = random.Random(0), 0
-    for file in sorted(f.relative_to(path) for f in path.rglob("*") if f.is_file()):
-        for _ in range(times):
-            copy = shutil.copytree(path, tmp_path / "copy")
-            damage(copy / file, how, rng)
-            try:
-                assert_equal(checkpoint.restore(copy), adapter)
-            except ValueError as e:
-                refused += 1
-                assert str(e).startswith("`path`: ")
-                assert str(copy) in str(e)
-            shutil.rmtree(copy)
-    return refused
-
-
-@pytest.mark.parametrize(
-    "how", ["delete", pytest.param("empty", marks=pytest.mark.slow), "cut", "flip"]
-)
-def test_a_damaged_checkpoint_is_refused_or_right(saved, tmp_path, how):
-    assert check_damage(saved, tmp_path, how, times=1) >= 3
-
-
-@pytest.mark.parametrize("content", ["sparse", "values"])
+@pytest.mark.parametrize("content", some(["sparse", "values"], "sparse"))
 def test_what_describes_arrays_is_bounded(saved, tmp_path, content):
     """A file of 3 GiB, or of millions of values, is refused before it is read or parsed."""
     path, base, _ = saved
@@ -586,8 +545,3 @@ def test_what_describes_arrays_is_bounded(saved, tmp_path, content):
             folders[folder](folder)
         assert time.process_time() - start < 1
         file.write_bytes(before)
-
-
-@pytest.mark.slow
-def test_a_thousand_flipped_bits_are_refused_or_right(saved, tmp_path):
-    assert check_damage(saved, tmp_path, "flip", times=70) > 100

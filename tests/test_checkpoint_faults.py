@@ -150,6 +150,7 @@ def test_a_hundred_kills(tmp_path):
     kill_and_resume(Run(tmp_path, steps=100), kills=100, rng=random.Random(1))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_then_preempted_goes_on_as_if_it_had_not_been(run, capsys):
     """On SIGTERM it saves and stops; it has its folder alone."""
     process = run.start("endless", "--steps=100000", *OFTEN)
@@ -254,6 +255,7 @@ for round in range(8):
 """
 
 
+@pytest.mark.slow
 def test_of_two_writers_of_one_folder_one_is_told(tmp_path):
     writers = [
         subprocess.Popen(

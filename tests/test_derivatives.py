@@ -1,6 +1,5 @@
 """Derivatives, platforms, pickles: what a transformed function is beside its values."""
 
-import itertools
 import pickle
 
 import jax
@@ -59,14 +58,12 @@ def one_product_by_row(p, x):
 
 
 LAYERS = [two_layers, scanned, scanned_and_computed_again, row_by_row, one_product_by_row]
-DAILY = [(scanned, jnp.float32, True), (row_by_row, jnp.bfloat16, True)]
-OF_LAYERS = [
-    pytest.param(*row, marks=[] if row in DAILY else [pytest.mark.slow])
-    for row in itertools.product(LAYERS, [jnp.float32, jnp.bfloat16], [True, False])
-]
 
 
-@pytest.mark.parametrize(("model", "dtype", "compiled"), OF_LAYERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("model", LAYERS)
 def test_every_order_in_both_modes(model, dtype, compiled):
     """Up to second derivatives of two layers, in one program or eagerly."""
     draw = np.random.default_rng(0).standard_normal

@@ -3,7 +3,7 @@
 import devices
 import pytest
 
-PROCESSES = 2
+PROCESSES = 1
 FILES = sorted(str(x.relative_to(devices.TESTS)) for x in devices.TESTS.rglob("*_on_devices.py"))
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small import raw
 
 import jlora
 
@@ -31,11 +32,6 @@ def step(tx: Any, params: Any, steps: int = 1) -> tuple[Any, Any]:
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
     return params, state
-
-
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def group(params: Any) -> Any:
@@ -105,7 +101,10 @@ def refusal(paths: str) -> str:
 
 def test_keys_in_the_base() -> None:
     """`optax.apply_updates` cannot add to a key, so `init` says it, also of shapes."""
-    params, tx = setup(rngs={"key": KEY}), jlora.optimizer(optax.adam(1e-3), lora_plus=4)
+    params, tx = (
+        setup(rngs={"key": KEY}),
+        jlora.optimizer(optax.adam(1e-3)),
+    )
     for init in (tx.init, lambda p: jax.eval_shape(tx.init, p), jax.jit(tx.init)):
         with pytest.raises(TypeError, match=refusal("base/rngs/key")):
             init(params)

@@ -48,7 +48,12 @@ PAGES = [page for page in PAGES if blocks(page)]
 LOOPS = [page for page in PAGES if page.startswith("loops/")]
 # To import or to compile.
 SLOW = {f"loops/{page}" for page in ("grpo", "haiku", "keras", "remat", "tokens")}
-SLOW |= {"adapters", "rules"}
+SLOW |= {
+    "adapters",
+    "rules",
+    "pods",
+    *(f"loops/{page}" for page in ("equinox", "evaluation", "nnx")),
+}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES
@@ -413,6 +418,7 @@ def test_checkpoints_are_loaded_like(case, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_orbax_goes_on(tmp_path, monkeypatch):
     """To the losses of a run that was not stopped, bit for bit."""
     whole = run("loops/orbax")

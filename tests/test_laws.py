@@ -5,20 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 import laws
 import pytest
-from cases import ALIKE, CASES, SUBJECTS, Case
+from cases import CASES, EVERY_DAY, Case
 
-
-def some() -> set[str]:
-    """One in 48 of each subject but whole models; a scan and a `shard_map`."""
-    found = {
-        case.name
-        for subject in SUBJECTS.keys() - {"model"}
-        for case in [c for c in CASES if c.subject == subject and not c.slow][::48]
-    }
-    return found | {"scan_layers", "shard_map_outputs"}
-
-
-DAILY = some()  # all laws for every day
+# All laws every day.
+DAILY = ("matmul", "conv_nchw", "experts_einsum", "scan_layers", "linen_dense")
 
 
 def entry(case: Case, dtype: Any, every_law: bool, slow: bool) -> Any:
@@ -30,14 +20,14 @@ def entry(case: Case, dtype: Any, every_law: bool, slow: bool) -> Any:
 def entries(case: Case) -> list[Any]:
     """Every law in float32, and that adapted is merged in the widest dtype: every day one of them.
 
-    Where float64 holds to 1e-10, float32 is the same program. Of cases of one kind some are daily.
+    Where float64 holds to 1e-10, float32 is the same program. Other cases are for the long run.
     """
     daily = case.name in DAILY
     all_laws = entry(case, jnp.float32, True, slow=not daily)
     if daily and not case.float64:
         return [all_laws]
     widest = jnp.float64 if case.float64 else jnp.float32
-    long = case.slow or daily or case.name in ALIKE
+    long = case.slow or daily or case.name not in EVERY_DAY
     return [all_laws, entry(case, widest, False, slow=long)]
 
 

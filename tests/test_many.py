@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from cases import CASES, SUBJECTS, Case
+from small import some
 
 import jlora
 from jlora import many
@@ -27,7 +28,7 @@ def is_routed(case: Case) -> bool:
     return case.sites > 0 and case.jit and case.vmap and case.subject != "model"
 
 
-LATER = ("dense", "call", "tree", "nnx", "no_site")  # subjects of the long run
+DAILY = ("convolution", "experts")  # subjects
 
 
 def table() -> list[Any]:
@@ -37,7 +38,7 @@ def table() -> list[Any]:
         cases = [c for c in CASES if c.subject == subject and is_routed(c)]
         for i, case in enumerate(cases):
             for k, form in enumerate(FORMS):
-                daily = not (case.slow or i or (n + k) % 2 or subject in LATER)
+                daily = not (case.slow or i or (n + k) % 2) and subject in DAILY
                 marks = [] if daily else [pytest.mark.slow]
                 rows.append(pytest.param(case, form, id=f"{case.name}-{form}", marks=marks))
     return rows
@@ -102,7 +103,7 @@ def made(
 
 X = jnp.asarray(normal(np.random.default_rng(5), 6, 5, 64))
 IDS = (2, 0, -1, 1, 0, 2)
-each_form = pytest.mark.parametrize("form", [None, *FORMS])
+each_form = pytest.mark.parametrize("form", some([None, *FORMS], None))
 
 
 compiled = functools.cache(jax.jit)  # one program for each function
@@ -149,6 +150,7 @@ def one_by_one(ids: tuple[int, ...]) -> tuple[Any, jax.Array]:
     return slope(lambda adapters: alone(loss, made(full=False)[1], adapters, ids))
 
 
+@pytest.mark.slow
 @each_form
 def test_a_loss_is_one_for_each_row(form: str | None) -> None:
     """With its gradients: each adapter's from its own rows."""
@@ -180,10 +182,10 @@ def test_tables_of_other_methods_are_for_vmap_alone() -> None:
     close(lora.apply(base, many.take(table, 1), X), X @ base["w"])
 
 
-ALIKE = pytest.param((0, 0, 1, 1, 2, 2), marks=pytest.mark.slow)
+RUNS = [(0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (1,) * 6, IDS]
 
 
-@pytest.mark.parametrize("ids", [ALIKE, (0, 0, 0, 0, 1, 1), (1,) * 6, IDS])
+@pytest.mark.parametrize("ids", some(RUNS, RUNS[1]))
 def test_runs_of_known_ids_are_batches(ids: tuple[int, ...]) -> None:
     lora, base, adapters = made()
     seen = []
@@ -259,18 +261,7 @@ def test_only_the_base_for_minus_one_to_the_bit() -> None:
         close(y, model(base, X))
 
 
-def test_rows_without_a_slot_are_nan() -> None:
-    lora, base, adapters = made(full=False)
-    for form in FORMS:
-        f = jax.jit(many.route(lora.apply, form=form))
-        y = f(base, many.stack(adapters), jnp.array([0, 3, -1, -2, 1, 2]), X)
-        assert np.isnan(y).all((1, 2)).tolist() == [False, True, False, True, False, False]
-
-
-INTEGERS = [
-    x if x in ("int8", "uint8", "uint32", "int64") else pytest.param(x, marks=pytest.mark.slow)
-    for x in (f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64))
-]
+INTEGERS = some([f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)], "int8")
 
 
 def numbered(count: int) -> tuple[Any, Any, Any]:
@@ -306,6 +297,7 @@ def test_ids_may_be_integers_of_any_dtype(dtype: str, form: str) -> None:
                 routed(base, table, none, jnp.ones((3, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_slots_may_be_integers_of_any_dtype(dtype: str) -> None:
     """Of `take`, `insert`, `remove`, `stop` and `restart`, known or traced."""
@@ -349,10 +341,10 @@ USES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("bad", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bad", some([np.nan, np.inf], np.nan))
 @pytest.mark.parametrize("factor", "ab")
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", some(USES, "dense", "both"))
 def test_isolation_is_as_stated(use: str, form: str, factor: str, bad: float) -> None:
     """What a value that is not finite does to rows that do not name its slot."""
     model, first = USES[use]
@@ -509,65 +501,41 @@ def test_errors_name_the_argument() -> None:
     stacked = many.stack(adapters, base=base)
     slotted, low = many.stack([{"w": SLOTTED}]), many.stack([{"w": node(2, dtype=jnp.bfloat16)}])
     call, prepared = many.route(lora.apply), many.prepare(stacked, form="side by side")
-    for f, error, message in [
-        (lambda: many.stack([]), TypeError, r"`adapters` must be a list of adapters.*got an empty"),
-        (lambda: many.stack(adapters, size=2), ValueError, r"`size` must be at least the 3 adapt"),
-        (
-            lambda: many.stack(adapters, rank=2, base=base),
-            ValueError,
-            r"  v: has the rank 3, above",
-        ),
-        (lambda: many.stack([adapters[0], {}]), ValueError, r"  c: is trained in full, so that a"),
-        (lambda: many.insert(stacked, 3, {}), ValueError, r"`slot` must lie in \[0, 3\).*got 3"),
-        (lambda: many.take(stacked, -1), ValueError, r"`slot` must lie in \[0, 3\).*got -1"),
-        (lambda: many.remove(stacked, 0), ValueError, r"  c: is trained in full.*\nGive `base`"),
-        (
-            lambda: many.take(adapters[0], 0),
-            TypeError,
-            r"`table` must be an adapter with a leading",
-        ),
-        (
-            lambda: many.insert(slotted, 0, {"w": node(1)}),
-            ValueError,
-            r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n",
-        ),
-        (
-            lambda: many.route(lora.apply, form="gathered")(base, prepared, jnp.array(IDS), X),
-            ValueError,
-            r"`form` is 'gathered', but `table` was prepared side by side: give the table from sta",
-        ),
-        (
-            lambda: many.remove(stacked, 0, base=base | {"c": jnp.ones(5)}),
-            ValueError,
-            r"  c: expected shape \(5,\) as in `base`, got \(4,\)",
-        ),
-        (
-            lambda: many.insert(low, 0, {"w": node(1)}),
-            ValueError,
-            "  w: is of float32, where the table has bfloat16",
-        ),
-        (lambda: many.route(lora.apply, form="x"), ValueError, r"`form` must be one of 'side by s"),
-        (
-            lambda: call(base, stacked, jnp.ones(6), X),
-            TypeError,
-            r"`ids` must be integers of shape",
-        ),
-        (
-            lambda: call(base, stacked, [0, 1], X),
-            ValueError,
-            r"argument \[0\]\[0\] after `ids` must",
-        ),
-        (lambda: call(base, stacked, [0] * 5 + [3], X), ValueError, r"`ids` must lie in \[-1, 3\)"),
-        (
-            lambda: many.route(lambda *a: lora.apply(*a)[0])(base, stacked, jnp.array(IDS), X),
-            ValueError,
-            r"result of `apply` must have the rows along its axis 0, or no axis; got float32\[5,",
-        ),
-        (
-            lambda: call({"w": X}, stacked, jnp.array(IDS), X),
-            ValueError,
-            "does not fit `base` at 3",
-        ),
-    ]:
-        with pytest.raises(error, match=f"(?s){message}"):
-            f()
+    table = {
+        TypeError: {
+            r"`adapters` must be a list of adapters.*got an empty": lambda: many.stack([]),
+            r"`table` must be an adapter with a leading": lambda: many.take(adapters[0], 0),
+            r"`ids` must be integers of shape": lambda: call(base, stacked, jnp.ones(6), X),
+        },
+        ValueError: {
+            r"`size` must be at least the 3 adapt": lambda: many.stack(adapters, size=2),
+            r"  v: has the rank 3, above": lambda: many.stack(adapters, rank=2, base=base),
+            r"  c: is trained in full, so that a": lambda: many.stack([adapters[0], {}]),
+            r"`slot` must lie in \[0, 3\).*got 3": lambda: many.insert(stacked, 3, {}),
+            r"`slot` must lie in \[0, 3\).*got -1": lambda: many.take(stacked, -1),
+            r"  c: is trained in full.*\nGive `base`": lambda: many.remove(stacked, 0),
+            r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n": lambda: many.insert(
+                slotted, 0, {"w": node(1)}
+            ),
+            r"`form` is 'gathered', but `table` was prepared side by side: give the": (
+                lambda: many.route(lora.apply, form="gathered")(base, prepared, jnp.array(IDS), X)
+            ),
+            r"  c: expected shape \(5,\) as in `base`, got \(4,\)": lambda: many.remove(
+                stacked, 0, base=base | {"c": jnp.ones(5)}
+            ),
+            "  w: is of float32, where the table has bfloat16": lambda: many.insert(
+                low, 0, {"w": node(1)}
+            ),
+            r"`form` must be one of 'side by s": lambda: many.route(lora.apply, form="x"),
+            r"argument \[0\]\[0\] after `ids` must": lambda: call(base, stacked, [0, 1], X),
+            r"`ids` must lie in \[-1, 3\)": lambda: call(base, stacked, [0] * 5 + [3], X),
+            r"result of `apply` must have the rows along its axis 0, or no axis; got ": (
+                lambda: many.route(lambda *a: lora.apply(*a)[0])(base, stacked, jnp.array(IDS), X)
+            ),
+            "does not fit `base` at 3": lambda: call({"w": X}, stacked, jnp.array(IDS), X),
+        },
+    }
+    for error, found in table.items():
+        for message, provoke in found.items():
+            with pytest.raises(error, match=f"(?s){message}"):
+                provoke()

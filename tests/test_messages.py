@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from small import NO_ARRAY, exactly
 
 import jlora
 from jlora import Full, LoRA
@@ -29,11 +29,6 @@ def dense(params: Any, x: jax.Array) -> jax.Array:
 
 
 W = {"w": jnp.arange(12.0).reshape(4, 3)}
-
-
-def exactly(message: str) -> str:
-    """A pattern for `message` as a whole, with or without JAX's note on tracebacks."""
-    return r"\A" + re.escape(message) + r"(\n-+\nFor simplicity, JAX has removed .*)?\Z"
 
 
 # ------------------------------------------------------------------- a bound tree without `wrap`
@@ -106,22 +101,28 @@ USES: dict[str, Callable[[Any], Any]] = {
     "sum": lambda w: w + 1,
     "difference": lambda w: 1 - w,
     "norm": lambda w: jnp.linalg.norm(w),
+    "transpose": lambda w: jnp.transpose(w),
     "asarray": lambda w: jnp.asarray(w),
     "numpy.asarray": lambda w: np.asarray(w),
 }
 
 
 @pytest.mark.parametrize("use", list(USES))
-def test_bound_leaf_is_no_array(use: str) -> None:
-    """However a model takes hold of a weight."""
-    with pytest.raises(TypeError, match=exactly(BOUND)):
-        USES[use](bound(dense, W, X)["w"])
+def test_leaf_is_no_array(use: str) -> None:
+    """However a model takes hold of a weight that is bound, or quantized to 8 bits or 4."""
+    leaves = {BOUND: [bound(dense, W, X)["w"]], NO_ARRAY: []}
+    for scheme, w in ((jlora.Int8("w"), W), (jlora.NF4("w"), {"w": jnp.ones((4, 64))})):
+        leaves[NO_ARRAY] += [jlora.quantize(w, scheme)["w"]] * (use != "lax.dot")
+    for message, found in leaves.items():
+        for leaf in found:
+            with pytest.raises(TypeError, match=exactly(message)):
+                USES[use](leaf)
 
 
 def test_bound_leaf_has_no_attributes_of_an_array() -> None:
     """`w.T`, `w.shape`; and what asks politely, as `hasattr` and copies do, gets an answer."""
     leaf = bound(dense, W, X)["w"]
-    with pytest.raises(AttributeError, match=exactly(f"Adapted has no attribute 'T'. {BOUND}")):
+    with pytest.raises(AttributeError, match=exactly(f"Adapted has no attribute 'T': {BOUND}")):
         leaf.T  # noqa: B018
     assert not hasattr(leaf, "shape")
     for same in (copy.deepcopy(leaf), pickle.loads(pickle.dumps(leaf))):

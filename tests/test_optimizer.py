@@ -16,6 +16,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
+from small import raw
 
 import jlora
 
@@ -114,9 +115,16 @@ def small() -> Setup:
     return setup()
 
 
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf, so that zeros of different signs differ."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+def frozen_a(tree: Any) -> Any:
+    """A tree of nodes whose A is not trained, as that of a rule with `frozen=("a",)`."""
+    is_node = lambda x: isinstance(x, jlora.types.LowRank)  # noqa: E731
+    freeze = lambda x: x._replace(frozen=("a",)) if is_node(x) else x  # noqa: E731
+    return jax.tree.map(freeze, tree, is_leaf=is_node)
+
+
+def with_lora_plus(tx: Any, ratio: Any = 4) -> Any:
+    """`tx`, with another learning rate for B."""
+    return jlora.optimizer(optax.chain(tx, jlora.lora_plus(ratio)))
 
 
 def size(tree: Any) -> int:
@@ -184,8 +192,9 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
 def test_base_is_unchanged_after_100_steps(dtype: Any, freeze_a: bool) -> None:
     """Under weight decay, clipping and LoRA+, compiled, every byte; every adapter leaf moves."""
     s = setup(param_dtype=dtype)
+    s = s._replace(adapter=frozen_a(s.adapter)) if freeze_a else s
     tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, weight_decay=0.1))
-    tx = jlora.optimizer(tx, lora_plus=16, freeze_a=freeze_a)
+    tx = with_lora_plus(tx, 16)
     state = TrainState.create(apply_fn=s.model.apply, params=s.tree("params"), tx=tx)
 
     @jax.jit
@@ -199,13 +208,8 @@ def test_base_is_unchanged_after_100_steps(dtype: Any, freeze_a: bool) -> None:
     assert raw(state.params.base) == raw(s.base)
     assert np.signbit(np.asarray(s.base["params"]["layers"]["up"]["kernel"][..., 0])).all()
     moved = jax.tree.map(lambda x, y: bool(np.all(x != y)), state.params.adapter, s.adapter)
-    where = jlora.labels(s.adapter)
-    jax.tree.map(lambda m, name: _check_moved(m, name, freeze_a), moved, where)
+    assert moved == jlora.mask(s.adapter)
     assert s.loss(state.params.adapter, s.base, s.batch) < s.loss(s.adapter, s.base, s.batch)
-
-
-def _check_moved(moved: bool, name: str, freeze_a: bool) -> None:
-    assert moved == (name != "a" or not freeze_a)
 
 
 @pytest.mark.parametrize("fill", [jnp.nan, pytest.param(1e30, marks=pytest.mark.slow)])
@@ -221,21 +225,19 @@ def test_gradients_of_the_base_do_not_matter(small: Setup, fill: float) -> None:
 
 def test_frozen_a_is_not_in_the_clipping_norm(small: Setup) -> None:
     """What is frozen has no part in the norm of what is trained."""
-    tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
-    [grads] = some_grads(small, 1)
-    tx = jlora.optimizer(tx, freeze_a=True)
-    updates, _ = tx.update(grads, tx.init(small.adapter), small.adapter)
+    tx = jlora.optimizer(optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0)))
+    grads, adapter = map(frozen_a, (*some_grads(small, 1), small.adapter))
+    updates, _ = tx.update(grads, tx.init(adapter), adapter)
     np.testing.assert_allclose(norm(updates), 1e-3, rtol=1e-5)
 
 
 def test_frozen_updates_are_negative_zero(small: Setup) -> None:
     """Adding the other zero would turn -0.0 into 0.0."""
-    tx = jlora.optimizer(optax.adamw(1e-2), freeze_a=True)
-    params = small.tree("params")
+    tx = jlora.optimizer(optax.adamw(1e-2))
+    params = frozen_a(small.tree("params"))
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    frozen = jax.tree.map(lambda u, m: m in ("a", "base"), updates, jlora.labels(params))
-    for u, is_frozen in zip(jax.tree.leaves(updates), jax.tree.leaves(frozen), strict=True):
-        assert bool(jnp.all((u == 0) & jnp.signbit(u))) == is_frozen
+    for u, moves in zip(*map(jax.tree.leaves, (updates, jlora.mask(params))), strict=True):
+        assert bool(jnp.all((u == 0) & jnp.signbit(u))) != moves
 
 
 # ----------------------------------------------------------------------------- state and memory
@@ -245,18 +247,18 @@ def test_frozen_updates_are_negative_zero(small: Setup) -> None:
 @pytest.mark.parametrize("freeze_a", [False, True])
 def test_moments_are_two_trees_of_what_is_trained(small: Setup, form: str, freeze_a: bool) -> None:
     """Nothing in the state of Adam stands for the base, nor for a frozen A."""
-    tx = jlora.optimizer(optax.adamw(1e-2), lora_plus=4, freeze_a=freeze_a)
-    state = tx.init(small.tree(form))
-    leaves, names = map(jax.tree.leaves, (small.adapter, jlora.labels(small.adapter)))
-    kept = [name != "a" or not freeze_a for name in names]
+    tx = with_lora_plus(optax.adamw(1e-2))
+    adapter = frozen_a(small.adapter) if freeze_a else small.adapter
+    tree = adapter if form == "adapter" else jlora.Params(small.base, adapter)
+    state = tx.init(tree)
+    leaves, kept = map(jax.tree.leaves, (adapter, jlora.mask(adapter)))
     trained = [x.shape for x in itertools.compress(leaves, kept)]
     moments = [x.shape for x in jax.tree.leaves(state) if x.ndim]
     assert sorted(moments) == sorted(2 * trained)
     if not freeze_a:
         assert 0 <= size(state) - 2 * jlora.summary(small.base, small.adapter).trainable_bytes <= 16
-    assert jax.tree.map(jnp.shape, jax.eval_shape(tx.init, small.tree(form))) == jax.tree.map(
-        jnp.shape, state
-    )
+    shapes = jax.eval_shape(tx.init, tree)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, state)
 
 
 STACKS = {
@@ -290,9 +292,7 @@ def train_step(s: Setup, tx: Any, form: str) -> Any:
 def test_a_step_holds_nothing_of_the_size_of_the_base(stack: str) -> None:
     """By XLA's own account: the base once, as an argument, and no gradient or moment of it."""
     s = setup(**STACKS[stack])
-    tx = jlora.optimizer(
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), lora_plus=16
-    )
+    tx = with_lora_plus(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 16)
     base, adapter = size(s.base), size(s.adapter)
     assert adapter < base / 30
     for form in ("adapter", "params"):
@@ -330,7 +330,7 @@ def test_lora_plus_is_a_learning_rate_of_its_own_for_b(small: Setup, name: str, 
     grads = some_grads(small, 3)
     if form == "params":
         grads = [as_params(g, small.base, 1.0) for g in grads]
-    plus = jlora.optimizer(RATES[name](2**-7), lora_plus=16.0)
+    plus = with_lora_plus(RATES[name](2**-7), 16.0)
     slow, fast = (jlora.optimizer(RATES[name](rate)) for rate in (2**-7, 2**-3))
     tree = small.tree(form)
     states = [tx.init(tree) for tx in (plus, slow, fast)]
@@ -351,13 +351,33 @@ def test_freeze_a_trains_the_rest_as_before(small: Setup, form: str) -> None:
     grads = some_grads(small, 4)
     if form == "params":
         grads = [as_params(g, small.base, 1.0) for g in grads]
-    tree = small.tree(form)
-    frozen, _ = run(jlora.optimizer(optax.adamw(1e-2), lora_plus=4, freeze_a=True), tree, grads)
-    free, _ = run(jlora.optimizer(optax.adamw(1e-2), lora_plus=4), tree, grads)
+    tree, tx = small.tree(form), with_lora_plus(optax.adamw(1e-2))
+    frozen, _ = run(tx, frozen_a(tree), list(map(frozen_a, grads)))
+    free, _ = run(tx, tree, grads)
     expected = jax.tree.map(
         lambda name, old, new: old if name == "a" else new, jlora.labels(tree), tree, free
     )
     assert raw(frozen) == raw(expected)
+
+
+@FORMS
+def test_lora_plus_of_an_array(small: Setup, form: str) -> None:
+    """As of a number, in the dtype of the updates, also where it is traced."""
+    tree = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small.tree(form))
+
+    def updates(ratio: Any) -> Any:
+        tx = with_lora_plus(optax.sgd(1.0), ratio)
+        return tx.update(tree, tx.init(tree), tree)[0]
+
+    for f in (updates, jax.jit(updates)):
+        assert raw(f(jnp.asarray(16.0))) == raw(updates(16))
+
+
+@pytest.mark.parametrize("tx", [jlora.lora_plus(16), jlora.precondition(1e-6)])
+def test_what_acts_on_a_and_b_needs_an_adapter(small: Setup, tx: Any) -> None:
+    for call in (tx.init, lambda tree: tx.update(tree, optax.EmptyState(), tree)):
+        with pytest.raises(TypeError, match="acts on the A and B of an adapter, but the tree has"):
+            call(small.base)
 
 
 # ----------------------------------------------------------------------------- serialization
@@ -406,8 +426,8 @@ def test_training_goes_on_from_a_saved_state(small: Setup, form: str, through: A
     tx = optax.chain(
         optax.clip_by_global_norm(0.1), optax.adamw(optax.linear_schedule(1e-2, 0.0, 6))
     )
-    tx = jlora.optimizer(tx, lora_plus=16, freeze_a=True)
-    start = TrainState.create(apply_fn=small.model.apply, params=small.tree(form), tx=tx)
+    tx, params = with_lora_plus(tx, 16), frozen_a(small.tree(form))
+    start = TrainState.create(apply_fn=small.model.apply, params=params, tx=tx)
     expected = trained(small, form, start, 6)
     half = trained(small, form, start, 3)
     fresh = start.replace(params=jax.tree.map(jnp.zeros_like, start.params))
@@ -490,14 +510,15 @@ DAILY = {
 )
 def test_both_forms_agree_under(small: Setup, name: str, freeze_a: bool) -> None:
     """Any optax transformation trains the adapter as if it were alone."""
-    grads = some_grads(small, 4)
-    tx = jlora.optimizer(COMPOSED[name](), lora_plus=4.0, freeze_a=freeze_a)
-    alone, state = run_compiled(tx, small.adapter, grads)
+    freeze = frozen_a if freeze_a else lambda tree: tree
+    grads, adapter = list(map(freeze, some_grads(small, 4))), freeze(small.adapter)
+    tx = with_lora_plus(COMPOSED[name](), 4.0)
+    alone, state = run_compiled(tx, adapter, grads)
     wide = [as_params(g, small.base, 7.0) for g in grads]
-    both, wide_state = run_compiled(tx, small.tree("params"), wide)
+    both, wide_state = run_compiled(tx, jlora.Params(small.base, adapter), wide)
     assert_close(both.adapter, alone)
     assert raw(both.base) == raw(small.base)
-    assert raw(alone) != raw(small.adapter)
+    assert raw(alone) != raw(adapter)
     assert size(wide_state) == size(state)
 
 
@@ -507,7 +528,7 @@ def test_an_injected_rate_can_be_changed(small: Setup, form: str) -> None:
     [grads] = some_grads(small, 1)
     if form == "params":
         grads = as_params(grads, small.base, 1.0)
-    make = lambda rate: jlora.optimizer(optax.sgd(rate), lora_plus=2)  # noqa: E731
+    make = lambda rate: with_lora_plus(optax.sgd(rate), 2)  # noqa: E731
     tx = optax.inject_hyperparams(make)(rate=0.5)
     state = tx.init(small.tree(form))
     before, state = tx.update(grads, state, small.tree(form))

@@ -26,7 +26,6 @@ NOT_A_GAIN = {
     "padded",
     "concatenate_inputs",
     "weight_times_weight",
-    "weights_multiplied",
     "weights_multiplied_with_one_repeated",
     "two_weights_meet_along_a_new_axis",
     "linen_attention_bfloat16",
@@ -39,6 +38,9 @@ NOT_A_GAIN = {
 def own_rules(case: Case, method: type) -> tuple[Any, ...]:
     """The rules of a case with `LoRA` replaced."""
     return tuple(method(r.pattern) if isinstance(r, jlora.LoRA) else r for r in case.rules)
+
+
+LATER = ("dense", "call", "tree", "nnx", "no_site", "lookup", "jit")  # subjects of the long run
 
 
 def is_for(case: Case, method: type) -> bool:
@@ -63,7 +65,7 @@ def table() -> list[Any]:
             cases = [c for c in CASES if c.subject == subject and is_for(c, method)]
             for i, case in enumerate(cases):
                 name = f"{method.__name__}-{case.name}"
-                daily = not (case.slow or i or (n + k) % 2)
+                daily = not (case.slow or i or (n + k) % 2) and subject not in LATER
                 every_law = not daily or subject in ("product", "experts")
                 marks = [] if daily else [pytest.mark.slow]
                 rows.append(pytest.param(case, method, every_law, id=name, marks=marks))

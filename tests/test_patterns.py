@@ -58,8 +58,8 @@ def take_by_rules(*rules: Any, use: Callable[[Any], Any] = lambda w: X @ w) -> l
 
 def take_by_scheme(pattern: str) -> list[str]:
     """The leaves that a scheme takes."""
-    found = jlora.quantization(jlora.quantize(PARAMS, NF4(pattern)))
-    return ["/".join(entry.path) for entry in found.leaves]
+    found = jlora.summary(jlora.quantize(PARAMS, NF4(pattern)))
+    return ["/".join(entry.path) for entry in found.quantized]
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def slope(model: Model, params: Any, x: jax.Array):
     ("scan", "gelu"),
     [
         pytest.param(True, True, id="scan-gelu"),
-        pytest.param(False, False, id="plain-gated"),
+        pytest.param(False, False, id="plain-gated", marks=pytest.mark.slow),
         pytest.param(True, False, id="scan-gated", marks=pytest.mark.slow),
         pytest.param(False, True, id="plain-gelu", marks=pytest.mark.slow),
     ],

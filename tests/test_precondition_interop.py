@@ -46,7 +46,7 @@ def test_ten_steps_of_regression(name: str) -> None:
     def loss(adapter: Any) -> jax.Array:
         return ((lora.apply(base, adapter, x.numpy()) - y.numpy()) ** 2).mean()
 
-    tx = jlora.optimizer(own, precondition=DAMPING)
+    tx = jlora.optimizer(optax.chain(jlora.precondition(DAMPING), own))
     state, slope = tx.init(adapter), jax.jit(jax.grad(loss))
     for _ in range(10):
         updates, state = tx.update(slope(adapter), state, adapter)

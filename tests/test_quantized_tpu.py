@@ -18,6 +18,7 @@ from chain import FORMS
 from collectives import collectives
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import some
 
 import jlora
 from jlora import NF4, LoRA, sharding
@@ -68,7 +69,7 @@ def size(tree):
     return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("form", some(FORMS, "plain", "scan+remat"))
 def test_one_weight_at_a_time(form):
     """Of the many, two at most are unpacked at once: one in use, and the next."""
     mesh, layers = tpu.mesh_for("v5e:2x2", (1, 1)), 8
@@ -120,8 +121,8 @@ def test_the_work_is_that_of_a_dense_base():
 # --------------------------------------------------------------------------------- Llama as it is
 
 
-def plans(shape, mesh, batch, scheme, *ways):
-    """`jlora.plan` of a LoRA step of one of `pod`'s models, compiled or not, as `ways` say."""
+def plan(shape, mesh, batch, scheme):
+    """`jlora.plan` of a LoRA step of one of `pod`'s models."""
     args = argparse.Namespace(shape=shape, batch=batch, length=2048)
     with nn.logical_axis_rules(pod.RULES):
         model, base, ids = pod.make_base(args, mesh)
@@ -141,10 +142,7 @@ def plans(shape, mesh, batch, scheme, *ways):
 
         operands = (loss, base, pod.placed(adapter, of_adapter), (ids,), optax.adamw(1e-4))
         with jax.set_mesh(mesh):
-            return [
-                jlora.plan(*operands, compile=way, compiler_options=HURRIED if way else None)
-                for way in ways
-            ]
+            return jlora.plan(*operands, compiler_options=HURRIED)
 
 
 def one_chip():
@@ -154,18 +152,14 @@ def one_chip():
 
 def test_7b_on_one_chip():
     """A step of 1 × 2,048 tokens fits; on a base in bfloat16, 4/5 of the memory, it does not."""
-    compiled, estimated = plans("7b", one_chip(), 1, NF4(), True, False)
+    compiled, dense = (plan("7b", one_chip(), 1, scheme) for scheme in (NF4(), None))
     assert compiled.fits
-    assert estimated.base == compiled.base
-    assert estimated.peak == pytest.approx(compiled.peak, rel=0.2)
-    [dense] = plans("7b", one_chip(), 1, None, True)
     assert dense.fits is False
     assert compiled.base < 0.31 * dense.base
 
 
+@pytest.mark.slow
 def test_70b_on_a_slice():
     """Sixteen chips of 16 GB each."""
     mesh = tpu.mesh_of("v5e:4x4", {"fsdp": 2, "tensor": 8})
-    compiled, estimated = plans("70b", mesh, 2, NF4(), True, False)
-    assert compiled.fits
-    assert estimated.peak == pytest.approx(compiled.peak, rel=0.2)
+    assert plan("70b", mesh, 2, NF4()).fits

@@ -14,10 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 import jlora
 from jlora import Full, LoRA, Rows, arithmetic, checkpoint
-from jlora import _adapters as adapters
 from jlora.types import Replaced
 
-DAILY = ("tied_embedding", "row_looked_up_under_vmap")
+DAILY = ("row_looked_up_under_vmap",)
 
 
 def tables(problem: Problem) -> list[jlora.types.Site]:
@@ -80,23 +79,6 @@ def made() -> tuple[Any, ...]:
     return lora, base, laws.randomize(adapter)
 
 
-def replaced(table: jax.Array, v: jax.Array, rows: Any = NEW) -> jax.Array:
-    """What the table is to be."""
-    return table.at[jnp.array(rows)].set(v.astype(table.dtype))
-
-
-def test_values_and_gradients_are_those_of_the_table(made: Any) -> None:
-    lora, base, adapter = made
-
-    def dense(v: jax.Array) -> jax.Array:
-        return jnp.sin(model(base | {"table": replaced(base["table"], v)}, IDS)).sum()
-
-    f = jax.value_and_grad(lambda a: jnp.sin(lora.apply(base, a, IDS)).sum())
-    value, slope = jax.jit(f)(adapter)
-    expected, of_v = jax.value_and_grad(dense)(adapter["table"].v)
-    laws.assert_close((value, slope["table"].v), (expected, of_v), 1e-5)
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_merged(dtype: Any) -> None:
     """The rows are V to one rounding of the sum, and all others the bits that they were."""
@@ -112,8 +94,8 @@ def test_merged(dtype: Any) -> None:
 @pytest.mark.parametrize(
     ("dtype", "jit"),
     [
-        (jnp.float32, False),
         (jnp.bfloat16, True),
+        pytest.param(jnp.float32, False, marks=pytest.mark.slow),
         pytest.param(jnp.float32, True, marks=pytest.mark.slow),
         pytest.param(jnp.bfloat16, False, marks=pytest.mark.slow),
     ],
@@ -170,8 +152,7 @@ def test_of_a_quantized_table_only_the_rows_are_unpacked(scheme: Any) -> None:
     base, adapter = lora.init(jax.random.key(0), params, IDS)
     rows = jlora.dequantize(params)["table"][jnp.array(NEW)]
     laws.assert_close(adapter["table"].v, rows, 1e-6)
-    lower = adapters.method_of(adapter["table"]).lower
-    jaxpr = jax.make_jaxpr(lambda w, node: lower(node, w).deltas[0].b.value)
+    jaxpr = jax.make_jaxpr(lambda w, node: node.lower(w).deltas[0].b.value)
     assert "f32[256,64]" not in str(jaxpr(base["table"], adapter["table"]))
 
 
@@ -206,9 +187,7 @@ def test_on_shapes(made: Any) -> None:
     shapes = jax.eval_shape(lambda: base)
     found = jax.eval_shape(lora.init, jax.random.key(0), shapes, IDS)[1]
     assert found["table"].v.shape == adapter["table"].v.shape
-    with pytest.raises(
-        ValueError, match=r"`params` has a shape at 'table', of which Rows\('table'"
-    ):
+    with pytest.raises(ValueError, match=r"`params` has a shape at 'table', but Rows\('table'"):
         lora.init(jax.random.key(0), shapes, IDS)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_leaves_with_path
+from small import some
 
 import jlora
 from jlora import sharding
@@ -23,9 +24,7 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 MESH = AbstractMesh(tuple(models.MESH.values()), tuple(models.MESH), (AUTO, AUTO))
 
 
-@pytest.fixture(
-    params=[pytest.param(n, marks=pytest.mark.slow if n == "linen" else ()) for n in models.MODELS]
-)
+@pytest.fixture(params=some(models.MODELS, "lists", "scanned", "experts", "nnx"))
 def model(request):
     """Each of the models; that of linen is below with its boxes, every day."""
     return models.MODELS[request.param]()
@@ -46,43 +45,42 @@ def on(mesh, base, **kwargs):
 # ----------------------------------------------------------------------------- what is right
 
 
-def test_specs_of_specs(model):
+def shapes_of(model):
+    """Shapes that carry a sharding, as for a restore or a compilation."""
+    lies = jax.tree.unflatten(
+        jax.tree.structure(model.params), jax.tree.leaves(on(MESH, model.base))
+    )
+    return jax.tree.map(
+        lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s), model.params, lies
+    )
+
+
+# What `specs` is given, and the memory that is said there.
+FORMS = {
+    "specs": (lambda model: (model.base,), None),
+    "specs and a mesh": (lambda model: (model.base, MESH), None),
+    "shardings": (lambda model: (on(MESH, model.base, memory_kind="pinned_host"),), "pinned_host"),
+    "shapes": (lambda model: (shapes_of(model),), None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_specs(model, form):
+    """Of the structure of the adapter; each keeps the mesh and the memory of W's."""
+    make, memory = FORMS[form]
     adapter = models.adapter_of(model, abstract=True)
-    found = sharding.specs(model.base, adapter)
+    base, *mesh = make(model)
+    found = sharding.specs(base, adapter, *mesh)
     assert jax.tree.structure(found) == jax.tree.structure(adapter)
+    if form != "specs":
+        leaves = jax.tree.leaves(found)
+        assert {s.mesh for s in leaves} == {MESH}
+        assert memory is None or {s.memory_kind for s in leaves} == {memory}
+        found = jax.tree.map(lambda s: s.spec, found)
     assert nodes(found) == model.expected
 
 
-def test_specs_of_shardings(model):
-    """Each keeps the mesh and the memory of W's."""
-    adapter = models.adapter_of(model, abstract=True)
-    base = on(MESH, model.base, memory_kind="pinned_host")
-    found = sharding.specs(base, adapter)
-    assert jax.tree.structure(found) == jax.tree.structure(adapter)
-    assert {(s.mesh, s.memory_kind) for s in jax.tree.leaves(found)} == {(MESH, "pinned_host")}
-    assert nodes(jax.tree.map(lambda s: s.spec, found)) == model.expected
-
-
-def test_specs_with_a_mesh(model):
-    adapter = models.adapter_of(model, abstract=True)
-    found = sharding.specs(model.base, adapter, MESH)
-    assert {s.mesh for s in jax.tree.leaves(found)} == {MESH}
-    assert nodes(jax.tree.map(lambda s: s.spec, found)) == model.expected
-
-
-def test_specs_of_shapes(model):
-    """Shapes that carry a sharding, as for a restore or a compilation."""
-    adapter = models.adapter_of(model, abstract=True)
-    base = jax.tree.map(
-        lambda w, s: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=s),
-        model.params,
-        jax.tree.unflatten(jax.tree.structure(model.params), jax.tree.leaves(on(MESH, model.base))),
-    )
-    found = sharding.specs(base, adapter)
-    assert nodes(jax.tree.map(lambda s: s.spec, found)) == model.expected
-
-
-@pytest.mark.parametrize("name", [name for name in models.MODELS if name != "nnx"])
+@pytest.mark.parametrize("name", some([n for n in models.MODELS if n != "nnx"], "scanned"))
 def test_specs_of_one_device(name):
     """Arrays of one device, without metadata: so that a script is the same there."""
     model = models.MODELS[name]()
@@ -211,11 +209,11 @@ def test_unconstrained_axes_stay_so():
     "tx",
     [
         jlora.optimizer(optax.adamw(1e-3)),
-        jlora.optimizer(optax.chain(optax.clip(1.0), optax.adam(1e-3)), freeze_a=True, lora_plus=4),
+        jlora.optimizer(optax.chain(optax.clip(1.0), optax.adam(1e-3), jlora.lora_plus(4))),
         optax.MultiSteps(optax.adam(1e-3), 2),
         optax.sgd(1e-3),
     ],
-    ids=["adamw", "freeze_a", "multisteps", "sgd"],
+    ids=["adamw", "lora_plus", "multisteps", "sgd"],
 )
 def test_moments(tx):
     """What has a parameter's path and shape lies as it does, the rest is replicated."""
@@ -362,9 +360,6 @@ def test_shardings_that_name_no_axes():
         sharding.specs(base, adapter)
 
 
-# -------------------------------------------------------------------------- on a mesh of devices
-
-
 # ------------------------------------------------------------------------------ whole along axes
 
 
@@ -381,17 +376,6 @@ def test_shardings_that_name_no_axes():
 )
 def test_replicated(spec, axes, expected):
     assert sharding.replicated({"w": spec}, *axes) == {"w": expected}
-
-
-def test_replicated_adapter(model):
-    """Of a whole adapter, with the mesh and memory kept; nothing lies along the axis any more."""
-    base = on(MESH, model.base, memory_kind="pinned_host")
-    found = sharding.specs(base, models.adapter_of(model, abstract=True))
-    whole = sharding.replicated(found, "tensor")
-    assert jax.tree.structure(whole) == jax.tree.structure(found)
-    for old, new in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
-        assert (new.mesh, new.memory_kind, len(new.spec)) == (MESH, "pinned_host", len(old.spec))
-        assert "tensor" not in str(new.spec)
 
 
 def test_replicated_along_an_axis_that_is_not_there():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from cases import CASES, SUBJECTS, Case
 from sketch_models import MODELS, Model, matrices, normal, of_all
+from small import some
 
 import jlora
 from jlora import DoRA, Full, LoRA
@@ -59,7 +60,7 @@ def whole(name: str, kind: str) -> tuple[Model, list[Any], jlora.types.Sketch]:
 once = functools.cache(whole)
 
 
-@every(MODELS, "scan", "groups")
+@every(MODELS, "groups")
 def test_inputs_are_those_of_all_batches(name: str) -> None:
     """V·diag(values²)·Vᵀ is the covariance as the model is written; V is orthonormal."""
     model, batches, found = once(name, "inputs")
@@ -90,7 +91,7 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {"/".join(path): x for path, x in jlora._tree.leaves_by_path(tree)}
 
 
-@every(MODELS, "scan", "groups")
+@every(MODELS, "groups")
 def test_gradient_is_that_of_all_batches(name: str) -> None:
     check_gradient_of(*once(name, "gradient"))
 
@@ -108,7 +109,7 @@ def case_table() -> list[Any]:
             c for c in CASES if c.subject == subject and c.sites and c.grad and c.jit and c.float64
         ]
         for i, case in enumerate(fit):
-            daily = not case.slow and not i and subject in ("lookup", "control")
+            daily = not case.slow and not i and subject == "lookup"
             slow = [] if daily else [pytest.mark.slow]
             rows.append(pytest.param(case, id=case.name, marks=slow))
     return rows
@@ -139,7 +140,8 @@ def decaying(seed: int, n: int, m: int, power: float) -> np.ndarray:
     return (u * (1 + np.arange(min(n, m))) ** -power) @ v.T
 
 
-@pytest.mark.parametrize("kind", ["inputs", "gradient"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", some(["inputs", "gradient"], "inputs"))
 def test_few_of_many(kind: str) -> None:
     """Four of 64: values to 1e-3, and the rest as a whole to a tenth."""
     x = jnp.asarray(decaying(0, 200, 64, 0.6))
@@ -159,19 +161,7 @@ def test_few_of_many(kind: str) -> None:
     assert np.linalg.svd(along[:, :4].T @ more.inputs, compute_uv=False).min() > 1 - 1e-6
 
 
-@pytest.mark.parametrize("kind", ["inputs", pytest.param("gradient", marks=pytest.mark.slow)])
-def test_weights_of_one_activation(kind: str) -> None:
-    """Whose A lie side by side."""
-    x = jnp.asarray(decaying(0, 90, 400, 0.8))
-    params = {name: normal(i, 400, 2 + i) for i, name in enumerate("qkv")}
-    loss = lambda p, x: sum(jnp.sum(jnp.sin(x @ w)) for w in p.values())  # noqa: E731
-    f = functools.partial(jlora.sketch, loss, params, LoRA(rank=1), [x], passes=12)
-    whole = dict.fromkeys(params, x - x.mean(0)) if kind == "inputs" else jax.grad(loss)(params, x)
-    for path, s in f(kind=kind).sites.items():
-        expected = np.linalg.svd(np.asarray(whole[path]), compute_uv=False)[:2]
-        np.testing.assert_allclose(s.values, expected, rtol=1e-6, err_msg=path)
-
-
+@pytest.mark.slow
 def test_the_same_key_gives_the_same() -> None:
     model = MODELS["groups"]()
     f = functools.partial(jlora.sketch, model.loss, model.params, model.rules, [model.batch(1)])
@@ -196,6 +186,7 @@ def attention(p: Any, batch: Any) -> jax.Array:
     return jnp.sum(jnp.sin(x).sum(-1) * mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["inputs", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_padding_does_not_count(kind: str) -> None:
     params = {name: normal(i, 2, WIDTH, WIDTH) for i, name in enumerate("qkv")}
@@ -211,6 +202,7 @@ def test_padding_does_not_count(kind: str) -> None:
         close(s.values, n * np.asarray(apart.sites[path].values))
 
 
+@pytest.mark.slow
 def test_inputs_in_bfloat16() -> None:
     """Counts do not round: beyond 256 tokens bfloat16 has no odd numbers."""
     x = (normal(0, 1111, 8) + 1).astype(jnp.bfloat16)
@@ -223,7 +215,7 @@ def test_inputs_in_bfloat16() -> None:
     np.testing.assert_allclose(found.values, expected, rtol=1e-2)
 
 
-@every(MODELS, "scan", "groups")
+@every(MODELS, "groups")
 def test_what_observes_changes_nothing(name: str) -> None:
     """Not the loss, nor a gradient that passes through the sites."""
     model = MODELS[name]()
@@ -239,6 +231,7 @@ def test_what_observes_changes_nothing(name: str) -> None:
 # ---------------------------------------------------------------------------- bases, meshes, memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gradient", pytest.param("inputs", marks=pytest.mark.slow)])
 def test_of_a_quantized_base(kind: str) -> None:
     """As of what its codes stand for."""
@@ -260,7 +253,7 @@ def layers_of(d: int, f: int) -> Model:
 @pytest.mark.parametrize(
     ("kind", "packed"),
     [
-        ("inputs", True),
+        pytest.param("inputs", True, marks=pytest.mark.slow),
         ("gradient", False),
         pytest.param("inputs", False, marks=pytest.mark.slow),
         pytest.param("gradient", True, marks=pytest.mark.slow),
@@ -294,7 +287,7 @@ def test_memory_is_that_of_a_training_step(kind: str, packed: bool) -> None:
 # ------------------------------------------------------------------------------------- the starts
 
 
-@every(MODELS, "groups", "fused")
+@every(MODELS, "fused")
 def test_eva(name: str) -> None:
     """A has the leading components, B is zero, the base is the user's own."""
     model, (batch, _), found = once(name, "inputs")
@@ -328,6 +321,7 @@ def test_lora_ga(name: str) -> None:
         close(b, v[:, 1:2] * values[:, 1:2, None] * b.shape[-1] ** 0.25 / 4)
 
 
+@pytest.mark.slow
 def test_lora_ga_of_more_than_there_are() -> None:
     """Singular values that a small W has not are zero."""
     params, rule, batches = LINEAR
@@ -342,6 +336,7 @@ def test_lora_ga_of_more_than_there_are() -> None:
     close(lora.apply(base, adapter, batches[0]), linear_loss(params, batches[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
 def test_a_start_leaves_the_sketch_to_the_next(start: Any, kind: str) -> None:
     """A training step that donates the adapter deletes nothing of the sketch."""
@@ -355,6 +350,7 @@ def test_a_start_leaves_the_sketch_to_the_next(start: Any, kind: str) -> None:
             x.delete()
 
 
+@pytest.mark.slow
 def test_lora_ga_on_shapes() -> None:
     """Of shapes there is nothing to subtract from."""
     model = MODELS["fused"]()
@@ -429,7 +425,7 @@ def one(**changed: Any) -> Any:
         (
             {"loss": lambda p, x: jnp.sum(p["w"][x.astype(int)] ** 2)},
             ValueError,
-            "of which 'w' has none: its inputs are numbers of rows",
+            "and 'w' has none: its inputs are numbers of rows",
         ),
         (
             {
@@ -437,7 +433,7 @@ def one(**changed: Any) -> Any:
                 "rules": LoRA("w", rank=1, materialize=True),
             },
             ValueError,
-            "of which 'w' has none: W . ΔW is formed there",
+            "and 'w' has none: W . ΔW is formed there",
         ),
     ],
 )

@@ -17,19 +17,7 @@ ROOT = pathlib.Path(jlora.__file__).parent
 FOLDERS = sorted(p.parent.name for p in ROOT.glob("*/__init__.py"))
 ROOMS = sorted(f"peft.{p.parent.name}" for p in ROOT.glob("peft/*/__init__.py"))
 # Modules of more than 300 lines, which are to become shorter.
-LONG = {
-    "_adapters._low_rank",
-    "_core._moves",
-    "_core._weight",
-    "_optimizer",
-    "_planning._estimate",
-    "_quantized._leaf",
-    "_sites",
-    "_tree",
-    "checkpoint._meta",
-    "many._route",
-    "many._table",
-}
+LONG: set[str] = set()
 GONE = {"closed_call"}  # primitives of JAX 0.10 that the newest has not
 
 

@@ -25,6 +25,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 from jax import lax
+from small import raw, some
 
 import jlora
 
@@ -43,11 +44,6 @@ def random(
     """An initializer with a B that is not zero."""
     w, a, b = jlora.initializers.kaiming_uniform(key, w, site, rule)
     return w, a, 0.3 * jax.random.normal(key, b.shape).astype(b.dtype)
-
-
-def raw(tree: Any) -> list[bytes]:
-    """The bytes of every leaf, so that zeros of different signs differ."""
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
 def kinds(tree: Any) -> Any:
@@ -245,8 +241,8 @@ def test_merging_a_fresh_adapter_keeps_every_bit(value: str, dtype: Any, rank: i
     assert raw(jlora.merge(base, adapter)) == raw({"w": w})
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("change", [jlora.merge, jlora.unmerge])
+@pytest.mark.parametrize("compiled", some([False, True], True))
+@pytest.mark.parametrize("change", some([jlora.merge, jlora.unmerge], jlora.merge))
 def test_merge_has_a_gradient_where_nothing_is_added(change: Any, compiled: bool) -> None:
     """At B = 0, where training through merged weights starts: that of W ± s·A·B."""
     s = setup()
@@ -265,7 +261,7 @@ def test_merge_has_a_gradient_where_nothing_is_added(change: Any, compiled: bool
     assert_close(loss(change), loss(plainly))
 
 
-DAILY = ((jlora.merge, 16), (jlora.merge, 17), (jlora.unmerge, 17))
+DAILY = ((jlora.merge, 16), (jlora.unmerge, 17))
 
 
 @pytest.mark.parametrize(
@@ -324,17 +320,10 @@ def test_merge_rounds_once() -> None:
     assert np.any(twice != np.asarray(merged, np.float64))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        "float32",
-        "float64",
-    ],
-)
-def test_merge_in_float64(dtype: Any) -> None:
+def test_merge_in_float64() -> None:
     """Over float64 all is in float64, also with a float32 adapter: adapted is merged to 1e-10."""
     with jax.enable_x64(True):
-        s = setup(dtype=jnp.float64, dtype_of_adapter=dtype)
+        s = setup(dtype=jnp.float64, dtype_of_adapter="float32")
         merged = jlora.merge(s.base, s.adapter)
         assert_close(s.lora.apply(s.base, s.adapter, s.x), s.f(merged, s.x), 1e-10)
         for name, w in s.base.items():
@@ -443,7 +432,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 @pytest.mark.parametrize(
     ("chosen", "base"),
     [
-        pytest.param(x, y, marks=[] if x is None or "float32" in (x, y) else pytest.mark.slow)
+        pytest.param(x, y, marks=[] if x is None or x == y == "float16" else pytest.mark.slow)
         for x in (None, *DTYPES)
         for y in DTYPES
     ],
@@ -626,58 +615,6 @@ def test_the_table_word_for_word() -> None:
         sites["heads"]
 
 
-# ---------------------------------------------------------------------------------- wrong uses
-
-
-def other_shapes(s: Setup) -> None:
-    """An adapter made for other shapes."""
-    s.lora.apply({"up": jnp.ones((6, 9)), "down": jnp.ones((9, 4))}, s.adapter, s.x)
-
-
-WRONG: dict[str, tuple[type[Exception], Any]] = {
-    "swapped": (TypeError, lambda s: s.lora.apply(s.adapter, s.base, s.x)),
-    "swapped_in_merge": (TypeError, lambda s: jlora.merge(s.adapter, s.base)),
-    "bound_twice": (TypeError, lambda s: jlora.bind(jlora.bind(s.base, s.adapter), s.adapter)),
-    "bound_in_apply": (
-        TypeError,
-        lambda s: s.lora.apply(jlora.bind(s.base, s.adapter), s.adapter, s.x),
-    ),
-    "bound_as_adapter": (TypeError, lambda s: jlora.merge(s.base, jlora.bind(s.base, s.adapter))),
-    "params": (TypeError, lambda s: jlora.merge(s.base, jlora.Params(s.base, s.adapter))),
-    "other_shapes": (ValueError, other_shapes),
-    "other_rank": (
-        ValueError,
-        lambda s: jlora.merge(s.base, {"up": s.adapter["up"]._replace(a=jnp.ones((6, 3)))}),
-    ),
-    "other_paths": (ValueError, lambda s: jlora.merge(s.base, {"sideways": s.adapter["up"]})),
-    "a_list": (ValueError, lambda s: jlora.merge(s.base, [s.adapter["up"], s.adapter["down"]])),
-    "strings": (TypeError, lambda s: jlora.merge(s.base, {"up": "up"})),
-    "labels": (TypeError, lambda s: jlora.merge(s.base, {"up": 1.0})),
-    "parameters_of_strings": (TypeError, lambda s: s.lora.init(KEY, {"up": "x"}, s.x)),
-    "not_a_rule": (TypeError, lambda s: jlora.transform(s.f, "up")),
-    "no_rules": (ValueError, lambda s: jlora.transform(s.f).init(KEY, s.params, s.x)),
-    "stacked_without_vmap": (
-        ValueError,
-        lambda s: s.lora.apply(s.base, jax.tree.map(lambda x: jnp.stack([x, x]), s.adapter), s.x),
-    ),
-    "initializer_of_other_shapes": (
-        ValueError,
-        lambda s: jlora.transform(
-            s.f, jlora.LoRA("up", init=lambda key, w, site, rule: (w, w, w))
-        ).init(KEY, s.params, s.x),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_uses_are_errors(name: str) -> None:
-    """None of them gives a number."""
-    error, call = WRONG[name]
-    with pytest.raises(error) as e:
-        call(setup())
-    assert "`" in str(e.value), "the error names the argument"
-
-
 # ------------------------------------------------------------------------ places and processes
 
 
@@ -697,25 +634,22 @@ def python(code: str, **environment: str) -> str:
     return done.stdout
 
 
+SUBMODULES = ["analysis", "arithmetic", "checkpoint", "initializers", "many", "peft", "sharding"]
+
+
 def test_import_is_light() -> None:
     """`import jlora` loads JAX and optax, and neither Flax nor Orbax nor any file format.
 
-    `jlora.peft` then loads no library of PyTorch.
+    `jlora.peft` then loads no library of PyTorch, and every submodule is there as an attribute.
     """
     heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
     code = (
         "import sys, jlora; dir(jlora), jlora.__version__; "
         f"print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "
-        "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+        "jlora.peft.Name; print({'torch', 'peft', 'transformers'} & set(sys.modules)); "
+        f"print(*[n for n in {SUBMODULES} if n not in dir(jlora) or not getattr(jlora, n)])"
     )
     assert python(code).split() == ["[]", "set()"]
-
-
-@pytest.mark.parametrize("name", ["analysis", "checkpoint", "peft", "sharding"])
-def test_a_submodule_is_an_attribute(name: str) -> None:
-    """After `import jlora` alone, as errors that say `jlora.peft.Name` have it."""
-    code = f"import jlora; print({name!r} in dir(jlora), jlora.{name}.__name__)"
-    assert python(code).split() == ["True", f"jlora.{name}"]
 
 
 def test_version() -> None:

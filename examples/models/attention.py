@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .cache import write
-from .parts import ShiftedRMSNorm, constrain, dense, rms_norm
+from .parts import Part, ShiftedRMSNorm, constrain, dense, rms_norm
 from .rope import rope
 
 
@@ -94,17 +94,13 @@ def attend(
     return jnp.einsum("bhgls,bshd->blhgd", weights, value).reshape(query.shape)
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Causal self-attention in which `heads / kv_heads` query heads share a key and a value."""
-
-    config: Any
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: Layer, tokens: Tokens) -> tuple[jax.Array, Any]:
         """Outputs (batch, length, dim), and the keys and values of the cache where there is one."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
             bias = name in c.biases

@@ -22,7 +22,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jlora import peft
 
 from . import hf, parts
-from .parts import check_length, constrain, dense, dropout, embed, layer_norm, stack
+from .parts import Part, check_length, constrain, dense, dropout, embed, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -59,6 +59,7 @@ class Config:
     attention_probs_dropout_prob: float = 0.1
     head: str = ""
     bare: bool = False
+    position_biased_input: ClassVar[bool] = True
 
     @property
     def positions(self) -> int:
@@ -69,7 +70,6 @@ class Config:
 
 _ROBERTA = {"model_type": "roberta", "pad_token_id": 1, "head": "lm"}
 SIZES = {
-    "bert-base-uncased": Config(30522, 768, 12, 12, 3072, 512, 2, 1e-12, head="lm"),
     "roberta-base": Config(50265, 768, 12, 12, 3072, 514, 1, 1e-5, **_ROBERTA),
     "roberta-large": Config(50265, 1024, 24, 16, 4096, 514, 1, 1e-5, **_ROBERTA),
 }
@@ -77,50 +77,49 @@ SIZES = {
 # ---- the model ----------------------------------------------------------------------------------
 
 
-class Embeddings(nn.Module):
-    """The sum of word, position and token type embeddings, normalized."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
+class Embeddings(Part):
+    """The sum of word, position and token type embeddings, normalized; some DeBERTas lack two."""
 
     def setup(self) -> None:
         """The tables and the norm."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         self.word = embed(c.vocab_size, c.hidden_size, "vocab", **options)
-        self.position = embed(c.max_position_embeddings, c.hidden_size, "position", **options)
-        self.token_type = embed(c.type_vocab_size, c.hidden_size, "position", **options)
+        if c.position_biased_input:
+            self.position = embed(c.max_position_embeddings, c.hidden_size, "position", **options)
+        if c.type_vocab_size:
+            self.token_type = embed(c.type_vocab_size, c.hidden_size, "position", **options)
         self.norm = layer_norm(c.layer_norm_eps, **options)
 
     def __call__(self, ids: jax.Array, types: jax.Array) -> jax.Array:
         """``(B, L)`` token ids and types to ``(B, L, D)``."""
-        check_length(ids, self.config.positions)
-        x = self.word(ids) + self.position(self.positions(ids)) + self.token_type(types)
+        c, x = self.config, self.word(ids)
+        if c.position_biased_input:
+            check_length(ids, c.positions)
+            x += self.position(positions(ids, c))
+        if c.type_vocab_size:
+            x += self.token_type(types)
         return self.norm(x)
-
-    def positions(self, ids: jax.Array) -> jax.Array:
-        """``(1, L)`` or ``(B, L)``: RoBERTa counts from its padding's id on, and skips padding."""
-        if self.config.model_type == "bert":
-            return jnp.arange(ids.shape[1])[None]
-        is_token = (ids != self.config.pad_token_id).astype(jnp.int32)
-        return jnp.cumsum(is_token, axis=1) * is_token + self.config.pad_token_id
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with the word embeddings: ``(B, L, D)`` to ``(B, L, V)``."""
         return self.word.attend(x)
 
 
-class Attention(nn.Module):
-    """Multi-head attention of every token to all tokens under the mask."""
+def positions(ids: jax.Array, c: Any) -> jax.Array:
+    """``(1, L)`` or ``(B, L)``: RoBERTa counts from its padding's id on, and skips padding."""
+    if c.model_type != "roberta":
+        return jnp.arange(ids.shape[1])[None]
+    is_token = (ids != c.pad_token_id).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + c.pad_token_id
 
-    config: Config
-    dtype: Any
-    param_dtype: Any
+
+class Attention(Part):
+    """Multi-head attention of every token to all tokens under the mask."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         heads, size = c.num_attention_heads, c.hidden_size
 
         def project(name):
@@ -137,19 +136,20 @@ class Attention(nn.Module):
         return dense(size, ("heads", "embed"), **options, name="out")(y)
 
 
-class Layer(nn.Module):
+class Layer(Part):
     """Attention and a two-layer perceptron, each with a residual and a norm after it."""
 
-    config: Config
-    dtype: Any
-    param_dtype: Any
+    attention_class: ClassVar[Any] = Attention
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``, and None, as a scan wants it."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    def __call__(self, x: jax.Array, mask: jax.Array, *more: Any) -> tuple[jax.Array, None]:
+        """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``, and None, as a scan wants it.
+
+        Attention gets `more`.
+        """
+        c, options = self.config, self.options
         x = constrain(x, "batch", "residual", None)
-        y = Attention(c, **options, name="attention")(x, mask)
+        y = self.attention_class(c, **options, name="attention")(x, mask, *more)
         y = dropout(self, c.hidden_dropout_prob, y)
         x = layer_norm(c.layer_norm_eps, **options, name="attention_norm")(x + y)
         x = constrain(x, "batch", "residual", None)
@@ -177,17 +177,13 @@ class Encoder(nn.Module):
         )[0]
 
 
-class WordHead(nn.Module):
+class WordHead(Part):
     """Logits of every word at every position."""
-
-    config: Any
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """``(B, L, D)`` and the product with the word embeddings to ``(B, L, V)``."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         y = dense(c.hidden_size, ("embed", None), **options, name="dense")(x)
         y = layer_norm(c.layer_norm_eps, **options, name="norm")(nn.gelu(y, approximate=False))
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
@@ -216,6 +212,7 @@ class Bert(nn.Module):
     policy: Callable[..., bool] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    encoder_class: ClassVar[Any] = Encoder
 
     @nn.compact
     def __call__(
@@ -226,22 +223,31 @@ class Bert(nn.Module):
         types = jnp.zeros_like(ids) if types is None else types
         mask = jnp.ones_like(ids) if mask is None else mask
         embeddings = Embeddings(c, **options, name="embeddings")
-        x = dropout(self, c.hidden_dropout_prob, embeddings(ids, types))
+        x = dropout(self, c.hidden_dropout_prob, self.embedded(embeddings(ids, types), mask))
         how = {"scan": self.scan, "remat": self.remat, "policy": self.policy}
-        x = Encoder(c, how, options, name="encoder")(x, mask)
+        x = self.encoder_class(c, how, options, name="encoder")(x, mask)
         if c.head == "lm":
             return WordHead(c, **options, name="lm")(x, embeddings.attend)
         if not self.classes:
             return x
         if c.head == "cls":
-            x = x[:, 0]  # (B, D)
-            x = dropout(self, c.hidden_dropout_prob, x) if c.model_type == "roberta" else x
-            x = nn.tanh(dense(c.hidden_size, ("embed", None), **options, name="pooler")(x))
-            x = dropout(self, c.hidden_dropout_prob, x)
+            x = self.pooled(x[:, 0])
         else:
             # MiniLM's means have a size of about 0.2; a head learns faster from inputs of size 1.
             x = nn.LayerNorm(use_bias=False, use_scale=False)(pool(x, mask))  # (B, D)
         return dense(self.classes, ("embed", None), **options, name="classifier")(x)
+
+    def embedded(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """The first layer's input from the embeddings: ``(B, L, D)`` and ``(B, L)``."""
+        del mask
+        return x
+
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """The classifier's input from the first token: ``(B, D)``."""
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = dropout(self, c.hidden_dropout_prob, x) if c.model_type == "roberta" else x
+        x = nn.tanh(dense(c.hidden_size, ("embed", None), **options, name="pooler")(x))
+        return dropout(self, c.hidden_dropout_prob, x)
 
 
 def pool(hidden: jax.Array, mask: jax.Array) -> jax.Array:
@@ -260,60 +266,53 @@ def add_head(variables: Mapping[str, Any], classes: int) -> dict[str, Any]:
 def new_head(
     key: jax.Array, config: Config, variables: Mapping[str, Any], classes: int, std: float = 0.02
 ) -> tuple[Config, dict[str, Any]]:
-    """Config and variables with a new "cls" head, drawn as `transformers` does.
-
-    A pooler is kept where the checkpoint has one; what else the model has no use for goes.
-    """
-    size, kept = config.hidden_size, variables.get("unused", {})
+    """Config and variables with a new "cls" head, drawn as `transformers` does."""
+    size = config.hidden_size
     params = {name: variables["params"][name] for name in ("embeddings", "encoder")}
     shapes = {"pooler": (size, size), "classifier": (size, classes)}
     for draw, (name, shape) in zip(jax.random.split(key), shapes.items(), strict=True):
         params[name] = {"kernel": std * jax.random.normal(draw, shape), "bias": jnp.zeros(shape[1])}
-    pooler = {
-        name.rpartition("pooler.dense.")[2]: x for name, x in kept.items() if "pooler" in name
-    }
-    if "pooler" in variables["params"]:
-        params["pooler"] = variables["params"]["pooler"]
-    elif pooler and config.model_type == "bert":
-        params["pooler"] = {"kernel": pooler["weight"].T, "bias": pooler["bias"]}
     return dataclasses.replace(config, head="cls", bare=False), {"params": params}
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
 # Our module to Hugging Face's in the encoder; {} is the number of the layer.
-_TABLES = {
+TABLES = {
     "embeddings/word": "embeddings.word_embeddings",
     "embeddings/position": "embeddings.position_embeddings",
     "embeddings/token_type": "embeddings.token_type_embeddings",
 }
-_DENSE = {
-    r"encoder/layer/attention/(query|key|value)": r"encoder.layer.{}.attention.self.\1",
+OUTER = {
     "encoder/layer/attention/out": "encoder.layer.{}.attention.output.dense",
     "encoder/layer/up": "encoder.layer.{}.intermediate.dense",
     "encoder/layer/down": "encoder.layer.{}.output.dense",
 }
-_NORMS = {
+_DENSE = {
+    r"encoder/layer/attention/(query|key|value)": r"encoder.layer.{}.attention.self.\1",
+    **OUTER,
+}
+NORMS = {
     "embeddings/norm": "embeddings.LayerNorm",
     "encoder/layer/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
     "encoder/layer/norm": "encoder.layer.{}.output.LayerNorm",
 }
 # And in the heads.
+PREDICTIONS = {
+    "lm": "cls.predictions",
+    "lm/dense": "cls.predictions.transform.dense",
+    "lm/norm": "cls.predictions.transform.LayerNorm",
+}
 _HEADS = {
     ("bert", "cls"): {"pooler": "bert.pooler.dense", "classifier": "classifier"},
     ("roberta", "cls"): {"pooler": "classifier.dense", "classifier": "classifier.out_proj"},
-    ("bert", "lm"): {
-        "lm": "cls.predictions",
-        "lm/dense": "cls.predictions.transform.dense",
-        "lm/norm": "cls.predictions.transform.LayerNorm",
-    },
+    ("bert", "lm"): PREDICTIONS,
     ("roberta", "lm"): {
         "lm": "lm_head",
         "lm/dense": "lm_head.dense",
         "lm/norm": "lm_head.layer_norm",
     },
 }
-_KERNEL, _BIAS, _SCALE = ("io", "weight"), ("o", "bias"), ("o", "weight")
 # Of no use to any of our heads, or to those without a pooler.
 _UNUSED = rf"{hf.UNUSED}|cls\.seq_relationship\..*"
 _POOLER = r"|(.*\.)?pooler\.dense\..*"
@@ -324,17 +323,27 @@ def names(config: Config) -> tuple[peft.Name, ...]:
     prefix = "" if config.bare else f"{config.model_type}."
     heads = _HEADS.get((config.model_type, config.head), {"classifier": "classifier"})
     tied = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder"}[config.model_type]
-    word, position, token_type = (
-        peft.Name(f"{ours}/embedding", prefix + theirs, "vo", tied=tied if "word" in ours else None)
-        for ours, theirs in _TABLES.items()
-    )
+    return rows_of(TABLES, _DENSE, NORMS, heads, prefix, tied)
+
+
+def rows_of(
+    tables: Mapping[str, str],
+    kernels: Mapping[str, str],
+    norms: Mapping[str, str],
+    heads: Mapping[str, str],
+    prefix: str,
+    tied: str | None,
+) -> tuple[peft.Name, ...]:
+    """The table of names by kinds of modules; `tied` is the name of the word head."""
+    kernel, bias, scale = ("io", "weight"), ("o", "bias"), ("o", "weight")
     return (
-        word,
-        position,
-        token_type,
-        *hf.rows(_DENSE, {"kernel": _KERNEL, "bias": _BIAS}, "layer", prefix),
-        *hf.rows(_NORMS, {"scale": _SCALE, "bias": _BIAS}, "layer", prefix),
-        *hf.rows(heads, {"kernel": _KERNEL, "scale": _SCALE, "bias": _BIAS}),
+        *(
+            peft.Name(f"{ours}/embedding", prefix + theirs, "vo", tied=tied if i == 0 else None)
+            for i, (ours, theirs) in enumerate(tables.items())
+        ),
+        *hf.rows(kernels, {"kernel": kernel, "bias": bias}, "layer", prefix),
+        *hf.rows(norms, {"scale": scale, "bias": bias}, "layer", prefix),
+        *hf.rows(heads, {"kernel": kernel, "scale": scale, "bias": bias}),
     )
 
 

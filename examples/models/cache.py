@@ -83,6 +83,30 @@ def empty(
     return Cache(zeros, zeros, jnp.zeros(batch, jnp.int32))
 
 
+def begin(
+    cache: Cache | None, ids: jax.Array, mask: jax.Array | None, positions: jax.Array | None
+) -> tuple[Place | None, jax.Array, jax.Array | None]:
+    """The place of a model's tokens, their positions, and which keys or slots they attend to.
+
+    Raises:
+        ValueError: there are positions beside a cache.
+    """
+    if cache is None:
+        seen = None if mask is None else mask[:, None, None].astype(bool)  # (batch, 1, 1, length)
+        return None, jnp.arange(ids.shape[1])[None] if positions is None else positions, seen
+    if positions is not None:
+        raise ValueError("`positions`: expected none with a cache, which says where it is")
+    place = cache.place(ids.shape, mask)
+    return place, place.positions, place.seen
+
+
+def end(place: Place | None, logits: jax.Array, written: Any) -> Any:
+    """What a model returns: the logits, and the cache with `written` keys and values if any."""
+    if place is None:
+        return logits
+    return place.checked(logits), Cache(*written, place.lengths)
+
+
 def write(cached: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     """Keys or values of one layer, (batch, slots, kv_heads, head_dim), with new ones in `slots`."""
     rows = jnp.arange(len(new))[:, None]

@@ -1,9 +1,9 @@
-"""Decoders in Hugging Face's files: a folder to config and variables, and back.
+"""Llama in Hugging Face's files: a folder to config and variables, and back.
 
     config, variables = load(folder)      # config.json and model.safetensors, or shards
     save(path, variables, config)         # the same tensors
 
-Of the model types in `families`. `jlora.peft` takes `names(config)`.
+`jlora.peft` takes `names(config)`.
 """
 
 import dataclasses
@@ -15,39 +15,84 @@ from typing import Any
 from jlora import peft
 
 from . import hf, parts
-from .decoder import Config, Decoder
-from .families import FAMILIES, MLP, read_config
+from .decoder import ACTIVATIONS, Config, Decoder
+from .rope import SCALINGS, Linear, Llama3
 
-_ATTENTION = {
+# Our names of fields and those of config.json.
+FIELDS = {
+    "vocab": "vocab_size",
+    "layers": "num_hidden_layers",
+    "dim": "hidden_size",
+    "hidden": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "rope_base": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "activation": "hidden_act",
+}
+ABSENT = {"num_key_value_heads": "num_attention_heads"}
+# What these must be, or be absent.
+KNOWN = {
+    "model_type": "llama",
+    "hidden_act": tuple(ACTIVATIONS),
+    "rope_type": ("default", *SCALINGS),
+    "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+}
+# The layers that have a bias where config.json says so.
+BIASED = {
+    "attention_bias": ("query", "key", "value", "out"),
+    "mlp_bias": ("gate", "up", "down"),
+}
+
+
+def read_config(found: Mapping[str, Any], path: str | Path = "config.json") -> Config:
+    """The config of a model from the fields of its config.json.
+
+    Raises:
+        ValueError: where the file asks for what the model does not compute; `path` says which.
+    """
+    found = dict(found)
+    rotary = found.pop("rope_parameters", None) or {}  # of transformers 5
+    rotary = {**rotary, **(found.pop("rope_scaling", None) or {})}
+    found |= {name: x for name, x in rotary.items() if name in ("rope_theta", *KNOWN)}
+    unsaid = "" if "factor" in rotary else "default"
+    found["rope_type"] = kind = rotary.get("rope_type", rotary.get("type", unsaid))
+    config = hf.to_config(found, Config, FIELDS, KNOWN, ABSENT, path)
+    biases = tuple(x for name, layers in BIASED.items() if found.get(name) for x in layers)
+    scaling = None if kind == "default" else _scaling(kind, rotary, path)
+    return dataclasses.replace(config, biases=biases, rope_scaling=scaling)
+
+
+def _scaling(kind: str, rotary: Mapping[str, Any], path: str | Path) -> Linear | Llama3:
+    if lost := [name for name in SCALINGS[kind]._fields if name not in rotary]:
+        raise ValueError(f"`{path}`: rope scaling {kind!r} lacks {', '.join(lost)}")
+    return SCALINGS[kind](*(rotary[name] for name in SCALINGS[kind]._fields))
+
+
+_DENSE = {
     "layers/attention/query": "layers.{}.self_attn.q_proj",
     "layers/attention/key": "layers.{}.self_attn.k_proj",
     "layers/attention/value": "layers.{}.self_attn.v_proj",
     "layers/attention/out": "layers.{}.self_attn.o_proj",
+    r"layers/mlp/(gate|up|down)": r"layers.{}.mlp.\1_proj",
 }
-_MORE_NORMS = {
-    "layers/attention/query_norm": "layers.{}.self_attn.q_norm",
-    "layers/attention/key_norm": "layers.{}.self_attn.k_norm",
+_NORMS = {
+    "layers/attention_norm": "layers.{}.input_layernorm",
+    "layers/mlp_norm": "layers.{}.post_attention_layernorm",
     "norm": "norm",
 }
 
 
 def names(config: Config) -> tuple[peft.Name, ...]:
     """What our leaves are called in the checkpoint, and how their axes lie there."""
-    family, prefix = FAMILIES[config.model_type], "" if config.bare else "model."
-    module, *three = family.mlp
-    inner = f"layers.{{}}.{module}" + (".experts.{}" if config.experts else "")
-    mlp = {f"layers/mlp/{ours}": f"{inner}.{x}" for ours, x in zip(MLP, three, strict=True)}
-    router = {"layers/mlp/router": f"layers.{{}}.{module}.gate"} if config.experts else {}
-    norms = {f"layers/{ours}": f"layers.{{}}.{x}" for ours, x in family.norms.items()} | _MORE_NORMS
-    kernel, bias = {"kernel": ("io", "weight")}, {"bias": ("o", "bias")}
-    of_mlp = {"kernel": ("lio", "weight")} if config.experts else kernel | bias
+    prefix = "" if config.bare else "model."
     return (
         peft.Name("embed/embedding", f"{prefix}embed_tokens", "vo", tied="lm_head"),
         peft.Name("head/kernel", "lm_head", "io"),
-        *hf.rows(_ATTENTION, kernel | bias, "layers", prefix),
-        *hf.rows(router, kernel, "layers", prefix),
-        *hf.rows(mlp, of_mlp, "layers", prefix),
-        *hf.rows(norms, {"scale": ("o", "weight")}, "layers", prefix),
+        *hf.rows(_DENSE, {"kernel": ("io", "weight"), "bias": ("o", "bias")}, "layers", prefix),
+        *hf.rows(_NORMS, {"scale": ("o", "weight")}, "layers", prefix),
     )
 
 

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and -v3 in Flax linen, reading and writing Hugging Face checkpoints.
+"""DeBERTa-v2 in Flax linen, of its published kind, reading and writing Hugging Face checkpoints.
 
     config, variables = deberta.load(folder)    # config.json and model.safetensors, or shards
     model = deberta.Deberta(config)
@@ -17,9 +17,9 @@ distances in one direction.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,7 @@ import numpy as np
 from jlora import peft
 
 from . import bert, hf, parts
-from .parts import check_length, constrain, conv, dense, dropout, embed, layer_norm, stack
+from .parts import Part, constrain, conv, dense, dropout, embed, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -53,121 +53,56 @@ class Config:
     max_position_embeddings: int
     type_vocab_size: int
     layer_norm_eps: float
-    relative_attention: bool = False
-    pos_att_type: tuple[str, ...] = ()  # of "c2p", content to position, and "p2c"
-    position_buckets: int = -1
-    max_relative_positions: int = -1
-    norm_rel_ebd: str = "none"
-    share_att_key: bool = False
-    position_biased_input: bool = True
+    position_buckets: int  # S
     conv_kernel_size: int = 0
-    conv_groups: int = 1
-    conv_act: str = "tanh"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     cls_dropout: float | None = None
     head: str = ""
     bare: bool = False
     legacy: bool = False
+    model_type: ClassVar[str] = "deberta-v2"
+    position_biased_input: ClassVar[bool] = False
 
     @property
     def positions(self) -> int:
-        """The most tokens of a sequence, where there is a table of positions."""
+        """The most tokens of a sequence in training; the model takes more."""
         return self.max_position_embeddings
 
-    @property
-    def farthest(self) -> int:
-        """The largest distance between tokens that has a bucket of its own."""
-        most = self.max_relative_positions
-        return most if most > 0 else self.max_position_embeddings
 
-    @property
-    def span(self) -> int:
-        """S: the number of buckets in each direction."""
-        return self.position_buckets if self.position_buckets > 0 else self.farthest
-
-
-_V2 = {
-    "relative_attention": True,
-    "pos_att_type": ("p2c", "c2p"),
-    "position_buckets": 256,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "position_biased_input": False,
-    "head": "lm",
-}
-_CONV = {"conv_kernel_size": 3, "conv_act": "gelu"}
 SIZES = {
-    "deberta-v2-xlarge": Config(128100, 1536, 24, 24, 6144, 512, 0, 1e-7, **_V2, **_CONV),
-    "deberta-v2-xxlarge": Config(128100, 1536, 48, 24, 6144, 512, 0, 1e-7, **_V2, **_CONV),
-    "deberta-v3-base": Config(128100, 768, 12, 12, 3072, 512, 0, 1e-7, **_V2),
+    "deberta-v2-xxlarge": Config(
+        128100, 1536, 48, 24, 6144, 512, 0, 1e-7, 256, conv_kernel_size=3, head="lm"
+    ),
 }
 
 # ---- the model ----------------------------------------------------------------------------------
 
 
-def buckets(length: int, span: int, farthest: int, logarithmic: bool) -> np.ndarray:
+def buckets(length: int, span: int, farthest: int) -> np.ndarray:
     """Which of the 2·S distances lies between query i and key j: ``(L, L)`` of integers.
 
     Distances of up to S/2 are their own buckets; beyond that, and up to `farthest`, the buckets
     grow with the distance.
     """
     distance = np.arange(length)[:, None] - np.arange(length)[None]
-    if logarithmic:
-        middle = span // 2
-        far = np.maximum(np.abs(distance), middle).astype(np.float32)
-        # In float32, as PyTorch computes it: the ceiling shows the last bit.
-        grown = np.log(far / np.float32(middle)) / np.log(np.float32((farthest - 1) / middle))
-        grown = np.ceil(grown * np.float32(middle - 1)) + middle
-        grown = (grown * np.sign(distance)).astype(distance.dtype)
-        distance = np.where(np.abs(distance) <= middle, distance, grown)
+    middle = span // 2
+    far = np.maximum(np.abs(distance), middle).astype(np.float32)
+    # In float32, as PyTorch computes it: the ceiling shows the last bit.
+    grown = np.log(far / np.float32(middle)) / np.log(np.float32((farthest - 1) / middle))
+    grown = np.ceil(grown * np.float32(middle - 1)) + middle
+    grown = (grown * np.sign(distance)).astype(distance.dtype)
+    distance = np.where(np.abs(distance) <= middle, distance, grown)
     return np.clip(distance + span, 0, 2 * span - 1)
 
 
-class Embeddings(nn.Module):
-    """Word embeddings, with those of position and token type where there are any, normalized."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
-
-    def setup(self) -> None:
-        """The tables and the norm."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.word = embed(c.vocab_size, c.hidden_size, "vocab", **options)
-        if c.position_biased_input:
-            self.position = embed(c.max_position_embeddings, c.hidden_size, "position", **options)
-        if c.type_vocab_size:
-            self.token_type = embed(c.type_vocab_size, c.hidden_size, "position", **options)
-        self.norm = layer_norm(c.layer_norm_eps, **options)
-
-    def __call__(self, ids: jax.Array, mask: jax.Array, types: jax.Array) -> jax.Array:
-        """``(B, L)`` token ids, mask and types to ``(B, L, D)``, zero where there is no token."""
-        x = self.word(ids)
-        if self.config.position_biased_input:
-            check_length(ids, self.config.positions)
-            x += self.position(jnp.arange(ids.shape[1])[None])
-        if self.config.type_vocab_size:
-            x += self.token_type(types)
-        x = self.norm(x)
-        return x * mask[..., None].astype(x.dtype)
-
-    def attend(self, x: jax.Array) -> jax.Array:
-        """Products with the word embeddings: ``(B, L, D)`` to ``(B, L, V)``."""
-        return self.word.attend(x)
-
-
-class Attention(nn.Module):
+class Attention(Part):
     """Disentangled multi-head attention of every token to all tokens under the mask."""
 
-    config: Config
-    dtype: Any
-    param_dtype: Any
-
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, relative: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, relative: jax.Array) -> jax.Array:
         """``(B, L, D)``, ``(B, L)`` and the distances ``(1, 2·S, D)`` to ``(B, L, D)``."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         heads, size = c.num_attention_heads, c.hidden_size
 
         def project(name):
@@ -183,18 +118,13 @@ class Attention(nn.Module):
         to_query, to_key, to_value = project("query"), project("key"), project("value")
         query, key, value = to_query(x), to_key(x), to_value(x)
         scores = jnp.einsum("bqhk,bshk->bhqs", query, key)
-        if c.relative_attention:
-            relative = dropout(self, c.hidden_dropout_prob, relative)
-            index = buckets(x.shape[1], c.span, c.farthest, c.position_buckets > 0)[None, None]
-            if "c2p" in c.pos_att_type:
-                far_key = (to_key if c.share_att_key else project("pos_key"))(relative)[0]
-                y = jnp.einsum("bqhk,dhk->bhqd", query, far_key)  # (B, H, L, 2·S)
-                scores += jnp.take_along_axis(y, index, axis=-1)
-            if "p2c" in c.pos_att_type:
-                far_query = (to_query if c.share_att_key else project("pos_query"))(relative)[0]
-                y = jnp.einsum("bshk,dhk->bhsd", key, far_query)  # (B, H, L, 2·S)
-                scores += jnp.take_along_axis(y, index.mT, axis=-1).mT
-        scores /= (size // heads * (1 + len(c.pos_att_type))) ** 0.5
+        relative = dropout(self, c.hidden_dropout_prob, relative)
+        index = buckets(x.shape[1], c.position_buckets, c.max_position_embeddings)[None, None]
+        y = jnp.einsum("bqhk,dhk->bhqd", query, to_key(relative)[0])  # (B, H, L, 2·S)
+        scores += jnp.take_along_axis(y, index, axis=-1)
+        y = jnp.einsum("bshk,dhk->bhsd", key, to_query(relative)[0])  # (B, H, L, 2·S)
+        scores += jnp.take_along_axis(y, index.mT, axis=-1).mT
+        scores /= (size // heads * 3) ** 0.5  # a sum of three products
         seen = (mask[:, None, :, None] * mask[:, None, None, :]) > 0  # (B, 1, L, L)
         weights = nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min))
         weights = dropout(self, c.attention_probs_dropout_prob, weights)
@@ -203,54 +133,38 @@ class Attention(nn.Module):
         return dense(size, ("heads", "embed"), **options, name="out")(y)
 
 
-class Layer(nn.Module):
-    """Attention and a two-layer perceptron, each with a residual and a norm after it."""
+class Layer(bert.Layer):
+    """A layer of BERT with this attention, and what the first one gets added."""
 
-    config: Config
-    dtype: Any
-    param_dtype: Any
+    attention_class: ClassVar[Any] = Attention
 
     @nn.compact
-    def __call__(self, carry: Any, mask: jax.Array, relative: jax.Array | None, first: Any) -> Any:
+    def __call__(self, carry: Any, mask: jax.Array, relative: jax.Array, first: Any) -> Any:
         """The layer's number and ``(B, L, D)`` to the next; see `Encoder` for `first`."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        number, x = carry
-        x = constrain(x, "batch", "residual", None)
-        y = Attention(c, **options, name="attention")(x, mask, relative)
-        y = dropout(self, c.hidden_dropout_prob, y)
-        x = layer_norm(c.layer_norm_eps, **options, name="attention_norm")(x + y)
-        x = constrain(x, "batch", "residual", None)
-        y = dense(c.intermediate_size, ("embed", "mlp"), **options, name="up")(x)  # (B, L, F)
-        y = constrain(nn.gelu(y, approximate=False), "batch", "length", "mlp")
-        y = dense(c.hidden_size, ("mlp", "embed"), **options, name="down")(y)  # (B, L, D)
-        y = dropout(self, c.hidden_dropout_prob, y)
-        x = layer_norm(c.layer_norm_eps, **options, name="norm")(x + y)
+        number, before = carry
+        x, _ = super().__call__(before, mask, relative)
         if first is not None:
             added, scale, bias = first
-            y = nn.LayerNorm(c.layer_norm_eps, use_bias=False, use_scale=False, **options)(
-                x + added
+            norm = nn.LayerNorm(
+                self.config.layer_norm_eps, use_bias=False, use_scale=False, **self.options
             )
-            y = (y * scale + bias) * mask[..., None].astype(x.dtype)
-            x = jnp.where(number == 0, y, x)
-        return (number + 1, constrain(x, "batch", "residual", None)), None
+            y = (norm(x + added) * scale + bias) * mask[..., None].astype(x.dtype)
+            x = constrain(jnp.where(number == 0, y, x), "batch", "residual", None)
+        return (number + 1, x), None
 
 
-class Convolution(nn.Module):
+class Convolution(Part):
     """What the first layer's output gets added, and how the sum is normalized."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``, a scale and a bias, both ``(1, 1, D)``."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         size, width, padding = c.hidden_size, c.conv_kernel_size, (c.conv_kernel_size - 1) // 2
-        groups = {"feature_group_count": c.conv_groups, "padding": [(padding, padding)]}
-        y = conv(size, width, ("embed", None), **groups, **options, name="conv")(x)
+        options |= {"padding": [(padding, padding)]}
+        y = conv(size, width, ("embed", None), **options, name="conv")(x)
         y = dropout(self, c.hidden_dropout_prob, y * mask[..., None].astype(y.dtype))
-        y = {"tanh": nn.tanh, "gelu": lambda y: nn.gelu(y, approximate=False)}[c.conv_act](y)
+        y = nn.gelu(y, approximate=False)
         ones, zeros = (
             nn.with_logical_partitioning(init, ("norm",))
             for init in (nn.initializers.ones, nn.initializers.zeros)
@@ -271,13 +185,10 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``(B, L, D)`` and ``(B, L)`` to ``(B, L, D)``."""
         c, options = self.config, self.options
-        relative = first = None
-        if c.relative_attention:
-            table = embed(2 * c.span, c.hidden_size, "position", **options, name="relative")
-            relative = table(jnp.arange(2 * c.span)[None])  # (1, 2·S, D)
-            if "layer_norm" in c.norm_rel_ebd:
-                norm = layer_norm(c.layer_norm_eps, **options, name="relative_norm")
-                relative = norm(relative)
+        first, count = None, 2 * c.position_buckets
+        table = embed(count, c.hidden_size, "position", **options, name="relative")
+        norm = layer_norm(c.layer_norm_eps, **options, name="relative_norm")
+        relative = norm(table(jnp.arange(count)[None]))  # (1, 2·S, D)
         if c.conv_kernel_size > 0:
             first = Convolution(c, **options, name="conv")(x, mask)
         carry = jnp.zeros((), jnp.int32), x
@@ -287,80 +198,32 @@ class Encoder(nn.Module):
         return carry[1]
 
 
-class Deberta(nn.Module):
-    """DeBERTa-v2.
+class Deberta(bert.Bert):
+    """DeBERTa-v2; for its fields see `bert.Bert`."""
 
-    Attributes:
-        config: the sizes and the head.
-        classes: of the head "cls".
-        scan: whether the layers are one compiled block in a loop, ``encoder/layer`` with parameters
-            stacked on axis 0, or modules ``encoder/layer_0``, ``encoder/layer_1``, ….
-        remat: whether the backward pass computes each layer again instead of keeping activations.
-        policy: what is kept nevertheless, as `jlora.checkpoint_policy`.
-        dtype: of activations and products.
-        param_dtype: of the parameters that `init` draws.
-    """
+    encoder_class: ClassVar[Any] = Encoder
 
-    config: Config
-    classes: int = 0
-    scan: bool = False
-    remat: bool = False
-    policy: Callable[..., bool] | None = None
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    def embedded(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """The embeddings, zero where there is no token: ``(B, L, D)`` and ``(B, L)``."""
+        return x * mask[..., None].astype(x.dtype)
 
-    @nn.compact
-    def __call__(
-        self, ids: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None
-    ) -> jax.Array:
-        """``(B, L)`` ids, mask and token types to hidden states ``(B, L, D)``, or to logits."""
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """The classifier's input from the first token: ``(B, D)``."""
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        types = jnp.zeros_like(ids) if types is None else types
-        mask = jnp.ones_like(ids) if mask is None else mask
-        embeddings = Embeddings(c, **options, name="embeddings")
-        x = dropout(self, c.hidden_dropout_prob, embeddings(ids, mask, types))
-        how = {"scan": self.scan, "remat": self.remat, "policy": self.policy}
-        x = Encoder(c, how, options, name="encoder")(x, mask)
-        if c.head == "lm":
-            return bert.WordHead(c, **options, name="lm")(x, embeddings.attend)
-        if c.head != "cls" or not self.classes:
-            return x
-        y = dense(c.hidden_size, ("embed", None), **options, name="pooler")(x[:, 0])  # (B, D)
+        y = dense(c.hidden_size, ("embed", None), **options, name="pooler")(x)
         rate = c.hidden_dropout_prob if c.cls_dropout is None else c.cls_dropout
-        y = dropout(self, rate, nn.gelu(y, approximate=False))
-        return dense(self.classes, ("embed", None), **options, name="classifier")(y)
+        return dropout(self, rate, nn.gelu(y, approximate=False))
 
 
-def new_head(
-    key: jax.Array, config: Config, variables: Mapping[str, Any], classes: int
-) -> tuple[Config, dict[str, Any]]:
-    """Config and variables with a new "cls" head, drawn as `transformers` does."""
-    return bert.new_head(key, config, {"params": variables["params"]}, classes)
-
+new_head = bert.new_head
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
 # Our module to Hugging Face's in the encoder; {} is the number of the layer.
-_TABLES = {
-    "embeddings/word": "embeddings.word_embeddings",
-    "embeddings/position": "embeddings.position_embeddings",
-    "embeddings/token_type": "embeddings.token_type_embeddings",
-    "encoder/relative": "encoder.rel_embeddings",
-}
-_DENSE = {
-    r"encoder/layer/attention/(\w*query|\w*key|value)": (
-        r"encoder.layer.{}.attention.self.\1_proj"
-    ),
-    "encoder/layer/attention/out": "encoder.layer.{}.attention.output.dense",
-    "encoder/layer/up": "encoder.layer.{}.intermediate.dense",
-    "encoder/layer/down": "encoder.layer.{}.output.dense",
-}
-_NORMS = {
-    "embeddings/norm": "embeddings.LayerNorm",
-    "encoder/relative_norm": "encoder.LayerNorm",
-    "encoder/layer/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
-    "encoder/layer/norm": "encoder.layer.{}.output.LayerNorm",
-}
+_TABLES = {**bert.TABLES, "encoder/relative": "encoder.rel_embeddings"}
+_PROJECTIONS = r"encoder/layer/attention/(\w*query|\w*key|value)"
+_DENSE = {_PROJECTIONS: r"encoder.layer.{}.attention.self.\1_proj", **bert.OUTER}
+_NORMS = {**bert.NORMS, "encoder/relative_norm": "encoder.LayerNorm"}
 # And in the heads.
 _HEADS = {
     "": {},
@@ -370,43 +233,43 @@ _HEADS = {
         "lm/dense": "lm_predictions.lm_head.dense",
         "lm/norm": "lm_predictions.lm_head.LayerNorm",
     },
-    "legacy": {
-        "lm": "cls.predictions",
-        "lm/dense": "cls.predictions.transform.dense",
-        "lm/norm": "cls.predictions.transform.LayerNorm",
-    },
+    "legacy": bert.PREDICTIONS,
 }
-_KERNEL, _BIAS, _SCALE = ("io", "weight"), ("o", "bias"), ("o", "weight")
 
 
 def names(config: Config) -> tuple[peft.Name, ...]:
     """What our leaves are called in the checkpoint, and how their axes lie there."""
     prefix = "" if config.bare else "deberta."
     heads = _HEADS["legacy" if config.legacy and config.head == "lm" else config.head]
-    tied = {"embeddings/word": "cls.predictions.decoder"} if config.legacy else {}
+    tied = "cls.predictions.decoder" if config.legacy else None
     conv = f"{prefix}encoder.conv"
     return (
-        *(
-            peft.Name(f"{ours}/embedding", prefix + theirs, "vo", tied=tied.get(ours))
-            for ours, theirs in _TABLES.items()
-        ),
-        *hf.rows(_DENSE, {"kernel": _KERNEL, "bias": _BIAS}, "layer", prefix),
-        *hf.rows(_NORMS, {"scale": _SCALE, "bias": _BIAS}, "layer", prefix),
+        *bert.rows_of(_TABLES, _DENSE, _NORMS, heads, prefix, tied),
         peft.Name("encoder/conv/conv/kernel", f"{conv}.conv", "kio"),
         peft.Name("encoder/conv/conv/bias", f"{conv}.conv", "o", "bias"),
         peft.Name("encoder/conv/norm_scale", f"{conv}.LayerNorm", "o"),
         peft.Name("encoder/conv/norm_bias", f"{conv}.LayerNorm", "o", "bias"),
-        *hf.rows(heads, {"kernel": _KERNEL, "scale": _SCALE, "bias": _BIAS}),
     )
 
 
 # In Microsoft's own files: another head, and positions that the model does not add.
-_UNUSED = rf"{hf.UNUSED}|mask_predictions\..*"
-_POSITIONS = r"|(deberta\.)?embeddings\.position_embeddings\.weight"
+_UNUSED = rf"{hf.UNUSED}|mask_predictions\..*|(deberta\.)?embeddings\.position_embeddings\.weight"
 
 _OURS = ("head", "bare", "legacy")
 FIELDS = {f.name: f.name for f in dataclasses.fields(Config) if f.name not in _OURS}
-KNOWN = {"model_type": "deberta-v2", "hidden_act": "gelu", "pooler_hidden_act": "gelu"}
+KNOWN = {
+    "model_type": "deberta-v2",
+    "hidden_act": "gelu",
+    "pooler_hidden_act": "gelu",
+    "relative_attention": True,
+    "pos_att_type": ("p2c|c2p", "c2p|p2c", ["p2c", "c2p"], ["c2p", "p2c"]),
+    "max_relative_positions": -1,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "conv_groups": 1,
+    "conv_act": "gelu",
+}
 
 
 def load(folder: str | Path, scan: bool = False) -> tuple[Config, dict[str, Any]]:
@@ -417,8 +280,6 @@ def load(folder: str | Path, scan: bool = False) -> tuple[Config, dict[str, Any]
         scan: of the model that the variables are for.
     """
     config = hf.read_config(folder, Config, FIELDS, KNOWN)
-    if isinstance(config.pos_att_type, str):  # as in "p2c|c2p"
-        config = dataclasses.replace(config, pos_att_type=tuple(config.pos_att_type.split("|")))
     tensors = hf.read_tensors(folder)
     is_legacy = any(name.startswith("cls.predictions.") for name in tensors)
     is_lm = is_legacy or any(name.startswith("lm_predictions.") for name in tensors)
@@ -429,13 +290,12 @@ def load(folder: str | Path, scan: bool = False) -> tuple[Config, dict[str, Any]
         legacy=is_legacy,
     )
     like = shapes(config, len(tensors.get("classifier.bias", ())), scan)
-    unused = _UNUSED if config.position_biased_input else _UNUSED + _POSITIONS
     table = f"{names(config)[0].module}.weight"
     copies = {
         "cls.predictions.decoder.weight": table,
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     }
-    return config, hf.to_variables(tensors, like, names(config), unused=unused, copies=copies)
+    return config, hf.to_variables(tensors, like, names(config), unused=_UNUSED, copies=copies)
 
 
 def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None:

@@ -1,13 +1,13 @@
-"""The decoder of today's language models in Flax linen: Llama, Mistral, Qwen, Gemma and Mixtral.
+"""A decoder in Flax linen: Llama, and what Mistral, Qwen, Gemma and Mixtral do in their own ways.
 
-    config, variables = families.load(folder)                  # of Hugging Face's files
+    config, variables = checkpoint.load(folder)                # Llama of Hugging Face's files
     logits = Decoder(config).apply(variables, ids)             # (batch, length, vocab)
 
-They are one model. What a family does in its own way is a field of `Config`, and `families` reads
-it off a config.json. Every kernel is (inputs, outputs), and those of the layers are stacked on axis
-0, one leaf for all: `layers/attention/query/kernel` of SmolLM2-135M is (30, 576, 576); those of
-experts are (layers, experts, inputs, outputs). With ``scan=False`` the layers are modules
-`layers_0`, `layers_1`, …. For a mesh see `parts`; for texts, `cache` and `generation`.
+What a family does in its own way is a field of `Config`. Every kernel is (inputs, outputs), and
+those of the layers are stacked on axis 0, one leaf for all: `layers/attention/query/kernel` of
+SmolLM2-135M is (30, 576, 576); those of experts are (layers, experts, inputs, outputs). With
+``scan=False`` the layers are modules `layers_0`, `layers_1`, …. For a mesh see `parts`; for texts,
+`cache` and `beam`.
 """
 
 import functools
@@ -24,7 +24,7 @@ from . import cache as caches
 from .attention import Attention, Layer, Tokens, norm
 from .cache import Cache
 from .experts import Experts
-from .parts import constrain, dense, embed, stack
+from .parts import Part, constrain, dense, embed, stack
 from .rope import Linear, Llama3, frequencies
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -50,7 +50,6 @@ class Config:
         norm_eps: added to mean squares.
         tied: whether the head is the embedding.
         bare: whether the checkpoint is that of a model without a head, whose names lack `model.`.
-        model_type: what config.json calls the family; it names the tensors.
         head_size: of one head; None is dim / heads.
         biases: the dense layers that have one, of query, key, value, out, gate, up and down.
         qk_norm: whether queries and keys are normalized, each head by itself.
@@ -80,7 +79,6 @@ class Config:
     norm_eps: float = 1e-6
     tied: bool = True
     bare: bool = False
-    model_type: str = "llama"
     head_size: int | None = None
     biases: tuple[str, ...] = ()
     qk_norm: bool = False
@@ -125,17 +123,13 @@ def layers_of(c: Config) -> Layer:
 # ---- layers -------------------------------------------------------------------------------------
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """The gated feed-forward layer, down(act(gate(x)) * up(x))."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # (batch, length, dim)
         """Applies the layer to every position."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
 
         def layer(name: str, size: int, *axes: str) -> nn.Dense:
             return dense(size, axes, use_bias=name in c.biases, **options, name=name)
@@ -146,17 +140,13 @@ class MLP(nn.Module):
         return layer("down", c.dim, "mlp", "embed")(y)
 
 
-class Block(nn.Module):
+class Block(Part):
     """One layer: attention and then the MLP, each on normalized inputs, are added to x."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: Layer, tokens: Tokens) -> tuple[jax.Array, Any]:
         """The next x, (batch, length, dim), and what attention has written into the cache."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
 
         def normalized(name: str, y: jax.Array) -> jax.Array:
             return constrain(norm(c, name, **options)(y), "batch", "length", None)
@@ -215,16 +205,11 @@ class Decoder(nn.Module):
             The logits; with a cache, these and the cache that holds these tokens too.
         """
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        layer, place = layers_of(c), None
-        if cache is None:
-            seen = None if mask is None else mask[:, None, None].astype(bool)
-            positions = jnp.arange(ids.shape[1])[None] if positions is None else positions
-            keys = positions
-        elif positions is not None:
-            raise ValueError("`positions`: expected none with a cache, which says where it is")
-        else:
-            place = cache.place(ids.shape, mask)
-            positions, seen, keys = place.positions, place.seen, jnp.arange(cache.slots)[None]
+        layer = layers_of(c)
+        place, positions, seen = caches.begin(cache, ids, mask, positions)
+        keys = positions
+        if cache is not None:
+            keys = jnp.arange(cache.slots)[None]
             layer = layer._replace(keys=cache.keys, values=cache.values)
         distance = (positions[:, None, :, None] - keys[:, None, None]) if c.windows else None
         tokens = Tokens(positions, seen, distance, None if place is None else place.slots)
@@ -243,6 +228,4 @@ class Decoder(nn.Module):
         logits = constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
         if c.logit_cap is not None:
             logits = c.logit_cap * jnp.tanh(logits / c.logit_cap)
-        if place is None:
-            return logits
-        return place.checked(logits), Cache(*written, place.lengths)
+        return caches.end(place, logits, written)

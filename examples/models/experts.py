@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .parts import constrain, dense
+from .parts import Part, constrain, dense
 
 
 class Grouped(nn.Module):
@@ -35,7 +35,7 @@ class Grouped(nn.Module):
         return jax.lax.ragged_dot(rows.astype(self.dtype), kernel.astype(self.dtype), sizes)
 
 
-class Experts(nn.Module):
+class Experts(Part):
     """Gated feed-forward layers, down(act(gate(x)) * up(x)), of which each token passes a few.
 
     Attributes:
@@ -44,14 +44,10 @@ class Experts(nn.Module):
         param_dtype: of the parameters that `init` draws.
     """
 
-    config: Any
-    dtype: Any
-    param_dtype: Any
-
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # (batch, length, dim)
         """Applies the layer to every position."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         tokens = x.reshape(-1, c.dim)  # (tokens, dim)
         router = dense(c.experts, ("embed", None), use_bias=False, **options, name="router")
         scores = jax.nn.softmax(router(tokens).astype(jnp.float32))  # (tokens, experts)

@@ -2,7 +2,7 @@
 
     config, variables = gpt.load(folder)     # config.json and model.safetensors, or shards
     model = gpt.GPT(config)
-    logits = model.apply(variables, ids)     # (B, L, V); for texts see `cache` and `generation`
+    logits = model.apply(variables, ids)     # (B, L, V); for texts see `cache` and `beam`
     gpt.save(path, variables, config)        # the same tensors
 
     model = gpt.GPT(gpt.SIZES["gpt3-175b"], remat=True, param_dtype=jnp.bfloat16)
@@ -32,7 +32,7 @@ from jlora import peft
 from . import cache as caches
 from . import hf, parts
 from .cache import Cache
-from .parts import check_length, constrain, dense, dropout, embed, fused, layer_norm, stack
+from .parts import Part, check_length, constrain, dense, dropout, embed, fused, layer_norm, stack
 
 # ---- sizes --------------------------------------------------------------------------------------
 
@@ -90,7 +90,6 @@ SIZES = {
     "gpt2": Config(),
     "gpt2-medium": Config(layers=24, dim=1024, heads=16),
     "gpt2-large": Config(layers=36, dim=1280, heads=20),
-    "gpt2-xl": Config(layers=48, dim=1600, heads=25),
     "gpt3-175b": Config(positions=2048, layers=96, dim=12288, heads=96),
 }
 
@@ -100,19 +99,15 @@ SIZES = {
 Cached = tuple[jax.Array, jax.Array] | None  # keys and values of a layer
 
 
-class Block(nn.Module):
+class Block(Part):
     """Causal attention and a two-layer perceptron, each on normalized inputs, added to x."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(
         self, x: jax.Array, cached: Cached, mask: jax.Array | None, slots: jax.Array | None
     ) -> tuple[jax.Array, Cached]:
         """``(B, L, D)`` to the same, and what the cache then holds; see `Attention`."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         x = constrain(x, "batch", "residual", None)
         y = layer_norm(c.norm_eps, **options, name="ln_1")(x)
         y = constrain(y, "batch", "length", None)
@@ -124,12 +119,8 @@ class Block(nn.Module):
         return constrain(x + dropout(self, c.dropout, y), "batch", "residual", None), cached
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Multi-head attention of every token to itself and those before it."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(
@@ -143,7 +134,7 @@ class Attention(nn.Module):
             mask: True where a key is seen, ``(B, 1, 1, L)``; with a cache ``(B, 1, L, S)``.
             slots: of the cache, where these tokens go, ``(B, L)``.
         """
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         y = fused(3, c.dim, c.dim, ("embed", "heads"), **options, name="c_attn")(x)  # (B, L, 3, D)
         y = y.reshape(*x.shape[:2], 3, c.heads, c.dim // c.heads)  # (B, L, 3, H, K)
         y = constrain(y, "batch", "length", None, "heads", None)
@@ -158,17 +149,13 @@ class Attention(nn.Module):
         return dense(c.dim, ("heads", "embed"), **options, name="c_proj")(y), cached
 
 
-class MLP(nn.Module):
+class MLP(Part):
     """Dense, GELU by its tanh approximation, dense."""
-
-    config: Config
-    dtype: Any
-    param_dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``(B, L, D)`` to ``(B, L, D)``."""
-        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        c, options = self.config, self.options
         y = dense(c.inner or 4 * c.dim, ("embed", "mlp"), **options, name="c_fc")(x)  # (B, L, F)
         y = constrain(nn.gelu(y, approximate=True), "batch", "length", "mlp")
         return dense(c.dim, ("mlp", "embed"), **options, name="c_proj")(y)
@@ -217,17 +204,11 @@ class GPT(nn.Module):
             ValueError: there are more tokens than positions, or positions beside a cache.
         """
         c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        seen = None if mask is None else mask[:, None, None].astype(bool)  # (B, 1, 1, L)
-        place, slots, cached = None, None, None
-        if cache is not None:
-            if positions is not None:
-                raise ValueError("`positions`: expected none with a cache, which says where it is")
-            place = cache.place(ids.shape, mask)
-            positions, slots, seen = place.positions, place.slots, place.seen
-            cached = cache.keys, cache.values
-        elif positions is None:
+        if positions is None and cache is None:
             check_length(ids, c.positions)
-            positions = jnp.arange(ids.shape[1])[None]
+        place, positions, seen = caches.begin(cache, ids, mask, positions)
+        cached = None if cache is None else (cache.keys, cache.values)
+        slots = None if place is None else place.slots
         wte = embed(c.rows, c.dim, "vocab", **options, name="wte")
         wpe = embed(c.positions, c.dim, "position", **options, name="wpe")
         x = dropout(self, c.dropout, wte(ids) + wpe(positions))  # (B, L, D)
@@ -239,9 +220,7 @@ class GPT(nn.Module):
         if c.rows > c.vocab:
             least = jnp.finfo(jnp.float32).min
             logits = jnp.where(jnp.arange(c.rows) < c.vocab, logits, least)
-        if place is None:
-            return logits
-        return place.checked(logits), Cache(*written, place.lengths)
+        return caches.end(place, logits, written)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     config, variables, tokenizer = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     logits_fn = jax.tree_util.Partial(Llama(config).apply, variables)
     prompt = tokenizer.encode(chat("What is the capital of France?")).ids
-    [answer] = generate(logits_fn, [prompt], config.cache, stop=STOP)
+    [answer] = beam.greedy(logits_fn, [prompt], config.cache, STOP)
     tokenizer.decode(answer)
 
 The model is `decoder` and its other files are those of `checkpoint`:
@@ -32,7 +32,6 @@ from .checkpoint import save as save
 from .checkpoint import shapes as shapes
 from .decoder import Config as Config
 from .decoder import Decoder
-from .generation import generate as generate
 
 Llama = Decoder
 
@@ -43,8 +42,6 @@ SIZES = {
     "llama2-7b": Config(32000, 32, 4096, 11008, 32, 32, 1e4, 1e-5, tied=False),
     "llama2-70b": Config(32000, 80, 8192, 28672, 64, 8, 1e4, 1e-5, tied=False),
     "smollm2-135m": Config(49152, 30, 576, 1536, 9, 3, 1e5, 1e-5),
-    "smollm2-360m": Config(49152, 32, 960, 2560, 15, 5, 1e5, 1e-5),
-    "smollm2-1.7b": Config(49152, 24, 2048, 8192, 32, 32, 1.3e5, 1e-5),
 }
 
 # Of a model with its head: `--names models.llama:NAMES`.

@@ -122,6 +122,25 @@ def rms_norm(epsilon: float, **options: Any) -> nn.RMSNorm:
     return nn.RMSNorm(epsilon, scale_init=_named(nn.initializers.ones, ("norm",)), **options)
 
 
+class Part(nn.Module):
+    """A module of a model.
+
+    Attributes:
+        config: of the model.
+        dtype: of activations and products.
+        param_dtype: of the parameters that `init` draws.
+    """
+
+    config: Any
+    dtype: Any
+    param_dtype: Any
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The dtypes, as options of the modules within."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+
 class ShiftedRMSNorm(nn.Module):
     """Normalization to mean square 1, then a scale of 1 + w, all in float32 or more."""
 

@@ -1,40 +1,35 @@
-"""Methods, a file each. Imports `_core`, `initializers`, `_compat`, `_rules`, `_types`.
+"""Methods.
 
-To add one, see `_method`: a rule, a node, and a `register`.
+Imports `_core`, `initializers`, `_quantized`, `_compat`, `_rules`, `_types`, `_whole`.
+
+A method is a rule, which the user writes, and a node, which the rule puts into the adapter: `_node`
+says what both are. Each is a class, and a method is a file.
 """
 
-from . import _low_rank  # noqa: F401
 from ._dora import Decomposed as Decomposed
 from ._dora import DoRA as DoRA
-from ._dora import decomposed_axes as decomposed_axes
-from ._low_rank import LoRA as LoRA
+from ._lora import LoRA as LoRA
+from ._lora import clip_rank as clip_rank
 from ._low_rank import LowRank as LowRank
-from ._low_rank import clipped_rank as clipped_rank
 from ._low_rank import factor_shapes as factor_shapes
-from ._low_rank import low_rank_axes as low_rank_axes
-from ._low_rank import still as still
+from ._low_rank import stop_gradients as stop_gradients
 from ._low_rank import without_slots as without_slots
 from ._matrices import leading_axes as leading_axes
 from ._matrices import matrices as matrices
-from ._method import METHODS as METHODS
-from ._method import SLOTS as SLOTS
-from ._method import Method as Method
-from ._method import PartialWeightError as PartialWeightError
-from ._method import arrays as arrays
-from ._method import change_of as change_of
-from ._method import factor as factor
-from ._method import is_node as is_node
-from ._method import is_rule as is_rule
-from ._method import labels_of as labels_of
-from ._method import lengths as lengths
-from ._method import lowered as lowered
-from ._method import method_of as method_of
-from ._method import misfit as misfit
-from ._method import register as register
-from ._method import state as state
-from ._method import static as static
-from ._method import trainable as trainable
-from ._method import weight_shape as weight_shape
+from ._node import RULES as RULES
+from ._node import SLOTS as SLOTS
+from ._node import Node as Node
+from ._node import PartialWeightError as PartialWeightError
+from ._node import arrays as arrays
+from ._node import change_of as change_of
+from ._node import is_node as is_node
+from ._node import lengths as lengths
+from ._node import lower as lower
+from ._node import misfit as misfit
+from ._node import register as register
+from ._node import state as state
+from ._node import static as static
+from ._node import weight_shape as weight_shape
 from ._probe import Probe as Probe
 from ._routed import Routed as Routed
 from ._rows import Replaced as Replaced

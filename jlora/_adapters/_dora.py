@@ -1,4 +1,4 @@
-r"""DoRA: a magnitude for each output beside the direction that LoRA turns.
+r"""DoRA: a magnitude for each output, beside a direction that LoRA adapts.
 
 The norms of the columns of $W + s A B$ follow from A and B without that sum:
 
@@ -7,88 +7,25 @@ n_o^2 = \sum_i W_{io}^2 + 2 s \sum_r B_{ro} P_{ro} + s^2 \sum_r B_{ro} (G B)_{ro
 """
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import GetAttrKey
 
 from .. import _compat
 from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, letters, promote
 from .._rules import rule_name
-from .._types import Layout, short
+from .._types import Layout
+from .._whole import check_whole
 from ._keywords import refuse_keywords_of_peft
-from ._low_rank import LoRA, LowRank, drawn, fit, low_rank_axes, sizes, without_slots
-from ._method import SLOTS, AxisOrName, Method, PartialWeightError, factor, register
+from ._lora import LoRA
+from ._low_rank import LowRank, stack_and_slots, without_slots
+from ._node import Axes, Node, PartialWeightError, register
 
 
-@refuse_keywords_of_peft
-@dataclasses.dataclass(frozen=True)
-class DoRA(LoRA):
-    r"""Adapts W by $m \odot (W + s A B) / \lVert W + s A B \rVert$, a magnitude and a direction.
-
-    The norm is that of each output's column, over all inputs. No gradient passes through it, as
-    in the paper's section 4.3. It is computed once a call for each weight, in float32 or better,
-    from $A^T W$ and $A^T A$: W + s·A·B is not formed. m starts as the norm, so that the adapted
-    model is the base at first, up to rounding.
-
-    Of an embedding, an output is a column of the table, whose norm is over the whole vocabulary,
-    and a tied head has its inputs scaled. An output whose column is zero stays zero.
-
-    Within a `shard_map` around `apply` or `merge`, a weight is refused if it and its A both vary
-    over a mesh axis, as its inputs may be cut: gather it with `to="invarying"`, or put the
-    `shard_map` into the function that `transform` takes.
-
-    Fields are those of `LoRA`, but for dropout: PEFT's DoRA with dropout multiplies W a second
-    time, by the dropped input, which is not done here.
-
-    Attributes:
-        pattern: a regular expression for whole components of a leaf's path. None means
-            *all-linear*: every dense and convolutional site, no embeddings.
-        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
-            a site that has no room for it gets the largest rank that trains no more parameters
-            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
-        alpha: the numerator of the scale s = alpha / r, positive.
-        slots: adapt only some parts of a fused output axis; the others keep their norms.
-        dropout: 0.
-        materialize: allow W' to be formed where the model leaves no other way.
-        rslora: scale by alpha / √r rather than alpha / r.
-        init: an initializer, `jlora.initializers.kaiming_uniform` unless told.
-        dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
-            narrower than float32.
-
-    Raises:
-        TypeError: if a field is of a wrong type.
-        ValueError: if `pattern` is not a regular expression, a number is out of range,
-            `dropout` is not 0, or `init` is one that freezes A, as `miss`.
-
-    Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp, jlora
-        >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
-        >>> base, adapter = dora.init(jax.random.key(0), {"w": jnp.eye(4, 3)}, jnp.ones((1, 4)))
-        >>> adapter["w"].m.tolist()
-        [1.0, 1.0, 1.0]
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dropout:
-            raise ValueError(
-                f"`dropout` of {rule_name(self)} must be 0, got {self.dropout}: PEFT's DoRA with "
-                "dropout multiplies W twice, which jlora does not. Leave it out, or use jlora.LoRA."
-            )
-        if self.frozen:
-            raise ValueError(
-                f"`init` of {rule_name(self)} wants {', '.join(self.frozen).upper()} to stay as it "
-                "starts, which DoRA trains. Use jlora.LoRA, or another initializer."
-            )
-
-
-class Decomposed(NamedTuple):
+@register
+class Decomposed(Node):
     r"""One weight adapted by DoRA: $W' = m \odot (W + s A B) / \lVert W + s A B \rVert$.
 
     A pytree node with the children `a`, `b` and `m`; the rest is static.
@@ -123,90 +60,142 @@ class Decomposed(NamedTuple):
     materialize: bool = False
     residual: bool = False
 
-    def __repr__(self) -> str:
-        shown = {name: short(getattr(self, name)) for name in _CHILDREN}
-        shown["scale"] = repr(self.scale)
-        stack, _, _, slots = self.layout
-        shown |= {"stack": repr(stack)} if stack else {}
-        shown |= {"slots": repr(slots)} if slots is not None else {}
-        shown |= {"materialize": "True"} if self.materialize else {}
-        shown |= {"residual": "True"} if self.residual else {}
-        return f"Decomposed({', '.join(f'{name}={x}' for name, x in shown.items())})"
+    labels: ClassVar = {"a": "a", "b": "b", "m": "m"}
+
+    @staticmethod
+    def axes(layout: Layout) -> Axes:
+        """What each axis of A, of B and of m follows."""
+        axes = LowRank.axes(layout)
+        return {"a": axes["a"], "b": axes["b"], "m": (*stack_and_slots(layout), *layout.outputs)}
+
+    def lower(self, w: Any) -> Change:
+        """The sum W + s·A·B, with the gain m / ‖W + s·A·B‖."""
+        outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
+        whole = without_slots(self, w.shape)
+        delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)
+        return Change((delta,), Factor(_gain(self, w), outputs))
 
 
-_CHILDREN = ("a", "b", "m")
+@register
+@refuse_keywords_of_peft
+@dataclasses.dataclass(frozen=True)
+class DoRA(LoRA):
+    r"""Adapts W by $m \odot (W + s A B) / \lVert W + s A B \rVert$, a magnitude and a direction.
 
+    The norm is that of each output's column, over all inputs. No gradient passes through it, as
+    in the paper's section 4.3. It is computed once a call for each weight, in float32 or better,
+    from $A^T W$ and $A^T A$: W + s·A·B is not formed. m starts as the norm, so that the adapted
+    model is the base at first, up to rounding.
 
-def _children(x: Decomposed) -> tuple[Any, ...]:
-    return x.a, x.b, x.m
+    In an embedding an output is a column of the table: its norm is over the whole vocabulary, and a
+    tied head has its inputs scaled. A column of zeros stays zero.
 
+    Within a `shard_map` around `apply` or `merge`, a weight is refused if it and its A both vary
+    over a mesh axis, as its inputs may be sharded: gather it with `to="invarying"`, or put the
+    `shard_map` into the function that `transform` takes.
 
-def _static(x: Decomposed) -> tuple[Any, ...]:
-    return x.scale, x.layout, x.materialize, x.residual
+    It has the fields of `LoRA`, but no dropout: PEFT's DoRA with dropout multiplies W a second
+    time, by the dropped input, which jlora does not.
 
+    Attributes:
+        pattern: a regular expression for whole components of a leaf's path. None means
+            *all-linear*: every dense and convolutional site, no embeddings.
+        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
+            a site that has no room for it gets the largest rank that trains no more parameters
+            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
+        alpha: the numerator of the scale s = alpha / r, positive.
+        slots: adapt only some parts of a fused output axis; the others keep their norms.
+        dropout: 0.
+        materialize: allow W' to be formed where the model leaves no other way.
+        rslora: scale by alpha / √r rather than alpha / r.
+        init: an initializer, by default `jlora.initializers.kaiming_uniform`.
+        dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
+            narrower than float32.
+        frozen: ().
 
-jax.tree_util.register_pytree_with_keys(
-    Decomposed,
-    lambda x: (tuple(zip(map(GetAttrKey, _CHILDREN), _children(x), strict=True)), _static(x)),
-    lambda static, children: Decomposed(*children, *static),
-    lambda x: (_children(x), _static(x)),
-)
+    Raises:
+        TypeError: if a field is of a wrong type.
+        ValueError: if `pattern` is not a regular expression, a number is out of range,
+            `dropout` is not 0, or a factor is frozen, as by `init=miss`.
+
+    Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=2))
+        >>> base, adapter = dora.init(jax.random.key(0), {"w": jnp.eye(4, 3)}, jnp.ones((1, 4)))
+        >>> adapter["w"].m.tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    node: ClassVar[Any] = Decomposed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dropout:
+            raise ValueError(
+                f"`dropout` of {rule_name(self)} must be 0, got {self.dropout}: PEFT's DoRA with "
+                "dropout multiplies W twice, which jlora does not. Leave it out, or use jlora.LoRA."
+            )
+        if self.frozen:
+            raise ValueError(
+                f"`frozen` of {rule_name(self)} must be (), as DoRA trains A and B; got "
+                f"{self.frozen}, by the rule or by its `init`. Use jlora.LoRA."
+            )
+
+    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
+        """W and the node of what `init` draws, with the norms as m."""
+        base, a, b = self.draw(key, w, site)
+        check_whole(f"{rule_name(self)} takes norms of", base, site.path)
+        m = norms(base, LowRank(a, b, self.scale, site.layout))
+        m = m.astype(promote(m.dtype, a.dtype))
+        return base, Decomposed(
+            a, b, m, self.scale, site.layout, self.materialize, residual=base is not w
+        )
 
 
 # ------------------------------------------------------------------------------------- the norms
 
 
-class _How(NamedTuple):
-    """What the arrays do not say."""
-
-    layout: Layout
-    scale: float
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def norms(how: _How, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+@jax.jit
+def norms(w: Any, direction: LowRank) -> jax.Array:
     r"""$\lVert W + s A B \rVert$ of each column, of the shape and the axes of m.
 
-    It is 0 only where W and s·A·B are. Where they cancel it is their rounding error, at least.
+    It is 0 only where both W and s·A·B are. Where they cancel, it is at least their rounding error.
     """
-    weight, layout = leaf_weight(w, Change(), "", materialize=True), how.layout
-    if layout.stack[:1] != (0,) or isinstance(weight.value, jax.Array):
-        return _norms(how, weight.array, a, b)
-    # Of a quantized stack one matrix is unpacked at a time.
+    weight, layout = leaf_weight(w, Change(), "", materialize=True), direction.layout
+    if layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
+        return _slot_norms(weight.array, direction)
+    # A quantized stack is unpacked one matrix at a time.
     stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in layout[:3])
     slots = layout.slots and (layout.slots[0], layout.slots[1], layout.slots[2] - 1)
-    rest = Layout(stack, inputs, outputs, slots)
-
-    def of_matrix(parts: Any) -> jax.Array:
-        w, a, b = parts
-        return _norms(how._replace(layout=rest), w.of_slice().array, a, b)
-
-    return lax.map(of_matrix, (weight.stacked(), a, b))
+    rest = direction._replace(layout=Layout(stack, inputs, outputs, slots))
+    return lax.map(lambda x: _slot_norms(x[0].as_slice().array, x[1]), (weight.as_stack(), rest))
 
 
-def _norms(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    if how.layout.slots is None:
-        return _of_columns(how, w, a, b)
-    count, chosen, axis = how.layout.slots
-    length, n = w.shape[axis] // count, len(how.layout.stack)
-    each = [
-        _of_columns(
-            how,
-            lax.slice_in_dim(w, slot * length, (slot + 1) * length, axis=axis),
-            *(lax.index_in_dim(f, i, n, keepdims=False) for f in (a, b)),
-        )
-        for i, slot in enumerate(chosen)
-    ]
-    return jnp.stack(each, n)
+def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:
+    """The norms of the columns in the chosen slots, one slot after another."""
+    if direction.layout.slots is None:
+        return _column_norms(w, direction)
+    count, chosen, axis = direction.layout.slots
+    length, n = w.shape[axis] // count, len(direction.layout.stack)
+
+    def of_slot(i: int, slot: int) -> jax.Array:
+        part = lax.slice_in_dim(w, slot * length, (slot + 1) * length, axis=axis)
+        a, b = (lax.index_in_dim(x, i, n, keepdims=False) for x in (direction.a, direction.b))
+        return _column_norms(part, direction._replace(a=a, b=b))
+
+    return jnp.stack([of_slot(i, slot) for i, slot in enumerate(chosen)], n)
 
 
-def _of_columns(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    layout, scale = how
+def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
+    """The norms of all columns of W + s·A·B."""
+    layout, scale = direction.layout, direction.scale
     names = letters(w.ndim)
     stack, inputs, outputs = ("".join(names[d] for d in axes) for axes in layout[:3])
     wide, narrow = promote(w.dtype, jnp.float32), promote(w.dtype)
     # The rounded A and B are what the model multiplies with.
-    a, b = a.astype(narrow), b.astype(narrow)
+    a, b = direction.a.astype(narrow), direction.b.astype(narrow)
 
     def times(x: str, y: str, out: str, *values: jax.Array) -> jax.Array:
         return einsum(x, y, out, *values, precision="highest", dtype=wide)
@@ -225,46 +214,16 @@ def _of_columns(how: _How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Arra
 
 
 def _check_whole(node: Decomposed, w: Any) -> None:
-    """Raises where an enclosing `shard_map` may have cut the inputs of W, which then cuts A's."""
+    """Raises if an enclosing `shard_map` may have sharded the inputs of W, and so those of A."""
     may_be_cut = _compat.may_be_cut_over
     if axes := may_be_cut(w) & may_be_cut(node.a):
         raise PartialWeightError("DoRA takes norms over all inputs of W", axes)
 
 
-# ---------------------------------------------------------------------------------- what it means
-
-
-def decomposed_axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
-    """What each axis of A, of B and of m follows."""
-    found = low_rank_axes(layout)
-    beside = (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
-    return {"a": found["a"], "b": found["b"], "m": (*beside, *layout.outputs)}
-
-
-def _start(key: jax.Array, w: Any, site: Any, rule: DoRA) -> tuple[Any, Decomposed]:
-    base, a, b = drawn(key, w, site, rule)
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base)):
-        raise ValueError(
-            f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take norms. "
-            "Give arrays, or call init under jax.eval_shape."
-        )
-    if _compat.may_be_cut_over(base):
-        raise NotImplementedError(
-            f"{rule_name(rule)} takes norms of the whole of {site.path!r}, of which a shard_map "
-            "around init has a part. Call init outside of it."
-        )
-    m = norms(_How(site.layout, rule.scale), base, a, b)
-    m = m.astype(promote(m.dtype, a.dtype))
-    return base, Decomposed(
-        a, b, m, rule.scale, site.layout, rule.materialize, residual=base is not w
-    )
-
-
 def _gain(node: Decomposed, w: Any) -> jax.Array:
-    """The gain of all outputs, m / n: 1 in the slots that are not adapted."""
+    """The gain m / n of each output; 1 in the slots that are not adapted."""
     _check_whole(node, w)
-    w, a, b = lax.stop_gradient((w, node.a, node.b))
-    n = norms(_How(node.layout, node.scale), w, a, b)
+    n = norms(*lax.stop_gradient((w, LowRank(node.a, node.b, node.scale, node.layout))))
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
     if node.layout.slots is None:
         return gain
@@ -273,23 +232,3 @@ def _gain(node: Decomposed, w: Any) -> jax.Array:
     each = [lax.index_in_dim(gain, i, at, keepdims=False) for i in range(len(chosen))]
     parts = [each[chosen.index(i)] if i in chosen else jnp.ones_like(each[0]) for i in range(count)]
     return jnp.concatenate(parts, at + node.layout.outputs.index(axis))
-
-
-def _lower(node: Decomposed, w: Any) -> Change:
-    gain = Factor(_gain(node, w), tuple(map(Axis, (*node.layout.stack, *node.layout.outputs))))
-    whole = without_slots(LowRank(node.a, node.b, node.scale, node.layout), w.shape)
-    return Change((Delta(factor(whole, "a"), factor(whole, "b"), node.scale),), gain)
-
-
-register(
-    Method(
-        rule=DoRA,
-        node=Decomposed,
-        labels={"a": "a", "b": "b", "m": "m"},
-        axes=decomposed_axes,
-        sizes=lambda rule, layout: sizes(rule.rank, layout),
-        fit=fit,
-        start=_start,
-        lower=_lower,
-    )
-)

@@ -1,4 +1,4 @@
-"""Keywords of PEFT's that people write in a rule, and what they are here."""
+"""Keywords of PEFT that people write in a rule, and their names here."""
 
 import dataclasses
 import functools
@@ -26,16 +26,16 @@ PEFT = {
 
 
 def refuse_keywords_of_peft(cls: type[T]) -> type[T]:
-    """A dataclass whose `TypeError` for a keyword of PEFT's says what to give instead."""
+    """Lets the `TypeError` of a dataclass for a keyword of PEFT say what to give instead."""
     init = cls.__init__
     fields = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore
 
     @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init_checked(self: Any, *args: Any, **kwargs: Any) -> None:
         if found := [name for name in kwargs if name in PEFT and name not in fields]:
             listed = "; ".join(f"`{name}` is {PEFT[name]}" for name in found)
             raise TypeError(f"{cls.__name__} does not have the keywords of PEFT: {listed}.")
         init(self, *args, **kwargs)
 
-    cls.__init__ = checked
+    cls.__init__ = init_checked
     return cls

@@ -5,12 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ._low_rank import LowRank
+from ._low_rank import LowRank, stack_and_slots
 
 
 def leading_axes(node: LowRank) -> int:
     """How many axes A and B have in front of those of a matrix: the stack's, and one of slots."""
-    return len(node.layout.stack) + (node.layout.slots is not None)
+    return len(stack_and_slots(node.layout))
 
 
 def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:

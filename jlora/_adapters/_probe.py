@@ -1,30 +1,31 @@
-r"""What sketches of inputs are made with: it changes nothing, and its gradient is a statistic.
+r"""A node for sketches of inputs: it changes nothing, and its gradient is a statistic.
 
-The product adds 0. In place of the cotangent of $h = x A$ it gives h itself, so that A gets
+The product adds 0, and its backward pass gives h itself as the cotangent of $h = x A$. The gradient
+of A is then
 
 $$\bar A = x^T (x A),$$
 
-summed over all that the model multiplies with W, wherever it does: gradients come out of loops,
+summed over all inputs that the model multiplies with W, as gradients come out of loops,
 rematerialized layers and meshes by themselves.
 """
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey
 
 from .. import _compat
 from .._core import Change, Delta, promote
-from .._types import Layout, short
-from ._low_rank import LowRank, low_rank_axes, without_slots
-from ._method import SLOTS, AxisOrName, Method, factor, register
+from .._types import Layout
+from ._low_rank import LowRank, stack_and_slots, without_slots
+from ._node import Axes, Node, register
 
 
-class Probe(NamedTuple):
-    r"""Observes the inputs x of a weight: its gradient has $x^T(x A)$, sums and counts.
+@register
+class Probe(Node):
+    r"""Observes the inputs x of a weight: its gradient has $x^T(x A)$, their sum and their number.
 
-    An input counts where what the weight makes of it has a gradient, so that padding does not.
+    An input counts only if its output has a gradient, so that padding does not.
 
     Attributes:
         a: A, as in `LowRank`. Its last column stands for an h of ones: its gradient is the sum of
@@ -40,28 +41,25 @@ class Probe(NamedTuple):
     gate: jax.Array
     layout: Layout
 
-    def __repr__(self) -> str:
-        return f"Probe(a={short(self.a)}, b={short(self.b)}, gate={short(self.gate)})"
+    labels: ClassVar = {"a": "base", "b": "base", "gate": "base"}
+
+    @staticmethod
+    def axes(layout: Layout) -> Axes:
+        """What each axis of A, of B and of the gate follows."""
+        axes = LowRank.axes(layout)
+        return {"a": axes["a"], "b": axes["b"], "gate": (*stack_and_slots(layout), "rank")}
+
+    def lower(self, w: Any) -> Change:
+        """W + 0, of which the gradient is a statistic."""
+        stack = self.gate.shape[: len(self.layout.stack)]
+        node = self._replace(gate=self.gate.reshape(*stack, -1))  # with slots the rank is slots·r
+        node = without_slots(node, w.shape)
+        a, b, gate = (node.factor(name) for name in ("a", "b", "gate"))
+        return Change((Delta(a, b, 1.0, gate=gate, gating=_observe),))
 
 
-_CHILDREN = ("a", "b", "gate")
-
-jax.tree_util.register_pytree_with_keys(
-    Probe,
-    lambda x: (tuple((GetAttrKey(n), getattr(x, n)) for n in _CHILDREN), (x.layout,)),
-    lambda static, children: Probe(*children, layout=static[0]),
-    lambda x: ((x.a, x.b, x.gate), (x.layout,)),
-)
-
-
-def _axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
-    beside = (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
-    found = low_rank_axes(layout)
-    return {"a": found["a"], "b": found["b"], "gate": (*beside, "rank")}
-
-
-def _observed(h: jax.Array, gate: jax.Array) -> jax.Array:
-    """0; the cotangents of `h` and `gate` are what is to be summed."""
+def _observe(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """Gives 0, with the statistics as the cotangents of `h` and `gate`."""
     return _zero(h, _compat.vary_with(gate, [h]))
 
 
@@ -85,30 +83,3 @@ def _backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Arra
 
 
 _zero.defvjp(_forward, _backward)
-
-
-def _no_rule(*_: Any) -> NoReturn:
-    raise NotImplementedError("no rule makes a Probe")
-
-
-def _lower(node: Probe, w: Any) -> Change:
-    whole = without_slots(LowRank(node.a, node.b, 1.0, node.layout), w.shape)
-    stack = node.gate.shape[: len(node.layout.stack)]
-    # With slots the rank is slots·r.
-    node = Probe(whole.a, whole.b, node.gate.reshape(*stack, -1), whole.layout)
-    a, b, gate = (factor(node, name) for name in _CHILDREN)
-    return Change((Delta(a, b, 1.0, gate=gate, gating=_observed),))
-
-
-register(
-    Method(
-        rule=None,
-        node=Probe,
-        labels={"a": "base", "b": "base", "gate": "base"},
-        axes=_axes,
-        sizes=_no_rule,
-        fit=_no_rule,
-        start=_no_rule,
-        lower=_lower,
-    )
-)

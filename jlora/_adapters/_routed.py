@@ -1,29 +1,29 @@
-"""The adapters of a whole table at a site, side by side, of which a call uses one."""
+"""All adapters of a table at one site, concatenated, of which each call uses one."""
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey
 
 from .._core import Change, Delta
-from .._types import Layout, short
-from ._low_rank import LowRank, low_rank_axes, without_slots
-from ._method import AxisOrName, Method, factor, register
+from .._types import Layout
+from ._low_rank import LowRank, without_slots
+from ._node import Axes, Node, register
 
 
-class Routed(NamedTuple):
-    r"""$\Delta W = s \, A \, \mathrm{diag}(g) \, B$, with g 1 for the columns that a call uses.
+@register
+class Routed(Node):
+    r"""$\Delta W = s \, A \, \mathrm{diag}(g) \, B$, with g = 1 for the columns that a call uses.
 
-    What `jlora.many.route` gives the apply function: no state, and nothing that is saved.
+    `jlora.many.route` gives it to the apply function. It is neither trained nor saved.
 
     Attributes:
-        a: the A of all slots of a table side by side, as in `LowRank` of rank slots·r.
-        b: their B.
+        a: the A of all slots of a table, concatenated to that of a `LowRank` of rank slots·r.
+        b: their B, likewise.
         gate: g, shape (slots·r,). Where it is 0, x·A is taken for 0, whatever it is, as is x·Bᵀ in
-            a tied head. None until a call says which columns it uses.
+            a tied head. None until a call chooses its columns.
         slots: how many adapters there are.
-        scale: as in `LowRank`, and so are the others.
+        scale: as in `LowRank`.
         layout: which axes of W are which.
         dropout: probability of dropping an input of A.
         materialize: whether W + ΔW may be formed.
@@ -40,68 +40,23 @@ class Routed(NamedTuple):
     materialize: bool = False
     key: jax.Array | None = None
 
-    def __repr__(self) -> str:
-        return f"Routed(a={short(self.a)}, b={short(self.b)}, slots={self.slots})"
+    labels: ClassVar = {"a": "base", "b": "base", "gate": None, "key": None}
 
+    @staticmethod
+    def axes(layout: Layout) -> Axes:
+        """What each axis of A, of B, of the gate and of the dropout keys follows."""
+        return LowRank.axes(layout) | {"gate": ("rank",)}
 
-_CHILDREN = ("a", "b", "gate", "key")
-
-
-def _children(x: Routed) -> tuple[Any, ...]:
-    return tuple(getattr(x, name) for name in _CHILDREN)
-
-
-def _static(x: Routed) -> tuple[Any, ...]:
-    return x.slots, x.scale, x.layout, x.dropout, x.materialize
-
-
-def _unflatten(static: tuple[Any, ...], children: Any) -> Routed:
-    a, b, gate, key = children
-    slots, scale, layout, dropout, materialize = static
-    return Routed(a, b, gate, slots, scale, layout, dropout, materialize, key)
-
-
-jax.tree_util.register_pytree_with_keys(
-    Routed,
-    lambda x: (tuple(zip(map(GetAttrKey, _CHILDREN), _children(x), strict=True)), _static(x)),
-    _unflatten,
-    lambda x: (_children(x), _static(x)),
-)
-
-
-def _axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
-    return low_rank_axes(layout) | {"gate": ("rank",)}
-
-
-def _no_rule(*_: Any) -> NoReturn:
-    raise NotImplementedError("no rule makes a Routed")
-
-
-def _lower(node: Routed, w: Any) -> Change:
-    if node.gate is None:
-        raise TypeError(
-            "`adapter` is a table from jlora.many.prepare, of which a call uses one slot a row: "
-            "call jlora.many.route(lora.apply)(base, table, ids, ...)."
-        )
-    whole = without_slots(LowRank(node.a, node.b, node.scale, node.layout), w.shape)
-    if node.layout.slots is not None:  # the rank is slots·r then
-        count = whole.a.shape[-1] // node.a.shape[-1]
-        node = node._replace(gate=jnp.tile(node.gate, count))
-    node = node._replace(a=whole.a, b=whole.b, layout=whole.layout)
-    key = None if node.key is None else factor(node, "key")
-    a, b, gate = (factor(node, name) for name in ("a", "b", "gate"))
-    return Change((Delta(a, b, node.scale, key, node.dropout, gate),))
-
-
-register(
-    Method(
-        rule=None,
-        node=Routed,
-        labels={"a": "base", "b": "base", "gate": None, "key": None},
-        axes=_axes,
-        sizes=_no_rule,
-        fit=_no_rule,
-        start=_no_rule,
-        lower=_lower,
-    )
-)
+    def lower(self, w: Any) -> Change:
+        """W + s·A·diag(g)·B."""
+        if self.gate is None:
+            raise TypeError(
+                "`adapter` is a table from jlora.many.prepare, of which a call uses one slot a "
+                "row: call jlora.many.route(lora.apply)(base, table, ids, ...)."
+            )
+        node = without_slots(self, w.shape)
+        if self.layout.slots is not None:  # the rank is slots·r then
+            node = node._replace(gate=jnp.tile(self.gate, node.a.shape[-1] // self.a.shape[-1]))
+        key = None if node.key is None else node.factor("key")
+        a, b, gate = (node.factor(name) for name in ("a", "b", "gate"))
+        return Change((Delta(a, b, node.scale, key, node.dropout, gate),))

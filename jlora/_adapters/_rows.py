@@ -2,20 +2,19 @@ r"""Chosen rows of an embedding, trained in full.
 
 $$W' = W + E\,(V - W_{rows})$$
 
-where E has the columns of the identity that `rows` name. So it is a change of rank k like any
-other, in lookups and in a tied head, and the other rows get a sum with 0.
+where E has the columns of the identity that `rows` names. It is a change of rank k, in lookups and
+in a tied head; the other rows are added to 0.
 """
 
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import GetAttrKey
 
 from .. import _compat
 from .._core import (
@@ -31,20 +30,73 @@ from .._core import (
     promote,
     trace,
 )
-from .._rules import check_pattern, is_int, rule_name
-from .._types import Layout, short
-from ._method import AxisOrName, Method, PartialWeightError, factor, lengths, register
+from .._quantized import is_quantized
+from .._rules import Rule, check_pattern, is_int, rule_name
+from .._types import Layout
+from .._whole import check_whole
+from ._node import SHOWN, Axes, Node, PartialWeightError, lengths, register
 
-SHOWN = 4  # rows of a node that is printed
+
+@register
+class Replaced(Node):
+    r"""One weight with new rows: $W' = W + E\,(V - W_{rows})$.
+
+    A pytree node with the child `v`; the rest is static.
+
+    Attributes:
+        v: V, shape (stack…, k, outputs…). Its label for the optimizer is `"rows"`.
+        rows: the number of each row, along the one axis of inputs of W.
+        layout: which axes of W are which.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> node = jlora.types.Replaced(jnp.ones((2, 3)), (7, 8), layout)
+        >>> jlora.merge({"embed": jnp.zeros((9, 3))}, {"embed": node})["embed"][6:, 0].tolist()
+        [0.0, 1.0, 1.0]
+    """
+
+    v: jax.Array
+    rows: tuple[int, ...]
+    layout: Layout
+
+    labels: ClassVar = {"v": "rows"}
+
+    @staticmethod
+    def axes(layout: Layout) -> Axes:
+        """What each axis of V follows."""
+        return {"v": (*layout.stack, "rows", *layout.outputs)}
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why a table of `shape` cannot have these rows, or None."""
+        if len(self.layout.inputs) != 1:
+            return f"it must have one axis of inputs, got {self.layout.inputs}"
+        if wrong := _problem(self.rows):
+            return f"its `rows` must be {wrong}"
+        [axis], k = self.layout.inputs, lengths(self).get("rows", 0)
+        if len(self.rows) != k:
+            return f"it has {len(self.rows)} `rows`, and values for {k}"
+        # The length is 0 where only the adapter of the weight is known.
+        if shape[axis] and (beyond := [i for i in self.rows if i >= shape[axis]]):
+            return f"its `rows` must lie in [0, {shape[axis]}); got {_list_few(beyond)}"
+        return None
+
+    def lower(self, w: Any) -> Change:
+        """W with V in the place of its rows."""
+        _check_whole(w)
+        old, dtype = _take_rows(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
+        b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
+        return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(Rule):
     r"""Trains chosen rows of an embedding in full, such as those of new tokens.
 
-    The table has the values V in the place of these rows, wherever the model uses it: in lookups
-    and, if it is tied, in the head. V starts as the rows themselves. All other rows stay as they
-    are. A list of rules adapts the rest of the model: `Rows("embed", new), LoRA()`.
+    V replaces these rows wherever the model uses the table: in lookups and, if it is tied, in the
+    head. V starts as the rows themselves; all other rows stay. Further rules adapt the rest of the
+    model: `Rows("embed", new), LoRA()`.
 
     Attributes:
         pattern: a regular expression for whole components of a leaf's path.
@@ -70,140 +122,68 @@ class Rows:
     pattern: str
     rows: Sequence[int]
 
+    node: ClassVar[Any] = Replaced
+
     def __post_init__(self) -> None:
         check_pattern(self, self.pattern)
         name, rows = rule_name(self), self.rows
         if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(map(is_int, rows)):
             raise TypeError(f"`rows` of {name} must be a list of integers; got {rows!r}.")
         rows = tuple(map(int, rows))
-        if wrong := _wrong(rows):
+        if wrong := _problem(rows):
             raise ValueError(f"`rows` of {name} must be {wrong}.")
         object.__setattr__(self, "rows", rows)
 
+    def fit(self, site: Any) -> tuple["Rows", Layout]:
+        """The rule, if the site is a table that has its rows."""
+        if site.kind != "embed" or len(site.layout.inputs) != 1:
+            raise ValueError(
+                f"{rule_name(self)} matches {site.name}, a {site.kind} site of shape {site.shape}; "
+                "it needs a table of which rows are looked up. Narrow the pattern, or give the "
+                "site a jlora.LoRA or a jlora.Full."
+            )
+        [axis] = site.layout.inputs
+        if beyond := [i for i in self.rows if i >= site.shape[axis]]:
+            raise ValueError(
+                f"`rows` of {rule_name(self)} must lie in [0, {site.shape[axis]}), the rows of "
+                f"{site.name}; got {_list_few(beyond)}. Grow the table first, to have rows for "
+                "new tokens."
+            )
+        return self, site.layout
 
-class Replaced(NamedTuple):
-    r"""One weight with new rows: $W' = W + E\,(V - W_{rows})$.
+    def sizes(self, layout: Layout) -> dict[str, int]:
+        """The number of rows."""
+        del layout
+        return {"rows": len(self.rows)}
 
-    A pytree node with the child `v`; the rest is static.
-
-    Attributes:
-        v: V, shape (stack…, k, outputs…). Its label for the optimizer is `"rows"`.
-        rows: the number of each row, along the one axis of inputs of W.
-        layout: which axes of W are which.
-
-    Examples:
-        >>> import jax.numpy as jnp, jlora
-        >>> layout = jlora.types.Layout((), (0,), (1,))
-        >>> node = jlora.types.Replaced(jnp.ones((2, 3)), (7, 8), layout)
-        >>> jlora.merge({"embed": jnp.zeros((9, 3))}, {"embed": node})["embed"][6:, 0].tolist()
-        [0.0, 1.0, 1.0]
-    """
-
-    v: jax.Array
-    rows: tuple[int, ...]
-    layout: Layout
-
-    def __repr__(self) -> str:
-        few = [*self.rows[:2], *self.rows[-1:]] if len(self.rows) > SHOWN else self.rows
-        shown = [*map(str, few)]
-        shown[2:2] = ["…"] * (len(self.rows) > SHOWN)
-        stack = f", stack={self.layout.stack!r}" if self.layout.stack else ""
-        return f"Replaced(v={short(self.v)}, rows=({', '.join(shown)}){stack})"
-
-
-def _unflatten(static: tuple[Any, ...], children: Any) -> Replaced:
-    [v], (rows, layout) = children, static
-    return Replaced(v, rows, layout)
+    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Replaced]:
+        """W, and its rows as V."""
+        del key
+        check_whole(f"{rule_name(self)} takes rows of", w, site.path)
+        rows = tuple(self.rows)
+        v = _take_rows(w if is_quantized(w) else jnp.asarray(w), site.layout, rows)
+        return w, Replaced(v.astype(promote(v.dtype, jnp.float32)), rows, site.layout)
 
 
-jax.tree_util.register_pytree_with_keys(
-    Replaced,
-    lambda x: (((GetAttrKey("v"), x.v),), (x.rows, x.layout)),
-    _unflatten,
-    lambda x: ((x.v,), (x.rows, x.layout)),
-)
-
-
-def _wrong(rows: Any) -> str | None:
-    """What rows must be that these are not."""
+def _problem(rows: Any) -> str | None:
+    """What rows must be, if these are not; else None."""
     if not isinstance(rows, tuple) or not all(map(is_int, rows)):
         return f"a tuple of integers; got {repr(rows)[:80]}"
     if not rows:
         return "at least one row"
     if negative := [i for i in rows if i < 0]:
-        return f"counted from 0; got {_few(negative)}"
+        return f"counted from 0; got {_list_few(negative)}"
     if twice := [i for i, n in collections.Counter(rows).items() if n > 1]:
-        return f"distinct; got {_few(twice)} more than once"
+        return f"distinct; got {_list_few(twice)} more than once"
     return None
 
 
-def _few(rows: Sequence[int]) -> str:
+def _list_few(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
 
 
-def _fit(rule: Rows, site: Any) -> tuple[Rows, Layout]:
-    if site.kind != "embed" or len(site.layout.inputs) != 1:
-        raise ValueError(
-            f"{rule_name(rule)} matches {site.name}, a {site.kind} site of shape {site.shape}; it "
-            "needs a table of which rows are looked up. Narrow the pattern, or give the site a "
-            "jlora.LoRA or a jlora.Full."
-        )
-    [axis] = site.layout.inputs
-    if beyond := [i for i in rule.rows if i >= site.shape[axis]]:
-        raise ValueError(
-            f"`rows` of {rule_name(rule)} must lie in [0, {site.shape[axis]}), the rows of "
-            f"{site.name}; got {_few(beyond)}. Grow the table first, to have rows for new tokens."
-        )
-    return rule, site.layout
-
-
-def _start(key: jax.Array, w: Any, site: Any, rule: Rows) -> tuple[Any, Replaced]:
-    del key
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
-        raise ValueError(
-            f"`params` has a shape at {site.path!r}, of which {rule_name(rule)} cannot take rows. "
-            "Give arrays, or call init under jax.eval_shape."
-        )
-    if _compat.may_be_cut_over(w):
-        raise NotImplementedError(
-            f"{rule_name(rule)} counts the rows of the whole of {site.path!r}, of which a "
-            "shard_map around init may have a part. Call init outside of it."
-        )
-    rows = tuple(rule.rows)
-    v = _rows_of(w if hasattr(w, "packed") else jnp.asarray(w), site.layout, rows)
-    return w, Replaced(v.astype(promote(v.dtype, jnp.float32)), rows, site.layout)
-
-
-# ---------------------------------------------------------------------------------- what it means
-
-
-def _axes(layout: Layout) -> dict[str, tuple[AxisOrName, ...]]:
-    return {"v": (*layout.stack, "rows", *layout.outputs)}
-
-
-def _misfit(node: Replaced, shape: tuple[int, ...]) -> str | None:
-    if len(node.layout.inputs) != 1:
-        return f"it must have one axis of inputs, got {node.layout.inputs}"
-    if wrong := _wrong(node.rows):
-        return f"its `rows` must be {wrong}"
-    [axis], k = node.layout.inputs, lengths(node).get("rows", 0)
-    if len(node.rows) != k:
-        return f"it has {len(node.rows)} `rows`, and values for {k}"
-    # A weight that is known by its adapter alone has a length of 0 here.
-    if shape[axis] and (beyond := [i for i in node.rows if i >= shape[axis]]):
-        return f"its `rows` must lie in [0, {shape[axis]}); got {_few(beyond)}"
-    return None
-
-
-def _lower(node: Replaced, w: Any) -> Change:
-    _check_whole(w)
-    old, dtype = _rows_of(w, node.layout, node.rows), promote(w.dtype, node.v.dtype)
-    b = factor(node._replace(v=node.v.astype(dtype) - old.astype(dtype)), "v")
-    return Change((Delta(_chosen(node, w), b, 1.0),), invertible=False)
-
-
-def _chosen(node: Replaced, w: Any) -> Factor:
-    """E, for each matrix of a stack."""
+def _one_hot(node: Replaced, w: Any) -> Factor:
+    """The matrix E of ones and zeros, for each matrix of a stack."""
     [axis], stack = node.layout.inputs, node.layout.stack
     shape = (w.shape[axis], len(node.rows))
     chosen = lax.broadcasted_iota(jnp.int32, shape, 0) == jnp.asarray(node.rows, jnp.int32)[None]
@@ -215,8 +195,8 @@ def _chosen(node: Replaced, w: Any) -> Factor:
     return Factor(chosen, (*map(Axis, (*stack, axis)), RANK))
 
 
-def _rows_of(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
-    """The rows of W as V has them. Of a quantized W they alone are unpacked, if blocks allow it."""
+def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
+    """Takes rows of W, laid out as V. If its blocks allow it, no others are unpacked."""
     stack, [axis], outputs, _ = layout
     at = (*[slice(None)] * axis, jnp.asarray(rows, jnp.int32))
     place = None
@@ -227,7 +207,7 @@ def _rows_of(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
     def take(w: jax.Array) -> jax.Array:
         return w.at[at].get(mode="promise_in_bounds", out_sharding=place)
 
-    if hasattr(w, "packed"):
+    if is_quantized(w):
         weight = leaf_weight(w, Change(), "", materialize=True)
         jaxpr, _ = trace(take, [weight.type], [""])
         [found] = evaluate(jaxpr, weight)
@@ -238,26 +218,11 @@ def _rows_of(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
 
 
 def _sharding(w: Any) -> NamedSharding | None:
-    """Where W lies along explicit mesh axes."""
-    return None if hasattr(w, "packed") else explicit(w)
+    """The sharding of W over explicit mesh axes, if it has one."""
+    return None if is_quantized(w) else explicit(w)
 
 
 def _check_whole(w: Any) -> None:
-    """Raises where an enclosing `shard_map` may have a part of the table."""
+    """Raises if an enclosing `shard_map` may have sharded the table."""
     if axes := _compat.may_be_cut_over(w):
         raise PartialWeightError("Rows counts the rows of the whole table", axes)
-
-
-register(
-    Method(
-        rule=Rows,
-        node=Replaced,
-        labels={"v": "rows"},
-        axes=_axes,
-        sizes=lambda rule, layout: {"rows": len(rule.rows)},
-        fit=_fit,
-        start=_start,
-        lower=_lower,
-        misfit=_misfit,
-    )
-)

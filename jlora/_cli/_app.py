@@ -186,7 +186,7 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
     JOB is module:FUNCTION or file.py:FUNCTION. The function takes the mesh and returns the
     arguments of jlora.plan: (loss, base, adapter, args) or (loss, base, adapter, args, tx), as
     shapes with shardings on the mesh. With libtpu installed the step is compiled for the slice;
-    otherwise activations are an estimate.
+    without it, all but the activations is known.
     """
     from ._plan import plan
 

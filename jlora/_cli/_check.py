@@ -1,30 +1,12 @@
 """`jlora check`: whether an engine takes an adapter."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import peft
+from ._command import Answer
 from ._inputs import format_of
 from ._words import called
-
-
-class Answer(NamedTuple):
-    """The answer."""
-
-    checked: peft.Checked
-
-    @property
-    def exit_code(self) -> int:
-        """1 if anything is refused or dropped."""
-        return int(bool(self.checked.findings))
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields."""
-        findings = [finding._asdict() for finding in self.checked.findings]
-        return self.checked._asdict() | {"findings": findings}
-
-    def __str__(self) -> str:
-        return str(self.checked)
 
 
 def check(
@@ -43,4 +25,6 @@ def check(
             )
     words: Any = {"base": ("--base", base), "max_lora_rank": ("--max-lora-rank", None)}
     with called(path=("DIR", folder), **words):
-        return Answer(peft.check(folder, engine, base=base, max_lora_rank=max_lora_rank))
+        checked = peft.check(folder, engine, base=base, max_lora_rank=max_lora_rank)
+    findings = [finding._asdict() for finding in checked.findings]
+    return Answer(str(checked), checked._asdict() | {"findings": findings}, int(bool(findings)))

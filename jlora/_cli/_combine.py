@@ -14,7 +14,7 @@ from .._adapters import is_node
 from .._folders import check_vacant
 from .._tree import adapter_leaves, count, name_of
 from .._types import PyTree
-from ._command import Done
+from ._command import Answer
 from ._inputs import format_of
 from ._words import called
 
@@ -40,7 +40,7 @@ def combine(
     rank: int | None = None,
     energy: float | None = None,
     **options: Any,
-) -> Done:
+) -> Answer:
     """Writes what `method` makes of `adapters` to `out`.
 
     Args:
@@ -71,7 +71,7 @@ def combine(
     }
     shown = "–".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))
     text = f"{out}: {len(adapters)} adapters by {method}, {fields['sites']} sites of rank {shown}"
-    return Done(f"{text}, {fields['parameters']:,} parameters, as {kind}", fields)
+    return Answer(f"{text}, {fields['parameters']:,} parameters, as {kind}", fields)
 
 
 def _combine_peft(

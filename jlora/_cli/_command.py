@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -19,27 +20,24 @@ ERROR, INTERRUPTED = 2, 130
 LINES = 12  # of an error's list that are shown without --debug
 
 
-class Done(NamedTuple):
-    """The answer of a command that wrote something."""
+class Answer(NamedTuple):
+    """What a command found or did.
+
+    Attributes:
+        text: for people.
+        fields: for `--json`, where a float that is not finite becomes null.
+        exit_code: 1 for "no", such as adapters that differ.
+    """
 
     text: str
     fields: dict[str, Any]
-
-    exit_code = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """What was written."""
-        return self.fields
-
-    def __str__(self) -> str:
-        return self.text
+    exit_code: int = 0
 
 
 class Command(click.Command):
-    """A command whose function returns the answer, and perhaps the exit code with it.
+    """A command whose function returns an `Answer`.
 
-    The answer has `as_json()`, and its `str()` is what a person reads. Any exception becomes one
-    line on stderr and the exit code 2.
+    Any exception becomes one line on stderr and the exit code 2.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -54,14 +52,14 @@ class Command(click.Command):
         as_json, debug = ctx.params.pop("json"), ctx.params.pop("debug")
         try:
             # Without it JAX would narrow float64 and int64 that a file holds.
-            with jax.enable_x64(True), _told():
+            with jax.enable_x64(True), _warnings_as_lines():
                 answer = super().invoke(ctx)
-            text = json.dumps(answer.as_json(), indent=2) if as_json else str(answer)
+            text = json.dumps(_finite(answer.fields), indent=2) if as_json else answer.text
             click.echo(printable(text))
         except KeyboardInterrupt:
             click.echo("jlora: interrupted; nothing is half written.", err=True)
             sys.stderr.flush()
-            # At once: what Orbax was about to do would be complained of on the way out.
+            # At once: Orbax would complain of its unfinished work on the way out.
             os._exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
@@ -69,15 +67,15 @@ class Command(click.Command):
             if debug:
                 click.echo(printable(traceback.format_exc()), err=True, nl=False)
                 ctx.exit(ERROR)
-            click.echo(printable(f"jlora: {one_line(e)}"), err=True)
+            click.echo(printable(f"jlora: {_one_line(e)}"), err=True)
             ctx.exit(ERROR)
         ctx.exit(answer.exit_code)
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def _warnings_as_lines() -> Iterator[None]:
     """Prints warnings as lines on stderr, before the error if there is one."""
-    # Of what Orbax logs, an error says what matters.
+    # An error says what matters of what Orbax logs.
     orbax, level = logging.getLogger("absl"), logging.getLogger("absl").level
     orbax.setLevel(logging.ERROR)
     with warnings.catch_warnings(record=True) as found:
@@ -86,12 +84,24 @@ def _told() -> Iterator[None]:
         finally:
             orbax.setLevel(level)
             for x in found:
-                said = " ".join(str(x.message).split())
-                click.echo(printable(f"jlora: warning: {said}"), err=True)
+                text = " ".join(str(x.message).split())
+                click.echo(printable(f"jlora: warning: {text}"), err=True)
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error, its list cut where it is long."""
+def _finite(x: Any) -> Any:
+    """The same JSON with null in place of floats that are not finite, which JSON has not."""
+    match x:
+        case dict():
+            return {name: _finite(value) for name, value in x.items()}
+        case list() | tuple():
+            return [_finite(value) for value in x]
+        case float() if not math.isfinite(x):
+            return None
+    return x
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error, with a long list cut."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,10 @@ from tqdm import tqdm
 
 from .. import analysis
 from .._adapters import Decomposed, LowRank, Replaced, is_node, weight_shape
-from .._table import aligned
-from ._inputs import Opened, open_alike
-from ._inspect import finite, wide
+from .._report import aligned
+from ._command import Answer
+from ._inputs import open_alike
+from ._inspect import wide
 
 
 class Compared(NamedTuple):
@@ -32,89 +32,60 @@ class Compared(NamedTuple):
     changes: list[str]
 
 
-class Difference(NamedTuple):
-    """The answer."""
+def diff(a: Path, b: Path, *, names: str | None, tolerance: float | None) -> Answer:
+    """Compares the adapters in `a` and `b`; `names` is the table for one of PEFT and one not.
 
-    a: Opened
-    b: Opened
-    compared: list[Compared]
-    only_a: list[str]
-    only_b: list[str]
-    tolerance: float | None
-
-    @property
-    def equal(self) -> bool:
-        """Whether they are equal, or within the tolerance where one was given."""
-        return not (self.only_a or self.only_b) and all(map(self._accepts, self.compared))
-
-    def _accepts(self, x: Compared) -> bool:
-        if x.equal or self.tolerance is None or x.relative is None:
-            return x.equal
-        return x.relative <= self.tolerance
-
-    @property
-    def exit_code(self) -> int:
-        """As that of diff(1)."""
-        return 0 if self.equal else 1
-
-    def as_json(self) -> dict[str, Any]:
-        """All leaves; a relative difference that is not finite is null."""
-        sites = [
-            x._asdict() | {"relative": None if x.relative is None else finite(x.relative)}
-            for x in self.compared
-        ]
-        return {
-            "a": {"path": str(self.a.folder), "format": self.a.format},
-            "b": {"path": str(self.b.folder), "format": self.b.format},
-            "equal": self.equal,
-            "tolerance": self.tolerance,
-            "only_a": self.only_a,
-            "only_b": self.only_b,
-            "sites": sites,
-        }
-
-    def __str__(self) -> str:
-        rows = [(x.name, _shown(x.relative), "; ".join(x.changes)) for x in self._unequal]
-        lines = aligned(("site", "relative", "differs"), rows, {"relative"}) if rows else []
-        lines += [f"only in {self.a.folder}: {name}" for name in self.only_a]
-        lines += [f"only in {self.b.folder}: {name}" for name in self.only_b]
-        n = len(self.compared)
-        return "\n".join([*lines, f"{n - len(self._unequal)} of {n} common sites are equal"])
-
-    @property
-    def _unequal(self) -> list[Compared]:
-        return [x for x in self.compared if not x.equal]
-
-
-def diff(
-    a: Path, b: Path, *, names: str | None = None, tolerance: float | None = None
-) -> Difference:
-    """Compares the adapters in `a` and `b`; `names` is the table for one of PEFT and one not."""
+    The exit code is that of diff(1). With a tolerance, other bits are equal within it.
+    """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"--tolerance must be a number of at least 0; got {tolerance}.")
     ours, theirs = open_alike(a, b, names)
     common = [name for name in ours.leaves if name in theirs.leaves]
     bar = tqdm(common, "sites", disable=None, leave=False, file=sys.stderr)
     compared = [_compare(name, ours.leaves[name], theirs.leaves[name]) for name in bar]
-    only = _only(ours.leaves, theirs.leaves), _only(theirs.leaves, ours.leaves)
-    return Difference(ours, theirs, compared, *only, tolerance)
+    only_a = [name for name in ours.leaves if name not in theirs.leaves]
+    only_b = [name for name in theirs.leaves if name not in ours.leaves]
+    unequal = [x for x in compared if not x.equal]
+    within = tolerance is not None and all(
+        x.relative is not None and x.relative <= tolerance for x in unequal
+    )
+    equal = not (only_a or only_b) and (within or not unequal)
+    rows = [(x.name, _relative_text(x.relative), "; ".join(x.changes)) for x in unequal]
+    lines = aligned(("site", "relative", "differs"), rows, {"relative"}) if rows else []
+    lines += [f"only in {a}: {name}" for name in only_a]
+    lines += [f"only in {b}: {name}" for name in only_b]
+    n = len(compared)
+    lines.append(f"{n - len(unequal)} of {n} common sites are equal")
+    fields = {
+        "a": {"path": str(a), "format": ours.format},
+        "b": {"path": str(b), "format": theirs.format},
+        "equal": equal,
+        "tolerance": tolerance,
+        "only_a": only_a,
+        "only_b": only_b,
+        "sites": [x._asdict() for x in compared],
+    }
+    return Answer("\n".join(lines), fields, int(not equal))
 
 
-def _only(leaves: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
-    return [name for name in leaves if name not in others]
+def _relative_text(relative: float | None) -> str:
+    return "-" if relative is None else f"{relative:.3g}"
+
+
+# --------------------------------------------------------------------------------------- two leaves
 
 
 def _compare(name: str, x: Any, y: Any) -> Compared:
-    if is_node(x) != is_node(y) or (is_node(x) and type(x) is not type(y)):
-        return Compared(name, False, None, [" → ".join(map(_form, (x, y)))])
-    compare = _compare_full if not is_node(x) else _COMPARE.get(type(x), _compare_low)
+    if type(x) is not type(y) and (is_node(x) or is_node(y)):
+        return Compared(name, False, None, [f"{_kind(x)} → {_kind(y)}"])
+    compare = _compare_full if not is_node(x) else _COMPARE.get(type(x), _compare_low_rank)
     relative, changes = compare(x, y)
     return Compared(name, not changes, relative, changes)
 
 
-def _form(x: Any) -> str:
-    named = {LowRank: "low rank", Decomposed: "DoRA", Replaced: "rows"}
-    return named.get(type(x), type(x).__name__) if is_node(x) else "in full"
+def _kind(x: Any) -> str:
+    names = {LowRank: "low rank", Decomposed: "DoRA", Replaced: "rows"}
+    return names.get(type(x), type(x).__name__) if is_node(x) else "in full"
 
 
 def _compare_rows(x: Replaced, y: Replaced) -> tuple[float | None, list[str]]:
@@ -124,25 +95,26 @@ def _compare_rows(x: Replaced, y: Replaced) -> tuple[float | None, list[str]]:
 
 
 def _compare_decomposed(x: Decomposed, y: Decomposed) -> tuple[float | None, list[str]]:
-    """What W' is depends on W: only whether it is the same is known."""
+    """Only whether W' is the same is known: what it is depends on W."""
     low = (LowRank(z.a, z.b, z.scale, z.layout, residual=z.residual) for z in (x, y))
-    changes = _compare_low(*low)[1] + ["m"] * (not _same(x.m, y.m))
+    changes = _compare_low_rank(*low)[1] + ["m"] * (not _has_same_bits(x.m, y.m))
     return None if changes else 0.0, changes
 
 
-def _compare_low(x: Any, y: Any) -> tuple[float | None, list[str]]:
-    pairs = {
-        "weight": (weight_shape(x), weight_shape(y)),
-        "axes": (x.layout, y.layout),
-        "rank": (x.a.shape[-1], y.a.shape[-1]),
-        "scale": (x.scale, y.scale),
-        "dropout": (x.dropout, y.dropout),
-        "dtype": (str(x.a.dtype), str(y.a.dtype)),
-        "frozen": (x.frozen, y.frozen),
-        "residual": (x.residual, y.residual),
-    }
-    changes = [f"{what} {p} → {q}" for what, (p, q) in pairs.items() if p != q]
-    changes += [name for name in "AB" if not _same(*(getattr(z, name.lower()) for z in (x, y)))]
+def _compare_low_rank(x: Any, y: Any) -> tuple[float | None, list[str]]:
+    changes = _changes(
+        {
+            "weight": (weight_shape(x), weight_shape(y)),
+            "axes": (x.layout, y.layout),
+            "rank": (x.a.shape[-1], y.a.shape[-1]),
+            "scale": (x.scale, y.scale),
+            "dropout": (x.dropout, y.dropout),
+            "dtype": (str(x.a.dtype), str(y.a.dtype)),
+            "frozen": (x.frozen, y.frozen),
+            "residual": (x.residual, y.residual),
+        }
+    )
+    changes += [n for n in "AB" if not _has_same_bits(*(getattr(z, n.lower()) for z in (x, y)))]
     if weight_shape(x) != weight_shape(y) or x.layout[:3] != y.layout[:3]:
         return None, changes
     if x.residual != y.residual:  # of two bases
@@ -157,28 +129,27 @@ _COMPARE = {Decomposed: _compare_decomposed, Replaced: _compare_rows}
 
 
 def _compare_full(x: Any, y: Any) -> tuple[float | None, list[str]]:
-    pairs = {"shape": (x.shape, y.shape), "dtype": (str(x.dtype), str(y.dtype))}
-    changes = [f"{what} {p} → {q}" for what, (p, q) in pairs.items() if p != q]
+    changes = _changes({"shape": (x.shape, y.shape), "dtype": (str(x.dtype), str(y.dtype))})
     if x.shape != y.shape:
         return None, changes
-    if not _same(x, y):
+    if not _has_same_bits(x, y):
         changes.append("values")
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     return _relative(x - y, x), changes
 
 
-def _same(x: Any, y: Any) -> bool:
+def _changes(pairs: dict[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{what} {p} → {q}" for what, (p, q) in pairs.items() if p != q]
+
+
+def _has_same_bits(x: Any, y: Any) -> bool:
     x, y = np.asarray(x), np.asarray(y)
     return (x.shape, x.dtype) == (y.shape, y.dtype) and x.tobytes() == y.tobytes()
 
 
 def _relative(change: Any, size: Any) -> float:
-    """Of the norms of two arrays, of norms or of entries."""
+    """‖change‖ / ‖size‖, where the arrays hold entries or norms."""
     change, size = (float(np.linalg.norm(np.ravel(z))) for z in (change, size))
     if size == 0:
         return 0.0 if change == 0 else math.inf
     return change / size
-
-
-def _shown(relative: float | None) -> str:
-    return "-" if relative is None else f"{relative:.3g}"

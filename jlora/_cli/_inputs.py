@@ -11,7 +11,7 @@ from .._tree import adapter_leaves, name_of
 from .._types import PyTree
 from ._words import called
 
-# Of Orbax: the first is in every checkpoint, the second in those of one tree.
+# Files of Orbax: the first is in every checkpoint, the second in those of one tree.
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")
 
 
@@ -37,7 +37,7 @@ def open_adapter(folder: Path, what: str) -> Opened:
 
 
 def open_alike(a: Path, b: Path, names: str | None) -> tuple[Opened, Opened]:
-    """Two adapters by the same names; one of PEFT beside one of Orbax is read onto its base."""
+    """Two adapters by the same names: one of PEFT beside one of Orbax is read onto its base."""
     formats = format_of(a, "A"), format_of(b, "B")
     if formats == ("peft", "orbax"):
         return _open_peft_as((a, "A"), (b, "B"), names), _open_orbax(b, "B")
@@ -70,12 +70,11 @@ def format_of(folder: Path, what: str, *, model: bool = False) -> str:
 
 
 def _open_peft_as(given: tuple[Path, str], other: tuple[Path, str], names: str | None) -> Opened:
-    (folder, what), (of_orbax, its_name) = given, other
-    with called(path=(its_name, of_orbax)):
-        shapes = checkpoint.base_shapes(of_orbax)
-    rows = table(names)
-    base = f"the base of {its_name}"
-    with called(path=(what, folder), base=(base, of_orbax), names=("--names", None)):
+    (folder, what), (orbax, orbax_what) = given, other
+    with called(path=(orbax_what, orbax)):
+        shapes = checkpoint.base_shapes(orbax)
+    rows, base = table(names), (f"the base of {orbax_what}", orbax)
+    with called(path=(what, folder), base=base, names=("--names", None)):
         return Opened(folder, "peft", _by_name(peft.load(folder, shapes, rows)), {})
 
 
@@ -99,14 +98,12 @@ def table(text: str | None) -> tuple[peft.Name, ...]:
         raise ValueError(f"--names is needed to match PyTorch's modules to paths: {_choice()}.")
     if text.lower() in peft.TABLES:
         return peft.TABLES[text.lower()]
-    source, colon, attribute = text.rpartition(":")
-    if not colon or not source:
+    if ":" not in text:
         raise ValueError(f"--names: there is no table {text!r}; expected {_choice()}.")
-    found = getattr(_imported(source, "--names"), attribute, None)
+    found = attribute(text, "--names")
     if not isinstance(found, list | tuple) or not all(isinstance(x, peft.Name) for x in found):
         raise ValueError(
-            f"--names: {attribute} of {source} must be a list of jlora.peft.Name rows; "
-            f"got {type(found).__name__}."
+            f"--names: {text} must be a list of jlora.peft.Name rows; got {type(found).__name__}."
         )
     return tuple(found)
 
@@ -116,18 +113,18 @@ def _choice() -> str:
 
 
 def attribute(text: str, what: str) -> Any:
-    """What `module:NAME` or `path/file.py:NAME`, which the user gave as `what`, means."""
-    source, colon, name = text.rpartition(":")
-    if not colon or not source:
+    """The attribute that `module:NAME` or `file.py:NAME` means, which the user gave as `what`."""
+    source, _, name = text.rpartition(":")
+    if not source or not name:
         raise ValueError(f"{what}: expected module:NAME or file.py:NAME; got {text!r}.")
-    found = _imported(source, what)
+    found = _import(source, what)
     if not hasattr(found, name):
         raise ValueError(f"{what}: {source} has no {name}.")
     return getattr(found, name)
 
 
-def _imported(source: str, what: str) -> Any:
-    """The module of that name, or that file as one."""
+def _import(source: str, what: str) -> Any:
+    """Imports a module by its name or its file."""
     try:
         if not source.endswith(".py"):
             return importlib.import_module(source)

@@ -3,43 +3,18 @@
 import contextlib
 import os
 import sys
-from typing import Any, NamedTuple
 
 import jax
 
 from .. import _compat
-from .._planning import Plan, has_compiler, mesh_of, parse
+from .._planning import has_compiler, mesh_of, parse
 from .._planning import plan as make
 from .._planning._placed import mesh_of_leaves
+from ._command import Answer
 from ._inputs import attribute
 from ._words import called
 
-WITHOUT = (
-    "activations are estimated, as libtpu is not installed; compiled figures need it: "
-    'pip install "jax[tpu]"'
-)
-
-
-class Answer(NamedTuple):
-    """The answer: a plan for a topology."""
-
-    topology: str
-    plan: Plan
-    note: str | None
-
-    @property
-    def exit_code(self) -> int:
-        """1 where it is known not to fit."""
-        return int(self.plan.fits is False)
-
-    def as_json(self) -> dict[str, Any]:
-        """All numbers."""
-        numbers = self.plan._replace(program=None)._asdict()
-        del numbers["program"]
-        return {"topology": self.topology, **numbers, "fits": self.plan.fits}
-
-    def __str__(self) -> str:
-        return "\n".join([str(self.plan), *([self.note] if self.note else [])])
+WITHOUT = 'activations need the compiler for TPUs, which is not installed: pip install "jax[tpu]"'
 
 
 def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) -> Answer:
@@ -68,7 +43,11 @@ def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) ->
             compiler_options=_compat.HURRIED if fast else None,
         )
     found = found._replace(device=chip.kind)
-    return Answer(topology, found, None if has_compiler() or arithmetic else WITHOUT)
+    text = str(found) if has_compiler() or arithmetic else f"{found}\n{WITHOUT}"
+    numbers = found._asdict()
+    del numbers["program"]
+    fields = {"topology": topology, **numbers, "fits": found.fits}
+    return Answer(text, fields, int(found.fits is False))
 
 
 def _axes(text: str) -> dict[str, int]:

@@ -9,7 +9,7 @@ from .. import checkpoint, peft
 from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
-from ._command import Done
+from ._command import Answer
 from ._inputs import format_of, table
 from ._words import Given, called
 
@@ -30,7 +30,7 @@ def merge(
     *,
     names: str | None = None,
     follow_links: bool = False,
-) -> Done:
+) -> Answer:
     """Writes the model in `base` with `adapter` merged to `out`, in the format of `base`.
 
     Args:
@@ -63,7 +63,7 @@ def merge(
     fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": formats[0]}
     text = f"{out}: {base} with {adapter} merged, as {formats[0]}"
     text += f"; not copied: {', '.join(left_out)}" if left_out else ""
-    return Done(text, fields | {"left_out": left_out})
+    return Answer(text, fields | {"left_out": left_out})
 
 
 def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> None:
@@ -72,7 +72,7 @@ def _merge_orbax(base: Path, adapter: Path, out: Path, names: str | None) -> Non
     with called(adapter=("ADAPTER", adapter), base=("BASE", base)):
         merged = jlora.merge(params, _adapter(adapter, params, names))
     with called(path=("OUT", out)):
-        checkpoint.export(out, checkpoint.as_saved(merged))
+        checkpoint.export(out, merged)
 
 
 def _adapter(folder: Path, params: PyTree, names: str | None) -> PyTree:
@@ -96,7 +96,7 @@ def convert(
     base: Path | None = None,
     profile: str | None = None,
     config: Path | None = None,
-) -> Done:
+) -> Answer:
     """Writes the adapter in `source` to `out`: PEFT's as Orbax, Orbax's or with a profile as PEFT.
 
     Args:
@@ -130,7 +130,7 @@ def convert(
     if profile == "vllm":
         fields["rank"] = peft.read_config(out)["r"]
         text += f", for vLLM with --max-lora-rank {fields['rank']} or more"
-    return Done(text, fields)
+    return Answer(text, fields)
 
 
 def _to_peft(

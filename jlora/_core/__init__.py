@@ -1,31 +1,34 @@
 """The interpreter and its product. Imports `_compat`.
 
-It evaluates a traced function with a `Weight`, W and the change that is made to it, in the place of
-some of its parameters, and knows of a method only that `Change`. In the order in which to read:
-`_axes`, `_change`, `_weight`, `_interpret`, `_moves`, `_linear`, `_dot`, `_control`.
+It evaluates a traced function in which some parameters are a `Weight`: W and the change that is
+made to it. Of a method it knows only this `Change`. Read the modules in this order: `_axes`,
+`_change`, `_weight`, `_interpret`, `_moves`, `_product`, `_dot`, `_low_rank`, `_control`.
 """
 
-from . import _control, _dot, _kernels, _lookup, _moves  # noqa: F401
+from . import _control, _dot, _joins, _kernels, _lookup, _moves  # noqa: F401
+from ._arrays import einsum as einsum
+from ._arrays import explicit as explicit
+from ._arrays import letters as letters
+from ._arrays import mesh_axes as mesh_axes
+from ._arrays import promote as promote
 from ._axes import RANK as RANK
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
+from ._axes import Unfactorable as Unfactorable
+from ._axes import abstract as abstract
 from ._change import Change as Change
 from ._change import Delta as Delta
 from ._change import NotInvertibleError as NotInvertibleError
-from ._explicit import explicit as explicit
+from ._interpret import Equation as Equation
 from ._interpret import evaluate as evaluate
 from ._interpret import materialized as materialized
+from ._interpret import rule as rule
 from ._packed import Packed as Packed
-from ._packed import laid as laid
-from ._packed import mesh_axes as mesh_axes
-from ._product import einsum as einsum
-from ._product import letters as letters
-from ._product import promote as promote
+from ._packed import shard_part as shard_part
 from ._trace import ValueReadError as ValueReadError
-from ._trace import abstract as abstract
 from ._trace import take as take
 from ._trace import trace as trace
-from ._uses import Product as Product
+from ._uses import ProductUse as ProductUse
 from ._uses import Unsupported as Unsupported
 from ._uses import Uses as Uses
 from ._weight import Weight as Weight

@@ -16,18 +16,31 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _compat
-from ._axes import RANK, Axis, Factor, Unfactorable
-from ._product import einsum, gated, letters, promote
+from ._arrays import einsum, promote
+from ._axes import RANK, Axis, Factor, Unfactorable, is_factor
 
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
+
+
+def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """`h` times `gate`, which has as many axes: 0 where the gate is 0, whatever `h` is there."""
+    return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """ΔW = scale · A·diag(gate)·B; with keys, as a map of activations, a dropout before A.
+    """ΔW = scale · A·diag(gate)·B, or what takes its place where activations are multiplied.
 
-    With a `gating` of its own, which takes x·A and the gate, it is a map of activations alone.
+    Attributes:
+        a: A.
+        b: B.
+        scale: a number.
+        key: keys of a dropout of the inputs of A, or None.
+        dropout: the probability of that.
+        gate: a factor along the rank, or None. Where it is 0, x·A may be anything.
+        gating: computes what x·A becomes from x·A and the gate. If it is not `gated`, there is no
+            ΔW, and the delta only acts on activations.
     """
 
     a: Factor
@@ -35,37 +48,41 @@ class Delta:
     scale: float = dataclasses.field(metadata={"static": True})
     key: Factor | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
-    gate: Factor | None = None  # along the rank; where it is 0, x·A may be anything
+    gate: Factor | None = None
     gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
         default=gated, metadata={"static": True}
     )
 
+    def map(self, f: Callable[[Factor], Any]) -> "Delta":
+        """Applies `f` to each factor."""
+        return jax.tree.map(f, self, is_leaf=is_factor)
+
     def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
-        """ΔW, of length 1 along axes of W that neither A nor B follows."""
+        """ΔW, of length 1 along axes of W that neither A nor B has."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
         return _sum_over_rank(tuple(axes), self.gated_factor(a), b)
 
-    def gated(self, h: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    def gated(self, h: jax.Array, axes: Sequence[Any]) -> jax.Array:
         """What the gate lets through of the activation `h`, which has the axes `axes`."""
         return h if self.gate is None else self.gating(h, self.gate.arranged(axes))
 
     def gated_factor(self, f: Factor) -> Factor:
-        """A·diag(gate) of A, or of the factor that comes first; `Unfactorable` if it is none."""
+        """f·diag(gate) for A, or B if that comes first; `Unfactorable` without a ΔW."""
         if not self.is_matrix:
             raise Unfactorable("it would be multiplied with what is no activation")
         return f.replace(self.gated(f.value, f.axes))
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
-        """A and B, first the one to contract an activation with over `contracted`."""
+        """A and B, first the one that an activation meets if it is contracted over `contracted`."""
         in_a, in_b = (sum(axis in f.axes for axis in contracted) for f in (self.a, self.b))
         return (self.a, self.b) if in_a >= in_b else (self.b, self.a)
 
     def drop(self, x: jax.Array) -> jax.Array:
         """Drops entries of the input `x` of A with probability `dropout`, and rescales the rest.
 
-        Where it is no matrix, `x` gets no gradient from it.
+        Without a ΔW, no gradient passes to `x`.
         """
         if not self.is_matrix:
             return lax.stop_gradient(x)
@@ -101,7 +118,7 @@ class Change:
     Attributes:
         deltas: the ΔW.
         gain: the gain, or None.
-        invertible: whether the deltas are the same ones of the changed W.
+        invertible: whether the deltas do not depend on W, so that they can be taken back.
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -109,13 +126,13 @@ class Change:
     invertible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def map(self, f: Callable[[Factor], Any]) -> "Change":
-        """`f` of each factor."""
+        """Applies `f` to each factor."""
         return jax.tree.map(f, self, is_leaf=is_factor)
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
         """The changed `w`, computed in float32 or better and rounded once to its dtype.
 
-        With `sign` -1 the weight of which `w` is the changed one.
+        With `sign` -1 it takes the change back: `w` is the changed weight.
         """
         if self.gain is not None and sign < 0:
             raise NotInvertibleError("its gain may depend on the weight before")
@@ -128,11 +145,6 @@ class Change:
         if self.gain is None:
             return w
         return (w.astype(wide) * self.gain.arranged(axes).astype(wide)).astype(w.dtype)
-
-
-def is_factor(x: Any) -> bool:
-    """Whether `x` is a `Factor`."""
-    return isinstance(x, Factor)
 
 
 @jax.custom_jvp
@@ -154,9 +166,9 @@ def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
-    """A·B with the axes `axes`, of length 1 where neither factor follows.
+    """A·B with the axes `axes`, of length 1 where neither factor has the axis.
 
-    Of low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
+    At low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
     size of W is written for it. Its derivative is matrix products.
     """
     rank = a.length(RANK)
@@ -180,13 +192,6 @@ def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
 
 
 def _matrix_product(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
-    names = _lettered(axes)
     known = [axis for axis in axes if axis in a.axes or axis in b.axes]
-    out = "".join(names[axis] for axis in known)
-    delta = einsum(a.label(names), b.label(names), out, a.value, b.value, precision="highest")
-    return lax.expand_dims(delta, [i for i, axis in enumerate(axes) if axis not in known])
-
-
-def _lettered(axes: Sequence[Axis]) -> dict[Axis, str]:
-    """A letter for each axis and for the rank."""
-    return dict(zip(axes, letters(len(axes)), strict=True)) | {RANK: "Z"}
+    delta = einsum(a.axes, b.axes, known, a.value, b.value, precision="highest")
+    return a.replace(delta, known).arranged(axes)

@@ -1,6 +1,5 @@
 """Higher-order primitives, each rebuilt through its public combinator."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,34 +7,34 @@ import jax
 from jax import lax
 
 from .. import _compat
-from ._explicit import explicit
+from ._arrays import explicit
 from ._interpret import Equation, materialized, rule
-from ._packed import mesh_axes
+from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Weight
 
 
-@rule("jit", calls="jaxpr")
-def _jit(eqn: Equation, *_: Any) -> list[Any]:
+@rule("jit", is_move=False)
+def _jit(eqn: Equation, *operands: Any) -> list[Any]:
     # Inlined: a new function under `jax.jit` would be compiled at every eager call.
     p = eqn.params
-    operands = map(_constrain, eqn.forked, p["in_shardings"])
-    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *operands), p["out_shardings"]))
+    args = map(_constrain, operands, p["in_shardings"])
+    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
 
 
 def _constrain(x: Any, sharding: Any) -> Any:
     if not isinstance(sharding, jax.sharding.Sharding):
         return x
     if isinstance(x, Weight):
-        return x.constrained(sharding)
+        return constrain(x, sharding)
     return lax.with_sharding_constraint(x, sharding)
 
 
-@rule("closed_call", calls="call_jaxpr")
-def _call(eqn: Equation, *_: Any) -> list[Any]:
-    return eqn.evaluate(eqn.params["call_jaxpr"], *eqn.forked)
+@rule("closed_call", is_move=False)
+def _call(eqn: Equation, *operands: Any) -> list[Any]:
+    return eqn.evaluate(eqn.params["call_jaxpr"], *operands)
 
 
-@rule("remat2")
+@rule("remat2", is_move=False)
 def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     body = jax.checkpoint(
@@ -46,7 +45,7 @@ def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
     return body(*operands)
 
 
-@rule("cond")
+@rule("cond", is_move=False)
 def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
     branches = eqn.params["branches"]
     index = materialized(index, lambda: f"the predicate of {eqn.where}")
@@ -75,7 +74,7 @@ def _common(maps: list[dict[int, int]]) -> dict[int, int]:
     return {i: s for i, s in first.items() if all(m.get(i) == s for m in others)}
 
 
-@rule("while")
+@rule("while", is_move=False)
 def _while(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -93,7 +92,7 @@ def _while(eqn: Equation, *operands: Any) -> list[Any]:
     return loop.carry(lax.while_loop(cond, body, loop.state(init)))
 
 
-@rule("scan")
+@rule("scan", is_move=False)
 def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
@@ -111,7 +110,7 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     }
 
     def body(state: Any, slices: Any) -> tuple[Any, list[Any]]:
-        inside = [x.of_slice() if isinstance(x, Weight) else x for x in slices]
+        inside = [x.as_slice() if isinstance(x, Weight) else x for x in slices]
         outs = eqn.evaluate(jaxpr, *consts, *loop.carry(state), *inside)
         ys = [y for i, y in enumerate(outs[n_carry:]) if i not in whole]
         return loop.state(outs[:n_carry]), eqn.arrays(ys)
@@ -119,7 +118,7 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     state, ys = lax.scan(
         body,
         loop.state(init),
-        [x.stacked() if isinstance(x, Weight) else x for x in xs],
+        [x.as_stack() if isinstance(x, Weight) else x for x in xs],
         p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
@@ -148,25 +147,25 @@ class _Loop:
         return [self.fixed[i] if i in self.fixed else next(changing) for i in range(self.size)]
 
 
-@rule("shard_map")
+@rule("shard_map", is_move=False)
 def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     sizes = dict(p["mesh"].shape)
     operands = tuple(
-        x.sliceable(_pieces(x, spec, sizes)) if isinstance(x, Weight) else x
+        x.replace(x.w.cut(pieces(x, spec, sizes))) if isinstance(x, Weight) else x
         for x, spec in zip(operands, p["in_specs"], strict=True)
     )
     pairs = list(zip(operands, p["in_specs"], strict=True))
     # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
     operands = tuple(
-        x.placed(p["mesh"], spec) if isinstance(x, Weight) and explicit(x.value) else x
+        place(x, p["mesh"], spec) if isinstance(x, Weight) and explicit(x.type) else x
         for x, spec in pairs
     )
     unchecked = frozenset() if p["check_vma"] else frozenset(p["newly_manual_axes"])
 
     def inner(*xs: Any) -> tuple[Any, ...]:
         inside = [
-            x.within_shards(spec, unchecked, var.aval) if isinstance(x, Weight) else x
+            shard_of(x, spec, unchecked, var.aval) if isinstance(x, Weight) else x
             for x, (_, spec), var in zip(xs, pairs, p["jaxpr"].invars, strict=True)
         ]
         return tuple(eqn.arrays(eqn.evaluate(p["jaxpr"], *inside)))
@@ -174,18 +173,12 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     body = jax.shard_map(
         inner,
         mesh=p["mesh"],
-        in_specs=tuple(x.specs(s) if isinstance(x, Weight) else s for x, s in pairs),
+        in_specs=tuple(specs(x, s) if isinstance(x, Weight) else s for x, s in pairs),
         out_specs=tuple(p["out_specs"]),
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
     return list(body(*operands))
-
-
-def _pieces(w: Weight, spec: Any, sizes: Mapping[Any, int]) -> dict[Any, int]:
-    """Into how many pieces a `shard_map` cuts axes of a weight."""
-    entries = zip(w.axes, spec, strict=False)
-    return {a: math.prod(sizes[n] for n in mesh_axes(e)) for a, e in entries if e is not None}
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:

@@ -7,193 +7,123 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._arrays import explicit, spell
 from ._axes import RANK, Axis, Factor, Unfactorable
 from ._change import Delta
-from ._explicit import explicit
 from ._interpret import Equation, rule
-from ._linear import OTHER, Roles, ordered, plus_deltas, product
-from ._product import Spec, is_kept, letters, lowrank, promote
+from ._low_rank import Spec, low_rank
+from ._product import Product, Roles
+from ._shared import multiply_together
 from ._weight import Weight, value_of
 
 
 @dataclasses.dataclass(frozen=True)
-class _Contraction:
-    """A contraction of an activation z with a weight w to y: a letter for each axis.
+class Contraction(Product):
+    """A contraction of x with W. Axes that are contracted or batched have the names of W's.
 
     Attributes:
         eqn: the equation.
-        at: which of its operands w is.
+        at: the number of the operand that is W.
         w: the weight.
-        w_axes: the letters of its axes.
-        z_axes: those of z, which shares a letter with w where they are contracted or batched.
-        y_axes: those of y.
-        roles: of the axes of w.
+        x: the activation; W where that is a weight too.
+        roles: what the contraction does with the axes of W.
+        x_axes: the axes of x.
+        y_axes: the axes of y.
     """
 
     eqn: Equation
     at: int
     w: Weight
-    w_axes: str
-    z_axes: str
-    y_axes: str
+    x: jax.Array
     roles: Roles
+    x_axes: tuple[Axis, ...]
+    y_axes: tuple[Axis, ...]
 
-    @property
-    def z(self) -> jax.Array:
-        """The activation; of another weight its W."""
-        return value_of(self.eqn.operands[1 - self.at])
+    def base(self, x: jax.Array) -> jax.Array:
+        def dot(w: jax.Array, x: jax.Array) -> jax.Array:
+            return self.eqn.bind(*((w, x) if self.at == 0 else (x, w)))
 
-    @property
-    def dtype(self) -> Any:
-        """The dtype in which the factors are multiplied."""
-        return promote(self.z.dtype, self.w.dtype)
+        return self.w.w.multiply(dot, x)
 
-    @property
-    def letters(self) -> dict[Axis, str]:
-        """The letter of each axis of w, and of the rank."""
-        return dict(zip(self.w.axes, self.w_axes, strict=True)) | {RANK: "Z"}
+    def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
+        spec, p, q, gate = self.parts(delta)
+        return low_rank((spec,), delta.drop(x).astype(self.dtype), (p,), (q,), (gate,))[0]
 
-    @property
-    def precision(self) -> Any:
-        """As for `jax.lax.dot_general`."""
-        return self.eqn.params["precision"]
+    def spread(self, gain: Factor, on_x: bool) -> jax.Array:
+        return gain.arranged(self.x_axes if on_x else self.y_axes)
 
-    def changed(self, added: jax.Array | None = None) -> jax.Array:
-        """The product of z with the changed weight; `added` is what ΔW adds if that is known."""
+    def parts(self, delta: Delta) -> tuple[Spec, jax.Array, jax.Array, jax.Array | None]:
+        """What `low_rank` takes: which axes meet, two factors and a gate."""
+        p, q = self.factors(delta)
+        y, precision = self.eqn.outputs[0], self.eqn.params["precision"]
+        how = (delta.scale, y.dtype, precision, explicit(y), delta.gating)
+        spec = Spec(self.x_axes, p.axes, q.axes, self.y_axes, *how)
+        return spec, p.value, q.value, delta.gate and delta.gate.arranged(spec.h)
 
-        def base(value: jax.Array, z: jax.Array) -> jax.Array:
-            return self.eqn.bind(*((value, z) if self.at == 0 else (z, value)))
 
-        def low_rank(delta: Delta, z: jax.Array) -> jax.Array:
-            return self.lowrank(delta, z) if added is None else added
+def _contraction(eqn: Equation, at: int) -> Contraction:
+    """The contraction whose weight is operand `at`.
 
-        z = (self.z, value_of(self.eqn.low_rank_operand(1 - self.at)))
-        return product(self.w, "dense", self.roles, z, base, low_rank, self.spread)
-
-    def plus_deltas(self, out: jax.Array) -> jax.Array:
-        """`out`, the product with W, plus what the deltas add to it."""
-        products = (self.lowrank(d, self.z) for d in self.w.change.deltas)
-        return plus_deltas(out, self.w, "dense", self.roles, products)
-
-    def lowrank(self, delta: Delta, z: jax.Array) -> jax.Array:
-        """The product of `z` with a delta."""
-        spec, p, q = self.spec(delta)
-        z = delta.drop(z).astype(self.dtype)
-        return lowrank((spec,), z, (p,), (q,), (self.gate(delta, spec),))[0]
-
-    def spec(self, delta: Delta) -> tuple[Spec, jax.Array, jax.Array]:
-        """The letters of a product, and the two factors in the order in which they are used."""
-        p, q = ordered(delta, self.w, self.roles, self.dtype)
-        y = self.eqn.outputs[0]
-        axes = (self.z_axes, self.w_axes, p.label(self.letters), q.label(self.letters), self.y_axes)
-        how = (delta.scale, y.dtype, self.precision, explicit(y), delta.gating)
-        return Spec(*axes, *how), p.value, q.value
-
-    def spread(self, gain: Factor, of_inputs: bool) -> jax.Array:
-        """The gain along the axes of z or y."""
-        return self.arranged(gain, self.z_axes if of_inputs else self.y_axes)
-
-    def gate(self, delta: Delta, spec: Spec) -> jax.Array | None:
-        """The gate of a delta along the axes of z·A."""
-        return delta.gate and self.arranged(delta.gate, spec.h)
-
-    def arranged(self, f: Factor, along: str) -> jax.Array:
-        """`f` with its axes in the order of letters."""
-        axis = {letter: axis for axis, letter in self.letters.items()}
-        return f.arranged([axis.get(c, OTHER) for c in along])
-
-    def factors(self) -> tuple[Spec, jax.Array, jax.Array]:
-        """As `spec`, but the inputs of the first factor in the order in which z has them.
-
-        `Unfactorable` unless z·A is small, and needs nothing but z and A.
-        """
-        w, inputs = self.w, {*self.roles.inputs}
-        if len(w.change.deltas) != 1 or self.roles.stack:
-            raise Unfactorable
-        [delta], gain = w.change.deltas, w.change.gain
-        p, q = delta.by_order(self.roles.inputs)
-        is_plain = {*p.axes} == {*inputs, RANK} and inputs.isdisjoint(q.axes)
-        if delta.key is not None or not is_plain or (gain and not inputs.isdisjoint(gain.axes)):
-            raise Unfactorable
-        spec, p, q = self.spec(delta)
-        order = "".join(sorted(spec.p, key=f"{self.z_axes}Z".index))
-        p = p.transpose([spec.p.index(c) for c in order])
-        spec = spec._replace(p=order)
-        if not is_kept(spec, self.z, p) or explicit(self.z) is not None:
-            raise Unfactorable
-        return spec, p, q
+    Example: x (b, t, i) · w (i, o) gives y (b, t, o), with i, o = w.axes.
+    """
+    w, x = eqn.operands[at], value_of(eqn.operands[1 - at])
+    contracted, batch = eqn.params["dimension_numbers"]
+    meet = zip((*batch[1 - at], *contracted[1 - at]), (*batch[at], *contracted[at]), strict=True)
+    shared = {d: w.axes[i] for d, i in meet}
+    x_axes = tuple(shared.get(d, Axis(RANK.name - 1 - d)) for d in range(x.ndim))
+    stack, inputs = (tuple(w.axes[d] for d in dims[at]) for dims in (batch, contracted))
+    roles = Roles(stack, inputs, tuple(a for a in w.axes if a not in stack + inputs))
+    both = w.axes + x_axes if at == 0 else x_axes + w.axes
+    y_axes = (*stack, *(a for a in both if a not in stack + inputs))
+    return Contraction(eqn, at, w, x, roles, x_axes, y_axes)
 
 
 def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
-    """The products of an activation with several weights, whose A lie side by side."""
-    each = [c for eqn in eqns for c in _contractions(eqn)]
+    """The products of an activation with several weights; what deltas add is computed first."""
+    each = [_contraction(eqn, i) for eqn in eqns for i in _weights(eqn)]
     adapted = [c for c in each if c.w.change.deltas]
     if len(each) != len(eqns) or len(adapted) < 2:
         raise Unfactorable
-    specs, ps, qs = zip(*(c.factors() for c in adapted), strict=True)
-    forms = {
-        (tuple(map(spec.x.index, spec.p[:-1])), c.dtype, str(spec.precision), spec.gating)
-        for c, spec in zip(adapted, specs, strict=True)
-    }
-    if len(forms) != 1:
-        raise Unfactorable
-    first = adapted[0]
-    z = first.w.change.deltas[0].drop(first.eqn.low_rank_operand(1 - first.at))
-    gates = [c.gate(c.w.change.deltas[0], s) for c, s in zip(adapted, specs, strict=True)]
-    added = iter(lowrank(specs, z.astype(first.dtype), ps, qs, gates))
-    return [c.changed(next(added)) if c.w.change.deltas else c.changed() for c in each]
+    try:
+        terms = iter(multiply_together(adapted))
+        started = [(c.x, [next(terms)]) if c.w.change.deltas else c.start() for c in each]
+    except Unfactorable:
+        started = [c.start() for c in each]
+    return [c.finish(*begun) for c, begun in zip(each, started, strict=True)]
 
 
-@rule("dot_general", multiplies=True, together=_together)
+@rule("dot_general", is_move=False, together=_together)
 def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
-    first, *others = _contractions(eqn)
-    changed = [c for c in (first, *others) if c.w.is_changed]
-    if not others or len(changed) == 1:  # what else is a weight, is one that has to be unpacked
-        return (changed or [first])[0].changed()
-    x, y = first.w, others[0].w
-    if x.change.gain is not None or y.change.gain is not None:
+    both = [_contraction(eqn, i) for i in _weights(eqn)]
+    changed = [c for c in both if c.w.is_changed]
+    if len(both) == 1 or len(changed) == 1:  # the other weight, if any, has only to be unpacked
+        return (changed or both)[0].result()
+    first, second = both
+    if first.w.change.gain is not None or second.w.change.gain is not None:
         raise Unfactorable("two adapted weights are multiplied, one of them with a gain")
-    out = first.plus_deltas(eqn.bind(x.array, y.array))
-    return _plus_both(others[0].plus_deltas(out), first, others[0])
+    terms = first.terms(first.x) + second.terms(second.x)
+    y = eqn.bind(first.w.array, second.w.array)
+    for term in terms:
+        y = first.add(y, term)
+    return _plus_both(y, first, second)
 
 
-def _contractions(eqn: Equation) -> list[_Contraction]:
-    """One for each operand that is a weight."""
-    contracted, batch = eqn.params["dimension_numbers"]
-    # One letter an axis; those that meet share it. Example: x (b, t, i) · w (i, o), contracted
-    # over i, is x_axes = "abc", w_axes = "ce", y_axes = "abe".
-    x_rank, y_rank = (len(z.shape) for z in eqn.operands)
-    names = letters(x_rank + y_rank)
-    first, second = list(names[:x_rank]), list(names[x_rank:])
-    for i, j in zip((*batch[0], *contracted[0]), (*batch[1], *contracted[1]), strict=True):
-        second[j] = first[i]
-    batched, summed = ([first[i] for i in dims[0]] for dims in (batch, contracted))
-    out = [*batched, *(c for c in first + second if c not in batched + summed)]
-    axes = ["".join(first), "".join(second)]
-    return [
-        _Contraction(eqn, i, w, axes[i], axes[1 - i], "".join(out), roles)
-        for i, w in enumerate(eqn.operands)
-        if isinstance(w, Weight) and (roles := _roles(w, batch[i], contracted[i]))
-    ]
+def _weights(eqn: Equation) -> list[int]:
+    """The numbers of the operands that are weights."""
+    return [i for i, x in enumerate(eqn.operands) if isinstance(x, Weight)]
 
 
-def _roles(w: Weight, batch: Sequence[int], contracted: Sequence[int]) -> Roles:
-    kept = [d for d in range(len(w.axes)) if d not in batch and d not in contracted]
-    return Roles(*(tuple(w.axes[d] for d in dims) for dims in (batch, contracted, kept)))
-
-
-def _plus_both(out: jax.Array, x: _Contraction, y: _Contraction) -> jax.Array:
-    """Adds Δx·Δy where two adapted weights are multiplied with each other."""
-    y_letters = y.letters | {RANK: "Y"}
-    for s in x.w.change.deltas:
-        for t in y.w.change.deltas:
-            factors = [(f, x.letters) for f in ordered(s, x.w, x.roles, out.dtype)]
-            factors += [(f, y_letters) for f in ordered(t, y.w, y.roles, out.dtype)]
-            spec = ",".join(f.label(names) for f, names in factors) + "->" + x.y_axes
-            values = [f.value for f, _ in factors]
-            values[0], values[2] = (
-                d.gated_factor(factors[i][0]).value for d, i in ((s, 0), (t, 2))
-            )
-            cross = jnp.einsum(spec, *values, optimize="optimal", precision=x.precision)
-            out = out + jnp.asarray(s.scale * t.scale, out.dtype) * cross
-    return out
+def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Array:
+    """Adds the product of the deltas of two adapted weights that are multiplied."""
+    of_second = dict(zip(second.w.axes, first.x_axes, strict=True))
+    of_second[RANK] = Axis(RANK.name - 1 - len(first.x_axes))
+    for s in first.w.change.deltas:
+        for t in second.w.change.deltas:
+            (a, b), (c, d) = first.factors(s, y.dtype), second.factors(t, y.dtype)
+            c, d = (f.renamed(of_second) for f in (t.gated_factor(c), d))
+            factors = (s.gated_factor(a), b, c, d)
+            *names, out = spell(*(f.axes for f in factors), first.y_axes)
+            how = {"precision": first.eqn.params["precision"], "optimize": "optimal"}
+            cross = jnp.einsum(f"{','.join(names)}->{out}", *(f.value for f in factors), **how)
+            y = y + jnp.asarray(s.scale * t.scale, y.dtype) * cross
+    return y

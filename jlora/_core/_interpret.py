@@ -7,13 +7,12 @@ is formed if the user allowed it, and else it is an error.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .. import _compat
 from ._axes import Unfactorable
-from ._packed import Packed
-from ._shared import fork, low_rank_operand, main, shared, variables
+from ._shared import steps
 from ._weight import Weight
 
 
@@ -22,15 +21,13 @@ class Rule(NamedTuple):
 
     Attributes:
         function: `(equation, *operands) -> outputs`.
-        multiplies: whether it multiplies a weight with an activation.
-        calls: its parameter that holds a jaxpr which is evaluated in its place, if any.
-        together: the same for several equations, each with one result, that multiply the same
+        is_move: whether its outputs are weights again, unless it raises.
+        together: a function of several equations, each with one result, that multiply the same
             activation; `Unfactorable` where each should be evaluated on its own.
     """
 
     function: Callable[..., Any]
-    multiplies: bool = False
-    calls: str | None = None
+    is_move: bool = True
     together: Callable[..., list[Any]] | None = None
 
 
@@ -57,15 +54,13 @@ class Equation:
     Attributes:
         params: the parameters of its primitive.
         operands: arrays and weights.
-        forked: the operands, with what the low-rank path sees of them beside.
         within: the equation whose jaxpr this one belongs to, if any.
     """
 
     def __init__(self, eqn: Any, operands: Sequence[Any], within: "Equation | None"):
-        """Of `operands` that may be forked."""
-        self._eqn, self.forked = eqn, operands
-        self.params, self.within = eqn.params, within
-        self.operands = [main(x) for x in operands]
+        """An equation of a jaxpr at `operands`."""
+        self._eqn, self.params = eqn, eqn.params
+        self.operands, self.within = operands, within
 
     @property
     def name(self) -> str:
@@ -90,16 +85,6 @@ class Equation:
         outs = _compat.bind(self._eqn, *values)
         return outs if self._eqn.primitive.multiple_results else outs[0]
 
-    def moved(self, w: Weight, *operands: Any) -> Any:
-        """What its primitive makes of W and `operands`; of a packed W, which follows, the type."""
-        if not isinstance(w.value, Packed):
-            return self.bind(w.value, *operands)
-        return self.outputs if self._eqn.primitive.multiple_results else self.outputs[0]
-
-    def low_rank_operand(self, i: int) -> Any:
-        """Operand `i` as the low-rank path sees it."""
-        return low_rank_operand(self.forked[i])
-
     def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
         """The outputs of a jaxpr among its parameters."""
         return evaluate(jaxpr, *operands, within=self)
@@ -110,29 +95,28 @@ class Equation:
 
 
 def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any]:
-    """Evaluates `jaxpr` at `args`, each an array, forked or not, or a `Weight`.
+    """Evaluates `jaxpr` at `args`, each an array or a `Weight`.
 
     `within` is the equation that `jaxpr` belongs to, if any.
     """
     env: dict[Any, Any] = {}
-    products = shared(jaxpr, [isinstance(x, Weight) and x.is_changed for x in args], RULES)
 
     def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
-        for v, x in zip(variables, values, strict=True):
-            env[v] = fork(x) if v in products and not isinstance(x, Weight) else x
+        env.update(zip(variables, values, strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if _compat.is_literal(atom) else env[atom]
 
     write(jaxpr.constvars, _compat.consts(jaxpr))
     write(jaxpr.invars, args)
-    for eqns, last in _steps(jaxpr, products.values()):
+    weights = [isinstance(x, Weight) and x.is_changed for x in args]
+    for eqns, last in steps(jaxpr, weights, RULES):
         operands = [[read(atom) for atom in eqn.invars] for eqn in eqns]
         for eqn, outs in zip(eqns, _apply(eqns, operands, within), strict=True):
             write(eqn.outvars, outs)
         for var in last:
             del env[var]
-    return [main(read(atom)) for atom in jaxpr.outvars]
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def _apply(
@@ -149,16 +133,16 @@ def _apply(
 def _apply_one(eqn: Any, operands: list[Any], within: Equation | None) -> Sequence[Any]:
     with _compat.context(eqn):
         if not any(isinstance(x, Weight) for x in operands):
-            return _compat.bind(eqn, *map(main, operands))
+            return _compat.bind(eqn, *operands)
         equation, found = Equation(eqn, operands, within), RULES.get(eqn.primitive.name)
         try:
             if found is None:
                 raise Unfactorable
-            outs = found.function(equation, *equation.operands)
+            outs = found.function(equation, *operands)
             return outs if eqn.primitive.multiple_results else [outs]
         except Unfactorable as e:
             reason = functools.partial(_reason, equation, e)
-            arrays = [materialized(x, reason, e.added) for x in equation.operands]
+            arrays = [materialized(x, reason, e.added) for x in operands]
         return _compat.bind(eqn, *arrays)
 
 
@@ -169,63 +153,22 @@ def _reason(eqn: Equation, e: Unfactorable) -> str:
 def materialized(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
     """W + ΔW where `x` is a `Weight` whose rule allows it or one row; `x` where it is an array.
 
-    While sites are searched it is W, and the use is written down.
+    While sites are searched it is W, and the use is recorded.
 
     Args:
         x: a weight or an array.
         reason: gives what stands in the way.
-        added: whether it is an activation itself: added to one, joined with one, or returned.
+        added: whether it is an activation: added to one, concatenated with one, or returned.
     """
     if not isinstance(x, Weight):
         return x
-    if x.source.uses is not None:
-        x.source.uses.no_product(x, reason(), added)
+    if x.origin.uses is not None:
+        x.origin.uses.no_product(x, reason(), added)
         return x.array
-    if not x.source.materialize and not x.is_row:
+    if not x.origin.materialize and not x.is_row:
         raise NotImplementedError(
-            f"the weight {' + '.join(x.source.paths)!r} reaches {reason()}, for which there is no "
+            f"the weight {' + '.join(x.origin.paths)!r} reaches {reason()}, for which there is no "
             "factored form of W + s·A·B. Leave the weight out of the rules, or let W + ΔW be "
             "formed there with LoRA(..., materialize=True): exact, but at full memory and time."
         )
     return x.materialized(reason())
-
-
-def _steps(jaxpr: Any, groups: Iterable[list[Any]]) -> list[tuple[list[Any], list[Any]]]:
-    """The equations that the outputs or an effect need, each with the variables last used there.
-
-    Those of a group are one step: the later ones come ahead, along with what makes their weights.
-    """
-    live = _live(jaxpr)
-    source = {v: eqn for eqn in live for v in eqn.outvars}
-    alive = set(map(id, live))
-    group = {id(eqn): [e for e in eqns if id(e) in alive] for eqns in groups for eqn in eqns}
-    order: list[list[Any]] = []
-    placed: set[int] = set()
-
-    def place(eqn: Any) -> None:
-        if id(eqn) in placed:
-            return
-        eqns = group.get(id(eqn), [eqn])
-        placed.update(map(id, eqns))
-        for v in (v for e in eqns for v in variables(e.invars) if v in source):
-            place(source[v])
-        order.append(eqns)
-
-    for eqn in live:
-        place(eqn)
-    steps, needed = [], set(variables(jaxpr.outvars))
-    for eqns in reversed(order):
-        used = {v for eqn in eqns for v in variables(eqn.invars)}
-        steps.append((eqns, [v for v in used if v not in needed]))
-        needed |= used
-    return steps[::-1]
-
-
-def _live(jaxpr: Any) -> list[Any]:
-    """The equations that the outputs or an effect need."""
-    needed, live = set(variables(jaxpr.outvars)), []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or needed.intersection(eqn.outvars):
-            live.append(eqn)
-            needed.update(variables(eqn.invars))
-    return live[::-1]

@@ -1,5 +1,6 @@
-"""Products with one matrix a group of rows, and convolutions."""
+"""Products with one matrix for each group of rows, and convolutions."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,15 +11,13 @@ from jax import lax
 from ._axes import RANK, Axis, Factor, Unfactorable
 from ._change import Delta
 from ._interpret import Equation, rule
-from ._linear import OTHER, Roles, ordered, product
-from ._product import promote
+from ._product import Product, Roles
 from ._weight import Weight
 
 
-@rule("ragged_dot_general", multiplies=True)
+@rule("ragged_dot_general", is_move=False)
 def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -> jax.Array:
-    p = eqn.params
-    numbers = p["ragged_dot_dimension_numbers"]
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_contracted, contracted), batch = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
     rows = tuple(numbers.lhs_ragged_dimensions)
@@ -27,82 +26,109 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
     if len(groups) != 1 or len(contracted) != 1 or tuple(batch) != ((), ()):
         raise Unfactorable("the weight is not one matrix a group")
     [outer] = {0, 1, 2} - {groups[0], contracted[0]}
-    group, inner, outer = (w.axes[d] for d in (groups[0], contracted[0], outer))
-    roles = Roles((group,), (inner,), (outer,))
-    dtype = promote(x.dtype, w.dtype)
+    roles = Roles(*((w.axes[d],) for d in (groups[0], contracted[0], outer)))
+    return _Ragged(eqn, w, x, roles, group_sizes).result()
 
-    def ragged(z: jax.Array, f: Factor, *axes: Axis) -> jax.Array:
-        value = f.arranged((group, *axes))
-        value = jnp.broadcast_to(value, (len(group_sizes), *value.shape[1:]))
-        how = {"precision": p["precision"], "group_offset": p["group_offset"]}
-        return lax.ragged_dot(z, value, group_sizes, **how)
 
-    def lowrank(delta: Delta, z: jax.Array) -> jax.Array:
-        first, second = ordered(delta, w, roles, dtype)
-        if inner in second.axes or outer in first.axes:
+@dataclasses.dataclass(frozen=True)
+class _Ragged(Product):
+    """Rows x, of which each group is multiplied with its own matrix of W."""
+
+    eqn: Equation
+    w: Weight
+    x: jax.Array
+    roles: Roles
+    group_sizes: jax.Array
+
+    def base(self, x: jax.Array) -> jax.Array:
+        return self.w.w.multiply(
+            lambda w, x, sizes: self.eqn.bind(x, w, sizes), x, self.group_sizes
+        )
+
+    def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
+        p, q = self.factors(delta)
+        [inner], [outer] = self.roles.inputs, self.roles.outputs
+        if inner in q.axes or outer in p.axes:
             raise Unfactorable("its inputs and outputs are mixed")
-        h = ragged(delta.drop(z.astype(dtype)), first, inner, RANK)
+        h = self._dot(delta.drop(x.astype(self.dtype)), p, inner, RANK)
         if delta.gate is not None:
-            h = delta.gating(h, by_row(delta.gate, RANK))
-        return ragged(delta.scale * h, second, RANK, outer)
+            h = delta.gating(h, self._by_row(delta.gate, RANK))
+        return self._dot(delta.scale * h, q, RANK, outer)
 
-    def by_row(f: Factor, rest: Axis) -> jax.Array:
+    def spread(self, gain: Factor, on_x: bool) -> jax.Array:
+        [axis] = self.roles.inputs if on_x else self.roles.outputs
+        return self._by_row(gain, axis)
+
+    def _dot(self, x: jax.Array, f: Factor, *axes: Axis) -> jax.Array:
+        value = f.arranged((*self.roles.stack, *axes))
+        value = jnp.broadcast_to(value, (len(self.group_sizes), *value.shape[1:]))
+        how = {name: self.eqn.params[name] for name in ("precision", "group_offset")}
+        return lax.ragged_dot(x, value, self.group_sizes, **how)
+
+    def _by_row(self, f: Factor, axis: Axis) -> jax.Array:
+        """`f` along rows and `axis`."""
+        [group] = self.roles.stack
+        value = f.arranged((group, axis))
         if group not in f.axes:
-            return f.arranged((OTHER, rest))
-        return jnp.repeat(f.arranged((group, rest)), group_sizes, 0, total_repeat_length=len(x))
-
-    def spread(gain: Factor, of_inputs: bool) -> jax.Array:
-        return by_row(gain, inner if of_inputs else outer)
-
-    def base(value: jax.Array, z: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        return eqn.bind(z, value, group_sizes)
-
-    z = (x, eqn.low_rank_operand(0))
-    return product(w, "dense", roles, z, base, lowrank, spread, group_sizes)
+            return value
+        return jnp.repeat(value, self.group_sizes, 0, total_repeat_length=len(self.x))
 
 
-@rule("conv_general_dilated", multiplies=True)
+@rule("conv_general_dilated", is_move=False)
 def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
-    p, numbers = eqn.params, eqn.params["dimension_numbers"]
     if not isinstance(w, Weight) or isinstance(x, Weight):
         raise Unfactorable("the weight is not the kernel")
-    out_dim, in_dim, *spatial = numbers.rhs_spec
-    groups, batches = p["feature_group_count"], p["batch_group_count"]
-    out_axis, inputs = w.axes[out_dim], tuple(w.axes[d] for d in (*sorted(spatial), in_dim))
-    roles = Roles((), inputs, (out_axis,))
-    dtype, how = promote(x.dtype, w.dtype), {"precision": p["precision"]}
-    order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+    outer, inner, *spatial = eqn.params["dimension_numbers"].rhs_spec
+    inputs = tuple(w.axes[d] for d in (*sorted(spatial), inner))
+    return _Convolution(eqn, w, x, Roles((), inputs, (w.axes[outer],))).result()
 
-    def lowrank(delta: Delta, z: jax.Array) -> jax.Array:
-        a, b = ordered(delta, w, roles, dtype)
-        if out_axis in a.axes or set(inputs) & set(b.axes):
+
+@dataclasses.dataclass(frozen=True)
+class _Convolution(Product):
+    """A convolution of x with the kernel W."""
+
+    eqn: Equation
+    w: Weight
+    x: jax.Array
+    roles: Roles
+    kind = "conv"
+
+    def base(self, x: jax.Array) -> jax.Array:
+        return self.w.w.multiply(lambda w, x: self.eqn.bind(x, w), x)
+
+    def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
+        p, numbers, (axes, [outer]) = self.eqn.params, self._numbers, self.roles[1:]
+        groups, batches = p["feature_group_count"], p["batch_group_count"]
+        a, b = self.factors(delta)
+        if outer in a.axes or set(axes) & set(b.axes):
             raise Unfactorable("its inputs and outputs are mixed")
         # A is a kernel with r outputs, the same for every group; B is a product over them.
-        kernel = a.arranged([RANK if axis == out_axis else axis for axis in w.axes])
-        kernel = jnp.concatenate([kernel] * groups, out_dim)
+        kernel = a.arranged([RANK if axis == outer else axis for axis in self.w.axes])
+        kernel = jnp.concatenate([kernel] * groups, numbers.rhs_spec[0])
         window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
-        z = delta.drop(z.astype(dtype))
-        h = lax.conv_general_dilated(z, kernel, *window, numbers, groups, **how)
+        how = {"precision": p["precision"]}
+        x = delta.drop(x.astype(self.dtype))
+        h = lax.conv_general_dilated(x, kernel, *window, numbers, groups, **how)
+        order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
         h = h.transpose(order)  # (batch, *spatial, groups * r)
         h = h.reshape(*h.shape[:-1], groups, a.length(RANK))
-        h = delta.scale * delta.gated(h, [*[OTHER] * (h.ndim - 1), RANK])
-        b = b.arranged((RANK, out_axis))
+        h = delta.scale * delta.gated(h, [*[None] * (h.ndim - 1), RANK])
+        b = b.arranged((RANK, outer))
         rank, outputs = b.shape
         b = b.reshape(rank, batches, groups, outputs // (groups * batches))
         h = h.reshape(batches, h.shape[0] // batches, *h.shape[1:])
         y = jnp.einsum("bn...gr,rbgo->n...bgo", h, b, **how)
         return y.reshape(*y.shape[:-3], outputs).transpose(np.argsort(order))
 
-    def spread(gain: Factor, of_inputs: bool) -> jax.Array:
-        if of_inputs:
-            axis, at = w.axes[in_dim], numbers.lhs_spec[1]
+    def spread(self, gain: Factor, on_x: bool) -> jax.Array:
+        if on_x:
+            axis, at = self.w.axes[self._numbers.rhs_spec[1]], self._numbers.lhs_spec[1]
         else:
-            axis, at = out_axis, numbers.out_spec[1]
-        if set(gain.axes) != {axis} or (of_inputs and groups > 1):
+            axis, at = self.w.axes[self._numbers.rhs_spec[0]], self._numbers.out_spec[1]
+        if set(gain.axes) != {axis} or (on_x and self.eqn.params["feature_group_count"] > 1):
             raise Unfactorable("its gain differs within the window or between groups")
-        return gain.arranged([axis if d == at else OTHER for d in range(x.ndim)])
+        return gain.arranged([axis if d == at else None for d in range(self.x.ndim)])
 
-    def base(value: jax.Array, z: jax.Array) -> jax.Array:
-        return eqn.bind(z, value)
-
-    return product(w, "conv", roles, (x, eqn.low_rank_operand(0)), base, lowrank, spread)
+    @property
+    def _numbers(self) -> Any:
+        return self.eqn.params["dimension_numbers"]

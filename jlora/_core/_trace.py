@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from .. import _compat
-from ._explicit import explicit
 
 
 class ValueReadError(TypeError):
@@ -71,9 +70,3 @@ def take(
         return jax.tree.unflatten(structure, list(full.values()))
 
     return picked, put
-
-
-def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """The type of an array: its shape, the dtype that it has in JAX, where it lies and varies."""
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
-    return _compat.abstract(x.shape, dtype, explicit(x), like=x)

@@ -1,4 +1,4 @@
-"""What the model does with its parameter leaves, written down while sites are searched."""
+"""What the model does with its parameter leaves, recorded while sites are searched."""
 
 import dataclasses
 from collections import defaultdict
@@ -9,7 +9,7 @@ from ._axes import REPEATED
 Axes = frozenset[int]
 
 
-class Product(NamedTuple):
+class ProductUse(NamedTuple):
     """One product with a leaf, in the leaf's own axes.
 
     Attributes:
@@ -29,7 +29,7 @@ class Unsupported(NamedTuple):
     Attributes:
         reason: primitive and source line.
         axes: the axes of the leaf in each axis that the weight has there of a length above 1.
-        added: whether it is an activation itself: added to one, joined with one, or returned.
+        added: whether it is an activation: added to one, concatenated with one, or returned.
     """
 
     reason: str
@@ -41,7 +41,7 @@ class Unsupported(NamedTuple):
 class Uses:
     """What each leaf is used for, by path, in program order."""
 
-    products: dict[str, list[Product]] = dataclasses.field(
+    products: dict[str, list[ProductUse]] = dataclasses.field(
         default_factory=lambda: defaultdict(list)
     )
     unsupported: dict[str, list[Unsupported]] = dataclasses.field(
@@ -49,7 +49,7 @@ class Uses:
     )
 
     def product(self, w: Any, kind: str, roles: Any) -> None:
-        """Writes down a product in which the axes of the weight `w` have `roles`."""
+        """Records a product in which the axes of the weight `w` have `roles`."""
         lengths = dict(zip(w.axes, w.shape, strict=True))
         long = [a for a in (*roles.inputs, *roles.outputs) if lengths[a] > 1]
         if any(REPEATED in a.leaf for a in long):
@@ -59,21 +59,21 @@ class Uses:
         if not roles.inputs or not (roles.outputs or vector):
             self.no_product(w, "a product that is no matrix product")
             return
-        for path in w.source.paths:
+        for path in w.origin.paths:
             inputs, outputs = (_of(path, axes) for axes in (roles.inputs, roles.outputs))
             picked = frozenset(d for p, d in w.picked if p == path)
             if inputs - picked and (vector or outputs - picked):  # one of a stack was looked up
                 inputs, outputs = inputs - picked, outputs - picked
-            self.products[path].append(Product(kind, inputs, outputs))
+            self.products[path].append(ProductUse(kind, inputs, outputs))
 
     def no_product(self, w: Any, reason: str, added: bool = False) -> None:
-        """Writes down a use of the weight `w` that is no product; a row looked up is one."""
-        for path in w.source.paths:
+        """Records a use of the weight `w` that is no product; a row that was looked up is one."""
+        for path in w.origin.paths:
             axes = tuple(_of(path, [a]) for a, n in zip(w.axes, w.shape, strict=True) if n > 1)
             picked = frozenset(d for p, d in w.picked if p == path)
             if picked:
                 rest = frozenset().union(*axes) - picked
-                self.products[path].append(Product("embed", picked, rest))
+                self.products[path].append(ProductUse("embed", picked, rest))
             else:
                 self.unsupported[path].append(Unsupported(reason, axes, added))
 

@@ -1,4 +1,4 @@
-"""Whether what is planned says where it lies."""
+"""The mesh of what is planned, and a check that everything has a sharding on it."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from .._types import PyTree
 
 
 def mesh_of_leaves(*trees: PyTree) -> Any:
-    """The mesh of the first leaf that lies on one."""
+    """Returns the mesh of the first leaf that is sharded over one, or None."""
     found = (getattr(x, "sharding", None) for x in jax.tree.leaves(trees))
     return next((s.mesh for s in found if isinstance(s, NamedSharding)), None)
 
 
 def check_places(mesh: Any, base: PyTree, adapter: PyTree, args: Any) -> None:
-    """Raises where shapes do not say where they lie, so that all would be planned everywhere."""
+    """Raises if a shape has no sharding: it would be counted whole on every device."""
     if mesh is None or mesh.size == 1:
         return
     trees = {"base": (base, OF_BASE), "args": (tuple(args), "")}
@@ -48,6 +48,6 @@ def _is_bare(x: Any) -> bool:
 
 
 def is_replicated(devices: int, base: PyTree) -> bool:
-    """Whether each of several devices holds all of `base`, of which every leaf has a place."""
+    """Whether each of several devices holds all of `base`, whose leaves all have shardings."""
     leaves = [x for x in jax.tree.leaves(base) if x.ndim]
     return devices > 1 and bool(leaves) and all(x.sharding.is_fully_replicated for x in leaves)

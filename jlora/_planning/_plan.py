@@ -1,4 +1,4 @@
-"""What a training step needs on each device, before a job is submitted."""
+"""The bytes that a training step needs on each device, before a job is submitted."""
 
 import math
 import re
@@ -11,9 +11,8 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
-from .._table import aligned, readable
+from .._report import aligned, readable
 from .._types import PyTree
-from ._estimate import held, layout_of
 from ._placed import check_places, is_replicated, mesh_of_leaves
 from ._topology import CHIPS
 
@@ -22,8 +21,6 @@ class Plan(NamedTuple):
     """Bytes that one device holds during a training step; `str()` is a table.
 
     Attributes:
-        method: `"compiled"` or `"arithmetic"`: where `activations` and `peak` come from. All other
-            numbers are exact in both.
         devices: how many there are.
         device: their kind, if known.
         mesh: the axes of the mesh and their lengths.
@@ -32,18 +29,14 @@ class Plan(NamedTuple):
         moments: the optimizer's state.
         batch: the loss function's other arguments.
         gradients: those of the adapter.
-        activations: all else that the step holds at its peak. Compiled: what XLA allocates beyond
-            the above. By arithmetic: an estimate from what the traced step holds at once, with
-            elementwise operations fused; for GPT-3 and Llama on TPUs the peak is within 15% of the
-            compiled one.
-        peak: the sum.
+        activations: all else that XLA allocates; None if the step was not compiled.
+        peak: the sum of all these; None if the step was not compiled.
         capacity: what a device has, if known.
         program: the compiled step `(adapter, state, base, args) -> (adapter, state, loss)`, with
             its HLO, if it was compiled and fits.
         replicated: whether every one of several devices holds the whole base.
     """
 
-    method: str
     devices: int
     device: str | None
     mesh: dict[str, int]
@@ -52,38 +45,52 @@ class Plan(NamedTuple):
     moments: int
     batch: int
     gradients: int
-    activations: int
-    peak: int
+    activations: int | None
+    peak: int | None
     capacity: int | None
     program: jax.stages.Compiled | None = None
     replicated: bool = False
 
     @property
+    def exact(self) -> int:
+        """The sum of what follows from shapes: all but the activations."""
+        return self.base + self.adapter + self.moments + self.batch + self.gradients
+
+    @property
     def fits(self) -> bool | None:
         """Whether the peak is within the capacity; None where that is unknown."""
-        return None if self.capacity is None else self.peak <= self.capacity
+        if self.capacity is None:
+            return None
+        if self.peak is None:
+            return False if self.exact > self.capacity else None
+        return self.peak <= self.capacity
 
     def __str__(self) -> str:
-        estimated = "compiled" if self.method == "compiled" else "estimate"
-        names = {"base": "base (frozen)", "adapter": "adapter (trainable)"}
-        notes = {"base": ", all of it on every device"} if self.replicated else {}
+        everywhere = ", all of it on every device" if self.replicated else ""
         rows = [
-            (names.get(name, name), readable(getattr(self, name)), how + notes.get(name, ""))
-            for name, how in [
-                *((n, "exact") for n in ("base", "adapter", "moments", "batch", "gradients")),
-                ("activations", estimated),
-                ("peak", estimated),
-            ]
+            ("base (frozen)", self.base, "exact" + everywhere),
+            ("adapter (trainable)", self.adapter, "exact"),
+            ("moments", self.moments, "exact"),
+            ("batch", self.batch, "exact"),
+            ("gradients", self.gradients, "exact"),
         ]
+        if self.activations is None or self.peak is None:
+            rows += [("sum without activations", self.exact, "exact")]
+        else:
+            rows += [("activations", self.activations, "compiled"), ("peak", self.peak, "compiled")]
         axes = " × ".join(f"{name}={size}" for name, size in self.mesh.items())
         where = f"{self.devices} × {self.device or 'device'}" + (f", {axes}" if axes else "")
-        lines = aligned((where, "a device", ""), rows, {"a device"})
+        cells = [(name, readable(size), how) for name, size, how in rows]
+        lines = aligned((where, "a device", ""), cells, {"a device"})
         return "\n".join([*lines, self._verdict()])
 
     def _verdict(self) -> str:
         if self.capacity is None:
-            return "what a device has is not known"
-        return f"{'fits' if self.fits else 'does not fit'} in {readable(self.capacity)}"
+            return "the capacity of a device is not known"
+        capacity = readable(self.capacity)
+        if self.fits is None:
+            return f"leaves {readable(self.capacity - self.exact)} of {capacity} for activations"
+        return f"{'fits' if self.fits else 'does not fit'} in {capacity}"
 
 
 def plan(
@@ -97,12 +104,14 @@ def plan(
     compile: bool | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> Plan:
-    r"""What a training step needs on each device, without running it.
+    r"""Computes the bytes that a training step needs on each device, without running it.
 
-    The step is $g = \nabla_{adapter}\,\mathrm{loss}(adapter, base, \ldots)$, an update by `tx`, and
-    the sum, with the adapter and the optimizer's state donated. Where the shardings are of devices,
-    also those of a TPU slice from `jax.experimental.topologies.get_topology_desc`, it is compiled
-    for them; on an `AbstractMesh`, or with `compile=False`, its needs are computed from shapes.
+    The step computes $g = \nabla_{adapter}\,\mathrm{loss}(adapter, base, \ldots)$, its update by
+    `tx` and the new adapter; the old adapter and the optimizer's state are donated. If the
+    shardings are on a mesh of devices, the step is compiled for them. They may be the devices of a
+    TPU slice from `jax.experimental.topologies.get_topology_desc`, which needs
+    `pip install "jax[tpu]"`. On an `AbstractMesh`, or with `compile=False`, you get what follows
+    from shapes: all but the activations.
 
     Args:
         loss: a function `(adapter, base, *args)` to a scalar.
@@ -111,19 +120,19 @@ def plan(
             shardings of the `base` that it returns. Arrays that are on no mesh are replicated, as
             `jax.jit` does with them.
         adapter: the trainable tree, likewise. Without shardings it is sharded as `sharding.specs`
-            says. A plain tree of parameters is full fine-tuning, with `base` as an empty tree.
+            says. For full fine-tuning give the parameters here and an empty tree as `base`.
         args: the loss function's other arguments, likewise.
         tx: an optax transformation; AdamW by default.
-        capacity: bytes that a device has; known for TPUs and where a device says it.
-        compile: True to insist on it, False to do without.
+        capacity: bytes of a device; by default what JAX knows of it, or what TPUs of its kind have.
+        compile: True raises if the step cannot be compiled; False does not compile it.
         compiler_options: as for `jax.stages.Lowered.compile`.
 
     Returns:
-        A `Plan`. If the compiler finds that the step does not fit, the peak is what it needs.
+        A `Plan`. If the step does not fit, its peak is what the compiler says that it needs.
 
     Raises:
-        ValueError: if `compile` is True and the shardings are of an `AbstractMesh`; or if, on a
-            mesh of several devices, a `jax.ShapeDtypeStruct` has no sharding.
+        ValueError: if `compile` is True and the mesh is an `AbstractMesh`; or if a
+            `jax.ShapeDtypeStruct` has no sharding on a mesh of several devices.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -138,6 +147,15 @@ def plan(
         >>> found = jlora.plan(loss, params, adapter, (x,))
         >>> found.base, found.adapter, found.moments, found.gradients  # of A an eighth, B whole
         (32768, 2304, 4612, 2304)
+        >>> print(found)
+        8 × device, fsdp=8       a device
+        base (frozen)            32.0 KiB  exact
+        adapter (trainable)       2.2 KiB  exact
+        moments                   4.5 KiB  exact
+        batch                     8.0 KiB  exact
+        gradients                 2.2 KiB  exact
+        sum without activations  49.0 KiB  exact
+        the capacity of a device is not known
     """
     mesh = mesh_of_leaves(base, adapter, args)
     check_places(mesh, base, adapter, args)
@@ -150,24 +168,25 @@ def plan(
         )
     tx = optax.adamw(1e-4) if tx is None else tx
     operands = _operands(mesh, base, adapter, args, tx)
-    adapter, _, base, args = operands
-    exact = [sum(map(_shard_size, jax.tree.leaves(x))) for x in operands]
-    of_adapter, of_state, of_base, of_args = exact
-    fixed = (of_base, of_adapter, of_state, of_args, of_adapter)
+    base = operands[2]
+    of_adapter, of_state, of_base, of_args = (
+        sum(map(_shard_size, jax.tree.leaves(x))) for x in operands
+    )
+    exact = (of_base, of_adapter, of_state, of_args, of_adapter)
     device = _device(mesh)
     capacity = _capacity(device) if capacity is None else capacity
-    method, peak, program = "compiled", None, None
-    if compile is not False and not abstract:
-        peak, capacity, program = _compile(_step(loss, tx), operands, compiler_options, capacity)
-    if peak is None:
-        method, peak = "arithmetic", sum(exact) + _estimate(loss, adapter, base, args, mesh)
+    peak, program, step = None, None, _step(loss, tx)
+    if compile is False or abstract:
+        jax.eval_shape(step, *operands)  # an error of the loss is one of the plan
+    else:
+        peak, capacity, program = _compile(step, operands, compiler_options, capacity)
     axes = {} if mesh is None else dict(mesh.shape)
     count = 1 if mesh is None else mesh.size
     kind = getattr(device, "device_kind", None)
-    # Compiled, not all gradients need exist at once.
-    activations = max(0, peak - sum(fixed))
-    numbers = (*fixed, activations, peak, capacity)
-    return Plan(method, count, kind, axes, *numbers, program, is_replicated(count, base))
+    # A compiled step need not hold all gradients at once.
+    activations = None if peak is None else max(0, peak - sum(exact))
+    numbers = (*exact, activations, peak, capacity)
+    return Plan(count, kind, axes, *numbers, program, is_replicated(count, base))
 
 
 def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> tuple[Any, ...]:
@@ -216,17 +235,15 @@ def _capacity(device: Any) -> int | None:
         return None
 
 
-# --------------------------------------------------------------------------------------- compiled
-
-# "… memory required for HLO temporaries (46.85G) exceeds available HBM (15.75G)": all of it, the
-# arguments too, in GiB.
+# "… memory required for HLO temporaries (46.85G) exceeds available HBM (15.75G)": in GiB, and the
+# first number includes the arguments.
 NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)")
 
 
 def _compile(
     step: Any, operands: tuple[Any, ...], options: dict[str, Any] | None, capacity: int | None
 ) -> tuple[int | None, int | None, jax.stages.Compiled | None]:
-    """The bytes that the compiled step holds, if known, what a device has, and the program."""
+    """Returns the peak of the compiled step if known, the capacity of a device, and the program."""
     adapter, state = (jax.tree.map(lambda x: x.sharding, tree) for tree in operands[:2])
     places = (adapter, state, None)
     program = jax.jit(step, donate_argnums=(0, 1), out_shardings=places, keep_unused=True)
@@ -247,22 +264,6 @@ def _compile(
 
 def _bytes(number: str, unit: str) -> int:
     return int(float(number) * 1024 ** (1 + "KMGT".index(unit)))
-
-
-# ------------------------------------------------------------------------------------- arithmetic
-
-
-# Beside what a step holds XLA allocates gaps, and copies in other layouts: in the middle of five
-# steps of GPT-3 and Llama on TPUs and GPUs so much more.
-ALLOCATED = 1.25
-
-
-def _estimate(loss: Callable[..., Any], adapter: PyTree, base: PyTree, args: Any, mesh: Any) -> int:
-    """What XLA allocates for the traced gradient."""
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(adapter, base, *args)
-    leaves = jax.tree.leaves((adapter, base, args))
-    layouts = [layout_of(x.sharding.spec if x.sharding else (), x.ndim) for x in leaves]
-    return int(ALLOCATED * held(jaxpr, layouts, {} if mesh is None else dict(mesh.shape))[0])
 
 
 def _shard_size(x: jax.ShapeDtypeStruct) -> int:

@@ -17,11 +17,10 @@ class Chip(NamedTuple):
     """A kind of TPU.
 
     Attributes:
-        kind: as JAX names its devices.
-        capacity: bytes of a device that a program may use, as its compiler says when they do not
-            suffice.
-        devices: devices of JAX on a chip.
-        config: what `get_topology_desc` must be told beside the name.
+        kind: JAX's name for its devices.
+        capacity: bytes of a device that a program may use, as its compiler reports them.
+        devices: number of JAX's devices on a chip.
+        config: `chip_config_name` for `get_topology_desc`, if it needs one.
     """
 
     kind: str
@@ -41,7 +40,7 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", _gib(31.24)),
     "tpu7x": Chip("TPU7x", _gib(94.74), devices=2),
 }
-# So that libtpu neither asks a metadata server nor writes logs nor claims the host's TPUs.
+# With these libtpu asks no metadata server, writes no logs and does not claim the host's TPUs.
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -52,7 +51,7 @@ QUIET = {
 
 
 def parse(name: str) -> tuple[Chip, int]:
-    """The chip and the number of devices of a topology such as `v5p:4x4x8`."""
+    """Returns the chip and the number of devices of a topology such as `v5p:4x4x8`."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if found is None or found[1] not in CHIPS:
         raise ValueError(
@@ -64,7 +63,7 @@ def parse(name: str) -> tuple[Chip, int]:
 
 
 def mesh_of(name: str, axes: dict[str, int]) -> Mesh:
-    """A mesh of the topology's devices for its compiler, or an abstract one without libtpu."""
+    """Makes a mesh of the topology's devices, or an abstract one if libtpu is not installed."""
     chip, count = parse(name)
     if math.prod(axes.values()) != count:
         raise ValueError(

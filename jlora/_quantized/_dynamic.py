@@ -41,7 +41,7 @@ DYNAMIC = np.concatenate([-_POSITIVE[::-1], [0], _POSITIVE, [1]]).astype(np.floa
 
 
 def quantize_scales(scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Codes of scales, the scale of each group of them, and what is added.
+    """Quantizes scales: returns codes, a scale for each group, and an offset.
 
     Args:
         scale: float32, shape (…, n).
@@ -62,7 +62,7 @@ def quantize_scales(scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def dequantize_scales(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> jax.Array:
-    """The scales of `quantize_scales`, in float32: a product and a sum, each rounded."""
+    """Computes the scales of `quantize_scales` in float32: a product and a sum, each rounded."""
     n = codes.shape[-1]
     shape = (*scale.shape, GROUP)
     each = jnp.broadcast_to(scale[..., None], shape).reshape(*shape[:-2], math.prod(shape[-2:]))
@@ -70,5 +70,5 @@ def dequantize_scales(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> 
 
 
 def rounded(product: jax.Array) -> jax.Array:
-    """A product that XLA's CPU compiler does not fuse with a sum, which would round but once."""
+    """Multiplies so that XLA's CPU compiler does not fuse a sum, which would round only once."""
     return jnp.where(jnp.isnan(product), jnp.zeros((), product.dtype), product)

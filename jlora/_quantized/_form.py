@@ -1,4 +1,4 @@
-"""How the codes and scales of a weight lie: along W's own axes, or along each matrix as a whole."""
+"""The axes of codes and scales: those of W, or one axis for a whole matrix."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,13 +12,13 @@ class Form(NamedTuple):
     """How a weight is cut into blocks that share a scale.
 
     Attributes:
-        shape: of W.
-        stack: axes over which W is a stack of matrices, each quantized on its own.
-        order: its other axes in the order in which files have them: outputs, then inputs, the last
-            of which the codes run along; of an embedding as they are looked up.
-        blocks: for each axis of W the length of a block along it.
-        flat: whether blocks run along the whole matrix in the order of `order`, over the ends of
-            its rows, so that codes and scales have the axes `stack` and one more.
+        shape: the shape of W.
+        stack: axes over which W is a stack of matrices; each matrix is quantized on its own.
+        order: the other axes of W in the order of files: outputs, then inputs. Codes run along the
+            last. An embedding has its axes in the order of a lookup.
+        blocks: the length of a block along each axis of W.
+        flat: whether blocks run through the whole matrix in the order of `order`, across the ends
+            of its rows. Then codes and scales have the axes `stack` and one more.
     """
 
     shape: tuple[int, ...]
@@ -39,9 +39,9 @@ class Form(NamedTuple):
 
     @property
     def scaled(self) -> tuple[int | None, ...]:
-        """For each axis of the scales that of W, None if it is that of a matrix as a whole.
+        """The axis of W for each axis of the scales; None for the axis of a whole matrix.
 
-        They have none where one block is as long as the axis.
+        An axis of W that one block covers is not among them.
         """
         if self.flat:
             return (*self.stack, None)
@@ -49,12 +49,12 @@ class Form(NamedTuple):
 
     @property
     def coded(self) -> tuple[int | None, ...]:
-        """For each axis of the codes that of W, None if it is that of a matrix as a whole."""
+        """The axis of W for each axis of the codes; None for the axis of a whole matrix."""
         return (*self.stack, None) if self.flat else tuple(range(len(self.shape)))
 
     @property
     def of_entry(self) -> "Form":
-        """That of each entry along the first axis, which is one of the stack."""
+        """The form of one entry along the first axis, which must be an axis of the stack."""
         stack, order = (tuple(d - 1 for d in axes if d) for axes in (self.stack, self.order))
         return self._replace(shape=self.shape[1:], stack=stack, order=order, blocks=self.blocks[1:])
 
@@ -66,7 +66,7 @@ class Form(NamedTuple):
 def along(
     shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], block: int
 ) -> Form:
-    """Blocks along the last axis of `order`."""
+    """Makes a form with blocks along the last axis of `order`."""
     blocks = tuple(block if d == order[-1] else 1 for d in range(len(shape)))
     return Form(shape, stack, order, blocks)
 
@@ -74,13 +74,13 @@ def along(
 def one_block(
     shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
 ) -> Form:
-    """One block for the last `inputs` axes of `order`."""
+    """Makes a form with one block for the last `inputs` axes of `order`."""
     blocks = tuple(n if d in order[-inputs:] else 1 for d, n in enumerate(shape))
     return Form(shape, stack, order, blocks)
 
 
 def split(w: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
-    """W with each axis cut into blocks, and the axes within a block; the last is filled with 0."""
+    """Cuts each axis of W into blocks, padded with 0; also returns the axes within a block."""
     counts = [-(-n // b) for n, b in zip(w.shape, blocks, strict=True)]
     ends = [c * b - n for c, b, n in zip(counts, blocks, w.shape, strict=True)]
     w = jnp.pad(w, [(0, end) for end in ends]) if any(ends) else w
@@ -89,14 +89,14 @@ def split(w: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, tuple[int, ..
 
 
 def joined(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """An array of blocks, as `split` gives it, as one of `shape`."""
+    """Joins the blocks that `split` makes to an array of `shape`."""
     pairs = zip(x.shape[::2], x.shape[1::2], strict=True)
     x = x.reshape([c * b for c, b in pairs])
     return lax.slice(x, [0] * x.ndim, shape) if x.shape != tuple(shape) else x
 
 
 def spread(scale: jax.Array, blocks: Sequence[int], shape: Sequence[int]) -> jax.Array:
-    """Scales of blocks as those of an array of `shape`; those of one block stay of length 1."""
+    """Repeats the scales of blocks to `shape`; an axis with one block keeps length 1."""
     for d, (block, n) in enumerate(zip(blocks, shape, strict=True)):
         if block > 1 and scale.shape[d] > 1:
             before, count, after = scale.shape[:d], scale.shape[d], scale.shape[d + 1 :]
@@ -111,7 +111,7 @@ def spread(scale: jax.Array, blocks: Sequence[int], shape: Sequence[int]) -> jax
 
 
 def pack(codes: jax.Array, axis: int) -> jax.Array:
-    """Codes of 4 bits in blocks, as `split` gives them, two a byte along the blocks of `axis`.
+    """Packs codes of 4 bits, in the blocks of `split`, two a byte along the blocks of `axis`.
 
     Entry j of a block is in the high bits and entry j + block / 2 in the low ones, so that no two
     neighbors are torn apart, which takes time on a TPU.
@@ -121,7 +121,7 @@ def pack(codes: jax.Array, axis: int) -> jax.Array:
 
 
 def unpack(data: jax.Array, axis: int, block: int) -> jax.Array:
-    """The codes along an axis, of what `pack` gives with its blocks joined."""
+    """Unpacks the codes along an axis; its blocks are joined after `pack`."""
     before, n, after = data.shape[:axis], data.shape[axis], data.shape[axis + 1 :]
     blocks = data.reshape(*before, 2 * n // block, 1, block // 2, *after)
     # Shifts rather than two arrays joined: XLA computes them where they are read.

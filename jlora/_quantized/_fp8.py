@@ -58,7 +58,7 @@ class FP8(Scheme):
         return Form(shape, stack, order, tuple(blocks))
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """The nearest number of the type to w / s."""
+        """Rounds w / s to the nearest number of the type."""
         largest = jnp.abs(w).max(within, keepdims=True)
         scale = largest / LARGEST
         relative = w / jnp.where(scale > 0, scale, 1)
@@ -66,5 +66,5 @@ class FP8(Scheme):
         return Coded(codes, scale)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """The code times the scale."""
+        """Multiplies the code by the scale."""
         return codes.astype(jnp.float32) * scale.astype(jnp.float32)

@@ -56,7 +56,7 @@ class Int4(Scheme):
         return rows(self, "group", self.group, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """The nearest of 16 numbers from the least of the group to the largest, 0 among them."""
+        """Rounds to 16 numbers from the group's minimum to its maximum; 0 is one of them."""
         least = jnp.minimum(w.min(within, keepdims=True), 0)
         largest = jnp.maximum(w.max(within, keepdims=True), 0)
         scale = ((largest - least) / 15).astype(jnp.bfloat16)
@@ -66,7 +66,7 @@ class Int4(Scheme):
         return Coded(codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8))
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """(q - z)·s, or q·s + z."""
+        """Computes (q - z)·s, or q·s + z."""
         codes, scale = codes.astype(jnp.float32), scale.astype(jnp.float32)
         if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating):
             return rounded(codes * scale) + zero.astype(jnp.float32)

@@ -60,7 +60,7 @@ class Int8(Scheme):
         return rows(self, "block", self.block, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """The nearest multiple of the scale."""
+        """Rounds to the nearest multiple of the scale."""
         largest = jnp.abs(w).max(within, keepdims=True)
         nonzero = jnp.where(largest > 0, largest, 1)
         if self.block is None:
@@ -70,6 +70,6 @@ class Int8(Scheme):
         return Coded(jnp.round(w * inverse).astype(jnp.int8), scale)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """The code times the scale."""
+        """Multiplies the code by the scale."""
         w = codes.astype(jnp.float32) * scale.astype(jnp.float32)
         return w * STEP if self.block is None else w

@@ -1,22 +1,20 @@
-"""The leaf of a base that is quantized."""
+"""The quantized leaf of a base, and how it becomes an array again."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from .._core import Axis, Factor, Packed, laid
-from .._linalg import norm
-from .._types import PyTree
+from .._core import Axis, Factor, Packed, shard_part
+from .._types import NotAnArray, PyTree
 from .._types import short as short_name
-from ._dynamic import dequantize_scales, quantize_scales
-from ._form import Form, joined, pack, split, spread, unpack
+from ._dynamic import dequantize_scales
+from ._form import Form, spread, unpack
 from ._scheme import Scheme, spelled
 
 FLAT = Axis(-3)  # a matrix as a whole
@@ -24,11 +22,12 @@ GROUPS = Axis(-4)  # groups of scales that share one
 
 
 class Nested(NamedTuple):
-    """Scales of scales, each of which are codes of 8 bits then (double quantization).
+    """What scales are computed from if they are codes of 8 bits (double quantization).
 
     Attributes:
-        scale: float32, shape (stack…, groups): of each 256 scales, in the order of files.
-        offset: float32, shape (stack…): what is added to the scales.
+        scale: the scale of each group of 256 scales, in the order of files; float32 of shape
+            (stack…, groups).
+        offset: what is added to the scales; float32 of shape (stack…).
     """
 
     scale: Any
@@ -37,27 +36,27 @@ class Nested(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class Quantized(NotAnArray):
     r"""A weight of a base in 4 or 8 bits: codes, and a scale for each block of them.
 
-    A pytree node with the children `data`, `scale`, `zero`, `nested` and `error`; the rest is
-    static. For jlora it is one leaf, of the shape and dtype of the weight, which is computed next
-    to each use of it. It is no array: a function of a tree with such leaves must be under
+    It is a pytree node with the children `data`, `scale`, `zero`, `nested` and `error`; the rest is
+    static. jlora treats it as one leaf with the shape and dtype of the weight, and computes the
+    weight next to each use. It is no array: functions of a tree with such leaves run under
     `lora.apply` or `jlora.wrap`.
 
     Attributes:
-        data: codes, with W's axes. Of 4 bits, two a byte along the axis of the blocks: entry j of
-            a block in the high bits, entry j + block / 2 in the low ones.
-        scale: of each block, with W's axes but those along which there is one block.
-        zero: what a scheme has of each block besides, or None.
-        nested: of which the scales are computed, if they are codes themselves, or None.
-        error: $\lVert W - Q \rVert / \lVert W \rVert$ of each matrix, float32 of shape (stack…),
-            where W was there, or None.
+        data: the codes, with W's axes. Codes of 4 bits are packed two a byte along the axis of the
+            blocks: entry j of a block in the high bits, entry j + block / 2 in the low ones.
+        scale: the scale of each block, with W's axes except those that one block covers.
+        zero: another number of each block, if the scheme has one, or None.
+        nested: what the scales are computed from if they are codes themselves, or None.
+        error: $\lVert W - Q \rVert / \lVert W \rVert$ of each matrix, float32 of shape (stack…);
+            None if W was not known.
         scheme: the scheme.
         form: how W is cut into blocks.
-        dtype: of the weight.
-        used: where the weight lies when it is used, to which its codes are brought before they are
-            unpacked, or None. See `jlora.sharding.gathered`.
+        dtype: the dtype of the weight.
+        used: the sharding in which the weight is used, or None. The codes are resharded to it
+            before they are unpacked. See `jlora.sharding.gathered`.
     """
 
     data: Any
@@ -69,6 +68,13 @@ class Quantized:
     form: Form = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     used: Any = dataclasses.field(default=None, metadata={"static": True})
+
+    _remedy: ClassVar = (
+        "a weight is a jlora.types.Quantized, which only lora.apply and a function under "
+        "jlora.wrap take: call lora.apply(base, adapter, ...), with {} as the adapter for the base "
+        "model, or jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain "
+        "arrays."
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,12 +93,12 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it takes, without `error`."""
+        """The bytes of codes and scales; `error` is not counted."""
         parts = jax.tree.leaves((self.data, self.scale, self.zero, self.nested))
         return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in parts)
 
     def axes(self) -> dict[str, Any]:
-        """For each array the axes of W that its axes follow, None where one follows none."""
+        """The axes of W that the axes of each array follow; None for an axis that follows none."""
         scaled, nested = self.form.scaled, (*self.form.stack, None)
         found: dict[str, Any] = {"data": self.form.coded, "scale": scaled}
         found["zero"] = None if self.zero is None else scaled
@@ -101,7 +107,7 @@ class Quantized:
         return found
 
     def packed(self, axes: Sequence[Axis], dtype: Any = None) -> Packed:
-        """What the interpreter takes, of W with the axes `axes`; in its own dtype unless told."""
+        """Packs W, with the axes `axes`, for the interpreter; by default in its own dtype."""
         self._check_dtypes()
 
         def factor(x: Any, dims: Sequence[int | None], other: Axis) -> Factor:
@@ -120,16 +126,28 @@ class Quantized:
         packed = Packed(
             parts,
             functools.partial(_unpack, self._how(axes, jnp.dtype(dtype))),
+            tuple(axes),
             self.shape,
             jnp.dtype(dtype),
-            free=frozenset(axes[d] for d in self.form.stack),
-            even=frozenset(axes[d] for d in self.form.stack),
-        ).named(axes)
-        loosened = functools.partial(_loosened, self._how(axes, packed.dtype))
-        return packed.replace(loosened=loosened) if self.nested is not None else loosened(packed)
+            frozenset(axes[d] for d in self.form.stack),
+            functools.partial(_loosen, self._how(axes, jnp.dtype(dtype))),
+            self._even(axes),
+        )
+        return packed if self.nested is not None else packed.replace(even=packed.loose, loosen=None)
+
+    def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
+        """The axes that can be split as the codes and the blocks are, if scales are numbers."""
+        form = self.form
+        if form.flat:
+            return frozenset(axes[d] for d in form.stack)
+        lengths = zip(axes, form.shape, form.blocks, strict=True)
+        even = {a for a, n, block in lengths if n % block == 0 or block > n}
+        if self.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
+            even.remove(axes[form.axis])
+        return frozenset(even)
 
     def _check_dtypes(self) -> None:
-        """Raises where the arrays have been cast, as by a map over all arrays of a tree."""
+        """Raises if the arrays were cast, as by a map over all arrays of a tree."""
         legal = self.scheme.scales if self.nested is None else ("uint8",)
         nested = () if self.nested is None else self.nested
         if str(self.scale.dtype) in legal and all(str(x.dtype) == "float32" for x in nested):
@@ -139,8 +157,8 @@ class Quantized:
             f"a quantized weight has scales of {found}; those of {spelled(self.scheme)} are "
             f"{' or '.join(legal)}, and what they are computed from is float32. Was the whole tree "
             "cast? Leave quantized weights as they are: "
-            "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else x.astype(dtype), "
-            "params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
+            "jax.tree.map(lambda x: x if isinstance(x, jlora.types.Quantized) else "
+            "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.types.Quantized))."
         )
 
     def _how(self, axes: Sequence[Axis], dtype: Any) -> "_How":
@@ -149,29 +167,11 @@ class Quantized:
     def array(self, dtype: Any = None) -> jax.Array:
         """The weight, dequantized."""
         axes = [Axis(d) for d in range(self.ndim)]
-        return self.packed(axes, dtype).array(axes)
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError(_NO_ARRAY)
-
-    # Where JAX, NumPy, Flax and models first take it for an array.
-    __jax_array__ = __array__ = __getitem__ = __neg__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __truediv__ = __matmul__ = __rmatmul__ = astype = reshape = _refuse
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"Quantized has no attribute {name!r}: {_NO_ARRAY}")
+        return self.packed(axes, dtype).array
 
     def __repr__(self) -> str:
         what = jax.ShapeDtypeStruct(self.shape, self.dtype)
         return f"Quantized({short_name(what)}, {spelled(self.scheme)})"
-
-
-_NO_ARRAY = (
-    "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap take: "
-    "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
-    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
-)
 
 
 def is_quantized(x: Any) -> bool:
@@ -180,14 +180,14 @@ def is_quantized(x: Any) -> bool:
 
 
 def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
-    """The tree with plain arrays in the place of `Quantized` leaves.
+    """Returns the tree with a plain array in the place of each `Quantized` leaf.
 
     Args:
         tree: any tree.
-        dtype: of those arrays; each weight's own unless told.
+        dtype: the dtype of those arrays; by default that of each weight.
 
     Returns:
-        A tree like that given to `quantize`. A value is computed in float32 and rounded once.
+        A tree like the one given to `quantize`. Values are computed in float32 and rounded once.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -207,65 +207,6 @@ def dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
 
 _array = jax.jit(Quantized.array, static_argnums=1)
 
-# --------------------------------------------------------------------------------------- to codes
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def quantized(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
-    """A weight in codes."""
-    wide = w.astype(jnp.float32)
-    x, blocks, axis = wide, form.blocks, form.axis
-    if form.flat:
-        lead = [form.shape[d] for d in form.stack]
-        x = lax.transpose(wide, (*form.stack, *form.order)).reshape(*lead, math.prod(form.matrix))
-        blocks, axis = (*[1] * len(lead), form.blocks[form.axis]), len(lead)
-    cut, within = split(x, blocks)
-    code = scheme.encode(cut, within, _short(x.shape, blocks, cut.shape, axis))
-    if scheme.bits == 4:
-        counts = zip(cut.shape[::2], blocks, strict=True)
-        bytes_of = [c * b // (2 if d == axis else 1) for d, (c, b) in enumerate(counts)]
-        data = joined(pack(code.codes, axis), bytes_of)
-    else:
-        data = joined(code.codes, x.shape)
-    kept = form.scaled if not form.flat else range(x.ndim)
-    lost = [*within, *(2 * d for d in range(x.ndim) if d not in kept)]
-    scale: Any = lax.squeeze(code.scale, lost)
-    zero = None if code.zero is None else lax.squeeze(code.zero, lost)
-    nested = None
-    if getattr(scheme, "double", False):
-        scale, nested = _nested(scale, form)
-    scheme = dataclasses.replace(scheme, pattern=None)
-    leaf = Quantized(data, scale, zero, nested, None, scheme, form, w.dtype)
-    size = norm(wide, form.order)
-    difference = norm(leaf.array(jnp.float32) - wide, form.order)
-    error = jnp.where(size > 0, difference / jnp.where(size > 0, size, 1), 0)
-    return dataclasses.replace(leaf, error=error)
-
-
-def _short(
-    shape: Sequence[int], blocks: Sequence[int], cut: Sequence[int], axis: int
-) -> jax.Array | None:
-    """True for the last block along `axis` if it is not full, for arrays of shape `cut`."""
-    if shape[axis] % blocks[axis] == 0:
-        return None
-    place = lax.broadcasted_iota(
-        jnp.int32, [1 if i % 2 else n for i, n in enumerate(cut)], 2 * axis
-    )
-    return place == cut[2 * axis] - 1
-
-
-def _nested(scale: jax.Array, form: Form) -> tuple[jax.Array, Nested]:
-    """Scales as codes, and of what."""
-    at = [d for d in form.scaled if d is not None]
-    order = [*form.stack, *(d for d in form.order if d in at)] if not form.flat else at
-    x = lax.transpose(scale, [at.index(d) for d in order]) if not form.flat else scale
-    lead = x.shape[: len(form.stack)]
-    codes, of_groups, offset = quantize_scales(x.reshape(*lead, math.prod(x.shape[len(lead) :])))
-    codes = codes.reshape(x.shape)
-    if not form.flat:
-        codes = lax.transpose(codes, [order.index(d) for d in at])
-    return codes, Nested(of_groups, offset)
-
 
 # ------------------------------------------------------------------------------------- from codes
 
@@ -273,7 +214,7 @@ Parts = Mapping[str, Any]
 
 
 class _How(NamedTuple):
-    """What the parts of a weight do not say of it; `axes` are W's."""
+    """What unpacking needs besides the parts; `axes` are those of W."""
 
     scheme: Scheme
     form: Form
@@ -284,12 +225,12 @@ class _How(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _unpack(how: _How, parts: Parts) -> Factor:
-    """W of its parts; it may be a part of W, cut along axes that are free or even."""
+    """Unpacks W, or a piece of W that was cut along axes that are free or even."""
     scheme, form, axes, dtype, used = how
     # Within the model's own shard_map the parts are those of a shard.
     if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
         parts = jax.tree.map(
-            lambda f: laid(f, used, axes), parts, is_leaf=lambda x: isinstance(x, Factor)
+            lambda f: shard_part(f, used, axes), parts, is_leaf=lambda x: isinstance(x, Factor)
         )
     data, scale, zero = parts["data"], parts["scale"], parts.get("zero")
     if "nested" in parts:
@@ -313,7 +254,7 @@ def _unpack(how: _How, parts: Parts) -> Factor:
 
 
 def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> Factor:
-    """The scales, of which there are codes."""
+    """Computes the scales from their codes."""
     inner = [FLAT] if form.flat else [axes[d] for d in form.order if d in form.scaled]
     lead = [a for a in codes.axes if a not in inner]
     x = codes.arranged([*lead, *inner])
@@ -324,22 +265,7 @@ def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> 
     )
 
 
-def _loosened(how: "_How", packed: Packed) -> Packed:
-    """With scales that are numbers, so that more axes are free, and even."""
-    form, axes = how.form, how.axes
-    parts = dict(packed.parts)
-    if (nested := parts.pop("nested", None)) is not None:
-        parts["scale"] = _scales(parts["scale"], nested, form, axes)
-    if form.flat:
-        return packed.replace(parts=parts, loosened=None)
-    lengths = zip(axes, form.shape, form.blocks, strict=True)
-    even = {a for a, n, block in lengths if n % block == 0 or block > n}
-    if how.scheme.bits == 4 and form.is_whole(form.axis):  # two codes a byte from end to end
-        even.remove(axes[form.axis])
-    free = frozenset(axes[d] for d, block in enumerate(form.blocks) if block == 1)
-    return packed.replace(
-        parts=parts,
-        free=packed.free | (free - {axes[form.axis]} - packed.touched),
-        even=packed.even | (even - packed.touched),
-        loosened=None,
-    )
+def _loosen(how: "_How", parts: Parts) -> Parts:
+    """Computes the scales of which there are codes."""
+    scale = _scales(parts["scale"], parts["nested"], how.form, how.axes)
+    return {name: f for name, f in parts.items() if name != "nested"} | {"scale": scale}

@@ -54,7 +54,7 @@ class MXFP4(Scheme):
         return rows(self, "block", BLOCK, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """The nearest number to w over the power, of two the one whose last bit is 0."""
+        """Rounds w ÷ the power to the nearest number; in a tie to the one whose last bit is 0."""
         largest = jnp.abs(w).max(within, keepdims=True)
         exponent = jnp.frexp(largest)[1] - 1 - 2  # so that the largest is from 4 to 8
         exponent = jnp.clip(jnp.where(largest > 0, exponent, -BIAS), 1 - BIAS, BIAS)
@@ -67,12 +67,12 @@ class MXFP4(Scheme):
         return Coded(codes, (exponent + BIAS).astype(jnp.uint8))
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """The number of each code times the power."""
+        """Multiplies the number of each code by the power."""
         return lookup(TABLE, codes) * _power(scale)
 
 
 def _power(scale: jax.Array) -> jax.Array:
-    """2^(scale - 127) in float32; NaN for 255."""
+    """Computes 2^(scale - 127) in float32; NaN for 255."""
     bits = scale.astype(jnp.uint32)
     bits = jnp.where(bits == 0, jnp.uint32(1 << 22), bits << 23)
     return jnp.where(scale == 255, jnp.nan, lax.bitcast_convert_type(bits, jnp.float32))

@@ -26,7 +26,7 @@ NORMAL = np.array(
 
 @dataclasses.dataclass(frozen=True)
 class Table(Scheme):
-    """Codes of 4 bits into a table of numbers in [-1, 1], and the largest magnitude of a block."""
+    """A scheme whose codes index a table of 16 numbers in [-1, 1], times the block's maximum."""
 
     block: int = 64
     double: bool = False
@@ -47,12 +47,12 @@ class Table(Scheme):
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
-        """Blocks along the last axis; over the ends of rows where they do not divide it."""
+        """Blocks along the last axis, or across the ends of rows if they do not divide it."""
         form = along(shape, stack, order, self.block)
         return form._replace(flat=shape[order[-1]] % self.block != 0)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """The code nearest to each entry over the largest of its block; of two the lower one."""
+        """Picks the code nearest to each entry ÷ the block's maximum; in a tie the lower one."""
         largest = jnp.abs(w).max(within, keepdims=True)
         nonzero = jnp.where(largest > 0, largest, 1)
         relative = w * (1 / nonzero)
@@ -66,7 +66,7 @@ class Table(Scheme):
         return Coded(jnp.asarray(order)[places], largest)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """The number of each code times the largest of its block."""
+        """Multiplies the number of each code by the maximum of its block."""
         return lookup(self.table, codes) * scale
 
 

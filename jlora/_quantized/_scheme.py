@@ -1,4 +1,4 @@
-"""What a scheme of quantization says of itself."""
+"""The base class of schemes of quantization."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class Scheme:
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
-        """How a weight is cut into blocks; `ValueError` where it cannot be.
+        """Says how a weight is cut into blocks; raises `ValueError` if it cannot be.
 
         Args:
             shape: of the weight.
@@ -62,7 +62,7 @@ class Scheme:
         raise NotImplementedError
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
-        """The codes of W.
+        """Computes the codes of W.
 
         Args:
             w: W in float32, its axes cut into blocks.
@@ -72,18 +72,18 @@ class Scheme:
         raise NotImplementedError
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """W in float32, of codes, and of scales that are broadcast to them."""
+        """Computes W in float32 from codes and from scales that broadcast to them."""
         raise NotImplementedError
 
 
 def spelled(scheme: Scheme) -> str:
-    """How a table calls a scheme: its fields without the pattern."""
+    """Spells a scheme for a table: its name and fields without the pattern."""
     fields = (f.name for f in dataclasses.fields(scheme) if f.name != "pattern")
     return f"{type(scheme).__name__}({', '.join(f'{n}={getattr(scheme, n)!r}' for n in fields)})"
 
 
 def form_of(scheme: Scheme, shape: tuple[int, ...], layout: Layout, kind: str | None) -> Form:
-    """How a weight is cut into blocks: along inputs, along a row where rows are looked up."""
+    """Says how a weight is cut into blocks: along inputs, or along rows that are looked up."""
     stack, inputs, outputs, _ = layout
     if kind == "embed":
         return scheme.form(shape, stack, (*inputs, *outputs), len(outputs))
@@ -109,7 +109,7 @@ def rows(
     stack: tuple[int, ...],
     order: tuple[int, ...],
 ) -> Form:
-    """Blocks along the last axis of `order`, which they must divide."""
+    """Makes a form with blocks along the last axis of `order`, which they must divide."""
     n = shape[order[-1]]
     if n % block:
         fits = [b for b in scheme.legal if n % b == 0]
@@ -126,7 +126,7 @@ def rows(
 
 
 def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
-    """`table[codes]` in float32."""
+    """Looks up `table[codes]` in float32."""
 
     def gathered(codes: jax.Array) -> jax.Array:
         numbers = jnp.asarray(table, jnp.float32)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._adapters import LoRA, clipped_rank
+from .._adapters import LoRA, clip_rank
 from .._rules import Rule, explain_no_match, is_int, near, rule_name
 from .._types import short
 from ._allocation import Allocation, as_rules, index_of, rule_of, takes_by_rank, trained
@@ -117,7 +117,7 @@ def _ranks(
         n = min(len(gains[path]), share.largest, max_rank or 2 * rules[path].rank)
         if rules[path].pattern is not None:
             return n
-        return clipped_rank(n, share.layout, share.shape, functools.partial(cost, path))
+        return clip_rank(n, share.layout, share.shape, functools.partial(cost, path))
 
     largest = {path: most(path, share) for path, share in shares.items()}
     ranks = {path: min(min_rank, n) for path, n in largest.items()}

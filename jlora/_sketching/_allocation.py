@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
-from .._adapters import LoRA, is_rule, trainable
+from .._adapters import LoRA
+from .._report import aligned
 from .._rules import Rule, Slots, is_int, matches, misplaced, near, rule_name
-from .._table import aligned
 from ._shares import Share, decode, encode
 
 
@@ -150,7 +150,7 @@ class Allocation(Sequence[Rule]):
 
 def trained(share: Share, rule: LoRA, rank: int) -> int:
     """How many parameters a site trains at a rank."""
-    return trainable(rule.of_rank(rank), share.layout, share.shape) if rank else 0
+    return rule.of_rank(rank).trainable(share.layout, share.shape) if rank else 0
 
 
 # ------------------------------------------------------------------------------------ the rules
@@ -160,7 +160,7 @@ def as_rules(rules: Any) -> tuple[Rule, ...]:
     """One rule or several, checked."""
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     for rule in rules:
-        if not is_rule(rule):
+        if not isinstance(rule, Rule):
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {misplaced(rule)}.")
     return rules
 
@@ -183,6 +183,6 @@ def takes_by_rank(path: str, given: Sequence[Rule]) -> bool:
 def rule_of(path: str, given: Sequence[Rule]) -> LoRA:
     """The rule with a rank that takes the site at `path`."""
     i = index_of(path, given)
-    if i is None or not isinstance(given[i], LoRA):
+    if i is None or not isinstance(rule := given[i], LoRA):
         raise ValueError(f"no LoRA or DoRA of `rules` takes {path!r}.")
-    return given[i]
+    return rule

@@ -1,14 +1,15 @@
-r"""The two matrices that are sketched, each as what multiplies it with a basis of a few columns.
+r"""The two matrices that can be sketched, and how each is multiplied with a basis of few columns.
 
-Pass by pass a basis goes in, and its image comes out of the gradient of a node at the site. The
-leading left singular vectors of the image are the next basis. In the last pass some columns are
-random directions orthogonal to the rest: they measure what the basis leaves out.
+In each pass a node at the site holds a basis, and the gradient of the node is the image of the
+basis. The leading left singular vectors of the image are the next basis. In the last pass some
+columns are random directions orthogonal to the rest: they measure what the basis leaves out.
 """
 
+import abc
 import dataclasses
-import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +24,24 @@ from ._spectrum import Spectrum
 
 SPARE = 8  # columns beside those that are kept, twice
 
-# Sites of one form share their programs.
-_program = functools.partial(jax.jit, static_argnums=(0, 1))
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _program(method: F) -> F:
+    """Compiles a method, so that sites of one form share their programs."""
+    compiled: Any = jax.jit(method, static_argnums=(0, 1))
+    return compiled
 
 
 @dataclasses.dataclass(frozen=True)
-class Sketched:
-    """A stack of matrices, one for each slot, of which `components` singular vectors are wanted.
+class Target(abc.ABC):
+    """The matrices of a site, one for each entry of a stack and slot, whose spectrum is wanted.
 
     Attributes:
         shape: of W.
         layout: of W.
         dtype: of the basis.
-        components: how many, at most as many as there are.
+        components: how many singular vectors are wanted, at most as many as there are.
         materialize: whether the rule lets W + ΔW be formed.
     """
 
@@ -46,8 +52,8 @@ class Sketched:
     materialize: bool
 
     @classmethod
-    def of(cls, site: Site, components: int | None) -> "Sketched":
-        """Of a site with a rule, unless told with twice its rank."""
+    def of(cls, site: Site, components: int | None) -> "Target":
+        """The target at a site, by default with twice the rank of its rule."""
         assert site.layout is not None
         assert isinstance(site.rule, LoRA)
         k = min(components or 2 * site.rule.rank, *_lengths(site.shape, site.layout))
@@ -60,9 +66,9 @@ class Sketched:
         return _lengths(self.shape, self.layout)
 
     @property
+    @abc.abstractmethod
     def most(self) -> int:
         """The number of columns of a complete basis."""
-        raise NotImplementedError
 
     @property
     def columns(self) -> int:
@@ -71,50 +77,38 @@ class Sketched:
 
     @property
     def spare(self) -> int:
-        """How many of them are random in the last pass: none of a complete basis."""
+        """How many columns are random in the last pass: none if the basis is complete."""
         return 0 if self.columns == self.most else SPARE
 
+    @abc.abstractmethod
     def side(self, turn: int) -> int:
-        """0 where the basis lies along the inputs, 1 along the outputs."""
-        raise NotImplementedError
+        """0 if the basis lies along the inputs in a pass, 1 if along the outputs."""
 
-    # In what follows a matrix is (…, n, columns), the axes before of the stack and the slots.
+    # In what follows a matrix is (…, n, columns) with axes of the stack and the slots in front.
 
     @_program
     def first_basis(self, side: int, key: jax.Array) -> jax.Array:
-        """A random one."""
+        """A random orthonormal basis."""
         return leading(self._normal(key, 0, self.lengths[side], self.columns))
 
     @_program
     def last_basis(self, side: int, basis: jax.Array, key: jax.Array) -> jax.Array:
-        """Its leading columns, and random ones orthogonal to them."""
+        """The leading columns of a basis, and random ones orthogonal to them."""
         kept = basis[..., : self.columns - self.spare]
         drawn = self._normal(key, 1, self.lengths[side], self.spare)
         return jnp.concatenate([kept, drawn - times(kept, times(kept.mT, drawn))], -1)
 
-    @_program
+    @abc.abstractmethod
     def node(self, side: int, basis: jax.Array, key: jax.Array) -> Any:
         """The node whose gradient has the image of the basis."""
-        return self._node(side, basis, key)
 
-    @_program
+    @abc.abstractmethod
     def image(self, side: int, basis: jax.Array, gradient: Any, batches: int) -> jax.Array:
         """The image of the basis, from the sum of gradients over batches."""
-        return self._image(side, basis, gradient, batches)
 
-    @_program
+    @abc.abstractmethod
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
-        """What the last basis and its image tell."""
-        return self._spectrum(side, basis, image)
-
-    def _node(self, side: int, basis: jax.Array, key: jax.Array) -> Any:
-        raise NotImplementedError
-
-    def _image(self, side: int, basis: jax.Array, gradient: Any, batches: int) -> jax.Array:
-        raise NotImplementedError
-
-    def _spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
-        raise NotImplementedError
+        """The spectrum that the last basis and its image have."""
 
     def _normal(self, key: jax.Array, number: int, rows: int, columns: int) -> jax.Array:
         stack, _, _, slots = self.layout
@@ -127,11 +121,11 @@ class Sketched:
         return len(self.layout.stack) + (self.layout.slots is not None)
 
     def _as_a(self, matrix: jax.Array) -> jax.Array:
-        """(…, inputs, r) with the axes of A."""
+        """Gives a matrix (…, inputs, r) the axes of A."""
         return matrix.reshape(factor_shapes(self.layout, self.shape, matrix.shape[-1])[0])
 
     def _as_b(self, matrix: jax.Array) -> jax.Array:
-        """(…, outputs, r) with the axes of B."""
+        """Gives a matrix (…, outputs, r) the axes of B."""
         return matrix.mT.reshape(factor_shapes(self.layout, self.shape, matrix.shape[-1])[1])
 
     def _matrix_of_a(self, a: jax.Array) -> jax.Array:
@@ -141,7 +135,7 @@ class Sketched:
         return b.reshape(*b.shape[: self._beside + 1], -1).mT
 
 
-class Gradient(Sketched):
+class Gradient(Target):
     r"""G: $G^T Q$ is the gradient of B where A is Q, and $G Q$ that of A where B is Q."""
 
     @property
@@ -151,26 +145,29 @@ class Gradient(Sketched):
     def side(self, turn: int) -> int:
         return turn % 2
 
-    def _node(self, side: int, basis: jax.Array, key: jax.Array) -> LowRank:
+    @_program
+    def node(self, side: int, basis: jax.Array, key: jax.Array) -> LowRank:
         del key
         across = (*basis.shape[:-2], self.lengths[1 - side], self.columns)
         a, b = _by_side(side, basis, jnp.zeros(across, basis.dtype))
         return LowRank(self._as_a(a), self._as_b(b), 1.0, self.layout, materialize=self.materialize)
 
-    def _image(self, side: int, basis: jax.Array, gradient: LowRank, batches: int) -> jax.Array:
+    @_program
+    def image(self, side: int, basis: jax.Array, gradient: LowRank, batches: int) -> jax.Array:
         return (self._matrix_of_a(gradient.a) if side else self._matrix_of_b(gradient.b)) / batches
 
-    def _spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
+    @_program
+    def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
         n, k = self.columns - self.spare, self.components
-        across, values, turned = _svd(image[..., :n])
-        along = times(basis[..., :n], turned.mT)
-        total = jnp.sum(values**2, -1) + _rest(image[..., n:], image[..., n:])
+        across, values, rotation = _svd(image[..., :n])
+        along = times(basis[..., :n], rotation.mT)
+        total = jnp.sum(values**2, -1) + _estimate_rest(image[..., n:], image[..., n:])
         inputs, outputs = _by_side(side, along[..., :k], across[..., :k])
         found = (values[..., :k], total, self._as_a(inputs), self._as_b(outputs))
         return Spectrum(*found, self.shape, self.layout)
 
 
-class Inputs(Sketched):
+class Inputs(Target):
     r"""$C = \sum_t (z_t - \bar z)(z_t - \bar z)^T$, over all inputs z."""
 
     @property
@@ -180,31 +177,34 @@ class Inputs(Sketched):
     def side(self, turn: int) -> int:
         return 0
 
-    def _node(self, side: int, basis: jax.Array, key: jax.Array) -> Probe:
+    @_program
+    def node(self, side: int, basis: jax.Array, key: jax.Array) -> Probe:
         a = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, 1)])
         gate = jnp.zeros((*basis.shape[:-2], self.columns + 1), basis.dtype).at[..., -1].set(1)
         b = self._as_b(self._normal(key, 2, self.lengths[1], self.columns + 1))
         return Probe(self._as_a(a), b, gate, self.layout)
 
-    def _image(self, side: int, basis: jax.Array, gradient: Probe, batches: int) -> jax.Array:
+    @_program
+    def image(self, side: int, basis: jax.Array, gradient: Probe, batches: int) -> jax.Array:
         a, count = self._matrix_of_a(gradient.a), gradient.gate[..., -1, None, None]
         image, total = a[..., :-1], a[..., -1:]
         return image - times(total, times(total.mT, basis)) / jnp.maximum(count, 1)
 
-    def _spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
+    @_program
+    def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
         n, k = self.columns - self.spare, self.components
         squares, vectors = _eigh(times(basis[..., :n].mT, image[..., :n]))
-        total = jnp.sum(squares, -1) + _rest(basis[..., n:], image[..., n:])
+        total = jnp.sum(squares, -1) + _estimate_rest(basis[..., n:], image[..., n:])
         inputs = self._as_a(times(basis[..., :n], vectors[..., :k]))
         values = jnp.sqrt(jnp.maximum(squares[..., :k], 0))
         return Spectrum(values, total, inputs, None, self.shape, self.layout)
 
 
-KINDS: dict[str, type[Sketched]] = {"inputs": Inputs, "gradient": Gradient}
+KINDS: dict[str, type[Target]] = {"inputs": Inputs, "gradient": Gradient}
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """`x`, of which each device of a mesh has all."""
+    """`x`, replicated over the devices of its mesh."""
     if not isinstance(x.sharding, NamedSharding):
         return x
     return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
@@ -212,7 +212,7 @@ def whole(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def leading(image: jax.Array) -> jax.Array:
-    """The left singular vectors of a tall matrix, in order."""
+    """The left singular vectors of a tall matrix, the leading ones first."""
     return _svd(image)[0]
 
 
@@ -222,7 +222,7 @@ def _lengths(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
 
 
 def _by_side(side: int, along: jax.Array, across: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What lies along the inputs, and what along the outputs."""
+    """Orders two matrices: first what lies along the inputs, then what along the outputs."""
     return (across, along) if side else (along, across)
 
 
@@ -238,6 +238,6 @@ def _eigh(square: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values[..., ::-1], vectors[..., ::-1]
 
 
-def _rest(x: jax.Array, y: jax.Array) -> jax.Array:
-    """What random columns estimate."""
+def _estimate_rest(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Estimates from random columns what the basis leaves out of the sum of squares."""
     return jnp.sum(x * y, (-2, -1)) / max(x.shape[-1], 1)

@@ -1,4 +1,4 @@
-"""The rank of each site, and its JSON."""
+"""The ranks of sites, and their JSON."""
 
 import json
 import math
@@ -17,12 +17,12 @@ class Share(NamedTuple):
     """The rank of a site.
 
     Attributes:
-        path: of the site.
-        score: what the components of its sketch hold, summed over a stack and over slots: of a
-            gradient σ², of inputs the explained variance.
-        rank: 0 where it is left out.
-        shape: of W.
-        layout: of W, with the slots of the rule.
+        path: the path of the site.
+        score: the sum over components, stack and slots of σ² of a gradient, or of the explained
+            variance of inputs.
+        rank: its rank; 0 if it is left out.
+        shape: the shape of W.
+        layout: the layout of W, with the slots of the rule.
     """
 
     path: str

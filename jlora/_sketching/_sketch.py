@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._adapters import LoRA, is_node
+from .._keys import check_key, fold
 from .._rules import Rule, is_int
 from .._sites import Site
 from .._transform import transform, wrap
-from .._tree import bind, check_key, fold, leaves_by_path, nest
+from .._tree import bind, leaves_by_path, nest
 from .._types import Path, PyTree, short
-from ._kinds import KINDS, Sketched, leading, whole
+from ._kinds import KINDS, Target, leading, whole
 from ._spectrum import Sketch, Spectrum
 
 
@@ -28,7 +29,7 @@ def sketch(
     passes: int = 4,
     key: jax.Array | None = None,
 ) -> Sketch:
-    r"""The leading singular vectors of what goes into each site, or of its gradient.
+    r"""Finds the leading singular vectors of what goes into each site, or of its gradient.
 
     With `kind="gradient"` they are those of $G = \partial L / \partial W$, L being the mean of the
     losses of the batches. With `kind="inputs"` they are the principal components of the inputs z of
@@ -42,14 +43,14 @@ def sketch(
     Args:
         loss: a function of parameters and a batch, as one trains with, but without an adapter.
         params: its parameters, as `init` takes them.
-        rules: what `transform` takes, or one rule: sketched are the sites of `LoRA` and `DoRA`.
+        rules: what `transform` takes, or one rule. The sites of `LoRA` and `DoRA` are sketched.
         batches: a list, or what can be iterated over several times. Those of one shape share a
             program.
         kind: `"inputs"` or `"gradient"`.
-        components: how many singular vectors; unless told, twice the rule's rank. A site that has
-            fewer has all.
+        components: how many singular vectors; by default, twice the rule's rank. A site with
+            fewer gets all.
         passes: how often to go through the batches, at least twice; the more, the more exact.
-        key: of the random basis to begin with; `jax.random.key(0)` unless told.
+        key: a PRNG key for the random first basis; by default `jax.random.key(0)`.
 
     Returns:
         A `Sketch`, for `initializers.eva`, `initializers.lora_ga` and `allocate`.
@@ -58,7 +59,7 @@ def sketch(
         TypeError: if an argument is of a wrong type, or `batches` can be iterated over only once.
         ValueError: if a number is out of range, a rule cannot apply, a site has no inputs to
             sketch, or what is sketched is not finite, or zero at every site.
-        NotImplementedError: if the inputs of a site are not to be had, as where the model's own
+        NotImplementedError: if the inputs of a site cannot be had, as where the model's own
             `shard_map` cuts its matrices.
 
     Source: Paischer et al., EVA, arXiv 2410.07170; Wang et al., LoRA-GA, arXiv 2407.05000; Halko
@@ -81,23 +82,23 @@ def sketch(
         raise ValueError("`batches` is empty; at least one batch is needed.")
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     leaves = transform(loss, *rules).sites(params, first).leaves
-    found = {s.parts: _sketched(s, kind, components) for s in leaves if _is_low_rank(s)}
+    found = {s.parts: _target(s, kind, components) for s in leaves if _is_low_rank(s)}
     if not found:
         raise ValueError("`rules` take no site by jlora.LoRA or jlora.DoRA.")
-    spectra = _iterated(loss, params, found, batches, passes, key)
+    spectra = _iterate(loss, params, found, batches, passes, key)
     _check_found(spectra, kind)
     return Sketch(spectra, kind)
 
 
-def _iterated(
+def _iterate(
     loss: Callable[[PyTree, Any], jax.Array],
     params: PyTree,
-    found: Mapping[Path, Sketched],
+    found: Mapping[Path, Target],
     batches: Iterable[Any],
     passes: int,
     key: jax.Array,
 ) -> dict[str, Spectrum]:
-    """The spectrum of each site by its path, after so many passes."""
+    """Goes through the batches `passes` times; returns the spectrum of each site by its path."""
     from tqdm import tqdm  # not at the import of jlora
 
     @jax.jit
@@ -165,11 +166,11 @@ def _is_low_rank(site: Site) -> bool:
     return isinstance(site.rule, LoRA)
 
 
-def _sketched(site: Site, kind: str, components: int | None) -> Sketched:
+def _target(site: Site, kind: str, components: int | None) -> Target:
     if kind == "inputs" and site.kind not in ("dense", "conv"):
         why = "its inputs are numbers of rows" if site.kind == "embed" else "W + ΔW is formed there"
         raise ValueError(
-            f"`kind` is 'inputs', of which {site.name} has none: {why}. Leave it out of the rules, "
+            f"`kind` is 'inputs', and {site.name} has none: {why}. Leave it out of the rules, "
             "or sketch its gradient."
         )
     return KINDS[kind].of(site, components)

@@ -1,4 +1,4 @@
-"""What a sketch is."""
+"""A sketch: the spectrum of each site."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from .._table import aligned
+from .._report import aligned
 from .._types import Layout, short
 
 
@@ -22,9 +22,9 @@ class Spectrum:
             out of it is estimated, without bias, from eight random directions.
         inputs: the singular vectors along the inputs, as A has them: (stack…, inputs…, k), or
             (stack…, slots, inputs…, k).
-        outputs: those of a gradient along the outputs, as B has them; None of inputs.
-        shape: of W.
-        layout: of W, with the slots of the rule.
+        outputs: the singular vectors of a gradient along the outputs, as B has them; else None.
+        shape: the shape of W.
+        layout: the layout of W, with the slots of the rule.
     """
 
     values: jax.Array
@@ -40,7 +40,7 @@ class Spectrum:
 
     @property
     def ratios(self) -> jax.Array:
-        """The squares of `values` as parts of the total, of inputs the explained variance."""
+        """The squares of `values` as shares of the total: for inputs, the explained variance."""
         total = self.total[..., None]
         return jnp.where(total > 0, self.values**2 / jnp.where(total > 0, total, 1), 0)
 
@@ -48,7 +48,7 @@ class Spectrum:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sketch:
-    """What `jlora.sketch` finds: a pytree of arrays. Its `str()` is a table.
+    """What `jlora.sketch` returns: a pytree of arrays, whose `str()` is a table.
 
     Attributes:
         sites: a `Spectrum` for each site, by path.

@@ -1,11 +1,12 @@
 r"""Sums, differences and merges of adapters, on what they mean: ΔW, never on A and B apart.
 
-Imports `_compat`, `_linalg`, `_rules`, `_tree`, `_types`, `_adapters`, `_core`.
+Imports `_compat`, `_keys`, `_linalg`, `_rules`, `_tree`, `_types`, `_adapters`, `_core`.
 
-The sum of two ΔW has their factors side by side, $[A_1, A_2] [B_1; B_2]$: exact, and of the sum of
-the ranks. A·G and G⁻¹·B are other factors of the same ΔW, for which nothing here gives another ΔW.
+To add two ΔW, their factors are concatenated, $[A_1, A_2] [B_1; B_2]$: the sum is exact, and its
+rank is the sum of the ranks. A·G and G⁻¹·B are other factors of the same ΔW: all results here are
+the same for both.
 
-Leaves that are trained in full count as the change W' - W of the base, which must then be given.
+A leaf that is trained in full counts as the change W' - W of the base, which must then be given.
 
 Adapters of a base that their start changed (`LowRank.residual`, as by `pissa`) are not changes of
 the model: ΔW = 0 is not the model there. A sum of them is defined where the weights add up to 1,

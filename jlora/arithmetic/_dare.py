@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from .._tree import fold
+from .._keys import fold
 from .._types import Path, PyTree
 from ._matrices import merge_in_core_space
 from ._trees import Weights, check_merge, combine_leaves

@@ -26,7 +26,7 @@ def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
             f"{'an empty one' if isinstance(adapters, list | tuple) else type(adapters).__name__}."
         )
     trees = [{} if is_empty(x) else adapter_leaves(x) for x in adapters]
-    keyed = [p for tree in trees for p, x in tree.items() if getattr(x, "key", None) is not None]
+    keyed = [p for tree in trees for p, x in tree.items() if is_node(x) and x.key is not None]
     refuse(
         "adapters must have no dropout keys, and there are some",
         dict.fromkeys(keyed, "has a key"),
@@ -37,7 +37,7 @@ def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
 
 def is_residual(leaf: Any) -> bool:
     """Whether a leaf is a node for a base that its start changed."""
-    return getattr(leaf, "residual", False)
+    return is_node(leaf) and leaf.residual
 
 
 def refuse(refusal: str, wrong: Mapping[Path, str], remedy: str) -> None:

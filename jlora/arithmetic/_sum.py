@@ -1,4 +1,4 @@
-"""Exact sums, of factors side by side."""
+"""Exact sums: factors are concatenated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -108,7 +108,7 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
 
 
 def _sum(given: Operands) -> PyTree:
-    """The exact sum, of factors side by side."""
+    """The exact sum, by concatenated factors."""
     residual = _residual(given)
 
     def low_rank(nodes: list[LowRank], w: list[Any], path: Path) -> LowRank:
@@ -122,9 +122,9 @@ def _sum(given: Operands) -> PyTree:
 
 
 def _residual(given: Operands) -> dict[Path, bool]:
-    """Whether the sum is for the base that a start changed, at each path of which adapters are.
+    """Whether the sum is residual, by path, for paths where adapters are.
 
-    It is where the weights of all adapters add up to 1. Where they add up to 0 the base cancels.
+    It is residual if the weights of all adapters add up to 1. If they add up to 0 the base cancels.
     """
     paths = dict.fromkeys(p for tree in given.trees for p, x in tree.items() if is_residual(x))
     if not paths:
@@ -146,7 +146,7 @@ def _residual(given: Operands) -> dict[Path, bool]:
 
 
 def _times(b: jax.Array, *factors: Any) -> jax.Array:
-    """B times numbers, in B's dtype; as it is where all are 1."""
+    """B times numbers, in B's dtype; B itself if all are 1."""
     for x in factors:
         b = b if is_one(x) else (b * x).astype(b.dtype)
     return b

@@ -16,7 +16,7 @@ from ._store import Where, check_files
 
 
 class _Variable(NamedTuple):
-    """One of Flax NNX, whose name is the path up to `value`."""
+    """A variable of Flax NNX: its name is the path up to `value`, which Orbax keeps as a key."""
 
     value: Any
 
@@ -46,8 +46,12 @@ def base_shapes(path: Where) -> PyTree:
     if (folder / "jlora").exists():
         return _fingerprinted(folder)
     found = _metadata(folder)
-    structs = jax.tree.map(_struct, found, is_leaf=_is_entry)
-    return _with_variables(_with_keys(folder, found, structs, _struct))
+    keys = _restore(folder, found, lambda x: x.dtype == np.uint32)
+
+    def struct(x: Any, key: Any) -> jax.ShapeDtypeStruct:
+        return _struct(key if _is_key(key) else x)
+
+    return _with_variables(jax.tree.map(struct, found, keys, is_leaf=_is_entry))
 
 
 def _fingerprinted(folder: Path) -> PyTree:
@@ -74,22 +78,8 @@ def base_values(path: Where) -> PyTree:
         ValueError: if there are no parameters.
     """
     folder = Path(path)
-    found = _metadata(folder)
-    template = jax.tree.map(_empty, found, is_leaf=_is_entry)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(folder.absolute(), template)
-    except Exception as e:
-        raise _unreadable(folder, e) from e
-    tree = jax.tree.map(np.asarray, tree)
-    return _with_variables(_with_keys(folder, found, tree, lambda key: key))
-
-
-def as_saved(tree: PyTree) -> PyTree:
-    """The tree of `base_values` as Orbax gave it."""
-    return jax.tree.map(
-        lambda x: {"value": x.value} if _is_variable(x) else x, tree, is_leaf=_is_variable
-    )
+    tree = _restore(folder, _metadata(folder), lambda x: True)
+    return _with_variables(jax.tree.map(lambda x: x if _is_key(x) else np.asarray(x), tree))
 
 
 def _metadata(folder: Path) -> PyTree:
@@ -105,6 +95,32 @@ def _metadata(folder: Path) -> PyTree:
     if not jax.tree.leaves(tree, is_leaf=_is_entry):
         raise ValueError(f"`path`: the Orbax checkpoint {folder} holds no parameters.")
     return tree
+
+
+def _restore(folder: Path, found: PyTree, is_wanted: Callable[[Any], bool]) -> PyTree:
+    """Reads those entries of `found` that are wanted into the host's memory.
+
+    Random keys come as JAX's: Orbax calls them uint32 until it reads them.
+    """
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def args_of(x: Any) -> ocp.RestoreArgs:
+        if x.dtype == np.uint32:
+            return ocp.ArrayRestoreArgs(sharding=place)
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+
+    def item_of(x: Any) -> Any:
+        return _struct(x) if is_wanted(x) else ocp.PLACEHOLDER
+
+    item, restore_args = (jax.tree.map(f, found, is_leaf=_is_entry) for f in (item_of, args_of))
+    if all(x is ocp.PLACEHOLDER for x in jax.tree.leaves(item)):  # which Orbax does not take
+        return item
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
+            return checkpointer.restore(folder.absolute(), args=args)
+    except Exception as e:
+        raise _unreadable(folder, e) from e
 
 
 def _unreadable(folder: Path, error: Exception) -> ValueError:
@@ -123,33 +139,6 @@ def _struct(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _empty(x: Any) -> Any:
-    """What makes Orbax read into NumPy's memory, whatever the devices were that wrote it."""
-    if x.storage is None:  # a number of Python
-        return np.zeros((), x.dtype).item()
-    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
-
-
-def _with_keys(folder: Path, found: PyTree, tree: PyTree, of: Callable[[jax.Array], Any]) -> PyTree:
-    """`tree`, and in it `of` JAX's random keys, which Orbax calls uint32 until it reads them."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    empty = jax.tree.map(
-        lambda x: _struct(x) if x.dtype == np.uint32 else ocp.PLACEHOLDER, found, is_leaf=_is_entry
-    )
-    if all(x is ocp.PLACEHOLDER for x in jax.tree.leaves(empty)):
-        return tree
-    args = ocp.args.PyTreeRestore(
-        item=empty,
-        restore_args=jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=place), empty),
-    )
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            read = checkpointer.restore(folder.absolute(), args=args)
-    except Exception as e:
-        raise _unreadable(folder, e) from e
-    return jax.tree.map(lambda x, key: of(key) if _is_key(key) else x, tree, read)
-
-
 def _is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
@@ -163,7 +152,3 @@ def _with_variables(tree: PyTree) -> PyTree:
     if all(map(is_one, jax.tree.leaves(tree, is_leaf=is_one))):
         return jax.tree.map(lambda x: _Variable(x["value"]), tree, is_leaf=is_one)
     return tree
-
-
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, _Variable)

@@ -1,4 +1,4 @@
-"""What a base is, without its weights: paths, shapes, dtypes and, on request, hashes."""
+"""Fingerprints of a base: paths, shapes, dtypes and, on request, hashes of the values."""
 
 import dataclasses
 from typing import Any, NamedTuple, TypeGuard
@@ -17,7 +17,7 @@ SEEDS = (0x9E3779B9, 0x85EBCA6B)
 
 
 class Leaf(NamedTuple):
-    """What a fingerprint holds of one leaf.
+    """One leaf in a fingerprint.
 
     Attributes:
         shape: its shape.
@@ -35,7 +35,7 @@ KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # what JAX has
 
 
 def is_fingerprint(x: Any) -> TypeGuard[Fingerprint]:
-    """Whether `x` is what `fingerprint` returned."""
+    """Whether `x` is a fingerprint."""
     return isinstance(x, dict) and bool(x) and all(isinstance(leaf, Leaf) for leaf in x.values())
 
 
@@ -52,12 +52,12 @@ def shapes_of(found: Fingerprint) -> PyTree:
 
 
 def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
-    """Paths, shapes and dtypes of a tree, and hashes of the values if asked.
+    """Returns the paths, shapes and dtypes of a tree, and hashes of the values if asked.
 
     A hash is the same on every mesh and number of processes: each value is mixed with its
-    position where it lies, and the results are added modulo 2³². It finds mix-ups and damage; it
-    is no cryptographic hash. A quantized weight has the shape and dtype of the weight, so that an
-    adapter fits it and the weight alike.
+    position where it lies, and the results are added modulo 2³². It finds mix-ups and damage,
+    but is no cryptographic hash. A quantized weight has the shape and dtype of the weight, so that
+    an adapter fits both.
 
     Args:
         base: a tree of arrays or, without `values`, of `jax.ShapeDtypeStruct`s.
@@ -84,26 +84,26 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
             "`base` must hold arrays where their values are hashed; got jax.ShapeDtypeStruct at "
             f"{', '.join(bare)}. Give the arrays, or ask for no values."
         )
-    return {path: describe(x, values) for path, x in leaves}
+    return {path: _as_jax_has_it(x, values) for path, x in leaves}
 
 
-def describe(x: Any, values: bool) -> Leaf:
-    """The entry of one array."""
+def _as_jax_has_it(x: Any, values: bool) -> Leaf:
+    """The leaf of an array with the dtype that it has in JAX."""
     form = abstract(x)
     if values and x.dtype != form.dtype:  # 64 bits, which JAX narrows
         x = np.asarray(x).astype(form.dtype)
     return Leaf(tuple(form.shape), str(form.dtype), hash_of(x) if values else None)
 
 
-def exact(x: Any, values: bool) -> Leaf:
-    """The entry of one array by its own dtype, which JAX may have to narrow."""
+def leaf_of(x: Any, values: bool) -> Leaf:
+    """The leaf of an array with its own dtype, which JAX may have to narrow."""
     return Leaf(tuple(x.shape), str(x.dtype), hash_of(x) if values else None)
 
 
 def hash_of(x: Any) -> str:
-    """64 bits that depend on every bit of an array, wherever its parts lie.
+    """64 bits that depend on every bit of an array, however it is sharded.
 
-    Of a quantized weight on every bit of its codes and scales.
+    For a quantized weight they depend on every bit of its codes and scales.
     """
     if is_quantized(x):
         parts = jax.tree.leaves(dataclasses.replace(x, error=None))
@@ -121,7 +121,7 @@ def _sums(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of an array as uint32, with another axis where an element has more than 32."""
+    """The bits of an array as uint32, with one more axis if an element has more than 32."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -153,20 +153,20 @@ def differences(expected: Fingerprint, got: Fingerprint) -> list[str]:
     lines = [f"  {name_of(p)}: missing" for p in expected if p not in got]
     lines += [f"  {name_of(p)}: unexpected" for p in got if p not in expected]
     for path in expected.keys() & got.keys():
-        lines += [f"  {name_of(path)}: {d}" for d in _unlike(expected[path], got[path])]
+        lines += [f"  {name_of(path)}: {d}" for d in _differences_of(expected[path], got[path])]
     return sorted(lines)
 
 
-def as_in(expected: Fingerprint, got: Fingerprint) -> Fingerprint:
-    """`got`, with the widths of `expected` where one session had x64 and the other had not.
+def with_widths_of(expected: Fingerprint, got: Fingerprint) -> Fingerprint:
+    """`got` with the dtypes of `expected` where these differ only by x64 in one of two sessions.
 
-    The values of such leaves are not compared: the narrow ones may have been rounded.
+    Such leaves lose their hash, as the narrow values may have been rounded.
     """
 
     def leaf(path: Path, x: Leaf) -> Leaf:
         dtype = expected[path].dtype if path in expected else x.dtype
-        is_alike = _NARROW.get(dtype, dtype) == _NARROW.get(x.dtype, x.dtype)
-        return Leaf(x.shape, dtype) if is_alike and dtype != x.dtype else x
+        is_same_narrowed = _NARROW.get(dtype, dtype) == _NARROW.get(x.dtype, x.dtype)
+        return Leaf(x.shape, dtype) if is_same_narrowed and dtype != x.dtype else x
 
     return {path: leaf(path, x) for path, x in got.items()}
 
@@ -179,7 +179,7 @@ _NARROW = {
 }
 
 
-def _unlike(expected: Leaf, got: Leaf) -> list[str]:
+def _differences_of(expected: Leaf, got: Leaf) -> list[str]:
     found = [
         f"expected {name} {a}, got {b}"
         for name, a, b in zip(Leaf._fields[:2], expected, got, strict=False)

@@ -1,46 +1,36 @@
-"""The metadata of a checkpoint: everything but the numbers, as JSON and back."""
+"""The metadata of a checkpoint as JSON and back: everything but the arrays."""
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .. import _quantized as quantized
-from .. import initializers
-from .._adapters import METHODS, is_node, state, static
-from .._quantized import Scheme
-from .._rules import Full, Rule, Slots, compile_pattern, is_finite, pattern_anywhere
+from .._adapters import RULES, is_node, state, static
+from .._rules import Rule, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
-from .._untrusted import shown
-from ..initializers import Initializer
-from ._fingerprint import Fingerprint, Leaf, exact
+from ._fingerprint import Fingerprint, Leaf, leaf_of
+from ._rules import Fields, decode_rule, encode_rule, match_components, registered, to_tuples
 
 FORMAT = 2  # up to 1, patterns matched inside of the components of a path too
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
 FULL = "full"
-SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, and the kind of their sketch
-
-Fields = dict[str, Any]
 
 
 class Saved(NamedTuple):
-    """What a checkpoint says of itself.
+    """The metadata of a checkpoint.
 
     Attributes:
         adapter: the adapter as saved, a nested dict of `LowRank` nodes and leaves with
             `jax.ShapeDtypeStruct` in place of each array. It can be the `like` of `restore`.
-        rules: the rules as saved; of format 1, with patterns that take the same leaves by whole
-            components of a path. An initializer that is not jlora's own, or starts from a sketch,
-            is a `Foreign`.
+        rules: the rules as saved. From format 1, their patterns are rewritten to take the same
+            leaves by whole components of a path. An initializer that is not jlora's own, or starts
+            from a sketch, is a `Foreign`.
         step: the training step, or None.
         versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
         base: the fingerprint of the base, or None.
@@ -55,33 +45,8 @@ class Saved(NamedTuple):
     hashes: dict[Path, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Foreign:
-    """Stands in a restored rule for an initializer that only the training script has.
-
-    Attributes:
-        name: its module and name.
-    """
-
-    name: str
-
-    def __call__(self, *args: Any) -> Any:
-        """Raises: there is nothing to call."""
-        if kind := SKETCHED.get(self.name.removeprefix("jlora.initializers.")):
-            raise NotImplementedError(
-                f"`init` was {self.name} when the adapter was saved, which starts from a sketch: a "
-                "checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
-                f"init={self.name}(sketch)), with the options that it had, where sketch is of "
-                f"jlora.sketch(..., kind={kind!r})."
-            )
-        raise NotImplementedError(
-            f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of "
-            "jlora. Give the rule your own: dataclasses.replace(rule, init=...)."
-        )
-
-
-def arrays(found: Mapping[Path, Any]) -> dict[Path, Any]:
-    """The arrays of an adapter by path, each with the name of what it is at the end."""
+def flatten_leaves(found: Mapping[Path, Any]) -> dict[Path, Any]:
+    """The arrays of an adapter by path, whose last part is the name of the array in its node."""
     flat = {}
     for path, x in found.items():
         parts = state(x) if is_node(x) else {FULL: x}
@@ -97,7 +62,7 @@ def encode(
         "format": FORMAT,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "step": step,
-        "rules": [_encode_rule(rule) for rule in rules],
+        "rules": [encode_rule(rule) for rule in rules],
         "adapter": [_encode_leaf(path, x) for path, x in found.items()],
         "base": None if base is None else [[list(p), *leaf] for p, leaf in base.items()],
     }
@@ -105,7 +70,7 @@ def encode(
 
 
 def digest(fields: Fields) -> str:
-    """The hash that metadata carry of themselves."""
+    """The hash of metadata, which they hold under `sha256`."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -120,10 +85,10 @@ def decode(fields: Fields) -> Saved:
         leaves[path] = _decode_leaf(item, {n: _struct(leaf) for n, leaf in parts.items()})
     base, rules = fields["base"], fields["rules"]
     if fields["format"] < 2:
-        rules = _match_components(rules, ["/".join(path) for path in leaves])
+        rules = match_components(rules, ["/".join(path) for path in leaves])
     return Saved(
         adapter=nest(leaves),
-        rules=tuple(map(_decode_rule, rules)),
+        rules=tuple(map(decode_rule, rules)),
         step=fields["step"],
         versions=dict(fields["versions"]),
         base=None if base is None else {_strings(p): _leaf(*leaf) for p, *leaf in base},
@@ -135,7 +100,7 @@ def decode(fields: Fields) -> Saved:
 
 
 def _encode_leaf(path: Path, x: Any) -> Fields:
-    parts = {p[-1]: exact(array, values=True) for p, array in arrays({path: x}).items()}
+    parts = {p[-1]: leaf_of(array, values=True) for p, array in flatten_leaves({path: x}).items()}
     item = {"path": list(path), "arrays": parts}
     if is_node(x):
         item |= static(x) | {"node": type(x).__name__, "layout": x.layout._asdict()}
@@ -146,10 +111,11 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full
-    method = METHODS[_registered("node", item.get("node", "LowRank"))]
-    names = [name for name in method.node._fields if name in item and name not in method.labels]
-    fields = {name: _tuples(item[name]) for name in names}
-    hints = typing.get_type_hints(method.node)
+    nodes = {x.node.__name__: x.node for x in RULES.values() if x.node is not None}
+    kind = registered("node", item.get("node", "LowRank"), nodes)
+    names = [name for name in kind._fields if name in item and name not in kind.labels]
+    fields = {name: to_tuples(item[name]) for name in names}
+    hints = typing.get_type_hints(kind)
     for name, value in fields.items():
         if hints[name] is float and not is_finite(value):
             raise TypeError(f"`{name}` must be a number; got {value!r}")
@@ -157,8 +123,8 @@ def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
             raise TypeError(f"`{name}` must be true or false; got {value!r}")
     frozen = fields.get("frozen", ())
     if not isinstance(frozen, tuple) or not all(name in parts for name in frozen):
-        raise TypeError(f"`frozen` must name arrays of {method.node.__name__}; got {frozen!r}")
-    return method.node(**parts | fields | {"layout": _layout(**fields["layout"])})
+        raise TypeError(f"`frozen` must name arrays of {kind.__name__}; got {frozen!r}")
+    return kind(**parts | fields | {"layout": _layout(**fields["layout"])})
 
 
 def _layout(**fields: Any) -> Layout:
@@ -167,17 +133,6 @@ def _layout(**fields: Any) -> Layout:
     if not all(type(d) is int and d >= 0 for d in axes) or len(set(axes)) < len(axes):
         raise ValueError(f"{found} must have each axis once")
     return found
-
-
-def _registered(kind: str, name: str) -> type:
-    """The rule or the node that is registered by a name."""
-    for method in METHODS.values():
-        if method.rule is not None and (found := getattr(method, kind)).__name__ == name:
-            return found
-    raise ValueError(
-        f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "
-        "module that registers it"
-    )
 
 
 def _leaf(shape: Any, dtype: str, hash: str | None) -> Leaf:
@@ -194,126 +149,3 @@ def _strings(path: Any) -> Path:
     if not isinstance(path, list) or not all(isinstance(part, str) for part in path):
         raise TypeError(f"expected a path, got {path!r}")
     return tuple(path)
-
-
-def _tuples(x: Any) -> Any:
-    """JSON's lists as tuples, at any depth."""
-    if isinstance(x, dict):
-        return {name: _tuples(value) for name, value in x.items()}
-    return tuple(map(_tuples, x)) if isinstance(x, list) else x
-
-
-# ------------------------------------------------------------------------------------------- rules
-
-
-def _encode_rule(rule: Rule) -> Fields:
-    fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
-    if hasattr(rule, "scale"):
-        fields["scale"] = rule.scale  # for whoever reads the file; it follows from the others
-    return {"rule": type(rule).__name__, **fields}
-
-
-def _encode_field(value: Any) -> Any:
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case Slots():
-            return {"slots": dataclasses.asdict(value)}
-        case tuple():
-            return [_encode_field(x) for x in value]
-        case np.dtype() | type():
-            return {"dtype": jnp.dtype(value).name}
-        case Initializer() if value.name in SKETCHED:
-            return {"function": f"jlora.initializers.{value.name}"}
-        case Initializer() if all(map(_is_known, vars(value).values())):
-            options = {name: _encode_field(x) for name, x in vars(value).items()}
-            return {"function": f"jlora.initializers.{value.name}", "options": options}
-        case Scheme():
-            return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
-    return {"function": value.name if isinstance(value, Foreign) else _name(value)}
-
-
-LONGEST = 1000  # characters of a pattern that is tried
-# A pattern that matches in time that is linear in the path: without repetition, one group at most.
-PLAIN = re.compile(r"\^?[\w/]*(?:\((?:\?:)?[\w|]+\)|\[\w+\])?[\w/]*\$?")
-
-
-def _match_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
-    """Rules of format 1, with patterns that take the same leaves by whole components.
-
-    By whole components a pattern matches a part of what it matched before, and every leaf that it
-    took before is in the adapter. So a plain pattern stays if it still matches those leaves. Others
-    are not tried, as a file may have one that takes for ever.
-    """
-    new, left = [], list(adapted)
-    for rule in rules:
-        if (pattern := rule.get("pattern")) is not None:
-            is_short = len(pattern) <= LONGEST
-            is_plain = is_short and PLAIN.fullmatch(pattern) and pattern.strip("/") == pattern
-            hits = {path for path in left if re.search(pattern, path)} if is_plain else set()
-            left = [path for path in left if path not in hits]
-            if not is_plain or not all(map(compile_pattern(pattern).search, hits)):
-                rule = rule | {"pattern": pattern_anywhere(pattern)}
-        new.append(rule)
-    return new
-
-
-def _decode_rule(fields: Fields) -> Rule:
-    kind = Full if fields["rule"] == "Full" else _registered("rule", fields["rule"])
-    names = [f.name for f in dataclasses.fields(kind) if f.name in fields]
-    return kind(**{name: _decode_field(fields[name]) for name in names})
-
-
-def _decode_field(value: Any) -> Any:
-    match value:
-        case {"slots": slots}:
-            return Slots(**_tuples(slots))
-        case {"dtype": name}:
-            return jnp.dtype(name)
-        case {"scheme": name, "fields": found}:
-            return _scheme(name)(**found)
-        case {"function": name, "options": options}:
-            made = _function(name)(**{key: _decode_field(x) for key, x in options.items()})
-            if not isinstance(made, Initializer):
-                raise TypeError(f"{name} takes no options")
-            return made
-        case {"function": name}:
-            return _function(name)
-        case list():
-            return tuple(map(_decode_field, value))
-    return value
-
-
-def _is_known(option: Any) -> bool:
-    """Whether the option of an initializer can be read again: a scheme must be jlora's own."""
-    own = getattr(quantized, type(option).__name__, None)
-    return not isinstance(option, Scheme) or own is type(option)
-
-
-def _scheme(name: str) -> type[Scheme]:
-    found = getattr(quantized, name, None)
-    if not isinstance(found, type) or not issubclass(found, Scheme):
-        raise ValueError(f"the checkpoint has the scheme {name!r}, which is none of jlora's")
-    return found
-
-
-def _name(function: Callable[..., Any]) -> str:
-    name = getattr(function, "__name__", None)
-    if name is not None and getattr(initializers, name, None) is function:
-        return f"jlora.initializers.{name}"
-    if name is None:
-        return repr(function)
-    return f"{function.__module__}.{function.__qualname__}"
-
-
-def _function(name: str) -> Callable[..., Any]:
-    for sketched in SKETCHED:
-        known = f"jlora.initializers.{sketched}"
-        # Format 1 had the function in `_eva.py` that it was.
-        if name in (known, f"jlora.initializers._{sketched}.{sketched}.<locals>.start"):
-            return Foreign(known)
-    module, _, last = name.rpartition(".")
-    # Version 0.1 had the initializers in `jlora` itself.
-    known = module in ("jlora", "jlora.initializers") and not last.startswith("_")
-    function = getattr(initializers, last, None) if known and last.isidentifier() else None
-    return function if callable(function) else Foreign(name)

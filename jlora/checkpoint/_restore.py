@@ -1,4 +1,4 @@
-"""An adapter from an Orbax checkpoint, checked against what it is to fit."""
+"""Restores an adapter from an Orbax checkpoint, and checks what it is to fit."""
 
 import json
 from typing import Any
@@ -7,29 +7,29 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from .._adapters import arrays as arrays_of
-from .._adapters import is_node, state, static
+from .._adapters import arrays, is_node, state, static
 from .._tree import adapter_leaves, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from .._untrusted import shown
 from ._fingerprint import (
     Leaf,
-    as_in,
     differences,
-    exact,
     fingerprint,
     hash_of,
     is_fingerprint,
+    leaf_of,
     shapes_of,
+    with_widths_of,
 )
-from ._meta import FORMAT, FULL, Fields, Saved, arrays, decode, digest
+from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
+from ._rules import Fields
 from ._save import ADAPTER, METADATA
 from ._store import Where, check_files, place
 from ._together import by_all, in_step, one_line
 
 
 def read(path: Where) -> Saved:
-    """What a checkpoint says of itself, without reading an array.
+    """Reads the metadata of a checkpoint, but no array.
 
     Args:
         path: a folder that `save` wrote, or a step of a `CheckpointManager` given `items`.
@@ -101,7 +101,7 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
     if base is not None:
         by_all(lambda: _check_base(path, saved, base))
     wanted = by_all(lambda: _check_like(path, saved, like))
-    flat = _read_arrays(path, arrays(wanted))
+    flat = _read_arrays(path, flatten_leaves(wanted))
     _check_hashes(path, saved.hashes, flat)
     leaves = {p: _fill(x, p, flat) for p, x in wanted.items()}
     if like is None:
@@ -111,22 +111,23 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
 
 
 def _fill(x: Any, path: Path, flat: dict[Path, Any]) -> Any:
+    """The leaf `x` with the arrays that were read."""
     if not is_node(x):
         return flat[*path, FULL]
-    return x._replace(**{n: flat[*path, n] if n in state(x) else None for n in arrays_of(x)})
+    return x._replace(**{n: flat[*path, n] if n in state(x) else None for n in arrays(x)})
 
 
 # ----------------------------------------------------------------------------------------- reading
 
 
 def _fields(path: Where) -> Fields:
-    """The metadata's JSON; a clear error where it is not of this format."""
+    """Reads the JSON of the metadata; raises if it is not of a known format."""
     folder = place(path)
     if not folder.exists():
         raise FileNotFoundError(f"`path`: there is no checkpoint at {folder}.")
     file = folder / METADATA / "metadata"
     if not folder.is_dir() or not file.exists():
-        raise ValueError(_foreign(folder))
+        raise ValueError(_what_it_is(folder))
     check_files(folder)
     try:
         fields = json.loads(file.read_text())
@@ -148,7 +149,7 @@ def _damaged(path: Where, error: Exception) -> ValueError:
     )
 
 
-def _foreign(folder: Any) -> str:
+def _what_it_is(folder: Any) -> str:
     names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
     steps = [name for name in names if name.isdigit()]
     if steps:
@@ -181,7 +182,7 @@ def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
 
 
 def _template(x: Any) -> Any:
-    """What makes Orbax put an array where `x` is: on its sharding, else into NumPy's memory."""
+    """A template that makes Orbax shard an array like `x`, or else give NumPy's."""
     sharding = getattr(x, "sharding", None)
     if sharding is None:
         return np.broadcast_to(np.zeros((), x.dtype), x.shape)
@@ -212,7 +213,7 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
         hashed = any(leaf.hash for leaf in saved.base.values())
         concrete = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
         got = fingerprint(base, values=hashed and concrete)
-    if lines := differences(saved.base, as_in(saved.base, got)):
+    if lines := differences(saved.base, with_widths_of(saved.base, got)):
         raise ValueError(
             f"`base` is not the one that the adapter in {place(path)} was trained on:\n"
             + "\n".join(lines)
@@ -221,7 +222,7 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
 
 
 def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Path, Any]:
-    """The leaves of `like` by path, or else those that were saved."""
+    """The leaves by path that are wanted: of `like`, or else those that were saved."""
     saved = adapter_leaves(checkpoint.adapter)
     if like is None:
         return saved
@@ -243,9 +244,9 @@ def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Pat
 
 
 def _forms(found: dict[Path, Any]) -> dict[Path, Leaf]:
-    return {_place_of(p): exact(x, values=False) for p, x in arrays(found).items()}
+    return {_place_of(p): leaf_of(x, values=False) for p, x in flatten_leaves(found).items()}
 
 
 def _place_of(path: Path) -> Path:
-    """Where the user knows an array: a leaf in full by its own path."""
+    """The path by which the user knows an array: a leaf in full has its own."""
     return path[:-1] if path[-1] == FULL else path

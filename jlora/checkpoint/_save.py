@@ -1,4 +1,4 @@
-"""An adapter, or a merged tree, to an Orbax checkpoint."""
+"""Writes an adapter, or a merged tree, as an Orbax checkpoint."""
 
 import collections
 import operator
@@ -7,13 +7,12 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from .._adapters import is_rule
 from .._quantized import is_quantized
 from .._rules import Rule, misplaced
 from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ._fingerprint import fingerprint, is_fingerprint, shapes_of
-from ._meta import arrays, encode
+from ._meta import encode, flatten_leaves
 from ._store import Where, write
 from ._together import by_all
 
@@ -38,7 +37,7 @@ def save(
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at
-            all. In an object store (`gs://…`) that is as Orbax has it.
+            all. In an object store (`gs://…`) Orbax's own guarantee holds.
         adapter: from `init`, training or `restore`; dropout keys in it are ignored.
         rules: the `LoRA` and `Full` rules that made the adapter; `()` where there were none.
         step: the training step.
@@ -67,7 +66,7 @@ def save(
         (8.0, True)
     """
     saved = items(adapter, rules, step=step, base=base, hash_values=hash_values)
-    # Folders made in the background would be waited for where no error is heard.
+    # Orbax would wait for folders that it makes in the background where their errors are lost.
     options = ocp.CompositeOptions(
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False)
     )
@@ -83,7 +82,7 @@ def items(
     base: PyTree | None = None,
     hash_values: bool = False,
 ) -> dict[str, ocp.args.CheckpointArgs]:
-    """What `save` writes, for a `CheckpointManager` that saves it with other items.
+    """Returns what `save` writes, for a `CheckpointManager` that saves it with other items.
 
     Each step's folder is then a checkpoint that `read` and `restore` take, whatever else is in it.
 
@@ -116,7 +115,10 @@ def items(
     if base is not None and (hash_values or not is_fingerprint(base)):
         base = fingerprint(tree, hash_values)
     meta = encode(found, rules, None if step is None else operator.index(step), base)
-    return {ADAPTER: ocp.args.StandardSave(nest(arrays(found))), METADATA: ocp.args.JsonSave(meta)}
+    return {
+        ADAPTER: ocp.args.StandardSave(nest(flatten_leaves(found))),
+        METADATA: ocp.args.JsonSave(meta),
+    }
 
 
 def export(path: Where, merged: PyTree) -> None:
@@ -132,7 +134,7 @@ def export(path: Where, merged: PyTree) -> None:
         FileExistsError: if `path` is there and not an empty folder.
         OSError: as in `save`.
         RuntimeError: as in `save`.
-        TypeError: if `merged` holds no array, or what is none.
+        TypeError: if `merged` holds no array, or something else.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp
@@ -150,13 +152,11 @@ def export(path: Where, merged: PyTree) -> None:
 def _check(
     adapter: PyTree, rules: Sequence[Rule], base: PyTree | None, hash_values: bool
 ) -> dict[Path, Any]:
-    """The adapter's leaves by path."""
+    """The leaves of the adapter by path, checked."""
     found = adapter_leaves(adapter)
-    flat = arrays(found)
-    _check_arrays(flat)
-    _check_names(flat)
+    _check_arrays(flatten_leaves(found), "adapter")
     for rule in rules:
-        if not is_rule(rule):
+        if not isinstance(rule, Rule):
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {misplaced(rule)}.")
     if base is not None:
         check_fits(base, found)
@@ -175,10 +175,10 @@ def _check_merged(merged: PyTree) -> None:
             f"`merged` must hold plain arrays; quantized are {', '.join(found)}. Give "
             "jlora.dequantize(merged), or what jlora.merge returns without requantize=True."
         )
-    _check_names(flat, "merged")
 
 
-def _check_arrays(flat: dict[Path, Any], argument: str = "adapter") -> None:
+def _check_arrays(flat: dict[Path, Any], argument: str) -> None:
+    """Raises for what is no array, and for paths that Orbax would write to one place."""
     wrong = [
         f"{name_of(path)}: {type(x).__name__}"
         for path, x in flat.items()
@@ -186,10 +186,6 @@ def _check_arrays(flat: dict[Path, Any], argument: str = "adapter") -> None:
     ]
     if wrong:
         raise TypeError(f"`{argument}` must hold arrays to be saved; got {', '.join(wrong)}.")
-
-
-def _check_names(flat: dict[Path, Any], argument: str = "adapter") -> None:
-    """Orbax joins the parts of a path with dots, and would write two arrays to one place."""
     names = collections.Counter(".".join(path) for path in flat)
     if twice := [name for name, n in names.items() if n > 1]:
         raise ValueError(

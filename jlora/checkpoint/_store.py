@@ -1,4 +1,4 @@
-"""The border to Orbax: one atomic write, and errors that say what to do."""
+"""Orbax's files: checks before they are read, and one atomic write."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from etils import epath
 
 from .. import _folders
 from .._untrusted import check_values, shown
-from ._together import by_first, in_step, one_line, shared
+from ._together import by_first, from_first, in_step, one_line
 
 Where = str | os.PathLike[str]
 
@@ -35,9 +35,9 @@ def place(path: Where) -> epath.Path:
 
 
 def check_files(folder: Where) -> None:
-    """Raises where reading might never end, or take more memory than a checkpoint has reason to.
+    """Raises if reading might never end, or take more memory than a checkpoint needs.
 
-    Orbax reads what it finds: pipes and devices, and all of what describes the arrays.
+    Orbax reads whatever it finds, pipes and devices too, and all that describes the arrays.
 
     Raises:
         ValueError: for a local folder with such a file.
@@ -63,11 +63,11 @@ def _check_size(path: Path) -> None:
 
 
 def write(path: Where, handler: Any, args: Any) -> None:
-    """A checkpoint at `path`, complete or not at all, by all processes together.
+    """Writes a checkpoint to `path`, complete or not at all, with all processes together.
 
-    Orbax writes into a folder that no other writer uses, and process 0 renames it in the end: a
-    rename onto a folder that is there fails, so that of two writers one is told. Where there is
-    no such rename, as in object stores, Orbax's own protocol is all that there is.
+    Orbax writes into a folder that no other writer uses, and process 0 renames it in the end. A
+    rename onto a folder that is there fails, so that one of two writers gets an error. Object
+    stores have no such rename; there Orbax's own protocol must do.
     """
     final = place(path)
     local = "://" not in os.fspath(path)
@@ -75,7 +75,7 @@ def write(path: Where, handler: Any, args: Any) -> None:
     try:
         by_first(lambda: _check(final, local))
         if local:
-            stage = epath.Path(_folders.beside(Path(final), shared(_folders.token())))
+            stage = epath.Path(_folders.beside(Path(final), from_first(_folders.token())))
         with ocp.Checkpointer(handler) as checkpointer:
             in_step(lambda: checkpointer.save(stage, args=args))
         if local:

@@ -1,4 +1,4 @@
-"""Several processes that act as one: where one fails, all raise, and none waits for it."""
+"""Several processes act as one: if one fails, all raise, and none waits for it."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from .._untrusted import printable
 
-LENGTH = 1000  # bytes of an error that the other processes are told
+LENGTH = 1000  # bytes of an error that the other processes get
 MISMATCH = "sync_global_devices name mismatch"  # JAX's words
 
 T = TypeVar("T")
@@ -29,11 +29,11 @@ def by_all(work: Callable[[], T]) -> T:
         result = work()
     except Exception as e:
         error = e
-    told = _tell(error)
+    errors = _gather_errors(error)
     if error is not None:
         raise error
-    if told:
-        raise RuntimeError("; ".join(told))
+    if errors:
+        raise RuntimeError("; ".join(errors))
     return result
 
 
@@ -43,10 +43,10 @@ def by_first(work: Callable[[], None]) -> None:
 
 
 def in_step(work: Callable[[], T]) -> T:
-    """Does `work` on every process, as `by_all`, where the processes meet within it.
+    """Does `work` on every process, as `by_all`, if the processes wait for each other within it.
 
-    Orbax lets them wait for each other between its steps, by name. One that fails joins the
-    others where they wait, under another name: JAX then raises on all.
+    Orbax makes them wait for each other between its steps, by name. A process that fails joins the
+    others where they wait, under another name, and JAX then raises on all.
     """
 
     def meet() -> Any:
@@ -62,13 +62,13 @@ def in_step(work: Callable[[], T]) -> T:
     return by_all(meet)
 
 
-def shared(text: str) -> str:
-    """What process 0 gave, at most 100 letters of ASCII."""
+def from_first(text: str) -> str:
+    """Gives every process the text of process 0, at most 100 letters of ASCII."""
     row = np.frombuffer(text.encode().ljust(100), np.uint8)
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(row))).decode().rstrip()
 
 
-def _tell(error: Exception | None) -> list[str]:
+def _gather_errors(error: Exception | None) -> list[str]:
     """A line for each process that has an error, the same list on all."""
     text = "" if error is None else f"{type(error).__name__}: {one_line(error)}"
     row = np.frombuffer(text.encode()[:LENGTH].ljust(LENGTH), np.uint8)
@@ -78,7 +78,7 @@ def _tell(error: Exception | None) -> list[str]:
 
 
 def one_line(error: Exception) -> str:
-    """An error in a line, without what TensorStore adds for its developers."""
+    """The message of an error in one line, without what TensorStore adds for its developers."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")
     return printable(text)

@@ -1,18 +1,18 @@
 """How A and B start, a file each.
 
-Imports `_core`, `_quantized`, `_compat`, `_linalg`, `_rules`, `_types`.
+Imports `_core`, `_quantized`, `_compat`, `_linalg`, `_rules`, `_types`, `_whole`.
 
-An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W, an array, a
-`jax.ShapeDtypeStruct` or a `jlora.Quantized`; `site` and `rule` say what it is and what is asked
-for; `rule.factor_shapes(site)` gives the shapes of A and B. An initializer may change W, to one of
-the same shape and dtype, which may be a `jlora.Quantized`; else it returns the object that it got,
-by which the node's `residual` is known.
+An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W: an array, a
+`jax.ShapeDtypeStruct` or a `jlora.types.Quantized`. `site` says what the model does with it, and
+`rule` what the user asked for; `rule.factor_shapes(site)` gives the shapes of A and B. An
+initializer may return another W of the same shape and dtype, or its codes as a
+`jlora.types.Quantized`: the node then has `residual`. Otherwise it returns the same object. One
+with an attribute `frozen`, as `("a",)`, adds it to the `frozen` of the rule.
 """
 
 from ._eva import eva as eva
 from ._gaussian import gaussian as gaussian
 from ._initializer import Initializer as Initializer
-from ._initializer import freezing as freezing
 from ._kaiming_uniform import kaiming_uniform as kaiming_uniform
 from ._loftq import loftq as loftq
 from ._lora_ga import lora_ga as lora_ga

@@ -1,4 +1,4 @@
-"""What initializers that draw A at random share: B is zero, and W stays as it is."""
+"""What initializers share that draw A at random: B is zero, and W stays as it is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,5 +22,5 @@ def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tupl
 
 
 def fan_in(site: Any) -> int:
-    """The number of inputs that are summed: of a lookup, one."""
+    """The number of inputs that are summed; one for a lookup."""
     return 1 if site.kind == "embed" else site.inputs

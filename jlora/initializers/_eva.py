@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from ._draw import dtype_of
-from ._sketched import Sketched, spectrum
+from ._sketched import SketchInitializer, spectrum_at
 
 
 def eva(sketch: Any) -> "Eva":
     r"""A spans the leading principal components of the site's inputs, B zero.
 
-    A has orthonormal columns, and of all A keeps the most of the variance of the inputs. W stays.
+    A has orthonormal columns, and no other A keeps more of the variance of the inputs. W stays.
 
     Args:
         sketch: from `jlora.sketch` with `kind="inputs"`, of the same rules.
 
     Returns:
-        An initializer. It raises `ValueError` of a site that the sketch has not, or has with
-        another shape, or with fewer components than the rank.
+        An initializer. It raises `ValueError` for a site that the sketch lacks, or has with another
+        shape or fewer components than the rank.
 
     Source: Paischer et al., arXiv 2410.07170. As in PEFT, the inputs are taken less their mean.
     PEFT counts all that its labels do not mask; here an input counts where the loss depends on it.
@@ -40,8 +40,8 @@ def eva(sketch: Any) -> "Eva":
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Eva(Sketched):
-    """What `eva` gives."""
+class Eva(SketchInitializer):
+    """The initializer that `eva` returns."""
 
     name: ClassVar[str] = "eva"
     kind: ClassVar[str] = "inputs"
@@ -49,5 +49,5 @@ class Eva(Sketched):
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
         del key
         dtype = dtype_of(site, rule)
-        a = spectrum(self.sketch, site, rule, rule.rank).inputs[..., : rule.rank]
+        a = spectrum_at(self.sketch, site, rule, rule.rank).inputs[..., : rule.rank]
         return w, jnp.array(a, dtype), jnp.zeros(rule.factor_shapes(site)[1], dtype)

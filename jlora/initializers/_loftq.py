@@ -1,4 +1,4 @@
-"""Codes, and A and B that make up for them."""
+"""LoftQ."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantized, spelled
+from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
 from .._rules import is_int, misplaced, rule_name
 from ._initializer import Initializer
 from ._pissa import largest
@@ -16,23 +16,23 @@ from ._split import How, check, each_matrix, how_of, in_place, of_array
 
 
 def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
-    r"""LoftQ: quantizes W, and starts A and B at the best correction of what that lost.
+    r"""LoftQ: quantizes W, and starts A and B at the best correction of the error.
 
-    From $A B = 0$ on, in turn $Q = q(W - s \cdot A B)$ and $s \cdot A B$ the r largest singular
-    values of $W - Q$. The base is Q, a `jlora.Quantized`: `params` must not be quantized at these
-    leaves, and those that the rule does not take stay as they are. QPiSSA, `jlora.quantize` of the
-    base that `pissa` gives, takes the largest part of W itself out of what is quantized: where
-    singular values decay it loses less.
+    Two steps alternate, from $A B = 0$ on: $Q = q(W - s \cdot A B)$, and $s \cdot A B$ becomes the
+    r largest singular values of $W - Q$. The base is Q, a `jlora.types.Quantized`. `params` must
+    not be quantized at these leaves, and leaves that the rule does not take stay as they are.
+    QPiSSA, `jlora.quantize` of the base that `pissa` returns, takes the largest part of W itself
+    out of what is quantized: if singular values decay it loses less.
 
     Here $s \cdot A B$ is the correction for every scale; in PEFT it is $A B$, right where alpha is
     the rank. The base is another than `params`: see the guide "Which rule".
 
-    It takes a full SVD of each matrix for each iteration, one matrix after the other, and gathers
-    what `pissa` does.
+    Each iteration takes a full SVD of each matrix, one after the other, and gathers what `pissa`
+    gathers.
 
     Args:
         scheme: such as `jlora.NF4()`, without a pattern: the rule says which leaves.
-        iterations: how many times both are done, at least 1.
+        iterations: how many times both steps are taken, at least 1.
 
     Returns:
         An initializer. Its own errors are those of `pissa`, and a `ValueError` where W is quantized
@@ -58,7 +58,7 @@ def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LoftQ(Initializer):
-    """What `loftq` gives."""
+    """The initializer that `loftq` returns."""
 
     scheme: Scheme
     iterations: int
@@ -84,7 +84,7 @@ class LoftQ(Initializer):
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
         check(w, site, rule)
         how = how_of(w, site, rule, self._form(w, site, rule))
-        return in_place(how, functools.partial(_alternated, self), key, w)
+        return in_place(how, functools.partial(_alternate, self), key, w)
 
     def _form(self, w: Any, site: Any, rule: Any) -> Form:
         if is_quantized(w):
@@ -100,22 +100,22 @@ class LoftQ(Initializer):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _alternated(start: LoftQ, how: How, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
+def _alternate(start: LoftQ, how: How, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
     def of_matrix(how: How, key: jax.Array, w: jax.Array) -> tuple[Quantized, Any, Any]:
         wide = w.astype(jnp.float32)
 
-        def corrected(target: jax.Array) -> tuple[Quantized, Any, Any, Any]:
-            """The codes of `target`, W less codes, A and B, and A and B."""
+        def correct(target: jax.Array) -> tuple[Quantized, Any, Any, Any]:
+            """The codes of `target`, then W - codes - s·A·B, A and B."""
             assert how.form is not None
-            leaf = quantized(target, start.scheme, how.form)
+            leaf = quantize_weight(target, start.scheme, how.form)
             return leaf, *of_array(largest, how, key, wide - leaf.array(jnp.float32))
 
         def next_target(_: int, target: jax.Array) -> jax.Array:
-            leaf, rest, _, _ = corrected(target)
+            leaf, rest, _, _ = correct(target)
             return leaf.array(jnp.float32) + rest
 
         target = lax.fori_loop(0, start.iterations - 1, next_target, wide)
-        leaf, _, a, b = corrected(target)
+        leaf, _, a, b = correct(target)
         return leaf, a, b
 
     leaf, a, b = each_matrix(of_matrix, how, key, w)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from .._quantized import is_quantized
 from ._draw import dtype_of
-from ._sketched import Sketched, spectrum
-from ._split import how_of, less
+from ._sketched import SketchInitializer, spectrum_at
+from ._split import how_of, subtract
 
 GAMMA = 16.0
 
@@ -18,13 +18,13 @@ GAMMA = 16.0
 def lora_ga(sketch: Any, gamma: float = GAMMA) -> "LoraGA":
     r"""A and B along the gradient, so that the first step is near that of full fine-tuning.
 
-    Of the gradient $G = \sum_i \sigma_i u_i v_i^T$ of W, with n outputs, and the rank r,
+    With the gradient $G = \sum_i \sigma_i u_i v_i^T$ of W, n outputs and the rank r,
 
     $$A = [u_1 \ldots u_r],\quad
     B = \frac{n^{1/4}}{\sqrt\gamma}\, [\sigma_{r+1} v_{r+1} \ldots \sigma_{2r} v_{2r}]^T,$$
 
     and the base becomes $W - s A B$, so that the adapted model begins as the model was. Singular
-    values that a small W has not are zero. Once trained, `arithmetic.difference(adapter, initial)`
+    values that a small W lacks are zero. Once trained, `arithmetic.difference(adapter, initial)`
     is the adapter of the parameters, of twice the rank, as PEFT and engines need it.
 
     Args:
@@ -32,8 +32,8 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> "LoraGA":
         gamma: the number under the root, positive.
 
     Returns:
-        An initializer. It raises `ValueError` of a site that the sketch has not, or has with
-        another shape, or with fewer than 2·r components, and where W is quantized.
+        An initializer. It raises `ValueError` for a site that the sketch lacks, or has with another
+        shape or fewer than 2·r components, and if W is quantized.
 
     Source: Wang et al., arXiv 2407.05000, in the form that PEFT has by default, `direction` ArB2r
     and `scale` stable.
@@ -53,8 +53,8 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> "LoraGA":
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class LoraGA(Sketched):
-    """What `lora_ga` gives."""
+class LoraGA(SketchInitializer):
+    """The initializer that `lora_ga` returns."""
 
     gamma: float
 
@@ -74,7 +74,7 @@ class LoraGA(Sketched):
                 "was, then jlora.quantize the base."
             )
         r, dtype = rule.rank, dtype_of(site, rule)
-        found = spectrum(self.sketch, site, rule, 2 * r)
+        found = spectrum_at(self.sketch, site, rule, 2 * r)
         before = found.values.ndim - 1  # the stack and the slots
         a = jnp.array(found.inputs[..., :r], dtype)
         b = found.outputs[(slice(None),) * before + (slice(r, 2 * r),)]
@@ -85,4 +85,4 @@ class LoraGA(Sketched):
         b = jnp.pad(b, missing).astype(dtype)
         if isinstance(w, jax.ShapeDtypeStruct):  # another than W, though it looks the same
             return w.update(shape=w.shape), a, b
-        return less(how_of(w, site, rule), w, a, b), a, b
+        return subtract(how_of(w, site, rule), w, a, b), a, b

@@ -4,14 +4,14 @@ from typing import Any
 
 import jax
 
-from ._pissa import shared
-from ._split import split, svd
+from ._pissa import factors_of
+from ._split import split, svd_part
 
 
 def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
     r"""MiLoRA: A and B are the r smallest singular values of W with their vectors, W the rest.
 
-    As `pissa`, with the other end of the spectrum: what is trained is what W needs least. Where W
+    As `pissa`, with the other end of the spectrum: the part that W needs least is trained. Where W
     has a rank below its size, A and B are nearly zero, and have no gradient to speak of.
 
     The base is another than `params`, and the learning rate is to be tuned anew, as with `pissa`.
@@ -19,7 +19,7 @@ def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array
 
     Args:
         key: a PRNG key, not used.
-        w: W, an array or a `jlora.Quantized`.
+        w: W, an array or a `jlora.types.Quantized`.
         site: the site, with its layout.
         rule: the rule, with its rank, scale and dtype.
 
@@ -45,5 +45,5 @@ def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array
 
 def _smallest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
     del key
-    u, values, vt = svd(w, slice(-rank, None))
-    return shared(u, values, vt, scale)
+    u, values, vt = svd_part(w, slice(-rank, None))
+    return factors_of(u, values, vt, scale)

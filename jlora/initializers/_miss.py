@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._draw import dtype_of
-from ._initializer import freezing
 
 
-@freezing("a")
 def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
     r"""MiSS: A repeats the identity down the inputs and stays; B, zero at first, is trained.
 
@@ -47,3 +45,6 @@ def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, 
     lengths = tuple(site.shape[d] for d in site.layout.inputs)
     a = jnp.eye(rule.rank, dtype=dtype)[np.arange(site.inputs) % rule.rank]
     return w, jnp.broadcast_to(a.reshape(*lengths, rule.rank), a_shape), jnp.zeros(b_shape, dtype)
+
+
+vars(miss)["frozen"] = ("a",)  # the rule has it in its own `frozen`

@@ -10,9 +10,9 @@ from jax import lax
 from .._linalg import times
 from .._rules import is_int
 from ._initializer import Initializer
-from ._split import orthonormal, split, svd, widened
+from ._split import orthonormal, split, svd_part, widened
 
-MORE = 8  # directions beside the rank, which make those of the rank exact sooner
+MORE = 8  # directions beyond the rank, with which the iteration converges sooner
 
 
 def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
@@ -36,7 +36,7 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
 
     Args:
         key: a PRNG key, not used.
-        w: W, an array or a `jlora.Quantized`.
+        w: W, an array or a `jlora.types.Quantized`.
         site: the site, with its layout.
         rule: the rule, with its rank, scale and dtype.
 
@@ -64,14 +64,14 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
 def largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
     """The largest singular values, by a full SVD."""
     del key
-    u, values, vt = svd(w, slice(rank))
-    return shared(u, values, vt, scale)
+    u, values, vt = svd_part(w, slice(rank))
+    return factors_of(u, values, vt, scale)
 
 
-def shared(
+def factors_of(
     u: jax.Array, values: jax.Array, vt: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """A and B of singular values and vectors, with a root of each value."""
+    """A and B from singular values and vectors: each gets the root of a value over the scale."""
     root = jnp.sqrt(values / scale)
     return u * root[..., None, :], root[..., :, None] * vt
 
@@ -105,7 +105,7 @@ def pissa_niter(iterations: int = 16) -> "PissaNiter":
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PissaNiter(Initializer):
-    """What `pissa_niter` gives."""
+    """The initializer that `pissa_niter` returns."""
 
     iterations: int
 
@@ -120,11 +120,11 @@ class PissaNiter(Initializer):
         object.__setattr__(self, "iterations", int(self.iterations))
 
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
-        return split(_Iterated(self.iterations), key, w, site, rule)
+        return split(_SubspaceIteration(self.iterations), key, w, site, rule)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Iterated:
+class _SubspaceIteration:
     """The largest singular values, by randomized subspace iteration."""
 
     iterations: int
@@ -143,5 +143,5 @@ class _Iterated:
 
         q = lax.fori_loop(0, self.iterations, iterate, orthonormal(times(w, omega))[0])
         z, rest = orthonormal(times(w.mT, q))
-        u, values, vt = svd(rest.mT, slice(rank))
-        return shared(times(q, u), values, times(vt, z.mT), scale)
+        u, values, vt = svd_part(rest.mT, slice(rank))
+        return factors_of(times(q, u), values, times(vt, z.mT), scale)

@@ -1,4 +1,4 @@
-"""What initializers that start from a `jlora.types.Sketch` share."""
+"""What initializers share that start from a `jlora.types.Sketch`."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -9,12 +9,12 @@ from ._initializer import Initializer
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Sketched(Initializer):
-    """One that starts from a sketch of the same rules, which checkpoints do not hold.
+class SketchInitializer(Initializer):
+    """An initializer from a sketch of the same rules, which checkpoints do not hold.
 
     Attributes:
         sketch: from `jlora.sketch`.
-        kind: that of the sketch.
+        kind: the kind of the sketch.
     """
 
     sketch: Any
@@ -22,23 +22,20 @@ class Sketched(Initializer):
     kind: ClassVar[str]
 
     def __post_init__(self) -> None:
-        check_kind(self.sketch, self.kind, self.name)
+        sketch, name = self.sketch, self.name
+        if not hasattr(sketch, "sites") or not hasattr(sketch, "kind"):
+            raise TypeError(
+                f"`sketch` of {name} must be one from jlora.sketch; got a {type(sketch).__name__}."
+            )
+        if sketch.kind != self.kind:
+            raise ValueError(
+                f"`sketch` of {name} must be of kind {self.kind!r}; got one of kind "
+                f"{sketch.kind!r}."
+            )
 
 
-def check_kind(sketch: Any, kind: str, name: str) -> None:
-    """Raises if `sketch` is no sketch, or of another kind."""
-    if not hasattr(sketch, "sites") or not hasattr(sketch, "kind"):
-        raise TypeError(
-            f"`sketch` of {name} must be one from jlora.sketch; got a {type(sketch).__name__}."
-        )
-    if sketch.kind != kind:
-        raise ValueError(
-            f"`sketch` of {name} must be of kind {kind!r}; got one of kind {sketch.kind!r}."
-        )
-
-
-def spectrum(sketch: Any, site: Any, rule: Any, components: int) -> Any:
-    """What `sketch` has of a site, with so many components, or all that there are."""
+def spectrum_at(sketch: Any, site: Any, rule: Any, components: int) -> Any:
+    """The spectrum of a site in a sketch, with enough components or all that there are."""
     found = sketch.sites.get(site.path)
     if found is None:
         listed = ", ".join(list(sketch.sites)[:3]) + (", …" if len(sketch.sites) > 3 else "")

@@ -1,4 +1,4 @@
-"""What initializers share that take a part of W into A and B, and leave the rest as the base."""
+"""What initializers share that move a part of W into A and B, and leave the rest as the base."""
 
 import dataclasses
 import functools
@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .. import _compat
 from .._core import RANK, Axis, Change, Delta, Factor, explicit, leaf_weight, mesh_axes, promote
 from .._linalg import each, qr
-from .._quantized import Form, Quantized, is_quantized, quantized
+from .._quantized import Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
 from .._types import Layout
+from .._whole import check_whole
 from ._draw import dtype_of
 
 # `(key, w, rank, scale) -> (a, b)` of matrices (…, inputs, outputs): scale·A·B is taken from them.
@@ -24,14 +25,14 @@ Factored = Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Arr
 
 
 class How(NamedTuple):
-    """What the arrays do not say of a site.
+    """What a factorization needs to know of a site beside its arrays.
 
     Attributes:
         layout: which axes of W are which.
         rank: r.
         scale: s.
         dtype: of A and B.
-        form: how W is cut into blocks, of a base that is quantized.
+        form: how W is cut into blocks, if the base is quantized.
     """
 
     layout: Layout
@@ -42,12 +43,12 @@ class How(NamedTuple):
 
     @property
     def is_stack(self) -> bool:
-        """Whether the first axis of W is one of the stack, also of its codes."""
+        """Whether the first axis of W, and of its codes, is one of the stack."""
         return self.layout.stack[:1] == (0,) and (self.form is None or 0 in self.form.stack)
 
     @property
     def of_entry(self) -> "How":
-        """That of each entry along the first axis."""
+        """What is known of each entry along the first axis."""
         stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in self.layout[:3])
         slots = self.layout.slots and (*self.layout.slots[:2], self.layout.slots[2] - 1)
         form = self.form and self.form.of_entry
@@ -55,7 +56,7 @@ class How(NamedTuple):
 
 
 def how_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> How:
-    """What is known of a site under a rule."""
+    """The `How` of a site under a rule."""
     form = w.form if is_quantized(w) else form
     return How(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
 
@@ -63,9 +64,9 @@ def how_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> How:
 def split(
     factored: Factored, key: jax.Array, w: Any, site: Any, rule: Any
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """`(w, a, b)`: W less s·A·B, rounded once, with A and B from `factored`.
+    """`(w, a, b)`: W - s·A·B, rounded once, with A and B from `factored`.
 
-    Each matrix of a stack and each slot is one of its own. What is quantized is so again.
+    Each matrix of a stack and each slot is factored by itself. A quantized W is quantized again.
     """
     check(w, site, rule)
     return in_place(how_of(w, site, rule), functools.partial(_split, factored), key, w)
@@ -76,17 +77,17 @@ def _split(factored: Factored, how: How, key: jax.Array, w: Any) -> tuple[Any, A
     if not is_quantized(w):
         return of_array(factored, how, key, w)
 
-    def again(how: How, key: jax.Array, w: Quantized) -> tuple[Any, Any, Any]:
+    def requantize(how: How, key: jax.Array, w: Quantized) -> tuple[Any, Any, Any]:
         rest, a, b = of_array(factored, how, key, w.array(jnp.float32))
-        return quantized(rest, w.scheme, w.form), a, b
+        return quantize_weight(rest, w.scheme, w.form), a, b
 
-    leaf, a, b = each_matrix(again, how, key, dataclasses.replace(w, used=None))
+    leaf, a, b = each_matrix(requantize, how, key, dataclasses.replace(w, used=None))
     error = None if w.error is None else leaf.error
     return dataclasses.replace(leaf, dtype=w.dtype, used=w.used, error=error), a, b
 
 
 def each_matrix(f: Callable[..., Any], how: How, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
-    """`f(how, key, w)` of each entry along the leading axes of a stack, one after the other."""
+    """Maps `f(how, key, w)` over the leading axes of a stack, one entry after the other."""
     if not how.is_stack:
         return f(how, key, w)
 
@@ -102,7 +103,7 @@ def each_matrix(f: Callable[..., Any], how: How, key: jax.Array, w: Any) -> tupl
 def of_array(
     factored: Factored, how: How, key: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """W less s·A·B, A and B; a slot that is not chosen stays as it is."""
+    """W - s·A·B, A and B; slots that are not chosen stay as they are."""
 
     def of(how: How, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         a, b = _of_matrices(factored, how, key, w)
@@ -111,13 +112,13 @@ def of_array(
     return _in_slots(of, how, w)
 
 
-def less(how: How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """W less s·A·B of the chosen slots, rounded once."""
+def subtract(how: How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """W - s·A·B in the chosen slots, rounded once."""
     return _in_slots(lambda how, w: (_without(how, w, a, b), a, b), how, w)[0]
 
 
 def _in_slots(f: Callable[..., Any], how: How, w: jax.Array) -> tuple[Any, Any, Any]:
-    """`f(how, w)`, which gives `(w, a, b)`, of the chosen slots as a stack."""
+    """Applies `f(how, w)`, which returns `(w, a, b)`, to the chosen slots as a stack."""
     if how.layout.slots is None:
         return f(how, w)
     count, chosen, axis = how.layout.slots
@@ -150,11 +151,11 @@ def _without(how: How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return Change((delta,)).of(w, [Axis(d) for d in range(w.ndim)], -1)
 
 
-def svd(w: jax.Array, kept: slice) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Those of U, Σ and Vᵀ that are `kept`, of matrices (…, inputs, outputs).
+def svd_part(w: jax.Array, kept: slice) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The part `kept` of U, Σ and Vᵀ of matrices (…, inputs, outputs).
 
-    Of a stack one entry of its first axis at a time: layers fit in memory one by one, and experts
-    behind them may lie on several devices, and stay there.
+    A stack is decomposed one entry of its first axis at a time: layers fit in memory one by one,
+    and experts behind them stay on the devices where they are.
     """
 
     def of(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -165,12 +166,12 @@ def svd(w: jax.Array, kept: slice) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and R of matrices (…, n, r); where these lie on several devices, rows stay."""
+    """Q and R of matrices (…, n, r); rows that are sharded stay where they are."""
     return each(qr, x, on_cpu=lambda x: tuple(jnp.linalg.qr(x)))
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """In float32 or better."""
+    """`x` in float32 or better."""
     return x.astype(promote(x.dtype, jnp.float32))
 
 
@@ -178,18 +179,9 @@ def widened(x: jax.Array) -> jax.Array:
 
 
 def check(w: Any, site: Any, rule: Any) -> None:
-    """Raises where W has no values that are finite, or is only a part."""
-    leaves, name = jax.tree.leaves(w), f"the start of {rule_name(rule)}"
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        raise ValueError(
-            f"`params` has a shape at {site.path!r}, which {name} cannot factor. Give arrays, or "
-            "call init under jax.eval_shape."
-        )
-    if _compat.may_be_cut_over(w):
-        raise NotImplementedError(
-            f"{name} factors the whole of {site.path!r}, of which a shard_map around init has a "
-            "part. Call init outside of it."
-        )
+    """Raises if W has no values, values that are not finite, or is only a part."""
+    name = f"the start of {rule_name(rule)}"
+    check_whole(f"{name} factors", w, site.path)
     if is_quantized(w):
         return
     bad = _compat.known(lambda w: jnp.sum(~jnp.isfinite(w)), w)
@@ -203,7 +195,10 @@ def check(w: Any, site: Any, rule: Any) -> None:
 def in_place(
     how: How, f: Callable[..., Any], key: jax.Array, w: Any
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """`f(how, key, w)`, which gives `(w, a, b)`, where W lies; A and B too along explicit axes."""
+    """Calls `f(how, key, w)`, which returns `(w, a, b)`, and shards the new W like the old one.
+
+    Along explicit axes of a mesh, A and B are sharded like W too.
+    """
     f = functools.partial(f, how)
     known = explicit(leaf_weight(w, Change(), "", materialize=True).type)
     if known is not None:
@@ -212,17 +207,17 @@ def in_place(
         f = jax.sharding.auto_axes(f, out_sharding=places)
     new, a, b = f(key, w)
     if jax.tree.structure(new) == jax.tree.structure(w):
-        new = jax.tree.map(_moved, new, w)
+        new = jax.tree.map(_put_like, new, w)
     return new, a, b
 
 
-def _moved(new: jax.Array, old: Any) -> jax.Array:
+def _put_like(new: jax.Array, old: Any) -> jax.Array:
     place = _compat.place_of(old) if _compat.is_concrete(new) else None
     return new if place is None else jax.device_put(new, place)
 
 
 def _places(how: How, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
-    """Where W, A and B lie along the axes of a mesh on which W lies as `known`."""
+    """The shardings of W, A and B along the axes of the mesh of `known`, that of W."""
 
     def place(axes: Sequence[int | None], x: Any) -> NamedSharding:
         spec = [None if d is None else known.spec[d] for d in axes]

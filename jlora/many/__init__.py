@@ -1,7 +1,7 @@
 """Many adapters on one base.
 
-Imports `_compat`, `_optimizer`, `_rules`, `_transform`, `_tree`, `_types`, `_adapters`, `_core`,
-`arithmetic`.
+Imports `_compat`, `_keys`, `_optimizer`, `_rules`, `_transform`, `_tree`, `_types`, `_adapters`,
+`_core`, `arithmetic`.
 
 A table is an adapter with a leading axis of slots on each of its arrays.
 """

@@ -55,7 +55,7 @@ def _is_finite(leaf: Any) -> bool:
 
 def mismatch_in_table(leaves: Sequence[Any]) -> str | None:
     """Why leaves at one path cannot share a table: other weights, or other factors are trained."""
-    frozen = list(dict.fromkeys(getattr(x, "frozen", ()) for x in leaves))
+    frozen = list(dict.fromkeys(x.frozen if is_node(x) else () for x in leaves))
     if (why := mismatch(leaves)) or not frozen[1:]:
         return why
     return (

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .._adapters import LowRank, Routed, is_node, leading_axes, still, weight_shape
+from .._adapters import LowRank, Routed, is_node, leading_axes, stop_gradients, weight_shape
 from .._tree import adapter_leaves, check_fits, leaves_by_path, nest
 from .._types import Path, PyTree
 from ..arithmetic._several import FROM_THE_START, RESIDUAL, is_residual, refuse
@@ -141,7 +141,7 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
         >>> layout = jlora.types.Layout((), (0,), (1,))
         >>> one = {"w": jlora.types.LowRank(jnp.ones((64, 1)), jnp.ones((1, 64)), 1.0, layout)}
         >>> jlora.many.prepare(jlora.many.stack([one] * 3))
-        {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3)}
+        {'w': Routed(a=float32[64,3], b=float32[3,64], slots=3, scale=1.0)}
     """
     return nest(_prepare(table, form)[0])
 
@@ -197,11 +197,12 @@ def _is_beside(leaf: Any, form: str | None) -> bool:
 
 def _concatenate(node: LowRank, slots: int) -> Routed:
     """The A of all slots as one, and their B."""
-    n, node = leading_axes(node), still(node)
+    n, node = leading_axes(node), stop_gradients(node)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
     b = b.reshape(*b.shape[:n], a.shape[-1], *b.shape[n + 2 :])
-    return Routed(a, b, None, slots, *node[2:7])
+    fields = (node.scale, node.layout, node.dropout, node.materialize, node.key)
+    return Routed(a, b, None, slots, *fields)
 
 
 def _with_gate(node: Routed, i: jax.Array) -> Routed:

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._adapters import LoRA
 from .._compat import is_concrete
+from .._keys import refuse_rngs
 from .._rules import is_int, rule_name
 from .._transform import transform
-from .._tree import flatten, leaves_by_path, name_of, refuse_rngs
+from .._tree import flatten, leaves_by_path, name_of
 from .._types import PyTree, Transformed, short
 
 
@@ -154,7 +156,7 @@ def _rules(lora: Transformed) -> Sequence[Any]:
 
 def _with_rank(lora: Transformed, rank: int) -> Transformed:
     """The transform whose rules have another rank, at their scales."""
-    rules = [x.of_rank(rank) if hasattr(x, "of_rank") else x for x in _rules(lora)]
+    rules = [x.of_rank(rank) if isinstance(x, LoRA) else x for x in _rules(lora)]
     return transform(lora.sites.args[0], *rules)  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -169,7 +171,7 @@ def _check_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
         raise TypeError(f"`ranks` must be integers; got {ranks!r}.")
     if len(found) != n:
         raise ValueError(f"`ranks` must be one for each of the {n} keys; got {len(found)}.")
-    limits = {rule_name(x): x.rank for x in _rules(lora) if hasattr(x, "of_rank")}
+    limits = {rule_name(x): x.rank for x in _rules(lora) if isinstance(x, LoRA)}
     if not limits:
         raise ValueError("`ranks` is given, but no rule of `lora` has a rank: leave it out.")
     for name, limit in limits.items():

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapters import arrays, is_node, method_of
+from .._adapters import arrays, is_node
 from .._tree import adapter_leaves, name_of, nest
 from .._types import PyTree, short
 from ..arithmetic._several import refuse
@@ -195,6 +195,6 @@ def _slots(leaf: Any) -> int | None:
     """The length of the first axis of a leaf, if that is one of slots."""
     if not is_node(leaf):
         return leaf.shape[0] if leaf.shape else None
-    axes, found = method_of(leaf).axes(leaf.layout), arrays(leaf)
+    axes, found = leaf.axes(leaf.layout), arrays(leaf)
     sizes = {x.shape[0] if x.ndim == len(axes[k]) + 1 else None for k, x in found.items()}
     return sizes.pop() if len(sizes) == 1 else None

@@ -18,7 +18,7 @@ from ._file import (
     brief,
     check_within,
     listing,
-    opened,
+    open_file,
     read_header,
     read_json,
     shown,
@@ -80,7 +80,7 @@ class Checkpoint(NamedTuple):
     def pieces(self, name: str, size: int = PIECE) -> Iterator[bytes]:
         """Reads the bytes of a tensor, in pieces of a size."""
         file, entry = self.where[name], self.entry(name)
-        with opened(self.source, file) as (data, _):
+        with open_file(self.source, file) as (data, _):
             data.seek(self.headers[file].data + entry.start)
             yield from read_pieces(data, entry.stop - entry.start, size)
 

@@ -1,4 +1,4 @@
-"""Several adapters of PEFT's to one, without their model."""
+"""Combines several of PEFT's adapters into one, without their model."""
 
 import itertools
 import os
@@ -43,7 +43,7 @@ REMEDY = (
 def combine(
     paths: Sequence[Where], out: Where, merge: Callable[[list[PyTree]], PyTree]
 ) -> dict[str, LowRank]:
-    r"""Writes what a function makes of several adapters of PEFT's as one of PEFT's.
+    r"""Combines several of PEFT's adapters by a function, and writes the result as one.
 
     The model is not needed. Each adapter is given to `merge` as a dict from module to `LowRank`, as
     by `read`, with the scale that PEFT applies, rsLoRA's too. What is written has ranks and scales
@@ -85,7 +85,7 @@ def combine(
     """
     each = [read_alone(path, f"paths[{i}]") for i, path in enumerate(paths)]
     names = [os.fspath(path) for path in paths]
-    wrong = [*_different(names, each), *_without_form(names, each)]
+    wrong = [*_find_contradictions(names, each), *_find_unsupported(names, each)]
     if wrong:
         raise ValueError(f"`paths`: the adapters cannot be combined. {listing(wrong)}\n{REMEDY}")
     known = {part.key: (alone.leaf(part), part) for alone in each for part in alone.parts}
@@ -103,14 +103,14 @@ def combine(
 # --------------------------------------------------------------------------------- what is refused
 
 
-def _different(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
-    """What says that they are of different models."""
+def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
+    """Finds what shows that the adapters are for different models."""
     wrong = []
     for field in ("base_model_name_or_path", "revision"):
-        said = [(x.adapter.fields.get(field), name) for x, name in zip(each, names, strict=True)]
-        said = [pair for pair in said if pair[0] is not None]
-        if any(value != said[0][0] for value, _ in said):
-            listed = ", ".join(f"{brief(value)} in {name}" for value, name in said)
+        values = [(x.adapter.fields.get(field), name) for x, name in zip(each, names, strict=True)]
+        values = [pair for pair in values if pair[0] is not None]
+        if any(value != values[0][0] for value, _ in values):
+            listed = ", ".join(f"{brief(value)} in {name}" for value, name in values)
             wrong.append(f"{field}: {listed}; if this is one model, give it one name in all files")
     first: dict[str, tuple[str, np.ndarray]] = {}
     for alone, name in zip(each, names, strict=True):
@@ -121,16 +121,16 @@ def _different(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     return wrong
 
 
-def _without_form(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
-    """What cannot be combined without the model."""
+def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
+    """Finds what cannot be combined without the model."""
     wrong = []
     for alone, name in zip(each, names, strict=True):
         for why, found in (
             ("trained in full, so that the change is known from the base alone", [*alone.full]),
             ("rows that are replaced, whose change is known from the base alone", [*alone.rows]),
-            ("of DoRA, whose change is no s·A·B and has no sum", _decomposed(alone)),
+            ("of DoRA, whose change is no s·A·B and has no sum", _parts_of_dora(alone)),
             ("of several parameters, which the file does not tell apart", _several(alone)),
-            ("of float64, which needs jax_enable_x64", _narrowed(alone)),
+            ("of float64, which needs jax_enable_x64", _parts_of_float64(alone)),
         ):
             listed = ", ".join(map(shown, found[:9])) + ", …" * (len(found) > 9)
             wrong += [f"{name}: {listed}: {why}"] if found else []
@@ -151,17 +151,17 @@ def _several(alone: Alone) -> list[str]:
     return [module for module in alone.adapter.parts if len(selection.parameters(module)) > 1]
 
 
-def _decomposed(alone: Alone) -> list[str]:
+def _parts_of_dora(alone: Alone) -> list[str]:
     return [part.key for part in alone.parts if part.m is not None]
 
 
-def _narrowed(alone: Alone) -> list[str]:
+def _parts_of_float64(alone: Alone) -> list[str]:
     types = {part.key: (part.a.dtype, part.b.dtype) for part in alone.parts}
     return [k for k, pair in types.items() if any(canonicalize_dtype(x) != x for x in pair)]
 
 
 def _parts(made: PyTree, known: Mapping[str, tuple[NamedLeaf, Part]]) -> list[Part]:
-    """A and B of what was made, in PEFT's layout."""
+    """A and B of the result, in PEFT's layout."""
     found = {"/".join(path): x for path, x in adapter_leaves(made).items()}
     odd = [key for key in (*known, *found) if not _fits(found.get(key), known.get(key))]
     if odd:
@@ -205,7 +205,7 @@ def _fields(
 def _selection(
     each: Sequence[Fields], parts: Sequence[Part], tied: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What selects the modules of all adapters, and no other module of their model."""
+    """The fields that select the modules of all adapters, and no other module of their model."""
     rows = [{key: _or_none(fields[key]) for key in SELECTION} for fields in each]
     targets = [row.pop("target_modules") for row in rows]
     common = {key: each[0][key] for key in SELECTION}
@@ -225,5 +225,5 @@ def _selection(
 
 
 def _or_none(value: Any) -> Any:
-    """None for all that PEFT takes for nothing; 0 is a layer."""
+    """Maps every value that PEFT treats as nothing to None; 0 is a layer."""
     return None if value is False or value in ([], "") else value

@@ -1,4 +1,4 @@
-"""Bounded reading of files that nobody vouches for: JSON and safetensors; how errors quote them.
+"""Reads untrusted files, JSON and safetensors, within bounds.
 
 The header of a safetensors file is checked as a whole before a byte of data is read, so that a
 file can make the reader allocate no more than what it is long itself, and only for tensors of the
@@ -43,8 +43,8 @@ class Source(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file of `source` with its size in bytes."""
+def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a regular file of `source`, and gives it with its size in bytes."""
     path = source.folder / name
     if source.links == "within":
         check_within(source, path)
@@ -55,7 +55,7 @@ def opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
             path, flags | (getattr(os, "O_NOFOLLOW", 0) if source.links == "none" else 0)
         )
     except OSError as e:
-        raise _unopened(source, name, e) from None
+        raise _explain_unopened(source, name, e) from None
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -64,7 +64,7 @@ def opened(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def check_within(source: Source, path: Path) -> None:
-    """Raises for a link that leads out of the folder; of a download cache, out of that."""
+    """Raises for a link that leads out of the folder, or out of the download cache it is in."""
     folder, real = (Path(os.path.realpath(x)) for x in (source.folder, path))
     cache = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
     if not any(real.is_relative_to(root) for root in (folder, *cache)):
@@ -75,7 +75,7 @@ def check_within(source: Source, path: Path) -> None:
         )
 
 
-def _unopened(source: Source, name: str, error: OSError) -> Exception:
+def _explain_unopened(source: Source, name: str, error: OSError) -> Exception:
     folder, argument, links = source
     path = folder / name
     if path.is_symlink() and links == "none":
@@ -98,8 +98,8 @@ def _unopened(source: Source, name: str, error: OSError) -> Exception:
 
 
 def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes."""
-    with opened(source, name) as (file, size):
+    """Reads the object in a JSON file of at most `limit` bytes."""
+    with open_file(source, name) as (file, size):
         if size > limit:
             raise ValueError(
                 f"`{source.argument}`: {name} has {size} bytes; expected at most {limit}."
@@ -108,7 +108,7 @@ def read_json(source: Source, name: str, limit: int) -> dict[str, Any]:
 
 
 def parse(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys and without numbers that are not finite.
+    """Parses a JSON object without duplicate keys and without numbers that are not finite.
 
     Raises:
         ValueError: for anything else, or too many values.
@@ -126,7 +126,7 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
 
 
 def listing(found: Sequence[str]) -> str:
-    """How many problems there are, and the first hundred of them."""
+    """Counts problems and lists the first hundred of them."""
     shown = [f"  {p}" for p in found[:100]]
     shown += [f"  … and {len(found) - 100} more"] * (len(found) > 100)
     return f"{len(found)} problems:\n" + "\n".join(shown)
@@ -193,9 +193,9 @@ class Header(NamedTuple):
 
 
 def read_header(source: Source, name: str = TENSORS) -> Header:
-    """The header of a file of `source`; `ValueError` if the file is not whole and sound."""
+    """Reads the header of a file of `source`; `ValueError` if the file is damaged."""
     what = f"`{source.argument}`: {name}"
-    with opened(source, name) as (file, size):
+    with open_file(source, name) as (file, size):
         count = int.from_bytes(file.read(8), "little")
         if not 2 <= count <= min(size - 8, HEADER_LIMIT):
             raise ValueError(
@@ -245,7 +245,7 @@ def _naturals(values: Any) -> bool:
 
 
 def _check_extents(entries: dict[str, TensorInfo], size: int, what: str) -> None:
-    """The tensors must fill the data without a hole and without an overlap."""
+    """Raises unless the tensors fill the data without a hole and without an overlap."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][3:]):
         if entry.start != end:

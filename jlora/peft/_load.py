@@ -1,4 +1,4 @@
-"""PEFT's files to an adapter tree: all is checked, then all of it is read."""
+"""Loads PEFT's files as an adapter tree. Everything is checked before a value is read."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from .adapter._miss import as_lora, is_miss
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._tokens import Tokens
 from .names._advice import advice
-from .names._convert import node_of, replaced, weight
-from .names._leaves import NamedLeaf, by_row, resolve
+from .names._convert import node_of, rows_node, weight
+from .names._leaves import NamedLeaf, resolve, sort_by_row
 from .names._names import Name
 
 WHERE = "`base` under `names`"
@@ -66,7 +66,7 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
         >>> jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), again, adapter))
         True
     """
-    leaves = by_row(resolve(base, names), names)
+    leaves = sort_by_row(resolve(base, names), names)
     named = {leaf.path for leaf in leaves}
     every = {path: getattr(x, "shape", ()) for path, x in leaves_by_path(base, is_node)}
     lost = {path: shape for path, shape in every.items() if path not in named and len(shape) > 1}
@@ -90,9 +90,9 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
 def _value(
     leaf: NamedLeaf, own: Any, values: Mapping[str, np.ndarray], static: Mapping[str, Any]
 ) -> Any:
-    """The leaf of an adapter tree."""
+    """Makes a leaf of the adapter tree from what its modules have."""
     if isinstance(own, Tokens):
-        return replaced(leaf, own.rows, values[own.v.key])
+        return rows_node(leaf, own.rows, values[own.v.key])
     if isinstance(own[0], TensorInfo):
         return jnp.asarray(weight(leaf, [values[x.key] for x in own]))
     arrays = [part.read(values).arrays for part in own]
@@ -114,7 +114,7 @@ class Fitted(NamedTuple):
 
 
 def fit(files: Files, leaves: Sequence[NamedLeaf], problems: Problems) -> Fitted:
-    """Fits an adapter to the tree that has `leaves`, or raises."""
+    """Matches an adapter to the `leaves` of a tree and reads it; raises all problems together."""
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
     if is_miss(files.fields):
         files = as_lora(files, shapes, problems)

@@ -1,4 +1,4 @@
-"""What is wrong with the files that a user gave: it is collected, and raised together."""
+"""Problems with a user's files are collected and raised together."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -29,13 +29,13 @@ class Problems:
         self.add(tensor.key, f"expected a floating-point dtype, got {tensor.dtype}")
 
     def stop(self, *more: str) -> None:
-        """Raises if anything is wrong, with what is passed as well."""
+        """Raises if anything is wrong, the problems that are passed included."""
         self.found += more
         if self.found:
             raise ValueError(f"{self.title}. {listing(self.found)}{self.advice(self.found)}")
 
     def warn(self) -> None:
-        """Warns the caller's caller of what is unused."""
+        """Warns about what is unused, on behalf of the function that the user called."""
         if self.unused:
             text = "; ".join(self.unused[:9])
             warnings.warn(f"{CONFIG} of the adapter: {text}.", stacklevel=3)

@@ -1,4 +1,4 @@
-"""An adapter tree to PEFT's files."""
+"""Writes an adapter tree as PEFT's files."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from .adapter._files import in_memory, write
 from .adapter._miss import MISS_DEFAULTS, fields_of_lora, from_lora, is_miss, problems_of_miss
 from .adapter._tokens import DELTA, DELTA_ALONE
 from .adapter._tree import Tree, arrange, check_one_method, frozen_tensors, tensors_of
-from .adapter._vllm import flattened
+from .adapter._vllm import flatten_for_vllm
 from .names._convert import weights
 from .names._leaves import NamedLeaf
 from .names._names import Name
@@ -89,7 +89,7 @@ def tensors(
     profile: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    r"""The tensors that `save` writes, in memory: for an engine that takes weights without files.
+    r"""Gives the tensors that `save` writes, for an engine that takes weights without files.
 
     Keys, shapes, dtypes and bits are those of `adapter_model.safetensors`. Only what has another
     order of axes in PyTorch is copied; the rest shares memory with `adapter` where that lies on a
@@ -133,7 +133,7 @@ def _files(
     profile: str | None,
     config: Mapping[str, Any] | None,
 ) -> Written:
-    """The configuration and the tensors, of which `load` makes the same adapter."""
+    """Makes the configuration and the tensors, and checks that `load` would read them."""
     if profile not in (None, "vllm"):
         raise ValueError(f"`profile` must be None or 'vllm'; got {profile!r}.")
     tree, given = arrange(base, adapter, names), dict(config or {})
@@ -167,7 +167,7 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
     _check_values([*unchanged, *frozen.values()])
     if profile == "vllm":
         keys = [key for _, keys in full for key in keys]
-        fields, parts = flattened(fields, parts, keys, [x.module for x in tokens])
+        fields, parts = flatten_for_vllm(fields, parts, keys, [x.module for x in tokens])
     found = tensors_of(parts, tree.tied)
     for leaf, keys in full:
         each = weights(leaf, tree.found.get(leaf.path, leaf.value))
@@ -190,11 +190,11 @@ def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
 
 
 def _rows_alone(tree: Tree, given: Fields, profile: str | None) -> Written:
-    """An adapter that has nothing but rows."""
+    """Writes an adapter that has nothing but rows."""
     fields, tokens = describe_rows_alone(ROWS_DEFAULTS | given, tree), tree.tokens
     _refuse_config(problems_of(fields))
     if profile is not None:
-        flattened(fields, [], [], [x.module for x in tokens])
+        flatten_for_vllm(fields, [], [], [x.module for x in tokens])
     each = ((m, x.v) for x in tokens for m in (x.module, tree.tied.get(x.module)) if m)
     return fields, {f"{PREFIX}{m}{DELTA_ALONE}": v for m, v in each}
 

@@ -1,4 +1,4 @@
-"""Where the leaves of a base lie: what arrays, shardings, specs and Flax's metadata say of it."""
+"""How the leaves of a base are sharded, from arrays, shardings, specs or Flax's metadata."""
 
 import sys
 from typing import Any
@@ -16,7 +16,7 @@ Place = PartitionSpec | Sharding
 
 
 class Unknown:
-    """A leaf of the base that says nothing of sharding, and why that may be."""
+    """A leaf of the base whose sharding is unknown, and why."""
 
     def __init__(self, leaf: Any, why: str = "") -> None:
         self.got = type(leaf).__name__ + (f" {leaf!r}" if isinstance(leaf, str) else why)
@@ -44,7 +44,7 @@ def places_of(base: PyTree) -> dict[Path, Any]:
 
 
 def everywhere(places: list[Any]) -> Place:
-    """What lies everywhere, on the mesh of `places` if they have one."""
+    """The replicated place, on the mesh of `places` if they have one."""
     return next((with_spec(p, PartitionSpec()) for p in places if _is_named(p)), PartitionSpec())
 
 
@@ -110,7 +110,7 @@ def _of_tracer(x: Any) -> Any:
 
 
 def with_spec(place: Place, spec: PartitionSpec) -> Place:
-    """`spec` as `place` is given: a spec, or a sharding of the same mesh and memory."""
+    """`spec` in the form of `place`: a spec, or a sharding of the same mesh and memory."""
     if not isinstance(place, NamedSharding):
         return spec if isinstance(place, PartitionSpec) else place
     return NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)

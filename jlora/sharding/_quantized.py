@@ -1,4 +1,4 @@
-"""How a quantized weight lies on a mesh: its codes and scales as the weight itself."""
+"""How a quantized weight is sharded: its codes and scales like the weight itself."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ class Misfit(Exception):  # noqa: N818 - collected into one ValueError
 
 
 def devices(entry: Any, mesh: Mesh) -> int:
-    """Over how many devices an entry of a PartitionSpec divides an axis."""
+    """The number of devices over which an entry of a PartitionSpec divides an axis."""
     return math.prod(mesh.shape[name] for name in mesh_axes(entry))
 
 
@@ -70,7 +70,7 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
 
 
 def quantized_places(leaf: Quantized, place: Callable[[Sequence[Any]], Place]) -> Quantized:
-    """`leaf` with the places of its arrays, made from what each of their axes follows."""
+    """`leaf` with a place for each of its arrays: `place` of the axes of W that they follow."""
     axes = leaf.axes()
     nested = leaf.nested and type(leaf.nested)(*map(place, axes["nested"]))
     return dataclasses.replace(
@@ -84,12 +84,12 @@ def quantized_places(leaf: Quantized, place: Callable[[Sequence[Any]], Place]) -
 
 
 def along(entries: Sequence[Any], dims: Sequence[Any]) -> PartitionSpec:
-    """The entries of W's axes `dims`."""
+    """The entries of a PartitionSpec for the axes `dims` of W."""
     return PartitionSpec(*(None if d is None else entries[d] for d in dims))
 
 
 def check_blocks(entries: Sequence[Any], leaf: Quantized, mesh: Mesh | None) -> None:
-    """Raises where a device would get a part of a block."""
+    """Raises `Misfit` if a device would get a part of a block."""
     if mesh is None:
         return
     form, name = leaf.form, spelled(leaf.scheme)

@@ -1,4 +1,4 @@
-r"""How an adapter lies on a mesh: each factor as the axes of W that it has.
+r"""How an adapter is sharded: each factor like the axes of W that it has.
 
 $$W: (s, i, o) \quad\Rightarrow\quad A: (s, i, \varnothing), \quad B: (s, \varnothing, o)$$
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._adapters import arrays, is_node, method_of, weight_shape
+from .._adapters import arrays, is_node, weight_shape
 from .._core import mesh_axes
 from .._quantized import is_quantized
 from .._rules import near
@@ -22,7 +22,7 @@ from ._quantized import Mesh, Misfit, along, check_blocks, devices, quantized_pl
 
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
-    r"""How the adapter lies on a mesh, from how the base does.
+    r"""The sharding of an adapter, from that of its base.
 
     A takes the partition of W's stack and input axes, B that of its stack and output axes; their
     rank and slots axes are replicated. Leaves trained in full take W's own. So every device holds
@@ -94,7 +94,7 @@ def _leaves(adapter: PyTree) -> dict[Path, Any]:
 
 
 def replicated(specs: PyTree, *axes: str) -> PyTree:
-    """The same places, but whole along some axes of the mesh.
+    """The same shardings, but replicated over some axes of the mesh.
 
     For a step that gathers A and B once rather than in every layer: kept along `specs`, their
     moments with them, and used along `replicated(specs, "fsdp")`:
@@ -102,7 +102,7 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
 
     Args:
         specs: a tree of PartitionSpecs or NamedShardings, such as that of `specs`.
-        *axes: names of mesh axes along which nothing is to be divided.
+        *axes: names of mesh axes over which nothing is sharded in the result.
 
     Returns:
         A tree of the same structure.
@@ -136,7 +136,7 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
 
 
 def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
-    """How an optimizer's state lies on a mesh, from how the adapter does.
+    """The sharding of an optimizer's state, from that of the adapter.
 
     Under `jax.jit`, `tx.init` makes zeros that depend on nothing, so that XLA puts all of them on
     one device, unless `out_shardings` says where. (Called outside of it, `tx.init` needs no help.)
@@ -241,7 +241,7 @@ def _each(leaf: Any, place: Callable[[Sequence[Any]], Place]) -> Any:
     """`leaf` with the places of its arrays, made from what each of their axes follows."""
     if not is_node(leaf):
         return place(())
-    axes = method_of(leaf).axes(leaf.layout)
+    axes = leaf.axes(leaf.layout)
     return leaf._replace(**{name: place(axes[name]) for name in arrays(leaf)})
 
 

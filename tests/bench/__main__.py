@@ -21,7 +21,7 @@ def main() -> None:
         "names", nargs="*", choices=[*NAMES, *BY_NAME, []], help="default: all but tpu"
     )
     parser.add_argument("--quick", action="store_true", help="small, for CI; asserts what is exact")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for CSV and PNG; default: bench")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for CSV; default: bench")
     options = parser.parse_args()
     if options.quick:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_TO_COMPILE}"

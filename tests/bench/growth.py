@@ -22,21 +22,13 @@ SITES = (1, 2, 4, 8, 16, 24)  # of four layers of six kernels
 
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
-    """A table for each axis, and all of them as one plot; quick: what is exact, asserted."""
+    """A table for each axis; quick: what is exact, asserted."""
     if quick:
         check()
         return
-    tables = {}
-    for axis, measured in {
-        "layers": layers,
-        "tokens": tokens,
-        "rank": ranks,
-        "sites": sites,
-    }.items():
-        tables[axis] = measured()
-        report.table(f"growth-{axis}: ratios to the frozen step", tables[axis], out)
-    if out is not None:
-        plot(tables, out / "growth.png")
+    axes = {"layers": layers, "tokens": tokens, "rank": ranks, "sites": sites}
+    for axis, measured in axes.items():
+        report.table(f"growth-{axis}: ratios to the frozen step", measured(), out)
 
 
 # ---------------------------------------------------------------------------------------- axes
@@ -111,49 +103,6 @@ def measure(
         }
         for n in rules
     ]
-
-
-def plot(tables: Mapping[str, list[dict]], path: pathlib.Path) -> None:
-    """A panel for each axis: the step's time over the floor's, and the seconds of compilation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for panel, (axis, rows) in zip(panels.flat, tables.items(), strict=True):
-        right = panel.twinx()
-        for mode, style in {"plain": "-", "scan": "--"}.items():
-            mine = [row for row in rows if row.get("mode", "plain") == mode]
-            if not mine:
-                continue
-            suffix = f", {mode}" if "mode" in mine[0] else ""
-            x = [row[axis] for row in mine]
-            panel.plot(x, [r["time"] for r in mine], f"C0o{style}", label=f"step{suffix}")
-            for prefix, color, name in (("", "C1", "adapted"), ("floor ", "C7", "frozen")):
-                y = [r[f"{prefix}trace s"] + r[f"{prefix}compile s"] for r in mine]
-                right.plot(x, y, f"{color}.{style}", label=f"compilation, {name}{suffix}")
-        panel.axhline(1, color="black", linewidth=0.5)
-        panel.set(
-            xlabel=axis,
-            ylabel="step time over the frozen step's",
-            ylim=(0.8, 1.1 * max(r["time"] for r in rows)),
-        )
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(x, list(map(str, x)))
-        right.set(ylabel="trace and compile, s", ylim=(0, None))
-        handles = panel.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
-        panel.legend(
-            handles=handles,
-            fontsize="x-small",
-            frameon=False,
-            ncols=3,
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1),
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------- exact

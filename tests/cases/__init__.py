@@ -6,10 +6,10 @@
 """
 
 from . import control, hf, linen, models, nnx_models, plain, trees
-from ._alike import ALIKE as ALIKE
 from ._case import SUBJECTS as SUBJECTS
 from ._case import Case as Case
 from ._case import Problem as Problem
+from ._daily import EVERY_DAY as EVERY_DAY
 
 CASES: list[Case] = [
     *plain.CASES,

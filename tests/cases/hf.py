@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jlora import LoRA, Slots
 
-from ._case import Case, Problem, entry, fill, normal
+from ._case import Case, Problem, entry, fill
 
 CASES: list[Case] = []
 case = partial(entry, CASES, subject="model", exact_at_zero=False, strict=False)
@@ -150,29 +150,3 @@ def hf_llama(dtype):
     """Llama with grouped queries, all-linear."""
     mask = jnp.array(MASK)
     return whole("LlamaForCausalLM", dtype, jnp.array(IDS), config=LLAMA, attention_mask=mask)
-
-
-# --------------------------------------------------------------------------------------------
-# ViT.
-# --------------------------------------------------------------------------------------------
-
-VIT = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_labels": 5,
-}
-
-
-def images(dtype):
-    """Two images, channels first."""
-    return normal("images", (2, 3, 8, 8), dtype)
-
-
-@case(rules=(LORA,), sites=8, trainable=2 * (4 * 4 * 3 + 8) + LAYER + 2 * (8 + 5))  # patches, head
-def hf_vit(dtype):
-    """ViT, all-linear: the patch embedding is a site, class token and positions are not."""
-    return whole("ViTForImageClassification", dtype, images(dtype), config=VIT)

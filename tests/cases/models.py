@@ -27,14 +27,7 @@ ENCODER = {
     "head": "cls",
 }
 HEAD = 2 * (8 + 8) + 2 * (8 + 3)  # pooler, classifier
-DISENTANGLED = {
-    "relative_attention": True,
-    "pos_att_type": ("p2c", "c2p"),
-    "position_buckets": 2,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "conv_kernel_size": 3,
-}
+DISENTANGLED = {"position_buckets": 2, "conv_kernel_size": 3}
 
 
 def gpt(**options):

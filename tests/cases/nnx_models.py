@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jlora import Full, LoRA, Slots
+from jlora import LoRA, Slots
 
 from ._case import Case, Problem, entry, fill, normal
 
 CASES: list[Case] = []
 case = partial(entry, CASES)
 LORA = LoRA(rank=2, alpha=4)  # all-linear
-IDS = ((3, 0, 6), (1, 6, 2))
 
 
 def split(
@@ -58,31 +57,6 @@ def single(name, make, x_shape, trainable, *, subject="nnx", rules=(LORA,), **fl
 # --------------------------------------------------------------------------------------------
 
 single("nnx_linear", partial(nnx.Linear, 6, 5), (3, 6), 2 * (6 + 5))
-single("nnx_linear_general", partial(nnx.LinearGeneral, 6, (2, 4)), (2, 3, 6), 2 * (6 + 8))
-single(  # a kernel for each entry of the batch axis: (3, 6, 5)
-    "nnx_linear_general_batch",
-    partial(nnx.LinearGeneral, 6, 5, batch_axis={0: 3}),
-    (3, 4, 6),
-    3 * 2 * (6 + 5),
-)
-single(
-    "nnx_einsum_per_head",
-    partial(nnx.Einsum, "bshk,hkl->bshl", (2, 4, 5)),
-    (2, 3, 2, 4),
-    2 * 2 * (4 + 5),
-)
-single(
-    "nnx_conv_transpose",
-    partial(nnx.ConvTranspose, 3, 5, (3,), strides=2, transpose_kernel=True),
-    (2, 4, 3),
-    2 * (3 * 3 + 5),
-)
-ATTENTION = partial(
-    nnx.MultiHeadAttention, num_heads=2, in_features=6, qkv_features=8, decode=False
-)
-single(  # q, k, v (6, 2, 4); out (2, 4, 6)
-    "nnx_attention", ATTENTION, (2, 3, 6), 3 * 2 * (6 + 8) + 2 * (8 + 6), sites=4, strict=False
-)
 single(
     "nnx_linear_bfloat16",
     lambda param_dtype, rngs: nnx.Linear(6, 5, dtype=jnp.bfloat16, rngs=rngs),
@@ -175,35 +149,6 @@ def nnx_functional_call(dtype):
     return split(model, dtype, normal("x", (4, 6), dtype), call=call)
 
 
-@case(
-    subject="nnx",
-    rules=(LoRA("layers/0/kernel", rank=2, alpha=4), Full("head|scale")),
-    sites=1,
-    trainable=2 * (6 + 5) + 5 * 4 + 4 + 5,  # low-rank; head's kernel and bias; norm's scale
-)
-def nnx_by_path(dtype):
-    """Paths through a list, and leaves trained in full."""
-    model = Network(dtype, nnx.Rngs(0))
-    model.eval()
-    return split(model, dtype, normal("x", (4, 6), dtype))
-
-
-@case(subject="nnx", rules=(LORA,), sites=2, trainable=2 * (6 + 5) + 2 * (5 + 6))
-def nnx_method(dtype):
-    """A sequence of layers, reached through another method than `__call__`."""
-    rngs = nnx.Rngs(0)
-    model = nnx.Sequential(
-        nnx.Linear(6, 5, param_dtype=dtype, rngs=rngs),
-        jnp.tanh,
-        nnx.Linear(5, 6, param_dtype=dtype, rngs=rngs),
-    )
-
-    def call(model, x, *, scale):
-        return {"y": scale * model(x), "first": model.layers[0](x)}
-
-    return split(model, dtype, normal("x", (3, 6), dtype), call=call, scale=0.5)
-
-
 # --------------------------------------------------------------------------------------------
 # Stacks.
 # --------------------------------------------------------------------------------------------
@@ -276,11 +221,6 @@ def run_unrolled(layers, x):
 
 stack("nnx_scan", lambda layers, x: run(layers, x))
 stack("nnx_scan_of_remat", lambda layers, x: run_remat(layers, x))
-stack(  # all see one input: to up, the layers are outputs as any other; down is a stack
-    "nnx_vmap",
-    lambda layers, x: run_each(layers, x),
-    trainable=2 * (6 + 3 * 5) + 3 * 2 * (5 + 6),
-)
 stack("nnx_unrolled", run_unrolled)
 stack(
     "nnx_scan_only_up",
@@ -289,54 +229,6 @@ stack(
     sites=1,
     trainable=3 * 3 * (6 + 5),
 )
-
-
-# --------------------------------------------------------------------------------------------
-# Embeddings.
-# --------------------------------------------------------------------------------------------
-
-
-class Tied(nnx.Module):
-    """A language model with one table for its tokens and its logits."""
-
-    def __init__(self, dtype: Any, rngs: nnx.Rngs):
-        """Makes the table and one layer."""
-        self.embed = nnx.Embed(7, 4, param_dtype=dtype, rngs=rngs)
-        self.dense = nnx.Linear(4, 4, param_dtype=dtype, rngs=rngs)
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Token ids to logits."""
-        return self.embed.attend(jnp.tanh(self.dense(self.embed(ids))))
-
-
-class Shared(nnx.Module):
-    """One Linear under two names: one variable, which NNX keeps once."""
-
-    def __init__(self, dtype: Any, rngs: nnx.Rngs):
-        """Makes the layer."""
-        self.first = nnx.Linear(6, 6, param_dtype=dtype, rngs=rngs)
-        self.second = self.first
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(…, 6) to the same."""
-        return self.second(jnp.tanh(self.first(x)))
-
-
-@case(
-    subject="lookup",
-    rules=(LoRA("embedding$", rank=3, alpha=3), LORA),
-    sites=2,
-    trainable=3 * (7 + 4) + 2 * (4 + 4),  # one for the table, one for Linear
-)
-def nnx_tied(dtype):
-    """Lookup and `attend` of one Embed: one adapter."""
-    return split(Tied(dtype, nnx.Rngs(0)), dtype, jnp.array(IDS))
-
-
-@case(subject="lookup", rules=(LORA,), sites=1, trainable=2 * (6 + 6))
-def nnx_shared_module(dtype):
-    """One module under two names: one adapter."""
-    return split(Shared(dtype, nnx.Rngs(0)), dtype, normal("x", (2, 6), dtype))
 
 
 # --------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from flax.core import FrozenDict
 
 from jlora import Full, LoRA
 
@@ -114,13 +113,6 @@ def named(weight, bias, head):
 WEIGHT_ONLY = {"sites": 1, "trainable": 2 * (6 + 5)}
 container("tree_dict", named, by_name)
 container(
-    "tree_frozen_dict_by_path",
-    lambda *leaves: FrozenDict(named(*leaves)),
-    by_name,
-    rules=(LoRA("^layer/weight$", rank=2, alpha=4),),
-    **WEIGHT_ONLY,
-)
-container(
     "tree_nnx_state_of_params",
     lambda *leaves: nnx.State(jax.tree.map(nnx.Param, named(*leaves))),
     lambda tree: tuple(leaf[...] for leaf in by_name(tree)),
@@ -139,13 +131,6 @@ container(
     rules=(LoRA("^0/0$", rank=2, alpha=4), Full("^0/1$|^1/0$")),
     sites=1,
     trainable=2 * (6 + 5) + 5 + 5 * 4,
-)
-container(
-    "tree_flax_dataclass_by_path",
-    lambda w, b, h: {"layer": FlaxLayer(w, b), "head": h},
-    by_attribute,
-    rules=(LoRA("^layer/weight$", rank=2, alpha=4),),
-    **WEIGHT_ONLY,
 )
 container("tree_without_keys", lambda w, b, h: {"layer": Opaque(w, b), "head": h}, by_attribute)
 container(
@@ -185,12 +170,6 @@ def tree_bare_array(dtype):
     return Problem(
         lambda w, x: jnp.tanh(x @ w), normal("w", WEIGHT, dtype), (normal("x", (3, 6), dtype),)
     )
-
-
-@case(subject="tree", rules=(LoRA("^$", rank=2, alpha=4),), sites=1, trainable=2 * (6 + 5))
-def tree_bare_array_by_path(dtype):
-    """Its path is empty."""
-    return tree_bare_array.build(dtype)
 
 
 @case(subject="tree", rules=(LORA,), sites=1, trainable=2 * (6 + 5))

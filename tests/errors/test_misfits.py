@@ -12,115 +12,87 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from small import ADAPTED, PARAMS, W, X, array, assert_same, dense, exactly, init, model, swap
+from small import (
+    ADAPTED,
+    PARAMS,
+    W,
+    X,
+    array,
+    assert_same,
+    dense,
+    each_refusal,
+    exactly,
+    init,
+    model,
+    swap,
+)
 
 import jlora
 from jlora import Full, LoRA, Params
 
+ONE = "`adapter` does not fit `base` at 1 of 3 paths:\n"
 USE = "Use the adapter with the parameters that it was made for, or make one with `init`."
 
 
-MISFITS = [
-    pytest.param(
-        lambda base, adapter: (swap(base, "layer/kernel", None), adapter),
-        "`adapter` does not fit `base` at 1 of 3 paths:\n  layer/kernel: not in `base`\n" + USE,
-        id="missing",
+MISFITS = {
+    f"{ONE}  layer/kernel: not in `base`\n{USE}": lambda base, adapter: (
+        swap(base, "layer/kernel", None),
+        adapter,
     ),
-    pytest.param(
-        lambda base, adapter: (swap(base, "layer/kernel", array(5, 6)), adapter),
-        "`adapter` does not fit `base` at 1 of 3 paths:\n"
-        "  layer/kernel: a weight of shape (5, 6) needs A (5, 2) and B (2, 6), got (4, 2) and "
-        f"(2, 6)\n{USE}",
-        id="other-shape",
+    f"{ONE}  layer/kernel: a weight of shape (5, 6) needs A (5, 2) and B (2, 6), got (4, 2) and "
+    f"(2, 6)\n{USE}": lambda base, adapter: (swap(base, "layer/kernel", array(5, 6)), adapter),
+    f"{ONE}  layer/kernel: made for a weight of 2 axes, got one of shape (3, 4, 6) in "
+    f"`base`\n{USE}": lambda base, adapter: (swap(base, "layer/kernel", array(3, 4, 6)), adapter),
+    f"{ONE}  layer/bias: expected shape (7,) as in `base`, got (6,)\n{USE}": lambda base, adapter: (
+        swap(base, "layer/bias", array(7)),
+        adapter,
     ),
-    pytest.param(
-        lambda base, adapter: (swap(base, "layer/kernel", array(3, 4, 6)), adapter),
-        "`adapter` does not fit `base` at 1 of 3 paths:\n"
-        f"  layer/kernel: made for a weight of 2 axes, got one of shape (3, 4, 6) in `base`\n{USE}",
-        id="more-axes",
+    f"{ONE}  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (4, 2) and (2, 6)\n"
+    + USE: lambda base, adapter: (base, swap(adapter, "fused", adapter["layer"]["kernel"])),
+    f"{ONE}  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (6, 2) and (3, 6)\n"
+    + USE: lambda base, adapter: (
+        base,
+        swap(adapter, "fused", adapter["fused"]._replace(b=array(3, 6))),
     ),
-    pytest.param(
-        lambda base, adapter: (swap(base, "layer/bias", array(7)), adapter),
-        "`adapter` does not fit `base` at 1 of 3 paths:\n"
-        f"  layer/bias: expected shape (7,) as in `base`, got (6,)\n{USE}",
-        id="full-shape",
+    "`adapter` does not fit `base`: the paths of `adapter` begin with 'adapter/', those of "
+    "`base` do not. Give both with it, as variables has it, or both without, as "
+    "variables['adapter'].": lambda base, adapter: (base, {"adapter": adapter}),
+    "`adapter` does not fit `base` at 3 of 3 paths:\n"
+    "  fused: a weight of shape (2, 2) needs A (2, 2) and B (2, 2), got (6, 2) and (2, 6)\n"
+    "  layer/bias: expected shape (6, 6) as in `base`, got (6,)\n"
+    f"  layer/kernel: not in `base`\n{USE}": lambda base, adapter: (
+        {"fused": array(2, 2), "layer": {"bias": base["fused"]}},
+        adapter,
     ),
-    pytest.param(
-        lambda base, adapter: (base, swap(adapter, "fused", adapter["layer"]["kernel"])),
-        "`adapter` does not fit `base` at 1 of 3 paths:\n"
-        "  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (4, 2) and (2, 6)\n"
-        + USE,
-        id="other-leaf",
+    "`adapter` does not fit `base` at 3 of 3 paths:\n"
+    "  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (2, 6, 2) and "
+    "(2, 2, 6)\n"
+    "  layer/bias: expected shape (6,) as in `base`, got (2, 6)\n"
+    "  layer/kernel: a weight of shape (4, 6) needs A (4, 2) and B (2, 6), got (2, 4, 2) and "
+    f"(2, 2, 6)\n{USE}": lambda base, adapter: (
+        base,
+        jax.tree.map(lambda a: jnp.stack([a, a]), adapter),
     ),
-    pytest.param(
-        lambda base, adapter: (
-            base,
-            swap(adapter, "fused", adapter["fused"]._replace(b=array(3, 6))),
-        ),
-        "`adapter` does not fit `base` at 1 of 3 paths:\n"
-        "  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (6, 2) and (3, 6)\n"
-        + USE,
-        id="ranks-differ",
-    ),
-    pytest.param(
-        lambda base, adapter: (base, {"adapter": adapter}),
-        "`adapter` does not fit `base`: the paths of `adapter` begin with 'adapter/', those of "
-        "`base` do not. Give both with it, as variables has it, or both without, as "
-        "variables['adapter'].",
-        id="one-level-too-deep",
-    ),
-    pytest.param(
-        lambda base, adapter: ({"fused": array(2, 2), "layer": {"bias": base["fused"]}}, adapter),
-        "`adapter` does not fit `base` at 3 of 3 paths:\n"
-        "  fused: a weight of shape (2, 2) needs A (2, 2) and B (2, 2), got (6, 2) and (2, 6)\n"
-        "  layer/bias: expected shape (6, 6) as in `base`, got (6,)\n"
-        f"  layer/kernel: not in `base`\n{USE}",
-        id="all-at-once",
-    ),
-    pytest.param(
-        lambda base, adapter: (base, jax.tree.map(lambda a: jnp.stack([a, a]), adapter)),
-        "`adapter` does not fit `base` at 3 of 3 paths:\n"
-        "  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (2, 6, 2) and "
-        "(2, 2, 6)\n"
-        "  layer/bias: expected shape (6,) as in `base`, got (2, 6)\n"
-        "  layer/kernel: a weight of shape (4, 6) needs A (4, 2) and B (2, 6), got (2, 4, 2) and "
-        f"(2, 2, 6)\n{USE}",
-        id="stack-without-vmap",
-    ),
-]
+}
 
-WRONG_TREES = [
-    pytest.param(
-        lambda base, adapter: (adapter, base),
-        "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
-        "and `adapter` swapped?",
-        id="swapped",
+WRONG_TREES = {
+    "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
+    "and `adapter` swapped?": lambda base, adapter: (adapter, base),
+    "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+    "got the root: str.": lambda base, adapter: (base, "adapter.npz"),
+    "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+    "got fused: str.": lambda base, adapter: (base, swap(adapter, "fused", "fused.npz")),
+    "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+    "got fused: float, layer/bias: int.": lambda base, adapter: (
+        base,
+        swap(swap(adapter, "fused", 1.5), "layer/bias", 0),
     ),
-    pytest.param(
-        lambda base, adapter: (base, "adapter.npz"),
-        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-        "got the root: str.",
-        id="string",
+    "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
+    "got fused: Adapted, layer/kernel: Adapted.": lambda base, adapter: (
+        base,
+        jlora.bind(base, adapter),
     ),
-    pytest.param(
-        lambda base, adapter: (base, swap(adapter, "fused", "fused.npz")),
-        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-        "got fused: str.",
-        id="string-leaf",
-    ),
-    pytest.param(
-        lambda base, adapter: (base, swap(swap(adapter, "fused", 1.5), "layer/bias", 0)),
-        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-        "got fused: float, layer/bias: int.",
-        id="numbers",
-    ),
-    pytest.param(
-        lambda base, adapter: (base, jlora.bind(base, adapter)),
-        "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-        "got fused: Adapted, layer/kernel: Adapted.",
-        id="bound",
-    ),
-]
+}
 
 
 LORA = jlora.transform(model, *ADAPTED)
@@ -136,21 +108,21 @@ JITTED = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), MISFITS)
+@each_refusal({ValueError: MISFITS})
 @pytest.mark.parametrize("call", [*CALLS, *JITTED])
-def test_adapter_does_not_fit(change: Callable[..., Any], message: str, call: str) -> None:
+def test_adapter_does_not_fit(provoke: Any, error: Any, message: str, call: str) -> None:
     """Every differing path once, whoever takes the two trees."""
-    base, adapter = change(*init(*ADAPTED))
-    with pytest.raises(ValueError, match=exactly(message)):
+    base, adapter = provoke(*init(*ADAPTED))
+    with pytest.raises(error, match=exactly(message)):
         (CALLS | JITTED)[call](base, adapter)
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG_TREES)
+@each_refusal({TypeError: WRONG_TREES})
 @pytest.mark.parametrize("call", list(CALLS))
-def test_wrong_tree(change: Callable[..., Any], message: str, call: str) -> None:
+def test_wrong_tree(provoke: Any, error: Any, message: str, call: str) -> None:
     """A tree that is no adapter, or the two in the wrong order."""
-    base, adapter = change(*init(*ADAPTED))
-    with pytest.raises(TypeError, match=exactly(message)):
+    base, adapter = provoke(*init(*ADAPTED))
+    with pytest.raises(error, match=exactly(message)):
         CALLS[call](base, adapter)
 
 
@@ -210,7 +182,7 @@ def test_optimizer_refuses_the_state_of_a_module() -> None:
         "the adapter alone, give `tx` itself."
     )
     with pytest.raises(TypeError, match=exactly(message)):
-        jlora.optimizer(optax.sgd(1.0), lora_plus=16).init(state)
+        jlora.optimizer(optax.sgd(1.0)).init(state)
 
 
 def fully_trained() -> Any:
@@ -231,7 +203,9 @@ LABELING: dict[str, Callable[[Any], Any]] = {
     "labels": jlora.labels,
     "mask": jlora.mask,
     "optimizer": jlora.optimizer(SGD).init,
-    "options": jlora.optimizer(SGD, lora_plus=4.0, freeze_a=True, precondition=1e-6).init,
+    "chained": jlora.optimizer(
+        optax.chain(jlora.precondition(1e-6), SGD, jlora.lora_plus(4.0))
+    ).init,
     "train-state": lambda params: TrainState.create(
         apply_fn=model, params=params, tx=jlora.optimizer(SGD)
     ),

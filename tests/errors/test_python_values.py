@@ -41,16 +41,9 @@ BRANCHES = {
 def test_python_reads_an_adapted_weight(case: str) -> None:
     """Python code that asks for the value of an adapted weight is refused, by both."""
     apply = BRANCHES[case]
-    with pytest.raises(TypeError, match="asks in Python for the value"):
-        init(LoRA("w", rank=2), apply=apply, params=SQUARE)
+    text = message_of(lambda: init(LoRA("w", rank=2), apply=apply, params=SQUARE))
+    assert "asks in Python for the value" in text and "'w'" in text
+    assert os.path.dirname(jlora.__file__) not in text  # no line of jlora
     base, adapter = init(LoRA("w", rank=2), apply=dense, params=SQUARE)
     with pytest.raises(TypeError, match="asks in Python for the value"):
         jlora.transform(apply).apply(base, adapter, X)
-
-
-@pytest.mark.parametrize("case", list(BRANCHES))
-def test_python_reads_an_adapted_weight_wording(case: str) -> None:
-    """The error names the leaf, and no line of jlora."""
-    text = message_of(lambda: init(LoRA("w", rank=2), apply=BRANCHES[case], params=SQUARE))
-    assert "'w'" in text
-    assert os.path.dirname(jlora.__file__) not in text

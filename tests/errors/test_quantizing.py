@@ -13,7 +13,7 @@ from flax import nnx
 from flax.errors import FlaxError
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from small import KEY, array, exactly, swap
+from small import KEY, NO_ARRAY, array, each_refusal, exactly, swap
 
 import jlora
 from jlora import FP4, FP8, MXFP4, NF4, Full, Int4, Int8, LoRA, checkpoint, sharding
@@ -118,168 +118,90 @@ def test_pattern(scheme: Any, pattern: Any, error: type[Exception], message: str
 SCHEMES = (
     "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or jlora.MXFP4; got "
 )
-REFUSED = [
-    pytest.param(lambda: quantize("kernel"), TypeError, f"{SCHEMES}'kernel'.", id="scheme-string"),
-    pytest.param(
-        lambda: quantize(NF4("kernel"), Full("odd")),
-        TypeError,
-        f"{SCHEMES}Full(pattern='odd').",
-        id="scheme-rule",
-    ),
-    pytest.param(
-        lambda: quantize(NF4),
-        TypeError,
-        f"{SCHEMES}the class NF4; call it, NF4(...).",
-        id="scheme-class",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("kernal")),
-        ValueError,
-        "NF4('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, layer/bias.",
-        id="matches-nothing",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("kernel"), Int8("kernal"), sites=True),
-        ValueError,
-        "Int8('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, layer/bias.",
-        id="second-matches-nothing",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("w"), params={}),
-        ValueError,
-        "NF4('w') matches no leaf of `params`. There is no leaf to match.",
-        id="no-leaves",
-    ),
-    pytest.param(
-        lambda: quantize(Int8("kernel|head"), NF4("kernel$|head")),
-        ValueError,
+REFUSED: dict[type[Exception], dict[str, Any]] = {
+    TypeError: {
+        f"{SCHEMES}'kernel'.": lambda: quantize("kernel"),
+        f"{SCHEMES}Full(pattern='odd').": lambda: quantize(NF4("kernel"), Full("odd")),
+        f"{SCHEMES}the class NF4; call it, NF4(...).": lambda: quantize(NF4),
+    },
+    ValueError: {
+        "NF4('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, layer/bias.": (
+            lambda: quantize(NF4("kernal"))
+        ),
+        "Int8('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, "
+        "layer/bias.": lambda: quantize(NF4("kernel"), Int8("kernal"), sites=True),
+        "NF4('w') matches no leaf of `params`. There is no leaf to match.": lambda: quantize(
+            NF4("w"), params={}
+        ),
         "NF4('kernel$|head') is left with no leaf: earlier schemes take all 2 that it matches. The "
-        "first match wins; reorder the schemes or drop this one.",
-        id="left-with-nothing",
-    ),
-    pytest.param(
-        lambda: quantize(NF4()),
-        ValueError,
+        "first match wins; reorder the schemes or drop this one.": lambda: quantize(
+            Int8("kernel|head"), NF4("kernel$|head")
+        ),
         "NF4() has no pattern, which means every dense site but the head: give "
-        "`sites=lora.sites(params, ...)`, which says what those are, or a pattern.",
-        id="no-pattern-no-sites",
-    ),
-    pytest.param(
-        lambda: quantize(Int8("kernel"), NF4(), sites=True),
-        ValueError,
+        "`sites=lora.sites(params, ...)`, which says what those are, or a pattern.": lambda: (
+            quantize(NF4())
+        ),
         "NF4() takes every dense site but the head, and leaves that are trained in full, but "
-        "`sites` has none that an earlier scheme does not take. Name leaves by a pattern.",
-        id="no-pattern-no-site-left",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("kernel"), params=swap(PARAMS, "head", None), sites=True),
-        ValueError,
+        "`sites` has none that an earlier scheme does not take. Name leaves by a pattern.": (
+            lambda: quantize(Int8("kernel"), NF4(), sites=True)
+        ),
         "`sites` is not of `params`: head is in one of them only. Give lora.sites(params, ...) of "
-        "the same tree.",
-        id="sites-of-more",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True),
-        ValueError,
+        "the same tree.": lambda: quantize(
+            NF4("kernel"), params=swap(PARAMS, "head", None), sites=True
+        ),
         "`sites` is not of `params`: arm is in one of them only. Give lora.sites(params, ...) of "
-        "the same tree.",
-        id="sites-of-less",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("odd|kernel"), sites=True),
-        ValueError,
+        "the same tree.": lambda: quantize(
+            NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True
+        ),
         "NF4('odd|kernel') matches 'odd', which Full('odd') trains in full: trained leaves must "
-        "not be quantized. Give NF4 a pattern that leaves it out.",
-        id="trained-in-full",
-    ),
-    pytest.param(
-        lambda: quantize(FP8("bucket")),
-        ValueError,
+        "not be quantized. Give NF4 a pattern that leaves it out.": lambda: quantize(
+            NF4("odd|kernel"), sites=True
+        ),
         "FP8('bucket') matches 'bucket' of dtype int32, which is not floating-point. Narrow the "
-        "pattern.",
-        id="integers",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("kernel|bias")),
-        ValueError,
+        "pattern.": lambda: quantize(FP8("bucket")),
         "NF4('kernel|bias') matches 'layer/bias' of shape (96,), which is no matrix. Narrow the "
-        "pattern.",
-        id="vector",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("w"), params={"w": jnp.float32(1)}),
-        ValueError,
-        "NF4('w') matches 'w' of shape (), which is no matrix. Narrow the pattern.",
-        id="scalar",
-    ),
-    pytest.param(
-        lambda: quantize(MXFP4("w"), params={"w": jnp.ones((0, 64))}),
-        ValueError,
-        "MXFP4('w') matches 'w' of shape (0, 64), which is no matrix. Narrow the pattern.",
-        id="empty",
-    ),
-    pytest.param(
-        lambda: quantize(NF4(""), params=array(64)),
-        ValueError,
-        "NF4('') matches 'the root' of shape (64,), which is no matrix. Narrow the pattern.",
-        id="root",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("kernel"), params=quantize(Int8("kernel", block=32))),
-        ValueError,
+        "pattern.": lambda: quantize(NF4("kernel|bias")),
+        "NF4('w') matches 'w' of shape (), which is no matrix. Narrow the pattern.": lambda: (
+            quantize(NF4("w"), params={"w": jnp.float32(1)})
+        ),
+        "MXFP4('w') matches 'w' of shape (0, 64), which is no matrix. Narrow the pattern.": (
+            lambda: quantize(MXFP4("w"), params={"w": jnp.ones((0, 64))})
+        ),
+        "NF4('') matches 'the root' of shape (64,), which is no matrix. Narrow the pattern.": (
+            lambda: quantize(NF4(""), params=array(64))
+        ),
         "NF4('kernel') matches 'layer/kernel', which is quantized already, as Int8(block=32). "
-        "Narrow the pattern, or give jlora.dequantize(params).",
-        id="already",
-    ),
-    pytest.param(
-        lambda: quantize(Int4("odd")),
-        ValueError,
+        "Narrow the pattern, or give jlora.dequantize(params).": lambda: quantize(
+            NF4("kernel"), params=quantize(Int8("kernel", block=32))
+        ),
         "Int4('odd') matches 'odd'. `group` of Int4('odd') is 128, which does not divide axis 0, "
-        "of length 96, of a weight of shape (96, 40). Blocks of 16, 32 divide it.",
-        id="axis-of-inputs",
-    ),
-    pytest.param(
-        lambda: quantize(Int8("w", block=128), params=STACK),
-        ValueError,
+        "of length 96, of a weight of shape (96, 40). Blocks of 16, 32 divide it.": lambda: (
+            quantize(Int4("odd"))
+        ),
         "Int8('w') matches 'w'. `block` of Int8('w') is 128, which does not divide axis 1, of "
-        "length 64, of a weight of shape (3, 64, 64). Blocks of 16, 32, 64 divide it.",
-        id="axis-of-a-stack",
-    ),
-    pytest.param(
-        lambda: quantize(Int4("embed"), sites=True),
-        ValueError,
+        "length 64, of a weight of shape (3, 64, 64). Blocks of 16, 32, 64 divide it.": lambda: (
+            quantize(Int8("w", block=128), params=STACK)
+        ),
         "Int4('embed') matches 'embed'. `group` of Int4('embed') is 128, which does not divide "
-        "axis 1, of length 64, of a weight of shape (96, 64). Blocks of 16, 32, 64 divide it.",
-        id="axis-of-an-embedding",
-    ),
-    pytest.param(
-        lambda: quantize(MXFP4("head")),
-        ValueError,
+        "axis 1, of length 64, of a weight of shape (96, 64). Blocks of 16, 32, 64 divide it.": (
+            lambda: quantize(Int4("embed"), sites=True)
+        ),
         "MXFP4('head') matches 'head'. `block` of MXFP4('head') is 32, which does not divide axis "
         "0, of length 40, of a weight of shape (40, 96). No legal block divides it: leave it out "
-        "of the pattern.",
-        id="no-legal-block",
-    ),
-    pytest.param(
-        lambda: quantize(
+        "of the pattern.": lambda: quantize(MXFP4("head")),
+        "'layer/kernel' of `params` has 3 values that are NaN or infinite, for which Int8 has no "
+        "codes. Use a checkpoint whose values are finite.": lambda: quantize(
             Int8("kernel"), params=swap(PARAMS, "layer/kernel", array(64, 96).at[2, :3].set(np.nan))
         ),
-        ValueError,
-        "'layer/kernel' of `params` has 3 values that are NaN or infinite, for which Int8 has no "
-        "codes. Use a checkpoint whose values are finite.",
-        id="nan",
-    ),
-    pytest.param(
-        lambda: quantize(NF4("w"), params={"w": array(40, 96).at[:2, 1].set(-np.inf)}),
-        ValueError,
         "'w' of `params` has 2 values that are NaN or infinite, for which NF4 has no codes. Use a "
-        "checkpoint whose values are finite.",
-        id="infinite",
-    ),
-]
+        "checkpoint whose values are finite.": lambda: quantize(
+            NF4("w"), params={"w": array(40, 96).at[:2, 1].set(-np.inf)}
+        ),
+    },
+}
 
 
-@pytest.mark.parametrize(("provoke", "error", "message"), REFUSED)
+@each_refusal(REFUSED)
 def test_quantize(provoke: Callable[[], Any], error: type[Exception], message: str) -> None:
     """What cannot be quantized, or would not be."""
     with refused(error, message):
@@ -295,32 +217,6 @@ def test_refused_before_anything_is_deleted() -> None:
 
 
 # ------------------------------------------------------------------------------ what takes a base
-
-NO_ARRAY = (
-    "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap take: "
-    "call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
-    "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
-)
-USES = {
-    "product": lambda w: array(2, 64) @ w,
-    "product-of-numpy": lambda w: np.ones((2, 64), np.float32) @ w,
-    "first-in-product": lambda w: w @ array(96, 2),
-    "dot": lambda w: jnp.dot(array(2, 64), w),
-    "einsum": lambda w: jnp.einsum("ij,jk->ik", array(2, 64), w),
-    "lookup": lambda w: w[IDS],
-    "take": lambda w: jnp.take(w, IDS, axis=0),
-    "transpose": lambda w: jnp.transpose(w),
-    "sum": lambda w: 1 + w,
-    "difference": lambda w: w - 1,
-    "multiple": lambda w: 2 * w,
-    "quotient": lambda w: w / 2,
-    "negative": lambda w: -w,
-    "cast": lambda w: w.astype(jnp.bfloat16),
-    "reshape": lambda w: w.reshape(-1),
-    "elementwise": lambda w: jnp.tanh(w),
-    "array": jnp.asarray,
-    "numpy": np.asarray,
-}
 
 
 def test_a_module_that_is_given_codes() -> None:
@@ -344,13 +240,16 @@ def test_attributes_of_arrays():
         _ = leaf.T
     with refused(TypeError, NO_ARRAY):
         jax.lax.scan(lambda x, w: (x @ w, None), array(2, 96), leaf)
+    for method in (lambda: leaf.astype(jnp.bfloat16), lambda: leaf.reshape(-1)):
+        with refused(TypeError, NO_ARRAY):
+            method()
 
 
 CAST = (
     "a quantized weight has scales of {0}; those of {1} are {2}, and what they are computed from "
     "is float32. Was the whole tree cast? Leave quantized weights as they are: "
-    "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else x.astype(dtype), params, "
-    "is_leaf=lambda x: isinstance(x, jlora.Quantized))."
+    "jax.tree.map(lambda x: x if isinstance(x, jlora.types.Quantized) else x.astype(dtype), "
+    "params, is_leaf=lambda x: isinstance(x, jlora.types.Quantized))."
 )
 
 
@@ -386,15 +285,6 @@ def test_gathered_without_a_mesh():
     message = f"{spec} names tensor, which no mesh in scope has. Give a NamedSharding, or call it "
     with refused(ValueError, message + "under jax.set_mesh(mesh)."):
         jlora.wrap(lambda p: p["w"] @ p["w"])(base)
-
-
-@pytest.mark.parametrize("use", list(USES))
-@pytest.mark.parametrize("scheme", [NF4("w"), Int8("w")], ids=str)
-def test_it_is_no_array(use: str, scheme: Any) -> None:
-    """Where a model takes it for one, outside of `apply`."""
-    leaf = jlora.quantize({"w": array(64, 96)}, scheme)["w"]
-    with refused(TypeError, NO_ARRAY):
-        USES[use](leaf)
 
 
 @pytest.mark.parametrize("transformed", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -490,63 +380,47 @@ def places(scheme: Any, spec: P, *shape: int) -> Any:
     return sharding.specs({"w": spec}, base, MESH)
 
 
-MISFITS = [
-    pytest.param(
-        lambda: places(Int4("w"), P("tensor"), 256, 64),
-        "axis 0 of length 256 over tensor=4 gives each device 64, which is no multiple of the "
-        "block 128 of Int4(group=128); blocks of 16, 32, 64 would fit",
-        id="block",
+MISFITS = {
+    "axis 0 of length 256 over tensor=4 gives each device 64, which is no multiple of the "
+    "block 128 of Int4(group=128); blocks of 16, 32, 64 would fit": lambda: places(
+        Int4("w"), P("tensor"), 256, 64
     ),
-    pytest.param(
-        lambda: places(Int8("w", block=64), P(None, ("fsdp", "tensor")), 3, 256, 64),
-        "axis 1 of length 256 over fsdp=2 × tensor=4 gives each device 32, which is no multiple of "
-        "the block 64 of Int8(block=64); blocks of 16, 32 would fit",
-        id="block-of-a-stack",
+    "axis 1 of length 256 over fsdp=2 × tensor=4 gives each device 32, which is no multiple of "
+    "the block 64 of Int8(block=64); blocks of 16, 32 would fit": lambda: places(
+        Int8("w", block=64), P(None, ("fsdp", "tensor")), 3, 256, 64
     ),
-    pytest.param(
-        lambda: places(NF4("w", block=32), P("tensor"), 160, 64),
-        "axis 0 of length 160 over tensor=4 gives each device 40, which is no multiple of the "
-        "block 32 of NF4(block=32, double=True); none would fit",
-        id="no-block",
+    "axis 0 of length 160 over tensor=4 gives each device 40, which is no multiple of the "
+    "block 32 of NF4(block=32, double=True); none would fit": lambda: places(
+        NF4("w", block=32), P("tensor"), 160, 64
     ),
-    pytest.param(
-        lambda: places(NF4("w"), P(None, "tensor"), 40, 64),
-        "axis 1 of length 64 is divided over tensor=4, but blocks of NF4(block=64, double=True) "
-        "run over the ends of its rows; quantize it with a block that divides its inputs",
-        id="flat-outputs",
+    "axis 1 of length 64 is divided over tensor=4, but blocks of NF4(block=64, double=True) "
+    "run over the ends of its rows; quantize it with a block that divides its inputs": lambda: (
+        places(NF4("w"), P(None, "tensor"), 40, 64)
     ),
-    pytest.param(
-        lambda: places(FP4("w"), P(None, "fsdp"), 3, 40, 64),
-        "axis 1 of length 40 is divided over fsdp=2, but blocks of FP4(block=64, double=False) run "
-        "over the ends of its rows; quantize it with a block that divides its inputs",
-        id="flat-inputs",
+    "axis 1 of length 40 is divided over fsdp=2, but blocks of FP4(block=64, double=False) run "
+    "over the ends of its rows; quantize it with a block that divides its inputs": lambda: places(
+        FP4("w"), P(None, "fsdp"), 3, 40, 64
     ),
-    pytest.param(
-        lambda: places(NF4("w"), P("tensor"), 126, 64),
-        "axis 0 of length 126 cannot be divided over tensor=4",
-        id="length",
+    "axis 0 of length 126 cannot be divided over tensor=4": lambda: places(
+        NF4("w"), P("tensor"), 126, 64
     ),
-    pytest.param(
-        lambda: places(NF4("w"), P("data"), 128, 64),
-        "the mesh has no axis 'data'; it has fsdp, tensor",
-        id="mesh-axis",
+    "the mesh has no axis 'data'; it has fsdp, tensor": lambda: places(
+        NF4("w"), P("data"), 128, 64
     ),
-    pytest.param(
-        lambda: places(NF4("w"), P(None, None, "fsdp"), 128, 64),
-        f"{P(None, None, 'fsdp')} has 3 entries for a weight of shape (128, 64)",
-        id="entries",
+    f"{P(None, None, 'fsdp')} has 3 entries for a weight of shape (128, 64)": lambda: places(
+        NF4("w"), P(None, None, "fsdp"), 128, 64
     ),
-]
+}
 
 
-@pytest.mark.parametrize(("provoke", "why"), MISFITS)
-def test_partition(provoke: Callable[[], Any], why: str) -> None:
+@each_refusal({ValueError: MISFITS})
+def test_partition(provoke: Callable[[], Any], error: Any, message: str) -> None:
     """Where a device would get a part of a block."""
-    message = (
+    whole = (
         "`base` has partitions that do not fit at 1 of 1 paths of `adapter`:\n"
-        f"  w: {why}\nCorrect them in `base`: the adapter follows W."
+        f"  w: {message}\nCorrect them in `base`: the adapter follows W."
     )
-    with refused(ValueError, message):
+    with refused(error, whole):
         provoke()
 
 

@@ -263,7 +263,17 @@ def test_outside_is_refused_by_apply(outside: Outside) -> None:
             apply(base, adapter, X)
 
 
-@pytest.mark.parametrize("outside", named([*OUTSIDE, OUTPUT, Outside(use_integer, "")]))
+def formed() -> list[Any]:
+    """The uses as parameters; some of each kind every day."""
+    rows = named([*OUTSIDE, OUTPUT, Outside(use_integer, "")])
+    daily = ("vjp", "carry", "cond", "padding", "integer", "output")
+    return [
+        x if x.id in daily else pytest.param(*x.values, id=x.id, marks=pytest.mark.slow)
+        for x in rows
+    ]
+
+
+@pytest.mark.parametrize("outside", formed())
 def test_outside_is_exact_when_formed(outside: Outside) -> None:
     """With `materialize=True`: values and gradients are those of the merged weights."""
     rule = LoRA("w", rank=2, materialize=True)

@@ -30,7 +30,7 @@ LEAKS = {
     "no-apply-function": (lambda: jlora.transform(LoRA("w"), LoRA("w")), "`apply_fn`"),
     "tx-not-called": (lambda: jlora.optimizer(optax.adamw), "`tx`"),
     "tx-learning-rate": (lambda: jlora.optimizer(1e-3), "`tx`"),
-    "lora-plus-string": (lambda: jlora.optimizer(optax.sgd(1.0), lora_plus="16"), "`lora_plus`"),
+    "lora-plus-string": (lambda: jlora.lora_plus("16"), "`ratio`"),
     "key-int": (lambda: jlora.transform(dense, LoRA("w", rank=2)).init(0, W, X), "`key`"),
     "key-and-params-swapped": (
         lambda: jlora.transform(dense, LoRA("w", rank=2)).init(W, KEY, X),

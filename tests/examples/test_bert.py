@@ -4,12 +4,9 @@ Every day with two of its layers.
 """
 
 import functools
-import json
-import shutil
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import two_layers
@@ -70,77 +67,12 @@ def test_agrees_with_transformers(folder, minilm, batch):
     np.testing.assert_allclose(hidden * seen, expected * seen, rtol=0, atol=1e-5)
 
 
-def test_types_default_to_zero(minilm, batch):
-    config, variables = minilm
-    ids, mask, types = batch
-    apply = compiled(config)
-    hidden = apply(variables, ids, mask)
-    zeros = apply(variables, ids, mask, np.zeros_like(ids))
-    np.testing.assert_allclose(hidden, zeros, rtol=0, atol=1e-5)
-    assert np.abs(hidden - apply(variables, ids, mask, types)).max() > 0.1
-
-
-def test_padding_changes_nothing(minilm, batch):
-    config, variables = minilm
-    ids, mask, _ = batch
-    apply = compiled(config, classes=2)
-    variables = with_random_head(variables)
-    logits = apply(variables, ids, mask)
-    other = apply(variables, np.where(mask, ids, 7), mask)
-    short = apply(variables, ids[1:2, :9], mask[1:2, :9])
-    assert logits.shape == (4, 2)
-    np.testing.assert_array_equal(logits, other)
-    np.testing.assert_allclose(logits[1:2], short, rtol=1e-5, atol=1e-4)
-
-
-def test_head_reads_the_normalized_mean(minilm, batch):
-    config, variables = minilm
-    ids, mask, _ = batch
-    variables = with_random_head(variables)
-    logits = compiled(config, classes=2)(variables, ids, mask)
-    hidden = np.asarray(compiled(config)(variables, ids, mask), np.float64)
-    for row, length in enumerate([24, 9, 1, 17]):
-        mean = hidden[row, :length].mean(0)
-        x = (mean - mean.mean()) / mean.std()
-        expected = x @ np.asarray(variables["params"]["classifier"]["kernel"], np.float64)
-        np.testing.assert_allclose(logits[row], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_new_head_prefers_no_class(minilm, batch):
-    config, variables = minilm
-    headed = bert.add_head(variables, classes=3)
-    logits = compiled(config, classes=3)(headed, *batch)
-    np.testing.assert_array_equal(logits, np.zeros((4, 3)))
-    assert "classifier" not in variables["params"]
-
-
-def test_runs_under_strict_promotion(minilm, batch):
-    config, variables = minilm
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        model = bert.Bert(config, classes=2)
-        logits = jax.eval_shape(model.apply, bert.add_head(variables, 2), *batch)
-    assert logits.dtype == jnp.float32
-
-
-def with_random_head(variables):
-    headed = bert.add_head(variables, classes=2)
-    kernel = jax.random.normal(jax.random.key(0), (384, 2))
-    headed["params"]["classifier"] = {**headed["params"]["classifier"], "kernel": kernel}
-    return headed
-
-
 # ---- checkpoints --------------------------------------------------------------------------------
 
 
 def tensors_of(minilm_like):
     config, variables = minilm_like
     return hf.to_tensors(variables, bert.names(config))
-
-
-def test_load_then_save_is_the_same_file(folder, minilm, tmp_path):
-    bert.save(tmp_path / "model.safetensors", minilm[1], minilm[0])
-    expected = (folder / "model.safetensors").read_bytes()
-    assert (tmp_path / "model.safetensors").read_bytes() == expected
 
 
 def test_scanned_is_the_same_file_and_the_same_function(folder, minilm, batch, tmp_path):
@@ -150,30 +82,6 @@ def test_scanned_is_the_same_file_and_the_same_function(folder, minilm, batch, t
     assert (tmp_path / "model.safetensors").read_bytes() == expected
     hidden = compiled(config, scan=True)(variables, *batch)
     np.testing.assert_allclose(hidden, compiled(config)(minilm[1], *batch), atol=1e-5)
-
-
-def test_tensors_survive_jit(minilm, tensors):
-    again = tensors_of((minilm[0], jax.jit(lambda x: x)(minilm[1])))
-    assert same(again, tensors)
-    assert again["embeddings.position_ids"].dtype == np.int64
-
-
-def test_head_survives_the_file(folder, minilm, tmp_path):
-    variables = with_random_head(minilm[1])
-    shutil.copy(folder / "config.json", tmp_path)
-    bert.save(tmp_path / "model.safetensors", variables, minilm[0])
-    config, again = bert.load(tmp_path)
-    assert config == minilm[0]
-    assert load_file(tmp_path / "model.safetensors")["classifier.weight"].shape == (2, 384)
-    assert jax.tree.structure(again) == jax.tree.structure(variables)
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, again, variables)))
-
-
-def test_names_and_shapes_are_those_of_the_model(minilm):
-    config, variables = minilm
-    expected = bert.shapes(config)["params"]
-    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), variables["params"])
-    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
 
 
 def test_files_without_buffers_and_pooler(minilm, tensors):
@@ -198,24 +106,6 @@ def test_every_misfit_is_listed(minilm, tensors):
         "  encoder.layer.0.output.dense.weight: expected shape (384, 1536), got (1536, 384)\n"
         "  encoder.layer.7.output.dense.bias: unexpected, of shape (384,)"
     )
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("model_type", "electra", "'bert' or 'roberta'"),
-        ("hidden_act", "relu", "'gelu'"),
-        ("position_embedding_type", "relative_key", "'absolute'"),
-    ],
-)
-def test_config_of_another_model(folder, tmp_path, field, value, expected):
-    fields = json.loads((folder / "config.json").read_text())
-    path = tmp_path / "config.json"
-    shutil.copy(folder / "model.safetensors", tmp_path)
-    path.write_text(json.dumps({**fields, field: value}))
-    with pytest.raises(ValueError) as error:
-        bert.load(tmp_path)
-    assert str(error.value) == f"`{path}`: expected {field} {expected}, got {value!r}"
 
 
 def same(a, b) -> bool:

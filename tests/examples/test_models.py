@@ -11,8 +11,6 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import chex
-import counts
 import decoders
 import flax.linen as nn
 import jax
@@ -21,32 +19,22 @@ import numpy as np
 import pytest
 import transformers
 from cases._case import fill
-from models import bert, checkpoint, deberta, gpt, gpt_nnx, hf, llama, parts
-from safetensors.numpy import load_file
+from models import bert, checkpoint, deberta, gpt, hf, llama, parts
+from paper import counts
 
 import jlora
 
 ENCODER = (61, 16, 2, 4, 24, 20)
-V2 = {
-    "relative_attention": True,
-    "pos_att_type": ("p2c", "c2p"),
-    "position_buckets": 4,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "position_biased_input": False,
-    "conv_kernel_size": 3,
-    "conv_act": "gelu",
-}
+V2 = {"position_buckets": 4, "conv_kernel_size": 3}
 
 
 class Small(NamedTuple):
-    """A small model: its file, its class, its config, the classes of its head, its config.json."""
+    """A small model: its file, its class, its config, the classes of its head."""
 
     module: Any
     kind: Any
     config: Any
     classes: tuple[int, ...] = ()
-    text: str = ""
 
     def model(self, **options: Any) -> nn.Module:
         """The model."""
@@ -69,7 +57,7 @@ class Small(NamedTuple):
 
     def write(self, folder: pathlib.Path) -> None:
         """A folder as Hugging Face's."""
-        (folder / "config.json").write_text(self.text or self.own_text())
+        (folder / "config.json").write_text(self.own_text())
         hf.write_tensors(folder / "model.safetensors", self.tensors())
 
     def own_text(self) -> str:
@@ -80,17 +68,13 @@ class Small(NamedTuple):
 
 
 def decoder(name: str) -> Small:
-    """One of the family."""
-    config = decoders.config(name)
-    return Small(checkpoint, llama.Llama, config, text=json.dumps(decoders.fields(name)))
+    """Llama, or a decoder that has no files here."""
+    return Small(checkpoint, llama.Llama, decoders.CONFIGS[name])
 
 
 BERT = bert.Config(*ENCODER, 2, 1e-12)
 ROBERTA = bert.Config(*ENCODER, 1, 1e-5, model_type="roberta", pad_token_id=1)
 DEBERTA = deberta.Config(*ENCODER, 0, 1e-7, **V2)
-OWN = deberta.Config(
-    *ENCODER, 2, 1e-7, relative_attention=True, pos_att_type=("c2p",), max_relative_positions=9
-)
 GPT = gpt.Config(61, 16, 2, 16, 4, 24)
 replace = dataclasses.replace
 SMALL = {
@@ -98,15 +82,13 @@ SMALL = {
     "gpt_bare": Small(gpt, gpt.GPT, replace(GPT, bare=True)),
     "llama": decoder("llama"),
     "llama_untied": decoder("llama_untied"),
-    "mixtral": decoder("mixtral"),
-    "gemma3": decoder("gemma3"),
     "bert": Small(bert, bert.Bert, replace(BERT, bare=True)),
     "bert_lm": Small(bert, bert.Bert, replace(BERT, head="lm")),
     "bert_cls": Small(bert, bert.Bert, replace(BERT, head="cls"), (3,)),
     "roberta_lm": Small(bert, bert.Bert, replace(ROBERTA, head="lm")),
     "roberta_cls": Small(bert, bert.Bert, replace(ROBERTA, head="cls"), (3,)),
     "deberta": Small(deberta, deberta.Deberta, replace(DEBERTA, bare=True)),
-    "deberta_lm": Small(deberta, deberta.Deberta, replace(OWN, head="lm", legacy=True)),
+    "deberta_lm": Small(deberta, deberta.Deberta, replace(DEBERTA, head="lm", legacy=True)),
     "deberta_cls": Small(deberta, deberta.Deberta, replace(DEBERTA, head="cls"), (3,)),
 }
 ONE_EACH = ("gpt", "llama_untied", "roberta_lm", "deberta")
@@ -137,12 +119,9 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
 # ---- one function, whichever way it is compiled ------------------------------------------------
 
 
-@pytest.mark.parametrize("name", daily("gpt", "deberta"))
+@pytest.mark.parametrize("name", daily("deberta"))
 def test_scanned_is_unscanned(name: str) -> None:
-    """The same outputs, and the blocks' parameters stacked.
-
-    Of the others every day in `test_bert.py` and `test_decoder.py`.
-    """
+    """The same outputs, and the blocks' parameters stacked."""
     small = SMALL[name]
     outputs = [
         jax.jit(small.model(scan=scan).apply)(small.variables(scan), IDS, MASK)
@@ -152,46 +131,7 @@ def test_scanned_is_unscanned(name: str) -> None:
     assert len(jax.tree.leaves(small.shapes(True))) < len(jax.tree.leaves(small.shapes(False)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ONE_EACH)
-def test_remat_is_plain(name: str) -> None:
-    """Values and gradients, nothing kept or by a policy; every day it is in `test_llama.py`."""
-    small, scan = SMALL[name], name != "llama_untied"
-
-    def slope(**options: Any) -> Any:
-        model = small.model(scan=scan, **options)
-        loss = lambda variables: jnp.square(model.apply(variables, IDS, MASK)).mean()  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(small.variables(scan))
-
-    def assert_same(actual: Any) -> None:
-        # Against the largest of all: the bias of a key has no gradient but rounding errors.
-        chex.assert_trees_all_close(actual, plain, rtol=0, atol=1e-5 * largest)
-
-    plain = slope()
-    largest = max(np.abs(x).max() for x in jax.tree.leaves(plain[1]))
-    assert_same(slope(remat=True))
-    assert_same(slope(remat=True, policy=jlora.checkpoint_policy))
-
-
-def test_remat_keeps_less() -> None:
-    """The policy decides which activations the backward pass gets."""
-    small = SMALL["gpt"]
-
-    def kept(**options: Any) -> int:
-        model = small.model(**options)
-        _, pull = jax.eval_shape(lambda v: jax.vjp(lambda v: model.apply(v, IDS), v), variables)
-        return sum(x.size for x in jax.tree.leaves(pull))
-
-    variables = small.shapes(True)
-    nothing, some, everything = (
-        kept(remat=True),
-        kept(remat=True, policy=jlora.checkpoint_policy),
-        kept(),
-    )
-    assert nothing < some < everything
-
-
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", daily("llama_untied", "roberta_lm"))
 def test_padding_does_not_leak(name: str) -> None:
     """Tokens under the mask change nothing, and neither does padding's length."""
     small = SMALL[name]
@@ -213,7 +153,7 @@ def test_padding_does_not_leak(name: str) -> None:
     assert np.abs(seen(np.where(IDS[0, 0] == IDS, 3, padded), MASK) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", slow("llama")])
 def test_decoders_see_no_later_token(name: str) -> None:
     """The logits before a token do not depend on it; positions may be given."""
     small = SMALL[name]
@@ -229,64 +169,10 @@ def test_decoders_see_no_later_token(name: str) -> None:
     assert_close(apply(variables, ids, mask, positions)[:, 2:], logits)
 
 
-@pytest.mark.parametrize("name", ["gpt", slow("bert_cls"), slow("deberta_cls")])
-def test_dropout_needs_a_key(name: str) -> None:
-    """With a key it acts, in every layer of a scan in another way; without, nothing is random."""
-    small = SMALL[name]
-    variables = small.variables(True)
-    apply = jax.jit(lambda key: small.model(scan=True).apply(variables, IDS, rngs={"dropout": key}))
-    one, two = apply(jax.random.key(0)), apply(jax.random.key(1))
-    plain = jax.jit(small.model(scan=True).apply)(variables, IDS)
-    assert np.abs(one - two).max() > 1e-3 and np.abs(one - plain).max() > 1e-3
-    assert_close(apply(jax.random.key(0)), one, 0)
-
-
-def test_lower_precision() -> None:
-    """Computed in bfloat16 with parameters in bfloat16, logits come in float32."""
-    for name in ("gpt", "llama_untied"):
-        model = SMALL[name].model(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-        variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), IDS))
-        assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype(jnp.bfloat16)}
-        assert jax.eval_shape(model.apply, variables, IDS).dtype == jnp.float32
-
-
-# ---- NNX ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scan", [True, slow(False)])
-def test_nnx_is_linen(scan: bool, tmp_path: pathlib.Path) -> None:
-    """One folder, two libraries: the same adapted outputs and gradients, and the same file."""
-    SMALL["gpt"].write(tmp_path)
-    config, variables = gpt.load(tmp_path, scan=scan, pad_vocab=8)
-    same, graph, params = gpt_nnx.load(tmp_path, scan=scan, pad_vocab=8, remat=True)
-    assert same == config
-    rule = jlora.LoRA("c_attn/kernel", rank=2, slots=jlora.Slots(3, (0, 2)))
-
-    def run(apply: Any, params: Any) -> Any:
-        lora = jlora.transform(apply, rule)
-        base, adapter = lora.init(jax.random.key(0), params, IDS, MASK)
-        flat, structure = jax.tree.flatten(adapter)
-        draws = [jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in flat]
-
-        @jax.jit
-        def slope(adapter: Any) -> Any:
-            loss = lambda a: jnp.square(lora.apply(base, a, IDS, MASK)[..., :61]).mean()  # noqa: E731
-            return jax.value_and_grad(loss)(adapter)
-
-        loss, slopes = slope(jax.tree.unflatten(structure, draws))
-        return loss, jax.tree.leaves(slopes)
-
-    linen = run(gpt.GPT(config, scan=scan).apply, variables)
-    nnx = run(functools.partial(gpt_nnx.apply, graph), params)
-    assert_close(nnx, linen)
-    gpt_nnx.save(tmp_path / "again", params, config)
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
-
-
 # ---- files --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, slow(False)])
 @pytest.mark.parametrize("name", SOME)
 def test_load_then_save_is_the_same_file(name: str, scan: bool, tmp_path: pathlib.Path) -> None:
     """Config with head, variables, bytes."""
@@ -298,27 +184,6 @@ def test_load_then_save_is_the_same_file(name: str, scan: bool, tmp_path: pathli
     assert_close(variables, small.variables(scan), 0)
     small.module.save(tmp_path / "again", variables, config)
     assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
-
-
-def test_half_precision_and_shards(tmp_path: pathlib.Path) -> None:
-    """The dtype is the file's; tensors may be in several files, and buffers in none of ours."""
-    small = SMALL["gpt"]
-    small.write(tmp_path)
-    tensors = {k: x.astype(jnp.bfloat16) for k, x in hf.read_tensors(tmp_path).items()}
-    tensors["transformer.h.0.attn.bias"] = np.tril(np.ones((1, 1, 16, 16), np.uint8))
-    (tmp_path / "model.safetensors").unlink()
-    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
-    for file in set(where.values()):
-        part = {name: x for name, x in tensors.items() if where[name] == file}
-        hf.write_tensors(tmp_path / file, part)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    config, variables = gpt.load(tmp_path)
-    assert {x.dtype for x in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.bfloat16)}
-    gpt.save(tmp_path / "again", variables, config)
-    again = load_file(tmp_path / "again")
-    assert again.keys() == tensors.keys()
-    for key, x in tensors.items():
-        assert again[key].dtype == x.dtype and again[key].tobytes() == x.tobytes(), key
 
 
 def test_a_tied_head_may_be_in_the_file(tmp_path: pathlib.Path) -> None:
@@ -367,27 +232,11 @@ def test_new_head(name: str) -> None:
     assert not [name for name in tensors if "lm_" in name or "cls." in name]
 
 
-def test_new_head_keeps_the_pooler() -> None:
-    """BERT's pooler was trained with the encoder."""
-    small = SMALL["bert"]
-    pooler = {"pooler.dense.weight": jnp.ones((16, 16)).at[0].set(2), "pooler.dense.bias": IDS[0]}
-    variables = {**small.variables(False), "unused": pooler}
-    _, variables = bert.new_head(jax.random.key(0), small.config, variables, classes=2)
-    assert (variables["params"]["pooler"]["kernel"][:, 0] == 2).all()
-    assert variables["params"]["pooler"]["bias"] is pooler["pooler.dense.bias"]
-    small = SMALL["bert_cls"]
-    before = small.variables(False)
-    _, after = bert.new_head(jax.random.key(0), small.config, before, classes=2)
-    assert after["params"]["pooler"] is before["params"]["pooler"]
-    assert after["params"]["classifier"]["kernel"].shape == (16, 2)
-
-
 @pytest.mark.parametrize(
     ("module", "name"),
     [
         (gpt, "GPT2Config"),
         (bert, "BertConfig"),
-        (deberta, "DebertaV2Config"),
     ],
 )
 def test_defaults_are_those_of_config_json(module: Any, name: str) -> None:
@@ -400,63 +249,7 @@ def test_defaults_are_those_of_config_json(module: Any, name: str) -> None:
     }
     shared = ours.keys() & theirs
     assert len(shared) >= 2
-    empty = {"pos_att_type": ()}  # null is none there
-    assert {k: ours[k] for k in shared} == {
-        k: empty[k] if theirs[k] is None and k in empty else theirs[k] for k in shared
-    }
-
-
-def test_llama_of_other_releases(tmp_path: pathlib.Path) -> None:
-    """Once there were as many heads of keys as of queries; of late the angles are nested."""
-    small = SMALL["llama"]
-    small.write(tmp_path)
-    path = tmp_path / "config.json"
-    fields = json.loads(path.read_text())
-    old = {k: x for k, x in fields.items() if k not in ("rope_theta", "num_key_value_heads")}
-    path.write_text(json.dumps(old))
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.k_proj"):  # of 4 heads
-        llama.load(tmp_path)
-    nested = {**old, "num_key_value_heads": 2}
-    nested["rope_parameters"] = {"rope_theta": 300.0, "rope_type": "default"}
-    path.write_text(json.dumps(nested))
-    assert llama.load(tmp_path)[0] == replace(small.config, rope_base=300.0)
-    nested["rope_parameters"]["rope_type"] = "yarn"
-    path.write_text(json.dumps(nested))
-    with pytest.raises(ValueError, match=r"expected rope_type 'default' or .*, got 'yarn'"):
-        llama.load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["bert", "bert_cls"])
-def test_berts_oldest_names(name: str, tmp_path: pathlib.Path) -> None:
-    """Norms are called gamma and beta in the file of bert-base-uncased."""
-    small = SMALL[name]
-    small.write(tmp_path)
-    now, old = hf.read_tensors(tmp_path), {}
-    for key, x in now.items():
-        end = key.replace("LayerNorm.weight", "LayerNorm.gamma")
-        old[end.replace("LayerNorm.bias", "LayerNorm.beta")] = x
-    assert old.keys() != now.keys()
-    hf.write_tensors(tmp_path / "model.safetensors", old)
-    config, variables = bert.load(tmp_path)
-    assert config == small.config
-    assert_close(variables, small.variables(False), 0)
-
-
-@pytest.mark.parametrize("name", ["deberta", "deberta_lm"])
-def test_what_microsofts_files_have_besides(name: str, tmp_path: pathlib.Path) -> None:
-    """Another head, and positions where the model adds none: kept, not computed with."""
-    small = SMALL[name]
-    small.write(tmp_path)
-    tensors = hf.read_tensors(tmp_path)
-    more = {"mask_predictions.dense.weight": np.ones((2, 2), np.float32)}
-    if not small.config.position_biased_input:
-        more["embeddings.position_embeddings.weight"] = np.ones((20, 16), np.float32)
-    hf.write_tensors(tmp_path / "model.safetensors", {**tensors, **more})
-    config, variables = deberta.load(tmp_path)
-    assert config == small.config
-    assert_close(variables["params"], small.variables(False)["params"], 0)
-    deberta.save(tmp_path / "again", variables, config)
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
 
 
 @pytest.mark.parametrize(
@@ -465,7 +258,6 @@ def test_what_microsofts_files_have_besides(name: str, tmp_path: pathlib.Path) -
         ("gpt", 16),
         pytest.param("bert", 20, marks=pytest.mark.slow),
         ("roberta_lm", 18),
-        ("deberta_lm", 20),
     ],
 )
 def test_more_tokens_than_positions(name: str, most: int) -> None:
@@ -488,7 +280,7 @@ def test_more_tokens_than_positions(name: str, most: int) -> None:
         ("gpt", "model_type", "llama", "expected model_type 'gpt2', got 'llama'"),
         ("gpt", "scale_attn_weights", False, "expected scale_attn_weights True, got False"),
         ("bert", "hidden_act", "relu", "expected hidden_act 'gelu', got 'relu'"),
-        ("deberta", "pooler_hidden_act", "tanh", "expected pooler_hidden_act 'gelu', got 'tanh'"),
+        ("deberta", "share_att_key", False, "expected share_att_key True, got False"),
         ("bert", "hidden_size", None, "lacks hidden_size"),
     ],
 )
@@ -504,19 +296,6 @@ def test_config_of_another_model(
     assert str(error.value).removeprefix(f"`{path}`").lstrip(": ") == message
 
 
-def test_no_checkpoint(tmp_path: pathlib.Path) -> None:
-    """What is missing, and how to get it."""
-    SMALL["gpt"].write(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError) as error:
-        gpt.load(tmp_path)
-    assert str(error.value) == (
-        f"{tmp_path} holds neither model.safetensors nor model.safetensors.index.json. Put the "
-        "checkpoint there; from another format, `transformers` writes it by save_pretrained(..., "
-        "safe_serialization=True)."
-    )
-
-
 def test_examples_in_docstrings() -> None:
     """Those of the shared files."""
     assert doctest.testmod(hf).failed == 0 < doctest.testmod(hf).attempted
@@ -525,13 +304,12 @@ def test_examples_in_docstrings() -> None:
 # ---- axes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize(
-    "name", daily("gpt", "llama_untied", "mixtral", "gemma3", "roberta_cls", "deberta_lm")
-)
+@pytest.mark.parametrize("scan", [True, slow(False)])
+@pytest.mark.parametrize("name", ["gpt", "mixtral", "gemma3", slow("roberta_cls"), "deberta_lm"])
 def test_every_axis_of_a_matrix_has_a_name(name: str, scan: bool) -> None:
     """And the rules know it."""
-    model = SMALL[name].model(scan=scan)
+    small = decoder(name) if name in decoders.CONFIGS else SMALL[name]
+    model = small.model(scan=scan)
     boxed = jax.eval_shape(model.init, jax.random.key(0), IDS)
     leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     known = {rule for rule, _ in parts.RULES} | {None}
@@ -547,19 +325,16 @@ TOTALS = {
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
-    "gpt2-xl": 1_557_611_200,
     "gpt3-175b": 174_604_259_328,
     "llama2-7b": 6_738_415_616,
     "llama2-70b": 68_976_648_192,
     "smollm2-135m": 134_515_008,
-    "smollm2-360m": 361_821_120,
-    "smollm2-1.7b": 1_711_376_384,
     "roberta-base": 124_697_433,
     "roberta-large": 355_412_057,
 }
 
 
-OFTEN = "gpt2", "llama2-7b", "smollm2-135m", "roberta-base"
+OFTEN = "llama2-7b", "roberta-base"
 
 
 @pytest.mark.parametrize("name", [name if name in OFTEN else slow(name) for name in TOTALS])
@@ -577,30 +352,13 @@ def test_sizes(name: str) -> None:
     ],
 )
 def test_counts_of_the_paper(row: counts.Row) -> None:
-    """Trainable parameters exactly; what is stored and kept follows from them."""
-    figures = counts.measure(row.model, row.rules)
-    assert figures.trainable == row.expected
-    assert figures.adapter_bytes == 2 * row.expected
-    assert figures.merged_bytes == 2 * figures.parameters
-    assert figures.gradient_bytes == 4 * row.expected
-    assert figures.moment_bytes == 4 + 8 * row.expected
-    assert figures.full_gradient_bytes == 4 * figures.parameters
-    assert figures.full_moment_bytes == 4 + 8 * figures.parameters
-
-
-def test_counts_do_not_depend_on_the_scan() -> None:
-    """An unscanned model has the same matrices."""
-    model = gpt.GPT(replace(gpt.SIZES["gpt2-medium"], layers=3), scan=False)
-    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    sites = jlora.transform(model.apply, *counts.gpt_rules("qv", 4)).sites(
-        gpt.shapes(model.config, scan=False), ids
-    )
-    assert sites.trainable == 393_216 // 24 * 3
+    """Trainable parameters exactly."""
+    assert counts.measure(row.model, row.rules)[1] == row.expected
 
 
 def test_counts_print_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     """In the figures that the README shows."""
-    counts.main(counts.rows()[:1])
+    counts.main(table=counts.rows()[:1])
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| RoBERTa-base | 124,697,433 | q, v, r = 8 | 294,912 | 590 kB | 249 MB "
         "| 1.18 MB of 499 MB | 2.36 MB of 998 MB |"

@@ -14,8 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from models import bert, checkpoint, deberta, gpt, gpt_nnx, llama  # noqa: E402
-from models.generation import generate  # noqa: E402
+from models import beam, bert, checkpoint, deberta, gpt, llama  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -50,17 +49,12 @@ XXL = {
     "conv_kernel_size": 3,
     "conv_act": "gelu",
 }
-GROUPED = {**XXL, "conv_kernel_size": 5, "conv_groups": 2, "conv_act": "tanh"}
-OWN = {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
-OWN |= {"max_relative_positions": 9}
-C2P = {**XXL, "pos_att_type": "c2p", "share_att_key": False}
-P2C = {**XXL, "pos_att_type": ["p2c"], "share_att_key": False, "conv_kernel_size": 0}
 # transformers ties the wrong matrix to the embedding if it is left to tie.
 NEW_HEAD = {**XXL, "legacy": False, "tie_word_embeddings": False}
 
 
 class Case(NamedTuple):
-    """A class of `transformers`, its config, how it is loaded, and our model of it."""
+    """A class of `transformers`, its config, and our model of it."""
 
     cls: str
     config: dict[str, Any]
@@ -68,7 +62,6 @@ class Case(NamedTuple):
     make: Callable[..., Any]
     classes: tuple[int, ...] = ()
     types: bool = False
-    how: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
 def encoders(name: str, config: dict[str, Any], module: Any, make: Any) -> dict[str, Case]:
@@ -82,39 +75,20 @@ def encoders(name: str, config: dict[str, Any], module: Any, make: Any) -> dict[
     return {name + suffix: case._replace(types=types) for suffix, case in cases.items()}
 
 
-def decoder(name: str, **config: Any) -> Case:
-    """A small one with more heads of queries than of keys."""
+def decoder(**config: Any) -> Case:
+    """A small Llama with more heads of queries than of keys."""
     config = {**LLAMA, "max_position_embeddings": 64, **config}
-    how = {"attn_implementation": "eager"}  # PyTorch's own attention knows no caps
-    return Case(f"{name}ForCausalLM", config, checkpoint, llama.Llama, how=how)
+    return Case("LlamaForCausalLM", config, checkpoint, llama.Llama)
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
-WINDOW = {"sliding_window": 5, "use_sliding_window": True}
-GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 6, "sliding_window": 5}
-CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
-EXPERTS = {"moe_intermediate_size": 12, "num_experts": 5, "num_experts_per_tok": 3, "head_dim": 8}
 DECODERS = {
-    "llama": decoder("Llama", tie_word_embeddings=True),
-    "llama_untied": decoder("Llama"),
-    "llama_biased": decoder("Llama", attention_bias=True, mlp_bias=True, head_dim=6),
-    "llama_linear": decoder("Llama", rope_scaling={"type": "linear", "factor": 3.0}),
-    "llama3": decoder("Llama", rope_scaling=LLAMA3, rope_theta=30.0, head_dim=16),
-    "mistral": decoder("Mistral", sliding_window=4),
-    "mistral_without_a_window": decoder("Mistral", sliding_window=None, head_dim=8),
-    "mixtral": decoder("Mixtral", num_local_experts=4, sliding_window=5),
-    "qwen2": decoder("Qwen2", tie_word_embeddings=True),
-    "qwen2_window": decoder("Qwen2", **WINDOW, max_window_layers=1),
-    "qwen3": decoder("Qwen3", head_dim=8, attention_bias=True),
-    "qwen3_window": decoder("Qwen3", **WINDOW, max_window_layers=2, head_dim=8),
-    "qwen3_moe": decoder("Qwen3Moe", **EXPERTS),
-    "qwen3_moe_normalized": decoder("Qwen3Moe", **EXPERTS, **WINDOW, norm_topk_prob=True),
-    "gemma2": decoder("Gemma2", **GEMMA, **CAPS, attention_bias=True),
-    "gemma3": decoder("Gemma3", **GEMMA, rope_local_base_freq=20.0, sliding_window_pattern=2),
-    "gemma3_linear": decoder(
-        "Gemma3", **GEMMA, rope_scaling={"rope_type": "linear", "factor": 8.0}
-    ),
+    "llama": decoder(tie_word_embeddings=True),
+    "llama_untied": decoder(),
+    "llama_biased": decoder(attention_bias=True, mlp_bias=True, head_dim=6),
+    "llama_linear": decoder(rope_scaling={"type": "linear", "factor": 3.0}),
+    "llama3": decoder(rope_scaling=LLAMA3, rope_theta=30.0, head_dim=16),
 }
 CASES = {
     "gpt2": Case("GPT2LMHeadModel", GPT2, gpt, gpt.GPT),
@@ -124,11 +98,6 @@ CASES = {
     "bert_pretraining": Case("BertForPreTraining", ENCODER, bert, bert.Bert, types=True),
     **encoders("Roberta", {**ENCODER, "pad_token_id": 1}, bert, bert.Bert),
     **encoders("DebertaV2", XXL, deberta, deberta.Deberta),
-    "deberta_grouped": Case("DebertaV2Model", GROUPED, deberta, deberta.Deberta),
-    "deberta_own": Case("DebertaV2ForMaskedLM", OWN, deberta, deberta.Deberta, types=True),
-    "deberta_c2p": Case("DebertaV2Model", C2P, deberta, deberta.Deberta),
-    "deberta_p2c": Case("DebertaV2Model", P2C, deberta, deberta.Deberta),
-    "deberta_plain": Case("DebertaV2Model", ENCODER, deberta, deberta.Deberta, types=True),
     "deberta_new_head": Case("DebertaV2ForMaskedLM", NEW_HEAD, deberta, deberta.Deberta),
 }
 
@@ -149,7 +118,7 @@ def torch_model(case: Case, folder: pathlib.Path) -> Any:
             if x.ndim == 1:
                 x += 0.2 * torch.randn_like(x)
     model.save_pretrained(folder)
-    return cls.from_pretrained(folder, **case.how).eval()
+    return cls.from_pretrained(folder).eval()
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
@@ -182,33 +151,15 @@ def test_logits_and_files(case: Case, scan: bool, tmp_path: pathlib.Path) -> Non
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_a_change_gets_there_and_back(case: Case, tmp_path: pathlib.Path) -> None:
-    """What is changed here and saved is what PyTorch loads, as a whole."""
-    torch_model(case, tmp_path)
-    config, variables = case.module.load(tmp_path, scan=True)
-    variables["params"] = jax.tree.map(lambda x: 0.9 * x, variables["params"])
-    case.module.save(tmp_path / "model.safetensors", variables, config)
-    cls = getattr(transformers, case.cls)
-    model, info = cls.from_pretrained(tmp_path, output_loading_info=True, **case.how)
-    assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert not info["missing_keys"]
-    given = inputs(case)
-    actual = case.make(config, *case.classes, scan=True).apply(variables, *given.values())
-    expected = torch_outputs(model.eval(), given)
-    if not case.classes:
-        actual, expected = actual[MASK > 0], expected[MASK > 0]
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation(name: str, tmp_path: pathlib.Path) -> None:
-    """Greedy, from prompts of three lengths, beyond every window, until a token that ends it."""
+    """Greedy, from prompts of three lengths, until a token that ends it."""
     case, stop, limit = CASES[name], 5, 12
     model = torch_model(case, tmp_path)
     config, variables = case.module.load(tmp_path)
     logits_fn = jax.tree_util.Partial(case.make(config).apply, variables)
     prompts = [row[:n].tolist() for row, n in zip(IDS, (12, 7, 1), strict=True)]
-    answers = generate(logits_fn, prompts, config.cache, stop=stop, limit=limit)
+    answers = beam.greedy(logits_fn, prompts, config.cache, stop, limit)
     left = np.array([[0] * (12 - len(prompt)) + prompt for prompt in prompts])
     expected = model.generate(
         torch.tensor(left),
@@ -221,16 +172,6 @@ def test_generation(name: str, tmp_path: pathlib.Path) -> None:
     assert len({token for row in expected for token in row}) > 3
     for answer, ids in zip(answers, expected, strict=True):
         assert answer == (ids[: ids.index(stop)] if stop in ids else ids)
-
-
-@pytest.mark.parametrize("scan", [True, False])
-def test_nnx(scan: bool, tmp_path: pathlib.Path) -> None:
-    """GPT-2 in NNX."""
-    model, given = torch_model(CASES["gpt2"], tmp_path), inputs(CASES["gpt2"])
-    _, graph, params = gpt_nnx.load(tmp_path, scan=scan)
-    actual = np.asarray(gpt_nnx.apply(graph, params, *given.values()))
-    expected = torch_outputs(model, given)
-    np.testing.assert_allclose(actual[MASK > 0], expected[MASK > 0], rtol=0, atol=1e-4)
 
 
 def test_shards_and_the_model_without_a_head(tmp_path: pathlib.Path) -> None:
@@ -255,5 +196,5 @@ def test_buckets_of_distances(span: int, farthest: int, length: int) -> None:
 
     x = torch.zeros(1, length, 4)
     expected = modeling.build_relative_position(x, x, span, farthest)[0].numpy() + span
-    actual = deberta.buckets(length, span, farthest, logarithmic=True)
+    actual = deberta.buckets(length, span, farthest)
     np.testing.assert_array_equal(actual, np.clip(expected, 0, 2 * span - 1))

@@ -41,10 +41,3 @@ def test_moments_in_float32():
     expected, _ = optax.adam(0.1).update(wide[1], optax.adam(0.1).init(wide[0]), wide[0])
     np.testing.assert_array_equal(updates["w"], expected["w"])
     assert optax.apply_updates(params, updates)["w"].dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("topology", ["v5p:2x2x2", "cuda:1x1x8"])
-def test_without_its_compiler(topology, monkeypatch):
-    monkeypatch.setattr(pod_plan.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=f"^`--topology {topology}` needs .*pip install"):
-        pod_plan.mesh_of(topology, (4, 2))

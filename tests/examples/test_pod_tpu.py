@@ -67,16 +67,10 @@ def test_collectives(model, topology, axes, sequence, method, monkeypatch):
 
 @pytest.mark.parametrize("method", ["qv", "all"])
 def test_memory(method):
-    """Of the real Llama 7B, compiled and estimated."""
+    """Of the real Llama 7B, compiled."""
     floor = row("7b", V5P, (4, 2), False, "floor")
     peak = row("7b", V5P, (4, 2), False, method).plan.peak
     assert peak <= 1.02 * floor.plan.peak
-    mesh = pod_plan.mesh_of(V5P, (4, 2))
-    args = argparse.Namespace(shape="7b", rank=8, rows=1, length=LENGTH["7b"])
-    operands = pod.plan_step(args, method, mesh)
-    with jax.set_mesh(mesh), pod.nn.logical_axis_rules(RULES):
-        estimated = pod.jlora.plan(*operands, compile=False)
-    assert 0.85 * peak <= estimated.peak <= 1.15 * peak
 
 
 def sizes(model, method):
@@ -90,7 +84,7 @@ def sizes(model, method):
 
 
 def test_the_command(tmp_path, capsys):
-    """Prints a row a step, and writes the same numbers and a plot."""
+    """Prints a row a step, and writes the same numbers."""
     where = ["--shape", "small", "--topology", "v5e:2x2", "--mesh", "2,2", "--out", str(tmp_path)]
     pod.main(["plan", *where])
     printed = capsys.readouterr().out.splitlines()
@@ -101,7 +95,6 @@ def test_the_command(tmp_path, capsys):
     for line, row in zip(printed[2:], rows, strict=False):
         assert line.split() == " ".join(row.values()).split()
         assert row["fits"] == "yes"
-    assert (tmp_path / "plan" / "small-v5e-2x2.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_smallest_slice(tmp_path, capsys):

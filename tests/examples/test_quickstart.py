@@ -67,27 +67,3 @@ def test_the_saved_adapter_gives_the_exported_weights(run):
 def test_a_run_replaces_what_one_before_it_left(run):
     _, out = run
     assert checkpoint.read(out / "adapter").rules == quickstart.make_rules(rank=2)
-
-
-def test_draw_shows_every_sentence_once_an_epoch():
-    plan = quickstart.draw(10, steps=5, size=4, seed=0)
-    assert plan.shape == (5, 4)
-    assert sorted(plan.flat[:10]) == sorted(plan.flat[10:]) == list(range(10))
-    np.testing.assert_array_equal(plan, quickstart.draw(10, steps=5, size=4, seed=0))
-    assert not np.array_equal(plan, quickstart.draw(10, steps=5, size=4, seed=1))
-
-
-@pytest.mark.parametrize("n", [1, 4, 5, 9])
-def test_outputs_keeps_order_whatever_the_chunk(n):
-    ids = np.arange(2 * n).reshape(n, 2)
-    batch = quickstart.Batch(ids, np.ones_like(ids), np.zeros(n, int))
-    np.testing.assert_array_equal(quickstart.outputs(lambda ids, _: ids, batch, size=4), ids)
-
-
-def test_probe_separates_the_separable():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(300, 5))
-    x[:, 4] = 3  # a constant feature, as MiniLM has
-    labels = (x[:, 0] > 0.3).astype(int)
-    logits = quickstart.probe(x[:200], labels[:200], x[200:])
-    assert quickstart.accuracy(logits, labels[200:]) > 0.9

@@ -1,6 +1,7 @@
 """`examples/sweep.py`: each run is the one that it is alone, and what is written can be read."""
 
 import csv
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sweep
+from trials import Task
 
 import jlora
 from jlora import checkpoint
@@ -25,31 +27,24 @@ def model(params: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ params["up"]) @ params["down"]
 
 
-def nll(logits_fn: Any, rows: Rows) -> Any:
-    """The squared error, as if it were one."""
-    return ((logits_fn(rows.x) - rows.labels) ** 2).sum(), rows.labels.size
+def score(logits: jax.Array, rows: Rows) -> Any:
+    """The squared error, as if it were a likelihood."""
+    return ((logits - rows.labels) ** 2).sum(), 0, rows.labels.size
 
 
-def tiny() -> sweep.Work:
+def tiny(steps: int = 24, batch: int = 8) -> Task:
     """As small as can be."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((96, 6)).astype(np.float32)
     params = {"up": jnp.asarray(rng.standard_normal((6, 8)), jnp.float32), "down": jnp.ones((8, 1))}
-    rows = Rows(x, np.sin(x[:, :1]))
-    return sweep.Work(
-        model,
-        params,
-        lambda rank: (jlora.LoRA("up", rank=rank, alpha=2.0 * rank), jlora.Full("down")),
-        nll,
-        lambda rows: (rows.x,),
-        sweep.take(rows, slice(32, None)),
-        sweep.take(rows, slice(32)),
-        batch=8,
-        steps=24,
-        learning_rates=(1e-3, 1e-1),
-        ranks=(1, 3),
-        seeds=(0, 1),
-    )
+    parts = (Rows(x[rows], np.sin(x[rows, :1])) for rows in (slice(32, None), slice(32), slice(0)))
+    inputs = lambda rows: (rows.x,)  # noqa: E731
+    head = (jlora.Full("down"),)
+    return Task(model, params, inputs, score, head, 1, 0, steps, batch, *parts)
+
+
+GRID = sweep.Grid(tiny, "up", 8, 24, (1e-3, 1e-1), (1, 3), (0, 1))
+RUNS = [sweep.Run(*x) for x in itertools.product(*GRID[4:])]
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +54,14 @@ def run(tmp_path_factory):
     (out / "best").mkdir()
     (out / "best" / "of_an_earlier_sweep").touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sweep.MODELS, "minilm", tiny)
+        patch.setitem(sweep.MODELS, "minilm", GRID)
         return sweep.main(["--out", str(out)]), out
 
 
 def test_each_run_is_the_one_that_it_is_alone(run):
     result, _ = run
-    work = tiny()
     assert sorted(result.stopped) == [6, 6, 6, 6, 12, 12, 24, 24]
-    single = sweep.sweep(work, [sweep.Run(*grid(work)[result.best])])
+    single = sweep.sweep(GRID, tiny(), [RUNS[result.best]])
     curve = result.curves[:, result.best]
     np.testing.assert_allclose(curve, single.curves[:, 0], rtol=1e-5, atol=1e-6)
     for steps, curve in zip(result.stopped, result.curves.T, strict=True):
@@ -78,38 +72,32 @@ def test_each_run_is_the_one_that_it_is_alone(run):
     assert result.scores[result.best] == min(result.scores[result.stopped == 24])
 
 
-def grid(work: sweep.Work) -> list[Any]:
-    """The runs in the order in which `main` makes them."""
-    return [(a, b, c) for a in work.learning_rates for b in work.ranks for c in work.seeds]
-
-
 def test_what_is_written(run):
     result, out = run
-    work = tiny()
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["best", "curves.csv", "curves.png", "runs.csv"]
+    assert names == ["best", "curves.csv", "runs.csv"]
     with (out / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["learning_rate"]) for row in rows] == [run[0] for run in grid(work)]
+    assert [float(row["learning_rate"]) for row in rows] == [run[0] for run in RUNS]
     assert [row["best"] for row in rows].index("True") == result.best
     curves = np.genfromtxt(out / "curves.csv", delimiter=",", names=True)
-    assert len(curves) == work.steps and len(curves.dtype.names) == 8
-    rank = grid(work)[result.best][1]
-    lora = jlora.transform(model, *work.rules(rank))
-    base, like = lora.init(jax.random.key(0), work.params, work.train.x)
+    assert len(curves) == GRID.steps and len(curves.dtype.names) == 8
+    task, rank = tiny(), RUNS[result.best].rank
+    lora = jlora.transform(model, *GRID.rules(task, rank))
+    base, like = lora.init(jax.random.key(0), task.params, task.train.x)
     adapter = checkpoint.restore(out / "best", like=like, base=base)
-    total, count = nll(lambda x: lora.apply(base, adapter, x), work.held_out)
+    total, _, count = score(lora.apply(base, adapter, task.validation.x), task.validation)
     assert total / count == pytest.approx(result.scores[result.best], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_left_behind():
     """Among others, which are as they are without it."""
-    work = tiny()._replace(steps=8)
     runs = [sweep.Run(*x) for x in ((1e-2, 3, 0), (1e30, 3, 1), (3e-2, 1, 0))]
-    result = sweep.sweep(work, runs)
+    result = sweep.sweep(GRID, tiny(8), runs)
     assert result.scores[1] == np.inf and np.isfinite(result.scores[[0, 2]]).all()
     assert result.stopped[1] == 2
-    single = sweep.sweep(work, runs[:1])
+    single = sweep.sweep(GRID, tiny(8), runs[:1])
     steps = result.stopped[0]
     np.testing.assert_allclose(result.curves[:steps, 0], single.curves[:steps, 0], rtol=1e-5)
 

@@ -9,8 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from models import gpt  # noqa: E402
-from tasks import beam  # noqa: E402
+from models import beam, gpt  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")

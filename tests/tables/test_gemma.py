@@ -98,4 +98,4 @@ CASES = {
     ),
 }
 
-made = made_of(CASES, "gemma2-2b", "gemma3")
+made = made_of(CASES, "gemma3")

@@ -132,4 +132,4 @@ CASES = {
     ),
 }
 
-made = made_of(CASES, "llama3", "gemma3")
+made = made_of(CASES, "gemma3")

@@ -1,4 +1,4 @@
-"""An adapter whose model is not at hand."""
+"""Reads an adapter whose model is not at hand."""
 
 import os
 from collections.abc import Mapping
@@ -97,7 +97,7 @@ class Alone(NamedTuple):
         }
 
     def leaf(self, part: Part) -> NamedLeaf:
-        """The weight of a part, with PyTorch's axes."""
+        """The leaf that a part adapts, with PyTorch's axes."""
         (rows, columns), count = matrix(part), part.a.shape[0] // self.ranks[part.key]
         window = part.a.shape[2:] if part.kind == "conv" else ()
         axes, shape = {
@@ -118,7 +118,7 @@ def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
 def check_alone(
     fields: Mapping[str, object], tensors: Mapping[str, np.ndarray], argument: str, title: str
 ) -> None:
-    """Raises if what is about to be written would not be read as the same."""
+    """Raises if what is about to be written could not be read."""
     _read(in_memory(fields, tensors, argument), Problems(title))
 
 

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what it selects, what of it is refused, and how it is written."""
+"""`adapter_config.json`: its fields, which values are refused, and how it is written."""
 
 import json
 import os
@@ -63,9 +63,9 @@ MISS, ROWS_ALONE = "MISS", "TRAINABLE_TOKENS"  # other methods
 ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
 # Initial values of A and B that leave the base as it is.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
-# What is read beside plain LoRA.
+# Features that are read.
 METHODS = ("trainable_token_indices", "use_dora")
-# What goes beyond plain LoRA, as does every key that is not among the defaults.
+# Fields that go beyond plain LoRA, as does every key that is not among the defaults.
 _FEATURES = {
     *METHODS,
     "alora_invocation_tokens",
@@ -84,10 +84,10 @@ _FEATURES = {
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of an adapter's `adapter_config.json`, for `save(..., config=...)`.
+    """Reads the fields of an adapter's `adapter_config.json`, for `save(..., config=...)`.
 
-    What an adapter tree has no place for (task type, revision, the name of the base model, how the
-    modules are selected) is carried this way, so that load and save give back PEFT's own bytes.
+    They carry what an adapter tree has no place for: task type, revision, the name of the base
+    model, how the modules are selected. With them, load and save give back PEFT's own bytes.
 
     Args:
         path: the adapter's folder.
@@ -108,7 +108,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def dumps(fields: Mapping[str, Any]) -> str:
-    """The text that PEFT writes."""
+    """Formats a configuration as PEFT does."""
     return json.dumps(fields, indent=2, sort_keys=True)
 
 
@@ -116,7 +116,7 @@ def dumps(fields: Mapping[str, Any]) -> str:
 
 
 def problems_of(fields: Mapping[str, Any]) -> list[str]:
-    """Why the fields cannot be read as an adapter; empty if they can."""
+    """Lists why the fields cannot be read as an adapter; empty if they can."""
     method = fields.get("peft_type", "LORA")
     if method == ROWS_ALONE:
         required, unread = ("target_modules", "token_indices"), fields.keys() - ROWS_DEFAULTS.keys()
@@ -143,7 +143,7 @@ _CONVERT = (
 
 
 def _contradictions(fields: Mapping[str, Any]) -> list[str]:
-    """What PEFT's own files of LoRA do not have, or have only for a changed base."""
+    """Lists combinations that PEFT's files do not have, or that need a changed base."""
     found = [
         f"{key}: {brief(fields[key])} is nothing that PEFT has beside use_dora"
         for key in ("lora_bias", "target_parameters")
@@ -164,14 +164,14 @@ def _contradictions(fields: Mapping[str, Any]) -> list[str]:
 
 
 def features(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration uses of PEFT beside plain LoRA, by its keys."""
+    """The fields by which a configuration goes beyond plain LoRA."""
     known = DEFAULTS.keys() - _FEATURES
     each = ((key, x) for key, x in fields.items() if key not in known)
     return {key: x for key, x in each if x and x != DEFAULTS.get(key)}
 
 
 def misformed(fields: Mapping[str, Any]) -> list[str]:
-    """Why fields are not of the kind that PEFT writes."""
+    """Lists the fields whose values are not of the kind that PEFT writes."""
     wrong = [
         f"{key}: expected {what}, got {brief(fields[key])}"
         for key, (what, fits) in _KINDS.items()
@@ -261,7 +261,7 @@ _KINDS: dict[str, _Kind] = {
 
 
 def _patterns(fields: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Each pattern as it is written, and as it is matched if it is not plain."""
+    """Gives the field of each pattern, the pattern, and how it is matched if it is not plain."""
     for key in ("target_modules", "exclude_modules"):
         if isinstance(pattern := fields.get(key), str):
             yield key, pattern, pattern

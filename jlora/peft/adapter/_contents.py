@@ -1,4 +1,4 @@
-"""What each tensor of an adapter is, by its key and by the configuration."""
+"""Sorts the tensors of an adapter by their keys and its configuration."""
 
 import collections
 import re
@@ -59,7 +59,7 @@ class Part(NamedTuple):
         return (self.a, self.b) if self.m is None else (self.a, self.b, self.m)
 
     def read(self, values: Mapping[str, Any]) -> "Part":
-        """The part with the values of its tensors."""
+        """Replaces each tensor by its values."""
         a, b, *m = (values[x.key] for x in self.arrays)
         return self._replace(a=a, b=b, m=m[0] if m else None)
 
@@ -96,7 +96,7 @@ class Adapter(NamedTuple):
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:
-    """Says what each tensor is; raises for a configuration that is not supported."""
+    """Finds out what each tensor is; raises for a configuration that is not supported."""
     fields = files.fields
     problems.stop(*problems_of(fields))
     selection = Selection(fields, f"`{files.argument}`")
@@ -137,7 +137,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
 def _rows_alone(
     selection: Selection, tensors: Iterable[TensorInfo], problems: Problems
 ) -> dict[str, Tokens]:
-    """The rows of an adapter of nothing else."""
+    """The rows of an adapter that has nothing else."""
     rows, found = tuple(selection.fields["token_indices"]), dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:
@@ -169,7 +169,7 @@ def _others(
     with_rows: Collection[str],
     problems: Problems,
 ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """The parameters that are replaced, and those that must be the base's."""
+    """Separates the parameters that are replaced from those that must be the base's."""
     full, frozen = dict[str, TensorInfo](), dict[str, TensorInfo]()
     for key, x in tensors.items():
         wrapped, _, parameter = key.rpartition(".")
@@ -208,8 +208,8 @@ def may_tie(fields: Mapping[str, Any], module: str) -> bool:
     return bool(fields.get("ensure_weight_tying")) and bool(SHARED.search(module))
 
 
-def resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
-    """Why a parameter in full does not fit, if it is of a vocabulary of another size."""
+def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str | None:
+    """Explains why a parameter does not fit if its vocabulary has another size."""
     module, _, parameter = name.rpartition(".")
     if shape == wanted or shape[1:] != wanted[1:] or not _is_of_vocabulary(module, parameter):
         return None
@@ -230,7 +230,7 @@ def _parts(
     magnitudes: Mapping[str, TensorInfo],
     problems: Problems,
 ) -> dict[str, list[Part]]:
-    """A and B of each module, the deepest first, with magnitudes; none where one of them lacks."""
+    """Pairs A and B of each module, the deepest first, with their magnitudes."""
     found: dict[str, list[Part]] = {module: [] for module, *_ in sides}
     shallowest: dict[str, int] = {}
     is_dora = bool(selection.fields.get("use_dora"))

@@ -1,4 +1,4 @@
-"""The configuration that describes an adapter tree: what a given one says is kept where it fits."""
+"""Makes the configuration that describes an adapter tree, from a given one where that fits."""
 
 import bisect
 import collections
@@ -24,7 +24,7 @@ NO_MODULE = "dummy-target-modules"  # PEFT's word where nothing has A and B
 
 
 def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterable[Part]) -> Fields:
-    """The `fields` with what describes an adapter; those that the user has `given` stay."""
+    """Changes those of the `fields` that do not describe an adapter; `given` are the user's own."""
     fields = _with_targets(fields, tree)
     experts = {leaf.key(module): leaf.experts for leaf in tree.low for module in leaf.modules}
     scales = {part.key: (len(part.a) // experts[part.key], part.scale) for part in parts}
@@ -89,7 +89,7 @@ def _ties(fields: Mapping[str, Any], module: str) -> bool:
 
 
 def _with_full(fields: Fields, tree: Tree) -> Fields:
-    """Saves leaves in full, and heads that are tied to one: by `bias`, or `modules_to_save`."""
+    """Saves leaves in full, and the heads tied to them, by `bias` or by `modules_to_save`."""
     wanted = {leaf.path for leaf in tree.full}
     heads = [h for leaf in tree.full if (h := tree.tied.get(leaf.modules[0]))]
 
@@ -152,8 +152,8 @@ def frozen_beside(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
 
 
 def _with_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
-    """Says dropout, orientation and DoRA."""
-    dropouts = {getattr(tree.found[leaf.path], "dropout", 0.0) for leaf in tree.low}
+    """Sets dropout and orientation."""
+    dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
     if "lora_dropout" not in given and len(dropouts) > 1:
         raise ValueError(
             f"`adapter` has the dropout rates {sorted(dropouts)}, but PEFT has one for all. "
@@ -180,7 +180,7 @@ def _with_tokens(fields: Fields, tree: Tree) -> Fields:
 
 
 def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
-    """The `fields` of an adapter of nothing but rows, for which PEFT has one list."""
+    """Describes an adapter that has nothing but rows, for which PEFT has one list."""
     lists = {tree.found[leaf.path].rows: name_of(leaf.path) for leaf in tree.rows}
     if len(lists) > 1:
         raise ValueError(
@@ -202,12 +202,12 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
 
 
 def _ending(module: str, others: Iterable[str]) -> str:
-    """The last parts of `module`, as few as end none of the others."""
+    """The shortest ending of `module` that ends none of the others."""
     return next((t for t in _endings(module) if not any(x.endswith(t) for x in others)), module)
 
 
 def _suffixes(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Short endings that name all of `wanted` and none of `others`."""
+    """Finds short endings that name all of `wanted` and none of `others`."""
     left = Names("." + name for name in others)
     found = (
         next((tail for tail in _endings(name) if not left.end_in("." + tail)), name)
@@ -217,12 +217,12 @@ def _suffixes(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 def _endings(name: str) -> Iterator[str]:
-    """The last parts of `name`, the fewest first, and the whole."""
+    """The endings of `name` at its dots, the shortest first, and the whole."""
     return reversed([*tails(name)])
 
 
 def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """`fields` whose rank, alpha and patterns give each key its rank and scale."""
+    """Sets rank, alpha and patterns so that each key gets its rank and scale."""
     selection = Selection(fields)
     selection.prepare(scales)
     # A scale that a row of `names` multiplied, and that was divided again, may be off by a bit.
@@ -251,7 +251,7 @@ def _alpha(scale: float, divisor: float) -> float:
 
 
 def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and a pattern for each other one."""
+    """Finds the most common value, and a pattern for each other one."""
     [(most, _)] = collections.Counter(values.values()).most_common(1)
     # Names that end alike lie side by side: where do those of one value stop?
     order = sorted((("." + name)[::-1], value) for name, value in values.items())
@@ -259,13 +259,13 @@ def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     for i in range(len(order) - 2, -1, -1):
         stop[i] = stop[i + 1] if order[i][1] == order[i + 1][1] else i + 1
 
-    def is_alike(tail: str) -> bool:
+    def has_one_value(tail: str) -> bool:
         back = ("." + tail)[::-1]
         end = stop[bisect.bisect_left(order, back, key=lambda entry: entry[0])]
         return end == len(order) or not order[end][0].startswith(back)
 
     return most, {
-        re.escape(next((tail for tail in _endings(name) if is_alike(tail)), name)): value
+        re.escape(next((tail for tail in _endings(name) if has_one_value(tail)), name)): value
         for name, value in values.items()
         if value != most
     }

@@ -14,7 +14,7 @@ from .._file import (
     TENSORS,
     Source,
     TensorInfo,
-    opened,
+    open_file,
     read_header,
     read_json,
     reader,
@@ -44,10 +44,7 @@ class Files(NamedTuple):
     is_own: bool = False
 
     def values(self, wanted: Iterable[TensorInfo], problems: Problems) -> dict[str, np.ndarray]:
-        """Reads tensors, by their keys; values that are not finite, or mean nothing, are problems.
-
-        It is called when all else is known to be right.
-        """
+        """Reads tensors, once nothing else is wrong; values that are not finite are problems."""
         problems.stop()
         found = self.read(wanted)
         problems.found += [
@@ -73,7 +70,7 @@ def open_files(source: Source) -> Files:
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
-        with opened(source, TENSORS) as (file, _):
+        with open_file(source, TENSORS) as (file, _):
             value = reader(file, header)
             return {x.key: value(x.key) for x in wanted}
 
@@ -81,7 +78,7 @@ def open_files(source: Source) -> Files:
 
 
 def in_memory(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
-    """The files that `write` would write."""
+    """Presents what is about to be written as files."""
     types = {dtype: name for name, dtype in DTYPES.items()}
     found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]
     read = lambda wanted: {x.key: tensors[x.key] for x in wanted}  # noqa: E731

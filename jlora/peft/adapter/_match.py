@@ -1,4 +1,4 @@
-"""The leaves of a tree that an adapter is for, and whether it fits them."""
+"""Matches an adapter to the leaves of a tree."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from ..._tree import name_of
 from .._file import COUNT, DTYPES, PREFIX, TensorInfo, shown
 from .._problems import Problems
 from ..names._convert import weights
-from ..names._leaves import NamedLeaf, tied_to
-from ._contents import SHARED, Adapter, Part, resized
-from ._tokens import Tokens, lone_heads, misfits, tied_rows, unlike
+from ..names._leaves import NamedLeaf, tied_heads
+from ._contents import SHARED, Adapter, Part, explain_resized
+from ._tokens import Tokens, list_unequal, lone_heads, misfits, tied_rows
 
 LOST = "unexpected; names no leaf of `base` under `names`"
 
@@ -45,7 +45,7 @@ class Match(NamedTuple):
         for x, y in self.transposed:
             if not np.array_equal(values[x.key], values[y.key].T):
                 problems.add(x.key, f"expected the transpose of {shown(y.key)}, got other values")
-        problems.found += unlike(self.same, values)
+        problems.found += list_unequal(self.same, values)
         for x, place in self.frozen:
             if not _is_of_base(values[x.key], place):
                 problems.add(
@@ -66,7 +66,7 @@ def match_to_tree(
     adapter: Adapter, parts: Iterable[Part], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Match:
     """Finds the leaf of everything in an adapter; what has none, or does not fit, is a problem."""
-    tied = {f"{head}.weight": leaf for leaf in leaves if (head := tied_to(leaf, leaves))}
+    tied = {f"{head}.weight": leaf for head, leaf in tied_heads(leaves).items()}
     places = {name: Place(leaf, 0, True) for name, leaf in tied.items()}
     places |= {name: Place(leaf, i) for leaf in leaves for i, name in enumerate(leaf.parameters)}
     low, full, found = dict[str, Part](), dict[str, TensorInfo](), Match([], [], [], [])
@@ -101,7 +101,7 @@ def match_to_tree(
 
 
 def _misfits(part: Part, place: Place | None) -> list[str]:
-    """Why A and B are not those of a place."""
+    """Explains why A and B do not fit a place."""
     key = shown(PREFIX + part.name.rpartition(".")[0])
     if place is None:
         return [f"{key}: {LOST}"]
@@ -120,7 +120,7 @@ def _misfits_in_full(name: str, x: TensorInfo, place: Place | None) -> list[str]
         return [f"{shown(x.key)}: {LOST}"]
     if place.leaf.name.part:
         return [f"{shown(x.key)}: saved in full, but its parts are leaves of `base`"]
-    why = resized(name, x.shape, place.leaf.weight_shape)
+    why = explain_resized(name, x.shape, place.leaf.weight_shape)
     return [why] if why else _misshapen(x, place.leaf.weight_shape)
 
 
@@ -149,7 +149,7 @@ def _match_head(
     found: Match,
     problems: Problems,
 ) -> None:
-    """A tied head and its embedding must have the same A and B, or the same values."""
+    """Requires the same A and B, or the same values, of a tied head and its embedding."""
     pair = {leaf.modules[0]: head, leaf.name.tied: table}  # each by the name of the other
     lone = [(other, x) for other, x in pair.items() if x]
     if dora := [(other, x) for other, x in lone if isinstance(x, Part) and x.m is not None]:
@@ -172,7 +172,7 @@ def _match_head(
 def _match_rows(
     adapter: Adapter, places: Mapping[str, Place], found: Match, problems: Problems
 ) -> list[tuple[NamedLeaf, Tokens]]:
-    """The embeddings with rows; those of tied heads must be the same."""
+    """Finds the embeddings that have rows, and requires the same rows of tied heads."""
     rows = []
     for name, x in adapter.tokens.items():
         place, table = places.get(name), None
@@ -205,14 +205,14 @@ def _match_rows(
 def _gather(
     found: Mapping[str, Any], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Iterator[tuple[NamedLeaf, list[Any]]]:
-    """By leaf what all of its modules have alike; of a leaf with slots what some of them have."""
+    """Collects what the modules of a leaf have, which must be all of them, or some of its slots."""
     for leaf in leaves:
         own = {name: found[name] for name in leaf.parameters if name in found}
         if not own:
             continue
         parts = [x for x in own.values() if isinstance(x, Part)]
         if leaf.layout.slots and parts:
-            leaf = leaf.only(_slots(leaf, own.keys()))
+            leaf = leaf.with_slots(_slots(leaf, own.keys()))
         what, advice = "layers", "load into a tree without a scan"
         if leaf.layout.slots:
             what, advice = "modules", "adapt them alike"
@@ -232,4 +232,4 @@ def _gather(
 def _slots(leaf: NamedLeaf, own: Set[str]) -> tuple[int, ...]:
     """The slots of which `own` has a parameter."""
     every = range(len(leaf.name.modules))
-    return tuple(i for i in every if not own.isdisjoint(leaf.only((i,)).parameters))
+    return tuple(i for i in every if not own.isdisjoint(leaf.with_slots((i,)).parameters))

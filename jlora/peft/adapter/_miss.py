@@ -37,7 +37,7 @@ def is_miss(fields: Mapping[str, Any]) -> bool:
 
 
 def problems_of_miss(fields: Fields) -> list[str]:
-    """Why a configuration cannot be read as LoRA."""
+    """Lists why a configuration of MiSS cannot be read as LoRA."""
     wrong = [
         f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
         for key, value in features(fields).items()
@@ -49,7 +49,7 @@ def problems_of_miss(fields: Fields) -> list[str]:
 
 
 def fields_of_lora(fields: Fields) -> Fields:
-    """The fields of MiSS that LoRA has too, by its names."""
+    """Translates the fields that LoRA has too to its names."""
     found = {key: fields[key] for key in SHARED if key in fields}
     found |= {"lora_dropout": fields[DROPOUT]} if DROPOUT in fields else {}
     bias = fields.get("bias", "none")
@@ -57,7 +57,7 @@ def fields_of_lora(fields: Fields) -> Fields:
 
 
 def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> Files:
-    """An adapter of MiSS as one of LoRA, for parameters of these `shapes` by PyTorch's names."""
+    """Presents an adapter of MiSS as one of LoRA; `shapes` are those of the base's parameters."""
     problems.stop(*problems_of_miss(files.fields))
     fields, rank = files.fields, files.fields["r"]
     blocks, others = dict[str, TensorInfo](), list[TensorInfo]()
@@ -80,7 +80,7 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
     problems.stop()
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
-        """All of it: whoever reads wants all."""
+        """Reads all tensors, as every caller does."""
         found = files.read(files.tensors)
         for module, x in blocks.items():
             a, b = (f"{PREFIX}{module}{end}" for end in AB)
@@ -106,7 +106,7 @@ def repeated_identity(rank: int, inputs: int) -> np.ndarray:
 def from_lora(
     given: Fields, fields: Fields, parts: Sequence[Part], tensors: Mapping[str, np.ndarray]
 ) -> tuple[Fields, dict[str, np.ndarray]]:
-    """An adapter of LoRA as one of MiSS.
+    """Writes an adapter of LoRA as one of MiSS.
 
     Args:
         given: the fields of MiSS that the user gave.

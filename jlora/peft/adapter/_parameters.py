@@ -1,4 +1,4 @@
-"""Which parameter each A and B belongs to.
+"""Assigns each A and B to a parameter.
 
 Whoever has a model, a tree or a checkpoint, passes the shapes of its parameters by PyTorch's names,
 and gets A and B of each.
@@ -34,7 +34,7 @@ def assign_parameters(
     *,
     ordered: bool = False,
 ) -> list[Part]:
-    """A and B of each parameter.
+    """Finds the parameter of each A and B.
 
     Args:
         adapter: what its tensors are.
@@ -58,7 +58,7 @@ def assign_parameters(
         elif parts:
             found += _of_module(selection, module, parts, problems)
     if shapes is not None:
-        problems.found += missing(adapter, shapes)
+        problems.found += list_missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
         problems.unused += selection.idle([*(part.key for part in found), *known], where)
     problems.unused += _idle_names(adapter)
@@ -77,7 +77,7 @@ def names_of(adapter: Adapter) -> list[str]:
 def _of_module(
     selection: Selection, module: str, parts: list[Part], problems: Problems
 ) -> list[Part]:
-    """A and B of the weight of a module."""
+    """Checks A and B of the weight of a module."""
     key, part, rank = PREFIX + module, parts[0], selection.rank(module)
     is_taken = selection.adapts(module) or may_tie(selection.fields, module)
     if len(parts) > 1:
@@ -102,7 +102,7 @@ def _of_parameters(
     ordered: bool,
     problems: Problems,
 ) -> list[Part]:
-    """A and B of parameters that the keys do not name, told apart by their shapes and ranks."""
+    """Assigns parameters that the keys do not name, by their shapes and ranks."""
     # As there are n! ways. Of a model that is not at hand there may be fewer than are named.
     few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
     tried = names[:6] if few else []
@@ -127,7 +127,7 @@ def _of_parameters(
 def _as_parameter(
     selection: Selection, name: str, part: Part, shapes: Shapes | None
 ) -> tuple[Part, int | None] | None:
-    """A and B if they may be of a parameter, and of how many experts that seems to be."""
+    """A and B as those of a parameter, with its number of experts; None if they do not fit."""
     shape, rank, wide = (shapes or {}).get(name), selection.rank(name), part.a.shape[0]
     part = part._replace(name=name, kind="experts", key=name, scale=selection.scale(name))
     if shape is not None and len(shape) != 3:
@@ -139,7 +139,7 @@ def _as_parameter(
 
 
 def orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
-    """Whether the weight of `shape` may be transposed as against B·A: none if `part` misfits."""
+    """Lists whether a weight may be B·A or its transpose, by shape; empty if `part` misfits."""
     rank, (rows, columns) = part.b.shape[1], matrix(part)
     if part.kind == "experts":
         fits = [len(shape) == 3 and shape[1:] == s for s in ((rows, columns), (columns, rows))]
@@ -165,8 +165,8 @@ def matrix(part: Part) -> tuple[int, int]:
     return part.b.shape[0], math.prod(part.a.shape[1:])
 
 
-def missing(adapter: Adapter, shapes: Shapes) -> list[str]:
-    """What the configuration selects of the model and the file lacks."""
+def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
+    """Lists the parameters of the model that are selected and missing in the file."""
     selection, modules = adapter.selection, adapter.parts.keys()
     found = []
     is_alone = adapter.fields.get("peft_type") == ROWS_ALONE
@@ -186,7 +186,7 @@ def missing(adapter: Adapter, shapes: Shapes) -> list[str]:
 
 
 def _idle_names(adapter: Adapter) -> list[str]:
-    """The entries of `modules_to_save` that no tensor is of."""
+    """Lists the entries of `modules_to_save` that name no tensor."""
     modules = {name.rpartition(".")[0] for name in adapter.full}
     holders = Names({parent for module in modules for parent in parents(module)})
     return [
@@ -206,7 +206,7 @@ def identity(x: Any, transposed: bool = False) -> tuple[Any, ...]:
 
 
 def twins(parts: Iterable[Part]) -> dict[str, Part]:
-    """By name, the part that is the same on the other side of a weight that two modules share."""
+    """Finds pairs of parts that change one shared weight alike; maps each name to the other."""
     groups: dict[Any, dict[str, Part]] = {}
     for part in parts:
         if part.kind in ("embedding", "linear") and part.m is None:

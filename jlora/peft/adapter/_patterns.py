@@ -1,4 +1,4 @@
-"""Patterns of files that nobody vouches for, matched with a bounded amount of work."""
+"""Matches untrusted patterns with a bounded amount of work."""
 
 import functools
 import importlib.util
@@ -50,7 +50,7 @@ _HAS_LIMITS = importlib.util.find_spec("resource") is not None
 
 
 def refused_patterns(patterns: Collection[str]) -> dict[str, str]:
-    """Why patterns are refused, by those that are."""
+    """Maps the patterns that are refused to the reason."""
     wrong = {
         p: f"is of {len(p)} characters; expected at most {LENGTH}"
         for p in patterns
@@ -97,7 +97,7 @@ class Patterns:
         self.at: dict[str, int] = {}  # of each name in these lists
 
     def add(self, pattern: str, kind: str, is_plain: bool = False) -> Callable[[str], Any]:
-        """A function of names that gives None without a match, else True or a layer's number.
+        """Gives a function of names, which is None without a match, else True or a layer's number.
 
         Args:
             pattern: the pattern.
@@ -147,7 +147,7 @@ class Patterns:
 
 
 def _find(pattern: re.Pattern[str], kind: str, name: str) -> Any:
-    """As the process does it."""
+    """Matches in this process as `_CHILD` does."""
     match = pattern.match(name) if kind == "layer" else getattr(pattern, kind)(name)
     return match and (int(match["idx"]) if kind == "layer" else True)
 
@@ -155,7 +155,7 @@ def _find(pattern: re.Pattern[str], kind: str, name: str) -> Any:
 def _ask(
     jobs: Collection[tuple[str, str]], names: Collection[str], seconds: float
 ) -> tuple[list[Any], float] | None:
-    """What each pattern finds, and the seconds that this took; None if it took too much."""
+    """Asks a new process what each pattern finds, and its seconds; None if it took too much."""
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
     text = json.dumps([list(jobs), list(names), math.ceil(seconds)])
     try:

@@ -1,4 +1,4 @@
-"""Which modules a configuration selects, and with which rank and scale.
+"""Selects modules by a configuration, and finds their ranks and scales.
 
 A file may list ten thousand patterns for a hundred thousand modules: names are looked up by their
 ends in sorted lists, and what must be tried one by one is counted.

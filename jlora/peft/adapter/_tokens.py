@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     Attributes:
         module: PyTorch's module.
         rows: their numbers.
-        v: what stands in their places, (k, dim), an array or `Stored`.
+        v: what stands in their places, (k, dim), an array or a `TensorInfo`.
     """
 
     module: str
@@ -34,9 +34,10 @@ class Tokens(NamedTuple):
 def rows_by_module(
     fields: Mapping[str, Any], modules: Iterable[str], problems: Problems
 ) -> tuple[dict[str, RowNumbers], list[str]]:
-    """The rows of each of the `modules` that have values, and what is listed without values.
+    """Finds the rows of each of the `modules` with values, and the names without values.
 
-    The latter may be a head that is tied to an embedding with the same rows; else it is a problem.
+    A name without values may be a head that is tied to an embedding with the same rows; else it
+    is a problem.
     """
     listed, modules = fields.get(INDICES), list(modules)
     is_one = not isinstance(listed, dict)  # of the model's input embedding
@@ -66,7 +67,7 @@ def _without_values(key: str) -> str:
 
 
 def misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
-    """Why they are no rows of an embedding of `shape` in PyTorch."""
+    """Explains why rows do not fit an embedding of `shape` in PyTorch."""
     key, rows = shown(getattr(tokens.v, "key", tokens.module)), tokens.rows
     wanted = (len(rows), *shape[1:])
     found = [f"{key}: expected shape {wanted}, got {tokens.v.shape}"] * (tokens.v.shape != wanted)
@@ -77,19 +78,19 @@ def misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
 
 
 def lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """The problems with `heads` of an adapter that name modules of their own."""
+    """Lists problems with `heads` of an adapter that name modules of their own."""
     modules = list(modules)
     return [_without_values(k) for k in heads if any(module.endswith(k) for module in modules)]
 
 
 def tied_rows(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -> Tokens | None:
-    """The rows of that of the `tables` which the head or embedding `name` may be tied to."""
+    """The rows of the table, one of `tables`, that the head or embedding `name` may be tied to."""
     others = (x for other, x in tokens.items() if other != name and other in tables)
     return next((x for x in others if x.rows == tokens[name].rows), None)
 
 
-def unlike(pairs: Iterable[tuple[Any, Any]], found: Mapping[str, np.ndarray]) -> list[str]:
-    """Tensors of heads and embeddings that are one weight, of which the values differ."""
+def list_unequal(pairs: Iterable[tuple[Any, Any]], found: Mapping[str, np.ndarray]) -> list[str]:
+    """Lists heads whose values differ from those of the embedding that is the same weight."""
     return [
         f"{shown(head.key)}: expected the values of {shown(table.key)}, got others"
         for head, table in pairs
@@ -98,7 +99,7 @@ def unlike(pairs: Iterable[tuple[Any, Any]], found: Mapping[str, np.ndarray]) ->
 
 
 @np.errstate(over="ignore")  # it is counted by `_blocks`
-def placed(tokens: Tokens, x: np.ndarray, start: int) -> None:
+def put_rows(tokens: Tokens, x: np.ndarray, start: int) -> None:
     """Writes those rows that lie in the block `x` of the table's rows from `start` on."""
     rows = np.asarray(tokens.rows)
     here = np.flatnonzero((rows >= start) & (rows < start + len(x)))

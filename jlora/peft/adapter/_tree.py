@@ -1,4 +1,4 @@
-"""An adapter tree as A and B of PyTorch's parameters, and those as PEFT's tensors."""
+"""Turns an adapter tree into A and B of PyTorch's parameters, and those into PEFT's tensors."""
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
 from ..names._advice import advice
-from ..names._convert import adapted, factors, rows_of
-from ..names._leaves import NamedLeaf, by_row, path_in_names, resolve, tied_to
+from ..names._convert import factors, keep_adapted, rows_of
+from ..names._leaves import NamedLeaf, path_in_names, resolve, sort_by_row, tied_heads
 from ..names._names import Name
 from ._contents import BASE, Part
 from ._files import MAGNITUDE
@@ -62,36 +62,36 @@ class Tree(NamedTuple):
             # What is swapped has PEFT's B·A in the order of PyTorch's axes.
             transposed = name.transposed
             if name.kind == "experts":
-                transposed = False if name.swapped else None
+                transposed = False if name.is_swapped else None
             scale, each = x.scale / leaf.factor, factors(leaf, x)
             for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
                 own = (a, b, scale, transposed, m[0] if m else None)
                 pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
-        return [_joined(own) for own in pieces.values()]
+        return [_join_parts(own) for own in pieces.values()]
 
 
 def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
     """Names the leaves of an adapter tree; raises for what has no form in PEFT."""
     found = adapter_leaves(adapter)
     check_fits(base, found)
-    leaves = by_row(resolve(base, names), names)
+    leaves = sort_by_row(resolve(base, names), names)
     _check_writable(found, {leaf.path: leaf for leaf in leaves}, names)
     own = [(leaf, found[leaf.path]) for leaf in leaves if leaf.path in found]
     return Tree(
         leaves,
         found,
-        low=[adapted(leaf, x) for leaf, x in own if isinstance(x, _FACTORED)],
+        low=[keep_adapted(leaf, x) for leaf, x in own if isinstance(x, _FACTORED)],
         full=[leaf for leaf, x in own if not is_node(x)],
         rows=[leaf for leaf, x in own if isinstance(x, Replaced)],
-        tied={leaf.modules[0]: head for leaf in leaves if (head := tied_to(leaf, leaves))},
+        tied={leaf.modules[0]: head for head, leaf in tied_heads(leaves).items()},
     )
 
 
-def _joined(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
-    """A parameter, from what there is of its parts.
+def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
+    """Joins the parts of a parameter.
 
-    It has one A if all have the same; else all of them, and a B with zeros outside of each part's
-    own outputs.
+    It has one A if all parts have the same. Otherwise it has all of them, and a B with zeros
+    outside of each part's own outputs.
     """
     leaf, first = pieces[0]
     if leaf.name.part is None:
@@ -150,7 +150,7 @@ def _check_writable(
     found: dict[Path, Any], leaves: dict[Path, NamedLeaf], names: Sequence[Name]
 ) -> None:
     """Raises, naming every leaf that cannot be written."""
-    residual = [name_of(path) for path, x in found.items() if getattr(x, "residual", False)]
+    residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
     if residual:
         raise ValueError(
             "`adapter` is for a base that an initializer changed, and not for the parameters that "
@@ -201,7 +201,7 @@ def _unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str | N
 
 
 def _without_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
-    """Why PEFT has no such magnitudes."""
+    """Explains why PEFT has no such magnitudes."""
     if leaf.name.kind == "experts":
         return "is a Decomposed, and of a parameter of experts PEFT has LoRA alone"
     if set(x.layout.inputs) != set(leaf.name.layout.inputs):
@@ -209,7 +209,7 @@ def _without_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
     if not np.asarray(x.m).any():
         return "has magnitudes that are all 0"
     slots = x.layout.slots
-    if slots is not None and len(slots[1]) < slots[0] and adapted(leaf, x) is leaf:
+    if slots is not None and len(slots[1]) < slots[0] and keep_adapted(leaf, x) is leaf:
         return f"has magnitudes for the slots {slots[1]} alone, PEFT for all {slots[0]}"
     return None
 
@@ -217,7 +217,7 @@ def _without_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
 def _lone_parts(
     found: Mapping[Path, Any], leaves: Mapping[Path, NamedLeaf]
 ) -> Iterator[tuple[Path, str]]:
-    """Parts of parameters that have magnitudes, where others of the parameter have none."""
+    """Finds parts of parameters with magnitudes where other parts have none."""
     parts = {p: leaves[p] for p, x in found.items() if isinstance(x, Decomposed) and p in leaves}
     parts = {path: leaf for path, leaf in parts.items() if leaf.name.part}
     there = collections.Counter(leaf.parameters[0] for leaf in parts.values())
@@ -228,7 +228,7 @@ def _lone_parts(
 
 
 def check_one_method(tree: Tree) -> None:
-    """Raises where PEFT has not the method of a site: it has one for all."""
+    """Raises where sites have different methods: PEFT has one for all."""
     paths = {
         kind: [name_of(leaf.path) for leaf in tree.low if isinstance(tree.found[leaf.path], kind)]
         for kind in _FACTORED

@@ -1,4 +1,4 @@
-"""What vLLM takes: one rank, no patterns, nothing but A and B."""
+"""Writes adapters as vLLM takes them: one rank, no patterns, nothing but A and B."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Writes an adapter of PEFT's as vLLM takes it, as `save` does with `profile="vllm"`.
+    """Rewrites one of PEFT's adapters for vLLM, as `save` writes it with `profile="vllm"`.
 
     Args:
         path: its folder.
@@ -25,7 +25,7 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     Raises:
         FileExistsError: if `out` is there and not an empty folder.
         FileNotFoundError: if the folder or a file is missing.
-        ValueError: if the files are damaged, or hold what vLLM has not.
+        ValueError: if the files are damaged, or hold what vLLM does not support.
 
     Examples:
         >>> from jlora import peft
@@ -33,7 +33,7 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """
     alone = read_alone(path)
     fields = DEFAULTS | alone.adapter.fields
-    fields, parts = flattened(fields, alone.parts, list(alone.full), list(alone.rows))
+    fields, parts = flatten_for_vllm(fields, alone.parts, list(alone.full), list(alone.rows))
     tensors = tensors_of(parts, alone.tied) | frozen_tensors(alone.frozen)
 
     title = f"`path`: the adapter in {path} has no form for vLLM that would be read as the same"
@@ -41,13 +41,13 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     write(out, "`out`", fields, tensors)
 
 
-def flattened(
+def flatten_for_vllm(
     fields: Mapping[str, Any], parts: Sequence[Part], full: Sequence[str], rows: Sequence[str]
 ) -> tuple[dict[str, Any], list[Part]]:
-    """The adapter with one rank, and its scales in B.
+    """Gives all parts one rank, and folds their scales into B.
 
     Raises:
-        ValueError: if parts of it, or what is in `full` or has `rows`, are nothing that vLLM has.
+        ValueError: if vLLM has no such part, or if anything is in `full` or has `rows`.
     """
     wrong = [f"{key}: trained in full" for key in full]
     wrong += [f"{key}: with rows of its own" for key in rows]
@@ -65,8 +65,8 @@ def flattened(
         raise ValueError(f"`profile` 'vllm' takes ranks up to {RANKS[-1]}; got {largest}.")
     new = [
         x._replace(
-            a=_padded(x.a, 0, rank),
-            b=_padded(x.b * np.asarray(x.scale, x.b.dtype), 1, rank),
+            a=_pad(x.a, 0, rank),
+            b=_pad(x.b * np.asarray(x.scale, x.b.dtype), 1, rank),
             scale=1.0,
         )
         for x in parts
@@ -81,7 +81,7 @@ def flattened(
     return dict(fields) | flat, new
 
 
-def _padded(x: np.ndarray, axis: int, length: int) -> np.ndarray:
+def _pad(x: np.ndarray, axis: int, length: int) -> np.ndarray:
     pads = [(0, 0), (0, 0)]
     pads[axis] = (0, length - x.shape[axis])
     return np.pad(x, pads)

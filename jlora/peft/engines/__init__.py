@@ -10,3 +10,4 @@ from ._engine import Engine as Engine
 from ._engine import Finding as Finding
 from ._engine import Served as Served
 from ._engine import Side as Side
+from ._engine import register as register

@@ -23,7 +23,7 @@ from .._file import DTYPES, listing, shown
 from ..names._convert import weight, weights
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
-from ..names._weights import all_named, narrowed
+from ..names._weights import explain_narrowing, name_all
 from ._codes import leaf_of
 from ._format import Format, open_format
 from ._gguf import Gguf, GgufTensors
@@ -38,10 +38,10 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     (4 and 8 bits, and FP8), FP8 (a scale for each tensor, output or block) or MXFP4 (experts). A
     `.gguf` file may hold Q4_0, Q4_1, Q8_0 and MXFP4; its other types are dequantized.
 
-    A weight whose axes can be cut into the blocks of the file becomes a `jlora.Quantized` leaf
-    with the file's own codes. Any other is dequantized, exactly, and so are codes that no scheme
-    has: codes of inputs that are reordered by activation, and codes of 8 bits with zero points.
-    Scales of activations are left out.
+    A weight whose axes can be cut into the blocks of the file becomes a `jlora.types.Quantized`
+    leaf with the file's own codes. Any other is dequantized, exactly, and so are codes that no
+    scheme has: codes of inputs that are reordered by activation, and codes of 8 bits with zero
+    points. Scales of activations are left out.
 
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
@@ -72,7 +72,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         >>> base["up"]["kernel"].shape
         (64, 32)
     """
-    leaves = all_named(like, names, "like")
+    leaves = name_all(like, names, "like")
     path = Path(path)
     if path.suffix == ".gguf":
         format = Gguf(GgufTensors(path), {})
@@ -98,7 +98,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
 def _read(leaf: NamedLeaf, format: Format) -> Any:
     name, whole = leaf.name, leaf.weight_shape
     if name.kind in ("embedding", "experts") or (name.kind == "linear" and not name.transposed):
-        each = (*whole[:-2], *whole[-2:][::-1]) if name.swapped else whole
+        each = (*whole[:-2], *whole[-2:][::-1]) if name.is_swapped else whole
         found = [format.read(module, name.parameter, each) for module in leaf.modules]
         stored = [x for x in found if x is not None]
         if stored and not name.is_plain:
@@ -122,7 +122,7 @@ def _read(leaf: NamedLeaf, format: Format) -> Any:
 
 def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
     x = format.tensors.read(key, DTYPES, shape)
-    if why := narrowed(x.dtype):
+    if why := explain_narrowing(x.dtype):
         raise Unreadable(f"{key}: {why}")
     if not np.isfinite(x).all():
         raise Unreadable(f"{key}: has values that are not finite")
@@ -167,7 +167,7 @@ def save_base(
             "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
             f"`transformers` with bitsandbytes, or by llm-compressor. {listing(packed)}"
         )
-    leaves = all_named(base, names, "base")
+    leaves = name_all(base, names, "base")
     pairs = [zip(leaf.parameters, weights(leaf, leaf.value), strict=True) for leaf in leaves]
     tensors = {key: x for each in pairs for key, x in each}
     with fresh(path, "`path`") as folder:

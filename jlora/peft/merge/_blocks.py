@@ -10,7 +10,7 @@ import numpy as np
 
 from .._checkpoint import read_exactly, read_pieces
 from .._file import COUNTS, DTYPES, TensorInfo
-from ..adapter._tokens import Tokens, placed
+from ..adapter._tokens import Tokens, put_rows
 
 BLOCK = 2**20  # numbers
 # Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
@@ -56,7 +56,7 @@ class NewRows(Edit):
         step = max(1, BLOCK // max(columns, 1))
         for start in range(0, rows, step):
             block = _read(data, dtype, (min(step, rows - start), columns)).copy()
-            placed(self.tokens, block, start)
+            put_rows(self.tokens, block, start)
             yield _chunk(block, dtype)
 
 

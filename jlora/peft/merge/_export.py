@@ -9,7 +9,7 @@ from tqdm import tqdm
 from ..._folders import fresh, scratch
 from ..._types import PyTree
 from .._checkpoint import REFUSAL, Checkpoint, copy_others, open_checkpoint, read_pieces
-from .._file import opened, shown
+from .._file import open_file, shown
 from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
@@ -129,7 +129,7 @@ def _write(
 ) -> None:
     """Writes one file: the header as it is, then the tensors in the order of their data."""
     header = checkpoint.headers[file]
-    with opened(checkpoint.source, file) as (data, _):
+    with open_file(checkpoint.source, file) as (data, _):
         for piece in read_pieces(data, header.data):
             target.write(piece)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):

@@ -14,10 +14,10 @@ from ..._types import PyTree
 from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source, shown
 from .._problems import Problems
-from ..adapter._contents import Adapter, Part, resized, sort_tensors
+from ..adapter._contents import Adapter, Part, explain_resized, sort_tensors
 from ..adapter._files import Files, open_files
-from ..adapter._parameters import assign_parameters, matrix, missing, names_of, orientations
-from ..adapter._tokens import Tokens, misfits, unlike
+from ..adapter._parameters import assign_parameters, list_missing, matrix, names_of, orientations
+from ..adapter._tokens import Tokens, list_unequal, misfits
 from ..adapter._tree import arrange
 from ..names._convert import weights
 from ..names._names import Name
@@ -99,7 +99,7 @@ def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tup
     files = open_files(source)
     adapter = sort_tensors(files, problems)
     choices = views([*adapter.full, *adapter.tokens, *names_of(adapter)], checkpoint.shapes)
-    model = next((v for v in choices if not missing(adapter, shapes_of(v))), choices[0])
+    model = next((v for v in choices if not list_missing(adapter, shapes_of(v))), choices[0])
     parts = assign_parameters(adapter, shapes_of(model), "the checkpoint", problems)
     rows, heads = separate_heads(checkpoint, model, adapter.tokens)
     wanted = Wanted(
@@ -124,7 +124,7 @@ def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tup
     problems.found += absent(checkpoint, model, parts, wanted.full | wanted.frozen)
     problems.stop()
     wanted, values = _read(files, wanted, adapter, problems)
-    problems.stop(*unlike(((x.v, y.v) for x, y in heads), values))
+    problems.stop(*list_unequal(((x.v, y.v) for x, y in heads), values))
     problems.found += untied(checkpoint, model, wanted.parts, wanted.full)
     return model, wanted
 
@@ -205,7 +205,7 @@ def _check(checkpoint: Checkpoint, model: Views, wanted: Wanted, problems: Probl
             continue
         dtype = checkpoint.entry(view.pieces[0].tensor).dtype
         known = COUNTS if name.endswith(COUNT) else DTYPES
-        if why := resized(name, x.shape, view.shape):
+        if why := explain_resized(name, x.shape, view.shape):
             problems.found.append(why)
         elif view.shape != x.shape or dtype not in known:
             problems.found.append(

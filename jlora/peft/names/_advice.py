@@ -1,4 +1,4 @@
-"""What to do about leaves that a name table has no row for."""
+"""Advises what to do about leaves that a name table has no row for."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""The arrays of a leaf as those of PyTorch's modules and back, by the row that names the leaf.
+"""Converts the arrays of a leaf to those of PyTorch's modules and back, by its row.
 
 Axes are permuted and flattened. Values of A and B never change, nor do those of magnitudes and of
 weights unless their row says so.
@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, decomposed_axes, without_slots
+from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
 from ..._types import Layout
 from ._leaves import NamedLeaf
 from ._names import RANK, Axes, Groups, lengths
@@ -29,19 +29,19 @@ def weights(leaf: NamedLeaf, value: Any) -> list[np.ndarray]:
 
 
 def weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of `weights`, but for rounding where values change."""
+    """Inverts `weights`, up to rounding where values change."""
     x = _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
     return _rescale(leaf, x, np.multiply)
 
 
 def rows_of(leaf: NamedLeaf, node: Replaced) -> np.ndarray:
-    """PyTorch's rows in the place of those that `node` replaces, (k, dim)."""
+    """The rows of `node` as PyTorch has them, (k, dim)."""
     v = _rescale(leaf, node.v, np.divide)
     [found] = _pack(v, leaf.name.where("v") + leaf.name.where("o"), leaf.name.weight_groups, leaf)
     return found
 
 
-def replaced(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
+def rows_node(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
     """The node of `leaf` from PyTorch's rows: the inverse of `rows_of`."""
     [axis] = leaf.name.where("v")
     few = leaf._replace(shape=(*leaf.shape[:axis], len(rows), *leaf.shape[axis + 1 :]))
@@ -52,10 +52,10 @@ def replaced(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
 # --------------------------------------------------------------------------------------- A and B
 
 
-def adapted(leaf: NamedLeaf, node: LowRank | Decomposed) -> NamedLeaf:
-    """The leaf with those of its modules alone that `node` adapts."""
+def keep_adapted(leaf: NamedLeaf, node: LowRank | Decomposed) -> NamedLeaf:
+    """Drops the modules of a leaf that `node` does not adapt."""
     slots = node.layout.slots
-    return leaf.only(slots[1]) if slots and _slots_are_modules(leaf, node) else leaf
+    return leaf.with_slots(slots[1]) if slots and _slots_are_modules(leaf, node) else leaf
 
 
 def _slots_are_modules(leaf: NamedLeaf, node: LowRank | Decomposed) -> bool:
@@ -66,8 +66,8 @@ def _slots_are_modules(leaf: NamedLeaf, node: LowRank | Decomposed) -> bool:
 def factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
     """PEFT's A, B and magnitudes for each module of `leaf`, all of which `node` adapts.
 
-    Slots of what is one module there have no equivalent: they become one A of rank slots·r and one
-    B with zeros outside of each slot's own outputs, which is the same ΔW exactly.
+    PEFT has no slots within a module: they become one A of rank slots·r and one B with zeros
+    outside of each slot's own outputs, which is exactly the same ΔW.
     """
     low = LowRank(node.a, node.b, node.scale, node.layout)
     m = np.asarray(node.m) if isinstance(node, Decomposed) else None
@@ -86,7 +86,7 @@ def factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
 
 
 def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
-    """The magnitudes of all slots of a module as one vector."""
+    """Joins the magnitudes of all slots of a module."""
     assert layout.slots is not None
     count, chosen, axis = layout.slots
     at = len(layout.stack)
@@ -109,10 +109,10 @@ def node_of(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRan
 
 
 def _of_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
-    """What belongs to `leaf` of each parameter, where that is a part of it.
+    """Takes the part of each parameter that `leaf` is, if it is one of several.
 
-    Of B the rows of its outputs. Of A and B its own ranks alone where those of all parts lie beside
-    one another, with zeros around each in B, as `save` writes parts of which each has its own A.
+    It takes the rows of B that are the leaf's outputs. Where `save` wrote an A for each part, the
+    ranks of all parts lie beside one another, with zeros around each in B: it takes the own ones.
     """
     if leaf.name.part is None:
         return modules
@@ -132,8 +132,8 @@ def _of_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
 
 
 def _axes(layout: Layout, name: str) -> Axes:
-    """The axes of A, B or m. Slots that are modules are the weight's own axis."""
-    found = decomposed_axes(layout)[name]
+    """The axes of A, B or m. For slots that are modules, the weight has an axis itself."""
+    found = Decomposed.axes(layout)[name]
     if layout.slots is None:
         return found
     axis = layout.slots[2]
@@ -141,8 +141,8 @@ def _axes(layout: Layout, name: str) -> Axes:
 
 
 def _axes_of_length_one(layout: Layout, name: str) -> tuple[int, ...]:
-    """Where B and m have the outputs of a slot, one each, beside the axis of slots."""
-    found = decomposed_axes(layout)[name]
+    """The position of a slot's own outputs in B and m, which has length 1 beside the slots."""
+    found = Decomposed.axes(layout)[name]
     return () if layout.slots is None or name == "a" else (found.index(layout.slots[2]),)
 
 
@@ -163,7 +163,7 @@ def _rescale(leaf: NamedLeaf, x: Any, operation: Callable[..., np.ndarray]) -> n
 
 
 def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarray]:
-    """An array of the leaf as those of its modules, whose axes flatten the `groups`."""
+    """Splits an array of the leaf into its modules, and flattens each of the `groups` of axes."""
     x = np.asarray(x)
     stacked = leaf.name.where("ls")
     order = [*stacked, *itertools.chain(*groups)]
@@ -182,7 +182,7 @@ def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarra
 def _unpack(
     parts: Sequence[np.ndarray], axes: Axes, groups: Groups, leaf: NamedLeaf, rank: int = 0
 ) -> np.ndarray:
-    """The inverse of `_pack`."""
+    """Inverts `_pack`."""
     sizes = {**dict(enumerate(leaf.shape)), RANK: rank}
     order = [*leaf.name.where("ls"), *itertools.chain(*groups)]
     x = np.stack(parts).reshape([sizes[d] for d in order])
@@ -193,7 +193,7 @@ def _unpack(
 def _reorder(
     x: np.ndarray, axes: Axes, leaf: NamedLeaf, order: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Puts the entries of an interleaved axis into `order`, which is given them in pairs."""
+    """Puts the entries of an interleaved axis into `order`, a function of their pairs."""
     last = leaf.name.where("o")[-1]
     if not leaf.name.interleaved or last not in axes:
         return x

@@ -34,8 +34,8 @@ class NamedLeaf(NamedTuple):
     modules: tuple[str, ...]
     slots: tuple[int, ...] | None = None
 
-    def only(self, slots: tuple[int, ...]) -> "NamedLeaf":
-        """That of some modules of a tuple alone."""
+    def with_slots(self, slots: tuple[int, ...]) -> "NamedLeaf":
+        """Keeps some modules of a tuple."""
         [axis], stacked = self.name.where("s"), self.name.where("ls")
         every = np.arange(len(self.modules)).reshape([self.shape[d] for d in stacked])
         modules = tuple(self.modules[i] for i in every.take(slots, stacked.index(axis)).flat)
@@ -73,7 +73,7 @@ class NamedLeaf(NamedTuple):
 
     @property
     def _sizes(self) -> dict[int | str, int]:
-        """The lengths of its axes, as they are in PyTorch."""
+        """The lengths of the leaf's axes in PyTorch."""
         sizes: dict[int | str, int] = dict(enumerate(self.shape))
         if self.name.part is not None:
             sizes[self.name.where("o")[0]] *= self.name.part[1]
@@ -91,7 +91,7 @@ class NamedLeaf(NamedTuple):
 
 
 def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
-    """The leaves of `base` that `names` name, in tree order.
+    """Finds the leaves of `base` that `names` name, in tree order.
 
     Raises:
         TypeError: if `names` is no table.
@@ -122,7 +122,7 @@ def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
 
 
 def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
-    """Whether they are different parts of one parameter."""
+    """Whether leaves are different parts of one parameter."""
     parts = [leaf.name.part for leaf in leaves]
     return None not in parts and len(set(parts)) == len(parts)
 
@@ -164,19 +164,19 @@ def _modules(row: Name, shape: tuple[int, ...], templates: Sequence[str]) -> Ite
         yield templates[slot].format(*index)
 
 
-def by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[NamedLeaf]:
-    """The leaves in the order of the rows that name them, in which PEFT wraps parameters."""
+def sort_by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[NamedLeaf]:
+    """Sorts leaves by the rows that name them, the order in which PEFT wraps parameters."""
     order = {name: i for i, name in reversed(list(enumerate(names)))}
     return sorted(leaves, key=lambda leaf: order[leaf.name])
 
 
-def tied_to(leaf: NamedLeaf, leaves: Sequence[NamedLeaf]) -> str | None:
-    """The module that shares the embedding `leaf`, if it is tied in this tree."""
-    tied = leaf.name.tied
-    if tied is None:
-        return None
-    modules = {m for other in leaves for m in other.modules}
-    if tied in modules:
-        return None
-    parent, dot, _ = tied.rpartition(".")
-    return tied if not dot or any(m.startswith(parent) for m in modules) else None
+def tied_heads(leaves: Sequence[NamedLeaf]) -> dict[str, NamedLeaf]:
+    """Maps each head that shares the weight of an embedding of this tree to the embedding."""
+    modules = {m for leaf in leaves for m in leaf.modules}
+
+    def is_tied(head: str) -> bool:
+        parent, dot, _ = head.rpartition(".")
+        has_parent = not dot or any(m.startswith(parent) for m in modules)
+        return head not in modules and has_parent
+
+    return {head: leaf for leaf in leaves if (head := leaf.name.tied) and is_tied(head)}

@@ -31,7 +31,7 @@ class Name:
             (d, heads, head_dim) are: `ioo`.
         parameter: the name of the parameter in the module.
         transposed: whether PyTorch keeps the weight as (inputs, outputs), as GPT-2's `Conv1D`
-            does. Of experts: whether PEFT's A belongs to the outputs, as it does where a module
+            does. For experts, whether PEFT's A belongs to the outputs, as it does where a module
             keeps (experts, inputs, outputs) and has no `is_transposed`.
         tied: the module that shares an embedding as its weight. It counts as tied where no other
             leaf of the tree is that weight and the module that holds it is there.
@@ -39,10 +39,10 @@ class Name:
             up are of the experts' `gate_up_proj`. PEFT has one A for all of them: it is loaded for
             each, and written once if it is still the same; else their ranks add up. Such a row is
             for adapters, not for checkpoints.
-        interleaved: whether the last `o` has in pairs what PyTorch has in two halves, one after the
-            other, as the queries and keys of some rotary positions do.
-        times: the number that PyTorch's parameter is multiplied with here, from the leaf's shape.
-            The scale of an adapter's ΔW is multiplied with it, A and B are not.
+        interleaved: whether the last `o` alternates between what PyTorch keeps in two halves, as
+            the queries and keys of some rotary embeddings do.
+        times: a function of the leaf's shape that gives the factor by which the leaf exceeds
+            PyTorch's parameter. It multiplies the scale of an adapter's ΔW, not A and B.
 
     Each module of a tuple has an A and a B of its own, as by `LoRA(..., slots=Slots(2, (0, 1)))`.
 
@@ -114,7 +114,7 @@ class Name:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the leaf is PyTorch's parameter but for its axes."""
+        """Whether the leaf differs from PyTorch's parameter in its axes alone."""
         return self.times is None and not self.interleaved
 
     @property
@@ -125,28 +125,28 @@ class Name:
         return Layout(self.where("le"), self.where("ikv"), self.where("so"), slots)
 
     @property
-    def swapped(self) -> bool:
+    def is_swapped(self) -> bool:
         """Whether PEFT's A is our B."""
         return self.transposed and self.kind == "experts"
 
     @property
     def factor_groups(self) -> dict[str, Groups]:
-        """The axes of PEFT's A, B and magnitudes, in this order, by the array of ours that it is.
+        """PEFT's A, B and magnitudes in this order, each keyed by the array of the node that it is.
 
-        Each is a list of the axes of the weight that it flattens.
+        For each of its axes there are the axes of the weight that it flattens.
         """
         i, o, e = self.where("ikv"), self.where("o"), self.where("e")
         if self.kind == "conv":
             window, ones = [(d,) for d in self.where("k")], [()] * len(self.where("k"))
             a, b, m = [(RANK,), self.where("i"), *window], [o, (RANK,), *ones], [(), o, *ones]
             return {"a": a, "b": b, "m": m}
-        if self.swapped:
+        if self.is_swapped:
             return {"b": [(*e, RANK), o], "a": [i, (RANK, *e)]}
         return {"a": [(*e, RANK), i], "b": [o, (RANK, *e)], "m": [o]}
 
     @property
     def weight_groups(self) -> Groups:
-        """The axes of the weight in PyTorch, each a list of the axes of ours that it flattens."""
+        """For each axis of the weight in PyTorch, the axes of the leaf that it flattens."""
         i, o = self.where("iv"), self.where("o")
         if self.kind is None:
             return [o]

@@ -1,4 +1,4 @@
-"""The tensors of a PyTorch checkpoint to a tree of JAX and back, by a name table."""
+"""Converts the tensors of a PyTorch checkpoint to a JAX tree and back, by a name table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from ._names import Name
 
 
 def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]) -> PyTree:
-    r"""The parameters that a PyTorch checkpoint holds: axes in our order, layers stacked.
+    r"""Converts the tensors of a PyTorch checkpoint to parameters: axes in JAX's order.
 
     Args:
         tensors: arrays by PyTorch's names, as of `safetensors.numpy.load_file`.
@@ -41,7 +41,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         >>> peft.from_tensors(tensors, like, names)["layers"]["up"]["kernel"].shape
         (2, 4, 3)
     """
-    leaves = all_named(like, names, "like")
+    leaves = name_all(like, names, "like")
     wanted = {key: leaf.weight_shape for leaf in leaves for key in leaf.parameters}
     wrong = [f"{key}: missing, of shape {wanted[key]}" for key in wanted if key not in tensors]
     for key, tensor in tensors.items():
@@ -50,7 +50,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
             wrong.append(f"{key}: unexpected, of shape {shape}")
         elif shape != wanted[key]:
             wrong.append(f"{key}: expected shape {wanted[key]}, got {shape}")
-        elif why := narrowed(np.asarray(tensor).dtype):
+        elif why := explain_narrowing(np.asarray(tensor).dtype):
             wrong.append(f"{key}: {why}")
     if wrong:
         raise ValueError("`tensors` do not fit `like`. " + listing(wrong))
@@ -62,7 +62,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
 
 
 def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
-    r"""The tensors of a PyTorch checkpoint from parameters: the inverse of `from_tensors`.
+    r"""Converts parameters to the tensors of a PyTorch checkpoint: the inverse of `from_tensors`.
 
     Args:
         params: the tree of parameters.
@@ -86,19 +86,19 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
     """
     return {
         key: part
-        for leaf in all_named(params, names, "params")
+        for leaf in name_all(params, names, "params")
         for key, part in zip(leaf.parameters, weights(leaf, leaf.value), strict=True)
     }
 
 
-def narrowed(dtype: np.dtype) -> str | None:
-    """Why JAX, as it is set, has no arrays of a dtype."""
+def explain_narrowing(dtype: np.dtype) -> str | None:
+    """Explains why JAX, as it is configured, has no arrays of a dtype."""
     is_narrowed = jax.dtypes.canonicalize_dtype(dtype) != dtype
     return f"its dtype {dtype} needs jax_enable_x64" if is_narrowed else None
 
 
-def all_named(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLeaf]:
-    """The leaves with their names; `ValueError` if one has none."""
+def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLeaf]:
+    """Names all leaves; `ValueError` if one has no name."""
     leaves = resolve(tree, names)
     named = {leaf.path for leaf in leaves}
     if parts := [name_of(leaf.path) for leaf in leaves if leaf.name.part]:

@@ -1,0 +1,204 @@
+"""LoRA: the rule, and how it starts a node."""
+
+import bisect
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from .._rules import Rule, Slots, check_pattern, is_finite, is_floating, is_int, rule_name
+from .._types import Layout
+from ..initializers import kaiming_uniform
+from ._keywords import refuse_keywords_of_peft
+from ._low_rank import LowRank
+from ._node import SLOTS, register
+
+
+@register
+@refuse_keywords_of_peft
+@dataclasses.dataclass(frozen=True)
+class LoRA(Rule):
+    r"""Adapts the weights whose path matches `pattern` by $W + s \cdot A B$.
+
+    Attributes:
+        pattern: a regular expression for whole components of a leaf's path. None means
+            *all-linear*: every dense and convolutional site, no embeddings.
+        rank: r, at least 1 and at most the smaller of the site's inputs and outputs. All-linear,
+            a site that has no room for it gets the largest rank that trains no more parameters
+            than the weight has, at least 1, with the same scale. `sites` shows both ranks.
+        alpha: the numerator of the scale, positive.
+        slots: adapt only some parts of a fused output axis.
+        dropout: probability of dropping an input of A, in [0, 1); active only under
+            `jlora.dropout`.
+        materialize: allow W + ΔW to be formed where the model uses W in a way that has no
+            factored form. Values and gradients stay exact; memory and time do not stay small.
+        rslora: scale by alpha / √r (Kalajdzievski, arXiv 2312.03732) rather than alpha / r.
+        init: how A and B start, one of `jlora.initializers`; by default `kaiming_uniform`.
+        dtype: dtype of A and B; by default the weight's own, but at least float32.
+        frozen: `("a",)` to train B alone, which takes half of the moments (LoRA-FA, arXiv
+            2308.03303), or `("b",)`. An initializer may demand it, as `miss` does.
+
+    Raises:
+        TypeError: if a field is of a wrong type.
+        ValueError: if `pattern` is not a regular expression or a number is out of range.
+
+    Source: Hu et al., LoRA, arXiv 2106.09685.
+
+    Examples:
+        >>> import jlora
+        >>> jlora.LoRA(r"(query|value)/kernel", rank=8, alpha=16).scale
+        2.0
+    """
+
+    pattern: str | None = None
+    rank: int = 8
+    alpha: float = 16.0
+    slots: Slots | None = None
+    dropout: float = 0.0
+    materialize: bool = False
+    rslora: bool = False
+    init: Callable[..., Any] | None = None
+    dtype: Any = None
+    frozen: tuple[str, ...] = ()
+
+    node: ClassVar[Any] = LowRank
+
+    def __post_init__(self) -> None:
+        if self.pattern is not None:
+            check_pattern(self, self.pattern)
+        name = rule_name(self)
+        if not is_int(self.rank) or self.rank < 1:
+            raise ValueError(
+                f"`rank` of {name} must be an integer of at least 1; got {self.rank!r}."
+            )
+        if not is_finite(self.alpha) or self.alpha <= 0:
+            raise ValueError(
+                f"`alpha` of {name} must be a positive finite number; got {self.alpha!r}."
+            )
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` of {name} must lie in [0, 1); got {self.dropout!r}.")
+        if self.slots is not None and not isinstance(self.slots, Slots):
+            raise TypeError(f"`slots` of {name} must be a jlora.Slots; got {self.slots!r}.")
+        for flag in ("materialize", "rslora"):
+            if not isinstance(value := getattr(self, flag), bool):
+                raise TypeError(f"`{flag}` of {name} must be True or False; got {value!r}.")
+        if self.init is not None and not callable(self.init):
+            raise TypeError(
+                f"`init` of {name} must be an initializer such as jlora.initializers.gaussian; "
+                f"got {self.init!r}."
+            )
+        if self.dtype is not None and not is_floating(self.dtype):
+            raise TypeError(f"`dtype` of {name} must be a floating-point one; got {self.dtype!r}.")
+        demanded = getattr(self.init, "frozen", ())
+        frozen = self.frozen if isinstance(self.frozen, list | tuple) else (self.frozen,)
+        frozen = (*frozen, *(x for x in demanded if x not in frozen))
+        if frozen not in ((), ("a",), ("b",)):
+            also = f", and `init` freezes {demanded}" if demanded else ""
+            raise ValueError(
+                f"`frozen` of {name} must be (), ('a',) or ('b',); got {self.frozen!r}{also}."
+            )
+        object.__setattr__(self, "frozen", frozen)
+        # They are saved and compared: plain numbers, whatever a sweep gave.
+        object.__setattr__(self, "rank", int(self.rank))
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "dropout", float(self.dropout))
+
+    @property
+    def scale(self) -> float:
+        """The factor s of ΔW = s·A·B."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def of_rank(self, rank: int) -> "LoRA":
+        """The rule of another rank at the same scale."""
+        share = rank / self.rank
+        alpha = self.alpha * (math.sqrt(share) if self.rslora else share)
+        return dataclasses.replace(self, rank=rank, alpha=alpha)
+
+    def factor_shapes(self, site: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and of B at a site."""
+        found = self.shapes(site.layout, site.shape)
+        return found["a"], found["b"]
+
+    def fit(self, site: Any) -> tuple["LoRA", Layout]:
+        """The rule, of a rank that the site can have, and the layout with the rule's slots."""
+        layout = site.layout if self.slots is None else _add_slots(site, self.slots)
+        largest = min(site.inputs, site.outputs // (self.slots.count if self.slots else 1))
+        if self.pattern is None:
+            return self._clip(site, layout, largest), layout
+        if self.rank <= largest:
+            return self, layout
+        raise ValueError(
+            f"`rank` of {rule_name(self)} is {self.rank}, above min(inputs, outputs) = {largest} "
+            f"of {site.name} with shape {site.shape}. Lower the rank, or put a rule of its own "
+            f"for this leaf first, such as jlora.Full({re.escape(site.path)!r})."
+        )
+
+    def _clip(self, site: Any, layout: Layout, largest: int) -> "LoRA":
+        """The rule at the same scale, of a rank up to `largest` that trains no more than W has."""
+
+        def trained(rank: int) -> int:
+            return dataclasses.replace(self, rank=rank).trainable(layout, site.shape)
+
+        rank = clip_rank(min(self.rank, largest), layout, site.shape, trained)
+        return self if rank == self.rank else self.of_rank(rank)
+
+    def sizes(self, layout: Layout) -> dict[str, int]:
+        """The rank, and the number of slots if there are any."""
+        return {"rank": self.rank} | ({SLOTS: len(layout.slots[1])} if layout.slots else {})
+
+    def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, LowRank]:
+        """W and the node that `init` draws."""
+        base, a, b = self.draw(key, w, site)
+        fixed = {"dropout": self.dropout, "materialize": self.materialize, "frozen": self.frozen}
+        return base, LowRank(a, b, self.scale, site.layout, **fixed, residual=base is not w)
+
+    def draw(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, jax.Array, jax.Array]:
+        """W, A and B as the initializer has them, checked."""
+        made = (self.init or kaiming_uniform)(key, w, site, self)
+        expected_shapes = (site.shape, *self.factor_shapes(site))
+        got = tuple(map(_form, made)) if isinstance(made, tuple) else made
+        expected = tuple((shape, "floating-point") for shape in expected_shapes)
+        if got != expected or made[0].dtype != w.dtype:
+            raise ValueError(
+                f"`init` of {rule_name(self)} must give W, A and B for {site.path!r}, "
+                f"floating-point, of shapes {expected_shapes} and with W's dtype {w.dtype}; got "
+                f"{got}."
+            )
+        return made
+
+
+def _form(x: Any) -> tuple[Any, str]:
+    """The shape of an array, and whether it is floating-point."""
+    dtype = getattr(x, "dtype", None)
+    floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    return getattr(x, "shape", None), "floating-point" if floating else str(dtype)
+
+
+def _add_slots(site: Any, slots: Slots) -> Layout:
+    """The layout of a site with `slots`; `ValueError` where its outputs cannot be cut so."""
+    outputs = site.layout.outputs
+    if not 0 <= slots.axis < len(outputs):
+        raise ValueError(
+            f"`axis` of Slots is {slots.axis}, but {site.name} has {len(outputs)} output axes; "
+            f"it must lie in [0, {len(outputs)})."
+        )
+    axis = outputs[slots.axis]
+    if site.shape[axis] % slots.count:
+        raise ValueError(
+            f"`count` of Slots is {slots.count}, which does not divide the {site.shape[axis]} "
+            f"outputs of {site.name} with shape {site.shape}."
+        )
+    return site.layout._replace(slots=(slots.count, slots.chosen, axis))
+
+
+def clip_rank(
+    rank: int, layout: Layout, shape: tuple[int, ...], trained: Callable[[int], int]
+) -> int:
+    """The largest rank up to `rank`, and at least 1, that trains no more than W has."""
+    count, chosen, _ = layout.slots or (1, (0,), None)
+    size = math.prod(shape) // count * len(chosen)
+    return max(1, bisect.bisect_right(range(1, rank + 1), size, key=trained))

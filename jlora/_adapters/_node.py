@@ -1,0 +1,292 @@
+"""The protocol of a node, the decorator that registers, and what follows from `Node.axes`."""
+
+import collections
+import inspect
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Self, TypeGuard, TypeVar
+
+import jax
+from jax.tree_util import GetAttrKey
+
+from .. import _compat
+from .._core import RANK, Axis, Change, Factor
+from .._rules import Full, Rule
+from .._types import Layout, short
+
+Axes = dict[str, tuple[int | str, ...]]  # axes of W by their numbers, others by names
+SLOTS = "slots"  # the name of the axis of chosen slots
+SHOWN = 4  # numbers of a tuple that is printed
+
+
+@typing.dataclass_transform(frozen_default=True)
+class Node(tuple[Any, ...]):
+    """What an adapter holds for one weight: arrays, a layout and static fields.
+
+    A subclass declares its fields as a NamedTuple does, and `register` makes it one, and a pytree
+    whose children are the arrays that `labels` names. It defines `labels`, `axes` and `lower`; the
+    rest has defaults, which a field may replace.
+
+    Attributes:
+        labels: for each array its label for the optimizer: `"a"`, `"b"`, any other word for what is
+            trained as it is, or `"base"` for what is not trained. None for what comes and goes
+            with a call, as dropout keys do, and is neither checked nor saved.
+        layout: which axes of W are which.
+        materialize: whether W + ΔW may be formed where the model leaves no other way.
+        dropout: probability of dropping an input of A, in [0, 1).
+        key: keys while dropout is active, else None.
+        frozen: names of arrays that are not trained, whatever `labels` says.
+        residual: whether the node is for a base that its initializer changed.
+    """
+
+    labels: ClassVar[Mapping[str, str | None]]
+    layout: Layout
+    materialize: bool = False
+    dropout: float = 0.0
+    key: Any = None
+    frozen: tuple[str, ...] = ()
+    residual: bool = False
+    _fields: ClassVar[tuple[str, ...]] = ()
+    _field_defaults: ClassVar[Mapping[str, Any]]
+
+    @staticmethod
+    def axes(layout: Layout) -> Axes:
+        """What each axis of each array follows: an axis of W, or a name for one that W has not.
+
+        Shapes, partitions and checkpoints follow from it. Where W's axis has slots, the axis of the
+        array is 1 / count as long.
+        """
+        raise NotImplementedError
+
+    def lower(self, w: Any) -> Change:
+        """The change that the node makes to the weight `w`, an array or a quantized leaf.
+
+        It is written in terms of `factor`, and raises `PartialWeightError` where it needs more than
+        a shard of `w`.
+        """
+        raise NotImplementedError
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why the node is none for a weight of `shape`, beyond what follows from `axes`, or None.
+
+        A weight that is known by its adapter alone has a length of 0 where no array follows.
+        """
+        del shape
+        return None
+
+    def factor(self, name: str) -> Factor:
+        """An array with its axes named by the axes of W."""
+        axes = self.axes(self.layout)[name]
+        names = tuple(RANK if isinstance(d, str) else Axis(d) for d in axes)
+        return Factor(getattr(self, name), names)
+
+    @classmethod
+    def shapes(
+        cls, layout: Layout, shape: tuple[int, ...], sizes: Mapping[str, int]
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of each array for a weight of `shape`; `sizes` are those of other axes."""
+        lengths: dict[int | str, int] = dict(enumerate(shape)) | dict(sizes)
+        if layout.slots is not None:
+            count, _, axis = layout.slots
+            lengths[axis] //= count
+        return {n: tuple(lengths.get(d, 0) for d in dims) for n, dims in cls.axes(layout).items()}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        raise TypeError(f"{cls.__name__} is no node yet: put @jlora.extend.register above it.")
+
+    def _replace(self, **fields: Any) -> Self:
+        """Returns a copy with other values of some fields."""
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        del value
+        raise AttributeError(f"{type(self).__name__} is immutable: node._replace({name}=...).")
+
+    def __repr__(self) -> str:
+        shown = {}
+        for name in self._fields:
+            x = getattr(self, name)
+            if isinstance(x, Layout):
+                shown |= {"stack": x.stack} if x.stack else {}
+                shown |= {"slots": x.slots} if x.slots is not None else {}
+            elif name in self.labels:
+                shown |= {} if x is None else {name: x}
+            elif name not in self._field_defaults or x != self._field_defaults[name]:
+                shown[name] = x
+        return f"{type(self).__name__}({', '.join(f'{n}={_short(x)}' for n, x in shown.items())})"
+
+
+def _short(x: Any) -> str:
+    if not isinstance(x, tuple) or len(x) <= SHOWN:
+        return short(x)
+    return f"({', '.join(map(repr, x[:2]))}, …, {x[-1]!r})"
+
+
+C = TypeVar("C", bound=type)
+RULES: dict[str, type[Rule]] = {"Full": Full}  # by name, as checkpoints have it
+
+
+def register(cls: C) -> C:
+    """Adds a method's class: a decorator of its `Node` and of its rule.
+
+    A node becomes a named tuple and a pytree; checkpoints know a rule, and its node, by its name.
+
+    Args:
+        cls: a subclass of `Node`, or a frozen dataclass that is a subclass of `Rule` and names its
+            `node`.
+
+    Returns:
+        The same class.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    found: Any = cls
+    if is_node_type(found):
+        _make_node(found)
+    elif isinstance(found, type) and issubclass(found, Rule) and is_node_type(found.node):
+        RULES[found.__name__] = found
+    else:
+        raise TypeError(f"register takes a Node, or a Rule that names its `node`; got {cls!r}.")
+    return cls
+
+
+def _make_node(cls: type[Node]) -> None:
+    """Makes the class a named tuple of its annotations, and a pytree."""
+    hints = inspect.get_annotations(cls)
+    names = [name for name, hint in hints.items() if "ClassVar" not in str(hint)]
+    defaults = [vars(cls)[name] for name in names if name in vars(cls)]
+    # A tuple with `_fields`, which `flax.serialization` saves without an import of Flax here.
+    made = vars(collections.namedtuple(cls.__name__, names, defaults=defaults))
+    own = (
+        "__new__",
+        "__getnewargs__",
+        "_make",
+        "_replace",
+        "_asdict",
+        "_fields",
+        "_field_defaults",
+    )
+    for name in (*own, *names):
+        setattr(cls, name, made[name])
+    children = list(cls.labels)
+    static = [name for name in names if name not in children]
+    order = [[*children, *static].index(name) for name in names]
+
+    def flatten(x: Node) -> tuple[Any, Any]:
+        return [getattr(x, name) for name in children], tuple(getattr(x, name) for name in static)
+
+    def flatten_with_keys(x: Node) -> tuple[Any, Any]:
+        values, rest = flatten(x)
+        return [*zip(map(GetAttrKey, children), values, strict=True)], rest
+
+    def unflatten(rest: tuple[Any, ...], values: Any) -> Node:
+        flat = (*values, *rest)
+        return tuple.__new__(cls, [flat[i] for i in order])
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+def is_node_type(x: Any) -> TypeGuard[type[Node]]:
+    """Whether `x` is a class of nodes."""
+    return isinstance(x, type) and issubclass(x, Node)
+
+
+def is_node(x: Any) -> bool:
+    """Whether `x` is the node of a method."""
+    return isinstance(x, Node)
+
+
+class PartialWeightError(Exception):
+    """A method needs the whole of a weight, of which an enclosing `shard_map` may have a part."""
+
+    def __init__(self, need: str, mesh_axes: Collection[Any]) -> None:
+        names = ", ".join(sorted(map(repr, mesh_axes)))
+        super().__init__(
+            f"{need}, and the shard_map around it may have cut W over the mesh axes {names}. "
+            "What varies over a mesh axis may be a part or whole; check_vma=False, and jax.pmap, "
+            "hide both. "
+            "Gather what is whole by jax.lax.all_gather(..., to='invarying') with check_vma=True. "
+            "For weights that are cut, put the shard_map into the function that jlora.transform "
+            "takes, or leave the mesh to jax.jit."
+        )
+
+    def at(self, path: str) -> NotImplementedError:
+        """The error that says which weight it is."""
+        return NotImplementedError(f"{path!r} cannot be adapted here: {self}")
+
+
+def change_of(node: Node, w: Any, path: str) -> Change:
+    """What `node` makes of the weight `w` at `path`."""
+    try:
+        return lower(node, w)
+    except PartialWeightError as e:
+        raise e.at(path) from None
+
+
+def lower(node: Node, w: Any) -> Change:
+    """What `node` makes of the weight `w`; raises `PartialWeightError`."""
+    if (slots := node.layout.slots) is not None:
+        axes = node.axes(node.layout)
+        cut = [w, *(x for name, x in arrays(node).items() if slots[2] in axes[name])]
+        if may_be_cut := frozenset.intersection(*map(_compat.may_be_cut_over, cut)):
+            raise PartialWeightError("its slots are parts of a whole axis of W", may_be_cut)
+    return node.lower(w)
+
+
+# ------------------------------------------------------------------- what follows from `Node.axes`
+
+
+def arrays(node: Node) -> dict[str, Any]:
+    """The arrays of a node by name; those that are None left out."""
+    found = {name: getattr(node, name) for name in node.labels}
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def static(node: Node) -> dict[str, Any]:
+    """The fields of a node that are no arrays."""
+    return {name: getattr(node, name) for name in node._fields if name not in node.labels}
+
+
+def state(node: Node) -> dict[str, Any]:
+    """The arrays of a node without those that come and go."""
+    return {name: getattr(node, name) for name, label in node.labels.items() if label is not None}
+
+
+def lengths(node: Node) -> dict[int | str, int]:
+    """The lengths of axes, W's and others, as the arrays of `node` have them."""
+    axes = node.axes(node.layout)
+    return {
+        d: n
+        for name, x in reversed(state(node).items())
+        for d, n in zip(reversed(axes[name]), reversed(x.shape), strict=False)
+    }
+
+
+def weight_shape(node: Node) -> tuple[int, ...]:
+    """The shape of the weight that a node adapts; 0 along an axis that no array follows."""
+    layout, found = node.layout, lengths(node)
+    if layout.slots is not None:
+        count, _, axis = layout.slots
+        found[axis] = found.get(axis, 0) * count
+    ndim = len(layout.stack) + len(layout.inputs) + len(layout.outputs)
+    return tuple(found.get(d, 0) for d in range(ndim))
+
+
+def misfit(node: Node, shape: tuple[int, ...]) -> str | None:
+    """Why a node is none for a weight of `shape`, or None."""
+    layout = node.layout
+    axes = sorted((*layout.stack, *layout.inputs, *layout.outputs))
+    if axes != list(range(len(shape))):
+        return f"made for a weight of {len(axes)} axes, got one of shape {shape} in `base`"
+    if why := node.misfit(shape):
+        return why
+    got = {name: tuple(x.shape) for name, x in state(node).items()}
+    sizes = {d: n for d, n in lengths(node).items() if isinstance(d, str)}
+    if layout.slots is not None:
+        sizes[SLOTS] = len(layout.slots[1])
+    expected = node.shapes(layout, shape, sizes)
+    if all(got[name] == expected[name] for name in got):
+        return None
+    needed = " and ".join(f"{name.upper()} {expected[name]}" for name in got)
+    return f"a weight of shape {shape} needs {needed}, got {' and '.join(map(str, got.values()))}"

@@ -1,0 +1,101 @@
+"""Arrays under any promotion rules, and along explicit mesh axes, where JAX wants shardings."""
+
+import string
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def explicit(x: Any) -> NamedSharding | None:
+    """The sharding of an array or its type along explicit mesh axes, where the mesh has any."""
+    aval = jax.typeof(x) if isinstance(x, jax.Array) else x
+    found = getattr(aval, "sharding", None)
+    if not isinstance(found, NamedSharding) or AxisType.Explicit not in found.mesh.axis_types:
+        return None
+    return found
+
+
+def join_shardings(
+    x: Sequence[Hashable],
+    y: Sequence[Hashable],
+    out: Sequence[Hashable],
+    of_x: NamedSharding | None,
+    of_y: NamedSharding | None,
+) -> NamedSharding | None:
+    """Shards each axis of `out` as in x, or else as in y, and uses no mesh axis twice."""
+    known = of_x or of_y
+    if known is None:
+        return None
+    entries: dict[Hashable, Any] = {}
+    for axes, sharding in ((y, of_y), (x, of_x)):
+        parts = sharding.spec if sharding else [None] * len(axes)
+        entries |= {a: e for a, e in zip(axes, parts, strict=True) if e is not None}
+    used: set[Any] = set()
+    found: dict[Hashable, Any] = {}
+    for a in sorted(out, key=lambda a: a not in x):
+        names = set(mesh_axes(entries.get(a)))
+        found[a] = None if names & used else entries.get(a)
+        used |= names
+    return NamedSharding(known.mesh, PartitionSpec(*(found[a] for a in out)))
+
+
+def mesh_axes(entry: Any) -> tuple[Any, ...]:
+    """The mesh axes of an entry of a partition."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def einsum(
+    x: Sequence[Hashable],
+    y: Sequence[Hashable],
+    out: Sequence[Hashable],
+    x_value: jax.Array,
+    y_value: jax.Array,
+    *,
+    precision: Any,
+    dtype: Any = None,
+    sharding: NamedSharding | None = None,
+) -> jax.Array:
+    """The Einstein sum of two arrays, in `dtype`, by default float32 or better.
+
+    `x`, `y` and `out` name the axes of the arrays and of the result by letters or any other values.
+    Along explicit mesh axes the result has `sharding`; by default each of its axes is sharded as in
+    x, or else as in y, and what is contracted is summed over the mesh.
+    """
+    of_x, of_y, of_out = spell(x, y, out)
+    return jnp.einsum(
+        f"{of_x},{of_y}->{of_out}",
+        x_value,
+        y_value,
+        precision=precision,
+        preferred_element_type=dtype or promote(x_value.dtype, jnp.float32),
+        out_sharding=sharding or join_shardings(x, y, out, explicit(x_value), explicit(y_value)),
+    )
+
+
+def spell(*each: Sequence[Hashable]) -> list[str]:
+    """A letter for each name, as `jnp.einsum` wants them."""
+    names = dict.fromkeys(name for names in each for name in names)
+    letters = dict(zip(names, string.ascii_letters, strict=False))
+    return ["".join(letters[name] for name in names) for names in each]
+
+
+def letters(n: int) -> str:
+    """The first `n` names of axes."""
+    return string.ascii_letters[:n]
+
+
+def promote(*dtypes: Any) -> Any:
+    """The dtype that holds all `dtypes`, also where the user made implicit promotion an error."""
+    # Nothing is promoted to or from float8, which JAX leaves to the user.
+    wide = [jnp.bfloat16 if _is_float8(dtype) else dtype for dtype in dtypes]
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*wide)
+
+
+def _is_float8(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16

@@ -1,0 +1,157 @@
+"""Primitives that pad weights, and that concatenate or stack them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._arrays import promote
+from ._axes import Axis, Factor, Unfactorable, is_factor
+from ._change import Change, Delta
+from ._interpret import Equation, rule
+from ._packed import Packed
+from ._weight import Weight, value_of
+
+Padding = tuple[int, int, int]  # as in `lax.pad`
+
+
+@rule("pad")
+def _pad(eqn: Equation, w: Weight, fill: Any) -> Weight:
+    if isinstance(fill, Weight):
+        raise Unfactorable("the weight is a padding value")
+    config = eqn.params["padding_config"]
+    padded = Factor(eqn.bind(w.array, fill), w.axes)
+    return w.replace(padded, _padded(w, dict(zip(w.axes, config, strict=True))))
+
+
+def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
+    """The change of a padded weight: ΔW is 0 where W is padded, a gain 1."""
+    pads = {a: c for a, c in config.items() if tuple(c) != (0, 0, 0)}
+
+    def pad(f: Factor, fill: int) -> Factor:
+        by_axis = [pads.get(a, (0, 0, 0)) for a in f.axes]
+        return f.each(lambda x: lax.pad(x, jnp.asarray(fill, x.dtype), by_axis))
+
+    def delta(d: Delta) -> Delta:
+        if d.key is not None and set(d.key.axes) & set(pads):
+            raise Unfactorable("a stack with dropout keys is padded")
+        a = d.a
+        for axis in pads:
+            a = a if axis in d.b.axes else a.repeated(axis, w.lengths[axis])
+        return dataclasses.replace(d, a=pad(a, 0), b=pad(d.b, 0), gate=d.gate and pad(d.gate, 0))
+
+    gain = w.change.gain
+    if gain is not None:
+        for axis in pads:
+            gain = gain.repeated(axis, w.lengths[axis])
+        gain = pad(gain, 1)
+    return Change(tuple(map(delta, w.change.deltas)), gain)
+
+
+@rule("concatenate")
+def _concatenate(eqn: Equation, *parts: Any) -> Weight:
+    return _join(eqn, parts, eqn.params["dimension"])
+
+
+@rule("stack")
+def _stack(eqn: Equation, *parts: Any) -> Weight:
+    axis = eqn.params["axis"]
+
+    def expand(x: Any) -> Any:
+        if not isinstance(x, Weight):
+            return jnp.expand_dims(x, axis)
+        axes, shape = list(x.axes), list(x.shape)
+        axes.insert(axis, Axis(next(x.new_names())))
+        shape.insert(axis, 1)
+        return x.moved(axes, shape)
+
+    return _join(eqn, [expand(x) for x in parts], axis)
+
+
+def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
+    """Joins `parts`, the operands of `eqn`, along their axis `dim`."""
+    weights = [p for p in parts if isinstance(p, Weight)]
+    origin, [out] = weights[0].origin, eqn.outputs
+    if len(weights) < len(parts) and origin.uses is not None:
+        # With an activation it is one itself; in `apply` the other may be a leaf without a rule.
+        raise Unfactorable("it is concatenated with an activation", added=True)
+    axes = tuple(
+        Axis(i, frozenset().union(*(w.axes[i].leaf for w in weights))) for i in range(out.ndim)
+    )
+    # What is not packed may have a derivative, which a product with a packed weight has not.
+    if all(isinstance(p, Weight) and isinstance(p.w, Packed) for p in parts):
+        w = _packed_join(eqn, axes)
+    else:
+        w = Factor(eqn.bind(*map(value_of, eqn.operands)), axes)
+    parts = [_rename(p, axes) if isinstance(p, Weight) else p for p in parts]
+    change = _one_change(parts, axes[dim]) or _side_by_side(out.shape, parts, dim)
+    origin = origin._replace(
+        paths=tuple(dict.fromkeys(path for w in weights for path in w.origin.paths)),
+        materialize=all(w.origin.materialize for w in weights),
+    )
+    picked = frozenset().union(*(w.picked for w in weights))
+    return Weight(w, change, origin, picked)
+
+
+def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
+    """The operands, all of them packed; they are joined when they are unpacked."""
+
+    def unpack(parts: Sequence[Packed]) -> Factor:
+        return Factor(eqn.bind(*(x.array for x in parts)), axes)
+
+    [out] = eqn.outputs
+    return Packed([x.w for x in eqn.operands], unpack, axes, out.shape, out.dtype)
+
+
+def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
+    """Gives the axes of a weight other names, in its change alone."""
+    names = dict(zip(w.axes, axes, strict=True))
+    return w.replace(w.w.with_type(axes, w.type), w.change.map(lambda f: f.renamed(names)))
+
+
+def _side_by_side(shape: tuple[int, ...], parts: Sequence[Any], dim: int) -> Change:
+    """The deltas of each part, 0 on the others; gains joined, 1 on parts that have none."""
+    start, total, deltas, gain = 0, shape[dim], [], None
+    for part in parts:
+        size = part.shape[dim]
+        if isinstance(part, Weight):
+            change = _padded(part, {part.axes[dim]: (start, total - start - size, 0)})
+            deltas += change.deltas
+            gain = _product_of_gains(gain, change.gain, part.axes)
+        start += size
+    return Change(tuple(deltas), gain)
+
+
+def _product_of_gains(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) -> Factor | None:
+    if x is None or y is None:
+        return x if y is None else y
+    both = [a for a in axes if a in x.axes or a in y.axes]
+    return x.replace(x.arranged(both) * y.arranged(both), both)
+
+
+def _one_change(parts: Sequence[Any], axis: Axis) -> Change | None:
+    """A joined with A and B with B, where `axis` counts independent matrices of one form.
+
+    A gain need not have that axis, and the gains of the parts differ.
+    """
+    if not all(isinstance(p, Weight) for p in parts):
+        return None
+    first, *others = (p.change for p in parts)
+    forms = [(jax.tree.structure(c), jax.tree.map(jnp.shape, c)) for c in (first, *others)]
+    if any(form != forms[0] for form in forms) or first.gain is not None:
+        return None
+    if any((axis in d.a.axes) != (axis in d.b.axes) for d in first.deltas):
+        return None
+
+    def join(*factors: Factor) -> Factor:
+        each = [f.repeated(axis, p.lengths[axis]) for f, p in zip(factors, parts, strict=True)]
+        values = [f.value for f in each]
+        if len({v.dtype for v in values}) > 1:  # dropout keys have one
+            dtype = promote(*(v.dtype for v in values))
+            values = [v.astype(dtype) for v in values]
+        return each[0].replace(jnp.concatenate(values, each[0].axis(axis)))
+
+    return jax.tree.map(join, *(p.change for p in parts), is_leaf=is_factor)

@@ -1,0 +1,61 @@
+"""How a weight is sharded: W, or its codes and scales, and the factors of its change."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding
+
+from ._arrays import mesh_axes
+from ._axes import Axis, Factor, Unfactorable
+from ._packed import Packed, shard_part
+from ._weight import Weight
+
+
+def constrain(w: Weight, sharding: Any) -> Weight:
+    """Asks XLA to shard W, or its codes and scales, as `sharding` says."""
+    if not isinstance(w.w, Packed):
+        return w.each(lambda x: lax.with_sharding_constraint(x, sharding))
+    if not isinstance(sharding, NamedSharding):
+        return w
+    return w.replace(w.w.map(lambda f: shard_part(f, sharding, w.axes)))
+
+
+def specs(w: Weight, spec: Any) -> Weight:
+    """The partition of each array in its place, where that of W is `spec`."""
+    by_axis = dict(zip(w.axes, spec, strict=False))
+    return w.move(lambda f: f.specs(by_axis))
+
+
+def place(w: Weight, mesh: Any, spec: Any) -> Weight:
+    """Reshards each array to lie on `mesh`, where the partition of W is `spec`."""
+
+    def reshard(x: jax.Array, spec: Any) -> jax.Array:
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(reshard, w, specs(w, spec))
+
+
+def pieces(w: Weight, spec: Any, sizes: Any) -> dict[Axis, int]:
+    """Into how many pieces a partition splits axes of W, also into one."""
+    entries = zip(w.axes, spec, strict=False)
+    return {a: math.prod(sizes[n] for n in mesh_axes(e)) for a, e in entries if mesh_axes(e)}
+
+
+def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weight:
+    """A shard of a weight, of type `aval`; JAX does not check what varies over `unchecked` axes."""
+    by_axis = dict(zip(w.axes, spec, strict=False))
+
+    def mark(f: Factor) -> Factor:
+        names = {n for a in f.axes for n in mesh_axes(by_axis.get(a))}
+        return f.may_vary(names & unchecked)
+
+    for d in w.change.deltas:
+        apart = {*d.a.axes} ^ {*d.b.axes}
+        if not d.is_matrix and (unchecked or any(map(by_axis.get, apart))):
+            raise Unfactorable("a device has a part of each matrix, or that is not checked")
+    origin = w.origin._replace(unchecked=w.origin.unchecked | unchecked)
+    shard = w.replace(w.w.with_type(w.axes, aval), w.change.map(mark))
+    return dataclasses.replace(shard, origin=origin)

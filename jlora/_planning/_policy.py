@@ -1,0 +1,43 @@
+"""A policy for `jax.checkpoint` that saves only what a training step with frozen weights needs."""
+
+from typing import Any
+
+# Elementwise operations and moves: XLA fuses them into whatever reads their result. Division and
+# roots are saved, as computing them takes longer than a read.
+_NAMES = """
+    abs add add_any and broadcast_in_dim ceil clamp convert_element_type copy cos eq erf exp exp2
+    expand_dims expm1 floor ge gt integer_pow iota is_finite le log1p logistic lt max min mul ne neg
+    not or reshape round select_n sign sin square squeeze stop_gradient sub tanh transpose xor
+"""
+CHEAP = frozenset(_NAMES.split())
+
+
+def checkpoint_policy(prim: Any, *_: Any, **params: Any) -> bool:
+    r"""Lets `jax.checkpoint` save everything but the results of elementwise operations.
+
+    With frozen weights, a step needs the input x of a product $x W$ only for $\bar A = s\, x^T
+    \bar h$. Where x is the output of a norm or of an activation function, it costs less to compute
+    it again from what is kept anyway than to keep it. Products, convolutions, reductions, divisions
+    and roots are saved, so that none is computed twice. Give the policy to each layer rather than
+    to the whole model: `nn.remat(Block, policy=jlora.checkpoint_policy)`, under `nn.scan` with
+    `prevent_cse=False`.
+
+    Args:
+        prim: a JAX primitive.
+        *_: its operands, which do not matter.
+        **params: its parameters, which do not matter.
+
+    Returns:
+        Whether the results of `prim` are saved for the backward pass.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> layer = lambda w, x: jax.nn.gelu(x @ w)
+        >>> f = jax.checkpoint(layer, policy=jlora.checkpoint_policy)
+        >>> w, x = jnp.ones((4, 3)), jnp.ones((2, 4))
+        >>> bool(jnp.allclose(jax.grad(lambda x: f(w, x).sum())(x),
+        ...                   jax.grad(lambda x: layer(w, x).sum())(x)))
+        True
+    """
+    del params
+    return prim.name not in CHEAP

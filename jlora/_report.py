@@ -1,0 +1,168 @@
+"""Reports for people: tables of text, and the parameters and bytes of a base and its adapter."""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from ._compat import known
+from ._quantized import Quantized, Scheme, is_quantized, spelled
+from ._tree import count, leaves_by_path, name_of, size_in_bytes
+from ._types import Path, PyTree
+
+
+def aligned(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str]
+) -> list[str]:
+    """The header and the rows as lines, the columns named in `right` flush right.
+
+    >>> aligned(("name", "n"), [("a", "1"), ("b", "10")], {"n"})
+    ['name   n', 'a      1', 'b     10']
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(w) if name in right else cell.ljust(w)
+            for cell, w, name in zip(row, widths, header, strict=True)
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def readable(n: float) -> str:
+    """A number of bytes.
+
+    >>> readable(1536)
+    '1.5 KiB'
+    """
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    i = min(int(math.log(max(n, 1), 1024)), len(units) - 1)
+    return f"{n / 1024**i:.1f} {units[i]}" if i else f"{n} B"
+
+
+class QuantizedLeaf(NamedTuple):
+    """What a `Summary` says of one quantized leaf.
+
+    Attributes:
+        path: its path.
+        shape: the shape of the weight.
+        scheme: the scheme of its codes.
+        before: bytes of the weight in its own dtype.
+        after: bytes of the codes and scales.
+        error: ‖W - Q‖ / ‖W‖, the largest of a stack; None if the leaf was read from a file or has
+            no value.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    scheme: Scheme
+    before: int
+    after: int
+    error: float | None
+
+
+class Summary(NamedTuple):
+    """Parameters and bytes of a base and its adapter; `str()` is a table.
+
+    Attributes:
+        base: number of parameters of the base.
+        trainable: number of parameters of the adapter.
+        base_bytes: bytes of the base.
+        trainable_bytes: bytes of the adapter; a checkpoint of it has as many.
+        quantized: a `QuantizedLeaf` for each quantized leaf of the base.
+    """
+
+    base: int
+    trainable: int
+    base_bytes: int
+    trainable_bytes: int
+    quantized: tuple[QuantizedLeaf, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters as a share of the base's."""
+        return self.trainable / max(self.base, 1)
+
+    def __str__(self) -> str:
+        sizes = [("base (frozen)", self.base, self.base_bytes)]
+        if self.trainable:
+            sizes += [
+                ("adapter (trainable)", self.trainable, self.trainable_bytes),
+                ("Adam moments", 2 * self.trainable, 2 * self.trainable_bytes),
+            ]
+        rows = [(name, f"{n:,}", readable(size)) for name, n, size in sizes]
+        lines = aligned(("", "parameters", "size"), rows, {"parameters", "size"})
+        if self.trainable:
+            lines.append(f"trainable share {100 * self.share:.3g}%")
+        if self.quantized:
+            lines += ["", *self._table_of_quantized()]
+        return "\n".join(lines)
+
+    def _table_of_quantized(self) -> list[str]:
+        header = ("path", "shape", "scheme", "bits", "before", "after", "error")
+        rows = [
+            (
+                name_of(leaf.path),
+                "×".join(map(str, leaf.shape)),
+                spelled(leaf.scheme),
+                f"{8 * leaf.after / max(1, math.prod(leaf.shape)):.3f}",
+                readable(leaf.before),
+                readable(leaf.after),
+                "-" if leaf.error is None else f"{leaf.error:.3g}",
+            )
+            for leaf in self.quantized
+        ]
+        saved = sum(leaf.before - leaf.after for leaf in self.quantized)
+        rest = self.base_bytes - sum(leaf.after for leaf in self.quantized)
+        return [
+            *aligned(header, rows, {"bits", "before", "after", "error"}),
+            f"{readable(self.base_bytes + saved)} before, {readable(self.base_bytes)} after, of "
+            f"which {readable(rest)} are not quantized",
+        ]
+
+
+def summary(base: PyTree, adapter: PyTree = None) -> Summary:
+    r"""Counts the parameters and bytes of a base and its adapter.
+
+    For each quantized leaf of the base it also has the bits of a parameter and the error.
+
+    Args:
+        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s.
+        adapter: the trainable tree, likewise; None if there is none yet.
+
+    Returns:
+        A `Summary`; printed, a table.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, jlora
+        >>> lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=2))
+        >>> params, x = {"w": jnp.ones((64, 64))}, jnp.ones((1, 64))
+        >>> print(jlora.summary(*lora.init(jax.random.key(0), params, x)))
+                             parameters      size
+        base (frozen)             4,096  16.0 KiB
+        adapter (trainable)         256   1.0 KiB
+        Adam moments                512   2.0 KiB
+        trainable share 6.25%
+        >>> params = {"w": jax.random.normal(jax.random.key(0), (256, 256)), "b": jnp.ones(256)}
+        >>> found = jlora.summary(jlora.quantize(params, jlora.NF4("w")))
+        >>> print(str(found).partition("\n\n")[2])
+        path  shape    scheme                       bits     before     after  error
+        w     256×256  NF4(block=64, double=True)  4.127  256.0 KiB  33.0 KiB  0.092
+        257.0 KiB before, 34.0 KiB after, of which 1.0 KiB are not quantized
+    """
+    leaves = [(path, x) for path, x in leaves_by_path(base) if is_quantized(x)]
+    return Summary(
+        count(base),
+        count(adapter),
+        size_in_bytes(base),
+        size_in_bytes(adapter),
+        tuple(_quantized_leaf(path, x) for path, x in leaves),
+    )
+
+
+def _quantized_leaf(path: Path, x: Quantized) -> QuantizedLeaf:
+    before = x.size * jnp.dtype(x.dtype).itemsize
+    error = None if x.error is None else known(jnp.max, x.error)
+    error = None if error is None else float(error)
+    return QuantizedLeaf(path, tuple(x.shape), x.scheme, before, x.nbytes, error)

@@ -1,0 +1,192 @@
+"""Transformations to chain with an optimizer: LoRA+ and Riemannian preconditioning."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._adapters import is_node
+from ._compat import is_concrete
+from ._core import einsum, letters, promote
+from ._labels import is_masked
+from ._linalg import inverse
+from ._rules import is_finite
+from ._types import PyTree
+
+RANK, OTHER = "RS"  # the rank twice
+
+
+def lora_plus(ratio: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies the updates of B by λ, so that B learns λ times as fast as A.
+
+    Chain it after the optimizer, `optax.chain(optax.adamw(2e-4), jlora.lora_plus(16))`. Before Adam
+    it would do nothing, as Adam divides by the size of the gradients.
+
+    Args:
+        ratio: λ, positive. Hayou et al. find about 16 to be good. It may be traced.
+
+    Returns:
+        An optax transformation, for an adapter or `Params(base, adapter)`.
+
+    Raises:
+        TypeError: if the tree has no adapter in it.
+        ValueError: if `ratio` is not a positive finite number.
+
+    Source: Hayou et al., LoRA+, arXiv 2402.12354.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> updates = {"w": jlora.types.LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, layout)}
+        >>> tx = jlora.lora_plus(16)
+        >>> updates, _ = tx.update(updates, tx.init(updates))
+        >>> updates["w"].a.tolist(), updates["w"].b.tolist()
+        ([[1.0], [1.0]], [[16.0, 16.0]])
+    """
+    _check_positive("ratio", ratio)
+
+    def scale(x: Any) -> Any:
+        if not is_node(x):
+            return x
+        chosen = {name: getattr(x, name) for name, label in x.labels.items() if label == "b"}
+        return x._replace(**jax.tree.map(lambda u: jnp.asarray(ratio, u.dtype) * u, chosen))
+
+    def update(updates: PyTree, params: PyTree | None, **extra: Any) -> PyTree:
+        del params, extra
+        return jax.tree.map(scale, updates, is_leaf=is_node)
+
+    return _stateless("lora_plus", update)
+
+
+def precondition(damping: float | jax.Array) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies the gradients of A and of B by the inverse r × r matrix of the other factor.
+
+    $$\bar A \leftarrow \bar A\,(B B^\top + \delta I)^{-1},\qquad
+    \bar B \leftarrow (A^\top A + \delta I)^{-1} \bar B$$
+
+    for each matrix of a stack and each slot by itself, in float32 or better. Then the step of ΔW
+    does not depend on how ΔW is split into A and B. Gradients are of another size: find the
+    learning rate anew.
+
+    Chain it before the optimizer, `optax.chain(jlora.precondition(1e-6), optax.adamw(2e-4))`: the
+    formula is for gradients, and the steps of Adam are none.
+
+    Args:
+        damping: δ, positive, 1e-6 in the paper. It may be traced.
+
+    Returns:
+        An optax transformation, for an adapter or `Params(base, adapter)`. Its `update` needs the
+        parameters.
+
+    Raises:
+        TypeError: if the tree has no adapter in it.
+        ValueError: if `damping` is not a positive finite number; in `update`, without parameters.
+
+    Source: Zhang and Pilanci, arXiv 2402.02347, algorithm 1.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> layout = jlora.types.Layout((), (0,), (1,))
+        >>> params = {"w": jlora.types.LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), 1.0, layout)}
+        >>> tx = jlora.precondition(1e-6)
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["w"].a.round(3).tolist()
+        [[0.5], [0.5]]
+    """
+    _check_positive("damping", damping)
+
+    def of_node(update: Any, param: Any) -> Any:
+        if not is_node(update) or not {"a", "b"} <= set(update.labels.values()):
+            return update
+        is_trained = not (is_masked(update.a) and is_masked(update.b))
+        return _precondition(damping, update, param) if is_trained else update
+
+    def update(updates: PyTree, params: PyTree | None, **extra: Any) -> PyTree:
+        # Within jlora.optimizer `params` lack what is frozen, which may be one of the factors.
+        params = extra.get("all_params", params)
+        if params is None:
+            raise ValueError(
+                "The update of jlora.precondition needs the parameters: call "
+                "update(grads, state, params)."
+            )
+        stop = lambda x: is_node(x) or is_masked(x)  # noqa: E731
+        return jax.tree.map(of_node, updates, params, is_leaf=stop)
+
+    return _stateless("precondition", update)
+
+
+def _precondition(damping: Any, update: Any, param: Any) -> Any:
+    if is_masked(param.a) or is_masked(param.b):
+        raise ValueError(
+            "jlora.precondition needs A and B, and what is around it hides one that is frozen. "
+            "Chain it before that: optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
+        )
+    (of_a, of_b), wide = _letters(param), promote(param.a.dtype, param.b.dtype, jnp.float32)
+    a, b = param.a.astype(wide), param.b.astype(wide)
+    of_rank = "".join(c for c in of_a if c in of_b and c != RANK) + RANK + OTHER
+
+    def times(update: Any, axes: str, other: jax.Array, axes_of_other: str) -> Any:
+        if is_masked(update):
+            return update
+        return _multiply(update, axes, _inverse(other, axes_of_other, of_rank, damping), of_rank)
+
+    return update._replace(a=times(update.a, of_a, b, of_b), b=times(update.b, of_b, a, of_a))
+
+
+def _letters(node: Any) -> tuple[str, str]:
+    """A letter for each axis of A and of B; a table's adapters are one more axis in front."""
+    axes = node.axes(node.layout)
+    names = dict.fromkeys((*axes["a"], *axes["b"]))
+    named = dict(zip(names, letters(len(names)), strict=True)) | {"rank": RANK}
+    front = letters(len(names) + node.a.ndim - len(axes["a"]))[len(names) :]
+    of_a, of_b = (front + "".join(named[d] for d in axes[name]) for name in ("a", "b"))
+    return of_a, of_b
+
+
+def _inverse(x: jax.Array, axes: str, out: str, damping: Any) -> jax.Array:
+    """The inverse of xᵀx + δI over the rank, along the other axes of `out` for each apart."""
+    gram = einsum(axes, axes.replace(RANK, OTHER), out, x, x, precision="highest", dtype=x.dtype)
+    eye = jnp.eye(gram.shape[-1], dtype=x.dtype)
+    return inverse(gram + jnp.asarray(damping, x.dtype) * eye)
+
+
+def _multiply(update: jax.Array, axes: str, matrix: jax.Array, of_rank: str) -> jax.Array:
+    how = {"precision": "highest", "dtype": matrix.dtype}
+    out, wide = axes.replace(RANK, OTHER), update.astype(matrix.dtype)
+    return einsum(axes, of_rank, out, wide, matrix, **how).astype(update.dtype)
+
+
+# ---------------------------------------------------------------------------------- what they share
+
+
+def _stateless(name: str, f: Any) -> optax.GradientTransformationExtraArgs:
+    """The transformation by `f` of updates, parameters and extra arguments, of an adapter."""
+
+    def check(tree: PyTree) -> None:
+        leaves = jax.tree.leaves(tree, is_leaf=is_node)
+        if leaves and not any(map(is_node, leaves)):
+            raise TypeError(
+                f"jlora.{name} acts on the A and B of an adapter, but the tree has none. Give the "
+                "adapter that `init` returned, or jlora.Params(base, adapter)."
+            )
+
+    def init(params: PyTree) -> Any:
+        check(params)
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> Any:
+        check(updates)
+        return f(updates, params, **extra), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_positive(name: str, x: Any) -> None:
+    """`ValueError` unless `x` is a positive finite number, or traced."""
+    if not is_concrete(x):
+        return
+    number = x.item() if isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 else x
+    if not is_finite(number) or number <= 0:
+        raise ValueError(f"`{name}` must be a positive finite number; got {x!r}.")

@@ -1,0 +1,175 @@
+"""Rules as JSON and back, and the functions that they name."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .. import _quantized as quantized
+from .. import initializers
+from .._adapters import RULES, LoRA
+from .._quantized import Scheme
+from .._rules import Rule, Slots, compile_pattern, pattern_anywhere
+from .._untrusted import shown
+from ..initializers import Initializer
+
+Fields = dict[str, Any]
+SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, and the kind of their sketch
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """Stands in a restored rule for an initializer that only the training script has.
+
+    Attributes:
+        name: its module and name.
+    """
+
+    name: str
+
+    def __call__(self, *args: Any) -> Any:
+        """Raises: there is nothing to call."""
+        if kind := SKETCHED.get(self.name.removeprefix("jlora.initializers.")):
+            raise NotImplementedError(
+                f"`init` was {self.name} when the adapter was saved, which starts from a sketch: a "
+                "checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
+                f"init={self.name}(sketch)), with the options that it had, where sketch is of "
+                f"jlora.sketch(..., kind={kind!r})."
+            )
+        raise NotImplementedError(
+            f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of "
+            "jlora. Give the rule your own: dataclasses.replace(rule, init=...)."
+        )
+
+
+def encode_rule(rule: Any) -> Fields:
+    fields = {f.name: _encode_field(getattr(rule, f.name)) for f in dataclasses.fields(rule)}
+    if isinstance(rule, LoRA):
+        fields["scale"] = rule.scale  # for whoever reads the file; it follows from the others
+    return {"rule": type(rule).__name__, **fields}
+
+
+def _encode_field(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Slots():
+            return {"slots": dataclasses.asdict(value)}
+        case tuple():
+            return [_encode_field(x) for x in value]
+        case np.dtype() | type():
+            return {"dtype": jnp.dtype(value).name}
+        case Initializer() if value.name in SKETCHED:
+            return {"function": f"jlora.initializers.{value.name}"}
+        case Initializer() if all(map(_is_known, vars(value).values())):
+            options = {name: _encode_field(x) for name, x in vars(value).items()}
+            return {"function": f"jlora.initializers.{value.name}", "options": options}
+        case Scheme():
+            return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
+    return {"function": value.name if isinstance(value, Foreign) else _name(value)}
+
+
+LONGEST = 1000  # characters of a pattern that is tried
+# A pattern that matches in time that is linear in the path: without repetition, one group at most.
+PLAIN = re.compile(r"\^?[\w/]*(?:\((?:\?:)?[\w|]+\)|\[\w+\])?[\w/]*\$?")
+
+
+def match_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
+    """Rewrites rules of format 1 so that their patterns take the same leaves by whole components.
+
+    By whole components a pattern matches fewer paths than before, and every leaf that it took is in
+    the adapter. So a plain pattern stays if it still matches those leaves. Other patterns are not
+    tried, as a file may hold one that takes for ever.
+    """
+    new, left = [], list(adapted)
+    for rule in rules:
+        if (pattern := rule.get("pattern")) is not None:
+            is_short = len(pattern) <= LONGEST
+            is_plain = is_short and PLAIN.fullmatch(pattern) and pattern.strip("/") == pattern
+            hits = {path for path in left if re.search(pattern, path)} if is_plain else set()
+            left = [path for path in left if path not in hits]
+            if not is_plain or not all(map(compile_pattern(pattern).search, hits)):
+                rule = rule | {"pattern": pattern_anywhere(pattern)}
+        new.append(rule)
+    return new
+
+
+def decode_rule(fields: Fields) -> Rule:
+    kind = registered("rule", fields["rule"], RULES)
+    names = [f.name for f in dataclasses.fields(kind) if f.name in fields]
+    return kind(**{name: _decode_field(fields[name]) for name in names})
+
+
+def _decode_field(value: Any) -> Any:
+    match value:
+        case {"slots": slots}:
+            return Slots(**to_tuples(slots))
+        case {"dtype": name}:
+            return jnp.dtype(name)
+        case {"scheme": name, "fields": found}:
+            return _scheme(name)(**found)
+        case {"function": name, "options": options}:
+            made = _function(name)(**{key: _decode_field(x) for key, x in options.items()})
+            if not isinstance(made, Initializer):
+                raise TypeError(f"{name} takes no options")
+            return made
+        case {"function": name}:
+            return _function(name)
+        case list():
+            return tuple(map(_decode_field, value))
+    return value
+
+
+def _is_known(option: Any) -> bool:
+    """Whether the option of an initializer can be read again: a scheme must be jlora's own."""
+    own = getattr(quantized, type(option).__name__, None)
+    return not isinstance(option, Scheme) or own is type(option)
+
+
+def _scheme(name: str) -> type[Scheme]:
+    found = getattr(quantized, name, None)
+    if not isinstance(found, type) or not issubclass(found, Scheme):
+        raise ValueError(f"the checkpoint has the scheme {name!r}, which is none of jlora's")
+    return found
+
+
+def _name(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__name__", None)
+    if name is not None and getattr(initializers, name, None) is function:
+        return f"jlora.initializers.{name}"
+    if name is None:
+        return repr(function)
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _function(name: str) -> Callable[..., Any]:
+    for sketched in SKETCHED:
+        known = f"jlora.initializers.{sketched}"
+        # Format 1 had the function in `_eva.py` that it was.
+        if name in (known, f"jlora.initializers._{sketched}.{sketched}.<locals>.start"):
+            return Foreign(known)
+    module, _, last = name.rpartition(".")
+    # Version 0.1 had the initializers in `jlora` itself.
+    known = module in ("jlora", "jlora.initializers") and not last.startswith("_")
+    function = getattr(initializers, last, None) if known and last.isidentifier() else None
+    return function if callable(function) else Foreign(name)
+
+
+def registered(kind: str, name: str, types: Mapping[str, Any]) -> Any:
+    """The class of `types` by a name."""
+    if name not in types:
+        raise ValueError(
+            f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "
+            "module that registers it"
+        )
+    return types[name]
+
+
+def to_tuples(x: Any) -> Any:
+    """Turns the lists of JSON into tuples, at any depth."""
+    if isinstance(x, dict):
+        return {name: to_tuples(value) for name, value in x.items()}
+    return tuple(map(to_tuples, x)) if isinstance(x, list) else x
