@@ -30,8 +30,8 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     base, at the base's size, and drops them.
 
     Args:
-        tx: any optax transformation. It gets all parameters, frozen ones among them, as the extra
-            argument `all_params` of its `update`.
+        tx: any optax transformation. If factors are frozen, its `update` gets all parameters as the
+            extra argument `all_params`.
 
     Returns:
         An optax transformation.
@@ -66,7 +66,10 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
-        return parts.update(updates, state, params, **{"all_params": params, **extra})
+        nodes = jax.tree.leaves(params, is_leaf=is_node)
+        if any(is_node(x) and x.frozen for x in nodes):  # `tx` sees neither them nor their updates
+            extra = {"all_params": params} | extra
+        return parts.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

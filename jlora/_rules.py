@@ -32,6 +32,11 @@ class Rule:
     materialize: bool = False
     frozen: tuple[str, ...] = ()
 
+    @property
+    def all_frozen(self) -> tuple[str, ...]:
+        """The arrays that are not trained, by `frozen` or by what the rule has besides."""
+        return self.frozen
+
     def fit(self, site: Any) -> tuple["Rule", Any]:
         """The rule and the layout for a `Site`; `ValueError` where the rule cannot apply to it."""
         return self, site.layout
@@ -57,7 +62,7 @@ class Rule:
         """The number of parameters that the rule trains of a weight of `shape`."""
         frozen = {name for name, x in self.node.labels.items() if x in (None, "base")}
         found = self.shapes(layout, shape).items()
-        return sum(math.prod(n) for name, n in found if name not in frozen.union(self.frozen))
+        return sum(math.prod(n) for name, n in found if name not in frozen.union(self.all_frozen))
 
 
 @dataclasses.dataclass(frozen=True)

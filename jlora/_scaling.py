@@ -13,7 +13,7 @@ from ._core import einsum, letters, promote
 from ._labels import is_masked
 from ._linalg import inverse
 from ._rules import is_finite
-from ._types import PyTree
+from ._types import Params, PyTree
 
 RANK, OTHER = "RS"  # the rank twice
 
@@ -166,7 +166,7 @@ def _stateless(name: str, f: Any) -> optax.GradientTransformationExtraArgs:
 
     def check(tree: PyTree) -> None:
         leaves = jax.tree.leaves(tree, is_leaf=is_node)
-        if leaves and not any(map(is_node, leaves)):
+        if leaves and not isinstance(tree, Params) and not any(map(is_node, leaves)):
             raise TypeError(
                 f"jlora.{name} acts on the A and B of an adapter, but the tree has none. Give the "
                 "adapter that `init` returned, or jlora.Params(base, adapter)."

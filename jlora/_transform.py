@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import change_of, is_node, lengths
+from ._adapters import change_of, is_node, is_registered, lengths
 from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
 from ._find_sites import Traced, find_sites
 from ._foreign import advised, check_apply_fn
@@ -82,7 +82,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     """
     check_apply_fn(apply_fn)
     for rule in rules:
-        if not isinstance(rule, Rule):
+        if not is_registered(rule):
             got = misplaced(rule, "transform(apply_fn, *rules)")
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.

@@ -15,5 +15,4 @@ from ._sketching import Sketch as Sketch
 from ._sketching import Spectrum as Spectrum
 from ._types import Adapted as Adapted
 from ._types import Layout as Layout
-from ._types import Params as Params
 from ._types import Transformed as Transformed

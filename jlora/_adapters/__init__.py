@@ -23,6 +23,7 @@ from ._node import PartialWeightError as PartialWeightError
 from ._node import arrays as arrays
 from ._node import change_of as change_of
 from ._node import is_node as is_node
+from ._node import is_registered as is_registered
 from ._node import lengths as lengths
 from ._node import lower as lower
 from ._node import misfit as misfit

@@ -137,10 +137,10 @@ class DoRA(LoRA):
                 f"`dropout` of {rule_name(self)} must be 0, got {self.dropout}: PEFT's DoRA with "
                 "dropout multiplies W twice, which jlora does not. Leave it out, or use jlora.LoRA."
             )
-        if self.frozen:
+        if self.all_frozen:
             raise ValueError(
                 f"`frozen` of {rule_name(self)} must be (), as DoRA trains A and B; got "
-                f"{self.frozen}, by the rule or by its `init`. Use jlora.LoRA."
+                f"{self.all_frozen}, by the rule or by its `init`. Use jlora.LoRA."
             )
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:

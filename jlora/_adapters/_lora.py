@@ -93,19 +93,23 @@ class LoRA(Rule):
             )
         if self.dtype is not None and not is_floating(self.dtype):
             raise TypeError(f"`dtype` of {name} must be a floating-point one; got {self.dtype!r}.")
-        demanded = getattr(self.init, "frozen", ())
-        frozen = self.frozen if isinstance(self.frozen, list | tuple) else (self.frozen,)
-        frozen = (*frozen, *(x for x in demanded if x not in frozen))
-        if frozen not in ((), ("a",), ("b",)):
+        given = self.frozen if isinstance(self.frozen, list | tuple) else (self.frozen,)
+        object.__setattr__(self, "frozen", tuple(given))
+        if self.all_frozen not in ((), ("a",), ("b",)):
+            demanded = getattr(self.init, "frozen", ())
             also = f", and `init` freezes {demanded}" if demanded else ""
             raise ValueError(
                 f"`frozen` of {name} must be (), ('a',) or ('b',); got {self.frozen!r}{also}."
             )
-        object.__setattr__(self, "frozen", frozen)
         # They are saved and compared: plain numbers, whatever a sweep gave.
         object.__setattr__(self, "rank", int(self.rank))
         object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "dropout", float(self.dropout))
+
+    @property
+    def all_frozen(self) -> tuple[str, ...]:
+        """The factors that the rule or its initializer freezes."""
+        return tuple(dict.fromkeys((*self.frozen, *getattr(self.init, "frozen", ()))))
 
     @property
     def scale(self) -> float:
@@ -153,8 +157,10 @@ class LoRA(Rule):
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, LowRank]:
         """W and the node that `init` draws."""
         base, a, b = self.draw(key, w, site)
-        fixed = {"dropout": self.dropout, "materialize": self.materialize, "frozen": self.frozen}
-        return base, LowRank(a, b, self.scale, site.layout, **fixed, residual=base is not w)
+        fixed = {"dropout": self.dropout, "materialize": self.materialize}
+        return base, LowRank(
+            a, b, self.scale, site.layout, frozen=self.all_frozen, residual=base is not w, **fixed
+        )
 
     def draw(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, jax.Array, jax.Array]:
         """W, A and B as the initializer has them, checked."""

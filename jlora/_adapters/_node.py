@@ -155,19 +155,16 @@ def _make_node(cls: type[Node]) -> None:
     """Makes the class a named tuple of its annotations, and a pytree."""
     hints = inspect.get_annotations(cls)
     names = [name for name, hint in hints.items() if "ClassVar" not in str(hint)]
-    defaults = [vars(cls)[name] for name in names if name in vars(cls)]
+    optional = [name for name in names if name in vars(cls)]
+    if optional != names[len(names) - len(optional) :]:
+        raise TypeError(
+            f"fields of {cls.__name__} with a default must come after those without one; got "
+            f"{', '.join(names)}, with defaults for {', '.join(optional)}."
+        )
+    defaults = [vars(cls)[name] for name in optional]
     # A tuple with `_fields`, which `flax.serialization` saves without an import of Flax here.
     made = vars(collections.namedtuple(cls.__name__, names, defaults=defaults))
-    own = (
-        "__new__",
-        "__getnewargs__",
-        "_make",
-        "_replace",
-        "_asdict",
-        "_fields",
-        "_field_defaults",
-    )
-    for name in (*own, *names):
+    for name in made.keys() - {"__doc__", "__module__", "__repr__", "__slots__"}:
         setattr(cls, name, made[name])
     children = list(cls.labels)
     static = [name for name in names if name not in children]
@@ -190,6 +187,11 @@ def _make_node(cls: type[Node]) -> None:
 def is_node_type(x: Any) -> TypeGuard[type[Node]]:
     """Whether `x` is a class of nodes."""
     return isinstance(x, type) and issubclass(x, Node)
+
+
+def is_registered(x: Any) -> bool:
+    """Whether `x` is a rule of a class that checkpoints know."""
+    return isinstance(x, Rule) and RULES.get(type(x).__name__) is type(x)
 
 
 def is_node(x: Any) -> bool:

@@ -30,20 +30,21 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
 
 @rule("neg")
 def _neg(eqn: Equation, w: Weight) -> Weight:
-    return _scale(w, jnp.asarray(-1), eqn.bind)
+    return _scale(w, jnp.asarray(-1), eqn.bind, is_known=True)
 
 
 @rule("mul")
 def _mul(eqn: Equation, x: Any, y: Any) -> Weight:
     w, other = (x, y) if isinstance(x, Weight) else (y, x)
-    return _scale(w, _scalar(other), lambda x: eqn.bind(x, other))
+    known = _compat.is_concrete(other)
+    return _scale(w, _scalar(other), lambda x: eqn.bind(x, other), known)
 
 
 @rule("div")
 def _div(eqn: Equation, x: Any, y: Any) -> Weight:
     if not isinstance(x, Weight):
         raise Unfactorable("the weight divides")
-    return _scale(x, 1 / _scalar(y), lambda x: eqn.bind(x, y))
+    return _scale(x, 1 / _scalar(y), lambda x: eqn.bind(x, y), _compat.is_concrete(y))
 
 
 def _scalar(x: Any) -> jax.Array:
@@ -52,10 +53,12 @@ def _scalar(x: Any) -> jax.Array:
     return jnp.reshape(x, ())
 
 
-def _scale(w: Weight, scalar: jax.Array, f: Callable[[jax.Array], jax.Array]) -> Weight:
-    """Multiplies by `scalar`, which is what `f` does to W."""
+def _scale(
+    w: Weight, scalar: jax.Array, f: Callable[[jax.Array], jax.Array], is_known: bool
+) -> Weight:
+    """Multiplies by `scalar`, which is what `f` does to W; `is_known` if it is no traced value."""
     unchecked = frozenset[Any]()
-    if not _compat.is_concrete(scalar):
+    if not is_known:
         # It may have a derivative, which a product with a packed weight has not.
         w, unchecked = w.replace(w.w.to_dense()), w.origin.unchecked
 

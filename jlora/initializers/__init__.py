@@ -7,7 +7,7 @@ An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W: an a
 `rule` what the user asked for; `rule.factor_shapes(site)` gives the shapes of A and B. An
 initializer may return another W of the same shape and dtype, or its codes as a
 `jlora.types.Quantized`: the node then has `residual`. Otherwise it returns the same object. One
-with an attribute `frozen`, as `("a",)`, adds it to the `frozen` of the rule.
+with an attribute `frozen`, as `("a",)`, has these factors frozen beside those of the rule.
 """
 
 from ._eva import eva as eva

@@ -47,4 +47,4 @@ def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, 
     return w, jnp.broadcast_to(a.reshape(*lengths, rule.rank), a_shape), jnp.zeros(b_shape, dtype)
 
 
-vars(miss)["frozen"] = ("a",)  # the rule has it in its own `frozen`
+vars(miss)["frozen"] = ("a",)  # what a rule freezes beside its own `frozen`
