@@ -82,7 +82,12 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
     """
     check_apply_fn(apply_fn)
     for rule in rules:
-        if not is_registered(rule):
+        if isinstance(rule, Rule) and not is_registered(rule):
+            raise TypeError(
+                f"`rules` has {rule_name(rule)}, whose class is not registered, so that no "
+                "checkpoint could name it: put @jlora.extend.register above the class."
+            )
+        if not isinstance(rule, Rule):
             got = misplaced(rule, "transform(apply_fn, *rules)")
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.

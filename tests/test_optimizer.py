@@ -380,6 +380,25 @@ def test_what_acts_on_a_and_b_needs_an_adapter(small: Setup, tx: Any) -> None:
             call(small.base)
 
 
+def test_an_adapter_of_full_leaves_has_no_a_and_b_to_act_on() -> None:
+    """One optimizer serves all rules."""
+    tree = jlora.Params({}, {"w": jnp.ones(3)})
+    tx = jlora.optimizer(optax.chain(jlora.precondition(1e-6), optax.sgd(1.0), jlora.lora_plus(4)))
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    np.testing.assert_array_equal(updates.adapter["w"], -jnp.ones(3))
+
+
+def test_extra_arguments_are_those_that_the_caller_gave(small: Setup) -> None:
+    """Optax hands them to functions of the user's."""
+    double = optax.scale(2.0)
+    tx = optax.conditionally_transform(double, lambda _, value: value > 0, forward_extra_args=True)
+    tree = jlora.Params(small.base, small.adapter)
+    wrapped = jlora.optimizer(tx)
+    updates, _ = wrapped.update(tree, wrapped.init(tree), tree, value=1.0)
+    expected, _ = double.update(small.adapter, double.init(small.adapter))
+    assert raw(updates.adapter) == raw(expected)
+
+
 # ----------------------------------------------------------------------------- serialization
 
 

@@ -1,7 +1,9 @@
 """The set of methods is open: those of `own_methods` pass the laws, merge, save and restore."""
 
+import copy
 import dataclasses
-from typing import Any
+import sys
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from small import array
 import jlora
 from jlora import _adapters as adapters
 from jlora import checkpoint, peft
+from jlora.extend import Node, register
 
 METHODS = (own_methods.Gain, own_methods.Diagonal)
 # A gain is no factor: where W is joined, or multiplied with another weight, along the inputs of the
@@ -159,6 +162,33 @@ def test_pefts_files_have_no_place_for_it(adapted: Any, tmp_path: Any) -> None:
     node = {own_methods.Gain: "GainNode", own_methods.Diagonal: "DiagonalNode"}[type(rules[0])]
     with pytest.raises(ValueError, match=f"  layers: PEFT's files have no place for a {node}"):
         peft.save(tmp_path / "p", base, adapter, names)
+
+
+def test_a_node_is_a_named_tuple(adapted: Any) -> None:
+    node = adapted[2]["layers"]
+    assert type(node).__match_args__ == node._fields
+    again = type(node)._make(node)
+    assert again._asdict() == node._asdict()
+    if sys.version_info >= (3, 13):
+        assert copy.replace(node, layout=None).layout is None  # pyright: ignore
+    with pytest.raises(TypeError, match="fields of Late with a default must come after those"):
+
+        @register
+        class Late(Node):  # pyright: ignore
+            labels: ClassVar = {"b": "b"}
+            a: Any = 7
+            b: Any  # pyright: ignore
+
+
+def test_a_rule_is_one_of_a_registered_class() -> None:
+    """A checkpoint could not name it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(jlora.LoRA):
+        """A subclass without `register`."""
+
+    with pytest.raises(TypeError, match=r"`rules` has Mine\('w'\), whose class is not registered"):
+        jlora.transform(lambda p, x: x @ p["w"], Mine("w"))
 
 
 def test_misfit_is_named(adapted: Any) -> None:

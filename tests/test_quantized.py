@@ -373,6 +373,33 @@ def test_layers_joined_and_moved():
     )
 
 
+HALF = jnp.asarray(0.5, jnp.bfloat16)
+SCALED = {
+    "negated": lambda w: -w,
+    "by a number": lambda w: w * 0.5,
+    "by an array": lambda w: w * HALF,
+    "by an array's inverse": lambda w: w / HALF,
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scaled_weight_is_unpacked_next_to_its_product(name):
+    """The backward pass keeps its codes, as for a weight that is used as it is."""
+    params, x = {"w": normal(128, 64, seed=1).astype(jnp.bfloat16)}, normal(4, 128, seed=2)
+
+    def kept(scale):
+        lora = jlora.transform(lambda p, x: x @ scale(p["w"]), jlora.LoRA("w", rank=2))
+        base, adapter = lora.init(jax.random.key(0), jlora.quantize(params, jlora.Int4("w")), x)
+
+        def residuals(adapter, base, x):
+            return jax.vjp(lambda adapter, x: lora.apply(base, adapter, x), adapter, x)[1]
+
+        shapes = jax.eval_shape(residuals, adapter, base, x.astype(jnp.bfloat16))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+    assert kept(SCALED[name]) < kept(lambda w: w) + 64
+
+
 # ------------------------------------------------------------------------------------- memory
 
 LAYERS, DIM, TOKENS = 8, 512, 64

@@ -495,6 +495,14 @@ def test_miss_repeats_rows(form: str) -> None:
         np.testing.assert_allclose(matrix, ALPHA / RANK * block[i], rtol=1e-6)
 
 
+def test_another_start_is_not_frozen_by_the_one_before() -> None:
+    rule = LoRA("w", init=miss)
+    assert (rule.frozen, rule.all_frozen) == ((), ("a",))
+    other = dataclasses.replace(rule, init=None)
+    assert other == LoRA("w")
+    assert other.all_frozen == ()
+
+
 def test_miss_trains_b_alone(tmp_path: Any) -> None:
     """Labels, counts, gradients, moments, updates, partitions and checkpoints."""
     lora, params, base, adapter, x = made("stack", miss)
