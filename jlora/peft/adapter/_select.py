@@ -223,9 +223,5 @@ class First:
 
 def _with_dots(name: str, places: tuple[int, ...]) -> str:
     """A name with dots at some places, at which a pattern takes any character."""
-    if not places:
-        return name
-    characters = list(name)
-    for at in places:
-        characters[at] = "."
-    return "".join(characters)
+    starts = (0, *(at + 1 for at in places))
+    return ".".join([name[a:b] for a, b in zip(starts, (*places, None), strict=True)])
