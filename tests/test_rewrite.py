@@ -73,7 +73,7 @@ def test_shards(tmp_path):
     for name, file in said["weight_map"].items():
         assert list(load_file(tmp_path / "dense" / file)) == [name]
     assert (tmp_path / "dense" / "tokenizer.json").exists()
-    with pytest.raises(FileExistsError, match="^`out`: "):
+    with pytest.raises(FileExistsError, match=r"^`out`: "):
         peft.dequantize_checkpoint(folder, out=tmp_path / "dense")
 
 

@@ -162,8 +162,8 @@ def registered(kind: str, name: Any, types: Mapping[str, Any]) -> Any:
     """The class of `types` by a name."""
     if not isinstance(name, str) or name not in types:
         raise ValueError(
-            f"the checkpoint has the {kind} {brief(name)}, which no registered method has; import the "
-            "module that registers it"
+            f"the checkpoint has the {kind} {brief(name)}, which no registered method has; import "
+            "the module that registers it"
         )
     return types[name]
 
