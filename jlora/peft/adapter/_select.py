@@ -223,5 +223,9 @@ class First:
 
 def _with_dots(name: str, places: tuple[int, ...]) -> str:
     """A name with dots at some places, at which a pattern takes any character."""
-    starts = (0, *(at + 1 for at in places))
-    return ".".join([name[a:b] for a, b in zip(starts, (*places, None), strict=True)])
+    parts: list[str] = []
+    start = 0
+    for at in places:
+        parts.append(name[start:at])
+        start = at + 1
+    return ".".join([*parts, name[start:]])
