@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 
 import gguf
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import peft
 from jlora._quantized import DYNAMIC
+from jlora.peft._checkpoint import open_checkpoint
 
 E4M3 = jnp.float8_e4m3fn
 MXFP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -500,6 +502,15 @@ def test_groups_that_the_configuration_has(has_order, format, config, tmp_path):
     loaded = peft.load_base(write(tmp_path / "base", files, **config), NAMES, like=like())
     expected = np.stack([file.matrix.T for file in files.values()])
     assert_rounded(jlora.dequantize(loaded)["layers"]["up"]["kernel"], expected)
+
+
+def test_a_file_that_becomes_shorter(tmp_path):
+    """Its argument and the tensor are named."""
+    file = write(tmp_path / "base", {"up": four_bits()}) / "model.safetensors"
+    checkpoint = open_checkpoint(tmp_path / "base", "path")
+    os.truncate(file, checkpoint.headers[file.name].data)
+    with pytest.raises(ValueError, match=r"^`path`: up\.weight: its file changed while it was re"):
+        list(checkpoint.pieces("up.weight"))
 
 
 def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):

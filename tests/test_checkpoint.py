@@ -524,6 +524,21 @@ def test_a_pattern_of_before_is_not_tried(tmp_path):
     assert [rule.pattern for rule in read] == [f".*(?:{pattern}).*" for pattern in hostile]
 
 
+@pytest.mark.parametrize("kind", ["rule", "node"])
+@pytest.mark.parametrize("name", [[], {}, None, "Other"])
+def test_a_name_of_no_method(name, kind, tmp_path):
+    """Whatever stands in its place is said."""
+    params = {"w": jnp.ones((4, 4))}
+    lora = jlora.transform(lambda p, x: x @ p["w"], *(rules := [LoRA("w", rank=2)]))
+    checkpoint.save(tmp_path / "a", lora.init(jax.random.key(0), params, jnp.ones(4))[1], rules)
+    fields = json.loads((tmp_path / "a" / "jlora" / "metadata").read_text())
+    fields["rules" if kind == "rule" else "adapter"][0][kind] = name
+    edit(tmp_path / "a", **fields | {"sha256": checkpoint._meta.digest(fields)})
+    message = re.escape(f"the checkpoint has the {kind} {name!r}, which no registered method has")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.restore(tmp_path / "a")
+
+
 @pytest.mark.parametrize("content", some(["sparse", "values"], "sparse"))
 def test_what_describes_arrays_is_bounded(saved, tmp_path, content):
     """A file of 3 GiB, or of millions of values, is refused before it is read or parsed."""

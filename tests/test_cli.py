@@ -323,6 +323,10 @@ ODD = {
         ["m.base_layer.lora_A.weight", "m.base_layer.lora_B.weight"],
         "base_model.model.m: adapted more than once",
     ),
+    "depths": (
+        [f"m{'.base_layer' * n}.lora_{x}.weight" for n in (1, 2) for x in "AB"],
+        r" 1 problems:\s+base_model.model.m: adapted more than once",
+    ),
     "alone": (["m.lora_A.weight"], "m.lora_B.weight: missing, though .*m.lora_A.weight is there"),
     "escape": (["m\x1b[31m.lora_A.weight"], "names a tensor 'base_.*printable characters"),
     "long": (["m" * 1001], "names a tensor 'base_model.*expected at most 1000 printable"),
@@ -783,7 +787,7 @@ ERRORS = {
     "merge small unknown x": "ADAPTER .*unknown does not fit BASE .*small at 14 of 14 paths: ",
     "merge base o p": "exists and is not an empty folder",
     "merge base o /": "OUT: / is a mount point; give a folder in it",
-    # What functions call `path`, `path`, `src_dir`, `out_dir`, `adapter`, `base` and `names`.
+    # What functions call `path`, `src_dir`, `out`, `adapter`, `base` and `names`.
     "inspect deep": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
     "inspect lost": "^jlora: DIR: the arrays of .*lost cannot be read",
     "inspect folders": "^jlora: DIR: .*folders has folders in each other, more than 32: d/d/",

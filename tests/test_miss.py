@@ -67,6 +67,21 @@ REFUSED: dict[str, tuple[dict[str, Any], Tensors, str]] = {
         "up.miss_block: expected a floating-point dtype, got I32",
     ),
     "a strange tensor": ({}, miss() | {"up.more": normal(3)}, "up.more: unexpected"),
+    "no block": (
+        {}, {"up.lora_A.weight": normal(3, 8), "up.lora_B.weight": normal(12, 3)},
+        r"2 problems:\n  .*up\.lora_A\.weight: unexpected in an adapter of MiSS\n  .*up\.lora_B",
+    ),
+    "a factor beside a block": (
+        {}, miss() | {"down.lora_A.weight": normal(3, 12), "down.lora_B.weight": normal(8, 3)},
+        r"down\.lora_A\.weight: unexpected in an adapter of MiSS",
+    ),
+    "a magnitude": (
+        {}, miss() | {"up.lora_magnitude_vector": normal(12)},
+        r"up\.lora_magnitude_vector: unexpected in an adapter of MiSS",
+    ),
+    "no change": (
+        {"modules_to_save": ["down"]}, {"down.weight": normal(8, 12)}, "no module has a change"
+    ),
     "no numbers": (
         {}, {"up.miss_block": np.full((3, 12), np.nan, "f")},
         r"up\.lora_B\.weight: 36 of 36 values are not finite",
@@ -81,6 +96,13 @@ def test_what_has_no_a_and_b_is_named(name: str, tmp_path: pathlib.Path) -> None
         peft.load(written(tmp_path, MISS | fields, tensors), BASE, NAMES)
 
 
+@pytest.mark.parametrize("fields", [MISS | {"target_modules": None}, {"peft_type": "MISS", "r": 3}])
+def test_without_targets_its_modules_are_those_of_the_file(
+    fields: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    assert list(peft.load(written(tmp_path, fields, miss()), BASE, NAMES)) == ["up"]
+
+
 @pytest.mark.parametrize("method", ["ADALORA", "VERA", "LOKR", "LOHA"])
 def test_other_methods_are_converted_by_peft(method: str, tmp_path: pathlib.Path) -> None:
     """Its own function is named; it takes no AdaLoRA."""
@@ -89,6 +111,13 @@ def test_other_methods_are_converted_by_peft(method: str, tmp_path: pathlib.Path
     for call in (peft.read, lambda folder: peft.load(folder, BASE, NAMES)):
         with pytest.raises(ValueError, match=message):
             call(folder)
+
+
+@pytest.mark.parametrize("method", [None, ["LORA"]])
+def test_a_method_without_a_name(method: Any, tmp_path: pathlib.Path) -> None:
+    folder = written(tmp_path, MISS | {"peft_type": method}, miss())
+    with pytest.raises(ValueError, match=r"expected 'LORA', got .*; the file names no method"):
+        peft.read(folder)
 
 
 def test_without_its_base_miss_is_refused(tmp_path: pathlib.Path) -> None:
@@ -193,7 +222,8 @@ NOT_WRITTEN = {
     ),
     "vera": (
         [MISS_RULE], {"peft_type": "VERA"},
-        "`config` cannot be written:\n  peft_type: expected 'LORA', got 'VERA'",
+        "`config` cannot be written:\n  peft_type: expected 'LORA', got 'VERA'; "
+        "leave peft_type out, or give 'MISS'",
     ),
 }  # fmt: skip
 

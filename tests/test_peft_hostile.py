@@ -139,6 +139,17 @@ def test_patterns_take_long_to_compile(
         peft.read(adapter(tmp_path / "a", ["a.q"], **fields))
 
 
+def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process has the answers to one pattern at a time."""
+    child = _patterns._CHILD.replace('("AS", 2**29)', '("AS", 2**26)')
+    assert child != _patterns._CHILD
+    monkeypatch.setattr(_patterns, "_CHILD", child)
+    patterns = Patterns("`path`")
+    matchers = [patterns.add(f"q{i}|x*y", "fullmatch") for i in range(100)]
+    patterns.prepare(f"q{i}" for i in range(50_000))
+    assert all(matcher(f"q{i}") and not matcher("q100") for i, matcher in enumerate(matchers))
+
+
 def test_a_busy_machine_refuses_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that runs a thousand times as fast changes no answer."""
     start, clock = time.monotonic(), time.monotonic
@@ -313,6 +324,15 @@ def test_ranks_of_every_form(tmp_path: Folder) -> None:
     folder = adapter(tmp_path / "a", names, rank_pattern=ranks)
     with bounded(), pytest.raises(ValueError, match="takes more than 20,000,000 comparisons"):
         peft.read(folder)
+
+
+def test_long_ranks() -> None:
+    """A long name is compared as fast with patterns that take any character at one place."""
+    n = 940
+    ranks = {"a" * i + "." + "a" * (n - 1 - i): 2 for i in range(n)}
+    selection = Selection({"target_modules": ["q"], "rank_pattern": ranks, "r": 1})
+    with bounded(5):
+        assert {selection.rank(f"{i:04}" + "b" * (n - 4)) for i in range(1_000)} == {1}
 
 
 def test_parameters_in_every_order(tmp_path: Folder) -> None:

@@ -779,6 +779,17 @@ def test_what_is_in_the_place_of_a_file(kind: str, name: str, tmp_path: Folder) 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_becomes_shorter(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, given = simple(tmp_path)
+    file = base / "model.safetensors"
+    shorten = lambda *_: os.truncate(file, file.stat().st_size - 1)  # noqa: E731
+    monkeypatch.setattr("jlora.peft.merge._export.check_frozen", shorten)
+    message = r"^`src_dir`: .*\.weight: its file changed while it was read; start again\.$"
+    with pytest.raises(ValueError, match=message):
+        peft.export_merged(base, given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def linked(base: Folder, blobs: Folder) -> None:
     """Each file of `base` becomes a link to one in `blobs`."""
     blobs.mkdir()

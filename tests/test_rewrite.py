@@ -73,6 +73,8 @@ def test_shards(tmp_path):
     for name, file in said["weight_map"].items():
         assert list(load_file(tmp_path / "dense" / file)) == [name]
     assert (tmp_path / "dense" / "tokenizer.json").exists()
+    with pytest.raises(FileExistsError, match=r"^`out`: "):
+        peft.dequantize_checkpoint(folder, out=tmp_path / "dense")
 
 
 def test_merged_onto_quantized(tmp_path):
@@ -218,6 +220,13 @@ def test_what_is_left_unread_is_refused(method, left, way, tmp_path):
         assert "but these tensors were not read. Give the checkpoint" in said
         assert f"1 problems: {name}: {kind} {x.shape}" in " ".join(said.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["SCB", "x.SCB.quant_state.bitsandbytes__zz"])
+def test_what_are_no_maxima_of_rows(name, tmp_path):
+    base, _, _ = beside(tmp_path, "bitsandbytes, 8 bits", **{name: np.ones(8, np.uint8)})
+    with pytest.raises(ValueError, match=rf"were not read.*\n  {name}: U8 \(8,\)"):
+        peft.dequantize_checkpoint(base, tmp_path / "out")
 
 
 @pytest.mark.parametrize("format", METHODS)

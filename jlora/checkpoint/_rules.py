@@ -13,7 +13,7 @@ from .. import initializers
 from .._adapters import RULES, LoRA
 from .._quantized import Scheme
 from .._rules import Rule, Slots, compile_pattern, pattern_anywhere
-from .._untrusted import shown
+from .._untrusted import brief, shown
 from ..initializers import Initializer
 
 Fields = dict[str, Any]
@@ -158,12 +158,12 @@ def _function(name: str) -> Callable[..., Any]:
     return function if callable(function) else Foreign(name)
 
 
-def registered(kind: str, name: str, types: Mapping[str, Any]) -> Any:
+def registered(kind: str, name: Any, types: Mapping[str, Any]) -> Any:
     """The class of `types` by a name."""
-    if name not in types:
+    if not isinstance(name, str) or name not in types:
         raise ValueError(
-            f"the checkpoint has the {kind} {name!r}, which no registered method has; import the "
-            "module that registers it"
+            f"the checkpoint has the {kind} {brief(name)}, which no registered method has; import "
+            "the module that registers it"
         )
     return types[name]
 

@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint: which file holds which tensor, and what other files there are."""
 
 import collections
+import contextlib
 import os
 import re
 import shutil
@@ -82,7 +83,8 @@ class Checkpoint(NamedTuple):
         file, entry = self.where[name], self.entry(name)
         with open_file(self.source, file) as (data, _):
             data.seek(self.headers[file].data + entry.start)
-            yield from read_pieces(data, entry.stop - entry.start, size)
+            with naming_changed(self.source, name):
+                yield from read_pieces(data, entry.stop - entry.start, size)
 
 
 def open_checkpoint(
@@ -179,11 +181,22 @@ def read_pieces(data: BinaryIO, count: int, size: int = PIECE) -> Iterator[bytes
 
 
 def read_exactly(data: BinaryIO, size: int) -> bytes:
-    """Reads the next `size` bytes of a file."""
+    """Reads the next `size` bytes of a file; `EOFError` if it has become shorter."""
     found = data.read(size)
     if len(found) != size:
-        raise ValueError("`src_dir`: a file changed while it was read; start again.")
+        raise EOFError
     return found
+
+
+@contextlib.contextmanager
+def naming_changed(source: Source, name: str) -> Iterator[None]:
+    """Names the tensor or the file, `name`, during whose reading a file became shorter."""
+    try:
+        yield
+    except EOFError:
+        raise ValueError(
+            f"`{source.argument}`: {shown(name)}: its file changed while it was read; start again."
+        ) from None
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:

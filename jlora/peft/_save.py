@@ -22,6 +22,7 @@ from .names._convert import weights
 from .names._leaves import NamedLeaf
 from .names._names import Name
 
+_METHOD = f"leave peft_type out, or give {MISS!r}"
 Written = tuple[Fields, dict[str, np.ndarray]]  # a configuration, and tensors by their keys
 
 
@@ -160,7 +161,7 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
     fields, parts, tokens = DEFAULTS | given, tree.parts, tree.tokens
     if parts:
         fields["use_dora"] = any(part.m is not None for part in parts)
-    _refuse_config(problems_of(fields))
+    _refuse_config(problems_of(fields, _METHOD))
     fields = describe(fields, given, tree, parts)
     full, frozen = saved_in_full(fields, tree), frozen_beside(fields, tree)
     unchanged = [leaf for leaf, _ in full if leaf.path not in tree.found]

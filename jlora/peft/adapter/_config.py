@@ -115,8 +115,13 @@ def dumps(fields: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------- checking
 
 
-def problems_of(fields: Mapping[str, Any]) -> list[str]:
-    """Lists why the fields cannot be read as an adapter; empty if they can."""
+def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[str]:
+    """Lists why the fields cannot be read as an adapter; empty if they can.
+
+    Args:
+        fields: the configuration.
+        remedy: what to do about another method; by default what helps with files.
+    """
     method = fields.get("peft_type", "LORA")
     if method == ROWS_ALONE:
         required, unread = ("target_modules", "token_indices"), fields.keys() - ROWS_DEFAULTS.keys()
@@ -126,7 +131,8 @@ def problems_of(fields: Mapping[str, Any]) -> list[str]:
         strange = {key: x for key, x in features(fields).items() if key not in METHODS}
     found = [f"{key}: missing" for key in required if key not in fields]
     if method not in ("LORA", ROWS_ALONE):
-        remedy = _LOAD_MISS if method == MISS else _CONVERT
+        by_method = _CONVERT if isinstance(method, str) else _NAME
+        remedy = remedy or (_LOAD_MISS if method == MISS else by_method)
         found.append(f"peft_type: expected 'LORA', got {brief(method)}; {remedy}")
     found += [
         f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
@@ -136,6 +142,7 @@ def problems_of(fields: Mapping[str, Any]) -> list[str]:
 
 
 _LOAD_MISS = "load it onto its base by jlora.peft.load"
+_NAME = "the file names no method; write the name of the one that it is of"
 _CONVERT = (
     "write it as LoRA in PEFT, by peft.save_as_lora, or where that does not take it, as AdaLoRA, "
     "merge it there, by merge_and_unload"

@@ -252,6 +252,7 @@ def _parts(
     for module, depth in shallowest.items():
         if depth:
             problems.add(PREFIX + module, "adapted more than once")
+            found[module].clear()
     for module, x in magnitudes.items():
         if not is_dora:
             problems.add(x.key, f"unexpected; {CONFIG} has no use_dora")

@@ -12,9 +12,9 @@ import numpy as np
 from .._file import DTYPES, PREFIX, TensorInfo, brief, shown
 from .._problems import Problems
 from ._config import COMMON, DEFAULTS, MISS, features, misformed
-from ._contents import Part
+from ._contents import FACTOR, Part
 from ._describe import with_scales
-from ._files import Files
+from ._files import MAGNITUDE, Files
 from ._tree import AB
 
 Fields = dict[str, Any]
@@ -22,9 +22,8 @@ Fields = dict[str, Any]
 BLOCK = ".miss_block"
 OWN = {"init_weights": True, "mini_r": 1, "miss_dropout": 0.0}  # fields that LoRA has not
 # What both have by the same name and with the same meaning.
-_SELECTION = dict.fromkeys(
-    ("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save")
-)
+CHOICE = ("exclude_modules", "layers_pattern", "layers_to_transform")  # beside target_modules
+_SELECTION = dict.fromkeys((*CHOICE, "modules_to_save"))
 SHARED = (COMMON.keys() - {"inference_mode", "peft_version"}) | _SELECTION.keys()
 MISS_DEFAULTS: Fields = COMMON | _SELECTION | OWN | {"bias": "none", "peft_type": MISS, "r": 64}
 # The name of LoRA's dropout, and of its bias "lora_only".
@@ -65,6 +64,8 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
     for x in files.tensors:
         if not (x.key.startswith(PREFIX) and x.key.endswith(BLOCK)):
             others.append(x)
+            if FACTOR.fullmatch(x.key.removeprefix(PREFIX)) or x.key.endswith(MAGNITUDE):
+                problems.add(x.key, "unexpected in an adapter of MiSS")
             continue
         module = x.key.removeprefix(PREFIX).removesuffix(BLOCK)
         weight = shapes.get(f"{module}.weight", ())
@@ -77,6 +78,8 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
             problems.add(module, f"miss_block {x.shape} does not fit {n} inputs at the rank {rank}")
         else:
             blocks[module], inputs[module] = x, n
+    if not (blocks or problems.found):
+        problems.found.append("no module has a change")
     problems.stop()
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
@@ -94,7 +97,10 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
         for end, shape in zip(AB, ((rank, inputs[module]), x.shape[::-1]), strict=True)
     ]
     scales = dict.fromkeys(blocks, (rank, 1.0))
-    lora = with_scales(DEFAULTS | fields_of_lora(fields), scales)
+    own = fields_of_lora(fields)
+    if own.get("target_modules") is None:
+        own |= dict.fromkeys(CHOICE) | {"target_modules": list(blocks)}
+    lora = with_scales(DEFAULTS | own, scales)
     return files._replace(fields=lora, tensors=made + others, read=read)
 
 

@@ -18,7 +18,7 @@ LENGTH = 10_000  # characters of a pattern
 # A pattern that is a name; dots may be escaped, or any character. It matches without backtracking.
 PLAIN = re.compile(r"(?:\w|\\?[.-])+", re.ASCII)
 # A search of Python's cannot be stopped, but a process can. It answers each pattern by its error or
-# by what each name gives: null, true, or the number of the layer; and all of them by its seconds.
+# by what each name gives: null, true, or the number of the layer, on a line; then its seconds.
 _CHILD = """
 import json, re, sys, time
 jobs, names, seconds = json.load(sys.stdin)
@@ -44,7 +44,9 @@ def answer(kind, pattern):
     found = map(pattern.match, names)
     return [match and match["idx"] and int(match["idx"]) for match in found]
 
-print(json.dumps([[answer(*job) for job in jobs], time.process_time()]))
+for job in jobs:  # each by itself, for the sake of memory
+    print(json.dumps(answer(*job)))
+print(time.process_time())
 """
 _HAS_LIMITS = importlib.util.find_spec("resource") is not None
 
@@ -173,7 +175,10 @@ def _ask(
         raise _not_started(e) from e
     if done.returncode > 0 and "MemoryError" not in done.stderr:
         raise _not_started(done.stderr.strip().rpartition("\n")[2])
-    return None if done.returncode else json.loads(done.stdout)
+    if done.returncode:
+        return None
+    *answers, seconds = map(json.loads, done.stdout.splitlines())
+    return answers, seconds
 
 
 def _not_started(why: Any) -> ValueError:

@@ -223,9 +223,9 @@ class First:
 
 def _with_dots(name: str, places: tuple[int, ...]) -> str:
     """A name with dots at some places, at which a pattern takes any character."""
-    if not places:
-        return name
-    characters = list(name)
+    parts: list[str] = []
+    start = 0
     for at in places:
-        characters[at] = "."
-    return "".join(characters)
+        parts.append(name[start:at])
+        start = at + 1
+    return ".".join([*parts, name[start:]])

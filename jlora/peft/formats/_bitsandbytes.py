@@ -46,7 +46,7 @@ class BitsAndBytes(Format):
                 if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_side, shape)):
                     raise Unreadable(f"{name}: `shape` is {brief(shape)}")
                 yield module, parameter, tuple(shape)
-            elif parameter == "SCB":
+            elif module and name == f"{module}.SCB":
                 yield module, "weight", self.tensors.matrix(f"{module}.weight")
 
     def _eight_bits(self, module: str, key: str, shape: tuple[int, ...]) -> Codes:

@@ -62,7 +62,7 @@ def matrices(path: str | os.PathLike[str]) -> list[Matrix]:
 
 def dequantize_checkpoint(
     src_dir: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     follow_links: bool = False,
 ) -> list[Matrix]:
@@ -70,7 +70,7 @@ def dequantize_checkpoint(
 
     Args:
         src_dir: a folder in a format that `load_base` reads.
-        out_dir: a folder that does not exist yet, or an empty one. It appears complete or not at
+        out: a folder that does not exist yet, or an empty one. It appears complete or not at
             all; its configuration no longer says that it is quantized.
         follow_links: whether files of `src_dir` may be links out of it.
 
@@ -78,7 +78,7 @@ def dequantize_checkpoint(
         The tensors that were quantized.
 
     Raises:
-        FileExistsError: if `out_dir` is there and not an empty folder.
+        FileExistsError: if `out` is there and not an empty folder.
         ValueError: if the checkpoint is damaged, or not quantized.
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
@@ -100,7 +100,7 @@ def dequantize_checkpoint(
             raise ValueError(_contradiction(checkpoint, "these tensors were not read", left))
         if not found:
             raise ValueError(_contradiction(checkpoint, "no weight of it is", []))
-        _write(checkpoint, format, out_dir, places, read, dtype)
+        _write(checkpoint, format, out, places, read, dtype)
     return found
 
 
@@ -148,7 +148,7 @@ def _float_dtype(checkpoint: Checkpoint) -> Any:
 def _write(
     checkpoint: Checkpoint,
     format: Format,
-    out_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     places: Mapping[str, Parameter],
     read: set[str],
     dtype: Any,
@@ -157,7 +157,7 @@ def _write(
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="dequantize", disable=None)
     weight_map, size = {}, 0
-    with fresh(out_dir, "`out_dir`") as folder, bar:
+    with fresh(out, "`out`") as folder, bar:
         for file, header in checkpoint.headers.items():
             written: dict[str, np.ndarray] = {}
             with tempfile.TemporaryFile(dir=folder) as disk:

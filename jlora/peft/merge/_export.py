@@ -8,7 +8,14 @@ from tqdm import tqdm
 
 from ..._folders import fresh, scratch
 from ..._types import PyTree
-from .._checkpoint import REFUSAL, Checkpoint, copy_others, open_checkpoint, read_pieces
+from .._checkpoint import (
+    REFUSAL,
+    Checkpoint,
+    copy_others,
+    naming_changed,
+    open_checkpoint,
+    read_pieces,
+)
 from .._file import open_file, shown
 from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
@@ -130,13 +137,15 @@ def _write(
     """Writes one file: the header as it is, then the tensors in the order of their data."""
     header = checkpoint.headers[file]
     with open_file(checkpoint.source, file) as (data, _):
-        for piece in read_pieces(data, header.data):
-            target.write(piece)
+        with naming_changed(checkpoint.source, file):
+            for piece in read_pieces(data, header.data):
+                target.write(piece)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
             bad = 0
-            for chunk in edits.get(name, Edit()).chunks(data, entry):
-                target.write(chunk.data)
-                tick(len(chunk.data))
-                bad += chunk.bad
+            with naming_changed(checkpoint.source, name):
+                for chunk in edits.get(name, Edit()).chunks(data, entry):
+                    target.write(chunk.data)
+                    tick(len(chunk.data))
+                    bad += chunk.bad
             if bad:
                 problems.found.append(f"{shown(name)}: {bad} values are not finite after merging")
