@@ -33,6 +33,7 @@ from ._quantized import MXFP4 as MXFP4
 from ._quantized import NF4 as NF4
 from ._quantized import Int4 as Int4
 from ._quantized import Int8 as Int8
+from ._quantized import Quantized as Quantized
 from ._quantized import dequantize as dequantize
 from ._report import summary as summary
 from ._rules import Full as Full

@@ -49,7 +49,7 @@ class Rule:
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
         """Returns W and the node for it, drawn with `key`.
 
-        `w` is W: an array, a `jax.ShapeDtypeStruct` or a `jlora.types.Quantized`. A rule that does
+        `w` is W: an array, a `jax.ShapeDtypeStruct` or a `jlora.Quantized`. A rule that does
         not change the base returns the same object.
         """
         raise NotImplementedError

@@ -4,7 +4,6 @@ from ._adapters import Decomposed as Decomposed
 from ._adapters import LowRank as LowRank
 from ._adapters import Replaced as Replaced
 from ._planning import Plan as Plan
-from ._quantized import Quantized as Quantized
 from ._report import QuantizedLeaf as QuantizedLeaf
 from ._report import Summary as Summary
 from ._sites import Site as Site

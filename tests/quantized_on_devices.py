@@ -316,7 +316,7 @@ def test_loaded_where_it_is_to_lie(tmp_path):
         for name, spec in SPECS.items()
     }
     loaded = peft.load_base(folder, names, like=like)
-    assert all(isinstance(x, jlora.types.Quantized) for x in loaded.values())
+    assert all(isinstance(x, jlora.Quantized) for x in loaded.values())
     assert lies_as(loaded, sharding.specs(jax.tree.map(lambda x: x.sharding, like), loaded))
     expected = {name: file.matrix.T for name, file in files.items()}
     laws.assert_close(jlora.dequantize(loaded), expected, 1e-6)

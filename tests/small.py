@@ -85,7 +85,7 @@ REMEDY = (
 
 # Of a quantized leaf that a model takes for an array.
 NO_ARRAY = (
-    "a weight is a jlora.types.Quantized, which only lora.apply and a function under jlora.wrap "
+    "a weight is a jlora.Quantized, which only lora.apply and a function under jlora.wrap "
     "take: call lora.apply(base, adapter, ...), with {} as the adapter for the base model, or "
     "jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain arrays."
 )

@@ -315,7 +315,7 @@ def test_stacked_layers(format, dtype, tmp_path):
     kernel = "experts" if format == "mxfp4" else "kernel"
     base = peft.load_base(folder, NAMES, like=like(dtype, kernel, matrix.shape))
     leaf = base["layers"]["up"][kernel]
-    assert isinstance(leaf, jlora.types.Quantized) == (format in FORMATS)
+    assert isinstance(leaf, jlora.Quantized) == (format in FORMATS)
     dtype = files[0].dtype or dtype
     assert leaf.dtype == dtype
     if format in DENSE:
@@ -339,7 +339,7 @@ def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_pat
         "norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)},
     }
     leaf = peft.load_base(folder, NAMES, like=tree)["out"]["heads"]
-    assert isinstance(leaf, jlora.types.Quantized) == is_quantized
+    assert isinstance(leaf, jlora.Quantized) == is_quantized
     value = leaf.array() if is_quantized else leaf
     assert_rounded(value, file.matrix.T.reshape(*heads, ROWS))
 
@@ -656,9 +656,9 @@ def test_gguf(kind, tmp_path):
     tree = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
     leaf = peft.load_base(tmp_path / "a.gguf", NAMES, like=tree)["up"]["kernel"]
     packed = kind in ("Q4_0", "Q4_1", "Q8_0", "MXFP4")
-    assert isinstance(leaf, jlora.types.Quantized) == packed
+    assert isinstance(leaf, jlora.Quantized) == packed
     expected = np.float32(data) if kind == "F16" else gguf.dequantize(data, type_)
-    value = jax.jit(jlora.types.Quantized.array)(leaf) if packed else leaf
+    value = jax.jit(jlora.Quantized.array)(leaf) if packed else leaf
     assert_rounded(value, expected.T)
 
 

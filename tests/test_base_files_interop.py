@@ -99,9 +99,9 @@ def test_logits_and_gradients_are_those_of_peft(folder, kind):
     names = llama.names(CONFIG)
     base = peft.load_base(path, names, like=llama.shapes(CONFIG))
     base = jax.tree.map(  # in float32, as PyTorch's model computes
-        lambda x: x if isinstance(x, jlora.types.Quantized) else x.astype(jnp.float32),
+        lambda x: x if isinstance(x, jlora.Quantized) else x.astype(jnp.float32),
         base,
-        is_leaf=lambda x: isinstance(x, jlora.types.Quantized),
+        is_leaf=lambda x: isinstance(x, jlora.Quantized),
     )
     torch.manual_seed(1)
     theirs = get_peft_model(
@@ -166,7 +166,7 @@ def draw(*shape, low=-8, high=8, dtype=torch.int8):
 def loaded(folder, shape):
     like = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
     leaf = peft.load_base(folder, NAMES, like=like)["up"]["kernel"]
-    assert isinstance(leaf, jlora.types.Quantized)
+    assert isinstance(leaf, jlora.Quantized)
     return np.float32(leaf.array()).T
 
 
@@ -305,5 +305,5 @@ def test_mxfp4_experts(tmp_path):
     folder = written(tmp_path / "base", tensors, {"quant_method": "mxfp4"})
     like = {"up": {"experts": jax.ShapeDtypeStruct(tuple(expected.shape), jnp.bfloat16)}}
     leaf = peft.load_base(folder, NAMES, like=like)["up"]["experts"]
-    assert isinstance(leaf, jlora.types.Quantized)
+    assert isinstance(leaf, jlora.Quantized)
     np.testing.assert_array_equal(np.float32(leaf.array()), expected.float().numpy())

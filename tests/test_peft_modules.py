@@ -155,7 +155,7 @@ def test_quantized(tmp_path: Folder) -> None:
     shape = (2, 2, base_files.COLUMNS, base_files.ROWS // 2)
     like = {"kv": {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, "norm": normal(0, 64)}
     base = peft.load_base(base_files.write(tmp_path / "base", files), names, like=like)
-    assert isinstance(base["kv"]["w"], jlora.types.Quantized)
+    assert isinstance(base["kv"]["w"], jlora.Quantized)
     for w, file in zip(jlora.dequantize(base)["kv"]["w"], files.values(), strict=True):
         w = np.moveaxis(w, 1, 0).reshape(base_files.COLUMNS, base_files.ROWS)
         base_files.assert_rounded(w.T, file.matrix)

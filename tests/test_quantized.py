@@ -154,14 +154,12 @@ def test_without_a_pattern_neither_embeddings_nor_the_head():
     lora = jlora.transform(language_model, jlora.LoRA("up"), jlora.Full("down"))
     sites = lora.sites(params, ids)
     base = jlora.quantize(params, jlora.NF4(), sites=sites)
-    assert [name for name, x in base.items() if isinstance(x, jlora.types.Quantized)] == ["up"]
+    assert [name for name, x in base.items() if isinstance(x, jlora.Quantized)] == ["up"]
     assert base["down"] is params["down"]
     frozen = jlora.transform(language_model).sites(params, ids)
     base = jlora.quantize(params, jlora.Int8("down"), jlora.NF4(), sites=frozen)
     kinds = {
-        name: type(x.scheme).__name__
-        for name, x in base.items()
-        if isinstance(x, jlora.types.Quantized)
+        name: type(x.scheme).__name__ for name, x in base.items() if isinstance(x, jlora.Quantized)
     }
     assert kinds == {"up": "NF4", "down": "Int8"}
 
@@ -176,7 +174,7 @@ def test_a_table_of_positions_makes_no_head():
 
     sites = jlora.transform(model).sites(params, jnp.arange(4))
     base = jlora.quantize(params, jlora.NF4(), sites=sites)
-    assert {name for name, x in base.items() if isinstance(x, jlora.types.Quantized)} == {
+    assert {name for name, x in base.items() if isinstance(x, jlora.Quantized)} == {
         "up",
         "down",
     }
@@ -332,7 +330,7 @@ def test_merging():
     bfloat = jax.tree.map(
         lambda leaf: jlora.quantize({"w": leaf.array(jnp.bfloat16)}, jlora.NF4("w"))["w"],
         base,
-        is_leaf=lambda x: isinstance(x, jlora.types.Quantized),
+        is_leaf=lambda x: isinstance(x, jlora.Quantized),
     )
     merged = jlora.merge(bfloat, adapter)
     delta = np.float32(adapter["w"].scale) * np.asarray(adapter["w"].a @ adapter["w"].b)

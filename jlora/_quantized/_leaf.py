@@ -70,7 +70,7 @@ class Quantized(NotAnArray):
     used: Any = dataclasses.field(default=None, metadata={"static": True})
 
     _remedy: ClassVar = (
-        "a weight is a jlora.types.Quantized, which only lora.apply and a function under "
+        "a weight is a jlora.Quantized, which only lora.apply and a function under "
         "jlora.wrap take: call lora.apply(base, adapter, ...), with {} as the adapter for the base "
         "model, or jlora.wrap(model.apply)(params, ...). jlora.dequantize(params) gives plain "
         "arrays."
@@ -157,8 +157,8 @@ class Quantized(NotAnArray):
             f"a quantized weight has scales of {found}; those of {spelled(self.scheme)} are "
             f"{' or '.join(legal)}, and what they are computed from is float32. Was the whole tree "
             "cast? Leave quantized weights as they are: "
-            "jax.tree.map(lambda x: x if isinstance(x, jlora.types.Quantized) else "
-            "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.types.Quantized))."
+            "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else "
+            "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
         )
 
     def _how(self, axes: Sequence[Axis], dtype: Any) -> "_How":

@@ -3,10 +3,10 @@
 Imports `_core`, `_quantized`, `_compat`, `_linalg`, `_rules`, `_types`, `_whole`.
 
 An initializer is a function `(key, w, site, rule) -> (w, a, b)`. `w` is W: an array, a
-`jax.ShapeDtypeStruct` or a `jlora.types.Quantized`. `site` says what the model does with it, and
+`jax.ShapeDtypeStruct` or a `jlora.Quantized`. `site` says what the model does with it, and
 `rule` what the user asked for; `rule.factor_shapes(site)` gives the shapes of A and B. An
 initializer may return another W of the same shape and dtype, or its codes as a
-`jlora.types.Quantized`: the node then has `residual`. Otherwise it returns the same object. One
+`jlora.Quantized`: the node then has `residual`. Otherwise it returns the same object. One
 with an attribute `frozen`, as `("a",)`, has these factors frozen beside those of the rule.
 """
 

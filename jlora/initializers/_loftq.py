@@ -19,7 +19,7 @@ def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
     r"""LoftQ: quantizes W, and starts A and B at the best correction of the error.
 
     Two steps alternate, from $A B = 0$ on: $Q = q(W - s \cdot A B)$, and $s \cdot A B$ becomes the
-    r largest singular values of $W - Q$. The base is Q, a `jlora.types.Quantized`. `params` must
+    r largest singular values of $W - Q$. The base is Q, a `jlora.Quantized`. `params` must
     not be quantized at these leaves, and leaves that the rule does not take stay as they are.
     QPiSSA, `jlora.quantize` of the base that `pissa` returns, takes the largest part of W itself
     out of what is quantized: if singular values decay it loses less.

@@ -22,7 +22,7 @@ def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
 
     Args:
         key: a PRNG key, not used.
-        w: W, an array or a `jlora.types.Quantized`.
+        w: W, an array or a `jlora.Quantized`.
         site: the site, with its layout.
         rule: the rule, with its rank, scale and dtype.
 

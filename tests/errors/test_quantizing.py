@@ -248,8 +248,8 @@ def test_attributes_of_arrays():
 CAST = (
     "a quantized weight has scales of {0}; those of {1} are {2}, and what they are computed from "
     "is float32. Was the whole tree cast? Leave quantized weights as they are: "
-    "jax.tree.map(lambda x: x if isinstance(x, jlora.types.Quantized) else x.astype(dtype), "
-    "params, is_leaf=lambda x: isinstance(x, jlora.types.Quantized))."
+    "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else x.astype(dtype), "
+    "params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
 )
 
 

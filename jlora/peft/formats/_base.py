@@ -38,7 +38,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     (4 and 8 bits, and FP8), FP8 (a scale for each tensor, output or block) or MXFP4 (experts). A
     `.gguf` file may hold Q4_0, Q4_1, Q8_0 and MXFP4; its other types are dequantized.
 
-    A weight whose axes can be cut into the blocks of the file becomes a `jlora.types.Quantized`
+    A weight whose axes can be cut into the blocks of the file becomes a `jlora.Quantized`
     leaf with the file's own codes. Any other is dequantized, exactly, and so are codes that no
     scheme has: codes of inputs that are reordered by activation, and codes of 8 bits with zero
     points. Scales of activations are left out.
