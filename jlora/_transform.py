@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._adapters import change_of, is_node, is_registered, lengths
-from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
+from ._core import Change, Weight, as_array, evaluate, leaf_weight, take, trace
 from ._find_sites import Traced, find_sites
 from ._foreign import advised, check_apply_fn
 from ._keys import check_key, fold
@@ -205,7 +205,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         jaxpr, finish = trace(plain, [w.type for w in weights], paths)
         outs = evaluate(jaxpr, *weights)
-        return finish([materialized(x, lambda: "the function's outputs") for x in outs])
+        return finish([as_array(x, lambda: "the function's outputs") for x in outs])
 
     return wrapped
 

@@ -31,10 +31,8 @@ NOT_A_GAIN = {
     "weight_times_weight",
     "weights_multiplied_with_one_repeated",
     "two_weights_meet_along_a_new_axis",
-    "linen_attention_bfloat16",
     "nnx_train",
     "nnx_state_as_argument",
-    "nnx_whole_state",
 }
 
 

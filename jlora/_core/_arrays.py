@@ -18,28 +18,22 @@ def explicit(x: Any) -> NamedSharding | None:
     return found
 
 
-def join_shardings(
-    x: Sequence[Hashable],
-    y: Sequence[Hashable],
-    out: Sequence[Hashable],
-    of_x: NamedSharding | None,
-    of_y: NamedSharding | None,
+def _join_shardings(
+    x: Sequence[Hashable], y: Sequence[Hashable], out: Sequence[Hashable], *values: jax.Array
 ) -> NamedSharding | None:
     """Shards each axis of `out` as in x, or else as in y, and uses no mesh axis twice."""
-    known = of_x or of_y
-    if known is None:
-        return None
     entries: dict[Hashable, Any] = {}
+    of_x, of_y = map(explicit, values)
     for axes, sharding in ((y, of_y), (x, of_x)):
-        parts = sharding.spec if sharding else [None] * len(axes)
-        entries |= {a: e for a, e in zip(axes, parts, strict=True) if e is not None}
+        spec = sharding.spec if sharding else ()
+        entries |= {a: e for a, e in zip(axes, spec, strict=False) if e is not None}
     used: set[Any] = set()
-    found: dict[Hashable, Any] = {}
     for a in sorted(out, key=lambda a: a not in x):
-        names = set(mesh_axes(entries.get(a)))
-        found[a] = None if names & used else entries.get(a)
+        names = {*mesh_axes(entries.get(a))}
+        entries[a] = None if names & used else entries.get(a)
         used |= names
-    return NamedSharding(known.mesh, PartitionSpec(*(found[a] for a in out)))
+    known = of_x or of_y
+    return known and NamedSharding(known.mesh, PartitionSpec(*map(entries.get, out)))
 
 
 def mesh_axes(entry: Any) -> tuple[Any, ...]:
@@ -73,7 +67,7 @@ def einsum(
         y_value,
         precision=precision,
         preferred_element_type=dtype or promote(x_value.dtype, jnp.float32),
-        out_sharding=sharding or join_shardings(x, y, out, explicit(x_value), explicit(y_value)),
+        out_sharding=sharding or _join_shardings(x, y, out, x_value, y_value),
     )
 
 

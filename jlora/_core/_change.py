@@ -22,7 +22,7 @@ from ._axes import RANK, Axis, Factor, Unfactorable
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 
 
-def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
+def multiply_gate(h: jax.Array, gate: jax.Array) -> jax.Array:
     """`h` times `gate`, which has as many axes: 0 where the gate is 0, whatever `h` is there."""
     return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
@@ -39,8 +39,8 @@ class Delta:
         key: keys of a dropout of the inputs of A, or None.
         dropout: the probability of that.
         gate: a factor along the rank, or None. Where it is 0, x·A may be anything.
-        gating: computes what x·A becomes from x·A and the gate. If it is not `gated`, there is no
-            ΔW, and the delta only acts on activations.
+        gating: computes what x·A becomes from x·A and the gate. If it is not `multiply_gate`, there
+            is no ΔW, and the delta only acts on activations.
     """
 
     a: Factor
@@ -50,25 +50,25 @@ class Delta:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
     gate: Factor | None = None
     gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
-        default=gated, metadata={"static": True}
+        default=multiply_gate, metadata={"static": True}
     )
 
-    def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
-        """ΔW, of length 1 along axes of W that neither A nor B has."""
+    def form(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
+        """Forms ΔW, of length 1 along axes of W that neither A nor B has."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
-        return _sum_over_rank(tuple(axes), self.gated_factor(a), b)
+        return _sum_over_rank(tuple(axes), self.factor_with_gate(a), b)
 
-    def gated(self, h: jax.Array, axes: Sequence[Any]) -> jax.Array:
-        """What the gate lets through of the activation `h`, which has the axes `axes`."""
-        return h if self.gate is None else self.gating(h, self.gate.arranged(axes))
+    def apply_gate(self, h: jax.Array, axes: Sequence[Any]) -> jax.Array:
+        """Applies the gate to the activation `h`, which has the axes `axes`."""
+        return h if self.gate is None else self.gating(h, self.gate.expand_to(axes))
 
-    def gated_factor(self, f: Factor) -> Factor:
+    def factor_with_gate(self, f: Factor) -> Factor:
         """f·diag(gate) for A, or B if that comes first; `Unfactorable` without a ΔW."""
         if not self.is_matrix:
             raise Unfactorable("it would be multiplied with what is no activation")
-        return f.replace(self.gated(f.value, f.axes))
+        return f.replace(self.apply_gate(f.value, f.axes))
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
         """A and B, first the one that an activation meets if it is contracted over `contracted`."""
@@ -94,7 +94,7 @@ class Delta:
     @property
     def is_matrix(self) -> bool:
         """Whether there is a ΔW, rather than a map of activations alone."""
-        return self.gating is gated
+        return self.gating is multiply_gate
 
     @property
     def is_row(self) -> bool:
@@ -131,12 +131,12 @@ class Change:
         if not self.invertible and sign < 0:
             raise NotInvertibleError("it depends on the weight before")
         wide = promote(w.dtype, jnp.float32)
-        delta = sum((d.materialized(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
+        delta = sum((d.form(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
         if self.deltas:
             w = plus(w if self.gain is None else w.astype(wide), sign * delta)
         if self.gain is None:
             return w
-        return (w.astype(wide) * self.gain.arranged(axes).astype(wide)).astype(w.dtype)
+        return (w.astype(wide) * self.gain.expand_to(axes).astype(wide)).astype(w.dtype)
 
 
 @jax.custom_jvp
@@ -178,7 +178,7 @@ def _sum_over_rank_jvp(
 def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
     def column(f: Factor, r: int) -> jax.Array:
         value = lax.index_in_dim(f.value, r, f.axis(RANK), keepdims=False)
-        return f.replace(value, [x for x in f.axes if x != RANK]).arranged(axes)
+        return f.replace(value, [x for x in f.axes if x != RANK]).expand_to(axes)
 
     return functools.reduce(jnp.add, [column(a, r) * column(b, r) for r in range(a.length(RANK))])
 
@@ -186,4 +186,4 @@ def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
 def _matrix_product(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
     known = [axis for axis in axes if axis in a.axes or axis in b.axes]
     delta = einsum(a.axes, b.axes, known, a.value, b.value, precision="highest")
-    return a.replace(delta, known).arranged(axes)
+    return a.replace(delta, known).expand_to(axes)

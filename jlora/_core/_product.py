@@ -1,6 +1,8 @@
 """A product of an activation with a changed weight: that with W, plus what the deltas add."""
 
 import abc
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from ._arrays import promote
 from ._axes import Axis, Factor, Unfactorable
 from ._change import Delta
+from ._interpret import Equation
 from ._weight import Weight
 
 LEAST = 2.0**-60  # a gain
@@ -24,17 +27,20 @@ class Roles(NamedTuple):
     outputs: tuple[Axis, ...]
 
 
+@dataclasses.dataclass(frozen=True)
 class Product(abc.ABC):
     """The product y = x·W' of an activation x with a changed weight.
 
     Attributes:
         kind: `"dense"`, `"conv"` or `"embed"`, where rows are looked up.
+        eqn: the equation.
         w: the weight.
         x: the activation.
         roles: what the product does with the axes of W.
     """
 
     kind: ClassVar[str] = "dense"
+    eqn: Equation
     w: Weight
     x: jax.Array
     roles: Roles
@@ -57,27 +63,27 @@ class Product(abc.ABC):
 
     def start(self) -> tuple[jax.Array, list[jax.Array]]:
         """x, times a gain along inputs, and what each delta adds to y."""
-        gain, x = self.w.change.gain, self.x
-        if gain is not None and self._scales_x:
-            if not set(gain.axes).isdisjoint(self.roles.outputs):
-                raise Unfactorable("its gain has axes of the inputs and of the outputs")
-            x = times(x, self.spread(gain, True))
+        gain = self._gains[0]
+        x = self.x if gain is None else times(self.x, self.spread(gain, True))
         return x, self.terms(x)
 
     def finish(self, x: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
-        """Y of what `start` gives: first, so that the backward pass adds its gradient of x last."""
-        gain, y = self.w.change.gain, self.base(x)
-        for term in terms:
-            y = self.add(y, term)
-        return y if gain is None or self._scales_x else times(y, self.spread(gain, False))
+        """Adds the terms that `start` computed to x·W, and scales the sum.
+
+        The terms are computed before x·W so that the backward pass adds their gradients last.
+        """
+        gain, y = self._gains[1], functools.reduce(self.add, terms, self.base(x))
+        return y if gain is None else times(y, self.spread(gain, False))
 
     @property
-    def _scales_x(self) -> bool:
-        """Whether the gain has axes of the inputs; rows that are looked up are scaled in y."""
+    def _gains(self) -> tuple[Factor | None, Factor | None]:
+        """The gain as one of x, or else as one of y, as that of rows that are looked up is."""
         gain = self.w.change.gain
-        return (
-            gain is not None and self.kind != "embed" and bool({*gain.axes} & {*self.roles.inputs})
-        )
+        if gain is None or self.kind == "embed" or {*gain.axes}.isdisjoint(self.roles.inputs):
+            return None, gain
+        if not {*gain.axes}.isdisjoint(self.roles.outputs):
+            raise Unfactorable("its gain has axes of the inputs and of the outputs")
+        return gain, None
 
     def terms(self, x: jax.Array) -> list[jax.Array]:
         """What each delta adds; the use is recorded while sites are searched."""
@@ -98,13 +104,9 @@ class Product(abc.ABC):
         """A and B in a dtype, first the one that x meets first; they have all axes of W."""
         dtype = dtype or self.dtype
         p, q = (f.each(lambda x: x.astype(dtype)) for f in delta.by_order(self.roles.inputs))
-        for axis, length in self.w.lengths.items():
-            if axis not in (*p.axes, *q.axes):
-                if axis in self.roles.outputs:
-                    q = q.repeated(axis, length)
-                else:
-                    p = p.repeated(axis, length)
-        return p, q
+        rest = {a: n for a, n in self.w.lengths.items() if a not in (*p.axes, *q.axes)}
+        of_q = {a: n for a, n in rest.items() if a in self.roles.outputs}
+        return p.repeat({a: n for a, n in rest.items() if a not in of_q}), q.repeat(of_q)
 
 
 def times(x: jax.Array, gain: jax.Array) -> jax.Array:

@@ -241,14 +241,14 @@ def _unpack(how: _How, parts: Parts) -> Factor:
     codes = unpack(data.value, data.axis(axis), block) if scheme.bits == 4 else data.value
 
     def each(f: Factor) -> jax.Array:
-        return spread(f.arranged(data.axes), blocks, codes.shape)
+        return spread(f.expand_to(data.axes), blocks, codes.shape)
 
     value = scheme.decode(codes, each(scale), None if zero is None else each(zero))
     value = value.astype(dtype)
     if not form.flat:
         return Factor(value, data.axes)
     lead = [a for a in data.axes if a != FLAT]
-    value = Factor(value, data.axes).arranged([*lead, FLAT])[..., : math.prod(form.matrix)]
+    value = Factor(value, data.axes).expand_to([*lead, FLAT])[..., : math.prod(form.matrix)]
     value = value.reshape(*value.shape[:-1], *form.matrix)
     return Factor(value, (*lead, *(axes[d] for d in form.order)))
 
@@ -257,9 +257,9 @@ def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> 
     """Computes the scales from their codes."""
     inner = [FLAT] if form.flat else [axes[d] for d in form.order if d in form.scaled]
     lead = [a for a in codes.axes if a not in inner]
-    x = codes.arranged([*lead, *inner])
+    x = codes.expand_to([*lead, *inner])
     flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
-    of_groups, offset = nested.scale.arranged([*lead, GROUPS]), nested.offset.arranged(lead)
+    of_groups, offset = nested.scale.expand_to([*lead, GROUPS]), nested.offset.expand_to(lead)
     return codes.replace(
         dequantize_scales(flat, of_groups, offset).reshape(x.shape), [*lead, *inner]
     )

@@ -54,13 +54,6 @@ def whole(name, dtype, *args, config, **kwargs):
 # --------------------------------------------------------------------------------------------
 
 
-@case(rules=(LORA,), sites=7, trainable=LAYER + 2 * (8 + 8))  # one layer, pooler
-def hf_bert(dtype):
-    """BERT, all-linear, with a mask."""
-    mask, config = jnp.array(MASK), {**ENCODER, "num_hidden_layers": 1}
-    return whole("BertModel", dtype, jnp.array(IDS), config=config, attention_mask=mask)
-
-
 @case(
     rules=(LoRA("word_embeddings", rank=3, alpha=3), LORA),
     sites=8,
@@ -92,13 +85,6 @@ GPT2_LAYER = 2 * (8 + 24) + 2 * (8 + 8) + 2 * (8 + 12) + 2 * (12 + 8)
 QV = LoRA("c_attn/kernel$", rank=2, alpha=4, slots=Slots(3, (0, 2)))
 
 
-@case(rules=(LORA,), sites=8, trainable=2 * GPT2_LAYER, float64=False, slow=True)
-def hf_gpt2(dtype):
-    """GPT-2 with its tied head, all-linear: the table is left alone."""
-    mask = jnp.array(MASK)
-    return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2, attention_mask=mask)
-
-
 @case(
     rules=(QV, LoRA("wte", rank=3, alpha=3), LoRA("wpe", rank=2, alpha=2), LORA),
     sites=10,
@@ -109,22 +95,6 @@ def hf_gpt2(dtype):
 def hf_gpt2_everything(dtype):
     """Every matrix of GPT-2, with tables by name."""
     return whole("GPT2LMHeadModel", dtype, jnp.array(IDS), config=GPT2)
-
-
-@case(
-    rules=(QV, LORA),
-    sites=8,
-    trainable=128 + 2 * (GPT2_LAYER - 2 * (8 + 24)),
-    float64=False,
-    slow=True,
-)
-def hf_gpt2_cache(dtype):
-    """One step of decoding with a cache, which comes back in the output."""
-    model = model_of("GPT2LMHeadModel", dtype, **GPT2)
-    cache = fill(model.init_cache(2, 8), dtype)
-    ids, positions = jnp.array(IDS)[:, :1], jnp.zeros((2, 1), jnp.int32)
-    more = {"past_key_values": cache, "position_ids": positions}
-    return whole("GPT2LMHeadModel", dtype, ids, config=GPT2, **more)
 
 
 # --------------------------------------------------------------------------------------------
