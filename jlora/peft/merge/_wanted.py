@@ -15,7 +15,7 @@ from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source, shown
 from .._problems import Problems
 from ..adapter._contents import Adapter, Part, explain_resized, sort_tensors
-from ..adapter._files import Files, open_files
+from ..adapter._files import Files, fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, matrix, names_of, orientations
 from ..adapter._tokens import Tokens, list_unequal, misfits
 from ..adapter._tree import arrange
@@ -133,18 +133,8 @@ def _read(
     files: Files, wanted: Wanted, adapter: Adapter, problems: Problems
 ) -> tuple[Wanted, dict[str, np.ndarray]]:
     """Reads the values of all that is wanted."""
-    tensors = [x for part in wanted.parts for x in part.arrays]
-    tensors += [*wanted.full.values(), *wanted.frozen.values()]
-    tensors += [*(x for x, _ in wanted.biases.values()), *(x.v for x in adapter.tokens.values())]
-    values = files.values(tensors, problems)
-    return Wanted(
-        [part.read(values) for part in wanted.parts],
-        {name: values[x.key] for name, x in wanted.full.items()},
-        {name: x._replace(v=values[x.v.key]) for name, x in wanted.rows.items()},
-        {name: values[x.key] for name, x in wanted.frozen.items()},
-        {name: (values[x.key], scale) for name, (x, scale) in wanted.biases.items()},
-        wanted.flag,
-    ), values
+    values = files.values((wanted, adapter.tokens), problems)
+    return fill(wanted, values), values
 
 
 def _with_tied_biases(full: dict[str, T], model: Views) -> dict[str, T]:
