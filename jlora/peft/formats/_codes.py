@@ -167,32 +167,30 @@ def _cut(
 
 
 def _quantized(m: Codes, form: Form, dtype: Any) -> Quantized:
-    lead = [form.shape[d] for d in form.stack]
-    data = _arranged(m.codes, form, form.shape)
+    inner = form.of_codes
+    axes, block = (*inner.stack, *inner.order), inner.blocks[inner.axis]
+
+    def arrange(x: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+        """Moves numbers from the order of the file to the axes of the codes, of some lengths."""
+        return np.transpose(x.reshape([lengths[d] for d in axes]), np.argsort(axes))
+
+    data = arrange(m.codes, inner.shape)
     if form.flat:
-        n, block = data.shape[-1], form.blocks[form.axis]
-        data = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, -n % block)])
+        data = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, -data.shape[-1] % block)])
     if m.scheme.bits == 4:
-        data = _pack(data, data.ndim - 1 if form.flat else form.axis, form.blocks[form.axis])
-    counts = [-(-n // block) for n, block in zip(form.shape, form.blocks, strict=True)]
-    whole = tuple(d for d in form.order if form.is_whole(d) and not form.flat)
+        data = _pack(data, inner.axis, block)
+    counts = [-(-n // block) for n, block in zip(inner.shape, inner.blocks, strict=True)]
+    whole = tuple(d for d in inner.order if inner.is_whole(d))
     scale, zero = (
-        None if x is None else jnp.asarray(np.squeeze(_arranged(x, form, counts), whole))
+        None if x is None else jnp.asarray(np.squeeze(arrange(x, counts), whole))
         for x in (m.scale, m.zero)
     )
     nested = None
     if m.nested is not None:
+        lead = [form.shape[d] for d in form.stack]
         scales, offset = map(jnp.asarray, m.nested)
         nested = Nested(scales.reshape(*lead, scales.shape[-1]), offset.reshape(lead))
     return Quantized(jnp.asarray(data), scale, zero, nested, None, m.scheme, form, jnp.dtype(dtype))
-
-
-def _arranged(x: np.ndarray, form: Form, lengths: Sequence[int]) -> np.ndarray:
-    """Moves numbers from the order of the file to the axes of a leaf, which have `lengths`."""
-    axes = (*form.stack, *form.order)
-    if form.flat:
-        return x.reshape(*(form.shape[d] for d in form.stack), -1)
-    return np.transpose(x.reshape([lengths[d] for d in axes]), np.argsort(axes))
 
 
 def _pack(codes: np.ndarray, axis: int, block: int) -> np.ndarray:
