@@ -94,10 +94,15 @@ def dequantize_checkpoint(
             found.append(_matrix(name, read_checked(format, name, dtype)))
             new = sorted(format.tensors.taken - places.keys())
             places |= dict.fromkeys(new) | {new[0]: name}
-        if left := left_of(format.tensors, places):
-            raise ValueError(_contradiction(checkpoint, "these tensors were not read", left))
-        if not found:
-            raise ValueError(_contradiction(checkpoint, "no weight of it is", []))
+        left = left_of(format.tensors, places)
+        if left or not found:
+            method = brief(checkpoint.quantization.get("quant_method"))
+            what = "these tensors were not read" if left else "no weight of it is"
+            raise ValueError(
+                f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its "
+                f"config.json says, but {what}. Give the checkpoint that it was made of, or take "
+                "out what is not of it." + (f" {listing(left)}" if left else "")
+            )
         _write(checkpoint, format, out, places, dtype)
     return found
 
@@ -112,15 +117,6 @@ def _errors_about(argument: str) -> Iterator[None]:
         yield
     except Unreadable as e:
         raise ValueError(f"`{argument}`: {e}.") from None
-
-
-def _contradiction(checkpoint: Checkpoint, what: str, found: list[str]) -> str:
-    method = brief(checkpoint.quantization.get("quant_method"))
-    return (
-        f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its config.json says, "
-        f"but {what}. Give the checkpoint that it was made of, or take out what is not of it."
-        + (f" {listing(found)}" if found else "")
-    )
 
 
 def _float_dtype(checkpoint: Checkpoint) -> Any:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
+import jax.numpy as jnp
+
 from .._checkpoint import Checkpoint
 from .._file import brief
 from ._codes import Codes, Dense
@@ -88,12 +90,14 @@ def open_format(checkpoint: Checkpoint) -> Format:
 def read_checked(
     format: Format, name: str, dtype: Any, shape: tuple[int, ...] | None = None
 ) -> Codes | Dense:
-    """Reads a parameter; `Unreadable` if it has not the shape if given, or too large values.
+    """Reads a parameter; `Unreadable` if it has another shape than one given, or too large values.
 
     The `dtype` is that of its values where its file says none.
     """
     found = format.read(name)
     if shape not in (None, found.shape):
         raise Unreadable(f"{name}: expected shape {shape}, got {found.shape}")
-    found.check_finite(name, found.dtype or dtype)
+    dtype = jnp.dtype(found.dtype or dtype)
+    if not found.bound <= float(jnp.finfo(dtype).max):
+        raise Unreadable(f"{name}: has values that are NaN, or beyond what {dtype} holds")
     return found
