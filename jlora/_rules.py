@@ -95,10 +95,7 @@ class Slots:
     axis: int = 0
 
     def __post_init__(self) -> None:
-        if not is_int(self.count) or self.count < 1:
-            raise ValueError(
-                f"`count` of Slots must be an integer of at least 1; got {self.count!r}."
-            )
+        check_int("`count` of Slots", self.count, 1)
         if not isinstance(self.chosen, Sequence) or not all(map(is_int, self.chosen)):
             raise TypeError(f"`chosen` of Slots must be a tuple of integers; got {self.chosen!r}.")
         chosen = tuple(self.chosen)
@@ -263,6 +260,12 @@ def check_pattern(rule: Any, pattern: Any) -> None:
 def is_int(x: Any) -> bool:
     """Whether `x` is an integer, not a boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def check_int(what: str, n: Any, least: int) -> None:
+    """Raises unless `n`, which the error calls `what`, is an integer of at least `least`."""
+    if not is_int(n) or n < least:
+        raise ValueError(f"{what} must be an integer of at least {least}; got {n!r}.")
 
 
 def is_finite(x: Any) -> bool:

@@ -222,7 +222,7 @@ def test_what_observes_changes_nothing(name: str) -> None:
     batch = model.batch(1)
     sites = jlora.transform(model.loss, *model.rules).sites(model.params, batch)
     sketched, key = {s.path: kinds.Inputs.of(s, 2) for s in sites}, jax.random.key(0)
-    probes = {path: s.node(0, s.first_basis(0, key), key) for path, s in sketched.items()}
+    probes = {path: s.node(0, s.basis(0, False, None, key), key) for path, s in sketched.items()}
     f = lambda params: jax.value_and_grad(jlora.wrap(model.loss), argnums=1)(params, batch)  # noqa: E731
     actual, expected = jax.jit(f)(jlora.bind(model.params, probes)), jax.jit(f)(model.params)
     jax.tree.map(close, actual, expected)
@@ -269,7 +269,7 @@ def test_memory_is_that_of_a_training_step(kind: str, packed: bool) -> None:
         params = jlora.quantize(params, jlora.NF4("up|down"))
     sites = jlora.transform(model.loss, LoRA(rank=4)).sites(params, x)
     sketched, key = {s.path: kinds.KINDS[kind].of(s, 8) for s in sites}, jax.random.key(0)
-    probes = {path: s.node(0, s.first_basis(0, key), key) for path, s in sketched.items()}
+    probes = {path: s.node(0, s.basis(0, False, None, key), key) for path, s in sketched.items()}
     _, lora = jlora.transform(model.loss, LoRA(rank=24)).init(jax.random.key(0), params, x)
 
     def memory(adapter: Any) -> Any:
