@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def explicit(x: Any) -> NamedSharding | None:
-    """The sharding of an array or its type along explicit mesh axes, where the mesh has any."""
+    """Gives the sharding of an array or a type, or None if no axis of its mesh is explicit."""
     aval = jax.typeof(x) if isinstance(x, jax.Array) else x
     found = getattr(aval, "sharding", None)
     if not isinstance(found, NamedSharding) or AxisType.Explicit not in found.mesh.axis_types:
@@ -37,7 +37,7 @@ def _join_shardings(
 
 
 def mesh_axes(entry: Any) -> tuple[Any, ...]:
-    """The mesh axes of an entry of a partition."""
+    """Lists the mesh axes in an entry of a PartitionSpec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
@@ -54,7 +54,7 @@ def einsum(
     dtype: Any = None,
     sharding: NamedSharding | None = None,
 ) -> jax.Array:
-    """The Einstein sum of two arrays, in `dtype`, by default float32 or better.
+    """Computes the Einstein sum of two arrays in `dtype`, by default float32 or better.
 
     `x`, `y` and `out` name the axes of the arrays and of the result by letters or any other values.
     Along explicit mesh axes the result has `sharding`; by default each of its axes is sharded as in
@@ -72,19 +72,19 @@ def einsum(
 
 
 def spell(*each: Sequence[Hashable]) -> list[str]:
-    """A letter for each name, as `jnp.einsum` wants them."""
+    """Replaces names by letters, as `jnp.einsum` wants them."""
     names = dict.fromkeys(name for names in each for name in names)
     letters = dict(zip(names, string.ascii_letters, strict=False))
     return ["".join(letters[name] for name in names) for names in each]
 
 
 def letters(n: int) -> str:
-    """The first `n` names of axes."""
+    """Gives the first `n` letters."""
     return string.ascii_letters[:n]
 
 
 def promote(*dtypes: Any) -> Any:
-    """The dtype that holds all `dtypes`, also where the user made implicit promotion an error."""
+    """Finds the dtype that holds all `dtypes`, also where implicit promotion is an error."""
     # Nothing is promoted to or from float8, which JAX leaves to the user.
     wide = [jnp.bfloat16 if _is_float8(dtype) else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):

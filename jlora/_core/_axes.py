@@ -38,7 +38,7 @@ REPEATED = (None, -1)
 
 
 def axes_of_leaf(path: str, ndim: int) -> tuple[Axis, ...]:
-    """The axes of the parameter leaf at `path`."""
+    """Names the axes of the parameter leaf at `path`."""
     return tuple(Axis(d, frozenset({(path, d)})) for d in range(ndim))
 
 
@@ -120,7 +120,7 @@ class Factor:
     def transpose(
         self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None
     ) -> "Factor":
-        """Puts all its axes into the order of `axes`, and is repeated along the others."""
+        """Transposes it to the order of `axes`, and repeats it along those that it lacks."""
         value = lax.transpose(self.value, [self.axis(a) for a in axes if a in self.axes])
         if len(axes) > len(self.axes):
             at = [i for i, a in enumerate(axes) if a in self.axes]
@@ -130,7 +130,7 @@ class Factor:
     def reshape(
         self, groups: Sequence["Group"], others: Sequence["Factor"] = (), sharding: Any = None
     ) -> "Factor":
-        """Follows W through a reshape; `others` are the factors that it is multiplied with."""
+        """Reshapes it as W is reshaped; `others` are the factors that it is multiplied with."""
         if self.axes == tuple(a for group in groups for a in group.old):
             new = {a: length for group in groups for a, length in group.new.items()}
             value = lax.reshape(self.value, tuple(new.values()), out_sharding=sharding)
@@ -153,7 +153,7 @@ class Factor:
         return f.replace(value, (*new, *f.axes[len(old) :]))
 
     def with_pieces(self, pieces: Mapping[Axis, int]) -> "Factor":
-        """Itself: an array can be split into pieces along all axes."""
+        """Returns itself: an array can be split into pieces along all axes."""
         del pieces
         return self
 
@@ -163,7 +163,7 @@ class Factor:
         return self.replace(self.value, axes)
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
-        """`f(W, *xs)`, linear in the first of `xs`."""
+        """Computes `f(W, *xs)`, which is linear in the first of `xs`."""
         return f(self.value, *xs)
 
     # ---------------------------------------------------------------------- what A, B and gains do
@@ -191,7 +191,7 @@ class Factor:
         return Factor(self.value, self.axes, self.varying.union(mesh_axes))
 
     def specs(self, of_weight: Mapping[Axis, Any]) -> "Factor":
-        """Its partition in the place of its array, where that of W's axes is `of_weight`."""
+        """Puts its PartitionSpec in the place of its array; `of_weight` has that of W, by axis."""
         return self.replace(PartitionSpec(*(of_weight.get(a) for a in self.axes)))
 
     def rename(self, names: Mapping[Axis, Axis]) -> "Factor":
@@ -210,7 +210,7 @@ class Factor:
         return self.replace(self.expand_to([*axes, *rest]), [*axes, *rest])
 
     def expand_to(self, axes: Sequence[Any]) -> jax.Array:
-        """The array with all its axes in the order of `axes`, of length 1 along the others."""
+        """Gives the array with the axes `axes`, of length 1 along those that it lacks."""
         order = [self.axis(a) for a in axes if a in self.axes]
         value = lax.transpose(self.value, order)
         return lax.expand_dims(value, [i for i, a in enumerate(axes) if a not in self.axes])
@@ -222,7 +222,7 @@ def map_factors(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """The type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
+    """Gives the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
     return _compat.abstract(x.shape, dtype, explicit(x), like=x)
 

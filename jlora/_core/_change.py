@@ -23,7 +23,7 @@ FUSED = 16  # the largest rank at which a sum of outer products is faster than a
 
 
 def multiply_gate(h: jax.Array, gate: jax.Array) -> jax.Array:
-    """`h` times `gate`, which has as many axes: 0 where the gate is 0, whatever `h` is there."""
+    """Multiplies `h` by a gate of as many axes; where that is 0 it gives 0, whatever `h` is."""
     return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
 
@@ -65,13 +65,13 @@ class Delta:
         return h if self.gate is None else self.gating(h, self.gate.expand_to(axes))
 
     def factor_with_gate(self, f: Factor) -> Factor:
-        """f·diag(gate) for A, or B if that comes first; `Unfactorable` without a ΔW."""
+        """Multiplies A, or B, by diag(gate); raises `Unfactorable` if there is no ΔW."""
         if not self.is_matrix:
             raise Unfactorable("it would be multiplied with what is no activation")
         return f.replace(self.apply_gate(f.value, f.axes))
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
-        """A and B, first the one that an activation meets if it is contracted over `contracted`."""
+        """Orders A and B: the one that has more of the axes `contracted` comes first."""
         in_a, in_b = (sum(axis in f.axes for axis in contracted) for f in (self.a, self.b))
         return (self.a, self.b) if in_a >= in_b else (self.b, self.a)
 
@@ -122,7 +122,7 @@ class Change:
     invertible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
-        """The changed `w`, computed in float32 or better and rounded once to its dtype.
+        """Changes `w`, in float32 or better, and rounds once to its dtype.
 
         With `sign` -1 it takes the change back: `w` is the changed weight.
         """
@@ -141,7 +141,7 @@ class Change:
 
 @jax.custom_jvp
 def plus(w: jax.Array, change: jax.Array) -> jax.Array:
-    """W + ΔW in float32 or better, rounded once."""
+    """Adds ΔW to W in float32 or better, and rounds once."""
     # A change of zero leaves every bit, also of -0.0 and of subnormals; the derivative is a sum's.
     wide = promote(w.dtype, jnp.float32)
     old = w.astype(wide)
@@ -158,7 +158,7 @@ def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
-    """A·B with the axes `axes`, of length 1 where neither factor has the axis.
+    """Computes A·B with the axes `axes`, of length 1 where neither factor has the axis.
 
     At low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
     size of W is written for it. Its derivative is matrix products.

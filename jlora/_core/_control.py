@@ -60,7 +60,7 @@ def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
 
 
 def _put_back(xs: Sequence[Any], kept: Mapping[int, Any]) -> list[Any]:
-    """`xs` with what is kept in its place."""
+    """Puts what was kept back into its place among `xs`."""
     return [kept.get(i, x) for i, x in enumerate(xs)]
 
 
@@ -149,7 +149,7 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:
-    """Outputs that are inputs as they came, also through inner calls: output to input."""
+    """Finds outputs that are inputs as they came, also through inner calls: output to input."""
     source = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("jit", "remat2"):

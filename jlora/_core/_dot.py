@@ -46,14 +46,14 @@ class Contraction(Product):
         return gain.expand_to(self.x_axes if on_x else self.y_axes)
 
     def term(self, delta: Delta) -> Term:
-        """What a delta adds."""
+        """Says what a delta adds to y."""
         y, precision = self.eqn.outputs[0], self.eqn.params["precision"]
         what = (*self.factors(delta), delta.gate, self.x_axes, self.y_axes)
         return Term(*what, delta.scale, y.dtype, precision, explicit(y), delta.gating)
 
 
 def _contraction(eqn: Equation, at: int) -> Contraction:
-    """The contraction whose weight is operand `at`.
+    """Makes the contraction whose weight is operand `at`.
 
     Example: x (b, t, i) · w (i, o) gives y (b, t, o), with i, o = w.axes.
     """
@@ -70,7 +70,7 @@ def _contraction(eqn: Equation, at: int) -> Contraction:
 
 
 def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
-    """The products of an activation with several weights; what deltas add is computed first."""
+    """Multiplies an activation with several weights; what the deltas add is computed first."""
     each = [_contraction(eqn, i) for eqn in eqns for i in _weights(eqn)]
     adapted = [c for c in each if c.w.change.deltas]
     if len(each) != len(eqns) or len(adapted) < 2:
@@ -98,7 +98,7 @@ def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
 
 
 def _weights(eqn: Equation) -> list[int]:
-    """The numbers of the operands that are weights."""
+    """Lists the numbers of the operands that are weights."""
     return [i for i, x in enumerate(eqn.operands) if isinstance(x, Weight)]
 
 

@@ -81,16 +81,16 @@ class Equation:
         return f"`{self.name}` at {line or 'an unknown line'}"
 
     def bind(self, *values: Any) -> Any:
-        """What its primitive, as it is, makes of `values`."""
+        """Applies its primitive, unchanged, to `values`."""
         outs = _compat.bind(self._eqn, *values)
         return outs if self._eqn.primitive.multiple_results else outs[0]
 
     def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
-        """The outputs of a jaxpr among its parameters."""
+        """Evaluates a jaxpr among its parameters."""
         return evaluate(jaxpr, *operands, within=self)
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
-        """`xs` without weights, as outputs that leave an inner jaxpr; None for those `kept`."""
+        """Turns weights that leave an inner jaxpr into arrays; gives None in the places `kept`."""
         why = functools.partial("an output of {.where}".format, self)
         return [None if i in kept else as_array(x, why) for i, x in enumerate(xs)]
 
@@ -152,7 +152,7 @@ def _reason(eqn: Equation, e: Unfactorable) -> str:
 
 
 def as_array(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
-    """W + ΔW where `x` is a `Weight` whose rule allows it or one row; `x` where it is an array.
+    """Forms W + ΔW of a `Weight` whose rule allows that, or of a row; returns arrays as they are.
 
     While sites are searched it is W, and the use is recorded.
 

@@ -28,7 +28,7 @@ def _pad(eqn: Equation, w: Weight, fill: Any) -> Weight:
 
 
 def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
-    """The change of a padded weight: ΔW is 0 where W is padded, a gain 1."""
+    """Pads the change of a weight: ΔW with 0, a gain with 1."""
     pads = {a: c for a, c in config.items() if tuple(c) != (0, 0, 0)}
 
     def pad(f: Factor, fill: int) -> Factor:
@@ -91,7 +91,7 @@ def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
 
 
 def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
-    """The operands, all of them packed; they are joined when they are unpacked."""
+    """Joins operands that are all packed, when they are unpacked."""
 
     def unpack(parts: Sequence[Packed]) -> Factor:
         return Factor(eqn.bind(*(x.array for x in parts)), axes)
@@ -108,7 +108,7 @@ def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
 
 
 def _side_by_side(shape: tuple[int, ...], parts: Sequence[Any], dim: int) -> Change:
-    """The deltas of each part, 0 on the others; gains joined, 1 on parts that have none."""
+    """Pads all deltas with 0 and all gains with 1, so that they act on their part alone."""
     start, total, deltas, gain = 0, shape[dim], [], None
     for part in parts:
         size = part.shape[dim]
@@ -128,7 +128,7 @@ def _product_of_gains(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) 
 
 
 def _one_change(parts: Sequence[Any], axis: Axis) -> Change | None:
-    """A joined with A and B with B, where `axis` counts independent matrices of one form.
+    """Joins A with A and B with B, if `axis` counts independent matrices of one form.
 
     A gain need not have that axis, and the gains of the parts differ.
     """

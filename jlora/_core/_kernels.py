@@ -62,7 +62,7 @@ class _Ragged(Product):
         return lax.ragged_dot(x, value, self.group_sizes, **how)
 
     def _by_row(self, f: Factor, axis: Axis) -> jax.Array:
-        """`f` along rows and `axis`."""
+        """Gives `f` along rows and `axis`."""
         [group] = self.roles.stack
         value = f.expand_to((group, axis))
         if group not in f.axes:

@@ -95,7 +95,7 @@ class _Lookup(Product):
         return all(stack <= a & b and bool(kept & a) and bool(kept & b) for a, b in each)
 
     def weight(self) -> Weight:
-        """The rows, with the rows of the change."""
+        """Looks up rows of W and of its change."""
         w, change = self.w, map_factors(self.take, self.w.change)
         found = w.w.with_pieces({a: w.lengths[a] for a in self.roles.inputs})
         if isinstance(found, Packed):
@@ -120,9 +120,9 @@ class _Lookup(Product):
         return f.replace(value, (*self.batch, *f.axes[len(picked) :]))
 
     def _within_bounds(self, x: jax.Array, filled: int) -> jax.Array:
-        """`x`, a part of the result, with a gradient only where the indices are within bounds.
+        """Lets the gradient of `x`, a part of the result, pass where indices are within bounds.
 
-        So is the gradient of W, as JAX derives it, unless the mode clips the indices.
+        JAX does so for the gradient of W, unless the mode clips the indices.
         """
         if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return x

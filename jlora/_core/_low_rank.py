@@ -73,7 +73,7 @@ class Term:
 
 
 def low_rank(terms: Sequence[Term], x: jax.Array) -> list[jax.Array]:
-    """s·(x·p)·q for each term.
+    """Computes s·(x·p)·q for each term.
 
     The activation is read once for all p, which are concatenated, forward and backward, and what
     they add to its gradient is written once.
@@ -99,12 +99,12 @@ def _low_rank(terms: list[Term], x: jax.Array) -> list[jax.Array]:
 
 
 def _recompute(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`; the backward pass keeps its arguments alone."""
+    """Makes the backward pass of `f` keep nothing but its arguments."""
     return jax.checkpoint(f, prevent_cse=False)
 
 
 def _reduce(x: jax.Array, terms: list[Term]) -> jax.Array:
-    """s·x·p for all p, concatenated along the rank."""
+    """Computes s·x·p for all p, concatenated along the rank."""
     first = terms[0]
     ps = [term.p.value * jnp.asarray(term.scale, term.p.dtype) for term in terms]
     p = jnp.concatenate(ps, first.p.axis(RANK)) if len(ps) > 1 else ps[0]
@@ -115,7 +115,7 @@ def _reduce(x: jax.Array, terms: list[Term]) -> jax.Array:
 
 
 def _expand(h: jax.Array, terms: list[Term]) -> list[jax.Array]:
-    """For each q its part of h, times its gate and it."""
+    """Multiplies each q with its part of h, to which its gate is applied."""
     parts = [h]
     if len(terms) > 1:
         ends = np.cumsum([term.q.length(RANK) for term in terms])
@@ -128,7 +128,7 @@ def _expand(h: jax.Array, terms: list[Term]) -> list[jax.Array]:
 
 
 def _expand_part(term: Term, h: jax.Array) -> jax.Array:
-    """h·q; on a CPU as a product of two matrices, because only their hᵀ·ȳ is fast there."""
+    """Computes h·q; on a CPU as a product of matrices, because only their hᵀ·ȳ is fast there."""
     how, of_q = {"precision": term.precision, "dtype": term.dtype}, term.q.axes
 
     def straight(h: jax.Array, q: jax.Array) -> jax.Array:

@@ -157,12 +157,7 @@ def _same(eqn: Equation, w: Weight) -> Weight:
 
 @rule("optimization_barrier")
 def _optimization_barrier(eqn: Equation, *operands: Any) -> list[Any]:
-    values = [x.w if isinstance(x, Weight) else x for x in operands]
-    outs = lax.optimization_barrier(values)
-    return [
-        x.replace(out) if isinstance(x, Weight) else out
-        for x, out in zip(operands, outs, strict=True)
-    ]
+    return list(lax.optimization_barrier(operands))
 
 
 @rule("stop_gradient", "pvary")

@@ -146,7 +146,7 @@ class Packed:
         return packed.with_axes(lengths, lengths.values())
 
     def with_pieces(self, pieces: Mapping[Axis, int]) -> "Packed | Factor":
-        """W with parts that can be split into so many pieces along axes, or else unpacked."""
+        """Returns W with parts that can be split into so many pieces along axes, or unpacks it."""
         if self._can_split(pieces):
             return self
         if self.loosen is None:
@@ -160,7 +160,7 @@ class Packed:
         )
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
-        """`f(W, *xs)`, linear in the first of `xs`; W is unpacked for it in each pass."""
+        """Computes `f(W, *xs)`, linear in the first of `xs`, and unpacks W in each pass."""
         return multiply_unpacked(lambda w, *xs: f(w.array, *xs), self, *xs)
 
 
@@ -168,7 +168,7 @@ class Packed:
 def multiply_unpacked(
     product: Callable[..., jax.Array], packed: Packed, x: jax.Array, *others: jax.Array
 ) -> jax.Array:
-    """`product(packed, x, *others)`, linear in x; the packed weight gets no gradient.
+    """Computes `product(packed, x, *others)`, linear in x; the packed weight gets no gradient.
 
     The backward pass keeps the packed weight and nothing else. In both passes the weight waits for
     its activation: otherwise XLA would unpack the weights of many layers at once.
@@ -187,7 +187,7 @@ def _multiply_unpacked_jvp(
 
 
 def shard_part(f: Factor, sharding: Any, axes: Sequence[Axis]) -> Factor:
-    """Shards a part of a weight with `axes` as that is sharded, where the part can be split so.
+    """Shards a part like the weight that has `axes`, along axes where the part can be split so.
 
     A PartitionSpec is along the axes of `jax.set_mesh`.
     """

@@ -47,22 +47,22 @@ class Product(abc.ABC):
 
     @abc.abstractmethod
     def base(self, x: jax.Array) -> jax.Array:
-        """x·W."""
+        """Computes x·W."""
 
     @abc.abstractmethod
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
-        """What a delta adds to x·W."""
+        """Computes what a delta adds to x·W."""
 
     @abc.abstractmethod
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        """The gain along the axes of x, or else of y."""
+        """Gives the gain along the axes of x, or else of y."""
 
     def result(self) -> jax.Array:
-        """Y."""
+        """Computes y."""
         return self.finish(*self.start())
 
     def start(self) -> tuple[jax.Array, list[jax.Array]]:
-        """x, times a gain along inputs, and what each delta adds to y."""
+        """Gives x, scaled if the gain is along inputs, and what each delta adds to y."""
         gain = self._gains[0]
         x = self.x if gain is None else times(self.x, self.spread(gain, True))
         return x, self.terms(x)
@@ -77,7 +77,7 @@ class Product(abc.ABC):
 
     @property
     def _gains(self) -> tuple[Factor | None, Factor | None]:
-        """The gain as one of x, or else as one of y, as that of rows that are looked up is."""
+        """The gain that scales x, and the one that scales y: one of them is None."""
         gain = self.w.change.gain
         if gain is None or self.kind == "embed" or {*gain.axes}.isdisjoint(self.roles.inputs):
             return None, gain
@@ -86,13 +86,13 @@ class Product(abc.ABC):
         return gain, None
 
     def terms(self, x: jax.Array) -> list[jax.Array]:
-        """What each delta adds; the use is recorded while sites are searched."""
+        """Computes what each delta adds; while sites are searched, the use is recorded."""
         if self.w.origin.uses is not None:
             self.w.origin.uses.product(self.w, self.kind, self.roles)
         return [self.low_rank(delta, x) for delta in self.w.change.deltas]
 
     def add(self, y: jax.Array, term: jax.Array) -> jax.Array:
-        """`y` plus a term, in the dtype of `y`."""
+        """Adds a term to `y`, in its dtype."""
         return y + term.astype(y.dtype)
 
     @property
@@ -101,7 +101,7 @@ class Product(abc.ABC):
         return promote(self.x.dtype, self.w.dtype)
 
     def factors(self, delta: Delta, dtype: Any = None) -> tuple[Factor, Factor]:
-        """A and B in a dtype, first the one that x meets first; they have all axes of W."""
+        """Gives A and B in a dtype, first the one that x meets first; they have all axes of W."""
         dtype = dtype or self.dtype
         p, q = (f.each(lambda x: x.astype(dtype)) for f in delta.by_order(self.roles.inputs))
         rest = {a: n for a, n in self.w.lengths.items() if a not in (*p.axes, *q.axes)}
@@ -110,7 +110,7 @@ class Product(abc.ABC):
 
 
 def times(x: jax.Array, gain: jax.Array) -> jax.Array:
-    """`x` times `gain`, in the dtype of `x`.
+    """Multiplies `x` by `gain`, in the dtype of `x`.
 
     For dtypes with float32's exponent range, the backward pass stores the result instead of `x`,
     because the model most often stores the result too. There a gain is never 0, but at least

@@ -59,7 +59,7 @@ def steps(
 
 
 def _live(jaxpr: Any) -> list[Any]:
-    """The equations that the outputs or an effect need."""
+    """Lists the equations that the outputs or an effect need."""
     needed, live = set(_variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or needed.intersection(eqn.outvars):
@@ -71,7 +71,7 @@ def _live(jaxpr: Any) -> list[Any]:
 def groups(
     jaxpr: Any, eqns: Sequence[Any], weights: Sequence[bool], rules: Mapping[str, Any]
 ) -> list[list[Any]]:
-    """Equations that multiply one activation with weights, none of which follows from a product."""
+    """Groups equations that multiply one activation with weights that follow from no product."""
     heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
     late: set[Any] = set()  # what follows from a product, or has an effect
     found: dict[Any, list[Any]] = {}
@@ -91,12 +91,12 @@ def groups(
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
-    """`atoms` without the literals among them."""
+    """Drops the literals among `atoms`."""
     return [v for v in atoms if not _compat.is_literal(v)]
 
 
 def multiply_together(products: Sequence[Any]) -> list[jax.Array]:
-    """What the only delta of each contraction adds; the activation is read once.
+    """Computes what the only delta of each contraction adds; the activation is read once.
 
     `Unfactorable` unless each x·A is small, and needs nothing but x and A.
     """
@@ -111,7 +111,7 @@ def multiply_together(products: Sequence[Any]) -> list[jax.Array]:
 
 
 def _term(c: Any) -> Term:
-    """What the delta of a contraction adds, the inputs of the first factor ordered as in x."""
+    """Says what the delta of a contraction adds, with the first factor's inputs ordered as in x."""
     deltas, gain, inputs = c.w.change.deltas, c.w.change.gain, {*c.roles.inputs}
     if len(deltas) != 1 or c.roles.stack or deltas[0].key is not None:
         raise Unfactorable

@@ -92,7 +92,7 @@ class Weight:
         return dict(zip(self.axes, self.shape, strict=True))
 
     def new_names(self) -> Iterator[int]:
-        """Names that no axis of W has or had."""
+        """Counts up the names that no axis of W has or had."""
         return itertools.count(max(self._names) + 1)
 
     @property
@@ -151,7 +151,7 @@ class Weight:
         return map_factors(lambda f: f.repeat({first: length}).to_front([first]), whole)
 
     def as_slice(self) -> "Weight":
-        """What a scan over an `as_stack` weight gives, with its own axes."""
+        """Drops the first axis, after a scan over an `as_stack` weight took one entry along it."""
         one = map_factors(lambda f: f.replace(f.value, f.axes[1:]), self)
         return one.replace(one.w.with_axes(self.axes[1:], self.shape[1:]))
 
@@ -171,7 +171,7 @@ class Weight:
         return all(d.is_row for d in self.change.deltas)
 
     def form(self, why: str) -> Any:
-        """W', formed because of `why`; ValueError where a dropout has no input to drop."""
+        """Forms W', because of `why`; raises ValueError where a dropout has no input to drop."""
         for d in self.change.deltas:
             if d.key is not None and not d.a.is_row:
                 raise ValueError(
@@ -182,7 +182,7 @@ class Weight:
 
 
 def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Weight:
-    """The weight of the leaf at `path`: an array, or an object with a method `packed`."""
+    """Makes the weight of the leaf at `path`: an array, or an object with a method `packed`."""
     axes, unchecked = axes_of_leaf(path, value.ndim), _compat.unchecked_axes()
     w = value.packed(axes) if hasattr(value, "packed") else Factor(value, axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
@@ -193,7 +193,7 @@ def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Wei
 
 
 def value_of(x: Any) -> Any:
-    """W of a `Weight`; an array as it is."""
+    """Gives W of a `Weight`, and an array as it is."""
     return x.array if isinstance(x, Weight) else x
 
 
@@ -203,7 +203,7 @@ def value_of(x: Any) -> Any:
 def reshape_groups(
     axes: Sequence[Axis], old: Sequence[int], new: Sequence[int], names: Iterator[int]
 ) -> list[Group]:
-    """The finest factorization of a reshape into independent reshapes.
+    """Finds the finest factorization of a reshape into independent reshapes.
 
     An axis that is alone before and after stays as it is; the others get `names`.
 
@@ -230,7 +230,7 @@ def reshape_groups(
 def _factorize(
     old: Sequence[int], new: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Ranges of `old` and of `new` whose products are equal, as short as can be."""
+    """Yields ranges of `old` and of `new` whose products are equal, as short as can be."""
     if 0 in old:
         raise Unfactorable("an axis is empty")
     i, j = 0, 0
