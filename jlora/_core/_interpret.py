@@ -91,8 +91,11 @@ class Equation:
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
         """Turns weights that leave an inner jaxpr into arrays; gives None in the places `kept`."""
-        why = functools.partial("an output of {.where}".format, self)
-        return [None if i in kept else as_array(x, why) for i, x in enumerate(xs)]
+
+        def reason() -> str:
+            return f"an output of {self.where}"
+
+        return [None if i in kept else as_array(x, reason) for i, x in enumerate(xs)]
 
 
 def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any]:
