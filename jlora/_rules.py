@@ -265,6 +265,12 @@ def is_int(x: Any) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
+def check_int(what: str, n: Any, least: int) -> None:
+    """Raises unless `n`, which the error calls `what`, is an integer of at least `least`."""
+    if not is_int(n) or n < least:
+        raise ValueError(f"{what} must be an integer of at least {least}; got {n!r}.")
+
+
 def is_finite(x: Any) -> bool:
     """Whether `x` is a real number, not a boolean, that a float can hold."""
     try:
