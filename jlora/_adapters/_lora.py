@@ -24,8 +24,9 @@ from .._rules import (
 from .._types import Layout
 from ..initializers import kaiming_uniform
 from ._keywords import refuse_keywords_of_peft
-from ._low_rank import LowRank
-from ._node import SLOTS, register
+from ._low_rank import LowRank, factor_shapes
+from ._matrices import matrix_lengths
+from ._node import register
 
 
 @register
@@ -121,13 +122,12 @@ class LoRA(Rule):
 
     def factor_shapes(self, site: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of A and of B at a site."""
-        found = self.shapes(site.layout, site.shape)
-        return found["a"], found["b"]
+        return factor_shapes(site.layout, site.shape, self.rank)
 
     def fit(self, site: Any) -> tuple["LoRA", Layout]:
         """Returns the rule with a rank that the site can have, and the layout with its slots."""
         layout = site.layout if self.slots is None else _add_slots(site, self.slots)
-        largest = min(site.inputs, site.outputs // (self.slots.count if self.slots else 1))
+        largest = min(matrix_lengths(layout, site.shape))
         if self.pattern is None:
             return self._clip(site, layout, largest), layout
         if self.rank <= largest:
@@ -148,8 +148,9 @@ class LoRA(Rule):
         return self if rank == self.rank else self.of_rank(rank)
 
     def sizes(self, layout: Layout) -> dict[str, int]:
-        """Returns the rank, and the number of slots if there are any."""
-        return {"rank": self.rank} | ({SLOTS: len(layout.slots[1])} if layout.slots else {})
+        """Returns the rank."""
+        del layout
+        return {"rank": self.rank}
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, LowRank]:
         """Returns W and the node that `init` draws."""

@@ -82,8 +82,7 @@ def factor_shapes(
     layout: Layout, shape: tuple[int, ...], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of A and B for a weight of `shape`."""
-    slots = 0 if layout.slots is None else len(layout.slots[1])
-    found = LowRank.shapes(layout, shape, {"rank": rank, SLOTS: slots})
+    found = LowRank.shapes(layout, shape, {"rank": rank})
     return found["a"], found["b"]
 
 

@@ -91,8 +91,9 @@ class Node(tuple[Any, ...]):
         """Returns the shape of each array for a weight of `shape`; `sizes` has other axes."""
         lengths: dict[int | str, int] = dict(enumerate(shape)) | dict(sizes)
         if layout.slots is not None:
-            count, _, axis = layout.slots
+            count, chosen, axis = layout.slots
             lengths[axis] //= count
+            lengths[SLOTS] = len(chosen)
         return {n: tuple(lengths.get(d, 0) for d in dims) for n, dims in cls.axes(layout).items()}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -275,8 +276,6 @@ def misfit(node: Node, shape: tuple[int, ...]) -> str | None:
         return why
     got = {name: tuple(x.shape) for name, x in state(node).items()}
     sizes = {d: n for d, n in lengths(node).items() if isinstance(d, str)}
-    if layout.slots is not None:
-        sizes[SLOTS] = len(layout.slots[1])
     expected = node.shapes(layout, shape, sizes)
     if all(got[name] == expected[name] for name in got):
         return None
