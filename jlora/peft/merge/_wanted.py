@@ -12,10 +12,10 @@ from ..._adapters import is_node, weight_shape
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._checkpoint import Checkpoint
-from .._file import COUNT, COUNTS, DTYPES, Source, TensorInfo, shown
+from .._file import COUNT, COUNTS, DTYPES, Source, shown
 from .._problems import Problems
 from ..adapter._contents import Adapter, Part, explain_resized, sort_tensors
-from ..adapter._files import open_files
+from ..adapter._files import fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, matrix, names_of, orientations
 from ..adapter._tokens import Tokens, list_unequal, misfits
 from ..adapter._tree import arrange
@@ -117,18 +117,11 @@ def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tup
     _check(checkpoint, model, wanted, problems)
     problems.stop()
     problems.found += absent(checkpoint, model, parts, full | adapter.frozen)
-    every = jax.tree.leaves((wanted, heads), is_leaf=_is_tensor)
-    values = files.values(filter(_is_tensor, every), problems)
+    values = files.values((wanted, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v) for x, y in heads), values))
-    wanted = jax.tree.map(
-        lambda x: values[x.key] if _is_tensor(x) else x, wanted, is_leaf=_is_tensor
-    )
+    wanted = fill(wanted, values)
     problems.found += untied(checkpoint, model, wanted.parts, wanted.full)
     return model, wanted
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, TensorInfo)
 
 
 def _with_tied_biases(full: dict[str, T], model: Views) -> dict[str, T]:
