@@ -210,7 +210,7 @@ def left_cases():
         yield pytest.param(*case, marks=[] if is_daily else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("method", "dtype", "way"), left_cases())
+@pytest.mark.parametrize(("method", "dtype", "way"), [*left_cases()])
 def test_what_is_left_unread_is_refused(method, dtype, way, tmp_path):
     name, x = LEFT[dtype]
     base, adapter, _ = beside(tmp_path, method, **{name: x})
