@@ -84,7 +84,7 @@ DIALECTS: tuple[Dialect, ...] = (
 )
 
 
-def dialects(names: Collection[str]) -> Iterator[Dialect]:
+def find_dialects(names: Collection[str]) -> Iterator[Dialect]:
     """Yields old names alone, and the dialects that a checkpoint with `names` may use."""
     yield OLD
     lines = "\n".join(names)
