@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from small import some
 
 import jlora
 from jlora import peft
@@ -306,9 +307,10 @@ def assert_rounded(actual, expected):
     np.testing.assert_allclose(np.float32(actual), np.float32(expected), rtol=rtol)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16], jnp.float32))
 @pytest.mark.parametrize("format", FORMATS | DENSE)
 def test_stacked_layers(format, dtype, tmp_path):
+    """Of each format: loaded, the weights by its formula; dequantized, and nothing else of it."""
     files = [(FORMATS | DENSE)[format](seed=seed) for seed in (0, 5)]
     folder = write(tmp_path / "base", {f"h.{i}.up": file for i, file in enumerate(files)})
     matrix = np.stack([np.moveaxis(f.matrix, -1, -2) for f in files])
@@ -320,11 +322,22 @@ def test_stacked_layers(format, dtype, tmp_path):
     assert leaf.dtype == dtype
     if format in DENSE:
         np.testing.assert_array_equal(leaf, matrix.astype(dtype))
-        return
-    assert_rounded(leaf.array(jnp.float32), matrix)
-    assert_rounded(leaf.array(), matrix.astype(dtype))
-    jitted = jax.jit(jlora.dequantize)(base)["layers"]["up"][kernel]
-    assert_rounded(jitted, matrix.astype(dtype))
+    else:
+        assert_rounded(leaf.array(jnp.float32), matrix)
+        assert_rounded(leaf.array(), matrix.astype(dtype))
+        jitted = jax.jit(jlora.dequantize)(base)["layers"]["up"][kernel]
+        assert_rounded(jitted, matrix.astype(dtype))
+
+    found = peft.dequantize_checkpoint(folder, tmp_path / "dense")
+    new = load_file(tmp_path / "dense" / "model.safetensors")
+    keys = [f"h.{i}.up.{'w' if format == 'mxfp4' else 'weight'}" for i in range(2)]
+    assert new.keys() == {*keys, "norm.weight"}
+    for key, x in zip(keys, matrix, strict=True):
+        expected = x if format == "mxfp4" else x.T
+        assert_rounded(new[key], expected.astype(jnp.bfloat16))
+    assert json.loads((tmp_path / "dense" / "config.json").read_text()) == {}
+    assert [(m.name, m.shape) for m in found] == [(key, files[0].matrix.shape) for key in keys]
+    assert found == peft.matrices(folder)
 
 
 @pytest.mark.parametrize(

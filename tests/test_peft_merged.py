@@ -25,6 +25,7 @@ import numpy as np
 import peft_models as models
 import pytest
 from safetensors.numpy import load_file, save_file
+from small import some
 from test_peft import Files, mutate
 
 from jlora import peft
@@ -84,7 +85,7 @@ def fixture(name: str, folder: Folder, shards: int = 1) -> tuple[models.Case, Fo
 # ----------------------------------------------------------------------- what PEFT itself merged
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", some([1, 3], 1))
 @pytest.mark.parametrize("name", models.CASES)
 def test_merged_is_peft_s(name: str, shards: int, tmp_path: Folder) -> None:
     """From PEFT's files or from a tree: PEFT's values, in the old names, dtypes and files."""
@@ -98,11 +99,9 @@ def test_merged_is_peft_s(name: str, shards: int, tmp_path: Folder) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "files", "tree"]
 
     old, expected, merged = base_of(case), case.merged(), read(tmp_path / "files")
-    if tied := {"tied": "model.embed_tokens.weight", "gpt2_tied": "transformer.wte.weight"}.get(
-        name
-    ):
-        # PEFT adds ΔW to a shared weight once for each module.
-        expected[tied] = (expected[tied] + old[tied]) / 2
+    shared = {"tied": "model.embed_tokens.weight", "gpt2_tied": "transformer.wte.weight"}.get(name)
+    if shared:  # PEFT adds ΔW to it once for each module
+        expected[shared] = (expected[shared] + old[shared]) / 2
     assert merged.keys() == old.keys()
     for key, x in merged.items():
         assert (x.dtype, x.shape) == (old[key].dtype, old[key].shape)
@@ -644,6 +643,7 @@ def test_other_files(tmp_path: Folder) -> None:
     left_out = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "adapter.npz"]
     left_out += ["flax_model.msgpack", "model.fp16.safetensors", "onnx/model.onnx", "rng_state.pth"]
     left_out += [".git/config", "adapter_config.json", "consolidated.00.pth", "m.gguf"]
+    kept += ["m.json.py/more"]
     for name in [*kept, *left_out]:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
@@ -654,35 +654,25 @@ def test_other_files(tmp_path: Folder) -> None:
     assert all(after[name] == name.encode() for name in kept)
 
 
-def in_the_way(path: Folder, kind: str) -> None:
-    """Something in the place of a file."""
-    path.unlink(missing_ok=True)
-    if kind == "link":
-        path.symlink_to("nowhere")
-    elif kind == "loop":
-        path.symlink_to(path.name)
-    elif kind == "pipe":
-        os.mkfifo(path)
-    else:
-        path.mkdir()
-        (path / "more").write_text("")
-
-
-ODD = {"link": "a link to nothing", "loop": "a link to nothing", "pipe": "no regular file"}
-ODD["folder"] = "a folder"
+# What is in the place of a file, and what that is called.
+ODD: dict[str, tuple[Callable[[Folder], Any], str]] = {
+    "link": (lambda path: path.symlink_to("nowhere"), "a link to nothing"),
+    "loop": (lambda path: path.symlink_to(path.name), "a link to nothing"),
+    "pipe": (lambda path: os.mkfifo(path), "no regular file"),
+    "folder": (lambda path: (path / "more").mkdir(parents=True), "a folder"),
+}
+PLACES = [(kind, "config.json") for kind in ODD]
+PLACES += [("link", "tokenizer.json"), ("pipe", "m.py"), ("folder", "tokenizer.model")]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="makes pipes")
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model", "m.py"])
-@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(("kind", "name"), PLACES)
 def test_what_is_in_the_place_of_a_file(kind: str, name: str, tmp_path: Folder) -> None:
     """The output is never without a file that the source should have; nothing waits for a pipe."""
     base, given = simple(tmp_path)
-    in_the_way(base / name, kind)
-    if (kind, name) == ("folder", "m.py"):  # may be called anything
-        peft.export_merged(base, given, tmp_path / "out")
-        assert (tmp_path / "out" / name / "more").exists()
-        return
+    (base / name).unlink(missing_ok=True)
+    make, what = ODD[kind]
+    make(base / name)
     ways = [
         lambda out: peft.export_merged(base, given, out),
         lambda out: peft.export_merged(base, given, out, follow_links=True),
@@ -694,7 +684,7 @@ def test_what_is_in_the_place_of_a_file(kind: str, name: str, tmp_path: Folder) 
             lambda _: peft.matrices(base),
         ]
     for way in ways:
-        with pytest.raises(ValueError, match=f"1 problems:\n  {name}: is {ODD[kind]}"):
+        with pytest.raises(ValueError, match=f"1 problems:\n  {name}: is {what}"):
             way(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -710,21 +700,15 @@ def test_a_file_that_becomes_shorter(tmp_path: Folder, monkeypatch: pytest.Monke
     assert not (tmp_path / "out").exists()
 
 
-def linked(base: Folder, blobs: Folder) -> None:
-    """Each file of `base` becomes a link to one in `blobs`."""
-    blobs.mkdir()
-    for i, path in enumerate(sorted(base.iterdir())):
-        path.rename(blobs / str(i))
-        path.symlink_to(os.path.relpath(blobs / str(i), path.parent))
-
-
 def test_a_download_cache(tmp_path: Folder) -> None:
     """Its files are links; the copy has files."""
     base, given = simple(tmp_path)
-    snapshot = tmp_path / "models--x" / "snapshots" / "0123abc"
-    snapshot.parent.mkdir(parents=True)
-    base.rename(snapshot)
-    linked(snapshot, tmp_path / "models--x" / "blobs")
+    snapshot, blobs = (tmp_path / "models--x" / name for name in ("snapshots/0123abc", "blobs"))
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in base.iterdir():
+        path.rename(blobs / path.stem)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.stem}")
     peft.export_merged(snapshot, given, tmp_path / "out")
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "config.json").read_text() == "{}"

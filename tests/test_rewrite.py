@@ -36,24 +36,6 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("format", FORMATS | DENSE)
-def test_dequantized(format, tmp_path):
-    """Of each format: the weights by its formula, and nothing else that it has."""
-    files = {f"h.{i}.up": (FORMATS | DENSE)[format](seed=i) for i in range(2)}
-    folder = write(tmp_path / "base", files)
-    found = peft.dequantize_checkpoint(folder, tmp_path / "dense")
-    new = tensors_of(tmp_path / "dense")
-    parameter = "w" if format == "mxfp4" else "weight"
-    assert new.keys() == {f"h.{i}.up.{parameter}" for i in range(2)} | {"norm.weight"}
-    assert [m.name for m in found] == [f"h.{i}.up.{parameter}" for i in range(2)]
-    for name, file in files.items():
-        expected = file.matrix.swapaxes(-1, -2) if format == "mxfp4" else file.matrix
-        assert_rounded(new[f"{name}.{parameter}"], expected.astype(jnp.bfloat16))
-    assert "quantization_config" not in config_of(tmp_path / "dense")
-    assert found == peft.matrices(folder)
-    assert {m.shape for m in found} == {file.matrix.shape for file in files.values()}
-
-
 def test_shards(tmp_path):
     """Each file has its own tensors, and the index says so."""
     files = {f"h.{i}.up": FORMATS["nf4"](seed=i) for i in range(2)}
