@@ -13,7 +13,7 @@ from tqdm import tqdm
 from . import sharding
 from ._compat import is_concrete, known, place_of
 from ._match import first_takers
-from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
+from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
 from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
@@ -137,7 +137,7 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
     name = f"{rule_name(scheme)} matches {name_of(path)!r}"
     if is_quantized(x):
         raise ValueError(
-            f"{name}, which is quantized already, as {spelled(x.scheme)}. Narrow the pattern, or "
+            f"{name}, which is quantized already, as {spell(x.scheme)}. Narrow the pattern, or "
             "give jlora.dequantize(params)."
         )
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):

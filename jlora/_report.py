@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ._compat import known
-from ._quantized import Quantized, Scheme, is_quantized, spelled
+from ._quantized import Quantized, Scheme, is_quantized, spell
 from ._tree import count, leaves_by_path, name_of, size_in_bytes
 from ._types import Path, PyTree
 
@@ -105,7 +105,7 @@ class Summary(NamedTuple):
             (
                 name_of(leaf.path),
                 "×".join(map(str, leaf.shape)),
-                spelled(leaf.scheme),
+                spell(leaf.scheme),
                 f"{8 * leaf.after / max(1, math.prod(leaf.shape)):.3f}",
                 readable(leaf.before),
                 readable(leaf.after),

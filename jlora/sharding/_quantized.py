@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from .._core import mesh_axes
-from .._quantized import Quantized, is_quantized, spelled
+from .._quantized import Quantized, is_quantized, spell
 from .._tree import leaves_by_path, name_of
 from .._types import PyTree
 from ._places import Place
@@ -89,7 +89,7 @@ def describe(entry: Any, mesh: Mesh) -> str:
 
 def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> None:
     """Raises `Misfit` if a device would get a part of a block."""
-    form, name = leaf.form, spelled(leaf.scheme)
+    form, name = leaf.form, spell(leaf.scheme)
     for d, entry in entries.items():
         n = devices(entry, mesh)
         if n == 1 or d in form.stack:
