@@ -12,6 +12,7 @@ import pytest
 from collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import some
 
 import jlora
 from jlora import arithmetic, sharding
@@ -37,8 +38,6 @@ FUNCTIONS = MOVE_NOTHING | {
     "dare": lambda t, base: arithmetic.dare(t, [0.5, -2.0], key=KEY, base=base),
 }
 
-LATER = ("truncate", "dare", "scale", "difference")  # which factor and draw as `ties` does
-
 
 def normal(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
@@ -56,7 +55,7 @@ ADAPTERS = [adapter(1, 2), adapter(2, 3)]
 BASE = {name: jnp.zeros(shape) for name, (shape, *_) in SITES.items()} | {"head": jnp.ones(HEAD[0])}
 SPECS = {name: spec for name, (_, spec, _) in SITES.items()} | {"head": HEAD[1]}
 FEW = ("heads", "slots", "head")
-PATHS = pytest.mark.parametrize("paths", [FEW, pytest.param(tuple(SPECS), marks=pytest.mark.slow)])
+PATHS = pytest.mark.parametrize("paths", some([FEW, tuple(SPECS)], FEW))
 
 
 def alone(paths):
@@ -85,10 +84,7 @@ def check(found, paths, f, like):
 
 
 @PATHS
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in FUNCTIONS],
-)
+@pytest.mark.parametrize("name", some(FUNCTIONS, "add", "ties"))
 def test_what_is_moved(name, paths):
     """At most a part of A and B, of 8 bytes × 256 rows; by what sums and scales, nothing."""
     f, (trees, base, _) = FUNCTIONS[name], placed(paths, AxisType.Auto)
@@ -101,11 +97,8 @@ def test_what_is_moved(name, paths):
     assert max((c.size for c in moved), default=0) <= 8 * 256 * columns / 4, moved
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "add" else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS],
-)
-@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", some(FUNCTIONS, "add"))
+@pytest.mark.parametrize("jit", some([True, False], True))
 def test_explicit_axes(name, jit):
     """Under `jit` with the mesh in scope, and without either."""
     f, (trees, base, mesh) = FUNCTIONS[name], placed(FEW, AxisType.Explicit)

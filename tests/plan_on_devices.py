@@ -10,6 +10,7 @@ import pytest
 import sharding_models as models
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import every
 
 import jlora
 from jlora import sharding
@@ -22,16 +23,11 @@ def on_one(tree):
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
+DAILY = [(True, "lists"), (False, "experts")]
+
+
 @pytest.mark.parametrize(
-    ("compile", "name"),
-    [
-        (True, "lists"),
-        (False, "lists"),
-        (False, "experts"),
-        pytest.param(False, "gpt2", marks=pytest.mark.slow),
-        pytest.param(True, "experts", marks=pytest.mark.slow),
-        pytest.param(True, "gpt2", marks=pytest.mark.slow),
-    ],
+    ("compile", "name"), every([True, False], ["lists", "experts", "gpt2"], daily=DAILY)
 )
 def test_exact_parts_are_measured_bytes(name, compile):
     """Base, adapter, moments and batch, against arrays that lie there."""

@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import every, some
 
 import jlora
 from jlora import LoRA
@@ -56,7 +57,7 @@ def loss(p, x):
 
 
 def sketched(loss, params, batches, kind):
-    return jlora.sketch(loss, params, LoRA(rank=1), batches, kind=kind, components=F)
+    return jlora.sketch(loss, params, LoRA(rank=1), batches, kind=kind, components=F, passes=2)
 
 
 @functools.cache
@@ -74,14 +75,10 @@ def check(found, kind):
         np.testing.assert_allclose(a @ a.mT, b @ b.mT, atol=1e-8)
 
 
-def placed():
-    """Every spec on every mesh, one every day; starts are on explicit axes then."""
-    rows = [(spec, mesh, kind) for kind in KINDS for mesh in MESHES for spec in SPECS]
-    daily = ("both", AxisType.Auto, "inputs")
-    return [pytest.param(*row, marks=[] if row == daily else pytest.mark.slow) for row in rows]
+DAILY = [("both", AxisType.Auto, "inputs")]
 
 
-@pytest.mark.parametrize(("spec", "mesh", "kind"), placed(), ids=str)
+@pytest.mark.parametrize(("spec", "mesh", "kind"), every(SPECS, MESHES, KINDS, daily=DAILY))
 def test_on_a_mesh_is_as_on_one_device(spec, mesh, kind):
     mesh = MESHES[mesh]
     put = lambda x, s: jax.device_put(np.asarray(x), NamedSharding(mesh, s))  # noqa: E731
@@ -103,7 +100,7 @@ def within(body, specs, **how):
     return loss
 
 
-@pytest.mark.parametrize("kind", ["inputs", pytest.param("gradient", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", some(KINDS, "inputs"))
 def test_within_the_models_own_shard_map(kind):
     """Over tokens."""
     body = lambda p, x: lax.scan(layer, x, p)[0]  # noqa: E731
@@ -154,18 +151,8 @@ def test_inputs_within_a_shard_map_that_checks_nothing_are_refused():
         sketched(f, PARAMS, BATCHES, "inputs")
 
 
-def starts():
-    """Each start on every mesh, every day the one that changes the base."""
-    rows = [(*x, mesh) for x in ((eva, "inputs"), (lora_ga, "gradient")) for mesh in MESHES]
-    return [
-        pytest.param(
-            *row, marks=[] if row[::2] == (lora_ga, AxisType.Explicit) else pytest.mark.slow
-        )
-        for row in rows
-    ]
-
-
-@pytest.mark.parametrize(("start", "kind", "mesh"), starts())
+@pytest.mark.parametrize("mesh", some(MESHES, AxisType.Explicit))
+@pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
 def test_starts_on_a_mesh(start, kind, mesh):
     """The base lies where it lay, and the model begins as it was."""
     mesh = MESHES[mesh]

@@ -1,6 +1,7 @@
 """What the tests of refusals share: small models and trees, and what is said of a mistake."""
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -68,6 +69,14 @@ def exactly(message: str) -> str:
 def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
     """The values of one parameter, of which all but `daily` are for the long run."""
     return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
+
+
+def every(*axes: Iterable[Any], daily: Iterable[Any]) -> list[Any]:
+    """All combinations of parameters, of which those that are not `daily` are for the long run."""
+    rows, few = list(itertools.product(*axes)), list(daily)
+    slow = [[] if row in few else [pytest.mark.slow] for row in rows]
+    ids = ["-".join(map(str, row)) for row in rows]
+    return [pytest.param(*x, id=i, marks=m) for x, i, m in zip(rows, ids, slow, strict=True)]
 
 
 def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:

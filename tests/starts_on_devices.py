@@ -4,17 +4,15 @@ W lies as it did, along automatic and explicit axes; products and small factoriz
 of W's size.
 """
 
-import itertools
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from collectives import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from small import every, some
 
 import jlora
 from jlora.initializers import loftq, miss, olora, pissa, pissa_niter
@@ -26,10 +24,6 @@ MESHES = {
     kind: jax.make_mesh((4,), ("d",), (kind,), devices=jax.devices()[:4])
     for kind in (AxisType.Auto, AxisType.Explicit)
 }
-COLLECTIVE = re.compile(
-    r"= (\S+|\([^)]*\)) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
 
 
 def normal(seed, *shape):
@@ -54,14 +48,10 @@ def init(start, params):
     return w, a, b
 
 
-def placed():
-    """Every start and spec on both meshes; two of them every day."""
-    daily = {("pissa", "inputs", AxisType.Auto), ("olora", "stack", AxisType.Explicit)}
-    rows = itertools.product(STARTS, SPECS, MESHES)
-    return [pytest.param(*r, marks=[] if r in daily else pytest.mark.slow) for r in rows]
+DAILY = [("pissa", "inputs", AxisType.Auto), ("olora", "stack", AxisType.Explicit)]
 
 
-@pytest.mark.parametrize(("name", "spec", "kind"), placed())
+@pytest.mark.parametrize(("name", "spec", "kind"), every(STARTS, SPECS, MESHES, daily=DAILY))
 def test_the_base_lies_where_it_did(name, spec, kind):
     place = NamedSharding(MESHES[kind], SPECS[spec])
     expected = init(STARTS[name], PARAMS)
@@ -73,14 +63,11 @@ def test_the_base_lies_where_it_did(name, spec, kind):
     laws.assert_close((np.asarray(w), of(a, b)), (np.asarray(expected[0]), of(*expected[1:])), 1e-4)
 
 
+LOFTQ = loftq(jlora.NF4())
+
+
 @pytest.mark.parametrize(
-    ("start", "kind"),
-    [
-        pytest.param(pissa, AxisType.Auto, marks=pytest.mark.slow),
-        (loftq(jlora.NF4()), AxisType.Explicit),
-        pytest.param(pissa, AxisType.Explicit, marks=pytest.mark.slow),
-        pytest.param(loftq(jlora.NF4()), AxisType.Auto, marks=pytest.mark.slow),
-    ],
+    ("start", "kind"), every([pissa, LOFTQ], MESHES, daily=[(LOFTQ, AxisType.Explicit)])
 )
 def test_codes(start, kind):
     """As on one device; what was quantized before lies as it did."""
@@ -104,23 +91,16 @@ def whole(w, a, b):
     return np.asarray(jlora.dequantize({"w": w})["w"]) + a @ b
 
 
-@pytest.mark.parametrize(
-    "spec", [n if n == "inputs" else pytest.param(n, marks=pytest.mark.slow) for n in SPECS]
-)
+@pytest.mark.parametrize("spec", some(SPECS, "inputs"))
 @pytest.mark.parametrize("name", ["pissa_niter", "olora"])
 def test_nothing_of_the_size_of_a_matrix_moves(name, spec):
     """Under jit; what moves in one collective is smaller than a matrix."""
     place = NamedSharding(MESHES[AxisType.Auto], SPECS[spec])
     put = jax.device_put(jax.device_get(PARAMS), place)
     f = jax.jit(lambda p: init(STARTS[name], p), out_shardings=(place, None, None))
-    shapes = COLLECTIVE.findall(f.lower(put).compile().as_text())
-    sizes = [
-        math.prod(map(int, s.split(","))) if s else 1
-        for shape in shapes
-        for s in re.findall(r"\[([\d,]*)\]", shape)
-    ]
-    columns = LAYERS * (RANK + 8)
-    assert max(sizes, default=0) <= columns * max(INPUTS, OUTPUTS) < PARAMS["w"].size
+    moved = collectives(f.lower(put).compile().as_text())
+    columns = 4 * LAYERS * (RANK + 8) * max(INPUTS, OUTPUTS)
+    assert max((c.size for c in moved), default=0) <= columns < PARAMS["w"].nbytes
 
 
 def test_init_of_a_part_is_refused():
