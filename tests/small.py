@@ -71,12 +71,15 @@ def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
     return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
 
 
-def every(*axes: Iterable[Any], daily: Iterable[Any]) -> list[Any]:
-    """All combinations of parameters, of which those that are not `daily` are for the long run."""
-    rows, few = list(itertools.product(*axes)), list(daily)
-    slow = [[] if row in few else [pytest.mark.slow] for row in rows]
-    ids = ["-".join(map(str, row)) for row in rows]
-    return [pytest.param(*x, id=i, marks=m) for x, i, m in zip(rows, ids, slow, strict=True)]
+def some_rows(rows: Iterable[tuple[Any, ...]], *daily: tuple[Any, ...]) -> list[Any]:
+    """The values of several parameters, of which all but `daily` are for the long run."""
+    marks = pytest.mark.slow
+    return [pytest.param(*x, marks=() if x in daily else marks) for x in rows]
+
+
+def every(*axes: Iterable[Any], daily: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """All combinations of the values of several parameters, likewise."""
+    return some_rows(itertools.product(*axes), *daily)
 
 
 def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:

@@ -208,8 +208,8 @@ def operations(root: Folder, good: Folder) -> Iterator[tuple[str, Callable[[], A
         ("inspect", orbax),
         ("merge", good / "base", adapter, next(out)),
         ("merge", base, good / "adapter", next(out)),
-        ("convert", adapter, next(out), "--to", "vllm"),
-        ("check", adapter, "--engine", "vllm", "--base", base),
+        ("convert", adapter, next(out), "--profile", "vllm"),
+        ("check", adapter, "--for", "vllm", "--base", base),
         ("diff", adapter, good / "adapter"),
     ):
         yield " ".join(map(str, command[:1])), lambda c=command: command_line(*c)

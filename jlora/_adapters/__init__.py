@@ -23,7 +23,6 @@ from ._node import SLOTS as SLOTS
 from ._node import Node as Node
 from ._node import PartialWeightError as PartialWeightError
 from ._node import arrays as arrays
-from ._node import change_of as change_of
 from ._node import is_node as is_node
 from ._node import is_registered as is_registered
 from ._node import lengths as lengths
@@ -32,6 +31,7 @@ from ._node import misfit as misfit
 from ._node import register as register
 from ._node import state as state
 from ._node import static as static
+from ._node import weight_of as weight_of
 from ._node import weight_shape as weight_shape
 from ._probe import Probe as Probe
 from ._routed import Routed as Routed

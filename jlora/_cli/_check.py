@@ -1,30 +1,40 @@
 """`jlora check`: whether an engine takes an adapter."""
 
-from pathlib import Path
-from typing import Any
+import click
 
-from .. import peft
-from ._command import Answer
-from ._inputs import format_of
-from ._words import called
+import jlora
+
+from ._command import Answer, Command
+from ._given import FOLDER, Given, call
+from ._inputs import format_of_adapter
 
 
-def check(
-    folder: Path, engine: str, *, base: Path | None = None, max_lora_rank: int | None = None
-) -> Answer:
-    """Checks the adapter in `folder`."""
-    if engine not in peft.ENGINES:
-        known = ", ".join(peft.ENGINES)
+@click.command(cls=Command)
+@click.argument("folder", type=FOLDER, metavar="DIR")
+@click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE",
+    required=True,
+    help="vllm, tpu-inference (vLLM on TPUs) or sglang.",
+)
+@click.option(
+    "--base",
+    type=FOLDER,
+    help="The model that is served, a checkpoint of Hugging Face, with which names and shapes are "
+    "compared. Only its configuration and headers are read.",
+)
+@click.option("--max-lora-rank", type=int, help="The server's option, if it is given one.")
+def check(folder: Given, engine: str, base: Given | None, max_lora_rank: int | None) -> Answer:
+    """Show what ENGINE refuses of the adapter of PEFT in DIR, and what it drops silently.
+
+    Exit code 1 with a remedy for each, or 0 and how to start the engine.
+    """
+    if engine not in jlora.peft.ENGINES:
+        known = ", ".join(jlora.peft.ENGINES)
         raise ValueError(f"--for: there is no engine {engine!r}; expected one of {known}.")
-    match format_of(folder, "DIR"):
-        case "huggingface":
-            raise ValueError(f"DIR: {folder} holds a model; expected an adapter of PEFT.")
-        case "orbax":
-            raise ValueError(
-                f"DIR: {folder} is of Orbax; write it as PEFT first, with jlora convert."
-            )
-    words: Any = {"base": ("--base", base), "max_lora_rank": ("--max-lora-rank", None)}
-    with called(path=("DIR", folder), **words):
-        checked = peft.check(folder, engine, base=base, max_lora_rank=max_lora_rank)
-    findings = [finding._asdict() for finding in checked.findings]
-    return Answer(str(checked), checked._asdict() | {"findings": findings}, int(bool(findings)))
+    if format_of_adapter(folder) == "orbax":
+        raise ValueError(f"DIR: {folder} is of Orbax; write it as PEFT first, with jlora convert.")
+    found = call(jlora.peft.check, folder, engine, base=base, max_lora_rank=max_lora_rank)
+    findings = [finding._asdict() for finding in found.findings]
+    return Answer(str(found), found._asdict() | {"findings": findings}, int(bool(findings)))

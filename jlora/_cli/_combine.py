@@ -1,132 +1,132 @@
 """`jlora combine`: adapters of PEFT or of Orbax to one of the same."""
 
-import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import arithmetic, checkpoint, peft
+import jlora
+
 from .._adapters import is_node
 from .._folders import check_vacant
-from .._tree import adapter_leaves, count, name_of
+from .._tree import count
 from .._types import PyTree
-from ._command import Answer
-from ._inputs import format_of
-from ._words import called
+from ._command import Answer, Command
+from ._given import FOLDER, Given, call
+from ._inputs import by_name, format_of
+
+# The options of each method.
+METHODS = {"add": (), "ties": ("density",), "dare": ("density", "seed")}
+SHARE = click.FloatRange(0, 1, min_open=True)
+Merge = Callable[[list[PyTree]], PyTree]
 
 
-def _dare(adapters: list[PyTree], weights: list[float], *, seed: int = 0, **options: Any) -> PyTree:
-    return arithmetic.dare(adapters, weights, key=jax.random.key(seed), **options)
-
-
-# What each method is, and which options it has.
-METHODS: dict[str, tuple[Callable[..., PyTree], set[str]]] = {
-    "add": (arithmetic.add, set()),
-    "ties": (arithmetic.ties, {"density"}),
-    "dare": (_dare, {"density", "seed"}),
-}
-
-
+@click.command(cls=Command)
+@click.argument("adapters", type=FOLDER, nargs=-1, required=True)
+@click.argument("out", type=FOLDER)
+@click.option("--weights", metavar="W,W,…", help="A number for each adapter; 1 by default.")
+@click.option("--method", type=click.Choice([*METHODS]), default="add", show_default=True)
+@click.option(
+    "--density",
+    type=SHARE,
+    help="The share of entries that ties keeps (0.2 by default), or dare (0.5).",
+)
+@click.option("--seed", type=click.IntRange(0), help="What dare draws by; 0 by default.")
+@click.option("--rank", type=click.IntRange(1), help="Cut each site to this rank, if it has more.")
+@click.option("--energy", type=SHARE, help="Or to the least rank that keeps this share of ‖ΔW‖².")
 def combine(
-    adapters: Sequence[Path],
-    out: Path,
-    *,
-    weights: str | None = None,
-    method: str = "add",
-    rank: int | None = None,
-    energy: float | None = None,
+    adapters: tuple[Given, ...],
+    out: Given,
+    weights: str | None,
+    method: str,
+    rank: int | None,
+    energy: float | None,
     **options: Any,
 ) -> Answer:
-    """Writes what `method` makes of `adapters` to `out`.
+    """Write the weighted sum of ADAPTERS, or their merge by another method, to OUT.
 
-    Args:
-        adapters: folders of PEFT, or of Orbax.
-        out: a folder that is not there yet, or an empty one.
-        weights: numbers, as the user types them.
-        method: one of `METHODS`.
-        rank: the rank to cut to.
-        energy: instead, the share of the sum of squares to keep.
-        options: those of the methods; None where the user gave none.
+    All are PEFT's, and so is OUT, or all are of Orbax. The model is not needed. What is added are
+    the ΔW = s·A·B, not A and B: the sum is exact, and of the sum of the ranks unless it is cut.
+    Values are computed and written in float32, or float64 where the adapters are.
     """
-    check_vacant(out, "OUT")
+    check_vacant(out.value, "OUT")
     kind = _format(adapters)
-    w = _numbers(weights, len(adapters))
-    function, cut = _method(method, options), _cut(rank, energy)
-    write = _combine_peft if kind == "peft" else _combine_orbax
-    found = write(adapters, out, lambda trees: cut(function(_wide(trees), w)))
-    ranks = sorted({x.a.shape[-1] for x in adapter_leaves(found).values()})
+    numbers = _numbers(weights, len(adapters))
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in sorted(options.keys() - METHODS[method]):
+        others = " and ".join(other for other, known in METHODS.items() if name in known)
+        raise ValueError(f"--{name} is for --method {others}; got --method {method}.")
+    if rank is not None and energy is not None:
+        raise ValueError("--rank and --energy both say where to cut; give one of them.")
+    if method == "dare":
+        options["key"] = jax.random.key(options.pop("seed", 0))
+
+    def merge(trees: list[PyTree]) -> PyTree:
+        found = getattr(jlora.arithmetic, method)(_widen(trees), numbers, **options)
+        if rank is None and energy is None:
+            return found
+        return jlora.arithmetic.truncate(found, rank, energy=energy)
+
+    if kind == "peft":
+        each = Given("ADAPTERS", None, [x.path for x in adapters])
+        found = by_name(call(jlora.peft.combine, each, out, merge))
+    else:
+        found = by_name(_combine_orbax(adapters, out, merge))
+    ranks = sorted({x.a.shape[-1] for x in found.values()})
     fields = {
-        "adapters": [str(folder) for folder in adapters],
+        "adapters": [str(x) for x in adapters],
         "out": str(out),
         "format": kind,
         "method": method,
-        "weights": w,
-        "sites": len(adapter_leaves(found)),
+        "weights": numbers,
+        "sites": len(found),
         "ranks": ranks,
         "parameters": count(found),
     }
     shown = "–".join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))
-    text = f"{out}: {len(adapters)} adapters by {method}, {fields['sites']} sites of rank {shown}"
+    text = f"{out}: {len(adapters)} adapters by {method}, {len(found)} sites of rank {shown}"
     return Answer(f"{text}, {fields['parameters']:,} parameters, as {kind}", fields)
 
 
-def _combine_peft(
-    adapters: Sequence[Path], out: Path, made: Callable[[list[PyTree]], PyTree]
-) -> PyTree:
-    each: Any = {f"paths[{i}]": ("ADAPTERS", folder) for i, folder in enumerate(adapters)}
-    with called(paths=("ADAPTERS", None), out=("OUT", out), **each):
-        return peft.combine(adapters, out, made)
-
-
-def _combine_orbax(
-    adapters: Sequence[Path], out: Path, made: Callable[[list[PyTree]], PyTree]
-) -> PyTree:
-    """Of one base, as far as they know theirs."""
-    bases = [(folder, _read(folder).base) for folder in adapters]
-    first, base = next((pair for pair in bases if pair[1] is not None), (None, None))
+def _combine_orbax(adapters: tuple[Given, ...], out: Given, merge: Merge) -> PyTree:
+    """Combines adapters of one base, as far as they know theirs."""
+    bases = [call(jlora.checkpoint.read, x).base for x in adapters]
+    known = [(x, base) for x, base in zip(adapters, bases, strict=True) if base is not None]
+    base = known[0][1] if known else None
     trees = []
-    for folder, own in bases:
-        with called(base=(f"the base of {first}", None), path=("ADAPTERS", folder)):
-            trees.append(checkpoint.restore(folder, base=own and base))
-    for folder, tree in zip(adapters, trees, strict=True):
-        if full := [name_of(p) for p, x in adapter_leaves(tree).items() if not is_node(x)]:
+    for adapter, own in zip(adapters, bases, strict=True):
+        same = own and Given(f"the base of {known[0][0]}", None, base)
+        tree = call(jlora.checkpoint.restore, adapter, base=same)
+        if full := [name for name, x in by_name(tree).items() if not is_node(x)]:
             raise ValueError(
-                f"ADAPTERS: {folder} has leaves that are trained in full, whose change is known "
+                f"ADAPTERS: {adapter} has leaves that are trained in full, whose change is known "
                 f"from the base alone: {', '.join(full)}. Combine them by jlora.arithmetic, whose "
                 "functions take `base`."
             )
-    found = made(trees)
-    with called(path=("OUT", out)):
-        checkpoint.save(out, found, (), base=base)
+        trees.append(tree)
+    found = merge(trees)
+    call(jlora.checkpoint.save, out, found, (), base=base)
     return found
 
 
-def _read(folder: Path) -> Any:
-    with called(path=("ADAPTERS", folder)):
-        return checkpoint.read(folder)
-
-
-def _wide(trees: PyTree) -> PyTree:
-    """In float32 at least, so that sums are not rounded to 16 bits."""
+def _widen(trees: PyTree) -> PyTree:
+    """Converts to float32 at least, so that sums are not rounded to 16 bits."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), trees)
 
 
-# ---------------------------------------------------------------------------------- what is asked
-
-
-def _format(adapters: Sequence[Path]) -> str:
-    formats = {folder: format_of(folder, "ADAPTERS") for folder in adapters}
-    if "huggingface" in formats.values() or len(set(formats.values())) > 1:
+def _format(adapters: tuple[Given, ...]) -> str:
+    formats = {str(x): format_of(x) for x in adapters}
+    kind, *others = set(formats.values())
+    if kind == "huggingface" or others:
         listed = ", ".join(f"{folder} ({kind})" for folder, kind in formats.items())
         raise ValueError(
             f"ADAPTERS must be adapters of one format; got {listed}. `jlora convert` writes an "
             "adapter of PEFT as one of Orbax, and back."
         )
-    return formats[adapters[0]]
+    return kind
 
 
 def _numbers(text: str | None, count: int) -> list[float]:
@@ -140,20 +140,3 @@ def _numbers(text: str | None, count: int) -> list[float]:
             f"{','.join(['0.5'] * count)}; got {text!r}."
         )
     return found
-
-
-def _method(name: str, options: dict[str, Any]) -> Callable[..., PyTree]:
-    function, known = METHODS[name]
-    given = {key: value for key, value in options.items() if value is not None}
-    if wrong := sorted(given.keys() - known):
-        others = " and ".join(n for n, (_, own) in METHODS.items() if wrong[0] in own)
-        raise ValueError(f"--{wrong[0]} is for --method {others}; got --method {name}.")
-    return functools.partial(function, **given)
-
-
-def _cut(rank: int | None, energy: float | None) -> Callable[[PyTree], PyTree]:
-    if rank is not None and energy is not None:
-        raise ValueError("--rank and --energy both say where to cut; give one of them.")
-    if rank is None and energy is None:
-        return lambda adapter: adapter
-    return functools.partial(arithmetic.truncate, rank=rank, energy=energy)

@@ -1,14 +1,10 @@
 """What all commands share: `--json`, `--debug`, and how they fail."""
 
-import contextlib
 import json
-import logging
-import math
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import click
@@ -33,6 +29,11 @@ class Answer(NamedTuple):
     fields: dict[str, Any]
     exit_code: int = 0
 
+    def as_json(self) -> str:
+        """The fields in JSON, which has no floats that are not finite."""
+        text = json.dumps(self.fields)
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=2)
+
 
 class Command(click.Command):
     """A command whose function returns an `Answer`.
@@ -52,10 +53,10 @@ class Command(click.Command):
         as_json, debug = ctx.params.pop("json"), ctx.params.pop("debug")
         try:
             # Without it JAX would narrow float64 and int64 that a file holds.
-            with jax.enable_x64(True), _warnings_as_lines():
-                answer = super().invoke(ctx)
-            text = json.dumps(_finite(answer.fields), indent=2) if as_json else answer.text
-            click.echo(printable(text))
+            with jax.enable_x64(True), warnings.catch_warnings():
+                warnings.showwarning = _print_warning
+                answer: Answer = super().invoke(ctx)
+            click.echo(printable(answer.as_json() if as_json else answer.text))
         except KeyboardInterrupt:
             click.echo("jlora: interrupted; nothing is half written.", err=True)
             sys.stderr.flush()
@@ -64,40 +65,15 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except Exception as e:
-            if debug:
-                click.echo(printable(traceback.format_exc()), err=True, nl=False)
-                ctx.exit(ERROR)
-            click.echo(printable(f"jlora: {_one_line(e)}"), err=True)
+            text = traceback.format_exc().rstrip() if debug else f"jlora: {_one_line(e)}"
+            click.echo(printable(text), err=True)
             ctx.exit(ERROR)
         ctx.exit(answer.exit_code)
 
 
-@contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Prints warnings as lines on stderr, before the error if there is one."""
-    # An error says what matters of what Orbax logs.
-    orbax, level = logging.getLogger("absl"), logging.getLogger("absl").level
-    orbax.setLevel(logging.ERROR)
-    with warnings.catch_warnings(record=True) as found:
-        try:
-            yield
-        finally:
-            orbax.setLevel(level)
-            for x in found:
-                text = " ".join(str(x.message).split())
-                click.echo(printable(f"jlora: warning: {text}"), err=True)
-
-
-def _finite(x: Any) -> Any:
-    """The same JSON with null in place of floats that are not finite, which JSON has not."""
-    match x:
-        case dict():
-            return {name: _finite(value) for name, value in x.items()}
-        case list() | tuple():
-            return [_finite(value) for value in x]
-        case float() if not math.isfinite(x):
-            return None
-    return x
+def _print_warning(message: Any, *_: Any) -> None:
+    """Prints a warning as one line."""
+    click.echo(printable(f"jlora: warning: {' '.join(str(message).split())}"), err=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,60 +2,58 @@
 
 import math
 import sys
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import click
 import numpy as np
 from tqdm import tqdm
 
-from .. import analysis
-from .._adapters import Decomposed, LowRank, Replaced, is_node, weight_shape
+import jlora
+
+from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._report import aligned
-from ._command import Answer
-from ._inputs import open_alike
-from ._inspect import wide
+from ._command import Answer, Command
+from ._given import FOLDER, Given, call
+from ._inputs import NAMES, Opened, by_name, format_of, open_adapter, table
+from ._inspect import widen
 
 
-class Compared(NamedTuple):
-    """One leaf that both have.
+@click.command(cls=Command)
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
+@click.option("--names", metavar="TABLE", help=NAMES + " Needed if A and B differ in format.")
+@click.option(
+    "--tolerance",
+    type=float,
+    help="Take sites as equal whose ΔW differ by no more, relative to A's, whatever their rank.",
+)
+def diff(a: Given, b: Given, names: str | None, tolerance: float | None) -> Answer:
+    """Compare the adapters A and B: exit code 0 if they are equal in every bit, 1 if not.
 
-    Attributes:
-        name: its name.
-        equal: whether all bits are equal, those of the numbers beside A and B too.
-        relative: ‖ΔW_a - ΔW_b‖ / ‖ΔW_a‖ over all its matrices; None where shapes differ.
-        changes: what differs in words.
-    """
-
-    name: str
-    equal: bool
-    relative: float | None
-    changes: list[str]
-
-
-def diff(a: Path, b: Path, *, names: str | None, tolerance: float | None) -> Answer:
-    """Compares the adapters in `a` and `b`; `names` is the table for one of PEFT and one not.
-
-    The exit code is that of diff(1). With a tolerance, other bits are equal within it.
+    For each site that differs: ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖, and what differs.
     """
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"--tolerance must be a number of at least 0; got {tolerance}.")
-    ours, theirs = open_alike(a, b, names)
+    ours, theirs = _open_alike(a, b, names)
     common = [name for name in ours.leaves if name in theirs.leaves]
     bar = tqdm(common, "sites", disable=None, leave=False, file=sys.stderr)
-    compared = [_compare(name, ours.leaves[name], theirs.leaves[name]) for name in bar]
+    compared: list[dict[str, Any]] = [
+        {"name": x} | _compare(ours.leaves[x], theirs.leaves[x]) for x in bar
+    ]
     only_a = [name for name in ours.leaves if name not in theirs.leaves]
     only_b = [name for name in theirs.leaves if name not in ours.leaves]
-    unequal = [x for x in compared if not x.equal]
-    within = tolerance is not None and all(
-        x.relative is not None and x.relative <= tolerance for x in unequal
-    )
+    unequal = [x for x in compared if not x["equal"]]
+    relative = [math.nan if x["relative"] is None else x["relative"] for x in unequal]
+    within = tolerance is not None and all(x <= tolerance for x in relative)
     equal = not (only_a or only_b) and (within or not unequal)
-    rows = [(x.name, _relative_text(x.relative), "; ".join(x.changes)) for x in unequal]
+    rows = [
+        (x["name"], "-" if x["relative"] is None else f"{r:.3g}", "; ".join(x["changes"]))
+        for x, r in zip(unequal, relative, strict=True)
+    ]
     lines = aligned(("site", "relative", "differs"), rows, {"relative"}) if rows else []
     lines += [f"only in {a}: {name}" for name in only_a]
     lines += [f"only in {b}: {name}" for name in only_b]
-    n = len(compared)
-    lines.append(f"{n - len(unequal)} of {n} common sites are equal")
+    lines.append(f"{len(common) - len(unequal)} of {len(common)} common sites are equal")
     fields = {
         "a": {"path": str(a), "format": ours.format},
         "b": {"path": str(b), "format": theirs.format},
@@ -63,24 +61,41 @@ def diff(a: Path, b: Path, *, names: str | None, tolerance: float | None) -> Ans
         "tolerance": tolerance,
         "only_a": only_a,
         "only_b": only_b,
-        "sites": [x._asdict() for x in compared],
+        "sites": compared,
     }
     return Answer("\n".join(lines), fields, int(not equal))
 
 
-def _relative_text(relative: float | None) -> str:
-    return "-" if relative is None else f"{relative:.3g}"
+def _open_alike(a: Given, b: Given, names: str | None) -> list[Opened]:
+    """Opens two adapters by the same names: PEFT's beside one of Orbax by those of its base."""
+    formats = {format_of(x): x for x in (a, b)}
+    if formats.keys() != {"peft", "orbax"}:
+        return [open_adapter(a), open_adapter(b)]
+    orbax = formats["orbax"]
+    shapes = call(jlora.checkpoint.base_shapes, orbax)
+    base = Given(f"the base of {orbax.what}", orbax.path, shapes)
+    leaves = by_name(call(jlora.peft.load, formats["peft"], base, table(names)))
+    return [open_adapter(x) if x is orbax else Opened("peft", leaves, {}) for x in (a, b)]
 
 
 # --------------------------------------------------------------------------------------- two leaves
 
 
-def _compare(name: str, x: Any, y: Any) -> Compared:
+def _compare(x: Any, y: Any) -> dict[str, Any]:
+    """Whether two leaves have the same bits, by how much their ΔW differ, and what differs."""
     if type(x) is not type(y) and (is_node(x) or is_node(y)):
-        return Compared(name, False, None, [f"{_kind(x)} → {_kind(y)}"])
-    compare = _compare_full if not is_node(x) else _COMPARE.get(type(x), _compare_low_rank)
-    relative, changes = compare(x, y)
-    return Compared(name, not changes, relative, changes)
+        return {"equal": False, "relative": None, "changes": [f"{_kind(x)} → {_kind(y)}"]}
+    if isinstance(x, Replaced):
+        if (x.rows, x.layout) != (y.rows, y.layout):
+            return {"equal": False, "relative": None, "changes": ["rows"]}
+        x, y = x.v, y.v
+    facts, theirs = _facts(x), _facts(y)
+    changes = {what: f"{what} {p} → {theirs[what]}" for what, p in facts.items()}
+    changes = {what: text for what, text in changes.items() if facts[what] != theirs[what]}
+    values = zip(_arrays(x).items(), _arrays(y).values(), strict=True)
+    changes |= {what: what for (what, p), q in values if not _has_same_bits(p, q)}
+    relative = _relative(x, y, changes)
+    return {"equal": not changes, "relative": relative, "changes": [*changes.values()]}
 
 
 def _kind(x: Any) -> str:
@@ -88,58 +103,26 @@ def _kind(x: Any) -> str:
     return names.get(type(x), type(x).__name__) if is_node(x) else "in full"
 
 
-def _compare_rows(x: Replaced, y: Replaced) -> tuple[float | None, list[str]]:
-    if x.rows != y.rows or x.layout != y.layout:
-        return None, ["rows"]
-    return _compare_full(x.v, y.v)
+def _facts(x: Any) -> dict[str, Any]:
+    """What is to be compared beside the values."""
+    if not is_node(x):
+        return {"shape": x.shape, "dtype": str(x.dtype)}
+    return {
+        "weight": weight_shape(x),
+        "axes": x.layout,
+        "rank": x.a.shape[-1],
+        "scale": x.scale,
+        "dropout": x.dropout,
+        "dtype": str(x.a.dtype),
+        "frozen": x.frozen,
+        "residual": x.residual,
+    }
 
 
-def _compare_decomposed(x: Decomposed, y: Decomposed) -> tuple[float | None, list[str]]:
-    """Only whether W' is the same is known: what it is depends on W."""
-    low = (LowRank(z.a, z.b, z.scale, z.layout, residual=z.residual) for z in (x, y))
-    changes = _compare_low_rank(*low)[1] + ["m"] * (not _has_same_bits(x.m, y.m))
-    return None if changes else 0.0, changes
-
-
-def _compare_low_rank(x: Any, y: Any) -> tuple[float | None, list[str]]:
-    changes = _changes(
-        {
-            "weight": (weight_shape(x), weight_shape(y)),
-            "axes": (x.layout, y.layout),
-            "rank": (x.a.shape[-1], y.a.shape[-1]),
-            "scale": (x.scale, y.scale),
-            "dropout": (x.dropout, y.dropout),
-            "dtype": (str(x.a.dtype), str(y.a.dtype)),
-            "frozen": (x.frozen, y.frozen),
-            "residual": (x.residual, y.residual),
-        }
-    )
-    changes += [n for n in "AB" if not _has_same_bits(*(getattr(z, n.lower()) for z in (x, y)))]
-    if weight_shape(x) != weight_shape(y) or x.layout[:3] != y.layout[:3]:
-        return None, changes
-    if x.residual != y.residual:  # of two bases
-        return None, changes
-    if all(change.startswith(("dropout ", "frozen ")) for change in changes):
-        return 0.0, changes
-    x, y = wide(x), wide(y)
-    return _relative(analysis.distance(x, y), analysis.norm(x)), changes
-
-
-_COMPARE = {Decomposed: _compare_decomposed, Replaced: _compare_rows}
-
-
-def _compare_full(x: Any, y: Any) -> tuple[float | None, list[str]]:
-    changes = _changes({"shape": (x.shape, y.shape), "dtype": (str(x.dtype), str(y.dtype))})
-    if x.shape != y.shape:
-        return None, changes
-    if not _has_same_bits(x, y):
-        changes.append("values")
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    return _relative(x - y, x), changes
-
-
-def _changes(pairs: dict[str, tuple[Any, Any]]) -> list[str]:
-    return [f"{what} {p} → {q}" for what, (p, q) in pairs.items() if p != q]
+def _arrays(x: Any) -> dict[str, Any]:
+    if not is_node(x):
+        return {"values": x}
+    return {{"a": "A", "b": "B"}.get(name, name): value for name, value in state(x).items()}
 
 
 def _has_same_bits(x: Any, y: Any) -> bool:
@@ -147,8 +130,25 @@ def _has_same_bits(x: Any, y: Any) -> bool:
     return (x.shape, x.dtype) == (y.shape, y.dtype) and x.tobytes() == y.tobytes()
 
 
-def _relative(change: Any, size: Any) -> float:
-    """‖change‖ / ‖size‖, where the arrays hold entries or norms."""
+def _relative(x: Any, y: Any, changes: Any) -> float | None:
+    """‖ΔW_x - ΔW_y‖ / ‖ΔW_x‖ over all matrices; None where it is not known.
+
+    For DoRA only whether W' is the same is known: what it is depends on W.
+    """
+    if isinstance(x, Decomposed):
+        return None if changes else 0.0
+    if not is_node(x):
+        if "shape" in changes:
+            return None
+        size, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        change = size - y
+    elif {"weight", "residual"} & changes.keys() or x.layout[:3] != y.layout[:3]:
+        return None  # of two weights or two bases
+    elif changes.keys() <= {"dropout", "frozen"}:
+        return 0.0
+    else:
+        x, y = widen(x), widen(y)
+        change, size = jlora.analysis.distance(x, y), jlora.analysis.norm(x)
     change, size = (float(np.linalg.norm(np.ravel(z))) for z in (change, size))
     if size == 0:
         return 0.0 if change == 0 else math.inf

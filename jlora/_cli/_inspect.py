@@ -1,88 +1,91 @@
 """`jlora inspect`: what an adapter holds and how much it changes."""
 
-import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import click
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from .. import analysis, peft
+import jlora
+
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._report import aligned, readable
 from .._tree import count, size_in_bytes
-from ._command import Answer
-from ._inputs import Opened, format_of, open_adapter
-from ._words import called
+from ._command import Answer, Command
+from ._given import FOLDER, Given, call
+from ._inputs import format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
 HEADER = ("site", "inputs × outputs", "r", "s", "‖ΔW‖", "stable", "effective", "singular values")
-MATRICES = ("tensor", "shape", "scheme", "bits", "size")
+NUMBERS = ("norm", "stable_rank", "effective_rank")
+TENSORS = ("tensor", "shape", "scheme", "bits", "size")
 
 Fields = dict[str, Any]  # of JSON
 
 
-def inspect(folder: Path, *, every: bool) -> Answer:
-    """Measures each ΔW of the adapter in `folder`, or lists the matrices of a quantized model.
+@click.command(cls=Command)
+@click.argument("folder", type=FOLDER, metavar="DIR")
+@click.option("--all", "every", is_flag=True, help="A row for each matrix of a stack.")
+def inspect(folder: Given, every: bool) -> Answer:
+    """Show the sites of the adapter in DIR, and how much each changes its weight.
 
-    `every` asks for a row for each matrix of a stack.
+    Of a quantized model: its matrices and what they take.
+
+    For each site: inputs × outputs, rank r, scale s, the Frobenius norm of ΔW = s·A·B, its stable
+    and effective rank, and its largest singular values, computed from A and B alone. Of stacked
+    layers and experts: the median (least…largest).
     """
-    is_model = format_of(folder, "DIR") == "huggingface" and "weights" in peft.holds(folder)
-    with called(path=("DIR", folder)):
-        if is_model and (found := peft.matrices(folder)):
-            return list_quantized(folder, found)
-    adapter = open_adapter(folder, "DIR")
-    rows = {name: x.v for name, x in adapter.leaves.items() if isinstance(x, Replaced)}
-    full = {name: x for name, x in adapter.leaves.items() if not is_node(x)}
-    low = {name: x for name, x in adapter.leaves.items() if name not in rows and name not in full}
-    bar = tqdm(low.items(), "sites", disable=None, leave=False, file=sys.stderr)
+    is_model = format_of(folder) == "huggingface" and "weights" in jlora.peft.holds(folder.value)
+    if is_model and (found := call(jlora.peft.matrices, folder)):
+        return _list_quantized(folder, found)
+    adapter = open_adapter(folder)
+    leaves = adapter.leaves
+    rows = {name: x.v for name, x in leaves.items() if isinstance(x, Replaced)}
+    full = {name: x for name, x in leaves.items() if not is_node(x)}
+    low = [name for name in leaves if name not in rows and name not in full]
+    bar = tqdm(low, "sites", disable=None, leave=False, file=sys.stderr)
     fields = {
         "path": str(folder),
         "format": adapter.format,
         **adapter.about,
-        "parameters": count(adapter.leaves),
-        "bytes": size_in_bytes(adapter.leaves),
-        "sites": [_site(name, x) for name, x in bar],
-        "full": _leaves(full),
-        "rows": _leaves(rows),
+        "parameters": count(leaves),
+        "bytes": size_in_bytes(leaves),
+        "sites": [_site(name, leaves[name]) for name in bar],
+        "full": _list_leaves(full),
+        "rows": _list_leaves(rows),
     }
-    return Answer(_describe(adapter, fields, every), fields)
+    about = {k: x for k, x in adapter.about.items() if x is not None and not isinstance(x, dict)}
+    return Answer("\n".join(_lines(fields, about, every)), fields)
 
 
-def list_quantized(folder: Path, found: Sequence[peft.Matrix]) -> Answer:
+def _list_quantized(folder: Given, found: Sequence[Any]) -> Answer:
     """The matrices of a quantized model, and what they take."""
-    rows = [
-        (
-            m.name,
-            _times(m.shape),
-            m.scheme,
-            f"{8 * m.size / math.prod(m.shape):.3f}",
-            readable(m.size),
-        )
-        for m in found
-    ]
-    lines = aligned(MATRICES, rows, {"bits", "size"})
-    size = readable(sum(m.size for m in found))
-    text = "\n".join([*lines, "", f"{folder}: {len(found)} matrices, {size}"])
-    return Answer(text, {"path": str(folder), "tensors": [m._asdict() for m in found]})
+    rows = []
+    for x in found:
+        bits = f"{8 * x.size / math.prod(x.shape):.3f}"
+        rows.append((x.name, _times(x.shape), x.scheme, bits, readable(x.size)))
+    lines = aligned(TENSORS, rows, {"bits", "size"})
+    lines += ["", f"{folder}: {len(found)} matrices, {readable(sum(x.size for x in found))}"]
+    fields = {"path": str(folder), "tensors": [x._asdict() for x in found]}
+    return Answer("\n".join(lines), fields)
 
 
 # --------------------------------------------------------------------------------------- measuring
 
 
-def _leaves(leaves: Mapping[str, Any]) -> list[Fields]:
+def _list_leaves(leaves: Mapping[str, Any]) -> list[Fields]:
     return [
         {"name": name, "shape": x.shape, "dtype": str(x.dtype), "parameters": math.prod(x.shape)}
         for name, x in leaves.items()
     ]
 
 
-def wide(x: Any) -> LowRank:
-    """A and B of a node in float64."""
+def widen(x: Any) -> LowRank:
+    """Converts A and B of a node to float64."""
     if not isinstance(x, LowRank | Decomposed):
         raise TypeError(f"only a LowRank or Decomposed is measured; got {x!r}.")
     a, b = (np.asarray(y, np.float64) for y in (x.a, x.b))
@@ -91,18 +94,18 @@ def wide(x: Any) -> LowRank:
 
 @jax.jit
 def _measure(x: LowRank) -> dict[str, jax.Array]:
-    spectrum = analysis.delta_spectrum(x)
+    spectrum = jlora.analysis.delta_spectrum(x)
     return {
-        "norm": analysis.norm(x),
+        "norm": jlora.analysis.norm(x),
         "spectrum": spectrum,
-        "stable_rank": analysis.stable_rank(spectrum),
-        "effective_rank": analysis.effective_rank(spectrum),
+        "stable_rank": jlora.analysis.stable_rank(spectrum),
+        "effective_rank": jlora.analysis.effective_rank(spectrum),
     }
 
 
 def _site(name: str, x: LowRank | Decomposed) -> Fields:
     """A node and each of its ΔW; for DoRA, whose norms are of W + ΔW, ΔW is s·A·B."""
-    shape, measured = weight_shape(x), {k: np.asarray(v) for k, v in _measure(wide(x)).items()}
+    shape, measured = weight_shape(x), {k: np.asarray(v) for k, v in _measure(widen(x)).items()}
     inputs, outputs = (math.prod(shape[d] for d in axes) for axes in x.layout[1:3])
     return {
         "name": name,
@@ -112,12 +115,12 @@ def _site(name: str, x: LowRank | Decomposed) -> Fields:
         "outputs": outputs,
         "rank": measured["spectrum"].shape[-1],
         "scale": x.scale,
-        "dropout": x.dropout if isinstance(x, LowRank) else 0.0,
+        "dropout": x.dropout,
         "dtype": str(x.a.dtype),
         "parameters": count(state(x)),
         "matrices": [
             {"indices": i} | {k: v[i].tolist() for k, v in measured.items()}
-            for i in itertools.product(*map(range, measured["norm"].shape))
+            for i in np.ndindex(measured["norm"].shape)
         ],
     }
 
@@ -125,7 +128,7 @@ def _site(name: str, x: LowRank | Decomposed) -> Fields:
 # ---------------------------------------------------------------------------------------- printing
 
 
-def _describe(adapter: Opened, fields: Fields, every: bool) -> str:
+def _lines(fields: Fields, about: Fields, every: bool) -> list[str]:
     sites, full, rows = fields["sites"], fields["full"], fields["rows"]
     measured = [row for site in sites for row in _rows(site, every)]
     lines = aligned(HEADER, measured, HEADER[1:-1]) if measured else []
@@ -139,31 +142,27 @@ def _describe(adapter: Opened, fields: Fields, every: bool) -> str:
     found = f"{len(sites)} sites of {matrices} matrices, {len(full)} leaves in full"
     found += f", rows of {len(rows)}" if rows else ""
     found += f"; {fields['parameters']:,} parameters, {readable(fields['bytes'])}"
-    for name, value in adapter.about.items():
-        if value is not None and not isinstance(value, dict):
-            found += f"; {name.replace('_', ' ')} {value}"
-    return "\n".join([*lines, "", f"{adapter.format} adapter: {found}"])
+    found += "".join(f"; {name.replace('_', ' ')} {value}" for name, value in about.items())
+    return [*lines, "", f"{fields['format']} adapter: {found}"]
 
 
 def _rows(site: Fields, every: bool) -> list[tuple[str, ...]]:
     """The rows of a site: one for each matrix, or one for all of a stack."""
-    matrices = site["matrices"]
+    name, matrices = site["name"], site["matrices"]
     start = (f"{site['inputs']} × {site['outputs']}", str(site["rank"]), f"{site['scale']:.4g}")
-    numbers = ("norm", "stable_rank", "effective_rank")
-    if every or len(matrices) == 1:
-        return [
-            (
-                site["name"] + "".join(f"[{i}]" for i in m["indices"]),
-                *start,
-                *(f"{m[name]:.4g}" for name in numbers),
-                " ".join(f"{x:.3g}" for x in m["spectrum"][:SHOWN])
-                + " …" * (len(m["spectrum"]) > SHOWN),
-            )
-            for m in matrices
-        ]
-    columns = [_range([m[name] for m in matrices]) for name in numbers]
-    top = _range([m["spectrum"][0] for m in matrices])
-    return [(f"{site['name']} ({len(matrices)}×)", *start, *columns, f"σ₁ {top}")]
+    if not every and len(matrices) > 1:
+        columns = [_range([x[number] for x in matrices]) for number in NUMBERS]
+        top = _range([x["spectrum"][0] for x in matrices])
+        return [(f"{name} ({len(matrices)}×)", *start, *columns, f"σ₁ {top}")]
+    return [
+        (
+            name + "".join(f"[{i}]" for i in x["indices"]),
+            *start,
+            *(f"{x[number]:.4g}" for number in NUMBERS),
+            " ".join([f"{s:.3g}" for s in x["spectrum"][:SHOWN]] + ["…"] * (site["rank"] > SHOWN)),
+        )
+        for x in matrices
+    ]
 
 
 def _range(values: Sequence[float]) -> str:

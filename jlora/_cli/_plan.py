@@ -1,27 +1,46 @@
 """`jlora plan`: what a job needs on a slice that is not there."""
 
-import contextlib
 import os
+import re
 import sys
 
+import click
 import jax
+
+import jlora
 
 from .. import _compat
 from .._planning import has_compiler, mesh_of, parse
-from .._planning import plan as make
 from .._planning._placed import mesh_of_leaves
-from ._command import Answer
+from ._command import Answer, Command
+from ._given import call
 from ._inputs import attribute
-from ._words import called
 
 WITHOUT = 'activations need the compiler for TPUs, which is not installed: pip install "jax[tpu]"'
 
 
-def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) -> Answer:
-    """Calls the user's function with a mesh of the topology, and plans what it returns."""
-    with called(topology=("--topology", None), mesh=("--mesh", None)):
-        chip, _ = parse(topology)
-        where = mesh_of(topology, _axes(mesh))
+@click.command(cls=Command)
+@click.argument("job")
+@click.option(
+    "--topology", metavar="CHIP:SHAPE", required=True, help="The TPU slice, such as v5p:4x4x8."
+)
+@click.option(
+    "--mesh", metavar="AXES", required=True, help="The mesh over it, such as fsdp=16,tensor=8."
+)
+@click.option(
+    "--fast", is_flag=True, help="Compile without most optimizations, in a fraction of the time."
+)
+@click.option("--arithmetic", is_flag=True, help="Do not compile, even if libtpu is installed.")
+def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> Answer:
+    """Show what a training step needs on each device of a TPU slice, without the slice.
+
+    JOB is module:FUNCTION or file.py:FUNCTION. The function takes the mesh and returns the
+    arguments of jlora.plan: (loss, base, adapter, args) or (loss, base, adapter, args, tx), as
+    shapes with shardings on the mesh. With libtpu installed the step is compiled for the slice;
+    without it, all but the activations is known.
+    """
+    chip, _ = call(parse, topology)
+    where = call(mesh_of, topology, _axes(mesh))
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     with jax.enable_x64(False):
         returned = attribute(job, "JOB")(where)
@@ -36,7 +55,7 @@ def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) ->
                 "leaf of the base and of the arguments its place, jax.ShapeDtypeStruct(shape, "
                 "dtype, sharding=NamedSharding(mesh, spec))."
             )
-        found = make(
+        found = jlora.plan(
             *returned,
             capacity=chip.capacity,
             compile=False if arithmetic else None,
@@ -44,19 +63,14 @@ def plan(job: str, topology: str, mesh: str, *, fast: bool, arithmetic: bool) ->
         )
     found = found._replace(device=chip.kind)
     text = str(found) if has_compiler() or arithmetic else f"{found}\n{WITHOUT}"
-    numbers = found._asdict()
-    del numbers["program"]
-    fields = {"topology": topology, **numbers, "fits": found.fits}
+    fields = {"topology": topology, **found._asdict(), "fits": found.fits}
+    del fields["program"]
     return Answer(text, fields, int(found.fits is False))
 
 
 def _axes(text: str) -> dict[str, int]:
     """`fsdp=16,tensor=8` as a dict."""
-    axes = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        with contextlib.suppress(ValueError):
-            axes[name.strip()] = int(size)
-        if axes.get(name.strip(), 0) < 1 or not name.strip().isidentifier():
-            raise ValueError(f"--mesh: expected axes such as fsdp=16,tensor=8; got {text!r}.")
-    return axes
+    found = [re.fullmatch(r"\s*([^\W\d]\w*)\s*=\s*0*([1-9]\d*)\s*", x) for x in text.split(",")]
+    if None in found:
+        raise ValueError(f"--mesh: expected axes such as fsdp=16,tensor=8; got {text!r}.")
+    return {x[1]: int(x[2]) for x in found if x}

@@ -1,11 +1,11 @@
-"""Rules that several engines have, and remedies."""
+"""What several engines demand of an adapter, as lists of findings; and remedies."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._file import brief, shown
 from ..adapter._config import METHODS, features
-from ._engine import Finding, Rule, Served, Side
+from ._engine import Finding, Served, Side
 
 PROFILE = (
     "Write it with one rank and the scales in B (jlora convert DIR OUT --profile vllm, or "
@@ -28,10 +28,17 @@ AGAIN = "Save the adapter again"
 _TRAINING = ("velora_config", "corda_config", "loftq_config", "lora_ga_config")
 
 
-def some(names: Iterable[str]) -> str:
-    """The first of many names, and how many more there are."""
-    first, *rest = dict.fromkeys(names)
-    return shown(first) + (f" and {len(rest)} more" if rest else "")
+def about(
+    names: Iterable[str], why: str, remedy: str, *, of: str = "", silent: bool = False
+) -> list[Finding]:
+    """One finding about all of `names`, with the first of them; none if there are no names.
+
+    `of` is the field or the file that has the names.
+    """
+    if not (first := list(dict.fromkeys(names))):
+        return []
+    more = f" and {len(first) - 1} more" if len(first) > 1 else ""
+    return [Finding(f"{of} {shown(first[0])}{more}".lstrip(), why, remedy, silent)]
 
 
 def is_fused(side: Side) -> bool:
@@ -42,77 +49,54 @@ def is_fused(side: Side) -> bool:
 # ---------------------------------------------------------------------------- the configuration
 
 
-def needs(*keys: str) -> Rule:
+def needs(x: Served, *keys: str) -> list[Finding]:
     """Demands that these fields are there."""
-
-    def rule(x: Served) -> Iterator[Finding]:
-        for key in keys:
-            if key not in x.fields:
-                yield Finding(key, "is missing in adapter_config.json", AGAIN, False)
-
-    return rule
+    why = "is missing in adapter_config.json"
+    return [Finding(key, why, AGAIN, False) for key in keys if key not in x.fields]
 
 
-def field(
-    key: str, allows: Callable[[Any], bool], why: str, remedy: str, *, silent: bool = False
-) -> Rule:
-    """Demands that a field is as `allows` says, where it is there and not null."""
-
-    def rule(x: Served) -> Iterator[Finding]:
-        value = x.fields.get(key)
-        if value is not None and not allows(value):
-            yield Finding(key, f"{brief(value)} {why}", remedy, silent)
-
-    return rule
+def allows(
+    x: Served, key: str, values: Callable[[Any], bool], why: str, remedy: str, silent: bool = False
+) -> list[Finding]:
+    """Demands that `values` is true of a field, where it is there and not null."""
+    value = x.fields.get(key)
+    is_fine = value is None or values(value)
+    return [] if is_fine else [Finding(key, f"{brief(value)} {why}", remedy, silent)]
 
 
-def is_lora(*, silent: bool = False) -> Rule:
+def is_lora(x: Served, silent: bool = False) -> list[Finding]:
     """Demands LoRA, and not another method of PEFT's."""
-    return field("peft_type", lambda x: x == "LORA", "is not LORA", WITHOUT, silent=silent)
+    return allows(x, "peft_type", lambda kind: kind == "LORA", "is not LORA", WITHOUT, silent)
 
 
-def empty(why: str, *keys: str) -> list[Rule]:
-    """Demands that fields are empty, which the engine does not read."""
-    return [field(key, lambda x: not x, why, PROFILE, silent=True) for key in keys]
+def starts(x: Served, *known: str, silent: bool = False) -> list[Finding]:
+    """Demands that A and B started in a way that left the base as it was."""
+    why = "changes the base model, which is served as it was"
+    leaves = lambda start: not isinstance(start, str) or start.lower() in known  # noqa: E731
+    return allows(x, "init_lora_weights", leaves, why, CONVERT, silent)
+
+
+def off(
+    x: Served, *keys: str, why: str = "is not supported", remedy: str = "", silent: bool = False
+) -> list[Finding]:
+    """Demands that these features of PEFT are not used."""
+    used = [key for key in keys if x.fields.get(key)]
+    return [_feature(x, key, why, remedy or _without(key), silent) for key in used]
+
+
+def unread(x: Served, *known: str) -> list[Finding]:
+    """Demands that no other features are used, nor those of later versions of PEFT."""
+    used = [key for key in features(x.fields) if key not in (*known, *_TRAINING)]
+    return [_feature(x, key, "is not read", _without(key), True) for key in used]
+
+
+def _feature(x: Served, key: str, why: str, remedy: str, silent: bool) -> Finding:
+    return Finding(shown(key), f"{brief(x.fields[key])} {why}", remedy, silent)
 
 
 def _without(key: str) -> str:
     """What to do about a feature, which jlora can merge or not."""
     return f"Train without it, or {MERGED}" if key in METHODS else WITHOUT
-
-
-def off(*keys: str, silent: bool = False) -> Rule:
-    """Demands that these features of PEFT are not used."""
-    why = "is not read" if silent else "is not supported"
-
-    def rule(x: Served) -> Iterator[Finding]:
-        for key in keys:
-            if value := x.fields.get(key):
-                yield Finding(key, f"{brief(value)} {why}", _without(key), silent)
-
-    return rule
-
-
-def unread(*known: str) -> Rule:
-    """Demands that no other features are used, nor those of later versions of PEFT."""
-
-    def rule(x: Served) -> Iterator[Finding]:
-        for key, value in features(x.fields).items():
-            if key not in (*known, *_TRAINING):
-                yield Finding(shown(key), f"{brief(value)} is not read", _without(key), True)
-
-    return rule
-
-
-def starts(*known: str, silent: bool = False) -> Rule:
-    """Demands that A and B started in a way that left the base as it was."""
-    return field(
-        "init_lora_weights",
-        lambda x: not isinstance(x, str) or x.lower() in known,
-        "changes the base model, which is served as it was",
-        CONVERT,
-        silent=silent,
-    )
 
 
 def above(rank: int, limit: int, least: int) -> Finding:
@@ -124,56 +108,41 @@ def above(rank: int, limit: int, least: int) -> Finding:
 # ---------------------------------------------------------------------------------- the tensors
 
 
-def present(*, silent: bool = False) -> Rule:
-    """Demands that there are A and B."""
+def pairs(x: Served, silent: bool = False) -> list[Finding]:
+    """Demands that there are A and B, a B for each A, and that both are matrices.
 
-    def rule(x: Served) -> Iterator[Finding]:
-        if not x.factors:
-            yield Finding("adapter_model.safetensors", "holds no A and B", AGAIN, silent)
-
-    return rule
-
-
-def paired(x: Served) -> Iterator[Finding]:
-    """Demands a B for each A."""
-    if lone := [s.key for pair in x.pairs.values() if len(pair) == 1 for s in pair.values()]:
-        yield Finding(some(lone), "is there without its A or B", AGAIN, False)
-
-
-def matrices(x: Served) -> Iterator[Finding]:
-    """Demands that A and B are matrices."""
-    if odd := [s.key for s in x.factors if len(s.shape) != 2]:
-        why = "only A and B that are matrices are supported"
-        yield Finding(some(odd), why, LEAVE_OUT, False)
+    That there are none may be `silent`.
+    """
+    if not x.factors:
+        return [Finding("adapter_model.safetensors", "holds no A and B", AGAIN, silent)]
+    lone = (s.key for pair in x.pairs.values() if len(pair) == 1 for s in pair.values())
+    odd = (s.key for s in x.factors if len(s.shape) != 2)
+    return [
+        *about(lone, "is there without its A or B", AGAIN),
+        *about(odd, "only A and B that are matrices are supported", LEAVE_OUT),
+    ]
 
 
-def ranks(rank: Callable[[Served, str], int], remedy: str, *, silent: bool = False) -> Rule:
+def ranks(
+    x: Served, rank: Callable[[str], int], remedy: str, silent: bool = False
+) -> list[Finding]:
     """Demands that A and B have the `rank` that the engine takes a module to have."""
-
-    def rule(x: Served) -> Iterator[Finding]:
-        plain = (s for s in x.factors if len(s.shape) == 2 and not is_fused(s))
-        if odd := [s for s in plain if s.shape[s.side == "B"] != rank(x, s.module)]:
-            why = f"of shape {odd[0].shape}, is taken to have rank {rank(x, odd[0].module)}"
-            yield Finding(some(s.key for s in odd), why, remedy, silent)
-
-    return rule
+    plain = (s for s in x.factors if len(s.shape) == 2 and not is_fused(s))
+    odd = [s for s in plain if s.shape[s.side == "B"] != rank(s.module)]
+    why = f"of shape {odd[0].shape}, is taken to have rank {rank(odd[0].module)}" if odd else ""
+    return about((s.key for s in odd), why, remedy, silent=silent)
 
 
-def fits(*, silent: bool = False) -> Rule:
+def shapes(x: Served, silent: bool = False) -> list[Finding]:
     """Demands that B·A has the shape of the base's weight; a smaller one may be `silent`."""
-
-    def rule(x: Served) -> Iterator[Finding]:
-        wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        for (module, _), pair in x.pairs.items():
-            if x.base is None or len(pair) < 2 or any(len(s.shape) != 2 for s in pair.values()):
-                continue
-            ours, theirs = (pair["B"].shape[0], pair["A"].shape[1]), x.base.shape(module)
-            if len(theirs) == 2 and ours not in (theirs, theirs[::-1]):
-                wrong[module] = ours, theirs
-        if wrong:
-            ours, theirs = next(iter(wrong.values()))
-            why = f"A and B are of a weight of shape {ours}, the base's is {theirs}"
-            is_smaller = ours[0] <= theirs[0] and ours[1] <= theirs[1]
-            yield Finding(some(wrong), why, OTHER_BASE, silent and is_smaller)
-
-    return rule
+    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for (module, _), pair in x.pairs.items():
+        if x.base is None or len(pair) < 2 or any(len(s.shape) != 2 for s in pair.values()):
+            continue
+        ours, theirs = (pair["B"].shape[0], pair["A"].shape[1]), x.base.shape(module)
+        if len(theirs) == 2 and ours not in (theirs, theirs[::-1]):
+            wrong[module] = ours, theirs
+    ours, theirs = next(iter(wrong.values()), ((0, 0), (0, 0)))
+    why = f"A and B are of a weight of shape {ours}, the base's is {theirs}"
+    is_smaller = ours[0] <= theirs[0] and ours[1] <= theirs[1]
+    return about(wrong, why, OTHER_BASE, silent=silent and is_smaller)

@@ -1,6 +1,7 @@
 """SGLang, by `sglang.srt.lora`: tensors go by the number of their layer and the end of a name."""
 
 import collections
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -8,8 +9,8 @@ from .._file import read_json, shown
 from ..adapter._config import LIMIT, STARTS
 from ..adapter._select import Names
 from . import _rules as rules
-from ._engine import Engine, Finding, Served, Side, register
-from ._rules import is_fused, some
+from ._engine import Engine, Finding, Served, register
+from ._rules import about, is_fused
 
 SILENT = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
 # The modules that it has buffers for, by the ends of their names.
@@ -41,80 +42,76 @@ def _layer(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _limit(x: Served) -> Iterator[Finding]:
+def _configuration(x: Served) -> Iterator[Finding]:
+    yield from rules.is_lora(x)
+    yield from rules.needs(x, "peft_type", "r", "lora_alpha", "target_modules")
+    yield from rules.off(x, "use_dora")
+    yield from rules.off(x, *SILENT, why="is not read", silent=True)
+    yield from rules.starts(x, *STARTS, silent=True)
+    unread = {"remedy": rules.PROFILE, "silent": True}
+    yield from rules.off(x, "use_rslora", "alpha_pattern", why=_SCALE, **unread)
+    yield from rules.off(x, "rank_pattern", why=_RANK, **unread)
+    yield from rules.unread(x, "use_dora", *SILENT)
     if x.max_lora_rank is not None and x.rank > x.max_lora_rank:
         yield rules.above(x.rank, x.max_lora_rank, x.rank)
-
-
-def _targets(x: Served) -> Iterator[Finding]:
     listed = x.fields.get("target_modules")
-    if listed in ("all", "all-linear"):
-        return
-    if not isinstance(listed, list):
+    if isinstance(listed, list):
+        odd = (name for name in listed if name.rpartition(".")[2] not in TARGETS)
+        yield from about(odd, _UNKNOWN, rules.LEAVE_OUT, of="target_modules")
+    elif listed not in ("all", "all-linear"):
         remedy = "List the modules by the ends of their names, as jlora.peft.save does"
         yield Finding("target_modules", "must be a list of names", remedy, False)
-    elif odd := [name for name in listed if name.rpartition(".")[2] not in TARGETS]:
-        yield Finding(f"target_modules {some(odd)}", _UNKNOWN, rules.LEAVE_OUT, False)
-
-
-def _tokens(x: Served) -> Iterator[Finding]:
     size = x.base.number("vocab_size") if x.base else None
-    if size is None or not (x.source.folder / _ADDED).exists():
-        return
-    added = read_json(x.source, _ADDED, LIMIT)
-    if new := [token for token, i in added.items() if type(i) is int and i >= size]:
-        why = f"adds tokens to the {size} of the base"
+    if size is not None and (x.source.folder / _ADDED).exists():
+        added = read_json(x.source, _ADDED, LIMIT)
+        new = (token for token, i in added.items() if type(i) is int and i >= size)
         remedy = f"Remove {_ADDED}, if the adapter does without them, or {rules.MERGED}"
-        yield Finding(f"{_ADDED} {some(new)}", why, remedy, False)
+        yield from about(new, f"adds tokens to the {size} of the base", remedy, of=_ADDED)
 
 
-def _keys(x: Served) -> Iterator[Finding]:
-    if taken := [key for key in x.others if _layer(key) is not None]:
-        yield Finding(some(taken), "neither A nor B, is taken for a B", rules.LEAVE_OUT, False)
-    if lost := [k for k in x.others if _layer(k) is None and not k.endswith(_FROZEN)]:
-        yield Finding(some(lost), "neither A nor B, is left out", rules.LEAVE_OUT, True)
+def _tensors(x: Served) -> Iterator[Finding]:
+    taken = (key for key in x.others if _layer(key) is not None)
+    yield from about(taken, "neither A nor B, is taken for a B", rules.LEAVE_OUT)
+    lost = (key for key in x.others if _layer(key) is None and not key.endswith(_FROZEN))
+    yield from about(lost, "neither A nor B, is left out", rules.LEAVE_OUT, silent=True)
+    yield from rules.pairs(x, silent=True)
+    yield from rules.ranks(x, lambda _: x.rank, rules.PROFILE)
 
 
 def _modules(x: Served) -> Iterator[Finding]:
     inside = [s for s in x.factors if _layer(s.module) is not None]
     outside = [s for s in x.factors if _layer(s.module) is None]
-    if odd := [s.module for s in inside if s.last not in TARGETS or is_fused(s)]:
-        yield Finding(some(odd), _UNKNOWN, rules.LEAVE_OUT, False)
-    if lost := [s.module for s in outside if s.last not in EMBEDDINGS]:
-        why = "is in no `layers.N`, and neither embed_tokens nor lm_head"
-        yield Finding(some(lost), why, rules.MERGE, True)
+    odd = (s.module for s in inside if s.last not in TARGETS or is_fused(s))
+    yield from about(odd, _UNKNOWN, rules.LEAVE_OUT)
+    lost = (s.module for s in outside if s.last not in EMBEDDINGS)
+    why = "is in no `layers.N`, and neither embed_tokens nor lm_head"
+    yield from about(lost, why, rules.MERGE, silent=True)
     if not isinstance(listed := x.fields.get("target_modules"), list):
         return
     named = {name.rpartition(".")[2] for name in listed}
     named |= {name for pack in _PACKED if pack & named for name in pack}
     why, remedy = "is not listed in `target_modules`", "Add the last part of its name to the list"
-    if unlisted := [s.module for s in inside if s.last in TARGETS - named]:
-        yield Finding(some(unlisted), why, remedy, False)
-    if unlisted := [s.module for s in outside if s.last in set(EMBEDDINGS) - named]:
-        yield Finding(some(unlisted), why, remedy, True)
+    unlisted = (s.module for s in inside if s.last in TARGETS - named)
+    yield from about(unlisted, why, remedy)
+    unlisted = (s.module for s in outside if s.last in set(EMBEDDINGS) - named)
+    yield from about(unlisted, why, remedy, silent=True)
 
 
 def _together(x: Served) -> Iterator[Finding]:
-    groups = _groups(x)
+    groups = collections.defaultdict[tuple[int | None, str], list[str]](list)
+    for s in x.factors:
+        expert = _EXPERT.search(s.module)
+        if _layer(s.module) is not None and s.side == "A" and not is_fused(s):
+            groups[_layer(s.module), (expert[0] if expert else "") + s.last].append(s.module)
     for name, other in _WITH.items():
         alone = (own for (i, n), own in groups.items() if n == name and (i, other) not in groups)
-        if lone := [side.module for own in alone for side in own]:
-            why = f"is packed with {other}, which its layer has no A and B for"
-            yield Finding(some(lone), why, f"Adapt both and train again, or {rules.MERGED}", False)
+        why = f"is packed with {other}, which its layer has no A and B for"
+        remedy = f"Adapt both and train again, or {rules.MERGED}"
+        yield from about(itertools.chain(*alone), why, remedy)
+    # By layer, expert, and the end of a name it takes them for one module's.
     if twice := [own for own in groups.values() if len(own) > 1]:
-        other = shown(twice[0][1].module)
-        why = f"is taken for {other}, of the same layer and name"
-        yield Finding(some(own[0].module for own in twice), why, rules.MERGE, True)
-
-
-def _groups(x: Served) -> dict[tuple[int, str], list[Side]]:
-    """The A's that it takes for one module's: by layer, expert, and the end of a name."""
-    found = collections.defaultdict[tuple[int, str], list[Side]](list)
-    for s in x.factors:
-        layer, expert = _layer(s.module), _EXPERT.search(s.module)
-        if layer is not None and s.side == "A" and not is_fused(s):
-            found[layer, (expert[0] if expert else "") + s.last].append(s)
-    return found
+        why = f"is taken for {shown(twice[0][1])}, of the same layer and name"
+        yield from about((own[0] for own in twice), why, rules.MERGE, silent=True)
 
 
 def _base(x: Served) -> Iterator[Finding]:
@@ -122,41 +119,16 @@ def _base(x: Served) -> Iterator[Finding]:
         return
     layers = {s.module: at for s in x.factors if (at := _LAYER.search(s.module))}
     count = x.base.number("num_hidden_layers")
-    if odd := [m for m, at in layers.items() if count is not None and int(at[1]) >= count]:
-        yield Finding(some(odd), f"the base has {count} layers", rules.OTHER_BASE, False)
+    odd = (m for m, at in layers.items() if count is not None and int(at[1]) >= count)
+    yield from about(odd, f"the base has {count} layers", rules.OTHER_BASE)
     names = Names("." + name for name in x.base.modules)
-    if lost := [m for m, at in layers.items() if not names.end_in("." + m[at.start() :])]:
-        yield Finding(some(lost), "the base has no such module", rules.OTHER_BASE, True)
+    lost = (m for m, at in layers.items() if not names.end_in("." + m[at.start() :]))
+    yield from about(lost, "the base has no such module", rules.OTHER_BASE, silent=True)
 
 
-register(
-    Engine(
-        "sglang",
-        "SGLang",
-        "0.5.23",
-        (
-            rules.is_lora(),
-            rules.needs("peft_type", "r", "lora_alpha", "target_modules"),
-            rules.off("use_dora"),
-            rules.off(*SILENT, silent=True),
-            rules.starts(*STARTS, silent=True),
-            *rules.empty(_SCALE, "use_rslora", "alpha_pattern"),
-            *rules.empty(_RANK, "rank_pattern"),
-            rules.unread("use_dora", *SILENT),
-            _limit,
-            _targets,
-            _tokens,
-            _keys,
-            rules.present(silent=True),
-            rules.paired,
-            rules.matrices,
-            rules.ranks(lambda x, module: x.rank, rules.PROFILE),
-            _modules,
-            _together,
-            _base,
-            rules.fits(),
-        ),
-        "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
-        "--lora-paths NAME={dir}",
-    )
+RULES = (_configuration, _tensors, _modules, _together, _base, rules.shapes)
+START = (
+    "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
+    "--lora-paths NAME={dir}"
 )
+register(Engine("sglang", "SGLang", "0.5.23", RULES, START))

@@ -1,26 +1,17 @@
 """vLLM on TPUs: tpu-inference, which reads adapters by vLLM's loader for models in PyTorch."""
 
-from collections.abc import Iterator
-
 from ..adapter._vllm import RANKS
+from . import _rules as rules
 from ._engine import Engine, Finding, Served, register
-from ._rules import LEAVE_OUT, some
-from ._vllm import RULES, START
+from ._vllm import RULES
+from ._vllm import START as VLLM
 
 
-def _experts(x: Served) -> Iterator[Finding]:
-    if found := [s.module for s in x.factors if ".experts." in f".{s.module}."]:
-        yield Finding(some(found), "experts get no adapters on TPUs", LEAVE_OUT, False)
+def _experts(x: Served) -> list[Finding]:
+    found = (s.module for s in x.factors if ".experts." in f".{s.module}.")
+    return rules.about(found, "experts get no adapters on TPUs", rules.LEAVE_OUT)
 
 
-register(
-    Engine(
-        "tpu-inference",
-        "tpu-inference",
-        "0.32.0",
-        (*RULES, _experts),
-        f"MODEL_IMPL_TYPE=vllm {START}",
-        RANKS,
-        16,
-    )
-)
+START = f"MODEL_IMPL_TYPE=vllm {VLLM}"
+NAME = "tpu-inference"
+register(Engine(NAME, NAME, "0.32.0", (*RULES, _experts), START, RANKS, 16))

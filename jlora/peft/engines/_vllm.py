@@ -1,5 +1,6 @@
 """vLLM, by `vllm.lora`: its `peft_helper`, `lora_model`, `model_manager` and `utils`."""
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -9,16 +10,12 @@ from ..adapter._contents import HEADS
 from ..adapter._vllm import RANKS
 from . import _rules as rules
 from ._engine import Engine, Finding, Served, register
-from ._rules import is_fused, some
+from ._rules import about, is_fused
 
 # Those that it knows by name.
 FEATURES = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_bdlora",
-    "use_qalora",
+    *("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication"),
+    *("use_bdlora", "use_qalora"),
 )
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte")
 # Frozen values, which it skips; and the heads of classifiers.
@@ -26,27 +23,33 @@ _SKIPPED = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _HEAD = re.compile(rf"(.*\.)?({'|'.join(HEADS)})\.(weight|bias)")
 # What a model of models has beside its language model.
 _TOWER = re.compile(r"(^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector)\.")
+Shapes = dict[int, dict[str, tuple[int, ...]]]  # of A and B, by depth
 _OLD = "is not read before vLLM 0.32, where all modules have `r` and `lora_alpha`"
 
 
-def _limit(x: Served) -> Iterator[Finding]:
+def _configuration(x: Served) -> Iterator[Finding]:
+    yield from rules.is_lora(x, silent=True)
+    yield from rules.needs(x, "r", "lora_alpha", "target_modules")
+    yield from rules.off(x, *FEATURES)
+    yield from rules.allows(x, "bias", lambda x: x == "none", "is not supported", rules.LEAVE_OUT)
+    yield from rules.starts(x, *STARTS, "lora_ga")
+    patterns = "rank_pattern", "alpha_pattern"
+    yield from rules.off(x, *patterns, why=_OLD, remedy=rules.PROFILE, silent=True)
+    yield from rules.unread(x, *FEATURES)
     rank = max([x.rank, *(x.fields.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         remedy = f"Lower it: jlora.arithmetic.truncate(adapter, {RANKS[-1]})"
         yield Finding("r", f"{rank} is above {RANKS[-1]}, the largest rank it has", remedy, False)
     elif x.max_lora_rank is not None and rank > x.max_lora_rank:
-        least = next(r for r in RANKS if r >= rank)
-        yield rules.above(rank, x.max_lora_rank, least)
-
-
-def _heads(x: Served) -> Iterator[Finding]:
-    saved = x.fields.get("modules_to_save") or []
+        yield rules.above(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
+    saved, of = x.fields.get("modules_to_save") or [], "modules_to_save"
     if others := [name for name in saved if name not in HEADS]:
         why = f"only {' and '.join(HEADS)} are taken in full"
-        yield Finding(f"modules_to_save {some(others)}", why, rules.LEAVE_OUT, False)
-    elif saved and not _classifies(x):
-        why = "a head in full is taken of classifiers alone"
-        yield Finding(f"modules_to_save {some(saved)}", why, rules.LEAVE_OUT, False)
+        yield from about(others, why, rules.LEAVE_OUT, of=of)
+    elif not _classifies(x):
+        yield from about(
+            saved, "a head in full is taken of classifiers alone", rules.LEAVE_OUT, of=of
+        )
 
 
 def _classifies(x: Served) -> bool:
@@ -55,48 +58,21 @@ def _classifies(x: Served) -> bool:
     return "Classification" in str(x.base.config.get("architectures"))
 
 
-def _keys(x: Served) -> Iterator[Finding]:
+def _tensors(x: Served) -> Iterator[Finding]:
     saves = bool(x.fields.get("modules_to_save"))
-    odd = [k for k in x.others if not k.endswith(_SKIPPED) and not (saves and _HEAD.fullmatch(k))]
-    if odd:
-        why = "neither A nor B, nor a classifier's head"
-        yield Finding(some(odd), why, rules.LEAVE_OUT, False)
-
-
-def _embeddings(x: Served) -> Iterator[Finding]:
+    odd = (k for k in x.others if not k.endswith(_SKIPPED) and not (saves and _HEAD.fullmatch(k)))
+    yield from about(odd, "neither A nor B, nor a classifier's head", rules.LEAVE_OUT)
+    yield from rules.pairs(x)
+    yield from rules.ranks(x, x.ranks.__getitem__, rules.AGAIN, silent=True)
     tables = [s for s in x.factors if s.table]
-    if odd := [s.module for s in tables if s.last not in EMBEDDINGS]:
-        why = f"of embeddings, only {', '.join(EMBEDDINGS)} are adapted"
-        yield Finding(some(odd), why, rules.LEAVE_OUT, False)
+    odd = (s.module for s in tables if s.last not in EMBEDDINGS)
+    why = f"of embeddings, only {', '.join(EMBEDDINGS)} are adapted"
+    yield from about(odd, why, rules.LEAVE_OUT)
     size = x.base.number("vocab_size") if x.base else None
     for s in tables:
         if size is not None and s.side == "A" and s.last in EMBEDDINGS and s.shape[-1] != size:
             why = f"is of {s.shape[-1]} tokens, the base's `vocab_size` is {size}"
-            yield Finding(shown(s.key), why, rules.LEAVE_OUT, False)
-
-
-def _names(x: Served) -> Iterator[Finding]:
-    if (base := x.base) is None:
-        return
-    lost = [m for m in dict.fromkeys(s.module for s in x.factors) if not base.called(m)]
-    # It looks at the last part of a name, and then looks up each of its own names as a whole.
-    quiet = [m for m in lost if m.rpartition(".")[2] in base.lasts and ".experts." not in m]
-    if loud := [m for m in lost if m not in quiet]:
-        why = "the base has no module of that name"
-        yield Finding(some(loud), why, rules.OTHER_BASE, False)
-    if quiet:
-        why = f"matches no module of the base, which has {shown(base.nearest(quiet[0]))}"
-        yield Finding(some(quiet), why, rules.RENAME, True)
-
-
-def _towers(x: Served) -> Iterator[Finding]:
-    if x.base is None or not {"vision_config", "audio_config"} & x.base.config.keys():
-        return
-    if found := [s.module for s in x.factors if _TOWER.search(s.module)]:
-        yield Finding(some(found), "only the language model is adapted", rules.TOWERS, True)
-
-
-Shapes = dict[int, dict[str, tuple[int, ...]]]
+            yield from about([s.key], why, rules.LEAVE_OUT)
 
 
 def _experts(x: Served) -> Iterator[Finding]:
@@ -104,18 +80,18 @@ def _experts(x: Served) -> Iterator[Finding]:
     found: dict[str, Shapes] = {}
     for s in filter(is_fused, x.factors):
         found.setdefault(s.module, {}).setdefault(s.depth, {})[s.side] = s.shape
-    if lone := [m for m, own in found.items() if own.keys() != {0, 1}]:
-        why = "one of gate_up_proj and down_proj is adapted; both are expected"
-        yield Finding(some(lone), why, rules.LEAVE_OUT, False)
-    if x.base is None:
+    lone = (m for m, own in found.items() if own.keys() != {0, 1})
+    why = "one of gate_up_proj and down_proj is adapted; both are expected"
+    yield from about(lone, why, rules.LEAVE_OUT)
+    if (base := x.base) is None:
         return
-    hidden = x.base.number("hidden_size")
-    if other := [m for m, own in found.items() if hidden and _is_transposed(own, hidden)]:
-        why = f"A of gate_up_proj is read with {hidden} columns, B of down_proj with so many rows"
-        yield Finding(some(other), why, rules.MERGE, True)
-    if apart := [m for m in found if f"{x.base.called(m)}.0" in x.base.modules]:
-        why = "is of all experts together, which are one by one in the base"
-        yield Finding(some(apart), why, rules.MIXED, False)
+    hidden = base.number("hidden_size")
+    other = (m for m, own in found.items() if hidden and _is_transposed(own, hidden))
+    why = f"A of gate_up_proj is read with {hidden} columns, B of down_proj with so many rows"
+    yield from about(other, why, rules.MERGE, silent=True)
+    apart = (m for m in found if f"{base.called(m)}.0" in base.modules)
+    why = "is of all experts together, which are one by one in the base"
+    yield from about(apart, why, rules.MIXED)
 
 
 def _is_transposed(own: Shapes, hidden: int) -> bool:
@@ -124,26 +100,22 @@ def _is_transposed(own: Shapes, hidden: int) -> bool:
     return 1 in own and ((a is not None and a[-1] != hidden) or (b is not None and b[0] != hidden))
 
 
-RULES = (
-    rules.is_lora(silent=True),
-    rules.needs("r", "lora_alpha", "target_modules"),
-    rules.off(*FEATURES),
-    rules.field("bias", lambda x: x == "none", "is not supported", rules.LEAVE_OUT),
-    rules.starts(*STARTS, "lora_ga"),
-    *rules.empty(_OLD, "rank_pattern", "alpha_pattern"),
-    rules.unread(*FEATURES),
-    _limit,
-    _heads,
-    _keys,
-    rules.present(),
-    rules.paired,
-    rules.matrices,
-    rules.ranks(lambda x, module: x.ranks[module], rules.AGAIN, silent=True),
-    _embeddings,
-    _towers,
-    _experts,
-    _names,
-    rules.fits(silent=True),
-)
+def _names(x: Served) -> Iterator[Finding]:
+    if (base := x.base) is None:
+        return
+    if {"vision_config", "audio_config"} & base.config.keys():
+        found = (s.module for s in x.factors if _TOWER.search(s.module))
+        yield from about(found, "only the language model is adapted", rules.TOWERS, silent=True)
+    lost = [m for m in dict.fromkeys(s.module for s in x.factors) if not base.called(m)]
+    # It looks at the last part of a name, and then looks up each of its own names as a whole.
+    quiet = [m for m in lost if m.rpartition(".")[2] in base.lasts and ".experts." not in m]
+    loud = [m for m in lost if m not in quiet]
+    yield from about(loud, "the base has no module of that name", rules.OTHER_BASE)
+    if quiet:
+        why = f"matches no module of the base, which has {shown(base.nearest(quiet[0]))}"
+        yield from about(quiet, why, rules.RENAME, silent=True)
+
+
+RULES = (_configuration, _tensors, _experts, _names, functools.partial(rules.shapes, silent=True))
 START = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={dir}"
 register(Engine("vllm", "vLLM", "0.33.0", RULES, START, RANKS, 16))

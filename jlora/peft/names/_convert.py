@@ -5,7 +5,7 @@ weights unless their row says so.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,29 +24,27 @@ Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitude
 
 def weights(leaf: NamedLeaf, value: Any) -> list[np.ndarray]:
     """PyTorch's parameter for each module of `leaf`."""
-    own = _rescale(leaf, value, np.divide)
-    return _pack(own, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+    return _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
 def weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     """Inverts `weights`, up to rounding where values change."""
-    x = _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
-    return _rescale(leaf, x, np.multiply)
+    return _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
 def rows_of(leaf: NamedLeaf, node: Replaced) -> np.ndarray:
     """The rows of `node` as PyTorch has them, (k, dim)."""
-    v = _rescale(leaf, node.v, np.divide)
-    [found] = _pack(v, leaf.name.where("v") + leaf.name.where("o"), leaf.name.weight_groups, leaf)
+    axes = leaf.name.where("v") + leaf.name.where("o")
+    [found] = _pack(node.v, axes, leaf.name.weight_groups, leaf)
     return found
 
 
 def rows_node(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
     """The node of `leaf` from PyTorch's rows: the inverse of `rows_of`."""
     [axis] = leaf.name.where("v")
-    few = leaf._replace(shape=(*leaf.shape[:axis], len(rows), *leaf.shape[axis + 1 :]))
-    v = _unpack([v], (axis, *leaf.name.where("o")), leaf.name.weight_groups, few)
-    return Replaced(jnp.asarray(_rescale(leaf, v, np.multiply)), rows, leaf.layout)
+    axes = (axis, *leaf.name.where("o"))
+    v = _unpack([v], axes, leaf.name.weight_groups, leaf, {axis: len(rows)})
+    return Replaced(jnp.asarray(v), rows, leaf.layout)
 
 
 # --------------------------------------------------------------------------------------- A and B
@@ -74,13 +72,10 @@ def factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
     if low.layout.slots is not None and not _slots_are_modules(leaf, node):
         m = None if m is None else _join_slots(m, low.layout)
         low = without_slots(low, leaf.shape)
-    found: dict[str, Any] = {"a": low.a, "b": low.b}
-    if m is not None:
-        found["m"] = _rescale(leaf, m, np.divide)
     packed = [
-        _pack(_squeeze(found[name], low.layout, name), _axes(low.layout, name), groups, leaf)
+        _pack(np.squeeze(x, _ones(low.layout, name)), _axes(low.layout, name), groups, leaf)
         for name, groups in leaf.name.factor_groups.items()
-        if name in found
+        if (x := {"a": low.a, "b": low.b, "m": m}[name]) is not None
     ]
     return list(zip(*packed, strict=True))
 
@@ -100,9 +95,8 @@ def node_of(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRan
     rank = len(modules[0][0]) // leaf.experts
     each = zip(leaf.name.factor_groups.items(), zip(*modules, strict=True), strict=False)
     for (name, groups), parts in each:
-        x = _unpack(parts, _axes(leaf.layout, name), groups, leaf, rank)
-        x = _rescale(leaf, x, np.multiply) if name == "m" else x
-        found[name] = jnp.asarray(np.expand_dims(x, _axes_of_length_one(leaf.layout, name)))
+        x = _unpack(parts, _axes(leaf.layout, name), groups, leaf, {RANK: rank})
+        found[name] = jnp.asarray(np.expand_dims(x, _ones(leaf.layout, name)))
     if "m" in found:
         return Decomposed(**found, scale=static["scale"], layout=leaf.layout)
     return LowRank(**found, **static, layout=leaf.layout)
@@ -140,31 +134,18 @@ def _axes(layout: Layout, name: str) -> Axes:
     return tuple(axis if d == SLOTS else d for d in found if d != axis)
 
 
-def _axes_of_length_one(layout: Layout, name: str) -> tuple[int, ...]:
+def _ones(layout: Layout, name: str) -> tuple[int, ...]:
     """The position of a slot's own outputs in B and m, which has length 1 beside the slots."""
     found = Decomposed.axes(layout)[name]
     return () if layout.slots is None or name == "a" else (found.index(layout.slots[2]),)
 
 
-def _squeeze(x: Any, layout: Layout, name: str) -> Any:
-    return np.squeeze(x, _axes_of_length_one(layout, name))
-
-
 # ------------------------------------------------------------------------------- axes and values
-
-
-def _rescale(leaf: NamedLeaf, x: Any, operation: Callable[..., np.ndarray]) -> np.ndarray:
-    """Multiplies or divides by the factor of a row, in at least float32, rounded once."""
-    x = np.asarray(x)
-    if leaf.name.times is None:
-        return x
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
-    return operation(wide, leaf.factor).astype(x.dtype)
 
 
 def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarray]:
     """Splits an array of the leaf into its modules, and flattens each of the `groups` of axes."""
-    x = np.asarray(x)
+    x = _rescale(np.asarray(x), axes, leaf, np.divide)
     stacked = leaf.name.where("ls")
     order = [*stacked, *itertools.chain(*groups)]
     # Modules or experts that share a factor here get a copy each.
@@ -180,14 +161,29 @@ def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarra
 
 
 def _unpack(
-    parts: Sequence[np.ndarray], axes: Axes, groups: Groups, leaf: NamedLeaf, rank: int = 0
+    parts: Sequence[np.ndarray],
+    axes: Axes,
+    groups: Groups,
+    leaf: NamedLeaf,
+    sizes: Mapping[int | str, int] = {},
 ) -> np.ndarray:
-    """Inverts `_pack`."""
-    sizes = {**dict(enumerate(leaf.shape)), RANK: rank}
+    """Inverts `_pack`; `sizes` are those of axes that are not as long as the leaf's."""
+    sizes = {**dict(enumerate(leaf.shape)), **sizes}
     order = [*leaf.name.where("ls"), *itertools.chain(*groups)]
     x = np.stack(parts).reshape([sizes[d] for d in order])
     x = np.transpose(x, [order.index(d) for d in axes])
-    return _reorder(x, axes, leaf, lambda pairs: pairs.reshape(2, -1).T)
+    x = _reorder(x, axes, leaf, lambda pairs: pairs.reshape(2, -1).T)
+    return _rescale(x, axes, leaf, np.multiply)
+
+
+def _rescale(
+    x: np.ndarray, axes: Axes, leaf: NamedLeaf, operation: Callable[..., np.ndarray]
+) -> np.ndarray:
+    """Multiplies or divides all but A and B by the factor of a row, rounded once."""
+    if leaf.name.times is None or RANK in axes:
+        return x
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    return operation(wide, leaf.factor).astype(x.dtype)
 
 
 def _reorder(

@@ -1,0 +1,107 @@
+"""`jlora convert`: an adapter of PEFT as one of Orbax, and back."""
+
+from typing import Any
+
+import click
+
+import jlora
+
+from .._folders import check_vacant
+from .._tree import adapter_leaves, count
+from .._types import PyTree
+from ._command import Answer, Command
+from ._given import FOLDER, Given, call
+from ._inputs import NAMES, format_of_adapter, table
+
+
+@click.command(cls=Command)
+@click.argument("source", type=FOLDER, metavar="IN")
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--profile", type=click.Choice(["vllm"]), help="Write PEFT's format as vLLM takes it."
+)
+@click.option("--names", metavar="TABLE", help=NAMES)
+@click.option(
+    "--base",
+    type=FOLDER,
+    help="The base's parameters in Orbax, or an adapter in Orbax that was saved with its base. "
+    "Needed to write Orbax; only shapes are read then.",
+)
+@click.option("--config", type=FOLDER, help="An adapter of PEFT whose configuration is kept.")
+def convert(source: Given, out: Given, profile: str | None, **options: Any) -> Answer:
+    """Write the adapter IN, of Orbax or PEFT, to OUT in the other format.
+
+    With --profile vllm OUT is always PEFT's: one rank for all modules and the scales in B. All
+    values are kept bit for bit, but for that scaling.
+    """
+    check_vacant(out.value, "OUT")
+    kind, written = format_of_adapter(source), "peft"
+    if kind == "orbax":
+        adapter = _to_peft(source, out, profile, **options)
+    elif profile is None:
+        adapter, written = _to_orbax(source, out, **options), "orbax"
+    else:
+        adapter = _to_profile(source, out, **options)
+    fields: dict[str, Any] = {
+        "in": str(source),
+        "out": str(out),
+        "from": kind,
+        "to": written,
+        "leaves": len(adapter_leaves(adapter)),
+        "parameters": count(adapter),
+    }
+    text = f"{out}: {fields['leaves']} leaves of {fields['parameters']:,} parameters as {written}"
+    if profile == "vllm":
+        fields["rank"] = jlora.peft.read_config(out.value)["r"]
+        text += f", for vLLM with --max-lora-rank {fields['rank']} or more"
+    return Answer(text, fields)
+
+
+def _to_peft(
+    source: Given,
+    out: Given,
+    profile: str | None,
+    names: str | None,
+    base: Given | None,
+    config: Given | None,
+) -> PyTree:
+    rows = table(names)
+    fields = None if config is None else call(jlora.peft.read_config, config)
+    adapter = call(jlora.checkpoint.restore, source)
+    if base is not None:
+        params = base.holding(call(jlora.checkpoint.base_values, base))
+    elif call(jlora.checkpoint.read, source).base is None:
+        raise ValueError(
+            f"IN: {source} was saved without its base, so that the base's shapes are not known. "
+            "Give --base, an Orbax checkpoint of the base's parameters."
+        )
+    else:
+        params = Given("the base", None, call(jlora.checkpoint.base_shapes, source))
+    given = source.holding(adapter)
+    call(jlora.peft.save, out, params, given, rows, profile=profile, config=fields)
+    return adapter
+
+
+def _to_orbax(
+    source: Given, out: Given, names: str | None, base: Given | None, config: Given | None
+) -> PyTree:
+    if config is not None:
+        raise ValueError("--config is for what is written as PEFT; OUT is an Orbax checkpoint.")
+    rows = table(names)
+    if base is None:
+        raise ValueError(
+            "--base is needed to read an adapter of PEFT: an Orbax checkpoint of the base's "
+            "parameters, of which only the shapes are read, or of an adapter that knows its base."
+        )
+    shapes = call(jlora.checkpoint.base_shapes, base)
+    adapter = call(jlora.peft.load, source, base.holding(shapes), rows)
+    call(jlora.checkpoint.save, out, adapter, (), base=shapes)
+    return adapter
+
+
+def _to_profile(source: Given, out: Given, **options: Any) -> PyTree:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name} is not needed: IN is an adapter of PEFT, and so is OUT.")
+    call(jlora.peft.to_vllm, source, out)
+    return call(jlora.peft.read, source)

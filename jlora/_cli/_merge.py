@@ -1,0 +1,59 @@
+"""`jlora merge`: a model with an adapter in its weights."""
+
+from typing import Any
+
+import click
+
+import jlora
+
+from .._folders import check_vacant
+from .._types import PyTree
+from ._command import Answer, Command
+from ._given import FOLDER, Given, call
+from ._inputs import NAMES, format_of, table
+
+
+@click.command(cls=Command)
+@click.argument("base", type=FOLDER)
+@click.argument("adapter", type=FOLDER)
+@click.argument("out", type=FOLDER)
+@click.option("--names", metavar="TABLE", help=NAMES)
+@click.option("--follow-links", is_flag=True, help="Copy what links out of BASE point to.")
+def merge(base: Given, adapter: Given, out: Given, names: str | None, follow_links: bool) -> Answer:
+    """Write the model BASE with ADAPTER merged into its weights to OUT.
+
+    BASE is a checkpoint of Hugging Face (safetensors), or the parameters in Orbax, and OUT is
+    like it: same files, names and dtypes; of a quantized one plain floats. ADAPTER is one of
+    PEFT or of Orbax. --names is needed where one of them is of PyTorch and the other of JAX.
+    """
+    check_vacant(out.value, "OUT")
+    kind, adapter_kind = format_of(base, model=True), format_of(adapter)
+    if kind == "peft" or adapter_kind == "huggingface":
+        raise ValueError(
+            f"BASE must be a model and ADAPTER an adapter; got {base} ({kind}) and "
+            f"{adapter} ({adapter_kind})."
+        )
+    left_out: list[str] = []
+    if kind == "orbax":
+        params = base.holding(call(jlora.checkpoint.base_values, base))
+        tree = _load(adapter, adapter_kind, params, names)
+        call(jlora.checkpoint.export, out, call(jlora.merge, params, adapter.holding(tree)))
+    else:
+        options: dict[str, Any] = {"follow_links": follow_links}
+        tree = adapter
+        if adapter_kind == "orbax":
+            tree = adapter.holding(call(jlora.checkpoint.restore, adapter))
+            options["names"] = table(names)
+        left_out = call(jlora.peft.export_merged, base, tree, out, **options)
+    text = f"{out}: {base} with {adapter} merged, as {kind}"
+    text += f"; not copied: {', '.join(left_out)}" if left_out else ""
+    fields = {"base": str(base), "adapter": str(adapter), "out": str(out), "format": kind}
+    return Answer(text, fields | {"left_out": left_out})
+
+
+def _load(adapter: Given, kind: str, params: Given, names: str | None) -> PyTree:
+    """Reads an adapter onto the parameters, which it must fit as far as it knows its base."""
+    if kind == "peft":
+        return call(jlora.peft.load, adapter, params, table(names))
+    known = call(jlora.checkpoint.read, adapter).base is not None
+    return call(jlora.checkpoint.restore, adapter, base=params if known else None)
