@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from ._pissa import largest
 from ._split import How, check, each_matrix, how_of, in_place, of_array
 
 
-def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
+@dataclasses.dataclass(frozen=True, repr=False)
+class loftq(Initializer):
     r"""LoftQ: quantizes W, and starts A and B at the best correction of the error.
 
     Two steps alternate, from $A B = 0$ on: $Q = q(W - s \cdot A B)$, and $s \cdot A B$ becomes the
@@ -53,17 +54,9 @@ def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
         >>> base
         {'w': Quantized(float32[64,32], NF4(block=64, double=True))}
     """
-    return LoftQ(scheme, iterations)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class LoftQ(Initializer):
-    """The initializer that `loftq` returns."""
 
     scheme: Scheme
-    iterations: int
-
-    name: ClassVar[str] = "loftq"
+    iterations: int = 5
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme):
@@ -97,7 +90,7 @@ class LoftQ(Initializer):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _alternate(start: LoftQ, how: How, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
+def _alternate(start: loftq, how: How, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
     def of_matrix(how: How, key: jax.Array, w: jax.Array) -> tuple[Quantized, Any, Any]:
         wide = w.astype(jnp.float32)
 
