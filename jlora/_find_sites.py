@@ -5,20 +5,18 @@ parameter, and records how each weight is used. So what is found is what `apply`
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ._adapters import change_of, is_node
+from ._adapters import Node, weight_of
 from ._core import (
     Change,
-    ProductUse,
     Unsupported,
     Uses,
     ValueReadError,
-    Weight,
     abstract,
     evaluate,
     leaf_weight,
@@ -28,7 +26,7 @@ from ._core import (
 )
 from ._foreign import check_kept, check_leaf
 from ._quantized import is_quantized
-from ._rules import Full
+from ._rules import Full, Rule, matches
 from ._sites import Site, Sites
 from ._tree import flatten, is_abstract, leaves_by_path
 from ._types import Layout, Path, PyTree
@@ -39,37 +37,30 @@ class Traced(NamedTuple):
 
     Attributes:
         jaxpr: the jaxpr.
-        specs: the types of its inputs.
+        types: the types of its inputs.
         paths: the paths of the parameters; they are its first inputs.
     """
 
     jaxpr: Any
-    specs: list[jax.ShapeDtypeStruct]
+    types: list[jax.ShapeDtypeStruct]
     paths: list[Path]
 
     def uses(self, weights: set[Path]) -> Uses:
         """Finds how the model uses the leaves at the paths `weights`."""
         found = Uses()
 
-        def weight(path: Path, x: Any) -> Weight:
+        def weight(path: Path, x: Any) -> Any:
+            if path not in weights:
+                return x
             w = leaf_weight(x, Change(), "/".join(path), materialize=True)
             return dataclasses.replace(w, origin=w.origin._replace(uses=found))
 
-        self._evaluate(lambda path, x: weight(path, x) if path in weights else x)
+        self._evaluate(weight)
         return found
 
-    def check(self, adapter: dict[Path, Any]) -> None:
-        """Raises if the adapted model uses a weight in a way that has no factored form."""
-        nodes = {path: x for path, x in adapter.items() if is_node(x)}
-
-        def changed(path: Path, x: Any) -> Any:
-            if (node := nodes.get(path)) is None:
-                return x
-            name = "/".join(path)
-            change = change_of(node, x, name)
-            return leaf_weight(x, change, name, node.materialize)
-
-        self._evaluate(changed)
+    def check(self, nodes: dict[Path, Node]) -> None:
+        """Raises if the model, adapted by `nodes`, uses a weight without a factored form."""
+        self._evaluate(lambda p, x: weight_of(nodes[p], x, "/".join(p)) if p in nodes else x)
 
     def _evaluate(self, weight: Callable[[Path, Any], Any]) -> None:
         def call(*values: Any) -> None:
@@ -78,15 +69,14 @@ class Traced(NamedTuple):
             for x in evaluate(self.jaxpr, *weights, *values[n:]):
                 materialized(x, lambda: "the function's outputs", added=True)
 
-        jax.eval_shape(call, *self.specs)
+        jax.eval_shape(call, *self.types)
 
     @property
-    def used(self) -> set[Path]:
-        """The paths of the parameters that an output or another operation reads."""
+    def used(self) -> dict[Path, bool]:
+        """For each of the parameters whether an output or another operation reads it."""
         read = {id(v) for eqn in self.jaxpr.eqns for v in eqn.invars}
         read |= {id(v) for v in self.jaxpr.outvars}
-        variables = zip(self.paths, self.jaxpr.invars, strict=False)
-        return {path for path, v in variables if id(v) in read}
+        return {path: id(v) in read for path, v in zip(self.paths, self.jaxpr.invars, strict=False)}
 
 
 def find_sites(
@@ -94,34 +84,33 @@ def find_sites(
     params: PyTree,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    wanted: Callable[[str], type | None],
+    rules: Sequence[Rule],
 ) -> tuple[Sites, Traced]:
     """Traces `apply_fn` on shapes and finds how it uses each leaf of `params`.
 
-    `wanted` gives the type of the rule that may take the leaf at a path. If Python code of
-    `apply_fn` reads the value of a leaf, only leaves that a method may take are traced, and the
-    other leaves are not listed as sites.
+    If Python code of `apply_fn` reads the value of a leaf, only leaves that a method of `rules` may
+    take are traced, and the other leaves are not listed as sites.
     """
-    shapes = {path: _abstract(x, path) for path, x in leaves_by_path(params)}
-    rules = {path: wanted("/".join(path)) for path in shapes}
-    matrices = {path for path, x in shapes.items() if _is_matrix(x)}
+    leaves = leaves_by_path(params)
+    types = {path: _type(x, path) for path, x in leaves}
+    matrices = {
+        path for path, x in types.items() if x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
+    }
+
+    def taker(path: Path) -> Rule | None:
+        mine = (r for r in rules if r.pattern is None or matches(r, "/".join(path)))
+        return next(mine, None)
+
+    takers = {path: taker(path) for path in types}
+    full = {path for path, rule in takers.items() if isinstance(rule, Full)}
     try:
-        full = {path for path, rule in rules.items() if rule is Full}
         traced = _trace(apply_fn, params, args, kwargs, matrices | full)
     except ValueReadError:
-        matrices &= {path for path, rule in rules.items() if rule not in (None, Full)}
+        matrices = {path for path in matrices - full if takers[path] is not None}
         traced = _trace(apply_fn, params, args, kwargs, matrices)
     uses, used = traced.uses(matrices), traced.used
-
-    schemes = {path: x.scheme for path, x in leaves_by_path(params) if is_quantized(x)}
-
-    def site(path: Path, x: Any) -> Site:
-        key = "/".join(path)
-        found = _site(path, x, uses.products[key], uses.unsupported[key])
-        is_used = path in used if path in traced.paths else None
-        return dataclasses.replace(found, used=is_used, scheme=schemes.get(path))
-
-    return Sites(tuple(site(path, x) for path, x in shapes.items())), traced
+    sites = (_site(path, x, types[path], uses, used.get(path)) for path, x in leaves)
+    return Sites(tuple(sites)), traced
 
 
 def _trace(
@@ -132,41 +121,37 @@ def _trace(
     paths: set[Path],
 ) -> Traced:
     """Traces the model as a function of the leaves at `paths` and of everything abstract."""
-    found, structure = leaves_by_path(params), flatten(params)[1]
-    leaves = [x for _, x in found]
-    at = [i for i, (path, x) in enumerate(found) if path in paths or _is_abstract(x)]
-    rest, put = take((args, kwargs), is_abstract)
+
+    def is_traced(path: Path, x: Any) -> bool:
+        return path in paths or is_abstract(x) or is_quantized(x)
+
+    leaves = [(p, _type(x, p) if is_traced(p, x) else x) for p, x in leaves_by_path(params)]
+    tree = jax.tree.unflatten(flatten(params)[1], [x for _, x in leaves])
+    types, put = take((tree, args, kwargs), is_abstract)
 
     def call(*values: Any) -> Any:
-        args, kwargs = put(values[len(at) :])
-        full = dict(enumerate(leaves)) | dict(zip(at, values, strict=False))
-        tree = jax.tree.unflatten(structure, list(full.values()))
+        tree, args, kwargs = put(values)
+        before = dict(leaves_by_path(tree))
         outputs = apply_fn(tree, *args, **kwargs)
-        check_kept(tree, {path: full[i] for i, (path, _) in enumerate(found)})
+        check_kept(tree, before)
         return outputs
 
-    specs = [_abstract(leaves[i], found[i][0]) for i in at]
-    specs += [abstract(x if hasattr(x, "dtype") else jnp.asarray(x)) for x in rest]
-    jaxpr, _ = trace(call, specs, ["/".join(path) for path in paths])
-    return Traced(jaxpr, specs, [found[i][0] for i in at])
+    types = list(map(abstract, types))
+    jaxpr, _ = trace(call, types, ["/".join(path) for path in paths])
+    return Traced(jaxpr, types, [path for path, x in leaves if is_abstract(x)])
 
 
-def _is_abstract(x: Any) -> bool:
-    return is_abstract(x) or is_quantized(x)
-
-
-def _abstract(x: Any, parts: Path) -> jax.ShapeDtypeStruct:
+def _type(x: Any, path: Path) -> jax.ShapeDtypeStruct:
     if is_quantized(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
-    check_leaf(x, parts)
+    check_leaf(x, path)
     return abstract(x if hasattr(x, "dtype") else jnp.asarray(x))
 
 
-def _is_matrix(x: Any) -> bool:
-    return x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _site(path: Path, x: Any, products: list[ProductUse], unsupported: list[Unsupported]) -> Site:
+def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool | None) -> Site:
+    """Says what the model does with a leaf of the type `x`."""
+    name, scheme = "/".join(path), leaf.scheme if is_quantized(leaf) else None
+    products, unsupported = uses.products[name], uses.unsupported[name]
     kinds = {u.kind for u in products}
     kind = next((k for k in ("embed", "conv", "dense") if k in kinds), None)
     # The layout of a tied embedding is that of its lookup: A has the rows.
@@ -175,13 +160,13 @@ def _site(path: Path, x: Any, products: list[ProductUse], unsupported: list[Unsu
     if first and not layout:
         lost = "a product that leaves it no inputs or no outputs"
         unsupported = [*unsupported, Unsupported(lost, ())]
-    wanted = None
+    formed = None
     if unsupported:
         *rest, last = range(x.ndim)
         each = (_materialized_layout(u.axes, x.shape) for u in unsupported if u.axes)
-        wanted = next(filter(None, each), Layout((), tuple(rest), (last,)))
+        formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
     kind = kind if layout else None
-    return Site(path, x.shape, x.dtype, kind, layout, tuple(unsupported), wanted)
+    return Site(path, x.shape, x.dtype, kind, layout, tuple(unsupported), formed, used, scheme)
 
 
 def _materialized_layout(axes: tuple[frozenset[int], ...], shape: tuple[int, ...]) -> Layout | None:

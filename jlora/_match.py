@@ -2,28 +2,44 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
 from ._rules import Full, Rule, compile_pattern, explain_no_match, matches, rule_name
 from ._sites import Site, Sites
 
+T = TypeVar("T")
+
 
 def match(sites: Sites, rules: Sequence[Rule]) -> Sites:
     """Gives each leaf the first rule that it matches; raises if a rule is left without any."""
-    first = [next((i for i, r in enumerate(rules) if _takes(r, s)), None) for s in sites.leaves]
+    first = first_takers(rules, sites.leaves, _takes, "rules")
     for i, rule in enumerate(rules):
         if i not in first:
-            taken = [j for s, j in zip(sites.leaves, first, strict=True) if _takes(rule, s)]
-            _raise_idle(rule, sites, [rules[j] for j in taken if j is not None])
+            _raise_idle(rule, sites)
     pairs = zip(sites.leaves, first, strict=True)
     return Sites(tuple(s if i is None else _fit(s, rules[i], sites) for s, i in pairs))
 
 
-def wanted(rules: Sequence[Rule], path: str) -> type | None:
-    """Returns the type of the first rule that may take the leaf at `path`, or None."""
-    return next((type(r) for r in rules if r.pattern is None or matches(r, path)), None)
+def first_takers(
+    takers: Sequence[Any], things: Sequence[T], takes: Callable[[Any, T], bool], what: str
+) -> list[int | None]:
+    """Finds for each of `things` the number of its first taker; None if it has none.
+
+    Raises `ValueError` for a taker that others leave nothing; errors call the takers `what`.
+    """
+    first = [next((i for i, t in enumerate(takers) if takes(t, x)), None) for x in things]
+    pairs = list(zip(first, things, strict=True))
+    for taker in (t for i, t in enumerate(takers) if i not in first):
+        if lost := [takers[i] for i, x in pairs if i is not None and takes(taker, x)]:
+            raise ValueError(
+                f"{rule_name(taker)} is left with no leaf: earlier {what} take all {len(lost)} "
+                f"that it matches ({', '.join(dict.fromkeys(map(rule_name, lost)))}). The first "
+                f"match wins; reorder the {what} or drop this one."
+            )
+    return first
 
 
 def _takes(rule: Rule, site: Site) -> bool:
@@ -125,14 +141,8 @@ def _hits_sites(pattern: str, sites: Sites) -> bool:
     return bool(hits) and all(s.layout is not None for s in hits)
 
 
-def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:
-    """Raises for a rule that gets no leaf; rules in `taken` got the leaves that it matches."""
-    if taken:
-        earlier = ", ".join(dict.fromkeys(map(rule_name, taken)))
-        raise ValueError(
-            f"{rule_name(rule)} is left with no leaf: earlier rules take all {len(taken)} that it "
-            f"matches ({earlier}). The first match wins; reorder the rules or drop this one."
-        )
+def _raise_idle(rule: Rule, sites: Sites) -> None:
+    """Raises for a rule that matches no leaf."""
     if rule.pattern is None:
         reasons = [f"  {s.path or '(root)'}: used in {s.unsupported_uses[0]}" for s in sites.missed]
         raise ValueError(
@@ -152,8 +162,8 @@ def _raise_idle(rule: Rule, sites: Sites, taken: Sequence[Rule]) -> None:
             f"{sites.leaves[0].shape}. Are the arguments in another order? The parameters come "
             "first: init(key, params, *args), and apply_fn(params, *args)."
         )
-    wanted = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
+    leaves = ([] if isinstance(rule, Full) else list(sites)) or sites.leaves
     raise ValueError(
         f"{rule_name(rule)} matches no leaf of `params`. "
-        + explain_no_match(rule.pattern, [s.path for s in wanted])
+        + explain_no_match(rule.pattern, [s.path for s in leaves])
     )

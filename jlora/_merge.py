@@ -59,9 +59,7 @@ def merge(
         >>> jlora.merge(base, adapter)["w"].dtype.name
         'bfloat16'
     """
-    merged = _combine(base, adapter, 1)
-    if requantize:
-        merged = _requantize(merged, base, adapter)
+    merged = _combine(base, adapter, 1, requantize)
     if check:
         if not all(map(is_concrete, jax.tree.leaves(merged))):
             raise ValueError(
@@ -100,25 +98,17 @@ def unmerge(params: PyTree, adapter: PyTree) -> PyTree:
     return _combine(params, adapter, -1)
 
 
-def _combine(base: PyTree, adapter: PyTree, sign: int) -> PyTree:
-    bound = [x for _, x in leaves_by_path(bind(base, adapter), is_adapted)]
-    paths = [name_of(path) for path, _ in leaves_by_path(base)]
+def _combine(base: PyTree, adapter: PyTree, sign: int, requantize: bool = False) -> PyTree:
+    bound = leaves_by_path(bind(base, adapter), is_adapted)
     old_leaves, tree = flatten(base)
-    leaves = [
-        _changed(w, path, sign) if is_adapted(w) else _like(w, old) if sign > 0 else old
-        for w, path, old in zip(bound, paths, old_leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, leaves)
-
-
-def _requantize(merged: PyTree, base: PyTree, adapter: PyTree) -> PyTree:
-    """Quantizes merged weights again in their own schemes; others stay as in `base`."""
-    bound = [x for _, x in leaves_by_path(bind(base, adapter), is_adapted)]
-    new, tree = flatten(merged)
-    leaves = [
-        x if not is_quantized(old) else _quantize_like(x, old) if is_adapted(w) else old
-        for w, x, old in zip(bound, new, flatten(base)[0], strict=True)
-    ]
+    leaves = []
+    for (path, x), old in zip(bound, old_leaves, strict=True):
+        to_codes = requantize and is_quantized(old)
+        if is_adapted(x):
+            x = _changed(x, name_of(path), sign)
+            leaves.append(_quantize_like(x, old) if to_codes else x)
+        else:
+            leaves.append(old if to_codes or sign < 0 else _like(x, old))
     return jax.tree.unflatten(tree, leaves)
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from . import sharding
 from ._compat import is_concrete, known, place_of
+from ._match import first_takers
 from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
 from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
@@ -97,24 +98,18 @@ def _taken(
             "lora.sites(params, ...) of the same tree."
         )
     rows = max((s.inputs for s in found.values() if s.kind == "embed"), default=0)
-    taken: dict[Path, tuple[Scheme, Form]] = {}
-    used = set[int]()
-    for path, x in leaves.items():
-        site = found.get(path)
-        for i, scheme in enumerate(schemes):
-            if _takes(scheme, "/".join(path), site, rows):
-                taken[path] = (scheme, _form(scheme, path, x, site))
-                used.add(i)
-                break
+    takes = lambda scheme, path: _takes(scheme, path, found.get(path), rows)  # noqa: E731
+    first = dict(zip(leaves, first_takers(schemes, list(leaves), takes, "schemes"), strict=True))
     for i, scheme in enumerate(schemes):
-        if i not in used:
+        if i not in first.values():
             _raise_idle(scheme, leaves, sites)
-    return taken
+    taken = {path: schemes[i] for path, i in first.items() if i is not None}
+    return {p: (scheme, _form(scheme, p, leaves[p], found.get(p))) for p, scheme in taken.items()}
 
 
-def _takes(scheme: Scheme, path: str, site: Site | None, rows: int) -> bool:
+def _takes(scheme: Scheme, path: Path, site: Site | None, rows: int) -> bool:
     if scheme.pattern is not None:
-        return matches(scheme, path)
+        return matches(scheme, "/".join(path))
     if site is None or site.kind != "dense" or site.layout is None:
         return False
     return site.outputs != rows and not isinstance(site.rule, Full)
@@ -123,12 +118,6 @@ def _takes(scheme: Scheme, path: str, site: Site | None, rows: int) -> bool:
 def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) -> None:
     name = rule_name(scheme)
     if scheme.pattern is not None:
-        taken = [p for p in leaves if matches(scheme, "/".join(p))]
-        if taken:
-            raise ValueError(
-                f"{name} is left with no leaf: earlier schemes take all {len(taken)} that it "
-                "matches. The first match wins; reorder the schemes or drop this one."
-            )
         raise ValueError(
             f"{name} matches no leaf of `params`. "
             + explain_no_match(scheme.pattern, ["/".join(path) for path in leaves])
@@ -140,7 +129,7 @@ def _raise_idle(scheme: Scheme, leaves: dict[Path, Any], sites: Sites | None) ->
         )
     raise ValueError(
         f"{name} takes every dense site but the head, and leaves that are trained in full, but "
-        "`sites` has none that an earlier scheme does not take. Name leaves by a pattern."
+        "`sites` has none. Name leaves by a pattern."
     )
 
 
@@ -159,11 +148,6 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
     shape = tuple(jnp.shape(x))
     if len(shape) < 2 or 0 in shape:
         raise ValueError(f"{name} of shape {shape}, which is no matrix. Narrow the pattern.")
-    if site is not None and isinstance(site.rule, Full):
-        raise ValueError(
-            f"{name}, which {rule_name(site.rule)} trains in full: trained leaves must not be "
-            f"quantized. Give {type(scheme).__name__} a pattern that leaves it out."
-        )
     layout, kind = (None, None) if site is None else (site.layout, site.kind)
     if layout is None:
         *stack, i, o = range(len(shape))

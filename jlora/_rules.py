@@ -95,25 +95,16 @@ class Slots:
     axis: int = 0
 
     def __post_init__(self) -> None:
-        if not is_int(self.count) or self.count < 1:
-            raise ValueError(
-                f"`count` of Slots must be an integer of at least 1; got {self.count!r}."
-            )
-        if not isinstance(self.chosen, Sequence) or not all(map(is_int, self.chosen)):
-            raise TypeError(f"`chosen` of Slots must be a tuple of integers; got {self.chosen!r}.")
-        chosen = tuple(self.chosen)
-        object.__setattr__(self, "chosen", chosen)
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(
-                f"`chosen` of Slots must name distinct slots, at least one; got {chosen}."
-            )
-        wrong = [c for c in chosen if not 0 <= c < self.count]
-        if wrong:
-            raise ValueError(
-                f"`chosen` of Slots must lie in [0, {self.count}), the slots; got {wrong}."
-            )
-        if not is_int(self.axis):
-            raise TypeError(f"`axis` of Slots must be an integer; got {self.axis!r}.")
+        count, chosen = self.count, self.chosen
+        check_field(self, "count", is_int(count) and count >= 1, "be an integer of at least 1")
+        are_integers = isinstance(chosen, Sequence) and all(map(is_int, chosen))
+        check_field(self, "chosen", are_integers, "be a tuple of integers", TypeError)
+        object.__setattr__(self, "chosen", tuple(chosen))
+        are_distinct = 0 < len(set(chosen)) == len(chosen)
+        check_field(self, "chosen", are_distinct, "name distinct slots, at least one")
+        are_slots = all(0 <= c < count for c in chosen)
+        check_field(self, "chosen", are_slots, f"lie in [0, {count}), the slots")
+        check_field(self, "axis", is_int(self.axis), "be an integer", TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,9 +251,24 @@ def check_pattern(rule: Any, pattern: Any) -> None:
         raise ValueError(f"`pattern` {pattern!r} is not a regular expression: {e}.") from None
 
 
+def check_field(
+    rule: Any, name: str, holds: bool, must: str, error: type[Exception] = ValueError
+) -> None:
+    """Raises `error` unless the field `name` of a rule, or of its slots, `holds` what it must."""
+    if not holds:
+        owner = rule_name(rule) if hasattr(rule, "pattern") else type(rule).__name__
+        raise error(f"`{name}` of {owner} must {must}; got {getattr(rule, name)!r}.")
+
+
 def is_int(x: Any) -> bool:
     """Whether `x` is an integer, not a boolean."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def check_int(what: str, n: Any, least: int) -> None:
+    """Raises unless `n`, which the error calls `what`, is an integer of at least `least`."""
+    if not is_int(n) or n < least:
+        raise ValueError(f"{what} must be an integer of at least {least}; got {n!r}.")
 
 
 def is_finite(x: Any) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapters import change_of, is_node, is_registered, lengths
+from ._adapters import is_node, is_registered, lengths, weight_of
 from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
 from ._find_sites import Traced, find_sites
 from ._foreign import advised, check_apply_fn
 from ._keys import check_key, fold
-from ._match import match, wanted
+from ._match import match
 from ._quantized import is_quantized
 from ._rules import Rule, misplaced, rule_name
 from ._sites import Sites
@@ -112,8 +112,7 @@ def _find(
     kwargs: dict[str, Any],
 ) -> tuple[Sites, Traced]:
     with advised(apply_fn, params):
-        takes = functools.partial(wanted, rules)
-        sites, traced = find_sites(apply_fn, params, args, kwargs, takes)
+        sites, traced = find_sites(apply_fn, params, args, kwargs, rules)
     return match(sites, rules), traced
 
 
@@ -158,7 +157,8 @@ def _init(
             w, adapter[site.parts] = site.rule.start(fold(key, site.parts), w, site)
         base.append(w)
     adapter = nest(adapter)
-    traced.check(dict(leaves_by_path(dropout(adapter, key), is_node)))
+    found = leaves_by_path(dropout(adapter, key), is_node)
+    traced.check({path: x for path, x in found if is_node(x)})
     return jax.tree.unflatten(tree, base), adapter
 
 
@@ -217,10 +217,8 @@ def _is_weight(x: Any) -> bool:
 def _weight(leaf: Any, path: str) -> Weight:
     if is_quantized(leaf):
         return leaf_weight(leaf, Change(), path, materialize=True)
-    w, node = leaf.base, leaf.delta
-    w = w if is_quantized(w) else jnp.asarray(w)
-    change = change_of(node, w, path)
-    return leaf_weight(w, change, path, node.materialize)
+    w = leaf.base if is_quantized(leaf.base) else jnp.asarray(leaf.base)
+    return weight_of(leaf.delta, w, path)
 
 
 def dropout(adapter: PyTree, key: jax.Array) -> PyTree:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey
 
 from ._adapters import is_node, misfit, state
 from ._quantized import is_quantized
@@ -45,20 +45,9 @@ def flatten(tree: PyTree) -> tuple[list[Any], Any]:
 
 
 def _strings(path: tuple[Any, ...], only: bool) -> Path:
-    parts = tuple(_part(key) for key in path)
+    parts = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
     is_variable = len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value"
     return parts[:-1] if is_variable and only else parts
-
-
-def _part(key: Any) -> str:
-    match key:
-        case DictKey() | FlattenedIndexKey():
-            return str(key.key)
-        case SequenceKey():
-            return str(key.idx)
-        case GetAttrKey():
-            return key.name
-    return str(key)
 
 
 def name_of(path: Path) -> str:

@@ -70,6 +70,12 @@ def some(rows: Iterable[Any], *daily: Any) -> list[Any]:
     return [x if x in daily else pytest.param(x, marks=pytest.mark.slow) for x in rows]
 
 
+def some_rows(rows: Iterable[tuple[Any, ...]], *daily: tuple[Any, ...]) -> list[Any]:
+    """The values of several parameters, of which all but `daily` are for the long run."""
+    marks = pytest.mark.slow
+    return [pytest.param(*x, marks=() if x in daily else marks) for x in rows]
+
+
 def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:
     """Parametrizes by (provoke, error, message) over a table of calls by error and message."""
     rows = [(f, error, message) for error, found in table.items() for message, f in found.items()]

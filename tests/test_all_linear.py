@@ -26,7 +26,7 @@ PARAMS = {"head": jnp.ones((16, 2)), "layer": jnp.ones((16, 16))}
 def test_the_rank_is_clipped_and_the_scale_is_kept(rslora):
     rule = LoRA(rank=8, alpha=16, rslora=rslora)
     lora = jlora.transform(head_of_two, rule)
-    _, adapter = lora.init(KEY, PARAMS, X)
+    _, adapter = jax.eval_shape(lora.init, KEY, PARAMS, X)
     assert adapter["layer"].a.shape == (16, 8)
     assert adapter["head"].a.shape == (16, 1)
     assert adapter["head"].scale == pytest.approx(rule.scale)
@@ -70,9 +70,9 @@ FUSED = Slots(2, (1,))
 )
 def test_no_more_is_trained_than_a_weight_has(rule, model, shape, rank):
     """But at rank 1; of slots, than those that are adapted. A named rule has the rank it says."""
-    params, x = {"w": jnp.ones(shape)}, jnp.ones((3, shape[-2]))
+    params, x = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, jnp.ones((3, shape[-2]))
     lora = jlora.transform(model, rule)
-    _, adapter = lora.init(KEY, params, x)
+    _, adapter = jax.eval_shape(lora.init, KEY, params, x)
     site = lora.sites(params, x)["w"]
     assert adapter["w"].a.shape[-1] == site.rule.rank == rank
     assert adapter["w"].scale == pytest.approx(rule.scale)
@@ -81,12 +81,6 @@ def test_no_more_is_trained_than_a_weight_has(rule, model, shape, rank):
     assert rank == 1 or site.trainable <= site.size / share
     named = dataclasses.replace(rule, pattern="w", rank=min(rule.rank, min(shape[-2:]) // share))
     assert jlora.transform(model, named).sites(params, x)["w"].rule == named
-
-
-def test_a_named_rule_is_not_clipped():
-    lora = jlora.transform(head_of_two, LoRA("head", rank=8))
-    with pytest.raises(ValueError, match=r"`rank` of LoRA\('head'\) is 8, above .* = 2 of 'head'"):
-        lora.init(KEY, PARAMS, X)
 
 
 def weight_norm(p, x):
@@ -167,7 +161,6 @@ def test_what_is_an_activation_is_listed_without_a_warning():
 
 def test_full_leaf_that_is_not_used():
     lora = jlora.transform(head_of_two, LoRA("layer"), jlora.Full("spare"))
-    with pytest.raises(
-        ValueError, match=r"Full\('spare'\) matches 'spare' of shape \(3,\), which "
-    ):
+    message = r"Full\('spare'\) matches 'spare' of shape \(3,\), which "
+    with pytest.raises(ValueError, match=message):
         lora.init(KEY, PARAMS | {"spare": jnp.ones(3)}, X)

@@ -378,7 +378,8 @@ LIES = [
     (state(blocksize=63), f"{STATE}: `blocksize` is 63"),
     (state(blocksize=True), f"{STATE}: `blocksize` is True"),
     (state(blocksize=10**30), f"{STATE}: `blocksize` is 1000000000"),
-    (state(shape=[ROWS, COLUMNS + 1]), f"{STATE}: `shape` is [64, 129]"),
+    (state(shape=[ROWS]), f"{STATE}: `shape` is [64]"),
+    (state(shape=[COLUMNS, ROWS]), "up.weight: expected shape (64, 128), got (128, 64)"),
     (state(dtype="int8"), f"{STATE}: `dtype` is 'int8'"),
     (state(dtype=None), f"{STATE}: `dtype` is None"),
     (state(nested_offset="x"), f"{STATE}: `nested_offset` is 'x'"),
@@ -434,7 +435,7 @@ def groups_of(*sizes):
 CONFIGURATIONS = [
     ("gptq", {"bits": 3}, "`bits` of the quantization: expected 4 or 8, got 3"),
     ("gptq", {"bits": True}, "`bits` of the quantization: expected 4 or 8, got True"),
-    ("gptq", {"bits": 8}, "h.0.up.qweight: expected I32 of shape (32, 64), got I32 (16, 64)"),
+    ("gptq", {"bits": 8}, "h.0.up.qzeros: expected I32 of shape (4, 16), got I32 (4, 8)"),
     ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, "`format` of the quantization: ex"),
     ("compressed-tensors", {"format": "marlin-24"}, "naive-quantized, pack-quantized; got 'marlin"),
     (

@@ -12,7 +12,7 @@ import random
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import click.testing
@@ -25,6 +25,8 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora import checkpoint, peft
 from jlora._cli._app import cli
+from jlora.checkpoint._meta import digest
+from jlora.peft.adapter._config import DEFAULTS
 
 Folder = pathlib.Path
 PREFIX = "base_model.model."
@@ -37,7 +39,7 @@ WILD: list[Any] = [
 DEEP = ["[" * 10**5, '{"a":' * 10**5, '{"r": NaN}', '{"r": 1e999}', '{"r": -Infinity}', "", "\xff"]
 
 
-def write_adapter(folder: Folder, **fields: Any) -> Folder:
+def write_adapter(folder: Folder) -> None:
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     tensors = {}
@@ -46,11 +48,10 @@ def write_adapter(folder: Folder, **fields: Any) -> Folder:
         tensors[f"{PREFIX}h.{i}.q.lora_B.weight"] = draw.standard_normal((4, 2), np.float32)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
-    return folder
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def write_model(folder: Folder) -> Folder:
+def write_model(folder: Folder) -> None:
     folder.mkdir(parents=True)
     draw, index = np.random.default_rng(1), {}
     for i, file in enumerate(SHARDS):
@@ -59,7 +60,6 @@ def write_model(folder: Folder) -> Folder:
         index |= dict.fromkeys(tensors, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / "config.json").write_text(json.dumps({"model_type": "x"}))
-    return folder
 
 
 def merged(folder: Folder) -> dict[str, bytes]:
@@ -83,59 +83,36 @@ def watched(folder: Folder, out: Folder) -> Iterator[None]:
     assert after == before
 
 
-# --------------------------------------------------------------------------------- configurations
+def rewrite(draw: random.Random, path: Folder, kind: str, fields: Any) -> None:
+    """Writes JSON, or what is none."""
+    text = draw.choice(DEEP) if kind == "text" else json.dumps(fields)
+    path.write_bytes(text.encode("latin-1", "replace"))
 
 
 def lie_in_config(draw: random.Random, folder: Folder) -> None:
     path = folder / "a" / "adapter_config.json"
     fields = json.loads(path.read_text())
     kind = draw.choice(["field", "field", "field", "nested", "text", "missing", "long"])
-    known = [*fields, *peft_fields()]
+    known = draw.choice([*fields, *DEFAULTS])
     if kind == "field":
-        fields[draw.choice(known)] = draw.choice(WILD)
+        fields[known] = draw.choice(WILD)
     elif kind == "nested":
-        fields[draw.choice(known)] = {str(draw.choice(WILD)): draw.choice(WILD) for _ in range(3)}
+        fields[known] = {str(draw.choice(WILD)): draw.choice(WILD) for _ in range(3)}
     elif kind == "missing":
         del fields[draw.choice(list(fields))]
     elif kind == "long":
-        fields[draw.choice(known)] = [
-            str(i) + "q" for i in range(draw.choice([100, 10_000, 20_000]))
-        ]
-    text = draw.choice(DEEP) if kind == "text" else json.dumps(fields)
-    path.write_bytes(text.encode("latin-1", "replace"))
-
-
-def peft_fields() -> list[str]:
-    from jlora.peft.adapter._config import DEFAULTS
-
-    return list(DEFAULTS)
-
-
-# ---------------------------------------------------------------------------------------- indices
+        fields[known] = [f"{i}q" for i in range(draw.choice([100, 10_000, 20_000]))]
+    rewrite(draw, path, kind, fields)
 
 
 def lie_in_index(draw: random.Random, folder: Folder) -> None:
-    base = folder / "base"
-    path = base / INDEX
+    path = folder / "base" / INDEX
     index = json.loads(path.read_text())
     where = index["weight_map"]
     name, other = draw.sample(sorted(where), 2)
-    kind = draw.choice(
-        [
-            "file",
-            "swap",
-            "drop",
-            "add",
-            "link",
-            "gone",
-            "cut",
-            "text",
-            "twice",
-            "folder",
-            "metadata",
-        ]
-    )
-    outside = folder / "outside.safetensors"
+    kinds = "file swap drop add link gone cut text twice folder metadata"
+    kind = draw.choice(kinds.split())
+    outside, shard = folder / "outside.safetensors", path.parent / draw.choice(SHARDS)
     if kind == "file":
         where[name] = draw.choice([*WILD, f"../{outside.name}", str(outside), f"./{SHARDS[0]}"])
     elif kind == "swap":
@@ -144,23 +121,19 @@ def lie_in_index(draw: random.Random, folder: Folder) -> None:
         del where[name]
     elif kind == "add":
         where[draw.choice(["x.weight", "", "../x", name + "\0"])] = draw.choice(SHARDS)
-    elif kind == "twice":
-        shutil.copy(base / SHARDS[0], base / SHARDS[1])
     elif kind == "metadata":
         index[draw.choice(["metadata", "weight_map", "x"])] = draw.choice(WILD)
-    text = draw.choice(DEEP) if kind == "text" else json.dumps(index)
-    path.write_bytes(text.encode("latin-1", "replace"))
-    shard = base / draw.choice(SHARDS)
-    if kind == "link":
-        shard.unlink()
-        shard.symlink_to(draw.choice([outside, "/dev/zero", "/etc/passwd", shard, "nowhere"]))
-    elif kind == "gone":
-        shard.unlink()
+    rewrite(draw, path, kind, index)
+    if kind == "twice":
+        shutil.copy(path.parent / SHARDS[0], path.parent / SHARDS[1])
     elif kind == "cut":
         os.truncate(shard, draw.randrange(shard.stat().st_size))
-    elif kind == "folder":
+    elif kind in ("link", "gone", "folder"):
         shard.unlink()
-        shard.mkdir()
+        if kind == "link":
+            shard.symlink_to(draw.choice([outside, "/dev/zero", "/etc/passwd", shard, "nowhere"]))
+        elif kind == "folder":
+            shard.mkdir()
 
 
 def merge_or_refuse(folder: Folder, expected: dict[str, bytes], exact: bool) -> bool:
@@ -229,8 +202,6 @@ def lie_in_orbax(draw: random.Random, folder: Folder) -> None:
 
 def edit_metadata(draw: random.Random, path: Folder) -> None:
     """Another value somewhere, and the hash that fits it."""
-    from jlora.checkpoint._meta import digest
-
     fields = json.loads(path.read_text())
     at: Any = fields
     while True:
@@ -239,8 +210,7 @@ def edit_metadata(draw: random.Random, path: Folder) -> None:
             break
         at = at[key]
     at[key] = draw.choice(WILD)
-    fields["sha256"] = digest(fields)
-    path.write_text(json.dumps(fields))
+    path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
 
 
 def restore_or_refuse(folder: Folder, base: Any, adapter: Any) -> bool:
@@ -258,8 +228,6 @@ def restore_or_refuse(folder: Folder, base: Any, adapter: Any) -> bool:
 
 @pytest.mark.parametrize("size", [1e300, -1, 2**70, True, "2", None])
 def test_a_shape_that_is_none(size: Any, saved: Any, tmp_path: Folder) -> None:
-    from jlora.checkpoint._meta import digest
-
     folder = shutil.copytree(saved[0], tmp_path / "a")
     path = folder / "jlora" / "metadata"
     fields = json.loads(path.read_text())
@@ -272,47 +240,47 @@ def test_a_shape_that_is_none(size: Any, saved: Any, tmp_path: Folder) -> None:
 # ------------------------------------------------------------------------------------- campaigns
 
 
-def campaign(
-    seeds: range, root: Folder, lie: Callable[[random.Random, Folder], None], exact: bool
-) -> int:
-    """Merges with lies; gives how often it was right in spite of one."""
-    write_model(root / "whole" / "base")
-    write_adapter(root / "whole" / "a")
-    peft.export_merged(root / "whole" / "base", root / "whole" / "a", root / "whole" / "out")
-    expected, right = merged(root / "whole" / "out"), 0
-    shutil.rmtree(root / "whole" / "out")
-    save_file({"x.weight": np.ones((4, 6), np.float32)}, root / "whole" / "outside.safetensors")
-    for seed in seeds:
-        folder = root / str(seed)
-        shutil.copytree(root / "whole", folder)
+def campaign(count: int, whole: Folder, root: Folder, lie: Any, answer: Any) -> None:
+    """Copies of a folder with a lie in each: some are answered, right in spite of it."""
+    right = 0
+    for seed in range(count):
+        folder = shutil.copytree(whole, root / str(seed))
         lie(random.Random(seed), folder)
         with watched(folder, folder / "out"):
-            right += merge_or_refuse(folder, expected, exact)
+            right += answer(folder)
         shutil.rmtree(folder)
-    return right
+    assert 0 < right < count
+
+
+def counts(daily: int) -> Any:
+    return pytest.mark.parametrize("count", [daily, pytest.param(10_000, marks=pytest.mark.slow)])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, dict[str, bytes]]:
+    """An adapter in PEFT's form and a checkpoint of its model, and what they are merged."""
+    folder = tmp_path_factory.mktemp("peft")
+    write_model(folder / "base")
+    write_adapter(folder / "a")
+    peft.export_merged(folder / "base", folder / "a", folder / "out")
+    expected = merged(folder / "out")
+    shutil.rmtree(folder / "out")
+    save_file({"x.weight": np.ones((4, 6), np.float32)}, folder / "outside.safetensors")
+    return folder, expected
 
 
 @pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
-@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_configurations(count: int, tmp_path: Folder) -> None:
-    assert 0 < campaign(range(count), tmp_path, lie_in_config, False) < count
-
-
-@pytest.mark.parametrize("count", [80, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_indices(count: int, tmp_path: Folder) -> None:
-    assert 0 < campaign(range(count), tmp_path, lie_in_index, True) < count
+@counts(40)
+@pytest.mark.parametrize("lie", [lie_in_config, lie_in_index])
+def test_merging(lie: Any, count: int, tmp_path: Folder, whole: Any) -> None:
+    folder, expected = whole
+    answer = lambda copy: merge_or_refuse(copy, expected, lie is lie_in_index)  # noqa: E731
+    campaign(count, folder, tmp_path, lie, answer)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("count", [40, pytest.param(10_000, marks=pytest.mark.slow)])
+@counts(30)
 def test_orbax(count: int, tmp_path: Folder, saved: Any) -> None:
     folder, base, adapter = saved
-    right = 0
-    for seed in range(count):
-        copy = tmp_path / str(seed)
-        shutil.copytree(folder, copy)
-        lie_in_orbax(random.Random(seed), copy)
-        with watched(copy, tmp_path / "out"):
-            right += restore_or_refuse(copy, base, adapter)
-        shutil.rmtree(copy)
-    assert 0 < right < count
+    answer = lambda copy: restore_or_refuse(copy, base, adapter)  # noqa: E731
+    campaign(count, folder, tmp_path, lie_in_orbax, answer)

@@ -432,7 +432,7 @@ def test_what_is_no_checkpoint_is_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="but it is no folder, or an empty one"):
         checkpoint.read(tmp_path / "text" / "adapter_config.json")
     edit(path, step=8)
-    with pytest.raises(ValueError, match=r"the metadata of .* are damaged: their hash is another"):
+    with pytest.raises(ValueError, match=r"metadata of .* are damaged \(ValueError: their hash"):
         checkpoint.read(path)
     edit(path, format=3)
     with pytest.raises(ValueError, match=r"has format 3; .* reads formats 1 to 2\. Update jlora"):

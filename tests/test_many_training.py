@@ -529,7 +529,7 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         "many.optimizer needs the table: call update(grads, state, table).": lambda: step(
             table=None
         ),
-        "`slots` must lie in [0, 3), the slots of the table; got [0, 3].": lambda: many.stop(
+        "`slots` must lie in [0, 3), the slots of the table; got 3.": lambda: many.stop(
             STATE, [0, 3]
         ),
     },

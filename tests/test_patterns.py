@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from own_methods import Gain
-from small import exactly
+from small import exactly, some_rows
 
 import jlora
 from jlora import NF4, DoRA, Full, LoRA, Rows
@@ -85,8 +85,14 @@ TAKERS: dict[str, Callable[[str], Sequence[str]]] = {
 }
 
 
-@pytest.mark.parametrize("pattern", list(PATTERNS))
-@pytest.mark.parametrize("taker", list(TAKERS))
+def each(patterns: dict[str, Any], *daily: str) -> Any:
+    """Each taker with each pattern; every day LoRA with all, and all with the patterns `daily`."""
+    rows = [(taker, pattern) for taker in TAKERS for pattern in patterns]
+    chosen = [row for row in rows if row[0] == "LoRA" or row[1] in daily]
+    return pytest.mark.parametrize(("taker", "pattern"), some_rows(rows, *chosen))
+
+
+@each(PATTERNS, "head", "(?i)(?s)HEAD|QUERY")
 def test_whole_components(taker: str, pattern: str) -> None:
     """Rules, schemes and allocations agree."""
     assert sorted(TAKERS[taker](pattern)) == sorted(PATHS[i] for i in PATTERNS[pattern])
@@ -112,8 +118,7 @@ INSIDE = {  # a pattern, where it is found, and what is advised
 }
 
 
-@pytest.mark.parametrize("taker", ["LoRA", "DoRA", "Rows", "Full", "Gain", "NF4", "allocate"])
-@pytest.mark.parametrize("pattern", list(INSIDE))
+@each(INSIDE, "hea")
 def test_a_pattern_inside_of_components(taker: str, pattern: str) -> None:
     """Where it is found, and a pattern that takes those leaves."""
     names, better = INSIDE[pattern]

@@ -23,12 +23,13 @@ from safetensors.numpy import save_file
 from jlora import peft
 from jlora.peft import _file
 from jlora.peft._checkpoint import open_checkpoint
+from jlora.peft._problems import Problems
 from jlora.peft.adapter import _patterns
 from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Patterns
 from jlora.peft.adapter._select import Selection
+from jlora.peft.merge import _ties
 from jlora.peft.merge._renaming import _counts, views
-from jlora.peft.merge._ties import copies
 
 Folder = pathlib.Path
 PREFIX = "base_model.model."
@@ -382,20 +383,21 @@ def test_a_gguf_file_claims_much(claim: str, counts: tuple[int, int], tmp_path: 
         peft.load_base(path, [peft.Name("w", "w", "io")], like={"w": ONE})
 
 
-def test_copies_are_read_once(tmp_path: Folder) -> None:
+def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """400 embeddings and 400 heads: each is read once, not once a pair."""
     tables = {f"m{i}.embed_tokens.weight": np.full((3, 2), i, np.float32) for i in range(400)}
     heads = {f"m{i}.lm_head.weight": np.full((3, 2), i, np.float32) for i in range(400)}
     folder = base(tmp_path / "b", tables | heads, **HEADED, vocab_size=3)
     every, read = tables | heads, list[str]()
 
-    def digest(name: str) -> bytes:
+    def digest(_: object, name: str) -> bytes:
         read.append(name)
         return every[name].tobytes()
 
-    found = list(copies(open_checkpoint(folder), tables.keys(), digest))
-    assert {other: copied for other, _, copied in found} == dict(zip(heads, tables, strict=True))
-    assert all(sorted(own) == sorted(tables) for _, own, _ in found)
+    monkeypatch.setattr(_ties, "_digest", digest)
+    edits: dict[str, Any] = {name: object() for name in tables}
+    found = _ties.with_copies(open_checkpoint(folder), edits, Problems(""))
+    assert [found[head] for head in heads] == list(edits.values())
     assert sorted(read) == sorted(every)
 
 

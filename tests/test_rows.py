@@ -1,6 +1,5 @@
-"""Rows: the laws on every embedding, the table itself, and what is refused."""
+"""Rows: the table itself, and what is refused."""
 
-import dataclasses
 import re
 from typing import Any
 
@@ -9,54 +8,11 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from cases import CASES, Case, Problem
-from jax.sharding import PartitionSpec as P
+from small import each_refusal, exactly, some
 
 import jlora
-from jlora import Full, LoRA, Rows, arithmetic, checkpoint
+from jlora import LoRA, Rows, arithmetic
 from jlora.types import Replaced
-
-DAILY = ("row_looked_up_under_vmap",)
-
-
-def tables(problem: Problem) -> list[jlora.types.Site]:
-    """The sites that are embeddings."""
-    sites = jlora.transform(problem.apply).sites(problem.params, *problem.args, **problem.kwargs)
-    return [s for s in sites if s.kind == "embed" and s.layout and len(s.layout.inputs) == 1]
-
-
-def with_rows(case: Case) -> Case:
-    """A case whose embeddings have rows trained, and which keeps its rules for the rest."""
-    found = tables(case.build(jnp.float32))
-    rules = []
-    for site in found:
-        [axis] = site.layout.inputs
-        n = site.shape[axis]
-        rules.append(Rows(f"^{re.escape(site.path)}$", list(dict.fromkeys((n - 1, 0, n // 2)))))
-    rest = [r for r in case.rules if isinstance(r, Full)]
-    return dataclasses.replace(case, rules=(*rules, *rest) if rules else ())
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, id=c.name, marks=[] if c.name in DAILY else [pytest.mark.slow])
-        for c in CASES
-        if c.sites and c.subject in ("lookup", "model", "no_site")
-    ],
-)
-def test_laws(case: Case) -> None:
-    """Those of LoRA itself, at the start exactly the base, of each case with an embedding."""
-    case = with_rows(case)
-    if not case.rules:
-        pytest.skip("no embedding")
-    with laws.precision(case, jnp.float32) as tolerance:
-        made = laws.make(case, jnp.float32)
-        laws.hold(made, tolerance, every_law=True)
-        laws.quantized_is_dequantized(made, max(tolerance, 1e-5))
-
-
-# ------------------------------------------------------------------------------------- the table
 
 IDS = jnp.array([[3, 0, 6], [5, 5, 1]])
 NEW = (6, 1, 3)
@@ -70,7 +26,7 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def made() -> tuple[Any, ...]:
     """Transform, base and random adapter of a tied model."""
     params = {"table": normal(0, 7, 4), "w": normal(1, 4, 4)}
@@ -91,15 +47,8 @@ def test_merged(dtype: Any) -> None:
     np.testing.assert_allclose(merged[list(NEW)].astype(np.float32), node.v, rtol=eps, atol=4e-7)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "jit"),
-    [
-        (jnp.bfloat16, True),
-        pytest.param(jnp.float32, False, marks=pytest.mark.slow),
-        pytest.param(jnp.float32, True, marks=pytest.mark.slow),
-        pytest.param(jnp.bfloat16, False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("jit", some([True, False], True))
+@pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16], jnp.bfloat16))
 def test_other_rows_are_looked_up_as_they_are(dtype: Any, jit: bool) -> None:
     base = {"table": normal(0, 64, 4, dtype=dtype).at[0, 0].set(-0.0)}
     lora = jlora.transform(lambda p, ids: p["table"][ids], Rows("table", range(20, 60)))
@@ -139,11 +88,12 @@ def test_beside_all_linear(made: Any) -> None:
     assert jlora.labels(adapter)["table"].v == "rows"
     assert jlora.count(adapter) == sites.trainable == 2 * 4 + 2 * (4 + 4)
     adapter = laws.randomize(adapter)
-    expected = model(jlora.merge(base, adapter), IDS)
-    np.testing.assert_allclose(lora.apply(base, adapter, IDS), expected, rtol=1e-4, atol=1e-5)
+    expected = jax.jit(model)(jlora.merge(base, adapter), IDS)
+    actual = jax.jit(lora.apply)(base, adapter, IDS)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", [jlora.Int8, pytest.param(jlora.NF4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", some([jlora.Int8, jlora.NF4], jlora.Int8))
 def test_of_a_quantized_table_only_the_rows_are_unpacked(scheme: Any) -> None:
     """Whose blocks run along its rows, as they do where `quantize` is told that it is a table."""
     params = {"table": normal(0, 256, 64)}
@@ -156,23 +106,6 @@ def test_of_a_quantized_table_only_the_rows_are_unpacked(scheme: Any) -> None:
     assert "f32[256,64]" not in str(jaxpr(base["table"], adapter["table"]))
 
 
-def test_lies_as_the_base(made: Any) -> None:
-    _, _, adapter = made
-    found = jlora.sharding.specs({"table": P("vocabulary", "d"), "w": P()}, adapter)["table"]
-    assert found.v == P(None, "d")
-
-
-def test_saved_and_restored(made: Any, tmp_path: Any) -> None:
-    _, base, adapter = made
-    rules = (Rows("table", range(3, 6)), LoRA(rank=2))
-    checkpoint.save(tmp_path / "a", adapter, rules, base=base)
-    assert checkpoint.read(tmp_path / "a").rules == rules
-    for like in (None, adapter):
-        restored = checkpoint.restore(tmp_path / "a", like=like, base=base)
-        assert jax.tree.structure(restored) == jax.tree.structure(adapter)
-        jax.tree.map(np.testing.assert_array_equal, restored, adapter)
-
-
 def test_print(made: Any) -> None:
     _, _, adapter = made
     assert repr(adapter["table"]) == "Replaced(v=float32[3,4], rows=(6, 1, 3))"
@@ -182,97 +115,73 @@ def test_print(made: Any) -> None:
     assert repr(many) == "Replaced(v=float32[9,2,4], rows=(10, 11, …, 59), stack=(0,))"
 
 
-def test_on_shapes(made: Any) -> None:
-    lora, base, adapter = made
-    shapes = jax.eval_shape(lambda: base)
-    found = jax.eval_shape(lora.init, jax.random.key(0), shapes, IDS)[1]
-    assert found["table"].v.shape == adapter["table"].v.shape
-    with pytest.raises(ValueError, match=r"`params` has a shape at 'table', but Rows\('table'"):
-        lora.init(jax.random.key(0), shapes, IDS)
-
-
-# -------------------------------------------------------------------------------------- refusals
-
-RULES: dict[str, tuple[Any, type[Exception], str]] = {
-    "text": ("12", TypeError, "`rows` of Rows('t') must be a list of integers; got '12'."),
-    "number": (3, TypeError, "`rows` of Rows('t') must be a list of integers; got 3."),
-    "floats": ([1.0], TypeError, "`rows` of Rows('t') must be a list of integers; got [1.0]."),
-    "none": ([], ValueError, "`rows` of Rows('t') must be at least one row."),
-    "negative": ([3, -1], ValueError, "`rows` of Rows('t') must be counted from 0; got -1."),
-    "twice": ([3, 1, 3], ValueError, "`rows` of Rows('t') must be distinct; got 3 more than once."),
+RULES: dict[type[Exception], dict[str, Any]] = {
+    TypeError: {
+        "`rows` of Rows('t') must be a list of integers; got '12'.": lambda: "12",
+        "`rows` of Rows('t') must be a list of integers; got 3.": lambda: 3,
+        "`rows` of Rows('t') must be a list of integers; got [1.0].": lambda: [1.0],
+    },
+    ValueError: {
+        "`rows` of Rows('t') must be at least one row.": list,
+        "`rows` of Rows('t') must be counted from 0; got -1.": lambda: [3, -1],
+        "`rows` of Rows('t') must be distinct; got 3 more than once.": lambda: [3, 1, 3],
+    },
 }
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_rules_are_checked(name: str) -> None:
-    rows, error, message = RULES[name]
-    with pytest.raises(error, match=re.escape(message)):
-        Rows("t", rows)
+@each_refusal(RULES)
+def test_rules_are_checked(provoke: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=exactly(message)):
+        Rows("t", provoke())
 
 
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        (
-            Rows("table", [6, 7, 9]),
-            "`rows` of Rows('table') must lie in [0, 7), the rows of 'table'; got 7, 9. Grow the "
-            "table first, to have rows for new tokens.",
-        ),
-        (
-            Rows("w", [1]),
-            "Rows('w') matches 'w', a dense site of shape (4, 4); it needs a table of which rows "
-            "are looked up. Narrow the pattern, or give the site a jlora.LoRA or a jlora.Full.",
-        ),
-    ],
-)
-def test_sites_are_checked(made: Any, rule: Rows, message: str) -> None:
+SITES = {
+    "`rows` of Rows('table') must lie in [0, 7), the rows of 'table'; got 7, 9. Grow the table "
+    "first, to have rows for new tokens.": lambda: Rows("table", [6, 7, 9]),
+    "Rows('w') matches 'w', a dense site of shape (4, 4); it needs a table of which rows are "
+    "looked up. Narrow the pattern, or give the site a jlora.LoRA or a jlora.Full.": (
+        lambda: Rows("w", [1])
+    ),
+}
+
+
+@each_refusal({ValueError: SITES})
+def test_sites_are_checked(made: Any, provoke: Any, error: Any, message: str) -> None:
     _, base, _ = made
-    with pytest.raises(ValueError, match=re.escape(message)):
-        jlora.transform(model, rule).init(jax.random.key(0), base, IDS)
+    with pytest.raises(error, match=exactly(message)):
+        jlora.transform(model, provoke()).init(jax.random.key(0), base, IDS)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rows": (6, 1, 7)}, "table: its `rows` must lie in [0, 7); got 7"),
-        ({"rows": (6, 1)}, "table: it has 2 `rows`, and values for 3"),
-        ({"rows": (6, 1, 1)}, "table: its `rows` must be distinct; got 1 more than once"),
-        ({"rows": "abc"}, "table: its `rows` must be a tuple of integers; got 'abc'"),
-        ({"rows": 3}, "table: its `rows` must be a tuple of integers; got 3"),
-        ({"rows": (6, 1, -1)}, "table: its `rows` must be counted from 0; got -1"),
-        (
-            {"layout": jlora.types.Layout((), (0, 1), ())},
-            "table: it must have one axis of inputs, got (0, 1)",
-        ),
-        ({"v": jnp.ones(())}, "table: it has 3 `rows`, and values for 0"),
-        ({"v": jnp.ones((3, 5))}, "table: a weight of shape (7, 4) needs V (3, 4), got (3, 5)"),
-    ],
-)
-def test_misfits_are_named(made: Any, change: dict[str, Any], message: str) -> None:
+MISFITS = {
+    "its `rows` must lie in [0, 7); got 7": lambda: {"rows": (6, 1, 7)},
+    "it has 2 `rows`, and values for 3": lambda: {"rows": (6, 1)},
+    "its `rows` must be distinct; got 1 more than once": lambda: {"rows": (6, 1, 1)},
+    "its `rows` must be a tuple of integers; got 'abc'": lambda: {"rows": "abc"},
+    "its `rows` must be a tuple of integers; got 3": lambda: {"rows": 3},
+    "its `rows` must be counted from 0; got -1": lambda: {"rows": (6, 1, -1)},
+    "it must have one axis of inputs, got (0, 1)": (
+        lambda: {"layout": jlora.types.Layout((), (0, 1), ())}
+    ),
+    "it has 3 `rows`, and values for 0": lambda: {"v": jnp.ones(())},
+    "a weight of shape (7, 4) needs V (3, 4), got (3, 5)": lambda: {"v": jnp.ones((3, 5))},
+}
+
+
+@each_refusal({ValueError: MISFITS})
+def test_misfits_are_named(made: Any, provoke: Any, error: Any, message: str) -> None:
     lora, base, adapter = made
-    with pytest.raises(ValueError, match=re.escape(message)):
-        lora.apply(base, {"table": adapter["table"]._replace(**change)}, IDS)
+    with pytest.raises(error, match=re.escape(f"  table: {message}\n")):
+        lora.apply(base, {"table": adapter["table"]._replace(**provoke())}, IDS)
 
 
-def test_unmerge_is_refused(made: Any) -> None:
-    _, base, adapter = made
-    message = (
-        "`unmerge` cannot take Replaced back at 'table': it depends on the weight before. Keep"
-    )
-    with pytest.raises(ValueError, match=message):
-        jlora.unmerge(jlora.merge(base, adapter), adapter)
+ELSEWHERE = {
+    "many": lambda adapter: jlora.many.stack([adapter]),
+    "add": lambda adapter: arithmetic.add([adapter, adapter]),
+    "scale": lambda adapter: arithmetic.scale(adapter, 2.0),
+}
 
 
-def test_a_table_of_adapters_is_refused(made: Any) -> None:
-    _, _, adapter = made
-    with pytest.raises(
-        ValueError, match="a table cannot hold what is at these paths:\n  table: is a R"
-    ):
-        jlora.many.stack([adapter])
-
-
-def test_arithmetic_is_refused(made: Any) -> None:
-    _, _, adapter = made
-    for f in (lambda: arithmetic.add([adapter, adapter]), lambda: arithmetic.scale(adapter, 2.0)):
-        with pytest.raises(ValueError, match=r"(?s):\n  table: is a Replaced\n"):
-            f()
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_for_low_rank_alone_is_refused(made: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=r"(?s):\n  table: is a Replaced"):
+        ELSEWHERE[name](made[2])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pickle
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import chex
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from cases import CASES, SUBJECTS, Case
+from cases import CASES, Case
 from sketch_models import MODELS, Model, matrices, normal, of_all
-from small import some
+from small import each_refusal, some
 
 import jlora
 from jlora import DoRA, Full, LoRA
@@ -28,10 +29,9 @@ def float64():
         yield
 
 
-def every(table: dict[str, Any], *daily: str) -> Any:
+def every(table: Iterable[Any], *daily: Any) -> Any:
     """Some rows of a table every day, the rest in the long run."""
-    marks = lambda name: [] if name in daily else [pytest.mark.slow]  # noqa: E731
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in table])
+    return pytest.mark.parametrize("name", some(table, *daily))
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
@@ -60,7 +60,7 @@ def whole(name: str, kind: str) -> tuple[Model, list[Any], jlora.types.Sketch]:
 once = functools.cache(whole)
 
 
-@every(MODELS, "groups")
+@every(MODELS, "fused")
 def test_inputs_are_those_of_all_batches(name: str) -> None:
     """V·diag(values²)·Vᵀ is the covariance as the model is written; V is orthonormal."""
     model, batches, found = once(name, "inputs")
@@ -93,31 +93,18 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 @every(MODELS, "groups")
 def test_gradient_is_that_of_all_batches(name: str) -> None:
-    check_gradient_of(*once(name, "gradient"))
-
-
-def check_gradient_of(model: Model, batches: list[Any], found: jlora.types.Sketch) -> None:
+    model, batches, found = once(name, "gradient")
     mean = lambda params: sum(model.loss(params, b) for b in batches) / 2  # noqa: E731
     check_gradient(found, by_path(jax.jit(jax.grad(mean))(model.params)), 1e-10)
 
 
-def case_table() -> list[Any]:
-    """Every case; of tied embeddings and of loops the first every day."""
-    rows = []
-    for subject in SUBJECTS:
-        fit = [
-            c for c in CASES if c.subject == subject and c.sites and c.grad and c.jit and c.float64
-        ]
-        for i, case in enumerate(fit):
-            daily = not case.slow and not i and subject == "lookup"
-            slow = [] if daily else [pytest.mark.slow]
-            rows.append(pytest.param(case, id=case.name, marks=slow))
-    return rows
+FIT = [c for c in CASES if c.sites and c.grad and c.jit and c.float64]
+TIED = next(c for c in FIT if c.subject == "lookup" and not c.slow)
 
 
-@pytest.mark.parametrize("case", case_table())
+@pytest.mark.parametrize("case", some(FIT, TIED), ids=lambda case: case.name)
 def test_gradient_of_the_cases(case: Case) -> None:
-    """Of every model of the tables, tied embeddings and control flow among them."""
+    """Of every model of the tables, control flow among them; of a lookup every day."""
     with laws.precision(case, jnp.float64):
         problem = case.build(jnp.float64)
 
@@ -141,7 +128,7 @@ def decaying(seed: int, n: int, m: int, power: float) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", some(["inputs", "gradient"], "inputs"))
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_few_of_many(kind: str) -> None:
     """Four of 64: values to 1e-3, and the rest as a whole to a tenth."""
     x = jnp.asarray(decaying(0, 200, 64, 0.6))
@@ -187,7 +174,7 @@ def attention(p: Any, batch: Any) -> jax.Array:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["inputs", pytest.param("gradient", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_padding_does_not_count(kind: str) -> None:
     params = {name: normal(i, 2, WIDTH, WIDTH) for i, name in enumerate("qkv")}
     x, lengths = normal(5, 2, 7, WIDTH), (7, 4)
@@ -215,14 +202,14 @@ def test_inputs_in_bfloat16() -> None:
     np.testing.assert_allclose(found.values, expected, rtol=1e-2)
 
 
-@every(MODELS, "groups")
+@every(MODELS, "fused")
 def test_what_observes_changes_nothing(name: str) -> None:
     """Not the loss, nor a gradient that passes through the sites."""
     model = MODELS[name]()
     batch = model.batch(1)
     sites = jlora.transform(model.loss, *model.rules).sites(model.params, batch)
     sketched, key = {s.path: kinds.Inputs.of(s, 2) for s in sites}, jax.random.key(0)
-    probes = {path: s.node(0, s.first_basis(0, key), key) for path, s in sketched.items()}
+    probes = {path: s.node(0, s.basis(0, False, None, key), key) for path, s in sketched.items()}
     f = lambda params: jax.value_and_grad(jlora.wrap(model.loss), argnums=1)(params, batch)  # noqa: E731
     actual, expected = jax.jit(f)(jlora.bind(model.params, probes)), jax.jit(f)(model.params)
     jax.tree.map(close, actual, expected)
@@ -232,7 +219,7 @@ def test_what_observes_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gradient", pytest.param("inputs", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_of_a_quantized_base(kind: str) -> None:
     """As of what its codes stand for."""
     model = layers_of(64, 32)
@@ -250,15 +237,8 @@ def layers_of(d: int, f: int) -> Model:
     return MODELS["scan"]()._replace(params=params, batch=lambda seed: normal(seed, 2, 9, d))
 
 
-@pytest.mark.parametrize(
-    ("kind", "packed"),
-    [
-        pytest.param("inputs", True, marks=pytest.mark.slow),
-        ("gradient", False),
-        pytest.param("inputs", False, marks=pytest.mark.slow),
-        pytest.param("gradient", True, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("packed", some([False, True], False))
+@pytest.mark.parametrize("kind", some(kinds.KINDS, "gradient"))
 def test_memory_is_that_of_a_training_step(kind: str, packed: bool) -> None:
     """Of a LoRA of as many columns; no gradient of the size of a W, nor another one."""
     d, f = 512, 256
@@ -269,7 +249,7 @@ def test_memory_is_that_of_a_training_step(kind: str, packed: bool) -> None:
         params = jlora.quantize(params, jlora.NF4("up|down"))
     sites = jlora.transform(model.loss, LoRA(rank=4)).sites(params, x)
     sketched, key = {s.path: kinds.KINDS[kind].of(s, 8) for s in sites}, jax.random.key(0)
-    probes = {path: s.node(0, s.first_basis(0, key), key) for path, s in sketched.items()}
+    probes = {path: s.node(0, s.basis(0, False, None, key), key) for path, s in sketched.items()}
     _, lora = jlora.transform(model.loss, LoRA(rank=24)).init(jax.random.key(0), params, x)
 
     def memory(adapter: Any) -> Any:
@@ -321,6 +301,9 @@ def test_lora_ga(name: str) -> None:
         close(b, v[:, 1:2] * values[:, 1:2, None] * b.shape[-1] ** 0.25 / 4)
 
 
+BOTH = pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
+
+
 @pytest.mark.slow
 def test_lora_ga_of_more_than_there_are() -> None:
     """Singular values that a small W has not are zero."""
@@ -337,7 +320,7 @@ def test_lora_ga_of_more_than_there_are() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
+@BOTH
 def test_a_start_leaves_the_sketch_to_the_next(start: Any, kind: str) -> None:
     """A training step that donates the adapter deletes nothing of the sketch."""
     params, rule, batches = LINEAR
@@ -370,16 +353,14 @@ def test_lora_ga_on_shapes() -> None:
 
 
 def test_table_and_tree() -> None:
-    model = MODELS["experts"]()
-    found = jlora.sketch(model.loss, model.params, model.rules, [model.batch(1)], kind="inputs")
-    site, header = "down", "site  matrices  inputs  outputs  components  largest  share"
+    *_, found = once("fused", "inputs")
     lines = str(found).splitlines()
-    assert lines[0] == header
-    assert re.fullmatch(rf"{site} +3 +5 +6 +2 +\S+ +\d\d\.\d%", lines[2]), lines[2]
+    assert lines[0] == "site  matrices  inputs  outputs  components  largest   share"
+    assert re.fullmatch(r"w +2 +6 +15 +5 +\S+ +\d\d\.\d%", lines[2]), lines[2]
     again = jax.tree.unflatten(jax.tree.structure(found), jax.tree.leaves(found))
     assert str(again) == str(found)
-    assert repr(found) == "Sketch(2 sites, kind='inputs')"
-    assert repr(found.sites["down"]).startswith("Spectrum(values=float64[3,2], total=float64[3], ")
+    assert repr(found) == "Sketch(1 sites, kind='inputs')"
+    assert repr(found.sites["w"]).startswith("Spectrum(values=float64[2,5], total=float64[2], ")
 
 
 # ---------------------------------------------------------------------------------------- refusals
@@ -398,48 +379,40 @@ def one(**changed: Any) -> Any:
     return jlora.sketch(changed.pop("loss", linear_loss), **given | changed)
 
 
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"kind": "weights"}, ValueError, "`kind` must be 'inputs' or 'gradient'; got 'weights'"),
-        ({"components": 0}, ValueError, "`components` must be an integer of at least 1; got 0"),
-        ({"passes": 1}, ValueError, "`passes` must be an integer of at least 2; got 1"),
-        ({"batches": []}, ValueError, "`batches` is empty"),
-        ({"batches": 3}, TypeError, "`batches` must be a list of batches; got 3"),
-        ({"batches": iter([np.eye(4)])}, TypeError, r"iterator, which ends after one. Give list"),
-        ({"loss": 3}, TypeError, "`loss` must be a function of parameters and a batch; got 3"),
-        ({"loss": lambda p, x: x @ p["w"]}, TypeError, r"return a scalar; got float64\[4,4\]"),
-        ({"rules": Full("w")}, ValueError, r"`rules` take no site by jlora.LoRA or jlora.DoRA"),
-        ({"batches": [np.nan * np.eye(4)]}, ValueError, "of 'w', its inputs, is not finite"),
-        (
-            {"batches": [np.ones((4, 4))]},
-            ValueError,
-            "nothing to sketch: of every site the inputs are all alike",
-        ),
-        ({"loss": lambda p, x: 0 * linear_loss(p, x)}, ValueError, "the loss depends on none"),
-        (
-            {"loss": lambda p, x: 0 * linear_loss(p, x), "kind": "gradient"},
-            ValueError,
-            "nothing to sketch: of every site the gradient is zero",
-        ),
-        (
-            {"loss": lambda p, x: jnp.sum(p["w"][x.astype(int)] ** 2)},
-            ValueError,
-            "and 'w' has none: its inputs are numbers of rows",
-        ),
-        (
-            {
-                "loss": lambda p, x: jnp.sum(jnp.sin(p["w"])),
-                "rules": LoRA("w", rank=1, materialize=True),
-            },
-            ValueError,
-            "and 'w' has none: W . ΔW is formed there",
-        ),
-    ],
-)
-def test_refused(changed: Any, error: Any, message: str) -> None:
+linear = functools.cache(lambda kind: one(kind=kind))  # that sketch, made once
+
+
+nothing = lambda p, x: 0 * linear_loss(p, x)  # noqa: E731
+looked_up = lambda p, x: jnp.sum(p["w"][x.astype(int)] ** 2)  # noqa: E731
+formed = lambda p, x: jnp.sum(jnp.sin(p["w"]))  # noqa: E731
+FORMING = LoRA("w", rank=1, materialize=True)
+REFUSED: dict[type[Exception], dict[str, Any]] = {
+    ValueError: {
+        "`kind` must be 'inputs' or 'gradient'; got 'weights'": {"kind": "weights"},
+        "`components` must be an integer of at least 1; got 0": {"components": 0},
+        "`passes` must be an integer of at least 2; got 1": {"passes": 1},
+        "`batches` is empty": {"batches": []},
+        "`rules` take no site by jlora.LoRA or jlora.DoRA": {"rules": Full("w")},
+        "of 'w', its inputs, is not finite": {"batches": [np.nan * np.eye(4)]},
+        "nothing to sketch: of every site the inputs are all": {"batches": [np.ones((4, 4))]},
+        "the loss depends on none": {"loss": nothing},
+        "nothing to sketch: of every site the gradient is": {"loss": nothing, "kind": "gradient"},
+        "and 'w' has none: its inputs are numbers of rows": {"loss": looked_up},
+        "and 'w' has none: W . ΔW is formed there": {"loss": formed, "rules": FORMING},
+    },
+    TypeError: {
+        "`batches` must be a list of batches; got 3": {"batches": 3},
+        "iterator, which ends after one. Give list": {"batches": iter([np.eye(4)])},
+        "`loss` must be a function of parameters and a batch; got 3": {"loss": 3},
+        r"return a scalar; got float64\[4,4\]": {"loss": lambda p, x: x @ p["w"]},
+    },
+}
+
+
+@each_refusal(REFUSED)
+def test_refused(provoke: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        one(**changed)
+        one(**provoke)
 
 
 def test_what_is_multiplied_with_another_weight_has_no_inputs() -> None:
@@ -451,12 +424,12 @@ def test_what_is_multiplied_with_another_weight_has_no_inputs() -> None:
     jlora.sketch(loss, params, rule, [np.eye(4)], kind="gradient")
 
 
-@pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
+@BOTH
 def test_starts_refuse(start: Any, kind: str) -> None:
     other = {"inputs": "gradient", "gradient": "inputs"}[kind]
-    found = one(kind=kind)
+    found = linear(kind)
     with pytest.raises(ValueError, match=f"must be of kind {kind!r}; got one of kind {other!r}"):
-        start(one(kind=other))
+        start(linear(other))
     with pytest.raises(TypeError, match=rf"`sketch` of {start.__name__} must be one from .*a dict"):
         start({})
 
@@ -474,11 +447,11 @@ def test_starts_refuse(start: Any, kind: str) -> None:
         init({"w": np.eye(4)}, LoRA("w", rank=3))
 
 
-@pytest.mark.parametrize(("start", "kind"), [(eva, "inputs"), (lora_ga, "gradient")])
+@BOTH
 def test_starts_are_pickled_with_their_sketch(start: Any, kind: str) -> None:
     """A rule, as a sweep sends it to its workers, starts A and B as it did."""
     params, _, [x] = LINEAR
-    rule = LoRA("w", rank=1, init=start(one(kind=kind)))
+    rule = LoRA("w", rank=1, init=start(linear(kind)))
     again = pickle.loads(pickle.dumps(rule))
     assert repr(again) == repr(rule)
     assert f"{start.__name__}(sketch=Sketch(1 sites, kind={kind!r})" in repr(rule)
@@ -506,7 +479,7 @@ def test_a_site_that_the_loss_does_not_see() -> None:
 
 
 def test_lora_ga_refuses_what_is_quantized() -> None:
-    found = one(kind="gradient")
+    found = linear("gradient")
     rule = LoRA("w", rank=1, init=lora_ga(found))
     base = jlora.quantize(LINEAR[0], jlora.Int8("w"))
     lora = jlora.transform(lambda p, x: x @ p["w"], rule)

@@ -14,14 +14,15 @@ from ._low_rank import LowRank as LowRank
 from ._low_rank import factor_shapes as factor_shapes
 from ._low_rank import stop_gradients as stop_gradients
 from ._low_rank import without_slots as without_slots
+from ._matrices import from_matrices as from_matrices
 from ._matrices import leading_axes as leading_axes
 from ._matrices import matrices as matrices
+from ._matrices import matrix_lengths as matrix_lengths
 from ._node import RULES as RULES
 from ._node import SLOTS as SLOTS
 from ._node import Node as Node
 from ._node import PartialWeightError as PartialWeightError
 from ._node import arrays as arrays
-from ._node import change_of as change_of
 from ._node import is_node as is_node
 from ._node import is_registered as is_registered
 from ._node import lengths as lengths
@@ -30,6 +31,7 @@ from ._node import misfit as misfit
 from ._node import register as register
 from ._node import state as state
 from ._node import static as static
+from ._node import weight_of as weight_of
 from ._node import weight_shape as weight_shape
 from ._probe import Probe as Probe
 from ._routed import Routed as Routed

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import _compat
 from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, letters, promote
 from .._rules import rule_name
 from .._types import Layout
@@ -21,7 +20,7 @@ from .._whole import check_whole
 from ._keywords import refuse_keywords_of_peft
 from ._lora import LoRA
 from ._low_rank import LowRank, stack_and_slots, without_slots
-from ._node import Axes, Node, PartialWeightError, register
+from ._node import Axes, Node, register
 
 
 @register
@@ -67,6 +66,10 @@ class Decomposed(Node):
         """What each axis of A, of B and of m follows."""
         axes = LowRank.axes(layout)
         return {"a": axes["a"], "b": axes["b"], "m": (*stack_and_slots(layout), *layout.outputs)}
+
+    def needs(self) -> dict[str, tuple[int, ...]]:
+        """All inputs, over which the norms are."""
+        return super().needs() | {"DoRA takes norms over all inputs of W": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:
         """The sum W + s·A·B, with the gain m / ‖W + s·A·B‖."""
@@ -213,16 +216,8 @@ def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squares + cross + square, least))
 
 
-def _check_whole(node: Decomposed, w: Any) -> None:
-    """Raises if an enclosing `shard_map` may have sharded the inputs of W, and so those of A."""
-    may_be_cut = _compat.may_be_cut_over
-    if axes := may_be_cut(w) & may_be_cut(node.a):
-        raise PartialWeightError("DoRA takes norms over all inputs of W", axes)
-
-
 def _gain(node: Decomposed, w: Any) -> jax.Array:
     """The gain m / n of each output; 1 in the slots that are not adapted."""
-    _check_whole(node, w)
     n = norms(*lax.stop_gradient((w, LowRank(node.a, node.b, node.scale, node.layout))))
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
     if node.layout.slots is None:

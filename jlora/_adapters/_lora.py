@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +11,16 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from .._rules import Rule, Slots, check_pattern, is_finite, is_floating, is_int, rule_name
+from .._rules import (
+    Rule,
+    Slots,
+    check_field,
+    check_pattern,
+    is_finite,
+    is_floating,
+    is_int,
+    rule_name,
+)
 from .._types import Layout
 from ..initializers import kaiming_uniform
 from ._keywords import refuse_keywords_of_peft
@@ -70,37 +80,24 @@ class LoRA(Rule):
     def __post_init__(self) -> None:
         if self.pattern is not None:
             check_pattern(self, self.pattern)
-        name = rule_name(self)
-        if not is_int(self.rank) or self.rank < 1:
-            raise ValueError(
-                f"`rank` of {name} must be an integer of at least 1; got {self.rank!r}."
-            )
-        if not is_finite(self.alpha) or self.alpha <= 0:
-            raise ValueError(
-                f"`alpha` of {name} must be a positive finite number; got {self.alpha!r}."
-            )
-        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` of {name} must lie in [0, 1); got {self.dropout!r}.")
-        if self.slots is not None and not isinstance(self.slots, Slots):
-            raise TypeError(f"`slots` of {name} must be a jlora.Slots; got {self.slots!r}.")
+        check = functools.partial(check_field, self)
+        check("rank", is_int(self.rank) and self.rank >= 1, "be an integer of at least 1")
+        check("alpha", is_finite(self.alpha) and self.alpha > 0, "be a positive finite number")
+        check("dropout", is_finite(self.dropout) and 0 <= self.dropout < 1, "lie in [0, 1)")
+        are_slots = self.slots is None or isinstance(self.slots, Slots)
+        check("slots", are_slots, "be a jlora.Slots", TypeError)
         for flag in ("materialize", "rslora"):
-            if not isinstance(value := getattr(self, flag), bool):
-                raise TypeError(f"`{flag}` of {name} must be True or False; got {value!r}.")
-        if self.init is not None and not callable(self.init):
-            raise TypeError(
-                f"`init` of {name} must be an initializer such as jlora.initializers.gaussian; "
-                f"got {self.init!r}."
-            )
-        if self.dtype is not None and not is_floating(self.dtype):
-            raise TypeError(f"`dtype` of {name} must be a floating-point one; got {self.dtype!r}.")
+            check(flag, isinstance(getattr(self, flag), bool), "be True or False", TypeError)
+        starts = self.init is None or callable(self.init)
+        check("init", starts, "be an initializer such as jlora.initializers.gaussian", TypeError)
+        is_dtype = self.dtype is None or is_floating(self.dtype)
+        check("dtype", is_dtype, "be a floating-point one", TypeError)
         given = self.frozen if isinstance(self.frozen, list | tuple) else (self.frozen,)
         object.__setattr__(self, "frozen", tuple(given))
-        if self.all_frozen not in ((), ("a",), ("b",)):
-            demanded = getattr(self.init, "frozen", ())
-            also = f", and `init` freezes {demanded}" if demanded else ""
-            raise ValueError(
-                f"`frozen` of {name} must be (), ('a',) or ('b',); got {self.frozen!r}{also}."
-            )
+        demanded = getattr(self.init, "frozen", ())
+        also = f", of which `init` freezes {demanded}" if demanded else ""
+        is_one = self.all_frozen in ((), ("a",), ("b",))
+        check("frozen", is_one, f"be (), ('a',) or ('b',){also}")
         # They are saved and compared: plain numbers, whatever a sweep gave.
         object.__setattr__(self, "rank", int(self.rank))
         object.__setattr__(self, "alpha", float(self.alpha))

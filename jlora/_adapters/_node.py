@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self, TypeGuard, TypeVar
 
 import jax
-from jax.tree_util import GetAttrKey
 
 from .. import _compat
-from .._core import RANK, Axis, Change, Factor
+from .._core import RANK, Axis, Change, Factor, Weight, leaf_weight
 from .._rules import Full, Rule
 from .._types import Layout, short
 
@@ -62,9 +61,14 @@ class Node(tuple[Any, ...]):
         """The change that the node makes to the weight `w`, an array or a quantized leaf.
 
         It is written in terms of `factor`, and raises `PartialWeightError` where it needs more than
-        a shard of `w`.
+        a shard of `w` and `needs` cannot say so.
         """
         raise NotImplementedError
+
+    def needs(self) -> dict[str, tuple[int, ...]]:
+        """Axes of W that no `shard_map` around `lower` may cut, by what an error says of them."""
+        slots = self.layout.slots
+        return {} if slots is None else {"its slots are parts of a whole axis of W": (slots[2],)}
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Why the node is none for a weight of `shape`, beyond what follows from `axes`, or None.
@@ -166,22 +170,8 @@ def _make_node(cls: type[Node]) -> None:
     made = vars(collections.namedtuple(cls.__name__, names, defaults=defaults))
     for name in made.keys() - {"__doc__", "__module__", "__repr__", "__slots__"}:
         setattr(cls, name, made[name])
-    children = list(cls.labels)
-    static = [name for name in names if name not in children]
-    order = [[*children, *static].index(name) for name in names]
-
-    def flatten(x: Node) -> tuple[Any, Any]:
-        return [getattr(x, name) for name in children], tuple(getattr(x, name) for name in static)
-
-    def flatten_with_keys(x: Node) -> tuple[Any, Any]:
-        values, rest = flatten(x)
-        return [*zip(map(GetAttrKey, children), values, strict=True)], rest
-
-    def unflatten(rest: tuple[Any, ...], values: Any) -> Node:
-        flat = (*values, *rest)
-        return tuple.__new__(cls, [flat[i] for i in order])
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    static = [name for name in names if name not in cls.labels]
+    jax.tree_util.register_dataclass(cls, list(cls.labels), static)
 
 
 def is_node_type(x: Any) -> TypeGuard[type[Node]]:
@@ -218,21 +208,21 @@ class PartialWeightError(Exception):
         return NotImplementedError(f"{path!r} cannot be adapted here: {self}")
 
 
-def change_of(node: Node, w: Any, path: str) -> Change:
-    """What `node` makes of the weight `w` at `path`."""
+def weight_of(node: Node, w: Any, path: str) -> Weight:
+    """The weight `w` at `path`, with the change that `node` makes to it."""
     try:
-        return lower(node, w)
+        return leaf_weight(w, lower(node, w), path, node.materialize)
     except PartialWeightError as e:
         raise e.at(path) from None
 
 
 def lower(node: Node, w: Any) -> Change:
     """What `node` makes of the weight `w`; raises `PartialWeightError`."""
-    if (slots := node.layout.slots) is not None:
-        axes = node.axes(node.layout)
-        cut = [w, *(x for name, x in arrays(node).items() if slots[2] in axes[name])]
-        if may_be_cut := frozenset.intersection(*map(_compat.may_be_cut_over, cut)):
-            raise PartialWeightError("its slots are parts of a whole axis of W", may_be_cut)
+    axes = node.axes(node.layout)
+    for need, dims in node.needs().items():
+        along = [w, *(x for name, x in arrays(node).items() if set(dims) & set(axes[name]))]
+        if cut := frozenset.intersection(*map(_compat.may_be_cut_over, along)):
+            raise PartialWeightError(need, cut)
     return node.lower(w)
 
 

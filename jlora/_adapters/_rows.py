@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .. import _compat
 from .._core import (
     RANK,
     Axis,
@@ -31,10 +30,10 @@ from .._core import (
     trace,
 )
 from .._quantized import is_quantized
-from .._rules import Rule, check_pattern, is_int, rule_name
+from .._rules import Rule, check_field, check_pattern, is_int, rule_name
 from .._types import Layout
 from .._whole import check_whole
-from ._node import SHOWN, Axes, Node, PartialWeightError, lengths, register
+from ._node import SHOWN, Axes, Node, lengths, register
 
 
 @register
@@ -81,9 +80,12 @@ class Replaced(Node):
             return f"its `rows` must lie in [0, {shape[axis]}); got {_list_few(beyond)}"
         return None
 
+    def needs(self) -> dict[str, tuple[int, ...]]:
+        """All rows of the table."""
+        return {"Rows counts the rows of the whole table": self.layout.inputs}
+
     def lower(self, w: Any) -> Change:
         """W with V in the place of its rows."""
-        _check_whole(w)
         old, dtype = _take_rows(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
         return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
@@ -126,12 +128,12 @@ class Rows(Rule):
 
     def __post_init__(self) -> None:
         check_pattern(self, self.pattern)
-        name, rows = rule_name(self), self.rows
-        if isinstance(rows, str) or not isinstance(rows, Sequence) or not all(map(is_int, rows)):
-            raise TypeError(f"`rows` of {name} must be a list of integers; got {rows!r}.")
-        rows = tuple(map(int, rows))
+        is_list = isinstance(self.rows, Sequence) and not isinstance(self.rows, str)
+        are_integers = is_list and all(map(is_int, self.rows))
+        check_field(self, "rows", are_integers, "be a list of integers", TypeError)
+        rows = tuple(map(int, self.rows))
         if wrong := _problem(rows):
-            raise ValueError(f"`rows` of {name} must be {wrong}.")
+            raise ValueError(f"`rows` of {rule_name(self)} must be {wrong}.")
         object.__setattr__(self, "rows", rows)
 
     def fit(self, site: Any) -> tuple["Rows", Layout]:
@@ -220,9 +222,3 @@ def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
 def _sharding(w: Any) -> NamedSharding | None:
     """The sharding of W over explicit mesh axes, if it has one."""
     return None if is_quantized(w) else explicit(w)
-
-
-def _check_whole(w: Any) -> None:
-    """Raises if an enclosing `shard_map` may have sharded the table."""
-    if axes := _compat.may_be_cut_over(w):
-        raise PartialWeightError("Rows counts the rows of the whole table", axes)

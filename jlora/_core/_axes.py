@@ -7,7 +7,7 @@ columns slices B alone. W itself is the factor that has every axis.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,11 +40,6 @@ REPEATED = (None, -1)
 def axes_of_leaf(path: str, ndim: int) -> tuple[Axis, ...]:
     """The axes of the parameter leaf at `path`."""
     return tuple(Axis(d, frozenset({(path, d)})) for d in range(ndim))
-
-
-def new_names(axes: Iterable[Axis]) -> Iterator[int]:
-    """Names that none of `axes` has."""
-    return iter(range(max((a.name for a in axes), default=-1) + 1, 10**9))
 
 
 class Unfactorable(Exception):  # noqa: N818 - a signal to the interpreter, never the user's error
@@ -101,14 +96,6 @@ class Factor:
     def dtype(self) -> Any:
         """The dtype of the array."""
         return self.value.dtype
-
-    def new_names(self) -> Iterator[int]:
-        """Names that none of its axes has."""
-        return new_names(self.axes)
-
-    def map(self, f: Callable[["Factor"], Any]) -> Any:
-        """Applies `f` to the factor."""
-        return f(self)
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Factor":
         """Applies `f`, an operation on each element, to the array."""
@@ -167,27 +154,14 @@ class Factor:
         value = lax.reshape(f.value, (*new.values(), *f.shape[n:]))
         return f.replace(value, (*new, *f.axes[n:]))
 
-    def specs(self, of_weight: Mapping[Axis, Any]) -> "Factor":
-        """Its partition in the place of its array, where that of W's axes is `of_weight`."""
-        return self.replace(PartitionSpec(*(of_weight.get(a) for a in self.axes)))
-
-    def to_dense(self) -> "Factor":
-        """Itself."""
-        return self
-
-    def freed(self, axes: Collection[Axis]) -> "Factor":
-        """Itself: an array has an entry for each of W's along all axes."""
-        del axes
-        return self
-
-    def cut(self, pieces: Mapping[Axis, int]) -> "Factor":
+    def divisible(self, pieces: Mapping[Axis, int]) -> "Factor":
         """Itself: an array can be split into pieces along all axes."""
         del pieces
         return self
 
-    def with_type(self, axes: Sequence[Axis], aval: Any) -> "Factor":
-        """Sets the axes; the array has the type `aval` already."""
-        del aval
+    def with_axes(self, axes: Sequence[Axis], shape: Sequence[int]) -> "Factor":
+        """Sets the axes; the array has the shape `shape` already."""
+        del shape
         return self.replace(self.value, axes)
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
@@ -218,6 +192,10 @@ class Factor:
         """Marks it as possibly varying over `mesh_axes` too."""
         return Factor(self.value, self.axes, self.varying.union(mesh_axes))
 
+    def specs(self, of_weight: Mapping[Axis, Any]) -> "Factor":
+        """Its partition in the place of its array, where that of W's axes is `of_weight`."""
+        return self.replace(PartitionSpec(*(of_weight.get(a) for a in self.axes)))
+
     def renamed(self, names: Mapping[Axis, Axis]) -> "Factor":
         """Gives axes other names."""
         return self.replace(self.value, [names.get(a, a) for a in self.axes])
@@ -241,9 +219,9 @@ class Factor:
         return lax.expand_dims(value, [i for i, a in enumerate(axes) if a not in self.axes])
 
 
-def is_factor(x: Any) -> bool:
-    """Whether `x` is a `Factor`."""
-    return isinstance(x, Factor)
+def map_factors(f: Callable[..., Any], *trees: Any) -> Any:
+    """Applies `f` to each `Factor` of a change, a weight or another tree."""
+    return jax.tree.map(f, *trees, is_leaf=lambda x: isinstance(x, Factor))
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -17,7 +17,7 @@ from jax import lax
 
 from .. import _compat
 from ._arrays import einsum, promote
-from ._axes import RANK, Axis, Factor, Unfactorable, is_factor
+from ._axes import RANK, Axis, Factor, Unfactorable
 
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 
@@ -52,10 +52,6 @@ class Delta:
     gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
         default=gated, metadata={"static": True}
     )
-
-    def map(self, f: Callable[[Factor], Any]) -> "Delta":
-        """Applies `f` to each factor."""
-        return jax.tree.map(f, self, is_leaf=is_factor)
 
     def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
         """ΔW, of length 1 along axes of W that neither A nor B has."""
@@ -124,10 +120,6 @@ class Change:
     deltas: tuple[Delta, ...] = ()
     gain: Factor | None = None
     invertible: bool = dataclasses.field(default=True, metadata={"static": True})
-
-    def map(self, f: Callable[[Factor], Any]) -> "Change":
-        """Applies `f` to each factor."""
-        return jax.tree.map(f, self, is_leaf=is_factor)
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
         """The changed `w`, computed in float32 or better and rounded once to its dtype.

@@ -1,6 +1,6 @@
 """Higher-order primitives, each rebuilt through its public combinator."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,129 +47,96 @@ def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
 
 @rule("cond", is_move=False)
 def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
-    branches = eqn.params["branches"]
     index = materialized(index, lambda: f"the predicate of {eqn.where}")
-    platforms = eqn.params.get("branches_platforms")
-    same = _common([_forwarded(b) for b in branches])
-    n = len(branches[0].outvars)
-    computed = [i for i in range(n) if i not in same]
-
-    def branch(jaxpr: Any) -> Callable[..., list[Any]]:
-        return lambda *xs: eqn.arrays([eqn.evaluate(jaxpr, *xs)[i] for i in computed])
-
-    each = [branch(b) for b in branches]
+    jaxprs, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
+    same = set.intersection(*({*_forwarded(jaxpr).items()} for jaxpr in jaxprs))
+    kept = {i: operands[source] for i, source in same}
+    branches = [lambda *xs, j=j: eqn.arrays(eqn.evaluate(j, *xs), kept) for j in jaxprs]
     if platforms is None:
-        found = lax.switch(index, each, *operands)
-    else:
-        named = zip(platforms, each, strict=True)
-        by_name = {name: f for names, f in named for name in names or ("default",)}
-        found = lax.platform_dependent(*operands, **by_name)
-    outs = dict(zip(computed, found, strict=True))
-    outs |= {i: operands[source] for i, source in same.items()}
-    return [outs[i] for i in range(n)]
+        return _restored(lax.switch(index, branches, *operands), kept)
+    named = zip(platforms, branches, strict=True)
+    by_name = {name: f for names, f in named for name in names or ("default",)}
+    return _restored(lax.platform_dependent(*operands, **by_name), kept)
 
 
-def _common(maps: list[dict[int, int]]) -> dict[int, int]:
-    first, *others = maps
-    return {i: s for i, s in first.items() if all(m.get(i) == s for m in others)}
+def _restored(xs: Sequence[Any], kept: Mapping[int, Any]) -> list[Any]:
+    """`xs` with what is kept in its place."""
+    return [kept.get(i, x) for i, x in enumerate(xs)]
 
 
 @rule("while", is_move=False)
 def _while(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts = operands[:n_cond]
-    body_consts = operands[n_cond : n_cond + n_body]
-    init = list(operands[n_cond + n_body :])
-    loop = _Loop(eqn, init, {i: s - n_body for i, s in _forwarded(p["body_jaxpr"]).items()})
+    of_cond, of_body = operands[:n_cond], operands[n_cond : n_cond + n_body]
+    init = operands[n_cond + n_body :]
+    kept = {
+        i: init[i]
+        for i, source in _forwarded(p["body_jaxpr"]).items()
+        if source == n_body + i and isinstance(init[i], Weight)
+    }
 
     def cond(state: Any) -> Any:
-        return eqn.arrays(eqn.evaluate(p["cond_jaxpr"], *cond_consts, *loop.carry(state)))[0]
+        return eqn.arrays(eqn.evaluate(p["cond_jaxpr"], *of_cond, *_restored(state, kept)))[0]
 
     def body(state: Any) -> Any:
-        return loop.state(eqn.evaluate(p["body_jaxpr"], *body_consts, *loop.carry(state)))
+        outs = eqn.evaluate(p["body_jaxpr"], *of_body, *_restored(state, kept))
+        return eqn.arrays(outs, kept)
 
-    return loop.carry(lax.while_loop(cond, body, loop.state(init)))
+    return _restored(lax.while_loop(cond, body, eqn.arrays(init, kept)), kept)
 
 
 @rule("scan", is_move=False)
 def _scan(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
     jaxpr, (n_consts, n_carry) = p["jaxpr"], _compat.scan_counts(p)
-    consts, init = operands[:n_consts], list(operands[n_consts : n_consts + n_carry])
-    xs = list(operands[n_consts + n_carry :])
-    forwarded = _forwarded(jaxpr)
-    loop = _Loop(eqn, init, {i: s - n_consts for i, s in forwarded.items() if i < n_carry})
-    # A weight that the body returns as it came need not be stacked again.
-    n_ys = len(jaxpr.outvars) - n_carry
-    whole = {
-        i: xs[s]
-        for i in range(n_ys)
-        if 0 <= (s := forwarded.get(n_carry + i, -1) - n_consts - n_carry) < len(xs)
-        and isinstance(xs[s], Weight)
+    first = n_consts + n_carry  # of what the loop slices
+    # A weight that each turn returns as it came is no part of the state, and not stacked again.
+    kept = {
+        i: operands[source]
+        for i, source in _forwarded(jaxpr).items()
+        if isinstance(operands[source], Weight)
+        and (source == n_consts + i if i < n_carry else source >= first)
     }
 
-    def body(state: Any, slices: Any) -> tuple[Any, list[Any]]:
+    def body(state: Any, slices: Any) -> tuple[list[Any], list[Any]]:
         inside = [x.as_slice() if isinstance(x, Weight) else x for x in slices]
-        outs = eqn.evaluate(jaxpr, *consts, *loop.carry(state), *inside)
-        ys = [y for i, y in enumerate(outs[n_carry:]) if i not in whole]
-        return loop.state(outs[:n_carry]), eqn.arrays(ys)
+        outs = eqn.evaluate(jaxpr, *operands[:n_consts], *_restored(state, kept), *inside)
+        outs = eqn.arrays(outs, kept)
+        return outs[:n_carry], outs[n_carry:]
 
     state, ys = lax.scan(
         body,
-        loop.state(init),
-        [x.as_stack() if isinstance(x, Weight) else x for x in xs],
+        eqn.arrays(operands[n_consts:first], kept),
+        [x.as_stack() if isinstance(x, Weight) else x for x in operands[first:]],
         p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    computed = iter(ys)
-    return loop.carry(state) + [whole[i] if i in whole else next(computed) for i in range(n_ys)]
-
-
-class _Loop:
-    """The carry of a loop: weights that each turn returns as they came stay out of the state."""
-
-    def __init__(self, eqn: Equation, init: list[Any], forwarded: Mapping[int, int]) -> None:
-        self.eqn = eqn
-        self.fixed = {
-            i: x for i, x in enumerate(init) if isinstance(x, Weight) and forwarded.get(i) == i
-        }
-        self.size = len(init)
-
-    def state(self, carry: list[Any]) -> list[Any]:
-        """The arrays among `carry` that change."""
-        return self.eqn.arrays([x for i, x in enumerate(carry) if i not in self.fixed])
-
-    def carry(self, state: list[Any]) -> list[Any]:
-        """The whole carry."""
-        changing = iter(state)
-        return [self.fixed[i] if i in self.fixed else next(changing) for i in range(self.size)]
+    return _restored([*state, *ys], kept)
 
 
 @rule("shard_map", is_move=False)
 def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     p = eqn.params
-    sizes = dict(p["mesh"].shape)
-    operands = tuple(
-        x.replace(x.w.cut(pieces(x, spec, sizes))) if isinstance(x, Weight) else x
-        for x, spec in zip(operands, p["in_specs"], strict=True)
-    )
-    pairs = list(zip(operands, p["in_specs"], strict=True))
-    # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
-    operands = tuple(
-        place(x, p["mesh"], spec) if isinstance(x, Weight) and explicit(x.type) else x
-        for x, spec in pairs
-    )
     unchecked = frozenset() if p["check_vma"] else frozenset(p["newly_manual_axes"])
+
+    def enter(x: Any, spec: Any) -> Any:
+        if not isinstance(x, Weight):
+            return x
+        x = x.replace(x.w.divisible(pieces(x, spec, p["mesh"].shape)))
+        # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
+        return place(x, p["mesh"], spec) if explicit(x.type) else x
 
     def inner(*xs: Any) -> tuple[Any, ...]:
         inside = [
             shard_of(x, spec, unchecked, var.aval) if isinstance(x, Weight) else x
-            for x, (_, spec), var in zip(xs, pairs, p["jaxpr"].invars, strict=True)
+            for x, spec, var in zip(xs, p["in_specs"], p["jaxpr"].invars, strict=True)
         ]
         return tuple(eqn.arrays(eqn.evaluate(p["jaxpr"], *inside)))
 
+    operands = tuple(map(enter, operands, p["in_specs"]))
+    pairs = zip(operands, p["in_specs"], strict=True)
     body = jax.shard_map(
         inner,
         mesh=p["mesh"],

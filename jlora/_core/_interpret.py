@@ -7,7 +7,7 @@ is formed if the user allowed it, and else it is an error.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from .. import _compat
@@ -89,9 +89,10 @@ class Equation:
         """The outputs of a jaxpr among its parameters."""
         return evaluate(jaxpr, *operands, within=self)
 
-    def arrays(self, xs: Sequence[Any]) -> list[Any]:
-        """`xs` without weights, as outputs that leave an inner jaxpr."""
-        return [materialized(x, lambda: f"an output of {self.where}") for x in xs]
+    def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
+        """`xs` without weights, as outputs that leave an inner jaxpr; None for those `kept`."""
+        why = functools.partial("an output of {.where}".format, self)
+        return [None if i in kept else materialized(x, why) for i, x in enumerate(xs)]
 
 
 def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any]:

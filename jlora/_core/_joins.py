@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._arrays import promote
-from ._axes import Axis, Factor, Unfactorable, is_factor
+from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
 from ._interpret import Equation, rule
 from ._packed import Packed
@@ -109,7 +109,10 @@ def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
 def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
     """Gives the axes of a weight other names, in its change alone."""
     names = dict(zip(w.axes, axes, strict=True))
-    return w.replace(w.w.with_type(axes, w.type), w.change.map(lambda f: f.renamed(names)))
+    return w.replace(
+        w.w.with_axes(axes, w.shape),
+        map_factors(lambda f: f.renamed(names), w.change),
+    )
 
 
 def _side_by_side(shape: tuple[int, ...], parts: Sequence[Any], dim: int) -> Change:
@@ -154,4 +157,4 @@ def _one_change(parts: Sequence[Any], axis: Axis) -> Change | None:
             values = [v.astype(dtype) for v in values]
         return each[0].replace(jnp.concatenate(values, each[0].axis(axis)))
 
-    return jax.tree.map(join, *(p.change for p in parts), is_leaf=is_factor)
+    return map_factors(join, *(p.change for p in parts))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._axes import RANK, Axis, Factor, Unfactorable
+from ._axes import RANK, Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta, plus
 from ._interpret import Equation, rule
 from ._packed import Packed
@@ -92,7 +92,7 @@ class _Lookup(Product):
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
         if any(axis in delta.a.axes and axis in delta.b.axes for axis in self.roles.inputs):
             raise Unfactorable("rows and stacked matrices are looked up at once")
-        rows = dataclasses.replace(delta, key=None).map(self.take)
+        rows = map_factors(self.take, dataclasses.replace(delta, key=None))
         value = rows.materialized(self.axes, self.w.dtype)
         if delta.key is not None:
             # A row that is looked up is an input of A that is 1: dropout keeps it or not.
@@ -119,11 +119,12 @@ class _Lookup(Product):
 
     def weight(self) -> Weight:
         """The rows, with the rows of the change."""
-        w, change = self.w, self.w.change.map(self.take)
-        found = w.w.freed(self.roles.inputs)
+        w, change = self.w, map_factors(self.take, self.w.change)
+        found = w.w.divisible({a: w.lengths[a] for a in self.roles.inputs})
         if isinstance(found, Packed):
-            rows = self._filled(found.map(self.take)) if self.fills else found.map(self.take)
-            rows = rows.with_type(self.axes, self.eqn.outputs[0])
+            rows = map_factors(self.take, found)
+            rows = self._filled(rows) if self.fills else rows
+            rows = rows.with_axes(self.axes, self.eqn.outputs[0].shape)
         else:
             rows = Factor(self.eqn.bind(found.array, self.x), self.axes)
         return w.replace(rows, change).mark_picked(self.roles.inputs).mark_varying()

@@ -10,7 +10,7 @@ from jax import lax
 
 from .. import _compat
 from ._arrays import promote
-from ._axes import REPEATED, Axis, Factor, Unfactorable
+from ._axes import REPEATED, Axis, Factor, Unfactorable, map_factors
 from ._change import Change, Delta
 from ._interpret import Equation, rule
 from ._packed import Packed
@@ -60,7 +60,7 @@ def _scale(
     unchecked = frozenset[Any]()
     if not is_known:
         # It may have a derivative, which a product with a packed weight has not.
-        w, unchecked = w.replace(w.w.to_dense()), w.origin.unchecked
+        w, unchecked = w.replace(Factor(w.array, w.axes)), w.origin.unchecked
 
     def delta(d: Delta) -> Delta:
         # The scalar may be complex, or beyond the range of B's dtype.
@@ -142,7 +142,7 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 
     sizes = zip(w.axes, starts, eqn.params["slice_sizes"], w.shape, strict=True)
     cut = {axis: (start, size) for axis, start, size, length in sizes if size != length}
-    w = w.replace(w.w.freed(cut))
+    w = w.replace(w.w.divisible({a: w.lengths[a] for a in cut}))
     sliced = w.along({a: along(*c) for a, c in cut.items()})
     if not all(_compat.is_concrete(start) for start, _ in cut.values()):
         sliced = sliced.mark_varying()
@@ -186,7 +186,7 @@ def _optimization_barrier(eqn: Equation, *operands: Any) -> list[Any]:
 @rule("stop_gradient", "pvary")
 def _stop_gradient(eqn: Equation, w: Weight) -> Weight:
     # A dropout key stays: where it does not vary, each shard draws a mask of its own.
-    return w.map(lambda f: f if f.is_key else f.each(eqn.bind))
+    return map_factors(lambda f: f if f.is_key else f.each(eqn.bind), w)
 
 
 @rule("sharding_constraint")
@@ -199,7 +199,7 @@ def _reshard(eqn: Equation, w: Weight) -> Weight:
     old, new = w.type.sharding, eqn.params["dst_sharding"]
     # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
     stays = old is not None and old.mesh.axis_types == new.mesh.axis_types
-    base = w.w.cut(pieces(w, new.spec, new.mesh.shape))
+    base = w.w.divisible(pieces(w, new.spec, new.mesh.shape))
     placed = place(w.replace(base, Change() if stays else None), new.mesh, new.spec)
     return w.replace(placed.w, w.change if stays else placed.change)
 
@@ -225,5 +225,5 @@ def _all_gather(eqn: Equation, w: Weight) -> Weight:
     def gather_along(x: jax.Array, i: int) -> jax.Array:
         return lax.all_gather(x, p["axis_name"], axis=i, tiled=True)
 
-    out = w.replace(w.w.cut({gathered: 1})).map(gather)
-    return out.replace(out.w.with_type(w.axes, eqn.outputs[0]))
+    out = map_factors(gather, w.replace(w.w.divisible({gathered: 1})))
+    return out.replace(out.w.with_axes(w.axes, eqn.outputs[0].shape))

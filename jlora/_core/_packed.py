@@ -9,7 +9,7 @@ to W when it is unpacked.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
 from ._arrays import explicit, mesh_axes
-from ._axes import Along, Axis, Factor, Group, is_factor, new_names
+from ._axes import Along, Axis, Factor, Group, map_factors
 
 Move = Callable[[Factor], Factor]
 
@@ -40,7 +40,6 @@ class Packed:
             none such.
         loose: the even axes of those.
         moves: what the model did with W along other axes, which `unpack` does not know of.
-        last: the highest name of an axis that W had before and has no more.
     """
 
     parts: Any
@@ -52,7 +51,6 @@ class Packed:
     loosen: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
     loose: frozenset[Axis] = dataclasses.field(default=frozenset(), metadata={"static": True})
     moves: tuple[Move, ...] = dataclasses.field(default=(), metadata={"static": True})
-    last: int = dataclasses.field(default=-1, metadata={"static": True})
 
     def replace(self, **fields: Any) -> "Packed":
         """Returns a copy with other fields."""
@@ -61,7 +59,7 @@ class Packed:
     @property
     def factors(self) -> list[Factor]:
         """The parts."""
-        return jax.tree.leaves(self.parts, is_leaf=is_factor)
+        return jax.tree.leaves(self.parts, is_leaf=lambda x: isinstance(x, Factor))
 
     @property
     def array(self) -> jax.Array:
@@ -70,10 +68,7 @@ class Packed:
 
     def factor(self) -> Factor:
         """W, unpacked, with its axes in any order and without those along which it is constant."""
-        f = self.unpack(self.parts)
-        for move in self.moves:
-            f = move(f)
-        return f
+        return functools.reduce(lambda f, move: move(f), self.moves, self.unpack(self.parts))
 
     @property
     def type(self) -> jax.ShapeDtypeStruct:
@@ -86,103 +81,81 @@ class Packed:
         return _compat.abstract(self.shape, self.dtype, known, like=codes.value)
 
     @property
-    def free(self) -> set[Axis]:
-        """Axes along which every part has an entry for each of W's."""
-        lengths = {a: n for a, n in zip(self.axes, self.shape, strict=True) if a in self.even}
-        shapes = [dict(zip(f.axes, f.shape, strict=True)) for f in self.factors]
-        return {a for a, n in lengths.items() if all(shape.get(a) == n for shape in shapes)}
+    def lengths(self) -> dict[Axis, int]:
+        """The length of each axis of W."""
+        return dict(zip(self.axes, self.shape, strict=True))
 
-    def new_names(self) -> Iterator[int]:
-        """Names that no axis of W has or had."""
-        return new_names([*self.axes, Axis(self.last)])
+    def with_axes(self, axes: Iterable[Axis], shape: Iterable[int]) -> "Packed":
+        """Sets the axes of W and its shape."""
+        return self.replace(axes=tuple(axes), shape=tuple(shape))
 
-    def map(self, f: Callable[[Factor], Any]) -> "Packed":
-        """Applies `f` to each part."""
-        return self.replace(parts=jax.tree.map(f, self.parts, is_leaf=is_factor))
+    # ------------------------------------------------------------------------------ how it moves
 
-    def with_type(self, axes: Sequence[Axis], aval: Any) -> "Packed":
-        """Sets the axes of W, and its shape and dtype, which are those of `aval`."""
-        last = max(self.last, *(a.name for a in self.axes), -1)
-        return self.replace(axes=tuple(axes), shape=aval.shape, dtype=aval.dtype, last=last)
+    def _move(self, move: Move, old: Collection[Axis], new: Collection[Axis] = ()) -> "Packed":
+        """Applies `move`, which turns `old` into `new`, to the parts, or else remembers it."""
+        # A part with some of the axes would be repeated along the others.
+        is_whole = all({*f.axes}.issuperset(old) or {*f.axes}.isdisjoint(old) for f in self.factors)
+        if is_whole and self._can_split({a: self.lengths[a] for a in old}):
+            even, loose = self.even.union(new), self.loose.union(new)
+            return self.replace(parts=map_factors(move, self.parts), even=even, loose=loose)
+        return self._remember(move, old)
 
-    def _with_shape(self, lengths: Mapping[Axis, int]) -> "Packed":
-        aval = jax.ShapeDtypeStruct(tuple(lengths.values()), self.dtype)
-        return self.with_type(tuple(lengths), aval)
-
-    def then(self, move: Move, axes: Collection[Axis] = ()) -> "Packed":
-        """Remembers `move`, which acts along `axes`, until W is unpacked."""
-        return self.replace(
-            moves=(*self.moves, move),
-            even=self.even.difference(axes),
-            loose=self.loose.difference(axes),
-        )
+    def _remember(self, move: Move, axes: Collection[Axis] = ()) -> "Packed":
+        even, loose = self.even.difference(axes), self.loose.difference(axes)
+        return self.replace(moves=(*self.moves, move), even=even, loose=loose)
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Packed":
         """Applies `f`, an operation on each element, to W."""
-        return self.then(lambda w: w.each(f)).with_type(self.axes, jax.eval_shape(f, self.type))
+        dtype = jax.eval_shape(f, self.type).dtype
+        return self._remember(lambda w: w.each(f)).replace(dtype=dtype)
 
     def along(self, functions: Along) -> "Packed":
         """Applies each function along the axis that it is given for."""
-        now = {axis: f for axis, f in functions.items() if axis in self.free}
-        rest = {axis: f for axis, f in functions.items() if axis not in self.free}
-        packed = self.map(lambda f: f.along(now)) if now else self
-        packed = packed.then(lambda f: f.along(rest), rest) if rest else packed
-        w = Factor(self.type, self.axes)
-        return packed.with_type(self.axes, jax.eval_shape(lambda w: w.along(functions), w))
+        packed, lengths = self, self.lengths
+        for axis, f in functions.items():
+            packed = packed._move(lambda w, f={axis: f}: w.along(f), [axis])
+            w = jax.ShapeDtypeStruct((lengths[axis],), self.dtype)
+            [lengths[axis]] = jax.eval_shape(functools.partial(f, i=0), w).shape
+        return packed.with_axes(lengths, lengths.values())
 
     def without(self, axes: Collection[Axis]) -> "Packed":
         """Removes `axes`, each of length 1."""
-        if not axes:
-            return self
-        now = self.free.intersection(axes)
-        packed = self.map(lambda f: f.without(now))
-        kept = {a: n for a, n in zip(self.axes, self.shape, strict=True) if a not in axes}
-        return packed.then(lambda f: f.without(axes), axes)._with_shape(kept)
+        packed = self
+        for axis in axes:
+            packed = packed._move(lambda w, axis=axis: w.without([axis]), [axis])
+        kept = {a: n for a, n in self.lengths.items() if a not in axes}
+        return packed.with_axes(kept, kept.values())
 
     def moved(self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None) -> "Packed":
         """Puts all axes of W into the order of `axes`; W is repeated along the others."""
         del sharding
-        return self._with_shape(dict(zip(axes, shape, strict=True)))
+        return self.with_axes(axes, shape)
 
     def reshaped(
         self, groups: Sequence[Group], others: Sequence[Factor] = (), sharding: Any = None
     ) -> "Packed":
         """Reshapes W."""
         del others, sharding
-        new = {a: n for group in groups for a, n in group.new.items()}
-        groups = [g for g in groups if g.old != g.new]
-        now = [g for g in groups if self.free.issuperset(g.old)]
-        rest = [g for g in groups if g not in now]
-        even, loose = (axes.union(*(g.new for g in now)) for axes in (self.even, self.loose))
-        packed = self.map(lambda f: f.reshaped(now)).replace(even=even, loose=loose)
-        old = frozenset[Axis]().union(*(g.old for g in groups))
-        return packed.then(lambda f: f.reshaped(rest), old)._with_shape(new)
+        packed, lengths = self, dict[Axis, int]()
+        for group in groups:
+            lengths |= group.new
+            if group.old != group.new:
+                packed = packed._move(lambda f, g=group: f.reshaped([g]), group.old, group.new)
+        return packed.with_axes(lengths, lengths.values())
 
-    def specs(self, of_weight: Mapping[Axis, Any]) -> "Packed":
-        """The partition of each part in the place of its array, where that of W is `of_weight`."""
-        return self.map(lambda f: f.specs(of_weight))
-
-    def to_dense(self) -> Factor:
-        """W as an array with named axes."""
-        return Factor(self.array, self.axes)
-
-    def cut(self, pieces: Mapping[Axis, int]) -> "Packed | Factor":
+    def divisible(self, pieces: Mapping[Axis, int]) -> "Packed | Factor":
         """W with parts that can be split into so many pieces along axes, or else unpacked."""
-        fits = self.even.issuperset(pieces) and all(
+        if self._can_split(pieces):
+            return self
+        if self.loosen is None:
+            return Factor(self.array, self.axes)
+        loose = self.replace(parts=self.loosen(self.parts), even=self.loose, loosen=None)
+        return loose.divisible(pieces)
+
+    def _can_split(self, pieces: Mapping[Axis, int]) -> bool:
+        return self.even.issuperset(pieces) and all(
             f.length(a) % n == 0 for f in self.factors for a, n in pieces.items() if a in f.axes
         )
-        if fits:
-            return self
-        return self.to_dense() if self.loosen is None else self._loosened(self.loosen).cut(pieces)
-
-    def freed(self, axes: Collection[Axis]) -> "Packed | Factor":
-        """W with parts along which `axes` are free, or else unpacked."""
-        if self.free.issuperset(axes):
-            return self
-        return self.to_dense() if self.loosen is None else self._loosened(self.loosen).freed(axes)
-
-    def _loosened(self, loosen: Callable[[Any], Any]) -> "Packed":
-        return self.replace(parts=loosen(self.parts), even=self.loose, loosen=None)
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
         """`f(W, *xs)`, linear in the first of `xs`; W is unpacked for it in each pass."""

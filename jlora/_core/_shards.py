@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from ._arrays import mesh_axes
-from ._axes import Axis, Factor, Unfactorable
+from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._packed import Packed, shard_part
 from ._weight import Weight
 
@@ -20,13 +20,13 @@ def constrain(w: Weight, sharding: Any) -> Weight:
         return w.each(lambda x: lax.with_sharding_constraint(x, sharding))
     if not isinstance(sharding, NamedSharding):
         return w
-    return w.replace(w.w.map(lambda f: shard_part(f, sharding, w.axes)))
+    return w.replace(map_factors(lambda f: shard_part(f, sharding, w.axes), w.w))
 
 
 def specs(w: Weight, spec: Any) -> Weight:
     """The partition of each array in its place, where that of W is `spec`."""
     by_axis = dict(zip(w.axes, spec, strict=False))
-    return w.move(lambda f: f.specs(by_axis))
+    return map_factors(lambda f: f.specs(by_axis), w)
 
 
 def place(w: Weight, mesh: Any, spec: Any) -> Weight:
@@ -57,5 +57,5 @@ def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weig
         if not d.is_matrix and (unchecked or any(map(by_axis.get, apart))):
             raise Unfactorable("a device has a part of each matrix, or that is not checked")
     origin = w.origin._replace(unchecked=w.origin.unchecked | unchecked)
-    shard = w.replace(w.w.with_type(w.axes, aval), w.change.map(mark))
+    shard = w.replace(w.w.with_axes(w.axes, aval.shape), map_factors(mark, w.change))
     return dataclasses.replace(shard, origin=origin)

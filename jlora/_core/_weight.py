@@ -4,13 +4,14 @@
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from .. import _compat
-from ._axes import Along, Axis, Factor, Group, Unfactorable, axes_of_leaf
+from ._axes import Along, Axis, Factor, Group, Unfactorable, axes_of_leaf, map_factors
 from ._change import Change
 from ._packed import Packed
 from ._uses import Uses
@@ -42,6 +43,7 @@ class Weight:
         change: the change, whose factors have some of the axes of W.
         origin: the leaves that it comes from.
         picked: axes of the leaves along which one place was looked up.
+        last: the highest name of an axis that W had before.
     """
 
     w: Factor | Packed
@@ -50,10 +52,12 @@ class Weight:
     picked: frozenset[tuple[str | None, int]] = dataclasses.field(
         default=frozenset(), metadata={"static": True}
     )
+    last: int = dataclasses.field(default=-1, metadata={"static": True})
 
     def replace(self, w: Factor | Packed, change: Change | None = None) -> "Weight":
         """Returns a copy with another W and, optionally, another change."""
-        return dataclasses.replace(self, w=w, change=self.change if change is None else change)
+        change, last = self.change if change is None else change, max(self._names)
+        return dataclasses.replace(self, w=w, change=change, last=last)
 
     # -------------------------------------------------------------------------------- what W is
 
@@ -89,21 +93,18 @@ class Weight:
 
     def new_names(self) -> Iterator[int]:
         """Names that no axis of W has or had."""
-        return self.w.new_names()
+        return itertools.count(max(self._names) + 1)
+
+    @property
+    def _names(self) -> list[int]:
+        return [self.last, *(a.name for a in self.axes)]
 
     # -------------------------------------------------------------------------------- how it moves
 
-    def move(self, f: Callable[[Any], Any]) -> "Weight":
-        """Applies `f` to W and to each factor of the change."""
-        return self.replace(f(self.w), self.change.map(f))
-
-    def map(self, f: Callable[[Factor], Any]) -> "Weight":
-        """Applies `f` to each array: that of W, or its codes and scales, and each factor's."""
-        return self.replace(self.w.map(f), self.change.map(f))
-
     def along(self, functions: Along) -> "Weight":
         """Applies each function along the axis that it is given for."""
-        return self.move(lambda f: f.along(functions))
+        change = map_factors(lambda f: f.along(functions), self.change)
+        return self.replace(self.w.along(functions), change)
 
     def moved(
         self, axes: Sequence[Axis], shape: Sequence[int] | None = None, sharding: Any = None
@@ -114,15 +115,15 @@ class Weight:
         """
         lost = [a for a in self.axes if a not in axes]
         shape = [self.lengths[a] for a in axes] if shape is None else shape
-        kept = self.move(lambda f: f.without(lost))
-        return kept.replace(kept.w.moved(axes, shape, sharding))
+        change = map_factors(lambda f: f.without(lost), self.change)
+        return self.replace(self.w.without(lost).moved(axes, shape, sharding), change)
 
     def reshaped(self, shape: Sequence[int], sharding: Any = None) -> "Weight":
         """Reshapes W to `shape`; `Unfactorable` if that merges axes of A with axes of B."""
         groups = reshape_groups(self.axes, self.shape, shape, self.new_names())
         gain = self.change.gain and self.change.gain.reshaped(groups)
         deltas = tuple(
-            d.map(lambda f, d=d: f.reshaped(groups, [x for x in (d.a, d.b) if x is not f]))
+            map_factors(lambda f, d=d: f.reshaped(groups, [x for x in (d.a, d.b) if x is not f]), d)
             for d in self.change.deltas
         )
         return self.replace(self.w.reshaped(groups, sharding=sharding), Change(deltas, gain))
@@ -136,7 +137,8 @@ class Weight:
 
         That is so after a traced value was mixed in.
         """
-        return self.replace(self.w, self.change.map(lambda f: f.may_vary(self.origin.unchecked)))
+        unchecked = self.origin.unchecked
+        return self.replace(self.w, map_factors(lambda f: f.may_vary(unchecked), self.change))
 
     def mark_picked(self, axes: Sequence[Axis]) -> "Weight":
         """Remembers that one place was looked up along each of `axes`."""
@@ -145,14 +147,13 @@ class Weight:
     def as_stack(self) -> "Weight":
         """Repeats every array along the first axis of W, so that `lax.scan` can take it."""
         first, length = self.axes[0], self.shape[0]
-        free = self.replace(self.w.freed([first]))
-        return free.map(lambda f: f.repeated(first, length).to_front([first]))
+        whole = self.replace(self.w.divisible({first: length}))
+        return map_factors(lambda f: f.repeated(first, length).to_front([first]), whole)
 
     def as_slice(self) -> "Weight":
         """What a scan over an `as_stack` weight gives, with its own axes."""
-        one = self.map(lambda f: f.replace(f.value, f.axes[1:]))
-        aval = jax.ShapeDtypeStruct(self.shape[1:], self.dtype)
-        return one.replace(one.w.with_type(self.axes[1:], aval))
+        one = map_factors(lambda f: f.replace(f.value, f.axes[1:]), self)
+        return one.replace(one.w.with_axes(self.axes[1:], self.shape[1:]))
 
     # ---------------------------------------------------------------------- what the change makes
 
@@ -185,7 +186,7 @@ def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Wei
     axes, unchecked = axes_of_leaf(path, value.ndim), _compat.unchecked_axes()
     w = value.packed(axes) if hasattr(value, "packed") else Factor(value, axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
-    change = change.map(lambda f: f.renamed(names).may_vary(unchecked))
+    change = map_factors(lambda f: f.renamed(names).may_vary(unchecked), change)
     # The model must be traced with a weight that varies over a mesh as W' does.
     w = jax.tree.map(lambda x: _compat.vary_with(x, jax.tree.leaves(change)), w)
     return Weight(w, change, Origin((path,), materialize, unchecked=unchecked))
@@ -206,9 +207,8 @@ def reshape_groups(
 
     An axis that is alone before and after stays as it is; the others get `names`.
 
-    >>> from jlora._core._axes import new_names
     >>> axes = axes_of_leaf("w", 3)
-    >>> groups = reshape_groups(axes, (6, 4, 5), (2, 3, 20), new_names(axes))
+    >>> groups = reshape_groups(axes, (6, 4, 5), (2, 3, 20), itertools.count(3))
     >>> [(list(g.old.values()), list(g.new.values())) for g in groups]
     [([6], [2, 3]), ([4, 5], [20])]
     >>> [sorted(d for _, d in axis.leaf) for g in groups for axis in g.new]

@@ -1,5 +1,6 @@
 """The axes of codes and scales: those of W, or one axis for a whole matrix."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,6 +39,15 @@ class Form(NamedTuple):
         return tuple(self.shape[d] for d in self.order)
 
     @property
+    def of_codes(self) -> "Form":
+        """The form of the array that is cut: W, or its matrices as vectors if blocks are `flat`."""
+        if not self.flat:
+            return self
+        n, lead = len(self.stack), [self.shape[d] for d in self.stack]
+        blocks = (*[1] * n, self.blocks[self.axis])
+        return Form((*lead, math.prod(self.matrix)), tuple(range(n)), (n,), blocks, True)
+
+    @property
     def scaled(self) -> tuple[int | None, ...]:
         """The axis of W for each axis of the scales; None for the axis of a whole matrix.
 
@@ -59,8 +69,8 @@ class Form(NamedTuple):
         return self._replace(shape=self.shape[1:], stack=stack, order=order, blocks=self.blocks[1:])
 
     def is_whole(self, d: int) -> bool:
-        """Whether one block is as long as axis `d`."""
-        return 1 < self.shape[d] <= self.blocks[d]
+        """Whether one block is as long as axis `d`, which scales then have not."""
+        return not self.flat and 1 < self.shape[d] <= self.blocks[d]
 
 
 def along(
@@ -88,11 +98,9 @@ def split(w: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, tuple[int, ..
     return w.reshape(shape), tuple(range(1, 2 * len(counts), 2))
 
 
-def joined(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Joins the blocks that `split` makes to an array of `shape`."""
-    pairs = zip(x.shape[::2], x.shape[1::2], strict=True)
-    x = x.reshape([c * b for c, b in pairs])
-    return lax.slice(x, [0] * x.ndim, shape) if x.shape != tuple(shape) else x
+def join(x: jax.Array) -> jax.Array:
+    """Joins the blocks that `split` makes, with what they are padded with."""
+    return x.reshape([c * b for c, b in zip(x.shape[::2], x.shape[1::2], strict=True)])
 
 
 def spread(scale: jax.Array, blocks: Sequence[int], shape: Sequence[int]) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._form import Form, along, one_block
-from ._scheme import Coded, Scheme, check_block
+from ._scheme import Coded, Scheme
 
 LARGEST = 448.0
 
@@ -41,11 +41,7 @@ class FP8(Scheme):
 
     bits: ClassVar[int] = 8
     legal: ClassVar[tuple[int, ...]] = (32, 64, 128, 256, 512)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block is not None:
-            check_block(self, "block")
+    is_optional: ClassVar[bool] = True
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ._dynamic import rounded
 from ._form import Form
-from ._scheme import Coded, Scheme, check_block, rows
+from ._scheme import Coded, Scheme, rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +45,11 @@ class Int4(Scheme):
     scales: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_block(self, "group")
-
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
         """Groups along the last axis."""
-        return rows(self, "group", self.group, shape, stack, order)
+        return rows(self, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Rounds to 16 numbers from the group's minimum to its maximum; 0 is one of them."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._form import Form, one_block
-from ._scheme import Coded, Scheme, check_block, rows
+from ._scheme import Coded, Scheme, rows
 
 STEP = np.float32(7.874015718698502e-3)  # 1 / 127 as bitsandbytes has it
 
@@ -45,11 +45,7 @@ class Int8(Scheme):
     bits: ClassVar[int] = 8
     scales: ClassVar[tuple[str, ...]] = ("float32", "float16")
     legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block is not None:
-            check_block(self, "block")
+    is_optional: ClassVar[bool] = True
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
@@ -57,7 +53,7 @@ class Int8(Scheme):
         """Blocks along the last axis, or all inputs."""
         if self.block is None:
             return one_block(shape, stack, order, inputs)
-        return rows(self, "block", self.block, shape, stack, order)
+        return rows(self, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Rounds to the nearest multiple of the scale."""

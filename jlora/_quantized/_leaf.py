@@ -110,28 +110,20 @@ class Quantized(NotAnArray):
         """Packs W, with the axes `axes`, for the interpreter; by default in its own dtype."""
         self._check_dtypes()
 
-        def factor(x: Any, dims: Sequence[int | None], other: Axis) -> Factor:
+        def factor(x: Any, dims: Sequence[int | None], other: Axis = FLAT) -> Factor:
             return Factor(x, tuple(other if d is None else axes[d] for d in dims))
 
-        dims, other = self.axes(), FLAT
-        parts: dict[str, Any] = {
-            name: factor(getattr(self, name), dims[name], other)
-            for name in ("data", "scale", "zero")
-            if getattr(self, name) is not None
-        }
+        dims = self.axes()
+        names = [name for name in ("data", "scale", "zero") if dims[name] is not None]
+        parts: dict[str, Any] = {name: factor(getattr(self, name), dims[name]) for name in names}
         if self.nested is not None:
-            names = (factor(x, d, GROUPS) for x, d in zip(self.nested, dims["nested"], strict=True))
-            parts["nested"] = Nested(*names)
-        dtype = self.dtype if dtype is None else dtype
+            pairs = zip(self.nested, dims["nested"], strict=True)
+            parts["nested"] = Nested(*(factor(x, d, GROUPS) for x, d in pairs))
+        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+        how = _How(self.scheme, self.form, tuple(axes), dtype, self.used)
+        free = frozenset(axes[d] for d in self.form.stack)
         packed = Packed(
-            parts,
-            functools.partial(_unpack, self._how(axes, jnp.dtype(dtype))),
-            tuple(axes),
-            self.shape,
-            jnp.dtype(dtype),
-            frozenset(axes[d] for d in self.form.stack),
-            functools.partial(_loosen, self._how(axes, jnp.dtype(dtype))),
-            self._even(axes),
+            parts, how.unpack, how.axes, self.shape, dtype, free, how.loosen, self._even(axes)
         )
         return packed if self.nested is not None else packed.replace(even=packed.loose, loosen=None)
 
@@ -160,9 +152,6 @@ class Quantized(NotAnArray):
             "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else "
             "x.astype(dtype), params, is_leaf=lambda x: isinstance(x, jlora.Quantized))."
         )
-
-    def _how(self, axes: Sequence[Axis], dtype: Any) -> "_How":
-        return _How(self.scheme, self.form, tuple(axes), dtype, self.used)
 
     def array(self, dtype: Any = None) -> jax.Array:
         """The weight, dequantized."""
@@ -222,50 +211,49 @@ class _How(NamedTuple):
     dtype: Any
     used: Any
 
+    @functools.partial(jax.jit, static_argnums=0)
+    def unpack(self, parts: Parts) -> Factor:
+        """Unpacks W, or a piece of W that was cut along axes that are free or even."""
+        form, axes = self.form, self.axes
+        # Within the model's own shard_map the parts are those of a shard.
+        if self.used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
+            parts = jax.tree.map(
+                lambda f: shard_part(f, self.used, axes),
+                parts,
+                is_leaf=lambda x: isinstance(x, Factor),
+            )
+        parts = self.loosen(parts)
+        data, zero = parts["data"], parts.get("zero")
+        axis, block = FLAT if form.flat else axes[form.axis], form.blocks[form.axis]
+        of_axis = {axis: block} if form.flat else dict(zip(axes, form.blocks, strict=True))
+        blocks = [of_axis.get(a, 1) for a in data.axes]
+        codes = data.value
+        if self.scheme.bits == 4:
+            codes = unpack(codes, data.axis(axis), block)
 
-@functools.partial(jax.jit, static_argnums=0)
-def _unpack(how: _How, parts: Parts) -> Factor:
-    """Unpacks W, or a piece of W that was cut along axes that are free or even."""
-    scheme, form, axes, dtype, used = how
-    # Within the model's own shard_map the parts are those of a shard.
-    if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
-        parts = jax.tree.map(
-            lambda f: shard_part(f, used, axes), parts, is_leaf=lambda x: isinstance(x, Factor)
-        )
-    data, scale, zero = parts["data"], parts["scale"], parts.get("zero")
-    if "nested" in parts:
-        scale = _scales(scale, parts["nested"], form, axes)
-    axis, block = FLAT if form.flat else axes[form.axis], form.blocks[form.axis]
-    of_axis = {axis: block} if form.flat else dict(zip(axes, form.blocks, strict=True))
-    blocks = [of_axis.get(a, 1) for a in data.axes]
-    codes = unpack(data.value, data.axis(axis), block) if scheme.bits == 4 else data.value
+        def each(f: Factor) -> jax.Array:
+            return spread(f.arranged(data.axes), blocks, codes.shape)
 
-    def each(f: Factor) -> jax.Array:
-        return spread(f.arranged(data.axes), blocks, codes.shape)
+        value = self.scheme.decode(
+            codes, each(parts["scale"]), None if zero is None else each(zero)
+        ).astype(self.dtype)
+        if not form.flat:
+            return Factor(value, data.axes)
+        lead = [a for a in data.axes if a != FLAT]
+        value = Factor(value, data.axes).arranged([*lead, FLAT])[..., : math.prod(form.matrix)]
+        value = value.reshape(*value.shape[:-1], *form.matrix)
+        return Factor(value, (*lead, *(axes[d] for d in form.order)))
 
-    value = scheme.decode(codes, each(scale), None if zero is None else each(zero))
-    value = value.astype(dtype)
-    if not form.flat:
-        return Factor(value, data.axes)
-    lead = [a for a in data.axes if a != FLAT]
-    value = Factor(value, data.axes).arranged([*lead, FLAT])[..., : math.prod(form.matrix)]
-    value = value.reshape(*value.shape[:-1], *form.matrix)
-    return Factor(value, (*lead, *(axes[d] for d in form.order)))
-
-
-def _scales(codes: Factor, nested: Nested, form: Form, axes: Sequence[Axis]) -> Factor:
-    """Computes the scales from their codes."""
-    inner = [FLAT] if form.flat else [axes[d] for d in form.order if d in form.scaled]
-    lead = [a for a in codes.axes if a not in inner]
-    x = codes.arranged([*lead, *inner])
-    flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
-    of_groups, offset = nested.scale.arranged([*lead, GROUPS]), nested.offset.arranged(lead)
-    return codes.replace(
-        dequantize_scales(flat, of_groups, offset).reshape(x.shape), [*lead, *inner]
-    )
-
-
-def _loosen(how: "_How", parts: Parts) -> Parts:
-    """Computes the scales of which there are codes."""
-    scale = _scales(parts["scale"], parts["nested"], how.form, how.axes)
-    return {name: f for name, f in parts.items() if name != "nested"} | {"scale": scale}
+    def loosen(self, parts: Parts) -> Parts:
+        """Computes the scales if there are codes of them."""
+        if "nested" not in parts:
+            return parts
+        form, axes, codes, nested = self.form, self.axes, parts["scale"], parts["nested"]
+        inner = [FLAT] if form.flat else [axes[d] for d in form.order if d in form.scaled]
+        lead = [a for a in codes.axes if a not in inner]
+        x = codes.arranged([*lead, *inner])
+        flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
+        of_groups, offset = nested.scale.arranged([*lead, GROUPS]), nested.offset.arranged(lead)
+        scale = dequantize_scales(flat, of_groups, offset).reshape(x.shape)
+        rest = {name: f for name, f in parts.items() if name != "nested"}
+        return rest | {"scale": codes.replace(scale, [*lead, *inner])}

@@ -13,7 +13,6 @@ from jax import lax
 from ._form import Form
 from ._scheme import Coded, Scheme, lookup, rows
 
-BLOCK = 32
 _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 TABLE = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
 BIAS = 127
@@ -45,13 +44,14 @@ class MXFP4(Scheme):
 
     bits: ClassVar[int] = 4
     scales: ClassVar[tuple[str, ...]] = ("uint8",)
-    legal: ClassVar[tuple[int, ...]] = (BLOCK,)
+    block: ClassVar[int] = 32
+    legal: ClassVar[tuple[int, ...]] = (32,)
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
         """Blocks of 32 along the last axis."""
-        return rows(self, "block", BLOCK, shape, stack, order)
+        return rows(self, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Rounds w ÷ the power to the nearest number; in a tie to the one whose last bit is 0."""

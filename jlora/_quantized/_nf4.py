@@ -11,7 +11,7 @@ import numpy as np
 
 from .._rules import rule_name
 from ._form import Form, along
-from ._scheme import Coded, Scheme, check_block, lookup
+from ._scheme import Coded, Scheme, lookup
 
 NORMAL = np.array(
     [
@@ -38,7 +38,6 @@ class Table(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_block(self, "block")
         if not isinstance(self.double, bool):
             raise TypeError(
                 f"`double` of {rule_name(self)} must be True or False; got {self.double!r}."

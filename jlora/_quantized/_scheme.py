@@ -41,12 +41,23 @@ class Scheme:
     pattern: str | None = None
 
     bits: ClassVar[int]  # of a code
-    legal: ClassVar[tuple[int, ...]]  # lengths of blocks
+    legal: ClassVar[tuple[int, ...]] = ()  # lengths of blocks; a field `block` or `group` has one
+    is_optional: ClassVar[bool] = False  # whether None is legal too
     scales: ClassVar[tuple[str, ...]] = ("float32",)  # dtypes of scales, here or in a file
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
             check_pattern(self, self.pattern)
+        name, n = block_of(self)
+        if not self.legal or (n is None and self.is_optional):
+            return
+        if not is_int(n) or n not in self.legal:
+            raise ValueError(
+                f"`{name}` of {rule_name(self)} must be one of "
+                f"{', '.join(map(str, self.legal))}; got {n!r}."
+            )
+        if type(n) is not int:
+            object.__setattr__(self, name, int(n))
 
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
@@ -90,27 +101,17 @@ def form_of(scheme: Scheme, shape: tuple[int, ...], layout: Layout, kind: str | 
     return scheme.form(shape, stack, (*outputs, *inputs), len(inputs))
 
 
-def check_block(scheme: Scheme, name: str) -> None:
-    """Raises unless the field `name` of a scheme is a legal block."""
-    block = getattr(scheme, name)
-    if not is_int(block) or block not in scheme.legal:
-        raise ValueError(
-            f"`{name}` of {rule_name(scheme)} must be one of "
-            f"{', '.join(map(str, scheme.legal))}; got {block!r}."
-        )
-    object.__setattr__(scheme, name, int(block))
+def block_of(scheme: Scheme) -> tuple[str, Any]:
+    """The length of the blocks of a scheme, and what it is called there."""
+    name = "group" if hasattr(scheme, "group") else "block"
+    return name, getattr(scheme, name, None)
 
 
 def rows(
-    scheme: Scheme,
-    name: str,
-    block: int,
-    shape: tuple[int, ...],
-    stack: tuple[int, ...],
-    order: tuple[int, ...],
+    scheme: Scheme, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...]
 ) -> Form:
     """Makes a form with blocks along the last axis of `order`, which they must divide."""
-    n = shape[order[-1]]
+    (name, block), n = block_of(scheme), shape[order[-1]]
     if n % block:
         fits = [b for b in scheme.legal if n % b == 0]
         remedy = (

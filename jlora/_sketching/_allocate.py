@@ -2,15 +2,14 @@
 
 import functools
 import heapq
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from .._adapters import LoRA, clip_rank
-from .._rules import Rule, explain_no_match, is_int, near, rule_name
+from .._rules import Rule, check_int, explain_no_match, near, rule_name
 from .._types import short
-from ._allocation import Allocation, as_rules, index_of, rule_of, takes_by_rank, trained
+from ._allocation import Allocation, as_rules, index_of, trained
 from ._shares import Share
 from ._spectrum import Sketch, Spectrum
 
@@ -73,74 +72,66 @@ def allocate(
     given = as_rules(rules)
     if not isinstance(sketch, Sketch):
         raise TypeError(f"`sketch` must be one from jlora.sketch; got {short(sketch)}.")
-    _check("min_rank", min_rank, 0)
+    check_int("`min_rank`", min_rank, 0)
     for name, n, least in (("budget", budget, 1), ("max_rank", max_rank, max(1, min_rank))):
         if n is not None:
-            _check(name, n, least)
-    paths = [path for path in sketch.sites if takes_by_rank(path, given)]
+            check_int(f"`{name}`", n, least)
+    taken = {path: index_of(path, given) for path in sketch.sites}
     for i, rule in enumerate(given):
-        if isinstance(rule, LoRA) and not any(index_of(path, given) == i for path in paths):
+        if isinstance(rule, LoRA) and i not in taken.values():
             advice = near if rule.pattern is None else explain_no_match
             raise ValueError(
                 f"{rule_name(rule)} takes no site of `sketch`. "
                 + advice(rule.pattern or "", list(sketch.sites))
             )
-    found = {path: sketch.sites[path] for path in sorted(paths)}
-    gains = {path: _gains(s, sketch.kind) for path, s in found.items()}
-    shares = {
-        path: Share(path, sum(gains[path]), 0, s.shape, s.layout) for path, s in found.items()
-    }
-    ranks = _ranks(shares, gains, given, budget, min_rank, max_rank)
-    return Allocation(tuple(shares[path]._replace(rank=ranks[path]) for path in paths), given)
-
-
-def _check(name: str, n: Any, least: int) -> None:
-    if not is_int(n) or n < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}; got {n!r}.")
+    rules_by_path = {p: given[i] for p, i in taken.items() if i is not None}
+    sites = {p: rule for p, rule in rules_by_path.items() if isinstance(rule, LoRA)}
+    gains = {path: _gains(sketch.sites[path], sketch.kind) for path in sites}
+    shares = [
+        Share(path, sum(gains[path]), 0, sketch.sites[path].shape, sketch.sites[path].layout)
+        for path in sites
+    ]
+    ranks = _ranks(shares, gains, sites, budget, min_rank, max_rank)
+    return Allocation(tuple(share._replace(rank=ranks[share.path]) for share in shares), given)
 
 
 def _ranks(
-    shares: Mapping[str, Share],
+    shares: Sequence[Share],
     gains: Mapping[str, Sequence[float]],
-    given: Sequence[Rule],
+    rules: Mapping[str, LoRA],
     budget: int | None,
     min_rank: int,
     max_rank: int | None,
 ) -> dict[str, int]:
     """Takes the components in order, each after those before it at its site."""
-    rules = {path: rule_of(path, given) for path in shares}
 
-    def cost(path: str, rank: int) -> int:
-        return trained(shares[path], rules[path], rank)
+    def largest(share: Share) -> int:
+        rule, cost = rules[share.path], costs[share.path]
+        n = min(len(gains[share.path]), share.largest, max_rank or 2 * rule.rank)
+        return n if rule.pattern is not None else clip_rank(n, share.layout, share.shape, cost)
 
-    def most(path: str, share: Share) -> int:
-        n = min(len(gains[path]), share.largest, max_rank or 2 * rules[path].rank)
-        if rules[path].pattern is not None:
-            return n
-        return clip_rank(n, share.layout, share.shape, functools.partial(cost, path))
+    def steps(path: str) -> Iterator[tuple[float, str, int]]:
+        """For each further rank of a site the gain of a parameter, and how many there are."""
+        for rank in range(ranks[path], most[path]):
+            parameters = costs[path](rank + 1) - costs[path](rank)
+            yield -gains[path][rank] / max(parameters, 1), path, parameters
 
-    largest = {path: most(path, share) for path, share in shares.items()}
-    ranks = {path: min(min_rank, n) for path, n in largest.items()}
-
+    costs = {s.path: functools.partial(trained, s, rules[s.path]) for s in shares}
+    most = {share.path: largest(share) for share in shares}
+    ranks = {path: min(min_rank, n) for path, n in most.items()}
     if budget is None:
-        budget = sum(cost(path, min(rules[path].rank, n)) for path, n in largest.items())
-
-    def step(path: str) -> tuple[float, str, int]:
-        parameters = cost(path, ranks[path] + 1) - cost(path, ranks[path])
-        return -gains[path][ranks[path]] / max(parameters, 1), path, parameters
-
-    spent = sum(cost(path, rank) for path, rank in ranks.items())
+        budget = sum(costs[path](min(rules[path].rank, n)) for path, n in most.items())
+    spent = sum(costs[path](rank) for path, rank in ranks.items())
     if spent > budget:
         raise ValueError(f"`budget` is {budget}; `min_rank` {min_rank} takes {spent} parameters.")
-    heap = [step(path) for path, n in largest.items() if ranks[path] < n]
-    heapq.heapify(heap)
-    while heap and spent + heap[0][2] <= budget:
-        _, path, parameters = heapq.heappop(heap)
+    for _, path, parameters in heapq.merge(*map(steps, list(ranks))):
+        if spent + parameters > budget:
+            if not any(ranks.values()):
+                raise ValueError(
+                    f"`budget` is {budget}; the first rank takes {parameters} parameters."
+                )
+            break
         ranks[path], spent = ranks[path] + 1, spent + parameters
-        if ranks[path] < largest[path]:
-            heapq.heappush(heap, step(path))
-    if not any(ranks.values()):
-        raise ValueError(f"`budget` is {budget}; the first rank takes {heap[0][2]} parameters.")
     return ranks
 
 

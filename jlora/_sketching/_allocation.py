@@ -174,12 +174,6 @@ def index_of(path: str, given: Sequence[Rule]) -> int | None:
     return next((i for i, rule in enumerate(given) if _takes(rule, path)), None)
 
 
-def takes_by_rank(path: str, given: Sequence[Rule]) -> bool:
-    """Whether a rule with a rank takes the site at `path`."""
-    i = index_of(path, given)
-    return i is not None and isinstance(given[i], LoRA)
-
-
 def rule_of(path: str, given: Sequence[Rule]) -> LoRA:
     """The rule with a rank that takes the site at `path`."""
     i = index_of(path, given)

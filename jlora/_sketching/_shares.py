@@ -1,11 +1,11 @@
 """The ranks of sites, and their JSON."""
 
 import json
-import math
 import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .._adapters import matrix_lengths
 from .._rules import Slots, is_finite, is_int
 from .._types import Layout, short
 
@@ -34,9 +34,7 @@ class Share(NamedTuple):
     @property
     def largest(self) -> int:
         """The largest rank that the site can have."""
-        _, inputs, outputs, slots = self.layout
-        lengths = [math.prod(self.shape[d] for d in dims) for dims in (inputs, outputs)]
-        return min(lengths[0], lengths[1] // (slots[0] if slots else 1))
+        return min(matrix_lengths(self.layout, self.shape))
 
 
 def encode(shares: Sequence[Share]) -> str:
@@ -61,37 +59,40 @@ def decode(text: str) -> tuple[Share, ...]:
         raise ValueError(f"`text` must be a JSON object whose `format` is {FORMAT}.")
     if not isinstance(fields.get("sites"), list):
         raise ValueError("`sites` of `text` must be a list.")
-    return tuple(_share(i, item) for i, item in enumerate(fields["sites"]))
-
-
-def _share(i: int, item: Any) -> Share:
-    where, names = f"site {i} of `text`", ("path", "rank", "score", "shape", *Layout._fields)
-    if not isinstance(item, dict) or set(item) != set(names):
-        raise ValueError(f"{where} must be an object with {', '.join(names)}.")
-    path, rank, score, shape, stack, inputs, outputs, slots = (item[name] for name in names)
-    right = {
-        "path": isinstance(path, str),
-        "rank": is_int(rank),
-        "score": is_finite(score),
-        **{name: _are_lengths(item[name]) for name in ("shape", "stack", "inputs", "outputs")},
-    }
-    if wrong := [name for name, is_right in right.items() if not is_right]:
-        raise ValueError(f"`{wrong[0]}` of {where} is {reprlib.repr(item[wrong[0]])}.")
-    if sorted(stack + inputs + outputs) != list(range(len(shape))):
-        raise ValueError(f"`stack`, `inputs` and `outputs` of {where} must have each axis once.")
-    if slots is not None:
-        slots = _slots(where, slots, shape, outputs)
-    layout = Layout(tuple(stack), tuple(inputs), tuple(outputs), slots)
-    return Share(path, float(score), rank, tuple(shape), layout)
+    return tuple(_share(f"site {i} of `text`", item) for i, item in enumerate(fields["sites"]))
 
 
 def _are_lengths(x: Any) -> bool:
     return isinstance(x, list) and all(is_int(n) and 0 <= n < 2**63 for n in x)
 
 
-def _slots(where: str, slots: Any, shape: list[int], outputs: list[int]) -> Any:
-    match slots:
-        case [int(count), list(chosen), int(axis)] if axis in outputs and count > 0:
-            if not shape[axis] % count:
-                return count, Slots(count, tuple(chosen)).chosen, axis
-    raise ValueError(f"`slots` of {where} is {reprlib.repr(slots)}.")
+_FIELDS = {
+    "path": lambda x: isinstance(x, str),
+    "rank": is_int,
+    "score": is_finite,
+    **dict.fromkeys(("shape", "stack", "inputs", "outputs"), _are_lengths),
+    "slots": lambda x: x is None or isinstance(x, list),
+}
+
+
+def _share(where: str, item: Any) -> Share:
+    if not isinstance(item, dict) or item.keys() != _FIELDS.keys():
+        raise ValueError(f"{where} must be an object with {', '.join(_FIELDS)}.")
+    for name, is_right in _FIELDS.items():
+        if not is_right(item[name]):
+            raise ValueError(f"`{name}` of {where} is {reprlib.repr(item[name])}.")
+    shape, *axes = (tuple(item[name]) for name in ("shape", "stack", "inputs", "outputs"))
+    if sorted(sum(axes, ())) != list(range(len(shape))):
+        raise ValueError(f"`stack`, `inputs` and `outputs` of {where} must have each axis once.")
+    match item["slots"]:
+        case None:
+            slots = None
+        case [int(count), list(chosen), int(axis)] if (
+            axis in axes[2] and count > 0 and shape[axis] % count == 0
+        ):
+            slots = count, Slots(count, tuple(chosen)).chosen, axis
+        case wrong:
+            raise ValueError(f"`slots` of {where} is {reprlib.repr(wrong)}.")
+    stack, inputs, outputs = axes
+    layout = Layout(stack, inputs, outputs, slots)
+    return Share(item["path"], float(item["score"]), item["rank"], shape, layout)

@@ -6,15 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import LoRA, is_node
 from .._keys import check_key, fold
-from .._rules import Rule, is_int
+from .._rules import Rule, check_int
 from .._sites import Site
 from .._transform import transform, wrap
 from .._tree import bind, leaves_by_path, nest
 from .._types import Path, PyTree, short
-from ._kinds import KINDS, Target, leading, whole
+from ._kinds import KINDS, Gradient, Inputs
 from ._spectrum import Sketch, Spectrum
 
 
@@ -82,9 +83,12 @@ def sketch(
         raise ValueError("`batches` is empty; at least one batch is needed.")
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     leaves = transform(loss, *rules).sites(params, first).leaves
-    found = {s.parts: _target(s, kind, components) for s in leaves if _is_low_rank(s)}
-    if not found:
+    sites = [s for s in leaves if isinstance(s.rule, LoRA)]
+    if not sites:
         raise ValueError("`rules` take no site by jlora.LoRA or jlora.DoRA.")
+    if kind == "inputs":
+        _check_inputs(sites)
+    found = {s.parts: KINDS[kind].of(s, components) for s in sites}
     spectra = _iterate(loss, params, found, batches, passes, key)
     _check_found(spectra, kind)
     return Sketch(spectra, kind)
@@ -93,7 +97,7 @@ def sketch(
 def _iterate(
     loss: Callable[[PyTree, Any], jax.Array],
     params: PyTree,
-    found: Mapping[Path, Target],
+    sites: Mapping[Path, Inputs | Gradient],
     batches: Iterable[Any],
     passes: int,
     key: jax.Array,
@@ -112,19 +116,17 @@ def _iterate(
         return jax.grad(value)(adapter)
 
     add = jax.jit(lambda x, y: jax.tree.map(jnp.add, x, y))
-    keys = {path: fold(key, path) for path in found}
-    bases = {path: s.first_basis(s.side(0), keys[path]) for path, s in found.items()}
-    images: dict[Path, jax.Array] = {}
+    keys = {path: fold(key, path) for path in sites}
     sides: dict[Path, int] = {}
+    bases: dict[Path, jax.Array] = {}
+    images: dict[Path, jax.Array | None] = dict.fromkeys(sites)
     total = passes * len(batches) if isinstance(batches, Sized) else None
     with tqdm(total=total, desc="sketch", leave=False, disable=None) as bar:
         for turn in range(passes):
-            sides = {p: s.side(turn) for p, s in found.items()}
-            if turn:
-                bases = {p: leading(image) for p, image in images.items()}
-            if turn == passes - 1:
-                bases = {p: s.last_basis(sides[p], bases[p], keys[p]) for p, s in found.items()}
-            adapter = nest({p: s.node(sides[p], bases[p], keys[p]) for p, s in found.items()})
+            sides = {p: s.side(turn) for p, s in sites.items()}
+            is_last = turn == passes - 1
+            bases = {p: s.basis(sides[p], is_last, images[p], keys[p]) for p, s in sites.items()}
+            adapter = nest({p: s.node(sides[p], bases[p], keys[p]) for p, s in sites.items()})
             sums, count = None, 0
             for batch in batches:
                 new = gradient(params, adapter, batch)
@@ -132,9 +134,16 @@ def _iterate(
                 bar.update()
             if sums is None:
                 raise TypeError(_ONCE)
-            by_path = dict(leaves_by_path(jax.tree.map(whole, sums), is_node))
-            images = {p: s.image(sides[p], bases[p], by_path[p], count) for p, s in found.items()}
-    return {"/".join(p): s.spectrum(sides[p], bases[p], images[p]) for p, s in found.items()}
+            nodes = dict(leaves_by_path(jax.tree.map(_replicate, sums), is_node))
+            images = {p: s.image(sides[p], bases[p], nodes[p], count) for p, s in sites.items()}
+    return {"/".join(p): s.spectrum(sides[p], bases[p], images[p]) for p, s in sites.items()}
+
+
+def _replicate(x: jax.Array) -> jax.Array:
+    """`x` on all devices of its mesh."""
+    if not isinstance(x.sharding, NamedSharding):
+        return x
+    return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
 
 
 # ---------------------------------------------------------------------------------------- refusals
@@ -152,9 +161,9 @@ def _check(
         raise TypeError(f"`loss` must be a function of parameters and a batch; got {short(loss)}.")
     if kind not in KINDS:
         raise ValueError(f"`kind` must be {' or '.join(map(repr, KINDS))}; got {kind!r}.")
-    for name, n, least in (("components", components, 1), ("passes", passes, 2)):
-        if (name, n) != ("components", None) and (not is_int(n) or n < least):
-            raise ValueError(f"`{name}` must be an integer of at least {least}; got {n!r}.")
+    if components is not None:
+        check_int("`components`", components, 1)
+    check_int("`passes`", passes, 2)
     check_key(key)
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` must be a list of batches; got {short(batches)}.")
@@ -162,18 +171,13 @@ def _check(
         raise TypeError(_ONCE)
 
 
-def _is_low_rank(site: Site) -> bool:
-    return isinstance(site.rule, LoRA)
-
-
-def _target(site: Site, kind: str, components: int | None) -> Target:
-    if kind == "inputs" and site.kind not in ("dense", "conv"):
+def _check_inputs(sites: Sequence[Site]) -> None:
+    for site in (s for s in sites if s.kind not in ("dense", "conv")):
         why = "its inputs are numbers of rows" if site.kind == "embed" else "W + ΔW is formed there"
         raise ValueError(
             f"`kind` is 'inputs', and {site.name} has none: {why}. Leave it out of the rules, "
             "or sketch its gradient."
         )
-    return KINDS[kind].of(site, components)
 
 
 def _check_found(spectra: Mapping[str, Spectrum], kind: str) -> None:

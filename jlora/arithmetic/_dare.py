@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._keys import fold
 from .._types import Path, PyTree
 from ._matrices import merge_in_core_space
-from ._trees import Weights, check_merge, combine_leaves
+from ._operands import Weights, check_merge, combine_leaves
 
 
 def dare(
@@ -54,7 +54,7 @@ def dare(
     given = check_merge(adapters, weights, base, density)
 
     def keys(path: Path) -> jax.Array:
-        return jax.random.split(fold(key, path), len(given.trees))
+        return jax.random.split(fold(key, path), len(given.weights))
 
     def drop(x: jax.Array, key: jax.Array) -> jax.Array:
         return jax.random.bernoulli(key, density, x.shape) * x / density

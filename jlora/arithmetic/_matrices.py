@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._adapters import LowRank, leading_axes, matrices
+from .._adapters import LowRank, from_matrices, matrices, weight_shape
 from .._core import explicit
 from .._linalg import qr, svd_of, times
 from ._several import join
@@ -20,19 +20,18 @@ def build(
 
     Along explicit axes of a mesh, its A and B are sharded like those of the first node.
     """
-    like, n = nodes[0], leading_axes(nodes[0])
+    like = nodes[0]
 
-    def shaped(nodes: Sequence[LowRank], *operands: Any) -> tuple[jax.Array, jax.Array]:
+    def factors(nodes: Sequence[LowRank], *operands: Any) -> tuple[jax.Array, jax.Array]:
         a, b = make(nodes, *operands)
-        rank = a.shape[-1]
-        a = a.reshape(*like.a.shape[:-1], rank).astype(jnp.result_type(*(x.a for x in nodes)))
-        b = b.reshape(*like.b.shape[:n], rank, *like.b.shape[n + 1 :])
-        return a, b.astype(jnp.result_type(*(x.b for x in nodes)))
+        node = from_matrices(a, b, like.layout, weight_shape(like))
+        a = node.a.astype(jnp.result_type(*(x.a for x in nodes)))
+        return a, node.b.astype(jnp.result_type(*(x.b for x in nodes)))
 
     places = explicit(like.a), explicit(like.b)
-    in_place: Any = shaped
+    in_place: Any = factors
     if None not in places:
-        in_place = jax.sharding.auto_axes(shaped, out_sharding=places)
+        in_place = jax.sharding.auto_axes(factors, out_sharding=places)
     a, b = in_place(nodes, *operands)
     return join(nodes, a, b, 1.0)._replace(frozen=())
 

@@ -1,6 +1,6 @@
 """Exact sums: factors are concatenated."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from .._adapters import LowRank, leading_axes
 from .._compat import known
 from .._types import Path, PyTree
-from ._several import FROM_THE_START, RESIDUAL, is_residual, join, mismatch, refuse
-from ._trees import Operands, Weights, check_finite, check_operands, combine_leaves, is_one
+from ._operands import Operands, Weights, check_finite, check_operands, combine_leaves, is_one
+from ._several import FROM_THE_START, RESIDUAL, is_residual, join, refuse
 
 ROUNDING = 1e-5  # of weights that add up to 1
 
@@ -116,33 +116,31 @@ def _sum(given: Operands) -> PyTree:
         b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
         a = jnp.concatenate([x.a for x in nodes], -1)
         node = join(nodes, a, jnp.concatenate(b, leading_axes(nodes[0])), scale)
-        return node._replace(residual=residual.get(path, False))
+        return node._replace(residual=path in residual)
 
     return combine_leaves(given, low_rank, lambda deltas, _: sum(deltas), keeps_one=True)
 
 
-def _residual(given: Operands) -> dict[Path, bool]:
-    """Whether the sum is residual, by path, for paths where adapters are.
+def _residual(given: Operands) -> Collection[Path]:
+    """The paths at which the sum is for a base that a start changed.
 
-    It is residual if the weights of all adapters add up to 1. If they add up to 0 the base cancels.
+    There the weights of all adapters must add up to 1, or to 0: then the base cancels.
     """
-    paths = dict.fromkeys(p for tree in given.trees for p, x in tree.items() if is_residual(x))
-    if not paths:
-        return {}
+    sites = {p: pairs for p, pairs in given.sites.items() if is_residual(pairs[0][0])}
+    if not sites:
+        return ()
     total = known(lambda *w: sum(w), *given.weights)
     near = [n for n in (0, 1) if total is not None and abs(float(total) - n) < ROUNDING]
     got = "traced ones" if total is None else f"{float(total):g}"
-
-    def wrong(path: Path) -> str | None:
-        leaves = [tree.get(path) for tree in given.trees]
-        if any(x is None for x in leaves):
-            return f"{RESIDUAL}, and one adapter has no such site"
-        if near or mismatch(leaves):  # which `combine_leaves` refuses
-            return None
-        return f"{RESIDUAL}, so that weights must add up to 1 or to 0; got {got}"
-
-    refuse(given.refusal, {p: why for p in paths if (why := wrong(p))}, FROM_THE_START)
-    return dict.fromkeys(paths, near == [1])
+    wrong = {
+        path: f"{RESIDUAL}, and one adapter has no such site"
+        if len(pairs) < len(given.weights)
+        else f"{RESIDUAL}, so that weights must add up to 1 or to 0; got {got}"
+        for path, pairs in sites.items()
+        if len(pairs) < len(given.weights) or not near
+    }
+    refuse(given.refusal, wrong, FROM_THE_START)
+    return sites if near == [1] else ()
 
 
 def _times(b: jax.Array, *factors: Any) -> jax.Array:

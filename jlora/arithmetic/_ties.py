@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._types import PyTree
 from ._matrices import merge_in_core_space
-from ._trees import Weights, check_merge, combine_leaves
+from ._operands import Weights, check_merge, combine_leaves
 
 
 def ties(

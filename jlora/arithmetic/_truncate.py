@@ -10,12 +10,12 @@ import numpy as np
 from .._adapters import LowRank, is_node, matrices
 from .._compat import is_concrete
 from .._linalg import svd
-from .._rules import is_int
+from .._rules import check_int
 from .._tree import nest
 from .._types import PyTree
 from ._matrices import build
+from ._operands import MERGE
 from ._several import flatten_each, refuse_other_methods
-from ._trees import MERGE
 
 
 def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:
@@ -56,9 +56,9 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     """
     if (rank is None) == (energy is None):
         raise ValueError("truncate takes one of `rank` and `energy`.")
-    if rank is not None and (not is_int(rank) or rank < 1):
-        raise ValueError(f"`rank` must be an integer of at least 1; got {rank!r}.")
-    if energy is not None and not 0 < energy <= 1:
+    if rank is not None:
+        check_int("`rank`", rank, 1)
+    elif not 0 < (energy or 0) <= 1:
         raise ValueError(f"`energy` must lie in (0, 1]; got {energy!r}.")
     [found] = flatten_each([adapter])
     refuse_other_methods("`adapter` cannot be truncated", found.items(), MERGE)

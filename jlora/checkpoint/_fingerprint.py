@@ -40,15 +40,16 @@ def is_fingerprint(x: Any) -> TypeGuard[Fingerprint]:
 
 
 def shapes_of(found: Fingerprint) -> PyTree:
-    """The base as a tree of `jax.ShapeDtypeStruct`s."""
-    kinds = (jax.random.key(0, impl=name).dtype for name in KEYS)
-    keys = {str(dtype): dtype for dtype in kinds}
-    return nest(
-        {
-            path: jax.ShapeDtypeStruct(x.shape, keys.get(x.dtype) or jnp.dtype(x.dtype))
-            for path, x in found.items()
-        }
-    )
+    """Returns the base as a tree of `jax.ShapeDtypeStruct`s."""
+    return nest({path: struct_of(x) for path, x in found.items()})
+
+
+def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of a leaf; raises `TypeError` for a dtype that JAX has not."""
+    if leaf.dtype.startswith("key<"):
+        kinds = (jax.random.key(0, impl=name).dtype for name in KEYS)
+        return jax.ShapeDtypeStruct(leaf.shape, {str(x): x for x in kinds}[leaf.dtype])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
@@ -84,32 +85,28 @@ def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
             "`base` must hold arrays where their values are hashed; got jax.ShapeDtypeStruct at "
             f"{', '.join(bare)}. Give the arrays, or ask for no values."
         )
-    return {path: _as_jax_has_it(x, values) for path, x in leaves}
+    return {path: leaf_of(_narrow(x) if values else abstract(x), values) for path, x in leaves}
 
 
-def _as_jax_has_it(x: Any, values: bool) -> Leaf:
-    """The leaf of an array with the dtype that it has in JAX."""
-    form = abstract(x)
-    if values and x.dtype != form.dtype:  # 64 bits, which JAX narrows
-        x = np.asarray(x).astype(form.dtype)
-    return Leaf(tuple(form.shape), str(form.dtype), hash_of(x) if values else None)
+def _narrow(x: Any) -> Any:
+    """Converts an array to the dtype that it has in JAX, which may have no 64 bits."""
+    dtype = abstract(x).dtype
+    return x if x.dtype == dtype else np.asarray(x).astype(dtype)
 
 
 def leaf_of(x: Any, values: bool) -> Leaf:
-    """The leaf of an array with its own dtype, which JAX may have to narrow."""
+    """Returns the leaf of an array with its own dtype, which JAX may have to narrow."""
     return Leaf(tuple(x.shape), str(x.dtype), hash_of(x) if values else None)
 
 
 def hash_of(x: Any) -> str:
-    """64 bits that depend on every bit of an array, however it is sharded.
+    """Returns 64 bits that depend on every bit of an array, however it is sharded.
 
     For a quantized weight they depend on every bit of its codes and scales.
     """
     if is_quantized(x):
-        parts = jax.tree.leaves(dataclasses.replace(x, error=None))
-        return (
-            f"{sum((i + 1) * int(hash_of(part), 16) for i, part in enumerate(parts)) % 2**64:016x}"
-        )
+        parts = enumerate(jax.tree.leaves(dataclasses.replace(x, error=None)), 1)
+        return f"{sum(i * int(hash_of(part), 16) for i, part in parts) % 2**64:016x}"
     with jax.enable_x64(True):  # else float64 of NumPy would be narrowed first
         return "".join(f"{int(n):08x}" for n in _sums(jnp.asarray(x)))
 
@@ -121,20 +118,19 @@ def _sums(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _words(x: jax.Array) -> jax.Array:
-    """The bits of an array as uint32, with one more axis if an element has more than 32."""
+    """Returns the bits of an array as uint32, with one more axis for elements of over 32 bits."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag])
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
-    info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
-    bits = min(info(x.dtype).bits, 32)
+    bits = min(jax.dtypes.itemsize_bits(x.dtype), 32)
     return lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
 
 
 def _places(shape: tuple[int, ...], seed: int) -> jax.Array:
-    """A number for each position, from its index along every axis."""
+    """Returns a number for each position, from its index along every axis."""
     places = jnp.full(shape, seed, jnp.uint32)
     for d in range(len(shape)):
         places = _mix(places ^ lax.broadcasted_iota(jnp.uint32, shape, d))
@@ -142,49 +138,33 @@ def _places(shape: tuple[int, ...], seed: int) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A permutation of the 32-bit integers in which every bit depends on every other."""
+    """Permutes the 32-bit integers, so that every bit depends on every other."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
     return x ^ (x >> jnp.uint32(16))
 
 
-def differences(expected: Fingerprint, got: Fingerprint) -> list[str]:
-    """A line for each path in which `got` is not what was `expected`."""
+def differences(expected: Fingerprint, got: Fingerprint, any_width: bool = False) -> list[str]:
+    """Lists each path in which `got` is not what was `expected`.
+
+    With `any_width`, dtypes count as equal that differ by x64 in one of two sessions; the values
+    of such a leaf may have been rounded, and are not compared.
+    """
     lines = [f"  {name_of(p)}: missing" for p in expected if p not in got]
     lines += [f"  {name_of(p)}: unexpected" for p in got if p not in expected]
     for path in expected.keys() & got.keys():
-        lines += [f"  {name_of(path)}: {d}" for d in _differences_of(expected[path], got[path])]
+        a, b = expected[path], got[path]
+        if any_width and a.dtype != b.dtype and _narrowed(a.dtype) == _narrowed(b.dtype):
+            b = Leaf(b.shape, a.dtype)
+        pairs = zip(Leaf._fields[:2], a, b, strict=False)
+        found = [f"expected {name} {x}, got {y}" for name, x, y in pairs if x != y]
+        if not found and a.hash and b.hash and a.hash != b.hash:
+            found = ["other values"]
+        lines += [f"  {name_of(path)}: {why}" for why in found]
     return sorted(lines)
 
 
-def with_widths_of(expected: Fingerprint, got: Fingerprint) -> Fingerprint:
-    """`got` with the dtypes of `expected` where these differ only by x64 in one of two sessions.
-
-    Such leaves lose their hash, as the narrow values may have been rounded.
-    """
-
-    def leaf(path: Path, x: Leaf) -> Leaf:
-        dtype = expected[path].dtype if path in expected else x.dtype
-        is_same_narrowed = _NARROW.get(dtype, dtype) == _NARROW.get(x.dtype, x.dtype)
-        return Leaf(x.shape, dtype) if is_same_narrowed and dtype != x.dtype else x
-
-    return {path: leaf(path, x) for path, x in got.items()}
-
-
-_NARROW = {
-    "int64": "int32",
-    "uint64": "uint32",
-    "float64": "float32",
-    "complex128": "complex64",
-}
-
-
-def _differences_of(expected: Leaf, got: Leaf) -> list[str]:
-    found = [
-        f"expected {name} {a}, got {b}"
-        for name, a, b in zip(Leaf._fields[:2], expected, got, strict=False)
-        if a != b
-    ]
-    if not found and expected.hash and got.hash and expected.hash != got.hash:
-        return ["other values"]
-    return found
+def _narrowed(dtype: str) -> str:
+    """Returns the name of a dtype in a session without x64."""
+    wide = {"int64": "int32", "uint64": "uint32", "float64": "float32", "complex128": "complex64"}
+    return wide.get(dtype, dtype)

@@ -7,15 +7,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from .._adapters import RULES, is_node, state, static
 from .._rules import Rule, is_finite
 from .._tree import nest
 from .._types import Layout, Path, PyTree
-from ._fingerprint import Fingerprint, Leaf, leaf_of
-from ._rules import Fields, decode_rule, encode_rule, match_components, registered, to_tuples
+from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
+from ._rules import Fields, decode_rule, encode_rule, match_components, registered
 
 FORMAT = 2  # up to 1, patterns matched inside of the components of a path too
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
@@ -46,7 +43,7 @@ class Saved(NamedTuple):
 
 
 def flatten_leaves(found: Mapping[Path, Any]) -> dict[Path, Any]:
-    """The arrays of an adapter by path, whose last part is the name of the array in its node."""
+    """Returns the arrays of an adapter by path, which ends in their names in the nodes."""
     flat = {}
     for path, x in found.items():
         parts = state(x) if is_node(x) else {FULL: x}
@@ -57,7 +54,7 @@ def flatten_leaves(found: Mapping[Path, Any]) -> dict[Path, Any]:
 def encode(
     found: Mapping[Path, Any], rules: Sequence[Rule], step: int | None, base: Fingerprint | None
 ) -> Fields:
-    """The metadata of an adapter as JSON."""
+    """Returns the metadata of an adapter as JSON."""
     fields = {
         "format": FORMAT,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
@@ -70,19 +67,19 @@ def encode(
 
 
 def digest(fields: Fields) -> str:
-    """The hash of metadata, which they hold under `sha256`."""
+    """Returns the hash of metadata, which they hold under `sha256`."""
     rest = {name: value for name, value in fields.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def decode(fields: Fields) -> Saved:
-    """The metadata from JSON."""
+    """Returns the metadata that JSON holds; raises any error for JSON of another form."""
     leaves, hashes = {}, {}
     for item in fields["adapter"]:
         path = _strings(item["path"])
         parts = {name: _leaf(*leaf) for name, leaf in item["arrays"].items()}
         hashes |= {(*path, name): leaf.hash for name, leaf in parts.items()}
-        leaves[path] = _decode_leaf(item, {n: _struct(leaf) for n, leaf in parts.items()})
+        leaves[path] = _decode_leaf(item, {n: struct_of(leaf) for n, leaf in parts.items()})
     base, rules = fields["base"], fields["rules"]
     if fields["format"] < 2:
         rules = match_components(rules, ["/".join(path) for path in leaves])
@@ -107,14 +104,14 @@ def _encode_leaf(path: Path, x: Any) -> Fields:
     return item
 
 
-def _decode_leaf(item: Fields, parts: dict[str, jax.ShapeDtypeStruct]) -> Any:
+def _decode_leaf(item: Fields, parts: dict[str, Any]) -> Any:
     if "layout" not in item:
         (full,) = parts.values()
         return full
     nodes = {x.node.__name__: x.node for x in RULES.values() if x.node is not None}
     kind = registered("node", item.get("node", "LowRank"), nodes)
     names = [name for name in kind._fields if name in item and name not in kind.labels]
-    fields = {name: to_tuples(item[name]) for name in names}
+    fields = {name: _to_tuples(item[name]) for name in names}
     hints = typing.get_type_hints(kind)
     for name, value in fields.items():
         if hints[name] is float and not is_finite(value):
@@ -141,11 +138,14 @@ def _leaf(shape: Any, dtype: str, hash: str | None) -> Leaf:
     return Leaf(tuple(shape), str(dtype), hash)
 
 
-def _struct(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))
-
-
 def _strings(path: Any) -> Path:
     if not isinstance(path, list) or not all(isinstance(part, str) for part in path):
         raise TypeError(f"expected a path, got {path!r}")
     return tuple(path)
+
+
+def _to_tuples(x: Any) -> Any:
+    """Turns the lists of JSON into tuples, at any depth."""
+    if isinstance(x, dict):
+        return {name: _to_tuples(value) for name, value in x.items()}
+    return tuple(map(_to_tuples, x)) if isinstance(x, list) else x

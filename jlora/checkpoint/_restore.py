@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from .._adapters import arrays, is_node, state, static
-from .._tree import adapter_leaves, leaves_by_path, name_of, nest
+from .._tree import adapter_leaves, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from .._untrusted import shown
 from ._fingerprint import (
@@ -19,13 +19,11 @@ from ._fingerprint import (
     is_fingerprint,
     leaf_of,
     shapes_of,
-    with_widths_of,
 )
 from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
-from ._rules import Fields
 from ._save import ADAPTER, METADATA
-from ._store import Where, check_files, place
-from ._together import by_all, in_step, one_line
+from ._store import Where, check_files, damage, place
+from ._together import by_all, in_step
 
 
 def read(path: Where) -> Saved:
@@ -51,19 +49,44 @@ def read(path: Where) -> Saved:
         >>> saved.rules, saved.step, saved.adapter["head"].shape
         ((Full(pattern='head'),), 7, (2, 3))
     """
-    fields = _fields(path)
-    if fields.get("sha256") != digest(fields):
+    folder = place(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"`path`: there is no checkpoint at {folder}.")
+    file = folder / METADATA / "metadata"
+    if not folder.is_dir() or not file.exists():
+        raise ValueError(_explain(folder))
+    check_files(folder)
+    damaged = f"the metadata of {folder} are damaged"
+    with damage(damaged):
+        fields = json.loads(file.read_text())
+        number = fields["format"]
+    if number not in range(1, FORMAT + 1):
         raise ValueError(
-            f"`path`: the metadata of {place(path)} are damaged: their hash is another. "
-            "Take another checkpoint, or save this one again."
+            f"`path`: {folder} has format {number!r}; this version of jlora reads formats 1 to "
+            f"{FORMAT}. Update jlora."
         )
-    try:
+    with damage(damaged):
+        if fields.get("sha256") != digest(fields):
+            raise ValueError("their hash is another")
         saved = decode(fields)
         adapter_leaves(saved.adapter)  # raises unless it is an adapter
         shapes_of(saved.base or {})  # raises unless all dtypes are known
-        return saved
-    except Exception as e:
-        raise _damaged(path, e) from e
+    return saved
+
+
+def _explain(folder: Any) -> str:
+    """Says what is in a folder that is no checkpoint of an adapter."""
+    names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
+    if steps := sorted(filter(str.isdigit, names), key=int):
+        return (
+            f"`path`: {folder} holds the steps {', '.join(steps)} of a CheckpointManager; give one "
+            f"of them, such as {folder / steps[-1]}."
+        )
+    held = f"holds {', '.join(map(shown, names))}" if names else "is no folder, or an empty one"
+    return (
+        f"`path`: {folder} is no checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} "
+        f"in it, but it {held}. Give a folder that jlora.checkpoint.save wrote."
+    )
 
 
 def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = None) -> PyTree:
@@ -111,78 +134,26 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
 
 
 def _fill(x: Any, path: Path, flat: dict[Path, Any]) -> Any:
-    """The leaf `x` with the arrays that were read."""
+    """Puts the arrays that were read into the leaf `x`."""
     if not is_node(x):
         return flat[*path, FULL]
     return x._replace(**{n: flat[*path, n] if n in state(x) else None for n in arrays(x)})
-
-
-# ----------------------------------------------------------------------------------------- reading
-
-
-def _fields(path: Where) -> Fields:
-    """Reads the JSON of the metadata; raises if it is not of a known format."""
-    folder = place(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"`path`: there is no checkpoint at {folder}.")
-    file = folder / METADATA / "metadata"
-    if not folder.is_dir() or not file.exists():
-        raise ValueError(_what_it_is(folder))
-    check_files(folder)
-    try:
-        fields = json.loads(file.read_text())
-        number = fields["format"]
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
-        raise _damaged(path, e) from e
-    if number not in range(1, FORMAT + 1):
-        raise ValueError(
-            f"`path`: {folder} has format {number!r}; this version of jlora reads formats 1 to "
-            f"{FORMAT}. Update jlora."
-        )
-    return fields
-
-
-def _damaged(path: Where, error: Exception) -> ValueError:
-    return ValueError(
-        f"`path`: the metadata of {place(path)} are damaged ({type(error).__name__}: "
-        f"{one_line(error)[:300]}). Take another checkpoint, or save this one again."
-    )
-
-
-def _what_it_is(folder: Any) -> str:
-    names = sorted(x.name for x in folder.iterdir()) if folder.is_dir() else []
-    steps = [name for name in names if name.isdigit()]
-    if steps:
-        return (
-            f"`path`: {folder} holds the steps {', '.join(sorted(steps, key=int))} of a "
-            f"CheckpointManager; give one of them, such as {folder / max(steps, key=int)}."
-        )
-    held = (
-        f"it holds {', '.join(map(shown, names))}" if names else "it is no folder, or an empty one"
-    )
-    return (
-        f"`path`: {folder} is no checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} "
-        f"in it, but {held}. Give a folder that jlora.checkpoint.save wrote."
-    )
 
 
 def _read_arrays(path: Where, wanted: dict[Path, Any]) -> dict[Path, Any]:
     folder = place(path)
     template = nest({p: _template(x) for p, x in wanted.items()})
     args = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(template)})
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])
-    except Exception as e:
-        raise ValueError(
-            f"`path`: the arrays of {folder} cannot be read, as it is cut off or damaged: "
-            f"{one_line(e)}. Take another checkpoint."
-        ) from e
+    with (
+        damage(f"the arrays of {folder} cannot be read, as it is cut off or damaged"),
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
+        tree = in_step(lambda: checkpointer.restore(folder, args=args)[ADAPTER])
     return dict(leaves_by_path(tree))
 
 
 def _template(x: Any) -> Any:
-    """A template that makes Orbax shard an array like `x`, or else give NumPy's."""
+    """Returns what makes Orbax shard an array like `x`, or give a NumPy array without sharding."""
     sharding = getattr(x, "sharding", None)
     if sharding is None:
         return np.broadcast_to(np.zeros((), x.dtype), x.shape)
@@ -207,13 +178,10 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
             f"`base` cannot be checked: {place(path)} was saved without one. "
             "Restore without `base`, or save with it."
         )
-    if is_fingerprint(base):
-        got = base
-    else:
-        hashed = any(leaf.hash for leaf in saved.base.values())
-        concrete = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(base))
-        got = fingerprint(base, values=hashed and concrete)
-    if lines := differences(saved.base, with_widths_of(saved.base, got)):
+    hashed = any(leaf.hash for leaf in saved.base.values())
+    values = hashed and not any(map(is_abstract, jax.tree.leaves(base)))
+    got = base if is_fingerprint(base) else fingerprint(base, values)
+    if lines := differences(saved.base, got, any_width=True):
         raise ValueError(
             f"`base` is not the one that the adapter in {place(path)} was trained on:\n"
             + "\n".join(lines)
@@ -222,7 +190,7 @@ def _check_base(path: Where, saved: Saved, base: PyTree) -> None:
 
 
 def _check_like(path: Where, checkpoint: Saved, like: PyTree | None) -> dict[Path, Any]:
-    """The leaves by path that are wanted: of `like`, or else those that were saved."""
+    """Returns the leaves that are wanted by path: those of `like`, or else those of the file."""
     saved = adapter_leaves(checkpoint.adapter)
     if like is None:
         return saved
@@ -248,5 +216,5 @@ def _forms(found: dict[Path, Any]) -> dict[Path, Leaf]:
 
 
 def _place_of(path: Path) -> Path:
-    """The path by which the user knows an array: a leaf in full has its own."""
+    """Returns the path by which the user knows an array: a leaf in full has that of its weight."""
     return path[:-1] if path[-1] == FULL else path

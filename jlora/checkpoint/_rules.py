@@ -8,8 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _quantized as quantized
-from .. import initializers
+from .. import _quantized, initializers
 from .._adapters import RULES, LoRA
 from .._quantized import Scheme
 from .._rules import Rule, Slots, compile_pattern, pattern_anywhere
@@ -18,6 +17,9 @@ from ..initializers import Initializer
 
 Fields = dict[str, Any]
 SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, and the kind of their sketch
+SCHEMES = {
+    name: x for name, x in vars(_quantized).items() if isinstance(x, type) and issubclass(x, Scheme)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +34,17 @@ class Foreign:
 
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
-        if kind := SKETCHED.get(self.name.removeprefix("jlora.initializers.")):
+        why = f"{shown(self.name)} when the adapter was saved, which"
+        kind = SKETCHED.get(self.name.removeprefix("jlora.initializers."))
+        if kind is None:
             raise NotImplementedError(
-                f"`init` was {self.name} when the adapter was saved, which starts from a sketch: a "
-                "checkpoint holds none. Give the rule one of your own: dataclasses.replace(rule, "
-                f"init={self.name}(sketch)), with the options that it had, where sketch is of "
-                f"jlora.sketch(..., kind={kind!r})."
+                f"`init` was {why} is not a part of jlora. Give the rule your own: "
+                "dataclasses.replace(rule, init=...)."
             )
         raise NotImplementedError(
-            f"`init` was {shown(self.name)} when the adapter was saved, which is not a part of "
-            "jlora. Give the rule your own: dataclasses.replace(rule, init=...)."
+            f"`init` was {why} starts from a sketch: a checkpoint holds none. Give the rule one of "
+            f"your own: dataclasses.replace(rule, init={self.name}(sketch)), with the options that "
+            f"it had, where sketch is of jlora.sketch(..., kind={kind!r})."
         )
 
 
@@ -106,11 +109,11 @@ def decode_rule(fields: Fields) -> Rule:
 def _decode_field(value: Any) -> Any:
     match value:
         case {"slots": slots}:
-            return Slots(**to_tuples(slots))
+            return Slots(**slots)
         case {"dtype": name}:
             return jnp.dtype(name)
         case {"scheme": name, "fields": found}:
-            return _scheme(name)(**found)
+            return registered("scheme", name, SCHEMES)(**found)
         case {"function": name, "options": options}:
             made = _function(name)(**{key: _decode_field(x) for key, x in options.items()})
             if not isinstance(made, Initializer):
@@ -125,51 +128,35 @@ def _decode_field(value: Any) -> Any:
 
 def _is_known(option: Any) -> bool:
     """Whether the option of an initializer can be read again: a scheme must be jlora's own."""
-    own = getattr(quantized, type(option).__name__, None)
-    return not isinstance(option, Scheme) or own is type(option)
-
-
-def _scheme(name: str) -> type[Scheme]:
-    found = getattr(quantized, name, None)
-    if not isinstance(found, type) or not issubclass(found, Scheme):
-        raise ValueError(f"the checkpoint has the scheme {name!r}, which is none of jlora's")
-    return found
+    return not isinstance(option, Scheme) or SCHEMES.get(type(option).__name__) is type(option)
 
 
 def _name(function: Callable[..., Any]) -> str:
     name = getattr(function, "__name__", None)
-    if name is not None and getattr(initializers, name, None) is function:
-        return f"jlora.initializers.{name}"
     if name is None:
         return repr(function)
+    if getattr(initializers, name, None) is function:
+        return f"jlora.initializers.{name}"
     return f"{function.__module__}.{function.__qualname__}"
 
 
 def _function(name: str) -> Callable[..., Any]:
-    for sketched in SKETCHED:
-        known = f"jlora.initializers.{sketched}"
-        # Format 1 had the function in `_eva.py` that it was.
-        if name in (known, f"jlora.initializers._{sketched}.{sketched}.<locals>.start"):
-            return Foreign(known)
+    # Format 1 had the function in `_eva.py` that it was.
+    name = re.sub(r"\._(\w+)\.\1\.<locals>\.start$", r".\1", name)
     module, _, last = name.rpartition(".")
     # Version 0.1 had the initializers in `jlora` itself.
-    known = module in ("jlora", "jlora.initializers") and not last.startswith("_")
-    function = getattr(initializers, last, None) if known and last.isidentifier() else None
+    is_own = module in ("jlora", "jlora.initializers") and last.isidentifier()
+    if not is_own or last.startswith("_") or last in SKETCHED:
+        return Foreign(name)
+    function = getattr(initializers, last, None)
     return function if callable(function) else Foreign(name)
 
 
 def registered(kind: str, name: Any, types: Mapping[str, Any]) -> Any:
-    """The class of `types` by a name."""
+    """Returns the class that `types` has by a name from a file."""
     if not isinstance(name, str) or name not in types:
         raise ValueError(
             f"the checkpoint has the {kind} {brief(name)}, which no registered method has; import "
             "the module that registers it"
         )
     return types[name]
-
-
-def to_tuples(x: Any) -> Any:
-    """Turns the lists of JSON into tuples, at any depth."""
-    if isinstance(x, dict):
-        return {name: to_tuples(value) for name, value in x.items()}
-    return tuple(map(to_tuples, x)) if isinstance(x, list) else x

@@ -1,6 +1,8 @@
 """Orbax's files: checks before they are read, and one atomic write."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,21 @@ _BY_PROCESS = "array_metadatas"  # a folder of them
 
 
 def place(path: Where) -> epath.Path:
-    """`path` as Orbax wants it: absolute, or a URL such as `gs://…`."""
+    """Returns `path` as Orbax wants it: absolute, or a URL such as `gs://…`."""
     name = os.fspath(path)
     return epath.Path(name if "://" in name else os.path.abspath(name))
+
+
+@contextlib.contextmanager
+def damage(what: str) -> Iterator[None]:
+    """Turns any error into a `ValueError` that says `what` and the reason."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(
+            f"`path`: {what} ({type(e).__name__}: {one_line(e)[:300]}). Take another checkpoint, "
+            "or save this one again."
+        ) from e
 
 
 def check_files(folder: Where) -> None:
@@ -45,21 +59,19 @@ def check_files(folder: Where) -> None:
     if "://" in os.fspath(folder):
         return
     for parent, _, names in os.walk(folder):
-        for path in (Path(parent, name) for name in names):
-            if path.exists() and not path.is_file():
+        for path in filter(Path.exists, (Path(parent, name) for name in names)):
+            if not path.is_file():
                 raise ValueError(
                     f"`path`: {shown(str(path))} is no regular file. Take another checkpoint."
                 )
-            if path.exists() and (path.name in _DESCRIBING or path.parent.name == _BY_PROCESS):
-                _check_size(path)
-
-
-def _check_size(path: Path) -> None:
-    if (size := path.stat().st_size) > LIMIT:
-        raise ValueError(
-            f"`path`: {path} has {size} bytes; expected at most {LIMIT}. Take another checkpoint."
-        )
-    check_values(path.read_bytes(), f"`path`: {path}")
+            if path.name not in _DESCRIBING and path.parent.name != _BY_PROCESS:
+                continue
+            if (size := path.stat().st_size) > LIMIT:
+                raise ValueError(
+                    f"`path`: {path} has {size} bytes; expected at most {LIMIT}. Take another "
+                    "checkpoint."
+                )
+            check_values(path.read_bytes(), f"`path`: {path}")
 
 
 def write(path: Where, handler: Any, args: Any) -> None:

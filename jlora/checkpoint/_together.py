@@ -1,4 +1,4 @@
-"""Several processes act as one: if one fails, all raise, and none waits for it."""
+"""Several processes act as one: if one fails, all raise, and none is waited for."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from .._untrusted import printable
 
-LENGTH = 1000  # bytes of an error that the other processes get
+LENGTH = 1000  # bytes of a text that the other processes get
 MISMATCH = "sync_global_devices name mismatch"  # JAX's words
 
 T = TypeVar("T")
@@ -29,11 +29,12 @@ def by_all(work: Callable[[], T]) -> T:
         result = work()
     except Exception as e:
         error = e
-    errors = _gather_errors(error)
+    texts = _gather("" if error is None else f"{type(error).__name__}: {one_line(error)}")
     if error is not None:
         raise error
-    if errors:
-        raise RuntimeError("; ".join(errors))
+    if any(texts):
+        failed = [f"process {i}: {text}" for i, text in enumerate(texts) if text]
+        raise RuntimeError("; ".join(failed))
     return result
 
 
@@ -43,7 +44,7 @@ def by_first(work: Callable[[], None]) -> None:
 
 
 def in_step(work: Callable[[], T]) -> T:
-    """Does `work` on every process, as `by_all`, if the processes wait for each other within it.
+    """Does `work` on every process, as `by_all`, where the processes wait for each other within it.
 
     Orbax makes them wait for each other between its steps, by name. A process that fails joins the
     others where they wait, under another name, and JAX then raises on all.
@@ -63,22 +64,19 @@ def in_step(work: Callable[[], T]) -> T:
 
 
 def from_first(text: str) -> str:
-    """Gives every process the text of process 0, at most 100 letters of ASCII."""
-    row = np.frombuffer(text.encode().ljust(100), np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(row))).decode().rstrip()
+    """Returns the text of process 0 on every process."""
+    return _gather(text)[0]
 
 
-def _gather_errors(error: Exception | None) -> list[str]:
-    """A line for each process that has an error, the same list on all."""
-    text = "" if error is None else f"{type(error).__name__}: {one_line(error)}"
+def _gather(text: str) -> list[str]:
+    """Returns the texts of all processes, the same list on each, without what exceeds `LENGTH`."""
     row = np.frombuffer(text.encode()[:LENGTH].ljust(LENGTH), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, LENGTH)
-    texts = [bytes(x).decode(errors="replace").rstrip() for x in rows]
-    return [f"process {i}: {text}" for i, text in enumerate(texts) if text]
+    return [bytes(x).decode(errors="replace").rstrip() for x in rows]
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error in one line, without what TensorStore adds for its developers."""
+    """Returns the message of an error in one line, without what TensorStore adds for developers."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.split(r" \[(?:tensorstore_spec|source locations)", text)[0].rstrip(".")
     return printable(text)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._draw import dtype_of
-from ._sketched import SketchInitializer, spectrum_at
+from ._sketched import SketchInitializer
 
 
 def eva(sketch: Any) -> "Eva":
@@ -47,7 +47,6 @@ class Eva(SketchInitializer):
     kind: ClassVar[str] = "inputs"
 
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
-        del key
         dtype = dtype_of(site, rule)
-        a = spectrum_at(self.sketch, site, rule, rule.rank).inputs[..., : rule.rank]
+        a = self.spectrum_at(site, rule, rule.rank).inputs[..., : rule.rank]
         return w, jnp.array(a, dtype), jnp.zeros(rule.factor_shapes(site)[1], dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
-from .._rules import is_int, misplaced, rule_name
+from .._rules import check_int, misplaced, rule_name
 from ._initializer import Initializer
 from ._pissa import largest
 from ._split import How, check, each_matrix, how_of, in_place, of_array
@@ -75,10 +75,7 @@ class LoftQ(Initializer):
                 f"`scheme` of loftq has the pattern {self.scheme.pattern!r}, but the rule says "
                 "which leaves it takes. Leave the pattern out."
             )
-        if not is_int(self.iterations) or self.iterations < 1:
-            raise ValueError(
-                f"`iterations` of loftq must be an integer of at least 1; got {self.iterations!r}."
-            )
+        check_int("`iterations` of loftq", self.iterations, 1)
         object.__setattr__(self, "iterations", int(self.iterations))
 
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:

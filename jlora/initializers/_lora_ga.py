@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .._quantized import is_quantized
 from ._draw import dtype_of
-from ._sketched import SketchInitializer, spectrum_at
+from ._sketched import SketchInitializer
 from ._split import how_of, subtract
 
 GAMMA = 16.0
@@ -67,22 +67,19 @@ class LoraGA(SketchInitializer):
             raise ValueError(f"`gamma` of lora_ga must be positive; got {self.gamma!r}.")
 
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
-        del key
         if is_quantized(w):
             raise ValueError(
                 f"lora_ga changes W of {site.path!r}, which is quantized. Call init with W as it "
                 "was, then jlora.quantize the base."
             )
         r, dtype = rule.rank, dtype_of(site, rule)
-        found = spectrum_at(self.sketch, site, rule, 2 * r)
-        before = found.values.ndim - 1  # the stack and the slots
+        found = self.spectrum_at(site, rule, 2 * r)
         a = jnp.array(found.inputs[..., :r], dtype)
-        b = found.outputs[(slice(None),) * before + (slice(r, 2 * r),)]
-        outputs = math.prod(b.shape[before + 1 :])
-        values = found.values[..., r : 2 * r] * (outputs**0.25 / math.sqrt(self.gamma))
-        b = b * values.reshape(*values.shape, *[1] * (b.ndim - before - 1))
-        missing = [(0, r - n if d == before else 0) for d, n in enumerate(b.shape)]
-        b = jnp.pad(b, missing).astype(dtype)
+        rows = found.outputs.reshape(*found.values.shape, -1)[..., r : 2 * r, :]
+        values = found.values[..., r : 2 * r, None]
+        b = rows * (values * (rows.shape[-1] ** 0.25 / math.sqrt(self.gamma)))
+        b = jnp.pad(b, [(0, 0)] * (b.ndim - 2) + [(0, r - b.shape[-2]), (0, 0)])
+        b = b.reshape(rule.factor_shapes(site)[1]).astype(dtype)
         if isinstance(w, jax.ShapeDtypeStruct):  # another than W, though it looks the same
             return w.update(shape=w.shape), a, b
         return subtract(how_of(w, site, rule), w, a, b), a, b

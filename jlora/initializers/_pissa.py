@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._linalg import times
-from .._rules import is_int
+from .._rules import check_int
 from ._initializer import Initializer
 from ._split import orthonormal, split, svd_part, widened
 
@@ -112,24 +112,13 @@ class PissaNiter(Initializer):
     name: ClassVar[str] = "pissa_niter"
 
     def __post_init__(self) -> None:
-        if not is_int(self.iterations) or self.iterations < 0:
-            raise ValueError(
-                "`iterations` of pissa_niter must be an integer of at least 0; got "
-                f"{self.iterations!r}."
-            )
+        check_int("`iterations` of pissa_niter", self.iterations, 0)
         object.__setattr__(self, "iterations", int(self.iterations))
 
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
-        return split(_SubspaceIteration(self.iterations), key, w, site, rule)
+        return split(self._factors, key, w, site, rule)
 
-
-@dataclasses.dataclass(frozen=True)
-class _SubspaceIteration:
-    """The largest singular values, by randomized subspace iteration."""
-
-    iterations: int
-
-    def __call__(
+    def _factors(
         self, key: jax.Array, w: jax.Array, rank: int, scale: float
     ) -> tuple[jax.Array, jax.Array]:
         w = widened(w)

@@ -7,6 +7,8 @@ import numpy as np
 
 from ._initializer import Initializer
 
+AGAIN = "Sketch with the rules and the parameters that `init` gets."
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SketchInitializer(Initializer):
@@ -33,32 +35,28 @@ class SketchInitializer(Initializer):
                 f"{sketch.kind!r}."
             )
 
-
-def spectrum_at(sketch: Any, site: Any, rule: Any, components: int) -> Any:
-    """The spectrum of a site in a sketch, with enough components or all that there are."""
-    found = sketch.sites.get(site.path)
-    if found is None:
-        listed = ", ".join(list(sketch.sites)[:3]) + (", …" if len(sketch.sites) > 3 else "")
-        raise ValueError(
-            f"`sketch` has no site {site.path!r}, but {listed}. Sketch with the rules and the "
-            "parameters that `init` gets."
-        )
-    if (found.shape, found.layout) != (site.shape, site.layout):
-        raise ValueError(
-            f"`sketch` has {site.path!r} with the shape {found.shape} and {found.layout}; got "
-            f"{site.shape} and {site.layout}. Sketch with the rules and the parameters that `init` "
-            "gets."
-        )
-    slots = site.layout.slots
-    components = min(components, site.inputs, site.outputs // (slots[0] if slots else 1))
-    if found.values.shape[-1] < components:
-        raise ValueError(
-            f"`sketch` has {found.values.shape[-1]} components of {site.path!r}; rank {rule.rank} "
-            f"needs {components}. Sketch with `components={components}`, or lower the rank."
-        )
-    if not np.asarray(found.total).any():
-        raise ValueError(
-            f"`sketch` has nothing of {site.path!r}, as the loss did not depend on it. Sketch with "
-            "a loss and batches that use it, or give it a rule with another start."
-        )
-    return found
+    def spectrum_at(self, site: Any, rule: Any, components: int) -> Any:
+        """The spectrum of a site, with enough components or all that there are."""
+        sites, path = self.sketch.sites, site.path
+        found = sites.get(path)
+        if found is None:
+            listed = ", ".join(list(sites)[:3]) + (", …" if len(sites) > 3 else "")
+            raise ValueError(f"`sketch` has no site {path!r}, but {listed}. {AGAIN}")
+        if (found.shape, found.layout) != (site.shape, site.layout):
+            raise ValueError(
+                f"`sketch` has {path!r} with the shape {found.shape} and {found.layout}; got "
+                f"{site.shape} and {site.layout}. {AGAIN}"
+            )
+        slots = site.layout.slots
+        components = min(components, site.inputs, site.outputs // (slots[0] if slots else 1))
+        if found.values.shape[-1] < components:
+            raise ValueError(
+                f"`sketch` has {found.values.shape[-1]} components of {path!r}; rank {rule.rank} "
+                f"needs {components}. Sketch with `components={components}`, or lower the rank."
+            )
+        if not np.asarray(found.total).any():
+            raise ValueError(
+                f"`sketch` has nothing of {path!r}, as the loss did not depend on it. Sketch with "
+                "a loss and batches that use it, or give it a rule with another start."
+            )
+        return found

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapters import LowRank, is_node, leading_axes, state
+from .._adapters import factor_shapes, is_node, state, weight_shape
 from .._compat import known
 from .._core import promote
 from .._tree import check_fits, leaves_by_path
@@ -65,25 +65,23 @@ def mismatch_in_table(leaves: Sequence[Any]) -> str | None:
 
 
 def zeros_for(leaves: Sequence[Any], rank: int | None) -> Any:
-    """Zeros with room for each of `leaves`, of their largest rank unless `rank` is given."""
+    """Returns zeros that any of `leaves` fits in, of their largest rank unless `rank` is given."""
     if not is_node(leaves[0]):
-        return jnp.zeros(leaves[0].shape, promote(*(x.dtype for x in leaves)))
+        return jnp.zeros_like(leaves[0], promote(*(x.dtype for x in leaves)))
     nodes = with_equal_slots(leaves)
     largest = max(x.a.shape[-1] for x in nodes) if rank is None else rank
+    shapes = factor_shapes(nodes[0].layout, weight_shape(nodes[0]), largest)
+    zeros = (zeros_for([getattr(x, name) for x in nodes], None) for name in "ab")
     scales = {x.scale for x in nodes}
-    a = jnp.zeros_like(nodes[0].a, promote(*(x.a.dtype for x in nodes)))
-    b = jnp.zeros_like(nodes[0].b, promote(*(x.b.dtype for x in nodes)))
-    return _resize(join(nodes, a, b, scales.pop() if len(scales) == 1 else 1.0), largest)
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    a, b = map(resize, zeros, shapes)
+    return join(nodes, a, b, scale)
 
 
-def _resize(node: LowRank, rank: int) -> LowRank:
-    """A node whose A has `rank` columns, and whose B `rank` rows: zeros are added, or some cut."""
-
-    def pad(x: jax.Array, axis: int) -> jax.Array:
-        pads = [(0, rank - n if d == axis else 0, 0) for d, n in enumerate(x.shape)]
-        return jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
-
-    return node._replace(a=pad(node.a, node.a.ndim - 1), b=pad(node.b, leading_axes(node)))
+def resize(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Pads an array with zeros to `shape`, or cuts zeros off."""
+    pads = [(0, m - n, 0) for n, m in zip(x.shape, shape, strict=True)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
 def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
@@ -133,5 +131,5 @@ def _convert(leaf: Any, empty: Any) -> Any:
     node = with_equal_slots([empty, leaf])[1]
     if node.scale != empty.scale:
         node = node._replace(b=node.b * (node.scale / empty.scale))
-    node = _resize(node, empty.a.shape[-1])
-    return empty._replace(a=node.a.astype(empty.a.dtype), b=node.b.astype(empty.b.dtype))
+    a, b = resize(node.a, empty.a.shape), resize(node.b, empty.b.shape)
+    return empty._replace(a=a.astype(empty.a.dtype), b=b.astype(empty.b.dtype))

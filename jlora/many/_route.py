@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from .._adapters import LowRank, Routed, is_node, leading_axes, stop_gradients, weight_shape
-from .._tree import adapter_leaves, check_fits, leaves_by_path, nest
+from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree
 from ..arithmetic._several import FROM_THE_START, RESIDUAL, is_residual, refuse
 from ._fill import Leaves, check_methods
@@ -147,30 +147,19 @@ def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
 
 
 def _prepare(table: PyTree, form: str | None) -> tuple[Leaves, int]:
-    """The leaves of a table, concatenated ones as `Routed`, and the number of its slots."""
-    found = adapter_leaves(table)
-    routed = {path: x for path, x in found.items() if isinstance(x, Routed)}
-    counts = {x.slots for x in routed.values()}
-    others = {path: x for path, x in found.items() if path not in routed}
-    residual = [path for path, x in others.items() if is_residual(x)]
+    """Returns the leaves of a table, those that are concatenated as `Routed`, and its slots."""
+    found, slots = table_leaves(table, is_prepared=True)
+    others = {path: x for path, x in found.items() if not isinstance(x, Routed)}
     check_methods(others.items())
-    refuse(
-        "a table that is routed cannot hold what is",
-        dict.fromkeys(residual, f"{RESIDUAL}, so that -1 would not be the model"),
-        FROM_THE_START,
-    )
-    if others:
-        _, count = table_leaves(nest(others))
-        counts.add(count)
-    slots = max(counts)
-    if routed and form == FORMS[1]:
+    why = f"{RESIDUAL}, so that -1 would not be the model"
+    residual = {path: why for path, x in others.items() if is_residual(x)}
+    refuse("a table that is routed cannot hold what is", residual, FROM_THE_START)
+    if form == FORMS[1] and len(others) < len(found):
         raise ValueError(
             f"`form` is {form!r}, but `table` was prepared side by side: give the table from stack."
         )
-    if len(counts) > 1:
-        raise TypeError(f"`table` must have as many slots everywhere; got {sorted(counts)}.")
     beside = {p: _concatenate(x, slots) for p, x in others.items() if _is_beside(x, form)}
-    return {path: beside.get(path, x) for path, x in found.items()}, slots
+    return found | beside, slots
 
 
 def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:

@@ -13,17 +13,21 @@ class NoRowsError(Exception):
 
 
 class Batch:
-    """The arguments of a call: some are cut into rows, the others are shared by all rows."""
+    """The arguments of a call: some are cut into rows, the others are shared by all rows.
+
+    Attributes:
+        axes: for each leaf its axis of rows, or None if it is shared.
+    """
 
     def __init__(self, arguments: Any, in_axes: Any, count: int):
         """Raises `ValueError` if an argument has not `count` rows along its axis."""
         is_none = lambda x: x is None  # noqa: E731
         axes = jax.tree.leaves(jax.tree.broadcast(in_axes, arguments, is_none), is_leaf=is_none)
         flat, self._tree = jax.tree_util.tree_flatten_with_path(arguments, is_none)
-        self._leaves = [x for _, x in flat]
-        self._at, self.axes = [], []
-        for i, ((path, x), axis) in enumerate(zip(flat, axes, strict=True)):
+        self._leaves, self.axes = [x for _, x in flat], []
+        for (path, x), axis in zip(flat, axes, strict=True):
             if axis is None or not hasattr(x, "shape"):
+                self.axes.append(None)
                 continue
             if not -x.ndim <= axis < x.ndim or x.shape[axis] != count:
                 raise ValueError(
@@ -31,20 +35,19 @@ class Batch:
                     f"along its axis {axis}, as `ids` has; got {short(x)}. Name the axis in "
                     "`in_axes` of route, or None for what all rows share."
                 )
-            self._at.append(i)
             self.axes.append(axis % x.ndim)
 
-    def cut(self, length: int) -> list[jax.Array]:
-        """The arrays with rows, cut into runs: a new axis of runs precedes that of rows."""
+    def cut(self, length: int) -> list[Any]:
+        """Cuts the rows of each leaf into runs: a new axis of runs precedes that of rows."""
         return [
-            jnp.reshape(x, (*x.shape[:axis], -1, length, *x.shape[axis + 1 :]))
-            for x, axis in zip((self._leaves[i] for i in self._at), self.axes, strict=True)
+            None if d is None else jnp.reshape(x, (*x.shape[:d], -1, length, *x.shape[d + 1 :]))
+            for x, d in zip(self._leaves, self.axes, strict=True)
         ]
 
-    def arguments(self, run: list[jax.Array]) -> Any:
-        """The arguments of one run, from its part of each array that `cut` returns."""
-        leaves = dict(enumerate(self._leaves)) | dict(zip(self._at, run, strict=True))
-        return jax.tree.unflatten(self._tree, leaves.values())
+    def arguments(self, run: list[Any]) -> Any:
+        """Returns the arguments of one run, from its part of what `cut` returns."""
+        pairs = zip(self._leaves, run, self.axes, strict=True)
+        return jax.tree.unflatten(self._tree, (x if d is None else rows for x, rows, d in pairs))
 
 
 def rows_first(out: Any, out_axes: Any, length: int) -> Any:

@@ -14,6 +14,7 @@ from .._rules import is_int, rule_name
 from .._transform import transform
 from .._tree import flatten, leaves_by_path, name_of
 from .._types import PyTree, Transformed, short
+from ._fill import resize
 
 
 def init(
@@ -145,9 +146,13 @@ def _start_ranks(
     if len(groups) > 1:
         _refuse_changes(set().union(*(changed for changed, _ in found)), "rank")
     order = np.argsort(np.concatenate(groups))
-    tables = [_pad(table, like) for _, table in found]
-    table = jax.tree.map(lambda *xs: jnp.concatenate(xs)[order], *tables)
-    return found[0][0], table
+
+    def join(of_one: Any, *parts: jax.Array) -> jax.Array:
+        return jnp.concatenate([resize(x, (len(x), *of_one.shape)) for x in parts])[order]
+
+    tables = (jax.tree.leaves(table) for _, table in found)
+    leaves = list(map(join, jax.tree.leaves(like), *tables))
+    return found[0][0], jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _rules(lora: Transformed) -> Sequence[Any]:
@@ -181,14 +186,3 @@ def _check_ranks(lora: Transformed, ranks: Any, n: int) -> np.ndarray:
                 "rank is that of the table: raise it to the largest."
             )
     return np.array(found)
-
-
-def _pad(table: PyTree, like: PyTree) -> PyTree:
-    """Pads a table with zeros to the ranks of the adapter `like`, whose static fields it takes."""
-
-    def pad(x: jax.Array, y: jax.Array) -> jax.Array:
-        more = ((0, m - n) for n, m in zip(x.shape[1:], y.shape, strict=True))
-        return jnp.pad(x, [(0, 0), *more])
-
-    leaves = map(pad, jax.tree.leaves(table), jax.tree.leaves(like))
-    return jax.tree.unflatten(jax.tree.structure(like), list(leaves))

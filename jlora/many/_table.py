@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._adapters import arrays, is_node
+from .._adapters import Routed, arrays, is_node
 from .._tree import adapter_leaves, name_of, nest
 from .._types import PyTree, short
 from ..arithmetic._several import refuse
@@ -175,10 +175,11 @@ def take(table: PyTree, slot: int | jax.Array) -> PyTree:
     return jax.tree.map(lambda x: x[slot], table)
 
 
-def table_leaves(table: PyTree) -> tuple[Leaves, int]:
-    """The leaves of a table by path, and the number of its slots."""
+def table_leaves(table: PyTree, is_prepared: bool = False) -> tuple[Leaves, int]:
+    """Returns the leaves of a table by path, which may be prepared, and the number of slots."""
     found = adapter_leaves(table)
-    counts = {_slots(leaf) for leaf in found.values()}
+    is_routed = lambda x: is_prepared and isinstance(x, Routed)  # noqa: E731
+    counts = {x.slots if is_routed(x) else _slots(x) for x in found.values()}
     count = counts.pop()
     if counts or count is None:
         listed = ", ".join(
@@ -192,7 +193,7 @@ def table_leaves(table: PyTree) -> tuple[Leaves, int]:
 
 
 def _slots(leaf: Any) -> int | None:
-    """The length of the first axis of a leaf, if that is one of slots."""
+    """Returns the length of the first axis of a leaf, or None if that is not one of slots."""
     if not is_node(leaf):
         return leaf.shape[0] if leaf.shape else None
     axes, found = leaf.axes(leaf.layout), arrays(leaf)

@@ -105,19 +105,17 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
         inner = jax.vmap(lambda p, h: make(p, h).init(p))(params, values)
         return OptimizerState(inner, values, jnp.ones(n, bool), jnp.zeros(n, jnp.int32))
 
-    def step(moves: jax.Array, state: OptimizerState, grads: PyTree, p: PyTree, extra: Any) -> Any:
-        tx = make(p, state.hyperparams)
-        updates, inner = tx.update(grads, state.inner, p, **extra)
+    def step(joins: jax.Array, state: OptimizerState, grads: PyTree, p: PyTree, extra: Any) -> Any:
+        updates, inner = make(p, state.hyperparams).update(grads, state.inner, p, **extra)
         finite = _stays_finite((p, state.inner), (optax.apply_updates(p, updates), inner))
-        moved = moves & finite
+        steps = joins & finite
         # -0.0 is the zero that leaves every float as it was.
-        still = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
-        after = state._replace(
-            inner=_choose(moved, inner, state.inner),
-            running=state.running & (finite | ~moves),
-            steps=state.steps + moved,
+        zeros = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
+        return _choose(steps, updates, zeros), state._replace(
+            inner=_choose(steps, inner, state.inner),
+            running=state.running & (finite | ~joins),
+            steps=state.steps + steps,
         )
-        return _choose(moved, updates, still), after
 
     def update(
         updates: PyTree,
@@ -129,10 +127,10 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
     ) -> tuple[PyTree, OptimizerState]:
         if params is None:
             raise ValueError("many.optimizer needs the table: call update(grads, state, table).")
-        moves = state.running
+        joins = state.running
         if active is not None:
-            moves &= check_mask("active", active, len(moves))
-        return jax.vmap(step)(moves, state, updates, params, extra)
+            joins &= check_mask("active", active, len(joins))
+        return jax.vmap(step)(joins, state, updates, params, extra)
 
     return Optimizer(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -208,26 +206,24 @@ def restart(
             f"{', '.join(map(repr, state.hyperparams)) or 'none'}."
         )
     n = len(state.running)
-    hit = mask_of(slots, n)
-    values = dict(state.hyperparams)
+    mask, values = mask_of(slots, n), dict(state.hyperparams)
     for name, x in hyperparams.items():
         new = _per_run(name, x, n).astype(values[name].dtype)
-        values[name] = jnp.where(hit, new, values[name])
-    fresh = tx.init(table, **values)
-    return jax.vmap(_choose)(hit, fresh, state)
+        values[name] = jnp.where(mask, new, values[name])
+    return jax.vmap(_choose)(mask, tx.init(table, **values), state)
 
 
 # ---------------------------------------------------------------------------------- what they share
 
 
 def _make_with(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any]], Any]:
-    """A function of one adapter and its hyperparameters that gives a transformation."""
+    """Returns what makes a transformation from one adapter and its hyperparameters."""
     if is_transformation(tx) and (given := sorted(names)):
         raise TypeError(
             f"`{given[0]}` is given beside a transformation that is made already. Give a function "
             "of it, such as many.optimizer(optax.adamw, learning_rate=...)."
         )
-    if not (is_transformation(tx) or callable(tx)):
+    if not callable(tx):
         check_transformation(tx)
 
     def make(adapter: PyTree, values: dict[str, Any]) -> optax.GradientTransformationExtraArgs:

@@ -12,14 +12,12 @@ from .._adapters import LowRank, weight_shape
 from .._tree import adapter_leaves
 from .._types import PyTree
 from ._file import brief, listing, shown
-from .adapter._alone import Alone, check_alone, read_alone
+from ._problems import Problems
+from .adapter._alone import Alone, leaf_of, read_alone, write_alone
 from .adapter._config import DEFAULTS
 from .adapter._contents import Part
-from .adapter._describe import with_scales
-from .adapter._files import write
-from .adapter._tree import frozen_tensors, tensors_of
+from .adapter._describe import scales_of, with_scales
 from .names._convert import factors
-from .names._leaves import NamedLeaf
 
 Fields = dict[str, Any]
 Where = str | os.PathLike[str]
@@ -32,6 +30,7 @@ SELECTION = (
     "layers_pattern",
     "ensure_weight_tying",
 )
+BASES = ("base_model_name_or_path", "revision")  # where one has it
 KEPT = ("auto_mapping", "fan_in_fan_out", "lora_dropout", "task_type")  # where all have the same
 SHAPES = 1000  # each compiles programs of its own; real adapters have ten
 REMEDY = (
@@ -88,15 +87,10 @@ def combine(
     wrong = [*_find_contradictions(names, each), *_find_unsupported(names, each)]
     if wrong:
         raise ValueError(f"`paths`: the adapters cannot be combined. {listing(wrong)}\n{REMEDY}")
-    known = {part.key: (alone.leaf(part), part) for alone in each for part in alone.parts}
     made = merge([alone.nodes for alone in each])
-    parts = _parts(made, known)
-    tied = {key: head for alone in each for key, head in alone.tied.items()}
-    frozen = {name: x for alone in each for name, x in alone.frozen.items()}
-    tensors = tensors_of(parts, tied) | frozen_tensors(frozen)
-    fields = _fields([alone.adapter.fields for alone in each], parts, tied, made)
-    check_alone(fields, tensors, "paths", "`merge` gave what has no form in PEFT")
-    write(out, "`out`", fields, tensors)
+    parts = _parts(made, {part.key: part for alone in each for part in alone.parts})
+    fields, problems = _fields(each, parts), Problems("`merge` gave what has no form in PEFT")
+    write_alone(out, fields, parts, each, problems, "paths")
     return made
 
 
@@ -106,7 +100,7 @@ def combine(
 def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     """Finds what shows that the adapters are for different models."""
     wrong = []
-    for field in ("base_model_name_or_path", "revision"):
+    for field in BASES:
         values = [(x.adapter.fields.get(field), name) for x, name in zip(each, names, strict=True)]
         values = [pair for pair in values if pair[0] is not None]
         if any(value != values[0][0] for value, _ in values):
@@ -128,9 +122,18 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
         for why, found in (
             ("trained in full, so that the change is known from the base alone", [*alone.full]),
             ("rows that are replaced, whose change is known from the base alone", [*alone.rows]),
-            ("of DoRA, whose change is no s·A·B and has no sum", _parts_of_dora(alone)),
-            ("of several parameters, which the file does not tell apart", _several(alone)),
-            ("of float64, which needs jax_enable_x64", _parts_of_float64(alone)),
+            (
+                "of DoRA, whose change is no s·A·B and has no sum",
+                [x.key for x in alone.parts if x.m is not None],
+            ),
+            (
+                "of several parameters, which the file does not tell apart",
+                [m for m in alone.adapter.parts if len(alone.adapter.selection.parameters(m)) > 1],
+            ),
+            (
+                "of float64, which needs jax_enable_x64",
+                [x.key for x in alone.parts if any(canonicalize_dtype(y) != y for y in _types(x))],
+            ),
         ):
             listed = ", ".join(map(shown, found[:9])) + ", …" * (len(found) > 9)
             wrong += [f"{name}: {listed}: {why}"] if found else []
@@ -146,60 +149,45 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     return wrong
 
 
-def _several(alone: Alone) -> list[str]:
-    selection = alone.adapter.selection
-    return [module for module in alone.adapter.parts if len(selection.parameters(module)) > 1]
+def _types(part: Part) -> list[np.dtype]:
+    return [x.dtype for x in part.arrays]
 
 
-def _parts_of_dora(alone: Alone) -> list[str]:
-    return [part.key for part in alone.parts if part.m is not None]
-
-
-def _parts_of_float64(alone: Alone) -> list[str]:
-    types = {part.key: (part.a.dtype, part.b.dtype) for part in alone.parts}
-    return [k for k, pair in types.items() if any(canonicalize_dtype(x) != x for x in pair)]
-
-
-def _parts(made: PyTree, known: Mapping[str, tuple[NamedLeaf, Part]]) -> list[Part]:
+def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:
     """A and B of the result, in PEFT's layout."""
     found = {"/".join(path): x for path, x in adapter_leaves(made).items()}
-    odd = [key for key in (*known, *found) if not _fits(found.get(key), known.get(key))]
-    if odd:
+    keys = dict.fromkeys((*known, *found))
+    if odd := [key for key in keys if not _fits(found.get(key), known.get(key))]:
         raise ValueError(
             "`merge` must give a LowRank for the weight of each module of the adapters, and for no "
-            f"other. {listing([shown(key) for key in dict.fromkeys(odd)])}"
+            f"other. {listing([*map(shown, odd)])}"
         )
-    parts = []
-    for key, node in found.items():
-        leaf, part = known[key]
-        [(a, b)] = factors(leaf, node)
-        parts.append(part._replace(a=a, b=b, scale=node.scale))
-    return parts
+    return [
+        known[key]._replace(a=a, b=b, scale=node.scale)
+        for key, node in found.items()
+        for a, b in factors(leaf_of(known[key]), node)
+    ]
 
 
-def _fits(node: Any, known: tuple[NamedLeaf, Part] | None) -> bool:
-    if known is None or type(node) is not LowRank:
+def _fits(node: Any, part: Part | None) -> bool:
+    if part is None or type(node) is not LowRank:
         return False
-    leaf, _ = known
+    leaf = leaf_of(part)
     return weight_shape(node) == leaf.shape and node.layout[:3] == leaf.layout[:3]
 
 
 # ------------------------------------------------------------------------------- the configuration
 
 
-def _fields(
-    each: Sequence[Fields], parts: Sequence[Part], tied: Mapping[str, str], made: PyTree
-) -> Fields:
-    """A configuration that selects `parts` and the heads `tied` to them, with their scales."""
-    given = [DEFAULTS | fields for fields in each]
-    kept = {
-        key: given[0][key] for key in KEPT if all(given[0][key] == other[key] for other in given)
-    }
-    for key in ("base_model_name_or_path", "revision"):
+def _fields(each: Sequence[Alone], parts: Sequence[Part]) -> Fields:
+    """A configuration that selects `parts` and the heads tied to them, with their scales."""
+    given = [DEFAULTS | alone.adapter.fields for alone in each]
+    tied = {key: head for alone in each for key, head in alone.tied.items()}
+    kept = {key: given[0][key] for key in KEPT if all(x[key] == given[0][key] for x in given)}
+    for key in BASES:
         kept[key] = next((fields[key] for fields in given if fields[key] is not None), None)
-    scales = {part.key: (made[part.key].a.shape[-1], part.scale) for part in parts}
-    scales |= {head: scales[key] for key, head in tied.items()}
-    return with_scales(DEFAULTS | kept | _selection(given, parts, tied), scales)
+    fields = DEFAULTS | kept | _selection(given, parts, tied)
+    return with_scales(fields, scales_of(parts, tied))
 
 
 def _selection(

@@ -3,19 +3,18 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from .._adapters import is_node
 from .._tree import leaves_by_path, nest
 from .._types import PyTree
-from ._file import Source, TensorInfo
+from ._file import Source
 from ._problems import Problems
-from .adapter._contents import Adapter, sort_tensors
+from .adapter._contents import Part, sort_tensors
 from .adapter._files import Files, open_files
-from .adapter._match import Match, match_to_tree, refuse_wide
+from .adapter._match import match_to_tree, refuse_wide
 from .adapter._miss import as_lora, is_miss
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._tokens import Tokens
@@ -76,45 +75,34 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
         lambda found: f"\n{advice(names, lost)}" if lost and any(WHERE in x for x in found) else "",
     )
     files = open_files(Source(Path(path)))
-    fitted = fit(files, leaves, problems)
-    static: dict[str, Any] = {"dropout": float(fitted.adapter.fields.get("lora_dropout", 0.0))}
+    fields, each = fit(files, leaves, problems)
+    static: dict[str, Any] = {"dropout": float(fields.get("lora_dropout", 0.0))}
     if is_miss(files.fields):
         static["frozen"] = ("a",)
-    if fitted.adapter.fields.get("use_dora") and (rate := static["dropout"]):
+    if fields.get("use_dora") and (rate := static["dropout"]):
         problems.unused.append(f"lora_dropout: {rate} is of training alone, and DoRA here has none")
     problems.warn()
-    each = fitted.match.leaves
-    return nest({leaf.path: _value(leaf, own, fitted.values, static) for leaf, own in each})
+    return nest({leaf.path: _value(leaf, own, static) for leaf, own in each})
 
 
-def _value(
-    leaf: NamedLeaf, own: Any, values: Mapping[str, np.ndarray], static: Mapping[str, Any]
-) -> Any:
+def _value(leaf: NamedLeaf, own: Any, static: Mapping[str, Any]) -> Any:
     """Makes a leaf of the adapter tree from what its modules have."""
     if isinstance(own, Tokens):
-        return rows_node(leaf, own.rows, values[own.v.key])
-    if isinstance(own[0], TensorInfo):
-        return jnp.asarray(weight(leaf, [values[x.key] for x in own]))
-    arrays = [part.read(values).arrays for part in own]
-    return node_of(leaf, arrays, scale=own[0].scale * leaf.factor, **static)
+        return rows_node(leaf, own.rows, own.v)
+    if not isinstance(own[0], Part):
+        return jnp.asarray(weight(leaf, own))
+    scale = own[0].scale * leaf.factor
+    return node_of(leaf, [part.arrays for part in own], scale=scale, **static)
 
 
-class Fitted(NamedTuple):
-    """An adapter that fits a tree.
+def fit(
+    files: Files, leaves: Sequence[NamedLeaf], problems: Problems
+) -> tuple[dict[str, Any], list[tuple[NamedLeaf, Any]]]:
+    """Matches an adapter to the `leaves` of a tree and reads it; raises all problems together.
 
-    Attributes:
-        adapter: what its tensors are.
-        match: what it has for the leaves.
-        values: its tensors by their keys.
+    Returns:
+        Its configuration, and each leaf with the `Part`s, the arrays or the `Tokens` for it.
     """
-
-    adapter: Adapter
-    match: Match
-    values: dict[str, np.ndarray]
-
-
-def fit(files: Files, leaves: Sequence[NamedLeaf], problems: Problems) -> Fitted:
-    """Matches an adapter to the `leaves` of a tree and reads it; raises all problems together."""
     shapes = {name: leaf.weight_shape for leaf in leaves for name in leaf.parameters}
     if is_miss(files.fields):
         files = as_lora(files, shapes, problems)
@@ -122,10 +110,8 @@ def fit(files: Files, leaves: Sequence[NamedLeaf], problems: Problems) -> Fitted
     refuse_biases(adapter, problems)
     parts = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
     match = match_to_tree(adapter, parts, leaves, problems)
-    every = adapter.tensors(parts)
     if not files.is_own:
-        refuse_wide(every, problems)
-    values = files.values(every, problems)
-    match.check(values, problems)
+        refuse_wide(files.tensors, problems)
+    found = match.read(files.values(match, problems), problems)
     problems.stop()
-    return Fitted(adapter, match, values)
+    return files.fields, found

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from ._file import CONFIG, TensorInfo, listing, shown
 
@@ -20,9 +21,14 @@ class Problems:
         self.found: list[str] = []
         self.unused: list[str] = []
 
-    def add(self, where: str, why: str) -> None:
-        """Adds what is wrong with a tensor, module or field, which the files may call anything."""
+    def add(self, where: str, why: str) -> Literal[False]:
+        """Adds what is wrong with a tensor, module or field, which the files may call anything.
+
+        Returns:
+            False, for the caller that answers whether it is right.
+        """
         self.found.append(f"{shown(where)}: {why}")
+        return False
 
     def add_not_floating(self, tensor: TensorInfo) -> None:
         """Adds a tensor of integers or the like, where numbers are expected."""

@@ -1,4 +1,4 @@
-"""How the leaves of a base are sharded, from arrays, shardings, specs or Flax's metadata."""
+"""How a base is sharded: from arrays, shardings, PartitionSpecs or Flax's metadata."""
 
 import sys
 from typing import Any
@@ -16,58 +16,47 @@ Place = PartitionSpec | Sharding
 
 
 class Unknown:
-    """A leaf of the base whose sharding is unknown, and why."""
+    """Stands for a leaf of the base whose sharding is unknown, and says why."""
 
     def __init__(self, leaf: Any, why: str = "") -> None:
         self.got = type(leaf).__name__ + (f" {leaf!r}" if isinstance(leaf, str) else why)
 
 
 def places_of(base: PyTree) -> dict[Path, Any]:
-    """A PartitionSpec, a sharding or an `Unknown` by path."""
+    """Returns a PartitionSpec, a sharding or an `Unknown` by path."""
 
     def is_leaf(x: Any) -> bool:
         return x is None or is_node(x) or is_quantized(x) or _is_annotated(x)
 
     check_base(base)
-    leaves = jax.tree.leaves(base, is_leaf=is_leaf)
-    # As Flax takes it: beside leaves with metadata, those without are replicated.
-    annotated = any(map(_is_annotated, leaves))
+    leaves, structure = jax.tree.flatten(base, is_leaf=is_leaf)
     own = [_place(x) for x in leaves]
-    rest = everywhere(own)
+    has_metadata, rest = any(map(_is_annotated, leaves)), everywhere(own)
 
-    def place(x: Any) -> Any:
-        found = _place(x)
-        bare = annotated and hasattr(x, "shape") and not isinstance(found, NamedSharding)
-        return rest if x is None or (bare and not _is_annotated(x)) else found
+    def place(x: Any, found: Any) -> Any:
+        # As Flax takes it: beside leaves with metadata, those without are replicated.
+        is_bare = has_metadata and not _is_annotated(x) and hasattr(x, "shape")
+        return rest if x is None or (is_bare and not isinstance(found, NamedSharding)) else found
 
-    return dict(leaves_by_path(jax.tree.map(place, base, is_leaf=is_leaf), _is_place))
+    tree = jax.tree.unflatten(structure, map(place, leaves, own))
+    return dict(leaves_by_path(tree, lambda x: isinstance(x, Place | Unknown)))
 
 
 def everywhere(places: list[Any]) -> Place:
-    """The replicated place, on the mesh of `places` if they have one."""
-    return next((with_spec(p, PartitionSpec()) for p in places if _is_named(p)), PartitionSpec())
-
-
-def _is_named(x: Any) -> bool:
-    return isinstance(x, NamedSharding)
-
-
-def _is_place(x: Any) -> bool:
-    return isinstance(x, Place | Unknown)
+    """Returns the replicated place, on the mesh of `places` if they have one."""
+    on_mesh = (with_spec(x, PartitionSpec()) for x in places if isinstance(x, NamedSharding))
+    return next(on_mesh, PartitionSpec())
 
 
 def _is_annotated(x: Any) -> bool:
     """Whether `x` is a leaf with metadata: a box of linen, or a variable of NNX that has some."""
-    return hasattr(x, "get_partition_spec") or (_is_variable(x) and bool(_metadata(x)))
+    is_box = hasattr(x, "get_partition_spec")
+    return is_box or (_is_variable(x) and bool(x.get_metadata().get("out_sharding")))
 
 
 def _is_variable(x: Any) -> bool:
     nnx = sys.modules.get("flax.nnx")  # without it there are no variables
     return nnx is not None and isinstance(x, nnx.Variable)
-
-
-def _metadata(variable: Any) -> Any:
-    return variable.get_metadata().get("out_sharding")
 
 
 def _place(x: Any) -> Any:
@@ -110,7 +99,7 @@ def _of_tracer(x: Any) -> Any:
 
 
 def with_spec(place: Place, spec: PartitionSpec) -> Place:
-    """`spec` in the form of `place`: a spec, or a sharding of the same mesh and memory."""
+    """Returns `spec` in the form of `place`: a spec, or a sharding of its mesh and memory."""
     if not isinstance(place, NamedSharding):
         return spec if isinstance(place, PartitionSpec) else place
     return NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 
 from .._core import mesh_axes
 from .._quantized import Quantized, is_quantized, spelled
@@ -22,7 +21,7 @@ class Misfit(Exception):  # noqa: N818 - collected into one ValueError
 
 
 def devices(entry: Any, mesh: Mesh) -> int:
-    """The number of devices over which an entry of a PartitionSpec divides an axis."""
+    """Returns the number of devices over which an entry of a PartitionSpec divides an axis."""
     return math.prod(mesh.shape[name] for name in mesh_axes(entry))
 
 
@@ -70,7 +69,7 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
 
 
 def quantized_places(leaf: Quantized, place: Callable[[Sequence[Any]], Place]) -> Quantized:
-    """`leaf` with a place for each of its arrays: `place` of the axes of W that they follow."""
+    """Returns `leaf` with the places of its arrays: `place` of what each of their axes follows."""
     axes = leaf.axes()
     nested = leaf.nested and type(leaf.nested)(*map(place, axes["nested"]))
     return dataclasses.replace(
@@ -83,21 +82,19 @@ def quantized_places(leaf: Quantized, place: Callable[[Sequence[Any]], Place]) -
     )
 
 
-def along(entries: Sequence[Any], dims: Sequence[Any]) -> PartitionSpec:
-    """The entries of a PartitionSpec for the axes `dims` of W."""
-    return PartitionSpec(*(None if d is None else entries[d] for d in dims))
+def describe(entry: Any, mesh: Mesh) -> str:
+    """Names the axes of the mesh over which an entry divides an axis, with their sizes."""
+    return " × ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes(entry))
 
 
-def check_blocks(entries: Sequence[Any], leaf: Quantized, mesh: Mesh | None) -> None:
+def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> None:
     """Raises `Misfit` if a device would get a part of a block."""
-    if mesh is None:
-        return
     form, name = leaf.form, spelled(leaf.scheme)
-    for d, entry in enumerate(entries):
+    for d, entry in entries.items():
         n = devices(entry, mesh)
         if n == 1 or d in form.stack:
             continue
-        over = " × ".join(f"{x}={mesh.shape[x]}" for x in mesh_axes(entry))
+        over = describe(entry, mesh)
         length = leaf.shape[d]
         if form.flat:
             raise Misfit(

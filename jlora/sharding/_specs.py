@@ -5,7 +5,7 @@ $$W: (s, i, o) \quad\Rightarrow\quad A: (s, i, \varnothing), \quad B: (s, \varno
 for the partitions s, i and o of W's stack, input and output axes; the rank is replicated.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from .._rules import near
 from .._tree import adapter_leaves, leaves_by_path, name_of
 from .._types import Path, PyTree
 from ._places import Place, Unknown, everywhere, places_of, with_spec
-from ._quantized import Mesh, Misfit, along, check_blocks, devices, quantized_places
+from ._quantized import Mesh, Misfit, check_blocks, describe, devices, quantized_places
 
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
@@ -72,10 +72,10 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
     places = places_of(base)
     found = _leaves(adapter)
     _check_known(places, found)
-    placed, wrong = {}, {}
+    own, wrong = [], {}
     for path, leaf in found.items():
         try:
-            placed[path] = _follow(places[path], leaf, mesh)
+            own.append(_follow(places[path], leaf, mesh))
         except Misfit as e:
             wrong[path] = str(e)
     if wrong:
@@ -84,7 +84,7 @@ def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
             f"`adapter`:\n{_listed(wrong)}\nCorrect them in `base`: the adapter follows W."
         )
     structure = jax.tree.structure(adapter, is_leaf=lambda x: is_node(x) or is_quantized(x))
-    return jax.tree.unflatten(structure, [placed[path] for path in found])
+    return jax.tree.unflatten(structure, own)
 
 
 def _leaves(adapter: PyTree) -> dict[Path, Any]:
@@ -179,8 +179,7 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
 
 def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any]) -> None:
     """Raises for the paths at which `base` has no leaf, or one that says nothing of sharding."""
-    missing = {path: _missing(path, places) for path in found if path not in places}
-    if missing:
+    if missing := {path: _explain(path, places) for path in found if path not in places}:
         raise ValueError(
             f"`base` lacks {len(missing)} of {len(found)} paths of `adapter`:\n{_listed(missing)}\n"
             "Give the partitions of the tree that `init` was given, with the same paths."
@@ -195,9 +194,9 @@ def _check_known(places: Mapping[Path, Any], found: Mapping[Path, Any]) -> None:
         )
 
 
-def _missing(path: Path, places: Mapping[Path, Any]) -> str:
-    below = [p for p in places if p[: len(path)] == path]
-    if below:
+def _explain(path: Path, places: Mapping[Path, Any]) -> str:
+    """Says what `base` has at a path where it has no leaf."""
+    if below := [p for p in places if p[: len(path)] == path]:
         return (
             f"a container of {len(below)} leaves instead of one; a tuple is a container, "
             "PartitionSpec(...) a leaf"
@@ -213,63 +212,53 @@ def _listed(reasons: Mapping[Path, str]) -> str:
 
 
 def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
-    """The places of a leaf of the adapter where W is at `place`."""
+    """Returns the places of a leaf of the adapter where W is at `place`."""
     if not isinstance(place, PartitionSpec | NamedSharding):
         if len(place.device_set) == 1:
-            each = quantized_places if is_quantized(leaf) else _each
-            return each(leaf, lambda _: place)
+            return _each(leaf, (), lambda _: place)
         raise Misfit(f"a {type(place).__name__} names no axes; expected a NamedSharding")
     spec = place if isinstance(place, PartitionSpec) else place.spec
     shape = weight_shape(leaf) if is_node(leaf) else tuple(leaf.shape)
     if len(spec) > len(shape):
         raise Misfit(f"{spec} has {len(spec)} entries for a weight of shape {shape}")
-    entries = (*spec, *[None] * (len(shape) - len(spec)))
-    known = _mesh_of(place, entries, mesh)
+    entries = dict(enumerate((*spec, *[None] * (len(shape) - len(spec)))))
+    known = _mesh_of(place, entries.values(), mesh)
     if known is not None:
-        _check_entries(entries, shape, known)
+        _check_entries(entries.values(), shape, known)
+        if is_quantized(leaf):
+            check_blocks(entries, leaf, known)
+        if is_node(leaf) and leaf.layout.slots is not None:
+            count, _, axis = leaf.layout.slots
+            if shape[axis] // count % devices(entries[axis], known):
+                del entries[axis]  # each device has all of a slot that cannot be divided
     if isinstance(place, PartitionSpec) and mesh is not None:
         place = NamedSharding(mesh, spec)
+
+    def place_along(dims: Sequence[Any]) -> Place:
+        return with_spec(place, PartitionSpec(*(entries.get(d) for d in dims)))
+
+    return _each(leaf, range(len(spec)), place_along)
+
+
+def _each(leaf: Any, dims: Sequence[int], place: Callable[[Sequence[Any]], Place]) -> Any:
+    """Returns `leaf` with the places of its arrays: `place` of what each of their axes follows."""
     if is_quantized(leaf):
-        check_blocks(entries, leaf, known)
-        return quantized_places(leaf, lambda dims: with_spec(place, along(entries, dims)))
+        return quantized_places(leaf, place)
     if not is_node(leaf):
-        return with_spec(place, spec)
-    return _each(leaf, lambda dims: with_spec(place, _part(entries, dims, leaf, shape, known)))
-
-
-def _each(leaf: Any, place: Callable[[Sequence[Any]], Place]) -> Any:
-    """`leaf` with the places of its arrays, made from what each of their axes follows."""
-    if not is_node(leaf):
-        return place(())
+        return place(dims)
     axes = leaf.axes(leaf.layout)
     return leaf._replace(**{name: place(axes[name]) for name in arrays(leaf)})
 
 
-def _part(
-    entries: Sequence[Any],
-    dims: Sequence[Any],
-    leaf: Any,
-    shape: tuple[int, ...],
-    mesh: Mesh | None,
-) -> PartitionSpec:
-    """The entries of W's axes among `dims`; none for a slot that cannot be divided as W's axis."""
-    known = dict(enumerate(entries))
-    if leaf.layout.slots is not None and mesh is not None:
-        count, _, axis = leaf.layout.slots
-        if shape[axis] // count % devices(entries[axis], mesh):
-            del known[axis]
-    return PartitionSpec(*(known.get(d) for d in dims))
-
-
-def _mesh_of(place: Any, entries: Sequence[Any], given: Mesh | None) -> Mesh | None:
-    """The mesh by which `entries` can be checked. Names that a mesh in scope lacks are logical."""
+def _mesh_of(place: Any, entries: Collection[Any], given: Mesh | None) -> Mesh | None:
+    """Returns the mesh that `entries` are of; names that the mesh in scope has not are logical."""
     if isinstance(place, NamedSharding) or given is not None:
         return place.mesh if isinstance(place, NamedSharding) else given
     scope = jax.sharding.get_abstract_mesh()
     return scope if {n for e in entries for n in mesh_axes(e)} <= set(scope.axis_names) else None
 
 
-def _check_entries(entries: Sequence[Any], shape: tuple[int, ...], mesh: Mesh) -> None:
+def _check_entries(entries: Collection[Any], shape: tuple[int, ...], mesh: Mesh) -> None:
     names = [name for entry in entries for name in mesh_axes(entry)]
     for name in names:
         if name not in mesh.axis_names:
@@ -279,5 +268,5 @@ def _check_entries(entries: Sequence[Any], shape: tuple[int, ...], mesh: Mesh) -
     for axis, (entry, length) in enumerate(zip(entries, shape, strict=True)):
         n = devices(entry, mesh)
         if length % n:
-            over = " × ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes(entry))
+            over = describe(entry, mesh)
             raise Misfit(f"axis {axis} of length {length} cannot be divided over {over}")

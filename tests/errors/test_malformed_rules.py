@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 import pytest
 from small import each_refusal, exactly, model
 
@@ -18,12 +19,17 @@ from jlora._adapters import _keywords
 NUMBERS = "must be a positive finite number"
 PATTERN = "`pattern` of {} must be a regular expression as a string; got {!r} of type {}."
 # A field of LoRA and what it must be, and values that it must not be.
+INITIALIZER = "must be an initializer such as jlora.initializers.gaussian"
 FIELDS: list[tuple[str, type[Exception], str, tuple[Any, ...]]] = [
     ("rank", ValueError, "must be an integer of at least 1", (0, -3, 8.0, math.inf, True, "8")),
-    ("alpha", ValueError, NUMBERS, (math.nan, -math.inf, None, True, 0, -16.0)),
+    ("alpha", ValueError, NUMBERS, (math.nan, -math.inf, None, True, 0, -16.0, 10**400)),
     ("dropout", ValueError, "must lie in [0, 1)", (1.0, -0.1, math.nan)),
-    ("dtype", TypeError, "must be a floating-point one", (jnp.int32,)),
+    ("dtype", TypeError, "must be a floating-point one", (jnp.int32, "float33")),
     ("slots", TypeError, "must be a jlora.Slots", (3,)),
+    ("init", TypeError, INITIALIZER, ("gaussian",)),
+    # `"false"` from a configuration file is not False.
+    ("materialize", TypeError, "must be True or False", ("false",)),
+    ("rslora", TypeError, "must be True or False", ("false",)),
 ]
 
 
@@ -53,6 +59,7 @@ SCHEMES = (
 COUNT = "`count` of Slots must be an integer of at least 1; got "
 DISTINCT = "`chosen` of Slots must name distinct slots, at least one; got "
 ENDS = "starts or ends with `/`, but a pattern matches whole components of a path: write "
+TX = "`tx` must be an optax transformation, such as optax.adamw(2e-4); got "
 NO_PATTERN = "is not a regular expression: "
 CALLED = [jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8, jlora.MXFP4]
 MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
@@ -73,16 +80,24 @@ MALFORMED: dict[type[Exception], dict[str, Callable[[], Any]]] = {
         f"{COUNT}3.0.": lambda: Slots(3.0, (0,)),
         f"{DISTINCT}().": lambda: Slots(3, ()),
         f"{DISTINCT}(0, 2, 0).": lambda: Slots(3, (0, 2, 0)),
-        "`chosen` of Slots must lie in [0, 3), the slots; got [3].": lambda: Slots(3, (0, 3)),
-        "`chosen` of Slots must lie in [0, 3), the slots; got [-1].": lambda: Slots(3, (-1, 1)),
+        "`chosen` of Slots must lie in [0, 3), the slots; got (0, 3).": lambda: Slots(3, (0, 3)),
+        "`chosen` of Slots must lie in [0, 3), the slots; got (-1, 1).": lambda: Slots(3, (-1, 1)),
         **{
-            f"`ratio` {NUMBERS}; got {x}.": (lambda x=x: jlora.lora_plus(x))
-            for x in (0, -16.0, math.nan, math.inf, True)
+            f"`{name}` {NUMBERS}; got {x!r}.": (lambda f=f, x=x: f(x))
+            for name, f in {"ratio": jlora.lora_plus, "damping": jlora.precondition}.items()
+            for x in (0, -16.0, math.nan, math.inf, True, "16")
         },
     },
     TypeError: {
         PATTERN.format("Full", None, "NoneType"): lambda: Full(None),
         "`chosen` of Slots must be a tuple of integers; got (0, 1.0).": lambda: Slots(3, (0, 1.0)),
+        "`chosen` of Slots must be a tuple of integers; got 0.": lambda: Slots(3, 0),
+        "`axis` of Slots must be an integer; got 'out'.": lambda: Slots(3, (0,), axis="out"),
+        "`axis` of Slots must be an integer; got 0.5.": lambda: Slots(3, (0,), axis=0.5),
+        f"{TX}{optax.adamw!r}.": lambda: jlora.optimizer(optax.adamw),
+        f"{TX}0.001.": lambda: jlora.optimizer(1e-3),
+        "`apply_fn` must be a function of parameters; got one of type LoRA. Give it first: "
+        "transform(model.apply, LoRA(...)).": lambda: jlora.transform(LoRA("w"), LoRA("w")),
         f"{RULES}a list; unpack it with `*`, transform(apply_fn, *rules).": (
             lambda: jlora.transform(model, [LoRA("w", rank=2)])
         ),
@@ -117,13 +132,6 @@ def test_malformed_rule(provoke: Callable[[], Any], error: type[Exception], mess
     """A rule, slots or optimizer that cannot mean anything is refused where it is written."""
     with pytest.raises(error, match=exactly(message)):
         provoke()
-
-
-@pytest.mark.parametrize("flag", ["materialize", "rslora"])
-def test_flag_that_is_a_string(flag: str) -> None:
-    """`"false"` from a configuration file is not False."""
-    with pytest.raises(TypeError, match=f"`{flag}` of"):
-        LoRA("w", **{flag: "false"})
 
 
 @pytest.mark.parametrize("rule", [LoRA, jlora.DoRA])

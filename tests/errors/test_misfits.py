@@ -1,5 +1,6 @@
 """Adapters that do not fit their base, trees that are none, and values that are not finite."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,6 @@ from flax.training.train_state import TrainState
 from small import (
     ADAPTED,
     PARAMS,
-    W,
     X,
     array,
     assert_same,
@@ -24,165 +24,171 @@ from small import (
     exactly,
     init,
     model,
+    some_rows,
     swap,
 )
 
 import jlora
 from jlora import Full, LoRA, Params
 
-ONE = "`adapter` does not fit `base` at 1 of 3 paths:\n"
-USE = "Use the adapter with the parameters that it was made for, or make one with `init`."
+NOT_AT = "`adapter` does not fit `base` at {} of 3 paths:\n"
+USE = "\nUse the adapter with the parameters that it was made for, or make one with `init`."
+EXPECTED = "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; got "
+
+
+def at(count: int, *lines: str) -> str:
+    """The message on misfits at some paths."""
+    return NOT_AT.format(count) + "\n".join(f"  {line}" for line in lines) + USE
+
+
+def base_with(path: str, leaf: Any) -> Any:
+    """Another leaf in the base."""
+    return lambda base, adapter: (swap(base, path, leaf), adapter)
+
+
+def adapter_with(path: str, leaf: Callable[[Any], Any]) -> Any:
+    """Another leaf in the adapter."""
+    return lambda base, adapter: (base, swap(adapter, path, leaf(adapter)))
 
 
 MISFITS = {
-    f"{ONE}  layer/kernel: not in `base`\n{USE}": lambda base, adapter: (
-        swap(base, "layer/kernel", None),
-        adapter,
+    at(1, "layer/kernel: not in `base`"): base_with("layer/kernel", None),
+    at(
+        1,
+        "layer/kernel: a weight of shape (5, 6) needs A (5, 2) and B (2, 6), got (4, 2) and (2, 6)",
+    ): base_with("layer/kernel", array(5, 6)),
+    at(1, "layer/kernel: made for a weight of 2 axes, got one of shape (3, 4, 6) in `base`"): (
+        base_with("layer/kernel", array(3, 4, 6))
     ),
-    f"{ONE}  layer/kernel: a weight of shape (5, 6) needs A (5, 2) and B (2, 6), got (4, 2) and "
-    f"(2, 6)\n{USE}": lambda base, adapter: (swap(base, "layer/kernel", array(5, 6)), adapter),
-    f"{ONE}  layer/kernel: made for a weight of 2 axes, got one of shape (3, 4, 6) in "
-    f"`base`\n{USE}": lambda base, adapter: (swap(base, "layer/kernel", array(3, 4, 6)), adapter),
-    f"{ONE}  layer/bias: expected shape (7,) as in `base`, got (6,)\n{USE}": lambda base, adapter: (
-        swap(base, "layer/bias", array(7)),
-        adapter,
+    at(1, "layer/bias: expected shape (7,) as in `base`, got (6,)"): (
+        base_with("layer/bias", array(7))
     ),
-    f"{ONE}  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (4, 2) and (2, 6)\n"
-    + USE: lambda base, adapter: (base, swap(adapter, "fused", adapter["layer"]["kernel"])),
-    f"{ONE}  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (6, 2) and (3, 6)\n"
-    + USE: lambda base, adapter: (
-        base,
-        swap(adapter, "fused", adapter["fused"]._replace(b=array(3, 6))),
+    at(1, "fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (6, 2) and (3, 6)"): (
+        adapter_with("fused", lambda a: a["fused"]._replace(b=array(3, 6)))
+    ),
+    at(1, "fused: `a` must be an array, got NoneType"): (
+        adapter_with("fused", lambda a: a["fused"]._replace(a=None))
+    ),
+    at(1, "fused: `b` must be an array, got str"): (
+        adapter_with("fused", lambda a: a["fused"]._replace(b="b"))
     ),
     "`adapter` does not fit `base`: the paths of `adapter` begin with 'adapter/', those of "
     "`base` do not. Give both with it, as variables has it, or both without, as "
     "variables['adapter'].": lambda base, adapter: (base, {"adapter": adapter}),
-    "`adapter` does not fit `base` at 3 of 3 paths:\n"
-    "  fused: a weight of shape (2, 2) needs A (2, 2) and B (2, 2), got (6, 2) and (2, 6)\n"
-    "  layer/bias: expected shape (6, 6) as in `base`, got (6,)\n"
-    f"  layer/kernel: not in `base`\n{USE}": lambda base, adapter: (
-        {"fused": array(2, 2), "layer": {"bias": base["fused"]}},
-        adapter,
-    ),
-    "`adapter` does not fit `base` at 3 of 3 paths:\n"
-    "  fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (2, 6, 2) and "
-    "(2, 2, 6)\n"
-    "  layer/bias: expected shape (6,) as in `base`, got (2, 6)\n"
-    "  layer/kernel: a weight of shape (4, 6) needs A (4, 2) and B (2, 6), got (2, 4, 2) and "
-    f"(2, 2, 6)\n{USE}": lambda base, adapter: (
-        base,
-        jax.tree.map(lambda a: jnp.stack([a, a]), adapter),
-    ),
+    at(
+        3,
+        "fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (2, 6, 2) and (2, 2, 6)",
+        "layer/bias: expected shape (6,) as in `base`, got (2, 6)",
+        "layer/kernel: a weight of shape (4, 6) needs A (4, 2) and B (2, 6), got (2, 4, 2) and "
+        "(2, 2, 6)",
+    ): lambda base, adapter: (base, jax.tree.map(lambda a: np.stack([a, a]), adapter)),
 }
-
 WRONG_TREES = {
     "`base` holds LowRank nodes, so it is an adapter, or a tree from `bind`: are `base` "
     "and `adapter` swapped?": lambda base, adapter: (adapter, base),
-    "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-    "got the root: str.": lambda base, adapter: (base, "adapter.npz"),
-    "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-    "got fused: str.": lambda base, adapter: (base, swap(adapter, "fused", "fused.npz")),
-    "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-    "got fused: float, layer/bias: int.": lambda base, adapter: (
+    f"{EXPECTED}the root: str.": lambda base, adapter: (base, "adapter.npz"),
+    f"{EXPECTED}None, which holds none.": lambda base, adapter: (base, None),
+    f"{EXPECTED}[], which holds none.": lambda base, adapter: (base, []),
+    f"{EXPECTED}{{'w': {{}}}}, which holds none.": lambda base, adapter: (base, {"w": {}}),
+    f"{EXPECTED}fused: float, layer/bias: int.": lambda base, adapter: (
         base,
         swap(swap(adapter, "fused", 1.5), "layer/bias", 0),
     ),
-    "`adapter` must be a nested dict of LowRank nodes and arrays, as `init` returns it; "
-    "got fused: Adapted, layer/kernel: Adapted.": lambda base, adapter: (
+    f"{EXPECTED}fused: Adapted, layer/kernel: Adapted.": lambda base, adapter: (
         base,
         jlora.bind(base, adapter),
     ),
 }
 
 
+@functools.cache
+def made() -> tuple[Any, Any]:
+    """Base and adapter of two sites and a bias."""
+    return init(*ADAPTED)
+
+
 LORA = jlora.transform(model, *ADAPTED)
 CALLS = {
-    "apply": lambda base, adapter: LORA.apply(base, adapter, X),
     "bind": jlora.bind,
+    "apply": lambda base, adapter: LORA.apply(base, adapter, X),
     "merge": jlora.merge,
     "unmerge": jlora.unmerge,
-}
-JITTED = {
     "jit-apply": lambda base, adapter: jax.jit(LORA.apply)(base, adapter, X),
     "jit-merge": lambda base, adapter: jax.jit(jlora.merge)(base, adapter),
 }
 
 
-@each_refusal({ValueError: MISFITS})
-@pytest.mark.parametrize("call", [*CALLS, *JITTED])
+def rows() -> list[Any]:
+    """Each message of the shared check, and each caller, every day."""
+    found = []
+    for error, table in ((ValueError, MISFITS), (TypeError, WRONG_TREES)):
+        for i, (message, provoke) in enumerate(table.items()):
+            calls = [c for c in CALLS if error is ValueError or not c.startswith("jit")]
+            daily = calls[:1] if i else calls
+            found += some_rows(
+                [(provoke, error, message, c) for c in calls],
+                *[(provoke, error, message, c) for c in daily],
+            )
+    return found
+
+
+@pytest.mark.parametrize(("provoke", "error", "message", "call"), rows())
 def test_adapter_does_not_fit(provoke: Any, error: Any, message: str, call: str) -> None:
-    """Every differing path once, whoever takes the two trees."""
-    base, adapter = provoke(*init(*ADAPTED))
-    with pytest.raises(error, match=exactly(message)):
-        (CALLS | JITTED)[call](base, adapter)
-
-
-@each_refusal({TypeError: WRONG_TREES})
-@pytest.mark.parametrize("call", list(CALLS))
-def test_wrong_tree(provoke: Any, error: Any, message: str, call: str) -> None:
-    """A tree that is no adapter, or the two in the wrong order."""
-    base, adapter = provoke(*init(*ADAPTED))
+    """Every differing path once, whoever takes the two trees; and trees that are none."""
+    base, adapter = provoke(*made())
     with pytest.raises(error, match=exactly(message)):
         CALLS[call](base, adapter)
 
 
-@pytest.mark.parametrize("adapter", [None, {"w": None}, {"w": {}}, []], ids=repr)
-@pytest.mark.parametrize("call", ["apply", "merge"])
-def test_adapter_of_nothing(adapter: Any, call: str) -> None:
-    """None is no adapter: a checkpoint that was not found must not pass as the base model."""
-    base, _ = init(LoRA("w", rank=2), apply=dense, params=W)
-    with pytest.raises(TypeError, match="`adapter` must be a nested dict"):
-        if call == "apply":
-            jlora.transform(dense).apply(base, adapter, X)
-        else:
-            jlora.merge(base, adapter)
+TREES = {
+    "nested": (lambda *both: {"m": Params(*both)}, lambda t: t["m"].base),
+    "two-models": (lambda *both: [Params(*both)] * 2, lambda t: t[0].base),
+    "bound": (jlora.bind, lambda t: t["fused"].base),
+}
 
 
-TREES = [
-    pytest.param(
-        lambda base, adapter: {"m": Params(base, adapter)}, lambda t: t["m"].base, id="nested"
-    ),
-    pytest.param(
-        lambda base, adapter: [Params(base, adapter)] * 2, lambda t: t[0].base, id="two-models"
-    ),
-    pytest.param(jlora.bind, lambda t: t["fused"].base, id="bound"),
-]
-
-
-@pytest.mark.parametrize(("tree", "base_of"), TREES)
-def test_optimizer_never_trains_the_base(
-    tree: Callable[..., Any], base_of: Callable[[Any], Any]
-) -> None:
+@pytest.mark.parametrize("name", TREES)
+def test_optimizer_never_trains_the_base(name: str) -> None:
     """Whatever holds a base and an adapter, the base gets no updates."""
-    params = tree(*init(*ADAPTED))
+    tree, base_of = TREES[name]
+    params = tree(*made())
     tx = jlora.optimizer(optax.sgd(1.0))
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
     floats = [u for u in jax.tree.leaves(base_of(updates)) if u.dtype == jnp.float32]
     assert not any(np.any(u) for u in floats)
 
 
-def test_optimizer_refuses_what_init_returns() -> None:
-    """A bare pair of base and adapter does not say which of the two is which."""
-    params = init(*ADAPTED)
-    message = (
-        "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), but has an "
-        "array at \"[0]['bucket']\". Put base and adapter into Params, so that the base stays "
-        "frozen."
-    )
-    with pytest.raises(TypeError, match=exactly(message)):
-        jlora.optimizer(optax.sgd(1.0)).init(params)
+ARRAY_AT = (
+    "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), but has an array at "
+)
+HELD = {
+    # A bare pair of base and adapter does not say which of the two is which.
+    f"{ARRAY_AT}\"[0]['bucket']\". Put base and adapter into Params, so that the base stays "
+    "frozen.": lambda: made(),
+    # In the state of a module no node says which arrays are A and B.
+    f"{ARRAY_AT}\"['w'].value\". For nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), whose tree is "
+    "the adapter alone, give `tx` itself.": (
+        lambda: nnx.state(nnx.Dict(w=nnx.LoRAParam(X)), nnx.LoRAParam)
+    ),
+    **{
+        "`tree` must be an adapter or jlora.Params(base, adapter), but is a dict of both: at "
+        f"{name!r} are arrays alone, which would be trained, at the paths of the adapter beside "
+        "them. Give jlora.Params(base, adapter).": (
+            lambda name=name: {name: made()[0], "adapter": made()[1]}
+        )
+        for name in ("base", "params")
+    },
+}
 
 
-def test_optimizer_refuses_the_state_of_a_module() -> None:
-    """In it no node says which arrays are A and B; and it needs none, as the base is not there."""
-    state = nnx.state(nnx.Dict(w=nnx.LoRAParam(X)), nnx.LoRAParam)
-    message = (
-        "`tree` must be an adapter, a nested dict, or jlora.Params(base, adapter), but has an "
-        "array at \"['w'].value\". For nnx.Optimizer(model, tx, wrt=nnx.LoRAParam), whose tree is "
-        "the adapter alone, give `tx` itself."
-    )
-    with pytest.raises(TypeError, match=exactly(message)):
-        jlora.optimizer(optax.sgd(1.0)).init(state)
+@each_refusal({TypeError: HELD})
+def test_optimizer_refuses_a_base_that_it_would_train(
+    provoke: Any, error: Any, message: str
+) -> None:
+    tree = provoke()
+    for call in ("labels", "optimizer", "train-state"):
+        with pytest.raises(error, match=exactly(message)):
+            LABELING[call](tree)
 
 
 def fully_trained() -> Any:
@@ -214,8 +220,14 @@ LABELING: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("tree", list(PLAIN))
-@pytest.mark.parametrize("call", list(LABELING))
+@pytest.mark.parametrize(
+    ("call", "tree"),
+    some_rows(
+        [(call, tree) for call in LABELING for tree in PLAIN],
+        *[("labels", tree) for tree in PLAIN],
+        *[(call, "parameters") for call in LABELING],
+    ),
+)
 def test_parameters_are_no_adapter(call: str, tree: str) -> None:
     """All of them would be trained, as if they were an adapter of `Full` leaves alone."""
     message = (
@@ -228,23 +240,9 @@ def test_parameters_are_no_adapter(call: str, tree: str) -> None:
         LABELING[call](PLAIN[tree]())
 
 
-@pytest.mark.parametrize("name", ["base", "params"])
-@pytest.mark.parametrize("call", ["labels", "optimizer", "train-state"])
-def test_a_base_beside_its_adapter(call: str, name: str) -> None:
-    """In one dict, where nothing says which is which, the base would be trained too."""
-    base, adapter = init(*ADAPTED)
-    message = (
-        "`tree` must be an adapter or jlora.Params(base, adapter), but is a dict of both: at "
-        f"{name!r} are arrays alone, which would be trained, at the paths of the adapter beside "
-        "them. Give jlora.Params(base, adapter)."
-    )
-    with pytest.raises(TypeError, match=exactly(message)):
-        LABELING[call]({name: base, "adapter": adapter})
-
-
 def test_an_optimizer_for_some_leaves() -> None:
     """A part of an adapter may have arrays alone, where something else chose it."""
-    _, adapter = init(*ADAPTED)
+    _, adapter = made()
     kinds = jax.tree.map(lambda x: "full" if x == "full" else "low rank", jlora.labels(adapter))
     tx = optax.partition({"full": jlora.optimizer(SGD), "low rank": jlora.optimizer(SGD)}, kinds)
     updates, _ = tx.update(adapter, tx.init(adapter), adapter)
@@ -265,11 +263,12 @@ def test_an_adapter_of_full_leaves_alone() -> None:
 
 def test_merge_check_names_paths() -> None:
     """Every leaf with NaN or infinity, and how many; nothing without `check`, or if all is well."""
-    base, adapter = init(*ADAPTED)
+    base, adapter = made()
     assert jlora.merge(base, adapter, check=True)
-    broken = swap(adapter, "layer/bias", adapter["layer"]["bias"].at[2].set(jnp.nan))
-    fused = adapter["fused"]
-    broken = swap(broken, "fused", fused._replace(b=fused.b.at[:, 1].set(jnp.inf)))
+    bias, fused = (np.array(x) for x in (adapter["layer"]["bias"], adapter["fused"].b))
+    bias[2], fused[:, 1] = np.nan, np.inf
+    broken = swap(adapter, "layer/bias", bias)
+    broken = swap(broken, "fused", adapter["fused"]._replace(b=jnp.asarray(fused)))
     assert jax.tree.structure(jlora.merge(base, broken)) == jax.tree.structure(base)
     message = (
         "`merge` gave values that are not finite at:\n"

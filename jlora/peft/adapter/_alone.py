@@ -1,9 +1,9 @@
 """Reads an adapter whose model is not at hand."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +16,10 @@ from ..names._convert import node_of
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ._contents import Adapter, Part, sort_tensors
-from ._files import Files, in_memory, open_files
+from ._files import Files, fill, in_memory, open_files, write
 from ._parameters import assign_parameters, matrix, refuse_biases, twins
 from ._tokens import Tokens
+from ._tree import frozen_tensors, tensors_of
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Replaced | np.ndarray]:
@@ -66,7 +67,6 @@ class Alone(NamedTuple):
     Attributes:
         adapter: what its tensors are.
         parts: A and B of each parameter, but for the heads that are in `tied`.
-        ranks: r of each by its key, and of those heads.
         tied: by the key of an embedding, the key of the head that has its A and B.
         full: parameters that are replaced.
         frozen: parameters that must have the values of the base.
@@ -75,38 +75,37 @@ class Alone(NamedTuple):
 
     adapter: Adapter
     parts: list[Part]
-    ranks: dict[str, int]
     tied: dict[str, str]
     full: dict[str, np.ndarray]
     frozen: dict[str, np.ndarray]
-    tokens: list[Tokens]
+    tokens: dict[str, Tokens]
 
     @property
     def rows(self) -> dict[str, Replaced]:
         """The node of each embedding with rows by its module."""
         layout = Layout((), (0,), (1,))
-        return {x.module: Replaced(jnp.asarray(x.v), x.rows, layout) for x in self.tokens}
+        return {x.module: Replaced(jnp.asarray(x.v), x.rows, layout) for x in self.tokens.values()}
 
     @property
     def nodes(self) -> dict[str, LowRank | Decomposed]:
         """The node of each part by its key, with the axes of PyTorch's weight."""
         dropout = float(self.adapter.fields.get("lora_dropout", 0.0))
         return {
-            part.key: node_of(self.leaf(part), [part.arrays], scale=part.scale, dropout=dropout)
+            part.key: node_of(leaf_of(part), [part.arrays], scale=part.scale, dropout=dropout)
             for part in self.parts
         }
 
-    def leaf(self, part: Part) -> NamedLeaf:
-        """The leaf that a part adapts, with PyTorch's axes."""
-        (rows, columns), count = matrix(part), part.a.shape[0] // self.ranks[part.key]
-        window = part.a.shape[2:] if part.kind == "conv" else ()
-        axes, shape = {
-            "embedding": ("vo", (columns, rows)),
-            "linear": ("oi", (rows, columns)),
-            "conv": ("oi" + "k" * len(window), (rows, *part.a.shape[1:])),
-            "experts": ("eoi", (count, rows, columns)),
-        }[part.kind]
-        return NamedLeaf((), None, shape, Name("", "", axes), ("",))
+
+def leaf_of(part: Part) -> NamedLeaf:
+    """The leaf that a part adapts, with PyTorch's axes."""
+    rows, columns = matrix(part)
+    axes, shape = {
+        "embedding": ("vo", (columns, rows)),
+        "linear": ("oi", (rows, columns)),
+        "conv": ("oi" + "k" * (len(part.a.shape) - 2), (rows, *part.a.shape[1:])),
+        "experts": ("eoi", (part.experts, rows, columns)),
+    }[part.kind]
+    return NamedLeaf((), None, shape, Name("", "", axes), ("",))
 
 
 def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
@@ -115,29 +114,36 @@ def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
     return _read(open_files(Source(Path(path), argument)), Problems(title))
 
 
-def check_alone(
-    fields: Mapping[str, object], tensors: Mapping[str, np.ndarray], argument: str, title: str
+def write_alone(
+    out: str | os.PathLike[str],
+    fields: dict[str, Any],
+    parts: Sequence[Part],
+    each: Sequence[Alone],
+    problems: Problems,
+    argument: str,
 ) -> None:
-    """Raises if what is about to be written could not be read."""
-    _read(in_memory(fields, tensors, argument), Problems(title))
+    """Writes `parts` with what else `each` of the adapters has that they come from.
+
+    Raises:
+        FileExistsError: if `out` is there and not an empty folder.
+        ValueError: with the title of `problems`, if what would be written could not be read.
+    """
+    tied = {key: head for alone in each for key, head in alone.tied.items()}
+    frozen = {name: x for alone in each for name, x in alone.frozen.items()}
+    tensors = tensors_of(parts, tied) | frozen_tensors(frozen)
+    _read(in_memory(fields, tensors, argument), problems)
+    write(out, "`out`", fields, tensors)
 
 
 def _read(files: Files, problems: Problems) -> Alone:
     adapter = sort_tensors(files, problems)
     refuse_biases(adapter, problems)
-    parts = assign_parameters(adapter, None, "", problems)
+    found = assign_parameters(adapter, None, "", problems)
+    tree = found, adapter.full, adapter.frozen, adapter.tokens
+    values = files.values(tree, problems)
     problems.stop()
-    # Before values are read, as patterns have a time of their own.
-    ranks = {part.key: adapter.selection.rank(part.key) for part in parts}
-    values = files.values(adapter.tensors(parts), problems)
-    problems.stop()
-    full, frozen = (
-        {name: values[x.key] for name, x in group.items()}
-        for group in (adapter.full, adapter.frozen)
-    )
-    parts = [part.read(values) for part in parts]
+    parts, *rest = fill(tree, values)
     shared = twins(parts)
     tied = {x.key: shared[x.name].key for x in parts if x.kind == "embedding" and x.name in shared}
     own = [x for x in parts if x.kind == "embedding" or x.name not in shared]
-    tokens = [x._replace(v=values[x.v.key]) for x in adapter.tokens.values()]
-    return Alone(adapter, own, ranks, tied, full, frozen, tokens)
+    return Alone(adapter, own, tied, *rest)

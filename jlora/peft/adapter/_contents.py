@@ -42,6 +42,7 @@ class Part(NamedTuple):
         scale: s.
         transposed: whether PyTorch keeps the weight as (inputs, outputs); None if not known.
         m: PEFT's magnitudes of DoRA, or None.
+        experts: how many experts share A and B.
     """
 
     name: str
@@ -52,16 +53,17 @@ class Part(NamedTuple):
     scale: float
     transposed: bool | None = None
     m: Any = None
+    experts: int = 1
 
     @property
     def arrays(self) -> tuple[Any, ...]:
         """A and B, and the magnitudes if there are any."""
         return (self.a, self.b) if self.m is None else (self.a, self.b, self.m)
 
-    def read(self, values: Mapping[str, Any]) -> "Part":
-        """Replaces each tensor by its values."""
-        a, b, *m = (values[x.key] for x in self.arrays)
-        return self._replace(a=a, b=b, m=m[0] if m else None)
+    @property
+    def rank(self) -> int:
+        """The rank, of one of the experts."""
+        return self.a.shape[0] // self.experts
 
 
 class Adapter(NamedTuple):
@@ -87,12 +89,6 @@ class Adapter(NamedTuple):
     biases: dict[str, TensorInfo]
     tokens: dict[str, Tokens]
     heads: list[str]
-
-    def tensors(self, parts: Iterable[Part]) -> list[TensorInfo]:
-        """All tensors that are to be read, with those of `parts`."""
-        low = [x for part in parts for x in part.arrays]
-        whole = (*self.full.values(), *self.frozen.values(), *self.biases.values())
-        return [*low, *whole, *(tokens.v for tokens in self.tokens.values())]
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:

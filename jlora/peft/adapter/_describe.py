@@ -26,10 +26,7 @@ NO_MODULE = "dummy-target-modules"  # PEFT's word where nothing has A and B
 def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterable[Part]) -> Fields:
     """Changes those of the `fields` that do not describe an adapter; `given` are the user's own."""
     fields = _with_targets(fields, tree)
-    experts = {leaf.key(module): leaf.experts for leaf in tree.low for module in leaf.modules}
-    scales = {part.key: (len(part.a) // experts[part.key], part.scale) for part in parts}
-    scales |= {head: scales[module] for module, head in tree.tied.items() if module in scales}
-    fields = _with_full(with_scales(fields, scales), tree)
+    fields = _with_full(with_scales(fields, scales_of(parts, tree.tied)), tree)
     return _with_tokens(_with_training(fields, given, tree), tree)
 
 
@@ -219,6 +216,12 @@ def _suffixes(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
 def _endings(name: str) -> Iterator[str]:
     """The endings of `name` at its dots, the shortest first, and the whole."""
     return reversed([*tails(name)])
+
+
+def scales_of(parts: Iterable[Part], tied: Mapping[str, str]) -> dict[str, tuple[int, float]]:
+    """Rank and scale of each part by its key, and of the heads `tied` to some."""
+    scales = {part.key: (part.rank, part.scale) for part in parts}
+    return scales | {head: scales[key] for key, head in tied.items() if key in scales}
 
 
 def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -18,7 +19,6 @@ from .._file import (
     read_header,
     read_json,
     reader,
-    shown,
 )
 from .._problems import Problems
 from ._config import LIMIT, dumps
@@ -43,21 +43,30 @@ class Files(NamedTuple):
     argument: str
     is_own: bool = False
 
-    def values(self, wanted: Iterable[TensorInfo], problems: Problems) -> dict[str, np.ndarray]:
-        """Reads tensors, once nothing else is wrong; values that are not finite are problems."""
+    def values(self, tree: Any, problems: Problems) -> dict[str, np.ndarray]:
+        """Reads the tensors of a tree, once nothing else is wrong.
+
+        Values that are not finite are problems.
+        """
         problems.stop()
-        found = self.read(wanted)
-        problems.found += [
-            f"{shown(key)}: {n} of {x.size} values are not finite"
-            for key, x in found.items()
-            if (n := x.size - np.count_nonzero(np.isfinite(x)))
-        ]
-        problems.found += [
-            f"{shown(key)}: all of its {x.size} values are 0, with which the module gives nothing"
-            for key, x in found.items()
-            if key.endswith(MAGNITUDE) and not x.any()
-        ]
+        leaves = jax.tree.leaves(tree, is_leaf=_is_tensor)
+        found = self.read({x.key: x for x in leaves if _is_tensor(x)}.values())
+        for key, x in found.items():
+            if n := x.size - np.count_nonzero(np.isfinite(x)):
+                problems.add(key, f"{n} of {x.size} values are not finite")
+            elif key.endswith(MAGNITUDE) and not x.any():
+                why = f"all of its {x.size} values are 0, with which the module gives nothing"
+                problems.add(key, why)
         return found
+
+
+def fill(tree: Any, values: Mapping[str, np.ndarray]) -> Any:
+    """Replaces each `TensorInfo` of a tree by its values."""
+    return jax.tree.map(lambda x: values[x.key] if _is_tensor(x) else x, tree, is_leaf=_is_tensor)
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, TensorInfo)
 
 
 def open_files(source: Source) -> Files:

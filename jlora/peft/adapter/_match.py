@@ -1,17 +1,18 @@
 """Matches an adapter to the leaves of a tree."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ..._tree import name_of
-from .._file import COUNT, DTYPES, PREFIX, TensorInfo, shown
+from .._file import COUNT, DTYPES, PREFIX, TensorInfo
 from .._problems import Problems
 from ..names._convert import weights
 from ..names._leaves import NamedLeaf, tied_heads
 from ._contents import SHARED, Adapter, Part, explain_resized
+from ._files import fill
 from ._tokens import Tokens, list_unequal, lone_heads, misfits, tied_rows
 
 LOST = "unexpected; names no leaf of `base` under `names`"
@@ -40,11 +41,9 @@ class Match(NamedTuple):
     transposed: list[tuple[TensorInfo, TensorInfo]]
     frozen: list[tuple[TensorInfo, Place]]
 
-    def check(self, values: Mapping[str, np.ndarray], problems: Problems) -> None:
-        """Adds the tensors whose values differ from what they must be."""
-        for x, y in self.transposed:
-            if not np.array_equal(values[x.key], values[y.key].T):
-                problems.add(x.key, f"expected the transpose of {shown(y.key)}, got other values")
+    def read(self, values: Mapping[str, np.ndarray], problems: Problems) -> list[Any]:
+        """The leaves with values; adds the tensors whose values differ from what they must be."""
+        problems.found += list_unequal(self.transposed, values, is_transposed=True)
         problems.found += list_unequal(self.same, values)
         for x, place in self.frozen:
             if not _is_of_base(values[x.key], place):
@@ -53,6 +52,7 @@ class Match(NamedTuple):
                     f"expected the values of `base` at {name_of(place.leaf.path)}, got others; a "
                     "trained or resized embedding under an adapter is not supported",
                 )
+        return [(leaf, fill(own, values)) for leaf, own in self.leaves]
 
 
 def _is_of_base(x: np.ndarray, place: Place) -> bool:
@@ -69,74 +69,61 @@ def match_to_tree(
     tied = {f"{head}.weight": leaf for head, leaf in tied_heads(leaves).items()}
     places = {name: Place(leaf, 0, True) for name, leaf in tied.items()}
     places |= {name: Place(leaf, i) for leaf in leaves for i, name in enumerate(leaf.parameters)}
-    low, full, found = dict[str, Part](), dict[str, TensorInfo](), Match([], [], [], [])
-    for part in parts:
-        if wrong := _misfits(part, places.get(part.name)):
-            problems.found += wrong
-        else:
-            low[part.name] = part
-    for name, x in adapter.full.items():
-        if name.endswith(COUNT):
-            continue  # Flax counts no batches
-        if wrong := _misfits_in_full(name, x, places.get(name)):
-            problems.found += wrong
-        else:
-            full[name] = x
-    for name, x in adapter.frozen.items():
-        if place := places.get(name):
-            problems.found += _misshapen(x, place.leaf.weight_shape)
-            found.frozen.append((x, place))
+    low = {x.name: x for x in parts if _fits(x, places.get(x.name), problems)}
+    # Flax counts no batches.
+    whole = {name: x for name, x in adapter.full.items() if not name.endswith(COUNT)}
+    full = {n: x for n, x in whole.items() if _fits_in_full(n, x, places.get(n), problems)}
+    frozen = [(x, places[name]) for name, x in adapter.frozen.items() if name in places]
+    for x, place in frozen:
+        _has_shape(x, place.leaf.weight_shape, problems)
+    found = Match([], [], [], frozen)
     rows = _match_rows(adapter, places, found, problems)
     for name, leaf in tied.items():
-        table = leaf.parameters[0]
-        _match_head(low.pop(name, None), low.get(table), leaf, found, problems)
-        _match_head(full.pop(name, None), full.get(table), leaf, found, problems)
-    found.leaves.extend(_gather(low, leaves, problems))
-    found.leaves.extend(_gather(full, leaves, problems))
-    found.leaves.extend(rows)
+        table, here = leaf.parameters[0], (leaf.modules[0], leaf.name.tied or "")
+        _match_head(low.pop(name, None), low.get(table), here, found, problems)
+        _match_head(full.pop(name, None), full.get(table), here, found, problems)
+    found.leaves.extend((*_gather(low, leaves, problems), *_gather(full, leaves, problems), *rows))
     return found
 
 
 # -------------------------------------------------------------------------------- does it fit?
 
 
-def _misfits(part: Part, place: Place | None) -> list[str]:
-    """Explains why A and B do not fit a place."""
-    key = shown(PREFIX + part.name.rpartition(".")[0])
+def _fits(part: Part, place: Place | None, problems: Problems) -> bool:
+    """Whether A and B fit a place; if not, adds the reason."""
+    key = PREFIX + part.name.rpartition(".")[0]
     if place is None:
-        return [f"{key}: {LOST}"]
+        return problems.add(key, LOST)
     leaf = place.leaf
     kind = "linear" if place.is_head else leaf.name.kind
     if kind != part.kind or (part.transposed is False and leaf.name.transposed):
-        return [f"{key}: expected A and B of {kind or 'nothing'}, got those of {part.kind}"]
-    shapes = leaf.shapes(part.a.shape[0] // leaf.experts)
-    if place.is_head:
-        shapes = shapes[1][::-1], shapes[0][::-1]
-    return [*_misshapen(part.a, shapes[0]), *_misshapen(part.b, shapes[1])]
+        why = f"expected A and B of {kind or 'nothing'}, got those of {part.kind}"
+        return problems.add(key, why)
+    a, b = leaf.shapes(part.a.shape[0] // leaf.experts)
+    a, b = (b[::-1], a[::-1]) if place.is_head else (a, b)
+    return all([_has_shape(part.a, a, problems), _has_shape(part.b, b, problems)])
 
 
-def _misfits_in_full(name: str, x: TensorInfo, place: Place | None) -> list[str]:
+def _fits_in_full(name: str, x: TensorInfo, place: Place | None, problems: Problems) -> bool:
     if place is None:
-        return [f"{shown(x.key)}: {LOST}"]
+        return problems.add(x.key, LOST)
     if place.leaf.name.part:
-        return [f"{shown(x.key)}: saved in full, but its parts are leaves of `base`"]
-    why = explain_resized(name, x.shape, place.leaf.weight_shape)
-    return [why] if why else _misshapen(x, place.leaf.weight_shape)
+        return problems.add(x.key, "saved in full, but its parts are leaves of `base`")
+    if why := explain_resized(name, x.shape, place.leaf.weight_shape):
+        problems.found.append(why)
+        return False
+    return _has_shape(x, place.leaf.weight_shape, problems)
 
 
-def _misshapen(x: TensorInfo, shape: tuple[int, ...]) -> list[str]:
-    if x.shape == shape:
-        return []
-    return [f"{shown(x.key)}: expected shape {shape}, got {x.shape}"]
+def _has_shape(x: TensorInfo, shape: tuple[int, ...], problems: Problems) -> bool:
+    return x.shape == shape or problems.add(x.key, f"expected shape {shape}, got {x.shape}")
 
 
 def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
     """Adds the tensors of 64 bits where JAX, as it is set, has no arrays of those."""
-    problems.found += [
-        f"{shown(x.key)}: dtype {x.dtype} needs jax_enable_x64"
-        for x in tensors
-        if x.dtype in DTYPES and jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]
-    ]
+    for x in tensors:
+        if x.dtype in DTYPES and jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]:
+            problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
 
 
 # ------------------------------------------------------------- a head that shares an embedding
@@ -145,22 +132,21 @@ def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
 def _match_head(
     head: Part | TensorInfo | None,
     table: Part | TensorInfo | None,
-    leaf: NamedLeaf,
+    here: tuple[str, str],
     found: Match,
     problems: Problems,
 ) -> None:
     """Requires the same A and B, or the same values, of a tied head and its embedding."""
-    pair = {leaf.modules[0]: head, leaf.name.tied: table}  # each by the name of the other
+    pair = dict(zip(here, (head, table), strict=True))  # each by the name of the other
     lone = [(other, x) for other, x in pair.items() if x]
     if dora := [(other, x) for other, x in lone if isinstance(x, Part) and x.m is not None]:
         [(other, part), *_] = dora
         problems.add(part.key, f"of DoRA, which is not supported beside {other}, a tied weight")
     elif isinstance(head, Part) and isinstance(table, Part):
-        if (head.scale, head.a.shape[0]) == (table.scale, table.a.shape[0]):
+        if (head.scale, head.rank) == (table.scale, table.rank):
             found.transposed.extend([(head.a, table.b), (head.b, table.a)])
         else:
-            why = f"shares its weight with {table.key}, but not rank and scale"
-            problems.add(head.key, why)
+            problems.add(head.key, f"shares its weight with {table.key}, but not rank and scale")
     elif isinstance(head, TensorInfo) and isinstance(table, TensorInfo):
         found.same.append((head, table))
     elif lone:
@@ -212,24 +198,22 @@ def _gather(
             continue
         parts = [x for x in own.values() if isinstance(x, Part)]
         if leaf.layout.slots and parts:
-            leaf = leaf.with_slots(_slots(leaf, own.keys()))
+            every = range(len(leaf.name.modules))
+            there = (
+                i for i in every if not own.keys().isdisjoint(leaf.with_slots((i,)).parameters)
+            )
+            leaf = leaf.with_slots(tuple(there))
         what, advice = "layers", "load into a tree without a scan"
         if leaf.layout.slots:
             what, advice = "modules", "adapt them alike"
         path, start = name_of(leaf.path), f"its {what} are one leaf"
         left = [name.rpartition(".")[0] for name in leaf.parameters if name not in own]
-        forms = dict.fromkeys((x.a.shape[0], x.scale) for x in parts)
+        forms = dict.fromkeys((x.rank, x.scale) for x in parts)
         if left:
             count = f"{len(own)} of {len(leaf.modules)}"
             problems.add(path, f"{start}, of which {count} are adapted, {left[0]} not; {advice}")
         elif len(forms) > 1:
-            listed = ", ".join(f"rank {r // leaf.experts} and scale {s:g}" for r, s in forms)
+            listed = ", ".join(f"rank {r} and scale {s:g}" for r, s in forms)
             problems.add(path, f"{start} but differ: {listed}; {advice}")
         else:
             yield leaf, [own[name] for name in leaf.parameters]
-
-
-def _slots(leaf: NamedLeaf, own: Set[str]) -> tuple[int, ...]:
-    """The slots of which `own` has a parameter."""
-    every = range(len(leaf.name.modules))
-    return tuple(i for i in every if not own.isdisjoint(leaf.with_slots((i,)).parameters))

@@ -111,8 +111,9 @@ def _of_parameters(
     for order in itertools.permutations(tried, len(parts)):
         selection.patterns.spend(len(order))
         found = [x for fits, name in zip(each, order, strict=True) if (x := fits[name])]
-        if len(found) == len(parts) and len({experts for _, experts in found}) == 1:
-            fitting.append([part for part, _ in found])
+        is_one = shapes is not None or len({x.experts for x in found}) == 1
+        if len(found) == len(parts) and is_one:
+            fitting.append(found)
             if ordered or shapes is None or len(fitting) > 1:
                 break
     if len(fitting) == 1:
@@ -126,16 +127,19 @@ def _of_parameters(
 
 def _as_parameter(
     selection: Selection, name: str, part: Part, shapes: Shapes | None
-) -> tuple[Part, int | None] | None:
-    """A and B as those of a parameter, with its number of experts; None if they do not fit."""
-    shape, rank, wide = (shapes or {}).get(name), selection.rank(name), part.a.shape[0]
-    part = part._replace(name=name, kind="experts", key=name, scale=selection.scale(name))
-    if shape is not None and len(shape) != 3:
-        part = part._replace(kind="linear", transposed=False)
-    if shape is None:
-        return (part, wide // rank) if wide == part.b.shape[1] and wide % rank == 0 else None
-    experts = shape[0] if part.kind == "experts" else 1
-    return (part, None) if orientations(part, shape) and wide == rank * experts else None
+) -> Part | None:
+    """A and B as those of a parameter; None if they do not fit."""
+    rank, wide = selection.rank(name), part.a.shape[0]
+    part = part._replace(name=name, key=name, scale=selection.scale(name))
+    if shapes is None:
+        part, fits = part._replace(kind="experts", experts=wide // rank), wide == part.b.shape[1]
+    else:
+        if len(shape := shapes[name]) == 3:
+            part = part._replace(kind="experts", experts=shape[0])
+        else:
+            part = part._replace(kind="linear", transposed=False)
+        fits = orientations(part, shape)
+    return part if fits and part.experts and wide == rank * part.experts else None
 
 
 def orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:

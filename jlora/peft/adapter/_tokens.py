@@ -89,12 +89,19 @@ def tied_rows(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -
     return next((x for x in others if x.rows == tokens[name].rows), None)
 
 
-def list_unequal(pairs: Iterable[tuple[Any, Any]], found: Mapping[str, np.ndarray]) -> list[str]:
+def list_unequal(
+    pairs: Iterable[tuple[Any, Any]],
+    found: Mapping[str, np.ndarray],
+    *,
+    is_transposed: bool = False,
+) -> list[str]:
     """Lists heads whose values differ from those of the embedding that is the same weight."""
+    what = "transpose" if is_transposed else "values"
+    each = [(x, y, found[x.key], found[y.key]) for x, y in pairs]
     return [
-        f"{shown(head.key)}: expected the values of {shown(table.key)}, got others"
-        for head, table in pairs
-        if not np.array_equal(found[head.key], found[table.key])
+        f"{shown(head.key)}: expected the {what} of {shown(table.key)}, got other values"
+        for head, table, x, y in each
+        if not np.array_equal(x, y.T if is_transposed else y)
     ]
 
 

@@ -65,7 +65,7 @@ class Tree(NamedTuple):
                 transposed = False if name.is_swapped else None
             scale, each = x.scale / leaf.factor, factors(leaf, x)
             for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
-                own = (a, b, scale, transposed, m[0] if m else None)
+                own = (a, b, scale, transposed, m[0] if m else None, leaf.experts)
                 pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
         return [_join_parts(own) for own in pieces.values()]
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ._alone import check_alone, read_alone
+from .._problems import Problems
+from ._alone import read_alone, write_alone
 from ._config import DEFAULTS
 from ._contents import Part
-from ._files import write
-from ._tree import frozen_tensors, tensors_of
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -34,11 +33,8 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     alone = read_alone(path)
     fields = DEFAULTS | alone.adapter.fields
     fields, parts = flatten_for_vllm(fields, alone.parts, list(alone.full), list(alone.rows))
-    tensors = tensors_of(parts, alone.tied) | frozen_tensors(alone.frozen)
-
     title = f"`path`: the adapter in {path} has no form for vLLM that would be read as the same"
-    check_alone(fields, tensors, "path", title)
-    write(out, "`out`", fields, tensors)
+    write_alone(out, fields, parts, [alone], Problems(title), "path")
 
 
 def flatten_for_vllm(

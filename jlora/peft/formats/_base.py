@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import explain_narrowing, name_all
 from ._codes import leaf_of
-from ._format import Format, open_format
+from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
 from ._tensors import Unreadable
 
@@ -80,9 +80,10 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         format = open_format(open_checkpoint(path, "path", follow_links=True))
     values, wrong = [], []
     unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
+    quantized = set(format.find())
     for leaf in tqdm(leaves, "load", unit="leaf", disable=None):
         try:
-            values.append(_placed(_read(leaf, format), leaf.value))
+            values.append(_placed(_read(leaf, format, quantized), leaf.value))
         except Unreadable as e:
             wrong.append(str(e))
             unread += leaf.modules
@@ -95,29 +96,25 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
-def _read(leaf: NamedLeaf, format: Format) -> Any:
-    name, whole = leaf.name, leaf.weight_shape
-    if name.kind in ("embedding", "experts") or (name.kind == "linear" and not name.transposed):
-        each = (*whole[:-2], *whole[-2:][::-1]) if name.is_swapped else whole
-        found = [format.read(module, name.parameter, each) for module in leaf.modules]
-        stored = [x for x in found if x is not None]
-        if stored and not name.is_plain:
-            raise Unreadable(
-                f"{leaf.parameters[0]}: is quantized, but `names` changes the values or their "
-                "order; load a checkpoint that is not quantized, and use jlora.quantize"
-            )
-        for key, x in zip(leaf.parameters, found, strict=True):
-            if x is not None:
-                x.check_finite(key, x.dtype or leaf.value.dtype)
-        if len(stored) == len(found):
-            return leaf_of(leaf, stored)
-        if stored:
-            raise Unreadable(
-                f"{leaf.parameters[0]}: {len(stored)} of {len(found)} layers that are one leaf "
-                "here are quantized"
-            )
-    parts = [_read_dense(format, key, whole) for key in leaf.parameters]
-    return jnp.asarray(weight(leaf, parts))
+def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
+    name, whole, keys = leaf.name, leaf.weight_shape, leaf.parameters
+    is_matrix = name.kind in ("embedding", "experts") or (
+        name.kind == "linear" and not name.transposed
+    )
+    coded = [key for key in keys if is_matrix and key in quantized]
+    if not coded:
+        return jnp.asarray(weight(leaf, [_read_dense(format, key, whole) for key in keys]))
+    if not name.is_plain:
+        raise Unreadable(
+            f"{coded[0]}: is quantized, but `names` changes the values or their order; load a "
+            "checkpoint that is not quantized, and use jlora.quantize"
+        )
+    if len(coded) < len(keys):
+        raise Unreadable(
+            f"{keys[0]}: {len(coded)} of {len(keys)} layers that are one leaf here are quantized"
+        )
+    shape = (*whole[:-2], *whole[-2:][::-1]) if name.is_swapped else whole
+    return leaf_of(leaf, [read_checked(format, key, leaf.value.dtype, shape) for key in keys])
 
 
 def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:

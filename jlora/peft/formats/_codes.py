@@ -1,5 +1,6 @@
 """A weight as a file has it, in codes, and the leaf that is made of it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spelled
 from ..names._leaves import NamedLeaf
-from ._tensors import Unreadable
 
 # The largest magnitude that a code may stand for, times its scale.
 _LARGEST = {NF4: 1, FP4: 1, Int4: 16, Int8: 128, FP8: 448}
@@ -56,20 +56,17 @@ class Codes(NamedTuple):
         form = self.scheme.form(self.codes.shape, tuple(lead), (i, j), 1)
         return _quantized(self, form, dtype).array()
 
-    def check_finite(self, name: str, dtype: Any) -> None:
-        """Raises `Unreadable` if a value of a dtype may not be finite."""
+    @property
+    def bound(self) -> float:
+        """What no magnitude of a value exceeds; NaN if a value is."""
         if self.codes.dtype.kind not in "iu" and _has_nan(self.codes):
-            raise Unreadable(f"{name}: has values that are NaN")
+            return math.nan
         if self.scale.dtype == np.uint8 and self.nested is None:  # powers of 2
-            largest = 6 * 2.0 ** (float(self.scale.max(initial=0)) - 127)
-        else:
-            zero = np.zeros(()) if self.zero is None or self.zero.dtype.kind in "iu" else self.zero
-            parts = self.nested or (self.scale, zero)
-            scale, added = (float(np.abs(x.astype(np.float64)).max(initial=0)) for x in parts)
-            by_row = type(self.scheme) is Int8 and self.scheme.block is None
-            largest = scale * (1 if by_row else _LARGEST[type(self.scheme)]) + added
-        if not largest <= float(jnp.finfo(dtype).max):
-            raise Unreadable(f"{name}: has scales beyond what {jnp.dtype(dtype)} holds")
+            return 6 * 2.0 ** (float(self.scale.max(initial=0)) - 127)
+        zero = np.zeros(()) if self.zero is None or self.zero.dtype.kind in "iu" else self.zero
+        scale, added = map(_largest, self.nested or (self.scale, zero))
+        by_row = type(self.scheme) is Int8 and self.scheme.block is None
+        return scale * (1 if by_row else _LARGEST[type(self.scheme)]) + added
 
 
 class Dense(NamedTuple):
@@ -79,13 +76,13 @@ class Dense(NamedTuple):
         values: its values in float32.
         spelled: what it was, in words.
         bits: the bits that an entry had.
-        dtype: the dtype of the weight; None if that of the leaf counts.
     """
 
     values: np.ndarray
     spelled: str
     bits: int
-    dtype: Any = None
+
+    dtype = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,11 +98,14 @@ class Dense(NamedTuple):
         """The values, (…, rows, columns)."""
         return jnp.asarray(self.values).astype(dtype)
 
-    def check_finite(self, name: str, dtype: Any) -> None:
-        """Raises `Unreadable` if a value of a dtype is not finite."""
-        with np.errstate(over="ignore"):
-            if not np.isfinite(self.values.astype(dtype).astype(np.float32)).all():
-                raise Unreadable(f"{name}: has values that are not finite in {dtype}")
+    @property
+    def bound(self) -> float:
+        """The largest magnitude of a value; NaN if a value is."""
+        return _largest(self.values)
+
+
+def _largest(x: np.ndarray) -> float:
+    return float(np.abs(x).max(initial=0))
 
 
 def _has_nan(codes: np.ndarray) -> bool:
@@ -167,32 +167,30 @@ def _cut(
 
 
 def _quantized(m: Codes, form: Form, dtype: Any) -> Quantized:
-    lead = [form.shape[d] for d in form.stack]
-    data = _arranged(m.codes, form, form.shape)
+    inner = form.of_codes
+    axes, block = (*inner.stack, *inner.order), inner.blocks[inner.axis]
+
+    def arrange(x: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+        """Moves numbers from the order of the file to the axes of the codes, of some lengths."""
+        return np.transpose(x.reshape([lengths[d] for d in axes]), np.argsort(axes))
+
+    data = arrange(m.codes, inner.shape)
     if form.flat:
-        n, block = data.shape[-1], form.blocks[form.axis]
-        data = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, -n % block)])
+        data = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, -data.shape[-1] % block)])
     if m.scheme.bits == 4:
-        data = _pack(data, data.ndim - 1 if form.flat else form.axis, form.blocks[form.axis])
-    counts = [-(-n // block) for n, block in zip(form.shape, form.blocks, strict=True)]
-    whole = tuple(d for d in form.order if form.is_whole(d) and not form.flat)
+        data = _pack(data, inner.axis, block)
+    counts = [-(-n // block) for n, block in zip(inner.shape, inner.blocks, strict=True)]
+    whole = tuple(d for d in inner.order if inner.is_whole(d))
     scale, zero = (
-        None if x is None else jnp.asarray(np.squeeze(_arranged(x, form, counts), whole))
+        None if x is None else jnp.asarray(np.squeeze(arrange(x, counts), whole))
         for x in (m.scale, m.zero)
     )
     nested = None
     if m.nested is not None:
+        lead = [form.shape[d] for d in form.stack]
         scales, offset = map(jnp.asarray, m.nested)
         nested = Nested(scales.reshape(*lead, scales.shape[-1]), offset.reshape(lead))
     return Quantized(jnp.asarray(data), scale, zero, nested, None, m.scheme, form, jnp.dtype(dtype))
-
-
-def _arranged(x: np.ndarray, form: Form, lengths: Sequence[int]) -> np.ndarray:
-    """Moves numbers from the order of the file to the axes of a leaf, which have `lengths`."""
-    axes = (*form.stack, *form.order)
-    if form.flat:
-        return x.reshape(*(form.shape[d] for d in form.stack), -1)
-    return np.transpose(x.reshape([lengths[d] for d in axes]), np.argsort(axes))
 
 
 def _pack(codes: np.ndarray, axis: int, block: int) -> np.ndarray:

@@ -1,14 +1,14 @@
 """compressed-tensors, of llm-compressor and vLLM: integers of 4 and 8 bits, and FP8."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .._file import brief
 from ._affine import affine
 from ._codes import Codes, Dense
-from ._format import Format, Parameter, register
+from ._format import Format, register
 from ._fp8 import Block, read_float8
 from ._tensors import FLOATS, Unreadable, unpack
 
@@ -21,67 +21,58 @@ BITS = (4, 8)  # of packed codes
 class CompressedTensors(Format):
     """W = s·(q - z), where q is packed or in a byte each."""
 
-    def read(self, module: str, parameter: str, shape: tuple[int, ...]) -> Codes | Dense | None:
-        """Reads the weight of a module that has `weight_packed`, or codes as `weight`."""
-        packed, key, tensors = f"{module}.weight_packed", f"{module}.weight", self.tensors
-        kind = tensors.dtype(key) if key in tensors else ""
-        if parameter != "weight" or not (packed in tensors or kind in ("I8", "F8_E4M3")):
-            return None
-        self._check()
-        tensors.skip_activations(module)
-        if packed in tensors:
-            return self._packed(module, shape)
-        codes = tensors.read(key, (kind,), shape)
-        if kind == "I8":
-            return self._integers(module, 8, codes.view(np.uint8) ^ 128)
-        zero = f"{key}_zero_point"  # some versions wrote one, of zeros
-        if zero in tensors and tensors.bytes(zero).any():
-            raise Unreadable(f"{zero}: expected zeros for {key} in FP8")
-        return read_float8(tensors, key, f"{key}_scale", self._blocks())
+    marks: ClassVar = {".weight_packed": ".weight"}
+    dtypes = ("I8", "F8_E4M3")
 
-    def find(self) -> Iterator[Parameter]:
+    def find(self) -> Iterator[str]:
         """Yields the weights whose codes are packed, or in a byte each."""
-        for name in self.tensors:
-            module, _, parameter = name.rpartition(".")
-            if parameter == "weight_packed":
-                self._check()
-                shape = self.tensors.read(f"{module}.weight_shape", ("I64", "I32"), (2,))
-                yield module, "weight", tuple(map(int, shape))
-            elif parameter == "weight" and self.tensors.dtype(name) in ("I8", "F8_E4M3"):
-                yield module, "weight", self.tensors.matrix(name)
+        yield from (name for name in super().find() if name.endswith(".weight"))
 
-    def _packed(self, module: str, shape: tuple[int, ...]) -> Codes | Dense:
-        outputs, inputs = shape
-        found = tuple(map(int, self.tensors.read(f"{module}.weight_shape", ("I64", "I32"), (2,))))
-        if found != shape:
-            raise Unreadable(f"{module}.weight_shape: expected {shape}, got {found}")
-        words = self.tensors.shape(packed := f"{module}.weight_packed")
-        forms = {(outputs, -(-inputs * bits // 32)): bits for bits in BITS}
-        if words not in forms:
-            wanted = " or ".join(f"{bits} bits, shape {form}" for form, bits in forms.items())
-            raise Unreadable(f"{packed}: expected {wanted}; got {words}")
-        bits = forms[words]
-        codes = unpack(self.tensors.read(packed, ("I32",), words), 1, bits)
-        return self._integers(module, bits, codes[:, :inputs])
+    def read(self, name: str) -> Codes | Dense:
+        """Reads the weight of a module that has `weight_packed`, or codes as `weight`."""
+        self._check()
+        self.tensors.skip_activations(name)
+        if f"{name}_packed" in self.tensors:
+            return self._packed(name)
+        if self.tensors.dtype(name) == "I8":
+            codes = self.tensors.read_matrix(name, ("I8",))
+            return self._integers(name, 8, codes.view(np.uint8) ^ 128)
+        zero = f"{name}_zero_point"  # some versions wrote one, of zeros
+        if zero in self.tensors and self.tensors.bytes(zero).any():
+            raise Unreadable(f"{zero}: expected zeros for {name} in FP8")
+        return read_float8(self.tensors, name, f"{name}_scale", self._blocks())
 
-    def _integers(self, module: str, bits: int, codes: np.ndarray) -> Codes | Dense:
+    def _packed(self, name: str) -> Codes | Dense:
+        outputs, inputs = map(int, self.tensors.read(f"{name}_shape", ("I64", "I32"), (2,)))
+        rows, columns = words = self.tensors.matrix(f"{name}_packed")
+        # As many words in a row as the inputs take.
+        fits = [n for n in BITS if rows == outputs and columns == -(-inputs * n // 32)]
+        if not fits or inputs < 1:
+            raise Unreadable(
+                f"{name}_packed: expected rows of codes of 4 or 8 bits for a weight of shape "
+                f"{(outputs, inputs)}; got {words}"
+            )
+        codes = unpack(self.tensors.read(f"{name}_packed", ("I32",)), 1, fits[0])
+        return self._integers(name, fits[0], codes[:, :inputs])
+
+    def _integers(self, name: str, bits: int, codes: np.ndarray) -> Codes | Dense:
         """Reads scales, zero points and order of unsigned codes."""
-        name, rows, tensors = f"{module}.weight_scale", len(codes), self.tensors
-        shape = tensors.shape(name)
-        scale = tensors.read(name, FLOATS, shape)
-        if scale.size == 1 or shape == (rows,):  # of the tensor, or of each output
+        rows, tensors = len(codes), self.tensors
+        scale = tensors.read(f"{name}_scale", FLOATS)
+        if scale.size == 1 or scale.shape == (rows,):  # of the tensor, or of each output
             scale = np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
         if scale.ndim != 2 or len(scale) != rows:
             raise Unreadable(
-                f"{name}: expected scales of groups of each of {rows} outputs, got {shape}"
+                f"{name}_scale: expected scales of groups of each of {rows} outputs, "
+                f"got {scale.shape}"
             )
-        order, key = None, f"{module}.weight_g_idx"
-        if key in tensors:
-            order = tensors.read(key, ("I32", "I64"), codes.shape[1:])
+        order = None
+        if f"{name}_g_idx" in tensors:
+            order = tensors.read(f"{name}_g_idx", ("I32", "I64"), codes.shape[1:])
             order = None if (order == -1).any() else order  # as it was before it was known
-        zero = self._zero(f"{module}.weight_zero_point", bits, scale.shape)
+        zero = self._zero(f"{name}_zero_point", bits, scale.shape)
         sizes = [weights.get("group_size") for weights in self._weights()]
-        return affine(module, bits, codes, scale, zero, order, sizes)
+        return affine(name.removesuffix(".weight"), bits, codes, scale, zero, order, sizes)
 
     def _zero(self, name: str, bits: int, shape: tuple[int, ...]) -> np.ndarray | None:
         """Reads the zero points of scales of a shape, unsigned as the codes are."""
@@ -90,7 +81,7 @@ class CompressedTensors(Format):
         if self.tensors.dtype(name) == "I32":
             packed = (-(-shape[0] * bits // 32), *shape[1:])
             return unpack(self.tensors.read(name, ("I32",), packed), 0, bits)[: shape[0]]
-        signed = self.tensors.read(name, ("I8",), self.tensors.shape(name))
+        signed = self.tensors.read(name, ("I8",))
         if signed.size not in (1, shape[0] * shape[1]):
             raise Unreadable(f"{name}: expected one for each of {shape} scales, got {signed.shape}")
         signed = np.broadcast_to(signed.reshape((1, 1) if signed.size == 1 else shape), shape)
@@ -126,11 +117,11 @@ class CompressedTensors(Format):
 
     def _blocks(self) -> list[Block]:
         """The sizes of blocks that the configuration lists."""
-        given = [weights.get("block_structure") for weights in self._weights()]
-        each = (x.split("x") if isinstance(x, str) else x for x in given)
-        pairs = (x for x in each if isinstance(x, list) and len(x) == 2)
-        return [
-            (int(a), int(b))
-            for a, b in pairs
-            if str(a).isdecimal() and str(b).isdecimal() and int(a) * int(b)
-        ]
+        found = list[Block]()
+        for weights in self._weights():
+            given = weights.get("block_structure")
+            pair = given.split("x") if isinstance(given, str) else given
+            if isinstance(pair, list) and len(pair) == 2 and all(str(n).isdecimal() for n in pair):
+                a, b = map(int, pair)
+                found += [(a, b)] if a * b else []
+        return found

@@ -24,7 +24,7 @@ from .._checkpoint import (
 )
 from .._file import brief, listing
 from ._codes import Codes, Dense
-from ._format import Format, Parameter, open_format
+from ._format import Format, open_format, read_checked
 from ._tensors import Unreadable, left_of
 
 
@@ -56,8 +56,8 @@ def matrices(path: str | os.PathLike[str]) -> list[Matrix]:
     """
     format = open_format(open_checkpoint(path, "path", follow_links=True))
     with _errors_about("path"):
-        found = {f"{m}.{p}": (m, p, shape) for m, p, shape in format.find()}
-        return [_matrix(name, _read(format, x, jnp.float32)) for name, x in found.items()]
+        names = dict.fromkeys(format.find())
+        return [_matrix(name, read_checked(format, name, jnp.float32)) for name in names]
 
 
 def dequantize_checkpoint(
@@ -88,32 +88,22 @@ def dequantize_checkpoint(
         )
     format, dtype = open_format(checkpoint), _float_dtype(checkpoint)
     found = list[Matrix]()
-    places = dict[str, Parameter]()  # the tensors in whose places the weights are written
-    read = set[str]()
+    places: dict[str, str | None] = {}  # the weight in whose place a tensor is read, if any
     with _errors_about("src_dir"):
-        for parameter in {f"{m}.{p}": (m, p, shape) for m, p, shape in format.find()}.values():
-            found.append(_matrix(_name(parameter), _read(format, parameter, dtype)))
-            new = format.tensors.taken - read
-            read |= new
-            places[min(new)] = parameter
-        if left := left_of(format.tensors, read):
-            raise ValueError(_contradiction(checkpoint, "these tensors were not read", left))
-        if not found:
-            raise ValueError(_contradiction(checkpoint, "no weight of it is", []))
-        _write(checkpoint, format, out, places, read, dtype)
-    return found
-
-
-def _name(parameter: Parameter) -> str:
-    return f"{parameter[0]}.{parameter[1]}"
-
-
-def _read(format: Format, parameter: Parameter, dtype: Any) -> Codes | Dense:
-    """Reads a parameter that `find` found."""
-    found = format.read(*parameter)
-    if found is None:
-        raise Unreadable(f"{_name(parameter)}: is not quantized as the configuration says")
-    found.check_finite(_name(parameter), found.dtype or dtype)
+        for name in dict.fromkeys(format.find()):
+            found.append(_matrix(name, read_checked(format, name, dtype)))
+            new = sorted(format.tensors.taken - places.keys())
+            places |= dict.fromkeys(new) | {new[0]: name}
+        left = left_of(format.tensors, places)
+        if left or not found:
+            method = brief(checkpoint.quantization.get("quant_method"))
+            what = "these tensors were not read" if left else "no weight of it is"
+            raise ValueError(
+                f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its "
+                f"config.json says, but {what}. Give the checkpoint that it was made of, or take "
+                "out what is not of it." + (f" {listing(left)}" if left else "")
+            )
+        _write(checkpoint, format, out, places, dtype)
     return found
 
 
@@ -129,15 +119,6 @@ def _errors_about(argument: str) -> Iterator[None]:
         raise ValueError(f"`{argument}`: {e}.") from None
 
 
-def _contradiction(checkpoint: Checkpoint, what: str, found: list[str]) -> str:
-    method = brief(checkpoint.quantization.get("quant_method"))
-    return (
-        f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its config.json says, "
-        f"but {what}. Give the checkpoint that it was made of, or take out what is not of it."
-        + (f" {listing(found)}" if found else "")
-    )
-
-
 def _float_dtype(checkpoint: Checkpoint) -> Any:
     """The dtype of floats by the configuration; bfloat16 if it names none."""
     config = checkpoint.config
@@ -149,11 +130,10 @@ def _write(
     checkpoint: Checkpoint,
     format: Format,
     out: str | os.PathLike[str],
-    places: Mapping[str, Parameter],
-    read: set[str],
+    places: Mapping[str, str | None],
     dtype: Any,
 ) -> None:
-    """Writes file after file: weights in the `places` of tensors, others that are not `read`."""
+    """Writes file after file: weights in the `places` of tensors, and the others."""
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="dequantize", disable=None)
     weight_map, size = {}, 0
@@ -162,11 +142,11 @@ def _write(
             written: dict[str, np.ndarray] = {}
             with tempfile.TemporaryFile(dir=folder) as disk:
                 for name, entry in header.entries.items():
-                    if name in places:
-                        w = _dequantized(_read(format, places[name], dtype), dtype)
-                        written[_name(places[name])] = _on_disk(w, disk)
-                    elif name not in read:
+                    if name not in places:
                         written[name] = _on_disk(format.tensors.as_stored(name), disk)
+                    elif weight := places[name]:
+                        values = _values(read_checked(format, weight, dtype), dtype)
+                        written[weight] = _on_disk(values, disk)
                     bar.update(entry.stop - entry.start)
                 save_file(written, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(written, file)
@@ -181,7 +161,7 @@ def _write(
             _write_json(folder / INDEX, index)
 
 
-def _dequantized(x: Codes | Dense, dtype: Any) -> np.ndarray:
+def _values(x: Codes | Dense, dtype: Any) -> np.ndarray:
     w = np.asarray(x.array(x.dtype or dtype))
     return w.swapaxes(-1, -2) if w.ndim == 3 else w  # experts are (experts, inputs, outputs)
 

@@ -1,14 +1,14 @@
 """What a format is, and the set of formats."""
 
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import jax.numpy as jnp
 
 from .._checkpoint import Checkpoint
 from .._file import brief
 from ._codes import Codes, Dense
 from ._tensors import Tensors, Unreadable
-
-Parameter = tuple[str, str, tuple[int, ...]]  # a module, the name of its parameter, its shape
 
 
 class Format:
@@ -17,27 +17,35 @@ class Format:
     Attributes:
         tensors: the tensors of the checkpoint.
         config: `quantization_config` of its `config.json`.
+        marks: how the names of tensors in codes end, and how those of their parameters end instead.
+        dtypes: the dtypes of tensors that are parameters in codes.
     """
+
+    marks: ClassVar[Mapping[str, str]] = {}
+    dtypes: ClassVar[Collection[str]] = ()
 
     def __init__(self, tensors: Any, config: dict[str, Any]) -> None:
         """Reads nothing yet."""
         self.tensors, self.config = tensors, config
 
-    def find(self) -> Iterator[Parameter]:
-        """Yields each quantized parameter, with the shape that `read` expects."""
-        yield from ()
+    def find(self) -> Iterator[str]:
+        """Yields the names of the quantized parameters, some of them more than once."""
+        for name in self.tensors:
+            ends = [end for end in self.marks if name.endswith(end)]
+            yield from (name.removesuffix(end) + self.marks[end] for end in ends)
+            if self.tensors.dtype(name) in self.dtypes:
+                yield name
 
-    def read(self, module: str, parameter: str, shape: tuple[int, ...]) -> Codes | Dense | None:
-        """Reads a parameter of a shape, (…, outputs, inputs).
+    def read(self, name: str) -> Codes | Dense:
+        """Reads a parameter that `find` yields, (…, outputs, inputs).
 
         Returns:
-            `Dense` where no scheme has such codes; None where the parameter is in floats.
+            `Dense` where no scheme has such codes.
 
         Raises:
             Unreadable: if its tensors contradict each other.
         """
-        del module, parameter, shape
-        return None
+        raise NotImplementedError
 
     def field(self, name: str, legal: Collection[Any], default: Any = None) -> Any:
         """Returns a field of the configuration, which must be one of the `legal` values."""
@@ -77,3 +85,19 @@ def open_format(checkpoint: Checkpoint) -> Format:
             "was made of, and quantize that by jlora."
         )
     return FORMATS[method](tensors, config)
+
+
+def read_checked(
+    format: Format, name: str, dtype: Any, shape: tuple[int, ...] | None = None
+) -> Codes | Dense:
+    """Reads a parameter; `Unreadable` if it has another shape than one given, or too large values.
+
+    The `dtype` is that of its values where its file says none.
+    """
+    found = format.read(name)
+    if shape not in (None, found.shape):
+        raise Unreadable(f"{name}: expected shape {shape}, got {found.shape}")
+    dtype = jnp.dtype(found.dtype or dtype)
+    if not found.bound <= float(jnp.finfo(dtype).max):
+        raise Unreadable(f"{name}: has values that are NaN, or beyond what {dtype} holds")
+    return found

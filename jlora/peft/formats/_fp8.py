@@ -1,14 +1,13 @@
 """FP8 with scales of the tensor, of its outputs, or of blocks, as DeepSeek and Qwen ship it."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
 from ..._quantized import FP8
 from ._codes import Codes, Dense
-from ._format import Format, Parameter, register
-from ._tensors import FLOATS, Tensors, Unreadable
+from ._format import Format, register
+from ._tensors import FLOATS, Tensors, Unreadable, is_pair
 
 Block = tuple[int, int]
 
@@ -17,32 +16,19 @@ Block = tuple[int, int]
 class Fp8(Format):
     """W = q·s, where `weight_scale_inv` is s in spite of its name."""
 
-    def read(self, module: str, parameter: str, shape: tuple[int, ...]) -> Codes | Dense | None:
+    dtypes = ("F8_E4M3",)
+
+    def read(self, name: str) -> Codes | Dense:
         """Reads a parameter whose tensor is in FP8."""
-        key = f"{module}.{parameter}"
-        if key not in self.tensors or self.tensors.dtype(key) != "F8_E4M3":
-            return None
-        self.tensors.read(key, ("F8_E4M3",), shape)
         block = self.config.get("weight_block_size")
-        if block is not None and not _is_block(block):
+        if block is not None and not is_pair(block):
             raise Unreadable(
                 f"`weight_block_size` of the quantization: expected two numbers or null, "
                 f"got {block!r}"
             )
-        self.tensors.skip_activations(module)
-        name = f"{key}_scale" if f"{key}_scale" in self.tensors else f"{key}_scale_inv"
-        return read_float8(self.tensors, key, name, [] if block is None else [tuple(block)])
-
-    def find(self) -> Iterator[Parameter]:
-        """Yields the tensors in FP8."""
-        for name in self.tensors:
-            if self.tensors.dtype(name) == "F8_E4M3":
-                module, _, parameter = name.rpartition(".")
-                yield module, parameter, self.tensors.matrix(name)
-
-
-def _is_block(x: Any) -> bool:
-    return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x)
+        self.tensors.skip_activations(name)
+        scale = f"{name}_scale" if f"{name}_scale" in self.tensors else f"{name}_scale_inv"
+        return read_float8(self.tensors, name, scale, [] if block is None else [tuple(block)])
 
 
 def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) -> Codes | Dense:
@@ -51,9 +37,8 @@ def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) 
     The shape of s tells which entries share a scale: all of W, those of an output, those of a
     block of one of the sizes `blocks`, or neighboring inputs of an output.
     """
-    rows, columns = tensors.matrix(key)
-    codes = tensors.read(key, ("F8_E4M3",), (rows, columns))
-    scale, shape = _read_scale(tensors, name), tensors.shape(name)
+    codes = tensors.read_matrix(key, ("F8_E4M3",))
+    (rows, columns), scale, shape = codes.shape, _read_scale(tensors, name), tensors.shape(name)
     if scale.size == 1 or shape in ((rows,), (rows, 1)):
         return Codes(FP8(block=None), codes, np.broadcast_to(scale.reshape(-1, 1), (rows, 1)))
     for block in blocks:
@@ -69,7 +54,7 @@ def read_float8(tensors: Tensors, key: str, name: str, blocks: Iterable[Block]) 
 
 
 def _read_scale(tensors: Tensors, name: str) -> np.ndarray:
-    scale = tensors.read(name, (*FLOATS, "F8_E8M0"), tensors.shape(name))
+    scale = tensors.read(name, (*FLOATS, "F8_E8M0"))
     if tensors.dtype(name) == "F8_E8M0":
         scale = np.where(scale == 255, np.nan, np.exp2(scale.astype(np.float32) - 127))
     if not np.isfinite(scale.astype(np.float32)).all():

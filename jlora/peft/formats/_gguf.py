@@ -3,19 +3,17 @@
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from ..._quantized import MXFP4, Int4, Int8
+from .._file import DTYPES
 from ._codes import Codes
 from ._format import Format
 from ._gguf_file import read_tensors
 from ._tensors import Unreadable
 
 BLOCK = 32
-SIZES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "MXFP4": 17}  # bytes of a block
-FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-FLOATS["F64"] = np.dtype(np.float64)
+HEADS = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2, "MXFP4": 1}  # bytes of a block before its codes
 
 
 class GgufTensors:
@@ -36,7 +34,7 @@ class GgufTensors:
         if not path.is_file():
             raise FileNotFoundError(f"`path`: there is no file {path}.")
         try:
-            self._tensors = {t.name: t for t in read_tensors(path, gguf)}
+            self._tensors = read_tensors(path, gguf)
         except (ValueError, KeyError) as e:
             raise ValueError(f"`path`: {path} is no sound GGUF file: {e}.") from None
         self._gguf, self.taken = gguf, set[str]()
@@ -45,54 +43,51 @@ class GgufTensors:
         """Iterates over their names."""
         return iter(self._tensors)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
-        """Returns the type of a tensor of a shape, and its bytes."""
-        if name not in self._tensors:
-            raise Unreadable(f"{name}: missing")
+    def dtype(self, name: str) -> str:
+        """The type of a tensor, as gguf calls it."""
+        return self._tensors[name].type.name
+
+    def blocks(self, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Reads the bytes of a tensor in blocks of 32 numbers, and its shape."""
         tensor = self._tensors[name]
-        if (got := tensor.shape[::-1]) != shape:
-            raise Unreadable(f"{name}: expected shape {shape}, got {got}")
         self.taken.add(name)
-        return tensor.tensor_type.name, tensor.data
+        *rows, columns = tensor.shape
+        return tensor.data.reshape(*rows, columns // BLOCK, -1), tensor.shape
 
     def read(self, name: str, dtypes: Collection[str], shape: tuple[int, ...]) -> np.ndarray:
         """Reads a tensor of a shape in its own dtype if that is floating-point, else in float32."""
         del dtypes
-        kind, data = self.take(name, shape)
-        if kind in FLOATS:
-            return data.reshape(-1).view(FLOATS[kind]).reshape(shape)
+        if name not in self._tensors:
+            raise Unreadable(f"{name}: missing")
+        type_, got, data = self._tensors[name]
+        if got != shape:
+            raise Unreadable(f"{name}: expected shape {shape}, got {got}")
+        self.taken.add(name)
+        if type_.name in DTYPES:
+            return data.reshape(-1).view(DTYPES[type_.name]).reshape(shape)
         try:
-            return self._gguf.dequantize(data, self._tensors[name].tensor_type).reshape(shape)
+            return self._gguf.dequantize(data, type_).reshape(shape)
         except NotImplementedError:
-            raise Unreadable(f"{name}: its type {kind} is not known to gguf") from None
+            raise Unreadable(f"{name}: its type {type_.name} is not known to gguf") from None
 
 
 class Gguf(Format):
     """Blocks of 32 whose codes 0 to 15 are in the low bits of a byte, 16 to 31 in the high ones."""
 
-    def read(self, module: str, parameter: str, shape: tuple[int, ...]) -> Codes | None:
+    dtypes = HEADS
+
+    def read(self, name: str) -> Codes:
         """Reads a parameter of one of the types of which codes can be made."""
-        name = f"{module}.{parameter}"
-        kind, data = self.tensors.take(name, shape)
-        if kind not in SIZES:
-            return None
-        blocks = data.reshape(*shape[:-1], shape[-1] // BLOCK, SIZES[kind])
-        if kind == "MXFP4":  # twice the numbers and half the power
-            return Codes(MXFP4(), _codes(blocks[..., 1:], shape), blocks[..., 0])
-        scale = _halves(name, blocks, 0)
+        kind, (blocks, shape) = self.tensors.dtype(name), self.tensors.blocks(name)
+        head, data = np.split(blocks, [HEADS[kind]], -1)
         if kind == "Q8_0":
-            return Codes(Int8(block=BLOCK), blocks[..., 2:].view(np.int8).reshape(shape), scale)
-        zero = _halves(name, blocks, 2) if kind == "Q4_1" else None
-        codes = _codes(blocks[..., 4 if kind == "Q4_1" else 2 :], shape)
-        return Codes(Int4(group=BLOCK), codes, scale, zero)
-
-
-def _halves(name: str, blocks: np.ndarray, at: int) -> np.ndarray:
-    x = np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16)[..., 0]
-    if not np.isfinite(x).all():
-        raise Unreadable(f"{name}: has scales that are not finite")
-    return x
-
-
-def _codes(data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.concatenate([data & 15, data >> 4], -1).reshape(shape)
+            codes = data.view(np.int8).reshape(shape)
+        else:
+            codes = np.concatenate([data & 15, data >> 4], -1).reshape(shape)
+        if kind == "MXFP4":  # twice the numbers and half the power
+            return Codes(MXFP4(), codes, head[..., 0])
+        halves = np.ascontiguousarray(head).view(np.float16)
+        if not np.isfinite(halves).all():
+            raise Unreadable(f"{name}: has scales that are not finite")
+        scheme = Int8(block=BLOCK) if kind == "Q8_0" else Int4(group=BLOCK)
+        return Codes(scheme, codes, *np.moveaxis(halves, -1, 0))

@@ -2,7 +2,6 @@
 
 import math
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +14,15 @@ _UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
 class Tensor(NamedTuple):
-    """A tensor whose bytes are mapped into memory; `shape` begins with the axis of the blocks."""
+    """A tensor whose bytes are mapped into memory; `shape` ends with the axis of the blocks."""
 
-    name: str
-    tensor_type: Any
+    type: Any
     shape: tuple[int, ...]
     data: np.ndarray
 
 
-def read_tensors(path: Path, gguf: Any) -> Iterator[Tensor]:
-    """Yields the tensors of a file; `gguf` is the package, which knows the types.
+def read_tensors(path: Path, gguf: Any) -> dict[str, Tensor]:
+    """Reads the tensors of a file by name; `gguf` is the package, which knows the types.
 
     Raises:
         ValueError: if the file is not whole and sound.
@@ -38,30 +36,31 @@ def read_tensors(path: Path, gguf: Any) -> Iterator[Tensor]:
         raise ValueError(f"expected version {' or '.join(map(str, _VERSIONS))} of little endian")
     alignment = 32
     for _ in range(fields):
-        key, kind = file.string(), *file.numbers("I")
-        at = file.at
-        file.skip(kind)
+        key, (kind,) = file.string(), file.numbers("I")
         if key == b"general.alignment" and kind == _UINT32:
-            (alignment,) = struct.unpack_from("<I", file.data, at)
+            (alignment,) = file.numbers("I")
+        else:
+            file.skip(kind)
     infos = [_info(file) for _ in range(count)]
     if not 0 < alignment <= 2**20:
         raise ValueError(f"its alignment is {alignment}")
     start = -(-file.at // alignment) * alignment
-    names = set[str]()
+    found: dict[str, Tensor] = {}
     for name, shape, kind, offset in infos:
-        if name in names:
+        if name in found:
             raise ValueError(f"it has two tensors {name!r}")
-        names.add(name)
         type_ = gguf.GGMLQuantizationType(kind)
         block, size = gguf.GGML_QUANT_SIZES[type_]
-        if shape and shape[0] % block:
+        if shape and shape[-1] % block:
             raise ValueError(f"{name!r} of shape {shape} is not of blocks of {block}")
         end = start + offset + math.prod(shape) // block * size
         if end > len(data):
             raise ValueError(f"{name!r} ends at byte {end} of {len(data)}")
-        rows = tuple(reversed(shape[1:]))
         bytes_ = np.asarray(data[start + offset : end])
-        yield Tensor(name, type_, shape, bytes_.reshape(*rows, -1) if bytes_.size else bytes_)
+        found[name] = Tensor(
+            type_, shape, bytes_.reshape(*shape[:-1], -1) if bytes_.size else bytes_
+        )
+    return found
 
 
 def _info(file: "_File") -> tuple[str, tuple[int, ...], int, int]:
@@ -69,7 +68,7 @@ def _info(file: "_File") -> tuple[str, tuple[int, ...], int, int]:
     (axes,) = file.numbers("I")
     if axes > 16:
         raise ValueError(f"{name!r} has {axes} axes")
-    return name, file.numbers("Q" * axes), *file.numbers("IQ")
+    return name, file.numbers("Q" * axes)[::-1], *file.numbers("IQ")
 
 
 class _File:
@@ -78,35 +77,26 @@ class _File:
     def __init__(self, data: memoryview) -> None:
         self.data, self.at = data, 0
 
-    def take(self, count: int) -> int:
-        """Takes the next `count` bytes, and returns where they start."""
+    def take(self, count: int) -> memoryview:
+        """Takes the next `count` bytes."""
         start, self.at = self.at, self.at + count
         if self.at > len(self.data):
             raise ValueError(f"it ends at byte {len(self.data)}, but goes on to byte {self.at}")
-        return start
+        return self.data[start : self.at]
 
     def numbers(self, form: str) -> Any:
-        return struct.unpack_from("<" + form, self.data, self.take(struct.calcsize("<" + form)))
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
 
     def string(self) -> bytes:
-        (size,) = self.numbers("Q")
-        start = self.take(size)
-        return self.data[start : self.at].tobytes()
+        return self.take(*self.numbers("Q")).tobytes()
 
     def skip(self, kind: int) -> None:
         """Takes a value of a type, and does not keep it."""
+        kind, count = self.numbers("IQ") if kind == _ARRAY else (kind, 1)
         if kind in _SIZES:
-            self.take(_SIZES[kind])
+            self.take(count * _SIZES[kind])
         elif kind == _STRING:
-            self.take(*self.numbers("Q"))
-        elif kind == _ARRAY:
-            each, count = self.numbers("IQ")
-            if each in _SIZES:
-                self.take(count * _SIZES[each])
-            elif each == _STRING:
-                for _ in range(count):
-                    self.take(*self.numbers("Q"))
-            else:
-                raise ValueError(f"it has an array of values of type {each}")
+            for _ in range(count):
+                self.take(*self.numbers("Q"))
         else:
-            raise ValueError(f"it has a value of type {kind}")
+            raise ValueError(f"it has values of type {kind}")

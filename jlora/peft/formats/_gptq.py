@@ -1,13 +1,12 @@
 """GPTQ: integers of 4 or 8 bits in groups of inputs."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from ._affine import affine
+from ._awq import MARKS
 from ._codes import Codes, Dense
-from ._format import Format, Parameter, register
-from ._tensors import FLOATS, Unreadable, unpack
+from ._format import Format, register
+from ._tensors import FLOATS, unpack
 
 ONES = {4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}  # 1 in each code of a word
 
@@ -20,32 +19,22 @@ class Gptq(Format):
     no neighbors: `g_idx` has the group of each input.
     """
 
-    def read(self, module: str, parameter: str, shape: tuple[int, ...]) -> Codes | Dense | None:
+    marks = MARKS
+
+    def read(self, name: str) -> Codes | Dense:
         """Reads the weight of a module that has `qweight`."""
-        tensors, config = self.tensors, self.config
-        if parameter != "weight" or f"{module}.qweight" not in tensors:
-            return None
+        module, tensors, config = name.removesuffix(".weight"), self.tensors, self.config
         bits = self.field("bits", tuple(ONES))
         version = self.field("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
-        (outputs, inputs), count = shape, 32 // bits
-        if inputs % count or outputs % count:
-            raise Unreadable(f"{module}: {shape} is no multiple of {count}, as 32-bit words are")
-        groups = (tensors.shape(f"{module}.scales") or (0,))[0]
-        words = tensors.read(f"{module}.qweight", ("I32",), (inputs // count, outputs))
-        zeros = tensors.read(f"{module}.qzeros", ("I32",), (groups, outputs // count))
+        codes = unpack(tensors.read_matrix(f"{module}.qweight", ("I32",)), 0, bits).T
+        (outputs, inputs), count = codes.shape, 32 // bits
+        groups, _ = tensors.matrix(f"{module}.scales")
+        zeros = tensors.read(f"{module}.qzeros", ("I32",), (groups, -(-outputs // count)))
         if version == "gptq":
             zeros = (zeros.view(np.uint32) + ONES[bits]).view(np.int32)
         scale = tensors.read(f"{module}.scales", FLOATS, (groups, outputs))
         order = None
         if f"{module}.g_idx" in tensors or config.get("desc_act") not in (None, False):
             order = tensors.read(f"{module}.g_idx", ("I32",), (inputs,))
-        codes, zeros = unpack(words, 0, bits).T, unpack(zeros, 1, bits).T
+        zeros = unpack(zeros, 1, bits).T[:outputs]
         return affine(module, bits, codes, scale.T, zeros, order, [config.get("group_size")])
-
-    def find(self) -> Iterator[Parameter]:
-        """Yields the weights of modules that have `qweight`."""
-        for name in self.tensors:
-            if name.endswith(".qweight"):
-                rows, outputs = self.tensors.matrix(name)
-                inputs = 32 // self.field("bits", tuple(ONES)) * rows
-                yield name.removesuffix(".qweight"), "weight", (outputs, inputs)

@@ -69,38 +69,43 @@ class Tensors:
             raise Unreadable(f"{name}: expected a matrix, got shape {shape}")
         return shape[0], shape[1]
 
+    def read_matrix(self, name: str, dtypes: Collection[str]) -> np.ndarray:
+        """Reads a tensor that must be a matrix of one of the `dtypes`."""
+        return self.read(name, dtypes, self.matrix(name))
+
     def _entry(self, name: str) -> Any:
         if name not in self:
             raise Unreadable(f"{name}: missing")
         return self._checkpoint.entry(name)
 
-    def read(self, name: str, dtypes: Collection[str], shape: tuple[int, ...]) -> np.ndarray:
-        """Reads a tensor; `Unreadable` if it has neither of the `dtypes` or another shape."""
+    def read(
+        self, name: str, dtypes: Collection[str], shape: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        """Reads a tensor; `Unreadable` if it has none of the dtypes, or not the shape if given."""
         entry = self._entry(name)
+        shape = entry.shape if shape is None else shape
         if entry.dtype not in dtypes or entry.shape != shape:
             wanted = " or ".join(dtypes)
             raise Unreadable(
                 f"{name}: expected {wanted} of shape {shape}, got {entry.dtype} {entry.shape}"
             )
-        return self._read(name).view(READ[entry.dtype]).reshape(shape)
+        return self.bytes(name).view(READ[entry.dtype]).reshape(shape)
 
     def as_stored(self, name: str) -> np.ndarray:
         """Reads a tensor as it is."""
         entry = self._entry(name)
         if entry.dtype not in READ:
             raise Unreadable(f"{name}: its dtype {entry.dtype} cannot be copied")
-        return self.read(name, (entry.dtype,), entry.shape)
+        return self.read(name, (entry.dtype,))
 
-    def skip_activations(self, module: str) -> None:
+    def skip_activations(self, parameter: str) -> None:
         """Marks the scales of a module's activations as read, as they are of no use here."""
+        module = parameter.rpartition(".")[0]
         names = (f"{module}.{name}" for name in OF_ACTIVATIONS)
         self.taken.update(name for name in names if name in self)
 
     def bytes(self, name: str) -> np.ndarray:
         """Reads the bytes of a tensor of any dtype."""
-        return self._read(name)
-
-    def _read(self, name: str) -> np.ndarray:
         entry = self._entry(name)
         self.taken.add(name)
         whole = b"".join(self._checkpoint.pieces(name, max(entry.stop - entry.start, 1)))
@@ -120,6 +125,11 @@ def _is_coded(tensors: Tensors, name: str) -> bool:
     of_attention = last == "bias" and len(tensors.shape(name)) == 4
     is_mask = dtype == "BOOL" or (dtype == "U8" and of_attention)
     return not is_mask and not (dtype == "I64" and last in _BUFFERS)
+
+
+def is_pair(x: Any) -> bool:
+    """Whether JSON says two positive numbers, as of a shape."""
+    return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x)
 
 
 def unpack(

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checkpoint import read_exactly, read_pieces
-from .._file import COUNTS, DTYPES, TensorInfo
+from .._checkpoint import read_exactly
+from .._file import DTYPES, TensorInfo
 from ..adapter._tokens import Tokens, put_rows
 
 BLOCK = 2**20  # numbers
@@ -17,19 +17,12 @@ BLOCK = 2**20  # numbers
 _SIDE = 64
 
 
-class Chunk(NamedTuple):
-    """Bytes of a tensor, in the order of the file."""
+class Edit(Protocol):
+    """Computes the new values of a tensor from the old ones."""
 
-    data: bytes
-    bad: int = 0  # values that are not finite
-
-
-class Edit:
-    """Computes the new bytes of a tensor from the old ones; here they stay."""
-
-    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
-        """Yields the new bytes of a tensor, whose old ones are next in `data`."""
-        yield from map(Chunk, read_pieces(data, tensor.stop - tensor.start))
+    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
+        """Yields the new values of a tensor in any dtype; its old bytes are next in `data`."""
+        ...
 
 
 @dataclasses.dataclass
@@ -38,10 +31,10 @@ class NewValues(Edit):
 
     value: np.ndarray
 
-    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
+    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields the value."""
         data.seek(tensor.stop - tensor.start, 1)
-        yield _chunk(self.value, (DTYPES | COUNTS)[tensor.dtype])
+        yield self.value
 
 
 @dataclasses.dataclass
@@ -50,14 +43,14 @@ class NewRows(Edit):
 
     tokens: Tokens
 
-    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
+    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields the table with the other rows."""
         (rows, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
         step = max(1, BLOCK // max(columns, 1))
         for start in range(0, rows, step):
             block = _read(data, dtype, (min(step, rows - start), columns)).copy()
             put_rows(self.tokens, block, start)
-            yield _chunk(block, dtype)
+            yield block
 
 
 @dataclasses.dataclass
@@ -89,36 +82,32 @@ class Sum(Edit):
         left = self.left[expert : expert + 1, start : start + rows]
         return Sum(left, self.right[expert : expert + 1], self.scale)
 
-    def chunks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[Chunk]:
+    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields W + s·B·A in blocks of rows, with the norms of DoRA if it has them."""
         gains, dtype = None, DTYPES[tensor.dtype]
         if self.m is not None and not self.by_rows:  # the norm of a column needs all of W
             start = data.tell()
-            squares = np.zeros(self.m.shape)
-            for _, block in self._sums(data, dtype):
-                squares += _squares(block, 0)
-            gains = _gain(self.m, squares)
+            squares = (_squares(block, 0) for _, block in self._sums(data, dtype))
+            gains = _gain(self.m, sum(squares, np.zeros(self.m.shape)))
             data.seek(start)
         for rows, block in self._sums(data, dtype):
-            if gains is not None:
-                block = _times(block, gains)
-            elif self.m is not None:
-                block = _times(block, _gain(self.m[rows], _squares(block, 1))[:, None])
-            yield _chunk(block, dtype)
+            if self.m is not None and self.by_rows:
+                gains = _gain(self.m[rows], _squares(block, 1))[:, None]
+            yield block if gains is None else block * gains.astype(block.dtype)
 
     def _sums(self, data: BinaryIO, dtype: np.dtype) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields W + s·B·A in blocks, each with its rows."""
+        """Yields W + s·B·A in float32 or better, in blocks, each with its rows."""
         (count, rows, _), columns = self.left.shape, self.right.shape[2]
         step = max(1, min(rows, BLOCK // max(columns, 1)))
         for i in range(count):
             times = _product(self.right[i], step)
             for start in range(0, rows, step):
                 own = slice(start, start + step)
-                product = times(self.left[i, own])
-                yield own, _sum(_read(data, dtype, product.shape), product, self.scale)
+                change = times(self.left[i, own]) * np.float32(self.scale)
+                w = _read(data, dtype, change.shape)
+                yield own, w.astype(np.promote_types(dtype, np.float32)) + change
 
 
-@np.errstate(over="ignore", invalid="ignore")
 def _squares(block: np.ndarray, axis: int) -> np.ndarray:
     return np.square(block, dtype=np.float64).sum(axis)
 
@@ -127,18 +116,6 @@ def _gain(m: np.ndarray, squares: np.ndarray) -> np.ndarray:
     """The factors of rows or columns: m over their norms, 0 where these are 0."""
     n = np.sqrt(squares)
     return np.divide(m.astype(np.float64), n, out=np.zeros_like(n), where=n > 0)
-
-
-@np.errstate(over="ignore", invalid="ignore")
-def _times(block: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    return block * gain.astype(block.dtype)
-
-
-# What overflows is counted by `_chunk`.
-@np.errstate(over="ignore", invalid="ignore")
-def _sum(w: np.ndarray, product: np.ndarray, scale: float) -> np.ndarray:
-    """W + s·B·A in float32 or better."""
-    return w.astype(np.promote_types(w.dtype, np.float32)) + product * np.float32(scale)
 
 
 def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -172,7 +149,7 @@ def _read(data: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray
     return np.frombuffer(read_exactly(data, count), dtype).reshape(shape)
 
 
-@np.errstate(over="ignore")
-def _chunk(x: np.ndarray, dtype: np.dtype) -> Chunk:
+def encode(x: np.ndarray, dtype: np.dtype) -> tuple[bytes, int]:
+    """The bytes of numbers in a dtype, and how many of them are not finite."""
     x = x.astype(dtype)
-    return Chunk(x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x))))
+    return x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x)))

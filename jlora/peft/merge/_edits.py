@@ -1,10 +1,9 @@
 """The changes of tensors, and which weights are transposed as against B·A."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
-from .._file import shown
 from .._problems import Problems
 from ..adapter._contents import Part
 from ..adapter._parameters import Shapes, matrix, orientations
@@ -18,22 +17,18 @@ def find_edits(model: Views, wanted: Wanted, problems: Problems) -> dict[str, Ed
     found: dict[str, Edit] = {
         tensor_of(model, n): NewValues(x) for n, x in wanted.full.items() if n in model
     }
-    find = _Orientation(wanted.parts, shapes_of(model), wanted.flag)
+    transposed = _find_transposed(wanted.parts, shapes_of(model), wanted.flag)
     for part in wanted.parts:
         if (view := model.get(part.name)) is None:
             continue  # it is the same as one that is there
-        if (transposed := find.of(part, orientations(part, view.shape))) is None:
-            problems.found.append(
-                f"{shown(part.name)}: is square, and nothing tells whether it is (inputs, outputs) "
-                "or (outputs, inputs)"
-            )
+        if (is_transposed := transposed[part.name]) is None:
+            why = "is square, and nothing tells whether it is (inputs, outputs) or"
+            problems.add(part.name, f"{why} (outputs, inputs)")
             continue
-        change = _as_sum(part, view.shape, transposed)
+        change = _as_sum(part, view.shape, is_transposed)
         for tensor, expert, start, rows in view.pieces:
             if tensor in found:
-                problems.found.append(
-                    f"{shown(tensor)}: changed twice by the adapter, under two names"
-                )
+                problems.add(tensor, "changed twice by the adapter, under two names")
             found[tensor] = change if expert is None else change.of_rows(expert, start, rows)
     one = np.ones((1, 1, 1), np.float32)
     biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in wanted.biases.items()}
@@ -51,34 +46,31 @@ def _as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
     return found.transpose if transposed else found
 
 
-class _Orientation:
-    """Finds out whether square weights are transposed, from others that are not square."""
+def _find_transposed(parts: Sequence[Part], shapes: Shapes, flag: bool) -> dict[str, bool | None]:
+    """Says for each part whether its weight is transposed; None if nothing tells.
 
-    def __init__(self, parts: Iterable[Part], shapes: Shapes, flag: bool):
-        """Learns from parts, the shapes of all tensors, and `fan_in_fan_out`."""
-        self.flag = flag
-        self.seen: dict[bool, set[tuple[str, str]]] = {False: set(), True: set()}
-        for part in parts:
-            if len(found := orientations(part, shapes.get(part.name, ()))) == 1:
-                self.seen[found[0]].add(_group(part.kind, part.name))
-        # A bias has the length of the outputs. It tells nothing of experts: whether PEFT's A
-        # belongs to their inputs depends on the version of `transformers`.
-        for name, shape in shapes.items():
-            (outputs,) = shapes.get(name.removesuffix("weight") + "bias", (0,))[:1] or (0,)
-            if len(shape) == 2 and shape[0] != shape[1] and outputs in shape:
-                self.seen[outputs == shape[1]].add(_group("linear", name))
+    A square weight is as those of its name that are not square, or else as `fan_in_fan_out` says
+    of all, if no other contradicts that.
+    """
+    fits = {part.name: orientations(part, shapes.get(part.name, ())) for part in parts}
+    groups = {part.name: _group(part.kind, part.name) for part in parts}
+    seen = {t: {groups[n] for n, found in fits.items() if found == [t]} for t in (False, True)}
+    # A bias has the length of the outputs. It tells nothing of experts: whether PEFT's A
+    # belongs to their inputs depends on the version of `transformers`.
+    for name, shape in shapes.items():
+        (outputs,) = shapes.get(name.removesuffix("weight") + "bias", (0,))[:1] or (0,)
+        if len(shape) == 2 and shape[0] != shape[1] and outputs in shape:
+            seen[outputs == shape[1]].add(_group("linear", name))
+    is_mixed = any(kind == "linear" for kind, _ in seen[not flag])
 
-    def of(self, part: Part, fits: Collection[bool]) -> bool | None:
-        """Whether `part` is transposed, of the orientations that fit; None if nothing tells."""
-        if len(fits) == 1:
-            return next(iter(fits))
-        assert fits, part.name
-        group = _group(part.kind, part.name)
-        votes = [t for t in (False, True) if group in self.seen[t]]
+    def of(part: Part) -> bool | None:
+        votes = [t for t in (False, True) if groups[part.name] in seen[t]]
+        votes = fits[part.name] if len(fits[part.name]) == 1 else votes
         if len(votes) == 1:
             return votes[0]
-        mixed = any(kind == "linear" for kind, _ in self.seen[not self.flag])
-        return None if votes or mixed or part.kind == "experts" else self.flag
+        return None if votes or is_mixed or part.kind == "experts" else flag
+
+    return {part.name: of(part) for part in parts}
 
 
 def _group(kind: str, name: str) -> tuple[str, str]:

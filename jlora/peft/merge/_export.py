@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
 
+import numpy as np
 from tqdm import tqdm
 
 from ..._folders import fresh, scratch
@@ -16,11 +17,11 @@ from .._checkpoint import (
     open_checkpoint,
     read_pieces,
 )
-from .._file import open_file, shown
+from .._file import COUNTS, DTYPES, open_file
 from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
-from ._blocks import Edit
+from ._blocks import Edit, encode
 from ._edits import find_edits
 from ._ties import with_copies
 from ._wanted import check_frozen, read_wanted
@@ -126,6 +127,7 @@ def export_merged(
     return checkpoint.left_out
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is counted
 def _write(
     checkpoint: Checkpoint,
     file: str,
@@ -141,11 +143,16 @@ def _write(
             for piece in read_pieces(data, header.data):
                 target.write(piece)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
+            if (edit := edits.get(name)) is None:
+                pieces = ((piece, 0) for piece in read_pieces(data, entry.stop - entry.start))
+            else:
+                dtype = (DTYPES | COUNTS)[entry.dtype]
+                pieces = (encode(block, dtype) for block in edit.blocks(data, entry))
             bad = 0
             with naming_changed(checkpoint.source, name):
-                for chunk in edits.get(name, Edit()).chunks(data, entry):
-                    target.write(chunk.data)
-                    tick(len(chunk.data))
-                    bad += chunk.bad
+                for piece, count in pieces:
+                    target.write(piece)
+                    tick(len(piece))
+                    bad += count
             if bad:
-                problems.found.append(f"{shown(name)}: {bad} values are not finite after merging")
+                problems.add(name, f"{bad} values are not finite after merging")

@@ -1,9 +1,8 @@
 """A weight that the input embedding and the output head of a checkpoint share."""
 
 import collections
-import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._checkpoint import Checkpoint
@@ -105,35 +104,24 @@ def with_copies(
     checkpoint: Checkpoint, edits: Mapping[str, Edit], problems: Problems
 ) -> dict[str, Edit]:
     """The edits, and those of the other copies of shared weights that are stored twice."""
-    found = dict(edits)
-    for other, own, copied in copies(checkpoint, edits, functools.partial(_digest, checkpoint)):
-        if copied is not None:
-            found[other] = edits[copied]
-        elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
-            problems.stop(
-                f"{shown(rows[0])}: has rows in the adapter, which PEFT gives {shown(other)} too "
-                "where the two are tied; by config.json they are, but the checkpoint has other "
-                "values of it. Set tie_word_embeddings there"
-            )
-    return found
-
-
-def copies(
-    checkpoint: Checkpoint, changed: Collection[str], digest: Callable[[str], bytes]
-) -> Iterator[tuple[str, list[str], str | None]]:
-    """Yields shared weights that do not change, the like that do, and which of these each equals.
-
-    `digest` hashes the values of a tensor. It is called once for each that may be a copy.
-    """
     alike = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
     for name in checkpoint.where:
         if is_shared(checkpoint, name):
             tensor = checkpoint.entry(name)
-            alike[tensor.dtype, tensor.shape][name in changed].append(name)
+            alike[tensor.dtype, tensor.shape][name in edits].append(name)
+    found = dict(edits)
     for others, own in alike.values():
-        if own and others:
-            values = {digest(name): name for name in own}
-            yield from ((other, own, values.get(digest(other))) for other in others)
+        values = {_digest(checkpoint, name): name for name in own if others}
+        for other in others if own else ():
+            if (copied := values.get(_digest(checkpoint, other))) is not None:
+                found[other] = edits[copied]
+            elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
+                problems.stop(
+                    f"{shown(rows[0])}: has rows in the adapter, which PEFT gives {shown(other)} "
+                    "too where the two are tied; by config.json they are, but the checkpoint has "
+                    "other values of it. Set tie_word_embeddings there"
+                )
+    return found
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> bytes:

@@ -15,7 +15,7 @@ from .._checkpoint import Checkpoint
 from .._file import COUNT, COUNTS, DTYPES, Source, shown
 from .._problems import Problems
 from ..adapter._contents import Adapter, Part, explain_resized, sort_tensors
-from ..adapter._files import Files, open_files
+from ..adapter._files import fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, matrix, names_of, orientations
 from ..adapter._tokens import Tokens, list_unequal, misfits
 from ..adapter._tree import arrange
@@ -102,14 +102,9 @@ def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tup
     model = next((v for v in choices if not list_missing(adapter, shapes_of(v))), choices[0])
     parts = assign_parameters(adapter, shapes_of(model), "the checkpoint", problems)
     rows, heads = separate_heads(checkpoint, model, adapter.tokens)
-    wanted = Wanted(
-        parts,
-        _with_tied_biases(adapter.full, model),
-        rows,
-        adapter.frozen,
-        _biases(adapter, model, problems),
-        bool(adapter.fields.get("fan_in_fan_out")),
-    )
+    full, biases = _with_tied_biases(adapter.full, model), _biases(adapter, model, problems)
+    flag = bool(adapter.fields.get("fan_in_fan_out"))
+    wanted = Wanted(parts, full, rows, adapter.frozen, biases, flag)
     problems.found += untied_heads(checkpoint, adapter)
     strange = [part.name for part in parts if part.name not in model]
     if problems.found and strange:
@@ -121,30 +116,12 @@ def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tup
         )
     _check(checkpoint, model, wanted, problems)
     problems.stop()
-    problems.found += absent(checkpoint, model, parts, wanted.full | wanted.frozen)
-    problems.stop()
-    wanted, values = _read(files, wanted, adapter, problems)
+    problems.found += absent(checkpoint, model, parts, full | adapter.frozen)
+    values = files.values((wanted, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v) for x, y in heads), values))
+    wanted = fill(wanted, values)
     problems.found += untied(checkpoint, model, wanted.parts, wanted.full)
     return model, wanted
-
-
-def _read(
-    files: Files, wanted: Wanted, adapter: Adapter, problems: Problems
-) -> tuple[Wanted, dict[str, np.ndarray]]:
-    """Reads the values of all that is wanted."""
-    tensors = [x for part in wanted.parts for x in part.arrays]
-    tensors += [*wanted.full.values(), *wanted.frozen.values()]
-    tensors += [*(x for x, _ in wanted.biases.values()), *(x.v for x in adapter.tokens.values())]
-    values = files.values(tensors, problems)
-    return Wanted(
-        [part.read(values) for part in wanted.parts],
-        {name: values[x.key] for name, x in wanted.full.items()},
-        {name: x._replace(v=values[x.v.key]) for name, x in wanted.rows.items()},
-        {name: values[x.key] for name, x in wanted.frozen.items()},
-        {name: (values[x.key], scale) for name, (x, scale) in wanted.biases.items()},
-        wanted.flag,
-    ), values
 
 
 def _with_tied_biases(full: dict[str, T], model: Views) -> dict[str, T]:
@@ -164,12 +141,10 @@ def _biases(adapter: Adapter, model: Views, problems: Problems) -> dict[str, tup
         module = name.rpartition(".")[0]
         if module not in adapter.parts or name not in model or model[name].shape != x.shape:
             there = f"of shape {model[name].shape}" if name in model else "none"
-            problems.found.append(
-                f"{shown(x.key)}: of shape {x.shape}, is to be added to the bias of an adapted "
-                f"module, of which the checkpoint has {there}"
-            )
+            why = "is to be added to the bias of an adapted module, of which the checkpoint has"
+            problems.add(x.key, f"of shape {x.shape}, {why} {there}")
         elif name in adapter.full:
-            problems.found.append(f"{shown(x.key)}: added to a bias that is replaced")
+            problems.add(x.key, "added to a bias that is replaced")
         else:
             found[name] = x, adapter.selection.scale(module)
     return found
@@ -179,51 +154,44 @@ def _check(checkpoint: Checkpoint, model: Views, wanted: Wanted, problems: Probl
     """Adds what the checkpoint has in another shape, or in a dtype that cannot be changed."""
     for name, x in wanted.rows.items():
         if (view := model.get(name)) is None or len(view.shape) != 2:
-            why = "has rows in the adapter, and is no table of the checkpoint"
-            problems.found.append(f"{shown(name)}: {why}")
-        elif bad := misfits(x, view.shape):
-            problems.found += bad
-        elif (dtype := checkpoint.entry(view.pieces[0].tensor).dtype) not in DTYPES:
-            why = f"of dtype {dtype}; expected one of {', '.join(DTYPES)}"
-            problems.found.append(f"{shown(name)}: {why}")
+            problems.add(name, "has rows in the adapter, and is no table of the checkpoint")
+        else:
+            problems.found += misfits(x, view.shape)
     for part in wanted.parts:
-        if (view := model.get(part.name)) is None:
-            continue
-        types = {checkpoint.entry(piece.tensor).dtype for piece in view.pieces}
-        if not orientations(part, view.shape):
-            problems.found.append(
-                f"{shown(part.name)}: expected a {part.kind} weight of shape {view.shape}, but A "
-                f"{part.a.shape} and B {part.b.shape} make {matrix(part)}"
-            )
-        elif odd := sorted(types - DTYPES.keys()):
-            problems.found.append(
-                f"{shown(part.name)}: of dtype {odd[0]}; expected one of "
-                f"{', '.join(DTYPES)}. Dequantize the checkpoint first"
-            )
+        if (view := model.get(part.name)) and not orientations(part, view.shape):
+            why = f"expected a {part.kind} weight of shape {view.shape}, but A {part.a.shape} and B"
+            problems.add(part.name, f"{why} {part.b.shape} make {matrix(part)}")
+    for name in [*wanted.rows, *(part.name for part in wanted.parts)]:
+        if odd := sorted(_dtypes(checkpoint, model, name) - DTYPES.keys()):
+            legal = ", ".join(DTYPES)
+            why = f"of dtype {odd[0]}; expected one of {legal}. Dequantize the checkpoint first"
+            problems.add(name, why)
     for name, x in (wanted.full | wanted.frozen).items():
         if (view := model.get(name)) is None:
             continue
-        dtype = checkpoint.entry(view.pieces[0].tensor).dtype
+        [dtype, *_] = _dtypes(checkpoint, model, name)
         known = COUNTS if name.endswith(COUNT) else DTYPES
         if why := explain_resized(name, x.shape, view.shape):
             problems.found.append(why)
         elif view.shape != x.shape or dtype not in known:
-            problems.found.append(
-                f"{shown(name)}: expected {dtype} of shape {view.shape}, got {x.shape} in the "
-                "adapter"
-            )
+            why = f"expected {dtype} of shape {view.shape}, got {x.shape} in the adapter"
+            problems.add(name, why)
         elif len(view.pieces) > 1:
-            problems.found.append(f"{shown(name)}: in full, but the checkpoint has it in parts")
+            problems.add(name, "in full, but the checkpoint has it in parts")
+
+
+def _dtypes(checkpoint: Checkpoint, model: Views, name: str) -> set[str]:
+    """The dtypes of the tensors of a parameter; none if the checkpoint has none."""
+    pieces = model[name].pieces if name in model else ()
+    return {checkpoint.entry(piece.tensor).dtype for piece in pieces}
 
 
 def check_frozen(checkpoint: Checkpoint, model: Views, wanted: Wanted, problems: Problems) -> None:
     """Adds the tensors of which an adapter has other values, though it does not change them."""
-    problems.found += [
-        f"{shown(tensor_of(model, name))}: the adapter holds other values of it; a trained "
-        "embedding under an adapter is not supported"
-        for name, x in wanted.frozen.items()
-        if name in model and not _holds(checkpoint, tensor_of(model, name), x)
-    ]
+    for name, x in wanted.frozen.items():
+        if name in model and not _holds(checkpoint, tensor := tensor_of(model, name), x):
+            why = "a trained embedding under an adapter is not supported"
+            problems.add(tensor, f"the adapter holds other values of it; {why}")
 
 
 def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:

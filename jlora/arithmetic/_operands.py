@@ -30,13 +30,13 @@ class Operands(NamedTuple):
     """The checked arguments of a function.
 
     Attributes:
-        trees: the leaves of each adapter by path.
-        weights: a weight for each.
+        sites: the leaves at each path, of the adapters that have one there, with their weights.
+        weights: a weight for each adapter.
         base: the parameters, or None.
         refusal: how errors begin.
     """
 
-    trees: list[dict[Path, Any]]
+    sites: dict[Path, list[tuple[Any, Any]]]
     weights: list[Any]
     base: PyTree
     refusal: str
@@ -45,19 +45,24 @@ class Operands(NamedTuple):
 def check_operands(
     adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal: str
 ) -> Operands:
-    """Checks what a function was given."""
+    """Checks what a function was given: the leaves at a path must be for one weight."""
     trees = flatten_each(adapters)
-    w = [1.0] * len(adapters) if weights is None else _entries(weights)
-    if len(w) != len(adapters):
+    w = [1.0] * len(trees) if weights is None else _entries(weights)
+    if len(w) != len(trees):
         raise ValueError(
-            f"`weights` must be one for each of the {len(adapters)} adapters; got {len(w)}."
+            f"`weights` must be one for each of the {len(trees)} adapters; got {len(w)}."
         )
     check_finite("weights", w)
     refuse_other_methods(refusal, (leaf for tree in trees for leaf in tree.items()), MERGE)
-    if base is not None:
-        for tree in trees:
-            check_fits(base, tree)
-    return Operands(trees, w, base, refusal)
+    for tree in trees if base is not None else ():
+        check_fits(base, tree)
+    sites: dict[Path, list[tuple[Any, Any]]] = {}
+    for tree, v in zip(trees, w, strict=True):
+        for path, x in tree.items():
+            sites.setdefault(path, []).append((x, v))
+    wrong = {p: why for p, pairs in sites.items() if (why := mismatch([x for x, _ in pairs]))}
+    refuse(refusal, wrong, "Adapters that are combined must be of one base.")
+    return Operands(sites, w, base, refusal)
 
 
 def check_merge(
@@ -67,7 +72,7 @@ def check_merge(
     if not 0 < density <= 1:
         raise ValueError(f"`density` must lie in (0, 1]; got {density!r}.")
     given = check_operands(adapters, weights, base, "`adapters` cannot be combined")
-    residual = [path for tree in given.trees for path, x in tree.items() if is_residual(x)]
+    residual = [path for path, [(x, _), *_] in given.sites.items() if is_residual(x)]
     wrong = dict.fromkeys(residual, f"{RESIDUAL}, so that a ΔW of 0 is not the model")
     refuse(given.refusal, wrong, FROM_THE_START)
     return given
@@ -95,36 +100,31 @@ def combine_leaves(
 
     If it `keeps_one`, a leaf in full that one adapter alone has, with weight 1, stays as it is.
     """
-    trees, weights, base, refusal = given
-    paths = list(dict.fromkeys(path for tree in trees for path in tree))
-    held = {p: [(t[p], w) for t, w in zip(trees, weights, strict=True) if p in t] for p in paths}
-    wrong = {p: why for p, pairs in held.items() if (why := mismatch([x for x, _ in pairs]))}
-    refuse(refusal, wrong, "Adapters that are combined must be of one base.")
-    kept = {
-        path: x
-        for path, [(x, w), *more] in held.items()
-        if keeps_one and not (is_node(x) or more) and is_one(w)
-    }
-    changed = [p for p, [(x, _), *_] in held.items() if not is_node(x) and p not in kept]
-    if base is None:
+
+    def is_kept(pairs: list[tuple[Any, Any]]) -> bool:
+        return keeps_one and len(pairs) == 1 and is_one(pairs[0][1])
+
+    in_full = {path: pairs for path, pairs in given.sites.items() if not is_node(pairs[0][0])}
+    changed = [path for path, pairs in in_full.items() if not is_kept(pairs)]
+    if given.base is None:
         needed = "is trained in full, so that its change is known from the base alone"
         remedy = "Give `base`, the parameters that they are for."
-        refuse(refusal, dict.fromkeys(changed, needed), remedy)
-    params = dict(leaves_by_path(base)) if changed else {}
+        refuse(given.refusal, dict.fromkeys(changed, needed), remedy)
+    params = dict(leaves_by_path(given.base)) if changed else {}
 
-    def combine(path: Path) -> Any:
-        leaves, w = (list(x) for x in zip(*held[path], strict=True))
-        if path in kept:
-            return kept[path]
-        if is_node(leaves[0]):
+    def combine(path: Path, pairs: list[tuple[Any, Any]]) -> Any:
+        leaves, w = (list(x) for x in zip(*pairs, strict=True))
+        if path not in in_full:
             return low_rank(with_equal_slots(leaves), w, path)
+        if is_kept(pairs):
+            return leaves[0]
         start = jnp.asarray(params[path])
         wide = jnp.promote_types(start.dtype, jnp.float32)
         start, dtype = start.astype(wide), leaves[0].dtype
         changes = [v * (x.astype(wide) - start) for x, v in zip(leaves, w, strict=True)]
         return (start + full(changes, path)).astype(dtype)
 
-    return nest({path: combine(path) for path in paths}) if paths else {}
+    return nest({path: combine(path, pairs) for path, pairs in given.sites.items()})
 
 
 def is_one(w: Any) -> bool:

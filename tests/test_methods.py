@@ -1,0 +1,317 @@
+"""Every method passes the laws of LoRA, and is merged, saved, counted, sharded and trained alike.
+
+The set of methods is open: two of `own_methods` are among them.
+"""
+
+import copy
+import dataclasses
+import re
+import sys
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import optax
+import pytest
+from cases import CASES, Case
+from jax.sharding import PartitionSpec as P
+from own_methods import Diagonal, Gain
+from small import array, some
+
+import jlora
+from jlora import DoRA, Full, LoRA, Rows, checkpoint, peft
+from jlora import _adapters as adapters
+from jlora.extend import Node, register
+
+# A gain is no factor: where W is joined, or multiplied with another weight, along the inputs of the
+# product, it would be one of inputs and outputs at once. With batch statistics behind it, its
+# gradient is a difference of large numbers.
+NOT_A_GAIN = {
+    "padded",
+    "concatenate_inputs",
+    "weight_times_weight",
+    "weights_multiplied_with_one_repeated",
+    "two_weights_meet_along_a_new_axis",
+    "linen_attention_bfloat16",
+    "nnx_train",
+    "nnx_state_as_argument",
+    "nnx_whole_state",
+}
+# Where a kernel is divided by its norms, m is of no effect, and its gradient rounding alone.
+NOT_A_MAGNITUDE = NOT_A_GAIN | {"linen_weight_norm"}
+# Statistics take m out again: its gradient is what a difference leaves.
+TAKE_M_OUT = ("linen_train", "weight_standardized")
+
+
+def of_rule(rule: Any, method: type) -> Any:
+    """A rule of LoRA as one of another method."""
+    if not isinstance(rule, LoRA):
+        return rule
+    if method is DoRA:
+        return DoRA(**{f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)})
+    return method(rule.pattern)
+
+
+def with_rows(case: Case) -> Case:
+    """A case whose embeddings have rows trained, and which keeps its rules for the rest."""
+    problem = case.build(jnp.float32)
+    sites = jlora.transform(problem.apply).sites(problem.params, *problem.args, **problem.kwargs)
+    rules = []
+    for site in sites:
+        if site.kind == "embed" and len(site.layout.inputs) == 1:
+            n = site.inputs
+            rows = list(dict.fromkeys((n - 1, 0, n // 2)))
+            rules.append(Rows(f"^{re.escape(site.path)}$", rows))
+    rest = [r for r in case.rules if isinstance(r, Full)]
+    return dataclasses.replace(case, rules=(*rules, *rest) if rules else ())
+
+
+def is_for(case: Case, method: type) -> bool:
+    """Whether the case is one for another method than LoRA."""
+    if method is Rows:
+        return bool(case.sites) and case.subject in ("lookup", "model", "no_site")
+    low_rank = [r for r in case.rules if isinstance(r, LoRA)]
+    if method is DoRA:
+        fits = not any(r.dropout for r in low_rank) and case.name not in NOT_A_MAGNITUDE
+    else:
+        fits = all(r == LoRA(r.pattern, rank=r.rank, alpha=r.alpha) for r in low_rank)
+        fits = fits and not (method is Gain and case.name in NOT_A_GAIN)
+    return fits and case.sites > 0 and case.subject != "model"
+
+
+# With every law, or only that adapted is merged.
+DAILY = {
+    DoRA: {"conv_nchw": False, "slots": False, "experts_einsum": True},
+    Rows: {"row_looked_up_under_vmap": True},
+    Gain: {"experts_einsum": False},
+    Diagonal: {"matmul": True},
+}
+
+
+def entries(method: type) -> list[Any]:
+    rows = []
+    for case in CASES:
+        if is_for(case, method):
+            every_law = DAILY[method].get(case.name, True)
+            marks = [] if case.name in DAILY[method] else [pytest.mark.slow]
+            name = f"{method.__name__}-{case.name}"
+            rows.append(pytest.param(method, case, every_law, id=name, marks=marks))
+    return rows
+
+
+@pytest.mark.parametrize(("method", "case", "every_law"), [e for m in DAILY for e in entries(m)])
+def test_laws(method: type, case: Case, every_law: bool) -> None:
+    """Those of LoRA itself; DoRA starts as the base up to rounding."""
+    if method is Rows:
+        case = with_rows(case)
+    else:
+        case = dataclasses.replace(case, rules=tuple(of_rule(r, method) for r in case.rules))
+    if not case.rules:
+        pytest.skip("no embedding")
+    case = dataclasses.replace(case, exact_at_zero=case.exact_at_zero and method is not DoRA)
+    with laws.precision(case, jnp.float32) as tolerance:
+        made = laws.make(case, jnp.float32)
+        if method is DoRA and case.name in TAKE_M_OUT:
+            tolerance = max(tolerance, 5e-5)
+        laws.hold(made, tolerance, every_law)
+        if every_law and method in (DoRA, Rows):
+            laws.quantized_is_dequantized(made, max(tolerance, 1e-5))
+
+
+# --------------------------------------------------------------------------------- one small model
+
+
+def model(params: Any, ids: jax.Array) -> jax.Array:
+    """A table that is looked up, layers in a scan, and a head."""
+    x = params["table"][ids]
+    x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
+    return x @ params["head"]
+
+
+PARAMS = {"layers": array(3, 4, 4) / 2, "head": array(4, 2) / 2, "table": array(7, 4)}
+IDS = jnp.array([3, 0, 6, 5, 1])
+
+
+class Method(NamedTuple):
+    """A rule for one leaf, and what is to be found there.
+
+    Attributes:
+        rule: the rule.
+        trained: the number of parameters that it trains.
+        shards: the partitions of the arrays where W has (s, i, o), or (i, o) without a stack.
+        unmerge: why it cannot be unmerged, if it cannot.
+        values: whether it starts from the values of W.
+        path: the leaf.
+        label: of the array of its own.
+    """
+
+    rule: Any
+    trained: int
+    shards: dict[str, P]
+    unmerge: str | None = None
+    values: bool = False
+    path: str = "layers"
+    label: str = ""
+
+
+AB = {"a": P("s", "i", None), "b": P("s", None, "o")}
+AB_OF_SLOTS = {"a": P("s", None, "i", None), "b": P("s", None, None, "o")}
+BEFORE = "it depends on the weight before"
+METHODS = {
+    "gain": Method(Gain("layers"), 3 * 4, {"gain": P("s", "o")}, "", label="gain"),
+    "diagonal": Method(Diagonal("layers"), 3 * 2, AB | {"d": P("s", None)}, label="d"),
+    "dora": Method(
+        DoRA("layers", 2, rslora=True), 3 * 20, AB | {"m": P("s", "o")}, "", True, label="m"
+    ),
+    "slots": Method(
+        DoRA("layers", 2, slots=jlora.Slots(2, (1,))),
+        3 * 14,
+        AB_OF_SLOTS | {"m": P("s", None, "o")},
+        "",
+        True,
+        label="m",
+    ),
+    "rows": Method(
+        Rows("table", range(3, 6)), 3 * 4, {"v": P(None, "o")}, BEFORE, True, "table", "rows"
+    ),
+}
+
+
+class Made(NamedTuple):
+    """A method with the small model: its transform, base and random adapter."""
+
+    method: Method
+    rules: tuple[Any, ...]
+    lora: jlora.types.Transformed
+    base: Any
+    adapter: Any
+
+    @property
+    def node(self) -> Any:
+        """The node of the method."""
+        return self.adapter[self.method.path]
+
+
+@pytest.fixture(params=METHODS, scope="module")
+def made(request: Any) -> Made:
+    """Each method."""
+    method = METHODS[request.param]
+    rules = (method.rule, Full("head"))
+    lora = jlora.transform(model, *rules)
+    base, adapter = lora.init(jax.random.key(1), PARAMS, IDS)
+    return Made(method, rules, lora, base, laws.randomize(adapter))
+
+
+def test_merged_and_back(made: Made) -> None:
+    path, node = made.method.path, type(made.node).__name__
+    merged = jlora.merge(made.base, made.adapter)
+    expected = jax.jit(model)(merged, IDS)
+    actual = jax.jit(made.lora.apply)(made.base, made.adapter, IDS)
+    np.testing.assert_allclose(expected, actual, rtol=1e-5, atol=1e-5)
+    if made.method.unmerge is None:
+        back = jlora.unmerge(merged, made.adapter)[path]
+        np.testing.assert_allclose(back, made.base[path], atol=1e-6)
+        return
+    message = f"`unmerge` cannot take {node} back at {path!r}: {made.method.unmerge}"
+    with pytest.raises(ValueError, match=message):
+        jlora.unmerge(merged, made.adapter)
+
+
+def test_saved_and_restored(made: Made, tmp_path: Any) -> None:
+    checkpoint.save(tmp_path / "a", made.adapter, made.rules, base=made.base)
+    assert checkpoint.read(tmp_path / "a").rules == made.rules
+    for like in (None, made.adapter):
+        restored = checkpoint.restore(tmp_path / "a", like=like, base=made.base)
+        assert jax.tree.structure(restored) == jax.tree.structure(made.adapter)
+        jax.tree.map(np.testing.assert_array_equal, restored, made.adapter)
+
+
+def test_sites_and_counts(made: Made) -> None:
+    method, sites = made.method, made.lora.sites(made.base, IDS)
+    assert sites[method.path].trainable == method.trained
+    assert f"{type(method.rule).__name__}({method.path!r}" in str(sites)
+    mask = jlora.mask(made.adapter)
+    sizes = jax.tree.map(lambda x, is_trained: is_trained * x.size, made.adapter, mask)
+    assert sum(jax.tree.leaves(sizes)) == sites.trainable == method.trained + 4 * 2
+    shape = list(made.base[method.path].shape)
+    if method.shards.keys() in ({"v"}, {"gain"}):
+        shape[-2] = 0  # no array follows the inputs
+    assert adapters.weight_shape(made.node) == tuple(shape)
+
+
+def test_only_what_is_trained_changes(made: Made) -> None:
+    params = jlora.Params(made.base, made.adapter)
+    tx = jlora.optimizer(optax.sgd(0.1))
+    loss = lambda p: made.lora.apply(p.base, p.adapter, IDS).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    changed = jax.tree.map(lambda u: bool(np.any(np.asarray(u) != 0)), updates)
+    assert changed == jlora.mask(params)
+    assert made.method.label in jlora.labels(made.node)
+
+
+def test_is_sharded_like_the_base(made: Made) -> None:
+    specs = {"layers": P("s", "i", "o"), "head": P(), "table": P("i", "o")}
+    found = jlora.sharding.specs(specs, made.adapter)[made.method.path]
+    assert {name: getattr(found, name) for name in adapters.arrays(made.node)} == made.method.shards
+
+
+def test_misfit_is_named(made: Made) -> None:
+    path = made.method.path
+    other = made.base | {path: jnp.ones((*made.base[path].shape[:-1], 5))}
+    if made.node.layout.slots is not None:
+        other = made.base | {path: jnp.ones((3, 4, 10))}
+    shape = re.escape(str(other[path].shape))
+    with pytest.raises(ValueError, match=rf"{path}: a weight of shape {shape} needs "):
+        made.lora.apply(other, made.adapter, IDS)
+
+
+def test_on_shapes(made: Made) -> None:
+    """`init` traces the model alone; what starts from values says that it needs them."""
+    shapes = jax.eval_shape(lambda: made.base)
+    found = jax.eval_shape(made.lora.init, jax.random.key(0), shapes, IDS)[1]
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, made.adapter)
+    if made.method.values:
+        name = rf"{type(made.method.rule).__name__}\({made.method.path!r}"
+        with pytest.raises(ValueError, match=rf"has a shape at {made.method.path!r}, but {name}"):
+            made.lora.init(jax.random.key(0), shapes, IDS)
+
+
+def test_a_node_is_a_named_tuple(made: Made) -> None:
+    node = made.node
+    assert type(node).__match_args__ == node._fields
+    again = type(node)._make(node)
+    assert again._asdict() == node._asdict()
+    if sys.version_info >= (3, 13):
+        assert copy.replace(node, layout=None).layout is None  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", some(["gain", "diagonal"], "gain"))
+def test_pefts_files_have_no_place_for_methods_of_your_own(name: str, tmp_path: Any) -> None:
+    names = [peft.Name("layers", r"layers.{}", "lio")]
+    rule = METHODS[name].rule
+    base, adapter = jlora.transform(model, rule).init(jax.random.key(0), PARAMS, IDS)
+    with pytest.raises(
+        ValueError, match=f"  layers: PEFT's files have no place for a {rule.node.__name__}"
+    ):
+        peft.save(tmp_path / "p", base, adapter, names)
+
+
+def test_classes_are_checked() -> None:
+    """A field without a default comes first; and a checkpoint must be able to name a rule."""
+    with pytest.raises(TypeError, match="fields of Late with a default must come after those"):
+
+        @register
+        class Late(Node):  # pyright: ignore
+            labels: ClassVar = {"b": "b"}
+            a: Any = 7
+            b: Any  # pyright: ignore
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(LoRA):
+        """A subclass without `register`."""
+
+    with pytest.raises(TypeError, match=r"`rules` has Mine\('w'\), whose class is not registered"):
+        jlora.transform(lambda p, x: x @ p["w"], Mine("w"))
