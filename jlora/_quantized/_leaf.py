@@ -15,7 +15,7 @@ from .._types import NotAnArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales
 from ._form import Form, spread, unpack
-from ._scheme import Scheme, spelled
+from ._scheme import Scheme, spell
 
 FLAT = Axis(-3)  # a matrix as a whole
 GROUPS = Axis(-4)  # groups of scales that share one
@@ -146,7 +146,7 @@ class Quantized(NotAnArray):
             return
         found = ", ".join(str(x.dtype) for x in (self.scale, *nested))
         raise TypeError(
-            f"a quantized weight has scales of {found}; those of {spelled(self.scheme)} are "
+            f"a quantized weight has scales of {found}; those of {spell(self.scheme)} are "
             f"{' or '.join(legal)}, and what they are computed from is float32. Was the whole tree "
             "cast? Leave quantized weights as they are: "
             "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else "
@@ -160,7 +160,7 @@ class Quantized(NotAnArray):
 
     def __repr__(self) -> str:
         what = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return f"Quantized({short_name(what)}, {spelled(self.scheme)})"
+        return f"Quantized({short_name(what)}, {spell(self.scheme)})"
 
 
 def is_quantized(x: Any) -> bool:
