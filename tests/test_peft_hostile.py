@@ -31,7 +31,7 @@ from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Patterns
 from jlora.peft.adapter._select import Selection
 from jlora.peft.merge import _ties
-from jlora.peft.merge._renaming import _counts, views
+from jlora.peft.merge._renaming import _count, find_views
 
 SECONDS = 10
 
@@ -386,7 +386,7 @@ def test_first_parts_are_counted(wanted: list[str], named: list[str], rest: list
         sum(n in known or add + n.removeprefix(strip) in named for n in wanted)
         for add, strip in ways
     ]
-    assert _counts(ways, set(wanted), set(named), known) == one_by_one
+    assert _count(ways, set(wanted), set(named), known) == one_by_one
 
 
 SPOKEN = (  # a name for each dialect
@@ -410,7 +410,7 @@ def test_a_hundred_first_parts(spoken: Sequence[str], tmp_path: Folder) -> None:
     shapes |= dict.fromkeys(spoken, (1, 1))
     wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(20_000)]
     with bounded():
-        assert views(wanted, shapes)
+        assert find_views(wanted, shapes)
 
 
 def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
