@@ -6,7 +6,6 @@ import math
 import random
 import re
 import shutil
-import time
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from safetensors.numpy import save_file
 from small import some
 from test_cli import fails, run
 from test_peft_hostile import adapter as plain
-from test_peft_hostile import many
+from test_peft_hostile import bounded, many
 
 import jlora
 from jlora import arithmetic, checkpoint, peft
@@ -387,20 +386,18 @@ def fuzz(seeds: range, folder: Folder) -> int:
         name = draw.choice(["tied", "gpt2_tied", "patterns", "layers"])
         files = Files(place, name)
         mutate(files, draw)
-        start = time.monotonic()
+        each = [files.folder, models.FIXTURES / name]
         try:
-            peft.combine([files.folder, models.FIXTURES / name], place / "out", arithmetic.add)
+            with bounded():
+                peft.combine(each, place / "out", arithmetic.add)
         except (ValueError, FileNotFoundError) as e:
-            assert str(e).startswith(("`paths`: ", "`paths[", "`adapters` ", "`merge` gave")), (
-                seed,
-                e,
-            )
+            known = "`paths`: ", "`paths[", "`adapters` ", "`merge` gave"
+            assert str(e).startswith(known), (seed, e)
             assert not (place / "out").exists()
         else:
             right += 1
             found = jax.tree.leaves(peft.read(place / "out"))
             assert all(np.isfinite(x).all() for x in found), seed
-        assert time.monotonic() - start < 10, seed
     return right
 
 
@@ -420,9 +417,8 @@ def test_many_modules_of_many_scales(tmp_path: Folder) -> None:
     alphas = {name: 1 + i for i, name in enumerate(modules)}
     targets = [f"q{i}" for i in range(10)]
     folder = plain(tmp_path / "a", modules, alpha_pattern=alphas, target_modules=targets)
-    start = time.monotonic()
-    peft.combine([folder], tmp_path / "out", lambda trees: trees[0])
-    assert time.monotonic() - start < 10
+    with bounded():
+        peft.combine([folder], tmp_path / "out", lambda trees: trees[0])
     found = peft.read(tmp_path / "out")
     assert [found[name].scale for name in modules] == list(alphas.values())
 

@@ -855,7 +855,7 @@ TIED_IN_FULL = {
 }
 
 
-@pytest.mark.parametrize("form", TIED_IN_FULL)
+@pytest.mark.parametrize("form", some(TIED_IN_FULL, "with DoRA", "GPT-2", "MiSS", "as configured"))
 def test_a_tied_weight_in_full(form: str, tmp_path: Folder) -> None:
     """It is written for the embedding and for the head; read, both must be there and the same."""
     name, rules, path, config = TIED_IN_FULL[form]

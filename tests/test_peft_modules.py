@@ -264,7 +264,7 @@ def flax_shapes(table: str) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-@pytest.mark.parametrize("table", FLAX)
+@pytest.mark.parametrize("table", some(FLAX, "bert", "gpt2"))
 def test_tables_of_flax_models(table: str) -> None:
     """Every leaf but ViT's own parameters is called as in PyTorch, with any head or none."""
     models = flax_shapes(table)
@@ -292,7 +292,7 @@ def tree_of(path: str, shape: tuple[int, ...]) -> Any:
 FOREIGN = ("params/layers_0/kernel", "linear/w")
 
 
-@pytest.mark.parametrize("table", peft.TABLES)
+@pytest.mark.parametrize("table", some(peft.TABLES, "bert", "easydel"))
 def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
     """Both ways, and says what it is for and what else to give."""
     names = peft.TABLES[table]

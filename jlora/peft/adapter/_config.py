@@ -109,8 +109,8 @@ def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[st
     """
     method = fields.get("peft_type", "LORA")
     if method == ROWS_ALONE:
-        required, strange = ("target_modules", "token_indices"), ROWS_DEFAULTS.keys()
-        strange = {key: x for key, x in fields.items() if x and key not in strange}
+        required = ("target_modules", "token_indices")
+        strange = {key: x for key, x in fields.items() if x and key not in ROWS_DEFAULTS}
     else:
         required = ("peft_type", "target_modules")
         strange = {key: x for key, x in features(fields).items() if key not in METHODS}

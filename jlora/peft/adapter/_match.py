@@ -26,7 +26,7 @@ class Match(NamedTuple):
         leaves: leaves, each with the `Part`s or the `TensorInfo`s of its modules, or with `Tokens`.
         same: a tensor of a head, that of the embedding which is the same weight, and whether it is
             its transpose.
-        frozen: a tensor, and the leaf of the base and its module whose values it must have.
+        frozen: a tensor, the leaf of the base, and the parameter whose values it must have.
     """
 
     leaves: list[tuple[NamedLeaf, Any]]
@@ -120,7 +120,7 @@ def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
 
 def _match_head(head: Any, table: Any, leaf: NamedLeaf, found: Match, problems: Problems) -> None:
     """Requires the same A and B, or the same values, of a tied head and its embedding."""
-    others = leaf.modules[0], leaf.name.tied  # by which the one and the other are explained
+    others = leaf.modules[0], leaf.name.tied  # what is missing where there is one alone
     lone = [(x, other) for x, other in zip((head, table), others, strict=True) if x]
     dora = [(x, other) for x, other in lone if isinstance(x, Part) and x.m is not None]
     if dora:
