@@ -15,7 +15,7 @@ from ._types import Path, PyTree
 def aligned(
     header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str]
 ) -> list[str]:
-    """The header and the rows as lines, the columns named in `right` flush right.
+    """Aligns the header and the rows as lines, with the columns named in `right` flush right.
 
     >>> aligned(("name", "n"), [("a", "1"), ("b", "10")], {"n"})
     ['name   n', 'a      1', 'b     10']
@@ -31,7 +31,7 @@ def aligned(
 
 
 def readable(n: float) -> str:
-    """A number of bytes.
+    """Writes a number of bytes.
 
     >>> readable(1536)
     '1.5 KiB'

@@ -225,10 +225,7 @@ def problem(rule):
 
 # Of these each way out of `mapped` and each refusal every day.
 DAILY = [
-    *(
-        ("DoRA", False, way)
-        for way in ("base gathered", "rows", "columns", "stack gathered to whole")
-    ),
+    *(("DoRA", False, way) for way in ("rows", "columns", "stack gathered to whole")),
     *(("LoRA of slots", False, way) for way in ("replicated", "columns, A varying")),
 ]
 
@@ -255,7 +252,7 @@ def test_within_the_users_shard_map(under, merged, name):
 
 
 @pytest.mark.parametrize("name", some(["replicated", "base gathered", "rows"], "rows"))
-@pytest.mark.parametrize("under", some(UNDER, "LoRA", "DoRA"))
+@pytest.mark.parametrize("under", some(UNDER, "DoRA"))
 def test_what_a_shard_map_hides_is_refused(under, name):
     lora, base, adapter, x = problem(UNDER[under])
     f = mapped(WAYS[name], lora.apply, adapter, checked=False)

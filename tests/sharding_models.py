@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases.hf import model_of
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -243,7 +242,10 @@ def nnx_model() -> Model:
 def gpt2() -> Model:
     """GPT-2 of transformers: q and v of the fused kernel, which is stored outputs first."""
     config = {"vocab_size": VOCAB, "n_embd": D, "n_layer": 1, "n_head": 2, "n_positions": 8}
-    model = model_of("GPT2LMHeadModel", jnp.result_type(float), **config)
+    import transformers  # takes seconds
+
+    how = {"dtype": jnp.result_type(float), "_do_init": False}
+    model = transformers.FlaxGPT2LMHeadModel(transformers.GPT2Config(**config), **how)
     params = jax.tree.map(lambda s: normal(len(s.shape), *s.shape), model.params_shape_tree)
 
     def apply(params: Any, ids: jax.Array) -> jax.Array:

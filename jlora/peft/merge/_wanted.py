@@ -118,7 +118,7 @@ def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tup
     problems.stop()
     problems.found += list_absent(checkpoint, model, parts, full | adapter.frozen)
     values = files.values((wanted, heads), problems)
-    problems.stop(*list_unequal(((x.v, y.v) for x, y in heads), values))
+    problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     wanted = fill(wanted, values)
     problems.found += list_untied(checkpoint, model, wanted.parts, wanted.full)
     return model, wanted
