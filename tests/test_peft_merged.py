@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import random
 import re
 import shutil
@@ -24,19 +23,16 @@ import ml_dtypes
 import numpy as np
 import peft_models as models
 import pytest
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, mutate, write
 from safetensors.numpy import load_file, save_file
 from small import some
-from test_peft import Files, mutate
 
 from jlora import peft
 from jlora.peft import Name
 from jlora.types import LowRank
 
-Folder = pathlib.Path
 Tensors = Mapping[str, np.ndarray]
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 def checkpoint(folder: Folder, tensors: Tensors, shards: int = 1, **config: Any) -> Folder:
@@ -151,23 +147,16 @@ def low_rank(shape: tuple[int, int], rank: int, seed: int = 0) -> tuple[np.ndarr
 
 def adapter(folder: Folder, modules: Mapping[str, Any], **fields: Any) -> Folder:
     """PEFT's files with (A, B) for each of `modules`, or an array for a parameter in full."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors, targets = {}, []
     for module, x in modules.items():
         if isinstance(x, np.ndarray):
-            tensors[PREFIX + module] = x
+            tensors[module] = x
         else:
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = x[0]
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = x[1]
-    save_file(
-        {k: np.asarray(x, order="C") for k, x in tensors.items()},
-        folder / TENSORS,
-        metadata={"format": "pt"},
-    )
-    targets = [module for module, x in modules.items() if not isinstance(x, np.ndarray)]
-    default = {"peft_type": "LORA", "target_modules": targets, "r": 2, "lora_alpha": 3}
-    config = fields if "peft_type" in fields else default | fields
-    (folder / CONFIG).write_text(json.dumps(config))
+            targets.append(module)
+            tensors |= {module + end: y for end, y in zip(ENDS, x, strict=True)}
+    write(folder, tensors, **{"target_modules": targets, "r": 2, "lora_alpha": 3} | fields)
+    if "peft_type" in fields:  # of which the usual fields are none
+        (folder / CONFIG).write_text(json.dumps(fields))
     return folder
 
 
