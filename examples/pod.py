@@ -10,10 +10,10 @@ is and which one this is; so for a rehearsal on one machine, here with eight dev
     export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
     python examples/pod.py train --coordinator localhost:1234 --num-processes 1 --process-id 0
 
-The base lies sharded on the mesh from the start and is never whole in one place; the adapter lies
-as its weights do. OUT must be a folder that all processes see. OUT/checkpoints/STEP holds what a
-step changes, and the same line started again, by as many or other processes, goes on from the last
-one to the same losses. OUT/merged/STEP is the model with the adapter in its weights.
+The base is sharded over the mesh from the start and never whole in one place; the adapter is
+sharded like its weights. OUT must be a folder that all processes see. OUT/checkpoints/STEP holds
+what a step changes. Start the same line again, with as many processes or another number, and
+training goes on from the last checkpoint to the same losses. OUT/merged/STEP is the merged model.
 
 If a process fails, its error is on its standard error, and all others end within a minute.
 
@@ -93,7 +93,7 @@ def make_rules(model: nn.Module, adapt: str, rank: int) -> tuple[jlora.LoRA, ...
 
 
 @contextlib.contextmanager
-def failing_at_once() -> Iterator[None]:
+def end_process_on_error() -> Iterator[None]:
     """Ends the process where it fails, so that the others end too.
 
     An error that leaves Python as usual waits at JAX's exit for the other processes, which wait
@@ -187,9 +187,9 @@ class State(NamedTuple):
 
 
 def make_loss(lora: jlora.types.Transformed, places: Any, dtype: Any) -> Any:
-    """The mean loss of (adapter, base, ids), for an adapter that lies as `places` say.
+    """The mean loss of (adapter, base, ids), for an adapter that is sharded as `places` say.
 
-    The factors are cast and gathered once, and not in every layer.
+    FSDP-sharded factors would be gathered in every layer: they are cast and gathered once a step.
     """
     whole = sharding.replicated(places, "fsdp")
 
@@ -222,7 +222,7 @@ class Job(NamedTuple):
 
     model: nn.Module
     rules: tuple[jlora.LoRA, ...]
-    base: Any  # as the next two, `jax.ShapeDtypeStruct`s that say where on the mesh they lie
+    base: Any  # as the next two, `jax.ShapeDtypeStruct`s with shardings
     state: State
     ids: Any
     start: Any  # key to a base of random weights
@@ -230,8 +230,8 @@ class Job(NamedTuple):
     step: Any  # (state, base, ids) to (state, loss)
 
 
-def placed(shapes: Any, places: Any) -> Any:
-    """The shapes of arrays, with a sharding for each."""
+def with_shardings(shapes: Any, places: Any) -> Any:
+    """Gives each shape its sharding."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )
@@ -243,17 +243,14 @@ def places_of(tree: Any) -> Any:
 
 
 def make_base(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[nn.Module, Any, Any]:
-    """The model, its frozen weights and a batch, as shapes that say where on the mesh they lie."""
+    """The model, and the shapes and shardings of its frozen weights and of a batch."""
     model = SHAPES[args.shape].model
     key, ids = jax.random.key(0), jax.ShapeDtypeStruct((args.batch, args.length), jnp.int32)
     places = shardings(jax.eval_shape(model.init, key, ids), mesh)  # by the axes' names
-    base = placed(jax.eval_shape(lambda key, ids: nn.unbox(model.init(key, ids)), key, ids), places)
+    shapes = jax.eval_shape(lambda key, ids: nn.unbox(model.init(key, ids)), key, ids)
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-    return (
-        model,
-        base,
-        jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32, sharding=rows),
-    )
+    batch = jax.ShapeDtypeStruct((args.batch, args.length + 1), jnp.int32, sharding=rows)
+    return model, with_shardings(shapes, places), batch
 
 
 def make_job(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Job:
@@ -273,7 +270,7 @@ def make_job(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Job:
     state = jax.eval_shape(init, jax.random.key(0), base)
     adapter = sharding.specs(base, state.adapter)
     moments = sharding.moments(state.optimizer, state.adapter, adapter)
-    state = placed(state, State(adapter, moments))
+    state = with_shardings(state, State(adapter, moments))
     loss_fn = make_loss(lora, adapter, model.dtype)
     every = NamedSharding(mesh, PartitionSpec())  # the loss is on every device
     return Job(
@@ -408,12 +405,12 @@ def plan_step(args: argparse.Namespace, method: str, mesh: jax.sharding.Mesh) ->
         dense = places_of(base)
         block = min(64, model.config.dim // max(mesh.shape.values()))  # a part of no other device
         base = jlora.quantize(base, jlora.NF4(block=block), sites=lora.sites(base, token))
-        base = placed(base, sharding.specs(dense, base))
+        base = with_shardings(base, sharding.specs(dense, base))
         base = sharding.gathered(base, sharding.replicated(dense, "fsdp"))
     _, adapter = jax.eval_shape(lora.init, jax.random.key(0), base, token)
     places = sharding.specs(base, adapter)
     loss_fn = make_loss(lora, places, model.dtype)
-    return loss_fn, base, placed(adapter, places), (ids,), optax.adamw(LEARNING_RATE)
+    return loss_fn, base, with_shardings(adapter, places), (ids,), optax.adamw(LEARNING_RATE)
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -484,7 +481,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command."""
     args = parse(argv)
-    with failing_at_once():
+    with end_process_on_error():
         args.command(args)
 
 

@@ -5,9 +5,9 @@
 
 MiniLM (22.7M parameters) learns whether a sentence of a movie review is positive. The query and
 value kernels get low-rank factors, the head is trained in full, everything else stays frozen. The
-result is compared with a linear probe on the frozen encoder's features. OUT/adapter then holds what
-was trained, as an Orbax checkpoint, and OUT/merged the merged weights under Hugging Face's names; a
-run replaces what one before it left there.
+result is compared with a linear probe on the frozen encoder's features. The run writes what it
+trained to OUT/adapter, as an Orbax checkpoint, and the merged weights under Hugging Face's names to
+OUT/merged; it replaces the files of an earlier run.
 
 Letters in the shapes: N sentences, B sentences in a batch, L tokens, D hidden size.
 """

@@ -1,13 +1,13 @@
-"""Train so that nothing is lost: a run that may be killed at any moment, and goes on exactly.
+"""Train so that nothing is lost: kill the run at any moment, and resume it exactly.
 
     python examples/resume.py             # MiniLM on movie reviews; three minutes on two CPU cores
     python examples/resume.py --resume    # go on after Ctrl-C, kill -9, a full disk, a preemption
 
 OUT/checkpoints/STEP holds all that a step changes: the adapter, the optimizer's state, the random
-key and the position in the data. It is written while training goes on, and appears complete or not
-at all; the last `--keep` stay. SIGTERM, by which clusters announce that they take a machine, saves
-and stops. OUT/losses.txt, a line for each step, is in the end the same to the last bit as that of a
-run that was never stopped.
+key and the position in the data. A checkpoint is written while training goes on, and appears whole
+or not at all; the last `--keep` stay. On SIGTERM, which clusters send before they take a machine,
+the run saves and stops. OUT/losses.txt has a line for each step. In the end it is the same, to the
+last bit, as that of a run that was never stopped.
 
 Each OUT/checkpoints/STEP is also a checkpoint of jlora: `checkpoint.restore` reads the adapter.
 
@@ -106,7 +106,7 @@ def make_step(lora: jlora.types.Transformed, tx: optax.GradientTransformation) -
 
 
 @contextlib.contextmanager
-def alone(folder: pathlib.Path) -> Iterator[None]:
+def lock(folder: pathlib.Path) -> Iterator[None]:
     """Holds `folder` for this process; the system lets go of it however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
@@ -118,7 +118,7 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def telling(folder: pathlib.Path) -> Iterator[None]:
+def explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
     """Says what to do when a checkpoint cannot be written, whatever Orbax raises."""
     try:
         yield
@@ -146,7 +146,7 @@ def open_manager(
     try:
         yield manager
     finally:
-        with telling(folder):  # waits, and may have an error of its own
+        with explain_write_errors(folder):  # waits, and may have an error of its own
             manager.close()
     purge(folder)
 
@@ -258,7 +258,7 @@ def train(args: argparse.Namespace) -> int:
                 losses.write(f"{step} {float(loss).hex()}\n")  # every bit
                 stop = manager.reached_preemption(step)
                 if stop or step == args.steps or manager.should_save(step):
-                    with telling(folder):
+                    with explain_write_errors(folder):
                         checkpoints.save(step, state, reader)
                 if stop:
                     break
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     coordinate()
     try:
-        with alone(args.out):
+        with lock(args.out):
             step = train(args)
     except OSError as e:
         raise SystemExit(f"stopped: {e}") from e

@@ -4,14 +4,14 @@
     python examples/serve.py                         # again: the adapters are there, one minute
     python examples/serve.py --requests FILE         # JSON lines {"adapter": "movies", "text": "…"}
 
-Three adapters of MiniLM are trained to tell positive sentences from negative ones: of movie
-reviews, of product reviews, and of tweets. They stand in one table, and each row of a batch goes
-through its own, so that requests are answered in the order in which they come, in one compiled
-program. Half way a fourth, for newspaper editorials, is put into the table, without compiling
-anything. OUT/answers.jsonl then has the answers, and the terminal how many tokens a second that
-gives, against one adapter for all rows, and against a merged model for each adapter.
+Three adapters of MiniLM learn to tell positive sentences from negative ones: in movie reviews, in
+product reviews and in tweets. One table holds all three, and each row of a batch uses its own. So
+requests are answered in the order in which they come, by one compiled program. Halfway a fourth
+adapter, for newspaper editorials, is put into the table; nothing is compiled for it. The program
+writes the answers to OUT/answers.jsonl and prints how many tokens a second it reaches: beside one
+adapter for all rows, and beside a merged model for each adapter.
 
-A loop, to show what `jlora.many` does: for a server use an engine, as the guide "Serve it" says.
+This loop shows what `jlora.many` does. For a server use an engine, as the guide "Serve it" says.
 """
 
 import argparse
@@ -54,10 +54,10 @@ class Request(NamedTuple):
 # ---- adapters -----------------------------------------------------------------------------------
 
 
-def trained(
+def get_adapter(
     name: str, lora: jlora.types.Transformed, base: Any, like: Any, tokenizer: Any, args: Any
 ) -> Any:
-    """The adapter for the sentences of `name`: that of an earlier run, or trained now."""
+    """Loads the adapter for the sentences of `name` from an earlier run, or trains it."""
     folder = args.out / "adapters" / f"{name}-{args.steps}"
     if folder.exists():
         return checkpoint.restore(folder, like=like, base=base)
@@ -79,7 +79,7 @@ def read(file: pathlib.Path) -> list[Request]:
     return [Request(**json.loads(line)) for line in lines if line.strip()]
 
 
-def drawn(names: Sequence[str], each: int) -> list[Request]:
+def draw_requests(names: Sequence[str], each: int) -> list[Request]:
     """Held-out sentences of every kind, in random order."""
     found = [
         Request(name, sentence.text, sentence.label)
@@ -137,7 +137,7 @@ def serve(
                 if row.adapter not in slots
             ]
             if known:
-                ids, tokens, mask = padded(known, slots, tokenizer, batch)
+                ids, tokens, mask = pad_batch(known, slots, tokenizer, batch)
                 found = np.asarray(step(base, table, ids, tokens, mask))[: len(known)]
                 answers += [
                     row._asdict() | {"positive": round(float(p), 4)}
@@ -147,7 +147,7 @@ def serve(
     return Served(answers, len(compiled), accuracy(answers))
 
 
-def padded(
+def pad_batch(
     rows: Sequence[Request], slots: dict[str, int], tokenizer: Any, batch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slots (B,), tokens (B, L) and mask (B, L) of a full batch: what is missing is the base's."""
@@ -174,10 +174,10 @@ def speeds(
     lora: jlora.types.Transformed, base: Any, adapters: dict[str, Any], tokenizer: Any, batch: int
 ) -> dict[str, float]:
     """Tokens a second of one batch, by how its rows come to their adapters; medians of turns."""
-    sentences = drawn(list(adapters), batch // len(adapters))
+    sentences = draw_requests(list(adapters), batch // len(adapters))
     slots = {name: slot for slot, name in enumerate(adapters)}
     table = many.stack(list(adapters.values()), size=SLOTS, base=base)
-    ids, tokens, mask = padded(sentences, slots, tokenizer, batch)
+    ids, tokens, mask = pad_batch(sentences, slots, tokenizer, batch)
     apply = jax.jit(lora.apply)
     merged = {name: jlora.merge(base, adapter) for name, adapter in adapters.items()}
     rows = {name: np.flatnonzero(np.asarray(ids) == slot) for name, slot in slots.items()}
@@ -220,9 +220,9 @@ def main(argv: Sequence[str] | None = None) -> Served:
     example = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     base, like = lora.init(jax.random.key(0), variables, example, example)
     names = (*AT_FIRST, LATER)
-    adapters = {name: trained(name, lora, base, like, tokenizer, args) for name in names}
+    adapters = {name: get_adapter(name, lora, base, like, tokenizer, args) for name in names}
 
-    requests = read(args.requests) if args.requests else drawn(names, args.each)
+    requests = read(args.requests) if args.requests else draw_requests(names, args.each)
     served = serve(lora, base, adapters, tokenizer, requests, args.batch)
     args.out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(x, ensure_ascii=False) for x in served.answers]

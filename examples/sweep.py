@@ -5,11 +5,11 @@
     python examples/sweep.py --model smollm2          # SmolLM2-135M on definitions, 4 runs
     python examples/sweep.py --together 8             # all at once: for an accelerator
 
-Every run is the one that it would be alone, with the same batches; one that diverges stops where it
-was. After a quarter of the steps, and again after half, the half of the runs whose loss on
-held-out rows is worse is stopped, and taken out of the table, so that it costs nothing more. OUT
-then holds runs.csv with a row for each run, curves.csv with the training losses, and `best`, the
-adapter of the lowest held-out loss, of its own rank, as an Orbax checkpoint.
+Every run gives what it would give alone, with the same batches; a run that diverges stops where it
+was. After a quarter of the steps, and again after half, the worse half of the runs, by their loss
+on held-out rows, is stopped and taken out of the table, so that it costs nothing more. The sweep
+writes to OUT: runs.csv with a row for each run, curves.csv with the training losses, and `best`,
+the adapter of the lowest held-out loss, with its own rank, as an Orbax checkpoint.
 
 Without arguments: four minutes on two CPU cores, and as many with SmolLM2.
 """

@@ -1,9 +1,11 @@
-"""Tables of results: CSV files that are written at once, or grow by a row at a time."""
+"""Tables of results: CSV files that are written at once, or grow by a row at a time; their best."""
 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 Row = dict[str, Any]
 
@@ -41,3 +43,23 @@ def _number(text: str) -> Any:
         except ValueError:
             pass
     return text
+
+
+def best(runs: Sequence[Row], column: str, sign: int) -> tuple[Row, float, float]:
+    """The runs at the rate whose run with seed 0 has the best `validation`, of equals the smallest.
+
+    Args:
+        runs: with columns `rate`, `seed` and `validation`.
+        column: the score.
+        sign: 1 if less is better in `validation`, -1 if more is.
+
+    Returns:
+        The rate, how many were tried, and the number of seeds; the mean of the score; its standard
+        error, NaN of one seed.
+    """
+    first = [r for r in runs if r["seed"] == 0]
+    rate = min((np.nan_to_num(sign * r["validation"], nan=np.inf), r["rate"]) for r in first)[1]
+    scores = np.array([r[column] for r in runs if r["rate"] == rate])
+    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else np.nan
+    about = {"rate": rate, "rates": len({r["rate"] for r in first}), "seeds": len(scores)}
+    return about, float(scores.mean()), float(error)

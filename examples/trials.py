@@ -4,7 +4,7 @@
     loss = functools.partial(run_once, path, runner, {"variant": "dora"})
     rate = best_rate(loss, middle=-5)
 
-A run is one line of the table and takes place once, so that several processes can share the work.
+Each run adds one line to the table and is not repeated, so several processes can share the work.
 
 Letters in the shapes: N rows, B rows in a batch, L tokens.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import optax
 import quickstart
 import tables
-from models import llama
+from models import llama, smollm2
 from quickstart import WARMUP, Batch, take
 from tqdm import tqdm
 
@@ -144,7 +144,7 @@ def order() -> Task:
 
 def definitions(steps: int = 40, batch: int = 4) -> Task:
     """The definitions of words of `finetune_lm.py`, by SmolLM2-135M."""
-    config, variables, tokenizer = llama.load_gguf(data.smollm2())
+    config, variables, tokenizer = smollm2.load(data.smollm2())
     pairs = finetune_lm.read_jsonl(finetune_lm.DATA)
     found = finetune_lm.encode(pairs, tokenizer, WIDTHS[-1])
     ends = found.ids.shape[1] - found.counts[:, ::-1].argmax(1)
@@ -193,7 +193,7 @@ def draw(width: np.ndarray, steps: int, size: int, seed: int) -> list[np.ndarray
     return batches[:steps]
 
 
-def drawn(task: Task, steps: int, seed: int) -> list[Batch]:
+def draw_batches(task: Task, steps: int, seed: int) -> list[Batch]:
     """The batches of `steps` steps, each narrowed to its width."""
     width = widths(task, task.train)
     plan = draw(width, steps, task.batch, seed)
@@ -241,7 +241,7 @@ class Runner:
         found = {"trained": jlora.count(trained)}
         state = self.tx.init(trained)
         schedule = optax.warmup_cosine_decay_schedule(0, rate, int(WARMUP * task.steps), task.steps)
-        batches = drawn(task, task.steps, seed)
+        batches = draw_batches(task, task.steps, seed)
         for i, rows in enumerate(tqdm(batches, leave=False, disable=None)):
             trained, state, loss = self.step(trained, state, base, rows, schedule(i))
             losses.append(loss)

@@ -6,10 +6,10 @@
 
 Tasks: whether a sentence of a movie review is positive (MiniLM), whether two words of one have
 changed places (MiniLM), and definitions of words (SmolLM2-135M). Variants train about as many
-parameters as LoRA of rank 2 on all dense layers, but for those whose names say otherwise. The
-learning rate is the one, among half decades, of the lowest loss on rows set aside from the training
-ones; then come more seeds. A run is one line of OUT/variants_runs.csv and takes place once, so
-that several processes can share the work.
+parameters as LoRA of rank 2 on all dense layers, but for those whose names say otherwise. First the
+learning rate is chosen, among half decades, by the loss on rows set aside from training; then more
+seeds run at it. Each run adds one line to OUT/variants_runs.csv and is not repeated, so several
+processes can share the work.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def simple(rule: Callable[[Task], Any], **options: Any) -> Callable[[Task], Setu
     return lambda task: Setup((*task.head, rule(task)), **options)
 
 
-def sketched(task: Task, kind: str, components: int) -> jlora.types.Sketch:
+def make_sketch(task: Task, kind: str, components: int) -> jlora.types.Sketch:
     """What some batches tell of all linear sites.
 
     The head of zeros, from which no gradient comes, is one drawn at random here.
@@ -86,29 +86,29 @@ def sketched(task: Task, kind: str, components: int) -> jlora.types.Sketch:
         total, _, count = task.score(task.apply(params, *task.inputs(rows)), rows)
         return total / count
 
-    def drawn(path: Any, x: jax.Array) -> jax.Array:
+    def draw_head(path: Any, x: jax.Array) -> jax.Array:
         is_head = "classifier" in jax.tree_util.keystr(path) and x.ndim == 2
         return jax.random.normal(jax.random.key(0), x.shape) * 0.05 if is_head else x
 
-    params = jax.tree_util.tree_map_with_path(drawn, task.params)
-    batches = trials.drawn(task, SKETCHED, seed=SEEDS)  # a seed of no run
+    params = jax.tree_util.tree_map_with_path(draw_head, task.params)
+    batches = trials.draw_batches(task, SKETCHED, seed=SEEDS)  # a seed of no run
     rules = *task.head, lora(None, RANK)
     return jlora.sketch(loss, params, rules, batches, kind=kind, components=components)
 
 
 def eva(task: Task) -> jlora.LoRA:
     """A from the principal components of the inputs."""
-    return lora(None, RANK, init=starts.eva(sketched(task, "inputs", RANK)))
+    return lora(None, RANK, init=starts.eva(make_sketch(task, "inputs", RANK)))
 
 
 def lora_ga(task: Task) -> jlora.LoRA:
     """A and B from the gradient, which PEFT takes 2·r components of."""
-    return lora(None, RANK, init=starts.lora_ga(sketched(task, "gradient", 2 * RANK)))
+    return lora(None, RANK, init=starts.lora_ga(make_sketch(task, "gradient", 2 * RANK)))
 
 
-def allocated(task: Task) -> Setup:
+def allocate_ranks(task: Task) -> Setup:
     """Ranks of up to 8 by the gradient, with the parameters of one rank for all."""
-    sketch = sketched(task, "gradient", 4 * RANK)
+    sketch = make_sketch(task, "gradient", 4 * RANK)
     rules = jlora.allocate(sketch, (*task.head, lora(None, RANK)), max_rank=4 * RANK)
     print(rules)
     return Setup(tuple(rules))
@@ -134,7 +134,7 @@ VARIANTS = {
     "miss": Variant("MiSS", simple(lambda t: lora(None, 2 * RANK, 1.0, init=starts.miss)), -1),
     "eva": Variant("EVA", simple(eva), -1),
     "lora_ga": Variant("LoRA-GA", simple(lora_ga), -1),
-    "allocated": Variant("ranks by the gradient", allocated),
+    "allocated": Variant("ranks by the gradient", allocate_ranks),
     "nf4": Variant(
         "LoRA on NF4", simple(lambda t: lora(None, RANK), schemes=(jlora.NF4(KERNELS),))
     ),
@@ -172,7 +172,7 @@ def decays(tree: Any) -> Any:
     return jax.tree.map(lambda label: label != "m", jlora.labels(tree))
 
 
-def rounded(train: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+def round_results(train: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
     """`train` with results of six digits."""
     return lambda *args: {k: float(f"{v:.6g}") for k, v in train(*args).items()}
 
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for variant in args.variants:
             if variant == "head" and not task.head:
                 continue
-            train = rounded(make_runner(task, VARIANTS[variant]))
+            train = round_results(make_runner(task, VARIANTS[variant]))
             columns = {"task": name, "variant": variant}
             loss = functools.partial(trials.run_once, path, train, columns)
             best = trials.best_rate(loss, task.rate + VARIANTS[variant].shift)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-import numpy as np
 import tables
 from tables import Row
 from variants import OUT, VARIANTS
@@ -59,20 +58,15 @@ def _place(row: Row) -> tuple[int, int]:
 
 
 def _row(task: str, variant: str, rows: Sequence[Row]) -> Row:
-    first = [row for row in rows if row["seed"] == 0]
-    rate = min((np.nan_to_num(r["validation"], nan=np.inf), r["rate"]) for r in first)[1]
     measure = MEASURES[task]
-    scores = measure.factor * np.array([r[measure.column] for r in rows if r["rate"] == rate])
-    error = scores.std(ddof=min(1, len(scores) - 1)) / len(scores) ** 0.5
+    best, mean, error = tables.best(rows, measure.column, 1)
     return {
         "task": task,
         "variant": variant,
         "trained": rows[0]["trained"],
-        "rate": rate,
-        "rates": len({row["rate"] for row in first}),
-        "seeds": len(scores),
-        "score": round(float(scores.mean()), 3),
-        "standard_error": round(float(error), 3),
+        **best,
+        "score": round(measure.factor * mean, 3),
+        "standard_error": round(measure.factor * error, 3),
     }
 
 

@@ -131,7 +131,7 @@ def plan(shape, mesh, batch, scheme):
         places = pod.places_of(base)
         if scheme is not None:
             base = jlora.quantize(base, scheme, sites=lora.sites(base, row))
-            base = pod.placed(base, sharding.specs(places, base))
+            base = pod.with_shardings(base, sharding.specs(places, base))
         adapter = jax.eval_shape(lora.init, jax.random.key(0), base, row)[1]
         of_adapter = sharding.specs(places, adapter)
         inner = pod.make_loss(lora, of_adapter, model.dtype)
@@ -140,7 +140,7 @@ def plan(shape, mesh, batch, scheme):
         def loss(adapter, base, ids):
             return inner(adapter, sharding.gathered(base, whole), ids)
 
-        operands = (loss, base, pod.placed(adapter, of_adapter), (ids,), optax.adamw(1e-4))
+        operands = (loss, base, pod.with_shardings(adapter, of_adapter), (ids,), optax.adamw(1e-4))
         with jax.set_mesh(mesh):
             return jlora.plan(*operands, compiler_options=HURRIED)
 

@@ -21,11 +21,7 @@ Config = TypeVar("Config")
 
 
 def read_config(
-    folder: str | Path,
-    kind: type[Config],
-    fields: Mapping[str, str],
-    known: Mapping[str, Any],
-    absent: Mapping[str, str] | None = None,
+    folder: str | Path, kind: type[Config], fields: Mapping[str, str], known: Mapping[str, Any]
 ) -> Config:
     """A dataclass from `config.json`; what stands in its `rope_parameters` counts as its own.
 
@@ -35,7 +31,6 @@ def read_config(
         fields: Hugging Face's name of each of its fields; one that is absent, or null, keeps its
             default.
         known: what other fields must be, or be absent; a tuple lists several values.
-        absent: which other field says what one that is absent would.
 
     Raises:
         ValueError: where the file asks for what the model does not compute.
@@ -43,26 +38,12 @@ def read_config(
     path = Path(folder) / "config.json"
     found = json.loads(path.read_text())
     found |= found.pop("rope_parameters", None) or {}  # where transformers 5 writes rope_theta
-    return to_config(found, kind, fields, known, absent, path)
-
-
-def to_config(
-    found: Mapping[str, Any],
-    kind: type[Config],
-    fields: Mapping[str, str],
-    known: Mapping[str, Any],
-    absent: Mapping[str, str] | None = None,
-    path: str | Path = "config.json",
-) -> Config:
-    """A dataclass from the fields of a `config.json`; see `read_config`."""
     found = {k: v for k, v in found.items() if v is not None}
-    found = {name: found[of] for name, of in (absent or {}).items() if of in found} | found
     for name, value in known.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if name in found and found[name] not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise ValueError(f"`{path}`: expected {name} {expected}, got {found[name]!r}")
-    found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
     given = {ours: found[theirs] for ours, theirs in fields.items() if theirs in found}
     required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
     if lost := sorted(fields[name] for name in required & fields.keys() - given.keys()):

@@ -1,42 +1,77 @@
-"""Llama: sizes, and SmolLM2 from a GGUF file with its tokenizer and the form of its chats.
+"""Llama in Flax linen, reading and writing Hugging Face checkpoints.
 
-    config, variables, tokenizer = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
-    logits_fn = jax.tree_util.Partial(Llama(config).apply, variables)
-    prompt = tokenizer.encode(chat("What is the capital of France?")).ids
-    [answer] = beam.greedy(logits_fn, [prompt], config.cache, STOP)
-    tokenizer.decode(answer)
+    config, variables = llama.load(folder)     # config.json and model.safetensors, or shards
+    model = llama.Llama(config)
+    logits = model.apply(variables, ids)       # (B, L, V); for texts see `cache` and `beam`
+    llama.save(path, variables, config)        # the same tensors
 
-The model is `decoder` and its other files are those of `checkpoint`:
+The layers are scanned, with their parameters stacked on axis 0 of ``layers``, or with
+``scan=False`` modules ``layers_0``, ``layers_1``, …. Every kernel is (inputs, outputs):
+``layers/attention/query/kernel`` of SmolLM2-135M is (30, 576, 576). For a mesh see `parts`, for
+SmolLM2's file and its chats `smollm2`. `jlora.peft` takes `names(config)`.
 
-    config, variables = load(folder)  # config.json and model.safetensors, or shards
-    logits = Llama(config).apply(variables, ids)  # (batch, length, vocab)
-    save(path, variables, config)  # the same tensors
+Letters in the shapes: B batch, L tokens, D model size, H heads of queries, G heads of keys and
+values, K size of a head, F inner size, S slots of a cache, V vocabulary.
 """
 
-import functools
-import pathlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import gguf
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-import jlora
 from jlora import peft
 
-from . import hf
-from .checkpoint import load as load
-from .checkpoint import names as names
-from .checkpoint import save as save
-from .checkpoint import shapes as shapes
-from .decoder import Config as Config
-from .decoder import Decoder
+from . import cache as caches
+from . import hf, parts
+from .cache import Cache
+from .parts import Part, constrain, dense, embed, rms_norm, stack
 
-Llama = Decoder
+# ---- sizes --------------------------------------------------------------------------------------
 
-STOP = 2  # <|im_end|>, which ends a chat message and serves as padding
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a checkpoint says about its model.
+
+    Attributes:
+        vocab: tokens.
+        layers: blocks.
+        dim: the model size.
+        hidden: the size within the MLP.
+        heads: of queries.
+        kv_heads: of keys and values, each shared by as many queries.
+        rope_base: of the rotary positions.
+        norm_eps: added to mean squares.
+        tied: whether the head is the embedding.
+        bare: whether the checkpoint is that of a model without a head, whose names lack `model.`.
+        head_size: of one head; None is dim / heads.
+    """
+
+    vocab: int
+    layers: int
+    dim: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    tied: bool = True
+    bare: bool = False
+    head_size: int | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """The width of one attention head."""
+        return self.head_size or self.dim // self.heads
+
+    def cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+        """An empty cache for rows of at most `slots` tokens."""
+        return caches.empty(self.layers, batch, slots, self.kv_heads, self.head_dim, dtype)
+
 
 SIZES = {
     "llama2-7b": Config(32000, 32, 4096, 11008, 32, 32, 1e4, 1e-5, tied=False),
@@ -44,118 +79,234 @@ SIZES = {
     "smollm2-135m": Config(49152, 30, 576, 1536, 9, 3, 1e5, 1e-5),
 }
 
+# ---- the model ----------------------------------------------------------------------------------
+
+Cached = tuple[jax.Array, jax.Array] | None  # keys and values of a layer
+
+
+def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotates each pair (x[i], x[i + K / 2]) of every head by the angle position · base^(-2i / K).
+
+    Source: Su et al., arXiv 2104.09864.
+
+    Args:
+        x: ``(B, L, H, K)``.
+        positions: ``(B, L)`` or ``(1, L)``.
+        base: of the angles.
+    """
+    size = x.shape[-1]
+    frequencies = base ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)  # (K / 2,)
+    angle = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]  # (B or 1, L, 1, K / 2)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Attention(Part):
+    """Causal attention in which H / G heads of queries share a head of keys and values."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cached: Cached,
+        positions: jax.Array,
+        mask: jax.Array | None,
+        slots: jax.Array | None,
+    ) -> tuple[jax.Array, Cached]:
+        """``(B, L, D)`` to the same, and what the cache then holds.
+
+        Args:
+            x: inputs.
+            cached: keys and values, ``(B, S, G, K)``, or None.
+            positions: of the tokens, ``(B, L)`` or ``(1, L)``.
+            mask: True where a key is seen, ``(B, 1, 1, L)``; with a cache ``(B, 1, L, S)``.
+            slots: of the cache, where these tokens go, ``(B, L)``.
+        """
+        c, options = self.config, self.options
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            y = dense(heads * c.head_dim, ("embed", axis), use_bias=False, **options, name=name)(x)
+            y = y.reshape(*x.shape[:2], heads, c.head_dim)
+            return constrain(y, "batch", "length", axis, None)
+
+        query = rope(project("query", c.heads, "heads"), positions, c.rope_base)  # (B, L, H, K)
+        key = rope(project("key", c.kv_heads, "kv_heads"), positions, c.rope_base)  # (B, L, G, K)
+        value = project("value", c.kv_heads, "kv_heads")  # (B, L, G, K)
+        causal = cached is None
+        if cached is not None:
+            old_key, old_value = cached
+            cached = caches.write(old_key, key, slots), caches.write(old_value, value, slots)
+            key, value = (y.astype(query.dtype) for y in cached)  # (B, S, G, K)
+        y = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+        y = constrain(y, "batch", "length", "heads", None).reshape(*x.shape[:2], -1)
+        out = dense(c.dim, ("heads", "embed"), use_bias=False, **options, name="out")
+        return out(y), cached
+
+
+class MLP(Part):
+    """The gated feed-forward layer, down(silu(gate(x)) · up(x))."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``(B, L, D)`` to ``(B, L, D)``."""
+
+        def layer(name: str, size: int, *axes: str) -> nn.Dense:
+            return dense(size, axes, use_bias=False, **self.options, name=name)
+
+        c = self.config
+        gate, up = (layer(name, c.hidden, "embed", "mlp")(x) for name in ("gate", "up"))
+        y = constrain(nn.silu(gate) * up, "batch", "length", "mlp")  # (B, L, F)
+        return layer("down", c.dim, "mlp", "embed")(y)
+
+
+class Block(Part):
+    """Attention and the MLP, each on normalized inputs, added to x."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cached: Cached, *tokens: Any) -> tuple[jax.Array, Cached]:
+        """``(B, L, D)`` to the same, and what the cache then holds; see `Attention`."""
+        c, options = self.config, self.options
+        x = constrain(x, "batch", "residual", None)
+        y = rms_norm(c.norm_eps, **options, name="attention_norm")(x)
+        y = constrain(y, "batch", "length", None)
+        y, cached = Attention(c, **options, name="attention")(y, cached, *tokens)
+        x = constrain(x + y, "batch", "residual", None)
+        y = rms_norm(c.norm_eps, **options, name="mlp_norm")(x)
+        y = constrain(y, "batch", "length", None)
+        y = MLP(c, **options, name="mlp")(y)
+        return constrain(x + y, "batch", "residual", None), cached
+
+
+class Llama(nn.Module):
+    """The language model: token ids ``(B, L)`` to float32 logits ``(B, L, V)``.
+
+    Attributes:
+        config: the sizes.
+        dtype: of activations and products.
+        remat: whether the backward pass computes each layer again instead of keeping activations.
+        policy: what is kept nevertheless, as `jlora.checkpoint_policy`.
+        scan: whether the layers are one compiled block in a loop.
+        param_dtype: of the parameters that `init` draws.
+    """
+
+    config: Config
+    dtype: Any = jnp.float32
+    remat: bool = False
+    policy: Callable[..., bool] | None = None
+    scan: bool = True
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Embeds, applies the layers, and reads the logits off the embedding or the head.
+
+        Args:
+            ids: ``(B, L)``.
+            mask: ``(B, L)``, nonzero where there is a token and not padding.
+            positions: ``(B, L)`` or ``(1, L)``; None is 0, 1, 2, …. Those with a cache follow from
+                what it holds, and must not be given.
+            cache: of the tokens before these, which are seen too.
+
+        Returns:
+            The logits; with a cache, these and the cache that holds these tokens too.
+        """
+        c, options = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        place, positions, seen = caches.begin(cache, ids, mask, positions)
+        cached = None if cache is None else (cache.keys, cache.values)
+        tokens = positions, seen, None if place is None else place.slots
+        table = embed(c.vocab, c.dim, "vocab", **options, name="embed")
+        how = {"scan": self.scan, "remat": self.remat, "policy": self.policy, "each": (cached,)}
+        x, written = stack(
+            Block, c.layers, "layers", table(ids), *tokens, **how, config=c, **options
+        )
+        x = constrain(rms_norm(c.norm_eps, **options, name="norm")(x), "batch", "length", None)
+        if c.tied:
+            logits = table.attend(x)
+        else:
+            head = dense(c.vocab, ("embed", "vocab"), use_bias=False, **options, name="head")
+            logits = head(x)
+        logits = constrain(logits.astype(jnp.float32), "batch", "length", "vocab")
+        return caches.end(place, logits, written)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+_DENSE = {
+    "layers/attention/query": "layers.{}.self_attn.q_proj",
+    "layers/attention/key": "layers.{}.self_attn.k_proj",
+    "layers/attention/value": "layers.{}.self_attn.v_proj",
+    "layers/attention/out": "layers.{}.self_attn.o_proj",
+    r"layers/mlp/(gate|up|down)": r"layers.{}.mlp.\1_proj",
+}
+_NORMS = {
+    "layers/attention_norm": "layers.{}.input_layernorm",
+    "layers/mlp_norm": "layers.{}.post_attention_layernorm",
+    "norm": "norm",
+}
+
+
+def names(config: Config) -> tuple[peft.Name, ...]:
+    """What our leaves are called in the checkpoint, and how their axes lie there."""
+    prefix = "" if config.bare else "model."
+    return (
+        peft.Name("embed/embedding", f"{prefix}embed_tokens", "vo", tied="lm_head"),
+        peft.Name("head/kernel", "lm_head", "io"),
+        *hf.rows(_DENSE, {"kernel": ("io", "weight")}, "layers", prefix),
+        *hf.rows(_NORMS, {"scale": ("o", "weight")}, "layers", prefix),
+    )
+
+
 # Of a model with its head: `--names models.llama:NAMES`.
 NAMES = names(SIZES["smollm2-135m"])
 
-# --------------------------------------------------------------------------- GGUF
-
-_GGUF = {
-    "layers/attention/query": "blk.{}.attn_q",
-    "layers/attention/key": "blk.{}.attn_k",
-    "layers/attention/value": "blk.{}.attn_v",
-    "layers/attention/out": "blk.{}.attn_output",
-    r"layers/mlp/(gate|up|down)": r"blk.{}.ffn_\1",
+FIELDS = {
+    "vocab": "vocab_size",
+    "layers": "num_hidden_layers",
+    "dim": "hidden_size",
+    "hidden": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "rope_base": "rope_theta",
+    "norm_eps": "rms_norm_eps",
 }
-_GGUF_SCALES = {
-    "layers/attention_norm": "blk.{}.attn_norm",
-    "layers/mlp_norm": "blk.{}.ffn_norm",
-    "norm": "output_norm",
+KNOWN = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rope_type": "default",
+    "rope_scaling": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
 }
-GGUF_NAMES = (
-    peft.Name("embed/embedding", "token_embd", "vo"),
-    *hf.rows(_GGUF, {"kernel": ("io", "weight")}, "layers"),
-    *hf.rows(_GGUF_SCALES, {"scale": ("o", "weight")}, "layers"),
-)
 
 
-def load_gguf(
-    path: str | pathlib.Path, packed: bool = False
-) -> tuple[Config, dict[str, Any], Tokenizer]:
-    """Reads a Llama with tied embeddings and its tokenizer.
+def load(folder: str | Path, scan: bool = True) -> tuple[Config, dict[str, Any]]:
+    """Config and variables, in the file's dtype, from a folder of Hugging Face's.
 
     Args:
-        path: the file.
-        packed: whether its quantized weights stay as they are; else all are float32.
-
-    Returns:
-        The sizes, the variables that `Llama(config).apply` takes, and the tokenizer.
-
-    Raises:
-        ValueError: for another architecture or tokenizer, and for tensors that are missing,
-            unexpected or of another shape than the sizes ask for; it lists all of them.
+        folder: with `config.json` and `model.safetensors` or its shards.
+        scan: of the model that the variables are for.
     """
-    reader = gguf.GGUFReader(path)
-    config = _config(reader)
-    variables = peft.load_base(path, GGUF_NAMES, like=shapes(config))
-    attention = variables["params"]["layers"]["attention"]
-    for name, heads in (("query", config.heads), ("key", config.kv_heads)):
-        kernel = attention[name]["kernel"]
-        turn = functools.partial(_unpermute, heads=heads)
-        attention[name]["kernel"] = jax.tree.map(turn, kernel)
-    variables = variables if packed else jlora.dequantize(variables, jnp.float32)
-    return config, variables, _tokenizer(reader)
+    config, tensors = hf.read_config(folder, Config, FIELDS, KNOWN), hf.read_tensors(folder)
+    bare = not any(name.startswith("model.") for name in tensors)
+    config = dataclasses.replace(config, bare=bare, tied="lm_head.weight" not in tensors)
+    return config, hf.to_variables(tensors, shapes(config, scan), names(config))
 
 
-def _field(reader: gguf.GGUFReader, name: str) -> Any:
-    if name not in reader.fields:
-        raise ValueError(f"the GGUF file has no field `{name}`")
-    return reader.fields[name].contents()
+def save(path: str | Path, variables: Mapping[str, Any], config: Config) -> None:
+    """Writes `variables` to a safetensors file under Hugging Face's names."""
+    hf.write_tensors(path, hf.to_tensors(variables, names(config)))
 
 
-def _expect(reader: gguf.GGUFReader, name: str, wanted: Any) -> None:
-    if (got := _field(reader, name)) != wanted:
-        raise ValueError(f"GGUF field `{name}`: expected {wanted!r}, got {got!r}")
-
-
-def _config(reader: gguf.GGUFReader) -> Config:
-    _expect(reader, "general.architecture", "llama")
-    config = Config(
-        vocab=len(_field(reader, "tokenizer.ggml.tokens")),
-        layers=_field(reader, "llama.block_count"),
-        dim=_field(reader, "llama.embedding_length"),
-        hidden=_field(reader, "llama.feed_forward_length"),
-        heads=_field(reader, "llama.attention.head_count"),
-        kv_heads=_field(reader, "llama.attention.head_count_kv"),
-        rope_base=_field(reader, "llama.rope.freq_base"),
-        norm_eps=_field(reader, "llama.attention.layer_norm_rms_epsilon"),
-    )
-    _expect(reader, "llama.rope.dimension_count", config.head_dim)
-    if scaling := [name for name in reader.fields if name.startswith("llama.rope.scaling")]:
-        raise ValueError(f"rope scaling is not implemented, but the GGUF file has {scaling}")
-    return config
-
-
-def _unpermute(weight: jax.Array, heads: int) -> jax.Array:  # (..., heads * head_dim)
-    # GGUF keeps the two outputs that `rope` turns together side by side, we half a head apart; so
-    # do the codes and scales of a quantized kernel, of which each output has its own.
-    pairs = weight.reshape(*weight.shape[:-1], heads, -1, 2)
-    return pairs.swapaxes(-1, -2).reshape(weight.shape)
-
-
-# --------------------------------------------------------------------------- text
-
-
-def _tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
-    # Byte-level BPE in which every digit is a token of its own: what "smollm" stands for.
-    _expect(reader, "tokenizer.ggml.model", "gpt2")
-    _expect(reader, "tokenizer.ggml.pre", "smollm")
-    tokens = _field(reader, "tokenizer.ggml.tokens")
-    kinds = _field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    return tokenizer
-
-
-def chat(user: str, system: str = SYSTEM) -> str:
-    """The text of a conversation up to where the assistant's answer begins."""
-    turns = (("system", system), ("user", user))
-    text = "".join(f"<|im_start|>{role}\n{message}<|im_end|>\n" for role, message in turns)
-    return text + "<|im_start|>assistant\n"
+def shapes(config: Config, scan: bool = True) -> Any:
+    """The variables of the model as `jax.ShapeDtypeStruct`s."""
+    return parts.shapes(Llama(config, scan=scan))

@@ -28,7 +28,6 @@ RULES: Rules = (
     # Of parameters: fully sharded along their inputs or outputs of model size, gathered for use.
     ("embed", "fsdp"),
     ("layers", None),
-    ("experts", None),
     ("norm", None),
     ("position", None),
     # Of parameters and activations: what tensor parallelism cuts.
@@ -139,23 +138,6 @@ class Part(nn.Module):
     def options(self) -> dict[str, Any]:
         """The dtypes, as options of the modules within."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-
-class ShiftedRMSNorm(nn.Module):
-    """Normalization to mean square 1, then a scale of 1 + w, all in float32 or more."""
-
-    epsilon: float
-    dtype: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., size) to the same; what is called `scale` among the parameters is w."""
-        w = self.param("scale", _named(nn.initializers.zeros, ("norm",)), x.shape[-1:])
-        wide = jnp.promote_types(jnp.float32, self.dtype)
-        y = nn.RMSNorm(self.epsilon, use_scale=False, dtype=wide)(x.astype(wide))
-        w = jax.lax.expand_dims(w.astype(wide), range(x.ndim - 1))
-        return (y * (1 + w)).astype(self.dtype)
 
 
 def dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:

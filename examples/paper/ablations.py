@@ -34,7 +34,7 @@ import optax
 import quickstart
 import tables
 from jax.tree_util import Partial
-from models import bert, llama
+from models import bert, llama, smollm2
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -136,7 +136,7 @@ def movies() -> Task:
 
 def definitions() -> Task:
     """SmolLM2-135M on WordNet's definitions of words, without a system prompt."""
-    config, variables, tokenizer = llama.load_gguf(data.smollm2())
+    config, variables, tokenizer = smollm2.load(data.smollm2())
     pairs = finetune_lm.read_jsonl(finetune_lm.DATA)
     random.Random(finetune_lm.SEED).shuffle(pairs)
     encode = functools.partial(finetune_lm.encode, tokenizer=tokenizer, length=LENGTH, system="")
@@ -183,17 +183,17 @@ def mean_a_token(totals: np.ndarray, counts: np.ndarray) -> Score:
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def pictured(task: str) -> list[Run]:
+def pictured_runs(task: str) -> list[Run]:
     """The runs whose adapters are looked at."""
     runs = [(rank, SEEDS[0]) for rank in (4, 8, 64)] + [(64, SEEDS[1])]
     return [Run(task, "q,v", rank, seed) for rank, seed in runs]
 
 
-def planned(tasks: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+def all_runs(tasks: Sequence[str], seeds: Sequence[int]) -> list[Run]:
     """All runs, those first that say most."""
     few = [*MATRICES.items(), *(("q,v", rank) for rank in RANKS)]
     more = [*few, *(("q,k,v,o", rank) for rank in RANKS)]
-    runs = [run for task in tasks for run in pictured(task) if run.seed in seeds]
+    runs = [run for task in tasks for run in pictured_runs(task) if run.seed in seeds]
     for seed in seeds:
         runs += [Run(task, *kind, seed) for task in tasks for kind in few]
         runs += [Run(task, *kind, seed) for task in tasks for kind in more]
@@ -213,7 +213,7 @@ def execute(task: Task, run: Run, steps: int, out: pathlib.Path) -> dict[str, An
     base, adapter = lora.init(jax.random.key(run.seed), task.variables, *task.example)
     adapter = task.fit(lora, base, adapter, run.seed, steps)
     score = task.measure(lora, base, adapter)
-    if run in pictured(run.task):
+    if run in pictured_runs(run.task):
         shutil.rmtree(run.folder(out), ignore_errors=True)  # of a run that was stopped here
         checkpoint.save(run.folder(out), adapter, rules(task, run), step=steps, base=base)
     return {
@@ -236,7 +236,7 @@ def read(path: pathlib.Path) -> dict[Run, tables.Row]:
 
 
 def subspaces(task: Task, folders: Sequence[pathlib.Path]) -> Iterator[tuple[str, Any]]:
-    """What the pictures of a task show, from the adapters of `pictured`, by name.
+    """What the pictures of a task show, from the adapters of `pictured_runs`, by name.
 
     Of queries and of values, under `query/…` and `value/…`: `a/…` has the similarities of A,
     `delta/…` of ΔW, both of the middle layer: `ranks` of r = 8 and 64, `seeds` of two of r = 64.
@@ -305,13 +305,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "asked for: give another folder as --results and another as --out"
             )
     load = functools.cache(lambda name: TASKS[name]())
-    for run in planned(args.tasks, args.seeds):
+    for run in all_runs(args.tasks, args.seeds):
         if run not in read(table):
             row = execute(load(run.task), run, steps[run.task], args.out)
             tqdm.write(" ".join(str(x) for x in row.values()))
             tables.append(table, row)
     for task in args.tasks:
-        path, shown = args.results / f"{task}.npz", pictured(task)
+        path, shown = args.results / f"{task}.npz", pictured_runs(task)
         if path.exists() or not read(table).keys() >= set(shown):
             continue
         for run in shown:

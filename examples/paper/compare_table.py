@@ -8,7 +8,7 @@ for each method, and OUT/methods.png, of which the guides have a copy.
 
 import collections
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -33,11 +33,6 @@ LABELS = {
 # ---- the table ----------------------------------------------------------------------------------
 
 
-def best(rows: Iterable[Row]) -> float:
-    """The learning rate of the best validation accuracy with seed 0; of equals, the smallest."""
-    return -max((r["validation"], -r["rate"]) for r in rows if r["seed"] == 0)[1]
-
-
 def summary(out: pathlib.Path) -> list[Row]:
     """A row for each method that has run, and whose costs are measured."""
     runs, times = collections.defaultdict(list), collections.defaultdict(dict)
@@ -52,16 +47,12 @@ def summary(out: pathlib.Path) -> list[Row]:
 
 
 def _row(runs: list[Row], cost: Row, latency: Row) -> Row:
-    rate = best(runs)
-    scores = np.array([r["held_out"] for r in runs if r["rate"] == rate])
-    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+    best, mean, error = tables.best(runs, "held_out", -1)
     return {
         "method": cost["method"],
-        "rate": rate,
-        "rates": len({r["rate"] for r in runs}),
-        "seeds": len(scores),
-        "accuracy": round(float(scores.mean()), 6),
-        "standard_error": round(float(error), 6),
+        **best,
+        "accuracy": round(mean, 6),
+        "standard_error": round(error, 6),
         "trained": cost["trained"] - cost["head"],
         "trained_with_head": cost["trained"],
         "file_bytes": cost["file_bytes"],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
+from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
 from .._rules import check_int, misplaced, rule_name
 from ._initializer import Initializer
 from ._pissa import largest
@@ -76,7 +76,7 @@ class loftq(Initializer):
     def _form(self, w: Any, site: Any, rule: Any) -> Form:
         if is_quantized(w):
             raise ValueError(
-                f"{site.path!r} of `params` is quantized already, as {spelled(w.scheme)}, and "
+                f"{site.path!r} of `params` is quantized already, as {spell(w.scheme)}, and "
                 f"loftq, the start of {rule_name(rule)}, quantizes it itself. Give "
                 "jlora.dequantize(params), or use jlora.initializers.pissa."
             )

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 import quickstart
-from models import llama
+from models import llama, smollm2
 
 from . import floor, report, steps
 
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
     """A row for each model, choice of sites and rank; quick: MiniLM on few sentences."""
-    works = [minilm(sentences=4)] if quick else [minilm(sentences=32), smollm2(pairs=8)]
+    works = [minilm(sentences=4)] if quick else [minilm(sentences=32), definitions(pairs=8)]
     ranks, rounds = ((8,), 2) if quick else ((8, 64), 9)
     rows = [row for work in works for row in measure(work, ranks, rounds)]
     report.table("real: ratios to the frozen step", rows, out)
@@ -64,9 +64,9 @@ def minilm(sentences: int) -> Work:
     return Work(name, bert.apply, params, batch, loss, lambda batch: (batch.ids, batch.mask))
 
 
-def smollm2(pairs: int) -> Work:
+def definitions(pairs: int) -> Work:
     """The example's of the language model: definitions of words."""
-    config, variables, tokenizer = llama.load_gguf(data.smollm2())
+    config, variables, tokenizer = smollm2.load(data.smollm2())
     texts = finetune_lm.read_jsonl(finetune_lm.DATA)
     rows = finetune_lm.encode(texts, tokenizer, finetune_lm.LENGTH)
     batch = finetune_lm.take(rows, slice(pairs))

@@ -1,13 +1,14 @@
 """`python examples/paper ablations`: a run from a table with a gap, and pictures of adapters."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tables
-from models import bert
+from cases._case import fill
+from models import bert, parts
 from paper import ablations
+from small import some
 
 import jlora
 from jlora import checkpoint
@@ -18,20 +19,20 @@ SMALL = bert.Config(50, 64, 3, 4, 64, 16, 2, 1e-12)
 
 
 def test_plan_has_the_pictures_first_and_each_run_once():
-    runs = ablations.planned(["movies", "definitions"], (0, 1))
+    runs = ablations.all_runs(["movies", "definitions"], (0, 1))
     assert len(runs) == len(set(runs)) == 2 * 2 * 15
-    assert runs[:4] == ablations.pictured("movies")
-    assert runs[4:8] == ablations.pictured("definitions")
-    assert {run.seed for run in ablations.planned(["movies"], [1])} == {1}
+    assert runs[:4] == ablations.pictured_runs("movies")
+    assert runs[4:8] == ablations.pictured_runs("definitions")
+    assert {run.seed for run in ablations.all_runs(["movies"], [1])} == {1}
 
 
 @pytest.fixture(scope="module")
 def small():
     """A task with a small model, to be neither trained nor measured."""
     ids = jnp.ones((1, 8), jnp.int32)
-    model = bert.Bert(bert.Config(50, 64, 3, 4, 64, 16, 2, 1e-12), scan=True)
+    model = bert.Bert(SMALL, scan=True)
     attention = lambda tree: tree["params"]["encoder"]["layer"]["attention"]  # noqa: E731
-    variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), ids))
+    variables = fill(parts.shapes(model), jnp.float32)
     return ablations.Task(model.apply, variables, (ids,), (), attention, print, print)
 
 
@@ -44,7 +45,7 @@ def start(task, run):
     return rules, base, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), adapter)
 
 
-@pytest.mark.parametrize("matrices", ablations.MATRICES)
+@pytest.mark.parametrize("matrices", some(ablations.MATRICES, "q", "q,v", "q,k,v,o"))
 def test_the_matrices_and_no_others_at_one_budget(small, matrices):
     run = ablations.Run("small", matrices, ablations.MATRICES[matrices], 0)
     adapter = small.attention(start(small, run)[2])
@@ -57,7 +58,7 @@ def resumed(tmp_path_factory):
     """A run that was missing in the table, the tables before and after a call, and the picture."""
     results, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("out")
     table, missing = results / "ablations.csv", ablations.Run("movies", "k", 8, 0)
-    for run in ablations.planned(["movies"], [0]):
+    for run in ablations.all_runs(["movies"], [0]):
         if run != missing:
             row = {"steps": 2, "batch": 32, "parameters": 1, "score": 0.5, "standard_error": 0.1}
             tables.append(table, {**run._asdict(), **row, "seconds": 1})
@@ -72,17 +73,12 @@ def resumed(tmp_path_factory):
 
 @whole_run
 def test_only_what_is_missing_is_done(resumed):
+    """And its row says what was measured."""
     missing, before, after, _ = resumed
     assert after.keys() - before.keys() == {missing}
     assert {run: row for run, row in after.items() if run != missing} == before
-
-
-@whole_run
-def test_a_row_says_what_was_measured(resumed):
-    missing, _, after, _ = resumed
     row = after[missing]
-    assert int(row["steps"]) == 2
-    assert int(row["parameters"]) == 6 * 2 * 384 * 8
+    assert (int(row["steps"]), int(row["parameters"])) == (2, 6 * 2 * 384 * 8)
     value = float(row["score"])
     assert 0.4 < value < 0.9
     assert float(row["standard_error"]) == pytest.approx((value * (1 - value) / 947) ** 0.5, 1e-3)
@@ -90,7 +86,7 @@ def test_a_row_says_what_was_measured(resumed):
 
 def test_adapters_of_other_results_are_not_shown(tmp_path, monkeypatch):
     """Folders that lie there from before are trained again before they are looked at."""
-    done, runs = [], ablations.pictured("movies")
+    done, runs = [], ablations.pictured_runs("movies")
     for run in runs:
         run.folder(tmp_path / "out").mkdir(parents=True)
     row = {"steps": 2, "batch": 32, "score": 0.5, "standard_error": 0.1}
@@ -110,8 +106,8 @@ def test_adapters_of_other_results_are_not_shown(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_subspaces(small, tmp_path):
     """Shapes as the notebook has them; the norms are those of dense matrices."""
-    folders = [run.folder(tmp_path) for run in ablations.pictured("small")]
-    for run, folder in zip(ablations.pictured("small"), folders, strict=True):
+    folders = [run.folder(tmp_path) for run in ablations.pictured_runs("small")]
+    for run, folder in zip(ablations.pictured_runs("small"), folders, strict=True):
         rules, base, adapter = start(small, run)
         checkpoint.save(folder, adapter, rules, base=base)
     found = dict(ablations.subspaces(small, folders))

@@ -1,4 +1,4 @@
-"""The Llama of the examples: against `transformers`, its GGUF reader, and the fine-tuning script.
+"""SmolLM2's file, its tokenizer and chats, and `examples/finetune_lm.py`.
 
 A tiny random model in a GGUF file of its own stands in for SmolLM2 wherever the real weights do
 not matter.
@@ -9,14 +9,14 @@ import json
 
 import data
 import finetune_lm
-import flax.linen as nn
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases._case import fill
 from jax.tree_util import Partial
-from models import llama
+from models import llama, smollm2
 
 from jlora import checkpoint, peft
 
@@ -25,33 +25,28 @@ TINY = llama.Config(
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny():
     """The variables of a random model of the sizes `TINY`."""
-    variables = nn.unbox(llama.Llama(TINY).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    # Larger than the default draw, so that a change of any part changes the logits.
-    return jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, variables)
+    return fill(llama.shapes(TINY), jnp.float32, 0.3)
+
+
+@pytest.fixture(scope="module")
+def file(tiny, tmp_path_factory):
+    """A file of the tiny model."""
+    return write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", TINY, tiny)
 
 
 @pytest.fixture(scope="module", params=["bytes", pytest.param("smollm2", marks=pytest.mark.slow)])
-def tokenizer(request, tiny, tmp_path_factory):
+def tokenizer(request, file):
     """That of a file without its weights: of bytes, and in the long run SmolLM2's."""
-    if request.param == "smollm2":
-        return llama._tokenizer(gguf.GGUFReader(data.smollm2()))
-    path = tmp_path_factory.mktemp("tokenizer") / "tiny.gguf"
-    return llama._tokenizer(gguf.GGUFReader(write_gguf(path, TINY, tiny)))
-
-
-@pytest.fixture
-def lenient():
-    """Allows `transformers`, optax's Adam and a bfloat16 norm to mix dtypes and ranks."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+    path = file if request.param == "bytes" else data.smollm2()
+    return smollm2._tokenizer(gguf.GGUFReader(path))
 
 
 def write_gguf(path, config, variables, tensors=None, **fields):
     """Writes a model with a byte tokenizer; `tensors` and `fields` replace entries, None drops."""
-    entries = peft.to_tensors(variables, llama.GGUF_NAMES)
+    entries = peft.to_tensors(variables, smollm2.NAMES)
     for name, weight in entries.items():
         heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2])
         if heads:  # as llama.cpp's converter does: two halves of a head to pairs
@@ -89,14 +84,11 @@ def write_gguf(path, config, variables, tensors=None, **fields):
     return path
 
 
-# --------------------------------------------------------------------------- model
-
-
 # --------------------------------------------------------------------------- GGUF
 
 
-def test_gguf_gives_back_what_was_written(tiny, tmp_path):
-    config, variables, _ = llama.load_gguf(write_gguf(tmp_path / "tiny.gguf", TINY, tiny))
+def test_gguf_gives_back_what_was_written(tiny, file):
+    config, variables, _ = smollm2.load(file)
     assert config == dataclasses.replace(TINY, norm_eps=config.norm_eps)
     assert config.norm_eps == np.float32(TINY.norm_eps)
     jax.tree.map(np.testing.assert_array_equal, variables, tiny)
@@ -111,7 +103,7 @@ def test_gguf_lists_every_tensor_that_does_not_fit(tiny, tmp_path):
     }
     path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny, tensors=wrong)
     with pytest.raises(ValueError, match="does not fit `like`") as error:
-        llama.load_gguf(path)
+        smollm2.load(path)
     assert str(error.value).splitlines()[1:] == [
         "  token_embd.weight: expected shape (260, 32), got (259, 32)",
         "  blk.1.attn_k.weight: missing",
@@ -130,46 +122,28 @@ def test_gguf_lists_every_tensor_that_does_not_fit(tiny, tmp_path):
 def test_gguf_of_another_kind_is_refused(tiny, tmp_path, field, message):
     path = write_gguf(tmp_path / "tiny.gguf", TINY, tiny, **field)
     with pytest.raises(ValueError, match=message):
-        llama.load_gguf(path)
+        smollm2.load(path)
 
 
 # --------------------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "  def f(x):\n\treturn x**2  # naïve café 日本 🙂",
-        "<|im_start|>user\nhi<|im_end|>\n",
-    ],
-)
-def test_tokenizer_round_trip(tokenizer, text):
-    ids = tokenizer.encode(text).ids
-    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+def test_tokenizer_round_trip(tokenizer):
+    text = "<|im_start|>user  def f(x):\n\treturn x**2  # naïve café 日本 🙂<|im_end|>\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
 # --------------------------------------------------------------------------- fine-tuning
-
-
-@pytest.fixture
-def setting(tiny, tmp_path):
-    """Arguments of a run of a few seconds on the tiny model."""
-    pairs = [{"prompt": f"Next to {c}?", "answer": chr(ord(c) + 1)} for c in "abcdefghijklm" * 3]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    write_gguf(tmp_path / "tiny.gguf", TINY, tiny)
-    paths = {"--gguf": "tiny.gguf", "--data": "data.jsonl", "--out": "out"}
-    argv = [part for option, name in paths.items() for part in (option, str(tmp_path / name))]
-    return [*argv, "--length=200", "--batch=4", "--rank=4", "--steps=6"]
 
 
 def test_only_answers_count(tokenizer):
     pairs = [finetune_lm.Pair("Hi", "Hello there."), finetune_lm.Pair("And now?", "Bye")]
     rows = finetune_lm.encode(pairs, tokenizer, 256)
     for pair, ids, counts in zip(pairs, *rows, strict=True):
-        answer = [*tokenizer.encode(pair.answer).ids, llama.STOP]
+        answer = [*tokenizer.encode(pair.answer).ids, smollm2.STOP]
         assert ids[counts > 0].tolist() == answer
         start = counts.argmax()
-        assert tokenizer.decode(ids[:start], skip_special_tokens=False) == llama.chat(pair.prompt)
+        assert tokenizer.decode(ids[:start], skip_special_tokens=False) == smollm2.chat(pair.prompt)
         assert not counts[start + len(answer) :].any()
 
 
@@ -205,16 +179,18 @@ def test_read_jsonl_names_the_line_that_is_wrong(tmp_path):
         finetune_lm.read_jsonl(path)
 
 
-@pytest.mark.usefixtures("lenient")
-def test_learns_and_saves(setting, tmp_path):
-    result = finetune_lm.main(setting)
+def test_learns_and_saves(file, tmp_path):
+    pairs = [{"prompt": f"Next to {c}?", "answer": chr(ord(c) + 1)} for c in "abcdefghijklm" * 3]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    paths = {"gguf": file, "data": tmp_path / "data.jsonl", "out": tmp_path / "out"}
+    argv = [f"--{name}={path}" for name, path in paths.items()]
+    result = finetune_lm.main([*argv, "--length=200", "--batch=4", "--rank=4", "--steps=6"])
     assert len(result.losses) == 6
     assert result.after < result.before
     assert checkpoint.read(tmp_path / "out" / "adapter").step == 6
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("lenient")
 def test_smollm2_learns_to_define(tmp_path):
     result = finetune_lm.main(["--out", str(tmp_path / "out"), "--steps=12"])
     assert result.before == pytest.approx(5.145, abs=0.05)  # as the guides say

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from models import beam, bert, checkpoint, deberta, gpt, llama  # noqa: E402
+from models import beam, bert, deberta, gpt, llama  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -78,17 +78,13 @@ def encoders(name: str, config: dict[str, Any], module: Any, make: Any) -> dict[
 def decoder(**config: Any) -> Case:
     """A small Llama with more heads of queries than of keys."""
     config = {**LLAMA, "max_position_embeddings": 64, **config}
-    return Case("LlamaForCausalLM", config, checkpoint, llama.Llama)
+    return Case("LlamaForCausalLM", config, llama, llama.Llama)
 
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 32}
 DECODERS = {
     "llama": decoder(tie_word_embeddings=True),
     "llama_untied": decoder(),
-    "llama_biased": decoder(attention_bias=True, mlp_bias=True, head_dim=6),
-    "llama_linear": decoder(rope_scaling={"type": "linear", "factor": 3.0}),
-    "llama3": decoder(rope_scaling=LLAMA3, rope_theta=30.0, head_dim=16),
+    "llama_heads": decoder(head_dim=6),
 }
 CASES = {
     "gpt2": Case("GPT2LMHeadModel", GPT2, gpt, gpt.GPT),

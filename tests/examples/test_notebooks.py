@@ -24,16 +24,8 @@ def test_stored_without_outputs(path):
     assert all(cell.outputs == [] and cell.execution_count is None for cell in cells)
 
 
-DAILY = ("section7",)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(p, id=p.stem, marks=[] if p.stem in DAILY else pytest.mark.slow)
-        for p in NOTEBOOKS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, monkeypatch):
     for name, value in SHORT.items():
         monkeypatch.setenv(name, value)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import bert, deberta, gpt, hf
+from models import bert, gpt, hf
 from paper import train as paper
 from paper.methods import METHODS
 from paper.tasks import glue, nlg, pretrained, problems, seeds, table, texts, training
@@ -38,19 +38,9 @@ E2E = """mr,ref
 "name[The Eagle], eatType[coffee shop]",The Eagle is a cheap coffee shop.
 "name[The Mill], near[Café Sicilia]",You find The Mill near Café Sicilia.
 """
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 ENCODER = (320, 32, 2, 4, 64, 66)
 SMALL = {
-    "roberta-base": (
-        bert,
-        bert.Config(
-            *ENCODER, 1, 1e-5, model_type="roberta", pad_token_id=1, head="lm", **NO_DROPOUT
-        ),
-    ),
-    "deberta-v2-xxlarge": (
-        deberta,
-        deberta.Config(*ENCODER, 0, 1e-7, 8, head="lm", **NO_DROPOUT),
-    ),
+    "roberta-base": (bert, bert.Config(*ENCODER, 1, 1e-5, "roberta", 1, 0.0, 0.0, "lm")),
     "gpt2-medium": (gpt, gpt.Config(400, 192, 2, 32, 4, dropout=0.0)),
 }
 
@@ -73,7 +63,7 @@ def train_tokenizer(special: list[str], text: str) -> Tokenizer:
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """Of RoBERTa, DeBERTa or GPT-2."""
+    """Of RoBERTa or GPT-2."""
     if name.startswith("gpt"):
         return train_tokenizer([texts.END], E2E)
     words = [*FILLERS, *itertools.chain(*WORDS.values())]
@@ -121,7 +111,7 @@ def sst2(folder: pathlib.Path, train: int = 128) -> pathlib.Path:
     for split, count in (("train", train), ("dev", 64)):
         labels = rng.permutation(np.arange(count) % 2)
         rows = [f"{sentence(rng, *[1 - label] * 2)}|{label}" for label in labels]
-        write(folder, {f"SST-2/{split}.tsv": tsv("sentence label", *rows)})
+        write(folder, {f"SST-2/{split}.tsv": tsv("sentence|label", *rows)})
     return folder
 
 
@@ -130,7 +120,7 @@ def inference(folder: pathlib.Path, task: str) -> pathlib.Path:
     rng, spec = np.random.default_rng(0), glue.TASKS[task]
     header, row, *_ = LAYOUTS[task]
     given = row.split("|")
-    columns = header.split()
+    columns = header.split("|")
     for split, count in (("train", 192), *((name, 48 + 3 * i) for i, name in enumerate(spec.dev))):
         rows = []
         for number in range(count):
@@ -168,7 +158,7 @@ def stopped(*args: Any) -> str:
     return str(info.value).removeprefix("stopped: ")
 
 
-LEARN = ("--epochs", 4, "--batch", 16, "--learning-rate", 2e-2, "--alpha", 16)
+LEARN = ("--epochs", 4, "--batch", 16, "--learning-rate", 2e-2, "--alpha", 16, "--scan")
 
 # ---- classes and scores -------------------------------------------------------------------------
 
@@ -197,7 +187,7 @@ def test_saves_the_adapter_of_the_best_epoch(run, checkpoints):
     args, out, _ = run
     parsed = paper.parse(args)
     recipe = paper.settle(table.recipe("roberta-base", "sst2"), parsed)
-    loaded = pretrained.load(checkpoints["roberta-base"], "roberta-base")
+    loaded = pretrained.load(checkpoints["roberta-base"], "roberta-base", scan=True)
     problem = paper.pose(loaded, recipe, parsed)
     method = paper.adapt(loaded, problem, recipe, parsed)
     for row in rows_of(out):
@@ -267,6 +257,7 @@ def test_mnli_and_what_starts_from_it(checkpoints, tmp_path):
 # ---- texts --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gpt_learns_its_answers(checkpoints, tmp_path):
     header, *rows = E2E.splitlines(keepends=True)
     write(tmp_path, {"trainset.csv": "".join([header, *rows * 8])})

@@ -140,8 +140,7 @@ def test_the_number_of_processes_changes_no_bit(processes, folder, start, whole)
 
 
 @slow
-@pytest.mark.parametrize("before", [1, 2, 4])
-@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (2, 1), (4, 2)])
 def test_saved_by_some_restored_by_others(before, after, folder, start, whole):
     name = f"from{before}to{after}"
     check_losses(finish(start(name, before, steps=FAULT)), whole)
@@ -157,13 +156,11 @@ def test_a_merged_model_is_a_base(folder, start, whole):
     assert re.search(r"ValueError: cannot resume from .*: rank was 8, is 4", run.said())
 
 
-def test_one_process_goes_on_from_its_last_checkpoint(folder, start):
-    """In the daily run; faults and numbers of processes are in the long one."""
+def test_one_process(folder, start):
+    """In the daily run; faults, restarts and numbers of processes are in the long one."""
     losses = finish(start("short", 1, steps=5))
     assert list(losses) == [1, 2, 3, 4, 5]
     assert steps_of(folder / "short") == [4, 5] and (folder / "short" / "merged" / "5").is_dir()
-    onward = finish(start("short", 1, steps=6))
-    assert list(onward) == [6]
 
 
 # ------------------------------------------------------------------------------------------ faults

@@ -12,13 +12,12 @@ import tables
 import trials
 import variants
 import variants_table
-from flax import linen as nn
-from models import bert
+from cases._case import fill
+from models import bert, parts
 from quickstart import Batch
+from small import some
 
 import jlora
-
-DAILY = ("dora",)
 
 
 def rows(n, seed):
@@ -31,8 +30,8 @@ def rows(n, seed):
 @pytest.fixture(scope="module")
 def task():
     """A small encoder, on which every variant fits."""
-    model = bert.Bert(bert.Config(50, 64, 2, 2, 64, 64, 2, 1e-12), classes=2)
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    model = bert.Bert(bert.Config(50, 64, 2, 2, 64, 64, 2, 1e-12), classes=2, scan=True)
+    params = fill(parts.shapes(model), jnp.float32, 0.3)
     return trials.Task(
         model.apply,
         params,
@@ -49,10 +48,7 @@ def task():
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in DAILY else pytest.mark.slow) for n in variants.VARIANTS],
-)
+@pytest.mark.parametrize("name", some(variants.VARIANTS, "lora_all"))
 def test_every_variant_trains(task, name):
     runner = variants.make_runner(task, variants.VARIANTS[name])
     found = runner(1e-3, 0)
@@ -124,7 +120,7 @@ def test_runs_are_done_once_and_become_a_table(tmp_path):
     each = [(name, *x) for name in ("dora", "lora_all") for x in ((-4, 0), (-2, 0), (-4, 1))]
     for name, half_decades, seed in 2 * each:
         columns = {"task": "movies", "variant": name}
-        loss = trials.run_once(path, variants.rounded(runner), columns, half_decades, seed)
+        loss = trials.run_once(path, variants.round_results(runner), columns, half_decades, seed)
         assert loss == 10 ** (half_decades / 2)
     assert len(calls) == len(each)
     variants_table.write(tmp_path)

@@ -1,0 +1,138 @@
+"""SmolLM2 from a GGUF file, with its tokenizer and the form of its chats.
+
+config, variables, tokenizer = smollm2.load("SmolLM2-135M-Instruct.Q4_1.gguf")
+logits_fn = jax.tree_util.Partial(llama.Llama(config).apply, variables)
+prompt = tokenizer.encode(smollm2.chat("What is the capital of France?")).ids
+[answer] = beam.greedy(logits_fn, [prompt], config.cache, smollm2.STOP)
+tokenizer.decode(answer)
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import jlora
+from jlora import peft
+
+from . import hf, llama
+
+STOP = 2  # <|im_end|>, which ends a chat message and serves as padding
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+# --------------------------------------------------------------------------- GGUF
+
+_DENSE = {
+    "layers/attention/query": "blk.{}.attn_q",
+    "layers/attention/key": "blk.{}.attn_k",
+    "layers/attention/value": "blk.{}.attn_v",
+    "layers/attention/out": "blk.{}.attn_output",
+    r"layers/mlp/(gate|up|down)": r"blk.{}.ffn_\1",
+}
+_NORMS = {
+    "layers/attention_norm": "blk.{}.attn_norm",
+    "layers/mlp_norm": "blk.{}.ffn_norm",
+    "norm": "output_norm",
+}
+NAMES = (
+    peft.Name("embed/embedding", "token_embd", "vo"),
+    *hf.rows(_DENSE, {"kernel": ("io", "weight")}, "layers"),
+    *hf.rows(_NORMS, {"scale": ("o", "weight")}, "layers"),
+)
+
+
+def load(
+    path: str | pathlib.Path, packed: bool = False
+) -> tuple[llama.Config, dict[str, Any], Tokenizer]:
+    """Reads a Llama with tied embeddings and its tokenizer.
+
+    Args:
+        path: the file.
+        packed: whether its quantized weights stay as they are; else all are float32.
+
+    Returns:
+        The sizes, the variables that `llama.Llama(config).apply` takes, and the tokenizer.
+
+    Raises:
+        ValueError: for another architecture or tokenizer, and for tensors that are missing,
+            unexpected or of another shape than the sizes ask for; it lists all of them.
+    """
+    reader = gguf.GGUFReader(path)
+    config = _config(reader)
+    variables = peft.load_base(path, NAMES, like=llama.shapes(config))
+    attention = variables["params"]["layers"]["attention"]
+    for name, heads in (("query", config.heads), ("key", config.kv_heads)):
+        kernel = attention[name]["kernel"]
+        halves = functools.partial(_unpermute, heads=heads)
+        attention[name]["kernel"] = jax.tree.map(halves, kernel)
+    variables = variables if packed else jlora.dequantize(variables, jnp.float32)
+    return config, variables, _tokenizer(reader)
+
+
+def _field(reader: gguf.GGUFReader, name: str) -> Any:
+    if name not in reader.fields:
+        raise ValueError(f"the GGUF file has no field `{name}`")
+    return reader.fields[name].contents()
+
+
+def _expect(reader: gguf.GGUFReader, name: str, wanted: Any) -> None:
+    if (got := _field(reader, name)) != wanted:
+        raise ValueError(f"GGUF field `{name}`: expected {wanted!r}, got {got!r}")
+
+
+def _config(reader: gguf.GGUFReader) -> llama.Config:
+    _expect(reader, "general.architecture", "llama")
+    config = llama.Config(
+        vocab=len(_field(reader, "tokenizer.ggml.tokens")),
+        layers=_field(reader, "llama.block_count"),
+        dim=_field(reader, "llama.embedding_length"),
+        hidden=_field(reader, "llama.feed_forward_length"),
+        heads=_field(reader, "llama.attention.head_count"),
+        kv_heads=_field(reader, "llama.attention.head_count_kv"),
+        rope_base=_field(reader, "llama.rope.freq_base"),
+        norm_eps=_field(reader, "llama.attention.layer_norm_rms_epsilon"),
+    )
+    _expect(reader, "llama.rope.dimension_count", config.head_dim)
+    if scaling := [name for name in reader.fields if name.startswith("llama.rope.scaling")]:
+        raise ValueError(f"rope scaling is not implemented, but the GGUF file has {scaling}")
+    return config
+
+
+def _unpermute(weight: jax.Array, heads: int) -> jax.Array:  # (..., heads * head_dim)
+    # GGUF keeps the two outputs that `rope` turns together side by side, we half a head apart; so
+    # do the codes and scales of a quantized kernel, of which each output has its own.
+    pairs = weight.reshape(*weight.shape[:-1], heads, -1, 2)
+    return pairs.swapaxes(-1, -2).reshape(weight.shape)
+
+
+# --------------------------------------------------------------------------- text
+
+
+def _tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
+    # Byte-level BPE in which every digit is a token of its own: what "smollm" stands for.
+    _expect(reader, "tokenizer.ggml.model", "gpt2")
+    _expect(reader, "tokenizer.ggml.pre", "smollm")
+    tokens = _field(reader, "tokenizer.ggml.tokens")
+    kinds = _field(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(pair.split(" ")) for pair in _field(reader, "tokenizer.ggml.merges")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    return tokenizer
+
+
+def chat(user: str, system: str = SYSTEM) -> str:
+    """The text of a conversation up to where the assistant's answer begins."""
+    turns = (("system", system), ("user", user))
+    text = "".join(f"<|im_start|>{role}\n{message}<|im_end|>\n" for role, message in turns)
+    return text + "<|im_start|>assistant\n"
