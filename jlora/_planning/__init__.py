@@ -1,4 +1,4 @@
-"""The memory of a training step: what it needs, and a policy by which it needs less.
+"""The memory that a training step needs, and a policy that saves some of it.
 
 Imports `sharding`, `_report`, `_tree`, `_types`.
 """

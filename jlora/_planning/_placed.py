@@ -1,4 +1,4 @@
-"""The mesh of what is planned, and a check that everything has a sharding on it."""
+"""The mesh of a plan, and a check that every leaf has a sharding on it."""
 
 from typing import Any
 

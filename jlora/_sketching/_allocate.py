@@ -9,7 +9,7 @@ import numpy as np
 from .._adapters import LoRA, clip_rank
 from .._rules import Rule, check_int, explain_no_match, near, rule_name
 from .._types import short
-from ._allocation import Allocation, as_rules, index_of, trained
+from ._allocation import Allocation, check_rules, index_of, trainable_parameters
 from ._shares import Share
 from ._spectrum import Sketch, Spectrum
 
@@ -22,29 +22,29 @@ def allocate(
     min_rank: int = 0,
     max_rank: int | None = None,
 ) -> Allocation:
-    r"""Ranks for a number of trained parameters: which sites are adapted, and how far.
+    r"""Chooses which sites are adapted, and their ranks, for a number of trained parameters.
 
-    Each component of a site in the sketch has a gain: of a gradient its $\sigma_i^2$, so that a
-    site of rank r has the $\lVert G \rVert_F^2$ that a ΔW of rank r can follow; of inputs the
-    variance $\sigma_i^2 / \sum_j \sigma_j^2$ that it explains. Components are taken in the order of
-    their gain for each parameter, until the next is above the budget. So no other ranks of LoRA
-    with as many parameters have more gain, and with a larger budget no site has a lower rank.
+    Each component of a site in the sketch has a gain. For gradients it is $\sigma_i^2$, so that
+    rank r gains the part of $\lVert G \rVert_F^2$ that a ΔW of rank r can follow. For inputs it is
+    the explained variance $\sigma_i^2 / \sum_j \sigma_j^2$. Components are taken in the order of
+    their gain per parameter, until the next exceeds the budget. So no other ranks of LoRA with as
+    many parameters have more gain, and a larger budget lowers no rank.
 
-    The scale s of each site stays that of its rule. The layers of a stack share a rank, as A and B
-    are one array: their gains are summed. A leaf that is used several times is one site.
+    Each site keeps the scale s of its rule. The layers of a stack share a rank, as their A is one
+    array: their gains are summed. A leaf that is used several times is one site.
 
-    Evidence that this helps is weak: of as many parameters, one rank for all linear sites is hard
-    to beat. It is for budgets that are too small for that.
+    Evidence that this helps is weak: one rank for all linear sites is hard to beat with as many
+    parameters. Use it for budgets that are too small for that.
 
     Args:
-        sketch: from `jlora.sketch`; it has to have as many components as the largest rank.
+        sketch: from `jlora.sketch`, with as many components as the largest rank.
         rules: what `transform` would take, or one rule. Ranks are for the sites of the sketch that
             `LoRA` and `DoRA` take; other rules stay as they are.
-        budget: the most parameters that those sites train in all; unless told, as many as by
+        budget: the largest number of parameters that those sites train in all; by default that of
             `rules`.
-        min_rank: of each site; at 0 sites may be left out.
-        max_rank: of each site; unless told, twice the rank of its rule. No rank is above the number
-            of components.
+        min_rank: the smallest rank of a site; with 0, sites may be left out.
+        max_rank: the largest rank of a site; by default twice the rank of its rule. No rank exceeds
+            the number of components.
 
     Returns:
         An `Allocation`, a sequence of rules: `jlora.transform(apply_fn, *allocation)`.
@@ -69,7 +69,7 @@ def allocate(
         >>> adapter
         {'b': LowRank(a=float32[4,2], b=float32[2,4], scale=16.0)}
     """
-    given = as_rules(rules)
+    given = check_rules(rules)
     if not isinstance(sketch, Sketch):
         raise TypeError(f"`sketch` must be one from jlora.sketch; got {short(sketch)}.")
     check_int("`min_rank`", min_rank, 0)
@@ -103,7 +103,7 @@ def _ranks(
     min_rank: int,
     max_rank: int | None,
 ) -> dict[str, int]:
-    """Takes the components in order, each after those before it at its site."""
+    """Takes components by gain per parameter, each after those before it at its site."""
 
     def largest(share: Share) -> int:
         rule, cost = rules[share.path], costs[share.path]
@@ -111,12 +111,12 @@ def _ranks(
         return n if rule.pattern is not None else clip_rank(n, share.layout, share.shape, cost)
 
     def steps(path: str) -> Iterator[tuple[float, str, int]]:
-        """For each further rank of a site the gain of a parameter, and how many there are."""
+        """Yields the gain per parameter, and the parameters, of each further rank of a site."""
         for rank in range(ranks[path], most[path]):
             parameters = costs[path](rank + 1) - costs[path](rank)
             yield -gains[path][rank] / max(parameters, 1), path, parameters
 
-    costs = {s.path: functools.partial(trained, s, rules[s.path]) for s in shares}
+    costs = {s.path: functools.partial(trainable_parameters, s, rules[s.path]) for s in shares}
     most = {share.path: largest(share) for share in shares}
     ranks = {path: min(min_rank, n) for path, n in most.items()}
     if budget is None:

@@ -14,18 +14,18 @@ from ._shares import Share, decode, encode
 
 @dataclasses.dataclass(frozen=True)
 class Allocation(Sequence[Rule]):
-    """Rules with a rank for each site: a sequence of rules, whose `str()` is a table.
+    """A sequence of rules with a rank for each site; `str()` is a table.
 
-    It has a rule for each site with a rank of at least 1, whose pattern is the site's path and
-    whose scale is that of the rule that it comes from; rules of other methods are as they were.
+    Each site of rank 1 or more has a rule: its pattern is the site's path, and its scale is that of
+    the rule from which it is made. Rules of other methods do not change.
 
     Attributes:
         shares: the rank of each site.
-        given: the rules that it comes from.
+        given: the rules from which it is made.
 
     Raises:
-        ValueError: if a rank is out of range, the rules take a site in another way than the shares
-            say, or a site of rank 0 would be left to another rule.
+        ValueError: if a rank is out of range, a rule has other slots than the shares, or
+            another rule would take a site of rank 0.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -53,7 +53,7 @@ class Allocation(Sequence[Rule]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shares", tuple(self.shares))
-        object.__setattr__(self, "given", as_rules(self.given))
+        object.__setattr__(self, "given", check_rules(self.given))
         if len(self.ranks) < len(self.shares):
             raise ValueError("`shares` has a site twice.")
         for share in self.shares:
@@ -73,7 +73,7 @@ class Allocation(Sequence[Rule]):
                 f"{rule_name(rule)} has other slots than {path!r} had in the sketch: {mine.chosen} "
                 f"of {mine.count}, not {chosen} of {count}. Sketch with these rules."
             )
-        others = [r for r in self.given if not isinstance(r, LoRA) and _takes(r, path)]
+        others = [r for r in self.given if not isinstance(r, LoRA) and _is_for(r, path)]
         if not share.rank and others:
             raise ValueError(
                 f"{path!r} has rank 0, which would leave it to {rule_name(others[0])}. Narrow the "
@@ -82,7 +82,7 @@ class Allocation(Sequence[Rule]):
 
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
-        """The rules, in the order of those that they come from."""
+        """The rules, in the order of those from which they are made."""
         return tuple(r for i, rule in enumerate(self.given) for r in self._rules_of(i, rule))
 
     def _rules_of(self, i: int, rule: Rule) -> Iterator[Rule]:
@@ -111,11 +111,14 @@ class Allocation(Sequence[Rule]):
 
     @property
     def parameters(self) -> dict[str, int]:
-        """How many parameters each site trains, by its path."""
-        return {s.path: trained(s, rule_of(s.path, self.given), s.rank) for s in self.shares}
+        """The number of parameters that each site trains, by its path."""
+        return {
+            s.path: trainable_parameters(s, rule_of(s.path, self.given), s.rank)
+            for s in self.shares
+        }
 
     def with_ranks(self, ranks: Mapping[str, int]) -> "Allocation":
-        """The same with other ranks for the sites at some paths."""
+        """Returns a copy with other ranks for the sites at some paths."""
         if unknown := [path for path in ranks if path not in self.ranks]:
             raise ValueError(f"`ranks` has {unknown[0]!r}. {near(unknown[0], list(self.ranks))}")
         shares = (s._replace(rank=ranks.get(s.path, s.rank)) for s in self.shares)
@@ -135,29 +138,29 @@ class Allocation(Sequence[Rule]):
     # ---------------------------------------------------------------------------------- as JSON
 
     def to_json(self) -> str:
-        """The sites, with scores and ranks to read and to edit, but not the rules."""
+        """Writes the sites, with scores and ranks to read and to edit, but not the rules."""
         return encode(self.shares)
 
     @staticmethod
     def from_json(text: str, rules: Rule | Sequence[Rule]) -> "Allocation":
-        """What `to_json` gave, of `rules`.
+        """Reads what `to_json` wrote, with the rules from which the allocation was made.
 
         Raises:
             ValueError: if `text` is anything else, with what and where.
         """
-        return Allocation(decode(text), as_rules(rules))
+        return Allocation(decode(text), check_rules(rules))
 
 
-def trained(share: Share, rule: LoRA, rank: int) -> int:
-    """How many parameters a site trains at a rank."""
+def trainable_parameters(share: Share, rule: LoRA, rank: int) -> int:
+    """The number of parameters that a site trains at a rank."""
     return rule.of_rank(rank).trainable(share.layout, share.shape) if rank else 0
 
 
 # ------------------------------------------------------------------------------------ the rules
 
 
-def as_rules(rules: Any) -> tuple[Rule, ...]:
-    """One rule or several, checked."""
+def check_rules(rules: Any) -> tuple[Rule, ...]:
+    """Checks one rule or several, and returns a tuple."""
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     for rule in rules:
         if not isinstance(rule, Rule):
@@ -165,13 +168,13 @@ def as_rules(rules: Any) -> tuple[Rule, ...]:
     return rules
 
 
-def _takes(rule: Rule, path: str) -> bool:
+def _is_for(rule: Rule, path: str) -> bool:
     return rule.pattern is None or matches(rule, path)
 
 
 def index_of(path: str, given: Sequence[Rule]) -> int | None:
-    """Which rule takes the site at `path`, or None."""
-    return next((i for i, rule in enumerate(given) if _takes(rule, path)), None)
+    """The index of the rule that takes the site at `path`, or None."""
+    return next((i for i, rule in enumerate(given) if _is_for(rule, path)), None)
 
 
 def rule_of(path: str, given: Sequence[Rule]) -> LoRA:

@@ -38,7 +38,7 @@ class Share(NamedTuple):
 
 
 def encode(shares: Sequence[Share]) -> str:
-    """The shares as JSON."""
+    """Writes shares as JSON."""
     sites = [share._asdict() | share.layout._asdict() for share in shares]
     for site in sites:
         del site["layout"]
@@ -46,7 +46,7 @@ def encode(shares: Sequence[Share]) -> str:
 
 
 def decode(text: str) -> tuple[Share, ...]:
-    """The shares of JSON; `ValueError` if it is anything else."""
+    """Reads shares from JSON; raises `ValueError` if it is anything else."""
     if not isinstance(text, str):
         raise TypeError(f"`text` must be a string of JSON; got {short(text)}.")
     if len(text) > LIMIT:

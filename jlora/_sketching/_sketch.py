@@ -30,27 +30,27 @@ def sketch(
     passes: int = 4,
     key: jax.Array | None = None,
 ) -> Sketch:
-    r"""Finds the leading singular vectors of what goes into each site, or of its gradient.
+    r"""Finds the leading singular vectors of the inputs of each site, or of its gradient.
 
-    With `kind="gradient"` they are those of $G = \partial L / \partial W$, L being the mean of the
-    losses of the batches. With `kind="inputs"` they are the principal components of the inputs z of
-    the site: singular vectors of all $z - \bar z$. An input counts where the loss depends on what W
-    makes of it, so that padding does not count, nor what a mask hides.
+    With `kind="gradient"` they are those of $G = \partial L / \partial W$, where L is the mean loss
+    of the batches. With `kind="inputs"` they are the principal components of the inputs z of
+    the site: singular vectors of all $z - \bar z$. An input counts only if the loss depends on its
+    product with W, so that padding and masked inputs do not count.
 
-    A batch costs what a training step of a LoRA does, in time and in memory, of a rank of
-    `components` + 16. No gradient of the size of W is formed; the base may be quantized, and lie
-    on a mesh. All batches count as one.
+    A batch costs the time and memory of a training step of a LoRA of rank `components` + 16. No
+    gradient of the size of W is formed. The base may be quantized, and sharded. All batches count
+    as one.
 
     Args:
-        loss: a function of parameters and a batch, as one trains with, but without an adapter.
+        loss: a function of parameters and a batch: the loss of training, but without an adapter.
         params: its parameters, as `init` takes them.
         rules: what `transform` takes, or one rule. The sites of `LoRA` and `DoRA` are sketched.
-        batches: a list, or what can be iterated over several times. Those of one shape share a
-            program.
+        batches: a list, or another iterable that can be iterated over several times. Batches of one
+            shape share a program.
         kind: `"inputs"` or `"gradient"`.
-        components: how many singular vectors; by default, twice the rule's rank. A site with
-            fewer gets all.
-        passes: how often to go through the batches, at least twice; the more, the more exact.
+        components: the number of singular vectors; by default, twice the rule's rank. A site that
+            has fewer gets all of them.
+        passes: how often to go through the batches, at least twice; more passes are more exact.
         key: a PRNG key for the random first basis; by default `jax.random.key(0)`.
 
     Returns:

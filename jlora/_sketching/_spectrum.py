@@ -18,8 +18,8 @@ class Spectrum:
 
     Attributes:
         values: k singular values, descending: (stack…, k), or (stack…, slots, k).
-        total: the sum of the squares of all of them: (stack…), or (stack…, slots). What the k leave
-            out of it is estimated, without bias, from eight random directions.
+        total: the sum of the squares of all of them: (stack…), or (stack…, slots). The part beyond
+            the k values is estimated, without bias, from eight random directions.
         inputs: the singular vectors along the inputs, as A has them: (stack…, inputs…, k), or
             (stack…, slots, inputs…, k).
         outputs: the singular vectors of a gradient along the outputs, as B has them; else None.
@@ -40,7 +40,7 @@ class Spectrum:
 
     @property
     def ratios(self) -> jax.Array:
-        """The squares of `values` as shares of the total: for inputs, the explained variance."""
+        """The squares of `values` over the total; for inputs, the explained variance."""
         total = self.total[..., None]
         return jnp.where(total > 0, self.values**2 / jnp.where(total > 0, total, 1), 0)
 

@@ -1,10 +1,10 @@
 """What an adapter changes. Imports `_linalg`, `_adapters`.
 
-All from its factors: ΔW is formed only where a function says so. Each function works on one
-`LowRank` node, under `jit` and `vmap` too; counts of directions are static.
+Everything is computed from the factors: ΔW is formed only where a function says so. Each function
+works on one `LowRank` node, under `jit` and `vmap` too; counts of directions are static.
 
-The ΔW of a node that is `residual`, as `pissa` starts it, includes what the start took from W.
-What training changed is that of `arithmetic.difference(adapter, initial)`.
+The ΔW of a `residual` node, as `pissa` makes it, includes what the initializer took from W. To see
+what training changed, give nodes of `arithmetic.difference(adapter, initial)`.
 """
 
 from ._directions import amplification as amplification

@@ -12,7 +12,7 @@ from ._factors import factors
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:
-    r"""How much the leading directions of two adapters have in common, for all numbers of them.
+    r"""Measures how much the leading directions of two adapters overlap, for all numbers of them.
 
     $\phi(i, j) = {\lVert U_1^{i\top} U_2^{j} \rVert}_F^2 / \min(i, j)$, with $U^i$ the first i left
     singular vectors: 1 where one space holds the other, 0 where they are orthogonal, and about
@@ -26,7 +26,7 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
         a1: directions as the columns of a matrix, shape (…, inputs, r₁): A, as the paper has it,
             with its inputs on one axis, or the transpose of B. A `LowRank` node stands for its ΔW:
             the directions among the inputs, in the order of the singular values of ΔW.
-        a2: the same, shape (…, inputs, r₂).
+        a2: directions of the other adapter, shape (…, inputs, r₂).
 
     Returns:
         The grid, shape (…, r₁, r₂), or fewer where a matrix has fewer directions than r by its
@@ -58,7 +58,7 @@ def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax
 
 
 def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Array:
-    r"""By how much ΔW strengthens what W does in the directions of ΔW.
+    r"""Measures how much ΔW amplifies W in the directions of ΔW.
 
     ${\lVert \Delta W \rVert}_F / {\lVert U^\top W V \rVert}_F$, with U and V the first `rank`
     singular vectors of ΔW among inputs and outputs. From a node, no ΔW is formed.
@@ -66,7 +66,7 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
     Args:
         w: the weight, of the shape that the node adapts, or (…, inputs, outputs).
         delta: a `LowRank` node, or ΔW itself as a dense array of W's shape.
-        rank: how many directions of ΔW; those that ΔW lacks (as in `subspace_similarity`) add
+        rank: the number of directions of ΔW; those that ΔW lacks (see `subspace_similarity`) add
             nothing.
 
     Returns:
@@ -86,8 +86,8 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
     """
     w, (u, values, v) = _matrices(w, delta), _svd(delta)
     _check("rank", rank, values.shape[-1], "ΔW")
-    held = _held(values, w.shape)[..., None, :rank]
-    u, v = (jnp.where(held, x[..., :rank], 0) for x in (u, v))
+    kept = _is_nonzero(values, w.shape)[..., None, :rank]
+    u, v = (jnp.where(kept, x[..., :rank], 0) for x in (u, v))
     within = times(times(u.mT, w), v)
     size = norm(values, (-1,))
     return size / jnp.where(size == 0, 1, norm(within, (-2, -1)))
@@ -96,7 +96,7 @@ def amplification(w: jax.Array, delta: jax.Array | LowRank, rank: int) -> jax.Ar
 def intruder_dimensions(
     w: jax.Array, delta: jax.Array | LowRank, k: int = 10, threshold: float = 0.5
 ) -> jax.Array:
-    r"""Which leading directions of W + ΔW are unlike every direction of W.
+    r"""Finds the leading directions of W + ΔW that are unlike every direction of W.
 
     $\max_i |\cos(v'_j, v_i)| < \epsilon$ for the first k singular vectors $v'_j$ of W + ΔW among
     the outputs (left ones of PyTorch's outputs × inputs) and all min(inputs, outputs) of W. For
@@ -110,7 +110,7 @@ def intruder_dimensions(
     Args:
         w: the weight, of the shape that the node adapts, or (…, inputs, outputs).
         delta: a `LowRank` node, or ΔW itself as a dense array of W's shape.
-        k: how many directions of W + ΔW are looked at.
+        k: the number of directions of W + ΔW to look at.
         threshold: ε.
 
     Returns:
@@ -134,14 +134,14 @@ def intruder_dimensions(
     _, old, before = jnp.linalg.svd(w, full_matrices=False)
     _, new, after = jnp.linalg.svd(w + change, full_matrices=False)
     cosines = jnp.abs(times(after[..., :k, :], before.mT))
-    cosines = jnp.where(_held(old, w.shape)[..., None, :], cosines, 0)
-    return _held(new, w.shape)[..., :k] & (cosines.max(-1) < threshold)
+    cosines = jnp.where(_is_nonzero(old, w.shape)[..., None, :], cosines, 0)
+    return _is_nonzero(new, w.shape)[..., :k] & (cosines.max(-1) < threshold)
 
 
 def _columns(x: jax.Array | LowRank) -> jax.Array:
-    """A matrix with the directions that `x` stands for, at least in float32."""
+    """Returns a matrix with the directions of `x`, in float32 or better."""
     if not isinstance(x, LowRank):
-        return _wide(x)
+        return _widen(x)
     a, b = factors(x)
     return times(a, jnp.linalg.qr(b.mT, mode="r").mT)
 
@@ -149,11 +149,11 @@ def _columns(x: jax.Array | LowRank) -> jax.Array:
 def _directions(x: jax.Array) -> jax.Array:
     """The left singular vectors of matrices; zeros where the singular value is zero."""
     u, values, _ = jnp.linalg.svd(x, full_matrices=False)
-    return jnp.where(_held(values, x.shape)[..., None, :], u, 0)
+    return jnp.where(_is_nonzero(values, x.shape)[..., None, :], u, 0)
 
 
-def _held(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Which singular values of matrices of `shape` are not zero, to rounding."""
+def _is_nonzero(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Whether each singular value of matrices of `shape` is not zero, to rounding."""
     least = max(shape[-2:]) * jnp.finfo(values.dtype).eps * values[..., :1]
     return values > least
 
@@ -166,14 +166,14 @@ def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
                 "`w` and `delta` must have the same shape (…, inputs, outputs); got "
                 f"{jnp.shape(w)} and {jnp.shape(delta)}."
             )
-        return _wide(w)
+        return _widen(w)
     if (expected := weight_shape(delta)) != jnp.shape(w):
         raise ValueError(
             f"`w` must be the weight that `delta` adapts, of shape {expected}; got shape "
             f"{jnp.shape(w)}. Take it from the base at the path of the node."
         )
     stack, inputs, outputs, _ = delta.layout
-    w = _wide(w).transpose(*stack, *inputs, *outputs)
+    w = _widen(w).transpose(*stack, *inputs, *outputs)
     n, m = len(stack), len(stack) + len(inputs)
     return w.reshape(*w.shape[:n], math.prod(w.shape[n:m]), math.prod(w.shape[m:]))
 
@@ -182,15 +182,15 @@ def _svd(delta: jax.Array | LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
     """U, S and V of ΔW."""
     if isinstance(delta, LowRank):
         return svd(*factors(delta))
-    u, values, vt = jnp.linalg.svd(_wide(delta), full_matrices=False)
+    u, values, vt = jnp.linalg.svd(_widen(delta), full_matrices=False)
     return u, values, vt.mT
 
 
 def _dense(delta: jax.Array | LowRank) -> jax.Array:
-    return times(*factors(delta)) if isinstance(delta, LowRank) else _wide(delta)
+    return times(*factors(delta)) if isinstance(delta, LowRank) else _widen(delta)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def _widen(x: jax.Array) -> jax.Array:
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 

@@ -15,8 +15,8 @@ def delta_spectrum(node: LowRank) -> jax.Array:
         node: a `LowRank` node of an adapter; dropout keys in it are ignored.
 
     Returns:
-        Shape (stack…, r), or (stack…, slots·r) with slots; descending, zero beyond the rank that
-        the weight's own shape allows; of the factors' dtype, but at least float32.
+        Shape (stack…, r), or (stack…, slots·r) with slots; descending, and zero beyond the
+        smaller side of the weight; of the factors' dtype, but at least float32.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -58,15 +58,15 @@ def distance(node: LowRank, other: LowRank) -> jax.Array:
 
     Args:
         node: a `LowRank` node of one adapter.
-        other: that of the other, for a weight of the same shape and axes; rank, scale and slots
-            may differ.
+        other: a node of the other adapter, for a weight of the same shape and axes; rank, scale
+            and slots may differ.
 
     Returns:
         Shape (stack…).
 
     Raises:
-        ValueError: if the two are for weights of different shapes or axes, or one is for a base
-            that its start changed, and the other is not.
+        ValueError: if the two are for weights of different shapes or axes, or only one is for
+            a base that an initializer changed.
 
     Examples:
         >>> import jax.numpy as jnp, jlora

@@ -1,4 +1,4 @@
-"""DARE."""
+"""DARE: entries are dropped at random."""
 
 from collections.abc import Sequence
 
@@ -19,15 +19,15 @@ def dare(
     density: float = 0.5,
     base: PyTree = None,
 ) -> PyTree:
-    r"""DARE merging: the sum of changes of which entries are dropped and the others rescaled.
+    r"""DARE merging: drops entries of each change at random, rescales the others, and sums.
 
     $\Delta W = \sum_i w_i \, m_i \odot \Delta W_i / p$ where an entry of the mask $m_i$ is 1 with
-    probability p, the `density`, and else 0. Its expectation is `add`. As in `ties` the entries are
-    those in the core space.
+    probability p, the `density`, and 0 otherwise. Its expectation is `add`. As in `ties`, the
+    entries are those in the core space.
 
     Args:
         adapters: adapters of one base.
-        weights: $w_i$, numbers or an array of shape (adapters,); 1 unless told.
+        weights: $w_i$, numbers or an array of shape (adapters,); 1 by default.
         key: a PRNG key; it is folded with each path and adapter.
         density: p, in (0, 1].
         base: the parameters that the adapters are for, needed for leaves trained in full.
@@ -38,7 +38,7 @@ def dare(
     Raises:
         TypeError: if `adapters` are none.
         ValueError: if `density` is out of range, or sites do not fit one another or are for a base
-            that a start changed; all paths are named.
+            that an initializer changed; the error names all paths.
 
     Source: Yu et al., arXiv 2311.03099.
 

@@ -16,7 +16,7 @@ from ._several import join
 def build(
     make: Callable[..., tuple[jax.Array, jax.Array]], nodes: Sequence[LowRank], *operands: Any
 ) -> LowRank:
-    """The node, of scale 1 and in the dtypes of `nodes`, of the matrices that `make` returns.
+    """Builds the node of the matrices that `make` returns, with scale 1, in the dtypes of `nodes`.
 
     Along explicit axes of a mesh, its A and B are sharded like those of the first node.
     """
@@ -42,10 +42,10 @@ def merge_in_core_space(
     merge: Callable[..., jax.Array],
     *operands: Any,
 ) -> LowRank:
-    """The node of `merge(coordinates of each weighted ΔW, *operands)`.
+    """Builds the node of `merge(coordinates of each weighted ΔW, *operands)`.
 
-    The coordinates are along the singular vectors of the ΔW side by side, and of the ΔW one above
-    the other: two bases that follow from the ΔW, however they are factored.
+    The coordinates are along the singular vectors of the concatenated ΔW, among inputs and among
+    outputs: bases that depend on the ΔW alone, however they are factored.
     """
 
     def make(nodes: Sequence[LowRank], weights: Any, *operands: Any) -> Any:

@@ -45,7 +45,7 @@ class Operands(NamedTuple):
 def check_operands(
     adapters: Sequence[PyTree], weights: Weights, base: PyTree, refusal: str
 ) -> Operands:
-    """Checks what a function was given: the leaves at a path must be for one weight."""
+    """Checks the arguments of a function; the leaves at a path must be for one weight."""
     trees = flatten_each(adapters)
     w = [1.0] * len(trees) if weights is None else _entries(weights)
     if len(w) != len(trees):
@@ -68,7 +68,7 @@ def check_operands(
 def check_merge(
     adapters: Sequence[PyTree], weights: Weights, base: PyTree, density: float
 ) -> Operands:
-    """Checks what a merge by entries was given, for which 0 must be the model."""
+    """Checks the arguments of a merge by entries, for which ΔW = 0 must be the model."""
     if not 0 < density <= 1:
         raise ValueError(f"`density` must lie in (0, 1]; got {density!r}.")
     given = check_operands(adapters, weights, base, "`adapters` cannot be combined")
@@ -79,7 +79,7 @@ def check_merge(
 
 
 def _entries(weights: Sequence[Any] | jax.Array) -> list[Any]:
-    """The weights one by one: those of an array that a traced function closes over have values."""
+    """Lists the weights; those of an array that a traced function closes over have values."""
     has_values = isinstance(weights, jax.Array) and is_concrete(weights)
     return list(np.asarray(weights) if has_values else weights)
 

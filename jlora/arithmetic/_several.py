@@ -1,7 +1,7 @@
-"""Several adapters: their leaves, and what must agree at a path for them to be one adapter.
+"""The leaves of several adapters, and what must agree at a path so that they become one adapter.
 
-Of the static fields of `LowRank`, scales and slots may differ, as the same ΔW can be written with
-others. Dropout is 0 where it differs, and `residual` must agree.
+Scales and slots may differ, as the same ΔW can be written with others. Dropout becomes 0 if it
+differs, and `residual` must agree.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ FROM_THE_START = (
 
 
 def flatten_each(adapters: Sequence[PyTree]) -> list[dict[Path, Any]]:
-    """The leaves of each adapter by path; raises if it is none or holds dropout keys."""
+    """Returns the leaves of each adapter by path; raises if it is none or holds dropout keys."""
     if not isinstance(adapters, list | tuple) or not adapters or is_node(adapters):
         raise TypeError(
             "`adapters` must be a list of adapters, as `init` returns them; got "
@@ -48,7 +48,7 @@ def refuse(refusal: str, wrong: Mapping[Path, str], remedy: str) -> None:
 
 
 def refuse_other_methods(refusal: str, leaves: Iterable[tuple[Path, Any]], remedy: str) -> None:
-    """Raises for nodes that are no `LowRank`: their sum is no node of theirs, nor is 0 their ΔW."""
+    """Raises for nodes of other methods: their sum is no such node, and 0 is not their ΔW."""
     wrong = {
         p: f"is a {type(x).__name__}" for p, x in leaves if is_node(x) and type(x) is not LowRank
     }
@@ -56,7 +56,7 @@ def refuse_other_methods(refusal: str, leaves: Iterable[tuple[Path, Any]], remed
 
 
 def mismatch(leaves: Sequence[Any]) -> str | None:
-    """Why leaves at one path are not for one weight, or None."""
+    """Says why leaves at one path are not for one weight; returns None if they are."""
     if len({is_node(x) for x in leaves}) > 1:
         return "is of low rank in one and trained in full in another"
     if not is_node(leaves[0]):
@@ -69,16 +69,16 @@ def mismatch(leaves: Sequence[Any]) -> str | None:
 
 
 def with_equal_slots(nodes: Sequence[LowRank]) -> list[LowRank]:
-    """Nodes of the same ΔW that all have the same slots, or none."""
+    """Rewrites nodes so that all have the same slots, or none, with the same ΔW."""
     if len({x.layout.slots for x in nodes}) == 1:
         return list(nodes)
     return [without_slots(x, weight_shape(x)) for x in nodes]
 
 
 def join(nodes: Sequence[LowRank], a: Any, b: Any, scale: float) -> LowRank:
-    """The node of A and B that replaces `nodes`: a factor is frozen if it is frozen in all.
+    """Makes the node of A and B that replaces `nodes`.
 
-    Its dropout is theirs if they agree, else 0.
+    A factor is frozen if it is frozen in all of them. Its dropout is theirs if they agree, else 0.
     """
     rates = {x.dropout for x in nodes}
     return nodes[0]._replace(

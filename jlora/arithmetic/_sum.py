@@ -23,20 +23,21 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
     and sites: where one has no site, its ΔW is 0.
 
     Args:
-        adapters: adapters of one base, `{}` among them if need be.
-        weights: $w_i$, numbers or an array of shape (adapters,); 1 unless told.
-        base: the parameters that the adapters are for. Needed where leaves are trained in full:
-            these become $W + \sum_i w_i (W_i - W)$. One that a single adapter has, of weight 1,
-            stays as it is without.
+        adapters: adapters of one base, which may be `{}`.
+        weights: $w_i$, numbers or an array of shape (adapters,); 1 by default.
+        base: the parameters that the adapters are for. Needed for leaves trained in full, which
+            become $W + \sum_i w_i (W_i - W)$; not for one that a single adapter has, with weight 1,
+            which stays as it is.
 
     Returns:
-        An adapter. Its dropout is that of the sites where all agree, else 0; a factor is frozen
-        where it is in all.
+        An adapter. Its dropout is that of the adapters if all agree, else 0; a factor is frozen if
+        it is frozen in all.
 
     Raises:
         TypeError: if `adapters` are none.
-        ValueError: if sites do not fit one another, cannot be added, or are for a base that a start
-            changed while the weights add up to neither 1 nor 0; all paths are named.
+        ValueError: if sites do not fit one another, cannot be added, or are for a base that an
+            initializer changed while the weights add up to neither 1 nor 0; the error names all
+            paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -50,7 +51,7 @@ def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = N
 
 
 def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) -> PyTree:
-    r"""The adapter of $c \cdot \Delta W$: B times c, A as it is. The negation is that by -1.
+    r"""Scales an adapter to $c \cdot \Delta W$: multiplies B by c, and keeps A; -1 negates it.
 
     Args:
         adapter: an adapter.
@@ -62,8 +63,8 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
 
     Raises:
         TypeError: if `adapter` is none.
-        ValueError: if it cannot be scaled, as where it is for a base that its start changed; all
-            paths are named.
+        ValueError: if it cannot be scaled, as when an initializer changed its base; the error names
+            all paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -78,14 +79,14 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
 
 
 def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
-    r"""The exact difference $\Delta W = \Delta W_1 - \Delta W_2$, of the sum of the ranks.
+    r"""The exact difference $\Delta W = \Delta W_1 - \Delta W_2$, of the sum of both ranks.
 
-    Where an initializer changed the base to $W - \Delta W_2$ this is the adapter of W itself. Give
-    it there in the place of `adapter` to all that takes ΔW = 0 for the model.
+    If an initializer changed the base to $W - \Delta W_2$, this is the adapter of W itself. Give it
+    in place of `adapter` to everything for which ΔW = 0 is the model.
 
     Args:
         adapter: the first.
-        other: what is taken away.
+        other: the adapter that is subtracted.
         base: the parameters that both are for, needed for leaves trained in full.
 
     Returns:
@@ -93,7 +94,7 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
 
     Raises:
         TypeError: if one is no adapter.
-        ValueError: if sites do not fit one another; all paths are named.
+        ValueError: if sites do not fit one another; the error names all paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -113,7 +114,7 @@ def _sum(given: Operands) -> PyTree:
 
     def low_rank(nodes: list[LowRank], w: list[Any], path: Path) -> LowRank:
         scale = nodes[0].scale or 1.0
-        b = [_times(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
+        b = [_scale_b(x.b, v, x.scale / scale) for x, v in zip(nodes, w, strict=True)]
         a = jnp.concatenate([x.a for x in nodes], -1)
         node = join(nodes, a, jnp.concatenate(b, leading_axes(nodes[0])), scale)
         return node._replace(residual=path in residual)
@@ -143,8 +144,8 @@ def _residual(given: Operands) -> Collection[Path]:
     return sites if near == [1] else ()
 
 
-def _times(b: jax.Array, *factors: Any) -> jax.Array:
-    """B times numbers, in B's dtype; B itself if all are 1."""
+def _scale_b(b: jax.Array, *factors: Any) -> jax.Array:
+    """Multiplies B by numbers, in its dtype; returns B itself if all are 1."""
     for x in factors:
         b = b if is_one(x) else (b * x).astype(b.dtype)
     return b

@@ -1,4 +1,4 @@
-"""TIES."""
+"""TIES: the largest entries, by majority of their signs."""
 
 import math
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ def ties(
     density: float = 0.2,
     base: PyTree = None,
 ) -> PyTree:
-    r"""TIES merging: of each adapter what is largest, and where signs differ, what most agree on.
+    r"""TIES merging: keeps the largest entries of each adapter whose sign the majority has.
 
-    Of the weighted changes $M_i = w_i \Delta W_i$ the entries of largest magnitude are kept, a
-    share `density`; the others become 0. The sign of an entry is that of $\sum_i M_i$. The result
-    is the mean over the adapters whose entry has that sign.
+    Of each weighted change $M_i = w_i \Delta W_i$, a share `density` of the entries is kept, those
+    of largest magnitude; the others become 0. The sign of an entry is that of $\sum_i M_i$. The
+    result is the mean over the adapters whose entry has that sign.
 
     The entries are those in the *core space* of the adapters: coordinates along the singular
-    vectors of all ΔW side by side, and of all ΔW one above the other, in which a ΔW is a matrix of
-    at most Σr × Σr. Nothing is lost, and the result has a rank of at most Σr: on the entries of ΔW
-    themselves it would have full rank, and be no adapter. Leaves trained in full are merged by
+    vectors of all ΔW, concatenated along inputs and along outputs, in which a ΔW is a matrix of at
+    most Σr × Σr. Nothing is lost, and the result has a rank of at most Σr; merging the entries of
+    ΔW themselves would give full rank, which is no adapter. Leaves trained in full are merged by
     their own entries.
 
     Args:
         adapters: adapters of one base.
-        weights: $w_i$, numbers or an array of shape (adapters,); 1 unless told.
+        weights: $w_i$, numbers or an array of shape (adapters,); 1 by default.
         density: the share of entries to keep, in (0, 1]; of each matrix.
         base: the parameters that the adapters are for, needed for leaves trained in full.
 
@@ -42,7 +42,7 @@ def ties(
     Raises:
         TypeError: if `adapters` are none.
         ValueError: if `density` is out of range, or sites do not fit one another or are for a base
-            that a start changed; all paths are named.
+            that an initializer changed; the error names all paths.
 
     Source: Yadav et al., arXiv 2306.01708; the core space: Panariello et al., arXiv 2509.17786.
 
@@ -58,7 +58,7 @@ def ties(
     given = check_merge(adapters, weights, base, density)
 
     def merge(deltas: Sequence[jax.Array], matrix: int = 2) -> jax.Array:
-        kept = jnp.stack([_largest(x, density, matrix) for x in deltas])
+        kept = jnp.stack([_keep_largest(x, density, matrix) for x in deltas])
         agrees = (kept * jnp.sign(sum(kept)) > 0).astype(kept.dtype)
         return (kept * agrees).sum(0) / jnp.maximum(agrees.sum(0), 1)
 
@@ -69,13 +69,13 @@ def ties(
     )
 
 
-def _largest(x: jax.Array, density: float, matrix: int) -> jax.Array:
-    """`x`, of each matrix of its last axes the largest entries alone, others 0."""
+def _keep_largest(x: jax.Array, density: float, matrix: int) -> jax.Array:
+    """Keeps the largest entries of each matrix of the last axes of `x`; others become 0."""
     axes = tuple(range(-matrix, 0))
     count = max(1, round(density * math.prod(x.shape[-matrix:])))
     bits = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
-    # The least that is kept, bit by bit: sorting would bring all entries to one place.
+    # The smallest entry to keep, bit by bit: sorting would gather all entries on one device.
     def with_bit(i: jax.Array, least: jax.Array) -> jax.Array:
         more = least | (jnp.ones_like(least) << (bits.dtype.itemsize * 8 - 1 - i))
         return jnp.where((bits >= more).sum(axes, keepdims=True) >= count, more, least)

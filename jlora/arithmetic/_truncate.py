@@ -19,14 +19,14 @@ from ._several import flatten_each, refuse_other_methods
 
 
 def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:
-    r"""The best approximation of each ΔW by one of a smaller rank (Eckart and Young, 1936).
+    r"""Approximates each ΔW best by one of a smaller rank (Eckart and Young, 1936).
 
     With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, and the singular values of the small
     $R_1 R_2^\top = U \Sigma V^\top$, the result is $A' = Q_1 U \sqrt{\Sigma}$ and
     $B' = \sqrt{\Sigma}\, V^\top Q_2^\top$, cut to the rank. ΔW is never formed. Each matrix of a
-    stack and each slot is approximated for itself. Computed in float32 or better. On a mesh A and B
-    stay where they lie, but for the triangles of blocks of their rows, which are gathered. The
-    adapter of a base that its start changed is again one of that base.
+    stack and each slot is approximated on its own, in float32 or better. On a mesh A and B stay
+    where they are; only triangles of blocks of their rows are gathered. An adapter of a base that
+    an initializer changed remains one of that base.
 
     Args:
         adapter: an adapter. Leaves trained in full stay as they are.
@@ -65,7 +65,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
 
     def cut(nodes: Sequence[LowRank]) -> tuple[jax.Array, jax.Array]:
         u, values, v = svd(*matrices(nodes[0]))
-        kept = rank if rank is not None else _enough(values, energy)
+        kept = rank if rank is not None else _rank_for(values, energy)
         root = jnp.sqrt(values[..., :kept])
         return u[..., :kept] * root[..., None, :], root[..., None] * v[..., :kept].mT
 
@@ -75,8 +75,8 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
     return nest({path: x if is_small(x) else build(cut, [x]) for path, x in found.items()})
 
 
-def _enough(values: jax.Array, energy: float | None) -> int:
-    """The smallest rank that keeps a share of the sum of squares, in all matrices of a stack."""
+def _rank_for(values: jax.Array, energy: float | None) -> int:
+    """The smallest rank that keeps this share of the squares in all matrices of a stack."""
     if not is_concrete(values):
         raise ValueError(
             "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "

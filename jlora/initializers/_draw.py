@@ -1,4 +1,4 @@
-"""What initializers share that draw A at random: B is zero, and W stays as it is."""
+"""Draws A at random, with B zero and W unchanged."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,12 @@ def dtype_of(site: Any, rule: Any) -> jnp.dtype:
 
 
 def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tuple[Any, Any, Any]:
-    """`(w, a, b)` with A from `sample`, a function of shape and dtype."""
+    """Returns `(w, a, b)`; `sample` draws A from a shape and a dtype."""
     dtype = dtype_of(site, rule)
     a_shape, b_shape = rule.factor_shapes(site)
     return w, sample(a_shape, dtype), jnp.zeros(b_shape, dtype)
 
 
 def fan_in(site: Any) -> int:
-    """The number of inputs that are summed; one for a lookup."""
+    """The number of inputs that a product sums: 1 for a lookup."""
     return 1 if site.kind == "embed" else site.inputs

@@ -1,4 +1,4 @@
-"""EVA."""
+"""EVA: A from the principal components of a site's inputs."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -12,9 +12,10 @@ from ._sketched import SketchInitializer
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class eva(SketchInitializer):
-    r"""A spans the leading principal components of the site's inputs, B zero.
+    r"""Starts A at the leading principal components of the site's inputs, and B at zero.
 
-    A has orthonormal columns, and no other A keeps more of the variance of the inputs. W stays.
+    A has orthonormal columns, and no other A keeps more of the variance of the inputs. W does not
+    change.
 
     Args:
         sketch: from `jlora.sketch` with `kind="inputs"`, of the same rules.

@@ -9,7 +9,7 @@ from ._draw import draw, fan_in
 
 
 def gaussian(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
-    r"""A normal with variance 1 / inputs, B zero: the paper's form.
+    r"""Draws A from a normal distribution of variance 1 / inputs, and sets B to zero.
 
     Args:
         key: a PRNG key.

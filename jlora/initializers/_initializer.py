@@ -6,10 +6,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-    """An initializer with options: a dataclass whose fields they are, named as a function is."""
+    """A dataclass whose fields are the options of an initializer; it is named like a function."""
 
     def __call__(self, key: Any, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
-        """`(w, a, b)`."""
+        """Returns `(w, a, b)`."""
         raise NotImplementedError
 
     @property

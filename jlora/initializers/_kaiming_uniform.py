@@ -9,10 +9,10 @@ from ._draw import draw, fan_in
 
 
 def kaiming_uniform(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:
-    r"""A uniform in $\pm 1/\sqrt{inputs}$, B zero; the default.
+    r"""Draws A uniformly from $\pm 1/\sqrt{inputs}$, and sets B to zero; this is the default.
 
-    It is He's uniform initializer with $a = \sqrt 5$, as PEFT and loralib draw A. Where rows of W
-    are looked up, each input is one row, so that A is uniform in ±1.
+    It is He's uniform initializer with $a = \sqrt 5$, as PEFT and loralib draw A. Where the
+    model looks up rows of W, each input is one row, so that A is uniform in ±1.
 
     Args:
         key: a PRNG key.

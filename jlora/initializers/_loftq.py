@@ -1,4 +1,4 @@
-"""LoftQ."""
+"""LoftQ: W is quantized, and A and B correct the error."""
 
 import dataclasses
 import functools
@@ -12,12 +12,12 @@ from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantiz
 from .._rules import check_int, misplaced, rule_name
 from ._initializer import Initializer
 from ._pissa import largest
-from ._split import How, check, each_matrix, how_of, in_place, of_array
+from ._split import Split, check_values, keep_sharding, map_stack, split_array, split_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class loftq(Initializer):
-    r"""LoftQ: quantizes W, and starts A and B at the best correction of the error.
+    r"""LoftQ: quantizes W, and starts A and B where they best correct the error.
 
     Two steps alternate, from $A B = 0$ on: $Q = q(W - s \cdot A B)$, and $s \cdot A B$ becomes the
     r largest singular values of $W - Q$. The base is Q, a `jlora.Quantized`. `params` must
@@ -26,7 +26,7 @@ class loftq(Initializer):
     out of what is quantized: if singular values decay it loses less.
 
     Here $s \cdot A B$ is the correction for every scale; in PEFT it is $A B$, right where alpha is
-    the rank. The base is another than `params`: see the guide "Which rule".
+    the rank. The base differs from `params`: see the guide "Which rule".
 
     Each iteration takes a full SVD of each matrix, one after the other, and gathers what `pissa`
     gathers.
@@ -35,13 +35,10 @@ class loftq(Initializer):
         scheme: such as `jlora.NF4()`, without a pattern: the rule says which leaves.
         iterations: how many times both steps are taken, at least 1.
 
-    Returns:
-        An initializer. Its own errors are those of `pissa`, and a `ValueError` where W is quantized
-        already or blocks do not divide it.
-
     Raises:
         TypeError: if `scheme` is none.
-        ValueError: if `scheme` has a pattern, or `iterations` is no integer of at least 1.
+        ValueError: if `scheme` has a pattern, or `iterations` is no integer of at least 1; in
+            `init`, as `pissa` does, and if W is quantized already or blocks do not divide it.
 
     Source: Li et al., LoftQ, arXiv 2310.08659, algorithm 1.
 
@@ -72,9 +69,9 @@ class loftq(Initializer):
         object.__setattr__(self, "iterations", int(self.iterations))
 
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
-        check(w, site, rule)
-        how = how_of(w, site, rule, self._form(w, site, rule))
-        return in_place(how, functools.partial(_alternate, self), key, w)
+        check_values(w, site, rule)
+        spec = split_of(w, site, rule, self._form(w, site, rule))
+        return keep_sharding(spec, functools.partial(_alternate, self), key, w)
 
     def _form(self, w: Any, site: Any, rule: Any) -> Form:
         if is_quantized(w):
@@ -90,15 +87,15 @@ class loftq(Initializer):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _alternate(start: loftq, how: How, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
-    def of_matrix(how: How, key: jax.Array, w: jax.Array) -> tuple[Quantized, Any, Any]:
+def _alternate(start: loftq, spec: Split, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
+    def of_matrix(spec: Split, key: jax.Array, w: jax.Array) -> tuple[Quantized, Any, Any]:
         wide = w.astype(jnp.float32)
 
         def correct(target: jax.Array) -> tuple[Quantized, Any, Any, Any]:
-            """The codes of `target`, then W - codes - s·A·B, A and B."""
-            assert how.form is not None
-            leaf = quantize_weight(target, start.scheme, how.form)
-            return leaf, *of_array(largest, how, key, wide - leaf.array(jnp.float32))
+            """Returns the codes of `target`, W - codes - s·A·B, A and B."""
+            assert spec.form is not None
+            leaf = quantize_weight(target, start.scheme, spec.form)
+            return leaf, *split_array(largest, spec, key, wide - leaf.array(jnp.float32))
 
         def next_target(_: int, target: jax.Array) -> jax.Array:
             leaf, rest, _, _ = correct(target)
@@ -108,5 +105,5 @@ def _alternate(start: loftq, how: How, key: jax.Array, w: jax.Array) -> tuple[An
         leaf, _, a, b = correct(target)
         return leaf, a, b
 
-    leaf, a, b = each_matrix(of_matrix, how, key, w)
+    leaf, a, b = map_stack(of_matrix, spec, key, w)
     return dataclasses.replace(leaf, dtype=w.dtype), a, b

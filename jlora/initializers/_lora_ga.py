@@ -1,4 +1,4 @@
-"""LoRA-GA."""
+"""LoRA-GA: A and B along the gradient."""
 
 import dataclasses
 import math
@@ -10,21 +10,22 @@ import jax.numpy as jnp
 from .._quantized import is_quantized
 from ._draw import dtype_of
 from ._sketched import SketchInitializer
-from ._split import how_of, subtract
+from ._split import split_of, subtract
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class lora_ga(SketchInitializer):
-    r"""A and B along the gradient, so that the first step is near that of full fine-tuning.
+    r"""Starts A and B along the gradient, so that the first step is close to full fine-tuning's.
 
     With the gradient $G = \sum_i \sigma_i u_i v_i^T$ of W, n outputs and the rank r,
 
     $$A = [u_1 \ldots u_r],\quad
     B = \frac{n^{1/4}}{\sqrt\gamma}\, [\sigma_{r+1} v_{r+1} \ldots \sigma_{2r} v_{2r}]^T,$$
 
-    and the base becomes $W - s A B$, so that the adapted model begins as the model was. Singular
-    values that a small W lacks are zero. Once trained, `arithmetic.difference(adapter, initial)`
-    is the adapter of the parameters, of twice the rank, as PEFT and engines need it.
+    and the base becomes $W - s A B$, so that the adapted model starts as the original.
+    Singular values that a small W lacks are zero. After training,
+    `arithmetic.difference(adapter, initial)` is the adapter of the parameters, of twice the rank,
+    as PEFT and engines need it.
 
     Args:
         sketch: from `jlora.sketch` with `kind="gradient"`, of the same rules and 2·r components.
@@ -74,4 +75,4 @@ class lora_ga(SketchInitializer):
         b = b.reshape(rule.factor_shapes(site)[1]).astype(dtype)
         if isinstance(w, jax.ShapeDtypeStruct):  # another than W, though it looks the same
             return w.update(shape=w.shape), a, b
-        return subtract(how_of(w, site, rule), w, a, b), a, b
+        return subtract(split_of(w, site, rule), w, a, b), a, b

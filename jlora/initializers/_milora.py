@@ -1,4 +1,4 @@
-"""The smallest singular values of W to A and B."""
+"""MiLoRA: moves the smallest singular values of W into A and B."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from ._split import split, svd_part
 
 
 def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""MiLoRA: A and B are the r smallest singular values of W with their vectors, W the rest.
+    r"""MiLoRA: moves the r smallest singular values of W, with their vectors, into A and B.
 
-    As `pissa`, with the other end of the spectrum: the part that W needs least is trained. Where W
-    has a rank below its size, A and B are nearly zero, and have no gradient to speak of.
+    It is `pissa` at the other end of the spectrum: the part that W needs least is trained. If W has
+    less than full rank, A and B are nearly zero, and their gradients too.
 
-    The base is another than `params`, and the learning rate is to be tuned anew, as with `pissa`.
+    As with `pissa`, the base differs from `params`; tune the learning rate again.
     In reinforcement learning with verifiable rewards it was found to collapse (arXiv 2512.23165).
 
     Args:

@@ -1,4 +1,4 @@
-"""A that sums inputs in groups, and is not trained."""
+"""MiSS: A sums inputs in groups, and is not trained."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from ._draw import dtype_of
 
 
 def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""MiSS: A repeats the identity down the inputs and stays; B, zero at first, is trained.
+    r"""MiSS: A repeats the identity along the inputs and is frozen; B starts at zero.
 
-    $\Delta W_{io} = s \, B_{i \bmod r, o}$: rows of ΔW that are r apart are the same. Half of the
-    parameters of LoRA at the same rank, and no random start. Inputs of several axes count as one.
+    $\Delta W_{io} = s \, B_{i \bmod r, o}$: rows of ΔW that are r apart are equal. It has half
+    of LoRA's parameters at the same rank, and nothing is random. Several input axes count as one.
 
     MiSS has no scale: give `alpha` = `rank` for s = 1. A has no gradient, and under
     `jlora.optimizer` no moments and no updates; another optimizer that decays weights would shrink
-    it. Its "bat" and "mini" forms are not this one. PEFT's files have it as the LoRA that it is, or
+    it. The "bat" and "mini" forms of MiSS are not implemented. PEFT's files hold it as a LoRA, or
     with `peft.save(..., config={"peft_type": "MISS"})` as MiSS.
 
     Args:

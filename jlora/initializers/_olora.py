@@ -1,24 +1,24 @@
-"""The first directions of the QR of W to A and B."""
+"""OLoRA: moves the first directions of the QR of W into A and B."""
 
 from typing import Any
 
 import jax
 
 from .._linalg import times
-from ._split import orthonormal, split, widened
+from ._split import factor_qr, split, widen
 
 
 def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""OLoRA: A and B are the first r columns and rows of the QR of W, and W is the rest.
+    r"""OLoRA: moves the first r columns and rows of the QR of W into A and B.
 
-    With $W^\top = Q R$, $B = Q_r^\top$ has orthonormal rows, $A = R_r^\top = W Q_r$, and the base
-    is $W - s \cdot A B$, in float32 and rounded once to W's dtype. Of the QR only the first r
-    columns of $W^\top$ are factored. Of a base that is quantized, the rest is quantized again in
-    the same scheme. At a scale s other than 1 more or less than $A B$ is taken, as in PEFT: give
-    `alpha` = `rank` to take just that.
+    With $W^\top = Q R$, $B = Q_r^\top$ has factor_qr rows, $A = R_r^\top = W Q_r$, and the base
+    is $W - s \cdot A B$, in float32 and rounded once to W's dtype. Only the first r columns
+    of $W^\top$ are factored. If the base is quantized, the rest is quantized again in the same
+    scheme. At a scale s other than 1, more or less than $A B$ is taken, as in PEFT: give
+    `alpha` = `rank` to take $A B$ itself.
 
-    The base is another than `params`: see the guide "Which rule" for resuming and for files. Tune
-    the learning rate anew.
+    The base differs from `params`: see the guide "Which rule" for resuming and for files. Tune the
+    learning rate again.
 
     Args:
         key: a PRNG key, not used.
@@ -48,6 +48,6 @@ def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
 
 def _first(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
     del key, scale
-    w = widened(w)
-    q, _ = orthonormal(w[..., :rank, :].mT)
+    w = widen(w)
+    q, _ = factor_qr(w[..., :rank, :].mT)
     return times(w, q), q.mT

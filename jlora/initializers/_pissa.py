@@ -1,4 +1,4 @@
-"""The largest singular values of W to A and B."""
+"""PiSSA: moves the largest singular values of W into A and B."""
 
 import dataclasses
 from typing import Any
@@ -10,29 +10,29 @@ from jax import lax
 from .._linalg import times
 from .._rules import check_int
 from ._initializer import Initializer
-from ._split import orthonormal, split, svd_part, widened
+from ._split import factor_qr, split, svd_part, widen
 
 MORE = 8  # directions beyond the rank, with which the iteration converges sooner
 
 
 def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""PiSSA: A and B are the r largest singular values of W with their vectors, W the rest.
+    r"""PiSSA: moves the r largest singular values of W, with their vectors, into A and B.
 
     With $W = U \Sigma V^\top$, $A = U_r \sqrt{\Sigma_r / s}$, $B = \sqrt{\Sigma_r / s}\, V_r^\top$
     and the base is $W - s \cdot A B$, in float32 and rounded once to W's dtype. In bfloat16 the
-    adapted model is the given one at first up to that rounding.
+    adapted model starts as the given model, up to that rounding.
 
-    `jlora.quantize` of that base is QPiSSA: it loses less than W would. Of a base that is quantized
-    when `init` gets it, the rest is quantized again in the same scheme, and the losses add up.
+    `jlora.quantize` of that base is QPiSSA: it loses less than quantizing W. If `init`
+    gets a quantized base, the rest is quantized again in the same scheme, and the errors add up.
 
-    The base is another than `params`: see the guide "Which rule" for resuming and for files.
+    The base differs from `params`: see the guide "Which rule" for resuming and for files.
     Without the adapter, as in `apply(base, {}, ...)`, it is not the model; dropout drops parts of
-    W, and weight decay pulls away from W. Tune the learning rate anew. In reinforcement learning
+    W, and weight decay pulls away from W. Tune the learning rate again. In reinforcement learning
     with verifiable rewards PiSSA and MiLoRA were found to collapse (arXiv 2512.23165).
 
-    It takes a full SVD of each matrix, of a stack one entry of its first axis at a time. A matrix
-    that lies on several devices is gathered for it, and so is a stack that is cut along its first
-    axis, at once. `pissa_niter` gathers nothing, and is faster on large ones.
+    It computes a full SVD of each matrix, one entry of the first axis of a stack at a time. It
+    gathers a sharded matrix, and at once a stack that is sharded along its first axis.
+    `pissa_niter` gathers nothing, and is faster on large matrices.
 
     Args:
         key: a PRNG key, not used.
@@ -62,7 +62,7 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
 
 
 def largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
-    """The largest singular values, by a full SVD."""
+    """A and B of the largest singular values, by a full SVD."""
     del key
     u, values, vt = svd_part(w, slice(rank))
     return factors_of(u, values, vt, scale)
@@ -71,7 +71,7 @@ def largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.
 def factors_of(
     u: jax.Array, values: jax.Array, vt: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """A and B from singular values and vectors: each gets the root of a value over the scale."""
+    """A and B of singular values and vectors: each gets the root of a value over the scale."""
     root = jnp.sqrt(values / scale)
     return u * root[..., None, :], root[..., :, None] * vt
 
@@ -80,16 +80,15 @@ def factors_of(
 class pissa_niter(Initializer):
     r"""PiSSA by randomized subspace iteration, for large matrices.
 
-    The r largest singular values are those within the span of $(W W^\top)^n W \Omega$, n the
+    It finds the r largest singular values within the span of $(W W^\top)^n W \Omega$, n the
     iterations and Ω a Gaussian matrix of r + 8 columns. It takes 2·n + 2 products with W. All
-    matrices of a stack are taken at once, and on a mesh W stays where it lies: what moves are
-    products of r + 8 columns.
+    matrices of a stack are factored at once. On a mesh W stays where it is: only products of
+    r + 8 columns are communicated.
+
+    The base depends on the key, though less with each iteration.
 
     Args:
-        iterations: n. PEFT calls this `"pissa_niter_16"`.
-
-    Returns:
-        An initializer, as `pissa`. The base depends on the key, though less with each iteration.
+        iterations: n. PEFT calls 16 of them `"pissa_niter_16"`.
 
     Raises:
         ValueError: if `iterations` is no integer of at least 0.
@@ -114,16 +113,16 @@ class pissa_niter(Initializer):
     def _factors(
         self, key: jax.Array, w: jax.Array, rank: int, scale: float
     ) -> tuple[jax.Array, jax.Array]:
-        w = widened(w)
+        w = widen(w)
         *stack, inputs, outputs = w.shape
         columns = min(rank + MORE, inputs, outputs)
         omega = jax.random.normal(key, (*stack, outputs, columns), w.dtype)
 
         def iterate(_: Any, q: jax.Array) -> jax.Array:
-            z, _ = orthonormal(times(w.mT, q))
-            return orthonormal(times(w, z))[0]
+            z, _ = factor_qr(times(w.mT, q))
+            return factor_qr(times(w, z))[0]
 
-        q = lax.fori_loop(0, self.iterations, iterate, orthonormal(times(w, omega))[0])
-        z, rest = orthonormal(times(w.mT, q))
+        q = lax.fori_loop(0, self.iterations, iterate, factor_qr(times(w, omega))[0])
+        z, rest = factor_qr(times(w.mT, q))
         u, values, vt = svd_part(rest.mT, slice(rank))
         return factors_of(times(q, u), values, times(vt, z.mT), scale)

@@ -1,4 +1,4 @@
-"""What initializers share that start from a `jlora.types.Sketch`."""
+"""Initializers that start from a `jlora.types.Sketch`."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ AGAIN = "Sketch with the rules and the parameters that `init` gets."
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SketchInitializer(Initializer):
-    """An initializer from a sketch of the same rules, which checkpoints do not hold.
+    """An initializer that starts from a sketch of the same rules; checkpoints do not hold sketches.
 
     Attributes:
         sketch: from `jlora.sketch`.

@@ -1,4 +1,4 @@
-"""What initializers share that move a part of W into A and B, and leave the rest as the base."""
+"""Moves a part of W into A and B, and leaves the rest as the base."""
 
 import dataclasses
 import functools
@@ -24,8 +24,8 @@ from ._draw import dtype_of
 Factored = Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Array]]
 
 
-class How(NamedTuple):
-    """What a factorization needs to know of a site beside its arrays.
+class Split(NamedTuple):
+    """How a site is split, apart from its arrays.
 
     Attributes:
         layout: which axes of W are which.
@@ -47,139 +47,139 @@ class How(NamedTuple):
         return self.layout.stack[:1] == (0,) and (self.form is None or 0 in self.form.stack)
 
     @property
-    def of_entry(self) -> "How":
-        """What is known of each entry along the first axis."""
+    def of_entry(self) -> "Split":
+        """How each entry along the first axis is split."""
         stack, inputs, outputs = (tuple(d - 1 for d in axes if d) for axes in self.layout[:3])
         slots = self.layout.slots and (*self.layout.slots[:2], self.layout.slots[2] - 1)
         form = self.form and self.form.of_entry
         return self._replace(layout=Layout(stack, inputs, outputs, slots), form=form)
 
 
-def how_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> How:
-    """The `How` of a site under a rule."""
+def split_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> Split:
+    """How a site is split under a rule."""
     form = w.form if is_quantized(w) else form
-    return How(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
+    return Split(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
 
 
 def split(
     factored: Factored, key: jax.Array, w: Any, site: Any, rule: Any
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """`(w, a, b)`: W - s·A·B, rounded once, with A and B from `factored`.
+    """Returns W - s·A·B, rounded once, and A and B, which `factored` computes.
 
-    Each matrix of a stack and each slot is factored by itself. A quantized W is quantized again.
+    Each matrix of a stack and each slot is factored on its own. A quantized W is quantized again.
     """
-    check(w, site, rule)
-    return in_place(how_of(w, site, rule), functools.partial(_split, factored), key, w)
+    check_values(w, site, rule)
+    return keep_sharding(split_of(w, site, rule), functools.partial(_split, factored), key, w)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _split(factored: Factored, how: How, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
+def _split(factored: Factored, spec: Split, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
     if not is_quantized(w):
-        return of_array(factored, how, key, w)
+        return split_array(factored, spec, key, w)
 
-    def requantize(how: How, key: jax.Array, w: Quantized) -> tuple[Any, Any, Any]:
-        rest, a, b = of_array(factored, how, key, w.array(jnp.float32))
+    def requantize(spec: Split, key: jax.Array, w: Quantized) -> tuple[Any, Any, Any]:
+        rest, a, b = split_array(factored, spec, key, w.array(jnp.float32))
         return quantize_weight(rest, w.scheme, w.form), a, b
 
-    leaf, a, b = each_matrix(requantize, how, key, dataclasses.replace(w, used=None))
+    leaf, a, b = map_stack(requantize, spec, key, dataclasses.replace(w, used=None))
     error = None if w.error is None else leaf.error
     return dataclasses.replace(leaf, dtype=w.dtype, used=w.used, error=error), a, b
 
 
-def each_matrix(f: Callable[..., Any], how: How, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
-    """Maps `f(how, key, w)` over the leading axes of a stack, one entry after the other."""
-    if not how.is_stack:
-        return f(how, key, w)
+def map_stack(f: Callable[..., Any], spec: Split, key: jax.Array, w: Any) -> tuple[Any, Any, Any]:
+    """Maps `f(spec, key, w)` over the leading axes of a stack, one entry after the other."""
+    if not spec.is_stack:
+        return f(spec, key, w)
 
     def of_entry(xs: Any) -> Any:
         key, w = xs
-        w = dataclasses.replace(w, form=how.of_entry.form) if is_quantized(w) else w
-        return each_matrix(f, how.of_entry, key, w)
+        w = dataclasses.replace(w, form=spec.of_entry.form) if is_quantized(w) else w
+        return map_stack(f, spec.of_entry, key, w)
 
     leaf, a, b = lax.map(of_entry, (jax.random.split(key, w.shape[0]), w))
-    return dataclasses.replace(leaf, form=how.form) if is_quantized(leaf) else leaf, a, b
+    return dataclasses.replace(leaf, form=spec.form) if is_quantized(leaf) else leaf, a, b
 
 
-def of_array(
-    factored: Factored, how: How, key: jax.Array, w: jax.Array
+def split_array(
+    factored: Factored, spec: Split, key: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """W - s·A·B, A and B; slots that are not chosen stay as they are."""
+    """Returns W - s·A·B, A and B; slots that are not chosen stay as they are."""
 
-    def of(how: How, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        a, b = _of_matrices(factored, how, key, w)
-        return _without(how, w, a, b), a, b
+    def of(spec: Split, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        a, b = _factor_matrices(factored, spec, key, w)
+        return _subtract_product(spec, w, a, b), a, b
 
-    return _in_slots(of, how, w)
-
-
-def subtract(how: How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """W - s·A·B in the chosen slots, rounded once."""
-    return _in_slots(lambda how, w: (_without(how, w, a, b), a, b), how, w)[0]
+    return _in_slots(of, spec, w)
 
 
-def _in_slots(f: Callable[..., Any], how: How, w: jax.Array) -> tuple[Any, Any, Any]:
-    """Applies `f(how, w)`, which returns `(w, a, b)`, to the chosen slots as a stack."""
-    if how.layout.slots is None:
-        return f(how, w)
-    count, chosen, axis = how.layout.slots
+def subtract(spec: Split, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Subtracts s·A·B from the chosen slots of W, and rounds once."""
+    return _in_slots(lambda spec, w: (_subtract_product(spec, w, a, b), a, b), spec, w)[0]
+
+
+def _in_slots(f: Callable[..., Any], spec: Split, w: jax.Array) -> tuple[Any, Any, Any]:
+    """Applies `f(spec, w)`, which returns `(w, a, b)`, to the chosen slots as a stack."""
+    if spec.layout.slots is None:
+        return f(spec, w)
+    count, chosen, axis = spec.layout.slots
     parts = jnp.split(w, count, axis)
-    stack, inputs, outputs = (tuple(d + 1 for d in axes) for axes in how.layout[:3])
-    how = how._replace(layout=Layout((*stack, 0), inputs, outputs))
-    rest, a, b = f(how, jnp.stack([parts[i] for i in chosen]))
+    stack, inputs, outputs = (tuple(d + 1 for d in axes) for axes in spec.layout[:3])
+    spec = spec._replace(layout=Layout((*stack, 0), inputs, outputs))
+    rest, a, b = f(spec, jnp.stack([parts[i] for i in chosen]))
     for i, part in zip(chosen, rest, strict=True):
         parts[i] = part
     return jnp.concatenate(parts, axis), a, b
 
 
-def _of_matrices(
-    factored: Factored, how: How, key: jax.Array, w: jax.Array
+def _factor_matrices(
+    factored: Factored, spec: Split, key: jax.Array, w: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    stack, inputs, outputs = (tuple(w.shape[d] for d in axes) for axes in how.layout[:3])
-    x = lax.transpose(w, [d for axes in how.layout[:3] for d in axes])
+    stack, inputs, outputs = (tuple(w.shape[d] for d in axes) for axes in spec.layout[:3])
+    x = lax.transpose(w, [d for axes in spec.layout[:3] for d in axes])
     x = x.reshape(*stack, math.prod(inputs), math.prod(outputs))
-    a, b = factored(key, x, how.rank, how.scale)
-    a, b = a.reshape(*stack, *inputs, how.rank), b.reshape(*stack, how.rank, *outputs)
-    return a.astype(how.dtype), b.astype(how.dtype)
+    a, b = factored(key, x, spec.rank, spec.scale)
+    a, b = a.reshape(*stack, *inputs, spec.rank), b.reshape(*stack, spec.rank, *outputs)
+    return a.astype(spec.dtype), b.astype(spec.dtype)
 
 
-def _without(how: How, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """W - s·A·B, summed in float32 or better and rounded once."""
-    stack, inputs, outputs = (tuple(map(Axis, axes)) for axes in how.layout[:3])
+def _subtract_product(spec: Split, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Subtracts s·A·B from W in float32 or better, and rounds once."""
+    stack, inputs, outputs = (tuple(map(Axis, axes)) for axes in spec.layout[:3])
     delta = Delta(
-        Factor(a, (*stack, *inputs, RANK)), Factor(b, (*stack, RANK, *outputs)), how.scale
+        Factor(a, (*stack, *inputs, RANK)), Factor(b, (*stack, RANK, *outputs)), spec.scale
     )
     return Change((delta,)).of(w, [Axis(d) for d in range(w.ndim)], -1)
 
 
 def svd_part(w: jax.Array, kept: slice) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The part `kept` of U, Σ and Vᵀ of matrices (…, inputs, outputs).
+    """Computes the part `kept` of U, Σ and Vᵀ of matrices (…, inputs, outputs).
 
-    A stack is decomposed one entry of its first axis at a time: layers fit in memory one by one,
-    and experts behind them stay on the devices where they are.
+    A stack is decomposed one entry of its first axis at a time, so that one layer is in memory at
+    once, and the experts of a layer stay on their devices.
     """
 
     def of(w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        u, values, vt = jnp.linalg.svd(widened(w), full_matrices=False)
+        u, values, vt = jnp.linalg.svd(widen(w), full_matrices=False)
         return u[..., kept], values[..., kept], vt[..., kept, :]
 
     return each(of, w) if w.ndim == 2 else lax.map(lambda w: each(of, w), w)
 
 
-def orthonormal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and R of matrices (…, n, r); rows that are sharded stay where they are."""
+def factor_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes Q and R of matrices (…, n, r); sharded rows stay on their devices."""
     return each(qr, x, on_cpu=lambda x: tuple(jnp.linalg.qr(x)))
 
 
-def widened(x: jax.Array) -> jax.Array:
-    """`x` in float32 or better."""
+def widen(x: jax.Array) -> jax.Array:
+    """Casts `x` to float32, or keeps a wider dtype."""
     return x.astype(promote(x.dtype, jnp.float32))
 
 
-# ----------------------------------------------------------------------------------- the whole of W
+# ------------------------------------------------------------------------------ checks and sharding
 
 
-def check(w: Any, site: Any, rule: Any) -> None:
-    """Raises if W has no values, values that are not finite, or is only a part."""
+def check_values(w: Any, site: Any, rule: Any) -> None:
+    """Raises if W has no values, is not finite, or is only a part of the weight."""
     name = f"the start of {rule_name(rule)}"
     check_whole(f"{name} factors", w, site.path)
     if is_quantized(w):
@@ -192,18 +192,18 @@ def check(w: Any, site: Any, rule: Any) -> None:
         )
 
 
-def in_place(
-    how: How, f: Callable[..., Any], key: jax.Array, w: Any
+def keep_sharding(
+    spec: Split, f: Callable[..., Any], key: jax.Array, w: Any
 ) -> tuple[Any, jax.Array, jax.Array]:
-    """Calls `f(how, key, w)`, which returns `(w, a, b)`, and shards the new W like the old one.
+    """Calls `f(spec, key, w)`, which returns `(w, a, b)`, and shards the new W like the old one.
 
     Along explicit axes of a mesh, A and B are sharded like W too.
     """
-    f = functools.partial(f, how)
+    f = functools.partial(f, spec)
     known = explicit(leaf_weight(w, Change(), "", materialize=True).type)
     if known is not None:
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (key, w))
-        places = _places(how, known, *jax.eval_shape(f, *bare))
+        places = _shardings(spec, known, *jax.eval_shape(f, *bare))
         f = jax.sharding.auto_axes(f, out_sharding=places)
     new, a, b = f(key, w)
     if jax.tree.structure(new) == jax.tree.structure(w):
@@ -216,7 +216,7 @@ def _put_like(new: jax.Array, old: Any) -> jax.Array:
     return new if place is None else jax.device_put(new, place)
 
 
-def _places(how: How, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
+def _shardings(spec: Split, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
     """The shardings of W, A and B along the axes of the mesh of `known`, that of W."""
 
     def place(axes: Sequence[int | None], x: Any) -> NamedSharding:
@@ -226,7 +226,7 @@ def _places(how: How, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any
         spec = [entry if fit else None for entry, fit in zip(spec, fits, strict=True)]
         return NamedSharding(known.mesh, PartitionSpec(*spec))
 
-    stack, inputs, outputs, slots = how.layout
+    stack, inputs, outputs, slots = spec.layout
     beside = (*stack, *((None,) if slots is not None else ()))
     of_a, of_b = place((*beside, *inputs, None), a), place((*beside, None, *outputs), b)
     if not is_quantized(w):
