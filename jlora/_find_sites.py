@@ -18,9 +18,9 @@ from ._core import (
     Uses,
     ValueReadError,
     abstract,
+    as_array,
     evaluate,
     leaf_weight,
-    materialized,
     take,
     trace,
 )
@@ -67,7 +67,7 @@ class Traced(NamedTuple):
             n = len(self.paths)
             weights = map(weight, self.paths, values[:n])
             for x in evaluate(self.jaxpr, *weights, *values[n:]):
-                materialized(x, lambda: "the function's outputs", added=True)
+                as_array(x, lambda: "the function's outputs", added=True)
 
         jax.eval_shape(call, *self.types)
 

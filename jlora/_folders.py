@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: it is written beside its place, and renamed to it."""
+"""Folders that appear whole or not at all: each is written next to its place, then renamed."""
 
 import contextlib
 import errno
@@ -19,11 +19,11 @@ Where = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def fresh(path: Where, what: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` at the end, or is removed on failure.
+    """Yields a folder to write into, which becomes `path` at the end, or is removed on failure.
 
     Raises:
-        FileExistsError: if `path`, which errors call `what`, is there and no empty folder, or is a
-            mount point.
+        FileExistsError: if `path`, which errors call `what`, exists and is not an empty folder, or
+            is a mount point.
         OSError: if there is no room or no permission to write it.
     """
     final = Path(os.path.abspath(path))
@@ -35,7 +35,7 @@ def fresh(path: Where, what: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(path: Where, what: str) -> Iterator[Path]:
-    """A folder beside `path`, on the same disk, that is removed in the end."""
+    """Yields a folder next to `path`, on the same disk, and removes it in the end."""
     final = Path(os.path.abspath(path))
     remove_left(final)
     stage = beside(final, token())
@@ -43,7 +43,7 @@ def scratch(path: Where, what: str) -> Iterator[Path]:
         stage.mkdir(parents=True)
         yield stage
     except Exception as e:
-        if isinstance(e, FileExistsError) or (number := _failed_write(e, stage)) is None:
+        if isinstance(e, FileExistsError) or (number := _error_number(e, stage)) is None:
             raise
         error = (type(e) if isinstance(e, OSError) else OSError)(
             f"{what}: could not write {final}: {os.strerror(number)}. Nothing is left of it, and "
@@ -59,8 +59,8 @@ def scratch(path: Where, what: str) -> Iterator[Path]:
 _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def _failed_write(error: Exception, stage: Path) -> int | None:
-    """The number of an error of the system that is about `stage`, or the disk that it is on."""
+def _error_number(error: Exception, stage: Path) -> int | None:
+    """Returns the number of a system error that concerns `stage` or its disk, else None."""
     if isinstance(error, OSError):
         number, path = error.errno, str(error.filename or "")
         about = path.startswith(str(stage)) or path == str(stage.parent)
@@ -73,7 +73,7 @@ def _failed_write(error: Exception, stage: Path) -> int | None:
 
 
 def check_vacant(final: os.PathLike[str], what: str) -> None:
-    """Raises where a folder cannot appear."""
+    """Raises unless a folder can appear at `final`."""
     if os.path.ismount(final):  # nothing is renamed to one
         raise FileExistsError(f"{what}: {final} is a mount point; give a folder in it.")
     is_empty = os.path.isdir(final) and not os.path.islink(final) and not os.listdir(final)
@@ -82,12 +82,12 @@ def check_vacant(final: os.PathLike[str], what: str) -> None:
 
 
 def token() -> str:
-    """What a folder in the making is called by: the machine, the process, and a random part."""
+    """Names a folder in the making: the machine, the process, and a random part."""
     return f"{_machine()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def beside(final: Path, token: str) -> Path:
-    """Where `final` is made; of a long name a part, as a name has at most 255 bytes."""
+    """Returns the path where `final` is made; a long name is cut, as it has at most 255 bytes."""
     name = final.name
     while len(os.fsencode(name)) > 100:
         name = name[:-1]
@@ -95,7 +95,7 @@ def beside(final: Path, token: str) -> Path:
 
 
 def commit(stage: Path, final: Path, what: str) -> None:
-    """Renames, which fails where a folder with files has come to be there."""
+    """Renames `stage` to `final`; raises if a folder with files has appeared there."""
     for path in stage.rglob("*"):
         if path.is_file():
             _sync(path)
@@ -108,7 +108,7 @@ def commit(stage: Path, final: Path, what: str) -> None:
 
 
 def discard(stage: Path) -> None:
-    """Removes a folder, and those whose names begin with its own, as Orbax makes them."""
+    """Removes a folder, and those whose names begin with its name, as Orbax makes them."""
     deadline = time.monotonic() + PATIENCE
     while left := list(stage.parent.glob(f"{glob.escape(stage.name)}*")):
         for path in left:
@@ -120,18 +120,18 @@ def discard(stage: Path) -> None:
 
 
 def remove_left(final: Path) -> None:
-    """Removes what processes of this machine left that were killed while they made `final`."""
+    """Removes what killed processes of this machine left while they made `final`."""
     if os.name != "posix":  # elsewhere a process cannot be asked for without harm
         return
     name = re.escape(beside(final, "").name)
     ours = re.compile(rf"{name}{_machine()}-(?P<process>\d+)-[0-9a-f]{{16}}(\..*)?")
     for path in final.parent.glob(".*"):
-        if (found := ours.fullmatch(path.name)) and not _lives(int(found["process"])):
+        if (found := ours.fullmatch(path.name)) and not _is_running(int(found["process"])):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _machine() -> str:
-    """What tells apart those that number their processes alone: machines, and containers on one."""
+    """Identifies the machine, or the container on it, to which process numbers belong."""
     try:
         numbered = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -139,7 +139,7 @@ def _machine() -> str:
     return hashlib.sha256(f"{platform.node()} {numbered}".encode()).hexdigest()[:8]
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

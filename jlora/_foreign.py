@@ -70,12 +70,12 @@ def check_apply_fn(apply_fn: Any) -> None:
 
 
 @contextlib.contextmanager
-def advised(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
+def note_advice(apply_fn: Callable[..., Any], params: PyTree) -> Iterator[None]:
     """Adds a note to errors of `apply_fn` if `params` may not be its first argument."""
     try:
         yield
     except Exception as e:
-        if advice := _collection(apply_fn, params) or _order(apply_fn):
+        if advice := _advise_on_variables(apply_fn, params) or _advise_on_order(apply_fn):
             e.add_note(f"jlora: {advice}")
         raise
 
@@ -84,7 +84,7 @@ PARAMETERS = ("params", "parameters", "variables")
 FIRST = (*PARAMETERS, "weights", "p")  # what else the first argument is called, and others are too
 
 
-def _order(apply_fn: Callable[..., Any]) -> str | None:
+def _advise_on_order(apply_fn: Callable[..., Any]) -> str | None:
     """Advises what to do if, by its name, a later argument is the parameters."""
     try:
         names = list(inspect.signature(apply_fn).parameters)
@@ -100,9 +100,9 @@ def _order(apply_fn: Callable[..., Any]) -> str | None:
     )
 
 
-def _collection(apply_fn: Callable[..., Any], params: PyTree) -> str | None:
+def _advise_on_variables(apply_fn: Callable[..., Any], params: PyTree) -> str | None:
     """Advises what to do if a linen module gets a collection in the place of its variables."""
-    while not inspect.ismethod(apply_fn) and (inner := _inner(apply_fn)) is not None:
+    while not inspect.ismethod(apply_fn) and (inner := _unwrap(apply_fn)) is not None:
         apply_fn = inner
     module = getattr(apply_fn, "__self__", None)
     if not _is_a("flax.linen", "Module", module) or not isinstance(params, Mapping):
@@ -116,7 +116,7 @@ def _collection(apply_fn: Callable[..., Any], params: PyTree) -> str | None:
     )
 
 
-def _inner(fn: Any) -> Any:
+def _unwrap(fn: Any) -> Any:
     """Returns the function inside a partial application or a compiled function, or None."""
     return fn.func if isinstance(fn, functools.partial) else getattr(fn, "__wrapped__", None)
 
@@ -127,7 +127,7 @@ def check_leaf(x: Any, path: Path) -> None:
         return
     raise TypeError(
         f"`params` must be a pytree of arrays; the leaf {name_of(path)!r} is {reprlib.repr(x)} of "
-        f"type {type(x).__name__}.{_remedy(x)}"
+        f"type {type(x).__name__}.{_remedy_for(x)}"
     )
 
 
@@ -152,7 +152,7 @@ def check_kept(params: PyTree, before: Mapping[Path, Any]) -> None:
         )
 
 
-def _remedy(x: Any) -> str:
+def _remedy_for(x: Any) -> str:
     if _is_a("keras", "Variable", x):
         return f" Give {_NAMED}."
     if callable(x):

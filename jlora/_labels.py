@@ -55,7 +55,7 @@ def labels(tree: PyTree) -> PyTree:
 
 
 def _base_beside_adapter(tree: PyTree) -> str | None:
-    """The key of a base that stands beside its adapter in one dict, if there is one."""
+    """Finds the key of a base next to its adapter in one dict, if there is one."""
     for name in ("base", "params") if isinstance(tree, Mapping) else ():
         own = _labeled_by_path(tree[name]) if name in tree else {}
         others = [_labeled_by_path(x) for key, x in tree.items() if key != name]
@@ -66,7 +66,7 @@ def _base_beside_adapter(tree: PyTree) -> str | None:
 
 
 def _labeled_by_path(tree: PyTree) -> dict[str, bool]:
-    """For each leaf by its path, whether it says itself what is trained."""
+    """Says for each leaf, by its path, whether it has labels of its own."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_labeled)
     return {jax.tree_util.keystr(path): _is_labeled(x) for path, x in flat}
 
@@ -77,7 +77,7 @@ def is_masked(x: Any) -> bool:
 
 
 def _is_labeled(x: Any) -> bool:
-    """Whether `x` says itself what is trained: a node, a bound leaf or `Params`."""
+    """Whether `x` has labels of its own: a node, a bound leaf or `Params`."""
     return is_node(x) or isinstance(x, Params | Adapted)
 
 

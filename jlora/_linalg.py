@@ -1,4 +1,4 @@
-"""Factorizations of matrices of which some lie on several devices."""
+"""Factorizations of matrices, also of sharded ones."""
 
 import math
 from collections.abc import Callable
@@ -12,37 +12,37 @@ TALL = 4  # rows of a block, as a multiple of its columns
 
 
 def svd(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U (…, inputs, n), S (…, n) and V (…, outputs, n) of A·B; n is at most r."""
+    """Returns U (…, inputs, n), S (…, n) and V (…, outputs, n) of A·B; n is at most r."""
     (q_a, r_a), (q_b, r_b) = qr(a), qr(b.mT)
     u, values, vt = svd_of(times(r_a, r_b.mT))
     return times(q_a, u), values, times(q_b, vt.mT)
 
 
 def svd_of(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, S and Vᵀ of small matrices (…, m, n)."""
-    return _where_alone(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)), x)
+    """Returns U, S and Vᵀ of small matrices (…, m, n)."""
+    return _factor(lambda x: tuple(jnp.linalg.svd(x, full_matrices=False)), x)
 
 
 def norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """‖x‖ over some axes, also where the squares of its entries are too small or too large."""
+    """Returns ‖x‖ over some axes, also where squares of its entries would under- or overflow."""
     largest = jnp.abs(x).max(axes, keepdims=True, initial=0)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     return jnp.squeeze(unit, axes) * jnp.sqrt(jnp.square(x / unit).sum(axes))
 
 
 def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q and R of matrices (…, n, r), the tall ones by blocks of rows.
+    """Returns Q and R of matrices (…, n, r), of tall ones by blocks of rows.
 
-    Householder's QR of each block, then of the blocks' R one above the other, and so on: as stable
-    as that of the whole. Rows that lie on several devices stay there; what is gathered are R's.
+    Each block has Householder's QR; then the stacked R of the blocks have one, and so on. This is
+    as stable as the QR of the whole. Sharded rows stay where they are; only R's are gathered.
 
     Source: Demmel et al., arXiv 0808.2664 (TSQR).
     """
     *stack, n, r = x.shape
     blocks = _blocks(n, r)
     if blocks == 1:
-        return _where_alone(_qr, x)
-    q, below = _where_alone(_qr, x.reshape(*stack, blocks, n // blocks, r))
+        return _factor(_qr, x)
+    q, below = _factor(_qr, x.reshape(*stack, blocks, n // blocks, r))
     top, whole = qr(below.reshape(*stack, blocks * r, r))
     return times(q, top.reshape(*stack, blocks, r, r)).reshape(x.shape), whole
 
@@ -52,13 +52,17 @@ def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return q, r
 
 
-def _where_alone(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """`f` of all matrices at once where they may lie on several devices, else as by `each`."""
+def _factor(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    """Applies `f` to all matrices at once where they may be sharded, else as `each` does.
+
+    Only programs for CPUs differ: a map over a sharded stack would gather it, and whether `x` is
+    sharded along automatic mesh axes is not known while it is traced.
+    """
     return f(x) if jax.device_count() > 1 else each(f, x)
 
 
 def _blocks(n: int, r: int) -> int:
-    """The most equal blocks of n rows, a power of two as meshes are, of at least 4·r rows."""
+    """Counts the blocks of equal size: a power of two, as in meshes, of at least 4·r rows each."""
     blocks = 1
     while n % (2 * blocks) == 0 and n >= 2 * blocks * TALL * r:
         blocks *= 2
@@ -66,10 +70,10 @@ def _blocks(n: int, r: int) -> int:
 
 
 def each(f: Callable[[jax.Array], Any], x: jax.Array, on_cpu: Any = None) -> Any:
-    """`f` of matrices (…, m, n); on CPUs `on_cpu`, if that is given, of one matrix at a time.
+    """Applies `f` to matrices (…, m, n); on CPUs to one at a time, or `on_cpu` if it is given.
 
-    There JAX factors the matrices of a stack on threads, for which the caller waits on a thread:
-    where a program factors as many stacks at once as there are threads, it waits for ever.
+    On CPUs, JAX factors a stack's matrices on a pool of threads, and blocks one of them meanwhile:
+    a program that factors as many stacks at once as there are threads would wait for ever.
     """
     one = f if on_cpu is None else on_cpu
 
@@ -83,14 +87,14 @@ def each(f: Callable[[jax.Array], Any], x: jax.Array, on_cpu: Any = None) -> Any
 
 
 def times(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A matrix product in full precision."""
+    """Multiplies matrices in full precision."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def inverse(x: jax.Array) -> jax.Array:
-    """The inverses of symmetric positive definite matrices (…, r, r), by Gauss and Jordan in place.
+    """Inverts symmetric positive definite matrices (…, r, r) by Gauss-Jordan elimination in place.
 
-    Without LAPACK, so that on CPUs any number of them may be taken at once, and mapped: see `each`.
+    It does without LAPACK, so that on CPUs any number may be inverted at once: see `each`.
     """
     places = jnp.arange(x.shape[-1])
 

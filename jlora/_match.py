@@ -56,7 +56,7 @@ def _fit(site: Site, rule: Rule, sites: Sites) -> Site:
     if site.layout is None and rule.materialize and site.materialized is not None:
         site = dataclasses.replace(site, kind="materialized", layout=site.materialized)
     if site.layout is None:
-        raise ValueError(_not_linear(rule, site, sites))
+        raise ValueError(_explain_not_linear(rule, site, sites))
     if site.unsupported_uses and not rule.materialize:
         raise NotImplementedError(
             f"{rule_name(rule)} matches {site.name}, which the model also uses where W + s·A·B "
@@ -90,13 +90,13 @@ def _check_full(rule: Full, site: Site) -> None:
         )
 
 
-def _not_linear(rule: Rule, site: Site, sites: Sites) -> str:
+def _explain_not_linear(rule: Rule, site: Site, sites: Sites) -> str:
     remedy = "Narrow the pattern, or train the leaf in full with jlora.Full."
     if not jnp.issubdtype(site.dtype, jnp.floating):
         why, remedy = f"is not floating-point ({site.dtype})", "Narrow the pattern."
     elif len(site.shape) < 2:
         why = f"is no matrix (shape {site.shape})"
-        if better := _better(rule, site, sites):
+        if better := _suggest_pattern(rule, site, sites):
             remedy = (
                 f"Narrow the pattern (did you mean {better!r}?), or train the leaf in full with "
                 "jlora.Full."
@@ -115,7 +115,7 @@ def _not_linear(rule: Rule, site: Site, sites: Sites) -> str:
     )
 
 
-def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
+def _suggest_pattern(rule: Rule, site: Site, sites: Sites) -> str | None:
     """Finds a pattern like that of `rule` that matches only sites, such as siblings of `site`."""
     if rule.pattern is None or not site.parts:
         return None
@@ -127,12 +127,12 @@ def _better(rule: Rule, site: Site, sites: Sites) -> str | None:
             f"{p}/{way}{name}" for way in ("", ".*") for p in (rule.pattern, f"({rule.pattern})")
         )
         for pattern in (renamed, *below):
-            if _hits_sites(pattern, sites):
+            if _matches_only_sites(pattern, sites):
                 return pattern
     return None
 
 
-def _hits_sites(pattern: str, sites: Sites) -> bool:
+def _matches_only_sites(pattern: str, sites: Sites) -> bool:
     """Whether `pattern` is a regular expression that matches sites and nothing else."""
     try:
         hits = [s for s in sites.leaves if compile_pattern(pattern).search(s.path)]

@@ -105,10 +105,10 @@ def _combine(base: PyTree, adapter: PyTree, sign: int, requantize: bool = False)
     for (path, x), old in zip(bound, old_leaves, strict=True):
         to_codes = requantize and is_quantized(old)
         if is_adapted(x):
-            x = _changed(x, name_of(path), sign)
+            x = _apply_change(x, name_of(path), sign)
             leaves.append(_quantize_like(x, old) if to_codes else x)
         else:
-            leaves.append(old if to_codes or sign < 0 else _like(x, old))
+            leaves.append(old if to_codes or sign < 0 else _cast_like(x, old))
     return jax.tree.unflatten(tree, leaves)
 
 
@@ -123,14 +123,14 @@ def _quantize_like(w: Any, old: Quantized) -> Quantized:
     return dataclasses.replace(moved, error=jax.device_put(leaf.error, at))
 
 
-def _changed(leaf: Adapted, path: str, sign: int) -> Any:
+def _apply_change(leaf: Adapted, path: str, sign: int) -> Any:
     if sign < 0 and is_quantized(leaf.base):
         raise ValueError(
             f"`unmerge` cannot take ΔW back at {path!r}, which is quantized: its codes hold the "
             "sum only roughly. Keep the base."
         )
     # As one program, so that a sharded W is added to where it lies; one for all leaves of a form.
-    program = jax.jit(_change, static_argnums=2, out_shardings=_place(leaf.base))
+    program = jax.jit(_change, static_argnums=2, out_shardings=_sharding_of(leaf.base))
     keys = arrays(leaf.delta).keys() - state(leaf.delta).keys()
     node = leaf.delta._replace(**dict.fromkeys(keys))
     try:
@@ -149,19 +149,19 @@ def _change(w: Any, node: Any, sign: int) -> jax.Array:
     return lower(node, w).of(w, axes, sign).astype(dtype)
 
 
-def _like(w: Any, old: Any) -> Any:
+def _cast_like(w: Any, old: Any) -> Any:
     if is_quantized(w):
         return dequantize(w)
     if w is old:
         return w
-    w, place = jnp.asarray(w, jnp.result_type(old)), _place(old)
+    w, place = jnp.asarray(w, jnp.result_type(old)), _sharding_of(old)
     return w if place is None else jax.device_put(w, place)
 
 
-def _place(w: Any) -> Any:
+def _sharding_of(w: Any) -> Any:
     """Returns the sharding that the user gave `w`, or None."""
     if is_quantized(w):
-        return None if w.form.flat else _place(w.data)
+        return None if w.form.flat else _sharding_of(w.data)
     return place_of(w)
 
 

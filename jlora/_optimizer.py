@@ -57,7 +57,7 @@ def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     def group(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: "frozen" if x == "base" else "trained", labels(tree))
 
-    parts = optax.partition({"trained": tx, "frozen": _freeze()}, group)
+    parts = optax.partition({"trained": tx, "frozen": _set_to_zero()}, group)
 
     def init(params: PyTree) -> PyTree:
         _check_no_keys(params)
@@ -80,7 +80,7 @@ def is_transformation(tx: Any) -> bool:
 
 
 def check_transformation(tx: Any) -> None:
-    """`TypeError` if `tx` is no optax transformation."""
+    """Raises `TypeError` if `tx` is not an optax transformation."""
     if not is_transformation(tx):
         raise TypeError(
             f"`tx` must be an optax transformation, such as optax.adamw(2e-4); got {tx!r}."
@@ -101,7 +101,7 @@ def _check_no_keys(params: PyTree) -> None:
         )
 
 
-def _freeze() -> optax.GradientTransformation:
+def _set_to_zero() -> optax.GradientTransformation:
     def zero(update: jax.Array, param: jax.Array) -> jax.Array:
         # -0.0 is the zero that leaves every float as it was: -0.0 + 0.0 would be 0.0. An integer
         # leaf has a gradient of no dtype to speak of, so the leaf's own counts.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from . import sharding
 from ._compat import is_concrete, known, place_of
 from ._match import first_takers
-from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
+from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
 from ._rules import Full, explain_no_match, matches, misplaced, rule_name
 from ._sites import Site, Sites
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
@@ -72,11 +72,11 @@ def quantize(
             )
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]
-    taken = _taken(dict(zip(paths, leaves, strict=True)), schemes, sites)
+    taken = _find_forms(dict(zip(paths, leaves, strict=True)), schemes, sites)
     shown = tqdm(paths, "quantize", unit="leaf", disable=None if _is_eager(leaves) else True)
     for i, path in enumerate(shown):
         if path in taken:
-            old, leaves[i] = leaves[i], _quantized(leaves[i], path, *taken[path])
+            old, leaves[i] = leaves[i], _quantize_leaf(leaves[i], path, *taken[path])
             gone = isinstance(old, jax.Array) and is_concrete(leaves[i].data)
             if donate and gone and not any(x is old for x in leaves):
                 old.delete()
@@ -86,7 +86,7 @@ def quantize(
 # ---------------------------------------------------------------------------- which leaves, and how
 
 
-def _taken(
+def _find_forms(
     leaves: dict[Path, Any], schemes: Sequence[Scheme], sites: Sites | None
 ) -> dict[Path, tuple[Scheme, Form]]:
     """Finds the scheme and the form of each leaf that is to be quantized."""
@@ -137,7 +137,7 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
     name = f"{rule_name(scheme)} matches {name_of(path)!r}"
     if is_quantized(x):
         raise ValueError(
-            f"{name}, which is quantized already, as {spelled(x.scheme)}. Narrow the pattern, or "
+            f"{name}, which is quantized already, as {spell(x.scheme)}. Narrow the pattern, or "
             "give jlora.dequantize(params)."
         )
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
@@ -161,7 +161,7 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
 # ------------------------------------------------------------------------------------------- work
 
 
-def _quantized(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
+def _quantize_leaf(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
         return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)

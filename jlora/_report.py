@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from ._compat import known
-from ._quantized import Quantized, Scheme, is_quantized, spelled
+from ._quantized import Quantized, Scheme, is_quantized, spell
 from ._tree import count, leaves_by_path, name_of, size_in_bytes
 from ._types import Path, PyTree
 
@@ -15,7 +15,7 @@ from ._types import Path, PyTree
 def aligned(
     header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str]
 ) -> list[str]:
-    """The header and the rows as lines, the columns named in `right` flush right.
+    """Aligns the header and the rows as lines, with the columns named in `right` flush right.
 
     >>> aligned(("name", "n"), [("a", "1"), ("b", "10")], {"n"})
     ['name   n', 'a      1', 'b     10']
@@ -31,7 +31,7 @@ def aligned(
 
 
 def readable(n: float) -> str:
-    """A number of bytes.
+    """Writes a number of bytes.
 
     >>> readable(1536)
     '1.5 KiB'
@@ -105,7 +105,7 @@ class Summary(NamedTuple):
             (
                 name_of(leaf.path),
                 "×".join(map(str, leaf.shape)),
-                spelled(leaf.scheme),
+                spell(leaf.scheme),
                 f"{8 * leaf.after / max(1, math.prod(leaf.shape)):.3f}",
                 readable(leaf.before),
                 readable(leaf.after),

@@ -136,7 +136,7 @@ def _precondition(damping: Any, update: Any, param: Any) -> Any:
 
 
 def _letters(node: Any) -> tuple[str, str]:
-    """A letter for each axis of A and of B; a table's adapters are one more axis in front."""
+    """Returns a letter for each axis of A and of B; a table of adapters has one more in front."""
     axes = node.axes(node.layout)
     names = dict.fromkeys((*axes["a"], *axes["b"]))
     named = dict(zip(names, letters(len(names)), strict=True)) | {"rank": RANK}
@@ -146,7 +146,7 @@ def _letters(node: Any) -> tuple[str, str]:
 
 
 def _inverse(x: jax.Array, axes: str, out: str, damping: Any) -> jax.Array:
-    """The inverse of xᵀx + δI over the rank, along the other axes of `out` for each apart."""
+    """Inverts xᵀx + δI over the rank, for each entry along the other axes of `out`."""
     gram = einsum(axes, axes.replace(RANK, OTHER), out, x, x, precision="highest", dtype=x.dtype)
     eye = jnp.eye(gram.shape[-1], dtype=x.dtype)
     return inverse(gram + jnp.asarray(damping, x.dtype) * eye)
@@ -162,7 +162,7 @@ def _multiply(update: jax.Array, axes: str, matrix: jax.Array, of_rank: str) -> 
 
 
 def _stateless(name: str, f: Any) -> optax.GradientTransformationExtraArgs:
-    """The transformation by `f` of updates, parameters and extra arguments, of an adapter."""
+    """Makes a transformation of `f`, a function of updates, parameters and extra arguments."""
 
     def check(tree: PyTree) -> None:
         leaves = jax.tree.leaves(tree, is_leaf=is_node)

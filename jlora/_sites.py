@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._core import Unsupported
-from ._quantized import Scheme, spelled
+from ._quantized import Scheme, spell
 from ._report import aligned
 from ._rules import Full, Rule, near, rule_name
 from ._tree import name_of
@@ -146,7 +146,7 @@ class Sites:
         if any(s.scheme is not None for s in shown):
             header.append("scheme")
             pairs = zip(rows, (s.scheme for s in shown), strict=True)
-            rows = [(*row, "-" if scheme is None else spelled(scheme)) for row, scheme in pairs]
+            rows = [(*row, "-" if scheme is None else spell(scheme)) for row, scheme in pairs]
         if any(s.kind is None and s.rule is None for s in shown):
             header.append("reason")
             rows = [(*row, _reason(s)) for row, s in zip(rows, shown, strict=True)]

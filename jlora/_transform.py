@@ -1,4 +1,4 @@
-"""`transform`, and what it is made of: `wrap` and `dropout`."""
+"""`transform` and its parts, `wrap` and `dropout`."""
 
 import functools
 import warnings
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ._adapters import is_node, is_registered, lengths, weight_of
-from ._core import Change, Weight, evaluate, leaf_weight, materialized, take, trace
+from ._core import Change, Weight, as_array, evaluate, leaf_weight, take, trace
 from ._find_sites import Traced, find_sites
-from ._foreign import advised, check_apply_fn
+from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
 from ._quantized import is_quantized
@@ -111,7 +111,7 @@ def _find(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Sites, Traced]:
-    with advised(apply_fn, params):
+    with note_advice(apply_fn, params):
         sites, traced = find_sites(apply_fn, params, args, kwargs, rules)
     return match(sites, rules), traced
 
@@ -120,7 +120,7 @@ def _apply(
     apply_fn: Callable[..., Any], base: PyTree, adapter: PyTree, /, *args: Any, **kwargs: Any
 ) -> Any:
     bound = bind(base, adapter)
-    with advised(apply_fn, base):
+    with note_advice(apply_fn, base):
         return wrap(apply_fn)(bound, *args, **kwargs)
 
 
@@ -205,7 +205,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         jaxpr, finish = trace(plain, [w.type for w in weights], paths)
         outs = evaluate(jaxpr, *weights)
-        return finish([materialized(x, lambda: "the function's outputs") for x in outs])
+        return finish([as_array(x, lambda: "the function's outputs") for x in outs])
 
     return wrapped
 

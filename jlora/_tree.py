@@ -19,7 +19,7 @@ from ._untrusted import printable
 def leaves_by_path(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[Path, Any]]:
-    """The leaves in tree order with their paths; `ValueError` if two have the same.
+    """Returns the leaves in tree order with their paths; `ValueError` if two paths are equal.
 
     An NNX variable is its own path without the trailing `value`. A quantized weight is a leaf.
     """
@@ -40,7 +40,7 @@ def leaves_by_path(
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
-    """The leaves of a base and its structure; a quantized weight is one leaf."""
+    """Returns the leaves of a base and its structure; a quantized weight is one leaf."""
     return jax.tree.flatten(tree, is_leaf=is_quantized)
 
 
@@ -51,12 +51,12 @@ def _strings(path: tuple[Any, ...], only: bool) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """The name of a path in errors."""
+    """Names a path in errors."""
     return printable("/".join(path)).replace("\n", r"\n") or "the root"
 
 
 def nest(leaves: dict[Path, Any]) -> PyTree:
-    """A nested dict of leaves by path; a leaf at the root is itself the tree."""
+    """Makes a nested dict of leaves by path; a leaf at the root is itself the tree."""
     if () in leaves:
         return leaves[()]
     tree: dict[str, Any] = {}
@@ -84,9 +84,9 @@ def is_empty(adapter: PyTree) -> bool:
 
 
 def adapter_leaves(adapter: PyTree) -> dict[Path, Any]:
-    """The nodes and arrays of an adapter by path; raises `TypeError` if it is none."""
+    """Returns the nodes and arrays of an adapter by path; `TypeError` if it is none."""
     expected = "`adapter` must be a nested dict of LowRank nodes and arrays"
-    if pair := _pair(adapter):
+    if pair := _describe_pair(adapter):
         raise TypeError(f"{expected}; got {pair}")
     found = dict(leaves_by_path(adapter, lambda x: is_node(x) or isinstance(x, Adapted)))
     wrong = {p: x for p, x in found.items() if not is_node(x) and not _is_array(x)}
@@ -102,8 +102,8 @@ def _is_array(x: Any) -> bool:
 
 
 def check_base(base: PyTree) -> None:
-    """Raises `TypeError` if there is an adapter in what is given as the base."""
-    if pair := _pair(base):
+    """Raises `TypeError` if what is given as the base has an adapter in it."""
+    if pair := _describe_pair(base):
         raise TypeError(f"`base` must be the frozen tree alone; got {pair}")
     if _has_nodes(base):
         raise TypeError(
@@ -112,8 +112,8 @@ def check_base(base: PyTree) -> None:
         )
 
 
-def _pair(x: Any) -> str | None:
-    """What an error says of base and adapter in one; None if `x` is not both."""
+def _describe_pair(x: Any) -> str | None:
+    """Says, for an error, how `x` is base and adapter in one; None if it is not."""
     if isinstance(x, Params):
         return "Params. Give its `base` and `adapter` one by one."
     if type(x) is tuple and _has_nodes(x):
@@ -226,7 +226,7 @@ def bind(base: PyTree, adapter: PyTree) -> PyTree:
 
 
 def count(tree: PyTree) -> int:
-    """The number of parameters in a tree of arrays or `jax.ShapeDtypeStruct`s.
+    """Counts the parameters in a tree of arrays or `jax.ShapeDtypeStruct`s.
 
     Args:
         tree: a base, an adapter or any other pytree; dropout keys and factors that are frozen are
@@ -247,7 +247,7 @@ def count(tree: PyTree) -> int:
 
 
 def size_in_bytes(tree: PyTree) -> int:
-    """The bytes of the numeric leaves of a tree."""
+    """Counts the bytes of the numeric leaves of a tree."""
     return sum(_bytes(x) for x in _numeric(tree))
 
 

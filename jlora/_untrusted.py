@@ -1,4 +1,4 @@
-"""What files say that nobody vouches for: how much of it is read, and how messages quote it."""
+"""Content of untrusted files: how much of it is read, and how messages quote it."""
 
 import reprlib
 from typing import Any
@@ -21,7 +21,7 @@ def check_values(data: bytes, what: str) -> None:
 
 
 def printable(text: str) -> str:
-    r"""A text in which what would garble a message is escaped: control and bidirectional marks.
+    r"""Escapes what would garble a message: control characters and bidirectional marks.
 
     Lines stay lines.
 
@@ -37,12 +37,12 @@ def _escaped(c: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A name as it is, unless it is long or would garble the message."""
+    """Returns a name as it is, unless it is long or would garble the message."""
     return name if name.isprintable() and len(name) <= 300 else brief(name)
 
 
 def brief(value: Any) -> str:
-    """What a file says, in few characters and without line breaks, however it is nested."""
+    """Writes a value of a file in few characters and on one line, however it is nested."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
     return short.repr(value)

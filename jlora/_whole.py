@@ -1,4 +1,4 @@
-"""What starts from the values of a weight needs the whole of it."""
+"""Checks for methods and initializers that need the values of a whole weight."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`jlora.arithmetic` of adapters on a mesh, in float64.
+"""`jlora.arithmetic` and `jlora.precondition` of adapters on a mesh, in float64.
 
 By hand: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_ENABLE_X64=1 pytest -n 0 FILE
 """
@@ -7,24 +7,28 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
+import optax
 import pytest
-from collectives import collectives
-from jax.sharding import AxisType, NamedSharding
+import test_precondition as preconditioned
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from meshes import KINDS, assert_lies, compiled, mesh_of, moved, normal, on, put
+from small import some
 
 import jlora
 from jlora import arithmetic, sharding
 from jlora.types import Layout, LowRank
 
-# Shapes and specs of W, and the layouts of its adapters.
+# Shapes and specs of W, and the layouts of its adapters; the head is trained in full.
 SITES = {
     "plain": ((256, 128), P("fsdp", "tensor"), Layout((), (0,), (1,))),
     "experts": ((4, 256, 128), P("fsdp", None, "tensor"), Layout((0,), (1,), (2,))),
     "heads": ((4, 32, 256), P("tensor", None, "fsdp"), Layout((), (0, 1), (2,))),
     "slots": ((256, 192), P("fsdp"), Layout((), (0,), (1,), (3, (0, 2), 1))),
+    "head": ((256, 128), P("fsdp", "tensor"), None),
 }
-HEAD = ((256, 128), P("fsdp", "tensor"))
 KEY = jax.random.key(0)
 MOVE_NOTHING = {
     "add": lambda t, base: arithmetic.add(t, [0.5, -2.0], base=base),
@@ -36,79 +40,81 @@ FUNCTIONS = MOVE_NOTHING | {
     "ties": lambda t, base: arithmetic.ties(t, [0.5, -2.0], density=0.4, base=base),
     "dare": lambda t, base: arithmetic.dare(t, [0.5, -2.0], key=KEY, base=base),
 }
-
-LATER = ("truncate", "dare", "scale", "difference")  # which factor and draw as `ties` does
-
-
-def normal(seed, shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
-
-
-def adapter(seed, rank):
-    found = {}
-    for i, (name, (shape, _, layout)) in enumerate(SITES.items()):
-        a, b = jlora._adapters.factor_shapes(layout, shape, rank)
-        found[name] = LowRank(normal(10 * seed + i, a), normal(-i % 99 + seed, b), 0.5, layout)
-    return found | {"head": normal(seed, HEAD[0])}
-
-
-ADAPTERS = [adapter(1, 2), adapter(2, 3)]
-BASE = {name: jnp.zeros(shape) for name, (shape, *_) in SITES.items()} | {"head": jnp.ones(HEAD[0])}
-SPECS = {name: spec for name, (_, spec, _) in SITES.items()} | {"head": HEAD[1]}
 FEW = ("heads", "slots", "head")
-PATHS = pytest.mark.parametrize("paths", [FEW, pytest.param(tuple(SPECS), marks=pytest.mark.slow)])
 
 
-def alone(paths):
-    """The adapters and the base on one device."""
-    return [{name: t[name] for name in paths} for t in ADAPTERS], {n: BASE[n] for n in paths}
+def problem(paths):
+    """Two adapters, and the base, on one device."""
+
+    def leaf(path, seed, rank):
+        shape, _, layout = SITES[path]
+        if layout is None:
+            return normal(seed, *shape)
+        a, b = jlora._adapters.factor_shapes(layout, shape, rank)
+        return LowRank(normal(seed, *a), normal(seed + 50, *b), 0.5, layout)
+
+    trees = [{p: leaf(p, 10 * i + k, i + 1) for k, p in enumerate(paths)} for i in (1, 2)]
+    return trees, {p: jnp.ones(SITES[p][0]) for p in paths}
 
 
 def placed(paths, kind):
     """The same on a mesh of 4 × 2 with axes of that kind, and the mesh."""
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (kind, kind))
-    trees, base = alone(paths)
-    lies = {name: NamedSharding(mesh, SPECS[name]) for name in paths}
-    trees = [jax.device_put(jax.device_get(t), sharding.specs(lies, t)) for t in trees]
-    return trees, jax.device_put(jax.device_get(base), lies), mesh
+    mesh, specs = mesh_of(kind), {path: SITES[path][1] for path in paths}
+    trees, base = problem(paths)
+    return [put(t, mesh, sharding.specs(specs, t)) for t in trees], put(base, mesh, specs), mesh
 
 
 def check(found, paths, f, like):
     """The same ΔW as on one device, on the devices that `like` lies on."""
-    trees, base = alone(paths)
-    both = jax.device_get((found, jax.jit(f)(trees, base)))
-    got, expected = (jlora.merge(base, x) for x in both)
-    for path, x in expected.items():
-        np.testing.assert_allclose(got[path], x, atol=1e-9 * float(abs(x).max()), err_msg=path)
-    for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(like), strict=True):
-        assert new.sharding.is_equivalent_to(old.sharding, old.ndim), new.sharding
+    trees, base = problem(paths)
+    got, expected = (jlora.merge(base, x) for x in jax.device_get((found, jax.jit(f)(trees, base))))
+    laws.assert_close(got, expected, 1e-9)
+    assert_lies(found, like)
 
 
-@PATHS
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in FUNCTIONS],
-)
+@pytest.mark.parametrize("paths", some([FEW, tuple(SITES)], FEW))
+@pytest.mark.parametrize("name", some(FUNCTIONS, "add", "ties"))
 def test_what_is_moved(name, paths):
-    """At most a part of A and B, of 8 bytes × 256 rows; by what sums and scales, nothing."""
+    """At most a part of A and B, of 256 rows; by what sums and scales, nothing."""
     f, (trees, base, _) = FUNCTIONS[name], placed(paths, AxisType.Auto)
-    compiled = jax.jit(f).lower(trees, base).compile()
-    check(compiled(trees, base), paths, f, trees[0])
-    moved = collectives(compiled.as_text())
-    if name in MOVE_NOTHING:
-        assert moved == []
-    columns = 2 if name == "truncate" else 5
-    assert max((c.size for c in moved), default=0) <= 8 * 256 * columns / 4, moved
+    program = compiled(f, trees, base)
+    check(program(trees, base), paths, f, trees[0])
+    found = moved(program)
+    most = 0 if name in MOVE_NOTHING else 256 * (2 if name == "truncate" else 5) / 4
+    assert max((n for _, n in found), default=0) <= most, found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "add" else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS],
-)
-@pytest.mark.parametrize("jit", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", some(FUNCTIONS, "add"))
+@pytest.mark.parametrize("jit", some([True, False], True))
 def test_explicit_axes(name, jit):
     """Under `jit` with the mesh in scope, and without either."""
     f, (trees, base, mesh) = FUNCTIONS[name], placed(FEW, AxisType.Explicit)
     with jax.set_mesh(mesh) if jit else contextlib.nullcontext():
         found = (jax.jit(f) if jit else f)(trees, base)
     check(found, FEW, f, trees[0])
+
+
+PLACES = {"plain": P("x", "y"), "scanned": P(None, "y", "x"), "heads": P("y", None, "x", None)}
+
+
+@pytest.mark.parametrize("name", some(PLACES, "scanned"))
+@pytest.mark.parametrize("kind", some(KINDS, AxisType.Explicit))
+def test_preconditioning_sums_only_matrices_of_the_rank(name, kind):
+    """The same updates, in their places, and no A or B is gathered."""
+    mesh, (_, adapter, grads) = mesh_of(kind, (2, 2), ("x", "y")), preconditioned.made(name)
+    tx = jlora.optimizer(optax.chain(jlora.precondition(0.1), optax.sgd(1.0)))
+
+    def step(grads, adapter):
+        return tx.update(grads, tx.init(adapter), adapter)[0]
+
+    expected = jax.jit(step)(grads, adapter)
+    places = sharding.specs(on(mesh, {"w": PLACES[name]}), adapter)
+    adapter, grads = (jax.device_put(jax.device_get(x), places) for x in (adapter, grads))
+    with jax.set_mesh(mesh):
+        program = compiled(step, grads, adapter)
+    actual, found = program(grads, adapter), moved(program)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9)
+    rank, stack = 3, preconditioned.MODELS[name].shape[0] if name == "scanned" else 1
+    assert found, "nothing is divided"
+    assert max(n for _, n in found) <= stack * rank * rank, found

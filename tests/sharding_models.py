@@ -3,15 +3,13 @@
 Sizes are such that every axis that is divided is so on 4 × 2 devices.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from cases.hf import model_of
+import meshes
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -45,7 +43,7 @@ class Model(NamedTuple):
 
 def normal(seed: int, *shape: int) -> jax.Array:
     """Normals of a variance that keeps deep models tame."""
-    return jnp.asarray(0.3 * np.random.default_rng(seed).standard_normal(shape))
+    return 0.3 * meshes.normal(seed, *shape)
 
 
 IDS = jax.random.randint(jax.random.key(9), (BATCH, LENGTH), 0, VOCAB)
@@ -129,24 +127,20 @@ def experts() -> Model:
 
 
 class Block(nn.Module):
-    """Attention without a softmax, and an MLP; every axis has a logical name."""
+    """Heads and an MLP; every axis has a logical name."""
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One layer of a scan."""
-        init = nn.initializers.normal(0.3)
-        named = functools.partial(nn.with_logical_partitioning, init)
-        heads = functools.partial(
-            nn.DenseGeneral, (HEADS, WIDTH), kernel_init=named(("embed", "heads", "kv"))
-        )
-        q, v = heads(name="query")(x), heads(name="value")(x)
-        o = nn.DenseGeneral(
-            D, axis=(-2, -1), kernel_init=named(("heads", "kv", "embed")), name="out"
-        )
-        x = x + jnp.tanh(o(jnp.tanh(q) * v))
-        h = nn.Dense(F, kernel_init=named(("embed", "mlp")), name="up")(x)
-        down = nn.Dense(D, kernel_init=named(("mlp", "embed")), name="down")
-        return x + jnp.tanh(down(nn.gelu(h))), None
+
+        def dense(features: Any, name: str, *axes: str, of: Any = -1) -> nn.Module:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.3), axes)
+            return nn.DenseGeneral(features, axis=of, kernel_init=init, name=name)
+
+        h = jnp.tanh(dense((HEADS, WIDTH), "query", "embed", "heads", "kv")(x))
+        x = x + dense(D, "out", "heads", "kv", "embed", of=(-2, -1))(h)
+        h = nn.gelu(dense(F, "up", "embed", "mlp")(x))
+        return x + jnp.tanh(dense(D, "down", "mlp", "embed")(h)), None
 
 
 class Decoder(nn.Module):
@@ -157,13 +151,9 @@ class Decoder(nn.Module):
         """Logits."""
         init = nn.with_logical_partitioning(nn.initializers.normal(0.3), ("vocab", "embed"))
         embed = nn.Embed(VOCAB, D, embedding_init=init, name="embed")
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=LAYERS,
-            metadata_params={nn.meta.PARTITION_NAME: "layers"},
-        )
+        names = {nn.meta.PARTITION_NAME: "layers"}
+        how = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": LAYERS}
+        blocks = nn.scan(Block, **how, metadata_params=names)
         return embed.attend(blocks(name="blocks")(embed(ids), None)[0])
 
 
@@ -188,7 +178,6 @@ def linen() -> Model:
         {
             "params/embed/embedding": (P("tensor", None), P(None, "fsdp")),
             f"{root}/query/kernel": (P(None, "fsdp", None), heads),
-            f"{root}/value/kernel": (P(None, "fsdp", None), heads),
             f"{root}/out/kernel": (P(None, "tensor", None, None), P(None, None, "fsdp")),
             f"{root}/up/kernel": (P(None, "fsdp", None), P(None, None, "tensor")),
             f"{root}/down/kernel": (P(None, "tensor", None), P(None, None, "fsdp")),
@@ -240,29 +229,23 @@ def nnx_model() -> Model:
     )
 
 
-def gpt2() -> Model:
-    """GPT-2 of transformers: q and v of the fused kernel, which is stored outputs first."""
-    config = {"vocab_size": VOCAB, "n_embd": D, "n_layer": 1, "n_head": 2, "n_positions": 8}
-    model = model_of("GPT2LMHeadModel", jnp.result_type(float), **config)
-    params = jax.tree.map(lambda s: normal(len(s.shape), *s.shape), model.params_shape_tree)
+def fused() -> Model:
+    """The q and v of a fused kernel that is stored outputs first, as GPT-2's, and a tied table."""
 
     def apply(params: Any, ids: jax.Array) -> jax.Array:
-        return model(ids, params=params).logits
+        x = params["table"][ids]
+        q, k, v = jnp.split(x @ params["qkv"].T, 3, axis=-1)
+        return (x + jnp.tanh(q) * k + v) @ params["table"].T
 
-    kernel = "transformer/h/0/attn/c_attn/kernel"
-    base = jax.tree_util.tree_map_with_path(
-        lambda path, w: P("tensor", "fsdp") if "kernel" in str(path) or "wte" in str(path) else P(),
-        params,
-    )
     return Model(
         apply,
-        params,
+        {"qkv": normal(0, 3 * D, D), "table": normal(1, VOCAB, D)},
         (IDS,),
-        (LoRA("c_attn/kernel", rank=2, slots=Slots(3, (0, 2))), LoRA("wte", rank=2)),
-        base,
+        (LoRA("qkv", rank=2, slots=Slots(3, (0, 2))), LoRA("table", rank=2)),
+        {"qkv": P("tensor", "fsdp"), "table": P("tensor", "fsdp")},
         {
-            kernel: (P(None, "fsdp", None), P(None, None, "tensor")),
-            "transformer/wte/embedding": (P("tensor", None), P(None, "fsdp")),
+            "qkv": (P(None, "fsdp", None), P(None, None, "tensor")),
+            "table": (P("tensor", None), P(None, "fsdp")),
         },
     )
 
@@ -273,7 +256,7 @@ MODELS = {
     "experts": experts,
     "linen": linen,
     "nnx": nnx_model,
-    "gpt2": gpt2,
+    "fused": fused,
 }
 
 

@@ -4,8 +4,6 @@ By hand: XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_ENABLE_X64=1 pyt
 """
 
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,56 +11,22 @@ import numpy as np
 import optax
 import pytest
 import sharding_models as models
-from jax.sharding import AxisType, NamedSharding, reshard
+from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
+from meshes import assert_lies, compiled, mesh_of, moved, on, put
+from small import some
 
 import jlora
 from jlora import LoRA, Slots, sharding
 from jlora._tree import size_in_bytes
 
-AXES = tuple(models.MESH)
-COLLECTIVE = re.compile(
-    r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
+AUTO, EXPLICIT = mesh_of(), mesh_of(AxisType.Explicit)
 
 
-def mesh_of(kind, shape=(4, 2)):
-    """A mesh of fsdp × tensor, with one type of axes."""
-    devices = jax.devices()[: math.prod(shape)]
-    return jax.make_mesh(shape, AXES, (kind, kind), devices=devices)
-
-
-AUTO = mesh_of(AxisType.Auto)
-
-
-def lies(base, mesh=AUTO):
-    """NamedShardings in place of specs."""
-    is_spec = lambda x: x is None or isinstance(x, P)  # noqa: E731
-    return jax.tree.map(lambda s: NamedSharding(mesh, s or P()), base, is_leaf=is_spec)
-
-
-def placed(model, mesh=AUTO):
+def placed(model):
     """Parameters, adapter and arguments on the mesh."""
-    adapter = models.adapter_of(model)
-    base = jax.tree.unflatten(
-        jax.tree.structure(model.params),
-        jax.device_put(
-            jax.device_get(jax.tree.leaves(model.params)), jax.tree.leaves(lies(model.base, mesh))
-        ),
-    )
-    rows = NamedSharding(mesh, P("fsdp"))
-    return (
-        base,
-        jax.device_put(jax.device_get(adapter), sharding.specs(base, adapter)),
-        jax.device_put(jax.device_get(model.args), rows),
-    )
-
-
-def same_places(actual, expected):
-    """Each leaf lies where the expected array or sharding does."""
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        place = y.sharding if isinstance(y, jax.Array) else y
-        assert x.sharding.is_equivalent_to(place, x.ndim), (x.sharding, place)
+    adapter, base = models.adapter_of(model), put(model.params, AUTO, model.base)
+    return base, put(adapter, AUTO, sharding.specs(model.base, adapter)), put(model.args, AUTO, ROW)
 
 
 def close(actual, expected, tolerance=1e-9):
@@ -70,54 +34,6 @@ def close(actual, expected, tolerance=1e-9):
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         scale = max(1.0, float(np.abs(np.asarray(y)).max()))
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale)
-
-
-@pytest.fixture(
-    params=[n if n == "scanned" else pytest.param(n, marks=pytest.mark.slow) for n in models.MODELS]
-)
-def model(request):
-    """Each of the models."""
-    return models.MODELS[request.param]()
-
-
-# ----------------------------------------------------------------------------- automatic axes
-
-
-def test_automatic_init(model):
-    """Under `jit` with `out_shardings`: exactly there, and the same numbers."""
-    lora = jlora.transform(model.apply, *model.rules)
-    base, _, args = placed(model)
-    key = jax.random.key(0)
-    init = lambda key, base: lora.init(key, base, *args)[1]  # noqa: E731
-    places = sharding.specs(base, jax.eval_shape(init, key, base))
-    adapter = jax.jit(init, out_shardings=places)(key, base)
-    same_places(adapter, places)
-    close(adapter, jax.jit(lora.init)(key, model.params, *model.args)[1])
-    assert jax.tree.leaves(sharding.specs(base, adapter)) == jax.tree.leaves(places)
-
-
-def test_automatic_init_holds_nothing_whole():
-    """A base and an adapter made on the mesh: no device ever has a whole weight, or a whole A."""
-    layers, d, rank = 8, 512, 64
-    model = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
-    lora = jlora.transform(model, LoRA(rank=rank, init=jlora.initializers.gaussian))
-    base = {"w": NamedSharding(AUTO, P(None, "fsdp", "tensor"))}
-
-    def start(key):
-        params = {"w": jax.random.normal(key, (layers, d, d), jnp.float32)}
-        return lora.init(key, params, jax.ShapeDtypeStruct((1, d), jnp.float32))
-
-    shapes = jax.eval_shape(start, jax.random.key(0))
-    places = (base, sharding.specs(base, shapes[1]))
-    compiled = jax.jit(start, out_shardings=places).lower(jax.random.key(0)).compile()
-    used = compiled.memory_analysis()
-    held = used.temp_size_in_bytes + used.output_size_in_bytes
-    assert held < size_in_bytes(shapes[0])
-    alone = jax.jit(lambda key: start(key)[1], out_shardings=places[1])
-    used = alone.lower(jax.random.key(0)).compile().memory_analysis()
-    held = used.temp_size_in_bytes + used.output_size_in_bytes
-    assert held < size_in_bytes(shapes[1])
-    assert used.output_size_in_bytes < 0.4 * size_in_bytes(shapes[1])
 
 
 def loss_of(lora):
@@ -130,55 +46,83 @@ def loss_of(lora):
     return loss
 
 
-def test_automatic_step_is_that_of_one_device(model):
-    """Outputs, gradients, and a step of the optimizer whose state is made on the mesh."""
+ROW = P("fsdp")
+
+# ----------------------------------------------------------------------------- automatic axes
+
+
+@pytest.fixture(params=some(models.MODELS, "scanned"))
+def model(request):
+    """Each of the models."""
+    return models.MODELS[request.param]()
+
+
+def test_a_start_and_a_step_are_those_of_one_device(model):
+    """Made where `out_shardings` says, with its state; outputs, gradients, updates are the same."""
     lora = jlora.transform(model.apply, *model.rules)
     tx = jlora.optimizer(optax.chain(optax.adamw(1e-2), jlora.lora_plus(4)))
-    loss = loss_of(lora)
+    base, adapter, args = placed(model)
+
+    def init(key, base, *args):
+        return lora.init(key, base, *args)[1]
+
+    key, shapes = jax.random.key(0), jax.eval_shape(init, jax.random.key(0), base, *args)
+    places = sharding.specs(base, shapes)
+    started = jax.jit(init, out_shardings=places)(key, base, *args)
+    assert_lies(started, places)
+    close(started, jax.jit(init)(key, model.params, *model.args))
+    assert jax.tree.leaves(sharding.specs(base, started)) == jax.tree.leaves(places)
 
     def step(adapter, state, base, *args):
-        value, gradient = jax.value_and_grad(loss)(adapter, base, *args)
+        value, gradient = jax.value_and_grad(loss_of(lora))(adapter, base, *args)
         updates, state = tx.update(gradient, state, adapter)
-        return value, gradient, optax.apply_updates(adapter, updates), state
+        y = lora.apply(base, adapter, *args)
+        return y, value, gradient, optax.apply_updates(adapter, updates), state
 
-    base, adapter, args = placed(model)
-    places = sharding.specs(base, adapter)
     state_places = sharding.moments(jax.eval_shape(tx.init, adapter), adapter, places)
     state = jax.jit(tx.init, out_shardings=state_places)(adapter)
-    same_places(state, state_places)
-    found = jax.jit(step, out_shardings=(None, places, places, state_places))(
-        adapter, state, base, *args
-    )
+    assert_lies(state, state_places)
+    out = (None, None, places, places, state_places)
+    found = jax.jit(step, out_shardings=out)(adapter, state, base, *args)
     alone = models.adapter_of(model)
     expected = jax.jit(step)(alone, tx.init(alone), model.params, *model.args)
-    close(found[:2], expected[:2])
-    close(found[2:], expected[2:], 1e-5)  # Adam divides by gradients near zero
-    apply = jax.jit(lora.apply)
-    close(apply(base, adapter, *args), apply(model.params, alone, *model.args))
+    close(found[:3], expected[:3])
+    close(found[3:], expected[3:], 1e-5)  # Adam divides by gradients near zero
 
 
-@pytest.mark.parametrize("name", ["merge", pytest.param("unmerge", marks=pytest.mark.slow)])
-def test_automatic_merge_moves_nothing(model, name):
-    """Shardings are the base's, and no byte goes from one device to another.
-
-    Slots are the exception: B of a slot lies on all devices, its columns of W on some of them.
-    """
+@pytest.mark.parametrize("name", some(["merge", "unmerge"], "merge"))
+def test_merging_moves_nothing(model, name):
+    """From one device to another; but B of a slot lies on all, its columns of W on some of them."""
     base, adapter, _ = placed(model)
     f = getattr(jlora, name)
     expected = f(model.params, models.adapter_of(model))
-    for merged in (f(base, adapter), jax.jit(f)(base, adapter)):
-        same_places(merged, base)
+    program = compiled(f, base, adapter)
+    for merged in (f(base, adapter), program(base, adapter)):
+        assert_lies(merged, base)
         close(merged, expected)
-    moved = COLLECTIVE.findall(jax.jit(f).lower(base, adapter).compile().as_text())
-    if any(isinstance(r, LoRA) and r.slots for r in model.rules):
-        largest = max(x.size for x in jax.tree.leaves(adapter))
-        dims = (
-            re.findall(r"\d+", shape.partition("[")[2].partition("]")[0]) for shape, *_ in moved
-        )
-        shapes = [math.prod(map(int, d)) for d in dims]
-        assert max(shapes) <= 3 * largest
-    else:
-        assert moved == []
+    has_slots = any(isinstance(r, LoRA) and r.slots for r in model.rules)
+    most = 3 * max(x.size for x in jax.tree.leaves(adapter)) if has_slots else 0
+    assert max((size for _, size in moved(program)), default=0) <= most
+
+
+def test_a_start_holds_nothing_whole():
+    """A base and an adapter made on the mesh: no device ever has a whole weight, or a whole A."""
+    layers, d, rank = 8, 512, 64
+    model = lambda p, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
+    lora = jlora.transform(model, LoRA(rank=rank, init=jlora.initializers.gaussian))
+    base = on(AUTO, {"w": P(None, "fsdp", "tensor")})
+
+    def start(key):
+        params = {"w": jax.random.normal(key, (layers, d, d), jnp.float32)}
+        return lora.init(key, params, jax.ShapeDtypeStruct((1, d), jnp.float32))
+
+    shapes = jax.eval_shape(start, jax.random.key(0))
+    both = (base, sharding.specs(base, shapes[1]))
+    for f, tree, place in ((start, shapes[0], both), (lambda k: start(k)[1], shapes[1], both[1])):
+        compiled = jax.jit(f, out_shardings=place).lower(jax.random.key(0)).compile()
+        used = compiled.memory_analysis()
+        assert used.temp_size_in_bytes + used.output_size_in_bytes < size_in_bytes(tree)
+    assert used.output_size_in_bytes < 0.4 * size_in_bytes(shapes[1])
 
 
 # ------------------------------------------------------------------------------ explicit axes
@@ -281,11 +225,6 @@ def formed(p, x):
     return jnp.tanh(x @ jnp.abs(p["w"]))
 
 
-def column(p, x):
-    """The plainest layout."""
-    return jnp.tanh(x @ p["w"])
-
-
 IDS = (jax.random.randint(jax.random.key(1), (B,), 0, V), P("fsdp"))
 ROWS = (models.normal(2, B, D), P("fsdp", None))
 PAIR = {"w": ((D, F), P("fsdp", "tensor")), "v": ((F, D), P("tensor", "fsdp"))}
@@ -323,19 +262,32 @@ CASES = [
     (mapped, {"w": PAIR["w"]}, ROWS, RULE),
     (convolved, {"w": ((1, 3, 3, F), P(None, None, None, "tensor"))}, ROWS, RULE),
     (formed, COLUMN, ROWS, LoRA("w", rank=2, materialize=True)),
-    (column, COLUMN, ROWS, RULE),
 ]
 
 
-def explicit(case, follow):
+def squares(tree):
+    """The sum of the squares of all leaves."""
+    return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
+
+
+def explicit_cases():
+    """Each case with an adapter that follows W, one of them every day, and with one everywhere."""
+    for case in CASES:
+        for follow in (True, False):
+            marks = [] if follow and case[0] is fused else pytest.mark.slow
+            yield pytest.param(case, follow, marks=marks, id=f"{case[0].__name__}-{follow}")
+
+
+@pytest.mark.parametrize(("case", "follow"), list(explicit_cases()))
+def test_explicit(case, follow):
     """Outputs lie as the base model's; they and all derivatives are those of one device."""
     f, weights, (x, x_spec), rule = case
     lora = jlora.transform(f, rule)
-    specs = {name: spec for name, (_, spec) in weights.items()}
-    loss = loss_of(lora)
+    loss, specs = loss_of(lora), {name: spec for name, (_, spec) in weights.items()}
+    params = {n: models.normal(i, *s) for i, (n, (s, _)) in enumerate(weights.items())}
     grad = jax.grad(loss)
 
-    def compiled(base, adapter, args):
+    def everything(base, adapter, args):
         return f(base, args), {
             "y": lora.apply(base, adapter, args),
             "gradient": grad(adapter, base, args),
@@ -346,57 +298,28 @@ def explicit(case, follow):
 
     def run(mesh):
         with jax.set_mesh(mesh):
-            base = {n: models.normal(i, *s) for i, (n, (s, _)) in enumerate(weights.items())}
-            base, args = jax.device_put(base, specs), jax.device_put(x, x_spec)
+            base, args = jax.device_put((params, x), (specs, x_spec))
             _, adapter = jax.jit(lora.init)(jax.random.key(0), base, args)
             adapter = jax.jit(lambda tree: jax.tree.map(lambda x: x + 0.1, tree))(adapter)
             if follow:
                 adapter = jax.device_put(adapter, sharding.specs(base, adapter))
-            plain, outs = jax.jit(compiled)(base, adapter, args)
+            plain, outs = jax.jit(everything)(base, adapter, args)
             outs["unmerged"] = jlora.unmerge(base, adapter)
             outs["eager"] = lora.apply(base, adapter, args)
             assert jax.typeof(outs["y"]).sharding == jax.typeof(plain).sharding
-            same_places(outs["gradient"], adapter)
+            assert_lies(outs["gradient"], adapter)
             for name in ("of_base", "merged", "unmerged"):
-                same_places(outs[name], base)
+                assert_lies(outs[name], base)
         return outs
 
-    found, expected = run(mesh_of(AxisType.Explicit)), run(mesh_of(AxisType.Explicit, (1, 1)))
-    for name, value in found.items():
-        close(value, expected[name])
-
-
-def name_of(case):
-    """The model and its tokens."""
-    return f"{case[0].__name__}{len(case[2][0])}"
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=() if c[0] is fused else pytest.mark.slow) for c in CASES],
-    ids=[name_of(c) for c in CASES],
-)
-def test_explicit(case):
-    explicit(case, follow=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_explicit_replicated(case):
-    """An adapter that lies everywhere."""
-    explicit(case, follow=False)
-
-
-def squares(tree):
-    """The sum of the squares of all leaves."""
-    return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
+    close(run(EXPLICIT), run(mesh_of(AxisType.Explicit, (1, 1))))
 
 
 @pytest.mark.slow
 def test_explicit_many_adapters():
     """`vmap` over adapters, and dropout."""
     lora = jlora.transform(gathered, LoRA(rank=2, dropout=0.5))
-    with jax.set_mesh(mesh_of(AxisType.Explicit)):
+    with jax.set_mesh(EXPLICIT):
         base = {n: jax.device_put(models.normal(0, *s), p) for n, (s, p) in PAIR.items()}
         x = jax.device_put(*ROWS)
         _, adapter = lora.init(jax.random.key(0), base, x)
@@ -417,7 +340,7 @@ def test_explicit_ambiguity_is_an_error_of_jax():
     """What the base model may not leave open, the adapted one may not either."""
     lora = jlora.transform(lambda p, x: x @ p["w"], LoRA(rank=2))
     with (
-        jax.set_mesh(mesh_of(AxisType.Explicit)),
+        jax.set_mesh(EXPLICIT),
         pytest.raises(Exception, match="Contracting dimensions are sharded and it is ambiguous"),
     ):
         base = {"w": jax.device_put(models.normal(0, D, F), P("fsdp", None))}

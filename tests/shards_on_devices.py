@@ -9,34 +9,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import laws
-import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from meshes import lines, normal, value_and_slope
+from small import some
 
 import jlora
 
-MESH = jax.make_mesh((4,), ("d",), (AxisType.Auto,), devices=jax.devices()[:4])
-REFUSED = "A or B may vary over the mesh axis of the gather"
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
-
-
-def value_and_slope(f, adapter):
-    return jax.jit(jax.value_and_grad(lambda a: jnp.sin(f(a)).sum()))(adapter)
-
-
-def check(model, params, x):
-    """Adapted is merged."""
-    lora = jlora.transform(model, jlora.LoRA(rank=2, alpha=2))
-    base, adapter = lora.init(jax.random.key(0), params, x)
-    adapter = laws.randomize(adapter)
-    actual = value_and_slope(lambda a: lora.apply(base, a, x), adapter)
-    expected = value_and_slope(lambda a: model(jlora.merge(base, a), x), adapter)
-    laws.assert_close(actual, expected, 1e-10)
+LORA = jlora.LoRA(rank=2, alpha=2)
+map_on = functools.partial(jax.shard_map, mesh=lines()[AxisType.Auto])
 
 
 def gathered(axis, spec, checked, scaled=False, cut=False):
@@ -46,60 +29,68 @@ def gathered(axis, spec, checked, scaled=False, cut=False):
         i = lax.axis_index("d")
         w = w * (1.0 + i) if scaled else w
         w = lax.dynamic_slice_in_dim(w, 2 * i, 2, 1) if cut else w
-        return (
-            x[:, : w.shape[0] * (4 if axis == 0 else 1)]
-            @ lax.all_gather(w, "d", axis=axis, tiled=True)
-        )[None]
+        x = x[:, : w.shape[0] * (4 if axis == 0 else 1)]
+        return (x @ lax.all_gather(w, "d", axis=axis, tiled=True))[None]
 
-    return lambda p, x: jax.shard_map(
-        body, mesh=MESH, in_specs=(spec, P()), out_specs=P("d"), check_vma=checked
-    )(p["w"], x)
+    f = map_on(body, in_specs=(spec, P()), out_specs=P("d"), check_vma=checked)
+    return lambda p, x: f(p["w"], x)
+
+
+# The arguments of `gathered`, the shapes of W and x, and whether A or B may vary there.
+GATHERS = [
+    ({"axis": 0, "spec": P("d")}, (4, 16), False),
+    ({"axis": 1, "spec": P(None, "d")}, (4, 16), False),
+    ({"axis": 0, "spec": P(None, "d")}, (8, 32), True),
+    ({"axis": 1, "spec": P("d")}, (8, 32), True),
+    ({"axis": 0, "spec": P(), "scaled": True}, (8, 32), True),
+    ({"axis": 0, "spec": P(), "cut": True}, (8, 32), True),
+]
 
 
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize(
-    ("axis", "spec"), [(0, P("d")), pytest.param(1, P(None, "d"), marks=pytest.mark.slow)]
+    ("fields", "rows", "varies"),
+    [pytest.param(*x, marks=pytest.mark.slow if x is GATHERS[1] else ()) for x in GATHERS],
 )
-def test_gathered_along_its_shards(axis, spec, checked):
-    check(gathered(axis, spec, checked), {"w": normal(0, 4, 8)}, normal(1, 3, 16))
-
-
-@pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"axis": 0, "spec": P(None, "d")},
-        {"axis": 1, "spec": P("d")},
-        {"axis": 0, "spec": P(), "scaled": True},
-        {"axis": 0, "spec": P(), "cut": True},
-    ],
-)
-def test_gathered_where_a_factor_varies_is_refused(fields, checked):
+def test_weights_gathered_by_the_model(fields, rows, varies, checked):
+    """Adapted is merged where W is gathered along its shards; elsewhere it is refused."""
     model = gathered(**fields, checked=checked)
-    with pytest.raises(NotImplementedError, match=REFUSED):
-        check(model, {"w": normal(0, 8, 8)}, normal(1, 3, 32))
+    params, x = {"w": normal(0, rows[0], 8)}, normal(1, 3, rows[1])
+    lora = jlora.transform(model, LORA)
+    if varies:
+        message = "A or B may vary over the mesh axis of the gather"
+        with pytest.raises(NotImplementedError, match=message):
+            base, adapter = lora.init(jax.random.key(0), params, x)
+            lora.apply(base, adapter, x)
+        return
+    base, adapter = lora.init(jax.random.key(0), params, x)
+    adapter = laws.randomize(adapter)
+    actual = value_and_slope(lambda a: lora.apply(base, a, x), adapter)
+    expected = value_and_slope(lambda a: model(jlora.merge(base, a), x), adapter)
+    laws.assert_close(actual, expected, 1e-10)
 
 
 def scanned(p, x, gather=lambda w: w):
     return lax.scan(lambda h, w: (jnp.tanh(h @ gather(w)), None), x, p["w"])[0]
 
 
-@pytest.mark.parametrize("columns", [4, pytest.param(16, marks=pytest.mark.slow)])
+def problem(columns, rows):
+    """Transform, base, adapter and input of two layers."""
+    lora = jlora.transform(scanned, LORA)
+    params, x = {"w": normal(0, 2, columns, columns)}, normal(1, rows, columns)
+    base, adapter = lora.init(jax.random.key(0), params, x)
+    return lora, base, laws.randomize(adapter), x
+
+
+@pytest.mark.parametrize("columns", some([4, 16], 4))
 def test_weights_gathered_in_the_layers(columns):
     """As with FSDP: W, A and B lie as `sharding.specs` has them, one column a device too."""
+    whole, base, adapter, x = problem(columns, 8)
     gather = functools.partial(lax.all_gather, axis_name="d", axis=1, tiled=True)
-    lora = jlora.transform(functools.partial(scanned, gather=gather), jlora.LoRA(rank=2))
-    whole = jlora.transform(scanned, jlora.LoRA(rank=2))
-    params, x = {"w": normal(0, 2, columns, columns)}, normal(1, 8, columns)
-    base, adapter = whole.init(jax.random.key(0), params, x)
-    adapter = laws.randomize(adapter)
+    lora = jlora.transform(functools.partial(scanned, gather=gather), LORA)
     spec = {"w": P(None, None, "d")}
-    inside = jax.shard_map(
-        lora.apply,
-        mesh=MESH,
-        in_specs=(spec, jlora.sharding.specs(spec, adapter), P("d")),
-        out_specs=P("d"),
-    )
+    specs = (spec, jlora.sharding.specs(spec, adapter), P("d"))
+    inside = map_on(lora.apply, in_specs=specs, out_specs=P("d"))
     actual = value_and_slope(lambda a: inside(base, a, x), adapter)
     expected = value_and_slope(lambda a: whole.apply(base, a, x), adapter)
     laws.assert_close(actual, expected, 1e-10)
@@ -107,15 +98,14 @@ def test_weights_gathered_in_the_layers(columns):
 
 def test_one_adapter_a_device():
     """Over a base that all share."""
-    lora = jlora.transform(scanned, jlora.LoRA(rank=2))
-    params, x = {"w": normal(0, 2, 4, 4)}, normal(1, 4, 3, 4)
-    base, adapter = lora.init(jax.random.key(0), params, x[0])
+    lora, base, adapter, x = problem(4, 3)
     many = laws.randomize(jax.tree.map(lambda v: jnp.stack([v] * 4), adapter))
+    x = jnp.stack([x * (i + 1) for i in range(4)])
 
     def own(base, many, x):
         return lora.apply(base, jax.tree.map(lambda v: v[0], many), x[0])[None]
 
-    f = jax.shard_map(own, mesh=MESH, in_specs=(P(), P("d"), P("d")), out_specs=P("d"))
+    f = map_on(own, in_specs=(P(), P("d"), P("d")), out_specs=P("d"))
     actual = value_and_slope(lambda a: f(base, a, x), many)
     expected = value_and_slope(lambda a: jax.vmap(lora.apply, (None, 0, 0))(base, a, x), many)
     laws.assert_close(actual, expected, 1e-10)

@@ -10,7 +10,6 @@ import numpy as np
 from jax import lax
 
 from jlora import LoRA, Slots
-from jlora.types import Layout
 
 Batch = Any
 D, F, LAYERS = 6, 5, 3
@@ -158,18 +157,6 @@ MODELS: dict[str, Callable[[], Model]] = {
     "heads": heads,
     "twice": twice,
 }
-
-
-def matrices(w: jax.Array, layout: Layout) -> np.ndarray:
-    """A weight or its gradient, (matrices, inputs, outputs), of each of a stack and each slot."""
-    stack, inputs, outputs, slots = layout
-    parts = [np.asarray(w)]
-    if slots is not None:
-        each = np.split(parts[0], slots[0], slots[2])
-        parts = [each[i] for i in slots[1]]
-    length = [int(np.prod([parts[0].shape[d] for d in dims])) for dims in (inputs, outputs)]
-    turned = [part.transpose(*stack, *inputs, *outputs).reshape(-1, *length) for part in parts]
-    return np.stack(turned, 1).reshape(-1, *length)
 
 
 def covariance(inputs: list[jax.Array]) -> np.ndarray:

@@ -4,37 +4,31 @@ Whatever the mesh, a sketch is what it is on one device.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from meshes import KINDS, assert_lies, mesh_of, normal, put
+from small import some
 
 import jlora
 from jlora import LoRA
 from jlora.initializers import eva, lora_ga
 
 LAYERS, D, F = 3, 16, 8
-MESHES = {
-    kind: jax.make_mesh((2, 2), ("d", "t"), (kind,) * 2)
-    for kind in (AxisType.Auto, AxisType.Explicit)
-}
+MESHES = {kind: mesh_of(kind, (2, 2), ("d", "t")) for kind in KINDS}
+AUTO = MESHES[AxisType.Auto]
 SPECS = {
-    "replicated": (P(), P()),
-    "fsdp": (P(None, "d"), P(None, "d")),
-    "tensor": (P(None, None, "t"), P(None, "t")),
-    "both": (P(None, "d", "t"), P(None, "t", "d")),
+    "replicated": {"up": P(), "down": P()},
+    "fsdp": {"up": P(None, "d"), "down": P(None, "d")},
+    "tensor": {"up": P(None, None, "t"), "down": P(None, "t")},
+    "both": {"up": P(None, "d", "t"), "down": P(None, "t", "d")},
 }
-KINDS = ("inputs", "gradient")
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
-
-
 PARAMS = {"up": normal(0, LAYERS, D, F), "down": normal(1, LAYERS, F, D)}
 BATCHES = [normal(2, 8, D), normal(3, 8, D)]
 
@@ -51,63 +45,51 @@ def layer(x, p):
     return x + jnp.tanh(x @ up) @ down, None
 
 
-def loss(p, x):
-    return jnp.sum(jnp.sin(lax.scan(layer, x, p)[0]))
+def model(p, x):
+    return lax.scan(layer, x, p)[0]
 
 
-def sketched(loss, params, batches, kind):
-    return jlora.sketch(loss, params, LoRA(rank=1), batches, kind=kind, components=F)
+def loss_of(model):
+    return lambda p, x: jnp.sum(jnp.sin(model(p, x)))
+
+
+def sketched(model, kind, params=PARAMS, batches=BATCHES):
+    return jlora.sketch(loss_of(model), params, LoRA(rank=1), batches, kind=kind, components=F)
 
 
 @functools.cache
 def expected(kind):
-    return sketched(loss, PARAMS, BATCHES, kind)
+    return sketched(model, kind)
 
 
-def check(found, kind):
-    for path, s in expected(kind).sites.items():
+def check(found, other):
+    for path, s in other.sites.items():
+        mine = found.sites[path]
         for name in ("values", "total"):
-            np.testing.assert_allclose(
-                getattr(found.sites[path], name), getattr(s, name), rtol=1e-8
-            )
-        a, b = (np.asarray(x.inputs) for x in (s, found.sites[path]))
+            np.testing.assert_allclose(getattr(mine, name), getattr(s, name), rtol=1e-8)
+        a, b = (np.asarray(x.inputs) for x in (s, mine))
         np.testing.assert_allclose(a @ a.mT, b @ b.mT, atol=1e-8)
 
 
-def placed():
+def every_place():
     """Every spec on every mesh, one every day; starts are on explicit axes then."""
-    rows = [(spec, mesh, kind) for kind in KINDS for mesh in MESHES for spec in SPECS]
     daily = ("both", AxisType.Auto, "inputs")
-    return [pytest.param(*row, marks=[] if row == daily else pytest.mark.slow) for row in rows]
+    rows = itertools.product(SPECS, KINDS, ("inputs", "gradient"))
+    return [pytest.param(*r, marks=[] if r == daily else pytest.mark.slow) for r in rows]
 
 
-@pytest.mark.parametrize(("spec", "mesh", "kind"), placed(), ids=str)
-def test_on_a_mesh_is_as_on_one_device(spec, mesh, kind):
-    mesh = MESHES[mesh]
-    put = lambda x, s: jax.device_put(np.asarray(x), NamedSharding(mesh, s))  # noqa: E731
-    params = dict(zip(PARAMS, map(put, PARAMS.values(), SPECS[spec]), strict=True))
+@pytest.mark.parametrize(("spec", "axes", "kind"), every_place(), ids=str)
+def test_on_a_mesh_is_as_on_one_device(spec, axes, kind):
+    mesh = MESHES[axes]
+    params, batches = put(PARAMS, mesh, SPECS[spec]), put(BATCHES, mesh, P("d"))
     with jax.set_mesh(mesh):
-        found = sketched(loss, params, [put(x, P("d")) for x in BATCHES], kind)
-    check(found, kind)
+        found = sketched(model, kind, params, batches)
+    check(found, expected(kind))
 
 
 def within(body, specs, **how):
-    """The loss of a model that is a `shard_map` itself."""
-
-    def loss(p, x):
-        f = jax.shard_map(
-            body, mesh=MESHES[AxisType.Auto], in_specs=(specs, P("d")), out_specs=P("d"), **how
-        )
-        return jnp.sum(jnp.sin(f(p, x)))
-
-    return loss
-
-
-@pytest.mark.parametrize("kind", ["inputs", pytest.param("gradient", marks=pytest.mark.slow)])
-def test_within_the_models_own_shard_map(kind):
-    """Over tokens."""
-    body = lambda p, x: lax.scan(layer, x, p)[0]  # noqa: E731
-    check(sketched(within(body, P()), PARAMS, BATCHES, kind), kind)
+    """A model that is a `shard_map` itself, over tokens."""
+    return jax.shard_map(body, mesh=AUTO, in_specs=(specs, P("d")), out_specs=P("d"), **how)
 
 
 def column_and_row(p, x):
@@ -116,17 +98,28 @@ def column_and_row(p, x):
     return lax.scan(step, x, p)[0]
 
 
-CUT = {"up": P(None, None, "t"), "down": P(None, "t")}
+WHOLE, CUT = within(model, P()), within(column_and_row, SPECS["tensor"])
+UNCHECKED = within(model, P(), check_vma=False)
+GRADIENTS = [pytest.param(f, "gradient", marks=pytest.mark.slow) for f in (WHOLE, CUT, UNCHECKED)]
 
 
-def test_inputs_of_matrices_that_a_shard_map_cuts_are_refused():
-    """Where inputs are cut x·A is a part; where outputs are, each device has all. Not of G."""
-    f = within(column_and_row, CUT)
-    check(sketched(f, PARAMS, BATCHES, "gradient"), "gradient")
+@pytest.mark.parametrize(("f", "kind"), [(WHOLE, "inputs"), *GRADIENTS])
+def test_within_the_models_own_shard_map(f, kind):
+    check(sketched(f, kind), expected(kind))
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (CUT, "reaches `shard_map` at .*a device has a part of each matrix"),
+        (UNCHECKED, "or that is not checked"),
+    ],
+)
+def test_inputs_that_a_shard_map_hides_are_refused(f, message):
+    """Where inputs are cut x·A is a part; where outputs are, each device has all."""
     for path in PARAMS:
-        message = f"'{path}' reaches `shard_map` at .*a device has a part of each matrix"
         with pytest.raises(NotImplementedError, match=message):
-            jlora.sketch(f, PARAMS, LoRA(path, rank=1), BATCHES, kind="inputs")
+            jlora.sketch(loss_of(f), PARAMS, LoRA(path, rank=1), BATCHES, kind="inputs")
 
 
 @pytest.mark.slow
@@ -135,50 +128,25 @@ def test_experts_that_a_shard_map_cuts():
     params = {"up": normal(0, 4, D, F), "down": normal(1, 4, F, D)}
     batches = [normal(seed, 4, 8, D) for seed in (2, 3)]
     each = jax.vmap(lambda p, x: layer(x, p)[0])
-    mesh = MESHES[AxisType.Auto]
-    cut = jax.shard_map(each, mesh=mesh, in_specs=(P("t"), P("t", "d")), out_specs=P("t", "d"))
-    found, whole = (
-        sketched(lambda p, x, f=f: jnp.sum(jnp.sin(f(p, x))), params, batches, "inputs")
-        for f in (cut, each)
-    )
-    for path, s in found.sites.items():
-        np.testing.assert_allclose(s.values, whole.sites[path].values, rtol=1e-8)
-        np.testing.assert_allclose(s.total, whole.sites[path].total, rtol=1e-8)
+    cut = jax.shard_map(each, mesh=AUTO, in_specs=(P("t"), P("t", "d")), out_specs=P("t", "d"))
+    found, other = (sketched(f, "inputs", params, batches) for f in (cut, each))
+    check(found, other)
 
 
-def test_inputs_within_a_shard_map_that_checks_nothing_are_refused():
-    body = lambda p, x: lax.scan(layer, x, p)[0]  # noqa: E731
-    f = within(body, P(), check_vma=False)
-    check(sketched(f, PARAMS, BATCHES, "gradient"), "gradient")
-    with pytest.raises(NotImplementedError, match="or that is not checked"):
-        sketched(f, PARAMS, BATCHES, "inputs")
-
-
-def starts():
-    """Each start on every mesh, every day the one that changes the base."""
-    rows = [(*x, mesh) for x in ((eva, "inputs"), (lora_ga, "gradient")) for mesh in MESHES]
-    return [
-        pytest.param(
-            *row, marks=[] if row[::2] == (lora_ga, AxisType.Explicit) else pytest.mark.slow
-        )
-        for row in rows
-    ]
-
-
-@pytest.mark.parametrize(("start", "kind", "mesh"), starts())
-def test_starts_on_a_mesh(start, kind, mesh):
+@pytest.mark.parametrize("axes", some(KINDS, AxisType.Explicit))
+@pytest.mark.parametrize("start", some([eva, lora_ga], lora_ga))
+@pytest.mark.parametrize("jit", some([True, False], True))
+def test_starts_on_a_mesh(start, axes, jit):
     """The base lies where it lay, and the model begins as it was."""
-    mesh = MESHES[mesh]
-    put = lambda x, s: jax.device_put(np.asarray(x), NamedSharding(mesh, s))  # noqa: E731
-    params = {"up": put(PARAMS["up"], SPECS["fsdp"][0]), "down": put(PARAMS["down"], P())}
-    x = put(BATCHES[0], P("d"))
+    mesh, kind = MESHES[axes], "inputs" if start is eva else "gradient"
+    specs = {"up": SPECS["fsdp"]["up"], "down": P()}
+    params, x = put(PARAMS, mesh, specs), put(BATCHES[0], mesh, P("d"))
     with jax.set_mesh(mesh):
-        rule = LoRA(rank=2, init=start(sketched(loss, params, [x], kind)))
-        lora = jlora.transform(loss, rule)
-        for init in (jax.jit(lora.init), lora.init):
-            base, adapter = init(jax.random.key(0), params, x)
-            actual = jax.jit(lora.apply)(base, adapter, x)
-            np.testing.assert_allclose(actual, jax.jit(loss)(params, x))
+        rule = LoRA(rank=2, init=start(sketched(model, kind, params, [x])))
+        lora = jlora.transform(model, rule)
+        base, adapter = (jax.jit(lora.init) if jit else lora.init)(jax.random.key(0), params, x)
+        actual, expected = jax.jit(lora.apply)(base, adapter, x), jax.jit(model)(params, x)
+    np.testing.assert_allclose(actual, expected)
+    assert_lies(base, params)
     for path, w in base.items():
-        assert w.sharding.is_equivalent_to(params[path].sharding, w.ndim)
         assert np.any(np.asarray(w) != np.asarray(params[path])) == (kind == "gradient")

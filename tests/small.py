@@ -1,6 +1,7 @@
 """What the tests of refusals share: small models and trees, and what is said of a mistake."""
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -74,6 +75,11 @@ def some_rows(rows: Iterable[tuple[Any, ...]], *daily: tuple[Any, ...]) -> list[
     """The values of several parameters, of which all but `daily` are for the long run."""
     marks = pytest.mark.slow
     return [pytest.param(*x, marks=() if x in daily else marks) for x in rows]
+
+
+def every(*axes: Iterable[Any], daily: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """All combinations of the values of several parameters, likewise."""
+    return some_rows(itertools.product(*axes), *daily)
 
 
 def each_refusal(table: Mapping[Any, Mapping[str, Any]]) -> Any:

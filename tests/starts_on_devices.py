@@ -5,16 +5,15 @@ of W's size.
 """
 
 import itertools
-import math
-import re
 
 import jax
-import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from meshes import assert_lies, compiled, lines, moved, normal, on
+from small import some
 
 import jlora
 from jlora.initializers import loftq, miss, olora, pissa, pissa_niter
@@ -22,112 +21,77 @@ from jlora.initializers import loftq, miss, olora, pissa, pissa_niter
 LAYERS, INPUTS, OUTPUTS, RANK = 4, 64, 128, 2
 SPECS = {"inputs": P(None, "d"), "outputs": P(None, None, "d"), "stack": P("d")}
 STARTS = {"pissa": pissa, "pissa_niter": pissa_niter(40), "olora": olora, "miss": miss}
-MESHES = {
-    kind: jax.make_mesh((4,), ("d",), (kind,), devices=jax.devices()[:4])
-    for kind in (AxisType.Auto, AxisType.Explicit)
-}
-COLLECTIVE = re.compile(
-    r"= (\S+|\([^)]*\)) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(?:-start)?\("
-)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+LINES = lines()
+AUTO, EXPLICIT = LINES
+X = jax.ShapeDtypeStruct((LAYERS, 1, INPUTS), "f4")
+PARAMS = {"w": normal(0, LAYERS, INPUTS, OUTPUTS).astype("f4")}
 
 
 def model(p, x):
     return jax.lax.map(lambda wx: wx[1] @ wx[0], (p["w"], x))
 
 
-PARAMS, X = (
-    {"w": normal(0, LAYERS, INPUTS, OUTPUTS)},
-    jax.ShapeDtypeStruct((LAYERS, 1, INPUTS), "f4"),
-)
-
-
 def init(start, params):
-    """Base and adapter; the model is traced on shapes, which lie nowhere."""
+    """W, A and B; the model is traced on shapes, which lie nowhere."""
     lora = jlora.transform(model, jlora.LoRA("w", rank=RANK, alpha=RANK, init=start))
     site = lora.sites(jax.eval_shape(lambda: PARAMS), X)["w"]
-    w, a, b = start(jax.random.key(0), params["w"], site, site.rule)
-    return w, a, b
+    return start(jax.random.key(0), params["w"], site, site.rule)
 
 
-def placed():
+def values(w, a, b):
+    """W, or what its codes stand for, and A·B, as signs are free."""
+    w, a, b = jax.device_get((w, a, b))
+    return np.asarray(jlora.dequantize({"w": w})["w"]), np.asarray(a) @ np.asarray(b)
+
+
+def every_place():
     """Every start and spec on both meshes; two of them every day."""
-    daily = {("pissa", "inputs", AxisType.Auto), ("olora", "stack", AxisType.Explicit)}
-    rows = itertools.product(STARTS, SPECS, MESHES)
+    daily = {("pissa", "inputs", AUTO), ("olora", "stack", EXPLICIT)}
+    rows = itertools.product(STARTS, SPECS, LINES)
     return [pytest.param(*r, marks=[] if r in daily else pytest.mark.slow) for r in rows]
 
 
-@pytest.mark.parametrize(("name", "spec", "kind"), placed())
+@pytest.mark.parametrize(("name", "spec", "kind"), every_place())
 def test_the_base_lies_where_it_did(name, spec, kind):
-    place = NamedSharding(MESHES[kind], SPECS[spec])
+    place = on(LINES[kind], {"w": SPECS[spec]})
     expected = init(STARTS[name], PARAMS)
-    with jax.set_mesh(MESHES[kind]):
-        put = jax.device_put(jax.device_get(PARAMS), place)
-        w, a, b = init(STARTS[name], put)
-        assert w.sharding.is_equivalent_to(place, 3)
-    of = lambda a, b: np.asarray(a) @ np.asarray(b)  # noqa: E731 - signs are free
-    laws.assert_close((np.asarray(w), of(a, b)), (np.asarray(expected[0]), of(*expected[1:])), 1e-4)
+    with jax.set_mesh(LINES[kind]):
+        w, a, b = init(STARTS[name], jax.device_put(jax.device_get(PARAMS), place))
+        assert_lies(w, place["w"])
+    laws.assert_close(values(w, a, b), values(*expected), 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("start", "kind"),
-    [
-        pytest.param(pissa, AxisType.Auto, marks=pytest.mark.slow),
-        (loftq(jlora.NF4()), AxisType.Explicit),
-        pytest.param(pissa, AxisType.Explicit, marks=pytest.mark.slow),
-        pytest.param(loftq(jlora.NF4()), AxisType.Auto, marks=pytest.mark.slow),
-    ],
-)
-def test_codes(start, kind):
+@pytest.mark.parametrize("kind", some(LINES, EXPLICIT))
+@pytest.mark.parametrize("name", some(["pissa", "loftq"], "loftq"))
+def test_codes(name, kind):
     """As on one device; what was quantized before lies as it did."""
-    given = jlora.quantize(PARAMS, jlora.NF4("w")) if start is pissa else PARAMS
-    place = {"w": NamedSharding(MESHES[kind], SPECS["outputs"])}
-    place = jlora.sharding.specs(place, given) if start is pissa else place
-    w, *_ = expected = init(start, given)
-    with jax.set_mesh(MESHES[kind]):
-        put = jax.device_put(jax.device_get(given), place)
-        actual = init(start, put)
-    assert actual[0].form == w.form
-    if start is pissa:
-        lies = lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim)  # noqa: E731
-        assert all(jax.tree.leaves(jax.tree.map(lies, actual[0], put["w"])))
-    a, b = (whole(*jax.device_get(made)) for made in (actual, expected))
+    start = pissa if name == "pissa" else loftq(jlora.NF4())
+    given = jlora.quantize(PARAMS, jlora.NF4("w")) if name == "pissa" else PARAMS
+    places = jlora.sharding.specs(on(LINES[kind], {"w": SPECS["outputs"]}), given)
+    expected = init(start, given)
+    with jax.set_mesh(LINES[kind]):
+        actual = init(start, jax.device_put(jax.device_get(given), places))
+    assert actual[0].form == expected[0].form
+    if name == "pissa":
+        assert_lies(actual[0], places["w"])
+    a, b = (sum(values(*x)) for x in (actual, expected))
     assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)  # a value may be between two codes
 
 
-def whole(w, a, b):
-    """What the codes stand for, and A·B."""
-    return np.asarray(jlora.dequantize({"w": w})["w"]) + a @ b
-
-
-@pytest.mark.parametrize(
-    "spec", [n if n == "inputs" else pytest.param(n, marks=pytest.mark.slow) for n in SPECS]
-)
+@pytest.mark.parametrize("spec", some(SPECS, "inputs"))
 @pytest.mark.parametrize("name", ["pissa_niter", "olora"])
 def test_nothing_of_the_size_of_a_matrix_moves(name, spec):
     """Under jit; what moves in one collective is smaller than a matrix."""
-    place = NamedSharding(MESHES[AxisType.Auto], SPECS[spec])
-    put = jax.device_put(jax.device_get(PARAMS), place)
-    f = jax.jit(lambda p: init(STARTS[name], p), out_shardings=(place, None, None))
-    shapes = COLLECTIVE.findall(f.lower(put).compile().as_text())
-    sizes = [
-        math.prod(map(int, s.split(","))) if s else 1
-        for shape in shapes
-        for s in re.findall(r"\[([\d,]*)\]", shape)
-    ]
-    columns = LAYERS * (RANK + 8)
-    assert max(sizes, default=0) <= columns * max(INPUTS, OUTPUTS) < PARAMS["w"].size
+    place = on(LINES[AUTO], {"w": SPECS[spec]})
+    f = jax.jit(lambda p: init(STARTS[name], p), out_shardings=(place["w"], None, None))
+    found = moved(compiled(f, jax.device_put(jax.device_get(PARAMS), place)))
+    most = LAYERS * (RANK + 8) * max(INPUTS, OUTPUTS)
+    assert max((n for _, n in found), default=0) <= most < PARAMS["w"].size
 
 
 def test_init_of_a_part_is_refused():
-    def part(w):
-        return init(pissa, {"w": w})[1]
-
-    f = jax.shard_map(part, mesh=MESHES[AxisType.Auto], in_specs=P("d"), out_specs=P("d"))
+    part = lambda w: init(pissa, {"w": w})[1]  # noqa: E731
+    f = jax.shard_map(part, mesh=LINES[AxisType.Auto], in_specs=P("d"), out_specs=P("d"))
     expected = r"the start of LoRA\('w'\) factors the whole of 'w', of which a shard_map"
     with pytest.raises(NotImplementedError, match=expected):
         f(PARAMS["w"])

@@ -135,37 +135,6 @@ def test_numpy_float64_is_quiet() -> None:
         assert jlora.transform(dense).apply(base, adapter, X).dtype == jnp.float32
 
 
-def joined(p: Any, x: jax.Array) -> jax.Array:
-    """[W W] over [V V], of which only W is adapted."""
-    double = [jnp.concatenate([p[k], p[k]], axis=1) for k in ("w", "v")]
-    return jnp.einsum("bi,sio->sbo", x, jnp.stack(double))
-
-
-def test_stack_of_a_joined_weight() -> None:
-    """Stacked with a weight that no rule names, a concatenated one is still merged exactly."""
-    params = {"w": array(4, 6), "v": array(4, 6) + 1}
-    base, adapter = init(LoRA("w", rank=2), apply=joined, params=params)
-    adapter = randomize(adapter)
-    actual = jlora.transform(joined).apply(base, adapter, X)
-    assert_same(actual, joined(jlora.merge(base, adapter), X))
-
-
-def repeated(p: Any, x: jax.Array) -> jax.Array:
-    """W three times, and V twice, as a stack of five."""
-    stack = [jnp.broadcast_to(p[k], (n, *p[k].shape)) for k, n in (("w", 3), ("v", 2))]
-    return jnp.einsum("sbi,sio->sbo", jnp.stack([x, -x, 2 * x, 1 + x, x]), jnp.concatenate(stack))
-
-
-@pytest.mark.parametrize("pattern", ["w", "w|v"])
-def test_join_of_a_broadcast_weight(pattern: str) -> None:
-    """A weight that is broadcast along a stack, and then concatenated along it."""
-    params = {"w": array(4, 6), "v": array(4, 6) + 1}
-    base, adapter = init(LoRA(pattern, rank=2), apply=repeated, params=params)
-    adapter = randomize(adapter)
-    actual = jlora.transform(repeated).apply(base, adapter, X)
-    assert_same(actual, repeated(jlora.merge(base, adapter), X))
-
-
 def test_weakly_typed_weight() -> None:
     """`jnp.full` gives a weakly typed array, which does not widen a bfloat16 activation."""
     params, x = {"w": jnp.full((4, 6), 0.5)}, X.astype(jnp.bfloat16)

@@ -5,103 +5,76 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nodes
 import numpy as np
 import pytest
+from small import some
 
-from jlora import analysis, merge
-from jlora._adapters import factor_shapes, weight_shape
+from jlora import analysis
 from jlora.types import Layout, LowRank
 
-# Shape of W, its layout, r.
-SITES = {
-    "dense": ((6, 4), Layout((), (0,), (1,)), 3),
-    "transposed": ((4, 6), Layout((), (1,), (0,)), 3),
-    "heads": ((6, 2, 3), Layout((), (0,), (1, 2)), 3),
-    "conv": ((3, 2, 4, 5), Layout((), (0, 1, 2), (3,)), 4),
-    "stacked": ((3, 6, 4), Layout((0,), (1,), (2,)), 2),
-    "stacked_twice": ((2, 6, 3, 4), Layout((0, 2), (1,), (3,)), 2),
-    "slots": ((6, 12), Layout((), (0,), (1,), (3, (0, 2), 1)), 2),
-    "stacked_slots": ((2, 6, 12), Layout((0,), (1,), (2,), (3, (0, 2), 2)), 2),
-    "rank_above_shape": ((3, 4), Layout((), (0,), (1,)), 7),
-    "rank_one": ((6, 4), Layout((), (0,), (1,)), 1),
+SLOTS = (Layout((0,), (1,), (2,), (3, (0, 2), 2)), Layout((0, 2), (1,), (3,)))
+SITES = nodes.SITES | {
+    "stacked slots": ((2, 6, 12), SLOTS[0]),
+    "stacked twice": ((2, 6, 3, 4), SLOTS[1]),
+    "rank above shape": ((3, 4), nodes.PLAIN),
 }
-
-# A stack of slots, and one of more columns than W has, for what is compiled.
-DAILY = ("stacked_slots",)
-SOME = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in DAILY else pytest.mark.slow) for n in SITES]
-)
+# A stack of slots every day.
+EACH = pytest.mark.parametrize("name", some(SITES, "stacked slots"))
 
 
 def site(name: str, seed: int = 0, rank: int | None = None, scale: float = 1.5) -> LowRank:
     """Random factors."""
-    shape, layout, r = SITES[name]
-    shapes = factor_shapes(layout, shape, rank or r)
-    rng = np.random.default_rng(seed)
-    a, b = (jnp.asarray(np.float32(rng.standard_normal(s)), jnp.float32) for s in shapes)
-    return LowRank(a, b, scale, layout)
+    shape, layout = SITES[name]
+    return nodes.draw(seed, shape, layout, rank or (7 if name == "rank above shape" else 3), scale)
+
+
+def matrices(w: np.ndarray, name: str) -> np.ndarray:
+    """A weight as (stack…, inputs, outputs) in float64."""
+    return nodes.matrices(w.astype(np.float64), SITES[name][1]._replace(slots=None))
 
 
 def dense(x: LowRank, name: str) -> np.ndarray:
-    """ΔW as (stack…, inputs, outputs) in float64, by way of merging into zeros."""
-    shape, layout, _ = SITES[name]
-    with jax.enable_x64(True):
-        wide = x._replace(a=np.asarray(x.a, np.float64), b=np.asarray(x.b, np.float64))
-        w = np.asarray(jax.jit(merge)({"w": np.zeros(shape)}, {"w": wide})["w"])
-    w = w.transpose(*layout.stack, *layout.inputs, *layout.outputs)
-    inputs = int(np.prod([shape[d] for d in layout.inputs]))
-    return w.reshape(*(shape[d] for d in layout.stack), inputs, -1)
+    """ΔW as (stack…, inputs, outputs) in float64."""
+    return matrices(nodes.delta(x, SITES[name][0]), name)
 
 
-@SOME
-def test_spectrum(name: str) -> None:
-    """All r values, zeros beyond what the shape allows; also under jit."""
-    x = site(name)
-    expected = np.linalg.svd(dense(x, name), compute_uv=False)
-    for values in (analysis.delta_spectrum(x), jax.jit(analysis.delta_spectrum)(x)):
-        slots = len(x.layout.slots[1]) if x.layout.slots else 1
-        assert values.shape == (*expected.shape[:-1], slots * x.a.shape[-1])
-        assert values.dtype == jnp.float32
-        n = min(values.shape[-1], expected.shape[-1])
-        np.testing.assert_allclose(values[..., :n], expected[..., :n], atol=1e-5 * expected.max())
-        assert not values[..., n:].any()
+@EACH
+def test_sizes(name: str) -> None:
+    """All r values, zeros beyond what the shape allows; norms; distances of two adapters."""
+    x, y = site(name), site(name, seed=1, rank=2, scale=0.5)
+    one, two = dense(x, name), dense(y, name)
+    expected = np.linalg.svd(one, compute_uv=False)
+    values, size, far, near = jax.jit(
+        lambda x, y: (
+            analysis.delta_spectrum(x),
+            analysis.norm(x),
+            analysis.distance(x, y),
+            analysis.distance(x, x),
+        )
+    )(x, y)
+    assert values.dtype == jnp.float32
+    n = min(values.shape[-1], expected.shape[-1])
+    slots = len(x.layout.slots[1]) if x.layout.slots else 1
+    assert values.shape == (*expected.shape[:-1], slots * x.a.shape[-1])
+    np.testing.assert_allclose(values[..., :n], expected[..., :n], atol=1e-5 * expected.max())
+    assert not values[..., n:].any()
+    np.testing.assert_allclose(size, np.linalg.norm(one, axis=(-2, -1)), rtol=1e-5)
+    np.testing.assert_allclose(far, np.linalg.norm(one - two, axis=(-2, -1)), rtol=1e-5)
+    assert np.all(near < 1e-5 * size)
 
 
-@SOME
-def test_norm_and_shape(name: str) -> None:
-    """The Frobenius norm, one a matrix, and the shape of W."""
-    x = site(name)
-    np.testing.assert_allclose(
-        analysis.norm(x), np.linalg.norm(dense(x, name), axis=(-2, -1)), rtol=1e-5
-    )
-    for size in (2.0**-70, 2.0**70):  # whose squares float32 has not
+def test_norms_at_the_limits() -> None:
+    """Of ΔW whose squares float32 has not; with slots and without; of another weight."""
+    x = site("slots")
+    for size in (2.0**-70, 2.0**70):
         scaled = analysis.norm(x._replace(scale=size * x.scale))
         np.testing.assert_allclose(scaled / size, analysis.norm(x), rtol=1e-5)
-    assert weight_shape(x) == SITES[name][0]
-
-
-@SOME
-def test_distance(name: str) -> None:
-    """Of adapters of two ranks and scales; zero from itself."""
-    x, y = site(name), site(name, seed=1, rank=2, scale=0.5)
-    expected = np.linalg.norm(dense(x, name) - dense(y, name), axis=(-2, -1))
-    np.testing.assert_allclose(analysis.distance(x, y), expected, rtol=1e-5)
-    np.testing.assert_allclose(analysis.distance(y, x), expected, rtol=1e-5)
-    assert np.all(analysis.distance(x, x) < 1e-5 * analysis.norm(x))
-
-
-def test_distance_of_slots_and_whole() -> None:
-    """The same ΔW with slots and without has no distance."""
-    x = site("slots")
-    (shape, layout, _), delta = SITES["slots"], jnp.asarray(dense(x, "slots"), jnp.float32)
+    (shape, layout), delta = SITES["slots"], jnp.asarray(dense(x, "slots"), jnp.float32)
     whole = LowRank(jnp.eye(shape[0]), delta, 1.0, layout._replace(slots=None))
     assert analysis.distance(x, whole) < 1e-5 * analysis.norm(x)
-
-
-def test_distance_of_other_weights() -> None:
-    """Shapes and axes must agree."""
-    with pytest.raises(ValueError, match=r"must be for one weight; got .*\(6, 4\).*\(4, 6\)"):
-        analysis.distance(site("dense"), site("transposed"))
+    with pytest.raises(ValueError, match=r"must be for one weight; got .*\(0,\).*\(1,\)"):
+        analysis.distance(site("plain"), site("turned"))
 
 
 def test_precision_and_keys() -> None:
@@ -115,32 +88,22 @@ def test_precision_and_keys() -> None:
     with jax.enable_x64(True):
         wide = x._replace(a=np.asarray(x.a, np.float64), b=np.asarray(x.b, np.float64))
         exact = np.linalg.svd(dense(x, "stacked"), compute_uv=False)
-        np.testing.assert_allclose(analysis.delta_spectrum(wide), exact[..., :2], rtol=1e-12)
+        np.testing.assert_allclose(analysis.delta_spectrum(wide), exact[..., :3], rtol=1e-12)
 
 
-def test_vmap() -> None:
-    """Many adapters of one site at once."""
-    many = jax.tree.map(lambda *x: jnp.stack(x), *(site("dense", seed) for seed in range(3)))
-    each = jnp.stack([analysis.delta_spectrum(site("dense", seed)) for seed in range(3)])
-    np.testing.assert_allclose(jax.vmap(analysis.delta_spectrum)(many), each, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("values", "stable", "effective"),
-    [
-        ([0.0, 0.0], 0, 0),
-        ([3.0, 0.0], 1, 1),
-        ([2.0, 2.0, 2.0], 3, 3),
-        ([2.0, 1.0, 0.0], 1.25, 1.8898815748423097),  # 3 / 2^(2/3)
-        ([1e-30, 1e-30], 2, 2),
-        ([1e30, 1e30], 2, 2),
-    ],
-)
-def test_ranks(values: list[float], stable: float, effective: float) -> None:
+def test_ranks() -> None:
     """By hand, also at sizes whose squares float32 cannot hold."""
-    x = jnp.array([values, values])
-    np.testing.assert_allclose(analysis.stable_rank(x), [stable] * 2, rtol=1e-6)
-    np.testing.assert_allclose(analysis.effective_rank(x), [effective] * 2, rtol=1e-6)
+    table = [
+        ([0.0, 0.0, 0.0], 0, 0),
+        ([3.0, 0.0, 0.0], 1, 1),
+        ([2.0, 2.0, 2.0], 3, 3),
+        ([2.0, 1.0, 0.0], 1.25, 3 / 2 ** (2 / 3)),
+        ([1e-30, 1e-30, 0.0], 2, 2),
+        ([1e30, 1e30, 0.0], 2, 2),
+    ]
+    values, stable, effective = zip(*table, strict=True)
+    np.testing.assert_allclose(analysis.stable_rank(jnp.array(values)), stable, rtol=1e-6)
+    np.testing.assert_allclose(analysis.effective_rank(jnp.array(values)), effective, rtol=1e-6)
 
 
 # ---- directions ---------------------------------------------------------------------------------
@@ -171,33 +134,21 @@ def weight(name: str, seed: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=SITES[name][0]).astype(np.float32)
 
 
-def matrices(w: np.ndarray, name: str) -> np.ndarray:
-    """A weight as (stack…, inputs, outputs) in float64."""
-    shape, layout, _ = SITES[name]
-    w = w.astype(np.float64).transpose(*layout.stack, *layout.inputs, *layout.outputs)
-    inputs = int(np.prod([shape[d] for d in layout.inputs]))
-    return w.reshape(*(shape[d] for d in layout.stack), inputs, -1)
-
-
-@SOME
+@EACH
 def test_similarity_of_sites(name: str) -> None:
-    """Of ΔW of two adapters, whatever the axes and slots; also under jit."""
+    """Of ΔW of two adapters, whatever the axes and slots."""
     x, y = site(name), site(name, seed=1, rank=2, scale=0.5)
     u, v = (directions(dense(z, name), most(z, name))[0] for z in (x, y))
     n = u.ndim - 2
     pairs = zip(u.reshape(-1, *u.shape[n:]), v.reshape(-1, *v.shape[n:]), strict=True)
     expected = np.array([similarity(*pair) for pair in pairs])
-    for function in (analysis.subspace_similarity, jax.jit(analysis.subspace_similarity)):
-        grid = function(x, y)
-        assert grid.shape == (*u.shape[:n], u.shape[-1], v.shape[-1])
-        np.testing.assert_allclose(grid.reshape(expected.shape), expected, atol=1e-4)
+    grid = jax.jit(analysis.subspace_similarity)(x, y)
+    assert grid.shape == (*u.shape[:n], u.shape[-1], v.shape[-1])
+    np.testing.assert_allclose(grid.reshape(expected.shape), expected, atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("r1", "r2"),
-    [(9, 4), *(pytest.param(*r, marks=pytest.mark.slow) for r in ((3, 2), (1, 5), (7, 6)))],
-)
+@pytest.mark.parametrize(("r1", "r2"), [(9, 4), (3, 2), (1, 5), (7, 6)])
 def test_similarity_of_factors(r1: int, r2: int) -> None:
     """Of A, stacked, up to more columns than inputs; the transpose the other way round."""
     rng = np.random.default_rng(0)
@@ -241,25 +192,24 @@ def test_similarity_of_other_shapes(shapes: tuple[tuple[int, ...], ...]) -> None
         analysis.subspace_similarity(*map(jnp.ones, shapes))
 
 
-@SOME
+@EACH
 def test_amplification(name: str) -> None:
-    """For one direction under jit and for all, from a site and from ΔW."""
+    """For one direction and for all, from a site and from ΔW."""
     x, w = site(name), weight(name)
     delta, wide = dense(x, name), matrices(w, name)
-    jitted = jax.jit(analysis.amplification, static_argnums=2)
-    for rank, function in {1: jitted, most(x, name): analysis.amplification}.items():
+    function = jax.jit(analysis.amplification, static_argnums=2)
+    pair, full = (wide.astype(np.float32), delta.astype(np.float32)), most(x, name)
+    for *given, rank in ((w, x, 1), (w, x, full), (*pair, full)):
         u, v = directions(delta, rank)
         within = np.linalg.norm(u.swapaxes(-2, -1) @ wide @ v, axis=(-2, -1))
         expected = np.linalg.norm(delta, axis=(-2, -1)) / within
-        np.testing.assert_allclose(function(w, x, rank), expected, rtol=1e-3)
-        pair = wide.astype(np.float32), delta.astype(np.float32)
-        np.testing.assert_allclose(function(*pair, rank), expected, rtol=1e-3)
+        np.testing.assert_allclose(function(*given, rank), expected, rtol=1e-3)
 
 
 @pytest.mark.slow
 def test_amplification_at_the_limits() -> None:
     """0 for ΔW = 0, infinite for W = 0; directions beyond the rank of ΔW add nothing."""
-    x, w = site("dense"), weight("dense")
+    x, w = site("plain"), weight("plain")
     start = x._replace(b=jnp.zeros_like(x.b))
     with jax.debug_nans(True):
         assert analysis.amplification(w, start, 3) == 0
@@ -270,34 +220,34 @@ def test_amplification_at_the_limits() -> None:
     np.testing.assert_allclose(analysis.amplification(w, single, 3), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [0, 10, -1])
 @pytest.mark.parametrize(
-    ("function", "argument", "limit", "of"),
-    [
-        (analysis.intruder_dimensions, "k", 4, "W + ΔW"),  # the smaller side of W
-        (analysis.amplification, "rank", 3, "ΔW"),  # that of A and B
-    ],
-)
-@pytest.mark.parametrize("count", [0, 5, -1])
-def test_more_directions_than_there_are(
-    function: Any, argument: str, limit: int, of: str, count: int
-) -> None:
+    ("function", "limit"), [("intruder_dimensions", 9), ("amplification", 3)]
+)  # the smaller side of W, and that of A and B
+def test_more_directions_than_there_are(function: str, limit: int, count: int) -> None:
+    argument, of = ("k", "W + ΔW") if limit == 9 else ("rank", "ΔW")
     message = f"`{argument}` must be from 1 to {limit}, the most directions that {of} can have"
     with pytest.raises(ValueError, match=re.escape(message) + f".*; got {count}"):
-        function(weight("dense"), site("dense"), **{argument: count})
+        getattr(analysis, function)(weight("plain"), site("plain"), **{argument: count})
 
 
+ONES = (jnp.ones((4, 6)), jnp.ones((6, 4)), jnp.ones(6))
+OTHERS: dict[str, Any] = {
+    r"`w` must be .* of shape \(12, 9\); got shape \(4, 6\)": (ONES[0], site("plain")),
+    r"must have the same shape .* \(4, 6\) and \(6, 4\)": ONES[:2],
+    r"must have the same shape .* \(6,\) and \(6,\)": (ONES[2], ONES[2]),
+}
+
+
+@pytest.mark.parametrize("message", OTHERS)
 @pytest.mark.parametrize("function", [analysis.amplification, analysis.intruder_dimensions])
-def test_weights_of_other_shapes(function: Any) -> None:
+def test_weights_of_other_shapes(function: Any, message: str) -> None:
     """W must be that of the site, or of the shape of ΔW."""
-    with pytest.raises(ValueError, match=r"`w` must be .* of shape \(6, 4\); got shape \(4, 6\)"):
-        function(weight("transposed"), site("dense"), 1)
-    with pytest.raises(ValueError, match=r"must have the same shape .* \(4, 6\) and \(6, 4\)"):
-        function(jnp.ones((4, 6)), jnp.ones((6, 4)), 1)
-    with pytest.raises(ValueError, match=r"must have the same shape .* \(6,\) and \(6,\)"):
-        function(jnp.ones(6), jnp.ones(6), 1)
+    with pytest.raises(ValueError, match=message):
+        function(*OTHERS[message], 1)
 
 
-@SOME
+@EACH
 def test_intruders(name: str) -> None:
     """Against the definition at several thresholds, from a site and from ΔW; under jit."""
     with jax.enable_x64(True):
@@ -317,7 +267,7 @@ def test_intruders(name: str) -> None:
 @pytest.mark.slow
 def test_intruders_at_the_limits() -> None:
     """None for ΔW = 0; all directions that there are for W = 0, or where W has nothing."""
-    x, w = site("dense"), weight("dense")
+    x, w = site("plain"), weight("plain")
     assert not analysis.intruder_dimensions(w, x._replace(b=jnp.zeros_like(x.b)), 4).any()
     found = analysis.intruder_dimensions(jnp.zeros_like(w), x, 4)
     assert found.tolist() == [True, True, True, False]  # ΔW has rank 3

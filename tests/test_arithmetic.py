@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import nodes
 import numpy as np
 import pytest
+from nodes import PLAIN, delta, draw, matrices
 from own_methods import GainNode
 from small import each_refusal, exactly, some
 
@@ -16,63 +18,22 @@ from jlora import _linalg, arithmetic
 from jlora.types import Layout, LowRank
 
 # The shape of W, and the layouts that adapters of it may have.
-PLAIN = Layout((), (0,), (1,))
-SITES = {
-    "plain": ((12, 9), [PLAIN]),
-    "turned": ((12, 9), [Layout((), (1,), (0,))]),
-    "stacked": ((3, 12, 9), [Layout((0,), (1,), (2,))]),
-    "stacked in between": ((12, 3, 9), [Layout((1,), (0,), (2,))]),
-    "heads": ((12, 3, 5), [Layout((), (0,), (1, 2))]),
-    "conv": ((3, 4, 9), [Layout((), (0, 1), (2,))]),
-    "experts": ((2, 3, 12, 9), [Layout((0, 1), (2,), (3,))]),
-    "slots": ((12, 18), [PLAIN._replace(slots=(3, (0, 2), 1))]),
-    "slots of two kinds": (
-        (12, 18),
-        [PLAIN._replace(slots=(3, (0, 2), 1)), PLAIN._replace(slots=(2, (1,), 1)), PLAIN],
-    ),
-}
+LAYOUTS = {name: (shape, [layout]) for name, (shape, layout) in nodes.SITES.items()}
+OTHER_SLOTS = [PLAIN._replace(slots=(2, (1,), 1)), PLAIN]
+LAYOUTS["slots of two kinds"] = ((12, 18), [nodes.SITES["slots"][1], *OTHER_SLOTS])
 RANKS, SCALES, WEIGHTS = (2, 3, 1), (2.0, 0.5, 2.0), (0.7, -1.0, 0.4)
-
-
-def draw(seed: int, shape: tuple[int, ...], layout: Layout, rank: int, scale: float) -> LowRank:
-    rng = np.random.default_rng(seed)
-    a, b = jlora._adapters.factor_shapes(layout, shape, rank)
-    a, b = (jnp.asarray(np.float32(rng.standard_normal(x)), jnp.float32) for x in (a, b))
-    return LowRank(a, b, scale, layout)
 
 
 @functools.cache
 def adapters(site: str) -> tuple[Any, ...]:
     """Three adapters with ranks, scales and slots of their own; the last has one site more."""
-    shape, layouts = SITES[site]
+    shape, layouts = LAYOUTS[site]
     nodes = [
         draw(i, shape, layouts[i % len(layouts)], rank, scale)
         for i, (rank, scale) in enumerate(zip(RANKS, SCALES, strict=True))
     ]
     other = draw(9, (5, 4), PLAIN, 2, 1.0)
     return {"w": nodes[0]}, {"w": nodes[1]}, {"w": nodes[2], "more": {"x": other}}
-
-
-merge = jax.jit(jlora.merge)
-
-
-def delta(node: LowRank, shape: tuple[int, ...]) -> np.ndarray:
-    """ΔW in float64, by `merge`, with (stack…, slots…, inputs, outputs) left as W has them."""
-    with jax.enable_x64(True):
-        wide = node._replace(a=np.asarray(node.a, np.float64), b=np.asarray(node.b, np.float64))
-        return np.asarray(merge({"w": np.zeros(shape)}, {"w": wide})["w"])
-
-
-def matrices(x: np.ndarray, layout: Layout) -> np.ndarray:
-    """(matrices, inputs, outputs) of a ΔW; those of slots apart."""
-    stack, inputs, outputs, slots = layout
-    x = np.transpose(x, (*stack, *inputs, *outputs))
-    n, m = len(stack), len(stack) + len(inputs)
-    x = x.reshape(int(np.prod(x.shape[:n])), int(np.prod(x.shape[n:m])), -1)
-    if slots is None:
-        return x
-    parts = np.split(x, slots[0], -1)
-    return np.concatenate([parts[i] for i in slots[1]])
 
 
 def regauged(node: LowRank, seed: int = 0) -> LowRank:
@@ -84,21 +45,35 @@ def regauged(node: LowRank, seed: int = 0) -> LowRank:
     return node._replace(a=jnp.asarray(node.a @ g, jnp.float32), b=jnp.asarray(b, jnp.float32))
 
 
-slow = lambda *x: pytest.param(*x, marks=pytest.mark.slow)  # noqa: E731
 DAILY = ("experts", "slots of two kinds")
-every_site = pytest.mark.parametrize("site", [s if s in DAILY else slow(s) for s in SITES])
+slow = lambda *x: pytest.param(*x, marks=pytest.mark.slow)  # noqa: E731
 
 
-@every_site
-@pytest.mark.parametrize("weights", [None, WEIGHTS])
-def test_add_is_the_sum(site: str, weights: tuple[float, ...] | None) -> None:
-    trees, (shape, _) = adapters(site), SITES[site]
-    found = arithmetic.add(trees, weights)
-    w = weights or (1.0,) * 3
-    expected = sum(v * delta(t["w"], shape) for v, t in zip(w, trees, strict=True))
-    np.testing.assert_allclose(delta(found["w"], shape), expected, atol=3e-6)
-    expected = w[2] * delta(trees[2]["more"]["x"], (5, 4))
-    np.testing.assert_allclose(delta(found["more"]["x"], (5, 4)), expected, atol=1e-6)
+def sites(*daily: str, without: str = "") -> Any:
+    """Every kind of site, those that are not `daily` in the long run."""
+    return pytest.mark.parametrize("site", some([s for s in LAYOUTS if s != without], *daily))
+
+
+@sites(*DAILY)
+def test_sums(site: str) -> None:
+    """With weights and without; where an adapter has no site, its part is 0."""
+    trees, (shape, _) = adapters(site), LAYOUTS[site]
+    deltas = [delta(t["w"], shape) for t in trees]
+    more = delta(trees[2]["more"]["x"], (5, 4))
+    one, two, three = trees
+    for found, w in (
+        (arithmetic.add(trees, WEIGHTS), WEIGHTS),
+        (arithmetic.add(trees), (1, 1, 1)),
+        (arithmetic.difference(one, three), (1, 0, -1)),
+        (arithmetic.scale(three, 0.5), (0, 0, 0.5)),
+    ):
+        expected = sum(v * x for v, x in zip(w, deltas, strict=True))
+        np.testing.assert_allclose(delta(found["w"], shape), expected, atol=3e-6)
+        np.testing.assert_allclose(delta(found["more"]["x"], (5, 4)), w[2] * more, atol=1e-6)
+    half = arithmetic.scale(one, 0.5)
+    assert jax.tree.structure(half) == jax.tree.structure(one)
+    np.testing.assert_array_equal(half["w"].a, one["w"].a)
+    assert arithmetic.add([two])["w"].b is two["w"].b
 
 
 def test_add_keeps_the_factors_to_the_bit() -> None:
@@ -110,24 +85,11 @@ def test_add_keeps_the_factors_to_the_bit() -> None:
     assert (found.scale, arithmetic.add([{}])) == (0.3, {})
 
 
-def test_scale_and_difference() -> None:
-    one, two, _ = adapters("stacked")
-    shape, _ = SITES["stacked"]
-    half = arithmetic.scale(one, 0.5)
-    assert jax.tree.structure(half) == jax.tree.structure(one)
-    np.testing.assert_array_equal(half["w"].a, one["w"].a)
-    np.testing.assert_allclose(delta(half["w"], shape), delta(one["w"], shape) / 2, rtol=1e-6)
-    found = delta(arithmetic.difference(one, two)["w"], shape)
-    np.testing.assert_allclose(found, delta(one["w"], shape) - delta(two["w"], shape), atol=3e-6)
-
-
-@pytest.mark.parametrize(
-    ("rank", "site"),
-    [(rank, s) if s in DAILY and rank == 1 else slow(rank, s) for rank in (1, 2, 3) for s in SITES],
-)
+@sites("experts")
+@pytest.mark.parametrize("rank", some([1, 2, 3], 1))
 def test_truncate_is_the_best_approximation(site: str, rank: int) -> None:
     """The dense SVD's, of each matrix of a stack and each slot."""
-    shape, _ = SITES[site]
+    shape, _ = LAYOUTS[site]
     full = arithmetic.add(adapters(site))["w"]
     small = arithmetic.truncate({"w": full}, rank=rank)["w"]
     assert small.a.shape[-1] == rank
@@ -142,7 +104,7 @@ def test_truncate_is_the_best_approximation(site: str, rank: int) -> None:
     assert (np.abs(got - best).max((-2, -1)) < bound).all()
 
 
-@pytest.mark.parametrize("name", ["truncate", "ties"])
+@pytest.mark.parametrize("name", some(["truncate", "ties"], "truncate"))
 def test_a_program_factors_one_matrix_at_a_time(name: str) -> None:
     """On CPUs JAX 0.10 waits for ever where stacks are factored at once, as of several sites."""
     trees = adapters("stacked")[:2]
@@ -184,65 +146,51 @@ FUNCTIONS: dict[str, Any] = {
 }
 COMPILED = {name: jax.jit(f) for name, f in FUNCTIONS.items()}
 every_function = pytest.mark.parametrize("name", some(FUNCTIONS, "ties"))
-few_sites = pytest.mark.parametrize("site", ["heads", slow("experts"), slow("slots of two kinds")])
 
 
 def close(found: Any, expected: np.ndarray, shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(delta(found, shape), expected, atol=2e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("site", [s if s == DAILY[-1] else slow(s) for s in SITES])
-def test_the_factors_do_not_matter(site: str) -> None:
+@sites("slots")
+@every_function
+def test_the_factors_do_not_matter(name: str, site: str) -> None:
     """Other factors of the same ΔW give the same ΔW, where PEFT's `ties` changes by its size."""
-    shape, _ = SITES[site]
-    trees = adapters(site)[:2]
+    f, (shape, _), trees = COMPILED[name], LAYOUTS[site], adapters(site)[:2]
     others = [{"w": regauged(t["w"], i)} for i, t in enumerate(trees)]
-    for f in COMPILED.values():
-        close(f(others)["w"], delta(f(trees)["w"], shape), shape)
+    expected = delta(f(trees)["w"], shape)
+    close(f(others)["w"], expected, shape)
     ranks = [arithmetic.truncate(t, energy=0.8)["w"].a.shape for t in (trees[0], others[0])]
     assert ranks[0] == ranks[1]
-
-
-@few_sites
-@every_function
-def test_of_the_negative_it_is_the_negative(name: str, site: str) -> None:
-    f, (shape, _), trees = COMPILED[name], SITES[site], adapters(site)[:2]
     negative = [arithmetic.scale(t, -1) for t in trees]
-    close(f(negative)["w"], -delta(f(trees)["w"], shape), shape)
+    close(f(negative)["w"], -expected, shape)
     for x, y in zip(trees, (arithmetic.scale(t, -1) for t in negative), strict=True):
         np.testing.assert_array_equal(x["w"].b, y["w"].b)
 
 
-@few_sites
+@sites("heads")
 @every_function
-def test_under_jit_and_vmap(name: str, site: str) -> None:
+def test_under_vmap(name: str, site: str) -> None:
     """Of many pairs at once what it is of each."""
-    f, (shape, layouts) = FUNCTIONS[name], SITES[site]
+    f, (shape, layouts) = FUNCTIONS[name], LAYOUTS[site]
     pairs = [
         [{"w": draw(10 * i + j, shape, layouts[j % len(layouts)], 2, 0.5)} for j in range(2)]
         for i in range(3)
     ]
-    expected = [delta(COMPILED[name](pair)["w"], shape) for pair in pairs]
-    close(f(pairs[0])["w"], expected[0], shape)
     many = jax.jit(jax.vmap(f))(jax.tree.map(lambda *x: jnp.stack(x), *pairs))
-    for i, x in enumerate(expected):
-        close(jax.tree.map(lambda y, i=i: y[i], many)["w"], x, shape)
+    for i, pair in enumerate(pairs):
+        expected = delta(COMPILED[name](pair)["w"], shape)
+        close(jax.tree.map(lambda y, i=i: y[i], many)["w"], expected, shape)
 
 
-def test_where_an_adapter_has_no_site_it_has_no_part() -> None:
-    """There the result is that of the others."""
-    one, two, three = adapters("plain")
-    alone = {"more": three["more"]}
-    for f in (
-        lambda t: arithmetic.ties(t, density=0.4),
-        lambda t: arithmetic.dare(t, key=KEY, density=1.0),
-        arithmetic.add,
-    ):
-        found = jax.jit(f)([three, one, two])
-        close(found["more"]["x"], delta(jax.jit(f)([alone])["more"]["x"], (5, 4)), (5, 4))
-        assert found.keys() == {"w", "more"}
-    found = arithmetic.difference(one, three)["more"]["x"]
-    close(found, -delta(three["more"]["x"], (5, 4)), (5, 4))
+@pytest.mark.parametrize("name", some(["ties", "dare"], "ties"))
+def test_where_an_adapter_has_no_site_it_has_no_part(name: str) -> None:
+    """There the result of a merge is that of the others."""
+    options = {"ties": {"density": 0.4}, "dare": {"key": KEY, "density": 1.0}}[name]
+    f = jax.jit(lambda trees: getattr(arithmetic, name)(trees, **options))
+    more = {"more": adapters("plain")[2]["more"]}
+    found, alone = (f(trees)["more"]["x"] for trees in ([more, {"w": NODE}], [more]))
+    close(found, delta(alone, (5, 4)), (5, 4))
 
 
 def dense_ties(deltas: list[np.ndarray], density: float) -> np.ndarray:
@@ -260,35 +208,34 @@ def dense_ties(deltas: list[np.ndarray], density: float) -> np.ndarray:
     return u @ ((np.stack(kept) * agrees).sum(0) / np.maximum(agrees.sum(0), 1)) @ v.T
 
 
-@pytest.mark.parametrize(
-    "site",
-    [s if s in ("experts", "slots") else slow(s) for s in SITES if s != "slots of two kinds"],
-)
+@sites("slots", without="slots of two kinds")
 def test_ties_is_that_on_dense_coordinates(site: str) -> None:
-    shape, [layout] = SITES[site]
+    shape, [layout] = LAYOUTS[site]
     trees = [{"w": t["w"]} for t in adapters(site)]
     found = jax.jit(lambda t: arithmetic.ties(t, WEIGHTS, density=0.4))(trees)["w"]
     each = [w * matrices(delta(t["w"], shape), layout) for w, t in zip(WEIGHTS, trees, strict=True)]
+    each = [x.reshape(-1, *x.shape[-2:]) for x in each]
     expected = np.stack([dense_ties(list(x), 0.4) for x in np.stack(each, 1)])
-    got = matrices(delta(found, shape), layout)
+    got = matrices(delta(found, shape), layout).reshape(expected.shape)
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
     assert found.a.shape[-1] <= sum(RANKS)
 
 
-@every_site
-def test_dare_drops_by_its_seed_and_is_the_sum_on_average(site: str) -> None:
-    shape, _ = SITES[site]
-    trees, key = adapters(site)[:2], KEY
-    everything = jax.jit(lambda t: arithmetic.dare(t, key=key, density=1.0))(trees)["w"]
+@sites("slots of two kinds")
+def test_dare_drops_by_its_seed(site: str) -> None:
+    (shape, _), trees = LAYOUTS[site], adapters(site)[:2]
+    dare = jax.jit(
+        lambda t, density: arithmetic.dare(t, key=KEY, density=density), static_argnums=1
+    )
     summed = delta(arithmetic.add(trees)["w"], shape)
-    np.testing.assert_allclose(delta(everything, shape), summed, atol=1e-4 * np.abs(summed).max())
-    drop = jax.jit(lambda t: arithmetic.dare(t, key=key))
-    one, same = (drop(trees)["w"] for _ in range(2))
-    np.testing.assert_array_equal(one.b, same.b)
+    everything = delta(dare(trees, 1.0)["w"], shape)
+    np.testing.assert_allclose(everything, summed, atol=1e-4 * np.abs(summed).max())
+    one, same = (dare(trees, 0.5)["w"].b for _ in range(2))
+    np.testing.assert_array_equal(one, same)
 
 
 def test_dare_on_average() -> None:
-    shape, _ = SITES["plain"]
+    shape, _ = LAYOUTS["plain"]
     trees = adapters("plain")[:2]
     draw_one = jax.jit(jax.vmap(lambda key: arithmetic.dare(trees, key=key, density=0.5)["w"]))
     many = draw_one(jax.random.split(jax.random.key(0), 4000))
@@ -301,7 +248,7 @@ def test_dare_on_average() -> None:
 
 def test_weights_that_are_traced() -> None:
     trees = adapters("stacked")[:2]
-    shape, _ = SITES["stacked"]
+    shape, _ = LAYOUTS["stacked"]
     for f in (arithmetic.add, arithmetic.ties):
         expected = delta(jax.jit(lambda t, f=f: f(t, [0.3, 0.6]))(trees)["w"], shape)
         found = jax.jit(f)(trees, jnp.array([0.3, 0.6]))["w"]
@@ -310,17 +257,11 @@ def test_weights_that_are_traced() -> None:
     assert many.b.shape == (3, *trees[0]["w"].b.shape)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16), slow(jnp.float32)])
-def test_dtypes_stay(dtype: Any) -> None:
-    trees = jax.tree.map(lambda x: x.astype(dtype), adapters("plain")[:2])
-    key = jax.random.key(0)
-    for f in (
-        lambda t: arithmetic.add(t, WEIGHTS[:2]),
-        lambda t: arithmetic.truncate(t[0], rank=1),
-        arithmetic.ties,
-        lambda t: arithmetic.dare(t, key=key),
-    ):
-        found = jax.jit(f)(trees)
+@every_function
+def test_dtypes_stay(name: str) -> None:
+    for dtype in (jnp.bfloat16, jnp.float16):
+        trees = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), adapters("plain")[:2])
+        found = jax.eval_shape(FUNCTIONS[name], trees)
         assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
 
 
@@ -330,18 +271,22 @@ def test_dtypes_stay(dtype: Any) -> None:
 def test_leaves_in_full_are_changes_of_the_base() -> None:
     base = {"head": jnp.array([1.0, 2.0, 3.0, 4.0])}
     one, two = {"head": jnp.array([2.0, 2.0, 3.0, 0.0])}, {"head": jnp.array([3.0, 0.0, 3.0, 5.0])}
-    found = arithmetic.add([one, two], [1.0, 0.5], base=base)
-    np.testing.assert_allclose(found["head"], [3.0, 1.0, 3.0, 0.5])
-    found = arithmetic.difference(one, two, base=base)
-    np.testing.assert_allclose(found["head"], [0.0, 4.0, 3.0, -1.0])
-    found = arithmetic.ties([one, two], density=0.5, base=base)
-    # Changes (1, 0, 0, -4) and (2, -2, 0, 1), of which two each are kept: no sign for no entry.
-    np.testing.assert_allclose(found["head"], [2.5, 0.0, 3.0, 0.0])
-    found = arithmetic.dare([one], key=jax.random.key(0), density=1.0, base=base)
-    np.testing.assert_allclose(found["head"], one["head"])
+
+    @jax.jit
+    def combined(one: Any, two: Any) -> Any:
+        return [
+            arithmetic.add([one, two], [1.0, 0.5], base=base),
+            arithmetic.difference(one, two, base=base),
+            # Of changes (1, 0, 0, -4) and (2, -2, 0, 1) two each are kept: no sign for no entry.
+            arithmetic.ties([one, two], density=0.5, base=base),
+            arithmetic.dare([one], key=KEY, density=1.0, base=base),
+        ]
+
+    expected = [[3.0, 1.0, 3.0, 0.5], [0.0, 4.0, 3.0, -1.0], [2.5, 0.0, 3.0, 0.0], one["head"]]
+    np.testing.assert_allclose([x["head"] for x in combined(one, two)], expected)
 
 
-@pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("density", some([0.01, 0.3, 0.5, 1.0], 0.3))
 def test_ties_keeps_the_largest_entries(density: float) -> None:
     """As many as sorting finds, equal ones together; of float32 to the last bit."""
     x = np.float32(np.random.default_rng(0).standard_normal((7, 11)) * 10.0 ** np.arange(-5, 6))
@@ -352,23 +297,15 @@ def test_ties_keeps_the_largest_entries(density: float) -> None:
     np.testing.assert_array_equal(found, np.where(np.abs(x) >= least, x, 0))
 
 
-def test_one_leaf_in_full_needs_no_base() -> None:
-    """That of the one adapter that trained it."""
-    head = jnp.ones(3)
-    low = {"w": draw(0, (12, 9), PLAIN, 2, 1.0)}
-    found = arithmetic.add([{**low, "head": head}, low])
+def test_one_leaf_in_full() -> None:
+    """That of one adapter alone needs no base in a sum; merges trim and drop it all the same."""
+    head = jnp.ones(64)
+    found = arithmetic.add([{"w": NODE, "head": head}, {"w": NODE}])
     assert found["head"] is head
-
-
-def test_one_leaf_in_full_is_trimmed_and_dropped_all_the_same() -> None:
-    """That one adapter alone has it is no exception from a density."""
-    base, one = {"head": jnp.zeros(4)}, {"head": jnp.array([1.0, 2.0, 3.0, 4.0])}
-    found = arithmetic.ties([one], density=0.5, base=base)
-    np.testing.assert_allclose(found["head"], [0.0, 0.0, 3.0, 4.0])
-    base, one, key = {"head": jnp.zeros(64)}, {"head": jnp.ones(64)}, jax.random.key(0)
-    found = arithmetic.dare([one], key=key, density=0.5, base=base)["head"]
-    assert set(found.tolist()) == {0.0, 2.0}
-    for merge in (arithmetic.ties, lambda t: arithmetic.dare(t, key=key)):
+    base, one = {"head": jnp.zeros(64)}, {"head": head}
+    dropped = arithmetic.dare([one], key=KEY, density=0.5, base=base)["head"]
+    assert set(dropped.tolist()) == {0.0, 2.0}
+    for merge in (arithmetic.ties, lambda t: arithmetic.dare(t, key=KEY)):
         with pytest.raises(ValueError, match="is trained in full, so that its change is known"):
             merge([one])
 

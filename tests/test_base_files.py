@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small import some
 
 import jlora
 from jlora import peft
@@ -306,9 +307,10 @@ def assert_rounded(actual, expected):
     np.testing.assert_allclose(np.float32(actual), np.float32(expected), rtol=rtol)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16], jnp.float32))
 @pytest.mark.parametrize("format", FORMATS | DENSE)
 def test_stacked_layers(format, dtype, tmp_path):
+    """Of each format: loaded, the weights by its formula; dequantized, and nothing else of it."""
     files = [(FORMATS | DENSE)[format](seed=seed) for seed in (0, 5)]
     folder = write(tmp_path / "base", {f"h.{i}.up": file for i, file in enumerate(files)})
     matrix = np.stack([np.moveaxis(f.matrix, -1, -2) for f in files])
@@ -320,11 +322,22 @@ def test_stacked_layers(format, dtype, tmp_path):
     assert leaf.dtype == dtype
     if format in DENSE:
         np.testing.assert_array_equal(leaf, matrix.astype(dtype))
-        return
-    assert_rounded(leaf.array(jnp.float32), matrix)
-    assert_rounded(leaf.array(), matrix.astype(dtype))
-    jitted = jax.jit(jlora.dequantize)(base)["layers"]["up"][kernel]
-    assert_rounded(jitted, matrix.astype(dtype))
+    else:
+        assert_rounded(leaf.array(jnp.float32), matrix)
+        assert_rounded(leaf.array(), matrix.astype(dtype))
+        jitted = jax.jit(jlora.dequantize)(base)["layers"]["up"][kernel]
+        assert_rounded(jitted, matrix.astype(dtype))
+
+    found = peft.dequantize_checkpoint(folder, tmp_path / "dense")
+    new = load_file(tmp_path / "dense" / "model.safetensors")
+    keys = [f"h.{i}.up.{'w' if format == 'mxfp4' else 'weight'}" for i in range(2)]
+    assert new.keys() == {*keys, "norm.weight"}
+    for key, x in zip(keys, matrix, strict=True):
+        expected = x if format == "mxfp4" else x.T
+        assert_rounded(new[key], expected.astype(jnp.bfloat16))
+    assert json.loads((tmp_path / "dense" / "config.json").read_text()) == {}
+    assert [(m.name, m.shape) for m in found] == [(key, files[0].matrix.shape) for key in keys]
+    assert found == peft.matrices(folder)
 
 
 @pytest.mark.parametrize(
@@ -349,77 +362,83 @@ def test_blocks_that_run_over_heads_are_dequantized(heads, is_quantized, tmp_pat
 ONE = {"up": {"kernel": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32)}}
 ONE |= {"norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}}
 STATE = "up.weight.quant_state.bitsandbytes__nf4"
+ABSMAX = "up.weight.absmax: expected U8 of shape (128,), got"
 
 
 def state(**fields):
     """The state of the kernel with other fields; None takes one away."""
 
-    def change(tensors):
-        found = json.loads(tensors[STATE].tobytes()) | fields
+    def change(x):
+        found = json.loads(x.tobytes()) | fields
         found = {k: v for k, v in found.items() if v is not None}
-        tensors[STATE] = np.frombuffer(json.dumps(found).encode(), np.uint8)
+        return np.frombuffer(json.dumps(found).encode(), np.uint8)
 
     return change
 
 
-def put(name, value):
-    def change(tensors):
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value(tensors[name])
-
-    return change
+def nan(x):
+    return np.full_like(x, np.nan)
 
 
+# A format, its tensor, what becomes of it (None: it is taken away), and what is said.
 LIES = [
-    (put(STATE, None), "up.weight: is of 4 bits, but has no up.weight.quant_state.bitsandbytes__"),
-    (state(quant_type="nf5"), f"{STATE}: `quant_type` is 'nf5'"),
-    (state(blocksize=63), f"{STATE}: `blocksize` is 63"),
-    (state(blocksize=True), f"{STATE}: `blocksize` is True"),
-    (state(blocksize=10**30), f"{STATE}: `blocksize` is 1000000000"),
-    (state(shape=[ROWS]), f"{STATE}: `shape` is [64]"),
-    (state(shape=[COLUMNS, ROWS]), "up.weight: expected shape (64, 128), got (128, 64)"),
-    (state(dtype="int8"), f"{STATE}: `dtype` is 'int8'"),
-    (state(dtype=None), f"{STATE}: `dtype` is None"),
-    (state(nested_offset="x"), f"{STATE}: `nested_offset` is 'x'"),
-    (state(nested_dtype="float16"), f"{STATE}: `nested_dtype` is 'float16'"),
-    (put(STATE, lambda x: x[:-1]), f"{STATE} is no valid JSON"),
-    (put(STATE, lambda x: np.full(20_000, 32, np.uint8)), f"{STATE}: expected at most 10000 bytes"),
-    (put("up.weight.absmax", None), "up.weight.absmax: missing"),
+    ("nf4", STATE, None, "up.weight: is of 4 bits, but has no up.weight.quant_state.bitsandbytes_"),
+    ("nf4", STATE, state(quant_type="nf5"), f"{STATE}: `quant_type` is 'nf5'"),
+    ("nf4", STATE, state(blocksize=63), f"{STATE}: `blocksize` is 63"),
+    ("nf4", STATE, state(blocksize=True), f"{STATE}: `blocksize` is True"),
+    ("nf4", STATE, state(blocksize=10**30), f"{STATE}: `blocksize` is 1000000000"),
+    ("nf4", STATE, state(shape=[ROWS]), f"{STATE}: `shape` is [64]"),
+    ("nf4", STATE, state(shape=[COLUMNS, ROWS]), "up.weight: expected shape (64, 128), got (128, "),
+    ("nf4", STATE, state(dtype="int8"), f"{STATE}: `dtype` is 'int8'"),
+    ("nf4", STATE, state(dtype=None), f"{STATE}: `dtype` is None"),
+    ("nf4", STATE, state(nested_offset="x"), f"{STATE}: `nested_offset` is 'x'"),
+    ("nf4", STATE, state(nested_dtype="float16"), f"{STATE}: `nested_dtype` is 'float16'"),
+    ("nf4", STATE, lambda x: x[:-1], f"{STATE} is no valid JSON"),
+    ("nf4", STATE, lambda x: np.full(20_000, 32, np.uint8), f"{STATE}: expected at most 10000 byt"),
+    ("nf4", "up.weight.absmax", None, "up.weight.absmax: missing"),
+    ("nf4", "up.weight.absmax", lambda x: x[:-1], f"{ABSMAX} U8 (127,)"),
+    ("nf4", "up.weight.absmax", np.float32, f"{ABSMAX} F32 (128,)"),
+    ("nf4", "up.weight.nested_absmax", nan, "nested_absmax: has values that are not finite"),
+    ("nf4", "up.weight.quant_map", lambda x: x[::-1], "up.weight.quant_map: is not the table"),
+    ("nf4", "up.weight.nested_quant_map", nan, "nested_quant_map: has values that are not finite"),
+    ("nf4", "up.weight", lambda x: x[:-1], "up.weight: expected 4096 bytes for (64, 128), got 409"),
+    ("nf4", "norm.weight", None, "norm.weight: missing"),
+    ("nf4", "norm.weight", lambda x: x[:-1], "norm.weight: expected F64 or F32 or F16 or BF16 of "),
+    ("nf4", "norm.weight", nan, "norm.weight: has values that are not finite"),
+    ("nf4", "more", lambda _: np.ones(2), "more: unexpected"),
+    ("fp8", "up.weight", nan, "up.weight: has values that are NaN, or beyond what float32 holds"),
+    ("fp8", "up.weight_scale_inv", lambda x: x + np.float32(3e38), "or beyond what float32 holds"),
+    ("gptq", "up.g_idx", lambda x: x + 1, "up: has inputs of other groups than the 4 with"),
+    ("gptq", "up.g_idx", lambda x: x[:-1], "up.g_idx: expected I32 of shape (128,), got I32"),
+    ("gptq, by activation", "up.g_idx", None, "up.g_idx: missing"),
     (
-        put("up.weight.absmax", lambda x: x[:-1]),
-        "up.weight.absmax: expected U8 of shape (128,), got U8 (127,)",
+        "compressed-tensors, by activation",
+        "up.weight_g_idx",
+        lambda x: x + 1,
+        "up: has inputs of other groups than the 4 with",
     ),
     (
-        put("up.weight.absmax", lambda x: x.astype(np.float32)),
-        "up.weight.absmax: expected U8 of shape (128,), got F32 (128,)",
+        "compressed-tensors",
+        "up.weight_scale",
+        lambda x: x[:, :3],
+        "up: 3 groups of scales do not divide 128 inputs",
     ),
     (
-        put("up.weight.nested_absmax", lambda x: x * np.float32(np.nan)),
-        "up.weight.nested_absmax: has values that are not finite",
+        "compressed-tensors",
+        "up.weight_shape",
+        lambda x: x + 8,
+        "up.weight_packed: expected rows of codes of 4 or 8 bits for a weight of shape (72, 136)",
     ),
-    (put("up.weight.quant_map", lambda x: x[::-1].copy()), "up.weight.quant_map: is not the table"),
-    (
-        put("up.weight.nested_quant_map", lambda x: np.append(x[1:], np.float32(np.inf))),
-        "up.weight.nested_quant_map: has values that are not finite",
-    ),
-    (put("up.weight", lambda x: x[:-1]), "up.weight: expected 4096 bytes for (64, 128), got 4095"),
-    (put("norm.weight", None), "norm.weight: missing"),
-    (put("norm.weight", lambda x: x[:-1]), "norm.weight: expected F64 or F32 or F16 or BF16 of sh"),
-    (
-        put("norm.weight", lambda x: x * np.float32(np.nan)),
-        "norm.weight: has values that are not finite",
-    ),
-    (lambda tensors: tensors.update(more=np.ones(2)), "more: unexpected"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), LIES, ids=[m for _, m in LIES])
-def test_lies(change, message, tmp_path):
-    folder = write(tmp_path / "base", {"up": four_bits()})
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
+@pytest.mark.parametrize(("format", "name", "change", "message"), LIES)
+def test_lies(format, name, change, message, tmp_path):
+    files = {"up": (FORMATS | DENSE)[format]()}
+    folder, tensors = write(tmp_path / "base", files), tensors_of(files)
+    old = tensors.pop(name, None)
+    if change is not None:
+        tensors[name] = np.array(change(old), order="C")
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError) as e:
         peft.load_base(folder, NAMES, like=ONE)
@@ -435,7 +454,7 @@ def groups_of(*sizes):
 CONFIGURATIONS = [
     ("gptq", {"bits": 3}, "`bits` of the quantization: expected 4 or 8, got 3"),
     ("gptq", {"bits": True}, "`bits` of the quantization: expected 4 or 8, got True"),
-    ("gptq", {"bits": 8}, "h.0.up.qzeros: expected I32 of shape (4, 16), got I32 (4, 8)"),
+    ("gptq", {"bits": 8}, "up.qzeros: expected I32 of shape (4, 16), got I32 (4, 8)"),
     ("compressed-tensors", {"format": "nvfp4-pack-quantized"}, "`format` of the quantization: ex"),
     ("compressed-tensors", {"format": "marlin-24"}, "naive-quantized, pack-quantized; got 'marlin"),
     (
@@ -454,21 +473,13 @@ CONFIGURATIONS = [
         "`transform_config` of the quantization: turned weights are not supported",
     ),
     ("gptq", {"checkpoint_format": "marlin"}, "expected gptq or gptq_v2, got 'marlin'"),
-    (
-        "awq",
-        {"version": "gemv"},
-        "`version` of the quantization: expected gemm or GEMM, got 'gemv'",
-    ),
+    ("awq", {"version": "gemv"}, "`version` of the quantization: expected gemm or GEMM, got 'gemv"),
     ("fp8", {"weight_block_size": [48, 48]}, "says, blocks of 48 × 48; got shape (2, 4)"),
     ("fp8", {"weight_block_size": [0, 48]}, "expected two numbers or null, got [0, 48]"),
-    (
-        "awq",
-        {"group_size": 96},
-        "h.0.up: 2 groups of scales for 128 inputs contradict `group_size` of the quantization, 96",
-    ),
-    ("awq", {"group_size": 256}, "h.0.up: 2 groups of scales for 128 inputs contradict"),
-    ("compressed-tensors", groups_of(48, 64), "h.0.up: 4 groups of scales for 128 inputs contra"),
-    ("int8 by output", groups_of(64), "h.0.up: 1 groups of scales for 128 inputs contradict"),
+    ("awq", {"group_size": 96}, "up: 2 groups of scales for 128 inputs contradict `group_size` of"),
+    ("awq", {"group_size": 256}, "up: 2 groups of scales for 128 inputs contradict"),
+    ("compressed-tensors", groups_of(48, 64), "up: 4 groups of scales for 128 inputs contra"),
+    ("int8 by output", groups_of(64), "up: 1 groups of scales for 128 inputs contradict"),
     ("gptq", {"quant_method": "hqq"}, "has the `quant_method` 'hqq'; known are awq, bitsandbytes"),
     ("gptq", {"quant_method": 3}, "has the `quant_method` 3; known are"),
 ]
@@ -476,10 +487,9 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize(("format", "config", "message"), CONFIGURATIONS)
 def test_configurations(format, config, message, tmp_path):
-    files = {f"h.{i}.up": FORMATS[format]() for i in range(2)}
-    folder = write(tmp_path / "base", files, **config)
+    folder = write(tmp_path / "base", {"up": FORMATS[format]()}, **config)
     with pytest.raises(ValueError) as e:
-        peft.load_base(folder, NAMES, like=like())
+        peft.load_base(folder, NAMES, like=ONE)
     assert message in str(e.value)
 
 
@@ -497,12 +507,11 @@ def test_configurations(format, config, message, tmp_path):
 )
 @pytest.mark.parametrize("has_order", [False, True])
 def test_groups_that_the_configuration_has(has_order, format, config, tmp_path):
-    files = {f"h.{i}.up": FORMATS[format]() for i in range(2)}
-    for file in files.values() if not has_order else ():
+    file = FORMATS[format]()
+    if not has_order:
         file.pop("g_idx", None)
-    loaded = peft.load_base(write(tmp_path / "base", files, **config), NAMES, like=like())
-    expected = np.stack([file.matrix.T for file in files.values()])
-    assert_rounded(jlora.dequantize(loaded)["layers"]["up"]["kernel"], expected)
+    loaded = peft.load_base(write(tmp_path / "base", {"up": file}, **config), NAMES, like=ONE)
+    assert_rounded(jlora.dequantize(loaded)["up"]["kernel"], file.matrix.T)
 
 
 def test_a_file_that_becomes_shorter(tmp_path):
@@ -516,58 +525,19 @@ def test_a_file_that_becomes_shorter(tmp_path):
 
 def test_what_is_wrong_of_every_layer_is_said_once(tmp_path):
     folder = write(tmp_path / "base", {f"h.{i}.up": gptq() for i in range(3)}, bits=3)
-    names = [peft.Name(rf"h{i}", f"h.{i}.up", "io") for i in range(3)]
-    names.append(peft.Name("norm", "norm", "o"))
-    layers = {f"h{i}": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32) for i in range(3)}
-    norm = {"norm": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}
+    names = [peft.Name(r"h(\d)", r"h.\1.up", "io"), *NAMES]
+    tree = {f"h{i}": jax.ShapeDtypeStruct((COLUMNS, ROWS), jnp.float32) for i in range(3)}
     message = r"does not fit `like`. 1 problems:\n  `bits` of the quantization: expected 4[^\n]*\Z"
     with pytest.raises(ValueError, match=message):
-        peft.load_base(folder, names, like=layers | norm)
-
-
-GROUPS = [
-    ("gptq", "g_idx", lambda x: x + 1, r"h\.0\.up: has inputs of other groups than the 4 with"),
-    (
-        "gptq",
-        "g_idx",
-        lambda x: x[:-1],
-        r"h\.0\.up\.g_idx: expected I32 of shape \(128,\), got I32",
-    ),
-    ("gptq, by activation", "g_idx", None, r"h\.0\.up\.g_idx: missing"),
-    (
-        "compressed-tensors, by activation",
-        "weight_g_idx",
-        lambda x: x + 1,
-        r"h\.0\.up: has inputs of other groups than the 4 with",
-    ),
-    (
-        "compressed-tensors",
-        "weight_scale",
-        lambda x: x[:, :3],
-        r"h\.0\.up: 3 groups of scales do not divide 128 inputs",
-    ),
-]
-
-
-@pytest.mark.parametrize(("format", "name", "change", "message"), GROUPS)
-def test_groups_that_are_none(format, name, change, message, tmp_path):
-    files = [(FORMATS | DENSE)[format]() for _ in range(2)]
-    value = files[0].pop(name)
-    if change is not None:
-        files[0][name] = change(value).copy()
-    folder = write(tmp_path / "base", {f"h.{i}.up": file for i, file in enumerate(files)})
-    with pytest.raises(ValueError, match=message):
-        peft.load_base(folder, NAMES, like=like())
+        peft.load_base(folder, names, like=tree | {"norm": ONE["norm"]})
 
 
 def test_an_order_that_is_not_known_yet(tmp_path):
     """As compressed-tensors wrote it of groups next to each other."""
-    files = {f"h.{i}.up": compressed() for i in range(2)}
-    for file in files.values():
-        file["weight_g_idx"] = np.full(COLUMNS, -1, np.int32)
-    base = peft.load_base(write(tmp_path / "base", files), NAMES, like=like())
-    leaf = base["layers"]["up"]["kernel"]
-    np.testing.assert_array_equal(leaf.array()[0], files["h.0.up"].matrix.T)
+    file = compressed()
+    file["weight_g_idx"] = np.full(COLUMNS, -1, np.int32)
+    base = peft.load_base(write(tmp_path / "base", {"up": file}), NAMES, like=ONE)
+    np.testing.assert_array_equal(base["up"]["kernel"].array(), file.matrix.T)
 
 
 def mutants(seed, tensors):
@@ -635,6 +605,17 @@ def test_random_lies(count, tmp_path):
 TYPES = gguf.GGMLQuantizationType
 
 
+def write_gguf(folder, data, type_=None):
+    """A file with one matrix."""
+    writer = gguf.GGUFWriter(path := folder / "a.gguf", "llama")
+    writer.add_tensor("up.weight", data, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "Q6_K", "F16", "MXFP4"])
 def test_gguf(kind, tmp_path):
     shape = (ROWS, 512)
@@ -648,14 +629,9 @@ def test_gguf(kind, tmp_path):
         data = data.reshape(ROWS, -1)
     else:
         data = gguf.quantize(scales(*shape, dtype=np.float32) - 0.07, type_)
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_tensor("up.weight", data, raw_dtype=type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = write_gguf(tmp_path, data, type_)
     tree = {"up": {"kernel": jax.ShapeDtypeStruct(shape[::-1], jnp.float32)}}
-    leaf = peft.load_base(tmp_path / "a.gguf", NAMES, like=tree)["up"]["kernel"]
+    leaf = peft.load_base(path, NAMES, like=tree)["up"]["kernel"]
     packed = kind in ("Q4_0", "Q4_1", "Q8_0", "MXFP4")
     assert isinstance(leaf, jlora.Quantized) == packed
     expected = np.float32(data) if kind == "F16" else gguf.dequantize(data, type_)
@@ -663,30 +639,16 @@ def test_gguf(kind, tmp_path):
     assert_rounded(value, expected.T)
 
 
-def in_float64(tmp_path, kind):
-    """A file with a matrix in 64 bits, and the matrix."""
-    w = np.random.default_rng(0).standard_normal((ROWS, 32))
-    if kind == "safetensors":
-        (tmp_path / "base").mkdir()
-        save_file({"up.weight": w}, tmp_path / "base" / "model.safetensors")
-        return tmp_path / "base", w
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_tensor("up.weight", w)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tmp_path / "a.gguf", w
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "GGUF", "tensors"])
 def test_64_bits_are_not_narrowed(kind, tmp_path):
     tree = {"up": {"kernel": jax.ShapeDtypeStruct((32, ROWS), jnp.float32)}}
-    path, w = in_float64(tmp_path, kind)
+    w = np.random.default_rng(0).standard_normal((ROWS, 32))
+    save_file({"up.weight": w}, tmp_path / "model.safetensors")
 
     def load():
         if kind == "tensors":
             return peft.from_tensors({"up.weight": w}, tree, NAMES)
+        path = tmp_path if kind == "safetensors" else write_gguf(tmp_path, w)
         return peft.load_base(path, NAMES, like=tree)
 
     with pytest.raises(ValueError, match=r"up\.weight: its dtype float64 needs jax_enable_x64"):

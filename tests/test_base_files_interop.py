@@ -170,33 +170,9 @@ def loaded(folder, shape):
     return np.float32(leaf.array()).T
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("shape", [(64, 128), (40, 96)])
-def test_compressed_tensors(shape, symmetric, tmp_path):
-    """Packed by its own helper, and dequantized by its formula."""
-    from compressed_tensors.compressors import pack_quantized as helpers
-
-    (rows, columns), group = shape, 32
-    codes, scale = draw(*shape), draw(rows, columns // group, low=1, high=60).to(torch.bfloat16)
-    tensors = {
-        "up.weight_packed": helpers.pack_to_int32(codes, 4),
-        "up.weight_scale": scale / 512,
-        "up.weight_shape": torch.tensor(shape),
-    }
-    zero = torch.zeros(rows, columns // group, dtype=torch.int8)
-    if not symmetric:
-        zero = draw(rows, columns // group)
-        tensors["up.weight_zero_point"] = helpers.pack_to_int32(zero, 4, packed_dim=0)
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    folder = written(tmp_path / "base", tensors, config)
-    unpacked = helpers.unpack_from_int32(tensors["up.weight_packed"], 4, torch.Size(shape))
-    each = [x.float().repeat_interleave(group, 1) for x in (zero, scale / 512)]
-    expected = (unpacked.float() - each[0]) * each[1]
-    np.testing.assert_array_equal(loaded(folder, shape), expected.numpy())
-
-
 # Format, type, bits, scales of which shape, and what the configuration says besides.
 SCHEMES = {
+    "W4A16": ("pack-quantized", "int", 4, (64, 4), {"strategy": "group", "group_size": 32}),
     "W8A16": ("pack-quantized", "int", 8, (64, 4), {"strategy": "group", "group_size": 32}),
     "W8A16, channel": ("pack-quantized", "int", 8, (64, 1), {"strategy": "channel"}),
     "W8A8": ("int-quantized", "int", 8, (64, 1), {"strategy": "channel"}),

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import pathlib
 import random
 import re
 import shutil
@@ -15,18 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 import pytest
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, mutate, pair, write
 from safetensors.numpy import save_file
+from small import some
 from test_cli import fails, run
-from test_peft import Files, mutate
 from test_peft_hostile import adapter as plain
 from test_peft_hostile import many
 
 import jlora
 from jlora import arithmetic, checkpoint, peft
 
-Folder = pathlib.Path
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 WEIGHTS = (0.7, -0.3)
 FULL = ("bias", "bias_all", "conv", "experts", "modules_to_save", "modules_to_save_head")
 CASES = [name for name in models.CASES if name not in (*FULL, *models.BEYOND)]
@@ -79,12 +76,7 @@ def check_sum(folders: list[Folder], out: Folder, weights: tuple[float, ...] = W
         np.testing.assert_allclose(x, expected, atol=2e-7 * np.abs(expected).max(), rtol=0)
 
 
-SUMMED = ("all_linear", "bf16", "embeddings", "gpt2_tied", "qv", "rslora", "scanned", "tied")
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in SUMMED else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("name", some(CASES, "bf16", "embeddings", "gpt2_tied", "rslora", "tied"))
 def test_the_sum(name: str, tmp_path: Folder) -> None:
     """What is written says of itself what it is; it selects the model's modules as the inputs do.
 
@@ -103,7 +95,7 @@ def test_the_sum(name: str, tmp_path: Folder) -> None:
 LLAMAS = ("patterns", "excluded", "layers", "all_linear")
 
 
-@pytest.mark.parametrize("names", [LLAMAS[:2], LLAMAS[1:3], LLAMAS])
+@pytest.mark.parametrize("names", some([LLAMAS[:2], LLAMAS[1:3], LLAMAS], LLAMAS))
 def test_different_modules_ranks_and_scales(names: tuple[str, ...], tmp_path: Folder) -> None:
     """Each module is selected that one of them has, and no other; the ranks add up."""
     folders = [other(tmp_path / name, name) for name in names]
@@ -115,51 +107,52 @@ def test_different_modules_ranks_and_scales(names: tuple[str, ...], tmp_path: Fo
     peft.load(tmp_path / "out", case.base, case.names)
 
 
-def test_lists_of_modules_are_joined(tmp_path: Folder) -> None:
-    """As they are, so that the configuration stays short."""
-    one, two = (plain(tmp_path / n, [f"m.{n}", f"k.{n}"], target_modules=[n]) for n in "qv")
-    peft.combine([one, two], tmp_path / "out", arithmetic.add)
-    assert peft.read_config(tmp_path / "out")["target_modules"] == ["q", "v"]
+KEPT: dict[str, tuple[list[list[str]], list[dict[str, Any]], dict[str, Any]]] = {
+    "lists of modules are joined": (
+        [["m.q", "k.q"], ["m.v", "k.v"]],
+        [{"target_modules": ["q"]}, {"target_modules": ["v"]}],
+        {"target_modules": ["q", "v"]},
+    ),
+    "layer 0 is a layer": (
+        [["m.layers.0.q"], ["m.layers.0.q", "m.layers.1.q"]],
+        [{"layers_to_transform": 0}, {}],
+        {"target_modules": ["m.layers.0.q", "m.layers.1.q"]},
+    ),
+    "what all say, and a base": (
+        [["m.q"], ["m.q"]],
+        [
+            {"base_model_name_or_path": None, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
+            {"base_model_name_or_path": "it", "lora_dropout": 0.2, "task_type": "CAUSAL_LM"},
+        ],
+        {"base_model_name_or_path": "it", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"},
+    ),
+}
 
 
-def test_layer_0_is_a_layer(tmp_path: Folder) -> None:
-    one = plain(tmp_path / "a", ["m.layers.0.q"], layers_to_transform=0)
-    two = plain(tmp_path / "b", ["m.layers.0.q", "m.layers.1.q"])
-    peft.combine([one, two], tmp_path / "out", arithmetic.add)
-    assert peft.read_config(tmp_path / "out")["target_modules"] == ["m.layers.0.q", "m.layers.1.q"]
-
-
-def test_what_is_kept_of_the_configurations(tmp_path: Folder) -> None:
-    """What all say; and the base of those that name one."""
-    given = [
-        {"base_model_name_or_path": None, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"},
-        {"base_model_name_or_path": "the/model", "lora_dropout": 0.2, "task_type": "CAUSAL_LM"},
-    ]
-    folders = [plain(tmp_path / str(i), ["m.q"], **fields) for i, fields in enumerate(given)]
+@pytest.mark.parametrize("case", KEPT)
+def test_what_is_kept_of_the_configurations(case: str, tmp_path: Folder) -> None:
+    modules, given, expected = KEPT[case]
+    each = zip("ab", modules, given, strict=True)
+    folders = [plain(tmp_path / name, own, **fields) for name, own, fields in each]
     peft.combine(folders, tmp_path / "out", arithmetic.add)
     found = peft.read_config(tmp_path / "out")
-    kept = {key: found[key] for key in given[0]}
-    assert kept == given[1] | {"lora_dropout": 0.0}
+    assert {key: found[key] for key in expected} == expected
+
+
+def random_adapter(folder: Folder, seed: int, shapes: dict[str, Any], **fields: Any) -> Folder:
+    rng = np.random.default_rng(seed)
+    return write(
+        folder, {k: np.float32(rng.standard_normal(x)) for k, x in shapes.items()}, **fields
+    )
 
 
 def test_one_parameter_of_experts(tmp_path: Folder) -> None:
     """Chosen by its name, as experts are."""
-    rng, folders = np.random.default_rng(0), []
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        shapes = {"A": (3 * 2, 5), "B": (4, 3 * 2)}
-        tensors = {
-            f"{PREFIX}mlp.experts.lora_{k}.weight": np.float32(rng.standard_normal(shape))
-            for k, shape in shapes.items()
-        }
-        save_file(tensors, tmp_path / name / TENSORS)
-        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": []}
-        fields |= {"target_parameters": ["experts.down_proj"]}
-        (tmp_path / name / CONFIG).write_text(json.dumps(fields))
-        folders.append(tmp_path / name)
+    shapes = {"mlp.experts" + end: x for end, x in zip(ENDS, ((3 * 2, 5), (4, 3 * 2)), strict=True)}
+    fields = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
+    folders = [random_adapter(tmp_path / str(i), i, shapes, **fields) for i in range(2)]
     peft.combine(folders, tmp_path / "out", SUM)
-    key = "mlp.experts.down_proj"
-    *each, found = (peft.read(x)[key] for x in (*folders, tmp_path / "out"))
+    *each, found = (peft.read(x)["mlp.experts.down_proj"] for x in (*folders, tmp_path / "out"))
     expected = sum(w * delta(x) for w, x in zip(WEIGHTS, each, strict=True))
     np.testing.assert_allclose(delta(found), expected, atol=1e-6)
 
@@ -185,15 +178,12 @@ METHODS: dict[str, Any] = {
 }
 
 
-DAILY = ("--method dare --density 0.9 --seed 4 --rank 2",)
-
-
-@pytest.mark.parametrize(
-    "line", [pytest.param(x, marks=() if x in DAILY else pytest.mark.slow) for x in METHODS]
-)
+@pytest.mark.parametrize("line", some(METHODS, "--method dare --density 0.9 --seed 4 --rank 2"))
 def test_methods(line: str, tmp_path: Folder) -> None:
     """Those of `jlora.arithmetic`, whose numbers are in what is written."""
-    folders = [models.FIXTURES / "patterns", other(tmp_path / "b", "patterns")]
+    sizes = zip(ENDS, ((3, 6), (5, 3)), strict=True)
+    shapes = {f"{m}.q{end}": shape for end, shape in sizes for m in "ab"}
+    folders = [random_adapter(tmp_path / str(i), i, shapes, r=3) for i in range(2)]
     run("combine", *folders, tmp_path / "out", *line.split())
     with jax.enable_x64(True):
         expected = METHODS[line]([peft.read(folder) for folder in folders])
@@ -202,8 +192,6 @@ def test_methods(line: str, tmp_path: Folder) -> None:
     for key, x in expected.items():
         assert found[key].a.shape == x.a.shape
         np.testing.assert_allclose(delta(found[key]), delta(x), atol=1e-6)
-    case = models.case("patterns")
-    peft.load(tmp_path / "out", case.base, case.names)
 
 
 def test_what_it_says(tmp_path: Folder) -> None:
@@ -379,9 +367,8 @@ def test_a_function_that_gives_something_else(tmp_path: Folder) -> None:
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_float64_needs_x64(tmp_path: Folder) -> None:
-    folder = plain(tmp_path / "a", ["m.q"])
-    tensors = {k: x.astype(np.float64) for k, x in models.read(folder / TENSORS).items()}
-    save_file(tensors, folder / TENSORS)
+    wide = {key: x.astype(np.float64) for key, x in pair("m.q").items()}
+    folder = write(tmp_path / "a", wide)
     with pytest.raises(ValueError, match=r"a: m\.q: of float64, which needs jax_enable_x64"):
         peft.combine([folder], tmp_path / "out", arithmetic.add)
     run("combine", folder, tmp_path / "out")
@@ -419,7 +406,7 @@ def fuzz(seeds: range, folder: Folder) -> int:
 
 def test_fuzz(tmp_path: Folder) -> None:
     """An error that says what, or finite numbers."""
-    assert 0 < fuzz(range(60), tmp_path) < 60
+    assert 0 < fuzz(range(30), tmp_path) < 30
 
 
 @pytest.mark.slow
@@ -442,14 +429,7 @@ def test_many_modules_of_many_scales(tmp_path: Folder) -> None:
 
 def test_many_shapes(tmp_path: Folder) -> None:
     """Each would compile programs of its own."""
-    (tmp_path / "a").mkdir()
-    tensors = {
-        f"{PREFIX}m{i}.q.lora_{k}.weight": np.ones(shape, np.float32)
-        for i in range(1001)
-        for k, shape in {"A": (1, i + 1), "B": (1, 1)}.items()
-    }
-    save_file(tensors, tmp_path / "a" / TENSORS)
-    fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(fields))
+    tensors = {k: x for i in range(1001) for k, x in pair(f"m{i}.q", 1, i + 1).items()}
+    write(tmp_path / "a", tensors)
     with pytest.raises(ValueError, match="1001 pairs of shapes of A and B; expected at most 1000"):
         peft.combine([tmp_path / "a"], tmp_path / "out", arithmetic.add)

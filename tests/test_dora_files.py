@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from peft_files import assert_close, assert_equal
 from safetensors.numpy import load_file
 from test_dora import scanned
 
@@ -22,46 +23,43 @@ NAMES = [peft.Name("w", r"w.{}", "lio"), peft.Name("v", "v", "io"), peft.Name("e
 @pytest.fixture
 def made() -> tuple[Any, Any]:
     """Base and random adapter of three matrices in a stack."""
-    dora = jlora.transform(scanned, DoRA("w", rank=2, alpha=3))
-    base, adapter = dora.init(jax.random.key(0), {"w": jnp.asarray(W)}, jnp.ones((3, 5, 8)))
+    rule = DoRA("w", rank=2, alpha=3)
+    return start(scanned, rule, {"w": jnp.asarray(W)}, jnp.ones((3, 5, 8)))
+
+
+def come_back(folder: Any, base: Any, adapter: Any, names: Any) -> Any:
+    """The adapter after `save` and `load`, the same in every bit."""
+    peft.save(folder, base, adapter, names)
+    again = peft.load(folder, base, names)
+    assert_equal(again, adapter)
+    return again
+
+
+def start(f: Any, rule: Any, params: Any, *inputs: Any) -> tuple[Any, Any]:
+    """Base and random adapter."""
+    base, adapter = jlora.transform(f, rule).init(jax.random.key(0), params, *inputs)
     return base, laws.randomize(adapter)
 
 
-def test_a_stack_goes_through_pefts_files(tmp_path: Any) -> None:
+def test_a_stack_goes_through_pefts_files(made: Any, tmp_path: Any) -> None:
     """Each layer is a module, with its own magnitudes; all slots of a module are its outputs."""
-    for slots in (None, Slots(3, (2, 0, 1))):
-        params, x = {"w": jnp.asarray(W)}, jnp.ones((3, 5, 8))
-        dora = jlora.transform(scanned, DoRA("w", rank=2, alpha=3, rslora=True, slots=slots))
-        base, adapter = dora.init(jax.random.key(0), params, x)
-        adapter = laws.randomize(adapter)
-        folder = tmp_path / f"slots{slots is not None}"
-        peft.save(folder, base, adapter, NAMES)
-        fields, tensors = peft.read_config(folder), peft.tensors(base, adapter, NAMES)
-        assert fields["use_dora"] is True
-        shape = tensors["base_model.model.w.1.lora_magnitude_vector"].shape
-        again = peft.load(folder, base, NAMES)
-        assert (shape, again["w"].m.shape) == ((6,), (3, 6))
-        expected, actual = jlora.merge(base, adapter), jlora.merge(base, again)
-        np.testing.assert_allclose(actual["w"], expected["w"], rtol=1e-5, atol=1e-6)
-        if slots is None:
-            assert jax.tree.structure(again) == jax.tree.structure(adapter)
-            jax.tree.map(np.testing.assert_array_equal, again, adapter)
+    assert come_back(tmp_path / "a", *made, NAMES)["w"].m.shape == (3, 6)
+    rule = DoRA("w", rank=2, alpha=3, rslora=True, slots=Slots(3, (2, 0, 1)))
+    base, adapter = start(scanned, rule, {"w": jnp.asarray(W)}, jnp.ones((3, 5, 8)))
+    peft.save(tmp_path / "b", base, adapter, NAMES)
+    assert peft.read_config(tmp_path / "b")["use_dora"] is True
+    tensors = peft.tensors(base, adapter, NAMES)
+    assert tensors["base_model.model.w.1.lora_magnitude_vector"].shape == (6,)
+    again = peft.load(tmp_path / "b", base, NAMES)
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
 
 
 def test_modules_that_are_slots_have_their_own(tmp_path: Any) -> None:
     """A leaf of several modules, of which some are adapted: (k and v, heads, d, head_dim)."""
-    names = [peft.Name("kv", ("k", "v"), "soio")]
+    f = lambda p, x: jnp.einsum("bi,soih->bsoh", x, p["kv"])  # noqa: E731
     params = {"kv": jnp.asarray(W.reshape(2, 3, 8, 3))}
-    x = jnp.ones((5, 8))
-    dora = jlora.transform(
-        lambda p, x: jnp.einsum("bi,soih->bsoh", x, p["kv"]), DoRA("kv", 2, slots=Slots(2, (1,)))
-    )
-    base, adapter = dora.init(jax.random.key(0), params, x)
-    adapter = laws.randomize(adapter)
-    peft.save(tmp_path / "a", base, adapter, names)
-    again = peft.load(tmp_path / "a", base, names)
-    assert jax.tree.structure(again) == jax.tree.structure(adapter)
-    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+    base, adapter = start(f, DoRA("kv", 2, slots=Slots(2, (1,))), params, jnp.ones((5, 8)))
+    come_back(tmp_path / "a", base, adapter, [peft.Name("kv", ("k", "v"), "soio")])
 
 
 def test_parts_of_a_parameter_and_a_multiple(tmp_path: Any) -> None:
@@ -73,14 +71,11 @@ def test_parts_of_a_parameter_and_a_multiple(tmp_path: Any) -> None:
     ]
     params = {"gate": W[0], "up": W[1], "down": W[2].T}
     f = lambda p, x: jax.nn.silu(x @ p["gate"]) * (x @ p["up"]) @ p["down"]  # noqa: E731
-    dora = jlora.transform(f, DoRA(rank=2))
-    base, adapter = dora.init(jax.random.key(0), params, jnp.ones((1, 8)))
-    adapter = laws.randomize(adapter)
+    base, adapter = start(f, DoRA(rank=2), params, jnp.ones((1, 8)))
     peft.save(tmp_path / "a", base, adapter, names)
     again = peft.load(tmp_path / "a", base, names)
     for name, node in adapter.items():
-        np.testing.assert_allclose(again[name].m, node.m, rtol=1e-6)
-        np.testing.assert_allclose(again[name].b, node.b, rtol=1e-6)
+        assert_close((again[name].m, again[name].b), (node.m, node.b), 1e-6)
     tensors = peft.tensors(base, adapter, names)
     of_down = tensors["base_model.model.down.lora_magnitude_vector"]
     np.testing.assert_allclose(of_down, np.asarray(adapter["down"].m) / 0.5, rtol=1e-6)

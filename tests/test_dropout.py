@@ -6,7 +6,6 @@ any model, an input that is dropped has no part in the gradient of A, so that th
 gradient that are zero show the mask.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,7 +15,6 @@ import laws
 import numpy as np
 import optax
 import pytest
-from cases import CASES, Case
 from jax import lax
 from small import raw, some
 
@@ -363,40 +361,3 @@ def test_no_dropout_where_the_weight_is_formed() -> None:
     # One column of W has one entry of B, but as many inputs as W.
     with pytest.raises(ValueError, match="dropout cannot act where W"):
         adapt(lambda p, x: x * p["w"][:, 0], {"w": draw(1, 4, 2)}, ONE[:, :4], materialize=True)
-
-
-# ----------------------------------------------------------------------------- the whole table
-
-
-def is_whole(case: Case) -> bool:
-    """Whether dropout may act at its sites; those of linen are made of the others."""
-    plain = not any(getattr(r, "materialize", False) for r in case.rules)
-    chosen = case.subject in ("lookup", "slots", "experts")
-    return plain and chosen and not case.name.startswith("linen")
-
-
-WHOLE = {case.name: case for case in CASES if is_whole(case)}
-
-
-@pytest.mark.parametrize("name", some(WHOLE, "slots_transposed"))
-def test_acts_at_every_kind_of_site(name: str) -> None:
-    """Some key of eight changes the outputs, and another key in another way; without, none does."""
-    case = WHOLE[name]
-    problem = case.build(jnp.float32)
-    rules = [
-        dataclasses.replace(r, dropout=0.5, init=random) if isinstance(r, jlora.LoRA) else r
-        for r in case.rules
-    ]
-    lora = jlora.transform(problem.apply, *rules)
-    base, adapter = lora.init(jax.random.key(0), problem.params, *problem.args, **problem.kwargs)
-    plain = jlora.transform(problem.apply, *case.rules)
-
-    def noisy(seed: int) -> Any:
-        keyed = jlora.dropout(adapter, jax.random.key(seed))
-        return lora.apply(base, keyed, *problem.args, **problem.kwargs)
-
-    off = plain.apply(base, adapter, *problem.args, **problem.kwargs)
-    assert_close(lora.apply(base, adapter, *problem.args, **problem.kwargs), off, 1e-6)
-    # A generator, as one key is enough but where a model has a single input.
-    assert any(not identical(noisy(seed), off) for seed in range(8))
-    assert any(not identical(noisy(seed), noisy(0)) for seed in range(1, 8))

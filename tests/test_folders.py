@@ -203,7 +203,6 @@ def killed(root: Folder, command: list[str], count: int) -> int:
 @pytest.mark.parametrize(
     ("what", "count"),
     [
-        pytest.param("export_merged", 1, marks=pytest.mark.slow),
         pytest.param("export_merged", 30, marks=pytest.mark.slow),
         pytest.param("convert", 30, marks=pytest.mark.slow),
     ],

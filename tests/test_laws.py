@@ -8,7 +8,7 @@ import pytest
 from cases import CASES, EVERY_DAY, Case
 
 # All laws every day.
-DAILY = ("matmul", "conv_nchw", "experts_einsum", "scan_layers", "linen_dense")
+DAILY = ("matmul", "conv_nchw", "experts_einsum", "scan_layers")
 
 
 def entry(case: Case, dtype: Any, every_law: bool, slow: bool) -> Any:

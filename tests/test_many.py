@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import laws
 import numpy as np
 import optax
 import pytest
-from cases import CASES, SUBJECTS, Case
+from cases import CASES, Case
 from small import some
 
 import jlora
@@ -28,19 +30,17 @@ def is_routed(case: Case) -> bool:
     return case.sites > 0 and case.jit and case.vmap and case.subject != "model"
 
 
-DAILY = ("convolution", "experts")  # subjects
+DAILY = ("convolution-side by side", "experts-gathered")  # of the first case of a subject
 
 
 def table() -> list[Any]:
-    """The first of most subjects for every day, in one of the forms by turns."""
+    """Each case in each form; two for every day."""
+    firsts = {case.subject: case for case in reversed(CASES) if is_routed(case)}
     rows = []
-    for n, subject in enumerate(SUBJECTS):
-        cases = [c for c in CASES if c.subject == subject and is_routed(c)]
-        for i, case in enumerate(cases):
-            for k, form in enumerate(FORMS):
-                daily = not (case.slow or i or (n + k) % 2) and subject in DAILY
-                marks = [] if daily else [pytest.mark.slow]
-                rows.append(pytest.param(case, form, id=f"{case.name}-{form}", marks=marks))
+    for case, form in itertools.product(filter(is_routed, CASES), FORMS):
+        daily = firsts[case.subject] is case and f"{case.subject}-{form}" in DAILY
+        marks = [] if daily else [pytest.mark.slow]
+        rows.append(pytest.param(case, form, id=f"{case.name}-{form}", marks=marks))
     return rows
 
 
@@ -131,55 +131,22 @@ def test_ranks_scales_and_full_leaves_differ(form: str | None) -> None:
         close(f(base, stacked, X), expected)
 
 
-def loss(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
-    return (made(full=False)[0].apply(base, adapter, x) ** 2).sum()
-
-
-def slope(losses: Any) -> tuple[Any, jax.Array]:
-    """Of the sum of the rows' losses along the adapters, and the losses."""
-
-    def total(adapters: Any) -> tuple[jax.Array, jax.Array]:
-        values = losses(adapters)
-        return values.sum(), values
-
-    return jax.jit(jax.grad(total, has_aux=True))(made(full=False)[2])
-
-
-@functools.cache
-def one_by_one(ids: tuple[int, ...]) -> tuple[Any, jax.Array]:
-    return slope(lambda adapters: alone(loss, made(full=False)[1], adapters, ids))
-
-
 @pytest.mark.slow
 @each_form
-def test_a_loss_is_one_for_each_row(form: str | None) -> None:
+@pytest.mark.parametrize("ids", [jnp.array(IDS), np.array([1, 1, 0, 0, 2, 2])], ids=str)
+def test_a_loss_is_one_for_each_row(ids: Any, form: str | None) -> None:
     """With its gradients: each adapter's from its own rows."""
-    _, base, _ = made(full=False)
-    for ids in (jnp.array(IDS), np.array([1, 1, 0, 0, 2, 2])):
+    lora, base, adapters = made(full=False)
 
-        def routed(adapters: Any, ids: Any = ids) -> jax.Array:
-            return many.route(loss, form=form)(base, many.stack(adapters), ids, X)
+    def loss(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        return (lora.apply(base, adapter, x) ** 2).sum()
 
-        actual, values = slope(routed)
-        expected, of_each = one_by_one(tuple(ids.tolist()))
-        close(values, of_each)
-        laws.assert_close(actual, expected, 1e-5)
+    def routed(adapters: Any) -> Any:
+        return many.route(loss, form=form)(base, many.stack(adapters), ids, X)
 
-
-def test_tables_of_other_methods_are_for_vmap_alone() -> None:
-    """Zeros in DoRA's magnitudes are no adapter of the base: neither -1 nor an empty slot."""
-    params = {"w": jnp.eye(64, 4)}
-    lora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=1))
-    base, table = many.init(lora, jax.random.split(jax.random.key(0), 3), params, X)
-    message = r"a table cannot hold what is at these paths:\n  w: is a Decomposed\n"
-    for form in (None, *FORMS):
-        with pytest.raises(ValueError, match=message):
-            many.route(lora.apply, form=form)(base, table, jnp.array(IDS), X)
-        with pytest.raises(ValueError, match=message):
-            many.prepare(table, form=form)
-    with pytest.raises(ValueError, match=message):
-        many.insert(table, 0, {})
-    close(lora.apply(base, many.take(table, 1), X), X @ base["w"])
+    both = [lambda adapters: alone(loss, base, adapters, ids.tolist()), routed]
+    expected, actual = (jax.jit(laws.value_and_slope(f))(adapters) for f in both)
+    laws.assert_close(actual, expected, 1e-5)
 
 
 RUNS = [(0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (1,) * 6, IDS]
@@ -298,9 +265,10 @@ def test_ids_may_be_integers_of_any_dtype(dtype: str, form: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["known", "traced"])
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_slots_may_be_integers_of_any_dtype(dtype: str) -> None:
-    """Of `take`, `insert`, `remove`, `stop` and `restart`, known or traced."""
+def test_slots_may_be_integers_of_any_dtype(dtype: str, jit: Any) -> None:
+    """Of `take`, `insert`, `remove`, `stop` and `restart`."""
     with jax.enable_x64(dtype.endswith("64")):
         _, _, table = numbered(200)
         tx = many.optimizer(optax.sgd, learning_rate=0.1)
@@ -308,26 +276,15 @@ def test_slots_may_be_integers_of_any_dtype(dtype: str) -> None:
         new = jax.tree.map(lambda x: x[0] + 7, table)
         first = lambda table: np.array(table["w"].b[:, 0, 0])  # noqa: E731
         for slot in (jnp.array(i, dtype), np.array(i, dtype)):
-            for jit in (lambda f: f, jax.jit):
-                expected = first(table)
-                np.testing.assert_allclose(jit(many.take)(table, slot)["w"].b[0, 0], expected[i])
-                expected[i] = 7
-                np.testing.assert_allclose(first(jit(many.insert)(table, slot, new)), expected)
-                expected[i] = 0
-                np.testing.assert_allclose(first(jit(many.remove)(table, slot)), expected)
-                for slots in (slot, slot[None], [slot]):
-                    stopped = jit(many.stop)(state, slots)
-                    assert np.flatnonzero(~stopped.running).tolist() == [i]
-                    again = jit(functools.partial(many.restart, tx))(stopped, table, slots)
-                    assert again.running.all()
-
-
-@pytest.mark.parametrize("slot", [True, 1.0, jnp.array([1]), jnp.array(1.0), None, "0"])
-def test_a_slot_is_one_integer(slot: Any) -> None:
-    _, _, table = numbered(3)
-    for f in (many.take, many.remove):
-        with pytest.raises(TypeError, match=r"`slot` must be one integer, from 0 on; got "):
-            f(table, slot)
+            expected = first(table)
+            np.testing.assert_allclose(jit(many.take)(table, slot)["w"].b[0, 0], expected[i])
+            for f, value in ((lambda *x: many.insert(*x, new), 7), (many.remove, 0)):
+                expected[i] = value
+                np.testing.assert_allclose(first(jit(f)(table, slot)), expected)
+            for slots in (slot, slot[None], [slot]):
+                stopped = jit(many.stop)(state, slots)
+                assert np.flatnonzero(~stopped.running).tolist() == [i]
+                assert jit(functools.partial(many.restart, tx))(stopped, table, slots).running.all()
 
 
 # ---------------------------------------------------------------------------------- isolation
@@ -368,23 +325,6 @@ def test_isolation_is_as_stated(use: str, form: str, factor: str, bad: float) ->
             close(f(broken, x), f(table, x))
         else:
             assert not np.isfinite(f(broken, x)).all()
-
-
-@pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_what_is_not_finite_is_refused(bad: float) -> None:
-    _, base, adapters = made()
-    broken = adapters[0] | {
-        "v": adapters[0]["v"]._replace(b=adapters[0]["v"].b.at[0, 0].set(bad)),
-        "c": np.full(4, bad, np.float32),
-    }
-    expected = (
-        r"a table cannot hold what is at these paths:\n  c: is not finite\n  v: is not finite\n"
-        r"In one slot of a table it would reach the rows of others\."
-    )
-    with pytest.raises(ValueError, match=expected):
-        many.stack([adapters[1], broken], base=base)
-    with pytest.raises(ValueError, match=expected):
-        many.insert(many.stack(adapters, base=base), 0, broken)
 
 
 # ---------------------------------------------------------------------------------- the table
@@ -477,65 +417,104 @@ def test_slots_of_a_kernel_meet_whole_ones() -> None:
         jax.tree.map(close, jlora.merge(base, many.take(stacked, i)), expected)
 
 
-WRONG = {
-    "another shape": (
-        {"w": node(1, (6, 5))},
-        r"  w: is for weights of \(shape, stack, inputs, outputs\) \[.*\(6, 4\).*\(6, 5\).*\]\n",
-    ),
-    "a site more": ({"w": node(1), "v": node(1)}, "  v: is no site of the table\n"),
-    "a rank above": ({"w": node(3)}, "  w: has the rank 3, above the table's 2\n"),
-    "in full": ({"w": jnp.ones((6, 4))}, "  w: is of low rank in one and trained in full in an"),
+# ---------------------------------------------------------------------------------- refusals
+
+LORA, PARAMS, ADAPTERS = made()
+TABLE = many.stack(ADAPTERS, base=PARAMS)
+PREPARED = many.prepare(TABLE, form="side by side")
+TWO = many.stack([{"w": node(2)}, {"w": node(1)}])
+LOW = many.stack([{"w": node(2, dtype="bfloat16")}])
+DORA = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=1))
+KEYS = jax.random.split(jax.random.key(0), 3)
+DORAS = many.init(DORA, KEYS, {"w": jnp.eye(64, 4)}, X)[1]
+BROKEN = ADAPTERS[0] | {
+    "v": ADAPTERS[0]["v"]._replace(b=ADAPTERS[0]["v"].b.at[0, 0].set(-np.inf)),
+    "c": np.full(4, np.nan, np.float32),
 }
+NOT_FINITE = (
+    r"a table cannot hold what is at these paths:\n  c: is not finite\n  v: is not finite\n"
+    r"In one slot of a table it would reach the rows of others\."
+)
+# Zeros in DoRA's magnitudes are no adapter of the base: neither -1 nor an empty slot.
+ANOTHER = r"a table cannot hold what is at these paths:\n  w: is a Decomposed\n"
 
 
-@pytest.mark.parametrize("why", list(WRONG))
-def test_what_does_not_fit_is_refused(why: str) -> None:
-    adapter, message = WRONG[why]
-    stacked = many.stack([{"w": node(2)}, {"w": node(1)}])
-    with pytest.raises(ValueError, match=message):
-        many.insert(stacked, 0, adapter)
+def call(base: Any = PARAMS, table: Any = TABLE, ids: Any = IDS, apply: Any = LORA.apply) -> Any:
+    return lambda **how: many.route(apply, **how)(base, table, np.array(ids), X)
 
 
-def test_errors_name_the_argument() -> None:
-    lora, base, adapters = made()
-    stacked = many.stack(adapters, base=base)
-    slotted, low = many.stack([{"w": SLOTTED}]), many.stack([{"w": node(2, dtype=jnp.bfloat16)}])
-    call, prepared = many.route(lora.apply), many.prepare(stacked, form="side by side")
-    table = {
-        TypeError: {
-            r"`adapters` must be a list of adapters.*got an empty": lambda: many.stack([]),
-            r"`table` must be an adapter with a leading": lambda: many.take(adapters[0], 0),
-            r"`ids` must be integers of shape": lambda: call(base, stacked, jnp.ones(6), X),
-        },
-        ValueError: {
-            r"`size` must be at least the 3 adapt": lambda: many.stack(adapters, size=2),
-            r"  v: has the rank 3, above": lambda: many.stack(adapters, rank=2, base=base),
-            r"  c: is trained in full, so that a": lambda: many.stack([adapters[0], {}]),
-            r"`slot` must lie in \[0, 3\).*got 3": lambda: many.insert(stacked, 3, {}),
-            r"`slot` must lie in \[0, 3\).*got -1": lambda: many.take(stacked, -1),
-            r"  c: is trained in full.*\nGive `base`": lambda: many.remove(stacked, 0),
-            r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n": lambda: many.insert(
-                slotted, 0, {"w": node(1)}
-            ),
-            r"`form` is 'gathered', but `table` was prepared side by side: give the": (
-                lambda: many.route(lora.apply, form="gathered")(base, prepared, jnp.array(IDS), X)
-            ),
-            r"  c: expected shape \(5,\) as in `base`, got \(4,\)": lambda: many.remove(
-                stacked, 0, base=base | {"c": jnp.ones(5)}
-            ),
-            "  w: is of float32, where the table has bfloat16": lambda: many.insert(
-                low, 0, {"w": node(1)}
-            ),
-            r"`form` must be one of 'side by s": lambda: many.route(lora.apply, form="x"),
-            r"argument \[0\]\[0\] after `ids` must": lambda: call(base, stacked, [0, 1], X),
-            r"`ids` must lie in \[-1, 3\)": lambda: call(base, stacked, [0] * 5 + [3], X),
-            r"result of `apply` must have the rows along its axis 0, or no axis; got ": (
-                lambda: many.route(lambda *a: lora.apply(*a)[0])(base, stacked, jnp.array(IDS), X)
-            ),
-            "does not fit `base` at 3": lambda: call({"w": X}, stacked, jnp.array(IDS), X),
-        },
-    }
-    for error, found in table.items():
-        for message, provoke in found.items():
-            with pytest.raises(error, match=f"(?s){message}"):
-                provoke()
+WRONG: list[tuple[str, Callable[[], Any]]] = [
+    (r"`adapters` must be a list of adapters.*got an empty", lambda: many.stack([])),
+    (r"`table` must be an adapter with a leading", lambda: many.take(ADAPTERS[0], 0)),
+    (r"`ids` must be integers of shape", call(ids=np.ones(6))),
+    *(
+        (r"`slot` must be one integer, from 0 on; got ", functools.partial(f, TABLE, slot))
+        for slot in (True, 1.0, jnp.array([1]), jnp.array(1.0), None, "0")
+        for f in (many.take, many.remove)
+    ),
+    (NOT_FINITE, lambda: many.stack([ADAPTERS[1], BROKEN], base=PARAMS)),
+    (NOT_FINITE, lambda: many.insert(TABLE, 0, BROKEN)),
+    (ANOTHER, call({"w": jnp.eye(64, 4)}, DORAS, apply=DORA.apply)),
+    (ANOTHER, lambda: many.prepare(DORAS, form="gathered")),
+    (ANOTHER, lambda: many.insert(DORAS, 0, {})),
+    (
+        r"  w: is for weights of \(shape, stack, inputs, outputs\) \[.*\(6, 4\).*\(6, 5\).*\]\n",
+        lambda: many.insert(TWO, 0, {"w": node(1, (6, 5))}),
+    ),
+    (
+        r"  v: is no site of the table\n",
+        lambda: many.insert(TWO, 0, {"w": node(1), "v": node(1)}),
+    ),
+    (r"  w: has the rank 3, above the table's 2\n", lambda: many.insert(TWO, 0, {"w": node(3)})),
+    (
+        r"  w: is of low rank in one and trained in full in an",
+        lambda: many.insert(TWO, 0, {"w": jnp.ones((6, 4))}),
+    ),
+    (
+        r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n",
+        lambda: many.insert(many.stack([{"w": SLOTTED}]), 0, {"w": node(1)}),
+    ),
+    (
+        r"  w: is of float32, where the table has bfloat16",
+        lambda: many.insert(LOW, 0, {"w": node(1)}),
+    ),
+    (r"`size` must be at least the 3 adapt", lambda: many.stack(ADAPTERS, size=2)),
+    (r"  v: has the rank 3, above", lambda: many.stack(ADAPTERS, rank=2, base=PARAMS)),
+    (r"  c: is trained in full, so that a", lambda: many.stack([ADAPTERS[0], {}])),
+    (r"`slot` must lie in \[0, 3\).*got 3", lambda: many.insert(TABLE, 3, {})),
+    (r"`slot` must lie in \[0, 3\).*got -1", lambda: many.take(TABLE, -1)),
+    (r"  c: is trained in full.*\nGive `base`", lambda: many.remove(TABLE, 0)),
+    (
+        r"  c: expected shape \(5,\) as in `base`, got \(4,\)",
+        lambda: many.remove(TABLE, 0, base=PARAMS | {"c": jnp.ones(5)}),
+    ),
+    (
+        r"`form` is 'gathered', but `table` was prepared side by side: give the",
+        lambda: call(table=PREPARED)(form="gathered"),
+    ),
+    (r"`table` must be an adapter with a leading", lambda: many.take(PREPARED, 0)),
+    (
+        r"`table` must be an adapter with a leading",
+        call(table=PREPARED | {"c": jnp.ones((2, 4))}),
+    ),
+    (r"`form` must be one of 'side by s", lambda: many.route(LORA.apply, form="x")),
+    (r"argument \[0\]\[0\] after `ids` must", call(ids=[0, 1])),
+    (r"`ids` must lie in \[-1, 3\)", call(ids=[0] * 5 + [3])),
+    (
+        r"result of `apply` must have the rows along its axis 0, or no axis; got ",
+        call(apply=lambda *a: LORA.apply(*a)[0]),
+    ),
+    (r"does not fit `base` at 3", call({"w": X})),
+]
+
+
+@pytest.mark.parametrize(("message", "provoke"), WRONG, ids=[m[:50] for m, _ in WRONG])
+def test_what_is_wrong_is_named(message: str, provoke: Callable[[], Any]) -> None:
+    is_type = re.match(r"`(adapters|table|ids|slot)` must be [ailo]", message)
+    with pytest.raises(TypeError if is_type else ValueError, match=f"(?s){message}"):
+        provoke()
+
+
+def test_tables_of_other_methods_are_for_vmap() -> None:
+    base = {"w": jnp.eye(64, 4)}
+    close(DORA.apply(base, many.take(DORAS, 1), X), X @ base["w"])

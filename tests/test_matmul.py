@@ -1,4 +1,6 @@
-"""The product x·W + s·(x·A)·B: what it forms, costs and keeps, and how exact it is."""
+"""The product x·W + s·(x·A)·B: what it forms, costs and keeps, on which platform, how exactly."""
+
+import pickle
 
 import chex
 import jax
@@ -13,10 +15,14 @@ import jlora
 MANY, FEW, DIM = 256, 8, 16  # rows
 
 
+def _product(p, x):
+    return x @ p["w"]
+
+
 def _problem(rows, dtype=jnp.float32, dim=DIM, **rule):
     x, w = array(rows, dim).astype(dtype), (array(dim, dim) / dim**0.5).astype(dtype)
     rule = jlora.LoRA("w", rank=4, alpha=8, init=laws.start, **rule)
-    lora = jlora.transform(lambda p, x: x @ p["w"], rule)
+    lora = jlora.transform(_product, rule)
     base, adapter = lora.init(jax.random.key(0), {"w": w}, x)
     return lora, base, jax.tree.map(lambda v: v + 0.1 * array(*v.shape), adapter), x
 
@@ -183,3 +189,55 @@ def test_an_activation_that_sites_share_is_kept_once(rows):
     _, backward = jax.vjp(lambda adapter: lora.apply(base, adapter, x), adapter)
     kept = {id(v): v.shape for v in jax.tree.leaves(backward) if hasattr(v, "shape")}
     assert list(kept.values()).count(x.shape) == 1, kept
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_no_platform_forms_the_sum(platform):
+    """A TPU would round W + ΔW to bfloat16."""
+    lora, base, adapter, x = _problem(MANY)
+
+    def slope(adapter, x):
+        return jax.grad(lambda a: lora.apply(base, a, x).sum())(adapter)
+
+    for f, args in ((lora.apply, (base, adapter, x)), (slope, (adapter, x))):
+        text = jax.export.export(jax.jit(f), platforms=[platform])(*args).mlir_module()
+        sums = [s for s in text.split("\n") if "stablehlo.add" in s and "tensor<16x16xf32>" in s]
+        assert not sums
+
+
+def test_a_transform_can_be_pickled():
+    _, base, adapter, x = _problem(FEW)
+    lora = jlora.transform(_product, jlora.LoRA("w", rank=2))
+    again = pickle.loads(pickle.dumps(lora))
+    laws.assert_close(again.apply(base, adapter, x), lora.apply(base, adapter, x), 1e-6)
+
+
+def test_convolution_of_an_empty_batch():
+    numbers = ("NHWC", "HWIO", "NHWC")
+    conv = lambda p, x: jax.lax.conv_general_dilated(  # noqa: E731
+        x, p["k"], (1, 1), "SAME", dimension_numbers=numbers
+    )
+    lora = jlora.transform(conv, jlora.LoRA(rank=2))
+    x = jnp.zeros((0, 5, 5, 4))
+    base, adapter = lora.init(jax.random.key(0), {"k": jnp.ones((3, 3, 4, 5))}, x)
+    assert lora.apply(base, adapter, x).shape == (0, 5, 5, 5)
+
+
+def test_tracing_costs_little_more_than_the_model():
+    """Equations of the gradient of 24 unrolled layers, beside those of the model's own."""
+
+    def model(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    params = [jnp.ones((16, 16))] * 24
+    lora = jlora.transform(model, jlora.LoRA(rank=2))
+    x = jnp.ones((4, 16))
+    base, adapter = lora.init(jax.random.key(0), params, x)
+
+    def equations(f, *args):
+        return len(jax.make_jaxpr(jax.grad(lambda p: f(p).sum()))(*args).jaxpr.eqns)
+
+    ours = equations(lambda a: lora.apply(base, a, x), adapter)
+    assert ours <= 3 * equations(lambda p: model(p, x), params)

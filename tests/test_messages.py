@@ -297,53 +297,72 @@ def test_module_whose_state_would_be_lost() -> None:
 # -------------------------------------------------------------------------------- what is printed
 
 
-def test_print_of_an_adapter() -> None:
-    """A node is a line of shapes, with what is not as it is by default."""
-    low_rank = LoRA("w", rank=2, alpha=3, dropout=0.5, materialize=True)
-    _, adapter = jlora.transform(dense, low_rank).init(KEY, W, X)
-    shown = "{'w': LowRank(a=float32[4,2], b=float32[2,3], scale=1.5, dropout=0.5, materialize=True"
-    assert str(adapter) == shown + ")}"
-    assert str(jlora.dropout(adapter, KEY)) == shown + ", key=key<fry>[])}"
-    assert str(jax.eval_shape(lambda: adapter)) == str(adapter)
+def adapter_of(rule: Any, w: Any = W["w"]) -> Any:
+    """A product with a rule, over a stack if W has one."""
+    fn = dense if w.ndim == 2 else lambda p, x: lax.scan(lambda x, w: (x, x @ w), x, p["w"])[1]
+    return jax.eval_shape(jlora.transform(fn, rule).init, KEY, {"w": w}, X)[1]
 
 
-def test_print_of_stacks_and_slots() -> None:
-    """Layers of a scan, and q and v of a fused kernel."""
-    params = {"w": jnp.ones((5, 4, 12))}
-    fn = lambda p, x: lax.scan(lambda x, w: (x, x @ w), x, p["w"])[1]  # noqa: E731
-    lora = jlora.transform(fn, LoRA("w", rank=2, slots=jlora.Slots(3, (0, 2))))
-    assert str(lora.init(KEY, params, X)[1]["w"]) == (
+def traced(adapter: Any) -> str:
+    """An adapter as a traced function prints it."""
+    shown = []
+    jax.eval_shape(lambda a: shown.append(str(a)), adapter)
+    return shown[0]
+
+
+def transformed(fn: Any) -> Any:
+    """A transform of `fn`, where `sites` says what it is made of."""
+    rules = (LoRA("(query|value)/kernel", rank=4), Full("classifier"))
+    return jlora.types.Transformed(max, min, functools.partial(lambda *_: None, fn, rules))
+
+
+PLAIN, SLOTS = LoRA("w", rank=2), LoRA("w", rank=2, slots=jlora.Slots(3, (0, 2)))
+MANY = LoRA("w", rank=2, alpha=3, dropout=0.5, materialize=True)
+NODE = "LowRank(a=float32[4,2], b=float32[2,3], scale={})"
+ROWS = jlora.types.Replaced(jnp.ones((9, 2, 4)), (2, 3), jlora.types.Layout((0,), (1,), (2,)))
+RULES = "LoRA('(query|value)/kernel'), Full('classifier'))"
+PRINTED: list[tuple[Callable[[], Any], str]] = [
+    # A node is a line of shapes, with what is not as it is by default.
+    (lambda: adapter_of(PLAIN), f"{{'w': {NODE.format(8.0)}}}"),
+    (
+        lambda: adapter_of(MANY),
+        f"{{'w': {NODE.format('1.5, dropout=0.5, materialize=True')}}}",
+    ),
+    (
+        lambda: jax.eval_shape(jlora.dropout, adapter_of(MANY), KEY),
+        f"{{'w': {NODE.format('1.5, dropout=0.5, materialize=True, key=key<fry>[]')}}}",
+    ),
+    (
+        lambda: adapter_of(SLOTS, jnp.ones((5, 4, 12)))["w"],
         "LowRank(a=float32[5,2,4,2], b=float32[5,2,2,4], scale=8.0, stack=(0,), "
-        "slots=(3, (0, 2), 2))"
-    )
+        "slots=(3, (0, 2), 2))",
+    ),
+    (lambda: ROWS, "Replaced(v=float32[9,2,4], rows=(2, 3), stack=(0,))"),
+    (
+        lambda: ROWS._replace(rows=tuple(range(10, 60))),
+        "Replaced(v=float32[9,2,4], rows=(10, 11, …, 59), stack=(0,))",
+    ),
+    # Labels, tracers and bound leaves.
+    (
+        lambda: jlora.labels(adapter_of(PLAIN)),
+        "{'w': LowRank(a='a', b='b', scale=8.0)}",
+    ),
+    (lambda: traced(adapter_of(PLAIN)), f"{{'w': {NODE.format(8.0)}}}"),
+    (
+        lambda: jlora.bind(W, adapter_of(PLAIN))["w"],
+        f"Adapted(base=float32[4,3], delta={NODE.format(8.0)})",
+    ),
+    # The function and the rules of a transform.
+    (lambda: transformed(nn.Dense(3).apply), f"Transformed(Dense.apply, {RULES}"),
+    (lambda: transformed(dense), f"Transformed(dense, {RULES}"),
+    (
+        lambda: transformed(functools.partial(nn.Dense(3).apply, mutable=["x"])),
+        f"Transformed(partial(Dense.apply), {RULES}",
+    ),
+    (lambda: transformed(jax.jit(dense)), f"Transformed(dense, {RULES}"),
+]
 
 
-def test_print_of_trees_of_an_adapters_structure() -> None:
-    """Labels and tracers stand where arrays do."""
-    base, adapter = jlora.transform(dense, LoRA("w", rank=2)).init(KEY, W, X)
-    assert str(jlora.labels(adapter)) == "{'w': LowRank(a='a', b='b', scale=8.0)}"
-    seen = []
-    jax.jit(lambda a: seen.append(str(a)))(adapter)
-    assert seen == [str(adapter)]
-    assert str(jlora.bind(base, adapter)["w"]) == (
-        "Adapted(base=float32[4,3], delta=LowRank(a=float32[4,2], b=float32[2,3], scale=8.0))"
-    )
-
-
-RULES = (LoRA("(query|value)/kernel", rank=4), Full("classifier"))
-PRINTED = {
-    "method": (nn.Dense(3).apply, "Dense.apply"),
-    "function": (dense, "dense"),
-    "partial": (functools.partial(nn.Dense(3).apply, mutable=["x"]), "partial(Dense.apply)"),
-    "jitted": (jax.jit(dense), "dense"),
-}
-
-
-@pytest.mark.parametrize("case", list(PRINTED))
-def test_print_of_a_transform(case: str) -> None:
-    """The function and the rules on one line, where `sites` says what they are."""
-    fn, name = PRINTED[case]
-    sites = functools.partial(lambda *_: None, fn, RULES)
-    assert str(jlora.types.Transformed(max, min, sites)) == (
-        f"Transformed({name}, LoRA('(query|value)/kernel'), Full('classifier'))"
-    )
+@pytest.mark.parametrize(("make", "text"), PRINTED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_is_printed(make: Callable[[], Any], text: str) -> None:
+    assert str(make()) == text

@@ -34,10 +34,8 @@ NOT_A_GAIN = {
     "weight_times_weight",
     "weights_multiplied_with_one_repeated",
     "two_weights_meet_along_a_new_axis",
-    "linen_attention_bfloat16",
     "nnx_train",
     "nnx_state_as_argument",
-    "nnx_whole_state",
 }
 # Where a kernel is divided by its norms, m is of no effect, and its gradient rounding alone.
 NOT_A_MAGNITUDE = NOT_A_GAIN | {"linen_weight_norm"}
@@ -84,7 +82,7 @@ def is_for(case: Case, method: type) -> bool:
 # With every law, or only that adapted is merged.
 DAILY = {
     DoRA: {"conv_nchw": False, "slots": False, "experts_einsum": True},
-    Rows: {"row_looked_up_under_vmap": True},
+    Rows: {"lookup_under_vmap": True},
     Gain: {"experts_einsum": False},
     Diagonal: {"matmul": True},
 }

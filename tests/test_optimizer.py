@@ -8,7 +8,7 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
+import chain
 import jax
 import jax.numpy as jnp
 import laws
@@ -24,57 +24,13 @@ import jlora
 FORMS = pytest.mark.parametrize("form", some(["adapter", "params"], "params"))
 
 
-class Layer(nn.Module):
-    """A residual layer of two products, as `nn.scan` wants it."""
-
-    width: int
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        """(…, width) to the same."""
-        h = nn.Dense(self.width, param_dtype=self.param_dtype, name="up")(x)
-        return x + nn.Dense(self.width, param_dtype=self.param_dtype, name="down")(
-            jnp.tanh(h)
-        ), None
-
-
-class Model(nn.Module):
-    """A stack of layers, scanned or in a loop, under a head."""
-
-    width: int = 8
-    depth: int = 3
-    scanned: bool = True
-    remat: bool = False
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, width) to (batch, 2)."""
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
-        if self.scanned:
-            layer = nn.scan(
-                layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
-            )
-            x, _ = layer(self.width, self.param_dtype, name="layers")(x, None)
-        else:
-            for i in range(self.depth):
-                x, _ = layer(self.width, self.param_dtype, name=f"layer_{i}")(x, None)
-        return nn.Dense(2, param_dtype=self.param_dtype, name="head")(x)
-
-
 class Setup(NamedTuple):
-    """A model, its transform, base and adapter, and one batch."""
+    """A transform of a model, base and adapter, and one batch."""
 
-    model: Model
     lora: jlora.types.Transformed
     base: Any
     adapter: Any
     batch: tuple[jax.Array, jax.Array]
-
-    def loss(self, adapter: Any, base: Any, batch: Any) -> jax.Array:
-        """Mean squared error."""
-        return loss(self.lora, adapter, base, batch)
 
     def tree(self, form: str) -> Any:
         """What the optimizer is given: the adapter, or both trees."""
@@ -87,9 +43,13 @@ class Setup(NamedTuple):
         full = lambda: jax.tree.map(lambda x: np.full_like(x, fill), self.base)  # noqa: E731
         return [g if form == "adapter" else jlora.Params(full(), g) for g in grads]
 
+    def state(self, form: str, tx: Any) -> TrainState:
+        """Flax's state of one of the forms."""
+        return TrainState.create(apply_fn=self.lora.apply, params=self.tree(form), tx=tx)
+
 
 def loss(lora: jlora.types.Transformed, adapter: Any, base: Any, batch: Any) -> jax.Array:
-    """That of a transform."""
+    """Mean squared error."""
     x, y = batch
     return jnp.mean((lora.apply(base, adapter, x).astype(jnp.float32) - y) ** 2)
 
@@ -97,21 +57,35 @@ def loss(lora: jlora.types.Transformed, adapter: Any, base: Any, batch: Any) -> 
 slope = jax.jit(jax.grad(loss, 1), static_argnums=0)
 
 
-def setup(**options: Any) -> Setup:
-    """A model with low-rank layers and a full head; zeros of both signs in its base."""
-    model, rng = Model(**options), np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((4, model.width)), jnp.float32)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def step(lora: jlora.types.Transformed, state: TrainState, base: Any, batch: Any) -> TrainState:
+    """A step as users write it; with `Params` in the state `base` is None."""
+    if base is None:
+        grads = jax.grad(lambda p: loss(lora, p.adapter, p.base, batch))(state.params)
+    else:
+        grads = jax.grad(loss, 1)(lora, state.params, base, batch)
+    return state.apply_gradients(grads=grads)
 
-    def draw(w: Any) -> jax.Array:
-        values = rng.standard_normal(w.shape) / model.width**0.5
+
+def setup(kind: str = "scan", width: int = 8, depth: int = 3, dtype: Any = jnp.float32) -> Setup:
+    """A chain of low-rank layers under a full head; zeros of both signs in the base."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (depth, width, width)} if "scan" in kind else {}
+    shapes = shapes or {f"w{i}": (width, width) for i in range(depth)}
+    shapes = {"layers": shapes, "head": {"w": (width, 2), "bias": (2,)}}
+
+    def draw(shape: tuple[int, ...]) -> jax.Array:
+        values = rng.standard_normal(shape) / width**0.5
         values[..., 0], values[..., 1] = -0.0, 0.0
-        return jnp.asarray(values.astype(w.dtype))
+        return jnp.asarray(values, dtype)
 
-    params = jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), x))
-    low_rank = jlora.LoRA("layer.*kernel", rank=2, init=random)
-    lora = jlora.transform(model.apply, low_rank, jlora.Full("head"))
-    base, adapter = lora.init(jax.random.key(2), params, x)
-    return Setup(model, lora, base, adapter, (x, jnp.ones((4, 2))))
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return chain.FORMS[kind](params["layers"], x) @ params["head"]["w"] + params["head"]["bias"]
+
+    params = jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    low_rank = jlora.LoRA("layers/.*", rank=2, init=random)
+    lora, x = jlora.transform(apply, low_rank, jlora.Full("head")), draw((4, width))
+    return Setup(lora, *lora.init(jax.random.key(2), params, x), (x, jnp.ones((4, 2))))
 
 
 random = functools.partial(laws.start, of_b=0.1)  # at B = 0 a wrong gradient of A would not show
@@ -172,25 +146,20 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
 @pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16], jnp.float32))
 def test_base_is_unchanged_after_100_steps(dtype: Any, freeze_a: bool) -> None:
     """Under weight decay, clipping and LoRA+, compiled, every byte; every adapter leaf moves."""
-    s = setup(param_dtype=dtype)
+    s = setup(dtype=dtype)
     s = s._replace(adapter=frozen_a(s.adapter)) if freeze_a else s
     tx = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2, weight_decay=0.1))
-    tx = with_lora_plus(tx, 16)
-    state = TrainState.create(apply_fn=s.model.apply, params=s.tree("params"), tx=tx)
-
-    @jax.jit
-    def step(state: TrainState, batch: Any) -> TrainState:
-        grads = jax.grad(lambda p: s.loss(p.adapter, p.base, batch))(state.params)
-        return state.apply_gradients(grads=grads)
-
+    state = s.state("params", with_lora_plus(tx, 16))
+    before, adapter = raw(s.base), jax.device_get(s.adapter)
+    start = float(loss(s.lora, s.adapter, s.base, s.batch))
     for _ in range(100):
-        state = step(state, s.batch)
+        state = step(s.lora, state, None, s.batch)
     assert int(state.step) == 100
-    assert raw(state.params.base) == raw(s.base)
-    assert np.signbit(np.asarray(s.base["params"]["layers"]["up"]["kernel"][..., 0])).all()
-    moved = jax.tree.map(lambda x, y: bool(np.all(x != y)), state.params.adapter, s.adapter)
-    assert moved == jlora.mask(s.adapter)
-    assert s.loss(state.params.adapter, s.base, s.batch) < s.loss(s.adapter, s.base, s.batch)
+    assert raw(state.params.base) == before
+    assert np.signbit(np.asarray(state.params.base["layers"]["w"][..., 0])).all()
+    changed = jax.tree.map(lambda x, y: bool(np.all(x != y)), state.params.adapter, adapter)
+    assert changed == jlora.mask(adapter)
+    assert loss(s.lora, state.params.adapter, state.params.base, s.batch) < start
 
 
 def test_frozen_a_is_not_in_the_clipping_norm(small: Setup) -> None:
@@ -221,39 +190,22 @@ def test_moments_are_two_trees_of_what_is_trained(small: Setup, form: str, freez
 
 
 STACKS = {
-    "loop": {"width": 256, "depth": 8, "scanned": False},
-    "scan": {"width": 256, "depth": 16},
-    "scan_of_remat": {"width": 256, "depth": 16, "remat": True},
+    "loop": {"kind": "plain", "depth": 8},
+    "scan": {"kind": "scan", "depth": 16},
+    "scan_of_remat": {"kind": "scan+remat", "depth": 16},
 }
-
-
-def train_step(s: Setup, tx: Any, form: str) -> Any:
-    """A step as users write it, compiled; what it is given to change is donated."""
-    if form == "params":
-        state = TrainState.create(apply_fn=s.model.apply, params=s.tree(form), tx=tx)
-
-        def step(state: TrainState, batch: Any) -> TrainState:
-            grads = jax.grad(lambda p: s.loss(p.adapter, p.base, batch))(state.params)
-            return state.apply_gradients(grads=grads)
-
-        return jax.jit(step, donate_argnums=0).lower(state, s.batch).compile()
-
-    def step_alone(state: TrainState, base: Any, batch: Any) -> TrainState:
-        return state.apply_gradients(grads=jax.grad(s.loss)(state.params, base, batch))
-
-    state = TrainState.create(apply_fn=s.model.apply, params=s.adapter, tx=tx)
-    return jax.jit(step_alone, donate_argnums=0).lower(state, s.base, s.batch).compile()
 
 
 @FORMS
 @pytest.mark.parametrize("stack", some(STACKS, "scan"))
 def test_a_step_holds_nothing_of_the_size_of_the_base(stack: str, form: str) -> None:
     """By XLA's own account: the base once, as an argument, and no gradient or moment of it."""
-    s = setup(**STACKS[stack])
+    s = setup(width=256, **STACKS[stack])
     tx = with_lora_plus(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 16)
     base, adapter = size(s.base), size(s.adapter)
     assert adapter < base / 30
-    memory = train_step(s, tx, form).memory_analysis()
+    given = None if form == "params" else s.base
+    memory = step.lower(s.lora, s.state(form, tx), given, s.batch).compile().memory_analysis()
     new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     # A scan copies out the weights of the layer that it is at: one layer in 16.
     assert new < base / 4
@@ -327,14 +279,6 @@ def test_what_acts_on_a_and_b_needs_an_adapter(small: Setup, tx: Any) -> None:
             call(small.base)
 
 
-def test_an_adapter_of_full_leaves_has_no_a_and_b_to_act_on() -> None:
-    """One optimizer serves all rules."""
-    tree = jlora.Params({}, {"w": jnp.ones(3)})
-    tx = jlora.optimizer(optax.chain(jlora.precondition(1e-6), optax.sgd(1.0), jlora.lora_plus(4)))
-    updates, _ = tx.update(tree, tx.init(tree), tree)
-    np.testing.assert_array_equal(updates.adapter["w"], -jnp.ones(3))
-
-
 def test_extra_arguments_are_those_that_the_caller_gave(small: Setup) -> None:
     """Optax hands them to functions of the user's."""
     double = optax.scale(2.0)
@@ -349,22 +293,12 @@ def test_extra_arguments_are_those_that_the_caller_gave(small: Setup) -> None:
 # ----------------------------------------------------------------------------- serialization
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def one_step(
-    form: str, lora: jlora.types.Transformed, state: TrainState, base: Any, batch: Any
-) -> Any:
-    """A step of training, one program for a transform and a `TrainState` of one kind."""
-    if form == "adapter":
-        return state.apply_gradients(grads=jax.grad(loss, 1)(lora, state.params, base, batch))
-    grads = jax.grad(lambda p: loss(lora, p.adapter, p.base, batch))(state.params)
-    return state.apply_gradients(grads=grads)
-
-
 def trained(s: Setup, form: str, state: Any, steps: int) -> Any:
     """`state` after some steps, each of them the same compiled program."""
     x, y = s.batch
+    state = jax.tree.map(jnp.copy, state)  # a step donates it
     for _ in range(steps):
-        state = one_step(form, s.lora, state, s.base, (x + state.step, y))
+        state = step(s.lora, state, None if form == "params" else s.base, (x + state.step, y))
     return state
 
 
@@ -385,15 +319,15 @@ def test_training_goes_on_from_a_saved_state(small: Setup, form: str, through: A
     tx = optax.chain(
         optax.clip_by_global_norm(0.1), optax.adamw(optax.linear_schedule(1e-2, 0.0, 6))
     )
-    tx, params = with_lora_plus(tx, 16), frozen_a(small.tree(form))
-    start = TrainState.create(apply_fn=small.model.apply, params=params, tx=tx)
-    expected = trained(small, form, start, 6)
-    half = trained(small, form, start, 3)
+    s = small._replace(adapter=frozen_a(small.adapter))
+    start = s.state(form, with_lora_plus(tx, 16))
+    expected = trained(s, form, start, 6)
+    half = trained(s, form, start, 3)
     fresh = start.replace(params=jax.tree.map(jnp.zeros_like, start.params))
     restored = through(fresh, half)
     assert jax.tree.structure(restored) == jax.tree.structure(half)
     assert raw(restored) == raw(half)
-    after = trained(small, form, restored, 3)
+    after = trained(s, form, restored, 3)
     assert raw(after) == raw(expected)
     assert raw(after) != raw(half)
 
@@ -418,9 +352,8 @@ def test_a_state_dict_names_the_factors(small: Setup) -> None:
     """The names that a file shows are those of the fields."""
     saved = serialization.to_state_dict(small.tree("params"))
     assert set(saved) == {"base", "adapter"}
-    site = saved["adapter"]["params"]["layers"]["up"]["kernel"]
-    assert set(site) == set(jlora.types.LowRank._fields)
-    assert set(saved["adapter"]["params"]["head"]) == {"kernel", "bias"}
+    assert set(saved["adapter"]["layers"]["w"]) == set(jlora.types.LowRank._fields)
+    assert set(saved["adapter"]["head"]) == {"w", "bias"}
 
 
 # -------------------------------------------------------------------------------- composition
@@ -502,9 +435,8 @@ def test_labels_and_mask(small: Setup) -> None:
         jax.tree_util.keystr(path, simple=True, separator="/"): name
         for path, name in jax.tree_util.tree_flatten_with_path(labels.adapter)[0]
     }
-    factors = itertools.product(("up", "down"), ("a", "b"))
-    low_rank = {f"params/layers/{w}/kernel/{x}": x for w, x in factors}
-    assert flat == low_rank | {"params/head/kernel": "full", "params/head/bias": "full"}
+    low_rank = {f"layers/w/{x}": x for x in "ab"}
+    assert flat == low_rank | {"head/w": "full", "head/bias": "full"}
     assert jlora.mask(tree) == jax.tree.map(lambda name: name != "base", labels)
     assert all(jax.tree.leaves(jlora.mask(tree.adapter)))
 

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 
 import peft_models as models  # noqa: E402
+from peft_files import CONFIG, TENSORS, assert_close, assert_equal  # noqa: E402
 
 import jlora  # noqa: E402
 from jlora import Full, LoRA, Slots, initializers, peft  # noqa: E402
@@ -23,7 +24,6 @@ from jlora import Full, LoRA, Slots, initializers, peft  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("default")
 
 KEY = jax.random.key(0)
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 # In bfloat16 the two frameworks round the base model's own activations differently.
 TOLERANCE = {"bf16": 2e-2}
 
@@ -57,18 +57,6 @@ def in_peft(name: str, folder: pathlib.Path) -> Any:
     return model
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
-    """Relative to the largest value."""
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    """Structure, static fields and bits."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
 def round_trip(name: str, case: models.Case, adapter: Any, folder: pathlib.Path) -> Any:
     """Jlora → PEFT → jlora → files; gives the adapter that came back."""
     peft.save(folder / "ours", case.base, adapter, case.names)
@@ -79,7 +67,7 @@ def round_trip(name: str, case: models.Case, adapter: Any, folder: pathlib.Path)
     again = peft.load(folder / "theirs", case.base, case.names)
     fields = peft.read_config(folder / "theirs")
     peft.save(folder / "again", case.base, again, case.names, config=fields)
-    for file in FILES:
+    for file in (CONFIG, TENSORS):
         assert (folder / "again" / file).read_bytes() == (folder / "theirs" / file).read_bytes()
     return again
 
@@ -96,8 +84,8 @@ def test_fixture_through_peft(name: str, tmp_path: pathlib.Path) -> None:
 def test_fixtures_are_what_peft_writes(name: str, tmp_path: pathlib.Path) -> None:
     """The committed tensors are those of `make.py` with the PEFT that is installed."""
     make.adapted_model(name).save_pretrained(tmp_path)
-    written = (tmp_path / FILES[1]).read_bytes()
-    assert written == (models.FIXTURES / name / FILES[1]).read_bytes()
+    written = (tmp_path / TENSORS).read_bytes()
+    assert written == (models.FIXTURES / name / TENSORS).read_bytes()
 
 
 # A fixture's model, and rules of ours.

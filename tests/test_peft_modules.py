@@ -1,7 +1,6 @@
 """Leaves of several modules of PyTorch, such as k and v, and several leaves of one, as experts."""
 
 import json
-import pathlib
 import re
 import shutil
 from typing import Any
@@ -11,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_base_files as base_files
+from peft_files import CONFIG, PREFIX, TENSORS, Folder, assert_close, assert_equal
 from safetensors.numpy import load_file, save_file
+from small import some
 
 import jlora
 from jlora import Full, LoRA, Slots, peft
@@ -19,12 +20,11 @@ from jlora._adapters import LowRank
 from jlora._tree import nest
 from jlora._types import Layout
 from jlora.peft import Name
-from jlora.peft.names._leaves import resolve
+from jlora.peft.names._advice import advice
+from jlora.peft.names._leaves import resolve, row_of
 
-Folder = pathlib.Path
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (3, 4))
-PREFIX = "base_model.model."
 NAMES = (
     Name(r"(\d+)/kv/w", (r"h.\1.k_proj", r"h.\1.v_proj"), "soio"),
     Name(r"(\d+)/kv/bias", (r"h.\1.k_proj", r"h.\1.v_proj"), "so", "bias"),
@@ -60,76 +60,57 @@ def rule(*chosen: int) -> LoRA:
     return LoRA("kv/w", rank=2, alpha=3, slots=Slots(2, chosen))
 
 
-def assert_equal(actual: Any, expected: Any) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+def come_back(folder: Folder, base: Any, adapter: Any, names: Any = NAMES) -> Any:
+    """The adapter after `save` and `load`, whose ΔW must be the same."""
+    peft.save(folder, base, adapter, names)
+    again = peft.load(folder, base, names)
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
+    return again
 
 
-def assert_close(actual: Any, expected: Any) -> None:
-    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)  # noqa: E731
-    jax.tree.map(close, actual, expected)
-
-
-@pytest.mark.parametrize("chosen", [pytest.param((0,), marks=pytest.mark.slow), (1,), (0, 1)])
+@pytest.mark.parametrize("chosen", some([(0,), (1,), (0, 1)], (1,), (0, 1)))
 def test_only_some_modules(chosen: tuple[int, ...], tmp_path: Folder) -> None:
     """Those of the adapted slots are in the file, are what it selects, and come back."""
     base, adapter = adapted(rule(*chosen))
-    peft.save(tmp_path / "a", base, adapter, NAMES)
+    assert_equal(come_back(tmp_path / "a", base, adapter), adapter)
     wanted = [f"{'kv'[i]}_proj" for i in chosen]
     assert peft.read_config(tmp_path / "a")["target_modules"] == wanted
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "a" / TENSORS)
     modules = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors}
     assert modules == {f"h.{layer}.{name}" for layer in range(2) for name in wanted}
     node = adapter["1"]["kv"]["w"]
     for at, name in enumerate(wanted):
         np.testing.assert_array_equal(tensors[f"{PREFIX}h.1.{name}.lora_A.weight"], node.a[at].T)
-    assert_equal(peft.load(tmp_path / "a", base, NAMES), adapter)
 
 
-def test_slots_in_any_order(tmp_path: Folder) -> None:
-    """They come back in order, with the same ΔW."""
-    base, adapter = adapted(rule(1, 0))
-    peft.save(tmp_path / "a", base, adapter, NAMES)
-    again = peft.load(tmp_path / "a", base, NAMES)
-    assert again["0"]["kv"]["w"].layout.slots == (2, (0, 1), 0)
-    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
+SLOTS = {
+    "in any order": (rule(1, 0), 2),  # they come back in order
+    "a shared factor": (LoRA("kv/w", rank=2), 2),  # of which each module gets a copy
+    "of another axis": (LoRA("kv/w", rank=2, slots=Slots(3, (0, 2), axis=1)), 4),  # one A a module
+}
 
 
-def test_a_shared_factor_is_written_for_each(tmp_path: Folder) -> None:
-    """Without slots there is one A, of which each module gets a copy."""
-    base, adapter = adapted(LoRA("kv/w", rank=2))
-    peft.save(tmp_path / "a", base, adapter, NAMES)
-    again = peft.load(tmp_path / "a", base, NAMES)
-    node = again["0"]["kv"]["w"]
-    np.testing.assert_array_equal(node.a, np.stack([adapter["0"]["kv"]["w"].a] * 2))
-    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
-
-
-def test_slots_of_another_axis(tmp_path: Folder) -> None:
-    """Slots that are no modules are one A for each module."""
-    base, adapter = adapted(LoRA("kv/w", rank=2, slots=Slots(3, (0, 2), axis=1)))
-    peft.save(tmp_path / "a", base, adapter, NAMES)
-    assert peft.read_config(tmp_path / "a")["r"] == 4
-    again = peft.load(tmp_path / "a", base, NAMES)
-    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
+@pytest.mark.parametrize("form", SLOTS)
+def test_other_slots(form: str, tmp_path: Folder) -> None:
+    """Whatever has no such form in PEFT is written with the same ΔW."""
+    given, rank = SLOTS[form]
+    node = come_back(tmp_path / "a", *adapted(given))["0"]["kv"]["w"]
+    assert node.layout.slots == (2, (0, 1), 0)
+    assert peft.read_config(tmp_path / "a")["r"] == node.a.shape[-1] == rank
 
 
 def test_in_full(tmp_path: Folder) -> None:
     """Biases beside A and B, and whole modules."""
-    for rules in ((rule(0, 1), Full("bias")), (Full("1/kv"), rule(1))):
+    for i, rules in enumerate(((rule(0, 1), Full("bias")), (Full("1/kv"), rule(1)))):
         base, adapter = adapted(*rules)
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        peft.save(folder, base, adapter, NAMES)
-        assert_equal(peft.load(folder, base, NAMES), adapter)
+        assert_equal(come_back(tmp_path / str(i), base, adapter), adapter)
 
 
 def test_checkpoints(tmp_path: Folder) -> None:
     """Each module is a tensor; merging adds to those that are adapted and leaves the others."""
     tensors = peft.to_tensors(params(), NAMES)
-    w = params()["1"]["kv"]["w"]
-    np.testing.assert_array_equal(
-        tensors["h.1.v_proj.weight"], w[1].transpose(0, 2, 1).reshape(6, 4)
-    )
+    expected = params()["1"]["kv"]["w"][1].transpose(0, 2, 1).reshape(6, 4)
+    np.testing.assert_array_equal(tensors["h.1.v_proj.weight"], expected)
     assert {name: x.shape for name, x in tensors.items()} == {
         f"h.{i}.{m}_proj.{p}": shape
         for i in range(2)
@@ -200,62 +181,60 @@ def test_load_refuses(change: Any, fields: Any, message: str, tmp_path: Folder) 
     """What one node, or one array, cannot hold."""
     base, adapter = adapted(rule(0, 1))
     peft.save(tmp_path / "a", base, adapter, NAMES)
-    tensors = change(load_file(tmp_path / "a" / "adapter_model.safetensors"))
-    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    save_file(change(load_file(tmp_path / "a" / TENSORS)), tmp_path / "a" / TENSORS)
     config = peft.read_config(tmp_path / "a") | fields
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ValueError, match=re.escape(message)):
         peft.load(tmp_path / "a", base, NAMES)
 
 
-@pytest.mark.parametrize(
-    ("table", "path", "shape", "modules"),
-    [
-        ("tunix-llama3", "layers/3/attn/q_proj/w", (4, 2, 8), ["model.layers.3.self_attn.q_proj"]),
-        ("tunix-qwen2", "layers/3/attn/k_bias", (16,), ["model.layers.3.self_attn.k_proj"]),
-        (
-            "tunix-qwen3",
-            "layers/3/mlp/down_proj",
-            (2, 4, 8),
-            [f"model.layers.3.mlp.experts.{i}.down_proj" for i in range(2)],
-        ),
-        ("tunix-qwen3", "layers/3/mlp/router/kernel", (4, 2), ["model.layers.3.mlp.gate"]),
-        (
-            "tunix-gemma",
-            "layers/3/attn/kv_einsum/w",
-            (2, 1, 4, 8),
-            [f"model.layers.3.self_attn.{m}_proj" for m in "kv"],
-        ),
-        (
-            "tunix-gemma",
-            "layers/3/post_attn_norm/scale",
-            (4,),
-            ["model.layers.3.post_attention_layernorm"],
-        ),
-        (
-            "gemma3",
-            "params/layer_3/attn/qkv_einsum/w",
-            (3, 2, 4, 8),
-            [f"model.layers.3.self_attn.{m}_proj" for m in "qkv"],
-        ),
-        (
-            "gemma3",
-            "params/layer_3/attn/_key_norm/scale",
-            (8,),
-            ["model.layers.3.self_attn.k_norm"],
-        ),
-        (
-            "gemma2-2b",
-            "params/layer_3/mlp/gating_einsum",
-            (2, 4, 8),
-            [f"model.layers.3.mlp.{m}_proj" for m in ("gate", "up")],
-        ),
-    ],
-)
-def test_tables(table: str, path: str, shape: tuple[int, ...], modules: list[str]) -> None:
+EXPERTS = [f"model.layers.3.mlp.experts.{i}.down_proj" for i in range(2)]
+ATTENTION, MLP = "model.layers.3.self_attn.{}_proj", "model.layers.3.mlp.{}_proj"
+# A path of a table and its shape: the modules that it is of, and their kind.
+PATHS: dict[tuple[str, str, tuple[int, ...]], tuple[list[str], str | None]] = {
+    ("bert", "params/embeddings/word_embeddings/embedding", (9, 4)): (
+        ["embeddings.word_embeddings"], "embedding"
+    ),
+    ("roberta", "classifier/out_proj/bias", (3,)): (["classifier.out_proj"], None),
+    ("gpt2", "transformer/h/11/mlp/c_fc/kernel", (16, 4)): (
+        ["transformer.h.11.mlp.c_fc"], "linear"
+    ),
+    ("vit", "vit/embeddings/patch_embeddings/projection/kernel", (4, 4, 3, 8)): (
+        ["vit.embeddings.patch_embeddings.projection"], "conv"
+    ),
+    ("llama", "model/layers/0/input_layernorm/weight", (4,)): (
+        ["model.layers.0.input_layernorm"], None
+    ),
+    ("llama-scanned", "model/layers/self_attn/q_proj/kernel", (2, 4, 4)): (
+        [f"model.layers.{i}.self_attn.q_proj" for i in range(2)], "linear"
+    ),
+    ("tunix-llama3", "layers/3/attn/q_proj/w", (4, 2, 8)): ([ATTENTION.format("q")], "linear"),
+    ("tunix-qwen2", "layers/3/attn/k_bias", (16,)): ([ATTENTION.format("k")], None),
+    ("tunix-qwen3", "layers/3/mlp/down_proj", (2, 4, 8)): (EXPERTS, "linear"),
+    ("tunix-qwen3", "layers/3/mlp/router/kernel", (4, 2)): (["model.layers.3.mlp.gate"], "linear"),
+    ("tunix-gemma", "layers/3/attn/kv_einsum/w", (2, 1, 4, 8)): (
+        [ATTENTION.format(x) for x in "kv"], "linear"
+    ),
+    ("tunix-gemma", "layers/3/post_attn_norm/scale", (4,)): (
+        ["model.layers.3.post_attention_layernorm"], None
+    ),
+    ("gemma3", "params/layer_3/attn/qkv_einsum/w", (3, 2, 4, 8)): (
+        [ATTENTION.format(x) for x in "qkv"], "linear"
+    ),
+    ("gemma3", "params/layer_3/attn/_key_norm/scale", (8,)): (
+        ["model.layers.3.self_attn.k_norm"], None
+    ),
+    ("gemma2-2b", "params/layer_3/mlp/gating_einsum", (2, 4, 8)): (
+        [MLP.format(x) for x in ("gate", "up")], "linear"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "path", "shape"), PATHS)
+def test_tables(table: str, path: str, shape: tuple[int, ...]) -> None:
     """One path of each kind; whole models need their libraries: `tests/tables`."""
     [leaf] = resolve(nest({tuple(path.split("/")): jnp.zeros(shape)}), peft.TABLES[table])
-    assert list(leaf.modules) == modules
+    assert (list(leaf.modules), leaf.name.kind) == PATHS[table, path, shape]
 
 
 FLAX = {
@@ -310,7 +289,7 @@ def tree_of(path: str, shape: tuple[int, ...]) -> Any:
 
 
 # Trees of no library's model.
-FOREIGN = ("down/kernel", "Dense_0/kernel", "params/layers_0/kernel", "linear/w", "mlp/up/kernel")
+FOREIGN = ("params/layers_0/kernel", "linear/w")
 
 
 @pytest.mark.parametrize("table", peft.TABLES)
@@ -338,9 +317,6 @@ def test_a_table_refuses_other_models(table: str, tmp_path: Folder) -> None:
 @pytest.mark.parametrize("table", peft.TABLES)
 def test_a_table_refuses_the_models_of_others(table: str) -> None:
     """The error names the tables that have rows for them."""
-    from jlora.peft.names._advice import advice
-    from jlora.peft.names._leaves import row_of
-
     names, path = peft.tables.WITH_PATHS[table]
     for other, (rows, theirs) in peft.tables.WITH_PATHS.items():
         parts = tuple(theirs.split("/"))
@@ -426,15 +402,10 @@ def test_unequal_parts(change: str, tmp_path: Folder) -> None:
     adapter = nodes("gate", "up", "down")
     if change == "one":
         del adapter["up"]
-    elif change == "ranks":
-        adapter |= nodes("gate", rank=3)
     else:
-        adapter |= nodes("gate", scale=0.25)
-    base = zeros(nodes("gate", "up", "down"))
-    peft.save(tmp_path / "a", base, adapter, PARTS)
-    again = peft.load(tmp_path / "a", base, PARTS)
+        adapter |= nodes("gate", rank=3) if change == "ranks" else nodes("gate", scale=0.25)
+    again = come_back(tmp_path / "a", zeros(nodes("gate", "up", "down")), adapter, PARTS)
     assert set(again) == {"gate", "up", "down"}
-    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
 
 
 def test_parts_of_untrained_factors(tmp_path: Folder) -> None:

@@ -106,15 +106,6 @@ def test_of_a_quantized_table_only_the_rows_are_unpacked(scheme: Any) -> None:
     assert "f32[256,64]" not in str(jaxpr(base["table"], adapter["table"]))
 
 
-def test_print(made: Any) -> None:
-    _, _, adapter = made
-    assert repr(adapter["table"]) == "Replaced(v=float32[3,4], rows=(6, 1, 3))"
-    many = Replaced(jnp.ones((9, 2, 4)), tuple(range(2, 4)), jlora.types.Layout((0,), (1,), (2,)))
-    assert repr(many) == "Replaced(v=float32[9,2,4], rows=(2, 3), stack=(0,))"
-    many = many._replace(rows=tuple(range(10, 60)))
-    assert repr(many) == "Replaced(v=float32[9,2,4], rows=(10, 11, …, 59), stack=(0,))"
-
-
 RULES: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
         "`rows` of Rows('t') must be a list of integers; got '12'.": lambda: "12",

@@ -184,7 +184,7 @@ def columns_of(jaxpr):
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "jit" and eqn.params["name"] == "_low_rank":
-            firsts = eqn.invars[1 : (len(eqn.invars) + 1) // 2]
+            firsts = eqn.invars[:-1:2]  # p and q of each term, then the activation
             found.append(sum(p.aval.shape[-1] for p in firsts))
             continue
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=has_equations):

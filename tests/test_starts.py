@@ -17,7 +17,7 @@ from cases import CASES, SUBJECTS, Case
 from jax.sharding import PartitionSpec as P
 from own_schemes import Pairs
 from safetensors.numpy import save_file
-from small import KEY, array, dense, each_refusal, exactly, some
+from small import KEY, array, dense, each_refusal, every, exactly, some
 
 import jlora
 from jlora import DoRA, LoRA, Slots, analysis, arithmetic, checkpoint, initializers, many, peft
@@ -28,12 +28,6 @@ CHANGING = {"pissa": pissa, "pissa_niter": pissa_niter(3), "milora": milora, "ol
 QUANTIZING = {"loftq": loftq(Pairs(), iterations=2)}
 STARTS = {**CHANGING, **QUANTIZING, "miss": miss}
 slow = pytest.mark.slow
-
-
-def every(*axes: Iterable[Any], daily: Iterable[Any]) -> list[Any]:
-    """All combinations, of which those that are not `daily` are for the long run."""
-    rows = [pytest.param(*x, id="-".join(x)) for x in itertools.product(*axes)]
-    return [r if r.values in daily else pytest.param(*r.values, id=r.id, marks=slow) for r in rows]
 
 
 def table() -> Iterable[Any]:

@@ -35,5 +35,5 @@ def test_nothing_else_happens(case: str) -> None:
 @pytest.mark.parametrize("case", FOLDERS)
 def test_names_are_printed_harmlessly(case: str) -> None:
     said = answers()[case]["messages"]
-    assert len(said) > 15
+    assert len(said) > 3
     assert [x for x in said if not x[1].replace("\n", "").isprintable()] == []

@@ -187,32 +187,32 @@ WITH_PATTERNS = ("odd pattern", "odd ranks")  # which are matched in a process
 # ------------------------------------------------------------------------- what is done with them
 
 
-def operations(root: Folder, good: Folder) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """By name; the hostile base with a good adapter, and the other way around."""
+def operations(root: Folder, good: Folder) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """The folders that it reads, its name, and what it does; with good ones beside hostile ones."""
     base, adapter, orbax = root / "base", root / "adapter", root / "orbax"
     out = iter(root / f"out{i}" for i in range(100))
-    yield "load", lambda: peft.load(adapter, params(), TABLE)
-    yield "read", lambda: peft.read(adapter)
-    yield "merge", lambda: peft.export_merged(good / "base", adapter, next(out))
-    yield "merge onto", lambda: peft.export_merged(base, good / "adapter", next(out))
-    yield "convert", lambda: peft.to_vllm(adapter, next(out))
-    yield "check", lambda: str(peft.check(adapter, "vllm", base=base))
-    yield "load base", lambda: peft.load_base(base, TABLE, like=params())
-    yield "restore", lambda: checkpoint.restore(orbax)
-    yield "restore of base", lambda: checkpoint.restore(orbax, base=params())
-    yield "metadata", lambda: str(checkpoint.read(orbax).rules)
-    yield "shapes", lambda: checkpoint.base_shapes(orbax)
-    for command in (
-        ("inspect", adapter),
-        ("inspect", base),
-        ("inspect", orbax),
-        ("merge", good / "base", adapter, next(out)),
-        ("merge", base, good / "adapter", next(out)),
-        ("convert", adapter, next(out), "--profile", "vllm"),
-        ("check", adapter, "--for", "vllm", "--base", base),
-        ("diff", adapter, good / "adapter"),
+    yield "adapter", "load", lambda: peft.load(adapter, params(), TABLE)
+    yield "adapter", "read", lambda: peft.read(adapter)
+    yield "adapter", "merge", lambda: peft.export_merged(good / "base", adapter, next(out))
+    yield "base", "merge onto", lambda: peft.export_merged(base, good / "adapter", next(out))
+    yield "adapter", "convert", lambda: peft.to_vllm(adapter, next(out))
+    yield "adapter base", "check", lambda: str(peft.check(adapter, "vllm", base=base))
+    yield "base", "load base", lambda: peft.load_base(base, TABLE, like=params())
+    yield "orbax", "restore", lambda: checkpoint.restore(orbax)
+    yield "orbax", "restore of base", lambda: checkpoint.restore(orbax, base=params())
+    yield "orbax", "metadata", lambda: str(checkpoint.read(orbax).rules)
+    yield "orbax", "shapes", lambda: checkpoint.base_shapes(orbax)
+    for read, *command in (
+        ("adapter", "inspect", adapter),
+        ("base", "inspect", base),
+        ("orbax", "inspect", orbax),
+        ("adapter", "merge", good / "base", adapter, next(out)),
+        ("base", "merge", base, good / "adapter", next(out)),
+        ("adapter", "convert", adapter, next(out), "--to", "vllm"),
+        ("adapter base", "check", adapter, "--engine", "vllm", "--base", base),
+        ("adapter", "diff", adapter, good / "adapter"),
     ):
-        yield " ".join(map(str, command[:1])), lambda c=command: command_line(*c)
+        yield read, str(command[0]), lambda c=command: command_line(*c)
 
 
 def command_line(*args: Any) -> str:
@@ -223,8 +223,11 @@ def command_line(*args: Any) -> str:
 
 
 def messages(root: Folder, good: Folder) -> Iterator[tuple[str, str]]:
-    """What each operation says."""
-    for name, do in operations(root, good):
+    """What each operation says that reads a folder which is not as the good one."""
+    changed = {x for x in ("base", "adapter", "orbax") if contents(root / x) != contents(good / x)}
+    for read, name, do in operations(root, good):
+        if changed.isdisjoint(read.split()):
+            continue
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             try:
@@ -233,6 +236,12 @@ def messages(root: Folder, good: Folder) -> Iterator[tuple[str, str]]:
             except (ValueError, FileNotFoundError, NotImplementedError) as e:
                 yield name, str(e)
             yield from ((name, str(x.message)) for x in found)
+
+
+def contents(folder: Folder) -> dict[str, bytes | None]:
+    """Its files, and which of them are links."""
+    names = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return {str(x.relative_to(folder)): None if x.is_symlink() else x.read_bytes() for x in names}
 
 
 class Audit:
@@ -280,7 +289,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         top = Folder(os.path.realpath(name))
         good = harmless(top / "good")
-        list(messages(harmless(top / "once"), good))  # imports what is imported when first needed
+        # Imports what is imported when first needed.
+        [do() for *_, do in operations(harmless(top / "once"), good)]
         shutil.rmtree(top / "once")
         answers = {}
         roots = {case: harmless(top / str(i)) for i, case in enumerate(FOLDERS)}

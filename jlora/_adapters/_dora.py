@@ -76,7 +76,7 @@ class Decomposed(Node):
         outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
         whole = without_slots(self, w.shape)
         delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)
-        return Change((delta,), Factor(_gain(self, w), outputs))
+        return Change((delta,), Factor(_compute_gain(self, w), outputs))
 
 
 @register
@@ -147,7 +147,7 @@ class DoRA(LoRA):
             )
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
-        """W and the node of what `init` draws, with the norms as m."""
+        """Draws A and B, and starts m as the norms."""
         base, a, b = self.draw(key, w, site)
         check_whole(f"{rule_name(self)} takes norms of", base, site.path)
         m = norms(base, LowRank(a, b, self.scale, site.layout))
@@ -162,9 +162,10 @@ class DoRA(LoRA):
 
 @jax.jit
 def norms(w: Any, direction: LowRank) -> jax.Array:
-    r"""$\lVert W + s A B \rVert$ of each column, of the shape and the axes of m.
+    r"""Computes $\lVert W + s A B \rVert$ of each column, in the shape of m.
 
-    It is 0 only where both W and s·A·B are. Where they cancel, it is at least their rounding error.
+    A norm is 0 only where W and s·A·B both are 0. Where they cancel, it is at least their rounding
+    error.
     """
     weight, layout = leaf_weight(w, Change(), "", materialize=True), direction.layout
     if layout.stack[:1] != (0,) or isinstance(weight.w, Factor):
@@ -177,7 +178,7 @@ def norms(w: Any, direction: LowRank) -> jax.Array:
 
 
 def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:
-    """The norms of the columns in the chosen slots, one slot after another."""
+    """Computes the norms of the columns in the chosen slots, one slot after another."""
     if direction.layout.slots is None:
         return _column_norms(w, direction)
     count, chosen, axis = direction.layout.slots
@@ -192,7 +193,7 @@ def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:
 
 
 def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
-    """The norms of all columns of W + s·A·B."""
+    """Computes the norms of all columns of W + s·A·B."""
     layout, scale = direction.layout, direction.scale
     names = letters(w.ndim)
     stack, inputs, outputs = ("".join(names[d] for d in axes) for axes in layout[:3])
@@ -216,8 +217,8 @@ def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squares + cross + square, least))
 
 
-def _gain(node: Decomposed, w: Any) -> jax.Array:
-    """The gain m / n of each output; 1 in the slots that are not adapted."""
+def _compute_gain(node: Decomposed, w: Any) -> jax.Array:
+    """Computes the gain m / n of each output; it is 1 in slots that are not adapted."""
     n = norms(*lax.stop_gradient((w, LowRank(node.a, node.b, node.scale, node.layout))))
     gain = node.m.astype(promote(n.dtype, node.m.dtype)) / jnp.where(n > 0, n, jnp.inf)
     if node.layout.slots is None:

@@ -24,8 +24,9 @@ from .._rules import (
 from .._types import Layout
 from ..initializers import kaiming_uniform
 from ._keywords import refuse_keywords_of_peft
-from ._low_rank import LowRank
-from ._node import SLOTS, register
+from ._low_rank import LowRank, factor_shapes
+from ._matrices import matrix_lengths
+from ._node import register
 
 
 @register
@@ -114,20 +115,19 @@ class LoRA(Rule):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def of_rank(self, rank: int) -> "LoRA":
-        """The rule of another rank at the same scale."""
+        """Returns the rule with another rank and the same scale."""
         share = rank / self.rank
         alpha = self.alpha * (math.sqrt(share) if self.rslora else share)
         return dataclasses.replace(self, rank=rank, alpha=alpha)
 
     def factor_shapes(self, site: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and of B at a site."""
-        found = self.shapes(site.layout, site.shape)
-        return found["a"], found["b"]
+        """Returns the shapes of A and of B at a site."""
+        return factor_shapes(site.layout, site.shape, self.rank)
 
     def fit(self, site: Any) -> tuple["LoRA", Layout]:
-        """The rule, of a rank that the site can have, and the layout with the rule's slots."""
+        """Returns the rule with a rank that the site can have, and the layout with its slots."""
         layout = site.layout if self.slots is None else _add_slots(site, self.slots)
-        largest = min(site.inputs, site.outputs // (self.slots.count if self.slots else 1))
+        largest = min(matrix_lengths(layout, site.shape))
         if self.pattern is None:
             return self._clip(site, layout, largest), layout
         if self.rank <= largest:
@@ -139,7 +139,7 @@ class LoRA(Rule):
         )
 
     def _clip(self, site: Any, layout: Layout, largest: int) -> "LoRA":
-        """The rule at the same scale, of a rank up to `largest` that trains no more than W has."""
+        """Lowers the rank to `largest` and to what trains no more than W has; keeps the scale."""
 
         def trained(rank: int) -> int:
             return dataclasses.replace(self, rank=rank).trainable(layout, site.shape)
@@ -148,11 +148,12 @@ class LoRA(Rule):
         return self if rank == self.rank else self.of_rank(rank)
 
     def sizes(self, layout: Layout) -> dict[str, int]:
-        """The rank, and the number of slots if there are any."""
-        return {"rank": self.rank} | ({SLOTS: len(layout.slots[1])} if layout.slots else {})
+        """Returns the rank."""
+        del layout
+        return {"rank": self.rank}
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, LowRank]:
-        """W and the node that `init` draws."""
+        """Returns W and the node that `init` draws."""
         base, a, b = self.draw(key, w, site)
         fixed = {"dropout": self.dropout, "materialize": self.materialize}
         return base, LowRank(
@@ -160,7 +161,7 @@ class LoRA(Rule):
         )
 
     def draw(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, jax.Array, jax.Array]:
-        """W, A and B as the initializer has them, checked."""
+        """Draws W, A and B by the initializer, and checks them."""
         made = (self.init or kaiming_uniform)(key, w, site, self)
         expected_shapes = (site.shape, *self.factor_shapes(site))
         got = tuple(map(_form, made)) if isinstance(made, tuple) else made
@@ -175,14 +176,14 @@ class LoRA(Rule):
 
 
 def _form(x: Any) -> tuple[Any, str]:
-    """The shape of an array, and whether it is floating-point."""
+    """Returns the shape of an array, and whether it is floating-point."""
     dtype = getattr(x, "dtype", None)
     floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     return getattr(x, "shape", None), "floating-point" if floating else str(dtype)
 
 
 def _add_slots(site: Any, slots: Slots) -> Layout:
-    """The layout of a site with `slots`; `ValueError` where its outputs cannot be cut so."""
+    """Adds slots to the layout of a site; `ValueError` if they do not divide its outputs."""
     outputs = site.layout.outputs
     if not 0 <= slots.axis < len(outputs):
         raise ValueError(
@@ -201,7 +202,7 @@ def _add_slots(site: Any, slots: Slots) -> Layout:
 def clip_rank(
     rank: int, layout: Layout, shape: tuple[int, ...], trained: Callable[[int], int]
 ) -> int:
-    """The largest rank up to `rank`, and at least 1, that trains no more than W has."""
+    """Finds the largest rank up to `rank`, and at least 1, that trains no more than W has."""
     count, chosen, _ = layout.slots or (1, (0,), None)
     size = math.prod(shape) // count * len(chosen)
     return max(1, bisect.bisect_right(range(1, rank + 1), size, key=trained))

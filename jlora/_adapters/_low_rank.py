@@ -74,16 +74,15 @@ class LowRank(Node):
 
 
 def stack_and_slots(layout: Layout) -> tuple[int | str, ...]:
-    """The first axes of A and of B: an A and a B for each matrix of the stack and each slot."""
+    """Returns the first axes of A and of B: they have one for each stacked matrix and each slot."""
     return (*layout.stack, *((SLOTS,) if layout.slots is not None else ()))
 
 
 def factor_shapes(
     layout: Layout, shape: tuple[int, ...], rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of A and B for a weight of `shape`."""
-    slots = 0 if layout.slots is None else len(layout.slots[1])
-    found = LowRank.shapes(layout, shape, {"rank": rank, SLOTS: slots})
+    """Returns the shapes of A and B for a weight of `shape`."""
+    found = LowRank.shapes(layout, shape, {"rank": rank})
     return found["a"], found["b"]
 
 

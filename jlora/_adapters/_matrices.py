@@ -11,12 +11,12 @@ from ._low_rank import LowRank, factor_shapes, stack_and_slots
 
 
 def leading_axes(node: LowRank) -> int:
-    """How many axes A and B have in front of those of a matrix: the stack's, and one of slots."""
+    """Counts the axes of A and B before those of a matrix: the stack's, and one of slots."""
     return len(stack_and_slots(node.layout))
 
 
 def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
-    """s·A of shape (stack and slots…, inputs, r) and B of shape (stack and slots…, r, outputs).
+    """Returns s·A as (stack and slots…, inputs, r) and B as (stack and slots…, r, outputs).
 
     Both are in float32 or better.
     """

@@ -50,15 +50,15 @@ class Node(tuple[Any, ...]):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of each array follows: an axis of W, or a name for one that W has not.
+        """Says what each axis of each array follows: an axis of W, or a name for another axis.
 
-        Shapes, partitions and checkpoints follow from it. Where W's axis has slots, the axis of the
+        Shapes, partitions and checkpoints follow from this. Where W's axis has slots, that of the
         array is 1 / count as long.
         """
         raise NotImplementedError
 
     def lower(self, w: Any) -> Change:
-        """The change that the node makes to the weight `w`, an array or a quantized leaf.
+        """Computes the change that the node makes to the weight `w`, an array or a quantized leaf.
 
         It is written in terms of `factor`, and raises `PartialWeightError` where it needs more than
         a shard of `w` and `needs` cannot say so.
@@ -66,12 +66,12 @@ class Node(tuple[Any, ...]):
         raise NotImplementedError
 
     def needs(self) -> dict[str, tuple[int, ...]]:
-        """Axes of W that no `shard_map` around `lower` may cut, by what an error says of them."""
+        """Returns axes of W that no `shard_map` may shard, by what an error says of each need."""
         slots = self.layout.slots
         return {} if slots is None else {"its slots are parts of a whole axis of W": (slots[2],)}
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Why the node is none for a weight of `shape`, beyond what follows from `axes`, or None.
+        """Says what, beyond `axes`, keeps the node from a weight of `shape`, or returns None.
 
         A weight that is known by its adapter alone has a length of 0 where no array follows.
         """
@@ -79,7 +79,7 @@ class Node(tuple[Any, ...]):
         return None
 
     def factor(self, name: str) -> Factor:
-        """An array with its axes named by the axes of W."""
+        """Returns an array with its axes named by the axes of W."""
         axes = self.axes(self.layout)[name]
         names = tuple(RANK if isinstance(d, str) else Axis(d) for d in axes)
         return Factor(getattr(self, name), names)
@@ -88,11 +88,12 @@ class Node(tuple[Any, ...]):
     def shapes(
         cls, layout: Layout, shape: tuple[int, ...], sizes: Mapping[str, int]
     ) -> dict[str, tuple[int, ...]]:
-        """The shape of each array for a weight of `shape`; `sizes` are those of other axes."""
+        """Returns the shape of each array for a weight of `shape`; `sizes` has other axes."""
         lengths: dict[int | str, int] = dict(enumerate(shape)) | dict(sizes)
         if layout.slots is not None:
-            count, _, axis = layout.slots
+            count, chosen, axis = layout.slots
             lengths[axis] //= count
+            lengths[SLOTS] = len(chosen)
         return {n: tuple(lengths.get(d, 0) for d in dims) for n, dims in cls.axes(layout).items()}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -209,7 +210,7 @@ class PartialWeightError(Exception):
 
 
 def weight_of(node: Node, w: Any, path: str) -> Weight:
-    """The weight `w` at `path`, with the change that `node` makes to it."""
+    """Returns the weight `w` at `path` with the change that `node` makes to it."""
     try:
         return leaf_weight(w, lower(node, w), path, node.materialize)
     except PartialWeightError as e:
@@ -217,7 +218,7 @@ def weight_of(node: Node, w: Any, path: str) -> Weight:
 
 
 def lower(node: Node, w: Any) -> Change:
-    """What `node` makes of the weight `w`; raises `PartialWeightError`."""
+    """Computes the change that `node` makes to the weight `w`; raises `PartialWeightError`."""
     axes = node.axes(node.layout)
     for need, dims in node.needs().items():
         along = [w, *(x for name, x in arrays(node).items() if set(dims) & set(axes[name]))]
@@ -230,23 +231,23 @@ def lower(node: Node, w: Any) -> Change:
 
 
 def arrays(node: Node) -> dict[str, Any]:
-    """The arrays of a node by name; those that are None left out."""
+    """Returns the arrays of a node by name, without those that are None."""
     found = {name: getattr(node, name) for name in node.labels}
     return {name: x for name, x in found.items() if x is not None}
 
 
 def static(node: Node) -> dict[str, Any]:
-    """The fields of a node that are no arrays."""
+    """Returns the fields of a node that are not arrays."""
     return {name: getattr(node, name) for name in node._fields if name not in node.labels}
 
 
 def state(node: Node) -> dict[str, Any]:
-    """The arrays of a node without those that come and go."""
+    """Returns the arrays of a node by name, without those that come and go with a call."""
     return {name: getattr(node, name) for name, label in node.labels.items() if label is not None}
 
 
 def lengths(node: Node) -> dict[int | str, int]:
-    """The lengths of axes, W's and others, as the arrays of `node` have them."""
+    """Returns the length of each axis, of W or another, that an array of `node` has."""
     axes = node.axes(node.layout)
     return {
         d: n
@@ -256,7 +257,7 @@ def lengths(node: Node) -> dict[int | str, int]:
 
 
 def weight_shape(node: Node) -> tuple[int, ...]:
-    """The shape of the weight that a node adapts; 0 along an axis that no array follows."""
+    """Returns the shape of the weight that a node adapts; 0 along an axis that no array follows."""
     layout, found = node.layout, lengths(node)
     if layout.slots is not None:
         count, _, axis = layout.slots
@@ -266,7 +267,7 @@ def weight_shape(node: Node) -> tuple[int, ...]:
 
 
 def misfit(node: Node, shape: tuple[int, ...]) -> str | None:
-    """Why a node is none for a weight of `shape`, or None."""
+    """Says why a node does not fit a weight of `shape`, or returns None."""
     layout = node.layout
     axes = sorted((*layout.stack, *layout.inputs, *layout.outputs))
     if axes != list(range(len(shape))):
@@ -275,8 +276,6 @@ def misfit(node: Node, shape: tuple[int, ...]) -> str | None:
         return why
     got = {name: tuple(x.shape) for name, x in state(node).items()}
     sizes = {d: n for d, n in lengths(node).items() if isinstance(d, str)}
-    if layout.slots is not None:
-        sizes[SLOTS] = len(layout.slots[1])
     expected = node.shapes(layout, shape, sizes)
     if all(got[name] == expected[name] for name in got):
         return None

@@ -67,7 +67,7 @@ class Replaced(Node):
         return {"v": (*layout.stack, "rows", *layout.outputs)}
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Why a table of `shape` cannot have these rows, or None."""
+        """Says why a table of `shape` cannot have these rows, or returns None."""
         if len(self.layout.inputs) != 1:
             return f"it must have one axis of inputs, got {self.layout.inputs}"
         if wrong := _problem(self.rows):
@@ -137,7 +137,7 @@ class Rows(Rule):
         object.__setattr__(self, "rows", rows)
 
     def fit(self, site: Any) -> tuple["Rows", Layout]:
-        """The rule, if the site is a table that has its rows."""
+        """Returns the rule if the site is a table that has its rows."""
         if site.kind != "embed" or len(site.layout.inputs) != 1:
             raise ValueError(
                 f"{rule_name(self)} matches {site.name}, a {site.kind} site of shape {site.shape}; "
@@ -154,12 +154,12 @@ class Rows(Rule):
         return self, site.layout
 
     def sizes(self, layout: Layout) -> dict[str, int]:
-        """The number of rows."""
+        """Returns the number of rows."""
         del layout
         return {"rows": len(self.rows)}
 
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Replaced]:
-        """W, and its rows as V."""
+        """Returns W, and its rows as V."""
         del key
         check_whole(f"{rule_name(self)} takes rows of", w, site.path)
         rows = tuple(self.rows)
@@ -168,7 +168,7 @@ class Rows(Rule):
 
 
 def _problem(rows: Any) -> str | None:
-    """What rows must be, if these are not; else None."""
+    """Says what rows must be if these are not, or returns None."""
     if not isinstance(rows, tuple) or not all(map(is_int, rows)):
         return f"a tuple of integers; got {repr(rows)[:80]}"
     if not rows:
@@ -185,7 +185,7 @@ def _list_few(rows: Sequence[int]) -> str:
 
 
 def _one_hot(node: Replaced, w: Any) -> Factor:
-    """The matrix E of ones and zeros, for each matrix of a stack."""
+    """Makes the matrix E of ones and zeros for each matrix of a stack."""
     [axis], stack = node.layout.inputs, node.layout.stack
     shape = (w.shape[axis], len(node.rows))
     chosen = lax.broadcasted_iota(jnp.int32, shape, 0) == jnp.asarray(node.rows, jnp.int32)[None]
@@ -198,7 +198,7 @@ def _one_hot(node: Replaced, w: Any) -> Factor:
 
 
 def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
-    """Takes rows of W, laid out as V. If its blocks allow it, no others are unpacked."""
+    """Takes rows of W, with the axes of V. If its blocks allow it, no other rows are unpacked."""
     stack, [axis], outputs, _ = layout
     at = (*[slice(None)] * axis, jnp.asarray(rows, jnp.int32))
     place = None
@@ -220,5 +220,5 @@ def _take_rows(w: Any, layout: Layout, rows: tuple[int, ...]) -> jax.Array:
 
 
 def _sharding(w: Any) -> NamedSharding | None:
-    """The sharding of W over explicit mesh axes, if it has one."""
+    """Returns the sharding of W over explicit mesh axes, if it has one."""
     return None if is_quantized(w) else explicit(w)

@@ -4,8 +4,8 @@ import click
 
 import jlora
 
+from ._argument import FOLDER, Arg, call
 from ._command import Answer, Command
-from ._given import FOLDER, Given, call
 from ._inputs import format_of_adapter
 
 
@@ -25,7 +25,7 @@ from ._inputs import format_of_adapter
     "compared. Only its configuration and headers are read.",
 )
 @click.option("--max-lora-rank", type=int, help="The server's option, if it is given one.")
-def check(folder: Given, engine: str, base: Given | None, max_lora_rank: int | None) -> Answer:
+def check(folder: Arg, engine: str, base: Arg | None, max_lora_rank: int | None) -> Answer:
     """Show what ENGINE refuses of the adapter of PEFT in DIR, and what it drops silently.
 
     Exit code 1 with a remedy for each, or 0 and how to start the engine.

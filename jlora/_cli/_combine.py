@@ -14,8 +14,8 @@ from .._adapters import is_node
 from .._folders import check_vacant
 from .._tree import count
 from .._types import PyTree
+from ._argument import FOLDER, Arg, call
 from ._command import Answer, Command
-from ._given import FOLDER, Given, call
 from ._inputs import by_name, format_of
 
 # The options of each method.
@@ -38,8 +38,8 @@ Merge = Callable[[list[PyTree]], PyTree]
 @click.option("--rank", type=click.IntRange(1), help="Cut each site to this rank, if it has more.")
 @click.option("--energy", type=SHARE, help="Or to the least rank that keeps this share of ‖ΔW‖².")
 def combine(
-    adapters: tuple[Given, ...],
-    out: Given,
+    adapters: tuple[Arg, ...],
+    out: Arg,
     weights: str | None,
     method: str,
     rank: int | None,
@@ -71,7 +71,7 @@ def combine(
         return jlora.arithmetic.truncate(found, rank, energy=energy)
 
     if kind == "peft":
-        each = Given("ADAPTERS", None, [x.path for x in adapters])
+        each = Arg("ADAPTERS", None, [x.path for x in adapters])
         found = by_name(call(jlora.peft.combine, each, out, merge))
     else:
         found = by_name(_combine_orbax(adapters, out, merge))
@@ -91,14 +91,14 @@ def combine(
     return Answer(f"{text}, {fields['parameters']:,} parameters, as {kind}", fields)
 
 
-def _combine_orbax(adapters: tuple[Given, ...], out: Given, merge: Merge) -> PyTree:
+def _combine_orbax(adapters: tuple[Arg, ...], out: Arg, merge: Merge) -> PyTree:
     """Combines adapters of one base, as far as they know theirs."""
     bases = [call(jlora.checkpoint.read, x).base for x in adapters]
     known = [(x, base) for x, base in zip(adapters, bases, strict=True) if base is not None]
     base = known[0][1] if known else None
     trees = []
     for adapter, own in zip(adapters, bases, strict=True):
-        same = own and Given(f"the base of {known[0][0]}", None, base)
+        same = own and Arg(f"the base of {known[0][0]}", None, base)
         tree = call(jlora.checkpoint.restore, adapter, base=same)
         if full := [name for name, x in by_name(tree).items() if not is_node(x)]:
             raise ValueError(
@@ -117,7 +117,7 @@ def _widen(trees: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), trees)
 
 
-def _format(adapters: tuple[Given, ...]) -> str:
+def _format(adapters: tuple[Arg, ...]) -> str:
     formats = {str(x): format_of(x) for x in adapters}
     kind, *others = set(formats.values())
     if kind == "huggingface" or others:

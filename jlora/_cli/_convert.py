@@ -9,8 +9,8 @@ import jlora
 from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
+from ._argument import FOLDER, Arg, call
 from ._command import Answer, Command
-from ._given import FOLDER, Given, call
 from ._inputs import NAMES, format_of_adapter, table
 
 
@@ -28,7 +28,7 @@ from ._inputs import NAMES, format_of_adapter, table
     "Needed to write Orbax; only shapes are read then.",
 )
 @click.option("--config", type=FOLDER, help="An adapter of PEFT whose configuration is kept.")
-def convert(source: Given, out: Given, profile: str | None, **options: Any) -> Answer:
+def convert(source: Arg, out: Arg, profile: str | None, **options: Any) -> Answer:
     """Write the adapter IN, of Orbax or PEFT, to OUT in the other format.
 
     With --profile vllm OUT is always PEFT's: one rank for all modules and the scales in B. All
@@ -58,32 +58,36 @@ def convert(source: Given, out: Given, profile: str | None, **options: Any) -> A
 
 
 def _to_peft(
-    source: Given,
-    out: Given,
+    source: Arg,
+    out: Arg,
     profile: str | None,
     names: str | None,
-    base: Given | None,
-    config: Given | None,
+    base: Arg | None,
+    config: Arg | None,
 ) -> PyTree:
     rows = table(names)
     fields = None if config is None else call(jlora.peft.read_config, config)
     adapter = call(jlora.checkpoint.restore, source)
     if base is not None:
-        params = base.holding(call(jlora.checkpoint.base_values, base))
+        params = base.with_value(call(jlora.checkpoint.base_values, base))
     elif call(jlora.checkpoint.read, source).base is None:
         raise ValueError(
             f"IN: {source} was saved without its base, so that the base's shapes are not known. "
             "Give --base, an Orbax checkpoint of the base's parameters."
         )
     else:
-        params = Given("the base", None, call(jlora.checkpoint.base_shapes, source))
-    given = source.holding(adapter)
+        params = Arg("the base", None, call(jlora.checkpoint.base_shapes, source))
+    given = source.with_value(adapter)
     call(jlora.peft.save, out, params, given, rows, profile=profile, config=fields)
     return adapter
 
 
 def _to_orbax(
-    source: Given, out: Given, names: str | None, base: Given | None, config: Given | None
+    source: Arg,
+    out: Arg,
+    names: str | None,
+    base: Arg | None,
+    config: Arg | None,
 ) -> PyTree:
     if config is not None:
         raise ValueError("--config is for what is written as PEFT; OUT is an Orbax checkpoint.")
@@ -94,12 +98,12 @@ def _to_orbax(
             "parameters, of which only the shapes are read, or of an adapter that knows its base."
         )
     shapes = call(jlora.checkpoint.base_shapes, base)
-    adapter = call(jlora.peft.load, source, base.holding(shapes), rows)
+    adapter = call(jlora.peft.load, source, base.with_value(shapes), rows)
     call(jlora.checkpoint.save, out, adapter, (), base=shapes)
     return adapter
 
 
-def _to_profile(source: Given, out: Given, **options: Any) -> PyTree:
+def _to_profile(source: Arg, out: Arg, **options: Any) -> PyTree:
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"--{name} is not needed: IN is an adapter of PEFT, and so is OUT.")

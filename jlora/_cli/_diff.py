@@ -12,9 +12,9 @@ import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._report import aligned
+from ._argument import FOLDER, Arg, call
 from ._command import Answer, Command
-from ._given import FOLDER, Given, call
-from ._inputs import NAMES, Opened, by_name, format_of, open_adapter, table
+from ._inputs import NAMES, OpenAdapter, by_name, format_of, open_adapter, table
 from ._inspect import widen
 
 
@@ -27,7 +27,7 @@ from ._inspect import widen
     type=float,
     help="Take sites as equal whose ΔW differ by no more, relative to A's, whatever their rank.",
 )
-def diff(a: Given, b: Given, names: str | None, tolerance: float | None) -> Answer:
+def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
     """Compare the adapters A and B: exit code 0 if they are equal in every bit, 1 if not.
 
     For each site that differs: ‖ΔW_A - ΔW_B‖ / ‖ΔW_A‖, and what differs.
@@ -66,16 +66,16 @@ def diff(a: Given, b: Given, names: str | None, tolerance: float | None) -> Answ
     return Answer("\n".join(lines), fields, int(not equal))
 
 
-def _open_alike(a: Given, b: Given, names: str | None) -> list[Opened]:
+def _open_alike(a: Arg, b: Arg, names: str | None) -> list[OpenAdapter]:
     """Opens two adapters by the same names: PEFT's beside one of Orbax by those of its base."""
     formats = {format_of(x): x for x in (a, b)}
     if formats.keys() != {"peft", "orbax"}:
         return [open_adapter(a), open_adapter(b)]
     orbax = formats["orbax"]
     shapes = call(jlora.checkpoint.base_shapes, orbax)
-    base = Given(f"the base of {orbax.what}", orbax.path, shapes)
+    base = Arg(f"the base of {orbax.what}", orbax.path, shapes)
     leaves = by_name(call(jlora.peft.load, formats["peft"], base, table(names)))
-    return [open_adapter(x) if x is orbax else Opened("peft", leaves, {}) for x in (a, b)]
+    return [open_adapter(x) if x is orbax else OpenAdapter("peft", leaves, {}) for x in (a, b)]
 
 
 # --------------------------------------------------------------------------------------- two leaves

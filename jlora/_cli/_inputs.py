@@ -8,7 +8,7 @@ import jlora
 
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
-from ._given import Given, call
+from ._argument import Arg, call
 
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
 llama-scanned, vit, tunix-llama3, tunix-qwen2, tunix-qwen3, tunix-qwen3-experts, tunix-gemma,
@@ -18,7 +18,7 @@ maxtext-qwen3, easydel, module:ATTRIBUTE or file.py:ATTRIBUTE."""
 ORBAX = ("_CHECKPOINT_METADATA", "_METADATA")
 
 
-class Opened(NamedTuple):
+class OpenAdapter(NamedTuple):
     """An adapter: its leaves by PyTorch's names of modules (PEFT) or by paths (Orbax)."""
 
     format: str
@@ -26,14 +26,14 @@ class Opened(NamedTuple):
     about: dict[str, Any]
 
 
-def open_adapter(given: Given) -> Opened:
+def open_adapter(given: Arg) -> OpenAdapter:
     """Opens an adapter of PEFT or of Orbax."""
     if format_of_adapter(given) == "peft":
         base = call(jlora.peft.read_config, given).get("base_model_name_or_path")
-        return Opened("peft", call(jlora.peft.read, given), {"base_model": base})
+        return OpenAdapter("peft", call(jlora.peft.read, given), {"base_model": base})
     saved = call(jlora.checkpoint.read, given)
     about = {"step": saved.step, "versions": saved.versions}
-    return Opened("orbax", by_name(call(jlora.checkpoint.restore, given)), about)
+    return OpenAdapter("orbax", by_name(call(jlora.checkpoint.restore, given)), about)
 
 
 def by_name(adapter: PyTree) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def by_name(adapter: PyTree) -> dict[str, Any]:
     return {name_of(path): x for path, x in adapter_leaves(adapter).items()}
 
 
-def format_of_adapter(given: Given) -> str:
+def format_of_adapter(given: Arg) -> str:
     """`peft` or `orbax`."""
     if (kind := format_of(given)) == "huggingface":
         raise ValueError(
@@ -50,7 +50,7 @@ def format_of_adapter(given: Given) -> str:
     return kind
 
 
-def format_of(given: Given, *, model: bool = False) -> str:
+def format_of(given: Arg, *, model: bool = False) -> str:
     """`peft`, `orbax` or `huggingface`; an adapter beside a model counts unless it is a `model`."""
     folder = given.value
     if not folder.is_dir():

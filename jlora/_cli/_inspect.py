@@ -15,8 +15,8 @@ import jlora
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._report import aligned, readable
 from .._tree import count, size_in_bytes
+from ._argument import FOLDER, Arg, call
 from ._command import Answer, Command
-from ._given import FOLDER, Given, call
 from ._inputs import format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
@@ -30,7 +30,7 @@ Fields = dict[str, Any]  # of JSON
 @click.command(cls=Command)
 @click.argument("folder", type=FOLDER, metavar="DIR")
 @click.option("--all", "every", is_flag=True, help="A row for each matrix of a stack.")
-def inspect(folder: Given, every: bool) -> Answer:
+def inspect(folder: Arg, every: bool) -> Answer:
     """Show the sites of the adapter in DIR, and how much each changes its weight.
 
     Of a quantized model: its matrices and what they take.
@@ -62,7 +62,7 @@ def inspect(folder: Given, every: bool) -> Answer:
     return Answer("\n".join(_lines(fields, about, every)), fields)
 
 
-def _list_quantized(folder: Given, found: Sequence[Any]) -> Answer:
+def _list_quantized(folder: Arg, found: Sequence[Any]) -> Answer:
     """The matrices of a quantized model, and what they take."""
     rows = []
     for x in found:

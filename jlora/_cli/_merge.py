@@ -8,8 +8,8 @@ import jlora
 
 from .._folders import check_vacant
 from .._types import PyTree
+from ._argument import FOLDER, Arg, call
 from ._command import Answer, Command
-from ._given import FOLDER, Given, call
 from ._inputs import NAMES, format_of, table
 
 
@@ -19,7 +19,7 @@ from ._inputs import NAMES, format_of, table
 @click.argument("out", type=FOLDER)
 @click.option("--names", metavar="TABLE", help=NAMES)
 @click.option("--follow-links", is_flag=True, help="Copy what links out of BASE point to.")
-def merge(base: Given, adapter: Given, out: Given, names: str | None, follow_links: bool) -> Answer:
+def merge(base: Arg, adapter: Arg, out: Arg, names: str | None, follow_links: bool) -> Answer:
     """Write the model BASE with ADAPTER merged into its weights to OUT.
 
     BASE is a checkpoint of Hugging Face (safetensors), or the parameters in Orbax, and OUT is
@@ -35,14 +35,14 @@ def merge(base: Given, adapter: Given, out: Given, names: str | None, follow_lin
         )
     left_out: list[str] = []
     if kind == "orbax":
-        params = base.holding(call(jlora.checkpoint.base_values, base))
+        params = base.with_value(call(jlora.checkpoint.base_values, base))
         tree = _load(adapter, adapter_kind, params, names)
-        call(jlora.checkpoint.export, out, call(jlora.merge, params, adapter.holding(tree)))
+        call(jlora.checkpoint.export, out, call(jlora.merge, params, adapter.with_value(tree)))
     else:
         options: dict[str, Any] = {"follow_links": follow_links}
         tree = adapter
         if adapter_kind == "orbax":
-            tree = adapter.holding(call(jlora.checkpoint.restore, adapter))
+            tree = adapter.with_value(call(jlora.checkpoint.restore, adapter))
             options["names"] = table(names)
         left_out = call(jlora.peft.export_merged, base, tree, out, **options)
     text = f"{out}: {base} with {adapter} merged, as {kind}"
@@ -51,7 +51,7 @@ def merge(base: Given, adapter: Given, out: Given, names: str | None, follow_lin
     return Answer(text, fields | {"left_out": left_out})
 
 
-def _load(adapter: Given, kind: str, params: Given, names: str | None) -> PyTree:
+def _load(adapter: Arg, kind: str, params: Arg, names: str | None) -> PyTree:
     """Reads an adapter onto the parameters, which it must fit as far as it knows its base."""
     if kind == "peft":
         return call(jlora.peft.load, adapter, params, table(names))

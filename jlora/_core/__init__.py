@@ -20,8 +20,8 @@ from ._change import Change as Change
 from ._change import Delta as Delta
 from ._change import NotInvertibleError as NotInvertibleError
 from ._interpret import Equation as Equation
+from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
-from ._interpret import materialized as materialized
 from ._interpret import rule as rule
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part

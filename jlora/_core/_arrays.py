@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def explicit(x: Any) -> NamedSharding | None:
-    """The sharding of an array or its type along explicit mesh axes, where the mesh has any."""
+    """Gives the sharding of an array or a type, or None if no axis of its mesh is explicit."""
     aval = jax.typeof(x) if isinstance(x, jax.Array) else x
     found = getattr(aval, "sharding", None)
     if not isinstance(found, NamedSharding) or AxisType.Explicit not in found.mesh.axis_types:
@@ -18,32 +18,26 @@ def explicit(x: Any) -> NamedSharding | None:
     return found
 
 
-def join_shardings(
-    x: Sequence[Hashable],
-    y: Sequence[Hashable],
-    out: Sequence[Hashable],
-    of_x: NamedSharding | None,
-    of_y: NamedSharding | None,
+def _join_shardings(
+    x: Sequence[Hashable], y: Sequence[Hashable], out: Sequence[Hashable], *values: jax.Array
 ) -> NamedSharding | None:
     """Shards each axis of `out` as in x, or else as in y, and uses no mesh axis twice."""
-    known = of_x or of_y
-    if known is None:
-        return None
     entries: dict[Hashable, Any] = {}
+    of_x, of_y = map(explicit, values)
     for axes, sharding in ((y, of_y), (x, of_x)):
-        parts = sharding.spec if sharding else [None] * len(axes)
-        entries |= {a: e for a, e in zip(axes, parts, strict=True) if e is not None}
+        spec = sharding.spec if sharding else ()
+        entries |= {a: e for a, e in zip(axes, spec, strict=False) if e is not None}
     used: set[Any] = set()
-    found: dict[Hashable, Any] = {}
     for a in sorted(out, key=lambda a: a not in x):
-        names = set(mesh_axes(entries.get(a)))
-        found[a] = None if names & used else entries.get(a)
+        names = {*mesh_axes(entries.get(a))}
+        entries[a] = None if names & used else entries.get(a)
         used |= names
-    return NamedSharding(known.mesh, PartitionSpec(*(found[a] for a in out)))
+    known = of_x or of_y
+    return known and NamedSharding(known.mesh, PartitionSpec(*map(entries.get, out)))
 
 
 def mesh_axes(entry: Any) -> tuple[Any, ...]:
-    """The mesh axes of an entry of a partition."""
+    """Lists the mesh axes in an entry of a PartitionSpec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
@@ -60,7 +54,7 @@ def einsum(
     dtype: Any = None,
     sharding: NamedSharding | None = None,
 ) -> jax.Array:
-    """The Einstein sum of two arrays, in `dtype`, by default float32 or better.
+    """Computes the Einstein sum of two arrays in `dtype`, by default float32 or better.
 
     `x`, `y` and `out` name the axes of the arrays and of the result by letters or any other values.
     Along explicit mesh axes the result has `sharding`; by default each of its axes is sharded as in
@@ -73,24 +67,24 @@ def einsum(
         y_value,
         precision=precision,
         preferred_element_type=dtype or promote(x_value.dtype, jnp.float32),
-        out_sharding=sharding or join_shardings(x, y, out, explicit(x_value), explicit(y_value)),
+        out_sharding=sharding or _join_shardings(x, y, out, x_value, y_value),
     )
 
 
 def spell(*each: Sequence[Hashable]) -> list[str]:
-    """A letter for each name, as `jnp.einsum` wants them."""
+    """Replaces names by letters, as `jnp.einsum` wants them."""
     names = dict.fromkeys(name for names in each for name in names)
     letters = dict(zip(names, string.ascii_letters, strict=False))
     return ["".join(letters[name] for name in names) for names in each]
 
 
 def letters(n: int) -> str:
-    """The first `n` names of axes."""
+    """Gives the first `n` letters."""
     return string.ascii_letters[:n]
 
 
 def promote(*dtypes: Any) -> Any:
-    """The dtype that holds all `dtypes`, also where the user made implicit promotion an error."""
+    """Finds the dtype that holds all `dtypes`, also where implicit promotion is an error."""
     # Nothing is promoted to or from float8, which JAX leaves to the user.
     wide = [jnp.bfloat16 if _is_float8(dtype) else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):

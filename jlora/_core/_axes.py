@@ -38,7 +38,7 @@ REPEATED = (None, -1)
 
 
 def axes_of_leaf(path: str, ndim: int) -> tuple[Axis, ...]:
-    """The axes of the parameter leaf at `path`."""
+    """Names the axes of the parameter leaf at `path`."""
     return tuple(Axis(d, frozenset({(path, d)})) for d in range(ndim))
 
 
@@ -117,18 +117,20 @@ class Factor:
         kept = [a for i, a in enumerate(self.axes) if i not in at]
         return self.replace(lax.squeeze(self.value, at), kept)
 
-    def moved(self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None) -> "Factor":
-        """Puts all its axes into the order of `axes`, and is repeated along the others."""
+    def transpose(
+        self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None
+    ) -> "Factor":
+        """Transposes it to the order of `axes`, and repeats it along those that it lacks."""
         value = lax.transpose(self.value, [self.axis(a) for a in axes if a in self.axes])
         if len(axes) > len(self.axes):
             at = [i for i, a in enumerate(axes) if a in self.axes]
             value = lax.broadcast_in_dim(value, tuple(shape), at, out_sharding=sharding)
         return self.replace(value, axes)
 
-    def reshaped(
+    def reshape(
         self, groups: Sequence["Group"], others: Sequence["Factor"] = (), sharding: Any = None
     ) -> "Factor":
-        """Follows W through a reshape; `others` are the factors that it is multiplied with."""
+        """Reshapes it as W is reshaped; `others` are the factors that it is multiplied with."""
         if self.axes == tuple(a for group in groups for a in group.old):
             new = {a: length for group in groups for a, length in group.new.items()}
             value = lax.reshape(self.value, tuple(new.values()), out_sharding=sharding)
@@ -136,26 +138,22 @@ class Factor:
         f = self
         for group in groups:
             if group.old != group.new:
-                f = f._reshaped(group, others)
+                f = f._reshape_group(group, others)
         return f
 
-    def _reshaped(self, group: "Group", others: Sequence["Factor"]) -> "Factor":
+    def _reshape_group(self, group: "Group", others: Sequence["Factor"]) -> "Factor":
         f = self.without(group.old)
         if not any(a in f.axes for a in group.old):
             return f
-        for axis, length in group.old.items():
-            if axis not in f.axes and length > 1:
-                if any(axis in other.axes for other in others):
-                    raise Unfactorable("axes of A and of B are merged")
-                f = f.repeated(axis, length)
-        f = f.to_front([a for a, length in group.old.items() if length > 1])
-        n = sum(length > 1 for length in group.old.values())
-        new = {a: length for a, length in group.new.items() if length > 1}
-        value = lax.reshape(f.value, (*new.values(), *f.shape[n:]))
-        return f.replace(value, (*new, *f.axes[n:]))
+        old, new = ({a: n for a, n in x.items() if n > 1} for x in group)
+        if any(a in other.axes for a in old if a not in f.axes for other in others):
+            raise Unfactorable("axes of A and of B are merged")
+        f = f.repeat(old).to_front([*old])
+        value = lax.reshape(f.value, (*new.values(), *f.shape[len(old) :]))
+        return f.replace(value, (*new, *f.axes[len(old) :]))
 
-    def divisible(self, pieces: Mapping[Axis, int]) -> "Factor":
-        """Itself: an array can be split into pieces along all axes."""
+    def with_pieces(self, pieces: Mapping[Axis, int]) -> "Factor":
+        """Returns itself: an array can be split into pieces along all axes."""
         del pieces
         return self
 
@@ -165,7 +163,7 @@ class Factor:
         return self.replace(self.value, axes)
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
-        """`f(W, *xs)`, linear in the first of `xs`."""
+        """Computes `f(W, *xs)`, which is linear in the first of `xs`."""
         return f(self.value, *xs)
 
     # ---------------------------------------------------------------------- what A, B and gains do
@@ -193,27 +191,26 @@ class Factor:
         return Factor(self.value, self.axes, self.varying.union(mesh_axes))
 
     def specs(self, of_weight: Mapping[Axis, Any]) -> "Factor":
-        """Its partition in the place of its array, where that of W's axes is `of_weight`."""
+        """Puts its PartitionSpec in the place of its array; `of_weight` has that of W, by axis."""
         return self.replace(PartitionSpec(*(of_weight.get(a) for a in self.axes)))
 
-    def renamed(self, names: Mapping[Axis, Axis]) -> "Factor":
+    def rename(self, names: Mapping[Axis, Axis]) -> "Factor":
         """Gives axes other names."""
         return self.replace(self.value, [names.get(a, a) for a in self.axes])
 
-    def repeated(self, axis: Axis, length: int) -> "Factor":
-        """Repeats it along a new first axis, unless it has that axis already."""
-        if axis in self.axes:
-            return self
-        value = jnp.broadcast_to(self.value, (length, *self.shape))
-        return self.replace(value, (axis, *self.axes))
+    def repeat(self, lengths: Mapping[Axis, int]) -> "Factor":
+        """Repeats it to `lengths` along new first axes, those that it does not have."""
+        new = {a: n for a, n in lengths.items() if a not in self.axes}
+        value = jnp.broadcast_to(self.value, (*new.values(), *self.shape)) if new else self.value
+        return self.replace(value, (*new, *self.axes))
 
     def to_front(self, axes: Sequence[Axis]) -> "Factor":
         """Puts `axes` first, in this order."""
         rest = [a for a in self.axes if a not in axes]
-        return self.replace(self.arranged([*axes, *rest]), [*axes, *rest])
+        return self.replace(self.expand_to([*axes, *rest]), [*axes, *rest])
 
-    def arranged(self, axes: Sequence[Any]) -> jax.Array:
-        """The array with all its axes in the order of `axes`, of length 1 along the others."""
+    def expand_to(self, axes: Sequence[Any]) -> jax.Array:
+        """Gives the array with the axes `axes`, of length 1 along those that it lacks."""
         order = [self.axis(a) for a in axes if a in self.axes]
         value = lax.transpose(self.value, order)
         return lax.expand_dims(value, [i for i, a in enumerate(axes) if a not in self.axes])
@@ -225,7 +222,7 @@ def map_factors(f: Callable[..., Any], *trees: Any) -> Any:
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
-    """The type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
+    """Gives the type of an array: its shape, its dtype in JAX, how it is sharded and varies."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
     return _compat.abstract(x.shape, dtype, explicit(x), like=x)
 

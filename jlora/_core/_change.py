@@ -22,8 +22,8 @@ from ._axes import RANK, Axis, Factor, Unfactorable
 FUSED = 16  # the largest rank at which a sum of outer products is faster than a matrix product
 
 
-def gated(h: jax.Array, gate: jax.Array) -> jax.Array:
-    """`h` times `gate`, which has as many axes: 0 where the gate is 0, whatever `h` is there."""
+def multiply_gate(h: jax.Array, gate: jax.Array) -> jax.Array:
+    """Multiplies `h` by a gate of as many axes; where that is 0 it gives 0, whatever `h` is."""
     return jnp.where(gate == 0, jnp.zeros((), h.dtype), h * gate.astype(h.dtype))
 
 
@@ -39,8 +39,8 @@ class Delta:
         key: keys of a dropout of the inputs of A, or None.
         dropout: the probability of that.
         gate: a factor along the rank, or None. Where it is 0, x·A may be anything.
-        gating: computes what x·A becomes from x·A and the gate. If it is not `gated`, there is no
-            ΔW, and the delta only acts on activations.
+        gating: computes what x·A becomes from x·A and the gate. If it is not `multiply_gate`, there
+            is no ΔW, and the delta only acts on activations.
     """
 
     a: Factor
@@ -50,28 +50,28 @@ class Delta:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
     gate: Factor | None = None
     gating: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(
-        default=gated, metadata={"static": True}
+        default=multiply_gate, metadata={"static": True}
     )
 
-    def materialized(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
-        """ΔW, of length 1 along axes of W that neither A nor B has."""
+    def form(self, axes: Sequence[Axis], dtype: Any) -> jax.Array:
+        """Forms ΔW, of length 1 along axes of W that neither A nor B has."""
         wide = promote(dtype, self.a.value.dtype, self.b.value.dtype, jnp.float32)
         a, b = (f.replace(f.value.astype(wide)) for f in (self.a, self.b))
         a = a.replace(self.scale * self.drop(jnp.ones((), wide)) * a.value)
-        return _sum_over_rank(tuple(axes), self.gated_factor(a), b)
+        return _sum_over_rank(tuple(axes), self.factor_with_gate(a), b)
 
-    def gated(self, h: jax.Array, axes: Sequence[Any]) -> jax.Array:
-        """What the gate lets through of the activation `h`, which has the axes `axes`."""
-        return h if self.gate is None else self.gating(h, self.gate.arranged(axes))
+    def apply_gate(self, h: jax.Array, axes: Sequence[Any]) -> jax.Array:
+        """Applies the gate to the activation `h`, which has the axes `axes`."""
+        return h if self.gate is None else self.gating(h, self.gate.expand_to(axes))
 
-    def gated_factor(self, f: Factor) -> Factor:
-        """f·diag(gate) for A, or B if that comes first; `Unfactorable` without a ΔW."""
+    def factor_with_gate(self, f: Factor) -> Factor:
+        """Multiplies A, or B, by diag(gate); raises `Unfactorable` if there is no ΔW."""
         if not self.is_matrix:
             raise Unfactorable("it would be multiplied with what is no activation")
-        return f.replace(self.gated(f.value, f.axes))
+        return f.replace(self.apply_gate(f.value, f.axes))
 
     def by_order(self, contracted: Sequence[Axis]) -> tuple[Factor, Factor]:
-        """A and B, first the one that an activation meets if it is contracted over `contracted`."""
+        """Orders A and B: the one that has more of the axes `contracted` comes first."""
         in_a, in_b = (sum(axis in f.axes for axis in contracted) for f in (self.a, self.b))
         return (self.a, self.b) if in_a >= in_b else (self.b, self.a)
 
@@ -94,7 +94,7 @@ class Delta:
     @property
     def is_matrix(self) -> bool:
         """Whether there is a ΔW, rather than a map of activations alone."""
-        return self.gating is gated
+        return self.gating is multiply_gate
 
     @property
     def is_row(self) -> bool:
@@ -122,7 +122,7 @@ class Change:
     invertible: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def of(self, w: jax.Array, axes: Sequence[Axis], sign: int = 1) -> jax.Array:
-        """The changed `w`, computed in float32 or better and rounded once to its dtype.
+        """Changes `w`, in float32 or better, and rounds once to its dtype.
 
         With `sign` -1 it takes the change back: `w` is the changed weight.
         """
@@ -131,17 +131,17 @@ class Change:
         if not self.invertible and sign < 0:
             raise NotInvertibleError("it depends on the weight before")
         wide = promote(w.dtype, jnp.float32)
-        delta = sum((d.materialized(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
+        delta = sum((d.form(axes, w.dtype) for d in self.deltas), start=jnp.zeros((), wide))
         if self.deltas:
             w = plus(w if self.gain is None else w.astype(wide), sign * delta)
         if self.gain is None:
             return w
-        return (w.astype(wide) * self.gain.arranged(axes).astype(wide)).astype(w.dtype)
+        return (w.astype(wide) * self.gain.expand_to(axes).astype(wide)).astype(w.dtype)
 
 
 @jax.custom_jvp
 def plus(w: jax.Array, change: jax.Array) -> jax.Array:
-    """W + ΔW in float32 or better, rounded once."""
+    """Adds ΔW to W in float32 or better, and rounds once."""
     # A change of zero leaves every bit, also of -0.0 and of subnormals; the derivative is a sum's.
     wide = promote(w.dtype, jnp.float32)
     old = w.astype(wide)
@@ -158,7 +158,7 @@ def _plus_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sum_over_rank(axes: tuple[Axis, ...], a: Factor, b: Factor) -> jax.Array:
-    """A·B with the axes `axes`, of length 1 where neither factor has the axis.
+    """Computes A·B with the axes `axes`, of length 1 where neither factor has the axis.
 
     At low rank it is a sum of outer products, which XLA fuses with the sum with W: no array of the
     size of W is written for it. Its derivative is matrix products.
@@ -178,7 +178,7 @@ def _sum_over_rank_jvp(
 def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
     def column(f: Factor, r: int) -> jax.Array:
         value = lax.index_in_dim(f.value, r, f.axis(RANK), keepdims=False)
-        return f.replace(value, [x for x in f.axes if x != RANK]).arranged(axes)
+        return f.replace(value, [x for x in f.axes if x != RANK]).expand_to(axes)
 
     return functools.reduce(jnp.add, [column(a, r) * column(b, r) for r in range(a.length(RANK))])
 
@@ -186,4 +186,4 @@ def _outer_products(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
 def _matrix_product(axes: Sequence[Axis], a: Factor, b: Factor) -> jax.Array:
     known = [axis for axis in axes if axis in a.axes or axis in b.axes]
     delta = einsum(a.axes, b.axes, known, a.value, b.value, precision="highest")
-    return a.replace(delta, known).arranged(axes)
+    return a.replace(delta, known).expand_to(axes)

@@ -8,7 +8,7 @@ from jax import lax
 
 from .. import _compat
 from ._arrays import explicit
-from ._interpret import Equation, materialized, rule
+from ._interpret import Equation, as_array, rule
 from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Weight
 
@@ -47,20 +47,20 @@ def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
 
 @rule("cond", is_move=False)
 def _cond(eqn: Equation, index: Any, *operands: Any) -> list[Any]:
-    index = materialized(index, lambda: f"the predicate of {eqn.where}")
+    index = as_array(index, lambda: f"the predicate of {eqn.where}")
     jaxprs, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
     same = set.intersection(*({*_forwarded(jaxpr).items()} for jaxpr in jaxprs))
     kept = {i: operands[source] for i, source in same}
     branches = [lambda *xs, j=j: eqn.arrays(eqn.evaluate(j, *xs), kept) for j in jaxprs]
     if platforms is None:
-        return _restored(lax.switch(index, branches, *operands), kept)
+        return _put_back(lax.switch(index, branches, *operands), kept)
     named = zip(platforms, branches, strict=True)
     by_name = {name: f for names, f in named for name in names or ("default",)}
-    return _restored(lax.platform_dependent(*operands, **by_name), kept)
+    return _put_back(lax.platform_dependent(*operands, **by_name), kept)
 
 
-def _restored(xs: Sequence[Any], kept: Mapping[int, Any]) -> list[Any]:
-    """`xs` with what is kept in its place."""
+def _put_back(xs: Sequence[Any], kept: Mapping[int, Any]) -> list[Any]:
+    """Puts what was kept back into its place among `xs`."""
     return [kept.get(i, x) for i, x in enumerate(xs)]
 
 
@@ -77,13 +77,13 @@ def _while(eqn: Equation, *operands: Any) -> list[Any]:
     }
 
     def cond(state: Any) -> Any:
-        return eqn.arrays(eqn.evaluate(p["cond_jaxpr"], *of_cond, *_restored(state, kept)))[0]
+        return eqn.arrays(eqn.evaluate(p["cond_jaxpr"], *of_cond, *_put_back(state, kept)))[0]
 
     def body(state: Any) -> Any:
-        outs = eqn.evaluate(p["body_jaxpr"], *of_body, *_restored(state, kept))
+        outs = eqn.evaluate(p["body_jaxpr"], *of_body, *_put_back(state, kept))
         return eqn.arrays(outs, kept)
 
-    return _restored(lax.while_loop(cond, body, eqn.arrays(init, kept)), kept)
+    return _put_back(lax.while_loop(cond, body, eqn.arrays(init, kept)), kept)
 
 
 @rule("scan", is_move=False)
@@ -101,7 +101,7 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
 
     def body(state: Any, slices: Any) -> tuple[list[Any], list[Any]]:
         inside = [x.as_slice() if isinstance(x, Weight) else x for x in slices]
-        outs = eqn.evaluate(jaxpr, *operands[:n_consts], *_restored(state, kept), *inside)
+        outs = eqn.evaluate(jaxpr, *operands[:n_consts], *_put_back(state, kept), *inside)
         outs = eqn.arrays(outs, kept)
         return outs[:n_carry], outs[n_carry:]
 
@@ -113,7 +113,7 @@ def _scan(eqn: Equation, *operands: Any) -> list[Any]:
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    return _restored([*state, *ys], kept)
+    return _put_back([*state, *ys], kept)
 
 
 @rule("shard_map", is_move=False)
@@ -124,7 +124,7 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     def enter(x: Any, spec: Any) -> Any:
         if not isinstance(x, Weight):
             return x
-        x = x.replace(x.w.divisible(pieces(x, spec, p["mesh"].shape)))
+        x = x.replace(x.w.with_pieces(pieces(x, spec, p["mesh"].shape)))
         # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
         return place(x, p["mesh"], spec) if explicit(x.type) else x
 
@@ -149,7 +149,7 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
 
 
 def _forwarded(jaxpr: Any) -> dict[int, int]:
-    """Outputs that are inputs as they came, also through inner calls: output to input."""
+    """Finds outputs that are inputs as they came, also through inner calls: output to input."""
     source = {v: i for i, v in enumerate(jaxpr.invars)}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("jit", "remat2"):

@@ -1,6 +1,7 @@
 """`dot_general` with a weight, alone or together with others of the same activation."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from ._arrays import explicit, spell
 from ._axes import RANK, Axis, Factor, Unfactorable
 from ._change import Delta
 from ._interpret import Equation, rule
-from ._low_rank import Spec, low_rank
+from ._low_rank import Term, low_rank
 from ._product import Product, Roles
 from ._shared import multiply_together
 from ._weight import Weight, value_of
@@ -22,20 +23,13 @@ class Contraction(Product):
     """A contraction of x with W. Axes that are contracted or batched have the names of W's.
 
     Attributes:
-        eqn: the equation.
-        at: the number of the operand that is W.
-        w: the weight.
         x: the activation; W where that is a weight too.
-        roles: what the contraction does with the axes of W.
+        at: the number of the operand that is W.
         x_axes: the axes of x.
         y_axes: the axes of y.
     """
 
-    eqn: Equation
     at: int
-    w: Weight
-    x: jax.Array
-    roles: Roles
     x_axes: tuple[Axis, ...]
     y_axes: tuple[Axis, ...]
 
@@ -46,23 +40,20 @@ class Contraction(Product):
         return self.w.w.multiply(dot, x)
 
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
-        spec, p, q, gate = self.parts(delta)
-        return low_rank((spec,), delta.drop(x).astype(self.dtype), (p,), (q,), (gate,))[0]
+        return low_rank([self.term(delta)], delta.drop(x).astype(self.dtype))[0]
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        return gain.arranged(self.x_axes if on_x else self.y_axes)
+        return gain.expand_to(self.x_axes if on_x else self.y_axes)
 
-    def parts(self, delta: Delta) -> tuple[Spec, jax.Array, jax.Array, jax.Array | None]:
-        """What `low_rank` takes: which axes meet, two factors and a gate."""
-        p, q = self.factors(delta)
+    def term(self, delta: Delta) -> Term:
+        """Says what a delta adds to y."""
         y, precision = self.eqn.outputs[0], self.eqn.params["precision"]
-        how = (delta.scale, y.dtype, precision, explicit(y), delta.gating)
-        spec = Spec(self.x_axes, p.axes, q.axes, self.y_axes, *how)
-        return spec, p.value, q.value, delta.gate and delta.gate.arranged(spec.h)
+        what = (*self.factors(delta), delta.gate, self.x_axes, self.y_axes)
+        return Term(*what, delta.scale, y.dtype, precision, explicit(y), delta.gating)
 
 
 def _contraction(eqn: Equation, at: int) -> Contraction:
-    """The contraction whose weight is operand `at`.
+    """Makes the contraction whose weight is operand `at`.
 
     Example: x (b, t, i) · w (i, o) gives y (b, t, o), with i, o = w.axes.
     """
@@ -75,11 +66,11 @@ def _contraction(eqn: Equation, at: int) -> Contraction:
     roles = Roles(stack, inputs, tuple(a for a in w.axes if a not in stack + inputs))
     both = w.axes + x_axes if at == 0 else x_axes + w.axes
     y_axes = (*stack, *(a for a in both if a not in stack + inputs))
-    return Contraction(eqn, at, w, x, roles, x_axes, y_axes)
+    return Contraction(eqn, w, x, roles, at, x_axes, y_axes)
 
 
 def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
-    """The products of an activation with several weights; what deltas add is computed first."""
+    """Multiplies an activation with several weights; what the deltas add is computed first."""
     each = [_contraction(eqn, i) for eqn in eqns for i in _weights(eqn)]
     adapted = [c for c in each if c.w.change.deltas]
     if len(each) != len(eqns) or len(adapted) < 2:
@@ -95,21 +86,19 @@ def _together(eqns: Sequence[Equation]) -> list[jax.Array]:
 @rule("dot_general", is_move=False, together=_together)
 def _dot_general(eqn: Equation, *_: Any) -> jax.Array:
     both = [_contraction(eqn, i) for i in _weights(eqn)]
-    changed = [c for c in both if c.w.is_changed]
-    if len(both) == 1 or len(changed) == 1:  # the other weight, if any, has only to be unpacked
-        return (changed or both)[0].result()
+    changed = [c for c in both if c.w.is_changed] or both[:1]
+    if len(changed) == 1:  # the other weight, if any, has only to be unpacked
+        return changed[0].result()
     first, second = both
     if first.w.change.gain is not None or second.w.change.gain is not None:
         raise Unfactorable("two adapted weights are multiplied, one of them with a gain")
     terms = first.terms(first.x) + second.terms(second.x)
-    y = eqn.bind(first.w.array, second.w.array)
-    for term in terms:
-        y = first.add(y, term)
+    y = functools.reduce(first.add, terms, eqn.bind(first.w.array, second.w.array))
     return _plus_both(y, first, second)
 
 
 def _weights(eqn: Equation) -> list[int]:
-    """The numbers of the operands that are weights."""
+    """Lists the numbers of the operands that are weights."""
     return [i for i, x in enumerate(eqn.operands) if isinstance(x, Weight)]
 
 
@@ -120,8 +109,8 @@ def _plus_both(y: jax.Array, first: Contraction, second: Contraction) -> jax.Arr
     for s in first.w.change.deltas:
         for t in second.w.change.deltas:
             (a, b), (c, d) = first.factors(s, y.dtype), second.factors(t, y.dtype)
-            c, d = (f.renamed(of_second) for f in (t.gated_factor(c), d))
-            factors = (s.gated_factor(a), b, c, d)
+            c, d = (f.rename(of_second) for f in (t.factor_with_gate(c), d))
+            factors = (s.factor_with_gate(a), b, c, d)
             *names, out = spell(*(f.axes for f in factors), first.y_axes)
             how = {"precision": first.eqn.params["precision"], "optimize": "optimal"}
             cross = jnp.einsum(f"{','.join(names)}->{out}", *(f.value for f in factors), **how)

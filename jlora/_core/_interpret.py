@@ -81,18 +81,18 @@ class Equation:
         return f"`{self.name}` at {line or 'an unknown line'}"
 
     def bind(self, *values: Any) -> Any:
-        """What its primitive, as it is, makes of `values`."""
+        """Applies its primitive, unchanged, to `values`."""
         outs = _compat.bind(self._eqn, *values)
         return outs if self._eqn.primitive.multiple_results else outs[0]
 
     def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
-        """The outputs of a jaxpr among its parameters."""
+        """Evaluates a jaxpr among its parameters."""
         return evaluate(jaxpr, *operands, within=self)
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
-        """`xs` without weights, as outputs that leave an inner jaxpr; None for those `kept`."""
+        """Turns weights that leave an inner jaxpr into arrays; gives None in the places `kept`."""
         why = functools.partial("an output of {.where}".format, self)
-        return [None if i in kept else materialized(x, why) for i, x in enumerate(xs)]
+        return [None if i in kept else as_array(x, why) for i, x in enumerate(xs)]
 
 
 def evaluate(jaxpr: Any, *args: Any, within: Equation | None = None) -> list[Any]:
@@ -143,7 +143,7 @@ def _apply_one(eqn: Any, operands: list[Any], within: Equation | None) -> Sequen
             return outs if eqn.primitive.multiple_results else [outs]
         except Unfactorable as e:
             reason = functools.partial(_reason, equation, e)
-            arrays = [materialized(x, reason, e.added) for x in operands]
+            arrays = [as_array(x, reason, e.added) for x in operands]
         return _compat.bind(eqn, *arrays)
 
 
@@ -151,8 +151,8 @@ def _reason(eqn: Equation, e: Unfactorable) -> str:
     return f"{eqn.where}, where {e}" if e.args else eqn.where
 
 
-def materialized(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
-    """W + ΔW where `x` is a `Weight` whose rule allows it or one row; `x` where it is an array.
+def as_array(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
+    """Forms W + ΔW of a `Weight` whose rule allows that, or of a row; returns arrays as they are.
 
     While sites are searched it is W, and the use is recorded.
 
@@ -172,4 +172,4 @@ def materialized(x: Any, reason: Callable[[], str], added: bool = False) -> Any:
             "factored form of W + s·A·B. Leave the weight out of the rules, or let W + ΔW be "
             "formed there with LoRA(..., materialize=True): exact, but at full memory and time."
         )
-    return x.materialized(reason())
+    return x.form(reason())

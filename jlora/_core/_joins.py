@@ -28,7 +28,7 @@ def _pad(eqn: Equation, w: Weight, fill: Any) -> Weight:
 
 
 def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
-    """The change of a padded weight: ΔW is 0 where W is padded, a gain 1."""
+    """Pads the change of a weight: ΔW with 0, a gain with 1."""
     pads = {a: c for a, c in config.items() if tuple(c) != (0, 0, 0)}
 
     def pad(f: Factor, fill: int) -> Factor:
@@ -38,16 +38,11 @@ def _padded(w: Weight, config: dict[Axis, Padding]) -> Change:
     def delta(d: Delta) -> Delta:
         if d.key is not None and set(d.key.axes) & set(pads):
             raise Unfactorable("a stack with dropout keys is padded")
-        a = d.a
-        for axis in pads:
-            a = a if axis in d.b.axes else a.repeated(axis, w.lengths[axis])
+        a = d.a.repeat({axis: n for axis, n in lengths.items() if axis not in d.b.axes})
         return dataclasses.replace(d, a=pad(a, 0), b=pad(d.b, 0), gate=d.gate and pad(d.gate, 0))
 
-    gain = w.change.gain
-    if gain is not None:
-        for axis in pads:
-            gain = gain.repeated(axis, w.lengths[axis])
-        gain = pad(gain, 1)
+    lengths = {axis: w.lengths[axis] for axis in pads}
+    gain = w.change.gain and pad(w.change.gain.repeat(lengths), 1)
     return Change(tuple(map(delta, w.change.deltas)), gain)
 
 
@@ -63,10 +58,9 @@ def _stack(eqn: Equation, *parts: Any) -> Weight:
     def expand(x: Any) -> Any:
         if not isinstance(x, Weight):
             return jnp.expand_dims(x, axis)
-        axes, shape = list(x.axes), list(x.shape)
-        axes.insert(axis, Axis(next(x.new_names())))
-        shape.insert(axis, 1)
-        return x.moved(axes, shape)
+        axes, new = x.axes, Axis(next(x.new_names()))
+        shape = (*x.shape[:axis], 1, *x.shape[axis:])
+        return x.transpose((*axes[:axis], new, *axes[axis:]), shape)
 
     return _join(eqn, [expand(x) for x in parts], axis)
 
@@ -97,7 +91,7 @@ def _join(eqn: Equation, parts: Sequence[Any], dim: int) -> Weight:
 
 
 def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
-    """The operands, all of them packed; they are joined when they are unpacked."""
+    """Joins operands that are all packed, when they are unpacked."""
 
     def unpack(parts: Sequence[Packed]) -> Factor:
         return Factor(eqn.bind(*(x.array for x in parts)), axes)
@@ -107,16 +101,14 @@ def _packed_join(eqn: Equation, axes: tuple[Axis, ...]) -> Packed:
 
 
 def _rename(w: Weight, axes: tuple[Axis, ...]) -> Weight:
-    """Gives the axes of a weight other names, in its change alone."""
+    """Renames the axes of a weight to `axes`; the parts of a packed one keep their names."""
     names = dict(zip(w.axes, axes, strict=True))
-    return w.replace(
-        w.w.with_axes(axes, w.shape),
-        map_factors(lambda f: f.renamed(names), w.change),
-    )
+    change = map_factors(lambda f: f.rename(names), w.change)
+    return w.replace(w.w.with_axes(axes, w.shape), change)
 
 
 def _side_by_side(shape: tuple[int, ...], parts: Sequence[Any], dim: int) -> Change:
-    """The deltas of each part, 0 on the others; gains joined, 1 on parts that have none."""
+    """Pads all deltas with 0 and all gains with 1, so that they act on their part alone."""
     start, total, deltas, gain = 0, shape[dim], [], None
     for part in parts:
         size = part.shape[dim]
@@ -132,11 +124,11 @@ def _product_of_gains(x: Factor | None, y: Factor | None, axes: Sequence[Axis]) 
     if x is None or y is None:
         return x if y is None else y
     both = [a for a in axes if a in x.axes or a in y.axes]
-    return x.replace(x.arranged(both) * y.arranged(both), both)
+    return x.replace(x.expand_to(both) * y.expand_to(both), both)
 
 
 def _one_change(parts: Sequence[Any], axis: Axis) -> Change | None:
-    """A joined with A and B with B, where `axis` counts independent matrices of one form.
+    """Joins A with A and B with B, if `axis` counts independent matrices of one form.
 
     A gain need not have that axis, and the gains of the parts differ.
     """
@@ -150,7 +142,7 @@ def _one_change(parts: Sequence[Any], axis: Axis) -> Change | None:
         return None
 
     def join(*factors: Factor) -> Factor:
-        each = [f.repeated(axis, p.lengths[axis]) for f, p in zip(factors, parts, strict=True)]
+        each = [f.repeat({axis: p.lengths[axis]}) for f, p in zip(factors, parts, strict=True)]
         values = [f.value for f in each]
         if len({v.dtype for v in values}) > 1:  # dropout keys have one
             dtype = promote(*(v.dtype for v in values))

@@ -34,10 +34,6 @@ def _ragged_dot_general(eqn: Equation, x: Any, w: Any, group_sizes: jax.Array) -
 class _Ragged(Product):
     """Rows x, of which each group is multiplied with its own matrix of W."""
 
-    eqn: Equation
-    w: Weight
-    x: jax.Array
-    roles: Roles
     group_sizes: jax.Array
 
     def base(self, x: jax.Array) -> jax.Array:
@@ -60,15 +56,15 @@ class _Ragged(Product):
         return self._by_row(gain, axis)
 
     def _dot(self, x: jax.Array, f: Factor, *axes: Axis) -> jax.Array:
-        value = f.arranged((*self.roles.stack, *axes))
+        value = f.expand_to((*self.roles.stack, *axes))
         value = jnp.broadcast_to(value, (len(self.group_sizes), *value.shape[1:]))
         how = {name: self.eqn.params[name] for name in ("precision", "group_offset")}
         return lax.ragged_dot(x, value, self.group_sizes, **how)
 
     def _by_row(self, f: Factor, axis: Axis) -> jax.Array:
-        """`f` along rows and `axis`."""
+        """Gives `f` along rows and `axis`."""
         [group] = self.roles.stack
-        value = f.arranged((group, axis))
+        value = f.expand_to((group, axis))
         if group not in f.axes:
             return value
         return jnp.repeat(value, self.group_sizes, 0, total_repeat_length=len(self.x))
@@ -87,10 +83,6 @@ def _conv_general_dilated(eqn: Equation, x: Any, w: Any) -> jax.Array:
 class _Convolution(Product):
     """A convolution of x with the kernel W."""
 
-    eqn: Equation
-    w: Weight
-    x: jax.Array
-    roles: Roles
     kind = "conv"
 
     def base(self, x: jax.Array) -> jax.Array:
@@ -103,7 +95,7 @@ class _Convolution(Product):
         if outer in a.axes or set(axes) & set(b.axes):
             raise Unfactorable("its inputs and outputs are mixed")
         # A is a kernel with r outputs, the same for every group; B is a product over them.
-        kernel = a.arranged([RANK if axis == outer else axis for axis in self.w.axes])
+        kernel = a.expand_to([RANK if axis == outer else axis for axis in self.w.axes])
         kernel = jnp.concatenate([kernel] * groups, numbers.rhs_spec[0])
         window = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
         how = {"precision": p["precision"]}
@@ -112,8 +104,8 @@ class _Convolution(Product):
         order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
         h = h.transpose(order)  # (batch, *spatial, groups * r)
         h = h.reshape(*h.shape[:-1], groups, a.length(RANK))
-        h = delta.scale * delta.gated(h, [*[None] * (h.ndim - 1), RANK])
-        b = b.arranged((RANK, outer))
+        h = delta.scale * delta.apply_gate(h, [*[None] * (h.ndim - 1), RANK])
+        b = b.expand_to((RANK, outer))
         rank, outputs = b.shape
         b = b.reshape(rank, batches, groups, outputs // (groups * batches))
         h = h.reshape(batches, h.shape[0] // batches, *h.shape[1:])
@@ -127,7 +119,7 @@ class _Convolution(Product):
             axis, at = self.w.axes[self._numbers.rhs_spec[0]], self._numbers.out_spec[1]
         if set(gain.axes) != {axis} or (on_x and self.eqn.params["feature_group_count"] > 1):
             raise Unfactorable("its gain differs within the window or between groups")
-        return gain.arranged([axis if d == at else None for d in range(self.x.ndim)])
+        return gain.expand_to([axis if d == at else None for d in range(self.x.ndim)])
 
     @property
     def _numbers(self) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from ._axes import RANK, Axis, Factor, Unfactorable, map_factors
-from ._change import Change, Delta, plus
+from ._change import Delta, plus
 from ._interpret import Equation, rule
 from ._packed import Packed
 from ._product import Product, Roles
@@ -21,14 +21,14 @@ def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     if not isinstance(w, Weight) or numbers.operand_batching_dims:
         raise Unfactorable("an index is a weight, or rows of several arrays are looked up")
-    index_of = {w.axes[d]: i for i, d in enumerate(numbers.start_index_map)}
-    may_fill = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    fills = tuple(a for a in w.axes if may_fill and a in index_of)
-    by_axis = dict(zip(w.axes, sizes, strict=True))
+    size_of = dict(zip(w.axes, sizes, strict=True))
+    indexed = {w.axes[d] for d in numbers.start_index_map}
     collapsed = {w.axes[d] for d in numbers.collapsed_slice_dims}
-    whole = {a for a, n in w.lengths.items() if by_axis[a] == n} - collapsed - {*fills}
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    whole = {a for a, n in w.lengths.items() if size_of[a] == n} - collapsed
+    whole -= indexed if fills else set()
     picked = tuple(a for a in w.axes if a not in whole)
-    if any(by_axis[a] != 1 or a not in index_of for a in picked):
+    if any(size_of[a] != 1 or a not in indexed for a in picked):
         raise Unfactorable("more than whole rows of the weight are looked up")
     names, kept = w.new_names(), iter(a for a in w.axes if a not in collapsed)
     leaf = frozenset().union(*(a.leaf for a in picked))
@@ -37,26 +37,15 @@ def _gather(eqn: Equation, w: Any, indices: jax.Array) -> Any:
         if i not in numbers.offset_dims:  # an axis of the indices
             axes.append(Axis(next(names), leaf))
             batch.append(axes[-1])
-        elif (axis := next(kept)) in whole:
-            axes.append(axis)
-        else:  # of length 1
-            axes.append(Axis(next(names)))
+        else:  # of length 1 if it is not whole
+            axis = next(kept)
+            axes.append(axis if axis in whole else Axis(next(names)))
+    if fills and (gain := w.change.gain) is not None:  # rows that are filled have none
+        gain = gain.repeat({a: w.lengths[a] for a in w.axes if a in indexed})
+        w = w.replace(w.w, dataclasses.replace(w.change, gain=gain))
     roles = Roles((), picked, tuple(a for a in w.axes if a in whole))
-    last = {a: w.lengths[a] - by_axis[a] for a in index_of}
-    w = w.replace(w.w, _fill(w, fills))
-    found = _Lookup(eqn, w, indices, roles, index_of, last, fills, tuple(axes), tuple(batch))
+    found = _Lookup(eqn, w, indices, roles, tuple(axes), tuple(batch))
     return found.weight() if found.is_weight else found.result()
-
-
-def _fill(w: Weight, axes: tuple[Axis, ...]) -> Change:
-    """The change with a gain along `axes`, in which rows may be filled: it is 1 on those."""
-    if any(a not in d.a.axes + d.b.axes for d in w.change.deltas for a in axes):
-        raise Unfactorable("rows may be filled along an axis that neither A nor B has")
-    gain = w.change.gain
-    if gain is not None:
-        for axis in axes:
-            gain = gain.repeated(axis, w.lengths[axis])
-    return Change(w.change.deltas, gain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +53,12 @@ class _Lookup(Product):
     """Rows of W that an array x of indices picks.
 
     Attributes:
-        eqn: the equation.
-        w: the weight.
         x: the indices.
         roles: axes along which one place is picked, as inputs, and axes taken whole, as outputs.
-        index_of: for each axis that is indexed, which of the indices that is.
-        last: for each of these, in this order, the last index within bounds.
-        fills: those of them along which an index may be out of bounds, so that the row is filled.
         axes: the axes of the result.
         batch: those of them that are axes of the indices.
     """
 
-    eqn: Equation
-    w: Weight
-    x: jax.Array
-    roles: Roles
-    index_of: dict[Axis, int]
-    last: dict[Axis, int]
-    fills: tuple[Axis, ...]
     axes: tuple[Axis, ...]
     batch: tuple[Axis, ...]
     kind = "embed"
@@ -93,15 +70,15 @@ class _Lookup(Product):
         if any(axis in delta.a.axes and axis in delta.b.axes for axis in self.roles.inputs):
             raise Unfactorable("rows and stacked matrices are looked up at once")
         rows = map_factors(self.take, dataclasses.replace(delta, key=None))
-        value = rows.materialized(self.axes, self.w.dtype)
+        value = rows.form(self.axes, self.w.dtype)
         if delta.key is not None:
             # A row that is looked up is an input of A that is 1: dropout keeps it or not.
             keep = Factor(delta.drop(jnp.ones(x.shape[:-1], value.dtype)), self.batch)
-            value = value * keep.arranged(self.axes)
-        return self.detach_out_of_bounds(value)
+            value = value * keep.expand_to(self.axes)
+        return self._within_bounds(value, 0)
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        return self.detach_out_of_bounds(self.take(gain).arranged(self.axes))
+        return self._within_bounds(self.take(gain).expand_to(self.axes), 1)
 
     def add(self, y: jax.Array, term: jax.Array) -> jax.Array:
         return plus(y, term)  # rounded as rows of the merged W are
@@ -114,57 +91,63 @@ class _Lookup(Product):
             stays = w.origin.uses is not None or isinstance(w.w, Packed)
             return stays and w.change.gain is None and len(kept) >= 2
         stack = {axis for axis in self.roles.inputs if w.lengths[axis] > 1}
-        each = [(set(d.a.axes), set(d.b.axes)) for d in w.change.deltas]
+        each = [({*d.a.axes}, {*d.b.axes}) for d in w.change.deltas]
         return all(stack <= a & b and bool(kept & a) and bool(kept & b) for a, b in each)
 
     def weight(self) -> Weight:
-        """The rows, with the rows of the change."""
+        """Looks up rows of W and of its change."""
         w, change = self.w, map_factors(self.take, self.w.change)
-        found = w.w.divisible({a: w.lengths[a] for a in self.roles.inputs})
+        found = w.w.with_pieces({a: w.lengths[a] for a in self.roles.inputs})
         if isinstance(found, Packed):
-            rows = map_factors(self.take, found)
-            rows = self._filled(rows) if self.fills else rows
-            rows = rows.with_axes(self.axes, self.eqn.outputs[0].shape)
+            rows = map_factors(self.take, found).with_axes(self.axes, self.eqn.outputs[0].shape)
+            rows = self._fill(rows) if self._fills else rows
         else:
             rows = Factor(self.eqn.bind(found.array, self.x), self.axes)
         return w.replace(rows, change).mark_picked(self.roles.inputs).mark_varying()
 
-    def detach_out_of_bounds(self, x: jax.Array) -> jax.Array:
-        """`x`, a part of the result, with a gradient only where the indices are within bounds.
-
-        So is the gradient of W, as JAX derives it, unless the mode clips the indices.
-        """
-        if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
-            return x
-        return jnp.where(self._is_row().arranged(self.axes), x, lax.stop_gradient(x))
-
-    def _is_row(self) -> Factor:
-        """Whether the indices are within bounds."""
-        i = self.x
-        last = np.minimum(list(self.last.values()), jnp.iinfo(i.dtype).max).astype(i.dtype)
-        within = (i >= 0) & (i <= np.expand_dims(last, tuple(range(i.ndim - 1))))
-        return Factor(jnp.all(within, -1), self.batch)
-
-    def _filled(self, rows: Packed) -> Packed:
-        """Rows of a packed weight, filled where the indices are out of bounds."""
-        fill = self.eqn.params["fill_value"]
-        fill = jnp.nan if fill is None else fill
-
-        def unpack(parts: tuple[Packed, Factor]) -> Factor:
-            f = parts[0].factor()
-            return f.each(lambda x: jnp.where(parts[1].arranged(f.axes), x, fill))
-
-        return Packed((rows, self._is_row()), unpack, rows.axes, rows.shape, rows.dtype)
-
     def take(self, f: Factor) -> Factor:
-        """The rows of a factor: 0 where those of W are filled, 1 for a gain."""
+        """Takes the rows of a factor; where W's are filled, it gives 0, or 1 for a gain."""
         picked = [a for a in self.roles.inputs if a in f.axes]
         if not picked:
             return f
+        order = [self.w.axes[d] for d in self.eqn.params["dimension_numbers"].start_index_map]
         f = f.to_front(picked)
-        value = f.value.at[tuple(self.x[..., self.index_of[a]] for a in picked)].get(
+        value = f.value.at[tuple(self.x[..., order.index(a)] for a in picked)].get(
             mode=self.eqn.params["mode"],
             fill_value=0 if RANK in f.axes else 1,
             wrap_negative_indices=False,
         )
         return f.replace(value, (*self.batch, *f.axes[len(picked) :]))
+
+    def _within_bounds(self, x: jax.Array, filled: int) -> jax.Array:
+        """Lets the gradient of `x`, a part of the result, pass where indices are within bounds.
+
+        JAX does so for the gradient of W, unless the mode clips the indices.
+        """
+        if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+            return x
+        outside = jnp.asarray(filled, x.dtype) if self._fills else lax.stop_gradient(x)
+        return jnp.where(self._is_row().expand_to(self.axes), x, outside)
+
+    @property
+    def _fills(self) -> bool:
+        return self.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+
+    def _is_row(self) -> Factor:
+        """Whether the indices are within bounds."""
+        i, sizes = self.x, self.eqn.params["slice_sizes"]
+        dims = self.eqn.params["dimension_numbers"].start_index_map
+        last = [min(self.w.shape[d] - sizes[d], jnp.iinfo(i.dtype).max) for d in dims]
+        last = np.asarray(last, i.dtype).reshape((1,) * (i.ndim - 1) + (-1,))
+        return Factor(jnp.all((i >= 0) & (i <= last), -1), self.batch)
+
+    def _fill(self, rows: Packed) -> Packed:
+        """Fills rows of a packed weight where the indices are out of bounds."""
+        fill = self.eqn.params["fill_value"]
+        fill = jnp.nan if fill is None else fill
+
+        def unpack(parts: tuple[Packed, Factor]) -> Factor:
+            f = parts[0].factor()
+            return f.each(lambda x: jnp.where(parts[1].expand_to(f.axes), x, fill))
+
+        return Packed((rows, self._is_row()), unpack, rows.axes, rows.shape, rows.dtype)

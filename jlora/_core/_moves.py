@@ -28,48 +28,30 @@ def _convert_element_type(eqn: Equation, w: Weight) -> Weight:
     return w.each(eqn.bind)
 
 
-@rule("neg")
-def _neg(eqn: Equation, w: Weight) -> Weight:
-    return _scale(w, jnp.asarray(-1), eqn.bind, is_known=True)
-
-
-@rule("mul")
-def _mul(eqn: Equation, x: Any, y: Any) -> Weight:
+@rule("neg", "mul", "div")
+def _scale(eqn: Equation, x: Any, y: Any = -1) -> Weight:
     w, other = (x, y) if isinstance(x, Weight) else (y, x)
-    known = _compat.is_concrete(other)
-    return _scale(w, _scalar(other), lambda x: eqn.bind(x, other), known)
-
-
-@rule("div")
-def _div(eqn: Equation, x: Any, y: Any) -> Weight:
-    if not isinstance(x, Weight):
+    if eqn.name == "div" and w is y:
         raise Unfactorable("the weight divides")
-    return _scale(x, 1 / _scalar(y), lambda x: eqn.bind(x, y), _compat.is_concrete(y))
-
-
-def _scalar(x: Any) -> jax.Array:
-    if isinstance(x, Weight) or jnp.size(x) != 1:
+    if isinstance(other, Weight) or jnp.size(other) != 1:
         raise Unfactorable("it is scaled by more than a scalar")
-    return jnp.reshape(x, ())
-
-
-def _scale(
-    w: Weight, scalar: jax.Array, f: Callable[[jax.Array], jax.Array], is_known: bool
-) -> Weight:
-    """Multiplies by `scalar`, which is what `f` does to W; `is_known` if it is no traced value."""
-    unchecked = frozenset[Any]()
-    if not is_known:
+    scalar, unchecked = jnp.reshape(other, ()), frozenset[Any]()
+    scalar = 1 / scalar if eqn.name == "div" else scalar
+    if not _compat.is_concrete(other):
         # It may have a derivative, which a product with a packed weight has not.
         w, unchecked = w.replace(Factor(w.array, w.axes)), w.origin.unchecked
 
     def delta(d: Delta) -> Delta:
         # The scalar may be complex, or beyond the range of B's dtype.
         dtype = promote(d.b.dtype, jnp.result_type(scalar))
-        b = d.b.each(lambda b: b.astype(dtype) * jnp.asarray(scalar).astype(dtype))
+        b = d.b.each(lambda b: b.astype(dtype) * scalar.astype(dtype))
         return dataclasses.replace(d, b=b.may_vary(unchecked))
 
+    def scale(value: jax.Array) -> jax.Array:
+        return eqn.bind(*(value if isinstance(v, Weight) else v for v in eqn.operands))
+
     change = Change(tuple(map(delta, w.change.deltas)), w.change.gain)
-    return w.replace(w.w.each(f), change)
+    return w.replace(w.w.each(scale), change)
 
 
 @rule("add", "add_any", "sub")
@@ -82,13 +64,13 @@ def _add(eqn: Equation, x: Any, y: Any) -> Weight:
 
 @rule("transpose")
 def _transpose(eqn: Equation, w: Weight) -> Weight:
-    return w.moved([w.axes[i] for i in eqn.params["permutation"]])
+    return w.transpose([w.axes[i] for i in eqn.params["permutation"]])
 
 
 @rule("squeeze")
 def _squeeze(eqn: Equation, w: Weight) -> Weight:
     lost = {d % len(w.shape) for d in eqn.params["dimensions"]}
-    return w.moved([a for d, a in enumerate(w.axes) if d not in lost])
+    return w.transpose([a for d, a in enumerate(w.axes) if d not in lost])
 
 
 @rule("broadcast_in_dim")
@@ -104,7 +86,7 @@ def _broadcast_in_dim(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
             axes.append(w.axes[old])
         else:
             axes.append(Axis(next(names), frozenset({REPEATED} if length > 1 else ())))
-    return w.moved(axes, p["shape"], p["sharding"])
+    return w.transpose(axes, p["shape"], p["sharding"])
 
 
 @rule("reshape")
@@ -112,7 +94,7 @@ def _reshape(eqn: Equation, w: Weight, *dynamic: Any) -> Weight:
     p = eqn.params
     if dynamic or p["dimensions"] is not None:
         raise Unfactorable("the reshape is dynamic or permuted")
-    return w.reshaped(p["new_sizes"], p["sharding"])
+    return w.reshape(p["new_sizes"], p["sharding"])
 
 
 @rule("rev")
@@ -142,7 +124,7 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 
     sizes = zip(w.axes, starts, eqn.params["slice_sizes"], w.shape, strict=True)
     cut = {axis: (start, size) for axis, start, size, length in sizes if size != length}
-    w = w.replace(w.w.divisible({a: w.lengths[a] for a in cut}))
+    w = w.replace(w.w.with_pieces({a: w.lengths[a] for a in cut}))
     sliced = w.along({a: along(*c) for a, c in cut.items()})
     if not all(_compat.is_concrete(start) for start, _ in cut.values()):
         sliced = sliced.mark_varying()
@@ -162,7 +144,7 @@ def _split(eqn: Equation, w: Weight) -> list[Weight]:
 def _unstack(eqn: Equation, w: Weight) -> list[Weight]:
     axis = w.axes[eqn.params["axis"]]
     rest = [a for a in w.axes if a != axis]
-    return [w.along({axis: _cut(i, i + 1)}).moved(rest) for i in range(w.lengths[axis])]
+    return [w.along({axis: _cut(i, i + 1)}).transpose(rest) for i in range(w.lengths[axis])]
 
 
 # ------------------------------------------------------------------- where it lies on a mesh
@@ -175,12 +157,7 @@ def _same(eqn: Equation, w: Weight) -> Weight:
 
 @rule("optimization_barrier")
 def _optimization_barrier(eqn: Equation, *operands: Any) -> list[Any]:
-    values = [x.w if isinstance(x, Weight) else x for x in operands]
-    outs = lax.optimization_barrier(values)
-    return [
-        x.replace(out) if isinstance(x, Weight) else out
-        for x, out in zip(operands, outs, strict=True)
-    ]
+    return list(lax.optimization_barrier(operands))
 
 
 @rule("stop_gradient", "pvary")
@@ -199,7 +176,7 @@ def _reshard(eqn: Equation, w: Weight) -> Weight:
     old, new = w.type.sharding, eqn.params["dst_sharding"]
     # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
     stays = old is not None and old.mesh.axis_types == new.mesh.axis_types
-    base = w.w.divisible(pieces(w, new.spec, new.mesh.shape))
+    base = w.w.with_pieces(pieces(w, new.spec, new.mesh.shape))
     placed = place(w.replace(base, Change() if stays else None), new.mesh, new.spec)
     return w.replace(placed.w, w.change if stays else placed.change)
 
@@ -225,5 +202,5 @@ def _all_gather(eqn: Equation, w: Weight) -> Weight:
     def gather_along(x: jax.Array, i: int) -> jax.Array:
         return lax.all_gather(x, p["axis_name"], axis=i, tiled=True)
 
-    out = map_factors(gather, w.replace(w.w.divisible({gathered: 1})))
+    out = map_factors(gather, w.replace(w.w.with_pieces({gathered: 1})))
     return out.replace(out.w.with_axes(w.axes, eqn.outputs[0].shape))

@@ -64,7 +64,7 @@ class Packed:
     @property
     def array(self) -> jax.Array:
         """W, unpacked."""
-        return jnp.broadcast_to(self.factor().arranged(self.axes), self.shape).astype(self.dtype)
+        return jnp.broadcast_to(self.factor().expand_to(self.axes), self.shape).astype(self.dtype)
 
     def factor(self) -> Factor:
         """W, unpacked, with its axes in any order and without those along which it is constant."""
@@ -115,7 +115,7 @@ class Packed:
         for axis, f in functions.items():
             packed = packed._move(lambda w, f={axis: f}: w.along(f), [axis])
             w = jax.ShapeDtypeStruct((lengths[axis],), self.dtype)
-            [lengths[axis]] = jax.eval_shape(functools.partial(f, i=0), w).shape
+            [lengths[axis]] = jax.eval_shape(lambda x, f=f: f(x, 0), w).shape
         return packed.with_axes(lengths, lengths.values())
 
     def without(self, axes: Collection[Axis]) -> "Packed":
@@ -126,12 +126,14 @@ class Packed:
         kept = {a: n for a, n in self.lengths.items() if a not in axes}
         return packed.with_axes(kept, kept.values())
 
-    def moved(self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None) -> "Packed":
+    def transpose(
+        self, axes: Sequence[Axis], shape: Sequence[int], sharding: Any = None
+    ) -> "Packed":
         """Puts all axes of W into the order of `axes`; W is repeated along the others."""
         del sharding
         return self.with_axes(axes, shape)
 
-    def reshaped(
+    def reshape(
         self, groups: Sequence[Group], others: Sequence[Factor] = (), sharding: Any = None
     ) -> "Packed":
         """Reshapes W."""
@@ -140,17 +142,17 @@ class Packed:
         for group in groups:
             lengths |= group.new
             if group.old != group.new:
-                packed = packed._move(lambda f, g=group: f.reshaped([g]), group.old, group.new)
+                packed = packed._move(lambda f, g=group: f.reshape([g]), group.old, group.new)
         return packed.with_axes(lengths, lengths.values())
 
-    def divisible(self, pieces: Mapping[Axis, int]) -> "Packed | Factor":
-        """W with parts that can be split into so many pieces along axes, or else unpacked."""
+    def with_pieces(self, pieces: Mapping[Axis, int]) -> "Packed | Factor":
+        """Returns W with parts that can be split into so many pieces along axes, or unpacks it."""
         if self._can_split(pieces):
             return self
         if self.loosen is None:
             return Factor(self.array, self.axes)
         loose = self.replace(parts=self.loosen(self.parts), even=self.loose, loosen=None)
-        return loose.divisible(pieces)
+        return loose.with_pieces(pieces)
 
     def _can_split(self, pieces: Mapping[Axis, int]) -> bool:
         return self.even.issuperset(pieces) and all(
@@ -158,15 +160,15 @@ class Packed:
         )
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:
-        """`f(W, *xs)`, linear in the first of `xs`; W is unpacked for it in each pass."""
-        return unpacked_for(lambda w, *xs: f(w.array, *xs), self, *xs)
+        """Computes `f(W, *xs)`, linear in the first of `xs`, and unpacks W in each pass."""
+        return multiply_unpacked(lambda w, *xs: f(w.array, *xs), self, *xs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def unpacked_for(
+def multiply_unpacked(
     product: Callable[..., jax.Array], packed: Packed, x: jax.Array, *others: jax.Array
 ) -> jax.Array:
-    """`product(packed, x, *others)`, linear in x; the packed weight gets no gradient.
+    """Computes `product(packed, x, *others)`, linear in x; the packed weight gets no gradient.
 
     The backward pass keeps the packed weight and nothing else. In both passes the weight waits for
     its activation: otherwise XLA would unpack the weights of many layers at once.
@@ -175,15 +177,17 @@ def unpacked_for(
     return product(packed, x, *others)
 
 
-@unpacked_for.defjvp
-def _unpacked_for_jvp(product: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+@multiply_unpacked.defjvp
+def _multiply_unpacked_jvp(
+    product: Any, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
     packed, _, *others = primals
     tangent = jax.checkpoint(lambda packed, dx, *others: product(packed, dx, *others))
-    return unpacked_for(product, *primals), tangent(packed, tangents[1], *others)
+    return multiply_unpacked(product, *primals), tangent(packed, tangents[1], *others)
 
 
 def shard_part(f: Factor, sharding: Any, axes: Sequence[Axis]) -> Factor:
-    """Shards a part of a weight with `axes` as that is sharded, where the part can be split so.
+    """Shards a part like the weight that has `axes`, along axes where the part can be split so.
 
     A PartitionSpec is along the axes of `jax.set_mesh`.
     """

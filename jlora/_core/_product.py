@@ -1,6 +1,8 @@
 """A product of an activation with a changed weight: that with W, plus what the deltas add."""
 
 import abc
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 from ._arrays import promote
 from ._axes import Axis, Factor, Unfactorable
 from ._change import Delta
+from ._interpret import Equation
 from ._weight import Weight
 
 LEAST = 2.0**-60  # a gain
@@ -24,69 +27,72 @@ class Roles(NamedTuple):
     outputs: tuple[Axis, ...]
 
 
+@dataclasses.dataclass(frozen=True)
 class Product(abc.ABC):
     """The product y = x·W' of an activation x with a changed weight.
 
     Attributes:
         kind: `"dense"`, `"conv"` or `"embed"`, where rows are looked up.
+        eqn: the equation.
         w: the weight.
         x: the activation.
         roles: what the product does with the axes of W.
     """
 
     kind: ClassVar[str] = "dense"
+    eqn: Equation
     w: Weight
     x: jax.Array
     roles: Roles
 
     @abc.abstractmethod
     def base(self, x: jax.Array) -> jax.Array:
-        """x·W."""
+        """Computes x·W."""
 
     @abc.abstractmethod
     def low_rank(self, delta: Delta, x: jax.Array) -> jax.Array:
-        """What a delta adds to x·W."""
+        """Computes what a delta adds to x·W."""
 
     @abc.abstractmethod
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        """The gain along the axes of x, or else of y."""
+        """Gives the gain along the axes of x, or else of y."""
 
     def result(self) -> jax.Array:
-        """Y."""
+        """Computes y."""
         return self.finish(*self.start())
 
     def start(self) -> tuple[jax.Array, list[jax.Array]]:
-        """x, times a gain along inputs, and what each delta adds to y."""
-        gain, x = self.w.change.gain, self.x
-        if gain is not None and self._scales_x:
-            if not set(gain.axes).isdisjoint(self.roles.outputs):
-                raise Unfactorable("its gain has axes of the inputs and of the outputs")
-            x = times(x, self.spread(gain, True))
+        """Gives x, scaled if the gain is along inputs, and what each delta adds to y."""
+        gain = self._gains[0]
+        x = self.x if gain is None else times(self.x, self.spread(gain, True))
         return x, self.terms(x)
 
     def finish(self, x: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
-        """Y of what `start` gives: first, so that the backward pass adds its gradient of x last."""
-        gain, y = self.w.change.gain, self.base(x)
-        for term in terms:
-            y = self.add(y, term)
-        return y if gain is None or self._scales_x else times(y, self.spread(gain, False))
+        """Adds the terms that `start` computed to x·W, and scales the sum.
+
+        The terms are computed before x·W so that the backward pass adds their gradients last.
+        """
+        gain, y = self._gains[1], functools.reduce(self.add, terms, self.base(x))
+        return y if gain is None else times(y, self.spread(gain, False))
 
     @property
-    def _scales_x(self) -> bool:
-        """Whether the gain has axes of the inputs; rows that are looked up are scaled in y."""
+    def _gains(self) -> tuple[Factor | None, Factor | None]:
+        """The gain that scales x, and the one that scales y: one of them is None."""
         gain = self.w.change.gain
-        return (
-            gain is not None and self.kind != "embed" and bool({*gain.axes} & {*self.roles.inputs})
-        )
+        if gain is None or self.kind == "embed" or {*gain.axes}.isdisjoint(self.roles.inputs):
+            return None, gain
+        if not {*gain.axes}.isdisjoint(self.roles.outputs):
+            raise Unfactorable("its gain has axes of the inputs and of the outputs")
+        return gain, None
 
     def terms(self, x: jax.Array) -> list[jax.Array]:
-        """What each delta adds; the use is recorded while sites are searched."""
+        """Computes what each delta adds; while sites are searched, the use is recorded."""
         if self.w.origin.uses is not None:
             self.w.origin.uses.product(self.w, self.kind, self.roles)
         return [self.low_rank(delta, x) for delta in self.w.change.deltas]
 
     def add(self, y: jax.Array, term: jax.Array) -> jax.Array:
-        """`y` plus a term, in the dtype of `y`."""
+        """Adds a term to `y`, in its dtype."""
         return y + term.astype(y.dtype)
 
     @property
@@ -95,20 +101,16 @@ class Product(abc.ABC):
         return promote(self.x.dtype, self.w.dtype)
 
     def factors(self, delta: Delta, dtype: Any = None) -> tuple[Factor, Factor]:
-        """A and B in a dtype, first the one that x meets first; they have all axes of W."""
+        """Gives A and B in a dtype, first the one that x meets first; they have all axes of W."""
         dtype = dtype or self.dtype
         p, q = (f.each(lambda x: x.astype(dtype)) for f in delta.by_order(self.roles.inputs))
-        for axis, length in self.w.lengths.items():
-            if axis not in (*p.axes, *q.axes):
-                if axis in self.roles.outputs:
-                    q = q.repeated(axis, length)
-                else:
-                    p = p.repeated(axis, length)
-        return p, q
+        rest = {a: n for a, n in self.w.lengths.items() if a not in (*p.axes, *q.axes)}
+        of_q = {a: n for a, n in rest.items() if a in self.roles.outputs}
+        return p.repeat({a: n for a, n in rest.items() if a not in of_q}), q.repeat(of_q)
 
 
 def times(x: jax.Array, gain: jax.Array) -> jax.Array:
-    """`x` times `gain`, in the dtype of `x`.
+    """Multiplies `x` by `gain`, in the dtype of `x`.
 
     For dtypes with float32's exponent range, the backward pass stores the result instead of `x`,
     because the model most often stores the result too. There a gain is never 0, but at least

@@ -24,7 +24,7 @@ def constrain(w: Weight, sharding: Any) -> Weight:
 
 
 def specs(w: Weight, spec: Any) -> Weight:
-    """The partition of each array in its place, where that of W is `spec`."""
+    """Puts the PartitionSpec of each array in its place, where that of W is `spec`."""
     by_axis = dict(zip(w.axes, spec, strict=False))
     return map_factors(lambda f: f.specs(by_axis), w)
 
@@ -39,13 +39,13 @@ def place(w: Weight, mesh: Any, spec: Any) -> Weight:
 
 
 def pieces(w: Weight, spec: Any, sizes: Any) -> dict[Axis, int]:
-    """Into how many pieces a partition splits axes of W, also into one."""
+    """Counts the pieces into which a partition splits each axis of W, also if it is one."""
     entries = zip(w.axes, spec, strict=False)
     return {a: math.prod(sizes[n] for n in mesh_axes(e)) for a, e in entries if mesh_axes(e)}
 
 
 def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weight:
-    """A shard of a weight, of type `aval`; JAX does not check what varies over `unchecked` axes."""
+    """Makes a shard of type `aval`; JAX does not check what varies over `unchecked` axes."""
     by_axis = dict(zip(w.axes, spec, strict=False))
 
     def mark(f: Factor) -> Factor:

@@ -8,6 +8,7 @@ of the gradient, and XLA reduces their sum once, as without an adapter. That sav
 of a layer's all-reduces.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,15 +17,16 @@ import jax
 from .. import _compat
 from ._arrays import explicit
 from ._axes import RANK, Unfactorable
-from ._low_rank import is_kept, low_rank
+from ._low_rank import Term, low_rank
 
 
 def steps(
     jaxpr: Any, weights: Sequence[bool], rules: Mapping[str, Any]
 ) -> list[tuple[list[Any], list[Any]]]:
-    """The equations that the outputs or an effect need, each with the variables last used there.
+    """Orders the equations that the outputs or an effect need into steps.
 
-    Those of a group are one step: the later ones come ahead, along with what makes their weights.
+    A step is one equation, or all equations of a group; what makes the weights of a group comes
+    before it. With each step come the variables that no later step reads.
 
     Args:
         jaxpr: the jaxpr to evaluate.
@@ -57,7 +59,7 @@ def steps(
 
 
 def _live(jaxpr: Any) -> list[Any]:
-    """The equations that the outputs or an effect need."""
+    """Lists the equations that the outputs or an effect need."""
     needed, live = set(_variables(jaxpr.outvars)), []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or needed.intersection(eqn.outvars):
@@ -69,7 +71,7 @@ def _live(jaxpr: Any) -> list[Any]:
 def groups(
     jaxpr: Any, eqns: Sequence[Any], weights: Sequence[bool], rules: Mapping[str, Any]
 ) -> list[list[Any]]:
-    """Equations that multiply one activation with weights, none of which follows from a product."""
+    """Groups equations that multiply one activation with weights that follow from no product."""
     heavy = {v for v, is_weight in zip(jaxpr.invars, weights, strict=True) if is_weight}
     late: set[Any] = set()  # what follows from a product, or has an effect
     found: dict[Any, list[Any]] = {}
@@ -89,41 +91,35 @@ def groups(
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
-    """`atoms` without the literals among them."""
+    """Drops the literals among `atoms`."""
     return [v for v in atoms if not _compat.is_literal(v)]
 
 
 def multiply_together(products: Sequence[Any]) -> list[jax.Array]:
-    """What the only delta of each contraction adds; the activation is read once.
+    """Computes what the only delta of each contraction adds; the activation is read once.
 
     `Unfactorable` unless each x·A is small, and needs nothing but x and A.
     """
-    specs, ps, qs, gates = zip(*map(_parts, products), strict=True)
+    first, terms = products[0], list(map(_term, products))
     forms = {
-        (tuple(map(spec.x.index, spec.p[:-1])), c.dtype, str(spec.precision), spec.gating)
-        for c, spec in zip(products, specs, strict=True)
+        (tuple(map(term.x.index, term.p.axes[:-1])), c.dtype, str(term.precision), term.gating)
+        for c, term in zip(products, terms, strict=True)
     }
     if len(forms) != 1:
         raise Unfactorable
-    first = products[0]
-    x = first.w.change.deltas[0].drop(first.x)
-    return low_rank(specs, x.astype(first.dtype), ps, qs, gates)
+    return low_rank(terms, first.w.change.deltas[0].drop(first.x).astype(first.dtype))
 
 
-def _parts(c: Any) -> tuple[Any, ...]:
-    """What `low_rank` takes of a contraction, the inputs of the first factor ordered as in x."""
-    w, inputs = c.w, {*c.roles.inputs}
-    if len(w.change.deltas) != 1 or c.roles.stack:
+def _term(c: Any) -> Term:
+    """Says what the delta of a contraction adds, with the first factor's inputs ordered as in x."""
+    deltas, gain, inputs = c.w.change.deltas, c.w.change.gain, {*c.roles.inputs}
+    if len(deltas) != 1 or c.roles.stack or deltas[0].key is not None:
         raise Unfactorable
-    [delta], gain = w.change.deltas, w.change.gain
-    p, q = delta.by_order(c.roles.inputs)
-    is_plain = {*p.axes} == {*inputs, RANK} and inputs.isdisjoint(q.axes)
-    if delta.key is not None or not is_plain or (gain and not inputs.isdisjoint(gain.axes)):
+    term = c.term(deltas[0])
+    is_plain = {*term.p.axes} == {*inputs, RANK} and inputs.isdisjoint(term.q.axes)
+    if not is_plain or (gain and not inputs.isdisjoint(gain.axes)) or explicit(c.x) is not None:
         raise Unfactorable
-    spec, p, q, gate = c.parts(delta)
-    order = tuple(sorted(spec.p, key=(*c.x_axes, RANK).index))
-    p = p.transpose([spec.p.index(a) for a in order])
-    spec = spec._replace(p=order)
-    if not is_kept(spec, c.x, p) or explicit(c.x) is not None:
+    term = dataclasses.replace(term, p=term.p.to_front([a for a in term.x if a in inputs]))
+    if not term.is_kept(c.x):
         raise Unfactorable
-    return spec, p, q, gate
+    return term

@@ -16,7 +16,7 @@ class ValueReadError(TypeError):
 def trace(
     f: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], paths: Sequence[str]
 ) -> tuple[_compat.Jaxpr, Callable[..., Any]]:
-    """The jaxpr of `f` at `specs`, and what makes its outputs `f`'s from a list.
+    """Traces `f` at `specs`; gives the jaxpr, and what turns the list of its outputs into `f`'s.
 
     `f`'s outputs may be any pytree; leaves that are no arrays come back as they are. What `f`
     closes over stays concrete if it was: should Python code of `f` ask for the value of something
@@ -58,7 +58,7 @@ _READS = (
 def take(
     tree: Any, pick: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The leaves that `pick` picks, and the tree as a function of what stands in their places."""
+    """Takes the leaves that `pick` picks; gives them, and what builds the tree from such leaves."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
     at = [i for i, x in enumerate(leaves) if pick(x)]
     picked = [leaves[i] for i in at]

@@ -1,6 +1,5 @@
 """What the model does with its parameter leaves, recorded while sites are searched."""
 
-import dataclasses
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -37,16 +36,13 @@ class Unsupported(NamedTuple):
     added: bool = False
 
 
-@dataclasses.dataclass(eq=False)
 class Uses:
     """What each leaf is used for, by path, in program order."""
 
-    products: dict[str, list[ProductUse]] = dataclasses.field(
-        default_factory=lambda: defaultdict(list)
-    )
-    unsupported: dict[str, list[Unsupported]] = dataclasses.field(
-        default_factory=lambda: defaultdict(list)
-    )
+    def __init__(self) -> None:
+        """A record without uses."""
+        self.products: dict[str, list[ProductUse]] = defaultdict(list)
+        self.unsupported: dict[str, list[Unsupported]] = defaultdict(list)
 
     def product(self, w: Any, kind: str, roles: Any) -> None:
         """Records a product in which the axes of the weight `w` have `roles`."""
@@ -79,5 +75,5 @@ class Uses:
 
 
 def _of(path: str, axes: Any) -> Axes:
-    """The axes of the leaf at `path` that lie in `axes`."""
+    """Finds the axes of the leaf at `path` that lie in `axes`."""
     return frozenset(d for a in axes for p, d in a.leaf if p == path)

@@ -92,7 +92,7 @@ class Weight:
         return dict(zip(self.axes, self.shape, strict=True))
 
     def new_names(self) -> Iterator[int]:
-        """Names that no axis of W has or had."""
+        """Counts up the names that no axis of W has or had."""
         return itertools.count(max(self._names) + 1)
 
     @property
@@ -106,7 +106,7 @@ class Weight:
         change = map_factors(lambda f: f.along(functions), self.change)
         return self.replace(self.w.along(functions), change)
 
-    def moved(
+    def transpose(
         self, axes: Sequence[Axis], shape: Sequence[int] | None = None, sharding: Any = None
     ) -> "Weight":
         """Transposes W to `axes`: old ones, and new ones along which it is repeated to `shape`.
@@ -116,17 +116,17 @@ class Weight:
         lost = [a for a in self.axes if a not in axes]
         shape = [self.lengths[a] for a in axes] if shape is None else shape
         change = map_factors(lambda f: f.without(lost), self.change)
-        return self.replace(self.w.without(lost).moved(axes, shape, sharding), change)
+        return self.replace(self.w.without(lost).transpose(axes, shape, sharding), change)
 
-    def reshaped(self, shape: Sequence[int], sharding: Any = None) -> "Weight":
+    def reshape(self, shape: Sequence[int], sharding: Any = None) -> "Weight":
         """Reshapes W to `shape`; `Unfactorable` if that merges axes of A with axes of B."""
         groups = reshape_groups(self.axes, self.shape, shape, self.new_names())
-        gain = self.change.gain and self.change.gain.reshaped(groups)
+        gain = self.change.gain and self.change.gain.reshape(groups)
         deltas = tuple(
-            map_factors(lambda f, d=d: f.reshaped(groups, [x for x in (d.a, d.b) if x is not f]), d)
+            map_factors(lambda f, d=d: f.reshape(groups, [x for x in (d.a, d.b) if x is not f]), d)
             for d in self.change.deltas
         )
-        return self.replace(self.w.reshaped(groups, sharding=sharding), Change(deltas, gain))
+        return self.replace(self.w.reshape(groups, sharding=sharding), Change(deltas, gain))
 
     def each(self, f: Callable[[jax.Array], jax.Array]) -> "Weight":
         """Applies `f`, an operation on each element, to W alone."""
@@ -147,11 +147,11 @@ class Weight:
     def as_stack(self) -> "Weight":
         """Repeats every array along the first axis of W, so that `lax.scan` can take it."""
         first, length = self.axes[0], self.shape[0]
-        whole = self.replace(self.w.divisible({first: length}))
-        return map_factors(lambda f: f.repeated(first, length).to_front([first]), whole)
+        whole = self.replace(self.w.with_pieces({first: length}))
+        return map_factors(lambda f: f.repeat({first: length}).to_front([first]), whole)
 
     def as_slice(self) -> "Weight":
-        """What a scan over an `as_stack` weight gives, with its own axes."""
+        """Drops the first axis, after a scan over an `as_stack` weight took one entry along it."""
         one = map_factors(lambda f: f.replace(f.value, f.axes[1:]), self)
         return one.replace(one.w.with_axes(self.axes[1:], self.shape[1:]))
 
@@ -170,8 +170,8 @@ class Weight:
             return sum(n > 1 for n in self.shape) <= 1
         return all(d.is_row for d in self.change.deltas)
 
-    def materialized(self, why: str) -> Any:
-        """W', formed because of `why`; ValueError where a dropout has no input to drop."""
+    def form(self, why: str) -> Any:
+        """Forms W', because of `why`; raises ValueError where a dropout has no input to drop."""
         for d in self.change.deltas:
             if d.key is not None and not d.a.is_row:
                 raise ValueError(
@@ -182,18 +182,18 @@ class Weight:
 
 
 def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Weight:
-    """The weight of the leaf at `path`: an array, or an object with a method `packed`."""
+    """Makes the weight of the leaf at `path`: an array, or an object with a method `packed`."""
     axes, unchecked = axes_of_leaf(path, value.ndim), _compat.unchecked_axes()
     w = value.packed(axes) if hasattr(value, "packed") else Factor(value, axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
-    change = map_factors(lambda f: f.renamed(names).may_vary(unchecked), change)
+    change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
     # The model must be traced with a weight that varies over a mesh as W' does.
     w = jax.tree.map(lambda x: _compat.vary_with(x, jax.tree.leaves(change)), w)
     return Weight(w, change, Origin((path,), materialize, unchecked=unchecked))
 
 
 def value_of(x: Any) -> Any:
-    """W of a `Weight`; an array as it is."""
+    """Gives W of a `Weight`, and an array as it is."""
     return x.array if isinstance(x, Weight) else x
 
 
@@ -203,7 +203,7 @@ def value_of(x: Any) -> Any:
 def reshape_groups(
     axes: Sequence[Axis], old: Sequence[int], new: Sequence[int], names: Iterator[int]
 ) -> list[Group]:
-    """The finest factorization of a reshape into independent reshapes.
+    """Finds the finest factorization of a reshape into independent reshapes.
 
     An axis that is alone before and after stays as it is; the others get `names`.
 
@@ -230,7 +230,7 @@ def reshape_groups(
 def _factorize(
     old: Sequence[int], new: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Ranges of `old` and of `new` whose products are equal, as short as can be."""
+    """Yields ranges of `old` and of `new` whose products are equal, as short as can be."""
     if 0 in old:
         raise Unfactorable("an axis is empty")
     i, j = 0, 0

@@ -20,4 +20,4 @@ from ._nf4 import NF4 as NF4
 from ._scheme import Coded as Coded
 from ._scheme import Scheme as Scheme
 from ._scheme import form_of as form_of
-from ._scheme import spelled as spelled
+from ._scheme import spell as spell

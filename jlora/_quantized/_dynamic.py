@@ -62,9 +62,9 @@ def dequantize_scales(codes: jax.Array, scale: jax.Array, offset: jax.Array) -> 
     n = codes.shape[-1]
     shape = (*scale.shape, GROUP)
     each = jnp.broadcast_to(scale[..., None], shape).reshape(*shape[:-2], math.prod(shape[-2:]))
-    return rounded(lookup(DYNAMIC, codes) * each[..., :n]) + offset[..., None]
+    return round_product(lookup(DYNAMIC, codes) * each[..., :n]) + offset[..., None]
 
 
-def rounded(product: jax.Array) -> jax.Array:
+def round_product(product: jax.Array) -> jax.Array:
     """Multiplies so that XLA's CPU compiler does not fuse a sum, which would round only once."""
     return jnp.where(jnp.isnan(product), jnp.zeros((), product.dtype), product)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from ._dynamic import rounded
+from ._dynamic import round_product
 from ._form import Form
 from ._scheme import Coded, Scheme, rows
 
@@ -65,5 +65,5 @@ class Int4(Scheme):
         """Computes (q - z)·s, or q·s + z."""
         codes, scale = codes.astype(jnp.float32), scale.astype(jnp.float32)
         if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating):
-            return rounded(codes * scale) + zero.astype(jnp.float32)
+            return round_product(codes * scale) + zero.astype(jnp.float32)
         return (codes - (8 if zero is None else zero.astype(jnp.float32))) * scale

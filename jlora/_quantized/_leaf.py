@@ -15,7 +15,7 @@ from .._types import NotAnArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales
 from ._form import Form, spread, unpack
-from ._scheme import Scheme, spelled
+from ._scheme import Scheme, spell
 
 FLAT = Axis(-3)  # a matrix as a whole
 GROUPS = Axis(-4)  # groups of scales that share one
@@ -146,7 +146,7 @@ class Quantized(NotAnArray):
             return
         found = ", ".join(str(x.dtype) for x in (self.scale, *nested))
         raise TypeError(
-            f"a quantized weight has scales of {found}; those of {spelled(self.scheme)} are "
+            f"a quantized weight has scales of {found}; those of {spell(self.scheme)} are "
             f"{' or '.join(legal)}, and what they are computed from is float32. Was the whole tree "
             "cast? Leave quantized weights as they are: "
             "jax.tree.map(lambda x: x if isinstance(x, jlora.Quantized) else "
@@ -160,7 +160,7 @@ class Quantized(NotAnArray):
 
     def __repr__(self) -> str:
         what = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return f"Quantized({short_name(what)}, {spelled(self.scheme)})"
+        return f"Quantized({short_name(what)}, {spell(self.scheme)})"
 
 
 def is_quantized(x: Any) -> bool:
@@ -232,7 +232,7 @@ class _How(NamedTuple):
             codes = unpack(codes, data.axis(axis), block)
 
         def each(f: Factor) -> jax.Array:
-            return spread(f.arranged(data.axes), blocks, codes.shape)
+            return spread(f.expand_to(data.axes), blocks, codes.shape)
 
         value = self.scheme.decode(
             codes, each(parts["scale"]), None if zero is None else each(zero)
@@ -240,7 +240,7 @@ class _How(NamedTuple):
         if not form.flat:
             return Factor(value, data.axes)
         lead = [a for a in data.axes if a != FLAT]
-        value = Factor(value, data.axes).arranged([*lead, FLAT])[..., : math.prod(form.matrix)]
+        value = Factor(value, data.axes).expand_to([*lead, FLAT])[..., : math.prod(form.matrix)]
         value = value.reshape(*value.shape[:-1], *form.matrix)
         return Factor(value, (*lead, *(axes[d] for d in form.order)))
 
@@ -251,9 +251,9 @@ class _How(NamedTuple):
         form, axes, codes, nested = self.form, self.axes, parts["scale"], parts["nested"]
         inner = [FLAT] if form.flat else [axes[d] for d in form.order if d in form.scaled]
         lead = [a for a in codes.axes if a not in inner]
-        x = codes.arranged([*lead, *inner])
+        x = codes.expand_to([*lead, *inner])
         flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
-        of_groups, offset = nested.scale.arranged([*lead, GROUPS]), nested.offset.arranged(lead)
+        of_groups, offset = nested.scale.expand_to([*lead, GROUPS]), nested.offset.expand_to(lead)
         scale = dequantize_scales(flat, of_groups, offset).reshape(x.shape)
         rest = {name: f for name, f in parts.items() if name != "nested"}
         return rest | {"scale": codes.replace(scale, [*lead, *inner])}

@@ -87,7 +87,7 @@ class Scheme:
         raise NotImplementedError
 
 
-def spelled(scheme: Scheme) -> str:
+def spell(scheme: Scheme) -> str:
     """Spells a scheme for a table: its name and fields without the pattern."""
     fields = (f.name for f in dataclasses.fields(scheme) if f.name != "pattern")
     return f"{type(scheme).__name__}({', '.join(f'{n}={getattr(scheme, n)!r}' for n in fields)})"

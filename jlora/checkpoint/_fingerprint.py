@@ -55,10 +55,10 @@ def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
 def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
     """Returns the paths, shapes and dtypes of a tree, and hashes of the values if asked.
 
-    A hash is the same on every mesh and number of processes: each value is mixed with its
-    position where it lies, and the results are added modulo 2³². It finds mix-ups and damage,
-    but is no cryptographic hash. A quantized weight has the shape and dtype of the weight, so that
-    an adapter fits both.
+    A hash is the same on every mesh and number of processes: each device mixes its values with
+    their positions, and the results are added modulo 2³². It finds mix-ups and damage, but is no
+    cryptographic hash. A quantized weight has the shape and dtype of the weight, so that an adapter
+    fits both.
 
     Args:
         base: a tree of arrays or, without `values`, of `jax.ShapeDtypeStruct`s.

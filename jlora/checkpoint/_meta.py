@@ -25,9 +25,9 @@ class Saved(NamedTuple):
     Attributes:
         adapter: the adapter as saved, a nested dict of `LowRank` nodes and leaves with
             `jax.ShapeDtypeStruct` in place of each array. It can be the `like` of `restore`.
-        rules: the rules as saved. From format 1, their patterns are rewritten to take the same
-            leaves by whole components of a path. An initializer that is not jlora's own, or starts
-            from a sketch, is a `Foreign`.
+        rules: the rules as saved. Patterns of format 1 are rewritten, as patterns match whole
+            components of a path since. An initializer that is not jlora's own, or that starts from
+            a sketch, is a `Foreign`.
         step: the training step, or None.
         versions: the versions of jlora, JAX, jaxlib and Orbax that wrote it.
         base: the fingerprint of the base, or None.

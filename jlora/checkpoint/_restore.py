@@ -1,4 +1,4 @@
-"""Restores an adapter from an Orbax checkpoint, and checks what it is to fit."""
+"""Restores an adapter from an Orbax checkpoint, and checks that it fits."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ def read(path: Where) -> Saved:
     """Reads the metadata of a checkpoint, but no array.
 
     Args:
-        path: a folder that `save` wrote, or a step of a `CheckpointManager` given `items`.
+        path: a folder that `save` wrote, or a step of a `CheckpointManager` that saved `items`.
 
     Returns:
         Rules, step, versions, the base's fingerprint, and the adapter as shapes.
@@ -97,15 +97,15 @@ def restore(path: Where, *, like: PyTree | None = None, base: PyTree | None = No
 
     Args:
         path: as in `read`.
-        like: an adapter of arrays or `jax.ShapeDtypeStruct`s, whose structure the result has and
-            on whose shardings it lies. It must agree with the checkpoint in paths, shapes, dtypes,
-            layouts and scales; `dropout` and `materialize` are taken from `like`. Without `like`,
-            and where it has no sharding, the arrays are NumPy's, on the host.
-        base: the base that the adapter is to be used with, arrays or `jax.ShapeDtypeStruct`s; it
-            is compared with the fingerprint that was saved, its values only where they were
-            hashed and `base` holds arrays. A dtype of 64 bits counts as that of 32 where only one
-            of the two sessions has jax_enable_x64; the values of such a leaf are not compared. The
-            fingerprint that another checkpoint has will do, `read(path).base`.
+        like: an adapter of arrays or `jax.ShapeDtypeStruct`s. The result has its structure and
+            shardings, and its `dropout` and `materialize`; the checkpoint must agree with it in
+            paths, shapes, dtypes, layouts and scales. Without `like`, or where it has no sharding,
+            the result holds NumPy arrays on the host.
+        base: the base that the adapter will be used with: arrays, `jax.ShapeDtypeStruct`s, or the
+            fingerprint that another checkpoint has of it, `read(path).base`. It is compared with
+            the fingerprint that was saved; values are compared if they were hashed and `base` holds
+            arrays. Dtypes of 64 and of 32 bits count as equal if only one of the two sessions has
+            jax_enable_x64; the values of such a leaf are not compared.
 
     Returns:
         The adapter.

@@ -41,8 +41,8 @@ def save(
         adapter: from `init`, training or `restore`; dropout keys in it are ignored.
         rules: the `LoRA` and `Full` rules that made the adapter; `()` where there were none.
         step: the training step.
-        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s, to be recognized by `restore`; or
-            the fingerprint that another checkpoint has of it, `read(path).base`.
+        base: the frozen tree, arrays or `jax.ShapeDtypeStruct`s, so that `restore` can recognize
+            it; or the fingerprint that another checkpoint has of it, `read(path).base`.
         hash_values: whether the fingerprint includes the base's values.
 
     Raises:
@@ -84,7 +84,7 @@ def items(
 ) -> dict[str, ocp.args.CheckpointArgs]:
     """Returns what `save` writes, for a `CheckpointManager` that saves it with other items.
 
-    Each step's folder is then a checkpoint that `read` and `restore` take, whatever else is in it.
+    `read` and `restore` then take each step's folder, whatever else is in it.
 
     Args:
         adapter: as in `save`.
@@ -152,7 +152,7 @@ def export(path: Where, merged: PyTree) -> None:
 def _check(
     adapter: PyTree, rules: Sequence[Rule], base: PyTree | None, hash_values: bool
 ) -> dict[Path, Any]:
-    """The leaves of the adapter by path, checked."""
+    """Returns the leaves of the adapter by path; raises for what cannot be saved."""
     found = adapter_leaves(adapter)
     _check_arrays(flatten_leaves(found), "adapter")
     for rule in rules:

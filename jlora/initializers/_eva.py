@@ -10,7 +10,8 @@ from ._draw import dtype_of
 from ._sketched import SketchInitializer
 
 
-def eva(sketch: Any) -> "Eva":
+@dataclasses.dataclass(frozen=True, repr=False)
+class eva(SketchInitializer):
     r"""A spans the leading principal components of the site's inputs, B zero.
 
     A has orthonormal columns, and no other A keeps more of the variance of the inputs. W stays.
@@ -18,8 +19,8 @@ def eva(sketch: Any) -> "Eva":
     Args:
         sketch: from `jlora.sketch` with `kind="inputs"`, of the same rules.
 
-    Returns:
-        An initializer. It raises `ValueError` for a site that the sketch lacks, or has with another
+    Raises:
+        ValueError: in `init`, for a site that the sketch lacks, or has with another
         shape or fewer components than the rank.
 
     Source: Paischer et al., arXiv 2410.07170. As in PEFT, the inputs are taken less their mean.
@@ -36,14 +37,7 @@ def eva(sketch: Any) -> "Eva":
         >>> jnp.abs(adapter["w"].a).round(3).tolist()
         [[1.0], [0.0]]
     """
-    return Eva(sketch)
 
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Eva(SketchInitializer):
-    """The initializer that `eva` returns."""
-
-    name: ClassVar[str] = "eva"
     kind: ClassVar[str] = "inputs"
 
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:

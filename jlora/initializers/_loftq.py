@@ -2,20 +2,21 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spelled
+from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
 from .._rules import check_int, misplaced, rule_name
 from ._initializer import Initializer
 from ._pissa import largest
 from ._split import How, check, each_matrix, how_of, in_place, of_array
 
 
-def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
+@dataclasses.dataclass(frozen=True, repr=False)
+class loftq(Initializer):
     r"""LoftQ: quantizes W, and starts A and B at the best correction of the error.
 
     Two steps alternate, from $A B = 0$ on: $Q = q(W - s \cdot A B)$, and $s \cdot A B$ becomes the
@@ -53,17 +54,9 @@ def loftq(scheme: Scheme, iterations: int = 5) -> "LoftQ":
         >>> base
         {'w': Quantized(float32[64,32], NF4(block=64, double=True))}
     """
-    return LoftQ(scheme, iterations)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class LoftQ(Initializer):
-    """The initializer that `loftq` returns."""
 
     scheme: Scheme
-    iterations: int
-
-    name: ClassVar[str] = "loftq"
+    iterations: int = 5
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme):
@@ -86,7 +79,7 @@ class LoftQ(Initializer):
     def _form(self, w: Any, site: Any, rule: Any) -> Form:
         if is_quantized(w):
             raise ValueError(
-                f"{site.path!r} of `params` is quantized already, as {spelled(w.scheme)}, and "
+                f"{site.path!r} of `params` is quantized already, as {spell(w.scheme)}, and "
                 f"loftq, the start of {rule_name(rule)}, quantizes it itself. Give "
                 "jlora.dequantize(params), or use jlora.initializers.pissa."
             )
@@ -97,7 +90,7 @@ class LoftQ(Initializer):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _alternate(start: LoftQ, how: How, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
+def _alternate(start: loftq, how: How, key: jax.Array, w: jax.Array) -> tuple[Any, Any, Any]:
     def of_matrix(how: How, key: jax.Array, w: jax.Array) -> tuple[Quantized, Any, Any]:
         wide = w.astype(jnp.float32)
 

@@ -12,10 +12,9 @@ from ._draw import dtype_of
 from ._sketched import SketchInitializer
 from ._split import how_of, subtract
 
-GAMMA = 16.0
 
-
-def lora_ga(sketch: Any, gamma: float = GAMMA) -> "LoraGA":
+@dataclasses.dataclass(frozen=True, repr=False)
+class lora_ga(SketchInitializer):
     r"""A and B along the gradient, so that the first step is near that of full fine-tuning.
 
     With the gradient $G = \sum_i \sigma_i u_i v_i^T$ of W, n outputs and the rank r,
@@ -31,8 +30,8 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> "LoraGA":
         sketch: from `jlora.sketch` with `kind="gradient"`, of the same rules and 2·r components.
         gamma: the number under the root, positive.
 
-    Returns:
-        An initializer. It raises `ValueError` for a site that the sketch lacks, or has with another
+    Raises:
+        ValueError: in `init`, for a site that the sketch lacks, or has with another
         shape or fewer than 2·r components, and if W is quantized.
 
     Source: Wang et al., arXiv 2407.05000, in the form that PEFT has by default, `direction` ArB2r
@@ -49,16 +48,9 @@ def lora_ga(sketch: Any, gamma: float = GAMMA) -> "LoraGA":
         >>> bool(jnp.allclose(lora.apply(base, adapter, batches[0]), 1, atol=1e-5))
         True
     """
-    return LoraGA(sketch, gamma)
 
+    gamma: float = 16.0
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class LoraGA(SketchInitializer):
-    """The initializer that `lora_ga` returns."""
-
-    gamma: float
-
-    name: ClassVar[str] = "lora_ga"
     kind: ClassVar[str] = "gradient"
 
     def __post_init__(self) -> None:

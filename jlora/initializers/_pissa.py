@@ -1,7 +1,7 @@
 """The largest singular values of W to A and B."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,8 @@ def factors_of(
     return u * root[..., None, :], root[..., :, None] * vt
 
 
-def pissa_niter(iterations: int = 16) -> "PissaNiter":
+@dataclasses.dataclass(frozen=True, repr=False)
+class pissa_niter(Initializer):
     r"""PiSSA by randomized subspace iteration, for large matrices.
 
     The r largest singular values are those within the span of $(W W^\top)^n W \Omega$, n the
@@ -100,16 +101,8 @@ def pissa_niter(iterations: int = 16) -> "PissaNiter":
         >>> jlora.LoRA("w", init=jlora.initializers.pissa_niter(4)).init
         pissa_niter(iterations=4)
     """
-    return PissaNiter(iterations)
 
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class PissaNiter(Initializer):
-    """The initializer that `pissa_niter` returns."""
-
-    iterations: int
-
-    name: ClassVar[str] = "pissa_niter"
+    iterations: int = 16
 
     def __post_init__(self) -> None:
         check_int("`iterations` of pissa_niter", self.iterations, 0)

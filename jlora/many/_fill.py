@@ -1,4 +1,4 @@
-"""An adapter as the contents of a slot, with the shapes and dtypes of the table."""
+"""Converts an adapter to the contents of a slot, with the shapes and dtypes of the table."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ REFUSAL = "a table cannot hold what is"
 
 
 def check_adapters(adapters: Sequence[PyTree]) -> list[Leaves]:
-    """The leaves of each adapter by path; raises where a value is not finite."""
+    """Returns the leaves of each adapter by path; raises where a value is not finite."""
     trees = flatten_each(adapters)
     leaves = [leaf for tree in trees for leaf in tree.items()]
     check_methods(leaves)
@@ -54,7 +54,7 @@ def _is_finite(leaf: Any) -> bool:
 
 
 def mismatch_in_table(leaves: Sequence[Any]) -> str | None:
-    """Why leaves at one path cannot share a table: other weights, or other factors are trained."""
+    """Says why leaves at one path cannot share a table: other weights, or other frozen factors."""
     frozen = list(dict.fromkeys(x.frozen if is_node(x) else () for x in leaves))
     if (why := mismatch(leaves)) or not frozen[1:]:
         return why
@@ -85,7 +85,7 @@ def resize(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
-    """An adapter at all sites of a table, where `empty` holds zeros of the table's types."""
+    """Returns an adapter at all sites of a table, whose zeros `empty` holds."""
     refuse(
         REFUSAL,
         {path: why for path, x in tree.items() if (why := _why_no_room(x, empty.get(path)))},
@@ -107,7 +107,7 @@ def fill(tree: Leaves, empty: Leaves, base: PyTree) -> Leaves:
 
 
 def _why_no_room(leaf: Any, empty: Any) -> str | None:
-    """Why a table has no room for a leaf where it has `empty`, or None."""
+    """Says why a table has no room for a leaf where it has `empty`, or returns None."""
     if empty is None:
         return "is no site of the table"
     if why := mismatch_in_table([empty, leaf]):
@@ -125,7 +125,7 @@ def _why_no_room(leaf: Any, empty: Any) -> str | None:
 
 
 def _convert(leaf: Any, empty: Any) -> Any:
-    """The leaf with the rank, scale, slots and dtypes of `empty`."""
+    """Gives a leaf the rank, scale, slots and dtypes of `empty`."""
     if not is_node(leaf):
         return jnp.asarray(leaf, empty.dtype)
     node = with_equal_slots([empty, leaf])[1]

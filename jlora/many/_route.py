@@ -1,4 +1,4 @@
-"""Rows of one batch, each with an adapter of its own."""
+"""Routes rows of one batch, each with its own adapter."""
 
 import functools
 import math
@@ -31,46 +31,49 @@ def route(
     form: str | None = None,
     spmd_axis_name: Any = None,
 ) -> Callable[..., Any]:
-    r"""Makes `apply(base, adapter, *args)` take a table and one slot of it for each row of a batch.
+    r"""Makes `apply(base, adapter, *args)` take a table, and a slot of it for each row of a batch.
 
     $$y_i = \mathrm{apply}(W, \Delta W_{\mathrm{ids}_i}, x_i)$$
 
-    for a batch of the one row i. It is a `jax.vmap` over rows, so that it works for whatever
-    `apply` does with each of them; rows of which one has a part in the result of another, as in
-    batch normalization, are not that model's. There are two forms, chosen at each site by its size:
+    Each row is computed as a batch of one row, by `jax.vmap`. A model in which rows depend on one
+    another, as in batch normalization, therefore gives other results. There are two forms; the
+    size of a site decides which one it gets:
 
-    - side by side: the A of all slots are one matrix, and of $x_i A$ the columns of other slots
-      count as 0. One product of all rows, at the cost of the rank slots·r. A NaN or infinity of one
-      slot in A leaves the outputs of the other rows alone, but not gradients through the site; one
-      in B reaches all rows. Where W is used transposed, as an embedding in a tied head, the
-      activation meets B first, and A and B change places.
-    - gathered: each row takes its A and B out of the table. Costs the rank r alone, but their bytes
-      for each row, and products of one row each. Nothing of a slot reaches rows of another.
+    - side by side: the A of all slots are concatenated into one matrix, and each row masks out the
+      columns of $x_i A$ that belong to other slots. This is one product of all rows, of rank
+      slots·r. A NaN or infinity in the A of one slot does not reach the outputs of other rows, but
+      it reaches gradients through the site; one in B reaches all rows. Where W is used transposed,
+      as in a tied head, A and B change places.
+    - gathered: each row takes its A and B out of the table. This costs the rank r only, but reads
+      A and B for each row, and multiplies one row at a time. Slots never reach one another's rows.
 
-    `stack` and `insert` refuse what is not finite, where values are known, so that both are safe.
-    Leaves trained in full are gathered.
+    `stack` and `insert` refuse values that are not finite where they are known, so that both forms
+    are safe. Leaves trained in full are gathered.
 
     Args:
         apply: a function of a base, an adapter and more, such as `lora.apply` or a loss of it.
         in_axes: as in `jax.vmap`, for the arguments after `ids`: the axis of rows of each, or None
-            for what all rows share. Keyword arguments have it first; what is no array is shared.
-        out_axes: the axis of rows of each result. Results without axes, such as a loss, become one
-            for each row.
-        form: `"side by side"` or `"gathered"` at all sites, rather than by their sizes.
-        spmd_axis_name: as in `jax.vmap`: the mesh axis that rows lie along, for models that
+            for an argument that all rows share. Keyword arguments have rows along axis 0; values
+            that are no arrays are shared.
+        out_axes: the axis of rows of each result. A result without axes, such as a loss, becomes
+            one value for each row.
+        form: `"side by side"` or `"gathered"`, at all sites; by default their sizes decide.
+        spmd_axis_name: as in `jax.vmap`: the mesh axis over which rows are sharded, for models that
             constrain the sharding of activations.
 
     Returns:
         `routed(base, table, ids, *args, **kwargs)`, where `ids`, integers of shape (rows,) and of
-        any dtype, names the slot of each row; -1 is the base alone. A traced id that names no slot
-        gives NaN. Where `ids` is a NumPy array of equally long runs, each run is one batch for its
-        adapter. Differentiable with respect to the table, so that many adapters train in one step.
+        any dtype, names the slot of each row; -1 is the base model. A traced id that names no slot
+        gives NaN. If `ids` is a NumPy array of equally long runs, each run is one batch for its
+        adapter. It is differentiable with respect to the table, so that many adapters train in one
+        step.
 
     Raises:
-        TypeError: if `table` or `ids` is none.
-        ValueError: if an argument or a result has no axis of rows, `ids` names no slot, or the
-            table does not fit the base, is of a method other than LoRA, is for a base that a start
-            changed, which -1 would take for the model, or was prepared in another form.
+        TypeError: if `table` is no table, or `ids` are no integers.
+        ValueError: if an argument or a result has no axis of rows, or `ids` names no slot; if the
+            table does not fit the base, is of a method other than LoRA, is for a base that an
+            initializer changed, as -1 would not be the original model, or was prepared in another
+            form.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -119,22 +122,22 @@ def route(
 
 
 def prepare(table: PyTree, *, form: str | None = None) -> PyTree:
-    """A table with the sites that `route` computes side by side laid out so.
+    """Concatenates A and B at the sites that `route` computes side by side, ahead of its calls.
 
-    `route` does it at each call, which is free where A and B need not be moved for it: they are
-    where layers are stacked, as under `jax.lax.scan`. For many calls do it once, and again after
-    an `insert` into the table that was prepared: shapes stay, so that nothing is compiled again.
+    Otherwise `route` does so in each call, which copies A and B if layers are stacked, as under
+    `jax.lax.scan`. Prepare a table once for many calls, and again after an `insert` into the
+    original: shapes stay, so that nothing is compiled again.
 
     Args:
         table: from `stack` or `init`.
         form: as in `route`.
 
     Returns:
-        A table for `route` alone, of the same size in all.
+        A table for `route` alone, with as many parameters.
 
     Raises:
-        TypeError: if `table` is none.
-        ValueError: if it is of a method other than LoRA, or for a base that a start changed.
+        TypeError: if `table` is no table.
+        ValueError: if it is of a method other than LoRA, or for a base that an initializer changed.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -170,7 +173,7 @@ def _type_of_slot(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _length_of_runs(ids: Any) -> int:
-    """The largest length of which all runs of one id are multiples; 1 where ids are traced."""
+    """Returns the largest length that divides all runs of one id; 1 if ids are traced."""
     if not isinstance(ids, np.ndarray):
         return 1
     return math.gcd(len(ids), *(int(i) + 1 for i in np.flatnonzero(np.diff(ids))))
@@ -185,7 +188,7 @@ def _is_beside(leaf: Any, form: str | None) -> bool:
 
 
 def _concatenate(node: LowRank, slots: int) -> Routed:
-    """The A of all slots as one, and their B."""
+    """Concatenates the A of all slots to one, and their B."""
     n, node = leading_axes(node), stop_gradients(node)
     a, b = jnp.moveaxis(node.a, 0, -2), jnp.moveaxis(node.b, 0, n)
     a = a.reshape(*a.shape[:-2], -1)
@@ -195,14 +198,14 @@ def _concatenate(node: LowRank, slots: int) -> Routed:
 
 
 def _with_gate(node: Routed, i: jax.Array) -> Routed:
-    """The gate of slot `i`: NaN if there is no such slot."""
+    """Returns a node with the gate of slot `i`: NaN if there is no such slot."""
     gate = (jnp.arange(node.slots) == i).astype(jnp.float32)
     gate = jnp.where(i < node.slots, gate, jnp.nan)
     return node._replace(gate=jnp.repeat(gate, node.a.shape[-1] // node.slots))
 
 
 def _gather(leaves: Leaves, ids: Any, base: PyTree) -> Leaves:
-    """Takes the leaves of each of `ids`: those of the base for -1, NaN for what is no slot."""
+    """Returns the leaves of each slot in `ids`: the base's for -1, NaN if there is no such slot."""
     ids = jnp.asarray(ids)
     params = dict(leaves_by_path(base)) if leaves else {}
 

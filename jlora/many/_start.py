@@ -25,33 +25,34 @@ def init(
     ranks: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[PyTree, PyTree]:
-    r"""One adapter for each key, on one base: slot i is what `lora.init(keys[i], ...)` gives.
+    r"""Starts an adapter for each key, on one base: slot i is what `lora.init(keys[i], ...)` gives.
+
+    Works under `jax.eval_shape`, and under `jax.jit` with `out_shardings`, such as those of
+    `jlora.sharding.specs` with one more axis in front.
 
     Args:
         lora: from `jlora.transform`.
-        keys: n PRNG keys, as `jax.random.split(key, n)` gives them; threefry ones, whose draws
-            under `vmap` are those of each key.
+        keys: n PRNG keys, as `jax.random.split(key, n)` gives them. They must be threefry keys,
+            whose draws under `vmap` are those of each key.
         params: as for `lora.init`.
         *args: as for `lora.init`.
-        ranks: n ranks, known when traced: slot i is that of rules with `rank=ranks[i]`, at their
-            scale s, so with `alpha` $= s \cdot r_i$, or $s \sqrt{r_i}$ with `rslora`. The table has
-            the rules' own ranks, of which none may be below; further columns of A and rows of B
+        ranks: n ranks, known when traced. Slot i is that of rules with `rank=ranks[i]` and the
+            same scale s, so `alpha` is $s \cdot r_i$, or $s \sqrt{r_i}$ with `rslora`. The table
+            has the rules' own ranks, which must be the largest; further columns of A and rows of B
             are 0, and so are their gradients. They stay 0, and slot i is that single run, under
-            optimizers of which each step follows from entries and norms, as those of Adam, SGD and
-            LAMB do; not with noise, or means over the entries of a factor (adafactor).
+            optimizers whose steps depend on entries and norms, such as Adam, SGD and LAMB; not with
+            noise, or with means over the entries of a factor (adafactor).
         **kwargs: as for `lora.init`.
 
     Returns:
-        `(base, table)`. The base is that of `lora.init`, once: `params`, leaf for leaf the same
-        arrays, unless an initializer changes it; `route` refuses a table of such a base. The table
-        is an adapter of which each array has a leading axis of n slots. Works under `jax.jit` with
-        `out_shardings`, such as those of `jlora.sharding.specs` with one more axis in front, and
-        `jax.eval_shape`.
+        `(base, table)`. The base is that of `lora.init`: `params`, leaf for leaf the same arrays,
+        unless an initializer changes it; `route` refuses a table of such a base. The table is an
+        adapter each of whose arrays has a leading axis of n slots.
 
     Raises:
-        TypeError: if `keys` are no such keys, or `ranks` are no integers that are known.
-        ValueError: if `ranks` are out of range or not n; or an initializer gives each key, or each
-            rank, another base, so that none can be shared.
+        TypeError: if `keys` are no such keys, or `ranks` are no known integers.
+        ValueError: if `ranks` are out of range or not n; or if an initializer gives each key, or
+            each rank, another base, so that none can be shared.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora
@@ -82,7 +83,7 @@ def init(
 def _start(
     lora: Transformed, key: jax.Array, params: PyTree, args: Any, kwargs: Any
 ) -> tuple[dict[str, Any], PyTree]:
-    """The leaves by name in which the base differs from `params`, and the adapter."""
+    """Returns the leaves of the base that are not those of `params`, by name, and the adapter."""
     base, adapter = lora.init(key, params, *args, **kwargs)
     pairs = zip(leaves_by_path(base), flatten(params)[0], strict=True)
     changed = {name_of(path): w for (path, w), old in pairs if w is not old}
@@ -91,7 +92,7 @@ def _start(
 
 @jax.custom_batching.custom_vmap
 def _shared(changed: dict[str, Any]) -> dict[str, Any]:
-    """The leaves as they are; an error where they follow from a key."""
+    """Returns the leaves as they are; raises if they depend on a key."""
     return changed
 
 
@@ -111,7 +112,7 @@ def _refuse_changes(names: set[str], reason: str) -> None:
 
 
 def _check_keys(keys: Any) -> None:
-    """`TypeError` if `keys` are not n threefry keys, new or old style."""
+    """Raises `TypeError` unless `keys` are n threefry keys, new or old style."""
     refuse_rngs("`keys` must be an array of PRNG keys, such as jax.random.split(key, 8)", keys)
     dtype, shape = getattr(keys, "dtype", None), tuple(getattr(keys, "shape", ()))
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
@@ -129,7 +130,7 @@ def _check_keys(keys: Any) -> None:
         )
 
 
-# -------------------------------------------------------------------------------- runs of any rank
+# ------------------------------------------------------------------------------ runs of other ranks
 
 
 def _start_ranks(
@@ -139,7 +140,7 @@ def _start_ranks(
     ranks: Any,
     like: PyTree,
 ) -> tuple[dict[str, Any], PyTree]:
-    """What `starts` gives for the runs of each rank, as one table of the adapter `like`."""
+    """Joins what `starts` gives for the runs of each rank to one table of the adapter `like`."""
     each = _check_ranks(lora, ranks, len(keys))
     groups = [np.flatnonzero(each == r) for r in np.unique(each)]
     found = [starts(_with_rank(lora, int(each[at[0]])), keys[at]) for at in groups]
@@ -160,7 +161,7 @@ def _rules(lora: Transformed) -> Sequence[Any]:
 
 
 def _with_rank(lora: Transformed, rank: int) -> Transformed:
-    """The transform whose rules have another rank, at their scales."""
+    """Returns the transform whose rules have another rank and the same scales."""
     rules = [x.of_rank(rank) if isinstance(x, LoRA) else x for x in _rules(lora)]
     return transform(lora.sites.args[0], *rules)  # pyright: ignore[reportFunctionMemberAccess]
 

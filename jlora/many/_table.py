@@ -1,4 +1,4 @@
-"""A table of adapters: one adapter tree, whose arrays have a leading axis of slots."""
+"""Makes and changes a table: one adapter tree, whose arrays have a leading axis of slots."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,34 +29,32 @@ def stack(
     rank: int | None = None,
     base: PyTree = None,
 ) -> PyTree:
-    r"""A table of adapters of one base: the arrays of all, stacked along a new first axis.
+    r"""Stacks the arrays of adapters of one base along a new first axis, which makes a table.
 
-    An adapter of a smaller rank than the others' at a site has columns of A and rows of B that are
-    0; one without a site, ΔW = 0 there; one whose scale is another, that scale in B. So slot k of
-    the table has the ΔW of adapter k. Dropout is the table's: that of the adapters where they
-    agree, else 0.
+    Slot k of the table has the ΔW of adapter k. Where its rank is smaller than the table's, A and B
+    are padded with zeros; where it lacks a site, ΔW = 0; where its scale differs, B is multiplied.
+    Dropout is that of the adapters if they agree, else 0.
 
-    Adapters of a base that their start changed (`LowRank.residual`) must fill all slots, as ΔW = 0
-    is not the model there. Their table is for `jax.vmap`; `route` refuses it.
+    Adapters for a base that their initializer changed (`LowRank.residual`) must fill all slots, as
+    ΔW = 0 is not the original model there. Their table is for `jax.vmap`; `route` refuses it.
 
     Args:
-        adapters: at least one adapter, `{}` among them if need be. None may hold NaN or infinity.
-        size: the number of slots, at least that of adapters, which it is unless told. The slots
-            left over are those of the base.
-        rank: the rank of the table at each site, for adapters to come; the largest unless told.
-        base: the parameters that the adapters are for, needed where a leaf is trained in full by
-            some of them, or where slots are left over.
+        adapters: at least one adapter; `{}` is the base model. None may hold NaN or infinity.
+        size: the number of slots, by default that of the adapters. Further slots hold the base
+            model.
+        rank: the rank of the table at each site, by default the largest of the adapters.
+        base: the parameters that the adapters are for. Needed if a leaf is trained in full by only
+            some of them, or if there are further slots.
 
     Returns:
-        A table: a nested dict of `LowRank` nodes whose `a` and `b`, and of arrays, have a first
-        axis of `size` slots. `jax.vmap` over it is over the adapters.
+        A table: a nested dict of `LowRank` nodes and arrays, all of whose arrays have a first axis
+        of `size` slots. `jax.vmap` over it is over the adapters.
 
     Raises:
-        TypeError: if `adapters` are none.
+        TypeError: if `adapters` is no list of adapters.
         ValueError: if sites do not fit one another, are of a method other than LoRA, or train other
-            factors (`LowRank.frozen`); if ranks do not fit in `rank`, a slot would be without a
-            site of a changed base, an adapter has dropout keys, or a value is not finite; all paths
-            are named.
+            factors (`LowRank.frozen`); if a rank exceeds `rank`, a slot lacks a site of a changed
+            base, an adapter has dropout keys, or a value is not finite. It names all paths.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -85,23 +83,22 @@ def stack(
 
 
 def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTree = None) -> PyTree:
-    """A table with `adapter` in one of its slots, all shapes and types as they were.
+    """Puts an adapter into a slot of a table, and keeps all shapes and types.
 
-    So a function that was compiled for the table is not compiled again.
+    A function that was compiled for the table is therefore not compiled again.
 
     Args:
         table: from `stack` or `init`.
-        slot: from 0 on, an integer or a traced one, which is not checked.
-        adapter: an adapter of at most the table's ranks, at some of its sites. Its values are
-            checked unless they are traced: under `jit` see to it that they are finite. It gets
-            the table's dropout.
-        base: the parameters, needed where the table has leaves in full that `adapter` has not.
+        slot: an integer from 0 on; a traced one is not checked.
+        adapter: an adapter of at most the table's ranks, at some of its sites. Its values must be
+            finite, which is checked unless they are traced. It gets the table's dropout.
+        base: the parameters. Needed if the table has leaves in full that `adapter` lacks.
 
     Returns:
-        A table.
+        A new table.
 
     Raises:
-        TypeError: if `table` or `adapter` is none, or `slot` no integer.
+        TypeError: if `table` is no table, `adapter` no adapter, or `slot` no integer.
         ValueError: if `slot` is out of range, or the adapter does not fit the table, as in `stack`,
             or is not finite; all paths are named.
 
@@ -124,19 +121,20 @@ def insert(table: PyTree, slot: int | jax.Array, adapter: PyTree, *, base: PyTre
 
 
 def remove(table: PyTree, slot: int | jax.Array, *, base: PyTree = None) -> PyTree:
-    """A table with the base model in one of its slots.
+    """Puts the base model into a slot of a table.
 
     Args:
         table: from `stack` or `init`.
-        slot: from 0 on, an integer or a traced one, which is not checked.
-        base: the parameters, needed where the table has leaves in full.
+        slot: an integer from 0 on; a traced one is not checked.
+        base: the parameters. Needed if the table has leaves in full.
 
     Returns:
-        A table, of the same shapes and types.
+        A new table of the same shapes and types.
 
     Raises:
-        TypeError: if `table` is none, or `slot` no integer.
-        ValueError: if `slot` is out of range, or the table is for a base that a start changed.
+        TypeError: if `table` is no table, or `slot` no integer.
+        ValueError: if `slot` is out of range, or the table is for a base that an initializer
+            changed.
 
     Examples:
         >>> import jax.numpy as jnp, jlora
@@ -149,18 +147,18 @@ def remove(table: PyTree, slot: int | jax.Array, *, base: PyTree = None) -> PyTr
 
 
 def take(table: PyTree, slot: int | jax.Array) -> PyTree:
-    """The adapter in a slot of a table, of the table's ranks.
+    """Takes the adapter out of a slot of a table, with the table's ranks.
 
     Args:
         table: from `stack` or `init`.
-        slot: from 0 on, an integer or a traced one, which is not checked.
+        slot: an integer from 0 on; a traced one is not checked.
 
     Returns:
-        An adapter for `apply`, `merge` and files; `arithmetic.truncate(adapter, energy=1.0)` drops
-        what of its rank is 0.
+        An adapter for `apply`, `merge` and files. `arithmetic.truncate(adapter, energy=1.0)`
+        removes the columns of A and rows of B that are 0.
 
     Raises:
-        TypeError: if `table` is none, or `slot` no integer.
+        TypeError: if `table` is no table, or `slot` no integer.
         ValueError: if `slot` is out of range.
 
     Examples:

@@ -1,4 +1,4 @@
-"""An optimizer of a table, with a state for each run.
+"""The optimizer of a table, with a state for each run.
 
 A run is a slot of the table with its optimizer's state. Runs share the base and nothing else.
 """
@@ -23,13 +23,13 @@ Make = Callable[..., optax.GradientTransformation]
 class OptimizerState(NamedTuple):
     """The state of `many.optimizer`: every array has a leading axis of n runs.
 
-    So `jax.tree.map(lambda x: x[kept], (table, state))` is a smaller table with its state.
+    `jax.tree.map(lambda x: x[chosen], (table, state))` is therefore a smaller table with its state.
 
     Attributes:
-        inner: each run's own state of the transformation, with a count of its own.
-        hyperparams: by name, (n,). Others of the same shape and dtype may be put here between
-            steps.
-        running: (n,) bool: False for runs that were stopped, or stopped themselves.
+        inner: each run's own state of the transformation, with its own count.
+        hyperparams: values of shape (n,) by name. You may replace them between steps by others of
+            the same shape and dtype.
+        running: (n,) bool: False for runs that were stopped, or that diverged.
         steps: (n,) int32: the updates that each run has taken.
     """
 
@@ -43,8 +43,8 @@ class Optimizer(optax.GradientTransformationExtraArgs):
     """The optax transformation that `many.optimizer` gives.
 
     Attributes:
-        init: `(table, **hyperparams) -> OptimizerState`, of the values that the optimizer was made
-            with unless others are given.
+        init: `(table, **hyperparams) -> OptimizerState`. Hyperparameters have the values that the
+            optimizer was made with unless others are given.
         update: `(grads, state, table, active=None, **extra) -> (updates, state)`.
     """
 
@@ -53,33 +53,33 @@ class Optimizer(optax.GradientTransformationExtraArgs):
 
 
 def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Optimizer:
-    r"""An optimizer of a table: `tx` for each run apart.
+    r"""Makes an optimizer of a table, which applies `tx` to each run separately.
 
-    Moments, step counts, schedules and clipping by a norm are each run's own; the state has the
-    size of n single ones. A run that would write NaN or infinity into its parameters or its state
-    takes no such step: it keeps what it had, and stops. To the other runs all is as if it had not
-    diverged, bit for bit. A stopped run is computed on all the same: its updates are dropped.
+    Each run has its own moments, step count, schedule and clipping by norm; the state is as large
+    as n single ones. A run whose step would write NaN or infinity into its parameters or its state
+    does not take that step: it keeps what it had, and stops. The other runs are the same, bit for
+    bit, as if it had not diverged. A stopped run is still computed; its updates are dropped.
 
-    `update(grads, state, table, active=mask, **extra)` may be given a mask, (n,) bool, of the runs
-    that take part in a step. The others stay as they are in every respect: no update, no decay of
-    weights or moments, no count. Other extra arguments, such as `value`, have one entry a run.
+    `update(grads, state, table, active=mask, **extra)` takes a mask, (n,) bool, of the runs that
+    take part in a step. The others do not change at all: no update, no decay of weights or moments,
+    no count. Other extra arguments, such as `value`, have one entry for each run.
 
     Args:
         tx: an optax transformation, `jlora.optimizer` among them; or a function of hyperparameters
             that returns one.
         **hyperparams: the arguments of that function, each a number or an array of shape (n,), one
             value for each run. They are traced, and kept in the state, so that other values need
-            no compilation. The function must not look at their values: a schedule is
+            no compilation. The function must not look at their values: write a schedule as
             `lambda step: learning_rate * shape(step)`.
 
     Returns:
         An optax transformation.
 
     Raises:
-        TypeError: if `tx` is neither, or there are hyperparameters and no function of them; in
-            `init` and `update`, if the tree is no table, or `active` no mask.
-        ValueError: in `init`, if a hyperparameter has not one value for each run; in `update`,
-            without the table.
+        TypeError: if `tx` is neither, or there are hyperparameters and no function that takes them;
+            in `init` and `update`, if the tree is no table, or `active` no mask.
+        ValueError: in `init`, if a hyperparameter has not one value for each run; in `update`, if
+            the table is not given.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax
@@ -136,10 +136,10 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
 
 
 def stop(state: OptimizerState, slots: Any) -> OptimizerState:
-    """Stops runs: from now on their adapters and states stay as they are.
+    """Stops runs: their adapters and states do not change any more.
 
-    Their steps are computed all the same. To save that, take those that run out of the table and
-    the state, as `OptimizerState` says, once enough have stopped to be worth a compilation.
+    Their steps are still computed. To save that, make a smaller table of the running ones, as
+    `OptimizerState` says, once enough have stopped to be worth a compilation.
 
     Args:
         state: of `many.optimizer`.
@@ -147,10 +147,10 @@ def stop(state: OptimizerState, slots: Any) -> OptimizerState:
             traced are not checked.
 
     Returns:
-        The state, of the same shapes and types.
+        The new state, of the same shapes and types.
 
     Raises:
-        TypeError: if `slots` are neither.
+        TypeError: if `slots` are neither indices nor a mask.
         ValueError: if an index is out of range.
 
     Examples:
@@ -170,10 +170,10 @@ def restart(
     slots: Any,
     **hyperparams: Any,
 ) -> OptimizerState:
-    """Starts new runs in slots whose adapters were replaced, nothing being compiled again.
+    """Starts new runs in slots whose adapters were replaced; nothing is compiled again.
 
-    `table = many.insert(table, slot, adapter)` puts the new adapter there; this gives it a fresh
-    state, a step count of 0, and its hyperparameters.
+    After `table = many.insert(table, slot, adapter)`, this gives the new adapter an initial state,
+    a step count of 0, and its hyperparameters.
 
     Args:
         tx: of `many.optimizer`.
@@ -182,13 +182,14 @@ def restart(
         slots: an index, a list or array of indices, or a mask of shape (n,). Indices that are
             traced are not checked.
         **hyperparams: new values for these runs, each a number or an array of shape (n,), of which
-            those at `slots` count. The others stay as they are in the state.
+            only those at `slots` are used. The state keeps its values of the others.
 
     Returns:
-        The state, of the same shapes and types.
+        The new state, of the same shapes and types.
 
     Raises:
-        TypeError: if `slots` are neither, or a hyperparameter is none of the state's.
+        TypeError: if `slots` are neither indices nor a mask, or the state has no such
+            hyperparameter.
         ValueError: if an index is out of range, or a value has a wrong shape.
 
     Examples:
@@ -238,7 +239,7 @@ def _make_with(tx: Any, names: Iterable[str]) -> Callable[[PyTree, dict[str, Any
 
 
 def _per_run(name: str, value: Any, n: int) -> jax.Array:
-    """A value for each of the n runs, not weakly typed: the next step must not look different."""
+    """Returns a value for each of the n runs, never weakly typed, so that all steps look alike."""
     x = jnp.asarray(value)
     if x.shape not in ((), (n,)):
         raise ValueError(
@@ -253,7 +254,7 @@ def _choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
 
 
 def _stays_finite(old: PyTree, new: PyTree) -> jax.Array:
-    """Whether no number becomes NaN or infinite. Some states start at infinity."""
+    """Whether no finite number becomes NaN or infinite; some states start at infinity."""
 
     def stays(x: jax.Array, y: jax.Array) -> Any:
         if not jnp.issubdtype(y.dtype, jnp.inexact):

@@ -83,7 +83,7 @@ class Checkpoint(NamedTuple):
         file, entry = self.where[name], self.entry(name)
         with open_file(self.source, file) as (data, _):
             data.seek(self.headers[file].data + entry.start)
-            with naming_changed(self.source, name):
+            with explain_shorter(self.source, name):
                 yield from read_pieces(data, entry.stop - entry.start, size)
 
 
@@ -189,7 +189,7 @@ def read_exactly(data: BinaryIO, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def naming_changed(source: Source, name: str) -> Iterator[None]:
+def explain_shorter(source: Source, name: str) -> Iterator[None]:
     """Names the tensor or the file, `name`, during whose reading a file became shorter."""
     try:
         yield

@@ -13,7 +13,7 @@ from .._types import PyTree
 from ._file import Source
 from ._problems import Problems
 from .adapter._contents import Part, sort_tensors
-from .adapter._files import Files, open_files
+from .adapter._files import Files, open_files, tensors_in
 from .adapter._match import match_to_tree, refuse_wide
 from .adapter._miss import as_lora, is_miss
 from .adapter._parameters import assign_parameters, refuse_biases
@@ -111,7 +111,7 @@ def fit(
     parts = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
     match = match_to_tree(adapter, parts, leaves, problems)
     if not files.is_own:
-        refuse_wide(files.tensors, problems)
+        refuse_wide(tensors_in(match), problems)
     found = match.read(files.values(match, problems), problems)
     problems.stop()
     return files.fields, found

@@ -206,20 +206,13 @@ def _refuse_config(wrong: Sequence[str]) -> None:
 
 
 def _check_values(leaves: Sequence[NamedLeaf]) -> None:
-    bare = dict.fromkeys(name_of(leaf.path) for leaf in leaves if is_abstract(leaf.value))
-    if bare:
-        raise ValueError(
-            "`base` must hold arrays where PEFT stores frozen values with the adapter; got "
-            f"jax.ShapeDtypeStruct at {', '.join(bare)}."
-        )
-    odd = {
-        name_of(leaf.path): leaf.value.dtype
+    kinds = {
+        name_of(leaf.path): "jax.ShapeDtypeStruct" if is_abstract(leaf.value) else leaf.value.dtype
         for leaf in leaves
-        if leaf.value.dtype not in DTYPES.values()
     }
-    if odd:
+    if odd := [f"{kind} at {name}" for name, kind in kinds.items() if kind not in DTYPES.values()]:
         raise ValueError(
-            f"`base` must hold floats, of {', '.join(DTYPES)}, where PEFT stores frozen values "
-            f"with the adapter; got {', '.join(f'{x} at {name}' for name, x in odd.items())}. "
-            "Adapt another leaf, or export the merged model."
+            f"`base` must hold arrays of floats, of {', '.join(DTYPES)}, where PEFT stores frozen "
+            f"values with the adapter; got {', '.join(odd)}. Give them, adapt another leaf, or "
+            "export the merged model."
         )

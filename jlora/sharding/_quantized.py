@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from .._core import mesh_axes
-from .._quantized import Quantized, is_quantized, spelled
+from .._quantized import Quantized, is_quantized, spell
 from .._tree import leaves_by_path, name_of
 from .._types import PyTree
 from ._places import Place
@@ -26,18 +26,18 @@ def devices(entry: Any, mesh: Mesh) -> int:
 
 
 def gathered(base: PyTree, specs: PyTree) -> PyTree:
-    """A base whose quantized weights are brought to `specs` as codes, before they are unpacked.
+    """Returns a base whose quantized weights are resharded as codes, before they are unpacked.
 
-    Where a mesh divides weights that each device needs whole (FSDP), XLA unpacks the part of a
-    device first and gathers the result, four times the bytes. It cannot be seen within `jax.jit`
-    which axes of the mesh that is, so say it, inside the loss function:
+    Where FSDP shards weights that each device needs whole, XLA would unpack the shards first and
+    all-gather the result: four times the bytes. Within `jax.jit` nothing tells which axes of the
+    mesh these are, so name them inside the loss function:
 
         base = sharding.gathered(base, sharding.replicated(specs, "fsdp"))
 
     Args:
         base: the frozen tree.
-        specs: for each weight a PartitionSpec, along the axes of `jax.set_mesh`, or NamedSharding:
-            a tree of the paths of `base`. Of leaves that are not quantized it says nothing.
+        specs: a tree with the paths of `base`: for each quantized weight a PartitionSpec, along the
+            axes of `jax.set_mesh`, or a NamedSharding. Other leaves are ignored.
 
     Returns:
         A tree of the same arrays.
@@ -89,7 +89,7 @@ def describe(entry: Any, mesh: Mesh) -> str:
 
 def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> None:
     """Raises `Misfit` if a device would get a part of a block."""
-    form, name = leaf.form, spelled(leaf.scheme)
+    form, name = leaf.form, spell(leaf.scheme)
     for d, entry in entries.items():
         n = devices(entry, mesh)
         if n == 1 or d in form.stack:

@@ -22,14 +22,14 @@ from ._quantized import Mesh, Misfit, check_blocks, describe, devices, quantized
 
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
-    r"""The sharding of an adapter, from that of its base.
+    r"""Returns the sharding of an adapter, from that of its base.
 
-    A takes the partition of W's stack and input axes, B that of its stack and output axes; their
-    rank and slots axes are replicated. Leaves trained in full take W's own. So every device holds
-    the rows of A and the columns of B that belong to its part of W.
+    A is partitioned as W's stack and input axes are, B as W's stack and output axes; their rank
+    and slots axes are replicated. Leaves trained in full are partitioned as W is. So every device
+    holds the rows of A and the columns of B that belong to its shard of W.
 
-    Where W's fused output axis is divided over devices and one slot of it cannot be, B is
-    replicated along it: the base leaves no other choice, and that part of B is small.
+    If W's fused output axis is divided over devices that one slot of it cannot be divided over, B
+    is replicated along it; that part of B is small.
 
     Args:
         base: a tree with the base's paths, whose leaves are one of
@@ -94,15 +94,15 @@ def _leaves(adapter: PyTree) -> dict[Path, Any]:
 
 
 def replicated(specs: PyTree, *axes: str) -> PyTree:
-    """The same shardings, but replicated over some axes of the mesh.
+    """Returns the same shardings, but replicated over some axes of the mesh.
 
-    For a step that gathers A and B once rather than in every layer: kept along `specs`, their
-    moments with them, and used along `replicated(specs, "fsdp")`:
+    FSDP-sharded A and B would be all-gathered in every layer. To gather them once a step, keep A, B
+    and their moments along `specs`, and use them along `whole = replicated(specs, "fsdp")`: write
     `adapter = jax.lax.with_sharding_constraint(adapter, whole)` within the loss function.
 
     Args:
         specs: a tree of PartitionSpecs or NamedShardings, such as that of `specs`.
-        *axes: names of mesh axes over which nothing is sharded in the result.
+        *axes: names of mesh axes; the result is sharded over none of them.
 
     Returns:
         A tree of the same structure.
@@ -136,10 +136,10 @@ def replicated(specs: PyTree, *axes: str) -> PyTree:
 
 
 def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
-    """The sharding of an optimizer's state, from that of the adapter.
+    """Returns the sharding of an optimizer's state, from that of the adapter.
 
     Under `jax.jit`, `tx.init` makes zeros that depend on nothing, so that XLA puts all of them on
-    one device, unless `out_shardings` says where. (Called outside of it, `tx.init` needs no help.)
+    one device unless `out_shardings` says where. Outside of `jax.jit`, `tx.init` needs no help.
 
     Args:
         state: from `jax.eval_shape(tx.init, adapter)`, for any optax transformation.
@@ -147,8 +147,8 @@ def moments(state: PyTree, adapter: PyTree, specs: PyTree) -> PyTree:
         specs: from `specs`.
 
     Returns:
-        A tree of `state`'s structure: what ends in the path of a leaf of `adapter` and has its
-        shape takes its place; all else, such as a count of steps, is replicated.
+        A tree of `state`'s structure: an array whose path ends in that of a leaf of `adapter`, and
+        which has its shape, gets its sharding; all else, such as a step count, is replicated.
 
     Examples:
         >>> import jax, jax.numpy as jnp, jlora, optax

@@ -83,16 +83,6 @@ def compare(
     """A row for each task but the one named "floor", which the ratios are to."""
     programs = {name: task.compile(batch) for name, task in tasks.items()}
     seconds = steps.interleave(programs, batch, rounds, ", ".join(labels.values()))
-    floor = programs["floor"]
-    return [
-        {
-            **labels,
-            "trained": name,
-            "time": steps.ratio(seconds[name], seconds["floor"]),
-            "FLOPs": program.flops / floor.flops,
-            "temp": program.temp / floor.temp,
-            "floor ms": 1e3 * float(sorted(seconds["floor"])[rounds // 2]),
-        }
-        for name, program in programs.items()
-        if name != "floor"
-    ]
+    ms = {"floor ms": steps.median(seconds["floor"])}
+    found = steps.compare(programs, seconds, "floor")
+    return [{**labels, "trained": name, **ratios, **ms} for name, ratios in found.items()]

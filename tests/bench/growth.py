@@ -1,14 +1,11 @@
-"""How a step's time and its compilation grow: with layers, tokens, rank and adapted sites."""
+"""How a step's time and its compilation grow: with layers, tokens and rank."""
 
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict
 
 import jlora
 
@@ -18,7 +15,6 @@ DIM, HEADS, LENGTH, RANK = 256, 4, 128, 8
 LAYERS = (2, 4, 8, 16, 32)
 TOKENS = (128, 256, 512, 1024, 2048, 4096)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-SITES = (1, 2, 4, 8, 16, 24)  # of four layers of six kernels
 
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
@@ -26,7 +22,7 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     if quick:
         check()
         return
-    axes = {"layers": layers, "tokens": tokens, "rank": ranks, "sites": sites}
+    axes = {"layers": layers, "tokens": tokens, "rank": ranks}
     for axis, measured in axes.items():
         report.table(f"growth-{axis}: ratios to the frozen step", measured(), out)
 
@@ -61,19 +57,6 @@ def ranks(rounds: int = 15) -> list[dict]:
     return measure(shape, {r: model.all_linear(r) for r in RANKS}, "rank", rounds)
 
 
-def sites(rounds: int = 15) -> list[dict]:
-    """By the number of adapted kernels, from the first layer on: four layers, 512 tokens."""
-    shape = model.Shape(4, DIM, HEADS, batch=4, length=LENGTH)
-    _, params = model.batch_and_params(model.LM(shape))
-    kernels = [k for k in flatten_dict(params, sep="/") if k.endswith("/kernel")]
-    rules = {n: [jlora.LoRA(_any(kernels[:n]), rank=RANK, alpha=16)] for n in SITES}
-    return measure(shape, rules, "sites", rounds)
-
-
-def _any(paths: Sequence[str]) -> str:
-    return "^(" + "|".join(map(re.escape, paths)) + ")$"
-
-
 def measure(
     shape: model.Shape,
     rules: Mapping[int, list[jlora.LoRA]],
@@ -88,20 +71,20 @@ def measure(
     tasks |= {n: steps.lora_task(lm.apply, params, rule, ids) for n, rule in rules.items()}
     programs = {n: task.compile_cold(ids) for n, task in tasks.items()}
     seconds = steps.interleave(programs, ids, rounds, f"{axis}: {shape}")
-    floor = programs["floor"]
+    floor, found = programs["floor"], steps.compare(programs, seconds, "floor")
     return [
         {
             axis: n,
-            "time": steps.ratio(seconds[n], seconds["floor"]),
-            "ms": 1e3 * float(np.median(seconds[n])),
-            "floor ms": 1e3 * float(np.median(seconds["floor"])),
-            "FLOPs": programs[n].flops / floor.flops,
+            "time": ratios["time"],
+            "ms": steps.median(seconds[n]),
+            "floor ms": steps.median(seconds["floor"]),
+            "FLOPs": ratios["FLOPs"],
             "trace s": programs[n].trace_s,
             "compile s": programs[n].compile_s,
             "floor trace s": floor.trace_s,
             "floor compile s": floor.compile_s,
         }
-        for n in rules
+        for n, ratios in found.items()
     ]
 
 
@@ -118,27 +101,21 @@ class Size(NamedTuple):
 def check() -> None:
     """Asserts how the adapted step grows, on small models with few tokens."""
     few = model.Shape(layers=2, dim=64, heads=2, batch=2, length=8, vocab=128)
-    by_rank = {r: count(few, model.all_linear(r)) for r in (8, 32, 64)}
-    _show("rank", by_rank)
-    _assert_affine({r: size.flops for r, size in by_rank.items()})
-
-    by_rows = {n: count(few._replace(batch=n), model.all_linear(4)) for n in (1, 2, 4)}
-    _show("rows", by_rows)
-    _assert_affine({n: size.flops for n, size in by_rows.items()})
-
-    by_layers = {n: count(few._replace(layers=n), model.all_linear(4)) for n in (1, 2, 3)}
-    _show("layers", by_layers)
-    _assert_affine({n: size.flops for n, size in by_layers.items()})
-    _assert_affine({n: size.instructions for n, size in by_layers.items()})
-
-    scanned = {n: count(few._replace(layers=n), model.all_linear(4), True) for n in (2, 8)}
-    _show("scanned-layers", scanned)
-    assert len({size.instructions for size in scanned.values()}) == 1, scanned
-
-    rules = {n: [jlora.LoRA(f"layer_[0-{n - 1}]/up/kernel", rank=4, alpha=16)] for n in (1, 2, 3)}
-    by_sites = {n: count(few._replace(layers=3), rule) for n, rule in rules.items()}
-    _show("sites", by_sites)
-    _assert_affine({n: size.flops for n, size in by_sites.items()})
+    rules = model.all_linear
+    by_axis = {
+        "rank": {r: count(few, rules(r)) for r in (8, 32, 64)},
+        "rows": {n: count(few._replace(batch=n), rules(4)) for n in (1, 2, 4)},
+        "layers": {n: count(few._replace(layers=n), rules(4)) for n in (1, 2, 3)},
+        "scanned-layers": {n: count(few._replace(layers=n), rules(4), True) for n in (2, 8)},
+    }
+    for axis, sizes in by_axis.items():
+        rows = [{axis: n, **size._asdict()} for n, size in sizes.items()]
+        report.table(f"growth-{axis}: the adapted step, as counted", rows, None)
+        if axis != "scanned-layers":
+            _assert_affine({n: size.flops for n, size in sizes.items()})
+    _assert_affine({n: size.instructions for n, size in by_axis["layers"].items()})
+    scanned = {size.instructions for size in by_axis["scanned-layers"].values()}
+    assert len(scanned) == 1, scanned
 
 
 def count(shape: model.Shape, rules: list[jlora.LoRA], scan: bool = False) -> Size:
@@ -148,11 +125,6 @@ def count(shape: model.Shape, rules: list[jlora.LoRA], scan: bool = False) -> Si
     params = jax.eval_shape(lm.init, jax.random.key(0), ids[:, :-1])
     program = steps.lora_task(lm.apply, params, rules, ids).compile(ids)
     return Size(program.flops, program.compiled.as_text().count(" = "))
-
-
-def _show(axis: str, sizes: Mapping[int, Size]) -> None:
-    rows = [{axis: n, **size._asdict()} for n, size in sizes.items()]
-    report.table(f"growth-{axis}: the adapted step, as counted", rows, None)
 
 
 def _assert_affine(values: Mapping[int, float]) -> None:

@@ -59,20 +59,13 @@ def measure(shape: model.Shape, mode: str, flags: dict, bounded: bool) -> list[d
     if bounded:
         tasks = {k: task for k, task in tasks.items() if k == "floor" or (mode, k) in LIMITS}
     programs = {name: task.compile(ids) for name, task in tasks.items()}
-    base = programs["floor"]
+    base, found = programs["floor"].flops, steps.compare(programs, None, "floor")
+    once = "scan" in flags
     return [
-        {
-            "model": str(shape),
-            "mode": mode,
-            "trained": name,
-            "temp MB": program.temp / 2**20,
-            "temp": program.temp / base.temp,
-            "arguments": program.arguments / base.arguments,
-            "FLOPs": program.flops / base.flops,
-            "over FLOPs": program.flops
-            / (base.flops + low_rank_flops(shape, "scan" in flags, name)),
-        }
-        for name, program in programs.items()
+        {"model": str(shape), "mode": mode, "trained": name}
+        | {"temp MB": programs[name].temp / 2**20, **ratios}
+        | {"over FLOPs": programs[name].flops / (base + low_rank_flops(shape, once, name))}
+        for name, ratios in found.items()
     ]
 
 

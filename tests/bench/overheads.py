@@ -1,16 +1,14 @@
-"""What is paid once: tracing and compiling a step, merging, and `init` of a large model."""
+"""What is paid once: tracing and compiling a step, and merging."""
 
 import functools
-import gc
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from models import llama
 from tqdm import tqdm
 
 import jlora
@@ -20,21 +18,15 @@ from . import model, report, steps
 SHAPE = model.Shape(layers=12, dim=256, heads=4, batch=4, length=64)
 TINY = model.Shape(layers=2, dim=64, heads=2, batch=2, length=16, vocab=128)
 WIDE = model.Shape(layers=12, dim=768, heads=12, batch=1, length=8)
-LLAMA_7B = llama.Config(
-    vocab=32000, layers=32, dim=4096, hidden=11008, heads=32, kv_heads=32, rope_base=1e4
-)
-SMALL_LLAMA = llama.Config(vocab=128, layers=2, dim=64, hidden=128, heads=2, kv_heads=2)
 
 
 def run(quick: bool, out: pathlib.Path | None) -> None:
-    """A table each for compilation, `merge` and `init`; targets: 1.3 times, 0.8 times, seconds."""
+    """A table each for compilation and `merge`; targets: 1.3 times, 0.8 times."""
     modes = {"plain": False} if quick else {"plain": False, "scan": True}
     rows = compilation(TINY if quick else SHAPE, modes, rounds=1 if quick else 5)
     report.table("compilation: seconds, and the ratio to the frozen step", rows, out)
     rows = merging(TINY if quick else WIDE, rounds=2 if quick else 9)
     report.table("merge: under jit with donation, beside a copy of the tree", rows, out)
-    rows = initialization(SMALL_LLAMA if quick else LLAMA_7B, rounds=1 if quick else 3)
-    report.table("init: seconds of abstract evaluation", rows, out)
 
 
 # ------------------------------------------------------------------------ tracing and compiling
@@ -144,38 +136,3 @@ def _merge_row(task: steps.Task, rounds: int) -> dict:
         "temp MB": memory.temp_size_in_bytes / 1e6,
         "temp, leaves": memory.temp_size_in_bytes / leaf,
     }
-
-
-# ---------------------------------------------------------------------------------------- init
-
-
-def initialization(config: llama.Config, rounds: int) -> list[dict]:
-    """Seconds of `init` and `sites` of an abstract Llama, beside the model's own `init`."""
-    lm = llama.Llama(config)
-    ids, key = jax.ShapeDtypeStruct((1, 128), jnp.int32), jax.random.key(0)
-    params = llama.shapes(config)
-    lora = jlora.transform(lm.apply, jlora.LoRA())
-    calls = {
-        "the model's init": lambda: jax.eval_shape(lm.init, key, ids),
-        "the model's apply": lambda: jax.eval_shape(lm.apply, params, ids),
-        "sites": lambda: lora.sites(params, ids),
-        "init": lambda: jax.eval_shape(lora.init, key, params, ids),
-    }
-    _, adapter = calls["init"]()
-    return [
-        {
-            "call": name,
-            "seconds": float(np.median([_seconds(call) for _ in range(rounds)])),
-            "parameters": jlora.count(params),
-            "trained": jlora.count(adapter),
-        }
-        for name, call in calls.items()
-    ]
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    jax.clear_caches()
-    gc.collect()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -46,19 +46,10 @@ def measure(shape: model.Shape, mode: str, rounds: int) -> list[dict[str, Any]]:
     tasks = {name: steps.lora_task(lm.apply, base, rules, ids) for name, base in bases.items()}
     programs = {name: task.compile(ids) for name, task in tasks.items()}
     seconds = steps.interleave(programs, ids, rounds, f"{shape}, {mode}")
-    whole = programs["float32"]
+    labels, whole = {"model": str(shape), "mode": mode}, programs["float32"]
     return [
-        {
-            "model": str(shape),
-            "mode": mode,
-            "base": name,
-            "time": steps.ratio(seconds[name], seconds["float32"]),
-            "over bf16": steps.ratio(seconds[name], seconds["bfloat16"]),
-            "FLOPs": program.flops / whole.flops,
-            "temp": program.temp / whole.temp,
-            "arguments": program.arguments / whole.arguments,
-            "compile s": program.compile_s / whole.compile_s,
-        }
-        for name, program in programs.items()
-        if name != "float32"
+        {**labels, "base": name, **ratios}
+        | {"over bf16": steps.ratio(seconds[name], seconds["bfloat16"])}
+        | {"compile s": programs[name].compile_s / whole.compile_s}
+        for name, ratios in steps.compare(programs, seconds, "float32").items()
     ]

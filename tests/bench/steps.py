@@ -136,10 +136,10 @@ def lora_task(
 
 
 def interleave(
-    programs: Mapping[str, Program], batch: Any, rounds: int, title: str = ""
-) -> dict[str, np.ndarray]:
+    programs: Mapping[Any, Any], batch: Any, rounds: int, title: str = ""
+) -> dict[Any, np.ndarray]:
     """Seconds of each program, all run in turn in each round, after two rounds of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    seconds: dict[Any, list[float]] = {name: [] for name in programs}
     for i in tqdm(range(rounds + 2), title, leave=False, disable=None):
         for name, program in programs.items():
             spent = program.run(batch)
@@ -151,6 +151,28 @@ def interleave(
 def ratio(seconds: np.ndarray, baseline: np.ndarray) -> float:
     """The median of the ratios, round by round: drift of the machine's speed cancels."""
     return float(np.median(seconds / baseline))
+
+
+def compare(
+    programs: Mapping[Any, Any], seconds: Mapping[Any, np.ndarray] | None, base: Any
+) -> dict[Any, dict[str, float]]:
+    """Time, if it was measured, and what XLA counts of each program but `base`, over that of it."""
+    one = programs[base]
+    return {
+        name: ({} if seconds is None else {"time": ratio(seconds[name], seconds[base])})
+        | {
+            "FLOPs": program.flops / one.flops,
+            "temp": program.temp / one.temp,
+            "arguments": program.arguments / one.arguments,
+        }
+        for name, program in programs.items()
+        if name != base
+    }
+
+
+def median(seconds: np.ndarray) -> float:
+    """In milliseconds."""
+    return 1e3 * float(np.median(seconds))
 
 
 def keep_memory() -> None:

@@ -1,11 +1,11 @@
 """The tables that the laws run over: one list of cases per module.
 
 `plain` holds plain JAX, `control` higher-order primitives, `trees` containers of parameters,
-`linen` and `nnx_models` Flax, `hf` whole models of `transformers`, `models` those of the examples.
+`linen` and `nnx_models` Flax, `models` whole models: those of the examples.
 `random_einsum` holds strategies for hypothesis.
 """
 
-from . import control, hf, linen, models, nnx_models, plain, trees
+from . import control, linen, models, nnx_models, plain, trees
 from ._case import SUBJECTS as SUBJECTS
 from ._case import Case as Case
 from ._case import Problem as Problem
@@ -18,5 +18,4 @@ CASES: list[Case] = [
     *linen.CASES,
     *nnx_models.CASES,
     *models.CASES,
-    *hf.CASES,
 ]

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jlora import LoRA
+
+LORA = LoRA(rank=2, alpha=4)  # all-linear
+
 
 class Problem(NamedTuple):
     """A model, its parameters and one call: `apply(params, *args, **kwargs)`."""
@@ -94,6 +98,46 @@ def entry(cases: list[Case], **fields: Any) -> Callable[[Callable[[DTypeLike], P
         return cases[-1]
 
     return decorate
+
+
+def model(cases: list[Case], **defaults: Any) -> Callable[..., Any]:
+    """The decorator that makes `apply(params, *args)` an entry of `cases`; see `case` below."""
+
+    def case(
+        subject: str,
+        trainable: int,
+        params: dict[str, tuple[int, ...]] | tuple[int, ...],
+        *args: Any,
+        rules: Any = LORA,
+        called: bool = False,
+        name: str = "",
+        **fields: Any,
+    ) -> Callable[[Callable[..., Any]], Case]:
+        """`params` is the shape of each, or that of one `w`; `args` are shapes or arrays.
+
+        If it is `called`, its jitted helpers are traced with the base parameters before.
+        """
+        shapes = params if isinstance(params, dict) else {"w": params}
+
+        def decorate(apply: Callable[..., Any]) -> Case:
+            def build(dtype: DTypeLike) -> Problem:
+                given = [
+                    normal(n, x, dtype) if isinstance(x, tuple) else jnp.asarray(x)
+                    for n, x in zip("xyz", args, strict=False)
+                ]
+                problem = Problem(apply, normals(dtype, **shapes), tuple(given))
+                if called:
+                    apply(problem.params, *given)
+                return problem
+
+            what = defaults | {"sites": 1, "trainable": trainable} | fields
+            all_rules = rules if isinstance(rules, tuple) else (rules,)
+            cases.append(Case(name or apply.__name__, subject, build, all_rules, **what))
+            return cases[-1]
+
+        return decorate
+
+    return case
 
 
 def normal(name: str, shape: tuple[int, ...], dtype: DTypeLike, scale: float = 0.5) -> jax.Array:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jlora import Full, LoRA, Slots
+from jlora import LoRA
 
 from ._case import Case, Problem, entry, fill, normal
 
@@ -65,57 +65,6 @@ single(  # q, k, v (6, 2, 4); out (2, 4, 6)
 )
 
 
-@case(
-    subject="dense", rules=(LORA,), sites=4, trainable=2 * (6 + 8) + 2 * 2 * (5 + 8) + 2 * (8 + 6)
-)
-def linen_attention_cross(dtype):
-    """Cross attention with a mask: q from (…, 6), k and v from (…, 5)."""
-    x, memory = normal("x", (2, 3, 6), dtype), normal("memory", (2, 4, 5), dtype)
-    mask = jnp.tril(jnp.ones((2, 1, 3, 4), bool), 1)
-    return linen(ATTENTION(param_dtype=dtype), dtype, x, memory, mask=mask)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    features: int = 6
-    hidden: int = 5
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, time, features) to the same."""
-        h = nn.LayerNorm(param_dtype=self.param_dtype)(x)
-        x = x + ATTENTION(param_dtype=self.param_dtype)(h)
-        h = nn.RMSNorm(param_dtype=self.param_dtype)(x)
-        h = nn.gelu(nn.Dense(self.hidden, param_dtype=self.param_dtype)(h))
-        return x + nn.Dense(self.features, param_dtype=self.param_dtype)(h)
-
-
-single(
-    "linen_block_with_norms_in_full",
-    "dense",
-    Block,
-    (2, 3, 6),
-    2 * (6 + 5) + 2 * (5 + 6) + 6 + 6 + 6,  # up, down; scale and bias, scale
-    rules=(LoRA("Dense_./kernel", rank=2, alpha=4), Full("(Layer|RMS)Norm_0")),
-    sites=2,
-    strict=False,
-)
-
-
-single(
-    "linen_attention_bfloat16",
-    "product",
-    lambda param_dtype: ATTENTION(param_dtype=jnp.bfloat16, dtype=jnp.bfloat16),
-    (2, 3, 6),
-    3 * 2 * (6 + 8) + 2 * (8 + 6),
-    sites=4,
-    float64=False,
-    tolerance=6e-2,
-)
-
-
 @case(subject="product", rules=(LORA,), sites=1, trainable=2 * (5 + 6))
 def linen_map_variables(dtype):
     """A lifted Dense that stores its kernel transposed: (5, 6)."""
@@ -132,23 +81,6 @@ def linen_map_variables(dtype):
             return dense(5, param_dtype=dtype)(x)
 
     return linen(Model(), dtype, normal("x", (3, 6), dtype))
-
-
-# --------------------------------------------------------------------------------------------
-# Jit inside of a module.
-# --------------------------------------------------------------------------------------------
-
-single(
-    "linen_jit",
-    "jit",
-    lambda param_dtype: nn.jit(nn.MultiHeadDotProductAttention)(
-        num_heads=2, qkv_features=8, param_dtype=param_dtype
-    ),
-    (2, 3, 6),
-    3 * 2 * (6 + 8) + 2 * (8 + 6),
-    sites=4,
-    exact_at_zero=False,
-)
 
 
 # --------------------------------------------------------------------------------------------
@@ -217,13 +149,6 @@ stacked(
     x_shape=(3, 2, 6),
     trainable=LAYER,
 )
-
-
-@case(subject="layers", rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
-def linen_scan_with_broadcast_input(dtype):
-    """All layers share an input."""
-    x, shift = normal("x", (2, 6), dtype), normal("shift", (2, 6), dtype)
-    return linen(scan(Layer, in_axes=nn.broadcast)(param_dtype=dtype), dtype, x, shift)
 
 
 @case(subject="layers", rules=(LORA,), sites=2, trainable=3 * LAYER, exact_at_zero=False)
@@ -298,13 +223,6 @@ single(
 single(  # a kernel for each of the seven positions: (7, 3 * 4, 5)
     "conv_local", "convolution", partial(nn.ConvLocal, 5, (3,)), (2, 7, 4), 7 * 2 * (3 * 4 + 5)
 )
-single(
-    "conv_transpose_2d",
-    "convolution",
-    partial(nn.ConvTranspose, 5, (3, 2), strides=(2, 2), padding="VALID"),
-    (2, 3, 3, 4),
-    2 * (3 * 2 * 4 + 5),
-)
 single(  # kernel (3, 2, 5, 4), flipped: inputs are axes 0, 1 and 3
     "conv_transpose_of_kernel",
     "convolution",
@@ -328,23 +246,8 @@ def conv_masked(dtype):
     return linen(model, dtype, normal("x", (2, 7, 4), dtype))
 
 
-def recurrent(name, cell, sites, trainable, slow=False, **options):
-    """Adds an `nn.RNN` of 4 features over (2, 5, 4)."""
-    single(
-        name,
-        "convolution",
-        lambda param_dtype: nn.RNN(cell(4, param_dtype=param_dtype), **options),
-        (2, 5, 4),
-        trainable,
-        sites=sites,
-        exact_at_zero=False,
-        slow=slow,
-    )
-
-
 # Each gate has a kernel (4, 4) of the input and one of the state.
 GATE = 2 * (4 + 4) + 2 * (4 + 4)
-LSTM = (nn.OptimizedLSTMCell, 8, 4 * GATE)
 
 
 @case(
@@ -375,32 +278,6 @@ def rnn_bidirectional(dtype):
     )
     x = normal("x", (2, 5, 4), dtype)
     return linen(model, dtype, x, seq_lengths=jnp.array([5, 3]))
-
-
-# --------------------------------------------------------------------------------------------
-# A fused kernel.
-# --------------------------------------------------------------------------------------------
-
-
-@case(
-    subject="slots",
-    rules=(LoRA("qkv/kernel", rank=2, alpha=4, slots=Slots(3, (0, 2))), LoRA("out/kernel", rank=3)),
-    sites=2,
-    trainable=2 * 2 * (6 + 8) + 3 * (8 + 6),  # q and v; out
-    exact_at_zero=False,
-)
-def linen_fused_qkv(dtype):
-    """A Dense for q, k and v, split after the product; only q and v are adapted."""
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            qkv = nn.Dense(24, param_dtype=dtype, name="qkv")(x)
-            q, k, v = (h.reshape(2, 3, 2, 4) for h in jnp.split(qkv, 3, axis=-1))
-            h = nn.dot_product_attention(q, k, v).reshape(2, 3, 8)
-            return nn.Dense(6, param_dtype=dtype, name="out")(h)
-
-    return linen(Model(), dtype, normal("x", (2, 3, 6), dtype))
 
 
 # --------------------------------------------------------------------------------------------
@@ -483,28 +360,6 @@ def linen_method_by_name(dtype):
     x = normal("x", (3, 6), dtype)
     problem = linen(AutoEncoder(dtype), dtype, x)
     return problem._replace(kwargs={"method": "encode"})
-
-
-@case(subject="call", rules=(LORA,), sites=1, trainable=2 * (6 + 5), jit=False)
-def linen_python_if_on_a_value(dtype):
-    """Python control flow on the value of the input."""
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x, steps):
-            if x.sum() > 100:
-                return x
-            for _ in range(int(steps)):
-                x = jnp.sin(x)
-            return nn.Dense(5, param_dtype=dtype)(x)
-
-    return linen_eagerly(Model(), dtype, normal("x", (3, 6), dtype), jnp.array(2))
-
-
-def linen_eagerly(module, dtype, *args):
-    """As `linen`, of a module that cannot be traced."""
-    variables = module.init(jax.random.key(0), *args)
-    return Problem(module.apply, fill(variables, dtype), args)
 
 
 @case(subject="call", rules=(LORA,), sites=4, trainable=3 * 2 * (6 + 8) + 2 * (8 + 6), strict=False)

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 from jlora import LoRA, Slots
 
 from ._case import Case, Problem, fill
-from .hf import IDS, LAYER, MASK
 
 CASES: list[Case] = []
+IDS = ((3, 0, 6, 1), (9, 2, 6, 4))
+MASK = ((1, 1, 1, 1), (1, 1, 0, 0))
+# Of one encoder layer at rank 2: q, k, v, o (8, 8); up (8, 12), down (12, 8).
+LAYER = 4 * 2 * (8 + 8) + 2 * 2 * (8 + 12)
 SIZES = {"layers": 2, "dim": 8, "heads": 2}
 ENCODER = {
     "vocab_size": 11,

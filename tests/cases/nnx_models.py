@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jlora import LoRA, Slots
+from jlora import LoRA
 
 from ._case import Case, Problem, entry, fill, normal
 
@@ -57,15 +57,6 @@ def single(name, make, x_shape, trainable, *, subject="nnx", rules=(LORA,), **fl
 # --------------------------------------------------------------------------------------------
 
 single("nnx_linear", partial(nnx.Linear, 6, 5), (3, 6), 2 * (6 + 5))
-single(
-    "nnx_linear_bfloat16",
-    lambda param_dtype, rngs: nnx.Linear(6, 5, dtype=jnp.bfloat16, rngs=rngs),
-    (3, 6),
-    2 * (6 + 5),
-    subject="product",
-    float64=False,
-    tolerance=3e-2,
-)
 
 
 class Network(nnx.Module):
@@ -123,17 +114,6 @@ def nnx_state_as_argument(dtype):
         return y, nnx.split(model, nnx.Param, ...)[2]
 
     return Problem(apply, fill(params, dtype), (fill(rest, dtype), normal("x", (4, 6), dtype)))
-
-
-@case(**NETWORK, strict=False)
-def nnx_whole_state(dtype):
-    """The parameters are one state with the statistics, the keys and the counter in it."""
-    graph, state = nnx.split(Network(dtype, nnx.Rngs(0)))
-
-    def apply(state, x):
-        return nnx.merge(graph, state, copy=True)(x)
-
-    return Problem(apply, fill(state, dtype), (normal("x", (4, 6), dtype),))
 
 
 @case(**NETWORK, exact_at_zero=False)
@@ -232,7 +212,7 @@ stack(
 
 
 # --------------------------------------------------------------------------------------------
-# Convolutions, slots, and what is no site.
+# Recurrent cells.
 # --------------------------------------------------------------------------------------------
 
 GATE = 2 * (4 + 4) + 2 * (4 + 4)  # of the input and of the state
@@ -263,22 +243,3 @@ for cell_name, (cell, cell_sites, cell_trainable) in CELLS.items():
             slow=cell in (nnx.LSTMCell, nnx.GRUCell),
         )
     )
-
-
-@case(
-    subject="slots",
-    rules=(LoRA("kernel", rank=2, alpha=4, slots=Slots(3, (0, 2))),),
-    sites=1,
-    trainable=2 * 2 * (6 + 8),
-    exact_at_zero=False,
-    strict=False,
-)
-def nnx_fused_qkv(dtype):
-    """A Linear for q, k and v, split after the product; only q and v are adapted."""
-
-    def call(model, x):
-        q, k, v = (h.reshape(2, 3, 2, 4) for h in jnp.split(model(x), 3, axis=-1))
-        return nnx.dot_product_attention(q, k, v)
-
-    model = nnx.Linear(6, 24, param_dtype=dtype, rngs=nnx.Rngs(0))
-    return split(model, dtype, normal("x", (2, 3, 6), dtype), call=call)

@@ -122,9 +122,6 @@ container(
 )
 container("tree_named_tuple", lambda w, b, h: {"layer": Pair(w, b), "head": h}, by_attribute)
 container(
-    "tree_named_tuple_root", lambda w, b, h: Pair((w, h), b), lambda p: (p[0][0], p[1], p[0][1])
-)
-container(
     "tree_list_by_path",
     lambda w, b, h: [[w, b], [h]],
     lambda p: (*p[0], *p[1]),
@@ -133,13 +130,6 @@ container(
     trainable=2 * (6 + 5) + 5 + 5 * 4,
 )
 container("tree_without_keys", lambda w, b, h: {"layer": Opaque(w, b), "head": h}, by_attribute)
-container(
-    "tree_without_keys_by_path",
-    lambda w, b, h: {"layer": Opaque(w, b), "head": h},
-    by_attribute,
-    rules=(LoRA("^layer/0$", rank=2, alpha=4),),
-    **WEIGHT_ONLY,
-)
 container("tree_integer_keys", lambda w, b, h: {0: w, 1: b, 10: h}, lambda p: (p[0], p[1], p[10]))
 container(
     "tree_with_nothing",
@@ -147,13 +137,6 @@ container(
     lambda p: (p["layer"][1], p["bias"], p["head"][0]),
 )
 container("tree_numpy", lambda *leaves: jax.tree.map(np.asarray, named(*leaves)), by_name)
-container(
-    "tree_numpy_weight_only",
-    lambda w, b, h: named(np.asarray(w), b, h),
-    by_name,
-    rules=(LoRA("weight", rank=2, alpha=4),),
-    **WEIGHT_ONLY,
-)
 container(  # two leaves, one buffer: an adapter for each
     "tree_one_array_twice",
     lambda w, b, h: {"first": w, "second": w, "bias": b, "head": h},
@@ -170,13 +153,6 @@ def tree_bare_array(dtype):
     return Problem(
         lambda w, x: jnp.tanh(x @ w), normal("w", WEIGHT, dtype), (normal("x", (3, 6), dtype),)
     )
-
-
-@case(subject="tree", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
-def tree_bare_numpy_array(dtype):
-    """The parameters are one numpy array."""
-    problem = tree_bare_array.build(dtype)
-    return problem._replace(params=np.asarray(problem.params))
 
 
 @case(subject="tree", rules=(LORA,), sites=1, trainable=2 * (6 + 5))

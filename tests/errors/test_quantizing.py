@@ -1,6 +1,7 @@
 """Quantized bases: what is refused, and what is said of it."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,30 +88,14 @@ def test_double(scheme: Any, value: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", [NF4, FP4, Int8, Int4, FP8, MXFP4])
-@pytest.mark.parametrize(
-    ("pattern", "error", "message"),
-    [
-        (
-            3,
-            TypeError,
-            "`pattern` of {} must be a regular expression as a string; got 3 of type int.",
-        ),
-        (
-            b"w",
-            TypeError,
-            "`pattern` of {} must be a regular expression as a string; got b'w' of type bytes.",
-        ),
-        (
-            "[",
-            ValueError,
-            "`pattern` '[' is not a regular expression: unterminated character set at position 0.",
-        ),
-    ],
-)
-def test_pattern(scheme: Any, pattern: Any, error: type[Exception], message: str) -> None:
+def test_pattern(scheme: Any) -> None:
     """As that of a rule."""
-    with refused(error, message.format(scheme.__name__)):
-        scheme(pattern)
+    message = f"`pattern` of {scheme.__name__} must be a regular expression as a string; got 3 of "
+    with refused(TypeError, f"{message}type int."):
+        scheme(3)
+    why = "unterminated character set at position 0"
+    with refused(ValueError, f"`pattern` '[' is not a regular expression: {why}."):
+        scheme("[")
 
 
 # ---------------------------------------------------------------------------------------- quantize
@@ -128,8 +113,6 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "NF4('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, layer/bias.": (
             lambda: quantize(NF4("kernal"))
         ),
-        "Int8('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, "
-        "layer/bias.": lambda: quantize(NF4("kernel"), Int8("kernal"), sites=True),
         "NF4('w') matches no leaf of `params`. There is no leaf to match.": lambda: quantize(
             NF4("w"), params={}
         ),
@@ -150,17 +133,10 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "the same tree.": lambda: quantize(
             NF4("kernel"), params=swap(PARAMS, "head", None), sites=True
         ),
-        "`sites` is not of `params`: arm is in one of them only. Give lora.sites(params, ...) of "
-        "the same tree.": lambda: quantize(
-            NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True
-        ),
         "FP8('bucket') matches 'bucket' of dtype int32, which is not floating-point. Narrow the "
         "pattern.": lambda: quantize(FP8("bucket")),
         "NF4('kernel|bias') matches 'layer/bias' of shape (96,), which is no matrix. Narrow the "
         "pattern.": lambda: quantize(NF4("kernel|bias")),
-        "NF4('w') matches 'w' of shape (), which is no matrix. Narrow the pattern.": lambda: (
-            quantize(NF4("w"), params={"w": jnp.float32(1)})
-        ),
         "MXFP4('w') matches 'w' of shape (0, 64), which is no matrix. Narrow the pattern.": (
             lambda: quantize(MXFP4("w"), params={"w": jnp.ones((0, 64))})
         ),
@@ -179,20 +155,12 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "length 64, of a weight of shape (3, 64, 64). Blocks of 16, 32, 64 divide it.": lambda: (
             quantize(Int8("w", block=128), params=STACK)
         ),
-        "Int4('embed') matches 'embed'. `group` of Int4('embed') is 128, which does not divide "
-        "axis 1, of length 64, of a weight of shape (96, 64). Blocks of 16, 32, 64 divide it.": (
-            lambda: quantize(Int4("embed"), sites=True)
-        ),
         "MXFP4('head') matches 'head'. `block` of MXFP4('head') is 32, which does not divide axis "
         "0, of length 40, of a weight of shape (40, 96). No legal block divides it: leave it out "
         "of the pattern.": lambda: quantize(MXFP4("head")),
         "'layer/kernel' of `params` has 3 values that are NaN or infinite, for which Int8 has no "
         "codes. Use a checkpoint whose values are finite.": lambda: quantize(
             Int8("kernel"), params=swap(PARAMS, "layer/kernel", array(64, 96).at[2, :3].set(np.nan))
-        ),
-        "'w' of `params` has 2 values that are NaN or infinite, for which NF4 has no codes. Use a "
-        "checkpoint whose values are finite.": lambda: quantize(
-            NF4("w"), params={"w": array(40, 96).at[:2, 1].set(-np.inf)}
         ),
     },
 }
@@ -218,13 +186,12 @@ def test_refused_before_anything_is_deleted() -> None:
 
 def test_a_module_that_is_given_codes() -> None:
     """Linen compares shapes first, those of codes of 4 bits too; NNX and codes of 8 bits do not."""
-    module = nn.Dense(64)
-    params, x = module.init(KEY, array(1, 64)), array(2, 64)
+    params, x = {"params": {"kernel": array(64, 64), "bias": array(64)}}, array(2, 64)
     four, eight = (jlora.quantize(params, scheme) for scheme in (NF4("kernel"), Int8("kernel")))
     with pytest.raises(FlaxError, match=r"existing parameter it received has shape \(32, 64\)"):
-        module.apply(four, x)
+        nn.Dense(64).apply(four, x)
     with refused(TypeError, NO_ARRAY):
-        module.apply(eight, x)
+        nn.Dense(64).apply(eight, x)
     graph, params = nnx.split(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
     with refused(TypeError, NO_ARRAY):
         nnx.merge(graph, jlora.quantize(params, NF4("kernel")))(x)
@@ -254,11 +221,6 @@ CAST = (
     ("scheme", "words"),
     [
         (NF4("w"), ("uint8, bfloat16, bfloat16", "NF4(block=64, double=True)", "uint8")),
-        (
-            NF4("w", double=False),
-            ("bfloat16", "NF4(block=64, double=False)", "float32 or uint8"),
-        ),
-        (FP8("w"), ("bfloat16", "FP8(block=128)", "float32")),
         (Int8("w"), ("bfloat16", "Int8(block=None)", "float32 or float16")),
     ],
 )
@@ -294,6 +256,7 @@ def test_given_to_the_model_itself(transformed: Callable[..., Any]) -> None:
     np.testing.assert_allclose(plain, jlora.wrap(model)(base, IDS), rtol=1e-5, atol=1e-6)
 
 
+@functools.cache
 def adapted() -> tuple[Any, Any]:
     """A base of which a weight that is adapted is quantized, and an adapter."""
     return jlora.transform(model, LoRA("kernel", rank=2)).init(
@@ -310,27 +273,11 @@ TAKERS = [
         id="full",
     ),
     pytest.param(
-        lambda _: jlora.transform(model, LoRA("kernel", rank=2), Full("head")).sites(
-            adapted()[0], IDS
-        ),
-        ValueError,
-        "Full('head') matches 'head', which is quantized: trained leaves must not be quantized. "
-        "Give Int8 a pattern that leaves it out, or narrow that of Full.",
-        id="full-sites",
-    ),
-    pytest.param(
         lambda _: jlora.unmerge(*adapted()),
         ValueError,
         "`unmerge` cannot take ΔW back at 'layer/kernel', which is quantized: its codes hold the "
         "sum only roughly. Keep the base.",
         id="unmerge",
-    ),
-    pytest.param(
-        lambda _: jlora.unmerge(jlora.merge(*adapted(), requantize=True), adapted()[1]),
-        ValueError,
-        "`unmerge` cannot take ΔW back at 'layer/kernel', which is quantized: its codes hold the "
-        "sum only roughly. Keep the base.",
-        id="unmerge-requantized",
     ),
     pytest.param(
         lambda _: sharding.gathered(adapted()[0], {"embed": P(), "layer": {"bias": P()}}),
@@ -345,15 +292,6 @@ TAKERS = [
         "`merged` must hold plain arrays; quantized are head, layer/kernel. Give "
         "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.",
         id="export",
-    ),
-    pytest.param(
-        lambda folder: checkpoint.export(
-            folder / "merged", jlora.merge(*adapted(), requantize=True)
-        ),
-        TypeError,
-        "`merged` must hold plain arrays; quantized are head, layer/kernel. Give "
-        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.",
-        id="export-requantized",
     ),
 ]
 

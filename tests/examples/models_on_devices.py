@@ -10,15 +10,13 @@ import jax
 import numpy as np
 import pytest
 from models import parts
+from small import some
 from test_models import ONE_EACH, SMALL, assert_close
 
 IDS = np.random.default_rng(0).integers(2, 61, (8, 8)).astype(np.int32)
-LATER = ("llama_untied", "roberta_lm")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in LATER else ()) for n in ONE_EACH]
-)
+@pytest.mark.parametrize("name", some(ONE_EACH, "gpt"))
 def test_on_a_mesh_is_as_on_one_device(name):
     """With rules of either kind; no kernel lies everywhere."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 2)

@@ -1,6 +1,6 @@
 """What every name table must do: the real PyTorch class beside another library's, on its files.
 
-A test file lists its `CASES`, makes the fixture `made` of them, and imports the laws below. Where
+A test file lists its `CASES`, makes the fixture `made` of them, and imports all of this. Where
 PyTorch is not in the same environment, the variable PYTORCH_PYTHON names a Python that has it, with
 `transformers` and PEFT.
 """
@@ -30,6 +30,13 @@ from jlora.peft import Name
 if importlib.util.find_spec("torch") is None and "PYTORCH_PYTHON" not in os.environ:
     pytest.skip("PyTorch is neither here nor in PYTORCH_PYTHON", allow_module_level=True)
 
+__all__ = [
+    *("ALIKE", "GEMMA2", "GEMMA3", "TIED", "TOKENS", "Case", "Made", "Model"),
+    *("each_adapter", "made_of", "our_logits", "pytestmark", "test_base", "test_base_comes_back"),
+    *("test_files_come_back", "test_logits", "test_merged", "test_own_adapter"),
+]
+# What the libraries warn of is theirs.
+pytestmark = pytest.mark.filterwarnings("ignore")
 VOCABULARY = 40
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 13))
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -83,6 +90,7 @@ class Made(NamedTuple):
         folder: of the checkpoint, `base`, and of PEFT's adapters.
         logits: PyTorch's, of the base and with each adapter.
         base: the parameters from the checkpoint, by the table.
+        run: the other library's model with an adapter, (parameters, adapter, tokens) to logits.
     """
 
     case: Case
@@ -90,6 +98,7 @@ class Made(NamedTuple):
     folder: pathlib.Path
     logits: dict[str, np.ndarray]
     base: Any
+    run: Callable[..., jax.Array]
 
 
 def make(case: Case, folder: pathlib.Path) -> Made:
@@ -100,7 +109,10 @@ def make(case: Case, folder: pathlib.Path) -> Made:
     said = pytorch("make", str(folder), kind, own, targets, TOKENS.tolist())
     logits = {which: np.asarray(x, np.float32) for which, x in said.items()}
     model = case.build(getattr(transformers, kind)(**own))
-    return Made(case, model, folder, logits, _load_base(case, model, folder / "base"))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.like)
+    base = peft.load_base(folder / "base", case.files or case.names, like=like)
+    run = jax.jit(jlora.transform(model.apply, jlora.LoRA()).apply)
+    return Made(case, model, folder, logits, base, run)
 
 
 def made_of(cases: Mapping[str, Case], *daily: str) -> Any:
@@ -130,6 +142,11 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# More of some.
+TIED = {"tie_word_embeddings": True}
+ALIKE = {"num_key_value_heads": 4}
+GEMMA2 = {"query_pre_attn_scalar": 8, "sliding_window": 5}
+GEMMA3 = GEMMA2 | {"num_hidden_layers": 6}  # the sixth layer sees everything
 
 
 def pytorch(call: str, *arguments: Any) -> Any:
@@ -162,15 +179,9 @@ def _logits(folder: pathlib.Path, adapter: pathlib.Path | None = None) -> np.nda
     return np.asarray(said, np.float32)
 
 
-def _load_base(case: Case, model: Model, folder: pathlib.Path) -> Any:
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.like)
-    return peft.load_base(folder, case.files or case.names, like=like)
-
-
 def our_logits(made: Made, adapter: Any) -> np.ndarray:
     """The logits of the other library's model with an adapter."""
-    apply = jlora.transform(made.model.apply, jlora.LoRA()).apply
-    return np.asarray(jax.jit(apply)(made.base, adapter, jnp.asarray(TOKENS)))
+    return np.asarray(made.run(made.base, adapter, jnp.asarray(TOKENS)))
 
 
 def _assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-4) -> None:

@@ -16,28 +16,11 @@ with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     easydel = pytest.importorskip("easydel")
     import torch
-    from common import (  # noqa: F401
-        TOKENS,
-        Case,
-        Made,
-        Model,
-        each_adapter,
-        made_of,
-        our_logits,
-        test_base,
-        test_base_comes_back,
-        test_files_come_back,
-        test_logits,
-        test_merged,
-        test_own_adapter,
-    )
+    from common import *
     from flax import nnx
 
 from jlora import LoRA, peft
 from jlora.peft import tables
-
-# What the libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 PLAIN = {"attn_mechanism": "vanilla", "attn_dtype": jnp.float32, "kvdtype": jnp.float32}
 NUMBERS = {
@@ -108,7 +91,6 @@ FIELDS = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-TIED = {"tie_word_embeddings": True}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 # The sixth layer sees everything. A window of EasyDeL is one longer than it says.
 GEMMA3 = {"query_pre_attn_scalar": 8, "sliding_window": 5, "num_hidden_layers": 6}

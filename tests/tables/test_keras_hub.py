@@ -12,23 +12,10 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     keras_hub = pytest.importorskip("keras_hub")
-    from common import (  # noqa: F401
-        Case,
-        Model,
-        made_of,
-        test_base,
-        test_base_comes_back,
-        test_files_come_back,
-        test_logits,
-        test_merged,
-        test_own_adapter,
-    )
+    from common import *
 
 from jlora import LoRA
 from jlora.peft import tables
-
-# What the libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def model(kind: str, backbone: Any) -> Model:
@@ -89,7 +76,6 @@ LLAMA31 = decoder(
     rope_high_freq_factor=4.0,
     rope_pretraining_sequence_length=32,
 )
-TIED = {"tie_word_embeddings": True}
 # The sixth layer sees everything; the seventh is local again.
 GEMMA3 = {"query_pre_attn_scalar": 8, "sliding_window": 5, "num_hidden_layers": 7}
 LINEAR = (LoRA(r".*attention/.*kernel|.*dense/kernel|ffw.*kernel", rank=4),)

@@ -17,26 +17,13 @@ from safetensors.numpy import load_file
 with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     maxtext = pytest.importorskip("maxtext")
-    from common import (  # noqa: F401
-        Case,
-        Made,
-        Model,
-        made_of,
-        test_base,
-        test_files_come_back,
-        test_logits,
-        test_merged,
-        test_own_adapter,
-    )
+    from common import *
     from maxtext.checkpoint_conversion.utils import param_mapping
     from maxtext.configs import pyconfig
     from maxtext.utils import model_creation_utils
 
 from jlora import LoRA, peft
 from jlora.peft import tables
-
-# What the libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 SETTINGS = pathlib.Path(maxtext.__file__).parent / "configs" / "base.yml"
 # Numbers as they are, in float32, on one device.
@@ -149,7 +136,6 @@ SCALED = {
     },
 }
 PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-TIED = {"tie_word_embeddings": True}
 LINEAR = (LoRA(r"(self_attention|mlp)/\w+/kernel", rank=4),)
 LLAMA, QWEN3 = tables.maxtext.LLAMA, tables.maxtext.QWEN3
 

@@ -12,17 +12,7 @@ from flax import nnx
 with warnings.catch_warnings():  # of its own
     warnings.simplefilter("ignore")
     pytest.importorskip("tunix")
-    from common import (  # noqa: F401
-        Case,
-        Model,
-        made_of,
-        test_base,
-        test_base_comes_back,
-        test_files_come_back,
-        test_logits,
-        test_merged,
-        test_own_adapter,
-    )
+    from common import *
     from tunix.models.gemma import model as gemma2
     from tunix.models.gemma import params_safetensors as gemma2_files
     from tunix.models.gemma3 import model as gemma3
@@ -36,9 +26,6 @@ with warnings.catch_warnings():  # of its own
 
 from jlora import LoRA, Slots
 from jlora.peft import tables
-
-# What the libraries warn of is theirs.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def sizes(config: Any, vocabulary: str) -> dict[str, Any]:
@@ -122,21 +109,17 @@ def build_gemma3(config: Any) -> Model:
 LLAMA3 = decoder(llama3, "Llama3", llama3_files, "weight_tying")
 QWEN2 = decoder(qwen2, "Qwen2", qwen2_files, "use_tied_embedding")
 QWEN3 = decoder(qwen3, "Qwen3", qwen3_files, "use_tied_embedding")
-GEMMA2 = {"query_pre_attn_scalar": 8, "sliding_window": 5}
-GEMMA3 = GEMMA2 | {"num_hidden_layers": 6}  # the sixth layer sees everything
 LINEAR = LoRA(r"layers/.*(_proj|q_einsum|attn_vec_einsum)/(w|kernel)", rank=4)
 FUSED_KV = LoRA("kv_einsum", rank=4, slots=Slots(2, (0, 1))), LINEAR
 FUSED_QKV = LoRA("qkv_einsum", rank=4, slots=Slots(3, (0, 1, 2))), LINEAR
 # Of Llama 3 and Qwen 3, tunix 0.1.7 has this one whatever its configuration says.
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-TIED = {"tie_word_embeddings": True}
 EXPERTS = {
     "moe_intermediate_size": 24,
     "num_experts": 3,
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
 }
-ALIKE = {"num_key_value_heads": 4}
 
 CASES = {
     "llama3": Case(tables.tunix.LLAMA3, ("LlamaConfig", ROPE), LLAMA3, (LINEAR,)),

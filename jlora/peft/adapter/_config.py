@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,65 +22,50 @@ COMMON: dict[str, Any] = {
     "target_modules": [],
     "task_type": None,
 }
-# And for LoRA.
-DEFAULTS = COMMON | {
+# What goes beyond plain LoRA, as does every key that is not among the defaults.
+_READ = {"trainable_token_indices": None, "use_dora": False}
+_UNREAD = {
     "alora_invocation_tokens": None,
-    "alpha_pattern": {},
     "arrow_config": None,
-    "bias": "none",
     "corda_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+_PLAIN = COMMON | {
+    "alpha_pattern": {},
+    "bias": "none",
     "ensure_weight_tying": False,
     "eva_config": None,
     "exclude_modules": None,
     "fan_in_fan_out": False,
     "init_lora_weights": True,
-    "kasa_config": None,
-    "layer_replication": None,
     "layers_pattern": None,
     "layers_to_transform": None,
-    "loftq_config": {},
     "lora_alpha": 8,
     "lora_bias": False,
     "lora_dropout": 0.0,
-    "lora_ga_config": None,
-    "megatron_config": None,
     "megatron_core": "megatron.core",
     "modules_to_save": None,
-    "monteclora_config": None,
     "peft_type": "LORA",
     "qalora_group_size": 16,
     "r": 8,
     "rank_pattern": {},
     "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
     "use_rslora": False,
-    "velora_config": None,
 }
+DEFAULTS = _PLAIN | _READ | _UNREAD
+METHODS = tuple(_READ)
 MISS, ROWS_ALONE = "MISS", "TRAINABLE_TOKENS"  # other methods
 ROWS_DEFAULTS = COMMON | {"init_weights": True, "peft_type": ROWS_ALONE, "token_indices": []}
 # Initial values of A and B that leave the base as it is.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
-# Features that are read.
-METHODS = ("trainable_token_indices", "use_dora")
-# Fields that go beyond plain LoRA, as does every key that is not among the defaults.
-_FEATURES = {
-    *METHODS,
-    "alora_invocation_tokens",
-    "arrow_config",
-    "corda_config",
-    "kasa_config",
-    "layer_replication",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-}
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -124,8 +109,8 @@ def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[st
     """
     method = fields.get("peft_type", "LORA")
     if method == ROWS_ALONE:
-        required, unread = ("target_modules", "token_indices"), fields.keys() - ROWS_DEFAULTS.keys()
-        strange = {key: fields[key] for key in fields if key in unread and fields[key]}
+        required, strange = ("target_modules", "token_indices"), ROWS_DEFAULTS.keys()
+        strange = {key: x for key, x in fields.items() if x and key not in strange}
     else:
         required = ("peft_type", "target_modules")
         strange = {key: x for key, x in features(fields).items() if key not in METHODS}
@@ -134,10 +119,7 @@ def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[st
         by_method = _CONVERT if isinstance(method, str) else _NAME
         remedy = remedy or (_LOAD_MISS if method == MISS else by_method)
         found.append(f"peft_type: expected 'LORA', got {brief(method)}; {remedy}")
-    found += [
-        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
-        for key, value in strange.items()
-    ]
+    found += unsupported(strange)
     return found + ([] if method == ROWS_ALONE else _contradictions(fields)) + misformed(fields)
 
 
@@ -147,6 +129,14 @@ _CONVERT = (
     "write it as LoRA in PEFT, by peft.save_as_lora, or where that does not take it, as AdaLoRA, "
     "merge it there, by merge_and_unload"
 )
+
+
+def unsupported(fields: Mapping[str, Any]) -> list[str]:
+    """Lists fields that are features which are not read."""
+    return [
+        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
+        for key, value in fields.items()
+    ]
 
 
 def _contradictions(fields: Mapping[str, Any]) -> list[str]:
@@ -172,8 +162,7 @@ def _contradictions(fields: Mapping[str, Any]) -> list[str]:
 
 def features(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields by which a configuration goes beyond plain LoRA."""
-    known = DEFAULTS.keys() - _FEATURES
-    each = ((key, x) for key, x in fields.items() if key not in known)
+    each = ((key, x) for key, x in fields.items() if key not in _PLAIN)
     return {key: x for key, x in each if x and x != DEFAULTS.get(key)}
 
 
@@ -184,31 +173,39 @@ def misformed(fields: Mapping[str, Any]) -> list[str]:
         for key, (what, fits) in _KINDS.items()
         if key in fields and not fits(fields[key])
     ]
-    if wrong:
-        return wrong
-    patterns = list(_patterns(fields))
-    refused = refused_patterns([whole for _, _, whole in patterns])
-    return [
-        f"{key}: {brief(pattern)} {refused[whole]}"
-        for key, pattern, whole in patterns
-        if whole in refused
-    ]
+    return wrong or _refused_patterns(fields)
 
 
-def _is_short(x: Any, kind: type) -> bool:
-    return isinstance(x, kind) and len(x) <= 10_000  # so that matching all of them stays quick
+def _refused_patterns(fields: Mapping[str, Any]) -> list[str]:
+    keys = ("target_modules", "exclude_modules")
+    found = [(key, x, x) for key in keys if isinstance(x := fields.get(key), str)]
+    layers = fields.get("layers_pattern") or []
+    forms = {"layers_pattern": ([layers] if isinstance(layers, str) else layers, of_layer)}
+    forms |= {key: (fields.get(key) or (), of_key) for key in ("rank_pattern", "alpha_pattern")}
+    for key, (patterns, form) in forms.items():
+        found += [(key, x, x if PLAIN.fullmatch(x) else form(x)) for x in patterns]
+    refused = refused_patterns([whole for _, _, whole in found])
+    return [f"{key}: {brief(x)} {refused[whole]}" for key, x, whole in found if whole in refused]
+
+
+_Fits = Callable[[Any], bool]
+_SHORT = 10_000  # entries, so that matching all of them stays quick
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _is_flag(x: Any) -> bool:
+    return isinstance(x, bool)
+
+
+def _is_integer(x: Any) -> bool:
+    return type(x) is int
 
 
 def _is_rank(x: Any) -> bool:
     return type(x) is int and 1 <= x < 2**31
-
-
-def _is_names(x: Any) -> bool:
-    return _is_short(x, list) and all(isinstance(name, str) and name for name in x)
-
-
-def _is_numbers(x: Any) -> bool:
-    return _is_short(x, list) and all(type(n) is int for n in x)
 
 
 def _is_rows(x: Any) -> bool:
@@ -216,30 +213,32 @@ def _is_rows(x: Any) -> bool:
     return is_list and 0 < len(x) == len(set(x))
 
 
+def _listing(fits: _Fits) -> _Fits:
+    return lambda x: isinstance(x, list) and len(x) <= _SHORT and all(map(fits, x))
+
+
+def _by_name(fits: _Fits) -> _Fits:
+    return lambda x: isinstance(x, dict) and len(x) <= _SHORT and all(map(fits, x.values()))
+
+
+def _or_null(*kinds: _Fits) -> _Fits:
+    return lambda x: x is None or any(fits(x) for fits in kinds)
+
+
+_is_names = _listing(lambda x: _is_text(x) and x != "")
+
+
 def _is_rows_by_name(x: Any) -> bool:
-    return isinstance(x, dict) and 0 < len(x) <= PARAMETERS and all(map(_is_rows, x.values()))
+    return _by_name(_is_rows)(x) and 0 < len(x) <= PARAMETERS
 
 
 def _is_parameters(x: Any) -> bool:
     return _is_names(x) and len({name.rpartition(".")[2] for name in x}) <= PARAMETERS
 
 
-def _by_pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda x: _is_short(x, dict) and all(map(fits, x.values()))
-
-
-def _or_null(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda x: x is None or any(fits(x) for fits in kinds)
-
-
-def _is_text(x: Any) -> bool:
-    return isinstance(x, str)
-
-
-_Kind = tuple[str, Callable[[Any], bool]]
-_FLAG: _Kind = "true or false", lambda x: isinstance(x, bool)
-_MODULES: _Kind = "a pattern, names or null", _or_null(_is_text, _is_names)
-_KINDS: dict[str, _Kind] = {
+_FLAG = "true or false", _is_flag
+_MODULES = "a pattern, names or null", _or_null(_is_text, _is_names)
+_KINDS: dict[str, tuple[str, _Fits]] = {
     "r": ("an integer of at least 1", _is_rank),
     "lora_alpha": ("a finite number", is_finite),
     "lora_dropout": ("a number in [0, 1)", lambda x: is_finite(x) and 0 <= x < 1),
@@ -253,8 +252,8 @@ _KINDS: dict[str, _Kind] = {
     "lora_bias": _FLAG,
     "ensure_weight_tying": _FLAG,
     "bias": ("'none', 'all' or 'lora_only'", lambda x: x in ("none", "all", "lora_only")),
-    "rank_pattern": ("an object of ranks", _or_null(_by_pattern(_is_rank))),
-    "alpha_pattern": ("an object of finite numbers", _or_null(_by_pattern(is_finite))),
+    "rank_pattern": ("an object of ranks", _or_null(_by_name(_is_rank))),
+    "alpha_pattern": ("an object of finite numbers", _or_null(_by_name(is_finite))),
     "target_modules": _MODULES,
     "exclude_modules": _MODULES,
     "target_parameters": (
@@ -262,18 +261,6 @@ _KINDS: dict[str, _Kind] = {
         _or_null(_is_parameters),
     ),
     "modules_to_save": ("names or null", _or_null(_is_names)),
-    "layers_to_transform": ("numbers or null", _or_null(lambda x: type(x) is int, _is_numbers)),
+    "layers_to_transform": ("numbers or null", _or_null(_is_integer, _listing(_is_integer))),
     "layers_pattern": ("a name, names or null", _or_null(_is_text, _is_names)),
 }
-
-
-def _patterns(fields: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Gives the field of each pattern, the pattern, and how it is matched if it is not plain."""
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(pattern := fields.get(key), str):
-            yield key, pattern, pattern
-    layers = fields.get("layers_pattern") or []
-    keys = {key: (fields.get(key) or (), of_key) for key in ("rank_pattern", "alpha_pattern")}
-    keys["layers_pattern"] = [layers] if isinstance(layers, str) else layers, of_layer
-    for key, (patterns, form) in keys.items():
-        yield from ((key, p, p if PLAIN.fullmatch(p) else form(p)) for p in patterns)

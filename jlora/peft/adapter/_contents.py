@@ -171,26 +171,24 @@ def _others(
         wrapped, _, parameter = key.rpartition(".")
         module = wrapped.removesuffix(BASE).removesuffix(WRAPPED)
         name, is_wrapped, is_adapted = f"{module}.{parameter}", module != wrapped, module in adapted
-        feature = "modules_to_save" in key or "original_module" in key
-        ties = may_tie(selection.fields, module)
-        is_full = ties or selection.saves_whole(module, parameter, is_adapted)
-        is_bias_of_base = parameter == "bias" and not (
-            ties or selection.saves_whole(module, parameter, True)
+        is_full = may_tie(selection.fields, module) or selection.saves_whole(
+            module, parameter, is_adapted
         )
-        is_frozen = is_wrapped and (is_adapted or module in with_rows)
-        is_frozen &= parameter == "weight" or is_bias_of_base
+        is_frozen = parameter == "weight" or (parameter == "bias" and not is_full)
         is_resized = _is_of_vocabulary(module, parameter) and not (is_wrapped or is_adapted)
-        if name in full or name in frozen:
+        if "modules_to_save" in key or "original_module" in key:
+            why = "unexpected; bias 'all' beside modules_to_save is not supported"
+            problems.add(x.key, why)
+        elif name in full or name in frozen:
             problems.add(x.key, f"there twice, with and without {BASE[1:]}")
-        elif is_frozen:
+        elif is_frozen and is_wrapped and (is_adapted or module in with_rows):
             frozen[name] = x
-        elif is_resized or (is_full and not feature and (parameter == "bias" or not is_adapted)):
+        elif is_resized or (is_full and (parameter == "bias" or not is_adapted)):
             full[name] = x
-        elif is_full and not feature:
-            problems.add(x.key, f"in full, beside A and B of {shown(module)}")
         else:
-            why = "; bias 'all' beside modules_to_save is not supported" if feature else ""
-            problems.add(x.key, f"unexpected{why}")
+            problems.add(
+                x.key, f"in full, beside A and B of {shown(module)}" if is_full else "unexpected"
+            )
     return full, frozen
 
 

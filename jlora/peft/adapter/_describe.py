@@ -4,7 +4,7 @@ import bisect
 import collections
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..._tree import name_of
@@ -14,7 +14,7 @@ from .._problems import Problems
 from ..names._leaves import NamedLeaf
 from ._config import ROWS_ALONE, misformed
 from ._contents import BASE, SAVED_BY_NAME, Part, may_tie
-from ._select import Names, Selection, divisor, tails
+from ._select import Selection, divisor, tails
 from ._tokens import INDICES, lone_heads, rows_by_module
 from ._tree import Tree
 
@@ -35,31 +35,27 @@ def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterab
 
 def _with_targets(fields: Fields, tree: Tree) -> Fields:
     """Selects what has A and B, and the heads that are tied to it, and nothing else."""
-    selection, chosen = Selection(fields), {name for leaf in tree.low for name in leaf.parameters}
-    tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in chosen}
+    selection, adapted = Selection(fields), {name for leaf in tree.low for name in leaf.parameters}
+    tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
     selection.prepare([*tree.modules, *tied.values()])
-    every = [
-        (leaf, module, name)
-        for leaf in tree.leaves
-        for module, name in zip(leaf.modules, leaf.parameters, strict=True)
-    ]
-    as_wanted = all(_adapts(selection, leaf, m) == (name in chosen) for leaf, m, name in every)
-    if as_wanted and all(_ties(fields, m) or selection.adapts(h) for m, h in tied.items()):
-        selects = chosen or fields["target_modules"] or fields["target_parameters"]
+    keys: dict[bool, dict[str, bool]] = {False: {}, True: {}}  # of experts: whether it is adapted
+    is_described = all(_ties(fields, m) or selection.adapts(head) for m, head in tied.items())
+    for leaf in tree.leaves:
+        for module, name in zip(leaf.modules, leaf.parameters, strict=True):
+            is_described &= _adapts(selection, leaf, module) == (name in adapted)
+            if leaf.name.kind:
+                keys[leaf.name.kind == "experts"][leaf.key(module)] = name in adapted
+    if is_described:
+        selects = adapted or fields["target_modules"] or fields["target_parameters"]
         return fields if selects else fields | {"target_modules": NO_MODULE}
-    keys = collections.defaultdict[tuple[bool, bool], list[str]](list)  # chosen, of experts
-    for leaf, module, name in every:
-        if leaf.name.kind:
-            keys[name in chosen, leaf.name.kind == "experts"].append(leaf.key(module))
     is_tied = any(_ties({"ensure_weight_tying": True}, module) for module in tied)
-    # What PEFT does not tie itself is selected by name.
-    wanted = keys[True, False] + ([] if is_tied else [*tied.values()])
+    if not is_tied:  # what PEFT does not tie itself is selected by name
+        keys[False] |= dict.fromkeys(tied.values(), True)
     # By a bare name of these, PEFT would store the frozen weights too.
-    whole = [m for m in wanted if m.rpartition(".")[2] in SAVED_BY_NAME]
-    short = _suffixes([m for m in wanted if m not in whole], keys[False, False])
+    whole = [m for m in keys[False] if m.rpartition(".")[2] in SAVED_BY_NAME]
     return fields | {
-        "target_modules": whole + short,
-        "target_parameters": _suffixes(keys[True, True], keys[False, True]) or None,
+        "target_modules": _select(keys[False], whole),
+        "target_parameters": _select(keys[True]) or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -172,7 +168,11 @@ def _with_tokens(fields: Fields, tree: Tree) -> Fields:
     listed, alone = rows_by_module(fields, wanted, problems := Problems(""))
     if listed == wanted and not (problems.found or lone_heads(alone, others)):
         return fields
-    named = {_ending(module, others): list(rows) for module, rows in wanted.items()}
+    # PEFT also looks for these within a part of a name.
+    named = {
+        next((t for t in _endings(m) if not any(x.endswith(t) for x in others)), m): list(rows)
+        for m, rows in wanted.items()
+    }
     return fields | {INDICES: named or None}
 
 
@@ -192,30 +192,42 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
         selection.prepare([*wanted, *others])
         if all(map(selection.adapts, wanted)) and not any(map(selection.adapts, others)):
             return fields
-    return fields | {"target_modules": _suffixes(wanted, others)}
+    chosen = dict.fromkeys(others, False) | dict.fromkeys(wanted, True)
+    return fields | {"target_modules": _select(chosen)}
 
 
 # ------------------------------------------------------------------------- short names
 
 
-def _ending(module: str, others: Iterable[str]) -> str:
-    """The shortest ending of `module` that ends none of the others."""
-    return next((t for t in _endings(module) if not any(x.endswith(t) for x in others)), module)
+def _shorten(values: Mapping[str, Any]) -> dict[str, str]:
+    """Maps each name to its shortest ending that only names of the same value have."""
+    # Names that end alike lie side by side: where do those of one value stop?
+    order = sorted((("." + name)[::-1], value) for name, value in values.items())
+    stop = [len(order)] * len(order)
+    for i in range(len(order) - 2, -1, -1):
+        stop[i] = stop[i + 1] if order[i][1] == order[i + 1][1] else i + 1
+
+    def has_one_value(tail: str) -> bool:
+        back = ("." + tail)[::-1]
+        end = stop[bisect.bisect_left(order, back, key=lambda entry: entry[0])]
+        return end == len(order) or not order[end][0].startswith(back)
+
+    return {name: next(filter(has_one_value, _endings(name)), name) for name in values}
 
 
-def _suffixes(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Finds short endings that name all of `wanted` and none of `others`."""
-    left = Names("." + name for name in others)
-    found = (
-        next((tail for tail in _endings(name) if not left.end_in("." + tail)), name)
-        for name in wanted
-    )
-    return list(dict.fromkeys(found))
+def _select(chosen: Mapping[str, bool], kept: Collection[str] = ()) -> list[str]:
+    """Lists short endings that only the `chosen` names have; some of them are `kept` whole."""
+    short = _shorten(chosen)
+    names = (name for name, is_chosen in chosen.items() if is_chosen)
+    return list(dict.fromkeys(name if name in kept else short[name] for name in names))
 
 
 def _endings(name: str) -> Iterator[str]:
     """The endings of `name` at its dots, the shortest first, and the whole."""
     return reversed([*tails(name)])
+
+
+# ------------------------------------------------------------------------- ranks and scales
 
 
 def scales_of(parts: Iterable[Part], tied: Mapping[str, str]) -> dict[str, tuple[int, float]]:
@@ -256,19 +268,5 @@ def _alpha(scale: float, divisor: float) -> float:
 def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Finds the most common value, and a pattern for each other one."""
     [(most, _)] = collections.Counter(values.values()).most_common(1)
-    # Names that end alike lie side by side: where do those of one value stop?
-    order = sorted((("." + name)[::-1], value) for name, value in values.items())
-    stop = [len(order)] * len(order)
-    for i in range(len(order) - 2, -1, -1):
-        stop[i] = stop[i + 1] if order[i][1] == order[i + 1][1] else i + 1
-
-    def has_one_value(tail: str) -> bool:
-        back = ("." + tail)[::-1]
-        end = stop[bisect.bisect_left(order, back, key=lambda entry: entry[0])]
-        return end == len(order) or not order[end][0].startswith(back)
-
-    return most, {
-        re.escape(next((tail for tail in _endings(name) if has_one_value(tail)), name)): value
-        for name, value in values.items()
-        if value != most
-    }
+    short = _shorten(values)
+    return most, {re.escape(short[name]): x for name, x in values.items() if x != most}

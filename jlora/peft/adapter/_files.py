@@ -49,8 +49,7 @@ class Files(NamedTuple):
         Values that are not finite are problems.
         """
         problems.stop()
-        leaves = jax.tree.leaves(tree, is_leaf=_is_tensor)
-        found = self.read({x.key: x for x in leaves if _is_tensor(x)}.values())
+        found = self.read({x.key: x for x in tensors_in(tree)}.values())
         for key, x in found.items():
             if n := x.size - np.count_nonzero(np.isfinite(x)):
                 problems.add(key, f"{n} of {x.size} values are not finite")
@@ -58,6 +57,11 @@ class Files(NamedTuple):
                 why = f"all of its {x.size} values are 0, with which the module gives nothing"
                 problems.add(key, why)
         return found
+
+
+def tensors_in(tree: Any) -> list[TensorInfo]:
+    """The tensors of a tree."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=_is_tensor) if _is_tensor(x)]
 
 
 def fill(tree: Any, values: Mapping[str, np.ndarray]) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .._file import DTYPES, PREFIX, TensorInfo, brief, shown
+from .._file import DTYPES, PREFIX, TensorInfo, brief
 from .._problems import Problems
-from ._config import COMMON, DEFAULTS, MISS, features, misformed
+from ._config import COMMON, DEFAULTS, MISS, features, misformed, unsupported
 from ._contents import FACTOR, Part
 from ._describe import with_scales
 from ._files import MAGNITUDE, Files
@@ -37,11 +37,7 @@ def is_miss(fields: Mapping[str, Any]) -> bool:
 
 def problems_of_miss(fields: Fields) -> list[str]:
     """Lists why a configuration of MiSS cannot be read as LoRA."""
-    wrong = [
-        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
-        for key, value in features(fields).items()
-        if key not in OWN
-    ]
+    wrong = unsupported({key: x for key, x in features(fields).items() if key not in OWN})
     if (start := fields.get("init_weights", True)) not in (True, False):
         wrong.append(f"init_weights: {brief(start)} is another method, whose change is no s·A·B")
     return wrong + misformed({"r": fields.get("r")})

@@ -172,21 +172,20 @@ def matrix(part: Part) -> tuple[int, int]:
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     """Lists the parameters of the model that are selected and missing in the file."""
     selection, modules = adapter.selection, adapter.parts.keys()
-    found = []
-    is_alone = adapter.fields.get("peft_type") == ROWS_ALONE
+    alone = adapter.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
     selection.prepare(name.rpartition(".")[0] for name in shapes)
-    for name, shape in shapes.items():
+
+    def is_missing(name: str) -> bool:
         module, _, parameter = name.rpartition(".")
         if selection.saves_whole(module, parameter, module in modules):
-            lost = name not in adapter.full
-        elif parameter == "weight" and len(shape) > 1 and selection.adapts(module):
-            lost = module not in modules and not (is_alone and name in adapter.tokens)
-        else:
-            targeted = len(shape) > 1 and parameter in selection.parameters(module)
-            lost = targeted and module not in modules
-        if lost:
-            found.append(f"{shown(name)}: selected by {CONFIG}, but missing in {TENSORS}")
-    return found
+            return name not in adapter.full
+        if len(shapes[name]) < 2 or module in modules or name in alone:
+            return False
+        is_chosen = parameter in selection.parameters(module)
+        return is_chosen or (parameter == "weight" and selection.adapts(module))
+
+    lost = filter(is_missing, shapes)
+    return [f"{shown(name)}: selected by {CONFIG}, but missing in {TENSORS}" for name in lost]
 
 
 def _idle_names(adapter: Adapter) -> list[str]:

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from .._file import brief
-
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
 STEPS = 20_000_000  # comparisons of a pattern or a name with a module
 LENGTH = 10_000  # characters of a pattern
@@ -132,12 +130,7 @@ class Patterns:
         if answers is None:
             raise ValueError(self._too_much(f"{SECONDS:g} seconds of CPU time or 512 MB"))
         self.seconds -= answers[1]
-        for ((_, pattern), own), answer in zip(self.found.items(), answers[0], strict=True):
-            if isinstance(answer, str):
-                raise ValueError(
-                    f"{self.what}: the pattern {brief(pattern)} of adapter_config.json is no "
-                    f"regular expression: {answer}."
-                )
+        for own, answer in zip(self.found.values(), answers[0], strict=True):
             own += answer
         self.at |= {name: i for i, name in enumerate(new, len(self.at))}
 

@@ -90,18 +90,16 @@ def tied_rows(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -
 
 
 def list_unequal(
-    pairs: Iterable[tuple[Any, Any]],
-    found: Mapping[str, np.ndarray],
-    *,
-    is_transposed: bool = False,
+    pairs: Iterable[tuple[Any, Any, bool]], values: Mapping[str, np.ndarray]
 ) -> list[str]:
-    """Lists heads whose values differ from those of the embedding that is the same weight."""
-    what = "transpose" if is_transposed else "values"
-    each = [(x, y, found[x.key], found[y.key]) for x, y in pairs]
+    """Lists heads whose values differ from those of the embedding, or their transpose."""
     return [
-        f"{shown(head.key)}: expected the {what} of {shown(table.key)}, got other values"
-        for head, table, x, y in each
-        if not np.array_equal(x, y.T if is_transposed else y)
+        f"{shown(head.key)}: expected the {'transpose' if is_transposed else 'values'} of "
+        f"{shown(table.key)}, got other values"
+        for head, table, is_transposed in pairs
+        if not np.array_equal(
+            values[head.key], values[table.key].T if is_transposed else values[table.key]
+        )
     ]
 
 

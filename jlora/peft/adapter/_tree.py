@@ -234,21 +234,22 @@ def check_one_method(tree: Tree) -> None:
         for kind in _FACTORED
     }
     if all(paths.values()):
-        listed = (f"  {kind.__name__}: {', '.join(each)}" for kind, each in paths.items())
-        raise ValueError(
-            "`adapter` has DoRA at some sites and LoRA at others; PEFT has one of them for all "
-            "(`use_dora`):\n" + "\n".join(listed) + f"\n{_MERGE}"
-        )
+        why = "some sites and LoRA at others; PEFT has one of them for all (`use_dora`)"
+        _refuse_dora(why, [f"{kind.__name__}: {', '.join(x)}" for kind, x in paths.items()])
     heads = [
-        f"  {name_of(leaf.path)}: {tree.tied[leaf.modules[0]]}"
+        f"{name_of(leaf.path)}: {tree.tied[leaf.modules[0]]}"
         for leaf in tree.low
         if name_of(leaf.path) in paths[Decomposed] and leaf.modules[0] in tree.tied
     ]
     if heads:
-        raise ValueError(
-            "`adapter` has DoRA at an embedding that the head shares, where PEFT has norms of its "
-            "own for each of the two:\n" + "\n".join(heads) + f"\n{_MERGE}"
+        why = (
+            "an embedding that the head shares, where PEFT has norms of its own for each of the two"
         )
+        _refuse_dora(why, heads)
 
 
-_MERGE = "Merge it into the model: jlora.peft.export_merged, or jlora merge."
+def _refuse_dora(where: str, listed: Sequence[str]) -> None:
+    raise ValueError(
+        "\n  ".join([f"`adapter` has DoRA at {where}:", *listed])
+        + "\nMerge it into the model: jlora.peft.export_merged, or jlora merge."
+    )

@@ -24,17 +24,14 @@ WITHOUT = "Train without it, or serve what PEFT merges (merge_and_unload)"
 CONVERT = "Convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
 OTHER_BASE = "Give the base that the adapter was trained on"
 AGAIN = "Save the adapter again"
-# What matters in training alone, and settings of what `starts` is about.
+# What matters in training alone, and settings of starts.
 _TRAINING = ("velora_config", "corda_config", "loftq_config", "lora_ga_config")
 
 
-def about(
+def report(
     names: Iterable[str], why: str, remedy: str, *, of: str = "", silent: bool = False
 ) -> list[Finding]:
-    """One finding about all of `names`, with the first of them; none if there are no names.
-
-    `of` is the field or the file that has the names.
-    """
+    """Reports all of `names` as one finding, if there are any; `of` is the field or the file."""
     if not (first := list(dict.fromkeys(names))):
         return []
     more = f" and {len(first) - 1} more" if len(first) > 1 else ""
@@ -49,13 +46,13 @@ def is_fused(side: Side) -> bool:
 # ---------------------------------------------------------------------------- the configuration
 
 
-def needs(x: Served, *keys: str) -> list[Finding]:
+def require_fields(x: Served, *keys: str) -> list[Finding]:
     """Demands that these fields are there."""
     why = "is missing in adapter_config.json"
     return [Finding(key, why, AGAIN, False) for key in keys if key not in x.fields]
 
 
-def allows(
+def check_field(
     x: Served, key: str, values: Callable[[Any], bool], why: str, remedy: str, silent: bool = False
 ) -> list[Finding]:
     """Demands that `values` is true of a field, where it is there and not null."""
@@ -64,19 +61,19 @@ def allows(
     return [] if is_fine else [Finding(key, f"{brief(value)} {why}", remedy, silent)]
 
 
-def is_lora(x: Served, silent: bool = False) -> list[Finding]:
+def require_lora(x: Served, silent: bool = False) -> list[Finding]:
     """Demands LoRA, and not another method of PEFT's."""
-    return allows(x, "peft_type", lambda kind: kind == "LORA", "is not LORA", WITHOUT, silent)
+    return check_field(x, "peft_type", lambda kind: kind == "LORA", "is not LORA", WITHOUT, silent)
 
 
-def starts(x: Served, *known: str, silent: bool = False) -> list[Finding]:
+def check_start(x: Served, *known: str, silent: bool = False) -> list[Finding]:
     """Demands that A and B started in a way that left the base as it was."""
     why = "changes the base model, which is served as it was"
     leaves = lambda start: not isinstance(start, str) or start.lower() in known  # noqa: E731
-    return allows(x, "init_lora_weights", leaves, why, CONVERT, silent)
+    return check_field(x, "init_lora_weights", leaves, why, CONVERT, silent)
 
 
-def off(
+def forbid(
     x: Served, *keys: str, why: str = "is not supported", remedy: str = "", silent: bool = False
 ) -> list[Finding]:
     """Demands that these features of PEFT are not used."""
@@ -84,7 +81,7 @@ def off(
     return [_feature(x, key, why, remedy or _without(key), silent) for key in used]
 
 
-def unread(x: Served, *known: str) -> list[Finding]:
+def forbid_unread(x: Served, *known: str) -> list[Finding]:
     """Demands that no other features are used, nor those of later versions of PEFT."""
     used = [key for key in features(x.fields) if key not in (*known, *_TRAINING)]
     return [_feature(x, key, "is not read", _without(key), True) for key in used]
@@ -99,7 +96,7 @@ def _without(key: str) -> str:
     return f"Train without it, or {MERGED}" if key in METHODS else WITHOUT
 
 
-def above(rank: int, limit: int, least: int) -> Finding:
+def rank_above(rank: int, limit: int, least: int) -> Finding:
     """A rank above the server's option, which should be `least`."""
     remedy = f"Start the server with --max-lora-rank {least}, and say so here"
     return Finding("r", f"{rank} is above --max-lora-rank {limit}", remedy, False)
@@ -108,7 +105,7 @@ def above(rank: int, limit: int, least: int) -> Finding:
 # ---------------------------------------------------------------------------------- the tensors
 
 
-def pairs(x: Served, silent: bool = False) -> list[Finding]:
+def check_pairs(x: Served, silent: bool = False) -> list[Finding]:
     """Demands that there are A and B, a B for each A, and that both are matrices.
 
     That there are none may be `silent`.
@@ -118,22 +115,22 @@ def pairs(x: Served, silent: bool = False) -> list[Finding]:
     lone = (s.key for pair in x.pairs.values() if len(pair) == 1 for s in pair.values())
     odd = (s.key for s in x.factors if len(s.shape) != 2)
     return [
-        *about(lone, "is there without its A or B", AGAIN),
-        *about(odd, "only A and B that are matrices are supported", LEAVE_OUT),
+        *report(lone, "is there without its A or B", AGAIN),
+        *report(odd, "only A and B that are matrices are supported", LEAVE_OUT),
     ]
 
 
-def ranks(
+def check_ranks(
     x: Served, rank: Callable[[str], int], remedy: str, silent: bool = False
 ) -> list[Finding]:
     """Demands that A and B have the `rank` that the engine takes a module to have."""
     plain = (s for s in x.factors if len(s.shape) == 2 and not is_fused(s))
     odd = [s for s in plain if s.shape[s.side == "B"] != rank(s.module)]
     why = f"of shape {odd[0].shape}, is taken to have rank {rank(odd[0].module)}" if odd else ""
-    return about((s.key for s in odd), why, remedy, silent=silent)
+    return report((s.key for s in odd), why, remedy, silent=silent)
 
 
-def shapes(x: Served, silent: bool = False) -> list[Finding]:
+def check_shapes(x: Served, silent: bool = False) -> list[Finding]:
     """Demands that B·A has the shape of the base's weight; a smaller one may be `silent`."""
     wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for (module, _), pair in x.pairs.items():
@@ -145,4 +142,4 @@ def shapes(x: Served, silent: bool = False) -> list[Finding]:
     ours, theirs = next(iter(wrong.values()), ((0, 0), (0, 0)))
     why = f"A and B are of a weight of shape {ours}, the base's is {theirs}"
     is_smaller = ours[0] <= theirs[0] and ours[1] <= theirs[1]
-    return about(wrong, why, OTHER_BASE, silent=silent and is_smaller)
+    return report(wrong, why, OTHER_BASE, silent=silent and is_smaller)

@@ -10,7 +10,7 @@ from ..adapter._config import LIMIT, STARTS
 from ..adapter._select import Names
 from . import _rules as rules
 from ._engine import Engine, Finding, Served, register
-from ._rules import about, is_fused
+from ._rules import is_fused, report
 
 SILENT = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
 # The modules that it has buffers for, by the ends of their names.
@@ -43,21 +43,21 @@ def _layer(name: str) -> int | None:
 
 
 def _configuration(x: Served) -> Iterator[Finding]:
-    yield from rules.is_lora(x)
-    yield from rules.needs(x, "peft_type", "r", "lora_alpha", "target_modules")
-    yield from rules.off(x, "use_dora")
-    yield from rules.off(x, *SILENT, why="is not read", silent=True)
-    yield from rules.starts(x, *STARTS, silent=True)
+    yield from rules.require_lora(x)
+    yield from rules.require_fields(x, "peft_type", "r", "lora_alpha", "target_modules")
+    yield from rules.forbid(x, "use_dora")
+    yield from rules.forbid(x, *SILENT, why="is not read", silent=True)
+    yield from rules.check_start(x, *STARTS, silent=True)
     unread = {"remedy": rules.PROFILE, "silent": True}
-    yield from rules.off(x, "use_rslora", "alpha_pattern", why=_SCALE, **unread)
-    yield from rules.off(x, "rank_pattern", why=_RANK, **unread)
-    yield from rules.unread(x, "use_dora", *SILENT)
+    yield from rules.forbid(x, "use_rslora", "alpha_pattern", why=_SCALE, **unread)
+    yield from rules.forbid(x, "rank_pattern", why=_RANK, **unread)
+    yield from rules.forbid_unread(x, "use_dora", *SILENT)
     if x.max_lora_rank is not None and x.rank > x.max_lora_rank:
-        yield rules.above(x.rank, x.max_lora_rank, x.rank)
+        yield rules.rank_above(x.rank, x.max_lora_rank, x.rank)
     listed = x.fields.get("target_modules")
     if isinstance(listed, list):
         odd = (name for name in listed if name.rpartition(".")[2] not in TARGETS)
-        yield from about(odd, _UNKNOWN, rules.LEAVE_OUT, of="target_modules")
+        yield from report(odd, _UNKNOWN, rules.LEAVE_OUT, of="target_modules")
     elif listed not in ("all", "all-linear"):
         remedy = "List the modules by the ends of their names, as jlora.peft.save does"
         yield Finding("target_modules", "must be a list of names", remedy, False)
@@ -66,35 +66,35 @@ def _configuration(x: Served) -> Iterator[Finding]:
         added = read_json(x.source, _ADDED, LIMIT)
         new = (token for token, i in added.items() if type(i) is int and i >= size)
         remedy = f"Remove {_ADDED}, if the adapter does without them, or {rules.MERGED}"
-        yield from about(new, f"adds tokens to the {size} of the base", remedy, of=_ADDED)
+        yield from report(new, f"adds tokens to the {size} of the base", remedy, of=_ADDED)
 
 
 def _tensors(x: Served) -> Iterator[Finding]:
     taken = (key for key in x.others if _layer(key) is not None)
-    yield from about(taken, "neither A nor B, is taken for a B", rules.LEAVE_OUT)
+    yield from report(taken, "neither A nor B, is taken for a B", rules.LEAVE_OUT)
     lost = (key for key in x.others if _layer(key) is None and not key.endswith(_FROZEN))
-    yield from about(lost, "neither A nor B, is left out", rules.LEAVE_OUT, silent=True)
-    yield from rules.pairs(x, silent=True)
-    yield from rules.ranks(x, lambda _: x.rank, rules.PROFILE)
+    yield from report(lost, "neither A nor B, is left out", rules.LEAVE_OUT, silent=True)
+    yield from rules.check_pairs(x, silent=True)
+    yield from rules.check_ranks(x, lambda _: x.rank, rules.PROFILE)
 
 
 def _modules(x: Served) -> Iterator[Finding]:
     inside = [s for s in x.factors if _layer(s.module) is not None]
     outside = [s for s in x.factors if _layer(s.module) is None]
     odd = (s.module for s in inside if s.last not in TARGETS or is_fused(s))
-    yield from about(odd, _UNKNOWN, rules.LEAVE_OUT)
+    yield from report(odd, _UNKNOWN, rules.LEAVE_OUT)
     lost = (s.module for s in outside if s.last not in EMBEDDINGS)
     why = "is in no `layers.N`, and neither embed_tokens nor lm_head"
-    yield from about(lost, why, rules.MERGE, silent=True)
+    yield from report(lost, why, rules.MERGE, silent=True)
     if not isinstance(listed := x.fields.get("target_modules"), list):
         return
     named = {name.rpartition(".")[2] for name in listed}
     named |= {name for pack in _PACKED if pack & named for name in pack}
     why, remedy = "is not listed in `target_modules`", "Add the last part of its name to the list"
     unlisted = (s.module for s in inside if s.last in TARGETS - named)
-    yield from about(unlisted, why, remedy)
+    yield from report(unlisted, why, remedy)
     unlisted = (s.module for s in outside if s.last in set(EMBEDDINGS) - named)
-    yield from about(unlisted, why, remedy, silent=True)
+    yield from report(unlisted, why, remedy, silent=True)
 
 
 def _together(x: Served) -> Iterator[Finding]:
@@ -107,11 +107,11 @@ def _together(x: Served) -> Iterator[Finding]:
         alone = (own for (i, n), own in groups.items() if n == name and (i, other) not in groups)
         why = f"is packed with {other}, which its layer has no A and B for"
         remedy = f"Adapt both and train again, or {rules.MERGED}"
-        yield from about(itertools.chain(*alone), why, remedy)
+        yield from report(itertools.chain(*alone), why, remedy)
     # By layer, expert, and the end of a name it takes them for one module's.
     if twice := [own for own in groups.values() if len(own) > 1]:
         why = f"is taken for {shown(twice[0][1])}, of the same layer and name"
-        yield from about((own[0] for own in twice), why, rules.MERGE, silent=True)
+        yield from report((own[0] for own in twice), why, rules.MERGE, silent=True)
 
 
 def _base(x: Served) -> Iterator[Finding]:
@@ -120,13 +120,13 @@ def _base(x: Served) -> Iterator[Finding]:
     layers = {s.module: at for s in x.factors if (at := _LAYER.search(s.module))}
     count = x.base.number("num_hidden_layers")
     odd = (m for m, at in layers.items() if count is not None and int(at[1]) >= count)
-    yield from about(odd, f"the base has {count} layers", rules.OTHER_BASE)
+    yield from report(odd, f"the base has {count} layers", rules.OTHER_BASE)
     names = Names("." + name for name in x.base.modules)
     lost = (m for m, at in layers.items() if not names.end_in("." + m[at.start() :]))
-    yield from about(lost, "the base has no such module", rules.OTHER_BASE, silent=True)
+    yield from report(lost, "the base has no such module", rules.OTHER_BASE, silent=True)
 
 
-RULES = (_configuration, _tensors, _modules, _together, _base, rules.shapes)
+RULES = (_configuration, _tensors, _modules, _together, _base, rules.check_shapes)
 START = (
     "python -m sglang.launch_server --model-path {base} --enable-lora --max-lora-rank {rank} "
     "--lora-paths NAME={dir}"

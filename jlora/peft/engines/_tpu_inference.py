@@ -9,7 +9,7 @@ from ._vllm import START as VLLM
 
 def _experts(x: Served) -> list[Finding]:
     found = (s.module for s in x.factors if ".experts." in f".{s.module}.")
-    return rules.about(found, "experts get no adapters on TPUs", rules.LEAVE_OUT)
+    return rules.report(found, "experts get no adapters on TPUs", rules.LEAVE_OUT)
 
 
 START = f"MODEL_IMPL_TYPE=vllm {VLLM}"

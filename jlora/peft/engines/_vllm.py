@@ -1,6 +1,5 @@
 """vLLM, by `vllm.lora`: its `peft_helper`, `lora_model`, `model_manager` and `utils`."""
 
-import functools
 import re
 from collections.abc import Iterator
 
@@ -10,7 +9,7 @@ from ..adapter._contents import HEADS
 from ..adapter._vllm import RANKS
 from . import _rules as rules
 from ._engine import Engine, Finding, Served, register
-from ._rules import about, is_fused
+from ._rules import is_fused, report
 
 # Those that it knows by name.
 FEATURES = (
@@ -28,28 +27,29 @@ _OLD = "is not read before vLLM 0.32, where all modules have `r` and `lora_alpha
 
 
 def _configuration(x: Served) -> Iterator[Finding]:
-    yield from rules.is_lora(x, silent=True)
-    yield from rules.needs(x, "r", "lora_alpha", "target_modules")
-    yield from rules.off(x, *FEATURES)
-    yield from rules.allows(x, "bias", lambda x: x == "none", "is not supported", rules.LEAVE_OUT)
-    yield from rules.starts(x, *STARTS, "lora_ga")
+    yield from rules.require_lora(x, silent=True)
+    yield from rules.require_fields(x, "r", "lora_alpha", "target_modules")
+    yield from rules.forbid(x, *FEATURES)
+    yield from rules.check_field(
+        x, "bias", lambda x: x == "none", "is not supported", rules.LEAVE_OUT
+    )
+    yield from rules.check_start(x, *STARTS, "lora_ga")
     patterns = "rank_pattern", "alpha_pattern"
-    yield from rules.off(x, *patterns, why=_OLD, remedy=rules.PROFILE, silent=True)
-    yield from rules.unread(x, *FEATURES)
+    yield from rules.forbid(x, *patterns, why=_OLD, remedy=rules.PROFILE, silent=True)
+    yield from rules.forbid_unread(x, *FEATURES)
     rank = max([x.rank, *(x.fields.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         remedy = f"Lower it: jlora.arithmetic.truncate(adapter, {RANKS[-1]})"
         yield Finding("r", f"{rank} is above {RANKS[-1]}, the largest rank it has", remedy, False)
     elif x.max_lora_rank is not None and rank > x.max_lora_rank:
-        yield rules.above(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
+        yield rules.rank_above(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
     saved, of = x.fields.get("modules_to_save") or [], "modules_to_save"
     if others := [name for name in saved if name not in HEADS]:
         why = f"only {' and '.join(HEADS)} are taken in full"
-        yield from about(others, why, rules.LEAVE_OUT, of=of)
+        yield from report(others, why, rules.LEAVE_OUT, of=of)
     elif not _classifies(x):
-        yield from about(
-            saved, "a head in full is taken of classifiers alone", rules.LEAVE_OUT, of=of
-        )
+        why = "a head in full is taken of classifiers alone"
+        yield from report(saved, why, rules.LEAVE_OUT, of=of)
 
 
 def _classifies(x: Served) -> bool:
@@ -61,18 +61,18 @@ def _classifies(x: Served) -> bool:
 def _tensors(x: Served) -> Iterator[Finding]:
     saves = bool(x.fields.get("modules_to_save"))
     odd = (k for k in x.others if not k.endswith(_SKIPPED) and not (saves and _HEAD.fullmatch(k)))
-    yield from about(odd, "neither A nor B, nor a classifier's head", rules.LEAVE_OUT)
-    yield from rules.pairs(x)
-    yield from rules.ranks(x, x.ranks.__getitem__, rules.AGAIN, silent=True)
+    yield from report(odd, "neither A nor B, nor a classifier's head", rules.LEAVE_OUT)
+    yield from rules.check_pairs(x)
+    yield from rules.check_ranks(x, x.ranks.__getitem__, rules.AGAIN, silent=True)
     tables = [s for s in x.factors if s.table]
     odd = (s.module for s in tables if s.last not in EMBEDDINGS)
     why = f"of embeddings, only {', '.join(EMBEDDINGS)} are adapted"
-    yield from about(odd, why, rules.LEAVE_OUT)
+    yield from report(odd, why, rules.LEAVE_OUT)
     size = x.base.number("vocab_size") if x.base else None
     for s in tables:
         if size is not None and s.side == "A" and s.last in EMBEDDINGS and s.shape[-1] != size:
             why = f"is of {s.shape[-1]} tokens, the base's `vocab_size` is {size}"
-            yield from about([s.key], why, rules.LEAVE_OUT)
+            yield from report([s.key], why, rules.LEAVE_OUT)
 
 
 def _experts(x: Served) -> Iterator[Finding]:
@@ -82,16 +82,16 @@ def _experts(x: Served) -> Iterator[Finding]:
         found.setdefault(s.module, {}).setdefault(s.depth, {})[s.side] = s.shape
     lone = (m for m, own in found.items() if own.keys() != {0, 1})
     why = "one of gate_up_proj and down_proj is adapted; both are expected"
-    yield from about(lone, why, rules.LEAVE_OUT)
+    yield from report(lone, why, rules.LEAVE_OUT)
     if (base := x.base) is None:
         return
     hidden = base.number("hidden_size")
     other = (m for m, own in found.items() if hidden and _is_transposed(own, hidden))
     why = f"A of gate_up_proj is read with {hidden} columns, B of down_proj with so many rows"
-    yield from about(other, why, rules.MERGE, silent=True)
+    yield from report(other, why, rules.MERGE, silent=True)
     apart = (m for m in found if f"{base.called(m)}.0" in base.modules)
     why = "is of all experts together, which are one by one in the base"
-    yield from about(apart, why, rules.MIXED)
+    yield from report(apart, why, rules.MIXED)
 
 
 def _is_transposed(own: Shapes, hidden: int) -> bool:
@@ -105,17 +105,20 @@ def _names(x: Served) -> Iterator[Finding]:
         return
     if {"vision_config", "audio_config"} & base.config.keys():
         found = (s.module for s in x.factors if _TOWER.search(s.module))
-        yield from about(found, "only the language model is adapted", rules.TOWERS, silent=True)
+        yield from report(found, "only the language model is adapted", rules.TOWERS, silent=True)
     lost = [m for m in dict.fromkeys(s.module for s in x.factors) if not base.called(m)]
     # It looks at the last part of a name, and then looks up each of its own names as a whole.
     quiet = [m for m in lost if m.rpartition(".")[2] in base.lasts and ".experts." not in m]
     loud = [m for m in lost if m not in quiet]
-    yield from about(loud, "the base has no module of that name", rules.OTHER_BASE)
+    yield from report(loud, "the base has no module of that name", rules.OTHER_BASE)
     if quiet:
         why = f"matches no module of the base, which has {shown(base.nearest(quiet[0]))}"
-        yield from about(quiet, why, rules.RENAME, silent=True)
+        yield from report(quiet, why, rules.RENAME, silent=True)
 
 
-RULES = (_configuration, _tensors, _experts, _names, functools.partial(rules.shapes, silent=True))
+RULES = (
+    *(_configuration, _tensors, _experts, _names),
+    lambda x: rules.check_shapes(x, silent=True),
+)
 START = "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={dir}"
 register(Engine("vllm", "vLLM", "0.33.0", RULES, START, RANKS, 16))

@@ -11,7 +11,7 @@ from ._codes import Codes, Dense
 from ._tensors import Unreadable
 
 
-def affine(
+def read_affine(
     module: str,
     bits: int,
     codes: np.ndarray,

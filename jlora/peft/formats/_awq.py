@@ -1,6 +1,6 @@
 """AWQ: integers of 4 bits in groups of inputs."""
 
-from ._affine import affine
+from ._affine import read_affine
 from ._codes import Codes, Dense
 from ._format import Format, register
 from ._tensors import FLOATS, unpack
@@ -25,4 +25,4 @@ class Awq(Format):
         zeros = tensors.read(f"{module}.qzeros", ("I32",), (groups, columns))
         scale = tensors.read(f"{module}.scales", FLOATS, (groups, 8 * columns))
         codes, zeros = (unpack(x, 1, order=ORDER).T for x in (words, zeros))
-        return affine(module, 4, codes, scale.T, zeros, None, [self.config.get("group_size")])
+        return read_affine(module, 4, codes, scale.T, zeros, None, [self.config.get("group_size")])

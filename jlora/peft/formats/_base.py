@@ -24,7 +24,7 @@ from ..names._convert import weight, weights
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import explain_narrowing, name_all
-from ._codes import leaf_of
+from ._codes import make_leaf
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
 from ._tensors import Unreadable
@@ -83,7 +83,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     quantized = set(format.find())
     for leaf in tqdm(leaves, "load", unit="leaf", disable=None):
         try:
-            values.append(_placed(_read(leaf, format, quantized), leaf.value))
+            values.append(_place(_read(leaf, format, quantized), leaf.value))
         except Unreadable as e:
             wrong.append(str(e))
             unread += leaf.modules
@@ -114,7 +114,7 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
             f"{keys[0]}: {len(coded)} of {len(keys)} layers that are one leaf here are quantized"
         )
     shape = (*whole[:-2], *whole[-2:][::-1]) if name.is_swapped else whole
-    return leaf_of(leaf, [read_checked(format, key, leaf.value.dtype, shape) for key in keys])
+    return make_leaf(leaf, [read_checked(format, key, leaf.value.dtype, shape) for key in keys])
 
 
 def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -126,7 +126,7 @@ def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:
     return x
 
 
-def _placed(x: Any, like: Any) -> Any:
+def _place(x: Any, like: Any) -> Any:
     """Shards a leaf like `like`, if that is on a mesh."""
     place = getattr(like, "sharding", None)
     if not isinstance(place, NamedSharding):

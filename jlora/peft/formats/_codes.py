@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spelled
+from ..._quantized import FP4, FP8, NF4, Form, Int4, Int8, Nested, Quantized, Scheme, spell
 from ..names._leaves import NamedLeaf
 
 # The largest magnitude that a code may stand for, times its scale.
@@ -40,9 +40,9 @@ class Codes(NamedTuple):
         return self.codes.shape
 
     @property
-    def spelled(self) -> str:
+    def spelling(self) -> str:
         """The scheme in words."""
-        return spelled(self.scheme)
+        return spell(self.scheme)
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +54,7 @@ class Codes(NamedTuple):
         """The values, (…, rows, columns)."""
         *lead, i, j = range(self.codes.ndim)
         form = self.scheme.form(self.codes.shape, tuple(lead), (i, j), 1)
-        return _quantized(self, form, dtype).array()
+        return _quantize(self, form, dtype).array()
 
     @property
     def bound(self) -> float:
@@ -74,12 +74,12 @@ class Dense(NamedTuple):
 
     Attributes:
         values: its values in float32.
-        spelled: what it was, in words.
+        spelling: what it was, in words.
         bits: the bits that an entry had.
     """
 
     values: np.ndarray
-    spelled: str
+    spelling: str
     bits: int
 
     dtype = None
@@ -114,7 +114,7 @@ def _has_nan(codes: np.ndarray) -> bool:
     return bool(np.isnan(every.view(codes.dtype).astype(np.float32))[codes.view(np.uint8)].any())
 
 
-def leaf_of(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
+def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
     """Makes a leaf of its stack of modules.
 
     It is quantized if its axes can be cut into the blocks of the file; else it is dequantized.
@@ -128,7 +128,7 @@ def leaf_of(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
         form = _cut(coded[0].scheme, leaf.shape, stack, order, len(last))
         if form is not None:
             stacked = jax.tree.map(lambda *xs: np.stack(xs), *(m[1:5] for m in coded))
-            return _quantized(Codes(coded[0].scheme, *stacked), form, dtype)
+            return _quantize(Codes(coded[0].scheme, *stacked), form, dtype)
     x = jnp.stack([m.array(dtype) for m in modules]).reshape(
         [leaf.shape[d] for d in (*stack, *order)]
     )
@@ -166,7 +166,7 @@ def _cut(
     return form
 
 
-def _quantized(m: Codes, form: Form, dtype: Any) -> Quantized:
+def _quantize(m: Codes, form: Form, dtype: Any) -> Quantized:
     inner = form.of_codes
     axes, block = (*inner.stack, *inner.order), inner.blocks[inner.axis]
 

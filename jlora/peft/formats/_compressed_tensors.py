@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .._file import brief
-from ._affine import affine
+from ._affine import read_affine
 from ._codes import Codes, Dense
 from ._format import Format, register
 from ._fp8 import Block, read_float8
@@ -72,7 +72,7 @@ class CompressedTensors(Format):
             order = None if (order == -1).any() else order  # as it was before it was known
         zero = self._zero(f"{name}_zero_point", bits, scale.shape)
         sizes = [weights.get("group_size") for weights in self._weights()]
-        return affine(name.removesuffix(".weight"), bits, codes, scale, zero, order, sizes)
+        return read_affine(name.removesuffix(".weight"), bits, codes, scale, zero, order, sizes)
 
     def _zero(self, name: str, bits: int, shape: tuple[int, ...]) -> np.ndarray | None:
         """Reads the zero points of scales of a shape, unsigned as the codes are."""

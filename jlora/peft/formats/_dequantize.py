@@ -34,7 +34,7 @@ class Matrix(NamedTuple):
     Attributes:
         name: the tensor.
         shape: its shape.
-        scheme: the scheme, spelled.
+        scheme: what it is in, in words.
         size: the bytes that it takes.
     """
 
@@ -108,7 +108,7 @@ def dequantize_checkpoint(
 
 
 def _matrix(name: str, x: Codes | Dense) -> Matrix:
-    return Matrix(name, x.shape, x.spelled, x.nbytes)
+    return Matrix(name, x.shape, x.spelling, x.nbytes)
 
 
 @contextlib.contextmanager

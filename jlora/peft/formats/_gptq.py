@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._affine import affine
+from ._affine import read_affine
 from ._awq import MARKS
 from ._codes import Codes, Dense
 from ._format import Format, register
@@ -37,4 +37,4 @@ class Gptq(Format):
         if f"{module}.g_idx" in tensors or config.get("desc_act") not in (None, False):
             order = tensors.read(f"{module}.g_idx", ("I32",), (inputs,))
         zeros = unpack(zeros, 1, bits).T[:outputs]
-        return affine(module, bits, codes, scale.T, zeros, order, [config.get("group_size")])
+        return read_affine(module, bits, codes, scale.T, zeros, order, [config.get("group_size")])

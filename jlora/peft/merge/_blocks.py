@@ -122,21 +122,21 @@ def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]
     """Multiplies matrices of up to so many `rows` with `right`, by one program."""
     cpu = jax.local_devices(backend="cpu")[0]
     rank, columns = right.shape
-    factor = jax.device_put(_padded(right, (rank, _up(columns))), cpu)
+    factor = jax.device_put(_pad(right, (rank, _round_up(columns))), cpu)
 
     def times(left: np.ndarray) -> np.ndarray:
-        block = jax.device_put(_padded(left, (_up(rows), rank)), cpu)
+        block = jax.device_put(_pad(left, (_round_up(rows), rank)), cpu)
         found = jnp.matmul(block, factor, precision=jax.lax.Precision.HIGHEST)
         return np.asarray(found)[: len(left), :columns]
 
     return times
 
 
-def _up(n: int) -> int:
+def _round_up(n: int) -> int:
     return -(-n // _SIDE) * _SIDE
 
 
-def _padded(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _pad(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The array as float32, with zeros after its rows and columns."""
     new = np.zeros(shape, np.float32)
     new[: x.shape[0], : x.shape[1]] = x

@@ -14,19 +14,19 @@ OLD: Dialect = (
     (r"LayerNorm\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm\.beta$", "LayerNorm.bias"),
 )
-_VISION: Dialect = (
-    (r"\.attention\.attention\.query\.", ".attention.q_proj."),
-    (r"\.attention\.attention\.key\.", ".attention.k_proj."),
-    (r"\.attention\.attention\.value\.", ".attention.v_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+_MLP: Dialect = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 )
+_OUTPUT = (r"\.attention\.output\.dense\.", ".attention.o_proj.")
+_VISION: Dialect = (
+    (r"\.attention\.attention\.([qkv])(?:uery|ey|alue)\.", r".attention.\1_proj."),
+    _OUTPUT,
+    *_MLP,
+)
 _HIERARCHICAL: Dialect = (
-    (r"\.attention\.self\.query\.", ".attention.q_proj."),
-    (r"\.attention\.self\.key\.", ".attention.k_proj."),
-    (r"\.attention\.self\.value\.", ".attention.v_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.attention\.self\.([qkv])(?:uery|ey|alue)\.", r".attention.\1_proj."),
+    _OUTPUT,
 )
 # LLaVA, Gemma 3, PaliGemma and others that contain a language model.
 _LLAVA: Dialect = (
@@ -53,13 +53,11 @@ DIALECTS: tuple[Dialect, ...] = (
             r"\.self\.relative_position_bias_table$",
             ".relative_position_bias.relative_position_bias_table",
         ),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"(\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+        *_MLP,
     ),
     (  # Segformer
         (r"\bencoder\.block\.(\d+)\.", r"stages.\1.blocks."),
-        (r"\bencoder\.patch_embeddings\.(\d+)\.", r"stages.\1.patch_embeddings."),
-        (r"\bencoder\.layer_norm\.(\d+)\.", r"stages.\1.layer_norm."),
+        (r"\bencoder\.(patch_embeddings|layer_norm)\.(\d+)\.", r"stages.\2.\1."),
         *_HIERARCHICAL,
         (r"\.attention\.self\.sr\.", ".attention.sequence_reduction.sequence_reduction."),
         (r"\.attention\.self\.layer_norm\.", ".attention.sequence_reduction.layer_norm."),
@@ -86,7 +84,7 @@ DIALECTS: tuple[Dialect, ...] = (
 )
 
 
-def dialects(names: Collection[str]) -> Iterator[Dialect]:
+def find_dialects(names: Collection[str]) -> Iterator[Dialect]:
     """Yields old names alone, and the dialects that a checkpoint with `names` may use."""
     yield OLD
     lines = "\n".join(names)

@@ -13,7 +13,7 @@ from .._checkpoint import (
     REFUSAL,
     Checkpoint,
     copy_others,
-    naming_changed,
+    explain_shorter,
     open_checkpoint,
     read_pieces,
 )
@@ -139,7 +139,7 @@ def _write(
     """Writes one file: the header as it is, then the tensors in the order of their data."""
     header = checkpoint.headers[file]
     with open_file(checkpoint.source, file) as (data, _):
-        with naming_changed(checkpoint.source, file):
+        with explain_shorter(checkpoint.source, file):
             for piece in read_pieces(data, header.data):
                 target.write(piece)
         for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
@@ -149,7 +149,7 @@ def _write(
                 dtype = (DTYPES | COUNTS)[entry.dtype]
                 pieces = (encode(block, dtype) for block in edit.blocks(data, entry))
             bad = 0
-            with naming_changed(checkpoint.source, name):
+            with explain_shorter(checkpoint.source, name):
                 for piece, count in pieces:
                     target.write(piece)
                     tick(len(piece))

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ._dialects import dialects
+from ._dialects import find_dialects
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,7 +50,7 @@ _FUSED = {
 _FIRSTS = 100  # first parts of names that are tried
 
 
-def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
+def find_views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
     """Finds the parameters of the model, under the names that find the most of `wanted`.
 
     There are several answers where the names of several versions find as many.
@@ -60,19 +60,19 @@ def views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
     """
     best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
     tried = list[dict[str, str]]()
-    possible, experts = list(dialects(shapes)), _experts(shapes)
+    possible, experts = list(find_dialects(shapes)), _find_experts(shapes)
     old = list(filter(_finder(rule for dialect in possible for rule in dialect), shapes))
     for dialect in possible:
-        named = _renamed(dialect, shapes, old)
+        named = _rename(dialect, shapes, old)
         if named in tried:
             continue
         tried.append(named)
-        fused = _fused(named, shapes, experts)
+        fused = _fuse(named, shapes, experts)
         fused = named.keys() | fused.keys() if fused else named.keys()
         # A part of a model may have the names of the checkpoint.
         known = {name for name in wanted if name in fused or name in shapes}
         ways = [("", ""), *((p, "") for p in _firsts(named)), *(("", p) for p in _firsts(wanted))]
-        counts = _counts(ways, wanted, fused, known)
+        counts = _count(ways, wanted, fused, known)
         if max(counts) > most:
             best, most = [], max(counts)
         if max(counts) == most:
@@ -101,7 +101,7 @@ def _views(
         rest = (n for n, x in named.items() if n.startswith(add) and x not in as_stored)
         named = {strip + n.removeprefix(add): named[n] for n in rest} | own
     plain = {name: View(shapes[x], (Piece(x),)) for name, x in named.items()}
-    fused = _fused(named, shapes, experts)
+    fused = _fuse(named, shapes, experts)
     # A model has modules of single experts only where the adapter adapts one by itself.
     pieces = {piece.tensor for view in fused.values() for piece in view.pieces}
     single = {name for name, x in named.items() if x in pieces}
@@ -129,7 +129,7 @@ def _finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
     return re.compile("|".join(f"(?:{old})" for old, _ in dict.fromkeys(rules))).search
 
 
-def _renamed(
+def _rename(
     dialect: Sequence[tuple[str, str]], names: Iterable[str], old: Iterable[str]
 ) -> dict[str, str]:
     """Maps names by a dialect to the checkpoint's `names`; a dialect renames `old` ones alone."""
@@ -149,7 +149,7 @@ def _firsts(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.partition(".")[0] + "." for name in names))[:_FIRSTS]
 
 
-def _counts(
+def _count(
     ways: Collection[tuple[str, str]],
     wanted: Collection[str],
     named: Collection[str],
@@ -165,12 +165,12 @@ def _counts(
     return [same + (added[add] if add else stripped[strip] if strip else 0) for add, strip in ways]
 
 
-def _experts(names: Iterable[str]) -> Experts:
+def _find_experts(names: Iterable[str]) -> Experts:
     """The weights of single experts, with the parts of their names."""
     return {name: found for name in names if (found := _EXPERT.fullmatch(name))}
 
 
-def _fused(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> Views:
+def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> Views:
     """The parameters that hold all experts of a module: (experts, rows, columns)."""
     modules: dict[str, dict[str, dict[int, str]]] = {}
     new = {name: _EXPERT.fullmatch(name) for name in named if name not in shapes}
@@ -184,12 +184,12 @@ def _fused(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> Views:
     for module, parts in modules.items():
         for parameter, ways in _FUSED.items():
             for way in ways:
-                if (view := _together([parts.get(part, {}) for part in way], shapes)) is not None:
+                if view := _join([parts.get(part, {}) for part in way], shapes):
                     views[f"{module}.{parameter}"] = view
     return views
 
 
-def _together(parts: list[dict[int, str]], shapes: Shapes) -> View | None:
+def _join(parts: list[dict[int, str]], shapes: Shapes) -> View | None:
     """Concatenates the rows of `parts` for each expert; None if they do not fit together."""
     count = len(parts[0])
     sizes = [{shapes[tensor] for tensor in part.values()} for part in parts]

@@ -24,7 +24,7 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
     return len(shape) == 2 and shape[0] in checkpoint.vocabulary
 
 
-def absent(
+def list_absent(
     checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
 ) -> list[str]:
     """Problems with what the checkpoint has no tensor for, unless another has the same values.
@@ -53,7 +53,7 @@ def _reason(name: str, checkpoint: Checkpoint) -> str:
     )
 
 
-def untied(
+def list_untied(
     checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
 ) -> list[str]:
     """Changes of a shared weight that PEFT would apply in only one of its places."""
@@ -91,7 +91,7 @@ def separate_heads(
     return there, heads
 
 
-def untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
+def list_untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
     """Problems with rows that are listed for a head which is not tied to their embedding."""
     apart = (name for name in checkpoint.where if not is_shared(checkpoint, name))
     return lone_heads(adapter.heads, [n.removesuffix(".weight") for n in apart])

@@ -21,8 +21,8 @@ from ..adapter._tokens import Tokens, list_unequal, misfits
 from ..adapter._tree import arrange
 from ..names._convert import weights
 from ..names._names import Name
-from ._renaming import Views, shapes_of, tensor_of, views
-from ._ties import absent, separate_heads, untied, untied_heads
+from ._renaming import Views, find_views, shapes_of, tensor_of
+from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def read_wanted(
         )
     else:
         model, wanted = _in_tree(checkpoint, adapter, names, problems)
-    problems.found += absent(checkpoint, model, wanted.parts, wanted.full | wanted.frozen)
+    problems.found += list_absent(checkpoint, model, wanted.parts, wanted.full | wanted.frozen)
     return model, wanted
 
 
@@ -89,7 +89,7 @@ def _in_tree(
     full = {name: x for each in pairs for name, x in each}
     rows = {f"{x.module}.weight": x for x in tree.tokens}
     wanted = Wanted(tree.parts, full, rows, {}, {})
-    model = views([*(part.name for part in wanted.parts), *full, *rows], checkpoint.shapes)[0]
+    model = find_views([*(part.name for part in wanted.parts), *full, *rows], checkpoint.shapes)[0]
     _check(checkpoint, model, wanted, problems)
     problems.stop()
     return model, wanted
@@ -98,14 +98,14 @@ def _in_tree(
 def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tuple[Views, Wanted]:
     files = open_files(source)
     adapter = sort_tensors(files, problems)
-    choices = views([*adapter.full, *adapter.tokens, *names_of(adapter)], checkpoint.shapes)
+    choices = find_views([*adapter.full, *adapter.tokens, *names_of(adapter)], checkpoint.shapes)
     model = next((v for v in choices if not list_missing(adapter, shapes_of(v))), choices[0])
     parts = assign_parameters(adapter, shapes_of(model), "the checkpoint", problems)
     rows, heads = separate_heads(checkpoint, model, adapter.tokens)
     full, biases = _with_tied_biases(adapter.full, model), _biases(adapter, model, problems)
     flag = bool(adapter.fields.get("fan_in_fan_out"))
     wanted = Wanted(parts, full, rows, adapter.frozen, biases, flag)
-    problems.found += untied_heads(checkpoint, adapter)
+    problems.found += list_untied_heads(checkpoint, adapter)
     strange = [part.name for part in parts if part.name not in model]
     if problems.found and strange:
         problems.found.insert(
@@ -116,11 +116,11 @@ def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tup
         )
     _check(checkpoint, model, wanted, problems)
     problems.stop()
-    problems.found += absent(checkpoint, model, parts, full | adapter.frozen)
+    problems.found += list_absent(checkpoint, model, parts, full | adapter.frozen)
     values = files.values((wanted, heads), problems)
-    problems.stop(*list_unequal(((x.v, y.v) for x, y in heads), values))
+    problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     wanted = fill(wanted, values)
-    problems.found += untied(checkpoint, model, wanted.parts, wanted.full)
+    problems.found += list_untied(checkpoint, model, wanted.parts, wanted.full)
     return model, wanted
 
 

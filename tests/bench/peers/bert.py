@@ -1,9 +1,9 @@
 """PEFT in torch against jlora in JAX: the same BERT, batch, loss, optimizer and CPUs."""
 
 import tempfile
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from .. import steps
 from . import bert_work, environment
@@ -32,12 +32,14 @@ def measure(rounds: int) -> dict:
         with environment.start("peft", "bert_jax", [folder]) as jax:
             ours = jax.answer()
             check(theirs, ours)
-            times = interleave({"torch": torch, "jax": jax}, rounds)
+            children = {"torch": torch, "jax": jax}
+            turns = {(n, p): Turn(children[n], p) for p in ("floor", "lora") for n in children}
+            times = steps.interleave(turns, None, rounds, "PEFT")
     return {
-        "PEFT ms": 1e3 * float(np.median(times["torch", "lora"])),
-        "torch floor ms": 1e3 * float(np.median(times["torch", "floor"])),
-        "jlora ms": 1e3 * float(np.median(times["jax", "lora"])),
-        "JAX floor ms": 1e3 * float(np.median(times["jax", "floor"])),
+        "PEFT ms": steps.median(times["torch", "lora"]),
+        "torch floor ms": steps.median(times["torch", "floor"]),
+        "jlora ms": steps.median(times["jax", "lora"]),
+        "JAX floor ms": steps.median(times["jax", "floor"]),
         "PEFT/jlora": steps.ratio(times["torch", "lora"], times["jax", "lora"]),
         "PEFT/torch floor": steps.ratio(times["torch", "lora"], times["torch", "floor"]),
         "jlora/JAX floor": steps.ratio(times["jax", "lora"], times["jax", "floor"]),
@@ -55,14 +57,12 @@ def check(theirs: dict, ours: dict) -> None:
         raise environment.PeerError(f"losses of torch, PEFT and JAX differ: {losses}")
 
 
-def interleave(
-    children: dict[str, environment.Child], rounds: int
-) -> dict[tuple[str, str], np.ndarray]:
-    """Seconds a step of each child's floor and LoRA, in turns, after a round of warm-up."""
-    turns = [(child, program) for program in ("floor", "lora") for child in children]
-    seconds: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
-    for _ in tqdm(range(rounds + 1), "PEFT", leave=False, disable=None):
-        for child, program in turns:
-            answer = children[child].ask(f"{program} {STEPS}")
-            seconds[child, program].append(float(np.median(answer["seconds"])))
-    return {turn: np.array(values[1:]) for turn, values in seconds.items()}
+class Turn(NamedTuple):
+    """Some steps of a program in a child."""
+
+    child: environment.Child
+    program: str
+
+    def run(self, _: None) -> float:
+        """The seconds of a step."""
+        return float(np.median(self.child.ask(f"{self.program} {STEPS}")["seconds"]))

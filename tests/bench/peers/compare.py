@@ -8,7 +8,6 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from .. import floor, model, steps
 
@@ -122,7 +121,7 @@ def measure(peer: Peer, shape: model.Shape, mode: str, rounds: int) -> dict:
         "peer/floor": steps.ratio(seconds["peer"], seconds["floor"]),
         "jlora/floor": steps.ratio(seconds["jlora"], seconds["floor"]),
         "peer/jlora": steps.ratio(seconds["peer"], seconds["jlora"]),
-        "floor ms": 1e3 * float(np.median(seconds["floor"])),
+        "floor ms": steps.median(seconds["floor"]),
         "peer temp": temp["peer"],
         "jlora temp": temp["jlora"],
         "FLOPs": programs["peer"].flops / programs["jlora"].flops,
@@ -145,10 +144,8 @@ def reason(error: Exception) -> str:
 def main(peer: Peer) -> None:
     """The command line of a peer's module: prints the rows as JSON, one a line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=floor.MODES, default=list(floor.MODES))
     options = parser.parse_args()
-    shapes = [floor.TINY] if options.tiny else floor.SHAPES
-    for row in rows(peer, shapes, options.modes, options.rounds):
+    for row in rows(peer, floor.SHAPES, options.modes, options.rounds):
         print(json.dumps(row), flush=True)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Arg:
     """An argument of a command; its `str` is the path.
 
     Attributes:
@@ -30,7 +30,7 @@ class Given:
     def __str__(self) -> str:
         return str(self.path)
 
-    def holding(self, value: Any) -> "Given":
+    def with_value(self, value: Any) -> "Arg":
         """Returns the same argument with what was read from its folder."""
         return dataclasses.replace(self, value=value)
 
@@ -38,10 +38,10 @@ class Given:
 class _Folder(click.ParamType):
     name = "path"
 
-    def convert(self, value: str, param: Any, ctx: click.Context | None) -> Given:
+    def convert(self, value: str, param: Any, ctx: click.Context | None) -> Arg:
         is_option = isinstance(param, click.Option)
         what = param.opts[0] if is_option else param.human_readable_name
-        return Given(what, Path(value), Path(value))
+        return Arg(what, Path(value), Path(value))
 
 
 FOLDER = _Folder()
@@ -53,7 +53,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
     Its errors then have the words of the usage line, with the paths.
     """
     bound = inspect.signature(function).bind(*args, **options)
-    given = {name: x for name, x in bound.arguments.items() if isinstance(x, Given)}
+    given = {name: x for name, x in bound.arguments.items() if isinstance(x, Arg)}
     bound.arguments |= {name: x.value for name, x in given.items()}
     try:
         return function(*bound.args, **bound.kwargs)
@@ -62,7 +62,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
         for name, x in given.items():
             text = _rename(text, f"`{name}`", x)
             for i, path in enumerate(x.value if isinstance(x.value, list) else ()):
-                text = _rename(text, f"`{name}[{i}]`", Given(x.what, path, path))
+                text = _rename(text, f"`{name}[{i}]`", Arg(x.what, path, path))
         for x in click.get_current_context().command.params:
             if isinstance(x, click.Option):
                 text = re.sub(f"`{x.name}`|{x.name}=True", x.opts[0], text)
@@ -71,7 +71,7 @@ def call(function: Callable[..., T], *args: Any, **options: Any) -> T:
         raise ValueError(text) from e
 
 
-def _rename(text: str, argument: str, given: Given) -> str:
+def _rename(text: str, argument: str, given: Arg) -> str:
     has_path = given.path is None or _has_path(given.path, text)
     first = given.what if has_path else f"{given.what} {given}"
     return text.replace(argument, first, 1).replace(argument, given.what)

@@ -1,0 +1,331 @@
+"""DoRA and Rows on a mesh of eight devices, in float64: methods that look at all of W.
+
+DoRA's norms are over all inputs: where a mesh cuts those, their parts are added up. The vocabulary
+of Rows may be cut too. Nothing of W's size is moved for either.
+"""
+
+import itertools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import laws
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from meshes import KINDS, assert_lies, compiled, lines, moved, normal, put, value_and_slope
+from small import some
+
+import jlora
+
+LAYERS, INPUTS, OUTPUTS, RANK = 4, 16, 8, 2
+KEY, LINES = jax.random.key(0), lines()
+AUTO = LINES[AxisType.Auto]
+ROWS, COLUMNS = P(None, "d"), P(None, None, "d")
+VOCABULARY, DIM = P("d"), P(None, "d")
+NEW, IDS = (30, 3, 17), jnp.array([[3, 0, 30], [5, 17, 1]])
+
+
+def is_explicit():
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+
+
+def model(p, x):
+    """Layers of their own inputs, whose results are stated along explicit axes."""
+    out = P(None, jax.typeof(p["w"]).sharding.spec[2]) if is_explicit() else None
+    return lax.map(lambda wx: jnp.matmul(wx[1], wx[0], out_sharding=out), (p["w"], x))
+
+
+def tied(p, ids):
+    """A table that is looked up and multiplied with."""
+    if not is_explicit():
+        return jnp.tanh(p["w"][ids]) @ p["w"].T
+    rows, dim = jax.typeof(p["w"]).sharding.spec
+    h = jnp.tanh(p["w"].at[ids].get(out_sharding=P(None, None, dim)))
+    return jnp.einsum("bti,vi->btv", h, p["w"], out_sharding=P(None, None, rows))
+
+
+X = normal(1, LAYERS, 4, INPUTS)
+SLOTS = jlora.Slots(2, (1,))
+UNDER = {
+    "LoRA": jlora.LoRA("w", rank=RANK),
+    "DoRA": jlora.DoRA("w", rank=RANK),
+    "LoRA of slots": jlora.LoRA("w", rank=RANK, slots=SLOTS),
+    "DoRA of slots": jlora.DoRA("w", rank=RANK, slots=SLOTS),
+    "DoRA of codes": jlora.DoRA("w", rank=RANK),
+}
+
+
+def made(under):
+    """Transform, base, adapter and input on one device."""
+    if under == "Rows":
+        lora, w, x = jlora.transform(tied, jlora.Rows("w", NEW)), normal(0, 32, 8), IDS
+    else:
+        lora, w, x = jlora.transform(model, UNDER[under]), normal(0, LAYERS, INPUTS, OUTPUTS), X
+    params = {"w": w}
+    if under.endswith("codes"):
+        params = jlora.quantize(params, jlora.Int8("w"))
+    base, adapter = lora.init(KEY, params, x)
+    return lora, base, laws.randomize(adapter), x
+
+
+def placed(under, spec, kind=AxisType.Auto, of_x=None):
+    """The same on a mesh."""
+    lora, base, adapter, x = made(under)
+    specs = {"w": spec}
+    base, x = put(base, LINES[kind], specs), put(x, LINES[kind], of_x)
+    return lora, base, put(adapter, LINES[kind], jlora.sharding.specs(specs, adapter)), x
+
+
+PLACES = {"DoRA": (ROWS, COLUMNS), "Rows": (VOCABULARY, DIM)}
+EVERY = [(under, spec, kind) for under in PLACES for spec in PLACES[under] for kind in KINDS]
+DAILY = [EVERY[0], EVERY[3], EVERY[4]]
+
+
+@pytest.mark.parametrize(
+    ("under", "spec", "kind"),
+    [pytest.param(*x, marks=[] if x in DAILY else pytest.mark.slow) for x in EVERY],
+)
+def test_on_a_mesh_is_as_on_one_device(under, spec, kind):
+    lora, whole, alone, x = made(under)
+    expected = value_and_slope(lambda a: lora.apply(whole, a, x), alone)
+    of_x = P(None, None, *spec[1:2]) if under == "DoRA" else P()
+    _, base, adapter, x = placed(under, spec, kind, of_x)
+    with jax.set_mesh(LINES[kind]):
+        actual = value_and_slope(lambda a: lora.apply(base, a, x), adapter)
+        merged = jlora.merge(base, adapter)
+        start = lora.init(KEY, base, x)[1] if under == "Rows" else None
+    laws.assert_close(jax.device_get(actual), jax.device_get(expected), 1e-10)
+    laws.assert_close(merged, jlora.merge(whole, alone), 1e-10)
+    assert_lies(merged, base)
+    if start is not None:
+        laws.assert_close(start, lora.init(KEY, whole, IDS)[1], 0)
+
+
+def test_norms_cost_one_small_sum():
+    """Row-parallel: (r + 1)·outputs + r² numbers a matrix, of all layers at once."""
+    _, base, adapter, _ = placed("DoRA", ROWS)
+    gain = lambda base, adapter: adapter["w"].lower(base["w"]).gain.value  # noqa: E731
+    size = LAYERS * ((RANK + 1) * OUTPUTS + RANK**2)
+    assert moved(compiled(gain, base, adapter)) == [("all-reduce", size)]
+
+
+def test_no_sum_where_outputs_are_cut():
+    dora, *args = placed("DoRA", COLUMNS)
+    assert moved(compiled(dora.apply, *args)) == []
+
+
+def test_nothing_of_the_table_is_moved():
+    """Beside what the model itself does: the rows alone, and what is looked up of the table."""
+    rows, *args = placed("Rows", VOCABULARY)
+    found = moved(compiled(rows.apply, *args))
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    assert sum(size for _, size in found) <= IDS.size * (8 + len(NEW)) + len(NEW) * 8
+
+
+# ------------------------------------------------------------------------ the user's own shard_map
+
+
+class Way(NamedTuple):
+    """How a user's own `shard_map` brings W, A, B and m to each device.
+
+    Attributes:
+        of_w: the partition of W.
+        of_adapter: that of the adapter, if it is not that of `sharding.specs`.
+        to: the type to which all is gathered, if it is.
+        varying: names of arrays that are made to vary.
+        of_x: the partition of x, (layers, rows, inputs).
+        of_y: that of the result, (layers, rows, outputs).
+        refused: what of W the type does not show to be whole: its inputs, its outputs.
+    """
+
+    of_w: P
+    of_adapter: P | None = None
+    to: str | None = None
+    varying: tuple[str, ...] = ()
+    of_x: P = P(None, "d")
+    of_y: P = P(None, "d")
+    refused: tuple[str, ...] = ()
+
+
+STACK, WHOLE, BOTH = P("d"), P(), ("inputs", "outputs")
+BY_INPUTS = {"of_x": P(None, None, "d"), "of_y": P()}
+BY_OUTPUTS = {"of_x": P(), "of_y": P(None, None, "d")}
+WAYS = {
+    "replicated": Way(WHOLE),
+    "all varying": Way(WHOLE, varying=("w", "a", "b", "m"), refused=BOTH),
+    "base gathered": Way(ROWS, WHOLE, to="varying"),
+    "base gathered, m varying": Way(ROWS, WHOLE, to="varying", varying=("m",)),
+    "rows gathered": Way(ROWS, to="varying", refused=("inputs",)),
+    "columns gathered": Way(COLUMNS, to="varying", refused=("outputs",)),
+    "stack gathered": Way(STACK, to="varying", refused=BOTH),
+    "rows gathered to whole": Way(ROWS, to="invarying"),
+    "columns gathered to whole": Way(COLUMNS, to="invarying"),
+    "stack gathered to whole": Way(STACK, to="invarying"),
+    "rows": Way(ROWS, **BY_INPUTS, refused=("inputs",)),
+    "columns": Way(COLUMNS, **BY_OUTPUTS, refused=("outputs",)),
+    "columns, A varying": Way(COLUMNS, varying=("a",), **BY_OUTPUTS, refused=BOTH),
+    "stack": Way(STACK, of_x=STACK, of_y=STACK, refused=BOTH),
+}
+# What a rule needs whole, and how it says so.
+NORMS = {"inputs": "DoRA takes norms over all inputs of W"}
+PARTS = {"outputs": "its slots are parts of a whole axis of W"}
+NEEDS = {
+    "LoRA": {},
+    "DoRA": NORMS,
+    "LoRA of slots": PARTS,
+    "DoRA of slots": PARTS | NORMS,
+    "DoRA of codes": NORMS,
+}
+
+
+def gather(x, spec, to):
+    """`x`, whole along each axis that `spec` cuts."""
+    for i, name in enumerate(spec):
+        x = x if name is None else lax.all_gather(x, name, axis=i, tiled=True, to=to)
+    return x
+
+
+def mapped(way, f, base, adapter, checked=True):
+    """`f` of base, adapter and x on each device."""
+    specs = jlora.sharding.specs({"w": way.of_w}, base)
+    places = jlora.sharding.specs({"w": way.of_adapter or way.of_w}, adapter)
+    if way.of_adapter is not None:
+        places = jax.tree.map(lambda _: P(), places)
+
+    def vary(x):
+        return lax.pcast(x, "d", to="varying")
+
+    def own(base, adapter, x):
+        if way.to:
+            base, adapter = (
+                jax.tree.map(lambda v, s: gather(v, s, way.to), *pair)
+                for pair in ((base, specs), (adapter, places))
+            )
+        if "w" in way.varying:
+            base = jax.tree.map(vary, base)
+        node = adapter["w"]
+        names = [n for n in way.varying if n in node._fields]
+        node = node._replace(**{n: vary(getattr(node, n)) for n in names})
+        y = f(base, {"w": node}, x)
+        return lax.psum(y, "d") if way.of_y == P() else y
+
+    return jax.shard_map(
+        own,
+        mesh=AUTO,
+        in_specs=(specs, places, way.of_x),
+        out_specs=way.of_y,
+        check_vma=checked,
+    )
+
+
+def every_way():
+    """Each rule, method and way; each way out of `mapped` and each refusal every day.
+
+    Codes whose weight is cut have no shape there, so that they come whole or are gathered.
+    """
+    daily = {
+        ("DoRA", False, "base gathered"),
+        ("DoRA", False, "rows"),
+        ("DoRA", False, "columns"),
+        ("LoRA of slots", False, "columns, A varying"),
+        ("DoRA of codes", False, "rows gathered"),
+    }
+    rows = itertools.product(UNDER, (False, True), WAYS)
+    of_codes = ("replicated", "rows gathered", "rows gathered to whole")
+    rows = [x for x in rows if x[0] != "DoRA of codes" or (x[2] in of_codes and not x[1])]
+    return [pytest.param(*x, marks=[] if x in daily else pytest.mark.slow) for x in rows]
+
+
+@pytest.mark.parametrize(("under", "merged", "name"), every_way())
+def test_within_the_users_shard_map(under, merged, name):
+    """As without it, or refused."""
+    way, (lora, base, adapter, x) = WAYS[name], made(under)
+    f = (lambda b, a, x: model(jlora.merge(b, a), x)) if merged else lora.apply
+    inside = mapped(way, f, base, adapter)
+    if needs := [need for of, need in NEEDS[under].items() if of in way.refused]:
+        message = (
+            f"'w' cannot be adapted here: {needs[0]}, and the shard_map around it may have cut W "
+            "over the mesh axes 'd'."
+        )
+        with pytest.raises(NotImplementedError, match=re.escape(message)):
+            inside(base, adapter, x)
+        return
+    actual = value_and_slope(lambda a: inside(base, a, x), adapter)
+    expected = value_and_slope(lambda a: lora.apply(base, a, x), adapter)
+    laws.assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", some(["replicated", "base gathered", "rows"], "rows"))
+@pytest.mark.parametrize("under", some(UNDER, "LoRA", "DoRA"))
+def test_what_a_shard_map_hides_is_refused(under, name):
+    if under == "DoRA of codes" and name == "rows":
+        return
+    lora, base, adapter, x = made(under)
+    f = mapped(WAYS[name], lora.apply, base, adapter, checked=False)
+    if NEEDS[under]:
+        with pytest.raises(NotImplementedError, match=r"check_vma=False, and jax.pmap, hide both"):
+            f(base, adapter, x)
+    else:
+        laws.assert_close(f(base, adapter, x), lora.apply(base, adapter, x), 1e-10)
+
+
+@pytest.mark.parametrize("name", some(["rows", "columns", "stack"], "rows"))
+def test_within_the_models_own_shard_map(name):
+    """What the error advises for weights that are cut: the norms are taken outside."""
+    way, (dora, base, adapter, x) = WAYS[name], made("DoRA")
+
+    def own(p, x):
+        y = model(p, x)
+        return lax.psum(y, "d") if name == "rows" else y
+
+    specs = {"in_specs": ({"w": way.of_w}, way.of_x), "out_specs": way.of_y}
+    parallel = jlora.transform(jax.shard_map(own, mesh=AUTO, **specs), UNDER["DoRA"])
+    actual, expected = (
+        value_and_slope(lambda a, f=f: f(base, a, x), adapter) for f in (parallel.apply, dora.apply)
+    )
+    laws.assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_part_of_w_is_refused(check):
+    """By Rows everywhere, by DoRA's start too."""
+
+    def inside(f, spec):
+        how = {"in_specs": ({"w": spec}, P(), P()), "out_specs": P("d"), "check_vma": check}
+        return jax.shard_map(f, mesh=AUTO, **how)
+
+    _, base, adapter, ids = placed("Rows", VOCABULARY)
+    rows = jlora.transform(tied, jlora.Rows("w", [3]))  # within the part of each
+    few = {"w": jax.tree.map(lambda v: v[:1], adapter)["w"]._replace(rows=(3,))}
+    message = "'w' cannot be adapted here: Rows counts the rows of the whole table, and the"
+    with pytest.raises(NotImplementedError, match=f"{message} .* over the mesh axes 'd'"):
+        inside(rows.apply, VOCABULARY)(base, few, ids)
+    with pytest.raises(NotImplementedError, match=message):
+        inside(lambda b, a, _: jlora.merge(b, a), VOCABULARY)(base, few, ids)
+    with pytest.raises(NotImplementedError, match=r"\('w'\) takes .*Call init outside of it"):
+        inside(lambda b, _, ids: rows.init(KEY, b, ids)[1], VOCABULARY)(base, few, ids)
+    dora, base, adapter, x = placed("DoRA", ROWS)
+    with pytest.raises(NotImplementedError, match=r"DoRA\('w'\) takes norms of the whole of 'w'"):
+        inside(lambda b, _, x: dora.init(KEY, b, x[..., :4])[1], ROWS)(base, adapter, x)
+
+
+@pytest.mark.parametrize("to", ["varying", "invarying"])
+def test_a_gathered_table(to):
+    """Its type must say that it is whole."""
+    rows, base, adapter, _ = placed("Rows", VOCABULARY)
+
+    def own(base, adapter, ids):
+        return rows.apply({"w": gather(base["w"], VOCABULARY, to)}, adapter, ids)
+
+    ids, specs = jnp.arange(8).reshape(4, 2), ({"w": VOCABULARY}, P(), P("d"))
+    f = jax.shard_map(own, mesh=AUTO, in_specs=specs, out_specs=P("d"))
+    if to == "varying":
+        with pytest.raises(NotImplementedError, match="may have cut W over the mesh axes 'd'"):
+            f(base, adapter, ids)
+        return
+    actual = value_and_slope(lambda a: f(base, a, ids), adapter)
+    expected = value_and_slope(lambda a: rows.apply(base, a, ids), adapter)
+    laws.assert_close(actual, expected, 1e-10)
