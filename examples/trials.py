@@ -241,9 +241,10 @@ class Runner:
         found = {"trained": jlora.count(trained)}
         state = self.tx.init(trained)
         schedule = optax.warmup_cosine_decay_schedule(0, rate, int(WARMUP * task.steps), task.steps)
+        rates = np.asarray(jax.jit(schedule)(np.arange(task.steps)))
         batches = draw_batches(task, task.steps, seed)
         for i, rows in enumerate(tqdm(batches, leave=False, disable=None)):
-            trained, state, loss = self.step(trained, state, base, rows, schedule(i))
+            trained, state, loss = self.step(trained, state, base, rows, rates[i])
             losses.append(loss)
         found["loss"] = float(np.mean(losses[-20:]))
         for name in ("validation", "held_out"):
