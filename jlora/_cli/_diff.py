@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import click
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -130,6 +131,11 @@ def _has_same_bits(x: Any, y: Any) -> bool:
     return (x.shape, x.dtype) == (y.shape, y.dtype) and x.tobytes() == y.tobytes()
 
 
+@jax.jit
+def _measure(x: LowRank, y: LowRank) -> tuple[jax.Array, jax.Array]:
+    return jlora.analysis.distance(x, y), jlora.analysis.norm(x)
+
+
 def _relative(x: Any, y: Any, changes: Any) -> float | None:
     """‖ΔW_x - ΔW_y‖ / ‖ΔW_x‖ over all matrices; None where it is not known.
 
@@ -147,8 +153,7 @@ def _relative(x: Any, y: Any, changes: Any) -> float | None:
     elif changes.keys() <= {"dropout", "frozen"}:
         return 0.0
     else:
-        x, y = widen(x), widen(y)
-        change, size = jlora.analysis.distance(x, y), jlora.analysis.norm(x)
+        change, size = _measure(widen(x), widen(y))
     change, size = (float(np.linalg.norm(np.ravel(z))) for z in (change, size))
     if size == 0:
         return 0.0 if change == 0 else math.inf
