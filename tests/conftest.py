@@ -10,7 +10,7 @@ import pytest
 
 # With PyTorch, which the default tests do without.
 collect_ignore = ["fixtures", "peft_families.py", "tables/pytorch.py"]
-# Run by `devices.py`; imported, for their doctests, only where there are devices for their meshes.
+# Run by `test_eight_devices.py`; imported, for their doctests, only where there are devices.
 collect_ignore_glob = (
     [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["*_on_devices.py"]
 )

@@ -1,14 +1,27 @@
-"""Every `*_on_devices.py`, several to a process, as the start of one takes seconds."""
+"""Every `*_on_devices.py`, in one process with eight forced devices, as a start takes seconds."""
 
-import devices
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
+from small import some
 
-PROCESSES = 1
-FILES = sorted(str(x.relative_to(devices.TESTS)) for x in devices.TESTS.rglob("*_on_devices.py"))
+TESTS = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("part", range(PROCESSES))
-def test_on_eight_devices(part: int, marked: str) -> None:
-    """One in `PROCESSES` of the files."""
-    devices.run(*FILES[part::PROCESSES], marked=marked)
+@pytest.mark.parametrize("marked", some(["not slow", "slow"], "not slow"))
+def test_on_eight_devices(marked: str) -> None:
+    """The tests with that mark, in float64."""
+    files = sorted(str(x.relative_to(TESTS)) for x in TESTS.rglob("*_on_devices.py"))
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-m", marked, *files],
+        cwd=TESTS,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -419,102 +420,114 @@ def test_slots_of_a_kernel_meet_whole_ones() -> None:
 
 # ---------------------------------------------------------------------------------- refusals
 
-LORA, PARAMS, ADAPTERS = made()
-TABLE = many.stack(ADAPTERS, base=PARAMS)
-PREPARED = many.prepare(TABLE, form="side by side")
-TWO = many.stack([{"w": node(2)}, {"w": node(1)}])
-LOW = many.stack([{"w": node(2, dtype="bfloat16")}])
-DORA = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=1))
-KEYS = jax.random.split(jax.random.key(0), 3)
-DORAS = many.init(DORA, KEYS, {"w": jnp.eye(64, 4)}, X)[1]
-BROKEN = ADAPTERS[0] | {
-    "v": ADAPTERS[0]["v"]._replace(b=ADAPTERS[0]["v"].b.at[0, 0].set(-np.inf)),
-    "c": np.full(4, np.nan, np.float32),
-}
 NOT_FINITE = (
     r"a table cannot hold what is at these paths:\n  c: is not finite\n  v: is not finite\n"
     r"In one slot of a table it would reach the rows of others\."
 )
 # Zeros in DoRA's magnitudes are no adapter of the base: neither -1 nor an empty slot.
 ANOTHER = r"a table cannot hold what is at these paths:\n  w: is a Decomposed\n"
+NO_TABLE = r"`table` must be an adapter with a leading"
 
 
-def call(base: Any = PARAMS, table: Any = TABLE, ids: Any = IDS, apply: Any = LORA.apply) -> Any:
-    return lambda **how: many.route(apply, **how)(base, table, np.array(ids), X)
+@functools.cache
+def given() -> types.SimpleNamespace:
+    """What the calls of `WRONG` need: a table and its adapters, and some that are no such."""
+    lora, base, adapters = made()
+    v = adapters[0]["v"]
+    broken = {"v": v._replace(b=v.b.at[0, 0].set(-np.inf)), "c": np.full(4, np.nan, np.float32)}
+    dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=1))
+    params, keys = {"w": jnp.eye(64, 4)}, jax.random.split(jax.random.key(0), 3)
+    return types.SimpleNamespace(
+        apply=lora.apply,
+        base=base,
+        adapters=adapters,
+        table=many.stack(adapters, base=base),
+        prepared=many.prepare(many.stack(adapters, base=base), form="side by side"),
+        broken=adapters[0] | broken,
+        two=many.stack([{"w": node(2)}, {"w": node(1)}]),
+        dora=dora,
+        params=params,
+        doras=many.init(dora, keys, params, X)[1],
+    )
 
 
-WRONG: list[tuple[str, Callable[[], Any]]] = [
-    (r"`adapters` must be a list of adapters.*got an empty", lambda: many.stack([])),
-    (r"`table` must be an adapter with a leading", lambda: many.take(ADAPTERS[0], 0)),
-    (r"`ids` must be integers of shape", call(ids=np.ones(6))),
+def call(apply: Any, base: Any, table: Any, ids: Any = IDS, **how: Any) -> Any:
+    return many.route(apply, **how)(base, table, np.array(ids), X)
+
+
+# Messages, and what provokes them.
+WRONG: list[tuple[str, Callable[[Any], Any]]] = [
+    (r"`adapters` must be a list of adapters.*got an empty", lambda _: many.stack([])),
+    (NO_TABLE, lambda t: many.take(t.adapters[0], 0)),
+    (NO_TABLE, lambda t: many.take(t.prepared, 0)),
+    (NO_TABLE, lambda t: call(t.apply, t.base, t.prepared | {"c": jnp.ones((2, 4))})),
+    (r"`ids` must be integers of shape", lambda t: call(t.apply, t.base, t.table, np.ones(6))),
     *(
-        (r"`slot` must be one integer, from 0 on; got ", functools.partial(f, TABLE, slot))
-        for slot in (True, 1.0, jnp.array([1]), jnp.array(1.0), None, "0")
+        (r"`slot` must be one integer, from 0 on; got ", lambda t, f=f, i=i: f(t.table, i))
+        for i in (True, 1.0, jnp.array([1]), jnp.array(1.0), None, "0")
         for f in (many.take, many.remove)
     ),
-    (NOT_FINITE, lambda: many.stack([ADAPTERS[1], BROKEN], base=PARAMS)),
-    (NOT_FINITE, lambda: many.insert(TABLE, 0, BROKEN)),
-    (ANOTHER, call({"w": jnp.eye(64, 4)}, DORAS, apply=DORA.apply)),
-    (ANOTHER, lambda: many.prepare(DORAS, form="gathered")),
-    (ANOTHER, lambda: many.insert(DORAS, 0, {})),
+    (NOT_FINITE, lambda t: many.stack([t.adapters[1], t.broken], base=t.base)),
+    (NOT_FINITE, lambda t: many.insert(t.table, 0, t.broken)),
+    (ANOTHER, lambda t: call(t.dora.apply, t.params, t.doras)),
+    (ANOTHER, lambda t: many.prepare(t.doras, form="gathered")),
+    (ANOTHER, lambda t: many.insert(t.doras, 0, {})),
     (
         r"  w: is for weights of \(shape, stack, inputs, outputs\) \[.*\(6, 4\).*\(6, 5\).*\]\n",
-        lambda: many.insert(TWO, 0, {"w": node(1, (6, 5))}),
+        lambda t: many.insert(t.two, 0, {"w": node(1, (6, 5))}),
     ),
     (
         r"  v: is no site of the table\n",
-        lambda: many.insert(TWO, 0, {"w": node(1), "v": node(1)}),
+        lambda t: many.insert(t.two, 0, {"w": node(1), "v": node(1)}),
     ),
-    (r"  w: has the rank 3, above the table's 2\n", lambda: many.insert(TWO, 0, {"w": node(3)})),
+    (
+        r"  w: has the rank 3, above the table's 2\n",
+        lambda t: many.insert(t.two, 0, {"w": node(3)}),
+    ),
     (
         r"  w: is of low rank in one and trained in full in an",
-        lambda: many.insert(TWO, 0, {"w": jnp.ones((6, 4))}),
+        lambda t: many.insert(t.two, 0, {"w": jnp.ones((6, 4))}),
     ),
     (
         r"  w: has the slots None, where the table has \(2, \(1,\), 1\)\n",
-        lambda: many.insert(many.stack([{"w": SLOTTED}]), 0, {"w": node(1)}),
+        lambda _: many.insert(many.stack([{"w": SLOTTED}]), 0, {"w": node(1)}),
     ),
     (
         r"  w: is of float32, where the table has bfloat16",
-        lambda: many.insert(LOW, 0, {"w": node(1)}),
+        lambda _: many.insert(many.stack([{"w": node(2, dtype="bfloat16")}]), 0, {"w": node(1)}),
     ),
-    (r"`size` must be at least the 3 adapt", lambda: many.stack(ADAPTERS, size=2)),
-    (r"  v: has the rank 3, above", lambda: many.stack(ADAPTERS, rank=2, base=PARAMS)),
-    (r"  c: is trained in full, so that a", lambda: many.stack([ADAPTERS[0], {}])),
-    (r"`slot` must lie in \[0, 3\).*got 3", lambda: many.insert(TABLE, 3, {})),
-    (r"`slot` must lie in \[0, 3\).*got -1", lambda: many.take(TABLE, -1)),
-    (r"  c: is trained in full.*\nGive `base`", lambda: many.remove(TABLE, 0)),
+    (r"`size` must be at least the 3 adapt", lambda t: many.stack(t.adapters, size=2)),
+    (r"  v: has the rank 3, above", lambda t: many.stack(t.adapters, rank=2, base=t.base)),
+    (r"  c: is trained in full, so that a", lambda t: many.stack([t.adapters[0], {}])),
+    (r"`slot` must lie in \[0, 3\).*got 3", lambda t: many.insert(t.table, 3, {})),
+    (r"`slot` must lie in \[0, 3\).*got -1", lambda t: many.take(t.table, -1)),
+    (r"  c: is trained in full.*\nGive `base`", lambda t: many.remove(t.table, 0)),
     (
         r"  c: expected shape \(5,\) as in `base`, got \(4,\)",
-        lambda: many.remove(TABLE, 0, base=PARAMS | {"c": jnp.ones(5)}),
+        lambda t: many.remove(t.table, 0, base=t.base | {"c": jnp.ones(5)}),
     ),
     (
         r"`form` is 'gathered', but `table` was prepared side by side: give the",
-        lambda: call(table=PREPARED)(form="gathered"),
+        lambda t: call(t.apply, t.base, t.prepared, form="gathered"),
     ),
-    (r"`table` must be an adapter with a leading", lambda: many.take(PREPARED, 0)),
-    (
-        r"`table` must be an adapter with a leading",
-        call(table=PREPARED | {"c": jnp.ones((2, 4))}),
-    ),
-    (r"`form` must be one of 'side by s", lambda: many.route(LORA.apply, form="x")),
-    (r"argument \[0\]\[0\] after `ids` must", call(ids=[0, 1])),
-    (r"`ids` must lie in \[-1, 3\)", call(ids=[0] * 5 + [3])),
+    (r"`form` must be one of 'side by s", lambda t: many.route(t.apply, form="x")),
+    (r"argument \[0\]\[0\] after `ids` must", lambda t: call(t.apply, t.base, t.table, [0, 1])),
+    (r"`ids` must lie in \[-1, 3\)", lambda t: call(t.apply, t.base, t.table, [0] * 5 + [3])),
     (
         r"result of `apply` must have the rows along its axis 0, or no axis; got ",
-        call(apply=lambda *a: LORA.apply(*a)[0]),
+        lambda t: call(lambda *args: t.apply(*args)[0], t.base, t.table),
     ),
-    (r"does not fit `base` at 3", call({"w": X})),
+    (r"does not fit `base` at 3", lambda t: call(t.apply, {"w": X}, t.table)),
 ]
 
 
 @pytest.mark.parametrize(("message", "provoke"), WRONG, ids=[m[:50] for m, _ in WRONG])
-def test_what_is_wrong_is_named(message: str, provoke: Callable[[], Any]) -> None:
+def test_what_is_wrong_is_named(message: str, provoke: Callable[[Any], Any]) -> None:
     is_type = re.match(r"`(adapters|table|ids|slot)` must be [ailo]", message)
     with pytest.raises(TypeError if is_type else ValueError, match=f"(?s){message}"):
-        provoke()
+        provoke(given())
 
 
 def test_tables_of_other_methods_are_for_vmap() -> None:
-    base = {"w": jnp.eye(64, 4)}
-    close(DORA.apply(base, many.take(DORAS, 1), X), X @ base["w"])
+    t = given()
+    close(t.dora.apply(t.params, many.take(t.doras, 1), X), X @ t.params["w"])

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from .._types import PyTree
-from ._fingerprint import leaf_of, shapes_of, struct_of
+from ._fingerprint import shapes_of
 from ._restore import read
 from ._save import METADATA
 from ._store import Where, check_files, damage
@@ -54,10 +54,8 @@ def base_shapes(path: Where) -> PyTree:
         return shapes_of(saved.base)
     entries, values = _read(folder, lambda x: x.dtype == np.uint32)  # random keys among them
 
-    def struct(entry: Any, value: Any) -> jax.ShapeDtypeStruct:
-        return struct_of(leaf_of(value if _is_key(value) else entry, values=False))
-
-    return _with_variables(jax.tree.map(struct, entries, values))
+    own = jax.tree.map(lambda x, value: value if _is_key(value) else x, entries, values)
+    return _with_variables(jax.tree.map(_struct, own))
 
 
 def base_values(path: Where) -> PyTree:
@@ -89,7 +87,7 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
         return ocp.RestoreArgs(restore_type=np.ndarray)
 
     def item_of(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_wanted(x) else ocp.PLACEHOLDER
+        return _struct(x) if is_wanted(x) else ocp.PLACEHOLDER
 
     check_files(folder)
     with damage(f"{folder} cannot be read as parameters that Orbax's StandardCheckpointer saved"):
@@ -103,6 +101,10 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
         with ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
             return found.tree, checkpointer.restore(folder.absolute(), args=args)
+
+
+def _struct(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _is_key(x: Any) -> bool:

@@ -1,6 +1,7 @@
 """Fingerprints of a base: paths, shapes, dtypes and, on request, hashes of the values."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -45,11 +46,15 @@ def shapes_of(found: Fingerprint) -> PyTree:
 
 
 def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of a leaf; raises `TypeError` for a dtype that JAX has not."""
-    if leaf.dtype.startswith("key<"):
-        kinds = (jax.random.key(0, impl=name).dtype for name in KEYS)
-        return jax.ShapeDtypeStruct(leaf.shape, {str(x): x for x in kinds}[leaf.dtype])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    """Returns the shape and dtype of a leaf; raises for a dtype that JAX has not."""
+    is_key = leaf.dtype.startswith("key<")
+    return jax.ShapeDtypeStruct(leaf.shape, _key_dtypes().get(leaf.dtype) if is_key else leaf.dtype)
+
+
+@functools.cache
+def _key_dtypes() -> dict[str, Any]:
+    kinds = (jax.random.key(0, impl=name).dtype for name in KEYS)
+    return {str(x): x for x in kinds}
 
 
 def fingerprint(base: PyTree, values: bool = False) -> Fingerprint:
