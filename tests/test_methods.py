@@ -5,6 +5,7 @@ The set of methods is open: two of `own_methods` are among them.
 
 import copy
 import dataclasses
+import gc
 import re
 import sys
 from typing import Any, ClassVar, NamedTuple
@@ -295,6 +296,25 @@ def test_pefts_files_have_no_place_for_methods_of_your_own(name: str, tmp_path: 
         ValueError, match=f"  layers: PEFT's files have no place for a {rule.node.__name__}"
     ):
         peft.save(tmp_path / "p", base, adapter, names)
+
+
+def test_a_node_is_made_whole_whenever_garbage_is_collected() -> None:
+    class Mine(Node):
+        labels: ClassVar = {"a": "a"}
+        a: Any
+        layout: Any = None
+
+    def collect(*_: Any) -> Any:  # before every line
+        gc.collect()
+        return collect
+
+    before = sys.gettrace()
+    sys.settrace(collect)
+    try:
+        register(Mine)
+    finally:
+        sys.settrace(before)
+    assert Mine(1)._replace(a=2) == (2, None)
 
 
 def test_classes_are_checked() -> None:

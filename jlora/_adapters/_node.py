@@ -168,9 +168,9 @@ def _make_node(cls: type[Node]) -> None:
         )
     defaults = [vars(cls)[name] for name in optional]
     # A tuple with `_fields`, which `flax.serialization` saves without an import of Flax here.
-    made = vars(collections.namedtuple(cls.__name__, names, defaults=defaults))
-    for name in made.keys() - {"__doc__", "__module__", "__repr__", "__slots__"}:
-        setattr(cls, name, made[name])
+    made = collections.namedtuple(cls.__name__, names, defaults=defaults)
+    for name in vars(made).keys() - {"__doc__", "__module__", "__repr__", "__slots__"}:
+        setattr(cls, name, vars(made)[name])
     static = [name for name in names if name not in cls.labels]
     jax.tree_util.register_dataclass(cls, list(cls.labels), static)
 
