@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from ._arrays import promote
 from ._axes import Axis, Factor, Unfactorable
 from ._change import Delta
-from ._interpret import Equation
 from ._weight import Weight
 
 LEAST = 2.0**-60  # a gain
@@ -40,7 +39,7 @@ class Product(abc.ABC):
     """
 
     kind: ClassVar[str] = "dense"
-    eqn: Equation
+    eqn: Any
     w: Weight
     x: jax.Array
     roles: Roles
