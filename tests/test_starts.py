@@ -283,7 +283,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         r"`frozen` of DoRA\('w'\) must be \(\), as DoRA tr": lambda: DoRA("w", init=miss),
         r"\('b',\); got \('m',\)\.$": lambda: LoRA("w", frozen=("m",)),
         r"`frozen` of LoRA\('w'\) must be \(\), \('a',\) or": lambda: LoRA("w", frozen="a b"),
-        r"\('b',\), of which `init` freezes \('a',\)": lambda: LoRA(
+        r"of which `init` freezes \('a',\); got \('b',\)": lambda: LoRA(
             "w", frozen=("b",), init=miss
         ),
     },
