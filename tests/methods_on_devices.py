@@ -259,10 +259,8 @@ def test_within_the_users_shard_map(under, merged, name):
 
 
 @pytest.mark.parametrize("name", some(["replicated", "base gathered", "rows"], "rows"))
-@pytest.mark.parametrize("under", some(UNDER, "LoRA", "DoRA"))
+@pytest.mark.parametrize("under", some([u for u in UNDER if u != "DoRA of codes"], "LoRA", "DoRA"))
 def test_what_a_shard_map_hides_is_refused(under, name):
-    if under == "DoRA of codes" and name == "rows":
-        return
     lora, base, adapter, x = made(under)
     f = mapped(WAYS[name], lora.apply, base, adapter, checked=False)
     if NEEDS[under]:

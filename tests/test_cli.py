@@ -862,6 +862,7 @@ def test_processes(files: Folder) -> None:
     assert done.stdout == run("inspect", files / "p").stdout
     failed = start(MODULE, "inspect", files / "lost")
     assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1)
+    assert start(MODULE, "diff", files / "p", models.FIXTURES / "patterns").returncode == 1
 
 
 def test_what_python_cannot_raise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def is_for(case: Case, method: type) -> bool:
 
 # With every law, or only that adapted is merged.
 DAILY = {
-    DoRA: {"conv_nchw": False, "slots": False, "experts_einsum": True},
+    DoRA: {"conv_nchw": False, "concatenate_adapted_all": False, "experts_einsum": True},
     Rows: {"lookup_under_vmap": True},
     Gain: {"experts_einsum": False},
     Diagonal: {"matmul": True},
@@ -90,6 +90,7 @@ DAILY = {
 
 
 def entries(method: type) -> list[Any]:
+    assert DAILY[method].keys() <= {case.name for case in CASES}
     rows = []
     for case in CASES:
         if is_for(case, method):

@@ -328,6 +328,21 @@ def test_tensors_need_a_name_for_every_leaf() -> None:
         )
 
 
+def test_tensors_that_do_not_fit() -> None:
+    """All of them at once."""
+    like = {name: {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)} for name in "abc"}
+    fits, turned = np.ones((3, 2), np.float32), np.ones((2, 3), np.float32)
+    tensors = {"b.weight": fits, "c.weight": turned, "d.weight": fits}
+    with pytest.raises(ValueError) as error:
+        peft.from_tensors(tensors, like, [Name(r"(\w+)/kernel", r"\1", "io")])
+    assert str(error.value) == (
+        "`tensors` do not fit `like`. 3 problems:\n"
+        "  a.weight: missing, of shape (3, 2)\n"
+        "  c.weight: expected shape (3, 2), got (2, 3)\n"
+        "  d.weight: unexpected, of shape (3, 2)"
+    )
+
+
 # ----------------------------------------------------------------------- vLLM
 
 

@@ -76,7 +76,7 @@ def test_specs(name: str, form: str) -> None:
     assert nodes(found) == model.expected
     if form != "specs":
         assert {s.mesh for s in jax.tree.leaves(found)} == {MESH}
-        assert memory in (None, *(s.memory_kind for s in jax.tree.leaves(found)))
+        assert memory is None or {s.memory_kind for s in jax.tree.leaves(found)} == {memory}
 
 
 @pytest.mark.parametrize("name", some([n for n in models.MODELS if n != "nnx"], "scanned"))

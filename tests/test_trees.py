@@ -174,6 +174,8 @@ def test_bind_and_merge_keep_what_a_tree_is(container: str) -> None:
     is_leaf = lambda x: isinstance(x, jlora.types.Adapted | jlora.types.LowRank)  # noqa: E731
     leaves = jax.tree.leaves(bound, is_leaf=is_leaf)
     assert all(x.base is w for x, w in zip(leaves, jax.tree.leaves(s.params), strict=True))
+    plain = jax.tree.leaves(jlora.bind(s.base, {}))
+    assert all(x is w for x, w in zip(plain, jax.tree.leaves(s.params), strict=True))
     nodes = jax.tree.leaves(s.adapter, is_leaf=is_leaf)
     assert {id(x.delta.a) for x in leaves} == {id(x.a) for x in nodes}
 

@@ -135,6 +135,10 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         ),
         "FP8('bucket') matches 'bucket' of dtype int32, which is not floating-point. Narrow the "
         "pattern.": lambda: quantize(FP8("bucket")),
+        "`sites` is not of `params`: arm is in one of them only. Give lora.sites(params, ...) of "
+        "the same tree.": lambda: quantize(
+            NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True
+        ),
         "NF4('kernel|bias') matches 'layer/bias' of shape (96,), which is no matrix. Narrow the "
         "pattern.": lambda: quantize(NF4("kernel|bias")),
         "MXFP4('w') matches 'w' of shape (0, 64), which is no matrix. Narrow the pattern.": (
@@ -160,7 +164,12 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "of the pattern.": lambda: quantize(MXFP4("head")),
         "'layer/kernel' of `params` has 3 values that are NaN or infinite, for which Int8 has no "
         "codes. Use a checkpoint whose values are finite.": lambda: quantize(
-            Int8("kernel"), params=swap(PARAMS, "layer/kernel", array(64, 96).at[2, :3].set(np.nan))
+            Int8("kernel"),
+            params=swap(
+                PARAMS,
+                "layer/kernel",
+                array(64, 96).at[2, :3].set(np.array([np.nan, np.inf, -np.inf])),
+            ),
         ),
     },
 }

@@ -183,6 +183,10 @@ def test_places_in_a_cache() -> None:
     rows = held.rows(np.array([2, 0, 2, 1]))  # beams go on from others
     assert rows.keys[0, :, :, 0, 0].tolist() == [[22, 0, 0], [0, 2, 4], [22, 0, 0], [8, 10, 0]]
     assert rows.lengths.tolist() == [1, 4, 1, 2]
+    after = held.place((3, 1), None)
+    assert after.positions[:, 0].tolist() == [4, 2, 1] and after.lengths.tolist() == [5, 3, 2]
+    full = np.isnan(after.checked(jnp.zeros((3, 1, 5))))
+    assert full.all((1, 2)).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="`slots`: expected at most 16, the positions of the"):
         GPT.cache(3, 17)
 
