@@ -148,6 +148,11 @@ def _form(scheme: Scheme, path: Path, x: Any, site: Site | None) -> Form:
     shape = tuple(jnp.shape(x))
     if len(shape) < 2 or 0 in shape:
         raise ValueError(f"{name} of shape {shape}, which is no matrix. Narrow the pattern.")
+    if site is not None and isinstance(site.rule, Full):
+        raise ValueError(
+            f"{name}, which {rule_name(site.rule)} trains in full: trained leaves must not be "
+            f"quantized. Give {type(scheme).__name__} a pattern that leaves it out."
+        )
     layout, kind = (None, None) if site is None else (site.layout, site.kind)
     if layout is None:
         *stack, i, o = range(len(shape))

@@ -254,7 +254,7 @@ def check_pattern(rule: Any, pattern: Any) -> None:
 def check_field(
     rule: Any, name: str, holds: bool, must: str, error: type[Exception] = ValueError
 ) -> None:
-    """Raises `error` unless the field `name` of a rule, or of its slots, `holds` what it must."""
+    """Raises `error`, which says what the field `name` of a rule must be, unless that `holds`."""
     if not holds:
         owner = rule_name(rule) if hasattr(rule, "pattern") else type(rule).__name__
         raise error(f"`{name}` of {owner} must {must}; got {getattr(rule, name)!r}.")

@@ -398,6 +398,31 @@ def test_a_scaled_weight_is_unpacked_next_to_its_product(name):
     assert kept(SCALED[name]) < kept(lambda w: w) + 64
 
 
+@pytest.mark.parametrize("scheme", some([s for s, _, _ in KEPT], jlora.Int8("w")), ids=str)
+def test_a_moved_weight_is_unpacked_next_to_its_product(scheme):
+    """The backward pass of a loop reads the codes that are there, and keeps no moved ones."""
+    base, x = jlora.quantize({"w": normal(4, 128, 128)}, scheme), normal(4, 128)
+
+    def held(move):
+        layer = lambda h, w: (h @ move(w), None)  # noqa: E731
+        model = jlora.wrap(lambda p, x: jax.lax.scan(layer, x, p["w"])[0].sum())
+        compiled = jax.jit(jax.grad(model, 1)).lower(base, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    least = held(lambda w: w) + min(c.nbytes for c in jax.tree.leaves(base["w"].data)) / 2
+    assert held(lambda w: w[::-1]) < least
+    assert held(lambda w: w.reshape(8, 16, 128).reshape(128, 128)) < least
+
+
+@few
+def test_no_layers(scheme):
+    """What is left of a stack may be empty."""
+    base = jlora.quantize({"w": normal(3, 128, 128)}, scheme)
+    layers = jlora.wrap(lambda p, x: jax.lax.scan(lambda h, w: (h @ w, None), x, p["w"][3:])[0])
+    np.testing.assert_array_equal(layers(base, jnp.ones((2, 128))), np.ones((2, 128)))
+    assert jlora.wrap(lambda p: p["w"][:0][::-1].sum())(base) == 0
+
+
 # ------------------------------------------------------------------------------------- memory
 
 LAYERS, DIM, TOKENS = 8, 512, 64

@@ -1,5 +1,6 @@
 """Starts that take a part of W into A and B, or freeze A: the laws, and each one's own formula."""
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -283,7 +284,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         r"`frozen` of DoRA\('w'\) must be \(\), as DoRA tr": lambda: DoRA("w", init=miss),
         r"\('b',\); got \('m',\)\.$": lambda: LoRA("w", frozen=("m",)),
         r"`frozen` of LoRA\('w'\) must be \(\), \('a',\) or": lambda: LoRA("w", frozen="a b"),
-        r"of which `init` freezes \('a',\); got \('b',\)": lambda: LoRA(
+        r"or \('b',\) \(`init` freezes \('a',\)\); got \('b',\)": lambda: LoRA(
             "w", frozen=("b",), init=miss
         ),
     },
@@ -475,6 +476,20 @@ def test_miss_among_adapters() -> None:
     grads, y = jax.jit(jax.grad(routed, has_aux=True))(table)
     laws.assert_close(y[0], lora.apply(base, one, x)[0], 1e-5)
     assert np.any(grads["w"].b) and not np.any(grads["w"].a)
+
+
+@pytest.mark.parametrize("name", some(STARTS, "pissa_niter"))
+def test_equal_starts_share_a_program(name: str, caplog: Any) -> None:
+    """A sweep makes its rules anew for each run."""
+    apply, shape, of_x, *_ = FORMS["dense"]
+    params, x = {"w": jnp.asarray(array(*shape))}, jnp.asarray(array(*of_x))
+    jax.clear_caches()
+    with jax.log_compiles():
+        for is_compiled in (True, False):
+            caplog.clear()
+            rule = LoRA("w", rank=RANK, init=copy.deepcopy(STARTS[name]))
+            jlora.transform(apply, rule).init(KEY, params, x)
+            assert any("Compiling" in r.getMessage() for r in caplog.records) == is_compiled
 
 
 # ---------------------------------------------------------------------------------- a changed base

@@ -96,7 +96,7 @@ class LoRA(Rule):
         given = self.frozen if isinstance(self.frozen, list | tuple) else (self.frozen,)
         object.__setattr__(self, "frozen", tuple(given))
         demanded = getattr(self.init, "frozen", ())
-        also = f", of which `init` freezes {demanded}" if demanded else ""
+        also = f" (`init` freezes {demanded})" if demanded else ""
         is_one = self.all_frozen in ((), ("a",), ("b",))
         check("frozen", is_one, f"be (), ('a',) or ('b',){also}")
         # They are saved and compared: plain numbers, whatever a sweep gave.

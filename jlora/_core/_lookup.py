@@ -75,10 +75,10 @@ class _Lookup(Product):
             # A row that is looked up is an input of A that is 1: dropout keeps it or not.
             keep = Factor(delta.drop(jnp.ones(x.shape[:-1], value.dtype)), self.batch)
             value = value * keep.expand_to(self.axes)
-        return self._within_bounds(value, 0)
+        return self._within_bounds(value, 0, delta.a, delta.b)
 
     def spread(self, gain: Factor, on_x: bool) -> jax.Array:
-        return self._within_bounds(self.take(gain).expand_to(self.axes), 1)
+        return self._within_bounds(self.take(gain).expand_to(self.axes), 1, gain)
 
     def add(self, y: jax.Array, term: jax.Array) -> jax.Array:
         return plus(y, term)  # rounded as rows of the merged W are
@@ -119,14 +119,17 @@ class _Lookup(Product):
         )
         return f.replace(value, (*self.batch, *f.axes[len(picked) :]))
 
-    def _within_bounds(self, x: jax.Array, filled: int) -> jax.Array:
-        """Lets the gradient of `x`, a part of the result, pass where indices are within bounds.
+    def _within_bounds(self, x: jax.Array, filled: int, *taken: Factor) -> jax.Array:
+        """Lets the gradient of `x`, made of rows `taken`, pass where indices are within bounds.
 
-        JAX does so for the gradient of W, unless the mode clips the indices.
+        JAX does so for the gradient of W, unless the mode clips the indices. Where rows are filled
+        and no factor has the axis, nothing has been filled yet.
         """
         if self.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return x
-        outside = jnp.asarray(filled, x.dtype) if self._fills else lax.stop_gradient(x)
+        outside = lax.stop_gradient(x)
+        if self._fills and not {*self.roles.inputs}.issubset(a for f in taken for a in f.axes):
+            outside = jnp.asarray(filled, x.dtype)
         return jnp.where(self._is_row().expand_to(self.axes), x, outside)
 
     @property

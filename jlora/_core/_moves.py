@@ -124,8 +124,11 @@ def _dynamic_slice(eqn: Equation, w: Weight, *starts: jax.Array) -> Weight:
 
     sizes = zip(w.axes, starts, eqn.params["slice_sizes"], w.shape, strict=True)
     cut = {axis: (start, size) for axis, start, size, length in sizes if size != length}
+    functions = {a: along(*c) for a, c in cut.items()}
+    # Traced starts must act on arrays at once.
     w = w.replace(w.w.with_pieces({a: w.lengths[a] for a in cut}))
-    sliced = w.along({a: along(*c) for a, c in cut.items()})
+    sliced = map_factors(lambda f: f.along(functions), w)
+    sliced = sliced.replace(sliced.w.with_axes(w.axes, eqn.outputs[0].shape))
     if not all(_compat.is_concrete(start) for start, _ in cut.values()):
         sliced = sliced.mark_varying()
     return sliced.mark_picked([a for a, (_, size) in cut.items() if size == 1])

@@ -92,10 +92,15 @@ class Packed:
     # ------------------------------------------------------------------------------ how it moves
 
     def _move(self, move: Move, old: Collection[Axis], new: Collection[Axis] = ()) -> "Packed":
-        """Applies `move`, which turns `old` into `new`, to the parts, or else remembers it."""
-        # A part with some of the axes would be repeated along the others.
-        is_whole = all({*f.axes}.issuperset(old) or {*f.axes}.isdisjoint(old) for f in self.factors)
-        if is_whole and self._can_split({a: self.lengths[a] for a in old}):
+        """Applies `move`, which turns `old` into `new`, to the parts, or else remembers it.
+
+        It is applied where each part has an entry for each of W's along `old`. Where a part lacks
+        an axis, as scales do, W is better moved where it is unpacked: moved codes would be kept for
+        the backward pass.
+        """
+        lengths = {axis: self.lengths[axis] for axis in old}
+        has_all = lambda f: lengths.items() <= dict(zip(f.axes, f.shape, strict=True)).items()  # noqa: E731
+        if self.even.issuperset(old) and all(map(has_all, self.factors)):
             even, loose = self.even.union(new), self.loose.union(new)
             return self.replace(parts=map_factors(move, self.parts), even=even, loose=loose)
         return self._remember(move, old)
@@ -155,8 +160,12 @@ class Packed:
         return loose.with_pieces(pieces)
 
     def _can_split(self, pieces: Mapping[Axis, int]) -> bool:
+        """Whether each part is constant along the axes, or can be split into so many pieces."""
         return self.even.issuperset(pieces) and all(
-            f.length(a) % n == 0 for f in self.factors for a, n in pieces.items() if a in f.axes
+            f.length(a) == n or (n > 0 and f.length(a) % n == 0)
+            for f in self.factors
+            for a, n in pieces.items()
+            if a in f.axes
         )
 
     def multiply(self, f: Callable[..., jax.Array], *xs: jax.Array) -> jax.Array:

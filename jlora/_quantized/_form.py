@@ -69,7 +69,7 @@ class Form(NamedTuple):
         return self._replace(shape=self.shape[1:], stack=stack, order=order, blocks=self.blocks[1:])
 
     def is_whole(self, d: int) -> bool:
-        """Whether one block is as long as axis `d`, which scales then have not."""
+        """Whether one block is as long as axis `d`, which scales then lack; no flat form is so."""
         return not self.flat and 1 < self.shape[d] <= self.blocks[d]
 
 

@@ -108,9 +108,16 @@ class pissa_niter(Initializer):
         object.__setattr__(self, "iterations", int(self.iterations))
 
     def __call__(self, key: jax.Array, w: Any, site: Any, rule: Any) -> Any:
-        return split(self._factors, key, w, site, rule)
+        return split(_Iterate(self.iterations), key, w, site, rule)
 
-    def _factors(
+
+@dataclasses.dataclass(frozen=True)
+class _Iterate:
+    """Computes A and B; equal ones share a compiled program, as bound methods would not."""
+
+    iterations: int
+
+    def __call__(
         self, key: jax.Array, w: jax.Array, rank: int, scale: float
     ) -> tuple[jax.Array, jax.Array]:
         w = widen(w)

@@ -139,6 +139,10 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "the same tree.": lambda: quantize(
             NF4("kernel"), params={**PARAMS, "arm": array(64, 64)}, sites=True
         ),
+        "NF4('odd|kernel') matches 'odd', which Full('odd') trains in full: trained leaves must "
+        "not be quantized. Give NF4 a pattern that leaves it out.": lambda: quantize(
+            NF4("odd|kernel"), sites=True
+        ),
         "NF4('kernel|bias') matches 'layer/bias' of shape (96,), which is no matrix. Narrow the "
         "pattern.": lambda: quantize(NF4("kernel|bias")),
         "MXFP4('w') matches 'w' of shape (0, 64), which is no matrix. Narrow the pattern.": (
