@@ -203,6 +203,23 @@ def test_a_start_from_a_sketch_says_that_it_needs_one(kind, tmp_path):
             start(checkpoint.read(tmp_path / folder).rules)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my._foo.foo.<locals>.start", "is not a part of jlora"),
+        ("my._eva.eva.<locals>.start", "is not a part of jlora"),
+        ("jlora.initializers._loftq.loftq.<locals>.start", "cannot be made again from its name"),
+    ],
+)
+def test_other_functions_in_functions_keep_their_names(name, message, saved):
+    """Only the starts from a sketch had such names up to format 1."""
+    rule = fields_of(saved[0])["rules"][0] | {"init": {"function": name}}
+    edit(saved[0], rules=[rule])
+    init = checkpoint.read(saved[0]).rules[0].init
+    with pytest.raises(NotImplementedError, match=f"`init` was {name} when .* {message}. Give"):
+        init()
+
+
 def test_items_join_a_managers_checkpoint(tmp_path):
     base, adapter = made()
     with ocp.CheckpointManager(tmp_path / "run") as manager:
@@ -513,6 +530,34 @@ def test_a_name_of_no_method(kind, place, saved):
         message = f"the checkpoint has the {kind} {name!r}, which no registered method has"
         with pytest.raises(ValueError, match=re.escape(message)):
             checkpoint.restore(saved[0])
+
+
+def test_a_name_of_no_scheme(saved):
+    """Nothing registers schemes, so that no import would help."""
+    init = {"function": "jlora.initializers.loftq", "options": {}}
+    init["options"]["scheme"] = {"scheme": "Other", "fields": {}}
+    edit(saved[0], rules=[fields_of(saved[0])["rules"][0] | {"init": init}])
+    message = r"has the scheme 'Other', which is none of jlora's\)\. Take another checkpoint"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read(saved[0])
+
+
+def test_an_error_of_arrays_keeps_its_end(tmp_path):
+    """There is the cause, however long the paths before it."""
+    folder = tmp_path.joinpath(*["a_long_name" * 9] * 3)
+    checkpoint.save(folder / "a", {"head": jnp.ones(3)}, ())
+    shutil.rmtree(folder / "a" / "adapter" / "d")
+    with pytest.raises(ValueError, match=r"\.\.\. .*/a/adapter/d/\w+\"\)\. Take another") as found:
+        checkpoint.restore(folder / "a")
+    assert len(str(found.value)) < 800 + len(str(folder))
+
+
+def test_no_parameters_are_no_damage(saved, tmp_path):
+    """An empty folder, an adapter or steps cannot be saved again as parameters."""
+    (tmp_path / "steps" / "12").mkdir(parents=True)
+    for folder in (tmp_path / "steps" / "12", tmp_path / "steps", saved[0]):
+        with pytest.raises(ValueError, match=r"\)\. Give the whole folder of a checkpoint that "):
+            checkpoint.base_values(folder)
 
 
 @pytest.mark.parametrize("content", some(["sparse", "values"], "sparse"))

@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import peft_models as models
 import pytest
+from click.shell_completion import ShellComplete
 from flax import nnx
 from safetensors.numpy import save_file
 from test_peft import Files, assert_equal, mutate
@@ -34,6 +35,7 @@ import jlora
 from jlora import checkpoint, peft
 from jlora._cli import _app
 from jlora._cli._app import cli
+from jlora._cli._inputs import attribute
 from jlora._tree import adapter_leaves, nest
 
 Folder = pathlib.Path
@@ -751,6 +753,7 @@ ERRORS = {
     "diff p o --names rows.py:OTHER": "^jlora: A: the adapter in .*p cannot be loaded "
     "onto the base of B .*o with --names; nothing was loaded",
     "check deep --for vllm": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
+    "check hf --for vllm": "^jlora: DIR: .*hf holds a model; expected an adapter of PEFT.$",
     "check p --for vllm --base folders": "^jlora: --base: .*folders has folders in each other",
     "combine p deep x": "^jlora: ADAPTERS .*deep: adapter_config.json is nested too deeply.$",
     "combine o lost x": "^jlora: ADAPTERS: the arrays of .*lost cannot be read",
@@ -786,6 +789,45 @@ def test_errors(line: str, files: Folder) -> None:
     full = [str(files / a) if a.split(":")[0] in words else a for a in args]
     assert re.search(ERRORS[line], fails(command, *full))
     assert present(files) == before
+
+
+JOB = """
+from __future__ import annotations
+import dataclasses, pickle, sys, typing
+
+@dataclasses.dataclass
+class C:
+    n: int = 4
+
+def job():
+    assert typing.get_type_hints(C) == {"n": int}
+    assert pickle.loads(pickle.dumps(C(3))) == C(3)
+    return sys.modules[C.__module__].C is C
+
+def __getattr__(name):
+    if name == "LAZY":
+        return 7
+    raise AttributeError(name)
+"""
+
+
+def test_a_file_is_a_module(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has is found in it later; attributes may be made when they are asked for."""
+    (tmp_path / "job_of_mine.py").write_text(JOB)
+    monkeypatch.syspath_prepend(tmp_path)
+    for source in (str(tmp_path / "job_of_mine.py"), "job_of_mine"):
+        assert attribute(f"{source}:job", "JOB")()
+        assert attribute(f"{source}:LAZY", "JOB") == 7
+        with pytest.raises(ValueError, match="has no MISSING"):
+            attribute(f"{source}:MISSING", "JOB")
+
+
+def test_shells_complete_folders() -> None:
+    """As paths, which the shell knows."""
+    complete = ShellComplete(cli, {}, "jlora", "_JLORA_COMPLETE")
+    for args in (["check"], ["check", "p", "--base"]):
+        found = complete.get_completions(args, "x")
+        assert [x.type for x in found] == ["file"]
 
 
 def test_debug_shows_the_traceback(files: Folder) -> None:
@@ -881,6 +923,7 @@ FULL = """
 import json, resource, sys
 from click.testing import CliRunner
 from jlora._cli._app import cli
+from jlora._cli._inputs import attribute
 resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
 for line in json.load(sys.stdin):
     done = CliRunner().invoke(cli, line)

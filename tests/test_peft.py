@@ -775,6 +775,18 @@ def test_a_head_with_a_bias(tmp_path: Folder) -> None:
     assert_close(found["lm_head"]["bias"], base["lm_head"]["bias"] + 1, 1e-6)
 
 
+def test_names_that_are_kept_whole_come_first(tmp_path: Folder) -> None:
+    """A head that PEFT does not tie itself is in front of what it is tied to."""
+    names = [Name("wte/embedding", "wte", "vo", tied="m.lm_head"), Name("q/kernel", "m.q", "io")]
+    base = {"wte": {"embedding": normal(0, 11, 4)}, "q": {"kernel": normal(1, 4, 6)}}
+    lora = jlora.transform(
+        lambda p, x: p["wte"]["embedding"][x] @ p["q"]["kernel"], LoRA(".*", rank=1)
+    )
+    base, adapter = lora.init(KEY, base, jnp.arange(3))
+    peft.save(tmp_path / "a", base, adapter, names)
+    assert peft.read_config(tmp_path / "a")["target_modules"] == ["m.lm_head", "wte", "q"]
+
+
 def test_counts_of_batches(tmp_path: Folder) -> None:
     """A batch norm of PyTorch's that is saved counts its batches, which Flax's does not."""
     base = vocabulary(tied=True) | {"norm": {"weight": jnp.ones(4), "running_mean": jnp.zeros(4)}}

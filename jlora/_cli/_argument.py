@@ -35,13 +35,12 @@ class Arg:
         return dataclasses.replace(self, value=value)
 
 
-class _Folder(click.ParamType):
-    name = "path"
-
-    def convert(self, value: str, param: Any, ctx: click.Context | None) -> Arg:
+class _Folder(click.Path):
+    def convert(self, value: Any, param: Any, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         is_option = isinstance(param, click.Option)
         what = param.opts[0] if is_option else param.human_readable_name
-        return Arg(what, Path(value), Path(value))
+        return Arg(what, path, path)
 
 
 FOLDER = _Folder()

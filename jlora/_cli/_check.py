@@ -33,7 +33,7 @@ def check(folder: Arg, engine: str, base: Arg | None, max_lora_rank: int | None)
     if engine not in jlora.peft.ENGINES:
         known = ", ".join(jlora.peft.ENGINES)
         raise ValueError(f"--for: there is no engine {engine!r}; expected one of {known}.")
-    if format_of_adapter(folder) == "orbax":
+    if format_of_adapter(folder, "PEFT") == "orbax":
         raise ValueError(f"DIR: {folder} is of Orbax; write it as PEFT first, with jlora convert.")
     found = call(jlora.peft.check, folder, engine, base=base, max_lora_rank=max_lora_rank)
     findings = [finding._asdict() for finding in found.findings]

@@ -1,7 +1,10 @@
 """What the user names: folders and what they hold, name tables, functions in modules and files."""
 
 import importlib
-import runpy
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jlora
@@ -41,12 +44,10 @@ def by_name(adapter: PyTree) -> dict[str, Any]:
     return {name_of(path): x for path, x in adapter_leaves(adapter).items()}
 
 
-def format_of_adapter(given: Arg) -> str:
+def format_of_adapter(given: Arg, expected: str = "PEFT or Orbax") -> str:
     """`peft` or `orbax`."""
     if (kind := format_of(given)) == "huggingface":
-        raise ValueError(
-            f"{given.what}: {given} holds a model; expected an adapter of PEFT or Orbax."
-        )
+        raise ValueError(f"{given.what}: {given} holds a model; expected an adapter of {expected}.")
     return kind
 
 
@@ -101,10 +102,19 @@ def attribute(text: str, what: str) -> Any:
     if not source or not name:
         raise ValueError(f"{what}: expected module:NAME or file.py:NAME; got {text!r}.")
     try:
-        is_file = source.endswith(".py")
-        found = runpy.run_path(source) if is_file else vars(importlib.import_module(source))
+        module = _run(source) if source.endswith(".py") else importlib.import_module(source)
     except Exception as e:
         raise ValueError(f"{what}: {source} cannot be imported ({type(e).__name__}: {e}).") from e
-    if name not in found:
+    if not hasattr(module, name):
         raise ValueError(f"{what}: {source} has no {name}.")
-    return found[name]
+    return getattr(module, name)
+
+
+def _run(file: str) -> ModuleType:
+    """Imports a file, as a module that its classes and annotations are found in."""
+    name = f"jlora_user_{Path(file).stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

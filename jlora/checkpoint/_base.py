@@ -90,7 +90,10 @@ def _read(folder: Path, is_wanted: Callable[[Any], bool]) -> tuple[PyTree, PyTre
         return _struct(x) if is_wanted(x) else ocp.PLACEHOLDER
 
     check_files(folder)
-    with damage(f"{folder} cannot be read as parameters that Orbax's StandardCheckpointer saved"):
+    with damage(
+        f"{folder} cannot be read as parameters that Orbax's StandardCheckpointer saved",
+        "Give the whole folder of a checkpoint that it or jlora.checkpoint.export wrote.",
+    ):
         with ocp.StandardCheckpointer() as checkpointer:
             found = checkpointer.metadata(folder.absolute()).item_metadata
         if found is None or not jax.tree.leaves(found.tree):

@@ -16,6 +16,7 @@ from .._untrusted import brief, shown
 from ..initializers import Initializer
 
 Fields = dict[str, Any]
+OWN = "jlora.initializers."
 SKETCHED = {"eva": "inputs", "lora_ga": "gradient"}  # initializers, and the kind of their sketch
 SCHEMES = {
     name: x for name, x in vars(_quantized).items() if isinstance(x, type) and issubclass(x, Scheme)
@@ -35,10 +36,12 @@ class Foreign:
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
         why = f"{shown(self.name)} when the adapter was saved, which"
-        kind = SKETCHED.get(self.name.removeprefix("jlora.initializers."))
+        kind = SKETCHED.get(self.name.removeprefix(OWN))
         if kind is None:
+            is_own = self.name.startswith("jlora.")
+            what = "cannot be made again from its name" if is_own else "is not a part of jlora"
             raise NotImplementedError(
-                f"`init` was {why} is not a part of jlora. Give the rule your own: "
+                f"`init` was {why} {what}. Give the rule your own: "
                 "dataclasses.replace(rule, init=...)."
             )
         raise NotImplementedError(
@@ -66,10 +69,10 @@ def _encode_field(value: Any) -> Any:
         case np.dtype() | type():
             return {"dtype": jnp.dtype(value).name}
         case Initializer() if value.name in SKETCHED:
-            return {"function": f"jlora.initializers.{value.name}"}
+            return {"function": f"{OWN}{value.name}"}
         case Initializer() if all(map(_is_known, vars(value).values())):
             options = {name: _encode_field(x) for name, x in vars(value).items()}
-            return {"function": f"jlora.initializers.{value.name}", "options": options}
+            return {"function": f"{OWN}{value.name}", "options": options}
         case Scheme():
             return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
@@ -113,7 +116,7 @@ def _decode_field(value: Any) -> Any:
         case {"dtype": name}:
             return jnp.dtype(name)
         case {"scheme": name, "fields": found}:
-            return registered("scheme", name, SCHEMES)(**found)
+            return registered("scheme", name, SCHEMES, "is none of jlora's")(**found)
         case {"function": name, "options": options}:
             made = _function(name)(**{key: _decode_field(x) for key, x in options.items()})
             if not isinstance(made, Initializer):
@@ -136,27 +139,30 @@ def _name(function: Callable[..., Any]) -> str:
     if name is None:
         return repr(function)
     if getattr(initializers, name, None) is function:
-        return f"jlora.initializers.{name}"
+        return f"{OWN}{name}"
     return f"{function.__module__}.{function.__qualname__}"
 
 
 def _function(name: str) -> Callable[..., Any]:
-    # Format 1 had the function in `_eva.py` that it was.
-    name = re.sub(r"\._(\w+)\.\1\.<locals>\.start$", r".\1", name)
+    for sketched in SKETCHED:
+        known = f"{OWN}{sketched}"
+        # Format 1 had the function in `_eva.py` that it was.
+        if name in (known, f"{OWN}_{sketched}.{sketched}.<locals>.start"):
+            return Foreign(known)
     module, _, last = name.rpartition(".")
     # Version 0.1 had the initializers in `jlora` itself.
     is_own = module in ("jlora", "jlora.initializers") and last.isidentifier()
-    if not is_own or last.startswith("_") or last in SKETCHED:
+    if not is_own or last.startswith("_"):
         return Foreign(name)
     function = getattr(initializers, last, None)
     return function if callable(function) else Foreign(name)
 
 
-def registered(kind: str, name: Any, types: Mapping[str, Any]) -> Any:
+NOT_REGISTERED = "no registered method has; import the module that registers it"
+
+
+def registered(kind: str, name: Any, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
     """Returns the class that `types` has by a name from a file."""
     if not isinstance(name, str) or name not in types:
-        raise ValueError(
-            f"the checkpoint has the {kind} {brief(name)}, which no registered method has; import "
-            "the module that registers it"
-        )
+        raise ValueError(f"the checkpoint has the {kind} {brief(name)}, which {why}")
     return types[name]

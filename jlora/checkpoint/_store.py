@@ -16,6 +16,7 @@ from ._together import by_first, from_first, in_step, one_line
 
 Where = str | os.PathLike[str]
 
+SAVE_AGAIN = "Take another checkpoint, or save this one again."
 LIMIT = 64 * 2**20  # bytes of a file that describes arrays
 _DESCRIBING = {
     "metadata",
@@ -37,15 +38,15 @@ def place(path: Where) -> epath.Path:
 
 
 @contextlib.contextmanager
-def damage(what: str) -> Iterator[None]:
-    """Turns any error into a `ValueError` that says `what` and the reason."""
+def damage(what: str, remedy: str = SAVE_AGAIN) -> Iterator[None]:
+    """Turns any error into a `ValueError` that says `what`, the reason and a `remedy`."""
     try:
         yield
     except Exception as e:
-        raise ValueError(
-            f"`path`: {what} ({type(e).__name__}: {one_line(e)[:300]}). Take another checkpoint, "
-            "or save this one again."
-        ) from e
+        reason = one_line(e)
+        if len(reason) > 600:  # TensorStore gives the cause at the end
+            reason = f"{reason[:300]} ... {reason[-300:]}"
+        raise ValueError(f"`path`: {what} ({type(e).__name__}: {reason}). {remedy}") from e
 
 
 def check_files(folder: Where) -> None:

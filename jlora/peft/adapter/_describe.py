@@ -216,10 +216,9 @@ def _shorten(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select(chosen: Mapping[str, bool], kept: Collection[str] = ()) -> list[str]:
-    """Lists short endings that only the `chosen` names have; some of them are `kept` whole."""
-    short = _shorten(chosen)
-    names = (name for name, is_chosen in chosen.items() if is_chosen)
-    return list(dict.fromkeys(name if name in kept else short[name] for name in names))
+    """Lists short endings that only the `chosen` names have; first those that are `kept` whole."""
+    short = _shorten(chosen) | {name: name for name in kept}
+    return list(dict.fromkeys(short[name] for name in (*kept, *chosen) if chosen[name]))
 
 
 def _endings(name: str) -> Iterator[str]:
