@@ -340,6 +340,42 @@ def test_stacked_layers(format, dtype, tmp_path):
     assert found == peft.matrices(folder)
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_experts_of_bitsandbytes(double, tmp_path):
+    """Their codes run along all of them; square ones do not tell inputs from outputs."""
+    shape = (2, ROWS, ROWS)
+    file = four_bits(double=double)
+    file |= {key: state(shape=shape)(file[key]) for key in file if "quant_state" in key}
+    folder, like = write(tmp_path / "base", {"up": file}), {"w": jnp.zeros(shape)}
+    names = [peft.Name("w", "up", "eoi", "weight"), NAMES[-1]]
+    like |= {"norm": ONE["norm"]}
+    leaf = peft.load_base(folder, names, like=like)["w"]
+    assert isinstance(leaf, jlora.Quantized)
+    expected = file.matrix.reshape(shape)
+    assert_rounded(leaf.array(jnp.float32), expected)
+    names[0] = peft.Name("w", "up", "eio", "weight", transposed=True)
+    with pytest.raises(ValueError, match=r"up\.weight: is quantized, but `names` changes the val"):
+        peft.load_base(folder, names, like=like)
+    peft.dequantize_checkpoint(folder, tmp_path / "dense")
+    new = load_file(tmp_path / "dense" / "model.safetensors")["up.weight"]
+    assert_rounded(new, expected.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (four_bits, r"up\.weight: is of 4 bits, but has no up\.weight\.quant_state\.bitsandbytes_"),
+        (eight_bits, r"up\.SCB: missing"),
+    ],
+)
+def test_codes_of_bitsandbytes_alone(make, message, tmp_path):
+    """Without any of the tensors that belong to them."""
+    file = make()
+    folder = write(tmp_path / "base", {"up": File(file.config, None, weight=file["weight"])})
+    with pytest.raises(ValueError, match=message):
+        peft.load_base(folder, NAMES, like=ONE)
+
+
 @pytest.mark.parametrize(
     ("heads", "is_quantized"), [((2, 64), True), ((4, 32), True), ((8, 16), False)]
 )
@@ -384,6 +420,8 @@ def nan(x):
 LIES = [
     ("nf4", STATE, None, "up.weight: is of 4 bits, but has no up.weight.quant_state.bitsandbytes_"),
     ("nf4", STATE, state(quant_type="nf5"), f"{STATE}: `quant_type` is 'nf5'"),
+    ("nf4", STATE, state(shape=[COLUMNS, 8, 8]), "up.weight: expected shape (64, 128), got (128, "),
+    ("nf4", STATE, state(shape=[256, 4, 8]), "up.weight: blocks of 64 run from one expert of (25"),
     ("nf4", STATE, state(blocksize=63), f"{STATE}: `blocksize` is 63"),
     ("nf4", STATE, state(blocksize=True), f"{STATE}: `blocksize` is True"),
     ("nf4", STATE, state(blocksize=10**30), f"{STATE}: `blocksize` is 1000000000"),

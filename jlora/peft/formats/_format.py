@@ -19,10 +19,13 @@ class Format:
         config: `quantization_config` of its `config.json`.
         marks: how the names of tensors in codes end, and how those of their parameters end instead.
         dtypes: the dtypes of tensors that are parameters in codes.
+        keeps_axes: whether codes of experts have the axes of their parameter in floats; else they
+            are (experts, outputs, inputs) where that is (experts, inputs, outputs).
     """
 
     marks: ClassVar[Mapping[str, str]] = {}
     dtypes: ClassVar[Collection[str]] = ()
+    keeps_axes: ClassVar[bool] = False
 
     def __init__(self, tensors: Any, config: dict[str, Any]) -> None:
         """Reads nothing yet."""
