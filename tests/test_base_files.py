@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import shutil
+import struct
 
 import gguf
 import jax
@@ -340,6 +342,42 @@ def test_stacked_layers(format, dtype, tmp_path):
     assert found == peft.matrices(folder)
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_experts_of_bitsandbytes(double, tmp_path):
+    """Their codes run along all of them; square ones do not tell inputs from outputs."""
+    shape = (2, ROWS, ROWS)
+    file = four_bits(double=double)
+    file |= {key: state(shape=shape)(file[key]) for key in file if "quant_state" in key}
+    folder, like = write(tmp_path / "base", {"up": file}), {"w": jnp.zeros(shape)}
+    names = [peft.Name("w", "up", "eoi", "weight"), NAMES[-1]]
+    like |= {"norm": ONE["norm"]}
+    leaf = peft.load_base(folder, names, like=like)["w"]
+    assert isinstance(leaf, jlora.Quantized)
+    expected = file.matrix.reshape(shape)
+    assert_rounded(leaf.array(jnp.float32), expected)
+    names[0] = peft.Name("w", "up", "eio", "weight", transposed=True)
+    with pytest.raises(ValueError, match=r"up\.weight: is quantized, but `names` changes the val"):
+        peft.load_base(folder, names, like=like)
+    peft.dequantize_checkpoint(folder, tmp_path / "dense")
+    new = load_file(tmp_path / "dense" / "model.safetensors")["up.weight"]
+    assert_rounded(new, expected.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (four_bits, r"up\.weight: is of 4 bits, but has no up\.weight\.quant_state\.bitsandbytes_"),
+        (eight_bits, r"up\.SCB: missing"),
+    ],
+)
+def test_codes_of_bitsandbytes_alone(make, message, tmp_path):
+    """Without any of the tensors that belong to them."""
+    file = make()
+    folder = write(tmp_path / "base", {"up": File(file.config, None, weight=file["weight"])})
+    with pytest.raises(ValueError, match=message):
+        peft.load_base(folder, NAMES, like=ONE)
+
+
 @pytest.mark.parametrize(
     ("heads", "is_quantized"), [((2, 64), True), ((4, 32), True), ((8, 16), False)]
 )
@@ -384,6 +422,8 @@ def nan(x):
 LIES = [
     ("nf4", STATE, None, "up.weight: is of 4 bits, but has no up.weight.quant_state.bitsandbytes_"),
     ("nf4", STATE, state(quant_type="nf5"), f"{STATE}: `quant_type` is 'nf5'"),
+    ("nf4", STATE, state(shape=[COLUMNS, 8, 8]), "up.weight: expected shape (64, 128), got (128, "),
+    ("nf4", STATE, state(shape=[256, 4, 8]), "up.weight: blocks of 64 run from one expert of (25"),
     ("nf4", STATE, state(blocksize=63), f"{STATE}: `blocksize` is 63"),
     ("nf4", STATE, state(blocksize=True), f"{STATE}: `blocksize` is True"),
     ("nf4", STATE, state(blocksize=10**30), f"{STATE}: `blocksize` is 1000000000"),
@@ -406,8 +446,13 @@ LIES = [
     ("nf4", "norm.weight", lambda x: x[:-1], "norm.weight: expected F64 or F32 or F16 or BF16 of "),
     ("nf4", "norm.weight", nan, "norm.weight: has values that are not finite"),
     ("nf4", "more", lambda _: np.ones(2), "more: unexpected"),
-    ("fp8", "up.weight", nan, "up.weight: has values that are NaN, or beyond what float32 holds"),
-    ("fp8", "up.weight_scale_inv", lambda x: x + np.float32(3e38), "or beyond what float32 holds"),
+    ("fp8", "up.weight", nan, "up.weight: has values that are NaN"),
+    (
+        "fp8",
+        "up.weight_scale_inv",
+        lambda x: x + np.float32(3e38),
+        "up.weight: its scales allow values of 1.34e+41, beyond what ",
+    ),
     ("gptq", "up.g_idx", lambda x: x + 1, "up: has inputs of other groups than the 4 with"),
     ("gptq", "up.g_idx", lambda x: x[:-1], "up.g_idx: expected I32 of shape (128,), got I32"),
     ("gptq, by activation", "up.g_idx", None, "up.g_idx: missing"),
@@ -427,7 +472,7 @@ LIES = [
         "compressed-tensors",
         "up.weight_shape",
         lambda x: x + 8,
-        "up.weight_packed: expected rows of codes of 4 or 8 bits for a weight of shape (72, 136)",
+        "up.weight_packed: expected 4 bits, shape (72, 17) or 8 bits, shape (72, 34); got (64, 16)",
     ),
 ]
 
@@ -449,6 +494,11 @@ def test_lies(format, name, change, message, tmp_path):
 def groups_of(*sizes):
     """A configuration of compressed-tensors with a group of modules for each of the sizes."""
     return {"config_groups": {f"group_{n}": {"weights": {"group_size": n}} for n in sizes}}
+
+
+def bits_of(*bits):
+    """A configuration of compressed-tensors with a group of modules for each number of bits."""
+    return {"config_groups": {f"group_{n}": {"weights": {"num_bits": n}} for n in bits}}
 
 
 CONFIGURATIONS = [
@@ -479,6 +529,11 @@ CONFIGURATIONS = [
     ("awq", {"group_size": 96}, "up: 2 groups of scales for 128 inputs contradict `group_size` of"),
     ("awq", {"group_size": 256}, "up: 2 groups of scales for 128 inputs contradict"),
     ("compressed-tensors", groups_of(48, 64), "up: 4 groups of scales for 128 inputs contra"),
+    (
+        "compressed-tensors",
+        bits_of(8),
+        "its shape (64, 16) is that of 4 bits, and `num_bits` of the quantization is 8",
+    ),
     ("int8 by output", groups_of(64), "up: 1 groups of scales for 128 inputs contradict"),
     ("gptq", {"quant_method": "hqq"}, "has the `quant_method` 'hqq'; known are awq, bitsandbytes"),
     ("gptq", {"quant_method": 3}, "has the `quant_method` 3; known are"),
@@ -512,6 +567,30 @@ def test_groups_that_the_configuration_has(has_order, format, config, tmp_path):
         file.pop("g_idx", None)
     loaded = peft.load_base(write(tmp_path / "base", {"up": file}, **config), NAMES, like=ONE)
     assert_rounded(jlora.dequantize(loaded)["up"]["kernel"], file.matrix.T)
+
+
+@pytest.mark.parametrize("bits", [(4,), (8,), (8, 4), ()])
+def test_a_few_inputs_of_compressed_tensors(bits, tmp_path):
+    """They take one word a row in 4 and in 8 bits, so that the configuration has to say which."""
+    codes, scale = draw(ROWS, 4), scales(ROWS, 1)
+    parts = {
+        "weight_packed": words(np.pad(codes, ((0, 0), (0, 4)))),
+        "weight_scale": scale,
+        "weight_shape": np.array(codes.shape, np.int64),
+    }
+    if bits == (8,):
+        parts["weight_packed"] = words(codes, bits=8)
+    file = File(compressed().config, None, **parts)
+    folder = write(tmp_path / "base", {"up": file}, **bits_of(*bits))
+    like = ONE | {"up": {"kernel": jnp.zeros(codes.shape[::-1])}}
+    if len(bits) == 1:
+        [middle] = [2 ** (n - 1) for n in bits]
+        loaded = jlora.dequantize(peft.load_base(folder, NAMES, like=like))
+        expected = (codes.astype(np.float32) - middle) * scale.astype(np.float32)
+        return assert_rounded(loaded["up"]["kernel"], expected.T)
+    said = re.escape(", ".join(map(str, bits)) or "None")
+    with pytest.raises(ValueError, match=rf"is that of 4 or 8 bits, and `num_bits` .* is {said}$"):
+        peft.load_base(folder, NAMES, like=like)
 
 
 def test_a_file_that_becomes_shorter(tmp_path):
@@ -657,6 +736,19 @@ def test_64_bits_are_not_narrowed(kind, tmp_path):
         leaf = load()["up"]["kernel"]
         assert leaf.dtype == jnp.float64
         np.testing.assert_array_equal(leaf, w.T)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 32), (4, 0)])
+def test_gguf_without_numbers(shape, tmp_path):
+    """A tensor in codes that is none, which is one problem of the list."""
+    name, axes = b"up.weight", struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+    head = struct.pack("<4sIQQQ", b"GGUF", 3, 1, 0, len(name)) + name + axes
+    path = tmp_path / "a.gguf"
+    path.write_bytes(head + struct.pack("<IQ", TYPES.Q8_0, 0) + bytes(64))
+    tree = {"up": {"kernel": jax.ShapeDtypeStruct((32, 4), jnp.float32)}}
+    message = f"1 problems:\n  up.weight: expected a matrix, got shape {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        peft.load_base(path, NAMES, like=tree)
 
 
 def test_gguf_that_is_none(tmp_path):

@@ -131,6 +131,14 @@ def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(matcher(f"q{i}") and not matcher("q100") for i, matcher in enumerate(matchers))
 
 
+def test_an_error_is_no_answer() -> None:
+    """A pattern that was never checked."""
+    patterns = Patterns("`path`")
+    patterns.add("(", "fullmatch")
+    with pytest.raises(ValueError, match=r"^`path`: '\(' is no regular expression: missing \)"):
+        patterns.prepare(["q"])
+
+
 def test_a_busy_machine_refuses_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that runs a thousand times as fast changes no answer."""
     start, clock = time.monotonic(), time.monotonic

@@ -102,7 +102,7 @@ def form_of(scheme: Scheme, shape: tuple[int, ...], layout: Layout, kind: str | 
 
 
 def block_of(scheme: Scheme) -> tuple[str, Any]:
-    """The length of the blocks of a scheme, and what it is called there."""
+    """What a scheme calls the length of its blocks, and that length; None if it has none."""
     name = "group" if hasattr(scheme, "group") else "block"
     return name, getattr(scheme, name, None)
 

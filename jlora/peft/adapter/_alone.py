@@ -122,7 +122,9 @@ def write_alone(
     problems: Problems,
     argument: str,
 ) -> None:
-    """Writes `parts` with what else `each` of the adapters has that they come from.
+    """Writes `parts`, and what is tied and frozen in `each` of the adapters that they come from.
+
+    The caller has refused those with parameters in full or rows of embeddings.
 
     Raises:
         FileExistsError: if `out` is there and not an empty folder.

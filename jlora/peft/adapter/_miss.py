@@ -79,7 +79,7 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
     problems.stop()
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
-        """Reads all tensors, as every caller does."""
+        """Reads all tensors of MiSS, and gives those of LoRA that are wanted."""
         found = files.read(files.tensors)
         for module, x in blocks.items():
             a, b = (f"{PREFIX}{module}{end}" for end in AB)

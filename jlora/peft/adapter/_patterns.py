@@ -10,7 +10,10 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from .._file import brief
+
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
+_NO_PATTERN = "is no regular expression"
 STEPS = 20_000_000  # comparisons of a pattern or a name with a module
 LENGTH = 10_000  # characters of a pattern
 # A pattern that is a name; dots may be escaped, or any character. It matches without backtracking.
@@ -63,7 +66,7 @@ def refused_patterns(patterns: Collection[str]) -> dict[str, str]:
         why = f"cannot be compiled in {SECONDS:g} seconds of CPU time and 512 MB"
         return wrong | {p: why for _, p in jobs}
     each = zip(jobs, answers[0], strict=True)
-    return wrong | {p: f"is no regular expression: {e}" for (_, p), e in each if e}
+    return wrong | {p: f"{_NO_PATTERN}: {e}" for (_, p), e in each if e}
 
 
 def of_key(pattern: str) -> str:
@@ -130,7 +133,9 @@ class Patterns:
         if answers is None:
             raise ValueError(self._too_much(f"{SECONDS:g} seconds of CPU time or 512 MB"))
         self.seconds -= answers[1]
-        for own, answer in zip(self.found.values(), answers[0], strict=True):
+        for ((_, pattern), own), answer in zip(self.found.items(), answers[0], strict=True):
+            if not isinstance(answer, list):  # an error's words
+                raise ValueError(f"{self.what}: {brief(pattern)} {_NO_PATTERN}: {answer}")
             own += answer
         self.at |= {name: i for i, name in enumerate(new, len(self.at))}
 

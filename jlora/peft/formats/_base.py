@@ -104,7 +104,7 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
     coded = [key for key in keys if is_matrix and key in quantized]
     if not coded:
         return jnp.asarray(weight(leaf, [_read_dense(format, key, whole) for key in keys]))
-    if not name.is_plain:
+    if not name.is_plain or (name.is_swapped and format.keeps_axes):
         raise Unreadable(
             f"{coded[0]}: is quantized, but `names` changes the values or their order; load a "
             "checkpoint that is not quantized, and use jlora.quantize"

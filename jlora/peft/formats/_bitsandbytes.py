@@ -1,7 +1,7 @@
 """bitsandbytes, as `transformers` writes it: NF4, FP4, and 8 bits by row."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ from ..._quantized import DYNAMIC, FP4, NF4, Int8
 from .._file import brief, parse
 from ._codes import Codes
 from ._format import Format, register
-from ._tensors import Unreadable, is_pair
+from ._tensors import Unreadable
 
 STATE = "quant_state.bitsandbytes__"
 SCHEMES: dict[str, Any] = {"nf4": NF4, "fp4": FP4}
@@ -19,7 +19,11 @@ LIMIT = 10_000  # bytes of a state
 LEGAL: dict[str, Callable[[Any], bool]] = {
     "blocksize": lambda x: type(x) is int and x in NF4.legal,
     "dtype": lambda x: x in ("float32", "bfloat16", "float16"),
-    "shape": lambda x: is_pair(x) and max(x) < 2**40,
+    "shape": lambda x: (
+        isinstance(x, list)
+        and len(x) in (2, 3)
+        and all(type(n) is int and 0 < n < 2**40 for n in x)
+    ),
 }
 LEGAL_NESTED: dict[str, Callable[[Any], bool]] = {
     "nested_blocksize": lambda x: type(x) is int and 1 <= x <= 4096,
@@ -33,15 +37,22 @@ class BitsAndBytes(Format):
     """Codes of 4 bits have a state in JSON; codes of 8 bits have the maxima of their rows."""
 
     marks: ClassVar = {".SCB": ".weight", ".absmax": "", **{f".{STATE}{k}": "" for k in SCHEMES}}
+    keeps_axes = True
+
+    def find(self) -> Iterator[str]:
+        """Yields the parameters with a state or maxima, and the weights that should have them."""
+        yield from super().find()
+        weights = (name for name in self.tensors if name.endswith(".weight"))
+        yield from (name for name in weights if self.tensors.dtype(name) in ("I8", "U8"))
 
     def read(self, name: str) -> Codes:
-        """Reads a parameter that has a state, or whose tensor is in int8."""
+        """Reads a parameter that has a state, or is in int8; refuses other codes of 4 bits."""
         states = [kind for kind in SCHEMES if f"{name}.{STATE}{kind}" in self.tensors]
         if len(states) > 1:
             raise Unreadable(f"{name}: has the states of {' and '.join(states)}")
         if states:
             return self._four_bits(name, states[0])
-        if f"{name}.absmax" in self.tensors:
+        if f"{name}.absmax" in self.tensors or self.tensors.dtype(name) == "U8":
             raise Unreadable(f"{name}: is of 4 bits, but has no {name}.{STATE}nf4 or fp4")
         module = name.removesuffix(".weight")
         order = f"{name}_format"
@@ -62,6 +73,8 @@ class BitsAndBytes(Format):
         table = self.tensors.read(f"{key}.quant_map", ("F32",), (16,))
         if not np.array_equal(table, scheme.table):
             raise Unreadable(f"{key}.quant_map: is not the table of {kind}")
+        if len(shape) == 3 and size // shape[0] % block:
+            raise Unreadable(f"{key}: blocks of {block} run from one expert of {shape} to the next")
         blocks = -(-size // block)
         if "nested_blocksize" not in state:
             return Codes(scheme, codes, self._finite(f"{key}.absmax", (blocks,)), dtype=dtype)
@@ -69,7 +82,8 @@ class BitsAndBytes(Format):
         group, offset = state["nested_blocksize"], np.float32(state["nested_offset"])
         of_groups = self._finite(f"{key}.nested_absmax", (-(-blocks // group),))
         numbers = self._finite(f"{key}.nested_quant_map", (256,))
-        if group == GROUP and np.array_equal(numbers, DYNAMIC):
+        # A leaf has groups of scales and an offset for each expert, the file for all.
+        if len(shape) == 2 and group == GROUP and np.array_equal(numbers, DYNAMIC):
             scheme = SCHEMES[kind](block=block, double=True)
             return Codes(scheme, codes, absmax, nested=(of_groups, offset), dtype=dtype)
         each = np.repeat(of_groups, group)[:blocks]

@@ -58,7 +58,7 @@ class Codes(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """What no magnitude of a value exceeds; NaN if a value is."""
+        """What no magnitude of a value exceeds, whatever the codes; NaN if one in FP8 is."""
         if self.codes.dtype.kind not in "iu" and _has_nan(self.codes):
             return math.nan
         if self.scale.dtype == np.uint8 and self.nested is None:  # powers of 2

@@ -44,16 +44,22 @@ class CompressedTensors(Format):
 
     def _packed(self, name: str) -> Codes | Dense:
         outputs, inputs = map(int, self.tensors.read(f"{name}_shape", ("I64", "I32"), (2,)))
-        rows, columns = words = self.tensors.matrix(f"{name}_packed")
-        # As many words in a row as the inputs take.
-        fits = [n for n in BITS if rows == outputs and columns == -(-inputs * n // 32)]
-        if not fits or inputs < 1:
+        words = self.tensors.matrix(f"{name}_packed")
+        forms = {bits: (outputs, -(-inputs * bits // 32)) for bits in BITS}
+        fits = [bits for bits, form in forms.items() if form == words]
+        if not fits:
+            wanted = " or ".join(f"{bits} bits, shape {form}" for bits, form in forms.items())
+            raise Unreadable(f"{name}_packed: expected {wanted}; got {words}")
+        said = [weights.get("num_bits") for weights in self._weights()]
+        known = said if said and None not in said else BITS
+        found = [bits for bits in fits if bits in known]
+        if len(found) != 1:  # up to 4 inputs take one word of either
             raise Unreadable(
-                f"{name}_packed: expected rows of codes of 4 or 8 bits for a weight of shape "
-                f"{(outputs, inputs)}; got {words}"
+                f"{name}_packed: its shape {words} is that of {' or '.join(map(str, fits))} bits, "
+                f"and `num_bits` of the quantization is {', '.join(map(brief, said[:9])) or None}"
             )
-        codes = unpack(self.tensors.read(f"{name}_packed", ("I32",)), 1, fits[0])
-        return self._integers(name, fits[0], codes[:, :inputs])
+        codes = unpack(self.tensors.read(f"{name}_packed", ("I32",)), 1, found[0])
+        return self._integers(name, found[0], codes[:, :inputs])
 
     def _integers(self, name: str, bits: int, codes: np.ndarray) -> Codes | Dense:
         """Reads scales, zero points and order of unsigned codes."""

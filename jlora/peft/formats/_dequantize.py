@@ -145,7 +145,7 @@ def _write(
                     if name not in places:
                         written[name] = _on_disk(format.tensors.as_stored(name), disk)
                     elif weight := places[name]:
-                        values = _values(read_checked(format, weight, dtype), dtype)
+                        values = _values(format, weight, dtype)
                         written[weight] = _on_disk(values, disk)
                     bar.update(entry.stop - entry.start)
                 save_file(written, folder / file, metadata={"format": "pt"})
@@ -161,9 +161,10 @@ def _write(
             _write_json(folder / INDEX, index)
 
 
-def _values(x: Codes | Dense, dtype: Any) -> np.ndarray:
+def _values(format: Format, name: str, dtype: Any) -> np.ndarray:
+    x = read_checked(format, name, dtype)
     w = np.asarray(x.array(x.dtype or dtype))
-    return w.swapaxes(-1, -2) if w.ndim == 3 else w  # experts are (experts, inputs, outputs)
+    return w if w.ndim == 2 or format.keeps_axes else w.swapaxes(-1, -2)
 
 
 def _on_disk(x: np.ndarray, file: BinaryIO) -> np.ndarray:

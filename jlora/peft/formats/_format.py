@@ -1,5 +1,6 @@
 """What a format is, and the set of formats."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -19,10 +20,13 @@ class Format:
         config: `quantization_config` of its `config.json`.
         marks: how the names of tensors in codes end, and how those of their parameters end instead.
         dtypes: the dtypes of tensors that are parameters in codes.
+        keeps_axes: whether codes of experts have the axes of their parameter in floats; else they
+            are (experts, outputs, inputs) where that is (experts, inputs, outputs).
     """
 
     marks: ClassVar[Mapping[str, str]] = {}
     dtypes: ClassVar[Collection[str]] = ()
+    keeps_axes: ClassVar[bool] = False
 
     def __init__(self, tensors: Any, config: dict[str, Any]) -> None:
         """Reads nothing yet."""
@@ -98,6 +102,11 @@ def read_checked(
     if shape not in (None, found.shape):
         raise Unreadable(f"{name}: expected shape {shape}, got {found.shape}")
     dtype = jnp.dtype(found.dtype or dtype)
-    if not found.bound <= float(jnp.finfo(dtype).max):
-        raise Unreadable(f"{name}: has values that are NaN, or beyond what {dtype} holds")
+    bound = found.bound
+    if math.isnan(bound):
+        raise Unreadable(f"{name}: has values that are NaN")
+    if bound > float(jnp.finfo(dtype).max):
+        raise Unreadable(
+            f"{name}: its scales allow values of {bound:.3g}, beyond what {dtype} holds"
+        )
     return found

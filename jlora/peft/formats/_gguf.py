@@ -50,6 +50,8 @@ class GgufTensors:
     def blocks(self, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
         """Reads the bytes of a tensor in blocks of 32 numbers, and its shape."""
         tensor = self._tensors[name]
+        if not tensor.shape or 0 in tensor.shape:
+            raise Unreadable(f"{name}: expected a matrix, got shape {tensor.shape}")
         self.taken.add(name)
         *rows, columns = tensor.shape
         return tensor.data.reshape(*rows, columns // BLOCK, -1), tensor.shape
