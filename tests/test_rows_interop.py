@@ -12,7 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 hf_peft = pytest.importorskip("peft")
 
-from test_peft_interop import FILES, assert_equal, make, models  # noqa: E402
+from peft_files import CONFIG, TENSORS, assert_equal  # noqa: E402
+from test_peft_interop import make, models  # noqa: E402
 
 import jlora  # noqa: E402
 from jlora import LoRA, Rows, peft  # noqa: E402
@@ -113,7 +114,7 @@ def both_ways(name: str, config: Any, folder: Folder) -> None:
     adapter = peft.load(folder / "theirs", case.base, case.names)
     fields = peft.read_config(folder / "theirs")
     peft.save(folder / "again", case.base, adapter, case.names, config=fields)
-    for file in FILES:
+    for file in (CONFIG, TENSORS):
         assert (folder / "again" / file).read_bytes() == (folder / "theirs" / file).read_bytes()
     tolerance = 2e-2 if name == "bf16" else 1e-5
     lora = jlora.transform(case.apply, LoRA())
