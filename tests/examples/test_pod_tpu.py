@@ -19,7 +19,7 @@ import pod
 import pod_plan
 from models import gpt, llama
 from models.parts import RULES, SEQUENCE_RULES
-from small import some
+from small import some, some_rows
 
 from jlora import _compat
 
@@ -54,7 +54,7 @@ def row(shape, topology, axes, sequence, method, options=None):
 
 
 @pytest.mark.parametrize(
-    ("model", "topology", "axes", "sequence", "method"), some(CASES, *CASES[:5])
+    ("model", "topology", "axes", "sequence", "method"), some_rows(CASES, *CASES[:5])
 )
 def test_collectives(model, topology, axes, sequence, method, monkeypatch):
     """By a compiler in a hurry, which arranges the same collectives."""
