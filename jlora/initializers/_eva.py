@@ -22,7 +22,7 @@ class eva(SketchInitializer):
 
     Raises:
         ValueError: in `init`, for a site that the sketch lacks, or has with another
-        shape or fewer components than the rank.
+            shape or fewer components than the rank.
 
     Source: Paischer et al., arXiv 2410.07170. As in PEFT, the inputs are taken less their mean.
     PEFT counts all that its labels do not mask; here an input counts where the loss depends on it.

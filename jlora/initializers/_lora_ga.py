@@ -33,7 +33,7 @@ class lora_ga(SketchInitializer):
 
     Raises:
         ValueError: in `init`, for a site that the sketch lacks, or has with another
-        shape or fewer than 2·r components, and if W is quantized.
+            shape or fewer than 2·r components, and if W is quantized.
 
     Source: Wang et al., arXiv 2407.05000, in the form that PEFT has by default, `direction` ArB2r
     and `scale` stable.
