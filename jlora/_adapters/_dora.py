@@ -68,7 +68,7 @@ class Decomposed(Node):
         return {"a": axes["a"], "b": axes["b"], "m": (*stack_and_slots(layout), *layout.outputs)}
 
     def needs(self) -> dict[str, tuple[int, ...]]:
-        """All inputs, over which the norms are."""
+        """Returns the axes of inputs too: norms are taken over all of them."""
         return super().needs() | {"DoRA takes norms over all inputs of W": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:

@@ -28,12 +28,12 @@ def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
 
 
 def from_matrices(a: jax.Array, b: jax.Array, layout: Layout, shape: tuple[int, ...]) -> LowRank:
-    """The node of scale 1, for a weight of `shape`, whose `matrices` are A and B."""
+    """Makes the node, of scale 1, for a weight of `shape`, whose `matrices` are A and B."""
     of_a, of_b = factor_shapes(layout, shape, a.shape[-1])
     return LowRank(a.reshape(of_a), b.reshape(of_b), 1.0, layout)
 
 
 def matrix_lengths(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The numbers of inputs and of outputs of each matrix of a weight; of a slot if it has any."""
+    """Counts the inputs and the outputs of each matrix of a weight, or of a slot if it has any."""
     inputs, outputs = (math.prod(shape[d] for d in axes) for axes in layout[1:3])
     return inputs, outputs // (layout.slots[0] if layout.slots else 1)

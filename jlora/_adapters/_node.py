@@ -168,6 +168,7 @@ def _make_node(cls: type[Node]) -> None:
         )
     defaults = [vars(cls)[name] for name in optional]
     # A tuple with `_fields`, which `flax.serialization` saves without an import of Flax here.
+    # A name holds its class: what `vars` gives is emptied once the class is collected.
     made = collections.namedtuple(cls.__name__, names, defaults=defaults)
     for name in vars(made).keys() - {"__doc__", "__module__", "__repr__", "__slots__"}:
         setattr(cls, name, vars(made)[name])

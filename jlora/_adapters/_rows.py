@@ -81,7 +81,7 @@ class Replaced(Node):
         return None
 
     def needs(self) -> dict[str, tuple[int, ...]]:
-        """All rows of the table."""
+        """Returns the axes of rows: they are counted over the whole table."""
         return {"Rows counts the rows of the whole table": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:

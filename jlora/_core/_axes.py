@@ -182,6 +182,11 @@ class Factor:
         """The number of an axis."""
         return self.axes.index(axis)
 
+    @property
+    def lengths(self) -> dict[Axis, int]:
+        """The length of each axis."""
+        return dict(zip(self.axes, self.shape, strict=True))
+
     def length(self, axis: Axis) -> int:
         """The length of an axis."""
         return self.shape[self.axis(axis)]

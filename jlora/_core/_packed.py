@@ -99,8 +99,8 @@ class Packed:
         the backward pass.
         """
         lengths = {axis: self.lengths[axis] for axis in old}
-        has_all = lambda f: lengths.items() <= dict(zip(f.axes, f.shape, strict=True)).items()  # noqa: E731
-        if self.even.issuperset(old) and all(map(has_all, self.factors)):
+        has_all = all(lengths.items() <= f.lengths.items() for f in self.factors)
+        if has_all and self.even.issuperset(old):
             even, loose = self.even.union(new), self.loose.union(new)
             return self.replace(parts=map_factors(move, self.parts), even=even, loose=loose)
         return self._remember(move, old)

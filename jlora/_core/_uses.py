@@ -46,7 +46,7 @@ class Uses:
 
     def product(self, w: Any, kind: str, roles: Any) -> None:
         """Records a product in which the axes of the weight `w` have `roles`."""
-        lengths = dict(zip(w.axes, w.shape, strict=True))
+        lengths = w.lengths
         long = [a for a in (*roles.inputs, *roles.outputs) if lengths[a] > 1]
         if any(REPEATED in a.leaf for a in long):
             self.no_product(w, "a product in which it is repeated, as an activation is")

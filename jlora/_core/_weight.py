@@ -89,7 +89,7 @@ class Weight:
     @property
     def lengths(self) -> dict[Axis, int]:
         """The length of each axis of W."""
-        return dict(zip(self.axes, self.shape, strict=True))
+        return self.w.lengths
 
     def new_names(self) -> Iterator[int]:
         """Counts up the names that no axis of W has or had."""
