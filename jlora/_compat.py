@@ -125,7 +125,7 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)  # pyright: ignore
 
 
-def known(f: Callable[..., Any], *args: Any) -> Any:
+def evaluate_now(f: Callable[..., Any], *args: Any) -> Any:
     """`f(*args)`, one array, if its value can be known now, else None.
 
     It can while a function is traced that closes over `args`, which are arrays with values then:

@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from . import sharding
-from ._compat import is_concrete, known, place_of
+from ._compat import evaluate_now, is_concrete, place_of
 from ._match import first_takers
 from ._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
-from ._rules import Full, explain_no_match, matches, misplaced, rule_name
+from ._rules import Full, explain_no_match, matches, name_mistake, rule_name
 from ._sites import Site, Sites
 from ._tree import flatten, is_abstract, leaves_by_path, name_of
 from ._types import Layout, Path, PyTree
@@ -68,7 +68,7 @@ def quantize(
         if not isinstance(scheme, Scheme):
             raise TypeError(
                 "`schemes` must be jlora.NF4, jlora.FP4, jlora.Int8, jlora.Int4, jlora.FP8 or "
-                f"jlora.MXFP4; got {misplaced(scheme, 'quantize(params, *schemes)')}."
+                f"jlora.MXFP4; got {name_mistake(scheme, 'quantize(params, *schemes)')}."
             )
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]
@@ -170,8 +170,8 @@ def _quantize_leaf(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     scheme = dataclasses.replace(scheme, pattern=None)
     if is_abstract(x):
         return jax.eval_shape(lambda x: quantize_weight(x, scheme, form), x)
-    x = known(jnp.asarray, x) if isinstance(x, np.ndarray) else x
-    if bad := known(lambda x: jnp.sum(~jnp.isfinite(x)), x):
+    x = evaluate_now(jnp.asarray, x) if isinstance(x, np.ndarray) else x
+    if bad := evaluate_now(lambda x: jnp.sum(~jnp.isfinite(x)), x):
         raise ValueError(
             f"{name_of(path)!r} of `params` has {bad} values that are NaN or infinite, for which "
             f"{type(scheme).__name__} has no codes. Use a checkpoint whose values are finite."

@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ._compat import known
+from ._compat import evaluate_now
 from ._quantized import Quantized, Scheme, is_quantized, spell
 from ._tree import count, leaves_by_path, name_of, size_in_bytes
 from ._types import Path, PyTree
 
 
-def aligned(
+def align_columns(
     header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str]
 ) -> list[str]:
     """Aligns the header and the rows as lines, with the columns named in `right` flush right.
 
-    >>> aligned(("name", "n"), [("a", "1"), ("b", "10")], {"n"})
+    >>> align_columns(("name", "n"), [("a", "1"), ("b", "10")], {"n"})
     ['name   n', 'a      1', 'b     10']
     """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -30,10 +30,10 @@ def aligned(
     ]
 
 
-def readable(n: float) -> str:
+def format_bytes(n: float) -> str:
     """Writes a number of bytes.
 
-    >>> readable(1536)
+    >>> format_bytes(1536)
     '1.5 KiB'
     """
     units = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -91,8 +91,8 @@ class Summary(NamedTuple):
                 ("adapter (trainable)", self.trainable, self.trainable_bytes),
                 ("Adam moments", 2 * self.trainable, 2 * self.trainable_bytes),
             ]
-        rows = [(name, f"{n:,}", readable(size)) for name, n, size in sizes]
-        lines = aligned(("", "parameters", "size"), rows, {"parameters", "size"})
+        rows = [(name, f"{n:,}", format_bytes(size)) for name, n, size in sizes]
+        lines = align_columns(("", "parameters", "size"), rows, {"parameters", "size"})
         if self.trainable:
             lines.append(f"trainable share {100 * self.share:.3g}%")
         if self.quantized:
@@ -107,8 +107,8 @@ class Summary(NamedTuple):
                 "×".join(map(str, leaf.shape)),
                 spell(leaf.scheme),
                 f"{8 * leaf.after / max(1, math.prod(leaf.shape)):.3f}",
-                readable(leaf.before),
-                readable(leaf.after),
+                format_bytes(leaf.before),
+                format_bytes(leaf.after),
                 "-" if leaf.error is None else f"{leaf.error:.3g}",
             )
             for leaf in self.quantized
@@ -116,9 +116,9 @@ class Summary(NamedTuple):
         saved = sum(leaf.before - leaf.after for leaf in self.quantized)
         rest = self.base_bytes - sum(leaf.after for leaf in self.quantized)
         return [
-            *aligned(header, rows, {"bits", "before", "after", "error"}),
-            f"{readable(self.base_bytes + saved)} before, {readable(self.base_bytes)} after, of "
-            f"which {readable(rest)} are not quantized",
+            *align_columns(header, rows, {"bits", "before", "after", "error"}),
+            f"{format_bytes(self.base_bytes + saved)} before, {format_bytes(self.base_bytes)} "
+            f"after, of which {format_bytes(rest)} are not quantized",
         ]
 
 
@@ -163,6 +163,6 @@ def summary(base: PyTree, adapter: PyTree = None) -> Summary:
 
 def _quantized_leaf(path: Path, x: Quantized) -> QuantizedLeaf:
     before = x.size * jnp.dtype(x.dtype).itemsize
-    error = None if x.error is None else known(jnp.max, x.error)
+    error = None if x.error is None else evaluate_now(jnp.max, x.error)
     error = None if error is None else float(error)
     return QuantizedLeaf(path, tuple(x.shape), x.scheme, before, x.nbytes, error)

@@ -190,7 +190,7 @@ def rule_name(rule: Any) -> str:
     return type(rule).__name__ + ("()" if pattern is None else f"({pattern!r})")
 
 
-def near(pattern: str, paths: Sequence[str]) -> str:
+def near_misses(pattern: str, paths: Sequence[str]) -> str:
     """Lists the paths that look most like `pattern`."""
     words = re.findall(r"\w+", pattern.lower())
 
@@ -217,7 +217,7 @@ def explain_no_match(pattern: str, paths: Sequence[str]) -> str:
     hits = [] if found else [(path, m) for path in paths if (m := re.search(pattern, path))]
     names = list(dict.fromkeys(_components(path, m) for path, m in hits))
     if not names:
-        return near(pattern, paths)
+        return near_misses(pattern, paths)
     few = len(names) <= 3 and all(m[0] for _, m in hits)
     better = "|".join(map(re.escape, names)) if few else pattern_anywhere(pattern)
     return (
@@ -287,7 +287,7 @@ def is_floating(dtype: Any) -> bool:
         return False
 
 
-def misplaced(x: Any, unpacked: str | None = None) -> str:
+def name_mistake(x: Any, unpacked: str | None = None) -> str:
     """Names, for an error, what was given in the place of a rule or a scheme.
 
     `unpacked` is the call into which a list belongs after a `*`, if there is one.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from ._core import Unsupported
 from ._quantized import Scheme, spell
-from ._report import aligned
-from ._rules import Full, Rule, near, rule_name
+from ._report import align_columns
+from ._rules import Full, Rule, near_misses, rule_name
 from ._tree import name_of
 from ._types import Layout, Path
 
@@ -122,7 +122,7 @@ class Sites:
         for site in self.leaves:
             if site.path == path:
                 return site
-        raise KeyError(f"no leaf {path!r}. {near(path, [s.path for s in self.leaves])}")
+        raise KeyError(f"no leaf {path!r}. {near_misses(path, [s.path for s in self.leaves])}")
 
     @property
     def total(self) -> int:
@@ -150,7 +150,7 @@ class Sites:
         if any(s.kind is None and s.rule is None for s in shown):
             header.append("reason")
             rows = [(*row, _reason(s)) for row, s in zip(rows, shown, strict=True)]
-        lines = aligned(header, rows, {"parameters", "rank", "trainable"})
+        lines = align_columns(header, rows, {"parameters", "rank", "trainable"})
         rule = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
         adapted = sum(s.is_adapted for s in self.leaves)

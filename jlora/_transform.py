@@ -15,7 +15,7 @@ from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
 from ._quantized import is_quantized
-from ._rules import Rule, misplaced, rule_name
+from ._rules import Rule, name_mistake, rule_name
 from ._sites import Sites
 from ._tree import (
     adapter_leaves,
@@ -88,7 +88,7 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
                 "checkpoint could name it: put @jlora.extend.register above the class."
             )
         if not isinstance(rule, Rule):
-            got = misplaced(rule, "transform(apply_fn, *rules)")
+            got = name_mistake(rule, "transform(apply_fn, *rules)")
             raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(

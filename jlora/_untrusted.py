@@ -36,12 +36,12 @@ def _escaped(c: str) -> str:
     return c.encode("unicode_escape").decode()
 
 
-def shown(name: str) -> str:
+def show(name: str) -> str:
     """Returns a name as it is, unless it is long or would garble the message."""
-    return name if name.isprintable() and len(name) <= 300 else brief(name)
+    return name if name.isprintable() and len(name) <= 300 else shorten(name)
 
 
-def brief(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Writes a value of a file in few characters and on one line, however it is nested."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100

@@ -20,7 +20,7 @@ from jlora._adapters import LowRank
 from jlora._tree import nest
 from jlora._types import Layout
 from jlora.peft import Name
-from jlora.peft.names._advice import advice
+from jlora.peft.names._advice import advise
 from jlora.peft.names._leaves import resolve, row_of
 
 KEY = jax.random.key(0)
@@ -324,7 +324,7 @@ def test_a_table_refuses_the_models_of_others(table: str) -> None:
         if row_of(parts, shape, names):
             assert theirs == path or {table, other} <= ALIKE
         else:
-            said = advice(names, {parts: shape})
+            said = advise(names, {parts: shape})
             assert re.search(f"for paths such as {path}. These .* by .*'{other}'", said)
 
 

@@ -82,7 +82,7 @@ def measure(model: nn.Module, rules: list[jlora.LoRA]) -> tuple[int, int]:
     return jlora.count(base), jlora.count(adapter)
 
 
-def readable(count: int) -> str:
+def format_count(count: int) -> str:
     """Bytes in decimal units, as the paper counts."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -103,9 +103,9 @@ def main(argv: Sequence[str] | None = None, table: Sequence[Row] | None = None) 
             f"{full:,}",
             row.adapted,
             f"{trained:,}",
-            readable(2 * trained),  # in float16
-            readable(2 * full),
-            f"{readable(4 * trained)} of {readable(4 * full)}",  # in float32
-            f"{readable(8 * trained)} of {readable(8 * full)}",  # two moments
+            format_count(2 * trained),  # in float16
+            format_count(2 * full),
+            f"{format_count(4 * trained)} of {format_count(4 * full)}",  # in float32
+            f"{format_count(8 * trained)} of {format_count(8 * full)}",  # two moments
         )
         tqdm.write(f"| {' | '.join(cells)} |")

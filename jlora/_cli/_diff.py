@@ -12,7 +12,7 @@ from tqdm import tqdm
 import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
-from .._report import aligned
+from .._report import align_columns
 from ._argument import FOLDER, Arg, call
 from ._command import Answer, Command
 from ._inputs import NAMES, OpenAdapter, by_name, format_of, open_adapter, table
@@ -51,7 +51,7 @@ def diff(a: Arg, b: Arg, names: str | None, tolerance: float | None) -> Answer:
         (x["name"], "-" if x["relative"] is None else f"{r:.3g}", "; ".join(x["changes"]))
         for x, r in zip(unequal, relative, strict=True)
     ]
-    lines = aligned(("site", "relative", "differs"), rows, {"relative"}) if rows else []
+    lines = align_columns(("site", "relative", "differs"), rows, {"relative"}) if rows else []
     lines += [f"only in {a}: {name}" for name in only_a]
     lines += [f"only in {b}: {name}" for name in only_b]
     lines.append(f"{len(common) - len(unequal)} of {len(common)} common sites are equal")

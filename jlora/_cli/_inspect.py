@@ -13,7 +13,7 @@ from tqdm import tqdm
 import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
-from .._report import aligned, readable
+from .._report import align_columns, format_bytes
 from .._tree import count, size_in_bytes
 from ._argument import FOLDER, Arg, call
 from ._command import Answer, Command
@@ -67,9 +67,9 @@ def _list_quantized(folder: Arg, found: Sequence[Any]) -> Answer:
     rows = []
     for x in found:
         bits = f"{8 * x.size / math.prod(x.shape):.3f}"
-        rows.append((x.name, _times(x.shape), x.scheme, bits, readable(x.size)))
-    lines = aligned(TENSORS, rows, {"bits", "size"})
-    lines += ["", f"{folder}: {len(found)} matrices, {readable(sum(x.size for x in found))}"]
+        rows.append((x.name, _times(x.shape), x.scheme, bits, format_bytes(x.size)))
+    lines = align_columns(TENSORS, rows, {"bits", "size"})
+    lines += ["", f"{folder}: {len(found)} matrices, {format_bytes(sum(x.size for x in found))}"]
     fields = {"path": str(folder), "tensors": [x._asdict() for x in found]}
     return Answer("\n".join(lines), fields)
 
@@ -131,17 +131,17 @@ def _site(name: str, x: LowRank | Decomposed) -> Fields:
 def _lines(fields: Fields, about: Fields, every: bool) -> list[str]:
     sites, full, rows = fields["sites"], fields["full"], fields["rows"]
     measured = [row for site in sites for row in _rows(site, every)]
-    lines = aligned(HEADER, measured, HEADER[1:-1]) if measured else []
+    lines = align_columns(HEADER, measured, HEADER[1:-1]) if measured else []
     if any(site["method"] == "DoRA" for site in sites):
         lines.append("DoRA: ΔW is s·A·B, and W + ΔW is given norms")
     for what, leaves in (("in full", full), ("rows of", rows)):
         own = [(x["name"], _times(x["shape"]), x["dtype"]) for x in leaves]
         lines += [""] * bool(lines and own)
-        lines += aligned((what, "shape", "dtype"), own, {"shape"}) if own else []
+        lines += align_columns((what, "shape", "dtype"), own, {"shape"}) if own else []
     matrices = sum(len(site["matrices"]) for site in sites)
     found = f"{len(sites)} sites of {matrices} matrices, {len(full)} leaves in full"
     found += f", rows of {len(rows)}" if rows else ""
-    found += f"; {fields['parameters']:,} parameters, {readable(fields['bytes'])}"
+    found += f"; {fields['parameters']:,} parameters, {format_bytes(fields['bytes'])}"
     found += "".join(f"; {name.replace('_', ' ')} {value}" for name, value in about.items())
     return [*lines, "", f"{fields['format']} adapter: {found}"]
 

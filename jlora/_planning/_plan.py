@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
-from .._report import aligned, readable
+from .._report import align_columns, format_bytes
 from .._types import PyTree
 from ._placed import check_places, is_replicated, mesh_of_leaves
 from ._topology import CHIPS
@@ -80,16 +80,18 @@ class Plan(NamedTuple):
             rows += [("activations", self.activations, "compiled"), ("peak", self.peak, "compiled")]
         axes = " × ".join(f"{name}={size}" for name, size in self.mesh.items())
         where = f"{self.devices} × {self.device or 'device'}" + (f", {axes}" if axes else "")
-        cells = [(name, readable(size), how) for name, size, how in rows]
-        lines = aligned((where, "a device", ""), cells, {"a device"})
+        cells = [(name, format_bytes(size), how) for name, size, how in rows]
+        lines = align_columns((where, "a device", ""), cells, {"a device"})
         return "\n".join([*lines, self._verdict()])
 
     def _verdict(self) -> str:
         if self.capacity is None:
             return "the capacity of a device is not known"
-        capacity = readable(self.capacity)
+        capacity = format_bytes(self.capacity)
         if self.fits is None:
-            return f"leaves {readable(self.capacity - self.exact)} of {capacity} for activations"
+            return (
+                f"leaves {format_bytes(self.capacity - self.exact)} of {capacity} for activations"
+            )
         return f"{'fits' if self.fits else 'does not fit'} in {capacity}"
 
 

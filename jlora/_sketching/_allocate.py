@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from .._adapters import LoRA, clip_rank
-from .._rules import Rule, check_int, explain_no_match, near, rule_name
+from .._rules import Rule, check_int, explain_no_match, near_misses, rule_name
 from .._types import short
 from ._allocation import Allocation, check_rules, index_of, trainable_parameters
 from ._shares import Share
@@ -79,7 +79,7 @@ def allocate(
     taken = {path: index_of(path, given) for path in sketch.sites}
     for i, rule in enumerate(given):
         if isinstance(rule, LoRA) and i not in taken.values():
-            advice = near if rule.pattern is None else explain_no_match
+            advice = near_misses if rule.pattern is None else explain_no_match
             raise ValueError(
                 f"{rule_name(rule)} takes no site of `sketch`. "
                 + advice(rule.pattern or "", list(sketch.sites))

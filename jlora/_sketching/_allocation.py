@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from .._adapters import LoRA
-from .._report import aligned
-from .._rules import Rule, Slots, is_int, matches, misplaced, near, rule_name
+from .._report import align_columns
+from .._rules import Rule, Slots, is_int, matches, name_mistake, near_misses, rule_name
 from ._shares import Share, decode, encode
 
 
@@ -120,7 +120,9 @@ class Allocation(Sequence[Rule]):
     def with_ranks(self, ranks: Mapping[str, int]) -> "Allocation":
         """Returns a copy with other ranks for the sites at some paths."""
         if unknown := [path for path in ranks if path not in self.ranks]:
-            raise ValueError(f"`ranks` has {unknown[0]!r}. {near(unknown[0], list(self.ranks))}")
+            raise ValueError(
+                f"`ranks` has {unknown[0]!r}. {near_misses(unknown[0], list(self.ranks))}"
+            )
         shares = (s._replace(rank=ranks.get(s.path, s.rank)) for s in self.shares)
         return dataclasses.replace(self, shares=tuple(shares))
 
@@ -130,7 +132,7 @@ class Allocation(Sequence[Rule]):
             (s.path or "(root)", f"{s.score:.3g}", str(s.rank), f"{counts[s.path]:,}")
             for s in self.shares
         ]
-        lines = aligned(header, rows, header[1:])
+        lines = align_columns(header, rows, header[1:])
         line, chosen = "─" * max(map(len, lines)), sum(s.rank > 0 for s in self.shares)
         last = f"{chosen} of {len(rows)} sites; {sum(counts.values()):,} parameters"
         return "\n".join([lines[0], line, *lines[1:], line, last])
@@ -164,7 +166,9 @@ def check_rules(rules: Any) -> tuple[Rule, ...]:
     rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {misplaced(rule)}.")
+            raise TypeError(
+                f"`rules` must be rules, such as jlora.LoRA(); got {name_mistake(rule)}."
+            )
     return rules
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from .._report import aligned
+from .._report import align_columns
 from .._types import Layout, short
 
 
@@ -63,7 +63,7 @@ class Sketch:
 
     def __str__(self) -> str:
         header = ("site", "matrices", "inputs", "outputs", "components", "largest", "share")
-        lines = aligned(header, [_row(*item) for item in self.sites.items()], header[1:])
+        lines = align_columns(header, [_row(*item) for item in self.sites.items()], header[1:])
         return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._adapters import LowRank, leading_axes
-from .._compat import known
+from .._compat import evaluate_now
 from .._types import Path, PyTree
 from ._operands import Operands, Weights, check_finite, check_operands, combine_leaves, is_one
 from ._several import FROM_THE_START, RESIDUAL, is_residual, join, refuse
@@ -130,7 +130,7 @@ def _residual(given: Operands) -> Collection[Path]:
     sites = {p: pairs for p, pairs in given.sites.items() if is_residual(pairs[0][0])}
     if not sites:
         return ()
-    total = known(lambda *w: sum(w), *given.weights)
+    total = evaluate_now(lambda *w: sum(w), *given.weights)
     near = [n for n in (0, 1) if total is not None and abs(float(total) - n) < ROUNDING]
     got = "traced ones" if total is None else f"{float(total):g}"
     wrong = {

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from .._adapters import arrays, is_node, state, static
 from .._tree import adapter_leaves, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
-from .._untrusted import shown
+from .._untrusted import show
 from ._fingerprint import (
     Leaf,
     differences,
@@ -82,7 +82,7 @@ def _explain(folder: Any) -> str:
             f"`path`: {folder} holds the steps {', '.join(steps)} of a CheckpointManager; give one "
             f"of them, such as {folder / steps[-1]}."
         )
-    held = f"holds {', '.join(map(shown, names))}" if names else "is no folder, or an empty one"
+    held = f"holds {', '.join(map(show, names))}" if names else "is no folder, or an empty one"
     return (
         f"`path`: {folder} is no checkpoint of an adapter: expected {ADAPTER!r} and {METADATA!r} "
         f"in it, but it {held}. Give a folder that jlora.checkpoint.save wrote."

@@ -12,7 +12,7 @@ from .. import _quantized, initializers
 from .._adapters import RULES, LoRA
 from .._quantized import Scheme
 from .._rules import Rule, Slots, compile_pattern, pattern_anywhere
-from .._untrusted import brief, shown
+from .._untrusted import shorten, show
 from ..initializers import Initializer
 
 Fields = dict[str, Any]
@@ -35,7 +35,7 @@ class Foreign:
 
     def __call__(self, *args: Any) -> Any:
         """Raises: there is nothing to call."""
-        why = f"{shown(self.name)} when the adapter was saved, which"
+        why = f"{show(self.name)} when the adapter was saved, which"
         kind = SKETCHED.get(self.name.removeprefix(OWN))
         if kind is None:
             is_own = self.name.startswith("jlora.")
@@ -164,5 +164,5 @@ NOT_REGISTERED = "no registered method has; import the module that registers it"
 def registered(kind: str, name: Any, types: Mapping[str, Any], why: str = NOT_REGISTERED) -> Any:
     """Returns the class that `types` has by a name from a file."""
     if not isinstance(name, str) or name not in types:
-        raise ValueError(f"the checkpoint has the {kind} {brief(name)}, which {why}")
+        raise ValueError(f"the checkpoint has the {kind} {shorten(name)}, which {why}")
     return types[name]

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from .. import _folders
-from .._untrusted import check_values, shown
+from .._untrusted import check_values, show
 from ._together import by_first, from_first, in_step, one_line
 
 Where = str | os.PathLike[str]
@@ -63,7 +63,7 @@ def check_files(folder: Where) -> None:
         for path in filter(Path.exists, (Path(parent, name) for name in names)):
             if not path.is_file():
                 raise ValueError(
-                    f"`path`: {shown(str(path))} is no regular file. Take another checkpoint."
+                    f"`path`: {show(str(path))} is no regular file. Take another checkpoint."
                 )
             if path.name not in _DESCRIBING and path.parent.name != _BY_PROCESS:
                 continue

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
-from .._rules import check_int, misplaced, rule_name
+from .._rules import check_int, name_mistake, rule_name
 from ._initializer import Initializer
 from ._pissa import largest
 from ._split import Split, check_values, keep_sharding, map_stack, split_array, split_of
@@ -58,7 +58,8 @@ class loftq(Initializer):
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme):
             raise TypeError(
-                f"`scheme` of loftq must be one such as jlora.NF4(); got {misplaced(self.scheme)}."
+                "`scheme` of loftq must be one such as jlora.NF4(); got "
+                f"{name_mistake(self.scheme)}."
             )
         if self.scheme.pattern is not None:
             raise ValueError(

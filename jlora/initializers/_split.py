@@ -184,7 +184,7 @@ def check_values(w: Any, site: Any, rule: Any) -> None:
     check_whole(f"{name} factors", w, site.path)
     if is_quantized(w):
         return
-    bad = _compat.known(lambda w: jnp.sum(~jnp.isfinite(w)), w)
+    bad = _compat.evaluate_now(lambda w: jnp.sum(~jnp.isfinite(w)), w)
     if bad:
         raise ValueError(
             f"{site.path!r} of `params` has {bad} values that are NaN or infinite, which {name} "

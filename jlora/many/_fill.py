@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._adapters import factor_shapes, is_node, state, weight_shape
-from .._compat import known
+from .._compat import evaluate_now
 from .._core import promote
 from .._tree import check_fits, leaves_by_path
 from .._types import Path, PyTree
@@ -49,7 +49,7 @@ def check_methods(leaves: Iterable[tuple[Path, Any]]) -> None:
 def _is_finite(leaf: Any) -> bool:
     """Whether all values that are known are finite."""
     values = jax.tree.leaves(state(leaf) if is_node(leaf) else leaf)
-    found = [known(lambda x: jnp.isfinite(x).all(), x) for x in values]
+    found = [evaluate_now(lambda x: jnp.isfinite(x).all(), x) for x in values]
     return all(bool(x) for x in found if x is not None)
 
 

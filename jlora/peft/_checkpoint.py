@@ -16,13 +16,13 @@ from ._file import (
     Header,
     Source,
     TensorInfo,
-    brief,
     check_within,
     listing,
     open_file,
     read_header,
     read_json,
-    shown,
+    shorten,
+    show,
 )
 
 ONE = "model.safetensors"
@@ -112,11 +112,11 @@ def open_checkpoint(
     where: dict[str, str] = {}
     wrong = []
     for file, header in headers.items():
-        wrong += [f"{shown(n)}: in {where[n]} and in {file}" for n in header.entries if n in where]
+        wrong += [f"{show(n)}: in {where[n]} and in {file}" for n in header.entries if n in where]
         where |= dict.fromkeys(header.entries, file)
     if mapped is not None:
         wrong += [
-            f"{shown(name)}: in {mapped.get(name)} by the index, in {where.get(name)} by the files"
+            f"{show(name)}: in {mapped.get(name)} by the index, in {where.get(name)} by the files"
             for name in dict.fromkeys([*mapped, *where])
             if mapped.get(name) != where.get(name)
         ]
@@ -195,7 +195,7 @@ def explain_shorter(source: Source, name: str) -> Iterator[None]:
         yield
     except EOFError:
         raise ValueError(
-            f"`{source.argument}`: {shown(name)}: its file changed while it was read; start again."
+            f"`{source.argument}`: {show(name)}: its file changed while it was read; start again."
         ) from None
 
 
@@ -212,12 +212,14 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
         return [ONE], None
     mapped = read_json(source, INDEX, LIMIT).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
-        raise ValueError(f"`{source.argument}`: {INDEX} has no `weight_map`; got {brief(mapped)}.")
+        raise ValueError(
+            f"`{source.argument}`: {INDEX} has no `weight_map`; got {shorten(mapped)}."
+        )
     for file in mapped.values():
         # A name that leads out of the folder would be written there too.
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.\-]*\.safetensors", file):
             raise ValueError(
-                f"`{source.argument}`: {INDEX} names {brief(file)}; expected a safetensors file "
+                f"`{source.argument}`: {INDEX} names {shorten(file)}; expected a safetensors file "
                 "beside it."
             )
     if one and ONE not in mapped.values():
@@ -238,7 +240,7 @@ def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
 def _what_is(source: Source, name: str) -> str:
     path = source.folder / name
     what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
-    return f"{shown(name)}: is {'a folder' if path.is_dir() else what}"
+    return f"{show(name)}: is {'a folder' if path.is_dir() else what}"
 
 
 def _others(source: Source, read: set[str]) -> tuple[list[str], list[str], list[str]]:
@@ -266,7 +268,7 @@ def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
     if not depth:
         raise ValueError(
             f"`{source.argument}`: {source.folder} has folders in each other, more than {DEEPEST}: "
-            f"{shown(folder.relative_to(source.folder).as_posix())}. Move them out."
+            f"{show(folder.relative_to(source.folder).as_posix())}. Move them out."
         )
     for path in folder.iterdir():
         is_whole = path.is_symlink() or path.name in (".git", ".cache")

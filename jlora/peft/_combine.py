@@ -11,13 +11,13 @@ from jax.dtypes import canonicalize_dtype
 from .._adapters import LowRank, weight_shape
 from .._tree import adapter_leaves
 from .._types import PyTree
-from ._file import brief, listing, shown
+from ._file import listing, shorten, show
 from ._problems import Problems
-from .adapter._alone import Alone, leaf_of, read_alone, write_alone
+from .adapter._alone import Alone, read_alone, torch_leaf, write_alone
 from .adapter._config import DEFAULTS
 from .adapter._contents import Part
 from .adapter._describe import scales_of, with_scales
-from .names._convert import factors
+from .names._convert import split_factors
 
 Fields = dict[str, Any]
 Where = str | os.PathLike[str]
@@ -104,14 +104,14 @@ def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[st
         values = [(x.adapter.fields.get(field), name) for x, name in zip(each, names, strict=True)]
         values = [pair for pair in values if pair[0] is not None]
         if any(value != values[0][0] for value, _ in values):
-            listed = ", ".join(f"{brief(value)} in {name}" for value, name in values)
+            listed = ", ".join(f"{shorten(value)} in {name}" for value, name in values)
             wrong.append(f"{field}: {listed}; if this is one model, give it one name in all files")
     first: dict[str, tuple[str, np.ndarray]] = {}
     for alone, name in zip(each, names, strict=True):
         for key, x in alone.frozen.items():
             other, y = first.setdefault(key, (name, x))
             if not np.array_equal(x, y):
-                wrong.append(f"{shown(key)}: frozen with other values in {other} than in {name}")
+                wrong.append(f"{show(key)}: frozen with other values in {other} than in {name}")
     return wrong
 
 
@@ -135,11 +135,11 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
                 [x.key for x in alone.parts if any(canonicalize_dtype(y) != y for y in _types(x))],
             ),
         ):
-            listed = ", ".join(map(shown, found[:9])) + ", …" * (len(found) > 9)
+            listed = ", ".join(map(show, found[:9])) + ", …" * (len(found) > 9)
             wrong += [f"{name}: {listed}: {why}"] if found else []
     heads = {(x.key, alone.tied.get(x.key)) for alone in each for x in alone.parts}
     wrong += [
-        f"{shown(key)}: has A and B of {shown(head)}, which shares its weight, in one adapter alone"
+        f"{show(key)}: has A and B of {show(head)}, which shares its weight, in one adapter alone"
         for key, head in heads
         if head is not None and {(key, None), (head, None)} & heads
     ]
@@ -160,19 +160,19 @@ def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:
     if odd := [key for key in keys if not _fits(found.get(key), known.get(key))]:
         raise ValueError(
             "`merge` must give a LowRank for the weight of each module of the adapters, and for no "
-            f"other. {listing([*map(shown, odd)])}"
+            f"other. {listing([*map(show, odd)])}"
         )
     return [
         known[key]._replace(a=a, b=b, scale=node.scale)
         for key, node in found.items()
-        for a, b in factors(leaf_of(known[key]), node)
+        for a, b in split_factors(torch_leaf(known[key]), node)
     ]
 
 
 def _fits(node: Any, part: Part | None) -> bool:
     if part is None or type(node) is not LowRank:
         return False
-    leaf = leaf_of(part)
+    leaf = torch_leaf(part)
     return weight_shape(node) == leaf.shape and node.layout[:3] == leaf.layout[:3]
 
 

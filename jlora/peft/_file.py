@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .._untrusted import brief as brief
 from .._untrusted import check_values
-from .._untrusted import shown as shown
+from .._untrusted import shorten as shorten
+from .._untrusted import show as show
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def check_within(source: Source, path: Path) -> None:
     cache = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
     if not any(real.is_relative_to(root) for root in (folder, *cache)):
         raise ValueError(
-            f"`{source.argument}`: {shown(str(path))} is a link to {shown(str(real))}, out of the "
+            f"`{source.argument}`: {show(str(path))} is a link to {show(str(real))}, out of the "
             "folder; what it holds would come to be in the output. Give a copy with links followed "
             "(cp -rL), or follow_links=True."
         )
@@ -136,7 +136,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {brief(key)} is there twice")
+            raise ValueError(f"the key {shorten(key)} is there twice")
         found[key] = value
     return found
 
@@ -206,7 +206,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError(
-            f"{what} has the `__metadata__` {brief(metadata)}; expected an object of strings."
+            f"{what} has the `__metadata__` {shorten(metadata)}; expected an object of strings."
         )
     if len(raw) > TENSORS_LIMIT:
         raise ValueError(
@@ -216,12 +216,12 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     for key, fields in raw.items():
         if len(key) > NAME_LIMIT or key.count(".") > DEPTH_LIMIT or not key.isprintable():
             raise ValueError(
-                f"{what} names a tensor {brief(key)}; expected at most {NAME_LIMIT} printable "
+                f"{what} names a tensor {shorten(key)}; expected at most {NAME_LIMIT} printable "
                 f"characters, with at most {DEPTH_LIMIT} dots."
             )
         entry = _tensor(key, fields)
         if entry is None:
-            raise ValueError(f"{what} describes {brief(key)} wrongly: {brief(fields)}.")
+            raise ValueError(f"{what} describes {shorten(key)} wrongly: {shorten(fields)}.")
         entries[key] = entry
     _check_extents(entries, size - 8 - count, what)
     return Header(entries, 8 + count, size)
@@ -250,7 +250,7 @@ def _check_extents(entries: dict[str, TensorInfo], size: int, what: str) -> None
     for name, entry in sorted(entries.items(), key=lambda item: item[1][3:]):
         if entry.start != end:
             raise ValueError(
-                f"{what} has {brief(name)} at byte {entry.start} of the data; "
+                f"{what} has {shorten(name)} at byte {entry.start} of the data; "
                 f"expected byte {end}. The file is damaged; save it again."
             )
         end = entry.stop

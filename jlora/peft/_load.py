@@ -18,8 +18,8 @@ from .adapter._match import match_to_tree, refuse_wide
 from .adapter._miss import as_lora, is_miss
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._tokens import Tokens
-from .names._advice import advice
-from .names._convert import node_of, rows_node, weight
+from .names._advice import advise
+from .names._convert import join_weight, node_of, rows_node
 from .names._leaves import NamedLeaf, resolve, sort_by_row
 from .names._names import Name
 
@@ -72,7 +72,7 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
     problems = Problems(
         f"`path`: the adapter in {path} cannot be loaded onto `base` with `names`; nothing was "
         "loaded",
-        lambda found: f"\n{advice(names, lost)}" if lost and any(WHERE in x for x in found) else "",
+        lambda found: f"\n{advise(names, lost)}" if lost and any(WHERE in x for x in found) else "",
     )
     files = open_files(Source(Path(path)))
     fields, each = fit(files, leaves, problems)
@@ -90,7 +90,7 @@ def _value(leaf: NamedLeaf, own: Any, static: Mapping[str, Any]) -> Any:
     if isinstance(own, Tokens):
         return rows_node(leaf, own.rows, own.v)
     if not isinstance(own[0], Part):
-        return jnp.asarray(weight(leaf, own))
+        return jnp.asarray(join_weight(leaf, own))
     scale = own[0].scale * leaf.factor
     return node_of(leaf, [part.arrays for part in own], scale=scale, **static)
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ._file import CONFIG, TensorInfo, listing, shown
+from ._file import CONFIG, TensorInfo, listing, show
 
 
 class Problems:
@@ -27,7 +27,7 @@ class Problems:
         Returns:
             False, for the caller that answers whether it is right.
         """
-        self.found.append(f"{shown(where)}: {why}")
+        self.found.append(f"{show(where)}: {why}")
         return False
 
     def add_not_floating(self, tensor: TensorInfo) -> None:

@@ -18,7 +18,7 @@ from .adapter._miss import MISS_DEFAULTS, fields_of_lora, from_lora, is_miss, pr
 from .adapter._tokens import DELTA, DELTA_ALONE
 from .adapter._tree import Tree, arrange, check_one_method, frozen_tensors, tensors_of
 from .adapter._vllm import flatten_for_vllm
-from .names._convert import weights
+from .names._convert import split_weight
 from .names._leaves import NamedLeaf
 from .names._names import Name
 
@@ -171,11 +171,11 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
         fields, parts = flatten_for_vllm(fields, parts, keys, [x.module for x in tokens])
     found = tensors_of(parts, tree.tied)
     for leaf, keys in full:
-        each = weights(leaf, tree.found.get(leaf.path, leaf.value))
+        each = split_weight(leaf, tree.found.get(leaf.path, leaf.value))
         found |= dict(zip(keys, each, strict=True))
         if leaf.path in tree.found and (head := tree.tied.get(leaf.modules[0])):
             found[f"{PREFIX}{head}.weight"] = each[0]
-    found |= frozen_tensors({name: weights(x, x.value)[0] for name, x in frozen.items()})
+    found |= frozen_tensors({name: split_weight(x, x.value)[0] for name, x in frozen.items()})
     return fields, found | {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
 
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .._adapters import arrays, is_node, weight_shape
 from .._core import mesh_axes
 from .._quantized import is_quantized
-from .._rules import near
+from .._rules import near_misses
 from .._tree import adapter_leaves, leaves_by_path, name_of
 from .._types import Path, PyTree
 from ._places import Place, Unknown, everywhere, places_of, with_spec
@@ -201,7 +201,7 @@ def _explain(path: Path, places: Mapping[Path, Any]) -> str:
             f"a container of {len(below)} leaves instead of one; a tuple is a container, "
             "PartitionSpec(...) a leaf"
         )
-    return f"not in `base`. {near(name_of(path), [name_of(p) for p in places])}".rstrip()
+    return f"not in `base`. {near_misses(name_of(path), [name_of(p) for p in places])}".rstrip()
 
 
 def _listed(reasons: Mapping[Path, str]) -> str:

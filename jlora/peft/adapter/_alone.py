@@ -91,12 +91,12 @@ class Alone(NamedTuple):
         """The node of each part by its key, with the axes of PyTorch's weight."""
         dropout = float(self.adapter.fields.get("lora_dropout", 0.0))
         return {
-            part.key: node_of(leaf_of(part), [part.arrays], scale=part.scale, dropout=dropout)
+            part.key: node_of(torch_leaf(part), [part.arrays], scale=part.scale, dropout=dropout)
             for part in self.parts
         }
 
 
-def leaf_of(part: Part) -> NamedLeaf:
+def torch_leaf(part: Part) -> NamedLeaf:
     """The leaf that a part adapts, with PyTorch's axes."""
     rows, columns = matrix(part)
     axes, shape = {

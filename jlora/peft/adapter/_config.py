@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._rules import is_finite
-from .._file import CONFIG, Source, brief, read_json, shown
+from .._file import CONFIG, Source, read_json, shorten, show
 from ._patterns import PLAIN, of_key, of_layer, refused_patterns
 
 LIMIT = 4 * 2**20  # bytes
@@ -118,7 +118,7 @@ def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[st
     if method not in ("LORA", ROWS_ALONE):
         by_method = _CONVERT if isinstance(method, str) else _NAME
         remedy = remedy or (_LOAD_MISS if method == MISS else by_method)
-        found.append(f"peft_type: expected 'LORA', got {brief(method)}; {remedy}")
+        found.append(f"peft_type: expected 'LORA', got {shorten(method)}; {remedy}")
     found += unsupported(strange)
     return found + ([] if method == ROWS_ALONE else _contradictions(fields)) + misformed(fields)
 
@@ -134,7 +134,7 @@ _CONVERT = (
 def unsupported(fields: Mapping[str, Any]) -> list[str]:
     """Lists fields that are features which are not read."""
     return [
-        f"{shown(key)}: {brief(value)} is a feature that jlora does not support"
+        f"{show(key)}: {shorten(value)} is a feature that jlora does not support"
         for key, value in fields.items()
     ]
 
@@ -142,15 +142,15 @@ def unsupported(fields: Mapping[str, Any]) -> list[str]:
 def _contradictions(fields: Mapping[str, Any]) -> list[str]:
     """Lists combinations that PEFT's files do not have, or that need a changed base."""
     found = [
-        f"{key}: {brief(fields[key])} is nothing that PEFT has beside use_dora"
+        f"{key}: {shorten(fields[key])} is nothing that PEFT has beside use_dora"
         for key in ("lora_bias", "target_parameters")
         if fields.get("use_dora") and fields.get(key)
     ]
     start = fields.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in STARTS:
         found.append(
-            f"init_lora_weights: {brief(start)} changes the base model, so that the adapter alone "
-            "means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)"
+            f"init_lora_weights: {shorten(start)} changes the base model, so that the adapter "
+            "alone means nothing; convert it in PEFT (path_initial_model_for_weight_conversion)"
         )
     if fields.get("target_modules") == "all-linear":
         found.append(
@@ -169,7 +169,7 @@ def features(fields: Mapping[str, Any]) -> dict[str, Any]:
 def misformed(fields: Mapping[str, Any]) -> list[str]:
     """Lists the fields whose values are not of the kind that PEFT writes."""
     wrong = [
-        f"{key}: expected {what}, got {brief(fields[key])}"
+        f"{key}: expected {what}, got {shorten(fields[key])}"
         for key, (what, fits) in _KINDS.items()
         if key in fields and not fits(fields[key])
     ]
@@ -185,7 +185,7 @@ def _refused_patterns(fields: Mapping[str, Any]) -> list[str]:
     for key, (patterns, form) in forms.items():
         found += [(key, x, x if PLAIN.fullmatch(x) else form(x)) for x in patterns]
     refused = refused_patterns([whole for _, _, whole in found])
-    return [f"{key}: {brief(x)} {refused[whole]}" for key, x, whole in found if whole in refused]
+    return [f"{key}: {shorten(x)} {refused[whole]}" for key, x, whole in found if whole in refused]
 
 
 _Fits = Callable[[Any], bool]

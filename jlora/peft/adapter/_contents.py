@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, shown
+from .._file import CONFIG, COUNT, COUNTS, DTYPES, PREFIX, TENSORS, TensorInfo, show
 from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
@@ -187,7 +187,7 @@ def _others(
             full[name] = x
         else:
             problems.add(
-                x.key, f"in full, beside A and B of {shown(module)}" if is_full else "unexpected"
+                x.key, f"in full, beside A and B of {show(module)}" if is_full else "unexpected"
             )
     return full, frozen
 
@@ -209,7 +209,7 @@ def explain_resized(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) 
         return None
     n = shape[0]
     return (
-        f"{shown(name)}: has {n} rows in the adapter, which was saved with a resized vocabulary, "
+        f"{show(name)}: has {n} rows in the adapter, which was saved with a resized vocabulary, "
         f"and {wanted[0]} in the base; resize that too, by resize_token_embeddings({n}) in "
         "`transformers`, and save it. The values of all rows are in the adapter"
     )
@@ -251,9 +251,9 @@ def _parts(
         if not is_dora:
             problems.add(x.key, f"unexpected; {CONFIG} has no use_dora")
         elif module not in found:
-            problems.add(x.key, f"unexpected; there is no A and B of {shown(module)}")
+            problems.add(x.key, f"unexpected; there is no A and B of {show(module)}")
     return found
 
 
 def _without(there: TensorInfo) -> str:
-    return f"missing, though {shown(there.key)} is there"
+    return f"missing, though {show(there.key)} is there"

@@ -10,7 +10,7 @@ import numpy as np
 from ..._tree import name_of
 from .._file import COUNT, DTYPES, PREFIX, TensorInfo
 from .._problems import Problems
-from ..names._convert import weights
+from ..names._convert import split_weight
 from ..names._leaves import NamedLeaf, tied_heads
 from ._contents import SHARED, Adapter, Part, explain_resized
 from ._files import fill
@@ -49,7 +49,7 @@ class Match(NamedTuple):
 def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
         return True
-    each = dict(zip(leaf.parameters, weights(leaf, leaf.value), strict=True))
+    each = dict(zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True))
     own = each.get(name, next(iter(each.values())))  # a head has the values of its embedding
     return np.array_equal(own, x.astype(own.dtype))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._file import DTYPES, PREFIX, TensorInfo, brief
+from .._file import DTYPES, PREFIX, TensorInfo, shorten
 from .._problems import Problems
 from ._config import COMMON, DEFAULTS, MISS, features, misformed, unsupported
 from ._contents import FACTOR, Part
@@ -39,7 +39,7 @@ def problems_of_miss(fields: Fields) -> list[str]:
     """Lists why a configuration of MiSS cannot be read as LoRA."""
     wrong = unsupported({key: x for key, x in features(fields).items() if key not in OWN})
     if (start := fields.get("init_weights", True)) not in (True, False):
-        wrong.append(f"init_weights: {brief(start)} is another method, whose change is no s·A·B")
+        wrong.append(f"init_weights: {shorten(start)} is another method, whose change is no s·A·B")
     return wrong + misformed({"r": fields.get("r")})
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, brief, shown
+from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
 from ._contents import HEADS, Adapter, Part, may_tie
@@ -185,7 +185,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
         return is_chosen or (parameter == "weight" and selection.adapts(module))
 
     lost = filter(is_missing, shapes)
-    return [f"{shown(name)}: selected by {CONFIG}, but missing in {TENSORS}" for name in lost]
+    return [f"{show(name)}: selected by {CONFIG}, but missing in {TENSORS}" for name in lost]
 
 
 def _idle_names(adapter: Adapter) -> list[str]:
@@ -193,7 +193,7 @@ def _idle_names(adapter: Adapter) -> list[str]:
     modules = {name.rpartition(".")[0] for name in adapter.full}
     holders = Names({parent for module in modules for parent in parents(module)})
     return [
-        f"modules_to_save: {brief(name)} names none of the adapter's tensors"
+        f"modules_to_save: {shorten(name)} names none of the adapter's tensors"
         for name in adapter.fields.get("modules_to_save") or []
         if name not in HEADS and not holders.end_in(name)
     ]

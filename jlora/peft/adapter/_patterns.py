@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from .._file import brief
+from .._file import shorten
 
 SECONDS = 5.0  # of CPU time, for all patterns of an adapter
 _NO_PATTERN = "is no regular expression"
@@ -135,7 +135,7 @@ class Patterns:
         self.seconds -= answers[1]
         for ((_, pattern), own), answer in zip(self.found.items(), answers[0], strict=True):
             if not isinstance(answer, list):  # an error's words
-                raise ValueError(f"{self.what}: {brief(pattern)} {_NO_PATTERN}: {answer}")
+                raise ValueError(f"{self.what}: {shorten(pattern)} {_NO_PATTERN}: {answer}")
             own += answer
         self.at |= {name: i for i, name in enumerate(new, len(self.at))}
 

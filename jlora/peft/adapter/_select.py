@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from .._file import brief
+from .._file import shorten
 from ._config import DEFAULTS
 from ._patterns import PLAIN, Patterns, of_key, of_layer, unescape
 
@@ -133,7 +133,7 @@ class Selection:
         """
         names = Names("." + key for key in keys)
         return [
-            f"{field}: {brief(target)} names no module of {where}"
+            f"{field}: {shorten(target)} names no module of {where}"
             for field in ("target_modules", "target_parameters")
             if isinstance(listed := self.fields.get(field), list)
             for target in listed
@@ -144,7 +144,7 @@ class Selection:
         """The entries of `rank_pattern` and `alpha_pattern` that match no adapted key."""
         self.prepare(adapted)
         return [
-            f"{field}: {brief(pattern)} matches no adapted module"
+            f"{field}: {shorten(pattern)} matches no adapted module"
             for field, patterns in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas))
             for pattern in patterns.unused(adapted)
         ]

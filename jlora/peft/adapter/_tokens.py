@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._file import PREFIX, TENSORS, shown
+from .._file import PREFIX, TENSORS, show
 from .._problems import Problems
 from ._config import PARAMETERS
 
@@ -63,17 +63,17 @@ def rows_by_module(
 
 
 def _without_values(key: str) -> str:
-    return f"{INDICES}: selects {shown(key) or 'rows'}, missing in {TENSORS}"
+    return f"{INDICES}: selects {show(key) or 'rows'}, missing in {TENSORS}"
 
 
 def misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
     """Explains why rows do not fit an embedding of `shape` in PyTorch."""
-    key, rows = shown(getattr(tokens.v, "key", tokens.module)), tokens.rows
+    key, rows = show(getattr(tokens.v, "key", tokens.module)), tokens.rows
     wanted = (len(rows), *shape[1:])
     found = [f"{key}: expected shape {wanted}, got {tokens.v.shape}"] * (tokens.v.shape != wanted)
     if max(rows) >= shape[0]:
         why = f"{INDICES} lists row {max(rows)}, of {shape[0]}"
-        found.append(f"{shown(tokens.module)}: {why}; grow the vocabulary first, as it was trained")
+        found.append(f"{show(tokens.module)}: {why}; grow the vocabulary first, as it was trained")
     return found
 
 
@@ -94,8 +94,8 @@ def list_unequal(
 ) -> list[str]:
     """Lists heads whose values differ from those of the embedding, or their transpose."""
     return [
-        f"{shown(head.key)}: expected the {'transpose' if is_transposed else 'values'} of "
-        f"{shown(table.key)}, got other values"
+        f"{show(head.key)}: expected the {'transpose' if is_transposed else 'values'} of "
+        f"{show(table.key)}, got other values"
         for head, table, is_transposed in pairs
         if not np.array_equal(
             values[head.key], values[table.key].T if is_transposed else values[table.key]

@@ -11,8 +11,8 @@ from ..._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_s
 from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
-from ..names._advice import advice
-from ..names._convert import factors, keep_adapted, rows_of
+from ..names._advice import advise
+from ..names._convert import keep_adapted, rows_of, split_factors
 from ..names._leaves import NamedLeaf, path_in_names, resolve, sort_by_row, tied_heads
 from ..names._names import Name
 from ._contents import BASE, Part
@@ -63,7 +63,7 @@ class Tree(NamedTuple):
             transposed = name.transposed
             if name.kind == "experts":
                 transposed = False if name.is_swapped else None
-            scale, each = x.scale / leaf.factor, factors(leaf, x)
+            scale, each = x.scale / leaf.factor, split_factors(leaf, x)
             for key, module, (a, b, *m) in zip(leaf.parameters, leaf.modules, each, strict=True):
                 own = (a, b, scale, transposed, m[0] if m else None, leaf.experts)
                 pieces[key].append((leaf, Part(key, name.kind or "", leaf.key(module), *own)))
@@ -168,7 +168,7 @@ def _check_writable(
         raise ValueError(
             "`adapter` cannot be written with `names`:\n"
             + "\n".join(f"  {name_of(path)}: {why}" for path, why in wrong.items())
-            + (f"\n{advice(names, lost)}" if lost else "")
+            + (f"\n{advise(names, lost)}" if lost else "")
         )
 
 

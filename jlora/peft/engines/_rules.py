@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .._file import brief, shown
+from .._file import shorten, show
 from ..adapter._config import METHODS, features
 from ._engine import Finding, Served, Side
 
@@ -35,7 +35,7 @@ def report(
     if not (first := list(dict.fromkeys(names))):
         return []
     more = f" and {len(first) - 1} more" if len(first) > 1 else ""
-    return [Finding(f"{of} {shown(first[0])}{more}".lstrip(), why, remedy, silent)]
+    return [Finding(f"{of} {show(first[0])}{more}".lstrip(), why, remedy, silent)]
 
 
 def is_fused(side: Side) -> bool:
@@ -58,7 +58,7 @@ def check_field(
     """Demands that `values` is true of a field, where it is there and not null."""
     value = x.fields.get(key)
     is_fine = value is None or values(value)
-    return [] if is_fine else [Finding(key, f"{brief(value)} {why}", remedy, silent)]
+    return [] if is_fine else [Finding(key, f"{shorten(value)} {why}", remedy, silent)]
 
 
 def require_lora(x: Served, silent: bool = False) -> list[Finding]:
@@ -88,7 +88,7 @@ def forbid_unread(x: Served, *known: str) -> list[Finding]:
 
 
 def _feature(x: Served, key: str, why: str, remedy: str, silent: bool) -> Finding:
-    return Finding(shown(key), f"{brief(x.fields[key])} {why}", remedy, silent)
+    return Finding(show(key), f"{shorten(x.fields[key])} {why}", remedy, silent)
 
 
 def _without(key: str) -> str:

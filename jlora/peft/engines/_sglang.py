@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from .._file import read_json, shown
+from .._file import read_json, show
 from ..adapter._config import LIMIT, STARTS
 from ..adapter._select import Names
 from . import _rules as rules
@@ -110,7 +110,7 @@ def _together(x: Served) -> Iterator[Finding]:
         yield from report(itertools.chain(*alone), why, remedy)
     # By layer, expert, and the end of a name it takes them for one module's.
     if twice := [own for own in groups.values() if len(own) > 1]:
-        why = f"is taken for {shown(twice[0][1])}, of the same layer and name"
+        why = f"is taken for {show(twice[0][1])}, of the same layer and name"
         yield from report((own[0] for own in twice), why, rules.MERGE, silent=True)
 
 

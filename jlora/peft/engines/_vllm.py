@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from .._file import shown
+from .._file import show
 from ..adapter._config import STARTS
 from ..adapter._contents import HEADS
 from ..adapter._vllm import RANKS
@@ -112,7 +112,7 @@ def _names(x: Served) -> Iterator[Finding]:
     loud = [m for m in lost if m not in quiet]
     yield from report(loud, "the base has no module of that name", rules.OTHER_BASE)
     if quiet:
-        why = f"matches no module of the base, which has {shown(base.nearest(quiet[0]))}"
+        why = f"matches no module of the base, which has {show(base.nearest(quiet[0]))}"
         yield from report(quiet, why, rules.RENAME, silent=True)
 
 

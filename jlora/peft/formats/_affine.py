@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..._quantized import Int4, Int8
-from .._file import brief
+from .._file import shorten
 from ._codes import Codes, Dense
 from ._tensors import Unreadable
 
@@ -39,7 +39,7 @@ def read_affine(
     if order is None and not _is_configured(inputs, groups, sizes):
         raise Unreadable(
             f"{module}: {groups} groups of scales for {inputs} inputs contradict `group_size` of "
-            f"the quantization, {', '.join(map(brief, sizes[:9]))}"
+            f"the quantization, {', '.join(map(shorten, sizes[:9]))}"
         )
     if order is not None and not 0 <= order.min(initial=0) <= order.max(initial=0) < groups:
         raise Unreadable(f"{module}: has inputs of other groups than the {groups} with scales")

@@ -19,8 +19,8 @@ from ..._quantized import is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import ONE, open_checkpoint
-from .._file import DTYPES, listing, shown
-from ..names._convert import weight, weights
+from .._file import DTYPES, listing, show
+from ..names._convert import join_weight, split_weight
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import explain_narrowing, name_all
@@ -90,7 +90,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     prefixes, tensors = tuple(f"{module}." for module in unread), format.tensors
     left = [n for n in tensors if n not in tensors.taken and not n.startswith(prefixes)]
     # A wrong configuration gives every leaf the same words.
-    wrong = list(dict.fromkeys(wrong)) + [f"{shown(name)}: unexpected" for name in left]
+    wrong = list(dict.fromkeys(wrong)) + [f"{show(name)}: unexpected" for name in left]
     if wrong:
         raise ValueError(f"`path`: {path} does not fit `like`. {listing(wrong)}")
     return jax.tree.unflatten(flatten(like)[1], values)
@@ -103,7 +103,7 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
     )
     coded = [key for key in keys if is_matrix and key in quantized]
     if not coded:
-        return jnp.asarray(weight(leaf, [_read_dense(format, key, whole) for key in keys]))
+        return jnp.asarray(join_weight(leaf, [_read_dense(format, key, whole) for key in keys]))
     if not name.is_plain or (name.is_swapped and format.keeps_axes):
         raise Unreadable(
             f"{coded[0]}: is quantized, but `names` changes the values or their order; load a "
@@ -165,7 +165,7 @@ def save_base(
             f"`transformers` with bitsandbytes, or by llm-compressor. {listing(packed)}"
         )
     leaves = name_all(base, names, "base")
-    pairs = [zip(leaf.parameters, weights(leaf, leaf.value), strict=True) for leaf in leaves]
+    pairs = [zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True) for leaf in leaves]
     tensors = {key: x for each in pairs for key, x in each}
     with fresh(path, "`path`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})

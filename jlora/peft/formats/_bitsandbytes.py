@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..._quantized import DYNAMIC, FP4, NF4, Int8
-from .._file import brief, parse
+from .._file import parse, shorten
 from ._codes import Codes
 from ._format import Format, register
 from ._tensors import Unreadable
@@ -108,5 +108,5 @@ class BitsAndBytes(Format):
             legal |= LEGAL_NESTED
         for field, is_legal in legal.items():
             if not is_legal(state.get(field)):
-                raise Unreadable(f"{name}: `{field}` is {brief(state.get(field))}")
+                raise Unreadable(f"{name}: `{field}` is {shorten(state.get(field))}")
         return state

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .._file import brief
+from .._file import shorten
 from ._affine import read_affine
 from ._codes import Codes, Dense
 from ._format import Format, register
@@ -56,7 +56,7 @@ class CompressedTensors(Format):
         if len(found) != 1:  # up to 4 inputs take one word of either
             raise Unreadable(
                 f"{name}_packed: its shape {words} is that of {' or '.join(map(str, fits))} bits, "
-                f"and `num_bits` of the quantization is {', '.join(map(brief, said[:9])) or None}"
+                f"and `num_bits` of the quantization is {', '.join(map(shorten, said[:9])) or None}"
             )
         codes = unpack(self.tensors.read(f"{name}_packed", ("I32",)), 1, found[0])
         return self._integers(name, found[0], codes[:, :inputs])
@@ -101,12 +101,12 @@ class CompressedTensors(Format):
         if odd := [x for x in formats if x is not None and x not in KNOWN]:
             raise Unreadable(
                 f"`format` of the quantization: expected one of {', '.join(KNOWN)}; "
-                f"got {brief(odd[0])}"
+                f"got {shorten(odd[0])}"
             )
         sparse = self.config.get("sparsity_config") or {}
         if isinstance(sparse, dict) and (kind := sparse.get("format", "dense")) != "dense":
             raise Unreadable(
-                f"`sparsity_config` of the quantization: {brief(kind)} is not supported"
+                f"`sparsity_config` of the quantization: {shorten(kind)} is not supported"
             )
         if self.config.get("transform_config"):
             raise Unreadable(

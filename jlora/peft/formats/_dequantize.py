@@ -22,7 +22,7 @@ from .._checkpoint import (
     nested_objects,
     open_checkpoint,
 )
-from .._file import brief, listing
+from .._file import listing, shorten
 from ._codes import Codes, Dense
 from ._format import Format, open_format, read_checked
 from ._tensors import Unreadable, left_of
@@ -96,7 +96,7 @@ def dequantize_checkpoint(
             places |= dict.fromkeys(new) | {new[0]: name}
         left = left_of(format.tensors, places)
         if left or not found:
-            method = brief(checkpoint.quantization.get("quant_method"))
+            method = shorten(checkpoint.quantization.get("quant_method"))
             what = "these tensors were not read" if left else "no weight of it is"
             raise ValueError(
                 f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its "

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import jax.numpy as jnp
 
 from .._checkpoint import Checkpoint
-from .._file import brief
+from .._file import shorten
 from ._codes import Codes, Dense
 from ._tensors import Tensors, Unreadable
 
@@ -57,7 +57,7 @@ class Format:
         if type(value) not in {type(x) for x in legal} or value not in legal:
             expected = " or ".join(map(str, legal))
             raise Unreadable(
-                f"`{name}` of the quantization: expected {expected}, got {brief(value)}"
+                f"`{name}` of the quantization: expected {expected}, got {shorten(value)}"
             )
         return value
 
@@ -85,8 +85,8 @@ def open_format(checkpoint: Checkpoint) -> Format:
     if not isinstance(method, str) or method not in FORMATS:
         raise ValueError(
             f"`{checkpoint.source.argument}`: its config.json has the `quant_method` "
-            f"{brief(method)}; known are {', '.join(sorted(FORMATS))}. Give the checkpoint that it "
-            "was made of, and quantize that by jlora."
+            f"{shorten(method)}; known are {', '.join(sorted(FORMATS))}. Give the checkpoint that "
+            "it was made of, and quantize that by jlora."
         )
     return FORMATS[method](tensors, config)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checkpoint import Checkpoint
-from .._file import DTYPES, shown
+from .._file import DTYPES, show
 
 FLOATS = ("F32", "F16", "BF16")
 # Scales of inputs and outputs of a module: here activations are not quantized.
@@ -115,7 +115,7 @@ class Tensors:
 def left_of(tensors: Tensors, read: Collection[str]) -> list[str]:
     """Lists tensors not `read` that belong to codes, or are neither floats nor known buffers."""
     left = (name for name in tensors if name not in read and _is_coded(tensors, name))
-    return [f"{shown(name)}: {tensors.dtype(name)} {tensors.shape(name)}" for name in left]
+    return [f"{show(name)}: {tensors.dtype(name)} {tensors.shape(name)}" for name in left]
 
 
 def _is_coded(tensors: Tensors, name: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._checkpoint import Checkpoint
-from .._file import shown
+from .._file import show
 from .._problems import Problems
 from ..adapter._contents import SHARED, Adapter, Part
 from ..adapter._parameters import identity, twins
@@ -38,7 +38,7 @@ def list_absent(
     lone = {name: x for name, x in full.items() if name not in model}
     kept = {identity(x) for name, x in full.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identity(x) not in kept]
-    return [f"{shown(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
+    return [f"{show(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
 
 
 def _reason(name: str, checkpoint: Checkpoint) -> str:
@@ -65,7 +65,7 @@ def list_untied(
         counts = collections.Counter(map(identity, full.values()))
         alone += [name for name in both if counts[identity(full[name])] == 1]
     return [
-        f"{shown(tensor_of(model, name))}: the input embedding and the output head share this "
+        f"{show(tensor_of(model, name))}: the input embedding and the output head share this "
         "weight (config.json: tie_word_embeddings), but the adapter does not change both alike; "
         "save the base model untied first"
         for name in alone
@@ -117,7 +117,7 @@ def with_copies(
                 found[other] = edits[copied]
             elif rows := [name for name in own if isinstance(edits[name], NewRows)]:
                 problems.stop(
-                    f"{shown(rows[0])}: has rows in the adapter, which PEFT gives {shown(other)} "
+                    f"{show(rows[0])}: has rows in the adapter, which PEFT gives {show(other)} "
                     "too where the two are tied; by config.json they are, but the checkpoint has "
                     "other values of it. Set tie_word_embeddings there"
                 )

@@ -12,14 +12,14 @@ from ..._adapters import is_node, weight_shape
 from ..._tree import adapter_leaves, nest
 from ..._types import PyTree
 from .._checkpoint import Checkpoint
-from .._file import COUNT, COUNTS, DTYPES, Source, shown
+from .._file import COUNT, COUNTS, DTYPES, Source, show
 from .._problems import Problems
 from ..adapter._contents import Adapter, Part, explain_resized, sort_tensors
 from ..adapter._files import fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, matrix, names_of, orientations
 from ..adapter._tokens import Tokens, list_unequal, misfits
 from ..adapter._tree import arrange
-from ..names._convert import weights
+from ..names._convert import split_weight
 from ..names._names import Name
 from ._renaming import Views, find_views, shapes_of, tensor_of
 from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
@@ -84,7 +84,8 @@ def _in_tree(
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     tree = arrange(base, adapter, names)
     pairs = (
-        zip(leaf.parameters, weights(leaf, found[leaf.path]), strict=True) for leaf in tree.full
+        zip(leaf.parameters, split_weight(leaf, found[leaf.path]), strict=True)
+        for leaf in tree.full
     )
     full = {name: x for each in pairs for name, x in each}
     rows = {f"{x.module}.weight": x for x in tree.tokens}
@@ -110,7 +111,7 @@ def _in_files(checkpoint: Checkpoint, source: Source, problems: Problems) -> tup
     if problems.found and strange:
         problems.found.insert(
             0,
-            f"{shown(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
+            f"{show(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
             "save the base under the names that the model has in memory, in `transformers` 5 by "
             "save_pretrained(..., save_original_format=False)",
         )

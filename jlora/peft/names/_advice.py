@@ -8,7 +8,7 @@ from ._names import Name
 from .tables import TABLES, WITH_PATHS
 
 
-def advice(names: Sequence[Name], lost: Mapping[Path, tuple[int, ...]]) -> str:
+def advise(names: Sequence[Name], lost: Mapping[Path, tuple[int, ...]]) -> str:
     """Says what `names` is for, and which table has rows for the `lost` leaves, by their shapes."""
     fit = [
         repr(other)

@@ -22,13 +22,13 @@ Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitude
 # --------------------------------------------------------------------------------------- weights
 
 
-def weights(leaf: NamedLeaf, value: Any) -> list[np.ndarray]:
+def split_weight(leaf: NamedLeaf, value: Any) -> list[np.ndarray]:
     """PyTorch's parameter for each module of `leaf`."""
     return _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
-def weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Inverts `weights`, up to rounding where values change."""
+def join_weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Inverts `split_weight`, up to rounding where values change."""
     return _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
@@ -61,7 +61,7 @@ def _slots_are_modules(leaf: NamedLeaf, node: LowRank | Decomposed) -> bool:
     return bool(ours and theirs and ours[::2] == theirs[::2])
 
 
-def factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
+def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
     """PEFT's A, B and magnitudes for each module of `leaf`, all of which `node` adapts.
 
     PEFT has no slots within a module: they become one A of rank slots·r and one B with zeros
@@ -90,7 +90,7 @@ def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def node_of(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
-    """The node of `leaf` from what each of its modules has: the inverse of `factors`."""
+    """The node of `leaf` from what each of its modules has: the inverse of `split_factors`."""
     modules, found = _of_part(leaf, modules), dict[str, Any]()
     rank = len(modules[0][0]) // leaf.experts
     each = zip(leaf.name.factor_groups.items(), zip(*modules, strict=True), strict=False)

@@ -10,8 +10,8 @@ import numpy as np
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._file import listing
-from ._advice import advice
-from ._convert import weight, weights
+from ._advice import advise
+from ._convert import join_weight, split_weight
 from ._leaves import NamedLeaf, path_in_names, resolve
 from ._names import Name
 
@@ -55,7 +55,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
     if wrong:
         raise ValueError("`tensors` do not fit `like`. " + listing(wrong))
     values = [
-        jnp.asarray(weight(leaf, [np.asarray(tensors[key]) for key in leaf.parameters]))
+        jnp.asarray(join_weight(leaf, [np.asarray(tensors[key]) for key in leaf.parameters]))
         for leaf in leaves
     ]
     return jax.tree.unflatten(flatten(like)[1], values)
@@ -87,7 +87,7 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
     return {
         key: part
         for leaf in name_all(params, names, "params")
-        for key, part in zip(leaf.parameters, weights(leaf, leaf.value), strict=True)
+        for key, part in zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True)
     }
 
 
@@ -110,6 +110,6 @@ def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLe
     if lost:
         raise ValueError(
             f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            f"axes. {listing(list(map(path_in_names, lost)))}\n{advice(names, lost)}"
+            f"axes. {listing(list(map(path_in_names, lost)))}\n{advise(names, lost)}"
         )
     return leaves
