@@ -28,8 +28,8 @@ import peft_models as models
 import pytest
 from click.shell_completion import ShellComplete
 from flax import nnx
+from peft_files import Files, assert_equal, mutate
 from safetensors.numpy import save_file
-from test_peft import Files, assert_equal, mutate
 
 import jlora
 from jlora import checkpoint, peft

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import random
 import re
 import shutil
 from typing import Any
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 import pytest
-from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, mutate, pair, write
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Folder, pair, write
 from safetensors.numpy import save_file
 from small import some
 from test_cli import fails, run
@@ -375,40 +374,6 @@ def test_float64_needs_x64(tmp_path: Folder) -> None:
 
 
 # ------------------------------------------------------------------- files that nobody vouches for
-
-
-def fuzz(seeds: range, folder: Folder) -> int:
-    """Combines damaged adapters with whole ones; gives how many were right in spite of it."""
-    right = 0
-    for seed in seeds:
-        draw, place = random.Random(seed), folder / str(seed)
-        place.mkdir()
-        name = draw.choice(["tied", "gpt2_tied", "patterns", "layers"])
-        files = Files(place, name)
-        mutate(files, draw)
-        each = [files.folder, models.FIXTURES / name]
-        try:
-            with bounded():
-                peft.combine(each, place / "out", arithmetic.add)
-        except (ValueError, FileNotFoundError) as e:
-            known = "`paths`: ", "`paths[", "`adapters` ", "`merge` gave"
-            assert str(e).startswith(known), (seed, e)
-            assert not (place / "out").exists()
-        else:
-            right += 1
-            found = jax.tree.leaves(peft.read(place / "out"))
-            assert all(np.isfinite(x).all() for x in found), seed
-    return right
-
-
-def test_fuzz(tmp_path: Folder) -> None:
-    """An error that says what, or finite numbers."""
-    assert 0 < fuzz(range(30), tmp_path) < 30
-
-
-@pytest.mark.slow
-def test_fuzz_long(tmp_path: Folder) -> None:
-    assert 0 < fuzz(range(60, 5_000), tmp_path) < 4_940
 
 
 def test_many_modules_of_many_scales(tmp_path: Folder) -> None:

@@ -1,16 +1,14 @@
 """PEFT's files from strangers: whatever they say, an answer or an error comes with bounded work."""
 
-import contextlib
 import itertools
 import json
 import random
 import re
-import resource
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis
@@ -18,7 +16,7 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_files import Folder, pair, write
+from peft_files import SECONDS, Folder, bounded, pair, write
 from safetensors.numpy import save_file
 from small import some
 
@@ -32,8 +30,6 @@ from jlora.peft.adapter._patterns import Patterns
 from jlora.peft.adapter._select import Selection
 from jlora.peft.merge import _ties
 from jlora.peft.merge._renaming import _count, find_views
-
-SECONDS = 10
 
 
 def adapter(folder: Folder, modules: Sequence[str], rank: int = 1, **fields: Any) -> Folder:
@@ -65,22 +61,6 @@ ANSWERS = (
     "|is no regular expression|cannot be compiled in|names no module"
     "|target_parameters: expected names of at most 100"
 )
-
-
-def cpu_seconds() -> float:
-    """What this process and its children have used: the load of the machine does not count."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-@contextlib.contextmanager
-def bounded(seconds: float = SECONDS) -> Iterator[None]:
-    """Raises for what takes more; whatever else it raises, too."""
-    start = cpu_seconds()
-    try:
-        yield
-    finally:
-        assert cpu_seconds() - start < seconds
 
 
 DAILY = [("target_modules", "nested"), ("rank_pattern", "ahead"), ("layers_pattern", "back")]

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 KEY = jax.random.key(0)
 # In bfloat16 the two frameworks round the base model's own activations differently.
 TOLERANCE = {"bf16": 2e-2}
+# Whose gradients differ: of each module that shares a weight, and none of the row of padding.
+APART = ("bf16", "gpt2_tied", "tied", "embeddings")
 
 
 def _make() -> Any:
@@ -149,6 +151,24 @@ def leaves(adapter: Any) -> dict[str, np.ndarray]:
     """The arrays of an adapter by path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(adapter)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat}
+
+
+@pytest.mark.parametrize("name", [x for x in models.CASES if x not in APART])
+def test_gradients(name: str) -> None:
+    """Those of all tensors are PyTorch's: of factors, magnitudes, rows, and leaves in full."""
+    case, model = models.case(name), make.adapted_model(name)
+    y = model(make.inputs(name))
+    torch.sin(y if isinstance(y, torch.Tensor) else y[0]).sum().backward()
+    slopes = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    expected = hf_peft.get_peft_model_state_dict(model, state_dict=slopes)
+    lora, inputs = jlora.transform(case.apply, LoRA()), jnp.asarray(case.torch["inputs"])
+    adapter = peft.load(case.folder, case.base, case.names)
+    found = jax.grad(lambda x: jnp.sin(lora.apply(case.base, x, inputs)).sum())(adapter)
+    actual = peft.tensors(case.base, found, case.names)
+    assert expected and expected.keys() <= actual.keys()
+    largest = max(float(x.abs().max()) for x in expected.values())  # that of a key's bias is 0
+    for key, x in expected.items():
+        np.testing.assert_allclose(actual[key], x.numpy(), rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", ["qv", "patterns", "scanned", "rslora", "embeddings", "tied"])

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 import pytest
+from peft_files import CONFIG, TENSORS, bounded, node, normal
 from safetensors.numpy import save_file
 from test_cli import PLAIN, daily, fails, fuzz, run
-from test_peft import CONFIG, LAYOUTS, TENSORS, node, normal
-from test_peft_hostile import PATTERNS, TOO_MUCH, bounded
+from test_peft import LAYOUTS
+from test_peft_hostile import PATTERNS, TOO_MUCH
 from test_peft_merged import base_of, checkpoint
 from test_peft_modules import NAMES, PARTS, adapted, nodes, rule, zeros
 
