@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -80,6 +82,28 @@ def bounded(seconds: float = SECONDS) -> Iterator[None]:
         yield
     finally:
         assert cpu_seconds() - start < seconds
+
+
+MEASURED = """
+import pathlib, re, time
+from jlora import peft
+# Not `ru_maxrss`, which starts with what the process had that started this one.
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+before, start = peak(), time.process_time()
+try:
+    peft.export_merged("base", "adapter", "out")
+except ValueError:
+    pass
+print(time.process_time() - start, (peak() - before) * 1024)
+"""
+
+
+def measure(folder: Folder) -> tuple[float, float]:
+    """The seconds and the memory that a process takes to merge `adapter` into `base` there."""
+    command = [sys.executable, "-c", MEASURED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
+    seconds, memory = map(float, done.stdout.split())
+    return seconds, memory
 
 
 def come_back(folder: Folder, base: Any, adapter: Any, names: Any) -> Any:

@@ -16,7 +16,7 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peft_files import SECONDS, Folder, bounded, pair, write
+from peft_files import SECONDS, Folder, bounded, measure, pair, write
 from safetensors.numpy import save_file
 from small import some
 
@@ -29,7 +29,7 @@ from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Patterns
 from jlora.peft.adapter._select import Selection
 from jlora.peft.merge import _ties
-from jlora.peft.merge._renaming import _count, find_views
+from jlora.peft.merge._renaming import find_views
 
 
 def adapter(folder: Folder, modules: Sequence[str], rank: int = 1, **fields: Any) -> Folder:
@@ -63,7 +63,7 @@ ANSWERS = (
 )
 
 
-DAILY = [("target_modules", "nested"), ("rank_pattern", "ahead"), ("layers_pattern", "back")]
+DAILY = [("target_modules", "nested"), ("rank_pattern", "ahead")]
 
 
 @pytest.mark.parametrize("case", some(itertools.product(FIELDS, PATTERNS), *DAILY))
@@ -83,21 +83,20 @@ def test_patterns(case: tuple[str, str], tmp_path: Folder, monkeypatch: pytest.M
             assert str(e).startswith("`path`: ")
 
 
-# What takes Python seconds, or minutes, to compile.
-ANY = r"(?i:[\0-\uffff])"
-UNCOMPILED = {
+ANY = r"(?i:[\0-\uffff])"  # which Python compiles for seconds, or minutes
+UNCOMPILED: dict[str, dict[str, Any]] = {
     "one": {"target_modules": ANY * 500},
     "many": {"rank_pattern": {ANY * 50 + f"{i}": 1 for i in range(900)}},
 }
 
 
-@pytest.mark.parametrize("fields", [pytest.param(f, id=n) for n, f in UNCOMPILED.items()])
+@pytest.mark.parametrize("case", some(UNCOMPILED, "many"))
 def test_patterns_take_long_to_compile(
-    fields: dict[str, Any], tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+    case: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_patterns, "SECONDS", 1.0)
     with bounded(4), pytest.raises(ValueError, match=r"cannot be compiled in 1 seconds of CPU"):
-        peft.read(adapter(tmp_path / "a", ["a.q"], **fields))
+        peft.read(adapter(tmp_path / "a", ["a.q"], **UNCOMPILED[case]))
 
 
 def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,14 +108,6 @@ def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     matchers = [patterns.add(f"q{i}|x*y", "fullmatch") for i in range(100)]
     patterns.prepare(f"q{i}" for i in range(50_000))
     assert all(matcher(f"q{i}") and not matcher("q100") for i, matcher in enumerate(matchers))
-
-
-def test_an_error_is_no_answer() -> None:
-    """A pattern that was never checked."""
-    patterns = Patterns("`path`")
-    patterns.add("(", "fullmatch")
-    with pytest.raises(ValueError, match=r"^`path`: '\(' is no regular expression: missing \)"):
-        patterns.prepare(["q"])
 
 
 def test_a_busy_machine_refuses_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +232,7 @@ def test_names_are_selected_as_peft_does(
 
 # ------------------------------------------------------------------------------ long lists
 
-MANY = 10_000
+MANY = 5_000
 
 
 def many(of: int) -> list[str]:
@@ -259,10 +250,10 @@ LISTS: dict[str, Any] = {
 }
 
 
-EACH = itertools.product(LISTS, (4_000, 20_000))
+EACH = itertools.product(LISTS, (2_000, 20_000))
 
 
-@pytest.mark.parametrize("case", some(EACH, ("ranks", 4_000), ("bare parameters", 4_000)))
+@pytest.mark.parametrize("case", some(EACH, ("ranks", 2_000), ("bare parameters", 2_000)))
 @pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
 def test_lists(case: tuple[str, int], tmp_path: Folder) -> None:
     """Ten thousand entries for thousands of modules."""
@@ -278,7 +269,7 @@ def test_lists(case: tuple[str, int], tmp_path: Folder) -> None:
 
 def test_ranks_of_every_form(tmp_path: Folder) -> None:
     """Plain patterns are compared with names of their length alone, place by place, and counted."""
-    names, draw = [f"{'x.' * 60}{i:04}.q" for i in range(4_000)], random.Random(0)
+    names, draw = [f"{'x.' * 60}{i:04}.q" for i in range(2_000)], random.Random(0)
     ranks = {"".join(draw.choices("x.", k=80)): 1 for _ in range(400)}
     folder = adapter(tmp_path / "a", names, rank_pattern=ranks)
     with bounded(), pytest.raises(ValueError, match="takes more than 20,000,000 comparisons"):
@@ -290,14 +281,14 @@ def test_long_ranks() -> None:
     n = 940
     ranks = {"a" * i + "." + "a" * (n - 1 - i): 2 for i in range(n)}
     selection = Selection({"target_modules": ["q"], "rank_pattern": ranks, "r": 1})
-    with bounded(5):
-        assert {selection.rank(f"{i:04}" + "b" * (n - 4)) for i in range(1_000)} == {1}
+    with bounded(2):
+        assert {selection.rank(f"{i:04}" + "b" * (n - 4)) for i in range(400)} == {1}
 
 
 def test_parameters_in_every_order(tmp_path: Folder) -> None:
     """Six parameters a module can be told apart in 720 ways, for each of many modules."""
     named = [f"p{i}" for i in range(6)]
-    wrapped = (f"m{i}{'.base_layer' * depth}" for i in range(1_000) for depth in range(6))
+    wrapped = (f"m{i}{'.base_layer' * depth}" for i in range(250) for depth in range(6))
     tensors = {key: x for module in wrapped for key, x in pair(module, 4, 4, 4).items()}
     folder = write(tmp_path / "a", tensors, target_modules=[], target_parameters=named, r=3)
     with bounded(), pytest.raises(ValueError, match=r"are not those of|takes more than"):
@@ -355,28 +346,6 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
     assert sorted(read) == sorted(every)
 
 
-FIRSTS = st.lists(
-    st.sampled_from(["", "a.", "b.", "a.b.", "model."]).flatmap(
-        lambda first: NAMES.map(lambda name: first + name)
-    ),
-    max_size=8,
-)
-
-
-@hypothesis.given(FIRSTS, FIRSTS, FIRSTS)
-@hypothesis.settings(max_examples=100, deadline=None)
-def test_first_parts_are_counted(wanted: list[str], named: list[str], rest: list[str]) -> None:
-    """As each name with each first part, one by one."""
-    wanted, known = list(dict.fromkeys(wanted)), {*named, *rest}
-    firsts = [name.partition(".")[0] + "." for name in (*wanted, *known)]
-    ways = [("", ""), *((first, "") for first in firsts), *(("", first) for first in firsts)]
-    one_by_one = [
-        sum(n in known or add + n.removeprefix(strip) in named for n in wanted)
-        for add, strip in ways
-    ]
-    assert _count(ways, set(wanted), set(named), known) == one_by_one
-
-
 SPOKEN = (  # a name for each dialect
     "a.block_sparse_moe.q.weight",
     "a.block_sparse_moe.gate.weight",
@@ -394,10 +363,10 @@ SPOKEN = (  # a name for each dialect
 
 @pytest.mark.parametrize("spoken", some([(), SPOKEN], SPOKEN))
 def test_a_hundred_first_parts(spoken: Sequence[str], tmp_path: Folder) -> None:
-    shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(20_000)}
+    shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(6_000)}
     shapes |= dict.fromkeys(spoken, (1, 1))
-    wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(20_000)]
-    with bounded():
+    wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(6_000)]
+    with bounded(4):
         assert find_views(wanted, shapes)
 
 
@@ -440,29 +409,15 @@ def test_too_many_tensors(tmp_path: Folder) -> None:
 
 
 def test_many_vocabularies(tmp_path: Folder) -> None:
-    weights = {f"m{i}.weight": np.ones((i + 1, 0), np.float32) for i in range(20_000)}
-    parts = {f"{i}": {"vocab_size": i + 1, "tie_word_embeddings": i % 2} for i in range(20_000)}
+    weights = {f"m{i}.weight": np.ones((i + 1, 0), np.float32) for i in range(6_000)}
+    parts = {f"{i}": {"vocab_size": i + 1, "tie_word_embeddings": i % 2} for i in range(6_000)}
     parts["no"] = {"tie_word_embeddings": False}
     folder = base(tmp_path / "b", weights, **HEADED, parts=parts)
-    with bounded():
-        assert len(open_checkpoint(folder).vocabulary) == 20_000
+    with bounded(4):
+        assert len(open_checkpoint(folder).vocabulary) == 6_000
 
 
 # ------------------------------------------------------------------------------ memory
-
-MEASURED = """
-import pathlib, resource, sys, time
-import jlora
-from jlora import peft
-
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before, start = peak(), time.process_time()
-try:
-    peft.export_merged("base", "adapter", "out")
-except ValueError:
-    pass
-print(time.process_time() - start, (peak() - before) * 1024)
-"""
 
 
 def largest_config(folder: Folder) -> None:
@@ -485,8 +440,6 @@ def test_the_largest_that_is_read(largest: Callable[[Folder], Any], tmp_path: Fo
     """What is just below the limits takes 1 GB, and seconds."""
     largest(base(tmp_path / "base", {"q.weight": ONE}))
     adapter(tmp_path / "adapter", ["q"])
-    command = [sys.executable, "-c", MEASURED]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    seconds, memory = map(float, done.stdout.split())
+    seconds, memory = measure(tmp_path)
     assert seconds < 2 * SECONDS  # of two slow cores; 10 where nothing else runs
     assert memory < 2**30

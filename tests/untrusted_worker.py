@@ -290,10 +290,10 @@ def main() -> None:
         top = Folder(os.path.realpath(name))
         good = harmless(top / "good")
         # Imports what is imported when first needed.
-        [do() for *_, do in operations(harmless(top / "once"), good)]
+        [do() for *_, do in operations(shutil.copytree(good, top / "once"), good)]
         shutil.rmtree(top / "once")
         answers = {}
-        roots = {case: harmless(top / str(i)) for i, case in enumerate(FOLDERS)}
+        roots = {x: shutil.copytree(good, top / str(i)) for i, x in enumerate(FOLDERS)}
         audit = Audit(top)
         # That the hook sees anything.
         with audit.listening() as seen:
