@@ -176,6 +176,11 @@ def test_layouts_by_the_formula(layout: str, tmp_path: Folder) -> None:
     assert len(modules) == count
     assert_close(np.stack(theirs), ours, 1e-6)
 
+    peft.save_base(tmp_path / "base", base, [name])
+    peft.export_merged(tmp_path / "base", adapter, tmp_path / "out", names=[name])
+    merged = peft.load_base(tmp_path / "out", [name], like=base)
+    assert_close(merged, jlora.merge(base, adapter), 1e-6)
+
 
 def test_experts_of_the_other_orientation(tmp_path: Folder) -> None:
     """Where PyTorch keeps (experts, inputs, outputs) without saying so, PEFT's A is our B."""

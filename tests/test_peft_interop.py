@@ -18,7 +18,7 @@ import peft_models as models  # noqa: E402
 from peft_files import CONFIG, TENSORS, assert_close, assert_equal  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import Full, LoRA, Slots, initializers, peft  # noqa: E402
+from jlora import Full, LoRA, Rows, Slots, initializers, peft  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -124,6 +124,7 @@ RULES = {
     "scan_tied": ("scanned", [LoRA("embed", rank=3), LoRA("query", rank=2)]),
     "conv": ("conv", [LoRA("projection/kernel", rank=5), LoRA("key/kernel", rank=2, alpha=3)]),
     "untied_head": ("all_linear", [LoRA("lm_head|embed_tokens", rank=2), LoRA(rank=3)]),
+    "rows": ("tied", [Rows("embed", [10, 4]), LoRA(rank=2)]),
     "experts": ("experts", [LoRA("gate_up|down", rank=2), Full("head")]),
     "one_expert_parameter": ("experts", [LoRA("down", rank=3, alpha=2)]),
 }

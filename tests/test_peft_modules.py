@@ -1,6 +1,6 @@
 """Leaves of several modules of PyTorch, such as k and v, and several leaves of one, as experts."""
 
-import json
+import functools
 import re
 import shutil
 from typing import Any
@@ -10,8 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_base_files as base_files
-from peft_files import CONFIG, PREFIX, TENSORS, Folder, assert_close, assert_equal
-from safetensors.numpy import load_file, save_file
+from peft_files import (
+    PREFIX,
+    TENSORS,
+    Folder,
+    assert_close,
+    assert_equal,
+    come_back,
+    normal,
+    pair,
+    write,
+)
+from safetensors.numpy import load_file
 from small import some
 
 import jlora
@@ -31,10 +41,6 @@ NAMES = (
 )
 
 
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
 def params() -> Any:
     kv = lambda i: {"w": normal(i, 2, 3, 4, 2), "bias": normal(9 + i, 2, 6)}  # noqa: E731
     return {"0": {"kv": kv(0)}, "1": {"kv": kv(1)}}
@@ -50,6 +56,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
     return total
 
 
+@functools.cache
 def adapted(*rules: Any) -> tuple[Any, Any]:
     """Base and random adapter."""
     base, adapter = jax.jit(jlora.transform(apply, *rules).init)(KEY, params(), X)
@@ -60,19 +67,11 @@ def rule(*chosen: int) -> LoRA:
     return LoRA("kv/w", rank=2, alpha=3, slots=Slots(2, chosen))
 
 
-def come_back(folder: Folder, base: Any, adapter: Any, names: Any = NAMES) -> Any:
-    """The adapter after `save` and `load`, whose ΔW must be the same."""
-    peft.save(folder, base, adapter, names)
-    again = peft.load(folder, base, names)
-    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
-    return again
-
-
 @pytest.mark.parametrize("chosen", some([(0,), (1,), (0, 1)], (1,), (0, 1)))
 def test_only_some_modules(chosen: tuple[int, ...], tmp_path: Folder) -> None:
     """Those of the adapted slots are in the file, are what it selects, and come back."""
     base, adapter = adapted(rule(*chosen))
-    assert_equal(come_back(tmp_path / "a", base, adapter), adapter)
+    assert_equal(come_back(tmp_path / "a", base, adapter, NAMES), adapter)
     wanted = [f"{'kv'[i]}_proj" for i in chosen]
     assert peft.read_config(tmp_path / "a")["target_modules"] == wanted
     tensors = load_file(tmp_path / "a" / TENSORS)
@@ -94,7 +93,7 @@ SLOTS = {
 def test_other_slots(form: str, tmp_path: Folder) -> None:
     """Whatever has no such form in PEFT is written with the same ΔW."""
     given, rank = SLOTS[form]
-    node = come_back(tmp_path / "a", *adapted(given))["0"]["kv"]["w"]
+    node = come_back(tmp_path / "a", *adapted(given), NAMES)["0"]["kv"]["w"]
     assert node.layout.slots == (2, (0, 1), 0)
     assert peft.read_config(tmp_path / "a")["r"] == node.a.shape[-1] == rank
 
@@ -103,30 +102,7 @@ def test_in_full(tmp_path: Folder) -> None:
     """Biases beside A and B, and whole modules."""
     for i, rules in enumerate(((rule(0, 1), Full("bias")), (Full("1/kv"), rule(1)))):
         base, adapter = adapted(*rules)
-        assert_equal(come_back(tmp_path / str(i), base, adapter), adapter)
-
-
-def test_checkpoints(tmp_path: Folder) -> None:
-    """Each module is a tensor; merging adds to those that are adapted and leaves the others."""
-    tensors = peft.to_tensors(params(), NAMES)
-    expected = params()["1"]["kv"]["w"][1].transpose(0, 2, 1).reshape(6, 4)
-    np.testing.assert_array_equal(tensors["h.1.v_proj.weight"], expected)
-    assert {name: x.shape for name, x in tensors.items()} == {
-        f"h.{i}.{m}_proj.{p}": shape
-        for i in range(2)
-        for m in "kv"
-        for p, shape in (("weight", (6, 4)), ("bias", (6,)))
-    }
-    assert_equal(peft.from_tensors(tensors, params(), NAMES), params())
-
-    (tmp_path / "base").mkdir()
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    assert_equal(peft.load_base(tmp_path / "base", NAMES, like=params()), params())
-    base, adapter = adapted(rule(1))
-    peft.export_merged(tmp_path / "base", adapter, tmp_path / "merged", names=NAMES)
-    merged = peft.load_base(tmp_path / "merged", NAMES, like=base)
-    assert_close(merged, jlora.merge(base, adapter))
-    np.testing.assert_array_equal(merged["0"]["kv"]["w"][0], base["0"]["kv"]["w"][0])
+        assert_equal(come_back(tmp_path / str(i), base, adapter, NAMES), adapter)
 
 
 def test_quantized(tmp_path: Folder) -> None:
@@ -142,69 +118,37 @@ def test_quantized(tmp_path: Folder) -> None:
         base_files.assert_rounded(w.T, file.matrix)
 
 
-def wider(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rank 3 of the values of layer 1."""
-    pads = {"lora_A": ((0, 1), (0, 0)), "lora_B": ((0, 0), (0, 1))}
-    return {
-        key: np.pad(x, pads[key.split(".")[-2]]) if "h.1.v_proj" in key else x
-        for key, x in tensors.items()
-    }
+HALVES = [f"h.0.{x}_proj" for x in "kv"]
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "ranks": (
+        pair("h.1.k_proj", 2, 4, 6) | pair("h.1.v_proj", 3, 4, 6),
+        {"target_modules": ["k_proj", "v_proj"], "rank_pattern": {"h.1.v_proj": 3}},
+        "1/kv/w: its modules are one leaf but differ: rank 2 and scale 1.5, rank 3 and scale 1; "
+        "adapt them alike",
+    ),
+    "one of two": (
+        {"h.1.k_proj.weight": np.ones((6, 4), "f4"), "h.1.k_proj.bias": np.ones(6, "f4")},
+        {"target_modules": HALVES, "modules_to_save": ["h.1.k_proj"]},
+        "1/kv/w: its modules are one leaf, of which 1 of 2 are adapted, h.1.v_proj not; adapt them "
+        "alike",
+    ),
+}
 
 
-def whole(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The keys of layer 1 in full, its values not."""
-    full = {
-        f"{PREFIX}h.1.k_proj.weight": np.zeros((6, 4), np.float32),
-        f"{PREFIX}h.1.k_proj.bias": np.zeros(6, np.float32),
-    }
-    return {key: x for key, x in tensors.items() if "h.1" not in key} | full
-
-
-@pytest.mark.parametrize(
-    ("change", "fields", "message"),
-    [
-        (
-            wider,
-            {"rank_pattern": {"h.1.v_proj": 3}},
-            "1/kv/w: its modules are one leaf but differ: rank 2 and scale 1.5, rank 3 and scale "
-            "1; adapt them alike",
-        ),
-        (
-            whole,
-            {"target_modules": ["h.0.k_proj", "h.0.v_proj"], "modules_to_save": ["h.1.k_proj"]},
-            "1/kv/w: its modules are one leaf, of which 1 of 2 are adapted, h.1.v_proj not; adapt "
-            "them alike",
-        ),
-    ],
-)
-def test_load_refuses(change: Any, fields: Any, message: str, tmp_path: Folder) -> None:
+@pytest.mark.parametrize("case", REFUSED)
+def test_load_refuses(case: str, tmp_path: Folder) -> None:
     """What one node, or one array, cannot hold."""
-    base, adapter = adapted(rule(0, 1))
-    peft.save(tmp_path / "a", base, adapter, NAMES)
-    save_file(change(load_file(tmp_path / "a" / TENSORS)), tmp_path / "a" / TENSORS)
-    config = peft.read_config(tmp_path / "a") | fields
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
+    tensors, fields, message = REFUSED[case]
+    first = pair(HALVES[0], 2, 4, 6) | pair(HALVES[1], 2, 4, 6)
+    write(tmp_path / "a", first | tensors, r=2, lora_alpha=3, **fields)
     with pytest.raises(ValueError, match=re.escape(message)):
-        peft.load(tmp_path / "a", base, NAMES)
+        peft.load(tmp_path / "a", params(), NAMES)
 
 
 EXPERTS = [f"model.layers.3.mlp.experts.{i}.down_proj" for i in range(2)]
 ATTENTION, MLP = "model.layers.3.self_attn.{}_proj", "model.layers.3.mlp.{}_proj"
 # A path of a table and its shape: the modules that it is of, and their kind.
 PATHS: dict[tuple[str, str, tuple[int, ...]], tuple[list[str], str | None]] = {
-    ("bert", "params/embeddings/word_embeddings/embedding", (9, 4)): (
-        ["embeddings.word_embeddings"], "embedding"
-    ),
-    ("roberta", "classifier/out_proj/bias", (3,)): (["classifier.out_proj"], None),
-    ("gpt2", "transformer/h/11/mlp/c_fc/kernel", (16, 4)): (
-        ["transformer.h.11.mlp.c_fc"], "linear"
-    ),
-    ("vit", "vit/embeddings/patch_embeddings/projection/kernel", (4, 4, 3, 8)): (
-        ["vit.embeddings.patch_embeddings.projection"], "conv"
-    ),
-    ("llama", "model/layers/0/input_layernorm/weight", (4,)): (
-        ["model.layers.0.input_layernorm"], None
-    ),
     ("llama-scanned", "model/layers/self_attn/q_proj/kernel", (2, 4, 4)): (
         [f"model.layers.{i}.self_attn.q_proj" for i in range(2)], "linear"
     ),

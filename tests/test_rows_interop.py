@@ -4,7 +4,6 @@ import pathlib
 import warnings
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,17 +15,13 @@ from peft_files import CONFIG, TENSORS, assert_equal  # noqa: E402
 from test_peft_interop import make, models  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import LoRA, Rows, peft  # noqa: E402
+from jlora import LoRA, peft  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 Folder = pathlib.Path
 ROWS = [9, 2, 3]
-
-
-def close(actual: Any, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 # A fixture's model, and what PEFT is told of rows.
@@ -125,18 +120,3 @@ def test_merged_checkpoint(form: str, tmp_path: Folder) -> None:
     for key in found:
         bits = after[key].contiguous().view(torch.uint8).numpy().tobytes()
         assert merged[key].tobytes() == bits
-
-
-def test_own_adapter_through_peft(tmp_path: Folder) -> None:
-    """Rules of rows and of all-linear: PEFT computes the same."""
-    case = models.case("tied")
-    lora = jlora.transform(case.apply, Rows("embed", [10, 4]), LoRA(rank=2))
-    base, adapter = lora.init(jax.random.key(0), case.base, jnp.asarray(case.torch["inputs"]))
-    draw = lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape)  # noqa: E731
-    adapter = jax.tree.map(draw, adapter)
-    peft.save(tmp_path / "a", base, adapter, case.names)
-    fields = peft.read_config(tmp_path / "a")
-    assert fields["trainable_token_indices"] == {"embed_tokens": [10, 4]}
-    model = hf_peft.PeftModel.from_pretrained(make.base_model("tied"), tmp_path / "a").eval()
-    y = lora.apply(base, adapter, jnp.asarray(case.torch["inputs"]))
-    close(y, make.outputs("tied", model).numpy())
