@@ -90,36 +90,26 @@ def test_fixtures_are_what_peft_writes(name: str, tmp_path: pathlib.Path) -> Non
     assert written == (models.FIXTURES / name / TENSORS).read_bytes()
 
 
+QV, QUERY = LoRA("(query|value)/kernel", rank=2), LoRA("query/kernel", rank=2)
+SOME = LoRA("h/0/.*c_attn/kernel", rank=2, slots=Slots(3, (1,)))
+ROOT = LoRA("(query|key)/kernel", rank=3, alpha=7, rslora=True)
 # A fixture's model, and rules of ours.
 RULES = {
     "slots": ("gpt2", [LoRA("c_attn/kernel", rank=2, alpha=3, slots=Slots(3, (0, 2)))]),
     "slots_and_more": (
         "gpt2",
-        [
-            LoRA("h/0/.*c_attn/kernel", rank=2, slots=Slots(3, (1,))),
-            LoRA("c_(attn|proj|fc)/kernel", rank=3),
-            LoRA("wte", rank=4, alpha=2),
-        ],
+        [SOME, LoRA("c_(attn|proj|fc)/kernel", rank=3), LoRA("wte", rank=4, alpha=2)],
     ),
-    "rslora": (
-        "qv",
-        [
-            LoRA("(query|key)/kernel", rank=3, alpha=7, rslora=True),
-            LoRA("output/dense/kernel", rank=2),
-        ],
-    ),
-    "biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("(query|value)/bias")]),
-    "all_biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("bias$")]),
-    "some_biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("output/dense/bias")]),
-    "head_and_norms": (
-        "modules_to_save",
-        [LoRA("query/kernel", rank=2), Full("LayerNorm"), Full("classifier/kernel")],
-    ),
+    "rslora": ("qv", [ROOT, LoRA("output/dense/kernel", rank=2)]),
+    "biases": ("qv", [QV, Full("(query|value)/bias")]),
+    "all_biases": ("qv", [QV, Full("bias$")]),
+    "some_biases": ("qv", [QV, Full("output/dense/bias")]),
+    "head_and_norms": ("modules_to_save", [QUERY, Full("LayerNorm"), Full("classifier/kernel")]),
     "no_factors": ("modules_to_save", [Full("LayerNorm"), Full("classifier")]),
     "scan": ("scanned", [LoRA("query|value|down", rank=4, alpha=1), Full("norm/scale")]),
-    "full_tied": ("scanned", [LoRA("query/kernel", rank=2), Full("embed/embedding")]),
+    "full_tied": ("scanned", [QUERY, Full("embed/embedding")]),
     "full_tied_alone": ("scanned", [Full("embed/embedding")]),
-    "full_tied_and_norm": ("scanned", [LoRA("query/kernel", rank=2), Full("embed|norm/scale")]),
+    "full_tied_and_norm": ("scanned", [QUERY, Full("embed|norm/scale")]),
     "full_tied_wte": ("gpt2_tied", [LoRA("c_attn/kernel", rank=2), Full("wte/embedding")]),
     "scan_tied": ("scanned", [LoRA("embed", rank=3), LoRA("query", rank=2)]),
     "conv": ("conv", [LoRA("projection/kernel", rank=5), LoRA("key/kernel", rank=2, alpha=3)]),
