@@ -246,7 +246,7 @@ def test_a_shape_that_is_none(size: Any, saved: Any, tmp_path: Folder) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("count", [30, MANY])
+@pytest.mark.parametrize("count", [20, MANY])
 def test_orbax(count: int, tmp_path: Folder, saved: Any) -> None:
     whole, base, adapter = saved
 

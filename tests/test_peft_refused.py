@@ -383,22 +383,27 @@ OF_DORA: dict[str, tuple[Damage, str]] = {
     ),
 }
 
+ALL, AT = ".trainable_tokens_delta", f"  {EMBED}{DELTA}: "
 LISTED = "distinct rows, or rows by the names of at most 100 modules, or null"
+
+
+def listed(**rows: list[int]) -> Damage:
+    """Other rows in the configuration, of modules by name."""
+    return say(**{INDICES: {"embed_tokens": [9, 2, 3]} | rows})
+
+
 OF_ROWS: dict[str, tuple[Damage, str]] = {
     "missing": (
-        drop(EMBED + DELTA),
-        f"  {INDICES}: selects rows, missing in adapter_model.safetensors",
+        drop(EMBED + DELTA), f"  {INDICES}: selects rows, missing in adapter_model.safetensors"
     ),
     "not listed": (
-        say(**{INDICES: None}),
-        f"  {EMBED}{DELTA}: unexpected; {INDICES} lists none of its rows",
+        say(**{INDICES: None}), AT + f"unexpected; {INDICES} lists none of its rows"
     ),
     "listed twice": (
-        say(**{INDICES: {"embed_tokens": [1, 2, 3], "tokens": [1, 2, 4]}}),
-        f"  {EMBED}{DELTA}: unexpected; {INDICES} lists other rows too",
+        listed(tokens=[1, 2, 4]), AT + f"unexpected; {INDICES} lists other rows too"
     ),
     "another head": (
-        say(**{INDICES: {"embed_tokens": [9, 2, 3], "q_proj": [9, 2, 3]}}),
+        listed(q_proj=[9, 2, 3]),
         f"  {INDICES}: selects q_proj, missing in adapter_model.safetensors",
     ),
     "two": (
@@ -406,37 +411,29 @@ OF_ROWS: dict[str, tuple[Damage, str]] = {
         f"  {INDICES}: expected rows of one embedding; there are values for 2",
     ),
     "more rows": (
-        put(EMBED + DELTA, np.ones((4, 8), np.float32)),
-        f"  {EMBED}{DELTA}: expected shape (3, 8), got (4, 8)",
+        put(EMBED + DELTA, np.ones((4, 8), np.float32)), AT + "expected shape (3, 8), got (4, 8)"
     ),
     "beyond": (
         say(**{INDICES: [1, 2, 11]}),
         f"  model.embed_tokens: {INDICES} lists row 11, of 11; grow the vocabulary first",
     ),
     "of a linear module": (
-        all_of(
-            say(**{INDICES: {"embed_tokens": [9, 2, 3], "k_proj": [1]}}),
-            put(AT_K + DELTA, ONES[None]),
-        ),
+        all_of(listed(k_proj=[1]), put(AT_K + DELTA, ONES[None])),
         f"{AT_K}{DELTA}: rows of what is no embedding by `names`",
     ),
     "of the head alone": (
-        all_of(
-            say(**{INDICES: {"embed_tokens": [9, 2, 3], "lm_head": [1]}}),
-            put(PREFIX + "lm_head" + DELTA, ONES[None]),
-        ),
-        f"{PREFIX}lm_head{DELTA}: rows of a head whose weight is that of model.embed_tokens",
+        all_of(listed(lm_head=[1]), put(HEAD + DELTA, ONES[None])),
+        f"{HEAD}{DELTA}: rows of a head whose weight is that of model.embed_tokens",
     ),
     "beside A and B": (
         all_of(
             put(EMBED + ".lora_embedding_A", np.ones((2, 11), np.float32)),
             put(EMBED + ".lora_embedding_B", np.ones((8, 2), np.float32)),
         ),
-        f"  {EMBED}{DELTA}: rows of what is adapted as a whole too",
+        AT + "rows of what is adapted as a whole too",
     ),
     "beside the whole": (
-        say(modules_to_save=["embed_tokens"]),
-        f"  {EMBED}{DELTA}: rows of what is adapted as a whole too",
+        say(modules_to_save=["embed_tokens"]), AT + "rows of what is adapted as a whole too"
     ),
     "another table": (
         put(EMBED + ".token_adapter.base_layer.weight", np.ones((11, 8), np.float32)),
@@ -445,8 +442,7 @@ OF_ROWS: dict[str, tuple[Damage, str]] = {
 } | {
     f"rows {wrong!r}": (say(**{INDICES: wrong}), f"  {INDICES}: expected {LISTED}, got {wrong!r}")
     for wrong in ([1, 2, -1], [1, 2, 2], [], "123", [True, 2, 3])
-}
-
+}  # fmt: skip
 ROWS_ALONE: dict[str, tuple[Damage, str]] = {
     "no rows": (say(token_indices=[]), "  token_indices: expected distinct rows, got []"),
     "A": (
@@ -454,8 +450,8 @@ ROWS_ALONE: dict[str, tuple[Damage, str]] = {
         f"  {AT_Q}.lora_A.weight: unexpected; adapter_config.json does not select it",
     ),
     "integers": (
-        put(EMBED + ".trainable_tokens_delta", np.ones((3, 8), np.int64)),
-        f"  {EMBED}.trainable_tokens_delta: expected a floating-point dtype, got I64",
+        put(EMBED + ALL, np.ones((3, 8), np.int64)),
+        f"  {EMBED}{ALL}: expected a floating-point dtype, got I64",
     ),
     "missing": (
         change(lambda t: t.clear() or t.update({AT_Q: ONES})),
@@ -464,7 +460,7 @@ ROWS_ALONE: dict[str, tuple[Damage, str]] = {
     "feature": (say(r=8), "  r: 8 is a feature that jlora does not support"),
     "nothing": (
         say(target_modules=None),
-        f"  {EMBED}.trainable_tokens_delta: unexpected; adapter_config.json does not select it",
+        f"  {EMBED}{ALL}: unexpected; adapter_config.json does not select it",
     ),
 }
 
@@ -612,7 +608,7 @@ def test_many_rows_of_many_modules_take_no_time(form: str, tmp_path: Folder) -> 
     rows, end = list(range(99_999)), DELTA
     if form == "alone":
         found.config(token_indices=rows, target_modules=".*")
-        end = ".trainable_tokens_delta"
+        end = ALL
     else:
         many = {f"m{i}": rows[:900] for i in range(99)}
         found.config(**{INDICES: rows if form == "list" else many})
