@@ -23,6 +23,7 @@ from nodes import PLAIN
 from nodes import draw as draw_node
 from peft_files import DEEP, WILD, Files, Folder, bounded, mutate
 from safetensors.numpy import save_file
+from small import some
 from test_peft_merged import INDEX, fixture, read
 
 import jlora
@@ -234,7 +235,7 @@ def edit_metadata(draw: random.Random, path: Folder) -> None:
     path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
 
 
-@pytest.mark.parametrize("size", [1e300, -1, 2**70, True, "2", None])
+@pytest.mark.parametrize("size", some([1e300, -1, 2**70, True, "2", None], 1e300))
 def test_a_shape_that_is_none(size: Any, saved: Any, tmp_path: Folder) -> None:
     folder = shutil.copytree(saved[0], tmp_path / "a")
     path = folder / "jlora" / "metadata"

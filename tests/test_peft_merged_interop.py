@@ -105,15 +105,6 @@ def test_bits_of_merge_and_unload(name: str, tmp_path: pathlib.Path) -> None:
     assert differing(merged, expected) == {}
 
 
-def test_square_experts_alone_are_refused(tmp_path: pathlib.Path) -> None:
-    """Whether PEFT's A belongs to their inputs depends on the version of `transformers`."""
-    options = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
-    case = "GptOssForCausalLM", CASES["experts"][1], options
-    pair(case, tmp_path, torch.float32, exact=False)
-    with pytest.raises(ValueError, match=r"experts.down_proj: is square, and nothing tells"):
-        peft.export_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-
-
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_bits_where_products_are_exact(name: str, dtype: Any, tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -303,7 +304,6 @@ QV: dict[str, tuple[Damage, str]] = {
         change(lambda t: t[V + ENDS[0]].__setitem__((0, 1), np.nan)),
         f"  {V}{ENDS[0]}: 1 of 16 values are not finite",
     ),
-    "method": (say(peft_type="LOHA"), "  peft_type: expected 'LORA', got 'LOHA'"),
     "future": (
         say(use_tomorrow={"a": 1}),
         "  use_tomorrow: {'a': 1} is a feature that jlora does not support",
@@ -474,6 +474,11 @@ def only(tensors: dict[str, np.ndarray]) -> Damage:
 
 
 OF_MISS: dict[str, tuple[Damage, str]] = {
+    "another method": (
+        say(peft_type="ADALORA"),
+        "got 'ADALORA'; write it as LoRA in PEFT, by peft.save_as_lora, or where",
+    ),
+    "no method": (say(peft_type=["LORA"]), "the file names no method"),
     "selected": (
         say(target_modules=["up", "down"]),
         "down.weight: selected by adapter_config.json, but",
@@ -505,10 +510,71 @@ OF_MISS: dict[str, tuple[Damage, str]] = {
         "no module has a change",
     ),
 }
+GPT2_HEAD = PREFIX + "lm_head.lora_B.weight"
+EMBEDDING = EMBED + ".base_layer.weight"
+OF_TIED: dict[str, tuple[Damage, str]] = {
+    "changed": (
+        change(lambda t: t.update({EMBEDDING: t[EMBEDDING] + 1})),
+        f"{EMBEDDING}: expected the values of `base` at params/embed",
+    ),
+    "one side": (
+        say(ensure_weight_tying=False),
+        "embed_tokens: adapted without lm_head, which shares its",
+    ),
+}
+OF_GPT2: dict[str, tuple[Damage, str]] = {
+    "another head": (
+        change(lambda t: t.update({GPT2_HEAD: 2 * t[GPT2_HEAD]})),
+        f"{GPT2_HEAD}: expected the transpose of {PREFIX}transformer.wte.lora_embedding_A",
+    ),
+}
+OF_LAYERS: dict[str, tuple[Damage, str]] = {
+    "ranks": (
+        say(rank_pattern={"layers.1.mlp.down_proj": 3}),
+        "layers/mlp/down/kernel: its layers are one leaf but differ: rank 3 and scale 2,",
+    ),
+    "one of two": (
+        say(target_modules=["0.mlp.up_proj", "down_proj"]),
+        "layers/mlp/up/kernel: its layers are one leaf, of which 1 of 2 are adapted",
+    ),
+}
+
+
+def instead(file: str, make: Callable[[Folder], Any]) -> Damage:
+    """Something else in the place of a file."""
+
+    def damage(f: Files) -> None:
+        path = f.folder / file
+        path.rename(f.folder.parent / "outside")
+        make(path)
+
+    return damage
+
+
+def link(path: Folder) -> None:
+    path.symlink_to(path.parent.parent / "outside")
+
+
+ODD_FILES: dict[str, tuple[Damage, str]] = {
+    said.format(file): (instead(file, make), said.format(file))
+    for file in (CONFIG, TENSORS)
+    for said, make in {
+        "has no {}": lambda path: None,
+        "{} is a symbolic link": link,
+        "{} is no regular file": os.mkfifo,
+    }.items()
+}
+ODD_FILES["pickle"] = (
+    instead(TENSORS, lambda path: (path.parent / "adapter_model.bin").write_bytes(b"code")),
+    "holds adapter_model.bin, a pickle",
+)
 DAMAGES = {
     (name, damage): found
     for name, each in {
-        "qv": QV,
+        "qv": QV | ODD_FILES,
+        "tied": OF_TIED,
+        "gpt2_tied": OF_GPT2,
+        "scanned": OF_LAYERS,
         "dora": OF_DORA,
         "tokens": OF_ROWS,
         "alone": ROWS_ALONE,
@@ -516,6 +582,7 @@ DAMAGES = {
     }.items()
     for damage, found in each.items()
 }
+METHODS = ("dora", "tokens", "alone")
 # What nothing but the tree of the model can tell.
 OF_TREES = {"of a linear module", "of the head alone", "another table"}
 
@@ -540,10 +607,10 @@ def test_load_refuses(name: str, damage: str, tmp_path: Folder) -> None:
     damaging, message = DAMAGES[name, damage]
     found = files(name, tmp_path)
     damaging(found)
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)) as caught:
         found.load()
     assert str(caught.value).startswith("`path`: ")
-    if name not in ("qv", "miss") and damage not in OF_TREES:
+    if name in METHODS and damage not in OF_TREES:
         _, base = fixture("tokens" if name == "alone" else name, tmp_path)
         with pytest.raises(ValueError, match=re.escape(message)):
             peft.export_merged(base, found.folder, tmp_path / "out")
@@ -552,7 +619,12 @@ def test_load_refuses(name: str, damage: str, tmp_path: Folder) -> None:
 
 @pytest.mark.parametrize("name", ["qv", "dora", "tokens", "alone", "miss"])
 def test_what_is_damaged_was_sound(name: str, tmp_path: Folder) -> None:
-    files(name, tmp_path).load()
+    """A pickle beside a safetensors file is not looked at."""
+    found = files(name, tmp_path)
+    (found.folder / "adapter_model.bin").write_bytes(b"code")
+    found.load()
+    with pytest.raises(FileNotFoundError, match="`path`: there is no folder"):
+        peft.load(tmp_path / "nowhere", found.case.base, found.case.names)
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Folder) -> None:
