@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 import jlora
 from jlora import peft
+from jlora.checkpoint._meta import digest
 from jlora.peft import Name
 from jlora.peft.adapter._config import DEFAULTS
 from jlora.types import Layout, LowRank
@@ -135,6 +136,14 @@ def pair(module: str, rank: int = 1, inputs: int = 1, outputs: int = 1) -> dict[
     """A and B of ones."""
     shapes = zip(ENDS, ((rank, inputs), (outputs, rank)), strict=True)
     return {module + end: np.ones(shape, np.float32) for end, shape in shapes}
+
+
+def edit_metadata(checkpoint: Folder, change: Callable[[Any], Any]) -> None:
+    """Other metadata of a checkpoint of Orbax, and the hash that fits it."""
+    path = checkpoint / "jlora" / "metadata"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
 
 
 class Files:

@@ -21,7 +21,7 @@ import peft_models as models
 import pytest
 from nodes import PLAIN
 from nodes import draw as draw_node
-from peft_files import DEEP, WILD, Files, Folder, bounded, mutate
+from peft_files import DEEP, WILD, Files, Folder, bounded, edit_metadata, mutate
 from safetensors.numpy import save_file
 from small import some
 from test_peft_merged import INDEX, fixture, read
@@ -29,7 +29,6 @@ from test_peft_merged import INDEX, fixture, read
 import jlora
 from jlora import arithmetic, checkpoint, peft
 from jlora._cli._app import cli
-from jlora.checkpoint._meta import digest
 
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
@@ -219,29 +218,25 @@ def lie_in_orbax(draw: random.Random, folder: Folder) -> None:
     elif kind == "text":
         path.write_bytes(draw.choice(DEEP).encode("latin-1", "replace"))
     elif kind == "field":
-        edit_metadata(draw, folder / "jlora" / "metadata")
+        edit_metadata(folder, functools.partial(change_somewhere, draw))
 
 
-def edit_metadata(draw: random.Random, path: Folder) -> None:
-    """Another value somewhere, and the hash that fits it."""
-    fields = json.loads(path.read_text())
-    at: Any = fields
-    while True:
-        key = draw.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
-        if not isinstance(at[key], dict | list) or not at[key] or draw.random() < 0.2:
-            break
-        at = at[key]
-    at[key] = draw.choice(WILD)
-    path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
+def change_somewhere(draw: random.Random, at: Any) -> None:
+    """Another value anywhere within."""
+    key = draw.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
+    if isinstance(at[key], dict | list) and at[key] and draw.random() >= 0.2:
+        change_somewhere(draw, at[key])
+    else:
+        at[key] = draw.choice(WILD)
 
 
 @pytest.mark.parametrize("size", some([1e300, -1, 2**70, True, "2", None], 1e300))
 def test_a_shape_that_is_none(size: Any, saved: Any, tmp_path: Folder) -> None:
     folder = shutil.copytree(saved[0], tmp_path / "a")
-    path = folder / "jlora" / "metadata"
-    fields = json.loads(path.read_text())
-    next(iter(fields["adapter"][0]["arrays"].values()))[0][0] = size
-    path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
+    edit_metadata(
+        folder,
+        lambda x: next(iter(x["adapter"][0]["arrays"].values()))[0].__setitem__(0, size),
+    )
     with pytest.raises(ValueError, match=r"`path`: the metadata of .* are damaged .*a shape, got"):
         checkpoint.restore(folder)
 

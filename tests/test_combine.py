@@ -1,4 +1,4 @@
-"""`peft.combine` and `jlora combine`: the ΔW of what is written, by PEFT's formulas in NumPy."""
+"""`peft.combine` and `jlora combine`: the ΔW of what is written is that of the arithmetic."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models as models
 import pytest
-from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Folder, pair, write
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, pair, write
 from safetensors.numpy import save_file
 from small import some
 from test_cli import fails, run
@@ -237,29 +237,22 @@ def test_orbax(tmp_path: Folder) -> None:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     root = tmp_path_factory.mktemp("files")
-    for name in ("patterns", "modules_to_save", "experts", "tied", "tokens"):
-        shutil.copytree(models.FIXTURES / name, root / name)
-    shutil.copytree(models.FIXTURES / "dora", root / "norms")
+    for name in ("patterns", "modules_to_save", "experts", "tied", "tokens", "dora"):
+        Files(root, name)
+    for name, key in {  # two weights where the others have one, or another one
+        "untied": "lm_head.lora_A.weight",
+        "trained": "model.embed_tokens.base_layer.weight",
+    }.items():
+        copy = Files(root, name, models.case("tied"))
+        copy.tensors(lambda tensors, key=PREFIX + key: tensors[key].__imul__(2))
     for name, fields in {
         "x": {"base_model_name_or_path": "one"},
         "y": {"base_model_name_or_path": "two", "revision": "main"},
         "z": {"revision": "other"},
-        "dora": {"use_dora": True},
-        "wide": {"r": 2},
+        "norms": {"use_dora": True},
     }.items():
-        plain(root / name, ["m.q"], **{"rank": fields.get("r", 1)} | fields)
-    save_file(
-        {f"{PREFIX}m.q.lora_{k}.weight": np.ones((2, 2), np.float32) for k in "AB"},
-        root / "wide" / TENSORS,
-    )
-    # The head of this one is another than its embedding.
-    tensors = models.read(root / "tied" / TENSORS)
-    shutil.copytree(root / "tied", root / "untied")
-    key = f"{PREFIX}lm_head.lora_A.weight"
-    save_file(tensors | {key: 2 * tensors[key]}, root / "untied" / TENSORS)
-    shutil.copytree(root / "tied", root / "trained")
-    key = f"{PREFIX}model.embed_tokens.base_layer.weight"
-    save_file(tensors | {key: 2 * tensors[key]}, root / "trained" / TENSORS)
+        plain(root / name, ["m.q"], **fields)
+    write(root / "wide", pair("m.q", 2, 2, 2), r=2)
     saved(root / "orbax", 1, base=BASE)
     saved(root / "foreign", 1, base=BASE | {"more": np.ones(3, np.float32)})
     saved(root / "other", 1, base=BASE | {"u": 2 * BASE["u"]}, hash_values=True)
@@ -283,9 +276,9 @@ ERRORS = {
     f"full, so that the change is known from the base alone; {ONE}What needs the model is combined "
     "by jlora.arithmetic once it is loaded onto it, by jlora.peft.load.",
     "x experts out": r"\S+experts: experts: of several parameters, which the file does not tell",
-    "x dora out": "ADAPTERS: the adapter in .*dora cannot be read. 1 problems: "
+    "x norms out": "ADAPTERS: the adapter in .*norms cannot be read. 1 problems: "
     r"\S+lora_magnitude_vector: missing",
-    "x norms out": r"\S+norms: \S+down_proj.*: of DoRA, whose change is no s·A·B and has no sum",
+    "x dora out": r"\S+dora: \S+down_proj.*: of DoRA, whose change is no s·A·B and has no sum",
     "x tokens out": r"\S+tokens: model.embed_tokens: rows that are replaced, whose change is known",
     "x wide out": r"`adapters` cannot be combined at these paths: m.q: is for weights of \(shape, "
     r"stack, inputs, outputs\) \[.*\]; Adapters that are combined must be of one base.",

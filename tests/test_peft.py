@@ -38,7 +38,7 @@ from test_peft_merged import checkpoint
 from test_peft_merged import read as read_all
 
 import jlora
-from jlora import DoRA, Full, LoRA, Slots, initializers, peft
+from jlora import DoRA, Full, LoRA, initializers, peft
 from jlora.peft import Name
 from jlora.peft.names._leaves import resolve
 from jlora.types import Layout, LowRank
@@ -50,7 +50,7 @@ CASES = models.CASES
 # ----------------------------------------------------------------------- what PEFT itself wrote
 
 # One of each kind; what is merged into checkpoints is compared for all: tests/test_peft_merged.py.
-DAILY = ("dora_conv", "embeddings", "experts", "gpt2_tied", "modules_to_save", "scanned", "tokens")
+DAILY = ("dora_conv", "experts", "gpt2_tied", "tokens")
 
 
 def loaded(name: str) -> tuple[models.Case, Any]:
@@ -151,7 +151,11 @@ def delta(tensors: dict[str, np.ndarray], module: str, kind: str, scale: float) 
     return flat.T if is_table else flat.reshape(b.shape[0], *a.shape[1:])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+OF_EACH_KIND = ("transposed", "heads_in", "twice_scanned", "embedding", "conv2d", "scanned_conv")
+OF_EACH_KIND += ("experts", "scanned_experts", "modules", "modules_of_scans")
+
+
+@pytest.mark.parametrize("layout", some(LAYOUTS, *OF_EACH_KIND))
 def test_layouts_by_the_formula(layout: str, tmp_path: Folder) -> None:
     """For each layout of axes weights and ΔW are those of the file, and come back bit for bit."""
     axes, shape, module, equation, count, torch_shape = LAYOUTS[layout]
@@ -204,13 +208,9 @@ def test_experts_that_share_a_factor(axes: str, tmp_path: Folder) -> None:
 @pytest.mark.parametrize("chosen", some([(0, 2), (1,), (2, 0, 1)], (0, 2)))
 def test_slots_become_one_adapter(chosen: tuple[int, ...], tmp_path: Folder) -> None:
     """Slots of a fused kernel are blocks of B with zeros around them: the same ΔW."""
-    base = {"transformer": {"h": {"0": {"attn": {"c_attn": {"kernel": normal(0, 12, 4)}}}}}}
-    apply = lambda p, x: x @ p["transformer"]["h"]["0"]["attn"]["c_attn"]["kernel"].T  # noqa: E731
-    rule = LoRA("c_attn", rank=2, alpha=3, slots=Slots(3, chosen))
-    base, adapter = jlora.transform(apply, rule).init(KEY, base, jnp.ones((1, 4)))
-    come_back(
-        tmp_path / "a", base, jax.tree.map(lambda x: x + normal(1, *x.shape), adapter), peft.GPT2
-    )
+    within = lambda x: {"transformer": {"h": {"0": {"attn": {"c_attn": {"kernel": x}}}}}}  # noqa: E731
+    adapter = node(Layout((), (1,), (0,), (3, chosen, 0)), (12, 4))
+    come_back(tmp_path / "a", within(normal(0, 12, 4)), within(adapter), peft.GPT2)
     fields = peft.read_config(tmp_path / "a")
     assert (fields["r"], fields["lora_alpha"]) == (2 * len(chosen), 3 * len(chosen))
     assert fields["fan_in_fan_out"] is True

@@ -20,6 +20,7 @@ import pytest
 from peft_files import SECONDS, Folder, bounded, measure, pair, write
 from safetensors.numpy import save_file
 from small import some
+from test_peft_merged import checkpoint as base
 
 from jlora import peft
 from jlora.peft import _file
@@ -302,13 +303,6 @@ def test_parameters_in_every_order(tmp_path: Folder) -> None:
 ONE = np.ones((1, 1), np.float32)
 EMPTY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 HEADED: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-
-
-def base(folder: Folder, weights: dict[str, np.ndarray], **config: Any) -> Folder:
-    folder.mkdir()
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 GGUF_CLAIMS = {

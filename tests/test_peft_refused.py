@@ -319,6 +319,14 @@ QV: dict[str, tuple[Damage, str]] = {
         say(target_modules="query|(?=(a+)+$)" + "a" * 10_000),
         "' is of 10016 characters; expected at most 10000",
     ),
+    "deep tensors": (
+        change(lambda t: [t.update({f"{Q}.base_layer{x}": t.pop(Q + x)}) for x in ENDS]),
+        f"  {Q}: adapted more than once",
+    ),
+    "a group of ours": (
+        say(layers_to_transform=[0], layers_pattern="(?P<idx>x)"),
+        "is no regular expression: redefinition of group name",
+    ),
     "no pattern": (say(rank_pattern={"(": 2}), "  rank_pattern: '(' is no regular expression"),
     "cut header": (cut(900), "of 900 bytes claims a header of"),
     "cut data": (cut(-4), "bytes of data but holds"),
@@ -344,6 +352,7 @@ QV: dict[str, tuple[Damage, str]] = {
     "list": (text(CONFIG, b"[]"), "must be a JSON object; got list"),
     "huge shape": (header("x", [2**40, 2**40]), "describes 'x' wrongly"),
     "negative shape": (header("x", [-1]), "describes 'x' wrongly"),
+    "odd name": (header("a\nb", [1]), "names a tensor 'a\\nb'; expected at most"),
     "overlap": (header("x", [1], "y"), "has 'y' at byte 0 of the data; expected byte 4"),
 }  # fmt: skip
 
@@ -510,6 +519,17 @@ OF_MISS: dict[str, tuple[Damage, str]] = {
         "no module has a change",
     ),
 }
+OF_TIED_DORA: dict[str, tuple[Damage, str]] = {
+    "embedding": (
+        all_of(
+            say(target_modules=".*(proj|embed_tokens)"),
+            put(EMBED + ".lora_embedding_A", np.ones((2, 11), np.float32)),
+            put(EMBED + ".lora_embedding_B", np.ones((8, 2), np.float32)),
+            put(EMBED + M, ONES),
+        ),
+        "model.embed_tokens: of DoRA, which is not supported beside lm_head, a tied weight",
+    ),
+}
 GPT2_HEAD = PREFIX + "lm_head.lora_B.weight"
 EMBEDDING = EMBED + ".base_layer.weight"
 OF_TIED: dict[str, tuple[Damage, str]] = {
@@ -575,6 +595,7 @@ DAMAGES = {
         "tied": OF_TIED,
         "gpt2_tied": OF_GPT2,
         "scanned": OF_LAYERS,
+        "dora_scanned": OF_TIED_DORA,
         "dora": OF_DORA,
         "tokens": OF_ROWS,
         "alone": ROWS_ALONE,
@@ -655,22 +676,6 @@ def test_a_sparse_file_allocates_nothing(tmp_path: Folder) -> None:
         pytest.skip("no sparse files of a terabyte here")
     with pytest.raises(ValueError, match=r"expected shape \(2, 8\), got \(2, 137438953472\)"):
         files.load()
-
-
-def test_dora_of_a_tied_embedding_is_refused(tmp_path: Folder) -> None:
-    """Onto a tree and onto a checkpoint."""
-    found = Files(tmp_path, "dora_scanned")
-    config = peft.read_config(found.folder)
-    found.config(target_modules=[*config["target_modules"], "embed_tokens"])
-    shapes = {".lora_embedding_A": (2, 11), ".lora_embedding_B": (8, 2), M: (8,)}
-    new = {EMBED + end: np.ones(shape, np.float32) for end, shape in shapes.items()}
-    found.tensors(lambda t: t.update(new))
-    message = "model.embed_tokens: of DoRA, which is not supported beside lm_head, a tied weight"
-    with pytest.raises(ValueError, match=message):
-        found.load()
-    _, base = fixture("dora_scanned", tmp_path)
-    with pytest.raises(ValueError, match="embedding and the output head share this weight"):
-        peft.export_merged(base, found.folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ["list", "by name", "alone"])
