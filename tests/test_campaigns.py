@@ -23,7 +23,6 @@ from nodes import PLAIN
 from nodes import draw as draw_node
 from peft_files import DEEP, WILD, Files, Folder, bounded, edit_metadata, mutate
 from safetensors.numpy import save_file
-from small import some
 from test_peft_merged import INDEX, fixture, read
 
 import jlora
@@ -230,14 +229,30 @@ def change_somewhere(draw: random.Random, at: Any) -> None:
         at[key] = draw.choice(WILD)
 
 
-@pytest.mark.parametrize("size", some([1e300, -1, 2**70, True, "2", None], 1e300))
-def test_a_shape_that_is_none(size: Any, saved: Any, tmp_path: Folder) -> None:
+A_SHAPE = "the metadata of .* are damaged .*a shape, got"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ((0, 0), 1e300, A_SHAPE),
+        ((2,), "0" * 16, ".* is damaged: the values of .* are not those that were saved"),
+        *(pytest.param((0, 0), x, A_SHAPE, marks=pytest.mark.slow) for x in (-1, 2**70, True, "2")),
+    ],
+)
+def test_a_shape_and_a_hash(
+    field: Any, value: Any, message: str, saved: Any, tmp_path: Folder
+) -> None:
     folder = shutil.copytree(saved[0], tmp_path / "a")
-    edit_metadata(
-        folder,
-        lambda x: next(iter(x["adapter"][0]["arrays"].values()))[0].__setitem__(0, size),
-    )
-    with pytest.raises(ValueError, match=r"`path`: the metadata of .* are damaged .*a shape, got"):
+
+    def change(metadata: Any) -> None:
+        found = next(iter(metadata["adapter"][0]["arrays"].values()))
+        for key in field[:-1]:
+            found = found[key]
+        found[field[-1]] = value
+
+    edit_metadata(folder, change)
+    with pytest.raises(ValueError, match="`path`: " + message):
         checkpoint.restore(folder)
 
 

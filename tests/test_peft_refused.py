@@ -112,6 +112,11 @@ NOT_WRITTEN: dict[str, tuple[Any, dict[str, Any], str]] = {
          {"gate": np.ones((3, 4, 6), "f")}, PARTS), {},
         "gate: in full, but is a part of a parameter",
     ),
+    "dropout rates": (
+        (BASE | {"v": BASE["w"]}, LOW | {"v": LOW["w"]._replace(dropout=0.1)},
+         [Name("([vw])", r"m.\1", "io")]), {},
+        "`adapter` has the dropout rates [0.0, 0.1], but PEFT has one for all. Choose it by config",
+    ),
     "another profile": (
         (BASE, LOW, [W]), {"profile": "tgi"}, "`profile` must be None or 'vllm'; got 'tgi'"
     ),
