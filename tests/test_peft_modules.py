@@ -23,6 +23,7 @@ from peft_files import (
 )
 from safetensors.numpy import load_file
 from small import some
+from test_peft import delta
 
 import jlora
 from jlora import Full, LoRA, Slots, peft
@@ -307,37 +308,21 @@ def zeros(adapter: Any) -> Any:
     return {name: jnp.zeros((*x.a.shape[:-1], x.b.shape[-1])) for name, x in adapter.items()}
 
 
-def product(folder: Folder, module: str, experts: int) -> np.ndarray:
-    """B·A of each expert in the file, (experts, outputs, inputs)."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    a, b = (tensors[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
-    a = a.reshape(experts, -1, a.shape[-1])
-    b = b.reshape(len(b), -1, experts)
-    return np.einsum("ore,eri->eoi", b, a)
-
-
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
-    ("table", "names", "module", "experts"),
-    [
-        (PARTS[:2], ("gate", "up"), "experts", 3),
-        (LINEAR_PARTS, ("a", "b", "c"), "mlp.fused", 1),
-    ],
+    ("table", "module", "kind"),
+    [(PARTS[:2], "experts", "experts"), (LINEAR_PARTS, "mlp.fused", "linear")],
 )
-def test_parts(
-    table: Any, names: Any, module: str, experts: int, shared: bool, tmp_path: Folder
-) -> None:
+def test_parts(table: Any, module: str, kind: str, shared: bool, tmp_path: Folder) -> None:
     """One A if it is the same, else all of them; the same ΔW, and the same leaves again."""
-    adapter = nodes(*names, shared=shared)
+    adapter = nodes(*(name.path for name in table), shared=shared)
     base = zeros(adapter)
-    peft.save(tmp_path / "a", base, adapter, table)
-    each = [x.reshape(experts, 4, 6) for x in jlora.merge(base, adapter).values()]
-    expected = np.concatenate(each, axis=2).swapaxes(1, 2)
-    assert_close(1.5 * product(tmp_path / "a", module, experts), expected)
-    rank = max(peft.read_config(tmp_path / "a")["rank_pattern"].values(), default=0)
-    rank = rank or peft.read_config(tmp_path / "a")["r"]
-    assert rank == (2 if shared else 2 * len(names))
-    assert_equal(peft.load(tmp_path / "a", base, table), adapter)
+    assert_equal(come_back(tmp_path / "a", base, adapter, table), adapter)
+    each = np.concatenate([*jlora.merge(base, adapter).values()], axis=-1).swapaxes(-1, -2)
+    assert_close(delta(load_file(tmp_path / "a" / TENSORS), module, kind, 1.5), each)
+    config = peft.read_config(tmp_path / "a")
+    rank = max(config["rank_pattern"].values(), default=config["r"])
+    assert rank == (2 if shared else 2 * len(table))
 
 
 @pytest.mark.parametrize("change", ["one", "ranks", "scales"])
