@@ -489,10 +489,8 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
         UNTIED,
         pair("lm_head", 2, 4, 11) | FROZEN,
         OF_HEAD,
-        {
-            "lm_head.weight": UNTIED["lm_head"]["kernel"].T + 2,
-            "lm_head.bias": UNTIED["lm_head"]["bias"],
-        },
+        {"lm_head.weight": FROZEN["lm_head.base_layer.weight"] + 2}
+        | {"lm_head.bias": FROZEN["lm_head.base_layer.bias"]},
     ),
     "another bias": (
         UNTIED,
@@ -530,10 +528,9 @@ BESIDE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], Any]] = {
 def test_what_peft_saves_beside_a_and_b(case: str, tmp_path: Folder) -> None:
     """Onto a tree and onto a checkpoint: the same weights, or the same refusal."""
     base, tensors, fields, expected = BESIDE[case]
-    own = {} if "q" not in base or fields is OF_HEAD or "bias" in fields else pair("q", 2, 4, 6)
-    write(
-        tmp_path / "a", own | tensors, **fields | ({"r": 2, "lora_alpha": 2} if "q" in base else {})
-    )
+    own = {} if "target_modules" in fields else pair("q", 2, 4, 6)
+    rank = {} if "peft_type" in fields else {"r": 2, "lora_alpha": 2}
+    write(tmp_path / "a", own | tensors, **fields | rank)
     weights = peft.to_tensors(base, VOCABULARY)
     weights |= {COUNT: np.asarray(2)} if "norm" in base else {}
     config = {"architectures": ["AForMaskedLM"], "tie_word_embeddings": "lm_head" not in base}
