@@ -153,13 +153,13 @@ METHODS: dict[str, Any] = {
     "--weights 2,-1 --method ties": lambda t: arithmetic.ties(t, (2.0, -1.0)),
     "--method ties --density 0.5": lambda t: arithmetic.ties(t, density=0.5),
     "--method dare": lambda t: arithmetic.dare(t, key=jax.random.key(0)),
-    "--method dare --density 0.9 --seed 4 --rank 2": lambda t: arithmetic.truncate(
-        arithmetic.dare(t, key=jax.random.key(4), density=0.9), 2
+    "--method dare --density 0.9 --seed 4": lambda t: arithmetic.dare(
+        t, key=jax.random.key(4), density=0.9
     ),
 }
 
 
-@pytest.mark.parametrize("line", some(METHODS, "--method dare --density 0.9 --seed 4 --rank 2"))
+@pytest.mark.parametrize("line", some(METHODS, "--method dare --density 0.9 --seed 4"))
 def test_methods(line: str, tmp_path: Folder) -> None:
     """Those of `jlora.arithmetic`, whose numbers are in what is written."""
     sizes = zip(ENDS, ((3, 6), (5, 3)), strict=True)

@@ -234,7 +234,7 @@ def test_names_are_selected_as_peft_does(
 
 # ------------------------------------------------------------------------------ long lists
 
-MANY = 5_000
+MANY = 3_000
 
 
 def many(of: int) -> list[str]:
@@ -252,13 +252,13 @@ LISTS: dict[str, Any] = {
 }
 
 
-EACH = itertools.product(LISTS, (2_000, 20_000))
+EACH = itertools.product(LISTS, (1_000, 20_000))
 
 
-@pytest.mark.parametrize("case", some(EACH, ("ranks", 2_000), ("bare parameters", 2_000)))
+@pytest.mark.parametrize("case", some(EACH, ("ranks", 1_000), ("bare parameters", 1_000)))
 @pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
 def test_lists(case: tuple[str, int], tmp_path: Folder) -> None:
-    """Ten thousand entries for thousands of modules."""
+    """Thousands of entries for thousands of modules."""
     name, modules = case
     fields: dict[str, Any] = {"target_modules": [f"q{i}" for i in range(10)]} | LISTS[name]
     folder = adapter(tmp_path / "a", many(modules), **fields)
@@ -348,10 +348,10 @@ SPOKEN = {home for family in RENAMED.values() for home, _ in family.values()}  #
 
 
 def test_a_hundred_first_parts() -> None:
-    shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(6_000)}
+    shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(4_000)}
     shapes |= dict.fromkeys(SPOKEN, (1, 1))
-    wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(6_000)]
-    with bounded(4):
+    wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(4_000)]
+    with bounded(3):
         assert find_views(wanted, shapes)
 
 
