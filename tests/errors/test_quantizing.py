@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
-from flax.errors import FlaxError
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from small import KEY, NO_ARRAY, array, each_refusal, exactly, swap
@@ -197,19 +194,6 @@ def test_refused_before_anything_is_deleted() -> None:
 # ------------------------------------------------------------------------------ what takes a base
 
 
-def test_a_module_that_is_given_codes() -> None:
-    """Linen compares shapes first, those of codes of 4 bits too; NNX and codes of 8 bits do not."""
-    params, x = {"params": {"kernel": array(64, 64), "bias": array(64)}}, array(2, 64)
-    four, eight = (jlora.quantize(params, scheme) for scheme in (NF4("kernel"), Int8("kernel")))
-    with pytest.raises(FlaxError, match=r"existing parameter it received has shape \(32, 64\)"):
-        nn.Dense(64).apply(four, x)
-    with refused(TypeError, NO_ARRAY):
-        nn.Dense(64).apply(eight, x)
-    graph, params = nnx.split(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
-    with refused(TypeError, NO_ARRAY):
-        nnx.merge(graph, jlora.quantize(params, NF4("kernel")))(x)
-
-
 def test_attributes_of_arrays():
     """As of a transpose, and within a scan over a leaf."""
     leaf = jlora.quantize({"w": array(2, 96, 64)}, jlora.NF4("w"))["w"]
@@ -257,16 +241,6 @@ def test_gathered_without_a_mesh():
     message = f"{spec} names tensor, which no mesh in scope has. Give a NamedSharding, or call it "
     with refused(ValueError, message + "under jax.set_mesh(mesh)."):
         jlora.wrap(lambda p: p["w"] @ p["w"])(base)
-
-
-@pytest.mark.parametrize("transformed", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_given_to_the_model_itself(transformed: Callable[..., Any]) -> None:
-    """With and without `jit`; neither the transform nor `wrap` says so."""
-    base = quantize(NF4("kernel"))
-    with refused(TypeError, NO_ARRAY):
-        transformed(model)(base, IDS)
-    plain = jlora.transform(model).apply(base, {}, IDS)
-    np.testing.assert_allclose(plain, jlora.wrap(model)(base, IDS), rtol=1e-5, atol=1e-6)
 
 
 @functools.cache
