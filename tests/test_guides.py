@@ -189,22 +189,14 @@ def _linen(names: Names) -> None:
 @of("nnx", 1)
 def _nnx_state(names: Names) -> None:
     """Statistics and masks go on from step to step, as those of the module itself do."""
-    lora, base, adapter, rest, nnx, x = (
-        names[name] for name in ("lora", "base", "adapter", "rest", "nnx", "x")
-    )
+    lora, base, adapter, rest, x = (names[n] for n in ("lora", "base", "adapter", "rest", "x"))
     same, outputs = nnx.clone(names["merged"]), []
     for _ in range(3):
         y, rest = lora.apply(base, adapter, rest, x)
         close(y, same(x))
         outputs.append(np.asarray(y))
     assert not np.array_equal(outputs[0], outputs[1])  # another mask
-    new = nnx.state(same, nnx.Not(nnx.Param))
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
-    plain = lambda x: jax.random.key_data(x) if is_key(x) else x  # noqa: E731
-    close(*(jax.tree.map(plain, nnx.to_pure_dict(x)) for x in (rest, new)))
-    mean = names["merged"].layers[1].mean[...]
-    assert not np.array_equal(mean, same.layers[1].mean[...])
-    assert np.abs(mean).max() > 0.01  # it was trained with statistics
+    close(rest["layers"][1]["mean"].get_value(), same.layers[1].mean.get_value())
 
 
 @of("nnx", 2)
@@ -233,23 +225,6 @@ def _precision(names: Names) -> None:
     text = str(jax.make_jaxpr(jax.grad(names["loss_fn"]))(adapter, base, x, x[:, :4].argmax(-1)))
     products = re.findall(r"(\w+)\[[\d,]+\] = dot_general", text)
     assert len(products) > 6 and set(products) == {"bf16"}
-
-
-@of("remat")
-def _remat(names: Names) -> None:
-    """Layers are computed again: of the activations only some are there after the forward pass."""
-    lora, base, adapter, x = (names[name] for name in ("lora", "base", "adapter", "x"))
-
-    def kept(model: Any) -> int:
-        apply = jlora.transform(model, jlora.LoRA()).apply
-        derive = lambda adapter: jax.vjp(lambda adapter: apply(base, adapter, x), adapter)[1]  # noqa: E731
-        return jlora.count(jax.eval_shape(derive, adapter))
-
-    plain = lambda params, x: jax.lax.scan(names["layer"], x, params)[0]  # noqa: E731
-    close(
-        lora.apply(base, adapter, x), jlora.transform(plain, jlora.LoRA()).apply(base, adapter, x)
-    )
-    assert kept(names["model"]) < 0.8 * kept(plain)
 
 
 @of("dpo")
@@ -282,49 +257,13 @@ def _stopping(names: Names) -> None:
     assert found == pytest.approx(min(losses), abs=1e-6)
 
 
-@of("checkpoints")
-def _checkpoints(names: Names) -> None:
-    base, adapter, rows, folder = (names[name] for name in ("base", "adapter", "names", "folder"))
-    jax.tree.map(np.testing.assert_array_equal, base, names["init"](names["key"]))
-    moved = jax.tree.map(lambda x: x + 0.1, adapter)
-    peft.save(folder + "-moved", base, moved, rows)
-    peft.export_merged(folder, folder + "-moved", folder + "-served")
-    close(peft.load_base(folder + "-served", rows, like=base), jlora.merge(base, moved))
-    close(peft.load(folder + "-adapter", base, rows), adapter)
-    assert pathlib.Path(folder + "-merged", "model.safetensors").exists()
-
-
-@of("tunix", 1)
-def _tunix_files(names: Names) -> None:
-    """What the page says in words: a checkpoint in, and the merged one out."""
-    nnx, tables, folder = names["nnx"], names["tables"], names["folder"]
-    rows = tables.tunix.LLAMA3
-    model = lambda: names["Llama3"](names["adapted"].base.config, rngs=nnx.Rngs(0))  # noqa: E731
-    peft.save_base(folder + "/hub", names["base"], rows)
-    loaded = peft.load_base(folder + "/hub", rows, like=nnx.eval_shape(model))
-    assert isinstance(loaded, names["Llama3"])
-    close(nnx.state(loaded), nnx.state(names["base"]), 0)
-    peft.export_merged(folder + "/hub", folder + "/peft", folder + "/out")
-    merged = peft.load_base(folder + "/out", rows, like=nnx.eval_shape(model))
-    close(nnx.state(merged), nnx.state(names["merged"]), 1e-6)
-
-
 @of("tunix")
 def _tunix(names: Names) -> None:
     """Metrics are there, the adapter alone is saved, and a new trainer goes on from it."""
     nnx, trainer, adapted = names["nnx"], names["trainer"], names["adapted"]
-    train, held_out = (
-        trainer.metrics_logger.get_metric_history("", "loss", mode) for mode in ("train", "eval")
-    )
-    assert (len(train), len(held_out)) == (30, 4)
-    check_learned(list(train))
     before = names["Llama3"](adapted.base.config, rngs=nnx.Rngs(0))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(before))
     args = names["ids"], names["at"], None, names["causal"]
-    merged = jlora.merge(adapted.base, nnx.as_pure(adapted.adapter))
-    assert isinstance(merged, names["Llama3"])
-    close(adapted(*args)[0], merged(*args)[0], 1e-3)
-
     other = names["Adapted"](jax.random.key(1), before, *args)
     again = names["PeftTrainer"](other, optax.adamw(1e-2), names["plan"])
     assert again.train_steps == 30

@@ -234,15 +234,6 @@ def test_a_tree_that_was_cast(scheme: Any, words: tuple[str, ...]) -> None:
         jlora.dequantize(base)
 
 
-def test_gathered_without_a_mesh():
-    base = jlora.quantize({"w": array(64, 64)}, jlora.NF4("w"))
-    base = jlora.sharding.gathered(base, {"w": P(None, "tensor")})
-    spec = P(None, "tensor")
-    message = f"{spec} names tensor, which no mesh in scope has. Give a NamedSharding, or call it "
-    with refused(ValueError, message + "under jax.set_mesh(mesh)."):
-        jlora.wrap(lambda p: p["w"] @ p["w"])(base)
-
-
 @functools.cache
 def adapted() -> tuple[Any, Any]:
     """A base of which a weight that is adapted is quantized, and an adapter."""
@@ -251,46 +242,38 @@ def adapted() -> tuple[Any, Any]:
     )
 
 
-TAKERS = [
-    pytest.param(
-        lambda _: jlora.transform(model, Full("kernel")).init(KEY, adapted()[0], IDS),
-        ValueError,
+SPEC = P(None, "tensor")
+TAKERS: dict[type[Exception], dict[str, Any]] = {
+    ValueError: {
         "Full('kernel') matches 'layer/kernel', which is quantized: trained leaves must not be "
-        "quantized. Give NF4 a pattern that leaves it out, or narrow that of Full.",
-        id="full",
-    ),
-    pytest.param(
-        lambda _: jlora.unmerge(*adapted()),
-        ValueError,
+        "quantized. Give NF4 a pattern that leaves it out, or narrow that of Full.": lambda: (
+            jlora.transform(model, Full("kernel")).init(KEY, adapted()[0], IDS)
+        ),
         "`unmerge` cannot take ΔW back at 'layer/kernel', which is quantized: its codes hold the "
-        "sum only roughly. Keep the base.",
-        id="unmerge",
-    ),
-    pytest.param(
-        lambda _: sharding.gathered(adapted()[0], {"embed": P(), "layer": {"bias": P()}}),
-        ValueError,
+        "sum only roughly. Keep the base.": lambda: jlora.unmerge(*adapted()),
         "`specs` of gathered lacks 2 quantized weights of `base`: head, layer/kernel. Give the "
-        "partition of each.",
-        id="gathered",
-    ),
-    pytest.param(
-        lambda folder: checkpoint.export(folder / "merged", adapted()[0]),
-        TypeError,
+        "partition of each.": lambda: sharding.gathered(
+            adapted()[0], {"embed": P(), "layer": {"bias": P()}}
+        ),
+        f"{SPEC} names tensor, which no mesh in scope has. Give a NamedSharding, or call it under "
+        "jax.set_mesh(mesh).": lambda: jlora.wrap(lambda p: p["w"] @ p["w"])(
+            sharding.gathered(quantize(NF4("w"), params={"w": array(64, 64)}), {"w": SPEC})
+        ),
+    },
+    TypeError: {
         "`merged` must hold plain arrays; quantized are head, layer/kernel. Give "
-        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.",
-        id="export",
-    ),
-]
+        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.": lambda: (
+            checkpoint.export("/nowhere/merged", adapted()[0])
+        ),
+    },
+}
 
 
-@pytest.mark.parametrize(("provoke", "error", "message"), TAKERS)
-def test_a_base_is_refused(
-    provoke: Callable[[Any], Any], error: type[Exception], message: str, tmp_path: Any
-) -> None:
-    """Where its values cannot be what is asked for; nothing is written."""
+@each_refusal(TAKERS)
+def test_a_base_is_refused(provoke: Callable[[], Any], error: Any, message: str) -> None:
+    """Where its values cannot be what is asked for."""
     with refused(error, message):
-        provoke(tmp_path)
-    assert not list(tmp_path.iterdir())
+        provoke()
 
 
 # ----------------------------------------------------------------------------------------- meshes
