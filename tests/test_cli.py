@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import click.testing
@@ -32,6 +32,7 @@ from click.shell_completion import ShellComplete
 from flax import nnx
 from peft_files import Files, assert_equal, mutate
 from safetensors.numpy import save_file
+from small import some, some_rows
 
 import jlora
 from jlora import checkpoint, peft
@@ -100,12 +101,6 @@ def site(a: Any, b: Any) -> jlora.types.LowRank:
     return jlora.types.LowRank(a, b, 1.0, jlora.types.Layout((), (0,), (1,)))
 
 
-def daily(names: Iterable[Any], *some: Any) -> list[Any]:
-    """Parameters: some of them for every day, the others in the long run."""
-    marks = lambda n: () if n in some else pytest.mark.slow  # noqa: E731
-    return [pytest.param(*(n if isinstance(n, tuple) else (n,)), marks=marks(n)) for n in names]
-
-
 # -------------------------------------------------------------------------------------- inspect
 
 
@@ -126,7 +121,7 @@ def by_formula(name: str) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("name", daily([n for n in models.CASES if n != "experts"], *DENSE))
+@pytest.mark.parametrize("name", some([n for n in models.CASES if n != "experts"], *DENSE))
 def test_inspect_peft(name: str) -> None:
     """The spectrum of each module is that of ΔW formed densely; the sizes are those of `load`."""
     found = json.loads(run("inspect", models.FIXTURES / name, "--json").stdout)
@@ -309,7 +304,7 @@ def test_inspect_of_odd_keys(name: str, tmp_path: Folder) -> None:
 # ----------------------------------------------------------------------------------------- diff
 
 
-@pytest.mark.parametrize("name", daily(models.CASES, "dora", "experts", "scanned", "tokens"))
+@pytest.mark.parametrize("name", some(models.CASES, "dora", "experts", "scanned", "tokens"))
 def test_diff_of_equal(name: str, orbax: Any) -> None:
     """Exit code 0, also between the two formats."""
     folder, case, _ = orbax(name)
@@ -391,7 +386,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", daily(CHANGES, "dropout", "rank", "full", "residual"))
+@pytest.mark.parametrize("name", some(CHANGES, "dropout", "rank", "full", "residual"))
 def test_diff_of_one_site(name: str, tmp_path: Folder, orbax: Any) -> None:
     """Exit code 1, and what differs."""
     change, relative, words = CHANGES[name]
@@ -429,7 +424,7 @@ def test_diff_within_a_tolerance(tmp_path: Folder, orbax: Any) -> None:
 # -------------------------------------------------------------------------------------- convert
 
 
-@pytest.mark.parametrize("name", daily(models.CASES, "dora", "experts", "tied", "tokens"))
+@pytest.mark.parametrize("name", some(models.CASES, "dora", "experts", "tied", "tokens"))
 def test_convert_there_and_back(name: str, tmp_path: Folder) -> None:
     """PEFT to Orbax to PEFT: the tensors bit for bit, and with --config the files."""
     case = models.case(name)
@@ -475,7 +470,7 @@ SOURCES = [*itertools.product(["peft"], PLAIN), ("orbax", "patterns")]
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    daily(SOURCES, ("peft", "gpt2_tied"), ("peft", "patterns"), ("orbax", "patterns")),
+    some_rows(SOURCES, ("peft", "gpt2_tied"), ("peft", "patterns"), ("orbax", "patterns")),
 )
 def test_convert_for_vllm(source: str, name: str, tmp_path: Folder, orbax: Any) -> None:
     """Uniform rank, scales in B: the files that `save` writes with the base, and the same ΔW."""
@@ -509,7 +504,7 @@ FORMATS = itertools.product(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), daily(FORMATS, ("peft", "modules_to_save"), ("orbax", "dora"))
+    ("kind", "name"), some_rows(FORMATS, ("peft", "modules_to_save"), ("orbax", "dora"))
 )
 def test_merge_into_orbax(kind: str, name: str, tmp_path: Folder, orbax: Any) -> None:
     """Base in Orbax: the tree of `jlora.merge`, in the structure of the base."""
@@ -523,39 +518,39 @@ def test_merge_into_orbax(kind: str, name: str, tmp_path: Folder, orbax: Any) ->
     laws.assert_close(merged, expected, 2**-8 if name == "bf16" else 1e-6)
 
 
-def test_merge_of_nnx_and_numbers(tmp_path: Folder) -> None:
-    """NNX's variables keep their form in Orbax, integers of 64 bits and Python's their values."""
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    lora = jlora.transform(
-        lambda s, x: nnx.merge(graph, s, copy=True)(x), jlora.LoRA("kernel", rank=2)
-    )
-    base, adapter = lora.init(jax.random.key(0), state, jnp.ones((1, 4)))
-    adapter = jax.tree.map(jnp.ones_like, adapter)
-    checkpoint.export(tmp_path / "base", base)
-    checkpoint.save(tmp_path / "a", adapter, (), base=base)
-    run("merge", tmp_path / "base", tmp_path / "a", tmp_path / "m")
-    merged = jlora.merge(base, adapter)
-    found = numpy_tree(tmp_path / "m")
-    assert found.keys() == {"kernel", "bias"}
-    np.testing.assert_array_equal(found["kernel"]["value"], merged["kernel"].get_value())
+ONES = {"w": site(jnp.ones((4, 1)), jnp.ones((1, 3)))}
 
+
+def merged(folder: Folder, adapter: Any, known: Any = None) -> Folder:
+    """What the command makes of a base in Orbax and an adapter, saved with the base or without."""
+    checkpoint.save(folder / "a", adapter, (), base=known)
+    run("merge", folder / "base", folder / "a", folder / "m")
+    return folder / "m"
+
+
+def test_merge_of_nnx(tmp_path: Folder) -> None:
+    """Its variables keep their form in Orbax."""
+    base = nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    checkpoint.export(tmp_path / "base", base)
+    found = numpy_tree(merged(tmp_path, {"kernel": ONES["w"]}, base))
+    assert found.keys() == {"kernel", "bias"}
+    np.testing.assert_array_equal(found["kernel"]["value"], base["kernel"].get_value() + 1)
     assert checkpoint.read(tmp_path / "a").base == checkpoint.fingerprint(base)
 
-    checkpoint.save(tmp_path / "b", {"w": site(jnp.ones((4, 1)), jnp.ones((1, 3)))}, ())
+
+def test_merge_of_numbers(tmp_path: Folder) -> None:
+    """Integers of 64 bits and Python's keep their values."""
+    numbers = {"w": np.zeros((4, 3)), "id": np.array([2**40]), "k": 2**40}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(
-            tmp_path / "n", {"w": np.zeros((4, 3)), "id": np.array([2**40]), "k": 2**40}
-        )
-    run("merge", tmp_path / "n", tmp_path / "b", tmp_path / "o")
-    found = numpy_tree(tmp_path / "o")
+        checkpointer.save(tmp_path / "base", numbers)
+    found = numpy_tree(merged(tmp_path, ONES))
     assert found["w"].dtype == np.float64 and np.all(np.asarray(found["w"]) == 1)
     assert int(found["id"][0]) == int(found["k"]) == 2**40
 
 
-def test_random_keys_stay_keys(tmp_path: Folder) -> None:
+@pytest.mark.parametrize("is_known", [True, False])
+def test_random_keys_stay_keys(is_known: bool, tmp_path: Folder) -> None:
     """Orbax has them as integers until they are read."""
-    adapter = {"w": site(jnp.ones((4, 1)), jnp.ones((1, 3)))}
     base = {
         "w": jnp.zeros((4, 3)),
         "key": jax.random.key(3),
@@ -563,26 +558,17 @@ def test_random_keys_stay_keys(tmp_path: Folder) -> None:
         "words": jnp.arange(5, dtype=jnp.uint32),
     }
     checkpoint.export(tmp_path / "base", base)
-    for name, known in (("a", base), ("b", None)):
-        checkpoint.save(tmp_path / name, adapter, (), base=known)
-        run("merge", tmp_path / "base", tmp_path / name, tmp_path / f"{name}-merged")
-        with ocp.StandardCheckpointer() as checkpointer:
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
-            found = checkpointer.restore(tmp_path / f"{name}-merged", like)
-        for key in ("key", "keys"):
-            assert found[key].dtype == base[key].dtype
-            words, expected = (jax.random.key_data(x[key]) for x in (found, base))
-            np.testing.assert_array_equal(words, expected)
-        np.testing.assert_array_equal(found["words"], base["words"])
-        np.testing.assert_array_equal(found["w"], np.ones((4, 3)))
+    with ocp.StandardCheckpointer() as checkpointer:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+        found = checkpointer.restore(merged(tmp_path, ONES, base if is_known else None), like)
+    laws.assert_close(found, base | {"w": jnp.ones((4, 3))}, 0.0)
     rows = tmp_path / "rows.py"
     rows.write_text('from jlora.peft import Name\nROWS = [Name("w", "w", "io")]\n')
-    table = ("--names", f"{rows}:ROWS")
-    run("convert", tmp_path / "a", tmp_path / "peft", *table)
-    for given in ("base", "a"):
-        out = tmp_path / f"from-{given}"
-        run("convert", tmp_path / "peft", out, "--base", tmp_path / given, *table)
-        assert checkpoint.read(out).base == checkpoint.fingerprint(base)
+    names, given = ("--names", f"{rows}:ROWS"), "a" if is_known else "base"
+    known = ("--base", tmp_path / "base")
+    run("convert", tmp_path / "a", tmp_path / "peft", *names, *(() if is_known else known))
+    run("convert", tmp_path / "peft", tmp_path / "o", "--base", tmp_path / given, *names)
+    assert checkpoint.read(tmp_path / "o").base == checkpoint.fingerprint(base)
 
 
 def huggingface(folder: Folder, name: str) -> tuple[Folder, dict[str, np.ndarray]]:
@@ -604,7 +590,7 @@ MODELS = itertools.product(
 OFTEN = (("peft", "conv"), ("peft", "tokens"), ("orbax", "scanned"), ("orbax", "dora_gpt2"))
 
 
-@pytest.mark.parametrize(("kind", "name"), daily(MODELS, *OFTEN))
+@pytest.mark.parametrize(("kind", "name"), some_rows(MODELS, *OFTEN))
 def test_merge_into_hugging_face(kind: str, name: str, tmp_path: Folder, orbax: Any) -> None:
     """What PyTorch merged, from either format of the adapter; other files are copied or named."""
     base, merged = huggingface(tmp_path / "base", name)
@@ -720,6 +706,8 @@ ERRORS = {
     "onto the base of B .*o with --names; nothing was loaded",
     "check deep --for vllm": "^jlora: DIR .*deep: adapter_config.json is nested too deeply.$",
     "check hf --for vllm": "^jlora: DIR: .*hf holds a model; expected an adapter of PEFT.$",
+    "check o --for vllm": "write it as PEFT first, with jlora convert",
+    "check p --for tgi": "^jlora: --for: there is no engine 'tgi'; expected one of sglang, ",
     "check p --for vllm --base folders": "^jlora: --base: .*folders has folders in each other",
     "combine p deep x": "^jlora: ADAPTERS .*deep: adapter_config.json is nested too deeply.$",
     "combine o lost x": "^jlora: ADAPTERS: the arrays of .*lost cannot be read",
@@ -928,7 +916,7 @@ def written_models(root: Folder) -> dict[str, Folder]:
     return {name: root / name for name in ("model", "codes")}
 
 
-@pytest.mark.parametrize("base", daily(["model", "base"], "model"))
+@pytest.mark.parametrize("base", some(["model", "base"], "model"))
 def test_interrupt(base: str, files: Folder, tmp_path: Folder) -> None:
     """Ctrl-C while it writes: exit code 130, one line, and nothing is left."""
     out = tmp_path / "out"

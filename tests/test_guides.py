@@ -21,13 +21,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import peft
 
 Names = dict[str, Any]
 GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
@@ -274,36 +270,6 @@ def _tunix(names: Names) -> None:
         saved = orbax.metadata(pathlib.Path(names["folder"], "30", "model_params")).item_metadata
     assert list(saved.tree) == ["adapter"]
     again.close()
-
-
-LAYER = {"kernel": jnp.arange(12.0).reshape(4, 3), "bias": jnp.arange(3.0)}
-HERE = jax.make_mesh((1,), ("fsdp",), (AxisType.Auto,))
-LIKE = {
-    "linen": lambda: jax.eval_shape(nn.Dense(3).init, jax.random.key(0), jnp.ones((1, 4))),
-    "nnx": lambda: nnx.eval_shape(lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0))),
-    "keras": lambda: {f"net/{k}": jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in LAYER.items()},
-    "placed": lambda: {
-        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(HERE, P("fsdp")))
-        for k, x in LAYER.items()
-    },
-}
-
-
-@pytest.mark.parametrize("case", list(LIKE))
-def test_checkpoints_are_loaded_like(case, tmp_path):
-    """Shapes in any of the containers that the page names; placed where they say."""
-    names = [
-        peft.Name("(.*/)?kernel", "dense", "io"),
-        peft.Name("(.*/)?bias", "dense", "o", "bias"),
-    ]
-    peft.save_base(tmp_path / "model", LAYER, names)
-    like = LIKE[case]()
-    base = peft.load_base(tmp_path / "model", names, like=like)
-    assert jax.tree.structure(base) == jax.tree.structure(like)
-    leaves = jax.tree.leaves(base)
-    for x, shape in zip(leaves, jax.tree.leaves(like), strict=True):
-        np.testing.assert_array_equal(x, LAYER["bias" if x.ndim == 1 else "kernel"])
-        assert shape.sharding in (None, x.sharding)
 
 
 @pytest.mark.slow

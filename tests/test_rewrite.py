@@ -1,6 +1,5 @@
 """Quantized checkpoints to others: dequantized, and merged into floats."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -150,12 +149,24 @@ def beside(folder, format, **more):
     return folder / "base", folder / "a", jlora.merge(params, adapter)["q"]["kernel"] - 1
 
 
+BUFFERS = {
+    "embed.position_ids": np.arange(8)[None],
+    "attn.bias": np.tril(np.ones((1, 1, 4, 4), np.uint8)),
+}
+
+
 @pytest.mark.parametrize("format", some([*FORMATS, *DENSE], "nf4", "gptq", "mxfp4"))
 def test_merged_beside_what_is_quantized(format, tmp_path):
-    """Codes never come to stand as weights, whatever the adapter is of."""
-    base, adapter, change = beside(tmp_path, format)
-    peft.export_merged(base, adapter, tmp_path / "merged")
+    """Codes never come to stand as weights, whatever the adapter is of.
+
+    Numbers that are no codes are kept, and what is left out beside them is said.
+    """
+    base, adapter, change = beside(tmp_path, format, **BUFFERS)
+    (base / "old.bin").write_bytes(b"")
+    assert peft.export_merged(base, adapter, tmp_path / "merged") == ["old.bin"]
     new = tensors_of(tmp_path / "merged")
+    for name, x in BUFFERS.items():
+        np.testing.assert_array_equal(new.pop(name), x)
     np.testing.assert_allclose(new["q.weight"], normal(8, 16) + change.T, rtol=1e-5, atol=1e-6)
     assert "quantization_config" not in config_of(tmp_path / "merged")
     assert {str(x.dtype) for x in new.values()} <= {"float32", "bfloat16"}
@@ -165,13 +176,14 @@ def test_merged_beside_what_is_quantized(format, tmp_path):
     assert_rounded(found, expected.astype(jnp.bfloat16))
 
 
-METHODS = ("nf4", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm", "mxfp4")
 LEFT = {
-    "I8": ("more.codes", np.ones((8, 8), np.int8)),
-    "U8": ("more.weights", np.ones((8, 8), np.uint8)),
-    "I32": ("more.weight_words", np.ones((8, 8), np.int32)),
-    "I64": ("more.long", np.ones((8, 8), np.int64)),
-    "F32": ("more.weight_scale", np.ones((8, 1), np.float32)),
+    "more.codes": ("I8", np.ones((8, 8), np.int8)),
+    "more.weights": ("U8", np.ones((8, 8), np.uint8)),
+    "more.weight_words": ("I32", np.ones((8, 8), np.int32)),
+    "more.long": ("I64", np.ones((8, 8), np.int64)),
+    "more.weight_scale": ("F32", np.ones((8, 1), np.float32)),
+    "SCB": ("U8", np.ones(8, np.uint8)),  # no maxima of rows
+    "x.SCB.quant_state.bitsandbytes__zz": ("U8", np.ones(8, np.uint8)),
 }
 WAYS = {
     "export_merged": lambda base, adapter, out: peft.export_merged(base, adapter, out),
@@ -185,16 +197,17 @@ WAYS = {
 }
 
 
-def left_cases():
-    """Every day each method, each dtype and each way once."""
-    for case in itertools.product(METHODS, LEFT, WAYS):
-        is_daily = sum(x == y for x, y in zip(case, ("nf4", "I8", "dequantize"), strict=True)) > 1
-        yield pytest.param(*case, marks=[] if is_daily else pytest.mark.slow)
+METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm", "mxfp4", "bitsandbytes, 8 bits")
+UNREAD = [
+    *(("nf4", name, "dequantize") for name in LEFT),
+    *((method, "more.codes", "dequantize") for method in METHODS),
+    *(("nf4", "more.codes", way) for way in WAYS),
+]
 
 
-@pytest.mark.parametrize(("method", "dtype", "way"), [*left_cases()])
-def test_what_is_left_unread_is_refused(method, dtype, way, tmp_path):
-    name, x = LEFT[dtype]
+@pytest.mark.parametrize(("method", "name", "way"), UNREAD)
+def test_what_is_left_unread_is_refused(method, name, way, tmp_path):
+    dtype, x = LEFT[name]
     base, adapter, _ = beside(tmp_path, method, **{name: x})
     try:
         said = WAYS[way](base, adapter, tmp_path / "out").output
@@ -206,25 +219,6 @@ def test_what_is_left_unread_is_refused(method, dtype, way, tmp_path):
         assert "but these tensors were not read. Give the checkpoint" in said
         assert f"1 problems: {name}: {dtype} {x.shape}" in " ".join(said.split())
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["SCB", "x.SCB.quant_state.bitsandbytes__zz"])
-def test_what_are_no_maxima_of_rows(name, tmp_path):
-    base, _, _ = beside(tmp_path, "bitsandbytes, 8 bits", **{name: np.ones(8, np.uint8)})
-    with pytest.raises(ValueError, match=rf"were not read.*\n  {name}: U8 \(8,\)"):
-        peft.dequantize_checkpoint(base, tmp_path / "out")
-
-
-@pytest.mark.parametrize("format", some(METHODS, "gptq"))
-def test_buffers_are_kept(format, tmp_path):
-    """Numbers that are no codes; what is left out beside them is said."""
-    mask = np.tril(np.ones((1, 1, 4, 4), np.uint8))
-    more = {"embed.position_ids": np.arange(8)[None], "attn.bias": mask}
-    base, adapter, _ = beside(tmp_path, format, **more)
-    (base / "old.bin").write_bytes(b"")
-    assert peft.export_merged(base, adapter, tmp_path / "out") == ["old.bin"]
-    for name, x in more.items():
-        np.testing.assert_array_equal(tensors_of(tmp_path / "out")[name], x)
 
 
 def test_a_configuration_without_codes(tmp_path):
