@@ -304,18 +304,6 @@ def test_inspect_of_odd_keys(name: str, tmp_path: Folder) -> None:
 # ----------------------------------------------------------------------------------------- diff
 
 
-@pytest.mark.parametrize("name", some(models.CASES, "dora", "experts", "scanned", "tokens"))
-def test_diff_of_equal(name: str, orbax: Any) -> None:
-    """Exit code 0, also between the two formats."""
-    folder, case, _ = orbax(name)
-    assert re.fullmatch(
-        r"(\d+) of \1 common sites are equal\n", run("diff", case.folder, case.folder).stdout
-    )
-    for pair in ((folder, case.folder), (case.folder, folder)):
-        found = json.loads(run("diff", *pair, "--names", table(name), "--json").stdout)
-        assert found["equal"] and {site["relative"] for site in found["sites"]} == {0}
-
-
 def altered(folder: Folder, name: str, part: str = "^$", **fields: Any) -> Folder:
     """A fixture with the negatives of some tensors, and other fields."""
     shutil.copytree(models.FIXTURES / name, folder)
@@ -424,44 +412,38 @@ def test_diff_within_a_tolerance(tmp_path: Folder, orbax: Any) -> None:
 # -------------------------------------------------------------------------------------- convert
 
 
-@pytest.mark.parametrize("name", some(models.CASES, "dora", "experts", "tied", "tokens"))
+DAILY = ("dora", "experts", "scanned", "tied", "tokens")
+
+
+@pytest.mark.parametrize("name", some(models.CASES, *DAILY))
 def test_convert_there_and_back(name: str, tmp_path: Folder) -> None:
-    """PEFT to Orbax to PEFT: the tensors bit for bit, and with --config the files."""
-    case = models.case(name)
+    """PEFT to Orbax to PEFT: equal for `diff`, bit for bit, and with --config the same files."""
+    case, theirs, orbax = models.case(name), models.case(name).folder, tmp_path / "o"
+    adapter = peft.load(theirs, case.base, case.names)
     checkpoint.export(tmp_path / "base", case.base)
     names = ("--names", table(name))
-    run("convert", case.folder, tmp_path / "o", "--base", tmp_path / "base", *names)
-    assert_equal(checkpoint.restore(tmp_path / "o"), peft.load(case.folder, case.base, case.names))
-    assert checkpoint.read(tmp_path / "o").base == checkpoint.fingerprint(case.base)
+    text = run("convert", theirs, orbax, "--base", tmp_path / "base", *names, "--json").stdout
+    count = {"leaves": len(nodes(adapter)), "parameters": jlora.count(adapter)}
+    ends = {"in": str(theirs), "out": str(orbax), "from": "peft", "to": "orbax"}
+    assert json.loads(text) == ends | count
+    assert_equal(checkpoint.restore(orbax), adapter)
+    assert checkpoint.read(orbax).base == checkpoint.fingerprint(case.base)
+    for pair in ((orbax, theirs), (theirs, orbax)):
+        found = json.loads(run("diff", *pair, *names, "--json").stdout)
+        assert found["equal"] and {site["relative"] for site in found["sites"]} == {0}
 
     base = ("--base", tmp_path / "base") if name in KEEPS else ()
-    run("convert", tmp_path / "o", tmp_path / "p", *names, *base)
-    run("diff", case.folder, tmp_path / "p")
-    ours, theirs = (models.read(f / FILES[1]) for f in (tmp_path / "p", case.folder))
-    kept = {key for key in theirs if key.endswith(".base_layer.weight")}
-    assert theirs.keys() - kept <= ours.keys() <= theirs.keys()
-    assert all(x.tobytes() == theirs[key].tobytes() for key, x in ours.items())
+    run("convert", orbax, tmp_path / "p", *names, *base)
+    text = run("diff", theirs, tmp_path / "p").stdout
+    assert re.fullmatch(r"(\d+) of \1 common sites are equal\n", text)
+    before, after = (models.read(f / FILES[1]) for f in (theirs, tmp_path / "p"))
+    kept = {key for key in before if key.endswith(".base_layer.weight")}
+    assert before.keys() - kept <= after.keys() <= before.keys()
+    assert all(x.tobytes() == before[key].tobytes() for key, x in after.items())
 
-    run("convert", tmp_path / "o", tmp_path / "q", *names, "--config", case.folder, *base)
+    run("convert", orbax, tmp_path / "q", *names, "--config", theirs, *base)
     for file in FILES:
-        assert (tmp_path / "q" / file).read_bytes() == (case.folder / file).read_bytes()
-
-
-def test_convert_onto_the_base_of_another(tmp_path: Folder, orbax: Any) -> None:
-    """`--base` may be an adapter in Orbax that knows its base; NNX's variables have their names."""
-    folder, case, adapter = orbax("all_linear")
-    result = run(
-        "convert", case.folder, tmp_path / "p", "--base", folder, "--names", "llama", "--json"
-    )
-    assert_equal(checkpoint.restore(tmp_path / "p"), adapter)
-    assert json.loads(result.stdout) == {
-        "in": str(case.folder),
-        "out": str(tmp_path / "p"),
-        "from": "peft",
-        "to": "orbax",
-        "leaves": 14,
-        "parameters": jlora.count(adapter),
-    }
+        assert (tmp_path / "q" / file).read_bytes() == (theirs / file).read_bytes()
 
 
 PLAIN = ("qv", "all_linear", "patterns", "rslora", "embeddings", "tied", "gpt2", "gpt2_tied")
