@@ -493,24 +493,20 @@ def test_a_pattern_of_before_is_not_tried(tmp_path):
     assert [rule.pattern for rule in read] == [f".*(?:{pattern}).*" for pattern in hostile]
 
 
-@pytest.mark.parametrize(("kind", "place"), [("rule", "rules"), ("node", "adapter")])
-def test_a_name_of_no_method(kind, place, saved):
-    """Whatever stands in its place is said."""
-    for name in ([], {}, None, "Other"):
-        items = fields_of(saved[0])[place]
-        items[0][kind] = name
-        edit(saved[0], **{place: items})
+@pytest.mark.parametrize("name", [[], {}, None, "Other"], ids=repr)
+def test_unknown_names(name, saved):
+    """Whatever stands in the place of a method's is said; nothing registers schemes."""
+    for kind, place in (("rule", "rules"), ("node", "adapter")):
+        before = fields_of(saved[0])
+        edit(saved[0], **{place: [before[place][0] | {kind: name}, *before[place][1:]]})
         message = f"the checkpoint has the {kind} {name!r}, which no registered method has"
         with pytest.raises(ValueError, match=re.escape(message)):
             checkpoint.restore(saved[0])
-
-
-def test_a_name_of_no_scheme(saved):
-    """Nothing registers schemes, so that no import would help."""
-    init = {"function": "jlora.initializers.loftq", "options": {}}
-    init["options"]["scheme"] = {"scheme": "Other", "fields": {}}
-    edit(saved[0], rules=[fields_of(saved[0])["rules"][0] | {"init": init}])
-    message = r"has the scheme 'Other', which is none of jlora's\)\. Take another checkpoint"
+        edit(saved[0], **before)
+    init = {"options": {"scheme": {"scheme": name, "fields": {}}}}
+    init["function"] = "jlora.initializers.loftq"
+    edit(saved[0], rules=[before["rules"][0] | {"init": init}])
+    message = rf"has the scheme {re.escape(repr(name))}, which is none of jlora's\)\. Take another"
     with pytest.raises(ValueError, match=message):
         checkpoint.read(saved[0])
 

@@ -180,24 +180,20 @@ def test_a_run_that_is_killed_and_then_preempted_goes_on_as_if_it_had_not_been(r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", disks.KINDS)
-def test_a_disk_that_is_full_or_cannot_be_written_costs_no_checkpoint(run, kind):
-    with disks.disk(run.folder / kind, kind) as disk:
-        name = f"{kind}/run"
-        process = run.start(name, *OFTEN)
-        run.wait(process, name, 6)
-        disk.fill(process.pid)
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 1, output
-        assert re.search(r"stopped: .*(No space left|File too large)", output), output
-        steps = run.check(name)
-        assert steps
-        disk.make_room()
-        with disks.read_only(run.folder / name):
-            code, output = run.finish(name)
-        assert code == 1, output
-        assert re.search(r"stopped: .*(Read-only|Permission denied)", output), output
-        assert run.check(name) == steps
-        code, output = run.finish(name)
-        assert (code, f"from step {steps[-1]} of" in output) == (0, True), output
-        run.check_end(name)
+def test_a_disk_that_is_full_or_cannot_be_written_costs_no_checkpoint(run):
+    process = run.start("disk", *OFTEN)
+    run.wait(process, "disk", 6)
+    disks.fill(process.pid)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, output
+    assert re.search(r"stopped: .*File too large", output), output
+    steps = run.check("disk")
+    assert steps
+    with disks.read_only(run.folder / "disk"):
+        code, output = run.finish("disk")
+    assert code == 1, output
+    assert re.search(r"stopped: .*(Read-only|Permission denied)", output), output
+    assert run.check("disk") == steps
+    code, output = run.finish("disk")
+    assert (code, f"from step {steps[-1]} of" in output) == (0, True), output
+    run.check_end("disk")

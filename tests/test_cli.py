@@ -868,20 +868,17 @@ WRITERS = (
 def test_a_full_disk_names_out(files: Folder, tmp_path: Folder) -> None:
     """In one line, and nothing is left of it."""
     folders = {name: files / name for name in ("p", "o", "base")} | written_models(tmp_path)
-    with disks.disk(tmp_path / "disk", "limit") as disk:
-        folders["x"] = out = disk.folder / "x"
-        for line in WRITERS:
-            disk.fill()
-            try:
-                said = fails(*(folders.get(word, word) for word in line.split()))
-            finally:
-                disk.make_room()
-            assert re.match(
-                rf"jlora: OUT: could not write (the checkpoint )?{out}: .*File too large\. Nothing "
-                r"is left of it, and nothing else was touched\. Make room or permission there",
-                said,
-            )
-            assert not list(disk.folder.iterdir())
+    (tmp_path / "disk").mkdir()
+    folders["x"] = out = tmp_path / "disk" / "x"
+    for line in WRITERS:
+        with disks.full():
+            said = fails(*(folders.get(word, word) for word in line.split()))
+        assert re.match(
+            rf"jlora: OUT: could not write (the checkpoint )?{out}: .*File too large\. Nothing is "
+            r"left of it, and nothing else was touched\. Make room or permission there",
+            said,
+        )
+        assert not list(out.parent.iterdir())
 
 
 def written_models(root: Folder) -> dict[str, Folder]:
