@@ -434,8 +434,8 @@ def test_a_checkpoint_of_before_is_read():
     params = {"query": {"w": jnp.ones((4, 6))}, "out": {"w": jnp.ones((6, 4))}}
     params = {"multi_head": params, "head": {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}}
     lora = jlora.transform(heads, *rules)
-    base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 4)))
-    restored = checkpoint.restore(BEFORE, like=adapter, base=base)
+    _, like = jax.eval_shape(lora.init, KEY, params, jnp.ones((1, 4)))
+    restored = checkpoint.restore(BEFORE, like=like, base=params)
     assert_equal(restored, checkpoint.restore(BEFORE))
     for x in (restored["head"]["b"], restored["multi_head"]["query"]["w"].b):
         np.testing.assert_array_equal(x, jnp.ones_like(x))  # trained from zero to one

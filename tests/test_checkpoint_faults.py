@@ -45,7 +45,7 @@ class Run:
     def here(self, name: str, *more: str) -> int:
         """Runs in this process, to the end, which is given; a start costs as much as the steps."""
         args = resume.parse(self.arguments(name, *more))
-        with resume.alone(args.out):
+        with resume.lock(args.out):
             return resume.train(args)
 
     def start(self, name: str, *more: str) -> subprocess.Popen[str]:
@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_and_then_preempted_goes_on_as_if_it_had_not_been(r
     run.wait(process, "endless", 1)
     with (
         pytest.raises(SystemExit, match=r"endless is in use by another run: give another --out\."),
-        resume.alone(run.folder / "endless"),
+        resume.lock(run.folder / "endless"),
     ):
         pass
     process.terminate()

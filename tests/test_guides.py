@@ -46,7 +46,7 @@ LOOPS = [page for page in PAGES if page.startswith("loops/")]
 SLOW = {"adapters", "rules", "pods"} | {
     f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
 }
-SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "tokens")}
+SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES
