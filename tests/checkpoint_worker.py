@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 import re
-import resource
 import sys
 import traceback
 
@@ -20,6 +19,7 @@ if __name__ == "__main__":  # before JAX counts devices
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+import disks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +126,7 @@ def fail(folder, mesh):
         mine, place = number == culprit, f"{folder}/lost{culprit}"
         message, kind = ("", TypeError) if mine else (f"process {culprit}: .*", RuntimeError)
         for name, (write, tree) in right.items():
-            with no_room() if mine else contextlib.nullcontext():
+            with disks.full() if mine else contextlib.nullcontext():
                 raises(OSError, f"{message}File too large", write, place, tree)
             raises(kind, f"{message}`{name}` must", write, place, {} if mine else tree)
         assert not os.path.exists(place)
@@ -136,17 +136,6 @@ def fail(folder, mesh):
     raises(kind, "there is no checkpoint at", checkpoint.restore, here)
     equal(checkpoint.restore(f"{folder}/adapter", like=adapter, base=base), adapter)
     assert sorted(os.listdir(folder)) == ["adapter"]
-
-
-@contextlib.contextmanager
-def no_room():
-    """This process can write next to nothing."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def raises(kind, pattern, work, *arguments):

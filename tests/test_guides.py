@@ -257,6 +257,7 @@ def _stopping(names: Names) -> None:
 def _tunix(names: Names) -> None:
     """Metrics are there, the adapter alone is saved, and a new trainer goes on from it."""
     nnx, trainer, adapted = names["nnx"], names["trainer"], names["adapted"]
+    check_learned(list(trainer.metrics_logger.get_metric_history("", "loss", "train")))
     before = names["Llama3"](adapted.base.config, rngs=nnx.Rngs(0))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(before))
     args = names["ids"], names["at"], None, names["causal"]

@@ -475,9 +475,8 @@ def test_heads_without_a_base(task: str | None, tmp_path: Folder) -> None:
 @pytest.mark.parametrize(("added", "count"), [({"<a>": 10}, 0), ({"<a>": 11, "<b>": 12}, 1)])
 def test_added_tokens(added: Any, count: int, tmp_path: Folder) -> None:
     """SGLang reads a tokenizer's file beside the adapter; what the base has is no addition."""
-    place = write(tmp_path / "a", *good())
+    place, base = write_both(tmp_path)
     (place / "added_tokens.json").write_text(json.dumps(added))
-    base = checkpoint(tmp_path / "base", llama(), **LLAMA)
     found = [x.what for x in peft.check(place, "sglang", base=base).findings]
     assert found == ["added_tokens.json <a> and 1 more"] * count
     assert not peft.check(place, "vllm", base=base).findings
@@ -576,17 +575,14 @@ def test_what_jlora_saves_is_taken_by_all(tmp_path: Folder) -> None:
 
 def test_command(tmp_path: Folder) -> None:
     """Exit code 0 and one line, or 1 and a line for each finding."""
-    base = checkpoint(tmp_path / "base", llama(), **LLAMA)
-    place = write(tmp_path / "a", *good())
+    place, base = write_both(tmp_path)
     for engine in ENGINES:
         text = run("check", place, "--for", engine, "--base", base).stdout
         assert text.count("\n") == 1 and " takes it: " in text
     bad = write(tmp_path / "b", *of(use_rslora=True, use_dora=True)(*good()))
     lines = run("check", bad, "--for", "sglang", "--base", base, code=1).stdout.splitlines()
-    assert [line.split(":")[:2] for line in lines] == [
-        ["refused", " use_dora"],
-        ["dropped silently", " use_rslora"],
-    ]
+    found = [line.split(":")[:2] for line in lines]
+    assert found == [["refused", " use_dora"], ["dropped silently", " use_rslora"]]
     run("check", place, "--for", "vllm", "--max-lora-rank", 1, code=1)
 
 
@@ -594,22 +590,16 @@ def test_command_in_json(tmp_path: Folder) -> None:
     """All of it for programs."""
     place = write(tmp_path / "a", *of(use_rslora=True)(*good()))
     found = json.loads(run("check", place, "--for", "sglang", "--json", code=1).stdout)
+    answer = peft.check(place, "sglang")
+    start = "python -m sglang.launch_server --model-path BASE --enable-lora --max-lora-rank 4 "
     assert found == {
         "path": str(place),
         "engine": "SGLang 0.5.23",
-        "findings": [
-            {
-                "what": "use_rslora",
-                "why": "True is not read: the scale is lora_alpha / r everywhere",
-                "remedy": "Write it with one rank and the scales in B (jlora convert DIR OUT "
-                "--profile vllm, or jlora.peft.save(..., profile='vllm'))",
-                "silent": True,
-            }
-        ],
-        "start": "python -m sglang.launch_server --model-path BASE --enable-lora --max-lora-rank 4 "
-        f"--lora-paths NAME={place}",
+        "findings": [x._asdict() for x in answer.findings],
+        "start": f"{start}--lora-paths NAME={place}",
         "compared": False,
     }
+    assert found["findings"][0].keys() == {"what", "why", "remedy", "silent"}
 
 
 def test_help() -> None:

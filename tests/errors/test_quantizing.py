@@ -75,26 +75,6 @@ def test_block(scheme: Any, field: str, legal: str, value: Any) -> None:
     assert getattr(scheme(**{field: np.int64(64)}), field) == 64
 
 
-@pytest.mark.parametrize("scheme", [NF4, FP4])
-@pytest.mark.parametrize("value", [1, None, "yes"], ids=repr)
-def test_double(scheme: Any, value: Any) -> None:
-    """A truth value, and nothing that has one."""
-    message = f"`double` of {scheme.__name__}('w') must be True or False; got {value!r}."
-    with refused(TypeError, message):
-        scheme("w", double=value)
-
-
-@pytest.mark.parametrize("scheme", [NF4, FP4, Int8, Int4, FP8, MXFP4])
-def test_pattern(scheme: Any) -> None:
-    """As that of a rule."""
-    message = f"`pattern` of {scheme.__name__} must be a regular expression as a string; got 3 of "
-    with refused(TypeError, f"{message}type int."):
-        scheme(3)
-    why = "unterminated character set at position 0"
-    with refused(ValueError, f"`pattern` '[' is not a regular expression: {why}."):
-        scheme("[")
-
-
 # ---------------------------------------------------------------------------------------- quantize
 
 SCHEMES = (
@@ -102,11 +82,19 @@ SCHEMES = (
 )
 REFUSED: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
+        "`double` of NF4('w') must be True or False; got 1.": lambda: NF4("w", double=1),
+        "`double` of FP4('w') must be True or False; got None.": lambda: FP4("w", double=None),
+        "`pattern` of NF4 must be a regular expression as a string; got 3 of type int.": (
+            lambda: NF4(3)
+        ),
         f"{SCHEMES}'kernel'.": lambda: quantize("kernel"),
         f"{SCHEMES}Full(pattern='odd').": lambda: quantize(NF4("kernel"), Full("odd")),
         f"{SCHEMES}the class NF4; call it, NF4(...).": lambda: quantize(NF4),
     },
     ValueError: {
+        "`pattern` '[' is not a regular expression: unterminated character set at position 0.": (
+            lambda: NF4("[")
+        ),
         "NF4('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, layer/bias.": (
             lambda: quantize(NF4("kernal"))
         ),
