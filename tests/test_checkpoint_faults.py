@@ -119,34 +119,31 @@ def run(tmp_path_factory) -> Run:
 # ------------------------------------------------------------------------------------------- kills
 
 
-def kill_and_resume(run: Run, kills: int, rng: random.Random) -> None:
-    """Kills runs at random moments, each time goes on; a run that has ended is followed by one."""
-    number = 0
+@pytest.mark.slow
+def test_a_hundred_kills(tmp_path):
+    """At random moments; each time the run goes on, and one that has ended is followed by one."""
+    run, rng, number, kills = Run(tmp_path, steps=100), random.Random(1), 0, 100
     while kills:
-        process = run.start(f"killed{number}", *OFTEN)
+        name = f"killed{number}"
+        process = run.start(name, *OFTEN)
         if rng.random() < 0.8:
-            run.wait(process, f"killed{number}", rng.randrange(6))
+            run.wait(process, name, rng.randrange(6))
             time.sleep(rng.uniform(0, 0.1))  # within a step, or a checkpoint's writing
         else:
             time.sleep(rng.uniform(0, 4))  # at the start, or where a run goes on
         process.kill()
         output, _ = process.communicate()
-        run.check(f"killed{number}")
+        run.check(name)
         assert process.returncode in (0, -signal.SIGKILL), output
         if process.returncode:
             kills -= 1
         else:
-            run.check_end(f"killed{number}")
+            run.check_end(name)
             number += 1
     code, output = run.finish(f"killed{number}", *OFTEN)
     assert code == 0, output
     run.check_end(f"killed{number}")
     assert len(run.check(f"killed{number}")) == 3
-
-
-@pytest.mark.slow
-def test_a_hundred_kills(tmp_path):
-    kill_and_resume(Run(tmp_path, steps=100), kills=100, rng=random.Random(1))
 
 
 @pytest.mark.slow

@@ -260,7 +260,7 @@ def fuzz(seeds: range, folder: Folder, names: list[str], read: Callable[[Folder]
     return right
 
 
-SEEDS = [range(100), pytest.param(range(100, 10_100), marks=pytest.mark.slow)]
+SEEDS = [range(50), pytest.param(range(50, 10_000), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
