@@ -304,37 +304,6 @@ def test_inspect_of_odd_keys(name: str, tmp_path: Folder) -> None:
 # ----------------------------------------------------------------------------------------- diff
 
 
-def altered(folder: Folder, name: str, part: str = "^$", **fields: Any) -> Folder:
-    """A fixture with the negatives of some tensors, and other fields."""
-    shutil.copytree(models.FIXTURES / name, folder)
-    tensors = models.read(folder / FILES[1]).items()
-    save_file({k: -x if re.search(part, k) else x for k, x in tensors}, folder / FILES[1])
-    config = json.loads((folder / FILES[0]).read_text())
-    (folder / FILES[0]).write_text(json.dumps(config | fields))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "part", "line"),
-    [
-        ("dora", "magnitude", "- +m"),
-        ("dora", "lora_B", "- +B"),
-        ("tokens", "tokens_delta", "2 +values"),
-        ("tokens", {"trainable_token_indices": [1, 2, 3]}, "- +rows"),
-        ("modules_to_save", "classifier.weight", "2 +values"),
-        ("all_linear", "the fixture dora", "- +low rank → DoRA"),
-    ],
-)
-def test_diff_of_other_methods(name: str, part: Any, line: str, tmp_path: Folder) -> None:
-    """Leaves in full and rows by their values; what cannot be compared is said."""
-    other = models.FIXTURES / "dora"
-    if "fixture" not in part:
-        options = part if isinstance(part, dict) else {"part": part}
-        other = altered(tmp_path / "b", name, **options)
-    text = run("diff", models.FIXTURES / name, other, code=1).stdout
-    assert re.search(rf" +({line})$", text, re.M), text
-
-
 def changed(tmp_path: Folder, stored: Stored, change: Any) -> tuple[Folder, Folder]:
     """Two Orbax adapters: a case, and what `change` makes of its leaves."""
     other = change(nodes(stored[2]))
@@ -342,53 +311,69 @@ def changed(tmp_path: Folder, stored: Stored, change: Any) -> tuple[Folder, Fold
     return stored[0], tmp_path / "b"
 
 
-UP = "params/layers/mlp/up/kernel"
+def put(**fields: Any) -> Any:
+    """Replaces fields of a node."""
+    return lambda x: x._replace(**fields)
 
 
-def with_up(**fields: Any) -> Any:
-    """Replaces fields of one site."""
-    return lambda leaves: leaves | {UP: leaves[UP]._replace(**fields)}
+def scaled(x: Any) -> Any:
+    """B three times as large."""
+    return x._replace(b=3 * x.b)
 
 
-def scaled(leaves: dict[str, Any]) -> dict[str, Any]:
-    """One site with B three times as large."""
-    return leaves | {UP: leaves[UP]._replace(b=3 * leaves[UP].b)}
-
-
-def padded(leaves: dict[str, Any]) -> dict[str, Any]:
-    """One site with a rank above its own: the same ΔW."""
-    x = leaves[UP]
+def padded(x: Any) -> Any:
+    """A rank above its own: the same ΔW."""
     pad = lambda y, axis: jnp.pad(y, [(0, 2 * (d == axis)) for d in range(3)])  # noqa: E731
-    return leaves | {UP: x._replace(a=pad(x.a, 2), b=pad(x.b, 1))}
+    return x._replace(a=pad(x.a, 2), b=pad(x.b, 1))
 
 
+UP = "params/layers/mlp/up/kernel"
+LEAVES = {
+    "scanned": UP,
+    "dora": "model/layers/0/mlp/down_proj/kernel",
+    "tokens": "params/embed/embedding",
+    "modules_to_save": "classifier/kernel",
+}
+# A case, what becomes of one leaf, how much ΔW changes relative to A's, and words.
 CHANGES = {
-    "scale": (with_up(scale=4.0), 1.0, ["scale 2.0 → 4.0"]),
-    "dropout": (with_up(dropout=0.5), 0.0, ["dropout 0.0 → 0.5"]),
-    "frozen": (with_up(frozen=("a",)), 0.0, ["frozen () → ('a',)"]),
-    "residual": (with_up(residual=True), None, ["residual False → True"]),
-    "values": (scaled, 2.0, ["B"]),
-    "rank": (padded, 0.0, ["rank 2 → 4", "A", "B"]),
-    "full": (lambda leaves: leaves | {UP: jnp.ones(3)}, None, ["low rank → in full"]),
-    "shape": (with_up(b=jnp.ones((2, 2, 13))), None, ["weight (2, 8, 12) → (2, 8, 13)", "B"]),
+    "scale": ("scanned", put(scale=4.0), 1.0, ["scale 2.0 → 4.0"]),
+    "dropout": ("scanned", put(dropout=0.5), 0.0, ["dropout 0.0 → 0.5"]),
+    "frozen": ("scanned", put(frozen=("a",)), 0.0, ["frozen () → ('a',)"]),
+    "residual": ("scanned", put(residual=True), None, ["residual False → True"]),
+    "values": ("scanned", scaled, 2.0, ["B"]),
+    "rank": ("scanned", padded, 0.0, ["rank 2 → 4", "A", "B"]),
+    "full": ("scanned", lambda x: jnp.ones(3), None, ["low rank → in full"]),
+    "shape": (
+        *("scanned", put(b=jnp.ones((2, 2, 13))), None),
+        ["weight (2, 8, 12) → (2, 8, 13)", "B"],
+    ),
+    "m of DoRA": ("dora", lambda x: x._replace(m=-x.m), None, ["m"]),
+    "B of DoRA": ("dora", scaled, None, ["B"]),
+    "method": ("dora", lambda x: site(x.a, x.b), None, ["DoRA → low rank"]),
+    "values of rows": ("tokens", lambda x: x._replace(v=-x.v), 2.0, ["values"]),
+    "rows": ("tokens", put(rows=(1, 2, 3)), None, ["rows"]),
+    "values in full": ("modules_to_save", jnp.negative, 2.0, ["values"]),
 }
 
 
-@pytest.mark.parametrize("name", some(CHANGES, "dropout", "rank", "full", "residual"))
+@pytest.mark.parametrize("name", some(CHANGES, "dropout", "rank", "residual", *[*CHANGES][8:]))
 def test_diff_of_one_site(name: str, tmp_path: Folder, orbax: Any) -> None:
-    """Exit code 1, and what differs."""
-    change, relative, words = CHANGES[name]
-    pair = changed(tmp_path, orbax("scanned"), change)
+    """Exit code 1, and what differs; what cannot be compared is said."""
+    case, change, relative, words = CHANGES[name]
+    path = LEAVES[case]
+    pair = changed(tmp_path, orbax(case), lambda x: x | {path: change(x[path])})
     found = json.loads(run("diff", *pair, "--json", code=1).stdout)
-    [site] = [site for site in found["sites"] if not site["equal"]]
-    assert (site["name"], site["changes"]) == (UP, words)
+    [found_site] = [x for x in found["sites"] if not x["equal"]]
+    assert (found_site["name"], found_site["changes"]) == (path, words)
     expected = relative if relative is None else pytest.approx(relative, rel=1e-6, abs=1e-12)
-    assert site["relative"] == expected
+    assert found_site["relative"] == expected
     assert found.keys() == {"a", "b", "equal", "tolerance", "only_a", "only_b", "sites"}
     lines = run("diff", *pair, code=1).stdout.splitlines()
     assert lines[0].split() == ["site", "relative", "differs"]
-    assert lines[1].split()[0] == UP and lines[1].endswith("; ".join(words))
-    assert lines[-1] == "6 of 7 common sites are equal"
+    value = "-" if relative is None else f"{found_site['relative']:.3g}"
+    assert lines[1].split()[:2] == [path, value] and lines[1].endswith("; ".join(words))
+    count = len(found["sites"])
+    assert lines[-1] == f"{count - 1} of {count} common sites are equal"
 
 
 def test_diff_of_sites_of_one_only(tmp_path: Folder, orbax: Any) -> None:
@@ -401,7 +386,7 @@ def test_diff_of_sites_of_one_only(tmp_path: Folder, orbax: Any) -> None:
 
 def test_diff_within_a_tolerance(tmp_path: Folder, orbax: Any) -> None:
     """ΔW decides then, not rank and scale; and the other way round where it is exceeded."""
-    a, b = changed(tmp_path, orbax("scanned"), lambda leaves: scaled(padded(leaves)))
+    a, b = changed(tmp_path, orbax("scanned"), lambda x: x | {UP: scaled(padded(x[UP]))})
     run("diff", a, b, "--tolerance", 2.1)
     run("diff", a, b, "--tolerance", 1.9, code=1)
     assert "--tolerance must be a number of at least 0; got -1.0" in fails(
