@@ -144,14 +144,13 @@ def in_blocks(codes, grid, block):
     return codes.astype(np.float32) * each
 
 
-def fp8(seed=0, block=(32, 32), exponents=False):
+def fp8(seed=0, block=(32, 32)):
     codes = floats8(seed)
     shape = -(-ROWS // block[0]), -(-COLUMNS // block[1])
     grid = scales(*shape, dtype=np.float32, seed=seed)
-    grid = np.exp2(np.floor(np.log2(grid))) if exponents else grid
     config = {"quant_method": "fp8", "weight_block_size": list(block)}
     matrix = in_blocks(codes, grid, block)
-    return File(config, matrix, weight=codes, weight_scale_inv=grid.astype(np.float32))
+    return File(config, matrix, weight=codes, weight_scale_inv=grid)
 
 
 def fp8_at_once(config, shape, *, name="weight_scale", dtype=jnp.bfloat16, seed=0, **more):

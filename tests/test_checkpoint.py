@@ -83,12 +83,18 @@ def edit(path: pathlib.Path, hashed: bool = True, **fields: Any) -> None:
     (path / "jlora" / "metadata").write_text(json.dumps(fields))
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint that stays as it is."""
+    path, (base, adapter) = tmp_path_factory.mktemp("a") / "saved", made()
+    checkpoint.save(path, adapter, RULES, base=base, step=7, hash_values=True)
+    return path
+
+
 @pytest.fixture
-def saved(tmp_path: pathlib.Path) -> tuple[pathlib.Path, Any, Any]:
+def saved(original: pathlib.Path, tmp_path: pathlib.Path) -> tuple[pathlib.Path, Any, Any]:
     """A checkpoint, its base and its adapter."""
-    base, adapter = made()
-    checkpoint.save(tmp_path / "saved", adapter, RULES, base=base, step=7, hash_values=True)
-    return tmp_path / "saved", base, adapter
+    return shutil.copytree(original, tmp_path / "saved"), *made()
 
 
 # ------------------------------------------------------------------------------------- round trips
@@ -223,15 +229,6 @@ def test_items_join_a_managers_checkpoint(tmp_path):
     assert_equal(checkpoint.restore(tmp_path / "run" / "2", like=adapter, base=base), adapter)
     with pytest.raises(ValueError, match=r"holds the steps 1, 2 of a CheckpointManager; give one"):
         checkpoint.read(tmp_path / "run")
-
-
-def test_export_is_an_ordinary_checkpoint(tmp_path):
-    merged = jlora.merge(*made())
-    checkpoint.export(tmp_path / "m", merged)
-    with ocp.StandardCheckpointer() as plain:
-        assert_equal(plain.restore(tmp_path / "m", abstract(merged)), merged)
-    with pytest.raises(ValueError, match="is no checkpoint of an adapter: expected 'adapter' and"):
-        checkpoint.restore(tmp_path / "m")
 
 
 def test_a_relative_path_and_new_parents(tmp_path, monkeypatch):

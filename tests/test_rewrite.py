@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from small import some
-from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, assert_rounded, write
+from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, assert_rounded, like, write
 from test_base_files import tensors_of as tensors_in
 
 import jlora
@@ -63,9 +63,7 @@ def test_shards(tmp_path):
 def test_merged_onto_quantized(tmp_path):
     """What is merged into floats is what is merged into the loaded codes."""
     folder = write(tmp_path / "base", {f"h.{i}.up": FORMATS["nf4"](seed=i) for i in range(2)})
-    shapes = {"layers": {"up": {"kernel": jax.ShapeDtypeStruct((2, COLUMNS, ROWS), jnp.bfloat16)}}}
-    shapes |= {"norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}}
-    base = peft.load_base(folder, NAMES, like=shapes)
+    base = peft.load_base(folder, NAMES, like=like(jnp.bfloat16))
     lora = jlora.transform(lambda p, x: x @ p["layers"]["up"]["kernel"], jlora.LoRA("up", rank=4))
     _, adapter = lora.init(jax.random.key(0), base, jnp.ones((2, 1, COLUMNS), jnp.bfloat16))
     adapter = jax.tree.map(lambda v: v + 0.05, adapter)
