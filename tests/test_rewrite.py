@@ -18,7 +18,6 @@ import jlora
 from jlora import peft
 from jlora._cli._app import cli
 
-FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 def normal(*shape, seed=0, dtype=np.float32):
