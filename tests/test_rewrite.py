@@ -19,7 +19,6 @@ from jlora import peft
 from jlora._cli._app import cli
 
 
-
 def normal(*shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
