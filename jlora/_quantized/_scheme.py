@@ -12,7 +12,7 @@ from jax import lax
 from .._core import explicit
 from .._rules import check_pattern, is_int, rule_name
 from .._types import Layout
-from ._form import Form, along
+from ._form import Form, along, one_block
 
 
 class Coded(NamedTuple):
@@ -62,15 +62,32 @@ class Scheme:
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
-        """Says how a weight is cut into blocks; raises `ValueError` if it cannot be.
+        """Cuts a weight into blocks along its last axis, or into one for all inputs of an output.
 
         Args:
             shape: of the weight.
             stack: as in `Form`.
             order: as in `Form`.
             inputs: how many axes at the end of `order` each output is a sum over.
+
+        Raises:
+            ValueError: if the weight cannot be cut so, as if blocks do not divide the axis.
         """
-        raise NotImplementedError
+        (name, block), n = block_of(self), shape[order[-1]]
+        if block is None:
+            return one_block(shape, stack, order, inputs)
+        if n % block == 0:
+            return along(shape, stack, order, block)
+        fits = ", ".join(str(b) for b in self.legal if n % b == 0)
+        raise ValueError(
+            f"`{name}` of {rule_name(self)} is {block}, which does not divide axis {order[-1]}, "
+            f"of length {n}, of a weight of shape {shape}. "
+            + (
+                f"Blocks of {fits} divide it."
+                if fits
+                else "No legal block divides it: leave it out of the pattern."
+            )
+        )
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Computes the codes of W.
@@ -83,8 +100,8 @@ class Scheme:
         raise NotImplementedError
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """Computes W in float32 from codes and from scales that broadcast to them."""
-        raise NotImplementedError
+        """Computes W in float32 from codes and scales that broadcast to them: their product."""
+        return codes.astype(jnp.float32) * scale.astype(jnp.float32)
 
 
 def spell(scheme: Scheme) -> str:
@@ -105,25 +122,6 @@ def block_of(scheme: Scheme) -> tuple[str, Any]:
     """What a scheme calls the length of its blocks, and that length; None if it has none."""
     name = "group" if hasattr(scheme, "group") else "block"
     return name, getattr(scheme, name, None)
-
-
-def rows(
-    scheme: Scheme, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...]
-) -> Form:
-    """Makes a form with blocks along the last axis of `order`, which they must divide."""
-    (name, block), n = block_of(scheme), shape[order[-1]]
-    if n % block:
-        fits = [b for b in scheme.legal if n % b == 0]
-        remedy = (
-            f"Blocks of {', '.join(map(str, fits))} divide it."
-            if fits
-            else "No legal block divides it: leave it out of the pattern."
-        )
-        raise ValueError(
-            f"`{name}` of {rule_name(scheme)} is {block}, which does not divide axis {order[-1]}, "
-            f"of length {n}, of a weight of shape {shape}. {remedy}"
-        )
-    return along(shape, stack, order, block)
 
 
 def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:
