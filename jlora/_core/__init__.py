@@ -8,7 +8,6 @@ made to it. Of a method it knows only this `Change`. Read the modules in this or
 from . import _control, _dot, _joins, _kernels, _lookup, _moves  # noqa: F401
 from ._arrays import einsum as einsum
 from ._arrays import explicit as explicit
-from ._arrays import letters as letters
 from ._arrays import mesh_axes as mesh_axes
 from ._arrays import promote as promote
 from ._axes import RANK as RANK

@@ -56,7 +56,7 @@ def einsum(
 ) -> jax.Array:
     """Computes the Einstein sum of two arrays in `dtype`, by default float32 or better.
 
-    `x`, `y` and `out` name the axes of the arrays and of the result by letters or any other values.
+    `x`, `y` and `out` name the axes of the arrays and of the result by any values.
     Along explicit mesh axes the result has `sharding`; by default each of its axes is sharded as in
     x, or else as in y, and what is contracted is summed over the mesh.
     """
@@ -76,11 +76,6 @@ def spell(*each: Sequence[Hashable]) -> list[str]:
     names = dict.fromkeys(name for names in each for name in names)
     letters = dict(zip(names, string.ascii_letters, strict=False))
     return ["".join(letters[name] for name in names) for names in each]
-
-
-def letters(n: int) -> str:
-    """Gives the first `n` letters."""
-    return string.ascii_letters[:n]
 
 
 def promote(*dtypes: Any) -> Any:
