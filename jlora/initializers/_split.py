@@ -219,7 +219,7 @@ def _put_like(new: jax.Array, old: Any) -> jax.Array:
 def _shardings(spec: Split, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
     """The shardings of W, A and B along the axes of the mesh of `known`, that of W."""
 
-    def place(axes: Sequence[int | None], x: Any) -> NamedSharding:
+    def place(x: Any, axes: Sequence[int | None]) -> NamedSharding:
         spec = [None if d is None else known.spec[d] for d in axes]
         parts = [math.prod(known.mesh.shape[n] for n in mesh_axes(entry)) for entry in spec]
         fits = [n % k == 0 for n, k in zip(x.shape, parts, strict=True)]
@@ -228,11 +228,7 @@ def _shardings(spec: Split, known: NamedSharding, w: Any, a: Any, b: Any) -> tup
 
     stack, inputs, outputs, slots = spec.layout
     beside = (*stack, *((None,) if slots is not None else ()))
-    of_a, of_b = place((*beside, *inputs, None), a), place((*beside, None, *outputs), b)
+    of_a, of_b = place(a, (*beside, *inputs, None)), place(b, (*beside, None, *outputs))
     if not is_quantized(w):
-        return place(range(w.ndim), w), of_a, of_b
-    parts = {
-        name: jax.tree.map(place, axes, getattr(w, name), is_leaf=lambda x: type(x) is tuple)
-        for name, axes in w.axes().items()
-    }
-    return dataclasses.replace(w, **parts), of_a, of_b
+        return place(w, range(w.ndim)), of_a, of_b
+    return w.map_arrays(place), of_a, of_b

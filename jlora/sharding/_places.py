@@ -77,7 +77,7 @@ def _of_quantized(x: Quantized) -> Any:
     if not isinstance(found, PartitionSpec | NamedSharding):
         return found
     spec = found if isinstance(found, PartitionSpec) else found.spec
-    by_axis = dict(zip(x.axes()["data"], spec, strict=False))
+    by_axis = dict(zip(x.form.coded, spec, strict=False))
     return with_spec(found, PartitionSpec(*(by_axis.get(d) for d in range(x.ndim))))
 
 

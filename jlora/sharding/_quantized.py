@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -66,20 +66,6 @@ def gathered(base: PyTree, specs: PyTree) -> PyTree:
         dataclasses.replace(x, used=places[path]) if is_quantized(x) else x for path, x in leaves
     ]
     return jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_quantized), found)
-
-
-def quantized_places(leaf: Quantized, place: Callable[[Sequence[Any]], Place]) -> Quantized:
-    """Returns `leaf` with the places of its arrays: `place` of what each of their axes follows."""
-    axes = leaf.axes()
-    nested = leaf.nested and type(leaf.nested)(*map(place, axes["nested"]))
-    return dataclasses.replace(
-        leaf,
-        data=place(axes["data"]),
-        scale=place(axes["scale"]),
-        zero=None if leaf.zero is None else place(axes["zero"]),
-        nested=nested,
-        error=None if leaf.error is None else place(axes["error"]),
-    )
 
 
 def describe(entry: Any, mesh: Mesh) -> str:

@@ -18,7 +18,7 @@ from .._rules import near_misses
 from .._tree import adapter_leaves, leaves_by_path, name_of
 from .._types import Path, PyTree
 from ._places import Place, Unknown, everywhere, places_of, with_spec
-from ._quantized import Mesh, Misfit, check_blocks, describe, devices, quantized_places
+from ._quantized import Mesh, Misfit, check_blocks, describe, devices
 
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
@@ -243,7 +243,7 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
 def _each(leaf: Any, dims: Sequence[int], place: Callable[[Sequence[Any]], Place]) -> Any:
     """Returns `leaf` with the places of its arrays: `place` of what each of their axes follows."""
     if is_quantized(leaf):
-        return quantized_places(leaf, place)
+        return leaf.map_arrays(lambda _, dims: place(dims))
     if not is_node(leaf):
         return place(dims)
     axes = leaf.axes(leaf.layout)
