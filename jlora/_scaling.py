@@ -10,8 +10,8 @@ import optax
 from ._adapters import is_node
 from ._compat import is_concrete
 from ._core import einsum, promote
-from ._labels import is_masked
 from ._linalg import inverse
+from ._optimizer import is_masked
 from ._rules import is_finite
 from ._types import Params, PyTree
 

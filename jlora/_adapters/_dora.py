@@ -18,8 +18,7 @@ from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, promote
 from .._rules import rule_name
 from .._types import Layout
 from .._whole import check_whole
-from ._keywords import refuse_keywords_of_peft
-from ._lora import LoRA
+from ._lora import LoRA, refuse_keywords_of_peft
 from ._low_rank import LowRank, stack_and_slots, without_slots
 from ._node import Axes, Node, register
 

@@ -13,8 +13,7 @@ import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._report import align_columns
-from ._argument import FOLDER, Arg, call
-from ._command import Answer, Command
+from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import NAMES, OpenAdapter, by_name, format_of, open_adapter, table
 from ._inspect import widen
 

@@ -11,7 +11,7 @@ import jlora
 
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
-from ._argument import Arg, call
+from ._command import Arg, call
 
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
 llama-scanned, vit, tunix-llama3, tunix-qwen2, tunix-qwen3, tunix-qwen3-experts, tunix-gemma,

@@ -15,8 +15,7 @@ import jlora
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._report import align_columns, format_bytes
 from .._tree import count, size_in_bytes
-from ._argument import FOLDER, Arg, call
-from ._command import Answer, Command
+from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import format_of, open_adapter
 
 SHOWN = 4  # singular values in the table

@@ -10,10 +10,8 @@ import jax
 import jlora
 
 from .. import _compat
-from .._planning import has_compiler, mesh_of, parse
-from .._planning._placed import mesh_of_leaves
-from ._argument import call
-from ._command import Answer, Command
+from .._planning import has_compiler, mesh_of, mesh_of_leaves, parse
+from ._command import Answer, Command, call
 from ._inputs import attribute
 
 WITHOUT = 'activations need the compiler for TPUs, which is not installed: pip install "jax[tpu]"'

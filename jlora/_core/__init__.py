@@ -19,14 +19,14 @@ from ._change import Change as Change
 from ._change import Delta as Delta
 from ._change import NotInvertibleError as NotInvertibleError
 from ._interpret import Equation as Equation
+from ._interpret import ValueReadError as ValueReadError
 from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
 from ._interpret import rule as rule
+from ._interpret import take as take
+from ._interpret import trace as trace
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
-from ._trace import ValueReadError as ValueReadError
-from ._trace import take as take
-from ._trace import trace as trace
 from ._uses import ProductUse as ProductUse
 from ._uses import Unsupported as Unsupported
 from ._uses import Uses as Uses

@@ -13,8 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from .. import sharding
 from .._report import align_columns, format_bytes
 from .._types import PyTree
-from ._placed import check_places, is_replicated, mesh_of_leaves
-from ._topology import CHIPS
+from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves
 
 
 class Plan(NamedTuple):

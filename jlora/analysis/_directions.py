@@ -8,7 +8,7 @@ from jax import lax
 
 from .._adapters import LowRank, weight_shape
 from .._linalg import norm, svd, times
-from ._factors import factors
+from ._size import factors
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:

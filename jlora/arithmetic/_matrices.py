@@ -10,7 +10,7 @@ import numpy as np
 from .._adapters import LowRank, from_matrices, matrices, weight_shape
 from .._core import explicit
 from .._linalg import qr, svd_of, times
-from ._several import join
+from ._operands import join
 
 
 def build(

@@ -9,8 +9,19 @@ import jax.numpy as jnp
 from .._adapters import LowRank, leading_axes
 from .._compat import evaluate_now
 from .._types import Path, PyTree
-from ._operands import Operands, Weights, check_finite, check_operands, combine_leaves, is_one
-from ._several import FROM_THE_START, RESIDUAL, is_residual, join, refuse
+from ._operands import (
+    FROM_THE_START,
+    RESIDUAL,
+    Operands,
+    Weights,
+    check_finite,
+    check_operands,
+    combine_leaves,
+    is_one,
+    is_residual,
+    join,
+    refuse,
+)
 
 ROUNDING = 1e-5  # of weights that add up to 1
 

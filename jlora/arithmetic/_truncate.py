@@ -14,8 +14,7 @@ from .._rules import check_int
 from .._tree import nest
 from .._types import PyTree
 from ._matrices import build
-from ._operands import MERGE
-from ._several import flatten_each, refuse_other_methods
+from ._operands import MERGE, flatten_each, refuse_other_methods
 
 
 def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:

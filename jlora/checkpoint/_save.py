@@ -13,8 +13,7 @@ from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, nam
 from .._types import Path, PyTree
 from ._fingerprint import fingerprint, is_fingerprint, shapes_of
 from ._meta import encode, flatten_leaves
-from ._store import Where, write
-from ._together import by_all
+from ._store import Where, by_all, write
 
 ADAPTER, METADATA = "adapter", "jlora"
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._draw import dtype_of
-from ._sketched import SketchInitializer
+from ._initializer import SketchInitializer
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

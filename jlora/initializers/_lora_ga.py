@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .._quantized import is_quantized
 from ._draw import dtype_of
-from ._sketched import SketchInitializer
+from ._initializer import SketchInitializer
 from ._split import split_of, subtract
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .._adapters import Routed, arrays, is_node
 from .._tree import adapter_leaves, name_of, nest
 from .._types import PyTree, short
-from ..arithmetic._several import refuse
+from ..arithmetic._operands import refuse
 from ._fill import (
     REFUSAL,
     Leaves,
