@@ -8,6 +8,8 @@ says what both are. Each is a class, and a method is a file.
 
 from ._dora import Decomposed as Decomposed
 from ._dora import DoRA as DoRA
+from ._gated import Probe as Probe
+from ._gated import Routed as Routed
 from ._lora import LoRA as LoRA
 from ._lora import clip_rank as clip_rank
 from ._low_rank import LowRank as LowRank
@@ -33,7 +35,5 @@ from ._node import state as state
 from ._node import static as static
 from ._node import weight_of as weight_of
 from ._node import weight_shape as weight_shape
-from ._probe import Probe as Probe
-from ._routed import Routed as Routed
 from ._rows import Replaced as Replaced
 from ._rows import Rows as Rows

@@ -2,10 +2,10 @@
 
 It evaluates a traced function in which some parameters are a `Weight`: W and the change that is
 made to it. Of a method it knows only this `Change`. Read the modules in this order: `_axes`,
-`_change`, `_weight`, `_interpret`, `_moves`, `_product`, `_dot`, `_low_rank`, `_control`.
+`_change`, `_weight`, `_interpret`, `_moves`, `_product`, `_contractions`, `_low_rank`, `_control`.
 """
 
-from . import _control, _dot, _joins, _kernels, _lookup, _moves  # noqa: F401
+from . import _contractions, _control, _joins, _lookup, _moves  # noqa: F401
 from ._arrays import einsum as einsum
 from ._arrays import explicit as explicit
 from ._arrays import mesh_axes as mesh_axes

@@ -9,9 +9,8 @@ import numpy as np
 from .._adapters import LoRA, clip_rank
 from .._rules import Rule, check_int, explain_no_match, near_misses, rule_name
 from .._types import short
-from ._allocation import Allocation, check_rules, index_of, trainable_parameters
-from ._shares import Share
-from ._spectrum import Sketch, Spectrum
+from ._allocation import Allocation, Share, check_rules, index_of, trainable_parameters
+from ._kinds import Sketch, Spectrum
 
 
 def allocate(

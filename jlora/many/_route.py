@@ -15,8 +15,7 @@ from .._tree import check_fits, leaves_by_path, nest
 from .._types import Path, PyTree, short
 from ..arithmetic._operands import FROM_THE_START, RESIDUAL, is_residual, refuse
 from ._fill import Leaves, check_methods
-from ._ids import check_ids
-from ._table import table_leaves
+from ._table import check_ids, table_leaves
 
 FORMS = ("side by side", "gathered")
 SHARE = 4  # A and B of all slots lie side by side where they are no more than this part of W

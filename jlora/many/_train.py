@@ -14,8 +14,7 @@ from .._core import promote
 from .._optimizer import check_transformation, is_transformation
 from .._rules import is_floating
 from .._types import PyTree
-from ._ids import check_mask, mask_of
-from ._table import table_leaves
+from ._table import check_mask, mask_of, table_leaves
 
 Make = Callable[..., optax.GradientTransformation]
 
