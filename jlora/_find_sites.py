@@ -12,22 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from ._adapters import Node, weight_of
-from ._core import (
-    Change,
-    Unsupported,
-    Uses,
-    ValueReadError,
-    abstract,
-    as_array,
-    evaluate,
-    leaf_weight,
-    take,
-    trace,
-)
+from ._core import Change, ValueReadError, abstract, as_array, evaluate, leaf_weight, take, trace
 from ._foreign import check_kept, check_leaf
 from ._quantized import is_quantized
 from ._rules import Full, Rule, matches
-from ._sites import Site, Sites
+from ._sites import Site, Sites, Unsupported, Uses
 from ._tree import flatten, is_abstract, leaves_by_path
 from ._types import Layout, Path, PyTree
 

@@ -11,6 +11,7 @@ from ._arrays import explicit as explicit
 from ._arrays import mesh_axes as mesh_axes
 from ._arrays import promote as promote
 from ._axes import RANK as RANK
+from ._axes import REPEATED as REPEATED
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
 from ._axes import Unfactorable as Unfactorable
@@ -27,8 +28,5 @@ from ._interpret import take as take
 from ._interpret import trace as trace
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
-from ._uses import ProductUse as ProductUse
-from ._uses import Unsupported as Unsupported
-from ._uses import Uses as Uses
 from ._weight import Weight as Weight
 from ._weight import leaf_weight as leaf_weight

@@ -18,7 +18,7 @@ from .._quantized import Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
 from .._types import Layout
 from .._whole import check_whole
-from ._draw import dtype_of
+from ._initializer import dtype_of
 
 # `(key, w, rank, scale) -> (a, b)` of matrices (…, inputs, outputs): scale·A·B is taken from them.
 Factored = Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Array]]
