@@ -152,15 +152,11 @@ def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool
     formed = None
     if unsupported:
         *rest, last = range(x.ndim)
-        each = (_materialized_layout(u.axes, x.shape) for u in unsupported if u.axes)
+        found = (u.axes for u in unsupported if u.axes)
+        each = (_layout(frozenset().union(*axes[:-1]), axes[-1], x.shape) for axes in found)
         formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
     kind = kind if layout else None
     return Site(path, x.shape, x.dtype, kind, layout, tuple(unsupported), formed, used, scheme)
-
-
-def _materialized_layout(axes: tuple[frozenset[int], ...], shape: tuple[int, ...]) -> Layout | None:
-    """Makes the last axis of the weight its outputs."""
-    return _layout(frozenset().union(*axes[:-1]), axes[-1], shape)
 
 
 def _layout(

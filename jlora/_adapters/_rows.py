@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core import (
@@ -187,10 +186,9 @@ def _list_few(rows: Sequence[int]) -> str:
 def _one_hot(node: Replaced, w: Any) -> Factor:
     """Makes the matrix E of ones and zeros for each matrix of a stack."""
     [axis], stack = node.layout.inputs, node.layout.stack
-    shape = (w.shape[axis], len(node.rows))
-    chosen = lax.broadcasted_iota(jnp.int32, shape, 0) == jnp.asarray(node.rows, jnp.int32)[None]
-    chosen = chosen.astype(promote(w.dtype))
-    chosen = jnp.broadcast_to(chosen, (*(w.shape[d] for d in stack), *shape))
+    rows = jnp.asarray(node.rows, jnp.int32)
+    chosen = jax.nn.one_hot(rows, w.shape[axis], dtype=promote(w.dtype), axis=0)
+    chosen = jnp.broadcast_to(chosen, (*(w.shape[d] for d in stack), *chosen.shape))
     if (known := _sharding(w)) is not None:
         spec = PartitionSpec(*(known.spec[d] for d in (*stack, axis)), None)
         chosen = jax.sharding.reshard(chosen, NamedSharding(known.mesh, spec))

@@ -17,8 +17,18 @@ from .._quantized import is_quantized
 from .._rules import near_misses
 from .._tree import adapter_leaves, leaves_by_path, name_of
 from .._types import Path, PyTree
-from ._places import Place, Unknown, everywhere, places_of, with_spec
-from ._quantized import Mesh, Misfit, check_blocks, describe, devices
+from ._places import (
+    Mesh,
+    Misfit,
+    Place,
+    Unknown,
+    check_blocks,
+    describe,
+    devices,
+    everywhere,
+    places_of,
+    with_spec,
+)
 
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
