@@ -176,7 +176,7 @@ def _stateless(name: str, f: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _check_positive(name: str, x: Any) -> None:
-    """`ValueError` unless `x` is a positive finite number, or traced."""
+    """Raises `ValueError` unless `x` is a positive finite number, or traced."""
     if not is_concrete(x):
         return
     number = x.item() if isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 else x

@@ -49,7 +49,7 @@ class Uses:
     """What each leaf is used for, by path, in program order."""
 
     def __init__(self) -> None:
-        """A record without uses."""
+        """Starts without uses."""
         self.products: dict[str, list[ProductUse]] = defaultdict(list)
         self.unsupported: dict[str, list[Unsupported]] = defaultdict(list)
 

@@ -63,7 +63,7 @@ class Decomposed(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of A, of B and of m follows."""
+        """Says what each axis of A, of B and of m follows."""
         axes = LowRank.axes(layout)
         return {"a": axes["a"], "b": axes["b"], "m": (*stack_and_slots(layout), *layout.outputs)}
 
@@ -72,7 +72,7 @@ class Decomposed(Node):
         return super().needs() | {"DoRA takes norms over all inputs of W": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:
-        """The sum W + s·A·B, with the gain m / ‖W + s·A·B‖."""
+        """Returns the sum W + s·A·B, with the gain m / ‖W + s·A·B‖."""
         outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
         whole = without_slots(self, w.shape)
         delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)

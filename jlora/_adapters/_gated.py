@@ -54,11 +54,11 @@ class Routed(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of A, of B, of the gate and of the dropout keys follows."""
+        """Says what each axis of A, of B, of the gate and of the keys follows."""
         return LowRank.axes(layout) | {"gate": ("rank",)}
 
     def lower(self, w: Any) -> Change:
-        """W + s·A·diag(g)·B."""
+        """Returns the change W + s·A·diag(g)·B."""
         if self.gate is None:
             raise TypeError(
                 "`adapter` is a table from jlora.many.prepare, of which a call uses one slot a "
@@ -96,12 +96,12 @@ class Probe(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of A, of B and of the gate follows."""
+        """Says what each axis of A, of B and of the gate follows."""
         axes = LowRank.axes(layout)
         return {"a": axes["a"], "b": axes["b"], "gate": (*stack_and_slots(layout), "rank")}
 
     def lower(self, w: Any) -> Change:
-        """W + 0, of which the gradient is a statistic."""
+        """Returns a change of 0, whose gradient is a statistic."""
         stack = self.gate.shape[: len(self.layout.stack)]
         node = self._replace(gate=self.gate.reshape(*stack, -1))  # with slots the rank is slots·r
         node = without_slots(node, w.shape)

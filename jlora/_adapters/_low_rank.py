@@ -59,7 +59,7 @@ class LowRank(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of A, of B and of the dropout keys follows."""
+        """Says what each axis of A, of B and of the dropout keys follows."""
         stack = stack_and_slots(layout)
         return {
             "a": (*stack, *layout.inputs, "rank"),
@@ -68,7 +68,7 @@ class LowRank(Node):
         }
 
     def lower(self, w: Any) -> Change:
-        """W + s·A·B."""
+        """Returns the change W + s·A·B."""
         node = without_slots(stop_gradients(self), w.shape)
         key = None if node.key is None else node.factor("key")
         return Change((Delta(node.factor("a"), node.factor("b"), node.scale, key, node.dropout),))

@@ -62,7 +62,7 @@ class Replaced(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of V follows."""
+        """Says what each axis of V follows."""
         return {"v": (*layout.stack, "rows", *layout.outputs)}
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
@@ -84,7 +84,7 @@ class Replaced(Node):
         return {"Rows counts the rows of the whole table": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:
-        """W with V in the place of its rows."""
+        """Returns the change that puts V in the place of the rows."""
         old, dtype = _take_rows(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
         return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)

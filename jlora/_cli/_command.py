@@ -106,7 +106,7 @@ class Answer(NamedTuple):
     exit_code: int = 0
 
     def as_json(self) -> str:
-        """The fields in JSON, which has no floats that are not finite."""
+        """Writes the fields as JSON, with null for floats that are not finite."""
         text = json.dumps(self.fields)
         return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=2)
 
@@ -118,7 +118,7 @@ class Command(click.Command):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As `click.Command`, with two more options."""
+        """Adds two options to those of `click.Command`."""
         super().__init__(*args, **kwargs)
         as_json = click.Option(["--json"], is_flag=True, help="Print JSON, for programs.")
         debug = click.Option(["--debug"], is_flag=True, help="Print the traceback of an error.")
@@ -153,7 +153,7 @@ def _print_warning(message: Any, *_: Any) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message of an error, with a long list cut."""
+    """Writes the message of an error in one line, and cuts a long list."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

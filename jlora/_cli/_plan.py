@@ -67,7 +67,7 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
 
 
 def _axes(text: str) -> dict[str, int]:
-    """`fsdp=16,tensor=8` as a dict."""
+    """Parses axes such as `fsdp=16,tensor=8`."""
     found = [re.fullmatch(r"\s*([^\W\d]\w*)\s*=\s*0*([1-9]\d*)\s*", x) for x in text.split(",")]
     if None in found:
         raise ValueError(f"--mesh: expected axes such as fsdp=16,tensor=8; got {text!r}.")

@@ -124,7 +124,7 @@ class Equation:
     """
 
     def __init__(self, eqn: Any, operands: Sequence[Any], within: "Equation | None"):
-        """An equation of a jaxpr at `operands`."""
+        """Holds an equation of a jaxpr and its operands."""
         self._eqn, self.params = eqn, eqn.params
         self.operands, self.within = operands, within
 

@@ -67,7 +67,7 @@ class Packed:
         return jnp.broadcast_to(self.factor().expand_to(self.axes), self.shape).astype(self.dtype)
 
     def factor(self) -> Factor:
-        """W, unpacked, with its axes in any order and without those along which it is constant."""
+        """Unpacks W, with axes in any order, and without those along which it is constant."""
         return functools.reduce(lambda f, move: move(f), self.moves, self.unpack(self.parts))
 
     @property

@@ -191,7 +191,7 @@ def plan(
 
 
 def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> tuple[Any, ...]:
-    """Adapter, optimizer state, base and arguments as shapes with shardings."""
+    """Returns adapter, optimizer state, base and arguments as shapes with shardings."""
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def shape(x: Any, place: Any = None) -> jax.ShapeDtypeStruct:
@@ -268,6 +268,6 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def _shard_size(x: jax.ShapeDtypeStruct) -> int:
-    """The bytes of an array on one device."""
+    """Counts the bytes of an array on one device."""
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
     return math.prod(shape) * x.dtype.itemsize

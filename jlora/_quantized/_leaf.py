@@ -125,7 +125,7 @@ class Quantized(NotAnArray):
         return packed.replace(even=free, loosen=loosen, loose=packed.even)
 
     def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
-        """The axes that can be split as the codes and the blocks are, if scales are numbers."""
+        """Finds the axes that can be split as codes and blocks are, if scales are numbers."""
         form = self.form
         if form.flat:
             return frozenset(axes[d] for d in form.stack)
@@ -151,7 +151,7 @@ class Quantized(NotAnArray):
         )
 
     def array(self, dtype: Any = None) -> jax.Array:
-        """The weight, dequantized."""
+        """Dequantizes the weight."""
         axes = [Axis(d) for d in range(self.ndim)]
         return self.packed(axes, dtype).array
 

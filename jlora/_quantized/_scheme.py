@@ -119,7 +119,7 @@ def form_of(scheme: Scheme, shape: tuple[int, ...], layout: Layout, kind: str | 
 
 
 def block_of(scheme: Scheme) -> tuple[str, Any]:
-    """What a scheme calls the length of its blocks, and that length; None if it has none."""
+    """Returns the name and the value of the field with the length of blocks, None without."""
     name = "group" if hasattr(scheme, "group") else "block"
     return name, getattr(scheme, name, None)
 

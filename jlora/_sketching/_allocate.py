@@ -135,6 +135,6 @@ def _ranks(
 
 
 def _gains(s: Spectrum, kind: str) -> list[float]:
-    """The gain of each component, summed over a stack and over slots."""
+    """Sums the gain of each component over a stack and over slots."""
     each = s.ratios if kind == "inputs" else s.values**2
     return np.asarray(each, np.float64).reshape(-1, each.shape[-1]).sum(0).tolist()

@@ -244,7 +244,7 @@ class Allocation(Sequence[Rule]):
 
 
 def trainable_parameters(share: Share, rule: LoRA, rank: int) -> int:
-    """The number of parameters that a site trains at a rank."""
+    """Counts the parameters that a site trains at a rank."""
     return rule.of_rank(rank).trainable(share.layout, share.shape) if rank else 0
 
 
@@ -267,12 +267,12 @@ def _is_for(rule: Rule, path: str) -> bool:
 
 
 def index_of(path: str, given: Sequence[Rule]) -> int | None:
-    """The index of the rule that takes the site at `path`, or None."""
+    """Finds the index of the rule that takes the site at `path`, or None."""
     return next((i for i, rule in enumerate(given) if _is_for(rule, path)), None)
 
 
 def rule_of(path: str, given: Sequence[Rule]) -> LoRA:
-    """The rule with a rank that takes the site at `path`."""
+    """Finds the rule with a rank that takes the site at `path`."""
     i = index_of(path, given)
     if i is None or not isinstance(rule := given[i], LoRA):
         raise ValueError(f"no LoRA or DoRA of `rules` takes {path!r}.")

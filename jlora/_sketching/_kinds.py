@@ -127,7 +127,7 @@ class _Matrices:
 
     @classmethod
     def of(cls, site: Site, components: int | None) -> Any:
-        """The matrices at a site, by default with twice the rank of its rule."""
+        """Makes the matrices of a site, by default with twice the rank of its rule."""
         assert site.layout is not None
         assert isinstance(site.rule, LoRA)
         k = min(components or 2 * site.rule.rank, *matrix_lengths(site.layout, site.shape))
@@ -156,7 +156,7 @@ class _Matrices:
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def basis(self, side: int, is_last: bool, image: Any, key: jax.Array) -> jax.Array:
-        """The basis of a pass: random without an image, then the leading vectors of the last one.
+        """Computes the basis of a pass: random at first, then the leading vectors of the image.
 
         In the last pass it has random columns that are orthogonal to the others.
         """
@@ -168,7 +168,7 @@ class _Matrices:
         return jnp.concatenate([kept, drawn - times(kept, times(kept.mT, drawn))], -1)
 
     def normal(self, key: jax.Array, number: int, side: int, columns: int) -> jax.Array:
-        """Random matrices along one side."""
+        """Draws random matrices along one side."""
         stack, _, _, slots = self.layout
         beside = [self.shape[d] for d in stack] + ([] if slots is None else [len(slots[1])])
         shape = (*beside, self.lengths[side], columns)
@@ -180,24 +180,24 @@ class Gradient(_Matrices):
 
     @staticmethod
     def side(turn: int) -> int:
-        """The side of a pass."""
+        """Returns the side of a pass: 0 for inputs, 1 for outputs."""
         return turn % 2
 
     @_program
     def node(self, side: int, basis: jax.Array, key: jax.Array) -> LowRank:
-        """The node whose gradient has the image of the basis."""
+        """Makes the node whose gradient has the image of the basis."""
         across = jnp.zeros((*basis.shape[:-2], self.lengths[1 - side], self.columns), basis.dtype)
         return self._node(side, basis, across)._replace(materialize=self.materialize)
 
     @_program
     def image(self, side: int, basis: jax.Array, gradient: LowRank, batches: int) -> jax.Array:
-        """The image of the basis, from the sum of gradients over batches."""
+        """Computes the image of the basis from the sum of gradients over batches."""
         a, b = matrices(gradient)
         return (a if side else b.mT) / batches
 
     @_program
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
-        """The spectrum that the last basis and its image have."""
+        """Computes the spectrum from the last basis and its image."""
         n, k = self.columns - self.spare, self.components
         across, values, rotation = _svd(image[..., :n])
         along = times(basis[..., :n], rotation.mT)
@@ -219,12 +219,12 @@ class Inputs(_Matrices):
 
     @staticmethod
     def side(turn: int) -> int:
-        """The side of a pass."""
+        """Returns the side of a pass: 0 for inputs, 1 for outputs."""
         return 0
 
     @_program
     def node(self, side: int, basis: jax.Array, key: jax.Array) -> Probe:
-        """The node whose gradient has the image of the basis."""
+        """Makes the node whose gradient has the image of the basis."""
         a = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, 1)])
         gate = jnp.zeros((*basis.shape[:-2], self.columns + 1), basis.dtype).at[..., -1].set(1)
         b = self.normal(key, 2, 1, self.columns + 1).mT
@@ -233,14 +233,14 @@ class Inputs(_Matrices):
 
     @_program
     def image(self, side: int, basis: jax.Array, gradient: Probe, batches: int) -> jax.Array:
-        """The image of the basis, from the sum of gradients over batches."""
+        """Computes the image of the basis from the sum of gradients over batches."""
         a, count = gradient.a.reshape(*basis.shape[:-1], -1), gradient.gate[..., -1, None, None]
         image, total = a[..., :-1], a[..., -1:]
         return image - times(total, times(total.mT, basis)) / jnp.maximum(count, 1)
 
     @_program
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
-        """The spectrum that the last basis and its image have."""
+        """Computes the spectrum from the last basis and its image."""
         n, k = self.columns - self.spare, self.components
         square = times(basis[..., :n].mT, image[..., :n])
         squares, vectors = (x[..., ::-1] for x in jnp.linalg.eigh((square + square.mT) / 2))
@@ -255,7 +255,7 @@ KINDS: dict[str, type[Inputs] | type[Gradient]] = {"inputs": Inputs, "gradient":
 
 
 def _svd(image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, S and Vᵀ of tall matrices."""
+    """Computes U, S and Vᵀ of tall matrices."""
     q, r = qr(image)
     u, values, v = svd_of(r)
     return times(q, u), values, v

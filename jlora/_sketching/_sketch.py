@@ -138,7 +138,7 @@ def _iterate(
 
 
 def _replicate(x: jax.Array) -> jax.Array:
-    """`x` on all devices of its mesh."""
+    """Copies `x` to all devices of its mesh."""
     if not isinstance(x.sharding, NamedSharding):
         return x
     return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))

@@ -147,7 +147,7 @@ def _columns(x: jax.Array | LowRank) -> jax.Array:
 
 
 def _directions(x: jax.Array) -> jax.Array:
-    """The left singular vectors of matrices; zeros where the singular value is zero."""
+    """Computes left singular vectors; zeros where the singular value is zero."""
     u, values, _ = jnp.linalg.svd(x, full_matrices=False)
     return jnp.where(_is_nonzero(values, x.shape)[..., None, :], u, 0)
 
@@ -159,7 +159,7 @@ def _is_nonzero(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
-    """W as (stack…, inputs, outputs), at least in float32, where it is of ΔW's shape."""
+    """Returns W as (stack…, inputs, outputs), at least in float32; raises for another shape."""
     if not isinstance(delta, LowRank):
         if jnp.ndim(w) < 2 or jnp.shape(w) != jnp.shape(delta):
             raise ValueError(
@@ -179,7 +179,7 @@ def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
 
 
 def _svd(delta: jax.Array | LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, S and V of ΔW."""
+    """Computes U, S and V of ΔW."""
     if isinstance(delta, LowRank):
         return svd(*factors(delta))
     u, values, vt = jnp.linalg.svd(_widen(delta), full_matrices=False)

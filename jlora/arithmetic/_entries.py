@@ -19,7 +19,7 @@ def ties(
     density: float = 0.2,
     base: PyTree = None,
 ) -> PyTree:
-    r"""TIES merging: keeps the largest entries of each adapter whose sign the majority has.
+    r"""Merges by TIES: keeps the largest entries of each adapter whose sign the majority has.
 
     Of each weighted change $M_i = w_i \Delta W_i$, a share `density` of the entries is kept, those
     of largest magnitude; the others become 0. The sign of an entry is that of $\sum_i M_i$. The
@@ -94,7 +94,7 @@ def dare(
     density: float = 0.5,
     base: PyTree = None,
 ) -> PyTree:
-    r"""DARE merging: drops entries of each change at random, rescales the others, and sums.
+    r"""Merges by DARE: drops entries of each change at random, rescales the others, and sums.
 
     $\Delta W = \sum_i w_i \, m_i \odot \Delta W_i / p$ where an entry of the mask $m_i$ is 1 with
     probability p, the `density`, and 0 otherwise. Its expectation is `add`. As in `ties`, the

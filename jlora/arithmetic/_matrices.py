@@ -127,7 +127,7 @@ def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None =
 
 
 def _rank_for(values: jax.Array, energy: float | None) -> int:
-    """The smallest rank that keeps this share of the squares in all matrices of a stack."""
+    """Finds the smallest rank that keeps this share of the squares in all matrices."""
     if not is_concrete(values):
         raise ValueError(
             "`energy` of truncate needs values, which jit and explicit axes of a mesh do not have; "

@@ -12,7 +12,7 @@ from .._core import promote
 
 
 def dtype_of(site: Any, rule: Any) -> jnp.dtype:
-    """The dtype of A and B: the rule's, or W's own, but at least float32."""
+    """Returns the dtype of A and B: the rule's, or W's own, but at least float32."""
     return jnp.dtype(promote(site.dtype, jnp.float32) if rule.dtype is None else rule.dtype)
 
 
@@ -24,7 +24,7 @@ def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tupl
 
 
 def fan_in(site: Any) -> int:
-    """The number of inputs that a product sums: 1 for a lookup."""
+    """Counts the inputs that a product sums: 1 for a lookup."""
     return 1 if site.kind == "embed" else site.inputs
 
 
@@ -75,7 +75,7 @@ class SketchInitializer(Initializer):
             )
 
     def spectrum_at(self, site: Any, rule: Any, components: int) -> Any:
-        """The spectrum of a site, with enough components or all that there are."""
+        """Returns the spectrum of a site, with enough components or all that there are."""
         sites, path = self.sketch.sites, site.path
         found = sites.get(path)
         if found is None:

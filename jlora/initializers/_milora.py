@@ -9,7 +9,7 @@ from ._split import split, svd_part
 
 
 def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""MiLoRA: moves the r smallest singular values of W, with their vectors, into A and B.
+    r"""Moves the r smallest singular values of W, with their vectors, into A and B.
 
     It is `pissa` at the other end of the spectrum: the part that W needs least is trained. If W has
     less than full rank, A and B are nearly zero, and their gradients too.

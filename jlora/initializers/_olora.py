@@ -9,7 +9,7 @@ from ._split import factor_qr, split, widen
 
 
 def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""OLoRA: moves the first r columns and rows of the QR of W into A and B.
+    r"""Moves the first r columns and rows of the QR of W into A and B.
 
     With $W^\top = Q R$, $B = Q_r^\top$ has factor_qr rows, $A = R_r^\top = W Q_r$, and the base
     is $W - s \cdot A B$, in float32 and rounded once to W's dtype. Only the first r columns

@@ -16,7 +16,7 @@ MORE = 8  # directions beyond the rank, with which the iteration converges soone
 
 
 def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""PiSSA: moves the r largest singular values of W, with their vectors, into A and B.
+    r"""Moves the r largest singular values of W, with their vectors, into A and B.
 
     With $W = U \Sigma V^\top$, $A = U_r \sqrt{\Sigma_r / s}$, $B = \sqrt{\Sigma_r / s}\, V_r^\top$
     and the base is $W - s \cdot A B$, in float32 and rounded once to W's dtype. In bfloat16 the
@@ -62,7 +62,7 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
 
 
 def largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
-    """A and B of the largest singular values, by a full SVD."""
+    """Computes A and B of the largest singular values, by a full SVD."""
     del key
     u, values, vt = svd_part(w, slice(rank))
     return factors_of(u, values, vt, scale)
@@ -71,7 +71,7 @@ def largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.
 def factors_of(
     u: jax.Array, values: jax.Array, vt: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """A and B of singular values and vectors: each gets the root of a value over the scale."""
+    """Computes A and B of singular vectors; each gets the root of a value over the scale."""
     root = jnp.sqrt(values / scale)
     return u * root[..., None, :], root[..., :, None] * vt
 

@@ -56,7 +56,7 @@ class Split(NamedTuple):
 
 
 def split_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> Split:
-    """How a site is split under a rule."""
+    """Says how a site is split under a rule."""
     form = w.form if is_quantized(w) else form
     return Split(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
 
@@ -217,7 +217,7 @@ def _put_like(new: jax.Array, old: Any) -> jax.Array:
 
 
 def _shardings(spec: Split, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
-    """The shardings of W, A and B along the axes of the mesh of `known`, that of W."""
+    """Returns the shardings of W, A and B over the mesh of `known`, the sharding of W."""
 
     def place(x: Any, axes: Sequence[int | None]) -> NamedSharding:
         spec = [None if d is None else known.spec[d] for d in axes]
