@@ -129,7 +129,7 @@ def stable_rank(values: jax.Array) -> jax.Array:
 
 
 def effective_rank(values: jax.Array) -> jax.Array:
-    r"""Computes the effective rank $\exp(-\sum_i p_i \log p_i)$, $p_i = \sigma_i / \sum_j \sigma_j$.
+    r"""Computes the effective rank $\exp(-\sum p_i \log p_i)$, $p_i = \sigma_i / \sum_j \sigma_j$.
 
     Args:
         values: singular values, descending, shape (…, r), as from `delta_spectrum`.
