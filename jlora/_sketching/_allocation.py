@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 from .._adapters import LoRA, matrix_lengths
@@ -173,16 +173,15 @@ class Allocation(Sequence[Rule]):
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
         """The rules, in the order of those from which they are made."""
-        return tuple(r for i, rule in enumerate(self.given) for r in self._rules_of(i, rule))
-
-    def _rules_of(self, i: int, rule: Rule) -> Iterator[Rule]:
-        if not isinstance(rule, LoRA):
-            yield rule
-            return
-        for share in self.shares:
-            if share.rank and index_of(share.path, self.given) == i:
-                pattern = f"^{re.escape(share.path)}$"
-                yield dataclasses.replace(rule.of_rank(share.rank), pattern=pattern)
+        found: list[Rule] = []
+        for i, rule in enumerate(self.given):
+            if not isinstance(rule, LoRA):
+                found.append(rule)
+                continue
+            for share in (s for s in self.shares if s.rank and index_of(s.path, self.given) == i):
+                own = rule.of_rank(share.rank)
+                found.append(dataclasses.replace(own, pattern=f"^{re.escape(share.path)}$"))
+        return tuple(found)
 
     @overload
     def __getitem__(self, i: int) -> Rule: ...

@@ -129,7 +129,8 @@ def intruder_dimensions(
         >>> analysis.intruder_dimensions(w, delta, k=2, threshold=0.9).tolist()
         [True, True]
     """
-    w, change = _matrices(w, delta), _dense(delta)
+    w = _matrices(w, delta)
+    change = times(*factors(delta)) if isinstance(delta, LowRank) else _widen(delta)
     _check("k", k, min(w.shape[-2:]), "W + ΔW")
     _, old, before = jnp.linalg.svd(w, full_matrices=False)
     _, new, after = jnp.linalg.svd(w + change, full_matrices=False)
@@ -184,10 +185,6 @@ def _svd(delta: jax.Array | LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
         return svd(*factors(delta))
     u, values, vt = jnp.linalg.svd(_widen(delta), full_matrices=False)
     return u, values, vt.mT
-
-
-def _dense(delta: jax.Array | LowRank) -> jax.Array:
-    return times(*factors(delta)) if isinstance(delta, LowRank) else _widen(delta)
 
 
 def _widen(x: jax.Array) -> jax.Array:
