@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ._adapters import is_node, is_registered, lengths, weight_of
 from ._core import Change, Weight, as_array, evaluate, leaf_weight, take, trace
-from ._find_sites import Traced, find_sites
+from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
@@ -101,18 +101,14 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 def _sites(
     apply_fn: Callable[..., Any], rules: tuple[Rule, ...], params: PyTree, /, *args: Any, **kw: Any
 ) -> Sites:
-    return _find(apply_fn, rules, params, args, kw)[0]
+    return _find(apply_fn, rules, (params, args, kw))[0]
 
 
 def _find(
-    apply_fn: Callable[..., Any],
-    rules: tuple[Rule, ...],
-    params: PyTree,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    apply_fn: Callable[..., Any], rules: tuple[Rule, ...], call: Call
 ) -> tuple[Sites, Traced]:
-    with note_advice(apply_fn, params):
-        sites, traced = find_sites(apply_fn, params, args, kwargs, rules)
+    with note_advice(apply_fn, call[0]):
+        sites, traced = find_sites(apply_fn, rules, call)
     return match(sites, rules), traced
 
 
@@ -139,7 +135,7 @@ def _init(
             "`rules` is empty, so that nothing would be trained. "
             "Give transform(apply_fn, ...) a jlora.LoRA() or a jlora.Full(pattern)."
         )
-    sites, traced = _find(apply_fn, rules, params, args, kwargs)
+    sites, traced = _find(apply_fn, rules, (params, args, kwargs))
     all_linear = [rule_name(rule) for rule in rules if rule.pattern is None]
     if all_linear and (missed := sites.missed):
         warnings.warn(
