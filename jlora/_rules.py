@@ -279,19 +279,18 @@ def is_finite(x: Any) -> bool:
         return False
 
 
-def is_floating(dtype: Any) -> bool:
-    """Whether `dtype` is that of real floating-point numbers."""
-    try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        return False
+def check_rules(rules: Any, unpacked: str | None = None) -> tuple[Rule, ...]:
+    """Returns one rule, or several, as a tuple; raises `TypeError` for anything else in it."""
+    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            got = name_mistake(rule, unpacked)
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
+    return rules
 
 
 def name_mistake(x: Any, unpacked: str | None = None) -> str:
-    """Names, for an error, what was given in the place of a rule or a scheme.
-
-    `unpacked` is the call into which a list belongs after a `*`, if there is one.
-    """
+    """Names what was given in the place of a rule; `unpacked` is a call that takes a `*list`."""
     if isinstance(x, type) and dataclasses.is_dataclass(x):
         return f"the class {x.__name__}; call it, {x.__name__}(...)"
     if unpacked is not None and isinstance(x, Sequence) and not isinstance(x, str):

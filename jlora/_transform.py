@@ -15,7 +15,7 @@ from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
 from ._quantized import is_quantized
-from ._rules import Rule, name_mistake, rule_name
+from ._rules import Rule, check_rules, rule_name
 from ._sites import Sites
 from ._tree import (
     adapter_leaves,
@@ -81,15 +81,12 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
         1 of 2 sites adapted; 40 of 48 parameters trainable (83.3%)
     """
     check_apply_fn(apply_fn)
-    for rule in rules:
-        if isinstance(rule, Rule) and not is_registered(rule):
+    for rule in check_rules(rules, "transform(apply_fn, *rules)"):
+        if not is_registered(rule):
             raise TypeError(
                 f"`rules` has {rule_name(rule)}, whose class is not registered, so that no "
                 "checkpoint could name it: put @jlora.extend.register above the class."
             )
-        if not isinstance(rule, Rule):
-            got = name_mistake(rule, "transform(apply_fn, *rules)")
-            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(
         functools.partial(_init, apply_fn, rules),

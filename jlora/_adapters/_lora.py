@@ -11,13 +11,13 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 
+from .._core import is_floating
 from .._rules import (
     Rule,
     Slots,
     check_field,
     check_pattern,
     is_finite,
-    is_floating,
     is_int,
     rule_name,
 )

@@ -86,5 +86,13 @@ def promote(*dtypes: Any) -> Any:
         return jnp.result_type(*wide)
 
 
+def is_floating(dtype: Any) -> bool:
+    """Whether `dtype` is that of real floating-point numbers."""
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
+
+
 def _is_float8(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16

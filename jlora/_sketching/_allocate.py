@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from .._adapters import LoRA, clip_rank
-from .._rules import Rule, check_int, explain_no_match, near_misses, rule_name
+from .._rules import Rule, check_int, check_rules, explain_no_match, near_misses, rule_name
 from .._types import short
-from ._allocation import Allocation, Share, check_rules, index_of, trainable_parameters
+from ._allocation import Allocation, Share, index_of, trainable_parameters
 from ._kinds import Sketch, Spectrum
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 
 from .._adapters import LoRA, matrix_lengths
 from .._report import align_columns
-from .._rules import Rule, Slots, is_finite, is_int, matches, name_mistake, near_misses, rule_name
+from .._rules import Rule, Slots, check_rules, is_finite, is_int, matches, near_misses, rule_name
 from .._types import Layout, short
 
 FORMAT = 1
@@ -248,17 +248,6 @@ def trainable_parameters(share: Share, rule: LoRA, rank: int) -> int:
 
 
 # ------------------------------------------------------------------------------------ the rules
-
-
-def check_rules(rules: Any) -> tuple[Rule, ...]:
-    """Checks one rule or several, and returns a tuple."""
-    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"`rules` must be rules, such as jlora.LoRA(); got {name_mistake(rule)}."
-            )
-    return rules
 
 
 def _is_for(rule: Rule, path: str) -> bool:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import LoRA, is_node
 from .._keys import check_key, fold
-from .._rules import Rule, check_int
+from .._rules import Rule, check_int, check_rules
 from .._sites import Site
 from .._transform import transform, wrap
 from .._tree import bind, leaves_by_path, nest
@@ -80,8 +80,7 @@ def sketch(
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("`batches` is empty; at least one batch is needed.")
-    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
-    leaves = transform(loss, *rules).sites(params, first).leaves
+    leaves = transform(loss, *check_rules(rules)).sites(params, first).leaves
     sites = [s for s in leaves if isinstance(s.rule, LoRA)]
     if not sites:
         raise ValueError("`rules` take no site by jlora.LoRA or jlora.DoRA.")
