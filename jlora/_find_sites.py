@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from ._adapters import Node, weight_of
-from ._core import Change, ValueReadError, abstract, as_array, evaluate, leaf_weight, take, trace
+from ._core import (
+    Change,
+    ValueReadError,
+    abstract,
+    as_array,
+    evaluate,
+    leaf_weight,
+    pick,
+    trace,
+)
 from ._foreign import check_kept, check_leaf
 from ._quantized import is_quantized
 from ._rules import Full, Rule, matches
@@ -109,7 +118,7 @@ def _trace(apply_fn: Callable[..., Any], call: Call, paths: set[Path]) -> Traced
     params, *others = call
     leaves = [(p, _type(x, p) if is_traced(p, x) else x) for p, x in leaves_by_path(params)]
     tree = jax.tree.unflatten(flatten(params)[1], [x for _, x in leaves])
-    types, put = take((tree, *others), is_abstract)
+    types, put = pick((tree, *others), is_abstract)
 
     def apply(*values: Any) -> Any:
         tree, args, kwargs = put(values)

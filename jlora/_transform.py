@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._adapters import is_node, is_registered, lengths, weight_of
-from ._core import Change, Weight, as_array, evaluate, leaf_weight, take, trace
+from ._core import Change, Weight, as_array, evaluate, leaf_weight, pick, trace
 from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
@@ -186,7 +186,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        bound, put = take((args, kwargs), _is_weight, _is_weight)
+        bound, put = pick((args, kwargs), _is_weight, _is_weight)
         found = leaves_by_path((args, kwargs), is_adapted)
         # Paths start with 0 or 1 for args or kwargs, then the argument.
         paths = ["/".join(path[2:]) for path, x in found if _is_weight(x)]

@@ -10,7 +10,7 @@ import jax
 import jlora
 
 from .. import _compat
-from .._planning import has_compiler, mesh_of, mesh_of_leaves, parse
+from .._planning import has_compiler, mesh_of, mesh_of_leaves, parse_topology
 from ._command import Answer, Command, call
 from ._inputs import attribute
 
@@ -37,7 +37,7 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
     shapes with shardings on the mesh. With libtpu installed the step is compiled for the slice;
     without it, all but the activations is known.
     """
-    chip, _ = call(parse, topology)
+    chip, _ = call(parse_topology, topology)
     where = call(mesh_of, topology, _axes(mesh))
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     with jax.enable_x64(False):

@@ -35,7 +35,7 @@ def trace(
     finish: list[Callable[..., Any]] = []
 
     def flat(*leaves: Any) -> list[Any]:
-        arrays, put = take(f(*leaves), lambda x: isinstance(x, jax.Array | np.ndarray))
+        arrays, put = pick(f(*leaves), lambda x: isinstance(x, jax.Array | np.ndarray))
         finish.append(put)
         return arrays
 
@@ -65,12 +65,12 @@ _READS = (
 )
 
 
-def take(
-    tree: Any, pick: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
+def pick(
+    tree: Any, is_picked: Callable[[Any], bool], is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """Takes the leaves that `pick` picks; gives them, and what builds the tree from such leaves."""
+    """Picks leaves of a tree; gives them, and what builds the tree from others in their places."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
-    at = [i for i, x in enumerate(leaves) if pick(x)]
+    at = [i for i, x in enumerate(leaves) if is_picked(x)]
     picked = [leaves[i] for i in at]
     for i in at:  # so that `put` keeps nothing alive
         leaves[i] = None

@@ -98,7 +98,7 @@ QUIET = {
 }
 
 
-def parse(name: str) -> tuple[Chip, int]:
+def parse_topology(name: str) -> tuple[Chip, int]:
     """Returns the chip and the number of devices of a topology such as `v5p:4x4x8`."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if found is None or found[1] not in CHIPS:
@@ -112,7 +112,7 @@ def parse(name: str) -> tuple[Chip, int]:
 
 def mesh_of(name: str, axes: dict[str, int]) -> Mesh:
     """Makes a mesh of the topology's devices, or an abstract one if libtpu is not installed."""
-    chip, count = parse(name)
+    chip, count = parse_topology(name)
     if math.prod(axes.values()) != count:
         raise ValueError(
             f"`mesh` must have the {count} devices of {name}; got "

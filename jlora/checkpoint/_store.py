@@ -181,7 +181,7 @@ def write(path: Where, handler: Any, args: Any) -> None:
 def _check(final: epath.Path, local: bool) -> None:
     if local:
         _folders.check_vacant(final, "`path`")
-        _folders.remove_left(Path(final))
+        _folders.remove_leftovers(Path(final))
     elif final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise FileExistsError(
             f"`path`: {final} exists and is not empty; nothing is ever overwritten. Give another."

@@ -13,15 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
 from .._core import RANK, Axis, Change, Delta, Factor, explicit, leaf_weight, mesh_axes, promote
-from .._linalg import each, qr
+from .._linalg import map_matrices, qr
 from .._quantized import Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
 from .._types import Layout
 from .._whole import check_whole
 from ._initializer import dtype_of
 
+Factors = tuple[jax.Array, jax.Array]  # A and B, or Q and R
 # `(key, w, rank, scale) -> (a, b)` of matrices (…, inputs, outputs): scale·A·B is taken from them.
-Factored = Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Array]]
+Factored = Callable[[jax.Array, jax.Array, int, float], Factors]
 
 
 class Split(NamedTuple):
@@ -131,9 +132,7 @@ def _in_slots(f: Callable[..., Any], spec: Split, w: jax.Array) -> tuple[Any, An
     return jnp.concatenate(parts, axis), a, b
 
 
-def _factor_matrices(
-    factored: Factored, spec: Split, key: jax.Array, w: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _factor_matrices(factored: Factored, spec: Split, key: jax.Array, w: jax.Array) -> Factors:
     stack, inputs, outputs = (tuple(w.shape[d] for d in axes) for axes in spec.layout[:3])
     x = lax.transpose(w, [d for axes in spec.layout[:3] for d in axes])
     x = x.reshape(*stack, math.prod(inputs), math.prod(outputs))
@@ -162,12 +161,12 @@ def svd_part(w: jax.Array, kept: slice) -> tuple[jax.Array, jax.Array, jax.Array
         u, values, vt = jnp.linalg.svd(widen(w), full_matrices=False)
         return u[..., kept], values[..., kept], vt[..., kept, :]
 
-    return each(of, w) if w.ndim == 2 else lax.map(lambda w: each(of, w), w)
+    return map_matrices(of, w) if w.ndim == 2 else lax.map(lambda w: map_matrices(of, w), w)
 
 
-def factor_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def factor_qr(x: jax.Array) -> Factors:
     """Computes Q and R of matrices (…, n, r); sharded rows stay on their devices."""
-    return each(qr, x, on_cpu=lambda x: tuple(jnp.linalg.qr(x)))
+    return map_matrices(qr, x, on_cpu=lambda x: tuple(jnp.linalg.qr(x)))
 
 
 def widen(x: jax.Array) -> jax.Array:

@@ -104,7 +104,7 @@ def route(
                 chosen = {path: _with_gate(x, i) for path, x in beside.items()}
                 args, kwargs = batch.arguments(run)
                 out = apply(base, nest(own | chosen), *args, **kwargs)
-                return rows_first(out, out_axes, length)
+                return move_rows_first(out, out_axes, length)
 
             first = ids[::length]
             over_runs = jax.vmap(apply_run, (0, 0, batch.axes), spmd_axis_name=spmd_axis_name)
@@ -265,7 +265,7 @@ class Batch:
         return jax.tree.unflatten(self._tree, (x if d is None else rows for x, rows, d in pairs))
 
 
-def rows_first(out: Any, out_axes: Any, length: int) -> Any:
+def move_rows_first(out: Any, out_axes: Any, length: int) -> Any:
     """Moves the `length` rows of each result to its first axis."""
 
     def move(path: Any, x: Any, axis: int) -> jax.Array:
