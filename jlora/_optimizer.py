@@ -144,6 +144,9 @@ def mask(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda label: label != "base", labels(tree))
 
 
+# ------------------------------------------------------------------------------------ the optimizer
+
+
 def optimizer(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""Lets `tx` train the adapter and nothing else.
 

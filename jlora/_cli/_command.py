@@ -89,6 +89,8 @@ def _has_path(path: Path, text: str) -> bool:
 
 
 ERROR, INTERRUPTED = 2, 130
+# ----------------------------------------------------------------------------- answers and failures
+
 LINES = 12  # of an error's list that are shown without --debug
 
 

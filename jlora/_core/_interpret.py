@@ -82,6 +82,9 @@ def pick(
     return picked, put
 
 
+# ------------------------------------------------------------------------ the registry and the loop
+
+
 class Rule(NamedTuple):
     """How the equations of a primitive are evaluated.
 

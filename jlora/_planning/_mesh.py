@@ -61,6 +61,9 @@ def is_replicated(devices: int, base: PyTree) -> bool:
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
+# --------------------------------------------------------------------------- slices that are absent
+
+
 class Chip(NamedTuple):
     """A kind of TPU.
 

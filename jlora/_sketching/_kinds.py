@@ -98,6 +98,8 @@ def _row(path: str, s: Spectrum) -> tuple[str, ...]:
     )
 
 
+# --------------------------------------------------------------------------- the matrices of a site
+
 SPARE = 8  # columns beside those that are kept, twice
 
 # Compiles a method, so that sites of one form share their programs.

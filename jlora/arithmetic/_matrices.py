@@ -69,6 +69,9 @@ def merge_in_core_space(
     return build(make, nodes, weights, *operands)
 
 
+# ------------------------------------------------------------------------------------- a lower rank
+
+
 def truncate(adapter: PyTree, rank: int | None = None, *, energy: float | None = None) -> PyTree:
     r"""Approximates each ΔW best by one of a smaller rank (Eckart and Young, 1936).
 

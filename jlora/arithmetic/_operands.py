@@ -1,6 +1,7 @@
 """The leaves of several adapters, what must agree at a path, and the loop over paths.
 
-Imports nothing that computes: tables of adapters and PEFT's files check by it too.
+Scales and slots may differ, as the same ΔW can be written with others. Dropout becomes 0 if it
+differs, and `residual` must agree.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -94,6 +95,8 @@ def join(nodes: Sequence[LowRank], a: Any, b: Any, scale: float) -> LowRank:
         frozen=tuple(sorted(set.intersection(*(set(x.frozen) for x in nodes)))),
     )
 
+
+# ----------------------------------------------------------------- the arguments of sums and merges
 
 Weights = Sequence[Any] | jax.Array | None
 MERGE = "Merge these with the base."  # the remedy for nodes of other methods

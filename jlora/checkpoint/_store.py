@@ -16,6 +16,9 @@ from jax.experimental import multihost_utils
 from .. import _folders
 from .._untrusted import check_values, printable, show
 
+# --------------------------------------------------------------------- several processes act as one
+# If one fails, all raise, and none is waited for.
+
 LENGTH = 1000  # bytes of a text that the other processes get
 MISMATCH = "sync_global_devices name mismatch"  # JAX's words
 
@@ -88,6 +91,8 @@ def one_line(error: Exception) -> str:
 
 
 Where = str | os.PathLike[str]
+
+# ------------------------------------------------------------------------------------ Orbax's files
 
 SAVE_AGAIN = "Take another checkpoint, or save this one again."
 LIMIT = 64 * 2**20  # bytes of a file that describes arrays

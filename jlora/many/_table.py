@@ -200,6 +200,9 @@ def _slots(leaf: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+# --------------------------------------------------------------------- slots as the user names them
+
+
 def check_slot(slot: Any, count: int) -> Any:
     """Returns one slot as an index of arrays of `count` slots."""
     x = _check(slot, "slot", "one integer, from 0 on", [0], count)

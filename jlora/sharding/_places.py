@@ -112,6 +112,9 @@ def with_spec(place: Place, spec: PartitionSpec) -> Place:
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
+# -------------------------------------------------------------------------------- quantized weights
+
+
 class Misfit(Exception):  # noqa: N818 - collected into one ValueError
     """A partition cannot be that of its weight."""
 
