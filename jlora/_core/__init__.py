@@ -6,8 +6,10 @@ made to it. Of a method it knows only this `Change`. Read the modules in this or
 """
 
 from . import _contractions, _control, _joins, _lookup, _moves  # noqa: F401
+from ._arrays import count_pieces as count_pieces
 from ._arrays import einsum as einsum
 from ._arrays import explicit as explicit
+from ._arrays import fit_spec as fit_spec
 from ._arrays import is_floating as is_floating
 from ._arrays import mesh_axes as mesh_axes
 from ._arrays import promote as promote

@@ -1,5 +1,6 @@
 """Arrays under any promotion rules, and along explicit mesh axes, where JAX wants shardings."""
 
+import math
 import string
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -41,6 +42,17 @@ def mesh_axes(entry: Any) -> tuple[Any, ...]:
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+def count_pieces(entry: Any, mesh: Any) -> int:
+    """Counts the pieces into which an entry of a PartitionSpec splits an axis over a mesh."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(entry))
+
+
+def fit_spec(entries: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Makes a partition of the entries that split their axes into equal pieces."""
+    pairs = zip(entries, shape, strict=True)
+    return PartitionSpec(*(e if n % count_pieces(e, mesh) == 0 else None for e, n in pairs))
 
 
 def einsum(

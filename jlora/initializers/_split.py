@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from .. import _compat
-from .._core import RANK, Axis, Change, Delta, Factor, explicit, leaf_weight, mesh_axes, promote
+from .._core import RANK, Axis, Change, Delta, Factor, explicit, fit_spec, leaf_weight, promote
 from .._linalg import map_matrices, qr
 from .._quantized import Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
@@ -220,10 +220,7 @@ def _shardings(spec: Split, known: NamedSharding, w: Any, a: Any, b: Any) -> tup
 
     def place(x: Any, axes: Sequence[int | None]) -> NamedSharding:
         spec = [None if d is None else known.spec[d] for d in axes]
-        parts = [math.prod(known.mesh.shape[n] for n in mesh_axes(entry)) for entry in spec]
-        fits = [n % k == 0 for n, k in zip(x.shape, parts, strict=True)]
-        spec = [entry if fit else None for entry, fit in zip(spec, fits, strict=True)]
-        return NamedSharding(known.mesh, PartitionSpec(*spec))
+        return NamedSharding(known.mesh, fit_spec(spec, x.shape, known.mesh))
 
     stack, inputs, outputs, slots = spec.layout
     beside = (*stack, *((None,) if slots is not None else ()))

@@ -1,7 +1,6 @@
 """How a base is sharded: from arrays, shardings, specs or Flax's metadata; codes like weights."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from .._adapters import is_node
 from .._compat import is_concrete
-from .._core import mesh_axes
+from .._core import count_pieces, mesh_axes
 from .._quantized import Quantized, is_quantized, spell
 from .._tree import check_base, leaves_by_path, name_of
 from .._types import Path, PyTree
@@ -119,11 +118,6 @@ class Misfit(Exception):  # noqa: N818 - collected into one ValueError
     """A partition cannot be that of its weight."""
 
 
-def devices(entry: Any, mesh: Mesh) -> int:
-    """Returns the number of devices over which an entry of a PartitionSpec divides an axis."""
-    return math.prod(mesh.shape[name] for name in mesh_axes(entry))
-
-
 def gathered(base: PyTree, specs: PyTree) -> PyTree:
     """Returns a base whose quantized weights are resharded as codes, before they are unpacked.
 
@@ -176,7 +170,7 @@ def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> Non
     """Raises `Misfit` if a device would get a part of a block."""
     form, name = leaf.form, spell(leaf.scheme)
     for d, entry in entries.items():
-        n = devices(entry, mesh)
+        n = count_pieces(entry, mesh)
         if n == 1 or d in form.stack:
             continue
         over = describe(entry, mesh)
