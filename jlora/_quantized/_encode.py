@@ -12,9 +12,8 @@ from jax import lax
 
 from .._linalg import norm
 from ._dynamic import quantize_scales
-from ._form import Form, join, pack, split
 from ._leaf import Nested, Quantized
-from ._scheme import Scheme
+from ._scheme import Form, Scheme, join, pack, split
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

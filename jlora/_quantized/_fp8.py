@@ -7,8 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from ._form import Form, along, one_block
-from ._scheme import Coded, Scheme
+from ._scheme import Coded, Form, Scheme, along, one_block
 
 LARGEST = 448.0
 

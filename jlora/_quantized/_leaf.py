@@ -14,8 +14,7 @@ from .._core import Axis, Factor, Packed, shard_part
 from .._types import NotAnArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales
-from ._form import Form, spread, unpack
-from ._scheme import Scheme, spell
+from ._scheme import Form, Scheme, spell, spread, unpack
 
 OTHER = Axis(-3)  # follows no axis of W: that of a whole matrix, or of groups of scales
 
