@@ -34,7 +34,6 @@ def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
     nested = None
     if getattr(scheme, "double", False):
         scale, nested = _nested(scale, inner)
-    scheme = dataclasses.replace(scheme, pattern=None)
     leaf = Quantized(data, scale, zero, nested, None, scheme, form, w.dtype)
     wide = w.astype(jnp.float32)
     size = norm(wide, form.order)
