@@ -215,17 +215,14 @@ class Sites:
         return [s for s in self.leaves if s.is_missed]
 
     def __str__(self) -> str:
-        header = ["path", "shape", "kind", "axes", "parameters", "rule", "rank", "trainable"]
         shown = [s for s in self.leaves if s.is_listed or s.rule is not None]
-        rows = [_row(s) for s in shown]
-        if any(s.scheme is not None for s in shown):
-            header.append("scheme")
-            pairs = zip(rows, (s.scheme for s in shown), strict=True)
-            rows = [(*row, "-" if scheme is None else spell(scheme)) for row, scheme in pairs]
-        if any(s.kind is None and s.rule is None for s in shown):
-            header.append("reason")
-            rows = [(*row, _reason(s)) for row, s in zip(rows, shown, strict=True)]
-        lines = align_columns(header, rows, {"parameters", "rank", "trainable"})
+        columns = dict(_COLUMNS)
+        if all(s.scheme is None for s in shown):
+            del columns["scheme"]
+        if all(s.kind is not None or s.rule is not None for s in shown):
+            del columns["reason"]
+        rows = [tuple(cell(s) for cell in columns.values()) for s in shown]
+        lines = align_columns(tuple(columns), rows, {"parameters", "rank", "trainable"})
         rule = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
         adapted = sum(s.is_adapted for s in self.leaves)
@@ -236,20 +233,6 @@ class Sites:
         if self.missed:
             total += f"; {len(self.missed)} more weights have no factored form"
         return "\n".join([lines[0], rule, *lines[1:], rule, total])
-
-
-def _row(site: Site) -> tuple[str, ...]:
-    rule = site.rule
-    return (
-        site.path or "(root)",
-        "×".join(map(str, site.shape)) or "scalar",
-        site.kind or "-",
-        _axes(site),
-        f"{site.size:,}",
-        "-" if rule is None else rule_name(rule),
-        _rank(site),
-        f"{site.trainable:,}" if rule is not None else "-",
-    )
 
 
 def _reason(site: Site) -> str:
@@ -270,3 +253,17 @@ def _axes(site: Site) -> str:
     stack, inputs, outputs, _ = site.layout
     lengths = ["·".join(str(site.shape[d]) for d in dims) for dims in (stack, inputs, outputs)]
     return (f"{lengths[0]} | " if stack else "") + f"{lengths[1]} → {lengths[2]}"
+
+
+_COLUMNS = {  # of the table, and what each has for a site
+    "path": lambda s: s.path or "(root)",
+    "shape": lambda s: "×".join(map(str, s.shape)) or "scalar",
+    "kind": lambda s: s.kind or "-",
+    "axes": _axes,
+    "parameters": lambda s: f"{s.size:,}",
+    "rule": lambda s: "-" if s.rule is None else rule_name(s.rule),
+    "rank": _rank,
+    "trainable": lambda s: "-" if s.rule is None else f"{s.trainable:,}",
+    "scheme": lambda s: "-" if s.scheme is None else spell(s.scheme),
+    "reason": _reason,
+}
