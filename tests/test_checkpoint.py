@@ -427,7 +427,8 @@ def heads(p: Any, x: jax.Array) -> jax.Array:
 
 def test_a_checkpoint_of_before_is_read():
     rules = checkpoint.read(BEFORE).rules
-    assert rules == (LoRA(".*quer.*", rank=2), LoRA("out/w", rank=1), Full("head"))
+    anywhere = LoRA(".*quer.*", rank=2), LoRA(".*(?:out/w).*", rank=1), Full(".*head.*")
+    assert rules == anywhere
     params = {"query": {"w": jnp.ones((4, 6))}, "out": {"w": jnp.ones((6, 4))}}
     params = {"multi_head": params, "head": {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}}
     lora = jlora.transform(heads, *rules)
@@ -446,9 +447,9 @@ PATHS = (
     "0/Up/kernel",
 )
 PATTERNS_BEFORE = {  # and what they are read as
-    "kernel": "kernel",
-    "(head|query)/kernel$": "(head|query)/kernel$",
-    "^lm": "^lm",
+    "kernel": ".*kernel.*",
+    "(head|query)/kernel$": ".*(?:(head|query)/kernel$).*",
+    "^lm": ".*(?:^lm).*",
     "head": ".*head.*",
     "^l": ".*(?:^l).*",
     "head/": ".*(?:head/).*",
@@ -456,7 +457,7 @@ PATTERNS_BEFORE = {  # and what they are read as
     "": ".*",
     "a|nel$": ".*(?:a|nel$).*",
     "up$|lm": ".*(?:up$|lm).*",
-    "layers_[02]": "layers_[02]",
+    "layers_[02]": ".*(?:layers_[02]).*",
     "layers_[1-3]/.*kernel": ".*(?:layers_[1-3]/.*kernel).*",
     "(?i)up": "(?i).*(?:up).*",
     "(?i)U": "(?i).*(?:U).*",
@@ -477,7 +478,7 @@ def test_a_pattern_of_before_takes_the_same_leaves(before, tmp_path):
     first, second = checkpoint.read(tmp_path / "a").rules
     assert first == Full(PATTERNS_BEFORE[before])
     assert [path for path in PATHS if matches(first, path)] == list(adapted)
-    assert second.pattern.strip("/") == second.pattern  # it takes nothing, and may stay as it is
+    assert second == first
 
 
 def test_a_pattern_of_before_is_not_tried(tmp_path):

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import sharding
 from jlora._cli._app import cli
-from jlora._planning import _topology
+from jlora._planning import _mesh
 
 JOBS = pathlib.Path(plan_jobs.__file__)
 MESH = AbstractMesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
@@ -186,7 +186,7 @@ def test_command(name):
     found = json.loads(run(f"{JOBS}:{name}", *SLICE, "--json").stdout)
     expected = jlora.plan(*getattr(plan_jobs, name)(MESH))._asdict()
     assert expected.pop("program") is None
-    capacity = _topology.CHIPS["v5p"].capacity
+    capacity = _mesh.CHIPS["v5p"].capacity
     assert found == expected | {
         "topology": "v5p:2x2x2",
         "device": "TPU v5",
@@ -242,7 +242,7 @@ def test_errors_of_the_command(args, message):
 
 
 def test_without_libtpu_it_says_so(monkeypatch):
-    monkeypatch.setattr(_topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_mesh.importlib.util, "find_spec", lambda name: None)
     text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
     assert text.endswith(
         "GiB of 95.7 GiB for activations\n"
