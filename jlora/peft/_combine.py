@@ -88,7 +88,7 @@ def combine(
     if wrong:
         raise ValueError(f"`paths`: the adapters cannot be combined. {listing(wrong)}\n{REMEDY}")
     made = merge([alone.nodes for alone in each])
-    parts = _parts(made, {part.key: part for alone in each for part in alone.parts})
+    parts = _parts(made, {part.key: part for alone in each for part in alone.contents.parts})
     fields, problems = _fields(each, parts), Problems("`merge` gave what has no form in PEFT")
     write_alone(out, fields, parts, each, problems, "paths")
     return made
@@ -108,7 +108,7 @@ def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[st
             wrong.append(f"{field}: {listed}; if this is one model, give it one name in all files")
     first: dict[str, tuple[str, np.ndarray]] = {}
     for alone, name in zip(each, names, strict=True):
-        for key, x in alone.frozen.items():
+        for key, x in alone.contents.frozen.items():
             other, y = first.setdefault(key, (name, x))
             if not np.array_equal(x, y):
                 wrong.append(f"{show(key)}: frozen with other values in {other} than in {name}")
@@ -118,39 +118,42 @@ def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[st
 def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     """Finds what cannot be combined without the model."""
     wrong = []
-    for alone, name in zip(each, names, strict=True):
+    for (adapter, contents, _), name in zip(each, names, strict=True):
         for why, found in (
-            ("trained in full, so that the change is known from the base alone", [*alone.full]),
-            ("rows that are replaced, whose change is known from the base alone", [*alone.rows]),
+            ("trained in full, so that the change is known from the base alone", [*contents.full]),
+            (
+                "rows that are replaced, whose change is known from the base alone",
+                [x.module for x in contents.tokens.values()],
+            ),
             (
                 "of DoRA, whose change is no s·A·B and has no sum",
-                [x.key for x in alone.parts if x.m is not None],
+                [x.key for x in contents.parts if x.m is not None],
             ),
             (
                 "of several parameters, which the file does not tell apart",
-                [m for m in alone.adapter.parts if len(alone.adapter.selection.parameters(m)) > 1],
+                [m for m in adapter.modules if len(adapter.selection.parameters(m)) > 1],
             ),
             (
                 "of float64, which needs jax_enable_x64",
-                [x.key for x in alone.parts if any(canonicalize_dtype(y) != y for y in _types(x))],
+                [x.key for x in contents.parts if any(map(_is_wide, x.arrays))],
             ),
         ):
             listed = ", ".join(map(show, found[:9])) + ", …" * (len(found) > 9)
             wrong += [f"{name}: {listed}: {why}"] if found else []
-    heads = {(x.key, alone.tied.get(x.key)) for alone in each for x in alone.parts}
+    heads = {(x.key, alone.tied.get(x.key)) for alone in each for x in alone.contents.parts}
     wrong += [
         f"{show(key)}: has A and B of {show(head)}, which shares its weight, in one adapter alone"
         for key, head in heads
         if head is not None and {(key, None), (head, None)} & heads
     ]
-    shapes = {(part.a.shape, part.b.shape) for alone in each for part in alone.parts}
+    shapes = {(part.a.shape, part.b.shape) for alone in each for part in alone.contents.parts}
     if len(shapes) > SHAPES:
         wrong.append(f"{len(shapes)} pairs of shapes of A and B; expected at most {SHAPES}")
     return wrong
 
 
-def _types(part: Part) -> list[np.dtype]:
-    return [x.dtype for x in part.arrays]
+def _is_wide(x: np.ndarray) -> bool:
+    return canonicalize_dtype(x.dtype) != x.dtype
 
 
 def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:

@@ -108,10 +108,10 @@ def fit(
         files = as_lora(files, shapes, problems)
     adapter = sort_tensors(files, problems)
     refuse_biases(adapter, problems)
-    parts = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
-    match = match_to_tree(adapter, parts, leaves, problems)
+    found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
+    match = match_to_tree(found, adapter.heads, leaves, problems)
     if not files.is_own:
         refuse_wide(tensors_in(match), problems)
-    found = match.read(files.values(match, problems), problems)
+    each = match.read(files.values(match, problems), problems)
     problems.stop()
-    return files.fields, found
+    return files.fields, each

@@ -15,10 +15,9 @@ from .._problems import Problems
 from ..names._convert import node_of
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
-from ._contents import Adapter, Part, sort_tensors
+from ._contents import Adapter, Contents, Part, sort_tensors
 from ._files import Files, fill, in_memory, open_files, write
 from ._parameters import assign_parameters, matrix, refuse_biases, twins
-from ._tokens import Tokens
 from ._tree import frozen_tensors, tensors_of
 
 
@@ -58,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Repla
         (2, 3)
     """
     alone = read_alone(path)
-    return {**alone.nodes, **alone.rows, **alone.full}
+    return {**alone.nodes, **alone.rows, **alone.contents.full}
 
 
 class Alone(NamedTuple):
@@ -66,25 +65,19 @@ class Alone(NamedTuple):
 
     Attributes:
         adapter: what its tensors are.
-        parts: A and B of each parameter, but for the heads that are in `tied`.
+        contents: their values, without A and B of the heads that are in `tied`.
         tied: by the key of an embedding, the key of the head that has its A and B.
-        full: parameters that are replaced.
-        frozen: parameters that must have the values of the base.
-        tokens: rows of embeddings.
     """
 
     adapter: Adapter
-    parts: list[Part]
+    contents: Contents
     tied: dict[str, str]
-    full: dict[str, np.ndarray]
-    frozen: dict[str, np.ndarray]
-    tokens: dict[str, Tokens]
 
     @property
     def rows(self) -> dict[str, Replaced]:
         """The node of each embedding with rows by its module."""
-        layout = Layout((), (0,), (1,))
-        return {x.module: Replaced(jnp.asarray(x.v), x.rows, layout) for x in self.tokens.values()}
+        layout, tokens = Layout((), (0,), (1,)), self.contents.tokens.values()
+        return {x.module: Replaced(jnp.asarray(x.v), x.rows, layout) for x in tokens}
 
     @property
     def nodes(self) -> dict[str, LowRank | Decomposed]:
@@ -92,7 +85,7 @@ class Alone(NamedTuple):
         dropout = float(self.adapter.fields.get("lora_dropout", 0.0))
         return {
             part.key: node_of(torch_leaf(part), [part.arrays], scale=part.scale, dropout=dropout)
-            for part in self.parts
+            for part in self.contents.parts
         }
 
 
@@ -131,7 +124,7 @@ def write_alone(
         ValueError: with the title of `problems`, if what would be written could not be read.
     """
     tied = {key: head for alone in each for key, head in alone.tied.items()}
-    frozen = {name: x for alone in each for name, x in alone.frozen.items()}
+    frozen = {name: x for alone in each for name, x in alone.contents.frozen.items()}
     tensors = tensors_of(parts, tied) | frozen_tensors(frozen)
     _read(in_memory(fields, tensors, argument), problems)
     write(out, "`out`", fields, tensors)
@@ -141,11 +134,11 @@ def _read(files: Files, problems: Problems) -> Alone:
     adapter = sort_tensors(files, problems)
     refuse_biases(adapter, problems)
     found = assign_parameters(adapter, None, "", problems)
-    tree = found, adapter.full, adapter.frozen, adapter.tokens
-    values = files.values(tree, problems)
+    values = files.values(found, problems)
     problems.stop()
-    parts, *rest = fill(tree, values)
-    shared = twins(parts)
-    tied = {x.key: shared[x.name].key for x in parts if x.kind == "embedding" and x.name in shared}
-    own = [x for x in parts if x.kind == "embedding" or x.name not in shared]
-    return Alone(adapter, own, tied, *rest)
+    found = fill(found, values)
+    shared = twins(found.parts)
+    tables = [x for x in found.parts if x.kind == "embedding"]
+    tied = {x.key: shared[x.name].key for x in tables if x.name in shared}
+    own = [x for x in found.parts if x.kind == "embedding" or x.name not in shared]
+    return Alone(adapter, found._replace(parts=own), tied)

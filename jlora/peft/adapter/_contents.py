@@ -66,29 +66,52 @@ class Part(NamedTuple):
         return self.a.shape[0] // self.experts
 
 
+class Contents(NamedTuple):
+    """What an adapter has for the parameters of a model, by PyTorch's names.
+
+    Its arrays are values, or the `TensorInfo`s of a file whose values are not read yet.
+
+    Attributes:
+        parts: A and B.
+        full: what replaces a parameter.
+        frozen: what a parameter must be.
+        tokens: what replaces rows of an embedding.
+        biases: what `lora_bias` adds to the bias of a module, and its scale.
+    """
+
+    parts: list[Part]
+    full: dict[str, Any]
+    frozen: dict[str, Any]
+    tokens: dict[str, Tokens]
+    biases: dict[str, tuple[Any, float]]
+
+
 class Adapter(NamedTuple):
     """What the tensors of an adapter are.
 
     Attributes:
         fields: its configuration.
         selection: the modules that this selects.
-        parts: A and B by module. Where several parameters of a module are adapted, the file does
+        modules: A and B by module. Where several parameters of a module are adapted, the file does
             not say which is which: they are in the order in which PEFT wraps them.
-        full: parameters that are replaced.
-        frozen: parameters that must have the values of the base.
-        biases: what `lora_bias` adds to the outputs of a module, times s, by the bias.
-        tokens: rows of embeddings that are replaced, by the embedding.
+        others: all else that the adapter has.
         heads: names for which the rows of an embedding are listed once more, as its tied head has.
     """
 
     fields: dict[str, Any]
     selection: Selection
-    parts: dict[str, list[Part]]
-    full: dict[str, TensorInfo]
-    frozen: dict[str, TensorInfo]
-    biases: dict[str, TensorInfo]
-    tokens: dict[str, Tokens]
+    modules: dict[str, list[Part]]
+    others: Contents
     heads: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that the adapter may change."""
+        each = ((m, self.selection.parameters(m) or ["weight"]) for m in self.modules)
+        adapted = (
+            f"{module}.{parameter}" for module, parameters in each for parameter in parameters
+        )
+        return [*self.others.full, *self.others.tokens, *adapted]
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:
@@ -98,7 +121,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
     selection = Selection(fields, f"`{files.argument}`")
     if fields.get("peft_type") == ROWS_ALONE:
         tokens = _rows_alone(selection, files.tensors, problems)
-        return Adapter(fields, selection, {}, {}, {}, {}, tokens, [])
+        return Adapter(fields, selection, {}, Contents([], {}, {}, tokens, {}), [])
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     endings = (MAGNITUDE, DELTA, B_BIAS) if fields.get("lora_bias") else (MAGNITUDE, DELTA)
     by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, DELTA, B_BIAS)}
@@ -126,8 +149,9 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
         if module in adapted or selection.saves(module):
             problems.add(deltas[module].key, "rows of what is adapted as a whole too")
     tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
-    added = {f"{module}.bias": x for module, x in biases.items()}
-    return Adapter(fields, selection, parts, full, frozen, added, tokens, heads)
+    added = {f"{module}.bias": (x, selection.scale(module)) for module, x in biases.items()}
+    others = Contents([], full, frozen, tokens, added)
+    return Adapter(fields, selection, parts, others, heads)
 
 
 def _rows_alone(

@@ -13,7 +13,7 @@ from typing import Any
 from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
-from ._contents import HEADS, Adapter, Part, may_tie
+from ._contents import HEADS, Adapter, Contents, Part, may_tie
 from ._select import Names, Selection, parents
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def refuse_biases(adapter: Adapter, problems: Problems) -> None:
     """Adds what only a merge into a checkpoint has a place for."""
-    for x in adapter.biases.values():
+    for x, _ in adapter.others.biases.values():
         why = "lora_bias adds to a bias, for which an adapter here has no place"
         problems.add(x.key, f"{why}; merge it by jlora.peft.export_merged")
 
@@ -33,8 +33,8 @@ def assign_parameters(
     problems: Problems,
     *,
     ordered: bool = False,
-) -> list[Part]:
-    """Finds the parameter of each A and B.
+) -> Contents:
+    """Finds the parameter of each A and B, and returns all that the adapter has.
 
     Args:
         adapter: what its tensors are.
@@ -47,9 +47,9 @@ def assign_parameters(
     selection = adapter.selection
     order = {name: i for i, name in enumerate(shapes or ())}
     selection.prepare({name.rpartition(".")[0] for name in order})
-    selection.prepare(f"{m}.{p}" for m in adapter.parts for p in selection.parameters(m))
+    selection.prepare(f"{m}.{p}" for m in adapter.modules for p in selection.parameters(m))
     found = list[Part]()
-    for module, parts in adapter.parts.items():
+    for module, parts in adapter.modules.items():
         names = [f"{module}.{parameter}" for parameter in selection.parameters(module)]
         if shapes is not None:
             names = sorted((name for name in names if name in order), key=order.__getitem__)
@@ -63,15 +63,9 @@ def assign_parameters(
         problems.unused += selection.idle([*(part.key for part in found), *known], where)
     problems.unused += _idle_names(adapter)
     problems.unused += selection.unused([part.key for part in found])
-    if not (found or adapter.full or adapter.tokens or problems.found):
+    if not (found or adapter.others.full or adapter.others.tokens or problems.found):
         problems.found.append(f"{TENSORS} holds neither A and B nor a parameter in full")
-    return found
-
-
-def names_of(adapter: Adapter) -> list[str]:
-    """The parameters that A and B may belong to."""
-    each = ((m, adapter.selection.parameters(m) or ["weight"]) for m in adapter.parts)
-    return [f"{module}.{parameter}" for module, parameters in each for parameter in parameters]
+    return adapter.others._replace(parts=found)
 
 
 def _of_module(
@@ -171,14 +165,14 @@ def matrix(part: Part) -> tuple[int, int]:
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     """Lists the parameters of the model that are selected and missing in the file."""
-    selection, modules = adapter.selection, adapter.parts.keys()
-    alone = adapter.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
+    selection, modules = adapter.selection, adapter.modules.keys()
+    alone = adapter.others.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
     selection.prepare(name.rpartition(".")[0] for name in shapes)
 
     def is_missing(name: str) -> bool:
         module, _, parameter = name.rpartition(".")
         if selection.saves_whole(module, parameter, module in modules):
-            return name not in adapter.full
+            return name not in adapter.others.full
         if len(shapes[name]) < 2 or module in modules or name in alone:
             return False
         is_chosen = parameter in selection.parameters(module)
@@ -190,7 +184,7 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
 
 def _idle_names(adapter: Adapter) -> list[str]:
     """Lists the entries of `modules_to_save` that name no tensor."""
-    modules = {name.rpartition(".")[0] for name in adapter.full}
+    modules = {name.rpartition(".")[0] for name in adapter.others.full}
     holders = Names({parent for module in modules for parent in parents(module)})
     return [
         f"modules_to_save: {shorten(name)} names none of the adapter's tensors"

@@ -31,8 +31,8 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
         >>> peft.to_vllm("adapter", "for_vllm")  # doctest: +SKIP
     """
     alone = read_alone(path)
-    fields = DEFAULTS | alone.adapter.fields
-    fields, parts = flatten_for_vllm(fields, alone.parts, list(alone.full), list(alone.rows))
+    fields, found = DEFAULTS | alone.adapter.fields, alone.contents
+    fields, parts = flatten_for_vllm(fields, found.parts, list(found.full), list(alone.rows))
     title = f"`path`: the adapter in {path} has no form for vLLM that would be read as the same"
     write_alone(out, fields, parts, [alone], Problems(title), "path")
 

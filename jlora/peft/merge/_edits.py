@@ -5,34 +5,35 @@ from collections.abc import Sequence
 import numpy as np
 
 from .._problems import Problems
-from ..adapter._contents import Part
+from ..adapter._contents import Contents, Part
 from ..adapter._parameters import Shapes, matrix, orientations
 from ._blocks import Edit, NewRows, NewValues, Sum
 from ._renaming import Views, shapes_of, tensor_of
-from ._wanted import Wanted
 
 
-def find_edits(model: Views, wanted: Wanted, problems: Problems) -> dict[str, Edit]:
-    """Says what is to be done to each tensor of the checkpoint that changes."""
+def find_edits(
+    model: Views, contents: Contents, is_transposed: bool, problems: Problems
+) -> dict[str, Edit]:
+    """Finds what is to be done to each tensor that changes; `is_transposed` as a file says it."""
     found: dict[str, Edit] = {
-        tensor_of(model, n): NewValues(x) for n, x in wanted.full.items() if n in model
+        tensor_of(model, n): NewValues(x) for n, x in contents.full.items() if n in model
     }
-    transposed = _find_transposed(wanted.parts, shapes_of(model), wanted.flag)
-    for part in wanted.parts:
+    transposed = _find_transposed(contents.parts, shapes_of(model), is_transposed)
+    for part in contents.parts:
         if (view := model.get(part.name)) is None:
             continue  # it is the same as one that is there
-        if (is_transposed := transposed[part.name]) is None:
+        if (flip := transposed[part.name]) is None:
             why = "is square, and nothing tells whether it is (inputs, outputs) or"
             problems.add(part.name, f"{why} (outputs, inputs)")
             continue
-        change = _as_sum(part, view.shape, is_transposed)
+        change = _as_sum(part, view.shape, flip)
         for tensor, expert, start, rows in view.pieces:
             if tensor in found:
                 problems.add(tensor, "changed twice by the adapter, under two names")
             found[tensor] = change if expert is None else change.of_rows(expert, start, rows)
     one = np.ones((1, 1, 1), np.float32)
-    biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in wanted.biases.items()}
-    rows = {name: NewRows(x) for name, x in wanted.rows.items()}
+    biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in contents.biases.items()}
+    rows = {name: NewRows(x) for name, x in contents.tokens.items()}
     return found | {tensor_of(model, name): x for name, x in (biases | rows).items()}
 
 

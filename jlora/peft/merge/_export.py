@@ -23,8 +23,8 @@ from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
 from ._blocks import Edit, encode
 from ._edits import find_edits
+from ._match import check_frozen, match_to_checkpoint
 from ._ties import with_copies
-from ._wanted import check_frozen, read_wanted
 
 
 def export_merged(
@@ -109,11 +109,11 @@ def export_merged(
             export_merged(folder / "dense", adapter, out, names=names)
         return checkpoint.left_out
     problems = Problems(REFUSAL)
-    model, wanted = read_wanted(checkpoint, adapter, names, problems)
-    edits = find_edits(model, wanted, problems)
+    model, contents, is_transposed = match_to_checkpoint(checkpoint, adapter, names, problems)
+    edits = find_edits(model, contents, is_transposed, problems)
     problems.stop()
     edits = with_copies(checkpoint, edits, problems)
-    check_frozen(checkpoint, model, wanted, problems)
+    check_frozen(checkpoint, model, contents, problems)
     problems.stop()
     problems.warn()
     total = sum(header.size for header in checkpoint.headers.values())

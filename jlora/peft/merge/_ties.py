@@ -2,13 +2,13 @@
 
 import collections
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .._checkpoint import Checkpoint
 from .._file import show
 from .._problems import Problems
-from ..adapter._contents import SHARED, Adapter, Part
+from ..adapter._contents import SHARED, Adapter, Contents
 from ..adapter._parameters import identity, twins
 from ..adapter._tokens import Tokens, lone_heads, tied_rows
 from ._blocks import Edit, NewRows
@@ -24,19 +24,17 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
     return len(shape) == 2 and shape[0] in checkpoint.vocabulary
 
 
-def list_absent(
-    checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
-) -> list[str]:
+def list_absent(checkpoint: Checkpoint, model: Views, found: Contents) -> list[str]:
     """Problems with what the checkpoint has no tensor for, unless another has the same values.
 
     Values that are not read yet are compared by their shapes.
     """
-    lost = [part.name for part in parts if part.name not in model]
+    lost, whole = [x.name for x in found.parts if x.name not in model], found.full | found.frozen
     if lost:
-        shared = twins(parts)
+        shared = twins(found.parts)
         lost = [name for name in lost if name not in shared or shared[name].name not in model]
-    lone = {name: x for name, x in full.items() if name not in model}
-    kept = {identity(x) for name, x in full.items() if name in model} if lone else set()
+    lone = {name: x for name, x in whole.items() if name not in model}
+    kept = {identity(x) for name, x in whole.items() if name in model} if lone else set()
     lost += [name for name, x in lone.items() if identity(x) not in kept]
     return [f"{show(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
 
@@ -53,13 +51,12 @@ def _reason(name: str, checkpoint: Checkpoint) -> str:
     )
 
 
-def list_untied(
-    checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
-) -> list[str]:
+def list_untied(checkpoint: Checkpoint, model: Views, found: Contents) -> list[str]:
     """Changes of a shared weight that PEFT would apply in only one of its places."""
-    alone = [part.name for part in parts if is_shared(checkpoint, tensor_of(model, part.name))]
+    names, full = (x.name for x in found.parts), found.full
+    alone = [name for name in names if is_shared(checkpoint, tensor_of(model, name))]
     if alone:
-        shared = twins(parts)
+        shared = twins(found.parts)
         alone = [name for name in alone if name not in shared]
     if both := [name for name in full if is_shared(checkpoint, tensor_of(model, name))]:
         counts = collections.Counter(map(identity, full.values()))
