@@ -138,18 +138,13 @@ def _as_parameter(
 
 def orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
     """Lists whether a weight may be B·A or its transpose, by shape; empty if `part` misfits."""
-    rank, (rows, columns) = part.b.shape[1], matrix(part)
-    if part.kind == "experts":
-        fits = [len(shape) == 3 and shape[1:] == s for s in ((rows, columns), (columns, rows))]
-        count = shape[0] if shape else 0
-        fits = [f and part.a.shape[0] == rank and count and rank % count == 0 for f in fits]
-    elif part.kind == "conv":
-        fits = [(rows, *part.a.shape[1:]) == shape and part.a.shape[0] == rank, False]
-    else:
-        fits = [(rows, columns) == shape, (columns, rows) == shape]
-        fits = [fit and part.a.shape == (rank, columns) for fit in fits]
-    known = True if part.kind == "embedding" else part.transposed
-    return [t for t in (False, True) if fits[t] and known in (None, t)]
+    rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1:]
+    experts = shape[:1] if part.kind == "experts" else ()
+    if rank != part.b.shape[1] or 0 in experts or rank % math.prod(experts):
+        return []
+    known = {"conv": False, "embedding": True}.get(part.kind, part.transposed)
+    each = (False, (rows, *columns)), (True, (*columns, rows))
+    return [t for t, axes in each if (*experts, *axes) == shape and known in (None, t)]
 
 
 def magnitude_shape(part: Part) -> tuple[int, ...]:
