@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ._file import CONFIG, TensorInfo, listing, show
+from ._file import CONFIG, TensorInfo, itemize, show
 
 
 class Problems:
@@ -38,7 +38,7 @@ class Problems:
         """Raises if anything is wrong, the problems that are passed included."""
         self.found += more
         if self.found:
-            raise ValueError(f"{self.title}. {listing(self.found)}{self.advice(self.found)}")
+            raise ValueError(f"{self.title}. {itemize(self.found)}{self.advice(self.found)}")
 
     def warn(self) -> None:
         """Warns about what is unused, on behalf of the function that the user called."""

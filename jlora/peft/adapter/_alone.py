@@ -12,17 +12,17 @@ from ..._adapters import Decomposed, LowRank, Replaced
 from ..._types import Layout
 from .._file import Source
 from .._problems import Problems
-from ..names._convert import node_of
+from ..names._convert import join_factors
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ._contents import Adapter, Contents, Part, sort_tensors
-from ._files import Files, fill, in_memory, open_files, write
-from ._parameters import assign_parameters, matrix, refuse_biases, twins
-from ._tree import frozen_tensors, tensors_of
+from ._files import Files, as_files, fill, open_files, write
+from ._parameters import assign_parameters, find_twins, refuse_biases
+from ._tree import make_frozen_tensors, make_tensors
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Replaced | np.ndarray]:
-    r"""Reads an adapter for a look at it, when the model is not at hand.
+    r"""Reads an adapter without its model, to look at it.
 
     The checks are those of `load`; only whether it fits its model, and whether all that its
     configuration names is there, cannot be known. Where several parameters of one module of experts
@@ -84,14 +84,14 @@ class Alone(NamedTuple):
         """The node of each part by its key, with the axes of PyTorch's weight."""
         dropout = float(self.adapter.fields.get("lora_dropout", 0.0))
         return {
-            part.key: node_of(torch_leaf(part), [part.arrays], scale=part.scale, dropout=dropout)
+            part.key: join_factors(as_leaf(part), [part.arrays], scale=part.scale, dropout=dropout)
             for part in self.contents.parts
         }
 
 
-def torch_leaf(part: Part) -> NamedLeaf:
-    """The leaf that a part adapts, with PyTorch's axes."""
-    rows, columns = matrix(part)
+def as_leaf(part: Part) -> NamedLeaf:
+    """Makes the leaf that a part adapts, with PyTorch's axes."""
+    rows, columns = part.matrix
     axes, shape = {
         "embedding": ("vo", (columns, rows)),
         "linear": ("oi", (rows, columns)),
@@ -102,7 +102,7 @@ def torch_leaf(part: Part) -> NamedLeaf:
 
 
 def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
-    """Reads all of an adapter whose model is not at hand."""
+    """Reads all of an adapter without its model."""
     title = f"`{argument}`: the adapter in {path} cannot be read"
     return _read(open_files(Source(Path(path), argument)), Problems(title))
 
@@ -115,7 +115,7 @@ def write_alone(
     problems: Problems,
     argument: str,
 ) -> None:
-    """Writes `parts`, and what is tied and frozen in `each` of the adapters that they come from.
+    """Writes `parts`, and what is tied and frozen in each of the adapters that they come from.
 
     The caller has refused those with parameters in full or rows of embeddings.
 
@@ -125,8 +125,8 @@ def write_alone(
     """
     tied = {key: head for alone in each for key, head in alone.tied.items()}
     frozen = {name: x for alone in each for name, x in alone.contents.frozen.items()}
-    tensors = tensors_of(parts, tied) | frozen_tensors(frozen)
-    _read(in_memory(fields, tensors, argument), problems)
+    tensors = make_tensors(parts, tied) | make_frozen_tensors(frozen)
+    _read(as_files(fields, tensors, argument), problems)
     write(out, "`out`", fields, tensors)
 
 
@@ -137,7 +137,7 @@ def _read(files: Files, problems: Problems) -> Alone:
     values = files.values(found, problems)
     problems.stop()
     found = fill(found, values)
-    shared = twins(found.parts)
+    shared = find_twins(found.parts)
     tables = [x for x in found.parts if x.kind == "embedding"]
     tied = {x.key: shared[x.name].key for x in tables if x.name in shared}
     own = [x for x in found.parts if x.kind == "embedding" or x.name not in shared]

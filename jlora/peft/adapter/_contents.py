@@ -1,6 +1,7 @@
 """Sorts the tensors of an adapter by their keys and its configuration."""
 
 import collections
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
 from ._select import Selection
-from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, rows_by_module
+from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, find_rows
 
 BASE = ".base_layer"  # what is wrapped by an adapter
 B_BIAS = ".lora_B.bias"
@@ -62,8 +63,19 @@ class Part(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The rank, of one of the experts."""
+        """The rank of one expert."""
         return self.a.shape[0] // self.experts
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of B·A of one expert."""
+        return self.b.shape[0], math.prod(self.a.shape[1:])
+
+    @property
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of PEFT's magnitudes, one for each output."""
+        n = self.b.shape[0]
+        return (1, n, *[1] * (len(self.a.shape) - 2)) if self.kind == "conv" else (n,)
 
 
 class Contents(NamedTuple):
@@ -87,7 +99,7 @@ class Contents(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What the tensors of an adapter are.
+    """The tensors of an adapter, sorted by what they are.
 
     Attributes:
         fields: its configuration.
@@ -115,7 +127,7 @@ class Adapter(NamedTuple):
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:
-    """Finds out what each tensor is; raises for a configuration that is not supported."""
+    """Sorts tensors by what they are; raises for a configuration that is not supported."""
     fields = files.fields
     problems.stop(*problems_of(fields))
     selection = Selection(fields, f"`{files.argument}`")
@@ -144,7 +156,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
     selection.prepare(adapted)
     full, frozen = _others(selection, others, adapted, deltas, problems)
     parts = _parts(selection, sides, magnitudes, problems)
-    rows, heads = rows_by_module(fields, deltas, problems)
+    rows, heads = find_rows(fields, deltas, problems)
     for module in rows:
         if module in adapted or selection.saves(module):
             problems.add(deltas[module].key, "rows of what is adapted as a whole too")
@@ -157,7 +169,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
 def _rows_alone(
     selection: Selection, tensors: Iterable[TensorInfo], problems: Problems
 ) -> dict[str, Tokens]:
-    """The rows of an adapter that has nothing else."""
+    """Sorts the tensors of an adapter that has nothing but rows."""
     rows, found = tuple(selection.fields["token_indices"]), dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:

@@ -15,10 +15,10 @@ from .._file import (
     TENSORS,
     Source,
     TensorInfo,
+    make_reader,
     open_file,
     read_header,
     read_json,
-    reader,
 )
 from .._problems import Problems
 from ._config import LIMIT, dumps
@@ -44,12 +44,12 @@ class Files(NamedTuple):
     is_own: bool = False
 
     def values(self, tree: Any, problems: Problems) -> dict[str, np.ndarray]:
-        """Reads the tensors of a tree, once nothing else is wrong.
+        """Reads the tensors of a tree; raises first if there are problems.
 
         Values that are not finite are problems.
         """
         problems.stop()
-        found = self.read({x.key: x for x in tensors_in(tree)}.values())
+        found = self.read({x.key: x for x in list_tensors(tree)}.values())
         for key, x in found.items():
             if n := x.size - np.count_nonzero(np.isfinite(x)):
                 problems.add(key, f"{n} of {x.size} values are not finite")
@@ -59,8 +59,8 @@ class Files(NamedTuple):
         return found
 
 
-def tensors_in(tree: Any) -> list[TensorInfo]:
-    """The tensors of a tree."""
+def list_tensors(tree: Any) -> list[TensorInfo]:
+    """Lists the tensors of a tree."""
     return [x for x in jax.tree.leaves(tree, is_leaf=_is_tensor) if _is_tensor(x)]
 
 
@@ -84,13 +84,13 @@ def open_files(source: Source) -> Files:
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
         with open_file(source, TENSORS) as (file, _):
-            value = reader(file, header)
+            value = make_reader(file, header)
             return {x.key: value(x.key) for x in wanted}
 
     return Files(fields, list(header.entries.values()), read, source.argument)
 
 
-def in_memory(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
+def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
     """Presents what is about to be written as files."""
     types = {dtype: name for name, dtype in DTYPES.items()}
     found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]

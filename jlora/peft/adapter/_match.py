@@ -11,10 +11,10 @@ from ..._tree import name_of
 from .._file import COUNT, DTYPES, PREFIX, TensorInfo
 from .._problems import Problems
 from ..names._convert import split_weight
-from ..names._leaves import NamedLeaf, tied_heads
+from ..names._leaves import NamedLeaf, find_tied_heads
 from ._contents import SHARED, Contents, Part, explain_resized
 from ._files import fill
-from ._tokens import Tokens, list_unequal, lone_heads, misfits, tied_rows
+from ._tokens import Tokens, find_table, list_lone_heads, list_misfits, list_unequal
 
 # A tensor of a head, that of its embedding, and whether it is the transpose.
 Pair = tuple[TensorInfo, TensorInfo, bool]
@@ -35,7 +35,7 @@ class Match(NamedTuple):
     frozen: list[tuple[TensorInfo, NamedLeaf, str]]
 
     def read(self, values: Mapping[str, np.ndarray], problems: Problems) -> list[Any]:
-        """The leaves with values; adds the tensors whose values differ from what they must be."""
+        """Fills in values; adds the tensors whose values differ from what they must be."""
         problems.found += list_unequal(self.same, values)
         for x, leaf, name in self.frozen:
             if not _is_of_base(values[x.key], leaf, name):
@@ -58,11 +58,11 @@ def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
 def match_to_tree(
     adapter: Contents, heads: Iterable[str], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Match:
-    """Finds the leaf of everything in an adapter; what has none, or does not fit, is a problem.
+    """Finds the leaf of everything in an adapter; adds what has none, or does not fit.
 
     The rows of embeddings are listed for `heads` once more.
     """
-    tied = {f"{head}.weight": leaf for head, leaf in tied_heads(leaves).items()}
+    tied = {f"{head}.weight": leaf for head, leaf in find_tied_heads(leaves).items()}
     homes = tied | {name: leaf for leaf in leaves for name in leaf.parameters}
     parts = ((x.name, x, homes.get(x.name)) for x in adapter.parts)
     low = {name: x for name, x, leaf in parts if _fits(x, leaf, name in tied, problems)}
@@ -74,7 +74,7 @@ def match_to_tree(
         _has_shape(x, leaf.weight_shape, problems)
     rows, same = _match_rows(adapter.tokens, homes, tied, problems)
     apart = [name.removesuffix(".weight") for name in homes if name not in tied]
-    problems.found += lone_heads(heads, apart)
+    problems.found += list_lone_heads(heads, apart)
     for (name, leaf), group in itertools.product(tied.items(), (low, full)):
         head, table = group.pop(name, None), group.get(leaf.parameters[0])
         same += _match_head(head, table, leaf, problems)
@@ -115,7 +115,7 @@ def _has_shape(x: TensorInfo, shape: tuple[int, ...], problems: Problems) -> boo
 
 
 def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
-    """Adds the tensors of 64 bits where JAX, as it is set, has no arrays of those."""
+    """Adds the tensors of 64 bits where JAX, as it is configured, has no such arrays."""
     for x in tensors:
         if x.dtype in DTYPES and jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]:
             problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
@@ -157,15 +157,15 @@ def _match_rows(
         leaf, table = homes.get(name), None
         if leaf is None:
             # Of T5, of which `base` has the shared table alone.
-            table = tied_rows(name, tokens, homes) if SHARED.search(x.module) else None
+            table = find_table(name, tokens, homes) if SHARED.search(x.module) else None
             why = LOST
         elif name in tied:
-            table = tied_rows(name, tokens, leaf.parameters)
+            table = find_table(name, tokens, leaf.parameters)
             why = f"rows of a head whose weight is that of {leaf.modules[0]}"
         elif leaf.name.kind != "embedding":
             why = "rows of what is no embedding by `names`"
         else:
-            problems.found += misfits(x, leaf.weight_shape)
+            problems.found += list_misfits(x, leaf.weight_shape)
             rows.append((leaf, x))
             continue
         if table is None:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from .._checkpoint import open_checkpoint
 from .._file import CONFIG, DTYPES, PREFIX, Header, Source, read_header, read_json
-from ..adapter._config import LIMIT, misformed
+from ..adapter._config import LIMIT, list_misformed
 from ..adapter._contents import FACTOR
 from . import ENGINES, Base, Engine, Finding, Served, Side
 from ._rules import AGAIN
 
 
 class Checked(NamedTuple):
-    """The answer of `check`; its `str` is for people.
+    """What `check` found; its `str` is for people.
 
     Attributes:
         path: the adapter's folder.
@@ -87,7 +87,7 @@ def check(
     rank = _rank(asked, max_lora_rank)
     source = Source(Path(path))
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
-    if wrong := misformed(fields):
+    if wrong := list_misformed(fields):
         parts = (problem.partition(": ") for problem in wrong)
         findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
     else:
@@ -101,7 +101,7 @@ def check(
 
 
 def _rank(engine: Engine, given: int | None) -> int | None:
-    """The largest rank that the server takes; None for any."""
+    """Returns the largest rank that the server takes; None for any."""
     fits = given in engine.ranks if engine.ranks else isinstance(given, int) and given > 0
     if given is not None and not fits:
         wanted = f"one of {engine.ranks}" if engine.ranks else "at least 1"

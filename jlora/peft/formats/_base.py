@@ -19,7 +19,7 @@ from ..._quantized import is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import ONE, open_checkpoint
-from .._file import DTYPES, listing, show
+from .._file import DTYPES, itemize, show
 from ..names._convert import join_weight, split_weight
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
@@ -92,7 +92,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     # A wrong configuration gives every leaf the same words.
     wrong = list(dict.fromkeys(wrong)) + [f"{show(name)}: unexpected" for name in left]
     if wrong:
-        raise ValueError(f"`path`: {path} does not fit `like`. {listing(wrong)}")
+        raise ValueError(f"`path`: {path} does not fit `like`. {itemize(wrong)}")
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
@@ -162,7 +162,7 @@ def save_base(
     if packed:
         raise ValueError(
             "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
-            f"`transformers` with bitsandbytes, or by llm-compressor. {listing(packed)}"
+            f"`transformers` with bitsandbytes, or by llm-compressor. {itemize(packed)}"
         )
     leaves = name_all(base, names, "base")
     pairs = [zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True) for leaf in leaves]

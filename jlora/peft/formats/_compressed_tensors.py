@@ -96,7 +96,7 @@ class CompressedTensors(Format):
     # ----------------------------------------------------------------- what the configuration says
 
     def _check(self) -> None:
-        """Raises where tensors mean something else than they are read as."""
+        """Raises if tensors mean something else than they are read as."""
         formats = [self.config.get("format"), *(group.get("format") for group in self._groups())]
         if odd := [x for x in formats if x is not None and x not in KNOWN]:
             raise Unreadable(
@@ -122,7 +122,7 @@ class CompressedTensors(Format):
         return [weights for weights in found if isinstance(weights, dict)]
 
     def _blocks(self) -> list[Block]:
-        """The sizes of blocks that the configuration lists."""
+        """Lists the sizes of blocks in the configuration."""
         found = list[Block]()
         for weights in self._weights():
             given = weights.get("block_structure")

@@ -44,7 +44,7 @@ class GgufTensors:
         return iter(self._tensors)
 
     def dtype(self, name: str) -> str:
-        """The type of a tensor, as gguf calls it."""
+        """Returns the type of a tensor, as gguf calls it."""
         return self._tensors[name].type.name
 
     def blocks(self, name: str) -> tuple[np.ndarray, tuple[int, ...]]:

@@ -78,7 +78,7 @@ class Sum(Edit):
         return Sum(left, right, self.scale, self.m, not self.by_rows)
 
     def of_rows(self, expert: int, start: int, rows: int) -> "Sum":
-        """The sum for some rows of one matrix of the stack."""
+        """Returns the sum for some rows of one matrix of the stack."""
         left = self.left[expert : expert + 1, start : start + rows]
         return Sum(left, self.right[expert : expert + 1], self.scale)
 
@@ -113,13 +113,13 @@ def _squares(block: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _gain(m: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """The factors of rows or columns: m over their norms, 0 where these are 0."""
+    """Computes the factors of rows or columns: m over their norms, 0 where these are 0."""
     n = np.sqrt(squares)
     return np.divide(m.astype(np.float64), n, out=np.zeros_like(n), where=n > 0)
 
 
 def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Multiplies matrices of up to so many `rows` with `right`, by one program."""
+    """Makes a function that multiplies matrices of up to `rows` rows by `right`, in one program."""
     cpu = jax.local_devices(backend="cpu")[0]
     rank, columns = right.shape
     factor = jax.device_put(_pad(right, (rank, _round_up(columns))), cpu)
@@ -137,7 +137,7 @@ def _round_up(n: int) -> int:
 
 
 def _pad(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The array as float32, with zeros after its rows and columns."""
+    """Converts an array to float32, and pads its rows and columns with zeros."""
     new = np.zeros(shape, np.float32)
     new[: x.shape[0], : x.shape[1]] = x
     return new
@@ -150,6 +150,6 @@ def _read(data: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray
 
 
 def encode(x: np.ndarray, dtype: np.dtype) -> tuple[bytes, int]:
-    """The bytes of numbers in a dtype, and how many of them are not finite."""
+    """Returns the bytes of numbers in a dtype, and how many of them are not finite."""
     x = x.astype(dtype)
     return x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x)))

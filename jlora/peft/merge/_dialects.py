@@ -85,7 +85,7 @@ DIALECTS: tuple[Dialect, ...] = (
 
 
 def find_dialects(names: Collection[str]) -> Iterator[Dialect]:
-    """Yields old names alone, and the dialects that a checkpoint with `names` may use."""
+    """Yields the dialects that a checkpoint with `names` may use, first that of old names."""
     yield OLD
     lines = "\n".join(names)
     for dialect in DIALECTS:

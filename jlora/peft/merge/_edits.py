@@ -6,19 +6,19 @@ import numpy as np
 
 from .._problems import Problems
 from ..adapter._contents import Contents, Part
-from ..adapter._parameters import Shapes, matrix, orientations
+from ..adapter._parameters import Shapes, list_orientations
 from ._blocks import Edit, NewRows, NewValues, Sum
-from ._renaming import Views, shapes_of, tensor_of
+from ._renaming import Views, find_shapes, find_tensor
 
 
 def find_edits(
     model: Views, contents: Contents, is_transposed: bool, problems: Problems
 ) -> dict[str, Edit]:
-    """Finds what is to be done to each tensor that changes; `is_transposed` as a file says it."""
+    """Finds the edit of each tensor that changes; `is_transposed` is the file's own word."""
     found: dict[str, Edit] = {
-        tensor_of(model, n): NewValues(x) for n, x in contents.full.items() if n in model
+        find_tensor(model, n): NewValues(x) for n, x in contents.full.items() if n in model
     }
-    transposed = _find_transposed(contents.parts, shapes_of(model), is_transposed)
+    transposed = _find_transposed(contents.parts, find_shapes(model), is_transposed)
     for part in contents.parts:
         if (view := model.get(part.name)) is None:
             continue  # it is the same as one that is there
@@ -26,7 +26,7 @@ def find_edits(
             why = "is square, and nothing tells whether it is (inputs, outputs) or"
             problems.add(part.name, f"{why} (outputs, inputs)")
             continue
-        change = _as_sum(part, view.shape, flip)
+        change = _make_sum(part, view.shape, flip)
         for tensor, expert, start, rows in view.pieces:
             if tensor in found:
                 problems.add(tensor, "changed twice by the adapter, under two names")
@@ -34,13 +34,13 @@ def find_edits(
     one = np.ones((1, 1, 1), np.float32)
     biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in contents.biases.items()}
     rows = {name: NewRows(x) for name, x in contents.tokens.items()}
-    return found | {tensor_of(model, name): x for name, x in (biases | rows).items()}
+    return found | {find_tensor(model, name): x for name, x in (biases | rows).items()}
 
 
-def _as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
-    """What `part` adds to the weight of a shape."""
+def _make_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
+    """Makes the sum that adds `part` to a weight of a shape."""
     count = shape[0] if part.kind == "experts" else 1
-    rows, columns = matrix(part)
+    rows, columns = part.matrix
     b = part.b.reshape(rows, -1, count).transpose(2, 0, 1)  # rank outside of experts
     a = part.a.reshape(count, -1, columns)  # experts outside of rank
     found = Sum(b, a, part.scale, None if part.m is None else part.m.reshape(-1))
@@ -48,12 +48,12 @@ def _as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
 
 
 def _find_transposed(parts: Sequence[Part], shapes: Shapes, flag: bool) -> dict[str, bool | None]:
-    """Says for each part whether its weight is transposed; None if nothing tells.
+    """Finds out whether the weight of each part is transposed; None if nothing tells.
 
     A square weight is as those of its name that are not square, or else as `fan_in_fan_out` says
     of all, if no other contradicts that.
     """
-    fits = {part.name: orientations(part, shapes.get(part.name, ())) for part in parts}
+    fits = {part.name: list_orientations(part, shapes.get(part.name, ())) for part in parts}
     groups = {part.name: _group(part.kind, part.name) for part in parts}
     seen = {t: {groups[n] for n, found in fits.items() if found == [t]} for t in (False, True)}
     # A bias has the length of the outputs. It tells nothing of experts: whether PEFT's A
@@ -75,5 +75,5 @@ def _find_transposed(parts: Sequence[Part], shapes: Shapes, flag: bool) -> dict[
 
 
 def _group(kind: str, name: str) -> tuple[str, str]:
-    """The modules that have one orientation: those of one last name."""
+    """Returns a key of the modules that have one orientation: those of one last name."""
     return kind, name.rpartition(".")[0].rpartition(".")[2]

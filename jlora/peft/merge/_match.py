@@ -16,12 +16,12 @@ from .._file import COUNT, COUNTS, DTYPES, Source, show
 from .._problems import Problems
 from ..adapter._contents import Contents, explain_resized, sort_tensors
 from ..adapter._files import Files, fill, open_files
-from ..adapter._parameters import assign_parameters, list_missing, matrix, orientations
-from ..adapter._tokens import list_unequal, misfits
+from ..adapter._parameters import assign_parameters, list_missing, list_orientations
+from ..adapter._tokens import list_misfits, list_unequal
 from ..adapter._tree import arrange
 from ..names._convert import split_weight
 from ..names._names import Name
-from ._renaming import Views, find_views, shapes_of, tensor_of
+from ._renaming import Views, find_shapes, find_tensor, find_views
 from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
 
 T = TypeVar("T")
@@ -88,10 +88,10 @@ def _match_files(
 ) -> tuple[Views, Contents]:
     adapter = sort_tensors(files, problems)
     choices = find_views(adapter.names, checkpoint.shapes)
-    model = next((v for v in choices if not list_missing(adapter, shapes_of(v))), choices[0])
-    found = assign_parameters(adapter, shapes_of(model), "the checkpoint", problems)
+    model = next((v for v in choices if not list_missing(adapter, find_shapes(v))), choices[0])
+    found = assign_parameters(adapter, find_shapes(model), "the checkpoint", problems)
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
-    found = found._replace(tokens=tokens, full=_with_tied_biases(found.full, model))
+    found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
     problems.found += list_untied_heads(checkpoint, adapter)
     strange = [part.name for part in found.parts if part.name not in model]
     if problems.found and strange:
@@ -111,8 +111,8 @@ def _match_files(
     return model, found
 
 
-def _with_tied_biases(full: dict[str, T], model: Views) -> dict[str, T]:
-    """`full` with the bias of BERT's decoder as that of its module, whose tensor it shares."""
+def _move_tied_biases(full: dict[str, T], model: Views) -> dict[str, T]:
+    """Moves the bias of BERT's decoder to the module whose tensor it shares."""
     found = dict(full)
     for name in full.keys() - model.keys():
         home = name.removesuffix(".decoder.bias") + ".bias"
@@ -127,11 +127,11 @@ def _check(checkpoint: Checkpoint, model: Views, found: Contents, problems: Prob
         if (view := model.get(name)) is None or len(view.shape) != 2:
             problems.add(name, "has rows in the adapter, and is no table of the checkpoint")
         else:
-            problems.found += misfits(x, view.shape)
+            problems.found += list_misfits(x, view.shape)
     for part in found.parts:
-        if (view := model.get(part.name)) and not orientations(part, view.shape):
+        if (view := model.get(part.name)) and not list_orientations(part, view.shape):
             why = f"expected a {part.kind} weight of shape {view.shape}, but A {part.a.shape} and B"
-            problems.add(part.name, f"{why} {part.b.shape} make {matrix(part)}")
+            problems.add(part.name, f"{why} {part.b.shape} make {part.matrix}")
     whole, adapted = found.full | found.frozen, {part.key for part in found.parts}
     for name, x in whole.items():
         if (view := model.get(name)) is None:
@@ -162,9 +162,9 @@ def _check(checkpoint: Checkpoint, model: Views, found: Contents, problems: Prob
 
 
 def check_frozen(checkpoint: Checkpoint, model: Views, found: Contents, problems: Problems) -> None:
-    """Adds the tensors of which an adapter has other values, though it does not change them."""
+    """Adds the tensors that an adapter does not change but holds with other values."""
     for name, x in found.frozen.items():
-        if name in model and not _holds(checkpoint, tensor := tensor_of(model, name), x):
+        if name in model and not _holds(checkpoint, tensor := find_tensor(model, name), x):
             why = "a trained embedding under an adapter is not supported"
             problems.add(tensor, f"the adapter holds other values of it; {why}")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
-from .._file import listing
+from .._file import itemize
 from ._advice import advise
 from ._convert import join_weight, split_weight
 from ._leaves import NamedLeaf, path_in_names, resolve
@@ -53,7 +53,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         elif why := explain_narrowing(np.asarray(tensor).dtype):
             wrong.append(f"{key}: {why}")
     if wrong:
-        raise ValueError("`tensors` do not fit `like`. " + listing(wrong))
+        raise ValueError("`tensors` do not fit `like`. " + itemize(wrong))
     values = [
         jnp.asarray(join_weight(leaf, [np.asarray(tensors[key]) for key in leaf.parameters]))
         for leaf in leaves
@@ -104,12 +104,12 @@ def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLe
     if parts := [name_of(leaf.path) for leaf in leaves if leaf.name.part]:
         raise ValueError(
             f"`names` is for adapters: by it these leaves of `{argument}` are parts of parameters. "
-            "Use the table of the checkpoint. " + listing(parts)
+            "Use the table of the checkpoint. " + itemize(parts)
         )
     lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
     if lost:
         raise ValueError(
             f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            f"axes. {listing(list(map(path_in_names, lost)))}\n{advise(names, lost)}"
+            f"axes. {itemize(list(map(path_in_names, lost)))}\n{advise(names, lost)}"
         )
     return leaves
