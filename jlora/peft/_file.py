@@ -33,8 +33,8 @@ class Source(NamedTuple):
     Attributes:
         folder: the folder.
         argument: the user's argument that named it, for errors.
-        links: whether its files may be symbolic links: `none`, `within` the folder or the download
-            cache that it is of, or `all`.
+        links: which symbolic links its files may be: `none`, those `within` the folder or the
+            download cache around it, or `all`.
     """
 
     folder: Path

@@ -12,7 +12,7 @@ class Problems:
 
     Attributes:
         found: what is wrong.
-        unused: what a configuration names and nothing has, which PEFT accepts and so do we.
+        unused: names in a configuration that match nothing; PEFT accepts them, and so does jlora.
     """
 
     def __init__(self, title: str, advice: Callable[[Sequence[str]], str] = lambda found: ""):

@@ -1,4 +1,4 @@
-"""Reads an adapter whose model is not at hand."""
+"""Reads an adapter without its model."""
 
 import os
 from collections.abc import Sequence

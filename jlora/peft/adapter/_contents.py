@@ -107,7 +107,7 @@ class Adapter(NamedTuple):
         modules: A and B by module. Where several parameters of a module are adapted, the file does
             not say which is which: they are in the order in which PEFT wraps them.
         others: all else that the adapter has.
-        heads: names for which the rows of an embedding are listed once more, as its tied head has.
+        heads: names of tied heads, for which the configuration lists an embedding's rows once more.
     """
 
     fields: dict[str, Any]

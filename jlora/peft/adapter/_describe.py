@@ -1,4 +1,4 @@
-"""Makes the configuration that describes an adapter tree, from a given one where that fits."""
+"""Makes the configuration that describes an adapter tree; keeps what fits of a given one."""
 
 import bisect
 import collections

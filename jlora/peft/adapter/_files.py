@@ -1,4 +1,4 @@
-"""The two files of an adapter, as a folder has them or as they are about to be written."""
+"""The two files of an adapter, in a folder or about to be written."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -33,8 +33,8 @@ class Files(NamedTuple):
         fields: the configuration.
         tensors: what tensors there are.
         read: reads the values of some of them, by their keys.
-        argument: the argument by which the user gave them, for errors.
-        is_own: whether this process made them, so that they need not be distrusted.
+        argument: the user's argument that named them, for errors.
+        is_own: whether this process made them, so that they can be trusted.
     """
 
     fields: dict[str, Any]

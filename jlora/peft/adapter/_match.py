@@ -60,7 +60,7 @@ def match_to_tree(
 ) -> Match:
     """Finds the leaf of everything in an adapter; adds what has none, or does not fit.
 
-    The rows of embeddings are listed for `heads` once more.
+    The configuration lists the rows of an embedding once more for each of the `heads`.
     """
     tied = {f"{head}.weight": leaf for head, leaf in find_tied_heads(leaves).items()}
     homes = tied | {name: leaf for leaf in leaves for name in leaf.parameters}

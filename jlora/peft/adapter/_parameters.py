@@ -41,8 +41,8 @@ def assign_parameters(
         shapes: all parameters of the model, by the names of the adapter; None if not known.
         where: what to call the model in errors.
         problems: gets what does not fit.
-        ordered: whether the parameters of a module come in the order in which PEFT wraps them, so
-            that those of one shape can be told apart.
+        ordered: whether the parameters of a module come in the order in which PEFT wraps them,
+            which tells apart those of one shape.
     """
     selection = adapter.selection
     order = {name: i for i, name in enumerate(shapes or ())}

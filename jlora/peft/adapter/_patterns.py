@@ -104,7 +104,7 @@ class Patterns:
 
         Args:
             pattern: the pattern.
-            kind: how it is matched: `fullmatch`, `match`, or `layer`, of which the number counts.
+            kind: how it is matched: `fullmatch`, `match`, or `layer`, which gives a number.
             is_plain: whether it can be matched in this process.
         """
         if is_plain:

@@ -129,7 +129,7 @@ class Selection:
     def idle(self, keys: Iterable[str], where: str) -> list[str]:
         """Lists the targets that name none of the `keys` of a model; errors call it `where`.
 
-        PEFT lists targets that it excludes, or that lie in other layers, all the same.
+        PEFT also lists targets that it excludes, or that are in other layers.
         """
         names = Names("." + key for key in keys)
         return [

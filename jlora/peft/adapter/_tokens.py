@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     Attributes:
         module: PyTorch's module.
         rows: their numbers.
-        v: what stands in their places, (k, dim), an array or a `TensorInfo`.
+        v: their new values, (k, dim), an array or a `TensorInfo`.
     """
 
     module: str

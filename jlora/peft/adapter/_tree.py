@@ -1,4 +1,4 @@
-"""Turns an adapter tree into A and B of PyTorch's parameters, and those into PEFT's tensors."""
+"""Turns an adapter tree into A and B of PyTorch's parameters, and these into PEFT's tensors."""
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Whether an engine takes an adapter as it is meant: by its headers, and those of its base."""
+"""Checks whether an engine takes an adapter as it is meant, by its headers and its base's."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""What an engine is: rules by which it takes an adapter, of which only headers are read."""
+"""An engine: the rules by which it takes an adapter. They read only headers."""
 
 import dataclasses
 import functools
@@ -157,8 +157,8 @@ class Engine(NamedTuple):
     Attributes:
         name: what it is called on the command line.
         title: what it calls itself.
-        version: the version whose source the rules are of.
-        rules: what it is asked of an adapter.
+        version: the version whose source the rules follow.
+        rules: the checks of an adapter.
         start: how it is started, with `{base}`, `{dir}` and the largest `{rank}`.
         ranks: the values that its option `--max-lora-rank` has; empty for any.
         rank: the value that it has by default; None for that of the adapter.

@@ -1,4 +1,4 @@
-"""A base from a checkpoint as it is shipped, and a float one to a checkpoint."""
+"""Loads a base from a checkpoint as it is shipped, and writes one in floats."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
         names: the table that says what the leaves are called in PyTorch, or in the GGUF file.
-        like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s, of which shapes, dtypes and
+        like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s; shapes, dtypes and
             shardings matter. The dtype of a quantized weight is that of its file if that says one.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A weight as a file has it, in codes, and the leaf that is made of it."""
+"""A weight in the codes of a file, and the leaf that is made of it."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Codes(NamedTuple):
         scheme: the scheme.
         codes: a code for each entry, (…, rows, columns), in PyTorch's order.
         scale: a number for each block, (…, blocks of rows, blocks of columns) or their product.
-        zero: what a scheme adds or subtracts in each block, or None.
+        zero: the number that a scheme adds or subtracts in each block, or None.
         nested: the scale and the offset of the scales where these are codes too, or None.
         dtype: the dtype of the weight; None if that of the leaf counts.
     """
@@ -74,7 +74,7 @@ class Dense(NamedTuple):
 
     Attributes:
         values: its values in float32.
-        spelling: what it was, in words.
+        spelling: the scheme of its codes, in words.
         bits: the bits that an entry had.
     """
 

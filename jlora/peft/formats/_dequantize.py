@@ -1,4 +1,4 @@
-"""A quantized checkpoint to one in floats."""
+"""Converts a quantized checkpoint to one in floats."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What a format is, and the set of formats."""
+"""A format of quantized weights, and the set of formats."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, each checked and read when it is asked for."""
+"""The tensors of a checkpoint, each checked and read on demand."""
 
 import re
 from collections.abc import Collection, Iterator

@@ -1,4 +1,4 @@
-"""What is done to a tensor of a checkpoint, in blocks of bounded size."""
+"""The edits of a tensor of a checkpoint, in blocks of bounded size."""
 
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The modules that `transformers` renames, as data.
+"""The modules that `transformers` renames.
 
 `transformers` 5 renames modules when it reads a checkpoint, and back when it saves one. An adapter
 has the names of the modules in memory.

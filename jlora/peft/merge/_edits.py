@@ -1,4 +1,4 @@
-"""The changes of tensors, and which weights are transposed as against B·A."""
+"""Finds the edits of tensors, and which weights are the transpose of B·A."""
 
 from collections.abc import Sequence
 

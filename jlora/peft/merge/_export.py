@@ -1,4 +1,4 @@
-"""A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
+"""Merges an adapter into a checkpoint, in blocks of bounded size."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +62,7 @@ def export_merged(
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
             `model.safetensors.index.json`. Files may be links within it, or within the download
-            cache that it is of.
+            cache around it.
         adapter: a folder that PEFT or `save` wrote, whose modules are called as the checkpoint's
             tensors, up to a first part such as `bert.`; or an adapter tree.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at

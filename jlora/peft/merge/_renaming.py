@@ -51,12 +51,12 @@ _FIRSTS = 100  # first parts of names that are tried
 
 
 def find_views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
-    """Finds the parameters of the model, under the names that find the most of `wanted`.
+    """Finds the parameters of the model, under the names that match the most of `wanted`.
 
-    There are several answers where the names of several versions find as many.
+    There are several answers where the names of several versions match equally many.
 
     Raises:
-        ValueError: if names with either of two first parts find as many.
+        ValueError: if names with either of two first parts match equally many.
     """
     best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
     tried = list[dict[str, str]]()

@@ -106,7 +106,7 @@ def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
     """Takes the part of each parameter that `leaf` is, if it is one of several.
 
     It takes the rows of B that are the leaf's outputs. Where `save` wrote an A for each part, the
-    ranks of all parts lie beside one another, with zeros around each in B: it takes the own ones.
+    ranks of all parts are concatenated, with zeros around each in B: it takes the leaf's own.
     """
     if leaf.name.part is None:
         return modules

@@ -20,7 +20,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
     r"""Converts the tensors of a PyTorch checkpoint to parameters: axes in JAX's order.
 
     Args:
-        tensors: arrays by PyTorch's names, as of `safetensors.numpy.load_file`.
+        tensors: arrays by PyTorch's names, as `safetensors.numpy.load_file` returns them.
         like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s; only its shapes matter.
         names: the table that says what its leaves are called in PyTorch.
 
