@@ -83,8 +83,8 @@ def check(
     """
     if engine not in ENGINES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
-    asked = ENGINES[engine]
-    rank = _rank(asked, max_lora_rank)
+    server = ENGINES[engine]
+    rank = _rank(server, max_lora_rank)
     source = Source(Path(path))
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
     if wrong := list_misformed(fields):
@@ -92,11 +92,11 @@ def check(
         findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
     else:
         served = _served(source, fields, header, None if base is None else _base(base), rank)
-        findings = [found for rule in asked.rules for found in rule(served)]
+        findings = [found for rule in server.rules for found in rule(served)]
     folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
     largest = fields.get("r") if rank is None else rank
-    start = asked.start.format(dir=folder, base=model, rank=largest)
-    title = f"{asked.title} {asked.version}"
+    start = server.start.format(dir=folder, base=model, rank=largest)
+    title = f"{server.title} {server.version}"
     return Checked(os.fspath(path), title, findings, start, base is not None)
 
 

@@ -8,17 +8,17 @@ from .._problems import Problems
 from ..adapter._contents import Contents, Part
 from ..adapter._parameters import Shapes, list_orientations
 from ._blocks import Edit, NewRows, NewValues, Sum
-from ._renaming import Views, find_shapes, find_tensor
+from ._renaming import Model
 
 
 def find_edits(
-    model: Views, contents: Contents, is_transposed: bool, problems: Problems
+    model: Model, contents: Contents, is_transposed: bool, problems: Problems
 ) -> dict[str, Edit]:
     """Finds the edit of each tensor that changes; `is_transposed` is the file's own word."""
     found: dict[str, Edit] = {
-        find_tensor(model, n): NewValues(x) for n, x in contents.full.items() if n in model
+        model.tensor(n): NewValues(x) for n, x in contents.full.items() if n in model
     }
-    transposed = _find_transposed(contents.parts, find_shapes(model), is_transposed)
+    transposed = _find_transposed(contents.parts, model.shapes, is_transposed)
     for part in contents.parts:
         if (view := model.get(part.name)) is None:
             continue  # it is the same as one that is there
@@ -34,7 +34,7 @@ def find_edits(
     one = np.ones((1, 1, 1), np.float32)
     biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in contents.biases.items()}
     rows = {name: NewRows(x) for name, x in contents.tokens.items()}
-    return found | {find_tensor(model, name): x for name, x in (biases | rows).items()}
+    return found | {model.tensor(name): x for name, x in (biases | rows).items()}
 
 
 def _make_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:

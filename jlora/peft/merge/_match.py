@@ -21,7 +21,7 @@ from ..adapter._tokens import list_misfits, list_unequal
 from ..adapter._tree import arrange
 from ..names._convert import split_weight
 from ..names._names import Name
-from ._renaming import Views, find_shapes, find_tensor, find_views
+from ._renaming import Model, find_models
 from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def match_to_checkpoint(
     adapter: str | os.PathLike[str] | PyTree,
     names: Sequence[Name] | None,
     problems: Problems,
-) -> tuple[Views, Contents, bool]:
+) -> tuple[Model, Contents, bool]:
     """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
 
     Returns:
@@ -64,7 +64,7 @@ def match_to_checkpoint(
 
 def _match_tree(
     checkpoint: Checkpoint, adapter: PyTree, names: Sequence[Name], problems: Problems
-) -> tuple[Views, Contents]:
+) -> tuple[Model, Contents]:
     nodes = adapter_leaves(adapter)
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
@@ -77,7 +77,7 @@ def _match_tree(
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Contents(tree.parts, full, {}, tokens, {})
     wanted = [*(part.name for part in found.parts), *full, *tokens]
-    model = find_views(wanted, checkpoint.shapes)[0]
+    model = find_models(wanted, checkpoint.shapes)[0]
     _check(checkpoint, model, found, problems)
     problems.stop()
     return model, found
@@ -85,11 +85,11 @@ def _match_tree(
 
 def _match_files(
     checkpoint: Checkpoint, files: Files, problems: Problems
-) -> tuple[Views, Contents]:
+) -> tuple[Model, Contents]:
     adapter = sort_tensors(files, problems)
-    choices = find_views(adapter.names, checkpoint.shapes)
-    model = next((v for v in choices if not list_missing(adapter, find_shapes(v))), choices[0])
-    found = assign_parameters(adapter, find_shapes(model), "the checkpoint", problems)
+    models = find_models(adapter.names, checkpoint.shapes)
+    model = next((x for x in models if not list_missing(adapter, x.shapes)), models[0])
+    found = assign_parameters(adapter, model.shapes, "the checkpoint", problems)
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
     found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
     problems.found += list_untied_heads(checkpoint, adapter)
@@ -111,7 +111,7 @@ def _match_files(
     return model, found
 
 
-def _move_tied_biases(full: dict[str, T], model: Views) -> dict[str, T]:
+def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
     """Moves the bias of BERT's decoder to the module whose tensor it shares."""
     found = dict(full)
     for name in full.keys() - model.keys():
@@ -121,7 +121,7 @@ def _move_tied_biases(full: dict[str, T], model: Views) -> dict[str, T]:
     return found
 
 
-def _check(checkpoint: Checkpoint, model: Views, found: Contents, problems: Problems) -> None:
+def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:
     """Adds what the checkpoint has in another shape, or in a dtype that cannot be changed."""
     for name, x in found.tokens.items():
         if (view := model.get(name)) is None or len(view.shape) != 2:
@@ -161,10 +161,10 @@ def _check(checkpoint: Checkpoint, model: Views, found: Contents, problems: Prob
             problems.add(name, f"{why}. Dequantize the checkpoint first")
 
 
-def check_frozen(checkpoint: Checkpoint, model: Views, found: Contents, problems: Problems) -> None:
+def check_frozen(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:
     """Adds the tensors that an adapter does not change but holds with other values."""
     for name, x in found.frozen.items():
-        if name in model and not _holds(checkpoint, tensor := find_tensor(model, name), x):
+        if name in model and not _holds(checkpoint, tensor := model.tensor(name), x):
             why = "a trained embedding under an adapter is not supported"
             problems.add(tensor, f"the adapter holds other values of it; {why}")
 

@@ -38,7 +38,19 @@ class View(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-Views = dict[str, View]
+class Model(dict[str, View]):
+    """The parameters that a checkpoint holds, under the names that an adapter has for them."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all parameters."""
+        return {name: view.shape for name, view in self.items()}
+
+    def tensor(self, name: str) -> str:
+        """Returns the first tensor of a parameter; its own name if the checkpoint has none."""
+        return self[name].pieces[0].tensor if name in self else name
+
+
 Experts = Mapping[str, re.Match[str]]
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
@@ -50,7 +62,7 @@ _FUSED = {
 _FIRSTS = 100  # first parts of names that are tried
 
 
-def find_views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
+def find_models(wanted: Collection[str], shapes: Shapes) -> list[Model]:
     """Finds the parameters of the model, under the names that match the most of `wanted`.
 
     There are several answers where the names of several versions match equally many.
@@ -84,17 +96,17 @@ def find_views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
             f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
             "Rename its modules as they are in the checkpoint."
         )
-    return [_views(wanted, named, *way, shapes, experts) for named, way in unique]
+    return [_make_model(wanted, named, *way, shapes, experts) for named, way in unique]
 
 
-def _views(
+def _make_model(
     wanted: Collection[str],
     named: Mapping[str, str],
     add: str,
     strip: str,
     shapes: Shapes,
     experts: Experts,
-) -> Views:
+) -> Model:
     own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
     as_stored = own.keys() - named.keys()  # these have the checkpoint's names, and no others
     if as_stored or add or strip:
@@ -107,17 +119,7 @@ def _views(
     single = {name for name, x in named.items() if x in pieces}
     if not {_module(name) for name in wanted} & {_module(name) for name in single}:
         plain = {name: view for name, view in plain.items() if name not in single}
-    return (fused if fused.keys() & set(wanted) else {}) | plain
-
-
-def find_shapes(model: Views) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all parameters."""
-    return {name: view.shape for name, view in model.items()}
-
-
-def find_tensor(model: Views, name: str) -> str:
-    """Returns the first tensor of a parameter; its own name if the checkpoint has none."""
-    return model[name].pieces[0].tensor if name in model else name
+    return Model((fused if fused.keys() & set(wanted) else {}) | plain)
 
 
 def _module(name: str) -> str:
@@ -170,7 +172,7 @@ def _find_experts(names: Iterable[str]) -> Experts:
     return {name: found for name in names if (found := _EXPERT.fullmatch(name))}
 
 
-def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> Views:
+def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> dict[str, View]:
     """Makes the parameters that hold all experts of a module: (experts, rows, columns)."""
     modules: dict[str, dict[str, dict[int, str]]] = {}
     new = {name: _EXPERT.fullmatch(name) for name in named if name not in shapes}

@@ -12,7 +12,7 @@ from ..adapter._contents import SHARED, Adapter, Contents
 from ..adapter._parameters import find_twins, identify
 from ..adapter._tokens import Tokens, find_table, list_lone_heads
 from ._blocks import Edit, NewRows
-from ._renaming import Views, find_tensor
+from ._renaming import Model
 
 
 def is_shared(checkpoint: Checkpoint, name: str) -> bool:
@@ -24,7 +24,7 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
     return len(shape) == 2 and shape[0] in checkpoint.vocabulary
 
 
-def list_absent(checkpoint: Checkpoint, model: Views, found: Contents) -> list[str]:
+def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
     """Lists what the checkpoint has no tensor for, unless a parameter there has the same values.
 
     Values that are not read yet are compared by their shapes.
@@ -51,18 +51,18 @@ def _reason(name: str, checkpoint: Checkpoint) -> str:
     )
 
 
-def list_untied(checkpoint: Checkpoint, model: Views, found: Contents) -> list[str]:
+def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
     """Lists changes of a shared weight that PEFT would apply in only one of its places."""
     names, full = (x.name for x in found.parts), found.full
-    alone = [name for name in names if is_shared(checkpoint, find_tensor(model, name))]
+    alone = [name for name in names if is_shared(checkpoint, model.tensor(name))]
     if alone:
         shared = find_twins(found.parts)
         alone = [name for name in alone if name not in shared]
-    if both := [name for name in full if is_shared(checkpoint, find_tensor(model, name))]:
+    if both := [name for name in full if is_shared(checkpoint, model.tensor(name))]:
         counts = collections.Counter(map(identify, full.values()))
         alone += [name for name in both if counts[identify(full[name])] == 1]
     return [
-        f"{show(find_tensor(model, name))}: the input embedding and the output head share this "
+        f"{show(model.tensor(name))}: the input embedding and the output head share this "
         "weight (config.json: tie_word_embeddings), but the adapter does not change both alike; "
         "save the base model untied first"
         for name in alone
@@ -73,7 +73,7 @@ def list_untied(checkpoint: Checkpoint, model: Views, found: Contents) -> list[s
 
 
 def separate_heads(
-    checkpoint: Checkpoint, model: Views, tokens: Mapping[str, Tokens]
+    checkpoint: Checkpoint, model: Model, tokens: Mapping[str, Tokens]
 ) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
     """Separates the rows of the checkpoint's tables, and pairs tied heads with their tables."""
     heads, there = [], dict(tokens)
@@ -81,7 +81,7 @@ def separate_heads(
         table = find_table(name, tokens, model) if SHARED.search(x.module) else None
         if table is None:
             continue
-        if name not in model or is_shared(checkpoint, find_tensor(model, name)):
+        if name not in model or is_shared(checkpoint, model.tensor(name)):
             heads.append((x, table))
         if name not in model:
             del there[name]
@@ -101,13 +101,13 @@ def with_copies(
     checkpoint: Checkpoint, edits: Mapping[str, Edit], problems: Problems
 ) -> dict[str, Edit]:
     """Adds the edits of the other copies of shared weights that are stored twice."""
-    alike = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
+    groups = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
     for name in checkpoint.where:
         if is_shared(checkpoint, name):
             tensor = checkpoint.entry(name)
-            alike[tensor.dtype, tensor.shape][name in edits].append(name)
+            groups[tensor.dtype, tensor.shape][name in edits].append(name)
     found = dict(edits)
-    for others, own in alike.values():
+    for others, own in groups.values():
         values = {_digest(checkpoint, name): name for name in own if others}
         for other in others if own else ():
             if (copied := values.get(_digest(checkpoint, other))) is not None:
