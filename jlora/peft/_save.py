@@ -27,6 +27,7 @@ from .adapter._vllm import flatten_for_vllm
 from .names._convert import split_weight
 from .names._leaves import NamedLeaf
 from .names._names import Name
+from .names._weights import split_all
 
 _METHOD = f"leave peft_type out, or give {MISS!r}"
 Written = tuple[Fields, dict[str, np.ndarray]]  # a configuration, and tensors by their keys
@@ -177,11 +178,13 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
         fields, parts = flatten_for_vllm(fields, parts, keys, [x.module for x in tokens])
     found = make_tensors(parts, tree.tied)
     for leaf, keys in full:
-        each = split_weight(leaf, tree.found.get(leaf.path, leaf.value))
+        each = [*split_weight(leaf, tree.found.get(leaf.path, leaf.value)).values()]
         found |= dict(zip(keys, each, strict=True))
         if leaf.path in tree.found and (head := tree.tied.get(leaf.modules[0])):
             found[f"{PREFIX}{head}.weight"] = each[0]
-    found |= make_frozen_tensors({name: split_weight(x, x.value)[0] for name, x in frozen.items()})
+    own = split_all(frozen.values())  # a head has the values of its embedding
+    values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
+    found |= make_frozen_tensors(values)
     return fields, found | {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
 
 

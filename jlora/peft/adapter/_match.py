@@ -50,7 +50,7 @@ class Match(NamedTuple):
 def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
         return True
-    each = dict(zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True))
+    each = split_weight(leaf, leaf.value)
     own = each.get(name, next(iter(each.values())))  # a head has the values of its embedding
     return np.array_equal(own, x.astype(own.dtype))
 

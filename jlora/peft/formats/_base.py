@@ -20,10 +20,10 @@ from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import ONE, open_checkpoint
 from .._file import DTYPES, itemize, show
-from ..names._convert import join_weight, split_weight
+from ..names._convert import join_weight
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
-from ..names._weights import explain_narrowing, name_all
+from ..names._weights import explain_narrowing, name_all, split_all
 from ._codes import make_leaf
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
@@ -164,9 +164,7 @@ def save_base(
             "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
             f"`transformers` with bitsandbytes, or by llm-compressor. {itemize(packed)}"
         )
-    leaves = name_all(base, names, "base")
-    pairs = [zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True) for leaf in leaves]
-    tensors = {key: x for each in pairs for key, x in each}
+    tensors = split_all(name_all(base, names, "base"))
     with fresh(path, "`path`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
         (folder / "config.json").write_bytes(json.dumps(dict(config or {}), indent=2).encode())

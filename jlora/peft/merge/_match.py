@@ -19,8 +19,8 @@ from ..adapter._files import Files, fill, open_files
 from ..adapter._parameters import assign_parameters, list_missing, list_orientations
 from ..adapter._tokens import list_misfits, list_unequal
 from ..adapter._tree import arrange
-from ..names._convert import split_weight
 from ..names._names import Name
+from ..names._weights import split_all
 from ._renaming import Model, find_models
 from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
 
@@ -69,11 +69,7 @@ def _match_tree(
     shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
     base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
     tree = arrange(base, adapter, names)
-    full = {
-        name: x
-        for leaf in tree.full
-        for name, x in zip(leaf.parameters, split_weight(leaf, nodes[leaf.path]), strict=True)
-    }
+    full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
     tokens = {f"{x.module}.weight": x for x in tree.tokens}
     found = Contents(tree.parts, full, {}, tokens, {})
     wanted = [*(part.name for part in found.parts), *full, *tokens]

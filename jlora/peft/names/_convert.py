@@ -22,9 +22,10 @@ Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitude
 # --------------------------------------------------------------------------------------- weights
 
 
-def split_weight(leaf: NamedLeaf, value: Any) -> list[np.ndarray]:
-    """Splits a leaf into PyTorch's parameters, one for each module."""
-    return _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+def split_weight(leaf: NamedLeaf, value: Any) -> dict[str, np.ndarray]:
+    """Splits a leaf into PyTorch's parameters by their names."""
+    parts = _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+    return dict(zip(leaf.parameters, parts, strict=True))
 
 
 def join_weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:

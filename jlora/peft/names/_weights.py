@@ -1,6 +1,6 @@
 """Converts the tensors of a PyTorch checkpoint to a JAX tree and back, by a name table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,11 +84,13 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
         >>> {name: x.shape for name, x in tensors.items()}
         {'h.0.up.weight': (3, 4), 'h.1.up.weight': (3, 4)}
     """
-    return {
-        key: part
-        for leaf in name_all(params, names, "params")
-        for key, part in zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True)
-    }
+    return split_all(name_all(params, names, "params"))
+
+
+def split_all(leaves: Iterable[NamedLeaf]) -> dict[str, np.ndarray]:
+    """Splits leaves into PyTorch's parameters by their names."""
+    each = (split_weight(leaf, leaf.value) for leaf in leaves)
+    return {name: x for own in each for name, x in own.items()}
 
 
 def explain_narrowing(dtype: np.dtype) -> str | None:
