@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
+import numpy as np
+
+from .._file import CONFIG, PREFIX, TENSORS, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
 from ._contents import HEADS, Adapter, Contents, Part, may_tie
@@ -177,13 +179,9 @@ def _list_idle_names(adapter: Adapter) -> list[str]:
     ]
 
 
-def identify(x: Any, transposed: bool = False) -> tuple[Any, ...]:
-    """Returns what equal tensors share: shape, dtype and, once they are read, values."""
-    shape = x.shape[::-1] if transposed else x.shape
-    if isinstance(x, TensorInfo):
-        return shape, x.dtype
-    data = (x.T if transposed else x).tobytes()
-    return shape, x.dtype, hashlib.sha256(data).digest()
+def identify(x: np.ndarray) -> tuple[Any, ...]:
+    """Returns what equal arrays share: shape, dtype and a hash of their values."""
+    return x.shape, x.dtype, hashlib.sha256(x.tobytes()).digest()
 
 
 def find_twins(parts: Iterable[Part]) -> dict[str, Part]:
@@ -192,8 +190,8 @@ def find_twins(parts: Iterable[Part]) -> dict[str, Part]:
     for part in parts:
         if part.kind in ("embedding", "linear") and part.m is None:
             is_table = part.kind == "embedding"
-            a, b = (part.b, part.a) if is_table else (part.a, part.b)
-            key = part.scale, identify(a, is_table), identify(b, is_table)
+            a, b = (part.b.T, part.a.T) if is_table else (part.a, part.b)
+            key = part.scale, identify(a), identify(b)
             groups.setdefault(key, {}).setdefault(part.kind, part)
     pairs = (group.values() for group in groups.values() if len(group) == 2)
     return {x.name: y for pair in pairs for x, y in itertools.permutations(pair)}

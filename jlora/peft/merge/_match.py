@@ -98,8 +98,6 @@ def _match_files(
             "save_pretrained(..., save_original_format=False)",
         )
     _check(checkpoint, model, found, problems)
-    problems.stop()
-    problems.found += list_absent(checkpoint, model, found)
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     found = fill(found, values)
