@@ -29,7 +29,6 @@ ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
-REFUSAL = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
 DEEPEST = 32  # nested folders
 LIMIT = 64 * 2**20  # bytes of an index, which may list 400,000 tensors
 # Weights in other formats, which would stay unmerged, and pickles, which hold weights or code.

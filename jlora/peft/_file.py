@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -261,13 +261,14 @@ def _check_extents(entries: dict[str, TensorInfo], size: int, what: str) -> None
         )
 
 
-def make_reader(file: BinaryIO, header: Header) -> Callable[[str], np.ndarray]:
-    """Makes a function that reads one tensor by name."""
-
-    def read(name: str) -> np.ndarray:
-        entry = header.entries[name]
-        file.seek(header.data + entry.start)
-        data = file.read(entry.stop - entry.start)
-        return np.frombuffer(data, (DTYPES | COUNTS)[entry.dtype]).reshape(entry.shape)
-
-    return read
+def read_tensors(
+    source: Source, header: Header, tensors: Iterable[TensorInfo]
+) -> dict[str, np.ndarray]:
+    """Reads some tensors of an adapter by their names."""
+    found = {}
+    with open_file(source, TENSORS) as (file, _):
+        for x in tensors:
+            file.seek(header.data + x.start)
+            data = np.frombuffer(file.read(x.stop - x.start), (DTYPES | COUNTS)[x.dtype])
+            found[x.key] = data.reshape(x.shape)
+    return found

@@ -12,13 +12,7 @@ from ._file import DTYPES, PREFIX
 from ._load import fit
 from ._problems import Problems
 from .adapter._config import DEFAULTS, MISS, ROWS_DEFAULTS, problems_of
-from .adapter._describe import (
-    Fields,
-    describe,
-    describe_rows_alone,
-    find_frozen,
-    find_full,
-)
+from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
 from .adapter._files import as_files, write
 from .adapter._miss import MISS_DEFAULTS, from_lora, is_miss, list_miss_problems, translate_fields
 from .adapter._tokens import DELTA, DELTA_ALONE

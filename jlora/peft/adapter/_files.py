@@ -1,5 +1,6 @@
 """The two files of an adapter, in a folder or about to be written."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,10 +16,9 @@ from .._file import (
     TENSORS,
     Source,
     TensorInfo,
-    make_reader,
-    open_file,
     read_header,
     read_json,
+    read_tensors,
 )
 from .._problems import Problems
 from ._config import LIMIT, dumps
@@ -81,12 +81,7 @@ def open_files(source: Source) -> Files:
         ValueError: if the files are damaged.
     """
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
-
-    def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
-        with open_file(source, TENSORS) as (file, _):
-            value = make_reader(file, header)
-            return {x.key: value(x.key) for x in wanted}
-
+    read = functools.partial(read_tensors, source, header)
     return Files(fields, list(header.entries.values()), read, source.argument)
 
 

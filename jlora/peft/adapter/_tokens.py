@@ -101,11 +101,3 @@ def list_unequal(
             values[head.key], values[table.key].T if is_transposed else values[table.key]
         )
     ]
-
-
-@np.errstate(over="ignore")  # it is counted by `_blocks`
-def put_rows(tokens: Tokens, x: np.ndarray, start: int) -> None:
-    """Writes the rows that lie in the block `x`, which holds the table's rows from `start` on."""
-    rows = np.asarray(tokens.rows)
-    here = np.flatnonzero((rows >= start) & (rows < start + len(x)))
-    x[rows[here] - start] = tokens.v[here].astype(x.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._checkpoint import read_exactly
 from .._file import DTYPES, TensorInfo
-from ..adapter._tokens import Tokens, put_rows
+from ..adapter._tokens import Tokens
 
 BLOCK = 2**20  # numbers
 # Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
@@ -45,11 +45,13 @@ class NewRows(Edit):
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields the table with the other rows."""
-        (rows, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
+        (count, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
+        rows, values = np.asarray(self.tokens.rows), self.tokens.v.astype(dtype)
         step = max(1, BLOCK // max(columns, 1))
-        for start in range(0, rows, step):
-            block = _read(data, dtype, (min(step, rows - start), columns)).copy()
-            put_rows(self.tokens, block, start)
+        for start in range(0, count, step):
+            block = _read(data, dtype, (min(step, count - start), columns)).copy()
+            here = (rows >= start) & (rows < start + len(block))
+            block[rows[here] - start] = values[here]
             yield block
 
 

@@ -9,14 +9,7 @@ from tqdm import tqdm
 
 from ..._folders import fresh, scratch
 from ..._types import PyTree
-from .._checkpoint import (
-    REFUSAL,
-    Checkpoint,
-    copy_others,
-    explain_shorter,
-    open_checkpoint,
-    read_pieces,
-)
+from .._checkpoint import Checkpoint, copy_others, explain_shorter, open_checkpoint, read_pieces
 from .._file import COUNTS, DTYPES, open_file
 from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
@@ -108,7 +101,9 @@ def export_merged(
             dequantize_checkpoint(src_dir, folder / "dense", follow_links=follow_links)
             export_merged(folder / "dense", adapter, out, names=names)
         return checkpoint.left_out
-    problems = Problems(REFUSAL)
+    problems = Problems(
+        "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
+    )
     model, contents, is_transposed = match_to_checkpoint(checkpoint, adapter, names, problems)
     edits = find_edits(model, contents, is_transposed, problems)
     problems.stop()
