@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.dtypes import canonicalize_dtype
 
 from .._adapters import LowRank, weight_shape
 from .._tree import adapter_leaves
@@ -18,6 +17,7 @@ from .adapter._config import DEFAULTS
 from .adapter._contents import Part
 from .adapter._describe import find_scales, set_scales
 from .names._convert import split_factors
+from .names._weights import explain_narrowing
 
 Fields = dict[str, Any]
 Where = str | os.PathLike[str]
@@ -118,16 +118,16 @@ def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[st
 def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     """Finds what cannot be combined without the model."""
     wrong = []
-    for (adapter, contents, _), name in zip(each, names, strict=True):
+    for (adapter, own, _), name in zip(each, names, strict=True):
         for why, found in (
-            ("trained in full, so that the change is known from the base alone", [*contents.full]),
+            ("trained in full, so that the change is known from the base alone", [*own.full]),
             (
                 "rows that are replaced, whose change is known from the base alone",
-                [x.module for x in contents.tokens.values()],
+                [x.module for x in own.tokens.values()],
             ),
             (
                 "of DoRA, whose change is no s·A·B and has no sum",
-                [x.key for x in contents.parts if x.m is not None],
+                [x.key for x in own.parts if x.m is not None],
             ),
             (
                 "of several parameters, which the file does not tell apart",
@@ -135,7 +135,7 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
             ),
             (
                 "of float64, which needs jax_enable_x64",
-                [x.key for x in contents.parts if any(map(_is_wide, x.arrays))],
+                [x.key for x in own.parts if any(explain_narrowing(y.dtype) for y in x.arrays)],
             ),
         ):
             listed = ", ".join(map(show, found[:9])) + ", …" * (len(found) > 9)
@@ -150,10 +150,6 @@ def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     if len(shapes) > SHAPES:
         wrong.append(f"{len(shapes)} pairs of shapes of A and B; expected at most {SHAPES}")
     return wrong
-
-
-def _is_wide(x: np.ndarray) -> bool:
-    return canonicalize_dtype(x.dtype) != x.dtype
 
 
 def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:

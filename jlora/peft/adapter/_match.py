@@ -12,6 +12,7 @@ from .._file import COUNT, DTYPES, PREFIX, TensorInfo
 from .._problems import Problems
 from ..names._convert import split_weight
 from ..names._leaves import NamedLeaf, find_tied_heads
+from ..names._weights import explain_narrowing
 from ._contents import SHARED, Contents, Part, explain_resized
 from ._files import fill
 from ._tokens import Tokens, find_table, list_lone_heads, list_misfits, list_unequal
@@ -117,7 +118,7 @@ def _has_shape(x: TensorInfo, shape: tuple[int, ...], problems: Problems) -> boo
 def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
     """Adds the tensors of 64 bits where JAX, as it is configured, has no such arrays."""
     for x in tensors:
-        if x.dtype in DTYPES and jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]:
+        if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
             problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
 
 
