@@ -219,7 +219,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
                 f"{what} names a tensor {shorten(key)}; expected at most {NAME_LIMIT} printable "
                 f"characters, with at most {DEPTH_LIMIT} dots."
             )
-        entry = _read_tensor(key, fields)
+        entry = _parse_tensor(key, fields)
         if entry is None:
             raise ValueError(f"{what} describes {shorten(key)} wrongly: {shorten(fields)}.")
         entries[key] = entry
@@ -227,7 +227,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     return Header(entries, 8 + count, size)
 
 
-def _read_tensor(key: str, fields: Any) -> TensorInfo | None:
+def _parse_tensor(key: str, fields: Any) -> TensorInfo | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = (fields[k] for k in ("dtype", "shape", "data_offsets"))

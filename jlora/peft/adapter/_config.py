@@ -133,7 +133,7 @@ _CONVERT = (
 
 
 def list_unsupported(fields: Mapping[str, Any]) -> list[str]:
-    """Refuses fields: each is a feature that is not read."""
+    """Lists the fields as features that are not supported."""
     return [
         f"{show(key)}: {shorten(value)} is a feature that jlora does not support"
         for key, value in fields.items()

@@ -120,9 +120,7 @@ class Adapter(NamedTuple):
     def names(self) -> list[str]:
         """The parameters that the adapter may change."""
         each = ((m, self.selection.parameters(m) or ["weight"]) for m in self.modules)
-        adapted = (
-            f"{module}.{parameter}" for module, parameters in each for parameter in parameters
-        )
+        adapted = (f"{module}.{name}" for module, names in each for name in names)
         return [*self.others.full, *self.others.tokens, *adapted]
 
 

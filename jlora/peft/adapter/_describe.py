@@ -259,9 +259,9 @@ def set_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) 
     return fields | new
 
 
-def _find_alpha(scale: float, find_divisor: float) -> float:
-    alpha = scale * find_divisor
-    return round(alpha) if round(alpha) / find_divisor == scale else alpha
+def _find_alpha(scale: float, divisor: float) -> float:
+    alpha = scale * divisor
+    return round(alpha) if round(alpha) / divisor == scale else alpha
 
 
 def _find_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -20,10 +20,10 @@ _LAYERS = 10  # patterns of layers that are plain and need no process
 class Ends:
     """Many endings, in which a name finds whether it ends in one of them."""
 
-    def __init__(self, list_tails: Iterable[str]):
+    def __init__(self, tails: Iterable[str]):
         """Leaves out tails that end in another one."""
         self.backwards: list[str] = []
-        for tail in sorted(t[::-1] for t in list_tails):
+        for tail in sorted(t[::-1] for t in tails):
             if not self.backwards or not tail.startswith(self.backwards[-1]):
                 self.backwards.append(tail)
 
