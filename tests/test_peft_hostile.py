@@ -31,7 +31,7 @@ from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Patterns
 from jlora.peft.adapter._select import Selection
 from jlora.peft.merge import _ties
-from jlora.peft.merge._renaming import find_views
+from jlora.peft.merge._renaming import find_models
 
 
 def adapter(folder: Folder, modules: Sequence[str], rank: int = 1, **fields: Any) -> Folder:
@@ -352,7 +352,7 @@ def test_a_hundred_first_parts() -> None:
     shapes |= dict.fromkeys(SPOKEN, (1, 1))
     wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(4_000)]
     with bounded(3):
-        assert find_views(wanted, shapes)
+        assert find_models(wanted, shapes)
 
 
 def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
