@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from cases import CASES, SUBJECTS, Case
+from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
 from own_schemes import Pairs
 from safetensors.numpy import save_file
@@ -33,13 +33,11 @@ slow = pytest.mark.slow
 
 def table() -> Iterable[Any]:
     """PiSSA on every case, the others on some of each."""
-    daily = {("pissa", "used_twice"), ("loftq", "used_twice")}
-    for i, subject in enumerate(s for s in SUBJECTS if s != "model"):
-        cases = [c for c in CASES if c.subject == subject and c.sites]
-        for (j, case), (k, name) in itertools.product(enumerate(cases), enumerate(STARTS)):
-            if k in (0, (i + j) % len(STARTS)) or (name, case.name) in daily:
-                marks = [] if (name, case.name) in daily else [slow]
-                yield pytest.param(case, name, id=f"{name}-{case.name}", marks=marks)
+    cases = [c for c in CASES if c.subject != "model" and c.sites]
+    for (i, case), (k, name) in itertools.product(enumerate(cases), enumerate(STARTS)):
+        daily = case.name == "used_twice" and name in ("pissa", "loftq")
+        if daily or k in (0, i % len(STARTS)):
+            yield pytest.param(case, name, id=f"{name}-{case.name}", marks=[] if daily else [slow])
 
 
 @pytest.mark.parametrize(("case", "name"), [*table()])
@@ -77,8 +75,7 @@ def einsum(spec: str) -> Any:
 # Model, W, x, slots, and W as the matrices (inputs, outputs) that are factored.
 FORMS: dict[str, Any] = {
     "dense": (dense, (12, 10), (2, 12), None, lambda w: [w]),
-    "wide": (dense, (6, 20), (2, 6), None, lambda w: [w]),
-    "stack": (layers, (3, 8, 6), (3, 2, 8), None, list),
+    "stack": (layers, (3, 7, 5), (3, 2, 7), None, list),
     "experts": (
         einsum("lebi,leio->lebo"),
         (2, 3, 6, 5),
@@ -86,20 +83,12 @@ FORMS: dict[str, Any] = {
         None,
         lambda w: list(w.reshape(6, 6, 5)),
     ),
-    "odd stack": (layers, (3, 7, 5), (3, 2, 7), None, list),
     "last": (
         einsum("sbi,ios->sbo"),
         (8, 6, 3),
         (3, 2, 8),
         None,
         lambda w: list(w.transpose(2, 0, 1)),
-    ),
-    "heads": (
-        einsum("bhk,hko->bo"),
-        (3, 4, 10),
-        (2, 3, 4),
-        None,
-        lambda w: [w.reshape(12, 10)],
     ),
     "convolution": (convolution, (3, 4, 10), (2, 7, 4), None, lambda w: [w.reshape(12, 10)]),
     "slots": (dense, (8, 18), (2, 8), Slots(3, (0, 2)), lambda w: [w[:, :6], w[:, 12:]]),
@@ -236,7 +225,7 @@ def start_of(kind: str) -> tuple[Any, Any, Any]:
 KINDS = (*STARTS, "DoRA", "Rows", "codes", "many")
 DAILY_WAYS = {
     *[("pissa", "jit closed over"), ("loftq", "eval_shape"), ("olora", "vmap"), ("Rows", "jit")],
-    *[("DoRA", "eval_shape closed over"), ("codes", "eval_shape"), ("many", "numpy")],
+    *[("DoRA", "eval_shape closed over"), ("many", "numpy")],
 }
 
 
@@ -255,11 +244,12 @@ def test_however_init_is_called(kind: str, way: str) -> None:
         np.testing.assert_allclose(*merged, atol=0.05 if kind in ("loftq", "codes") else 1e-5)
 
 
-@pytest.mark.parametrize("way", ["jit closed over", "eval_shape closed over", "vmap"])
-def test_what_is_closed_over_must_be_finite(way: str) -> None:
+def test_what_is_closed_over_must_be_finite() -> None:
     lora, params, _, _, x = made("dense", pissa)
-    with pytest.raises(ValueError, match="'w' of `params` has 1 values that are NaN or infinite"):
-        WAYS[way](lora.init, {"w": params["w"].at[0, 0].set(jnp.inf)}, x)
+    bad = np.where(np.eye(*params["w"].shape) * np.eye(1, 10), np.inf, params["w"])
+    for way in ("jit closed over", "eval_shape closed over", "vmap"):
+        with pytest.raises(ValueError, match="'w' of `params` has 1 values that are NaN or inf"):
+            WAYS[way](lora.init, {"w": jnp.asarray(bad)}, x)
 
 
 def init_of(init: Any, params: Any) -> Any:
@@ -386,7 +376,7 @@ def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> Non
 # --------------------------------------------------------------------------------------------- MiSS
 
 
-@pytest.mark.parametrize("form", some(FORMS, "odd stack", "slots"))
+@pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
 def test_miss_repeats_rows(form: str) -> None:
     """ΔW[i, o] = s·B[i mod r, o]; where r does not divide the inputs too."""
     _, params, base, adapter, _ = made(form, miss)
@@ -412,6 +402,7 @@ def swapped(key: Any, w: Any, site: Any, rule: Any) -> Any:
 )
 def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) -> None:
     """Labels, counts, gradients, partitions and checkpoints; by the start or by the rule."""
+    assert dataclasses.replace(LoRA("w", init=miss), init=None).all_frozen == ()
     lora, params, base, adapter, x = made("stack", init, frozen=frozen)
     node, other = adapter["w"], "ab".replace(trained, "")
     assert lora.sites(params, x).trainable == jlora.count(adapter) == getattr(node, trained).size
@@ -429,13 +420,6 @@ def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) ->
         assert checkpoint.read(tmp_path / "a").rules[0].init is miss
         with pytest.raises(ValueError, match=r"w: expected frozen \('a',\), got \(\)"):
             checkpoint.restore(tmp_path / "a", like={"w": node._replace(frozen=())})
-
-
-def test_another_start_is_not_frozen_by_the_one_before() -> None:
-    rule = LoRA("w", init=miss)
-    assert (rule.frozen, rule.all_frozen) == ((), ("a",))
-    other = dataclasses.replace(rule, init=None)
-    assert (other, other.all_frozen) == (LoRA("w"), ())
 
 
 @pytest.mark.parametrize("frozen", [3, ["c"], [["a"]]], ids=str)
