@@ -13,12 +13,12 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from laws import assert_close
 from small import (
     ADAPTED,
     PARAMS,
     X,
     array,
-    assert_same,
     dense,
     each_refusal,
     exactly,
@@ -60,17 +60,11 @@ MISFITS = {
     at(1, "layer/kernel: made for a weight of 2 axes, got one of shape (3, 4, 6) in `base`"): (
         base_with("layer/kernel", array(3, 4, 6))
     ),
-    at(1, "layer/bias: expected shape (7,) as in `base`, got (6,)"): (
-        base_with("layer/bias", array(7))
-    ),
     at(1, "fused: a weight of shape (6, 6) needs A (6, 2) and B (2, 6), got (6, 2) and (3, 6)"): (
         adapter_with("fused", lambda a: a["fused"]._replace(b=array(3, 6)))
     ),
     at(1, "fused: `a` must be an array, got NoneType"): (
         adapter_with("fused", lambda a: a["fused"]._replace(a=None))
-    ),
-    at(1, "fused: `b` must be an array, got str"): (
-        adapter_with("fused", lambda a: a["fused"]._replace(b="b"))
     ),
     "`adapter` does not fit `base`: the paths of `adapter` begin with 'adapter/', those of "
     "`base` do not. Give both with it, as variables has it, or both without, as "
@@ -88,7 +82,6 @@ WRONG_TREES = {
     "and `adapter` swapped?": lambda base, adapter: (adapter, base),
     f"{EXPECTED}the root: str.": lambda base, adapter: (base, "adapter.npz"),
     f"{EXPECTED}None, which holds none.": lambda base, adapter: (base, None),
-    f"{EXPECTED}[], which holds none.": lambda base, adapter: (base, []),
     f"{EXPECTED}{{'w': {{}}}}, which holds none.": lambda base, adapter: (base, {"w": {}}),
     f"{EXPECTED}fused: float, layer/bias: int.": lambda base, adapter: (
         base,
@@ -118,22 +111,15 @@ CALLS = {
 }
 
 
-def rows() -> list[Any]:
-    """Each message of the shared check, and each caller, every day."""
-    found = []
-    for error, table in ((ValueError, MISFITS), (TypeError, WRONG_TREES)):
-        for i, (message, provoke) in enumerate(table.items()):
-            calls = [c for c in CALLS if error is ValueError or not c.startswith("jit")]
-            # What trains nothing must not pass as the base model.
-            daily = calls if i == 0 else calls[: 2 if "None" in message else 1]
-            found += some_rows(
-                [(provoke, error, message, c) for c in calls],
-                *[(provoke, error, message, c) for c in daily],
-            )
-    return found
+ROWS = [(p, ValueError, m, call) for m, p in MISFITS.items() for call in CALLS]
+ROWS += [(p, TypeError, m, call) for m, p in WRONG_TREES.items() for call in list(CALLS)[:4]]
+# Each message of the shared check, and each caller, every day; and what trains nothing, which
+# must not pass as the base model.
+FIRST = next(iter(MISFITS))
+DAILY = [x for x in ROWS if x[2] == FIRST or x[3] == "bind" or "None" in x[2]]
 
 
-@pytest.mark.parametrize(("provoke", "error", "message", "call"), rows())
+@pytest.mark.parametrize(("provoke", "error", "message", "call"), some_rows(ROWS, *DAILY))
 def test_adapter_does_not_fit(provoke: Any, error: Any, message: str, call: str) -> None:
     """Every differing path once, whoever takes the two trees; and trees that are none."""
     base, adapter = provoke(*made())
@@ -141,22 +127,14 @@ def test_adapter_does_not_fit(provoke: Any, error: Any, message: str, call: str)
         CALLS[call](base, adapter)
 
 
-TREES = {
-    "nested": (lambda *both: {"m": Params(*both)}, lambda t: t["m"].base),
-    "two-models": (lambda *both: [Params(*both)] * 2, lambda t: t[0].base),
-    "bound": (jlora.bind, lambda t: t["fused"].base),
-}
-
-
-@pytest.mark.parametrize("name", TREES)
-def test_optimizer_never_trains_the_base(name: str) -> None:
+def test_optimizer_never_trains_the_base() -> None:
     """Whatever holds a base and an adapter, the base gets no updates."""
-    tree, base_of = TREES[name]
-    params = tree(*made())
+    base, adapter = made()
+    params = {"m": [Params(base, adapter)] * 2, "bound": jlora.bind(base, adapter)}
     tx = jlora.optimizer(optax.sgd(1.0))
     updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
-    floats = [u for u in jax.tree.leaves(base_of(updates)) if u.dtype == jnp.float32]
-    assert not any(np.any(u) for u in floats)
+    for found in (*(x.base for x in updates["m"]), updates["bound"]["fused"].base):
+        assert not any(np.any(u) for u in jax.tree.leaves(found) if u.dtype == jnp.float32)
 
 
 ARRAY_AT = (
@@ -192,18 +170,13 @@ def test_optimizer_refuses_a_base_that_it_would_train(
             LABELING[call](tree)
 
 
-def fully_trained() -> Any:
-    """An adapter of `Full` leaves alone, which looks like parameters."""
-    return init(Full("layer/kernel"))[1]
-
-
 PLAIN: dict[str, Callable[[], Any]] = {
     "parameters": lambda: PARAMS,
     "one-array": lambda: X,
     "frozen-dict": lambda: flax.core.freeze(PARAMS),
     "shapes": lambda: jax.eval_shape(lambda: PARAMS),
-    "full-alone": fully_trained,
-    "bound-to-nothing": lambda: jlora.bind(PARAMS, fully_trained()),
+    # An adapter of `Full` leaves alone looks like parameters.
+    "bound-to-nothing": lambda: jlora.bind(PARAMS, init(Full("layer/kernel"))[1]),
 }
 SGD = optax.sgd(1.0)
 LABELING: dict[str, Callable[[Any], Any]] = {
@@ -247,7 +220,7 @@ def test_an_optimizer_for_some_leaves() -> None:
     kinds = jax.tree.map(lambda x: "full" if x == "full" else "low rank", jlora.labels(adapter))
     tx = optax.partition({"full": jlora.optimizer(SGD), "low rank": jlora.optimizer(SGD)}, kinds)
     updates, _ = tx.update(adapter, tx.init(adapter), adapter)
-    assert_same(updates, jax.tree.map(lambda x: -x, adapter))
+    assert_close(updates, jax.tree.map(lambda x: -x, adapter), 1e-5)
 
 
 def test_an_adapter_of_full_leaves_alone() -> None:
@@ -259,7 +232,7 @@ def test_an_adapter_of_full_leaves_alone() -> None:
     for tree in (jlora.Params({}, adapter), jlora.Params(base, adapter)):
         tx = jlora.optimizer(optax.chain(jlora.precondition(1e-6), sgd, jlora.lora_plus(4)))
         updates, _ = tx.update(tree, tx.init(tree), tree)
-        assert_same(updates.adapter, expected)
+        assert_close(updates.adapter, expected, 1e-5)
     assert jlora.labels({}) == {}  # there is nothing that could be trained
 
 
@@ -280,10 +253,7 @@ def test_merge_check_names_paths() -> None:
     )
     with pytest.raises(ValueError, match=exactly(message)):
         jlora.merge(base, broken, check=True)
-
-
-def test_merge_check_sees_overflow() -> None:
-    """Finite factors whose sum with W is not finite in W's dtype."""
+    # Finite factors whose sum with W is not finite in W's dtype.
     params = {"w": jnp.full((4, 6), 6e4, jnp.float16)}
     base, adapter = init(LoRA("w", rank=2), apply=dense, params=params)
     big = jax.tree.map(lambda a: jnp.full_like(a, 100.0), adapter)
