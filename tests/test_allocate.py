@@ -221,18 +221,6 @@ def test_pefts_files_have_the_ranks(tmp_path: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path / "a", base, names), adapter)
 
 
-def test_table() -> None:
-    sites = {"a": (1, (40, 60), (3.0, 2.0)), "b": (1, (40, 60), (1.0, 0.5))}
-    assert str(jlora.allocate(of(sites), LoRA(".*", rank=1), budget=201)).splitlines() == [
-        "site  score  rank  parameters",
-        "─────────────────────────────",
-        "a        13     2         200",
-        "b      1.25     0           0",
-        "─────────────────────────────",
-        "1 of 2 sites; 200 parameters",
-    ]
-
-
 # ---------------------------------------------------------------------------------------- refusals
 
 TWO: dict[str, Site] = {"a": (1, (4, 4), (3.0, 2.0)), "head": (1, (4, 4), (0.5,))}

@@ -15,7 +15,7 @@ from small import each_refusal, exactly, some
 
 import jlora
 from jlora import _linalg, arithmetic
-from jlora.types import Layout, LowRank
+from jlora.types import LowRank
 
 # The shape of W, and the layouts that adapters of it may have.
 LAYOUTS = {name: (shape, [layout]) for name, (shape, layout) in nodes.SITES.items()}
@@ -46,7 +46,6 @@ def regauged(node: LowRank, seed: int = 0) -> LowRank:
 
 
 DAILY = ("experts", "slots of two kinds")
-slow = lambda *x: pytest.param(*x, marks=pytest.mark.slow)  # noqa: E731
 
 
 def sites(*daily: str, without: str = "") -> Any:
@@ -111,6 +110,10 @@ def test_truncate_is_the_best_approximation(site: str, rank: int) -> None:
     next_one = s[..., rank] if rank < s.shape[-1] else 0
     bound = 1e-6 * s[..., 0] * np.maximum(1, s[..., 0] / (s[..., rank - 1] - next_one))
     assert (np.abs(got - best).max((-2, -1)) < bound).all()
+    # By energy: the smallest rank that keeps the share in every matrix.
+    kept = (s**2).cumsum(-1) / (s**2).sum(-1, keepdims=True)
+    least = 1 + int((kept < 0.9).sum(-1).max())
+    assert arithmetic.truncate({"w": full}, energy=0.9)["w"].a.shape[-1] == least
 
 
 @pytest.mark.parametrize("name", some(["truncate", "ties"], "truncate"))
@@ -121,18 +124,6 @@ def test_a_program_factors_one_matrix_at_a_time(name: str) -> None:
     calls = re.findall(r"= \(?f32\[([\d,]+)\].*custom_call_target=\"lapack", compiled.as_text())
     assert calls
     assert all(dims.count(",") == 1 for dims in calls), calls
-
-
-@pytest.mark.slow
-def test_truncate_by_energy() -> None:
-    """The smallest rank that keeps the share in every matrix of the stack."""
-    values = np.array([[4.0, 2.0, 1.0], [4.0, 0.0, 0.0]])
-    a = np.stack([np.eye(5, 3), np.eye(5, 3)])
-    b = values[..., None] * np.stack([np.eye(3, 4)] * 2)
-    node = LowRank(jnp.asarray(a), jnp.asarray(b, jnp.float32), 1.0, Layout((0,), (1,), (2,)))
-    for energy, rank in ((16 / 21, 1), (0.77, 2), (20 / 21, 2), (0.96, 3), (1.0, 3)):
-        found = arithmetic.truncate({"w": node}, energy=energy)["w"]
-        assert found.a.shape[-1] == rank, energy
 
 
 # ------------------------------------------------------------------------- laws of all functions
@@ -318,23 +309,13 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "`weights` must be finite; got nan.": lambda: arithmetic.add(
             [{"w": NODE}], jnp.array([jnp.nan])
         ),
-        "`weights` must be one for each of the 1 adapters; got 2.": lambda: arithmetic.add(
-            [{"w": NODE}], [1, 2]
-        ),
         "`adapters` cannot be combined at these paths:\n  w: is for weights of (shape, stack, "
         "inputs, outputs) [((12, 9), (), (0,), (1,)), ((12, 8), (), (0,), (1,))]\n"
         "Adapters that are combined must be of one base.": lambda: arithmetic.add(
             [{"w": NODE}, {"w": draw(0, (12, 8), PLAIN, 2, 1.0)}]
         ),
-        "`adapters` cannot be combined at these paths:\n  w: is of low rank in one and trained in "
-        "full in another\nAdapters that are combined must be of one base.": lambda: arithmetic.add(
-            [{"w": NODE}, {"w": jnp.ones((12, 9))}]
-        ),
         "`adapters` cannot be combined" + FULL: lambda: arithmetic.add(
             [{"b": jnp.ones(3)}, {"b": jnp.ones(3)}]
-        ),
-        "`adapter` cannot be scaled" + FULL: lambda: arithmetic.scale(
-            {"b": jnp.ones(3), "w": NODE}, 0.5
         ),
         "`other` cannot be subtracted from `adapter`" + FULL: lambda: arithmetic.difference(
             {"w": NODE}, {"b": jnp.ones(3)}
@@ -344,9 +325,6 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         ),
         "`adapter` cannot be truncated" + OTHERS: lambda: arithmetic.truncate(
             {"v": GAIN, "w": NODE, "deep": {"w": GAIN}}, 1
-        ),
-        "`adapter` cannot be scaled" + OTHERS: lambda: arithmetic.scale(
-            {"v": GAIN, "deep": {"w": GAIN}}, 1
         ),
         "`factor` must be finite; got inf.": lambda: arithmetic.scale({"w": NODE}, float("inf")),
         "`adapters` cannot be combined at these paths:\n  b: has the shapes [(3,), (2,)]\n  w: is "
@@ -384,18 +362,15 @@ def test_refused(provoke: Any, error: Any, message: str) -> None:
         provoke()
 
 
-WITH_KEYS: list[Any] = [
-    lambda: arithmetic.add([{}, KEYED]),
-    lambda: arithmetic.scale(KEYED, 2),
-    lambda: arithmetic.truncate(KEYED, 1),
-    lambda: jlora.many.stack([KEYED]),
-    lambda: jlora.many.insert(jlora.many.stack([{"w": NODE}]), 0, KEYED),
-]
-
-
 def test_keys_are_refused() -> None:
     """By whatever takes adapters; and what is trained in full without a base, by merges too."""
-    for provoke in WITH_KEYS:
+    for provoke in (
+        lambda: arithmetic.add([{}, KEYED]),
+        lambda: arithmetic.scale(KEYED, 2),
+        lambda: arithmetic.truncate(KEYED, 1),
+        lambda: jlora.many.stack([KEYED]),
+        lambda: jlora.many.insert(jlora.many.stack([{"w": NODE}]), 0, KEYED),
+    ):
         with pytest.raises(ValueError, match=exactly(KEYS)):
             provoke()
     with pytest.raises(ValueError, match=exactly("`adapters` cannot be combined" + FULL)):
@@ -405,12 +380,9 @@ def test_keys_are_refused() -> None:
 # ------------------------------------------------------------------------- what meshes need of it
 
 
-@pytest.mark.parametrize(
-    "shape", [(512, 3), slow((2, 96, 5)), slow((64, 16)), slow((40, 60)), slow((128, 1))]
-)
-def test_qr_by_blocks_of_rows(shape: tuple[int, ...]) -> None:
+def test_qr_by_blocks_of_rows() -> None:
     """Q is orthonormal, R triangular, and Q·R what it was, columns that depend on others too."""
-    x = np.random.default_rng(0).standard_normal(shape)
+    x = np.random.default_rng(0).standard_normal((2, 96, 5))
     x[..., -1] = x[..., 0]
     x = jnp.asarray(x, jnp.float32)
     q, r = map(np.asarray, jax.jit(_linalg.qr)(x))

@@ -225,6 +225,11 @@ def lora_plus(ratio: Any) -> Any:
     return jlora.optimizer(optax.chain(noisy, optax.adam(1e-2), jlora.lora_plus(ratio)))
 
 
+def preconditioned(damping: Any) -> Any:
+    """With the matrices of each run."""
+    return jlora.optimizer(optax.chain(jlora.precondition(damping), optax.sgd(1e-2)))
+
+
 # A transformation or a function of hyperparameters, and these.
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (clipped_adamw, {"learning_rate": RATES, "weight_decay": 0.1}),
@@ -235,6 +240,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "accumulated": (optax.MultiSteps(optax.adam(1e-2), 2), {}),
     "plateau": (optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)), {}),
     "adafactor": (optax.adafactor(1e-2), {}),
+    "preconditioned": (preconditioned, {"damping": jnp.array([1e-3, 1e-2, 1.0])}),
 }
 EACH = pytest.mark.parametrize("name", some(OPTIMIZERS, "adamw", "lora_plus"))
 ROUNDS, BAD = 4, 1
@@ -442,8 +448,6 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
         "`keys` must be one PRNG key for each adapter, such as "
         "jax.random.split(jax.random.key(0), 8); got key<fry>[].": lambda: init(KEYS[0]),
-        "`keys` must be one PRNG key for each adapter, such as "
-        "jax.random.split(jax.random.key(0), 8); got 7.": lambda: init(7),
         '`keys` must be of the implementation "threefry2x32", whose draws under vmap are those of '
         "each key alone; got rbg. Make them with "
         'jax.random.key(seed, impl="threefry2x32").': lambda: init(
@@ -453,9 +457,6 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         "`ranks` must be known when many.init is traced, as shapes follow from them. Give a list "
         "or a NumPy array, by a closure rather than as an argument of the jitted function.": (
             lambda: jax.jit(lambda r: init(KEYS, ranks=r))(jnp.array([1, 1, 2]))
-        ),
-        "`tx` must be an optax transformation, such as optax.adamw(2e-4); got 0.001.": lambda: (
-            many.optimizer(1e-3)
         ),
         "`learning_rate` is given beside a transformation that is made already. Give a function "
         "of it, such as many.optimizer(optax.adamw, learning_rate=...).": lambda: many.optimizer(

@@ -15,7 +15,6 @@ import pytest
 from small import some
 
 import jlora
-from jlora import many
 
 
 class Model(NamedTuple):
@@ -188,26 +187,6 @@ def test_dtypes_stay_and_zero_is_no_division() -> None:
     node, grad = node._replace(b=np.zeros_like(node.b)), grad._replace(a=np.zeros_like(grad.a))
     updates = step({"w": node}, {"w": grad}, 1e-6)["w"]
     assert not np.any(updates.a) and np.isfinite(updates.b).all()
-
-
-@pytest.mark.slow
-def test_a_table_of_adapters_and_a_traced_damping() -> None:
-    """Each run has its own matrices, and a damping of its own."""
-    _, adapter, grads = made("scanned")
-    table, slopes = (many.stack([x, jax.tree.map(lambda y: -2 * y, x)]) for x in (adapter, grads))
-    tx = many.optimizer(
-        lambda damping: chained(optax.sgd(1.0), damping),
-        damping=jnp.array([1e-3, 1.0]),
-    )
-    updates, _ = tx.update(slopes, tx.init(table), table)
-    for i, damping in enumerate((1e-3, 1.0)):
-        one, slope, found = (many.take(x, i) for x in (table, slopes, updates))
-        expected = step(one, slope, damping)
-        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
-    # A table without `many.optimizer` has an axis more, and the same answer.
-    whole = step(table, slopes, 1.0)["w"]
-    np.testing.assert_allclose(whole.b[1], updates["w"].b[1], rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_are_needed() -> None:

@@ -236,6 +236,9 @@ def test_however_init_is_called(kind: str, way: str) -> None:
     found, expected = WAYS[way](init, params, x), init(KEY, params, x)
     form = functools.partial(jax.tree.map, lambda x: (x.shape, str(x.dtype)))
     assert form(found) == form(expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    if kind in (*STARTS, "DoRA"):  # marked as for a base that is not the parameters
+        assert found[1]["w"].residual == (kind != "miss")
     if "eval_shape" not in way:
         merged = [
             jlora.merge(base, many.take(x, 0) if kind == "many" else x)["w"]
@@ -293,23 +296,6 @@ def test_refused(provoke: Any, error: Any, message: str) -> None:
 def error(base: Any, adapter: Any, w: Any) -> float:
     """‖W - Q - s·A·B‖ / ‖W‖."""
     return float(np.linalg.norm(jlora.merge(base, adapter)["w"] - w) / np.linalg.norm(w))
-
-
-@slow
-def test_the_rest_is_quantized_with_less_error() -> None:
-    """NF4's error, LoftQ's by iterations, and that of PiSSA whose rest is quantized."""
-    u, v = (np.linalg.qr(array(n, 64))[0] for n in (128, 64))
-    w = jnp.asarray((u / np.arange(1, 65) ** 0.5) @ v, jnp.float32)
-
-    def start(init: Any, w: Any = w) -> tuple[Any, Any]:
-        lora = jlora.transform(dense, LoRA("w", rank=8, init=init))
-        return lora.init(KEY, {"w": w}, array(1, 128))
-
-    plain = error(*start(None, jlora.quantize({"w": w}, jlora.NF4("w"))["w"]), w)
-    each = [error(*start(loftq(jlora.NF4(), n)), w) for n in (1, 2, 5)]
-    assert plain > each[0] > each[1] > each[2]
-    base, adapter = start(pissa)
-    assert error(jlora.quantize(base, jlora.NF4("w")), adapter, w) < each[2]
 
 
 SCHEMES = {"NF4": jlora.NF4("w"), "Int8": jlora.Int8("w"), "Int4": jlora.Int4("w", group=32)}
@@ -479,17 +465,6 @@ def test_equal_starts_share_a_program(name: str, caplog: Any) -> None:
 # ---------------------------------------------------------------------------------- a changed base
 
 
-@pytest.mark.parametrize("rule", [LoRA, DoRA])
-@pytest.mark.parametrize("name", some(STARTS, "olora", "loftq"))
-def test_adapters_of_a_changed_base_are_marked(name: str, rule: Any) -> None:
-    """Also under transformations, and for DoRA."""
-    lora, params, base, adapter, x = made("dense", STARTS[name], rule=rule)
-    assert (base["w"] is not params["w"]) == adapter["w"].residual == (name != "miss")
-    assert ("residual=True" in repr(adapter)) == adapter["w"].residual
-    traced = jax.eval_shape(lora.init, KEY, params, x)[1]["w"]
-    assert traced.residual == adapter["w"].residual
-
-
 def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     """For the parameters: in PEFT's files, merged exports, sums, tables and checkpoints."""
     lora, params, _, initial, x = made("dense", pissa)
@@ -547,11 +522,9 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
 WEIGHED: dict[str, Any] = {
     "mean": (lambda t: arithmetic.add(t, [0.25, 0.75]), lambda x, y, _: x / 4 + 3 * y / 4, True),
     "beyond": (lambda t: arithmetic.add(t, jnp.array([-1, 2])), lambda x, y, _: 2 * y - x, True),
-    "one": (lambda t: arithmetic.scale(t[0], 1), lambda x, y, _: x, True),
     "difference": (lambda t: arithmetic.difference(*t), lambda x, y, w: w + x - y, False),
     "zero": (lambda t: arithmetic.add(t, [2, -2]), lambda x, y, w: w + 2 * (x - y), False),
     "truncate": (lambda t: arithmetic.truncate(t[0], RANK), lambda x, y, _: x, True),
-    "stack": (lambda t: many.take(many.stack(t), 1), lambda x, y, _: y, True),
     "insert": (
         lambda t: many.take(many.insert(many.stack([t[0]] * 2), 1, t[1]), 1),
         lambda x, y, _: y,
