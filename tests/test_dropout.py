@@ -147,27 +147,6 @@ def test_one_key_is_one_mask(name: str) -> None:
     assert raw(on) != raw(off)
 
 
-@pytest.mark.parametrize("p", some([0.1, 0.5, 0.9], 0.1))
-def test_the_fraction_of_dropped_inputs_is_p(p: float) -> None:
-    """Each entry of x is multiplied by 0 or by 1 / (1 - p); the first with probability p."""
-    n = 200
-    x = draw(0, n, n)
-    f = lambda params, x: x @ params["w"]  # noqa: E731
-    lora, base, adapter = adapt(f, {"w": jnp.zeros((n, 3))}, x, dropout=p)
-    value = lambda adapter, x: lora.apply(base, adapter, x).sum()  # noqa: E731
-    slope = jax.jit(jax.grad(value, 1))
-    noisy, plain = (np.asarray(slope(a, x)) for a in (jlora.dropout(adapter, KEY), adapter))
-    factor = noisy / plain
-    dropped = factor == 0
-    np.testing.assert_allclose(factor[~dropped], 1 / (1 - p), rtol=1e-4)
-    six_sigma = 6 * np.sqrt(p * (1 - p) / dropped.size)
-    assert abs(dropped.mean() - p) < six_sigma
-    # No row and no column is dropped more than chance allows, so entries are drawn one by one.
-    for axis in (0, 1):
-        assert np.all(np.abs(dropped.mean(axis) - p) < 6 * np.sqrt(p * (1 - p) / n))
-        assert len({x.tobytes() for x in np.moveaxis(dropped, axis, 0)}) == n
-
-
 def test_gradients_of_dropped_inputs_are_zero() -> None:
     """Those of A and, through ΔW, of x; what is kept has gradients as for x / (1 - p)."""
     f, x = (lambda params, x: x @ params["w"]), draw(0, 1, 64)

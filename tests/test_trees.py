@@ -24,7 +24,7 @@ import pytest
 from cases.trees import CONTAINERS, two_products
 from jax import lax
 from laws import assert_close
-from small import X, every, raw, some
+from small import X, every, raw
 
 import jlora
 
@@ -122,17 +122,6 @@ def test_bind_and_merge_keep_what_a_tree_is(container: str) -> None:
     assert {id(x.delta.a) for x in leaves} == {id(x.a) for x in nodes}
 
 
-@pytest.mark.parametrize("dtype", some([jnp.float32, jnp.bfloat16, jnp.float16], jnp.bfloat16))
-def test_merge_and_unmerge(dtype: Any) -> None:
-    """Compiled as eagerly; back to within rounding."""
-    s, ulp = setup(dtype=dtype), float(jnp.finfo(dtype).eps)
-    merged = jlora.merge(s.base, s.adapter)
-    assert_close(jlora.unmerge(merged, s.adapter), s.params, 4 * ulp)
-    assert_close(jax.jit(jlora.merge)(s.base, s.adapter), merged, 2 * ulp)
-    assert raw(merged) != raw(s.params)
-    assert kinds(jax.eval_shape(jlora.merge, s.base, s.adapter)) == kinds(merged)
-
-
 def odd(w: Any, dtype: Any) -> Any:
     """`w` with those floats that adding zero may change."""
     w = np.array(w, dtype)
@@ -211,7 +200,9 @@ def test_merge_rounds_once() -> None:
     w = normal(1, 64, 32, dtype=jnp.bfloat16)
     a, b = (jnp.round(8 * normal(i, *shape)) / 8 for i, shape in ((2, (64, 4)), (3, (4, 32))))
     layout = jlora.types.Layout((), (0,), (1,))
-    merged = jlora.merge({"w": w}, {"w": jlora.types.LowRank(a, b, 0.5, layout)})["w"]
+    adapter = {"w": jlora.types.LowRank(a, b, 0.5, layout)}
+    merged = jlora.merge({"w": w}, adapter)["w"]
+    assert_close(jlora.unmerge({"w": merged}, adapter)["w"], w, 4 * 2.0**-8)
     delta = 0.5 * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     exact = np.asarray(w, np.float64) + delta
     assert raw(merged) == raw(exact.astype(np.float32).astype(ml_dtypes.bfloat16))

@@ -141,12 +141,6 @@ def two_weights_meet_along_a_new_axis(p, x):
     return jax.vmap(lambda u, v: x @ (u @ v))(p["u"][None], p["v"][None])
 
 
-@case("product", 2 * (4 + 3 * 5), (4, 3, 5), (2, 4), (2, 3))
-def partial_contraction(p, x, y):
-    """A bilinear form: the first product contracts i, the second one j."""
-    return jnp.einsum("bjo,bj->bo", jnp.einsum("bi,ijo->bjo", x, p["w"]), y)
-
-
 @case("product", 2 * (6 + 8), (6, 8), (3, 6))
 def reshape_splits_outputs(p, x):
     """Stored (6, 8), used (6, 2, 4)."""
@@ -163,16 +157,8 @@ def concatenate_inputs(p, x, y):
 # The dtypes of parameters and of arithmetic, and the product.
 LOW_PRECISION = {
     "bfloat16_compute_over_float32": ("f4", "bfloat16", lambda w, x: x @ w.astype(x.dtype)),
-    "bfloat16_there_and_back": (
-        *("f4", "f4"),
-        lambda w, x: x @ w.astype(jnp.bfloat16).astype(jnp.float32),
-    ),
     "bfloat16_base": ("bfloat16", "bfloat16", lambda w, x: x @ w),
     "bfloat16_base_promoted": ("bfloat16", "f4", lambda w, x: x @ w),
-    "bfloat16_base_float32_accumulation": (
-        *("bfloat16", "bfloat16"),
-        lambda w, x: jnp.matmul(x, w, preferred_element_type=jnp.float32),
-    ),
     "float16_base": ("f2", "f2", lambda w, x: x @ w),
 }
 for low_name, (stored, computed, low_product) in LOW_PRECISION.items():
@@ -193,12 +179,6 @@ for low_name, (stored, computed, low_product) in LOW_PRECISION.items():
 
 
 @jax.jit
-def multiply(w, x):
-    """A helper."""
-    return x @ w
-
-
-@jax.jit
 def prepare(w):
     """A helper that returns the weight itself, transposed."""
     return w.T, jnp.ones((), w.dtype)
@@ -208,16 +188,6 @@ def prepare(w):
 def layer_of(p, x):
     """A helper that takes the whole tree, with a leaf that it does not use."""
     return x @ p["w"] + p["b"][None], p["b"]
-
-
-@case(
-    *("call", 2 * (5 + 5), {"w": (5, 5), "v": (5, 5)}, (3, 5)),
-    rules=(LoRA("^v$", rank=2, alpha=4),),
-    called=True,
-)
-def jit_helper_on_two_weights(p, x):
-    """One cached trace serves two weights, of which only the second is adapted."""
-    return multiply(p["v"], jnp.tanh(multiply(p["w"], x)))
 
 
 @case("call", ONE, (5, 6), (3, 6), called=True)
@@ -284,12 +254,6 @@ for name, find in LOOKUPS.items():
     )(lambda p, ids, find=find: find(p["table"], ids))
 
 
-@case("lookup", 2 * (7 + 4), {"table": (4, 7)}, IDS, rules=TABLE)
-def lookup_stored_transposed(p, ids):
-    """A table stored (d, vocabulary): inputs are its last axis."""
-    return jnp.take(p["table"], ids, axis=1)
-
-
 @case(
     *("lookup", 3 * (7 + 4) + 2 * (4 + 4), {"table": (7, 4), "w": (4, 4)}, IDS),
     rules=(LoRA("table", rank=3, alpha=3), LORA),
@@ -319,7 +283,6 @@ def tied_row_under_vmap(p, i):
 TWICE = np.array([0, 0])
 ALONG_ONE = {
     "row_of_one": ((1, 4), (2, 4), lambda w, x: x + w[TWICE], 1 + 4),
-    "row_of_one_taken": ((1, 4), (2, 4), lambda w, x: x + jnp.take(w, TWICE, axis=0), 1 + 4),
     "row_of_one_tied": ((1, 4), (2, 4), lambda w, x: (x + w[TWICE]) @ w.T, 1 + 4),
     "matrix_of_one_by_token": (
         *((1, 4, 2), (2, 4)),
@@ -360,13 +323,6 @@ def conv(numbers, x, w, *window, **options):
 def conv_nchw(p, x):
     """PyTorch's layouts: NCHW and OIHW."""
     return conv("NCHW OIHW NCHW", x, p["w"])
-
-
-@rearranged("convolution", 2 * (3 * 2 + 6), (6, 2, 3), (2, 7, 4))
-def conv_transposed_kernel(p, x):
-    """A kernel stored (out, in / groups, width), turned around before a grouped convolution."""
-    kernel, how = jnp.transpose(p["w"], (2, 1, 0)), {"rhs_dilation": (2,), "feature_group_count": 2}
-    return conv("NWC WIO NWC", x, kernel, (2,), [(1, 2)], **how)
 
 
 @case(
@@ -496,12 +452,6 @@ def experts_einsum(p, x):
     return jnp.einsum("ecd,edf->ecf", x, p["w"])
 
 
-@case("experts", 3 * ONE, (6, 5, 3), (4, 3, 6))
-def experts_einsum_last(p, x):
-    """Experts are a batch axis, the last one in the leaf: (6, 5, experts)."""
-    return jnp.einsum("dfe,ced->cef", p["w"], x)
-
-
 @case(
     *("experts", 2 * 3 * ONE, {"up": (3, 6, 5), "down": (3, 5, 6)}, (7, 6)),
     sites=2,
@@ -583,32 +533,18 @@ def python_if_on_a_value(p, x, n):
 
 
 @built("call", ONE, jit=False)
-def python_flags(dtype):
-    """Flags, strings, None and functions as positional and keyword arguments."""
+def flags_and_keyword_arguments(dtype):
+    """Flags, strings, None, functions and containers as positional and keyword arguments."""
 
-    def apply(p, x, train, mode, *, activation, mask=None, scale=1.0):
-        if train is not True or mode != "double" or mask is not None:
+    def apply(p, x, train, mode, *, activation, batch, scale=1.0):
+        if train is not True or mode != "double" or batch["mask"] is not None:
             raise ValueError("the arguments changed on their way")
-        return activation(x @ p["w"]) * scale
+        return activation(x @ p["w"]) * scale + batch["shift"][0]
 
-    return Problem(
-        apply,
-        normals(dtype, w=(6, 5)),
-        (normal("x", (3, 6), dtype), True, "double"),
-        {"activation": jnp.tanh, "mask": None, "scale": 2.0},
-    )
-
-
-@built("call", ONE)
-def keyword_arguments(dtype):
-    """Arrays by keyword, in a nested container."""
-    batch, shift = {"x": normal("x", (3, 6), dtype), "unused": None}, normal("s", (3, 5), dtype)
-    return Problem(
-        lambda p, *, batch, shift: batch["x"] @ p["w"] + shift[0],
-        normals(dtype, w=(6, 5)),
-        (),
-        {"batch": batch, "shift": [shift]},
-    )
+    batch = {"shift": [normal("s", (1, 5), dtype)], "mask": None}
+    given = {"activation": jnp.tanh, "batch": batch, "scale": 2.0}
+    args = normal("x", (3, 6), dtype), True, "double"
+    return Problem(apply, normals(dtype, w=(6, 5)), args, given)
 
 
 @case("call", ONE, (6, 5), (3, 6))
