@@ -47,11 +47,11 @@ def ties(
     Source: Yadav et al., arXiv 2306.01708; the core space: Panariello et al., arXiv 2509.17786.
 
     Examples:
-        >>> import jax.numpy as jnp, jlora
+        >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import arithmetic
         >>> layout = jlora.types.Layout((), (0,), (1,))
         >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
-        >>> merged = arithmetic.ties([one, one], density=1.0)["w"]
+        >>> merged = jax.jit(lambda one: arithmetic.ties([one, one], density=1.0)["w"])(one)
         >>> round(float((merged.a @ merged.b)[0, 0]), 5)  # a mean, not a sum
         1.0
     """
