@@ -1,7 +1,6 @@
 """`LoRA()`: ranks that a site cannot have, and weights without a factored form."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -71,66 +70,6 @@ def test_no_more_is_trained_than_a_weight_has(rule, model, shape, rank):
     assert rank == 1 or site.trainable <= site.size / share
     named = dataclasses.replace(rule, pattern="w", rank=min(rule.rank, min(shape[-2:]) // share))
     assert jlora.transform(model, named).sites(params, x)["w"].rule == named
-
-
-def weight_norm(p, x):
-    return x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))
-
-
-def masked(p, x):
-    return x @ (p["w"] * jnp.tri(4))
-
-
-def chosen(p, x):
-    return x @ jnp.where(jnp.tri(4) > 0, p["w"], 0)
-
-
-@jax.custom_vjp
-def own_product(x, w):
-    return x @ w
-
-
-own_product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
-
-
-def custom(p, x):
-    return own_product(x, p["w"])
-
-
-def scaled_carry(p, x):
-    return lax.scan(lambda w, _: (w * 0.5, x @ w), p["w"], None, 2)[1]
-
-
-MISSED = {
-    "weight_norm": (weight_norm, "mul"),
-    "masked": (masked, "mul"),
-    "chosen": (chosen, "select_n"),
-    "custom": (custom, "custom_vjp_call"),
-    "scaled_carry": (scaled_carry, "scan"),
-}
-
-
-@pytest.mark.parametrize("name", MISSED)
-def test_what_is_missed_is_listed_with_the_reason(name):
-    """In the table, in a warning of `init`, and in the error where there is no site at all."""
-    model, primitive = MISSED[name]
-    both = lambda p, x: model(p, x) + x @ p["v"]  # noqa: E731
-    params, x = {"v": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}, jnp.ones((3, 4))
-    lora = jlora.transform(both, LoRA(rank=2))
-    used = rf"(an output of )?`{primitive}` at .*test_all_linear\.py:\d+ \({name}\)"
-    sites = lora.sites(params, x)
-    assert [s.path for s in sites.missed] == ["w"]
-    table = str(sites).split("\n")
-    assert table[-1].endswith("; 1 more weights have no factored form")
-    assert table[-1].startswith("1 of 1 sites adapted; ")
-    [line] = [line for line in table if line.startswith("w ")]
-    assert re.search(f"  used in {used}(, where .*)?$", line)
-    with pytest.warns(UserWarning, match=rf"^LoRA\(\) leaves 1 weights as they are.*w \({used}"):
-        _, adapter = lora.init(KEY, params, x)
-    assert set(adapter) == {"v"}
-    alone = jlora.transform(model, LoRA(rank=2))
-    with pytest.raises(ValueError, match=r"the model has none.*\n.*\n  w: used in .*`"):
-        alone.init(KEY, params, x)
 
 
 def test_what_is_an_activation_is_listed_without_a_warning():

@@ -435,6 +435,9 @@ def test_what_freezes_the_base(name: str) -> None:
     assert raw(after.adapter) == raw(jax.tree.map(lambda x: np.asarray(x) - 0.5, params.adapter))
     accumulates = (4, 3) in {x.shape for x in jax.tree.leaves(state)}
     assert accumulates == (name == "steps outside")  # the gradients of the base as well
+    if name == "optimizer":  # by -0.0, the zero that leaves every float as it was
+        updates, _ = FREEZING[name].update(after, state, params)
+        assert np.signbit(updates.base["w"]).all()
 
 
 def test_masked_freezes_nothing() -> None:

@@ -14,7 +14,20 @@ import laws
 import numpy as np
 import pytest
 from jax import lax
-from small import REMEDY, SQUARE, W, X, dense, exactly, init, line_of, message_of, some, use_sin
+from small import (
+    KEY,
+    REMEDY,
+    SQUARE,
+    W,
+    X,
+    dense,
+    exactly,
+    init,
+    line_of,
+    message_of,
+    some,
+    use_sin,
+)
 
 import jlora
 from jlora import LoRA
@@ -199,6 +212,29 @@ def test_outside_is_refused(outside: Outside) -> None:
     for apply in (lora.apply, jax.jit(lora.apply)):
         with pytest.raises(NotImplementedError, match=exactly(message)):
             apply(base, adapter, X)
+
+
+# What is added is an activation, and no weight that is missed.
+MISSED = [o for o in OUTSIDE if o.only and o.apply is not use_divisor]
+
+
+@pytest.mark.parametrize("outside", MISSED, ids=name_of)
+def test_what_all_linear_misses_is_listed_with_the_reason(outside: Outside) -> None:
+    """In the table, in a warning of `init`, and in the error where there is no site at all."""
+    both = lambda p, x: (outside.apply(p, x), x @ p["v"])  # noqa: E731
+    params, lora = SQUARE | {"v": X.T @ X}, jlora.transform(both, LoRA(rank=2))
+    what = re.escape(outside.what.split("{here}")[0])
+    used = rf"{what}.*/(test_uses|small)\.py:\d+ \({outside.apply.__name__}"
+    sites = lora.sites(params, X)
+    assert [s.path for s in sites.missed] == ["w"]
+    *_, [line], _, last = [[x] if x.startswith("w ") else x for x in str(sites).split("\n")]
+    assert re.fullmatch("1 of 1 sites adapted; .*; 1 more weights have no factored form", last)
+    assert re.search(f"  used in {used}", line)
+    with pytest.warns(UserWarning, match=rf"^LoRA\(\) leaves 1 weights as they are.*w \({used}"):
+        _, adapter = lora.init(KEY, params, X)
+    assert set(adapter) == {"v"}
+    with pytest.raises(ValueError, match=r"the model has none.*\n.*\n  w: used in .*`"):
+        init(LoRA(rank=2), apply=outside.apply, params=SQUARE)
 
 
 def use_integer(p: Any, x: jax.Array) -> Any:
