@@ -81,7 +81,7 @@ def is_for(case: Case, method: type) -> bool:
 # With every law, or only that adapted is merged.
 DAILY = {
     DoRA: {"concatenate_adapted_all": False, "experts_einsum": True},
-    Rows: {"lookup_under_vmap": True},
+    Rows: {"lookup_under_vmap": False},
     Gain: {"experts_einsum": False},
     Diagonal: {"matmul": True},
 }

@@ -322,13 +322,8 @@ def test_what_a_traced_function_closes_over_is_known() -> None:
     state, one, ids = tx.init(table), jnp.array(1), jnp.array(IDS)
     broken, three, bad = jax.tree.map(lambda x: x * np.nan, adapters[0]), one + 2, ids + 2
     for f, *given in (
-        (lambda adapters: many.stack(adapters, base=base), adapters),
         (many.insert, table, one, adapters[0]),
-        (lambda *args: many.remove(*args, base=base), table, one),
-        (many.take, table, one),
-        (many.prepare, table),
         (lambda *args: many.route(lora.apply)(base, *args, X), table, ids),
-        (many.stop, state, one),
         (lambda *args: many.restart(tx, *args, learning_rate=0.2), state, table, one),
     ):
         expected = jax.jit(f)(*given)
