@@ -327,6 +327,7 @@ def is_b(tree: Any) -> Any:
     return jax.tree.map(lambda name: name == "b", jlora.labels(tree))
 
 
+ZERO = optax.set_to_zero()  # of a factor that is frozen
 COMPOSED = {
     "clip": lambda: optax.chain(optax.clip_by_global_norm(1e-3), optax.adamw(1e-2)),
     "schedule": lambda: optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 4)),
@@ -338,7 +339,8 @@ COMPOSED = {
         1e-2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
     ),
     "partition_by_label": lambda: optax.partition(
-        {"a": optax.sgd(0.1), "b": optax.adam(0.2), "full": optax.lion(1e-3)}, jlora.labels
+        {"a": optax.sgd(0.1), "b": optax.adam(0.2), "full": optax.lion(1e-3), "base": ZERO},
+        jlora.labels,
     ),
     "conditionally": lambda: optax.conditionally_transform(
         optax.scale(-2.0), lambda _, value: value > 0, forward_extra_args=True
@@ -414,7 +416,7 @@ def ones(tx: Any, params: Any, steps: int = 1) -> tuple[Any, Any]:
 
 
 SGD = optax.sgd(0.5)
-FROZEN = {"frozen": optax.set_to_zero(), "base": optax.set_to_zero()}
+FROZEN = {"frozen": ZERO, "base": ZERO}
 FREEZING = {
     "optimizer": jlora.optimizer(SGD),
     "by mask": optax.partition(
