@@ -306,6 +306,9 @@ KEYS = (
 )
 REFUSED: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
+        "`weights` must be one for each of the 1 adapters; got 2.": lambda: arithmetic.add(
+            [{"w": NODE}], [1, 2]
+        ),
         "`weights` must be finite; got nan.": lambda: arithmetic.add(
             [{"w": NODE}], jnp.array([jnp.nan])
         ),

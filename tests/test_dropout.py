@@ -96,7 +96,7 @@ def one_of(*daily: str) -> Any:
     return pytest.mark.parametrize("name", some(LINEAR, *daily))
 
 
-@one_of("dense", "experts_ragged")
+@one_of("embed", "experts_ragged")
 def test_mean_and_variance_over_keys(name: str) -> None:
     """The mean is the output without dropout; the variance is that of one coin for each input.
 

@@ -268,7 +268,7 @@ def use_rows(p: Any, x: jax.Array) -> Any:
 
 
 ODD = [use_integer, use_raveled, use_mixed, use_batched, use_one_output, use_rows]
-DAILY = (use_vjp, use_carry, use_cond, use_padding, use_output, use_integer, use_mixed, use_rows)
+DAILY = (use_vjp, use_carry, use_cond, use_padding, use_output, use_integer, use_batched, use_rows)
 
 
 @pytest.mark.parametrize("apply", some([*(o.apply for o in OUTSIDE), *ODD], *DAILY), ids=name_of)
