@@ -292,7 +292,7 @@ def test_a_part_of_w_is_refused(check):
         with pytest.raises(NotImplementedError, match=message):
             jax.eval_shape(jax.shard_map(f, mesh=AUTO, **how), *args)
 
-    rows, base, adapter, ids = made("Rows")
+    _, base, adapter, ids = made("Rows")
     few = jlora.transform(tied, jlora.Rows("w", [3]))  # within the part of each
     of_few = {"w": jax.tree.map(lambda v: v[:1], adapter)["w"]._replace(rows=(3,))}
     message = "'w' cannot be adapted here: Rows counts the rows of the whole table, and the"
