@@ -16,7 +16,17 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from meshes import KINDS, assert_lies, compiled, lines, moved, normal, put, value_and_slope
+from meshes import (
+    KINDS,
+    adapter_of,
+    assert_lies,
+    compiled,
+    lines,
+    moved,
+    normal,
+    put,
+    value_and_slope,
+)
 from small import some, some_rows
 
 import jlora
@@ -69,8 +79,7 @@ def made(under):
     params = {"w": w}
     if under.endswith("codes"):
         params = jlora.quantize(params, jlora.Int8("w"))
-    base, adapter = lora.init(KEY, params, x)
-    return lora, base, laws.randomize(adapter), x
+    return lora, params, adapter_of(lora, params, x), x
 
 
 def placed(under, spec, kind=AxisType.Auto, of_x=None):
