@@ -5,7 +5,6 @@ PyTorch does is in `test_models_interop.py`; their meshes are in `models_on_devi
 """
 
 import dataclasses
-import doctest
 import functools
 import json
 import pathlib
@@ -327,11 +326,6 @@ def test_config_of_another_model(
     with pytest.raises(ValueError) as error:
         SMALL[name].module.load(tmp_path)
     assert str(error.value).removeprefix(f"`{path}`").lstrip(": ").startswith(message)
-
-
-def test_examples_in_docstrings() -> None:
-    """Those of the shared files."""
-    assert doctest.testmod(hf).failed == 0 < doctest.testmod(hf).attempted
 
 
 # ---- axes ---------------------------------------------------------------------------------------
