@@ -156,13 +156,6 @@ def test_a_merged_model_is_a_base(folder, start, whole):
     assert re.search(r"ValueError: cannot resume from .*: rank was 8, is 4", run.said())
 
 
-def test_one_process(folder, start):
-    """In the daily run; faults, restarts and numbers of processes are in the long one."""
-    losses = finish(start("short", 1, steps=5))
-    assert list(losses) == [1, 2, 3, 4, 5]
-    assert steps_of(folder / "short") == [4, 5] and (folder / "short" / "merged" / "5").is_dir()
-
-
 # ------------------------------------------------------------------------------------------ faults
 
 
