@@ -10,11 +10,10 @@ import pytest
 from flax import linen as nn
 from models import bert, gpt, llama, parts
 from paper.methods import METHODS, PREFIXES, adapters, prefixes
-from small import some
+from small import some, some_rows
 
 import jlora
 
-slow = pytest.mark.slow
 L, D, VOCAB = 2, 16, 50
 _SIZES = (VOCAB, D, L, 2, 32, 40)
 MODELS = {
@@ -37,16 +36,8 @@ MASK = (np.arange(7) < np.array([7, 5, 3])[:, None]).astype(np.int32)
 IDS[MASK == 0] = 1  # RoBERTa's padding
 ALL = np.ones_like(MASK)
 
-every = pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        pytest.param(*x, marks=() if x in {("bert", "adapter_h"), ("gpt", "prompt")} else slow)
-        for x in (
-            *itertools.product(("bert", "gpt"), METHODS),
-            *(("roberta", "adapter_h"), ("roberta", "pre_layer")),
-        )
-    ],
-)
+EVERY = [*itertools.product(("bert", "gpt"), METHODS)]
+EVERY += [("roberta", "adapter_h"), ("roberta", "pre_layer")]
 # Those that put no tokens into the text.
 CACHED = [name for name in METHODS if name not in PREFIXES]
 
@@ -111,7 +102,9 @@ def plain(kind):
 # ---- laws ---------------------------------------------------------------------------------------
 
 
-@every
+@pytest.mark.parametrize(
+    ("kind", "name"), some_rows(EVERY, ("bert", "adapter_h"), ("gpt", "prompt"))
+)
 def test_laws(kind, name):
     """Frozen variables, a start at the model, gradients everywhere, and padding that is unseen."""
     _, base, trained = start(kind, name)
@@ -243,7 +236,7 @@ def test_adapter_l_follows_each_layer(kind):
     check_by_hand(kind, "adapter_l", between)
 
 
-@slow
+@pytest.mark.slow
 def test_pre_layer_replaces_the_inputs_of_each_layer_of_bert():
     def between(block, x, added):
         vectors = jnp.broadcast_to(added, (3, 5, D))
