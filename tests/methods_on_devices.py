@@ -197,56 +197,43 @@ def gather(x, spec, to):
 
 def mapped(way, f, base, adapter, checked=True):
     """`f` of base, adapter and x on each device."""
-    specs = jlora.sharding.specs({"w": way.of_w}, base)
-    places = jlora.sharding.specs({"w": way.of_adapter or way.of_w}, adapter)
-    if way.of_adapter is not None:
-        places = jax.tree.map(lambda _: P(), places)
-
-    def vary(x):
-        return lax.pcast(x, "d", to="varying")
+    of_adapter = way.of_w if way.of_adapter is None else way.of_adapter
+    specs, places = (
+        jlora.sharding.specs({"w": spec}, tree)
+        for spec, tree in ((way.of_w, base), (of_adapter, adapter))
+    )
 
     def own(base, adapter, x):
         if way.to:
-            base, adapter = (
-                jax.tree.map(lambda v, s: gather(v, s, way.to), *pair)
-                for pair in ((base, specs), (adapter, places))
-            )
-        if "w" in way.varying:
-            base = jax.tree.map(vary, base)
+            whole = lambda v, spec: gather(v, spec, way.to)  # noqa: E731
+            base, adapter = jax.tree.map(whole, (base, adapter), (specs, places))
+        vary = functools.partial(lax.pcast, axis_name="d", to="varying")
+        base = jax.tree.map(vary, base) if "w" in way.varying else base
         node = adapter["w"]
         names = [n for n in way.varying if n in node._fields]
         node = node._replace(**{n: vary(getattr(node, n)) for n in names})
         y = f(base, {"w": node}, x)
         return lax.psum(y, "d") if way.of_y == P() else y
 
-    return jax.shard_map(
-        own,
-        mesh=AUTO,
-        in_specs=(specs, places, way.of_x),
-        out_specs=way.of_y,
-        check_vma=checked,
-    )
+    how = {"in_specs": (specs, places, way.of_x), "out_specs": way.of_y, "check_vma": checked}
+    return jax.shard_map(own, mesh=AUTO, **how)
 
 
 # Adapted by `apply`, by `merge`, and by `apply` where JAX does not check what varies.
 HOW = {"applied": True, "merged": True, "unchecked": False}
 # Codes whose weight is cut have no shape there, so that they come whole or are gathered.
 OF_CODES = ("replicated", "rows gathered", "rows gathered to whole")
-ROWS_OF_WAYS = [
-    (under, how, name)
-    for under, how, name in itertools.product(UNDER, HOW, WAYS)
-    if (how == "applied" and name in OF_CODES) or "codes" not in under
-    if how != "unchecked" or name in ("replicated", "base gathered", "rows")
+FEW = ("replicated", "base gathered", "rows")
+CASES = [
+    *itertools.product([u for u in UNDER if "codes" not in u], ("applied", "merged"), WAYS),
+    *itertools.product([u for u in UNDER if "codes" not in u], ("unchecked",), FEW),
+    *itertools.product(("DoRA of codes",), ("applied",), OF_CODES),
 ]
 DAILY = [
-    ("DoRA", "applied", "base gathered"),
-    ("DoRA", "applied", "columns"),
-    ("DoRA", "applied", "rows"),
+    *(("DoRA", "applied", name) for name in ("base gathered", "columns", "rows")),
+    *(("DoRA", "merged", "rows"), ("DoRA", "unchecked", "rows"), ("LoRA", "unchecked", "rows")),
     ("LoRA of slots", "applied", "columns, A varying"),
     ("DoRA of codes", "applied", "rows gathered"),
-    ("DoRA", "merged", "rows"),
-    ("DoRA", "unchecked", "rows"),
-    ("LoRA", "unchecked", "rows"),
 ]
 
 
@@ -259,7 +246,7 @@ def refusal(under, how, way):
     return f"'w' cannot be adapted here: {needs[0]}, {around}" if needs else None
 
 
-@pytest.mark.parametrize(("under", "how", "name"), some_rows(ROWS_OF_WAYS, *DAILY))
+@pytest.mark.parametrize(("under", "how", "name"), some_rows(CASES, *DAILY))
 def test_within_the_users_shard_map(under, how, name):
     """As without it, or refused."""
     way, (lora, base, adapter, x) = WAYS[name], made(under)
