@@ -21,13 +21,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jlora
-from jlora import peft
 
 Names = dict[str, Any]
 GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
@@ -47,13 +43,10 @@ PAGES = [p.relative_to(GUIDES).with_suffix("").as_posix() for p in sorted(GUIDES
 PAGES = [page for page in PAGES if blocks(page)]
 LOOPS = [page for page in PAGES if page.startswith("loops/")]
 # To import or to compile.
-SLOW = {f"loops/{page}" for page in ("grpo", "haiku", "keras", "remat", "tokens")}
-SLOW |= {
-    "adapters",
-    "rules",
-    "pods",
-    *(f"loops/{page}" for page in ("equinox", "evaluation", "nnx")),
+SLOW = {"adapters", "rules", "pods"} | {
+    f"loops/{page}" for page in ("accumulation", "dpo", "equinox", "evaluation", "grpo", "haiku")
 }
+SLOW |= {f"loops/{page}" for page in ("keras", "nnx", "precision", "remat", "stopping", "tokens")}
 PARAMETERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in PAGES
@@ -168,16 +161,6 @@ def close(a: Any, b: Any, atol: float = 1e-4) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 0, atol), a, b)
 
 
-@of("plain")
-@of("haiku")
-def _plain(names: Names) -> None:
-    lora, x, apply = names["lora"], names["x"], names["lora"].apply
-    merged = jlora.merge(names["base"], names["adapter"])
-    assert jax.tree.structure(merged) == jax.tree.structure(names["params"])
-    close(apply(merged, {}, x), apply(names["base"], names["adapter"], x))
-    assert "trainable" in str(lora.sites(names["params"], x))
-
-
 @of("tokens")
 def _tokens(names: Names) -> None:
     base, adapter, ids = names["base"], names["adapter"], names["ids"]
@@ -199,36 +182,17 @@ def _linen(names: Names) -> None:
     assert names["adapter"]["params"]["head"]["kernel"].is_deleted()
 
 
-@of("nnx")
-@of("nnx", 2)
-def _nnx(names: Names) -> None:
-    nnx, merged, x = names["nnx"], names["merged"], names["x"]
-    assert isinstance(merged, nnx.Sequential)
-    if "adapted" in names:
-        close(names["adapted"](x), merged(x))
-    else:
-        close(names["lora"].apply(names["base"], names["adapter"], x), merged(x))
-
-
 @of("nnx", 1)
 def _nnx_state(names: Names) -> None:
     """Statistics and masks go on from step to step, as those of the module itself do."""
-    lora, base, adapter, rest, nnx, x = (
-        names[name] for name in ("lora", "base", "adapter", "rest", "nnx", "x")
-    )
+    lora, base, adapter, rest, x = (names[n] for n in ("lora", "base", "adapter", "rest", "x"))
     same, outputs = nnx.clone(names["merged"]), []
     for _ in range(3):
         y, rest = lora.apply(base, adapter, rest, x)
         close(y, same(x))
         outputs.append(np.asarray(y))
     assert not np.array_equal(outputs[0], outputs[1])  # another mask
-    new = nnx.state(same, nnx.Not(nnx.Param))
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
-    plain = lambda x: jax.random.key_data(x) if is_key(x) else x  # noqa: E731
-    close(*(jax.tree.map(plain, nnx.to_pure_dict(x)) for x in (rest, new)))
-    mean = names["merged"].layers[1].mean[...]
-    assert not np.array_equal(mean, same.layers[1].mean[...])
-    assert np.abs(mean).max() > 0.01  # it was trained with statistics
+    close(rest["layers"][1]["mean"].get_value(), same.layers[1].mean.get_value())
 
 
 @of("nnx", 2)
@@ -239,29 +203,6 @@ def _nnx_optimizer(names: Names) -> None:
     assert jlora.count(moments) == 2 * jlora.count(trained)
     assert jlora.count(trained) < jlora.count(nnx.state(model))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(model))
-
-
-@of("equinox")
-def _equinox(names: Names) -> None:
-    model, x = names["model"], names["x"]
-    assert isinstance(model, names["eqx"].nn.MLP)
-    assert [s.path for s in names["lora"].sites(names["params"], x)] == [
-        "layers/0/weight",
-        "layers/1/weight",
-    ]
-    close(jax.vmap(model)(x), names["lora"].apply(names["base"], names["adapter"], x))
-
-
-@of("keras", 1)
-def _keras(names: Names) -> None:
-    model, x, merged, rest = (names[name] for name in ("model", "x", "merged", "rest"))
-    weights = [merged[v.path] for v in model.trainable_variables]
-    close(model(x), model.stateless_call(weights, rest, x, training=False)[0])
-    assert [s.path for s in names["lora"].sites(names["params"], rest, x)] == sorted(
-        v.path for v in model.trainable_variables if v.path.endswith("kernel")
-    )
-    paths = [v.path for v in model.trainable_variables]
-    assert paths != sorted(paths)  # so that the order of the keys is another
 
 
 @of("accumulation")
@@ -280,23 +221,6 @@ def _precision(names: Names) -> None:
     text = str(jax.make_jaxpr(jax.grad(names["loss_fn"]))(adapter, base, x, x[:, :4].argmax(-1)))
     products = re.findall(r"(\w+)\[[\d,]+\] = dot_general", text)
     assert len(products) > 6 and set(products) == {"bf16"}
-
-
-@of("remat")
-def _remat(names: Names) -> None:
-    """Layers are computed again: of the activations only some are there after the forward pass."""
-    lora, base, adapter, x = (names[name] for name in ("lora", "base", "adapter", "x"))
-
-    def kept(model: Any) -> int:
-        apply = jlora.transform(model, jlora.LoRA()).apply
-        derive = lambda adapter: jax.vjp(lambda adapter: apply(base, adapter, x), adapter)[1]  # noqa: E731
-        return jlora.count(jax.eval_shape(derive, adapter))
-
-    plain = lambda params, x: jax.lax.scan(names["layer"], x, params)[0]  # noqa: E731
-    close(
-        lora.apply(base, adapter, x), jlora.transform(plain, jlora.LoRA()).apply(base, adapter, x)
-    )
-    assert kept(names["model"]) < 0.8 * kept(plain)
 
 
 @of("dpo")
@@ -329,49 +253,14 @@ def _stopping(names: Names) -> None:
     assert found == pytest.approx(min(losses), abs=1e-6)
 
 
-@of("checkpoints")
-def _checkpoints(names: Names) -> None:
-    base, adapter, rows, folder = (names[name] for name in ("base", "adapter", "names", "folder"))
-    jax.tree.map(np.testing.assert_array_equal, base, names["init"](names["key"]))
-    moved = jax.tree.map(lambda x: x + 0.1, adapter)
-    peft.save(folder + "-moved", base, moved, rows)
-    peft.export_merged(folder, folder + "-moved", folder + "-served")
-    close(peft.load_base(folder + "-served", rows, like=base), jlora.merge(base, moved))
-    close(peft.load(folder + "-adapter", base, rows), adapter)
-    assert pathlib.Path(folder + "-merged", "model.safetensors").exists()
-
-
-@of("tunix", 1)
-def _tunix_files(names: Names) -> None:
-    """What the page says in words: a checkpoint in, and the merged one out."""
-    nnx, tables, folder = names["nnx"], names["tables"], names["folder"]
-    rows = tables.tunix.LLAMA3
-    model = lambda: names["Llama3"](names["adapted"].base.config, rngs=nnx.Rngs(0))  # noqa: E731
-    peft.save_base(folder + "/hub", names["base"], rows)
-    loaded = peft.load_base(folder + "/hub", rows, like=nnx.eval_shape(model))
-    assert isinstance(loaded, names["Llama3"])
-    close(nnx.state(loaded), nnx.state(names["base"]), 0)
-    peft.export_merged(folder + "/hub", folder + "/peft", folder + "/out")
-    merged = peft.load_base(folder + "/out", rows, like=nnx.eval_shape(model))
-    close(nnx.state(merged), nnx.state(names["merged"]), 1e-6)
-
-
 @of("tunix")
 def _tunix(names: Names) -> None:
     """Metrics are there, the adapter alone is saved, and a new trainer goes on from it."""
     nnx, trainer, adapted = names["nnx"], names["trainer"], names["adapted"]
-    train, held_out = (
-        trainer.metrics_logger.get_metric_history("", "loss", mode) for mode in ("train", "eval")
-    )
-    assert (len(train), len(held_out)) == (30, 4)
-    check_learned(list(train))
+    check_learned(list(trainer.metrics_logger.get_metric_history("", "loss", "train")))
     before = names["Llama3"](adapted.base.config, rngs=nnx.Rngs(0))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(before))
     args = names["ids"], names["at"], None, names["causal"]
-    merged = jlora.merge(adapted.base, nnx.as_pure(adapted.adapter))
-    assert isinstance(merged, names["Llama3"])
-    close(adapted(*args)[0], merged(*args)[0], 1e-3)
-
     other = names["Adapted"](jax.random.key(1), before, *args)
     again = names["PeftTrainer"](other, optax.adamw(1e-2), names["plan"])
     assert again.train_steps == 30
@@ -382,40 +271,6 @@ def _tunix(names: Names) -> None:
         saved = orbax.metadata(pathlib.Path(names["folder"], "30", "model_params")).item_metadata
     assert list(saved.tree) == ["adapter"]
     again.close()
-
-
-LAYER = {"kernel": jnp.arange(12.0).reshape(4, 3), "bias": jnp.arange(3.0)}
-HERE = jax.make_mesh((1,), ("fsdp",), (AxisType.Auto,))
-LIKE = {
-    "linen": lambda: jax.eval_shape(nn.Dense(3).init, jax.random.key(0), jnp.ones((1, 4))),
-    "nnx": lambda: nnx.eval_shape(lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0))),
-    "keras": lambda: {f"net/{k}": jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in LAYER.items()},
-    "placed": lambda: {
-        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(HERE, P("fsdp")))
-        for k, x in LAYER.items()
-    },
-}
-
-
-@pytest.mark.parametrize("case", list(LIKE))
-def test_checkpoints_are_loaded_like(case, tmp_path):
-    """Shapes in any of the containers that the page names; placed where they say."""
-    names = [
-        peft.Name("(.*/)?kernel", "dense", "io"),
-        peft.Name("(.*/)?bias", "dense", "o", "bias"),
-    ]
-    peft.save_base(tmp_path / "model", LAYER, names)
-    like = LIKE[case]()
-    base = peft.load_base(tmp_path / "model", names, like=like)
-    assert jax.tree.structure(base) == jax.tree.structure(like)
-    leaves = jax.tree.leaves(base)
-    for x, shape in zip(leaves, jax.tree.leaves(like), strict=True):
-        np.testing.assert_array_equal(x, LAYER["bias" if x.ndim == 1 else "kernel"])
-        assert shape.sharding in (None, x.sharding)
-    if case == "nnx":
-        np.testing.assert_array_equal(
-            base(jnp.ones((1, 4)))[0], LAYER["kernel"].sum(0) + LAYER["bias"]
-        )
 
 
 @pytest.mark.slow
@@ -482,14 +337,9 @@ def job(processes: int) -> list[tuple[list[float], list[str], int]]:
 
 @pytest.mark.slow
 def test_hosts():
-    [(_, specs, devices)] = job(1)
-    assert devices == 1
-    assert len(specs) == 7
-
-
-@pytest.mark.slow
-def test_hosts_agree():
-    [(alone, _, _)] = job(1)
+    """Two processes have the losses of one."""
+    [(alone, whole, _)] = job(1)
+    assert len(whole) == 7
     (first, specs, devices), (second, _, _) = job(2)
     assert devices == 2
     assert "P('fsdp', None)" in specs
