@@ -51,7 +51,7 @@ def test_trees_keep_shardings() -> None:
     assert_lies(adapter["down"], params["down"])
     assert_lies(jlora.merge(base, jax.tree.map(np.asarray, adapter)), params)
     assert_close(
-        jax.jit(s.lora.apply)(params, s.adapter, s.x), s.lora.apply(*setup()[4:], s.x), 1e-10
+        jax.jit(s.lora.apply)(params, s.adapter, s.x), s.lora.apply(*setup()[4:], s.x), 1e-5
     )
 
 
