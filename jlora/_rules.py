@@ -6,7 +6,7 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -281,7 +281,8 @@ def is_finite(x: Any) -> bool:
 
 def check_rules(rules: Any, unpacked: str | None = None) -> tuple[Rule, ...]:
     """Returns one rule, or several, as a tuple; raises `TypeError` for anything else in it."""
-    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
+    is_one = isinstance(rules, Rule | str | Mapping) or not isinstance(rules, Iterable)
+    rules = (rules,) if is_one else tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
             got = name_mistake(rule, unpacked)

@@ -491,6 +491,21 @@ def test_a_pattern_of_before_is_not_tried(tmp_path):
     assert [rule.pattern for rule in read] == [f".*(?:{pattern}).*" for pattern in hostile]
 
 
+@pytest.mark.parametrize("pattern", [0, False, [], 5, ["q"]], ids=repr)
+def test_a_pattern_of_before_that_is_none(pattern, saved):
+    edit(saved[0], format=1, rules=[{"rule": "Full", "pattern": pattern}])
+    with pytest.raises(ValueError, match=r"the metadata of .* are damaged"):
+        checkpoint.read(saved[0])
+
+
+@pytest.mark.parametrize(
+    "given", [LoRA("up"), iter([LoRA("up")]), {"first": LoRA("up")}.values()], ids=type
+)
+def test_rules_are_one_or_several(given, tmp_path):
+    checkpoint.save(tmp_path / "a", {"w": jnp.ones(3)}, given)
+    assert checkpoint.read(tmp_path / "a").rules == (LoRA("up"),)
+
+
 @pytest.mark.parametrize("name", [[], {}, None, "Other"], ids=repr)
 def test_unknown_names(name, saved):
     """Whatever stands in the place of a method's is said; nothing registers schemes."""

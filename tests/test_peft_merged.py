@@ -298,6 +298,11 @@ def test_a_bias_of_b(tmp_path: Folder) -> None:
     np.testing.assert_allclose(merged["m.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"m\.q\.bias: of dtype I32; expected one of F64"):
         merge(tmp_path, weights | {"m.q.bias": np.ones(4, np.int32)}, given, lora_bias=True)
+    with pytest.raises(ValueError, match=r"k\.lora_B\.bias: added to the bias of a module without"):
+        merge(tmp_path, weights, given | {"m.k.lora_B.bias": ones(4)}, lora_bias=True)
+    whole = given | {"m.q.bias": ones(4)}
+    with pytest.raises(ValueError, match=r"q\.lora_B\.bias: added to a bias that is replaced"):
+        merge(tmp_path, weights, whole, lora_bias=True, bias="all")
     del weights["m.q.bias"]
     with pytest.raises(ValueError, match=r"q\.lora_B\.bias: of shape \(4,\), is to be .* has none"):
         merge(tmp_path, weights, given, lora_bias=True)

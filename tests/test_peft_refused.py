@@ -698,3 +698,13 @@ def test_many_rows_of_many_modules_take_no_time(form: str, tmp_path: Folder) -> 
     found.tensors(lambda t: t.update(few))
     with bounded(), pytest.raises(ValueError, match=r"expected (rows of|100 or fewer)"):
         peft.read(found.folder)
+
+
+def test_many_biases_without_a_and_b_take_no_time(tmp_path: Folder) -> None:
+    """Their scales, by a pattern that is tried in a process of its own, are found together."""
+    found = Files(tmp_path)
+    found.config(lora_bias=True, alpha_pattern={"[q]+": 5})
+    many = {f"{PREFIX}m{i}.lora_B.bias": np.ones(1, np.float32) for i in range(500)}
+    found.tensors(lambda t: t.update(many))
+    with bounded(), pytest.raises(ValueError, match=r"m0\.lora_B\.bias: lora_bias adds to a bias"):
+        peft.read(found.folder)

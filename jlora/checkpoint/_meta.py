@@ -96,7 +96,7 @@ def decode(fields: Fields) -> Saved:
 def _match_anywhere(rule: Fields) -> Fields:
     """Rewrites a rule of format 1, whose pattern also matched inside of components."""
     pattern = rule.get("pattern")
-    return rule if pattern is None else rule | {"pattern": pattern_anywhere(pattern)}
+    return rule | {"pattern": pattern_anywhere(pattern)} if isinstance(pattern, str) else rule
 
 
 # ------------------------------------------------------------------------------------------ leaves

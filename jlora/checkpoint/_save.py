@@ -110,10 +110,10 @@ def items(
         ['adapter', 'data', 'jlora']
     """
     tree = shapes_of(base) if is_fingerprint(base) else base
-    found = by_all(lambda: _check(adapter, rules, tree, hash_values))
+    found, given = by_all(lambda: _check(adapter, rules, tree, hash_values))
     if base is not None and (hash_values or not is_fingerprint(base)):
         base = fingerprint(tree, hash_values)
-    meta = encode(found, rules, None if step is None else operator.index(step), base)
+    meta = encode(found, given, None if step is None else operator.index(step), base)
     return {
         ADAPTER: ocp.args.StandardSave(nest(flatten_leaves(found))),
         METADATA: ocp.args.JsonSave(meta),
@@ -150,16 +150,16 @@ def export(path: Where, merged: PyTree) -> None:
 
 def _check(
     adapter: PyTree, rules: Sequence[Rule], base: PyTree | None, hash_values: bool
-) -> dict[Path, Any]:
-    """Returns the leaves of the adapter by path; raises for what cannot be saved."""
+) -> tuple[dict[Path, Any], tuple[Rule, ...]]:
+    """Returns the leaves of the adapter by path, and the rules; raises for what cannot be saved."""
     found = adapter_leaves(adapter)
     _check_arrays(flatten_leaves(found), "adapter")
-    check_rules(rules)
+    given = check_rules(rules)
     if base is not None:
         check_fits(base, found)
     elif hash_values:
         raise TypeError("`hash_values` needs the base whose values it hashes; give `base` too.")
-    return found
+    return found, given
 
 
 def _check_merged(merged: PyTree) -> None:

@@ -151,7 +151,7 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
             others[name] = x
     magnitudes, deltas, biases = by_ending.values()
     adapted = {module for module, *_ in sides}
-    selection.prepare(adapted)
+    selection.prepare([*adapted, *biases])
     full, frozen = _others(selection, others, adapted, deltas, problems)
     parts = _parts(selection, sides, magnitudes, problems)
     rows, heads = find_rows(fields, deltas, problems)

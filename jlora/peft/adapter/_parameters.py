@@ -10,9 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from .._file import CONFIG, PREFIX, TENSORS, shorten, show
+from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
 from ._contents import HEADS, Adapter, Contents, Part, may_tie
@@ -142,7 +140,10 @@ def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
     """Lists by shape whether a weight may be transposed B·A; empty if it is not B·A at all."""
     rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1:]
     experts = shape[:1] if part.kind == "experts" else ()
+    is_conv = len(columns) > 1
     if rank != part.b.shape[1] or 0 in experts or rank % math.prod(experts):
+        return []
+    if is_conv != (part.kind == "conv") or (is_conv and part.transposed):
         return []
     known = {"conv": False, "embedding": True}.get(part.kind, part.transposed)
     each = (False, (rows, *columns)), (True, (*columns, rows))
@@ -179,9 +180,16 @@ def _list_idle_names(adapter: Adapter) -> list[str]:
     ]
 
 
-def identify(x: np.ndarray) -> tuple[Any, ...]:
-    """Returns what equal arrays share: shape, dtype and a hash of their values."""
-    return x.shape, x.dtype, hashlib.sha256(x.tobytes()).digest()
+def identify(x: Any, is_table: bool = False) -> tuple[Any, ...]:
+    """Returns what equal tensors share: shape, dtype, and a hash of the values if they are read.
+
+    Those of a table, which is an embedding, are transposed.
+    """
+    shape = x.shape[::-1] if is_table else x.shape
+    if isinstance(x, TensorInfo):
+        return shape, x.dtype
+    data = (x.T if is_table else x).tobytes()
+    return shape, x.dtype, hashlib.sha256(data).digest()
 
 
 def find_twins(parts: Iterable[Part]) -> dict[str, Part]:
@@ -190,8 +198,8 @@ def find_twins(parts: Iterable[Part]) -> dict[str, Part]:
     for part in parts:
         if part.kind in ("embedding", "linear") and part.m is None:
             is_table = part.kind == "embedding"
-            a, b = (part.b.T, part.a.T) if is_table else (part.a, part.b)
-            key = part.scale, identify(a), identify(b)
+            a, b = (part.b, part.a) if is_table else (part.a, part.b)
+            key = part.scale, identify(a, is_table), identify(b, is_table)
             groups.setdefault(key, {}).setdefault(part.kind, part)
     pairs = (group.values() for group in groups.values() if len(group) == 2)
     return {x.name: y for pair in pairs for x, y in itertools.permutations(pair)}

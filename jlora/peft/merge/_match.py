@@ -89,6 +89,7 @@ def _match_files(
     tokens, heads = separate_heads(checkpoint, model, found.tokens)
     found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
     problems.found += list_untied_heads(checkpoint, adapter)
+    _check(checkpoint, model, found, problems)
     strange = [part.name for part in found.parts if part.name not in model]
     if problems.found and strange:
         problems.found.insert(
@@ -97,7 +98,8 @@ def _match_files(
             "save the base under the names that the model has in memory, in `transformers` 5 by "
             "save_pretrained(..., save_original_format=False)",
         )
-    _check(checkpoint, model, found, problems)
+    problems.stop()
+    problems.found += list_absent(checkpoint, model, found)
     values = files.values((found, heads), problems)
     problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
     found = fill(found, values)
@@ -142,7 +144,9 @@ def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Prob
         view = model.get(name)
         if name in found.full:
             problems.add(x.key, "added to a bias that is replaced")
-        elif view is None or view.shape != x.shape or name.removesuffix(".bias") not in adapted:
+        elif name.removesuffix(".bias") not in adapted:
+            problems.add(x.key, "added to the bias of a module without A and B of its weight")
+        elif view is None or view.shape != x.shape:
             there = f"of shape {view.shape}" if view else "none"
             why = "is to be added to the bias of an adapted module, of which the checkpoint has"
             problems.add(x.key, f"of shape {x.shape}, {why} {there}")
@@ -151,8 +155,8 @@ def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Prob
         pieces = model[name].pieces if name in model else ()
         known = COUNTS if name.endswith(COUNT) else DTYPES
         if odd := {checkpoint.entry(x.tensor).dtype for x in pieces} - known.keys():
-            why = f"of dtype {min(odd)}; expected one of {', '.join(known)}"
-            problems.add(name, f"{why}. Dequantize the checkpoint first")
+            remedy = "" if known is COUNTS else ". Dequantize the checkpoint first"
+            problems.add(name, f"of dtype {min(odd)}; expected one of {', '.join(known)}{remedy}")
 
 
 def check_frozen(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:

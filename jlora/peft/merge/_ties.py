@@ -25,7 +25,10 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
-    """Lists what the checkpoint has no tensor for, unless a parameter there has the same values."""
+    """Lists what the checkpoint has no tensor for, unless a parameter there has the same values.
+
+    Values that are not read yet are compared by their shapes.
+    """
     lost, whole = [x.name for x in found.parts if x.name not in model], found.full | found.frozen
     if lost:
         shared = find_twins(found.parts)
