@@ -61,9 +61,7 @@ class Adapted(nnx.Module):
         True
     """
 
-    def __init__(  # noqa: D107
-        self, model: nnx.Module, adapter: PyTree, *, rngs: nnx.Rngs | None = None
-    ) -> None:
+    def __init__(self, model: nnx.Module, adapter: PyTree, *, rngs: nnx.Rngs | None = None) -> None:
         params = _split(model)[1]
         bind(params, adapter)  # raises unless it fits
         self.base = model
@@ -83,7 +81,7 @@ class Adapted(nnx.Module):
         return nnx.merge(graph, merge(params, self.adapter), rest, copy=True)
 
     @property
-    def __call__(self) -> Callable[..., Any]:
+    def __call__(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The model's call, adapted. Trainers look at its signature, which is the model's."""
         return self._adapt("__call__")
 
@@ -117,7 +115,7 @@ class Adapted(nnx.Module):
         nnx.update(held, rest)
         return out
 
-    def __getattr__(self, name: str) -> Any:  # noqa: D105
+    def __getattr__(self, name: str) -> Any:
         base = vars(self).get("base")
         if base is None or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
