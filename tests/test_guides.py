@@ -243,16 +243,18 @@ def _equinox(names: Names) -> None:
     close(jax.vmap(model)(x), names["lora"].apply(names["base"], names["adapter"], x))
 
 
-@of("keras", 1)
+@of("keras")
 def _keras(names: Names) -> None:
+    adapted, merged = names["adapted"], names["merged"]
+    assert merged is names["model"] and not merged.trainable
+    assert len(adapted.trainable_variables) == 4
+
+
+@of("keras", 1)
+def _keras_loop(names: Names) -> None:
     model, x, merged, rest = (names[name] for name in ("model", "x", "merged", "rest"))
     weights = [merged[v.path] for v in model.trainable_variables]
     close(model(x), model.stateless_call(weights, rest, x, training=False)[0])
-    assert [s.path for s in names["lora"].sites(names["params"], rest, x)] == sorted(
-        v.path for v in model.trainable_variables if v.path.endswith("kernel")
-    )
-    paths = [v.path for v in model.trainable_variables]
-    assert paths != sorted(paths)  # so that the order of the keys is another
 
 
 @of("accumulation")
