@@ -15,7 +15,7 @@ from jlora.keras import Adapted, adapt
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 layers = keras.layers
 X = np.random.default_rng(0).standard_normal((64, 16)).astype("float32")
-LABELS = X[:, :4].argmax(-1)
+LABELS = X[:, :4].argmax(-1).astype("int32")
 
 
 class Penalty(layers.Layer):
@@ -111,7 +111,7 @@ def test_losses_and_masks_are_those_of_the_model() -> None:
     found = [x.evaluate(X, zeros, verbose=0) for x in (adapted, model)]
     assert found[0] == pytest.approx(found[1])
     assert found[1] > np.mean(model.predict(X, verbose=0) ** 2) + 0.1
-    ids = np.array([[1, 2, 0]])
+    ids = np.array([[1, 2, 0]], "int32")
     table = layers.Embedding(9, 4, mask_zero=True)
     words = keras.Sequential([layers.Input([3], dtype="int32"), table, layers.Dense(2)])
     adapted = adapt(words, LoRA("kernel", rank=2), example=ids)

@@ -37,7 +37,7 @@ class _SetMask(keras.Layer):
     def call(self, x: Any) -> Any:
         return x
 
-    def compute_mask(self, x: Any, previous: Any) -> Any:
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         return self._mask
 
 
