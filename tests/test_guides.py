@@ -334,7 +334,7 @@ def _checkpoints(names: Names) -> None:
     assert pathlib.Path(folder + "-merged", "model.safetensors").exists()
 
 
-@of("tunix", 2)
+@of("tunix", 3)
 def _tunix_grpo(names: Names) -> None:
     """The policy learns, and actor, rollouts and reference hold one copy of the base."""
     cluster, rewards, nnx = names["cluster"], names["rewards"], names["nnx"]
