@@ -34,7 +34,7 @@ GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
 LINES, WIDTH = 25, 100  # the most of a block of the loops
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```output\n(.*?)^```\n)?", re.M | re.S)
 # Those of them that have tests of their own.
-OWN = {"index", *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix"))}
+OWN = {"index", *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix", "maxtext"))}
 
 
 def blocks(page: str) -> list[tuple[str, str | None]]:
@@ -105,6 +105,12 @@ def test_blocks_run_and_print_what_is_shown(page, capsys):
 def test_tunix(capsys):
     pytest.importorskip("tunix")  # it has an environment of its own
     test_blocks_run_and_print_what_is_shown("loops/tunix", capsys)
+
+
+@pytest.mark.filterwarnings("ignore")  # of MaxText and of what it imports
+def test_maxtext(capsys):
+    pytest.importorskip("maxtext")  # it has an environment of its own
+    test_blocks_run_and_print_what_is_shown("loops/maxtext", capsys)
 
 
 def test_every_page_has_an_address_of_its_own():
@@ -334,7 +340,27 @@ def _checkpoints(names: Names) -> None:
     assert pathlib.Path(folder + "-merged", "model.safetensors").exists()
 
 
-@of("tunix", 3)
+@of("maxtext", 1)
+def _maxtext(names: Names) -> None:
+    """A and B are labeled like W, a new trainer goes on, and PEFT's files come back."""
+    nnx, adapted, folder = names["nnx"], names["adapted"], names["folder"]
+    query = adapted.lora["decoder"]["layers"]["self_attention"]["query"]["kernel"]
+    assert query.a.out_sharding == ("layers", "embed_attn", None)
+    assert query.b.out_sharding == ("layers", None, "q_heads", "kv")
+    axes = nnx.logical_axis_rules(names["config"].logical_axis_rules)
+    with jax.set_mesh(names["mesh"]), axes:
+        rule, call, rngs = names["rule"], names["call"], nnx.Rngs(1)
+        other = jlora.nnx.adapt(adapted.base, rule, rngs=rngs, example=call)
+        again = names["MaxTextPeftTrainer"](other, optax.adamw(1e-2), names["plan"])
+    assert again.train_steps == 20
+    close(nnx.state(other, nnx.LoRAParam), nnx.state(adapted, nnx.LoRAParam), 0)
+    again.close()
+    rows = names["tables"].maxtext.LLAMA
+    loaded = peft.load(folder + "/peft", nnx.state(adapted.base, nnx.Param), rows)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapted.adapter)
+
+
+@of("tunix", 4)
 def _tunix_grpo(names: Names) -> None:
     """The policy learns, and actor, rollouts and reference hold one copy of the base."""
     cluster, rewards, nnx = names["cluster"], names["rewards"], names["nnx"]
