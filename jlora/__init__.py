@@ -19,10 +19,10 @@ from . import types as types
 from ._adapters import DoRA as DoRA
 from ._adapters import LoRA as LoRA
 from ._adapters import Rows as Rows
-from ._labels import labels as labels
-from ._labels import mask as mask
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
+from ._optimizer import labels as labels
+from ._optimizer import mask as mask
 from ._optimizer import optimizer as optimizer
 from ._planning import checkpoint_policy as checkpoint_policy
 from ._planning import plan as plan

@@ -33,7 +33,7 @@ HURRIED: dict[str, Any] = (
 
 
 def consts(jaxpr: Any) -> Sequence[Any]:
-    """Values of `jaxpr.constvars`."""
+    """Returns the values of `jaxpr.constvars`."""
     return getattr(jaxpr, "consts", ())
 
 
@@ -43,7 +43,7 @@ def is_literal(atom: Any) -> bool:
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """Number of constants and of carries among the operands of a `scan` equation."""
+    """Counts the constants and the carries among the operands of a `scan` equation."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     constants, carry, _ = params["ft_in"].unpack()
@@ -52,7 +52,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def context(eqn: JaxprEqn) -> Iterator[None]:
-    """The name scope, traceback and configuration under which `eqn` was traced."""
+    """Enters the name scope, traceback and configuration under which `eqn` was traced."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with (
         source_info_util.user_context(eqn.source_info.traceback, name_stack=names),
@@ -80,7 +80,7 @@ _LIBRARIES = tuple(
 
 
 def source_line(eqn: JaxprEqn) -> str | None:
-    """`file:line (function)` of the innermost frame of `eqn` that is outside of any library."""
+    """Finds `file:line (function)` of the innermost frame of `eqn` outside of any library."""
     traceback = eqn.source_info.traceback
     for frame in [] if traceback is None else traceback.frames:
         if not os.path.realpath(frame.file_name).startswith(_LIBRARIES):
@@ -89,12 +89,12 @@ def source_line(eqn: JaxprEqn) -> str | None:
 
 
 def varying(x: jax.Array) -> frozenset[Any]:
-    """The mesh axes of an enclosing `shard_map` that `x` varies over."""
+    """Returns the mesh axes of an enclosing `shard_map` that `x` varies over."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def abstract(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """The type of an array that varies over the mesh axes, and is as weakly typed, as `like`."""
+    """Makes the type of an array that varies, and is weakly typed, as `like` does and is."""
     fields = {"sharding": sharding, "weak_type": bool(getattr(like, "weak_type", False))}
     if isinstance(like, jax.Array) and varying(like):
         aval = jax.typeof(like)
@@ -103,19 +103,19 @@ def abstract(shape: Any, dtype: Any, sharding: Any, like: Any) -> jax.ShapeDtype
 
 
 def unchecked_axes() -> frozenset[Any]:
-    """The mesh axes of an enclosing `shard_map` that does not check what varies over them."""
+    """Finds the mesh axes of an enclosing `shard_map` that does not check what varies."""
     axes = jax.sharding.get_abstract_mesh().manual_axes
     checked = not axes or varying(jax.lax.axis_index(axes[0]))
     return frozenset() if checked else frozenset(axes)
 
 
 def may_be_cut_over(tree: Any) -> frozenset[Any]:
-    """The mesh axes over which an enclosing `shard_map` may have cut the arrays of `tree`."""
+    """Finds the mesh axes over which an enclosing `shard_map` may have cut `tree`'s arrays."""
     return unchecked_axes().union(*map(varying, jax.tree.leaves(tree)))
 
 
 def vary_with(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
-    """`x` as an array that varies over all mesh axes over which `others` do."""
+    """Makes `x` vary over all mesh axes over which `others` do."""
     missing = frozenset().union(*map(varying, others)) - varying(x)
     return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
@@ -126,7 +126,7 @@ def is_concrete(x: Any) -> bool:
 
 
 def evaluate_now(f: Callable[..., Any], *args: Any) -> Any:
-    """`f(*args)`, one array, if its value can be known now, else None.
+    """Returns `f(*args)`, one array, if its value can be known now, else None.
 
     It can while a function is traced that closes over `args`, which are arrays with values then:
     operations on them would be traced all the same.
@@ -139,5 +139,5 @@ def evaluate_now(f: Callable[..., Any], *args: Any) -> Any:
 
 
 def place_of(x: Any) -> Any:
-    """The sharding to which the user committed the array `x`, or None."""
+    """Returns the sharding to which the user committed the array `x`, or None."""
     return x.sharding if isinstance(x, jax.Array) and is_concrete(x) and x.committed else None

@@ -14,22 +14,22 @@ import jax.numpy as jnp
 from ._adapters import Node, weight_of
 from ._core import (
     Change,
-    Unsupported,
-    Uses,
     ValueReadError,
     abstract,
     as_array,
     evaluate,
     leaf_weight,
-    take,
+    pick,
     trace,
 )
 from ._foreign import check_kept, check_leaf
 from ._quantized import is_quantized
 from ._rules import Full, Rule, matches
-from ._sites import Site, Sites
+from ._sites import Site, Sites, Unsupported, Uses
 from ._tree import flatten, is_abstract, leaves_by_path
 from ._types import Layout, Path, PyTree
+
+Call = tuple[PyTree, tuple[Any, ...], dict[str, Any]]  # the parameters, and the other arguments
 
 
 class Traced(NamedTuple):
@@ -80,18 +80,14 @@ class Traced(NamedTuple):
 
 
 def find_sites(
-    apply_fn: Callable[..., Any],
-    params: PyTree,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    rules: Sequence[Rule],
+    apply_fn: Callable[..., Any], rules: Sequence[Rule], call: Call
 ) -> tuple[Sites, Traced]:
-    """Traces `apply_fn` on shapes and finds how it uses each leaf of `params`.
+    """Traces a call of `apply_fn` on shapes, and finds how it uses each leaf of the parameters.
 
     If Python code of `apply_fn` reads the value of a leaf, only leaves that a method of `rules` may
     take are traced, and the other leaves are not listed as sites.
     """
-    leaves = leaves_by_path(params)
+    leaves = leaves_by_path(call[0])
     types = {path: _type(x, path) for path, x in leaves}
     matrices = {
         path for path, x in types.items() if x.ndim >= 2 and jnp.issubdtype(x.dtype, jnp.floating)
@@ -104,32 +100,27 @@ def find_sites(
     takers = {path: taker(path) for path in types}
     full = {path for path, rule in takers.items() if isinstance(rule, Full)}
     try:
-        traced = _trace(apply_fn, params, args, kwargs, matrices | full)
+        traced = _trace(apply_fn, call, matrices | full)
     except ValueReadError:
         matrices = {path for path in matrices - full if takers[path] is not None}
-        traced = _trace(apply_fn, params, args, kwargs, matrices)
+        traced = _trace(apply_fn, call, matrices)
     uses, used = traced.uses(matrices), traced.used
     sites = (_site(path, x, types[path], uses, used.get(path)) for path, x in leaves)
     return Sites(tuple(sites)), traced
 
 
-def _trace(
-    apply_fn: Callable[..., Any],
-    params: PyTree,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    paths: set[Path],
-) -> Traced:
+def _trace(apply_fn: Callable[..., Any], call: Call, paths: set[Path]) -> Traced:
     """Traces the model as a function of the leaves at `paths` and of everything abstract."""
 
     def is_traced(path: Path, x: Any) -> bool:
         return path in paths or is_abstract(x) or is_quantized(x)
 
+    params, *others = call
     leaves = [(p, _type(x, p) if is_traced(p, x) else x) for p, x in leaves_by_path(params)]
     tree = jax.tree.unflatten(flatten(params)[1], [x for _, x in leaves])
-    types, put = take((tree, args, kwargs), is_abstract)
+    types, put = pick((tree, *others), is_abstract)
 
-    def call(*values: Any) -> Any:
+    def apply(*values: Any) -> Any:
         tree, args, kwargs = put(values)
         before = dict(leaves_by_path(tree))
         outputs = apply_fn(tree, *args, **kwargs)
@@ -137,7 +128,7 @@ def _trace(
         return outputs
 
     types = list(map(abstract, types))
-    jaxpr, _ = trace(call, types, ["/".join(path) for path in paths])
+    jaxpr, _ = trace(apply, types, ["/".join(path) for path in paths])
     return Traced(jaxpr, types, [path for path, x in leaves if is_abstract(x)])
 
 
@@ -163,15 +154,11 @@ def _site(path: Path, leaf: Any, x: jax.ShapeDtypeStruct, uses: Uses, used: bool
     formed = None
     if unsupported:
         *rest, last = range(x.ndim)
-        each = (_materialized_layout(u.axes, x.shape) for u in unsupported if u.axes)
+        found = (u.axes for u in unsupported if u.axes)
+        each = (_layout(frozenset().union(*axes[:-1]), axes[-1], x.shape) for axes in found)
         formed = next(filter(None, each), Layout((), tuple(rest), (last,)))
     kind = kind if layout else None
     return Site(path, x.shape, x.dtype, kind, layout, tuple(unsupported), formed, used, scheme)
-
-
-def _materialized_layout(axes: tuple[frozenset[int], ...], shape: tuple[int, ...]) -> Layout | None:
-    """Makes the last axis of the weight its outputs."""
-    return _layout(frozenset().union(*axes[:-1]), axes[-1], shape)
 
 
 def _layout(

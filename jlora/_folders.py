@@ -37,7 +37,7 @@ def fresh(path: Where, what: str) -> Iterator[Path]:
 def scratch(path: Where, what: str) -> Iterator[Path]:
     """Yields a folder next to `path`, on the same disk, and removes it in the end."""
     final = Path(os.path.abspath(path))
-    remove_left(final)
+    remove_leftovers(final)
     stage = beside(final, token())
     try:
         stage.mkdir(parents=True)
@@ -119,7 +119,7 @@ def discard(stage: Path) -> None:
             time.sleep(0.02)
 
 
-def remove_left(final: Path) -> None:
+def remove_leftovers(final: Path) -> None:
     """Removes what killed processes of this machine left while they made `final`."""
     if os.name != "posix":  # elsewhere a process cannot be asked for without harm
         return

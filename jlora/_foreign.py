@@ -26,37 +26,21 @@ _NAMED = (
     "as the function"
 )
 
-# Modules that hold their parameters: package, class, and what to give instead.
-_MODULES = [
-    (
-        "flax.linen",
-        "Module",
-        "Give its apply: jlora.transform(model.apply, ...), with the variables of model.init as "
-        "the parameters.",
-    ),
-    (
-        "flax.nnx",
-        "Module",
-        "Give a function of a module, lambda model, x: model(x), and the module itself as the "
-        f"parameters. If it has state (batch statistics, dropout), {_SPLIT}",
-    ),
-    (
-        "equinox",
-        "Module",
-        "Split it, params, static = eqx.partition(model, eqx.is_array), and give "
-        "lambda params, x: eqx.combine(params, static)(x).",
-    ),
-    (
-        "keras",
-        "Layer",
-        f"Give {_NAMED}.",
-    ),
-]
+# What to give in the place of a module that holds its parameters, by package and class.
+_MODULES = {
+    ("flax.linen", "Module"): "Give its apply: jlora.transform(model.apply, ...), with the "
+    "variables of model.init as the parameters.",
+    ("flax.nnx", "Module"): "Give a function of a module, lambda model, x: model(x), and the "
+    "module itself as the parameters. If it has state (batch statistics, dropout), " + _SPLIT,
+    ("equinox", "Module"): "Split it, params, static = eqx.partition(model, eqx.is_array), and "
+    "give lambda params, x: eqx.combine(params, static)(x).",
+    ("keras", "Layer"): f"Give {_NAMED}.",
+}
 
 
 def check_apply_fn(apply_fn: Any) -> None:
     """Raises a `TypeError` if `apply_fn` is a module that holds its parameters, or no function."""
-    for package, name, remedy in _MODULES:
+    for (package, name), remedy in _MODULES.items():
         if _is_a(package, name, apply_fn):
             raise TypeError(
                 "`apply_fn` must be a function of parameters; got the module "

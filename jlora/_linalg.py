@@ -53,12 +53,12 @@ def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _factor(f: Callable[[jax.Array], Any], x: jax.Array) -> Any:
-    """Applies `f` to all matrices at once where they may be sharded, else as `each` does.
+    """Applies `f` to all matrices at once where they may be sharded, else as `map_matrices` does.
 
     Only programs for CPUs differ: a map over a sharded stack would gather it, and whether `x` is
     sharded along automatic mesh axes is not known while it is traced.
     """
-    return f(x) if jax.device_count() > 1 else each(f, x)
+    return f(x) if jax.device_count() > 1 else map_matrices(f, x)
 
 
 def _blocks(n: int, r: int) -> int:
@@ -69,7 +69,7 @@ def _blocks(n: int, r: int) -> int:
     return blocks
 
 
-def each(f: Callable[[jax.Array], Any], x: jax.Array, on_cpu: Any = None) -> Any:
+def map_matrices(f: Callable[[jax.Array], Any], x: jax.Array, on_cpu: Any = None) -> Any:
     """Applies `f` to matrices (…, m, n); on CPUs to one at a time, or `on_cpu` if it is given.
 
     On CPUs, JAX factors a stack's matrices on a pool of threads, and blocks one of them meanwhile:

@@ -73,7 +73,8 @@ def quantize(
     leaves, tree = flatten(params)
     paths = [path for path, _ in leaves_by_path(params)]
     taken = _find_forms(dict(zip(paths, leaves, strict=True)), schemes, sites)
-    shown = tqdm(paths, "quantize", unit="leaf", disable=None if _is_eager(leaves) else True)
+    is_traced = not all(map(is_concrete, jax.tree.leaves(leaves)))
+    shown = tqdm(paths, "quantize", unit="leaf", disable=is_traced or None)
     for i, path in enumerate(shown):
         if path in taken:
             old, leaves[i] = leaves[i], _quantize_leaf(leaves[i], path, *taken[path])
@@ -181,7 +182,3 @@ def _quantize_leaf(x: Any, path: Path, scheme: Scheme, form: Form) -> Quantized:
     if not isinstance(place, NamedSharding):
         return leaf
     return jax.device_put(leaf, sharding.specs({"w": place}, {"w": leaf})["w"])
-
-
-def _is_eager(leaves: Sequence[Any]) -> bool:
-    return all(map(is_concrete, jax.tree.leaves(leaves)))

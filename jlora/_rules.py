@@ -38,11 +38,11 @@ class Rule:
         return self.frozen
 
     def fit(self, site: Any) -> tuple["Rule", Any]:
-        """The rule and the layout for a `Site`; `ValueError` where the rule cannot apply to it."""
+        """Returns the rule and the layout for a `Site`; `ValueError` if the rule cannot apply."""
         return self, site.layout
 
     def sizes(self, layout: Any) -> dict[str, int]:
-        """The lengths of the axes of the node's arrays that W has not, as `{"rank": 8}`."""
+        """Returns the lengths of the axes of the node's arrays that W has not: `{"rank": 8}`."""
         del layout
         return {}
 
@@ -55,11 +55,11 @@ class Rule:
         raise NotImplementedError
 
     def shapes(self, layout: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The shape of each array of the node for a weight of `shape`."""
+        """Returns the shape of each array of the node for a weight of `shape`."""
         return self.node.shapes(layout, shape, self.sizes(layout))
 
     def trainable(self, layout: Any, shape: tuple[int, ...]) -> int:
-        """The number of parameters that the rule trains of a weight of `shape`."""
+        """Counts the parameters that the rule trains at a weight of `shape`."""
         frozen = {name for name, x in self.node.labels.items() if x in (None, "base")}
         found = self.shapes(layout, shape).items()
         return sum(math.prod(n) for name, n in found if name not in frozen.union(self.all_frozen))
@@ -279,19 +279,18 @@ def is_finite(x: Any) -> bool:
         return False
 
 
-def is_floating(dtype: Any) -> bool:
-    """Whether `dtype` is that of real floating-point numbers."""
-    try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        return False
+def check_rules(rules: Any, unpacked: str | None = None) -> tuple[Rule, ...]:
+    """Returns one rule, or several, as a tuple; raises `TypeError` for anything else in it."""
+    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            got = name_mistake(rule, unpacked)
+            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
+    return rules
 
 
 def name_mistake(x: Any, unpacked: str | None = None) -> str:
-    """Names, for an error, what was given in the place of a rule or a scheme.
-
-    `unpacked` is the call into which a list belongs after a `*`, if there is one.
-    """
+    """Names what was given in the place of a rule; `unpacked` is a call that takes a `*list`."""
     if isinstance(x, type) and dataclasses.is_dataclass(x):
         return f"the class {x.__name__}; call it, {x.__name__}(...)"
     if unpacked is not None and isinstance(x, Sequence) and not isinstance(x, str):

@@ -9,13 +9,13 @@ import optax
 
 from ._adapters import is_node
 from ._compat import is_concrete
-from ._core import einsum, letters, promote
-from ._labels import is_masked
+from ._core import einsum, promote
 from ._linalg import inverse
+from ._optimizer import is_masked
 from ._rules import is_finite
 from ._types import Params, PyTree
 
-RANK, OTHER = "RS"  # the rank twice
+RANK, OTHER = "rank", "other rank"  # its two axes in an r × r matrix
 
 
 def lora_plus(ratio: float | jax.Array) -> optax.GradientTransformationExtraArgs:
@@ -123,39 +123,31 @@ def _precondition(damping: Any, update: Any, param: Any) -> Any:
             "jlora.precondition needs A and B, and what is around it hides one that is frozen. "
             "Chain it before that: optax.chain(jlora.precondition(1e-6), optax.MultiSteps(tx, 4))."
         )
-    (of_a, of_b), wide = _letters(param), promote(param.a.dtype, param.b.dtype, jnp.float32)
-    a, b = param.a.astype(wide), param.b.astype(wide)
-    of_rank = "".join(c for c in of_a if c in of_b and c != RANK) + RANK + OTHER
+    wide = promote(param.a.dtype, param.b.dtype, jnp.float32)
+    values = {"a": param.a.astype(wide), "b": param.b.astype(wide)}
+    named = param.axes(param.layout)
+    slots = tuple(range(-1, len(named["a"]) - param.a.ndim - 1, -1))  # in front, of a table
+    axes = {name: (*slots, *named[name]) for name in values}
+    stack = tuple(d for d in axes["a"] if d in axes["b"] and d != RANK)
+    how = {"precision": "highest", "dtype": wide}
 
-    def times(update: Any, axes: str, other: jax.Array, axes_of_other: str) -> Any:
-        if is_masked(update):
-            return update
-        return _multiply(update, axes, _inverse(other, axes_of_other, of_rank, damping), of_rank)
+    square = (*stack, RANK, OTHER)
 
-    return update._replace(a=times(update.a, of_a, b, of_b), b=times(update.b, of_b, a, of_a))
+    def with_other_rank(name: str) -> tuple[Any, ...]:
+        return tuple(OTHER if d == RANK else d for d in axes[name])
 
+    def times_inverse(name: str, other: str) -> Any:
+        """Multiplies the update of one factor by the inverse of xᵀx + δI, where x is the other."""
+        old, x = getattr(update, name), values[other]
+        if is_masked(old):
+            return old
+        gram = einsum(axes[other], with_other_rank(other), square, x, x, **how)
+        eye = jnp.eye(gram.shape[-1], dtype=wide)
+        matrix = inverse(gram + jnp.asarray(damping, wide) * eye)
+        new = einsum(axes[name], square, with_other_rank(name), old.astype(wide), matrix, **how)
+        return new.astype(old.dtype)
 
-def _letters(node: Any) -> tuple[str, str]:
-    """Returns a letter for each axis of A and of B; a table of adapters has one more in front."""
-    axes = node.axes(node.layout)
-    names = dict.fromkeys((*axes["a"], *axes["b"]))
-    named = dict(zip(names, letters(len(names)), strict=True)) | {"rank": RANK}
-    front = letters(len(names) + node.a.ndim - len(axes["a"]))[len(names) :]
-    of_a, of_b = (front + "".join(named[d] for d in axes[name]) for name in ("a", "b"))
-    return of_a, of_b
-
-
-def _inverse(x: jax.Array, axes: str, out: str, damping: Any) -> jax.Array:
-    """Inverts xᵀx + δI over the rank, for each entry along the other axes of `out`."""
-    gram = einsum(axes, axes.replace(RANK, OTHER), out, x, x, precision="highest", dtype=x.dtype)
-    eye = jnp.eye(gram.shape[-1], dtype=x.dtype)
-    return inverse(gram + jnp.asarray(damping, x.dtype) * eye)
-
-
-def _multiply(update: jax.Array, axes: str, matrix: jax.Array, of_rank: str) -> jax.Array:
-    how = {"precision": "highest", "dtype": matrix.dtype}
-    out, wide = axes.replace(RANK, OTHER), update.astype(matrix.dtype)
-    return einsum(axes, of_rank, out, wide, matrix, **how).astype(update.dtype)
+    return update._replace(a=times_inverse("a", "b"), b=times_inverse("b", "a"))
 
 
 # ---------------------------------------------------------------------------------- what they share
@@ -184,7 +176,7 @@ def _stateless(name: str, f: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _check_positive(name: str, x: Any) -> None:
-    """`ValueError` unless `x` is a positive finite number, or traced."""
+    """Raises `ValueError` unless `x` is a positive finite number, or traced."""
     if not is_concrete(x):
         return
     number = x.item() if isinstance(x, jax.Array | np.ndarray) and x.ndim == 0 else x

@@ -2,18 +2,93 @@
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ._core import Unsupported
+from ._core import REPEATED
 from ._quantized import Scheme, spell
 from ._report import align_columns
 from ._rules import Full, Rule, near_misses, rule_name
 from ._tree import name_of
 from ._types import Layout, Path
+
+
+class ProductUse(NamedTuple):
+    """One product with a leaf, in the leaf's own axes.
+
+    Attributes:
+        kind: `"dense"`, `"conv"` or `"embed"`.
+        inputs: the axes that are contracted, or looked up.
+        outputs: the axes that are kept; none where the leaf was cut down to a vector.
+    """
+
+    kind: str
+    inputs: frozenset[int]
+    outputs: frozenset[int]
+
+
+class Unsupported(NamedTuple):
+    """One use of a leaf that has no factored form.
+
+    Attributes:
+        reason: primitive and source line.
+        axes: the axes of the leaf in each axis that the weight has there of a length above 1.
+        added: whether it is an activation: added to one, concatenated with one, or returned.
+    """
+
+    reason: str
+    axes: tuple[frozenset[int], ...]
+    added: bool = False
+
+
+class Uses:
+    """What each leaf is used for, by path, in program order."""
+
+    def __init__(self) -> None:
+        """Starts without uses."""
+        self.products: dict[str, list[ProductUse]] = defaultdict(list)
+        self.unsupported: dict[str, list[Unsupported]] = defaultdict(list)
+
+    def product(self, w: Any, kind: str, roles: Any) -> None:
+        """Records a product in which the axes of the weight `w` have `roles`."""
+        lengths = w.lengths
+        long = [a for a in (*roles.inputs, *roles.outputs) if lengths[a] > 1]
+        if any(REPEATED in a.leaf for a in long):
+            self.no_product(w, "a product in which it is repeated, as an activation is")
+            return
+        vector = not roles.outputs and all(lengths[a] == 1 for a in roles.stack)
+        if not roles.inputs or not (roles.outputs or vector):
+            self.no_product(w, "a product that is no matrix product")
+            return
+        for path in w.origin.paths:
+            inputs, outputs = (_of(path, axes) for axes in (roles.inputs, roles.outputs))
+            picked = frozenset(d for p, d in w.picked if p == path)
+            if inputs - picked and (vector or outputs - picked):  # one of a stack was looked up
+                inputs, outputs = inputs - picked, outputs - picked
+            self.products[path].append(ProductUse(kind, inputs, outputs))
+
+    def no_product(self, w: Any, reason: str, added: bool = False) -> None:
+        """Records a use of the weight `w` that is no product; a row that was looked up is one."""
+        for path in w.origin.paths:
+            axes = tuple(_of(path, [a]) for a, n in zip(w.axes, w.shape, strict=True) if n > 1)
+            picked = frozenset(d for p, d in w.picked if p == path)
+            if picked:
+                rest = frozenset().union(*axes) - picked
+                self.products[path].append(ProductUse("embed", picked, rest))
+            else:
+                self.unsupported[path].append(Unsupported(reason, axes, added))
+
+
+def _of(path: str, axes: Any) -> frozenset[int]:
+    """Finds the axes of the leaf at `path` that lie in `axes`."""
+    return frozenset(d for a in axes for p, d in a.leaf if p == path)
+
+
+# ---------------------------------------------------------------------------- sites and their table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,17 +215,14 @@ class Sites:
         return [s for s in self.leaves if s.is_missed]
 
     def __str__(self) -> str:
-        header = ["path", "shape", "kind", "axes", "parameters", "rule", "rank", "trainable"]
         shown = [s for s in self.leaves if s.is_listed or s.rule is not None]
-        rows = [_row(s) for s in shown]
-        if any(s.scheme is not None for s in shown):
-            header.append("scheme")
-            pairs = zip(rows, (s.scheme for s in shown), strict=True)
-            rows = [(*row, "-" if scheme is None else spell(scheme)) for row, scheme in pairs]
-        if any(s.kind is None and s.rule is None for s in shown):
-            header.append("reason")
-            rows = [(*row, _reason(s)) for row, s in zip(rows, shown, strict=True)]
-        lines = align_columns(header, rows, {"parameters", "rank", "trainable"})
+        columns = dict(_COLUMNS)
+        if all(s.scheme is None for s in shown):
+            del columns["scheme"]
+        if all(s.kind is not None or s.rule is not None for s in shown):
+            del columns["reason"]
+        rows = [tuple(cell(s) for cell in columns.values()) for s in shown]
+        lines = align_columns(tuple(columns), rows, {"parameters", "rank", "trainable"})
         rule = "─" * max(map(len, lines))
         share = 100 * self.trainable / max(self.total, 1)
         adapted = sum(s.is_adapted for s in self.leaves)
@@ -161,20 +233,6 @@ class Sites:
         if self.missed:
             total += f"; {len(self.missed)} more weights have no factored form"
         return "\n".join([lines[0], rule, *lines[1:], rule, total])
-
-
-def _row(site: Site) -> tuple[str, ...]:
-    rule = site.rule
-    return (
-        site.path or "(root)",
-        "×".join(map(str, site.shape)) or "scalar",
-        site.kind or "-",
-        _axes(site),
-        f"{site.size:,}",
-        "-" if rule is None else rule_name(rule),
-        _rank(site),
-        f"{site.trainable:,}" if rule is not None else "-",
-    )
 
 
 def _reason(site: Site) -> str:
@@ -195,3 +253,17 @@ def _axes(site: Site) -> str:
     stack, inputs, outputs, _ = site.layout
     lengths = ["·".join(str(site.shape[d]) for d in dims) for dims in (stack, inputs, outputs)]
     return (f"{lengths[0]} | " if stack else "") + f"{lengths[1]} → {lengths[2]}"
+
+
+_COLUMNS = {  # of the table, and what each has for a site
+    "path": lambda s: s.path or "(root)",
+    "shape": lambda s: "×".join(map(str, s.shape)) or "scalar",
+    "kind": lambda s: s.kind or "-",
+    "axes": _axes,
+    "parameters": lambda s: f"{s.size:,}",
+    "rule": lambda s: "-" if s.rule is None else rule_name(s.rule),
+    "rank": _rank,
+    "trainable": lambda s: "-" if s.rule is None else f"{s.trainable:,}",
+    "scheme": lambda s: "-" if s.scheme is None else spell(s.scheme),
+    "reason": _reason,
+}

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from ._adapters import is_node, is_registered, lengths, weight_of
-from ._core import Change, Weight, as_array, evaluate, leaf_weight, take, trace
-from ._find_sites import Traced, find_sites
+from ._core import Change, Weight, as_array, evaluate, leaf_weight, pick, trace
+from ._find_sites import Call, Traced, find_sites
 from ._foreign import check_apply_fn, note_advice
 from ._keys import check_key, fold
 from ._match import match
 from ._quantized import is_quantized
-from ._rules import Rule, name_mistake, rule_name
+from ._rules import Rule, check_rules, rule_name
 from ._sites import Sites
 from ._tree import (
     adapter_leaves,
@@ -81,15 +81,12 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
         1 of 2 sites adapted; 40 of 48 parameters trainable (83.3%)
     """
     check_apply_fn(apply_fn)
-    for rule in rules:
-        if isinstance(rule, Rule) and not is_registered(rule):
+    for rule in check_rules(rules, "transform(apply_fn, *rules)"):
+        if not is_registered(rule):
             raise TypeError(
                 f"`rules` has {rule_name(rule)}, whose class is not registered, so that no "
                 "checkpoint could name it: put @jlora.extend.register above the class."
             )
-        if not isinstance(rule, Rule):
-            got = name_mistake(rule, "transform(apply_fn, *rules)")
-            raise TypeError(f"`rules` must be rules, such as jlora.LoRA(); got {got}.")
     # Partial applications of this module's functions, so that what is returned can be pickled.
     return Transformed(
         functools.partial(_init, apply_fn, rules),
@@ -101,18 +98,14 @@ def transform(apply_fn: Callable[..., Any], *rules: Rule) -> Transformed:
 def _sites(
     apply_fn: Callable[..., Any], rules: tuple[Rule, ...], params: PyTree, /, *args: Any, **kw: Any
 ) -> Sites:
-    return _find(apply_fn, rules, params, args, kw)[0]
+    return _find(apply_fn, rules, (params, args, kw))[0]
 
 
 def _find(
-    apply_fn: Callable[..., Any],
-    rules: tuple[Rule, ...],
-    params: PyTree,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    apply_fn: Callable[..., Any], rules: tuple[Rule, ...], call: Call
 ) -> tuple[Sites, Traced]:
-    with note_advice(apply_fn, params):
-        sites, traced = find_sites(apply_fn, params, args, kwargs, rules)
+    with note_advice(apply_fn, call[0]):
+        sites, traced = find_sites(apply_fn, rules, call)
     return match(sites, rules), traced
 
 
@@ -139,7 +132,7 @@ def _init(
             "`rules` is empty, so that nothing would be trained. "
             "Give transform(apply_fn, ...) a jlora.LoRA() or a jlora.Full(pattern)."
         )
-    sites, traced = _find(apply_fn, rules, params, args, kwargs)
+    sites, traced = _find(apply_fn, rules, (params, args, kwargs))
     all_linear = [rule_name(rule) for rule in rules if rule.pattern is None]
     if all_linear and (missed := sites.missed):
         warnings.warn(
@@ -193,7 +186,7 @@ def wrap(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        bound, put = take((args, kwargs), _is_weight, _is_weight)
+        bound, put = pick((args, kwargs), _is_weight, _is_weight)
         found = leaves_by_path((args, kwargs), is_adapted)
         # Paths start with 0 or 1 for args or kwargs, then the argument.
         paths = ["/".join(path[2:]) for path, x in found if _is_weight(x)]

@@ -113,7 +113,7 @@ class Transformed(NamedTuple):
 
 
 def function_name(fn: Any) -> str:
-    """The name of a function for a message; for a method, with its type."""
+    """Names a function for a message; a method with its type."""
     if isinstance(fn, functools.partial):
         return f"partial({function_name(fn.func)})"
     if inspect.ismethod(fn):

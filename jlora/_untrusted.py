@@ -29,11 +29,9 @@ def printable(text: str) -> str:
         >>> print(printable("a\0b\u202ec"))
         a\x00b\u202ec
     """
-    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
-
-
-def _escaped(c: str) -> str:
-    return c.encode("unicode_escape").decode()
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def show(name: str) -> str:

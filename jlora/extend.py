@@ -47,10 +47,11 @@ The shapes, shardings and checkpoints of the arrays follow from `axes`, all that
 A method with A and B gives `Change((Delta(self.factor("a"), self.factor("b"), scale),))`. Its
 `axes` call the axis of the rank by a name, as `"rank"`, of which `Rule.sizes` has the length.
 
-A scheme of quantization is a frozen dataclass, a `Scheme` with `form`, `encode` and `decode`. What
-a primitive does to weights is a function under `@primitive(name)`: it takes an `Equation` and its
-operands, and returns a `Weight` or raises `Unfactorable`. An `Engine` has functions that yield a
-`Finding` each, and is added by `register_engine`. CONTRIBUTING.md has one of each.
+A scheme of quantization is a frozen dataclass, a `Scheme` with `encode`. It defines `form` and
+`decode` too where blocks are not along the last axis, or a code is not multiplied by its scale.
+What a primitive does to weights is a function under `@primitive(name)`: it takes an `Equation` and
+its operands, and returns a `Weight` or raises `Unfactorable`. An `Engine` has functions that yield
+a `Finding` each, and is added by `register_engine`. CONTRIBUTING.md has one of each.
 '''
 
 from typing import TYPE_CHECKING, Any

@@ -11,9 +11,7 @@ import contextlib
 import functools
 import os
 import re
-import resource
 import sys
-import time
 import traceback
 
 if __name__ == "__main__":  # before JAX counts devices
@@ -21,6 +19,7 @@ if __name__ == "__main__":  # before JAX counts devices
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+import disks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,8 +54,15 @@ def make_mesh(shape):
     return jax.make_mesh((rows, columns), ("x", "y"), (AxisType.Auto,) * 2, devices=devices)
 
 
+RULES = (
+    jlora.LoRA("layers", rank=4, alpha=8, init=jlora.initializers.gaussian),
+    jlora.Full("norm"),
+)
+
+
+@functools.cache
 def problem(mesh):
-    """A base, an adapter and rules; the arrays lie on `mesh`.
+    """A base, an adapter and both merged; the arrays lie on `mesh`.
 
     The numbers are small integers, so that sums are exact in whatever order a mesh adds them.
     """
@@ -65,42 +71,35 @@ def problem(mesh):
         h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["layers"])[0]
         return h * params["norm"]
 
-    def lies(*spec):
-        return NamedSharding(mesh, P(*spec))
+    def on_mesh(x, sharding):
+        values = np.random.default_rng(x.shape).integers(-9, 9, x.shape).astype(x.dtype)
+        return jax.make_array_from_callback(x.shape, sharding, values.__getitem__)
 
-    rules = (
-        jlora.LoRA("layers", rank=4, alpha=8, init=jlora.initializers.gaussian),
-        jlora.Full("norm"),
-    )
-    lora = jlora.transform(model, *rules)
-
-    def integers(seed, like):
-        return jax.random.randint(jax.random.key(seed), like.shape, -9, 9).astype(like.dtype)
-
-    def start():
-        params = {"layers": integers(0, jnp.empty((3, 16, 16))), "norm": jnp.arange(16.0)}
-        base, adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 16)))
-        return base, jax.tree.map(functools.partial(integers, 1), adapter)
-
-    places = {"layers": lies(None, "x", "y"), "norm": lies("y")}
-    of_adapter = jlora.sharding.specs(places, jax.eval_shape(start)[1])
-    return *jax.jit(start, out_shardings=(places, of_adapter))(), rules
+    shapes = {"layers": (3, 16, 16), "norm": (16,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    init = jlora.transform(model, *RULES).init
+    adapter = jax.eval_shape(init, jax.random.key(0), params, jnp.ones((1, 16)))[1]
+    specs = {"layers": P(None, "x", "y"), "norm": P("y")}
+    places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+    base = jax.tree.map(on_mesh, params, places)
+    adapter = jax.tree.map(on_mesh, adapter, jlora.sharding.specs(places, adapter))
+    return base, adapter, jlora.merge(base, adapter)
 
 
 def save(folder, mesh):
     """The adapter, which is not overwritten, and the merged tree."""
-    base, adapter, rules = problem(mesh)
-    checkpoint.save(f"{folder}/adapter", adapter, rules, base=base, step=5, hash_values=True)
-    checkpoint.export(f"{folder}/merged", jlora.merge(base, adapter))
+    base, adapter, merged = problem(mesh)
+    checkpoint.save(f"{folder}/adapter", adapter, RULES, base=base, step=5, hash_values=True)
+    checkpoint.export(f"{folder}/merged", merged)
     kind, message = FileExistsError, "nothing is ever overwritten"
     if jax.process_index():
         kind, message = OSError, "process 0: .*nothing is ever overwritten"
-    raises(kind, message, checkpoint.save, f"{folder}/adapter", adapter, rules)
+    raises(kind, message, checkpoint.save, f"{folder}/adapter", adapter, RULES)
 
 
 def restore(folder, mesh):
     """On this mesh, on the host, and the merged tree: all as if made here."""
-    base, adapter, rules = problem(mesh)
+    base, adapter, merged = problem(mesh)
     found = checkpoint.restore(f"{folder}/adapter", like=adapter, base=base)
     equal(found, adapter)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
@@ -109,8 +108,7 @@ def restore(folder, mesh):
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(host))
     equal(host, adapter)
     saved = checkpoint.read(f"{folder}/adapter")
-    assert (saved.rules, saved.step) == (rules, 5)
-    merged = jlora.merge(base, adapter)
+    assert (saved.rules, saved.step) == (RULES, 5)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), merged
     )
@@ -120,15 +118,15 @@ def restore(folder, mesh):
 
 def fail(folder, mesh):
     """Each process in turn cannot write, or gives what it must not: all raise, and are in step."""
-    base, adapter, rules = problem(mesh)
+    base, adapter, merged = problem(mesh)
     number, folder = jax.process_index(), f"{folder}/fail"
-    save = functools.partial(checkpoint.save, rules=rules, base=base)
-    right = {"adapter": (save, adapter), "merged": (checkpoint.export, jlora.merge(base, adapter))}
+    save = functools.partial(checkpoint.save, rules=RULES, base=base)
+    right = {"adapter": (save, adapter), "merged": (checkpoint.export, merged)}
     for culprit in range(jax.process_count()):
         mine, place = number == culprit, f"{folder}/lost{culprit}"
         message, kind = ("", TypeError) if mine else (f"process {culprit}: .*", RuntimeError)
         for name, (write, tree) in right.items():
-            with no_room() if mine else contextlib.nullcontext():
+            with disks.full() if mine else contextlib.nullcontext():
                 raises(OSError, f"{message}File too large", write, place, tree)
             raises(kind, f"{message}`{name}` must", write, place, {} if mine else tree)
         assert not os.path.exists(place)
@@ -140,27 +138,14 @@ def fail(folder, mesh):
     assert sorted(os.listdir(folder)) == ["adapter"]
 
 
-@contextlib.contextmanager
-def no_room():
-    """This process can write next to nothing."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def raises(kind, pattern, work, *arguments):
-    """The work must raise, and soon."""
-    start = time.monotonic()
+    """The work must raise."""
     try:
         work(*arguments)
     except kind as e:
         assert re.search(pattern, str(e)), (pattern, str(e))
     else:
         raise AssertionError(f"no {kind.__name__}: {pattern}")
-    assert time.monotonic() - start < 30
 
 
 def equal(actual, expected):

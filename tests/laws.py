@@ -23,7 +23,7 @@ from cases import Case, Problem
 from own_schemes import Pairs
 
 import jlora
-from jlora.initializers._draw import dtype_of
+from jlora.initializers._initializer import dtype_of
 
 
 @contextlib.contextmanager

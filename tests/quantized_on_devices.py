@@ -19,7 +19,6 @@ from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, mesh_of, on, put
 from meshes import normal as draw
-from safetensors.numpy import save_file
 from small import some
 
 import jlora
@@ -244,20 +243,19 @@ def test_kept_where_it_lies(scheme, name):
 
 
 def test_loaded_where_it_is_to_lie(tmp_path):
-    """A quantized checkpoint is sharded as the shapes say."""
-    names = (peft.Name(r"(\w+)", r"\1", "io"),)
+    """A quantized checkpoint is sharded as the shapes say, and what is in floats."""
+    names = (peft.Name("norm", "norm", "o"), peft.Name(r"(\w+)", r"\1", "io"))
     files = {name: base_files.gptq(seed=i) for i, name in enumerate(SPECS)}
     folder, shape = tmp_path / "base", (base_files.COLUMNS, base_files.ROWS)
-    tensors = {f"{name}.{key}": x for name, file in files.items() for key, x in file.items()}
     base_files.write(folder, files)
-    save_file(tensors, folder / "model.safetensors")
-    places = on(AUTO, SPECS)
-    like = {n: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=places[n]) for n in SPECS}
+    places = on(AUTO, SPECS | {"norm": P("fsdp")})
+    shapes = dict.fromkeys(SPECS, shape) | {"norm": shape[1:]}
+    like = {n: jax.ShapeDtypeStruct(s, jnp.float32, sharding=places[n]) for n, s in shapes.items()}
     loaded = peft.load_base(folder, names, like=like)
-    assert all(isinstance(x, jlora.Quantized) for x in loaded.values())
+    assert all(isinstance(loaded[name], jlora.Quantized) for name in SPECS)
     assert_lies(loaded, sharding.specs(places, loaded))
-    expected = {name: file.matrix.T for name, file in files.items()}
-    laws.assert_close(jlora.dequantize(loaded), expected, 1e-6)
+    expected = {name: file.matrix.T for name, file in files.items()} | {"norm": np.ones(shape[1])}
+    laws.assert_close(jlora.dequantize(loaded), jax.tree.map(np.float32, expected), 1e-6)
 
 
 @each(FEW)

@@ -166,6 +166,3 @@ def test_names_without_slashes_keep_their_draw() -> None:
     key = jax.random.fold_in(KEY, 0xDC850017)  # zlib.crc32(b"body/w")
     expected = jax.random.uniform(key, (4, 2), jnp.float32, -0.5, 0.5)
     laws.assert_close(adapter["body"]["w"].a, expected, 1e-6)
-
-
-# ------------------------------------------------------------------------- ΔW twice, and by halves

@@ -90,56 +90,6 @@ def test_every_leaf_to_a_bit(folder, kind, scan):
         np.testing.assert_array_equal(np.float32(x), expected.float().numpy(), err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["nf4-double", "fp4"])
-def test_logits_and_gradients_are_those_of_peft(folder, kind):
-    from peft import LoraConfig, get_peft_model
-
-    torch.set_num_threads(1)
-    model, path = quantized(folder, kind)
-    names = llama.names(CONFIG)
-    base = peft.load_base(path, names, like=llama.shapes(CONFIG))
-    base = jax.tree.map(  # in float32, as PyTorch's model computes
-        lambda x: x if isinstance(x, jlora.Quantized) else x.astype(jnp.float32),
-        base,
-        is_leaf=lambda x: isinstance(x, jlora.Quantized),
-    )
-    torch.manual_seed(1)
-    theirs = get_peft_model(
-        model,
-        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_dropout=0.0),
-    )
-    with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.1 * torch.randn(p.shape))
-    saved = path.parent / f"adapter-{kind}"
-    theirs.save_pretrained(saved)
-    ids = np.arange(24).reshape(2, 12) * 7 % CONFIG.vocab
-    logits = theirs(input_ids=torch.from_numpy(ids)).logits
-    (logits**2).mean().backward()
-    adapter = peft.load(saved, base, names)
-    lora = jlora.transform(llama.Llama(CONFIG).apply, jlora.LoRA("query|down"))
-
-    def loss(adapter):
-        found = lora.apply(base, adapter, jnp.asarray(ids))
-        return (found**2).mean(), found
-
-    grads, ours = jax.jit(jax.grad(loss, has_aux=True))(adapter)
-    scale = np.abs(logits.detach().numpy()).max()
-    np.testing.assert_allclose(ours / scale, logits.detach().numpy() / scale, atol=2e-5)
-    for i, layer in enumerate(theirs.base_model.model.model.layers):
-        for ours_, module in (
-            (grads["params"]["layers"]["attention"]["query"]["kernel"], layer.self_attn.q_proj),
-            (grads["params"]["layers"]["mlp"]["down"]["kernel"], layer.mlp.down_proj),
-        ):
-            for mine, factor in ((ours_.a, module.lora_A), (ours_.b, module.lora_B)):
-                expected = factor.default.weight.grad.numpy().T
-                np.testing.assert_allclose(
-                    mine[i], expected, atol=2e-5 * np.abs(expected).max() + 1e-9
-                )
-    theirs.unload()
-
-
 # ---------------------------------------------------------------------- the formats' own converters
 
 NAMES = (

@@ -1,4 +1,4 @@
-"""What can go wrong around a run, with real processes and disks: `examples/resume.py` and `save`.
+"""What can go wrong around a run of `examples/resume.py`, with real processes and disks.
 
 The law: after any fault, every checkpoint that is there is whole, the error says what happened,
 and the run that goes on has the losses, to the last bit, of the one that was never stopped.
@@ -15,12 +15,11 @@ import time
 
 import disks
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import resume
-from test_checkpoint import RULES, assert_equal, made
+from test_checkpoint import assert_equal
 
 from jlora import checkpoint
 
@@ -46,7 +45,7 @@ class Run:
     def here(self, name: str, *more: str) -> int:
         """Runs in this process, to the end, which is given; a start costs as much as the steps."""
         args = resume.parse(self.arguments(name, *more))
-        with resume.alone(args.out):
+        with resume.lock(args.out):
             return resume.train(args)
 
     def start(self, name: str, *more: str) -> subprocess.Popen[str]:
@@ -120,34 +119,31 @@ def run(tmp_path_factory) -> Run:
 # ------------------------------------------------------------------------------------------- kills
 
 
-def kill_and_resume(run: Run, kills: int, rng: random.Random) -> None:
-    """Kills runs at random moments, each time goes on; a run that has ended is followed by one."""
-    number = 0
+@pytest.mark.slow
+def test_a_hundred_kills(tmp_path):
+    """At random moments; each time the run goes on, and one that has ended is followed by one."""
+    run, rng, number, kills = Run(tmp_path, steps=100), random.Random(1), 0, 100
     while kills:
-        process = run.start(f"killed{number}", *OFTEN)
+        name = f"killed{number}"
+        process = run.start(name, *OFTEN)
         if rng.random() < 0.8:
-            run.wait(process, f"killed{number}", rng.randrange(6))
+            run.wait(process, name, rng.randrange(6))
             time.sleep(rng.uniform(0, 0.1))  # within a step, or a checkpoint's writing
         else:
             time.sleep(rng.uniform(0, 4))  # at the start, or where a run goes on
         process.kill()
         output, _ = process.communicate()
-        run.check(f"killed{number}")
+        run.check(name)
         assert process.returncode in (0, -signal.SIGKILL), output
         if process.returncode:
             kills -= 1
         else:
-            run.check_end(f"killed{number}")
+            run.check_end(name)
             number += 1
     code, output = run.finish(f"killed{number}", *OFTEN)
     assert code == 0, output
     run.check_end(f"killed{number}")
     assert len(run.check(f"killed{number}")) == 3
-
-
-@pytest.mark.slow
-def test_a_hundred_kills(tmp_path):
-    kill_and_resume(Run(tmp_path, steps=100), kills=100, rng=random.Random(1))
 
 
 @pytest.mark.slow
@@ -163,7 +159,7 @@ def test_a_run_that_is_killed_and_then_preempted_goes_on_as_if_it_had_not_been(r
     run.wait(process, "endless", 1)
     with (
         pytest.raises(SystemExit, match=r"endless is in use by another run: give another --out\."),
-        resume.alone(run.folder / "endless"),
+        resume.lock(run.folder / "endless"),
     ):
         pass
     process.terminate()
@@ -181,100 +177,20 @@ def test_a_run_that_is_killed_and_then_preempted_goes_on_as_if_it_had_not_been(r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", disks.KINDS)
-def test_a_disk_that_is_full_or_cannot_be_written_costs_no_checkpoint(run, kind):
-    with disks.disk(run.folder / kind, kind) as disk:
-        name = f"{kind}/run"
-        process = run.start(name, *OFTEN)
-        run.wait(process, name, 6)
-        disk.fill(process.pid)
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 1, output
-        assert re.search(r"stopped: .*(No space left|File too large)", output), output
-        steps = run.check(name)
-        assert steps
-        disk.make_room()
-        with disks.read_only(run.folder / name):
-            code, output = run.finish(name)
-        assert code == 1, output
-        assert re.search(r"stopped: .*(Read-only|Permission denied)", output), output
-        assert run.check(name) == steps
-        code, output = run.finish(name)
-        assert (code, f"from step {steps[-1]} of" in output) == (0, True), output
-        run.check_end(name)
-
-
-@pytest.mark.parametrize("kind", disks.KINDS)
-def test_save_on_a_full_disk_leaves_nothing(kind, tmp_path):
-    base, adapter = made()
-    before = [np.asarray(x).tobytes() for x in jax.tree.leaves(adapter)]
-    with disks.disk(tmp_path / "disk", kind) as disk:
-        checkpoint.save(disk.folder / "old", adapter, RULES, base=base)
-        held = {x.name for x in disk.folder.iterdir()}
-        disk.fill()
-        try:
-            with pytest.raises(OSError, match=r"`path`: could not write .*Make room or permission"):
-                checkpoint.save(disk.folder / "new", adapter, RULES, base=base)
-        finally:
-            disk.make_room()
-        assert {x.name for x in disk.folder.iterdir()} == held
-        assert_equal(checkpoint.restore(disk.folder / "old", base=base), adapter)
-        assert [np.asarray(x).tobytes() for x in jax.tree.leaves(adapter)] == before
-        checkpoint.save(disk.folder / "new", adapter, RULES, base=base)
-        assert_equal(checkpoint.restore(disk.folder / "new", base=base), adapter)
-
-
-def test_save_where_nothing_can_be_written(tmp_path):
-    _, adapter = made()
-    checkpoint.save(tmp_path / "locked" / "old", adapter, RULES)
-    with disks.read_only(tmp_path / "locked"):
-        with pytest.raises(OSError, match=r"(Read-only|Permission denied).*\. Nothing is left of"):
-            checkpoint.save(tmp_path / "locked" / "new", adapter, RULES)
-        assert_equal(checkpoint.restore(tmp_path / "locked" / "old"), adapter)
-    assert os.listdir(tmp_path / "locked") == ["old"]
-
-
-# ------------------------------------------------------------------------------------- two writers
-
-WRITER = """
-import pathlib, sys, time
-import jax.numpy as jnp
-from jlora import checkpoint
-folder, number = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-adapter = {"head": jnp.full((200, 1000), float(number))}
-(folder / f"ready{number}").touch()
-while not (folder / "go").exists():
-    time.sleep(0.0005)
-for round in range(8):
-    try:
-        checkpoint.save(folder / f"adapter{round}", adapter, ())
-        print("saved", round)
-    except FileExistsError as e:
-        assert "nothing is ever overwritten" in str(e), e
-        print("refused", round)
-"""
-
-
-@pytest.mark.slow
-def test_of_two_writers_of_one_folder_one_is_told(tmp_path):
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), str(i)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    while not all((tmp_path / f"ready{i}").exists() for i in range(2)):
-        assert all(writer.poll() is None for writer in writers)
-        time.sleep(0.001)
-    (tmp_path / "go").touch()
-    said = [writer.communicate(timeout=300)[0] for writer in writers]
-    assert [writer.returncode for writer in writers] == [0, 0]
-    for i in range(8):
-        (winner,) = [n for n in range(2) if f"saved {i}" in said[n]]
-        assert f"refused {i}" in said[1 - winner]
-        restored = checkpoint.restore(tmp_path / f"adapter{i}")
-        assert_equal(restored, {"head": jnp.full((200, 1000), float(winner))})
-    assert not [x for x in os.listdir(tmp_path) if x.startswith(".")]
+def test_a_disk_that_is_full_or_cannot_be_written_costs_no_checkpoint(run):
+    process = run.start("disk", *OFTEN)
+    run.wait(process, "disk", 6)
+    disks.fill(process.pid)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, output
+    assert re.search(r"stopped: .*File too large", output), output
+    steps = run.check("disk")
+    assert steps
+    with disks.read_only(run.folder / "disk"):
+        code, output = run.finish("disk")
+    assert code == 1, output
+    assert re.search(r"stopped: .*(Read-only|Permission denied)", output), output
+    assert run.check("disk") == steps
+    code, output = run.finish("disk")
+    assert (code, f"from step {steps[-1]} of" in output) == (0, True), output
+    run.check_end("disk")

@@ -2,26 +2,24 @@
 
 import errno
 import functools
-import json
 import os
-import pathlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import disks
 import numpy as np
 import pytest
+from peft_files import ENDS, Folder, assert_equal, write
 from safetensors.numpy import save_file
 
 import jlora
 from jlora import _folders, checkpoint, peft
 from jlora._folders import fresh
-
-Folder = pathlib.Path
 
 
 def test_a_folder_appears_whole(tmp_path: Folder) -> None:
@@ -39,32 +37,77 @@ def test_nothing_is_left_of_what_failed(error: BaseException, tmp_path: Folder) 
     assert not list(tmp_path.iterdir())
 
 
-def test_where_another_was_first(tmp_path: Folder) -> None:
-    message = r"OUT: .*m exists and is not an empty folder; nothing is ever overwritten\. Give"
-    with pytest.raises(FileExistsError, match=message), fresh(tmp_path / "m", "OUT"):
-        (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "theirs").write_text("")
-    assert [p.name for p in tmp_path.rglob("*")] == ["m", "theirs"]
+LAYOUT = jlora.types.Layout((), (0,), (1,))
+A, B, W = (np.ones(shape, np.float32) for shape in ((4, 1), (1, 3), (4, 3)))
+ADAPTER = {"w": {"kernel": jlora.types.LowRank(A, B, 1.0, LAYOUT)}}
+ROWS = [peft.Name("(.*)/kernel", r"\1", "io")]
+WRITERS = {
+    "peft": lambda path: peft.save(path, {"w": {"kernel": W}}, ADAPTER, ROWS),
+    "orbax": lambda path: checkpoint.save(path, ADAPTER, ()),
+}
+READERS = {"peft": peft.read, "orbax": checkpoint.restore}
+writers = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+
+
+def contents(folder: Folder) -> dict[str, bytes | None]:
+    """All that is in a folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in paths}
+
+
+@writers
+def test_where_another_was_first(
+    write: Any, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that write at once one is refused."""
+    commit = _folders.commit
+
+    def commit_late(stage: Folder, final: Folder, what: str) -> None:
+        final.mkdir()
+        (final / "theirs").write_text("")
+        commit(stage, final, what)
+
+    monkeypatch.setattr(_folders, "commit", commit_late)
+    message = r"`path`: .*m exists and is not an empty folder; nothing is ever overwritten\. Give"
+    with pytest.raises(FileExistsError, match=message):
+        write(tmp_path / "m")
+    assert contents(tmp_path) == {"m": None, "m/theirs": b""}
 
 
 LONG = ["a" * 255, "漢" * 80, "é" * 127, "a" + "\U0001d54f" * 60]
 
 
 @pytest.mark.parametrize("name", LONG, ids=["ascii", "three", "two", "four"])
-def test_names_as_long_as_the_disk_takes(name: str, tmp_path: Folder) -> None:
+@writers
+def test_names_as_long_as_the_disk_takes(write: Any, name: str, tmp_path: Folder) -> None:
     """A name has at most 255 bytes, those of the folder in the making too, and Orbax's."""
-    ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
-    adapter = {"w": {"kernel": jlora.types.LowRank(ones(4, 1), ones(1, 3), 1.0, LAYOUT)}}
-    base = {"w": {"kernel": ones(4, 3)}}
-    rows = [peft.Name("(.*)/kernel", r"\1", "io")]
-    (tmp_path / "orbax").mkdir()
-    peft.save(tmp_path / name, base, adapter, rows)
-    checkpoint.save(tmp_path / "orbax" / name, adapter, ())
-    left = list(tmp_path.rglob(".*"))
-    assert (tmp_path / name).is_dir() and (tmp_path / "orbax" / name).is_dir() and not left
+    write(tmp_path / name)
+    assert (tmp_path / name).is_dir() and not list(tmp_path.rglob(".*"))
 
 
-LAYOUT = jlora.types.Layout((), (0,), (1,))
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_full_disk_costs_nothing_else(what: str, tmp_path: Folder) -> None:
+    """What is there stays, to the byte; with room the same call is right."""
+    write, read = WRITERS[what], READERS[what]
+    write(tmp_path / "old")
+    before = contents(tmp_path)
+    message = r"`path`: could not write .*Make room or permission"
+    with disks.full(), pytest.raises(OSError, match=message):
+        write(tmp_path / "new")
+    assert contents(tmp_path) == before
+    write(tmp_path / "new")
+    assert_equal(read(tmp_path / "new"), read(tmp_path / "old"))
+
+
+@writers
+def test_where_nobody_may_write(write: Any, tmp_path: Folder) -> None:
+    write(tmp_path / "locked" / "old")
+    before = contents(tmp_path)
+    with disks.read_only(tmp_path / "locked"):
+        message = r"`path`: could not write .*(Read-only|Permission denied).*\. Nothing is left of"
+        with pytest.raises(OSError, match=message):
+            write(tmp_path / "locked" / "new")
+        assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["nothing", "readonly", "nested"])
@@ -85,19 +128,12 @@ def test_a_disk_that_cannot_be_written(kind: str, number: int, tmp_path: Folder)
     assert caught.value.errno == number and not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Folder) -> None:
-    """Within a file, or where nobody may write; a file that cannot be read is another error."""
+def test_a_folder_within_a_file(tmp_path: Folder) -> None:
+    """It cannot be made; a file that cannot be read is another error."""
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(OSError, match=r"^OUT: could not write .*file/m: Not a directory\. Nothing"),
         fresh(tmp_path / "file" / "m", "OUT"),
-    ):
-        pass
-    (tmp_path / "locked").mkdir()
-    with (
-        disks.read_only(tmp_path / "locked"),
-        pytest.raises(OSError, match=r"^OUT: could not write .*locked/m: (Read-only|Permission)"),
-        fresh(tmp_path / "locked" / "m", "OUT"),
     ):
         pass
     with pytest.raises(FileNotFoundError, match="of-theirs"), fresh(tmp_path / "m", "OUT"):
@@ -105,22 +141,28 @@ def test_a_folder_that_cannot_be_made(tmp_path: Folder) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "full"])
-def test_what_is_there_stays(kind: str, tmp_path: Folder) -> None:
+@writers
+def test_what_is_there_stays(write: Any, kind: str, tmp_path: Folder) -> None:
     (tmp_path / "x").mkdir()
     if kind == "file":
         (tmp_path / "m").write_text("theirs")
     elif kind == "link":
         (tmp_path / "m").symlink_to(tmp_path / "x")
     else:
-        (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "theirs").write_text("")
-    before = sorted(tmp_path.rglob("*"))
-    with (
-        pytest.raises(FileExistsError, match=r"OUT: .*m exists and is not"),
-        fresh(tmp_path / "m", "OUT"),
-    ):
-        pass
-    assert sorted(tmp_path.rglob("*")) == before
+        write(tmp_path / "m")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"`path`: .*m exists and is not an empty folder"):
+        write(tmp_path / "m")
+    assert contents(tmp_path) == before
+
+
+@writers
+def test_where_a_folder_may_appear(write: Any, tmp_path: Folder) -> None:
+    """In one that is there and empty, but no mount point."""
+    write(tmp_path)
+    assert contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"`path`: / is a mount point; give a folder in it\."):
+        write("/")
 
 
 def test_what_the_living_make_stays(tmp_path: Folder) -> None:
@@ -144,71 +186,49 @@ def test_what_the_living_make_stays(tmp_path: Folder) -> None:
     }
 
 
-KILLED = """
-import sys
-from jlora import peft
-getattr(peft, sys.argv[1])(*sys.argv[2:])
-"""
+KILLED = "import sys; from jlora import peft; getattr(peft, sys.argv[1])(*sys.argv[2:])"
 SIDE, LAYERS, RANK = 512, 24, 100
 
 
 def inputs(root: Folder) -> None:
     """A model and an adapter of some 25 MB each."""
-    draw = np.random.default_rng(0)
-    sides = {"A": (RANK, SIDE), "B": (SIDE, RANK)}
-    for name in ("base", "a", "out"):
+    draw = lambda *shape: np.random.default_rng(0).standard_normal(shape, np.float32)  # noqa: E731
+    for name in ("base", "out"):
         (root / name).mkdir()
-    weights = {
-        f"h.{i}.q.weight": draw.standard_normal((SIDE, SIDE), np.float32) for i in range(LAYERS)
-    }
+    modules = [f"h.{i}.q" for i in range(LAYERS)]
+    weights = {f"{module}.weight": draw(SIDE, SIDE) for module in modules}
     save_file(weights, root / "base" / "model.safetensors")
-    tensors = {
-        f"base_model.model.h.{i}.q.lora_{x}.weight": draw.standard_normal(shape, np.float32)
-        for i in range(LAYERS)
-        for x, shape in sides.items()
-    }
-    save_file(tensors, root / "a" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2, "target_modules": ["q"]}
-    (root / "a" / "adapter_config.json").write_text(json.dumps(config))
+    sides = zip(ENDS, (draw(RANK, SIDE), draw(SIDE, RANK)), strict=True)
+    pairs = {module + end: x for end, x in sides for module in modules}
+    write(root / "a", pairs, r=RANK, lora_alpha=2)
 
 
-def killed(root: Folder, command: list[str], count: int) -> int:
-    """Kills a command at moments spread over its writing; how often it had not ended by then."""
-    out = root / "out" / "m"
-    work = functools.partial(getattr(peft, command[0]), *command[1:])
-    work(root / "whole")
-    expected = {p.name: p.read_bytes() for p in (root / "whole").iterdir()}
-    while_writing = 0
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["export_merged", "to_vllm"])
+def test_killed_while_it_writes(what: str, tmp_path: Folder, count: int = 30) -> None:
+    """At moments spread over it: never half a folder; and the next run removes what is left."""
+    inputs(tmp_path)
+    out = tmp_path / "out" / "m"
+    given = [str(tmp_path / name) for name in ("base", "a")[what == "to_vllm" :]]
+    work = functools.partial(getattr(peft, what), *given)
+    work(tmp_path / "whole")
+    expected, while_writing = contents(tmp_path / "whole"), 0
     for i in range(count):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, *command, out])
-        while not list((root / "out").iterdir()):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, what, *given, out])
+        while not list((tmp_path / "out").iterdir()):
             assert process.poll() is None
             time.sleep(0.0002)
         time.sleep(0.3 * i / count)
         process.send_signal(signal.SIGKILL)
         process.wait()
         if out.exists():  # whole, if there at all
-            assert {p.name: p.read_bytes() for p in out.iterdir()} == expected
+            assert contents(out) == expected
             shutil.rmtree(out)
             continue
         while_writing += 1
-        [left] = (root / "out").iterdir()
+        [left] = (tmp_path / "out").iterdir()
         assert re.match(r"\.m\.", left.name)
     work(out)
-    assert [p.name for p in (root / "out").iterdir()] == ["m"]
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == expected
-    return while_writing
-
-
-@pytest.mark.parametrize(
-    ("what", "count"),
-    [
-        pytest.param("export_merged", 30, marks=pytest.mark.slow),
-        pytest.param("convert", 30, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_while_it_writes(what: str, count: int, tmp_path: Folder) -> None:
-    """Never half a folder; and the next run removes what is left."""
-    inputs(tmp_path)
-    model = [str(tmp_path / "base")] if what == "export_merged" else []
-    assert killed(tmp_path, [what, *model, str(tmp_path / "a")], count) > 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["m"]
+    assert contents(out) == expected
+    assert while_writing > 0

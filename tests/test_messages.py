@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 from flax import nnx
@@ -42,32 +43,34 @@ BOUND = (
 
 def bound(fn: Callable[..., Any], params: Any, *args: Any) -> Any:
     """The tree of `fn` with an adapter at every matrix in it."""
-    return jlora.bind(*jlora.transform(fn, LoRA(".*", rank=1)).init(KEY, params, *args))
+    rule = LoRA(".*", rank=1, init=laws.start)
+    return jlora.bind(*jlora.transform(fn, rule).init(KEY, params, *args))
 
 
 IDS = jnp.array([1, 2])
 
 
 def module(kind: str) -> tuple[Callable[..., Any], Any, Any]:
-    """A module's apply function, a tree that it cannot take, and its input."""
+    """A module's apply function, its parameters and its input."""
     if kind == "nnx":
-        fn = lambda m, x: m(x)  # noqa: E731
-        return fn, bound(fn, nnx.Linear(4, 3, use_bias=False, rngs=nnx.Rngs(0)), X), X
-    linen, x = {
-        "dense": (nn.Dense(3, use_bias=False), X),
-        "embed": (nn.Embed(4, 3), IDS),
-        "conv": (nn.Conv(3, (2,), use_bias=False), X[None]),
+        return lambda m, x: m(x), nnx.Linear(4, 3, use_bias=False, rngs=nnx.Rngs(0)), X
+    linen, shape, x = {
+        "dense": (nn.Dense(3, use_bias=False), {"kernel": (4, 3)}, X),
+        "embed": (nn.Embed(4, 3), {"embedding": (4, 3)}, IDS),
+        "conv": (nn.Conv(3, (2,), use_bias=False), {"kernel": (2, 4, 3)}, X[None]),
     }[kind]
-    return linen.apply, bound(linen.apply, linen.init(KEY, x), x), x
+    return linen.apply, {"params": {k: jnp.ones(s) for k, s in shape.items()}}, x
 
 
 @pytest.mark.parametrize("kind", ["dense", "embed", "conv", "nnx"])
-def test_bound_tree_in_a_module(kind: str) -> None:
+def test_a_tree_in_a_module_that_cannot_take_it(kind: str) -> None:
     """`model.apply(jlora.bind(base, adapter), x)`: the message says what takes such a tree."""
     fn, params, x = module(kind)
-    for f in (fn, jax.jit(fn)):
-        with pytest.raises(TypeError, match=exactly(BOUND)):
-            f(params, x)
+    trees = {BOUND: bound(fn, params, x), NO_ARRAY: jlora.quantize(params, jlora.Int8(".*"))}
+    for message, tree in trees.items():
+        for f in (fn, jax.jit(fn)):
+            with pytest.raises(TypeError, match=exactly(message)):
+                f(tree, x)
 
 
 USES: dict[str, Callable[[Any], Any]] = {
@@ -94,23 +97,29 @@ USES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@functools.cache
+def leaves() -> list[tuple[str, Any]]:
+    """A weight that is bound, and ones that are quantized to 8 bits and to 4."""
+    eight = jlora.quantize(W, jlora.Int8("w"))
+    four = jlora.quantize({"w": jnp.ones((4, 64))}, jlora.NF4("w"))
+    return [(BOUND, bound(dense, W, X)["w"]), (NO_ARRAY, eight["w"]), (NO_ARRAY, four["w"])]
+
+
 @pytest.mark.parametrize("use", list(USES))
 def test_leaf_is_no_array(use: str) -> None:
-    """However a model takes hold of a weight that is bound, or quantized to 8 bits or 4."""
-    leaves = {BOUND: [bound(dense, W, X)["w"]], NO_ARRAY: []}
-    for scheme, w in ((jlora.Int8("w"), W), (jlora.NF4("w"), {"w": jnp.ones((4, 64))})):
-        leaves[NO_ARRAY] += [jlora.quantize(w, scheme)["w"]] * (use != "lax.dot")
-    for message, found in leaves.items():
-        for leaf in found:
-            with pytest.raises(TypeError, match=exactly(message)):
-                USES[use](leaf)
+    """However a model takes hold of it."""
+    for message, leaf in leaves()[: 1 if use == "lax.dot" else 3]:
+        with pytest.raises(TypeError, match=exactly(message)):
+            USES[use](leaf)
 
 
-def test_bound_leaf_has_no_attributes_of_an_array() -> None:
+def test_a_leaf_has_no_attributes_of_an_array() -> None:
     """`w.T`, `w.shape`; and what asks politely, as `hasattr` and copies do, gets an answer."""
-    leaf = bound(dense, W, X)["w"]
-    with pytest.raises(AttributeError, match=exactly(f"Adapted has no attribute 'T': {BOUND}")):
-        leaf.T  # noqa: B018
+    [(_, leaf), (_, eight), _] = leaves()
+    for kind, x, message in (("Adapted", leaf, BOUND), ("Quantized", eight, NO_ARRAY)):
+        said = exactly(f"{kind} has no attribute 'T': {message}")
+        with pytest.raises(AttributeError, match=said):
+            x.T  # noqa: B018
     assert not hasattr(leaf, "shape")
     for same in (copy.deepcopy(leaf), pickle.loads(pickle.dumps(leaf))):
         assert jax.tree.structure(same) == jax.tree.structure(leaf)

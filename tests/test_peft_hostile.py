@@ -31,7 +31,7 @@ from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Patterns
 from jlora.peft.adapter._select import Selection
 from jlora.peft.merge import _ties
-from jlora.peft.merge._renaming import _count, find_views
+from jlora.peft.merge._renaming import _count, find_models
 
 SECONDS = 10
 
@@ -418,7 +418,7 @@ def test_a_hundred_first_parts(spoken: Sequence[str], tmp_path: Folder) -> None:
     shapes |= dict.fromkeys(spoken, (1, 1))
     wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(20_000)]
     with bounded():
-        assert find_views(wanted, shapes)
+        assert find_models(wanted, shapes)
 
 
 def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,6 +344,8 @@ def test_a_bias_of_b(tmp_path: Folder) -> None:
     merged = merge(tmp_path, weights, given, lora_bias=True)
     np.testing.assert_array_equal(merged["m.q.bias"], ones(4) + 1.5 * 2 * ones(4))
     np.testing.assert_allclose(merged["m.q.weight"], 1 + 1.5 * b @ a, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"m\.q\.bias: of dtype I32; expected one of F64"):
+        merge(tmp_path, weights | {"m.q.bias": np.ones(4, np.int32)}, given, lora_bias=True)
     del weights["m.q.bias"]
     with pytest.raises(ValueError, match=r"q\.lora_B\.bias: of shape \(4,\), is to be .* has none"):
         merge(tmp_path, weights, given, lora_bias=True)

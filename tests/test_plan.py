@@ -1,5 +1,6 @@
 """`jlora.plan` and `jlora plan` without a compiler; `plan_on_devices.py` has what needs devices."""
 
+import functools
 import json
 import pathlib
 import re
@@ -16,15 +17,21 @@ from jax.sharding import PartitionSpec as P
 import jlora
 from jlora import sharding
 from jlora._cli._app import cli
-from jlora._planning import _topology
+from jlora._planning import _mesh
 
 JOBS = pathlib.Path(plan_jobs.__file__)
 MESH = AbstractMesh((4, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+LOSS, BASE, ADAPTER, (X,) = JOB = plan_jobs.job(MESH)
+
+
+@functools.cache
+def planned():
+    return jlora.plan(*JOB, capacity=10**9)
 
 
 def test_arithmetic():
     """Every number, written out."""
-    found = jlora.plan(*plan_jobs.job(MESH), capacity=10**9)
+    found = planned()
     base = 2 * (2 * 4 * 256 * 1024) // 8  # two stacks in bfloat16, over 8 devices
     a = 4 * 8 * (256 // 4 + 1024 // 2)  # up's over fsdp, down's over tensor
     b = 4 * 8 * (1024 // 2 + 256 // 4)
@@ -64,57 +71,51 @@ def test_the_table():
 
 
 def test_full_fine_tuning_is_the_same_with_an_empty_base():
-    _, params, _, (x,) = plan_jobs.job(MESH)
-
-    def loss(params, base, x):
-        del base
-        return jax.lax.scan(lambda x, w: (x @ w["up"] @ w["down"], None), x, params)[0].var()
-
-    found = jlora.plan(loss, {}, params, (x,), optax.adam(1e-3))
+    layer = lambda x, w: (x @ w["up"] @ w["down"], None)  # noqa: E731
+    loss = lambda params, _, x: jax.lax.scan(layer, x, params)[0].var()  # noqa: E731
+    found = jlora.plan(loss, {}, BASE, (X,), optax.adam(1e-3))
     size = 2 * (2 * 4 * 256 * 1024) // 8
     assert (found.base, found.adapter, found.moments) == (0, size, 2 * size + 4)
 
 
-WHOLE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), plan_jobs.job(MESH)[1])
-
-
-def lost(part):
-    """A job of which some leaves have lost their shardings."""
-    loss, base, adapter, (x,) = plan_jobs.job(MESH)
-    bare = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    node = jax.tree.map(lambda a, s: a.update(sharding=s), adapter, sharding.specs(base, adapter))
-    return {
-        "base": (loss, WHOLE, adapter, (x,)),  # as jax.eval_shape(lora.init, ...) gives it
-        "one": (loss, base | {"extra": bare}, adapter, (x,)),
-        "quantized": (loss, jlora.quantize(base, jlora.NF4(".*")), adapter, (x,)),
-        "args": (loss, base, adapter, ({"ids": bare},)),
-        "adapter": (loss, base, {**node, "up": adapter["up"]}, (x,)),
-        "full": (loss, {}, WHOLE, (x,)),
-    }[part]
-
-
+BARE = jax.ShapeDtypeStruct(X.shape, X.dtype)
+WHOLE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BASE)
+PLACED = jax.tree.map(lambda a, s: a.update(sharding=s), ADAPTER, sharding.specs(BASE, ADAPTER))
+# Jobs of which some leaves have lost their shardings, and what is said of it.
 LOST = {
-    "base": "`base` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 2 "
-    "paths: down, up. jax.eval_shape drops shardings along automatic mesh axes: in the place of "
-    "the `base` that it returns, give the parameters that `init` was given. A leaf takes one as "
-    "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)); with PartitionSpec() "
-    "every device holds all of it.",
-    "one": "`base` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 1 of 3 "
-    "paths: extra. jax.eval_shape drops",
-    "quantized": "at 2 of 2 paths: down, up. jax.eval_shape",
-    "args": "`args` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 1 of 1 "
-    "paths: 0/ids. A leaf takes one",
-    "adapter": "`adapter` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 4 "
-    "paths: up/a, up/b. jlora.sharding.specs(base, adapter) has those of an adapter.",
-    "full": "`adapter` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 2",
+    "base": (
+        (LOSS, WHOLE, ADAPTER, (X,)),  # as jax.eval_shape(lora.init, ...) gives it
+        "`base` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 2 paths: "
+        "down, up. jax.eval_shape drops shardings along automatic mesh axes: in the place of the "
+        "`base` that it returns, give the parameters that `init` was given. A leaf takes one as "
+        "jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)); with "
+        "PartitionSpec() every device holds all of it.",
+    ),
+    "one": ((LOSS, BASE | {"extra": BARE}, ADAPTER, (X,)), "at 1 of 3 paths: extra. jax.eval_sha"),
+    "quantized": (
+        (LOSS, jlora.quantize(BASE, jlora.NF4(".*")), ADAPTER, (X,)),
+        "at 2 of 2 paths: down, up. jax.eval_shape",
+    ),
+    "args": (
+        (LOSS, BASE, ADAPTER, ({"ids": BARE},)),
+        "`args` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 1 of 1 paths: "
+        "0/ids. A leaf takes one",
+    ),
+    "adapter": (
+        (LOSS, BASE, PLACED | {"up": ADAPTER["up"]}, (X,)),
+        "`adapter` has shapes without `sharding`, on a mesh of fsdp=4 × tensor=2, at 2 of 4 paths: "
+        "up/a, up/b. jlora.sharding.specs(base, adapter) has those of an adapter.",
+    ),
+    "full": ((LOSS, {}, WHOLE, (X,)), "`adapter` has shapes without `sharding`, on a mesh of"),
 }
 
 
 @pytest.mark.parametrize("part", LOST)
 def test_shapes_that_lost_their_shardings_are_refused(part):
     """Rather than planned whole on every device, as an exact number."""
-    with pytest.raises(ValueError, match=re.escape(LOST[part])):
-        jlora.plan(*lost(part))
+    job, message = LOST[part]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jlora.plan(*job)
 
 
 def test_what_eval_shape_gives_along_explicit_axes():
@@ -145,28 +146,26 @@ def test_a_base_that_is_whole_on_every_device(kind):
     assert (found.base, found.replicated) == (2 * (2 * 4 * 16 * 32), True)
     [line] = [line for line in str(found).splitlines() if line.startswith("base")]
     assert line.endswith("exact, all of it on every device")
-    assert "on every device" not in str(jlora.plan(*plan_jobs.job(MESH)))
+    assert "on every device" not in str(planned())
 
 
 def test_numbers_need_no_sharding():
     """A step's count is everywhere, and no part of what a base takes."""
-    loss, base, adapter, args = plan_jobs.job(MESH)
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    step = lambda adapter, base, x, count: loss(adapter, base, x) + count  # noqa: E731
-    found = jlora.plan(step, base, adapter, (*args, count))
-    assert found.batch == jlora.plan(loss, base, adapter, args).batch + 4
+    step = lambda adapter, base, x, count: LOSS(adapter, base, x) + count  # noqa: E731
+    found = jlora.plan(step, BASE, ADAPTER, (X, count))
+    assert found.batch == planned().batch + 4
 
 
 def test_compiling_needs_devices():
     with pytest.raises(ValueError, match="`compile` needs shardings of devices; those of `base`"):
-        jlora.plan(*plan_jobs.job(MESH), compile=True)
+        jlora.plan(*JOB, compile=True)
 
 
 def test_what_the_step_refuses_is_refused():
     """Without a compiler too: the step is traced."""
-    loss, base, adapter, args = plan_jobs.job(MESH)
     with pytest.raises(TypeError, match="scalar-output"):
-        jlora.plan(lambda *xs: loss(*xs) * jnp.ones(2), base, adapter, args)
+        jlora.plan(lambda *xs: LOSS(*xs) * jnp.ones(2), BASE, ADAPTER, (X,))
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -187,7 +186,7 @@ def test_command(name):
     found = json.loads(run(f"{JOBS}:{name}", *SLICE, "--json").stdout)
     expected = jlora.plan(*getattr(plan_jobs, name)(MESH))._asdict()
     assert expected.pop("program") is None
-    capacity = _topology.CHIPS["v5p"].capacity
+    capacity = _mesh.CHIPS["v5p"].capacity
     assert found == expected | {
         "topology": "v5p:2x2x2",
         "device": "TPU v5",
@@ -243,7 +242,7 @@ def test_errors_of_the_command(args, message):
 
 
 def test_without_libtpu_it_says_so(monkeypatch):
-    monkeypatch.setattr(_topology.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_mesh.importlib.util, "find_spec", lambda name: None)
     text = run(f"{JOBS}:job", *SLICE[:-1]).stdout
     assert text.endswith(
         "GiB of 95.7 GiB for activations\n"

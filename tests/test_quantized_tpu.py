@@ -10,7 +10,6 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 import pod
 import pytest
 from bench import tpu
@@ -121,28 +120,11 @@ def test_the_work_is_that_of_a_dense_base():
 # --------------------------------------------------------------------------------- Llama as it is
 
 
-def plan(shape, mesh, batch, scheme):
+def plan(shape, mesh, method):
     """`jlora.plan` of a LoRA step of one of `pod`'s models."""
-    args = argparse.Namespace(shape=shape, batch=batch, length=2048)
-    with nn.logical_axis_rules(pod.RULES):
-        model, base, ids = pod.make_base(args, mesh)
-        lora = jlora.transform(model.apply, *pod.make_rules(model, "all", 16))
-        row = jax.ShapeDtypeStruct((1, args.length), jnp.int32)
-        places = pod.places_of(base)
-        if scheme is not None:
-            base = jlora.quantize(base, scheme, sites=lora.sites(base, row))
-            base = pod.with_shardings(base, sharding.specs(places, base))
-        adapter = jax.eval_shape(lora.init, jax.random.key(0), base, row)[1]
-        of_adapter = sharding.specs(places, adapter)
-        inner = pod.make_loss(lora, of_adapter, model.dtype)
-        whole = sharding.replicated(places, "fsdp")
-
-        def loss(adapter, base, ids):
-            return inner(adapter, sharding.gathered(base, whole), ids)
-
-        operands = (loss, base, pod.with_shardings(adapter, of_adapter), (ids,), optax.adamw(1e-4))
-        with jax.set_mesh(mesh):
-            return jlora.plan(*operands, compiler_options=HURRIED)
+    args = argparse.Namespace(shape=shape, rank=16, rows=1, length=2048)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(pod.RULES):
+        return jlora.plan(*pod.plan_step(args, method, mesh), compiler_options=HURRIED)
 
 
 def one_chip():
@@ -152,7 +134,7 @@ def one_chip():
 
 def test_7b_on_one_chip():
     """A step of 1 × 2,048 tokens fits; on a base in bfloat16, 4/5 of the memory, it does not."""
-    compiled, dense = (plan("7b", one_chip(), 1, scheme) for scheme in (NF4(), None))
+    compiled, dense = (plan("7b", one_chip(), method) for method in ("nf4", "all"))
     assert compiled.fits
     assert dense.fits is False
     assert compiled.base < 0.31 * dense.base
@@ -162,4 +144,4 @@ def test_7b_on_one_chip():
 def test_70b_on_a_slice():
     """Sixteen chips of 16 GB each."""
     mesh = tpu.mesh_of("v5e:4x4", {"fsdp": 2, "tensor": 8})
-    assert plan("70b", mesh, 2, NF4()).fits
+    assert plan("70b", mesh, "nf4").fits

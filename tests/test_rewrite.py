@@ -1,6 +1,5 @@
 """Quantized checkpoints to others: dequantized, and merged into floats."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -12,14 +11,12 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from small import some
-from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, assert_rounded, write
+from test_base_files import COLUMNS, DENSE, FORMATS, NAMES, ROWS, File, assert_rounded, like, write
 from test_base_files import tensors_of as tensors_in
 
 import jlora
 from jlora import peft
 from jlora._cli._app import cli
-
-FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -64,9 +61,7 @@ def test_shards(tmp_path):
 def test_merged_onto_quantized(tmp_path):
     """What is merged into floats is what is merged into the loaded codes."""
     folder = write(tmp_path / "base", {f"h.{i}.up": FORMATS["nf4"](seed=i) for i in range(2)})
-    shapes = {"layers": {"up": {"kernel": jax.ShapeDtypeStruct((2, COLUMNS, ROWS), jnp.bfloat16)}}}
-    shapes |= {"norm": {"scale": jax.ShapeDtypeStruct((ROWS,), jnp.float32)}}
-    base = peft.load_base(folder, NAMES, like=shapes)
+    base = peft.load_base(folder, NAMES, like=like(jnp.bfloat16))
     lora = jlora.transform(lambda p, x: x @ p["layers"]["up"]["kernel"], jlora.LoRA("up", rank=4))
     _, adapter = lora.init(jax.random.key(0), base, jnp.ones((2, 1, COLUMNS), jnp.bfloat16))
     adapter = jax.tree.map(lambda v: v + 0.05, adapter)
@@ -124,11 +119,11 @@ print(max(seen) - seen[0])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_shard_is_never_held_whole(tmp_path):
-    """Of matrices that take 128 MB as bfloat16 a few are held at a time."""
-    n, count = 1024, 64
+    """Of matrices that take 64 MB as bfloat16 a few are held at a time."""
+    n, count = 512, 128
     for name, k in (("small", 1), ("large", count)):
         config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-        w, scale = np.ones((n, n), jnp.float8_e4m3fn), np.ones((8, 8), np.float32)
+        w, scale = np.ones((n, n), jnp.float8_e4m3fn), np.ones((4, 4), np.float32)
         file = File(config, None, weight=w, weight_scale_inv=scale)
         write(tmp_path / name, {f"h.{i}.up": file for i in range(k)})
     run = [sys.executable, "-c", MEMORY]
@@ -150,12 +145,24 @@ def beside(folder, format, **more):
     return folder / "base", folder / "a", jlora.merge(params, adapter)["q"]["kernel"] - 1
 
 
+BUFFERS = {
+    "embed.position_ids": np.arange(8)[None],
+    "attn.bias": np.tril(np.ones((1, 1, 4, 4), np.uint8)),
+}
+
+
 @pytest.mark.parametrize("format", some([*FORMATS, *DENSE], "nf4", "gptq", "mxfp4"))
 def test_merged_beside_what_is_quantized(format, tmp_path):
-    """Codes never come to stand as weights, whatever the adapter is of."""
-    base, adapter, change = beside(tmp_path, format)
-    peft.export_merged(base, adapter, tmp_path / "merged")
+    """Codes never come to stand as weights, whatever the adapter is of.
+
+    Numbers that are no codes are kept, and what is left out beside them is said.
+    """
+    base, adapter, change = beside(tmp_path, format, **BUFFERS)
+    (base / "old.bin").write_bytes(b"")
+    assert peft.export_merged(base, adapter, tmp_path / "merged") == ["old.bin"]
     new = tensors_of(tmp_path / "merged")
+    for name, x in BUFFERS.items():
+        np.testing.assert_array_equal(new.pop(name), x)
     np.testing.assert_allclose(new["q.weight"], normal(8, 16) + change.T, rtol=1e-5, atol=1e-6)
     assert "quantization_config" not in config_of(tmp_path / "merged")
     assert {str(x.dtype) for x in new.values()} <= {"float32", "bfloat16"}
@@ -165,13 +172,14 @@ def test_merged_beside_what_is_quantized(format, tmp_path):
     assert_rounded(found, expected.astype(jnp.bfloat16))
 
 
-METHODS = ("nf4", "gptq", "awq", "compressed-tensors", "fp8", "fbgemm", "mxfp4")
 LEFT = {
-    "I8": ("more.codes", np.ones((8, 8), np.int8)),
-    "U8": ("more.weights", np.ones((8, 8), np.uint8)),
-    "I32": ("more.weight_words", np.ones((8, 8), np.int32)),
-    "I64": ("more.long", np.ones((8, 8), np.int64)),
-    "F32": ("more.weight_scale", np.ones((8, 1), np.float32)),
+    "more.codes": ("I8", np.ones((8, 8), np.int8)),
+    "more.weights": ("U8", np.ones((8, 8), np.uint8)),
+    "more.weight_words": ("I32", np.ones((8, 8), np.int32)),
+    "more.long": ("I64", np.ones((8, 8), np.int64)),
+    "more.weight_scale": ("F32", np.ones((8, 1), np.float32)),
+    "SCB": ("U8", np.ones(8, np.uint8)),  # no maxima of rows
+    "x.SCB.quant_state.bitsandbytes__zz": ("U8", np.ones(8, np.uint8)),
 }
 WAYS = {
     "export_merged": lambda base, adapter, out: peft.export_merged(base, adapter, out),
@@ -185,16 +193,17 @@ WAYS = {
 }
 
 
-def left_cases():
-    """Every day each method, each dtype and each way once."""
-    for case in itertools.product(METHODS, LEFT, WAYS):
-        is_daily = sum(x == y for x, y in zip(case, ("nf4", "I8", "dequantize"), strict=True)) > 1
-        yield pytest.param(*case, marks=[] if is_daily else pytest.mark.slow)
+METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm", "mxfp4", "bitsandbytes, 8 bits")
+UNREAD = [
+    *(("nf4", name, "dequantize") for name in LEFT),
+    *((method, "more.codes", "dequantize") for method in METHODS),
+    *(("nf4", "more.codes", way) for way in WAYS),
+]
 
 
-@pytest.mark.parametrize(("method", "dtype", "way"), [*left_cases()])
-def test_what_is_left_unread_is_refused(method, dtype, way, tmp_path):
-    name, x = LEFT[dtype]
+@pytest.mark.parametrize(("method", "name", "way"), UNREAD)
+def test_what_is_left_unread_is_refused(method, name, way, tmp_path):
+    dtype, x = LEFT[name]
     base, adapter, _ = beside(tmp_path, method, **{name: x})
     try:
         said = WAYS[way](base, adapter, tmp_path / "out").output
@@ -206,25 +215,6 @@ def test_what_is_left_unread_is_refused(method, dtype, way, tmp_path):
         assert "but these tensors were not read. Give the checkpoint" in said
         assert f"1 problems: {name}: {dtype} {x.shape}" in " ".join(said.split())
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["SCB", "x.SCB.quant_state.bitsandbytes__zz"])
-def test_what_are_no_maxima_of_rows(name, tmp_path):
-    base, _, _ = beside(tmp_path, "bitsandbytes, 8 bits", **{name: np.ones(8, np.uint8)})
-    with pytest.raises(ValueError, match=rf"were not read.*\n  {name}: U8 \(8,\)"):
-        peft.dequantize_checkpoint(base, tmp_path / "out")
-
-
-@pytest.mark.parametrize("format", some(METHODS, "gptq"))
-def test_buffers_are_kept(format, tmp_path):
-    """Numbers that are no codes; what is left out beside them is said."""
-    mask = np.tril(np.ones((1, 1, 4, 4), np.uint8))
-    more = {"embed.position_ids": np.arange(8)[None], "attn.bias": mask}
-    base, adapter, _ = beside(tmp_path, format, **more)
-    (base / "old.bin").write_bytes(b"")
-    assert peft.export_merged(base, adapter, tmp_path / "out") == ["old.bin"]
-    for name, x in more.items():
-        np.testing.assert_array_equal(tensors_of(tmp_path / "out")[name], x)
 
 
 def test_a_configuration_without_codes(tmp_path):

@@ -21,6 +21,7 @@ LONG: set[str] = set()
 GONE = {"closed_call"}  # primitives of JAX 0.10 that the newest has not
 
 
+@functools.cache
 def imported(file: pathlib.Path) -> set[str]:
     """The modules of jlora that a file imports relatively, as dotted names from the package on."""
     inside = file.relative_to(ROOT).with_suffix("").parts[:-1]
@@ -57,6 +58,7 @@ def test_a_folder_imports_what_its_first_line_says(folder: str) -> None:
     assert used == set(re.findall(r"`([\w.]+)`", listed[1]))
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """Modules of jlora, a folder's `__init__` by the folder's name, and what they import."""
     found = {}

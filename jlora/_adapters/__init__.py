@@ -8,16 +8,18 @@ says what both are. Each is a class, and a method is a file.
 
 from ._dora import Decomposed as Decomposed
 from ._dora import DoRA as DoRA
+from ._gated import Probe as Probe
+from ._gated import Routed as Routed
 from ._lora import LoRA as LoRA
 from ._lora import clip_rank as clip_rank
 from ._low_rank import LowRank as LowRank
 from ._low_rank import factor_shapes as factor_shapes
+from ._low_rank import from_matrices as from_matrices
+from ._low_rank import leading_axes as leading_axes
+from ._low_rank import matrices as matrices
+from ._low_rank import matrix_lengths as matrix_lengths
 from ._low_rank import stop_gradients as stop_gradients
 from ._low_rank import without_slots as without_slots
-from ._matrices import from_matrices as from_matrices
-from ._matrices import leading_axes as leading_axes
-from ._matrices import matrices as matrices
-from ._matrices import matrix_lengths as matrix_lengths
 from ._node import RULES as RULES
 from ._node import SLOTS as SLOTS
 from ._node import Node as Node
@@ -33,7 +35,5 @@ from ._node import state as state
 from ._node import static as static
 from ._node import weight_of as weight_of
 from ._node import weight_shape as weight_shape
-from ._probe import Probe as Probe
-from ._routed import Routed as Routed
 from ._rows import Replaced as Replaced
 from ._rows import Rows as Rows

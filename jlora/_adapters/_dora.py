@@ -7,18 +7,18 @@ n_o^2 = \sum_i W_{io}^2 + 2 s \sum_r B_{ro} P_{ro} + s^2 \sum_r B_{ro} (G B)_{ro
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, letters, promote
+from .._core import Axis, Change, Delta, Factor, einsum, leaf_weight, promote
 from .._rules import rule_name
 from .._types import Layout
 from .._whole import check_whole
-from ._keywords import refuse_keywords_of_peft
-from ._lora import LoRA
+from ._lora import LoRA, refuse_keywords_of_peft
 from ._low_rank import LowRank, stack_and_slots, without_slots
 from ._node import Axes, Node, register
 
@@ -63,7 +63,7 @@ class Decomposed(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of A, of B and of m follows."""
+        """Says what each axis of A, of B and of m follows."""
         axes = LowRank.axes(layout)
         return {"a": axes["a"], "b": axes["b"], "m": (*stack_and_slots(layout), *layout.outputs)}
 
@@ -72,7 +72,7 @@ class Decomposed(Node):
         return super().needs() | {"DoRA takes norms over all inputs of W": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:
-        """The sum W + s·A·B, with the gain m / ‖W + s·A·B‖."""
+        """Returns the sum W + s·A·B, with the gain m / ‖W + s·A·B‖."""
         outputs = tuple(map(Axis, (*self.layout.stack, *self.layout.outputs)))
         whole = without_slots(self, w.shape)
         delta = Delta(whole.factor("a"), whole.factor("b"), self.scale)
@@ -195,23 +195,20 @@ def _slot_norms(w: jax.Array, direction: LowRank) -> jax.Array:
 def _column_norms(w: jax.Array, direction: LowRank) -> jax.Array:
     """Computes the norms of all columns of W + s·A·B."""
     layout, scale = direction.layout, direction.scale
-    names = letters(w.ndim)
-    stack, inputs, outputs = ("".join(names[d] for d in axes) for axes in layout[:3])
+    stack, inputs, outputs, _ = layout
     wide, narrow = promote(w.dtype, jnp.float32), promote(w.dtype)
     # The rounded A and B are what the model multiplies with.
     a, b = direction.a.astype(narrow), direction.b.astype(narrow)
 
-    def times(x: str, y: str, out: str, *values: jax.Array) -> jax.Array:
-        return einsum(x, y, out, *values, precision="highest", dtype=wide)
-
-    of_a, of_b = f"{stack}{inputs}R", f"{stack}R{outputs}"
-    squares = jnp.square(w.astype(wide)).sum(layout.inputs)
-    kept = [d for d in range(w.ndim) if d not in layout.inputs]
-    squares = squares.transpose([kept.index(d) for d in (*layout.stack, *layout.outputs)])
-    p = times(of_a, names, of_b, a, w.astype(narrow))
-    g = times(of_a, f"{stack}{inputs}S", f"{stack}RS", a, a)
+    times = functools.partial(einsum, precision="highest", dtype=wide)
+    of_a, of_b = (*stack, *inputs, "r"), (*stack, "r", *outputs)
+    squares = jnp.square(w.astype(wide)).sum(inputs)
+    kept = [d for d in range(w.ndim) if d not in inputs]
+    squares = squares.transpose([kept.index(d) for d in (*stack, *outputs)])
+    p = times(of_a, range(w.ndim), of_b, a, w.astype(narrow))
+    g = times(of_a, (*stack, *inputs, "s"), (*stack, "r", "s"), a, a)
     b = b.astype(wide)
-    gb = times(f"{stack}RS", f"{stack}S{outputs}", of_b, g, b)
+    gb = times((*stack, "r", "s"), (*stack, "s", *outputs), of_b, g, b)
     cross, square = (scale * (b * x).sum(len(stack)) for x in (2 * p, scale * gb))
     least = jnp.finfo(wide).eps * (squares + square)
     return jnp.sqrt(jnp.maximum(squares + cross + square, least))

@@ -6,27 +6,61 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from .._core import is_floating
 from .._rules import (
     Rule,
     Slots,
     check_field,
     check_pattern,
     is_finite,
-    is_floating,
     is_int,
     rule_name,
 )
 from .._types import Layout
 from ..initializers import kaiming_uniform
-from ._keywords import refuse_keywords_of_peft
-from ._low_rank import LowRank, factor_shapes
-from ._matrices import matrix_lengths
+from ._low_rank import LowRank, factor_shapes, matrix_lengths
 from ._node import register
+
+T = TypeVar("T")
+
+KEYWORDS_OF_PEFT = {
+    "r": "`rank`",
+    "lora_alpha": "`alpha`",
+    "lora_dropout": "`dropout`",
+    "use_rslora": "`rslora`",
+    "init_lora_weights": "`init`, one of jlora.initializers",
+    "target_modules": "`pattern`, a regular expression for paths, such as '(query|value)/kernel'",
+    "target_parameters": "`pattern`, a regular expression for paths",
+    "exclude_modules": "`pattern`, of what is not excluded",
+    "layers_to_transform": "`pattern`, with the layers' numbers",
+    "rank_pattern": "a rule of its own, before this one",
+    "alpha_pattern": "a rule of its own, before this one",
+    "modules_to_save": "a rule of its own, jlora.Full(pattern)",
+    "trainable_token_indices": "a rule of its own, jlora.Rows(pattern, rows)",
+    "bias": "a rule of its own, jlora.Full('bias')",
+    "use_dora": "jlora.DoRA in the place of LoRA",
+}
+
+
+def refuse_keywords_of_peft(cls: type[T]) -> type[T]:
+    """Lets the `TypeError` of a dataclass for a keyword of PEFT say what to give instead."""
+    init = cls.__init__
+    fields = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore
+
+    @functools.wraps(init)
+    def init_checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        if found := [name for name in kwargs if name in KEYWORDS_OF_PEFT and name not in fields]:
+            listed = "; ".join(f"`{name}` is {KEYWORDS_OF_PEFT[name]}" for name in found)
+            raise TypeError(f"{cls.__name__} does not have the keywords of PEFT: {listed}.")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = init_checked
+    return cls
 
 
 @register

@@ -1,12 +1,13 @@
-"""A and B beside a weight: the node of LoRA, and what it means."""
+"""A and B beside a weight: the node of LoRA, what it means, and its matrices."""
 
+import math
 from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core import Change, Delta
+from .._core import Change, Delta, promote
 from .._types import Layout
 from ._node import SLOTS, Axes, Node, register
 
@@ -58,7 +59,7 @@ class LowRank(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of A, of B and of the dropout keys follows."""
+        """Says what each axis of A, of B and of the dropout keys follows."""
         stack = stack_and_slots(layout)
         return {
             "a": (*stack, *layout.inputs, "rank"),
@@ -67,7 +68,7 @@ class LowRank(Node):
         }
 
     def lower(self, w: Any) -> Change:
-        """W + s·A·B."""
+        """Returns the change W + s·A·B."""
         node = without_slots(stop_gradients(self), w.shape)
         key = None if node.key is None else node.factor("key")
         return Change((Delta(node.factor("a"), node.factor("b"), node.scale, key, node.dropout),))
@@ -112,3 +113,32 @@ def without_slots(node: N, shape: tuple[int, ...]) -> N:
 def stop_gradients(node: LowRank) -> LowRank:
     """Stops the gradients of frozen factors, whatever the optimizer does."""
     return node._replace(**{name: lax.stop_gradient(getattr(node, name)) for name in node.frozen})
+
+
+def leading_axes(node: LowRank) -> int:
+    """Counts the axes of A and B before those of a matrix: the stack's, and one of slots."""
+    return len(stack_and_slots(node.layout))
+
+
+def matrices(node: LowRank) -> tuple[jax.Array, jax.Array]:
+    """Returns s·A as (stack and slots…, inputs, r) and B as (stack and slots…, r, outputs).
+
+    Both are in float32 or better.
+    """
+    wide = promote(node.a.dtype, node.b.dtype, jnp.float32)
+    a, b = (jnp.asarray(x, wide) for x in (node.a, node.b))
+    n, rank = leading_axes(node), a.shape[-1]
+    a = a.reshape(*a.shape[:n], math.prod(a.shape[n:-1]), rank)
+    return node.scale * a, b.reshape(*b.shape[:n], rank, math.prod(b.shape[n + 1 :]))
+
+
+def from_matrices(a: jax.Array, b: jax.Array, layout: Layout, shape: tuple[int, ...]) -> LowRank:
+    """Makes the node, of scale 1, for a weight of `shape`, whose `matrices` are A and B."""
+    of_a, of_b = factor_shapes(layout, shape, a.shape[-1])
+    return LowRank(a.reshape(of_a), b.reshape(of_b), 1.0, layout)
+
+
+def matrix_lengths(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Counts the inputs and the outputs of each matrix of a weight, or of a slot if it has any."""
+    inputs, outputs = (math.prod(shape[d] for d in axes) for axes in layout[1:3])
+    return inputs, outputs // (layout.slots[0] if layout.slots else 1)

@@ -206,7 +206,7 @@ class PartialWeightError(Exception):
         )
 
     def at(self, path: str) -> NotImplementedError:
-        """The error that says which weight it is."""
+        """Returns the error that says which weight it is."""
         return NotImplementedError(f"{path!r} cannot be adapted here: {self}")
 
 

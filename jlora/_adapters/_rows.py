@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core import (
@@ -63,7 +62,7 @@ class Replaced(Node):
 
     @staticmethod
     def axes(layout: Layout) -> Axes:
-        """What each axis of V follows."""
+        """Says what each axis of V follows."""
         return {"v": (*layout.stack, "rows", *layout.outputs)}
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
@@ -85,7 +84,7 @@ class Replaced(Node):
         return {"Rows counts the rows of the whole table": self.layout.inputs}
 
     def lower(self, w: Any) -> Change:
-        """W with V in the place of its rows."""
+        """Returns the change that puts V in the place of the rows."""
         old, dtype = _take_rows(w, self.layout, self.rows), promote(w.dtype, self.v.dtype)
         b = self._replace(v=self.v.astype(dtype) - old.astype(dtype)).factor("v")
         return Change((Delta(_one_hot(self, w), b, 1.0),), invertible=False)
@@ -187,10 +186,9 @@ def _list_few(rows: Sequence[int]) -> str:
 def _one_hot(node: Replaced, w: Any) -> Factor:
     """Makes the matrix E of ones and zeros for each matrix of a stack."""
     [axis], stack = node.layout.inputs, node.layout.stack
-    shape = (w.shape[axis], len(node.rows))
-    chosen = lax.broadcasted_iota(jnp.int32, shape, 0) == jnp.asarray(node.rows, jnp.int32)[None]
-    chosen = chosen.astype(promote(w.dtype))
-    chosen = jnp.broadcast_to(chosen, (*(w.shape[d] for d in stack), *shape))
+    rows = jnp.asarray(node.rows, jnp.int32)
+    chosen = jax.nn.one_hot(rows, w.shape[axis], dtype=promote(w.dtype), axis=0)
+    chosen = jnp.broadcast_to(chosen, (*(w.shape[d] for d in stack), *chosen.shape))
     if (known := _sharding(w)) is not None:
         spec = PartitionSpec(*(known.spec[d] for d in (*stack, axis)), None)
         chosen = jax.sharding.reshard(chosen, NamedSharding(known.mesh, spec))

@@ -35,7 +35,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The entry point: on the CPU, where the work is, unless JAX_PLATFORMS says otherwise."""
+    """Runs the command line, on the CPU unless JAX_PLATFORMS names another platform."""
     if not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
     sys.unraisablehook = _report_unraisable
@@ -43,6 +43,6 @@ def main() -> None:
 
 
 def _report_unraisable(x: Any) -> None:
-    """As Python does, but for a thread of Orbax's that ends after a load that was refused."""
+    """Reports errors as Python does, but hides that of Orbax's thread after a refused load."""
     if not isinstance(x.exc_value, RuntimeError) or str(x.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(x)

@@ -4,8 +4,7 @@ import click
 
 import jlora
 
-from ._argument import FOLDER, Arg, call
-from ._command import Answer, Command
+from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import format_of_adapter
 
 

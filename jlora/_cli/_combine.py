@@ -14,8 +14,7 @@ from .._adapters import is_node
 from .._folders import check_vacant
 from .._tree import count
 from .._types import PyTree
-from ._argument import FOLDER, Arg, call
-from ._command import Answer, Command
+from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import by_name, format_of
 
 # The options of each method.

@@ -9,8 +9,7 @@ import jlora
 from .._folders import check_vacant
 from .._tree import adapter_leaves, count
 from .._types import PyTree
-from ._argument import FOLDER, Arg, call
-from ._command import Answer, Command
+from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import NAMES, format_of_adapter, table
 
 

@@ -13,8 +13,7 @@ import jlora
 
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._report import align_columns
-from ._argument import FOLDER, Arg, call
-from ._command import Answer, Command
+from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import NAMES, OpenAdapter, by_name, format_of, open_adapter, table
 from ._inspect import widen
 
@@ -83,7 +82,7 @@ def _open_alike(a: Arg, b: Arg, names: str | None) -> list[OpenAdapter]:
 
 
 def _compare(x: Any, y: Any) -> dict[str, Any]:
-    """Whether two leaves have the same bits, by how much their ΔW differ, and what differs."""
+    """Says whether two leaves have the same bits, by how much their ΔW differ, and where."""
     if type(x) is not type(y) and (is_node(x) or is_node(y)):
         return {"equal": False, "relative": None, "changes": [f"{_kind(x)} → {_kind(y)}"]}
     if isinstance(x, Replaced):
@@ -105,7 +104,7 @@ def _kind(x: Any) -> str:
 
 
 def _facts(x: Any) -> dict[str, Any]:
-    """What is to be compared beside the values."""
+    """Lists what is compared beside the values."""
     if not is_node(x):
         return {"shape": x.shape, "dtype": str(x.dtype)}
     return {
@@ -137,7 +136,7 @@ def _measure(x: LowRank, y: LowRank) -> tuple[jax.Array, jax.Array]:
 
 
 def _relative(x: Any, y: Any, changes: Any) -> float | None:
-    """‖ΔW_x - ΔW_y‖ / ‖ΔW_x‖ over all matrices; None where it is not known.
+    """Computes ‖ΔW_x - ΔW_y‖ / ‖ΔW_x‖ over all matrices; None where it is not known.
 
     For DoRA only whether W' is the same is known: what it is depends on W.
     """

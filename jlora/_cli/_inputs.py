@@ -11,7 +11,7 @@ import jlora
 
 from .._tree import adapter_leaves, name_of
 from .._types import PyTree
-from ._argument import Arg, call
+from ._command import Arg, call
 
 NAMES = """Name table between JAX's paths and PyTorch's modules: bert, roberta, gpt2, llama,
 llama-scanned, vit, tunix-llama3, tunix-qwen2, tunix-qwen3, tunix-qwen3-experts, tunix-gemma,
@@ -40,19 +40,22 @@ def open_adapter(given: Arg) -> OpenAdapter:
 
 
 def by_name(adapter: PyTree) -> dict[str, Any]:
-    """The leaves of an adapter by their paths."""
+    """Returns the leaves of an adapter by their paths."""
     return {name_of(path): x for path, x in adapter_leaves(adapter).items()}
 
 
 def format_of_adapter(given: Arg, expected: str = "PEFT or Orbax") -> str:
-    """`peft` or `orbax`."""
+    """Returns `peft` or `orbax`; raises for a model."""
     if (kind := format_of(given)) == "huggingface":
         raise ValueError(f"{given.what}: {given} holds a model; expected an adapter of {expected}.")
     return kind
 
 
 def format_of(given: Arg, *, model: bool = False) -> str:
-    """`peft`, `orbax` or `huggingface`; an adapter beside a model counts unless it is a `model`."""
+    """Returns `peft`, `orbax` or `huggingface`.
+
+    A folder with an adapter and a model is an adapter, or with `model=True` a model.
+    """
     folder = given.value
     if not folder.is_dir():
         raise FileNotFoundError(f"{given.what}: there is no folder {folder}.")
@@ -79,7 +82,7 @@ def format_of(given: Arg, *, model: bool = False) -> str:
 
 
 def table(text: str | None) -> tuple[Any, ...]:
-    """The table that `--names` means: one of jlora's, `module:ATTRIBUTE` or `file.py:ATTRIBUTE`."""
+    """Finds the table of `--names`: one of jlora's, `module:ATTRIBUTE` or `file.py:ATTRIBUTE`."""
     tables = jlora.peft.TABLES
     choice = f"one of {', '.join(tables)}, module:ATTRIBUTE or file.py:ATTRIBUTE"
     if text is None:
@@ -97,7 +100,7 @@ def table(text: str | None) -> tuple[Any, ...]:
 
 
 def attribute(text: str, what: str) -> Any:
-    """The attribute that `module:NAME` or `file.py:NAME` means, which the user gave as `what`."""
+    """Imports what the user gave as `what`: `module:NAME` or `file.py:NAME`."""
     source, _, name = text.rpartition(":")
     if not source or not name:
         raise ValueError(f"{what}: expected module:NAME or file.py:NAME; got {text!r}.")

@@ -15,8 +15,7 @@ import jlora
 from .._adapters import Decomposed, LowRank, Replaced, is_node, state, weight_shape
 from .._report import align_columns, format_bytes
 from .._tree import count, size_in_bytes
-from ._argument import FOLDER, Arg, call
-from ._command import Answer, Command
+from ._command import FOLDER, Answer, Arg, Command, call
 from ._inputs import format_of, open_adapter
 
 SHOWN = 4  # singular values in the table
@@ -63,7 +62,7 @@ def inspect(folder: Arg, every: bool) -> Answer:
 
 
 def _list_quantized(folder: Arg, found: Sequence[Any]) -> Answer:
-    """The matrices of a quantized model, and what they take."""
+    """Lists the matrices of a quantized model with their sizes."""
     rows = []
     for x in found:
         bits = f"{8 * x.size / math.prod(x.shape):.3f}"
@@ -104,7 +103,7 @@ def _measure(x: LowRank) -> dict[str, jax.Array]:
 
 
 def _site(name: str, x: LowRank | Decomposed) -> Fields:
-    """A node and each of its ΔW; for DoRA, whose norms are of W + ΔW, ΔW is s·A·B."""
+    """Measures a node and each of its ΔW; the ΔW of DoRA is s·A·B, before it is given norms."""
     shape, measured = weight_shape(x), {k: np.asarray(v) for k, v in _measure(widen(x)).items()}
     inputs, outputs = (math.prod(shape[d] for d in axes) for axes in x.layout[1:3])
     return {
@@ -147,7 +146,7 @@ def _lines(fields: Fields, about: Fields, every: bool) -> list[str]:
 
 
 def _rows(site: Fields, every: bool) -> list[tuple[str, ...]]:
-    """The rows of a site: one for each matrix, or one for all of a stack."""
+    """Makes the rows of a site: one for each matrix, or one for all of a stack."""
     name, matrices = site["name"], site["matrices"]
     start = (f"{site['inputs']} × {site['outputs']}", str(site["rank"]), f"{site['scale']:.4g}")
     if not every and len(matrices) > 1:
@@ -166,7 +165,7 @@ def _rows(site: Fields, every: bool) -> list[tuple[str, ...]]:
 
 
 def _range(values: Sequence[float]) -> str:
-    """The median, the smallest and the largest."""
+    """Writes the median, the smallest and the largest."""
     return f"{np.median(values):.4g} ({min(values):.4g}…{max(values):.4g})"
 
 

@@ -10,10 +10,8 @@ import jax
 import jlora
 
 from .. import _compat
-from .._planning import has_compiler, mesh_of, parse
-from .._planning._placed import mesh_of_leaves
-from ._argument import call
-from ._command import Answer, Command
+from .._planning import has_compiler, mesh_of, mesh_of_leaves, parse_topology
+from ._command import Answer, Command, call
 from ._inputs import attribute
 
 WITHOUT = 'activations need the compiler for TPUs, which is not installed: pip install "jax[tpu]"'
@@ -39,7 +37,7 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
     shapes with shardings on the mesh. With libtpu installed the step is compiled for the slice;
     without it, all but the activations is known.
     """
-    chip, _ = call(parse, topology)
+    chip, _ = call(parse_topology, topology)
     where = call(mesh_of, topology, _axes(mesh))
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     with jax.enable_x64(False):
@@ -69,7 +67,7 @@ def plan(job: str, topology: str, mesh: str, fast: bool, arithmetic: bool) -> An
 
 
 def _axes(text: str) -> dict[str, int]:
-    """`fsdp=16,tensor=8` as a dict."""
+    """Parses axes such as `fsdp=16,tensor=8`."""
     found = [re.fullmatch(r"\s*([^\W\d]\w*)\s*=\s*0*([1-9]\d*)\s*", x) for x in text.split(",")]
     if None in found:
         raise ValueError(f"--mesh: expected axes such as fsdp=16,tensor=8; got {text!r}.")

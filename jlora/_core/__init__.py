@@ -2,16 +2,19 @@
 
 It evaluates a traced function in which some parameters are a `Weight`: W and the change that is
 made to it. Of a method it knows only this `Change`. Read the modules in this order: `_axes`,
-`_change`, `_weight`, `_interpret`, `_moves`, `_product`, `_dot`, `_low_rank`, `_control`.
+`_change`, `_weight`, `_interpret`, `_moves`, `_product`, `_contractions`, `_low_rank`, `_control`.
 """
 
-from . import _control, _dot, _joins, _kernels, _lookup, _moves  # noqa: F401
+from . import _contractions, _control, _joins, _lookup, _moves  # noqa: F401
+from ._arrays import count_pieces as count_pieces
 from ._arrays import einsum as einsum
 from ._arrays import explicit as explicit
-from ._arrays import letters as letters
+from ._arrays import fit_spec as fit_spec
+from ._arrays import is_floating as is_floating
 from ._arrays import mesh_axes as mesh_axes
 from ._arrays import promote as promote
 from ._axes import RANK as RANK
+from ._axes import REPEATED as REPEATED
 from ._axes import Axis as Axis
 from ._axes import Factor as Factor
 from ._axes import Unfactorable as Unfactorable
@@ -20,16 +23,13 @@ from ._change import Change as Change
 from ._change import Delta as Delta
 from ._change import NotInvertibleError as NotInvertibleError
 from ._interpret import Equation as Equation
+from ._interpret import ValueReadError as ValueReadError
 from ._interpret import as_array as as_array
 from ._interpret import evaluate as evaluate
+from ._interpret import pick as pick
 from ._interpret import rule as rule
+from ._interpret import trace as trace
 from ._packed import Packed as Packed
 from ._packed import shard_part as shard_part
-from ._trace import ValueReadError as ValueReadError
-from ._trace import take as take
-from ._trace import trace as trace
-from ._uses import ProductUse as ProductUse
-from ._uses import Unsupported as Unsupported
-from ._uses import Uses as Uses
 from ._weight import Weight as Weight
 from ._weight import leaf_weight as leaf_weight

@@ -1,5 +1,6 @@
 """Arrays under any promotion rules, and along explicit mesh axes, where JAX wants shardings."""
 
+import math
 import string
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -43,6 +44,17 @@ def mesh_axes(entry: Any) -> tuple[Any, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
+def count_pieces(entry: Any, mesh: Any) -> int:
+    """Counts the pieces into which an entry of a PartitionSpec splits an axis over a mesh."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(entry))
+
+
+def fit_spec(entries: Sequence[Any], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Makes a partition of the entries that split their axes into equal pieces."""
+    pairs = zip(entries, shape, strict=True)
+    return PartitionSpec(*(e if n % count_pieces(e, mesh) == 0 else None for e, n in pairs))
+
+
 def einsum(
     x: Sequence[Hashable],
     y: Sequence[Hashable],
@@ -56,7 +68,7 @@ def einsum(
 ) -> jax.Array:
     """Computes the Einstein sum of two arrays in `dtype`, by default float32 or better.
 
-    `x`, `y` and `out` name the axes of the arrays and of the result by letters or any other values.
+    `x`, `y` and `out` name the axes of the arrays and of the result by any values.
     Along explicit mesh axes the result has `sharding`; by default each of its axes is sharded as in
     x, or else as in y, and what is contracted is summed over the mesh.
     """
@@ -78,17 +90,20 @@ def spell(*each: Sequence[Hashable]) -> list[str]:
     return ["".join(letters[name] for name in names) for names in each]
 
 
-def letters(n: int) -> str:
-    """Gives the first `n` letters."""
-    return string.ascii_letters[:n]
-
-
 def promote(*dtypes: Any) -> Any:
     """Finds the dtype that holds all `dtypes`, also where implicit promotion is an error."""
     # Nothing is promoted to or from float8, which JAX leaves to the user.
     wide = [jnp.bfloat16 if _is_float8(dtype) else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*wide)
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether `dtype` is that of real floating-point numbers."""
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
 
 
 def _is_float8(dtype: Any) -> bool:

@@ -179,7 +179,7 @@ class Factor:
         return all(a == RANK or n == 1 for a, n in zip(self.axes, self.shape, strict=True))
 
     def axis(self, axis: Axis) -> int:
-        """The number of an axis."""
+        """Returns the number of an axis."""
         return self.axes.index(axis)
 
     @property
@@ -188,7 +188,7 @@ class Factor:
         return dict(zip(self.axes, self.shape, strict=True))
 
     def length(self, axis: Axis) -> int:
-        """The length of an axis."""
+        """Returns the length of an axis."""
         return self.shape[self.axis(axis)]
 
     def may_vary(self, mesh_axes: Iterable[Any]) -> "Factor":

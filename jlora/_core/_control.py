@@ -124,7 +124,7 @@ def _shard_map(eqn: Equation, *operands: Any) -> list[Any]:
     def enter(x: Any, spec: Any) -> Any:
         if not isinstance(x, Weight):
             return x
-        x = x.replace(x.w.with_pieces(pieces(x, spec, p["mesh"].shape)))
+        x = x.replace(x.w.with_pieces(pieces(x, spec, p["mesh"])))
         # Along explicit mesh axes, A and B must lie as `shard_map` takes them.
         return place(x, p["mesh"], spec) if explicit(x.type) else x
 

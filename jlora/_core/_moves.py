@@ -179,7 +179,7 @@ def _reshard(eqn: Equation, w: Weight) -> Weight:
     old, new = w.type.sharding, eqn.params["dst_sharding"]
     # A and B stay where they are, unless W goes to a mesh on which other axes are explicit.
     stays = old is not None and old.mesh.axis_types == new.mesh.axis_types
-    base = w.w.with_pieces(pieces(w, new.spec, new.mesh.shape))
+    base = w.w.with_pieces(pieces(w, new.spec, new.mesh))
     placed = place(w.replace(base, Change() if stays else None), new.mesh, new.spec)
     return w.replace(placed.w, w.change if stays else placed.change)
 

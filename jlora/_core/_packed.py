@@ -8,7 +8,6 @@ to W when it is unpacked.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _compat
-from ._arrays import explicit, mesh_axes
+from ._arrays import explicit, fit_spec, mesh_axes
 from ._axes import Along, Axis, Factor, Group, map_factors
 
 Move = Callable[[Factor], Factor]
@@ -67,7 +66,7 @@ class Packed:
         return jnp.broadcast_to(self.factor().expand_to(self.axes), self.shape).astype(self.dtype)
 
     def factor(self) -> Factor:
-        """W, unpacked, with its axes in any order and without those along which it is constant."""
+        """Unpacks W, with axes in any order, and without those along which it is constant."""
         return functools.reduce(lambda f, move: move(f), self.moves, self.unpack(self.parts))
 
     @property
@@ -209,9 +208,6 @@ def shard_part(f: Factor, sharding: Any, axes: Sequence[Axis]) -> Factor:
             "NamedSharding, or call it under jax.set_mesh(mesh)."
         )
     entries = f.specs(dict(zip(axes, spec, strict=False))).value
-    cut = [
-        e if n % math.prod(mesh.shape[name] for name in mesh_axes(e)) == 0 else None
-        for e, n in zip(entries, f.shape, strict=True)
-    ]
-    place = NamedSharding(mesh, PartitionSpec(*cut)) if named else PartitionSpec(*cut)
+    cut = fit_spec(entries, f.shape, mesh)
+    place = NamedSharding(mesh, cut) if named else cut
     return f.replace(lax.with_sharding_constraint(f.value, place))

@@ -1,14 +1,13 @@
 """How a weight is sharded: W, or its codes and scales, and the factors of its change."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 from jax import lax
 from jax.sharding import NamedSharding
 
-from ._arrays import mesh_axes
+from ._arrays import count_pieces, mesh_axes
 from ._axes import Axis, Factor, Unfactorable, map_factors
 from ._packed import Packed, shard_part
 from ._weight import Weight
@@ -38,10 +37,10 @@ def place(w: Weight, mesh: Any, spec: Any) -> Weight:
     return jax.tree.map(reshard, w, specs(w, spec))
 
 
-def pieces(w: Weight, spec: Any, sizes: Any) -> dict[Axis, int]:
+def pieces(w: Weight, spec: Any, mesh: Any) -> dict[Axis, int]:
     """Counts the pieces into which a partition splits each axis of W, also if it is one."""
     entries = zip(w.axes, spec, strict=False)
-    return {a: math.prod(sizes[n] for n in mesh_axes(e)) for a, e in entries if mesh_axes(e)}
+    return {a: count_pieces(e, mesh) for a, e in entries if mesh_axes(e)}
 
 
 def shard_of(w: Weight, spec: Any, unchecked: frozenset[Any], aval: Any) -> Weight:

@@ -14,7 +14,6 @@ from .. import _compat
 from ._axes import Along, Axis, Factor, Group, Unfactorable, axes_of_leaf, map_factors
 from ._change import Change
 from ._packed import Packed
-from ._uses import Uses
 
 
 class Origin(NamedTuple):
@@ -23,13 +22,13 @@ class Origin(NamedTuple):
     Attributes:
         paths: the paths of the leaves that it is made of.
         materialize: whether W + ΔW may be formed where there is no other way.
-        uses: the record of its uses while sites are searched, else None.
+        uses: what records its products and other uses while sites are searched, else None.
         unchecked: mesh axes of the enclosing `shard_map`s that do not check what varies.
     """
 
     paths: tuple[str, ...]
     materialize: bool
-    uses: Uses | None = None
+    uses: Any = None
     unchecked: frozenset[Any] = frozenset()
 
 

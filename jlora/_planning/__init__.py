@@ -3,9 +3,10 @@
 Imports `sharding`, `_report`, `_tree`, `_types`.
 """
 
+from ._mesh import has_compiler as has_compiler
+from ._mesh import mesh_of as mesh_of
+from ._mesh import mesh_of_leaves as mesh_of_leaves
+from ._mesh import parse_topology as parse_topology
 from ._plan import Plan as Plan
 from ._plan import plan as plan
 from ._policy import checkpoint_policy as checkpoint_policy
-from ._topology import has_compiler as has_compiler
-from ._topology import mesh_of as mesh_of
-from ._topology import parse as parse

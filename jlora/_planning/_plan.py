@@ -13,8 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from .. import sharding
 from .._report import align_columns, format_bytes
 from .._types import PyTree
-from ._placed import check_places, is_replicated, mesh_of_leaves
-from ._topology import CHIPS
+from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves
 
 
 class Plan(NamedTuple):
@@ -192,7 +191,7 @@ def plan(
 
 
 def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> tuple[Any, ...]:
-    """Adapter, optimizer state, base and arguments as shapes with shardings."""
+    """Returns adapter, optimizer state, base and arguments as shapes with shardings."""
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def shape(x: Any, place: Any = None) -> jax.ShapeDtypeStruct:
@@ -269,6 +268,6 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def _shard_size(x: jax.ShapeDtypeStruct) -> int:
-    """The bytes of an array on one device."""
+    """Counts the bytes of an array on one device."""
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
     return math.prod(shape) * x.dtype.itemsize

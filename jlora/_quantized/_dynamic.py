@@ -19,7 +19,7 @@ GROUP = 256  # scales that share one
 
 
 def _positive() -> np.ndarray:
-    """The middles of equal parts of [0.1, 1], times a power of 10 for each length of an exponent.
+    """Computes the positive codes: middles of equal parts of [0.1, 1], times powers of 10.
 
     Each is rounded as in files, to a bit: the ends of the parts are sums in float64 of a step in
     float32, counted from the nearer end.

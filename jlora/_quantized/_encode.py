@@ -12,9 +12,8 @@ from jax import lax
 
 from .._linalg import norm
 from ._dynamic import quantize_scales
-from ._form import Form, join, pack, split
 from ._leaf import Nested, Quantized
-from ._scheme import Scheme
+from ._scheme import Form, Scheme, join, pack, split
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -35,7 +34,6 @@ def quantize_weight(w: jax.Array, scheme: Scheme, form: Form) -> Quantized:
     nested = None
     if getattr(scheme, "double", False):
         scale, nested = _nested(scale, inner)
-    scheme = dataclasses.replace(scheme, pattern=None)
     leaf = Quantized(data, scale, zero, nested, None, scheme, form, w.dtype)
     wide = w.astype(jnp.float32)
     size = norm(wide, form.order)

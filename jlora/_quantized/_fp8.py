@@ -7,8 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from ._form import Form, along, one_block
-from ._scheme import Coded, Scheme
+from ._scheme import Coded, Form, Scheme, along, one_block
 
 LARGEST = 448.0
 
@@ -60,7 +59,3 @@ class FP8(Scheme):
         relative = w / jnp.where(scale > 0, scale, 1)
         codes = jnp.clip(relative, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
         return Coded(codes, scale)
-
-    def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """Multiplies the code by the scale."""
-        return codes.astype(jnp.float32) * scale.astype(jnp.float32)

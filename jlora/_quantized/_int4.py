@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ._dynamic import round_product
-from ._form import Form
-from ._scheme import Coded, Scheme, rows
+from ._scheme import Coded, Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +43,6 @@ class Int4(Scheme):
     bits: ClassVar[int] = 4
     scales: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
     legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
-
-    def form(
-        self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
-    ) -> Form:
-        """Groups along the last axis."""
-        return rows(self, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Rounds to 16 numbers from the group's minimum to its maximum; 0 is one of them."""

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._form import Form, one_block
-from ._scheme import Coded, Scheme, rows
+from ._scheme import Coded, Scheme
 
 STEP = np.float32(7.874015718698502e-3)  # 1 / 127 as bitsandbytes has it
 
@@ -47,14 +46,6 @@ class Int8(Scheme):
     legal: ClassVar[tuple[int, ...]] = (16, 32, 64, 128, 256, 512, 1024)
     is_optional: ClassVar[bool] = True
 
-    def form(
-        self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
-    ) -> Form:
-        """Blocks along the last axis, or all inputs."""
-        if self.block is None:
-            return one_block(shape, stack, order, inputs)
-        return rows(self, shape, stack, order)
-
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Rounds to the nearest multiple of the scale."""
         largest = jnp.abs(w).max(within, keepdims=True)
@@ -66,6 +57,6 @@ class Int8(Scheme):
         return Coded(jnp.round(w * inverse).astype(jnp.int8), scale)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """Multiplies the code by the scale."""
-        w = codes.astype(jnp.float32) * scale.astype(jnp.float32)
+        """Multiplies the code by the scale, which is 127 times too large for all inputs."""
+        w = super().decode(codes, scale, zero)
         return w * STEP if self.block is None else w

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -14,11 +14,9 @@ from .._core import Axis, Factor, Packed, shard_part
 from .._types import NotAnArray, PyTree
 from .._types import short as short_name
 from ._dynamic import dequantize_scales
-from ._form import Form, spread, unpack
-from ._scheme import Scheme, spell
+from ._scheme import Form, Scheme, spell, spread, unpack
 
-FLAT = Axis(-3)  # a matrix as a whole
-GROUPS = Axis(-4)  # groups of scales that share one
+OTHER = Axis(-3)  # follows no axis of W: that of a whole matrix, or of groups of scales
 
 
 class Nested(NamedTuple):
@@ -97,38 +95,36 @@ class Quantized(NotAnArray):
         parts = jax.tree.leaves((self.data, self.scale, self.zero, self.nested))
         return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in parts)
 
-    def axes(self) -> dict[str, Any]:
-        """The axes of W that the axes of each array follow; None for an axis that follows none."""
-        scaled, nested = self.form.scaled, (*self.form.stack, None)
-        found: dict[str, Any] = {"data": self.form.coded, "scale": scaled}
-        found["zero"] = None if self.zero is None else scaled
-        found["nested"] = self.nested and Nested(nested, self.form.stack)
-        found["error"] = None if self.error is None else self.form.stack
-        return found
+    def map_arrays(self, f: Callable[[Any, Sequence[int | None]], Any]) -> "Quantized":
+        """Puts `f(x, axes)` in the place of each array x, whose axes follow `axes` of W.
+
+        None stands for an axis that follows none.
+        """
+        stack, scaled = self.form.stack, self.form.scaled
+        axes = {"data": self.form.coded, "scale": scaled, "zero": scaled, "error": stack}
+        arrays = {name: getattr(self, name) for name in axes}
+        new: dict[str, Any] = {n: f(x, axes[n]) for n, x in arrays.items() if x is not None}
+        if self.nested is not None:
+            scale, offset = self.nested
+            new["nested"] = Nested(f(scale, (*stack, None)), f(offset, stack))
+        return dataclasses.replace(self, **new)
 
     def packed(self, axes: Sequence[Axis], dtype: Any = None) -> Packed:
         """Packs W, with the axes `axes`, for the interpreter; by default in its own dtype."""
         self._check_dtypes()
-
-        def factor(x: Any, dims: Sequence[int | None], other: Axis = FLAT) -> Factor:
-            return Factor(x, tuple(other if d is None else axes[d] for d in dims))
-
-        dims = self.axes()
-        names = [name for name in ("data", "scale", "zero") if dims[name] is not None]
-        parts: dict[str, Any] = {name: factor(getattr(self, name), dims[name]) for name in names}
-        if self.nested is not None:
-            pairs = zip(self.nested, dims["nested"], strict=True)
-            parts["nested"] = Nested(*(factor(x, d, GROUPS) for x, d in pairs))
-        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
-        how = _How(self.scheme, self.form, tuple(axes), dtype, self.used)
-        free = frozenset(axes[d] for d in self.form.stack)
-        packed = Packed(
-            parts, how.unpack, how.axes, self.shape, dtype, free, how.loosen, self._even(axes)
+        axes, dtype = tuple(axes), jnp.dtype(self.dtype if dtype is None else dtype)
+        parts = dataclasses.replace(self, error=None).map_arrays(
+            lambda x, dims: Factor(x, tuple(OTHER if d is None else axes[d] for d in dims))
         )
-        return packed if self.nested is not None else packed.replace(even=packed.loose, loosen=None)
+        unpack = functools.partial(_unpack, axes, dtype)
+        packed = Packed(parts, unpack, axes, self.shape, dtype, even=self._even(axes))
+        if self.nested is None:
+            return packed
+        free, loosen = frozenset(axes[d] for d in self.form.stack), functools.partial(_loosen, axes)
+        return packed.replace(even=free, loosen=loosen, loose=packed.even)
 
     def _even(self, axes: Sequence[Axis]) -> frozenset[Axis]:
-        """The axes that can be split as the codes and the blocks are, if scales are numbers."""
+        """Finds the axes that can be split as codes and blocks are, if scales are numbers."""
         form = self.form
         if form.flat:
             return frozenset(axes[d] for d in form.stack)
@@ -154,7 +150,7 @@ class Quantized(NotAnArray):
         )
 
     def array(self, dtype: Any = None) -> jax.Array:
-        """The weight, dequantized."""
+        """Dequantizes the weight."""
         axes = [Axis(d) for d in range(self.ndim)]
         return self.packed(axes, dtype).array
 
@@ -199,61 +195,45 @@ _array = jax.jit(Quantized.array, static_argnums=1)
 
 # ------------------------------------------------------------------------------------- from codes
 
-Parts = Mapping[str, Any]
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _unpack(axes: tuple[Axis, ...], dtype: Any, parts: Quantized) -> Factor:
+    """Unpacks W, whose axes are `axes`, or a piece of W, cut along axes that are free or even."""
+    form, used = parts.form, parts.used
+    # Within the model's own shard_map the parts are those of a shard.
+    if used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
+        parts = parts.map_arrays(lambda f, _: shard_part(f, used, axes))
+    parts = _loosen(axes, parts)
+    data, zero = parts.data, parts.zero
+    axis, block = OTHER if form.flat else axes[form.axis], form.blocks[form.axis]
+    of_axis = {axis: block} if form.flat else dict(zip(axes, form.blocks, strict=True))
+    blocks = [of_axis.get(a, 1) for a in data.axes]
+    codes = data.value
+    if parts.scheme.bits == 4:
+        codes = unpack(codes, data.axis(axis), block)
+
+    def each(f: Factor) -> jax.Array:
+        return spread(f.expand_to(data.axes), blocks, codes.shape)
+
+    value = parts.scheme.decode(codes, each(parts.scale), zero and each(zero)).astype(dtype)
+    if not form.flat:
+        return Factor(value, data.axes)
+    lead = [a for a in data.axes if a != OTHER]
+    value = Factor(value, data.axes).expand_to([*lead, OTHER])[..., : math.prod(form.matrix)]
+    value = value.reshape(*value.shape[:-1], *form.matrix)
+    return Factor(value, (*lead, *(axes[d] for d in form.order)))
 
 
-class _How(NamedTuple):
-    """What unpacking needs besides the parts; `axes` are those of W."""
-
-    scheme: Scheme
-    form: Form
-    axes: tuple[Axis, ...]
-    dtype: Any
-    used: Any
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def unpack(self, parts: Parts) -> Factor:
-        """Unpacks W, or a piece of W that was cut along axes that are free or even."""
-        form, axes = self.form, self.axes
-        # Within the model's own shard_map the parts are those of a shard.
-        if self.used is not None and not jax.sharding.get_abstract_mesh().manual_axes:
-            parts = jax.tree.map(
-                lambda f: shard_part(f, self.used, axes),
-                parts,
-                is_leaf=lambda x: isinstance(x, Factor),
-            )
-        parts = self.loosen(parts)
-        data, zero = parts["data"], parts.get("zero")
-        axis, block = FLAT if form.flat else axes[form.axis], form.blocks[form.axis]
-        of_axis = {axis: block} if form.flat else dict(zip(axes, form.blocks, strict=True))
-        blocks = [of_axis.get(a, 1) for a in data.axes]
-        codes = data.value
-        if self.scheme.bits == 4:
-            codes = unpack(codes, data.axis(axis), block)
-
-        def each(f: Factor) -> jax.Array:
-            return spread(f.expand_to(data.axes), blocks, codes.shape)
-
-        value = self.scheme.decode(
-            codes, each(parts["scale"]), None if zero is None else each(zero)
-        ).astype(self.dtype)
-        if not form.flat:
-            return Factor(value, data.axes)
-        lead = [a for a in data.axes if a != FLAT]
-        value = Factor(value, data.axes).expand_to([*lead, FLAT])[..., : math.prod(form.matrix)]
-        value = value.reshape(*value.shape[:-1], *form.matrix)
-        return Factor(value, (*lead, *(axes[d] for d in form.order)))
-
-    def loosen(self, parts: Parts) -> Parts:
-        """Computes the scales if there are codes of them."""
-        if "nested" not in parts:
-            return parts
-        form, axes, codes, nested = self.form, self.axes, parts["scale"], parts["nested"]
-        inner = [FLAT] if form.flat else [axes[d] for d in form.order if d in form.scaled]
-        lead = [a for a in codes.axes if a not in inner]
-        x = codes.expand_to([*lead, *inner])
-        flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
-        of_groups, offset = nested.scale.expand_to([*lead, GROUPS]), nested.offset.expand_to(lead)
-        scale = dequantize_scales(flat, of_groups, offset).reshape(x.shape)
-        rest = {name: f for name, f in parts.items() if name != "nested"}
-        return rest | {"scale": codes.replace(scale, [*lead, *inner])}
+def _loosen(axes: tuple[Axis, ...], parts: Quantized) -> Quantized:
+    """Computes the scales if there are codes of them."""
+    if parts.nested is None:
+        return parts
+    form, codes, nested = parts.form, parts.scale, parts.nested
+    inner = [OTHER] if form.flat else [axes[d] for d in form.order if d in form.scaled]
+    lead = [a for a in codes.axes if a not in inner]
+    x = codes.expand_to([*lead, *inner])
+    flat = x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
+    of_groups, offset = nested.scale.expand_to([*lead, OTHER]), nested.offset.expand_to(lead)
+    scale = dequantize_scales(flat, of_groups, offset).reshape(x.shape)
+    scale = codes.replace(scale, [*lead, *inner])
+    return dataclasses.replace(parts, scale=scale, nested=None)

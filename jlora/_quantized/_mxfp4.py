@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._form import Form
-from ._scheme import Coded, Scheme, lookup, rows
+from ._scheme import Coded, Scheme, lookup
 
 _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 TABLE = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
@@ -46,12 +45,6 @@ class MXFP4(Scheme):
     scales: ClassVar[tuple[str, ...]] = ("uint8",)
     block: ClassVar[int] = 32
     legal: ClassVar[tuple[int, ...]] = (32,)
-
-    def form(
-        self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
-    ) -> Form:
-        """Blocks of 32 along the last axis."""
-        return rows(self, shape, stack, order)
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Rounds w ÷ the power to the nearest number; in a tie to the one whose last bit is 0."""

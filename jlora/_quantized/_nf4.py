@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._rules import rule_name
-from ._form import Form, along
-from ._scheme import Coded, Scheme, lookup
+from ._scheme import Coded, Form, Scheme, along, lookup
 
 NORMAL = np.array(
     [

@@ -1,6 +1,7 @@
-"""The base class of schemes of quantization."""
+"""How a weight is cut into blocks, and the base class of schemes, which say what codes are."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +13,142 @@ from jax import lax
 from .._core import explicit
 from .._rules import check_pattern, is_int, rule_name
 from .._types import Layout
-from ._form import Form, along
+
+
+class Form(NamedTuple):
+    """How a weight is cut into blocks that share a scale.
+
+    Attributes:
+        shape: the shape of W.
+        stack: axes over which W is a stack of matrices; each matrix is quantized on its own.
+        order: the other axes of W in the order of files: outputs, then inputs. Codes run along the
+            last. An embedding has its axes in the order of a lookup.
+        blocks: the length of a block along each axis of W.
+        flat: whether blocks run through the whole matrix in the order of `order`, across the ends
+            of its rows. Then codes and scales have the axes `stack` and one more.
+    """
+
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    order: tuple[int, ...]
+    blocks: tuple[int, ...]
+    flat: bool = False
+
+    @property
+    def axis(self) -> int:
+        """The axis along which the codes run."""
+        return self.order[-1]
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape of a matrix in the order of a file."""
+        return tuple(self.shape[d] for d in self.order)
+
+    @property
+    def of_codes(self) -> "Form":
+        """The form of the array that is cut: W, or its matrices as vectors if blocks are `flat`."""
+        if not self.flat:
+            return self
+        n, lead = len(self.stack), [self.shape[d] for d in self.stack]
+        blocks = (*[1] * n, self.blocks[self.axis])
+        return Form((*lead, math.prod(self.matrix)), tuple(range(n)), (n,), blocks, True)
+
+    @property
+    def scaled(self) -> tuple[int | None, ...]:
+        """The axis of W for each axis of the scales; None for the axis of a whole matrix.
+
+        An axis of W that one block covers is not among them.
+        """
+        if self.flat:
+            return (*self.stack, None)
+        return tuple(d for d in range(len(self.shape)) if not self.is_whole(d))
+
+    @property
+    def coded(self) -> tuple[int | None, ...]:
+        """The axis of W for each axis of the codes; None for the axis of a whole matrix."""
+        return (*self.stack, None) if self.flat else tuple(range(len(self.shape)))
+
+    @property
+    def of_entry(self) -> "Form":
+        """The form of one entry along the first axis, which must be an axis of the stack."""
+        stack, order = (tuple(d - 1 for d in axes if d) for axes in (self.stack, self.order))
+        return self._replace(shape=self.shape[1:], stack=stack, order=order, blocks=self.blocks[1:])
+
+    def is_whole(self, d: int) -> bool:
+        """Whether one block is as long as axis `d`, which scales then lack; no flat form is so."""
+        return not self.flat and 1 < self.shape[d] <= self.blocks[d]
+
+
+def along(
+    shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], block: int
+) -> Form:
+    """Makes a form with blocks along the last axis of `order`."""
+    blocks = tuple(block if d == order[-1] else 1 for d in range(len(shape)))
+    return Form(shape, stack, order, blocks)
+
+
+def one_block(
+    shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
+) -> Form:
+    """Makes a form with one block for the last `inputs` axes of `order`."""
+    blocks = tuple(n if d in order[-inputs:] else 1 for d, n in enumerate(shape))
+    return Form(shape, stack, order, blocks)
+
+
+# --------------------------------------------------------------------------------- arrays in blocks
+
+
+def split(w: jax.Array, blocks: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
+    """Cuts each axis of W into blocks, padded with 0; also returns the axes within a block."""
+    counts = [-(-n // b) for n, b in zip(w.shape, blocks, strict=True)]
+    ends = [c * b - n for c, b, n in zip(counts, blocks, w.shape, strict=True)]
+    w = jnp.pad(w, [(0, end) for end in ends]) if any(ends) else w
+    shape = [n for pair in zip(counts, blocks, strict=True) for n in pair]
+    return w.reshape(shape), tuple(range(1, 2 * len(counts), 2))
+
+
+def join(x: jax.Array) -> jax.Array:
+    """Joins the blocks that `split` makes, with what they are padded with."""
+    return x.reshape([c * b for c, b in zip(x.shape[::2], x.shape[1::2], strict=True)])
+
+
+def spread(scale: jax.Array, blocks: Sequence[int], shape: Sequence[int]) -> jax.Array:
+    """Repeats the scales of blocks to `shape`; an axis with one block keeps length 1."""
+    for d, (block, n) in enumerate(zip(blocks, shape, strict=True)):
+        if block > 1 and scale.shape[d] > 1:
+            before, count, after = scale.shape[:d], scale.shape[d], scale.shape[d + 1 :]
+            x = lax.broadcast_in_dim(
+                scale,
+                (*before, count, block, *after),
+                [*range(d + 1), *range(d + 2, scale.ndim + 1)],
+            )
+            scale = x.reshape(*before, count * block, *after)
+            scale = lax.slice_in_dim(scale, 0, n, axis=d) if count * block != n else scale
+    return scale
+
+
+def pack(codes: jax.Array, axis: int) -> jax.Array:
+    """Packs codes of 4 bits, in the blocks of `split`, two a byte along the blocks of `axis`.
+
+    Entry j of a block is in the high bits and entry j + block / 2 in the low ones, so that no two
+    neighbors are torn apart, which takes time on a TPU.
+    """
+    first, second = jnp.split(codes, 2, 2 * axis + 1)
+    return (first << 4 | second).astype(jnp.uint8)
+
+
+def unpack(data: jax.Array, axis: int, block: int) -> jax.Array:
+    """Unpacks the codes along an axis; its blocks are joined after `pack`."""
+    before, n, after = data.shape[:axis], data.shape[axis], data.shape[axis + 1 :]
+    blocks = data.reshape(*before, 2 * n // block, 1, block // 2, *after)
+    # Shifts rather than two arrays joined: XLA computes them where they are read.
+    one = [1] * blocks.ndim
+    shifts = lax.broadcasted_iota(jnp.uint8, [*one[: axis + 1], 2, *one[axis + 2 :]], axis + 1)
+    codes = (blocks >> (4 - 4 * shifts)) & jnp.uint8(15)
+    return codes.reshape(*before, 2 * n, *after)
+
+
+# ------------------------------------------------------------------------------------------ schemes
 
 
 class Coded(NamedTuple):
@@ -62,15 +198,32 @@ class Scheme:
     def form(
         self, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...], inputs: int
     ) -> Form:
-        """Says how a weight is cut into blocks; raises `ValueError` if it cannot be.
+        """Cuts a weight into blocks along its last axis, or into one for all inputs of an output.
 
         Args:
             shape: of the weight.
             stack: as in `Form`.
             order: as in `Form`.
             inputs: how many axes at the end of `order` each output is a sum over.
+
+        Raises:
+            ValueError: if the weight cannot be cut so, as if blocks do not divide the axis.
         """
-        raise NotImplementedError
+        (name, block), n = block_of(self), shape[order[-1]]
+        if block is None:
+            return one_block(shape, stack, order, inputs)
+        if n % block == 0:
+            return along(shape, stack, order, block)
+        fits = ", ".join(str(b) for b in self.legal if n % b == 0)
+        raise ValueError(
+            f"`{name}` of {rule_name(self)} is {block}, which does not divide axis {order[-1]}, "
+            f"of length {n}, of a weight of shape {shape}. "
+            + (
+                f"Blocks of {fits} divide it."
+                if fits
+                else "No legal block divides it: leave it out of the pattern."
+            )
+        )
 
     def encode(self, w: jax.Array, within: Sequence[int], short: jax.Array | None) -> Coded:
         """Computes the codes of W.
@@ -83,8 +236,8 @@ class Scheme:
         raise NotImplementedError
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> jax.Array:
-        """Computes W in float32 from codes and from scales that broadcast to them."""
-        raise NotImplementedError
+        """Computes W in float32 from codes and scales that broadcast to them: their product."""
+        return codes.astype(jnp.float32) * scale.astype(jnp.float32)
 
 
 def spell(scheme: Scheme) -> str:
@@ -102,28 +255,9 @@ def form_of(scheme: Scheme, shape: tuple[int, ...], layout: Layout, kind: str | 
 
 
 def block_of(scheme: Scheme) -> tuple[str, Any]:
-    """What a scheme calls the length of its blocks, and that length; None if it has none."""
+    """Returns the name and the value of the field with the length of blocks, None without."""
     name = "group" if hasattr(scheme, "group") else "block"
     return name, getattr(scheme, name, None)
-
-
-def rows(
-    scheme: Scheme, shape: tuple[int, ...], stack: tuple[int, ...], order: tuple[int, ...]
-) -> Form:
-    """Makes a form with blocks along the last axis of `order`, which they must divide."""
-    (name, block), n = block_of(scheme), shape[order[-1]]
-    if n % block:
-        fits = [b for b in scheme.legal if n % b == 0]
-        remedy = (
-            f"Blocks of {', '.join(map(str, fits))} divide it."
-            if fits
-            else "No legal block divides it: leave it out of the pattern."
-        )
-        raise ValueError(
-            f"`{name}` of {rule_name(scheme)} is {block}, which does not divide axis {order[-1]}, "
-            f"of length {n}, of a weight of shape {shape}. {remedy}"
-        )
-    return along(shape, stack, order, block)
 
 
 def lookup(table: np.ndarray, codes: jax.Array) -> jax.Array:

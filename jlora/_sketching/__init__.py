@@ -3,13 +3,12 @@
 Imports `_keys`, `_linalg`, `_report`, `_rules`, `_sites`, `_transform`, `_tree`, `_types`,
 `_adapters`, `_core`.
 
-In the order in which to read: `_spectrum`, `_kinds`, `_sketch`, `_shares`,
-`_allocation`, `_allocate`.
+In the order in which to read: `_kinds`, `_sketch`, `_allocation`, `_allocate`.
 """
 
 from ._allocate import allocate as allocate
 from ._allocation import Allocation as Allocation
-from ._shares import Share as Share
+from ._allocation import Share as Share
+from ._kinds import Sketch as Sketch
+from ._kinds import Spectrum as Spectrum
 from ._sketch import sketch as sketch
-from ._spectrum import Sketch as Sketch
-from ._spectrum import Spectrum as Spectrum

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from .._adapters import LoRA, clip_rank
-from .._rules import Rule, check_int, explain_no_match, near_misses, rule_name
+from .._rules import Rule, check_int, check_rules, explain_no_match, near_misses, rule_name
 from .._types import short
-from ._allocation import Allocation, check_rules, index_of, trainable_parameters
-from ._shares import Share
-from ._spectrum import Sketch, Spectrum
+from ._allocation import Allocation, Share, index_of, trainable_parameters
+from ._kinds import Sketch, Spectrum
 
 
 def allocate(
@@ -136,6 +135,6 @@ def _ranks(
 
 
 def _gains(s: Spectrum, kind: str) -> list[float]:
-    """The gain of each component, summed over a stack and over slots."""
+    """Sums the gain of each component over a stack and over slots."""
     each = s.ratios if kind == "inputs" else s.values**2
     return np.asarray(each, np.float64).reshape(-1, each.shape[-1]).sum(0).tolist()

@@ -1,15 +1,105 @@
-"""Rules with a rank for each site."""
+"""Rules with a rank for each site, and their JSON."""
 
 import dataclasses
 import functools
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, overload
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
-from .._adapters import LoRA
+from .._adapters import LoRA, matrix_lengths
 from .._report import align_columns
-from .._rules import Rule, Slots, is_int, matches, name_mistake, near_misses, rule_name
-from ._shares import Share, decode, encode
+from .._rules import Rule, Slots, check_rules, is_finite, is_int, matches, near_misses, rule_name
+from .._types import Layout, short
+
+FORMAT = 1
+LIMIT = 2**24  # characters of JSON
+
+
+class Share(NamedTuple):
+    """The rank of a site.
+
+    Attributes:
+        path: the path of the site.
+        score: the sum over components, stack and slots of σ² of a gradient, or of the explained
+            variance of inputs.
+        rank: its rank; 0 if it is left out.
+        shape: the shape of W.
+        layout: the layout of W, with the slots of the rule.
+    """
+
+    path: str
+    score: float
+    rank: int
+    shape: tuple[int, ...]
+    layout: Layout
+
+    @property
+    def largest(self) -> int:
+        """The largest rank that the site can have."""
+        return min(matrix_lengths(self.layout, self.shape))
+
+
+def encode(shares: Sequence[Share]) -> str:
+    """Writes shares as JSON."""
+    sites = [share._asdict() | share.layout._asdict() for share in shares]
+    for site in sites:
+        del site["layout"]
+    return json.dumps({"format": FORMAT, "sites": sites}, indent=1)
+
+
+def decode(text: str) -> tuple[Share, ...]:
+    """Reads shares from JSON; raises `ValueError` if it is anything else."""
+    if not isinstance(text, str):
+        raise TypeError(f"`text` must be a string of JSON; got {short(text)}.")
+    if len(text) > LIMIT:
+        raise ValueError(f"`text` has {len(text)} characters; at most {LIMIT} are read.")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"`text` is no valid JSON: {e}.") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise ValueError(f"`text` must be a JSON object whose `format` is {FORMAT}.")
+    if not isinstance(fields.get("sites"), list):
+        raise ValueError("`sites` of `text` must be a list.")
+    return tuple(_share(f"site {i} of `text`", item) for i, item in enumerate(fields["sites"]))
+
+
+def _are_lengths(x: Any) -> bool:
+    return isinstance(x, list) and all(is_int(n) and 0 <= n < 2**63 for n in x)
+
+
+_FIELDS = {
+    "path": lambda x: isinstance(x, str),
+    "rank": is_int,
+    "score": is_finite,
+    **dict.fromkeys(("shape", "stack", "inputs", "outputs"), _are_lengths),
+    "slots": lambda x: x is None or isinstance(x, list),
+}
+
+
+def _share(where: str, item: Any) -> Share:
+    if not isinstance(item, dict) or item.keys() != _FIELDS.keys():
+        raise ValueError(f"{where} must be an object with {', '.join(_FIELDS)}.")
+    for name, is_right in _FIELDS.items():
+        if not is_right(item[name]):
+            raise ValueError(f"`{name}` of {where} is {reprlib.repr(item[name])}.")
+    shape, *axes = (tuple(item[name]) for name in ("shape", "stack", "inputs", "outputs"))
+    if sorted(sum(axes, ())) != list(range(len(shape))):
+        raise ValueError(f"`stack`, `inputs` and `outputs` of {where} must have each axis once.")
+    match item["slots"]:
+        case None:
+            slots = None
+        case [int(count), list(chosen), int(axis)] if (
+            axis in axes[2] and count > 0 and shape[axis] % count == 0
+        ):
+            slots = count, Slots(count, tuple(chosen)).chosen, axis
+        case wrong:
+            raise ValueError(f"`slots` of {where} is {reprlib.repr(wrong)}.")
+    stack, inputs, outputs = axes
+    layout = Layout(stack, inputs, outputs, slots)
+    return Share(item["path"], float(item["score"]), item["rank"], shape, layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +173,15 @@ class Allocation(Sequence[Rule]):
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
         """The rules, in the order of those from which they are made."""
-        return tuple(r for i, rule in enumerate(self.given) for r in self._rules_of(i, rule))
-
-    def _rules_of(self, i: int, rule: Rule) -> Iterator[Rule]:
-        if not isinstance(rule, LoRA):
-            yield rule
-            return
-        for share in self.shares:
-            if share.rank and index_of(share.path, self.given) == i:
-                pattern = f"^{re.escape(share.path)}$"
-                yield dataclasses.replace(rule.of_rank(share.rank), pattern=pattern)
+        found: list[Rule] = []
+        for i, rule in enumerate(self.given):
+            if not isinstance(rule, LoRA):
+                found.append(rule)
+                continue
+            for share in (s for s in self.shares if s.rank and index_of(s.path, self.given) == i):
+                own = rule.of_rank(share.rank)
+                found.append(dataclasses.replace(own, pattern=f"^{re.escape(share.path)}$"))
+        return tuple(found)
 
     @overload
     def __getitem__(self, i: int) -> Rule: ...
@@ -154,22 +243,11 @@ class Allocation(Sequence[Rule]):
 
 
 def trainable_parameters(share: Share, rule: LoRA, rank: int) -> int:
-    """The number of parameters that a site trains at a rank."""
+    """Counts the parameters that a site trains at a rank."""
     return rule.of_rank(rank).trainable(share.layout, share.shape) if rank else 0
 
 
 # ------------------------------------------------------------------------------------ the rules
-
-
-def check_rules(rules: Any) -> tuple[Rule, ...]:
-    """Checks one rule or several, and returns a tuple."""
-    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"`rules` must be rules, such as jlora.LoRA(); got {name_mistake(rule)}."
-            )
-    return rules
 
 
 def _is_for(rule: Rule, path: str) -> bool:
@@ -177,12 +255,12 @@ def _is_for(rule: Rule, path: str) -> bool:
 
 
 def index_of(path: str, given: Sequence[Rule]) -> int | None:
-    """The index of the rule that takes the site at `path`, or None."""
+    """Finds the index of the rule that takes the site at `path`, or None."""
     return next((i for i, rule in enumerate(given) if _is_for(rule, path)), None)
 
 
 def rule_of(path: str, given: Sequence[Rule]) -> LoRA:
-    """The rule with a rank that takes the site at `path`."""
+    """Finds the rule with a rank that takes the site at `path`."""
     i = index_of(path, given)
     if i is None or not isinstance(rule := given[i], LoRA):
         raise ValueError(f"no LoRA or DoRA of `rules` takes {path!r}.")

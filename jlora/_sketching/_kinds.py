@@ -7,6 +7,8 @@ columns are random directions orthogonal to the rest: they measure what the basi
 
 import dataclasses
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,9 +25,80 @@ from .._adapters import (
 )
 from .._core import promote
 from .._linalg import qr, svd_of, times
+from .._report import align_columns
 from .._sites import Site
-from .._types import Layout
-from ._spectrum import Spectrum
+from .._types import Layout, short
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The leading singular vectors at a site, of each matrix of a stack and of each slot.
+
+    Attributes:
+        values: k singular values, descending: (stack…, k), or (stack…, slots, k).
+        total: the sum of the squares of all of them: (stack…), or (stack…, slots). The part beyond
+            the k values is estimated, without bias, from eight random directions.
+        inputs: the singular vectors along the inputs, as A has them: (stack…, inputs…, k), or
+            (stack…, slots, inputs…, k).
+        outputs: the singular vectors of a gradient along the outputs, as B has them; else None.
+        shape: the shape of W.
+        layout: the layout of W, with the slots of the rule.
+    """
+
+    values: jax.Array
+    total: jax.Array
+    inputs: jax.Array
+    outputs: jax.Array | None
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        names = ("values", "total", "inputs", "outputs")
+        return f"Spectrum({', '.join(f'{name}={short(getattr(self, name))}' for name in names)})"
+
+    @property
+    def ratios(self) -> jax.Array:
+        """The squares of `values` over the total; for inputs, the explained variance."""
+        total = self.total[..., None]
+        return jnp.where(total > 0, self.values**2 / jnp.where(total > 0, total, 1), 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sketch:
+    """What `jlora.sketch` returns: a pytree of arrays, whose `str()` is a table.
+
+    Attributes:
+        sites: a `Spectrum` for each site, by path.
+        kind: `"inputs"` or `"gradient"`.
+    """
+
+    sites: Mapping[str, Spectrum]
+    kind: str = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return f"Sketch({len(self.sites)} sites, kind={self.kind!r})"
+
+    def __str__(self) -> str:
+        header = ("site", "matrices", "inputs", "outputs", "components", "largest", "share")
+        lines = align_columns(header, [_row(*item) for item in self.sites.items()], header[1:])
+        return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
+
+
+def _row(path: str, s: Spectrum) -> tuple[str, ...]:
+    lengths = [math.prod(s.shape[d] for d in dims) for dims in (s.layout.inputs, s.layout.outputs)]
+    counts = (s.total.size, *lengths, s.values.shape[-1])
+    share = min(1.0, float(jnp.sum(s.values**2) / jnp.maximum(jnp.sum(s.total), 1e-30)))
+    return (
+        path or "(root)",
+        *(f"{n:,}" for n in counts),
+        f"{float(jnp.max(s.values)):.3g}",
+        f"{share:.1%}",
+    )
+
+
+# --------------------------------------------------------------------------- the matrices of a site
 
 SPARE = 8  # columns beside those that are kept, twice
 
@@ -56,7 +129,7 @@ class _Matrices:
 
     @classmethod
     def of(cls, site: Site, components: int | None) -> Any:
-        """The matrices at a site, by default with twice the rank of its rule."""
+        """Makes the matrices of a site, by default with twice the rank of its rule."""
         assert site.layout is not None
         assert isinstance(site.rule, LoRA)
         k = min(components or 2 * site.rule.rank, *matrix_lengths(site.layout, site.shape))
@@ -85,7 +158,7 @@ class _Matrices:
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def basis(self, side: int, is_last: bool, image: Any, key: jax.Array) -> jax.Array:
-        """The basis of a pass: random without an image, then the leading vectors of the last one.
+        """Computes the basis of a pass: random at first, then the leading vectors of the image.
 
         In the last pass it has random columns that are orthogonal to the others.
         """
@@ -97,7 +170,7 @@ class _Matrices:
         return jnp.concatenate([kept, drawn - times(kept, times(kept.mT, drawn))], -1)
 
     def normal(self, key: jax.Array, number: int, side: int, columns: int) -> jax.Array:
-        """Random matrices along one side."""
+        """Draws random matrices along one side."""
         stack, _, _, slots = self.layout
         beside = [self.shape[d] for d in stack] + ([] if slots is None else [len(slots[1])])
         shape = (*beside, self.lengths[side], columns)
@@ -109,24 +182,24 @@ class Gradient(_Matrices):
 
     @staticmethod
     def side(turn: int) -> int:
-        """The side of a pass."""
+        """Returns the side of a pass: 0 for inputs, 1 for outputs."""
         return turn % 2
 
     @_program
     def node(self, side: int, basis: jax.Array, key: jax.Array) -> LowRank:
-        """The node whose gradient has the image of the basis."""
+        """Makes the node whose gradient has the image of the basis."""
         across = jnp.zeros((*basis.shape[:-2], self.lengths[1 - side], self.columns), basis.dtype)
         return self._node(side, basis, across)._replace(materialize=self.materialize)
 
     @_program
     def image(self, side: int, basis: jax.Array, gradient: LowRank, batches: int) -> jax.Array:
-        """The image of the basis, from the sum of gradients over batches."""
+        """Computes the image of the basis from the sum of gradients over batches."""
         a, b = matrices(gradient)
         return (a if side else b.mT) / batches
 
     @_program
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
-        """The spectrum that the last basis and its image have."""
+        """Computes the spectrum from the last basis and its image."""
         n, k = self.columns - self.spare, self.components
         across, values, rotation = _svd(image[..., :n])
         along = times(basis[..., :n], rotation.mT)
@@ -148,12 +221,12 @@ class Inputs(_Matrices):
 
     @staticmethod
     def side(turn: int) -> int:
-        """The side of a pass."""
+        """Returns the side of a pass: 0 for inputs, 1 for outputs."""
         return 0
 
     @_program
     def node(self, side: int, basis: jax.Array, key: jax.Array) -> Probe:
-        """The node whose gradient has the image of the basis."""
+        """Makes the node whose gradient has the image of the basis."""
         a = jnp.pad(basis, [(0, 0)] * (basis.ndim - 1) + [(0, 1)])
         gate = jnp.zeros((*basis.shape[:-2], self.columns + 1), basis.dtype).at[..., -1].set(1)
         b = self.normal(key, 2, 1, self.columns + 1).mT
@@ -162,14 +235,14 @@ class Inputs(_Matrices):
 
     @_program
     def image(self, side: int, basis: jax.Array, gradient: Probe, batches: int) -> jax.Array:
-        """The image of the basis, from the sum of gradients over batches."""
+        """Computes the image of the basis from the sum of gradients over batches."""
         a, count = gradient.a.reshape(*basis.shape[:-1], -1), gradient.gate[..., -1, None, None]
         image, total = a[..., :-1], a[..., -1:]
         return image - times(total, times(total.mT, basis)) / jnp.maximum(count, 1)
 
     @_program
     def spectrum(self, side: int, basis: jax.Array, image: jax.Array) -> Spectrum:
-        """The spectrum that the last basis and its image have."""
+        """Computes the spectrum from the last basis and its image."""
         n, k = self.columns - self.spare, self.components
         square = times(basis[..., :n].mT, image[..., :n])
         squares, vectors = (x[..., ::-1] for x in jnp.linalg.eigh((square + square.mT) / 2))
@@ -184,7 +257,7 @@ KINDS: dict[str, type[Inputs] | type[Gradient]] = {"inputs": Inputs, "gradient":
 
 
 def _svd(image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, S and Vᵀ of tall matrices."""
+    """Computes U, S and Vᵀ of tall matrices."""
     q, r = qr(image)
     u, values, v = svd_of(r)
     return times(q, u), values, v

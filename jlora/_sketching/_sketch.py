@@ -10,13 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import LoRA, is_node
 from .._keys import check_key, fold
-from .._rules import Rule, check_int
+from .._rules import Rule, check_int, check_rules
 from .._sites import Site
 from .._transform import transform, wrap
 from .._tree import bind, leaves_by_path, nest
 from .._types import Path, PyTree, short
-from ._kinds import KINDS, Gradient, Inputs
-from ._spectrum import Sketch, Spectrum
+from ._kinds import KINDS, Gradient, Inputs, Sketch, Spectrum
 
 
 def sketch(
@@ -81,15 +80,15 @@ def sketch(
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("`batches` is empty; at least one batch is needed.")
-    rules = tuple(rules) if isinstance(rules, Sequence) else (rules,)
-    leaves = transform(loss, *rules).sites(params, first).leaves
+    leaves = transform(loss, *check_rules(rules)).sites(params, first).leaves
     sites = [s for s in leaves if isinstance(s.rule, LoRA)]
     if not sites:
         raise ValueError("`rules` take no site by jlora.LoRA or jlora.DoRA.")
     if kind == "inputs":
         _check_inputs(sites)
     found = {s.parts: KINDS[kind].of(s, components) for s in sites}
-    spectra = _iterate(loss, params, found, batches, passes, key)
+    sides = [KINDS[kind].side(turn) for turn in range(passes)]
+    spectra = _iterate(loss, params, found, batches, sides, key)
     _check_found(spectra, kind)
     return Sketch(spectra, kind)
 
@@ -99,10 +98,10 @@ def _iterate(
     params: PyTree,
     sites: Mapping[Path, Inputs | Gradient],
     batches: Iterable[Any],
-    passes: int,
+    sides: Sequence[int],
     key: jax.Array,
 ) -> dict[str, Spectrum]:
-    """Goes through the batches `passes` times; returns the spectrum of each site by its path."""
+    """Goes through the batches once for each side; returns the spectrum of each site by path."""
     from tqdm import tqdm  # not at the import of jlora
 
     @jax.jit
@@ -117,16 +116,14 @@ def _iterate(
 
     add = jax.jit(lambda x, y: jax.tree.map(jnp.add, x, y))
     keys = {path: fold(key, path) for path in sites}
-    sides: dict[Path, int] = {}
     bases: dict[Path, jax.Array] = {}
     images: dict[Path, jax.Array | None] = dict.fromkeys(sites)
-    total = passes * len(batches) if isinstance(batches, Sized) else None
+    total = len(sides) * len(batches) if isinstance(batches, Sized) else None
     with tqdm(total=total, desc="sketch", leave=False, disable=None) as bar:
-        for turn in range(passes):
-            sides = {p: s.side(turn) for p, s in sites.items()}
-            is_last = turn == passes - 1
-            bases = {p: s.basis(sides[p], is_last, images[p], keys[p]) for p, s in sites.items()}
-            adapter = nest({p: s.node(sides[p], bases[p], keys[p]) for p, s in sites.items()})
+        for turn, side in enumerate(sides):
+            is_last = turn == len(sides) - 1
+            bases = {p: s.basis(side, is_last, images[p], keys[p]) for p, s in sites.items()}
+            adapter = nest({p: s.node(side, bases[p], keys[p]) for p, s in sites.items()})
             sums, count = None, 0
             for batch in batches:
                 new = gradient(params, adapter, batch)
@@ -135,12 +132,12 @@ def _iterate(
             if sums is None:
                 raise TypeError(_ONCE)
             nodes = dict(leaves_by_path(jax.tree.map(_replicate, sums), is_node))
-            images = {p: s.image(sides[p], bases[p], nodes[p], count) for p, s in sites.items()}
-    return {"/".join(p): s.spectrum(sides[p], bases[p], images[p]) for p, s in sites.items()}
+            images = {p: s.image(side, bases[p], nodes[p], count) for p, s in sites.items()}
+    return {"/".join(p): s.spectrum(sides[-1], bases[p], images[p]) for p, s in sites.items()}
 
 
 def _replicate(x: jax.Array) -> jax.Array:
-    """`x` on all devices of its mesh."""
+    """Copies `x` to all devices of its mesh."""
     if not isinstance(x.sharding, NamedSharding):
         return x
     return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))

@@ -8,7 +8,7 @@ from jax import lax
 
 from .._adapters import LowRank, weight_shape
 from .._linalg import norm, svd, times
-from ._factors import factors
+from ._size import factors
 
 
 def subspace_similarity(a1: jax.Array | LowRank, a2: jax.Array | LowRank) -> jax.Array:
@@ -129,7 +129,8 @@ def intruder_dimensions(
         >>> analysis.intruder_dimensions(w, delta, k=2, threshold=0.9).tolist()
         [True, True]
     """
-    w, change = _matrices(w, delta), _dense(delta)
+    w = _matrices(w, delta)
+    change = times(*factors(delta)) if isinstance(delta, LowRank) else _widen(delta)
     _check("k", k, min(w.shape[-2:]), "W + ΔW")
     _, old, before = jnp.linalg.svd(w, full_matrices=False)
     _, new, after = jnp.linalg.svd(w + change, full_matrices=False)
@@ -147,7 +148,7 @@ def _columns(x: jax.Array | LowRank) -> jax.Array:
 
 
 def _directions(x: jax.Array) -> jax.Array:
-    """The left singular vectors of matrices; zeros where the singular value is zero."""
+    """Computes left singular vectors; zeros where the singular value is zero."""
     u, values, _ = jnp.linalg.svd(x, full_matrices=False)
     return jnp.where(_is_nonzero(values, x.shape)[..., None, :], u, 0)
 
@@ -159,7 +160,7 @@ def _is_nonzero(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
-    """W as (stack…, inputs, outputs), at least in float32, where it is of ΔW's shape."""
+    """Returns W as (stack…, inputs, outputs), at least in float32; raises for another shape."""
     if not isinstance(delta, LowRank):
         if jnp.ndim(w) < 2 or jnp.shape(w) != jnp.shape(delta):
             raise ValueError(
@@ -179,15 +180,11 @@ def _matrices(w: jax.Array, delta: jax.Array | LowRank) -> jax.Array:
 
 
 def _svd(delta: jax.Array | LowRank) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """U, S and V of ΔW."""
+    """Computes U, S and V of ΔW."""
     if isinstance(delta, LowRank):
         return svd(*factors(delta))
     u, values, vt = jnp.linalg.svd(_widen(delta), full_matrices=False)
     return u, values, vt.mT
-
-
-def _dense(delta: jax.Array | LowRank) -> jax.Array:
-    return times(*factors(delta)) if isinstance(delta, LowRank) else _widen(delta)
 
 
 def _widen(x: jax.Array) -> jax.Array:

@@ -1,15 +1,31 @@
-"""How much an adapter changes: norms, distances, singular values and ranks of ΔW."""
+r"""A and B of a whole weight as matrices, and what follows from them without ΔW.
+
+With $A = Q_1 R_1$ and $B^\top = Q_2 R_2$, ΔW has the singular values of the r × r matrix
+$s \cdot R_1 R_2^\top$, and the singular vectors of that, times $Q_1$ and $Q_2$.
+"""
 
 import jax
 import jax.numpy as jnp
 
-from .._adapters import LowRank, weight_shape
+from .._adapters import LowRank, matrices, weight_shape, without_slots
 from .._linalg import norm as norm_of
-from ._factors import core, factors
+from .._linalg import times
+
+
+def factors(node: LowRank) -> tuple[jax.Array, jax.Array]:
+    """Returns s·A as (stack…, inputs, r) and B as (stack…, r, outputs), slots concatenated."""
+    if not isinstance(node, LowRank):
+        raise TypeError(f"`node` must be a jlora.types.LowRank, whose ΔW is s·A·B; got {node!r}.")
+    return matrices(without_slots(node, weight_shape(node)))
+
+
+def core(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Computes a small matrix with the singular values of A·B."""
+    return times(jnp.linalg.qr(a, mode="r"), jnp.linalg.qr(b.mT, mode="r").mT)
 
 
 def delta_spectrum(node: LowRank) -> jax.Array:
-    r"""The singular values of each ΔW of a node, a matrix of all inputs by all outputs.
+    r"""Computes the singular values of each ΔW of a node, a matrix of all inputs by all outputs.
 
     Args:
         node: a `LowRank` node of an adapter; dropout keys in it are ignored.
@@ -33,7 +49,7 @@ def delta_spectrum(node: LowRank) -> jax.Array:
 
 
 def norm(node: LowRank) -> jax.Array:
-    r"""The Frobenius norm ${\lVert \Delta W \rVert}_F$ of each ΔW of a node.
+    r"""Computes the Frobenius norm ${\lVert \Delta W \rVert}_F$ of each ΔW of a node.
 
     Args:
         node: a `LowRank` node of an adapter.
@@ -52,7 +68,7 @@ def norm(node: LowRank) -> jax.Array:
 
 
 def distance(node: LowRank, other: LowRank) -> jax.Array:
-    r"""${\lVert \Delta W_1 - \Delta W_2 \rVert}_F$ of two adapters at one weight.
+    r"""Computes ${\lVert \Delta W_1 - \Delta W_2 \rVert}_F$ of two adapters at one weight.
 
     The difference is itself of low rank: $[s_1 A_1, -s_2 A_2] [B_1; B_2]$.
 
@@ -93,7 +109,7 @@ def distance(node: LowRank, other: LowRank) -> jax.Array:
 
 
 def stable_rank(values: jax.Array) -> jax.Array:
-    r"""The stable rank $\sum_i \sigma_i^2 / \sigma_1^2$: at most the rank, and steady under noise.
+    r"""Computes the stable rank $\sum_i \sigma_i^2 / \sigma_1^2$, at most the rank.
 
     Args:
         values: singular values, descending, shape (…, r), as from `delta_spectrum`.
@@ -113,7 +129,7 @@ def stable_rank(values: jax.Array) -> jax.Array:
 
 
 def effective_rank(values: jax.Array) -> jax.Array:
-    r"""The effective rank $\exp(-\sum_i p_i \log p_i)$ with $p_i = \sigma_i / \sum_j \sigma_j$.
+    r"""Computes the effective rank $\exp(-\sum p_i \log p_i)$, $p_i = \sigma_i / \sum_j \sigma_j$.
 
     Args:
         values: singular values, descending, shape (…, r), as from `delta_spectrum`.
@@ -141,6 +157,6 @@ def _weight(node: LowRank) -> tuple[tuple[int, ...], ...]:
 
 
 def _relative(values: jax.Array) -> jax.Array:
-    """Singular values over the largest; zeros stay zeros."""
+    """Divides singular values by the largest; zeros stay zeros."""
     largest = values[..., :1]
     return values / jnp.where(largest == 0, 1, largest)

@@ -21,9 +21,9 @@ itself if its shards have fewer than 4·r rows. For leaves trained in full, `tie
 Nothing of W's size is communicated, and the result is sharded like A and B.
 """
 
-from ._dare import dare as dare
+from ._entries import dare as dare
+from ._entries import ties as ties
+from ._matrices import truncate as truncate
 from ._sum import add as add
 from ._sum import difference as difference
 from ._sum import scale as scale
-from ._ties import ties as ties
-from ._truncate import truncate as truncate

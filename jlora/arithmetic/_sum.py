@@ -9,14 +9,25 @@ import jax.numpy as jnp
 from .._adapters import LowRank, leading_axes
 from .._compat import evaluate_now
 from .._types import Path, PyTree
-from ._operands import Operands, Weights, check_finite, check_operands, combine_leaves, is_one
-from ._several import FROM_THE_START, RESIDUAL, is_residual, join, refuse
+from ._operands import (
+    FROM_THE_START,
+    RESIDUAL,
+    Operands,
+    Weights,
+    check_finite,
+    check_operands,
+    combine_leaves,
+    is_one,
+    is_residual,
+    join,
+    refuse,
+)
 
 ROUNDING = 1e-5  # of weights that add up to 1
 
 
 def add(adapters: Sequence[PyTree], weights: Weights = None, *, base: PyTree = None) -> PyTree:
-    r"""The exact sum $\Delta W = \sum_i w_i \, \Delta W_i$.
+    r"""Computes the exact sum $\Delta W = \sum_i w_i \, \Delta W_i$.
 
     At each site A is $[A_1, A_2, \ldots]$ and B is $[w_1 B_1; w_2 B_2; \ldots]$. The rank is the
     sum of the ranks; see `truncate` for a smaller one. Adapters may differ in ranks, scales, slots
@@ -79,7 +90,7 @@ def scale(adapter: PyTree, factor: float | jax.Array, *, base: PyTree = None) ->
 
 
 def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree:
-    r"""The exact difference $\Delta W = \Delta W_1 - \Delta W_2$, of the sum of both ranks.
+    r"""Computes the exact difference $\Delta W = \Delta W_1 - \Delta W_2$; the ranks add up.
 
     If an initializer changed the base to $W - \Delta W_2$, this is the adapter of W itself. Give it
     in place of `adapter` to everything for which ΔW = 0 is the model.
@@ -109,7 +120,7 @@ def difference(adapter: PyTree, other: PyTree, *, base: PyTree = None) -> PyTree
 
 
 def _sum(given: Operands) -> PyTree:
-    """The exact sum, by concatenated factors."""
+    """Computes the exact sum: factors are concatenated."""
     residual = _residual(given)
 
     def low_rank(nodes: list[LowRank], w: list[Any], path: Path) -> LowRank:
@@ -123,7 +134,7 @@ def _sum(given: Operands) -> PyTree:
 
 
 def _residual(given: Operands) -> Collection[Path]:
-    """The paths at which the sum is for a base that a start changed.
+    """Finds the paths at which the sum is for a base that a start changed.
 
     There the weights of all adapters must add up to 1, or to 0: then the base cancels.
     """

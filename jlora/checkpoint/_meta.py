@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .._adapters import RULES, is_node, state, static
-from .._rules import Rule, is_finite
+from .._rules import Rule, is_finite, pattern_anywhere
 from .._tree import nest
 from .._types import Layout, Path, PyTree
 from ._fingerprint import Fingerprint, Leaf, leaf_of, struct_of
-from ._rules import Fields, decode_rule, encode_rule, match_components, registered
+from ._rules import Fields, decode_rule, encode_rule, registered
 
 FORMAT = 2  # up to 1, patterns matched inside of the components of a path too
 LIBRARIES = ("jlora", "jax", "jaxlib", "orbax-checkpoint")
@@ -82,7 +82,7 @@ def decode(fields: Fields) -> Saved:
         leaves[path] = _decode_leaf(item, {n: struct_of(leaf) for n, leaf in parts.items()})
     base, rules = fields["base"], fields["rules"]
     if fields["format"] < 2:
-        rules = match_components(rules, ["/".join(path) for path in leaves])
+        rules = [_match_anywhere(rule) for rule in rules]
     return Saved(
         adapter=nest(leaves),
         rules=tuple(map(decode_rule, rules)),
@@ -91,6 +91,12 @@ def decode(fields: Fields) -> Saved:
         base=None if base is None else {_strings(p): _leaf(*leaf) for p, *leaf in base},
         hashes=hashes,
     )
+
+
+def _match_anywhere(rule: Fields) -> Fields:
+    """Rewrites a rule of format 1, whose pattern also matched inside of components."""
+    pattern = rule.get("pattern")
+    return rule if pattern is None else rule | {"pattern": pattern_anywhere(pattern)}
 
 
 # ------------------------------------------------------------------------------------------ leaves

@@ -22,8 +22,7 @@ from ._fingerprint import (
 )
 from ._meta import FORMAT, FULL, Saved, decode, digest, flatten_leaves
 from ._save import ADAPTER, METADATA
-from ._store import Where, check_files, damage, place
-from ._together import by_all, in_step
+from ._store import Where, by_all, check_files, damage, in_step, place
 
 
 def read(path: Where) -> Saved:

@@ -1,8 +1,7 @@
 """Rules as JSON and back, and the functions that they name."""
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 from .. import _quantized, initializers
 from .._adapters import RULES, LoRA
 from .._quantized import Scheme
-from .._rules import Rule, Slots, compile_pattern, pattern_anywhere
+from .._rules import Rule, Slots
 from .._untrusted import shorten, show
 from ..initializers import Initializer
 
@@ -76,31 +75,6 @@ def _encode_field(value: Any) -> Any:
         case Scheme():
             return {"scheme": type(value).__name__, "fields": dataclasses.asdict(value)}
     return {"function": value.name if isinstance(value, Foreign) else _name(value)}
-
-
-LONGEST = 1000  # characters of a pattern that is tried
-# A pattern that matches in time that is linear in the path: without repetition, one group at most.
-PLAIN = re.compile(r"\^?[\w/]*(?:\((?:\?:)?[\w|]+\)|\[\w+\])?[\w/]*\$?")
-
-
-def match_components(rules: Sequence[Fields], adapted: Sequence[str]) -> list[Fields]:
-    """Rewrites rules of format 1 so that their patterns take the same leaves by whole components.
-
-    By whole components a pattern matches fewer paths than before, and every leaf that it took is in
-    the adapter. So a plain pattern stays if it still matches those leaves. Other patterns are not
-    tried, as a file may hold one that takes for ever.
-    """
-    new, left = [], list(adapted)
-    for rule in rules:
-        if (pattern := rule.get("pattern")) is not None:
-            is_short = len(pattern) <= LONGEST
-            is_plain = is_short and PLAIN.fullmatch(pattern) and pattern.strip("/") == pattern
-            hits = {path for path in left if re.search(pattern, path)} if is_plain else set()
-            left = [path for path in left if path not in hits]
-            if not is_plain or not all(map(compile_pattern(pattern).search, hits)):
-                rule = rule | {"pattern": pattern_anywhere(pattern)}
-        new.append(rule)
-    return new
 
 
 def decode_rule(fields: Fields) -> Rule:

@@ -8,13 +8,12 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from .._quantized import is_quantized
-from .._rules import Rule, name_mistake
+from .._rules import Rule, check_rules
 from .._tree import adapter_leaves, check_fits, is_abstract, leaves_by_path, name_of, nest
 from .._types import Path, PyTree
 from ._fingerprint import fingerprint, is_fingerprint, shapes_of
 from ._meta import encode, flatten_leaves
-from ._store import Where, write
-from ._together import by_all
+from ._store import Where, by_all, write
 
 ADAPTER, METADATA = "adapter", "jlora"
 
@@ -155,11 +154,7 @@ def _check(
     """Returns the leaves of the adapter by path; raises for what cannot be saved."""
     found = adapter_leaves(adapter)
     _check_arrays(flatten_leaves(found), "adapter")
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise TypeError(
-                f"`rules` must be rules, such as jlora.LoRA(); got {name_mistake(rule)}."
-            )
+    check_rules(rules)
     if base is not None:
         check_fits(base, found)
     elif hash_values:

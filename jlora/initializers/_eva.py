@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from ._draw import dtype_of
-from ._sketched import SketchInitializer
+from ._initializer import SketchInitializer, dtype_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -1,7 +1,31 @@
-"""The class of initializers with options."""
+"""What initializers share: dtypes and random draws, and classes for options and for sketches."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._core import promote
+
+
+def dtype_of(site: Any, rule: Any) -> jnp.dtype:
+    """Returns the dtype of A and B: the rule's, or W's own, but at least float32."""
+    return jnp.dtype(promote(site.dtype, jnp.float32) if rule.dtype is None else rule.dtype)
+
+
+def draw(w: Any, site: Any, rule: Any, sample: Callable[..., jax.Array]) -> tuple[Any, Any, Any]:
+    """Returns `(w, a, b)`; `sample` draws A from a shape and a dtype."""
+    dtype = dtype_of(site, rule)
+    a_shape, b_shape = rule.factor_shapes(site)
+    return w, sample(a_shape, dtype), jnp.zeros(b_shape, dtype)
+
+
+def fan_in(site: Any) -> int:
+    """Counts the inputs that a product sums: 1 for a lookup."""
+    return 1 if site.kind == "embed" else site.inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,3 +44,58 @@ class Initializer:
     def __repr__(self) -> str:
         given = (f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
         return f"{self.name}({', '.join(given)})"
+
+
+AGAIN = "Sketch with the rules and the parameters that `init` gets."
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SketchInitializer(Initializer):
+    """An initializer that starts from a sketch of the same rules; checkpoints do not hold sketches.
+
+    Attributes:
+        sketch: from `jlora.sketch`.
+        kind: the kind of the sketch.
+    """
+
+    sketch: Any
+
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        sketch, name = self.sketch, self.name
+        if not hasattr(sketch, "sites") or not hasattr(sketch, "kind"):
+            raise TypeError(
+                f"`sketch` of {name} must be one from jlora.sketch; got a {type(sketch).__name__}."
+            )
+        if sketch.kind != self.kind:
+            raise ValueError(
+                f"`sketch` of {name} must be of kind {self.kind!r}; got one of kind "
+                f"{sketch.kind!r}."
+            )
+
+    def spectrum_at(self, site: Any, rule: Any, components: int) -> Any:
+        """Returns the spectrum of a site, with enough components or all that there are."""
+        sites, path = self.sketch.sites, site.path
+        found = sites.get(path)
+        if found is None:
+            listed = ", ".join(list(sites)[:3]) + (", …" if len(sites) > 3 else "")
+            raise ValueError(f"`sketch` has no site {path!r}, but {listed}. {AGAIN}")
+        if (found.shape, found.layout) != (site.shape, site.layout):
+            raise ValueError(
+                f"`sketch` has {path!r} with the shape {found.shape} and {found.layout}; got "
+                f"{site.shape} and {site.layout}. {AGAIN}"
+            )
+        slots = site.layout.slots
+        components = min(components, site.inputs, site.outputs // (slots[0] if slots else 1))
+        if found.values.shape[-1] < components:
+            raise ValueError(
+                f"`sketch` has {found.values.shape[-1]} components of {path!r}; rank {rule.rank} "
+                f"needs {components}. Sketch with `components={components}`, or lower the rank."
+            )
+        if not np.asarray(found.total).any():
+            raise ValueError(
+                f"`sketch` has nothing of {path!r}, as the loss did not depend on it. Sketch with "
+                "a loss and batches that use it, or give it a rule with another start."
+            )
+        return found

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ._draw import draw, fan_in
+from ._initializer import draw, fan_in
 
 
 def kaiming_uniform(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, Any, Any]:

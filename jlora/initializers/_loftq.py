@@ -11,7 +11,7 @@ from jax import lax
 from .._quantized import Form, Quantized, Scheme, form_of, is_quantized, quantize_weight, spell
 from .._rules import check_int, name_mistake, rule_name
 from ._initializer import Initializer
-from ._pissa import largest
+from ._pissa import factor_largest
 from ._split import Split, check_values, keep_sharding, map_stack, split_array, split_of
 
 
@@ -96,7 +96,7 @@ def _alternate(start: loftq, spec: Split, key: jax.Array, w: jax.Array) -> tuple
             """Returns the codes of `target`, W - codes - s·A·B, A and B."""
             assert spec.form is not None
             leaf = quantize_weight(target, start.scheme, spec.form)
-            return leaf, *split_array(largest, spec, key, wide - leaf.array(jnp.float32))
+            return leaf, *split_array(factor_largest, spec, key, wide - leaf.array(jnp.float32))
 
         def next_target(_: int, target: jax.Array) -> jax.Array:
             leaf, rest, _, _ = correct(target)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._quantized import is_quantized
-from ._draw import dtype_of
-from ._sketched import SketchInitializer
+from ._initializer import SketchInitializer, dtype_of
 from ._split import split_of, subtract
 
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 
-from ._pissa import factors_of
-from ._split import split, svd_part
+from ._pissa import make_factors
+from ._split import Factors, split, svd_part
 
 
 def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""MiLoRA: moves the r smallest singular values of W, with their vectors, into A and B.
+    r"""Moves the r smallest singular values of W, with their vectors, into A and B.
 
     It is `pissa` at the other end of the spectrum: the part that W needs least is trained. If W has
     less than full rank, A and B are nearly zero, and their gradients too.
@@ -40,10 +40,10 @@ def milora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array
         >>> jnp.abs(jnp.round(lora.init(jax.random.key(0), params, x)[0]["w"], 5)).tolist()
         [[0.0, 0.0], [0.0, 9.0]]
     """
-    return split(_smallest, key, w, site, rule)
+    return split(_factor_smallest, key, w, site, rule)
 
 
-def _smallest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+def _factor_smallest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> Factors:
     del key
     u, values, vt = svd_part(w, slice(-rank, None))
-    return factors_of(u, values, vt, scale)
+    return make_factors(u, values, vt, scale)

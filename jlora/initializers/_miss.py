@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._draw import dtype_of
+from ._initializer import dtype_of
 
 
 def miss(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""MiSS: A repeats the identity along the inputs and is frozen; B starts at zero.
+    r"""Repeats the identity along the inputs in A, which is frozen; B starts at zero.
 
     $\Delta W_{io} = s \, B_{i \bmod r, o}$: rows of ΔW that are r apart are equal. It has half
     of LoRA's parameters at the same rank, and nothing is random. Several input axes count as one.

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 
 from .._linalg import times
-from ._split import factor_qr, split, widen
+from ._split import Factors, factor_qr, split, widen
 
 
 def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""OLoRA: moves the first r columns and rows of the QR of W into A and B.
+    r"""Moves the first r columns and rows of the QR of W into A and B.
 
     With $W^\top = Q R$, $B = Q_r^\top$ has factor_qr rows, $A = R_r^\top = W Q_r$, and the base
     is $W - s \cdot A B$, in float32 and rounded once to W's dtype. Only the first r columns
@@ -43,10 +43,10 @@ def olora(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
         >>> lora.init(jax.random.key(0), params, x)[0]["w"].tolist()
         [[0.0, 0.0], [0.0, 5.0]]
     """
-    return split(_first, key, w, site, rule)
+    return split(_factor_first, key, w, site, rule)
 
 
-def _first(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
+def _factor_first(key: jax.Array, w: jax.Array, rank: int, scale: float) -> Factors:
     del key, scale
     w = widen(w)
     q, _ = factor_qr(w[..., :rank, :].mT)

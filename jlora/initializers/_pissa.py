@@ -10,13 +10,13 @@ from jax import lax
 from .._linalg import times
 from .._rules import check_int
 from ._initializer import Initializer
-from ._split import factor_qr, split, svd_part, widen
+from ._split import Factors, factor_qr, split, svd_part, widen
 
 MORE = 8  # directions beyond the rank, with which the iteration converges sooner
 
 
 def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array, jax.Array]:
-    r"""PiSSA: moves the r largest singular values of W, with their vectors, into A and B.
+    r"""Moves the r largest singular values of W, with their vectors, into A and B.
 
     With $W = U \Sigma V^\top$, $A = U_r \sqrt{\Sigma_r / s}$, $B = \sqrt{\Sigma_r / s}\, V_r^\top$
     and the base is $W - s \cdot A B$, in float32 and rounded once to W's dtype. In bfloat16 the
@@ -58,20 +58,18 @@ def pissa(key: jax.Array, w: Any, site: Any, rule: Any) -> tuple[Any, jax.Array,
         >>> base["w"].tolist(), jnp.round(lora.apply(base, adapter, x), 5).tolist()
         ([[2.0, 0.0], [0.0, 0.0]], [[2.0, 9.0]])
     """
-    return split(largest, key, w, site, rule)
+    return split(factor_largest, key, w, site, rule)
 
 
-def largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> tuple[jax.Array, jax.Array]:
-    """A and B of the largest singular values, by a full SVD."""
+def factor_largest(key: jax.Array, w: jax.Array, rank: int, scale: float) -> Factors:
+    """Computes A and B of the largest singular values, by a full SVD."""
     del key
     u, values, vt = svd_part(w, slice(rank))
-    return factors_of(u, values, vt, scale)
+    return make_factors(u, values, vt, scale)
 
 
-def factors_of(
-    u: jax.Array, values: jax.Array, vt: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """A and B of singular values and vectors: each gets the root of a value over the scale."""
+def make_factors(u: jax.Array, values: jax.Array, vt: jax.Array, scale: float) -> Factors:
+    """Computes A and B of singular vectors; each gets the root of a value over the scale."""
     root = jnp.sqrt(values / scale)
     return u * root[..., None, :], root[..., :, None] * vt
 
@@ -117,9 +115,7 @@ class _Iterate:
 
     iterations: int
 
-    def __call__(
-        self, key: jax.Array, w: jax.Array, rank: int, scale: float
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, key: jax.Array, w: jax.Array, rank: int, scale: float) -> Factors:
         w = widen(w)
         *stack, inputs, outputs = w.shape
         columns = min(rank + MORE, inputs, outputs)
@@ -132,4 +128,4 @@ class _Iterate:
         q = lax.fori_loop(0, self.iterations, iterate, factor_qr(times(w, omega))[0])
         z, rest = factor_qr(times(w.mT, q))
         u, values, vt = svd_part(rest.mT, slice(rank))
-        return factors_of(times(q, u), values, times(vt, z.mT), scale)
+        return make_factors(times(q, u), values, times(vt, z.mT), scale)

@@ -9,19 +9,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from .. import _compat
-from .._core import RANK, Axis, Change, Delta, Factor, explicit, leaf_weight, mesh_axes, promote
-from .._linalg import each, qr
+from .._core import RANK, Axis, Change, Delta, Factor, explicit, fit_spec, leaf_weight, promote
+from .._linalg import map_matrices, qr
 from .._quantized import Form, Quantized, is_quantized, quantize_weight
 from .._rules import rule_name
 from .._types import Layout
 from .._whole import check_whole
-from ._draw import dtype_of
+from ._initializer import dtype_of
 
+Factors = tuple[jax.Array, jax.Array]  # A and B, or Q and R
 # `(key, w, rank, scale) -> (a, b)` of matrices (…, inputs, outputs): scale·A·B is taken from them.
-Factored = Callable[[jax.Array, jax.Array, int, float], tuple[jax.Array, jax.Array]]
+Factored = Callable[[jax.Array, jax.Array, int, float], Factors]
 
 
 class Split(NamedTuple):
@@ -56,7 +57,7 @@ class Split(NamedTuple):
 
 
 def split_of(w: Any, site: Any, rule: Any, form: Form | None = None) -> Split:
-    """How a site is split under a rule."""
+    """Says how a site is split under a rule."""
     form = w.form if is_quantized(w) else form
     return Split(site.layout, rule.rank, rule.scale, dtype_of(site, rule), form)
 
@@ -131,9 +132,7 @@ def _in_slots(f: Callable[..., Any], spec: Split, w: jax.Array) -> tuple[Any, An
     return jnp.concatenate(parts, axis), a, b
 
 
-def _factor_matrices(
-    factored: Factored, spec: Split, key: jax.Array, w: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _factor_matrices(factored: Factored, spec: Split, key: jax.Array, w: jax.Array) -> Factors:
     stack, inputs, outputs = (tuple(w.shape[d] for d in axes) for axes in spec.layout[:3])
     x = lax.transpose(w, [d for axes in spec.layout[:3] for d in axes])
     x = x.reshape(*stack, math.prod(inputs), math.prod(outputs))
@@ -162,12 +161,12 @@ def svd_part(w: jax.Array, kept: slice) -> tuple[jax.Array, jax.Array, jax.Array
         u, values, vt = jnp.linalg.svd(widen(w), full_matrices=False)
         return u[..., kept], values[..., kept], vt[..., kept, :]
 
-    return each(of, w) if w.ndim == 2 else lax.map(lambda w: each(of, w), w)
+    return map_matrices(of, w) if w.ndim == 2 else lax.map(lambda w: map_matrices(of, w), w)
 
 
-def factor_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def factor_qr(x: jax.Array) -> Factors:
     """Computes Q and R of matrices (…, n, r); sharded rows stay on their devices."""
-    return each(qr, x, on_cpu=lambda x: tuple(jnp.linalg.qr(x)))
+    return map_matrices(qr, x, on_cpu=lambda x: tuple(jnp.linalg.qr(x)))
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -217,22 +216,15 @@ def _put_like(new: jax.Array, old: Any) -> jax.Array:
 
 
 def _shardings(spec: Split, known: NamedSharding, w: Any, a: Any, b: Any) -> tuple[Any, Any, Any]:
-    """The shardings of W, A and B along the axes of the mesh of `known`, that of W."""
+    """Returns the shardings of W, A and B over the mesh of `known`, the sharding of W."""
 
-    def place(axes: Sequence[int | None], x: Any) -> NamedSharding:
+    def place(x: Any, axes: Sequence[int | None]) -> NamedSharding:
         spec = [None if d is None else known.spec[d] for d in axes]
-        parts = [math.prod(known.mesh.shape[n] for n in mesh_axes(entry)) for entry in spec]
-        fits = [n % k == 0 for n, k in zip(x.shape, parts, strict=True)]
-        spec = [entry if fit else None for entry, fit in zip(spec, fits, strict=True)]
-        return NamedSharding(known.mesh, PartitionSpec(*spec))
+        return NamedSharding(known.mesh, fit_spec(spec, x.shape, known.mesh))
 
     stack, inputs, outputs, slots = spec.layout
     beside = (*stack, *((None,) if slots is not None else ()))
-    of_a, of_b = place((*beside, *inputs, None), a), place((*beside, None, *outputs), b)
+    of_a, of_b = place(a, (*beside, *inputs, None)), place(b, (*beside, None, *outputs))
     if not is_quantized(w):
-        return place(range(w.ndim), w), of_a, of_b
-    parts = {
-        name: jax.tree.map(place, axes, getattr(w, name), is_leaf=lambda x: type(x) is tuple)
-        for name, axes in w.axes().items()
-    }
-    return dataclasses.replace(w, **parts), of_a, of_b
+        return place(w, range(w.ndim)), of_a, of_b
+    return w.map_arrays(place), of_a, of_b

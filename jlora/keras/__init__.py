@@ -1,6 +1,6 @@
 """Models of Keras with an adapter, as `compile` and `fit` take them.
 
-Nothing else in jlora imports Keras. Imports `_keys`, `_merge`, `_rules`, `_transform`, `_tree`,
+Nothing else in jlora imports Keras. Imports `_adapters`, `_merge`, `_rules`, `_transform`, `_tree`,
 `_types`.
 """
 

@@ -11,7 +11,7 @@ from .._compat import evaluate_now
 from .._core import promote
 from .._tree import check_fits, leaves_by_path
 from .._types import Path, PyTree
-from ..arithmetic._several import (
+from ..arithmetic._operands import (
     FROM_THE_START,
     RESIDUAL,
     flatten_each,

@@ -12,12 +12,10 @@ from jax import lax
 
 from .._adapters import LowRank, Routed, is_node, leading_axes, stop_gradients, weight_shape
 from .._tree import check_fits, leaves_by_path, nest
-from .._types import Path, PyTree
-from ..arithmetic._several import FROM_THE_START, RESIDUAL, is_residual, refuse
+from .._types import Path, PyTree, short
+from ..arithmetic._operands import FROM_THE_START, RESIDUAL, is_residual, refuse
 from ._fill import Leaves, check_methods
-from ._ids import check_ids
-from ._rows import Batch, NoRowsError, join_runs, rows_first
-from ._table import table_leaves
+from ._table import check_ids, table_leaves
 
 FORMS = ("side by side", "gathered")
 SHARE = 4  # A and B of all slots lie side by side where they are no more than this part of W
@@ -106,7 +104,7 @@ def route(
                 chosen = {path: _with_gate(x, i) for path, x in beside.items()}
                 args, kwargs = batch.arguments(run)
                 out = apply(base, nest(own | chosen), *args, **kwargs)
-                return rows_first(out, out_axes, length)
+                return move_rows_first(out, out_axes, length)
 
             first = ids[::length]
             over_runs = jax.vmap(apply_run, (0, 0, batch.axes), spmd_axis_name=spmd_axis_name)
@@ -220,3 +218,77 @@ def _gather(leaves: Leaves, ids: Any, base: PyTree) -> Leaves:
         return jax.tree.map(lambda x: take(x, 0), leaf)
 
     return {path: take_leaf(path, leaf) for path, leaf in leaves.items()}
+
+
+# ------------------------------------------------------------------------- the rows of a batch
+
+
+class NoRowsError(Exception):
+    """A result of several rows has no axis of rows."""
+
+
+class Batch:
+    """The arguments of a call: some are cut into rows, the others are shared by all rows.
+
+    Attributes:
+        axes: for each leaf its axis of rows, or None if it is shared.
+    """
+
+    def __init__(self, arguments: Any, in_axes: Any, count: int):
+        """Raises `ValueError` if an argument has not `count` rows along its axis."""
+        is_none = lambda x: x is None  # noqa: E731
+        axes = jax.tree.leaves(jax.tree.broadcast(in_axes, arguments, is_none), is_leaf=is_none)
+        flat, self._tree = jax.tree_util.tree_flatten_with_path(arguments, is_none)
+        self._leaves, self.axes = [x for _, x in flat], []
+        for (path, x), axis in zip(flat, axes, strict=True):
+            if axis is None or not hasattr(x, "shape"):
+                self.axes.append(None)
+                continue
+            if not -x.ndim <= axis < x.ndim or x.shape[axis] != count:
+                raise ValueError(
+                    f"argument {jax.tree_util.keystr(path)} after `ids` must have {count} rows "
+                    f"along its axis {axis}, as `ids` has; got {short(x)}. Name the axis in "
+                    "`in_axes` of route, or None for what all rows share."
+                )
+            self.axes.append(axis % x.ndim)
+
+    def cut(self, length: int) -> list[Any]:
+        """Cuts the rows of each leaf into runs: a new axis of runs precedes that of rows."""
+        return [
+            None if d is None else jnp.reshape(x, (*x.shape[:d], -1, length, *x.shape[d + 1 :]))
+            for x, d in zip(self._leaves, self.axes, strict=True)
+        ]
+
+    def arguments(self, run: list[Any]) -> Any:
+        """Returns the arguments of one run, from its part of what `cut` returns."""
+        pairs = zip(self._leaves, run, self.axes, strict=True)
+        return jax.tree.unflatten(self._tree, (x if d is None else rows for x, rows, d in pairs))
+
+
+def move_rows_first(out: Any, out_axes: Any, length: int) -> Any:
+    """Moves the `length` rows of each result to its first axis."""
+
+    def move(path: Any, x: Any, axis: int) -> jax.Array:
+        if jnp.ndim(x) == 0:
+            if length > 1:
+                raise NoRowsError
+            return jnp.reshape(x, (1,))
+        if not -x.ndim <= axis < x.ndim or x.shape[axis] != length:
+            raise ValueError(
+                f"result {jax.tree_util.keystr(path) or 'of `apply`'} must have the rows along its "
+                f"axis {axis}, or no axis; got {short(x)} for a batch of {length}. Name the axis "
+                "in `out_axes` of route."
+            )
+        return jnp.moveaxis(x, axis, 0)
+
+    return jax.tree_util.tree_map_with_path(move, out, jax.tree.broadcast(out_axes, out))
+
+
+def join_runs(out: Any, out_axes: Any) -> Any:
+    """Joins the rows of all runs, along the axis that `out_axes` says."""
+
+    def move(x: jax.Array, axis: int) -> jax.Array:
+        x = x.reshape(-1, *x.shape[2:])
+        return x if x.ndim == 1 else jnp.moveaxis(x, 0, axis)
+
+    return jax.tree.map(move, out, jax.tree.broadcast(out_axes, out))

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._core import promote
+from .._core import is_floating, promote
 from .._optimizer import check_transformation, is_transformation
-from .._rules import is_floating
 from .._types import PyTree
-from ._ids import check_mask, mask_of
-from ._table import table_leaves
+from ._table import check_mask, mask_of, table_leaves
 
 Make = Callable[..., optax.GradientTransformation]
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import is_node
 from .._compat import place_of
-from .._core import take
+from .._core import pick
 from .._merge import merge
 from .._rules import Rule
 from .._transform import dropout, transform
@@ -98,7 +98,7 @@ class Adapted(nnx.Module):
         What `f` changes in the model, in the modules and in the variables that it is given, is
         changed in the base and in those.
         """
-        given, put = take((args, kwargs), _has_state, _has_state)
+        given, put = pick((args, kwargs), _has_state, _has_state)
         held = [self.base, *given]
         graph, params, rest = nnx.split(held, _is_weight, ...)
 

@@ -17,7 +17,7 @@ from ._file import (
     Source,
     TensorInfo,
     check_within,
-    listing,
+    itemize,
     open_file,
     read_header,
     read_json,
@@ -29,7 +29,6 @@ ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 QUANTIZATION = "quantization_config"  # of `config.json`
 PIECE = 4 * 2**20  # bytes
-REFUSAL = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
 DEEPEST = 32  # nested folders
 LIMIT = 64 * 2**20  # bytes of an index, which may list 400,000 tensors
 # Weights in other formats, which would stay unmerged, and pickles, which hold weights or code.
@@ -70,12 +69,12 @@ class Checkpoint(NamedTuple):
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """What the configuration says of codes, wherever in it; empty for weights in floats."""
-        found = (part.get(QUANTIZATION) for part in nested_objects(self.config))
+        """The quantization by the configuration, wherever in it; empty for weights in floats."""
+        found = (part.get(QUANTIZATION) for part in walk_objects(self.config))
         return next((x for x in found if isinstance(x, dict)), {})
 
     def entry(self, name: str) -> TensorInfo:
-        """The tensor `name`."""
+        """Returns the tensor `name`."""
         return self.headers[self.where[name]].entries[name]
 
     def pieces(self, name: str, size: int = PIECE) -> Iterator[bytes]:
@@ -121,12 +120,12 @@ def open_checkpoint(
             if mapped.get(name) != where.get(name)
         ]
     if wrong:
-        raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {listing(wrong)}")
+        raise ValueError(f"`{argument}`: {source.folder} contradicts itself. {itemize(wrong)}")
     kept, left_out, odd = _others(source, {*files, INDEX} if mapped else set(files))
     if odd := [name for name in odd if copied or name == "config.json"]:
         raise ValueError(
             f"`{argument}`: {source.folder} has other things in the places of files. Put the files "
-            f"there, or remove these. {listing([_what_is(source, name) for name in odd])}"
+            f"there, or remove these. {itemize([_describe(source, name) for name in odd])}"
         )
     for name in kept if not follow_links else ():
         check_within(source, source.folder / name)
@@ -134,12 +133,12 @@ def open_checkpoint(
         kept.append(INDEX)
     matrices = (e.shape for h in headers.values() for e in h.entries.values() if len(e.shape) == 2)
     config = read_json(source, "config.json", LIMIT) if "config.json" in kept else {}
-    vocabulary = _tied_vocabulary(config, collections.Counter(rows for rows, _ in matrices))
+    vocabulary = _find_vocabulary(config, collections.Counter(rows for rows, _ in matrices))
     return Checkpoint(source, headers, where, kept, left_out, vocabulary, config)
 
 
 def holds(path: str | os.PathLike[str]) -> set[str]:
-    """Says what is in a folder, by the names of its files.
+    """Finds out what is in a folder, by the names of its files.
 
     Args:
         path: the folder.
@@ -165,7 +164,7 @@ def holds(path: str | os.PathLike[str]) -> set[str]:
     return {what for what, there in found.items() if there}
 
 
-def nested_objects(config: Mapping[str, Any]) -> Iterator[Any]:
+def walk_objects(config: Mapping[str, Any]) -> Iterator[Any]:
     """Yields a configuration and all objects within it, as models of models have them."""
     left: list[Any] = [config]
     while left:
@@ -200,7 +199,7 @@ def explain_shorter(source: Source, name: str) -> Iterator[None]:
 
 
 def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
-    """The safetensors files, and the index's file of each tensor if there is an index."""
+    """Lists the safetensors files, and maps tensors to them by the index; None without one."""
     one, index = ((source.folder / name).exists() for name in (ONE, INDEX))
     if not index:
         if not one and source.folder.is_dir():
@@ -237,7 +236,7 @@ def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
         shutil.copyfile(checkpoint.source.folder / name, folder / name)
 
 
-def _what_is(source: Source, name: str) -> str:
+def _describe(source: Source, name: str) -> str:
     path = source.folder / name
     what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
     return f"{show(name)}: is {'a folder' if path.is_dir() else what}"
@@ -278,9 +277,9 @@ def _walk(source: Source, folder: Path, depth: int) -> Iterator[Path]:
             yield from _walk(source, path, depth - 1)
 
 
-def _tied_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> frozenset[int]:
-    """The lengths that a shared embedding may have; `rows` counts the matrices by their rows."""
-    each = list(nested_objects(config))
+def _find_vocabulary(config: Mapping[str, Any], rows: Mapping[int, int]) -> frozenset[int]:
+    """Finds the lengths that a shared embedding may have; `rows` counts matrices by their rows."""
+    each = list(walk_objects(config))
     ties = [part["tie_word_embeddings"] for part in each if "tie_word_embeddings" in part]
     names = config.get("architectures")
     names = names if isinstance(names, list) else []

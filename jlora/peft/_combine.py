@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.dtypes import canonicalize_dtype
 
 from .._adapters import LowRank, weight_shape
 from .._tree import adapter_leaves
 from .._types import PyTree
-from ._file import listing, shorten, show
+from ._file import itemize, shorten, show
 from ._problems import Problems
-from .adapter._alone import Alone, read_alone, torch_leaf, write_alone
+from .adapter._alone import Alone, as_leaf, read_alone, write_alone
 from .adapter._config import DEFAULTS
 from .adapter._contents import Part
-from .adapter._describe import scales_of, with_scales
+from .adapter._describe import find_scales, set_scales
 from .names._convert import split_factors
+from .names._weights import explain_narrowing
 
 Fields = dict[str, Any]
 Where = str | os.PathLike[str]
@@ -86,9 +86,9 @@ def combine(
     names = [os.fspath(path) for path in paths]
     wrong = [*_find_contradictions(names, each), *_find_unsupported(names, each)]
     if wrong:
-        raise ValueError(f"`paths`: the adapters cannot be combined. {listing(wrong)}\n{REMEDY}")
+        raise ValueError(f"`paths`: the adapters cannot be combined. {itemize(wrong)}\n{REMEDY}")
     made = merge([alone.nodes for alone in each])
-    parts = _parts(made, {part.key: part for alone in each for part in alone.parts})
+    parts = _parts(made, {part.key: part for alone in each for part in alone.contents.parts})
     fields, problems = _fields(each, parts), Problems("`merge` gave what has no form in PEFT")
     write_alone(out, fields, parts, each, problems, "paths")
     return made
@@ -108,7 +108,7 @@ def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[st
             wrong.append(f"{field}: {listed}; if this is one model, give it one name in all files")
     first: dict[str, tuple[str, np.ndarray]] = {}
     for alone, name in zip(each, names, strict=True):
-        for key, x in alone.frozen.items():
+        for key, x in alone.contents.frozen.items():
             other, y = first.setdefault(key, (name, x))
             if not np.array_equal(x, y):
                 wrong.append(f"{show(key)}: frozen with other values in {other} than in {name}")
@@ -118,61 +118,60 @@ def _find_contradictions(names: Sequence[str], each: Sequence[Alone]) -> list[st
 def _find_unsupported(names: Sequence[str], each: Sequence[Alone]) -> list[str]:
     """Finds what cannot be combined without the model."""
     wrong = []
-    for alone, name in zip(each, names, strict=True):
+    for (adapter, own, _), name in zip(each, names, strict=True):
         for why, found in (
-            ("trained in full, so that the change is known from the base alone", [*alone.full]),
-            ("rows that are replaced, whose change is known from the base alone", [*alone.rows]),
+            ("trained in full, so that the change is known from the base alone", [*own.full]),
+            (
+                "rows that are replaced, whose change is known from the base alone",
+                [x.module for x in own.tokens.values()],
+            ),
             (
                 "of DoRA, whose change is no s·A·B and has no sum",
-                [x.key for x in alone.parts if x.m is not None],
+                [x.key for x in own.parts if x.m is not None],
             ),
             (
                 "of several parameters, which the file does not tell apart",
-                [m for m in alone.adapter.parts if len(alone.adapter.selection.parameters(m)) > 1],
+                [m for m in adapter.modules if len(adapter.selection.parameters(m)) > 1],
             ),
             (
                 "of float64, which needs jax_enable_x64",
-                [x.key for x in alone.parts if any(canonicalize_dtype(y) != y for y in _types(x))],
+                [x.key for x in own.parts if any(explain_narrowing(y.dtype) for y in x.arrays)],
             ),
         ):
             listed = ", ".join(map(show, found[:9])) + ", …" * (len(found) > 9)
             wrong += [f"{name}: {listed}: {why}"] if found else []
-    heads = {(x.key, alone.tied.get(x.key)) for alone in each for x in alone.parts}
+    heads = {(x.key, alone.tied.get(x.key)) for alone in each for x in alone.contents.parts}
     wrong += [
         f"{show(key)}: has A and B of {show(head)}, which shares its weight, in one adapter alone"
         for key, head in heads
         if head is not None and {(key, None), (head, None)} & heads
     ]
-    shapes = {(part.a.shape, part.b.shape) for alone in each for part in alone.parts}
+    shapes = {(part.a.shape, part.b.shape) for alone in each for part in alone.contents.parts}
     if len(shapes) > SHAPES:
         wrong.append(f"{len(shapes)} pairs of shapes of A and B; expected at most {SHAPES}")
     return wrong
 
 
-def _types(part: Part) -> list[np.dtype]:
-    return [x.dtype for x in part.arrays]
-
-
 def _parts(made: PyTree, known: Mapping[str, Part]) -> list[Part]:
-    """A and B of the result, in PEFT's layout."""
+    """Makes A and B of the result, in PEFT's layout."""
     found = {"/".join(path): x for path, x in adapter_leaves(made).items()}
     keys = dict.fromkeys((*known, *found))
     if odd := [key for key in keys if not _fits(found.get(key), known.get(key))]:
         raise ValueError(
             "`merge` must give a LowRank for the weight of each module of the adapters, and for no "
-            f"other. {listing([*map(show, odd)])}"
+            f"other. {itemize([*map(show, odd)])}"
         )
     return [
         known[key]._replace(a=a, b=b, scale=node.scale)
         for key, node in found.items()
-        for a, b in split_factors(torch_leaf(known[key]), node)
+        for a, b in split_factors(as_leaf(known[key]), node)
     ]
 
 
 def _fits(node: Any, part: Part | None) -> bool:
     if part is None or type(node) is not LowRank:
         return False
-    leaf = torch_leaf(part)
+    leaf = as_leaf(part)
     return weight_shape(node) == leaf.shape and node.layout[:3] == leaf.layout[:3]
 
 
@@ -180,20 +179,20 @@ def _fits(node: Any, part: Part | None) -> bool:
 
 
 def _fields(each: Sequence[Alone], parts: Sequence[Part]) -> Fields:
-    """A configuration that selects `parts` and the heads tied to them, with their scales."""
+    """Makes a configuration that selects `parts` and their tied heads, with their scales."""
     given = [DEFAULTS | alone.adapter.fields for alone in each]
     tied = {key: head for alone in each for key, head in alone.tied.items()}
     kept = {key: given[0][key] for key in KEPT if all(x[key] == given[0][key] for x in given)}
     for key in BASES:
         kept[key] = next((fields[key] for fields in given if fields[key] is not None), None)
     fields = DEFAULTS | kept | _selection(given, parts, tied)
-    return with_scales(fields, scales_of(parts, tied))
+    return set_scales(fields, find_scales(parts, tied))
 
 
 def _selection(
     each: Sequence[Fields], parts: Sequence[Part], tied: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The fields that select the modules of all adapters, and no other module of their model."""
+    """Makes the fields that select the modules of all adapters, and no other module."""
     rows = [{key: _or_none(fields[key]) for key in SELECTION} for fields in each]
     targets = [row.pop("target_modules") for row in rows]
     common = {key: each[0][key] for key in SELECTION}

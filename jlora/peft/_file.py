@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -33,8 +33,8 @@ class Source(NamedTuple):
     Attributes:
         folder: the folder.
         argument: the user's argument that named it, for errors.
-        links: whether its files may be symbolic links: `none`, `within` the folder or the download
-            cache that it is of, or `all`.
+        links: which symbolic links its files may be: `none`, those `within` the folder or the
+            download cache around it, or `all`.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Source(NamedTuple):
 
 @contextlib.contextmanager
 def open_file(source: Source, name: str) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a regular file of `source`, and gives it with its size in bytes."""
+    """Opens a regular file of `source`, and yields it with its size in bytes."""
     path = source.folder / name
     if source.links == "within":
         check_within(source, path)
@@ -115,7 +115,7 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
     """
     check_values(data, what)
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+        value = json.loads(data.decode(), object_pairs_hook=_make_object, parse_constant=_refuse)
     except RecursionError:
         raise ValueError(f"{what} is nested too deeply.") from None
     except ValueError as e:
@@ -125,14 +125,14 @@ def parse(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def listing(found: Sequence[str]) -> str:
+def itemize(found: Sequence[str]) -> str:
     """Counts problems and lists the first hundred of them."""
     shown = [f"  {p}" for p in found[:100]]
     shown += [f"  … and {len(found) - 100} more"] * (len(found) > 100)
     return f"{len(found)} problems:\n" + "\n".join(shown)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -167,7 +167,7 @@ OTHERS = {
 
 
 class TensorInfo(NamedTuple):
-    """What a tensor of a file is, before its values are read.
+    """A tensor of a file, before its values are read.
 
     Attributes:
         key: its name in the file.
@@ -219,7 +219,7 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
                 f"{what} names a tensor {shorten(key)}; expected at most {NAME_LIMIT} printable "
                 f"characters, with at most {DEPTH_LIMIT} dots."
             )
-        entry = _tensor(key, fields)
+        entry = _parse_tensor(key, fields)
         if entry is None:
             raise ValueError(f"{what} describes {shorten(key)} wrongly: {shorten(fields)}.")
         entries[key] = entry
@@ -227,12 +227,12 @@ def read_header(source: Source, name: str = TENSORS) -> Header:
     return Header(entries, 8 + count, size)
 
 
-def _tensor(key: str, fields: Any) -> TensorInfo | None:
+def _parse_tensor(key: str, fields: Any) -> TensorInfo | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = (fields[k] for k in ("dtype", "shape", "data_offsets"))
     known = isinstance(dtype, str) and (dtype in DTYPES or dtype in OTHERS)
-    if not known or not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+    if not known or not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:
         return None
     itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else OTHERS[dtype]
     if len(shape) > 16 or math.prod(shape) * itemsize != offsets[1] - offsets[0]:
@@ -240,7 +240,7 @@ def _tensor(key: str, fields: Any) -> TensorInfo | None:
     return TensorInfo(key, dtype, tuple(shape), *offsets)
 
 
-def _naturals(values: Any) -> bool:
+def _are_naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
@@ -261,13 +261,14 @@ def _check_extents(entries: dict[str, TensorInfo], size: int, what: str) -> None
         )
 
 
-def reader(file: BinaryIO, header: Header) -> Callable[[str], np.ndarray]:
-    """A function that reads one tensor by name."""
-
-    def read(name: str) -> np.ndarray:
-        entry = header.entries[name]
-        file.seek(header.data + entry.start)
-        data = file.read(entry.stop - entry.start)
-        return np.frombuffer(data, (DTYPES | COUNTS)[entry.dtype]).reshape(entry.shape)
-
-    return read
+def read_tensors(
+    source: Source, header: Header, tensors: Iterable[TensorInfo]
+) -> dict[str, np.ndarray]:
+    """Reads some tensors of an adapter by their names."""
+    found = {}
+    with open_file(source, TENSORS) as (file, _):
+        for x in tensors:
+            file.seek(header.data + x.start)
+            data = np.frombuffer(file.read(x.stop - x.start), (DTYPES | COUNTS)[x.dtype])
+            found[x.key] = data.reshape(x.shape)
+    return found

@@ -13,13 +13,13 @@ from .._types import PyTree
 from ._file import Source
 from ._problems import Problems
 from .adapter._contents import Part, sort_tensors
-from .adapter._files import Files, open_files, tensors_in
+from .adapter._files import Files, list_tensors, open_files
 from .adapter._match import match_to_tree, refuse_wide
 from .adapter._miss import as_lora, is_miss
 from .adapter._parameters import assign_parameters, refuse_biases
 from .adapter._tokens import Tokens
 from .names._advice import advise
-from .names._convert import join_weight, node_of, rows_node
+from .names._convert import join_factors, join_rows, join_weight
 from .names._leaves import NamedLeaf, resolve, sort_by_row
 from .names._names import Name
 
@@ -88,11 +88,11 @@ def load(path: str | os.PathLike[str], base: PyTree, names: Sequence[Name]) -> P
 def _value(leaf: NamedLeaf, own: Any, static: Mapping[str, Any]) -> Any:
     """Makes a leaf of the adapter tree from what its modules have."""
     if isinstance(own, Tokens):
-        return rows_node(leaf, own.rows, own.v)
+        return join_rows(leaf, own.rows, own.v)
     if not isinstance(own[0], Part):
         return jnp.asarray(join_weight(leaf, own))
     scale = own[0].scale * leaf.factor
-    return node_of(leaf, [part.arrays for part in own], scale=scale, **static)
+    return join_factors(leaf, [part.arrays for part in own], scale=scale, **static)
 
 
 def fit(
@@ -108,10 +108,10 @@ def fit(
         files = as_lora(files, shapes, problems)
     adapter = sort_tensors(files, problems)
     refuse_biases(adapter, problems)
-    parts = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
-    match = match_to_tree(adapter, parts, leaves, problems)
+    found = assign_parameters(adapter, shapes, WHERE, problems, ordered=True)
+    match = match_to_tree(found, adapter.heads, leaves, problems)
     if not files.is_own:
-        refuse_wide(tensors_in(match), problems)
-    found = match.read(files.values(match, problems), problems)
+        refuse_wide(list_tensors(match), problems)
+    each = match.read(files.values(match, problems), problems)
     problems.stop()
-    return files.fields, found
+    return files.fields, each

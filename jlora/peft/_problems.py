@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ._file import CONFIG, TensorInfo, listing, show
+from ._file import CONFIG, TensorInfo, itemize, show
 
 
 class Problems:
@@ -12,7 +12,7 @@ class Problems:
 
     Attributes:
         found: what is wrong.
-        unused: what a configuration names and nothing has, which PEFT accepts and so do we.
+        unused: names in a configuration that match nothing; PEFT accepts them, and so does jlora.
     """
 
     def __init__(self, title: str, advice: Callable[[Sequence[str]], str] = lambda found: ""):
@@ -38,7 +38,7 @@ class Problems:
         """Raises if anything is wrong, the problems that are passed included."""
         self.found += more
         if self.found:
-            raise ValueError(f"{self.title}. {listing(self.found)}{self.advice(self.found)}")
+            raise ValueError(f"{self.title}. {itemize(self.found)}{self.advice(self.found)}")
 
     def warn(self) -> None:
         """Warns about what is unused, on behalf of the function that the user called."""

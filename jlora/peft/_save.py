@@ -12,15 +12,16 @@ from ._file import DTYPES, PREFIX
 from ._load import fit
 from ._problems import Problems
 from .adapter._config import DEFAULTS, MISS, ROWS_DEFAULTS, problems_of
-from .adapter._describe import Fields, describe, describe_rows_alone, frozen_beside, saved_in_full
-from .adapter._files import in_memory, write
-from .adapter._miss import MISS_DEFAULTS, fields_of_lora, from_lora, is_miss, problems_of_miss
+from .adapter._describe import Fields, describe, describe_rows_alone, find_frozen, find_full
+from .adapter._files import as_files, write
+from .adapter._miss import MISS_DEFAULTS, from_lora, is_miss, list_miss_problems, translate_fields
 from .adapter._tokens import DELTA, DELTA_ALONE
-from .adapter._tree import Tree, arrange, check_one_method, frozen_tensors, tensors_of
+from .adapter._tree import Tree, arrange, check_one_method, make_frozen_tensors, make_tensors
 from .adapter._vllm import flatten_for_vllm
 from .names._convert import split_weight
 from .names._leaves import NamedLeaf
 from .names._names import Name
+from .names._weights import split_all
 
 _METHOD = f"leave peft_type out, or give {MISS!r}"
 Written = tuple[Fields, dict[str, np.ndarray]]  # a configuration, and tensors by their keys
@@ -152,7 +153,7 @@ def _files(
         "`adapter` has no form in PEFT that `load` would read as the same, as where its modules "
         "cannot be selected apart from others"
     )
-    fit(in_memory(fields, found, "config"), tree.leaves, Problems(title))
+    fit(as_files(fields, found, "config"), tree.leaves, Problems(title))
     return fields, found
 
 
@@ -163,30 +164,32 @@ def _as_lora(tree: Tree, given: Fields, profile: str | None) -> Written:
         fields["use_dora"] = any(part.m is not None for part in parts)
     _refuse_config(problems_of(fields, _METHOD))
     fields = describe(fields, given, tree, parts)
-    full, frozen = saved_in_full(fields, tree), frozen_beside(fields, tree)
+    full, frozen = find_full(fields, tree), find_frozen(fields, tree)
     unchanged = [leaf for leaf, _ in full if leaf.path not in tree.found]
     _check_values([*unchanged, *frozen.values()])
     if profile == "vllm":
         keys = [key for _, keys in full for key in keys]
         fields, parts = flatten_for_vllm(fields, parts, keys, [x.module for x in tokens])
-    found = tensors_of(parts, tree.tied)
+    found = make_tensors(parts, tree.tied)
     for leaf, keys in full:
-        each = split_weight(leaf, tree.found.get(leaf.path, leaf.value))
+        each = [*split_weight(leaf, tree.found.get(leaf.path, leaf.value)).values()]
         found |= dict(zip(keys, each, strict=True))
         if leaf.path in tree.found and (head := tree.tied.get(leaf.modules[0])):
             found[f"{PREFIX}{head}.weight"] = each[0]
-    found |= frozen_tensors({name: split_weight(x, x.value)[0] for name, x in frozen.items()})
+    own = split_all(frozen.values())  # a head has the values of its embedding
+    values = {name: own.get(name, own[leaf.parameters[0]]) for name, leaf in frozen.items()}
+    found |= make_frozen_tensors(values)
     return fields, found | {f"{PREFIX}{x.module}{DELTA}": x.v for x in tokens}
 
 
 def _as_miss(tree: Tree, given: Fields, profile: str | None) -> Written:
-    _refuse_config(problems_of_miss(MISS_DEFAULTS | given))
+    _refuse_config(list_miss_problems(MISS_DEFAULTS | given))
     if profile is not None:
         raise ValueError(
             f"`profile` {profile!r} is of LoRA, and `config` asks for {MISS}. "
             "Leave peft_type out of it."
         )
-    fields, found = _as_lora(tree, fields_of_lora(given), None)
+    fields, found = _as_lora(tree, translate_fields(given), None)
     return from_lora(given, fields, tree.parts, found)
 
 

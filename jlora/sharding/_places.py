@@ -1,6 +1,8 @@
-"""How a base is sharded: from arrays, shardings, PartitionSpecs or Flax's metadata."""
+"""How a base is sharded: from arrays, shardings, specs or Flax's metadata; codes like weights."""
 
+import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,8 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from .._adapters import is_node
 from .._compat import is_concrete
-from .._quantized import Quantized, is_quantized
-from .._tree import check_base, leaves_by_path
+from .._core import count_pieces, mesh_axes
+from .._quantized import Quantized, is_quantized, spell
+from .._tree import check_base, leaves_by_path, name_of
 from .._types import Path, PyTree
 
 Place = PartitionSpec | Sharding
@@ -77,7 +80,7 @@ def _of_quantized(x: Quantized) -> Any:
     if not isinstance(found, PartitionSpec | NamedSharding):
         return found
     spec = found if isinstance(found, PartitionSpec) else found.spec
-    by_axis = dict(zip(x.axes()["data"], spec, strict=False))
+    by_axis = dict(zip(x.form.coded, spec, strict=False))
     return with_spec(found, PartitionSpec(*(by_axis.get(d) for d in range(x.ndim))))
 
 
@@ -103,3 +106,86 @@ def with_spec(place: Place, spec: PartitionSpec) -> Place:
     if not isinstance(place, NamedSharding):
         return spec if isinstance(place, PartitionSpec) else place
     return NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)
+
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+# -------------------------------------------------------------------------------- quantized weights
+
+
+class Misfit(Exception):  # noqa: N818 - collected into one ValueError
+    """A partition cannot be that of its weight."""
+
+
+def gathered(base: PyTree, specs: PyTree) -> PyTree:
+    """Returns a base whose quantized weights are resharded as codes, before they are unpacked.
+
+    Where FSDP shards weights that each device needs whole, XLA would unpack the shards first and
+    all-gather the result: four times the bytes. Within `jax.jit` nothing tells which axes of the
+    mesh these are, so name them inside the loss function:
+
+        base = sharding.gathered(base, sharding.replicated(specs, "fsdp"))
+
+    Args:
+        base: the frozen tree.
+        specs: a tree with the paths of `base`: for each quantized weight a PartitionSpec, along the
+            axes of `jax.set_mesh`, or a NamedSharding. Other leaves are ignored.
+
+    Returns:
+        A tree of the same arrays.
+
+    Raises:
+        ValueError: if `specs` lacks a quantized weight.
+
+    Examples:
+        >>> import jax.numpy as jnp, jlora
+        >>> from jax.sharding import PartitionSpec as P
+        >>> from jlora import sharding
+        >>> base, specs = {"w": jnp.ones((128, 64))}, {"w": P("fsdp", "tensor")}
+        >>> base = jlora.quantize(base, jlora.NF4("w"))
+        >>> sharding.gathered(base, sharding.replicated(specs, "fsdp"))["w"].used
+        P(None, 'tensor')
+    """
+    places = dict(leaves_by_path(specs, lambda x: isinstance(x, Place)))
+    leaves = leaves_by_path(base)
+    missing = [name_of(path) for path, x in leaves if is_quantized(x) and path not in places]
+    if missing:
+        raise ValueError(
+            f"`specs` of gathered lacks {len(missing)} quantized weights of `base`: "
+            f"{', '.join(missing)}. Give the partition of each."
+        )
+    found = [
+        dataclasses.replace(x, used=places[path]) if is_quantized(x) else x for path, x in leaves
+    ]
+    return jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_quantized), found)
+
+
+def describe(entry: Any, mesh: Mesh) -> str:
+    """Names the axes of the mesh over which an entry divides an axis, with their sizes."""
+    return " × ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes(entry))
+
+
+def check_blocks(entries: Mapping[int, Any], leaf: Quantized, mesh: Mesh) -> None:
+    """Raises `Misfit` if a device would get a part of a block."""
+    form, name = leaf.form, spell(leaf.scheme)
+    for d, entry in entries.items():
+        n = count_pieces(entry, mesh)
+        if n == 1 or d in form.stack:
+            continue
+        over = describe(entry, mesh)
+        length = leaf.shape[d]
+        if form.flat:
+            raise Misfit(
+                f"axis {d} of length {length} is divided over {over}, but blocks of {name} run "
+                "over the ends of its rows; quantize it with a block that divides its inputs"
+            )
+        # Of 4 bits, a block has two codes a byte from end to end.
+        whole = form.is_whole(d) and not (leaf.scheme.bits == 4 and d == form.axis)
+        if not whole and (length // n) % form.blocks[d]:
+            fits = [b for b in leaf.scheme.legal if (length // n) % b == 0]
+            raise Misfit(
+                f"axis {d} of length {length} over {over} gives each device {length // n}, which "
+                f"is no multiple of the block {form.blocks[d]} of {name}; "
+                + (f"blocks of {', '.join(map(str, fits))} would fit" if fits else "none would fit")
+            )

@@ -12,13 +12,22 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapters import arrays, is_node, weight_shape
-from .._core import mesh_axes
+from .._core import count_pieces, mesh_axes
 from .._quantized import is_quantized
 from .._rules import near_misses
 from .._tree import adapter_leaves, leaves_by_path, name_of
 from .._types import Path, PyTree
-from ._places import Place, Unknown, everywhere, places_of, with_spec
-from ._quantized import Mesh, Misfit, check_blocks, describe, devices, quantized_places
+from ._places import (
+    Mesh,
+    Misfit,
+    Place,
+    Unknown,
+    check_blocks,
+    describe,
+    everywhere,
+    places_of,
+    with_spec,
+)
 
 
 def specs(base: PyTree, adapter: PyTree, mesh: Mesh | None = None) -> PyTree:
@@ -229,7 +238,7 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
             check_blocks(entries, leaf, known)
         if is_node(leaf) and leaf.layout.slots is not None:
             count, _, axis = leaf.layout.slots
-            if shape[axis] // count % devices(entries[axis], known):
+            if shape[axis] // count % count_pieces(entries[axis], known):
                 del entries[axis]  # each device has all of a slot that cannot be divided
     if isinstance(place, PartitionSpec) and mesh is not None:
         place = NamedSharding(mesh, spec)
@@ -243,7 +252,7 @@ def _follow(place: Any, leaf: Any, mesh: Mesh | None) -> Any:
 def _each(leaf: Any, dims: Sequence[int], place: Callable[[Sequence[Any]], Place]) -> Any:
     """Returns `leaf` with the places of its arrays: `place` of what each of their axes follows."""
     if is_quantized(leaf):
-        return quantized_places(leaf, place)
+        return leaf.map_arrays(lambda _, dims: place(dims))
     if not is_node(leaf):
         return place(dims)
     axes = leaf.axes(leaf.layout)
@@ -266,7 +275,7 @@ def _check_entries(entries: Collection[Any], shape: tuple[int, ...], mesh: Mesh)
         if names.count(name) > 1:
             raise Misfit(f"the mesh axis {name!r} is used for more than one axis")
     for axis, (entry, length) in enumerate(zip(entries, shape, strict=True)):
-        n = devices(entry, mesh)
+        n = count_pieces(entry, mesh)
         if length % n:
             over = describe(entry, mesh)
             raise Misfit(f"axis {axis} of length {length} cannot be divided over {over}")

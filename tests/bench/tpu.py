@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import jlora
 from jlora import many
-from jlora._planning._topology import has_compiler, mesh_of
+from jlora._planning._mesh import has_compiler, mesh_of
 from jlora.many._route import FORMS
 
 from . import report, traffic

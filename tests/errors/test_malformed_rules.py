@@ -14,7 +14,7 @@ from small import each_refusal, exactly, model
 
 import jlora
 from jlora import Full, LoRA, Slots, checkpoint
-from jlora._adapters import _keywords
+from jlora._adapters._lora import KEYWORDS_OF_PEFT
 
 NUMBERS = "must be a positive finite number"
 PATTERN = "`pattern` of {} must be a regular expression as a string; got {!r} of type {}."
@@ -137,7 +137,7 @@ def test_malformed_rule(provoke: Callable[[], Any], error: type[Exception], mess
 @pytest.mark.parametrize("rule", [LoRA, jlora.DoRA])
 def test_keywords_of_peft(rule: type) -> None:
     """Each says what to give; another keyword is Python's own error, and the signature stays."""
-    for name, remedy in _keywords.PEFT.items():
+    for name, remedy in KEYWORDS_OF_PEFT.items():
         message = f"{rule.__name__} does not have the keywords of PEFT: `{name}` is {remedy}."
         with pytest.raises(TypeError, match=exactly(message)):
             rule("w", **{name: 1})

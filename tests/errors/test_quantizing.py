@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
-from flax.errors import FlaxError
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from small import KEY, NO_ARRAY, array, each_refusal, exactly, swap
@@ -78,26 +75,6 @@ def test_block(scheme: Any, field: str, legal: str, value: Any) -> None:
     assert getattr(scheme(**{field: np.int64(64)}), field) == 64
 
 
-@pytest.mark.parametrize("scheme", [NF4, FP4])
-@pytest.mark.parametrize("value", [1, None, "yes"], ids=repr)
-def test_double(scheme: Any, value: Any) -> None:
-    """A truth value, and nothing that has one."""
-    message = f"`double` of {scheme.__name__}('w') must be True or False; got {value!r}."
-    with refused(TypeError, message):
-        scheme("w", double=value)
-
-
-@pytest.mark.parametrize("scheme", [NF4, FP4, Int8, Int4, FP8, MXFP4])
-def test_pattern(scheme: Any) -> None:
-    """As that of a rule."""
-    message = f"`pattern` of {scheme.__name__} must be a regular expression as a string; got 3 of "
-    with refused(TypeError, f"{message}type int."):
-        scheme(3)
-    why = "unterminated character set at position 0"
-    with refused(ValueError, f"`pattern` '[' is not a regular expression: {why}."):
-        scheme("[")
-
-
 # ---------------------------------------------------------------------------------------- quantize
 
 SCHEMES = (
@@ -105,11 +82,19 @@ SCHEMES = (
 )
 REFUSED: dict[type[Exception], dict[str, Any]] = {
     TypeError: {
+        "`double` of NF4('w') must be True or False; got 1.": lambda: NF4("w", double=1),
+        "`double` of FP4('w') must be True or False; got None.": lambda: FP4("w", double=None),
+        "`pattern` of NF4 must be a regular expression as a string; got 3 of type int.": (
+            lambda: NF4(3)
+        ),
         f"{SCHEMES}'kernel'.": lambda: quantize("kernel"),
         f"{SCHEMES}Full(pattern='odd').": lambda: quantize(NF4("kernel"), Full("odd")),
         f"{SCHEMES}the class NF4; call it, NF4(...).": lambda: quantize(NF4),
     },
     ValueError: {
+        "`pattern` '[' is not a regular expression: unterminated character set at position 0.": (
+            lambda: NF4("[")
+        ),
         "NF4('kernal') matches no leaf of `params`. Near misses: layer/kernel, head, layer/bias.": (
             lambda: quantize(NF4("kernal"))
         ),
@@ -197,24 +182,8 @@ def test_refused_before_anything_is_deleted() -> None:
 # ------------------------------------------------------------------------------ what takes a base
 
 
-def test_a_module_that_is_given_codes() -> None:
-    """Linen compares shapes first, those of codes of 4 bits too; NNX and codes of 8 bits do not."""
-    params, x = {"params": {"kernel": array(64, 64), "bias": array(64)}}, array(2, 64)
-    four, eight = (jlora.quantize(params, scheme) for scheme in (NF4("kernel"), Int8("kernel")))
-    with pytest.raises(FlaxError, match=r"existing parameter it received has shape \(32, 64\)"):
-        nn.Dense(64).apply(four, x)
-    with refused(TypeError, NO_ARRAY):
-        nn.Dense(64).apply(eight, x)
-    graph, params = nnx.split(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
-    with refused(TypeError, NO_ARRAY):
-        nnx.merge(graph, jlora.quantize(params, NF4("kernel")))(x)
-
-
-def test_attributes_of_arrays():
-    """As of a transpose, and within a scan over a leaf."""
+def test_a_scan_and_methods_of_arrays():
     leaf = jlora.quantize({"w": array(2, 96, 64)}, jlora.NF4("w"))["w"]
-    with refused(AttributeError, f"Quantized has no attribute 'T': {NO_ARRAY}"):
-        _ = leaf.T
     with refused(TypeError, NO_ARRAY):
         jax.lax.scan(lambda x, w: (x @ w, None), array(2, 96), leaf)
     for method in (lambda: leaf.astype(jnp.bfloat16), lambda: leaf.reshape(-1)):
@@ -250,25 +219,6 @@ def test_a_tree_that_was_cast(scheme: Any, words: tuple[str, ...]) -> None:
         jlora.dequantize(base)
 
 
-def test_gathered_without_a_mesh():
-    base = jlora.quantize({"w": array(64, 64)}, jlora.NF4("w"))
-    base = jlora.sharding.gathered(base, {"w": P(None, "tensor")})
-    spec = P(None, "tensor")
-    message = f"{spec} names tensor, which no mesh in scope has. Give a NamedSharding, or call it "
-    with refused(ValueError, message + "under jax.set_mesh(mesh)."):
-        jlora.wrap(lambda p: p["w"] @ p["w"])(base)
-
-
-@pytest.mark.parametrize("transformed", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_given_to_the_model_itself(transformed: Callable[..., Any]) -> None:
-    """With and without `jit`; neither the transform nor `wrap` says so."""
-    base = quantize(NF4("kernel"))
-    with refused(TypeError, NO_ARRAY):
-        transformed(model)(base, IDS)
-    plain = jlora.transform(model).apply(base, {}, IDS)
-    np.testing.assert_allclose(plain, jlora.wrap(model)(base, IDS), rtol=1e-5, atol=1e-6)
-
-
 @functools.cache
 def adapted() -> tuple[Any, Any]:
     """A base of which a weight that is adapted is quantized, and an adapter."""
@@ -277,46 +227,38 @@ def adapted() -> tuple[Any, Any]:
     )
 
 
-TAKERS = [
-    pytest.param(
-        lambda _: jlora.transform(model, Full("kernel")).init(KEY, adapted()[0], IDS),
-        ValueError,
+SPEC = P(None, "tensor")
+TAKERS: dict[type[Exception], dict[str, Any]] = {
+    ValueError: {
         "Full('kernel') matches 'layer/kernel', which is quantized: trained leaves must not be "
-        "quantized. Give NF4 a pattern that leaves it out, or narrow that of Full.",
-        id="full",
-    ),
-    pytest.param(
-        lambda _: jlora.unmerge(*adapted()),
-        ValueError,
+        "quantized. Give NF4 a pattern that leaves it out, or narrow that of Full.": lambda: (
+            jlora.transform(model, Full("kernel")).init(KEY, adapted()[0], IDS)
+        ),
         "`unmerge` cannot take ΔW back at 'layer/kernel', which is quantized: its codes hold the "
-        "sum only roughly. Keep the base.",
-        id="unmerge",
-    ),
-    pytest.param(
-        lambda _: sharding.gathered(adapted()[0], {"embed": P(), "layer": {"bias": P()}}),
-        ValueError,
+        "sum only roughly. Keep the base.": lambda: jlora.unmerge(*adapted()),
         "`specs` of gathered lacks 2 quantized weights of `base`: head, layer/kernel. Give the "
-        "partition of each.",
-        id="gathered",
-    ),
-    pytest.param(
-        lambda folder: checkpoint.export(folder / "merged", adapted()[0]),
-        TypeError,
+        "partition of each.": lambda: sharding.gathered(
+            adapted()[0], {"embed": P(), "layer": {"bias": P()}}
+        ),
+        f"{SPEC} names tensor, which no mesh in scope has. Give a NamedSharding, or call it under "
+        "jax.set_mesh(mesh).": lambda: jlora.wrap(lambda p: p["w"] @ p["w"])(
+            sharding.gathered(quantize(NF4("w"), params={"w": array(64, 64)}), {"w": SPEC})
+        ),
+    },
+    TypeError: {
         "`merged` must hold plain arrays; quantized are head, layer/kernel. Give "
-        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.",
-        id="export",
-    ),
-]
+        "jlora.dequantize(merged), or what jlora.merge returns without requantize=True.": lambda: (
+            checkpoint.export("/nowhere/merged", adapted()[0])
+        ),
+    },
+}
 
 
-@pytest.mark.parametrize(("provoke", "error", "message"), TAKERS)
-def test_a_base_is_refused(
-    provoke: Callable[[Any], Any], error: type[Exception], message: str, tmp_path: Any
-) -> None:
-    """Where its values cannot be what is asked for; nothing is written."""
+@each_refusal(TAKERS)
+def test_a_base_is_refused(provoke: Callable[[], Any], error: Any, message: str) -> None:
+    """Where its values cannot be what is asked for."""
     with refused(error, message):
-        provoke(tmp_path)
-    assert not list(tmp_path.iterdir())
+        provoke()
 
 
 # ----------------------------------------------------------------------------------------- meshes

@@ -197,7 +197,7 @@ def test_where_one_fails_or_hangs_all_end(fault, victim, folder, data, start, wh
             run.ends()
         else:
             if fault == "full disk":
-                disks.Disk(folder, "limit").fill(worker.pid)
+                disks.fill(worker.pid)
             run.wait_for_one()
             assert all(run.ends(MINUTE)), run.report()
             said = {"full disk": "File too large", "bad token": "expected 17 tokens from 0 to 127"}

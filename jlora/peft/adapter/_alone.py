@@ -1,4 +1,4 @@
-"""Reads an adapter whose model is not at hand."""
+"""Reads an adapter without its model."""
 
 import os
 from collections.abc import Sequence
@@ -12,18 +12,17 @@ from ..._adapters import Decomposed, LowRank, Replaced
 from ..._types import Layout
 from .._file import Source
 from .._problems import Problems
-from ..names._convert import node_of
+from ..names._convert import join_factors
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
-from ._contents import Adapter, Part, sort_tensors
-from ._files import Files, fill, in_memory, open_files, write
-from ._parameters import assign_parameters, matrix, refuse_biases, twins
-from ._tokens import Tokens
-from ._tree import frozen_tensors, tensors_of
+from ._contents import Adapter, Contents, Part, sort_tensors
+from ._files import Files, as_files, fill, open_files, write
+from ._parameters import assign_parameters, find_twins, refuse_biases
+from ._tree import make_frozen_tensors, make_tensors
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Replaced | np.ndarray]:
-    r"""Reads an adapter for a look at it, when the model is not at hand.
+    r"""Reads an adapter without its model, to look at it.
 
     The checks are those of `load`; only whether it fits its model, and whether all that its
     configuration names is there, cannot be known. Where several parameters of one module of experts
@@ -58,7 +57,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, LowRank | Decomposed | Repla
         (2, 3)
     """
     alone = read_alone(path)
-    return {**alone.nodes, **alone.rows, **alone.full}
+    return {**alone.nodes, **alone.rows, **alone.contents.full}
 
 
 class Alone(NamedTuple):
@@ -66,39 +65,33 @@ class Alone(NamedTuple):
 
     Attributes:
         adapter: what its tensors are.
-        parts: A and B of each parameter, but for the heads that are in `tied`.
+        contents: their values, without A and B of the heads that are in `tied`.
         tied: by the key of an embedding, the key of the head that has its A and B.
-        full: parameters that are replaced.
-        frozen: parameters that must have the values of the base.
-        tokens: rows of embeddings.
     """
 
     adapter: Adapter
-    parts: list[Part]
+    contents: Contents
     tied: dict[str, str]
-    full: dict[str, np.ndarray]
-    frozen: dict[str, np.ndarray]
-    tokens: dict[str, Tokens]
 
     @property
     def rows(self) -> dict[str, Replaced]:
         """The node of each embedding with rows by its module."""
-        layout = Layout((), (0,), (1,))
-        return {x.module: Replaced(jnp.asarray(x.v), x.rows, layout) for x in self.tokens.values()}
+        layout, tokens = Layout((), (0,), (1,)), self.contents.tokens.values()
+        return {x.module: Replaced(jnp.asarray(x.v), x.rows, layout) for x in tokens}
 
     @property
     def nodes(self) -> dict[str, LowRank | Decomposed]:
         """The node of each part by its key, with the axes of PyTorch's weight."""
         dropout = float(self.adapter.fields.get("lora_dropout", 0.0))
         return {
-            part.key: node_of(torch_leaf(part), [part.arrays], scale=part.scale, dropout=dropout)
-            for part in self.parts
+            part.key: join_factors(as_leaf(part), [part.arrays], scale=part.scale, dropout=dropout)
+            for part in self.contents.parts
         }
 
 
-def torch_leaf(part: Part) -> NamedLeaf:
-    """The leaf that a part adapts, with PyTorch's axes."""
-    rows, columns = matrix(part)
+def as_leaf(part: Part) -> NamedLeaf:
+    """Makes the leaf that a part adapts, with PyTorch's axes."""
+    rows, columns = part.matrix
     axes, shape = {
         "embedding": ("vo", (columns, rows)),
         "linear": ("oi", (rows, columns)),
@@ -109,7 +102,7 @@ def torch_leaf(part: Part) -> NamedLeaf:
 
 
 def read_alone(path: str | os.PathLike[str], argument: str = "path") -> Alone:
-    """Reads all of an adapter whose model is not at hand."""
+    """Reads all of an adapter without its model."""
     title = f"`{argument}`: the adapter in {path} cannot be read"
     return _read(open_files(Source(Path(path), argument)), Problems(title))
 
@@ -122,7 +115,7 @@ def write_alone(
     problems: Problems,
     argument: str,
 ) -> None:
-    """Writes `parts`, and what is tied and frozen in `each` of the adapters that they come from.
+    """Writes `parts`, and what is tied and frozen in each of the adapters that they come from.
 
     The caller has refused those with parameters in full or rows of embeddings.
 
@@ -131,9 +124,9 @@ def write_alone(
         ValueError: with the title of `problems`, if what would be written could not be read.
     """
     tied = {key: head for alone in each for key, head in alone.tied.items()}
-    frozen = {name: x for alone in each for name, x in alone.frozen.items()}
-    tensors = tensors_of(parts, tied) | frozen_tensors(frozen)
-    _read(in_memory(fields, tensors, argument), problems)
+    frozen = {name: x for alone in each for name, x in alone.contents.frozen.items()}
+    tensors = make_tensors(parts, tied) | make_frozen_tensors(frozen)
+    _read(as_files(fields, tensors, argument), problems)
     write(out, "`out`", fields, tensors)
 
 
@@ -141,11 +134,11 @@ def _read(files: Files, problems: Problems) -> Alone:
     adapter = sort_tensors(files, problems)
     refuse_biases(adapter, problems)
     found = assign_parameters(adapter, None, "", problems)
-    tree = found, adapter.full, adapter.frozen, adapter.tokens
-    values = files.values(tree, problems)
+    values = files.values(found, problems)
     problems.stop()
-    parts, *rest = fill(tree, values)
-    shared = twins(parts)
-    tied = {x.key: shared[x.name].key for x in parts if x.kind == "embedding" and x.name in shared}
-    own = [x for x in parts if x.kind == "embedding" or x.name not in shared]
-    return Alone(adapter, own, tied, *rest)
+    found = fill(found, values)
+    shared = find_twins(found.parts)
+    tables = [x for x in found.parts if x.kind == "embedding"]
+    tied = {x.key: shared[x.name].key for x in tables if x.name in shared}
+    own = [x for x in found.parts if x.kind == "embedding" or x.name not in shared]
+    return Alone(adapter, found._replace(parts=own), tied)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..._rules import is_finite
 from .._file import CONFIG, Source, read_json, shorten, show
-from ._patterns import PLAIN, of_key, of_layer, refused_patterns
+from ._patterns import PLAIN, explain_refused, wrap_key, wrap_layer
 
 LIMIT = 4 * 2**20  # bytes
 PARAMETERS = 100  # names of which each is looked for in every module
@@ -101,7 +101,7 @@ def dumps(fields: Mapping[str, Any]) -> str:
 
 
 def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[str]:
-    """Lists why the fields cannot be read as an adapter; empty if they can.
+    """Lists why the fields cannot be read as an adapter; nothing if they can.
 
     Args:
         fields: the configuration.
@@ -113,14 +113,15 @@ def problems_of(fields: Mapping[str, Any], remedy: str | None = None) -> list[st
         strange = {key: x for key, x in fields.items() if x and key not in ROWS_DEFAULTS}
     else:
         required = ("peft_type", "target_modules")
-        strange = {key: x for key, x in features(fields).items() if key not in METHODS}
+        strange = {key: x for key, x in find_features(fields).items() if key not in METHODS}
     found = [f"{key}: missing" for key in required if key not in fields]
     if method not in ("LORA", ROWS_ALONE):
         by_method = _CONVERT if isinstance(method, str) else _NAME
         remedy = remedy or (_LOAD_MISS if method == MISS else by_method)
         found.append(f"peft_type: expected 'LORA', got {shorten(method)}; {remedy}")
-    found += unsupported(strange)
-    return found + ([] if method == ROWS_ALONE else _contradictions(fields)) + misformed(fields)
+    found += list_unsupported(strange)
+    found += [] if method == ROWS_ALONE else _list_contradictions(fields)
+    return found + list_misformed(fields)
 
 
 _LOAD_MISS = "load it onto its base by jlora.peft.load"
@@ -131,15 +132,15 @@ _CONVERT = (
 )
 
 
-def unsupported(fields: Mapping[str, Any]) -> list[str]:
-    """Lists fields that are features which are not read."""
+def list_unsupported(fields: Mapping[str, Any]) -> list[str]:
+    """Lists the fields as features that are not supported."""
     return [
         f"{show(key)}: {shorten(value)} is a feature that jlora does not support"
         for key, value in fields.items()
     ]
 
 
-def _contradictions(fields: Mapping[str, Any]) -> list[str]:
+def _list_contradictions(fields: Mapping[str, Any]) -> list[str]:
     """Lists combinations that PEFT's files do not have, or that need a changed base."""
     found = [
         f"{key}: {shorten(fields[key])} is nothing that PEFT has beside use_dora"
@@ -160,31 +161,31 @@ def _contradictions(fields: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def features(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields by which a configuration goes beyond plain LoRA."""
+def find_features(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Finds the fields by which a configuration goes beyond plain LoRA."""
     each = ((key, x) for key, x in fields.items() if key not in _PLAIN)
     return {key: x for key, x in each if x and x != DEFAULTS.get(key)}
 
 
-def misformed(fields: Mapping[str, Any]) -> list[str]:
+def list_misformed(fields: Mapping[str, Any]) -> list[str]:
     """Lists the fields whose values are not of the kind that PEFT writes."""
     wrong = [
         f"{key}: expected {what}, got {shorten(fields[key])}"
         for key, (what, fits) in _KINDS.items()
         if key in fields and not fits(fields[key])
     ]
-    return wrong or _refused_patterns(fields)
+    return wrong or _list_refused_patterns(fields)
 
 
-def _refused_patterns(fields: Mapping[str, Any]) -> list[str]:
+def _list_refused_patterns(fields: Mapping[str, Any]) -> list[str]:
     keys = ("target_modules", "exclude_modules")
     found = [(key, x, x) for key in keys if isinstance(x := fields.get(key), str)]
     layers = fields.get("layers_pattern") or []
-    forms = {"layers_pattern": ([layers] if isinstance(layers, str) else layers, of_layer)}
-    forms |= {key: (fields.get(key) or (), of_key) for key in ("rank_pattern", "alpha_pattern")}
+    forms = {"layers_pattern": ([layers] if isinstance(layers, str) else layers, wrap_layer)}
+    forms |= {key: (fields.get(key) or (), wrap_key) for key in ("rank_pattern", "alpha_pattern")}
     for key, (patterns, form) in forms.items():
         found += [(key, x, x if PLAIN.fullmatch(x) else form(x)) for x in patterns]
-    refused = refused_patterns([whole for _, _, whole in found])
+    refused = explain_refused([whole for _, _, whole in found])
     return [f"{key}: {shorten(x)} {refused[whole]}" for key, x, whole in found if whole in refused]
 
 

@@ -1,6 +1,7 @@
 """Sorts the tensors of an adapter by their keys and its configuration."""
 
 import collections
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from .._problems import Problems
 from ._config import PARAMETERS, ROWS_ALONE, problems_of
 from ._files import MAGNITUDE, Files
 from ._select import Selection
-from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, rows_by_module
+from ._tokens import DELTA, DELTA_ALONE, WRAPPED, Tokens, find_rows
 
 BASE = ".base_layer"  # what is wrapped by an adapter
 B_BIAS = ".lora_B.bias"
@@ -62,43 +63,75 @@ class Part(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The rank, of one of the experts."""
+        """The rank of one expert."""
         return self.a.shape[0] // self.experts
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape of B·A of one expert."""
+        return self.b.shape[0], math.prod(self.a.shape[1:])
+
+    @property
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of PEFT's magnitudes, one for each output."""
+        n = self.b.shape[0]
+        return (1, n, *[1] * (len(self.a.shape) - 2)) if self.kind == "conv" else (n,)
+
+
+class Contents(NamedTuple):
+    """What an adapter has for the parameters of a model, by PyTorch's names.
+
+    Its arrays are values, or the `TensorInfo`s of a file whose values are not read yet.
+
+    Attributes:
+        parts: A and B.
+        full: what replaces a parameter.
+        frozen: what a parameter must be.
+        tokens: what replaces rows of an embedding.
+        biases: what `lora_bias` adds to the bias of a module, and its scale.
+    """
+
+    parts: list[Part]
+    full: dict[str, Any]
+    frozen: dict[str, Any]
+    tokens: dict[str, Tokens]
+    biases: dict[str, tuple[Any, float]]
 
 
 class Adapter(NamedTuple):
-    """What the tensors of an adapter are.
+    """The tensors of an adapter, sorted by what they are.
 
     Attributes:
         fields: its configuration.
         selection: the modules that this selects.
-        parts: A and B by module. Where several parameters of a module are adapted, the file does
+        modules: A and B by module. Where several parameters of a module are adapted, the file does
             not say which is which: they are in the order in which PEFT wraps them.
-        full: parameters that are replaced.
-        frozen: parameters that must have the values of the base.
-        biases: what `lora_bias` adds to the outputs of a module, times s, by the bias.
-        tokens: rows of embeddings that are replaced, by the embedding.
-        heads: names for which the rows of an embedding are listed once more, as its tied head has.
+        others: all else that the adapter has.
+        heads: names of tied heads, for which the configuration lists an embedding's rows once more.
     """
 
     fields: dict[str, Any]
     selection: Selection
-    parts: dict[str, list[Part]]
-    full: dict[str, TensorInfo]
-    frozen: dict[str, TensorInfo]
-    biases: dict[str, TensorInfo]
-    tokens: dict[str, Tokens]
+    modules: dict[str, list[Part]]
+    others: Contents
     heads: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that the adapter may change."""
+        each = ((m, self.selection.parameters(m) or ["weight"]) for m in self.modules)
+        adapted = (f"{module}.{name}" for module, names in each for name in names)
+        return [*self.others.full, *self.others.tokens, *adapted]
 
 
 def sort_tensors(files: Files, problems: Problems) -> Adapter:
-    """Finds out what each tensor is; raises for a configuration that is not supported."""
+    """Sorts tensors by what they are; raises for a configuration that is not supported."""
     fields = files.fields
     problems.stop(*problems_of(fields))
     selection = Selection(fields, f"`{files.argument}`")
     if fields.get("peft_type") == ROWS_ALONE:
         tokens = _rows_alone(selection, files.tensors, problems)
-        return Adapter(fields, selection, {}, {}, {}, {}, tokens, [])
+        return Adapter(fields, selection, {}, Contents([], {}, {}, tokens, {}), [])
     sides = collections.defaultdict[tuple[str, int, bool], dict[str, TensorInfo]](dict)
     endings = (MAGNITUDE, DELTA, B_BIAS) if fields.get("lora_bias") else (MAGNITUDE, DELTA)
     by_ending = {end: dict[str, TensorInfo]() for end in (MAGNITUDE, DELTA, B_BIAS)}
@@ -121,19 +154,20 @@ def sort_tensors(files: Files, problems: Problems) -> Adapter:
     selection.prepare(adapted)
     full, frozen = _others(selection, others, adapted, deltas, problems)
     parts = _parts(selection, sides, magnitudes, problems)
-    rows, heads = rows_by_module(fields, deltas, problems)
+    rows, heads = find_rows(fields, deltas, problems)
     for module in rows:
         if module in adapted or selection.saves(module):
             problems.add(deltas[module].key, "rows of what is adapted as a whole too")
     tokens = {f"{module}.weight": Tokens(module, rows[module], deltas[module]) for module in rows}
-    added = {f"{module}.bias": x for module, x in biases.items()}
-    return Adapter(fields, selection, parts, full, frozen, added, tokens, heads)
+    added = {f"{module}.bias": (x, selection.scale(module)) for module, x in biases.items()}
+    others = Contents([], full, frozen, tokens, added)
+    return Adapter(fields, selection, parts, others, heads)
 
 
 def _rows_alone(
     selection: Selection, tensors: Iterable[TensorInfo], problems: Problems
 ) -> dict[str, Tokens]:
-    """The rows of an adapter that has nothing else."""
+    """Sorts the tensors of an adapter that has nothing but rows."""
     rows, found = tuple(selection.fields["token_indices"]), dict[str, Tokens]()
     by_module = {x.key.removeprefix(PREFIX).removesuffix(DELTA_ALONE): x for x in tensors}
     if len(by_module) > PARAMETERS:

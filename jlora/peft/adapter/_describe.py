@@ -1,4 +1,4 @@
-"""Makes the configuration that describes an adapter tree, from a given one where that fits."""
+"""Makes the configuration that describes an adapter tree; keeps what fits of a given one."""
 
 import bisect
 import collections
@@ -12,10 +12,10 @@ from ..._types import Path
 from .._file import PREFIX
 from .._problems import Problems
 from ..names._leaves import NamedLeaf
-from ._config import ROWS_ALONE, misformed
+from ._config import ROWS_ALONE, list_misformed
 from ._contents import BASE, SAVED_BY_NAME, Part, may_tie
-from ._select import Selection, divisor, tails
-from ._tokens import INDICES, lone_heads, rows_by_module
+from ._select import Selection, find_divisor, list_tails
+from ._tokens import INDICES, find_rows, list_lone_heads
 from ._tree import Tree
 
 Fields = dict[str, Any]
@@ -24,16 +24,16 @@ NO_MODULE = "dummy-target-modules"  # PEFT's word where nothing has A and B
 
 
 def describe(fields: Fields, given: Mapping[str, Any], tree: Tree, parts: Iterable[Part]) -> Fields:
-    """Changes those of the `fields` that do not describe an adapter; `given` are the user's own."""
-    fields = _with_targets(fields, tree)
-    fields = _with_full(with_scales(fields, scales_of(parts, tree.tied)), tree)
-    return _with_tokens(_with_training(fields, given, tree), tree)
+    """Replaces the `fields` that do not describe an adapter; the user gave those in `given`."""
+    fields = _set_targets(fields, tree)
+    fields = _set_full(set_scales(fields, find_scales(parts, tree.tied)), tree)
+    return _set_tokens(_set_training(fields, given, tree), tree)
 
 
 # ------------------------------------------------------------------------- which are adapted
 
 
-def _with_targets(fields: Fields, tree: Tree) -> Fields:
+def _set_targets(fields: Fields, tree: Tree) -> Fields:
     """Selects what has A and B, and the heads that are tied to it, and nothing else."""
     selection, adapted = Selection(fields), {name for leaf in tree.low for name in leaf.parameters}
     tied = {m: head for m, head in tree.tied.items() if f"{m}.weight" in adapted}
@@ -81,13 +81,13 @@ def _ties(fields: Mapping[str, Any], module: str) -> bool:
 # ------------------------------------------------------------------------- what is saved whole
 
 
-def _with_full(fields: Fields, tree: Tree) -> Fields:
+def _set_full(fields: Fields, tree: Tree) -> Fields:
     """Saves leaves in full, and the heads tied to them, by `bias` or by `modules_to_save`."""
     wanted = {leaf.path for leaf in tree.full}
     heads = [h for leaf in tree.full if (h := tree.tied.get(leaf.modules[0]))]
 
     def saved(fields: Fields) -> set[Path]:
-        return {leaf.path for leaf, _ in saved_in_full(fields, tree)}
+        return {leaf.path for leaf, _ in find_full(fields, tree)}
 
     saves = Selection(fields).saves
     if saved(fields) == wanted and all(may_tie(fields, head) or saves(head) for head in heads):
@@ -107,8 +107,8 @@ def _with_full(fields: Fields, tree: Tree) -> Fields:
     }
 
 
-def saved_in_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
-    """The leaves that are saved in full, with a key for each of their modules."""
+def find_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]]]:
+    """Finds the leaves that are saved in full, with a key for each of their modules."""
     selection = Selection(fields)
     adapted = {module for leaf in tree.low for module in leaf.modules}
 
@@ -124,8 +124,8 @@ def saved_in_full(fields: Fields, tree: Tree) -> list[tuple[NamedLeaf, list[str]
     return [(leaf, each) for leaf, each in found if len(each) == len(leaf.modules)]
 
 
-def frozen_beside(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
-    """The frozen embeddings and heads that PEFT stores beside A and B, by their names."""
+def find_frozen(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
+    """Finds the frozen embeddings and heads that PEFT stores beside A and B, by their names."""
     if fields.get(INDICES) is not None:  # PEFT then stores none
         return {}
     target = fields["target_modules"]
@@ -144,7 +144,7 @@ def frozen_beside(fields: Fields, tree: Tree) -> dict[str, NamedLeaf]:
 # ------------------------------------------------------------------------- how it is trained
 
 
-def _with_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
+def _set_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fields:
     """Sets dropout and orientation."""
     dropouts = {tree.found[leaf.path].dropout for leaf in tree.low}
     if "lora_dropout" not in given and len(dropouts) > 1:
@@ -161,12 +161,12 @@ def _with_training(fields: Fields, given: Mapping[str, Any], tree: Tree) -> Fiel
     return fields | new
 
 
-def _with_tokens(fields: Fields, tree: Tree) -> Fields:
-    """Lists the rows of embeddings, and no others."""
+def _set_tokens(fields: Fields, tree: Tree) -> Fields:
+    """Sets the rows of embeddings, and no others."""
     wanted = {leaf.modules[0]: tree.found[leaf.path].rows for leaf in tree.rows}
     others = tree.modules - wanted.keys()
-    listed, alone = rows_by_module(fields, wanted, problems := Problems(""))
-    if listed == wanted and not (problems.found or lone_heads(alone, others)):
+    listed, alone = find_rows(fields, wanted, problems := Problems(""))
+    if listed == wanted and not (problems.found or list_lone_heads(alone, others)):
         return fields
     # PEFT also looks for these within a part of a name.
     named = {
@@ -187,7 +187,7 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
     wanted = [leaf.modules[0] for leaf in tree.rows]
     others = tree.modules - set(wanted)
     fields = fields | {"peft_type": ROWS_ALONE, "token_indices": list(*lists)}
-    if not misformed(fields):
+    if not list_misformed(fields):
         selection = Selection(fields)
         selection.prepare([*wanted, *others])
         if all(map(selection.adapts, wanted)) and not any(map(selection.adapts, others)):
@@ -199,7 +199,7 @@ def describe_rows_alone(fields: Fields, tree: Tree) -> Fields:
 # ------------------------------------------------------------------------- short names
 
 
-def _shorten(values: Mapping[str, Any]) -> dict[str, str]:
+def _find_short_names(values: Mapping[str, Any]) -> dict[str, str]:
     """Maps each name to its shortest ending that only names of the same value have."""
     # Names that end alike lie side by side: where do those of one value stop?
     order = sorted((("." + name)[::-1], value) for name, value in values.items())
@@ -216,26 +216,26 @@ def _shorten(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _select(chosen: Mapping[str, bool], kept: Collection[str] = ()) -> list[str]:
-    """Lists short endings that only the `chosen` names have; first those that are `kept` whole."""
-    short = _shorten(chosen) | {name: name for name in kept}
+    """Lists short endings that only the chosen names have, after those that are `kept` whole."""
+    short = _find_short_names(chosen) | {name: name for name in kept}
     return list(dict.fromkeys(short[name] for name in (*kept, *chosen) if chosen[name]))
 
 
 def _endings(name: str) -> Iterator[str]:
-    """The endings of `name` at its dots, the shortest first, and the whole."""
-    return reversed([*tails(name)])
+    """Lists the endings of `name` at its dots, the shortest first, and the whole."""
+    return reversed([*list_tails(name)])
 
 
 # ------------------------------------------------------------------------- ranks and scales
 
 
-def scales_of(parts: Iterable[Part], tied: Mapping[str, str]) -> dict[str, tuple[int, float]]:
-    """Rank and scale of each part by its key, and of the heads `tied` to some."""
+def find_scales(parts: Iterable[Part], tied: Mapping[str, str]) -> dict[str, tuple[int, float]]:
+    """Maps keys of parts, and of the heads `tied` to them, to their ranks and scales."""
     scales = {part.key: (part.rank, part.scale) for part in parts}
     return scales | {head: scales[key] for key, head in tied.items() if key in scales}
 
 
-def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def set_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """Sets rank, alpha and patterns so that each key gets its rank and scale."""
     selection = Selection(fields)
     selection.prepare(scales)
@@ -247,9 +247,9 @@ def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]])
     if all(same):
         return fields
     ranks = {key: rank for key, (rank, _) in scales.items()}
-    alphas = {key: _alpha(scale, divisor(fields, rank)) for key, (rank, scale) in scales.items()}
-    r, rank_pattern = _common(ranks)
-    alpha, alpha_pattern = _common(alphas)
+    alphas = {k: _find_alpha(scale, find_divisor(fields, r)) for k, (r, scale) in scales.items()}
+    r, rank_pattern = _find_common(ranks)
+    alpha, alpha_pattern = _find_common(alphas)
     new = {
         "r": r,
         "lora_alpha": alpha,
@@ -259,13 +259,13 @@ def with_scales(fields: dict[str, Any], scales: Mapping[str, tuple[int, float]])
     return fields | new
 
 
-def _alpha(scale: float, divisor: float) -> float:
+def _find_alpha(scale: float, divisor: float) -> float:
     alpha = scale * divisor
     return round(alpha) if round(alpha) / divisor == scale else alpha
 
 
-def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _find_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Finds the most common value, and a pattern for each other one."""
     [(most, _)] = collections.Counter(values.values()).most_common(1)
-    short = _shorten(values)
+    short = _find_short_names(values)
     return most, {re.escape(short[name]): x for name, x in values.items() if x != most}

@@ -1,5 +1,6 @@
-"""The two files of an adapter, as a folder has them or as they are about to be written."""
+"""The two files of an adapter, in a folder or about to be written."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,10 +16,9 @@ from .._file import (
     TENSORS,
     Source,
     TensorInfo,
-    open_file,
     read_header,
     read_json,
-    reader,
+    read_tensors,
 )
 from .._problems import Problems
 from ._config import LIMIT, dumps
@@ -33,8 +33,8 @@ class Files(NamedTuple):
         fields: the configuration.
         tensors: what tensors there are.
         read: reads the values of some of them, by their keys.
-        argument: the argument by which the user gave them, for errors.
-        is_own: whether this process made them, so that they need not be distrusted.
+        argument: the user's argument that named them, for errors.
+        is_own: whether this process made them, so that they can be trusted.
     """
 
     fields: dict[str, Any]
@@ -44,12 +44,12 @@ class Files(NamedTuple):
     is_own: bool = False
 
     def values(self, tree: Any, problems: Problems) -> dict[str, np.ndarray]:
-        """Reads the tensors of a tree, once nothing else is wrong.
+        """Reads the tensors of a tree; raises first if there are problems.
 
         Values that are not finite are problems.
         """
         problems.stop()
-        found = self.read({x.key: x for x in tensors_in(tree)}.values())
+        found = self.read({x.key: x for x in list_tensors(tree)}.values())
         for key, x in found.items():
             if n := x.size - np.count_nonzero(np.isfinite(x)):
                 problems.add(key, f"{n} of {x.size} values are not finite")
@@ -59,8 +59,8 @@ class Files(NamedTuple):
         return found
 
 
-def tensors_in(tree: Any) -> list[TensorInfo]:
-    """The tensors of a tree."""
+def list_tensors(tree: Any) -> list[TensorInfo]:
+    """Lists the tensors of a tree."""
     return [x for x in jax.tree.leaves(tree, is_leaf=_is_tensor) if _is_tensor(x)]
 
 
@@ -81,16 +81,11 @@ def open_files(source: Source) -> Files:
         ValueError: if the files are damaged.
     """
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
-
-    def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
-        with open_file(source, TENSORS) as (file, _):
-            value = reader(file, header)
-            return {x.key: value(x.key) for x in wanted}
-
+    read = functools.partial(read_tensors, source, header)
     return Files(fields, list(header.entries.values()), read, source.argument)
 
 
-def in_memory(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
+def as_files(fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], argument: str) -> Files:
     """Presents what is about to be written as files."""
     types = {dtype: name for name, dtype in DTYPES.items()}
     found = [TensorInfo(key, types[x.dtype], x.shape) for key, x in tensors.items()]

@@ -11,11 +11,14 @@ from ..._tree import name_of
 from .._file import COUNT, DTYPES, PREFIX, TensorInfo
 from .._problems import Problems
 from ..names._convert import split_weight
-from ..names._leaves import NamedLeaf, tied_heads
-from ._contents import SHARED, Adapter, Part, explain_resized
+from ..names._leaves import NamedLeaf, find_tied_heads
+from ..names._weights import explain_narrowing
+from ._contents import SHARED, Contents, Part, explain_resized
 from ._files import fill
-from ._tokens import Tokens, list_unequal, lone_heads, misfits, tied_rows
+from ._tokens import Tokens, find_table, list_lone_heads, list_misfits, list_unequal
 
+# A tensor of a head, that of its embedding, and whether it is the transpose.
+Pair = tuple[TensorInfo, TensorInfo, bool]
 LOST = "unexpected; names no leaf of `base` under `names`"
 
 
@@ -24,17 +27,16 @@ class Match(NamedTuple):
 
     Attributes:
         leaves: leaves, each with the `Part`s or the `TensorInfo`s of its modules, or with `Tokens`.
-        same: a tensor of a head, that of the embedding which is the same weight, and whether it is
-            its transpose.
+        same: the tensors of heads and of the embeddings that are the same weights.
         frozen: a tensor, the leaf of the base, and the parameter whose values it must have.
     """
 
     leaves: list[tuple[NamedLeaf, Any]]
-    same: list[tuple[TensorInfo, TensorInfo, bool]]
+    same: list[Pair]
     frozen: list[tuple[TensorInfo, NamedLeaf, str]]
 
     def read(self, values: Mapping[str, np.ndarray], problems: Problems) -> list[Any]:
-        """The leaves with values; adds the tensors whose values differ from what they must be."""
+        """Fills in values; adds the tensors whose values differ from what they must be."""
         problems.found += list_unequal(self.same, values)
         for x, leaf, name in self.frozen:
             if not _is_of_base(values[x.key], leaf, name):
@@ -49,31 +51,36 @@ class Match(NamedTuple):
 def _is_of_base(x: np.ndarray, leaf: NamedLeaf, name: str) -> bool:
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
         return True
-    each = dict(zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True))
+    each = split_weight(leaf, leaf.value)
     own = each.get(name, next(iter(each.values())))  # a head has the values of its embedding
     return np.array_equal(own, x.astype(own.dtype))
 
 
 def match_to_tree(
-    adapter: Adapter, parts: Iterable[Part], leaves: Sequence[NamedLeaf], problems: Problems
+    adapter: Contents, heads: Iterable[str], leaves: Sequence[NamedLeaf], problems: Problems
 ) -> Match:
-    """Finds the leaf of everything in an adapter; what has none, or does not fit, is a problem."""
-    tied = {f"{head}.weight": leaf for head, leaf in tied_heads(leaves).items()}
+    """Finds the leaf of everything in an adapter; adds what has none, or does not fit.
+
+    The configuration lists the rows of an embedding once more for each of the `heads`.
+    """
+    tied = {f"{head}.weight": leaf for head, leaf in find_tied_heads(leaves).items()}
     homes = tied | {name: leaf for leaf in leaves for name in leaf.parameters}
-    low = {x.name: x for x in parts if _fits(x, homes.get(x.name), x.name in tied, problems)}
+    parts = ((x.name, x, homes.get(x.name)) for x in adapter.parts)
+    low = {name: x for name, x, leaf in parts if _fits(x, leaf, name in tied, problems)}
     # Flax counts no batches.
     whole = {name: x for name, x in adapter.full.items() if not name.endswith(COUNT)}
     full = {n: x for n, x in whole.items() if _fits_in_full(n, x, homes.get(n), problems)}
     frozen = [(x, homes[name], name) for name, x in adapter.frozen.items() if name in homes]
     for x, leaf, _ in frozen:
         _has_shape(x, leaf.weight_shape, problems)
-    found = Match([], [], frozen)
-    rows = _match_rows(adapter, homes, tied, found, problems)
+    rows, same = _match_rows(adapter.tokens, homes, tied, problems)
+    apart = [name.removesuffix(".weight") for name in homes if name not in tied]
+    problems.found += list_lone_heads(heads, apart)
     for (name, leaf), group in itertools.product(tied.items(), (low, full)):
         head, table = group.pop(name, None), group.get(leaf.parameters[0])
-        _match_head(head, table, leaf, found, problems)
-    found.leaves.extend((*_gather(low, leaves, problems), *_gather(full, leaves, problems), *rows))
-    return found
+        same += _match_head(head, table, leaf, problems)
+    found = [*_gather(low, leaves, problems), *_gather(full, leaves, problems), *rows]
+    return Match(found, same, frozen)
 
 
 # -------------------------------------------------------------------------------- does it fit?
@@ -109,16 +116,16 @@ def _has_shape(x: TensorInfo, shape: tuple[int, ...], problems: Problems) -> boo
 
 
 def refuse_wide(tensors: Iterable[TensorInfo], problems: Problems) -> None:
-    """Adds the tensors of 64 bits where JAX, as it is set, has no arrays of those."""
+    """Adds the tensors of 64 bits where JAX, as it is configured, has no such arrays."""
     for x in tensors:
-        if x.dtype in DTYPES and jax.dtypes.canonicalize_dtype(DTYPES[x.dtype]) != DTYPES[x.dtype]:
+        if x.dtype in DTYPES and explain_narrowing(DTYPES[x.dtype]):
             problems.add(x.key, f"dtype {x.dtype} needs jax_enable_x64")
 
 
 # ------------------------------------------------------------- a head that shares an embedding
 
 
-def _match_head(head: Any, table: Any, leaf: NamedLeaf, found: Match, problems: Problems) -> None:
+def _match_head(head: Any, table: Any, leaf: NamedLeaf, problems: Problems) -> list[Pair]:
     """Requires the same A and B, or the same values, of a tied head and its embedding."""
     others = leaf.modules[0], leaf.name.tied  # what is missing where there is one alone
     lone = [(x, other) for x, other in zip((head, table), others, strict=True) if x]
@@ -130,46 +137,43 @@ def _match_head(head: Any, table: Any, leaf: NamedLeaf, found: Match, problems: 
         [(x, other)] = lone
         how = "adapted" if isinstance(x, Part) else "saved in full"
         problems.add(x.key, f"{how} without {other}, which shares its weight")
-    elif isinstance(head, Part):
-        if (head.scale, head.rank) == (table.scale, table.rank):
-            found.same.extend([(head.a, table.b, True), (head.b, table.a, True)])
-        else:
-            problems.add(head.key, f"shares its weight with {table.key}, but not rank and scale")
+    elif lone and not isinstance(head, Part):
+        return [(head, table, False)]
+    elif lone and (head.scale, head.rank) == (table.scale, table.rank):
+        return [(head.a, table.b, True), (head.b, table.a, True)]
     elif lone:
-        found.same.append((head, table, False))
+        problems.add(head.key, f"shares its weight with {table.key}, but not rank and scale")
+    return []
 
 
 def _match_rows(
-    adapter: Adapter,
+    tokens: Mapping[str, Tokens],
     homes: Mapping[str, NamedLeaf],
     tied: Collection[str],
-    found: Match,
     problems: Problems,
-) -> list[tuple[NamedLeaf, Tokens]]:
-    """Finds the embeddings that have rows, and requires the same rows of tied heads."""
-    rows = []
-    for name, x in adapter.tokens.items():
+) -> tuple[list[tuple[NamedLeaf, Tokens]], list[Pair]]:
+    """Finds the embeddings that have rows, and the tables whose rows tied heads must have."""
+    rows, same = [], list[Pair]()
+    for name, x in tokens.items():
         leaf, table = homes.get(name), None
         if leaf is None:
             # Of T5, of which `base` has the shared table alone.
-            table = tied_rows(name, adapter.tokens, homes) if SHARED.search(x.module) else None
+            table = find_table(name, tokens, homes) if SHARED.search(x.module) else None
             why = LOST
         elif name in tied:
-            table = tied_rows(name, adapter.tokens, leaf.parameters)
+            table = find_table(name, tokens, leaf.parameters)
             why = f"rows of a head whose weight is that of {leaf.modules[0]}"
         elif leaf.name.kind != "embedding":
             why = "rows of what is no embedding by `names`"
         else:
-            problems.found += misfits(x, leaf.weight_shape)
+            problems.found += list_misfits(x, leaf.weight_shape)
             rows.append((leaf, x))
             continue
         if table is None:
             problems.add(x.v.key, why)
         else:
-            found.same.append((x.v, table.v, False))
-    apart = [name.removesuffix(".weight") for name in homes if name not in tied]
-    problems.found += lone_heads(adapter.heads, apart)
-    return rows
+            same.append((x.v, table.v, False))
+    return rows, same
 
 
 # ---------------------------------------------------------------------- modules that are one leaf

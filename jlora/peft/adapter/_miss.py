@@ -11,9 +11,9 @@ import numpy as np
 
 from .._file import DTYPES, PREFIX, TensorInfo, shorten
 from .._problems import Problems
-from ._config import COMMON, DEFAULTS, MISS, features, misformed, unsupported
+from ._config import COMMON, DEFAULTS, MISS, find_features, list_misformed, list_unsupported
 from ._contents import FACTOR, Part
-from ._describe import with_scales
+from ._describe import set_scales
 from ._files import MAGNITUDE, Files
 from ._tree import AB
 
@@ -31,20 +31,20 @@ DROPOUT, BIAS = "miss_dropout", "MiSS_only"
 
 
 def is_miss(fields: Mapping[str, Any]) -> bool:
-    """Whether a configuration is one of MiSS."""
+    """Whether a configuration asks for MiSS."""
     return fields.get("peft_type") == MISS
 
 
-def problems_of_miss(fields: Fields) -> list[str]:
+def list_miss_problems(fields: Fields) -> list[str]:
     """Lists why a configuration of MiSS cannot be read as LoRA."""
-    wrong = unsupported({key: x for key, x in features(fields).items() if key not in OWN})
+    wrong = list_unsupported({key: x for key, x in find_features(fields).items() if key not in OWN})
     if (start := fields.get("init_weights", True)) not in (True, False):
         wrong.append(f"init_weights: {shorten(start)} is another method, whose change is no s·A·B")
-    return wrong + misformed({"r": fields.get("r")})
+    return wrong + list_misformed({"r": fields.get("r")})
 
 
-def fields_of_lora(fields: Fields) -> Fields:
-    """Translates the fields that LoRA has too to its names."""
+def translate_fields(fields: Fields) -> Fields:
+    """Translates those fields of MiSS that LoRA has too."""
     found = {key: fields[key] for key in SHARED if key in fields}
     found |= {"lora_dropout": fields[DROPOUT]} if DROPOUT in fields else {}
     bias = fields.get("bias", "none")
@@ -52,8 +52,8 @@ def fields_of_lora(fields: Fields) -> Fields:
 
 
 def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> Files:
-    """Presents an adapter of MiSS as one of LoRA; `shapes` are those of the base's parameters."""
-    problems.stop(*problems_of_miss(files.fields))
+    """Presents an adapter of MiSS as one of LoRA; `shapes` has those of the base's parameters."""
+    problems.stop(*list_miss_problems(files.fields))
     fields, rank = files.fields, files.fields["r"]
     blocks, others = dict[str, TensorInfo](), list[TensorInfo]()
     inputs: dict[str, int] = {}  # of the modules
@@ -79,11 +79,11 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
     problems.stop()
 
     def read(wanted: Iterable[TensorInfo]) -> dict[str, np.ndarray]:
-        """Reads all tensors of MiSS, and gives those of LoRA that are wanted."""
+        """Reads all tensors of MiSS, and returns the wanted ones of LoRA."""
         found = files.read(files.tensors)
         for module, x in blocks.items():
             a, b = (f"{PREFIX}{module}{end}" for end in AB)
-            found[a] = repeated_identity(rank, inputs[module])
+            found[a] = repeat_identity(rank, inputs[module])
             found[b] = np.ascontiguousarray(found.pop(x.key).T, np.float32)
         return {x.key: found[x.key] for x in wanted}
 
@@ -93,15 +93,15 @@ def as_lora(files: Files, shapes: Mapping[str, tuple[int, ...]], problems: Probl
         for end, shape in zip(AB, ((rank, inputs[module]), x.shape[::-1]), strict=True)
     ]
     scales = dict.fromkeys(blocks, (rank, 1.0))
-    own = fields_of_lora(fields)
+    own = translate_fields(fields)
     if own.get("target_modules") is None:
         own |= dict.fromkeys(CHOICE) | {"target_modules": list(blocks)}
-    lora = with_scales(DEFAULTS | own, scales)
+    lora = set_scales(DEFAULTS | own, scales)
     return files._replace(fields=lora, tensors=made + others, read=read)
 
 
-def repeated_identity(rank: int, inputs: int) -> np.ndarray:
-    """The A of MiSS, (rank, inputs)."""
+def repeat_identity(rank: int, inputs: int) -> np.ndarray:
+    """Makes the A of MiSS, (rank, inputs)."""
     return np.eye(rank, dtype=np.float32)[:, np.arange(inputs) % rank]
 
 
@@ -128,7 +128,7 @@ def from_lora(
     wrong = wrong or [
         f"{x.key}: its A does not repeat the identity, as that of initializers.miss does"
         for x in parts
-        if not np.array_equal(x.a, repeated_identity(*x.a.shape))
+        if not np.array_equal(x.a, repeat_identity(*x.a.shape))
     ]
     ranks = sorted({len(x.a) for x in parts})
     if not wrong and len(ranks) != 1:

@@ -10,18 +10,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .._file import CONFIG, PREFIX, TENSORS, TensorInfo, shorten, show
+import numpy as np
+
+from .._file import CONFIG, PREFIX, TENSORS, shorten, show
 from .._problems import Problems
 from ._config import ROWS_ALONE
-from ._contents import HEADS, Adapter, Part, may_tie
-from ._select import Names, Selection, parents
+from ._contents import HEADS, Adapter, Contents, Part, may_tie
+from ._select import Names, Selection, list_parents
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def refuse_biases(adapter: Adapter, problems: Problems) -> None:
-    """Adds what only a merge into a checkpoint has a place for."""
-    for x in adapter.biases.values():
+    """Adds the biases that only a merge into a checkpoint has a place for."""
+    for x, _ in adapter.others.biases.values():
         why = "lora_bias adds to a bias, for which an adapter here has no place"
         problems.add(x.key, f"{why}; merge it by jlora.peft.export_merged")
 
@@ -33,48 +35,42 @@ def assign_parameters(
     problems: Problems,
     *,
     ordered: bool = False,
-) -> list[Part]:
-    """Finds the parameter of each A and B.
+) -> Contents:
+    """Finds the parameter of each A and B, and returns all that the adapter has.
 
     Args:
         adapter: what its tensors are.
         shapes: all parameters of the model, by the names of the adapter; None if not known.
         where: what to call the model in errors.
         problems: gets what does not fit.
-        ordered: whether the parameters of a module come in the order in which PEFT wraps them, so
-            that those of one shape can be told apart.
+        ordered: whether the parameters of a module come in the order in which PEFT wraps them,
+            which tells apart those of one shape.
     """
     selection = adapter.selection
     order = {name: i for i, name in enumerate(shapes or ())}
     selection.prepare({name.rpartition(".")[0] for name in order})
-    selection.prepare(f"{m}.{p}" for m in adapter.parts for p in selection.parameters(m))
+    selection.prepare(f"{m}.{p}" for m in adapter.modules for p in selection.parameters(m))
     found = list[Part]()
-    for module, parts in adapter.parts.items():
+    for module, parts in adapter.modules.items():
         names = [f"{module}.{parameter}" for parameter in selection.parameters(module)]
         if shapes is not None:
             names = sorted((name for name in names if name in order), key=order.__getitem__)
         if names and parts:
-            found += _of_parameters(selection, module, names, parts, shapes, ordered, problems)
+            found += _assign_by_shape(selection, module, names, parts, shapes, ordered, problems)
         elif parts:
-            found += _of_module(selection, module, parts, problems)
+            found += _check_module(selection, module, parts, problems)
     if shapes is not None:
         problems.found += list_missing(adapter, shapes)
         known = [n.removesuffix(".weight") for n, shape in shapes.items() if len(shape) > 1]
         problems.unused += selection.idle([*(part.key for part in found), *known], where)
-    problems.unused += _idle_names(adapter)
+    problems.unused += _list_idle_names(adapter)
     problems.unused += selection.unused([part.key for part in found])
-    if not (found or adapter.full or adapter.tokens or problems.found):
+    if not (found or adapter.others.full or adapter.others.tokens or problems.found):
         problems.found.append(f"{TENSORS} holds neither A and B nor a parameter in full")
-    return found
+    return adapter.others._replace(parts=found)
 
 
-def names_of(adapter: Adapter) -> list[str]:
-    """The parameters that A and B may belong to."""
-    each = ((m, adapter.selection.parameters(m) or ["weight"]) for m in adapter.parts)
-    return [f"{module}.{parameter}" for module, parameters in each for parameter in parameters]
-
-
-def _of_module(
+def _check_module(
     selection: Selection, module: str, parts: list[Part], problems: Problems
 ) -> list[Part]:
     """Checks A and B of the weight of a module."""
@@ -88,12 +84,12 @@ def _of_module(
         return []
     if part.a.shape[0] != rank:
         problems.add(key, f"expected rank {rank} by {CONFIG}, got an A of shape {part.a.shape}")
-    if part.m is not None and part.m.shape != (shape := magnitude_shape(part)):
+    if part.m is not None and part.m.shape != (shape := part.magnitude_shape):
         problems.add(part.m.key, f"expected shape {shape}, got {part.m.shape}")
     return parts
 
 
-def _of_parameters(
+def _assign_by_shape(
     selection: Selection,
     module: str,
     names: Sequence[str],
@@ -106,7 +102,7 @@ def _of_parameters(
     # As there are n! ways. Of a model that is not at hand there may be fewer than are named.
     few = len(parts) <= 6 and (shapes is None or len(parts) == len(names))
     tried = names[:6] if few else []
-    each = [{name: _as_parameter(selection, name, x, shapes) for name in tried} for x in parts]
+    each = [{name: _try_parameter(selection, name, x, shapes) for name in tried} for x in parts]
     fitting = list[list[Part]]()
     for order in itertools.permutations(tried, len(parts)):
         selection.patterns.spend(len(order))
@@ -125,10 +121,10 @@ def _of_parameters(
     return []
 
 
-def _as_parameter(
+def _try_parameter(
     selection: Selection, name: str, part: Part, shapes: Shapes | None
 ) -> Part | None:
-    """A and B as those of a parameter; None if they do not fit."""
+    """Returns A and B as those of a parameter; None if they do not fit."""
     rank, wide = selection.rank(name), part.a.shape[0]
     part = part._replace(name=name, key=name, scale=selection.scale(name))
     if shapes is None:
@@ -138,47 +134,31 @@ def _as_parameter(
             part = part._replace(kind="experts", experts=shape[0])
         else:
             part = part._replace(kind="linear", transposed=False)
-        fits = orientations(part, shape)
+        fits = list_orientations(part, shape)
     return part if fits and part.experts and wide == rank * part.experts else None
 
 
-def orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
-    """Lists whether a weight may be B·A or its transpose, by shape; empty if `part` misfits."""
-    rank, (rows, columns) = part.b.shape[1], matrix(part)
-    if part.kind == "experts":
-        fits = [len(shape) == 3 and shape[1:] == s for s in ((rows, columns), (columns, rows))]
-        count = shape[0] if shape else 0
-        fits = [f and part.a.shape[0] == rank and count and rank % count == 0 for f in fits]
-    elif part.kind == "conv":
-        fits = [(rows, *part.a.shape[1:]) == shape and part.a.shape[0] == rank, False]
-    else:
-        fits = [(rows, columns) == shape, (columns, rows) == shape]
-        fits = [fit and part.a.shape == (rank, columns) for fit in fits]
-    known = True if part.kind == "embedding" else part.transposed
-    return [t for t in (False, True) if fits[t] and known in (None, t)]
-
-
-def magnitude_shape(part: Part) -> tuple[int, ...]:
-    """The shape of PEFT's magnitudes: one for each output."""
-    outputs = part.b.shape[0]
-    return (1, outputs, *[1] * (len(part.a.shape) - 2)) if part.kind == "conv" else (outputs,)
-
-
-def matrix(part: Part) -> tuple[int, int]:
-    """The shape of B·A, of one of the experts."""
-    return part.b.shape[0], math.prod(part.a.shape[1:])
+def list_orientations(part: Part, shape: tuple[int, ...]) -> list[bool]:
+    """Lists by shape whether a weight may be transposed B·A; empty if it is not B·A at all."""
+    rank, rows, columns = part.a.shape[0], part.b.shape[0], part.a.shape[1:]
+    experts = shape[:1] if part.kind == "experts" else ()
+    if rank != part.b.shape[1] or 0 in experts or rank % math.prod(experts):
+        return []
+    known = {"conv": False, "embedding": True}.get(part.kind, part.transposed)
+    each = (False, (rows, *columns)), (True, (*columns, rows))
+    return [t for t, axes in each if (*experts, *axes) == shape and known in (None, t)]
 
 
 def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     """Lists the parameters of the model that are selected and missing in the file."""
-    selection, modules = adapter.selection, adapter.parts.keys()
-    alone = adapter.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
+    selection, modules = adapter.selection, adapter.modules.keys()
+    alone = adapter.others.tokens if adapter.fields.get("peft_type") == ROWS_ALONE else {}
     selection.prepare(name.rpartition(".")[0] for name in shapes)
 
     def is_missing(name: str) -> bool:
         module, _, parameter = name.rpartition(".")
         if selection.saves_whole(module, parameter, module in modules):
-            return name not in adapter.full
+            return name not in adapter.others.full
         if len(shapes[name]) < 2 or module in modules or name in alone:
             return False
         is_chosen = parameter in selection.parameters(module)
@@ -188,10 +168,10 @@ def list_missing(adapter: Adapter, shapes: Shapes) -> list[str]:
     return [f"{show(name)}: selected by {CONFIG}, but missing in {TENSORS}" for name in lost]
 
 
-def _idle_names(adapter: Adapter) -> list[str]:
+def _list_idle_names(adapter: Adapter) -> list[str]:
     """Lists the entries of `modules_to_save` that name no tensor."""
-    modules = {name.rpartition(".")[0] for name in adapter.full}
-    holders = Names({parent for module in modules for parent in parents(module)})
+    modules = {name.rpartition(".")[0] for name in adapter.others.full}
+    holders = Names({parent for module in modules for parent in list_parents(module)})
     return [
         f"modules_to_save: {shorten(name)} names none of the adapter's tensors"
         for name in adapter.fields.get("modules_to_save") or []
@@ -199,23 +179,19 @@ def _idle_names(adapter: Adapter) -> list[str]:
     ]
 
 
-def identity(x: Any, transposed: bool = False) -> tuple[Any, ...]:
-    """What two tensors must have in common to be the same."""
-    shape = x.shape[::-1] if transposed else x.shape
-    if isinstance(x, TensorInfo):
-        return shape, x.dtype
-    data = (x.T if transposed else x).tobytes()
-    return shape, x.dtype, hashlib.sha256(data).digest()
+def identify(x: np.ndarray) -> tuple[Any, ...]:
+    """Returns what equal arrays share: shape, dtype and a hash of their values."""
+    return x.shape, x.dtype, hashlib.sha256(x.tobytes()).digest()
 
 
-def twins(parts: Iterable[Part]) -> dict[str, Part]:
-    """Finds pairs of parts that change one shared weight alike; maps each name to the other."""
+def find_twins(parts: Iterable[Part]) -> dict[str, Part]:
+    """Maps the names of two parts that change one shared weight alike to each other's part."""
     groups: dict[Any, dict[str, Part]] = {}
     for part in parts:
         if part.kind in ("embedding", "linear") and part.m is None:
             is_table = part.kind == "embedding"
-            a, b = (part.b, part.a) if is_table else (part.a, part.b)
-            key = part.scale, identity(a, is_table), identity(b, is_table)
+            a, b = (part.b.T, part.a.T) if is_table else (part.a, part.b)
+            key = part.scale, identify(a), identify(b)
             groups.setdefault(key, {}).setdefault(part.kind, part)
     pairs = (group.values() for group in groups.values() if len(group) == 2)
     return {x.name: y for pair in pairs for x, y in itertools.permutations(pair)}

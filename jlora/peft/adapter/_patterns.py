@@ -52,7 +52,7 @@ print(time.process_time())
 _HAS_LIMITS = importlib.util.find_spec("resource") is not None
 
 
-def refused_patterns(patterns: Collection[str]) -> dict[str, str]:
+def explain_refused(patterns: Collection[str]) -> dict[str, str]:
     """Maps the patterns that are refused to the reason."""
     wrong = {
         p: f"is of {len(p)} characters; expected at most {LENGTH}"
@@ -69,26 +69,26 @@ def refused_patterns(patterns: Collection[str]) -> dict[str, str]:
     return wrong | {p: f"{_NO_PATTERN}: {e}" for (_, p), e in each if e}
 
 
-def of_key(pattern: str) -> str:
-    """How PEFT matches a key of `rank_pattern` and `alpha_pattern`, from a name's start."""
+def wrap_key(pattern: str) -> str:
+    """Returns the regular expression by which PEFT matches a key of `rank_pattern`."""
     return rf"(.*\.)?({pattern})$"
 
 
-def of_layer(pattern: str | None) -> str:
-    """How PEFT finds the number of a layer, from a name's start; with `layers_pattern`, or none."""
+def wrap_layer(pattern: str | None) -> str:
+    """Returns the regular expression by which PEFT finds a layer; None is no `layers_pattern`."""
     start, pattern = (r".*?\.", r"[^.]*") if pattern is None else (r"(?:^|.*?\.)", pattern)
     return rf"{start}{pattern}\.(?P<idx>\d{{1,9}})\."
 
 
 def unescape(pattern: str) -> tuple[str, tuple[int, ...]]:
-    """The name that a plain pattern is, and the places at which it takes any character."""
+    """Returns the name that a plain pattern is, and the places at which it takes any character."""
     characters = re.findall(r"\\?.", pattern)
     places = tuple(at for at, c in enumerate(characters) if c == ".")
     return "".join(c[-1] for c in characters), places
 
 
 class Patterns:
-    """All patterns of an adapter, and what they found in the names that they were matched with.
+    """The patterns of an adapter, with what they find in names.
 
     Python matches them, as it does for PEFT, in a process whose CPU time and memory are limited.
     """
@@ -100,11 +100,11 @@ class Patterns:
         self.at: dict[str, int] = {}  # of each name in these lists
 
     def add(self, pattern: str, kind: str, is_plain: bool = False) -> Callable[[str], Any]:
-        """Gives a function of names, which is None without a match, else True or a layer's number.
+        """Makes a function of names: None without a match, else True or a layer's number.
 
         Args:
             pattern: the pattern.
-            kind: how it is matched: `fullmatch`, `match`, or `layer`, of which the number counts.
+            kind: how it is matched: `fullmatch`, `match`, or `layer`, which gives a number.
             is_plain: whether it can be matched in this process.
         """
         if is_plain:
@@ -118,13 +118,13 @@ class Patterns:
         return self.found[job][self.at[name]]
 
     def spend(self, steps: int) -> None:
-        """Raises once all of an adapter takes more than `STEPS`."""
+        """Counts comparisons; raises once an adapter takes more than `STEPS`."""
         self.steps -= steps
         if self.steps < 0:
             raise ValueError(self._too_much(f"{STEPS:,} comparisons"))
 
     def prepare(self, names: Iterable[str]) -> None:
-        """Matches all patterns with the names that are new, in one process."""
+        """Matches all patterns with the new ones of `names`, in one process."""
         new = [name for name in dict.fromkeys(names) if name not in self.at]
         if not new or not self.found:
             return
@@ -155,7 +155,7 @@ def _find(pattern: re.Pattern[str], kind: str, name: str) -> Any:
 def _ask(
     jobs: Collection[tuple[str, str]], names: Collection[str], seconds: float
 ) -> tuple[list[Any], float] | None:
-    """Asks a new process what each pattern finds, and its seconds; None if it took too much."""
+    """Asks a new process what each pattern finds; None if it takes too much time or memory."""
     command = [sys.executable, "-I", "-S", "-c", _CHILD]
     text = json.dumps([list(jobs), list(names), math.ceil(seconds)])
     try:
@@ -170,16 +170,16 @@ def _ask(
     except subprocess.TimeoutExpired:
         return None
     except (OSError, TypeError) as e:  # `sys.executable` is None where Python is embedded
-        raise _not_started(e) from e
+        raise _explain_start(e) from e
     if done.returncode > 0 and "MemoryError" not in done.stderr:
-        raise _not_started(done.stderr.strip().rpartition("\n")[2])
+        raise _explain_start(done.stderr.strip().rpartition("\n")[2])
     if done.returncode:
         return None
     *answers, seconds = map(json.loads, done.stdout.splitlines())
     return answers, seconds
 
 
-def _not_started(why: Any) -> ValueError:
+def _explain_start(why: Any) -> ValueError:
     return ValueError(
         "patterns of adapter_config.json are matched in a process of their own, but Python could "
         f"not be started for it ({why}). List the modules by their names."

@@ -12,16 +12,16 @@ from typing import Any
 
 from .._file import shorten
 from ._config import DEFAULTS
-from ._patterns import PLAIN, Patterns, of_key, of_layer, unescape
+from ._patterns import PLAIN, Patterns, unescape, wrap_key, wrap_layer
 
 _LAYERS = 10  # patterns of layers that are plain and need no process
 
 
 class Ends:
-    """The ends of many names, of which one may have to be the end of another."""
+    """Many endings, in which a name finds whether it ends in one of them."""
 
     def __init__(self, tails: Iterable[str]):
-        """Tails that end in another one are left out."""
+        """Leaves out tails that end in another one."""
         self.backwards: list[str] = []
         for tail in sorted(t[::-1] for t in tails):
             if not self.backwards or not tail.startswith(self.backwards[-1]):
@@ -35,10 +35,10 @@ class Ends:
 
 
 class Names:
-    """Many names, of which one may have to end in another one."""
+    """Many names, in which an ending finds whether one of them ends in it."""
 
     def __init__(self, names: Iterable[str]):
-        """They are sorted backwards."""
+        """Sorts the names backwards."""
         self.backwards = sorted({name[::-1] for name in names})
 
     def end_in(self, tail: str) -> bool:
@@ -66,21 +66,21 @@ class Selection:
             self._order[parameter] = None
         # PEFT asks for no layer where modules are given by a pattern or by their whole names.
         is_any = isinstance(target, str) or layers in (None, [])
-        self._layers = None if is_any else set(_listed(layers))
-        self._whole = set(_listed(target))
-        patterns = _listed(fields.get("layers_pattern") or None) or [None]
+        self._layers = None if is_any else set(_as_list(layers))
+        self._whole = set(_as_list(target))
+        patterns = _as_list(fields.get("layers_pattern") or None) or [None]
         is_plain = len(patterns) <= _LAYERS and all(
             p is None or PLAIN.fullmatch(p) for p in patterns
         )
         self._numbers = [
-            self.patterns.add(of_layer(p), "layer", is_plain)
+            self.patterns.add(wrap_layer(p), "layer", is_plain)
             for p in (() if self._layers is None else patterns)
         ]
         self._ranks = First(fields.get("rank_pattern"), self.patterns)
         self._alphas = First(fields.get("alpha_pattern"), self.patterns)
 
     def _matcher(self, target: str | list[str] | None) -> Callable[[str], bool]:
-        """Whether a module matches a pattern, or ends in a name."""
+        """Makes a predicate: whether a module matches a pattern, or ends in one of the names."""
         if isinstance(target, str):
             find = self.patterns.add(target, "fullmatch", bool(PLAIN.fullmatch(target)))
             return lambda module: find(module) is not None
@@ -102,7 +102,7 @@ class Selection:
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names `module` or one that holds it, as PEFT matches it."""
-        return bool(self._saved.backwards) and any(p in self._saved for p in parents(module))
+        return bool(self._saved.backwards) and any(p in self._saved for p in list_parents(module))
 
     def saves_whole(self, module: str, parameter: str, is_adapted: bool) -> bool:
         """Whether PEFT saves a parameter as a whole, by `modules_to_save` or `bias`."""
@@ -111,25 +111,25 @@ class Selection:
         return (parameter == "bias" and by_bias) or self.saves(module)
 
     def parameters(self, module: str) -> list[str]:
-        """The parameters of `module` that `target_parameters` names, if it is not adapted whole."""
+        """Lists the parameters of `module` in `target_parameters`, if it is not adapted whole."""
         if not self._parameters or self.adapts(module):
             return []
-        found = {p for end in (*tails(module), None) for p in self._parameters.get(end, ())}
+        found = {p for end in (*list_tails(module), None) for p in self._parameters.get(end, ())}
         return [p for p in self._order if p in found]
 
     def rank(self, key: str) -> int:
-        """The rank of a module or parameter."""
+        """Returns the rank of a module or parameter."""
         return self._ranks.get(key, self.fields.get("r", DEFAULTS["r"]))
 
     def scale(self, key: str) -> float:
-        """The scale of a module or parameter: alpha / r, or alpha / √r."""
+        """Returns the scale of a module or parameter: alpha / r, or alpha / √r."""
         alpha = self._alphas.get(key, self.fields.get("lora_alpha", DEFAULTS["lora_alpha"]))
-        return alpha / divisor(self.fields, self.rank(key))
+        return alpha / find_divisor(self.fields, self.rank(key))
 
     def idle(self, keys: Iterable[str], where: str) -> list[str]:
-        """The targets that name none of the `keys` of a model, which is called `where`.
+        """Lists the targets that name none of the `keys` of a model; errors call it `where`.
 
-        PEFT lists targets that it excludes, or that lie in other layers, all the same.
+        PEFT also lists targets that it excludes, or that are in other layers.
         """
         names = Names("." + key for key in keys)
         return [
@@ -141,7 +141,7 @@ class Selection:
         ]
 
     def unused(self, adapted: Collection[str]) -> list[str]:
-        """The entries of `rank_pattern` and `alpha_pattern` that match no adapted key."""
+        """Lists the entries of `rank_pattern` and `alpha_pattern` that match no adapted key."""
         self.prepare(adapted)
         return [
             f"{field}: {shorten(pattern)} matches no adapted module"
@@ -150,26 +150,26 @@ class Selection:
         ]
 
 
-def parents(module: str) -> Iterator[str]:
-    """`module` and those that hold it."""
+def list_parents(module: str) -> Iterator[str]:
+    """Yields `module` and the modules that hold it."""
     yield module
     while module := module.rpartition(".")[0]:
         yield module
 
 
-def tails(module: str) -> Iterator[str]:
-    """`module` and its last parts."""
+def list_tails(module: str) -> Iterator[str]:
+    """Yields `module` and its last parts, the longest first."""
     while module:
         yield module
         module = module.partition(".")[2]
 
 
-def _listed(values: Any) -> list[Any]:
+def _as_list(values: Any) -> list[Any]:
     return values if isinstance(values, list) else [] if values is None else [values]
 
 
-def divisor(fields: Mapping[str, Any], rank: int) -> float:
-    """What alpha is divided by: r, or √r."""
+def find_divisor(fields: Mapping[str, Any], rank: int) -> float:
+    """Returns what alpha is divided by: r, or √r."""
     return math.sqrt(rank) if fields.get("use_rslora") else rank
 
 
@@ -193,21 +193,21 @@ class First:
                 table = self.tables.setdefault(len(name), {}).setdefault(places, {})
                 table.setdefault(name, []).append(i)
             else:
-                self.matchers[i] = patterns.add(of_key(pattern), "match")
+                self.matchers[i] = patterns.add(wrap_key(pattern), "match")
 
     def get(self, key: str, default: Any) -> Any:
-        """The value for a module or parameter."""
+        """Returns the value for a module or parameter."""
         first = min((own[0] for own in self._matching(key)), default=None)
         return default if first is None else self.values[first]
 
     def _matching(self, key: str) -> list[list[int]]:
-        """The numbers of the patterns that match, those of equal ones together."""
+        """Lists the numbers of the patterns that match; equal patterns are one entry."""
         if key not in self.found:
             self.found[key] = list(self._look_up(key))
         return self.found[key]
 
     def _look_up(self, key: str) -> Iterator[list[int]]:
-        for tail in tails(key) if self.tables else ():
+        for tail in list_tails(key) if self.tables else ():
             tables = self.tables.get(len(tail), {})
             self.patterns.spend(sum(1 + len(places) for places in tables))
             for places, table in tables.items():
@@ -216,13 +216,13 @@ class First:
         yield from ([i] for i, matcher in self.matchers.items() if matcher(key) is not None)
 
     def unused(self, keys: Collection[str]) -> list[str]:
-        """The patterns that match none of `keys`."""
+        """Lists the patterns that match none of `keys`."""
         used = {i for key in keys for own in self._matching(key) for i in own}
         return [pattern for i, pattern in enumerate(self.names) if i not in used]
 
 
 def _with_dots(name: str, places: tuple[int, ...]) -> str:
-    """A name with dots at some places, at which a pattern takes any character."""
+    """Puts dots into a name at the places at which a pattern takes any character."""
     parts: list[str] = []
     start = 0
     for at in places:

@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     Attributes:
         module: PyTorch's module.
         rows: their numbers.
-        v: what stands in their places, (k, dim), an array or a `TensorInfo`.
+        v: their new values, (k, dim), an array or a `TensorInfo`.
     """
 
     module: str
@@ -31,10 +31,10 @@ class Tokens(NamedTuple):
     v: Any
 
 
-def rows_by_module(
+def find_rows(
     fields: Mapping[str, Any], modules: Iterable[str], problems: Problems
 ) -> tuple[dict[str, RowNumbers], list[str]]:
-    """Finds the rows of each of the `modules` with values, and the names without values.
+    """Finds the rows of each module that has values, and the listed names without values.
 
     A name without values may be a head that is tied to an embedding with the same rows; else it
     is a problem.
@@ -58,15 +58,15 @@ def rows_by_module(
             problems.add(f"{PREFIX}{module}{DELTA}", f"unexpected; {why}")
     alone = [key for key in listed if not any(module.endswith(key) for module in modules)]
     heads = [key for key in alone if listed[key] in found.values()]
-    problems.found += [_without_values(key) for key in alone if key not in heads]
+    problems.found += [_explain_no_values(key) for key in alone if key not in heads]
     return found, heads
 
 
-def _without_values(key: str) -> str:
+def _explain_no_values(key: str) -> str:
     return f"{INDICES}: selects {show(key) or 'rows'}, missing in {TENSORS}"
 
 
-def misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
+def list_misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
     """Explains why rows do not fit an embedding of `shape` in PyTorch."""
     key, rows = show(getattr(tokens.v, "key", tokens.module)), tokens.rows
     wanted = (len(rows), *shape[1:])
@@ -77,14 +77,14 @@ def misfits(tokens: Tokens, shape: tuple[int, ...]) -> list[str]:
     return found
 
 
-def lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Lists problems with `heads` of an adapter that name modules of their own."""
+def list_lone_heads(heads: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """Lists problems with `heads` that name modules of their own."""
     modules = list(modules)
-    return [_without_values(k) for k in heads if any(module.endswith(k) for module in modules)]
+    return [_explain_no_values(k) for k in heads if any(module.endswith(k) for module in modules)]
 
 
-def tied_rows(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -> Tokens | None:
-    """The rows of the table, one of `tables`, that the head or embedding `name` may be tied to."""
+def find_table(name: str, tokens: Mapping[str, Tokens], tables: Container[str]) -> Tokens | None:
+    """Finds the rows of that one of the `tables` to which `name` may be tied."""
     others = (x for other, x in tokens.items() if other != name and other in tables)
     return next((x for x in others if x.rows == tokens[name].rows), None)
 
@@ -101,11 +101,3 @@ def list_unequal(
             values[head.key], values[table.key].T if is_transposed else values[table.key]
         )
     ]
-
-
-@np.errstate(over="ignore")  # it is counted by `_blocks`
-def put_rows(tokens: Tokens, x: np.ndarray, start: int) -> None:
-    """Writes those rows that lie in the block `x` of the table's rows from `start` on."""
-    rows = np.asarray(tokens.rows)
-    here = np.flatnonzero((rows >= start) & (rows < start + len(x)))
-    x[rows[here] - start] = tokens.v[here].astype(x.dtype)

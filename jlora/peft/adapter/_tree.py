@@ -1,4 +1,4 @@
-"""Turns an adapter tree into A and B of PyTorch's parameters, and those into PEFT's tensors."""
+"""Turns an adapter tree into A and B of PyTorch's parameters, and these into PEFT's tensors."""
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ from ..._tree import adapter_leaves, check_fits, name_of
 from ..._types import Path, PyTree
 from .._file import DTYPES, PREFIX
 from ..names._advice import advise
-from ..names._convert import keep_adapted, rows_of, split_factors
-from ..names._leaves import NamedLeaf, path_in_names, resolve, sort_by_row, tied_heads
+from ..names._convert import keep_adapted, split_factors, split_rows
+from ..names._leaves import NamedLeaf, find_tied_heads, path_in_names, resolve, sort_by_row
 from ..names._names import Name
 from ._contents import BASE, Part
 from ._files import MAGNITUDE
@@ -51,7 +51,7 @@ class Tree(NamedTuple):
     def tokens(self) -> list[Tokens]:
         """The rows of embeddings, as PyTorch has them."""
         each = ((leaf, self.found[leaf.path]) for leaf in self.rows)
-        return [Tokens(leaf.modules[0], x.rows, rows_of(leaf, x)) for leaf, x in each]
+        return [Tokens(leaf.modules[0], x.rows, split_rows(leaf, x)) for leaf, x in each]
 
     @property
     def parts(self) -> list[Part]:
@@ -83,7 +83,7 @@ def arrange(base: PyTree, adapter: PyTree, names: Sequence[Name]) -> Tree:
         low=[keep_adapted(leaf, x) for leaf, x in own if isinstance(x, _FACTORED)],
         full=[leaf for leaf, x in own if not is_node(x)],
         rows=[leaf for leaf, x in own if isinstance(x, Replaced)],
-        tied={leaf.modules[0]: head for head, leaf in tied_heads(leaves).items()},
+        tied={leaf.modules[0]: head for head, leaf in find_tied_heads(leaves).items()},
     )
 
 
@@ -113,12 +113,12 @@ def _join_parts(pieces: Sequence[tuple[NamedLeaf, Part]]) -> Part:
     return first._replace(a=whole, b=b.reshape(count * len(first.b), -1), m=m)
 
 
-def tensors_of(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """The tensors of parts, and of the heads that are `tied` to some, by PEFT's keys.
+def make_tensors(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Makes the tensors of parts, and of the heads `tied` to some of them, by PEFT's keys.
 
     Each parameter of a module wraps those before it.
     """
-    parts = [*parts, *(_head_of(x, tied[x.key]) for x in parts if x.key in tied)]
+    parts = [*parts, *(_make_head(x, tied[x.key]) for x in parts if x.key in tied)]
     left = collections.Counter(part.name.rpartition(".")[0] for part in parts)
     tensors: dict[str, np.ndarray] = {}
     for part in parts:
@@ -131,14 +131,14 @@ def tensors_of(parts: Sequence[Part], tied: Mapping[str, str]) -> dict[str, np.n
     return tensors
 
 
-def _head_of(table: Part, head: str) -> Part:
-    """The head that shares the weight of an embedding."""
+def _make_head(table: Part, head: str) -> Part:
+    """Makes the part of the head that shares the weight of an embedding."""
     a, b = (np.ascontiguousarray(x.T) for x in (table.b, table.a))
     return table._replace(name=f"{head}.weight", kind="linear", key=head, a=a, b=b)
 
 
-def frozen_tensors(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of parameters that an adapter wraps and leaves as they are."""
+def make_frozen_tensors(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Makes the tensors of parameters that an adapter wraps and leaves as they are."""
     names = {name: name.rpartition(".") for name in frozen}
     return {f"{PREFIX}{m}{BASE}.{p}": frozen[name] for name, (m, _, p) in names.items()}
 
@@ -149,7 +149,7 @@ def frozen_tensors(frozen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _check_writable(
     found: dict[Path, Any], leaves: dict[Path, NamedLeaf], names: Sequence[Name]
 ) -> None:
-    """Raises, naming every leaf that cannot be written."""
+    """Raises for leaves that cannot be written, and names all of them."""
     residual = [name_of(path) for path, x in found.items() if is_node(x) and x.residual]
     if residual:
         raise ValueError(
@@ -160,8 +160,8 @@ def _check_writable(
             "returned, or merge it with its base. If that base is saved in the place of the "
             "parameters, give nodes that say so: node._replace(residual=False)."
         )
-    wrong = {path: why for path, x in found.items() if (why := _unwritable(path, x, leaves))}
-    wrong |= {path: why for path, why in _lone_parts(found, leaves) if path not in wrong}
+    wrong = {path: why for path, x in found.items() if (why := _why_unwritable(path, x, leaves))}
+    wrong |= {path: why for path, why in _find_lone_parts(found, leaves) if path not in wrong}
     unnamed = {path: x for path, x in found.items() if path not in leaves}
     lost = {path: weight_shape(x) if is_node(x) else x.shape for path, x in unnamed.items()}
     if wrong:
@@ -172,7 +172,7 @@ def _check_writable(
         )
 
 
-def _unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str | None:
+def _why_unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str | None:
     if (leaf := leaves.get(path)) is None:
         axes = len(weight_shape(x) if is_node(x) else x.shape)
         return f"no row of `names` fits {path_in_names(path)!r} with {axes} axes"
@@ -197,10 +197,10 @@ def _unwritable(path: Path, x: Any, leaves: Mapping[Path, NamedLeaf]) -> str | N
         return None if is_one else "has rows of its own, but is no embedding by `names`"
     if not (set(wanted.inputs) <= set(ours.inputs) and set(wanted.outputs) <= set(ours.outputs)):
         return f"expected {wanted} by `names`, got {ours}"
-    return _without_magnitudes(x, leaf) if isinstance(x, Decomposed) else None
+    return _why_no_magnitudes(x, leaf) if isinstance(x, Decomposed) else None
 
 
-def _without_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
+def _why_no_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
     """Explains why PEFT has no such magnitudes."""
     if leaf.name.kind == "experts":
         return "is a Decomposed, and of a parameter of experts PEFT has LoRA alone"
@@ -214,7 +214,7 @@ def _without_magnitudes(x: Decomposed, leaf: NamedLeaf) -> str | None:
     return None
 
 
-def _lone_parts(
+def _find_lone_parts(
     found: Mapping[Path, Any], leaves: Mapping[Path, NamedLeaf]
 ) -> Iterator[tuple[Path, str]]:
     """Finds parts of parameters with magnitudes where other parts have none."""
@@ -228,7 +228,7 @@ def _lone_parts(
 
 
 def check_one_method(tree: Tree) -> None:
-    """Raises where sites have different methods: PEFT has one for all."""
+    """Raises where sites have different methods, as PEFT has one for all."""
     paths = {
         kind: [name_of(leaf.path) for leaf in tree.low if isinstance(tree.found[leaf.path], kind)]
         for kind in _FACTORED

@@ -31,8 +31,8 @@ def to_vllm(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
         >>> peft.to_vllm("adapter", "for_vllm")  # doctest: +SKIP
     """
     alone = read_alone(path)
-    fields = DEFAULTS | alone.adapter.fields
-    fields, parts = flatten_for_vllm(fields, alone.parts, list(alone.full), list(alone.rows))
+    fields, found = DEFAULTS | alone.adapter.fields, alone.contents
+    fields, parts = flatten_for_vllm(fields, found.parts, list(found.full), list(alone.rows))
     title = f"`path`: the adapter in {path} has no form for vLLM that would be read as the same"
     write_alone(out, fields, parts, [alone], Problems(title), "path")
 
@@ -61,8 +61,8 @@ def flatten_for_vllm(
         raise ValueError(f"`profile` 'vllm' takes ranks up to {RANKS[-1]}; got {largest}.")
     new = [
         x._replace(
-            a=_pad(x.a, 0, rank),
-            b=_pad(x.b * np.asarray(x.scale, x.b.dtype), 1, rank),
+            a=np.pad(x.a, ((0, rank - len(x.a)), (0, 0))),
+            b=np.pad(x.b * np.asarray(x.scale, x.b.dtype), ((0, 0), (0, rank - x.b.shape[1]))),
             scale=1.0,
         )
         for x in parts
@@ -75,9 +75,3 @@ def flatten_for_vllm(
         "use_rslora": False,
     }
     return dict(fields) | flat, new
-
-
-def _pad(x: np.ndarray, axis: int, length: int) -> np.ndarray:
-    pads = [(0, 0), (0, 0)]
-    pads[axis] = (0, length - x.shape[axis])
-    return np.pad(x, pads)

@@ -1,4 +1,4 @@
-"""Whether an engine takes an adapter as it is meant: by its headers, and those of its base."""
+"""Checks whether an engine takes an adapter as it is meant, by its headers and its base's."""
 
 import os
 import shlex
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from .._checkpoint import open_checkpoint
 from .._file import CONFIG, DTYPES, PREFIX, Header, Source, read_header, read_json
-from ..adapter._config import LIMIT, misformed
+from ..adapter._config import LIMIT, list_misformed
 from ..adapter._contents import FACTOR
 from . import ENGINES, Base, Engine, Finding, Served, Side
 from ._rules import AGAIN
 
 
 class Checked(NamedTuple):
-    """The answer of `check`; its `str` is for people.
+    """What `check` found; its `str` is for people.
 
     Attributes:
         path: the adapter's folder.
@@ -83,25 +83,25 @@ def check(
     """
     if engine not in ENGINES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}; got {engine!r}.")
-    asked = ENGINES[engine]
-    rank = _rank(asked, max_lora_rank)
+    server = ENGINES[engine]
+    rank = _rank(server, max_lora_rank)
     source = Source(Path(path))
     fields, header = read_json(source, CONFIG, LIMIT), read_header(source)
-    if wrong := misformed(fields):
+    if wrong := list_misformed(fields):
         parts = (problem.partition(": ") for problem in wrong)
         findings = [Finding(what, why, AGAIN, False) for what, _, why in parts]
     else:
         served = _served(source, fields, header, None if base is None else _base(base), rank)
-        findings = [found for rule in asked.rules for found in rule(served)]
+        findings = [found for rule in server.rules for found in rule(served)]
     folder, model = (shlex.quote(os.fspath(x)) for x in (path, base or "BASE"))
     largest = fields.get("r") if rank is None else rank
-    start = asked.start.format(dir=folder, base=model, rank=largest)
-    title = f"{asked.title} {asked.version}"
+    start = server.start.format(dir=folder, base=model, rank=largest)
+    title = f"{server.title} {server.version}"
     return Checked(os.fspath(path), title, findings, start, base is not None)
 
 
 def _rank(engine: Engine, given: int | None) -> int | None:
-    """The largest rank that the server takes; None for any."""
+    """Returns the largest rank that the server takes; None for any."""
     fits = given in engine.ranks if engine.ranks else isinstance(given, int) and given > 0
     if given is not None and not fits:
         wanted = f"one of {engine.ranks}" if engine.ranks else "at least 1"

@@ -1,4 +1,4 @@
-"""What an engine is: rules by which it takes an adapter, of which only headers are read."""
+"""An engine: the rules by which it takes an adapter. They read only headers."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .._file import Source
 from ..adapter._config import DEFAULTS
-from ..adapter._select import Selection, parents
+from ..adapter._select import Selection, list_parents
 
 
 class Finding(NamedTuple):
@@ -59,20 +59,20 @@ class Base:
     """The model that is served, by the headers and the configuration of its checkpoint."""
 
     def __init__(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]):
-        """Of `config.json`, and the shapes of all tensors; () where it is not that of a weight."""
+        """Takes `config.json` and the shapes of all tensors, () where it is no weight's."""
         self.config, self.shapes = config, shapes
         own = {name.rpartition(".")[0] for name in shapes}
-        self.modules = {parent for module in own for parent in parents(module)}
+        self.modules = {parent for module in own for parent in list_parents(module)}
         self.lasts = {module.rpartition(".")[2] for module in self.modules}
 
     def number(self, key: str) -> int | None:
-        """A number of the configuration; of a model of models, that of its language model."""
+        """Returns a number of the configuration, of the language model in a model of models."""
         text = self.config.get("text_config")
         found = [part.get(key) for part in (text, self.config) if isinstance(part, dict)]
         return next((n for n in found if type(n) is int), None)
 
     def called(self, module: str) -> str | None:
-        """What the checkpoint calls a module; None if it has none that an engine takes for it.
+        """Returns what the checkpoint calls a module; None if an engine finds none for it.
 
         A language model within another model has two names. A checkpoint of a model without its
         head may leave out the first `model.`. A tied head has the weight of the embedding.
@@ -84,12 +84,12 @@ class Base:
         return next((name for name in names if name in self.modules), None)
 
     def shape(self, module: str) -> tuple[int, ...]:
-        """The shape of a module's weight; () if not known."""
+        """Returns the shape of a module's weight; () if it is not known."""
         name = self.called(module)
         return () if name is None else self.shapes.get(f"{name}.weight", ())
 
     def nearest(self, module: str) -> str:
-        """The module of the base that shares the longest end with `module`."""
+        """Returns the module of the base that shares the longest end with `module`."""
         tail = module
         while tail := tail.partition(".")[2]:
             if found := [m for m in self.modules if m.endswith("." + tail)]:
@@ -157,8 +157,8 @@ class Engine(NamedTuple):
     Attributes:
         name: what it is called on the command line.
         title: what it calls itself.
-        version: the version whose source the rules are of.
-        rules: what it is asked of an adapter.
+        version: the version whose source the rules follow.
+        rules: the checks of an adapter.
         start: how it is started, with `{base}`, `{dir}` and the largest `{rank}`.
         ranks: the values that its option `--max-lora-rank` has; empty for any.
         rank: the value that it has by default; None for that of the adapter.

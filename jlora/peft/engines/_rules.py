@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .._file import shorten, show
-from ..adapter._config import METHODS, features
+from ..adapter._config import METHODS, find_features
 from ._engine import Finding, Served, Side
 
 PROFILE = (
@@ -39,7 +39,7 @@ def report(
 
 
 def is_fused(side: Side) -> bool:
-    """Whether it is of all experts of a module together, by `target_parameters`."""
+    """Whether a factor adapts all experts of a module together, by `target_parameters`."""
     return side.depth > 0 or side.last == "experts"
 
 
@@ -83,7 +83,7 @@ def forbid(
 
 def forbid_unread(x: Served, *known: str) -> list[Finding]:
     """Demands that no other features are used, nor those of later versions of PEFT."""
-    used = [key for key in features(x.fields) if key not in (*known, *_TRAINING)]
+    used = [key for key in find_features(x.fields) if key not in (*known, *_TRAINING)]
     return [_feature(x, key, "is not read", _without(key), True) for key in used]
 
 
@@ -92,12 +92,12 @@ def _feature(x: Served, key: str, why: str, remedy: str, silent: bool) -> Findin
 
 
 def _without(key: str) -> str:
-    """What to do about a feature, which jlora can merge or not."""
+    """Advises what to do about a feature, by whether jlora can merge it."""
     return f"Train without it, or {MERGED}" if key in METHODS else WITHOUT
 
 
-def rank_above(rank: int, limit: int, least: int) -> Finding:
-    """A rank above the server's option, which should be `least`."""
+def report_rank(rank: int, limit: int, least: int) -> Finding:
+    """Reports a rank above the server's option, which should be `least`."""
     remedy = f"Start the server with --max-lora-rank {least}, and say so here"
     return Finding("r", f"{rank} is above --max-lora-rank {limit}", remedy, False)
 

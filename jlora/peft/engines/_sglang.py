@@ -53,7 +53,7 @@ def _configuration(x: Served) -> Iterator[Finding]:
     yield from rules.forbid(x, "rank_pattern", why=_RANK, **unread)
     yield from rules.forbid_unread(x, "use_dora", *SILENT)
     if x.max_lora_rank is not None and x.rank > x.max_lora_rank:
-        yield rules.rank_above(x.rank, x.max_lora_rank, x.rank)
+        yield rules.report_rank(x.rank, x.max_lora_rank, x.rank)
     listed = x.fields.get("target_modules")
     if isinstance(listed, list):
         odd = (name for name in listed if name.rpartition(".")[2] not in TARGETS)

@@ -42,7 +42,7 @@ def _configuration(x: Served) -> Iterator[Finding]:
         remedy = f"Lower it: jlora.arithmetic.truncate(adapter, {RANKS[-1]})"
         yield Finding("r", f"{rank} is above {RANKS[-1]}, the largest rank it has", remedy, False)
     elif x.max_lora_rank is not None and rank > x.max_lora_rank:
-        yield rules.rank_above(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
+        yield rules.report_rank(rank, x.max_lora_rank, next(r for r in RANKS if r >= rank))
     saved, of = x.fields.get("modules_to_save") or [], "modules_to_save"
     if others := [name for name in saved if name not in HEADS]:
         why = f"only {' and '.join(HEADS)} are taken in full"
@@ -76,7 +76,7 @@ def _tensors(x: Served) -> Iterator[Finding]:
 
 
 def _experts(x: Served) -> Iterator[Finding]:
-    """Checks all experts together: down_proj wraps gate_up_proj, whose depth is 1 so."""
+    """Checks experts that are adapted together: down_proj wraps gate_up_proj, so its depth is 1."""
     found: dict[str, Shapes] = {}
     for s in filter(is_fused, x.factors):
         found.setdefault(s.module, {}).setdefault(s.depth, {})[s.side] = s.shape

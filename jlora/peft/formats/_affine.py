@@ -20,7 +20,7 @@ def read_affine(
     order: np.ndarray | None = None,
     sizes: Sequence[Any] = (),
 ) -> Codes | Dense:
-    """Makes W = s·(q - z) of codes of 4 or 8 bits.
+    """Makes W = s·(q - z) from codes of 4 or 8 bits.
 
     Args:
         module: the module, for errors.

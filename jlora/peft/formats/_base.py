@@ -1,4 +1,4 @@
-"""A base from a checkpoint as it is shipped, and a float one to a checkpoint."""
+"""Loads a base from a checkpoint as it is shipped, and writes one in floats."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from ..._quantized import is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import ONE, open_checkpoint
-from .._file import DTYPES, listing, show
-from ..names._convert import join_weight, split_weight
+from .._file import DTYPES, itemize, show
+from ..names._convert import join_weight
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
-from ..names._weights import explain_narrowing, name_all
+from ..names._weights import explain_narrowing, name_all, split_all
 from ._codes import make_leaf
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
@@ -46,7 +46,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     Args:
         path: the folder, with `config.json` and `model.safetensors` or shards; or the GGUF file.
         names: the table that says what the leaves are called in PyTorch, or in the GGUF file.
-        like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s, of which shapes, dtypes and
+        like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s; shapes, dtypes and
             shardings matter. The dtype of a quantized weight is that of its file if that says one.
 
     Returns:
@@ -92,7 +92,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     # A wrong configuration gives every leaf the same words.
     wrong = list(dict.fromkeys(wrong)) + [f"{show(name)}: unexpected" for name in left]
     if wrong:
-        raise ValueError(f"`path`: {path} does not fit `like`. {listing(wrong)}")
+        raise ValueError(f"`path`: {path} does not fit `like`. {itemize(wrong)}")
     return jax.tree.unflatten(flatten(like)[1], values)
 
 
@@ -162,11 +162,9 @@ def save_base(
     if packed:
         raise ValueError(
             "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
-            f"`transformers` with bitsandbytes, or by llm-compressor. {listing(packed)}"
+            f"`transformers` with bitsandbytes, or by llm-compressor. {itemize(packed)}"
         )
-    leaves = name_all(base, names, "base")
-    pairs = [zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True) for leaf in leaves]
-    tensors = {key: x for each in pairs for key, x in each}
+    tensors = split_all(name_all(base, names, "base"))
     with fresh(path, "`path`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
         (folder / "config.json").write_bytes(json.dumps(dict(config or {}), indent=2).encode())

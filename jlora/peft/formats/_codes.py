@@ -1,4 +1,4 @@
-"""A weight as a file has it, in codes, and the leaf that is made of it."""
+"""A weight in the codes of a file, and the leaf that is made of it."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Codes(NamedTuple):
         scheme: the scheme.
         codes: a code for each entry, (…, rows, columns), in PyTorch's order.
         scale: a number for each block, (…, blocks of rows, blocks of columns) or their product.
-        zero: what a scheme adds or subtracts in each block, or None.
+        zero: the number that a scheme adds or subtracts in each block, or None.
         nested: the scale and the offset of the scales where these are codes too, or None.
         dtype: the dtype of the weight; None if that of the leaf counts.
     """
@@ -51,14 +51,14 @@ class Codes(NamedTuple):
         return self.codes.size * self.scheme.bits // 8 + sum(x.nbytes for x in parts)
 
     def array(self, dtype: Any) -> jax.Array:
-        """The values, (…, rows, columns)."""
+        """Computes the values, (…, rows, columns)."""
         *lead, i, j = range(self.codes.ndim)
         form = self.scheme.form(self.codes.shape, tuple(lead), (i, j), 1)
         return _quantize(self, form, dtype).array()
 
     @property
     def bound(self) -> float:
-        """What no magnitude of a value exceeds, whatever the codes; NaN if one in FP8 is."""
+        """A bound of the values' magnitudes, whatever the codes; NaN if a code of FP8 is."""
         if self.codes.dtype.kind not in "iu" and _has_nan(self.codes):
             return math.nan
         if self.scale.dtype == np.uint8 and self.nested is None:  # powers of 2
@@ -74,7 +74,7 @@ class Dense(NamedTuple):
 
     Attributes:
         values: its values in float32.
-        spelling: what it was, in words.
+        spelling: the scheme of its codes, in words.
         bits: the bits that an entry had.
     """
 
@@ -95,7 +95,7 @@ class Dense(NamedTuple):
         return self.values.size * self.bits // 8
 
     def array(self, dtype: Any) -> jax.Array:
-        """The values, (…, rows, columns)."""
+        """Computes the values, (…, rows, columns)."""
         return jnp.asarray(self.values).astype(dtype)
 
     @property
@@ -109,13 +109,13 @@ def _largest(x: np.ndarray) -> float:
 
 
 def _has_nan(codes: np.ndarray) -> bool:
-    """Whether floats of 8 bits have one, by a table, as converting takes long."""
+    """Whether floats of 8 bits include NaN; a table is quicker than converting them."""
     every = np.arange(256, dtype=np.uint8)
     return bool(np.isnan(every.view(codes.dtype).astype(np.float32))[codes.view(np.uint8)].any())
 
 
 def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
-    """Makes a leaf of its stack of modules.
+    """Makes a leaf from its stack of modules.
 
     It is quantized if its axes can be cut into the blocks of the file; else it is dequantized.
     """
@@ -136,7 +136,7 @@ def make_leaf(leaf: NamedLeaf, modules: Sequence[Codes | Dense]) -> Any:
 
 
 def _signature(m: Codes) -> Any:
-    """What modules of one leaf must have in common."""
+    """Returns what modules of one leaf must have in common."""
     arrays, tree = jax.tree.flatten((m.scale, m.zero, m.nested))
     return m.scheme, tree, *((x.shape, x.dtype) for x in arrays)
 
@@ -171,7 +171,7 @@ def _quantize(m: Codes, form: Form, dtype: Any) -> Quantized:
     axes, block = (*inner.stack, *inner.order), inner.blocks[inner.axis]
 
     def arrange(x: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-        """Moves numbers from the order of the file to the axes of the codes, of some lengths."""
+        """Moves numbers from the file's order to the axes of the codes, of the given lengths."""
         return np.transpose(x.reshape([lengths[d] for d in axes]), np.argsort(axes))
 
     data = arrange(m.codes, inner.shape)

@@ -50,13 +50,13 @@ class CompressedTensors(Format):
         if not fits:
             wanted = " or ".join(f"{bits} bits, shape {form}" for bits, form in forms.items())
             raise Unreadable(f"{name}_packed: expected {wanted}; got {words}")
-        said = [weights.get("num_bits") for weights in self._weights()]
-        known = said if said and None not in said else BITS
+        each = [weights.get("num_bits") for weights in self._weights()]
+        known = each if each and None not in each else BITS
         found = [bits for bits in fits if bits in known]
         if len(found) != 1:  # up to 4 inputs take one word of either
             raise Unreadable(
                 f"{name}_packed: its shape {words} is that of {' or '.join(map(str, fits))} bits, "
-                f"and `num_bits` of the quantization is {', '.join(map(shorten, said[:9])) or None}"
+                f"and `num_bits` of the quantization is {', '.join(map(shorten, each[:9])) or None}"
             )
         codes = unpack(self.tensors.read(f"{name}_packed", ("I32",)), 1, found[0])
         return self._integers(name, found[0], codes[:, :inputs])
@@ -96,7 +96,7 @@ class CompressedTensors(Format):
     # ----------------------------------------------------------------- what the configuration says
 
     def _check(self) -> None:
-        """Raises where tensors mean something else than they are read as."""
+        """Raises if tensors mean something else than they are read as."""
         formats = [self.config.get("format"), *(group.get("format") for group in self._groups())]
         if odd := [x for x in formats if x is not None and x not in KNOWN]:
             raise Unreadable(
@@ -122,7 +122,7 @@ class CompressedTensors(Format):
         return [weights for weights in found if isinstance(weights, dict)]
 
     def _blocks(self) -> list[Block]:
-        """The sizes of blocks that the configuration lists."""
+        """Lists the sizes of blocks in the configuration."""
         found = list[Block]()
         for weights in self._weights():
             given = weights.get("block_structure")

@@ -1,4 +1,4 @@
-"""A quantized checkpoint to one in floats."""
+"""Converts a quantized checkpoint to one in floats."""
 
 import contextlib
 import json
@@ -19,13 +19,13 @@ from .._checkpoint import (
     QUANTIZATION,
     Checkpoint,
     copy_others,
-    nested_objects,
     open_checkpoint,
+    walk_objects,
 )
-from .._file import listing, shorten
+from .._file import itemize, shorten
 from ._codes import Codes, Dense
 from ._format import Format, open_format, read_checked
-from ._tensors import Unreadable, left_of
+from ._tensors import Unreadable, list_left
 
 
 class Matrix(NamedTuple):
@@ -94,14 +94,14 @@ def dequantize_checkpoint(
             found.append(_matrix(name, read_checked(format, name, dtype)))
             new = sorted(format.tensors.taken - places.keys())
             places |= dict.fromkeys(new) | {new[0]: name}
-        left = left_of(format.tensors, places)
+        left = list_left(format.tensors, places)
         if left or not found:
             method = shorten(checkpoint.quantization.get("quant_method"))
             what = "these tensors were not read" if left else "no weight of it is"
             raise ValueError(
                 f"`src_dir`: {checkpoint.source.folder} is quantized by {method}, as its "
                 f"config.json says, but {what}. Give the checkpoint that it was made of, or take "
-                "out what is not of it." + (f" {listing(left)}" if left else "")
+                "out what is not of it." + (f" {itemize(left)}" if left else "")
             )
         _write(checkpoint, format, out, places, dtype)
     return found
@@ -120,7 +120,7 @@ def _errors_about(argument: str) -> Iterator[None]:
 
 
 def _float_dtype(checkpoint: Checkpoint) -> Any:
-    """The dtype of floats by the configuration; bfloat16 if it names none."""
+    """Returns the dtype of floats by the configuration; bfloat16 if it names none."""
     config = checkpoint.config
     dtype = config.get("dtype", config.get("torch_dtype"))
     return jnp.dtype(dtype if dtype in ("float32", "float16") else "bfloat16")
@@ -133,7 +133,7 @@ def _write(
     places: Mapping[str, str | None],
     dtype: Any,
 ) -> None:
-    """Writes file after file: weights in the `places` of tensors, and the others."""
+    """Writes file by file: weights in the `places` of tensors, and the others."""
     total = sum(header.size for header in checkpoint.headers.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="dequantize", disable=None)
     weight_map, size = {}, 0
@@ -143,17 +143,17 @@ def _write(
             with tempfile.TemporaryFile(dir=folder) as disk:
                 for name, entry in header.entries.items():
                     if name not in places:
-                        written[name] = _on_disk(format.tensors.as_stored(name), disk)
+                        written[name] = _map_to_disk(format.tensors.as_stored(name), disk)
                     elif weight := places[name]:
                         values = _values(format, weight, dtype)
-                        written[weight] = _on_disk(values, disk)
+                        written[weight] = _map_to_disk(values, disk)
                     bar.update(entry.stop - entry.start)
                 save_file(written, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(written, file)
             size += sum(x.nbytes for x in written.values())
         copy_others(checkpoint, folder)
         config = json.loads(json.dumps(checkpoint.config))
-        for part in nested_objects(config):
+        for part in walk_objects(config):
             part.pop(QUANTIZATION, None)
         _write_json(folder / "config.json", config)
         if INDEX in checkpoint.kept:
@@ -167,7 +167,7 @@ def _values(format: Format, name: str, dtype: Any) -> np.ndarray:
     return w if w.ndim == 2 or format.keeps_axes else w.swapaxes(-1, -2)
 
 
-def _on_disk(x: np.ndarray, file: BinaryIO) -> np.ndarray:
+def _map_to_disk(x: np.ndarray, file: BinaryIO) -> np.ndarray:
     """Maps an array from the end of a file: the writer of safetensors wants all at once."""
     if not x.size:  # nothing can be mapped
         return x

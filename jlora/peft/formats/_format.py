@@ -1,4 +1,4 @@
-"""What a format is, and the set of formats."""
+"""A format of quantized weights, and the set of formats."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -67,7 +67,7 @@ F = TypeVar("F", bound=type[Format])
 
 
 def register(*methods: str) -> Callable[[F], F]:
-    """Adds a format to the set, for each of the `quant_method`s."""
+    """Registers a format for each of the `methods`, the `quant_method`s of configurations."""
 
     def add(format: F) -> F:
         FORMATS.update(dict.fromkeys(methods, format))
@@ -94,7 +94,7 @@ def open_format(checkpoint: Checkpoint) -> Format:
 def read_checked(
     format: Format, name: str, dtype: Any, shape: tuple[int, ...] | None = None
 ) -> Codes | Dense:
-    """Reads a parameter; `Unreadable` if it has another shape than one given, or too large values.
+    """Reads a parameter; `Unreadable` for another shape than a given one, or too large values.
 
     The `dtype` is that of its values where its file says none.
     """

@@ -44,7 +44,7 @@ class GgufTensors:
         return iter(self._tensors)
 
     def dtype(self, name: str) -> str:
-        """The type of a tensor, as gguf calls it."""
+        """Returns the type of a tensor, as gguf calls it."""
         return self._tensors[name].type.name
 
     def blocks(self, name: str) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -79,7 +79,7 @@ class Gguf(Format):
     dtypes = HEADS
 
     def read(self, name: str) -> Codes:
-        """Reads a parameter of one of the types of which codes can be made."""
+        """Reads a parameter whose type can be read as codes."""
         kind, (blocks, shape) = self.tensors.dtype(name), self.tensors.blocks(name)
         head, data = np.split(blocks, [HEADS[kind]], -1)
         if kind == "Q8_0":

@@ -91,7 +91,7 @@ class _File:
         return self.take(*self.numbers("Q")).tobytes()
 
     def skip(self, kind: int) -> None:
-        """Takes a value of a type, and does not keep it."""
+        """Skips a value of a type."""
         kind, count = self.numbers("IQ") if kind == _ARRAY else (kind, 1)
         if kind in _SIZES:
             self.take(count * _SIZES[kind])

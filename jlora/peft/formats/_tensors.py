@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, each checked and read when it is asked for."""
+"""The tensors of a checkpoint, each checked and read on demand."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -55,15 +55,15 @@ class Tensors:
         return iter(self._checkpoint.where)
 
     def dtype(self, name: str) -> str:
-        """The dtype of a tensor, as safetensors calls it."""
+        """Returns the dtype of a tensor, as safetensors calls it."""
         return self._entry(name).dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Returns the shape of a tensor."""
         return self._entry(name).shape
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """The shape of a tensor that must be a matrix."""
+        """Returns the shape of a tensor that must be a matrix."""
         shape = self.shape(name)
         if len(shape) != 2 or 0 in shape:
             raise Unreadable(f"{name}: expected a matrix, got shape {shape}")
@@ -92,7 +92,7 @@ class Tensors:
         return self.bytes(name).view(READ[entry.dtype]).reshape(shape)
 
     def as_stored(self, name: str) -> np.ndarray:
-        """Reads a tensor as it is."""
+        """Reads a tensor in its own dtype and shape."""
         entry = self._entry(name)
         if entry.dtype not in READ:
             raise Unreadable(f"{name}: its dtype {entry.dtype} cannot be copied")
@@ -112,7 +112,7 @@ class Tensors:
         return np.frombuffer(whole, np.uint8)
 
 
-def left_of(tensors: Tensors, read: Collection[str]) -> list[str]:
+def list_left(tensors: Tensors, read: Collection[str]) -> list[str]:
     """Lists tensors not `read` that belong to codes, or are neither floats nor known buffers."""
     left = (name for name in tensors if name not in read and _is_coded(tensors, name))
     return [f"{show(name)}: {tensors.dtype(name)} {tensors.shape(name)}" for name in left]
@@ -128,14 +128,14 @@ def _is_coded(tensors: Tensors, name: str) -> bool:
 
 
 def is_pair(x: Any) -> bool:
-    """Whether JSON says two positive numbers, as of a shape."""
+    """Whether a value of JSON is two positive integers."""
     return isinstance(x, list) and len(x) == 2 and all(type(n) is int and n > 0 for n in x)
 
 
 def unpack(
     words: np.ndarray, axis: int, bits: int = 4, order: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """Takes the codes out of int32 words, lowest bits first; number `order[k]` comes k-th."""
+    """Unpacks codes from int32 words, lowest bits first; code `order[k]` of a word comes k-th."""
     words = np.moveaxis(words.view(np.uint32), axis, -1)
     places, mask = order or range(32 // bits), np.uint32(2**bits - 1)
     codes = np.stack([(words >> np.uint32(bits * k) & mask).astype(np.uint8) for k in places], -1)

@@ -1,4 +1,4 @@
-"""What is done to a tensor of a checkpoint, in blocks of bounded size."""
+"""The edits of a tensor of a checkpoint, in blocks of bounded size."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import numpy as np
 
 from .._checkpoint import read_exactly
 from .._file import DTYPES, TensorInfo
-from ..adapter._tokens import Tokens, put_rows
+from ..adapter._tokens import Tokens
 
 BLOCK = 2**20  # numbers
 # Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
@@ -45,11 +45,13 @@ class NewRows(Edit):
 
     def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
         """Yields the table with the other rows."""
-        (rows, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
+        (count, columns), dtype = tensor.shape, DTYPES[tensor.dtype]
+        rows, values = np.asarray(self.tokens.rows), self.tokens.v.astype(dtype)
         step = max(1, BLOCK // max(columns, 1))
-        for start in range(0, rows, step):
-            block = _read(data, dtype, (min(step, rows - start), columns)).copy()
-            put_rows(self.tokens, block, start)
+        for start in range(0, count, step):
+            block = _read(data, dtype, (min(step, count - start), columns)).copy()
+            here = (rows >= start) & (rows < start + len(block))
+            block[rows[here] - start] = values[here]
             yield block
 
 
@@ -78,7 +80,7 @@ class Sum(Edit):
         return Sum(left, right, self.scale, self.m, not self.by_rows)
 
     def of_rows(self, expert: int, start: int, rows: int) -> "Sum":
-        """The sum for some rows of one matrix of the stack."""
+        """Returns the sum for some rows of one matrix of the stack."""
         left = self.left[expert : expert + 1, start : start + rows]
         return Sum(left, self.right[expert : expert + 1], self.scale)
 
@@ -113,13 +115,13 @@ def _squares(block: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _gain(m: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """The factors of rows or columns: m over their norms, 0 where these are 0."""
+    """Computes the factors of rows or columns: m over their norms, 0 where these are 0."""
     n = np.sqrt(squares)
     return np.divide(m.astype(np.float64), n, out=np.zeros_like(n), where=n > 0)
 
 
 def _product(right: np.ndarray, rows: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Multiplies matrices of up to so many `rows` with `right`, by one program."""
+    """Makes a function that multiplies matrices of up to `rows` rows by `right`, in one program."""
     cpu = jax.local_devices(backend="cpu")[0]
     rank, columns = right.shape
     factor = jax.device_put(_pad(right, (rank, _round_up(columns))), cpu)
@@ -137,7 +139,7 @@ def _round_up(n: int) -> int:
 
 
 def _pad(x: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The array as float32, with zeros after its rows and columns."""
+    """Converts an array to float32, and pads its rows and columns with zeros."""
     new = np.zeros(shape, np.float32)
     new[: x.shape[0], : x.shape[1]] = x
     return new
@@ -150,6 +152,6 @@ def _read(data: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray
 
 
 def encode(x: np.ndarray, dtype: np.dtype) -> tuple[bytes, int]:
-    """The bytes of numbers in a dtype, and how many of them are not finite."""
+    """Returns the bytes of numbers in a dtype, and how many of them are not finite."""
     x = x.astype(dtype)
     return x.tobytes(), x.size - int(np.count_nonzero(np.isfinite(x)))

@@ -1,4 +1,4 @@
-"""The modules that `transformers` renames, as data.
+"""The modules that `transformers` renames.
 
 `transformers` 5 renames modules when it reads a checkpoint, and back when it saves one. An adapter
 has the names of the modules in memory.
@@ -85,7 +85,7 @@ DIALECTS: tuple[Dialect, ...] = (
 
 
 def find_dialects(names: Collection[str]) -> Iterator[Dialect]:
-    """Yields old names alone, and the dialects that a checkpoint with `names` may use."""
+    """Yields the dialects that a checkpoint with `names` may use, first that of old names."""
     yield OLD
     lines = "\n".join(names)
     for dialect in DIALECTS:

@@ -1,45 +1,46 @@
-"""The changes of tensors, and which weights are transposed as against B·A."""
+"""Finds the edits of tensors, and which weights are the transpose of B·A."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from .._problems import Problems
-from ..adapter._contents import Part
-from ..adapter._parameters import Shapes, matrix, orientations
+from ..adapter._contents import Contents, Part
+from ..adapter._parameters import Shapes, list_orientations
 from ._blocks import Edit, NewRows, NewValues, Sum
-from ._renaming import Views, shapes_of, tensor_of
-from ._wanted import Wanted
+from ._renaming import Model
 
 
-def find_edits(model: Views, wanted: Wanted, problems: Problems) -> dict[str, Edit]:
-    """Says what is to be done to each tensor of the checkpoint that changes."""
+def find_edits(
+    model: Model, contents: Contents, is_transposed: bool, problems: Problems
+) -> dict[str, Edit]:
+    """Finds the edit of each tensor that changes; `is_transposed` is the file's own word."""
     found: dict[str, Edit] = {
-        tensor_of(model, n): NewValues(x) for n, x in wanted.full.items() if n in model
+        model.tensor(n): NewValues(x) for n, x in contents.full.items() if n in model
     }
-    transposed = _find_transposed(wanted.parts, shapes_of(model), wanted.flag)
-    for part in wanted.parts:
+    transposed = _find_transposed(contents.parts, model.shapes, is_transposed)
+    for part in contents.parts:
         if (view := model.get(part.name)) is None:
             continue  # it is the same as one that is there
-        if (is_transposed := transposed[part.name]) is None:
+        if (flip := transposed[part.name]) is None:
             why = "is square, and nothing tells whether it is (inputs, outputs) or"
             problems.add(part.name, f"{why} (outputs, inputs)")
             continue
-        change = _as_sum(part, view.shape, is_transposed)
+        change = _make_sum(part, view.shape, flip)
         for tensor, expert, start, rows in view.pieces:
             if tensor in found:
                 problems.add(tensor, "changed twice by the adapter, under two names")
             found[tensor] = change if expert is None else change.of_rows(expert, start, rows)
     one = np.ones((1, 1, 1), np.float32)
-    biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in wanted.biases.items()}
-    rows = {name: NewRows(x) for name, x in wanted.rows.items()}
-    return found | {tensor_of(model, name): x for name, x in (biases | rows).items()}
+    biases = {n: Sum(x.reshape(1, -1, 1), one, scale) for n, (x, scale) in contents.biases.items()}
+    rows = {name: NewRows(x) for name, x in contents.tokens.items()}
+    return found | {model.tensor(name): x for name, x in (biases | rows).items()}
 
 
-def _as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
-    """What `part` adds to the weight of a shape."""
+def _make_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
+    """Makes the sum that adds `part` to a weight of a shape."""
     count = shape[0] if part.kind == "experts" else 1
-    rows, columns = matrix(part)
+    rows, columns = part.matrix
     b = part.b.reshape(rows, -1, count).transpose(2, 0, 1)  # rank outside of experts
     a = part.a.reshape(count, -1, columns)  # experts outside of rank
     found = Sum(b, a, part.scale, None if part.m is None else part.m.reshape(-1))
@@ -47,12 +48,12 @@ def _as_sum(part: Part, shape: tuple[int, ...], transposed: bool) -> Sum:
 
 
 def _find_transposed(parts: Sequence[Part], shapes: Shapes, flag: bool) -> dict[str, bool | None]:
-    """Says for each part whether its weight is transposed; None if nothing tells.
+    """Finds out whether the weight of each part is transposed; None if nothing tells.
 
     A square weight is as those of its name that are not square, or else as `fan_in_fan_out` says
     of all, if no other contradicts that.
     """
-    fits = {part.name: orientations(part, shapes.get(part.name, ())) for part in parts}
+    fits = {part.name: list_orientations(part, shapes.get(part.name, ())) for part in parts}
     groups = {part.name: _group(part.kind, part.name) for part in parts}
     seen = {t: {groups[n] for n, found in fits.items() if found == [t]} for t in (False, True)}
     # A bias has the length of the outputs. It tells nothing of experts: whether PEFT's A
@@ -74,5 +75,5 @@ def _find_transposed(parts: Sequence[Part], shapes: Shapes, flag: bool) -> dict[
 
 
 def _group(kind: str, name: str) -> tuple[str, str]:
-    """The modules that have one orientation: those of one last name."""
+    """Returns a key of the modules that have one orientation: those of one last name."""
     return kind, name.rpartition(".")[0].rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""A checkpoint and an adapter to a merged checkpoint, in blocks of bounded size."""
+"""Merges an adapter into a checkpoint, in blocks of bounded size."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,22 +9,15 @@ from tqdm import tqdm
 
 from ..._folders import fresh, scratch
 from ..._types import PyTree
-from .._checkpoint import (
-    REFUSAL,
-    Checkpoint,
-    copy_others,
-    explain_shorter,
-    open_checkpoint,
-    read_pieces,
-)
+from .._checkpoint import Checkpoint, copy_others, explain_shorter, open_checkpoint, read_pieces
 from .._file import COUNTS, DTYPES, open_file
 from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
 from ._blocks import Edit, encode
 from ._edits import find_edits
+from ._match import check_frozen, match_to_checkpoint
 from ._ties import with_copies
-from ._wanted import check_frozen, read_wanted
 
 
 def export_merged(
@@ -62,7 +55,7 @@ def export_merged(
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
             `model.safetensors.index.json`. Files may be links within it, or within the download
-            cache that it is of.
+            cache around it.
         adapter: a folder that PEFT or `save` wrote, whose modules are called as the checkpoint's
             tensors, up to a first part such as `bert.`; or an adapter tree.
         out: a folder that does not exist yet, or an empty one. It appears complete or not at
@@ -108,12 +101,14 @@ def export_merged(
             dequantize_checkpoint(src_dir, folder / "dense", follow_links=follow_links)
             export_merged(folder / "dense", adapter, out, names=names)
         return checkpoint.left_out
-    problems = Problems(REFUSAL)
-    model, wanted = read_wanted(checkpoint, adapter, names, problems)
-    edits = find_edits(model, wanted, problems)
+    problems = Problems(
+        "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
+    )
+    model, contents, is_transposed = match_to_checkpoint(checkpoint, adapter, names, problems)
+    edits = find_edits(model, contents, is_transposed, problems)
     problems.stop()
     edits = with_copies(checkpoint, edits, problems)
-    check_frozen(checkpoint, model, wanted, problems)
+    check_frozen(checkpoint, model, contents, problems)
     problems.stop()
     problems.warn()
     total = sum(header.size for header in checkpoint.headers.values())

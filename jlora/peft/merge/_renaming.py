@@ -38,7 +38,19 @@ class View(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-Views = dict[str, View]
+class Model(dict[str, View]):
+    """The parameters that a checkpoint holds, under the names that an adapter has for them."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all parameters."""
+        return {name: view.shape for name, view in self.items()}
+
+    def tensor(self, name: str) -> str:
+        """Returns the first tensor of a parameter; its own name if the checkpoint has none."""
+        return self[name].pieces[0].tensor if name in self else name
+
+
 Experts = Mapping[str, re.Match[str]]
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight")
@@ -50,18 +62,18 @@ _FUSED = {
 _FIRSTS = 100  # first parts of names that are tried
 
 
-def find_views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
-    """Finds the parameters of the model, under the names that find the most of `wanted`.
+def find_models(wanted: Collection[str], shapes: Shapes) -> list[Model]:
+    """Finds the parameters of the model, under the names that match the most of `wanted`.
 
-    There are several answers where the names of several versions find as many.
+    There are several answers where the names of several versions match equally many.
 
     Raises:
-        ValueError: if names with either of two first parts find as many.
+        ValueError: if names with either of two first parts match equally many.
     """
     best, most = list[tuple[dict[str, str], list[tuple[str, str]]]](), -1
     tried = list[dict[str, str]]()
     possible, experts = list(find_dialects(shapes)), _find_experts(shapes)
-    old = list(filter(_finder(rule for dialect in possible for rule in dialect), shapes))
+    old = list(filter(_make_finder(rule for dialect in possible for rule in dialect), shapes))
     for dialect in possible:
         named = _rename(dialect, shapes, old)
         if named in tried:
@@ -84,17 +96,17 @@ def find_views(wanted: Collection[str], shapes: Shapes) -> list[Views]:
             f"`adapter` fits the checkpoint of `src_dir` with either of {parts} before its names. "
             "Rename its modules as they are in the checkpoint."
         )
-    return [_views(wanted, named, *way, shapes, experts) for named, way in unique]
+    return [_make_model(wanted, named, *way, shapes, experts) for named, way in unique]
 
 
-def _views(
+def _make_model(
     wanted: Collection[str],
     named: Mapping[str, str],
     add: str,
     strip: str,
     shapes: Shapes,
     experts: Experts,
-) -> Views:
+) -> Model:
     own = {n: named.get(n, n) for n in wanted if n in named or n in shapes}
     as_stored = own.keys() - named.keys()  # these have the checkpoint's names, and no others
     if as_stored or add or strip:
@@ -107,34 +119,24 @@ def _views(
     single = {name for name, x in named.items() if x in pieces}
     if not {_module(name) for name in wanted} & {_module(name) for name in single}:
         plain = {name: view for name, view in plain.items() if name not in single}
-    return (fused if fused.keys() & set(wanted) else {}) | plain
-
-
-def shapes_of(model: Views) -> dict[str, tuple[int, ...]]:
-    """The shapes of all parameters."""
-    return {name: view.shape for name, view in model.items()}
-
-
-def tensor_of(model: Views, name: str) -> str:
-    """The first tensor of a parameter; its model name if the checkpoint has none."""
-    return model[name].pieces[0].tensor if name in model else name
+    return Model((fused if fused.keys() & set(wanted) else {}) | plain)
 
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
-    """A function that says whether any of the rules changes a name."""
+def _make_finder(rules: Iterable[tuple[str, str]]) -> Callable[[str], Any]:
+    """Makes a function that tells whether any of the rules changes a name."""
     return re.compile("|".join(f"(?:{old})" for old, _ in dict.fromkeys(rules))).search
 
 
 def _rename(
     dialect: Sequence[tuple[str, str]], names: Iterable[str], old: Iterable[str]
 ) -> dict[str, str]:
-    """Maps names by a dialect to the checkpoint's `names`; a dialect renames `old` ones alone."""
+    """Maps renamed names to the checkpoint's `names`; a dialect renames only the `old` ones."""
     renamed, rules = {}, [(re.compile(pattern), modern) for pattern, modern in dialect]
-    for name in filter(_finder(dialect), old):
+    for name in filter(_make_finder(dialect), old):
         new = name
         for pattern, modern in rules:
             new = pattern.sub(modern, new)
@@ -155,7 +157,7 @@ def _count(
     named: Collection[str],
     known: Collection[str],
 ) -> list[int]:
-    """Counts the `wanted` that each way finds: as they are, or a first part added or taken off."""
+    """Counts the `wanted` names that each way finds by adding or removing a first part."""
     lost, same = {n for n in wanted if n not in known}, sum(n in known for n in wanted)
     named = named if lost else ()
     longer = (name.partition(".") for name in named)
@@ -166,12 +168,12 @@ def _count(
 
 
 def _find_experts(names: Iterable[str]) -> Experts:
-    """The weights of single experts, with the parts of their names."""
+    """Finds the weights of single experts, with the parts of their names."""
     return {name: found for name in names if (found := _EXPERT.fullmatch(name))}
 
 
-def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> Views:
-    """The parameters that hold all experts of a module: (experts, rows, columns)."""
+def _fuse(named: Mapping[str, str], shapes: Shapes, experts: Experts) -> dict[str, View]:
+    """Makes the parameters that hold all experts of a module: (experts, rows, columns)."""
     modules: dict[str, dict[str, dict[int, str]]] = {}
     new = {name: _EXPERT.fullmatch(name) for name in named if name not in shapes}
     both = {**experts, **new} if new else experts

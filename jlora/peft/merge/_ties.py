@@ -2,17 +2,17 @@
 
 import collections
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .._checkpoint import Checkpoint
 from .._file import show
 from .._problems import Problems
-from ..adapter._contents import SHARED, Adapter, Part
-from ..adapter._parameters import identity, twins
-from ..adapter._tokens import Tokens, lone_heads, tied_rows
+from ..adapter._contents import SHARED, Adapter, Contents
+from ..adapter._parameters import find_twins, identify
+from ..adapter._tokens import Tokens, find_table, list_lone_heads
 from ._blocks import Edit, NewRows
-from ._renaming import Views, tensor_of
+from ._renaming import Model
 
 
 def is_shared(checkpoint: Checkpoint, name: str) -> bool:
@@ -24,20 +24,15 @@ def is_shared(checkpoint: Checkpoint, name: str) -> bool:
     return len(shape) == 2 and shape[0] in checkpoint.vocabulary
 
 
-def list_absent(
-    checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
-) -> list[str]:
-    """Problems with what the checkpoint has no tensor for, unless another has the same values.
-
-    Values that are not read yet are compared by their shapes.
-    """
-    lost = [part.name for part in parts if part.name not in model]
+def list_absent(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
+    """Lists what the checkpoint has no tensor for, unless a parameter there has the same values."""
+    lost, whole = [x.name for x in found.parts if x.name not in model], found.full | found.frozen
     if lost:
-        shared = twins(parts)
+        shared = find_twins(found.parts)
         lost = [name for name in lost if name not in shared or shared[name].name not in model]
-    lone = {name: x for name, x in full.items() if name not in model}
-    kept = {identity(x) for name, x in full.items() if name in model} if lone else set()
-    lost += [name for name, x in lone.items() if identity(x) not in kept]
+    lone = {name: x for name, x in whole.items() if name not in model}
+    kept = {identify(x) for name, x in whole.items() if name in model} if lone else set()
+    lost += [name for name, x in lone.items() if identify(x) not in kept]
     return [f"{show(name)}: not in the checkpoint{_reason(name, checkpoint)}" for name in lost]
 
 
@@ -53,19 +48,18 @@ def _reason(name: str, checkpoint: Checkpoint) -> str:
     )
 
 
-def list_untied(
-    checkpoint: Checkpoint, model: Views, parts: Sequence[Part], full: Mapping[str, Any]
-) -> list[str]:
-    """Changes of a shared weight that PEFT would apply in only one of its places."""
-    alone = [part.name for part in parts if is_shared(checkpoint, tensor_of(model, part.name))]
+def list_untied(checkpoint: Checkpoint, model: Model, found: Contents) -> list[str]:
+    """Lists changes of a shared weight that PEFT would apply in only one of its places."""
+    names, full = (x.name for x in found.parts), found.full
+    alone = [name for name in names if is_shared(checkpoint, model.tensor(name))]
     if alone:
-        shared = twins(parts)
+        shared = find_twins(found.parts)
         alone = [name for name in alone if name not in shared]
-    if both := [name for name in full if is_shared(checkpoint, tensor_of(model, name))]:
-        counts = collections.Counter(map(identity, full.values()))
-        alone += [name for name in both if counts[identity(full[name])] == 1]
+    if both := [name for name in full if is_shared(checkpoint, model.tensor(name))]:
+        counts = collections.Counter(map(identify, full.values()))
+        alone += [name for name in both if counts[identify(full[name])] == 1]
     return [
-        f"{show(tensor_of(model, name))}: the input embedding and the output head share this "
+        f"{show(model.tensor(name))}: the input embedding and the output head share this "
         "weight (config.json: tie_word_embeddings), but the adapter does not change both alike; "
         "save the base model untied first"
         for name in alone
@@ -76,15 +70,15 @@ def list_untied(
 
 
 def separate_heads(
-    checkpoint: Checkpoint, model: Views, tokens: Mapping[str, Tokens]
+    checkpoint: Checkpoint, model: Model, tokens: Mapping[str, Tokens]
 ) -> tuple[dict[str, Tokens], list[tuple[Tokens, Tokens]]]:
-    """The rows that the checkpoint has tables for, and the heads that are tied to one of them."""
+    """Separates the rows of the checkpoint's tables, and pairs tied heads with their tables."""
     heads, there = [], dict(tokens)
     for name, x in tokens.items():
-        table = tied_rows(name, tokens, model) if SHARED.search(x.module) else None
+        table = find_table(name, tokens, model) if SHARED.search(x.module) else None
         if table is None:
             continue
-        if name not in model or is_shared(checkpoint, tensor_of(model, name)):
+        if name not in model or is_shared(checkpoint, model.tensor(name)):
             heads.append((x, table))
         if name not in model:
             del there[name]
@@ -92,9 +86,9 @@ def separate_heads(
 
 
 def list_untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
-    """Problems with rows that are listed for a head which is not tied to their embedding."""
+    """Lists problems with rows that are listed for a head which is not tied to their embedding."""
     apart = (name for name in checkpoint.where if not is_shared(checkpoint, name))
-    return lone_heads(adapter.heads, [n.removesuffix(".weight") for n in apart])
+    return list_lone_heads(adapter.heads, [n.removesuffix(".weight") for n in apart])
 
 
 # ------------------------------------------------------------------------- weights stored twice
@@ -103,14 +97,14 @@ def list_untied_heads(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
 def with_copies(
     checkpoint: Checkpoint, edits: Mapping[str, Edit], problems: Problems
 ) -> dict[str, Edit]:
-    """The edits, and those of the other copies of shared weights that are stored twice."""
-    alike = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
+    """Adds the edits of the other copies of shared weights that are stored twice."""
+    groups = collections.defaultdict[Any, tuple[list[str], list[str]]](lambda: ([], []))
     for name in checkpoint.where:
         if is_shared(checkpoint, name):
             tensor = checkpoint.entry(name)
-            alike[tensor.dtype, tensor.shape][name in edits].append(name)
+            groups[tensor.dtype, tensor.shape][name in edits].append(name)
     found = dict(edits)
-    for others, own in alike.values():
+    for others, own in groups.values():
         values = {_digest(checkpoint, name): name for name in own if others}
         for other in others if own else ():
             if (copied := values.get(_digest(checkpoint, other))) is not None:
@@ -125,7 +119,7 @@ def with_copies(
 
 
 def _digest(checkpoint: Checkpoint, name: str) -> bytes:
-    """The hash of a tensor's bytes."""
+    """Returns the hash of a tensor's bytes."""
     found = hashlib.sha256()
     for piece in checkpoint.pieces(name):
         found.update(piece)

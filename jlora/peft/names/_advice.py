@@ -9,7 +9,7 @@ from .tables import TABLES, WITH_PATHS
 
 
 def advise(names: Sequence[Name], lost: Mapping[Path, tuple[int, ...]]) -> str:
-    """Says what `names` is for, and which table has rows for the `lost` leaves, by their shapes."""
+    """Explains what `names` is for, and which table has rows for the `lost` leaves."""
     fit = [
         repr(other)
         for other, rows in TABLES.items()

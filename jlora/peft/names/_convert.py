@@ -14,7 +14,7 @@ import numpy as np
 from ..._adapters import SLOTS, Decomposed, LowRank, Replaced, without_slots
 from ..._types import Layout
 from ._leaves import NamedLeaf
-from ._names import RANK, Axes, Groups, lengths
+from ._names import RANK, Axes, Groups, multiply_lengths
 
 Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitudes where it has some
 
@@ -22,9 +22,10 @@ Arrays = tuple[np.ndarray, ...]  # PEFT's A and B of a module, and its magnitude
 # --------------------------------------------------------------------------------------- weights
 
 
-def split_weight(leaf: NamedLeaf, value: Any) -> list[np.ndarray]:
-    """PyTorch's parameter for each module of `leaf`."""
-    return _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+def split_weight(leaf: NamedLeaf, value: Any) -> dict[str, np.ndarray]:
+    """Splits a leaf into PyTorch's parameters by their names."""
+    parts = _pack(value, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
+    return dict(zip(leaf.parameters, parts, strict=True))
 
 
 def join_weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -32,15 +33,15 @@ def join_weight(leaf: NamedLeaf, parts: Sequence[np.ndarray]) -> np.ndarray:
     return _unpack(parts, tuple(range(len(leaf.shape))), leaf.name.weight_groups, leaf)
 
 
-def rows_of(leaf: NamedLeaf, node: Replaced) -> np.ndarray:
-    """The rows of `node` as PyTorch has them, (k, dim)."""
+def split_rows(leaf: NamedLeaf, node: Replaced) -> np.ndarray:
+    """Returns the rows of `node` as PyTorch has them, (k, dim)."""
     axes = leaf.name.where("v") + leaf.name.where("o")
     [found] = _pack(node.v, axes, leaf.name.weight_groups, leaf)
     return found
 
 
-def rows_node(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
-    """The node of `leaf` from PyTorch's rows: the inverse of `rows_of`."""
+def join_rows(leaf: NamedLeaf, rows: tuple[int, ...], v: np.ndarray) -> Replaced:
+    """Makes the node of `leaf` from PyTorch's rows; inverts `split_rows`."""
     [axis] = leaf.name.where("v")
     axes = (axis, *leaf.name.where("o"))
     v = _unpack([v], axes, leaf.name.weight_groups, leaf, {axis: len(rows)})
@@ -62,7 +63,7 @@ def _slots_are_modules(leaf: NamedLeaf, node: LowRank | Decomposed) -> bool:
 
 
 def split_factors(leaf: NamedLeaf, node: LowRank | Decomposed) -> list[Arrays]:
-    """PEFT's A, B and magnitudes for each module of `leaf`, all of which `node` adapts.
+    """Splits `node` into PEFT's A, B and magnitudes, for each module of `leaf`.
 
     PEFT has no slots within a module: they become one A of rank slots·r and one B with zeros
     outside of each slot's own outputs, which is exactly the same ΔW.
@@ -89,9 +90,9 @@ def _join_slots(m: np.ndarray, layout: Layout) -> np.ndarray:
     return np.concatenate(parts, at + layout.outputs.index(axis))
 
 
-def node_of(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
-    """The node of `leaf` from what each of its modules has: the inverse of `split_factors`."""
-    modules, found = _of_part(leaf, modules), dict[str, Any]()
+def join_factors(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRank | Decomposed:
+    """Makes the node of `leaf` from what each of its modules has; inverts `split_factors`."""
+    modules, found = _take_part(leaf, modules), dict[str, Any]()
     rank = len(modules[0][0]) // leaf.experts
     each = zip(leaf.name.factor_groups.items(), zip(*modules, strict=True), strict=False)
     for (name, groups), parts in each:
@@ -102,11 +103,11 @@ def node_of(leaf: NamedLeaf, modules: Sequence[Arrays], **static: Any) -> LowRan
     return LowRank(**found, **static, layout=leaf.layout)
 
 
-def _of_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
+def _take_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
     """Takes the part of each parameter that `leaf` is, if it is one of several.
 
     It takes the rows of B that are the leaf's outputs. Where `save` wrote an A for each part, the
-    ranks of all parts lie beside one another, with zeros around each in B: it takes the own ones.
+    ranks of all parts are concatenated, with zeros around each in B: it takes the leaf's own.
     """
     if leaf.name.part is None:
         return modules
@@ -126,7 +127,7 @@ def _of_part(leaf: NamedLeaf, modules: Sequence[Arrays]) -> Sequence[Arrays]:
 
 
 def _axes(layout: Layout, name: str) -> Axes:
-    """The axes of A, B or m. For slots that are modules, the weight has an axis itself."""
+    """Returns the axes of A, B or m; an axis of slots that are modules is the weight's own."""
     found = Decomposed.axes(layout)[name]
     if layout.slots is None:
         return found
@@ -135,7 +136,7 @@ def _axes(layout: Layout, name: str) -> Axes:
 
 
 def _ones(layout: Layout, name: str) -> tuple[int, ...]:
-    """The position of a slot's own outputs in B and m, which has length 1 beside the slots."""
+    """Returns the position of a slot's own outputs in B and m, whose length beside slots is 1."""
     found = Decomposed.axes(layout)[name]
     return () if layout.slots is None or name == "a" else (found.index(layout.slots[2]),)
 
@@ -155,7 +156,7 @@ def _pack(x: Any, axes: Axes, groups: Groups, leaf: NamedLeaf) -> list[np.ndarra
     sizes = dict(zip(axes, x.shape, strict=True))
     x = _reorder(x, axes, leaf, lambda pairs: pairs.T)
     x = np.transpose(x, [axes.index(d) for d in order])
-    x = x.reshape(lengths([stacked, *groups], sizes))
+    x = x.reshape(multiply_lengths([stacked, *groups], sizes))
     # Contiguous: the writer of safetensors takes the memory as it lies.
     return [np.ascontiguousarray(part) for part in x]
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..._adapters import is_node
 from ..._tree import leaves_by_path, name_of
 from ..._types import Layout, Path, PyTree
-from ._names import RANK, Name, lengths
+from ._names import RANK, Name, multiply_lengths
 
 
 class NamedLeaf(NamedTuple):
@@ -35,7 +35,7 @@ class NamedLeaf(NamedTuple):
     slots: tuple[int, ...] | None = None
 
     def with_slots(self, slots: tuple[int, ...]) -> "NamedLeaf":
-        """Keeps some modules of a tuple."""
+        """Returns the leaf with only some modules of its tuple."""
         [axis], stacked = self.name.where("s"), self.name.where("ls")
         every = np.arange(len(self.modules)).reshape([self.shape[d] for d in stacked])
         modules = tuple(self.modules[i] for i in every.take(slots, stacked.index(axis)).flat)
@@ -57,14 +57,14 @@ class NamedLeaf(NamedTuple):
         return [f"{module}.{self.name.parameter}" for module in self.modules]
 
     def key(self, module: str) -> str:
-        """What `target_modules`, or `target_parameters` for experts, and patterns match."""
+        """Returns what patterns match: the module, or the parameter of experts."""
         return f"{module}.{self.name.parameter}" if self.name.kind == "experts" else module
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B of one module in the file."""
+        """Returns the shapes of A and B of one module in the file."""
         sizes = self._sizes | {RANK: rank}
         a, b, *_ = self.name.factor_groups.values()
-        return lengths(a, sizes), lengths(b, sizes)
+        return multiply_lengths(a, sizes), multiply_lengths(b, sizes)
 
     @property
     def factor(self) -> float:
@@ -87,7 +87,7 @@ class NamedLeaf(NamedTuple):
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of one module's parameter in PyTorch."""
-        return lengths(self.name.weight_groups, self._sizes)
+        return multiply_lengths(self.name.weight_groups, self._sizes)
 
 
 def resolve(base: PyTree, names: Sequence[Name]) -> list[NamedLeaf]:
@@ -128,7 +128,7 @@ def _are_parts(leaves: Sequence[NamedLeaf]) -> bool:
 
 
 def path_in_names(path: Path) -> str:
-    """A path as the rows of a table have it."""
+    """Returns a path as the rows of a table have it."""
     return "/".join(path).removeprefix("params/")
 
 
@@ -144,7 +144,7 @@ def _leaf(path: Path, x: Any, rows: Sequence[Name]) -> NamedLeaf | None:
 def row_of(
     path: Path, shape: tuple[int, ...], rows: Sequence[Name]
 ) -> tuple[Name, re.Match[str]] | None:
-    """The row that names a leaf, and how its pattern matches."""
+    """Finds the row that names a leaf, and how its pattern matches."""
     for row in rows:
         matched = re.fullmatch(row.path, path_in_names(path))
         if matched and len(row.axes) == len(shape) and _holds_all(row, shape):
@@ -170,7 +170,7 @@ def sort_by_row(leaves: Sequence[NamedLeaf], names: Sequence[Name]) -> list[Name
     return sorted(leaves, key=lambda leaf: order[leaf.name])
 
 
-def tied_heads(leaves: Sequence[NamedLeaf]) -> dict[str, NamedLeaf]:
+def find_tied_heads(leaves: Sequence[NamedLeaf]) -> dict[str, NamedLeaf]:
     """Maps each head that shares the weight of an embedding of this tree to the embedding."""
     modules = {m for leaf in leaves for m in leaf.modules}
 

@@ -109,7 +109,7 @@ class Name:
         return next((kind for letter, kind in kinds.items() if letter in self.axes), None)
 
     def where(self, letters: str) -> tuple[int, ...]:
-        """The axes that have one of `letters`."""
+        """Returns the axes that have one of `letters`."""
         return tuple(d for d, letter in enumerate(self.axes) if letter in letters)
 
     @property
@@ -156,6 +156,6 @@ class Name:
         return [*experts, o, i, *((d,) for d in self.where("k"))]
 
 
-def lengths(groups: Sequence[Axes], sizes: Mapping[int | str, int]) -> tuple[int, ...]:
-    """The length of each group of axes."""
+def multiply_lengths(groups: Sequence[Axes], sizes: Mapping[int | str, int]) -> tuple[int, ...]:
+    """Returns the length of each group of axes."""
     return tuple(math.prod(sizes[d] for d in group) for group in groups)

@@ -1,6 +1,6 @@
 """Converts the tensors of a PyTorch checkpoint to a JAX tree and back, by a name table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
-from .._file import listing
+from .._file import itemize
 from ._advice import advise
 from ._convert import join_weight, split_weight
 from ._leaves import NamedLeaf, path_in_names, resolve
@@ -20,7 +20,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
     r"""Converts the tensors of a PyTorch checkpoint to parameters: axes in JAX's order.
 
     Args:
-        tensors: arrays by PyTorch's names, as of `safetensors.numpy.load_file`.
+        tensors: arrays by PyTorch's names, as `safetensors.numpy.load_file` returns them.
         like: the tree of parameters, arrays or `jax.ShapeDtypeStruct`s; only its shapes matter.
         names: the table that says what its leaves are called in PyTorch.
 
@@ -53,7 +53,7 @@ def from_tensors(tensors: Mapping[str, Any], like: PyTree, names: Sequence[Name]
         elif why := explain_narrowing(np.asarray(tensor).dtype):
             wrong.append(f"{key}: {why}")
     if wrong:
-        raise ValueError("`tensors` do not fit `like`. " + listing(wrong))
+        raise ValueError("`tensors` do not fit `like`. " + itemize(wrong))
     values = [
         jnp.asarray(join_weight(leaf, [np.asarray(tensors[key]) for key in leaf.parameters]))
         for leaf in leaves
@@ -84,11 +84,13 @@ def to_tensors(params: PyTree, names: Sequence[Name]) -> dict[str, np.ndarray]:
         >>> {name: x.shape for name, x in tensors.items()}
         {'h.0.up.weight': (3, 4), 'h.1.up.weight': (3, 4)}
     """
-    return {
-        key: part
-        for leaf in name_all(params, names, "params")
-        for key, part in zip(leaf.parameters, split_weight(leaf, leaf.value), strict=True)
-    }
+    return split_all(name_all(params, names, "params"))
+
+
+def split_all(leaves: Iterable[NamedLeaf]) -> dict[str, np.ndarray]:
+    """Splits leaves into PyTorch's parameters by their names."""
+    each = (split_weight(leaf, leaf.value) for leaf in leaves)
+    return {name: x for own in each for name, x in own.items()}
 
 
 def explain_narrowing(dtype: np.dtype) -> str | None:
@@ -104,12 +106,12 @@ def name_all(tree: PyTree, names: Sequence[Name], argument: str) -> list[NamedLe
     if parts := [name_of(leaf.path) for leaf in leaves if leaf.name.part]:
         raise ValueError(
             f"`names` is for adapters: by it these leaves of `{argument}` are parts of parameters. "
-            "Use the table of the checkpoint. " + listing(parts)
+            "Use the table of the checkpoint. " + itemize(parts)
         )
     lost = {path: tuple(x.shape) for path, x in leaves_by_path(tree) if path not in named}
     if lost:
         raise ValueError(
             f"`names` has no row that fits these leaves of `{argument}` by path and number of "
-            f"axes. {listing(list(map(path_in_names, lost)))}\n{advise(names, lost)}"
+            f"axes. {itemize(list(map(path_in_names, lost)))}\n{advise(names, lost)}"
         )
     return leaves

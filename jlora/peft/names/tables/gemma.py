@@ -18,7 +18,7 @@ from .._names import Name
 
 
 def decoder(layer: str) -> tuple[Name, ...]:
-    """The rows of all but the embedding's and the MLP's, for layers by the pattern `layer`."""
+    """Makes all rows but those of the MLP, for layers by the pattern `layer`."""
     kv, qkv = (
         tuple(rf"model.layers.\1.self_attn.{part}_proj" for part in parts)
         for parts in ("kv", "qkv")

@@ -20,12 +20,12 @@ from .._names import Name
 
 
 def over_root_of_head(shape: tuple[int, ...]) -> float:
-    """1 / √head_dim of a kernel (d, …, heads, head_dim)."""
+    """Computes 1 / √head_dim of a kernel (d, …, heads, head_dim)."""
     return 1 / math.sqrt(shape[-1])
 
 
 def _row(path: str, module: str, axes: str, **more: Any) -> tuple[Name, Name]:
-    """What a layer holds, of layers one by one and of a scan over them."""
+    """Makes the rows of one kind of leaf, for layers one by one and for a scan over them."""
     scanned = f"{axes[0]}l{axes[1:]}"
     return (
         Name(rf"decoder/layers_(\d+)/{path}", rf"model.layers.\1.{module}", axes, **more),

@@ -15,7 +15,7 @@ from .._names import Name
 
 
 def same(modules: str) -> tuple[Name, ...]:
-    """The rows of the modules that match `modules`, where Flax and PyTorch call them the same."""
+    """Makes the rows of modules that Flax and PyTorch call the same."""
     return (
         Name(f"({modules})/kernel", r"\1", "io"),
         Name(f"({modules})/embedding", r"\1", "vo"),

@@ -1,0 +1,174 @@
+"""Matches an adapter to the tensors of a checkpoint."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from ..._adapters import is_node, weight_shape
+from ..._tree import adapter_leaves, nest
+from ..._types import PyTree
+from .._checkpoint import Checkpoint
+from .._file import COUNT, COUNTS, DTYPES, Source, show
+from .._problems import Problems
+from ..adapter._contents import Contents, explain_resized, sort_tensors
+from ..adapter._files import Files, fill, open_files
+from ..adapter._parameters import assign_parameters, list_missing, list_orientations
+from ..adapter._tokens import list_misfits, list_unequal
+from ..adapter._tree import arrange
+from ..names._names import Name
+from ..names._weights import split_all
+from ._renaming import Model, find_models
+from ._ties import list_absent, list_untied, list_untied_heads, separate_heads
+
+T = TypeVar("T")
+
+
+def match_to_checkpoint(
+    checkpoint: Checkpoint,
+    adapter: str | os.PathLike[str] | PyTree,
+    names: Sequence[Name] | None,
+    problems: Problems,
+) -> tuple[Model, Contents, bool]:
+    """Reads a PEFT folder, or a tree with `names`, and finds its parameters in the checkpoint.
+
+    Returns:
+        The parameters of the model, what the adapter has for them, and `fan_in_fan_out`.
+
+    Raises:
+        ValueError: if the adapter does not fit the checkpoint, with all that is wrong.
+    """
+    if isinstance(adapter, str | os.PathLike):
+        if names is not None:
+            raise ValueError(
+                "`names` is for an adapter tree; PEFT's files name the modules themselves. "
+                "Leave it out."
+            )
+        files = open_files(Source(Path(adapter), "adapter"))
+        model, found = _match_files(checkpoint, files, problems)
+        is_transposed = bool(files.fields.get("fan_in_fan_out"))
+    elif names is None:
+        raise ValueError(
+            "`names` must say what the leaves of an adapter tree are called in PyTorch, by a "
+            "table such as jlora.peft.LLAMA; got None."
+        )
+    else:
+        model, found = _match_tree(checkpoint, adapter, names, problems)
+        is_transposed = False
+    problems.found += list_absent(checkpoint, model, found)
+    return model, found, is_transposed
+
+
+def _match_tree(
+    checkpoint: Checkpoint, adapter: PyTree, names: Sequence[Name], problems: Problems
+) -> tuple[Model, Contents]:
+    nodes = adapter_leaves(adapter)
+    shapes = {path: weight_shape(x) if is_node(x) else x.shape for path, x in nodes.items()}
+    base = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
+    tree = arrange(base, adapter, names)
+    full = split_all(leaf._replace(value=nodes[leaf.path]) for leaf in tree.full)
+    tokens = {f"{x.module}.weight": x for x in tree.tokens}
+    found = Contents(tree.parts, full, {}, tokens, {})
+    wanted = [*(part.name for part in found.parts), *full, *tokens]
+    model = find_models(wanted, checkpoint.shapes)[0]
+    _check(checkpoint, model, found, problems)
+    problems.stop()
+    return model, found
+
+
+def _match_files(
+    checkpoint: Checkpoint, files: Files, problems: Problems
+) -> tuple[Model, Contents]:
+    adapter = sort_tensors(files, problems)
+    models = find_models(adapter.names, checkpoint.shapes)
+    model = next((x for x in models if not list_missing(adapter, x.shapes)), models[0])
+    found = assign_parameters(adapter, model.shapes, "the checkpoint", problems)
+    tokens, heads = separate_heads(checkpoint, model, found.tokens)
+    found = found._replace(tokens=tokens, full=_move_tied_biases(found.full, model))
+    problems.found += list_untied_heads(checkpoint, adapter)
+    strange = [part.name for part in found.parts if part.name not in model]
+    if problems.found and strange:
+        problems.found.insert(
+            0,
+            f"{show(strange[0])}: in the adapter, but not in the checkpoint, whose names differ; "
+            "save the base under the names that the model has in memory, in `transformers` 5 by "
+            "save_pretrained(..., save_original_format=False)",
+        )
+    _check(checkpoint, model, found, problems)
+    values = files.values((found, heads), problems)
+    problems.stop(*list_unequal(((x.v, y.v, False) for x, y in heads), values))
+    found = fill(found, values)
+    problems.found += list_untied(checkpoint, model, found)
+    return model, found
+
+
+def _move_tied_biases(full: dict[str, T], model: Model) -> dict[str, T]:
+    """Moves the bias of BERT's decoder to the module whose tensor it shares."""
+    found = dict(full)
+    for name in full.keys() - model.keys():
+        home = name.removesuffix(".decoder.bias") + ".bias"
+        if name.endswith(".decoder.bias") and home in model and home not in full:
+            found[home] = found.pop(name)
+    return found
+
+
+def _check(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:
+    """Adds what the checkpoint has in another shape, or in a dtype that cannot be changed."""
+    for name, x in found.tokens.items():
+        if (view := model.get(name)) is None or len(view.shape) != 2:
+            problems.add(name, "has rows in the adapter, and is no table of the checkpoint")
+        else:
+            problems.found += list_misfits(x, view.shape)
+    for part in found.parts:
+        if (view := model.get(part.name)) and not list_orientations(part, view.shape):
+            why = f"expected a {part.kind} weight of shape {view.shape}, but A {part.a.shape} and B"
+            problems.add(part.name, f"{why} {part.b.shape} make {part.matrix}")
+    whole, adapted = found.full | found.frozen, {part.key for part in found.parts}
+    for name, x in whole.items():
+        if (view := model.get(name)) is None:
+            continue
+        if why := explain_resized(name, x.shape, view.shape):
+            problems.found.append(why)
+        elif view.shape != x.shape:
+            dtype = checkpoint.entry(view.pieces[0].tensor).dtype
+            why = f"expected {dtype} of shape {view.shape}, got {x.shape} in the adapter"
+            problems.add(name, why)
+        elif len(view.pieces) > 1:
+            problems.add(name, "in full, but the checkpoint has it in parts")
+    for name, (x, _) in found.biases.items():
+        view = model.get(name)
+        if name in found.full:
+            problems.add(x.key, "added to a bias that is replaced")
+        elif view is None or view.shape != x.shape or name.removesuffix(".bias") not in adapted:
+            there = f"of shape {view.shape}" if view else "none"
+            why = "is to be added to the bias of an adapted module, of which the checkpoint has"
+            problems.add(x.key, f"of shape {x.shape}, {why} {there}")
+    names = (part.name for part in found.parts)
+    for name in dict.fromkeys([*found.tokens, *names, *whole, *found.biases]):
+        pieces = model[name].pieces if name in model else ()
+        known = COUNTS if name.endswith(COUNT) else DTYPES
+        if odd := {checkpoint.entry(x.tensor).dtype for x in pieces} - known.keys():
+            why = f"of dtype {min(odd)}; expected one of {', '.join(known)}"
+            problems.add(name, f"{why}. Dequantize the checkpoint first")
+
+
+def check_frozen(checkpoint: Checkpoint, model: Model, found: Contents, problems: Problems) -> None:
+    """Adds the tensors that an adapter does not change but holds with other values."""
+    for name, x in found.frozen.items():
+        if name in model and not _holds(checkpoint, tensor := model.tensor(name), x):
+            why = "a trained embedding under an adapter is not supported"
+            problems.add(tensor, f"the adapter holds other values of it; {why}")
+
+
+def _holds(checkpoint: Checkpoint, name: str, value: np.ndarray) -> bool:
+    """Whether a tensor has just these values."""
+    dtype, at = DTYPES[checkpoint.entry(name).dtype], 0
+    for piece in checkpoint.pieces(name):
+        own = np.frombuffer(piece, dtype)
+        if not np.array_equal(own, value.reshape(-1)[at : at + own.size].astype(dtype)):
+            return False
+        at += own.size
+    return True
