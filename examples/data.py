@@ -11,6 +11,7 @@ complete or not at all, and a second run needs no network.
 """
 
 import argparse
+import functools
 import hashlib
 import io
 import os
@@ -119,6 +120,7 @@ def movie_snippets(margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
     return snippets("movies", margin)
 
 
+@functools.cache
 def snippets(source: str, margin: float = 0.0) -> tuple[list[Snippet], list[Snippet]]:
     """Sentences of one of `RATED` for training and for testing, each list shuffled.
 

@@ -15,7 +15,7 @@ import test_precondition as preconditioned
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import KINDS, assert_lies, compiled, mesh_of, moved, normal, on, put
-from small import some
+from small import every, some
 
 import jlora
 from jlora import arithmetic, sharding
@@ -40,7 +40,7 @@ FUNCTIONS = MOVE_NOTHING | {
     "ties": lambda t, base: arithmetic.ties(t, [0.5, -2.0], density=0.4, base=base),
     "dare": lambda t, base: arithmetic.dare(t, [0.5, -2.0], key=KEY, base=base),
 }
-FEW = ("heads", "slots", "head")
+ONE, ALL = ("heads",), tuple(SITES)
 
 
 def problem(paths):
@@ -72,8 +72,9 @@ def check(found, paths, f, like):
     assert_lies(found, like)
 
 
-@pytest.mark.parametrize("paths", some([FEW, tuple(SITES)], FEW))
-@pytest.mark.parametrize("name", some(FUNCTIONS, "add", "ties"))
+@pytest.mark.parametrize(
+    ("name", "paths"), every(FUNCTIONS, [ONE, ALL], daily=[("add", ALL), ("ties", ONE)])
+)
 def test_what_is_moved(name, paths):
     """At most a part of A and B, of 256 rows; by what sums and scales, nothing."""
     f, (trees, base, _) = FUNCTIONS[name], placed(paths, AxisType.Auto)
@@ -88,10 +89,10 @@ def test_what_is_moved(name, paths):
 @pytest.mark.parametrize("jit", some([True, False], True))
 def test_explicit_axes(name, jit):
     """Under `jit` with the mesh in scope, and without either."""
-    f, (trees, base, mesh) = FUNCTIONS[name], placed(FEW, AxisType.Explicit)
+    f, (trees, base, mesh) = FUNCTIONS[name], placed(ALL, AxisType.Explicit)
     with jax.set_mesh(mesh) if jit else contextlib.nullcontext():
         found = (jax.jit(f) if jit else f)(trees, base)
-    check(found, FEW, f, trees[0])
+    check(found, ALL, f, trees[0])
 
 
 PLACES = {"plain": P("x", "y"), "scanned": P(None, "y", "x"), "heads": P("y", None, "x", None)}

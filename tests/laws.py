@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import Case, Problem
 from own_schemes import Pairs
+from small import randomize as randomize
 
 import jlora
 from jlora.initializers._initializer import dtype_of
@@ -236,17 +237,6 @@ def from_numpy(rule: Any) -> Any:
     """The rule, from `start` where it has no initializer of its own."""
     draws = isinstance(rule, jlora.LoRA | jlora.DoRA) and rule.init is None
     return dataclasses.replace(rule, init=start) if draws else rule
-
-
-def randomize(adapter: Any) -> Any:
-    """Every leaf plus noise, so that B is not zero."""
-    rng = np.random.default_rng(0)
-
-    def noisy(x: Any) -> jax.Array:
-        sums = np.asarray(x) + 0.3 * rng.standard_normal(x.shape)
-        return jnp.asarray(np.asarray(sums, x.dtype), x.dtype)  # nothing is compiled
-
-    return jax.tree.map(noisy, adapter)
 
 
 def floats(tree: Any) -> list[jax.Array]:

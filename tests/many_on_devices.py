@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import optax
 import pytest
@@ -9,7 +10,7 @@ import sharding_models as models
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_lies, compiled, mesh_of, moved, normal, put
-from small import some
+from small import every
 
 import jlora
 from jlora import many, sharding
@@ -36,56 +37,53 @@ def constrained(params, ids):
     return jax.lax.with_sharding_constraint(model(params, ids), spec)
 
 
-def placed(apply):
-    """The transform, the adapters, and base, table, slots and rows where they lie on the mesh."""
+def alone(params, which, ids):
+    """A function of the table that gives what each row is by its own merged weights."""
+
+    def of_row(adapter, i, row):
+        own = jax.tree.map(lambda x: jnp.where(i < 0, 0, x[i]), adapter)
+        return model(jlora.merge(params, own), row[None])[0]
+
+    return lambda table: jax.vmap(of_row, (None, 0, 0))(table, which, ids)
+
+
+@pytest.mark.parametrize(
+    ("form", "apply"),
+    every(FORMS, [constrained, model], daily=zip(FORMS, [constrained, model], strict=True)),
+)
+def test_rows_are_what_they_are_alone(form, apply):
+    """Outputs and gradients; no collective has the size of a weight or of a table.
+
+    But for sums: those of logits, as without adapters, and of h over the axis of inputs.
+    """
     params = {k: normal(i, *s) / 16 for i, (k, s) in enumerate(SHAPES.items())}
     ids = np.random.default_rng(0).integers(0, 96, (ROWS, LENGTH))
-    lora = jlora.transform(apply, jlora.LoRA("embed|up|down", rank=2))
-    shapes = jax.eval_shape(lora.init, jax.random.key(0), params, ids)[1]
-    adapters = [
-        jax.tree.map(lambda x, i=i: normal(x.size + i, *x.shape) / 8, shapes) for i in range(SLOTS)
-    ]
-    specs = sharding.specs(SPECS, shapes)
-    specs = jax.tree.map(lambda s: P(None, *s), specs, is_leaf=lambda s: isinstance(s, P))
     which = np.arange(ROWS) % (SLOTS + 1) - 1
-    base, table = put(params, MESH, SPECS), put(many.stack(adapters), MESH, specs)
-    return lora, adapters, (base, table, put(which, MESH, P("fsdp")), put(ids, MESH, P("fsdp")))
-
-
-def every_form():
-    """Each form with each model, of which one has a constraint every day."""
-    for form in FORMS:
-        for apply in (constrained, model):
-            daily = (form == FORMS[0]) == (apply is constrained)
-            yield pytest.param(form, apply, marks=[] if daily else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("form", "apply"), list(every_form()))
-def test_rows_are_what_they_are_alone(form, apply):
-    lora, adapters, (base, table, which, ids) = placed(apply)
+    lora = jlora.transform(apply, jlora.LoRA("embed|up|down", rank=2))
+    one = jax.eval_shape(lora.init, jax.random.key(0), params, ids)[1]
+    table = jax.tree.map(lambda x: normal(x.size, SLOTS, *x.shape) / 8, one)
     spmd = "fsdp" if apply is constrained else None
-    y = jax.jit(many.route(lora.apply, form=form, spmd_axis_name=spmd))(base, table, which, ids)
-    base, which, ids = jax.device_put((base, which, ids), jax.devices()[0])
-    one = jax.jit(jlora.transform(model).apply)
-    each = [one(base, adapters[i] if i >= 0 else {}, ids[k : k + 1]) for k, i in enumerate(which)]
-    np.testing.assert_allclose(y, jnp.concatenate(each), atol=1e-9)
+    routed = many.route(lora.apply, form=form, spmd_axis_name=spmd)
 
+    def on_mesh(table, base, which, ids):
+        return laws.value_and_slope(lambda table: routed(base, table, which, ids))(table)
 
-@pytest.mark.parametrize("form", some(FORMS, FORMS[0]))
-def test_no_collective_has_the_size_of_a_weight_or_of_a_table(form):
-    """But for sums: those of logits, as without adapters, and of h over the axis of inputs."""
-    lora, _, arguments = placed(model)
-    routed = many.route(lora.apply, form=form)
-    for f in (routed, jax.grad(lambda *args: (routed(*args) ** 2).sum(), argnums=1)):
-        found = moved(compiled(f, *arguments))
-        assert all(n < 64 * 128 for kind, n in found if kind != "all-reduce"), found
+    specs = sharding.specs(SPECS, one)
+    specs = jax.tree.map(lambda s: P(None, *s), specs, is_leaf=lambda s: isinstance(s, P))
+    rows = P("fsdp")
+    args = zip((table, params, which, ids), (specs, SPECS, rows, rows), strict=True)
+    args = [put(tree, MESH, spec) for tree, spec in args]
+    program = compiled(on_mesh, *args)
+    close(program(*args), jax.jit(laws.value_and_slope(alone(params, which, ids)))(table))
+    found = moved(program)
+    assert all(n < 64 * 128 for kind, n in found if kind != "all-reduce"), found
 
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"), [("lists", "fsdp"), pytest.param("scanned", None, marks=pytest.mark.slow)]
+    ("name", "runs"), [("fused", "fsdp"), pytest.param("scanned", None, marks=pytest.mark.slow)]
 )
 def test_steps_are_those_of_one_device(name, runs):
     """Made, trained and kept at the places that `specs` and `moments` say, with an axis of runs."""

@@ -34,6 +34,12 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
+def adapter_of(lora: Any, params: Any, *args: Any) -> Any:
+    """An adapter of normal values, so that B is not zero; nothing is compiled."""
+    shapes = jax.eval_shape(lora.init, jax.random.key(0), params, *args)[1]
+    return jax.tree.map(lambda s: normal(s.size, *s.shape), shapes)
+
+
 def on(mesh: Any, specs: Any) -> Any:
     """NamedShardings in place of PartitionSpecs; None is replicated."""
     is_spec = lambda x: x is None or isinstance(x, P)  # noqa: E731

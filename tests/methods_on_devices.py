@@ -4,6 +4,7 @@ DoRA's norms are over all inputs: where a mesh cuts those, their parts are added
 of Rows may be cut too. Nothing of W's size is moved for either.
 """
 
+import functools
 import itertools
 import re
 from typing import NamedTuple
@@ -15,8 +16,18 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from meshes import KINDS, assert_lies, compiled, lines, moved, normal, put, value_and_slope
-from small import some
+from meshes import (
+    KINDS,
+    adapter_of,
+    assert_lies,
+    compiled,
+    lines,
+    moved,
+    normal,
+    put,
+    value_and_slope,
+)
+from small import some, some_rows
 
 import jlora
 
@@ -58,6 +69,7 @@ UNDER = {
 }
 
 
+@functools.cache
 def made(under):
     """Transform, base, adapter and input on one device."""
     if under == "Rows":
@@ -67,8 +79,7 @@ def made(under):
     params = {"w": w}
     if under.endswith("codes"):
         params = jlora.quantize(params, jlora.Int8("w"))
-    base, adapter = lora.init(KEY, params, x)
-    return lora, base, laws.randomize(adapter), x
+    return lora, params, adapter_of(lora, params, x), x
 
 
 def placed(under, spec, kind=AxisType.Auto, of_x=None):
@@ -81,13 +92,9 @@ def placed(under, spec, kind=AxisType.Auto, of_x=None):
 
 PLACES = {"DoRA": (ROWS, COLUMNS), "Rows": (VOCABULARY, DIM)}
 EVERY = [(under, spec, kind) for under in PLACES for spec in PLACES[under] for kind in KINDS]
-DAILY = [EVERY[0], EVERY[3], EVERY[4]]
 
 
-@pytest.mark.parametrize(
-    ("under", "spec", "kind"),
-    [pytest.param(*x, marks=[] if x in DAILY else pytest.mark.slow) for x in EVERY],
-)
+@pytest.mark.parametrize(("under", "spec", "kind"), some_rows(EVERY, EVERY[1], EVERY[4]))
 def test_on_a_mesh_is_as_on_one_device(under, spec, kind):
     lora, whole, alone, x = made(under)
     expected = value_and_slope(lambda a: lora.apply(whole, a, x), alone)
@@ -190,84 +197,68 @@ def gather(x, spec, to):
 
 def mapped(way, f, base, adapter, checked=True):
     """`f` of base, adapter and x on each device."""
-    specs = jlora.sharding.specs({"w": way.of_w}, base)
-    places = jlora.sharding.specs({"w": way.of_adapter or way.of_w}, adapter)
-    if way.of_adapter is not None:
-        places = jax.tree.map(lambda _: P(), places)
-
-    def vary(x):
-        return lax.pcast(x, "d", to="varying")
+    of_adapter = way.of_w if way.of_adapter is None else way.of_adapter
+    specs, places = (
+        jlora.sharding.specs({"w": spec}, tree)
+        for spec, tree in ((way.of_w, base), (of_adapter, adapter))
+    )
 
     def own(base, adapter, x):
         if way.to:
-            base, adapter = (
-                jax.tree.map(lambda v, s: gather(v, s, way.to), *pair)
-                for pair in ((base, specs), (adapter, places))
-            )
-        if "w" in way.varying:
-            base = jax.tree.map(vary, base)
+            whole = lambda v, spec: gather(v, spec, way.to)  # noqa: E731
+            base, adapter = jax.tree.map(whole, (base, adapter), (specs, places))
+        vary = functools.partial(lax.pcast, axis_name="d", to="varying")
+        base = jax.tree.map(vary, base) if "w" in way.varying else base
         node = adapter["w"]
         names = [n for n in way.varying if n in node._fields]
         node = node._replace(**{n: vary(getattr(node, n)) for n in names})
         y = f(base, {"w": node}, x)
         return lax.psum(y, "d") if way.of_y == P() else y
 
-    return jax.shard_map(
-        own,
-        mesh=AUTO,
-        in_specs=(specs, places, way.of_x),
-        out_specs=way.of_y,
-        check_vma=checked,
-    )
+    how = {"in_specs": (specs, places, way.of_x), "out_specs": way.of_y, "check_vma": checked}
+    return jax.shard_map(own, mesh=AUTO, **how)
 
 
-def every_way():
-    """Each rule, method and way; each way out of `mapped` and each refusal every day.
+# Adapted by `apply`, by `merge`, and by `apply` where JAX does not check what varies.
+HOW = {"applied": True, "merged": True, "unchecked": False}
+# Codes whose weight is cut have no shape there, so that they come whole or are gathered.
+OF_CODES = ("replicated", "rows gathered", "rows gathered to whole")
+FEW = ("replicated", "base gathered", "rows")
+CASES = [
+    *itertools.product([u for u in UNDER if "codes" not in u], ("applied", "merged"), WAYS),
+    *itertools.product([u for u in UNDER if "codes" not in u], ("unchecked",), FEW),
+    *itertools.product(("DoRA of codes",), ("applied",), OF_CODES),
+]
+DAILY = [
+    *(("DoRA", "applied", name) for name in ("base gathered", "columns", "rows")),
+    *(("DoRA", "merged", "rows"), ("DoRA", "unchecked", "rows"), ("LoRA", "unchecked", "rows")),
+    ("LoRA of slots", "applied", "columns, A varying"),
+    ("DoRA of codes", "applied", "rows gathered"),
+]
 
-    Codes whose weight is cut have no shape there, so that they come whole or are gathered.
-    """
-    daily = {
-        ("DoRA", False, "base gathered"),
-        ("DoRA", False, "rows"),
-        ("DoRA", False, "columns"),
-        ("LoRA of slots", False, "columns, A varying"),
-        ("DoRA of codes", False, "rows gathered"),
-    }
-    rows = itertools.product(UNDER, (False, True), WAYS)
-    of_codes = ("replicated", "rows gathered", "rows gathered to whole")
-    rows = [x for x in rows if x[0] != "DoRA of codes" or (x[2] in of_codes and not x[1])]
-    return [pytest.param(*x, marks=[] if x in daily else pytest.mark.slow) for x in rows]
+
+def refusal(under, how, way):
+    """What is said of a way that does not show that W is whole where the rule needs it so."""
+    if not HOW[how]:
+        return "check_vma=False, and jax.pmap, hide both" if NEEDS[under] else None
+    needs = [need for of, need in NEEDS[under].items() if of in way.refused]
+    around = "and the shard_map around it may have cut W over the mesh axes 'd'."
+    return f"'w' cannot be adapted here: {needs[0]}, {around}" if needs else None
 
 
-@pytest.mark.parametrize(("under", "merged", "name"), every_way())
-def test_within_the_users_shard_map(under, merged, name):
+@pytest.mark.parametrize(("under", "how", "name"), some_rows(CASES, *DAILY))
+def test_within_the_users_shard_map(under, how, name):
     """As without it, or refused."""
     way, (lora, base, adapter, x) = WAYS[name], made(under)
-    f = (lambda b, a, x: model(jlora.merge(b, a), x)) if merged else lora.apply
-    inside = mapped(way, f, base, adapter)
-    if needs := [need for of, need in NEEDS[under].items() if of in way.refused]:
-        message = (
-            f"'w' cannot be adapted here: {needs[0]}, and the shard_map around it may have cut W "
-            "over the mesh axes 'd'."
-        )
+    merged = lambda b, a, x: model(jlora.merge(b, a), x)  # noqa: E731
+    inside = mapped(way, merged if how == "merged" else lora.apply, base, adapter, HOW[how])
+    if message := refusal(under, how, way):
         with pytest.raises(NotImplementedError, match=re.escape(message)):
-            inside(base, adapter, x)
+            jax.eval_shape(inside, base, adapter, x)
         return
-    actual = value_and_slope(lambda a: inside(base, a, x), adapter)
-    expected = value_and_slope(lambda a: lora.apply(base, a, x), adapter)
-    laws.assert_close(actual, expected, 1e-10)
-
-
-@pytest.mark.parametrize("name", some(["replicated", "base gathered", "rows"], "rows"))
-@pytest.mark.parametrize("under", some([u for u in UNDER if u != "DoRA of codes"], "LoRA", "DoRA"))
-def test_what_a_shard_map_hides_is_refused(under, name):
-    lora, base, adapter, x = made(under)
-    f = mapped(WAYS[name], lora.apply, base, adapter, checked=False)
-    if NEEDS[under]:
-        with pytest.raises(NotImplementedError, match=r"check_vma=False, and jax.pmap, hide both"):
-            f(base, adapter, x)
-    else:
-        laws.assert_close(f(base, adapter, x), lora.apply(base, adapter, x), 1e-10)
+    of = value_and_slope if HOW[how] else lambda f, a: jax.jit(f)(a)
+    actual = of(lambda a: inside(base, a, x), adapter)
+    laws.assert_close(actual, of(lambda a: lora.apply(base, a, x), adapter), 1e-10)
 
 
 @pytest.mark.parametrize("name", some(["rows", "columns", "stack"], "rows"))
@@ -291,29 +282,29 @@ def test_within_the_models_own_shard_map(name):
 def test_a_part_of_w_is_refused(check):
     """By Rows everywhere, by DoRA's start too."""
 
-    def inside(f, spec):
-        how = {"in_specs": ({"w": spec}, P(), P()), "out_specs": P("d"), "check_vma": check}
-        return jax.shard_map(f, mesh=AUTO, **how)
+    def refused(message, f, w, *args):
+        """Within a `shard_map` that cuts W as `w` says."""
+        how = {"in_specs": ({"w": w}, P(), P()), "out_specs": P("d"), "check_vma": check}
+        with pytest.raises(NotImplementedError, match=message):
+            jax.eval_shape(jax.shard_map(f, mesh=AUTO, **how), *args)
 
-    _, base, adapter, ids = placed("Rows", VOCABULARY)
-    rows = jlora.transform(tied, jlora.Rows("w", [3]))  # within the part of each
-    few = {"w": jax.tree.map(lambda v: v[:1], adapter)["w"]._replace(rows=(3,))}
+    _, base, adapter, ids = made("Rows")
+    few = jlora.transform(tied, jlora.Rows("w", [3]))  # within the part of each
+    of_few = {"w": jax.tree.map(lambda v: v[:1], adapter)["w"]._replace(rows=(3,))}
     message = "'w' cannot be adapted here: Rows counts the rows of the whole table, and the"
-    with pytest.raises(NotImplementedError, match=f"{message} .* over the mesh axes 'd'"):
-        inside(rows.apply, VOCABULARY)(base, few, ids)
-    with pytest.raises(NotImplementedError, match=message):
-        inside(lambda b, a, _: jlora.merge(b, a), VOCABULARY)(base, few, ids)
-    with pytest.raises(NotImplementedError, match=r"\('w'\) takes .*Call init outside of it"):
-        inside(lambda b, _, ids: rows.init(KEY, b, ids)[1], VOCABULARY)(base, few, ids)
-    dora, base, adapter, x = placed("DoRA", ROWS)
-    with pytest.raises(NotImplementedError, match=r"DoRA\('w'\) takes norms of the whole of 'w'"):
-        inside(lambda b, _, x: dora.init(KEY, b, x[..., :4])[1], ROWS)(base, adapter, x)
+    refused(f"{message} .* over the mesh axes 'd'", few.apply, VOCABULARY, base, of_few, ids)
+    refused(message, lambda b, a, _: jlora.merge(b, a), VOCABULARY, base, of_few, ids)
+    start = lambda b, _, ids: few.init(KEY, b, ids)[1]  # noqa: E731
+    refused(r"\('w'\) takes .*Call init outside of it", start, VOCABULARY, base, of_few, ids)
+    dora, base, adapter, x = made("DoRA")
+    start = lambda b, _, x: dora.init(KEY, b, x[..., :4])[1]  # noqa: E731
+    refused(r"DoRA\('w'\) takes norms of the whole of 'w'", start, ROWS, base, adapter, x)
 
 
 @pytest.mark.parametrize("to", ["varying", "invarying"])
 def test_a_gathered_table(to):
     """Its type must say that it is whole."""
-    rows, base, adapter, _ = placed("Rows", VOCABULARY)
+    rows, base, adapter, _ = made("Rows")
 
     def own(base, adapter, ids):
         return rows.apply({"w": gather(base["w"], VOCABULARY, to)}, adapter, ids)
@@ -322,7 +313,7 @@ def test_a_gathered_table(to):
     f = jax.shard_map(own, mesh=AUTO, in_specs=specs, out_specs=P("d"))
     if to == "varying":
         with pytest.raises(NotImplementedError, match="may have cut W over the mesh axes 'd'"):
-            f(base, adapter, ids)
+            jax.eval_shape(f, base, adapter, ids)
         return
     actual = value_and_slope(lambda a: f(base, a, ids), adapter)
     expected = value_and_slope(lambda a: rows.apply(base, a, ids), adapter)

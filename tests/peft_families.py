@@ -1,157 +1,124 @@
 """Adapters of many model families as PEFT writes and merges them, and as `export_merged` does.
 
-    python tests/peft_families.py [--only REGEX] [--list]
-
 Each family of `transformers`, tiny and random, is adapted by each configuration that PEFT can write
-for it. Printed: how many agree with PEFT's `merge_and_unload` in every bit, or but for the rounding
-of the product, how many are refused with which words, and which differ. Needs `interop`.
+for it. Needs `interop`.
 """
 
-import argparse
-import collections
 import copy
 import pathlib
 import re
-import tempfile
-import warnings
 from typing import Any, NamedTuple
 
 import peft as hf_peft
 import torch
 import transformers
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from jlora import peft
 
+# By whatever names a family has for them.
 SIZES = {
     "vocab_size": 71,
     "hidden_size": 32,
+    "d_model": 32,
+    "d_kv": 16,
+    "dim": 32,
     "intermediate_size": 48,
+    "hidden_dim": 48,
+    "d_ff": 48,
+    "ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
     "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "num_attention_heads": 2,
+    "num_heads": 2,
+    "n_heads": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 40,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-}
-GPT = {"vocab_size": 71, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40}
-GPT |= {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 1}
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
+    "max_target_positions": 40,
+    "num_local_experts": 3,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 24,
     "image_size": 16,
     "patch_size": 8,
     "num_labels": 3,
-}
-SEQ2SEQ = {
-    "vocab_size": 71,
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 40,
     "pad_token_id": 1,
     "bos_token_id": 2,
     "eos_token_id": 3,
     "decoder_start_token_id": 3,
 }
-T5 = {"vocab_size": 71, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
-MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
-LLAMA = {"model_type": "llama"}
+HEADS = {"head_dim": 16}
+TIED = {"tie_word_embeddings": True}
 MROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-DECODER = SIZES | {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
-# Family: its class, and the configuration.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", SIZES),
-    "llama-tied": ("LlamaForCausalLM", SIZES | {"tie_word_embeddings": True}),
-    "mistral": ("MistralForCausalLM", SIZES),
-    "qwen2": ("Qwen2ForCausalLM", SIZES),
-    "qwen3": ("Qwen3ForCausalLM", SIZES | {"head_dim": 16}),
-    "gemma": ("GemmaForCausalLM", SIZES | {"head_dim": 16}),
-    "gemma2": ("Gemma2ForCausalLM", SIZES | {"head_dim": 16}),
-    "phi": ("PhiForCausalLM", SIZES),
-    "phi3": ("Phi3ForCausalLM", SIZES),
-    "starcoder2": ("Starcoder2ForCausalLM", SIZES),
-    "stablelm": ("StableLmForCausalLM", SIZES),
-    "cohere": ("CohereForCausalLM", SIZES),
-    "olmo": ("OlmoForCausalLM", SIZES),
-    "granite": ("GraniteForCausalLM", SIZES),
-    "mixtral": ("MixtralForCausalLM", SIZES | {"num_local_experts": 3}),
-    "qwen2-moe": ("Qwen2MoeForCausalLM", SIZES | MOE | {"shared_expert_intermediate_size": 24}),
-    "qwen3-moe": ("Qwen3MoeForCausalLM", SIZES | MOE | {"head_dim": 16}),
-    "gpt2": ("GPT2LMHeadModel", GPT),
-    "gptj": ("GPTJForCausalLM", GPT | {"rotary_dim": 4}),
-    "gpt-neo": (
-        "GPTNeoForCausalLM",
-        SIZES | {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]},
-    ),
-    "gpt-neox": ("GPTNeoXForCausalLM", SIZES),
-    "opt": ("OPTForCausalLM", SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "bloom": ("BloomForCausalLM", {"vocab_size": 71, "hidden_size": 32, "n_layer": 2, "n_head": 2}),
-    "falcon": ("FalconForCausalLM", SIZES),
-    "bert": ("BertForSequenceClassification", SIZES | {"num_labels": 3}),
-    "bert-mlm": ("BertForMaskedLM", SIZES),
-    "roberta": ("RobertaForSequenceClassification", SIZES | {"num_labels": 3}),
-    "deberta-v2": ("DebertaV2ForSequenceClassification", SIZES | {"num_labels": 3}),
-    "electra": ("ElectraForSequenceClassification", SIZES | {"embedding_size": 24}),
-    "distilbert": (
-        "DistilBertForSequenceClassification",
-        {"vocab_size": 71, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2},
-    ),
-    "albert": ("AlbertForSequenceClassification", SIZES | {"embedding_size": 24}),
-    "codegen": ("CodeGenForCausalLM", GPT | {"rotary_dim": 4}),
-    "t5": ("T5ForConditionalGeneration", T5),
-    "bart": ("BartForConditionalGeneration", SEQ2SEQ),
-    "whisper": ("WhisperForConditionalGeneration", SEQ2SEQ | {"max_target_positions": 40}),
-    "vit": ("ViTForImageClassification", VISION),
-    "dinov2": ("Dinov2ForImageClassification", VISION),
-    "resnet": (
-        "ResNetForImageClassification",
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3},
-    ),
-    "clip": (
-        "CLIPModel",
-        {"text_config": SIZES | {"projection_dim": 32}, "vision_config": VISION},
-    ),
+ROPE = HEADS | {"rope_scaling": MROPE, "rope_parameters": MROPE}
+LOCAL = {"attention_types": [[["global", "local"], 1]]}
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+TEXT, VISION = {"model_type": "llama"} | SIZES, {"model_type": "clip_vision_model"} | SIZES
+SEEN = {"depth": 2, "embed_dim": 32} | SIZES
+# Family: its class, or its class and what it has beside the sizes.
+_FAMILIES: dict[str, Any] = {
+    "llama": "LlamaForCausalLM",
+    "llama-tied": ("LlamaForCausalLM", TIED),
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": ("Qwen3ForCausalLM", HEADS),
+    "gemma": ("GemmaForCausalLM", HEADS),
+    "gemma2": ("Gemma2ForCausalLM", HEADS),
+    "phi": "PhiForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "olmo": "OlmoForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2-moe": "Qwen2MoeForCausalLM",
+    "qwen3-moe": ("Qwen3MoeForCausalLM", HEADS),
+    "gpt2": "GPT2LMHeadModel",
+    "gptj": ("GPTJForCausalLM", {"rotary_dim": 4}),
+    "gpt-neo": ("GPTNeoForCausalLM", LOCAL),
+    "gpt-neox": "GPTNeoXForCausalLM",
+    "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 32}),
+    "bloom": "BloomForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "bert": "BertForSequenceClassification",
+    "bert-mlm": "BertForMaskedLM",
+    "roberta": "RobertaForSequenceClassification",
+    "deberta-v2": "DebertaV2ForSequenceClassification",
+    "electra": ("ElectraForSequenceClassification", {"embedding_size": 24}),
+    "distilbert": "DistilBertForSequenceClassification",
+    "albert": ("AlbertForSequenceClassification", {"embedding_size": 24}),
+    "codegen": ("CodeGenForCausalLM", {"rotary_dim": 4}),
+    "t5": "T5ForConditionalGeneration",
+    "bart": "BartForConditionalGeneration",
+    "whisper": "WhisperForConditionalGeneration",
+    "vit": "ViTForImageClassification",
+    "dinov2": "Dinov2ForImageClassification",
+    "resnet": ("ResNetForImageClassification", STAGES),
+    "clip": ("CLIPModel", {"text_config": SIZES | {"projection_dim": 32}, "vision_config": SIZES}),
 }
 # Those whose modules `transformers` 5 calls otherwise than it saves them.
-RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
+_RENAMED: dict[str, Any] = {
     "qwen2-vl": (
         "Qwen2VLForConditionalGeneration",
-        {
-            "text_config": SIZES | {"rope_parameters": MROPE, "rope_scaling": MROPE},
-            "vision_config": {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
-        },
+        {"text_config": SIZES | ROPE, "vision_config": SEEN},
     ),
-    "llava": (
-        "LlavaForConditionalGeneration",
-        {
-            "text_config": SIZES | LLAMA,
-            "vision_config": VISION | {"model_type": "clip_vision_model"},
-        },
-    ),
+    "llava": ("LlavaForConditionalGeneration", {"text_config": TEXT, "vision_config": VISION}),
     "llava-tied": (
         "LlavaForConditionalGeneration",
-        {
-            "text_config": SIZES | LLAMA | {"tie_word_embeddings": True},
-            "vision_config": VISION | {"model_type": "clip_vision_model"},
-            "tie_word_embeddings": True,
-        },
+        {"text_config": TEXT | TIED, "vision_config": VISION} | TIED,
     ),
     "gemma3-vl": (
         "Gemma3ForConditionalGeneration",
-        {
-            "text_config": SIZES | {"head_dim": 16},
-            "vision_config": VISION,
-            "mm_tokens_per_image": 1,
-        },
+        {"text_config": SIZES | HEADS, "vision_config": SIZES, "mm_tokens_per_image": 1},
     ),
     "swin": (
         "SwinForImageClassification",
@@ -163,29 +130,41 @@ RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_sizes": [8, 8, 16, 16], "depths": [2, 1, 1, 1], "decoder_hidden_size": 16}
         | {"num_attention_heads": [1, 1, 2, 2], "num_labels": 3},
     ),
-    "phimoe": ("PhimoeForCausalLM", SIZES | {"num_local_experts": 3, "attention_bias": True}),
-    "granitemoe": ("GraniteMoeForCausalLM", SIZES | {"num_local_experts": 3}),
+    "phimoe": ("PhimoeForCausalLM", {"attention_bias": True}),
+    "granitemoe": "GraniteMoeForCausalLM",
     "qwen3-vl-moe": (
         "Qwen3VLMoeForConditionalGeneration",
-        {
-            "text_config": SIZES
-            | MOE
-            | {"head_dim": 16, "rope_scaling": MROPE, "rope_parameters": MROPE},
-            "vision_config": {
-                "depth": 2,
-                "hidden_size": 32,
-                "num_heads": 2,
-                "intermediate_size": 48,
-            }
-            | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]},
-        },
+        {"text_config": SIZES | ROPE}
+        | {"vision_config": SEEN | {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}},
     ),
     "trocr": (
         "VisionEncoderDecoderModel",
-        {"encoder": VISION | {"model_type": "vit"}, "decoder": DECODER},
+        {"encoder": SIZES | {"model_type": "vit"}}
+        | {
+            "decoder": SIZES
+            | {"model_type": "bert", "is_decoder": True}
+            | {"add_cross_attention": True}
+        },
     ),
 }
-FAMILIES |= RENAMED
+
+
+def _with_sizes(families: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    pairs = {name: (x, {}) if isinstance(x, str) else x for name, x in families.items()}
+    whole = (
+        "config",
+        "encoder",
+        "decoder",
+        "depths",
+    )  # whose parts have the sizes, or sizes of their own
+    return {
+        name: (cls, own if any(k.endswith(whole) for k in own) else SIZES | own)
+        for name, (cls, own) in pairs.items()
+    }
+
+
+RENAMED = _with_sizes(_RENAMED)
+FAMILIES = _with_sizes(_FAMILIES) | RENAMED
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 # Configuration: the arguments of LoraConfig.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -307,32 +286,3 @@ def brief(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = next((x for x in lines if not x.startswith("`")), lines[0] if lines else repr(error))
     return re.sub(r"\([\d, ]+\)|\d+", "N", re.sub(r"[\w.]+\.(?=\w+:)", "", line))[:150]
-
-
-def main() -> None:
-    """Runs all, or some."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="a regular expression for family/configuration")
-    parser.add_argument("--list", action="store_true", help="print each outcome")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    pairs = [(f, c) for f in FAMILIES for c in CONFIGURATIONS if re.search(args.only, f"{f}/{c}")]
-    found: dict[tuple[str, str], Outcome] = {}
-    for family, configuration in tqdm(pairs, disable=None):
-        with tempfile.TemporaryDirectory() as folder:
-            found[family, configuration] = outcome(family, configuration, pathlib.Path(folder))
-    counts = collections.Counter(x.kind for x in found.values())
-    print(f"transformers {transformers.__version__}, PEFT {hf_peft.__version__}: {len(found)}")
-    for kind, count in counts.most_common():
-        print(f"{count:5} {kind}")
-    reasons = collections.Counter(x for x in found.values() if x.kind in ("refused", "DIFFERENT"))
-    for (kind, reason), count in reasons.most_common():
-        print(f"{count:5} {kind}: {reason}")
-    if args.list:
-        for (family, configuration), x in found.items():
-            print(f"{family}/{configuration}: {x.kind} {x.reason}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,16 @@
 """PEFT's folders for tests: written, copied from a fixture, damaged, and compared."""
 
+import contextlib
 import json
 import pathlib
 import random
+import resource
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +19,12 @@ import numpy as np
 import peft_models as models
 from safetensors.numpy import save_file
 
+import jlora
 from jlora import peft
+from jlora.checkpoint._meta import digest
+from jlora.peft import Name
+from jlora.peft.adapter._config import DEFAULTS
+from jlora.types import Layout, LowRank
 
 Folder = pathlib.Path
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,6 +35,16 @@ ENDS = (".lora_A.weight", ".lora_B.weight")
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     """Standard normal numbers."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def node(
+    of: Name | Layout, shape: tuple[int, ...], rank: int = 2, scale: float = 1.5, cls: Any = LowRank
+) -> Any:
+    """Random arrays for a leaf."""
+    layout = of if isinstance(of, Layout) else of.layout
+    shapes = cls.shapes(layout, shape, {"rank": rank})
+    arrays = (normal(1 + i, *shapes[x]) for i, x in enumerate("abm") if x in shapes)
+    return cls(*arrays, scale, layout)
 
 
 def raw(tree: Any) -> list[bytes]:
@@ -46,13 +66,69 @@ def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
 
 
+SECONDS = 10
+
+
+def cpu_seconds() -> float:
+    """What this process and its children have used: the load of the machine does not count."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+@contextlib.contextmanager
+def bounded(seconds: float = SECONDS) -> Iterator[None]:
+    """Raises for what takes more; whatever else it raises, too."""
+    start = cpu_seconds()
+    try:
+        yield
+    finally:
+        assert cpu_seconds() - start < seconds
+
+
+MEASURED = """
+import pathlib, re, time
+from jlora import peft
+# Not `ru_maxrss`, which starts with what the process had that started this one.
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+before, start = peak(), time.process_time()
+try:
+    peft.export_merged("base", "adapter", "out")
+except ValueError:
+    pass
+print(time.process_time() - start, (peak() - before) * 1024)
+"""
+
+
+def measure(folder: Folder) -> tuple[float, float]:
+    """The seconds and the memory that a process takes to merge `adapter` into `base` there."""
+    command = [sys.executable, "-c", MEASURED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
+    seconds, memory = map(float, done.stdout.split())
+    return seconds, memory
+
+
+def come_back(folder: Folder, base: Any, adapter: Any, names: Any) -> Any:
+    """The adapter after `save` and `load`, whose W' must be the same."""
+    peft.save(folder, base, adapter, names)
+    again = peft.load(folder, base, names)
+    assert_close(jlora.merge(base, again), jlora.merge(base, adapter), 1e-6)
+    return again
+
+
+def assert_same_files(folder: Folder, other: Folder) -> None:
+    """An adapter's files have the same bytes."""
+    for file in (CONFIG, TENSORS):
+        assert (folder / file).read_bytes() == (other / file).read_bytes()
+
+
 def write(folder: Folder, tensors: Mapping[str, Any], **fields: Any) -> Folder:
     """A folder with tensors by their names without `PREFIX`, and a configuration."""
     folder.mkdir(exist_ok=True)
     found = {PREFIX + key: np.asarray(x, order="C") for key, x in tensors.items()}
     save_file(found, folder / TENSORS, metadata={"format": "pt"})
     usual = {"peft_type": "LORA", "target_modules": ["q"], "r": 1, "lora_alpha": 1}
-    (folder / CONFIG).write_text(json.dumps(usual | fields, indent=2, sort_keys=True))
+    fields = fields if "peft_type" in fields else usual | fields
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True))
     return folder
 
 
@@ -62,12 +138,20 @@ def pair(module: str, rank: int = 1, inputs: int = 1, outputs: int = 1) -> dict[
     return {module + end: np.ones(shape, np.float32) for end, shape in shapes}
 
 
+def edit_metadata(checkpoint: Folder, change: Callable[[Any], Any]) -> None:
+    """Other metadata of a checkpoint of Orbax, and the hash that fits it."""
+    path = checkpoint / "jlora" / "metadata"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
+
+
 class Files:
     """A copy of a fixture to be damaged."""
 
-    def __init__(self, folder: Folder, name: str = "qv") -> None:
-        """Copies the fixture `name` into `folder`."""
-        self.case, self.folder = models.case(name), folder / name
+    def __init__(self, folder: Folder, name: str = "qv", case: Any = None) -> None:
+        """Copies the fixture `name`, or the files of another case, into `folder`."""
+        self.case, self.folder = case or models.case(name), folder / name
         self.folder.mkdir()
         for file in (CONFIG, TENSORS):
             shutil.copy(self.case.folder / file, self.folder / file)
@@ -139,14 +223,20 @@ def all_of(*damages: Damage) -> Damage:
     return lambda f: [damage(f) for damage in damages]
 
 
-JUNK = [None, True, 0, -1, 1e300, 2**70, "", "x" * 10_000, [], ["a"], {}, {"a": {"b": []}}, [[[]]]]
+WILD: list[Any] = [
+    None, True, 0, -1, 1.5, 1e300, 2**70, 10**400, "", "q", "x" * 10_000, "../x", "/etc/x", "[",
+    "(", "(a|a)*", "\0", [], ["q"], [[[]]], {}, {"q": 2}, {"a": {"b": []}}, [None], [1, 2],
+]  # fmt: skip
+DEEP = ["[" * 10**5, '{"a":' * 10**5, '{"r": NaN}', '{"r": 1e999}', '{"r": -Infinity}', "", "\xff"]
+KINDS = "flip cut insert field field field nested missing long entry value key text link"
 
 
 def mutate(files: Files, draw: random.Random) -> None:
     """One random damage to one of the two files."""
     path = files.folder / draw.choice([CONFIG, TENSORS])
     data, (header, rest) = bytearray(path.read_bytes()), files.split
-    kind = draw.choice(["flip", "cut", "insert", "field", "entry", "value", "key", "deep", "link"])
+    config = json.loads((files.folder / CONFIG).read_text())
+    field, kind = draw.choice([*config, *DEFAULTS]), draw.choice(KINDS.split())
     if kind == "flip":
         for _ in range(draw.randint(1, 8)):
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
@@ -159,14 +249,20 @@ def mutate(files: Files, draw: random.Random) -> None:
     if kind in ("flip", "cut", "insert"):
         path.write_bytes(data)
     elif kind == "field":
-        config = json.loads((files.folder / CONFIG).read_text())
-        files.config(**{draw.choice(sorted(config)): draw.choice(JUNK)})
+        files.config(**{field: draw.choice(WILD)})
+    elif kind == "nested":
+        files.config(**{field: {str(draw.choice(WILD)): draw.choice(WILD) for _ in range(3)}})
+    elif kind == "long":
+        files.config(**{field: [f"{i}q" for i in range(draw.choice([100, 10_000, 20_000]))]})
+    elif kind == "missing":
+        del config[draw.choice(list(config))]
+        (files.folder / CONFIG).write_text(json.dumps(config))
     elif kind == "entry":
         entry = header[draw.choice([k for k in header if k != "__metadata__"])]
         what = draw.choice(["dtype", "shape", "data_offsets"])
         wild = [-1, 0, 1, 2**31, 2**63, 2**64, 10**30, 1.5, "4", None]
         odd = [draw.choice(wild) for _ in range(draw.randint(0, 4))]
-        entry[what] = draw.choice([odd, "BF16", "F64", "I8", draw.choice(JUNK)])
+        entry[what] = draw.choice([odd, "BF16", "F64", "I8", draw.choice(WILD)])
         files.header(header, rest)
     elif kind == "value":
         rest, at = bytearray(rest), draw.randrange(len(rest) // 4) * 4
@@ -177,8 +273,8 @@ def mutate(files: Files, draw: random.Random) -> None:
         new = draw.choice(["../" + old, "/etc/x", old + "\0", draw.choice(sorted(header)), "", "."])
         text = json.dumps(header).replace(json.dumps(old), json.dumps(new), 1)
         files.header(text, rest)
-    elif kind == "deep":
-        path.write_bytes(draw.choice([b"[", b'{"a":']) * draw.choice([10, 1000, 10**6]))
+    elif kind == "text":
+        path.write_bytes(draw.choice(DEEP).encode("latin-1", "replace"))
     elif kind == "link":
         path.unlink()
         path.symlink_to(draw.choice(["/dev/zero", "/etc/passwd", path.name, "../nowhere"]))

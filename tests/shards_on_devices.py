@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from meshes import lines, normal, value_and_slope
+from meshes import adapter_of, lines, normal, value_and_slope
 from small import some
 
 import jlora
@@ -48,23 +48,18 @@ GATHERS = [
 
 
 @pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize(
-    ("fields", "rows", "varies"),
-    [pytest.param(*x, marks=pytest.mark.slow if x is GATHERS[1] else ()) for x in GATHERS],
-)
+@pytest.mark.parametrize(("fields", "rows", "varies"), GATHERS)
 def test_weights_gathered_by_the_model(fields, rows, varies, checked):
     """Adapted is merged where W is gathered along its shards; elsewhere it is refused."""
     model = gathered(**fields, checked=checked)
-    params, x = {"w": normal(0, rows[0], 8)}, normal(1, 3, rows[1])
+    base, x = {"w": normal(0, rows[0], 8)}, normal(1, 3, rows[1])
     lora = jlora.transform(model, LORA)
     if varies:
         message = "A or B may vary over the mesh axis of the gather"
         with pytest.raises(NotImplementedError, match=message):
-            base, adapter = lora.init(jax.random.key(0), params, x)
-            lora.apply(base, adapter, x)
+            adapter_of(lora, base, x)
         return
-    base, adapter = lora.init(jax.random.key(0), params, x)
-    adapter = laws.randomize(adapter)
+    adapter = adapter_of(lora, base, x)
     actual = value_and_slope(lambda a: lora.apply(base, a, x), adapter)
     expected = value_and_slope(lambda a: model(jlora.merge(base, a), x), adapter)
     laws.assert_close(actual, expected, 1e-10)
@@ -77,9 +72,8 @@ def scanned(p, x, gather=lambda w: w):
 def problem(columns, rows):
     """Transform, base, adapter and input of two layers."""
     lora = jlora.transform(scanned, LORA)
-    params, x = {"w": normal(0, 2, columns, columns)}, normal(1, rows, columns)
-    base, adapter = lora.init(jax.random.key(0), params, x)
-    return lora, base, laws.randomize(adapter), x
+    base, x = {"w": normal(0, 2, columns, columns)}, normal(1, rows, columns)
+    return lora, base, adapter_of(lora, base, x), x
 
 
 @pytest.mark.parametrize("columns", some([4, 16], 4))
@@ -99,8 +93,7 @@ def test_weights_gathered_in_the_layers(columns):
 def test_one_adapter_a_device():
     """Over a base that all share."""
     lora, base, adapter, x = problem(4, 3)
-    many = laws.randomize(jax.tree.map(lambda v: jnp.stack([v] * 4), adapter))
-    x = jnp.stack([x * (i + 1) for i in range(4)])
+    many, x = jax.tree.map(lambda v: normal(v.size, 4, *v.shape), (adapter, x))
 
     def own(base, many, x):
         return lora.apply(base, jax.tree.map(lambda v: v[0], many), x[0])[None]

@@ -1,26 +1,26 @@
 """Sketches on a mesh of eight devices, in float64.
 
-Whatever the mesh, a sketch is what it is on one device.
+Whatever the mesh, a sketch is what NumPy computes from the inputs and gradients of one device.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sketch_models as models
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import KINDS, assert_lies, mesh_of, normal, put
-from small import some
+from small import every
 
 import jlora
 from jlora import LoRA
 from jlora.initializers import eva, lora_ga
 
-LAYERS, D, F = 3, 16, 8
+LAYERS, D, KEPT = 3, 16, 8
 MESHES = {kind: mesh_of(kind, (2, 2), ("d", "t")) for kind in KINDS}
 AUTO = MESHES[AxisType.Auto]
 SPECS = {
@@ -29,8 +29,9 @@ SPECS = {
     "tensor": {"up": P(None, None, "t"), "down": P(None, "t")},
     "both": {"up": P(None, "d", "t"), "down": P(None, "t", "d")},
 }
-PARAMS = {"up": normal(0, LAYERS, D, F), "down": normal(1, LAYERS, F, D)}
+PARAMS = {"up": normal(0, LAYERS, D, D), "down": normal(1, LAYERS, D, D)}
 BATCHES = [normal(2, 8, D), normal(3, 8, D)]
+STARTS = {"inputs": eva, "gradient": lora_ga}
 
 
 def layer(x, p):
@@ -49,42 +50,51 @@ def model(p, x):
     return lax.scan(layer, x, p)[0]
 
 
-def loss_of(model):
-    return lambda p, x: jnp.sum(jnp.sin(model(p, x)))
-
-
-def sketched(model, kind, params=PARAMS, batches=BATCHES):
-    return jlora.sketch(loss_of(model), params, LoRA(rank=1), batches, kind=kind, components=F)
+def sketched(model, kind, params=PARAMS, batches=BATCHES, rule=LoRA(rank=1)):  # noqa: B008
+    loss = lambda p, x: jnp.sum(jnp.sin(model(p, x)))  # noqa: E731
+    return jlora.sketch(loss, params, rule, batches, kind=kind, components=KEPT)
 
 
 @functools.cache
-def expected(kind):
-    return sketched(model, kind)
+def covariances(kind):
+    """Of the inputs of each matrix, or of the rows of its gradient, written out."""
+    written = models.Model(PARAMS, model, models.of_layers, normal)
+    if kind == "inputs":
+        return models.of_all(written, BATCHES)
+    loss = lambda p: sum(jnp.sum(jnp.sin(model(p, x))) for x in BATCHES) / 2  # noqa: E731
+    return {path: np.asarray(g @ g.mT) for path, g in jax.jit(jax.grad(loss))(PARAMS).items()}
 
 
-def check(found, other):
-    for path, s in other.sites.items():
-        mine = found.sites[path]
-        for name in ("values", "total"):
-            np.testing.assert_allclose(getattr(mine, name), getattr(s, name), rtol=1e-8)
-        a, b = (np.asarray(x.inputs) for x in (s, mine))
-        np.testing.assert_allclose(a @ a.mT, b @ b.mT, atol=1e-8)
+def check(found, kind):
+    """The leading values, the sum of the squares of all, and the space that the vectors span."""
+    for path, covariance in covariances(kind).items():
+        s, (squares, u) = found.sites[path], np.linalg.eigh(covariance)
+        u, v = u[..., -KEPT:], np.asarray(s.inputs)
+        np.testing.assert_allclose(s.values, np.sqrt(squares[:, : -KEPT - 1 : -1]), rtol=1e-8)
+        np.testing.assert_allclose(s.total, squares.sum(-1), rtol=1e-8)
+        np.testing.assert_allclose(v @ v.mT, u @ u.mT, atol=1e-8)
 
 
-def every_place():
-    """Every spec on every mesh, one every day; starts are on explicit axes then."""
-    daily = ("both", AxisType.Auto, "inputs")
-    rows = itertools.product(SPECS, KINDS, ("inputs", "gradient"))
-    return [pytest.param(*r, marks=[] if r == daily else pytest.mark.slow) for r in rows]
-
-
-@pytest.mark.parametrize(("spec", "axes", "kind"), every_place(), ids=str)
+@pytest.mark.parametrize(
+    ("spec", "axes", "kind"),
+    every(SPECS, KINDS, STARTS, daily=[("fsdp", AxisType.Explicit, "gradient")]),
+    ids=str,
+)
 def test_on_a_mesh_is_as_on_one_device(spec, axes, kind):
+    """Of a start by it the base lies where it lay, and the model begins as it was."""
     mesh = MESHES[axes]
     params, batches = put(PARAMS, mesh, SPECS[spec]), put(BATCHES, mesh, P("d"))
     with jax.set_mesh(mesh):
         found = sketched(model, kind, params, batches)
-    check(found, expected(kind))
+        check(found, kind)
+        lora, x = jlora.transform(model, LoRA(rank=2, init=STARTS[kind](found))), batches[0]
+        init = lora.init if spec in ("replicated", "both") else jax.jit(lora.init)
+        base, adapter = init(jax.random.key(0), params, x)
+        actual, expected = jax.jit(lora.apply)(base, adapter, x), jax.jit(model)(params, x)
+    np.testing.assert_allclose(actual, expected)
+    assert_lies(base, params)
+    for path, w in base.items():
+        assert np.any(np.asarray(w) != np.asarray(params[path])) == (kind == "gradient")
 
 
 def within(body, specs, **how):
@@ -105,7 +115,7 @@ GRADIENTS = [pytest.param(f, "gradient", marks=pytest.mark.slow) for f in (WHOLE
 
 @pytest.mark.parametrize(("f", "kind"), [(WHOLE, "inputs"), *GRADIENTS])
 def test_within_the_models_own_shard_map(f, kind):
-    check(sketched(f, kind), expected(kind))
+    check(sketched(f, kind), kind)
 
 
 @pytest.mark.parametrize(
@@ -119,34 +129,17 @@ def test_inputs_that_a_shard_map_hides_are_refused(f, message):
     """Where inputs are cut x·A is a part; where outputs are, each device has all."""
     for path in PARAMS:
         with pytest.raises(NotImplementedError, match=f"'{path}'.*{message}"):
-            jlora.sketch(loss_of(f), PARAMS, LoRA(path, rank=1), BATCHES, kind="inputs")
+            sketched(f, "inputs", rule=LoRA(path, rank=1))
 
 
 @pytest.mark.slow
 def test_experts_that_a_shard_map_cuts():
     """Each device has some of them whole."""
-    params = {"up": normal(0, 4, D, F), "down": normal(1, 4, F, D)}
+    params = {"up": normal(0, 4, D, D), "down": normal(1, 4, D, D)}
     batches = [normal(seed, 4, 8, D) for seed in (2, 3)]
     each = jax.vmap(lambda p, x: layer(x, p)[0])
     cut = jax.shard_map(each, mesh=AUTO, in_specs=(P("t"), P("t", "d")), out_specs=P("t", "d"))
-    found, other = (sketched(f, "inputs", params, batches) for f in (cut, each))
-    check(found, other)
-
-
-@pytest.mark.parametrize("axes", some(KINDS, AxisType.Explicit))
-@pytest.mark.parametrize("start", some([eva, lora_ga], lora_ga))
-@pytest.mark.parametrize("jit", some([True, False], True))
-def test_starts_on_a_mesh(start, axes, jit):
-    """The base lies where it lay, and the model begins as it was."""
-    mesh, kind = MESHES[axes], "inputs" if start is eva else "gradient"
-    specs = {"up": SPECS["fsdp"]["up"], "down": P()}
-    params, x = put(PARAMS, mesh, specs), put(BATCHES[0], mesh, P("d"))
-    with jax.set_mesh(mesh):
-        rule = LoRA(rank=2, init=start(sketched(model, kind, params, [x])))
-        lora = jlora.transform(model, rule)
-        base, adapter = (jax.jit(lora.init) if jit else lora.init)(jax.random.key(0), params, x)
-        actual, expected = jax.jit(lora.apply)(base, adapter, x), jax.jit(model)(params, x)
-    np.testing.assert_allclose(actual, expected)
-    assert_lies(base, params)
-    for path, w in base.items():
-        assert np.any(np.asarray(w) != np.asarray(params[path])) == (kind == "gradient")
+    found, other = (sketched(f, "inputs", params, batches).sites for f in (cut, each))
+    for path, s in other.items():
+        np.testing.assert_allclose(found[path].values, s.values, rtol=1e-8)
+        np.testing.assert_allclose(found[path].total, s.total, rtol=1e-8)

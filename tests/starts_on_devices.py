@@ -61,11 +61,14 @@ def test_the_base_lies_where_it_did(name, spec, kind):
     laws.assert_close(values(w, a, b), values(*expected), 1e-4)
 
 
+OF_CODES = {"pissa": pissa, "to 4 bits": loftq(jlora.NF4()), "to 8 bits": loftq(jlora.Int8())}
+
+
 @pytest.mark.parametrize("kind", some(LINES, EXPLICIT))
-@pytest.mark.parametrize("name", some(["pissa", "loftq"], "loftq"))
+@pytest.mark.parametrize("name", some(OF_CODES, "to 8 bits"))
 def test_codes(name, kind):
     """As on one device; what was quantized before lies as it did."""
-    start = pissa if name == "pissa" else loftq(jlora.NF4())
+    start = OF_CODES[name]
     given = jlora.quantize(PARAMS, jlora.NF4("w")) if name == "pissa" else PARAMS
     places = jlora.sharding.specs(on(LINES[kind], {"w": SPECS["outputs"]}), given)
     expected = init(start, given)

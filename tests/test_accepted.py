@@ -1,6 +1,5 @@
 """Right uses that look odd: names, numbers and joins that must work, and be exact."""
 
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -43,38 +42,55 @@ def attend(p: Any, x: jax.Array) -> jax.Array:
 ATTENTION = {"attention": Projections(array(4, 4), array(4, 4) + 1, array(4, 4) + 2)}
 
 
-def test_field_named_value() -> None:
-    """A field `value` of a NamedTuple is a path of its own, not an NNX variable."""
-    base, adapter = init(LoRA(rank=2), apply=attend, params=ATTENTION)
-    assert jlora.count(adapter) == 3 * (4 * 2 + 2 * 4)
-    assert sorted(adapter["attention"]) == ["key", "query", "value"]
-    assert_same(jlora.merge(base, adapter), ATTENTION)
+def drop(p: Any, x: jax.Array) -> jax.Array:
+    """A result that is not used stands in no rule's way."""
+    jnp.sin(p["w"])
+    return x @ p["w"]
+
+
+def scale(p: Any, x: jax.Array) -> jax.Array:
+    """A product with a number."""
+    return x @ p["w"] * p["scale"]
+
+
+ONE, NUMBER = (LoRA("w", rank=2),), W | {"scale": 0.5}
+DOUBLE = {"w": np.random.default_rng(0).standard_normal((4, 6))}
+ODD: dict[str, tuple[Any, Any, tuple[Any, ...], list[str]]] = {
+    "a field named value": (attend, ATTENTION, (LoRA(rank=2),), ["attention"]),
+    "an unused result": (drop, SQUARE, ONE, ["w"]),
+    "a Python number": (scale, NUMBER, ONE, ["w"]),
+    "a Python number in full": (scale, NUMBER, (*ONE, Full("scale")), ["scale", "w"]),
+    "an unused Python number": (dense, W | {"layers": 3}, ONE, ["w"]),
+    "NumPy's float64, quietly": (dense, DOUBLE, ONE, ["w"]),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_models(case: str) -> None:
+    """They are adapted as any other."""
+    f, params, rules, adapted = ODD[case]
+    base, adapter = init(*rules, apply=f, params=params)
+    assert sorted(adapter) == adapted
+    merged = jlora.merge(base, adapter, check=True)
+    assert_same(jax.tree.map(jnp.float32, merged), jax.tree.map(jnp.float32, params))
     adapter = randomize(adapter)
-    actual = jlora.transform(attend).apply(base, adapter, X)
-    assert_same(actual, attend(jlora.merge(base, adapter), X))
+    actual = jlora.transform(f).apply(base, adapter, X)
+    assert actual.dtype == jnp.float32
+    assert_same(actual, f(jlora.merge(base, adapter), X))
 
 
 def test_pattern_of_a_field_named_value() -> None:
-    """The quickstart's own pattern finds both of its leaves."""
+    """The quickstart's own pattern finds both of its leaves, of which each is a path."""
     table = jlora.transform(attend, LoRA("query|value", rank=2)).sites(ATTENTION, X)
     assert sum(site.rule is not None for site in table) == 2
+    _, adapter = init(LoRA(rank=2), apply=attend, params=ATTENTION)
+    assert sorted(adapter["attention"]) == ["key", "query", "value"]
 
 
 def test_sites_need_no_rules() -> None:
     """`sites` of a transform without rules lists the model, as its errors advise."""
     table = jlora.transform(model).sites(PARAMS, X)
     assert [site.path for site in table] == ["fused", "layer/kernel", "vocabulary"]
-
-
-def test_unused_result_is_no_use() -> None:
-    """What the model computes and drops stands in no rule's way."""
-
-    def dropped(p: Any, x: jax.Array) -> jax.Array:
-        jnp.sin(p["w"])
-        return x @ p["w"]
-
-    _, adapter = init(LoRA("w", rank=2), apply=dropped, params=SQUARE)
-    assert list(adapter) == ["w"]
 
 
 def test_keyword_arguments_of_the_model() -> None:
@@ -101,40 +117,6 @@ def test_numpy_numbers(field: str, number: Any) -> None:
     assert getattr(LoRA("w", **{field: number}), field) == number
 
 
-def test_python_leaves_that_are_not_read() -> None:
-    """Numbers among the parameters are leaves like others, as long as JAX alone uses them."""
-    params = W | {"scale": 0.5}
-    base, adapter = init(
-        LoRA("w", rank=2), apply=lambda p, x: x @ p["w"] * p["scale"], params=params
-    )
-    assert base["scale"] == 0.5
-    assert list(adapter) == ["w"]
-
-
-def test_merge_of_python_numbers() -> None:
-    """A Python number that is trained in full, merged and checked."""
-    rules = LoRA("w", rank=2), Full("scale")
-    base, adapter = init(
-        *rules, apply=lambda p, x: x @ p["w"] * p["scale"], params=W | {"scale": 0.5}
-    )
-    assert jlora.merge(base, adapter)["scale"] == 0.5
-
-
-def test_merge_check_of_python_numbers() -> None:
-    """A Python number beside the adapted weight."""
-    base, adapter = init(LoRA("w", rank=2), apply=dense, params=W | {"layers": 3})
-    assert jlora.merge(base, adapter, check=True)["layers"] == 3
-
-
-def test_numpy_float64_is_quiet() -> None:
-    """NumPy's default dtype gives no warnings: JAX takes such an array as float32 silently."""
-    params = {"w": np.random.default_rng(0).standard_normal((4, 6))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        base, adapter = init(LoRA("w", rank=2), apply=dense, params=params)
-        assert jlora.transform(dense).apply(base, adapter, X).dtype == jnp.float32
-
-
 def test_weakly_typed_weight() -> None:
     """`jnp.full` gives a weakly typed array, which does not widen a bfloat16 activation."""
     params, x = {"w": jnp.full((4, 6), 0.5)}, X.astype(jnp.bfloat16)
@@ -143,15 +125,10 @@ def test_weakly_typed_weight() -> None:
     assert jlora.transform(dense).apply(base, adapter, x).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("call", ["init", "apply", "refusal"])
-def test_tracers_do_not_leak(call: str) -> None:
+def test_tracers_do_not_leak() -> None:
     """Nothing that is traced outlives its trace, whether the call succeeds or is refused."""
-    base, adapter = init(LoRA("w", rank=2), apply=dense, params=SQUARE)
     with jax.checking_leaks():
-        if call == "init":
-            init(LoRA("w", rank=2), apply=dense, params=SQUARE)
-        elif call == "apply":
-            jlora.transform(dense).apply(base, adapter, X)
-        else:
-            with pytest.raises(ValueError, match="used only by `sin`"):
-                init(LoRA("w", rank=2), apply=use_sin, params=SQUARE)
+        base, adapter = init(*ONE, apply=dense, params=SQUARE)
+        jlora.transform(dense).apply(base, adapter, X)
+        with pytest.raises(ValueError, match="used only by `sin`"):
+            init(*ONE, apply=use_sin, params=SQUARE)

@@ -84,6 +84,7 @@ def test_laws(sites: dict[str, Site], kind: str, data: Any) -> None:
 
 
 @hypothesis.given(SITES, KINDS, st.integers(40, 400))
+@hypothesis.example({"layer0/kernel": (1, (2, 2), (2.5e-22,))}, "inputs", 40)  # squares are tiny
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_no_other_ranks_have_more_gain(sites: dict[str, Site], kind: str, budget: int) -> None:
     sites = dict(list(sites.items())[:3])
@@ -105,41 +106,28 @@ def test_no_other_ranks_have_more_gain(sites: dict[str, Site], kind: str, budget
     assert gain(list(found.ranks.values())) >= max(others) * (1 - 1e-6)
 
 
-def test_by_gain_for_each_parameter() -> None:
-    """Of one gain the smaller site comes first, of one site the layers count together."""
-    sites = {"a": (1, (4, 4), (3.0, 2.0)), "b": (1, (8, 8), (3.0, 2.9)), "c": (3, (4, 4), (2, 1))}
-    order = []
-    for budget in range(8, 120):
-        ranks = jlora.allocate(of(sites), LoRA(".*", rank=1), budget=budget).ranks
-        order += [path for path, r in ranks.items() for _ in range(r - order.count(path))]
-    # 9/8, 9/16, 8.41/16, 4/8, 12/24 and 3/24
-    assert order == ["a", "b", "b", "a", "c", "c"]
+FOURTH = (4.0, 3.0, 2.0, 1.0)
+NARROW = {"a": (1, (16, 4), FOURTH), "b": (2, (4, 16), FOURTH)}
+STEEP = {"a": (1, (8, 8), tuple(range(9, 1, -1))), "b": (1, (8, 8), (0.1, 0.1, 0.1))}
+TWO_OF = LoRA(".*", rank=2)
+# The sites and the kind, the rule, limits, and the ranks of a and b.
+RANKS: list[Any] = [
+    # All-linear rules train no more than a weight has: rank 4 of 16 × 4 would take 80 of 64.
+    *((NARROW, "gradient", LoRA(), given, (3, 3)) for given in ({}, {"budget": 1000})),
+    *((NARROW, "gradient", LoRA(".*"), given, (4, 4)) for given in ({}, {"budget": 1000})),
+    (STEEP, "gradient", TWO_OF, {}, (4, 0)),  # as many as by the rules, twice the rank at most
+    (STEEP, "gradient", TWO_OF, {"budget": 999}, (4, 3)),
+    (STEEP, "gradient", TWO_OF, {"budget": 999, "max_rank": 6}, (6, 3)),
+    (STEEP, "gradient", TWO_OF, {"budget": 48, "min_rank": 1}, (2, 1)),
+    (STEEP, "gradient", TWO_OF, {"budget": 33, "min_rank": 1}, (1, 1)),
+]
 
 
-def test_of_inputs_it_is_by_explained_variance() -> None:
-    """Whatever their size."""
-    sites = {"a": (1, (4, 4), (3.0, 2.0, 1.0)), "b": (1, (4, 4), (300.0, 100.0, 1.0))}
-    f = lambda kind: jlora.allocate(of(sites, kind), LoRA(".*", rank=2), budget=24)  # noqa: E731
-    assert f("inputs").ranks == {"a": 2, "b": 1}
-    assert f("gradient").ranks == {"a": 1, "b": 2}
-
-
-def test_all_linear_rules_train_no_more_than_a_weight_has() -> None:
-    """Rank 4 of 16 × 4 would train 80 parameters for 64; a rule with a pattern may."""
-    sketch = of({"a": (1, (16, 4), (4.0, 3.0, 2.0, 1.0)), "b": (2, (4, 16), (4.0, 3.0, 2.0, 1.0))})
-    for rule, rank in ((LoRA(), 3), (LoRA(".*"), 4)):
-        assert jlora.allocate(sketch, rule, budget=1000).ranks == {"a": rank, "b": rank}
-        assert jlora.allocate(sketch, rule).ranks == {"a": rank, "b": rank}
-
-
-def test_limits() -> None:
-    sites = {"a": (1, (8, 8), tuple(range(9, 1, -1))), "b": (1, (8, 8), (0.1, 0.1, 0.1))}
-    f = lambda **given: jlora.allocate(of(sites), LoRA(".*", rank=2), **given).ranks  # noqa: E731
-    assert f() == {"a": 4, "b": 0}  # as many parameters as by the rules, twice the rank at most
-    assert f(budget=999) == {"a": 4, "b": 3}
-    assert f(budget=999, max_rank=6) == {"a": 6, "b": 3}
-    assert f(budget=48, min_rank=1) == {"a": 2, "b": 1}
-    assert f(budget=33, min_rank=1) == {"a": 1, "b": 1}
+@pytest.mark.parametrize(("sites", "kind", "rule", "given", "ranks"), RANKS)
+def test_ranks(sites: Any, kind: str, rule: Any, given: Any, ranks: Any) -> None:
+    assert jlora.allocate(of(sites, kind), rule, **given).ranks == dict(
+        zip("ab", ranks, strict=True)
+    )
 
 
 # ----------------------------------------------------------------------------------------- as rules
@@ -176,26 +164,23 @@ def test_its_rules_give_those_ranks(rule: LoRA, tmp_path: Any) -> None:
 
 
 def test_other_rules_keep_their_places() -> None:
-    sites = {"a/kernel": (1, (4, 4), (3.0, 2.0)), "b/kernel": (1, (4, 4), (1.0, 0.5))}
-    given = (Full("norm"), LoRA("a/kernel", rank=1), Full("bias"), LoRA("kernel", rank=3, alpha=3))
+    """Paths are no patterns: each is escaped."""
+    sites = {"a[0]/kernel": (1, (4, 4), (3.0, 2.0)), "b/kernel": (1, (4, 4), (1.0, 0.5))}
+    given = (
+        Full("norm"),
+        LoRA("a.*/kernel", rank=1),
+        Full("bias"),
+        LoRA("kernel", rank=3, alpha=3),
+    )
     allocation = jlora.allocate(of(sites), given, budget=24)
     assert list(allocation) == [
         Full("norm"),
-        LoRA("^a/kernel$", rank=2, alpha=32),
+        LoRA(r"^a\[0\]/kernel$", rank=2, alpha=32),
         Full("bias"),
         LoRA("^b/kernel$", rank=1, alpha=1),
     ]
     assert len(allocation) == 4
-    assert allocation[1:2] == (LoRA("^a/kernel$", rank=2, alpha=32),)
-
-
-def test_paths_are_no_patterns() -> None:
-    sites = {"a.b[0]/w": (1, (4, 4), (3.0,)), "aXb0/w": (1, (4, 4), (0.1,))}
-    allocation = jlora.allocate(of(sites), LoRA("w", rank=1), budget=8)
-    model = lambda p, x: x @ p["a.b[0]"]["w"] @ p["aXb0"]["w"]  # noqa: E731
-    params = {"a.b[0]": {"w": jnp.eye(4)}, "aXb0": {"w": jnp.eye(4)}}
-    _, adapter = jlora.transform(model, *allocation).init(jax.random.key(0), params, jnp.eye(4))
-    assert list(adapter) == ["a.b[0]"]
+    assert allocation[3:] == (LoRA("^b/kernel$", rank=1, alpha=1),)
 
 
 def test_pefts_files_have_the_ranks(tmp_path: Any) -> None:
@@ -220,18 +205,6 @@ def test_pefts_files_have_the_ranks(tmp_path: Any) -> None:
     assert of_modules("rank_pattern", "r") == [1, 4]
     assert of_modules("alpha_pattern", "lora_alpha") == [1.5, 6]
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path / "a", base, names), adapter)
-
-
-def test_table() -> None:
-    sites = {"a": (1, (40, 60), (3.0, 2.0)), "b": (1, (40, 60), (1.0, 0.5))}
-    assert str(jlora.allocate(of(sites), LoRA(".*", rank=1), budget=201)).splitlines() == [
-        "site  score  rank  parameters",
-        "─────────────────────────────",
-        "a        13     2         200",
-        "b      1.25     0           0",
-        "─────────────────────────────",
-        "1 of 2 sites; 200 parameters",
-    ]
 
 
 # ---------------------------------------------------------------------------------------- refusals
@@ -262,11 +235,8 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
         "`budget` is 7; the first rank takes 8 parameters": refused(budget=7),
         "`min_rank` 1 takes 16 parameters": refused(budget=9, min_rank=1),
-        "`budget` must be an integer of at least 1": refused(budget=1.5),
-        "`min_rank` must be an integer of at least 0": refused(min_rank=None),
         r"`max_rank` must .* at least 2": refused(min_rank=2, max_rank=1),
         r"LoRA\('b'\) takes no site of `sketch`. Near misses: ": refused(LoRA("b")),
-        r"LoRA\('a'\) takes no site of `sketch`": refused((LoRA(".*"), LoRA("a"))),
         r"'head' has rank 0, which would leave it to Full\('head'\). Narrow": refused(
             (LoRA(".*", rank=1), Full("head")), budget=8
         ),
@@ -275,7 +245,6 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         ),
         r"`ranks` has 'b'. Near misses: ": edited(b=1),
         r"the rank of 'a' must be an integer in \[0, 4\]; got 5": edited(a=5),
-        r"`text` is no valid JSON: Expecting value": read(""),
         r"`text` is no valid JSON: maximum recursion": read("[" * 10**5),
         r"`text` is no valid JSON: Exceeds the limit": read("9" * 10**5),
         "must be a JSON object whose `format` is 1": read("{}"),
@@ -285,10 +254,7 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         "site 0 of `text` must be an object with path": read(more=1),
         "`path` of site 0 of `text` is 3": read(path=3),
         "`rank` of site 0 of `text` is True": read(rank=True),
-        r"the rank of 'a' must be an integer in \[0, 4\]; got 1000000000": read(rank=10**9),
-        r"the rank of 'a' must be an integer in \[0, 4\]; got -1": read(rank=-1),
         "`score` of site 0 of `text` is nan": read(score=float("nan")),
-        r"`shape` of site 0 of `text` is \[1, 4, 4.0\]": read(shape=[1, 4, 4.0]),
         r"`shape` of site 0 of `text` is \[1, 4, 118": read(shape=[1, 4, 2**70]),
         "outputs` of site 0 of `text` must have each axis once": read(shape=[4, 4]),
         "of site 0 of `text` must have each axis once": read(inputs=[0]),

@@ -15,7 +15,7 @@ from small import each_refusal, exactly, some
 
 import jlora
 from jlora import _linalg, arithmetic
-from jlora.types import Layout, LowRank
+from jlora.types import LowRank
 
 # The shape of W, and the layouts that adapters of it may have.
 LAYOUTS = {name: (shape, [layout]) for name, (shape, layout) in nodes.SITES.items()}
@@ -46,7 +46,6 @@ def regauged(node: LowRank, seed: int = 0) -> LowRank:
 
 
 DAILY = ("experts", "slots of two kinds")
-slow = lambda *x: pytest.param(*x, marks=pytest.mark.slow)  # noqa: E731
 
 
 def sites(*daily: str, without: str = "") -> Any:
@@ -56,33 +55,42 @@ def sites(*daily: str, without: str = "") -> Any:
 
 @sites(*DAILY)
 def test_sums(site: str) -> None:
-    """With weights and without; where an adapter has no site, its part is 0."""
+    """With weights, without, and traced; where an adapter has no site, its part is 0."""
     trees, (shape, _) = adapters(site), LAYOUTS[site]
     deltas = [delta(t["w"], shape) for t in trees]
     more = delta(trees[2]["more"]["x"], (5, 4))
-    one, two, three = trees
-    for found, w in (
-        (arithmetic.add(trees, WEIGHTS), WEIGHTS),
-        (arithmetic.add(trees), (1, 1, 1)),
-        (arithmetic.difference(one, three), (1, 0, -1)),
-        (arithmetic.scale(three, 0.5), (0, 0, 0.5)),
-    ):
+
+    @jax.jit
+    def combined(trees: Any, weights: Any) -> list[Any]:
+        one, _, three = trees
+        return [
+            arithmetic.add(trees, weights),
+            arithmetic.add(trees, WEIGHTS),
+            arithmetic.add(trees),
+            arithmetic.difference(one, three),
+            arithmetic.scale(three, 0.5),
+        ]
+
+    found = combined(trees, jnp.array(WEIGHTS))
+    for tree, w in zip(found, (WEIGHTS, WEIGHTS, (1, 1, 1), (1, 0, -1), (0, 0, 0.5)), strict=True):
         expected = sum(v * x for v, x in zip(w, deltas, strict=True))
-        np.testing.assert_allclose(delta(found["w"], shape), expected, atol=3e-6)
-        np.testing.assert_allclose(delta(found["more"]["x"], (5, 4)), w[2] * more, atol=1e-6)
-    half = arithmetic.scale(one, 0.5)
-    assert jax.tree.structure(half) == jax.tree.structure(one)
-    np.testing.assert_array_equal(half["w"].a, one["w"].a)
-    assert arithmetic.add([two])["w"].b is two["w"].b
+        np.testing.assert_allclose(delta(tree["w"], shape), expected, atol=3e-6)
+        np.testing.assert_allclose(delta(tree["more"]["x"], (5, 4)), w[2] * more, atol=1e-6)
 
 
-def test_add_keeps_the_factors_to_the_bit() -> None:
-    """Of one scale, without weights: A and B stand beside one another."""
+def test_factors_stay_to_the_bit() -> None:
+    """In sums of one scale A and B stand beside one another; what need not change is the same."""
     one, two = (draw(i, (12, 9), PLAIN, 2, 0.3) for i in (0, 1))
     found = arithmetic.add([{"w": one}, {"w": two}])["w"]
     np.testing.assert_array_equal(found.a, np.concatenate([one.a, two.a], 1))
     np.testing.assert_array_equal(found.b, np.concatenate([one.b, two.b], 0))
     assert (found.scale, arithmetic.add([{}])) == (0.3, {})
+    tree = {"w": one, "b": jnp.ones(3)}
+    half = arithmetic.scale({"w": one}, 0.5)
+    assert half["w"].a is one.a and jax.tree.structure(half) == jax.tree.structure({"w": one})
+    small = arithmetic.truncate(tree, rank=2)
+    assert arithmetic.add([tree])["w"].b is one.b
+    assert small["w"].a is one.a and small["b"] is tree["b"]
 
 
 @sites("experts")
@@ -102,6 +110,10 @@ def test_truncate_is_the_best_approximation(site: str, rank: int) -> None:
     next_one = s[..., rank] if rank < s.shape[-1] else 0
     bound = 1e-6 * s[..., 0] * np.maximum(1, s[..., 0] / (s[..., rank - 1] - next_one))
     assert (np.abs(got - best).max((-2, -1)) < bound).all()
+    # By energy: the smallest rank that keeps the share in every matrix.
+    kept = (s**2).cumsum(-1) / (s**2).sum(-1, keepdims=True)
+    least = 1 + int((kept < 0.9).sum(-1).max())
+    assert arithmetic.truncate({"w": full}, energy=0.9)["w"].a.shape[-1] == least
 
 
 @pytest.mark.parametrize("name", some(["truncate", "ties"], "truncate"))
@@ -112,25 +124,6 @@ def test_a_program_factors_one_matrix_at_a_time(name: str) -> None:
     calls = re.findall(r"= \(?f32\[([\d,]+)\].*custom_call_target=\"lapack", compiled.as_text())
     assert calls
     assert all(dims.count(",") == 1 for dims in calls), calls
-
-
-@pytest.mark.slow
-def test_truncate_by_energy() -> None:
-    """The smallest rank that keeps the share in every matrix of the stack."""
-    values = np.array([[4.0, 2.0, 1.0], [4.0, 0.0, 0.0]])
-    a = np.stack([np.eye(5, 3), np.eye(5, 3)])
-    b = values[..., None] * np.stack([np.eye(3, 4)] * 2)
-    node = LowRank(jnp.asarray(a), jnp.asarray(b, jnp.float32), 1.0, Layout((0,), (1,), (2,)))
-    for energy, rank in ((16 / 21, 1), (0.77, 2), (20 / 21, 2), (0.96, 3), (1.0, 3)):
-        found = arithmetic.truncate({"w": node}, energy=energy)["w"]
-        assert found.a.shape[-1] == rank, energy
-
-
-def test_truncate_leaves_alone_what_is_small_enough() -> None:
-    tree = {"w": draw(0, (12, 9), PLAIN, 2, 3.0), "b": jnp.ones(3)}
-    found = arithmetic.truncate(tree, rank=2)
-    assert found["w"].a is tree["w"].a
-    assert found["b"] is tree["b"]
 
 
 # ------------------------------------------------------------------------- laws of all functions
@@ -164,8 +157,6 @@ def test_the_factors_do_not_matter(name: str, site: str) -> None:
     assert ranks[0] == ranks[1]
     negative = [arithmetic.scale(t, -1) for t in trees]
     close(f(negative)["w"], -expected, shape)
-    for x, y in zip(trees, (arithmetic.scale(t, -1) for t in negative), strict=True):
-        np.testing.assert_array_equal(x["w"].b, y["w"].b)
 
 
 @sites("heads")
@@ -177,7 +168,7 @@ def test_under_vmap(name: str, site: str) -> None:
         [{"w": draw(10 * i + j, shape, layouts[j % len(layouts)], 2, 0.5)} for j in range(2)]
         for i in range(3)
     ]
-    many = jax.jit(jax.vmap(f))(jax.tree.map(lambda *x: jnp.stack(x), *pairs))
+    many = jax.jit(jax.vmap(f))(jax.tree.map(lambda *x: np.stack(x), *pairs))
     for i, pair in enumerate(pairs):
         expected = delta(COMPILED[name](pair)["w"], shape)
         close(jax.tree.map(lambda y, i=i: y[i], many)["w"], expected, shape)
@@ -246,17 +237,6 @@ def test_dare_on_average() -> None:
     assert np.abs(dropped - summed).max() > 0.1 * np.abs(summed).max()
 
 
-def test_weights_that_are_traced() -> None:
-    trees = adapters("stacked")[:2]
-    shape, _ = LAYOUTS["stacked"]
-    for f in (arithmetic.add, arithmetic.ties):
-        expected = delta(jax.jit(lambda t, f=f: f(t, [0.3, 0.6]))(trees)["w"], shape)
-        found = jax.jit(f)(trees, jnp.array([0.3, 0.6]))["w"]
-        np.testing.assert_allclose(delta(found, shape), expected, atol=1e-5)
-    many = jax.vmap(lambda c: arithmetic.scale(trees[0], c))(jnp.arange(3.0))["w"]
-    assert many.b.shape == (3, *trees[0]["w"].b.shape)
-
-
 @every_function
 def test_dtypes_stay(name: str) -> None:
     for dtype in (jnp.bfloat16, jnp.float16):
@@ -291,10 +271,9 @@ def test_ties_keeps_the_largest_entries(density: float) -> None:
     """As many as sorting finds, equal ones together; of float32 to the last bit."""
     x = np.float32(np.random.default_rng(0).standard_normal((7, 11)) * 10.0 ** np.arange(-5, 6))
     x[3] = x[0] = 0.25
-    base, one = {"w": jnp.zeros((7, 11))}, {"w": jnp.asarray(x)}
     least = np.sort(np.abs(x).ravel())[-max(1, round(density * x.size))]
-    found = arithmetic.ties([one], density=density, base=base)["w"]
-    np.testing.assert_array_equal(found, np.where(np.abs(x) >= least, x, 0))
+    ties = jax.jit(lambda t: arithmetic.ties([t], density=density, base={"w": 0 * x}))
+    np.testing.assert_array_equal(ties({"w": x})["w"], np.where(np.abs(x) >= least, x, 0))
 
 
 def test_one_leaf_in_full() -> None:
@@ -327,26 +306,19 @@ KEYS = (
 )
 REFUSED: dict[type[Exception], dict[str, Any]] = {
     ValueError: {
-        "`weights` must be finite; got nan.": lambda: arithmetic.add(
-            [{"w": NODE}], jnp.array([jnp.nan])
-        ),
         "`weights` must be one for each of the 1 adapters; got 2.": lambda: arithmetic.add(
             [{"w": NODE}], [1, 2]
+        ),
+        "`weights` must be finite; got nan.": lambda: arithmetic.add(
+            [{"w": NODE}], jnp.array([jnp.nan])
         ),
         "`adapters` cannot be combined at these paths:\n  w: is for weights of (shape, stack, "
         "inputs, outputs) [((12, 9), (), (0,), (1,)), ((12, 8), (), (0,), (1,))]\n"
         "Adapters that are combined must be of one base.": lambda: arithmetic.add(
             [{"w": NODE}, {"w": draw(0, (12, 8), PLAIN, 2, 1.0)}]
         ),
-        "`adapters` cannot be combined at these paths:\n  w: is of low rank in one and trained in "
-        "full in another\nAdapters that are combined must be of one base.": lambda: arithmetic.add(
-            [{"w": NODE}, {"w": jnp.ones((12, 9))}]
-        ),
         "`adapters` cannot be combined" + FULL: lambda: arithmetic.add(
             [{"b": jnp.ones(3)}, {"b": jnp.ones(3)}]
-        ),
-        "`adapter` cannot be scaled" + FULL: lambda: arithmetic.scale(
-            {"b": jnp.ones(3), "w": NODE}, 0.5
         ),
         "`other` cannot be subtracted from `adapter`" + FULL: lambda: arithmetic.difference(
             {"w": NODE}, {"b": jnp.ones(3)}
@@ -356,9 +328,6 @@ REFUSED: dict[type[Exception], dict[str, Any]] = {
         ),
         "`adapter` cannot be truncated" + OTHERS: lambda: arithmetic.truncate(
             {"v": GAIN, "w": NODE, "deep": {"w": GAIN}}, 1
-        ),
-        "`adapter` cannot be scaled" + OTHERS: lambda: arithmetic.scale(
-            {"v": GAIN, "deep": {"w": GAIN}}, 1
         ),
         "`factor` must be finite; got inf.": lambda: arithmetic.scale({"w": NODE}, float("inf")),
         "`adapters` cannot be combined at these paths:\n  b: has the shapes [(3,), (2,)]\n  w: is "
@@ -396,18 +365,15 @@ def test_refused(provoke: Any, error: Any, message: str) -> None:
         provoke()
 
 
-WITH_KEYS: list[Any] = [
-    lambda: arithmetic.add([{}, KEYED]),
-    lambda: arithmetic.scale(KEYED, 2),
-    lambda: arithmetic.truncate(KEYED, 1),
-    lambda: jlora.many.stack([KEYED]),
-    lambda: jlora.many.insert(jlora.many.stack([{"w": NODE}]), 0, KEYED),
-]
-
-
 def test_keys_are_refused() -> None:
     """By whatever takes adapters; and what is trained in full without a base, by merges too."""
-    for provoke in WITH_KEYS:
+    for provoke in (
+        lambda: arithmetic.add([{}, KEYED]),
+        lambda: arithmetic.scale(KEYED, 2),
+        lambda: arithmetic.truncate(KEYED, 1),
+        lambda: jlora.many.stack([KEYED]),
+        lambda: jlora.many.insert(jlora.many.stack([{"w": NODE}]), 0, KEYED),
+    ):
         with pytest.raises(ValueError, match=exactly(KEYS)):
             provoke()
     with pytest.raises(ValueError, match=exactly("`adapters` cannot be combined" + FULL)):
@@ -417,12 +383,9 @@ def test_keys_are_refused() -> None:
 # ------------------------------------------------------------------------- what meshes need of it
 
 
-@pytest.mark.parametrize(
-    "shape", [(512, 3), slow((2, 96, 5)), slow((64, 16)), slow((40, 60)), slow((128, 1))]
-)
-def test_qr_by_blocks_of_rows(shape: tuple[int, ...]) -> None:
+def test_qr_by_blocks_of_rows() -> None:
     """Q is orthonormal, R triangular, and Q·R what it was, columns that depend on others too."""
-    x = np.random.default_rng(0).standard_normal(shape)
+    x = np.random.default_rng(0).standard_normal((2, 96, 5))
     x[..., -1] = x[..., 0]
     x = jnp.asarray(x, jnp.float32)
     q, r = map(np.asarray, jax.jit(_linalg.qr)(x))

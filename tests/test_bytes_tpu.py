@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from bench import tpu, traffic
 from jax.sharding import PartitionSpec
-from small import some
+from small import some, some_rows
 
 import jlora
 
@@ -27,10 +27,7 @@ LIMITS = [
 step = functools.cache(tpu.step)
 
 
-@pytest.mark.parametrize(
-    ("layer", "limit"),
-    [pytest.param(*x, marks=[] if x in LIMITS[1:3] else pytest.mark.slow) for x in LIMITS],
-)
+@pytest.mark.parametrize(("layer", "limit"), some_rows(LIMITS, *LIMITS[1:3]))
 def test_all_linear(layer, limit):
     floor, plain, ours = (step(layer, "v5e", form, 8) for form in ("floor", "plain", "jlora"))
     assert ours.size <= limit * floor.size

@@ -3,106 +3,123 @@
 A case costs at most ten seconds and a gigabyte; nothing is written but the result, and that whole.
 """
 
-import contextlib
+import functools
 import json
 import math
 import os
-import pathlib
 import random
 import resource
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import click.testing
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_models as models
 import pytest
-from safetensors.numpy import load_file, save_file
+from nodes import PLAIN
+from nodes import draw as draw_node
+from peft_files import DEEP, WILD, Files, Folder, bounded, edit_metadata, mutate
+from safetensors.numpy import save_file
+from test_peft_merged import INDEX, fixture, read
 
 import jlora
-from jlora import checkpoint, peft
+from jlora import arithmetic, checkpoint, peft
 from jlora._cli._app import cli
-from jlora.checkpoint._meta import digest
-from jlora.peft.adapter._config import DEFAULTS
 
-Folder = pathlib.Path
-PREFIX = "base_model.model."
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-INDEX = "model.safetensors.index.json"
-WILD: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 1e300, 2**70, 10**400, "", "q", "x" * 10_000, "../x", "/etc/x",
-    [], ["q"], [[]], {}, {"a": 1}, {"q": 2}, [None], [1, 2], "[", "(", "a{0,9}" * 9, "(a|a)*", "\0",
-]  # fmt: skip
-DEEP = ["[" * 10**5, '{"a":' * 10**5, '{"r": NaN}', '{"r": 1e999}', '{"r": -Infinity}', "", "\xff"]
 
 
-def write_adapter(folder: Folder) -> None:
-    folder.mkdir(parents=True)
-    draw = np.random.default_rng(0)
-    tensors = {}
-    for i in range(3):
-        tensors[f"{PREFIX}h.{i}.q.lora_A.weight"] = draw.standard_normal((2, 6), np.float32)
-        tensors[f"{PREFIX}h.{i}.q.lora_B.weight"] = draw.standard_normal((4, 2), np.float32)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+def campaign(
+    count: int, root: Folder, lie: Callable[..., Any], answer: Callable[..., Any], words: Any
+) -> None:
+    """Folders with a lie in each: some are answered, right in spite of it."""
+    right = 0
+    for seed in range(count):
+        draw, folder = random.Random(seed), root / str(seed)
+        folder.mkdir()
+        given, out = lie(draw, folder), folder / "out"
+        before = {p: p.lstat().st_size for p in folder.rglob("*")}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            with bounded():
+                answer(given, out)
+            right += 1
+        except (ValueError, FileNotFoundError) as e:
+            assert str(e).startswith(words), (seed, e)
+            assert not out.exists(), seed
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # KiB
+        after = {p: p.lstat().st_size for p in folder.rglob("*") if out not in (p, *p.parents)}
+        assert after == before, seed
+        shutil.rmtree(folder)
+    assert 0 < right < count
 
 
-def write_model(folder: Folder) -> None:
-    folder.mkdir(parents=True)
-    draw, index = np.random.default_rng(1), {}
-    for i, file in enumerate(SHARDS):
-        tensors = {f"h.{i}.{m}.weight": draw.standard_normal((4, 6), np.float32) for m in "qk"}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "x"}))
+def assert_finite(arrays: Any) -> None:
+    assert all(np.isfinite(np.float64(x)).all() for x in jax.tree.leaves(arrays))
 
 
-def merged(folder: Folder) -> dict[str, bytes]:
-    return {
-        n: x.tobytes()
-        for f in sorted(folder.glob("*.safetensors"))
-        for n, x in load_file(f).items()
-    }
+# ------------------------------------------------------------------------------ adapters of PEFT
 
 
-@contextlib.contextmanager
-def watched(folder: Folder, out: Folder) -> Iterator[None]:
-    """Within time and memory, and writes nothing but `out`."""
-    before = {p: p.lstat().st_size for p in folder.rglob("*")}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # KiB
-    after = {p: p.lstat().st_size for p in folder.rglob("*") if out not in (p, *p.parents)}
-    assert after == before
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """The checkpoints of fixtures, the first also in three shards, and what lies outside of it."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name in ("qv", "tied", "experts"):
+        fixture(name, folder / name)
+    fixture("qv", folder / "shards", 3)
+    return folder
 
 
-def rewrite(draw: random.Random, path: Folder, kind: str, fields: Any) -> None:
-    """Writes JSON, or what is none."""
-    text = draw.choice(DEEP) if kind == "text" else json.dumps(fields)
-    path.write_bytes(text.encode("latin-1", "replace"))
+def load(bases: Folder, files: Files, _: Folder) -> None:
+    found, case = files.load(), files.case
+    whole = peft.load(case.folder, case.base, case.names)
+    assert [x.shape for x in jax.tree.leaves(found)] == [x.shape for x in jax.tree.leaves(whole)]
+    assert_finite(found)
 
 
-def lie_in_config(draw: random.Random, folder: Folder) -> None:
-    path = folder / "a" / "adapter_config.json"
-    fields = json.loads(path.read_text())
-    kind = draw.choice(["field", "field", "field", "nested", "text", "missing", "long"])
-    known = draw.choice([*fields, *DEFAULTS])
-    if kind == "field":
-        fields[known] = draw.choice(WILD)
-    elif kind == "nested":
-        fields[known] = {str(draw.choice(WILD)): draw.choice(WILD) for _ in range(3)}
-    elif kind == "missing":
-        del fields[draw.choice(list(fields))]
-    elif kind == "long":
-        fields[known] = [f"{i}q" for i in range(draw.choice([100, 10_000, 20_000]))]
-    rewrite(draw, path, kind, fields)
+def combine(bases: Folder, files: Files, out: Folder) -> None:
+    peft.combine([files.folder, files.case.folder], out, arithmetic.add)
+    assert_finite(peft.read(out))
+
+
+def merge(bases: Folder, files: Files, out: Folder) -> None:
+    base = bases / files.folder.name / "base"
+    peft.export_merged(base, files.folder, out)
+    merged = read(out)
+    assert {k: x.shape for k, x in merged.items()} == {k: x.shape for k, x in read(base).items()}
+    assert_finite(merged)
+
+
+WAYS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "load": (load, ("qv", "tied"), ("`path`: ",)),
+    "merge": (merge, ("qv", "tied", "experts"), ("`adapter`",)),
+    "combine": (
+        combine,
+        ("tied", "gpt2_tied", "patterns", "layers"),
+        ("`paths`: ", "`paths[", "`adapters` ", "`merge` gave"),
+    ),
+}
+MANY = pytest.param(10_000, marks=pytest.mark.slow)
+
+
+@pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*")
+@pytest.mark.parametrize("count", [30, MANY])
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters(way: str, count: int, tmp_path: Folder, bases: Folder) -> None:
+    answer, names, words = WAYS[way]
+
+    def lie(draw: random.Random, folder: Folder) -> Files:
+        mutate(files := Files(folder, draw.choice(names)), draw)
+        return files
+
+    campaign(count, tmp_path, lie, functools.partial(answer, bases), words)
+
+
+# ------------------------------------------------------------------------- indices of checkpoints
 
 
 def lie_in_index(draw: random.Random, folder: Folder) -> None:
@@ -123,7 +140,8 @@ def lie_in_index(draw: random.Random, folder: Folder) -> None:
         where[draw.choice(["x.weight", "", "../x", name + "\0"])] = draw.choice(SHARDS)
     elif kind == "metadata":
         index[draw.choice(["metadata", "weight_map", "x"])] = draw.choice(WILD)
-    rewrite(draw, path, kind, index)
+    text = draw.choice(DEEP) if kind == "text" else json.dumps(index)
+    path.write_bytes(text.encode("latin-1", "replace"))
     if kind == "twice":
         shutil.copy(path.parent / SHARDS[0], path.parent / SHARDS[1])
     elif kind == "cut":
@@ -136,25 +154,31 @@ def lie_in_index(draw: random.Random, folder: Folder) -> None:
             shard.mkdir()
 
 
-def merge_or_refuse(folder: Folder, expected: dict[str, bytes], exact: bool) -> bool:
-    """Whether it was merged: then as it should be, or of finite numbers."""
-    out = folder / "out"
-    result = click.testing.CliRunner().invoke(
-        cli, ["merge", str(folder / "base"), str(folder / "a"), str(out)]
-    )
-    if result.exit_code:
-        assert result.exit_code == 2, result.output
-        assert isinstance(result.exception, SystemExit), result.exception
-        assert result.stderr.startswith("jlora: "), result.stderr
-        assert "Traceback" not in result.output
-        assert not out.exists()
-        return False
-    found = merged(out)
-    assert found.keys() == expected.keys()
-    if exact:
-        assert found == expected
-    assert all(np.isfinite(np.frombuffer(x, np.float32)).all() for x in found.values())
-    return True
+@pytest.mark.parametrize("count", [40, MANY])
+def test_indices(count: int, tmp_path: Folder, bases: Folder) -> None:
+    """By the command, which says of each in its words why it ends."""
+    adapter = models.case("qv").folder
+    peft.export_merged(bases / "shards" / "base", adapter, tmp_path / "whole")
+    expected = read(tmp_path / "whole")
+
+    def lie(draw: random.Random, folder: Folder) -> Folder:
+        shutil.copytree(bases / "shards" / "base", folder / "base")
+        save_file({"x.weight": np.ones((4, 6), np.float32)}, folder / "outside.safetensors")
+        lie_in_index(draw, folder)
+        return folder / "base"
+
+    def answer(base: Folder, out: Folder) -> None:
+        args = ["merge", *map(str, (base, adapter, out))]
+        result = click.testing.CliRunner().invoke(cli, args)
+        if result.exit_code:
+            assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result
+            assert "Traceback" not in result.output
+            raise ValueError(result.stderr)
+        found = read(out)
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(x, expected[key]) for key, x in found.items())
+
+    campaign(count, tmp_path, lie, answer, ("jlora: ",))
 
 
 # ------------------------------------------------------------------------------------------ Orbax
@@ -165,11 +189,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, Any, Any]:
     """An adapter in Orbax, with its base."""
     folder = tmp_path_factory.mktemp("orbax")
     base = {"up": {"kernel": jnp.ones((600, 8))}, "head": jnp.ones((3, 4))}
-    layout = jlora.types.Layout((), (0,), (1,))
-    draw = np.random.default_rng(2)
-    a, b = (jnp.asarray(draw.standard_normal(s), jnp.float32) for s in ((600, 2), (2, 8)))
-    node = jlora.types.LowRank(a, b, 1.0, layout)
-    adapter = {"up": {"kernel": node}, "head": jnp.ones((3, 4))}
+    adapter = {"up": {"kernel": draw_node(2, (600, 8), PLAIN, 2)}, "head": jnp.ones((3, 4))}
     rules = (jlora.LoRA("up", rank=2), jlora.Full("head"))
     checkpoint.save(folder / "a", adapter, rules, base=base, step=3)
     return folder / "a", base, adapter
@@ -197,90 +217,59 @@ def lie_in_orbax(draw: random.Random, folder: Folder) -> None:
     elif kind == "text":
         path.write_bytes(draw.choice(DEEP).encode("latin-1", "replace"))
     elif kind == "field":
-        edit_metadata(draw, folder / "jlora" / "metadata")
+        edit_metadata(folder, functools.partial(change_somewhere, draw))
 
 
-def edit_metadata(draw: random.Random, path: Folder) -> None:
-    """Another value somewhere, and the hash that fits it."""
-    fields = json.loads(path.read_text())
-    at: Any = fields
-    while True:
-        key = draw.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
-        if not isinstance(at[key], dict | list) or not at[key] or draw.random() < 0.2:
-            break
-        at = at[key]
-    at[key] = draw.choice(WILD)
-    path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
+def change_somewhere(draw: random.Random, at: Any) -> None:
+    """Another value anywhere within."""
+    key = draw.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
+    if isinstance(at[key], dict | list) and at[key] and draw.random() >= 0.2:
+        change_somewhere(draw, at[key])
+    else:
+        at[key] = draw.choice(WILD)
 
 
-def restore_or_refuse(folder: Folder, base: Any, adapter: Any) -> bool:
-    try:
-        found = checkpoint.restore(folder, base=base)
-        checkpoint.read(folder)
-    except (ValueError, FileNotFoundError) as e:
-        assert str(e).startswith(("`path`: ", "`base`")), e
-        return False
-    assert math.isfinite(found["up"]["kernel"].scale)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
-        np.testing.assert_array_equal(x, y)
-    return True
+A_SHAPE = "the metadata of .* are damaged .*a shape, got"
 
 
-@pytest.mark.parametrize("size", [1e300, -1, 2**70, True, "2", None])
-def test_a_shape_that_is_none(size: Any, saved: Any, tmp_path: Folder) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ((0, 0), 1e300, A_SHAPE),
+        ((2,), "0" * 16, ".* is damaged: the values of .* are not those that were saved"),
+        *(pytest.param((0, 0), x, A_SHAPE, marks=pytest.mark.slow) for x in (-1, 2**70, True, "2")),
+    ],
+)
+def test_a_shape_and_a_hash(
+    field: Any, value: Any, message: str, saved: Any, tmp_path: Folder
+) -> None:
     folder = shutil.copytree(saved[0], tmp_path / "a")
-    path = folder / "jlora" / "metadata"
-    fields = json.loads(path.read_text())
-    next(iter(fields["adapter"][0]["arrays"].values()))[0][0] = size
-    path.write_text(json.dumps(fields | {"sha256": digest(fields)}))
-    with pytest.raises(ValueError, match=r"`path`: the metadata of .* are damaged .*a shape, got"):
+
+    def change(metadata: Any) -> None:
+        found = next(iter(metadata["adapter"][0]["arrays"].values()))
+        for key in field[:-1]:
+            found = found[key]
+        found[field[-1]] = value
+
+    edit_metadata(folder, change)
+    with pytest.raises(ValueError, match="`path`: " + message):
         checkpoint.restore(folder)
 
 
-# ------------------------------------------------------------------------------------- campaigns
-
-
-def campaign(count: int, whole: Folder, root: Folder, lie: Any, answer: Any) -> None:
-    """Copies of a folder with a lie in each: some are answered, right in spite of it."""
-    right = 0
-    for seed in range(count):
-        folder = shutil.copytree(whole, root / str(seed))
-        lie(random.Random(seed), folder)
-        with watched(folder, folder / "out"):
-            right += answer(folder)
-        shutil.rmtree(folder)
-    assert 0 < right < count
-
-
-def counts(daily: int) -> Any:
-    return pytest.mark.parametrize("count", [daily, pytest.param(10_000, marks=pytest.mark.slow)])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, dict[str, bytes]]:
-    """An adapter in PEFT's form and a checkpoint of its model, and what they are merged."""
-    folder = tmp_path_factory.mktemp("peft")
-    write_model(folder / "base")
-    write_adapter(folder / "a")
-    peft.export_merged(folder / "base", folder / "a", folder / "out")
-    expected = merged(folder / "out")
-    shutil.rmtree(folder / "out")
-    save_file({"x.weight": np.ones((4, 6), np.float32)}, folder / "outside.safetensors")
-    return folder, expected
-
-
-@pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
-@counts(40)
-@pytest.mark.parametrize("lie", [lie_in_config, lie_in_index])
-def test_merging(lie: Any, count: int, tmp_path: Folder, whole: Any) -> None:
-    folder, expected = whole
-    answer = lambda copy: merge_or_refuse(copy, expected, lie is lie_in_index)  # noqa: E731
-    campaign(count, folder, tmp_path, lie, answer)
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@counts(30)
+@pytest.mark.parametrize("count", [20, MANY])
 def test_orbax(count: int, tmp_path: Folder, saved: Any) -> None:
-    folder, base, adapter = saved
-    answer = lambda copy: restore_or_refuse(copy, base, adapter)  # noqa: E731
-    campaign(count, folder, tmp_path, lie_in_orbax, answer)
+    whole, base, adapter = saved
+
+    def lie(draw: random.Random, folder: Folder) -> Folder:
+        lie_in_orbax(draw, shutil.copytree(whole, folder / "a"))
+        return folder / "a"
+
+    def answer(folder: Folder, _: Folder) -> None:
+        found = checkpoint.restore(folder, base=base)
+        checkpoint.read(folder)
+        assert math.isfinite(found["up"]["kernel"].scale)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(adapter), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+    campaign(count, tmp_path, lie, answer, ("`path`: ", "`base`"))

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from laws import assert_close
 from small import raw, some
 
 import jlora
@@ -40,17 +41,6 @@ def adapt(apply: Any, params: Any, x: Any, **options: Any) -> tuple[Any, Any, An
     return lora, *lora.init(jax.random.key(0), params, x)
 
 
-def identical(x: Any, y: Any) -> bool:
-    """Whether two trees have the same bytes."""
-    return raw(x) == raw(y)
-
-
-def assert_close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    """Leaf by leaf, relative to the largest entry."""
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, float(np.abs(y).max())))
-
-
 # ----------------------------------------------------------------------- one linear use of W
 
 
@@ -67,10 +57,8 @@ EXPERT = jnp.array([2, 0, 2, 1])
 # f(W, x), the shape of W, and x.
 LINEAR: dict[str, tuple[Any, tuple[int, ...], jax.Array]] = {
     "dense": (lambda w, x: x @ w, (6, 5), draw(0, 3, 6)),
-    "transposed": (lambda w, x: x @ w.T, (5, 6), draw(0, 3, 6)),
     "left": (lambda w, x: w @ x, (5, 6), draw(0, 6, 3)),
     "heads": (lambda w, x: jnp.einsum("bhk,hkd->bd", x, w), (2, 3, 5), draw(0, 4, 2, 3)),
-    "conv": (conv, (3, 4, 5), draw(0, 2, 6, 4)),
     "conv_grouped": (
         lambda w, x: conv(w, x, feature_group_count=2),
         (3, 2, 6),
@@ -78,7 +66,6 @@ LINEAR: dict[str, tuple[Any, tuple[int, ...], jax.Array]] = {
     ),
     "embed": (lambda w, x: w[IDS] * x, (7, 4), draw(0, 2, 3, 1)),
     "one_hot": (lambda w, x: jax.nn.one_hot(IDS, 7) @ w * x, (7, 4), draw(0, 2, 3, 1)),
-    "experts": (lambda w, x: jnp.einsum("ecd,edf->ecf", x, w), (3, 6, 5), draw(0, 3, 2, 6)),
     "experts_mapped": (jax.vmap(lambda w, x: x @ w), (3, 6, 5), draw(0, 3, 2, 6)),
     "experts_ragged": (lambda w, x: lax.ragged_dot(x, w, GROUPS), (3, 6, 5), draw(0, 7, 6)),
     "experts_gathered": (
@@ -89,12 +76,6 @@ LINEAR: dict[str, tuple[Any, tuple[int, ...], jax.Array]] = {
     "map": (lambda w, x: lax.map(lambda wx: wx[1] @ wx[0], (w, x)), (3, 6, 5), draw(0, 3, 2, 6)),
     "fused": (lambda w, x: jnp.concatenate(jnp.split(x @ w, 3, -1)), (6, 6), draw(0, 3, 6)),
 }
-
-
-def of_squares(name: str, delta: jax.Array) -> jax.Array:
-    """f(ΔW², x²)."""
-    f, _, x = LINEAR[name]
-    return f(delta**2, x**2)
 
 
 def linear(name: str, **options: Any) -> tuple[Any, Any, Any, jax.Array]:
@@ -115,7 +96,7 @@ def one_of(*daily: str) -> Any:
     return pytest.mark.parametrize("name", some(LINEAR, *daily))
 
 
-@one_of("dense", "experts_ragged")
+@one_of("embed", "experts_ragged")
 def test_mean_and_variance_over_keys(name: str) -> None:
     """The mean is the output without dropout; the variance is that of one coin for each input.
 
@@ -128,28 +109,19 @@ def test_mean_and_variance_over_keys(name: str) -> None:
     ys = jax.jit(lambda keys: over_keys(name, at, keys))(jax.random.split(KEY, n))
     expected = np.asarray(lora.apply(base, adapter, x), np.float64)
     delta = jlora.merge(jax.tree.map(jnp.zeros_like, base), adapter)["w"]
-    variance = np.asarray(p / (1 - p) * of_squares(name, delta), np.float64)
+    variance = np.asarray(p / (1 - p) * LINEAR[name][0](delta**2, x**2), np.float64)
     error = np.abs(np.mean(np.asarray(ys, np.float64), 0) - expected)
     assert np.all(error <= 6 * np.sqrt(variance / n) + 1e-4)
     actual = np.var(np.asarray(ys, np.float64), 0)
     assert np.all(np.abs(actual - variance) <= 6 * np.sqrt(2 / n) * variance + 1e-6)
 
 
-@one_of("embed")
-def test_off_without_a_key(name: str) -> None:
-    """What a rule without dropout gives."""
+@one_of("dense")
+def test_one_key_is_one_mask(name: str) -> None:
+    """Compiled, computed again in the backward pass, or mapped over keys; none without a key."""
     lora, base, adapter, x = linear(name, dropout=0.5)
     plain, _, same, _ = linear(name, dropout=0.0)
-    assert identical(same, adapter)
-    off = jax.jit(plain.apply)(base, same, x)
-    assert_close(jax.jit(lora.apply)(base, adapter, x), off, 1e-6)
-    assert not identical(jax.jit(lora.apply)(base, jlora.dropout(adapter, KEY), x), off)
-
-
-@one_of("dense")
-def test_jit_checkpoint_and_vmap_draw_the_same_mask(name: str) -> None:
-    """One key, one mask: compiled, computed again in the backward pass, or mapped over keys."""
-    lora, base, adapter, x = linear(name, dropout=0.5)
+    assert raw(same) == raw(adapter)
 
     def output(adapter: Any, x: jax.Array, key: jax.Array) -> jax.Array:
         return lora.apply(base, jlora.dropout(adapter, key), x)
@@ -164,32 +136,15 @@ def test_jit_checkpoint_and_vmap_draw_the_same_mask(name: str) -> None:
         at = lambda key: loss(output)(adapter, x, key)  # noqa: E731
         _, scanned = lax.scan(lambda _, key: (None, at(key)), None, keys)
         last = [jax.tree.map(lambda v: v[1], tree) for tree in (over_keys(name, at, keys), scanned)]
-        return at(KEY), loss(jax.checkpoint(output))(adapter, x, KEY), *last
+        outputs = lora.apply(base, adapter, x), plain.apply(base, same, x), output(adapter, x, KEY)
+        return outputs, [at(KEY), loss(jax.checkpoint(output))(adapter, x, KEY), *last]
 
     expected = loss(output)(adapter, x, KEY)
-    for actual in others(adapter, x):
-        assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("p", some([0.1, 0.5, 0.9], 0.1))
-def test_the_fraction_of_dropped_inputs_is_p(p: float) -> None:
-    """Each entry of x is multiplied by 0 or by 1 / (1 - p); the first with probability p."""
-    n = 200
-    x = draw(0, n, n)
-    f = lambda params, x: x @ params["w"]  # noqa: E731
-    lora, base, adapter = adapt(f, {"w": jnp.zeros((n, 3))}, x, dropout=p)
-    value = lambda adapter, x: lora.apply(base, adapter, x).sum()  # noqa: E731
-    slope = jax.jit(jax.grad(value, 1))
-    noisy, plain = (np.asarray(slope(a, x)) for a in (jlora.dropout(adapter, KEY), adapter))
-    factor = noisy / plain
-    dropped = factor == 0
-    np.testing.assert_allclose(factor[~dropped], 1 / (1 - p), rtol=1e-4)
-    six_sigma = 6 * np.sqrt(p * (1 - p) / dropped.size)
-    assert abs(dropped.mean() - p) < six_sigma
-    # No row and no column is dropped more than chance allows, so entries are drawn one by one.
-    for axis in (0, 1):
-        assert np.all(np.abs(dropped.mean(axis) - p) < 6 * np.sqrt(p * (1 - p) / n))
-        assert len({x.tobytes() for x in np.moveaxis(dropped, axis, 0)}) == n
+    (off, without, on), found = others(adapter, x)
+    for actual in found:
+        assert_close(actual, expected, 1e-5)
+    assert_close(off, without, 1e-6)
+    assert raw(on) != raw(off)
 
 
 def test_gradients_of_dropped_inputs_are_zero() -> None:
@@ -208,9 +163,9 @@ def test_gradients_of_dropped_inputs_are_zero() -> None:
     assert 0 < dropped.sum() < 64
     kept = jnp.asarray(np.where(dropped, 0.0, 2 * x), jnp.float32)
     ea, eb, ex = slope(site.a, site.b, kept, adapter["w"])
-    assert_close((da, db), (np.where(dropped[:, None], 0.0, ea), eb))
+    assert_close((da, db), (np.where(dropped[:, None], np.float32(0), ea), np.asarray(eb)), 1e-5)
     of_base = np.asarray(base["w"]) @ np.arange(1.0, 9)
-    assert_close(dx, np.where(dropped, of_base, of_base + 2 * (ex - of_base)))
+    assert_close(dx, np.float32(np.where(dropped, of_base, of_base + 2 * (ex - of_base))), 1e-5)
 
 
 # --------------------------------------------------------------------------- masks of a model
@@ -267,7 +222,7 @@ def test_masks_differ_by_site_layer_and_key(axis: int) -> None:
     """Seven products, seven masks, of which any two agree at about half of the inputs."""
     at = model(axis=axis)
     first = gradient(*at, KEY)
-    assert identical(first, gradient(*at, KEY))
+    assert raw(first) == raw(gradient(*at, KEY))
     found, others = masks(first), masks(gradient(*at, jax.random.key(2)))
     assert len(found) == 7
     for name, mask in found.items():
@@ -277,35 +232,37 @@ def test_masks_differ_by_site_layer_and_key(axis: int) -> None:
             assert name == other or 8 < np.sum(mask == theirs) < 56, (name, other)
 
 
-def test_masks_do_not_depend_on_other_sites() -> None:
-    """A site draws the same whatever other rules there are."""
-    few = gradient(*model(pattern="up"), KEY)["layers"]["up"].a
-    many = masks(gradient(*model(), KEY))
-    assert all(np.array_equal(np.any(few[i] != 0, -1), many[f"up{i}"]) for i in range(3))
-
-
 @pytest.mark.parametrize("policy", some([None, "dots_saveable", "nothing_saveable"], None))
 def test_remat_computes_the_same_mask_again(policy: str | None) -> None:
-    """A rematerialized model has the gradient of the plain one, whatever is saved."""
+    """A rematerialized model has the gradient of the plain one, whatever is saved.
+
+    Also of a rule for one site: it draws the same whatever other rules there are.
+    """
     kept = policy and getattr(jax.checkpoint_policies, policy)
     remat = jax.checkpoint(layer, policy=kept, prevent_cse=False)
-    expected, actual = (gradient(*model(layer=f), KEY) for f in (layer, remat))
-    assert_close(actual, expected)
-    pairs = zip(masks(actual).values(), masks(expected).values(), strict=True)
+    whole = gradient(*model(), KEY)
+    few = gradient(*model(pattern="up", layer=remat), KEY)["layers"]["up"].a
+    up = whole["layers"]["up"].a
+    assert np.array_equal(np.any(few != 0, -1), np.any(up != 0, -1))
+    actual = gradient(*model(layer=remat), KEY)
+    assert_close(actual, whole, 1e-5)
+    pairs = zip(masks(actual).values(), masks(whole).values(), strict=True)
     assert all(np.array_equal(x, y) for x, y in pairs)
 
 
 # -------------------------------------------------------------------------------- keys and trees
 
 
-@pytest.mark.parametrize("impl", some(["threefry2x32", "rbg"], "threefry2x32"))
-def test_raw_and_typed_keys_are_one(impl: str) -> None:
-    """`jax.random.PRNGKey` and `jax.random.key` of a seed give the same keys."""
+def test_raw_and_typed_keys_are_one() -> None:
+    """`jax.random.PRNGKey` and `jax.random.key` of a seed give the same keys, of each kind."""
     adapter = model()[2]
-    with jax.default_prng_impl(impl):
-        typed, old = (jlora.dropout(adapter, f(3)) for f in (jax.random.key, jax.random.PRNGKey))
+    for impl in ("threefry2x32", "rbg"):
+        with jax.default_prng_impl(impl):
+            typed, old = (
+                jlora.dropout(adapter, f(3)) for f in (jax.random.key, jax.random.PRNGKey)
+            )
         data = lambda x: x if x.dtype == jnp.float32 else jax.random.key_data(x)  # noqa: E731
-        assert identical(*(jax.tree.map(data, x) for x in (typed, old)))
+        assert raw(jax.tree.map(data, typed)) == raw(jax.tree.map(data, old))
 
 
 def test_sites_without_dropout_get_no_key() -> None:
@@ -322,20 +279,13 @@ def test_sites_without_dropout_get_no_key() -> None:
     assert jax.tree.structure(noisy) != jax.tree.structure(adapter)
 
 
-def test_keys_have_the_shape_of_the_stack() -> None:
-    """A key for each layer, whatever axis the layers are."""
-    for axis in (0, 1):
-        shapes = jax.eval_shape(lambda axis=axis: model.__wrapped__(axis=axis)[2])
-        noisy = jax.eval_shape(jlora.dropout, shapes, KEY)
-        assert (noisy["layers"]["up"].key.shape, noisy["head"].key.shape) == ((3,), ())
-
-
 def test_merge_ignores_keys() -> None:
-    """Export after a training step is that of the adapter itself."""
+    """Export after a training step is that of the adapter itself; each layer has a key."""
     _, base, adapter = model()
     noisy = jlora.dropout(adapter, KEY)
-    assert identical(jlora.merge(base, noisy), jlora.merge(base, adapter))
-    assert identical(jlora.unmerge(base, noisy), jlora.unmerge(base, adapter))
+    assert (noisy["layers"]["up"].key.shape, noisy["head"].key.shape) == ((3,), ())
+    for f in (jlora.merge, jlora.unmerge):
+        assert raw(f(base, noisy)) == raw(f(base, adapter))
     assert jlora.count(noisy) == jlora.count(adapter)
     assert jlora.summary(base, noisy) == jlora.summary(base, adapter)
 
@@ -356,8 +306,6 @@ def test_keys_are_not_trained() -> None:
 
 def test_no_dropout_where_the_weight_is_formed() -> None:
     """There W + ΔW has no input to drop: refused by `init`, not silently left out."""
-    with pytest.raises(ValueError, match="dropout cannot act where W"):
-        adapt(lambda p, x: x @ jnp.tanh(p["w"]), {"w": draw(1, 4, 4)}, ONE[:, :4], materialize=True)
     # One column of W has one entry of B, but as many inputs as W.
     with pytest.raises(ValueError, match="dropout cannot act where W"):
         adapt(lambda p, x: x * p["w"][:, 0], {"w": draw(1, 4, 2)}, ONE[:, :4], materialize=True)

@@ -8,30 +8,24 @@ import pytest
 from cases import CASES, EVERY_DAY, Case
 
 # All laws every day.
-DAILY = ("matmul", "conv_nchw", "experts_einsum", "scan_layers")
+DAILY = ("conv_nchw", "scan_layers")
 
 
-def entry(case: Case, dtype: Any, every_law: bool, slow: bool) -> Any:
-    """A parameter of the test."""
-    name = f"{case.name}-{dtype.__name__}" + "-every_law" * every_law
-    return pytest.param(case, dtype, every_law, id=name, marks=[pytest.mark.slow] if slow else [])
-
-
-def entries(case: Case) -> list[Any]:
+def entries() -> Any:
     """Every law in float32, and that adapted is merged in the widest dtype: every day one of them.
 
     Where float64 holds to 1e-10, float32 is the same program. Other cases are for the long run.
     """
-    daily = case.name in DAILY
-    all_laws = entry(case, jnp.float32, True, slow=not daily)
-    if daily and not case.float64:
-        return [all_laws]
-    widest = jnp.float64 if case.float64 else jnp.float32
-    long = case.slow or daily or case.name not in EVERY_DAY
-    return [all_laws, entry(case, widest, False, slow=long)]
+    for case in CASES:
+        for every_law in (True, False):
+            dtype = jnp.float64 if case.float64 and not every_law else jnp.float32
+            daily = every_law == (case.name in DAILY) and case.name in EVERY_DAY
+            name = f"{case.name}-{dtype.__name__}" + "-every_law" * every_law
+            marks = [] if daily else [pytest.mark.slow]
+            yield pytest.param(case, dtype, every_law, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("case", "dtype", "every_law"), [e for c in CASES for e in entries(c)])
+@pytest.mark.parametrize(("case", "dtype", "every_law"), [*entries()])
 def test_laws(case: Case, dtype: Any, every_law: bool) -> None:
     """One problem and one `init` for all."""
     with laws.precision(case, dtype) as tolerance:
@@ -41,3 +35,11 @@ def test_laws(case: Case, dtype: Any, every_law: bool) -> None:
         if every_law:
             laws.table_is_that_of_init(made)
             laws.quantized_is_dequantized(made, max(tolerance, 1e-5))
+
+
+def test_the_tables_are_whole() -> None:
+    """Names are unique, and what runs every day are cases of each subject."""
+    names = {case.name for case in CASES}
+    assert len(names) == len(CASES)
+    assert names >= EVERY_DAY >= set(DAILY)
+    assert {c.subject for c in CASES if c.name in EVERY_DAY} == {c.subject for c in CASES}

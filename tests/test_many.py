@@ -85,16 +85,14 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 @functools.cache
-def made(
-    count: int = 3, ranks: tuple[int, ...] = (2, 1, 3), full: bool = True
-) -> tuple[Any, Any, list[Any]]:
+def made(*ranks: int) -> tuple[Any, Any, list[Any]]:
     """The transform, its base and random adapters; their scales differ as their ranks do."""
     shapes = {"w": (64, 48), "v": (48, 4), "c": (4,)}
     rng = np.random.default_rng(0)
     params = {name: jnp.asarray(normal(rng, *shape) / 8) for name, shape in shapes.items()}
     adapters = []
-    for r in itertools.islice(itertools.cycle(ranks), count):
-        rules = [jlora.LoRA("w|v", rank=r, init=laws.start), *[jlora.Full("c")] * full]
+    for r in ranks or (2, 1, 3):
+        rules = jlora.LoRA("w|v", rank=r, init=laws.start), jlora.Full("c")
         lora = jlora.transform(model, *rules)
         base, adapter = lora.init(jax.random.key(1), params, jnp.ones((1, 64)))
         noisy = jax.tree.map(lambda x: np.asarray(x) + normal(rng, *x.shape) / 8, adapter)
@@ -102,52 +100,57 @@ def made(
     return lora, base, adapters
 
 
+@functools.cache
+def table_of_all() -> Any:
+    """Made by one program."""
+    _, base, adapters = made()
+    return jax.jit(lambda adapters: many.stack(adapters, base=base))(adapters)
+
+
 X = jnp.asarray(normal(np.random.default_rng(5), 6, 5, 64))
 IDS = (2, 0, -1, 1, 0, 2)
-each_form = pytest.mark.parametrize("form", some([None, *FORMS], None))
 
 
-compiled = functools.cache(jax.jit)  # one program for each function
-
-
-def alone(f: Any, base: Any, adapters: list[Any], ids: Any = IDS, x: Any = X) -> jax.Array:
-    one = compiled(f)
-    each = [one(base, adapters[i] if i >= 0 else {}, x[k : k + 1]) for k, i in enumerate(ids)]
-    return jnp.stack(each) if each[0].ndim == 0 else jnp.concatenate(each)
+def alone(adapters: list[Any], ids: Any = IDS) -> np.ndarray:
+    """Each row of X with its adapter, by NumPy."""
+    base, rows = jax.device_get(made()[1]), []
+    for i, x in zip(ids, np.asarray(X), strict=True):
+        params = base | (jax.device_get(adapters[i]) if i >= 0 else {})
+        for name in ("w", "v"):
+            if params[name] is not base[name]:
+                node = params[name]
+                params[name] = base[name] + node.scale * node.a @ node.b
+        rows.append(np.tanh(x @ params["w"]) @ params["v"] + params["c"])
+    return np.stack(rows)
 
 
 def close(actual: Any, expected: Any) -> None:
     np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
-@each_form
+@pytest.mark.parametrize("form", some([None, *FORMS], None))
 def test_ranks_scales_and_full_leaves_differ(form: str | None) -> None:
+    """Of a loss there is one for each row; -1 is the base; a prepared table is the table."""
     lora, base, adapters = made()
-    stacked = many.stack(adapters, base=base)
-    assert stacked["w"].a.shape == (3, 64, 3)
-    expected = alone(lora.apply, base, adapters)
-    for ids in (jnp.array(IDS), np.array(IDS)):
-        route = many.route(lora.apply, form=form)
-        f = jax.jit(lambda base, table, x, ids=ids, route=route: route(base, table, ids, x))
-        close(f(base, stacked, X), expected)
+    table = table_of_all()
+    assert table["w"].a.shape == (3, 64, 3)
 
+    @jax.jit
+    def routed(table: Any, ids: Any) -> Any:
+        loss = lambda *args: (lora.apply(*args) ** 2).sum()  # noqa: E731
+        return [many.route(f, form=form)(base, table, ids, X) for f in (lora.apply, loss)]
 
-@pytest.mark.slow
-@each_form
-@pytest.mark.parametrize("ids", [jnp.array(IDS), np.array([1, 1, 0, 0, 2, 2])], ids=str)
-def test_a_loss_is_one_for_each_row(ids: Any, form: str | None) -> None:
-    """With its gradients: each adapter's from its own rows."""
-    lora, base, adapters = made(full=False)
-
-    def loss(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
-        return (lora.apply(base, adapter, x) ** 2).sum()
-
-    def routed(adapters: Any) -> Any:
-        return many.route(loss, form=form)(base, many.stack(adapters), ids, X)
-
-    both = [lambda adapters: alone(loss, base, adapters, ids.tolist()), routed]
-    expected, actual = (jax.jit(laws.value_and_slope(f))(adapters) for f in both)
-    laws.assert_close(actual, expected, 1e-5)
+    prepared = jax.jit(functools.partial(many.prepare, form=form))(table)
+    expected = alone(adapters)
+    for given in (table, prepared):
+        y, losses = routed(given, jnp.array(IDS))
+        close(y, expected)
+        np.testing.assert_allclose(losses, (expected**2).sum((1, 2)), rtol=1e-4)
+    assert jlora.count(prepared) == jlora.count(table)
+    removed = jax.jit(lambda table: many.remove(table, 0, base=base))(table)
+    y, other = routed(table, np.full(6, -1))[0], routed(removed, np.zeros(6, int))[0]
+    np.testing.assert_array_equal(y, other)
+    close(y, alone(adapters, [-1] * 6))
 
 
 RUNS = [(0, 0, 1, 1, 2, 2), (0, 0, 0, 0, 1, 1), (1,) * 6, IDS]
@@ -162,23 +165,27 @@ def test_runs_of_known_ids_are_batches(ids: tuple[int, ...]) -> None:
         seen.append(len(x))
         return lora.apply(base, adapter, x)
 
-    y = many.route(apply)(base, many.stack(adapters, base=base), np.array(ids), X)
-    close(y, alone(lora.apply, base, adapters, ids))
+    routed = jax.jit(lambda table, x: many.route(apply)(base, table, np.array(ids), x))
+    close(routed(table_of_all(), X), alone(adapters, ids))
     assert set(seen) == {{(1,) * 6: 6, IDS: 1}.get(ids, 2)}
 
 
 def test_form_follows_from_the_size() -> None:
     """Side by side are the sites of which A and B of all slots are a quarter of W, or less."""
+    lora, base, [adapter] = made(1)
 
     def forms(slots: int) -> dict[str, str]:
-        lora, base, adapters = made(1, (1,))
-        stacked, seen = many.stack(adapters * slots, base=base), {}
+        seen = {}
 
         def apply(base: Any, adapter: Any, x: jax.Array) -> jax.Array:
             seen.update({path: type(node).__name__ for path, node in adapter.items()})
             return lora.apply(base, adapter, x)
 
-        jax.eval_shape(many.route(apply), base, stacked, jnp.array(IDS) % slots, X)
+        def routed(adapter: Any) -> jax.Array:
+            table = many.stack([adapter] * slots, base=base)
+            return many.route(apply)(base, table, np.array(IDS) % slots, X)
+
+        jax.eval_shape(routed, adapter)
         return {path: seen[path] for path in ("w", "v")}
 
     assert forms(1) == {"w": "Routed", "v": "LowRank"}  # 112 of 3,072, 52 of 192
@@ -189,7 +196,6 @@ def test_form_follows_from_the_size() -> None:
 def test_rows_lie_along_any_axis() -> None:
     """Those of keyword arguments along the first; what is no array is shared."""
     lora, base, adapters = made()
-    stacked = many.stack(adapters, base=base)
 
     def apply(
         base: Any, adapter: Any, x: jax.Array, shared: Any, double: bool, *, plus: Any
@@ -198,35 +204,10 @@ def test_rows_lie_along_any_axis() -> None:
         return {"y": y.swapaxes(0, 2) + plus, "n": None}
 
     f = many.route(apply, in_axes=(1, None, 0), out_axes=2)
-    ids, plus = jnp.array(IDS), jnp.arange(6.0)
-    y = f(base, stacked, ids, X.swapaxes(0, 1), jnp.array(3.0), True, plus=plus)["y"]
-    close(y, 6 * alone(lora.apply, base, adapters).swapaxes(0, 2) + plus)
-
-
-@each_form
-def test_a_prepared_table_is_the_table(form: str | None) -> None:
-    """It is an adapter to nobody else."""
-    lora, base, adapters = made()
-    table = many.stack(adapters, base=base)
-    prepared = jax.jit(functools.partial(many.prepare, form=form))(table)
-    f = jax.jit(many.route(lora.apply, form=form))
-    y, expected = (f(base, t, jnp.array(IDS), X) for t in (prepared, table))
-    close(y, expected)
-    assert jlora.count(prepared) == jlora.count(table)
-    if form == "side by side":
-        with pytest.raises(TypeError, match=r"`adapter` is a table from jlora\.many\.prepare, of"):
-            lora.apply(base, prepared | {"c": base["c"]}, X)
-
-
-def test_only_the_base_for_minus_one_to_the_bit() -> None:
-    lora, base, adapters = made()
-    for form in FORMS:
-        f = jax.jit(many.route(lora.apply, form=form))
-        table = many.stack(adapters, base=base)
-        y = f(base, table, jnp.full(6, -1), X)
-        expected = f(base, many.remove(table, 0, base=base), jnp.full(6, 0), X)
-        np.testing.assert_array_equal(y, expected)
-        close(y, model(base, X))
+    ids, plus, x = jnp.array(IDS), np.arange(6, dtype=np.float32), np.asarray(X).swapaxes(0, 1)
+    given = table_of_all(), ids, jnp.asarray(x), jnp.array(3.0), jnp.asarray(plus)
+    routed = jax.jit(lambda t, ids, x, three, plus: f(base, t, ids, x, three, True, plus=plus))
+    close(routed(*given)["y"], 6 * alone(adapters).swapaxes(0, 2) + plus)
 
 
 INTEGERS = some([f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16, 32, 64)], "int8")
@@ -235,10 +216,9 @@ INTEGERS = some([f"{sign}int{bits}" for sign in ("", "u") for bits in (4, 8, 16,
 def numbered(count: int) -> tuple[Any, Any, Any]:
     """Transform, base and a table in whose slot i every output is i of x = 1."""
     lora = jlora.transform(lambda p, x: x @ p["w"], jlora.LoRA("w", rank=1))
-    ones = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 2)) / 4, 1.0, LAYOUT)}
-    table = many.stack([ones] * count)
-    scale = jnp.arange(float(count))[:, None, None]
-    return lora, {"w": jnp.zeros((4, 2))}, {"w": table["w"]._replace(b=table["w"].b * scale)}
+    b = np.tile(np.arange(count, dtype=np.float32)[:, None, None] / 4, (1, 1, 2))
+    node = jlora.types.LowRank(jnp.ones((count, 4, 1)), jnp.asarray(b), 1.0, LAYOUT)
+    return lora, {"w": jnp.zeros((4, 2))}, {"w": node}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -248,44 +228,22 @@ def test_ids_may_be_integers_of_any_dtype(dtype: str, form: str) -> None:
     with jax.enable_x64(dtype.endswith("64")):
         lora, base, table = numbered(200)
         limits = jnp.iinfo(dtype)
-        ids = [0, 5, min(101, limits.max), 1, *[-1] * (limits.min < 0)]
-        expected = np.array([max(i, 0) for i in ids], "f")
-        ids, x = jnp.array(ids, dtype), jnp.ones((len(ids), 4))
-        routed = many.route(lora.apply, form=form)
-        for found in (ids, np.asarray(ids), [int(i) for i in ids], list(ids)):
-            np.testing.assert_allclose(routed(base, table, found, x)[:, 0], expected)
-        y = jax.jit(routed)(base, table, ids, x)
-        np.testing.assert_allclose(y[:, 0], expected)
-        none = jnp.array([limits.max, limits.min, 0], dtype)
+
+        def first(ids: Any) -> Any:
+            x = jnp.ones((len(ids), 4))
+            return many.route(lora.apply, form=form)(base, table, ids, x)[:, 0]
+
+        expected = [0, 5, min(101, limits.max), 1, -1 if limits.min < 0 else 2]
+        ids = jnp.array(expected, dtype)
+        every = [ids, np.asarray(ids), expected, list(ids)]
+        for y in jax.jit(lambda ids: [first(ids), *map(first, every)])(ids):
+            np.testing.assert_allclose(y, np.maximum(expected, 0))
+        none = jnp.array([limits.max, limits.min, 0, 0, 0], dtype)
         is_none = [not -1 <= int(i) < 200 for i in none]
-        y = jax.jit(routed)(base, table, none, jnp.ones((3, 4)))
-        assert np.isnan(y[:, 0]).tolist() == is_none
+        assert np.isnan(jax.jit(first)(none)).tolist() == is_none
         if any(is_none):
             with pytest.raises(ValueError, match=r"`ids` must lie in \[-1, 200\)"):
-                routed(base, table, none, jnp.ones((3, 4)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["known", "traced"])
-@pytest.mark.parametrize("dtype", INTEGERS)
-def test_slots_may_be_integers_of_any_dtype(dtype: str, jit: Any) -> None:
-    """Of `take`, `insert`, `remove`, `stop` and `restart`."""
-    with jax.enable_x64(dtype.endswith("64")):
-        _, _, table = numbered(200)
-        tx = many.optimizer(optax.sgd, learning_rate=0.1)
-        state, i = tx.init(table), min(101, int(jnp.iinfo(dtype).max))
-        new = jax.tree.map(lambda x: x[0] + 7, table)
-        first = lambda table: np.array(table["w"].b[:, 0, 0])  # noqa: E731
-        for slot in (jnp.array(i, dtype), np.array(i, dtype)):
-            expected = first(table)
-            np.testing.assert_allclose(jit(many.take)(table, slot)["w"].b[0, 0], expected[i])
-            for f, value in ((lambda *x: many.insert(*x, new), 7), (many.remove, 0)):
-                expected[i] = value
-                np.testing.assert_allclose(first(jit(f)(table, slot)), expected)
-            for slots in (slot, slot[None], [slot]):
-                stopped = jit(many.stop)(state, slots)
-                assert np.flatnonzero(~stopped.running).tolist() == [i]
-                assert jit(functools.partial(many.restart, tx))(stopped, table, slots).running.all()
+                first(none)
 
 
 # ---------------------------------------------------------------------------------- isolation
@@ -299,33 +257,36 @@ USES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("bad", some([np.nan, np.inf], np.nan))
-@pytest.mark.parametrize("factor", "ab")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("use", some(USES, "dense", "both"))
-def test_isolation_is_as_stated(use: str, form: str, factor: str, bad: float) -> None:
+def test_isolation_is_as_stated(use: str, form: str) -> None:
     """What a value that is not finite does to rows that do not name its slot."""
     model, first = USES[use]
     lora, rng = jlora.transform(model, jlora.LoRA("w")), np.random.default_rng(3)
-    table = {"w": jlora.types.LowRank(normal(rng, 3, 8, 2), normal(rng, 3, 2, 8), 1.0, LAYOUT)}
-    table = jax.tree.map(jnp.asarray, table)
-    broken = jax.tree.map(
-        lambda x, label: x.at[1].set(bad) if label == factor else x, table, jlora.labels(table)
-    )
-    ids, x = jnp.array([0, 2, -1, 0]), jnp.asarray(normal(rng, 4, 8))
+    node = jlora.types.LowRank(normal(rng, 3, 8, 2), normal(rng, 3, 2, 8), 1.0, LAYOUT)
+    params, ids = {"w": jnp.asarray(normal(rng, 8, 8))}, np.array([0, 2, -1, 0])
 
-    def value(table: Any, x: jax.Array) -> jax.Array:
-        return many.route(lora.apply, form=form)(params, table, ids, x)
+    @jax.jit
+    def both(node: Any, ids: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            y = many.route(lora.apply, form=form)(params, {"w": node}, ids, x)
+            return (y**2).sum(), y
 
-    def slope(table: Any, x: jax.Array) -> jax.Array:
-        return jax.grad(lambda x: (value(table, x) ** 2).sum())(x)
+        slope, y = jax.grad(loss, has_aux=True)(x)
+        return y, slope
 
-    params = {"w": jnp.asarray(normal(rng, 8, 8))}
-    for f, alone in ((value, factor == first), (slope, use in ("lookup", "both"))):
-        if form == "gathered" or alone:
-            close(f(broken, x), f(table, x))
-        else:
-            assert not np.isfinite(f(broken, x)).all()
+    x = normal(rng, 4, 8)
+    expected = both(node, ids, x)
+    for factor, bad in itertools.product("ab", (np.nan, np.inf)):
+        broken = np.array(getattr(node, factor))
+        broken[1] = bad
+        found = both(node._replace(**{factor: broken}), ids, x)
+        stays = factor == first, use in ("lookup", "both")
+        for actual, value, alone in zip(found, expected, stays, strict=True):
+            if form == "gathered" or alone:
+                close(actual, value)
+            else:
+                assert not np.isfinite(actual).all()
 
 
 # ---------------------------------------------------------------------------------- the table
@@ -336,56 +297,37 @@ def test_insert_and_remove_compile_nothing() -> None:
     traced = []
 
     @jax.jit
-    def step(base: Any, table: Any, ids: jax.Array, x: jax.Array) -> jax.Array:
+    def step(table: Any, ids: jax.Array) -> jax.Array:
         traced.append(1)
-        return many.route(lora.apply)(base, table, ids, x)
+        return many.route(lora.apply)(base, table, ids, X)
 
-    stacked = many.stack(adapters[:1], size=4, rank=3, base=base)
+    insert = jax.jit(functools.partial(many.insert, base=base))
+    table = jax.jit(lambda x: many.stack([x], size=4, rank=3, base=base))(adapters[0])
     held: list[Any] = [adapters[0], {}, {}, {}]
     ids = np.array([0, 1, 2, 3, -1, 0])
     for slot, adapter in [(3, adapters[2]), (1, adapters[1]), (0, {}), (3, adapters[1])]:
-        stacked = many.insert(stacked, slot, adapter, base=base)
+        table = insert(table, slot, adapter)
         held[slot] = adapter
-        close(step(base, stacked, ids, X), alone(lora.apply, base, held, ids))
-    stacked = many.remove(stacked, jnp.array(1), base=base)
-    close(step(base, stacked, ids, X)[1], model(base, X[1]))
+        close(step(table, ids), alone(held, ids))
+    table = many.remove(table, jnp.array(1), base=base)
+    close(step(table, ids)[1], alone([{}], [-1] * 6)[1])
     assert len(traced) == 1
-
-
-def test_take_is_the_inverse_of_stack() -> None:
-    _, base, adapters = made(2)
-    stacked = many.stack(adapters, base=base)
-    for i, adapter in enumerate(adapters):
-        found = many.take(stacked, i)
-        expected = jlora.merge(base, adapter)
-        jax.tree.map(close, jlora.merge(base, found), expected)
-    exact = jlora.arithmetic.truncate(found, energy=1.0)
-    assert exact["w"].a.shape == adapter["w"].a.shape == (64, 1)
-    same = many.stack([adapters[0]] * 2)
-    jax.tree.map(np.testing.assert_array_equal, many.take(same, 1), adapters[0])
 
 
 def test_what_a_traced_function_closes_over_is_known() -> None:
     """Tables, adapters, slots and ids: the same results, and the same refusals."""
     lora, base, adapters = made()
-    table = many.stack(adapters, base=base)
+    table = table_of_all()
     tx = many.optimizer(optax.sgd, learning_rate=0.1)
     state, one, ids = tx.init(table), jnp.array(1), jnp.array(IDS)
-    broken, three, bad = jax.tree.map(lambda x: x * jnp.nan, adapters[0]), one + 2, ids + 2
-    for f in (
-        lambda: many.stack(adapters, base=base),
-        lambda: many.insert(table, one, adapters[0]),
-        lambda: many.remove(table, one, base=base),
-        lambda: many.take(table, one),
-        lambda: many.prepare(table),
-        lambda: many.route(lora.apply)(base, table, ids, X),
-        lambda: many.stop(state, one),
-        lambda: many.stop(state, [0, 2]),
-        lambda: many.restart(tx, state, table, one, learning_rate=0.2),
+    broken, three, bad = jax.tree.map(lambda x: x * np.nan, adapters[0]), one + 2, ids + 2
+    for f, *given in (
+        (many.insert, table, one, adapters[0]),
+        (lambda *args: many.route(lora.apply)(base, *args, X), table, ids),
+        (lambda *args: many.restart(tx, *args, learning_rate=0.2), state, table, one),
     ):
-        expected = f()
-        laws.assert_close(jax.jit(f)(), expected, 1e-5)
-        assert jax.tree.structure(jax.eval_shape(f)) == jax.tree.structure(expected)
+        expected = jax.jit(f)(*given)
+        laws.assert_close(jax.jit(lambda f=f, given=given: f(*given))(), expected, 1e-5)
     for f, message in (
         (lambda: many.stack([broken], base=base), "is not finite"),
         (lambda: many.insert(table, 0, broken), "is not finite"),
@@ -401,8 +343,8 @@ def test_what_a_traced_function_closes_over_is_known() -> None:
 def node(
     rank: int, shape: tuple[int, int] = (6, 4), dtype: Any = jnp.float32
 ) -> jlora.types.LowRank:
-    a, b = jnp.ones((shape[0], rank), dtype), jnp.ones((rank, shape[1]), dtype)
-    return jlora.types.LowRank(a, b, 1.0, LAYOUT)
+    a, b = np.ones((shape[0], rank), np.float32), np.ones((rank, shape[1]), np.float32)
+    return jlora.types.LowRank(jnp.asarray(a, dtype), jnp.asarray(b, dtype), 1.0, LAYOUT)
 
 
 SLOTTED = jlora.types.LowRank(
@@ -410,12 +352,22 @@ SLOTTED = jlora.types.LowRank(
 )
 
 
-def test_slots_of_a_kernel_meet_whole_ones() -> None:
-    base = {"w": jnp.zeros((6, 4))}
-    stacked = many.stack([{"w": SLOTTED}, {"w": node(1)}])
-    for i, x in enumerate([SLOTTED, node(1)]):
-        expected = jlora.merge(base, {"w": x})
-        jax.tree.map(close, jlora.merge(base, many.take(stacked, i)), expected)
+def test_take_is_the_inverse_of_stack() -> None:
+    """Of two ranks and scales, and of slots of a kernel beside a whole one."""
+    of_base = made()[1]
+    kernel = {"w": jnp.zeros((6, 4))}
+    for base, adapters in ((of_base, made()[2][:2]), (kernel, [{"w": SLOTTED}, {"w": node(1)}])):
+
+        @jax.jit
+        def both(adapters: Any, base: Any = base) -> Any:
+            table = many.stack(adapters, base=base)
+            taken = [many.take(table, i) for i in range(2)]
+            return [[jlora.merge(base, x) for x in each] for each in (taken, adapters)]
+
+        laws.assert_close(*both(adapters), 2e-5)
+    padded = jax.jit(many.take)(table_of_all(), 1)["w"]
+    exact = jlora.arithmetic.truncate({"w": padded}, energy=1.0)
+    assert (padded.a.shape, exact["w"].a.shape) == ((64, 3), (64, 1))
 
 
 # ---------------------------------------------------------------------------------- refusals
@@ -434,20 +386,21 @@ def given() -> types.SimpleNamespace:
     """What the calls of `WRONG` need: a table and its adapters, and some that are no such."""
     lora, base, adapters = made()
     v = adapters[0]["v"]
-    broken = {"v": v._replace(b=v.b.at[0, 0].set(-np.inf)), "c": np.full(4, np.nan, np.float32)}
+    broken = {"v": v._replace(b=v.b - np.inf), "c": np.full(4, np.nan, np.float32)}
     dora = jlora.transform(lambda p, x: x @ p["w"], jlora.DoRA("w", rank=1))
-    params, keys = {"w": jnp.eye(64, 4)}, jax.random.split(jax.random.key(0), 3)
+    params = {"w": jnp.asarray(np.eye(64, 4, dtype=np.float32))}
+    _, adapter = dora.init(jax.random.key(0), params, X)
     return types.SimpleNamespace(
         apply=lora.apply,
         base=base,
         adapters=adapters,
-        table=many.stack(adapters, base=base),
-        prepared=many.prepare(many.stack(adapters, base=base), form="side by side"),
+        table=table_of_all(),
+        prepared=jax.jit(functools.partial(many.prepare, form="side by side"))(table_of_all()),
         broken=adapters[0] | broken,
         two=many.stack([{"w": node(2)}, {"w": node(1)}]),
         dora=dora,
         params=params,
-        doras=many.init(dora, keys, params, X)[1],
+        doras=jax.tree.map(lambda x: np.stack([x] * 3), adapter),
     )
 
 
@@ -458,14 +411,19 @@ def call(apply: Any, base: Any, table: Any, ids: Any = IDS, **how: Any) -> Any:
 # Messages, and what provokes them.
 WRONG: list[tuple[str, Callable[[Any], Any]]] = [
     (r"`adapters` must be a list of adapters.*got an empty", lambda _: many.stack([])),
+    (
+        r"`adapter` is a table from jlora\.many\.prepare, of",  # and so an adapter to nobody else
+        lambda t: t.apply(t.base, t.prepared | {"c": t.base["c"]}, X),
+    ),
     (NO_TABLE, lambda t: many.take(t.adapters[0], 0)),
     (NO_TABLE, lambda t: many.take(t.prepared, 0)),
     (NO_TABLE, lambda t: call(t.apply, t.base, t.prepared | {"c": jnp.ones((2, 4))})),
     (r"`ids` must be integers of shape", lambda t: call(t.apply, t.base, t.table, np.ones(6))),
     *(
         (r"`slot` must be one integer, from 0 on; got ", lambda t, f=f, i=i: f(t.table, i))
-        for i in (True, 1.0, jnp.array([1]), jnp.array(1.0), None, "0")
-        for f in (many.take, many.remove)
+        for i, f in itertools.product(
+            (True, 1.0, np.array([1]), None, "0"), (many.take, many.remove)
+        )
     ),
     (NOT_FINITE, lambda t: many.stack([t.adapters[1], t.broken], base=t.base)),
     (NOT_FINITE, lambda t: many.insert(t.table, 0, t.broken)),
@@ -523,7 +481,7 @@ WRONG: list[tuple[str, Callable[[Any], Any]]] = [
 
 @pytest.mark.parametrize(("message", "provoke"), WRONG, ids=[m[:50] for m, _ in WRONG])
 def test_what_is_wrong_is_named(message: str, provoke: Callable[[Any], Any]) -> None:
-    is_type = re.match(r"`(adapters|table|ids|slot)` must be [ailo]", message)
+    is_type = re.match(r"`(adapters|table|ids|slot)` must be [ailo]|`adapter` is", message)
     with pytest.raises(TypeError if is_type else ValueError, match=f"(?s){message}"):
         provoke(given())
 

@@ -1,4 +1,4 @@
-"""A slice of `peft_families`: every family once or twice, and every configuration."""
+"""All of `peft_families` in the long run; else every family twice, and every configuration."""
 
 import pathlib
 
@@ -8,6 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import peft_families as families
+from small import every
 
 # What PyTorch and its libraries warn of is theirs; what names nothing is warned of by ours.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -27,7 +28,7 @@ SLICE = [
 ]
 
 
-@pytest.mark.parametrize(("family", "configuration"), SLICE)
+@pytest.mark.parametrize(("family", "configuration"), every(families.FAMILIES, NAMES, daily=SLICE))
 def test_as_peft_merges_it(family: str, configuration: str, tmp_path: pathlib.Path) -> None:
     found = families.outcome(family, configuration, tmp_path)
     assert found.kind in ("bits", "rounding", "once", "refused", "not by PEFT")

@@ -1,26 +1,26 @@
 """PEFT's files from strangers: whatever they say, an answer or an error comes with bounded work."""
 
-import contextlib
 import itertools
 import json
 import random
 import re
-import resource
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
+import peft_models as models
 import pytest
-from peft_files import Folder, pair, write
+from peft_files import SECONDS, Folder, bounded, measure, pair, write
 from safetensors.numpy import save_file
 from small import some
+from test_peft_merged import checkpoint as base
 
 from jlora import peft
 from jlora.peft import _file
@@ -31,9 +31,7 @@ from jlora.peft.adapter._config import problems_of
 from jlora.peft.adapter._patterns import Patterns
 from jlora.peft.adapter._select import Selection
 from jlora.peft.merge import _ties
-from jlora.peft.merge._renaming import _count, find_models
-
-SECONDS = 10
+from jlora.peft.merge._renaming import find_models
 
 
 def adapter(folder: Folder, modules: Sequence[str], rank: int = 1, **fields: Any) -> Folder:
@@ -67,23 +65,7 @@ ANSWERS = (
 )
 
 
-def cpu_seconds() -> float:
-    """What this process and its children have used: the load of the machine does not count."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-@contextlib.contextmanager
-def bounded(seconds: float = SECONDS) -> Iterator[None]:
-    """Raises for what takes more; whatever else it raises, too."""
-    start = cpu_seconds()
-    try:
-        yield
-    finally:
-        assert cpu_seconds() - start < seconds
-
-
-DAILY = [("target_modules", "nested"), ("rank_pattern", "ahead"), ("layers_pattern", "back")]
+DAILY = [("target_modules", "nested"), ("rank_pattern", "ahead")]
 
 
 @pytest.mark.parametrize("case", some(itertools.product(FIELDS, PATTERNS), *DAILY))
@@ -103,21 +85,20 @@ def test_patterns(case: tuple[str, str], tmp_path: Folder, monkeypatch: pytest.M
             assert str(e).startswith("`path`: ")
 
 
-# What takes Python seconds, or minutes, to compile.
-ANY = r"(?i:[\0-\uffff])"
-UNCOMPILED = {
+ANY = r"(?i:[\0-\uffff])"  # which Python compiles for seconds, or minutes
+UNCOMPILED: dict[str, dict[str, Any]] = {
     "one": {"target_modules": ANY * 500},
     "many": {"rank_pattern": {ANY * 50 + f"{i}": 1 for i in range(900)}},
 }
 
 
-@pytest.mark.parametrize("fields", [pytest.param(f, id=n) for n, f in UNCOMPILED.items()])
+@pytest.mark.parametrize("case", some(UNCOMPILED, "many"))
 def test_patterns_take_long_to_compile(
-    fields: dict[str, Any], tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+    case: str, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_patterns, "SECONDS", 1.0)
     with bounded(4), pytest.raises(ValueError, match=r"cannot be compiled in 1 seconds of CPU"):
-        peft.read(adapter(tmp_path / "a", ["a.q"], **fields))
+        peft.read(adapter(tmp_path / "a", ["a.q"], **UNCOMPILED[case]))
 
 
 def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,14 +110,6 @@ def test_answers_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     matchers = [patterns.add(f"q{i}|x*y", "fullmatch") for i in range(100)]
     patterns.prepare(f"q{i}" for i in range(50_000))
     assert all(matcher(f"q{i}") and not matcher("q100") for i, matcher in enumerate(matchers))
-
-
-def test_an_error_is_no_answer() -> None:
-    """A pattern that was never checked."""
-    patterns = Patterns("`path`")
-    patterns.add("(", "fullmatch")
-    with pytest.raises(ValueError, match=r"^`path`: '\(' is no regular expression: missing \)"):
-        patterns.prepare(["q"])
 
 
 def test_a_busy_machine_refuses_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +171,7 @@ SEARCHED = st.one_of(NAMES, ESCAPED, ODD_PATTERNS)
 
 
 @hypothesis.given(SEARCHED, st.lists(NAMES, max_size=6))
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_a_pattern_matches_what_it_does_in_python(pattern: str, names: list[str]) -> None:
     patterns = Patterns("`path`")
     matcher = patterns.add(pattern, "fullmatch")
@@ -214,7 +187,7 @@ def looked_up(patterns: dict[str, int], key: str) -> int:
 
 
 @hypothesis.given(st.dictionaries(SEARCHED, st.integers(1, 9), max_size=6), st.lists(NAMES))
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=10, deadline=None)
 def test_ranks_are_looked_up_as_peft_does(patterns: dict[str, int], names: list[str]) -> None:
     if problems_of({"peft_type": "LORA", "target_modules": ["q"], "rank_pattern": patterns}):
         return
@@ -230,7 +203,7 @@ def test_ranks_are_looked_up_as_peft_does(patterns: dict[str, int], names: list[
 
 
 @hypothesis.given(st.lists(TARGETS, max_size=6), st.lists(TARGETS, max_size=4), st.lists(NAMES))
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=50, deadline=None)
 def test_names_are_selected_as_peft_does(
     targets: list[str], saved: list[str], names: list[str]
 ) -> None:
@@ -261,7 +234,7 @@ def test_names_are_selected_as_peft_does(
 
 # ------------------------------------------------------------------------------ long lists
 
-MANY = 10_000
+MANY = 3_000
 
 
 def many(of: int) -> list[str]:
@@ -279,13 +252,13 @@ LISTS: dict[str, Any] = {
 }
 
 
-EACH = itertools.product(LISTS, (4_000, 20_000))
+EACH = itertools.product(LISTS, (1_000, 20_000))
 
 
-@pytest.mark.parametrize("case", some(EACH, ("ranks", 4_000), ("bare parameters", 4_000)))
+@pytest.mark.parametrize("case", some(EACH, ("ranks", 1_000), ("bare parameters", 1_000)))
 @pytest.mark.filterwarnings("ignore:adapter_config.json of the adapter. .*matches no adapted")
 def test_lists(case: tuple[str, int], tmp_path: Folder) -> None:
-    """Ten thousand entries for thousands of modules."""
+    """Thousands of entries for thousands of modules."""
     name, modules = case
     fields: dict[str, Any] = {"target_modules": [f"q{i}" for i in range(10)]} | LISTS[name]
     folder = adapter(tmp_path / "a", many(modules), **fields)
@@ -296,12 +269,13 @@ def test_lists(case: tuple[str, int], tmp_path: Folder) -> None:
             assert re.search(ANSWERS + "|names none of the adapter's tensors", str(e))
 
 
-def test_ranks_of_every_form(tmp_path: Folder) -> None:
+def test_ranks_of_every_form(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain patterns are compared with names of their length alone, place by place, and counted."""
-    names, draw = [f"{'x.' * 60}{i:04}.q" for i in range(4_000)], random.Random(0)
+    monkeypatch.setattr(_patterns, "STEPS", 2_000_000)
+    names, draw = [f"{'x.' * 60}{i:04}.q" for i in range(200)], random.Random(0)
     ranks = {"".join(draw.choices("x.", k=80)): 1 for _ in range(400)}
     folder = adapter(tmp_path / "a", names, rank_pattern=ranks)
-    with bounded(), pytest.raises(ValueError, match="takes more than 20,000,000 comparisons"):
+    with bounded(), pytest.raises(ValueError, match="takes more than 2,000,000 comparisons"):
         peft.read(folder)
 
 
@@ -310,14 +284,14 @@ def test_long_ranks() -> None:
     n = 940
     ranks = {"a" * i + "." + "a" * (n - 1 - i): 2 for i in range(n)}
     selection = Selection({"target_modules": ["q"], "rank_pattern": ranks, "r": 1})
-    with bounded(5):
-        assert {selection.rank(f"{i:04}" + "b" * (n - 4)) for i in range(1_000)} == {1}
+    with bounded(2):
+        assert {selection.rank(f"{i:04}" + "b" * (n - 4)) for i in range(400)} == {1}
 
 
 def test_parameters_in_every_order(tmp_path: Folder) -> None:
     """Six parameters a module can be told apart in 720 ways, for each of many modules."""
     named = [f"p{i}" for i in range(6)]
-    wrapped = (f"m{i}{'.base_layer' * depth}" for i in range(1_000) for depth in range(6))
+    wrapped = (f"m{i}{'.base_layer' * depth}" for i in range(250) for depth in range(6))
     tensors = {key: x for module in wrapped for key, x in pair(module, 4, 4, 4).items()}
     folder = write(tmp_path / "a", tensors, target_modules=[], target_parameters=named, r=3)
     with bounded(), pytest.raises(ValueError, match=r"are not those of|takes more than"):
@@ -327,14 +301,8 @@ def test_parameters_in_every_order(tmp_path: Folder) -> None:
 # ------------------------------------------------------------------------------ bases and GGUF
 
 ONE = np.ones((1, 1), np.float32)
+EMPTY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
 HEADED: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-
-
-def base(folder: Folder, weights: dict[str, np.ndarray], **config: Any) -> Folder:
-    folder.mkdir()
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 GGUF_CLAIMS = {
@@ -375,49 +343,15 @@ def test_copies_are_read_once(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch)
     assert sorted(read) == sorted(every)
 
 
-FIRSTS = st.lists(
-    st.sampled_from(["", "a.", "b.", "a.b.", "model."]).flatmap(
-        lambda first: NAMES.map(lambda name: first + name)
-    ),
-    max_size=8,
-)
+RENAMED = json.loads((models.FIXTURES / "renamed.json").read_text())
+SPOKEN = {home for family in RENAMED.values() for home, _ in family.values()}  # in all dialects
 
 
-@hypothesis.given(FIRSTS, FIRSTS, FIRSTS)
-@hypothesis.settings(max_examples=100, deadline=None)
-def test_first_parts_are_counted(wanted: list[str], named: list[str], rest: list[str]) -> None:
-    """As each name with each first part, one by one."""
-    wanted, known = list(dict.fromkeys(wanted)), {*named, *rest}
-    firsts = [name.partition(".")[0] + "." for name in (*wanted, *known)]
-    ways = [("", ""), *((first, "") for first in firsts), *(("", first) for first in firsts)]
-    one_by_one = [
-        sum(n in known or add + n.removeprefix(strip) in named for n in wanted)
-        for add, strip in ways
-    ]
-    assert _count(ways, set(wanted), set(named), known) == one_by_one
-
-
-SPOKEN = (  # a name for each dialect
-    "a.block_sparse_moe.q.weight",
-    "a.block_sparse_moe.gate.weight",
-    "a.block_sparse_moe.input_linear.weight",
-    "embed_out.weight",
-    "a.attention.attention.query.weight",
-    "a.encoder.layer.0.q.weight",
-    "a.attention.self.query.weight",
-    "a.encoder.block.0.q.weight",
-    "language_model.model.q.weight",
-    "visual.q.weight",
-    "a.out_proj.weight",
-)
-
-
-@pytest.mark.parametrize("spoken", some([(), SPOKEN], SPOKEN))
-def test_a_hundred_first_parts(spoken: Sequence[str], tmp_path: Folder) -> None:
-    shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(20_000)}
-    shapes |= dict.fromkeys(spoken, (1, 1))
-    wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(20_000)]
-    with bounded():
+def test_a_hundred_first_parts() -> None:
+    shapes = {f"p{i % 100}.m{i}.q.weight": (1, 1) for i in range(4_000)}
+    shapes |= dict.fromkeys(SPOKEN, (1, 1))
+    wanted = [f"r{i % 100}.m{i}.q.weight" for i in range(4_000)]
+    with bounded(3):
         assert find_models(wanted, shapes)
 
 
@@ -433,56 +367,42 @@ def test_a_configuration_is_parsed_once(tmp_path: Folder, monkeypatch: pytest.Mo
     assert sum("config.json" in what and "adapter" not in what for what in parsed) == 3
 
 
-@pytest.mark.parametrize(
-    "file", ["config.json", "model.safetensors.index.json", "model.safetensors"]
+TOO_LARGE: dict[str, tuple[str, Callable[[], str]]] = {
+    f"{value} in {file}": (
+        f"{file} holds more than 4,000,000 values",
+        lambda value=value: '{"x":[' + f"{value}," * 4_000_000 + "0]}",
+    )
+    for file in ("config.json", "model.safetensors.index.json", "model.safetensors")
+    for value in ("[]", "{}", "0")
+}
+TOO_LARGE["tensors in model.safetensors"] = (
+    "has 200001 tensors; expected at most 200000",
+    lambda: "{" + ",".join(f'"{i:x}":{EMPTY}' for i in range(200_001)) + "}",
 )
-@pytest.mark.parametrize("value", some(["[]", "{}", "0"], "[]"))
-def test_too_many_values(file: str, value: str, tmp_path: Folder) -> None:
-    """Each takes twenty times the memory that it takes of the file."""
-    folder = base(tmp_path / "b", {"q.weight": ONE})
-    text = b'{"x":[' + f"{value},".encode() * 4_000_000 + b"0]}"
-    is_header = file.endswith(".safetensors")
-    (folder / file).write_bytes(len(text).to_bytes(8, "little") * is_header + text)
-    source = adapter(tmp_path / "a", ["q"])
-    with bounded(3), pytest.raises(ValueError, match=rf"{file} holds more than 4,000,000 values"):
-        peft.export_merged(folder, source, tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_too_many_tensors(tmp_path: Folder) -> None:
-    folder = base(tmp_path / "b", {"q.weight": ONE})
-    entry = '"%x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    text = "{" + ",".join(entry % i for i in range(200_001)) + "}"
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode())
+@pytest.mark.parametrize("case", some(TOO_LARGE, *list(TOO_LARGE)[:9:3]))
+def test_too_many(case: str, tmp_path: Folder) -> None:
+    """Each value takes twenty times the memory that it takes of the file."""
+    message, make = TOO_LARGE[case]
+    folder, file, text = base(tmp_path / "b", {"q.weight": ONE}), case.split()[-1], make().encode()
+    size = len(text).to_bytes(8, "little") if file == "model.safetensors" else b""
+    (folder / file).write_bytes(size + text)
     source = adapter(tmp_path / "a", ["q"])
-    with bounded(), pytest.raises(ValueError, match="has 200001 tensors; expected at most 200000"):
+    with bounded(), pytest.raises(ValueError, match=message):
         peft.export_merged(folder, source, tmp_path / "out")
 
 
 def test_many_vocabularies(tmp_path: Folder) -> None:
-    weights = {f"m{i}.weight": np.ones((i + 1, 0), np.float32) for i in range(20_000)}
-    parts = {f"{i}": {"vocab_size": i + 1, "tie_word_embeddings": i % 2} for i in range(20_000)}
+    weights = {f"m{i}.weight": np.ones((i + 1, 0), np.float32) for i in range(6_000)}
+    parts = {f"{i}": {"vocab_size": i + 1, "tie_word_embeddings": i % 2} for i in range(6_000)}
     parts["no"] = {"tie_word_embeddings": False}
     folder = base(tmp_path / "b", weights, **HEADED, parts=parts)
-    with bounded():
-        assert len(open_checkpoint(folder).vocabulary) == 20_000
+    with bounded(4):
+        assert len(open_checkpoint(folder).vocabulary) == 6_000
 
 
 # ------------------------------------------------------------------------------ memory
-
-MEASURED = """
-import pathlib, resource, sys, time
-import jlora
-from jlora import peft
-
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before, start = peak(), time.process_time()
-try:
-    peft.export_merged("base", "adapter", "out")
-except ValueError:
-    pass
-print(time.process_time() - start, (peak() - before) * 1024)
-"""
 
 
 def largest_config(folder: Folder) -> None:
@@ -505,8 +425,6 @@ def test_the_largest_that_is_read(largest: Callable[[Folder], Any], tmp_path: Fo
     """What is just below the limits takes 1 GB, and seconds."""
     largest(base(tmp_path / "base", {"q.weight": ONE}))
     adapter(tmp_path / "adapter", ["q"])
-    command = [sys.executable, "-c", MEASURED]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    seconds, memory = map(float, done.stdout.split())
+    seconds, memory = measure(tmp_path)
     assert seconds < 2 * SECONDS  # of two slow cores; 10 where nothing else runs
     assert memory < 2**30

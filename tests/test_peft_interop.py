@@ -18,7 +18,7 @@ import peft_models as models  # noqa: E402
 from peft_files import CONFIG, TENSORS, assert_close, assert_equal  # noqa: E402
 
 import jlora  # noqa: E402
-from jlora import Full, LoRA, Slots, initializers, peft  # noqa: E402
+from jlora import Full, LoRA, Rows, Slots, initializers, peft  # noqa: E402
 
 # What PyTorch and its libraries warn of is theirs.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -26,6 +26,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 KEY = jax.random.key(0)
 # In bfloat16 the two frameworks round the base model's own activations differently.
 TOLERANCE = {"bf16": 2e-2}
+# Whose gradients differ: of each module that shares a weight, and none of the row of padding.
+APART = ("bf16", "gpt2_tied", "tied", "embeddings")
 
 
 def _make() -> Any:
@@ -88,40 +90,31 @@ def test_fixtures_are_what_peft_writes(name: str, tmp_path: pathlib.Path) -> Non
     assert written == (models.FIXTURES / name / TENSORS).read_bytes()
 
 
+QV, QUERY = LoRA("(query|value)/kernel", rank=2), LoRA("query/kernel", rank=2)
+SOME = LoRA("h/0/.*c_attn/kernel", rank=2, slots=Slots(3, (1,)))
+ROOT = LoRA("(query|key)/kernel", rank=3, alpha=7, rslora=True)
 # A fixture's model, and rules of ours.
 RULES = {
     "slots": ("gpt2", [LoRA("c_attn/kernel", rank=2, alpha=3, slots=Slots(3, (0, 2)))]),
     "slots_and_more": (
         "gpt2",
-        [
-            LoRA("h/0/.*c_attn/kernel", rank=2, slots=Slots(3, (1,))),
-            LoRA("c_(attn|proj|fc)/kernel", rank=3),
-            LoRA("wte", rank=4, alpha=2),
-        ],
+        [SOME, LoRA("c_(attn|proj|fc)/kernel", rank=3), LoRA("wte", rank=4, alpha=2)],
     ),
-    "rslora": (
-        "qv",
-        [
-            LoRA("(query|key)/kernel", rank=3, alpha=7, rslora=True),
-            LoRA("output/dense/kernel", rank=2),
-        ],
-    ),
-    "biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("(query|value)/bias")]),
-    "all_biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("bias$")]),
-    "some_biases": ("qv", [LoRA("(query|value)/kernel", rank=2), Full("output/dense/bias")]),
-    "head_and_norms": (
-        "modules_to_save",
-        [LoRA("query/kernel", rank=2), Full("LayerNorm"), Full("classifier/kernel")],
-    ),
+    "rslora": ("qv", [ROOT, LoRA("output/dense/kernel", rank=2)]),
+    "biases": ("qv", [QV, Full("(query|value)/bias")]),
+    "all_biases": ("qv", [QV, Full("bias$")]),
+    "some_biases": ("qv", [QV, Full("output/dense/bias")]),
+    "head_and_norms": ("modules_to_save", [QUERY, Full("LayerNorm"), Full("classifier/kernel")]),
     "no_factors": ("modules_to_save", [Full("LayerNorm"), Full("classifier")]),
     "scan": ("scanned", [LoRA("query|value|down", rank=4, alpha=1), Full("norm/scale")]),
-    "full_tied": ("scanned", [LoRA("query/kernel", rank=2), Full("embed/embedding")]),
+    "full_tied": ("scanned", [QUERY, Full("embed/embedding")]),
     "full_tied_alone": ("scanned", [Full("embed/embedding")]),
-    "full_tied_and_norm": ("scanned", [LoRA("query/kernel", rank=2), Full("embed|norm/scale")]),
+    "full_tied_and_norm": ("scanned", [QUERY, Full("embed|norm/scale")]),
     "full_tied_wte": ("gpt2_tied", [LoRA("c_attn/kernel", rank=2), Full("wte/embedding")]),
     "scan_tied": ("scanned", [LoRA("embed", rank=3), LoRA("query", rank=2)]),
     "conv": ("conv", [LoRA("projection/kernel", rank=5), LoRA("key/kernel", rank=2, alpha=3)]),
     "untied_head": ("all_linear", [LoRA("lm_head|embed_tokens", rank=2), LoRA(rank=3)]),
+    "rows": ("tied", [Rows("embed", [10, 4]), LoRA(rank=2)]),
     "experts": ("experts", [LoRA("gate_up|down", rank=2), Full("head")]),
     "one_expert_parameter": ("experts", [LoRA("down", rank=3, alpha=2)]),
 }
@@ -149,6 +142,24 @@ def leaves(adapter: Any) -> dict[str, np.ndarray]:
     """The arrays of an adapter by path."""
     flat, _ = jax.tree_util.tree_flatten_with_path(adapter)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in flat}
+
+
+@pytest.mark.parametrize("name", [x for x in models.CASES if x not in APART])
+def test_gradients(name: str) -> None:
+    """Those of all tensors are PyTorch's: of factors, magnitudes, rows, and leaves in full."""
+    case, model = models.case(name), make.adapted_model(name)
+    y = model(make.inputs(name))
+    torch.sin(y if isinstance(y, torch.Tensor) else y[0]).sum().backward()
+    slopes = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    expected = hf_peft.get_peft_model_state_dict(model, state_dict=slopes)
+    lora, inputs = jlora.transform(case.apply, LoRA()), jnp.asarray(case.torch["inputs"])
+    adapter = peft.load(case.folder, case.base, case.names)
+    found = jax.grad(lambda x: jnp.sin(lora.apply(case.base, x, inputs)).sum())(adapter)
+    actual = peft.tensors(case.base, found, case.names)
+    assert expected and expected.keys() <= actual.keys()
+    largest = max(float(x.abs().max()) for x in expected.values())  # that of a key's bias is 0
+    for key, x in expected.items():
+        np.testing.assert_allclose(actual[key], x.numpy(), rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("name", ["qv", "patterns", "scanned", "rslora", "embeddings", "tied"])

@@ -8,12 +8,7 @@ import contextlib
 import json
 import math
 import os
-import random
 import re
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import peft_models as models
 import pytest
-from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, mutate, write
+from peft_files import CONFIG, ENDS, PREFIX, TENSORS, Files, Folder, measure, write
 from safetensors.numpy import load_file, save_file
 from small import some
 
@@ -122,8 +117,8 @@ def test_files_are_those_of_the_library(shards: int, tmp_path: Folder) -> None:
 # ----------------------------------------------------------------------- arithmetic
 
 
-@pytest.mark.parametrize("rank", [1, 2, 8, 17, 192])
-@pytest.mark.parametrize("sides", [(5, 8), (65, 67), (128, 96), (300, 1001)])
+@pytest.mark.parametrize("rank", [1, 17, 192])
+@pytest.mark.parametrize("sides", [(5, 8), (65, 67), (300, 501)])
 def test_products_are_fused_multiply_adds(sides: tuple[int, int], rank: int) -> None:
     """In the order of the rank, whatever the shape: so does PyTorch for layers of real size."""
     from jlora.peft.merge._blocks import _product
@@ -155,8 +150,6 @@ def adapter(folder: Folder, modules: Mapping[str, Any], **fields: Any) -> Folder
             targets.append(module)
             tensors |= {module + end: y for end, y in zip(ENDS, x, strict=True)}
     write(folder, tensors, **{"target_modules": targets, "r": 2, "lora_alpha": 3} | fields)
-    if "peft_type" in fields:  # of which the usual fields are none
-        (folder / CONFIG).write_text(json.dumps(fields))
     return folder
 
 
@@ -196,53 +189,31 @@ def test_blocks_change_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)
 
 
-MEMORY = """
-import resource
-from jlora import peft
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-peft.export_merged("small", "adapter", "warm")
-before = peak()
-peft.export_merged("large", "large_adapter", "out")
-print(peak() - before)
-"""
-
-
 def test_memory_is_bounded(tmp_path: Folder) -> None:
-    """A weight of 128 MB is merged in less than 96 MB, as blocks are what is held."""
-    small, large = (64, 64), (4096, 8192)
-    for name, given, shape in (("small", "adapter", small), ("large", "large_adapter", large)):
-        weights = {"q.weight": ones(*shape), "k.weight": np.ones(shape, np.float16)}
-        checkpoint(tmp_path / name, weights)
-        adapter(tmp_path / given, {"q": low_rank(shape, 2), "k": low_rank(shape, 2)})
-    run = [sys.executable, "-c", MEMORY]
-    done = subprocess.run(run, check=True, cwd=tmp_path, capture_output=True, text=True)
-    assert int(done.stdout) < 96 * 2**20
+    """A weight of 96 MB is merged in less than 80 MB, as blocks are what is held."""
+    shape, low = (4096, 6144), low_rank((4096, 6144), 2)
+    checkpoint(tmp_path / "base", {"q.weight": ones(*shape)})
+    adapter(tmp_path / "adapter", {"q": low})
+    _, memory = measure(tmp_path)
+    assert memory < 80 * 2**20
 
 
 # ----------------------------------------------------------------------- names and orientation
 
 
-@pytest.mark.parametrize("names", ["head", "none"])
-def test_the_first_part_may_be_missing(names: str, tmp_path: Folder) -> None:
+@pytest.mark.parametrize("first", ["of weights", "of the adapter"])
+def test_the_first_part_may_be_missing(first: str, tmp_path: Folder) -> None:
     """An adapter of a model with a head on the model without, and the other way round."""
-    case = models.case("qv")
-    expected = {k: x for k, x in case.merged().items() if f"merged.{k}" in case.torch}
-    bare = base_of(case)
-    if names == "head":
-        bare = {f"bert.{k}": x for k, x in bare.items()} | {"cls.bias": np.ones(3, np.float32)}
-        given = case.folder
-    else:
-        tensors = models.read(case.folder / TENSORS)
-        given = tmp_path / "a"
-        given.mkdir()
-        shutil.copy(case.folder / CONFIG, given / CONFIG)
-        renamed = {k.replace(PREFIX, f"{PREFIX}bert."): x for k, x in tensors.items()}
-        save_file(renamed, given / TENSORS)
-    base = checkpoint(tmp_path / "base", bare)
-    peft.export_merged(base, given, tmp_path / "out")
-    merged = read(tmp_path / "out")
-    changed = {k for k, x in merged.items() if x.tobytes() != bare[k].tobytes()}
-    assert {k.removeprefix("bert.") for k in changed} == set(expected)
+    case, files = models.case("qv"), Files(tmp_path)
+    weights, add = base_of(case), "bert." if first == "of weights" else ""
+    weights = {add + k: x for k, x in weights.items()} | ({"cls.bias": ones(3)} if add else {})
+    if not add:
+        tensors = models.read(files.folder / TENSORS)
+        named = {k.replace(PREFIX, f"{PREFIX}bert."): x for k, x in tensors.items()}
+        save_file(named, files.folder / TENSORS)
+    peft.export_merged(checkpoint(tmp_path / "base", weights), files.folder, tmp_path / "out")
+    changed = {k for k, x in read(tmp_path / "out").items() if (x != weights[k]).any()}
+    assert changed == {add + k for k in case.merged() if f"merged.{k}" in case.torch}
 
 
 def test_old_names_of_norms(tmp_path: Folder) -> None:
@@ -299,26 +270,14 @@ def test_experts_that_are_stored_one_by_one(
             np.testing.assert_allclose(merged[name], weights[name] + delta, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("lost", "inner", "why"),
-    [
-        ("", 4, r"experts.gate_up_proj: is square, and nothing tells"),
-        ("1.up_proj", 5, r"mlp.experts: unexpected; adapter_config.json does"),
-    ],
-)
-def test_experts_that_are_no_parameter(lost: str, inner: int, why: str, tmp_path: Folder) -> None:
-    """Square ones alone, and those of a layer without all of its experts."""
-    weights = experts_apart("qwen", 3, 8, inner)
-    weights.pop(f"m.layers.0.mlp.experts.{lost}.weight", None)
-    given = {"m.layers.0.mlp.experts": low_rank((2 * inner, 8), 6)}
-    with pytest.raises(ValueError, match=why):
-        merge(
-            tmp_path,
-            weights,
-            given,
-            target_modules=[],
-            target_parameters=["experts.gate_up_proj"],
-        )
+def test_experts_that_are_no_parameter(tmp_path: Folder) -> None:
+    """Those of a layer without all of its experts."""
+    weights = experts_apart("qwen", 3, 8, 5)
+    del weights["m.layers.0.mlp.experts.1.up_proj.weight"]
+    given = {"m.layers.0.mlp.experts": low_rank((10, 8), 6)}
+    fields = {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+    with refused("mlp.experts: unexpected; adapter_config.json does"):
+        merge(tmp_path, weights, given, **fields)
 
 
 def test_a_part_of_the_names_has_a_first_part(tmp_path: Folder) -> None:
@@ -327,13 +286,6 @@ def test_a_part_of_the_names_has_a_first_part(tmp_path: Folder) -> None:
     given = {"q": low_rank((4, 6), 2), "head": low_rank((4, 6), 2, 1)}
     merged = merge(tmp_path, weights, given)
     assert all((merged[name] != x).any() for name, x in weights.items())
-
-
-def test_one_weight_under_two_names(tmp_path: Folder) -> None:
-    """Neither of the two is lost."""
-    given = {"q": low_rank((4, 6), 2), "bert.q": low_rank((4, 6), 2, 1)}
-    with pytest.raises(ValueError, match=r"bert.q.weight: changed twice by the adapter"):
-        merge(tmp_path, {"bert.q.weight": ones(4, 6)}, given)
 
 
 def test_a_bias_of_b(tmp_path: Folder) -> None:
@@ -422,66 +374,16 @@ def test_rows_of_what_may_be_tied(tmp_path: Folder) -> None:
     assert (merged["lm_head.weight"] == weights["lm_head.weight"]).all()
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied", "bert"])
-def test_a_resized_vocabulary(kind: str, tmp_path: Folder) -> None:
-    """PEFT saves embedding and head by itself; a base of another size is refused."""
-    table, head, bias = {
-        "untied": ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"),
-        "tied": ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"),
-        "bert": (
-            "bert.embeddings.word_embeddings.weight",
-            "cls.predictions.decoder.weight",
-            "cls.predictions.decoder.bias",
-        ),
-    }[kind]
-    home = bias.replace("decoder.", "")
-    weights = {table: 0 * ones(11, 4), "q.weight": ones(4, 6)}
+def test_the_head_of_bert(tmp_path: Folder) -> None:
+    """Its decoder's bias has a home of its own in the checkpoint."""
+    first, table = "cls.predictions.", "bert.embeddings.word_embeddings.weight"
+    weights = {table: 0 * ones(11, 4), "q.weight": ones(4, 6), first + "bias": 0 * ones(11)}
     given: dict[str, Any] = {"q": low_rank((4, 6), 2), table: ones(11, 4)}
-    given[head] = ones(11, 4) * (1 + (kind == "untied"))
-    if kind != "tied":
-        given[bias], weights[home] = 3 * ones(11), 0 * ones(11)
-    if kind == "untied":
-        weights[head] = 0 * ones(11, 4)
-    config = {"architectures": ["AForMaskedLM"], "tie_word_embeddings": kind != "untied"}
-    config["vocab_size"] = 11
+    given |= {first + "decoder.weight": ones(11, 4), first + "decoder.bias": 3 * ones(11)}
+    config = {"architectures": ["AForMaskedLM"], "tie_word_embeddings": True, "vocab_size": 11}
     merged = merge(tmp_path, weights, given, config=config)
-    assert merged.keys() == weights.keys() and (merged[table] == 1).all()
-    assert kind == "tied" or (merged[home] == 3).all()
-    assert kind != "untied" or (merged[head] == 2).all()
-    smaller = {k: x[:9] if 11 in x.shape else x for k, x in weights.items()}
-    message = rf"{table}: has 11 rows in the adapter, .* by resize_token_embeddings\(11\)"
-    with pytest.raises(ValueError, match=message):
-        merge(tmp_path, smaller, given, config=config)
-
-
-def test_a_frozen_bias_and_counts_of_batches(tmp_path: Folder) -> None:
-    """A bias that PEFT saves beside A and B is the base's; counts of a batch norm are replaced."""
-    bias, count = ones(5), "norm.num_batches_tracked"
-    weights = {"lm_head.weight": ones(5, 4), "lm_head.bias": bias}
-    weights |= {"norm.weight": ones(4), count: np.asarray(2)}
-    given = {"lm_head": low_rank((5, 4), 2), "lm_head.base_layer.weight": weights["lm_head.weight"]}
-    given |= {"lm_head.base_layer.bias": bias, "norm.weight": 3 * ones(4), count: np.asarray(7)}
-    fields = {"target_modules": ["lm_head"], "modules_to_save": ["norm"]}
-    merged = merge(tmp_path, weights, given, **fields)
-    assert merged[count] == 7 and merged[count].dtype == np.int64
-    assert (merged["norm.weight"] == 3).all() and (merged["lm_head.bias"] == bias).all()
-    given["lm_head.base_layer.bias"] = bias + 1
-    with pytest.raises(ValueError, match=r"lm_head.bias: the adapter holds other values of it"):
-        merge(tmp_path, weights, given, **fields)
-
-
-@pytest.mark.parametrize("other", [0, 1])
-def test_rows_of_a_table_of_several_modules(other: int, tmp_path: Folder) -> None:
-    """T5's `shared` is the table of encoder, decoder and head: all must have the same rows."""
-    modules = ("decoder.embed_tokens", "encoder.embed_tokens", "lm_head", "shared")
-    rows = {f"{m}.trainable_tokens_delta": ones(2, 4) for m in modules}
-    rows["encoder.embed_tokens.trainable_tokens_delta"] += other
-    fields: dict[str, Any] = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [5, 1]}
-    why = r"encoder.embed_tokens.* expected the values of .*sh"
-    with pytest.raises(ValueError, match=why) if other else contextlib.nullcontext():
-        weights = {"shared.weight": 0 * ones(11, 4)}
-        merged = merge(tmp_path, weights, rows, **fields, target_modules=["shared"])
-        assert np.flatnonzero(merged["shared.weight"].any(1)).tolist() == [1, 5]
+    assert merged.keys() == weights.keys()
+    assert (merged[table] == 1).all() and (merged[first + "bias"] == 3).all()
 
 
 def test_square_weights_by_their_kin(tmp_path: Folder) -> None:
@@ -542,16 +444,6 @@ def both(head: float = 1.0) -> dict[str, Any]:
 TARGETS = {"target_modules": ["embed_tokens", "lm_head"]}
 
 
-@pytest.mark.parametrize("twice", [False, True])
-def test_a_shared_weight_is_changed_once(twice: bool, tmp_path: Folder) -> None:
-    """By one ΔW, in every place where it is stored."""
-    merged = merge(tmp_path, tied(twice), both(), config=TIED, **TARGETS)
-    a, b = low_rank((4, 11), 2)
-    assert len(merged) == 1 + twice
-    for x in merged.values():
-        np.testing.assert_allclose(x, TABLE + 1.5 * (b @ a).T, rtol=1e-5, atol=1e-6)
-
-
 def test_both_copies_of_a_shared_weight(tmp_path: Folder) -> None:
     """A tree has one adapter for it; the copy of the checkpoint follows, if it is one."""
     a, b = (jnp.asarray(x) for x in low_rank((4, 11), 2))
@@ -582,15 +474,22 @@ def test_both_copies_of_a_shared_weight(tmp_path: Folder) -> None:
         (False, 0, {"vocab_size": 7, "a": {"b": {"vocab_size": 11}}}, "the output head share"),
         (False, 0, {"tie_word_embeddings": False, **TIED_TEXT}, "the output head share"),
         (True, 0, {"tie_word_embeddings": False, **TIED_TEXT}, None),
+        (True, 1, {}, None),
+        (False, 1, {}, None),
     ],
 )
 def test_a_shared_weight_has_one_value(
     twice: bool, head: float, config: dict[str, Any], message: str | None, tmp_path: Folder
 ) -> None:
-    """What PEFT computes with two different weights has no place in one."""
+    """It is changed once, in every place; what PEFT computes with two has no place in one."""
     fields = {"target_modules": TARGETS["target_modules"][: 1 + bool(head)]}
     with contextlib.nullcontext() if message is None else refused(message):
-        merge(tmp_path, tied(twice), both(head), config=TIED | config, **fields)
+        merged = merge(tmp_path, tied(twice), both(head), config=TIED | config, **fields)
+        assert len(merged) == 1 + twice
+        a, b = low_rank((4, 11), 2)
+        times = {"model.embed_tokens.weight": 1.5, "lm_head.weight": 1.5 * head}
+        for name, x in merged.items():
+            np.testing.assert_allclose(x, TABLE + times[name] * (b @ a).T, rtol=1e-5, atol=1e-6)
 
 
 def refused(message: str) -> Any:
@@ -763,146 +662,123 @@ def test_nothing_is_left_of_a_failure(
 # ----------------------------------------------------------------------- refusals
 
 
-class Both:
-    """A checkpoint of two layers with an adapter of their `q`, to be damaged."""
-
-    def __init__(self, folder: Folder) -> None:
-        """As the damages find it."""
-        modules = [f"m.layers.{i}.{p}" for i in (0, 1) for p in ("q", "k")]
-        self.weights = {f"{m}.weight": ones(4, 6) for m in modules}
-        self.weights |= {f"{m}.bias": ones(4) for m in modules}
-        self.modules: dict[str, Any] = {m: low_rank((4, 6), 2) for m in modules if m[-1] == "q"}
-        self.fields: dict[str, Any] = {"target_modules": ["q"]}
-        self.after: Callable[[Folder], Any] = lambda base: None
-        self.folder, self.shards = folder, 1
-
-    def export(self) -> dict[str, np.ndarray]:
-        """Writes both and merges them."""
-        base = checkpoint(self.folder / "base", self.weights, self.shards)
-        given = adapter(self.folder / "a", self.modules, **self.fields)
-        self.after(base)
-        peft.export_merged(base, given, self.folder / "out")
-        return read(self.folder / "out")
-
-    def set(self, **values: Any) -> None:
-        """Replaces attributes."""
-        self.__dict__.update(values)
-
-    def index(self, change: Callable[[dict[str, str]], Any]) -> None:
-        """Changes the index of a checkpoint in two shards."""
-
-        def after(base: Folder) -> None:
-            index = json.loads((base / INDEX).read_text())
-            change(index["weight_map"])
-            (base / INDEX).write_text(json.dumps(index))
-
-        self.set(shards=2, after=after)
-
-
-Q = "m.layers.0.q"
-LARGE = np.full((4, 6), 6e4, np.float16)
+MODULES = [f"m.layers.{i}.{part}" for i in (0, 1) for part in "qk"]
+WEIGHTS = {f"{m}.weight": ones(4, 6) for m in MODULES} | {f"{m}.bias": ones(4) for m in MODULES}
+GIVEN = {m: low_rank((4, 6), 2) for m in MODULES if m[-1] == "q"}
+Q = MODULES[0]
+NO_WEIGHTS, NO_GIVEN = dict.fromkeys(WEIGHTS), dict.fromkeys(GIVEN)
+K_IN_FULL = {x: np.ones(3, np.float32) for x in WEIGHTS if ".k." in x}
+EXPERTS = {"e.up": np.ones((2, 4, 6)), "e.down": np.ones((2, 6, 4))}
+OF_EXPERTS = {"e": low_rank((4, 6), 4), "e.base_layer": low_rank((4, 6), 4)}
 FITTING = "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written. "
-DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
+
+
+def export(
+    folder: Folder,
+    weights: Mapping[str, Any] = {},
+    given: Mapping[str, Any] = {},
+    shards: int = 1,
+    after: Callable[[Folder], Any] = lambda base: None,
+    **fields: Any,
+) -> dict[str, np.ndarray]:
+    """Merges an adapter of `q` in two layers, with changes to it, to weights and to their files."""
+    has = lambda x: {name: y for name, y in x.items() if y is not None}  # noqa: E731
+    base = checkpoint(folder / "base", has(WEIGHTS | dict(weights)), shards)
+    fields = {"target_modules": ["q"]} | fields
+    source = adapter(folder / "a", has(GIVEN | dict(given)), **fields)
+    after(base)
+    peft.export_merged(base, source, folder / "out")
+    return read(folder / "out")
+
+
+def index(change: Callable[[dict[str, str]], Any]) -> dict[str, Any]:
+    """Changes the index of a checkpoint in two shards."""
+
+    def after(base: Folder) -> None:
+        index = json.loads((base / INDEX).read_text())
+        change(index["weight_map"])
+        (base / INDEX).write_text(json.dumps(index))
+
+    return {"shards": 2, "after": after}
+
+
+DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "no-layer": (
-        lambda x: x.modules.pop(Q),
+        {"given": {Q: None}},
         FITTING + f"1 problems:\n  {Q}.weight: selected by {CONFIG}, but missing in {TENSORS}",
     ),
     "other-names": (
-        lambda x: x.set(
-            modules={k.replace("m.layers", "m.other.layers"): y for k, y in x.modules.items()}
-        ),
+        {"given": NO_GIVEN | {k.replace("m.", "m.other."): x for k, x in GIVEN.items()}},
         "m.other.layers.0.q.weight: in the adapter, but not in the checkpoint, whose names",
     ),
+    "one-weight-twice": (
+        {"weights": NO_WEIGHTS | {"bert.q.weight": ones(4, 6)}}
+        | {"given": NO_GIVEN | {"q": GIVEN[Q], "bert.q": GIVEN[Q]}},
+        "bert.q.weight: changed twice by the adapter",
+    ),
     "no-tensor": (
-        lambda x: x.weights.pop(f"{Q}.weight"),
+        {"weights": {f"{Q}.weight": None}},
         f"{Q}.weight: not in the checkpoint; save the base model as it was adapted, with its head",
     ),
     "shape": (
-        lambda x: x.modules.update({Q: low_rank((5, 6), 2)}),
+        {"given": {Q: low_rank((5, 6), 2)}},
         f"{Q}.weight: expected a linear weight of shape (4, 6), but A (2, 6) and B (5, 2) make "
         "(5, 6)",
     ),
     "vector": (
-        lambda x: x.modules.update({Q: (np.ones(6, np.float32), np.ones((4, 2), np.float32))}),
+        {"given": {Q: (ones(6), ones(4, 2))}},
         f"{PREFIX}{Q}: expected matrices as A and B, got shapes ((6,), (4, 2))",
     ),
-    "not-finite": (
-        lambda x: x.modules.update({Q: (np.full((2, 6), np.nan, np.float32), x.modules[Q][1])}),
-        f"{PREFIX}{Q}.lora_A.weight: 12 of 12 values are not finite",
-    ),
-    "overflow": (
-        lambda x: x.weights.update({f"{Q}.weight": LARGE}) or x.fields.update(lora_alpha=1e9),
-        f"{Q}.weight: 24 values are not finite after merging",
-    ),
-    "scale": (
-        lambda x: x.fields.update(lora_alpha=1e300),
-        f"{Q}.weight: 24 values are not finite after merging",
-    ),
+    "scale": ({"lora_alpha": 1e300}, f"{Q}.weight: 24 values are not finite after merging"),
     "quantized": (
-        lambda x: x.weights.update({f"{Q}.weight": np.ones((4, 6), np.uint8)}),
+        {"weights": {f"{Q}.weight": np.ones((4, 6), np.uint8)}},
         f"{Q}.weight: of dtype U8; expected one of F64, F32, F16, BF16. Dequantize the checkpoint",
     ),
-    "lost-bias": (
-        lambda x: x.fields.update(bias="lora_only"),
-        f"{Q}.bias: selected by {CONFIG}, but missing in {TENSORS}",
-    ),
     "misshapen-bias": (
-        lambda x: (
-            x.fields.update(modules_to_save=["k"])
-            or x.modules.update(
-                {k: np.ones(3, np.float32) for k in x.weights if k.split(".")[3] == "k"}
-            )
-        ),
+        {"given": K_IN_FULL, "modules_to_save": ["k"]},
         "m.layers.0.k.bias: expected F32 of shape (4,), got (3,) in the adapter",
     ),
     "embedding": (
-        lambda x: x.modules.update({f"{Q}.base_layer.weight": 2 * ones(4, 6)}),
+        {"given": {f"{Q}.base_layer.weight": 2 * ones(4, 6)}},
         f"{Q}.weight: the adapter holds other values of it",
     ),
     "experts": (
-        lambda x: (
-            x.weights.update({"e.up": np.ones((2, 4, 6)), "e.down": np.ones((2, 6, 4))})
-            or x.modules.update({"e": low_rank((4, 6), 4), "e.base_layer": low_rank((4, 6), 4)})
-            or x.fields.update(target_parameters=["e.up", "e.down"])
-        ),
+        {"weights": EXPERTS, "given": OF_EXPERTS, "target_parameters": list(EXPERTS)},
         f"{PREFIX}e: A (4, 6) with B (4, 4), A (4, 6) with B (4, 4) may be those of either of "
         "e.down (2, 6, 4), e.up (2, 4, 6)",
     ),
     "prefixes": (
-        lambda x: x.set(weights={p + k: y for k, y in x.weights.items() for p in ("a.", "b.")}),
+        {"weights": NO_WEIGHTS | {p + k: x for k, x in WEIGHTS.items() for p in ("a.", "b.")}},
         "`adapter` fits the checkpoint of `src_dir` with either of 'a.', 'b.' before its names",
     ),
     "two-checkpoints": (
-        lambda x: x.set(
-            after=lambda base: (base / INDEX).write_text('{"weight_map": {"x": "m.safetensors"}}')
-        ),
+        {"after": lambda base: (base / INDEX).write_text('{"weight_map": {"x": "m.safetensors"}}')},
         f"holds {ONE}, and {INDEX} of other files, so two checkpoints. Remove one.",
     ),
     "pickle": (
-        lambda x: x.set(after=lambda base: (base / ONE).rename(base / "m.bin")),
+        {"after": lambda base: (base / ONE).rename(base / "m.bin")},
         f"holds neither {ONE} nor {INDEX}. Save the model as safetensors",
     ),
-    "cut": (
-        lambda x: x.set(after=lambda base: os.truncate(base / ONE, 1200)),
-        f"`src_dir`: {ONE} describes ",
-    ),
+    "cut": ({"after": lambda base: os.truncate(base / ONE, 1200)}, f"`src_dir`: {ONE} describes "),
     "index-without-map": (
-        lambda x: x.set(
-            shards=2, after=lambda base: (base / INDEX).write_text('{"weight_map": []}')
-        ),
+        {"shards": 2, "after": lambda base: (base / INDEX).write_text('{"weight_map": []}')},
         f"{INDEX} has no `weight_map`; got []",
     ),
     "index-leads-out": (
-        lambda x: x.index(lambda where: where.update(x="../x.safetensors")),
+        index(lambda where: where.update(x="../x.safetensors")),
         f"{INDEX} names '../x.safetensors'; expected a safetensors file beside it",
     ),
     "index-lacks": (
-        lambda x: x.index(lambda where: where.pop(f"{Q}.weight")),
+        index(lambda where: where.pop(f"{Q}.weight")),
         f"{Q}.weight: in None by the index, in model-0000",
     ),
     "index-invents": (
-        lambda x: x.index(lambda where: where.update(x=where[f"{Q}.weight"])),
+        index(lambda where: where.update(x=where[f"{Q}.weight"])),
         "safetensors by the index, in None by the files",
+    ),
+    "no-shard": (
+        index(lambda where: where.update(x="more.safetensors")),
+        "base has no more.safetensors",
     ),
 }
 
@@ -911,43 +787,31 @@ DAMAGES: dict[str, tuple[Callable[[Both], Any], str]] = {
 def test_refusals(damage: str, tmp_path: Folder) -> None:
     """Each by name, and nothing is written."""
     change, message = DAMAGES[damage]
-    files = Both(tmp_path)
-    change(files)
-    with refused(message):
-        files.export()
+    error = FileNotFoundError if damage == "no-shard" else ValueError
+    with pytest.raises(error, match=re.escape(message)):
+        export(tmp_path, **change)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
 
-ALLOWED: dict[str, Callable[[Both], Any]] = {
-    "undamaged": lambda x: None,
+ALLOWED: dict[str, dict[str, Any]] = {
+    "undamaged": {},
     # As PEFT lists all of "all-linear", also those that it then excludes.
-    "excluded": lambda x: x.fields.update(
-        target_modules=["q", "m.layers.1.k"], exclude_modules=["k"]
-    ),
+    "excluded": {"target_modules": ["q", "m.layers.1.k"], "exclude_modules": ["k"]},
     # Some libraries write an index beside the only file that it names.
-    "index-of-one": lambda x: x.set(
-        after=lambda base: (base / INDEX).write_text(
-            json.dumps({"weight_map": dict.fromkeys(x.weights, ONE)})
+    "index-of-one": {
+        "after": lambda base: (base / INDEX).write_text(
+            json.dumps({"weight_map": dict.fromkeys(WEIGHTS, ONE)})
         )
-    ),
+    },
 }
 
 
-@pytest.mark.parametrize("change", ALLOWED.values(), ids=ALLOWED)
-def test_what_is_no_damage(change: Callable[[Both], Any], tmp_path: Folder) -> None:
+@pytest.mark.parametrize("change", ALLOWED)
+def test_what_is_no_damage(change: str, tmp_path: Folder) -> None:
     """What the damages start from is merged, and what only looks like one."""
-    change(files := Both(tmp_path))
-    assert len(files.export()) == 8
+    assert len(export(tmp_path, **ALLOWED[change])) == 8
     base, out = ({p.name for p in (tmp_path / name).iterdir()} for name in ("base", "out"))
     assert base == out
-
-
-def test_a_shard_is_missing(tmp_path: Folder) -> None:
-    """By its name."""
-    files = Both(tmp_path)
-    files.index(lambda where: where.update(x="more.safetensors"))
-    with pytest.raises(FileNotFoundError, match=r"`src_dir`: .*base has no more.safetensors"):
-        files.export()
 
 
 def test_arguments(tmp_path: Folder) -> None:
@@ -977,43 +841,3 @@ def test_arguments(tmp_path: Folder) -> None:
     with pytest.raises(ValueError, match="q/kernel: holds values that are not finite"):
         peft.export_merged(base, nan, tmp_path / "out", names=[Name("(.*)/kernel", r"\1", "io")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
-
-
-# ----------------------------------------------------------------------- fuzz
-
-
-def fuzz(seeds: range, folder: Folder) -> int:
-    """Merges damaged adapters; gives how many were right in spite of it."""
-    names, right = ("qv", "tied", "experts"), 0
-    bases = {name: fixture(name, folder / name)[1] for name in names}
-    shapes = {name: {k: x.shape for k, x in read(bases[name]).items()} for name in names}
-    for seed in seeds:
-        draw, place = random.Random(seed), folder / str(seed)
-        place.mkdir()
-        files = Files(place, name := draw.choice(names))
-        mutate(files, draw)
-        before, start = sorted(place.rglob("*")), time.monotonic()
-        try:
-            peft.export_merged(bases[name], files.folder, place / "out")
-        except (ValueError, FileNotFoundError) as e:
-            assert str(e).startswith("`adapter`"), (seed, e)
-            assert sorted(place.rglob("*")) == before, seed
-        else:
-            right += 1
-            merged = read(place / "out")
-            assert {k: x.shape for k, x in merged.items()} == shapes[name], seed
-            assert all(np.isfinite(np.float64(x)).all() for x in merged.values()), seed
-        assert time.monotonic() - start < 30, seed
-        shutil.rmtree(place)
-    return right
-
-
-def test_fuzz(tmp_path: Folder) -> None:
-    """A hundred damages: an error that says what, or a whole checkpoint of finite numbers."""
-    assert 0 < fuzz(range(100), tmp_path) < 100
-
-
-@pytest.mark.slow
-def test_fuzz_long(tmp_path: Folder) -> None:
-    """Five thousand."""
-    assert 0 < fuzz(range(100, 5_100), tmp_path) < 5_000

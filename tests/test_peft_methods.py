@@ -1,225 +1,204 @@
-"""PEFT's files of DoRA and of rows of embeddings that are damaged: each refused by name."""
+"""PEFT's files of DoRA, of rows of embeddings and of MiSS: they say what the adapter means."""
 
-import re
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from peft_files import (
-    CONFIG,
     PREFIX,
-    TENSORS,
-    Damage,
-    Files,
     Folder,
-    all_of,
-    change,
-    drop,
-    put,
-    say,
+    assert_close,
+    assert_equal,
+    assert_same_files,
+    come_back,
+    node,
+    normal,
+    write,
 )
-from test_peft_hostile import bounded
-from test_peft_merged import fixture
+from safetensors.numpy import load_file
 
+import jlora
 from jlora import peft
+from jlora.peft import Name
+from jlora.types import Decomposed, Layout, LowRank, Replaced
 
-Q, K = (f"{PREFIX}model.layers.0.self_attn.{x}_proj" for x in "qk")
-M = ".lora_magnitude_vector"
-EMBED = PREFIX + "model.embed_tokens"
-ROWS = ".token_adapter.trainable_tokens_delta"
-INDICES = "trainable_token_indices"
-ONES = np.ones(8, np.float32)
-DORA: dict[str, tuple[Damage, str]] = {
-    "missing": (drop(Q + M), f"  {Q}{M}: missing, though {Q}.lora_A.weight is there"),
-    "extra": (
-        put(K + M, ONES),
-        f"{K}{M}: unexpected; there is no A and B of model.layers.0.self_attn.k_proj",
+MAGNITUDE, NEW, HALF = ".lora_magnitude_vector", (6, 1, 3), lambda shape: 0.5
+STACK, TURNED = (Name("w", r"w.{}", "lio", transposed=x) for x in (False, True))
+SLOTS = Layout((0,), (1,), (2,), (3, (2, 0, 1), 2))
+MODULES, OF_V = Name("w", ("k", "v"), "soio"), Layout((), (2,), (0, 1, 3), (2, (1,), 0))
+MULTIPLE = Name("w", "w", "io", times=HALF)
+
+
+def form(name: Name, shape: tuple[int, ...], layout: Layout | None = None) -> Any:
+    """Base, random adapter of DoRA and table."""
+    return {"w": normal(0, *shape)}, {"w": node(layout or name, shape, cls=Decomposed)}, [name]
+
+
+def rows(axes: str, shape: tuple[int, ...]) -> Any:
+    """Those of a table that lies in any way, and is a multiple of PyTorch's."""
+    name = Name("w", "w", axes, times=HALF, interleaved=True)
+    (v,) = Replaced.shapes(name.layout, shape, {"rows": 3}).values()
+    return {"w": normal(0, *shape)}, {"w": Replaced(normal(1, *v), NEW, name.layout)}, [name]
+
+
+FORMS: dict[str, Any] = {
+    "of a stack": form(STACK, (3, 8, 6)),
+    "of weights that are turned": form(TURNED, (3, 8, 6)),
+    "of all slots, in any order": form(STACK, (3, 8, 6), SLOTS),
+    "of a module that is a slot": form(
+        MODULES, (2, 3, 8, 3), Layout((), (2,), (0, 1, 3), (2, (1,), 0))
     ),
-    "longer": (put(Q + M, np.ones(9, np.float32)), f"  {Q}{M}: expected shape (8,), got (9,)"),
-    "empty": (put(Q + M, ONES[:0]), f"  {Q}{M}: expected shape (8,), got (0,)"),
-    "zeros": (
-        put(Q + M, 0 * ONES),
-        f"  {Q}{M}: all of its 8 values are 0, with which the module gives nothing",
-    ),
-    "not finite": (put(Q + M, np.inf * ONES), f"  {Q}{M}: 8 of 8 values are not finite"),
-    "integers": (
-        put(Q + M, ONES.astype(np.int32)),
-        f"  {Q}{M}: expected a floating-point dtype, got I32",
-    ),
-    "flag": (say(use_dora="yes"), "  use_dora: expected true or false, got 'yes'"),
-    "off": (say(use_dora=False), f"  {Q}{M}: unexpected; adapter_config.json has no use_dora"),
-    "beside biases": (
-        say(lora_bias=True),
-        "  lora_bias: True is nothing that PEFT has beside use_dora",
-    ),
-    "of parameters": (
-        say(target_parameters=["experts.up"]),
-        "  target_parameters: ['experts.up'] is nothing that PEFT has beside use_dora",
-    ),
+    "of a multiple": form(MULTIPLE, (6, 8)),
+    "rows": rows("vo", (7, 4)),
+    "rows that are columns": rows("ov", (4, 7)),
+    "rows of heads": rows("voo", (7, 2, 2)),
+    "rows inside": rows("ovo", (2, 7, 2)),
 }
-LISTED = "distinct rows, or rows by the names of at most 100 modules, or null"
-TOKENS: dict[str, tuple[Damage, str]] = {
-    "missing": (
-        drop(EMBED + ROWS),
-        f"  {INDICES}: selects rows, missing in adapter_model.safetensors",
-    ),
-    "not listed": (
-        say(**{INDICES: None}),
-        f"  {EMBED}{ROWS}: unexpected; {INDICES} lists none of its rows",
-    ),
-    "another is listed": (
-        say(**{INDICES: {"wte": [1, 2, 3]}}),
-        f"  {EMBED}{ROWS}: unexpected; {INDICES} lists none of its rows",
-    ),
-    "listed twice": (
-        say(**{INDICES: {"embed_tokens": [1, 2, 3], "tokens": [1, 2, 4]}}),
-        f"  {EMBED}{ROWS}: unexpected; {INDICES} lists other rows too",
-    ),
-    "another head": (
-        say(**{INDICES: {"embed_tokens": [9, 2, 3], "q_proj": [9, 2, 3]}}),
-        f"  {INDICES}: selects q_proj, missing in adapter_model.safetensors",
-    ),
-    "two": (
-        put(PREFIX + "other" + ROWS, np.ones((3, 8), np.float32)),
-        f"  {INDICES}: expected rows of one embedding; there are values for 2",
-    ),
-    "more rows": (
-        put(EMBED + ROWS, np.ones((4, 8), np.float32)),
-        f"  {EMBED}{ROWS}: expected shape (3, 8), got (4, 8)",
-    ),
-    "beyond": (
-        say(**{INDICES: [1, 2, 11]}),
-        f"  model.embed_tokens: {INDICES} lists row 11, of 11; grow the vocabulary first",
-    ),
-    "not finite": (
-        put(EMBED + ROWS, np.full((3, 8), np.nan, np.float32)),
-        f"  {EMBED}{ROWS}: 24 of 24 values are not finite",
-    ),
-    "integers": (
-        put(EMBED + ROWS, np.ones((3, 8), np.int64)),
-        f"  {EMBED}{ROWS}: expected a floating-point dtype, got I64",
-    ),
-    "of a linear module": (
-        all_of(
-            say(**{INDICES: {"embed_tokens": [9, 2, 3], "k_proj": [1]}}), put(K + ROWS, ONES[None])
-        ),
-        f"{K}{ROWS}: rows of what is no embedding by `names`",
-    ),
-    "of the head alone": (
-        all_of(
-            say(**{INDICES: {"embed_tokens": [9, 2, 3], "lm_head": [1]}}),
-            put(PREFIX + "lm_head" + ROWS, ONES[None]),
-        ),
-        f"{PREFIX}lm_head{ROWS}: rows of a head whose weight is that of model.embed_tokens",
-    ),
-    "beside A and B": (
-        all_of(
-            put(EMBED + ".lora_embedding_A", np.ones((2, 11), np.float32)),
-            put(EMBED + ".lora_embedding_B", np.ones((8, 2), np.float32)),
-        ),
-        f"  {EMBED}{ROWS}: rows of what is adapted as a whole too",
-    ),
-    "beside the whole": (
-        say(modules_to_save=["embed_tokens"]),
-        f"  {EMBED}{ROWS}: rows of what is adapted as a whole too",
-    ),
-    "another table": (
-        put(EMBED + ".token_adapter.base_layer.weight", np.ones((11, 8), np.float32)),
-        f"  {EMBED}.token_adapter.base_layer.weight: expected the values of `base` at ",
-    ),
-} | {
-    f"rows {wrong!r}": (say(**{INDICES: wrong}), f"  {INDICES}: expected {LISTED}, got {wrong!r}")
-    for wrong in ([1, 2, -1], [1, 2, 2], [], "123", [True, 2, 3])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_w_is_the_same(name: str, tmp_path: Folder) -> None:
+    """Magnitudes are norms, and rows the rows, of PyTorch's W'; a merged checkpoint has that W'."""
+    base, adapter, names = FORMS[name]
+    again = come_back(tmp_path / "a", base, adapter, names)
+    if "any order" not in name:
+        assert_equal(again, adapter)
+    merged = peft.to_tensors(jlora.merge(base, adapter), names)
+    for key, x in peft.tensors(base, adapter, names).items():
+        module, _, end = key.removeprefix(PREFIX).partition(".")
+        weight = merged.get(f"{module}.weight", merged.get(f"{module}.{end[:1]}.weight"))
+        if key.endswith(MAGNITUDE):
+            assert_close(abs(x), np.linalg.norm(weight, axis=int(names != [TURNED])))
+        elif "token" in key:
+            assert_close(x, weight[list(NEW)])
+    peft.save_base(tmp_path / "base", base, names)
+    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "files")
+    peft.export_merged(tmp_path / "base", adapter, tmp_path / "tree", names=names)
+    files, tree = (load_file(tmp_path / x / "model.safetensors") for x in ("files", "tree"))
+    assert files.keys() == tree.keys() == merged.keys()
+    for key, x in merged.items():
+        assert_close(tree[key], x)
+        assert "any order" in name or np.array_equal(files[key], tree[key])
+
+
+def test_parts_have_magnitudes_in_one_vector(tmp_path: Folder) -> None:
+    names = [Name(x, "up", "io", part=(i, 2)) for i, x in enumerate(("gate", "up"))]
+    base = {"gate": normal(8, 8, 6), "up": normal(9, 8, 6)}
+    adapter = {x: node(names[0], (8, 6), cls=Decomposed) for x in base}
+    adapter["up"] = adapter["up"]._replace(m=2 * adapter["up"].m, b=-adapter["up"].b)
+    again = come_back(tmp_path / "a", base, adapter, names)
+    assert_close([x.m for x in again.values()], [x.m for x in adapter.values()], 1e-6)
+
+
+def test_a_mixed_adapter_is_merged(tmp_path: Folder) -> None:
+    """PEFT has DoRA at all sites or at none; a checkpoint has both."""
+    base, adapter, names = form(STACK, (3, 8, 6))
+    base, names = base | {"v": normal(5, 8, 6)}, [*names, low := Name("v", "v", "io")]
+    peft.save_base(tmp_path / "base", base, names)
+    both = adapter | {"v": node(low, (8, 6))}
+    peft.export_merged(tmp_path / "base", both, tmp_path / "out", names=names)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert_close(found, peft.to_tensors(jlora.merge(base, both), names))
+
+
+def test_dropout_of_a_file_is_told(tmp_path: Folder) -> None:
+    """It is of training alone; the configuration keeps it."""
+    base, adapter, names = form(STACK, (3, 8, 6))
+    peft.save(tmp_path / "a", base, adapter, names, config={"lora_dropout": 0.1})
+    with pytest.warns(UserWarning, match="lora_dropout: 0.1 is of training alone"):
+        again = peft.load(tmp_path / "a", base, names)
+    config = peft.read_config(tmp_path / "a")
+    peft.save(tmp_path / "b", base, again, names, config=config)
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------------ MiSS
+
+MISS = {"peft_type": "MISS", "r": 3, "target_modules": ["up"], "init_weights": True, "mini_r": 1}
+NAMES = [Name(r"(\w+)/kernel", r"\1", "io"), Name(r"(\w+)/bias", r"\1", "o", "bias")]
+BASE = {
+    "up": {"kernel": np.asarray(normal(0, 8, 12))},
+    "down": {"kernel": np.asarray(normal(1, 12, 8))},
 }
-ALONE: dict[str, tuple[Damage, str]] = {
-    "no rows": (say(token_indices=[]), "  token_indices: expected distinct rows, got []"),
-    "another": (
-        say(target_modules=["wte"]),
-        f"  {EMBED}.trainable_tokens_delta: unexpected; adapter_config.json does not select it",
-    ),
-    "A": (
-        put(Q + ".lora_A.weight", np.ones((2, 8), np.float32)),
-        f"  {Q}.lora_A.weight: unexpected; adapter_config.json does not select it",
-    ),
-    "fewer": (
-        say(token_indices=[1]),
-        f"  {EMBED}.trainable_tokens_delta: expected shape (1, 8), got (3, 8)",
-    ),
-    "missing": (
-        change(lambda t: t.clear() or t.update({Q: ONES})),
-        "model.embed_tokens.weight: selected by adapter_config.json, but missing in ",
-    ),
-    "feature": (say(r=8), "  r: 8 is a feature that jlora does not support"),
-    "nothing": (
-        say(target_modules=None),
-        f"  {EMBED}.trainable_tokens_delta: unexpected; adapter_config.json does not select it",
-    ),
-}
-DAMAGES = {
-    (name, damage): found
-    for name, each in {"dora": DORA, "tokens": TOKENS, "alone": ALONE}.items()
-    for damage, found in each.items()
-}
-# What nothing but the tree of the model can tell.
-OF_TREES = {"of a linear module", "of the head alone", "another table"}
+BLOCK = np.asarray(normal(2, 3, 12))
 
 
-def files(name: str, folder: Folder) -> Files:
-    """A copy of a fixture; `alone` is one of rows and nothing else."""
-    found = Files(folder, "tokens" if name == "alone" else name)
-    if name != "alone":
-        return found
-    adapter = found.load()
-    rows = {"params": {"embed": adapter["params"]["embed"]}}
-    for file in (CONFIG, TENSORS):
-        (found.folder / file).unlink()
-    peft.save(found.folder, found.case.base, rows, found.case.names)
-    return found
+def written(folder: Folder, fields: dict[str, Any], **tensors: np.ndarray) -> Folder:
+    """An adapter of MiSS, and tensors beside it."""
+    return write(folder, {"up.miss_block": BLOCK} | tensors, **fields)
 
 
-@pytest.mark.parametrize(("name", "damage"), DAMAGES)
-def test_refused(name: str, damage: str, tmp_path: Folder) -> None:
-    """Onto a tree and onto a checkpoint, with the same words; nothing is written."""
-    change, message = DAMAGES[name, damage]
-    found = files(name, tmp_path)
-    found.load()
-    change(found)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        found.load()
-    if damage not in OF_TREES:
-        _, base = fixture("tokens" if name == "alone" else name, tmp_path)
-        with pytest.raises(ValueError, match=re.escape(message)):
-            peft.export_merged(base, found.folder, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
+def miss(rank: int, at: str) -> LowRank:
+    """What `initializers.miss` starts, with a B."""
+    inputs, outputs = BASE[at]["kernel"].shape
+    a = np.eye(rank, dtype=np.float32)[np.arange(inputs) % rank]
+    return LowRank(a, np.asarray(normal(3, rank, outputs)), 2.0, NAMES[0].layout, frozen=("a",))
 
 
-def test_dora_of_a_tied_embedding_is_refused(tmp_path: Folder) -> None:
-    """Onto a tree and onto a checkpoint."""
-    found = Files(tmp_path, "dora_scanned")
-    config = peft.read_config(found.folder)
-    found.config(target_modules=[*config["target_modules"], "embed_tokens"])
-    shapes = {".lora_embedding_A": (2, 11), ".lora_embedding_B": (8, 2), M: (8,)}
-    new = {EMBED + end: np.ones(shape, np.float32) for end, shape in shapes.items()}
-    found.tensors(lambda t: t.update(new))
-    message = "model.embed_tokens: of DoRA, which is not supported beside lm_head, a tied weight"
-    with pytest.raises(ValueError, match=message):
-        found.load()
-    _, base = fixture("dora_scanned", tmp_path)
-    with pytest.raises(ValueError, match="embedding and the output head share this weight"):
-        peft.export_merged(base, found.folder, tmp_path / "out")
+def both(ranks: tuple[int, int] = (3, 3)) -> Any:
+    return {at: {"kernel": miss(rank, at)} for at, rank in zip(BASE, ranks, strict=True)}
 
 
-@pytest.mark.parametrize("form", ["list", "by name", "alone"])
-def test_many_rows_of_many_modules_take_no_time(form: str, tmp_path: Folder) -> None:
-    """A list of a hundred thousand rows, and twenty thousand modules with values."""
-    found = files("alone" if form == "alone" else "tokens", tmp_path)
-    rows, end = list(range(99_999)), ROWS
-    if form == "alone":
-        found.config(token_indices=rows, target_modules=".*")
-        end = ".trainable_tokens_delta"
-    else:
-        many = {f"m{i}": rows[:900] for i in range(99)}
-        found.config(**{INDICES: rows if form == "list" else many})
-    few = {f"{PREFIX}m{i}{end}": np.ones((1, 1), np.float32) for i in range(20_000)}
-    found.tensors(lambda t: t.update(few))
-    with bounded(), pytest.raises(ValueError, match=r"expected (rows of|100 or fewer)"):
-        peft.read(found.folder)
+@pytest.mark.parametrize(
+    "fields", [MISS, MISS | {"target_modules": None}, {"peft_type": "MISS", "r": 3}]
+)
+def test_miss_is_the_formula(fields: Any, tmp_path: Folder) -> None:
+    """The rows of the block, again and again; A is not trained. Modules are those of the file."""
+    adapter = peft.load(written(tmp_path / "a", fields), BASE, NAMES)
+    found = adapter["up"]["kernel"]
+    expected = np.stack([BLOCK[i % 3] for i in range(8)])
+    np.testing.assert_array_equal(found.scale * np.asarray(found.a @ found.b), expected)
+    assert (list(adapter), found.frozen) == (["up"], ("a",))
+
+
+def test_miss_is_written_as_it_was_read(tmp_path: Folder) -> None:
+    """Byte for byte, with what is trained beside it; or as LoRA."""
+    fields = {
+        "auto_mapping": None, "base_model_name_or_path": "base", "bias": "MiSS_only",
+        "exclude_modules": None, "inference_mode": True, "init_weights": True,
+        "layers_pattern": None, "layers_to_transform": None, "mini_r": 1, "miss_dropout": 0.25,
+        "modules_to_save": ["down"], "peft_type": "MISS", "peft_version": "0.19.0", "r": 3,
+        "revision": None, "target_modules": ["up"], "task_type": "SEQ_CLS",
+    }  # fmt: skip
+    base = BASE | {"up": BASE["up"] | {"bias": np.ones(12, np.float32)}}
+    beside = {"up.base_layer.bias": BLOCK[0], "down.weight": np.ones((8, 12), np.float32)}
+    adapter = peft.load(written(tmp_path / "own", fields, **beside), base, NAMES)
+    assert adapter["up"]["kernel"].dropout == 0.25
+    config = peft.read_config(tmp_path / "own")
+    peft.save(tmp_path / "again", base, adapter, NAMES, config=config)
+    assert_same_files(tmp_path / "again", tmp_path / "own")
+    peft.save(tmp_path / "plain", base, adapter, NAMES)
+    assert peft.read_config(tmp_path / "plain")["peft_type"] == "LORA"
+
+
+def test_miss_of_any_scale_is_written(tmp_path: Folder) -> None:
+    """The scale is in the block, as PEFT has none."""
+    adapter = both()
+    peft.save(tmp_path / "own", BASE, adapter, NAMES, config={"peft_type": "MISS"})
+    assert peft.read_config(tmp_path / "own")["r"] == 3
+    loaded = peft.load(tmp_path / "own", BASE, NAMES)
+    for name in BASE:
+        own, other = adapter[name]["kernel"], loaded[name]["kernel"]
+        assert (other.scale, other.frozen) == (1, ("a",))
+        np.testing.assert_array_equal(other.b, 2 * own.b)
+
+
+@pytest.mark.parametrize("config", [None, {"peft_type": "MISS"}])
+def test_float64_is_written_as_it_is(config: Any, tmp_path: Folder) -> None:
+    """Only JAX needs to be told of 64 bits."""
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), both())
+    wide["up"]["bias"], base = np.full(12, 1 / 3), BASE | {"up": BASE["up"] | {"bias": np.ones(12)}}
+    found = peft.tensors(base, wide, NAMES, config=config)
+    assert {x.dtype.name for x in found.values()} == {"float64"}
+    peft.save(tmp_path / "own", base, wide, NAMES, config=config)
+    with pytest.raises(ValueError, match=r"up.*: dtype F64 needs jax_enable_x64"):
+        peft.load(tmp_path / "own", base, NAMES)
+    with jax.enable_x64(True):
+        again = peft.load(tmp_path / "own", base, NAMES)
+    np.testing.assert_array_equal(again["up"]["bias"], wide["up"]["bias"])
+
+
+def test_miss_needs_its_base(tmp_path: Folder) -> None:
+    with pytest.raises(ValueError, match=r"got 'MISS'; load it onto its base by jlora\.peft\.load"):
+        peft.read(written(tmp_path / "a", MISS))

@@ -1,6 +1,6 @@
 """Leaves of several modules of PyTorch, such as k and v, and several leaves of one, as experts."""
 
-import json
+import functools
 import re
 import shutil
 from typing import Any
@@ -10,9 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_base_files as base_files
-from peft_files import CONFIG, PREFIX, TENSORS, Folder, assert_close, assert_equal
-from safetensors.numpy import load_file, save_file
+from peft_files import (
+    PREFIX,
+    TENSORS,
+    Folder,
+    assert_close,
+    assert_equal,
+    come_back,
+    normal,
+    pair,
+    write,
+)
+from safetensors.numpy import load_file
 from small import some
+from test_peft import delta
 
 import jlora
 from jlora import Full, LoRA, Slots, peft
@@ -31,10 +42,6 @@ NAMES = (
 )
 
 
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
 def params() -> Any:
     kv = lambda i: {"w": normal(i, 2, 3, 4, 2), "bias": normal(9 + i, 2, 6)}  # noqa: E731
     return {"0": {"kv": kv(0)}, "1": {"kv": kv(1)}}
@@ -50,6 +57,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
     return total
 
 
+@functools.cache
 def adapted(*rules: Any) -> tuple[Any, Any]:
     """Base and random adapter."""
     base, adapter = jax.jit(jlora.transform(apply, *rules).init)(KEY, params(), X)
@@ -60,19 +68,11 @@ def rule(*chosen: int) -> LoRA:
     return LoRA("kv/w", rank=2, alpha=3, slots=Slots(2, chosen))
 
 
-def come_back(folder: Folder, base: Any, adapter: Any, names: Any = NAMES) -> Any:
-    """The adapter after `save` and `load`, whose ΔW must be the same."""
-    peft.save(folder, base, adapter, names)
-    again = peft.load(folder, base, names)
-    assert_close(jlora.merge(base, again), jlora.merge(base, adapter))
-    return again
-
-
 @pytest.mark.parametrize("chosen", some([(0,), (1,), (0, 1)], (1,), (0, 1)))
 def test_only_some_modules(chosen: tuple[int, ...], tmp_path: Folder) -> None:
     """Those of the adapted slots are in the file, are what it selects, and come back."""
     base, adapter = adapted(rule(*chosen))
-    assert_equal(come_back(tmp_path / "a", base, adapter), adapter)
+    assert_equal(come_back(tmp_path / "a", base, adapter, NAMES), adapter)
     wanted = [f"{'kv'[i]}_proj" for i in chosen]
     assert peft.read_config(tmp_path / "a")["target_modules"] == wanted
     tensors = load_file(tmp_path / "a" / TENSORS)
@@ -94,7 +94,7 @@ SLOTS = {
 def test_other_slots(form: str, tmp_path: Folder) -> None:
     """Whatever has no such form in PEFT is written with the same ΔW."""
     given, rank = SLOTS[form]
-    node = come_back(tmp_path / "a", *adapted(given))["0"]["kv"]["w"]
+    node = come_back(tmp_path / "a", *adapted(given), NAMES)["0"]["kv"]["w"]
     assert node.layout.slots == (2, (0, 1), 0)
     assert peft.read_config(tmp_path / "a")["r"] == node.a.shape[-1] == rank
 
@@ -103,30 +103,7 @@ def test_in_full(tmp_path: Folder) -> None:
     """Biases beside A and B, and whole modules."""
     for i, rules in enumerate(((rule(0, 1), Full("bias")), (Full("1/kv"), rule(1)))):
         base, adapter = adapted(*rules)
-        assert_equal(come_back(tmp_path / str(i), base, adapter), adapter)
-
-
-def test_checkpoints(tmp_path: Folder) -> None:
-    """Each module is a tensor; merging adds to those that are adapted and leaves the others."""
-    tensors = peft.to_tensors(params(), NAMES)
-    expected = params()["1"]["kv"]["w"][1].transpose(0, 2, 1).reshape(6, 4)
-    np.testing.assert_array_equal(tensors["h.1.v_proj.weight"], expected)
-    assert {name: x.shape for name, x in tensors.items()} == {
-        f"h.{i}.{m}_proj.{p}": shape
-        for i in range(2)
-        for m in "kv"
-        for p, shape in (("weight", (6, 4)), ("bias", (6,)))
-    }
-    assert_equal(peft.from_tensors(tensors, params(), NAMES), params())
-
-    (tmp_path / "base").mkdir()
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    assert_equal(peft.load_base(tmp_path / "base", NAMES, like=params()), params())
-    base, adapter = adapted(rule(1))
-    peft.export_merged(tmp_path / "base", adapter, tmp_path / "merged", names=NAMES)
-    merged = peft.load_base(tmp_path / "merged", NAMES, like=base)
-    assert_close(merged, jlora.merge(base, adapter))
-    np.testing.assert_array_equal(merged["0"]["kv"]["w"][0], base["0"]["kv"]["w"][0])
+        assert_equal(come_back(tmp_path / str(i), base, adapter, NAMES), adapter)
 
 
 def test_quantized(tmp_path: Folder) -> None:
@@ -142,69 +119,37 @@ def test_quantized(tmp_path: Folder) -> None:
         base_files.assert_rounded(w.T, file.matrix)
 
 
-def wider(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rank 3 of the values of layer 1."""
-    pads = {"lora_A": ((0, 1), (0, 0)), "lora_B": ((0, 0), (0, 1))}
-    return {
-        key: np.pad(x, pads[key.split(".")[-2]]) if "h.1.v_proj" in key else x
-        for key, x in tensors.items()
-    }
+HALVES = [f"h.0.{x}_proj" for x in "kv"]
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "ranks": (
+        pair("h.1.k_proj", 2, 4, 6) | pair("h.1.v_proj", 3, 4, 6),
+        {"target_modules": ["k_proj", "v_proj"], "rank_pattern": {"h.1.v_proj": 3}},
+        "1/kv/w: its modules are one leaf but differ: rank 2 and scale 1.5, rank 3 and scale 1; "
+        "adapt them alike",
+    ),
+    "one of two": (
+        {"h.1.k_proj.weight": np.ones((6, 4), "f4"), "h.1.k_proj.bias": np.ones(6, "f4")},
+        {"target_modules": HALVES, "modules_to_save": ["h.1.k_proj"]},
+        "1/kv/w: its modules are one leaf, of which 1 of 2 are adapted, h.1.v_proj not; adapt them "
+        "alike",
+    ),
+}
 
 
-def whole(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The keys of layer 1 in full, its values not."""
-    full = {
-        f"{PREFIX}h.1.k_proj.weight": np.zeros((6, 4), np.float32),
-        f"{PREFIX}h.1.k_proj.bias": np.zeros(6, np.float32),
-    }
-    return {key: x for key, x in tensors.items() if "h.1" not in key} | full
-
-
-@pytest.mark.parametrize(
-    ("change", "fields", "message"),
-    [
-        (
-            wider,
-            {"rank_pattern": {"h.1.v_proj": 3}},
-            "1/kv/w: its modules are one leaf but differ: rank 2 and scale 1.5, rank 3 and scale "
-            "1; adapt them alike",
-        ),
-        (
-            whole,
-            {"target_modules": ["h.0.k_proj", "h.0.v_proj"], "modules_to_save": ["h.1.k_proj"]},
-            "1/kv/w: its modules are one leaf, of which 1 of 2 are adapted, h.1.v_proj not; adapt "
-            "them alike",
-        ),
-    ],
-)
-def test_load_refuses(change: Any, fields: Any, message: str, tmp_path: Folder) -> None:
+@pytest.mark.parametrize("case", REFUSED)
+def test_load_refuses(case: str, tmp_path: Folder) -> None:
     """What one node, or one array, cannot hold."""
-    base, adapter = adapted(rule(0, 1))
-    peft.save(tmp_path / "a", base, adapter, NAMES)
-    save_file(change(load_file(tmp_path / "a" / TENSORS)), tmp_path / "a" / TENSORS)
-    config = peft.read_config(tmp_path / "a") | fields
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
+    tensors, fields, message = REFUSED[case]
+    first = pair(HALVES[0], 2, 4, 6) | pair(HALVES[1], 2, 4, 6)
+    write(tmp_path / "a", first | tensors, r=2, lora_alpha=3, **fields)
     with pytest.raises(ValueError, match=re.escape(message)):
-        peft.load(tmp_path / "a", base, NAMES)
+        peft.load(tmp_path / "a", params(), NAMES)
 
 
 EXPERTS = [f"model.layers.3.mlp.experts.{i}.down_proj" for i in range(2)]
 ATTENTION, MLP = "model.layers.3.self_attn.{}_proj", "model.layers.3.mlp.{}_proj"
 # A path of a table and its shape: the modules that it is of, and their kind.
 PATHS: dict[tuple[str, str, tuple[int, ...]], tuple[list[str], str | None]] = {
-    ("bert", "params/embeddings/word_embeddings/embedding", (9, 4)): (
-        ["embeddings.word_embeddings"], "embedding"
-    ),
-    ("roberta", "classifier/out_proj/bias", (3,)): (["classifier.out_proj"], None),
-    ("gpt2", "transformer/h/11/mlp/c_fc/kernel", (16, 4)): (
-        ["transformer.h.11.mlp.c_fc"], "linear"
-    ),
-    ("vit", "vit/embeddings/patch_embeddings/projection/kernel", (4, 4, 3, 8)): (
-        ["vit.embeddings.patch_embeddings.projection"], "conv"
-    ),
-    ("llama", "model/layers/0/input_layernorm/weight", (4,)): (
-        ["model.layers.0.input_layernorm"], None
-    ),
     ("llama-scanned", "model/layers/self_attn/q_proj/kernel", (2, 4, 4)): (
         [f"model.layers.{i}.self_attn.q_proj" for i in range(2)], "linear"
     ),
@@ -264,7 +209,7 @@ def flax_shapes(table: str) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-@pytest.mark.parametrize("table", some(FLAX, "bert", "gpt2"))
+@pytest.mark.parametrize("table", some(FLAX, "gpt2"))
 def test_tables_of_flax_models(table: str) -> None:
     """Every leaf but ViT's own parameters is called as in PyTorch, with any head or none."""
     models = flax_shapes(table)
@@ -363,37 +308,21 @@ def zeros(adapter: Any) -> Any:
     return {name: jnp.zeros((*x.a.shape[:-1], x.b.shape[-1])) for name, x in adapter.items()}
 
 
-def product(folder: Folder, module: str, experts: int) -> np.ndarray:
-    """B·A of each expert in the file, (experts, outputs, inputs)."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    a, b = (tensors[f"{PREFIX}{module}.lora_{side}.weight"] for side in "AB")
-    a = a.reshape(experts, -1, a.shape[-1])
-    b = b.reshape(len(b), -1, experts)
-    return np.einsum("ore,eri->eoi", b, a)
-
-
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
-    ("table", "names", "module", "experts"),
-    [
-        (PARTS[:2], ("gate", "up"), "experts", 3),
-        (LINEAR_PARTS, ("a", "b", "c"), "mlp.fused", 1),
-    ],
+    ("table", "module", "kind"),
+    [(PARTS[:2], "experts", "experts"), (LINEAR_PARTS, "mlp.fused", "linear")],
 )
-def test_parts(
-    table: Any, names: Any, module: str, experts: int, shared: bool, tmp_path: Folder
-) -> None:
+def test_parts(table: Any, module: str, kind: str, shared: bool, tmp_path: Folder) -> None:
     """One A if it is the same, else all of them; the same ΔW, and the same leaves again."""
-    adapter = nodes(*names, shared=shared)
+    adapter = nodes(*(name.path for name in table), shared=shared)
     base = zeros(adapter)
-    peft.save(tmp_path / "a", base, adapter, table)
-    each = [x.reshape(experts, 4, 6) for x in jlora.merge(base, adapter).values()]
-    expected = np.concatenate(each, axis=2).swapaxes(1, 2)
-    assert_close(1.5 * product(tmp_path / "a", module, experts), expected)
-    rank = max(peft.read_config(tmp_path / "a")["rank_pattern"].values(), default=0)
-    rank = rank or peft.read_config(tmp_path / "a")["r"]
-    assert rank == (2 if shared else 2 * len(names))
-    assert_equal(peft.load(tmp_path / "a", base, table), adapter)
+    assert_equal(come_back(tmp_path / "a", base, adapter, table), adapter)
+    each = np.concatenate([*jlora.merge(base, adapter).values()], axis=-1).swapaxes(-1, -2)
+    assert_close(delta(load_file(tmp_path / "a" / TENSORS), module, kind, 1.5), each)
+    config = peft.read_config(tmp_path / "a")
+    rank = max(config["rank_pattern"].values(), default=config["r"])
+    assert rank == (2 if shared else 2 * len(table))
 
 
 @pytest.mark.parametrize("change", ["one", "ranks", "scales"])
@@ -416,19 +345,11 @@ def test_parts_of_untrained_factors(tmp_path: Folder) -> None:
     assert_equal(peft.load(tmp_path / "a", zeros(adapter), PARTS[:2]), adapter)
 
 
-def test_parts_are_for_adapters(tmp_path: Folder) -> None:
-    """Whole weights are refused, with the leaf or the tensor."""
+def test_parts_are_for_adapters() -> None:
+    """Whole weights are refused, with the leaf."""
     base = zeros(nodes("gate", "up", "down"))
     with pytest.raises(ValueError, match="`names` is for adapters: by it these leaves of `params`"):
         peft.to_tensors(base, PARTS)
-    with pytest.raises(ValueError, match="gate: in full, but is a part of a parameter"):
-        peft.save(tmp_path / "a", base, {"gate": base["gate"]}, PARTS)
-    with pytest.raises(ValueError, match="two leaves one name"):
-        resolve(base, (PARTS[0], Name("up", "experts", "eio", "gate_up_proj")))
-    with pytest.raises(ValueError, match=re.escape("`part` must be (j, n) with 0 <= j < n")):
-        Name("w", "m", "io", part=(2, 2))
-    with pytest.raises(ValueError, match="which is not transposed"):
-        Name("w", "m", "io", part=(0, 2), transposed=True)
 
 
 def test_sizes_tell_rows_apart() -> None:

@@ -1,6 +1,5 @@
 """Rows of a name table that say how the leaf's values differ from PyTorch's."""
 
-import pathlib
 from typing import Any
 
 import jax
@@ -8,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_base_files as base_files
+from peft_files import Folder, assert_close, assert_equal, assert_same_files, come_back, node
+from safetensors.numpy import load_file
 from small import some
 
 import jlora
 from jlora import LoRA, checkpoint, peft
 from jlora.peft import Name, tables
+from jlora.types import Layout
 
 HEADS, SIZE, WIDTH = 3, 6, 8
 SHAPES = {"scanned": (WIDTH, 2, HEADS, SIZE), "one": (WIDTH, HEADS, SIZE)}
@@ -21,6 +23,7 @@ PATHS = {
     "one": "decoder/layers_0/self_attention/query/kernel",
 }
 MODULES = {"scanned": ["model.layers.0", "model.layers.1"], "one": ["model.layers.0"]}
+LAYOUTS = {"scanned": Layout((1,), (0,), (2, 3)), "one": Layout((), (0,), (1, 2))}
 TABLE = tables.maxtext.LLAMA
 EACH = pytest.mark.parametrize("form", SHAPES)
 
@@ -30,11 +33,6 @@ def tree(form: str, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
     return {PATHS[form]: jax.random.normal(jax.random.key(0), SHAPES[form]).astype(dtype)}
 
 
-def apply(params: Any, x: jax.Array) -> jax.Array:
-    [w] = jax.tree.leaves(params)
-    return jnp.einsum("bd,d...->b...", x, w)
-
-
 def as_in_pytorch(w: np.ndarray) -> np.ndarray:
     """(d, heads, head_dim) to (heads · head_dim, d): the pairs of each head apart, and times √."""
     w = w.astype(np.float32) * np.float32(SIZE**0.5)
@@ -42,11 +40,8 @@ def as_in_pytorch(w: np.ndarray) -> np.ndarray:
     return halves.reshape(WIDTH, HEADS * SIZE).T
 
 
-def adapted(form: str) -> tuple[Any, Any, Any]:
-    lora = jlora.transform(apply, LoRA("query", rank=2, alpha=5))
-    base, adapter = lora.init(jax.random.key(1), tree(form), jnp.ones((1, WIDTH)))
-    noise = lambda x: x + jax.random.normal(jax.random.key(2), x.shape)  # noqa: E731
-    return lora, base, jax.tree.map(noise, adapter)
+def adapted(form: str) -> tuple[Any, Any]:
+    return tree(form), {PATHS[form]: node(LAYOUTS[form], SHAPES[form], 2, 2.5)}
 
 
 @EACH
@@ -69,43 +64,35 @@ def test_weights(form: str, dtype: Any) -> None:
 
 
 @EACH
-def test_change(form: str, tmp_path: pathlib.Path) -> None:
-    """ΔW is that of PEFT's A, B and scale, with A and B as they are."""
-    _, base, adapter = adapted(form)
-    peft.save(tmp_path / "a", base, adapter, TABLE)
-    [delta] = jax.tree.leaves(jax.tree.map(lambda m, b: m - b, jlora.merge(base, adapter), base))
-    layers = [delta] if form == "one" else [delta[:, 0], delta[:, 1]]
-    theirs = peft.read(tmp_path / "a")
-    for module, layer in zip(MODULES[form], layers, strict=True):
-        node = theirs[f"{module}.self_attn.q_proj"]
-        assert isinstance(node, jlora.types.LowRank)
-        product = node.scale * np.asarray(node.a) @ np.asarray(node.b)
-        expected = as_in_pytorch(np.asarray(layer))
-        np.testing.assert_allclose(product.T, expected, rtol=1e-4, atol=1e-5)
+def test_change(form: str, tmp_path: Folder) -> None:
+    """W + ΔW of PEFT's A, B and scale is what it is here, with A and B as they are."""
+    base, adapter = adapted(form)
+    assert_equal(come_back(tmp_path / "a", base, adapter, TABLE), adapter)
+    peft.save_base(tmp_path / "base", base, TABLE)
+    peft.export_merged(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    expected = peft.to_tensors(jlora.merge(base, adapter), TABLE)
+    assert_close(load_file(tmp_path / "out" / "model.safetensors"), expected)
 
 
 @EACH
 @pytest.mark.parametrize("alpha", some([1, 5, 7, 12, 0.3], 7))
 @pytest.mark.parametrize("rslora", [False, True])
-def test_files_come_back(form: str, alpha: float, rslora: bool, tmp_path: pathlib.Path) -> None:
+def test_files_come_back(form: str, alpha: float, rslora: bool, tmp_path: Folder) -> None:
     """With a scale that is no power of two, byte for byte."""
-    _, base, adapter = adapted(form)
+    base, adapter = adapted(form)
     said = {"r": 2, "lora_alpha": alpha, "use_rslora": rslora, "target_modules": ["q_proj"]}
     plain = [Name(row.path, row.module, row.axes) for row in TABLE]
-    [node] = jax.tree.leaves(adapter, is_leaf=lambda x: isinstance(x, jlora.types.LowRank))
     scale = alpha / (2**0.5 if rslora else 2)
-    theirs = {PATHS[form]: node._replace(scale=scale)}
+    theirs = {PATHS[form]: adapter[PATHS[form]]._replace(scale=scale)}
     peft.save(tmp_path / "theirs", base, theirs, plain, config=said)
     config = peft.read_config(tmp_path / "theirs")
     assert (config["lora_alpha"], config["alpha_pattern"]) == (alpha, {})
     ours = peft.load(tmp_path / "theirs", base, TABLE)
     peft.save(tmp_path / "ours", base, ours, TABLE, config=config)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        expected = (tmp_path / "theirs" / name).read_bytes()
-        assert (tmp_path / "ours" / name).read_bytes() == expected
+    assert_same_files(tmp_path / "ours", tmp_path / "theirs")
 
 
-def test_quantized(tmp_path: pathlib.Path) -> None:
+def test_quantized(tmp_path: Folder) -> None:
     """Codes have an order and a scale of their own."""
     params = {PATHS["one"]: jnp.ones((base_files.COLUMNS, 2, base_files.ROWS // 2))}
     files = {f"{MODULES['one'][0]}.self_attn.q_proj": base_files.gptq()}
@@ -113,9 +100,9 @@ def test_quantized(tmp_path: pathlib.Path) -> None:
         peft.load_base(base_files.write(tmp_path / "base", files), TABLE, like=params)
 
 
-def test_one_key_with_slashes(tmp_path: pathlib.Path) -> None:
+def test_one_key_with_slashes(tmp_path: Folder) -> None:
     """A tree that is one dict by path is kept as any other."""
-    _, base, adapter = adapted("one")
+    base, adapter = adapted("one")
     assert list(base) == list(adapter) == [PATHS["one"]]
     checkpoint.save(tmp_path / "a", adapter, [LoRA("query", rank=2, alpha=5)], base=base)
     for like in (adapter, None):

@@ -123,8 +123,10 @@ def test_the_work_is_that_of_a_dense_base():
 def plan(shape, mesh, method):
     """`jlora.plan` of a LoRA step of one of `pod`'s models."""
     args = argparse.Namespace(shape=shape, rank=16, rows=1, length=2048)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(pod.RULES):
-        return jlora.plan(*pod.plan_step(args, method, mesh), compiler_options=HURRIED)
+    with nn.logical_axis_rules(pod.RULES):
+        step = pod.plan_step(args, method, mesh)
+        with jax.set_mesh(mesh):
+            return jlora.plan(*step, compiler_options=HURRIED)
 
 
 def one_chip():

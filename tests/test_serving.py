@@ -15,12 +15,11 @@ import jax
 import numpy as np
 import peft_models as models
 import pytest
-from peft_files import CONFIG, PREFIX, TENSORS, Folder, normal
+from peft_files import CONFIG, PREFIX, TENSORS, Folder, bounded, node, normal
 from safetensors.numpy import save_file
 from small import some
 from test_cli import PLAIN, fuzz, run
-from test_peft import node
-from test_peft_hostile import PATTERNS, TOO_MUCH, bounded
+from test_peft_hostile import PATTERNS, TOO_MUCH
 from test_peft_merged import base_of, checkpoint
 
 from jlora import peft

@@ -53,16 +53,20 @@ def data() -> np.ndarray:
     return (z * 1.0 / (1 + np.arange(WIDTH)) + 0.3).astype(np.float32)
 
 
-def test_eva() -> None:
-    """Subspaces, and the ranks that PEFT distributes."""
-    x, theirs = data(), model()
-    config = hf_peft.LoraConfig(
+def config_of(start: str, **options: Any) -> Any:
+    return hf_peft.LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
         target_modules=["0", "2", "4"],
-        init_lora_weights="eva",
-        eva_config=hf_peft.EvaConfig(rho=2.0),
+        init_lora_weights=start,
+        **options,
     )
+
+
+def test_eva() -> None:
+    """Subspaces, and the ranks that PEFT distributes."""
+    x, theirs = data(), model()
+    config = config_of("eva", eva_config=hf_peft.EvaConfig(rho=2.0))
     found = get_eva_state_dict(
         theirs,
         [torch.from_numpy(x)],
@@ -87,13 +91,7 @@ def test_lora_ga() -> None:
     """A and B up to their signs, and so W - s·A·B; the model begins as it was."""
     x, theirs = data(), model()
     params, before = params_of(theirs), theirs(torch.from_numpy(x)).detach().numpy()
-    config = hf_peft.LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=["0", "2", "4"],
-        init_lora_weights="lora_ga",
-        lora_ga_config=hf_peft.LoraGAConfig(),
-    )
+    config = config_of("lora_ga", lora_ga_config=hf_peft.LoraGAConfig())
     tuned = copy.deepcopy(theirs)
     preprocess_loraga(tuned, config, lambda: (tuned(torch.from_numpy(x)) ** 2).mean().backward())
     tuned = hf_peft.get_peft_model(tuned, config)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from cases import CASES, SUBJECTS, Case
+from cases import CASES, Case
 from jax.sharding import PartitionSpec as P
 from own_schemes import Pairs
 from safetensors.numpy import save_file
@@ -33,13 +33,11 @@ slow = pytest.mark.slow
 
 def table() -> Iterable[Any]:
     """PiSSA on every case, the others on some of each."""
-    daily = {("pissa", "used_twice"), ("loftq", "used_twice")}
-    for i, subject in enumerate(s for s in SUBJECTS if s != "model"):
-        cases = [c for c in CASES if c.subject == subject and c.sites]
-        for (j, case), (k, name) in itertools.product(enumerate(cases), enumerate(STARTS)):
-            if k in (0, (i + j) % len(STARTS)) or (name, case.name) in daily:
-                marks = [] if (name, case.name) in daily else [slow]
-                yield pytest.param(case, name, id=f"{name}-{case.name}", marks=marks)
+    cases = [c for c in CASES if c.subject != "model" and c.sites]
+    for (i, case), (k, name) in itertools.product(enumerate(cases), enumerate(STARTS)):
+        daily = case.name == "used_twice" and name in ("pissa", "loftq")
+        if daily or k in (0, i % len(STARTS)):
+            yield pytest.param(case, name, id=f"{name}-{case.name}", marks=[] if daily else [slow])
 
 
 @pytest.mark.parametrize(("case", "name"), [*table()])
@@ -77,8 +75,7 @@ def einsum(spec: str) -> Any:
 # Model, W, x, slots, and W as the matrices (inputs, outputs) that are factored.
 FORMS: dict[str, Any] = {
     "dense": (dense, (12, 10), (2, 12), None, lambda w: [w]),
-    "wide": (dense, (6, 20), (2, 6), None, lambda w: [w]),
-    "stack": (layers, (3, 8, 6), (3, 2, 8), None, list),
+    "stack": (layers, (3, 7, 5), (3, 2, 7), None, list),
     "experts": (
         einsum("lebi,leio->lebo"),
         (2, 3, 6, 5),
@@ -86,20 +83,12 @@ FORMS: dict[str, Any] = {
         None,
         lambda w: list(w.reshape(6, 6, 5)),
     ),
-    "odd stack": (layers, (3, 7, 5), (3, 2, 7), None, list),
     "last": (
         einsum("sbi,ios->sbo"),
         (8, 6, 3),
         (3, 2, 8),
         None,
         lambda w: list(w.transpose(2, 0, 1)),
-    ),
-    "heads": (
-        einsum("bhk,hko->bo"),
-        (3, 4, 10),
-        (2, 3, 4),
-        None,
-        lambda w: [w.reshape(12, 10)],
     ),
     "convolution": (convolution, (3, 4, 10), (2, 7, 4), None, lambda w: [w.reshape(12, 10)]),
     "slots": (dense, (8, 18), (2, 8), Slots(3, (0, 2)), lambda w: [w[:, :6], w[:, 12:]]),
@@ -236,7 +225,7 @@ def start_of(kind: str) -> tuple[Any, Any, Any]:
 KINDS = (*STARTS, "DoRA", "Rows", "codes", "many")
 DAILY_WAYS = {
     *[("pissa", "jit closed over"), ("loftq", "eval_shape"), ("olora", "vmap"), ("Rows", "jit")],
-    *[("DoRA", "eval_shape closed over"), ("codes", "eval_shape"), ("many", "numpy")],
+    *[("DoRA", "eval_shape closed over"), ("many", "numpy")],
 }
 
 
@@ -247,6 +236,9 @@ def test_however_init_is_called(kind: str, way: str) -> None:
     found, expected = WAYS[way](init, params, x), init(KEY, params, x)
     form = functools.partial(jax.tree.map, lambda x: (x.shape, str(x.dtype)))
     assert form(found) == form(expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    if kind in (*STARTS, "DoRA"):  # marked as for a base that is not the parameters
+        assert found[1]["w"].residual == (kind != "miss")
     if "eval_shape" not in way:
         merged = [
             jlora.merge(base, many.take(x, 0) if kind == "many" else x)["w"]
@@ -255,11 +247,12 @@ def test_however_init_is_called(kind: str, way: str) -> None:
         np.testing.assert_allclose(*merged, atol=0.05 if kind in ("loftq", "codes") else 1e-5)
 
 
-@pytest.mark.parametrize("way", ["jit closed over", "eval_shape closed over", "vmap"])
-def test_what_is_closed_over_must_be_finite(way: str) -> None:
+def test_what_is_closed_over_must_be_finite() -> None:
     lora, params, _, _, x = made("dense", pissa)
-    with pytest.raises(ValueError, match="'w' of `params` has 1 values that are NaN or infinite"):
-        WAYS[way](lora.init, {"w": params["w"].at[0, 0].set(jnp.inf)}, x)
+    bad = np.where(np.eye(*params["w"].shape) * np.eye(1, 10), np.inf, params["w"])
+    for way in ("jit closed over", "eval_shape closed over", "vmap"):
+        with pytest.raises(ValueError, match="'w' of `params` has 1 values that are NaN or inf"):
+            WAYS[way](lora.init, {"w": jnp.asarray(bad)}, x)
 
 
 def init_of(init: Any, params: Any) -> Any:
@@ -303,23 +296,6 @@ def test_refused(provoke: Any, error: Any, message: str) -> None:
 def error(base: Any, adapter: Any, w: Any) -> float:
     """‖W - Q - s·A·B‖ / ‖W‖."""
     return float(np.linalg.norm(jlora.merge(base, adapter)["w"] - w) / np.linalg.norm(w))
-
-
-@slow
-def test_the_rest_is_quantized_with_less_error() -> None:
-    """NF4's error, LoftQ's by iterations, and that of PiSSA whose rest is quantized."""
-    u, v = (np.linalg.qr(array(n, 64))[0] for n in (128, 64))
-    w = jnp.asarray((u / np.arange(1, 65) ** 0.5) @ v, jnp.float32)
-
-    def start(init: Any, w: Any = w) -> tuple[Any, Any]:
-        lora = jlora.transform(dense, LoRA("w", rank=8, init=init))
-        return lora.init(KEY, {"w": w}, array(1, 128))
-
-    plain = error(*start(None, jlora.quantize({"w": w}, jlora.NF4("w"))["w"]), w)
-    each = [error(*start(loftq(jlora.NF4(), n)), w) for n in (1, 2, 5)]
-    assert plain > each[0] > each[1] > each[2]
-    base, adapter = start(pissa)
-    assert error(jlora.quantize(base, jlora.NF4("w")), adapter, w) < each[2]
 
 
 SCHEMES = {"NF4": jlora.NF4("w"), "Int8": jlora.Int8("w"), "Int4": jlora.Int4("w", group=32)}
@@ -386,7 +362,7 @@ def test_an_initializer_of_a_scheme_of_ones_own_is_foreign(tmp_path: Any) -> Non
 # --------------------------------------------------------------------------------------------- MiSS
 
 
-@pytest.mark.parametrize("form", some(FORMS, "odd stack", "slots"))
+@pytest.mark.parametrize("form", some(FORMS, "stack", "slots"))
 def test_miss_repeats_rows(form: str) -> None:
     """ΔW[i, o] = s·B[i mod r, o]; where r does not divide the inputs too."""
     _, params, base, adapter, _ = made(form, miss)
@@ -412,6 +388,7 @@ def swapped(key: Any, w: Any, site: Any, rule: Any) -> Any:
 )
 def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) -> None:
     """Labels, counts, gradients, partitions and checkpoints; by the start or by the rule."""
+    assert dataclasses.replace(LoRA("w", init=miss), init=None).all_frozen == ()
     lora, params, base, adapter, x = made("stack", init, frozen=frozen)
     node, other = adapter["w"], "ab".replace(trained, "")
     assert lora.sites(params, x).trainable == jlora.count(adapter) == getattr(node, trained).size
@@ -429,13 +406,6 @@ def test_a_frozen_factor(init: Any, frozen: Any, trained: str, tmp_path: Any) ->
         assert checkpoint.read(tmp_path / "a").rules[0].init is miss
         with pytest.raises(ValueError, match=r"w: expected frozen \('a',\), got \(\)"):
             checkpoint.restore(tmp_path / "a", like={"w": node._replace(frozen=())})
-
-
-def test_another_start_is_not_frozen_by_the_one_before() -> None:
-    rule = LoRA("w", init=miss)
-    assert (rule.frozen, rule.all_frozen) == ((), ("a",))
-    other = dataclasses.replace(rule, init=None)
-    assert (other, other.all_frozen) == (LoRA("w"), ())
 
 
 @pytest.mark.parametrize("frozen", [3, ["c"], [["a"]]], ids=str)
@@ -495,17 +465,6 @@ def test_equal_starts_share_a_program(name: str, caplog: Any) -> None:
 # ---------------------------------------------------------------------------------- a changed base
 
 
-@pytest.mark.parametrize("rule", [LoRA, DoRA])
-@pytest.mark.parametrize("name", some(STARTS, "olora", "loftq"))
-def test_adapters_of_a_changed_base_are_marked(name: str, rule: Any) -> None:
-    """Also under transformations, and for DoRA."""
-    lora, params, base, adapter, x = made("dense", STARTS[name], rule=rule)
-    assert (base["w"] is not params["w"]) == adapter["w"].residual == (name != "miss")
-    assert ("residual=True" in repr(adapter)) == adapter["w"].residual
-    traced = jax.eval_shape(lora.init, KEY, params, x)[1]["w"]
-    assert traced.residual == adapter["w"].residual
-
-
 def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
     """For the parameters: in PEFT's files, merged exports, sums, tables and checkpoints."""
     lora, params, _, initial, x = made("dense", pissa)
@@ -563,11 +522,9 @@ def test_a_changed_base_is_not_mistaken(tmp_path: Any) -> None:
 WEIGHED: dict[str, Any] = {
     "mean": (lambda t: arithmetic.add(t, [0.25, 0.75]), lambda x, y, _: x / 4 + 3 * y / 4, True),
     "beyond": (lambda t: arithmetic.add(t, jnp.array([-1, 2])), lambda x, y, _: 2 * y - x, True),
-    "one": (lambda t: arithmetic.scale(t[0], 1), lambda x, y, _: x, True),
     "difference": (lambda t: arithmetic.difference(*t), lambda x, y, w: w + x - y, False),
     "zero": (lambda t: arithmetic.add(t, [2, -2]), lambda x, y, w: w + 2 * (x - y), False),
     "truncate": (lambda t: arithmetic.truncate(t[0], RANK), lambda x, y, _: x, True),
-    "stack": (lambda t: many.take(many.stack(t), 1), lambda x, y, _: y, True),
     "insert": (
         lambda t: many.take(many.insert(many.stack([t[0]] * 2), 1, t[1]), 1),
         lambda x, y, _: y,

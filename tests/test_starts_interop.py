@@ -70,13 +70,20 @@ def in_both(init: Any, name: Any, w: np.ndarray, **options: Any) -> tuple[Any, A
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_same_part_and_the_same_rest(name: str, rslora: bool) -> None:
-    w = decaying(INPUTS, OUTPUTS)
-    model, _, base, adapter = in_both(getattr(initializers, name), name, w, rslora=rslora)
+def test_the_same_part_and_the_same_rest(name: str, rslora: bool, tmp_path: Any) -> None:
+    """PEFT reads the difference as an adapter for the model as it was, of twice the rank."""
+    w, x = decaying(INPUTS, OUTPUTS), normal(5, INPUTS)
+    model, lora, base, initial = in_both(getattr(initializers, name), name, w, rslora=rslora)
     layer = model.base_model.model[0]
     close(base["w"], array(layer.base_layer.weight).T)
-    node = adapter["w"]
+    node = initial["w"]
     close(node.scale * node.a @ node.b, array(layer.get_delta_weight("default")).T)
+
+    trained, params = laws.randomize(initial), {"w": jnp.asarray(w)}
+    peft.save(tmp_path / "p", params, arithmetic.difference(trained, initial), NAMES)
+    model = hf_peft.PeftModel.from_pretrained(layer_of(w), tmp_path / "p")
+    assert model.peft_config["default"].r == 2 * RANK
+    close(array(model(torch.from_numpy(x))), np.asarray(lora.apply(base, trained, x)))
 
 
 def test_iterations_as_pefts() -> None:
@@ -84,20 +91,6 @@ def test_iterations_as_pefts() -> None:
     w = decaying(INPUTS, OUTPUTS, 0.5)
     model, _, base, _ = in_both(initializers.pissa_niter(16), "pissa_niter_16", w)
     close(base["w"], array(model.base_model.model[0].base_layer.weight).T)
-
-
-@pytest.mark.parametrize("name", ["pissa", "olora"])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_difference_is_read_by_peft(name: str, rslora: bool, tmp_path: Any) -> None:
-    """An adapter for the model as it was, of twice the rank."""
-    w, x = normal(INPUTS, OUTPUTS), normal(5, INPUTS)
-    _, lora, base, initial = in_both(getattr(initializers, name), True, w, rslora=rslora)
-    trained = laws.randomize(initial)
-    params = {"w": jnp.asarray(w)}
-    peft.save(tmp_path / "p", params, arithmetic.difference(trained, initial), NAMES)
-    model = hf_peft.PeftModel.from_pretrained(layer_of(w), tmp_path / "p")
-    assert model.peft_config["default"].r == 2 * RANK
-    close(array(model(torch.from_numpy(x))), np.asarray(lora.apply(base, trained, x)))
 
 
 @pytest.mark.parametrize("inputs", [48, 50])

@@ -23,17 +23,16 @@ def answers() -> dict[str, Any]:
 
 def test_the_hook_sees() -> None:
     seen = " ".join(answers()["the hook itself"]["events"])
-    assert all(what in seen for what in ("subprocess.Popen", "open of", "import of colorsys"))
+    assert all(what in seen for what in ("subprocess.Popen", "open of", "import of tabnanny"))
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_nothing_else_happens(case: str) -> None:
-    """No new module, no connection, no process but a pattern's, no file outside of the folder."""
+    """No new module, no connection, no process but a pattern's, no file outside of the folder.
+
+    Names are printed harmlessly.
+    """
     assert answers()[case]["events"] == []
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_names_are_printed_harmlessly(case: str) -> None:
     said = answers()[case]["messages"]
     assert len(said) > 3
     assert [x for x in said if not x[1].replace("\n", "").isprintable()] == []

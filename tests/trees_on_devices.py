@@ -38,7 +38,7 @@ def test_merge_keeps_shardings() -> None:
     for adapter in (s.adapter, everywhere):
         merged = jlora.merge(params, adapter)
         assert_lies((merged, jlora.unmerge(merged, adapter)), (params, params))
-        assert_close(merged, jlora.merge(s.base, s.adapter))
+        assert_close(merged, jlora.merge(s.base, s.adapter), 1e-10)
     assert_lies(jax.jit(jlora.merge, out_shardings=places)(params, everywhere), params)
 
 
@@ -50,7 +50,9 @@ def test_trees_keep_shardings() -> None:
     assert all(base[name] is params[name] for name in base)
     assert_lies(adapter["down"], params["down"])
     assert_lies(jlora.merge(base, jax.tree.map(np.asarray, adapter)), params)
-    assert_close(jax.jit(s.lora.apply)(params, s.adapter, s.x), s.lora.apply(*setup()[4:], s.x))
+    assert_close(
+        jax.jit(s.lora.apply)(params, s.adapter, s.x), s.lora.apply(*setup()[4:], s.x), 1e-5
+    )
 
 
 def test_merge_does_not_commit_to_a_device() -> None:

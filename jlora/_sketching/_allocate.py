@@ -64,7 +64,7 @@ def allocate(
         >>> rule = jlora.LoRA(rank=1)
         >>> found = jlora.sketch(loss, params, rule, [jnp.eye(4)], kind="gradient")
         >>> lora = jlora.transform(model, *jlora.allocate(found, rule, budget=16))
-        >>> base, adapter = lora.init(jax.random.key(0), params, jnp.eye(4))
+        >>> base, adapter = jax.jit(lora.init)(jax.random.key(0), params, jnp.eye(4))
         >>> adapter
         {'b': LowRank(a=float32[4,2], b=float32[2,4], scale=16.0)}
     """

@@ -61,7 +61,8 @@ class Spectrum:
     def ratios(self) -> jax.Array:
         """The squares of `values` over the total; for inputs, the explained variance."""
         total = self.total[..., None]
-        return jnp.where(total > 0, self.values**2 / jnp.where(total > 0, total, 1), 0)
+        is_normal = total >= jnp.finfo(total.dtype).tiny  # XLA takes smaller ones for 0
+        return jnp.where(is_normal, self.values**2 / jnp.where(is_normal, total, 1), 0)
 
 
 @jax.tree_util.register_dataclass

@@ -48,11 +48,11 @@ def ties(
     Source: Yadav et al., arXiv 2306.01708; the core space: Panariello et al., arXiv 2509.17786.
 
     Examples:
-        >>> import jax.numpy as jnp, jlora
+        >>> import jax, jax.numpy as jnp, jlora
         >>> from jlora import arithmetic
         >>> layout = jlora.types.Layout((), (0,), (1,))
         >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
-        >>> merged = arithmetic.ties([one, one], density=1.0)["w"]
+        >>> merged = jax.jit(lambda one: arithmetic.ties([one, one], density=1.0)["w"])(one)
         >>> round(float((merged.a @ merged.b)[0, 0]), 5)  # a mean, not a sum
         1.0
     """
@@ -122,8 +122,8 @@ def dare(
         >>> from jlora import analysis, arithmetic
         >>> layout = jlora.types.Layout((), (0,), (1,))
         >>> one = {"w": jlora.types.LowRank(jnp.ones((4, 1)), jnp.ones((1, 3)), 1.0, layout)}
-        >>> same = arithmetic.dare([one], key=jax.random.key(0), density=1.0)["w"]
-        >>> round(float(analysis.distance(same, one["w"])), 5)
+        >>> same = jax.jit(lambda key: arithmetic.dare([one], key=key, density=1.0)["w"])
+        >>> round(float(jax.jit(analysis.distance)(same(jax.random.key(0)), one["w"])), 5)
         0.0
     """
     given = check_merge(adapters, weights, base, density)

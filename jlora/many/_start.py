@@ -62,7 +62,7 @@ def init(
         >>> base, table = jlora.many.init(lora, keys, params, x, ranks=[1, 2, 2])
         >>> table
         {'w': LowRank(a=float32[3,4,2], b=float32[3,2,5], scale=1.0)}
-        >>> jax.vmap(lora.apply, in_axes=(None, 0, None))(base, table, x).shape
+        >>> jax.jit(jax.vmap(lora.apply, in_axes=(None, 0, None)))(base, table, x).shape
         (3, 1, 5)
     """
     _check_keys(keys)

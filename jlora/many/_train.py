@@ -87,11 +87,14 @@ def optimizer(tx: optax.GradientTransformation | Make, **hyperparams: Any) -> Op
         >>> def make(learning_rate):
         ...     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate))
         >>> tx = jlora.many.optimizer(make, learning_rate=jnp.array([1e-3, 1e-2]))
-        >>> state = tx.init(table)
         >>> loss = lambda adapter, base, x: lora.apply(base, adapter, x).sum()
-        >>> losses, grads = jax.vmap(jax.value_and_grad(loss), (0, None, None))(table, base, x)
-        >>> updates, state = tx.update(grads, state, table)
-        >>> table = optax.apply_updates(table, updates)
+        >>> slopes = jax.vmap(jax.value_and_grad(loss), (0, None, None))
+        >>> @jax.jit
+        ... def step(table, state, base, x):
+        ...     losses, grads = slopes(table, base, x)
+        ...     updates, state = tx.update(grads, state, table)
+        ...     return optax.apply_updates(table, updates), state, losses
+        >>> table, state, losses = step(table, jax.jit(tx.init)(table), base, x)
         >>> state.running, state.steps
         (Array([ True,  True], dtype=bool), Array([1, 1], dtype=int32))
     """

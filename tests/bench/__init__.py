@@ -1,6 +1,6 @@
 """Benchmarks: what LoRA costs over the frozen model's own step, and beside other libraries.
 
-    python -m tests.bench                       # everything, into ./bench: tables and plots
+    python -m tests.bench                       # everything
     python -m tests.bench floor memory          # some of it
     python -m tests.bench --quick               # small, and asserts what XLA counts exactly
 

@@ -1,9 +1,8 @@
-"""The command line: `python -m tests.bench [--quick] [--out DIR] [NAME ...]`."""
+"""The command line: `python -m tests.bench [--quick] [NAME ...]`."""
 
 import argparse
 import importlib
 import os
-import pathlib
 
 from . import steps
 
@@ -15,20 +14,18 @@ BY_NAME = ("tpu",)  # needs the compiler for TPUs
 
 
 def main() -> None:
-    """Runs each benchmark's `run(quick, out)`."""
+    """Runs each benchmark's `run(quick)`."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument(
         "names", nargs="*", choices=[*NAMES, *BY_NAME, []], help="default: all but tpu"
     )
     parser.add_argument("--quick", action="store_true", help="small, for CI; asserts what is exact")
-    parser.add_argument("--out", type=pathlib.Path, help="folder for CSV; default: bench")
     options = parser.parse_args()
     if options.quick:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_TO_COMPILE}"
-    out = options.out or (None if options.quick else pathlib.Path("bench"))
     steps.keep_memory()
     for name in options.names or NAMES:
-        importlib.import_module(f"{__package__}.{name}").run(options.quick, out)
+        importlib.import_module(f"{__package__}.{name}").run(options.quick)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Many adapters on one base: rows of a batch with an adapter each."""
 
 import math
-import pathlib
 import re
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ RULES = {"q, v": model.attention, "all-linear": model.all_linear}
 ROUTES = {"route": None, "side by side": "side by side", "gathered": "gathered"}
 
 
-def run(quick: bool, out: pathlib.Path | None) -> None:
+def run(quick: bool) -> None:
     """Throughput by the number of adapters; target: 64 at 0.9 of one's."""
     shape, rounds = (TINY, 2) if quick else (SHAPE, 9)
     counts = (1, 8) if quick else (1, 8, 64)
@@ -31,7 +30,7 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
         setting = Setting.make(shape, rules(8))
         served += serving(setting, name, counts, rounds)
     title = f"{shape.layers} layers, d={shape.dim}, {shape.batch} rows of {shape.length} tokens"
-    report.table(f"serving: {title}, against one adapter", served, out)
+    report.table(f"serving: {title}, against one adapter", served)
 
 
 class Setting(NamedTuple):
@@ -109,12 +108,10 @@ def serving(setting: Setting, name: str, counts: tuple[int, ...], rounds: int) -
             "sites": name,
             "adapters": count,
             "how": how,
-            "rows/s": len(ids) / float(np.median(seconds[how, count])),
             "throughput": steps.ratio(whole_seconds, seconds[how, count]),
             "over the loop": steps.ratio(
                 seconds.get(("loop", count), whole_seconds), seconds[how, count]
             ),
-            "temp MB": call.temp / 1e6,
         }
         for whole_seconds in [seconds["all rows", 1]]
         for (how, count), call in calls.items()

@@ -1,6 +1,5 @@
 """Step time over the floor: the same step with the weights frozen and only norm scales trained."""
 
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,14 +22,14 @@ MODES = {
 }
 
 
-def run(quick: bool, out: pathlib.Path | None) -> None:
+def run(quick: bool) -> None:
     """A row for each shape, mode, choice of sites and rank; quick: one model, that it runs."""
     shapes, ranks, rounds = ([TINY], (8,), 1) if quick else (SHAPES, (8, 64), 15)
     rows = []
     for shape in shapes:
         for mode in ("plain", "scan+remat") if quick else MODES:
             rows += measure(shape, mode, MODES[mode], ranks, rounds)
-    report.table("floor: ratios to the frozen step", rows, out)
+    report.table("floor: ratios to the frozen step", rows)
     if not quick:
         rest = [row["time"] for row in rows if row["trained"] != "full"]
         print(f"\nmedian {sorted(rest)[len(rest) // 2]:.3f}, largest {max(rest):.3f}")

@@ -1,6 +1,5 @@
 """How a step's time and its compilation grow: with layers, tokens and rank."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,72 +16,53 @@ TOKENS = (128, 256, 512, 1024, 2048, 4096)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def run(quick: bool, out: pathlib.Path | None) -> None:
-    """A table for each axis; quick: what is exact, asserted."""
+def run(quick: bool) -> None:
+    """A table for each axis, all-linear; quick: what is exact, asserted."""
     if quick:
         check()
         return
-    axes = {"layers": layers, "tokens": tokens, "rank": ranks}
-    for axis, measured in axes.items():
-        report.table(f"growth-{axis}: ratios to the frozen step", measured(), out)
-
-
-# ---------------------------------------------------------------------------------------- axes
-
-
-def layers(rounds: int = 9) -> list[dict]:
-    """By the number of layers, scanned and one by one: 256 tokens, all-linear, rank 8."""
-    rows = []
-    for scan in (False, True):
-        for n in LAYERS:
-            shape = model.Shape(n, DIM, HEADS, batch=2, length=LENGTH)
-            mode = "scan" if scan else "plain"
-            [row] = measure(shape, {n: model.all_linear(RANK)}, "layers", rounds, scan=scan)
-            rows.append({"mode": mode, **row})
-    return rows
-
-
-def tokens(rounds: int = 9) -> list[dict]:
-    """By the number of tokens in a batch: four layers, all-linear, rank 8."""
-    rows = []
-    for n in TOKENS:
-        shape = model.Shape(4, DIM, HEADS, batch=n // LENGTH, length=LENGTH)
-        rows += measure(shape, {n: model.all_linear(RANK)}, "tokens", rounds)
-    return rows
-
-
-def ranks(rounds: int = 15) -> list[dict]:
-    """By the rank of every site: four layers, 512 tokens, all-linear."""
-    shape = model.Shape(4, DIM, HEADS, batch=4, length=LENGTH)
-    return measure(shape, {r: model.all_linear(r) for r in RANKS}, "rank", rounds)
+    shape, rules = (
+        model.Shape(4, DIM, HEADS, batch=4, length=LENGTH),
+        {RANK: model.all_linear(RANK)},
+    )
+    rows = [
+        {"layers": n, "scan": scan, **row}
+        for scan in (False, True)
+        for n in LAYERS
+        for row in measure(shape._replace(layers=n, batch=2), rules, scan=scan)
+    ]
+    report.table("growth-layers: ratios to the frozen step, 256 tokens", rows)
+    rows = [
+        {"tokens": n, **row}
+        for n in TOKENS
+        for row in measure(shape._replace(batch=n // LENGTH), rules)
+    ]
+    report.table("growth-tokens: ratios to the frozen step, four layers", rows)
+    rows = measure(shape, {r: model.all_linear(r) for r in RANKS}, rounds=15)
+    report.table("growth-rank: ratios to the frozen step, four layers, 512 tokens", rows)
 
 
 def measure(
     shape: model.Shape,
     rules: Mapping[int, list[jlora.LoRA]],
-    axis: str,
-    rounds: int,
+    rounds: int = 9,
     scan: bool = False,
 ) -> list[dict]:
-    """A row for each choice of rules, all beside the same floor."""
+    """A row for each rank, all beside the same floor."""
     lm = model.LM(shape, scan=scan)
     ids, params = model.batch_and_params(lm)
     tasks: dict[Any, steps.Task] = {"floor": steps.leaves_task(lm.apply, params, "norm")}
     tasks |= {n: steps.lora_task(lm.apply, params, rule, ids) for n, rule in rules.items()}
     programs = {n: task.compile_cold(ids) for n, task in tasks.items()}
-    seconds = steps.interleave(programs, ids, rounds, f"{axis}: {shape}")
-    floor, found = programs["floor"], steps.compare(programs, seconds, "floor")
+    seconds = steps.interleave(programs, ids, rounds, str(shape))
+    found = steps.compare(programs, seconds, "floor")
     return [
         {
-            axis: n,
+            "rank": n,
             "time": ratios["time"],
-            "ms": steps.median(seconds[n]),
-            "floor ms": steps.median(seconds["floor"]),
             "FLOPs": ratios["FLOPs"],
-            "trace s": programs[n].trace_s,
             "compile s": programs[n].compile_s,
-            "floor trace s": floor.trace_s,
-            "floor compile s": floor.compile_s,
+            "floor compile s": programs["floor"].compile_s,
         }
         for n, ratios in found.items()
     ]
@@ -110,7 +90,7 @@ def check() -> None:
     }
     for axis, sizes in by_axis.items():
         rows = [{axis: n, **size._asdict()} for n, size in sizes.items()]
-        report.table(f"growth-{axis}: the adapted step, as counted", rows, None)
+        report.table(f"growth-{axis}: the adapted step, as counted", rows)
         if axis != "scanned-layers":
             _assert_affine({n: size.flops for n, size in sizes.items()})
     _assert_affine({n: size.instructions for n, size in by_axis["layers"].items()})

@@ -1,7 +1,5 @@
 """Bytes that XLA allocates for the same steps, over the floor's; programs are compiled only."""
 
-import pathlib
-
 import jax
 from tqdm import tqdm
 
@@ -23,7 +21,7 @@ LIMITS = {  # of temp over the floor's
 FLOPS = {"scan+remat": {DORA: 1.12}}
 
 
-def run(quick: bool, out: pathlib.Path | None) -> None:
+def run(quick: bool) -> None:
     """A row for each shape and mode; asserts what the all-linear step of `LARGE` may take.
 
     Quick: only what that needs.
@@ -33,7 +31,7 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     modes = {k: v for k, v in floor.MODES.items() if k in bounded or not quick}
     work = [(shape, mode, flags, quick) for shape in shapes for mode, flags in modes.items()]
     rows = [row for args in tqdm(work, "memory", disable=None) for row in measure(*args)]
-    report.table("memory: XLA's temporary and argument bytes over the frozen step's", rows, out)
+    report.table("memory: XLA's temporary bytes over the frozen step's", rows)
     for row in rows:
         limit = LIMITS.get((row["mode"], row["trained"]))
         if limit is not None and row["model"] == str(LARGE):
@@ -48,13 +46,8 @@ def measure(shape: model.Shape, mode: str, flags: dict, bounded: bool) -> list[d
     lm = model.LM(shape, **flags)
     ids = model.token_ids(shape)
     params = jax.eval_shape(lm.init, jax.random.key(0), ids[:, :-1])
-    tasks = {
-        "floor": steps.leaves_task(lm.apply, params, "norm"),
-        "full": steps.leaves_task(lm.apply, params, ""),
-        "q, v r=8": steps.lora_task(lm.apply, params, model.attention(8), ids),
-        "all-linear r=8": steps.lora_task(lm.apply, params, model.all_linear(8), ids),
-        DORA: steps.lora_task(lm.apply, params, model.all_linear_dora(8), ids),
-    }
+    tasks = floor.choices(lm.apply, params, ids, ranks=(8,))
+    tasks |= {DORA: steps.lora_task(lm.apply, params, model.all_linear_dora(8), ids)}
     tasks |= floor.kept_by_policy(lm, params, ids)
     if bounded:
         tasks = {k: task for k, task in tasks.items() if k == "floor" or (mode, k) in LIMITS}

@@ -1,7 +1,6 @@
 """The floor's ratios on real models, weights and batches: those of the two examples."""
 
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +15,12 @@ from models import llama, smollm2
 from . import floor, report, steps
 
 
-def run(quick: bool, out: pathlib.Path | None) -> None:
+def run(quick: bool) -> None:
     """A row for each model, choice of sites and rank; quick: MiniLM on few sentences."""
     works = [minilm(sentences=4)] if quick else [minilm(sentences=32), definitions(pairs=8)]
     ranks, rounds = ((8,), 2) if quick else ((8, 64), 9)
     rows = [row for work in works for row in measure(work, ranks, rounds)]
-    report.table("real: ratios to the frozen step", rows, out)
+    report.table("real: ratios to the frozen step", rows)
     full = {row["model"]: row["FLOPs"] for row in rows if row["trained"] == "full"}
     for row in rows:
         assert row["trained"] == "full" or row["FLOPs"] < full[row["model"]], row

@@ -1,6 +1,5 @@
-"""Tables in the terminal and as CSV."""
+"""Tables in the terminal."""
 
-import csv
 import os
 import pathlib
 import platform
@@ -33,20 +32,14 @@ def instruction_set(cpuinfo: pathlib.Path) -> str:
     return next((name for flag, name in VECTORS.items() if flag in flags), platform.machine())
 
 
-def table(title: str, rows: Sequence[Mapping[str, Any]], out: pathlib.Path | None) -> None:
-    """Prints rows under aligned headings; writes `<out>/<first word of title>.csv`."""
+def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows under aligned headings."""
     columns = list(dict.fromkeys(k for row in rows for k in row))
     cells = [columns, *([_text(row.get(k, "")) for k in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     print(f"\n{title} ({machine()})\n")
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / f"{title.split()[0].strip(':,').lower()}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def _text(value: Any) -> str:

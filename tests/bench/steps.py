@@ -29,8 +29,7 @@ class Program:
     frozen: Any
     trained: Any
     moments: Any
-    trace_s: float
-    compile_s: float
+    compile_s: float  # with tracing
 
     def run(self, batch: Any) -> float:
         """One step, in seconds."""
@@ -43,11 +42,6 @@ class Program:
     def temp(self) -> int:
         """Bytes that XLA allocates beside arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes
-
-    @property
-    def arguments(self) -> int:
-        """Bytes of the arguments."""
-        return self.compiled.memory_analysis().argument_size_in_bytes
 
     @property
     def flops(self) -> float:
@@ -67,11 +61,8 @@ def compile_step(loss: Callable[..., jax.Array], frozen: Any, trained: Any, batc
     concrete = all(isinstance(x, jax.Array) for x in jax.tree.leaves(trained))
     moments = tx.init(trained) if concrete else jax.eval_shape(tx.init, trained)
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(1, 2)).lower(frozen, trained, moments, batch)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    done = time.perf_counter()
-    return Program(compiled, frozen, trained, moments, traced - start, done - traced)
+    compiled = jax.jit(step, donate_argnums=(1, 2)).lower(frozen, trained, moments, batch).compile()
+    return Program(compiled, frozen, trained, moments, time.perf_counter() - start)
 
 
 def next_token(apply: Callable[..., jax.Array], params: Any, ids: jax.Array) -> jax.Array:
@@ -163,7 +154,6 @@ def compare(
         | {
             "FLOPs": program.flops / one.flops,
             "temp": program.temp / one.temp,
-            "arguments": program.arguments / one.arguments,
         }
         for name, program in programs.items()
         if name != base

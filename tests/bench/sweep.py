@@ -1,6 +1,5 @@
 """Training several adapters: all in one step, or a few together, against one after the other."""
 
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,11 +18,11 @@ TOGETHER = {"at once": RUNS, "by twos": 2}  # of the runs
 RATES = np.geomspace(1e-4, 1e-2, RUNS).astype(np.float32)
 
 
-def run(quick: bool, out: pathlib.Path | None) -> None:
+def run(quick: bool) -> None:
     """A row for each size; the target on a CPU is 1.5 times the throughput of one by one."""
     rounds = 2 if quick else 9
     rows = [measure(setting, rounds) for setting in (tiny() if quick else settings())]
-    report.table(f"sweep: throughput of {RUNS} runs, against one after the other", rows, out)
+    report.table(f"sweep: throughput of {RUNS} runs, against one after the other", rows)
 
 
 class Setting(NamedTuple):

@@ -11,7 +11,6 @@ memory, and so are what a TPU's bandwidth bounds.
 """
 
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,16 +90,14 @@ class Cost(NamedTuple):
         flops: floating-point operations.
         size: bytes that its operations access.
         moved: those of them that go to and from main memory.
-        temp: bytes that are allocated beside arguments and results.
     """
 
     flops: float
     size: float
     moved: int
-    temp: int
 
 
-def run(quick: bool, out: pathlib.Path | None) -> None:
+def run(quick: bool) -> None:
     """A row for each shape, chip and choice of what is trained."""
     if not has_compiler():
         raise SystemExit('The compiler for TPUs is missing: pip install -e ".[tpu]".')
@@ -110,9 +107,9 @@ def run(quick: bool, out: pathlib.Path | None) -> None:
     rows = []
     for name, shape, chip, ranks in tqdm(work, "tpu", disable=None):
         rows += measure(name, shape, chip, ranks)
-    report.table("tpu: operations and bytes over the frozen step's", rows, out)
-    report.table("routes: forward of 64 rows over that with one adapter", routes(quick), out)
-    report.table("tables: bytes of a device, planned", tables(quick), out)
+    report.table("tpu: operations and bytes over the frozen step's", rows)
+    report.table("routes: forward of 64 rows over that with one adapter", routes(quick))
+    report.table("tables: bytes of a device, planned", tables(quick))
 
 
 def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -131,13 +128,11 @@ def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[
             "layer": name,
             "chip": chip,
             "trained": trained,
-            "TFLOP": cost.flops / 1e12,
             "GB": cost.size / 1e9,
             "GB moved": cost.moved / 1e9,
             "bytes": cost.size / floor.size,
             "moved": cost.moved / floor.moved,
             "FLOPs": cost.flops / floor.flops,
-            "temp": cost.temp / max(floor.temp, 1),
         }
         for trained, cost in programs.items()
     ]
@@ -163,7 +158,6 @@ def routes(quick: bool) -> list[dict[str, Any]]:
                         "FLOPs": cost.flops / one.flops,
                         "bytes": cost.size / one.size,
                         "moved": cost.moved / one.moved,
-                        "temp MB": cost.temp / 1e6,
                     }
                 )
     return rows
@@ -271,8 +265,7 @@ def _compiled(f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any) ->
 
 def _cost(program: jax.stages.Compiled) -> Cost:
     cost: Any = program.cost_analysis()
-    moved, temp = traffic.main_memory(program.as_text()), program.memory_analysis()
-    return Cost(cost["flops"], cost["bytes accessed"], moved, temp.temp_size_in_bytes)
+    return Cost(cost["flops"], cost["bytes accessed"], traffic.main_memory(program.as_text()))
 
 
 @functools.cache

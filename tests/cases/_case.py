@@ -26,36 +26,18 @@ class Problem(NamedTuple):
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
-SUBJECTS = {
-    "dense": "linen Dense, DenseGeneral, Einsum, attention",
-    "product": "raw products, transposes, dtype mixes",
-    "jit": "a helper under the user's own jit, already traced",
-    "layers": "scanned and checkpointed layers, linen and NNX",
-    "nnx": "NNX layers through split and merge, other variable kinds",
-    "lookup": "lookups, tied embeddings, one weight used twice",
-    "convolution": "convolutions of every kind, recurrent cells",
-    "slots": "fused kernels",
-    "experts": "mixtures of experts, ragged_dot",
-    "call": "methods, mutable collections, rngs, flags, Python control flow",
-    "control": "custom_jvp, custom_vjp, loops, branches, shard_map",
-    "no_site": "no false positive",
-    "tree": "containers of parameters, abstract leaves",
-    "model": "whole models",
-}
-
-
 @dataclass(frozen=True)
 class Case:
     """A model that the transform must get exactly right.
 
     Attributes:
         name: Unique; the pytest id.
-        subject: One of `SUBJECTS`.
+        subject: What is difficult about it.
+        trainable: Expected number of trainable parameters: size(A) + size(B) of every site, and
+            the size of every leaf that is trained in full.
         build: Float dtype to problem. Small and deterministic.
         rules: The jlora rules.
         sites: Expected number of low-rank leaves.
-        trainable: Expected number of trainable parameters: size(A) + size(B) of every site, and
-            the size of every leaf that is trained in full.
         float64: Whether the model computes in float64 when it is built so.
         tolerance: Relative tolerance of models that compute or store in a low precision.
         exact_at_zero: Whether the output at B = 0 is the base model's bit for bit. False where
@@ -68,15 +50,14 @@ class Case:
         strict: Whether the base model runs, in both float dtypes, under strict dtype promotion
             and with rank promotion as an error.
         leaks: Whether JAX finds leaked tracers in the base model itself, or fails in the search.
-        slow: Whether it is for the long run.
     """
 
     name: str
     subject: str
-    build: Callable[[DTypeLike], Problem] = field(repr=False)
-    rules: tuple[Any, ...]
-    sites: int
     trainable: int
+    build: Callable[[DTypeLike], Problem] = field(repr=False)
+    rules: tuple[Any, ...] = (LORA,)
+    sites: int = 1
     float64: bool = True
     tolerance: float | None = None
     exact_at_zero: bool = True
@@ -87,28 +68,31 @@ class Case:
     vmap: bool = True
     strict: bool = True
     leaks: bool = False
-    slow: bool = False
 
 
-def entry(cases: list[Case], **fields: Any) -> Callable[[Callable[[DTypeLike], Problem]], Case]:
-    """Decorator that makes a build function an entry of `cases`, named after the function."""
+def entry(cases: list[Case], **defaults: Any) -> Callable[..., Any]:
+    """The decorator that makes a function, from a dtype to a problem, an entry of `cases`."""
 
-    def decorate(build: Callable[[DTypeLike], Problem]) -> Case:
-        cases.append(Case(name=build.__name__, build=build, **fields))
-        return cases[-1]
+    def case(subject: str, trainable: int, name: str = "", **fields: Any) -> Callable[..., Case]:
+        def decorate(build: Callable[[DTypeLike], Problem]) -> Case:
+            given = defaults | fields
+            cases.append(Case(name or build.__name__, subject, trainable, build, **given))
+            return cases[-1]
 
-    return decorate
+        return decorate
+
+    return case
 
 
 def model(cases: list[Case], **defaults: Any) -> Callable[..., Any]:
     """The decorator that makes `apply(params, *args)` an entry of `cases`; see `case` below."""
+    add = entry(cases, **defaults)
 
     def case(
         subject: str,
         trainable: int,
         params: dict[str, tuple[int, ...]] | tuple[int, ...],
         *args: Any,
-        rules: Any = LORA,
         called: bool = False,
         name: str = "",
         **fields: Any,
@@ -130,10 +114,7 @@ def model(cases: list[Case], **defaults: Any) -> Callable[..., Any]:
                     apply(problem.params, *given)
                 return problem
 
-            what = defaults | {"sites": 1, "trainable": trainable} | fields
-            all_rules = rules if isinstance(rules, tuple) else (rules,)
-            cases.append(Case(name or apply.__name__, subject, build, all_rules, **what))
-            return cases[-1]
+            return add(subject, trainable, name or apply.__name__, **fields)(build)
 
         return decorate
 

@@ -19,7 +19,7 @@ from ._case import Case, model
 
 CASES: list[Case] = []
 case = model(CASES, exact_at_zero=False)
-FORMED = LoRA("^w$", rank=2, alpha=4, materialize=True)
+FORMED = (LoRA("^w$", rank=2, alpha=4, materialize=True),)
 WIDE = 2 * (6 + 5)
 # The subject, the number of trainable parameters, the shapes of w and of x.
 ONE = ("control", WIDE, (6, 5), (3, 6))
@@ -60,13 +60,6 @@ def scan_layers_and_a_constant(p, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w) @ p["shared"], None), x, p["w"])[0]
 
 
-@case(*STACK)
-def scan_of_remat(p, x):
-    """Each layer is a checkpoint with a policy."""
-    body = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
-    return lax.scan(body, x, p["w"])[0]
-
-
 @case("layers", *ONE[1:])
 def remat(p, x):
     """A checkpoint that saves by name."""
@@ -92,12 +85,6 @@ def scan_indexes_the_stack(p, x):
 # --------------------------------------------------------------------------------------------
 # Loops and branches.
 # --------------------------------------------------------------------------------------------
-
-
-@case(*SQUARE)
-def fori_loop(p, x):
-    """A loop with static bounds: a scan, with the weight as a constant."""
-    return lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ p["w"]) + i, x)
 
 
 @case(*SQUARE, np.array(3), grad=False)
@@ -181,23 +168,6 @@ def cond_in_scan(p, x):
     return lax.scan(step, x, jnp.arange(4))
 
 
-@case(*ONE)
-def lax_map(p, x):
-    """`lax.map` over rows, in batches of two and a remainder."""
-    return lax.map(lambda row: jnp.tanh(row @ p["w"]), x, batch_size=2)
-
-
-@case(*ONE)
-def associative_scan(p, x):
-    """An associative scan over activations."""
-
-    def combine(left, right):
-        return left[0] * right[0], right[0] * left[1] + right[1]
-
-    h = x @ p["w"]
-    return lax.associative_scan(combine, (jnp.tanh(h), h))[1]
-
-
 # --------------------------------------------------------------------------------------------
 # Custom derivatives.
 # --------------------------------------------------------------------------------------------
@@ -260,25 +230,6 @@ def custom_vjp_of_the_weight(p, x):
     return jnp.tanh(doubling(x, p["w"]))
 
 
-@jax.custom_jvp
-def product(x, w):
-    """x·w with a derivative of its own."""
-    return x @ w
-
-
-@product.defjvp
-def product_jvp(primals, tangents):
-    """dx·w + 2 x·dw."""
-    (x, w), (dx, dw) = primals, tangents
-    return product(x, w), dx @ w + 2 * (x @ dw)
-
-
-@case(*ONE, rules=FORMED)
-def custom_jvp_of_the_weight(p, x):
-    """A custom_jvp that takes the weight: W + ΔW is formed."""
-    return jnp.tanh(product(x, p["w"]))
-
-
 @case(*ONE, rules=FORMED, grad=False, forward=False)
 def pallas_kernel(p, x):
     """A Pallas kernel takes the weight: W + ΔW is formed."""
@@ -295,12 +246,6 @@ def weight_standardized(p, x):
     """The weight is standardized before it is used."""
     w = p["w"] - p["w"].mean(axis=0, keepdims=True)
     return x @ (w / jnp.sqrt(jnp.mean(w * w, axis=0, keepdims=True) + 1e-3))
-
-
-@case(*ONE, rules=FORMED)
-def weight_in_the_output(p, x):
-    """The product, and the weight itself."""
-    return {"y": x @ p["w"], "w": p["w"]}
 
 
 @case("control", WIDE, {"w": (6, 5), "v": (6, 5)}, (3, 6), rules=FORMED)
@@ -324,14 +269,6 @@ def jacobian_and_hessian(p, x):
 
     hessian = jax.hessian(lambda row: jnp.sum(jnp.sin(f(row))))(x[0])
     return jax.vmap(jax.jacfwd(f))(x), jax.jacrev(f)(x[1]), hessian
-
-
-@case(*ONE)
-def vjp_inside(p, x):
-    """A vector-Jacobian product with respect to the input, of a jitted function under remat."""
-    f = jax.jit(jax.checkpoint(lambda x: jnp.tanh(x @ p["w"])))
-    y, pull = jax.vjp(f, x)
-    return pull(jnp.cos(y))[0]
 
 
 @case(*ONE)
@@ -372,15 +309,10 @@ ROWS, COLUMNS = P("d", None), P(None, "d")
 # What a shard computes, how w, x and the result are sharded, and options.
 SHARDED = {
     "shard_map_replicated": (lambda w, x: jnp.tanh(x @ w), P(), P("d"), P("d"), {}),
-    "shard_map_replicated_unchecked": (
-        lambda w, x: jnp.tanh(x @ w),
-        *(P(), P("d"), P("d"), {"check_vma": False}),
-    ),
     "shard_map_outputs": (  # column-parallel: the output is gathered
         lambda w, x: lax.all_gather(jnp.tanh(x @ w), "d", axis=1, tiled=True),
         *(COLUMNS, P(), P(), {"check_vma": False}),
     ),
-    "shard_map_outputs_sharded": (lambda w, x: x @ w, COLUMNS, P(), COLUMNS, {}),
     "shard_map_inputs": (  # row-parallel: the output is summed
         lambda w, x: lax.psum(x @ w, "d"),
         *(ROWS, COLUMNS, P(), {}),
@@ -411,18 +343,6 @@ def shard_map_in_scan(p, x):
         out_specs=P(),
     )
     return lax.scan(lambda x, w: (f(x, w), None), x, p["w"])[0]
-
-
-@case(*STACK)
-def scan_in_shard_map(p, x):
-    """A scan over layers in a shard_map."""
-    run = jax.shard_map(
-        lambda w, x: lax.scan(layer, x, w)[0],
-        mesh=mesh(),
-        in_specs=(P(), P("d")),
-        out_specs=P("d"),
-    )
-    return run(p["w"], x)
 
 
 @case(*ONE)

@@ -1,6 +1,6 @@
 """Whole models: the linen models of the examples, small, with random weights.
 
-Each with queries and values by name and all-linear, its layers scanned and not.
+Each with queries and values by name and all-linear, one of both with its layers scanned.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora import LoRA, Slots
 
-from ._case import Case, Problem, fill
+from ._case import Case, Problem, entry, fill
 
 CASES: list[Case] = []
 IDS = ((3, 0, 6, 1), (9, 2, 6, 4))
@@ -75,42 +75,28 @@ def whole(dtype, make, scan):
 BY_NAME = LoRA("attention/(query|value)/kernel", rank=2, alpha=4)
 C_ATTN = LoRA("c_attn/kernel", rank=2, alpha=4, slots=Slots(3, (0, 2)))
 ALL = LoRA(rank=2, alpha=4)
-# The rule, the sites of a layer and elsewhere, and their trainable parameters.
+# Rules, whether scanned, the sites of a layer and elsewhere, and their trainable parameters.
 EXPECTED = {
-    gpt: [
-        (C_ATTN, 1, 0, 2 * 2 * (8 + 8), 0),
-        (ALL, 4, 0, 2 * (8 + 24) + 2 * (8 + 8) + 2 * 2 * (8 + 12), 0),
-    ],
-    llama: [
-        (BY_NAME, 2, 0, 2 * (8 + 8) + 2 * (8 + 4), 0),
-        (ALL, 7, 1, 4 * (8 + 8) + 4 * (8 + 4) + 6 * (8 + 12), 2 * (8 + 11)),
-    ],
-    roberta: [(BY_NAME, 2, 0, 4 * (8 + 8), 0), (ALL, 6, 2, LAYER, HEAD)],
-    deberta: [(BY_NAME, 2, 0, 4 * (8 + 8), 0), (ALL, 6, 3, LAYER, HEAD + 2 * (3 * 8 + 8))],
+    "gpt_qv_scan": (gpt, C_ATTN, True, 1, 0, 2 * 2 * (8 + 8), 0),
+    "gpt_all_loop": (gpt, ALL, False, 4, 0, 2 * (8 + 24) + 2 * (8 + 8) + 2 * 2 * (8 + 12), 0),
+    "llama_qv_loop": (llama, BY_NAME, False, 2, 0, 2 * (8 + 8) + 2 * (8 + 4), 0),
+    "llama_all_scan": (
+        *(llama, ALL, True, 7, 1),
+        *(4 * (8 + 8) + 4 * (8 + 4) + 6 * (8 + 12), 2 * (8 + 11)),
+    ),
+    "roberta_qv_scan": (roberta, BY_NAME, True, 2, 0, 4 * (8 + 8), 0),
+    "roberta_all_loop": (roberta, ALL, False, 6, 2, LAYER, HEAD),
+    "deberta_qv_loop": (deberta, BY_NAME, False, 2, 0, 4 * (8 + 8), 0),
+    "deberta_all_scan": (deberta, ALL, True, 6, 3, LAYER, HEAD + 2 * (3 * 8 + 8)),
 }
-# Of each model for every day: whether all-linear, whether scanned.
-DAILY = {
-    gpt: (False, True),
-    llama: (True, False),
-    roberta: (True, False),
-    deberta: (False, True),
-}
-for make, choices in EXPECTED.items():
-    for rule, sites, more_sites, trainable, more_trainable in choices:
-        for scan in (True, False):
-            name = f"{make.__name__}_{'all' if rule is ALL else 'qv'}_{'scan' if scan else 'loop'}"
-            case = Case(
-                name=f"model_{name}",
-                subject="model",
-                build=partial(whole, make=make, scan=scan),
-                rules=(rule,),
-                sites=sites * (1 if scan else 2) + more_sites,
-                trainable=2 * trainable + more_trainable,
-                # JAX's own attention computes its weights in float32.
-                float64=make in (roberta, deberta),
-                tolerance=2e-5,
-                exact_at_zero=False,
-                strict=False,
-                slow=(rule is ALL, scan) != DAILY.get(make),
-            )
-            CASES.append(case)
+for name, (make, rule, scan, sites, more_sites, trainable, more_trainable) in EXPECTED.items():
+    entry(CASES)(
+        *("model", 2 * trainable + more_trainable, f"model_{name}"),
+        rules=(rule,),
+        sites=sites * (1 if scan else 2) + more_sites,
+        # JAX's own attention computes its weights in float32.
+        float64=make in (roberta, deberta),
+        tolerance=2e-5,
+        exact_at_zero=False,
+        strict=False,
+    )(partial(whole, make=make, scan=scan))

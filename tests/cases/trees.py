@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,55 +11,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
+from flax.core import FrozenDict
 
 from jlora import Full, LoRA
 
 from ._case import Case, Problem, entry, normal, normals
 
 CASES: list[Case] = []
-case = partial(entry, CASES)
-LORA = LoRA(rank=2, alpha=4)  # all-linear
-WEIGHT, BIAS, HEAD = (6, 5), (5,), (5, 4)
-BOTH = 2 * (6 + 5) + 2 * (5 + 4)  # weight, head
+case = entry(CASES)
+BOTH = 2 * (6 + 8) + 2 * (8 + 4)  # up, down
 
 
 class Pair(NamedTuple):
-    """A layer."""
+    """Both weights."""
 
-    weight: Any
-    bias: Any
+    up: Any
+    down: Any
 
 
 @struct.dataclass
-class FlaxLayer:
-    """A layer with a static field."""
+class FlaxPair:
+    """Both weights, with a static field."""
 
-    weight: Any
-    bias: Any
-    name: str = struct.field(pytree_node=False, default="layer")
+    up: Any
+    down: Any
+    name: str = struct.field(pytree_node=False, default="pair")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=["name"])
+@partial(jax.tree_util.register_dataclass, data_fields=["up", "down"], meta_fields=["name"])
 @dataclass
-class JaxLayer:
-    """The same without Flax."""
+class JaxPair:
+    """The same container without Flax."""
 
-    weight: Any
-    bias: Any
-    name: str = "layer"
+    up: Any
+    down: Any
+    name: str = "pair"
 
 
 @jax.tree_util.register_pytree_node_class
 class Opaque:
     """A container registered without keys: its children are numbered."""
 
-    def __init__(self, weight: Any, bias: Any):
+    def __init__(self, up: Any, down: Any):
         """Keeps both."""
-        self.weight, self.bias = weight, bias
+        self.up, self.down = up, down
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
         """Children, and nothing static."""
-        return (self.weight, self.bias), None
+        return (self.up, self.down), None
 
     @classmethod
     def tree_unflatten(cls, static: None, children: tuple[Any, Any]) -> Opaque:
@@ -66,100 +66,86 @@ class Opaque:
         return cls(*children)
 
 
-def dense(x, weight, bias):
-    """tanh(x·w + b)."""
-    return jnp.tanh(x @ weight + bias[None])
+def by_name(make: Any) -> tuple[Any, Any]:
+    """A mapping: from both weights, and back."""
+    return lambda u, d: make({"up": u, "down": d}), lambda p: (p["up"], p["down"])
 
 
-def container(name, make, read, *, rules=(LORA,), sites=2, trainable=BOTH, **flags):
-    """Adds params `make(weight, bias, head)`, from which `read` gets the three again."""
-
-    def build(dtype):
-        def apply(params, x):
-            weight, bias, head = read(params)
-            return dense(x, weight, bias) @ head
-
-        leaves = normals(dtype, weight=WEIGHT, bias=BIAS, head=HEAD).values()
-        return Problem(apply, make(*leaves), (normal("x", (3, 6), dtype),))
-
-    CASES.append(
-        Case(
-            name=name,
-            subject="tree",
-            build=build,
-            rules=rules,
-            sites=sites,
-            trainable=trainable,
-            **flags,
-        )
-    )
+def by_attribute(make: Any) -> tuple[Any, Any]:
+    """An object: from both weights, and back."""
+    return make, lambda p: (p.up, p.down)
 
 
-def by_name(tree):
-    """The leaves of {"layer": {"weight", "bias"}, "head"}."""
-    return tree["layer"]["weight"], tree["layer"]["bias"], tree["head"]
+# From the weights (up, down), and back.
+CONTAINERS: dict[str, tuple[Any, Any]] = {
+    "dict": by_name(dict),
+    "ordered": by_name(collections.OrderedDict),
+    "frozen": by_name(FrozenDict),
+    "state": (
+        lambda u, d: nnx.State({"up": nnx.Param(u), "down": nnx.Param(d)}),
+        lambda p: (p["up"][...], p["down"][...]),
+    ),
+    "namedtuple": by_attribute(Pair),
+    "flax_dataclass": by_attribute(FlaxPair),
+    "dataclass": by_attribute(JaxPair),
+    "opaque": by_attribute(Opaque),
+    "list": (lambda u, d: [u, d], tuple),
+    "tuple": (lambda u, d: (u, d), tuple),
+    "integers": (lambda u, d: {0: u, 10: d}, lambda p: (p[0], p[10])),
+    "nested": (
+        lambda u, d: {"a": [None, u, {}], "b": ({"d": d}, ()), "no": None},
+        lambda p: (p["a"][1], p["b"][0]["d"]),
+    ),
+}
 
 
-def by_attribute(tree):
-    """The leaves of {"layer": an object, "head"}."""
-    return tree["layer"].weight, tree["layer"].bias, tree["head"]
+def two_products(split: Any) -> Any:
+    """A model of the two weights of a container."""
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        up, down = split(params)
+        return jnp.tanh(x @ up) @ down
+
+    return apply
 
 
-def named(weight, bias, head):
-    """A nested dict."""
-    return {"layer": {"weight": weight, "bias": bias}, "head": head}
+for name, (make, split) in CONTAINERS.items():
+
+    def build(dtype, make=make, split=split):
+        """The container of both."""
+        weights = normals(dtype, up=(6, 8), down=(8, 4)).values()
+        return Problem(two_products(split), make(*weights), (normal("x", (3, 6), dtype),))
+
+    rules, sites, trainable = (LoRA(rank=2, alpha=4),), 2, BOTH
+    if name == "list":  # by path
+        rules, sites = (LoRA("^0$", rank=2, alpha=4), Full("^1$")), 1
+        trainable = 2 * (6 + 8) + 8 * 4
+    case("tree", trainable, f"tree_{name}", rules=rules, sites=sites)(build)
 
 
-WEIGHT_ONLY = {"sites": 1, "trainable": 2 * (6 + 5)}
-container("tree_dict", named, by_name)
-container(
-    "tree_nnx_state_of_params",
-    lambda *leaves: nnx.State(jax.tree.map(nnx.Param, named(*leaves))),
-    lambda tree: tuple(leaf[...] for leaf in by_name(tree)),
-    rules=(LoRA("^layer/weight$", rank=2, alpha=4), Full("^head$")),
-    sites=1,
-    trainable=2 * (6 + 5) + 5 * 4,
-)
-container("tree_named_tuple", lambda w, b, h: {"layer": Pair(w, b), "head": h}, by_attribute)
-container(
-    "tree_list_by_path",
-    lambda w, b, h: [[w, b], [h]],
-    lambda p: (*p[0], *p[1]),
-    rules=(LoRA("^0/0$", rank=2, alpha=4), Full("^0/1$|^1/0$")),
-    sites=1,
-    trainable=2 * (6 + 5) + 5 + 5 * 4,
-)
-container("tree_without_keys", lambda w, b, h: {"layer": Opaque(w, b), "head": h}, by_attribute)
-container("tree_integer_keys", lambda w, b, h: {0: w, 1: b, 10: h}, lambda p: (p[0], p[1], p[10]))
-container(
-    "tree_with_nothing",
-    lambda w, b, h: {"layer": [None, w, {}], "bias": b, "head": (h, ()), "no": None},
-    lambda p: (p["layer"][1], p["bias"], p["head"][0]),
-)
-container("tree_numpy", lambda *leaves: jax.tree.map(np.asarray, named(*leaves)), by_name)
-container(  # two leaves, one buffer: an adapter for each
-    "tree_one_array_twice",
-    lambda w, b, h: {"first": w, "second": w, "bias": b, "head": h},
-    lambda p: (jnp.concatenate([p["first"], p["second"]], axis=1)[:, 2:7], p["bias"], p["head"]),
-    sites=3,
-    trainable=2 * (6 + 5) + BOTH,
-    exact_at_zero=False,
-)
+@case("tree", 2 * 2 * (6 + 5), sites=2, exact_at_zero=False)
+def tree_one_array_twice(dtype):
+    """Two leaves, one buffer: an adapter for each."""
+    w, x = normal("w", (6, 5), dtype), normal("x", (3, 6), dtype)
+
+    def apply(p, x):
+        return x @ jnp.concatenate([p["first"], p["second"]], axis=1)[:, 2:7]
+
+    return Problem(apply, {"first": w, "second": w}, (x,))
 
 
-@case(subject="tree", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case("tree", 2 * (6 + 5))
 def tree_bare_array(dtype):
     """The parameters are one array."""
-    return Problem(
-        lambda w, x: jnp.tanh(x @ w), normal("w", WEIGHT, dtype), (normal("x", (3, 6), dtype),)
-    )
+    x = normal("x", (3, 6), dtype)
+    return Problem(lambda w, x: jnp.tanh(x @ w), normal("w", (6, 5), dtype), (x,))
 
 
-@case(subject="tree", rules=(LORA,), sites=1, trainable=2 * (6 + 5))
+@case("tree", 2 * (6 + 5))
 def tree_with_integers_and_scalars(dtype):
-    """Integer arrays, keys and Python scalars beside the weights."""
+    """Integer arrays, keys, NumPy's arrays and Python scalars beside the weights."""
     params = {
-        **normals(dtype, w=WEIGHT),
+        "w": np.asarray(normal("w", (6, 5), dtype)),
         "table": jnp.array([2, 0, 1]),
         "key": jax.random.key(0),
         "temperature": 2.0,

@@ -1,31 +1,39 @@
-"""Uses of a weight without a factored form: refused by line and primitive, or formed if asked."""
+"""Uses of a weight: those without a factored form are refused by line and primitive, or formed.
 
+Python code in the model that asks for the value of a leaf, too.
+"""
+
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import laws
 import numpy as np
 import pytest
 from jax import lax
 from small import (
+    KEY,
     REMEDY,
     SQUARE,
+    W,
     X,
-    assert_same,
     dense,
     exactly,
     init,
     line_of,
     message_of,
-    randomize,
-    scalar,
+    some,
     use_sin,
 )
 
 import jlora
 from jlora import LoRA
+
+RULE, FORMED = LoRA("w", rank=2), LoRA("w", rank=2, materialize=True)
+AT_COST = "LoRA(..., materialize=True): exact, but at full memory and time."
 
 
 @jax.custom_vjp
@@ -69,11 +77,7 @@ def use_jvp(p: Any, x: jax.Array) -> Any:
 
 def use_carry(p: Any, x: jax.Array) -> Any:
     """A loop whose carry is the weight and changes."""
-
-    def body(carry: Any, _: None) -> Any:
-        w, x = carry
-        return (w * 0.5, x @ w), None
-
+    body = lambda carry, _: ((carry[0] * 0.5, carry[1] @ carry[0]), None)  # noqa: E731
     return lax.scan(body, (p["w"], x), length=2)[0]  # here
 
 
@@ -127,11 +131,6 @@ def use_mask(p: Any, x: jax.Array) -> Any:
     return x @ (p["w"] * jnp.eye(4))  # here
 
 
-def use_integer(p: Any, x: jax.Array) -> Any:
-    """Fake quantization: nothing of the weight's gradient is left, that of x is."""
-    return (x + p["w"][:2]) @ p["w"].astype(jnp.int8).astype(jnp.float32)
-
-
 def use_output(p: Any, x: jax.Array) -> Any:
     """The weight as one of the outputs."""
     return x @ p["w"], p["w"]
@@ -150,6 +149,13 @@ class Outside(NamedTuple):
     what: str
     only: bool = True
 
+    @property
+    def first_use(self) -> str:
+        """What the error says of the first use."""
+        if "{here}" not in self.what:
+            return self.what
+        return self.what.format(here=line_of(self.apply, "# here"), name=self.apply.__name__)
+
 
 OUTSIDE = [
     Outside(use_sin, "`sin` at {here} ({name})"),
@@ -165,122 +171,75 @@ OUTSIDE = [
     Outside(use_divisor, "`add` at {here} ({name})"),
     Outside(use_padding, "`pad` at {here} ({name}), where the weight is a padding value"),
     Outside(use_mask, "`mul` at {here} ({name}), where it is scaled by more than a scalar"),
+    Outside(use_output, "the function's outputs", only=False),
 ]
-OUTPUT = Outside(use_output, "the function's outputs", only=False)
 
 
-def named(outsides: list[Outside]) -> list[Any]:
-    """The entries as parameters with their names."""
-    return [pytest.param(o, id=o.apply.__name__.removeprefix("use_")) for o in outsides]
+def name_of(x: Any) -> str:
+    """The pytest id of a use."""
+    return (x.apply if isinstance(x, Outside) else x).__name__.removeprefix("use_")
 
 
-def first_use(outside: Outside) -> str:
-    """What the error says of the first use."""
-    if "{here}" not in outside.what:
-        return outside.what
-    here = line_of(outside.apply, "# here")
-    return outside.what.format(here=here, name=outside.apply.__name__)
+@pytest.mark.parametrize("outside", OUTSIDE, ids=name_of)
+def test_outside_is_refused(outside: Outside) -> None:
+    """The leaf, the primitive, the line in this file, and what to do; by `apply` and under `jit`.
 
-
-@pytest.mark.parametrize("outside", named([*OUTSIDE, OUTPUT]))
-def test_outside_is_refused_by_init(outside: Outside) -> None:
-    """The leaf, the primitive, the line in this file, and what to do."""
+    One entry of W is as cheap as an activation: `apply` forms it, although `init` refuses.
+    """
     if outside.only:
         error: Any = ValueError
         start = "LoRA('w') matches 'w' of shape (4, 4), which is used by nothing linear: "
-        start += f"it is used only by {first_use(outside)}"
+        start += f"it is used only by {outside.first_use}"
         end = REMEDY
     else:
         error = NotImplementedError
         start = "LoRA('w') matches 'w', which the model also uses where W + s·A·B has no "
-        start += f"factored form: {first_use(outside)}"
-        end = "Leave it out of the rules, or let W + ΔW be formed there with "
-        end += "LoRA(..., materialize=True): exact, but at full memory and time."
+        start += f"factored form: {outside.first_use}"
+        end = f"Leave it out of the rules, or let W + ΔW be formed there with {AT_COST}"
     with pytest.raises(error) as caught:
-        init(LoRA("w", rank=2), apply=outside.apply, params=SQUARE)
-    message = str(caught.value)
-    assert message.startswith(start)
-    assert message.endswith(f". {end}")
-    others = message[len(start) : -len(f". {end}")]
-    assert re.fullmatch(r"(; .* at .*)*", others)
-
-
-# One entry of W is as cheap as an activation: `apply` forms it, although `init` refuses.
-SEEN = [o for o in [*OUTSIDE, OUTPUT] if o.apply is not use_predicate]
-
-
-@pytest.mark.parametrize("outside", named(SEEN))
-def test_outside_is_refused_by_apply(outside: Outside) -> None:
-    """The same for a call that `init` did not see, eagerly and under `jit`."""
-    base, adapter = init(LoRA("w", rank=2), apply=dense, params=SQUARE)
+        init(RULE, apply=outside.apply, params=SQUARE)
+    others = r"(; .* at .*)*\. "
+    assert re.fullmatch(re.escape(start) + others + re.escape(end), str(caught.value))
+    if outside.apply is use_predicate:
+        return
+    base, adapter = init(RULE, apply=dense, params=SQUARE)  # for a call that `init` did not see
     message = (
-        f"the weight 'w' reaches {first_use(outside)}, for which there is no factored form of "
+        f"the weight 'w' reaches {outside.first_use}, for which there is no factored form of "
         "W + s·A·B. Leave the weight out of the rules, or let W + ΔW be formed there with "
-        "LoRA(..., materialize=True): exact, but at full memory and time."
+        f"{AT_COST}"
     )
-    lora = jlora.transform(outside.apply, LoRA("w", rank=2))
+    lora = jlora.transform(outside.apply, RULE)
     for apply in (lora.apply, jax.jit(lora.apply)):
         with pytest.raises(NotImplementedError, match=exactly(message)):
             apply(base, adapter, X)
 
 
-def formed() -> list[Any]:
-    """The uses as parameters; some of each kind every day."""
-    rows = named([*OUTSIDE, OUTPUT, Outside(use_integer, "")])
-    daily = ("vjp", "carry", "cond", "padding", "integer", "output")
-    return [
-        x if x.id in daily else pytest.param(*x.values, id=x.id, marks=pytest.mark.slow)
-        for x in rows
-    ]
+# What is added is an activation, and no weight that is missed.
+MISSED = [o for o in OUTSIDE if o.only and o.apply is not use_divisor]
 
 
-@pytest.mark.parametrize("outside", formed())
-def test_outside_is_exact_when_formed(outside: Outside) -> None:
-    """With `materialize=True`: values and gradients are those of the merged weights."""
-    rule = LoRA("w", rank=2, materialize=True)
-    base, adapter = init(rule, apply=outside.apply, params=SQUARE)
-    adapter = randomize(adapter)
-
-    def adapted(adapter: Any, x: jax.Array) -> Any:
-        return jlora.transform(outside.apply, rule).apply(base, adapter, x)
-
-    def merged(adapter: Any, x: jax.Array) -> Any:
-        return outside.apply(jlora.merge(base, adapter), x)
-
-    def loss(f: Any, adapter: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        outputs = f(adapter, x)
-        return scalar(outputs), outputs
-
-    slope = jax.jit(jax.grad(loss, (1, 2), has_aux=True), static_argnums=0)
-    expected = slope(merged, adapter, X)
-    assert any(np.any(g) for g in jax.tree.leaves(expected[0]))
-    assert_same(slope(adapted, adapter, X), expected)
+@pytest.mark.parametrize("outside", MISSED, ids=name_of)
+def test_what_all_linear_misses_is_listed_with_the_reason(outside: Outside) -> None:
+    """In the table, in a warning of `init`, and in the error where there is no site at all."""
+    both = lambda p, x: (outside.apply(p, x), x @ p["v"])  # noqa: E731
+    params, lora = SQUARE | {"v": X.T @ X}, jlora.transform(both, LoRA(rank=2))
+    what = re.escape(outside.what.split("{here}")[0])
+    used = rf"{what}.*/(test_uses|small)\.py:\d+ \({outside.apply.__name__}"
+    sites = lora.sites(params, X)
+    assert [s.path for s in sites.missed] == ["w"]
+    *_, [line], _, last = [[x] if x.startswith("w ") else x for x in str(sites).split("\n")]
+    assert re.fullmatch("1 of 1 sites adapted; .*; 1 more weights have no factored form", last)
+    assert re.search(f"  used in {used}", line)
+    with pytest.warns(UserWarning, match=rf"^LoRA\(\) leaves 1 weights as they are.*w \({used}"):
+        _, adapter = lora.init(KEY, params, X)
+    assert set(adapter) == {"v"}
+    with pytest.raises(ValueError, match=r"the model has none.*\n.*\n  w: used in .*`"):
+        init(LoRA(rank=2), apply=outside.apply, params=SQUARE)
 
 
-def test_every_use_is_named() -> None:
-    """Two uses without a factored form, two places; the same twice, one place."""
-
-    def twice(p: Any, x: jax.Array) -> jax.Array:
-        y = x @ jnp.sin(p["w"])  # first
-        y = y @ jnp.tanh(p["w"])  # second
-        return y @ p["w"]
-
-    with pytest.raises(NotImplementedError) as caught:
-        init(LoRA("w", rank=2), apply=twice, params=SQUARE)
-    first, second = line_of(twice, "# first"), line_of(twice, "# second")
-    where = "test_every_use_is_named.<locals>.twice"
-    assert f"`sin` at {first} ({where}); `tanh` at {second} ({where})." in str(caught.value)
-    assert str(caught.value).count("`sin`") == 1
-
-
-def test_dropout_where_formed() -> None:
-    """Dropout has no input to act on where W + ΔW is formed, and `init` says so."""
-    message = (
-        f"dropout cannot act where W + ΔW is formed (`sin` at {line_of(use_sin, '# here')} "
-        "(use_sin)): there is no input to drop. Give this site a rule with dropout=0."
-    )
-    with pytest.raises(ValueError, match=exactly(message)):
-        init(LoRA("w", rank=2, dropout=0.5, materialize=True), apply=use_sin, params=SQUARE)
+def use_integer(p: Any, x: jax.Array) -> Any:
+    """Fake quantization: nothing of the weight's gradient is left, that of x is."""
+    return (x + p["w"][:2]) @ p["w"].astype(jnp.int8).astype(jnp.float32)
 
 
 def use_raveled(p: Any, x: jax.Array) -> Any:
@@ -304,33 +263,58 @@ def use_one_output(p: Any, x: jax.Array) -> Any:
 
 
 def use_rows(p: Any, x: jax.Array) -> Any:
-    """One row at a time, as a scale."""
-    return lax.scan(lambda c, row: (c * row, None), x, p["w"])[0]
+    """One row at a time, as a scale; and one row, added."""
+    return lax.scan(lambda c, row: (c * row, None), x + p["w"][0], p["w"])[0]
 
 
-def use_row(p: Any, x: jax.Array) -> Any:
-    """One row, added."""
-    return x + p["w"][0]
+ODD = [use_integer, use_raveled, use_mixed, use_batched, use_one_output, use_rows]
+DAILY = (use_vjp, use_carry, use_cond, use_padding, use_output, use_integer, use_batched, use_rows)
 
 
-@pytest.mark.parametrize(
-    "apply",
-    [use_raveled, use_mixed, use_batched, use_one_output, use_rows, use_row],
-    ids=lambda f: f.__name__.removeprefix("use_"),
-)
-def test_materialize_reaches_every_use(apply: Callable[..., Any]) -> None:
-    """With `materialize=True` any use is exact."""
-    rule = LoRA("w", rank=2, materialize=True)
-    base, adapter = init(rule, apply=apply, params=SQUARE)
-    adapter = randomize(adapter)
-    actual = jlora.transform(apply, rule).apply(base, adapter, X)
-    assert_same(actual, apply(jlora.merge(base, adapter), X))
+@pytest.mark.parametrize("apply", some([*(o.apply for o in OUTSIDE), *ODD], *DAILY), ids=name_of)
+def test_outside_is_exact_when_formed(apply: Callable[..., Any]) -> None:
+    """With `materialize=True`: values and gradients are those of the merged weights."""
+    base, adapter = init(FORMED, apply=apply, params=SQUARE)
+    lora, adapter = jlora.transform(apply, FORMED), laws.randomize(adapter)
+
+    def adapted(given: Any) -> Any:
+        return lora.apply(base, *given)
+
+    def merged(given: Any) -> Any:
+        return apply(jlora.merge(base, given[0]), given[1])
+
+    both = jax.jit(lambda given: [laws.value_and_slope(f)(given) for f in (adapted, merged)])
+    actual, expected = both((adapter, X))
+    assert any(np.any(g) for g in jax.tree.leaves(expected[1]))
+    laws.assert_close(actual, expected, 1e-5)
 
 
-def test_used_leaf_is_not_called_unused() -> None:
-    """The message says what stands in the way."""
-    text = message_of(lambda: init(LoRA("w", rank=2), apply=use_one_output, params=SQUARE))
-    assert "not used by the traced call" not in text
+def test_every_use_is_named() -> None:
+    """Two uses without a factored form, two places; the same twice, one place."""
+
+    def twice(p: Any, x: jax.Array) -> jax.Array:
+        y = x @ jnp.sin(p["w"])  # first
+        y = y @ jnp.tanh(p["w"])  # second
+        return y @ p["w"]
+
+    text = message_of(lambda: init(RULE, apply=twice, params=SQUARE))
+    first, second = line_of(twice, "# first"), line_of(twice, "# second")
+    where = "test_every_use_is_named.<locals>.twice"
+    assert f"`sin` at {first} ({where}); `tanh` at {second} ({where})." in text
+    assert text.count("`sin`") == 1
+    assert "not used by the traced call" not in message_of(
+        lambda: init(RULE, apply=use_one_output, params=SQUARE)
+    )
+
+
+def test_dropout_where_formed() -> None:
+    """Dropout has no input to act on where W + ΔW is formed, and `init` says so."""
+    message = (
+        f"dropout cannot act where W + ΔW is formed (`sin` at {line_of(use_sin, '# here')} "
+        "(use_sin)): there is no input to drop. Give this site a rule with dropout=0."
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        init(LoRA("w", rank=2, dropout=0.5, materialize=True), apply=use_sin, params=SQUARE)
 
 
 def use_where(p: Any, x: jax.Array) -> Any:
@@ -340,5 +324,44 @@ def use_where(p: Any, x: jax.Array) -> Any:
 
 def test_line_of_a_library_function() -> None:
     """The user's line that calls `jnp.where`."""
-    text = message_of(lambda: init(LoRA("w", rank=2), apply=use_where, params=SQUARE))
+    text = message_of(lambda: init(RULE, apply=use_where, params=SQUARE))
     assert line_of(use_where, "# here") in text
+
+
+# --------------------------------------------------------------------------- values in Python
+
+PYTHON_VALUES = {
+    "int": ({"heads": 2}, lambda p, x: (x @ p["w"]).reshape(p["heads"], -1)),
+    "vector": ({"gate": np.ones(1)}, lambda p, x: x @ p["w"] if p["gate"][0] > 0 else x),
+    "float": ({"scale": jnp.float32(2)}, lambda p, x: x @ p["w"] * float(p["scale"])),
+    "numpy": ({"mask": np.eye(4, 6)}, lambda p, x: x @ (p["w"] * np.asarray(p["mask"]))),
+}
+
+
+@pytest.mark.parametrize("case", PYTHON_VALUES)
+def test_python_reads_a_leaf_that_is_not_adapted(case: str) -> None:
+    """Leaves that no rule takes keep their values, as `apply` keeps them."""
+    extra, apply = PYTHON_VALUES[case]
+    base, adapter = init(FORMED if case == "numpy" else RULE, apply=apply, params=W | extra)
+    actual = jlora.transform(apply).apply(base, adapter, X)
+    laws.assert_close(actual, apply(W | extra, X), 1e-5)
+
+
+BRANCHES = {
+    "weight": lambda p, x: x @ p["w"] if p["w"].sum() > 0 else x,
+    "activation": lambda p, x: x @ p["w"] if (x @ p["w"]).sum() > 0 else x,
+    "numpy": lambda p, x: x @ np.asarray(p["w"]),
+    "float": lambda p, x: x @ p["w"] * float(p["w"][0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", BRANCHES)
+def test_python_reads_an_adapted_weight(case: str) -> None:
+    """Python code that asks for the value of an adapted weight is refused, by both."""
+    apply = BRANCHES[case]
+    text = message_of(lambda: init(RULE, apply=apply, params=SQUARE))
+    assert "asks in Python for the value" in text and "'w'" in text
+    assert os.path.dirname(jlora.__file__) not in text  # no line of jlora
+    base, adapter = init(RULE, apply=dense, params=SQUARE)
+    with pytest.raises(TypeError, match="asks in Python for the value"):
+        jlora.transform(apply).apply(base, adapter, X)

@@ -8,7 +8,6 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 MESH = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
-STEPS = 5
 # What each device does with its two rows of three float32, and what is counted of it.
 PROGRAMS = {
     "all-reduce": (lambda x: lax.psum(x, "x"), 24),
@@ -24,19 +23,13 @@ def compiled(f):
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_once(kind):
+@pytest.mark.parametrize("steps", [None, 5])
+def test_a_collective(kind, steps):
+    """Alone, and in a loop of some steps."""
     f, size = PROGRAMS[kind]
-    assert summary(collectives(compiled(f)))[kind] == (1, size)
-
-
-@pytest.mark.parametrize("kind", PROGRAMS)
-def test_in_a_loop(kind):
-    f, size = PROGRAMS[kind]
-
-    def loop(x):
-        return lax.fori_loop(0, STEPS, lambda _, x: jnp.sin(f(x)), x)
-
-    assert summary(collectives(compiled(loop)))[kind] == (STEPS, STEPS * size)
+    loop = lambda x: lax.fori_loop(0, steps, lambda _, x: jnp.sin(f(x)), x)  # noqa: E731
+    found = summary(collectives(compiled(loop if steps else f)))
+    assert found[kind] == (steps or 1, (steps or 1) * size)
 
 
 def test_none():

@@ -13,11 +13,13 @@ from models import parts
 from small import some
 from test_models import ONE_EACH, SMALL, assert_close
 
+RULES = {name: getattr(parts, name) for name in ("RULES", "SEQUENCE_RULES")}
 IDS = np.random.default_rng(0).integers(2, 61, (8, 8)).astype(np.int32)
 
 
 @pytest.mark.parametrize("name", some(ONE_EACH, "gpt"))
-def test_on_a_mesh_is_as_on_one_device(name):
+@pytest.mark.parametrize("rules", some(RULES, "SEQUENCE_RULES"))
+def test_on_a_mesh_is_as_on_one_device(name, rules):
     """With rules of either kind; no kernel lies everywhere."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
     small = SMALL[name]
@@ -25,16 +27,15 @@ def test_on_a_mesh_is_as_on_one_device(name):
     small = small._replace(config=dataclasses.replace(small.config, **rows))
     model = small.model(scan=True, remat=True)
     whole = small.variables(True)
-    expected = jax.jit(model.apply)(whole, IDS)
-    for rules in (parts.RULES, parts.SEQUENCE_RULES):
-        abstract = jax.eval_shape(model.init, jax.random.key(0), IDS)
-        places = parts.shardings(abstract, mesh, rules)
-        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-            variables = jax.device_put(jax.device_get(whole), places)
-            program = jax.jit(model.apply).lower(variables, IDS)
-            assert_close(program.compile()(variables, IDS), expected)
-        text = program.as_text()
-        assert "sharding_constraint" in text or "@Sharding" in text
-        kernels = [x.sharding for x in jax.tree.leaves(variables) if x.ndim > 2]
-        assert len({x.spec for x in kernels}) >= 2
-        assert not any(x.is_fully_replicated for x in kernels)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), IDS)
+    places = parts.shardings(abstract, mesh, RULES[rules])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES[rules]):
+        variables = jax.device_put(jax.device_get(whole), places)
+        program = jax.jit(model.apply).lower(variables, IDS)
+        actual = program.compile()(variables, IDS)
+    assert_close(actual, jax.jit(model.apply)(whole, IDS))
+    text = program.as_text()
+    assert "sharding_constraint" in text or "@Sharding" in text
+    kernels = [x.sharding for x in jax.tree.leaves(variables) if x.ndim > 2]
+    assert len({x.spec for x in kernels}) >= 2
+    assert not any(x.is_fully_replicated for x in kernels)

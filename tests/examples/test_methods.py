@@ -10,11 +10,10 @@ import pytest
 from flax import linen as nn
 from models import bert, gpt, llama, parts
 from paper.methods import METHODS, PREFIXES, adapters, prefixes
-from small import some
+from small import some, some_rows
 
 import jlora
 
-slow = pytest.mark.slow
 L, D, VOCAB = 2, 16, 50
 _SIZES = (VOCAB, D, L, 2, 32, 40)
 MODELS = {
@@ -37,16 +36,8 @@ MASK = (np.arange(7) < np.array([7, 5, 3])[:, None]).astype(np.int32)
 IDS[MASK == 0] = 1  # RoBERTa's padding
 ALL = np.ones_like(MASK)
 
-every = pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        pytest.param(*x, marks=() if x in {("bert", "adapter_h"), ("gpt", "prompt")} else slow)
-        for x in (
-            *itertools.product(("bert", "gpt"), METHODS),
-            *(("roberta", "adapter_h"), ("roberta", "pre_layer")),
-        )
-    ],
-)
+EVERY = [*itertools.product(("bert", "gpt"), METHODS)]
+EVERY += [("roberta", "adapter_h"), ("roberta", "pre_layer")]
 # Those that put no tokens into the text.
 CACHED = [name for name in METHODS if name not in PREFIXES]
 
@@ -111,7 +102,9 @@ def plain(kind):
 # ---- laws ---------------------------------------------------------------------------------------
 
 
-@every
+@pytest.mark.parametrize(
+    ("kind", "name"), some_rows(EVERY, ("bert", "adapter_h"), ("gpt", "prompt"))
+)
 def test_laws(kind, name):
     """Frozen variables, a start at the model, gradients everywhere, and padding that is unseen."""
     _, base, trained = start(kind, name)
@@ -183,31 +176,20 @@ def test_perceptron():
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def by_hand(kind, trained, between):
-    """The model's outputs where `between(i, block, x)` is a layer; `block(x, mask)` is its own."""
-    model, params = MODELS[kind], {**variables(kind)["params"], **trained.get("params", {})}
-    options = {"config": model.config, "dtype": jnp.float32, "param_dtype": jnp.float32}
-    if kind == "gpt":
-        layer, layers = gpt.Block(**options), [params[f"h_{i}"] for i in range(L)]
-        x = params["wte"]["embedding"][IDS] + params["wpe"]["embedding"][np.arange(7)]
-    else:
-        layer, layers = bert.Layer(**options), [params["encoder"][f"layer_{i}"] for i in range(L)]
-        embeddings = bert.Embeddings(**options)
-        x = embeddings.apply({"params": params["embeddings"]}, IDS, np.zeros_like(IDS))
+def by_hand(trained, between):
+    """GPT's outputs where `between(i, block, x)` is a layer; `block(x, mask)` is its own."""
+    params = {**variables("gpt")["params"], **trained.get("params", {})}
+    layer = gpt.Block(config=MODELS["gpt"].config, dtype=jnp.float32, param_dtype=jnp.float32)
+    x = params["wte"]["embedding"][IDS] + params["wpe"]["embedding"][np.arange(7)]
     for i in range(L):
 
-        def block(x, mask, i=i):
-            own = {"params": layers[i]}
-            if kind == "gpt":  # which has no cache here
-                return layer.apply(own, x, None, mask[:, None, None].astype(bool), None)[0]
-            return layer.apply(own, x, mask)[0]
+        def block(x, mask, i=i):  # which has no cache here
+            seen = mask[:, None, None].astype(bool)
+            return layer.apply({"params": params[f"h_{i}"]}, x, None, seen, None)[0]
 
         x = between(i, block, x)
-    if kind == "gpt":
-        x = nn.LayerNorm(1e-5).apply({"params": params["ln_f"]}, x)
-        return x @ params["wte"]["embedding"].T
-    x = nn.LayerNorm(use_bias=False, use_scale=False).apply({}, bert.pool(x, MASK))
-    return x @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+    x = nn.LayerNorm(1e-5).apply({"params": params["ln_f"]}, x)
+    return x @ params["wte"]["embedding"].T
 
 
 @pytest.mark.parametrize("name", some(CACHED, "adapter_l"))
@@ -215,42 +197,40 @@ def test_gpt_with_a_cache(name):
     """Texts are written as the method changes the model."""
     method, base, trained = start("gpt", name)[0], *moved("gpt", name)
     apply = jax.jit(method.apply)
-    logits, cache = apply(base, trained, IDS[:, :4], cache=MODELS["gpt"].config.cache(3, 7))
-    again, _ = apply(base, trained, IDS[:, 4:], cache=cache)
-    whole = compiled("gpt", name)(base, trained, IDS, ALL)[0]
+    logits, cache = apply(base, trained, IDS[:, :3], cache=MODELS["gpt"].config.cache(3, 7))
+    again, _ = apply(base, trained, IDS[:, 3:6], cache=cache)
+    whole = compiled("gpt", name)(base, trained, IDS, ALL)[0][:, :6]
     np.testing.assert_allclose(np.concatenate([logits, again], 1), whole, atol=3e-5)
 
 
-def check_by_hand(kind, name, between):
-    """`between(i, block, x, added)` has the added parameters of its layer too."""
-    base, trained = moved(kind, name)
+def after_the_layer(block, x, added):
+    return adapters.perceptron(added["layer"], block(x, MASK))
+
+
+def beside_its_inputs(block, x, added):
+    vectors = jnp.broadcast_to(added, (3, 5, D))
+    return block(jnp.concatenate([vectors, x], 1), np.concatenate([ALL[:, :5], MASK], 1))[:, 5:]
+
+
+@pytest.mark.parametrize(
+    ("name", "between"),
+    some_rows(
+        [("adapter_l", after_the_layer), ("pre_layer", beside_its_inputs)],
+        ("adapter_l", after_the_layer),
+    ),
+)
+def test_what_a_method_does_in_each_layer(name, between):
+    """`between(block, x, added)` has the parameters that are added in the layer."""
+    base, trained = moved("gpt", name)
     added = trained["added"]
     rest = {k: tree for k, tree in trained.items() if k != "added"}
 
     @jax.jit
     def expected(rest, added):
-        return by_hand(kind, rest, lambda i, *args: between(*args, added[f"layer_{i}"]))
+        return by_hand(rest, lambda i, *args: between(*args, added[f"layer_{i}"]))
 
-    got, _ = compiled(kind, name)(base, trained, IDS, MASK)
+    got, _ = compiled("gpt", name)(base, trained, IDS, MASK)
     np.testing.assert_allclose(got, expected(rest, added), atol=3e-5)
-
-
-@pytest.mark.parametrize("kind", some(["bert", "gpt"], "gpt"))
-def test_adapter_l_follows_each_layer(kind):
-    def between(block, x, added):
-        return adapters.perceptron(added["layer"], block(x, MASK))
-
-    check_by_hand(kind, "adapter_l", between)
-
-
-@slow
-def test_pre_layer_replaces_the_inputs_of_each_layer_of_bert():
-    def between(block, x, added):
-        vectors = jnp.broadcast_to(added, (3, 5, D))
-        mask = np.concatenate([ALL[:, :5], MASK], 1)
-        return block(jnp.concatenate([vectors, x], 1), mask)[:, 5:]
-
-    check_by_hand("bert", "pre_layer", between)
 
 
 def test_prompt_starts_as_words():

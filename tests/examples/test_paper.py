@@ -4,25 +4,22 @@ The checkpoints are small, of the real architectures, with tokenizers of the rea
 """
 
 import csv
-import doctest
 import functools
 import itertools
-import json
 import math
 import pathlib
-import re
 import shutil
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import bert, gpt, hf
+from models import bert, gpt
 from paper import train as paper
 from paper.methods import METHODS
-from paper.tasks import glue, nlg, pretrained, problems, seeds, table, texts, training
+from paper.tasks import glue, nlg, pretrained, problems, table, texts, training
+from test_models import Small
 from test_tasks import LAYOUTS, tsv, write
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -40,8 +37,10 @@ E2E = """mr,ref
 """
 ENCODER = (320, 32, 2, 4, 64, 66)
 SMALL = {
-    "roberta-base": (bert, bert.Config(*ENCODER, 1, 1e-5, "roberta", 1, 0.0, 0.0, "lm")),
-    "gpt2-medium": (gpt, gpt.Config(400, 192, 2, 32, 4, dropout=0.0)),
+    "roberta-base": Small(
+        bert, bert.Bert, bert.Config(*ENCODER, 1, 1e-5, "roberta", 1, 0.0, 0.0, "lm")
+    ),
+    "gpt2-medium": Small(gpt, gpt.GPT, gpt.Config(400, 192, 2, 32, 4, dropout=0.0)),
 }
 
 # ---- files --------------------------------------------------------------------------------------
@@ -73,30 +72,10 @@ def make_tokenizer(name: str) -> Tokenizer:
 
 
 def write_checkpoint(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """A folder as Hugging Face's, of random weights through which attention sees the words."""
-    module, config = SMALL[name]
-    kind = pretrained.FAMILIES[name][1]
-    variables = nn.unbox(
-        jax.jit(kind(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    )
-    loud = r"attention/(value|out)/kernel" if module is not gpt else "wpe"
-    variables = scaled(variables, loud)
-    known = {k: v[0] if isinstance(v, tuple) else v for k, v in module.KNOWN.items()}
-    own = {theirs: getattr(config, ours) for ours, theirs in module.FIELDS.items()}
-    write(folder, {"config.json": json.dumps({**known, **own})})
-    hf.write_tensors(folder / hf.ONE, hf.to_tensors(variables, module.names(config)))
+    """A folder as Hugging Face's, of random weights."""
+    SMALL[name].write(folder)
     make_tokenizer(name).save(str(folder / "tokenizer.json"))
     return folder
-
-
-def scaled(variables: Any, pattern: str) -> Any:
-    """Variables of which those whose path matches are four times as large."""
-
-    def scale(path: Any, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return 4 * x if re.search(pattern, name) else x
-
-    return jax.tree_util.tree_map_with_path(scale, variables)
 
 
 def sentence(rng: np.random.Generator, *kinds: int) -> str:
@@ -190,7 +169,7 @@ def test_saves_the_adapter_of_the_best_epoch(run, checkpoints):
     loaded = pretrained.load(checkpoints["roberta-base"], "roberta-base", scan=True)
     problem = paper.pose(loaded, recipe, parsed)
     method = paper.adapt(loaded, problem, recipe, parsed)
-    for row in rows_of(out):
+    for row in rows_of(out)[1:]:
         seed = int(row["seed"])
         base, like = paper.begin(method, loaded, problem, recipe, seed)
         adapter = checkpoint.restore(out / f"seed-{seed}", like=like, base=base)
@@ -237,7 +216,7 @@ def test_mnli_and_what_starts_from_it(checkpoints, tmp_path):
 
     start = tmp_path / "a" / "seed-0"
     args = arguments("rte", "roberta-base", weights, inference(tmp_path, "rte"), tmp_path / "b")
-    still = ("--epochs", "1", "--learning-rate", "1e-9", "--alpha", "16", "--seeds", "1")
+    still = ("--scan", "--epochs", "1", "--learning-rate", "1e-9", "--alpha", "16", "--seeds", "1")
     paper.main([*args, *still, "--start", str(start)])
     before, after = (checkpoint.restore(x)["params"] for x in (start, tmp_path / "b" / "seed-0"))
     jax.tree.map(
@@ -251,7 +230,7 @@ def test_mnli_and_what_starts_from_it(checkpoints, tmp_path):
     other = [*args, *still, "--start", start, "--rank", 4, "--out", tmp_path / "c"]
     said = stopped(*other)
     assert said.startswith(f"`like` is not of the form of the adapter in {start}:\n")
-    assert "query/kernel/a: expected shape (32, 8)" in said
+    assert "query/kernel/a: expected shape (2, 32, 8)" in said
 
 
 # ---- texts --------------------------------------------------------------------------------------
@@ -263,7 +242,7 @@ def test_gpt_learns_its_answers(checkpoints, tmp_path):
     write(tmp_path, {"trainset.csv": "".join([header, *rows * 8])})
     write(tmp_path, dict.fromkeys(("devset.csv", "testset_w_refs.csv"), E2E))
     args = arguments("e2e", "gpt2-medium", checkpoints["gpt2-medium"], tmp_path, tmp_path / "out")
-    more = "--length 96 --epochs 10 --warmup 5 --batch 2 --learning-rate 3e-2 --rank 8 --seeds 1"
+    more = "--length 96 --epochs 12 --warmup 5 --batch 2 --learning-rate 1e-2 --rank 8 --seeds 1"
     medians = paper.main([*args, *more.split()])
     assert next(iter(medians)) == "bleu_lower"
     assert medians["bleu"] > 80
@@ -298,12 +277,6 @@ def test_every_method(method, checkpoints, tmp_path):
 
 
 # ---- pieces -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("module", [problems, seeds, training])
-def test_docstrings(module):
-    results = doctest.testmod(module)
-    assert results.attempted > results.failed == 0
 
 
 def toy(scores: list[float], learning_rate: float = 0.1) -> training.Best:

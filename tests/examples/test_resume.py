@@ -6,8 +6,12 @@ import numpy as np
 import optax
 import pytest
 import resume
-from test_checkpoint import RULES, assert_equal, made
+from cases._case import fill
+from test_checkpoint import assert_equal
 
+import jlora
+
+RULES = (jlora.LoRA("up", rank=2), jlora.Full("down"))
 BATCH = resume.Batch(np.arange(20).reshape(10, 2), np.ones((10, 2)), np.arange(10))
 
 
@@ -32,7 +36,10 @@ def test_the_log_is_cut_where_the_run_goes_on(tmp_path):
 
 
 def test_everything_that_a_step_changes_comes_back(tmp_path):
-    base, adapter = made()
+    base = fill({"up": jnp.ones((6, 4)), "down": jnp.ones(4)}, jnp.float32)
+    lora = jlora.transform(lambda p, x: x @ p["up"] * p["down"], *RULES)
+    shapes = jax.eval_shape(lora.init, jax.random.key(0), base, jnp.ones((1, 6)))[1]
+    adapter = fill(shapes, jnp.float32)
     optimizer = {"adam": optax.adam(1e-3).init(adapter), "count": np.int32(3)}
     state = resume.State(adapter, optimizer, jax.random.key(5))
     reader = resume.Reader(BATCH, size=4, seed=0, epoch=2, position=4)

@@ -43,7 +43,7 @@ def tiny(steps: int = 24, batch: int = 8) -> Task:
     return Task(model, params, inputs, score, head, 1, 0, steps, batch, *parts)
 
 
-GRID = sweep.Grid(tiny, "up", 8, 24, (1e-3, 1e-1), (1, 3), (0, 1))
+GRID = sweep.Grid(tiny, "up", 8, 24, (1e-3, 1e-1), (1, 3), (0,))
 RUNS = [sweep.Run(*x) for x in itertools.product(*GRID[4:])]
 
 
@@ -60,7 +60,7 @@ def run(tmp_path_factory):
 
 def test_each_run_is_the_one_that_it_is_alone(run):
     result, _ = run
-    assert sorted(result.stopped) == [6, 6, 6, 6, 12, 12, 24, 24]
+    assert sorted(result.stopped) == [6, 6, 12, 24]
     single = sweep.sweep(GRID, tiny(), [RUNS[result.best]])
     curve = result.curves[:, result.best]
     np.testing.assert_allclose(curve, single.curves[:, 0], rtol=1e-5, atol=1e-6)
@@ -81,7 +81,7 @@ def test_what_is_written(run):
     assert [float(row["learning_rate"]) for row in rows] == [run[0] for run in RUNS]
     assert [row["best"] for row in rows].index("True") == result.best
     curves = np.genfromtxt(out / "curves.csv", delimiter=",", names=True)
-    assert len(curves) == GRID.steps and len(curves.dtype.names) == 8
+    assert len(curves) == GRID.steps and len(curves.dtype.names) == 4
     task, rank = tiny(), RUNS[result.best].rank
     lora = jlora.transform(model, *GRID.rules(task, rank))
     base, like = lora.init(jax.random.key(0), task.params, task.train.x)

@@ -6,20 +6,35 @@ The files are small, with the layouts of the real ones.
 import doctest
 import functools
 import json
+import re
 
 import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import beam
+from models import beam, hf
 from models.cache import Cache
-from paper.tasks import batches, encoding, files, glue, metrics, ngrams, nlg, table
+from paper.tasks import (
+    batches,
+    encoding,
+    files,
+    glue,
+    metrics,
+    ngrams,
+    nlg,
+    problems,
+    seeds,
+    table,
+    training,
+)
 from paper.tasks.files import FormatError
 from small import some
 
+MODULES = [hf, batches, beam, files, ngrams, nlg, problems, seeds, table, training]
 
-@pytest.mark.parametrize("module", [batches, beam, files, ngrams, nlg, table])
+
+@pytest.mark.parametrize("module", MODULES)
 def test_docstrings(module):
     results = doctest.testmod(module)
     assert results.attempted > results.failed == 0
@@ -27,57 +42,39 @@ def test_docstrings(module):
 
 # ---- GLUE ---------------------------------------------------------------------------------------
 
+ONE, TWO, RTE = ["sentence"], ["sentence1", "sentence2"], "index|sentence1|sentence2|label"
+MRPC = "Quality|#1 ID|#2 ID|#1 String|#2 String"
+QQP = "id|qid1|qid2|question1|question2|is_duplicate"
+STSB = "index|genre|filename|year|old_index|source1|source2|sentence1|sentence2|score"
 MNLI = "index|promptID|pairID|genre|sentence1_binary_parse|sentence2_binary_parse|sentence1_parse|"
 MNLI += "sentence2_parse|sentence1|sentence2|label1|gold_label"
-# Of a task: header, a row, the texts' names in JSON lines, their columns here, the label.
+ITS_WET = "0|1|1n|f|( a )|( b )|(ROOT a)|(ROOT b)|{It rains.}|{It's wet.}|neutral|neutral"
+WHO = "5|{Who?}|{He did, in 1999.}|entailment"
+# Of a task: header, a row with its texts in braces, their names in JSON lines, the label.
 LAYOUTS = {
-    "cola": ("", 'gj04|1||"Nobody expected rain," he said', ["sentence"], [3], 1),
-    "sst2": ("sentence|label", "a witty movie \u2028 |1", ["sentence"], [0], 1),
-    "mrpc": (
-        *("Quality|#1 ID|#2 ID|#1 String|#2 String", "0|702|703|He said \"no.|She said 'yes'."),
-        *(["sentence1", "sentence2"], [3, 4], 0),
-    ),
-    "stsb": (
-        "index|genre|filename|year|old_index|source1|source2|sentence1|sentence2|score",
-        "3|main-captions|MSRvid|2012test|0004|none|none|A cat plays.|A cat is playing.|4.750",
-        *(["sentence1", "sentence2"], [7, 8], 4.75),
-    ),
-    "qqp": (
-        *("id|qid1|qid2|question1|question2|is_duplicate", "133|9|10|Why? What is \x0b ∞|Why?|1"),
-        *(["question1", "question2"], [3, 4], 1),
-    ),
-    "mnli": (
-        *(
-            MNLI,
-            "0|31|31n|fiction|( a )|( b )|(ROOT a)|(ROOT b)|It rains.|It's wet.|neutral|neutral",
-        ),
-        *(["premise", "hypothesis"], [8, 9], 1),
-    ),
-    "qnli": (
-        *("index|question|sentence|label", "5|Who?|He did, in 1999.|entailment"),
-        *(["question", "sentence"], [1, 2], 0),
-    ),
-    "rte": (
-        *("index|sentence1|sentence2|label", "0|No arms were found.|Arms were.|not_entailment"),
-        *(["sentence1", "sentence2"], [1, 2], 1),
-    ),
-    "wnli": (
-        *("index|sentence1|sentence2|label", "0|I pulled the pin.|The pin had a hole.|0"),
-        *(["sentence1", "sentence2"], [1, 2], 0),
-    ),
+    "cola": ("", 'gj04|1||{"Nobody expected rain," he said}', ONE, 1),
+    "sst2": ("sentence|label", "{a witty movie \u2028 }|1", ONE, 1),
+    "mrpc": (MRPC, "0|702|703|{He said \"no.}|{She said 'yes'.}", TWO, 0),
+    "stsb": (STSB, "3|captions|MSRvid|2012|0004|none|none|{A cat.}|{A cat is.}|4.750", TWO, 4.75),
+    "qqp": (QQP, "133|9|10|{Why? What is \x0b ∞}|{Why?}|1", ["question1", "question2"], 1),
+    "mnli": (MNLI, ITS_WET, ["premise", "hypothesis"], 1),
+    "qnli": ("index|question|sentence|label", WHO, ["question", "sentence"], 0),
+    "rte": (RTE, "0|{No arms were found.}|{Arms were.}|not_entailment", TWO, 1),
+    "wnli": (RTE, "0|{I pulled the pin.}|{The pin had a hole.}|0", TWO, 0),
 }
 EACH_TASK = pytest.mark.parametrize("task", LAYOUTS)
 
 
 def tsv(*lines: str) -> str:
     """A file of a header, if there is one, and rows; bars stand between columns."""
-    return "".join(f"{line}\n" for line in lines if line).replace("|", "\t")
+    text = "".join(f"{line}\n" for line in lines if line)
+    return text.replace("|", "\t").replace("{", "").replace("}", "")
 
 
 def example(task: str) -> glue.Example:
     """What the row of a layout holds."""
-    _, row, _, where, label = LAYOUTS[task]
-    return glue.Example(tuple(row.split("|")[i] for i in where), label)
+    _, row, _, label = LAYOUTS[task]
+    return glue.Example(tuple(re.findall(r"{(.*?)}", row)), label)
 
 
 def write(folder, files):
@@ -103,28 +100,22 @@ def test_nine_tasks():
 
 
 @EACH_TASK
-@pytest.mark.parametrize(("end", "mark"), [("\n", b""), ("\r\n", b"\xef\xbb\xbf")])
-def test_glue_as_distributed(tmp_path, task, end, mark):
-    header, row, *_ = LAYOUTS[task]
-    spec = glue.TASKS[task]
-    for split in spec.splits:
-        content = mark + tsv(header, row, row).replace("\n", end).encode()
-        write(tmp_path, {f"{spec.folder}/{split}.tsv": content})
-        for folder in (tmp_path, tmp_path / spec.folder):
-            assert glue.read(folder, task, split) == 2 * [example(task)]
-
-
-@EACH_TASK
-def test_glue_as_json_lines(tmp_path, task):
-    _, _, fields, _, label = LAYOUTS[task]
-    spec, (texts, _) = glue.TASKS[task], example(task)
-    record = dict(zip(fields, texts, strict=True))
+def test_glue(tmp_path, task):
+    """As distributed, with ends of lines of either kind, and as JSON lines."""
+    header, row, fields, label = LAYOUTS[task]
+    spec, expected = glue.TASKS[task], example(task)
+    record = dict(zip(fields, expected.texts, strict=True))
     labels = [label, spec.classes[label]] if spec.classes else [label]
     for split in spec.splits:
+        for end, mark in (("\n", b""), ("\r\n", b"\xef\xbb\xbf")):
+            content = mark + tsv(header, row, row).replace("\n", end).encode()
+            write(tmp_path, {f"{spec.folder}/{split}.tsv": content})
+            for folder in (tmp_path, tmp_path / spec.folder):
+                assert glue.read(folder, task, split) == 2 * [expected]
         lines = [{**record, "label": given, "idx": 0} for given in labels]
         hub = split.replace("dev", "validation")
-        write(tmp_path, {f"{spec.folder}/{hub}.jsonl": jsonl(*lines)})
-        assert glue.read(tmp_path, task, split) == [example(task)] * len(labels)
+        write(tmp_path / "hub", {f"{spec.folder}/{hub}.jsonl": jsonl(*lines)})
+        assert glue.read(tmp_path / "hub", task, split) == [expected] * len(labels)
 
 
 def test_superglue_names_texts_otherwise(tmp_path):
@@ -155,53 +146,6 @@ def test_unknown_task_or_split(tmp_path):
     assert error(ValueError, glue.read, tmp_path, "mnli", "dev") == (
         "`split` of mnli must be one of train, dev_matched, dev_mismatched, got 'dev'"
     )
-
-
-RTE = "index|sentence1|sentence2|label"
-GOOD = '{"sentence": "a", "label": 1}\n'
-DAMAGE = [  # task, file, content, the message after the name of the file
-    ("rte", "dev.tsv", "", ", line 1: expected a header, got an empty file"),
-    ("rte", "dev.tsv", "index\tsentence1\tlabel\n", ", line 1: expected a header with 'sentence2'"),
-    ("rte", "dev.tsv", tsv(RTE), ": expected at least one example, got none"),
-    (
-        *("rte", "dev.tsv", tsv(RTE, "0|a|b|entailment", "1|a|entailment")),
-        ", line 3: expected 4 fields, 'index', 'sentence1', 'sentence2', 'label', got 3",
-    ),
-    (
-        *("rte", "dev.tsv", tsv(RTE, "0|a|b|1")),
-        ", line 2: expected one of 'entailment', 'not_entailment', got 1",
-    ),
-    (
-        *("cola", "dev.tsv", "gj04\t2\t\tThis rains.\n"),
-        ", line 1: expected 0 to 1, or one of 'unacceptable', 'acceptable', got 2",
-    ),
-    (
-        *("stsb", "dev.tsv", tsv("sentence1|sentence2|score", "a|b|nan")),
-        ", line 2: expected a score from 0 to 5, got nan",
-    ),
-    ("sst2", "dev.tsv", b"sentence\tlabel\nfa\xe7ade\t1\n", ", line 2: expected UTF-8, got '"),
-    ("sst2", "dev.jsonl", f"{GOOD}[1]\n", ", line 2: expected a JSON object, got [1]"),
-    (
-        *("sst2", "dev.jsonl", f'{GOOD}{{"sentence": "a"}}\n'),
-        ", line 2: expected an object with a field \"label\", got fields ['sentence']",
-    ),
-    (
-        *("sst2", "dev.jsonl", f'{GOOD}{{"sentence": "a", "label": true}}\n'),
-        ', line 2: expected a number or a name in the field "label", got True',
-    ),
-    (
-        *("sst2", "dev.jsonl", f'{GOOD}{{"sentence": "a", "label": -1}}\n'),
-        ", line 2: expected 0 to 1, or one of 'negative', 'positive', got -1",
-    ),
-]
-
-
-@pytest.mark.parametrize(("task", "name", "content", "message"), DAMAGE)
-def test_damaged_glue(tmp_path, task, name, content, message):
-    name = f"{glue.TASKS[task].folder}/{name}"
-    write(tmp_path, {name: content})
-    said = error(FormatError, glue.read, tmp_path, task, "dev")
-    assert said.startswith(f"`{tmp_path}/{name}`{message}")
 
 
 def test_damaged_lines_of_qqp_are_left_out_with_a_warning(tmp_path):
@@ -247,43 +191,23 @@ WEBNLG_XML = """<?xml version="1.0" ?>
 """
 AIRPORT = 'Aarhus_Airport : cityServed : "Aarhus, Denmark" | Aarhus : leader : Jacob & Co'
 WEBNLG = [nlg.Example(AIRPORT, ("Aarhus airport serves Aarhus.", "Jacob leads Aarhus."), "Airport")]
-DART = [
-    {
-        "tripleset": [
-            ["Mars Hill College", "JOINED", "1973"],
-            ["[TABLECONTEXT]", "TITLE", "Teams"],
-        ],
-        "subtree_was_extended": False,
-        "annotations": [
-            {"source": "WikiTableQuestions_mturk", "text": "A school joined in 1973."},
-            {"source": "WikiTableQuestions_lily", "text": "Mars Hill College joined."},
-        ],
-    }
+DART_TRIPLES = [["Mars Hill College", "JOINED", "1973"], ["[TABLECONTEXT]", "TITLE", "Teams"]]
+DART_TEXTS = ("A school joined in 1973.", "Mars Hill College joined.")
+DART = [{"tripleset": DART_TRIPLES, "annotations": [{"source": "", "text": t} for t in DART_TEXTS]}]
+MARS = "Mars Hill College : joined : 1973 | [TABLECONTEXT] : title : Teams"
+TWO_RESTAURANTS = [
+    nlg.Example(EAGLE, ('The Eagle, a "cheap" shop.', "Cheap coffee: The Eagle.")),
+    nlg.Example("name : The Mill | near : Café Sicilia", ("The Mill is near Café Sicilia.",)),
 ]
 DATASETS = {  # task, split -> the file, and the examples in it
-    ("e2e", "train"): ("trainset.csv", E2E, None),
-    ("e2e", "dev"): ("devset.csv", E2E, None),
-    ("e2e", "test"): (
-        "testset_w_refs.csv",
-        E2E,
-        [
-            nlg.Example(EAGLE, ('The Eagle, a "cheap" shop.', "Cheap coffee: The Eagle.")),
-            nlg.Example(
-                "name : The Mill | near : Café Sicilia", ("The Mill is near Café Sicilia.",)
-            ),
-        ],
-    ),
+    ("e2e", "train"): ("trainset.csv", E2E, TWO_RESTAURANTS),
+    ("e2e", "dev"): ("devset.csv", E2E, TWO_RESTAURANTS),
+    ("e2e", "test"): ("testset_w_refs.csv", E2E, TWO_RESTAURANTS),
     ("webnlg", "train"): ("train/2triples/Airport.xml", WEBNLG_XML, WEBNLG),
     ("webnlg", "test"): ("test/testdata_with_lex.xml", WEBNLG_XML, WEBNLG),
     ("dart", "dev"): (
-        "dart-v1.1.1-full-dev.json",
-        json.dumps(DART),
-        [
-            nlg.Example(
-                "Mars Hill College : joined : 1973 | [TABLECONTEXT] : title : Teams",
-                ("A school joined in 1973.", "Mars Hill College joined."),
-            )
-        ],
+        *("dart-v1.1.1-full-dev.json", json.dumps(DART)),
+        [nlg.Example(MARS, DART_TEXTS)],
     ),
 }
 
@@ -293,35 +217,52 @@ def test_prompts_and_references(tmp_path, task, split):
     name, content, expected = DATASETS[task, split]
     foreign = WEBNLG_XML.replace("Ajoblanco", "Gazpacho")  # a part of the test set
     write(tmp_path, {name: content, "test/testdata_unseen_with_lex.xml": foreign})
-    expected = DATASETS[task, "test"][2] if expected is None else expected
     assert nlg.read(tmp_path, task, split) == expected
 
 
-DAMAGED_DATASETS = [  # task, file, content, message after the name of the file
-    ("e2e", "devset.csv", "mr,refs\n", ", line 1: expected the header mr,ref, got mr,refs"),
-    ("e2e", "devset.csv", "mr,ref\nname[a],b,c\n", ", line 2: expected 2 fields, got ['name[a]'"),
-    ("e2e", "devset.csv", "mr,ref\nname[a,b\n", ", line 2: expected mr as name[…], eatType[…]"),
-    ("e2e", "devset.csv", 'mr,ref\nname[a],"b\n', ", line 2: expected CSV, got unexpected end of"),
-    ("webnlg", "dev/a.xml", "<benchmark>", ", line 1: expected XML, got no element found"),
-    ("webnlg", "dev/a.xml", "<html/>", ": expected <benchmark>, got <html>"),
-    (
-        *("webnlg", "dev/a.xml", WEBNLG_XML.replace("Ajoblanco | region", "Ajoblanco")),
-        ", entry Id2: expected <mtriple>subject | property | object</mtriple>, got ['Ajoblanco",
-    ),
-    ("dart", "dart-v1-full-dev.json", "{}", ": expected a list, got dict"),
-    ("dart", "dart-v1-full-dev.json", "[\n{]", ", line 2: expected JSON, got Expecting property"),
-    (
-        *("dart", "dart-v1-full-dev.json", json.dumps([{**DART[0], "tripleset": [["a", "b"]]}])),
-        ", item 1: expected three texts a triple, got ['a', 'b']",
-    ),
+FEW = "4 fields, 'index', 'sentence1', 'sentence2', 'label', got 3"
+GOOD = '{"sentence": "a", "label": 1}'
+NAN = tsv("sentence1|sentence2|score", "a|b|nan")
+NO_FIELD = "an object with a field \"label\", got fields ['sentence']"
+NO_NUMBER = 'a number or a name in the field "label", got True'
+NO_CLASS = "0 to 1, or one of 'negative', 'positive', got -1"
+NO_TRIPLE = WEBNLG_XML.replace("Ajoblanco | region", "Ajoblanco")
+TRIPLE = "<mtriple>subject | property | object</mtriple>, got ['Ajoblanco"
+TWO_TEXTS = json.dumps([{**DART[0], "tripleset": [["a", "b"]]}])
+DART_FILE = "dart-v1-full-dev.json"
+DAMAGE = [  # task, file, content, where the message says that it is, and what was expected there
+    ("rte", "dev.tsv", "", ", line 1", "a header, got an empty file"),
+    ("rte", "dev.tsv", tsv("index|sentence1|label"), ", line 1", "a header with 'sentence2'"),
+    ("rte", "dev.tsv", tsv(RTE), "", "at least one example, got none"),
+    ("rte", "dev.tsv", tsv(RTE, "0|a|b|entailment", "1|a|entailment"), ", line 3", FEW),
+    ("rte", "dev.tsv", tsv(RTE, "0|a|b|1"), ", line 2", "one of 'entailment', 'not_entailment', g"),
+    ("cola", "dev.tsv", tsv("gj04|2||Rain."), ", line 1", "0 to 1, or one of 'unacceptable', 'acc"),
+    ("stsb", "dev.tsv", NAN, ", line 2", "a score from 0 to 5, got nan"),
+    ("sst2", "dev.tsv", b"sentence\tlabel\nfa\xe7ade\t1\n", ", line 2", "UTF-8, got '"),
+    ("sst2", "dev.jsonl", f"{GOOD}\n[1]\n", ", line 2", "a JSON object, got [1]"),
+    ("sst2", "dev.jsonl", f'{GOOD}\n{{"sentence": "a"}}\n', ", line 2", NO_FIELD),
+    ("sst2", "dev.jsonl", GOOD.replace("1", "true"), ", line 1", NO_NUMBER),
+    ("sst2", "dev.jsonl", GOOD.replace("1", "-1"), ", line 1", NO_CLASS),
+    ("e2e", "devset.csv", "mr,refs\n", ", line 1", "the header mr,ref, got mr,refs"),
+    ("e2e", "devset.csv", "mr,ref\nname[a],b,c\n", ", line 2", "2 fields, got ['name[a]'"),
+    ("e2e", "devset.csv", "mr,ref\nname[a,b\n", ", line 2", "mr as name[…], eatType[…]"),
+    ("e2e", "devset.csv", 'mr,ref\nname[a],"b\n', ", line 2", "CSV, got unexpected end of"),
+    ("webnlg", "dev/a.xml", "<benchmark>", ", line 1", "XML, got no element found"),
+    ("webnlg", "dev/a.xml", "<html/>", "", "<benchmark>, got <html>"),
+    ("webnlg", "dev/a.xml", NO_TRIPLE, ", entry Id2", TRIPLE),
+    ("dart", DART_FILE, "{}", "", "a list, got dict"),
+    ("dart", DART_FILE, "[\n{]", ", line 2", "JSON, got Expecting property"),
+    ("dart", DART_FILE, TWO_TEXTS, ", item 1", "three texts a triple, got ['a', 'b']"),
 ]
 
 
-@pytest.mark.parametrize(("task", "name", "content", "message"), DAMAGED_DATASETS)
-def test_damaged_datasets(tmp_path, task, name, content, message):
-    write(tmp_path, {name: content})
-    said = error(FormatError, nlg.read, tmp_path, task, "dev")
-    assert said.startswith(f"`{tmp_path / name}`{message}")
+@pytest.mark.parametrize(("task", "name", "content", "place", "message"), DAMAGE)
+def test_damaged_files(tmp_path, task, name, content, place, message):
+    reader = glue if task in LAYOUTS else nlg
+    path = f"{glue.TASKS[task].folder}/{name}" if reader is glue else name
+    write(tmp_path, {path: content})
+    said = error(FormatError, reader.read, tmp_path, task, "dev")
+    assert said.startswith(f"`{tmp_path / path}`{place}: expected {message}")
 
 
 # ---- metrics ------------------------------------------------------------------------------------
@@ -361,22 +302,11 @@ SACREBLEU = (
 )
 
 
-def test_bleu_and_ter():
-    texts, references = SACREBLEU
-    assert metrics.bleu(texts, references) == pytest.approx(48.530827, abs=1e-6)
-    fewer = [references[0][:1], *references[1:]]
-    assert 0 < metrics.bleu(texts, fewer) <= metrics.bleu(texts, references)
-    upper = [text.upper() for text in texts]
-    assert metrics.bleu(upper, references, lowercase=True) > metrics.bleu(upper, references)
-    # One of four words must be inserted.
-    assert metrics.ter(["the cat sat"], [["the cat sat down"]]) == pytest.approx(25)
-    assert metrics.ter(["the cat sat"], [["a b", "the cat sat"]]) == 0
-
-
 def test_generation_scores():
     texts, references = SACREBLEU
     scores = metrics.generation(texts, references)
     assert list(scores) == ["bleu_lower", "bleu", "nist", "rouge_l", "cider", "ter"]
+    assert scores["bleu"] == pytest.approx(48.530827, abs=1e-6)
     # What coco-caption (pycocoevalcap 1.2) computes from the same tokens.
     assert scores["cider"] == pytest.approx(3.493110954239988, rel=1e-12)
     assert scores["rouge_l"] == pytest.approx(72.22222222222221, rel=1e-12)
@@ -385,6 +315,13 @@ def test_generation_scores():
     assert perfect["cider"] > scores["cider"] > 0
     assert perfect["nist"] > scores["nist"] > 0
     assert scores["ter"] > perfect["ter"] == 0
+    fewer = [references[0][:1], *references[1:]]
+    assert 0 < metrics.bleu(texts, fewer) <= scores["bleu"]
+    upper = [text.upper() for text in texts]
+    assert metrics.bleu(upper, references, lowercase=True) > metrics.bleu(upper, references)
+    # One of four words must be inserted.
+    assert metrics.ter(["the cat sat"], [["the cat sat down"]]) == pytest.approx(25)
+    assert metrics.ter(["the cat sat"], [["a b", "the cat sat"]]) == 0
 
 
 # ---- tokens -------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ with PEFT comes from two, torch's and JAX's, that take turns on the same CPUs. A
 do something has a row that says why.
 """
 
-import pathlib
 from collections.abc import Collection, Mapping
 
 from tqdm import tqdm
@@ -23,17 +22,17 @@ PEERS = {
 
 
 # What is imported late imports JAX: the torch process, which imports this package, does without.
-def run(quick: bool, out: pathlib.Path | None) -> None:
+def run(quick: bool) -> None:
     """Both tables; quick: only what needs no environment, and asserts what XLA counts."""
     from .. import floor, report
     from . import bert
 
     rows = in_process() if quick else in_environments(PEERS, floor.MODES, 10)
-    report.table("peers: ratios of step times and temporary memory", rows, out)
+    report.table("peers: ratios of step times and temporary memory", rows)
     if quick:
         print("\nThe other libraries are left out: their environments take minutes to make.")
     else:
-        report.table("peft: milliseconds a step, and ratios", [bert.compare(rounds=10)], out)
+        report.table("peft: milliseconds a step, and ratios", [bert.run(rounds=10)])
 
 
 def in_process() -> list[dict]:

@@ -1,17 +1,34 @@
 """PEFT in torch against jlora in JAX: the same BERT, batch, loss, optimizer and CPUs."""
 
+import pathlib
 import tempfile
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from models import bert
+
+import jlora
 
 from .. import steps
-from . import bert_work, environment
+from . import bert_work, compare, environment
 
 STEPS = 3  # in a turn, of which the median counts
 
 
-def compare(rounds: int) -> dict:
+class Turn(NamedTuple):
+    """Some steps of a program: a function of their number that gives their seconds."""
+
+    seconds: Callable[[int], list[float]]
+
+    def run(self, _: None) -> float:
+        """The seconds of a step."""
+        return float(np.median(self.seconds(STEPS)))
+
+
+def run(rounds: int) -> dict:
     """A row of milliseconds and ratios, or of the reason why there is none."""
     sizes = bert_work.SIZES
     tokens = bert_work.BATCH * bert_work.LENGTH
@@ -23,18 +40,26 @@ def compare(rounds: int) -> dict:
 
 
 def measure(rounds: int) -> dict:
-    """Starts both processes, compares what they compute, and lets them take turns."""
+    """Starts the process of torch, compares what both compute, and lets them take turns."""
     with (
         tempfile.TemporaryDirectory() as folder,
         environment.start("peft", "bert_torch", [folder]) as torch,
     ):
         theirs = torch.answer()
-        with environment.start("peft", "bert_jax", [folder]) as jax:
-            ours = jax.answer()
-            check(theirs, ours)
-            children = {"torch": torch, "jax": jax}
-            turns = {(n, p): Turn(children[n], p) for p in ("floor", "lora") for n in children}
-            times = steps.interleave(turns, None, rounds, "PEFT")
+        batch = tuple(jnp.asarray(x) for x in bert_work.batch())
+        programs, first = in_jax(pathlib.Path(folder), batch)
+        trained = compare.count(programs["lora"].trained)
+        if theirs["trained"] != trained:
+            raise environment.PeerError(f"PEFT trains {theirs['trained']:,}, not {trained:,}")
+        losses = [*theirs["losses"], first]
+        if max(losses) - min(losses) > 1e-4:
+            raise environment.PeerError(f"losses of torch, PEFT and JAX differ: {losses}")
+        turns = {}
+        for name in ("floor", "lora"):
+            ask = lambda n, name=name: torch.ask(f"{name} {n}")["seconds"]  # noqa: E731
+            own = lambda n, p=programs[name]: [p.run(batch) for _ in range(n)]  # noqa: E731
+            turns |= {("torch", name): Turn(ask), ("jax", name): Turn(own)}
+        times = steps.interleave(turns, None, rounds, "PEFT")
     return {
         "PEFT ms": steps.median(times["torch", "lora"]),
         "torch floor ms": steps.median(times["torch", "floor"]),
@@ -43,26 +68,25 @@ def measure(rounds: int) -> dict:
         "PEFT/jlora": steps.ratio(times["torch", "lora"], times["jax", "lora"]),
         "PEFT/torch floor": steps.ratio(times["torch", "lora"], times["torch", "floor"]),
         "jlora/JAX floor": steps.ratio(times["jax", "lora"], times["jax", "floor"]),
-        "trained": ours["trained"],
+        "trained": trained,
         "versions": theirs["versions"],
     }
 
 
-def check(theirs: dict, ours: dict) -> None:
-    """As many trained parameters, and the same loss before the first step."""
-    if theirs["trained"] != ours["trained"]:
-        raise environment.PeerError(f"PEFT trains {theirs['trained']:,}, not {ours['trained']:,}")
-    losses = theirs["losses"] + ours["losses"]
-    if max(losses) - min(losses) > 1e-4:
-        raise environment.PeerError(f"losses of torch, PEFT and JAX differ: {losses}")
+def in_jax(folder: pathlib.Path, batch: Any) -> tuple[dict[str, steps.Program], float]:
+    """Steps of jlora and of JAX's floor on the weights that torch has written, and the loss."""
+    config, variables = bert.load(folder)
+    apply = bert.Bert(config).apply
+    rules = [jlora.LoRA(r"encoder/.*/kernel", rank=bert_work.RANK, alpha=bert_work.ALPHA)]
+    tasks = {
+        "floor": steps.leaves_task(apply, variables, "norm/", loss),
+        "lora": steps.lora_task(apply, variables, rules, batch, loss, lambda batch: batch[:2]),
+    }
+    first = float(jax.jit(loss, static_argnums=0)(apply, variables, batch))
+    return {name: task.compile(batch) for name, task in tasks.items()}, first
 
 
-class Turn(NamedTuple):
-    """Some steps of a program in a child."""
-
-    child: environment.Child
-    program: str
-
-    def run(self, _: None) -> float:
-        """The seconds of a step."""
-        return float(np.median(self.child.ask(f"{self.program} {STEPS}")["seconds"]))
+def loss(apply: Callable[..., jax.Array], params: Any, batch: Any) -> jax.Array:
+    """Mean square of the distance of the hidden states to the targets."""
+    ids, mask, target = batch
+    return ((apply(params, ids, mask) - target) ** 2).mean()

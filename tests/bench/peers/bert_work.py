@@ -1,8 +1,4 @@
-"""What the processes of torch and of JAX share: sizes, batch, and how they take orders."""
-
-import json
-import sys
-from collections.abc import Callable, Mapping
+"""What the processes of torch and of JAX share: sizes and a batch."""
 
 import numpy as np
 
@@ -24,11 +20,3 @@ def batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lengths = random.integers(LENGTH // 2, LENGTH + 1, size=(BATCH, 1))
     mask = (np.arange(LENGTH) < lengths).astype(int)
     return ids, mask, random.normal(size=(BATCH, LENGTH, SIZES["hidden_size"])).astype(np.float32)
-
-
-def serve(facts: dict, programs: Mapping[str, Callable[[], float]]) -> None:
-    """Prints the facts; then, for each line `NAME COUNT`, the seconds of so many steps."""
-    print(json.dumps(facts), flush=True)
-    for line in sys.stdin:
-        name, count = line.split()
-        print(json.dumps({"seconds": [programs[name]() for _ in range(int(count))]}), flush=True)

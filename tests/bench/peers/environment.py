@@ -38,29 +38,24 @@ class PeerError(RuntimeError):
 def python(name: str) -> pathlib.Path:
     """The interpreter of environment `name`, which is made if its requirements have changed."""
     folder = cache() / name
-    stamp = folder / "requirements.txt"
+    stamp, interpreter = folder / "requirements.txt", folder / "bin/python"
     wanted = "\n".join(
         [platform.python_version(), *COMMON, *REQUIREMENTS[name], *ALONE.get(name, ())]
     )
     if not stamp.exists() or stamp.read_text() != wanted:
         call(sys.executable, "-m", "venv", "--clear", folder)
-        pip = (executable(folder), "-m", "pip", "install", "--quiet")
+        pip = (interpreter, "-m", "pip", "install", "--quiet")
         call(*pip, *COMMON, *REQUIREMENTS[name])
         if name in ALONE:
             call(*pip, "--no-deps", *ALONE[name])
         stamp.write_text(wanted)
-    return executable(folder)
+    return interpreter
 
 
 def cache() -> pathlib.Path:
     """Where the environments are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "jlora" / "bench"
-
-
-def executable(folder: pathlib.Path) -> pathlib.Path:
-    """The interpreter of the environment in `folder`."""
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def call(*command: str | pathlib.Path) -> None:
