@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from small import each_refusal
+from small import each_refusal, every
 
 import jlora.keras
 from jlora import DoRA, Full, LoRA
@@ -41,8 +41,14 @@ def noisy(adapted: Adapted) -> Adapted:
     return adapted
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("rule", [LoRA("kernel", rank=2), DoRA("kernel", rank=2), Full("kernel")])
+RULES = LoRA("kernel", rank=2), DoRA("kernel", rank=2), Full("kernel")
+POLICIES = "float32", "mixed_bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy"),
+    every(RULES, POLICIES, daily=[(RULES[0], POLICIES[1]), (RULES[1], POLICIES[0])]),
+)
 def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
     model = network(policy)
     adapted = noisy(adapt(model, rule, example=X))

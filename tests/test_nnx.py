@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from small import each_refusal
+from small import each_refusal, every
 
 import jlora
 from jlora import LoRA
@@ -54,11 +54,22 @@ def trained(rule: Any, dtype: Any = jnp.float32, model: Any = None) -> Adapted:
     return Adapted(adapted.base, noisy, rngs=nnx.Rngs(2))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+RULES = LoRA("kernel", rank=2), DoRA("up/kernel", rank=2), Full("up/kernel")
+
+
 @pytest.mark.parametrize(
-    "rule", [LoRA("kernel", rank=2), jlora.DoRA("up/kernel", rank=2), jlora.Full("up/kernel")]
+    ("rule", "dtype", "compiled"),
+    every(
+        RULES,
+        [jnp.float32, jnp.bfloat16],
+        [False, True],
+        daily=[
+            (RULES[0], jnp.float32, False),
+            (RULES[1], jnp.bfloat16, True),
+            (RULES[2], jnp.float32, True),
+        ],
+    ),
 )
-@pytest.mark.parametrize("compiled", [False, True])
 def test_a_call_is_that_of_the_transform(rule: Any, dtype: Any, compiled: bool) -> None:
     """In outputs, in what changes in the base, and in the merged module."""
     adapted, x = trained(rule, dtype), inputs(dtype)
