@@ -13,7 +13,7 @@ from flax import nnx
 from small import each_refusal, every
 
 import jlora
-from jlora import LoRA
+from jlora import DoRA, Full, LoRA
 from jlora.nnx import Adapted, adapt
 
 ADAPTER = nnx.DiffState(0, nnx.LoRAParam)
