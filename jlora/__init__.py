@@ -5,7 +5,7 @@ base, adapter = lora.init(key, variables, tokens)
 logits = lora.apply(base, adapter, tokens)
 params = jlora.merge(base, adapter)
 
-`jlora.analysis`, `jlora.checkpoint` and `jlora.peft` are loaded when they are first used.
+`jlora.analysis`, `checkpoint`, `keras`, `nnx` and `peft` are loaded when they are first used.
 """
 
 import typing as _typing
@@ -52,11 +52,13 @@ from ._types import Params as Params
 if _typing.TYPE_CHECKING:
     from . import analysis as analysis
     from . import checkpoint as checkpoint
+    from . import keras as keras
+    from . import nnx as nnx
     from . import peft as peft
 
     __version__: str
 
-_LATER = ("analysis", "checkpoint", "peft")
+_LATER = ("analysis", "checkpoint", "keras", "nnx", "peft")
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -29,6 +29,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 # NumPy's matrices are small here: a second thread would only wait.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -30,7 +30,7 @@ GUIDES = pathlib.Path(__file__).parents[1] / "notebooks"
 LINES, WIDTH = 25, 100  # the most of a block of the loops
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```\n(?:\n```output\n(.*?)^```\n)?", re.M | re.S)
 # Those of them that have tests of their own.
-OWN = {"index", *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix"))}
+OWN = {"index", *(f"loops/{page}" for page in ("hosts", "orbax", "sharding", "tunix", "maxtext"))}
 
 
 def blocks(page: str) -> list[tuple[str, str | None]]:
@@ -98,6 +98,12 @@ def test_blocks_run_and_print_what_is_shown(page, capsys):
 def test_tunix(capsys):
     pytest.importorskip("tunix")  # it has an environment of its own
     test_blocks_run_and_print_what_is_shown("loops/tunix", capsys)
+
+
+@pytest.mark.filterwarnings("ignore")  # of MaxText and of what it imports
+def test_maxtext(capsys):
+    pytest.importorskip("maxtext")  # it has an environment of its own
+    test_blocks_run_and_print_what_is_shown("loops/maxtext", capsys)
 
 
 def test_every_page_has_an_address_of_its_own():
@@ -182,27 +188,16 @@ def _linen(names: Names) -> None:
     assert names["adapter"]["params"]["head"]["kernel"].is_deleted()
 
 
-@of("nnx", 1)
-def _nnx_state(names: Names) -> None:
-    """Statistics and masks go on from step to step, as those of the module itself do."""
-    lora, base, adapter, rest, x = (names[n] for n in ("lora", "base", "adapter", "rest", "x"))
-    same, outputs = nnx.clone(names["merged"]), []
-    for _ in range(3):
-        y, rest = lora.apply(base, adapter, rest, x)
-        close(y, same(x))
-        outputs.append(np.asarray(y))
-    assert not np.array_equal(outputs[0], outputs[1])  # another mask
-    close(rest["layers"][1]["mean"].get_value(), same.layers[1].mean.get_value())
-
-
-@of("nnx", 2)
-def _nnx_optimizer(names: Names) -> None:
-    nnx, adapted, model = names["nnx"], names["adapted"], names["model"]
-    trained = nnx.state(adapted, nnx.LoRAParam)
+@of("nnx")
+def _nnx(names: Names) -> None:
+    """The adapter alone is trained, with moments of its own, and with statistics."""
+    adapted, merged, x = (names[name] for name in ("adapted", "merged", "x"))
     moments = nnx.state(names["optimizer"], nnx.optimizer.OptVariable)
-    assert jlora.count(moments) == 2 * jlora.count(trained)
-    assert jlora.count(trained) < jlora.count(nnx.state(model))
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(model))
+    assert jlora.count(moments) == 2 * jlora.count(adapted.adapter)
+    assert adapted.base is names["model"]
+    merged.eval()
+    close(adapted(x), merged(x))
+    assert np.abs(merged.layers[1].mean[...]).max() > 0.01
 
 
 @of("accumulation")
@@ -253,15 +248,50 @@ def _stopping(names: Names) -> None:
     assert found == pytest.approx(min(losses), abs=1e-6)
 
 
+@of("maxtext", 1)
+def _maxtext(names: Names) -> None:
+    """A and B are labeled like W, a new trainer goes on, and PEFT's files come back."""
+    adapted, folder = names["adapted"], names["folder"]
+    query = adapted.lora["decoder"]["layers"]["self_attention"]["query"]["kernel"]
+    assert query.a.out_sharding == ("layers", "embed_attn", None)
+    assert query.b.out_sharding == ("layers", None, "q_heads", "kv")
+    axes = nnx.logical_axis_rules(names["config"].logical_axis_rules)
+    with jax.set_mesh(names["mesh"]), axes:
+        rule, call, rngs = names["rule"], names["call"], nnx.Rngs(1)
+        other = jlora.nnx.adapt(adapted.base, rule, rngs=rngs, example=call)
+        again = names["MaxTextPeftTrainer"](other, optax.adamw(1e-2), names["plan"])
+    assert again.train_steps == 20
+    close(nnx.state(other, nnx.LoRAParam), nnx.state(adapted, nnx.LoRAParam), 0)
+    again.close()
+    rows = names["tables"].maxtext.LLAMA
+    loaded = names["peft"].load(folder + "/peft", nnx.state(adapted.base, nnx.Param), rows)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapted.adapter)
+
+
+@of("tunix", 4)
+def _tunix_grpo(names: Names) -> None:
+    """The policy learns, and actor, rollouts and reference hold one copy of the base."""
+    cluster, rewards = names["cluster"], names["rewards"]
+    assert rewards[0] < 0.1 and rewards[-1] > 0.8
+    roles = cluster.actor_trainer.model, cluster.rollout.model(), names["reference"]
+    held = [
+        {x.addressable_data(0).unsafe_buffer_pointer() for x in jax.tree.leaves(nnx.state(m.base))}
+        for m in roles
+    ]
+    assert held[0] == held[1] == held[2]
+
+
 @of("tunix")
 def _tunix(names: Names) -> None:
     """Metrics are there, the adapter alone is saved, and a new trainer goes on from it."""
-    nnx, trainer, adapted = names["nnx"], names["trainer"], names["adapted"]
+    trainer, adapted = names["trainer"], names["adapted"]
     check_learned(list(trainer.metrics_logger.get_metric_history("", "loss", "train")))
     before = names["Llama3"](adapted.base.config, rngs=nnx.Rngs(0))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(adapted.base), nnx.state(before))
-    args = names["ids"], names["at"], None, names["causal"]
-    other = names["Adapted"](jax.random.key(1), before, *args)
+    close(adapted(*names["call"])[0], adapted.merged()(*names["call"])[0], 1e-3)
+
+    rule, rngs = jlora.LoRA(rank=8), nnx.Rngs(1)
+    other = jlora.nnx.adapt(before, rule, rngs=rngs, example=names["call"])
     again = names["PeftTrainer"](other, optax.adamw(1e-2), names["plan"])
     assert again.train_steps == 30
     close(nnx.state(other, nnx.LoRAParam), nnx.state(adapted, nnx.LoRAParam), 0)
@@ -269,7 +299,7 @@ def _tunix(names: Names) -> None:
     close(moments, restored, 0)
     with ocp.PyTreeCheckpointer() as orbax:
         saved = orbax.metadata(pathlib.Path(names["folder"], "30", "model_params")).item_metadata
-    assert list(saved.tree) == ["adapter"]
+    assert list(saved.tree) == ["lora"]
     again.close()
 
 

@@ -47,7 +47,8 @@ def test_links_lead_to_files(page: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["", "sharding", "types", "extend", "checkpoint", "peft", "analysis", "initializers"]
+    "module",
+    ["", "sharding", "types", "extend", "checkpoint", "peft", "analysis", "initializers", "nnx"],
 )
 def test_the_reference_has_every_public_name(module: str) -> None:
     """But constants and modules."""

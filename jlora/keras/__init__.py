@@ -1,0 +1,8 @@
+"""Models of Keras with an adapter, as `compile` and `fit` take them.
+
+Nothing else in jlora imports Keras. Imports `_adapters`, `_merge`, `_rules`, `_transform`, `_tree`,
+`_types`.
+"""
+
+from ._adapted import Adapted as Adapted
+from ._adapted import adapt as adapt

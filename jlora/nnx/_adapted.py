@@ -1,0 +1,220 @@
+r"""A module of NNX with an adapter, as the optimizers and trainers of NNX take it.
+
+$$\mathrm{adapted}(x) = \mathrm{model}_{W + s \cdot A B}(x)$$
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._adapters import is_node
+from .._compat import place_of
+from .._core import pick
+from .._merge import merge
+from .._rules import Rule
+from .._transform import dropout, transform
+from .._tree import bind, leaves_by_path, name_of, nest
+from .._types import PyTree
+from ..sharding import specs
+
+
+class Adapted(nnx.Module):
+    r"""A module whose calls are those of `model`, with W + s·A·B in place of each adapted W.
+
+    `nnx.Optimizer(adapted, tx, wrt=nnx.LoRAParam)` trains the adapter, with optax's own `tx`:
+    there is no base for `jlora.optimizer` to freeze. Differentiate with respect to the adapter
+    alone too, by `argnums=nnx.DiffState(0, nnx.LoRAParam)`. Methods of the model are adapted as
+    its call is, and its attributes can be read.
+
+    Args:
+        model: the module. Its arrays are held, not copied.
+        adapter: an adapter of the model's `nnx.Param`s, such as `jlora.peft.load` and
+            `jlora.checkpoint.restore` give.
+        rngs: gives keys for the dropout of the low-rank path. Without it that dropout is off.
+
+    Attributes:
+        base: the frozen module. What its calls change, such as batch statistics and the counts of
+            dropout's keys, is changed there.
+        lora: the adapter's tree, with an `nnx.LoRAParam` in the place of each array, partitioned
+            like the axes of W that it has.
+        adapter: the adapter as a tree of arrays, for all other functions of jlora.
+        deterministic: whether the dropout of the low-rank path is off: `adapted.eval()` sets it,
+            and `adapted.train()` unsets it, here and in the base.
+
+    Raises:
+        TypeError: if `model` is no module, or `adapter` no adapter.
+        ValueError: if `adapter` does not fit the model, or the model has `nnx.LoRAParam`s itself.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, jlora
+        >>> from flax import nnx
+        >>> model, x = nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jnp.ones((2, 4))
+        >>> adapted = jlora.nnx.adapt(model, jlora.LoRA(rank=2), rngs=nnx.Rngs(1), example=(x,))
+        >>> optimizer = nnx.Optimizer(adapted, optax.sgd(0.1), wrt=nnx.LoRAParam)
+        >>> gradient = nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))
+        >>> _ = optimizer.update(adapted, gradient(adapted))
+        >>> bool(jnp.allclose(adapted(x), adapted.merged()(x), atol=1e-6))
+        True
+    """
+
+    def __init__(self, model: nnx.Module, adapter: PyTree, *, rngs: nnx.Rngs | None = None) -> None:
+        params = _split(model)[1]
+        bind(params, adapter)  # raises unless it fits
+        self.base = model
+        self.lora = nnx.data(_variables(params, adapter))
+        drops = any(x.dropout for _, x in leaves_by_path(adapter, is_node) if is_node(x))
+        self.rngs = rngs["dropout"].fork() if rngs is not None and drops else None
+        self.deterministic = False
+
+    @property
+    def adapter(self) -> PyTree:
+        """The adapter as a tree of arrays."""
+        return nnx.as_pure(self.lora)
+
+    def merged(self) -> nnx.Module:
+        """Makes a module of the model's class with W + s·A·B, in W's dtype; see `jlora.merge`."""
+        graph, params, rest = _split(self.base)
+        return nnx.merge(graph, merge(params, self.adapter), rest, copy=True)
+
+    @property
+    def __call__(self) -> Callable[..., Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The model's call, adapted. Trainers look at its signature, which is the model's."""
+        return self._adapt("__call__")
+
+    def _adapt(self, method: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(self.base, method))
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.run(getattr(type(self.base), method), *args, **kwargs)
+
+        return call
+
+    def run(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Computes `f(model, *args, **kwargs)` with the adapted model.
+
+        What `f` changes in the model, in the modules and in the variables that it is given, is
+        changed in the base and in those.
+        """
+        given, put = pick((args, kwargs), _has_state, _has_state)
+        held = [self.base, *given]
+        graph, params, rest = nnx.split(held, _is_weight, ...)
+
+        def pure(params: nnx.State, rest: nnx.State) -> tuple[Any, nnx.State]:
+            own = nnx.merge(graph, nnx.State({0: params}), rest, copy=True)
+            args, kwargs = put(own[1:])
+            out = f(own[0], *args, **kwargs)
+            return out, nnx.state(own, lambda *x: not _is_weight(*x))
+
+        adapter = self.adapter
+        if self.rngs is not None and not self.deterministic:
+            adapter = dropout(adapter, self.rngs())
+        out, rest = transform(pure).apply(params[0], adapter, rest)
+        nnx.update(held, rest)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        base = vars(self).get("base")
+        if base is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        found = getattr(base, name)
+        if getattr(found, "__self__", None) is base:
+            return self._adapt(name)
+        if _has_state(found):
+            raise AttributeError(
+                f"{name!r} is a part of the model, whose calls would not be adapted: use it in "
+                f"adapted.run(lambda model, *args: ..., *args), or read adapted.base.{name}."
+            )
+        return found
+
+
+def adapt(
+    model: nnx.Module,
+    *rules: Rule,
+    rngs: nnx.Rngs,
+    example: tuple[Any, ...] | Callable[[Any], Any] = (),
+) -> Adapted:
+    """Adapts a module by rules.
+
+    Args:
+        model: the module. It stays as it is; the arrays are shared, not copied.
+        *rules: as in `jlora.transform`, for the model's `nnx.Param`s, whose paths are those of its
+            attributes, such as `layers/0/kernel`.
+        rngs: gives the key for A, and the keys for dropout. Its `params` and `dropout` streams are
+            used.
+        example: the arguments of a call, arrays or `jax.ShapeDtypeStruct`s, which is traced to find
+            out what the model does with its weights; or a function of the model that calls it, for
+            other calls than this.
+
+    Returns:
+        The adapted module. If the model's arrays lie on a mesh, A and B lie there like W.
+
+    Raises:
+        TypeError: if `model` is no module, or `rngs` or `example` are of another type.
+        ValueError: if a rule takes no leaf or does not fit one, or the model has `nnx.LoRAParam`s.
+    """
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(
+            f"`rngs` must be flax.nnx.Rngs, such as nnx.Rngs(0); got {type(rngs).__name__}."
+        )
+    if not isinstance(example, tuple) and not callable(example):
+        raise TypeError(
+            "`example` must be the tuple of the arguments of a call, such as (x,), or a function "
+            f"of the model; got {type(example).__name__}."
+        )
+    graph, params, rest = _split(model)
+
+    def pure(params: nnx.State, rest: nnx.State, *args: Any) -> Any:
+        own = nnx.merge(graph, params, rest, copy=True)
+        return example(own) if callable(example) else own(*args)
+
+    args = () if callable(example) else example
+    base, adapter = transform(pure, *rules).init(rngs.params(), params, rest, *args)
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True)
+    if any(x is not y for x, y in pairs):  # an initializer has changed W
+        model = nnx.merge(graph, base, rest, copy=True)
+    return Adapted(model, _placed(base, adapter), rngs=rngs)
+
+
+def _split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"`model` must be a module of flax.nnx; got {type(model).__name__}.")
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    own = nnx.to_flat_state(nnx.filter_state(params, nnx.LoRAParam))
+    if own:
+        path = name_of(tuple(map(str, own[0][0])))
+        raise ValueError(
+            f"`model` has nnx.LoRAParams itself, at {path}, which would be taken for the adapter: "
+            "give the model without them, such as adapted.merged()."
+        )
+    return graph, params, rest
+
+
+def _variables(params: nnx.State, adapter: PyTree) -> PyTree:
+    """Makes a variable of each array, with the metadata that says how it is partitioned."""
+    own = {tuple(map(str, path)): x.get_metadata() for path, x in nnx.to_flat_state(params)}
+    names = {path: PartitionSpec(*(x.get("out_sharding") or ())) for path, x in own.items()}
+
+    def variable(x: Any, spec: PartitionSpec) -> nnx.LoRAParam:
+        found = nnx.LoRAParam(x)
+        if any(spec):  # afterward, as there may be no mesh in scope now
+            found.set_metadata(out_sharding=tuple(spec))
+        return found
+
+    return jax.tree.map(variable, adapter, specs(nest(names), adapter) if adapter else {})
+
+
+def _placed(base: nnx.State, adapter: PyTree) -> PyTree:
+    """Puts an adapter where its base is, if that has values on a mesh."""
+    is_on_mesh = any(isinstance(place_of(x), NamedSharding) for x in jax.tree.leaves(base))
+    return jax.device_put(adapter, specs(base, adapter)) if is_on_mesh else adapter
+
+
+def _has_state(x: Any) -> bool:
+    return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+def _is_weight(path: tuple[Any, ...], x: Any) -> bool:
+    return path[0] == 0 and issubclass(type(x), nnx.Param)

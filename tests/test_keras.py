@@ -1,0 +1,163 @@
+"""Models of Keras with an adapter: what the transform computes, in Keras's own loop."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from small import each_refusal, every
+
+import jlora.keras
+from jlora import DoRA, Full, LoRA
+from jlora.keras import Adapted, adapt
+
+# Of Keras, which makes NumPy's arrays of its variables.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+layers = keras.layers
+X = np.random.default_rng(0).standard_normal((64, 16)).astype("float32")
+LABELS = X[:, :4].argmax(-1).astype("int32")
+
+
+class Penalty(layers.Layer):
+    """Adds a loss, as layers of experts do."""
+
+    def call(self, x: Any) -> Any:
+        """Returns its input."""
+        self.add_loss(keras.ops.mean(x**2))
+        return x
+
+
+def network(policy: str = "float32") -> Any:
+    """Two dense layers, with statistics, a mask that is drawn, and a loss of its own."""
+    dense = [layers.Dense(n, "relu", dtype=policy, name=f"dense_{n}") for n in (32, 4)]
+    between = [layers.BatchNormalization(dtype=policy), layers.Dropout(0.1), Penalty()]
+    return keras.Sequential([layers.Input([16]), dense[0], *between, dense[1]], name="network")
+
+
+def noisy(adapted: Adapted) -> Adapted:
+    """With a B that is not zero."""
+    for v in adapted.trainable_variables:
+        v.assign(v.value + 0.1)
+    return adapted
+
+
+RULES = LoRA("kernel", rank=2), DoRA("kernel", rank=2), Full("kernel")
+POLICIES = "float32", "mixed_bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy"),
+    every(RULES, POLICIES, daily=[(RULES[0], POLICIES[1]), (RULES[1], POLICIES[0])]),
+)
+def test_a_call_is_that_of_the_transform(rule: Any, policy: str) -> None:
+    model = network(policy)
+    adapted = noisy(adapt(model, rule, example=X))
+
+    def call(params: Any, x: Any) -> Any:
+        values = [(v, params[v.path]) for v in model.weights]
+        with keras.StatelessScope(values):
+            return model(x)
+
+    params = {v.path: v.value for v in model.weights}
+    within = 1e-5 if policy == "float32" else 0.05
+    expected = jlora.transform(call, rule).apply(params, adapted.adapter, X)
+    np.testing.assert_allclose(adapted(X), expected, within, within)
+    found = adapted.predict(X, verbose=0)
+    np.testing.assert_allclose(found, expected, within, within)
+    assert adapted.merge() is model
+    np.testing.assert_allclose(model.predict(X, verbose=0), expected, within, within)
+
+
+def test_fit_trains_the_adapter_alone() -> None:
+    model = network()
+    before = {v.path: np.array(v.value) for v in model.weights}
+    adapted = adapt(model, LoRA("kernel", rank=4, dropout=0.1), example=X, seed=1)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    adapted.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"])
+    stop = keras.callbacks.EarlyStopping("loss", patience=20, restore_best_weights=True)
+    found = adapted.fit(X, LABELS, epochs=20, batch_size=32, callbacks=[stop], verbose=0).history
+    assert found["loss"][-1] < found["loss"][0] - 0.3
+    assert len(adapted.trainable_variables) == 4
+    assert len(adapted.optimizer.variables) == 2 + 2 * 4
+    for v in model.weights:
+        np.testing.assert_array_equal(v.value, before[v.path])
+    drawn = [v for v in model.variables if "seed" in v.path]
+    assert [int(v.value[1]) for v in drawn] == [40]  # two batches in each of 20 epochs
+
+
+def test_weights_are_saved_and_loaded(tmp_path: Any) -> None:
+    adapted = noisy(adapt(network(), LoRA("kernel", rank=2), example=X))
+    adapted.save_weights(tmp_path / "own.weights.h5")
+    other = adapt(network(), LoRA("kernel", rank=2), example=X, seed=3)
+    other.load_weights(tmp_path / "own.weights.h5")
+    np.testing.assert_array_equal(other(X), adapted(X))
+
+
+def test_a_tree_is_put_into_a_model() -> None:
+    model = network()
+    adapted = noisy(adapt(model, LoRA("kernel", rank=2), example=X))
+    again = Adapted(model, adapted.adapter)
+    np.testing.assert_array_equal(again(X), adapted(X))
+
+
+def test_dropout_of_the_low_rank_path_acts_in_training() -> None:
+    model = keras.Sequential([layers.Input([16]), layers.Dense(4)])
+    adapted = noisy(adapt(model, LoRA("kernel", rank=2, dropout=0.5), example=X))
+    first, second = adapted(X, training=True), adapted(X, training=True)
+    assert not np.allclose(first, second)
+    np.testing.assert_array_equal(adapted(X), adapted(X))
+
+
+def test_losses_and_masks_are_those_of_the_model() -> None:
+    model = network()
+    adapted = adapt(model, LoRA("kernel", rank=2), example=X)
+    for x in (model, adapted):
+        x.compile("sgd", "mse")
+    zeros = np.zeros((64, 4))
+    found = [x.evaluate(X, zeros, verbose=0) for x in (adapted, model)]
+    assert found[0] == pytest.approx(found[1])
+    assert found[1] > np.mean(model.predict(X, verbose=0) ** 2) + 0.1
+    ids = np.array([[1, 2, 0]], "int32")
+    table = layers.Embedding(9, 4, mask_zero=True)
+    words = keras.Sequential([layers.Input([3], dtype="int32"), table, layers.Dense(2)])
+    adapted = adapt(words, LoRA("kernel", rank=2), example=ids)
+    adapted.compile("sgd", "mse")
+    words.compile("sgd", "mse")
+    found = [x.evaluate(ids, np.ones((1, 3, 2)), verbose=0) for x in (adapted, words)]
+    assert found[0] == pytest.approx(found[1])  # over two positions of the three
+
+
+def test_a_base_that_a_start_changes() -> None:
+    model = network()
+    expected = model.predict(X, verbose=0)
+    rule = LoRA("kernel", rank=2, init=jlora.initializers.pissa)
+    adapted = adapt(model, rule, example=X)
+    np.testing.assert_allclose(adapted(X), expected, atol=1e-5)
+
+
+def merged_twice() -> Any:
+    adapted = adapt(network(), LoRA("kernel", rank=2), example=X)
+    adapted.merge()
+    return adapted(X)
+
+
+@each_refusal(
+    {
+        TypeError: {"`model` must be a model of Keras; got dict": lambda: adapt({}, example=X)},
+        ValueError: {
+            "`model` 'bare' is not built, so it has no weights": lambda: adapt(
+                keras.Sequential([layers.Dense(3)], name="bare"), LoRA(), example=X
+            ),
+            r"LoRA\('kernol'\) matches no leaf of `params`": lambda: adapt(
+                network(), LoRA("kernol"), example=X
+            ),
+            "`seed` must be an integer of at least 0; got -1": lambda: adapt(
+                network(), LoRA(), example=X, seed=-1
+            ),
+        },
+        RuntimeError: {"this model was merged into its base: call the base": merged_twice},
+    }
+)
+def test_mistakes(provoke: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        provoke()

@@ -1,0 +1,269 @@
+"""Modules of NNX with an adapter: what the transform computes, in NNX's own loop."""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from small import each_refusal, every
+
+import jlora
+from jlora import DoRA, Full, LoRA
+from jlora.nnx import Adapted, adapt
+
+ADAPTER = nnx.DiffState(0, nnx.LoRAParam)
+
+
+class Layers(nnx.Module):
+    """A dense layer, statistics, a mask, a counter and a head of fewer outputs."""
+
+    def __init__(self, dtype: Any = jnp.float32) -> None:
+        """Makes the layers."""
+        rngs = nnx.Rngs(0)
+        self.up = nnx.Linear(8, 16, param_dtype=dtype, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, param_dtype=dtype, rngs=rngs)
+        self.mask = nnx.Dropout(0.5, rngs=rngs)
+        self.down = nnx.Linear(16, 4, param_dtype=dtype, rngs=rngs)
+        self.calls = nnx.Variable(jnp.array(0))
+        self.width = 16
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """(batch, 8) to (batch, 4)."""
+        self.calls[...] += 1
+        return self.down(self.encode(x, rngs))
+
+    def encode(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """(batch, 8) to (batch, 16)."""
+        return self.mask(jnp.tanh(self.norm(self.up(x))), rngs=rngs)
+
+
+def inputs(dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (32, 8), dtype)
+
+
+def trained(rule: Any, dtype: Any = jnp.float32, model: Any = None) -> Adapted:
+    """An adapted module whose B are not zero."""
+    model = Layers(dtype) if model is None else model
+    adapted = adapt(model, rule, rngs=nnx.Rngs(1), example=(inputs(dtype),))
+    noisy = jax.tree.map(lambda x: x + jnp.ones((), x.dtype) / 8, adapted.adapter)
+    return Adapted(adapted.base, noisy, rngs=nnx.Rngs(2))
+
+
+RULES = LoRA("kernel", rank=2), DoRA("up/kernel", rank=2), Full("up/kernel")
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "compiled"),
+    every(
+        RULES,
+        [jnp.float32, jnp.bfloat16],
+        [False, True],
+        daily=[
+            (RULES[0], jnp.float32, False),
+            (RULES[1], jnp.bfloat16, True),
+            (RULES[2], jnp.float32, True),
+        ],
+    ),
+)
+def test_a_call_is_that_of_the_transform(rule: Any, dtype: Any, compiled: bool) -> None:
+    """In outputs, in what changes in the base, and in the merged module."""
+    adapted, x = trained(rule, dtype), inputs(dtype)
+    graph, params, rest = nnx.split(nnx.clone(adapted.base), nnx.Param, ...)
+
+    def call(params: Any, rest: Any, x: Any) -> Any:
+        model = nnx.merge(graph, params, rest, copy=True)
+        return model(x), nnx.state(model, nnx.Not(nnx.Param))
+
+    expected, rest = jlora.transform(call, rule).apply(params, adapted.adapter, rest, x)
+    merged = adapted.merged()
+    run = nnx.jit(lambda model, x: model(x)) if compiled else lambda model, x: model(x)
+    within = 1e-5 if dtype == jnp.float32 else 0.1
+    for model in (adapted, merged):
+        np.testing.assert_allclose(*map(np.float32, (run(model, x), expected)), within, within)
+    for model in (adapted.base, merged):
+        assert int(model.calls[...]) == 1
+        assert int(model.mask.rngs.count[...]) == 1
+        np.testing.assert_allclose(
+            *map(np.float32, (model.norm.mean[...], rest.norm.mean[...])), within, within
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"graph": False}])
+def test_an_optimizer_trains_the_adapter_alone(options: dict[str, Any]) -> None:
+    model = Layers()
+    held = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    adapted = adapt(model, LoRA("kernel", rank=4), rngs=nnx.Rngs(1), example=(inputs(),))
+    optimizer = nnx.Optimizer(adapted, optax.adamw(1e-2), wrt=nnx.LoRAParam)
+
+    def loss_fn(model: Any, x: Any) -> Any:
+        labels = x[:, :4].argmax(-1)
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), labels).mean()
+
+    def step(model: Any, optimizer: Any, x: Any) -> Any:
+        loss, gradient = nnx.value_and_grad(loss_fn, argnums=ADAPTER)(model, x)
+        optimizer.update(model, gradient)
+        return loss
+
+    step = nnx.jit(step, **options)
+    losses = [float(step(adapted, optimizer, inputs())) for _ in range(60)]
+    assert np.mean(losses[-5:]) < losses[0] - 0.5
+    assert adapted.base is model
+    assert int(model.calls[...]) == int(model.mask.rngs.count[...]) == 60
+    now = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, now, held)
+    if options:  # NNX returns the variables that have changed, and no copy of the others
+        jax.tree.map(lambda x, y: pytest.fail("copied") if x is not y else None, now, held)
+
+
+def test_a_base_that_a_start_changes_is_another_module() -> None:
+    model = Layers()
+    kernel = model.up.kernel[...]
+    rule = LoRA("up/kernel", rank=2, init=jlora.initializers.pissa)
+    adapted = adapt(model, rule, rngs=nnx.Rngs(1), example=(inputs(),))
+    assert model.up.kernel.get_value() is kernel
+    assert not np.array_equal(adapted.base.up.kernel[...], kernel)
+    assert adapted.base.down.kernel.get_value() is model.down.kernel.get_value()
+    np.testing.assert_allclose(adapted.merged().up.kernel[...], kernel, atol=1e-5)
+
+
+def test_a_quantized_base() -> None:
+    model = jlora.quantize(Layers(), jlora.Int8("kernel"))
+    adapted = trained(LoRA("kernel", rank=2), model=model)
+    adapted.eval()
+    merged = adapted.merged()
+    np.testing.assert_allclose(adapted(inputs()), merged(inputs()), atol=1e-5)
+
+
+def test_methods_are_adapted_and_attributes_read() -> None:
+    adapted, x = trained(LoRA("up/kernel", rank=2)), inputs()
+    adapted.eval()
+    merged = adapted.merged()
+    np.testing.assert_allclose(adapted.encode(x), merged.encode(x), atol=1e-5)
+    found = adapted.run(lambda model, x: model.up(x), x)
+    np.testing.assert_allclose(found, merged.up(x), atol=1e-5)
+    assert adapted.width == 16
+    assert inspect.signature(adapted.__call__) == inspect.signature(adapted.base.__call__)
+    assert not hasattr(adapted, "layers")
+
+
+def test_state_among_the_arguments_changes_there() -> None:
+    adapted, rngs = trained(LoRA("up/kernel", rank=2)), nnx.Rngs(5)
+    adapted(inputs(), rngs=rngs)
+    assert int(rngs.default.count[...]) == 1
+    assert int(adapted.base.mask.rngs.count[...]) == 0
+    count = nnx.Variable(jnp.array(0))
+
+    def call(model: Any, count: Any) -> Any:
+        count[...] += 1
+        return model.width
+
+    assert adapted.run(call, count) == 16
+    assert int(count[...]) == 1
+
+
+def test_dropout_of_the_low_rank_path() -> None:
+    """Each call has another mask; `eval` and a module without `rngs` have none."""
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    adapted = trained(LoRA("kernel", rank=2, dropout=0.5), model=model)
+    x, merged = inputs(), adapted.merged()(inputs())
+    first, second = adapted(x), adapted(x)
+    assert not np.allclose(first, second)
+    assert int(adapted.rngs.count[...]) == 2
+    adapted.eval()
+    np.testing.assert_allclose(adapted(x), merged, atol=1e-5)
+    adapted.train()
+    assert not np.allclose(adapted(x), merged)
+    bare = Adapted(model, adapted.adapter)
+    np.testing.assert_allclose(bare(x), merged, atol=1e-5)
+
+
+def test_no_adapter_is_the_model() -> None:
+    model = Layers()
+    model.eval()
+    np.testing.assert_array_equal(Adapted(model, {})(inputs()), model(inputs()))
+
+
+def test_many_adapters_of_one_base() -> None:
+    adapted = trained(LoRA("kernel", rank=2))
+    adapted.eval()
+    graph, own, rest = nnx.split(adapted, nnx.LoRAParam, ...)
+    many = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), own)
+    axes = nnx.StateAxes({nnx.LoRAParam: 0, ...: None})
+    call = nnx.vmap(lambda model, x: model(x), in_axes=(axes, None))
+    found = call(nnx.merge(graph, many, rest), inputs())
+    for i in range(2):
+        alone = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], many), rest)
+        np.testing.assert_allclose(found[i], alone(inputs()), atol=1e-5)
+
+
+def test_the_adapter_alone_is_saved(tmp_path: Any) -> None:
+    adapted = trained(LoRA("kernel", rank=2))
+    own = nnx.state(adapted, nnx.LoRAParam)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "own", nnx.to_pure_dict(own))
+        checkpointer.wait_until_finished()
+        found = checkpointer.restore(tmp_path / "own", nnx.to_pure_dict(own))
+    fresh = adapt(adapted.base, LoRA("kernel", rank=2), rngs=nnx.Rngs(3), example=(inputs(),))
+    state = nnx.state(fresh, nnx.LoRAParam)
+    nnx.replace_by_pure_dict(state, found)
+    nnx.update(fresh, state)
+    jax.tree.map(np.testing.assert_array_equal, fresh.adapter, adapted.adapter)
+
+
+def test_without_values() -> None:
+    """Made under `eval_shape` and `jit`, and with shapes as the example."""
+    shape = jax.ShapeDtypeStruct((32, 8), jnp.float32)
+
+    def make() -> Adapted:
+        return adapt(Layers(), LoRA("kernel", rank=2), rngs=nnx.Rngs(1), example=(shape,))
+
+    abstract, made = nnx.eval_shape(make), nnx.jit(make)()
+    assert jax.tree.map(jnp.shape, abstract.adapter) == jax.tree.map(jnp.shape, made.adapter)
+    assert made.adapter["up"]["kernel"].a.shape == (8, 2)
+
+
+def test_an_example_of_another_call() -> None:
+    call = lambda model: model.encode(inputs())  # noqa: E731
+    adapted = adapt(Layers(), LoRA(rank=2), rngs=nnx.Rngs(1), example=call)
+    assert list(adapted.adapter) == ["up"]  # which alone is used by that
+
+
+@each_refusal(
+    {
+        TypeError: {
+            r"`rngs` must be flax.nnx.Rngs, such as nnx.Rngs\(0\); got": lambda: adapt(
+                Layers(), LoRA(), rngs=jax.random.key(0), example=(inputs(),)
+            ),
+            r"`example` must be the tuple of the arguments of a call": lambda: adapt(
+                Layers(), LoRA(), rngs=nnx.Rngs(0), example=inputs()
+            ),
+            "`model` must be a module of flax.nnx; got function": lambda: adapt(
+                lambda x: x, LoRA(), rngs=nnx.Rngs(0), example=(inputs(),)
+            ),
+        },
+        ValueError: {
+            r"LoRA\('kernol'\) matches no leaf of `params`. Near misses: ": lambda: adapt(
+                Layers(), LoRA("kernol"), rngs=nnx.Rngs(0), example=(inputs(),)
+            ),
+            "`model` has nnx.LoRAParams itself, at lora/up/kernel/a": lambda: adapt(
+                trained(LoRA("up/kernel", rank=2)), LoRA(), rngs=nnx.Rngs(0), example=(inputs(),)
+            ),
+            "other/kernel: not in `base`": lambda: Adapted(
+                Layers(), {"other": trained(LoRA("up/kernel", rank=2)).adapter["up"]}
+            ),
+        },
+        AttributeError: {
+            "'up' is a part of the model, .* or read adapted.base.up": lambda: (
+                trained(LoRA("up/kernel", rank=2)).up
+            )
+        },
+    }
+)
+def test_mistakes(provoke: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        provoke()
