@@ -281,8 +281,9 @@ def is_finite(x: Any) -> bool:
 
 def check_rules(rules: Any, unpacked: str | None = None) -> tuple[Rule, ...]:
     """Returns one rule, or several, as a tuple; raises `TypeError` for anything else in it."""
-    is_one = isinstance(rules, Rule | str | Mapping) or not isinstance(rules, Iterable)
-    rules = (rules,) if is_one else tuple(rules)
+    if isinstance(rules, Rule | str | Mapping) or not isinstance(rules, Iterable):
+        rules = (rules,)
+    rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
             got = name_mistake(rule, unpacked)
