@@ -135,10 +135,33 @@ def test_a_base_that_a_start_changes() -> None:
     np.testing.assert_allclose(adapted(X), expected, atol=1e-5)
 
 
-def merged_twice() -> Any:
-    adapted = adapt(network(), LoRA("kernel", rank=2), example=X)
+@pytest.mark.parametrize("use", ["__call__", "predict", "merge"])
+def test_a_merged_model_is_refused(use: str) -> None:
+    """Also where Keras compiled its call before; s·A·B would be added twice."""
+    adapted = noisy(adapt(network(), LoRA("kernel", rank=2), example=X))
+    adapted.predict(X, verbose=0)
     adapted.merge()
-    return adapted(X)
+    with pytest.raises(RuntimeError, match="this model was merged into its base: call the base"):
+        adapted.merge() if use == "merge" else getattr(adapted, use)(X)
+
+
+class Twins(keras.Model):
+    """Two layers of one name."""
+
+    def __init__(self) -> None:
+        """Makes the layers."""
+        super().__init__(name="twins")
+        self.first, self.second = layers.Dense(16, name="d"), layers.Dense(16, name="d")
+
+    def call(self, x: Any) -> Any:
+        """Calls both."""
+        return self.second(self.first(x))
+
+
+def twins() -> Any:
+    model = Twins()
+    model(X)
+    return model
 
 
 @each_refusal(
@@ -151,11 +174,13 @@ def merged_twice() -> Any:
             r"LoRA\('kernol'\) matches no leaf of `params`": lambda: adapt(
                 network(), LoRA("kernol"), example=X
             ),
+            "`model` has 2 weights at twins/d/kernel, which an adapter could not tell": lambda: (
+                adapt(twins(), LoRA(), example=X)
+            ),
             "`seed` must be an integer of at least 0; got -1": lambda: adapt(
                 network(), LoRA(), example=X, seed=-1
             ),
         },
-        RuntimeError: {"this model was merged into its base: call the base": merged_twice},
     }
 )
 def test_mistakes(provoke: Any, error: type[Exception], message: str) -> None:

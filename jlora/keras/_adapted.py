@@ -3,6 +3,7 @@ r"""A model of Keras with an adapter, as `compile` and `fit` take it.
 $$\mathrm{adapted}(x) = \mathrm{model}_{W + s \cdot A B}(x)$$
 """
 
+import collections
 from typing import Any
 
 import jax
@@ -61,7 +62,8 @@ class Adapted(keras.Model):
     Raises:
         RuntimeError: if Keras has another backend than JAX.
         TypeError: if `model` is no model of Keras, or `adapter` no adapter.
-        ValueError: if `adapter` does not fit the model, or the model is not built.
+        ValueError: if `adapter` does not fit the model, or the model is not built or has two
+            weights of one path.
     """
 
     def __init__(self, model: Any, adapter: PyTree, *, seed: int = 0) -> None:
@@ -94,19 +96,28 @@ class Adapted(keras.Model):
     def merge(self) -> Any:
         """Puts W + s·A·B into the variables of the base, and returns the base.
 
-        This module must not be called afterward, as it would add s·A·B twice.
+        The adapted model is of no use afterward, as it would add s·A·B twice.
+
+        Raises:
+            RuntimeError: if it was called before.
         """
+        self._refuse_merged()
         merged = merge(_weights(self.base), self.adapter)
         for v in self.base.weights:
             if v.path in self._adapted:
                 v.assign(merged[v.path])
         self._is_merged = True
+        # What Keras has compiled would not be refused.
+        self.train_function = self.test_function = self.predict_function = None
         return self.base
+
+    def _refuse_merged(self) -> None:
+        if self._is_merged:
+            raise RuntimeError("this model was merged into its base: call the base instead.")
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Returns what the adapted model returns."""
-        if self._is_merged:
-            raise RuntimeError("this model was merged into its base: call the base instead.")
+        self._refuse_merged()
         weights = [v for v in self.base.variables if v.path in self._adapted]
         others = [v for v in self.base.variables if v.path not in self._adapted]
 
@@ -147,7 +158,8 @@ def adapt(model: Any, *rules: Rule, example: Any, seed: int = 0) -> Adapted:
     Raises:
         RuntimeError: if Keras has another backend than JAX.
         TypeError: if `model` is no model of Keras.
-        ValueError: if a rule takes no weight or does not fit one, or the model is not built.
+        ValueError: if a rule takes no weight or does not fit one, or the model is not built or
+            has two weights of one path.
 
     Examples:
         >>> import jlora.keras, keras, numpy as np
@@ -187,4 +199,12 @@ def _weights(model: Any) -> dict[str, jax.Array]:
             f"`model` {model.name!r} is not built, so it has no weights: call it once, or give it "
             "an Input."
         )
-    return {v.path: v.value for v in model.weights}
+    found = {v.path: v.value for v in model.weights}
+    if len(found) < len(model.weights):
+        counts = collections.Counter(v.path for v in model.weights)
+        [(path, n)] = counts.most_common(1)
+        raise ValueError(
+            f"`model` has {n} weights at {path}, which an adapter could not tell apart: give "
+            "each layer a name of its own."
+        )
+    return found

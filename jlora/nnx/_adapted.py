@@ -175,7 +175,7 @@ def adapt(
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(base), strict=True)
     if any(x is not y for x, y in pairs):  # an initializer has changed W
         model = nnx.merge(graph, base, rest, copy=True)
-    return Adapted(model, _placed(base, adapter), rngs=rngs)
+    return Adapted(model, _place(base, adapter), rngs=rngs)
 
 
 def _split(model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
@@ -206,7 +206,7 @@ def _variables(params: nnx.State, adapter: PyTree) -> PyTree:
     return jax.tree.map(variable, adapter, specs(nest(names), adapter) if adapter else {})
 
 
-def _placed(base: nnx.State, adapter: PyTree) -> PyTree:
+def _place(base: nnx.State, adapter: PyTree) -> PyTree:
     """Puts an adapter where its base is, if that has values on a mesh."""
     is_on_mesh = any(isinstance(place_of(x), NamedSharding) for x in jax.tree.leaves(base))
     return jax.device_put(adapter, specs(base, adapter)) if is_on_mesh else adapter
