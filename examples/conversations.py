@@ -107,16 +107,12 @@ def read(path: pathlib.Path, tokenizer: Any, length: int, more_than: int = 0) ->
 def pack(texts: Sequence[Text], length: int) -> list[list[Text]]:
     """Sorts texts into rows of at most `length` tokens, each into the first that has room."""
     rows: list[list[Text]] = []
-    free: list[int] = []
     for text in texts:
-        size = len(text.ids)
-        open_rows = range(max(0, len(rows) - OPEN), len(rows))
-        if (i := next((i for i in open_rows if free[i] >= size), None)) is None:
-            i = len(rows)
-            rows.append([])
-            free.append(length)
-        rows[i].append(text)
-        free[i] -= size
+        most = length - len(text.ids)
+        fits = (row for row in rows[-OPEN:] if sum(len(x.ids) for x in row) <= most)
+        if (row := next(fits, None)) is None:
+            rows.append(row := [])
+        row.append(text)
     return rows
 
 

@@ -22,11 +22,11 @@ class Words(nnx.Module):
         rngs, draw = nnx.Rngs(0), nnx.initializers.lecun_normal()
         table = nnx.with_partitioning(draw, ("tensor", "fsdp"))
         kernel = nnx.with_partitioning(draw, ("fsdp", "tensor"))
-        self.table = nnx.Embed(16, 64, rngs=rngs, embedding_init=table)
-        self.up = nnx.Linear(64, 128, rngs=rngs, kernel_init=kernel)
+        self.table = nnx.Embed(16, 128, rngs=rngs, embedding_init=table)
+        self.up = nnx.Linear(128, 64, rngs=rngs, kernel_init=kernel)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """(length,) to (length, 128)."""
+        """(length,) to (length, 64)."""
         return self.up(self.table(ids))
 
 
@@ -41,7 +41,7 @@ def test_rows_and_codes_on_a_mesh(quantized: bool) -> None:
             model = Words()
             if quantized:
                 graph, params, rest = nnx.split(model, nnx.Param, ...)
-                params = jlora.quantize(params, jlora.Int4("up/kernel", block=16))
+                params = jlora.quantize(params, jlora.NF4("up/kernel", block=32))
                 model = nnx.merge(graph, params, rest)
                 assert isinstance(model.up.kernel.get_value(), jlora.Quantized)
             rules = jlora.Rows("table/embedding", range(3, 6)), jlora.LoRA("up/kernel", rank=2)

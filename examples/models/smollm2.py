@@ -156,4 +156,5 @@ def _tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
         pad_token=pad,
         chat_template=_field(reader, "tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )

@@ -240,6 +240,7 @@ def test_folder_is_what_was_in_the_file(base, tiny):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny)
     jax.tree.map(np.testing.assert_array_equal, variables, rounded)
     tokenizer = chat.AutoTokenizer.from_pretrained(base)
+    assert set(tokenizer("Hi")) == {"input_ids", "attention_mask"}  # what a Llama takes
     assert (
         tokenizer.apply_chat_template(say("Hi"), tokenize=False)
         == "<|im_start|>user\nHi<|im_end|>\n"
