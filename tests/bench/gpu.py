@@ -1,0 +1,127 @@
+"""Kernels and bytes of a layer's step, as XLA compiles it for an H100 that is not there.
+
+    pip install --no-deps --target cuda jax-cuda12-plugin jax-cuda12-pjrt   # in JAX's version
+    JAX_PLATFORMS=cpu PYTHONPATH=cuda python -m tests.bench gpu
+
+The layer and its steps are those of `tpu`. Bytes are the operands and the results of kernels; XLA
+counts neither bytes nor operations for a GPU. On a real one it times, product by product, a kernel
+of its own (Triton), which can have sums and elementwise operations in it, against one of cuBLAS,
+which can add one array to its product. Without one it takes Triton throughout, or cuBLAS where it
+is told so; a real step lies between the two.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pod_plan
+from jax.experimental import pallas as pl
+from tqdm import tqdm
+
+from . import report, tpu, traffic
+
+KERNELS = {"Triton": {}, "cuBLAS": {"xla_gpu_enable_triton_gemm": False}}
+FORMS = {
+    "floor": ("floor",),
+    "q, v": ("jlora", 16, r"[qv]"),
+    "all-linear": ("jlora", 16),
+    "by hand": ("plain", 16),
+    "full": ("full",),
+}
+
+
+class Cost(NamedTuple):
+    """What a step of one layer runs.
+
+    Attributes:
+        size: operands and results of its kernels, in bytes.
+        kernels: how many there are.
+        passes: those that are no products, and read or write an activation (tokens, d).
+    """
+
+    size: int
+    kernels: int
+    passes: int
+
+
+def run(quick: bool) -> None:
+    """A row for each attention, kind of kernels and choice of what is trained."""
+    if not has_compiler():
+        raise SystemExit(
+            "The compiler for GPUs is missing: pip install --no-deps jax-cuda12-plugin "
+            "jax-cuda12-pjrt, of JAX's version."
+        )
+    shapes = {"small": SMALL} if quick else {"XLA's attention": LAYER, "a flash attention": FLASH}
+    rows = []
+    for name, shape in shapes.items():
+        for kernels in KERNELS:
+            costs = {
+                form: step(shape, kernels, *args)
+                for form, args in tqdm(FORMS.items(), f"{name}, {kernels}", disable=None)
+            }
+            rows += [
+                {"layer": name, "products": kernels, "trained": form}
+                | {"GB": cost.size / 1e9, "bytes": cost.size / costs["floor"].size}
+                | {"kernels": cost.kernels, "passes": cost.passes}
+                for form, cost in costs.items()
+            ]
+    report.table("gpu: operands and results of kernels, over the frozen step's", rows)
+
+
+def step(shape: tpu.Layer, kernels: str, *trained: Any) -> Cost:
+    """The cost of a step in which `trained` is as for `tpu.compile_step`."""
+    mesh = pod_plan.mesh_of("cuda:1x1x1", (1, 1))
+    with warnings.catch_warnings():  # Pallas has no other kernels that compile without a GPU
+        warnings.filterwarnings("ignore", ".*Triton backend is deprecated", DeprecationWarning)
+        program = tpu.compile_step(shape, mesh, *trained, options=KERNELS[kernels])
+    found = traffic.kernels(program.as_text())
+    activation = 2 * shape.batch * shape.length * shape.dim
+    passes = sum(not kernel.multiplies and kernel.size >= activation for kernel in found)
+    return Cost(sum(kernel.size for kernel in found), len(found), passes)
+
+
+def has_compiler() -> bool:
+    """Whether its plugin is installed; no GPU, driver or other library is needed."""
+    return importlib.util.find_spec("jax_cuda12_plugin") is not None
+
+
+# ---------------------------------------------------------------------------------- the attention
+
+
+@jax.custom_vjp
+def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """What XLA sees of a flash attention: kernels of these operands and results, which do nothing.
+
+    cuDNN's own cannot be compiled where its library is missing.
+    """
+    return _forward(q, k, v)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+    batch, length, heads, _ = q.shape
+    sums = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    mixed, sums = _kernel(q, sums)(q, k, v)
+    return mixed, (q, k, v, mixed, sums)
+
+
+def _backward(saved: tuple[Any, ...], g: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(_kernel(*saved[:3])(*saved, g))
+
+
+flash.defvjp(_forward, _backward)
+
+
+def _kernel(*results: Any) -> Callable[..., list[jax.Array]]:
+    def body(*refs: Any) -> None:
+        first = (0,) * refs[-1].ndim
+        refs[-1][first] = jnp.zeros((), refs[-1].dtype)
+
+    return pl.pallas_call(body, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results])
+
+
+LAYER = tpu.SHAPES["grouped queries"]._replace(length=4096)  # 2 × 4,096 tokens of Llama 3 8B
+FLASH = LAYER._replace(attention=flash)
+SMALL = tpu.SMALL._replace(groups=2, attention=flash)
