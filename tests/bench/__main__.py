@@ -9,7 +9,7 @@ from . import steps
 # Machine code that is made fast, not that runs fast: what XLA counts is known before it is made.
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NAMES = ("floor", "real", "memory", "quantized", "peers", "growth", "adapters", "sweep")
-NAMES += ("overheads",)
+NAMES += ("overheads", "h100")
 BY_NAME = ("tpu", "gpu")  # need the compilers for these
 
 

@@ -1,7 +1,7 @@
 """Kernels and bytes of a layer's step, as XLA compiles it for an H100 that is not there.
 
-    pip install --no-deps --target cuda jax-cuda12-plugin jax-cuda12-pjrt   # in JAX's version
-    JAX_PLATFORMS=cpu PYTHONPATH=cuda python -m tests.bench gpu
+    pip install --no-deps --target build/cuda jax-cuda12-{plugin,pjrt}==VERSION_OF_JAX
+    JAX_PLATFORMS=cpu PYTHONPATH=build/cuda python -m tests.bench gpu
 
 The layer and its steps are those of `tpu`. Bytes are the operands and the results of kernels; XLA
 counts neither bytes nor operations for a GPU. On a real one it times, product by product, a kernel

@@ -327,14 +327,14 @@ def model(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
 def _layer(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
     w, rows = params["w"], x.shape[:2]
     dense = functools.partial(_dense, params, shape)
-    h = _norm(x, w["norm1"])
+    h = norm(x, w["norm1"])
     q, k, v = (dense(name, h).reshape(*rows, -1, shape.dim // shape.heads) for name in "qkv")
     x = x + dense("o", shape.attention(q, k, v).reshape(x.shape))
-    h = _norm(x, w["norm2"])
+    h = norm(x, w["norm2"])
     return x + dense("down", jax.nn.silu(dense("gate", h)) * dense("up", h))
 
 
-def _norm(x: jax.Array, g: jax.Array) -> jax.Array:
+def norm(x: jax.Array, g: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)
     return y.astype(x.dtype) * g
