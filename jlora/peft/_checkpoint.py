@@ -179,6 +179,23 @@ def read_pieces(data: BinaryIO, count: int, size: int = PIECE) -> Iterator[bytes
         yield read_exactly(data, min(size, count - start))
 
 
+def copy_bytes(data: BinaryIO, target: BinaryIO, count: int) -> None:
+    """Copies the next `count` bytes of a file to another, within the kernel where it can."""
+    target.flush()
+    begin = at = data.tell()
+    start, stop = target.tell(), begin + count
+    try:
+        while at < stop:
+            files = data.fileno(), target.fileno()
+            done = os.copy_file_range(*files, stop - at, at, start + at - begin)
+            if not done:
+                raise EOFError
+            at += done
+    except (AttributeError, OSError):  # by another system, or between two disks
+        for piece in read_pieces(data, count):
+            target.write(piece)
+
+
 def read_exactly(data: BinaryIO, size: int) -> bytes:
     """Reads the next `size` bytes of a file; `EOFError` if it has become shorter."""
     found = data.read(size)

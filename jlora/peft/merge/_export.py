@@ -1,15 +1,17 @@
 """Merges an adapter into a checkpoint, in blocks of bounded size."""
 
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import BinaryIO
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ..._folders import fresh, scratch
 from ..._types import PyTree
-from .._checkpoint import Checkpoint, copy_others, explain_shorter, open_checkpoint, read_pieces
+from .._checkpoint import Checkpoint, copy_bytes, copy_others, explain_shorter, open_checkpoint
 from .._file import COUNTS, DTYPES, open_file
 from .._problems import Problems
 from ..formats._dequantize import dequantize_checkpoint
@@ -18,6 +20,8 @@ from ._blocks import Edit, encode
 from ._edits import find_edits
 from ._match import check_frozen, match_to_checkpoint
 from ._ties import with_copies
+
+THREADS = min(os.cpu_count() or 1, 4)
 
 
 def export_merged(
@@ -111,43 +115,47 @@ def export_merged(
     check_frozen(checkpoint, model, contents, problems)
     problems.stop()
     problems.warn()
-    total = sum(header.size for header in checkpoint.headers.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
-    with fresh(out, "`out`") as folder, bar:
+    bar = tqdm(total=len(checkpoint.where), unit="tensor", desc="merge", disable=None)
+    with fresh(out, "`out`") as folder, bar, ThreadPoolExecutor(THREADS) as pool:
         for file in checkpoint.headers:
-            with open(folder / file, "wb") as target:
-                _write(checkpoint, file, edits, target, bar.update, problems)
+            _write_header(checkpoint, file, folder)
+        write = functools.partial(_write, checkpoint, folder, edits)
+        for name, count in zip(checkpoint.where, pool.map(write, checkpoint.where), strict=True):
+            bar.update()
+            if count:
+                problems.add(name, f"{count} values are not finite after merging")
         problems.stop()
         copy_others(checkpoint, folder)
     return checkpoint.left_out
 
 
+def _write_header(checkpoint: Checkpoint, file: str, folder: Path) -> None:
+    """Begins a file of the new checkpoint."""
+    with (
+        open_file(checkpoint.source, file) as (data, _),
+        open(folder / file, "wb") as target,
+        explain_shorter(checkpoint.source, file),
+    ):
+        copy_bytes(data, target, checkpoint.headers[file].data)
+
+
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is counted
-def _write(
-    checkpoint: Checkpoint,
-    file: str,
-    edits: Mapping[str, Edit],
-    target: BinaryIO,
-    tick: Callable[[int], object],
-    problems: Problems,
-) -> None:
-    """Writes one file: the header as it is, then the tensors in the order of their data."""
-    header = checkpoint.headers[file]
-    with open_file(checkpoint.source, file) as (data, _):
-        with explain_shorter(checkpoint.source, file):
-            for piece in read_pieces(data, header.data):
+def _write(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], name: str) -> int:
+    """Writes a tensor to its place in its file; returns how many values are not finite."""
+    file, entry, bad = checkpoint.where[name], checkpoint.entry(name), 0
+    start = checkpoint.headers[file].data + entry.start
+    with (
+        open_file(checkpoint.source, file) as (data, _),
+        open(folder / file, "rb+") as target,
+        explain_shorter(checkpoint.source, name),
+    ):
+        data.seek(start)
+        target.seek(start)
+        if (edit := edits.get(name)) is None:
+            copy_bytes(data, target, entry.stop - entry.start)
+        else:
+            for block in edit.blocks(data, entry):
+                piece, count = encode(block, (DTYPES | COUNTS)[entry.dtype])
                 target.write(piece)
-        for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
-            if (edit := edits.get(name)) is None:
-                pieces = ((piece, 0) for piece in read_pieces(data, entry.stop - entry.start))
-            else:
-                dtype = (DTYPES | COUNTS)[entry.dtype]
-                pieces = (encode(block, dtype) for block in edit.blocks(data, entry))
-            bad = 0
-            with explain_shorter(checkpoint.source, name):
-                for piece, count in pieces:
-                    target.write(piece)
-                    tick(len(piece))
-                    bad += count
-            if bad:
-                problems.add(name, f"{bad} values are not finite after merging")
+                bad += count
+    return bad
