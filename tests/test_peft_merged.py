@@ -121,7 +121,7 @@ def test_files_are_those_of_the_library(shards: int, tmp_path: Folder) -> None:
 @pytest.mark.parametrize("sides", [(5, 8), (65, 67), (300, 501)])
 def test_products_are_fused_multiply_adds(sides: tuple[int, int], rank: int) -> None:
     """In the order of the rank, whatever the shape: so does PyTorch for layers of real size."""
-    from jlora.peft.merge._blocks import _product
+    from jlora.peft.merge._blocks import _adder
 
     draw = np.random.default_rng(rank)
     a = draw.standard_normal((rank, sides[1]), np.float32)
@@ -129,8 +129,29 @@ def test_products_are_fused_multiply_adds(sides: tuple[int, int], rank: int) -> 
     expected = np.zeros(sides, np.float32)
     for k in range(rank):  # a product of two float32 is exact in float64
         expected = (np.float64(b[:, k : k + 1]) * a[k] + expected).astype(np.float32)
-    different = _product(a, sides[0])(b) != expected
+    zeros = np.zeros(sides, np.float32)
+    different = _adder(a, 1, sides[0])(zeros, b, zeros.dtype) != expected
     assert different.mean() < 1e-4  # the sum in float64 above is rounded twice
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_sums_are_rounded_after_products(dtype: Any) -> None:
+    """W + s·B·A as NumPy has it of B·A, to the bit: no multiplication is fused into the addition.
+
+    Subnormal numbers of W, which XLA takes for 0, are kept where ΔW is 0.
+    """
+    from jlora.peft.merge._blocks import _adder
+
+    (a, b), draw, scale = low_rank((70, 90), 3), np.random.default_rng(1), np.float32(1.37)
+    b[7] = 0
+    w, zeros = draw.standard_normal((70, 90)).astype(dtype), np.zeros((70, 90), np.float32)
+    w[7] *= ml_dtypes.finfo(dtype).smallest_normal / 4
+    w[7, 0] = -0.0
+    add = _adder(a, float(scale), 70)
+    change = _adder(a, 1, 70)(zeros, b, zeros.dtype) * scale
+    wide = w.astype(np.promote_types(dtype, np.float32)) + change
+    for to in {np.dtype(dtype), wide.dtype}:
+        assert add(w, b, to).astype(to).tobytes() == wide.astype(to).tobytes()
 
 
 def low_rank(shape: tuple[int, int], rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
