@@ -678,7 +678,7 @@ def test_nothing_is_left_of_a_failure(
         raise OSError(28, "No space left on device")
 
     base, given = simple(tmp_path)
-    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft.merge._export.encode"}[where]
+    target = {"sync": "jlora._folders._sync", "copy": "jlora.peft._write.encode"}[where]
     monkeypatch.setattr(target, full)
     with pytest.raises(OSError, match="No space left"):
         peft.export_merged(base, given, tmp_path / "out")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,12 @@ from jax import lax
 
 from .._checkpoint import read_exactly
 from .._file import DTYPES, TensorInfo
+from .._write import Edit
 from ..adapter._tokens import Tokens
 
 BLOCK = 2**19  # numbers
 # Whose multiples XLA sums in the order of the rank, on CPUs with fused multiply-adds.
 _SIDE = 64
-
-
-class Edit(Protocol):
-    """Computes the new values of a tensor from the old ones."""
-
-    def blocks(self, data: BinaryIO, tensor: TensorInfo) -> Iterator[np.ndarray]:
-        """Yields the new values of a tensor in any dtype; its old bytes are next in `data`."""
-        ...
 
 
 @dataclasses.dataclass
@@ -173,12 +166,3 @@ def _read(data: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray
     """Reads the next numbers of a file."""
     count = int(np.prod(shape)) * dtype.itemsize
     return np.frombuffer(read_exactly(data, count), dtype).reshape(shape)
-
-
-def encode(x: np.ndarray, dtype: np.dtype) -> tuple[memoryview, int]:
-    """Returns the bytes of numbers in a dtype, and how many of them are not finite."""
-    x = np.ascontiguousarray(x, dtype).reshape(-1)
-    whole = np.dtype(f"u{dtype.itemsize}")
-    infinite = np.full(1, np.inf if dtype.kind != "i" else 0, dtype).view(whole)  # all exponents
-    bad = np.count_nonzero(x.view(whole) & infinite == infinite) if infinite[0] else 0
-    return x.view(np.uint8).data, int(bad)

@@ -1,27 +1,18 @@
 """Merges an adapter into a checkpoint, in blocks of bounded size."""
 
-import functools
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
-from tqdm import tqdm
-
-from ..._folders import fresh, scratch
+from ..._folders import fresh
 from ..._types import PyTree
-from .._checkpoint import Checkpoint, copy_bytes, copy_others, explain_shorter, open_checkpoint
-from .._file import COUNTS, DTYPES, open_file
+from .._checkpoint import open_checkpoint
 from .._problems import Problems
-from ..formats._dequantize import dequantize_checkpoint
+from .._write import write_tensors
+from ..formats._dequantize import open_dequantized
 from ..names._names import Name
-from ._blocks import Edit, encode
 from ._edits import find_edits
 from ._match import check_frozen, match_to_checkpoint
 from ._ties import with_copies
-
-THREADS = min(os.cpu_count() or 1, 4)
 
 
 def export_merged(
@@ -101,10 +92,7 @@ def export_merged(
     """
     checkpoint = open_checkpoint(src_dir, follow_links=follow_links, copied=True)
     if checkpoint.quantization:
-        with scratch(out, "`out`") as folder:
-            dequantize_checkpoint(src_dir, folder / "dense", follow_links=follow_links)
-            export_merged(folder / "dense", adapter, out, names=names)
-        return checkpoint.left_out
+        checkpoint = open_dequantized(checkpoint)
     problems = Problems(
         "`adapter` cannot be merged into the checkpoint of `src_dir`; nothing was written"
     )
@@ -115,47 +103,8 @@ def export_merged(
     check_frozen(checkpoint, model, contents, problems)
     problems.stop()
     problems.warn()
-    bar = tqdm(total=len(checkpoint.where), unit="tensor", desc="merge", disable=None)
-    with fresh(out, "`out`") as folder, bar, ThreadPoolExecutor(THREADS) as pool:
-        for file in checkpoint.headers:
-            _write_header(checkpoint, file, folder)
-        write = functools.partial(_write, checkpoint, folder, edits)
-        for name, count in zip(checkpoint.where, pool.map(write, checkpoint.where), strict=True):
-            bar.update()
-            if count:
-                problems.add(name, f"{count} values are not finite after merging")
+    with fresh(out, "`out`") as folder:
+        for name, count in write_tensors(checkpoint, folder, edits, "merge").items():
+            problems.add(name, f"{count} values are not finite after merging")
         problems.stop()
-        copy_others(checkpoint, folder)
     return checkpoint.left_out
-
-
-def _write_header(checkpoint: Checkpoint, file: str, folder: Path) -> None:
-    """Begins a file of the new checkpoint."""
-    with (
-        open_file(checkpoint.source, file) as (data, _),
-        open(folder / file, "wb") as target,
-        explain_shorter(checkpoint.source, file),
-    ):
-        copy_bytes(data, target, checkpoint.headers[file].data)
-
-
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is counted
-def _write(checkpoint: Checkpoint, folder: Path, edits: Mapping[str, Edit], name: str) -> int:
-    """Writes a tensor to its place in its file; returns how many values are not finite."""
-    file, entry, bad = checkpoint.where[name], checkpoint.entry(name), 0
-    start = checkpoint.headers[file].data + entry.start
-    with (
-        open_file(checkpoint.source, file) as (data, _),
-        open(folder / file, "rb+") as target,
-        explain_shorter(checkpoint.source, name),
-    ):
-        data.seek(start)
-        target.seek(start)
-        if (edit := edits.get(name)) is None:
-            copy_bytes(data, target, entry.stop - entry.start)
-        else:
-            for block in edit.blocks(data, entry):
-                piece, count = encode(block, (DTYPES | COUNTS)[entry.dtype])
-                target.write(piece)
-                bad += count
-    return bad
