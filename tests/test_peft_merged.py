@@ -210,13 +210,26 @@ def test_blocks_change_nothing(tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_memory_is_bounded(tmp_path: Folder) -> None:
-    """A weight of 96 MB is merged in less than 80 MB, as blocks are what is held."""
-    shape, low = (4096, 6144), low_rank((4096, 6144), 2)
+@pytest.mark.parametrize("shape", [(4096, 6144), (128_256, 200)])
+def test_memory_is_bounded(shape: tuple[int, int], tmp_path: Folder) -> None:
+    """A weight of 100 MB is merged in less than 80 MB, as blocks are what is held."""
     checkpoint(tmp_path / "base", {"q.weight": ones(*shape)})
-    adapter(tmp_path / "adapter", {"q": low})
+    adapter(tmp_path / "adapter", {"q": low_rank(shape, 2)})
     _, memory = measure(tmp_path)
     assert memory < 80 * 2**20
+
+
+def test_memory_of_quantized_weights(tmp_path: Folder) -> None:
+    """One matrix at a time is dequantized: less than three in float32 are held."""
+    shape, grid, weights = (4096, 8192), (32, 64), dict[str, np.ndarray]()
+    for i in range(3):
+        weights[f"h.{i}.q.weight"] = np.ones(shape, ml_dtypes.float8_e4m3fn)
+        weights[f"h.{i}.q.weight_scale_inv"] = np.ones(grid, np.float32)
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    checkpoint(tmp_path / "base", weights, quantization_config=fp8)
+    adapter(tmp_path / "adapter", {f"h.{i}.q": low_rank(shape, 2) for i in range(3)})
+    _, memory = measure(tmp_path)
+    assert memory < 3 * 4 * shape[0] * shape[1]
 
 
 # ----------------------------------------------------------------------- names and orientation

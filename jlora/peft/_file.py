@@ -243,11 +243,6 @@ def make_header(tensors: Iterable[TensorInfo]) -> tuple[Header, bytes]:
     ) + text
 
 
-def spell_dtype(dtype: Any) -> str:
-    """Returns the name that safetensors have for a dtype of floats."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
-
-
 def _parse_tensor(key: str, fields: Any) -> TensorInfo | None:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         return None

@@ -20,7 +20,7 @@ from .._checkpoint import (
     explain_shorter,
     open_checkpoint,
 )
-from .._file import DTYPES, Header, TensorInfo, itemize, make_header, shorten, spell_dtype
+from .._file import DTYPES, Header, TensorInfo, itemize, make_header, shorten
 from .._vocabulary import find_vocabulary, walk_objects
 from .._write import write_tensors
 from ._codes import Codes, Dense
@@ -158,7 +158,8 @@ def open_dequantized(checkpoint: Checkpoint) -> Dequantized:
         matrices[name] = _matrix(name, x)
         *lead, rows, columns = x.shape
         order = (rows, columns) if not lead or format.keeps_axes else (columns, rows)
-        weight = TensorInfo(name, spell_dtype(x.dtype or dtype), (*lead, *order))
+        spelling = next(key for key, known in DTYPES.items() if known == (x.dtype or dtype))
+        weight = TensorInfo(name, spelling, (*lead, *order))
         new = sorted(format.tensors.taken - places.keys())
         places |= dict.fromkeys(new) | {new[0]: weight}
     left = list_left(format.tensors, places)

@@ -26,8 +26,8 @@ def export_merged(
     r"""Writes a Hugging Face checkpoint with an adapter merged into it: $W' = W + s \cdot BA$.
 
     The files, tensors, dtypes and metadata of the new checkpoint are those of the old one; only
-    values change. Weights are read, changed and written in blocks, so that memory beside the
-    adapter's stays below a hundred megabytes for weights of any size.
+    values change. Up to four threads read, change and write weights in blocks, so that memory
+    beside the adapter's stays below a hundred megabytes for weights of any size.
 
     Everything else in `src_dir` is copied: configuration, generation and tokenizer files, code,
     folders. Left out are weights in other formats (`pytorch_model.bin`, `.h5`, `.msgpack`, `.onnx`,
@@ -44,8 +44,8 @@ def export_merged(
     norms of DoRA are of float32 values and are summed in float64; PEFT's are to a few roundings
     the same in float32, and have those of W's dtype in narrower ones.
 
-    A quantized checkpoint is dequantized first, exactly, and the result is in floats, as its
-    configuration then says. What of it is neither read nor in floats is an error.
+    A quantized checkpoint is dequantized first, exactly and one weight at a time, and the result is
+    in floats, as its configuration then says. What of it is neither read nor in floats is an error.
 
     Args:
         src_dir: a folder with `model.safetensors`, or with shards and
