@@ -146,6 +146,12 @@ class DoRA(LoRA):
                 f"{self.all_frozen}, by the rule or by its `init`. Use jlora.LoRA."
             )
 
+        if self.share == "outputs":
+            raise ValueError(
+                f"`share` of {rule_name(self)} must be None or 'inputs', as each expert has norms "
+                "of its own; got 'outputs'. Use jlora.LoRA."
+            )
+
     def start(self, key: jax.Array, w: Any, site: Any) -> tuple[Any, Any]:
         """Draws A and B, and starts m as the norms."""
         base, a, b = self.draw(key, w, site)
