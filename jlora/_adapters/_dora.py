@@ -115,11 +115,12 @@ class DoRA(LoRA):
         dtype: dtype of A and B; by default the weight's own, but at least float32. m is never
             narrower than float32.
         frozen: ().
+        share: `"inputs"` where the experts of a weight share A, or None.
 
     Raises:
         TypeError: if a field is of a wrong type.
         ValueError: if `pattern` is not a regular expression, a number is out of range,
-            `dropout` is not 0, or a factor is frozen, as by `init=miss`.
+            `dropout` is not 0, experts share B, or a factor is frozen, as by `init=miss`.
 
     Source: Liu et al., DoRA, arXiv 2402.09353, equation 5 and section 4.3.
 
