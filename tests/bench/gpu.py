@@ -10,18 +10,25 @@ which can add one array to its product. Without one it takes Triton throughout, 
 is told so; a real step lies between the two.
 """
 
+import contextlib
+import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import pod_plan
 from jax.experimental import pallas as pl
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from . import report, tpu, traffic
+import jlora
+
+from . import h100, report, steps, tpu, traffic
+from .peers import llama_work
 
 KERNELS = {"Triton": {}, "cuBLAS": {"xla_gpu_enable_triton_gemm": False}}
 FORMS = {
@@ -69,13 +76,47 @@ def run(quick: bool) -> None:
                 for form, cost in costs.items()
             ]
     report.table("gpu: operands and results of kernels, over the frozen step's", rows)
+    report.table("gpu: memory of a step of `h100`, planned", list(memory(quick)))
+
+
+def memory(quick: bool) -> Iterator[dict[str, Any]]:
+    """The GB of whole steps of Llama 3 8B, for what they keep for the backward pass."""
+    work = llama_work.QUICK if quick else llama_work.LLAMA
+    mesh = pod_plan.mesh_of("cuda:1x1x1", (1, 1))
+
+    def place(tree: Any) -> Any:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree
+        )
+
+    key, ids = jax.random.key(0), jax.ShapeDtypeStruct((work.batch, work.length), jnp.int32)
+    params = place(jax.eval_shape(functools.partial(h100.start, work), key))
+    labelled = place(jax.ShapeDtypeStruct((work.batch, work.length + 1), jnp.int32))
+    for kept, how in h100.KEPT.items():
+        shape = h100.shape_of(work)._replace(**how, attention=rotated_flash)
+        apply = functools.partial(h100.model, shape)
+        for trained, rule in {"floor": jlora.Full("w/norm.*"), "jlora": h100.LORA}.items():
+            lora = jlora.transform(apply, rule)
+            base, adapter = jax.eval_shape(lora.init, key, params, ids)
+
+            def loss(adapter: Any, base: Any, ids: Any, lora: Any = lora) -> jax.Array:
+                return steps.next_token(lambda p, x: lora.apply(p, adapter, x), base, ids)
+
+            with pallas_for(mesh):
+                found = jlora.plan(
+                    loss, place(base), place(adapter), (labelled,), optax.adamw(1e-4)
+                )
+            sizes = {"base": found.base, "kept and temporary": found.activations}
+            yield {"kept": kept, "trained": trained} | {
+                f"{name} GB": size / 1e9 for name, size in [*sizes.items(), ("peak", found.peak)]
+            }
 
 
 def step(shape: tpu.Layer, kernels: str, *trained: Any) -> Cost:
     """The cost of a step in which `trained` is as for `tpu.compile_step`."""
     mesh = pod_plan.mesh_of("cuda:1x1x1", (1, 1))
-    with warnings.catch_warnings():  # Pallas has no other kernels that compile without a GPU
-        warnings.filterwarnings("ignore", ".*Triton backend is deprecated", DeprecationWarning)
+    with pallas_for(mesh):
         program = tpu.compile_step(shape, mesh, *trained, options=KERNELS[kernels])
     found = traffic.kernels(program.as_text())
     activation = 2 * shape.batch * shape.length * shape.dim
@@ -89,6 +130,20 @@ def has_compiler() -> bool:
 
 
 # ---------------------------------------------------------------------------------- the attention
+
+
+@contextlib.contextmanager
+def pallas_for(mesh: Any) -> Iterator[None]:
+    """Tells kernels of Pallas which device they are for."""
+    with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        # No others of Pallas compile without a GPU.
+        warnings.filterwarnings("ignore", ".*Triton backend is deprecated", DeprecationWarning)
+        yield
+
+
+def rotated_flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """With the rotations of `h100`."""
+    return flash(*h100.rotate(q, k), v)
 
 
 @jax.custom_vjp

@@ -156,10 +156,14 @@ def shape_of(work: llama_work.Work) -> tpu.Layer:
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Rotates queries and keys, and mixes values, by cuDNN where there is a GPU."""
-    positions = jnp.arange(q.shape[1])[None]
-    q, k = (llama.rope(x, positions, llama_work.ROPE) for x in (q, k))
     how = "cudnn" if jax.default_backend() == "gpu" else None
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=how)
+    return jax.nn.dot_product_attention(*rotate(q, k), v, is_causal=True, implementation=how)
+
+
+def rotate(*heads: jax.Array) -> list[jax.Array]:
+    """By their positions."""
+    positions = jnp.arange(heads[0].shape[1])[None]
+    return [llama.rope(x, positions, llama_work.ROPE) for x in heads]
 
 
 def start(work: llama_work.Work, key: jax.Array) -> dict[str, Any]:

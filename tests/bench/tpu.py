@@ -274,9 +274,7 @@ def _compiled(
         y, back = jax.vjp(lambda trained, x: f(trained, frozen, x), trained, x)
         return y, back(g)
 
-    # The mesh tells a kernel of Pallas which device it is for.
-    with jax.sharding.use_abstract_mesh(x.sharding.mesh.abstract_mesh):
-        return jax.jit(both).lower(trained, frozen, x, x).compile(options)
+    return jax.jit(both).lower(trained, frozen, x, x).compile(options)
 
 
 def _cost(program: jax.stages.Compiled) -> Cost:
