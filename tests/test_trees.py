@@ -497,11 +497,12 @@ SUBMODULES = ["analysis", "arithmetic", "checkpoint", "initializers", "many", "p
 
 
 def test_import_is_light() -> None:
-    """`import jlora` loads JAX and optax, and neither Flax nor Orbax nor any file format.
+    """`import jlora` loads JAX alone: no optax, Flax, Orbax, bars or file format.
 
     `jlora.peft` then loads no library of PyTorch, and every submodule is there as an attribute.
     """
-    heavy = ("flax", "orbax", "safetensors", "torch", "transformers", "tensorflow", "tensorstore")
+    heavy = ("absl.flags", "click", "flax", "keras", "optax", "orbax", "pandas", "safetensors")
+    heavy += ("tensorflow", "tensorstore", "torch", "tqdm", "transformers")
     code = (
         "import sys, jlora; dir(jlora), jlora.__version__; "
         f"print([m for m in {(*heavy, 'jlora.peft')!r} if m in sys.modules]); "

@@ -3,17 +3,19 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .. import sharding
 from .._report import align_columns, format_bytes
 from .._types import PyTree
 from ._mesh import CHIPS, check_places, is_replicated, mesh_of_leaves
+
+if TYPE_CHECKING:
+    import optax
 
 
 class Plan(NamedTuple):
@@ -99,7 +101,7 @@ def plan(
     base: PyTree,
     adapter: PyTree,
     args: Sequence[Any] = (),
-    tx: optax.GradientTransformation | None = None,
+    tx: "optax.GradientTransformation | None" = None,
     *,
     capacity: int | None = None,
     compile: bool | None = None,
@@ -158,6 +160,8 @@ def plan(
         sum without activations  49.0 KiB  exact
         the capacity of a device is not known
     """
+    import optax
+
     mesh = mesh_of_leaves(base, adapter, args)
     check_places(mesh, base, adapter, args)
     abstract = isinstance(mesh, AbstractMesh)
@@ -211,7 +215,9 @@ def _operands(mesh: Any, base: PyTree, adapter: PyTree, args: Any, tx: Any) -> t
     return adapter, state, base, args
 
 
-def _step(loss: Callable[..., Any], tx: optax.GradientTransformation) -> Callable[..., Any]:
+def _step(loss: Callable[..., Any], tx: "optax.GradientTransformation") -> Callable[..., Any]:
+    import optax
+
     def step(adapter: PyTree, state: PyTree, base: PyTree, args: Any) -> Any:
         value, gradient = jax.value_and_grad(loss)(adapter, base, *args)
         updates, state = tx.update(gradient, state, adapter)

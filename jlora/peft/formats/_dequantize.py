@@ -11,9 +11,9 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from ..._folders import fresh
+from ..._progress import progress
 from .._checkpoint import (
     INDEX,
     QUANTIZATION,
@@ -135,7 +135,7 @@ def _write(
 ) -> None:
     """Writes file by file: weights in the `places` of tensors, and the others."""
     total = sum(header.size for header in checkpoint.headers.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="dequantize", disable=None)
+    bar = progress(total=total, unit="B", unit_scale=True, desc="dequantize")
     weight_map, size = {}, 0
     with fresh(out, "`out`") as folder, bar:
         for file, header in checkpoint.headers.items():

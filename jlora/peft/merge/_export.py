@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from ..._folders import fresh, scratch
+from ..._progress import progress
 from ..._types import PyTree
 from .._checkpoint import Checkpoint, copy_others, explain_shorter, open_checkpoint, read_pieces
 from .._file import COUNTS, DTYPES, open_file
@@ -112,7 +112,7 @@ def export_merged(
     problems.stop()
     problems.warn()
     total = sum(header.size for header in checkpoint.headers.values())
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=None)
+    bar = progress(total=total, unit="B", unit_scale=True, desc="merge")
     with fresh(out, "`out`") as folder, bar:
         for file in checkpoint.headers:
             with open(folder / file, "wb") as target:
