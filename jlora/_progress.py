@@ -44,5 +44,6 @@ class progress(tqdm):  # noqa: N801  used as tqdm is
 
 def _write_lines(bar: weakref.ref, ended: threading.Event) -> None:
     while not ended.wait(SECONDS) and (shown := bar()) is not None:
-        print(shown, file=sys.stderr, flush=True)  # noqa: T201
+        sys.stderr.write(f"{shown}\n")  # at once: other lines may be written meanwhile
+        sys.stderr.flush()
         del shown

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 
 import pytest
+from small import without_progress
 
 from jlora import _progress
 from jlora._progress import progress
@@ -42,6 +43,7 @@ def test_a_pipe_gets_lines_within_a_step(piped: io.StringIO) -> None:
     for i in progress(["a", "b"], "merge", unit="leaf"):
         if i == "b":
             wait_for(lambda: piped.getvalue().count("1/2") >= 3)
+    assert without_progress(piped.getvalue()) == ""
     lines = piped.getvalue().splitlines()
     pattern = re.compile(r"merge: +\d+% \d/2 \[\d\d:\d\d<.*leaf.*\]")
     assert all(map(pattern.fullmatch, lines)), lines

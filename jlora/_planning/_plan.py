@@ -251,11 +251,14 @@ def _compile(
     step: Any, operands: tuple[Any, ...], options: dict[str, Any] | None, capacity: int | None
 ) -> tuple[int | None, int | None, jax.stages.Compiled | None]:
     """Returns the peak of the compiled step if known, the capacity of a device, and the program."""
+    from .._progress import progress  # not at the import of jlora
+
     adapter, state = (jax.tree.map(lambda x: x.sharding, tree) for tree in operands[:2])
     places = (adapter, state, None)
     program = jax.jit(step, donate_argnums=(0, 1), out_shardings=places, keep_unused=True)
     try:
-        compiled = program.lower(*operands).compile(compiler_options=options)
+        with progress(total=1, desc="compile", leave=False):
+            compiled = program.lower(*operands).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
         found = NEEDED.search(str(e))
         if "RESOURCE_EXHAUSTED" not in str(e) or found is None:
