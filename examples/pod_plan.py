@@ -26,7 +26,7 @@ import tables
 from collectives import collectives, summary
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
-from tqdm import tqdm
+from progress import progress
 
 import jlora
 
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace, job: Job, names: Any) -> None:
     if args.smallest:
         rows = smallest(args.smallest, methods, job, names)
     else:
-        bar = tqdm(methods, disable=None)
+        bar = progress(methods)
         rows = [measure(method, args.topology, args.mesh, job, names) for method in bar]
     print(table(rows))
     folder = pathlib.Path(args.out) / "plan"
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace, job: Job, names: Any) -> None:
 def smallest(chip: str, methods: Sequence[str], job: Job, names: Any) -> list[Row]:
     """For each method the steps on slices of a chip from small to large, to the first that fits."""
     rows = []
-    for method in tqdm(methods, disable=None):
+    for method in progress(methods):
         for shape in SLICES[chip]:
             devices = math.prod(map(int, shape.split("x")))
             tensor = min(8, devices)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
+from .._progress import progress
 from ._checkpoint import Checkpoint, read_pieces
 from ._file import COUNTS, DTYPES, TensorInfo
 
@@ -36,7 +36,7 @@ def write_tensors(
         (folder / file).write_bytes(checkpoint.head(file))
     names, write = checkpoint.where, functools.partial(_write, checkpoint, folder, edits)
     with ThreadPoolExecutor(THREADS) as pool:
-        counts = tqdm(pool.map(write, names), title, len(names), unit="tensor", disable=None)
+        counts = progress(pool.map(write, names), title, len(names), unit="tensor")
         found = dict(zip(names, counts, strict=True))
     checkpoint.copy_others(folder)
     return {name: count for name, count in found.items() if count}

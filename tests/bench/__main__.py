@@ -3,6 +3,9 @@
 import argparse
 import importlib
 import os
+import sys
+
+from jlora._progress import progress
 
 from . import steps
 
@@ -23,7 +26,9 @@ def main() -> None:
     if options.quick:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_TO_COMPILE}"
     steps.keep_memory()
-    for name in options.names or NAMES:
+    # Compiling, and making the environments of `peers`, take minutes within one step of a bar.
+    shown = progress(options.names or NAMES, "benchmarks", disable=sys.stderr.isatty())
+    for name in shown:
         importlib.import_module(f"{__package__}.{name}").run(options.quick)
 
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 import jlora
+from jlora._progress import progress
 
 from . import model, report, steps
 
@@ -67,7 +67,7 @@ def compilation(shape: model.Shape, modes: Mapping[str, bool], rounds: int) -> l
             "all-linear": linear,
         }
         spent: dict[str, list[float]] = {name: [] for name in tasks}
-        for i in tqdm(range(rounds + 1), f"{shape}, {mode}", leave=False, disable=None):
+        for i in progress(range(rounds + 1), f"{shape}, {mode}", leave=False):
             for name, task in tasks.items():
                 seconds = task.compile_cold(ids).compile_s
                 if i >= 1:  # one round loads the compiler
@@ -116,7 +116,7 @@ def _merge_row(task: steps.Task, rounds: int) -> dict:
     assert memory.temp_size_in_bytes <= 2 * leaf, f"{memory.temp_size_in_bytes} temporary bytes"
     plain, merged = base, jax.tree.map(jnp.copy, base)
     seconds = {"merge": [], "copy": []}
-    for _ in tqdm(range(rounds + 1), "merge", leave=False, disable=None):
+    for _ in progress(range(rounds + 1), "merge", leave=False):
         start = time.perf_counter()
         merged = jax.block_until_ready(merge(merged, adapter))
         middle = time.perf_counter()
@@ -152,7 +152,7 @@ def files(kind: str, dim: int, hidden: int, vocab: int, rounds: int) -> dict:
         _write_llama(folder, kind, dim, hidden, vocab)
         read = sum(x.stat().st_size for x in (folder / "base").iterdir())
         commands = {"merge": [sys.executable, "-c", MERGE], "cp": ["cp", "-r", "base", "out"]}
-        for _ in tqdm(range(rounds), f"files, {kind}", leave=False, disable=None):
+        for _ in progress(range(rounds), f"files, {kind}", leave=False):
             for what, command in commands.items():
                 before, start = _children(), time.perf_counter()
                 done = subprocess.run(command, cwd=folder, check=True, capture_output=True)

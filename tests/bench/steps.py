@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tqdm import tqdm
 
 import jlora
+from jlora._progress import progress
 
 ADAM = optax.adam(1e-4)
 Loss = Callable[[Callable[..., jax.Array], Any, Any], jax.Array]  # of (apply, params, batch)
@@ -137,7 +137,7 @@ def interleave(
 ) -> dict[Any, np.ndarray]:
     """Seconds of each program, all run in turn in each round, after two rounds of warm-up."""
     seconds: dict[Any, list[float]] = {name: [] for name in programs}
-    for i in tqdm(range(rounds + 2), title, leave=False, disable=None):
+    for i in progress(range(rounds + 2), title, leave=False):
         for name, program in programs.items():
             spent = program.run(batch)
             if i >= 2:

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 import jlora
 from jlora import many
 from jlora._planning._mesh import has_compiler, mesh_of
+from jlora._progress import progress
 from jlora.many._route import FORMS
 
 from . import report, traffic
@@ -110,7 +110,7 @@ def run(quick: bool) -> None:
     work += [("Llama 7B", LLAMA, chip, (16,)) for chip in ("v5p", "v6e")]
     work = [("small", SMALL, "v5e", (8, 16))] if quick else work
     rows = []
-    for name, shape, chip, ranks in tqdm(work, "tpu", disable=None):
+    for name, shape, chip, ranks in progress(work, "tpu"):
         rows += measure(name, shape, chip, ranks)
     report.table("tpu: operations and bytes over the frozen step's", rows)
     report.table("routes: forward of 64 rows over that with one adapter", routes(quick))
@@ -148,7 +148,7 @@ def routes(quick: bool) -> list[dict[str, Any]]:
     layer = SMALL if quick else LLAMA
     cases = [(1, 0), (64, 0)] if quick else [(1, 0), (64, 0), (1, 4)]
     rows = []
-    for length, layers in tqdm(cases, "routes", disable=None):
+    for length, layers in progress(cases, "routes"):
         shape = layer._replace(batch=64, length=length, layers=layers)
         one = routed(shape, 1, None)
         for slots in (8, 64):
