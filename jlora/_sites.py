@@ -24,11 +24,13 @@ class ProductUse(NamedTuple):
         kind: `"dense"`, `"conv"` or `"embed"`.
         inputs: the axes that are contracted, or looked up.
         outputs: the axes that are kept; none where the leaf was cut down to a vector.
+        batch: the axes that are batched with the activation.
     """
 
     kind: str
     inputs: frozenset[int]
     outputs: frozenset[int]
+    batch: frozenset[int] = frozenset()
 
 
 class Unsupported(NamedTuple):
@@ -65,11 +67,11 @@ class Uses:
             self.no_product(w, "a product that is no matrix product")
             return
         for path in w.origin.paths:
-            inputs, outputs = (_of(path, axes) for axes in (roles.inputs, roles.outputs))
+            batch, inputs, outputs = (_of(path, axes) for axes in roles)
             picked = frozenset(d for p, d in w.picked if p == path)
             if inputs - picked and (vector or outputs - picked):  # one of a stack was looked up
                 inputs, outputs = inputs - picked, outputs - picked
-            self.products[path].append(ProductUse(kind, inputs, outputs))
+            self.products[path].append(ProductUse(kind, inputs, outputs, batch))
 
     def no_product(self, w: Any, reason: str, added: bool = False) -> None:
         """Records a use of the weight `w` that is no product; a row that was looked up is one."""
@@ -103,6 +105,8 @@ class Site:
             it, or `"materialized"` if a rule then lets W + ΔW be formed.
         layout: which of its axes are stacked, contracted and produced; None without a kind. The
             last axis of a materialized site counts as produced.
+        experts: the stacked axis of its experts, or of its layers if it has no other; None without
+            one or with several.
         unsupported: its uses that have no factored form.
         materialized: the layout that it would have as a materialized site.
         used: whether the traced call depends on it; None if it was not traced.
@@ -116,6 +120,7 @@ class Site:
     dtype: Any
     kind: str | None
     layout: Layout | None
+    experts: int | None = None
     unsupported: tuple[Unsupported, ...] = ()
     materialized: Layout | None = None
     used: bool | None = None
