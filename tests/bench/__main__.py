@@ -10,14 +10,14 @@ from . import steps
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NAMES = ("floor", "real", "memory", "quantized", "peers", "growth", "adapters", "sweep")
 NAMES += ("overheads",)
-BY_NAME = ("tpu",)  # needs the compiler for TPUs
+BY_NAME = ("tpu", "fusions")  # need the compiler for TPUs
 
 
 def main() -> None:
     """Runs each benchmark's `run(quick)`."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
     parser.add_argument(
-        "names", nargs="*", choices=[*NAMES, *BY_NAME, []], help="default: all but tpu"
+        "names", nargs="*", choices=[*NAMES, *BY_NAME, []], help="default: all but tpu and fusions"
     )
     parser.add_argument("--quick", action="store_true", help="small, for CI; asserts what is exact")
     options = parser.parse_args()

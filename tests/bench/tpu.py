@@ -6,7 +6,7 @@ frozen and the norms trained. "Plain" is x·W + s·(x·A)·B as one would write 
 differentiated by JAX.
 
 "At least" is what the small products read and compute, as if all else were part of the products
-with W. "Fused" is compiled with `FUSED`.
+with W.
 
 The counts are the same on every machine; they are no times. The body of a scan counts once. XLA's
 bytes are those that its operations access, in any memory; those "moved" are to and from main
@@ -140,11 +140,7 @@ def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[
     programs = {"floor": step(shape, chip, "floor"), "full": step(shape, chip, "full")}
     programs["q, v r=8"] = step(shape, chip, "jlora", 8, r"[qv]")
     if shape.mesh == (1, 1):
-        rank = ranks[-1]
-        programs[f"all-linear r={rank}, at least"] = at_least(shape, rank, programs["floor"])
-        for form in ("plain", "jlora"):
-            program = step(shape, chip, form, rank, options=FUSED)
-            programs[f"{form} r={rank}, fused"] = program
+        programs["all-linear, at least"] = at_least(shape, ranks[-1], programs["floor"])
     for rank in ranks:
         programs[f"plain r={rank}"] = step(shape, chip, "plain", rank)
         programs[f"all-linear r={rank}"] = step(shape, chip, "jlora", rank, r"w/(?!norm).*")
