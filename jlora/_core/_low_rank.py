@@ -112,7 +112,7 @@ def _reduce(x: jax.Array, terms: list[Term]) -> jax.Array:
     # one collective, if they have one dtype.
     how = {"dtype": x.dtype, "precision": first.precision}
     h = einsum(first.x, first.p.axes, first.h, x, p, **how)
-    # Not A is scaled, which would be a result of its own: XLA for TPUs then fuses less around it.
+    # XLA for TPUs would write a scaled A to memory, and fuse less around the products.
     scales = np.concatenate([np.full(term.q.length(RANK), term.scale) for term in terms])
     return h * jnp.asarray(scales.reshape([-1 if a == RANK else 1 for a in first.h]), h.dtype)
 
