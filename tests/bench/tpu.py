@@ -5,6 +5,9 @@ layer's input, as a layer within a model has them. The floor is the step in whic
 frozen and the norms trained. "Plain" is x·W + s·(x·A)·B as one would write it by hand,
 differentiated by JAX.
 
+"At least" is what the small products read and compute, as if all else were part of the products
+with W.
+
 The counts are the same on every machine; they are no times. The body of a scan counts once. XLA's
 bytes are those that its operations access, in any memory; those "moved" are to and from main
 memory, and so are what a TPU's bandwidth bounds.
@@ -28,6 +31,8 @@ from jlora.many._route import FORMS
 from . import report, traffic
 
 SCALE = 2.0
+# Makes x·W + h·B one operation, where XLA else writes one product, reads it again and adds.
+FUSED = {"xla_tpu_enable_multi_level_output_dot_dot_fusion": "true"}
 ATTENTION = functools.partial(jax.nn.dot_product_attention, is_causal=True)
 WEIGHTS = {  # of a matrix, along the axes of the mesh
     **dict.fromkeys(("q", "k", "v", "gate", "up"), PartitionSpec("fsdp", "tensor")),
@@ -102,6 +107,24 @@ class Cost(NamedTuple):
     moved: int
 
 
+def at_least(shape: Layer, rank: int, floor: Cost) -> Cost:
+    """The floor's cost and the least that adapters of all matrices add to it.
+
+    Of T tokens, h = x·A and Ā = xᵀ·h̄ read x, which matrices with one input share, and h̄ = ȳ·Bᵀ and
+    B̄ = hᵀ·ȳ read ȳ. The sums with h·B and h̄·Aᵀ are part of the products with W, and factors and h
+    are small. A layer that is computed again has x·A once more.
+    """
+    tokens, weights = shape.batch * shape.length, shape.weights()
+    d, again = shape.dim, shape.layers > 0 and shape.remat
+    inputs = 3 * d + shape.hidden  # of q, k, v; of o; of gate, up; of down
+    pairs = [w[-2:] for name, w in weights.items() if "norm" not in name]
+    outputs = sum(n for _, n in pairs)
+    size = 2 * tokens * ((2 + again) * inputs + 2 * outputs)
+    products = sum((3 + again) * (m + n) for m, n in pairs)
+    flops = 2 * tokens * rank * products
+    return Cost(floor.flops + flops, floor.size + size, floor.moved + size)
+
+
 def run(quick: bool) -> None:
     """A row for each shape, chip and choice of what is trained."""
     if not has_compiler():
@@ -121,12 +144,14 @@ def measure(name: str, shape: Layer, chip: str, ranks: tuple[int, ...]) -> list[
     """The rows of one layer; the first is the floor."""
     programs = {"floor": step(shape, chip, "floor"), "full": step(shape, chip, "full")}
     programs["q, v r=8"] = step(shape, chip, "jlora", 8, r"[qv]")
+    if shape.mesh == (1, 1):
+        programs["all-linear, at least"] = at_least(shape, ranks[-1], programs["floor"])
     for rank in ranks:
         programs[f"plain r={rank}"] = step(shape, chip, "plain", rank)
         programs[f"all-linear r={rank}"] = step(shape, chip, "jlora", rank, r"w/(?!norm).*")
     for scheme in (jlora.NF4("^(?!norm).*"), jlora.Int8("^(?!norm).*")):
-        name = f"all-linear r={ranks[0]}, {type(scheme).__name__}"
-        programs[name] = step(shape, chip, "jlora", ranks[0], r"w/(?!norm).*", scheme)
+        label = f"all-linear r={ranks[0]}, {type(scheme).__name__}"
+        programs[label] = step(shape, chip, "jlora", ranks[0], r"w/(?!norm).*", scheme)
     floor = programs["floor"]
     return [
         {
@@ -224,11 +249,12 @@ def _adapted(
     return lora, jax.tree.map(lambda v, s: spec(mesh, v.shape, s.spec), adapter, specs)
 
 
-def step(shape: Layer, chip: str, *trained: Any) -> Cost:
+def step(shape: Layer, chip: str, *trained: Any, options: Any = None) -> Cost:
     """The cost on a chip of what `compile_step` compiles."""
     devices = shape.mesh[0] * shape.mesh[1]
     slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
-    return _cost(compile_step(shape, mesh_for(f"{chip}:{slices[devices]}", shape.mesh), *trained))
+    mesh = mesh_for(f"{chip}:{slices[devices]}", shape.mesh)
+    return _cost(compile_step(shape, mesh, *trained, options=options))
 
 
 def compile_step(
