@@ -50,8 +50,10 @@ COMPILERS = {
     "cuda": ("jax_cuda12_plugin", "--no-deps jax-cuda12-plugin jax-cuda12-pjrt, of JAX's version"),
 }
 H100 = pathlib.Path(__file__).with_name("h100.txtpb")
-# So that libtpu neither asks a metadata server nor writes logs nor claims the host's TPUs.
+# So that libtpu neither asks a metadata server nor writes logs nor claims the host's TPUs, and the
+# compiler for GPUs looks for no libraries that only their programs need.
 QUIET = {
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -9,16 +9,15 @@ from . import steps
 # Machine code that is made fast, not that runs fast: what XLA counts is known before it is made.
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NAMES = ("floor", "real", "memory", "quantized", "peers", "growth", "adapters", "sweep")
-NAMES += ("overheads",)
-BY_NAME = ("tpu",)  # needs the compiler for TPUs
+NAMES += ("overheads", "h100")
+BY_NAME = ("tpu", "gpu")  # need the compilers for these
 
 
 def main() -> None:
     """Runs each benchmark's `run(quick)`."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench")
-    parser.add_argument(
-        "names", nargs="*", choices=[*NAMES, *BY_NAME, []], help="default: all but tpu"
-    )
+    default = f"default: all but {' and '.join(BY_NAME)}"
+    parser.add_argument("names", nargs="*", choices=[*NAMES, *BY_NAME, []], help=default)
     parser.add_argument("--quick", action="store_true", help="small, for CI; asserts what is exact")
     options = parser.parse_args()
     if options.quick:

@@ -11,7 +11,7 @@ LIMITS = {  # of temp over the floor's
     ("plain", "all-linear r=8"): 1.25,
     ("plain", "all-linear r=8, policy"): 1.15,
     ("scan", "all-linear r=8"): 1.25,
-    ("scan", "all-linear r=8, policy"): 1.15,
+    ("scan", "all-linear r=8, policy"): 0.7,
     ("scan+remat", "all-linear r=8"): 1.15,
     ("plain", DORA): 1.4,  # an activation more where the model does not keep the result
     ("scan", DORA): 1.35,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import jlora
 
+ADAM = optax.adam(1e-4)
 Loss = Callable[[Callable[..., jax.Array], Any, Any], jax.Array]  # of (apply, params, batch)
 
 
@@ -49,9 +50,14 @@ class Program:
         return self.compiled.cost_analysis()["flops"]
 
 
-def compile_step(loss: Callable[..., jax.Array], frozen: Any, trained: Any, batch: Any) -> Program:
-    """A step of Adam on `trained` for `loss(frozen, trained, batch)`; shapes suffice."""
-    tx = optax.adam(1e-4)
+def compile_step(
+    loss: Callable[..., jax.Array],
+    frozen: Any,
+    trained: Any,
+    batch: Any,
+    tx: optax.GradientTransformation = ADAM,
+) -> Program:
+    """A step of `tx` on `trained` for `loss(frozen, trained, batch)`; shapes suffice."""
 
     def step(frozen: Any, trained: Any, moments: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         value, grads = jax.value_and_grad(loss, 1)(frozen, trained, batch)
@@ -78,9 +84,9 @@ class Task(NamedTuple):
     frozen: Any
     trained: Any
 
-    def compile(self, batch: Any) -> Program:
+    def compile(self, batch: Any, tx: optax.GradientTransformation = ADAM) -> Program:
         """A step of training."""
-        return compile_step(self.loss, self.frozen, self.trained, batch)
+        return compile_step(self.loss, self.frozen, self.trained, batch, tx)
 
     def compile_cold(self, batch: Any) -> Program:
         """The same with nothing in JAX's caches, so that its seconds of compilation compare."""

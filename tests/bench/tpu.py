@@ -28,6 +28,7 @@ from jlora.many._route import FORMS
 from . import report, traffic
 
 SCALE = 2.0
+ATTENTION = functools.partial(jax.nn.dot_product_attention, is_causal=True)
 WEIGHTS = {  # of a matrix, along the axes of the mesh
     **dict.fromkeys(("q", "k", "v", "gate", "up"), PartitionSpec("fsdp", "tensor")),
     **dict.fromkeys(("o", "down"), PartitionSpec("tensor", "fsdp")),
@@ -48,6 +49,8 @@ class Layer(NamedTuple):
         layers: layers in a scan; 0 for one that is not scanned.
         remat: whether a layer is computed again in the backward pass.
         mesh: devices along fsdp and tensor.
+        policy: what is kept nevertheless where a layer is computed again.
+        attention: of queries, keys and values.
     """
 
     dim: int
@@ -60,6 +63,8 @@ class Layer(NamedTuple):
     layers: int = 0
     remat: bool = False
     mesh: tuple[int, int] = (1, 1)
+    policy: Callable[..., bool] | None = None
+    attention: Callable[..., jax.Array] = ATTENTION
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters of one layer."""
@@ -219,29 +224,36 @@ def _adapted(
     return lora, jax.tree.map(lambda v, s: spec(mesh, v.shape, s.spec), adapter, specs)
 
 
-def step(
+def step(shape: Layer, chip: str, *trained: Any) -> Cost:
+    """The cost on a chip of what `compile_step` compiles."""
+    devices = shape.mesh[0] * shape.mesh[1]
+    slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
+    return _cost(compile_step(shape, mesh_for(f"{chip}:{slices[devices]}", shape.mesh), *trained))
+
+
+def compile_step(
     shape: Layer,
-    chip: str,
+    mesh: Mesh,
     trained: str,
     rank: int = 0,
     pattern: str = "",
     scheme: Any = None,
-) -> Cost:
+    options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
     """A step of `shape` in which `trained` is: "floor", "full", "plain" or "jlora".
 
-    With a `scheme` the frozen weights are quantized, and gathered along fsdp as codes.
+    With a `scheme` the frozen weights are quantized, and gathered along fsdp as codes. `options`
+    are the compiler's.
     """
-    slices = {1: "2x2x1" if chip == "v5p" else "2x2", 8: "2x2x2" if chip == "v5p" else "2x4"}
-    devices = shape.mesh[0] * shape.mesh[1]
-    mesh = mesh_for(f"{chip}:{slices[devices]}", shape.mesh)
+    compiled = functools.partial(_compiled, options=options)
     w = {k: spec(mesh, s, _partition(k, s, shape)) for k, s in _stacked(shape).items()}
-    rows = PartitionSpec("fsdp") if devices > 1 else PartitionSpec()
+    rows = PartitionSpec("fsdp") if mesh.size > 1 else PartitionSpec()
     x = spec(mesh, (shape.batch, shape.length, shape.dim), rows)
     norms = {k: v for k, v in w.items() if "norm" in k}
     if trained in ("floor", "full"):
         first = norms if trained == "floor" else w
         rest = {k: v for k, v in w.items() if k not in first}
-        return _compiled(lambda t, f, x: model({"w": {**f, **t}}, x, shape), first, rest, x)
+        return compiled(lambda t, f, x: model({"w": {**f, **t}}, x, shape), first, rest, x)
     lora, adapter = _adapted(shape, rank, w, x, pattern or r"w/(?!norm).*")
     if scheme is not None:
         places = jax.tree.map(lambda v: v.sharding, w)
@@ -250,17 +262,19 @@ def step(
         w = jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), w, specs)
         w = jlora.sharding.gathered(w, jlora.sharding.replicated(places, "fsdp"))
     if trained == "jlora":
-        return _compiled(lambda a, w, x: lora.apply({"w": w}, a, x), adapter, w, x)
+        return compiled(lambda a, w, x: lora.apply({"w": w}, a, x), adapter, w, x)
     factors = {k: (node.a, node.b) for k, node in adapter["w"].items()}
-    return _compiled(lambda ab, w, x: model({"w": w, "ab": ab}, x, shape), factors, w, x)
+    return compiled(lambda ab, w, x: model({"w": w, "ab": ab}, x, shape), factors, w, x)
 
 
-def _compiled(f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any) -> Cost:
+def _compiled(
+    f: Callable[..., jax.Array], trained: Any, frozen: Any, x: Any, options: Any
+) -> jax.stages.Compiled:
     def both(trained: Any, frozen: Any, x: Any, g: Any) -> Any:
         y, back = jax.vjp(lambda trained, x: f(trained, frozen, x), trained, x)
         return y, back(g)
 
-    return _cost(jax.jit(both).lower(trained, frozen, x, x).compile())
+    return jax.jit(both).lower(trained, frozen, x, x).compile(options)
 
 
 def _cost(program: jax.stages.Compiled) -> Cost:
@@ -303,22 +317,22 @@ def model(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
     def body(x: jax.Array, params: dict[str, Any]) -> tuple[jax.Array, None]:
         return _layer(params, x, shape), None
 
-    body = jax.checkpoint(body, prevent_cse=False) if shape.remat else body
+    if shape.remat:
+        body = jax.checkpoint(body, prevent_cse=False, policy=shape.policy)
     return jax.lax.scan(body, x, params)[0]
 
 
 def _layer(params: dict[str, Any], x: jax.Array, shape: Layer) -> jax.Array:
     w, rows = params["w"], x.shape[:2]
     dense = functools.partial(_dense, params, shape)
-    h = _norm(x, w["norm1"])
+    h = norm(x, w["norm1"])
     q, k, v = (dense(name, h).reshape(*rows, -1, shape.dim // shape.heads) for name in "qkv")
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    x = x + dense("o", mixed.reshape(x.shape))
-    h = _norm(x, w["norm2"])
+    x = x + dense("o", shape.attention(q, k, v).reshape(x.shape))
+    h = norm(x, w["norm2"])
     return x + dense("down", jax.nn.silu(dense("gate", h)) * dense("up", h))
 
 
-def _norm(x: jax.Array, g: jax.Array) -> jax.Array:
+def norm(x: jax.Array, g: jax.Array) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)
     return y.astype(x.dtype) * g
