@@ -11,7 +11,7 @@ adapter, for newspaper editorials, is put into the table; nothing is compiled fo
 writes the answers to OUT/answers.jsonl and prints how many tokens a second it reaches: beside one
 adapter for all rows, and beside a merged model for each adapter.
 
-This loop shows what `jlora.many` does. For a server use an engine, as the guide "Serve it" says.
+This loop shows what `jlora.many` does. For a server use an engine, as the guide "Serve an adapter" says.
 """
 
 import argparse
