@@ -52,8 +52,7 @@ class Traced(NamedTuple):
         def weight(path: Path, x: Any) -> Any:
             if path not in weights:
                 return x
-            w = leaf_weight(x, Change(), "/".join(path), materialize=True)
-            return dataclasses.replace(w, origin=w.origin._replace(uses=found))
+            return leaf_weight(x, Change(), "/".join(path), materialize=True, uses=found)
 
         self._evaluate(weight)
         return found

@@ -9,16 +9,25 @@ from jax import lax
 from .. import _compat
 from ._arrays import explicit
 from ._interpret import Equation, as_array, rule
+from ._repeated import Call
 from ._shards import constrain, pieces, place, shard_of, specs
 from ._weight import Weight
 
 
+@rule(Call.primitive.name, is_move=False)
+def _call_layer(eqn: Equation, *operands: Any) -> list[Any]:
+    return eqn.share(lambda *xs: eqn.evaluate(eqn.params["jaxpr"], *xs), *operands)
+
+
 @rule("jit", is_move=False)
 def _jit(eqn: Equation, *operands: Any) -> list[Any]:
-    # Inlined: a new function under `jax.jit` would be compiled at every eager call.
     p = eqn.params
-    args = map(_constrain, operands, p["in_shardings"])
-    return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
+
+    def body(*xs: Any) -> list[Any]:
+        args = map(_constrain, xs, p["in_shardings"])
+        return list(map(_constrain, eqn.evaluate(p["jaxpr"], *args), p["out_shardings"]))
+
+    return eqn.share(body, *operands)
 
 
 def _constrain(x: Any, sharding: Any) -> Any:
@@ -42,7 +51,7 @@ def _checkpoint(eqn: Equation, *operands: Any) -> list[Any]:
         prevent_cse=p["prevent_cse"],
         policy=p["policy"],
     )
-    return body(*operands)
+    return eqn.share(body, *operands)
 
 
 @rule("cond", is_move=False)

@@ -94,6 +94,10 @@ class Weight:
         """Counts up the names that no axis of W has or had."""
         return itertools.count(max(self._names) + 1)
 
+    def without_origin(self) -> "Weight":
+        """Forgets the leaves that it comes from, in which the layers of a model differ."""
+        return dataclasses.replace(self, origin=self.origin._replace(paths=()), picked=frozenset())
+
     @property
     def _names(self) -> list[int]:
         return [self.last, *(a.name for a in self.axes)]
@@ -180,15 +184,18 @@ class Weight:
         return self.change.of(self.array, self.axes)
 
 
-def leaf_weight(value: Any, change: Change, path: str, materialize: bool) -> Weight:
+def leaf_weight(
+    value: Any, change: Change, path: str, materialize: bool, uses: Any = None
+) -> Weight:
     """Makes the weight of the leaf at `path`: an array, or an object with a method `packed`."""
-    axes, unchecked = axes_of_leaf(path, value.ndim), _compat.unchecked_axes()
+    # Only what records uses reads the leaf of an axis.
+    axes, unchecked = axes_of_leaf("" if uses is None else path, value.ndim), _compat.unchecked_axes()
     w = value.packed(axes) if hasattr(value, "packed") else Factor(value, axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
     change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
     # The model must be traced with a weight that varies over a mesh as W' does.
     w = jax.tree.map(lambda x: _compat.vary_with(x, jax.tree.leaves(change)), w)
-    return Weight(w, change, Origin((path,), materialize, unchecked=unchecked))
+    return Weight(w, change, Origin((path,), materialize, uses, unchecked))
 
 
 def value_of(x: Any) -> Any:
