@@ -4,7 +4,6 @@ The interpreter of `apply` evaluates the model once, with a `Weight` without a c
 parameter, and records how each weight is used. So what is found is what `apply` can compute.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -209,9 +209,10 @@ def _evaluate(
     write(jaxpr.constvars, _compat.consts(jaxpr))
     write(jaxpr.invars, args)
     weights = [isinstance(x, Weight) and x.is_changed for x in args]
-    for eqns, last in steps(jaxpr, weights, RULES):
+    for eqns, last in steps(jaxpr, weights, RULES, functions is not None):
         operands = [[read(atom) for atom in eqn.invars] for eqn in eqns]
-        outputs = _apply([Equation(*each, within, functions) for each in zip(eqns, operands, strict=True)])
+        pairs = zip(eqns, operands, strict=True)
+        outputs = _apply([Equation(*pair, within, functions) for pair in pairs])
         for eqn, outs in zip(eqns, outputs, strict=True):
             write(eqn.outvars, outs)
         for var in last:
@@ -229,8 +230,9 @@ def _apply(eqns: Sequence[Equation]) -> list[Sequence[Any]]:
 
 def _apply_one(eqn: Equation) -> Sequence[Any]:
     traced, operands = eqn.traced, eqn.operands
+    is_needed = isinstance(traced, Call) or any(isinstance(x, Weight) for x in operands)
     with _compat.context(traced):
-        if not isinstance(traced, Call) and not any(isinstance(x, Weight) for x in operands):
+        if not is_needed:
             return _compat.bind(traced, *operands)
         found = RULES.get(eqn.name)
         try:

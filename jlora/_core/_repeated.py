@@ -147,7 +147,7 @@ class Functions:
         places = tuple((i, id(x)) for i, x in known.items())
         key = (eqn.primitive, self._forms.of(eqn.params), structure, places)
 
-        def flat(*values: Any) -> list[Any]:
+        def layer(*values: Any) -> list[Any]:
             rest = iter(values)
             full = [known[i] if i in known else next(rest) for i in range(len(leaves))]
             return f(*jax.tree.unflatten(tree, full))
@@ -155,7 +155,7 @@ class Functions:
         if key not in self._shared:
             outs = f(*operands)
             are_arrays = jax.tree.structure(outs) == jax.tree.structure([0] * len(outs))
-            self._shared[key] = jax.jit(flat) if are_arrays else None
+            self._shared[key] = jax.jit(layer) if are_arrays else None
             return outs
         shared = self._shared[key]
         if shared is None:

@@ -21,21 +21,22 @@ from ._repeated import variables, with_calls
 
 
 def steps(
-    jaxpr: Any, weights: Sequence[bool], rules: Mapping[str, Any]
+    jaxpr: Any, weights: Sequence[bool], rules: Mapping[str, Any], has_calls: bool = False
 ) -> list[tuple[list[Any], list[Any]]]:
     """Orders the equations that the outputs or an effect need into steps.
 
-    A step is one equation, a `Call` of several, or all equations of a group; what makes the weights of a group comes
+    A step is one equation, or all equations of a group; what makes the weights of a group comes
     before it. With each step come the variables that no later step reads.
 
     Args:
         jaxpr: the jaxpr to evaluate.
         weights: for each input, whether it is an adapted weight.
         rules: the rule of each primitive.
+        has_calls: whether runs of equations that are repeated become one `Call` each.
     """
     live = _live(jaxpr)
     found = groups(jaxpr, live, weights, rules)
-    live = with_calls(live, jaxpr.outvars, found)
+    live = with_calls(live, jaxpr.outvars, found) if has_calls else live
     source = {v: eqn for eqn in live for v in eqn.outvars}
     group = {id(eqn): eqns for eqns in found for eqn in eqns}
     order: list[list[Any]] = []

@@ -188,8 +188,9 @@ def leaf_weight(
     value: Any, change: Change, path: str, materialize: bool, uses: Any = None
 ) -> Weight:
     """Makes the weight of the leaf at `path`: an array, or an object with a method `packed`."""
-    # Only what records uses reads the leaf of an axis.
-    axes, unchecked = axes_of_leaf("" if uses is None else path, value.ndim), _compat.unchecked_axes()
+    # Only what records uses reads the path in an axis, in which layers of one form differ.
+    axes = axes_of_leaf("" if uses is None else path, value.ndim)
+    unchecked = _compat.unchecked_axes()
     w = value.packed(axes) if hasattr(value, "packed") else Factor(value, axes)
     names = {Axis(d): axis for d, axis in enumerate(axes)}
     change = map_factors(lambda f: f.rename(names).may_vary(unchecked), change)
