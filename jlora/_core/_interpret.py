@@ -165,20 +165,25 @@ class Equation:
 
     def evaluate(self, jaxpr: Any, *operands: Any) -> list[Any]:
         """Evaluates a jaxpr among its parameters."""
-        return _evaluate(jaxpr, operands, self, self.functions)
+        return _evaluate(jaxpr, operands, self._without_operands(), self.functions)
 
-    def share(self, f: Callable[..., list[Any]], *operands: Any) -> list[Any]:
-        """Computes `f(*operands)`; what follows from equal equations is traced once.
+    def share(self, f: Callable[..., list[Any]]) -> list[Any]:
+        """Computes `f(equation, *operands)`; for equal equations and operands it is traced once.
 
-        `f` depends on this equation and on its operands alone, and calls `evaluate`.
+        `f` depends on nothing else. The equation that it gets has no operands.
         """
+        f, operands = functools.partial(f, self._without_operands()), self.operands
         weights = [x for x in operands if isinstance(x, Weight)]
-        if self.functions is None or any(w.origin.uses is not None for w in weights):
+        if self.functions is None or not all(w.is_shareable for w in weights):
             return f(*operands)
         structure = jax.tree.structure(
             [x.without_origin() if isinstance(x, Weight) else x for x in operands]
         )
         return self.functions.call(self.traced, f, operands, structure)
+
+    def _without_operands(self) -> "Equation":
+        # What is shared outlives the trace that the operands belong to.
+        return Equation(self.traced, (), self.within, self.functions)
 
     def arrays(self, xs: Sequence[Any], kept: Collection[int] = ()) -> list[Any]:
         """Turns weights that leave an inner jaxpr into arrays; gives None in the places `kept`."""
@@ -230,9 +235,9 @@ def _apply(eqns: Sequence[Equation]) -> list[Sequence[Any]]:
 
 def _apply_one(eqn: Equation) -> Sequence[Any]:
     traced, operands = eqn.traced, eqn.operands
-    is_needed = isinstance(traced, Call) or any(isinstance(x, Weight) for x in operands)
+    has_weights = any(isinstance(x, Weight) for x in operands)
     with _compat.context(traced):
-        if not is_needed:
+        if not has_weights and not isinstance(eqn.traced, Call):
             return _compat.bind(traced, *operands)
         found = RULES.get(eqn.name)
         try:

@@ -22,7 +22,7 @@ class Call:
     class primitive:  # noqa: N801 - read as that of an equation
         """Its name in the registry of rules."""
 
-        name, multiple_results = "call_layer", True
+        name, multiple_results = "closed_call", True
 
     effects, constvars = frozenset[Any](), ()
 
@@ -30,7 +30,7 @@ class Call:
         """Makes the call of `eqns`, whose scopes have `depth` first names in common."""
         self.eqns = [_compat.in_scope(eqn, slice(depth, None)) for eqn in eqns]
         self.source_info = _compat.in_scope(eqns[0], slice(depth)).source_info
-        self.ctx, self.outvars, self.params = eqns[0].ctx, list(outvars), {"jaxpr": self}
+        self.ctx, self.outvars, self.params = eqns[0].ctx, list(outvars), {"call_jaxpr": self}
         made = {v for eqn in eqns for v in eqn.outvars}
         used = dict.fromkeys(v for eqn in eqns for v in variables(eqn.invars))
         self.invars = [v for v in used if v not in made]
@@ -137,19 +137,20 @@ class Functions:
     def call(
         self, eqn: Any, f: Callable[..., list[Any]], operands: Sequence[Any], structure: Hashable
     ) -> list[Any]:
-        """Computes `f(*operands)`, where `f` follows from `eqn` and the structure of the operands.
+        """Computes `f(*operands)`, where `f` follows from `eqn` and from the operands' structure.
 
         The first call of a form is evaluated in place. The others share one function, unless a
         weight came out of the first.
         """
         leaves, tree = jax.tree.flatten(list(operands))
+        size = len(leaves)  # the function must not keep tracers
         known = {i: x for i, x in enumerate(leaves) if _compat.is_concrete(x)}
         places = tuple((i, id(x)) for i, x in known.items())
         key = (eqn.primitive, self._forms.of(eqn.params), structure, places)
 
         def layer(*values: Any) -> list[Any]:
             rest = iter(values)
-            full = [known[i] if i in known else next(rest) for i in range(len(leaves))]
+            full = [known[i] if i in known else next(rest) for i in range(size)]
             return f(*jax.tree.unflatten(tree, full))
 
         if key not in self._shared:

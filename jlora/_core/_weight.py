@@ -94,6 +94,12 @@ class Weight:
         """Counts up the names that no axis of W has or had."""
         return itertools.count(max(self._names) + 1)
 
+    @property
+    def is_shareable(self) -> bool:
+        """Whether a function for weights of its form may be traced with this one."""
+        # Moves that are remembered are closures, each equal to itself alone.
+        return self.origin.uses is None and not getattr(self.w, "moves", ())
+
     def without_origin(self) -> "Weight":
         """Forgets the leaves that it comes from, in which the layers of a model differ."""
         return dataclasses.replace(self, origin=self.origin._replace(paths=()), picked=frozenset())
