@@ -5,6 +5,7 @@ that differ in the scope's name alone, each run becomes one `Call`.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -63,11 +64,11 @@ def with_calls(eqns: Sequence[Any], outvars: Sequence[Any], groups: Any) -> list
                 if len(scope) == depth and is_whole(range(at[0], at[-1] + 1)):
                     made = [v for i in at for v in eqns[i].outvars if last.get(v, -1) > at[-1]]
                     calls[n] = Call([eqns[i] for i in at], depth, made)
-        found = {n: forms.of(call) for n, call in calls.items()}
-        counts = list(found.values())
+        found = {n: forms.of(call) for n, call in calls.items() if forms.size(call) >= LEAST}
+        counts = Counter(found.values())
         out = []
         for n, (scope, at) in enumerate(runs):
-            if n in calls and counts.count(found[n]) > 1 and forms.size(calls[n]) >= LEAST:
+            if n in found and counts[found[n]] > 1:
                 out.append(calls[n])
             elif len(scope) == depth:
                 out += split(range(at[0], at[-1] + 1), depth + 1)
@@ -100,7 +101,13 @@ class Forms:
             return tuple(map(self.of, x))
         if isinstance(x, dict):
             return tuple((name, self.of(value)) for name, value in sorted(x.items()))
-        return x if isinstance(x, Hashable) else id(x)
+        if isinstance(x, float | complex):  # 0.0 is equal to -0.0
+            return type(x), repr(x)
+        try:
+            hash(x)
+        except TypeError:
+            return id(x)
+        return x
 
     def _of_jaxpr(self, jaxpr: Any) -> tuple[Hashable, int]:
         numbers: dict[Any, int] = {}
