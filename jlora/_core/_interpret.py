@@ -196,8 +196,13 @@ class Equation:
 
 def evaluate(jaxpr: Any, *args: Any) -> list[Any]:
     """Evaluates `jaxpr` at `args`, each an array or a `Weight`."""
-    # Shared functions under `jax.jit` would be compiled at every eager call.
-    return _evaluate(jaxpr, args, None, Functions() if _compat.is_staged() else None)
+    if not _compat.is_staged():  # shared functions would be compiled at every call
+        return _evaluate(jaxpr, args, None, None)
+    functions = Functions()
+    try:
+        return _evaluate(jaxpr, args, None, functions)
+    finally:
+        functions.forget()
 
 
 def _evaluate(

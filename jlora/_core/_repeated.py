@@ -141,6 +141,10 @@ class Functions:
         """Has no function yet."""
         self._forms, self._shared = Forms(), dict[Hashable, Any]()
 
+    def forget(self) -> None:
+        """Drops the functions, which refer to this object and to arrays with known values."""
+        self._shared.clear()
+
     def call(
         self, eqn: Any, f: Callable[..., list[Any]], operands: Sequence[Any], structure: Hashable
     ) -> list[Any]:
