@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from ... import sharding
 from ..._folders import fresh
+from ..._progress import progress
 from ..._quantized import is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
@@ -81,7 +81,7 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
     values, wrong = [], []
     unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
     quantized = set(format.find())
-    for leaf in tqdm(leaves, "load", unit="leaf", disable=None):
+    for leaf in progress(leaves, "load", unit="leaf"):
         try:
             values.append(_place(_read(leaf, format, quantized), leaf.value))
         except Unreadable as e:
