@@ -17,11 +17,9 @@ them; those of an earlier run are replaced.
 """
 
 import argparse
-import io
 import pathlib
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,8 +37,8 @@ from jax.tree_util import Partial
 from models import beam, llama, smollm2
 from models.parts import RULES, shardings
 from pod import State, restore, with_shardings
+from progress import progress
 from quickstart import draw, take
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import jlora
@@ -84,14 +82,6 @@ def make_step(apply: Callable[..., jax.Array], tx: optax.GradientTransformation)
     return step
 
 
-class Lines(io.TextIOBase):
-    """Where there is no terminal: the states of a bar, each on a line."""
-
-    def write(self, text: str) -> int:
-        """Writes one."""
-        return sys.stderr.write(f"{text.strip()}\n" if text.strip() else "")
-
-
 Save = Callable[[int, State], Any]
 
 
@@ -99,9 +89,8 @@ def train(
     state: State, base: Any, rows: Rows, step_fn: Any, plan: np.ndarray, start: int, save: Save
 ) -> tuple[State, list[float]]:
     """The state after a step for each row of `plan`, from `start` on, and the loss of each."""
-    there = {} if sys.stderr.isatty() else {"file": Lines(), "mininterval": 10}
     losses, tokens, began = [], 0, 0.0
-    with tqdm(plan[start:], initial=start, total=len(plan), miniters=1, **there) as bar:
+    with progress(plan[start:], initial=start, total=len(plan)) as bar:
         for done, index in enumerate(bar, start + 1):
             batch = take(rows, index)
             state, loss = step_fn(state, base, batch)
@@ -112,7 +101,7 @@ def train(
                 continue
             tokens, left = tokens + np.count_nonzero(batch.segments), len(plan) - done
             if len(losses) == 2:
-                tqdm.write(f"{left} more steps take {left * seconds:.0f} s")
+                progress.write(f"{left} more steps take {left * seconds:.0f} s")
             speed = f"{tokens / seconds:.0f} tokens/s"
             bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed}", refresh=False)
             save(done, state)
@@ -161,7 +150,7 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     # A and B are small: each device has the whole of them, and gathers nothing in the layers.
     adapter = jax.device_put(adapter, NamedSharding(mesh, PartitionSpec()))
     whole = sharding.replicated(places, "fsdp")  # codes are gathered, not what they stand for
-    tqdm.write(
+    progress.write(
         f"{len(texts) - args.held_out} conversations in {len(rows.ids)} rows, {args.held_out} held "
         f"out; {jlora.count(adapter):,} parameters train, {jlora.count(base):,} are frozen"
     )
@@ -178,7 +167,7 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
         return mean_nll(logits_fn, held_out, args.batch), tokenizer.batch_decode(answers)
 
     before, first = measure(adapter)  # B is zero: the model as it came
-    tqdm.write(f"held-out NLL per token of the answers, before: {before:.3f}")
+    progress.write(f"held-out NLL per token of the answers, before: {before:.3f}")
     warmup = min(WARMUP, args.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps)
     tx = jlora.optimizer(optax.adamw(schedule))
@@ -207,11 +196,13 @@ def run(args, mesh, folder, config, tokenizer, texts) -> Result:
     after, then = measure(state.adapter)
     for text, old, new in zip(shown, first, then, strict=True):
         question, given = (message["content"] for message in text.messages[-2:])
-        tqdm.write(f"\n{question}\n  given:  {given}\n  before: {old}\n  after:  {new}")
-    tqdm.write(f"\nheld-out NLL per token of the answers: {before:.3f} before, {after:.3f} after")
+        progress.write(f"\n{question}\n  given:  {given}\n  before: {old}\n  after:  {new}")
+    progress.write(
+        f"\nheld-out NLL per token of the answers: {before:.3f} before, {after:.3f} after"
+    )
     for engine in peft.ENGINES:  # as `jlora check` does
-        tqdm.write(f"{peft.check(saved, engine, base=folder)}")
-    tqdm.write(f"merged: vllm serve {merged}")
+        progress.write(f"{peft.check(saved, engine, base=folder)}")
+    progress.write(f"merged: vllm serve {merged}")
     shutil.rmtree(args.out / "checkpoints")
     return Result(before, after, losses)
 

@@ -151,7 +151,7 @@ def definitions() -> Task:
         tx = jlora.optimizer(optax.adamw(schedule))
         plan = quickstart.draw(len(rows.ids), steps, BATCH["definitions"], seed)
         step, state = chat.make_step(lora.apply, tx), chat.State(adapter, tx.init(adapter))
-        for index in tqdm(plan, disable=None):
+        for index in progress(plan, leave=False):
             state, _ = step(state, base, quickstart.take(rows, index))
         return state.adapter
 

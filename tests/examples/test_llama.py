@@ -27,7 +27,7 @@ from jax.tree_util import Partial
 from models import llama, smollm2
 
 import jlora
-from jlora import peft
+from jlora import _progress, peft
 
 TINY = llama.Config(
     vocab=260, layers=2, dim=32, hidden=48, heads=4, kv_heads=2, rope_base=10_000.0, norm_eps=1e-5
@@ -251,7 +251,9 @@ def test_folder_is_what_was_in_the_file(base, tiny):
 def whole(argv, tmp_path_factory):
     """What a run returned, where it wrote, and what it printed."""
     out, printed, progress = tmp_path_factory.mktemp("out"), io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+    redirected = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress)
+    with redirected[0], redirected[1], pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_progress, "SECONDS", 0.001)
         result = chat.main([*argv, f"--out={out}"])
     return result, out, printed.getvalue(), progress.getvalue()
 
