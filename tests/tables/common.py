@@ -68,7 +68,7 @@ class Case(NamedTuple):
         build: from that configuration to the other library's model.
         rules: those that adapt what PEFT's "all-linear" does.
         some: modules that share a leaf with others, which PEFT adapts without those.
-        files: the table of the checkpoint, if it is another.
+        files: the table of what the checkpoint's tensors are called, if it is another.
         left: a module that PEFT adapts and the rules do not.
     """
 
@@ -110,7 +110,7 @@ def make(case: Case, folder: pathlib.Path) -> Made:
     logits = {which: np.asarray(x, np.float32) for which, x in said.items()}
     model = case.build(getattr(transformers, kind)(**own))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.like)
-    base = peft.load_base(folder / "base", case.files or case.names, like=like)
+    base = peft.load_base(folder / "base", case.names, like=like)
     run = jax.jit(jlora.transform(model.apply, jlora.LoRA()).apply)
     return Made(case, model, folder, logits, base, run)
 

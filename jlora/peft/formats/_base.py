@@ -20,11 +20,11 @@ from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
 from .._checkpoint import ONE, open_checkpoint
 from .._file import DTYPES, itemize, show
-from ..names._convert import join_weight
+from ..names._convert import join_weight, take_part
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import explain_narrowing, name_all, split_all
-from ._codes import make_leaf
+from ._codes import make_leaf, take_part_of_codes
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
 from ._tensors import Unreadable
@@ -72,15 +72,15 @@ def load_base(path: str | os.PathLike[str], names: Sequence[Name], *, like: PyTr
         >>> base["up"]["kernel"].shape
         (64, 32)
     """
-    leaves = name_all(like, names, "like")
     path = Path(path)
     if path.suffix == ".gguf":
         format = Gguf(GgufTensors(path), {})
     else:
         format = open_format(open_checkpoint(path, "path", follow_links=True))
+    quantized = set(format.find())
+    leaves = name_all(like, names, "like", quantized.union(format.tensors))
     values, wrong = [], []
     unread: tuple[str, ...] = ()  # modules of which not all tensors were asked for
-    quantized = set(format.find())
     for leaf in tqdm(leaves, "load", unit="leaf", disable=None):
         try:
             values.append(_place(_read(leaf, format, quantized), leaf.value))
@@ -103,8 +103,9 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
     )
     coded = [key for key in keys if is_matrix and key in quantized]
     if not coded:
-        return jnp.asarray(join_weight(leaf, [_read_dense(format, key, whole) for key in keys]))
-    if not name.is_plain or (name.is_swapped and format.keeps_axes):
+        each = (take_part(_read_dense(format, key, whole), name) for key in keys)
+        return jnp.asarray(join_weight(leaf, list(each)))
+    if not name.is_plain or (name.transposed and format.keeps_axes):
         raise Unreadable(
             f"{coded[0]}: is quantized, but `names` changes the values or their order; load a "
             "checkpoint that is not quantized, and use jlora.quantize"
@@ -113,8 +114,9 @@ def _read(leaf: NamedLeaf, format: Format, quantized: Collection[str]) -> Any:
         raise Unreadable(
             f"{keys[0]}: {len(coded)} of {len(keys)} layers that are one leaf here are quantized"
         )
-    shape = (*whole[:-2], *whole[-2:][::-1]) if name.is_swapped else whole
-    return make_leaf(leaf, [read_checked(format, key, leaf.value.dtype, shape) for key in keys])
+    shape = (*whole[:-2], *whole[-2:][::-1]) if name.transposed else whole
+    read = (read_checked(format, key, leaf.value.dtype, shape) for key in keys)
+    return make_leaf(leaf, [take_part_of_codes(x, name) for x in read])
 
 
 def _read_dense(format: Format, key: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,10 +6,19 @@
 | `ROBERTA` | RoBERTa, XLM-RoBERTa |
 | `LLAMA` | Llama, Mistral, Gemma |
 | `LLAMA_SCANNED` | the same trees with their layers stacked on axis 0 by a scan |
+| `DECODER` | DeepSeek V3, Gemma 4, Qwen 3.5, with experts or without |
+| `GPT_OSS`, `LLAMA4` | those of these names |
+
+The language models of the last two rows are tested with `transformers` 5.24 and PEFT 0.21.2, alone
+or as `language_model` of a model with vision. Experts are leaves (experts, inputs, outputs), with
+gate and up as one, `gate_up_proj`, or as two, `gate_proj` and `up_proj`. A checkpoint may have them
+as one parameter; if the leaves are two it may also have a module for each expert.
 
 A table names the modules of its models and no others. A tree with modules of its own, such as a new
 head, takes a row for each: `(*peft.BERT, peft.Name("head/kernel", "head", "io"))`.
 """
+
+from typing import Any
 
 from .._names import Name
 
@@ -79,6 +88,82 @@ LLAMA_SCANNED = (
     Name(rf"model/layers/({_LLAMA_LAYER})/(?:scale|weight)", r"model.layers.{}.\1", "lo"),
     *LLAMA,
 )
+
+_DECODER_LAYER = (
+    r"self_attn/(?:[qkvo]_proj|[qk]_norm|q_[ab]_proj|q_a_layernorm"
+    r"|kv_(?:a_proj_with_mqa|a_layernorm|b_proj))"
+    r"|linear_attn/(?:in_proj_(?:qkv|[zab])|out_proj|norm)"
+    r"|(?:mlp|feed_forward)/(?:(?:shared_experts?/)?(?:gate|up|down)_proj"
+    r"|gate|router|shared_expert_gate)"
+    r"|router/proj|per_layer_(?:input_gate|projection)|post_per_layer_input_norm"
+    r"|(?:input|(?:pre|post)_(?:attention|feedforward))_layernorm(?:_[12])?"
+)
+_MODEL = r"(?:model/)?(?:language_model/)?"
+_LAYERS = rf"{_MODEL}layers/\d+"
+
+
+def experts(
+    path: str,
+    module: str,
+    axes: str = "eio",
+    leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    *,
+    alternating: bool = False,
+    **how: Any,
+) -> tuple[Name, ...]:
+    """Makes the rows of the `leaves` at `path` that are parameters of experts, and their biases.
+
+    Gate and up are halves of one parameter, or alternate in it.
+    """
+    parameters = ("gate_up_proj", (0, 2)), ("gate_up_proj", (1, 2)), ("down_proj", None)
+    each = [(leaf, *x) for leaf, x in zip(leaves, parameters, strict=True)]
+    bias = axes.replace("i", "")
+    return tuple(
+        Name(
+            path + leaf + end,
+            module,
+            axes,
+            parameter + end,
+            part=part,
+            alternating=alternating,
+            **own,
+        )
+        for end, axes, own in (("", axes, how), ("_bias", bias, {}))
+        for leaf, parameter, part in each
+    )
+
+
+def _decoder(*, alternating: bool = False, **how: Any) -> tuple[Name, ...]:
+    """Makes the table of decoders with experts, whose parameters are as `how` says."""
+    at = rf"({_LAYERS}/(?:(?:mlp|feed_forward)/)?experts)/"
+    last = "embed_tokens(?:_per_layer)?|per_layer_model_projection|per_layer_projection_norm|norm"
+    odd = {
+        "": ("layer_scalar",),
+        "/self_attn": ("sinks",),
+        "/linear_attn": ("A_log", "dt_bias"),
+        "/router": ("scale", "per_expert_scale"),
+        "/mlp/gate": ("e_score_correction_bias",),
+    }
+    return (
+        Name(rf"({_MODEL}embed_tokens)/embedding", r"\1", "vo", tied="lm_head"),
+        *same(rf"{_LAYERS}/(?:{_DECODER_LAYER})|{_MODEL}(?:{last})|lm_head"),
+        *(
+            Name(rf"({_LAYERS}{module})/{parameter}", r"\1", "o", parameter)
+            for module, parameters in odd.items()
+            for parameter in parameters
+        ),
+        Name(rf"({_LAYERS}/linear_attn/conv1d)/kernel", r"\1", "kio"),
+        Name(at + "gate_up_proj", r"\1", "eio", "gate_up_proj", **how),
+        Name(at + "gate_up_proj_bias", r"\1", "eo", "gate_up_proj_bias"),
+        *experts(at, r"\1", alternating=alternating, **how),
+    )
+
+
+DECODER = _decoder()
+
+LLAMA4 = _decoder(transposed=True)
+
+GPT_OSS = _decoder(transposed=True, is_transposed=True, alternating=True)
 
 _PATCHES = "(?:vit/)?embeddings/patch_embeddings/projection"
 

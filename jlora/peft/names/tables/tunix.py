@@ -26,6 +26,7 @@ of which a model has a leaf for one or the other.
 
 from .._names import Name
 from .gemma import decoder
+from .transformers import experts
 
 _MLP = "(?:gate|up|down)_proj"
 _DECODER = (
@@ -50,14 +51,7 @@ QWEN3 = (
 
 # As PEFT adapts the experts of `transformers` 5.
 QWEN3_EXPERTS = (
-    *(
-        Name(rf"(layers/\d+/mlp)/{ours}_proj", r"model/\1/experts", "eio", parameter, part=part)
-        for ours, parameter, part in (
-            ("gate", "gate_up_proj", (0, 2)),
-            ("up", "gate_up_proj", (1, 2)),
-            ("down", "down_proj", None),
-        )
-    ),
+    *experts(r"(layers/\d+/mlp)/", r"model/\1/experts"),
     *QWEN3,
 )
 
