@@ -19,10 +19,10 @@ def make(
     folder: str,
     kind: str,
     fields: dict[str, Any],
-    targets: dict[str, Any],
+    targets: dict[str, tuple[Any, list[str]]],
     tokens: list[list[int]],
 ) -> dict[str, Any]:
-    """Writes a checkpoint, `base`, and adapters with these targets; gives the logits of each."""
+    """Writes a checkpoint, `base`, and adapters of these targets; gives the logits of each."""
     root = pathlib.Path(folder)
     config = getattr(transformers, kind)(**fields)
     torch.manual_seed(0)
@@ -30,8 +30,10 @@ def make(
     _randomize(model)
     model.save_pretrained(root / "base")
     found = {"base": logits(folder + "/base", tokens)}
-    for which, modules in targets.items():
-        wanted = peft.LoraConfig(r=4, lora_alpha=6, target_modules=modules)
+    for which, (modules, parameters) in targets.items():
+        wanted = peft.LoraConfig(
+            r=4, lora_alpha=6, target_modules=modules, target_parameters=parameters or None
+        )
         adapted = peft.get_peft_model(_load(root / "base"), wanted)
         for name, x in adapted.named_parameters():
             if "lora_" in name:

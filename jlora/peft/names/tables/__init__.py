@@ -27,13 +27,22 @@ WITH_PATHS = {
     "tunix-qwen3": (tunix.QWEN3, _LAYER),
     "tunix-qwen3-experts": (tunix.QWEN3_EXPERTS, _LAYER),
     "tunix-gemma": (tunix.GEMMA, "layers/0/attn/q_einsum/w"),
+    "tunix-gemma4": (tunix.GEMMA4, "layers/0/attn/q_einsum/w"),
     "gemma3": (gemma.GEMMA3, _GEMMA),
+    "gemma4": (gemma.GEMMA4, _GEMMA),
     "gemma2-2b": (gemma.GEMMA2_2B, _GEMMA),
     "keras-hub-llama3": (keras_hub.LLAMA3, _KERAS),
     "keras-hub-qwen3": (keras_hub.QWEN3, _KERAS),
     "keras-hub-gemma3": (keras_hub.GEMMA3, "decoder_block_0/attention/query/kernel"),
     "maxtext-llama": (maxtext.LLAMA, _MAXTEXT),
     "maxtext-qwen3": (maxtext.QWEN3, _MAXTEXT),
+    "maxtext-deepseek-v3": (
+        maxtext.DEEPSEEK_V3,
+        "decoder/moe_layers/DeepSeekMoeBlock_0/shared_experts/wi_0/kernel",
+    ),
+    "maxtext-gemma4": (maxtext.GEMMA4, "decoder/scanned_blocks/global_layer/mlp/wi_0/kernel"),
+    "maxtext-gpt-oss": (maxtext.GPT_OSS, "decoder/layers/layers_0/GptOssAttention/query/kernel"),
+    "maxtext-llama4": (maxtext.LLAMA4, "decoder/layers/layers_0/mlp/wi_0/kernel"),
     "easydel": (easydel.EASYDEL, "model/layers/0/self_attn/q_proj/kernel"),
 }
 TABLES = {name: table for name, (table, _) in WITH_PATHS.items()}

@@ -163,7 +163,8 @@ DECODER = _decoder()
 
 LLAMA4 = _decoder(transposed=True)
 
-GPT_OSS = _decoder(transposed=True, is_transposed=True, alternating=True)
+ALTERNATING: Any = {"transposed": True, "is_transposed": True, "alternating": True}  # of gpt-oss
+GPT_OSS = _decoder(**ALTERNATING)
 
 _PATCHES = "(?:vit/)?embeddings/patch_embeddings/projection"
 

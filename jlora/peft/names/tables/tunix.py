@@ -1,10 +1,10 @@
 """Name tables for the models of tunix.
 
-`LLAMA3` is that of `Llama3`, `QWEN2` of `Qwen2`, `QWEN3` of `Qwen3`, with experts or without, and
-`GEMMA` of Gemma 2 (`gemma.Gemma`) and of Gemma 3's text models (`Gemma3`). In `transformers` these
-are `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`,
-`Gemma2ForCausalLM` and `Gemma3ForCausalLM`. Tested with google-tunix 0.1.7, transformers 5.24 and
-PEFT 0.21.
+`LLAMA3` is that of `Llama3`, `QWEN2` of `Qwen2`, `QWEN3` of `Qwen3`, with experts or without,
+`GEMMA` of Gemma 2 (`gemma.Gemma`) and of Gemma 3's text models (`Gemma3`), `GEMMA4` of `Gemma4`,
+with experts or without. In `transformers` these are `LlamaForCausalLM`, `Qwen2ForCausalLM`,
+`Qwen3ForCausalLM`, `Qwen3MoeForCausalLM`, `Gemma2ForCausalLM`, `Gemma3ForCausalLM` and
+`Gemma4ForCausalLM`. Tested with google-tunix 0.1.7, transformers 5.24 and PEFT 0.21.
 
 Of experts, checkpoints and adapters of `transformers` 4 (tested with 4.57) have each as a module:
 `QWEN3`. Adapters of `transformers` 5 have them together, and gate and up as one parameter:
@@ -25,7 +25,7 @@ of which a model has a leaf for one or the other.
 """
 
 from .._names import Name
-from .gemma import decoder
+from . import gemma
 from .transformers import experts
 
 _MLP = "(?:gate|up|down)_proj"
@@ -56,6 +56,8 @@ QWEN3_EXPERTS = (
 )
 
 GEMMA = (
-    *decoder(r"layers/(\d+)"),
+    *gemma.decoder(r"layers/(\d+)"),
     Name(rf"(layers/\d+/mlp/{_MLP})/kernel", r"model/\1", "io"),
 )
+
+GEMMA4 = (*GEMMA, *gemma.experts(r"layers/(\d+)", "moe"))
