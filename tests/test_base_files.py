@@ -746,3 +746,28 @@ def test_codes_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=message):
         peft.save_base(tmp_path / "base", base, NAMES)
     assert not (tmp_path / "base").exists()
+
+
+def test_save_base_beside_the_files_of_its_model(tmp_path):
+    """What a user needs to load the result is copied; weights and links out are not."""
+    source = write(tmp_path / "base", {"up": gptq()})
+    base = jlora.dequantize(peft.load_base(source, NAMES, like=ONE))
+    files = {"tokenizer.json": "{}", "generation_config.json": "{}", "code/model.py": "pass"}
+    for name, text in files.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "llama"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "pytorch_model.bin").write_text("a pickle")
+    peft.save_base(tmp_path / "new", base, NAMES, config=source)
+    new = {p.relative_to(tmp_path / "new").as_posix(): p for p in (tmp_path / "new").rglob("*.*")}
+    assert new.keys() == {*files, "config.json", "model.safetensors"}
+    assert all(new[name].read_text() == text for name, text in files.items())
+    assert json.loads(new["config.json"].read_text()) == {"model_type": "llama"}
+    again = peft.load_base(tmp_path / "new", NAMES, like=base)
+    jax.tree.map(np.testing.assert_array_equal, again, base)
+    (tmp_path / "secret").write_text("of another")
+    (source / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"`config`: .*tokenizer\.model"):
+        peft.save_base(tmp_path / "linked", base, NAMES, config=source)
+    assert not (tmp_path / "linked").exists()

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -227,13 +226,6 @@ def _files(source: Source) -> tuple[list[str], dict[str, str] | None]:
             "checkpoints. Remove one."
         )
     return sorted(set(mapped.values())), mapped
-
-
-def copy_others(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copies the files that are kept beside the weights."""
-    for name in checkpoint.kept:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.source.folder / name, folder / name)
 
 
 def _describe(source: Source, name: str) -> str:

@@ -1,6 +1,5 @@
 """Loads a base from a checkpoint as it is shipped, and writes one in floats."""
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +17,14 @@ from ..._folders import fresh
 from ..._quantized import is_quantized
 from ..._tree import flatten, leaves_by_path, name_of
 from ..._types import PyTree
-from .._checkpoint import ONE, open_checkpoint
+from .._checkpoint import INDEX, ONE, open_checkpoint
 from .._file import DTYPES, itemize, show
 from ..names._convert import join_weight, take_part
 from ..names._leaves import NamedLeaf
 from ..names._names import Name
 from ..names._weights import explain_narrowing, name_all, split_all
 from ._codes import make_leaf, take_part_of_codes
+from ._copy import copy_others, write_json
 from ._format import Format, open_format, read_checked
 from ._gguf import Gguf, GgufTensors
 from ._tensors import Unreadable
@@ -143,19 +143,21 @@ def save_base(
     base: PyTree,
     names: Sequence[Name],
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> None:
-    """Writes a float base as a Hugging Face checkpoint: one safetensors file and `config.json`.
+    """Writes a float base as a Hugging Face checkpoint, with its weights in one safetensors file.
 
     Args:
         path: a folder that does not exist yet, or an empty one. It appears complete or not at all.
         base: the parameters, in floats.
         names: the table that says what the leaves are called in PyTorch.
-        config: the contents of `config.json`.
+        config: the contents of `config.json`; or the folder of the checkpoint that the base comes
+            from, of which all that `export_merged` copies is copied: configurations, of which that
+            of a quantization is taken out, files of the tokenizer, code.
 
     Raises:
         FileExistsError: if `path` is there and not an empty folder.
-        ValueError: if a leaf has no name, or is quantized.
+        ValueError: if a leaf has no name, or is quantized, or the folder is no checkpoint.
 
     Examples:
         See `load_base`.
@@ -166,7 +168,12 @@ def save_base(
             "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
             f"`transformers` with bitsandbytes, or by llm-compressor. {itemize(packed)}"
         )
-    tensors = split_all(name_all(base, names, "base"))
+    tensors, source = split_all(name_all(base, names, "base")), None
+    if isinstance(config, str | os.PathLike):
+        source = open_checkpoint(config, "config", copied=True)
     with fresh(path, "`path`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
-        (folder / "config.json").write_bytes(json.dumps(dict(config or {}), indent=2).encode())
+        if source is None:
+            write_json(folder / "config.json", dict(config or {}))
+        else:
+            copy_others(source._replace(kept=[x for x in source.kept if x != INDEX]), folder)

@@ -1,11 +1,9 @@
 """Converts a quantized checkpoint to one in floats."""
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
@@ -14,16 +12,10 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from ..._folders import fresh
-from .._checkpoint import (
-    INDEX,
-    QUANTIZATION,
-    Checkpoint,
-    copy_others,
-    open_checkpoint,
-    walk_objects,
-)
+from .._checkpoint import INDEX, Checkpoint, open_checkpoint
 from .._file import itemize, shorten
 from ._codes import Codes, Dense
+from ._copy import copy_others, write_json
 from ._format import Format, open_format, read_checked
 from ._tensors import Unreadable, list_left
 
@@ -152,13 +144,9 @@ def _write(
             weight_map |= dict.fromkeys(written, file)
             size += sum(x.nbytes for x in written.values())
         copy_others(checkpoint, folder)
-        config = json.loads(json.dumps(checkpoint.config))
-        for part in walk_objects(config):
-            part.pop(QUANTIZATION, None)
-        _write_json(folder / "config.json", config)
         if INDEX in checkpoint.kept:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            _write_json(folder / INDEX, index)
+            write_json(folder / INDEX, index)
 
 
 def _values(format: Format, name: str, dtype: Any) -> np.ndarray:
@@ -175,7 +163,3 @@ def _map_to_disk(x: np.ndarray, file: BinaryIO) -> np.ndarray:
     file.write(x.tobytes())
     file.flush()
     return np.memmap(file, x.dtype, "r", start, x.shape)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_bytes(json.dumps(value, indent=2).encode())

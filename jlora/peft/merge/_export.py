@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from ..._folders import fresh, scratch
 from ..._types import PyTree
-from .._checkpoint import Checkpoint, copy_others, explain_shorter, open_checkpoint, read_pieces
+from .._checkpoint import Checkpoint, explain_shorter, open_checkpoint, read_pieces
 from .._file import COUNTS, DTYPES, open_file
 from .._problems import Problems
+from ..formats._copy import copy_others
 from ..formats._dequantize import dequantize_checkpoint
 from ..names._names import Name
 from ._blocks import Edit, encode
