@@ -73,6 +73,7 @@ class Case(NamedTuple):
         left: a module that PEFT adapts and the rules do not.
         experts: the parameters of experts that "all" adapts too.
         every: the modules that "all" adapts.
+        constant: a norm whose weights are all 1.
     """
 
     names: tuple[Name, ...]
@@ -83,6 +84,7 @@ class Case(NamedTuple):
     left: str = "none"
     experts: tuple[str, ...] = ()
     every: str = "all-linear"
+    constant: str = "none"
 
 
 class Made(NamedTuple):
@@ -110,7 +112,7 @@ def make(case: Case, folder: pathlib.Path) -> Made:
     kind, fields = case.config
     own = SIZES | dict(fields)
     targets = {"all": (case.every, case.experts), "some": (case.some, ())}
-    said = pytorch("make", str(folder), kind, own, targets, TOKENS.tolist())
+    said = pytorch("make", str(folder), kind, own, targets, TOKENS.tolist(), case.constant)
     logits = {which: np.asarray(x, np.float32) for which, x in said.items()}
     config = getattr(transformers, kind)(**own)
     config.allow_global_per_layer_attribute_access = True  # what layers differ in, builders know

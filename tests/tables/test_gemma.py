@@ -56,8 +56,8 @@ def build_gemma4(config: Any) -> Model:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        global_key_size=config.global_head_dim,
-        num_global_kv_heads=config.num_global_key_value_heads,
+        global_key_size=config.per_layer_config[-1].head_dim,
+        num_global_kv_heads=config.per_layer_config[-1].num_key_value_heads,
         k_eq_v_global=config.attention_k_eq_v,
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
@@ -110,19 +110,21 @@ GEMMA4_RULES = (
 )
 EXPERTS = (
     LoRA(r"kv_einsum/w|mlp2/gating_einsum", rank=4, slots=Slots(2, (0, 1))),
-    LoRA(r"(q_einsum|k_einsum|attn_vec_einsum)/w|mlp2/linear|router_logits|mlp/\w+/w", rank=4),
+    LoRA("router_logits", rank=3),
+    LoRA(r"(q_einsum|k_einsum|attn_vec_einsum)/w|mlp2/linear|mlp/\w+/w", rank=4),
 )
 CASES |= {
     "gemma4": Case(
         tables.gemma.GEMMA4, ("Gemma4TextConfig", GEMMA4 | PER_LAYER), build_gemma4, GEMMA4_RULES
     ),
     "gemma4-experts": Case(
-        tables.gemma.GEMMA4,
+        tables.gemma.GEMMA4_EXPERTS,
         ("Gemma4TextConfig", GEMMA4_EXPERTS),
         build_gemma4,
         EXPERTS,
         some=("q_proj", "down_proj"),
         experts=PARAMETERS,
+        constant="pre_feedforward_layernorm_2",  # after which the experts are chosen here
     ),
 }
 

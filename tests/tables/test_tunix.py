@@ -115,8 +115,8 @@ def build_gemma4(config: Any) -> Model:
         sliding_window_size=config.sliding_window,
         final_logit_softcap=config.final_logit_softcapping,
         per_layer_input_dim=config.hidden_size_per_layer_input,
-        num_global_kv_heads=config.num_global_key_value_heads,
-        global_key_size=config.global_head_dim,
+        num_global_kv_heads=config.per_layer_config[-1].num_key_value_heads,
+        global_key_size=config.per_layer_config[-1].head_dim,
         k_eq_v_global=config.attention_k_eq_v,
         attention_pattern=(local, everywhere),
         enable_moe=config.enable_moe_block,
@@ -173,9 +173,10 @@ CASES = {
         tables.tunix.GEMMA4,
         ("Gemma4TextConfig", GEMMA4_EXPERTS),
         build_gemma4,
-        (LoRA("k_einsum/w|moe/(gating|linear|router_logits)", rank=4), *FUSED_KV),
+        (LoRA("router_logits", rank=3), LoRA("k_einsum/w|moe/", rank=4), *FUSED_KV),
         some=("q_proj", "down_proj"),
         experts=PARAMETERS,
+        constant="pre_feedforward_layernorm_2",  # after which the experts are chosen here
     ),
     "gemma3-qkv": Case(
         tables.tunix.GEMMA, ("Gemma3TextConfig", GEMMA3 | ALIKE), build_gemma3, FUSED_QKV

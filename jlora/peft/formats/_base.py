@@ -168,12 +168,14 @@ def save_base(
             "`base` must be in floats: write jlora.dequantize(base), and quantize that by "
             f"`transformers` with bitsandbytes, or by llm-compressor. {itemize(packed)}"
         )
-    tensors, source = split_all(name_all(base, names, "base")), None
+    tensors, source, fields = split_all(name_all(base, names, "base")), None, dict[str, Any]()
     if isinstance(config, str | os.PathLike):
         source = open_checkpoint(config, "config", copied=True)
+    else:
+        fields |= config or {}
     with fresh(path, "`path`") as folder:
         save_file(tensors, folder / ONE, metadata={"format": "pt"})
         if source is None:
-            write_json(folder / "config.json", dict(config or {}))
+            write_json(folder / "config.json", fields)
         else:
             copy_others(source._replace(kept=[x for x in source.kept if x != INDEX]), folder)

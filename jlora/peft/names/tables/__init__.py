@@ -30,6 +30,7 @@ WITH_PATHS = {
     "tunix-gemma4": (tunix.GEMMA4, "layers/0/attn/q_einsum/w"),
     "gemma3": (gemma.GEMMA3, _GEMMA),
     "gemma4": (gemma.GEMMA4, _GEMMA),
+    "gemma4-experts": (gemma.GEMMA4_EXPERTS, _GEMMA),
     "gemma2-2b": (gemma.GEMMA2_2B, _GEMMA),
     "keras-hub-llama3": (keras_hub.LLAMA3, _KERAS),
     "keras-hub-qwen3": (keras_hub.QWEN3, _KERAS),

@@ -2,8 +2,11 @@
 
 `GEMMA3` is that of Gemma 3's text models (`Gemma3ForCausalLM` of `transformers`), and of Gemma 2 in
 9B and 27B (`Gemma2ForCausalLM`); `GEMMA2_2B` is that of Gemma 2 in 2B, whose `gating_einsum` lies
-otherwise. `GEMMA4` is that of Gemma 4's text models (`Gemma4ForCausalLM`), with experts or without.
+otherwise. `GEMMA4` and `GEMMA4_EXPERTS` are those of Gemma 4's text models (`Gemma4ForCausalLM`).
 Tested with gemma 4.0.1, transformers 5.24 and PEFT 0.21.
+
+gemma 4.0.1 chooses experts after `pre_ffw_norm`, `transformers` before that norm. So the outputs of
+a model with experts differ, with an adapter or without, unless the scale of this norm is constant.
 
 Keys and values are one leaf here, as are gate and up; and q, k and v where there are as many heads
 of each. PEFT adapts each by an A and a B of its own, as do the rules
@@ -55,14 +58,8 @@ def scales(layer: str, names: Mapping[str, str]) -> tuple[Name, ...]:
 def experts(layer: str, moe: str, end: str = "") -> tuple[Name, ...]:
     """Makes the rows of what Gemma 4 has more than Gemma 3: experts, and inputs of each layer."""
     module, per_layer = r"model.layers.\1.", "embedder/per_layer_"
-    norms = {
-        "(?:dense_post_ffw|post_ffw1)_norm": "post_feedforward_layernorm_1",
-        "(?:moe_post_ffw|post_ffw2)_norm": "post_feedforward_layernorm_2",
-        "(?:moe_pre_ffw|pre_ffw2)_norm": "pre_feedforward_layernorm_2",
-        "post_per_layer_input_norm": "post_per_layer_input_norm",
-    }
     return (
-        *scales(layer, norms),
+        *scales(layer, {"post_per_layer_input_norm": "post_per_layer_input_norm"}),
         Name(f"{layer}/skip_scale", module[:-1], "o", "layer_scalar"),
         Name(f"{layer}/{moe}/router_logits{end}", module + "router.proj", "io"),
         Name(f"{layer}/{moe}/router_scale", module + "router", "o", "scale"),
@@ -87,5 +84,14 @@ def _mlp(axes: str) -> tuple[Name, Name]:
 GEMMA3 = (*decoder(r"layer_(\d+)"), *_mlp("soi"))
 
 GEMMA4 = (*GEMMA3, *experts(r"layer_(\d+)", "mlp", "/w"))
+
+# `mlp` has the experts, and `mlp2` what is `mlp` in models without them.
+_NORMS = {
+    "pre_ffw_norm": "pre_feedforward_layernorm_2",
+    "pre_ffw2_norm": "pre_feedforward_layernorm",
+    "post_ffw1_norm": "post_feedforward_layernorm_2",
+    "post_ffw2_norm": "post_feedforward_layernorm_1",
+}
+GEMMA4_EXPERTS = (*scales(r"layer_(\d+)", _NORMS), *GEMMA4)
 
 GEMMA2_2B = (*decoder(r"layer_(\d+)"), *_mlp("sio"))

@@ -115,8 +115,8 @@ def experts(
 
     Gate and up are halves of one parameter, or alternate in it.
     """
-    parameters = ("gate_up_proj", (0, 2)), ("gate_up_proj", (1, 2)), ("down_proj", None)
-    each = [(leaf, *x) for leaf, x in zip(leaves, parameters, strict=True)]
+    gate, up, down = leaves
+    each = (gate, "gate_up_proj", (0, 2)), (up, "gate_up_proj", (1, 2)), (down, "down_proj", None)
     bias = axes.replace("i", "")
     return tuple(
         Name(

@@ -15,6 +15,9 @@ In tunix 0.1.7 the rotary embeddings of `Llama3` and `Qwen3` have the base 1,000
 configuration says, and none is scaled. Outputs on a checkpoint with others differ from those of
 `transformers`, with an adapter or without.
 
+tunix 0.1.7 chooses Gemma 4's experts after `moe_pre_ffw_norm`, `transformers` before that norm: the
+outputs of a model with experts differ unless the scale of this norm is constant.
+
 Gemma's keys and values are one leaf, as are q, k and v where there are as many heads of each. PEFT
 adapts each by an A and a B of its own, as do the rules
 
@@ -60,4 +63,9 @@ GEMMA = (
     Name(rf"(layers/\d+/mlp/{_MLP})/kernel", r"model/\1", "io"),
 )
 
-GEMMA4 = (*GEMMA, *gemma.experts(r"layers/(\d+)", "moe"))
+_NORMS = {
+    "dense_post_ffw_norm": "post_feedforward_layernorm_1",
+    "moe_post_ffw_norm": "post_feedforward_layernorm_2",
+    "moe_pre_ffw_norm": "pre_feedforward_layernorm_2",
+}
+GEMMA4 = (*GEMMA, *gemma.scales(r"layers/(\d+)", _NORMS), *gemma.experts(r"layers/(\d+)", "moe"))
