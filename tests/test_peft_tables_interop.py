@@ -34,6 +34,9 @@ pytestmark = [
 
 # Family: its table, and whether its experts are (experts, inputs, outputs) in PyTorch.
 TABLES = {
+    "qwen2": ("decoder", False),
+    "qwen3-moe": ("decoder", False),
+    "gemma2": ("decoder", False),
     "gemma4": ("decoder", False),
     "gemma4-moe": ("decoder", False),
     "gpt-oss": ("gpt-oss", True),

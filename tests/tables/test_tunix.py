@@ -173,7 +173,7 @@ CASES = {
         tables.tunix.GEMMA4,
         ("Gemma4TextConfig", GEMMA4_EXPERTS),
         build_gemma4,
-        (LoRA("router_logits", rank=3), LoRA("k_einsum/w|moe/", rank=4), *FUSED_KV),
+        (LoRA("router_logits", rank=3), LoRA("k_einsum/w|moe/(gating|linear)", rank=4), *FUSED_KV),
         some=("q_proj", "down_proj"),
         experts=PARAMETERS,
         constant="pre_feedforward_layernorm_2",  # after which the experts are chosen here

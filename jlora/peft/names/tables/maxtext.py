@@ -4,13 +4,23 @@
 |---|---|---|
 | `LLAMA` | `llama2`, for Llama 2 and 3 | `LlamaForCausalLM` |
 | `QWEN3` | `qwen3` | `Qwen3ForCausalLM` |
+| `DEEPSEEK_V3`; `deepseek(dense)` | `deepseek` | `DeepseekV3ForCausalLM` |
+| `GEMMA4` | `gemma4`, with experts or without | `Gemma4ForCausalLM` |
+| `GPT_OSS` | `gpt_oss` | `GptOssForCausalLM` |
+| `LLAMA4` | `llama4` | `Llama4ForCausalLM` |
 
 Tested with MaxText 0.2.5 on JAX 0.12 and its NNX `Transformer`, on files of transformers 5.24 and
-PEFT 0.21. Scanned layers lie on axis 1, the default `param_scan_axis`.
+PEFT 0.21. Scanned layers lie on axis 1, the default `param_scan_axis`, and so do scanned blocks: of
+2 layers in gpt-oss, 4 in Llama 4, 6 in Gemma 4, which must have a multiple of 6 layers there. The
+first three layers of DeepSeek V3 have no experts; `deepseek` makes the table for other numbers.
 
 Llama's queries are divided by √head_dim there, and its queries and keys are interleaved, as they
-are by MaxText's own conversion. A and B are those of PEFT all the same; the scale of ΔW is divided
-as W is. An embedding that is the head too is rounded to bfloat16 in the head, whatever its `dtype`.
+are by MaxText's own conversion; Gemma 4's embedding is multiplied by √d. A and B are those of PEFT
+all the same; the scale of ΔW is divided as W is. An embedding that is the head too is rounded to
+bfloat16 in the head, whatever its `dtype`.
+
+There is no table for Qwen 3.5, of which MaxText has the outputs of two of PyTorch's modules in one
+leaf, in turn.
 """
 
 import dataclasses

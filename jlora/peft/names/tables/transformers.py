@@ -14,6 +14,9 @@ or as `language_model` of a model with vision. Experts are leaves (experts, inpu
 gate and up as one, `gate_up_proj`, or as two, `gate_proj` and `up_proj`. A checkpoint may have them
 as one parameter; if the leaves are two it may also have a module for each expert.
 
+PEFT 0.21.2 takes the MLP of DeepSeek V3's dense layers and shared experts for experts, which are
+modules in `transformers` 4. It loads an adapter of these on none.
+
 A table names the modules of its models and no others. A tree with modules of its own, such as a new
 head, takes a row for each: `(*peft.BERT, peft.Name("head/kernel", "head", "io"))`.
 """
