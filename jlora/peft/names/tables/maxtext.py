@@ -24,6 +24,7 @@ leaf, in turn.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -37,81 +38,60 @@ def over_root_of_head(shape: tuple[int, ...]) -> float:
     return 1 / math.sqrt(shape[-1])
 
 
+def root_of_width(shape: tuple[int, ...]) -> float:
+    """Computes √d of an embedding (vocabulary, d)."""
+    return math.sqrt(shape[-1])
+
+
 # Where layers are: the path, their number in PyTorch, and along how many axes they are stacked.
 _Where = tuple[tuple[str, str, int], ...]
 _UNSCANNED = (r"layers_(\d+)", r"\1", 0)
 _LAYERS = (_UNSCANNED, ("layers", "{}", 1))
+_PAIRS, _FOURS = ((_UNSCANNED, (r"layers/layers_(\d+)", rf"{{{n}*+\1}}", 1)) for n in (2, 4))
+_SIXES = (
+    _UNSCANNED,
+    ("scanned_blocks/local_layers", "{6*+1*}", 2),
+    ("scanned_blocks/global_layer", "{6*+5}", 1),
+)
 
 
-def _rows(where: _Where, path: str, module: str, axes: str, **more: Any) -> tuple[Name, ...]:
-    """Makes the rows of one kind of leaf; scanned layers are next to the first axis."""
-    return tuple(
-        Name(
-            f"decoder/{layers}/{path}",
-            f"model.layers.{number}{module and f'.{module}'}",
-            axes[0] + "l" * stacked + axes[1:],
-            **more,
+def _rows(
+    where: _Where, lines: str, more: Mapping[str, Mapping[str, Any]] = {}
+) -> tuple[Name, ...]:
+    """Makes the rows of `lines`: a path, PyTorch's parameter without `.weight`, axes.
+
+    Scanned layers are next to the first axis. There is `more` to say of some modules.
+    """
+    found = []
+    for line, (layers, number, stacked) in itertools.product(lines.split("\n"), where):
+        if not line:
+            continue
+        path, module, axes = line.split()
+        module, _, parameter = module.partition(":")
+        found.append(
+            Name(
+                f"decoder/{layers}/{path}",
+                f"model.layers.{number}.{module}".rstrip("."),
+                axes[0] + "l" * stacked + axes[1:],
+                parameter or "weight",
+                **more.get(module, {}),
+            )
         )
-        for layers, number, stacked in where
-    )
+    return tuple(found)
 
 
 def _experts(where: _Where, path: str, module: str, **how: Any) -> tuple[Name, ...]:
-    leaves = "wi_0", "wi_1", "wo"
-    return tuple(
-        row
-        for layers, number, stacked in where
-        for row in experts(
+    each = (
+        experts(
             f"decoder/{layers}/{path}/",
-            f"model.layers.{number}.{module}experts",
-            "e" + "l" * stacked + "io",
-            leaves,
+            f"model.layers.{number}.{module}",
+            f"e{'l' * stacked}io",
+            ("wi_0", "wi_1", "wo"),
             **how,
         )
+        for layers, number, stacked in where
     )
-
-
-def _mlp(where: _Where, path: str = "mlp", module: str = "mlp") -> tuple[Name, ...]:
-    each = ("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")
-    return tuple(
-        row
-        for ours, part in each
-        for row in _rows(where, f"{path}/{ours}/kernel", f"{module}.{part}_proj", "io")
-    )
-
-
-def _attention(
-    where: _Where,
-    path: str = "self_attention",
-    *,
-    query: Mapping[str, Any] = {},
-    key: Mapping[str, Any] = {},
-) -> tuple[Name, ...]:
-    """Makes the rows of queries, keys, values and outputs, with their biases and norms."""
-    each = ("query", "q", "ioo", query), ("key", "k", "ioo", key), ("value", "v", "ioo", {})
-    return tuple(
-        row
-        for ours, letter, axes, more in (*each, ("out", "o", "iio", {}))
-        for row in (
-            *_rows(where, f"{path}/{ours}/kernel", f"self_attn.{letter}_proj", axes, **more),
-            *_rows(
-                where,
-                f"{path}/{ours}/bias",
-                f"self_attn.{letter}_proj",
-                axes.strip("i"),
-                parameter="bias",
-            ),
-            *_rows(where, f"{path}/{ours}_norm/scale", f"self_attn.{letter}_norm", "o"),
-        )
-    )
-
-
-def _norms(where: _Where, **names: str) -> tuple[Name, ...]:
-    each = names or {
-        "pre_self_attention_layer_norm": "input_layernorm",
-        "post_self_attention_layer_norm": "post_attention_layernorm",
-    }
-    return tuple(row for ours, it in each.items() for row in _rows(where, f"{ours}/scale", it, "o"))
+    return tuple(itertools.chain(*each))
 
 
 _ENDS = (
@@ -119,121 +99,119 @@ _ENDS = (
     Name("decoder/decoder_norm/scale", "model.norm", "o"),
     Name("decoder/logits_dense/kernel", "lm_head", "io"),
 )
+_ATTENTION = """
+self_attention/query/kernel self_attn.q_proj ioo
+self_attention/key/kernel self_attn.k_proj ioo
+self_attention/value/kernel self_attn.v_proj ioo
+self_attention/out/kernel self_attn.o_proj iio
+"""
+_QUERY_KEY_NORMS = """
+self_attention/query_norm/scale self_attn.q_norm o
+self_attention/key_norm/scale self_attn.k_norm o
+"""
+_MLP = """
+mlp/wi_0/kernel mlp.gate_proj io
+mlp/wi_1/kernel mlp.up_proj io
+mlp/wo/kernel mlp.down_proj io
+"""
+_NORMS = """
+pre_self_attention_layer_norm/scale input_layernorm o
+post_self_attention_layer_norm/scale post_attention_layernorm o
+"""
 
 # Llama 2 and 3.
-_ROTATED: Any = {"interleaved": True}
-LLAMA = (
-    *_ENDS,
-    *_attention(_LAYERS, query=_ROTATED | {"times": over_root_of_head}, key=_ROTATED),
-    *_mlp(_LAYERS),
-    *_norms(_LAYERS),
-)
+_ROTATED = {
+    "self_attn.q_proj": {"interleaved": True, "times": over_root_of_head},
+    "self_attn.k_proj": {"interleaved": True},
+}
+LLAMA = (*_ENDS, *_rows(_LAYERS, _ATTENTION + _MLP + _NORMS, _ROTATED))
 
-QWEN3 = (*_ENDS, *_attention(_LAYERS), *_mlp(_LAYERS), *_norms(_LAYERS))
+QWEN3 = (*_ENDS, *_rows(_LAYERS, _ATTENTION + _QUERY_KEY_NORMS + _MLP + _NORMS))
 
-# Scanned in blocks of two layers.
-_PAIRS = (_UNSCANNED, (r"layers/layers_(\d+)", r"{2*+\1}", 1))
-
+_GPT_OSS = """
+self_attention/query/bias self_attn.q_proj:bias oo
+self_attention/key/bias self_attn.k_proj:bias oo
+self_attention/value/bias self_attn.v_proj:bias oo
+self_attention/out/bias self_attn.o_proj:bias o
+self_attention/sinks self_attn:sinks o
+GptOssMlp/gate/kernel mlp.router io
+GptOssMlp/gate/bias mlp.router:bias o
+"""
 GPT_OSS = (
     *_ENDS,
-    *_attention(_PAIRS, "GptOssAttention"),
-    *_rows(_PAIRS, "GptOssAttention/sinks", "self_attn", "o", parameter="sinks"),
-    *_rows(_PAIRS, "GptOssMlp/gate/kernel", "mlp.router", "io"),
-    *_rows(_PAIRS, "GptOssMlp/gate/bias", "mlp.router", "o", parameter="bias"),
-    *_experts(_PAIRS, "GptOssMlp", "mlp.", **ALTERNATING),
-    *_norms(_PAIRS),
+    *_rows(_PAIRS, (_ATTENTION + _GPT_OSS).replace("self_attention", "GptOssAttention") + _NORMS),
+    *_experts(_PAIRS, "GptOssMlp", "mlp.experts", **ALTERNATING),
 )
 
-# Scanned in blocks of four layers.
-_FOURS = (_UNSCANNED, (r"layers/layers_(\d+)", r"{4*+\1}", 1))
-_LLAMA4_EXPERTS = "Llama4MoEBlock_0"
 
+def _shared(path: str, module: str) -> str:
+    """Makes the lines of shared experts."""
+    return _MLP.replace("mlp/", f"{path}/").replace(" mlp.", f" {module}.")
+
+
+_LLAMA4 = "Llama4MoEBlock_0"
 LLAMA4 = (
     *_ENDS,
-    *_attention(_FOURS),
-    *_mlp(_FOURS, module="feed_forward"),
-    *_mlp(_FOURS, f"{_LLAMA4_EXPERTS}/shared_experts", "feed_forward.shared_expert"),
-    *_rows(_FOURS, f"{_LLAMA4_EXPERTS}/MoeBlock_0/gate/kernel", "feed_forward.router", "io"),
-    *_experts(_FOURS, f"{_LLAMA4_EXPERTS}/MoeBlock_0", "feed_forward.", transposed=True),
-    *_norms(_FOURS),
+    *_rows(
+        _FOURS,
+        _ATTENTION
+        + _NORMS
+        + _shared("mlp", "feed_forward")
+        + _shared(f"{_LLAMA4}/shared_experts", "feed_forward.shared_expert")
+        + f"{_LLAMA4}/MoeBlock_0/gate/kernel feed_forward.router io",
+    ),
+    *_experts(_FOURS, f"{_LLAMA4}/MoeBlock_0", "feed_forward.experts", transposed=True),
 )
+
+_LATENT = """
+self_attention/query/kernel self_attn.q_proj ioo
+self_attention/wq_a/kernel self_attn.q_a_proj io
+self_attention/wq_b/kernel self_attn.q_b_proj ioo
+self_attention/wkv_a/kernel self_attn.kv_a_proj_with_mqa io
+self_attention/wkv_b/kernel self_attn.kv_b_proj ioo
+self_attention/out/kernel self_attn.o_proj iio
+self_attention/q_norm/scale self_attn.q_a_layernorm o
+self_attention/kv_norm/scale self_attn.kv_a_layernorm o
+"""
+_DEEPSEEK = "DeepSeekMoeBlock_0"
+_ROUTER = f"""
+{_DEEPSEEK}/MoeBlock_0/gate/kernel mlp.gate io
+{_DEEPSEEK}/MoeBlock_0/gate/bias mlp.gate:e_score_correction_bias o
+"""
 
 
 def deepseek(dense: int) -> tuple[Name, ...]:
     """Makes the table of a DeepSeek whose first `dense` layers have no experts."""
     first = (r"dense_layers_(\d+)", r"\1", 0), ("dense_layers", "{}", 1)
-    rest = (
-        (r"moe_layers_(\d+)", rf"{{\1+{dense}}}", 0),
-        ("moe_layers", f"{{1*+{dense}}}", 1),
-    )
-    every, block = (*first, *rest), "DeepSeekMoeBlock_0"
-    latent = {
-        "query/kernel": ("q_proj", "ioo"),
-        "wq_a/kernel": ("q_a_proj", "io"),
-        "wq_b/kernel": ("q_b_proj", "ioo"),
-        "wkv_a/kernel": ("kv_a_proj_with_mqa", "io"),
-        "wkv_b/kernel": ("kv_b_proj", "ioo"),
-        "out/kernel": ("o_proj", "iio"),
-        "q_norm/scale": ("q_a_layernorm", "o"),
-        "kv_norm/scale": ("kv_a_layernorm", "o"),
-    }
-    bias = "e_score_correction_bias"
+    rest = (r"moe_layers_(\d+)", rf"{{\1+{dense}}}", 0), ("moe_layers", f"{{1*+{dense}}}", 1)
     return (
         *_ENDS,
-        *(
-            row
-            for ours, (it, axes) in latent.items()
-            for row in _rows(every, f"self_attention/{ours}", f"self_attn.{it}", axes)
-        ),
-        *_mlp(first),
-        *_mlp(rest, f"{block}/shared_experts", "mlp.shared_experts"),
-        *_rows(rest, f"{block}/MoeBlock_0/gate/kernel", "mlp.gate", "io"),
-        *_rows(rest, f"{block}/MoeBlock_0/gate/bias", "mlp.gate", "o", parameter=bias),
-        *_experts(rest, f"{block}/MoeBlock_0", "mlp."),
-        *_norms(every),
+        *_rows((*first, *rest), _LATENT + _NORMS),
+        *_rows(first, _MLP),
+        *_rows(rest, _shared(f"{_DEEPSEEK}/shared_experts", "mlp.shared_experts") + _ROUTER),
+        *_experts(rest, f"{_DEEPSEEK}/MoeBlock_0", "mlp.experts"),
     )
 
 
 DEEPSEEK_V3 = deepseek(3)
 
-
-def root_of_width(shape: tuple[int, ...]) -> float:
-    """Computes √d of an embedding (vocabulary, d)."""
-    return math.sqrt(shape[-1])
-
-
-# Five layers with windows and one without in each block.
-_SIXES = (
-    _UNSCANNED,
-    ("scanned_blocks/local_layers", "{6*+1*}", 2),
-    ("scanned_blocks/global_layer", "{6*+5}", 1),
-)
-_MOE = "mlp/moe_block/MoeBlock_0"
-
+_GEMMA4 = """
+mlp/moe_block/MoeBlock_0/gate/kernel router.proj io
+mlp/moe_block/MoeBlock_0/per_expert_scale router:per_expert_scale o
+mlp/pre_forward_scale_2 router:scale o
+layer_scalar :layer_scalar o
+pre_self_attention_norm/scale input_layernorm o
+post_self_attention_norm/scale post_attention_layernorm o
+pre_ffw_norm/scale pre_feedforward_layernorm o
+post_ffw_norm/scale post_feedforward_layernorm o
+mlp/pre_feedforward_layernorm_2/scale pre_feedforward_layernorm_2 o
+mlp/post_feedforward_layernorm_1/scale post_feedforward_layernorm_1 o
+mlp/post_feedforward_layernorm_2/scale post_feedforward_layernorm_2 o
+"""
 GEMMA4 = (
     dataclasses.replace(_ENDS[0], times=root_of_width),
     *_ENDS[1:],
-    *_attention(_SIXES),
-    *_mlp(_SIXES),
-    *_mlp(_SIXES, "mlp/moe_block/shared_experts", "mlp"),
-    *_experts(_SIXES, _MOE, ""),
-    *_rows(_SIXES, f"{_MOE}/gate/kernel", "router.proj", "io"),
-    *_rows(_SIXES, f"{_MOE}/per_expert_scale", "router", "o", parameter="per_expert_scale"),
-    *_rows(_SIXES, "mlp/pre_forward_scale_2", "router", "o", parameter="scale"),
-    *_rows(_SIXES, "layer_scalar", "", "o", parameter="layer_scalar"),
-    *_norms(
-        _SIXES,
-        pre_self_attention_norm="input_layernorm",
-        post_self_attention_norm="post_attention_layernorm",
-        pre_ffw_norm="pre_feedforward_layernorm",
-        post_ffw_norm="post_feedforward_layernorm",
-        **{
-            f"mlp/{name}": name
-            for name in (
-                "pre_feedforward_layernorm_2",
-                "post_feedforward_layernorm_1",
-                "post_feedforward_layernorm_2",
-            )
-        },
-    ),
+    *_rows(_SIXES, _ATTENTION + _QUERY_KEY_NORMS + _MLP + _GEMMA4),
+    *_rows(_SIXES, _shared("mlp/moe_block/shared_experts", "mlp")),
+    *_experts(_SIXES, "mlp/moe_block/MoeBlock_0", "experts"),
 )
